@@ -116,6 +116,13 @@ class ApiRefused(PairError):
         self.location = location
 
 
+class Stale(PairError):
+    """A request did not leave because what it rests on was checked too long ago."""
+
+    def __init__(self) -> None:
+        super().__init__("stale", "the live check is too old")
+
+
 class ApiUnanswered(PairError):
     """No usable answer came: whether the request was acted on can only be found out by looking."""
 
@@ -704,17 +711,13 @@ def group_flaw(group: Group, live: Mapping[str, Json], namesakes: Iterable[Json]
             return flaw
     orgs = {(live[contact.id].get("rev_org") or {}).get("id") for contact in contacts}
     if len(orgs) > 1:
-        return PairError(
-            "different_rev_org", "the contacts belong to different rev orgs: " + ", ".join(map(str, orgs))
-        )
+        return PairError("different_rev_org", "the contacts belong to different rev orgs: " + ", ".join(map(str, orgs)))
     known = {contact.id for contact in contacts}
     for other in namesakes:
         reference = str(other.get("external_ref"))
         same = str(other.get("email") or "").strip().casefold() == group.email
         if other["id"] not in known and same and other.get("state") == "active" and reference.startswith("user_"):
-            return PairError(
-                "several_user_refs", f"DevRev has another user_ contact of this email by now: {reference}"
-            )
+            return PairError("several_user_refs", f"DevRev has another user_ contact of this email by now: {reference}")
     return None
 
 
@@ -750,6 +753,7 @@ class Throttle:
         self.limit: Optional[int] = None
         self.remaining: Optional[int] = None  # as the server last said, for this window
         self.waits: List[Tuple[float, float]] = []  # epoch seconds
+        self.verdict: Optional[Stop] = None  # why nothing may leave any more
         self._ceiling = self._make_ceiling(calls, period)
         self._changed = threading.Condition()
         self._in_flight = 0
@@ -839,7 +843,7 @@ class Throttle:
         return max(0.001, self._resets_at - now), True
 
     def leave(self, scout: bool, status: Optional[int], headers: Mapping[str, str]) -> None:
-        """Take note of an answer (`status` None: none came) for all threads. Raises Stop(3) when the API stays down."""
+        """Take note of an answer (`status` None: none came). Raises Stop(3) where the API stays down."""
         with self._changed:
             self._in_flight -= 1
             if scout:
@@ -860,10 +864,23 @@ class Throttle:
                 self._failed_scouts = 0
                 self._scouting = self._scouting and not scout
             self._changed.notify_all()
-            if self._failed_scouts > self.retries:
-                raise Stop(EXIT_STOPPED, "DevRev can't be reached or keeps failing")
-            if self._refusals > 10 + 5 * self.retries:
-                raise Stop(EXIT_STOPPED, "DevRev keeps answering 429 (over quota), however long it is waited")
+        if self._failed_scouts > self.retries:
+            self.shut(Stop(EXIT_STOPPED, "DevRev can't be reached or keeps failing"))
+        if self._refusals > 10 + 5 * self.retries:
+            self.shut(Stop(EXIT_STOPPED, "DevRev keeps answering 429 (over quota), however long it is waited"))
+
+    def cancel(self, scout: bool) -> None:
+        """Give back the turn of a request that is not sent after all."""
+        with self._changed:
+            self._in_flight -= 1
+            self._scout_out = self._scout_out and not scout
+            self._changed.notify_all()
+
+    def shut(self, verdict: Stop) -> None:
+        """Let nothing leave any more, and say why."""
+        self.verdict = self.verdict or verdict
+        self.halt.set()
+        raise verdict
 
     def _close(self, seconds: float) -> None:
         self._closed_until = max(self._closed_until, time.monotonic() + seconds)
@@ -933,7 +950,7 @@ ROLES = {"owned": "owned_by", "created": "created_by", "reported": "reported_by"
 
 @dataclass
 class ApiSettings:
-    """What a client is made from; `calls` in `period` seconds is its own ceiling (0: none), `timeout` is in seconds."""
+    """What a client is made from. `calls` in `period` seconds is its own ceiling (0: none); `timeout` in seconds."""
 
     token: str = field(repr=False)
     base_url: str = "https://api.devrev.ai"
@@ -945,7 +962,7 @@ class ApiSettings:
 
 
 def user_ids(value: Any) -> Set[str]:
-    """The ids in a work's `owned_by`, `reported_by` (lists), `created_by` (one user) or a conversation's `members`."""
+    """The ids in a work's `owned_by`, `reported_by` (lists), `created_by` (one) or a conversation's `members`."""
     users = value if isinstance(value, list) else [value]
     return {user["id"] for user in users if isinstance(user, dict) and isinstance(user.get("id"), str)}
 
@@ -999,15 +1016,22 @@ class DevRevAPI:
 
     # -- the one place that sends -------------------------------------------------------------------
 
-    def _call(self, endpoint: str, body: Json, key: Optional[str] = None, repeatable: bool = True) -> Json:
-        """POST and return the answer's JSON object, which holds `key`.
+    def _call(
+        self,
+        endpoint: str,
+        body: Json,
+        key: Optional[str] = None,
+        repeatable: bool = True,
+        unless: Callable[[], bool] = lambda: False,
+    ) -> Json:
+        """POST and return the answer's JSON object, which holds `key`; Stale if `unless()` when its turn comes.
 
         What is safe to repeat is repeated with growing, jittered pauses. A request that is not `repeatable` is sent
         again only where it can't have been acted on: no connection was made, or it was over quota.
         """
         attempt, problem = 0, ""
         while True:
-            status, data, location, problem, sent = self._send(endpoint, body)
+            status, data, location, problem, sent = self._send(endpoint, body, unless)
             if status == 200 and data is not None and (key is None or key in data):
                 self._answered.add(endpoint)
                 return data
@@ -1027,12 +1051,17 @@ class DevRevAPI:
                     raise ApiUnanswered(endpoint, problem)
                 self.halt.wait(random.uniform(0.5, 1.0) * min(8.0, 0.1 * 2**attempt))
 
-    def _send(self, endpoint: str, body: Json) -> Tuple[Optional[int], Optional[Json], str, str, bool]:
+    def _send(
+        self, endpoint: str, body: Json, unless: Callable[[], bool]
+    ) -> Tuple[Optional[int], Optional[Json], str, str, bool]:
         """Send once; return status (None: no answer), JSON object (None: none), Location, what went wrong, and
         whether the request may have reached DevRev."""
         import requests
 
         scout = self.throttle.enter()
+        if unless():
+            self.throttle.cancel(scout)
+            raise Stale()
         status: Optional[int] = None
         headers: Mapping[str, str] = {}
         data: Optional[Json] = None
@@ -1085,14 +1114,14 @@ class DevRevAPI:
         return data, words.replace(self.settings.token, "[token]")[:500] or f"status {answer.status_code}"
 
     def _deny(self, endpoint: str, status: int, message: str) -> None:
+        """Nothing more is sent with a token that is not accepted, or that lacks a scope which it never had."""
         if status == 401:
-            raise Denied(
-                EXIT_STOPPED,
-                f"DevRev does not accept the token (401): {message}. Is DEVREV_API_TOKEN right, and not expired?",
-            )
+            text = f"DevRev does not accept the token (401): {message}. Is DEVREV_API_TOKEN right, and not expired?"
+            self.throttle.shut(Denied(EXIT_STOPPED, text))
         if endpoint not in self._answered:
             scope = next((SCOPES[name] for name in SCOPES if endpoint.startswith(name)), "of this endpoint")
-            raise Denied(EXIT_STOPPED, f"the token may not call {endpoint} (403): it lacks the scope {scope}")
+            text = f"the token may not call {endpoint} (403): it lacks the scope {scope}"
+            self.throttle.shut(Denied(EXIT_USAGE, text))
 
     def _pages(self, endpoint: str, key: str, body: Json) -> List[Json]:
         """All items of a cursor-paged list, once each, in order."""
@@ -1180,9 +1209,13 @@ class DevRevAPI:
             raise
         return user if user.get("id") == identity else None
 
-    def merge(self, primary: str, duplicate: str) -> None:
-        """Ask for a merge. DevRev only acknowledges it and carries it out later; never repeated blindly."""
-        self._call("rev-users.merge", {"primary_user": primary, "secondary_user": duplicate}, repeatable=False)
+    def merge(self, primary: str, duplicate: str, unless: Callable[[], bool]) -> None:
+        """Ask for a merge, unless it must not be any more when its turn comes (Stale).
+
+        DevRev only acknowledges it and carries it out later; it is never repeated blindly.
+        """
+        body = {"primary_user": primary, "secondary_user": duplicate}
+        self._call("rev-users.merge", body, repeatable=False, unless=unless)
 
     def is_merged(self, primary: str, duplicate: str) -> bool:
         """Look whether the duplicate has gone: 404, 301, a state other than active, or the primary's own record.
@@ -1471,6 +1504,10 @@ class SavePoint:
         );
         CREATE INDEX pairs_by_state ON pairs (state);
     """
+    COLUMNS = (
+        "primary_id", "duplicate_id", "email", "new_ref", "state", "code", "error", "backup", "requested_at",
+        "seconds", "left_behind", "primary_row", "duplicate_row", "run", "created", "updated",
+    )  # fmt: skip
 
     def __init__(self, path: Path, run: str = "", readonly: bool = False) -> None:
         self.path = path
@@ -1573,20 +1610,21 @@ class SavePoint:
     def record(self, *pairs: Pair) -> None:
         """Write the state of pairs; when this returns it is on the disk."""
         now = now_iso()
+        rows = [
+            (
+                *pair.ids, pair.email, pair.new_ref, pair.state.value, pair.code, pair.error, pair.backup,
+                pair.requested_at, pair.seconds, json.dumps(pair.left_behind),
+                json.dumps(asdict(pair.primary)), json.dumps(asdict(pair.duplicate)), self.run, now, now,
+            )
+            for pair in pairs
+        ]  # fmt: skip
+        kept = ("primary_id", "duplicate_id", "created")
+        changed = ", ".join(f"{name} = excluded.{name}" for name in self.COLUMNS if name not in kept)
         self._write(
-            "INSERT INTO pairs VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (primary_id, duplicate_id) DO UPDATE SET "
-            "email=excluded.email, new_ref=excluded.new_ref, state=excluded.state, code=excluded.code, error=excluded.error, "
-            "backup=excluded.backup, requested_at=excluded.requested_at, seconds=excluded.seconds, left_behind=excluded.left_behind, "
-            "primary_row=excluded.primary_row, duplicate_row=excluded.duplicate_row, run=excluded.run, updated=excluded.updated",
-            [
-                (
-                    *pair.ids, pair.email, pair.new_ref, pair.state.value, pair.code, pair.error, pair.backup,
-                    pair.requested_at, pair.seconds, json.dumps(pair.left_behind),
-                    json.dumps(asdict(pair.primary)), json.dumps(asdict(pair.duplicate)), self.run, now, now,
-                )
-                for pair in pairs
-            ],
-        )  # fmt: skip
+            f"INSERT INTO pairs ({', '.join(self.COLUMNS)}) VALUES ({', '.join('?' * len(self.COLUMNS))}) "
+            f"ON CONFLICT (primary_id, duplicate_id) DO UPDATE SET {changed}",
+            rows,
+        )
 
     def _write(self, statement: str, rows: Sequence[Tuple[Any, ...]]) -> None:
         try:
@@ -1599,11 +1637,17 @@ class SavePoint:
             raise self._trouble(error, EXIT_STOPPED) from None
 
     def _select(self, condition: str, *values: Any) -> Iterator[Tuple[Pair, str, str]]:
-        columns = "primary_row, duplicate_row, new_ref, state, code, error, backup, requested_at, seconds, left_behind, created, updated"
-        for row in self._db.execute(f"SELECT {columns} FROM pairs WHERE {condition} ORDER BY updated, email", values):
-            primary, duplicate = (Contact(**json.loads(text)) for text in row[:2])
-            pair = Pair(primary, duplicate, row[2], State(row[3]), *row[4:9], json.loads(row[9]))
-            yield pair, row[10], row[11]
+        query = f"SELECT {', '.join(self.COLUMNS)} FROM pairs WHERE {condition} ORDER BY updated, email"
+        for found in self._db.execute(query, values):
+            row = dict(zip(self.COLUMNS, found))
+            pair = Pair(
+                primary=Contact(**json.loads(row["primary_row"])),
+                duplicate=Contact(**json.loads(row["duplicate_row"])),
+                state=State(row["state"]),
+                left_behind=json.loads(row["left_behind"]),
+                **{name: row[name] for name in ("new_ref", "code", "error", "backup", "requested_at", "seconds")},
+            )
+            yield pair, row["created"], row["updated"]
 
     def unfinished(self) -> List[Pair]:
         """Pairs that an earlier run left between the merge request and `done`."""
@@ -1665,7 +1709,11 @@ class Merge:
 
     @property
     def slow(self) -> bool:
-        return self.looks > 8 or self.ref_tries > 4 or self.proofs > 0
+        return self.looks > 3 or self.ref_tries > 3 or self.proofs > 0
+
+
+Step = Callable[..., None]
+Event = Tuple[Step, Tuple[Any, ...], Optional["Future[Any]"]]  # what to do next, with what, after which work
 
 
 class ContactMerger:
@@ -1682,9 +1730,10 @@ class ContactMerger:
     FRESH = 60.0  # seconds for which a live check is believed
     STREAK = 5  # failures in a row that stop the run
     PROOF_PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before what seems left behind is looked for again
-    DATA_CODES = frozenset(
-        "not_found not_active email_changed external_ref_changed different_rev_org several_user_refs count_mismatch".split()
-    )
+    DATA_CODES = (
+        "not_found", "not_active", "email_changed", "external_ref_changed", "different_rev_org", "several_user_refs",
+        "count_mismatch",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -1693,8 +1742,8 @@ class ContactMerger:
         backups: Backups,
         count_policy: str = "exact",
         merge_timeout: float = 120.0,
-        on_pair: Callable[[Pair], None] = lambda pair: None,
-        on_tick: Callable[["ContactMerger"], None] = lambda merger: None,
+        on_pair: Callable[[Pair], None] = lambda _pair: None,
+        on_tick: Callable[["ContactMerger"], None] = lambda _merger: None,
     ) -> None:
         self.api = api
         self.savepoint = savepoint
@@ -1713,9 +1762,9 @@ class ContactMerger:
         self._streak = 0
         self._stages = ThreadPoolExecutor(self.STAGES + 2, "stage")
         self._requests = ThreadPoolExecutor(api.settings.workers, "request")
-        self._inbox: "queue.Queue[Tuple[Callable[..., None], Tuple[Any, ...], Optional[Future[Any]]]]" = queue.Queue()
+        self._inbox: queue.Queue[Event] = queue.Queue()
         self._active = 0
-        self._timers: List[Tuple[float, int, Callable[..., None], Tuple[Any, ...]]] = []
+        self._timers: List[Tuple[float, int, Step, Tuple[Any, ...]]] = []
         self._serial = 0
         self._groups: Iterator[Group] = iter(())
         self._deferred: Deque[Group] = collections.deque()
@@ -1782,7 +1831,7 @@ class ContactMerger:
     def _has_more(self) -> bool:
         return bool((self._queue and not self._closing) or self._to_prove or self._inbox.qsize())
 
-    def _guard(self, step: Callable[..., None], *args: Any) -> None:
+    def _guard(self, step: Step, *args: Any) -> None:
         """Take a step; whatever it raises ends the run in good order."""
         try:
             step(*args)
@@ -1802,22 +1851,20 @@ class ContactMerger:
         self.halt.set()
 
     def _exit_code(self) -> int:
-        stop = self.stop
-        if isinstance(stop, Denied) and not self.changed:
-            return EXIT_USAGE if self.merged == 0 else EXIT_STOPPED
+        stop = self.stop = self.api.throttle.verdict or self.stop
+        if isinstance(stop, Denied) and (self.changed or self.merged):
+            return EXIT_STOPPED
         if stop and not (self._closing and self.merged + self.failed >= self.total):
             return stop.exit_code
         return EXIT_FAILED if self.failed else EXIT_OK
 
-    def _submit(
-        self, pool: ThreadPoolExecutor, then: Callable[..., None], work: Callable[..., Any], *args: Any
-    ) -> None:
+    def _submit(self, pool: ThreadPoolExecutor, then: Step, work: Callable[..., Any], *args: Any) -> None:
         """Have a pool do `work(*args)`; then, in this thread, `then(future, *args)`."""
         future = pool.submit(work, *args)
         self._active += 1
         future.add_done_callback(lambda done: self._inbox.put((then, args, done)))
 
-    def _later(self, seconds: float, step: Callable[..., None], *args: Any) -> None:
+    def _later(self, seconds: float, step: Step, *args: Any) -> None:
         self._serial += 1
         heapq.heappush(self._timers, (time.monotonic() + max(0.0, seconds), self._serial, step, args))
 
@@ -1877,7 +1924,7 @@ class ContactMerger:
         return groups
 
     def _next_planned(self) -> Optional[Group]:
-        """The next group of the plan with something to do; groups of a pair that an earlier run left unfinished come last."""
+        """The next group with something to do; those of pairs that an earlier run left unfinished come last."""
         busy = set(chain.from_iterable(self._taken_over))
         for group in self._groups:
             if not busy.isdisjoint(chain.from_iterable(pair.ids for pair in group.pairs)):
@@ -1913,12 +1960,12 @@ class ContactMerger:
                 self._hand_over(self._on_refused, group, lost)
         self._back_up(batch, groups, held)
 
-    def _hand_over(self, then: Callable[..., None], *args: Any) -> None:
+    def _hand_over(self, then: Step, *args: Any) -> None:
         self._inbox.put((then, args, None))
 
     def _each(self, work: Callable[[str], T], ids: Iterable[str]) -> Iterator[Tuple[str, Union[T, PairError]]]:
-        """Do `work` for each id on the request threads, a few ahead; yields results, or what a single one failed with."""
-        ahead: Deque[Tuple[str, "Future[T]"]] = collections.deque()
+        """Do `work` for each id on the request threads, a few ahead; yields results, or what one failed with."""
+        ahead: Deque[Tuple[str, Future[T]]] = collections.deque()
         source = iter(ids)
         while True:
             if self._closing:
@@ -1937,9 +1984,9 @@ class ContactMerger:
 
     def _live_check(self, batch: Batch, groups: Sequence[Group]) -> Dict[str, Json]:
         """Compare groups with DevRev as it is now, note the flaws in `batch`, and return the contacts by id."""
-        began = time.monotonic()
         contacts = [contact for group in groups for contact in group.contacts()]
         listed = self.api.contacts_by_email(sorted({contact.email.strip() for contact in contacts}))
+        checked_at = time.monotonic()
         live: Dict[str, Json] = {user["id"]: user for user in listed}
         namesakes: Dict[str, List[Json]] = collections.defaultdict(list)
         for user in listed:
@@ -1955,7 +2002,7 @@ class ContactMerger:
             flaw = lost or group_flaw(group, live, namesakes[group.email])
             if flaw:
                 batch.flaws[group.email] = flaw
-            group.checked_at = began
+            group.checked_at = checked_at
         return live
 
     def _fetch(
@@ -2010,7 +2057,7 @@ class ContactMerger:
                     timelines.pop(one, None)
 
     def _write_backup(self, batch: Batch, group: Group, held: Sequence[Holdings], timelines: Timelines) -> None:
-        """Back a group up and check, from what is on the disk, that the backup is whole and holds what the export counts."""
+        """Back a group up; check, from the disk, that the backup is whole and holds what the export counts."""
         folder = self.backups.write(group.email, self.organisation, held, timelines)
         flaw: Optional[PairError] = None
         try:
@@ -2117,7 +2164,7 @@ class ContactMerger:
         self._submit(self._requests, self._on_answer, self._request_merge, merge)
 
     def _request_merge(self, merge: Merge) -> None:
-        self.api.merge(*merge.pair.ids)
+        self.api.merge(*merge.pair.ids, unless=lambda: self._is_stale(merge.group))
 
     def _on_answer(self, future: "Future[None]", merge: Merge) -> None:
         self._sending -= 1
@@ -2127,6 +2174,10 @@ class ContactMerger:
             pair.state = State.ACKNOWLEDGED
             self._acknowledged_once = self.changed = True
             self.savepoint.record(pair)
+        except Stale:
+            pair.state = State.PLANNED
+            self._queue.appendleft(merge)
+            return
         except ApiRefused as refusal:
             merge.refusal = PairError("merge_refused", str(refusal))
         except ApiUnanswered as error:
@@ -2304,11 +2355,7 @@ class ContactMerger:
             not merge.slow and merge.pair.state in (State.REQUESTED, State.ACKNOWLEDGED, State.MERGED)
             for merge in self._open.values()
         )
-        if (
-            len(self._to_prove) >= self.BATCH
-            or not (coming or moving)
-            or any(merge.proofs for merge in self._to_prove)
-        ):
+        if len(self._to_prove) >= self.BATCH or not (coming or moving) or any(merge.proofs for merge in self._to_prove):
             merges, self._to_prove = self._to_prove, []
             self._submit(self._stages, self._on_proved, self._prove, merges)
 
@@ -2475,7 +2522,7 @@ ADVICE = {
     "not_active": "look at the contact in DevRev: a locked or deactivated contact is not merged",
     "email_changed": "the export is stale: export again",
     "external_ref_changed": "the export is stale: export again",
-    "different_rev_org": "contacts of different rev orgs (or moved since the export) are not merged: look at them in DevRev",
+    "different_rev_org": "contacts of different rev orgs are not merged: look at them in DevRev",
     "several_user_refs": "find out which user_ reference the application uses, export again",
     "count_mismatch": "export again, or let a backup with more than the export pass with --count-policy at-least",
     "backup_failed": "look at the named file or ticket, run again",
@@ -2485,7 +2532,7 @@ ADVICE = {
     "merge_not_confirmed": "DevRev has not carried the merge out yet: run again later, which looks again first",
     "external_ref_conflict": "free the reference from its holder in DevRev, run again: only the reference is set then",
     "external_ref_not_set": "run again; if it stays, set the reference by hand in DevRev",
-    "left_behind": "run again later (DevRev may still be moving them), or move the named ones by hand; they are in the backup",
+    "left_behind": "run again later (DevRev may still be moving them), or move them by hand",
     "group_incomplete": "run again",
     "interrupted": "run again with the same savepoint: it is finished first",
 }
@@ -2620,9 +2667,7 @@ def estimate(pairs: int, contacts: int, tickets: int, settings: ApiSettings, wit
     if with_timelines:
         requests += tickets + contacts // 2
     by_ceiling = requests / settings.calls * settings.period if settings.calls else 0.0
-    return Estimate(
-        requests, max(by_ceiling if requests > settings.calls else 0.0, requests * 0.2 / settings.workers)
-    )
+    return Estimate(requests, max(by_ceiling if requests > settings.calls else 0.0, requests * 0.2 / settings.workers))
 
 
 def estimate_plan(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimate:
@@ -2644,7 +2689,7 @@ def estimate_plan(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Es
 class Console:
     """What people see: results on stdout, the rest on stderr; plain where it is piped."""
 
-    COLOURS = {"good": "32", "bad": "31", "dim": "2", "bold": "1"}
+    COLOURS: Mapping[str, str] = {"good": "32", "bad": "31", "dim": "2", "bold": "1"}
 
     def __init__(self, quiet: bool = False, out: Optional[TextIO] = None, err: Optional[TextIO] = None) -> None:
         self.quiet = quiet
@@ -2742,7 +2787,7 @@ def _show_pairs(plan: Plan, console: Console) -> None:
     widths = [len(title) for title in head]
     for row in map(_pair_cells, pairs):
         widths = [max(width, len(cell)) for width, cell in zip(widths, row)]
-    form = "%-{}s  %-{}s %{}s {} %-{}s %{}s  %s".format(widths[0], widths[1], widths[2], arrow, widths[4], widths[5])
+    form = f"%-{widths[0]}s  %-{widths[1]}s %{widths[2]}s {arrow} %-{widths[4]}s %{widths[5]}s  %s"
     if sum(widths) + 8 <= console.width:
         console.say(form.replace(arrow, " ", 1) % tuple(title for title in head if title), "bold")
         lines = (form % (*row[:3], *row[4:]) for row in map(_pair_cells, pairs))
@@ -3272,9 +3317,7 @@ def _report(run: Run, plan: Plan, merger: Optional[ContactMerger], savepoint: Sa
     return code
 
 
-def run_facts(
-    run: Run, merger: Optional[ContactMerger], savepoint: SavePoint, code: int, stop: Optional[str]
-) -> Json:
+def run_facts(run: Run, merger: Optional[ContactMerger], savepoint: SavePoint, code: int, stop: Optional[str]) -> Json:
     """The report's `run`."""
     owner = merger.token_owner if merger else {}
     requests = dict(sorted(merger.api.requests.items())) if merger else {}
@@ -3323,9 +3366,8 @@ def show_summary(run: Run, plan: Plan, merger: Optional[ContactMerger], savepoin
     say = run.console.say
     facts = summarise(plan, merger)
     if not merger:
-        say(
-            f"Nothing to do: {plural(plan.already_merged, 'pair')} already merged, {plural(len(plan.skipped), 'group')} skipped."
-        )
+        done, skipped = plural(plan.already_merged, "pair"), plural(len(plan.skipped), "group")
+        say(f"Nothing to do: {done} already merged, {skipped} skipped.")
     else:
         say()
         say(
@@ -3380,7 +3422,7 @@ def check(run: Run) -> int:
     tell("token", lambda: _check_token(run, api))
     if api:
         if run.options.csv:
-            tell("csv", lambda: _check_csv(run, api[0]))
+            tell("csv", lambda: _check_csv(run))
         for name, work in read_checks(api[0]).items():
             tell(name, work)
         run.console.say(
@@ -3389,7 +3431,7 @@ def check(run: Run) -> int:
     tell("savepoint", lambda: _check_savepoint(run.options.savepoint))
     tell("disk", _check_disk)
     run.console.say(
-        "note    the permission to merge (scope rev_user:all) can't be tried without merging: --limit 1 is the first proof"
+        "note    the permission to merge (rev_user:all) can't be tried without merging: --limit 1 is the first proof"
     )
     return EXIT_USAGE if failed else EXIT_OK
 
@@ -3403,7 +3445,7 @@ def _check_token(run: Run, apis: List[DevRevAPI]) -> str:
     return f"of {owner.get('display_name') or owner.get('id')}, organisation {run.organisation or 'unknown'}"
 
 
-def _check_csv(run: Run, api: DevRevAPI) -> str:
+def _check_csv(run: Run) -> str:
     plan = detect(read_contacts(run.options.csv))
     check_organisation(run.organisation, "CSV", plan.pairs())
     return f"{plural(plan.count(), 'pair')} to merge, of the token's organisation"
@@ -3465,16 +3507,16 @@ def status(run: Run) -> int:
     try:
         holder = savepoint.holder()
         say(
-            f"{path}: organisation {savepoint.about('organisation') or 'unknown'}, last opened {holder['since']} by process {holder['pid']} on {holder['host']}"
+            f"{path}: organisation {savepoint.about('organisation') or 'unknown'}, last opened {holder['since']} "
+            f"by process {holder['pid']} on {holder['host']}"
         )
         for name, count in savepoint.counts().items():
             say(f"{count:>7,} {name}")
         for title, states in (("unfinished", UNFINISHED), ("failed", (State.FAILED,))):
             for pair, created, updated in savepoint.rows(*states):
                 why = f"{pair.code}: {pair.error}" if pair.code else f"{pair.state.value}"
-                say(
-                    f"{title}  {pair.email}: {pair.primary.short_id} <- {pair.duplicate.short_id}, since {created}, last {updated}: {why}"
-                )
+                names = f"{pair.primary.short_id} <- {pair.duplicate.short_id}"
+                say(f"{title}  {pair.email}: {names}, since {created}, last {updated}: {why}")
     finally:
         savepoint.close()
     return EXIT_OK
@@ -3523,9 +3565,7 @@ def _missing_backups(run: Run, root: Path) -> int:
         return 0
     savepoint = SavePoint(path, readonly=True)
     try:
-        gone = {
-            pair.backup for pair, _, _ in savepoint.rows(*State) if pair.backup and not Path(pair.backup).is_dir()
-        }
+        gone = {pair.backup for pair, _, _ in savepoint.rows(*State) if pair.backup and not Path(pair.backup).is_dir()}
     finally:
         savepoint.close()
     for backup in sorted(gone):

@@ -1,0 +1,271 @@
+"""The main job through the front door: what is merged, what lies on the disk, what the report says."""
+
+import json
+import os
+import stat
+from typing import List, Set
+
+import pytest
+
+from tests.sandbox import Fault, Organisation, Sandbox
+from tests.support import (
+    SAMPLE,
+    Workplace,
+    assert_merged,
+    backups_of,
+    organisation_of_pairs,
+    pair,
+    roles_of,
+    watch_merges,
+)
+
+
+@pytest.fixture
+def seeded() -> Organisation:
+    """Twenty pairs with up to 130 tickets, and decoys that nobody may touch."""
+    organisation, _ = organisation_of_pairs(18, (3, 2))
+    pair(organisation, 19, (130, 7))
+    pair(organisation, 20, (0, 104))
+    for number in range(5):
+        organisation.add_contact(f"S{number}", f"single{number}@example.com")
+        organisation.add_contact(f"M{number}", "shared@example.com", f"user_m{number}")
+    organisation.add_contact("A1", "ambiguous@example.com")
+    organisation.add_contact("A2", "ambiguous@example.com", "user_a2")
+    organisation.add_contact("A3", "ambiguous@example.com", "user_a3")
+    organisation.add_contact("N1", "nouser@example.com")
+    organisation.add_contact("N2", "nouser@example.com")
+    organisation.add_contact("O1", "person1@example.com", "other-system-1")
+    return organisation
+
+
+def pairs_of(organisation: Organisation) -> List:
+    dvrv = "don:identity:dvrv-us-1:devo/SANDBOX1:revu/"
+    return [(f"{dvrv}P{n}", f"{dvrv}D{n}") for n in range(1, 100) if f"{dvrv}P{n}" in organisation.contacts]
+
+
+def test_everything_is_backed_up_merged_moved_and_proved_and_a_second_run_merges_nothing(
+    place: Workplace, seeded: Organisation
+) -> None:
+    place.export(seeded)
+    pairs = pairs_of(seeded)
+    untouched = {
+        one: dict(user) for one, user in seeded.contacts.items() if one not in {c for both in pairs for c in both}
+    }
+    with Sandbox(seeded) as sandbox:
+        findings = watch_merges(sandbox, place.folder)
+        result = place.run(sandbox, check=0)
+        assert findings == [None] * 20
+        assert_merged(seeded, pairs)
+        assert {one: seeded.contacts[one] for one in untouched} == untouched
+        assert result.report["summary"] == {
+            "contacts_read": len(seeded.contacts),
+            "invalid_rows": 0,
+            "pairs_planned": 20,
+            "already_merged": 0,
+            "total_merges_attempted": 20,
+            "successful_merges": 20,
+            "failed_merges": 0,
+            "skipped_groups": 3,
+        }
+        assert result.report["run"]["requests"]["rev-users.merge"] == 20
+        assert result.report["run"]["requests_total"] == len(sandbox.requests)
+        entry = next(one for one in result.report["successful_merges"] if one["email"] == "person19@example.com")
+        assert (entry["primary"]["old_external_ref"], entry["new_external_ref"]) == ("REVU-P19", "user_19")
+        assert (entry["primary"]["tickets"], entry["duplicate"]["tickets"]) == (130, 7)
+        assert (place.folder / entry["backup"] / "manifest.json").is_file()
+        before = len(sandbox.requests)
+        again = place.run(sandbox, check=0)
+        assert again.report["summary"]["already_merged"] == 20
+        assert not [one for one in sandbox.requests[before:] if one.endpoint == "rev-users.merge"]
+
+
+def test_a_group_with_several_revu_contacts_ends_as_one_contact_with_the_user_reference(place: Workplace) -> None:
+    organisation = Organisation.from_csv(SAMPLE)
+    place.csv.write_bytes(SAMPLE.read_bytes())
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, check=0)
+    group = [(p, d) for p, d in organisation.merges if organisation.contacts[p]["email"].startswith("jonas.")]
+    assert len(group) == 2 and len({p for p, _ in group}) == 1
+    assert organisation.contacts[group[0][0]]["external_ref"].startswith("user_")
+
+
+def test_preview_makes_no_request_needs_no_token_and_names_everything(place: Workplace, seeded: Organisation) -> None:
+    place.export(seeded)
+    with Sandbox(seeded) as sandbox:
+        result = place.run(sandbox, "--preview", check=0, DEVREV_API_TOKEN="")
+        assert sandbox.requests == [] and sandbox.connections == 0
+    assert {path.parent.name for path in place.files()} == {place.folder.name, "logs"}
+    lines = result.out.splitlines()
+    assert lines[-1] == "20 pairs to merge, 3 groups skipped"
+    for number in range(1, 21):
+        (line,) = (one for one in lines if one.startswith(f"person{number}@"))
+        assert {f"REVU-P{number}", f"REVU-D{number}", f"user_{number}"} <= set(line.split())
+    (line,) = (one for one in lines if one.startswith("person19@"))
+    assert {"130", "7"} <= set(line.split())
+    for code, email in (
+        ("several_user_refs", "shared@"),
+        ("several_user_refs", "ambiguous@"),
+        ("no_user_ref", "nouser@"),
+    ):
+        assert code in result.out and email in result.out
+
+
+def test_a_count_that_the_backup_does_not_match_refuses_that_group_alone(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(4)
+    place.export(organisation, {pairs[0][0]: {"TICKET_COUNT": 1}, pairs[1][1]: {"TICKET_COUNT": 9}})
+    with Sandbox(organisation) as sandbox:
+        result = place.run(sandbox, check=1)
+        assert_merged(organisation, pairs[2:])
+        assert result.codes == {"person1@example.com": "count_mismatch", "person2@example.com": "count_mismatch"}
+        result = place.run(sandbox, "--count-policy", "at-least", check=1)
+        assert sorted(organisation.merges) == sorted([pairs[0], *pairs[2:]])
+        assert result.codes == {"person2@example.com": "count_mismatch"}
+        assert result.report["summary"]["already_merged"] == 2
+
+
+@pytest.mark.parametrize(
+    "options, merged",
+    [
+        (["--email", " Person2@EXAMPLE.com", "--email", "person3@example.com"], {2, 3}),
+        (["--limit", "1"], {1}),
+        (["--email", "nobody@example.com"], set()),
+    ],
+)
+def test_a_canary_merges_only_what_was_named(place: Workplace, options: List[str], merged: Set[int]) -> None:
+    organisation, pairs = organisation_of_pairs(4)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, *options, check=0)
+        assert_merged(organisation, [pairs[number - 1] for number in merged])
+        place.run(sandbox, "--limit", "10", check=0)
+        assert_merged(organisation, pairs)
+
+
+def test_a_server_that_takes_few_ids_at_a_time_is_served_in_halves(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(20)
+    place.export(organisation)
+    with Sandbox(organisation, max_ids=7) as sandbox:
+        findings = watch_merges(sandbox, place.folder)
+        place.run(sandbox, check=0)
+        assert findings == [None] * 20
+        assert_merged(organisation, pairs)
+
+
+def test_items_that_name_none_of_the_contacts_are_asked_for_contact_by_contact(place: Workplace) -> None:
+    """An API may leave out who a work belongs to; the filter still knows."""
+    organisation, pairs = organisation_of_pairs(3)
+    place.export(organisation)
+    expected = {one: roles_of(organisation, one) for both in pairs for one in both}
+    with Sandbox(organisation) as sandbox:
+        sandbox.faults.append(Fault("anonymous", "works.list"))
+        sandbox.faults.append(Fault("anonymous", "conversations.list"))
+        place.run(sandbox, check=0)
+    assert_merged(organisation, pairs)
+    for contact, roles in expected.items():
+        (backup,) = backups_of(place.folder, contact)
+        (entry,) = (one for one in backup.manifest["contacts"] if one["csv"]["id"] == contact)
+        assert {role: set(ids) for role, ids in entry["works"].items()} == {
+            r: roles[r] for r in ("owned", "created", "reported")
+        }
+
+
+def test_without_timelines_the_manifest_says_so(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, "--no-timelines", check=0)
+        assert sandbox.count("timeline-entries.list") == 0
+    assert_merged(organisation, pairs)
+    (backup,) = backups_of(place.folder, pairs[0][0])
+    assert backup.manifest["timelines"] is False and backup.contacts[pairs[0][0]]["timelines"] == {}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_what_a_run_leaves_is_readable_by_its_owner_alone(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(2)
+    place.export(organisation)
+    mine = {place.csv}
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, check=0)
+    for path in place.folder.rglob("*"):
+        if path not in mine:
+            assert not path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO), path
+
+
+def test_settings_come_from_env_files_and_the_environment_wins(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        lines = [f"{name}={value}" for name, value in sandbox.environment().items()]
+        (place.folder / ".env").write_text("\n".join(lines), encoding="utf-8")
+        place.run(None, check=2, DEVREV_API_TOKEN="another")
+        assert organisation.merges == []
+        place.run(None, check=0)
+        assert_merged(organisation, pairs)
+
+
+@pytest.mark.parametrize(
+    "url, word",
+    [
+        ("http://api.example.com", "https"),
+        ("ftp://127.0.0.1", "https"),
+        ("https://name:secret@api.example.com", "host"),
+        ("api.example.com", "https"),
+        ("http://127.0.0.1.example.com", "https"),
+    ],
+)
+def test_the_token_is_never_sent_where_others_could_read_it(place: Workplace, url: str, word: str) -> None:
+    organisation, _ = organisation_of_pairs(1)
+    place.export(organisation)
+    result = place.run(None, check=2, DEVREV_API_TOKEN="sandbox-token", DEVREV_BASE_URL=url)
+    assert word in result.err and "secret" not in result.err
+
+
+@pytest.mark.parametrize(
+    "kind, endpoint, word",
+    [
+        ("401", "dev-users.self", "DEVREV_API_TOKEN"),
+        ("403", "rev-users.merge", "rev_user:all"),
+        ("403", "timeline-entries.list", "timeline"),
+        ("403", "works.list", "ticket:read"),
+    ],
+)
+def test_a_token_that_may_not_is_told_so_and_changes_nothing(
+    place: Workplace, kind: str, endpoint: str, word: str
+) -> None:
+    organisation, _ = organisation_of_pairs(3)
+    place.export(organisation)
+    with Sandbox(organisation, faults=[Fault(kind, endpoint)]) as sandbox:
+        result = place.run(sandbox, check=2)
+        assert word in result.err
+        assert organisation.merges == []
+        sandbox.faults.clear()
+        place.run(sandbox, check=0)
+        assert len(organisation.merges) == 3
+
+
+def test_the_token_is_in_no_file_and_no_output(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(3)
+    place.export(organisation)
+    token = "dvrv-test-token-A1b2C3"
+    with Sandbox(
+        organisation, token=token, faults=[Fault("500", chance=0.1), Fault("reset-after", chance=0.1)]
+    ) as sandbox:
+        outputs = [place.run(sandbox, "-v"), place.run(sandbox)]
+        sandbox.token = "another"
+        outputs.append(place.run(sandbox, "--check"))
+    assert all(token not in result.out + result.err for result in outputs)
+    assert all(token.encode() not in path.read_bytes() for path in place.files())
+
+
+def test_the_report_page_holds_the_report(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(1)
+    user = next(iter(organisation.contacts.values()))
+    user["display_name"] = "</script><script>alert(1)</script><!--"
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        result = place.run(sandbox, check=0)
+    (page,) = (place.folder / "reports").glob("*.html")
+    text = page.read_text(encoding="utf-8")
+    embedded = text.partition('<script type="application/json" id="report">')[2].partition("</script>")[0]
+    assert "<" not in embedded and json.loads(embedded) == result.report
