@@ -30,6 +30,7 @@ import socket
 import sqlite3
 import stat
 import sys
+import textwrap
 import threading
 import time
 from array import array
@@ -68,7 +69,6 @@ if TYPE_CHECKING:
 __version__ = "1.0.0"
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_HELD = 0, 1, 2, 3, 11
-EXIT_SIGINT, EXIT_SIGTERM = 130, 143
 
 Json = Dict[str, Any]
 T = TypeVar("T")
@@ -1810,7 +1810,7 @@ class ContactMerger:
         todo = {pair.ids for pair in plan.pairs()} | {pair.ids for pair in unfinished}
         self.total = len(todo)
         del todo
-        self._groups = iter(plan.groups)
+        self._groups = _drain(plan.groups)
         self._guard(self._take_over, unfinished)
         while True:
             if not self.halt.is_set():
@@ -1822,6 +1822,11 @@ class ContactMerger:
         for pool in (self._stages, self._requests):
             pool.shutdown(wait=True)
         return self._exit_code()
+
+    @property
+    def under_way(self) -> int:
+        """Pairs between the merge request and `done`."""
+        return sum(merge.pair.state in UNFINISHED for merge in self._open.values())
 
     def _advance(self) -> None:
         self._feed()
@@ -2194,12 +2199,12 @@ class ContactMerger:
         """Seconds after the request until a duplicate that is still there means that the merge won't come.
 
         An acknowledged merge has the whole timeout. One whose answer was lost may never have arrived, so it is
-        waited for several times as long as merges take, and then done over.
+        waited for several times as long as merges take (ten seconds where that is not known), and then done over.
         """
         if pair.state is State.ACKNOWLEDGED:
             return self.merge_timeout
-        usual = max(self._usual_delays, default=0.0)
-        return min(self.merge_timeout / 2, max(4 * usual, min(5.0, self.merge_timeout / 4)))
+        longest = max(self._usual_delays, default=0.0)
+        return min(max(3.0, 6 * longest) if longest else 10.0, self.merge_timeout / 4)
 
     def _usual_delay(self) -> Optional[float]:
         """How long merges have taken lately, in seconds: three of four were done by then."""
@@ -2266,7 +2271,10 @@ class ContactMerger:
     def _on_unconfirmed(self, merge: Merge, problem: Optional[PairError]) -> None:
         pair = merge.pair
         if merge.refusal:
-            self._fail(merge, merge.refusal.code, str(merge.refusal), State.FAILED)
+            # A pair that was asked for earlier may still be under way in DevRev: it stays to be looked at.
+            asked_before = self._restarts[pair.ids] > 0
+            state = State.REQUESTED if asked_before else State.FAILED
+            self._fail(merge, merge.refusal.code, str(merge.refusal), state)
         elif problem:
             self._fail(merge, problem.code, f"the merge can't be confirmed: {problem}")
         elif self._restarts[pair.ids] < 3 and (pair.state is State.REQUESTED or merge.batch is None):
@@ -2476,6 +2484,13 @@ class ContactMerger:
                 merge.pair.state = State.REQUESTED
             if merge.pair.state in UNFINISHED:
                 self._fail(merge, "interrupted", f"stopped while {merge.pair.state.value}; run again to finish")
+
+
+def _drain(items: List[T]) -> Iterator[T]:
+    """Yield the items in order and forget them, so that memory does not grow with what is done."""
+    items.reverse()
+    while items:
+        yield items.pop()
 
 
 def _by_id(items: Iterable[Json]) -> Dict[str, Json]:
@@ -2719,8 +2734,15 @@ class Console:
         return printable(text.replace(self.token, "[token]") if self.token else text)
 
     def say(self, text: str = "", style: str = "") -> None:
-        """A line of results; never raises because nobody reads it any more."""
-        self._write(self.out, self.paint(style, self.clean(text)) if style else self.clean(text))
+        """A line of results, wrapped on a terminal; never raises because nobody reads it any more."""
+        for line in self.wrap(self.clean(text)):
+            self._write(self.out, self.paint(style, line) if style else line)
+
+    def wrap(self, text: str) -> List[str]:
+        if len(text) <= self.width:
+            return [text]
+        indent = " " * (len(text) - len(text.lstrip()) + 2)
+        return textwrap.wrap(text, self.width, subsequent_indent=indent, break_on_hyphens=False)
 
     def note(self, text: str, style: str = "") -> None:
         """A line beside the results."""
@@ -2783,7 +2805,7 @@ def _show_pairs(plan: Plan, console: Console) -> None:
     if not pairs:
         return
     arrow = console.symbol("\u2190", "<-")
-    head = ("EMAIL", "PRIMARY", "TICKETS", "", "DUPLICATE", "TICKETS", "REFERENCE THAT MOVES")
+    head = ("EMAIL", "PRIMARY", "TICKETS", "", "DUPLICATE", "TICKETS", "REFERENCE")
     widths = [len(title) for title in head]
     for row in map(_pair_cells, pairs):
         widths = [max(width, len(cell)) for width, cell in zip(widths, row)]
@@ -2793,7 +2815,7 @@ def _show_pairs(plan: Plan, console: Console) -> None:
         lines = (form % (*row[:3], *row[4:]) for row in map(_pair_cells, pairs))
     else:
         console.say(
-            f"EMAIL\n  PRIMARY (TICKETS) {arrow} DUPLICATE (TICKETS), REFERENCE THAT MOVES".replace("\n", " / "),
+            f"EMAIL\n  PRIMARY (TICKETS) {arrow} DUPLICATE (TICKETS), REFERENCE".replace("\n", " / "),
             "bold",
         )
         card = "{0}\n  {1} ({2}) " + arrow + " {4} ({5}), {6}"
@@ -3186,10 +3208,10 @@ def merge(run: Run) -> int:
             progress.on_pair,
             progress.on_tick,
         )
+        unfinished = merger.identify(plan)
+        confirm(run, plan, merger, len(unfinished))
+        savepoint.about("organisation", merger.organisation)
         with _signals(run):
-            unfinished = merger.identify(plan)
-            confirm(run, plan, merger, len(unfinished))
-            savepoint.about("organisation", merger.organisation)
             code = merger.run(plan, unfinished)
         run.console.status("")
         return _report(run, plan, merger, savepoint, run.signal + 128 if run.signal else code)
@@ -3237,8 +3259,6 @@ def confirm(run: Run, plan: Plan, merger: ContactMerger, unfinished: int) -> Non
         answer = input("Type merge to go on, anything else to leave: ")
     except EOFError:
         answer = ""
-    if run.signal:
-        raise KeyboardInterrupt
     if answer.strip() != "merge":
         raise Stop(EXIT_USAGE, "not confirmed; nothing was changed")
 
@@ -3288,6 +3308,8 @@ class Progress:
         )
         rate = (sum(merger.api.requests.values()) - before) / max(1.0, now - since) * 60
         parts = [f"{done}/{merger.total} pairs"]
+        if merger.under_way:
+            parts.append(f"{merger.under_way} merging")
         if merger.failed:
             parts.append(f"{merger.failed} failed")
         parts.append(f"{rate:.0f} requests/min")
@@ -3578,6 +3600,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     options = parse_options(argv)
     os.umask(0o077)
     run = Run(options)
+
+    def terminate(number: int, _frame: Any) -> None:
+        run.signal = number
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         run.open_log()
         run.load_settings()
@@ -3588,8 +3616,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         run.console.error(str(stop))
         return stop.exit_code
     except KeyboardInterrupt:
+        run.console.status("")
         run.console.note("interrupted; nothing was changed")
-        return EXIT_SIGINT
+        return 128 + (run.signal or signal.SIGINT)
 
 
 MODES: Dict[str, Callable[[Run], int]] = {

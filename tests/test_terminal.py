@@ -1,0 +1,250 @@
+"""What a person sees: the preview, the question before the first merge, check, status, verify, help."""
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+
+from tests.sandbox import Fault, Sandbox
+from tests.support import SCRIPT, Workplace, assert_merged, organisation_of_pairs
+
+posix = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX terminal")
+
+
+class Terminal:
+    """The script on a real (pseudo) terminal of some width."""
+
+    def __init__(self, place: Workplace, sandbox: Any, *options: str, columns: int = 80, **extra: str) -> None:
+        import fcntl
+        import pty
+        import struct
+        import termios
+
+        self.text = ""
+        environment = {**place.environment(sandbox, {"TERM": "xterm", **extra})}
+        for name in ("NO_COLOR", "COLUMNS", "LINES"):
+            environment.pop(name, None)
+        environment.update(extra)
+        self.pid, self.handle = pty.fork()
+        if self.pid == 0:
+            os.chdir(str(place.folder))
+            os.execve(sys.executable, [sys.executable, str(SCRIPT), *options], environment)
+        fcntl.ioctl(self.handle, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+
+    def read_until(self, wanted: str = "", seconds: float = 20) -> str:
+        """Read until `wanted` has come, or to the end."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not (wanted and wanted in self.text):
+            try:
+                data = os.read(self.handle, 65536)
+            except OSError:
+                break
+            if not data:
+                break
+            self.text += data.decode("utf-8")
+        return self.text
+
+    def type(self, text: str) -> None:
+        os.write(self.handle, text.encode("utf-8"))
+
+    def end(self) -> int:
+        self.read_until()
+        status = os.waitpid(self.pid, 0)[1]
+        os.close(self.handle)
+        return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+
+
+@posix
+@pytest.mark.parametrize(
+    "typed, code, merged", [("merge\n", 0, 2), ("yes\n", 2, 0), ("\n", 2, 0), ("\x04", 2, 0), ("\x03", 130, 0)]
+)
+def test_on_a_terminal_only_a_typed_merge_goes_on(place: Workplace, typed: str, code: int, merged: int) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        terminal = Terminal(place, sandbox, "--csv", "contacts.csv")
+        text = terminal.read_until("Type merge")
+        for fact in ("SANDBOX1", "Dana Developer", "2 pairs", "can't be undone", "backups"):
+            assert fact in text
+        assert sandbox.count("rev-users.merge") == 0
+        terminal.type(typed)
+        assert terminal.end() == code, terminal.text
+    assert_merged(organisation, pairs[:merged])
+
+
+@posix
+def test_yes_asks_nothing_and_a_status_line_tells_how_far_it_is(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(6)
+    place.export(organisation)
+    with Sandbox(organisation, latency=0.02, quota=(20, 2)) as sandbox:
+        terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--yes")
+        assert terminal.end() == 0
+    assert "Type merge" not in terminal.text
+    assert re.search(r"\d/6 pairs.*requests/min", terminal.text) and "for quota" in terminal.text
+    assert_merged(organisation, pairs)
+
+
+@posix
+@pytest.mark.parametrize("columns", [50, 80, 200])
+@pytest.mark.parametrize("colour", [True, False])
+def test_the_preview_fits_the_terminal(place: Workplace, columns: int, colour: bool) -> None:
+    organisation, _ = organisation_of_pairs(3)
+    organisation.add_contact("N1", "nouser@example.com")
+    organisation.add_contact("N2", "nouser@example.com")
+    place.export(organisation)
+    terminal = Terminal(
+        place, None, "--csv", "contacts.csv", "--preview", columns=columns, **({} if colour else {"NO_COLOR": "1"})
+    )
+    assert terminal.end() == 0
+    assert ("\x1b[" in terminal.text) is colour
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", terminal.text)
+    assert max(map(len, plain.splitlines())) <= columns
+    for word in ("REVU-P1", "REVU-D1", "user_1", "3 pairs to merge, 1 group skipped"):
+        assert word in plain
+
+
+def test_the_plan_as_json_is_nothing_but_json(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(3)
+    organisation.add_contact("N1", "nouser@example.com")
+    organisation.add_contact("N2", "nouser@example.com")
+    place.export(organisation)
+    plan = json.loads(place.run(None, "--preview", "--json", check=0).out)
+    assert [(one["primary"]["id"], one["duplicate"]["id"]) for one in plan["pairs"]] == pairs
+    assert [one["code"] for one in plan["skipped"]] == ["no_user_ref"]
+    assert plan["summary"]["pairs_to_merge"] == 3 and plan["summary"]["estimated_requests"] > 9
+
+
+def test_the_preview_knows_what_is_done_already(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(3)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, "--limit", "2", check=0)
+    lines = place.run(None, "--preview", check=0).out.splitlines()
+    assert lines[-1] == "1 pair to merge, 0 groups skipped"
+    assert "2 pairs of this export already merged (says the savepoint)" in lines
+
+
+def test_quiet_says_only_errors_and_the_summary_and_verbose_each_request(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(2)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        loud = place.run(sandbox, "-v", "--limit", "1", check=0)
+        assert loud.err.count(" -> 200 in ") >= 8 and "merged  person1@" in loud.out
+        quiet = place.run(sandbox, "-q", check=0)
+        assert quiet.err == "" and "person2@" not in quiet.out and "1 of 1 pair" in quiet.out
+
+
+def test_failures_are_grouped_with_what_to_do_next(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(4)
+    changes: Dict[str, Dict[str, Any]] = {pairs[n][0]: {"TICKET_COUNT": 77} for n in (0, 1)}
+    place.export(organisation, changes)
+    with Sandbox(organisation) as sandbox:
+        result = place.run(sandbox, check=1)
+    assert "2 count_mismatch: person1@example.com, person2@example.com" in result.out
+    assert "what to do: export again" in result.out
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_check_says_whether_a_run_could_start_and_changes_nothing(place: Workplace, readable: bool) -> None:
+    organisation, _ = organisation_of_pairs(2)
+    place.export(organisation)
+    with Sandbox(organisation, quota=(1000, 300), faults=[] if readable else [Fault("403", "works.list")]) as sandbox:
+        result = place.run(sandbox, "--check", check=0 if readable else 2)
+        assert {one.endpoint for one in sandbox.requests} <= {
+            "dev-users.self", "rev-users.list", "works.list", "conversations.list", "timeline-entries.list",
+        }  # fmt: skip
+        assert len(sandbox.requests) <= 5
+    assert "Dana Developer" in result.out and "SANDBOX1" in result.out and "2 pairs" in result.out
+    assert "of 1000 units left" in result.out and "can't be tried without merging" in result.out
+    assert ("FAILED" in result.out) is not readable and ("ticket:read" in result.out) is not readable
+    assert not (place.folder / "savepoint.db").exists()
+
+
+def test_check_names_a_token_that_is_not_accepted_and_a_csv_of_another_organisation(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(1)
+    place.export(
+        organisation, {one: {"REV_USER_ID": one.replace("SANDBOX1", "OTHER")} for one in organisation.contacts}
+    )
+    with Sandbox(organisation) as sandbox:
+        assert "another organisation" in place.run(sandbox, "--check", check=2).out
+        assert "401" in place.run(sandbox, "--check", check=2, DEVREV_API_TOKEN="wrong").out
+
+
+def test_status_tells_what_the_savepoint_knows(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(3)
+    place.export(organisation, {pairs[0][0]: {"TICKET_COUNT": 9}})
+    assert "nothing was merged with it yet" in place.run(None, "--status", check=0).out
+    never = Fault("merge-never", "rev-users.merge", match=lambda body: body["secondary_user"] == pairs[1][1])
+    with Sandbox(organisation, faults=[never]) as sandbox:
+        place.run(sandbox, "--merge-timeout", "1", check=1)
+    out = place.run(None, "--status", check=0).out
+    assert re.search(r"1 done", out) and re.search(r"1 failed", out) and re.search(r"1 acknowledged", out)
+    assert re.search(r"unfinished +person2@.* merge_not_confirmed", out)
+    assert re.search(r"failed +person1@.* count_mismatch", out)
+
+
+def damage_nothing(folder: Path) -> None:
+    pass
+
+
+def flip_a_byte(folder: Path) -> None:
+    file = next(folder.glob("primary_*/works.json"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+def lose_a_file(folder: Path) -> None:
+    next(folder.glob("duplicate_*/timelines.json")).unlink()
+
+
+def lose_the_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def lose_the_folder(folder: Path) -> None:
+    folder.rename(folder.parent.parent.parent / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "damage, word",
+    [
+        (damage_nothing, "3 whole backups, 0 damaged, 0 missing"),
+        (flip_a_byte, "works.json"),
+        (lose_a_file, "timelines.json"),
+        (lose_the_manifest, "manifest.json"),
+        (lose_the_folder, "MISSING"),
+    ],
+)
+def test_verify_backups_names_what_is_damaged_or_missing(place: Workplace, damage: Any, word: str) -> None:
+    organisation, _ = organisation_of_pairs(3)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, check=0)
+    damage(next((place.folder / "backups" / "person2@example.com").iterdir()))
+    result = place.run(None, "--verify-backups", check=0 if damage is damage_nothing else 1)
+    assert word in result.out
+
+
+@pytest.mark.parametrize("options, word", [(["--help"], "examples:"), (["--version"], "merge_contacts ")])
+def test_help_and_version_write_nothing(place: Workplace, options: List[str], word: str) -> None:
+    assert word in place.run(None, *options, check=0).out
+    assert place.files() == []
+
+
+def test_output_that_nobody_reads_any_more_does_not_stop_a_run(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    place.export(organisation)
+    with Sandbox(organisation, latency=0.02) as sandbox:
+        process = place.start(sandbox)
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
+        assert process.wait(timeout=30) == 0
+        process.stderr.close()
+    assert_merged(organisation, pairs)
