@@ -16,6 +16,7 @@ import argparse
 import collections
 import contextlib
 import csv
+import gc
 import hashlib
 import heapq
 import json
@@ -348,7 +349,7 @@ class InvalidRow(NamedTuple):
 
 @dataclass
 class Reading:
-    """What a CSV holds that matters: only rows whose email (or id) occurs more than once are kept."""
+    """What a CSV holds that matters: only rows whose email or id recurs are kept."""
 
     contacts: List[Contact] = field(default_factory=list)
     contacts_read: int = 0
@@ -358,7 +359,7 @@ class Reading:
 
 _NUL_MARK = "\ufdd0"  # a noncharacter: the csv module of Python 3.8 to 3.10 can't read a NUL
 _FIELD_LIMIT = 1 << 20
-_ADDRESS = re.compile(r"[^\s,;\"'<>()]+@[^\s,;\"'<>()]+")
+_ADDRESS = re.compile(r"[^\s,;\"<>()]+@[^\s,;\"<>()]+")
 
 
 def read_contacts(path: Path) -> Reading:
@@ -392,6 +393,7 @@ class _CsvReader:
         self.size = size
         self.has_nul = False
         self.width = 0
+        self.spans_lines = True
         self.places: Dict[str, Optional[int]] = {}
         self.reading = Reading()
         csv.field_size_limit(_FIELD_LIMIT)
@@ -404,40 +406,52 @@ class _CsvReader:
             while head and not self.has_nul:
                 self.has_nul = b"\0" in head
                 head = raw.read(1 << 20)
-        emails, ids = self._survey()
-        self._keep(emails, ids)
+        self._keep(self._survey())
         return self.reading
 
     @contextlib.contextmanager
-    def _rows(self) -> Iterator[Any]:
-        """Yield a csv.reader that stands behind the header."""
+    def _rows(self, kept: Optional[Iterable[bool]] = None) -> Iterator[Any]:
+        """Yield a csv.reader that stands behind the header; with `kept`, of the rows alone that it says.
+
+        Where each row is a line, the lines of the others are never taken apart.
+        """
         os.lseek(self.descriptor, 0, os.SEEK_SET)
-        with open(self.descriptor, encoding="utf-8-sig", newline="", closefd=False) as file:
+        with open(self.descriptor, buffering=1 << 18, encoding="utf-8-sig", newline="", closefd=False) as file:
             lines: Iterable[str] = (line.replace("\0", _NUL_MARK) for line in file) if self.has_nul else file
             rows = csv.reader(lines, strict=True)
             try:
                 header = next((row for row in rows if row), None)
                 if header is None:
                     raise Stop(EXIT_USAGE, "the file is empty")
+                if any("," in name for name in header if "\n" in name or "\r" in name):
+                    raise Stop(EXIT_USAGE, "the header holds other rows (a stray quote?)")
                 if not self.places:
                     self.width, self.places = len(header), locate_columns(header)
-                yield rows
+                if kept is None:
+                    yield rows
+                elif self.spans_lines:
+                    yield compress(rows, kept)
+                else:
+                    rows = csv.reader(compress(iter(lines), kept), strict=True)
+                    yield rows
             except csv.Error as error:
-                raise csv.Error(f"line {rows.line_num}: {error}") from None
+                where = f"line {rows.line_num}" if self.places else "the header"
+                raise csv.Error(f"{where}: {error}") from None
 
-    def _survey(self) -> Tuple[Iterable[bool], Iterable[bool]]:
-        """Check every row, and mark for each whether its email and whether its id recurs.
+    def _survey(self) -> Iterable[bool]:
+        """Check every row, and say of each whether it is to be kept: its email or its id recurs.
 
         One byte a hash value says «seen», so a million rows cost tens of megabytes, not hundreds; where two
-        values share a byte a row too many is kept, never one too few.
+        values share a byte, `_repeated` finds out that they do not recur.
         """
         slots = 1 << min(24, max(16, (self.size // 4).bit_length()))
         mask, seen_emails, seen_ids = slots - 1, bytearray(slots), bytearray(slots)
-        emails, ids = array("q"), array("q")
+        emails, ids = array("q"), array("q")  # hashes; -1, which no hash is, for a row that is left out
         recurring_emails: Set[int] = set()
         recurring_ids: Set[int] = set()
         with self._rows() as rows:
             pick = itemgetter(*(self.places[name] for name in ("id", "email", "external_ref", "tickets")))
+            add_email, add_id = emails.append, ids.append
             width, has_nul, header_lines = self.width, self.has_nul, rows.line_num
             for row in rows:
                 if len(row) == width:
@@ -446,29 +460,39 @@ class _CsvReader:
                     plain = count.isdecimal() and len(count) < 10 and key and identity.strip() and reference.strip()
                 else:
                     plain = False
-                if not plain or has_nul:
-                    reason = self._flaw(row)
-                    if reason or not row:
-                        if row:
-                            self._reject(row, rows.line_num, reason)
-                        emails.append(-1)
-                        ids.append(-1)
-                        continue
-                for value, seen, recurring, values in (
-                    (hash(key), seen_emails, recurring_emails, emails),
-                    (hash(identity), seen_ids, recurring_ids, ids),
-                ):
-                    values.append(value)
-                    if seen[value & mask]:
-                        recurring.add(value)
-                    else:
-                        seen[value & mask] = 1
-            spans_lines = rows.line_num - header_lines != len(emails)
-        if spans_lines:
+                if (not plain or has_nul) and not self._passes(row, rows.line_num):
+                    add_email(-1)
+                    add_id(-1)
+                    continue
+                # Written out twice: a call for each of a million rows would cost more than the rest of the loop.
+                value = hash(key)
+                slot = value & mask
+                if seen_emails[slot]:
+                    recurring_emails.add(value)
+                else:
+                    seen_emails[slot] = 1
+                add_email(value)
+                value = hash(identity)
+                slot = value & mask
+                if seen_ids[slot]:
+                    recurring_ids.add(value)
+                else:
+                    seen_ids[slot] = 1
+                add_id(value)
+            self.spans_lines = rows.line_num - header_lines != len(emails)
+        if self.spans_lines:
             self._distrust_swallowed_rows(emails, ids)
         self.reading.contacts_read = len(emails) - emails.count(-1)
-        recurring_emails.update(map(hash, self.reading.tainted))
-        return map(recurring_emails.__contains__, emails), map(recurring_ids.__contains__, ids)
+        wanted_emails = _repeated(emails, recurring_emails).union(map(hash, self.reading.tainted))
+        wanted_ids = _repeated(ids, recurring_ids)
+        return map(or_, map(wanted_emails.__contains__, emails), map(wanted_ids.__contains__, ids))
+
+    def _passes(self, row: Sequence[str], line: int) -> bool:
+        """Look twice at a row that does not look plain: reject it unless it is blank (nothing) or good after all."""
+        flaw = self._flaw(row)
+        if flaw:
+            self._reject(row, line, flaw)
+        return bool(row) and not flaw
 
     def _flaw(self, row: Sequence[str]) -> str:
         """Say what is wrong with a row that does not look plain at first sight; `""` if nothing is."""
@@ -485,34 +509,40 @@ class _CsvReader:
         return ""
 
     def _reject(self, row: Sequence[str], line: int, reason: str) -> None:
-        """Leave the row out, and with it every group that shares an address with any of its fields."""
+        """Leave the row out, and with it every group whose email stands in any of its fields."""
         place = self.places["email"] or 0
         email = row[place].strip() if place < len(row) else ""
         self.reading.invalid_rows.append(InvalidRow(line, reason, email[:320] or None))
         for value in row:
-            if "@" in value:
-                self.reading.tainted.update(word.casefold() for word in (value.strip(), *_ADDRESS.findall(value)))
+            for text in {value, value.replace(_NUL_MARK, "")}:
+                self.reading.tainted.update(word.strip().casefold() for word in (text, *_ADDRESS.findall(text)))
 
     def _distrust_swallowed_rows(self, emails: "array[int]", ids: "array[int]") -> None:
         """Reject rows with a field in which a stray quote has swallowed other rows."""
         with self._rows() as rows:
             for index, row in enumerate(rows):
-                lines = chain.from_iterable(value.splitlines() for value in row if "\n" in value or "\r" in value)
-                if emails[index] != -1 and any(line.count(",") >= self.width - 1 for line in lines):
+                long = [value for value in row if "\n" in value or "\r" in value]
+                if emails[index] != -1 and any(value.count(",") >= self.width - 1 for value in long):
                     self._reject(row, rows.line_num, "a quoted field that holds other rows (a stray quote?)")
                     emails[index] = ids[index] = -1
 
-    def _keep(self, emails: Iterable[bool], ids: Iterable[bool]) -> None:
+    def _keep(self, wanted: Iterable[bool]) -> None:
         places = [self.places[name] for name in Contact.__annotations__]
         # A column under a name of its own is read as an empty field behind the row.
         pick = itemgetter(*(self.width if place is None else place for place in places))
         keep = self.reading.contacts.append
         pad = [""] if None in places else []
-        with self._rows() as rows:
-            for row in compress(rows, map(or_, emails, ids)):
+        with self._rows(kept=wanted) as rows:
+            for row in rows:
                 cells: List[Any] = [*pick(row + pad)]
                 cells[-1] = int(cells[-1])
                 keep(Contact(*cells))
+
+
+def _repeated(values: "array[int]", candidates: Set[int]) -> Set[int]:
+    """Those of the candidates that are there more than once; the others have shared a byte with another value."""
+    counts = collections.Counter(filter(candidates.__contains__, values))
+    return {value for value, count in counts.items() if count > 1}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -630,21 +660,22 @@ class Plan:
 
 def detect(reading: Reading) -> Plan:
     """Find the groups to merge and the groups to skip, ordered by email."""
-    by_email: Dict[str, Dict[str, Contact]] = {}
-    by_id: Dict[str, Contact] = {}
+    by_email: Dict[str, List[Contact]] = {}
+    by_id: Dict[str, List[Contact]] = {}
     broken = set(reading.tainted)
     repeated = 0
     for contact in reading.contacts:
-        other = by_id.setdefault(contact.id, contact)
-        if other is not contact:
-            if other == contact:
-                repeated += 1
-                continue
-            broken.update((other.key, contact.key))
-        by_email.setdefault(contact.key, {})[contact.id] = contact
+        variants = by_id.setdefault(contact.id, [])
+        if contact in variants:
+            repeated += 1
+            continue
+        variants.append(contact)
+        if len(variants) > 1:
+            broken.update(variant.key for variant in variants)
+        by_email.setdefault(contact.key, []).append(contact)
     plan = Plan([], [], reading.invalid_rows, reading.contacts_read - repeated)
     for email in sorted(by_email):
-        found = judge(email, list(by_email[email].values()), broken=email in broken)
+        found = judge(email, by_email[email], broken=email in broken)
         if isinstance(found, Group):
             plan.groups.append(found)
         elif found:
@@ -657,7 +688,7 @@ def judge(email: str, contacts: Sequence[Contact], broken: bool = False) -> Unio
     users = [contact for contact in contacts if contact.external_ref.startswith("user_")]
     system = [contact for contact in contacts if contact.external_ref.startswith("REVU-")]
     if broken:
-        return Skip(email, "invalid_row", list(contacts)) if users or system else None
+        return Skip(email, "invalid_row", users + system) if users or system else None
     if len(users) > 1:
         return Skip(email, "several_user_refs", users + system)
     if not users:
@@ -2744,6 +2775,10 @@ class Console:
         indent = " " * (len(text) - len(text.lstrip()) + 2)
         return textwrap.wrap(text, self.width, subsequent_indent=indent, break_on_hyphens=False)
 
+    def say_all(self, lines: Iterable[str]) -> None:
+        """Many lines of results with one write."""
+        self._write(self.out, "\n".join(map(self.clean, lines)))
+
     def note(self, text: str, style: str = "") -> None:
         """A line beside the results."""
         self._write(self.err, self.paint(style, self.clean(text), self.err) if style else self.clean(text))
@@ -2820,9 +2855,8 @@ def _show_pairs(plan: Plan, console: Console) -> None:
         )
         card = "{0}\n  {1} ({2}) " + arrow + " {4} ({5}), {6}"
         lines = (card.format(*row) for row in map(_pair_cells, pairs))
-    for line in lines:
-        for part in line.rstrip().split("\n"):
-            console.say(part)
+    for some in iter(lambda: list(islice(lines, 1000)), []):
+        console.say_all(part for line in some for part in line.rstrip().split("\n"))
     console.say()
 
 
@@ -3126,10 +3160,21 @@ class Run:
 # -- the plan ----------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector from walking, again and again, through what is being built and holds no cycle."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def make_plan(run: Run, savepoint: Optional[SavePoint]) -> Plan:
     """Read, detect, and leave out what is not wanted or done already."""
     options = run.options
-    plan = detect(read_contacts(options.csv))
+    with _no_collection():
+        plan = detect(read_contacts(options.csv))
     if options.email:
         _keep_emails(plan, options.email, run.console)
     if savepoint:
@@ -3173,7 +3218,7 @@ def preview(run: Run) -> int:
     if run.options.json:
         with contextlib.suppress(OSError, ValueError):
             for chunk in plan_chunks(plan, cost):
-                sys.stdout.write(chunk.decode("utf-8"))
+                sys.stdout.write(re.sub(r"[^\x00-\x7e]", lambda c: json.dumps(c.group())[1:-1], chunk.decode("utf-8")))
             sys.stdout.flush()
     else:
         show_plan(plan, run.console, cost, run.ceiling())
