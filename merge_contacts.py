@@ -336,8 +336,6 @@ def locate_columns(header: Sequence[str]) -> Dict[str, Optional[int]]:
             EXIT_USAGE,
             f"missing column{'s' if len(missing) > 1 else ''} {wanted} (found: {', '.join(names) or 'none'})",
         )
-    for column in missing:
-        log.warning("no column %s: contacts are worked on without it", column.name)
     return places
 
 
@@ -407,6 +405,9 @@ class _CsvReader:
                 self.has_nul = b"\0" in head
                 head = raw.read(1 << 20)
         self._keep(self._survey())
+        for column in COLUMNS:
+            if self.places[column.field] is None:
+                log.warning("no column is called %s: contacts are worked on without it", column.name)
         return self.reading
 
     @contextlib.contextmanager

@@ -1,0 +1,282 @@
+"""What the tool asks and what the sandbox answers, held against DevRev's published OpenAPI description.
+
+The description is not part of the project: DEVREV_OPENAPI says where it is, else it is looked for beside the project.
+"""
+
+import copy
+import json
+import os
+import re
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+
+import pytest
+
+import merge_contacts as tool
+from tests.sandbox import SHAPES, Fault, Organisation, Sandbox
+from tests.support import ROOT, SAMPLE, Workplace
+
+jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+
+DESCRIPTION = Path(os.environ.get("DEVREV_OPENAPI") or ROOT.parent / "shared" / "openapi" / "devrev-public.json")
+pytestmark = pytest.mark.skipif(
+    not DESCRIPTION.is_file(), reason="DevRev's OpenAPI description is not at hand (DEVREV_OPENAPI names the file)"
+)
+SCHEMA_KEYS = ("items", "additionalProperties")
+
+
+class Description:
+    """The description as JSON Schema, in which a property that it does not know is an error."""
+
+    def __init__(self, path: Path) -> None:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        self.paths = document["paths"]
+        self.responses = document["components"].get("responses", {})
+        self.schemas = {name: opened(schema) for name, schema in document["components"]["schemas"].items()}
+        self.formats = jsonschema.FormatChecker(formats=())
+        self.formats.checks("date-time")(
+            lambda text: (
+                not isinstance(text, str) or bool(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", text))
+            )
+        )
+
+    def request(self, endpoint: str) -> Any:
+        """The schema of a POST's body."""
+        return self.paths[f"/{endpoint}"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+
+    def answer(self, endpoint: str, status: int) -> Any:
+        """The schema of an answer's body."""
+        answer = self.paths[f"/{endpoint}"]["post"]["responses"][str(status)]
+        if "$ref" in answer:
+            answer = self.responses[answer["$ref"].rpartition("/")[2]]
+        return answer["content"]["application/json"]["schema"]
+
+    def flaws(self, schema: Any, value: Any) -> List[str]:
+        whole = {**closed(copy.deepcopy(schema)), "components": {"schemas": self.schemas}}
+        validator = jsonschema.Draft202012Validator(whole, format_checker=self.formats)
+        return [f"{list(error.absolute_path)}: {error.message[:300]}" for error in validator.iter_errors(value)]
+
+
+def closed(schema: Any) -> Any:
+    """A schema where a value stands by itself, so that everything in the value has to be known."""
+    found = opened(schema)
+    if not isinstance(found, dict) or "unevaluatedProperties" in found:
+        return found
+    free_form = found.get("type") == "object" and not {"properties", "allOf", "anyOf", "$ref"} & set(found)
+    return found if free_form else {**found, "unevaluatedProperties": False}
+
+
+def opened(schema: Any) -> Any:
+    """A schema that may be one part of another (by allOf, or as one of several kinds): OpenAPI 3.0 as JSON Schema."""
+    if not isinstance(schema, dict):
+        return schema
+    found = dict(schema)
+    if found.get("additionalProperties") is False:  # it is what is known of this part, and says nothing of the others
+        found["properties"] = found.get("properties", {})
+        del found["additionalProperties"]
+    if "properties" in found:
+        found["properties"] = {name: closed(one) for name, one in found["properties"].items()}
+    for key in SCHEMA_KEYS:
+        if key in found:
+            found[key] = closed(found[key])
+    if "allOf" in found:
+        found["allOf"] = [opened(one) for one in found["allOf"]]
+    kinds = found.pop("oneOf", None)
+    discriminator = found.pop("discriminator", None)
+    if kinds is not None:
+        found["anyOf"] = [opened(one) for one in kinds]
+        if discriminator and "mapping" in discriminator:
+            name = discriminator["propertyName"]
+            found["anyOf"] = [
+                {"properties": {name: {"const": value}}, "$ref": reference}
+                for value, reference in discriminator["mapping"].items()
+            ]
+    if found.pop("nullable", False):
+        return {"anyOf": [found, {"type": "null"}]}
+    return found
+
+
+@pytest.fixture(scope="module")
+def description() -> Description:
+    return Description(DESCRIPTION)
+
+
+def test_every_request_is_one_that_the_description_knows(description: Description, place: Workplace) -> None:
+    organisation = Organisation.from_csv(SAMPLE)
+    place.csv.write_bytes(SAMPLE.read_bytes())
+    with Sandbox(organisation, merge_delay=0.02) as sandbox:
+        place.run(sandbox, "--check", check=0)
+        place.run(sandbox, "--yes", check=0)
+        settings = tool.ApiSettings(token=sandbox.token, base_url=sandbox.url, calls=0)
+        tool.DevRevAPI(settings, threading.Event()).holder_of("user_a102")
+        requests = list(sandbox.requests)
+    assert len(organisation.merges) > 10
+    for request in requests:
+        assert description.flaws(description.request(request.endpoint), request.body) == [], request
+    assert {request.endpoint for request in requests} == {
+        "dev-users.self", "rev-users.list", "rev-users.get", "rev-users.merge", "rev-users.update", "works.list",
+        "conversations.list", "timeline-entries.list",
+    }  # fmt: skip
+    assert any("cursor" in request.body for request in requests), "no list was long enough to be paged"
+
+
+class Asked(NamedTuple):
+    """A request to the sandbox, the status it has to get, and with which fault, token and raw body."""
+
+    endpoint: str
+    body: Dict[str, Any]
+    status: int = 200
+    fault: str = ""
+    token: str = ""
+    raw: Optional[bytes] = None
+
+
+def asked(organisation: Organisation) -> Iterator[Asked]:
+    """What to ask so that all endpoints give all kinds of answers."""
+    one, other, third = list(organisation.contacts)[:3]
+    work = next(one for one, work in organisation.works.items() if work["type"] == "ticket")
+    issue = next(one for one, work in organisation.works.items() if work["type"] == "issue")
+    talk = next(iter(organisation.conversations))
+    nobody = organisation.don("identity", "revu", "NOBODY")
+    nothing = organisation.don("core", "ticket", "999999")
+    yield from (
+        Asked("dev-users.self", {}),
+        Asked("rev-users.get", {"id": one}),
+        Asked("rev-users.list", {}),
+        Asked("rev-users.list", {"email": [organisation.contacts[one]["email"]], "limit": 1}),
+        Asked(
+            "rev-users.update", {"id": third, "external_ref": "user_new", "display_name": "New", "phone_numbers": []}
+        ),
+        Asked("rev-users.merge", {"primary_user": one, "secondary_user": other}),
+        *(
+            Asked("works.list", {role: [one, other], "limit": 100})
+            for role in ("owned_by", "created_by", "reported_by")
+        ),
+        Asked("works.list", {"type": ["ticket", "issue"], "limit": 1}),
+        Asked("works.get", {"id": work}),
+        Asked("works.get", {"id": issue}),
+        Asked(
+            "works.update",
+            {"id": work, "type": "ticket", "owned_by": {"set": [third]}, "reported_by": {"set": [third]}},
+        ),
+        Asked("works.update", {"id": issue, "type": "issue", "title": "Another", "body": "text"}),
+        Asked("conversations.list", {}),
+        Asked("conversations.get", {"id": talk}),
+        Asked("conversations.update", {"id": talk, "members": {"set": [third]}, "title": "Another"}),
+        *(Asked("timeline-entries.list", {"object": item, "limit": 1}) for item in (work, issue, talk)),
+    )
+    # What is refused: 400 of every type, 404, 409.
+    yield from (
+        Asked("rev-users.get", {}, 400),
+        Asked("rev-users.get", {"id": "REVU-1"}, 400),
+        Asked("rev-users.get", {"id": work}, 400),
+        Asked("rev-users.get", {"id": 7}, 400),
+        Asked("rev-users.list", {"who": "all"}, 400),
+        Asked("rev-users.list", {"email": "ada@example.com"}, 400),
+        Asked("rev-users.list", {"limit": 0}, 400),
+        Asked("rev-users.list", {"cursor": "none"}, 400),
+        Asked("rev-users.list", {"mode": "sideways"}, 400),
+        Asked("rev-users.merge", {"primary_user": one, "secondary_user": one}, 400),
+        Asked("works.list", {"type": ["task"]}, 400),
+        Asked("works.list", {"owned_by": [work]}, 400),
+        Asked("works.update", {"id": work, "type": "issue"}, 400),
+        Asked("conversations.update", {"id": talk, "members": {"add": [third]}}, 400),
+        Asked("dev-users.self", {"who": "me"}, 400),
+        *(Asked(endpoint, {}, 400, raw=raw) for endpoint in SHAPES for raw in (b"{", b"[]", b"\xff")),
+        Asked("rev-users.get", {"id": nobody}, 404),
+        Asked("rev-users.merge", {"primary_user": one, "secondary_user": nobody}, 404),
+        Asked("rev-users.update", {"id": nobody, "external_ref": "user_x"}, 404),
+        Asked("works.get", {"id": nothing}, 404),
+        Asked("works.update", {"id": nothing, "type": "ticket"}, 404),
+        Asked("timeline-entries.list", {"object": nothing}, 404),
+        Asked("rev-users.update", {"id": third, "external_ref": organisation.contacts[one]["external_ref"]}, 409),
+    )
+    for endpoint in SHAPES:
+        yield Asked(endpoint, {}, 401, token="another-token")
+        for kind in ("400", "401", "403", "429", "429-bare", "500", "500-after", "503"):
+            yield Asked(endpoint, {}, int(kind[:3]), fault=kind)
+
+
+def test_every_answer_of_the_sandbox_is_one_that_the_description_knows(description: Description) -> None:
+    organisation = Organisation.from_csv(SAMPLE)
+    seen = set()
+    with Sandbox(organisation, merge_delay=60) as sandbox:
+        for question in asked(organisation):
+            sandbox.faults = [Fault(question.fault)] if question.fault else []
+            status, answer = ask(sandbox, question)
+            assert status == question.status, (question, answer)
+            assert description.flaws(description.answer(question.endpoint, status), answer) == [], question
+            if status == 200:
+                # What the sandbox takes, the description has to know: else the tool could pass here and fail there.
+                assert description.flaws(description.request(question.endpoint), question.body) == [], question
+            seen.add((question.endpoint, status, answer.get("type")))
+        sandbox.faults = []
+        sandbox.settle()
+        ((_, other),) = organisation.merges
+        for sandbox.gone, expected in (("404", 404), ("state", 200), ("primary", 200)):
+            status, answer = ask(sandbox, Asked("rev-users.get", {"id": other}))
+            assert status == expected and description.flaws(description.answer("rev-users.get", status), answer) == []
+    assert {endpoint for endpoint, status, _ in seen if status == 200} == set(SHAPES)
+    assert {kind for _, status, kind in seen if status == 400} == {
+        "bad_request", "invalid_enum_value", "invalid_field", "invalid_id", "missing_required_field", "parse_error",
+        "unexpected_id_type", "unexpected_json_type", "value_not_permitted",
+    }  # fmt: skip
+
+
+def test_an_answer_over_quota_says_how_long_to_wait(description: Description) -> None:
+    with Sandbox(Organisation(), quota=(1, 60)) as sandbox:
+        assert ask(sandbox, Asked("dev-users.self", {}))[0] == 200
+        status, answer = ask(sandbox, Asked("dev-users.self", {}))
+    assert status == 429 and 0 < answer["retry_after"] <= 60
+    assert description.flaws(description.answer("dev-users.self", 429), answer) == []
+
+
+def test_the_check_itself_sees_what_is_wrong(description: Description) -> None:
+    """A validator that lets everything through would prove nothing."""
+    get, merge, works = (description.request(name) for name in ("rev-users.get", "rev-users.merge", "works.list"))
+    assert description.flaws(get, {"id": "x"}) == []
+    for schema, body in (
+        (get, {}), (get, {"id": 1}), (get, {"id": "x", "ids": ["x"]}), (merge, {"primary": "x", "secondary_user": "y"}),
+        (works, {"type": "ticket"}), (works, {"type": ["chore"]}), (works, {"ticket": {"nothing": 1}}), (works, {"members": []}),
+    ):  # fmt: skip
+        assert description.flaws(schema, body), body
+    user = {"id": "x", "state": "active", "external_ref": "y", "created_date": "2024-01-01T00:00:00.000Z"}
+    answer = description.answer("rev-users.get", 200)
+    assert description.flaws(answer, {"rev_user": user}) == []
+    org = {"type": "rev_org", "id": "x", "nickname": "y"}
+    for flaw in (
+        {"state": "gone"},
+        {"external_ref": None},
+        {"nickname": "y"},
+        {"created_date": "now"},
+        {"rev_org": org},
+    ):
+        assert description.flaws(answer, {"rev_user": {**user, **flaw}}), flaw
+    errors = description.answer("rev-users.get", 404)
+    assert description.flaws(errors, {"message": "x", "type": "not_found"}) == []
+    for error in (
+        {"message": "x"},
+        {"message": 1, "type": "not_found"},
+        {"type": "gone"},
+        {"type": "not_found", "a": 1},
+    ):
+        assert description.flaws(errors, error), error
+
+
+def ask(sandbox: Sandbox, question: Asked) -> Any:
+    """POST; returns the status and the JSON that came."""
+    request = urllib.request.Request(
+        f"{sandbox.url}/{question.endpoint}",
+        data=json.dumps(question.body).encode() if question.raw is None else question.raw,
+        headers={"Authorization": f"Bearer {question.token or sandbox.token}", "Content-Type": "application/json"},
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=30) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as refused:
+        with refused:
+            return refused.code, json.loads(refused.read())

@@ -1,0 +1,597 @@
+"""Hostile CSVs through the front door: one clear line or a right plan, never a traceback, never a wrong pair."""
+
+import contextlib
+import csv
+import io
+import json
+import logging
+import os
+import re
+import unicodedata
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import merge_contacts as tool
+from tests.support import COLUMNS, Workplace
+
+HEADER = ",".join(COLUMNS)
+NOWHERE = "http://127.0.0.1:9"  # a preview asks nobody; if it did, nobody would answer
+INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, bidi marks and the like, lone surrogates, line ends
+PairIds = Tuple[str, str, str]  # email, primary, duplicate
+
+
+def row(key: str, email: str, reference: str, name: str = "Ada", tickets: str = "1", **cells: str) -> str:
+    """One line of a CSV, put together without the csv module: what is in a cell stands in the file as it is."""
+    values = {
+        "REV_USER_ID": key,
+        "DISPLAY_ID": "REVU-" + key,
+        "DISPLAY_NAME": name,
+        "EMAIL": email,
+        "EXTERNAL_REF": reference,
+        "REV_ORG_ID": "REV-ACME",
+        "CREATED_DATE": "2024-01-01",
+        "TICKET_COUNT": tickets,
+        **cells,
+    }
+    return ",".join(values[column] for column in COLUMNS)
+
+
+def text(*rows: str, header: str = HEADER, end: str = "\n") -> str:
+    return end.join((header, *rows)) + end
+
+
+ADA = (row("1", "ada@example.com", "REVU-1"), row("2", "ada@example.com", "user_2"))
+EVE = (row("3", "eve@example.com", "REVU-3"), row("4", "eve@example.com", "user_4"))
+ADA_PAIR, EVE_PAIR = ("ada@example.com", "1", "2"), ("eve@example.com", "3", "4")
+
+
+class Case(NamedTuple):
+    """A file and what has to come of it. `says` stands in the one line of an error."""
+
+    content: Union[str, bytes]
+    pairs: Iterable[PairIds] = ()
+    skips: Dict[str, str] = {}
+    bad_lines: Iterable[int] = ()
+    code: int = 0
+    says: str = ""
+
+
+def good(content: Union[str, bytes], *pairs: PairIds) -> Case:
+    return Case(content, pairs or (ADA_PAIR,))
+
+
+def named_otherwise(column: str) -> Case:
+    return Case(without(column, "NOTES"), (ADA_PAIR,), says=column)
+
+
+def refused(content: Union[str, bytes], says: str) -> Case:
+    return Case(content, code=2, says=says)
+
+
+def spoilt(bad: str, *before: str, line: int = 2, email: str = "ada@example.com") -> Case:
+    """A bad row in front of two groups: the one whose email it has is skipped, the other is merged."""
+    own = ADA if email == "ada@example.com" else (row("1", email, "REVU-1"), row("2", email, "user_2"))
+    return Case(text(*before, bad, *own, *EVE), [EVE_PAIR], {email.strip().casefold(): "invalid_row"}, [line])
+
+
+VITAL = ("REV_USER_ID", "EMAIL", "EXTERNAL_REF", "TICKET_COUNT")  # what a merge rests on; the others describe
+
+
+def without(column: str, *more: str) -> str:
+    """The two rows of a pair in a file that lacks a column; `more` columns are there instead."""
+    place = COLUMNS.index(column)
+    lines = [line.split(",") for line in text(*ADA).splitlines()]
+    for number, cells in enumerate(lines):
+        del cells[place]
+        cells += more if number == 0 else ["something"] * len(more)
+    return "\n".join(map(",".join, lines))
+
+
+def reordered(line: str, order: Iterable[int] = (7, 3, 0, 5, 4, 2, 6, 1)) -> str:
+    cells = line.split(",")
+    return ",".join(cells[place] for place in order)
+
+
+def named(name: str) -> str:
+    return text(row("1", "ada@example.com", "REVU-1", name=name), ADA[1])
+
+
+def addressed(email: str) -> Case:
+    """Both contacts of an odd email: it is an address like any other."""
+    rows = text(row("1", email, "REVU-1"), row("2", email, "user_2"), *EVE)
+    return Case(rows, [(email.strip('"').strip().casefold(), "1", "2"), EVE_PAIR])
+
+
+def swallowing(first: str, last: str) -> str:
+    """A name that opens a quote and, rows later, one that ends with one: csv takes all between for one name.
+
+    Together they are a row of eight columns: contact 7 with the email and the reference of 8.
+    """
+    return text(
+        row("7", "ada@example.com", "REVU-7", name='"Ann'),
+        first,
+        row("8", "eve@example.com", "user_8", name='Bob"'),
+        last,
+        *ADA,
+        *EVE,
+    )
+
+
+FILES: Dict[str, Case] = {
+    "plain": good(text(*ADA)),
+    "nothing in it": refused("", "empty"),
+    "only a BOM": refused(b"\xef\xbb\xbf", "empty"),
+    "only blank lines": refused("\n\r\n\n", "empty"),
+    "header only": Case(HEADER),
+    "header and blank lines": Case(HEADER + "\n\n\n"),
+    **{f"without {column}": refused(without(column), column) for column in COLUMNS},
+    **{f"something else in place of {column}": refused(without(column, "NOTES"), column) for column in VITAL},
+    **{f"{column} by another name": named_otherwise(column) for column in COLUMNS if column not in VITAL},
+    "no header": refused("\n".join(ADA), "missing column"),
+    "semicolons": refused(text(*ADA).replace(",", ";"), "missing column"),
+    "a column twice": refused(text(*(line + ",x" for line in ADA), header=HEADER + ",EMAIL"), "EMAIL is there twice"),
+    "a column twice, in another case": refused(text(*(line + ",x" for line in ADA), header=HEADER + ", email "), "EMAIL is"),
+    "a stray quote in the header": refused(
+        text(*(line + ',"' for line in ADA), *(line + ",x" for line in EVE), header=HEADER + ',"NOTES'), "header"
+    ),
+    "columns in another order": good("\n".join(map(reordered, text(*ADA).splitlines()))),
+    "columns in another case": good(text(*ADA, header=HEADER.lower())),
+    "spaces around the columns": good(text(*ADA, header=HEADER.replace(",", " , "))),
+    "extra columns": good(text(*(f"x,{line},y" for line in ADA), header=f"NOTES,{HEADER},NOTES")),
+    "extra columns that are called much like them": good(
+        text(*(f"9,x,x@example.com,user_9,{line}" for line in ADA), header=f"ID,NAME,EMAIL_ADDRESS,EXTERNAL_REFERENCE,{HEADER}")
+    ),
+    "BOM": good(b"\xef\xbb\xbf" + text(*ADA).encode()),
+    "CRLF": good(text(*ADA, end="\r\n")),
+    "CR alone": good(text(*ADA, end="\r")),
+    "no line end at the end": good(text(*ADA).rstrip()),
+    "UTF-16": refused(text(*ADA).encode("utf-16"), "UTF-16"),
+    "UTF-16, big-endian": refused(b"\xfe\xff" + text(*ADA).encode("utf-16-be"), "UTF-16"),
+    "UTF-16 without BOM": refused(text(*ADA).encode("utf-16-le"), ""),
+    "UTF-16 without BOM, big-endian": refused(text(*ADA).encode("utf-16-be"), ""),
+    "UTF-32": refused(text(*ADA).encode("utf-32"), "UTF-"),
+    "Latin-1": refused(named("Zo\u00eb").encode("latin-1"), "not UTF-8"),
+    "Latin-1 in the last line": refused(text(*EVE * 9000, named("Zo\u00eb")).encode("latin-1"), "not UTF-8"),
+    "not text at all": refused(bytes(range(256)) * 8, ""),
+    "a blank line in between": good(text(ADA[0], "", ADA[1])),
+    "a name with line breaks": good(named('"Ada\nB.\r\n\r\nReyes"')),
+    "a name with commas and quotes": good(named('"Reyes, Ada ""A"", B, C, D"')),
+    "a quote inside a name": good(named('Ada "A" Reyes')),
+    "a quote that never ends": refused(text(row("7", "eve@example.com", "REVU-7", name='"Ann'), *ADA), "line "),
+    "text behind a quoted field": refused(named('"Ada" Reyes'), "line 2"),
+    "a name of 300 kB": good(named("x" * 300_000)),
+    "a name of 3 MB": refused(named("x" * 3_000_000), "line 2"),
+    "a row of very many fields": spoilt("x," * 50_000 + "ada@example.com"),
+    # rows
+    "too few fields": spoilt("7,REVU-7,Ada,ada@example.com,user_7"),
+    "the email in another place, for a comma in a name": spoilt(row("7", "ada@example.com", "user_7", name="Reyes, Ada")),
+    "one field": spoilt("ada@example.com"),
+    "one field too many": spoilt(row("7", "ada@example.com", "user_7") + ",x"),
+    "too few fields, of an address with an apostrophe": spoilt("7,x,x,o'dell@example.com", email="o'dell@example.com"),
+    "too few fields, of an address without @": spoilt("7,REVU-7,x,front desk,user_7", email="front desk"),
+    "an email like none": spoilt(row("7", "front desk", "user_7", tickets="x"), email="front desk"),
+    "empty id": spoilt(row("", "ada@example.com", "user_7")),
+    "blank id": spoilt(row("  ", "ada@example.com", "user_7")),
+    "empty reference": spoilt(row("7", "ada@example.com", "")),
+    "empty email": Case(text(row("7", " ", "user_7"), *ADA), [ADA_PAIR], bad_lines=[2]),
+    "a bad row of somebody else": Case(text(*ADA, row("7", "x@example.com", "user_7", tickets="?")), [ADA_PAIR], {}, [4]),
+    **{
+        f"a count like {count[:20]!r}": spoilt(row("7", "Ada@Example.com ", "user_7", tickets=count))
+        for count in ("", "x", "-1", "+1", "1.0", "1e3", "0x1", "1_000", "NaN", "\u00b2", "NULL", "9" * 40, "9" * 5000)
+    },
+    "NUL in the name": spoilt(row("7", "ada@example.com", "user_7", name="A\0a")),
+    "NUL in the email": spoilt(row("7", "a\0da@example.com", "user_7")),
+    "NUL in the count": spoilt(row("7", "ada@example.com", "user_7", tickets="1\0")),
+    "NUL alone in a line": Case(text("\0", *ADA), [ADA_PAIR], {}, [2]),
+    "a bad line behind others": spoilt("7,,,ada@example.com", *EVE, line=4),
+    "a stray quote that swallows a part of two rows": Case(
+        text(
+            row("7", "ada@example.com", "REVU-7", name='"Ann'), row("8", "eve@example.com", "user_8", name='Bob"'),
+            *ADA, *EVE, row("5", "fay@example.com", "REVU-5"), row("6", "fay@example.com", "user_6"),
+        ),
+        [("fay@example.com", "5", "6")],
+        {"ada@example.com": "invalid_row", "eve@example.com": "invalid_row"},
+        [3],
+    ),
+    "a stray quote that swallows whole rows": Case(
+        swallowing(row("9", "o'dell@example.com", "user_9"), row("10", "o'dell@example.com", "REVU-10")),
+        [],
+        {"ada@example.com": "invalid_row", "eve@example.com": "invalid_row", "o'dell@example.com": "invalid_row"},
+        [4],
+    ),
+    "a stray quote that swallows a row into the last field": Case(
+        text(*(line + ',"' for line in ADA), *(line + ",x" for line in EVE), header=HEADER + ",NOTES"),
+        [EVE_PAIR],
+        {},
+        [3],
+    ),
+    # contacts
+    "the same row twice": good(text(*ADA, *ADA)),
+    "the same row twice, apart": good(text(ADA[0], *EVE, ADA[1], ADA[0]), ADA_PAIR, EVE_PAIR),
+    "one id with two counts": Case(
+        text(*ADA, row("1", "ada@example.com", "REVU-1", tickets="2"), *EVE), [EVE_PAIR], {"ada@example.com": "invalid_row"}
+    ),
+    "one id with two emails": Case(
+        text(*ADA, row("1", "eve@example.com", "REVU-1"), *EVE),
+        [],
+        {"ada@example.com": "invalid_row", "eve@example.com": "invalid_row"},
+    ),
+    "one id with two references, the odd one last": Case(
+        text(row("1", "ada@example.com", "user_1"), row("1", "ada@example.com", "crm")), [], {"ada@example.com": "invalid_row"}
+    ),
+    "one id with two references, the odd one first": Case(
+        text(row("1", "ada@example.com", "crm"), row("1", "ada@example.com", "user_1")), [], {"ada@example.com": "invalid_row"}
+    ),
+    "several user_": Case(text(*ADA, row("3", " ADA@example.com", "user_3")), [], {"ada@example.com": "several_user_refs"}),
+    "no user_": Case(text(ADA[0], row("3", "ada@example.com", "REVU-3")), [], {"ada@example.com": "no_user_ref"}),
+    **{
+        f"look-alike {reference!r}": Case(text(row("1", "ada@example.com", other), row("2", "ada@example.com", reference)))
+        for other, reference in (
+            ("REVU-1", "userX2"), ("REVU-1", "User_2"), ("REVU-1", " user_2"), ("REVU-1", "user-2"), ("REVU-1", "\tuser_2"),
+            ("user_1", "revu-2"), ("user_1", "REVU_2"), ("user_1", " REVU-2"), ("REVU-1", "\u200buser_2"),
+        )
+    },
+    # addresses
+    "an email that is a path": addressed("../../../etc/passwd"),
+    "an absolute path": addressed("/tmp/x@example.com"),
+    "a path of Windows": addressed("..\\..\\c:\\x@example.com"),
+    "a device of Windows": addressed("nul"),
+    "a device with an extension": addressed("con.txt@example.com"),
+    "an email of 300 characters": addressed("x" * 288 + "@example.com"),
+    "an email with a comma": addressed('"a,b@example.com"'),
+    "an email that looks like an option": addressed("--yes"),
+    "an email that looks like a formula": addressed("=1+1@example.com"),
+}  # fmt: skip
+
+HOSTILE = {
+    "colours": "\x1b[31mred\x1b[0m",
+    "title of the window": "\x1b]0;title\x07",
+    "back and over": "\b\b\b\x7f\r",
+    "eight-bit escape": "\x9b31m\x85\x90",
+    "text turned round": "\u202egro.elpmaxe\u2066\u2069\u200f\u061c",
+    "line breaks of Unicode": "a\u2028b\u2029c\x0bd\x0ce",
+    "invisible": "\u200b\u200d\u00ad\ufeff\U000e0041",
+    "line breaks": "one\r\ntwo\nthree",
+    "a line of the log": "x\n2024-01-01 00:00:00,000 INFO all merged",
+}
+
+
+@pytest.mark.parametrize("case", FILES.values(), ids=list(FILES))
+def test_a_file_gives_the_right_plan_or_one_clear_line(place: Workplace, case: Case) -> None:
+    content = case.content.encode("utf-8") if isinstance(case.content, str) else case.content
+    place.csv.write_bytes(content)
+    result = place.run(None, "--preview", "--json", check=case.code, DEVREV_BASE_URL=NOWHERE)
+    assert_nothing_but_the_log(place, content)
+    assert_nothing_raw(result.out, result.err, logged(place))
+    if case.code:
+        (line,) = result.err.splitlines()
+        assert case.says in line and "contacts.csv" in line and result.out == ""
+        return
+    plan = json.loads(result.out)
+    assert pairs_of(plan) == set(case.pairs)
+    assert {skip["email"]: skip["code"] for skip in plan["skipped"]} == case.skips
+    assert [bad["line"] for bad in plan["invalid_rows"]] == list(case.bad_lines)
+    for counted, listed in (
+        ("pairs_to_merge", "pairs"),
+        ("skipped_groups", "skipped"),
+        ("invalid_rows", "invalid_rows"),
+    ):
+        assert plan["summary"][counted] == len(plan[listed])
+    assert case.says in result.err and len(result.err.splitlines()) == bool(case.says)
+
+
+def hostile_rows(number: int, marks: str) -> Iterator[str]:
+    """A pair, a group with several user_ and one with a bad row, with the marks wherever text goes."""
+    odd = dict.fromkeys(("DISPLAY_ID", "DISPLAY_NAME", "REV_ORG_ID", "CREATED_DATE"), f'"{marks}"')
+    for key, email, reference, tickets in (
+        ("1", "pair", "REVU-1", "1"),
+        ("2", "pair", "user_{}", "1"),
+        ("3{}", "users", "user_{}", "1"),
+        ("4", "users", "user_4{}", "1"),
+        ("5", "bad", "REVU-{}", "{}"),
+        ("6", "bad", "REVU-{}", "1"),
+    ):
+        cells = (f"{number}{key}", f"{number}{email}{{}}@example.com", reference)
+        yield row(*(f'"{cell.format(marks)}"' for cell in cells), TICKET_COUNT=f'"{tickets.format(marks)}"', **odd)
+
+
+@pytest.mark.parametrize("options", ["", "-v", "-q", "--json", "--email"])
+def test_nothing_that_acts_on_a_terminal_gets_through(place: Workplace, options: str) -> None:
+    content = text(*(line for number, marks in enumerate(HOSTILE.values()) for line in hostile_rows(number, marks)))
+    place.csv.write_bytes(content.encode("utf-8"))
+    emails = [f"{number}pair{marks}@example.com" for number, marks in enumerate(HOSTILE.values())]
+    given_options = (
+        [f"--email={email}" for email in (*emails, *HOSTILE.values())] if options == "--email" else options.split()
+    )
+    result = place.run(None, "--preview", *given_options, check=0)
+    assert_nothing_raw(result.out, result.err, logged(place))
+    assert result.out.count("user_") >= len(HOSTILE)
+    parts = {part for marks in HOSTILE.values() for part in re.split(r"[\r\n]", marks)[1:] if part}
+    for line in (result.out + result.err + logged(place)).splitlines():
+        assert not line.startswith(tuple(parts)), "data has begun a line of its own"
+    if options == "--json":
+        plan = json.loads(result.out)
+        keys = [email.casefold() for email in emails]
+        assert pairs_of(plan) == {(email, f"{number}1", f"{number}2") for number, email in enumerate(keys)}
+        assert {pair["new_external_ref"] for pair in plan["pairs"]} == {f"user_{marks}" for marks in HOSTILE.values()}
+
+
+@pytest.mark.parametrize(
+    ("header", "line"),
+    [("\x1b[31mNAME,\u202ex,\x9b1m", "x"), ("EMAIL,email,\u202e", "x"), (HEADER, '"\x1b[31m\u202e')],
+    ids=["missing columns", "a doubled column", "not well-formed"],
+)
+def test_an_error_is_one_harmless_line(place: Workplace, header: str, line: str) -> None:
+    place.csv.write_bytes(f"{header}\n{line}\n".encode())
+    result = place.run(None, "--preview", check=2)
+    assert_nothing_raw(result.out, result.err, logged(place))
+    assert len(result.err.splitlines()) == 1 and result.out == ""
+
+
+def test_a_path_is_a_file_that_can_be_read_or_one_clear_line(place: Workplace) -> None:
+    place.csv.write_text(text(*ADA), encoding="utf-8")
+    (place.folder / "a folder").mkdir()
+    for path in (
+        "a folder",
+        "missing.csv",
+        "missing/contacts.csv",
+        "",
+        "x" * 5000,
+        os.devnull,
+        "miss\x1b[31m\u202e\ning",
+    ):
+        result = place.run(None, "--preview", f"--csv={path}", check=2)
+        assert len(result.err.splitlines()) == 1 and result.out == "", result
+        assert_nothing_raw(result.err, logged(place))
+    for name in ("-x.csv", "--yes", "\u5c71 \u7530.csv"):
+        (place.folder / name).write_text(text(*EVE), encoding="utf-8")
+        result = place.run(None, "--preview", "--json", f"--csv={name}", check=0)
+        assert pairs_of(json.loads(result.out)) == {EVE_PAIR}
+    assert not list(place.folder.glob("**/*.db")) and not (place.folder / "backups").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--limit 0", "--limit -1", "--limit x", "--limit 1.5", "--limit \u00b2", "--limit", "--bogus", "--prev", "--count-policy most", "--workers 0",
+     "--merge-timeout 0", "--merge-timeout nan", "--merge-timeout -1", "--email", "contacts.csv", "--json --check", "--status"],
+)  # fmt: skip
+def test_an_option_that_makes_no_sense_changes_nothing(place: Workplace, options: str) -> None:
+    place.csv.write_text(text(*ADA), encoding="utf-8")
+    result = place.run(None, "--preview", *options.split(), check=2)
+    assert re.search(r"^merge_contacts.py: error: .*\S$", result.err, re.MULTILINE) and result.out == ""
+    assert place.files() == [place.csv]
+
+
+def test_the_preview_can_be_narrowed(place: Workplace) -> None:
+    third = row("5", "eve@example.com", "REVU-5")
+    place.csv.write_text(text(*ADA, *EVE, third, row("6", "fay@example.com", "user_6")), encoding="utf-8")
+
+    def pairs(*options: str) -> Set[PairIds]:
+        return pairs_of(json.loads(place.run(None, "--preview", "--json", *options, check=0).out))
+
+    eve = {EVE_PAIR, ("eve@example.com", "3", "5")}
+    assert pairs() == {ADA_PAIR, *eve}
+    assert pairs("--email", " Ada@EXAMPLE.com") == {ADA_PAIR}
+    assert pairs("--email", "eve@example.com", "--email", "fay@example.com") == eve
+    assert pairs("--email", "nobody@example.com") == set()
+    assert len(pairs("--limit", "1")) == 1
+    assert len(pairs("--limit", "2")) <= 2
+    assert pairs("--limit", "3") == pairs("--limit", "99999") == {ADA_PAIR, *eve}
+
+
+def test_without_rights_to_write_the_preview_still_shows_the_plan(place: Workplace) -> None:
+    place.csv.write_text(text(*ADA), encoding="utf-8")
+    (place.folder / "logs").write_text("in the way", encoding="utf-8")
+    result = place.run(None, "--preview", "--json", check=0)
+    assert pairs_of(json.loads(result.out)) == {ADA_PAIR}
+    assert place.files() == [place.csv, place.folder / "logs"]
+
+
+def pairs_of(plan: Dict[str, Any]) -> Set[PairIds]:
+    found = [(pair["email"], pair["primary"]["id"], pair["duplicate"]["id"]) for pair in plan["pairs"]]
+    assert len(found) == len(set(found))
+    return set(found)
+
+
+def assert_nothing_but_the_log(place: Workplace, content: bytes) -> None:
+    files = [path.relative_to(place.folder).as_posix() for path in place.files()]
+    assert [name for name in files if not name.startswith("logs/")] == ["contacts.csv"]
+    assert len(files) == 2 and place.csv.read_bytes() == content
+    assert sorted(path.name for path in place.folder.iterdir()) == ["contacts.csv", "logs"]
+
+
+def logged(place: Workplace) -> str:
+    return "".join(path.read_text(encoding="utf-8") for path in sorted((place.folder / "logs").iterdir()))
+
+
+def assert_nothing_raw(*texts: str) -> None:
+    for one in texts:
+        assert not {char for char in one if char != "\n" and unicodedata.category(char) in INVISIBLE}
+
+
+# -- files that nobody thought of ------------------------------------------------------------------------
+
+
+def examples(count: int) -> settings:
+    quiet = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    return settings(max_examples=count, deadline=None, database=None, suppress_health_check=quiet)
+
+
+@pytest.fixture
+def front_door(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """`main(["--preview", "--json", ...])` in this process, in a folder of its own: a file in, (exit code, plan) out."""
+    monkeypatch.chdir(place.folder)
+    for name in [name for name in os.environ if name.startswith("DEVREV_")]:
+        monkeypatch.delenv(name)
+    umask, lost = os.umask(0o077), logging.raiseExceptions
+
+    def call(content: bytes) -> Tuple[int, Optional[Dict[str, Any]]]:
+        place.csv.write_bytes(content)
+        out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="") for _ in range(2))
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = tool.main(["--csv", "contacts.csv", "--preview", "--json"])
+        finally:
+            log = close_log(place)
+        shown, said = (stream.detach().getvalue().decode("utf-8") for stream in (out, err))
+        assert_nothing_raw(shown, said, log)
+        assert sorted(path.name for path in place.folder.iterdir()) == ["contacts.csv", "logs"]
+        if code == 0:
+            return code, json.loads(shown)
+        assert shown == "" and len(said.splitlines()) == 1
+        return code, None
+
+    yield call
+    os.umask(umask)
+    logging.raiseExceptions = lost
+
+
+def close_log(place: Workplace) -> str:
+    """Take the log's handlers off, and its file away; returns what was in it."""
+    for handler in list(tool.log.handlers):
+        tool.log.removeHandler(handler)
+        handler.close()
+    log = logged(place)
+    for path in (place.folder / "logs").iterdir():
+        path.unlink()
+    return log
+
+
+@examples(150)
+@given(st.one_of(st.binary(max_size=400), st.binary(max_size=200).map(lambda tail: text(*ADA).encode() + tail)))
+def test_any_bytes_are_refused_or_planned(front_door: Any, content: bytes) -> None:
+    code, plan = front_door(content)
+    assert code in (0, 2)
+    assert_pairs_stand_in(content, plan)
+
+
+NAMES = ("Ada", "Okafor Chidi", "\u5c71\u7530", "O'Dell", "")
+people = st.lists(
+    st.builds(
+        row,
+        key=st.integers(1, 60).map(lambda number: f"don:identity:dvrv-us-1:devo/SANDBOX1:revu/{number}"),
+        email=st.sampled_from(["ada@example.com", "eve@example.com", "o'dell@example.com", "Ada@example.com"]),
+        reference=st.sampled_from(["REVU-1", "REVU-2", "user_1", "user_2", "crm"]),
+        name=st.sampled_from(NAMES),
+        tickets=st.sampled_from(["0", "1", "12"]),
+    ),
+    min_size=2,
+    max_size=8,
+    unique_by=lambda line: line.split(",")[0],
+)
+PIECES = (
+    '"',
+    '""',
+    '","',
+    ",",
+    "\n",
+    '"\n',
+    "\r",
+    "\0",
+    "\ufeff",
+    " ",
+    "-",
+    "user_",
+    "@",
+    "x",
+    "\u2028",
+    "\x1b[0m",
+    ",,,,,,,",
+)
+
+
+@st.composite
+def mutated(draw: Any) -> bytes:
+    """A right file in which some cells have got, lost or changed something, mostly at their ends."""
+    lines = text(*draw(people)).splitlines()
+    for _ in range(draw(st.integers(1, 4))):
+        number = draw(st.integers(0 if draw(st.integers(0, 9)) == 0 else 1, len(lines) - 1))
+        cells = lines[number].split(",")
+        place = draw(st.integers(0, len(cells) - 1))
+        cell = cells[place]
+        piece = draw(st.sampled_from(PIECES))
+        at = draw(st.sampled_from([0, len(cell), len(cell) // 2]))
+        change = draw(st.sampled_from(["insert", "insert", "insert", "replace", "cut", "remove", "again", "drop"]))
+        if change == "insert":
+            cells[place] = cell[:at] + piece + cell[at:]
+        elif change == "replace":
+            cells[place] = piece
+        elif change == "cut":
+            cells[place] = cell[:at]
+        elif change == "remove":
+            del cells[place]
+        lines[number] = ",".join(cells)
+        if change == "again":
+            lines.insert(draw(st.integers(1, len(lines))), lines[number])
+        elif change == "drop" and len(lines) > 2:
+            del lines[number]
+    content: bytes = draw(st.sampled_from(["\n", "\r\n"])).join(lines).encode("utf-8")
+    return content[: draw(st.integers(0, len(content)))] if draw(st.integers(0, 9)) == 0 else content
+
+
+TWO_QUOTES = text(
+    row("7", "ada@example.com", "REVU-7", name='"Ann'), row("8", "eve@example.com", "user_8", name='Bob"'), *EVE
+).encode()
+
+
+@examples(400)
+@given(mutated())
+@example(TWO_QUOTES)
+def test_a_damaged_export_never_gives_a_wrong_pair(front_door: Any, content: bytes) -> None:
+    code, plan = front_door(content)
+    assert code in (0, 2)
+    assert_pairs_stand_in(content, plan)
+
+
+def assert_pairs_stand_in(content: bytes, plan: Optional[Dict[str, Any]]) -> None:
+    """Both contacts of every pair stand in the file with its email, in rows that hold nothing else; and no row that
+    is not whole has that email in it."""
+    if plan is None or not plan["pairs"]:
+        return
+    rows = rows_of(content)
+    header = [name.strip().upper() for name in rows.pop(0)]
+    identity, email, reference = (header.index(name) for name in ("REV_USER_ID", "EMAIL", "EXTERNAL_REF"))
+    whole = [
+        cells
+        for cells in rows
+        if len(cells) == len(header) and not any(map(holds_rows, cells)) and "\0" not in str(cells)
+    ]
+    stand = {(cells[email].strip().casefold(), cells[identity], cells[reference]) for cells in whole}
+    broken = {
+        part.strip().casefold()
+        for cells in rows
+        if cells not in whole
+        for cell in cells
+        for part in re.split(r"[,\r\n]", cell)
+    }
+    for pair in plan["pairs"]:
+        assert pair["primary"]["id"] != pair["duplicate"]["id"]
+        for one in (pair["primary"], pair["duplicate"]):
+            assert (pair["email"], one["id"], one["old_external_ref"]) in stand
+        assert pair["email"] not in broken
+
+
+def rows_of(content: bytes) -> List[List[str]]:
+    """The rows as csv has them; a NUL, which it can't read before Python 3.11, is a private character."""
+    lines = content.decode("utf-8-sig").replace("\0", "\ue000").splitlines(keepends=True)
+    found = csv.reader(io.StringIO("".join(lines), newline=""))
+    return [[cell.replace("\ue000", "\0") for cell in cells] for cells in found if cells]
+
+
+def holds_rows(cell: str) -> bool:
+    """Whether a field with line breaks has as many commas as a row: a quote has swallowed another row, or parts of two."""
+    return ("\n" in cell or "\r" in cell) and cell.count(",") >= len(COLUMNS) - 1
+
+
+def test_the_reference_sees_what_a_stray_quote_swallows() -> None:
+    header, swallowed, *others = rows_of(TWO_QUOTES)
+    assert tuple(header) == COLUMNS and len(swallowed) == len(COLUMNS) and any(map(holds_rows, swallowed))
+    assert [cells[0] for cells in others] == ["3", "4"]
+    with pytest.raises(AssertionError):
+        wrong = {"id": "7", "old_external_ref": "user_8"}, {"id": "3", "old_external_ref": "REVU-3"}
+        assert_pairs_stand_in(
+            TWO_QUOTES, {"pairs": [{"email": "eve@example.com", "primary": wrong[1], "duplicate": wrong[0]}]}
+        )

@@ -1,0 +1,761 @@
+"""Which contacts are one person: the rules one by one, then all of them against a slow and obvious reference."""
+
+import contextlib
+import csv
+import io
+import json
+import tempfile
+import unicodedata
+from collections import Counter
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import merge_contacts as tool
+from merge_contacts import Contact, Group, Pair, Plan, Skip, State
+from tests.support import COLUMNS
+
+ORG = "don:identity:dvrv-us-1:devo/SANDBOX1:revo/ACME"
+INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, bidi marks and the like, lone surrogates, line ends
+
+
+def examples(count: int) -> settings:
+    return settings(max_examples=count, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def contact(
+    key: str, reference: str, tickets: int = 0, created: str = "2024-01-01", email: str = "ada@example.com"
+) -> Contact:
+    return Contact(
+        id=f"don:identity:dvrv-us-1:devo/SANDBOX1:revu/{key}",
+        display_id="REVU-" + key,
+        display_name="Person " + key,
+        email=email,
+        external_ref=reference,
+        rev_org=ORG,
+        created=created,
+        tickets=tickets,
+    )
+
+
+def key_of(one: Contact) -> str:
+    return one.id.rpartition("/")[2]
+
+
+def plan_of(contacts: Iterable[Contact], tainted: Iterable[str] = ()) -> Plan:
+    found = [replace(one) for one in contacts]  # reading makes every row an object of its own
+    return tool.detect(tool.Reading(contacts=found, contacts_read=len(found), tainted=set(tainted)))
+
+
+def pairs_of(plan: Plan) -> List[Tuple[str, str, Optional[str]]]:
+    """(primary, duplicate, new reference) of every pair, by the keys of the ids."""
+    return [(key_of(pair.primary), key_of(pair.duplicate), pair.new_ref) for pair in plan.pairs()]
+
+
+# -- the rules -----------------------------------------------------------------------------------------
+
+TOGETHER = {
+    "the user_ reference moves to the system contact": (
+        [("1", "REVU-1", 0), ("2", "user_2", 9)],
+        [("1", "2", "user_2")],
+    ),
+    "the primary is the REVU- contact with the highest count": (
+        [("1", "REVU-1", 9), ("2", "REVU-2", 10), ("3", "user_3", 99), ("4", "REVU-4", 2)],
+        [("2", "3", "user_3"), ("2", "1", None), ("2", "4", None)],
+    ),
+    "then the oldest": (
+        [("1", "REVU-1", 5, "2024-03-01"), ("2", "REVU-2", 5, "2023-12-31"), ("3", "user_3", 0, "2020-01-01")],
+        [("2", "3", "user_3"), ("2", "1", None)],
+    ),
+    "the count goes before the age": (
+        [("1", "REVU-1", 5, "2019-01-01"), ("2", "REVU-2", 6, "2024-01-01"), ("3", "user_3", 0)],
+        [("2", "3", "user_3"), ("2", "1", None)],
+    ),
+    "then the smallest id": (
+        [("C", "REVU-C", 5), ("B", "REVU-B", 5), ("A", "user_A", 5)],
+        [("B", "A", "user_A"), ("B", "C", None)],
+    ),
+    "what REVU- and user_ are followed by is anything, also nothing": (
+        [("1", "REVU-", 0), ("2", "user_", 0)],
+        [("1", "2", "user_")],
+    ),
+    "other references take no part": (
+        [("1", "REVU-1", 1), ("2", "user_2", 1), ("3", "crm-3", 99), ("4", "user-4", 99), ("5", "", 99)],
+        [("1", "2", "user_2")],
+    ),
+}
+
+
+@pytest.mark.parametrize(("rows", "expected"), TOGETHER.values(), ids=list(TOGETHER))
+def test_a_group_is_merged_as_the_rules_say(rows: Sequence[Any], expected: List[Any]) -> None:
+    contacts = [contact(*row) for row in rows]
+    for order in (contacts, contacts[::-1]):
+        plan = plan_of(order)
+        assert pairs_of(plan)[0] == expected[0], "the reference has to move with the first merge"
+        assert sorted(pairs_of(plan), key=str) == sorted(expected, key=str)
+        assert plan.skipped == []
+
+
+APART = {
+    "one contact alone": ([("1", "REVU-1")], None),
+    "one user_ contact alone": ([("1", "user_1")], None),
+    "two contacts of other references": ([("1", "crm-1"), ("2", "crm-2")], None),
+    "a REVU- and another reference": ([("1", "REVU-1"), ("2", "crm-2")], None),
+    "a user_ and another reference": ([("1", "user_1"), ("2", "crm-2")], None),
+    "several user_ and a REVU-": ([("1", "REVU-1"), ("2", "user_2"), ("3", "user_3")], "several_user_refs"),
+    "several user_ and no REVU-": ([("2", "user_2"), ("3", "user_3")], "several_user_refs"),
+    "several REVU- and no user_": ([("1", "REVU-1"), ("2", "REVU-2")], "no_user_ref"),
+    **{
+        f"{reference!r} is no user_ reference": ([("1", "REVU-1"), ("2", reference)], None)
+        for reference in (
+            "User_2",
+            "USER_2",
+            "userX2",
+            "user-2",
+            "user2",
+            " user_2",
+            "\tuser_2",
+            "xuser_2",
+            "ｕser_2",
+        )
+    },
+    **{
+        f"{reference!r} is no REVU- reference": ([("1", reference), ("2", "user_2")], None)
+        for reference in ("revu-1", "Revu-1", "REVU_1", "REVU1", "REVU\u20101", " REVU-1", "XREVU-1")
+    },
+}
+
+
+@pytest.mark.parametrize(("rows", "code"), APART.values(), ids=list(APART))
+def test_whatever_is_not_certain_is_not_merged(rows: Sequence[Any], code: Optional[str]) -> None:
+    contacts = [contact(*row) for row in rows]
+    plan = plan_of(contacts)
+    assert plan.groups == []
+    assert [(skip.email, skip.code) for skip in plan.skipped] == ([("ada@example.com", code)] if code else [])
+    if code:
+        assert sorted(map(key_of, plan.skipped[0].contacts)) == sorted(map(key_of, contacts))
+    # A group that is not known whole is skipped for that reason, whatever else may be wrong with it.
+    takes_part = any(one.external_ref.startswith(("user_", "REVU-")) for one in contacts)
+    broken = tool.judge("ada@example.com", contacts, broken=True)
+    assert (isinstance(broken, Skip) and broken.code == "invalid_row") if takes_part else broken is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "together"),
+    [
+        ("ada@example.com", "ada@example.com", True),
+        ("Ada@Example.COM", " ada@example.com\t", True),
+        ("stra\u00dfe@example.com", "STRASSE@example.com", True),
+        ("\u00c9va@example.com", "\u00e9va@example.com", True),
+        ("ada@example.com", "ada@example.org", False),
+        ("ada@example.com", "a da@example.com", False),
+        ("ada+1@example.com", "ada@example.com", False),
+        ("a.da@example.com", "ada@example.com", False),
+        ("\u00e9va@example.com", "eva@example.com", False),
+    ],
+)
+def test_emails_are_compared_trimmed_and_case_folded(one: str, other: str, together: bool) -> None:
+    plan = plan_of([contact("1", "REVU-1", email=one), contact("2", "user_2", email=other)])
+    assert pairs_of(plan) == ([("1", "2", "user_2")] if together else [])
+    assert plan.skipped == []
+
+
+SYSTEM, USER = contact("1", "REVU-1", 3), contact("2", "user_2")
+CONFLICTS = {
+    "the same row twice counts once": ([SYSTEM, USER, SYSTEM, USER], [("1", "2", "user_2")], {}, 2),
+    "another count": ([SYSTEM, USER, contact("1", "REVU-1", 4)], [], {"ada@example.com": "invalid_row"}, 3),
+    "another reference": ([SYSTEM, USER, contact("2", "crm-2")], [], {"ada@example.com": "invalid_row"}, 3),
+    "another date": (
+        [SYSTEM, USER, contact("2", "user_2", 0, "2020-01-01")],
+        [],
+        {"ada@example.com": "invalid_row"},
+        3,
+    ),
+    "another email: both groups": (
+        [
+            SYSTEM,
+            USER,
+            contact("2", "user_2", email="eve@example.com"),
+            contact("3", "REVU-3", email="eve@example.com"),
+        ],
+        [],
+        {"ada@example.com": "invalid_row", "eve@example.com": "invalid_row"},
+        4,
+    ),
+    "a conflict of which one row is there twice": (
+        [SYSTEM, USER, contact("1", "REVU-1", 4), contact("1", "REVU-1", 4)],
+        [],
+        {"ada@example.com": "invalid_row"},
+        3,
+    ),
+    "a conflict about whether the contact takes part": (
+        [contact("1", "user_1"), contact("1", "crm-1")],
+        [],
+        {"ada@example.com": "invalid_row"},
+        2,
+    ),
+    "a conflict elsewhere": (
+        [
+            SYSTEM,
+            USER,
+            contact("5", "REVU-5", email="eve@example.com"),
+            contact("5", "REVU-6", email="eve@example.com"),
+        ],
+        [("1", "2", "user_2")],
+        {"eve@example.com": "invalid_row"},
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize(("rows", "pairs", "skips", "read"), CONFLICTS.values(), ids=list(CONFLICTS))
+def test_one_id_with_different_data_spoils_its_groups(
+    rows: List[Contact], pairs: List[Any], skips: Dict[str, str], read: int
+) -> None:
+    for order in (rows, rows[::-1], rows[1:] + rows[:1]):
+        plan = plan_of(order)
+        assert pairs_of(plan) == pairs
+        assert {skip.email: skip.code for skip in plan.skipped} == skips
+        assert plan.contacts_read == read
+
+
+def test_a_bad_row_spoils_its_group_and_no_other() -> None:
+    rows = [
+        SYSTEM,
+        USER,
+        contact("3", "REVU-3", email="eve@example.com"),
+        contact("4", "user_4", email="eve@example.com"),
+    ]
+    plan = plan_of(rows, tainted=["ada@example.com"])
+    assert pairs_of(plan) == [("3", "4", "user_4")]
+    assert [(skip.email, skip.code) for skip in plan.skipped] == [("ada@example.com", "invalid_row")]
+
+
+# -- reading and detection together, against a reference that holds everything in memory ----------------
+
+ID, EMAIL, REFERENCE, CREATED, COUNT = (
+    COLUMNS.index(name) for name in ("REV_USER_ID", "EMAIL", "EXTERNAL_REF", "CREATED_DATE", "TICKET_COUNT")
+)
+Cells = Tuple[str, ...]
+
+
+class Outcome(NamedTuple):
+    """What detection has to say of a file."""
+
+    pairs: Dict[str, Tuple[str, Set[Tuple[str, Optional[str]]]]]  # email -> primary, {(duplicate, new reference)}
+    skips: Dict[str, str]
+    invalid_rows: int
+    contacts_read: int
+
+
+def normal(email: str) -> str:
+    return email.strip().casefold()
+
+
+def reference_of(rows: Iterable[Cells]) -> Outcome:
+    """The contract's Detection section, rule by rule."""
+    rows = [row for row in rows if row]
+    good = [row for row in rows if is_good(row)]
+    bad = [row for row in rows if not is_good(row)]
+    distinct = {(*row[:COUNT], str(int(row[COUNT])), *row[COUNT + 1 :]) for row in good}
+    conflicting = {one for one, times in Counter(row[ID] for row in distinct).items() if times > 1}
+    pairs: Dict[str, Tuple[str, Set[Tuple[str, Optional[str]]]]] = {}
+    skips: Dict[str, str] = {}
+    for email in {normal(row[EMAIL]) for row in distinct}:
+        group = [row for row in distinct if normal(row[EMAIL]) == email]
+        users = [row for row in group if row[REFERENCE].startswith("user_")]
+        system = [row for row in group if row[REFERENCE].startswith("REVU-")]
+        if not users and not system:
+            continue
+        if any(row[ID] in conflicting for row in group) or any(email in addresses(row) for row in bad):
+            skips[email] = "invalid_row"
+        elif len(users) > 1:
+            skips[email] = "several_user_refs"
+        elif len(system) > 1 and not users:
+            skips[email] = "no_user_ref"
+        elif system and users:
+            most = max(int(row[COUNT]) for row in system)
+            best = [row for row in system if int(row[COUNT]) == most]
+            oldest = min(row[CREATED] for row in best)
+            primary = min(row[ID] for row in best if row[CREATED] == oldest)
+            others = {(row[ID], None) for row in system if row[ID] != primary}
+            pairs[email] = primary, {(users[0][ID], users[0][REFERENCE]), *others}
+    return Outcome(pairs, skips, len(bad), len(distinct))
+
+
+def is_good(row: Cells) -> bool:
+    return (
+        len(row) == len(COLUMNS)
+        and not any("\0" in cell for cell in row)
+        and all(row[place].strip() for place in (ID, EMAIL, REFERENCE))
+        and row[COUNT] in COUNTS
+    )
+
+
+def addresses(row: Cells) -> Set[str]:
+    """Whose group a bad row may belong to; where cells are missing or too many, its email may be in any of them."""
+    cells = row if len(row) != len(COLUMNS) else row[EMAIL : EMAIL + 1]
+    return {normal(cell.replace("\0", "")) for cell in cells}
+
+
+COUNTS = ("0", "1", "7", "12", "007")
+EMAILS = (
+    "a@example.com", "A@Example.com", " a@example.com ", "b@example.com", "o'b@example.com", "stra\u00dfe@example.com",
+    "STRASSE@example.com", "front desk", "c,d@example.com",
+)  # fmt: skip
+REFERENCES = (
+    "REVU-1",
+    "REVU-2",
+    "REVU-3",
+    "user_1",
+    "user_2",
+    "user_3",
+    "revu-1",
+    "User_1",
+    "userX1",
+    " user_1",
+    "crm",
+)
+BAD_COUNTS = ("", " ", "-1", "x", "1.5", "1e3", "0x1", "\u00b2", "nan", "1 2", "9" * 30)
+
+contacts = st.tuples(
+    st.sampled_from([f"don:identity:dvrv-us-1:devo/SANDBOX1:revu/{number}" for number in range(1, 15)]),
+    st.sampled_from(["", "REVU-1"]),
+    st.sampled_from(["Ada", "Okafor, Chidi", 'Ben "B" Novak', "two\nlines", "\u5c71\u7530 \u592a\u90ce", ""]),
+    st.sampled_from(EMAILS),
+    st.sampled_from(REFERENCES),
+    st.just(ORG),
+    st.sampled_from(["2023-01-01", "2024-01-01", "2024-06-01"]),
+    st.sampled_from(COUNTS),
+)
+
+
+@st.composite
+def files(draw: Any) -> List[Cells]:
+    """Rows of contacts; some are there again, changed or spoilt, in any order, and lines may be blank."""
+    people = draw(st.lists(contacts, min_size=1, max_size=10, unique_by=lambda row: row[ID]))
+    again = st.sampled_from(people)
+    odd = draw(st.lists(st.one_of(again, again.flatmap(changed), again.flatmap(spoilt), st.just(())), max_size=3))
+    return draw(st.permutations(people + odd))  # type: ignore[no-any-return]
+
+
+def changed(row: Cells) -> "st.SearchStrategy[Cells]":
+    """One id with other data."""
+    return contacts.map(lambda other: (row[ID], *other[1:]))
+
+
+def spoilt(row: Cells) -> "st.SearchStrategy[Cells]":
+    def put(place: int, *values: str) -> "st.SearchStrategy[Cells]":
+        return st.sampled_from(values).map(lambda value: (*row[:place], value, *row[place + 1 :]))
+
+    return st.one_of(
+        put(COUNT, *BAD_COUNTS),
+        *(put(place, "", "  ") for place in (ID, EMAIL, REFERENCE)),
+        *(put(place, row[place][:2] + "\0" + row[place][2:]) for place in (ID, 2, EMAIL)),
+        st.integers(1, len(row) - 1).map(lambda size: row[:size]),
+        st.integers(0, len(row)).map(lambda place: (*row[:place], "stray", *row[place:])),
+    )
+
+
+class Layout(NamedTuple):
+    """How a file is written, which has to make no difference."""
+
+    columns: Sequence[int]
+    line_end: str
+    bom: bool
+    quote_all: bool
+
+
+layouts = st.builds(
+    Layout,
+    columns=st.permutations(range(len(COLUMNS))),
+    line_end=st.sampled_from(["\n", "\r\n"]),
+    bom=st.booleans(),
+    quote_all=st.booleans(),
+)
+PLAIN = Layout(range(len(COLUMNS)), "\n", False, False)
+
+
+def write(path: Path, rows: Iterable[Cells], layout: Layout) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(
+        text, lineterminator=layout.line_end, quoting=csv.QUOTE_ALL if layout.quote_all else csv.QUOTE_MINIMAL
+    )
+    for row in (COLUMNS, *rows):
+        writer.writerow([row[place] for place in layout.columns] if len(row) == len(COLUMNS) else row)
+    path.write_bytes(text.getvalue().encode("utf-8-sig" if layout.bom else "utf-8"))
+
+
+def outcome_of(rows: Sequence[Cells], layout: Layout = PLAIN) -> Outcome:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "contacts.csv"
+        write(path, rows, layout)
+        plan = tool.detect(tool.read_contacts(path))
+    ids = Counter(one.id for group in plan.groups for one in group.contacts())
+    assert not ids or max(ids.values()) == 1, "a contact is in two groups, or twice in one"
+    for group in plan.groups:
+        assert {normal(one.email) for one in group.contacts()} == {group.email}
+        assert {key_of(pair.primary) for pair in group.pairs} == {key_of(group.primary)}
+    emails = [group.email for group in plan.groups] + [skip.email for skip in plan.skipped]
+    assert len(emails) == len(set(emails))
+    for skip in plan.skipped:
+        assert {normal(one.email) for one in skip.contacts} == {skip.email}
+    starts = list(accumulate((1 + "".join(row).count("\n") for row in (("",), *rows)), initial=1))[1:]
+    ranges = [range(first, last) for first, last, row in zip(starts, starts[1:], rows) if row and not is_good(row)]
+    assert all(bad.line in lines for bad, lines in zip(plan.invalid_rows, ranges)), "a bad row is named by its line"
+    return Outcome(
+        {
+            group.email: (group.primary.id, {(pair.duplicate.id, pair.new_ref) for pair in group.pairs})
+            for group in plan.groups
+        },
+        {skip.email: skip.code for skip in plan.skipped},
+        len(plan.invalid_rows),
+        plan.contacts_read,
+    )
+
+
+@examples(400)
+@given(rows=files(), layout=layouts)
+def test_every_file_is_read_as_the_contract_says(rows: List[Cells], layout: Layout) -> None:
+    assert outcome_of(rows, layout) == reference_of(rows)
+
+
+@examples(150)
+@given(rows=files(), seed=st.randoms(use_true_random=False))
+def test_the_order_of_the_rows_makes_no_difference(rows: List[Cells], seed: Any) -> None:
+    other = list(rows)
+    seed.shuffle(other)
+    assert outcome_of(other) == outcome_of(rows)
+
+
+def test_many_contacts_are_found_among_very_many() -> None:
+    """Enough rows for the survey's hash table to hold several values a byte."""
+    alone = [("x%d" % n, "", "", "x%d@example.com" % n, "REVU-%d" % n, ORG, "2024", "1") for n in range(70_000)]
+    pairs = [
+        ("%s%d" % (kind, n), "", "", "p%d@example.com" % n, "%s%d" % (kind, n), ORG, "2024", "1")
+        for n in range(300)
+        for kind in ("REVU-", "user_")
+    ]
+    found = outcome_of(pairs[:300] + alone + pairs[300:])
+    assert found.pairs == {"p%d@example.com" % n: ("REVU-%d" % n, {("user_%d" % n, "user_%d" % n)}) for n in range(300)}
+    assert (found.skips, found.invalid_rows, found.contacts_read) == ({}, 0, 70_600)
+
+
+# -- what DevRev says now --------------------------------------------------------------------------------
+
+
+def live(one: Contact, **fields: Any) -> Dict[str, Any]:
+    """The rev_user that agrees with a row of the export, but for some fields."""
+    return {
+        "id": one.id,
+        "display_id": one.display_id,
+        "email": one.email,
+        "external_ref": one.external_ref,
+        "state": "active",
+        "rev_org": {"type": "rev_org", "id": ORG, "display_id": "REV-ACME"},
+        **fields,
+    }
+
+
+OTHER_ORG = {"type": "rev_org", "id": ORG.replace("ACME", "NORTH"), "display_id": "REV-NORTH"}
+AGREES: List[Tuple[Dict[str, Any], str]] = [
+    ({}, ""),
+    ({"email": " ADA@Example.com "}, ""),
+    ({"display_name": "Renamed"}, ""),
+    ({"state": "deactivated"}, "not_active"),
+    ({"state": "deleted"}, "not_active"),
+    ({"state": "locked"}, "not_active"),
+    ({"state": "shadow"}, "not_active"),
+    ({"state": "Active"}, "not_active"),
+    ({"state": None}, "not_active"),
+    ({"email": "ada@example.org"}, "email_changed"),
+    ({"email": ""}, "email_changed"),
+    ({"email": None}, "email_changed"),
+    ({"external_ref": "user_9"}, "external_ref_changed"),
+    ({"external_ref": "revu-1"}, "external_ref_changed"),
+    ({"external_ref": "REVU-1 "}, "external_ref_changed"),
+    ({"external_ref": None}, "external_ref_changed"),
+    ({"rev_org": OTHER_ORG}, "different_rev_org"),
+]
+
+
+@pytest.mark.parametrize(("fields", "code"), AGREES)
+def test_a_contact_that_is_not_as_exported_is_refused(fields: Dict[str, Any], code: str) -> None:
+    flaw = tool.live_flaw(SYSTEM, live(SYSTEM, **fields), SYSTEM.external_ref)
+    assert (flaw.code if flaw else "") == code
+    for name in fields:
+        without = {key: value for key, value in live(SYSTEM).items() if key != name}
+        if name in ("email", "external_ref", "state"):
+            assert tool.live_flaw(SYSTEM, without, SYSTEM.external_ref) is not None
+
+
+def test_a_contact_that_is_not_there_is_refused() -> None:
+    flaw = tool.live_flaw(SYSTEM, None, SYSTEM.external_ref)
+    assert flaw is not None and flaw.code == "not_found"
+
+
+@pytest.mark.parametrize(
+    ("exported", "agrees"),
+    [
+        (ORG, True),
+        ("REV-ACME", True),
+        ("REV-NORTH", False),
+        (ORG.replace("ACME", "NORTH"), False),
+        (ORG + "2", False),
+    ],
+)
+def test_the_rev_org_of_the_export_is_compared(exported: str, agrees: bool) -> None:
+    one = contact("1", "REVU-1")
+    one.rev_org = exported
+    flaw = tool.live_flaw(one, live(one), one.external_ref)
+    assert (flaw.code if flaw else "") == ("" if agrees else "different_rev_org")
+
+
+THIRD = contact("3", "REVU-3")
+STRANGER = contact("7", "user_7")
+
+
+def group() -> Group:
+    return Group("ada@example.com", [Pair(SYSTEM, USER, "user_2"), Pair(SYSTEM, THIRD, None)])
+
+
+NAMESAKES: List[Tuple[List[Dict[str, Any]], str]] = [
+    ([], ""),
+    ([live(SYSTEM), live(USER), live(THIRD)], ""),
+    ([live(STRANGER)], "several_user_refs"),
+    ([live(STRANGER, email=" ADA@example.com")], "several_user_refs"),
+    ([live(THIRD), live(STRANGER)], "several_user_refs"),
+    ([live(STRANGER, state="deleted")], ""),
+    ([live(STRANGER, email="eve@example.com")], ""),
+    ([live(STRANGER, external_ref="REVU-7")], ""),
+    ([live(STRANGER, external_ref="userX7")], ""),
+    ([live(STRANGER, external_ref=None)], ""),
+]
+
+
+@pytest.mark.parametrize(("namesakes", "code"), NAMESAKES)
+def test_a_second_user_contact_that_the_export_does_not_have_refuses_the_group(
+    namesakes: List[Dict[str, Any]], code: str
+) -> None:
+    now = {one.id: live(one) for one in (SYSTEM, USER, THIRD)}
+    flaw = tool.group_flaw(group(), now, namesakes)
+    assert (flaw.code if flaw else "") == code
+
+
+@pytest.mark.parametrize("which", [SYSTEM, USER, THIRD], ids=["primary", "user", "duplicate"])
+@pytest.mark.parametrize(("fields", "code"), AGREES)
+def test_a_flaw_of_any_contact_refuses_the_group(which: Contact, fields: Dict[str, Any], code: str) -> None:
+    if fields.get("external_ref"):
+        fields = {"external_ref": fields["external_ref"] + which.external_ref}
+    now = {one.id: live(one) for one in (SYSTEM, USER, THIRD)}
+    now[which.id] = live(which, **fields)
+    flaw = tool.group_flaw(group(), now, now.values())
+    assert (flaw.code if flaw else "") == code
+    del now[which.id]
+    flaw = tool.group_flaw(group(), now, now.values())
+    assert flaw is not None and flaw.code == "not_found"
+
+
+def test_contacts_of_different_rev_orgs_are_not_merged_even_if_the_export_does_not_know() -> None:
+    ones = [contact("1", "REVU-1"), contact("2", "user_2")]
+    for one in ones:
+        one.rev_org = ""
+    now = {ones[0].id: live(ones[0]), ones[1].id: live(ones[1], rev_org=OTHER_ORG)}
+    flaw = tool.group_flaw(Group("ada@example.com", [Pair(ones[0], ones[1], "user_2")]), now, ())
+    assert flaw is not None and flaw.code == "different_rev_org"
+
+
+def test_after_the_first_merge_the_rest_of_the_group_is_judged_by_what_is_left() -> None:
+    """The user_ contact is gone, its reference is on the primary: that is no flaw of the pair that waits."""
+    half_done = group()
+    half_done.pairs[0].state = State.DONE
+    now = {SYSTEM.id: live(SYSTEM, external_ref="user_2"), THIRD.id: live(THIRD)}
+    assert tool.group_flaw(half_done, now, now.values()) is None
+    now[SYSTEM.id] = live(SYSTEM)
+    flaw = tool.group_flaw(half_done, now, now.values())
+    assert flaw is not None and flaw.code == "external_ref_changed"
+
+
+@pytest.mark.parametrize(
+    ("exported", "found", "exact", "at_least"),
+    [
+        (0, 0, True, True),
+        (3, 3, True, True),
+        (3, 4, False, True),
+        (0, 1, False, True),
+        (3, 2, False, False),
+        (1, 0, False, False),
+    ],
+)
+def test_counts_are_compared_as_the_policy_says(exported: int, found: int, exact: bool, at_least: bool) -> None:
+    one = contact("1", "REVU-1", exported)
+    for policy, passes in (("exact", exact), ("at-least", at_least)):
+        flaw = tool.count_flaw(one, found, policy)
+        assert (flaw is None) == passes
+        assert flaw is None or (
+            flaw.code == "count_mismatch" and str(found) in str(flaw) and str(exported) in str(flaw)
+        )
+
+
+# -- text ------------------------------------------------------------------------------------------------
+
+any_text = st.one_of(
+    st.text(st.characters()),
+    st.lists(
+        st.sampled_from(
+            [
+                "con",
+                "NUL",
+                "aux",
+                "com1",
+                "LPT9",
+                ".",
+                "..",
+                "/",
+                "\\",
+                ":",
+                " ",
+                "-",
+                "~",
+                "%",
+                "%2E",
+                "@",
+                "\0",
+                "\n",
+                "x" * 97,
+            ]
+        ),
+        max_size=6,
+    ).map("".join),
+)
+DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "lpt") for digit in range(10))}
+
+
+@examples(400)
+@given(any_text)
+@example("")
+@example("..")
+@example("../../etc/passwd")
+@example("C:\\Windows")
+@example("nul.tar.gz")
+@example("CON")
+@example("\ud800")
+@example("a" * 300 + "@example.com")
+def test_any_text_becomes_one_harmless_name(text: str) -> None:
+    name = tool.safe_name(text)
+    assert 0 < len(name) <= 120 and name.isascii()
+    assert not set(name) & set('/\\:*?"<>| \0') and name.isprintable()
+    assert name not in (".", "..") and name[-1] not in ". " and name[0] not in ".-"
+    assert name.split(".")[0].casefold() not in DEVICES
+    assert PurePosixPath(name).name == PureWindowsPath(name).name == name
+
+
+@examples(400)
+@given(any_text, any_text)
+@example("a", "A")
+@example("a.", "a%2E")
+@example("con", "%63on")
+@example("", "%")
+@example("x" * 300, "x" * 301)
+@example("\u00e9", "%C3%A9")
+def test_two_texts_never_share_a_name(one: str, other: str) -> None:
+    """Emails come case-folded, so that their names have to differ on a file system that ignores case, too."""
+    assert (tool.safe_name(one) == tool.safe_name(other)) == (one == other)
+    one, other = one.casefold(), other.casefold()
+    assert (tool.safe_name(one).casefold() == tool.safe_name(other).casefold()) == (one == other)
+
+
+def test_no_device_of_windows_is_a_name() -> None:
+    for device in DEVICES:
+        for text in (
+            device,
+            device.upper(),
+            f"{device}.txt",
+            f"{device}.",
+            f"{device}.tar.gz",
+            f"{device} ",
+            f"{device}:",
+        ):
+            assert tool.safe_name(text).split(".")[0].casefold() not in DEVICES
+
+
+def test_an_ordinary_email_is_its_own_name() -> None:
+    for email in ("ada.reyes@example.com", "femi+support@example.org", "a_b-c@x.example.com"):
+        assert tool.safe_name(email) == email
+
+
+@examples(400)
+@given(any_text)
+@example("".join(map(chr, [*range(0x20), *range(0x7F, 0xA1), *range(0x200B, 0x2010), *range(0x2028, 0x202F)])))
+@example("\u2066\u2067\u2068\u2069\ufeff\u061c\ud800\udfff\U000e0041")
+def test_nothing_that_a_terminal_could_act_on_survives(text: str) -> None:
+    shown = tool.printable(text)
+    assert not [char for char in shown if unicodedata.category(char) in INVISIBLE]
+    assert tool.printable(shown) == shown
+    plain = "".join(char for char in text if unicodedata.category(char)[0] in "LNP" or char == " ")
+    assert tool.printable(plain) == plain
+
+
+@examples(100)
+@given(any_text)
+@example("</script><script>alert(1)</script><!-- & \u2028\u2029")
+def test_json_in_a_page_stays_json_and_ends_no_script(text: str) -> None:
+    escaped = tool.for_script(json.dumps({text: text}, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    assert not [mark for mark in ("<", ">", "&", "\u2028", "\u2029") if mark.encode("utf-8") in escaped]
+    assert json.loads(escaped.decode("utf-8", "surrogatepass")) == {text: text}
+
+
+@pytest.mark.parametrize(
+    ("don", "organisation"),
+    [
+        ("don:identity:dvrv-us-1:devo/SANDBOX1:revu/7", "dvrv-us-1:devo/SANDBOX1"),
+        ("don:core:dvrv-eu-1:devo/1a2B:ticket/7", "dvrv-eu-1:devo/1a2B"),
+        ("don:identity:dvrv-us-1:devo/SANDBOX1:devu/1", "dvrv-us-1:devo/SANDBOX1"),
+        ("REVU-7", ""),
+        ("", ""),
+        ("don:identity:dvrv-us-1:devo/SANDBOX1", ""),
+        (" don:identity:dvrv-us-1:devo/SANDBOX1:revu/7", ""),
+        ("don:identity:dvrv-us-1:revu/7", ""),
+    ],
+)
+def test_an_id_tells_its_organisation(don: str, organisation: str) -> None:
+    assert tool.organisation_of(don) == organisation
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://api.devrev.ai", "https://api.devrev.ai:8443", "https://gateway.example.com/devrev", "HTTPS://api.devrev.ai",
+        "http://127.0.0.1:8123", "http://127.9.8.7", "http://localhost:1", "http://[::1]:8123",
+    ],
+)  # fmt: skip
+def test_a_base_url_that_keeps_the_token_private_is_accepted(url: str) -> None:
+    assert tool.check_base_url(url) == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "", "api.devrev.ai", "//api.devrev.ai", "https://", "https:///path", "https://:443", "ftp://api.devrev.ai",
+        "file:///etc/passwd", "http://api.devrev.ai", "http://localhost.example.com", "http://127.0.0.1.example.com",
+        "http://example.com/127.0.0.1", "http://127.0.0.1@example.com", "http://0.0.0.0", "http://[2001:db8::1]",
+        "https://name:hunter2@api.devrev.ai", "https://api.devrev.ai?key=hunter2", "https://api.devrev.ai#hunter2",
+        "https://api.devrev.ai:99999", "https://api.devrev.ai:port", "https://[::1", "https://[hunter2",
+    ],
+)  # fmt: skip
+def test_a_base_url_that_would_give_the_token_away_is_refused(url: str) -> None:
+    with pytest.raises(tool.Stop) as stopped:
+        tool.check_base_url(url)
+    assert stopped.value.exit_code == 2
+    assert "DEVREV_BASE_URL" in str(stopped.value) and "hunter2" not in str(stopped.value)
+
+
+def test_a_base_url_with_an_unlikely_host_never_raises_anything_else() -> None:
+    for url in ("https://\u2100.example.com", "https://a b", "https://exa\tmple.com", "https://[::1]]", "\ud800"):
+        with contextlib.suppress(tool.Stop):
+            tool.check_base_url(url)

@@ -1,0 +1,184 @@
+"""The README's query, run over a small warehouse: what it exports is what the tool takes, and it counts as the tool counts."""
+
+import csv
+import datetime
+import json
+import re
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Tuple
+
+import pytest
+
+from tests.sandbox import Organisation, Sandbox
+from tests.support import COLUMNS, ROOT, Workplace, assert_merged, backups_of, roles_of
+
+duckdb = pytest.importorskip("duckdb", reason="duckdb is not installed")
+
+PLACEHOLDER = "your-domain.example"
+DOMAIN = "example.com"
+USERS = "ANALYTICS.DBT_BASE_DEVREV.DEVREV_REV_USERS"
+WORKS = "ANALYTICS.DBT_BASE_DEVREV.DEVREV_WORKS"
+Tables = Any
+Table = List[Dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def query() -> str:
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("there is no README.md yet")
+    found = re.search(r"^ *```sql\n(.*?)^ *```$", readme.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert found, "README.md has no ```sql block"
+    sql = found.group(1)
+    assert sql.count(PLACEHOLDER) == 1, f"exactly one thing to replace: {PLACEHOLDER}"
+    return sql.replace(PLACEHOLDER, DOMAIN)
+
+
+@pytest.fixture
+def organisation() -> Organisation:
+    """Pairs whose counts come from each of the three roles, and contacts that the export has to leave out."""
+    made = Organisation()
+    dev = made.dev_user["id"]
+
+    def two(number: int, domain: str = DOMAIN) -> Tuple[str, str]:
+        email = f"p{number}@{domain}"
+        return made.add_contact(f"R{number}", email), made.add_contact(f"U{number}", email.title(), f"user_{number}")
+
+    one, other = two(1)  # owned 3, created 1, reported 2; owned together with others
+    for index in range(3):
+        made.add_work(
+            owned_by=[one, dev, other], reported_by=[one, other] if index else [], created_by=None if index else one
+        )
+    one, other = two(2)  # created 4, the rest by others
+    for _ in range(4):
+        made.add_work(owned_by=[dev], created_by=one, reported_by=[other])
+    one, other = two(3)  # three roles on the same work count once; issues count too
+    made.add_work(owned_by=[one], created_by=one, reported_by=[one], kind="issue")
+    made.add_work(owned_by=[one, other], created_by=other, reported_by=[one, other])
+    one, other = two(4)  # no work at all
+    one, other = two(5)  # many reporters and owners: a row for each combination
+    made.add_work(owned_by=[one, other, dev], reported_by=[one, other, dev], created_by=other)
+    made.add_work(owned_by=[dev], reported_by=[one, other])
+    one, other = two(6, "elsewhere.org")
+    made.add_work(owned_by=[one], reported_by=[other])
+    made.add_contact("X1", "p4@example.com", "userX1")
+    made.add_contact("X2", "p4@example.com", "revu-4")
+    made.add_contact("X3", "p4@example.com", "REVUX4")
+    made.add_contact("X4", f"p4@{DOMAIN}.elsewhere.org", "user_x4")
+    made.add_contact("X5", None, "user_x5")
+    return made
+
+
+def users_table(organisation: Organisation) -> Table:
+    return [
+        {
+            "REV_USER_ID": one["id"],
+            "DISPLAY_ID": one["display_id"],
+            "DISPLAY_NAME": one["display_name"],
+            "EMAIL": one.get("email"),
+            "EXTERNAL_REF": one["external_ref"],
+            "REV_ORG_ID": one["rev_org"]["id"],
+            "CREATED_DATE": datetime.datetime.strptime(one["created_date"], "%Y-%m-%dT%H:%M:%S.%fZ"),
+            "STATE": one["state"],
+        }
+        for one in organisation.contacts.values()
+    ]
+
+
+def works_table(organisation: Organisation) -> Table:
+    """A row for each combination of owner and reporter, as lists are flattened; and works that are none of the tool's."""
+    rows = []
+    for work in organisation.works.values():
+        for owner in work["owned_by"] or [None]:
+            for reporter in work["reported_by"] or [None]:
+                rows.append(
+                    {
+                        "WORK_ID": work["id"],
+                        "TYPE": work["type"],
+                        "OWNED_BY_ID": owner and owner["id"],
+                        "CREATED_BY_ID": work["created_by"]["id"],
+                        "REPORTED_BY_ID": reporter and reporter["id"],
+                    }
+                )
+    for kind in ("task", "opportunity", "Ticket "):
+        rows += [
+            {**row, "WORK_ID": f"{row['WORK_ID']}-{kind}", "TYPE": kind} for row in rows if row["TYPE"] == "ticket"
+        ]
+    return rows
+
+
+@pytest.fixture
+def warehouse(organisation: Organisation) -> Iterator[Tables]:
+    connection = duckdb.connect()
+    connection.execute("ATTACH ':memory:' AS ANALYTICS")
+    connection.execute("CREATE SCHEMA ANALYTICS.DBT_BASE_DEVREV")
+    for name, rows in ((USERS, users_table(organisation)), (WORKS, works_table(organisation))):
+        columns = ", ".join(f"{column} {'TIMESTAMP' if column == 'CREATED_DATE' else 'VARCHAR'}" for column in rows[0])
+        connection.execute(f"CREATE TABLE {name} ({columns})")
+        connection.executemany(
+            f"INSERT INTO {name} VALUES ({', '.join('?' * len(rows[0]))})", [list(row.values()) for row in rows]
+        )
+    yield connection
+    connection.close()
+
+
+def export(warehouse: Tables, query: str, path: Path) -> Table:
+    """Run the query and save what it gives, as one does from a worksheet; returns the rows."""
+    result = warehouse.execute(query)
+    columns = [column[0] for column in result.description]
+    rows = result.fetchall()
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+    return [dict(zip(columns, row)) for row in rows]
+
+
+def test_the_query_exports_the_contacts_of_one_domain_with_either_reference(
+    query: str, warehouse: Tables, organisation: Organisation, place: Workplace
+) -> None:
+    rows = export(warehouse, query, place.csv)
+    assert set(rows[0]) == set(COLUMNS)
+    wanted = {
+        one["id"]
+        for one in organisation.contacts.values()
+        if (one.get("email") or "").lower().endswith("@" + DOMAIN)
+        and one["external_ref"].startswith(("REVU-", "user_"))
+    }
+    assert len(wanted) == 10 and sorted(row["REV_USER_ID"] for row in rows) == sorted(wanted)
+    assert [row["EMAIL"] for row in rows] == sorted(row["EMAIL"] for row in rows)
+
+
+def test_the_query_counts_what_the_tool_counts(
+    query: str, warehouse: Tables, organisation: Organisation, place: Workplace
+) -> None:
+    counts = {row["REV_USER_ID"]: row["TICKET_COUNT"] for row in export(warehouse, query, place.csv)}
+    for one, count in counts.items():
+        roles = roles_of(organisation, one)
+        assert count == max(len(roles[role]) for role in ("owned", "created", "reported")), one
+    assert sorted(counts.values()) == [0, 0, 1, 2, 2, 2, 3, 3, 4, 4]
+
+    with Sandbox(organisation, merge_delay=0.05) as sandbox:
+        result = place.run(sandbox, "--yes", "--count-policy", "exact", check=0)
+    assert result.report["summary"]["successful_merges"] == 5 and result.report["skipped"] == []
+    assert_merged(
+        organisation,
+        [tuple(organisation.don("identity", "revu", f"{kind}{number}") for kind in "RU") for number in range(1, 6)],  # type: ignore[misc]
+    )
+    for one, count in counts.items():
+        (backup,) = backups_of(place.folder, one)
+        (entry,) = (entry for entry in backup.manifest["contacts"] if entry["csv"]["id"] == one)
+        assert (
+            max(entry["counts"][role] for role in ("owned", "created", "reported")) == count == entry["csv"]["tickets"]
+        )
+
+
+def test_the_query_gives_nothing_for_tables_without_works_or_contacts(
+    query: str, warehouse: Tables, place: Workplace
+) -> None:
+    warehouse.execute(f"DELETE FROM {WORKS}")
+    assert {row["TICKET_COUNT"] for row in export(warehouse, query, place.csv)} == {0}
+    assert len(json.loads(place.run(None, "--preview", "--json", check=0).out)["pairs"]) == 5
+    warehouse.execute(f"DELETE FROM {USERS}")
+    assert export(warehouse, query, place.csv) == []
+    assert json.loads(place.run(None, "--preview", "--json", check=0).out)["pairs"] == []
