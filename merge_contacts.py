@@ -2837,33 +2837,26 @@ def show_plan(plan: Plan, console: Console, cost: Estimate, ceiling: str) -> Non
 
 
 def _show_pairs(plan: Plan, console: Console) -> None:
-    pairs = list(plan.pairs())
-    if not pairs:
-        return
+    """A table where it fits the terminal, else two lines a pair."""
     arrow = console.symbol("\u2190", "<-")
-    head = ("EMAIL", "PRIMARY", "TICKETS", "", "DUPLICATE", "TICKETS", "REFERENCE")
-    widths = [len(title) for title in head]
-    for row in map(_pair_cells, pairs):
-        widths = [max(width, len(cell)) for width, cell in zip(widths, row)]
-    form = f"%-{widths[0]}s  %-{widths[1]}s %{widths[2]}s {arrow} %-{widths[4]}s %{widths[5]}s  %s"
-    if sum(widths) + 8 <= console.width:
-        console.say(form.replace(arrow, " ", 1) % tuple(title for title in head if title), "bold")
-        lines = (form % (*row[:3], *row[4:]) for row in map(_pair_cells, pairs))
-    else:
-        console.say(
-            f"EMAIL\n  PRIMARY (TICKETS) {arrow} DUPLICATE (TICKETS), REFERENCE".replace("\n", " / "),
-            "bold",
-        )
-        card = "{0}\n  {1} ({2}) " + arrow + " {4} ({5}), {6}"
-        lines = (card.format(*row) for row in map(_pair_cells, pairs))
-    for some in iter(lambda: list(islice(lines, 1000)), []):
-        console.say_all(part for line in some for part in line.rstrip().split("\n"))
+    head = ("EMAIL", "PRIMARY", "TICKETS", arrow, "DUPLICATE", "TICKETS", "REFERENCE")
+    rows = [_pair_cells(pair, arrow) for pair in plan.pairs()]
+    if not rows:
+        return
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    form = "%-{}s  %-{}s %{}s %{}s %-{}s %{}s  %s".format(*widths)
+    if sum(widths) + 8 > console.width:
+        form = "%s\n  %s (%s) %s %s (%s), %s"
+    for line in (form % head).split("\n"):
+        console.say(line, "bold")
+    for start in range(0, len(rows), 1000):
+        console.say_all("\n".join(form % row for row in rows[start : start + 1000]).split("\n"))
     console.say()
 
 
-def _pair_cells(pair: Pair) -> Tuple[str, ...]:
+def _pair_cells(pair: Pair, arrow: str) -> Tuple[str, ...]:
     cells = (
-        pair.email, pair.primary.short_id, str(pair.primary.tickets), "", pair.duplicate.short_id,
+        pair.email, pair.primary.short_id, str(pair.primary.tickets), arrow, pair.duplicate.short_id,
         str(pair.duplicate.tickets), pair.new_ref or "none",
     )  # fmt: skip
     return tuple(map(printable, cells))
