@@ -54,6 +54,7 @@ from typing import (
     List,
     Mapping,
     NamedTuple,
+    NoReturn,
     Optional,
     Sequence,
     Set,
@@ -516,7 +517,8 @@ class _CsvReader:
         self.reading.invalid_rows.append(InvalidRow(line, reason, email[:320] or None))
         for value in row:
             for text in {value, value.replace(_NUL_MARK, "")}:
-                self.reading.tainted.update(word.strip().casefold() for word in (text, *_ADDRESS.findall(text)))
+                words = (text, *re.split(r"[,\r\n]", text), *_ADDRESS.findall(text))
+                self.reading.tainted.update(word.strip().casefold() for word in words)
 
     def _distrust_swallowed_rows(self, emails: "array[int]", ids: "array[int]") -> None:
         """Reject rows with a field in which a stray quote has swallowed other rows."""
@@ -2951,8 +2953,15 @@ def _seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{printable(text)} is not a number of seconds between 0 and 86400")
 
 
+class OptionParser(argparse.ArgumentParser):
+    """argparse, but what it repeats of a wrong option can't act on the terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="merge_contacts.py",
         description=DESCRIPTION,
         epilog=EPILOG,

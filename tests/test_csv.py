@@ -202,6 +202,14 @@ FILES: Dict[str, Case] = {
         {"ada@example.com": "invalid_row", "eve@example.com": "invalid_row", "o'dell@example.com": "invalid_row"},
         [4],
     ),
+    "a stray quote that swallows a row of an address without @": Case(
+        text(
+            row("7", "eve@example.com", "REVU-7", name='"Ann'), row("9", "front desk", "user_9"),
+            row("8", "eve@example.com", "user_8", name='Bob"'), *ADA,
+            row("1a", "front desk", "REVU-1"), row("2a", "front desk", "user_2"),
+        ),
+        [ADA_PAIR], {"front desk": "invalid_row"}, [4],
+    ),
     "a stray quote that swallows a row into the last field": Case(
         text(*(line + ',"' for line in ADA), *(line + ",x" for line in EVE), header=HEADER + ",NOTES"),
         [EVE_PAIR],
