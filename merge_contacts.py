@@ -164,7 +164,7 @@ def now_iso() -> str:
 
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])$", re.IGNORECASE)
-_NAME_LIMIT = 100
+_NAME_LIMIT = 80
 
 
 def safe_name(text: str) -> str:
@@ -579,7 +579,8 @@ class Pair:
     code: str = ""
     error: str = ""
     backup: str = ""
-    requested_at: float = 0.0  # epoch seconds
+    requested_at: float = 0.0  # epoch seconds, of the last request
+    first_requested_at: float = 0.0
     seconds: float = 0.0
     left_behind: List[Json] = field(default_factory=list)
 
@@ -592,13 +593,14 @@ class Pair:
         return self.primary.id, self.duplicate.id
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
     """The contacts of one email: every pair has the same primary; the pair with the `user_` contact is first."""
 
     email: str
     pairs: List[Pair]
     checked_at: float = 0.0  # monotonic seconds, of the last live check
+    backed_up_at: float = 0.0
 
     @property
     def primary(self) -> Contact:
@@ -611,6 +613,9 @@ class Group:
     def contacts(self) -> List[Contact]:
         """The primary and every duplicate that has not been asked to go yet."""
         return [self.primary, *(pair.duplicate for pair in self.waiting())]
+
+    def everybody(self) -> List[Contact]:
+        return [self.primary, *(pair.duplicate for pair in self.pairs)]
 
     def primary_ref(self) -> str:
         """The reference that the primary has now, as far as this tool has moved one to it."""
@@ -732,6 +737,11 @@ def same_rev_org(exported: str, live: Any) -> bool:
     return exported in names
 
 
+def rev_org_id(user: Json) -> Optional[str]:
+    rev_org = user.get("rev_org")
+    return str(rev_org.get("id")) if isinstance(rev_org, dict) else None
+
+
 def group_flaw(group: Group, live: Mapping[str, Json], namesakes: Iterable[Json]) -> Optional[PairError]:
     """The first reason why a group must not be merged as DevRev has its contacts now; None if there is none.
 
@@ -743,7 +753,7 @@ def group_flaw(group: Group, live: Mapping[str, Json], namesakes: Iterable[Json]
         flaw = live_flaw(contact, live.get(contact.id), expected)
         if flaw:
             return flaw
-    orgs = {(live[contact.id].get("rev_org") or {}).get("id") for contact in contacts}
+    orgs = {rev_org_id(live[contact.id]) for contact in contacts}
     if len(orgs) > 1:
         return PairError("different_rev_org", "the contacts belong to different rev orgs: " + ", ".join(map(str, orgs)))
     known = {contact.id for contact in contacts}
@@ -780,6 +790,7 @@ class Throttle:
     """
 
     TROUBLE = 3  # failures in a row, over all threads
+    LONGEST_WINDOW = 600.0  # seconds; DevRev's quota resets every five minutes
 
     def __init__(self, calls: int, period: float, retries: int, halt: threading.Event) -> None:
         self.retries = retries
@@ -862,7 +873,10 @@ class Throttle:
                     self.waits.append((self._waiting_since, time.time()))
 
     def _wait(self) -> Tuple[float, bool]:
-        """Seconds to wait before the gate is looked at again (0: go), and whether it is quota that is waited for."""
+        """Seconds to wait before the gate is looked at again (0: go), and whether it is quota that is waited for.
+
+        Where the known window is over, the first to look makes the next request a scout.
+        """
         now = time.monotonic()
         if now < self._closed_until:
             return self._closed_until - now, self._refusals > 0
@@ -931,7 +945,7 @@ class Throttle:
                 wait = parsedate_to_datetime(text).timestamp() - self._server_time(headers)
             if not text and self.remaining is not None and self.remaining <= 0:
                 wait = self._resets_at - time.monotonic()
-        return max(least, min(3600.0, wait))
+        return max(least, min(3600.0, wait if wait == wait else 0.5))
 
     def _learn(self, headers: Mapping[str, str]) -> None:
         try:
@@ -941,7 +955,9 @@ class Throttle:
             return
         if window > self._window + 1:
             self._window, self.remaining = window, remaining
-            self._resets_at = time.monotonic() + window - self._server_time(headers) + 0.01
+            # A clock that is off must not stop a run: past the longest window that makes sense, a scout finds out.
+            wait = min(self.LONGEST_WINDOW, window - self._server_time(headers))
+            self._resets_at = time.monotonic() + wait + 0.01
         elif window >= self._window - 1 and self.remaining is not None:
             self.remaining = min(self.remaining, remaining)
 
@@ -995,6 +1011,10 @@ class ApiSettings:
     workers: int = 8
 
 
+def scope_of(endpoint: str) -> str:
+    return next((scope for start, scope in SCOPES.items() if endpoint.startswith(start)), "of this endpoint")
+
+
 def user_ids(value: Any) -> Set[str]:
     """The ids in a work's `owned_by`, `reported_by` (lists), `created_by` (one) or a conversation's `members`."""
     users = value if isinstance(value, list) else [value]
@@ -1021,6 +1041,7 @@ class DevRevAPI:
         self.throttle = Throttle(settings.calls, settings.period, settings.retries, halt)
         self.requests: Dict[str, int] = collections.Counter()
         self._answered: Set[str] = set()
+        self._forbidden: Dict[str, Set[bytes]] = collections.defaultdict(set)  # bodies that were answered with 403
         self._ids_per_call: Dict[str, int] = collections.defaultdict(lambda: PAGE)
         self._lock = threading.Lock()
         self._session = self._open_session()
@@ -1072,16 +1093,18 @@ class DevRevAPI:
             if status == 200 and data is not None:
                 problem = f"no {key} in the answer"
             if data is not None and status in (401, 403):
-                self._deny(endpoint, status, problem)
+                self._deny(endpoint, status, problem, body)
             if status is not None and 300 <= status < 400:
                 raise ApiRefused(endpoint, status, f"redirected to {location or 'nowhere'}", location)
+            if status == 403:
+                problem = f"{problem} (scope {scope_of(endpoint)})"
             if status is not None and 400 <= status < 500 and status not in (408, 429) and data is not None:
                 raise ApiRefused(endpoint, status, problem)
             if status != 429:
                 attempt += 1
                 if attempt > self.settings.retries or (sent and not repeatable):
                     if status in (401, 403):
-                        self._deny(endpoint, status, problem)
+                        self._deny(endpoint, status, problem, body)
                     raise ApiUnanswered(endpoint, problem)
                 self.halt.wait(random.uniform(0.5, 1.0) * min(8.0, 0.1 * 2**attempt))
 
@@ -1113,8 +1136,9 @@ class DevRevAPI:
             )
             status, headers = answer.status_code, answer.headers
             data, problem = self._read(answer)
-        except requests.exceptions.SSLError:
-            problem, sent = "the server's certificate can't be verified", False
+        except requests.exceptions.SSLError as error:
+            sent = "CERTIFICATE_VERIFY_FAILED" not in repr(error) and "CertificateError" not in repr(error)
+            problem = "the TLS connection broke" if sent else "the server's certificate can't be verified"
         except requests.exceptions.Timeout as error:
             sent = not isinstance(error, requests.exceptions.ConnectTimeout)
             problem = f"no answer within {self.settings.timeout:g} s"
@@ -1132,7 +1156,8 @@ class DevRevAPI:
                 f" ({problem})" if problem else "",
             )
             self.throttle.leave(scout, None if status == 200 and data is None else status, headers)
-        return status, data, headers.get("Location", ""), problem, sent
+        location = headers.get("Location", "").replace(self.settings.token, "[token]")
+        return status, data, location, problem, sent
 
     def _read(self, answer: "requests.Response") -> Tuple[Optional[Json], str]:
         """Parse a body: the JSON object, and in words what is wrong. A gateway's HTML is no word of DevRev's."""
@@ -1147,14 +1172,20 @@ class DevRevAPI:
         words = " ".join(str(data[name]) for name in ("message", "detail") if data.get(name))
         return data, words.replace(self.settings.token, "[token]")[:500] or f"status {answer.status_code}"
 
-    def _deny(self, endpoint: str, status: int, message: str) -> None:
-        """Nothing more is sent with a token that is not accepted, or that lacks a scope which it never had."""
+    def _deny(self, endpoint: str, status: int, message: str, body: Json) -> None:
+        """Send nothing more with a token that is not accepted, or that lacks a scope which it never had.
+
+        One ticket or conversation that it may not see says nothing of its scopes: a second has to be refused.
+        """
         if status == 401:
             text = f"DevRev does not accept the token (401): {message}. Is DEVREV_API_TOKEN right, and not expired?"
             self.throttle.shut(Denied(EXIT_STOPPED, text))
-        if endpoint not in self._answered:
-            scope = next((SCOPES[name] for name in SCOPES if endpoint.startswith(name)), "of this endpoint")
-            text = f"the token may not call {endpoint} (403): it lacks the scope {scope}"
+        with self._lock:
+            self._forbidden[endpoint].add(to_json(body))
+            alone = len(self._forbidden[endpoint]) == 1
+        one_object = alone and not endpoint.startswith("rev-users.")
+        if endpoint not in self._answered and not one_object:
+            text = f"the token may not call {endpoint} (403): it lacks the scope {scope_of(endpoint)}"
             self.throttle.shut(Denied(EXIT_USAGE, text))
 
     def _pages(self, endpoint: str, key: str, body: Json) -> List[Json]:
@@ -1172,6 +1203,8 @@ class DevRevAPI:
             except (TypeError, KeyError):
                 raise ApiUnanswered(endpoint, f"{key} holds something without an id") from None
             cursor = answer.get("next_cursor") or ""
+            if not isinstance(cursor, str):
+                raise ApiUnanswered(endpoint, "next_cursor is no text")
             if not cursor:
                 return list(items.values())
             if cursor in cursors:
@@ -1224,19 +1257,25 @@ class DevRevAPI:
 
     # -- endpoints ----------------------------------------------------------------------------------
 
-    def whoami(self) -> Json:
-        """The token's owner (`dev_user`)."""
-        user: Json = self._call("dev-users.self", {}, "dev_user")["dev_user"]
+    def _user(self, endpoint: str, body: Json, key: str = "rev_user") -> Json:
+        """The user that an endpoint answers with. ApiUnanswered where it is none."""
+        user = self._call(endpoint, body, key)[key]
+        if not (isinstance(user, dict) and isinstance(user.get("id"), str)):
+            raise ApiUnanswered(endpoint, f"{key} holds no user")
         return user
 
-    def contacts_by_email(self, emails: Sequence[str]) -> List[Json]:
-        """All rev users that DevRev lists for these addresses; an address that it refuses has none."""
-        return self._many("rev-users.list", "rev_users", {}, "email", emails).items[""]
+    def whoami(self) -> Json:
+        """The token's owner (`dev_user`)."""
+        return self._user("dev-users.self", {}, "dev_user")
+
+    def contacts_by_email(self, emails: Sequence[str]) -> Found:
+        """All rev users that DevRev lists for these addresses, under `""`; `errors` has addresses that it refuses."""
+        return self._many("rev-users.list", "rev_users", {}, "email", emails)
 
     def contact(self, identity: str) -> Optional[Json]:
         """The rev user of this id, None where there is none (404), or where it has moved to another id (301)."""
         try:
-            user: Json = self._call("rev-users.get", {"id": identity}, "rev_user")["rev_user"]
+            user = self._user("rev-users.get", {"id": identity})
         except ApiRefused as refusal:
             if refusal.status == 404 or 300 <= refusal.status < 400:
                 return None
@@ -1251,13 +1290,15 @@ class DevRevAPI:
         body = {"primary_user": primary, "secondary_user": duplicate}
         self._call("rev-users.merge", body, repeatable=False, unless=unless)
 
-    def is_merged(self, primary: str, duplicate: str) -> bool:
+    def is_merged(self, primary: str, duplicate: str, refused: bool = False) -> bool:
         """Look whether the duplicate has gone: 404, 301, a state other than active, or the primary's own record.
 
+        Where DevRev has `refused` the merge, of the states only `deleted` counts: a contact that was locked since the
+        live check is why it was refused.
         Raises PairError(merge_not_confirmed) where it has become somebody else than the primary.
         """
         try:
-            user = self._call("rev-users.get", {"id": duplicate}, "rev_user")["rev_user"]
+            user = self._user("rev-users.get", {"id": duplicate})
         except ApiRefused as refusal:
             if refusal.status == 404:
                 return True
@@ -1265,7 +1306,12 @@ class DevRevAPI:
                 raise
             user = {"id": self._moved_to(refusal.location) or primary}
         if user.get("id") in (primary, duplicate):
-            return bool(user["id"] == primary or user.get("state") != "active")
+            state = user.get("state")
+            if user["id"] == primary:
+                return True
+            if not isinstance(state, str):
+                raise ApiUnanswered("rev-users.get", "the user has no state")
+            return state == "deleted" if refused else state != "active"
         raise PairError("merge_not_confirmed", f"{duplicate} has become {user.get('id')}, not the primary")
 
     @staticmethod
@@ -1276,7 +1322,7 @@ class DevRevAPI:
 
     def set_external_ref(self, identity: str, external_ref: str) -> None:
         """Set the reference and read it back from the answer. ApiRefused with status 409 while another holds it."""
-        user = self._call("rev-users.update", {"id": identity, "external_ref": external_ref}, "rev_user")["rev_user"]
+        user = self._user("rev-users.update", {"id": identity, "external_ref": external_ref})
         if user.get("id") != identity or user.get("external_ref") != external_ref:
             raise PairError(
                 "external_ref_not_set", f"DevRev answered the update with the reference {user.get('external_ref')}"
@@ -1384,7 +1430,7 @@ class Backups:
         while (home / _stamp(stamp)).exists():
             stamp += 1
         final = home / _stamp(stamp)
-        aside = home / f"{self.INCOMPLETE}{os.getpid()}_{threading.get_ident()}_{_stamp(stamp)}"
+        aside = home / f"{self.INCOMPLETE}{os.getpid()}_{_stamp(stamp)}"
         aside.mkdir(mode=0o700)
         manifest: Json = {
             "format": 1,
@@ -1531,8 +1577,8 @@ class SavePoint:
         CREATE TABLE pairs (
             primary_id TEXT NOT NULL, duplicate_id TEXT NOT NULL, email TEXT NOT NULL, new_ref TEXT,
             state TEXT NOT NULL, code TEXT NOT NULL, error TEXT NOT NULL, backup TEXT NOT NULL,
-            requested_at REAL NOT NULL, seconds REAL NOT NULL, left_behind TEXT NOT NULL,
-            primary_row TEXT NOT NULL, duplicate_row TEXT NOT NULL,
+            requested_at REAL NOT NULL, first_requested_at REAL NOT NULL, seconds REAL NOT NULL,
+            left_behind TEXT NOT NULL, primary_row TEXT NOT NULL, duplicate_row TEXT NOT NULL,
             run TEXT NOT NULL, created TEXT NOT NULL, updated TEXT NOT NULL,
             PRIMARY KEY (primary_id, duplicate_id)
         );
@@ -1540,8 +1586,10 @@ class SavePoint:
     """
     COLUMNS = (
         "primary_id", "duplicate_id", "email", "new_ref", "state", "code", "error", "backup", "requested_at",
-        "seconds", "left_behind", "primary_row", "duplicate_row", "run", "created", "updated",
+        "first_requested_at", "seconds", "left_behind", "primary_row", "duplicate_row", "run", "created", "updated",
     )  # fmt: skip
+
+    PLAIN = ("new_ref", "code", "error", "backup", "requested_at", "first_requested_at", "seconds")
 
     def __init__(self, path: Path, run: str = "", readonly: bool = False) -> None:
         self.path = path
@@ -1581,10 +1629,7 @@ class SavePoint:
     def _attach(self, readonly: bool) -> sqlite3.Connection:
         uri = self.path.resolve().as_uri()
         if readonly:
-            # Read past the lock of a run that may be going on.
-            db = sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True, isolation_level=None)
-            db.execute("SELECT count(*) FROM pairs")
-            return db
+            return self._peek(uri)
         db = sqlite3.connect(f"{uri}?mode=rwc", uri=True, isolation_level=None, timeout=0)
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute("PRAGMA synchronous = EXTRA")
@@ -1605,12 +1650,30 @@ class SavePoint:
         db.execute("COMMIT")
         return db
 
+    @staticmethod
+    def _peek(uri: str) -> sqlite3.Connection:
+        """Read past the lock of a run that may be going on; what looks torn is looked at again."""
+        for patience in (0.05, 0.1, 0.2, 0.4, 0.0):
+            db = sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True, isolation_level=None)
+            try:
+                db.execute("SELECT primary_id, state, run FROM pairs LIMIT 1")
+                flaw = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+                if flaw == "ok":
+                    return db
+                raise sqlite3.DatabaseError(flaw)
+            except sqlite3.DatabaseError:
+                db.close()
+                if not patience:
+                    raise
+                time.sleep(patience)
+        raise AssertionError("unreachable")
+
     def _trouble(self, error: sqlite3.Error, exit_code: int) -> Stop:
         text = str(error)
         if "locked" in text or "busy" in text:
             return Stop(EXIT_HELD, f"another run holds the savepoint {self.path}{self._holder()}")
         if exit_code == EXIT_STOPPED:
-            return Stop(EXIT_STOPPED, f"the savepoint {self.path} can't be written ({text})")
+            return Stop(EXIT_STOPPED, f"the savepoint {self.path} can't be used ({text})")
         if "full" in text or "disk I/O" in text:
             return Stop(EXIT_STOPPED, f"the savepoint {self.path} can't be made ({text})")
         if "readonly" in text or "unable to open" in text:
@@ -1638,8 +1701,7 @@ class SavePoint:
         """Read, or set for good, a fact about the savepoint (`organisation`)."""
         if value is not None:
             self._write("INSERT OR REPLACE INTO about VALUES (?, ?)", [(name, value)])
-        row = self._db.execute("SELECT value FROM about WHERE name = ?", (name,)).fetchone()
-        return row[0] if row else None
+        return next((value for (value,) in self._query("SELECT value FROM about WHERE name = ?", name)), None)
 
     def record(self, *pairs: Pair) -> None:
         """Write the state of pairs; when this returns it is on the disk."""
@@ -1647,7 +1709,7 @@ class SavePoint:
         rows = [
             (
                 *pair.ids, pair.email, pair.new_ref, pair.state.value, pair.code, pair.error, pair.backup,
-                pair.requested_at, pair.seconds, json.dumps(pair.left_behind),
+                pair.requested_at, pair.first_requested_at, pair.seconds, json.dumps(pair.left_behind),
                 json.dumps(asdict(pair.primary)), json.dumps(asdict(pair.duplicate)), self.run, now, now,
             )
             for pair in pairs
@@ -1670,16 +1732,22 @@ class SavePoint:
                 self._db.execute("ROLLBACK")
             raise self._trouble(error, EXIT_STOPPED) from None
 
+    def _query(self, statement: str, *values: Any) -> Iterator[Tuple[Any, ...]]:
+        try:
+            yield from self._db.execute(statement, values)
+        except sqlite3.Error as error:
+            raise self._trouble(error, EXIT_STOPPED) from None
+
     def _select(self, condition: str, *values: Any) -> Iterator[Tuple[Pair, str, str]]:
         query = f"SELECT {', '.join(self.COLUMNS)} FROM pairs WHERE {condition} ORDER BY updated, email"
-        for found in self._db.execute(query, values):
+        for found in self._query(query, *values):
             row = dict(zip(self.COLUMNS, found))
             pair = Pair(
                 primary=Contact(**json.loads(row["primary_row"])),
                 duplicate=Contact(**json.loads(row["duplicate_row"])),
                 state=State(row["state"]),
                 left_behind=json.loads(row["left_behind"]),
-                **{name: row[name] for name in ("new_ref", "code", "error", "backup", "requested_at", "seconds")},
+                **{name: row[name] for name in self.PLAIN},
             )
             yield pair, row["created"], row["updated"]
 
@@ -1687,6 +1755,20 @@ class SavePoint:
         """Pairs that an earlier run left between the merge request and `done`."""
         wanted = ", ".join(f"'{state.value}'" for state in UNFINISHED)
         return [pair for pair, _, _ in self._select(f"state IN ({wanted})")]
+
+    def family(self, pair: Pair) -> Group:
+        """The group of an unfinished pair as far as the savepoint knows it: all pairs of the same primary."""
+        siblings = (other for other, _, _ in self._select("primary_id = ?", pair.primary.id) if other.ids != pair.ids)
+        return Group(pair.email, [pair, *siblings])
+
+    def entangled(self, group: Group) -> bool:
+        """Whether a contact of the group takes part in an unfinished merge, whatever its role there."""
+        ids = [contact.id for contact in group.everybody()]
+        marks, wanted = ", ".join("?" * len(ids)), ", ".join("?" * len(UNFINISHED))
+        query = (
+            f"SELECT 1 FROM pairs WHERE state IN ({wanted}) AND (primary_id IN ({marks}) OR duplicate_id IN ({marks}))"
+        )
+        return any(True for _ in self._query(query, *(state.value for state in UNFINISHED), *ids, *ids))
 
     def rows(self, *states: State) -> Iterator[Tuple[Pair, str, str]]:
         """Pairs in these states with the times (ISO) of their first and last change."""
@@ -1699,15 +1781,14 @@ class SavePoint:
 
     def refresh(self, group: Group) -> None:
         """Bring what is known of a group's pairs into it, for the pairs that are done or unfinished."""
-        rows = self._db.execute("SELECT duplicate_id, state FROM pairs WHERE primary_id = ?", (group.primary.id,))
-        known = dict(rows.fetchall())
+        known = dict(self._query("SELECT duplicate_id, state FROM pairs WHERE primary_id = ?", group.primary.id))
         for pair in group.pairs:
             state = State(known.get(pair.duplicate.id, State.PLANNED.value))
             if state in UNFINISHED or state is State.DONE:
                 pair.state = state
 
     def counts(self) -> Dict[str, int]:
-        return dict(self._db.execute("SELECT state, count(*) FROM pairs GROUP BY state ORDER BY state").fetchall())
+        return dict(self._query("SELECT state, count(*) FROM pairs GROUP BY state ORDER BY state"))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1762,7 +1843,9 @@ class ContactMerger:
     STAGES = 3  # batches prepared at a time
     OUTSTANDING = 100  # pairs between preparation and `done`
     FRESH = 60.0  # seconds for which a live check is believed
+    IDLE = 120.0  # seconds that a backup may wait for its merge
     STREAK = 5  # failures in a row that stop the run
+    HOPE = 86400.0  # seconds for which a merge that was asked for may still come
     PROOF_PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before what seems left behind is looked for again
     DATA_CODES = (
         "not_found", "not_active", "email_changed", "external_ref_changed", "different_rev_org", "several_user_refs",
@@ -1806,6 +1889,7 @@ class ContactMerger:
         self._restarts: Dict[Tuple[str, str], int] = collections.Counter()
         self._open: Dict[Tuple[str, str], Merge] = {}
         self._taken_over: Set[Tuple[str, str]] = set()  # pairs of an earlier run that are not settled
+        self._resumed: Set[str] = set()  # contacts of all pairs of an earlier run
         self._preparing = 0
         self._sending = 0
         self._acknowledged_once = False
@@ -1845,7 +1929,7 @@ class ContactMerger:
         self.total = len(todo)
         del todo
         self._groups = _drain(plan.groups)
-        self._guard(self._take_over, unfinished)
+        self._guard(self._take_over, self._as_exported_now(plan, unfinished))
         while True:
             if not self.halt.is_set():
                 self._guard(self._advance)
@@ -1895,6 +1979,9 @@ class ContactMerger:
             return EXIT_STOPPED
         if stop and not (self._closing and self.merged + self.failed >= self.total):
             return stop.exit_code
+        if self.merged + self.failed < self.total:
+            self.stop = Stop(EXIT_STOPPED, "pairs were left without a word (a bug; run again)")
+            return EXIT_STOPPED
         return EXIT_FAILED if self.failed else EXIT_OK
 
     def _submit(self, pool: ThreadPoolExecutor, then: Step, work: Callable[..., Any], *args: Any) -> None:
@@ -1919,13 +2006,23 @@ class ContactMerger:
         while self._timers and self._timers[0][0] <= time.monotonic() and not self.halt.is_set():
             _, _, step, args = heapq.heappop(self._timers)
             self._guard(step, *args)
-        self.on_tick(self)
+        self._guard(self.on_tick, self)
 
     # -- what to work on ----------------------------------------------------------------------------
 
+    @staticmethod
+    def _as_exported_now(plan: Plan, unfinished: Sequence[Pair]) -> Sequence[Pair]:
+        """Unfinished pairs with this export's rows where it has them: what is done over is checked against these."""
+        exported = {pair.ids: pair for pair in plan.pairs()}
+        for pair in unfinished:
+            if pair.ids in exported:
+                pair.primary, pair.duplicate = exported[pair.ids].primary, exported[pair.ids].duplicate
+        return unfinished
+
     def _take_over(self, unfinished: Sequence[Pair]) -> None:
         for pair in unfinished:
-            merge = Merge(pair, Group(pair.email, [pair]))
+            merge = Merge(pair, self.savepoint.family(pair))
+            self._resumed.update(pair.ids)
             self._open[pair.ids] = merge
             self._taken_over.add(pair.ids)
             if pair.state in (State.REQUESTED, State.ACKNOWLEDGED):
@@ -1941,7 +2038,9 @@ class ContactMerger:
 
     def _feed(self) -> None:
         """Begin batches while there is room."""
-        while not self._closing and self._preparing < self.STAGES and len(self._open) < self.OUTSTANDING:
+        while (
+            not self._closing and self._preparing < self.STAGES and (self._again or len(self._open) < self.OUTSTANDING)
+        ):
             groups = self._next_groups()
             if not groups:
                 return
@@ -1964,16 +2063,15 @@ class ContactMerger:
 
     def _next_planned(self) -> Optional[Group]:
         """The next group with something to do; those of pairs that an earlier run left unfinished come last."""
-        busy = set(chain.from_iterable(self._taken_over))
         for group in self._groups:
-            if not busy.isdisjoint(chain.from_iterable(pair.ids for pair in group.pairs)):
+            if any(contact.id in self._resumed for contact in group.everybody()):
                 self._deferred.append(group)
             elif group.waiting():
                 return group
         while self._deferred and not self._taken_over:
             group = self._deferred.popleft()
             self.savepoint.refresh(group)
-            if any(pair.state in UNFINISHED for pair in group.pairs):
+            if self.savepoint.entangled(group):
                 self._fail_rest(group)
             elif group.waiting():
                 return group
@@ -2024,12 +2122,14 @@ class ContactMerger:
     def _live_check(self, batch: Batch, groups: Sequence[Group]) -> Dict[str, Json]:
         """Compare groups with DevRev as it is now, note the flaws in `batch`, and return the contacts by id."""
         contacts = [contact for group in groups for contact in group.contacts()]
-        listed = self.api.contacts_by_email(sorted({contact.email.strip() for contact in contacts}))
+        found_by_email = self.api.contacts_by_email(sorted({contact.email.strip() for contact in contacts}))
         checked_at = time.monotonic()
+        listed = found_by_email.items[""]
         live: Dict[str, Json] = {user["id"]: user for user in listed}
         namesakes: Dict[str, List[Json]] = collections.defaultdict(list)
         for user in listed:
             namesakes[str(user.get("email") or "").strip().casefold()].append(user)
+        unlisted = {email.casefold(): error for email, error in found_by_email.errors.items()}
         failed: Dict[str, PairError] = {}
         for identity, found in self._each(self.api.contact, [c.id for c in contacts if c.id not in live]):
             if isinstance(found, PairError):
@@ -2038,7 +2138,7 @@ class ContactMerger:
                 live[identity] = found
         for group in groups:
             lost = next((failed[contact.id] for contact in group.contacts() if contact.id in failed), None)
-            flaw = lost or group_flaw(group, live, namesakes[group.email])
+            flaw = unlisted.get(group.email) or lost or group_flaw(group, live, namesakes[group.email])
             if flaw:
                 batch.flaws[group.email] = flaw
             group.checked_at = checked_at
@@ -2111,6 +2211,7 @@ class ContactMerger:
         if flaw:
             self._hand_over(self._on_refused, group, flaw, str(folder))
         else:
+            group.backed_up_at = time.monotonic()
             self._hand_over(self._on_ready, batch, group, str(folder))
 
     def _on_prepared(self, future: "Future[None]", batch: Batch) -> None:
@@ -2147,8 +2248,29 @@ class ContactMerger:
             return
         waiting = group.waiting()
         for pair in waiting:
-            pair.backup = folder
-        self._queue.append(self._open[waiting[0].ids])
+            if not self._restarts[pair.ids]:
+                pair.backup = folder
+        merge = self._open[waiting[0].ids]
+        if self._restarts[merge.pair.ids]:
+            self._submit(self._requests, self._on_looked_again, self._look_again, merge, folder)
+        else:
+            self._queue.append(merge)
+
+    def _look_again(self, merge: Merge, _folder: str) -> bool:
+        return self._is_merged(merge)
+
+    def _on_looked_again(self, future: "Future[bool]", merge: Merge, folder: str) -> None:
+        """A new backup replaces the earlier one only if it was whole before the first request was carried out."""
+        try:
+            gone = future.result()
+        except PairError as error:
+            self._on_refused(merge.group, error)
+            return
+        if gone:
+            self._on_confirmed(merge)
+        else:
+            merge.pair.backup = folder
+            self._queue.append(merge)
 
     def _send_queued(self) -> None:
         """Ask for merges, the first of a run alone: it shows whether the token may."""
@@ -2156,7 +2278,9 @@ class ContactMerger:
         while self._queue and self._sending < room and not self._closing:
             merge = self._queue.popleft()
             batch = merge.batch
-            if batch and self._is_stale(merge.group):
+            if time.monotonic() - merge.group.backed_up_at > self.IDLE:
+                self._again.append(merge.group)
+            elif batch and self._is_stale(merge.group):
                 batch.held.append(merge)
                 if not batch.rechecking:
                     batch.rechecking = True
@@ -2173,12 +2297,16 @@ class ContactMerger:
         self._live_check(batch, groups)
 
     def _quiet_stale_groups(self, batch: Batch) -> List[Group]:
-        """Groups of a batch that one more list call can check together: none of them has a merge under way."""
+        """Groups of a batch to be checked with one more list call: held ones, and those with no merge under way."""
+        held = [merge.group for merge in batch.held]
         settled = (State.PLANNED, State.FAILED, State.PROVING, State.DONE)
-        return [
+        return held + [
             group
             for group in batch.groups
-            if group.waiting() and self._is_stale(group) and all(pair.state in settled for pair in group.pairs)
+            if group not in held
+            and group.waiting()
+            and self._is_stale(group)
+            and all(pair.state in settled for pair in group.pairs)
         ]
 
     def _on_rechecked(self, future: "Future[None]", batch: Batch, _groups: Sequence[Group]) -> None:
@@ -2198,6 +2326,7 @@ class ContactMerger:
         """Write the intent to the savepoint, then let the request leave."""
         pair = merge.pair
         pair.state, pair.code, pair.error, pair.requested_at = State.REQUESTED, "", "", time.time()
+        pair.first_requested_at = pair.first_requested_at or pair.requested_at
         self.savepoint.record(pair)
         self._sending += 1
         self._submit(self._requests, self._on_answer, self._request_merge, merge)
@@ -2215,6 +2344,8 @@ class ContactMerger:
             self.savepoint.record(pair)
         except Stale:
             pair.state = State.PLANNED
+            if not self._restarts[pair.ids]:
+                self.savepoint.record(pair)
             self._queue.appendleft(merge)
             return
         except ApiRefused as refusal:
@@ -2223,7 +2354,7 @@ class ContactMerger:
             self.changed = True
             log.info("%s: the answer to the merge was lost (%s); looking", pair.email, error)
         except (Denied, Interrupted) as stop:
-            self._fail(merge, "forbidden" if isinstance(stop, Denied) else "interrupted", str(stop), State.FAILED)
+            self._fail(merge, "forbidden" if isinstance(stop, Denied) else "interrupted", str(stop), self._unsent(pair))
             raise
         merge.sent = time.monotonic()
         merge.deadline = merge.sent + self._patience(pair)
@@ -2264,7 +2395,7 @@ class ContactMerger:
         self._submit(self._requests, self._on_looked, self._is_merged, merge)
 
     def _is_merged(self, merge: Merge) -> bool:
-        return self.api.is_merged(*merge.pair.ids)
+        return self.api.is_merged(*merge.pair.ids, refused=getattr(merge.refusal, "code", "") == "merge_refused")
 
     def _on_looked(self, future: "Future[bool]", merge: Merge) -> None:
         problem: Optional[PairError] = None
@@ -2305,10 +2436,7 @@ class ContactMerger:
     def _on_unconfirmed(self, merge: Merge, problem: Optional[PairError]) -> None:
         pair = merge.pair
         if merge.refusal:
-            # A pair that was asked for earlier may still be under way in DevRev: it stays to be looked at.
-            asked_before = self._restarts[pair.ids] > 0
-            state = State.REQUESTED if asked_before else State.FAILED
-            self._fail(merge, merge.refusal.code, str(merge.refusal), state)
+            self._fail(merge, merge.refusal.code, str(merge.refusal), self._unsent(pair))
         elif problem:
             self._fail(merge, problem.code, f"the merge can't be confirmed: {problem}")
         elif self._restarts[pair.ids] < 3 and (pair.state is State.REQUESTED or merge.batch is None):
@@ -2319,17 +2447,25 @@ class ContactMerger:
                 merge, "merge_not_confirmed", f"{pair.duplicate.short_id} is still there after {duration(waited)}"
             )
 
+    def _unsent(self, pair: Pair) -> State:
+        """The state of a pair whose last request was not acted on: an earlier one may still be under way in DevRev.
+
+        For a day; what has not come by then will not come.
+        """
+        hopeful = self._restarts[pair.ids] and time.time() - pair.first_requested_at < self.HOPE
+        return State.REQUESTED if hopeful else State.FAILED
+
     def _start_over(self, merge: Merge) -> None:
         """A merge that was asked for and has not come: check and back up anew, then ask again."""
         pair = merge.pair
         log.info("%s: %s has been looked at and is still there; starting over", pair.email, pair.duplicate.short_id)
         self._restarts[pair.ids] += 1
         pair.state = State.PLANNED
-        del self._open[pair.ids]
         self._again.append(merge.group)
 
     def _on_confirmed(self, merge: Merge) -> None:
         self.changed = True
+        self._streak = 0
         merge.pair.state = State.MERGED
         self.savepoint.record(merge.pair)
         self._set_ref(merge)
@@ -2459,7 +2595,7 @@ class ContactMerger:
                 self._later(self.PROOF_PAUSES[merge.proofs - 1], self._to_prove.append, merge)
             else:
                 merge.pair.left_behind = describe(merge.pair, left)
-                names = ", ".join(item["display_id"] for item in merge.pair.left_behind)
+                names = ", ".join(dict.fromkeys(item["display_id"] for item in merge.pair.left_behind))
                 self._fail(merge, "left_behind", f"merged, but not on the primary: {names}")
         self._finish(proved)
 
@@ -2546,8 +2682,8 @@ def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) ->
 def describe(pair: Pair, items: Iterable[Json]) -> List[Json]:
     """Name objects (`{id, role}`) with display id, kind and title from the backup."""
     known: Dict[str, Json] = {}
-    for path in Path(pair.backup).glob("*/*s.json"):
-        if path.name in ("works.json", "conversations.json"):
+    for path in (*Path(pair.backup).glob("*/works.json"), *Path(pair.backup).glob("*/conversations.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             known.update(_by_id(json.loads(path.read_bytes())))
     return [
         {
@@ -2643,7 +2779,7 @@ def summarise(plan: Plan, merger: Optional[ContactMerger]) -> Json:
     return {
         "contacts_read": plan.contacts_read,
         "invalid_rows": len(plan.invalid_rows),
-        "pairs_planned": plan.already_merged + (merger.total if merger else 0),
+        "pairs_planned": plan.already_merged + (merger.total or plan.count() if merger else 0),
         "already_merged": plan.already_merged,
         "total_merges_attempted": merged + failed,
         "successful_merges": merged,
@@ -3256,13 +3392,19 @@ def merge(run: Run) -> int:
             progress.on_pair,
             progress.on_tick,
         )
-        unfinished = merger.identify(plan)
+        try:
+            unfinished = merger.identify(plan)
+        except Stop as stop:
+            if stop.exit_code != EXIT_STOPPED:
+                raise
+            merger.stop = stop
+            return _report(run, plan, merger, savepoint, stop.exit_code)
         confirm(run, plan, merger, len(unfinished))
         savepoint.about("organisation", merger.organisation)
         with _signals(run):
             code = merger.run(plan, unfinished)
-        run.console.status("")
-        return _report(run, plan, merger, savepoint, run.signal + 128 if run.signal else code)
+            run.console.status("")
+            return _report(run, plan, merger, savepoint, run.signal + 128 if run.signal else code)
     finally:
         savepoint.close()
 
@@ -3279,7 +3421,8 @@ def _signals(run: Run) -> Iterator[None]:
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping: waiting for the requests that are under way (again to stop at once) ...\n")
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
@@ -3373,7 +3516,7 @@ def _report(run: Run, plan: Plan, merger: Optional[ContactMerger], savepoint: Sa
     try:
         write_report(run.report_path, run_facts(run, merger, savepoint, code, stop), plan, merger, savepoint)
         written = True
-    except OSError as error:
+    except (OSError, Stop) as error:
         run.console.error(f"the report can't be written: {error}")
         code, written = code if code >= EXIT_USAGE else EXIT_STOPPED, False
     if stop and not run.signal:
