@@ -467,7 +467,7 @@ REFUSALS = {
     "503": (503, "service_unavailable"),
 }
 BEFORE_THE_ACT = tuple(REFUSALS) + ("502", "html-200", "reset-before", "hang")
-AFTER_THE_ACT = ("reset-after", "cut", "500-after", "hang-after", "anonymous")
+AFTER_THE_ACT = ("reset-after", "cut", "500-after", "hang-after", "changed")
 OF_A_MERGE = ("merge-never", "merge-leaves", "merge-slow")
 FAULTS = BEFORE_THE_ACT + AFTER_THE_ACT + OF_A_MERGE
 
@@ -583,19 +583,11 @@ def struck_after(fault: Fault, answer: Answer) -> Answer:
         return json_answer(500, {"message": "Something broke.", "type": "internal_error"})
     if fault.kind.startswith("hang"):
         answer.seconds = 60.0 if fault.detail is None else float(fault.detail)
-    if fault.kind == "anonymous":
-        return anonymous(answer)
+    if fault.kind == "changed":
+        content = json.loads(answer.payload.decode("utf-8"))
+        return json_answer(answer.status, fault.detail(content) if fault.detail else {})
     answer.manner = fault.kind.split("-")[0]
     return answer
-
-
-def anonymous(answer: Answer) -> Answer:
-    """The same list, with nobody named in its items."""
-    content = json.loads(answer.payload.decode("utf-8"))
-    for item in [*content.get("works", ()), *content.get("conversations", ())]:
-        item.pop("created_by", None)
-        item.update({role: [] for role in ("owned_by", "reported_by", "members") if role in item})
-    return json_answer(answer.status, content)
 
 
 # --------------------------------------------------------------------------------------------------

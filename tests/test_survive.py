@@ -97,7 +97,8 @@ def _made(folder: Path) -> Path:
 @posix
 @pytest.mark.parametrize("stage", ["before", "after"])
 @pytest.mark.parametrize(
-    "number, gone", [(1, "404"), (5, "301"), (9, "state"), (18, "primary"), (20, "404"), (23, "301"), (26, "primary")]
+    "number, gone",
+    [(1, "404"), (5, "301"), (9, "state"), (18, "primary"), (20, "404"), (22, "404"), (23, "301"), (26, "primary")],
 )
 def test_a_run_killed_at_some_requests_is_finished_by_the_next(
     tmp_path: Path, number: int, stage: str, gone: str
@@ -692,4 +693,120 @@ def test_a_pair_that_was_asked_for_is_never_forgotten_whatever_the_next_look_say
         sandbox.settle()
         place.run(sandbox, "--merge-timeout", "2", check=0)
         assert sandbox.count("rev-users.merge") == 1
+    assert_merged(organisation, pairs)
+
+
+def group_of_three() -> Tuple[Organisation, str, str, str]:
+    organisation = Organisation()
+    a, b = (organisation.add_contact(key, "person@example.com") for key in "AB")
+    user = organisation.add_contact("U", "person@example.com", "user_1")
+    organisation.add_work(reported_by=[a])
+    organisation.add_work(reported_by=[user])
+    return organisation, a, b, user
+
+
+def test_another_export_with_another_primary_never_asks_a_pending_duplicate_into_it(place: Workplace) -> None:
+    organisation, a, b, user = group_of_three()
+    place.export(organisation)
+    never = Fault("merge-never", "rev-users.merge", match=lambda body: body["secondary_user"] == user)
+    with Sandbox(organisation, faults=[never]) as sandbox:
+        place.run(sandbox, "--merge-timeout", "1", check=1)
+        for _ in range(3):
+            organisation.add_work(reported_by=[b])
+        place.export(organisation)
+        place.run(sandbox, "--merge-timeout", "1", check=1)
+        asked = {
+            (one.body["primary_user"], one.body["secondary_user"])
+            for one in sandbox.requests
+            if "merge" in one.endpoint
+        }
+        assert asked == {(a, user)}
+
+
+def test_a_refused_merge_is_not_taken_for_a_merge_because_the_contact_is_locked(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    place.export(organisation)
+
+    def lock(stage: str, request: Request) -> None:
+        if stage == "before" and request.body.get("secondary_user") == pairs[0][1]:
+            organisation.change(organisation.contacts[pairs[0][1]], state="locked")
+
+    faults = [Fault("400", "rev-users.merge", match=only(pairs[0][1]))]
+    with Sandbox(organisation, faults=faults, on_request=lock) as sandbox:
+        result = place.run(sandbox, check=1)
+        assert result.codes == {"person1@example.com": "merge_refused"}
+    assert_merged(organisation, pairs[1:])
+
+
+def test_a_pair_that_waits_to_be_asked_again_is_not_given_up_when_the_run_is_interrupted(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(1)
+    place.export(organisation)
+    faults = [Fault("reset-after", "rev-users.merge", times=1), Fault("429", "rev-users.merge", detail=60)]
+    with Sandbox(organisation, faults=faults, merge_delay=3600) as sandbox:
+        process = place.start(sandbox, "--merge-timeout", "4")
+        while sandbox.count("rev-users.merge") < 2:
+            time.sleep(0.02)
+        time.sleep(0.2)
+        process.terminate()
+        process.communicate(timeout=20)
+        sandbox.faults.clear()
+        sandbox.settle()
+        place.run(sandbox, "--merge-timeout", "4", check=0)
+    assert_merged(organisation, pairs)
+
+
+@posix
+def test_an_interruption_while_the_report_is_written_costs_nothing(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    place.export(organisation)
+    wrapper = place.folder / "wrapper.py"
+    wrapper.write_text(
+        "import os, runpy, signal, sys\n"
+        "replace = os.replace\n"
+        "def interrupted(source, target):\n"
+        "    if target.endswith('.json') and 'merge_report' in target:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return replace(source, target)\n"
+        "os.replace = interrupted\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n",
+        encoding="utf-8",
+    )
+    with Sandbox(organisation) as sandbox:
+        result = place.run(sandbox, python=[sys.executable, str(wrapper)])
+    assert result.report["summary"]["successful_merges"] == 2
+    assert_merged(organisation, pairs)
+
+
+MALFORMED: Dict[str, Tuple[str, Callable[[Dict[str, Any]], Dict[str, Any]]]] = {
+    "nobody's token": ("dev-users.self", lambda answer: {"dev_user": None}),
+    "a list of token owners": ("dev-users.self", lambda answer: {"dev_user": []}),
+    "nobody where somebody was": ("rev-users.get", lambda answer: {"rev_user": None}),
+    "nobody updated": ("rev-users.update", lambda answer: {"rev_user": None}),
+    "a cursor that is a list": ("works.list", lambda answer: {**answer, "next_cursor": ["x"]}),
+    "a rev org that is a word": (
+        "rev-users.list",
+        lambda answer: {"rev_users": [{**user, "rev_org": "x"} for user in answer["rev_users"]]},
+    ),
+    "contacts that are words": ("rev-users.list", lambda answer: {"rev_users": ["x"]}),
+    "nobody owns": ("works.list", lambda answer: {"works": [{**work, "owned_by": None} for work in answer["works"]]}),
+    "entries without an id": ("timeline-entries.list", lambda answer: {"timeline_entries": [{}]}),
+    "works in a dict": ("works.list", lambda answer: {"works": {"a": 1}}),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_an_answer_of_the_wrong_shape_is_never_taken_for_a_merge_nor_ends_in_a_traceback(
+    place: Workplace, name: str
+) -> None:
+    organisation, pairs = organisation_of_pairs(1)
+    place.export(organisation)
+    endpoint, change = MALFORMED[name]
+    with Sandbox(organisation, faults=[Fault("changed", endpoint, detail=change)], merge_delay=0.1) as sandbox:
+        result = place.run(sandbox, "--merge-timeout", "1", DEVREV_MAX_RETRIES="1")
+        assert result.code in (0, 1, 3)
+        assert len(organisation.merges) == (result.report["summary"]["successful_merges"] or len(organisation.merges))
+        assert "(a bug" not in result.err
+        sandbox.faults.clear()
+        place.run(sandbox, "--merge-timeout", "4", check=0)
     assert_merged(organisation, pairs)
