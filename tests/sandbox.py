@@ -802,7 +802,8 @@ class Api:
         if self.sandbox.gone == "301":
             moved = Refused(301, "moved_permanently", "The object has another id now.")
             address = "{}/rev-users.get?id={}"
-            place = address.format(self.sandbox.url, urllib.parse.quote(survivor, safe=""))
+            base = self.sandbox.moved_to or self.sandbox.url
+            place = address.format(base, urllib.parse.quote(survivor, safe=""))
             moved.answer.headers["Location"] = place
             raise moved
         raise not_found(contact_id)
@@ -1293,6 +1294,7 @@ class Sandbox:
         self.latency = latency
         self.merge_delay = merge_delay
         self.gone = gone
+        self.moved_to = ""  # another base of the Location that a 301 names
         self.faults: List[Fault] = list(faults)
         self.max_ids = max_ids
         self.on_request = on_request

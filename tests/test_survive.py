@@ -632,8 +632,9 @@ def test_a_redirect_is_never_followed_with_the_token(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(1)
     place.export(organisation)
     with Sandbox(Organisation("ELSEWHERE")) as elsewhere, Sandbox(organisation, gone="301") as sandbox:
+        sandbox.moved_to = elsewhere.url
         place.run(sandbox, check=0)
-        assert elsewhere.requests == []
+        assert elsewhere.requests == [] and elsewhere.connections == 0
         assert {request.endpoint for request in sandbox.requests if request.status == 301} == {"rev-users.get"}
     assert_merged(organisation, pairs)
 
@@ -805,7 +806,6 @@ def test_an_answer_of_the_wrong_shape_is_never_taken_for_a_merge_nor_ends_in_a_t
     with Sandbox(organisation, faults=[Fault("changed", endpoint, detail=change)], merge_delay=0.1) as sandbox:
         result = place.run(sandbox, "--merge-timeout", "1", DEVREV_MAX_RETRIES="1")
         assert result.code in (0, 1, 3)
-        assert len(organisation.merges) == (result.report["summary"]["successful_merges"] or len(organisation.merges))
         assert "(a bug" not in result.err
         sandbox.faults.clear()
         place.run(sandbox, "--merge-timeout", "4", check=0)
