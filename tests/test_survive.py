@@ -810,3 +810,13 @@ def test_an_answer_of_the_wrong_shape_is_never_taken_for_a_merge_nor_ends_in_a_t
         sandbox.faults.clear()
         place.run(sandbox, "--merge-timeout", "4", check=0)
     assert_merged(organisation, pairs)
+
+
+def test_contacts_of_two_rev_orgs_are_not_merged(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(1)
+    organisation.add_contact("P2", "person2@example.com")
+    organisation.add_contact("D2", "person2@example.com", "user_2", rev_org="OTHER")
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        assert place.run(sandbox, check=1).codes == {"person2@example.com": "different_rev_org"}
+    assert_merged(organisation, pairs)
