@@ -644,7 +644,7 @@ SKIP_REASONS = {
     ),
     "invalid_row": (
         "a row of this email is bad or conflicts with another, so the group is not known whole",
-        "repair the rows named above (or export again) and run again",
+        "repair the rows (bad ones are named above; of conflicting ones, two have the same id) and run again",
     ),
 }
 
@@ -978,7 +978,7 @@ class Throttle:
             return f"waiting {duration(self._closed_until - now)} for {what}"
         if self._waiters and time.time() - self._waiting_since > 0.5:
             ends = max(0.0, self._resets_at - now) if self.remaining is not None else 0.0
-            return f"waiting {duration(ends)} for quota" if ends else "waiting for the client's own ceiling"
+            return f"waiting {duration(ends)} for quota" if ends else "waiting for the tool's own limit"
         return f"{self.remaining} of {self.limit} units left" if self.remaining is not None else ""
 
 
@@ -1178,7 +1178,8 @@ class DevRevAPI:
         One ticket or conversation that it may not see says nothing of its scopes: a second has to be refused.
         """
         if status == 401:
-            text = f"DevRev does not accept the token (401): {message}. Is DEVREV_API_TOKEN right, and not expired?"
+            words = message.rstrip(".")
+            text = f"DevRev does not accept the token (401): {words}. Is DEVREV_API_TOKEN right, and not expired?"
             self.throttle.shut(Denied(EXIT_STOPPED, text))
         with self._lock:
             self._forbidden[endpoint].add(to_json(body))
@@ -2107,10 +2108,9 @@ class ContactMerger:
         while True:
             if self._closing:
                 raise Interrupted()
-            ahead.extend(
-                (one, self._requests.submit(work, one))
-                for one in islice(source, 2 * self.api.settings.workers - len(ahead))
-            )
+            # Few enough that the looks and references of merged pairs don't wait long behind backup reads.
+            room = self.api.settings.workers // max(1, self._preparing) + 2 - len(ahead)
+            ahead.extend((one, self._requests.submit(work, one)) for one in islice(source, max(0, room)))
             if not ahead:
                 return
             one, future = ahead.popleft()
@@ -2537,6 +2537,9 @@ class ContactMerger:
             merges, self._to_prove = self._to_prove, []
             self._submit(self._stages, self._on_proved, self._prove, merges)
 
+    def _prove_again(self, merge: Merge) -> None:
+        self._to_prove.append(merge)
+
     def _prove(self, merges: Sequence[Merge]) -> List[Union[List[Json], PairError]]:
         """What of each duplicate's backup does not hang on its primary (in a stage thread)."""
         wanted: List[Union[List[Json], PairError]] = [self._wanted(merge.pair) for merge in merges]
@@ -2592,7 +2595,7 @@ class ContactMerger:
                 and sum(self.PROOF_PAUSES[: merge.proofs + 1]) < self.merge_timeout
             ):
                 merge.proofs += 1
-                self._later(self.PROOF_PAUSES[merge.proofs - 1], self._to_prove.append, merge)
+                self._later(self.PROOF_PAUSES[merge.proofs - 1], self._prove_again, merge)
             else:
                 merge.pair.left_behind = describe(merge.pair, left)
                 names = ", ".join(dict.fromkeys(item["display_id"] for item in merge.pair.left_behind))
@@ -2969,6 +2972,9 @@ def show_plan(plan: Plan, console: Console, cost: Estimate, ceiling: str) -> Non
     _show_skipped(plan, console)
     if plan.already_merged:
         console.say(f"{plural(plan.already_merged, 'pair')} of this export already merged (says the savepoint)")
+    unfinished = sum(pair.state in UNFINISHED for pair in plan.pairs())
+    if unfinished:
+        console.say(f"{plural(unfinished, 'pair')} begun by an earlier run, to be finished first")
     console.say(f"{plural(plan.contacts_read, 'contact')} read, {plural(len(plan.invalid_rows), 'invalid row')}")
     console.say(f"about {plural(cost.requests, 'request')}, about {duration(cost.seconds)} {ceiling}")
     console.say(f"{plural(plan.count(), 'pair')} to merge, {plural(len(plan.skipped), 'group')} skipped", "bold")
@@ -3059,20 +3065,24 @@ examples:
   merge one customer first, then the rest:
     merge_contacts.py --csv contacts.csv --email ana@example.com
     merge_contacts.py --csv contacts.csv
-  after a crash or an interruption, the same command again goes on where it stopped:
+  after a crash or an interruption, the same command again goes on:
     merge_contacts.py --csv contacts.csv
 
 environment, or .env in this folder or beside the script:
   DEVREV_API_TOKEN          needed for a real run
-  DEVREV_BASE_URL           default https://api.devrev.ai (plain http only for loopback)
+  DEVREV_BASE_URL           default https://api.devrev.ai
   DEVREV_RATE_LIMIT_CALLS, DEVREV_RATE_LIMIT_PERIOD
                             the tool's own ceiling, default 200 calls in 60 seconds; 0 calls: none
   DEVREV_TIMEOUT            seconds to wait for an answer, default 30
   DEVREV_MAX_RETRIES        default 5
 
 exit codes:
-  0 all merged, or nothing to do    1 some failed, the rest are merged    2 nothing was changed (option, CSV, token)
-  3 stopped early, run again        11 another run holds the savepoint    130, 143 interrupted, run again
+  0    all merged, or nothing to do
+  1    some failed, the rest are merged
+  2    bad option, CSV, token or permission: nothing was changed
+  3    stopped early: run again
+  11   another run holds the savepoint
+  130, 143   interrupted: run again
 """
 
 
@@ -3336,7 +3346,7 @@ def _keep_emails(plan: Plan, emails: Sequence[str], console: Console) -> None:
     plan.skipped = [skip for skip in plan.skipped if skip.email in wanted]
     found = {group.email for group in plan.groups} | {skip.email for skip in plan.skipped}
     for email in sorted(wanted - found):
-        console.note(f"{email}: no duplicates in the CSV")
+        console.note(f"{email}: not in the CSV, or only one contact there: nothing to merge")
 
 
 def _keep_first(plan: Plan, limit: int) -> None:
@@ -3473,7 +3483,8 @@ class Progress:
             line, style = f"merged  {names}" + (f", now {pair.new_ref}" if pair.new_ref else ""), ""
         else:
             log.info("failed %s: %s: %s", names, pair.code, pair.error)
-            line, style = f"FAILED  {names}: {pair.code}: {pair.error}", "bad"
+            word = "UNFINISHED" if pair.state in UNFINISHED else "FAILED"
+            line, style = f"{word}  {names}: {pair.code}: {pair.error}", "bad"
         if not self.run.options.quiet:
             console.say(line, style)
 
@@ -3599,7 +3610,8 @@ def show_summary(run: Run, plan: Plan, merger: Optional[ContactMerger], savepoin
             say(f"skipped  {plural(len(plan.skipped), 'group')} (--preview says why)")
         say(f"cost     {plural(sum(merger.api.requests.values()), 'request')}, {duration(time.time() - run.started)}")
     if written:
-        say(f"report   {run.report_path}")
+        page = run.report_path.with_suffix(".html")
+        say(f"report   {run.report_path}" + (f", to read: {page}" if page.exists() else ""))
 
 
 def _show_failures(console: Console, savepoint: SavePoint) -> None:
@@ -3806,6 +3818,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         run.console.status("")
         run.console.error(str(stop))
         return stop.exit_code
+    except ImportError as error:
+        run.console.error(f"the package {error.name} is missing: python -m pip install -r requirements.txt")
+        return EXIT_USAGE
     except KeyboardInterrupt:
         run.console.status("")
         run.console.note("interrupted; nothing was changed")

@@ -820,3 +820,15 @@ def test_contacts_of_two_rev_orgs_are_not_merged(place: Workplace) -> None:
     with Sandbox(organisation) as sandbox:
         assert place.run(sandbox, check=1).codes == {"person2@example.com": "different_rev_org"}
     assert_merged(organisation, pairs)
+
+
+def test_pairs_that_need_a_second_proof_get_it_while_others_are_proved(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(60, (1, 1))
+    place.export(organisation)
+    late = {duplicate for _, duplicate in pairs[::3]}
+    faults = [Fault("merge-leaves", "rev-users.merge", match=lambda body: body["secondary_user"] in late)]
+    with Sandbox(organisation, faults=faults, latency=0.01) as sandbox:
+        result = place.run(sandbox, "--merge-timeout", "4")
+    assert set(result.codes.values()) == {"left_behind"}
+    named = {entry["duplicate"]["id"] for entry in result.report["failed_merges"]}
+    assert named <= late and len(named) + len(result.report["successful_merges"]) == len(organisation.merges)
