@@ -69,7 +69,6 @@ def survive_kill_at_request(folder: Path, number: int, stage: str, gone: str) ->
         sandbox.faults.clear()
         process.clear()
         place.run(sandbox, "--merge-timeout", "8", check=0)
-        place.run(sandbox, "--merge-timeout", "8", check=0)
     assert_merged(organisation, pairs)
     assert findings and set(findings) == {None}
     assert organisation.contacts["don:identity:dvrv-us-1:devo/SANDBOX1:revu/S1"]["external_ref"] == "REVU-S1"
