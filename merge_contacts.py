@@ -2877,7 +2877,7 @@ def estimate_plan(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Es
 class Console:
     """What people see: results on stdout, the rest on stderr; plain where it is piped."""
 
-    COLOURS: Mapping[str, str] = {"good": "32", "bad": "31", "dim": "2", "bold": "1"}
+    COLOURS: Mapping[str, str] = {"good": "32", "bad": "31", "bold": "1"}
 
     def __init__(self, quiet: bool = False, out: Optional[TextIO] = None, err: Optional[TextIO] = None) -> None:
         self.quiet = quiet

@@ -638,27 +638,36 @@ def test_a_redirect_is_never_followed_with_the_token(place: Workplace) -> None:
     assert_merged(organisation, pairs)
 
 
-def test_a_damaged_backup_is_never_merged_on(place: Workplace) -> None:
-    """The check reads the disk: what is damaged between writing and reading is seen."""
-    organisation, pairs = organisation_of_pairs(1)
-    place.export(organisation)
-    spoiler = place.folder / "spoil.py"
-    spoiler.write_text(
-        "import os, runpy, sys\n"
+def with_hooked_replace(place: Workplace, hook: str) -> List[str]:
+    """A Python that runs the script with `hooked(source, target)`, which is given in source, for os.replace."""
+    wrapper = place.folder / "wrapper.py"
+    wrapper.write_text(
+        "import os, runpy, signal, sys\n"
         "replace = os.replace\n"
-        "def spoil(source, target):\n"
-        "    replace(source, target)\n"
-        "    works = os.path.join(target, 'primary_REVU-P1', 'works.json')\n"
-        "    if os.path.exists(works):\n"
-        "        with open(works, 'r+b') as file:\n"
-        "            file.write(b'[ ')\n"
-        "os.replace = spoil\n"
+        f"{hook}"
+        "os.replace = hooked\n"
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n",
         encoding="utf-8",
     )
+    return [sys.executable, str(wrapper)]
+
+
+def test_a_damaged_backup_is_never_merged_on(place: Workplace) -> None:
+    """The check reads the disk: what is damaged between writing and reading is seen."""
+    organisation, pairs = organisation_of_pairs(1)
+    place.export(organisation)
+    spoiler = with_hooked_replace(
+        place,
+        "def hooked(source, target):\n"
+        "    replace(source, target)\n"
+        "    works = os.path.join(target, 'primary_REVU-P1', 'works.json')\n"
+        "    if os.path.exists(works):\n"
+        "        with open(works, 'r+b') as file:\n"
+        "            file.write(b'[ ')\n",
+    )
     with Sandbox(organisation) as sandbox:
-        result = place.run(sandbox, python=[sys.executable, str(spoiler)], check=1)
+        result = place.run(sandbox, python=spoiler, check=1)
         assert result.codes == {"person1@example.com": "backup_failed"}
         assert organisation.merges == []
         assert re.search(r"works\.json", result.out)
@@ -759,21 +768,15 @@ def test_a_pair_that_waits_to_be_asked_again_is_not_given_up_when_the_run_is_int
 def test_an_interruption_while_the_report_is_written_costs_nothing(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(2)
     place.export(organisation)
-    wrapper = place.folder / "wrapper.py"
-    wrapper.write_text(
-        "import os, runpy, signal, sys\n"
-        "replace = os.replace\n"
-        "def interrupted(source, target):\n"
+    wrapper = with_hooked_replace(
+        place,
+        "def hooked(source, target):\n"
         "    if target.endswith('.json') and 'merge_report' in target:\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return replace(source, target)\n"
-        "os.replace = interrupted\n"
-        "sys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n",
-        encoding="utf-8",
+        "    return replace(source, target)\n",
     )
     with Sandbox(organisation) as sandbox:
-        result = place.run(sandbox, python=[sys.executable, str(wrapper)])
+        result = place.run(sandbox, python=wrapper)
     assert result.report["summary"]["successful_merges"] == 2
     assert_merged(organisation, pairs)
 
