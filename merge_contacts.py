@@ -13,12 +13,13 @@ everything that was done is in the savepoint before the next thing is tried. `--
 """
 
 import argparse
+import asyncio
+import bisect
 import collections
 import contextlib
 import csv
 import gc
 import hashlib
-import heapq
 import json
 import logging
 import os
@@ -35,18 +36,20 @@ import textwrap
 import threading
 import time
 from array import array
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
-from itertools import chain, compress, islice
+from itertools import chain, compress
 from operator import itemgetter, or_
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Any,
+    AsyncIterator,
+    Awaitable,
     Callable,
+    Collection,
     Deque,
     Dict,
     Iterable,
@@ -110,19 +113,24 @@ class PairError(Exception):
 
 
 class ApiRefused(PairError):
-    """DevRev understood the request and said no (3xx, 4xx): it was not acted on."""
+    """DevRev understood the request and said no (3xx, 4xx). What it was asked for may come about all the same."""
 
-    def __init__(self, endpoint: str, status: int, message: str, location: str = "") -> None:
+    def __init__(
+        self, endpoint: str, status: int, message: str, location: str = "", data: Optional[Json] = None
+    ) -> None:
         super().__init__("forbidden" if status == 403 else "api_error", f"{endpoint} answered {status}: {message}")
         self.status = status
         self.location = location
+        self.data = data or {}
+
+    @property
+    def missing(self) -> bool:
+        """Whether it says that an object is not there; the 404 of a route has no type, and says nothing of objects."""
+        return self.status == 404 and self.data.get("type") == "not_found"
 
 
-class Stale(PairError):
-    """A request did not leave because what it rests on was checked too long ago."""
-
-    def __init__(self) -> None:
-        super().__init__("stale", "the live check is too old")
+class Stale(Exception):
+    """A request has not left, for what it rests on was read too long ago."""
 
 
 class ApiUnanswered(PairError):
@@ -133,7 +141,7 @@ class ApiUnanswered(PairError):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Text and files
+# Text
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -159,8 +167,9 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-def now_iso() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+def iso(epoch: float) -> str:
+    """Epoch seconds as UTC, `2025-01-31T12:00:00.000+00:00`."""
+    return datetime.fromtimestamp(epoch, timezone.utc).isoformat(timespec="milliseconds")
 
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])$", re.IGNORECASE)
@@ -194,55 +203,343 @@ def to_json(value: Any, indent: Optional[int] = None) -> bytes:
     return json.dumps(value, ensure_ascii=False, indent=indent).encode("utf-8", "backslashreplace")
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename or a new name in `folder` survive a power cut (Windows does so by itself)."""
-    if os.name == "nt":
-        return
-    handle = os.open(str(folder), os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+# ---------------------------------------------------------------------------------------------------
+# Outside: clocks, disk, threads, the wire
+# ---------------------------------------------------------------------------------------------------
 
 
-def write_durably(path: Path, chunks: Iterable[bytes]) -> Tuple[int, str]:
-    """Create `path` (0600) from `chunks` and flush it to the disk; return its bytes and SHA-256."""
-    size, digest = 0, hashlib.sha256()
-    handle = os.open(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
-    with open(handle, "wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
+class Moment(NamedTuple):
+    """A point in time on two clocks: a laptop that sleeps stops the steady one, somebody may set the other."""
+
+    wall: float  # epoch seconds
+    steady: float  # monotonic seconds
+
+
+class Answer(NamedTuple):
+    """What came of one request. `data` is the JSON object in the body, None where there is no whole one."""
+
+    status: Optional[int]  # None: no answer
+    headers: Mapping[str, str]
+    data: Optional[Json]
+    problem: str = ""  # in words
+    sent: bool = True  # whether the request may have reached DevRev
+
+
+class Outside:
+    """All that a run touches beyond its own memory: two clocks, the disk, threads for what blocks, and the wire.
+
+    The event loop owns every decision and meets the world only here, so that a simulation can stand in its place.
+    """
+
+    def __init__(self, settings: "ApiSettings") -> None:
+        self.settings = settings
+        self.random = random.Random()
+        self._crew = Crew()
+        self._wire: Optional[Wire] = None
+
+    def moment(self) -> Moment:
+        return Moment(time.time(), time.monotonic())
+
+    def age(self, since: Moment) -> float:
+        """Seconds since then by the clock that has gone further: what a check or a backup must not be believed past."""
+        now = self.moment()
+        return max(now.wall - since.wall, now.steady - since.steady)
+
+    def elapsed(self, since: Moment) -> float:
+        """Seconds since then by the clock that has gone less far: how long something has surely been waited for."""
+        now = self.moment()
+        return max(0.0, min(now.wall - since.wall, now.steady - since.steady))
+
+    async def send(self, endpoint: str, body: Json) -> Answer:
+        """POST one request. Its whole answer has ten times the time that silence has; then the connection is shut."""
+        self._wire = self._wire or Wire(self.settings)
+        watch = Watch()
+        answer = self._crew.do(self._wire.exchange, endpoint, body, watch)
+        limit = 10 * self.settings.timeout
+
+        def give_up() -> None:
+            watch.shut()
+            if not answer.done():
+                answer.set_result(Answer(None, {}, None, f"no whole answer within {limit:g} s"))
+
+        timer = asyncio.get_event_loop().call_later(limit, give_up)
+        try:
+            return await answer
+        finally:
+            timer.cancel()
+
+    async def work(self, job: Callable[..., T], *args: Any) -> T:
+        """Have a thread do what blocks."""
+        return await self._crew.do(job, *args)
+
+    def write(self, path: Path, chunks: Iterable[bytes]) -> Tuple[int, str]:
+        """Create `path` (0600) from `chunks` and flush it to the disk; return its bytes and SHA-256."""
+        size, digest = 0, hashlib.sha256()
+        handle = os.open(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
+        with open(handle, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+            self.flush(file)
+        return size, digest.hexdigest()
+
+    def append(self, path: Path, line: bytes) -> None:
+        """Add a line to `path` and flush it to the disk; one that a crash has torn before it stays alone."""
+        handle = os.open(str(path), os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
+        with open(handle, "r+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            if end:
+                file.seek(end - 1)
+                line = line if file.read(1) == b"\n" else b"\n" + line
+            file.write(line + b"\n")
+            self.flush(file)
+        if not end:
+            self.sync(path.parent)
+
+    def publish(self, aside: Path, final: Path) -> None:
+        """Give what was written aside its final name, in one step that survives a power cut."""
+        for patience in (0.1, 0.4, 1.6, 0.0):
+            try:
+                os.replace(str(aside), str(final))
+                break
+            except PermissionError:
+                # A virus scanner on Windows may hold a new file for a moment.
+                if os.name != "nt" or not patience:
+                    raise
+                time.sleep(patience)
+        self.sync(final.parent)
+
+    def replace(self, path: Path, chunks: Iterable[bytes], before: Callable[[], None] = lambda: None) -> None:
+        """Write a whole file aside, call `before`, and give it its name. Raises OSError, and leaves nothing, where the
+        disk refuses."""
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                aside.unlink()
+            self.write(aside, chunks)
+            before()
+            self.publish(aside, path)
+        except (OSError, Stop):
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            raise
+
+    def flush(self, file: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
-    return size, digest.hexdigest()
 
-
-def publish(aside: Path, final: Path) -> None:
-    """Give what was written aside its final name, in one step that survives a power cut."""
-    for patience in (0.1, 0.4, 1.6, 0.0):
+    def sync(self, folder: Path) -> None:
+        """Make a rename or a new name in `folder` survive a power cut (Windows does so by itself)."""
+        if os.name == "nt":
+            return
+        handle = os.open(str(folder), os.O_RDONLY)
         try:
-            os.replace(str(aside), str(final))
-            break
-        except PermissionError:
-            # A virus scanner on Windows may hold a new file for a moment.
-            if os.name != "nt" or not patience:
-                raise
-            time.sleep(patience)
-    sync_folder(final.parent)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def folder(self, path: Path) -> Path:
+        """Create `path` and what is missing above it, open to its owner alone."""
+        for folder in [*reversed(path.parents), path]:
+            if not folder.exists():
+                with contextlib.suppress(FileExistsError):
+                    folder.mkdir(mode=0o700)
+                    self.sync(folder.parent)
+        if not path.is_dir():
+            raise NotADirectoryError(f"{path} is not a folder")
+        return path
 
 
-def private_folder(path: Path) -> Path:
-    """Create `path` and what is missing above it, open to its owner alone."""
-    for folder in [*reversed(path.parents), path]:
-        if not folder.exists():
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir(mode=0o700)
-                sync_folder(folder.parent)
-    if not path.is_dir():
-        raise NotADirectoryError(f"{path} is not a folder")
-    return path
+class Crew:
+    """Daemon threads that do what blocks; there are always enough of them, and one that hangs holds up no exit."""
+
+    def __init__(self) -> None:
+        self._jobs: "queue.SimpleQueue[Tuple[asyncio.Future[Any], Callable[..., Any], Tuple[Any, ...]]]" = (
+            queue.SimpleQueue()
+        )
+        self._threads = self._busy = 0  # counted by the event loop alone
+
+    def do(self, job: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
+        loop = asyncio.get_event_loop()
+        future: "asyncio.Future[T]" = loop.create_future()
+        self._busy += 1
+        if self._busy > self._threads:
+            self._threads += 1
+            threading.Thread(target=self._serve, args=(loop,), daemon=True).start()
+        self._jobs.put((future, job, args))
+        return future
+
+    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+        while True:
+            future, job, args = self._jobs.get()
+            result, error = None, None
+            try:
+                result = job(*args)
+            except BaseException as raised:
+                error = raised
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
+                loop.call_soon_threadsafe(self._settle, future, result, error)
+            del future, job, args, result, error
+
+    def _settle(self, future: "asyncio.Future[Any]", result: Any, error: Optional[BaseException]) -> None:
+        self._busy -= 1
+        if future.done():
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+
+class Watch:
+    """Knows the connection that a request uses, so that it can be shut from another thread."""
+
+    current = threading.local()
+
+    def __init__(self) -> None:
+        self.connection: Any = None
+
+    def shut(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            self.connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+def watched(pool: Any) -> Any:
+    """A connection pool of urllib3's that tells the watch of its thread which connection it has handed out."""
+
+    class Watched(pool):  # type: ignore[misc]
+        def _get_conn(self, timeout: Optional[float] = None) -> Any:
+            connection = super()._get_conn(timeout)
+            Watch.current.watch.connection = connection
+            return connection
+
+    return Watched
+
+
+class Wire:
+    """HTTPS to DevRev over kept connections; blocks, and may be used by many threads."""
+
+    def __init__(self, settings: "ApiSettings") -> None:
+        import requests
+        from requests.adapters import HTTPAdapter
+
+        class Adapter(HTTPAdapter):
+            def init_poolmanager(self, *args: Any, **options: Any) -> None:
+                super().init_poolmanager(*args, **options)
+                self._watch(self.poolmanager)
+
+            def proxy_manager_for(self, *args: Any, **options: Any) -> Any:
+                return self._watch(super().proxy_manager_for(*args, **options))
+
+            @staticmethod
+            def _watch(manager: Any) -> Any:
+                if not hasattr(manager, "watched"):
+                    classes = manager.pool_classes_by_scheme
+                    manager.pool_classes_by_scheme = {scheme: watched(pool) for scheme, pool in classes.items()}
+                    manager.watched = True
+                return manager
+
+        self.settings = settings
+        self.session = session = requests.Session()
+        session.mount(settings.base_url, Adapter(pool_connections=1, pool_maxsize=settings.workers + 4, max_retries=0))
+        # The environment's proxies and CA bundle, looked up once; never a proxy for plain http on loopback.
+        if settings.base_url.startswith("https:"):
+            found = session.merge_environment_settings(settings.base_url, {}, None, None, None)
+            session.proxies, session.verify = found["proxies"], found["verify"]
+        session.trust_env = False  # no credentials from ~/.netrc either
+        self._headers = {
+            "Authorization": f"Bearer {settings.token}",
+            "User-Agent": f"merge_contacts/{__version__}",
+            "Accept": "application/json",
+            "Content-Type": "application/json",
+        }
+
+    def exchange(self, endpoint: str, body: Json, watch: Watch) -> Answer:
+        """POST once, follow no redirect, and read the whole answer."""
+        import requests
+
+        Watch.current.watch = watch
+        begun = time.monotonic()
+        status: Optional[int] = None
+        headers: Mapping[str, str] = {}
+        data: Optional[Json] = None
+        problem, sent = "", True
+        try:
+            answer = self.session.post(
+                f"{self.settings.base_url}/{endpoint}",
+                data=to_json(body),
+                headers=self._headers,
+                timeout=(min(10.0, self.settings.timeout), self.settings.timeout),
+                allow_redirects=False,
+            )
+            status, headers = answer.status_code, answer.headers
+            data, problem = self._read(answer)
+        except requests.exceptions.SSLError as error:
+            sent = "CERTIFICATE_VERIFY_FAILED" not in repr(error) and "CertificateError" not in repr(error)
+            problem = "the TLS connection broke" if sent else "the server's certificate can't be verified"
+        except requests.exceptions.Timeout as error:
+            sent = not isinstance(error, requests.exceptions.ConnectTimeout)
+            problem = f"no answer within {self.settings.timeout:g} s"
+        except requests.exceptions.ConnectionError as error:
+            sent = "NewConnectionError" not in repr(error) and "NameResolutionError" not in repr(error)
+            problem = "the connection broke" if sent else f"no connection to {urlsplit(self.settings.base_url).netloc}"
+        except requests.exceptions.RequestException as error:
+            problem = type(error).__name__
+        tail = f" ({problem})" if problem else ""
+        log.debug("%s -> %s in %.3f s%s", endpoint, status or "no answer", time.monotonic() - begun, tail)
+        return Answer(status, headers, data, problem, sent)
+
+    def _read(self, answer: "requests.Response") -> Tuple[Optional[Json], str]:
+        """Parse a body: the JSON object, and in words what is wrong. A gateway's HTML is no word of DevRev's."""
+        try:
+            data = json.loads(answer.content)
+        except (ValueError, RecursionError):
+            return None, f"{answer.status_code} with a body that is not whole JSON"
+        if not isinstance(data, dict):
+            return None, f"{answer.status_code} with JSON that is not an object"
+        if 200 <= answer.status_code < 300:
+            return data, ""
+        words = " ".join(str(data[name]) for name in ("message", "detail") if data.get(name))
+        return data, self.settings.mask(words)[:500] or f"status {answer.status_code}"
+
+
+class Brake:
+    """Ends a run: once it is pulled, all that waits, and all that would, raises Interrupted, and nothing leaves."""
+
+    def __init__(self) -> None:
+        self.stop: Optional[Stop] = None
+        self._waiting: Set["asyncio.Future[bool]"] = set()
+
+    def pull(self, stop: Stop) -> None:
+        """Stop for this reason; the first reason counts, but that it was interrupted explains less than another."""
+        if self.stop is None or isinstance(self.stop, Interrupted):
+            self.stop = stop
+        for future in self._waiting:
+            if not future.done():
+                future.set_exception(Interrupted())
+
+    def future(self) -> "asyncio.Future[bool]":
+        """Something to wait for, which the brake ends."""
+        if self.stop:
+            raise Interrupted()
+        future: "asyncio.Future[bool]" = asyncio.get_event_loop().create_future()
+        self._waiting.add(future)
+        future.add_done_callback(self._waiting.discard)
+        return future
+
+    async def sleep(self, seconds: float) -> None:
+        future = self.future()
+
+        def over() -> None:
+            if not future.done():
+                future.set_result(True)
+
+        timer = asyncio.get_event_loop().call_later(max(0.0, seconds), over)
+        try:
+            await future
+        finally:
+            timer.cancel()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -269,6 +566,10 @@ class Contact:
     rev_org: str
     created: str
     tickets: int
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "Contact":
+        return cls(**row)
 
     @property
     def key(self) -> str:
@@ -554,18 +855,27 @@ def _repeated(values: "array[int]", candidates: Set[int]) -> Set[int]:
 
 
 class State(str, Enum):
-    """How far a pair is. From REQUESTED to PROVING it is unfinished: something was done that has to be finished."""
+    """How far a pair is.
+
+    From REQUESTED to PROVING it is unfinished: it was asked for, and only an end of ENDED makes that forgotten.
+    """
 
     PLANNED = "planned"
-    FAILED = "failed"  # refused or failed before a merge was asked for: tried again by the next run
+    FAILED = "failed"  # refused, or failed before a merge was asked for: tried again by the next run
     REQUESTED = "requested"  # the request may have left
     ACKNOWLEDGED = "acknowledged"  # DevRev has accepted it
-    MERGED = "merged"  # the duplicate is gone
+    MERGED = "merged"  # the duplicate has gone
     PROVING = "proving"  # the reference is on the primary
     DONE = "done"  # nothing was left behind: never touched again
+    MERGED_ELSEWHERE = "merged_elsewhere"  # somebody else was faster
+    SETTLED = "settled"  # what could not be mended was accepted by a person
+    UNDOING = "undoing"  # an undo has begun
+    UNDONE = "undone"
 
 
-UNFINISHED = (State.REQUESTED, State.ACKNOWLEDGED, State.MERGED, State.PROVING)
+ASKED = (State.REQUESTED, State.ACKNOWLEDGED)
+UNFINISHED = (*ASKED, State.MERGED, State.PROVING)
+ENDED = (State.DONE, State.MERGED_ELSEWHERE, State.SETTLED)
 
 
 @dataclass
@@ -583,6 +893,11 @@ class Pair:
     first_requested_at: float = 0.0
     seconds: float = 0.0
     left_behind: List[Json] = field(default_factory=list)
+    refused: bool = False  # DevRev's answer to the last request was a no
+    details: Json = field(default_factory=dict)  # `deleted`: ids; `accepted`: what was settled; `undo`
+    report: str = ""  # that holds its end
+    created: str = ""  # of its row in the savepoint
+    updated: str = ""
 
     @property
     def email(self) -> str:
@@ -599,20 +914,16 @@ class Group:
 
     email: str
     pairs: List[Pair]
-    checked_at: float = 0.0  # monotonic seconds, of the last live check
-    backed_up_at: float = 0.0
+    asking: Optional[Pair] = None  # the pair that is being asked for
 
     @property
     def primary(self) -> Contact:
         return self.pairs[0].primary
 
-    def waiting(self) -> List[Pair]:
-        """The pairs that have not been asked for, nor refused, in this run."""
-        return [pair for pair in self.pairs if pair.state is State.PLANNED]
-
     def contacts(self) -> List[Contact]:
-        """The primary and every duplicate that has not been asked to go yet."""
-        return [self.primary, *(pair.duplicate for pair in self.waiting())]
+        """The primary, the duplicate that is being asked for, and every other that has not been asked to go yet."""
+        duplicates = (pair.duplicate for pair in self.pairs if pair.state is State.PLANNED or pair is self.asking)
+        return [self.primary, *duplicates]
 
     def everybody(self) -> List[Contact]:
         return [self.primary, *(pair.duplicate for pair in self.pairs)]
@@ -623,8 +934,8 @@ class Group:
         return moved[0] if moved else self.primary.external_ref
 
     def has_grown(self) -> bool:
-        """Whether this tool has merged somebody into the primary since the export."""
-        return any(pair.state in UNFINISHED or pair.state is State.DONE for pair in self.pairs)
+        """Whether this tool has asked for a merge into the primary since the export."""
+        return any(pair.state in (*UNFINISHED, *ENDED) for pair in self.pairs)
 
 
 class Skip(NamedTuple):
@@ -634,6 +945,7 @@ class Skip(NamedTuple):
 
 
 SKIP_REASONS = {
+    "undone": ("it was merged and taken back", "name it with --email to merge it again"),
     "several_user_refs": (
         "several contacts have a user_ reference; which one the application uses can't be told from the export",
         "find out in the application which user_ reference is alive, remove the others there, export again",
@@ -658,9 +970,10 @@ class Plan:
     invalid_rows: List[InvalidRow]
     contacts_read: int
     already_merged: int = 0
+    ids: Set[Tuple[str, str]] = field(default_factory=set)  # of all pairs of the CSV
 
     def pairs(self) -> Iterator[Pair]:
-        return (pair for group in self.groups for pair in group.pairs if pair.state is not State.DONE)
+        return (pair for group in self.groups for pair in group.pairs if pair.state not in ENDED)
 
     def count(self) -> int:
         return sum(1 for _ in self.pairs())
@@ -779,159 +1092,184 @@ def count_flaw(contact: Contact, greatest: int, policy: str) -> Optional[PairErr
 # API: quota
 # ---------------------------------------------------------------------------------------------------
 
+FINISH, RESUME, MERGE, PROVE, PREPARE = range(5)  # how urgent a request is: finishing comes before beginning
 
-class Throttle:
-    """Decides when the next request may leave; all threads draw on it before they send.
 
-    Four things hold a request back: the client's own ceiling (`ratelimit`), the budget that the server's
-    X-Ratelimit headers give, a 429's Retry-After, and trouble (failures in a row), in which one request at a
-    time finds out whether the API is back. Where a new window's budget is not known yet, one request goes ahead
-    and brings it. Times are `time.monotonic()`.
+@dataclass
+class Hold:
+    """Units of quota that are kept for the requests which finish one merge."""
+
+    units: int = 0
+
+
+class Turn(NamedTuple):
+    """How a request waits for its turn."""
+
+    urgency: int = PREPARE
+    hold: Optional[Hold] = None  # units that were kept for it
+    keep: int = 0  # units to be kept in `hold` when it leaves
+
+
+class Waiting(NamedTuple):
+    urgency: int
+    serial: int
+    turn: Turn
+    future: "asyncio.Future[bool]"
+
+
+class Gate:
+    """Decides which request may leave next, and when; owned by the event loop.
+
+    Four things hold a request back: how many are under way, the server's quota (X-Ratelimit headers), the tool's own
+    ceiling (`ratelimit`), and trouble: after a 429 or failures in a row one request at a time finds out whether
+    things are well again, as it does where a new window's budget is not known yet. Units that are kept for finishing
+    a merge are spent by nothing else. Times are steady seconds.
     """
 
-    TROUBLE = 3  # failures in a row, over all threads
+    TROUBLE = 3  # failures in a row
     LONGEST_WINDOW = 600.0  # seconds; DevRev's quota resets every five minutes
 
-    def __init__(self, calls: int, period: float, retries: int, halt: threading.Event) -> None:
-        self.retries = retries
-        self.halt = halt
+    def __init__(self, outside: Outside, brake: Brake, settings: "ApiSettings") -> None:
+        self.outside = outside
+        self.brake = brake
+        self.workers = settings.workers
+        self.retries = settings.retries
         self.limit: Optional[int] = None
         self.remaining: Optional[int] = None  # as the server last said, for this window
         self.waits: List[Tuple[float, float]] = []  # epoch seconds
-        self.verdict: Optional[Stop] = None  # why nothing may leave any more
-        self._ceiling = self._make_ceiling(calls, period)
-        self._changed = threading.Condition()
-        self._in_flight = 0
-        self._window = 0.0  # the server's X-Ratelimit-Reset
-        self._resets_at = 0.0
-        self._closed_until = 0.0
-        self._scouting = False  # one request at a time
-        self._scout_out = False
-        self._failures = 0
-        self._refusals = 0  # 429s in a row
-        self._failed_scouts = 0
-        self._waiting_since = 0.0
-        self._waiters = 0
+        self._ceiling = self._make_ceiling(settings.calls, settings.period)
+        self._queue: List[Waiting] = []
+        self._serial = self._in_flight = self._kept = 0
+        self._timer: Optional[asyncio.TimerHandle] = None
+        self._window = self._resets_at = self._closed_until = 0.0
+        self._scouting = self._scout_out = self._long_window = False
+        self._failures = self._refusals = self._failed_scouts = 0
+        self._waiting_for, self._waiting_since = "", 0.0
 
-    @staticmethod
-    def _make_ceiling(calls: int, period: float) -> Callable[[], None]:
-        def nothing() -> None:
-            return None
-
+    def _make_ceiling(self, calls: int, period: float) -> Any:
         if calls <= 0:
-            return nothing
-        from ratelimit import limits
+            return None
+        from ratelimit.decorators import RateLimitDecorator
 
-        limited: Callable[[], None] = limits(calls=calls, period=period)(nothing)
-        return limited
+        ceiling = RateLimitDecorator(calls, period, clock=self._now)
+        self._count = ceiling(lambda: None)
+        return ceiling
 
-    def enter(self) -> bool:
+    def _now(self) -> float:
+        return self.outside.moment().steady
+
+    async def enter(self, turn: Turn) -> bool:
         """Wait until a request may leave; returns whether it goes ahead as a scout. Raises Interrupted."""
-        self._pass_ceiling()
-        with self._changed, contextlib.ExitStack() as waiting:
-            for_quota = False
-            while True:
-                wait, quota = self._wait()
-                if self.halt.is_set():
-                    raise Interrupted()
-                if not wait:
-                    break
-                if quota and not for_quota:
-                    for_quota = True
-                    waiting.enter_context(self._noted_wait())
-                self._changed.wait(min(wait, 0.5))
-            self._in_flight += 1
-            self._scout_out = self._scout_out or self._scouting
-            return self._scouting
+        self._serial += 1
+        waiting = Waiting(turn.urgency, self._serial, turn, self.brake.future())
+        bisect.insort(self._queue, waiting)
+        self._let_through()
+        return await waiting.future
 
-    def _pass_ceiling(self) -> None:
-        from ratelimit import RateLimitException
+    def _let_through(self) -> None:
+        """Let all through that may go, the most urgent first; look again when the next thing changes."""
+        if self._timer:
+            self._timer.cancel()
+        self._queue = [waiting for waiting in self._queue if not waiting.future.done()]
+        wait, reason = 0.0, ""
+        while self._queue and self._in_flight < self.workers:
+            wait, reason = self._closed()
+            first = next((each for each in self._queue if self._fits(each.turn)), None) if not wait else None
+            if first is None:
+                break
+            self._queue.remove(first)
+            self._admit(first)
+        else:
+            wait, reason = 0.0, ""
+        if self._queue and self._in_flight < self.workers and not wait:
+            wait, reason = self._until_room()
+        self._note_wait(reason)
+        if wait:
+            self._timer = asyncio.get_event_loop().call_later(max(0.001, wait), self._let_through)
 
-        while True:
-            try:
-                self._ceiling()
-                return
-            except RateLimitException as full:
-                with self._noted_wait():
-                    self.halt.wait(max(0.005, full.period_remaining))
-                if self.halt.is_set():
-                    raise Interrupted() from None
-
-    @contextlib.contextmanager
-    def _noted_wait(self) -> Iterator[None]:
-        """Note the time in which at least one thread waits for quota."""
-        with self._changed:
-            self._waiters += 1
-            if self._waiters == 1:
-                self._waiting_since = time.time()
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._waiters -= 1
-                if not self._waiters:
-                    self.waits.append((self._waiting_since, time.time()))
-
-    def _wait(self) -> Tuple[float, bool]:
-        """Seconds to wait before the gate is looked at again (0: go), and whether it is quota that is waited for.
-
-        Where the known window is over, the first to look makes the next request a scout.
-        """
-        now = time.monotonic()
+    def _closed(self) -> Tuple[float, str]:
+        """Seconds for which nothing at all may leave, and what for."""
+        now = self._now()
         if now < self._closed_until:
-            return self._closed_until - now, self._refusals > 0
+            return self._closed_until - now, "quota" if self._refusals else "the API"
         if self.remaining is not None and now >= self._resets_at:
-            self.remaining = None
-            self._scouting = True
-            self._scout_out = False
-        if self._scouting:
-            return (0.5 if self._scout_out else 0.0), False
-        if self.remaining is None or self.remaining - self._in_flight > 0:
-            return 0.0, False
-        return max(0.001, self._resets_at - now), True
+            self.remaining, self._scouting, self._scout_out = None, True, False
+        return (60.0 if self._scouting and self._scout_out else 0.0), ""
+
+    def _server_room(self) -> float:
+        return float("inf") if self.remaining is None else self.remaining - self._in_flight
+
+    def _ceiling_room(self) -> float:
+        if self._ceiling is None:
+            return float("inf")
+        over = self._now() - self._ceiling.last_reset >= self._ceiling.period
+        return float(self._ceiling.clamped_calls - (0 if over else self._ceiling.num_calls))
+
+    def _fits(self, turn: Turn) -> bool:
+        """Whether the window has room for a request, and for what is to be kept with it (as much as it holds at all)."""
+        room = min(self._server_room(), self._ceiling_room())
+        if turn.hold and turn.hold.units and not turn.keep:
+            return room >= 1
+        window = min(self.limit or float("inf"), self._ceiling.clamped_calls if self._ceiling else float("inf"))
+        missing = turn.keep - turn.hold.units if turn.hold else 0
+        return room - self._kept >= min(1 + missing, window)
+
+    def _until_room(self) -> Tuple[float, str]:
+        now = self._now()
+        if self._server_room() <= self._ceiling_room():
+            return max(0.001, self._resets_at - now), "quota"
+        return max(0.001, self._ceiling.last_reset + self._ceiling.period - now), "the tool's own ceiling"
+
+    def _admit(self, waiting: Waiting) -> None:
+        turn = waiting.turn
+        self._in_flight += 1
+        self._scout_out = self._scout_out or self._scouting
+        if self._ceiling:
+            self._count()
+        if turn.hold and turn.keep:
+            self._kept += turn.keep - turn.hold.units
+            turn.hold.units = turn.keep
+        elif turn.hold and turn.hold.units:
+            self._kept -= 1
+            turn.hold.units -= 1
+        waiting.future.set_result(self._scouting)
+
+    def release(self, hold: Hold) -> None:
+        """Give back what was kept and is not needed."""
+        self._kept -= hold.units
+        hold.units = 0
+        self._let_through()
+
+    def withdraw(self, scout: bool) -> None:
+        """Give back the turn of a request that is not sent after all."""
+        self._in_flight -= 1
+        self._scout_out = self._scout_out and not scout
+        self._let_through()
 
     def leave(self, scout: bool, status: Optional[int], headers: Mapping[str, str]) -> None:
-        """Take note of an answer (`status` None: none came). Raises Stop(3) where the API stays down."""
-        with self._changed:
-            self._in_flight -= 1
-            if scout:
-                self._scout_out = False
-            if status == 429:
-                self._refusals += 1
-            else:
-                self._refusals = 0
-            failed = status is None or status >= 500
-            self._failures = self._failures + 1 if failed else 0
-            self._learn(headers)
-            if status == 429:
-                self._close(self._retry_after(headers))
-            elif self._failures >= self.TROUBLE:
-                self._failed_scouts += scout
-                self._close(min(10.0, 0.5 * 2**self._failed_scouts))
-            elif not failed:
-                self._failed_scouts = 0
-                self._scouting = self._scouting and not scout
-            self._changed.notify_all()
+        """Take note of an answer (`status` None: none came, or none of use)."""
+        self._in_flight -= 1
+        self._scout_out = self._scout_out and not scout
+        self._refusals = self._refusals + 1 if status == 429 else 0
+        failed = status is None or status >= 500
+        self._failures = self._failures + 1 if failed else 0
+        self._learn(headers)
+        if status == 429:
+            self._close(self._retry_after(headers))
+        elif self._failures >= self.TROUBLE:
+            self._failed_scouts += scout
+            self._close(min(10.0, 0.5 * 2**self._failed_scouts))
+        elif not failed:
+            self._failed_scouts = 0
+            self._scouting = self._scouting and not scout
         if self._failed_scouts > self.retries:
-            self.shut(Stop(EXIT_STOPPED, "DevRev can't be reached or keeps failing"))
+            self.brake.pull(Stop(EXIT_STOPPED, "DevRev can't be reached or keeps failing"))
         if self._refusals > 10 + 5 * self.retries:
-            self.shut(Stop(EXIT_STOPPED, "DevRev keeps answering 429 (over quota), however long it is waited"))
-
-    def cancel(self, scout: bool) -> None:
-        """Give back the turn of a request that is not sent after all."""
-        with self._changed:
-            self._in_flight -= 1
-            self._scout_out = self._scout_out and not scout
-            self._changed.notify_all()
-
-    def shut(self, verdict: Stop) -> None:
-        """Let nothing leave any more, and say why."""
-        self.verdict = self.verdict or verdict
-        self.halt.set()
-        raise verdict
+            self.brake.pull(Stop(EXIT_STOPPED, "DevRev keeps answering 429 (over quota), however long it is waited"))
+        self._let_through()
 
     def _close(self, seconds: float) -> None:
-        self._closed_until = max(self._closed_until, time.monotonic() + seconds)
+        self._closed_until = max(self._closed_until, self._now() + seconds)
         self._scouting = True
 
     def _retry_after(self, headers: Mapping[str, str]) -> float:
@@ -944,7 +1282,7 @@ class Throttle:
             with contextlib.suppress(TypeError, ValueError, IndexError):
                 wait = parsedate_to_datetime(text).timestamp() - self._server_time(headers)
             if not text and self.remaining is not None and self.remaining <= 0:
-                wait = self._resets_at - time.monotonic()
+                wait = self._resets_at - self._now()
         return max(least, min(3600.0, wait if wait == wait else 0.5))
 
     def _learn(self, headers: Mapping[str, str]) -> None:
@@ -957,28 +1295,41 @@ class Throttle:
             self._window, self.remaining = window, remaining
             # A clock that is off must not stop a run: past the longest window that makes sense, a scout finds out.
             wait = min(self.LONGEST_WINDOW, window - self._server_time(headers))
-            self._resets_at = time.monotonic() + wait + 0.01
+            self._resets_at = self._now() + wait + 0.01
+            self._long_window = self._long_window or wait > 30
         elif window >= self._window - 1 and self.remaining is not None:
             self.remaining = min(self.remaining, remaining)
 
-    @staticmethod
-    def _server_time(headers: Mapping[str, str]) -> float:
+    def _server_time(self, headers: Mapping[str, str]) -> float:
         """The server's clock, in epoch seconds; its Date header has whole seconds, so small differences are noise."""
-        now = time.time()
+        now = self.outside.moment().wall
         with contextlib.suppress(KeyError, TypeError, ValueError, IndexError):
             skew = parsedate_to_datetime(headers["Date"]).timestamp() + 0.5 - now
             return now + skew if abs(skew) > 2 else now
         return now
 
+    def _note_wait(self, reason: str) -> None:
+        """Keep account of the time in which requests wait for quota or ceiling, and of what is waited for."""
+        now = self.outside.moment().wall
+        if bool(reason) != bool(self._waiting_for):
+            if reason:
+                self._waiting_since = now
+            else:
+                self.waits.append((self._waiting_since, max(now, self._waiting_since)))
+        self._waiting_for = reason
+
+    def pace(self) -> float:
+        """Requests that may be sent in the next minute or so."""
+        server = float(self.limit) if self.limit is not None and self._long_window else float("inf")
+        ceiling = self._ceiling.clamped_calls * max(1.0, 60 / self._ceiling.period) if self._ceiling else float("inf")
+        return min(server, ceiling, 1e6)
+
     def outlook(self) -> str:
         """What is waited for, in words, or how much quota is left; empty where neither is known."""
-        now = time.monotonic()
-        if self._closed_until > now + 0.5:
-            what = "quota" if self._refusals else "the API"
-            return f"waiting {duration(self._closed_until - now)} for {what}"
-        if self._waiters and time.time() - self._waiting_since > 0.5:
-            ends = max(0.0, self._resets_at - now) if self.remaining is not None else 0.0
-            return f"waiting {duration(ends)} for quota" if ends else "waiting for the tool's own limit"
+        now = self._now()
+        if self._waiting_for:
+            wait = self._closed_until - now if now < self._closed_until else self._until_room()[0]
+            return f"waiting {duration(wait)} for {self._waiting_for}" if wait > 0.5 else ""
         return f"{self.remaining} of {self.limit} units left" if self.remaining is not None else ""
 
 
@@ -1010,6 +1361,10 @@ class ApiSettings:
     retries: int = 5
     workers: int = 8
 
+    def mask(self, text: str) -> str:
+        """`text` without the token; one of a few characters is none, and would stand in every other word."""
+        return text.replace(self.token, "[token]") if len(self.token) >= 8 else text
+
 
 def scope_of(endpoint: str) -> str:
     return next((scope for start, scope in SCOPES.items() if endpoint.startswith(start)), "of this endpoint")
@@ -1021,156 +1376,127 @@ def user_ids(value: Any) -> Set[str]:
     return {user["id"] for user in users if isinstance(user, dict) and isinstance(user.get("id"), str)}
 
 
-class Found(NamedTuple):
-    """What a list call that named many contacts found, taken apart again by contact, and what failed for whom."""
+def email_key(text: str) -> str:
+    """What emails are compared by: trimmed, and without regard to case."""
+    return text.strip().casefold()
 
-    items: Dict[str, List[Json]]
-    errors: Dict[str, PairError]
+
+def email_of(user: Json) -> str:
+    return email_key(str(user.get("email") or ""))
+
+
+class Reply(NamedTuple):
+    """An answer's JSON object, and the moment at which its request left: it is as old as that."""
+
+    data: Json
+    since: Moment
+
+
+class Listing(NamedTuple):
+    """Items of a list, once each, in order; `since` is when the request for its first page left."""
+
+    items: List[Json]
+    since: Moment
+
+
+class Sight(Enum):
+    """What a look at a duplicate shows."""
+
+    THERE = "there"
+    GONE = "gone"  # deleted, or not found
+    IN_PRIMARY = "in primary"  # DevRev names the primary in its place
+
+
+def sight_of(user: Json, primary: str, duplicate: str) -> Sight:
+    """What a `rev_user` that DevRev answers with for the duplicate says. `locked` or `deactivated` is still there.
+
+    Raises PairError(merged_into_another) where it names somebody else than the primary.
+    """
+    identity = user.get("primary_identity")
+    named = {user["id"], identity.get("id") if isinstance(identity, dict) else None} - {None, duplicate}
+    if named - {primary}:
+        raise PairError("merged_into_another", f"{duplicate} has become {named.pop()}, not the primary")
+    if named:
+        return Sight.IN_PRIMARY
+    return Sight.GONE if user.get("state") == "deleted" else Sight.THERE
 
 
 class DevRevAPI:
     """The part of DevRev's REST API (version 2024-01-24) that a merge needs, over POST with JSON bodies.
 
     Every method raises ApiRefused (a definite no), ApiUnanswered (no usable answer after the retries), Denied
-    (token or scope), Stop(3) (the API is down) or Interrupted (told to stop before the request left).
+    (token or scope) or Interrupted (the run stops; the request has not left).
     """
 
-    def __init__(self, settings: ApiSettings, halt: threading.Event) -> None:
+    STALE_PAGES = 3  # pages that bring nothing new before a list is given up
+
+    def __init__(self, settings: ApiSettings, outside: Outside, brake: Brake) -> None:
         self.settings = settings
-        self.halt = halt
-        self.throttle = Throttle(settings.calls, settings.period, settings.retries, halt)
+        self.outside = outside
+        self.brake = brake
+        self.gate = Gate(outside, brake, settings)
         self.requests: Dict[str, int] = collections.Counter()
         self._answered: Set[str] = set()
         self._forbidden: Dict[str, Set[bytes]] = collections.defaultdict(set)  # bodies that were answered with 403
-        self._ids_per_call: Dict[str, int] = collections.defaultdict(lambda: PAGE)
-        self._lock = threading.Lock()
-        self._session = self._open_session()
-
-    def _open_session(self) -> "requests.Session":
-        import requests
-        from requests.adapters import HTTPAdapter
-
-        token = self.settings.token
-
-        def authorize(request: "requests.PreparedRequest") -> "requests.PreparedRequest":
-            request.headers["Authorization"] = f"Bearer {token}"
-            return request
-
-        session = requests.Session()
-        session.auth = authorize  # without it, requests would look for credentials in ~/.netrc
-        session.headers["User-Agent"] = f"merge_contacts/{__version__}"
-        session.headers["Accept"] = "application/json"
-        adapter = HTTPAdapter(pool_connections=1, pool_maxsize=self.settings.workers, max_retries=0)
-        session.mount(self.settings.base_url, adapter)
-        # The environment's proxies and CA bundle, looked up once; never a proxy for plain http on loopback.
-        if self.settings.base_url.startswith("https:"):
-            found = session.merge_environment_settings(self.settings.base_url, {}, None, None, None)
-            session.proxies, session.verify = found["proxies"], found["verify"]
-        session.trust_env = False
-        return session
+        self.emails = Loader(self._list_emails, lambda user: {email_of(user)}, email_key)
+        self.works = {role: Loader(self._list_works(name), _users_in(name)) for role, name in ROLES.items()}
+        self.conversations = Loader(self._list_conversations, _users_in("members"))
 
     # -- the one place that sends -------------------------------------------------------------------
 
-    def _call(
+    async def _call(
         self,
         endpoint: str,
         body: Json,
-        key: Optional[str] = None,
+        key: str = "",
+        turn: Turn = Turn(),
         repeatable: bool = True,
-        unless: Callable[[], bool] = lambda: False,
-    ) -> Json:
-        """POST and return the answer's JSON object, which holds `key`; Stale if `unless()` when its turn comes.
+        before: Callable[[], None] = lambda: None,
+    ) -> Reply:
+        """POST, and return the answer's JSON object, which holds `key`. `before` is called when the request's turn has
+        come, and what it raises keeps the request from leaving.
 
         What is safe to repeat is repeated with growing, jittered pauses. A request that is not `repeatable` is sent
         again only where it can't have been acted on: no connection was made, or it was over quota.
         """
-        attempt, problem = 0, ""
+        attempt = 0
         while True:
-            status, data, location, problem, sent = self._send(endpoint, body, unless)
-            if status == 200 and data is not None and (key is None or key in data):
+            scout = await self.gate.enter(turn)
+            try:
+                before()
+            except BaseException:
+                self.gate.withdraw(scout)
+                raise
+            self.requests[endpoint] += 1
+            since = self.outside.moment()
+            answer = await self.outside.send(endpoint, body)
+            status, data, problem = answer.status, answer.data, answer.problem
+            good = status is not None and 200 <= status < 300
+            self.gate.leave(scout, None if good and data is None else status, answer.headers)
+            if good and data is not None and (not key or key in data):
                 self._answered.add(endpoint)
-                return data
-            if status == 200 and data is not None:
+                return Reply(data, since)
+            if good and data is not None:
                 problem = f"no {key} in the answer"
-            if data is not None and status in (401, 403):
-                self._deny(endpoint, status, problem, body)
-            if status is not None and 300 <= status < 400:
-                raise ApiRefused(endpoint, status, f"redirected to {location or 'nowhere'}", location)
-            if status == 403:
-                problem = f"{problem} (scope {scope_of(endpoint)})"
-            if status is not None and 400 <= status < 500 and status not in (408, 429) and data is not None:
-                raise ApiRefused(endpoint, status, problem)
+            self._judge(endpoint, body, answer, final=False)
             if status != 429:
                 attempt += 1
-                if attempt > self.settings.retries or (sent and not repeatable):
-                    if status in (401, 403):
-                        self._deny(endpoint, status, problem, body)
+                if attempt > self.settings.retries or (answer.sent and not repeatable):
+                    self._judge(endpoint, body, answer, final=True)
                     raise ApiUnanswered(endpoint, problem)
-                self.halt.wait(random.uniform(0.5, 1.0) * min(8.0, 0.1 * 2**attempt))
+                await self.brake.sleep(self.outside.random.uniform(0.5, 1.0) * min(8.0, 0.1 * 2**attempt))
 
-    def _send(
-        self, endpoint: str, body: Json, unless: Callable[[], bool]
-    ) -> Tuple[Optional[int], Optional[Json], str, str, bool]:
-        """Send once; return status (None: no answer), JSON object (None: none), Location, what went wrong, and
-        whether the request may have reached DevRev."""
-        import requests
-
-        scout = self.throttle.enter()
-        if unless():
-            self.throttle.cancel(scout)
-            raise Stale()
-        status: Optional[int] = None
-        headers: Mapping[str, str] = {}
-        data: Optional[Json] = None
-        problem, sent = "", True
-        begun = time.monotonic()
-        with self._lock:
-            self.requests[endpoint] += 1
-        try:
-            answer = self._session.post(
-                f"{self.settings.base_url}/{endpoint}",
-                data=to_json(body),
-                headers={"Content-Type": "application/json"},
-                timeout=(min(10.0, self.settings.timeout), self.settings.timeout),
-                allow_redirects=False,
-            )
-            status, headers = answer.status_code, answer.headers
-            data, problem = self._read(answer)
-        except requests.exceptions.SSLError as error:
-            sent = "CERTIFICATE_VERIFY_FAILED" not in repr(error) and "CertificateError" not in repr(error)
-            problem = "the TLS connection broke" if sent else "the server's certificate can't be verified"
-        except requests.exceptions.Timeout as error:
-            sent = not isinstance(error, requests.exceptions.ConnectTimeout)
-            problem = f"no answer within {self.settings.timeout:g} s"
-        except requests.exceptions.ConnectionError as error:
-            sent = "NewConnectionError" not in repr(error) and "NameResolutionError" not in repr(error)
-            problem = "the connection broke" if sent else "no connection"
-        except requests.exceptions.RequestException as error:
-            problem = type(error).__name__
-        finally:
-            log.debug(
-                "%s -> %s in %.3f s%s",
-                endpoint,
-                status or "no answer",
-                time.monotonic() - begun,
-                f" ({problem})" if problem else "",
-            )
-            self.throttle.leave(scout, None if status == 200 and data is None else status, headers)
-        location = headers.get("Location", "").replace(self.settings.token, "[token]")
-        return status, data, location, problem, sent
-
-    def _read(self, answer: "requests.Response") -> Tuple[Optional[Json], str]:
-        """Parse a body: the JSON object, and in words what is wrong. A gateway's HTML is no word of DevRev's."""
-        try:
-            data = json.loads(answer.content)
-        except ValueError:
-            return None, f"{answer.status_code} with a body that is not whole JSON"
-        if not isinstance(data, dict):
-            return None, f"{answer.status_code} with JSON that is not an object"
-        if answer.status_code == 200:
-            return data, ""
-        words = " ".join(str(data[name]) for name in ("message", "detail") if data.get(name))
-        return data, words.replace(self.settings.token, "[token]")[:500] or f"status {answer.status_code}"
+    def _judge(self, endpoint: str, body: Json, answer: Answer, final: bool) -> None:
+        """Raise what a definite no means. A gateway's HTML is one for 401 and 403 alone, and only after the retries."""
+        status = answer.status or 0
+        if status in (401, 403) and (final or answer.data is not None):
+            self._deny(endpoint, status, answer.problem, body)
+        if 300 <= status < 400:
+            location = self.settings.mask(answer.headers.get("Location", ""))
+            raise ApiRefused(endpoint, status, f"redirected to {location or 'nowhere'}", location=location)
+        if 400 <= status < 500 and status not in (408, 429) and answer.data is not None:
+            words = f"{answer.problem} (scope {scope_of(endpoint)})" if status == 403 else answer.problem
+            raise ApiRefused(endpoint, status, words, data=answer.data)
 
     def _deny(self, endpoint: str, status: int, message: str, body: Json) -> None:
         """Send nothing more with a token that is not accepted, or that lacks a scope which it never had.
@@ -1180,183 +1506,257 @@ class DevRevAPI:
         if status == 401:
             words = message.rstrip(".")
             text = f"DevRev does not accept the token (401): {words}. Is DEVREV_API_TOKEN right, and not expired?"
-            self.throttle.shut(Denied(EXIT_STOPPED, text))
-        with self._lock:
-            self._forbidden[endpoint].add(to_json(body))
-            alone = len(self._forbidden[endpoint]) == 1
-        one_object = alone and not endpoint.startswith("rev-users.")
+            denied = Denied(EXIT_STOPPED, text)
+            self.brake.pull(denied)
+            raise denied
+        self._forbidden[endpoint].add(to_json(body))
+        one_object = len(self._forbidden[endpoint]) == 1 and not endpoint.startswith("rev-users.")
         if endpoint not in self._answered and not one_object:
             text = f"the token may not call {endpoint} (403): it lacks the scope {scope_of(endpoint)}"
-            self.throttle.shut(Denied(EXIT_USAGE, text))
+            denied = Denied(EXIT_USAGE, text)
+            self.brake.pull(denied)
+            raise denied
 
-    def _pages(self, endpoint: str, key: str, body: Json) -> List[Json]:
-        """All items of a cursor-paged list, once each, in order."""
+    async def pages(self, endpoint: str, key: str, body: Json, turn: Turn = Turn()) -> Listing:
+        """All items of a cursor-paged list."""
         items: Dict[str, Json] = {}
         cursors: Set[str] = set()
-        cursor = ""
+        since: Optional[Moment] = None
+        stale = 0
+        page = dict(body, limit=PAGE)
         while True:
-            page = dict(body, limit=PAGE)
-            if cursor:
-                page["cursor"] = cursor
-            answer = self._call(endpoint, page, key)
+            reply = await self._call(endpoint, page, key, turn)
+            since = since or reply.since
+            before = len(items)
             try:
-                items.update((item["id"], item) for item in answer[key] or ())
+                items.update((item["id"], item) for item in reply.data[key] or ())
             except (TypeError, KeyError):
                 raise ApiUnanswered(endpoint, f"{key} holds something without an id") from None
-            cursor = answer.get("next_cursor") or ""
+            cursor = reply.data.get("next_cursor") or ""
             if not isinstance(cursor, str):
                 raise ApiUnanswered(endpoint, "next_cursor is no text")
             if not cursor:
-                return list(items.values())
-            if cursor in cursors:
-                raise ApiUnanswered(endpoint, "its pages go round in a circle")
+                return Listing(list(items.values()), since)
+            stale = stale + 1 if len(items) == before else 0
+            if cursor in cursors or stale >= self.STALE_PAGES:
+                raise ApiUnanswered(endpoint, "its pages go on without bringing anything new")
             cursors.add(cursor)
+            page["cursor"] = cursor
 
-    def _many(self, endpoint: str, key: str, body: Json, name: str, ids: Sequence[str]) -> Found:
-        """List with the filter `name` naming many ids; where that is refused, halve and go on.
-
-        `Found.items` has one entry only, `""`; `errors` has the ids that can't be asked for even alone.
-        """
-        found: Dict[str, Json] = {}
-        errors: Dict[str, PairError] = {}
-        parts = collections.deque(_chunks(ids, self._ids_per_call[endpoint]))
-        while parts:
-            part = parts.popleft()
-            try:
-                found.update((item["id"], item) for item in self._pages(endpoint, key, dict(body, **{name: part})))
-            except (ApiRefused, ApiUnanswered) as error:
-                if len(part) == 1:
-                    errors[part[0]] = error
-                    self._ids_per_call[endpoint] = PAGE  # it was this id, not their number
-                    continue
-                half = (len(part) + 1) // 2
-                parts.extendleft((part[half:], part[:half]))
-                if isinstance(error, ApiRefused):
-                    self._ids_per_call[endpoint] = min(self._ids_per_call[endpoint], half)
-        return Found({"": list(found.values())}, errors)
-
-    def _by_contact(self, endpoint: str, key: str, body: Json, name: str, ids: Sequence[str]) -> Found:
-        """List with one filter for many contacts, and take it apart by the ids in each item's field `name`.
-
-        Where an item names none of the contacts that were asked for, each contact is asked for by itself.
-        """
-        whole = self._many(endpoint, key, body, name, ids)
-        wanted = set(ids)
-        items: Dict[str, List[Json]] = {one: [] for one in ids}
-        for item in whole.items[""]:
-            owners = user_ids(item.get(name)) & wanted
-            if not owners:
-                break
-            for one in owners:
-                items[one].append(item)
-        else:
-            return Found(items, whole.errors)
-        log.info("%s: an item names none of the contacts asked for; asking contact by contact", endpoint)
-        alone = {one: self._many(endpoint, key, body, name, [one]) for one in ids}
-        errors = {one: error for found in alone.values() for one, error in found.errors.items()}
-        return Found({one: found.items[""] for one, found in alone.items()}, errors)
-
-    # -- endpoints ----------------------------------------------------------------------------------
-
-    def _user(self, endpoint: str, body: Json, key: str = "rev_user") -> Json:
+    async def _user(self, endpoint: str, body: Json, key: str = "rev_user", turn: Turn = Turn()) -> Json:
         """The user that an endpoint answers with. ApiUnanswered where it is none."""
-        user = self._call(endpoint, body, key)[key]
+        user = (await self._call(endpoint, body, key, turn)).data[key]
         if not (isinstance(user, dict) and isinstance(user.get("id"), str)):
             raise ApiUnanswered(endpoint, f"{key} holds no user")
         return user
 
-    def whoami(self) -> Json:
+    # -- endpoints ----------------------------------------------------------------------------------
+
+    async def whoami(self) -> Json:
         """The token's owner (`dev_user`)."""
-        return self._user("dev-users.self", {}, "dev_user")
+        return await self._user("dev-users.self", {}, "dev_user")
 
-    def contacts_by_email(self, emails: Sequence[str]) -> Found:
-        """All rev users that DevRev lists for these addresses, under `""`; `errors` has addresses that it refuses."""
-        return self._many("rev-users.list", "rev_users", {}, "email", emails)
-
-    def contact(self, identity: str) -> Optional[Json]:
+    async def contact(self, identity: str, turn: Turn = Turn()) -> Optional[Json]:
         """The rev user of this id, None where there is none (404), or where it has moved to another id (301)."""
         try:
-            user = self._user("rev-users.get", {"id": identity})
+            user = await self._user("rev-users.get", {"id": identity}, turn=turn)
         except ApiRefused as refusal:
-            if refusal.status == 404 or 300 <= refusal.status < 400:
+            if refusal.missing or 300 <= refusal.status < 400:
                 return None
             raise
-        return user if user.get("id") == identity else None
+        return user if user["id"] == identity else None
 
-    def merge(self, primary: str, duplicate: str, unless: Callable[[], bool]) -> None:
-        """Ask for a merge, unless it must not be any more when its turn comes (Stale).
-
-        DevRev only acknowledges it and carries it out later; it is never repeated blindly.
-        """
+    async def merge(self, primary: str, duplicate: str, turn: Turn, before: Callable[[], None]) -> None:
+        """Ask for a merge. DevRev only acknowledges it and carries it out later; it is never repeated blindly."""
         body = {"primary_user": primary, "secondary_user": duplicate}
-        self._call("rev-users.merge", body, repeatable=False, unless=unless)
+        await self._call("rev-users.merge", body, turn=turn, repeatable=False, before=before)
 
-    def is_merged(self, primary: str, duplicate: str, refused: bool = False) -> bool:
-        """Look whether the duplicate has gone: 404, 301, a state other than active, or the primary's own record.
-
-        Where DevRev has `refused` the merge, of the states only `deleted` counts: a contact that was locked since the
-        live check is why it was refused.
-        Raises PairError(merge_not_confirmed) where it has become somebody else than the primary.
-        """
+    async def look(self, primary: str, duplicate: str, turn: Turn) -> "Sight":
+        """What has become of the duplicate. Raises PairError(merged_into_another) where DevRev names somebody else than
+        the primary."""
         try:
-            user = self._user("rev-users.get", {"id": duplicate})
+            user = await self._user("rev-users.get", {"id": duplicate}, turn=turn)
         except ApiRefused as refusal:
-            if refusal.status == 404:
-                return True
+            if refusal.missing:
+                return Sight.GONE
             if not 300 <= refusal.status < 400:
                 raise
-            user = {"id": self._moved_to(refusal.location) or primary}
-        if user.get("id") in (primary, duplicate):
-            state = user.get("state")
-            if user["id"] == primary:
-                return True
-            if not isinstance(state, str):
-                raise ApiUnanswered("rev-users.get", "the user has no state")
-            return state == "deleted" if refused else state != "active"
-        raise PairError("merge_not_confirmed", f"{duplicate} has become {user.get('id')}, not the primary")
+            match = re.search(r"don:identity:[^&?#\s]+:revu/[^&?#/\s]+", unquote(refusal.location))
+            user = {"id": match.group(0) if match else duplicate, "state": "moved"}
+        if not isinstance(user.get("state"), str):
+            raise ApiUnanswered("rev-users.get", "the user has no state")
+        return sight_of(user, primary, duplicate)
 
-    @staticmethod
-    def _moved_to(location: str) -> str:
-        """The contact's id in a Location header, or `""`."""
-        match = re.search(r"don:identity:[^&?#\s]+:revu/[^&?#/\s]+", unquote(location))
-        return match.group(0) if match else ""
-
-    def set_external_ref(self, identity: str, external_ref: str) -> None:
+    async def set_external_ref(self, identity: str, external_ref: str, turn: Turn) -> None:
         """Set the reference and read it back from the answer. ApiRefused with status 409 while another holds it."""
-        user = self._user("rev-users.update", {"id": identity, "external_ref": external_ref})
-        if user.get("id") != identity or user.get("external_ref") != external_ref:
+        user = await self._user("rev-users.update", {"id": identity, "external_ref": external_ref}, turn=turn)
+        if user["id"] != identity or user.get("external_ref") != external_ref:
             raise PairError(
                 "external_ref_not_set", f"DevRev answered the update with the reference {user.get('external_ref')}"
             )
 
-    def holder_of(self, external_ref: str) -> str:
-        """Who holds a reference, in words."""
-        found = self._pages("rev-users.list", "rev_users", {"external_ref": [external_ref]})
-        return (
-            ", ".join(str(user.get("display_id") or user["id"]) for user in found)
-            or "a contact that the token can't see"
-        )
+    async def holders_of(self, external_ref: str, turn: Turn) -> List[Json]:
+        """The rev users that DevRev lists for a reference."""
+        return (await self.pages("rev-users.list", "rev_users", {"external_ref": [external_ref]}, turn)).items
 
-    def peek(self, endpoint: str, key: str, body: Json) -> List[Json]:
+    def flush(self) -> None:
+        """Let every list call leave that waits for others to join."""
+        for loader in (self.emails, self.conversations, *self.works.values()):
+            loader.flush()
+
+    async def peek(self, endpoint: str, key: str, body: Json) -> List[Json]:
         """One item of a list, to see whether the token may read it."""
-        items: List[Json] = self._call(endpoint, dict(body, limit=1), key)[key]
+        items: List[Json] = (await self._call(endpoint, dict(body, limit=1), key)).data[key]
         return items
 
-    def works(self, role: str, ids: Sequence[str]) -> Found:
-        """Tickets and issues that these contacts have in a role of ROLES, by contact."""
-        return self._by_contact("works.list", "works", {"type": ["ticket", "issue"]}, ROLES[role], ids)
-
-    def conversations(self, ids: Sequence[str]) -> Found:
-        """Conversations that these contacts are members of, by contact."""
-        return self._by_contact("conversations.list", "conversations", {}, "members", ids)
-
-    def timeline(self, object_id: str) -> List[Json]:
+    async def timeline(self, object_id: str) -> List[Json]:
         """Everything that was said on a ticket, issue or conversation."""
-        return self._pages("timeline-entries.list", "timeline_entries", {"object": object_id})
+        return (await self.pages("timeline-entries.list", "timeline_entries", {"object": object_id})).items
+
+    async def thing(self, object_id: str, turn: Turn) -> Optional[Json]:
+        """A ticket, an issue or a conversation; None where there is none of that id."""
+        endpoint, key = (
+            ("conversations.get", "conversation") if ":conversation/" in object_id else ("works.get", "work")
+        )
+        try:
+            found: Json = (await self._call(endpoint, {"id": object_id}, key, turn)).data[key]
+        except ApiRefused as refusal:
+            if refusal.missing:
+                return None
+            raise
+        return found
+
+    async def _list_emails(self, emails: Sequence[str], turn: Turn) -> Listing:
+        return await self.pages("rev-users.list", "rev_users", {"email": list(emails)}, turn)
+
+    def _list_works(self, name: str) -> "Lister":
+        async def works(ids: Sequence[str], turn: Turn) -> Listing:
+            return await self.pages("works.list", "works", {"type": ["ticket", "issue"], name: list(ids)}, turn)
+
+        return works
+
+    async def _list_conversations(self, ids: Sequence[str], turn: Turn) -> Listing:
+        return await self.pages("conversations.list", "conversations", {"members": list(ids)}, turn)
 
 
-def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
+def _users_in(name: str) -> Callable[[Json], Set[str]]:
+    return lambda item: user_ids(item.get(name))
+
+
+# ---------------------------------------------------------------------------------------------------
+# API: one list call for many contacts
+# ---------------------------------------------------------------------------------------------------
+
+Lister = Callable[[Sequence[str], Turn], Awaitable[Listing]]
+
+
+@dataclass
+class Order:
+    """A key that waits to be listed for: `weight` items are expected."""
+
+    key: str
+    weight: int
+    urgency: int
+    future: "asyncio.Future[Listing]"
+
+
+class Loader:
+    """Lists for many contacts with one call, though each asks for itself: who asks waits a moment for the others.
+
+    A call names as many keys as fit on about one page, so that a contact with a thousand tickets does not age what is
+    read for its neighbours. Where a call is refused, it is halved; where an item names none of the keys that were asked
+    for, each is asked for by itself.
+    """
+
+    LINGER = 0.02  # seconds
+
+    def __init__(
+        self, lister: Lister, owners: Callable[[Json], Set[str]], name: Callable[[str], str] = lambda key: key
+    ) -> None:
+        self._lister = lister
+        self._owners = owners  # the names that an item belongs to
+        self._name = name  # of a key
+        self._orders: List[Order] = []
+        self._timer: Optional[asyncio.TimerHandle] = None
+        self._leaves_at = 0.0
+        self._most = PAGE  # keys a call
+        self._calls: Set["asyncio.Future[None]"] = set()
+
+    async def load(self, key: str, weight: int = 1, urgency: int = PREPARE, linger: float = LINGER) -> Listing:
+        """What the list holds of `key`. Raises what the call for it raises."""
+        loop = asyncio.get_event_loop()
+        order = Order(key, max(1, weight), urgency, loop.create_future())
+        self._orders.append(order)
+        if self._timer is None or loop.time() + linger < self._leaves_at:
+            if self._timer:
+                self._timer.cancel()
+            self._leaves_at = loop.time() + linger
+            self._timer = loop.call_later(linger, self.flush)
+        if len(self._orders) >= self._most or sum(each.weight for each in self._orders) >= PAGE:
+            self.flush()
+        return await order.future
+
+    def flush(self) -> None:
+        """Let what waits leave now."""
+        if self._timer:
+            self._timer.cancel()
+        self._timer, orders, self._orders = None, self._orders, []
+        orders.sort(key=lambda order: order.weight)
+        while orders:
+            part = [orders.pop(0)]
+            while orders and len(part) < self._most and sum(each.weight for each in [*part, orders[0]]) <= PAGE:
+                part.append(orders.pop(0))
+            call = asyncio.ensure_future(self._fetch(part))
+            self._calls.add(call)
+            call.add_done_callback(self._calls.discard)
+
+    async def _fetch(self, orders: Sequence[Order]) -> None:
+        keys = list(dict.fromkeys(order.key for order in orders))
+        try:
+            listing = await self._lister(keys, Turn(min(order.urgency for order in orders)))
+        except (ApiRefused, ApiUnanswered) as error:
+            if isinstance(error, ApiRefused):
+                self._most = min(self._most, (len(keys) + 1) // 2)
+            if len(keys) == 1:
+                self._most = PAGE  # it was this key, not their number
+                _fail(orders, error)
+            else:
+                half = (len(keys) + 1) // 2
+                await self._fetch_apart(orders, [keys[:half], keys[half:]])
+        except BaseException as error:
+            _fail(orders, error)
+        else:
+            found = self._take_apart(keys, listing.items)
+            if found is None:
+                log.info("an item names none of those asked for; asking one by one")
+                await self._fetch_apart(orders, [[key] for key in keys])
+                return
+            for order in orders:
+                if not order.future.done():
+                    order.future.set_result(Listing(found[order.key], listing.since))
+
+    async def _fetch_apart(self, orders: Sequence[Order], parts: Iterable[Sequence[str]]) -> None:
+        await asyncio.gather(*(self._fetch([order for order in orders if order.key in part]) for part in parts))
+
+    def _take_apart(self, keys: Sequence[str], items: Sequence[Json]) -> Optional[Dict[str, List[Json]]]:
+        """The items by key; None where one names none of several keys."""
+        if len(keys) == 1:
+            return {keys[0]: list(items)}
+        found: Dict[str, List[Json]] = {key: [] for key in keys}
+        for item in items:
+            names = self._owners(item)
+            named = [key for key in keys if self._name(key) in names]
+            if not named:
+                return None
+            for key in named:
+                found[key].append(item)
+        return found
+
+
+def _fail(orders: Iterable[Order], error: BaseException) -> None:
+    for order in orders:
+        if not order.future.done():
+            order.future.set_exception(error)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1373,12 +1773,12 @@ class Holdings:
     roles: Dict[str, Dict[str, Json]]  # a role of ROLES -> works
     conversations: Dict[str, Json]
 
+    def things(self) -> Dict[str, Json]:
+        """Everything that has a timeline, by id."""
+        return {**self.works(), **self.conversations}
+
     def works(self) -> Dict[str, Json]:
         return {identity: work for works in self.roles.values() for identity, work in works.items()}
-
-    def objects(self) -> List[str]:
-        """Ids of everything that has a timeline."""
-        return [*self.works(), *self.conversations]
 
 
 Timelines = Mapping[str, List[Json]]
@@ -1390,7 +1790,7 @@ def contact_files(held: Holdings, timelines: Timelines) -> Dict[str, Any]:
         "contact.json": held.live,
         "works.json": list(held.works().values()),
         "conversations.json": list(held.conversations.values()),
-        "timelines.json": {identity: timelines[identity] for identity in held.objects() if identity in timelines},
+        "timelines.json": {identity: timelines[identity] for identity in held.things() if identity in timelines},
     }
 
 
@@ -1403,7 +1803,7 @@ def contact_manifest(folder: str, role: str, held: Holdings, timelines: Timeline
         "counts": {
             **{name: len(works) for name, works in held.roles.items()},
             "conversations": len(held.conversations),
-            "timeline_entries": sum(len(timelines.get(identity, ())) for identity in held.objects()),
+            "timeline_entries": sum(len(timelines.get(identity, ())) for identity in held.things()),
         },
         "works": {name: list(works) for name, works in held.roles.items()},
         "conversations": list(held.conversations),
@@ -1418,51 +1818,51 @@ class Backups:
 
     INCOMPLETE = ".incomplete_"
 
-    def __init__(self, root: Path, with_timelines: bool = True) -> None:
+    def __init__(self, root: Path, outside: Outside, with_timelines: bool = True) -> None:
         self.root = root
+        self.outside = outside
         self.with_timelines = with_timelines
 
     def write(self, email: str, organisation: str, holdings: Sequence[Holdings], timelines: Timelines) -> Path:
         """Back up a group: written aside, flushed, renamed into place. The first of `holdings` is the primary."""
-        home = private_folder(self.root / safe_name(email))
+        outside = self.outside
+        home = outside.folder(self.root / safe_name(email))
         if home.resolve().parent != self.root.resolve():
             raise OSError(f"{home} leads out of {self.root}; remove the link")
-        stamp = int(time.time())
-        while (home / _stamp(stamp)).exists():
+        stamp = int(outside.moment().wall)
+        while (home / stamp_of(stamp)).exists():
             stamp += 1
-        final = home / _stamp(stamp)
-        aside = home / f"{self.INCOMPLETE}{os.getpid()}_{_stamp(stamp)}"
+        final = home / stamp_of(stamp)
+        aside = home / f"{self.INCOMPLETE}{os.getpid()}_{stamp_of(stamp)}"
+        if aside.exists():
+            shutil.rmtree(str(aside))
         aside.mkdir(mode=0o700)
         manifest: Json = {
             "format": 1,
             "tool": f"merge_contacts {__version__}",
-            "created": now_iso(),
+            "created": iso(outside.moment().wall),
             "email": email,
             "organisation": organisation,
             "timelines": self.with_timelines,
             "contacts": [],
             "files": {},
         }
-        for folder, role, held in zip(_folder_names(holdings), chain(["primary"], _forever("duplicate")), holdings):
+        for index, (folder, held) in enumerate(zip(_folder_names(holdings), holdings)):
             (aside / folder).mkdir(mode=0o700)
             for name, content in contact_files(held, timelines).items():
-                size, digest = write_durably(aside / folder / name, [to_json(content, indent=1)])
+                size, digest = outside.write(aside / folder / name, [to_json(content, indent=1)])
                 manifest["files"][f"{folder}/{name}"] = {"bytes": size, "sha256": digest}
-            sync_folder(aside / folder)
+            outside.sync(aside / folder)
+            role = "duplicate" if index else "primary"
             manifest["contacts"].append(contact_manifest(folder, role, held, timelines))
-        write_durably(aside / "manifest.json", [to_json(manifest, indent=1)])
-        sync_folder(aside)
-        publish(aside, final)
+        outside.write(aside / "manifest.json", [to_json(manifest, indent=1)])
+        outside.sync(aside)
+        outside.publish(aside, final)
         return final
 
 
-def _stamp(epoch: float) -> str:
+def stamp_of(epoch: float) -> str:
     return time.strftime("%Y%m%d_%H%M%S", time.localtime(epoch))
-
-
-def _forever(value: T) -> Iterator[T]:
-    while True:
-        yield value
 
 
 def _folder_names(holdings: Sequence[Holdings]) -> List[str]:
@@ -1547,16 +1947,119 @@ def greatest_count(entry: Json) -> int:
     return max(len(set(entry["works"][role])) for role in ROLES)
 
 
-def to_prove(manifest: Json, duplicate: str) -> List[Json]:
+def read_manifest(backup: str) -> Json:
+    """A backup's manifest. Raises PairError(backup_failed) where it can't be read."""
+    try:
+        manifest: Json = json.loads((Path(backup) / "manifest.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise PairError("backup_failed", f"the backup {backup} can't be read ({type(error).__name__})") from None
+    return manifest
+
+
+def to_prove(backup: str, duplicate: str) -> List[Json]:
     """What has to hang on the primary after the merge: works owned or reported, conversations taken part in.
 
-    Each as `{id, role}` with role `owned_by`, `reported_by` or `members`.
+    Each as `{id, role}` with role `owned_by`, `reported_by` or `members`. Raises PairError(backup_failed).
     """
-    (entry,) = (entry for entry in manifest["contacts"] if entry["csv"]["id"] == duplicate)
+    try:
+        (entry,) = (one for one in read_manifest(backup)["contacts"] if one["csv"]["id"] == duplicate)
+        return [
+            *({"id": work, "role": ROLES[role]} for role in ("owned", "reported") for work in entry["works"][role]),
+            *({"id": conversation, "role": "members"} for conversation in entry["conversations"]),
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise PairError("backup_failed", f"the backup {backup} is no whole one ({type(error).__name__})") from None
+
+
+def describe(backup: str, items: Iterable[Json]) -> List[Json]:
+    """Name objects (`{id, role, …}`) with display id, kind and title from a backup."""
+    known: Dict[str, Json] = {}
+    for path in (*Path(backup).glob("*/works.json"), *Path(backup).glob("*/conversations.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            known.update(by_id(json.loads(path.read_bytes())))
     return [
-        *({"id": work, "role": ROLES[role]} for role in ("owned", "reported") for work in entry["works"][role]),
-        *({"id": conversation, "role": "members"} for conversation in entry["conversations"]),
+        {
+            **item,
+            "display_id": known.get(item["id"], {}).get("display_id") or item["id"],
+            "kind": known.get(item["id"], {}).get("type") or item["id"].split(":")[-1].split("/")[0],
+            "title": known.get(item["id"], {}).get("title") or "",
+        }
+        for item in items
     ]
+
+
+def by_id(items: Iterable[Json]) -> Dict[str, Json]:
+    return {item["id"]: item for item in items}
+
+
+class Journal:
+    """`backups/journal.jsonl`: what was asked for and what has ended, on the disk before it is done or said.
+
+    A line an event, `{"event", "time", "run", "primary", "duplicate", "email", "new_ref", "backup", …}`; primary and
+    duplicate are whole rows, so that a lost savepoint can be made again from it.
+    """
+
+    STATES = {
+        "asked": State.REQUESTED,
+        "merged": State.MERGED,
+        "done": State.DONE,
+        "merged elsewhere": State.MERGED_ELSEWHERE,
+        "settled": State.SETTLED,
+        "undo begun": State.UNDOING,
+        "undone": State.UNDONE,
+    }
+
+    def __init__(self, path: Path, outside: Outside, run: str) -> None:
+        self.path = path
+        self.outside = outside
+        self.run = run
+
+    def note(self, event: str, pair: Pair, **more: Any) -> None:
+        """Append an event. Raises OSError where the disk refuses."""
+        self.outside.folder(self.path.parent)
+        line = {
+            "event": event,
+            "time": iso(self.outside.moment().wall),
+            "run": self.run,
+            "email": pair.email,
+            "primary": asdict(pair.primary),
+            "duplicate": asdict(pair.duplicate),
+            "new_ref": pair.new_ref,
+            "backup": pair.backup,
+            "requested_at": pair.requested_at,
+            "first_requested_at": pair.first_requested_at,
+            **more,
+        }
+        self.outside.append(self.path, to_json(line))
+
+    def asked_before(self, pair: Pair) -> bool:
+        """Whether another run in this folder has asked for a pair."""
+        return any(
+            line["run"] != self.run and (line["primary"]["id"], line["duplicate"]["id"]) == pair.ids
+            for line in self._lines()
+        )
+
+    def pairs(self) -> List[Pair]:
+        """Every pair that was ever asked for, in the state that its last event tells of."""
+        found: Dict[Tuple[str, str], Pair] = {}
+        for line in self._lines():
+            pair = Pair(Contact.from_json(line["primary"]), Contact.from_json(line["duplicate"]), line["new_ref"])
+            pair.state = self.STATES[line["event"]]
+            pair.backup, pair.details = line["backup"], line.get("details", {})
+            pair.requested_at, pair.first_requested_at = line["requested_at"], line["first_requested_at"]
+            found[pair.ids] = pair
+        return list(found.values())
+
+    def _lines(self) -> Iterator[Json]:
+        """The events in order; a line that a crash has torn says nothing, for what it announced was not done."""
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            for raw in file:
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    line = json.loads(raw)
+                    if line["event"] in self.STATES and line["primary"]["id"] and line["duplicate"]["id"]:
+                        yield line
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1567,11 +2070,12 @@ def to_prove(manifest: Json, duplicate: str) -> List[Json]:
 class SavePoint:
     """An SQLite file with a row a pair, held exclusively while a run lasts, each write on the disk when it returns.
 
-    Raises Stop(2) where the file is damaged, foreign, from a newer version or read-only (and leaves it as it
-    is), Stop(11) where another run holds it, Stop(3) where a write fails.
+    `readonly` looks at it as well as it can, also while a run holds it. Raises Stop(2) where the file is damaged,
+    foreign, from a newer version or read-only (and leaves it as it is), Stop(11) where another run holds it, Stop(3)
+    where a write fails.
     """
 
-    VERSION = 1
+    VERSION = 2
     APPLICATION = 0x4D434F4E  # "MCON", in the file's header
     SCHEMA = """
         CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -1585,89 +2089,125 @@ class SavePoint:
         );
         CREATE INDEX pairs_by_state ON pairs (state);
     """
+    # From version 1.0.0 on: what was once asked for is never forgotten, and what had ended by then was reported then.
+    UPGRADE = """
+        ALTER TABLE pairs ADD COLUMN refused INTEGER NOT NULL DEFAULT 0;
+        ALTER TABLE pairs ADD COLUMN details TEXT NOT NULL DEFAULT '{}';
+        ALTER TABLE pairs ADD COLUMN report TEXT NOT NULL DEFAULT '';
+        UPDATE pairs SET state = 'requested', refused = 1 WHERE state = 'failed' AND requested_at > 0;
+        UPDATE pairs SET report = 'before' WHERE state = 'done';
+        CREATE INDEX pairs_by_duplicate ON pairs (duplicate_id);
+        CREATE INDEX pairs_unreported ON pairs (report) WHERE report = '';
+    """
+    PLAIN = ("new_ref", "code", "error", "backup", "requested_at", "first_requested_at", "seconds")
     COLUMNS = (
-        "primary_id", "duplicate_id", "email", "new_ref", "state", "code", "error", "backup", "requested_at",
-        "first_requested_at", "seconds", "left_behind", "primary_row", "duplicate_row", "run", "created", "updated",
+        "primary_id", "duplicate_id", "email", *PLAIN, "state", "left_behind", "primary_row", "duplicate_row",
+        "refused", "details", "report", "run", "created", "updated",
     )  # fmt: skip
 
-    PLAIN = ("new_ref", "code", "error", "backup", "requested_at", "first_requested_at", "seconds")
-
-    def __init__(self, path: Path, run: str = "", readonly: bool = False) -> None:
+    def __init__(self, path: Path, outside: Outside, run: str = "", readonly: bool = False) -> None:
         self.path = path
+        self.outside = outside
         self.run = run
-        self._inspect()
+        self.is_new = False
+        self.glimpsed = False  # read past the lock of a run that goes on
+        self._inspect(readonly)
         try:
-            self._db = self._attach(readonly)
-        except sqlite3.DatabaseError as error:
+            self._db = self._look() if readonly else self._open()
+        except sqlite3.Error as error:
             raise self._trouble(error, EXIT_USAGE) from None
 
-    def _inspect(self) -> None:
+    # -- opening ------------------------------------------------------------------------------------
+
+    def _inspect(self, readonly: bool) -> None:
         """Look at the file's header (https://sqlite.org/fileformat.html) before SQLite may touch it."""
         try:
             with open(self.path, "rb") as file:
                 head = file.read(100)
                 writable = os.fstat(file.fileno()).st_mode & 0o222 and os.access(str(self.path), os.W_OK)
         except FileNotFoundError:
+            if not self.path.resolve().parent.is_dir():
+                raise Stop(EXIT_USAGE, f"the savepoint's folder {self.path.parent} is not there") from None
             return
         except OSError as error:
             raise Stop(EXIT_USAGE, f"the savepoint {self.path} can't be opened: {error.strerror}") from None
         if not head:
             return
         version, application = (int.from_bytes(head[at : at + 4], "big") for at in (60, 68))
-        if (
-            not head.startswith(b"SQLite format 3\0")
-            or len(head) < 100
-            or (application and application != self.APPLICATION)
-        ):
+        foreign = application and application != self.APPLICATION
+        if not head.startswith(b"SQLite format 3\0") or len(head) < 100 or foreign:
             raise Stop(EXIT_USAGE, f"{self.path} is damaged or not a savepoint; it was left as it is")
         if version > self.VERSION:
             raise Stop(
                 EXIT_USAGE, f"the savepoint {self.path} is from a newer version of this tool; it was left as it is"
             )
-        if not writable:
+        if not writable and not readonly:
             raise Stop(EXIT_USAGE, f"the savepoint {self.path} is read-only; it was left as it is")
 
-    def _attach(self, readonly: bool) -> sqlite3.Connection:
-        uri = self.path.resolve().as_uri()
-        if readonly:
-            return self._peek(uri)
-        db = sqlite3.connect(f"{uri}?mode=rwc", uri=True, isolation_level=None, timeout=0)
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        return sqlite3.connect(f"{self.path.resolve().as_uri()}?{mode}", uri=True, isolation_level=None, timeout=0)
+
+    def _open(self) -> sqlite3.Connection:
+        db = self._connect("mode=rwc")
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute("PRAGMA synchronous = EXTRA")
         db.execute("BEGIN EXCLUSIVE")
-        if db.execute("PRAGMA user_version").fetchone()[0] == 0:
-            if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                raise sqlite3.DatabaseError("another program's database")
-            for statement in self.SCHEMA.split(";"):
-                db.execute(statement)
-            db.execute(f"PRAGMA application_id = {self.APPLICATION}")
-            db.execute(f"PRAGMA user_version = {self.VERSION}")
+        self._upgrade(db)
         flaw = db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if flaw != "ok":
             raise sqlite3.DatabaseError(flaw)
-        db.execute("SELECT primary_id, state, run FROM pairs LIMIT 1")
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now_iso()}
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": iso(self.outside.moment().wall)}
         db.execute("INSERT OR REPLACE INTO about VALUES ('holder', ?)", (json.dumps(holder),))
         db.execute("COMMIT")
         return db
 
-    @staticmethod
-    def _peek(uri: str) -> sqlite3.Connection:
-        """Read past the lock of a run that may be going on; what looks torn is looked at again."""
-        for patience in (0.05, 0.1, 0.2, 0.4, 0.0):
-            db = sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True, isolation_level=None)
+    def _upgrade(self, db: sqlite3.Connection) -> None:
+        """Bring the schema to this version, within the transaction that is open."""
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                raise sqlite3.DatabaseError("another program's database")
+            self.is_new = True
+        else:
+            db.execute("SELECT primary_id, state, run FROM pairs LIMIT 1")
+        for statement in {0: self.SCHEMA + self.UPGRADE, 1: self.UPGRADE}.get(version, "").split(";"):
+            db.execute(statement)
+        db.execute(f"PRAGMA application_id = {self.APPLICATION}")
+        db.execute(f"PRAGMA user_version = {self.VERSION}")
+
+    def _look(self) -> sqlite3.Connection:
+        """Read what a normal open would recover; past the lock of a run that goes on, and then several times."""
+        copy = sqlite3.connect(":memory:", isolation_level=None)
+        for patience in (0.0, 0.05, 0.1, 0.2, 0.4):
+            time.sleep(patience)
             try:
-                db.execute("SELECT primary_id, state, run FROM pairs LIMIT 1")
-                flaw = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+                with contextlib.closing(self._connect("mode=ro&immutable=1" if patience else "mode=rw")) as db:
+                    db.execute("SELECT primary_id, state, run FROM pairs LIMIT 1")
+                    db.backup(copy)
+                flaw = copy.execute("PRAGMA quick_check(1)").fetchone()[0]
                 if flaw == "ok":
-                    return db
-                raise sqlite3.DatabaseError(flaw)
-            except sqlite3.DatabaseError:
-                db.close()
-                if not patience:
+                    break
+                trouble = sqlite3.DatabaseError(flaw)
+            except sqlite3.OperationalError as error:
+                trouble = error
+                if not patience and ("locked" in str(error) or "busy" in str(error)):
+                    self.glimpsed = True
+                elif not patience and "readonly" not in str(error):
                     raise
-                time.sleep(patience)
-        raise AssertionError("unreachable")
+            except sqlite3.DatabaseError as error:
+                trouble = error
+                if not self.glimpsed:
+                    raise
+        else:
+            if self.glimpsed:
+                raise Stop(
+                    EXIT_HELD, f"a run is writing to the savepoint {self.path} right now; look again in a moment"
+                )
+            raise trouble
+        copy.execute("BEGIN")
+        self._upgrade(copy)
+        copy.execute("COMMIT")
+        return copy
 
     def _trouble(self, error: sqlite3.Error, exit_code: int) -> Stop:
         text = str(error)
@@ -1685,48 +2225,51 @@ class SavePoint:
         )
 
     def _holder(self) -> str:
-        with contextlib.suppress(sqlite3.Error, ValueError, TypeError, KeyError):
-            about = SavePoint(self.path, readonly=True).holder()
+        with contextlib.suppress(sqlite3.Error, ValueError, TypeError, KeyError, Stop):
+            about = SavePoint(self.path, self.outside, readonly=True).holder()
             return f": process {about['pid']} on {about['host']}, since {about['since']}"
         return ""
-
-    def holder(self) -> Json:
-        """Who opened the savepoint last: `pid`, `host`, `since`."""
-        found: Json = json.loads(self._db.execute("SELECT value FROM about WHERE name = 'holder'").fetchone()[0])
-        return found
 
     def close(self) -> None:
         self._db.close()
 
+    # -- reading and writing ------------------------------------------------------------------------
+
+    def holder(self) -> Json:
+        """Who opened the savepoint last: `pid`, `host`, `since`."""
+        found: Json = json.loads(self.about("holder") or "{}")
+        return found
+
     def about(self, name: str, value: Optional[str] = None) -> Optional[str]:
         """Read, or set for good, a fact about the savepoint (`organisation`)."""
         if value is not None:
-            self._write("INSERT OR REPLACE INTO about VALUES (?, ?)", [(name, value)])
+            self._write(("INSERT OR REPLACE INTO about VALUES (?, ?)", [(name, value)]))
         return next((value for (value,) in self._query("SELECT value FROM about WHERE name = ?", name)), None)
 
     def record(self, *pairs: Pair) -> None:
         """Write the state of pairs; when this returns it is on the disk."""
-        now = now_iso()
+        now = iso(self.outside.moment().wall)
         rows = [
             (
-                *pair.ids, pair.email, pair.new_ref, pair.state.value, pair.code, pair.error, pair.backup,
-                pair.requested_at, pair.first_requested_at, pair.seconds, json.dumps(pair.left_behind),
-                json.dumps(asdict(pair.primary)), json.dumps(asdict(pair.duplicate)), self.run, now, now,
+                *pair.ids, pair.email, *(getattr(pair, name) for name in self.PLAIN), pair.state.value,
+                json.dumps(pair.left_behind), json.dumps(asdict(pair.primary)), json.dumps(asdict(pair.duplicate)),
+                pair.refused, json.dumps(pair.details), pair.report, self.run, now, now,
             )
             for pair in pairs
         ]  # fmt: skip
         kept = ("primary_id", "duplicate_id", "created")
         changed = ", ".join(f"{name} = excluded.{name}" for name in self.COLUMNS if name not in kept)
-        self._write(
+        statement = (
             f"INSERT INTO pairs ({', '.join(self.COLUMNS)}) VALUES ({', '.join('?' * len(self.COLUMNS))}) "
-            f"ON CONFLICT (primary_id, duplicate_id) DO UPDATE SET {changed}",
-            rows,
+            f"ON CONFLICT (primary_id, duplicate_id) DO UPDATE SET {changed}"
         )
+        self._write((statement, rows))
 
-    def _write(self, statement: str, rows: Sequence[Tuple[Any, ...]]) -> None:
+    def _write(self, *statements: Tuple[str, Sequence[Tuple[Any, ...]]]) -> None:
         try:
             self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany(statement, rows)
+            for statement, rows in statements:
+                self._db.executemany(statement, rows)
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
             with contextlib.suppress(sqlite3.Error):
@@ -1739,935 +2282,871 @@ class SavePoint:
         except sqlite3.Error as error:
             raise self._trouble(error, EXIT_STOPPED) from None
 
-    def _select(self, condition: str, *values: Any) -> Iterator[Tuple[Pair, str, str]]:
+    def _select(self, condition: str, *values: Any) -> Iterator[Pair]:
         query = f"SELECT {', '.join(self.COLUMNS)} FROM pairs WHERE {condition} ORDER BY updated, email"
         for found in self._query(query, *values):
             row = dict(zip(self.COLUMNS, found))
-            pair = Pair(
-                primary=Contact(**json.loads(row["primary_row"])),
-                duplicate=Contact(**json.loads(row["duplicate_row"])),
+            yield Pair(
+                primary=Contact.from_json(json.loads(row["primary_row"])),
+                duplicate=Contact.from_json(json.loads(row["duplicate_row"])),
                 state=State(row["state"]),
                 left_behind=json.loads(row["left_behind"]),
-                **{name: row[name] for name in self.PLAIN},
+                refused=bool(row["refused"]),
+                details=json.loads(row["details"]),
+                **{name: row[name] for name in (*self.PLAIN, "report", "created", "updated")},
             )
-            yield pair, row["created"], row["updated"]
 
-    def unfinished(self) -> List[Pair]:
-        """Pairs that an earlier run left between the merge request and `done`."""
-        wanted = ", ".join(f"'{state.value}'" for state in UNFINISHED)
-        return [pair for pair, _, _ in self._select(f"state IN ({wanted})")]
-
-    def family(self, pair: Pair) -> Group:
-        """The group of an unfinished pair as far as the savepoint knows it: all pairs of the same primary."""
-        siblings = (other for other, _, _ in self._select("primary_id = ?", pair.primary.id) if other.ids != pair.ids)
-        return Group(pair.email, [pair, *siblings])
-
-    def entangled(self, group: Group) -> bool:
-        """Whether a contact of the group takes part in an unfinished merge, whatever its role there."""
-        ids = [contact.id for contact in group.everybody()]
-        marks, wanted = ", ".join("?" * len(ids)), ", ".join("?" * len(UNFINISHED))
-        query = (
-            f"SELECT 1 FROM pairs WHERE state IN ({wanted}) AND (primary_id IN ({marks}) OR duplicate_id IN ({marks}))"
-        )
-        return any(True for _ in self._query(query, *(state.value for state in UNFINISHED), *ids, *ids))
-
-    def rows(self, *states: State) -> Iterator[Tuple[Pair, str, str]]:
-        """Pairs in these states with the times (ISO) of their first and last change."""
+    def rows(self, *states: State) -> Iterator[Pair]:
+        """Pairs in these states, those that changed last behind."""
         return self._select(f"state IN ({', '.join('?' * len(states))})", *(state.value for state in states))
 
-    def of_run(self, done: bool) -> Iterator[Tuple[Pair, str]]:
-        """Pairs that this run has finished (or not), with the time of their last change."""
-        rows = self._select(f"run = ? AND state {'=' if done else '!='} 'done'", self.run)
-        return ((pair, updated) for pair, _, updated in rows if done or pair.code)
+    def unfinished(self) -> List[Pair]:
+        """Pairs that an earlier run left between the merge request and their end."""
+        return list(self.rows(*UNFINISHED))
 
-    def refresh(self, group: Group) -> None:
-        """Bring what is known of a group's pairs into it, for the pairs that are done or unfinished."""
-        known = dict(self._query("SELECT duplicate_id, state FROM pairs WHERE primary_id = ?", group.primary.id))
-        for pair in group.pairs:
-            state = State(known.get(pair.duplicate.id, State.PLANNED.value))
-            if state in UNFINISHED or state is State.DONE:
-                pair.state = state
+    def states(self, primary: str) -> Dict[str, Pair]:
+        """What is known of the pairs with this primary, by the duplicate's id."""
+        return {pair.duplicate.id: pair for pair in self._select("primary_id = ?", primary)}
 
     def counts(self) -> Dict[str, int]:
         return dict(self._query("SELECT state, count(*) FROM pairs GROUP BY state ORDER BY state"))
 
+    # -- what is in which report --------------------------------------------------------------------
+
+    def unreported(self) -> Iterator[Pair]:
+        """Pairs that have ended and stand in no report yet."""
+        return self._select(
+            f"report = '' AND state IN ({', '.join('?' * len(ENDED))})", *(state.value for state in ENDED)
+        )
+
+    def failed(self) -> Iterator[Pair]:
+        """Pairs that this run has refused, or given up before they were asked for."""
+        return self._select("state = 'failed' AND run = ?", self.run)
+
+    def announce_report(self, name: str) -> None:
+        """Note the report that is about to hold what has ended, before it gets its name."""
+        ended = ", ".join(f"'{state.value}'" for state in ENDED)
+        self._write(
+            (f"UPDATE pairs SET report = ? WHERE report = '' AND state IN ({ended})", [(name,)]),
+            ("INSERT OR REPLACE INTO about VALUES ('report', ?)", [(name,)]),
+        )
+
+    def settle_report(self, is_there: Callable[[str], bool]) -> None:
+        """Find out whether the report that was announced last came to be; if not, the next one holds what it would."""
+        name = self.about("report")
+        if name:
+            lost = [] if is_there(name) else [(name,)]
+            self._write(
+                ("UPDATE pairs SET report = '' WHERE report = ?", lost),
+                ("DELETE FROM about WHERE name = ?", [("report",)]),
+            )
+
 
 # ---------------------------------------------------------------------------------------------------
-# Merge
+# Merge: the walk of one group
 # ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Batch:
-    """Groups that are checked and backed up together, so that one list call serves them all."""
+class Evidence:
+    """What a merge request rests on. Each part is as old as the first request that it was read with."""
 
-    groups: List[Group]
-    flaws: Dict[str, PairError] = field(default_factory=dict)  # by email
-    rechecking: bool = False
-    held: List["Merge"] = field(default_factory=list)
-
-
-@dataclass
-class Merge:
-    """A pair on its way from the merge request to `done`. Times are monotonic seconds."""
-
-    pair: Pair
-    group: Group
-    batch: Optional[Batch] = None  # None: taken over from an earlier run
-    sent: float = 0.0
-    deadline: float = 0.0
-    look_after: float = 0.0  # seconds from `sent` to the next look
-    looks: int = 0
-    ref_deadline: float = 0.0
-    ref_tries: int = 0
-    proofs: int = 0
-    refusal: Optional[PairError] = None  # DevRev's or our own no, to be believed only after a look
-
-    @property
-    def slow(self) -> bool:
-        return self.looks > 3 or self.ref_tries > 3 or self.proofs > 0
+    checked: Optional[Moment] = None  # the live check
+    listed: Optional[Moment] = None  # the lists of works and conversations in the backup
+    live: Dict[str, Json] = field(default_factory=dict)  # rev users by id
+    timelines: Dict[str, Tuple[Any, List[Json]]] = field(default_factory=dict)  # object id -> modified_date, entries
+    folder: str = ""  # of the backup, once the integrity check has passed
 
 
-Step = Callable[..., None]
-Event = Tuple[Step, Tuple[Any, ...], Optional["Future[Any]"]]  # what to do next, with what, after which work
+class Walk:
+    """One group on its way: check, back up, ask, confirm, move the reference, prove, done.
+
+    A pair that an earlier run left enters the same walk at its state. Whatever keeps a pair from its end is raised as
+    PairError and noted by `ContactMerger.rest`; what stops the run passes through.
+    """
+
+    FRESH = 60.0  # seconds for which a live check is believed
+    LISTED = 120.0  # seconds for which the lists in a backup are believed
+    RENEWALS = 12  # times that a check or a backup is made anew before a pair is given up
+    ASKS = 3  # times that a run asks for one merge
+    EXAMINED = 25  # objects that are looked at one by one before the whole time is over
+    SLOW = 3.0  # seconds after which nobody waits for a pair any more
+
+    def __init__(self, merger: "ContactMerger", group: Group, pairs: Sequence[Pair], resumed: bool = False) -> None:
+        self.merger = merger
+        self.api = merger.api
+        self.outside = merger.outside
+        self.group = group
+        self.pairs = pairs
+        self.resumed = resumed
+        self.attempted = asyncio.Event()  # each pair has been tried, or something has to be waited for
+        self.evidence = Evidence()
+        self.hold = Hold()
+        self.asks: Dict[Tuple[str, str], int] = collections.Counter()  # requests of this run
+        self._waiting_since: Dict[Tuple[str, str], Tuple[Moment, float]] = {}  # and seconds before that
+        self._looked: Set[Tuple[str, str]] = set()
+        self._refusals: Dict[Tuple[str, str], PairError] = {}
+        self._contradictions: Dict[Tuple[str, str], int] = collections.Counter()
+
+    async def go(self) -> None:
+        """Merge the pairs one after the other, then prove them."""
+        try:
+            for index, pair in enumerate(self.pairs):
+                if not await self._attempt(pair, self._merge):
+                    self._leave_out(self.pairs[index + 1 :])
+                    break
+            self.evidence = Evidence()  # for memory: what is proved is read from the disk
+            await asyncio.gather(*(self._attempt(pair, self._finish) for pair in self.pairs))
+        finally:
+            self.api.gate.release(self.hold)
+            self.attempted.set()
+
+    async def _attempt(self, pair: Pair, step: Callable[[Pair], Awaitable[None]]) -> bool:
+        """Take a pair further; False where it comes to rest before its end."""
+        if pair.ids in self.merger.rested:
+            return False
+        try:
+            await step(pair)
+        except PairError as flaw:
+            self.merger.rest(self, pair, flaw)
+        return pair.ids not in self.merger.rested
+
+    def _leave_out(self, pairs: Sequence[Pair]) -> None:
+        why = PairError("group_incomplete", "another merge into the same contact has to be finished first")
+        for pair in pairs:
+            if pair.state is State.PLANNED:
+                self.merger.rest(self, pair, why)
+
+    async def _merge(self, pair: Pair) -> None:
+        """Bring a pair from whatever state it is in to the reference's being on the primary."""
+        try:
+            while pair.state not in (State.PROVING, *ENDED):
+                if pair.state is State.PLANNED:
+                    await self._ask(pair)
+                elif pair.state is State.MERGED:
+                    await self._move_reference(pair)
+                elif not await self._confirm(pair):
+                    await self._ask(pair)
+        finally:
+            self.api.gate.release(self.hold)
+
+    async def _finish(self, pair: Pair) -> None:
+        """Prove a pair; where that shows that it is not merged after all, it is merged first."""
+        while pair.state not in ENDED:
+            await self._merge(pair)
+            if pair.state is State.PROVING:
+                await self._prove(pair)
+        self.merger.rest(self, pair)
+
+    # -- check and back up --------------------------------------------------------------------------
+
+    async def _renew(self) -> None:
+        """Make anew what has become too old, or has never been made."""
+        evidence = self.evidence
+        self.merger.may_begin()
+        if not evidence.folder or self._is_old(evidence.listed, self.LISTED):
+            await self._check()
+            await self._back_up()
+        elif self._is_old(evidence.checked, self.FRESH):
+            await self._check()
+
+    def _is_old(self, since: Optional[Moment], limit: float) -> bool:
+        return since is None or self.outside.age(since) > limit
+
+    async def _check(self) -> None:
+        """Compare the group with DevRev as it is now. Raises PairError with the first flaw."""
+        contacts = self.group.contacts()
+        emails = sorted({contact.email.strip() for contact in contacts})
+        urgency = PREPARE if self.evidence.checked is None else MERGE
+        listings = await asyncio.gather(*(self.api.emails.load(email, 1, urgency) for email in emails))
+        live = {user["id"]: user for listing in listings for user in listing.items}
+        namesakes = list(live.values())
+        since = [listing.since for listing in listings]
+        for contact in contacts:
+            if contact.id not in live:
+                since.append(self.outside.moment())
+                found = await self.api.contact(contact.id, Turn(urgency))
+                if found:
+                    live[contact.id] = found
+        flaw = group_flaw(self.group, live, namesakes)
+        if flaw:
+            raise flaw
+        self.evidence.live, self.evidence.checked = live, oldest(since)
+
+    async def _back_up(self) -> None:
+        """Read all that DevRev holds of the group, write it down, and check what is on the disk."""
+        evidence, contacts = self.evidence, self.group.contacts()
+        urgency = PREPARE if evidence.listed is None else MERGE
+        read = await asyncio.gather(*(self._holdings(contact, urgency) for contact in contacts))
+        held, since = [one for one, _ in read], oldest(moment for _, moment in read)
+        things = {identity: thing for one in held for identity, thing in one.things().items()}
+        if self.merger.backups.with_timelines:
+            await self._read_timelines(things)
+        timelines = {identity: evidence.timelines[identity][1] for identity in things if identity in evidence.timelines}
+        folder, flaw = await self.outside.work(self._write_backup, held, timelines)
+        for pair in self.pairs:
+            pair.backup = folder if pair.state is State.PLANNED else pair.backup
+        if flaw:
+            raise flaw
+        evidence.folder, evidence.listed = folder, since
+
+    async def _holdings(self, contact: Contact, urgency: int) -> Tuple[Holdings, Moment]:
+        """Everything but the timelines of one contact."""
+        loaders = [*self.api.works.values(), self.api.conversations]
+        lists = await asyncio.gather(*(loader.load(contact.id, contact.tickets, urgency) for loader in loaders))
+        roles = {role: by_id(listing.items) for role, listing in zip(ROLES, lists)}
+        held = Holdings(contact, self.evidence.live[contact.id], roles, by_id(lists[-1].items))
+        return held, oldest(listing.since for listing in lists)
+
+    async def _read_timelines(self, things: Mapping[str, Json]) -> None:
+        """Read the timelines that are not there yet, and those of what has changed; a few at a time."""
+        known = self.evidence.timelines
+        wanted = [one for one, thing in things.items() if known.get(one, (known,))[0] != thing.get("modified_date")]
+
+        async def read() -> None:
+            while wanted:
+                identity = wanted.pop(0)
+                try:
+                    self.merger.may_begin()
+                    entries = await self.api.timeline(identity)
+                except (ApiRefused, ApiUnanswered) as error:
+                    wanted.clear()
+                    raise PairError(error.code, f"{identity}: {error}") from None
+                except Interrupted:
+                    wanted.clear()
+                    raise
+                known[identity] = things[identity].get("modified_date"), entries
+
+        await asyncio.gather(*(read() for _ in range(self.api.settings.workers)))
+
+    def _write_backup(self, held: Sequence[Holdings], timelines: Timelines) -> Tuple[str, Optional[PairError]]:
+        """Write the backup (in a thread); check from the disk that it is whole and holds what the export counts."""
+        merger = self.merger
+        folder = merger.backups.write(self.group.email, merger.organisation, held, timelines)
+        try:
+            for entry in read_backup(folder)["contacts"]:
+                grown = entry["role"] == "primary" and self.group.has_grown()
+                policy = "at-least" if grown else merger.count_policy
+                flaw = count_flaw(Contact.from_json(entry["csv"]), greatest_count(entry), policy)
+                if flaw:
+                    return str(folder), flaw
+        except PairError as error:
+            return str(folder), error
+        return str(folder), None
+
+    # -- ask ----------------------------------------------------------------------------------------
+
+    async def _ask(self, pair: Pair) -> None:
+        """Ask for the merge, on evidence that is fresh at the moment the request leaves."""
+        first = not pair.first_requested_at
+        self.group.asking = pair
+        for _ in range(self.RENEWALS):
+            if not await self._is_ready(pair, first):
+                return
+            try:
+                async with self.merger.turn_to_ask():
+                    refusal = await self._request(pair)
+                self._waiting_since[pair.ids] = self.outside.moment(), 0.0
+                if refusal and refusal.missing and first and not self.merger.journal.asked_before(pair):
+                    await self._somebody_else(pair)
+                return
+            except Stale:
+                log.info("%s: the check or the backup has become too old; making it anew", pair.email)
+        raise PairError(
+            "stale", "checks and backups become too old before the merge can be asked for; the quota is too small"
+        )
+
+    async def _is_ready(self, pair: Pair, first: bool) -> bool:
+        """Renew the evidence. A pair that was asked for before is looked at whatever the renewal says: False if it has
+        gone by then."""
+        flaw: Optional[PairError] = None
+        try:
+            await self._renew()
+        except PairError as error:
+            flaw = error
+        if not first and await self._look(pair):
+            self._note_merged(pair)
+            return False
+        if flaw:
+            raise flaw
+        return True
+
+    async def _request(self, pair: Pair) -> Optional[ApiRefused]:
+        keep = self.merger.looks_lately() + bool(pair.new_ref)
+        try:
+            await self.api.merge(*pair.ids, Turn(MERGE, self.hold, keep), before=lambda: self._intend(pair))
+        except ApiRefused as refusal:
+            pair.refused = True
+            self.merger.savepoint.record(pair)
+            if refusal.status != 409:  # which may say that it is being merged
+                self._refusals[pair.ids] = PairError("merge_refused", str(refusal))
+            return refusal
+        except ApiUnanswered as error:
+            log.info("%s: the answer to the merge was lost (%s); looking", pair.email, error)
+        else:
+            pair.state = State.ACKNOWLEDGED
+            self.merger.savepoint.record(pair)
+            self.merger.note_acknowledged()
+        return None
+
+    def _intend(self, pair: Pair) -> None:
+        """The last moment before the request leaves: Stale if it must not, else the intent goes to the disk."""
+        if self._is_old(self.evidence.checked, self.FRESH) or self._is_old(self.evidence.listed, self.LISTED):
+            raise Stale()
+        self.merger.may_begin()
+        pair.state, pair.code, pair.error, pair.refused = State.REQUESTED, "", "", False
+        self._refusals.pop(pair.ids, None)
+        self._looked.discard(pair.ids)
+        pair.backup = self.evidence.folder
+        pair.requested_at = self.outside.moment().wall
+        pair.first_requested_at = pair.first_requested_at or pair.requested_at
+        self.asks[pair.ids] += 1
+        self.merger.journal.note("asked", pair)
+        self.merger.savepoint.record(pair)
+
+    async def _somebody_else(self, pair: Pair) -> None:
+        """A first request was answered with an object's 404: somebody has merged or deleted one of the two.
+
+        Where what the duplicate had hangs on the primary, they are merged, whoever asked for it.
+        """
+        primary = await self.api.contact(pair.primary.id, Turn(FINISH))
+        if primary is None or await self.api.look(*pair.ids, Turn(FINISH)) is not Sight.GONE:
+            return
+        wanted = to_prove(pair.backup, pair.duplicate.id)
+        if wanted and not (await self._wait_for_proof(pair, wanted))[0]:
+            return
+        pair.state, pair.code = State.MERGED_ELSEWHERE, "merged_elsewhere"
+        pair.error = f"{pair.duplicate.short_id} was merged or deleted by somebody else before it was asked for"
+        if pair.new_ref:
+            pair.error += f"; its reference {pair.new_ref} was not moved"
+        self.merger.journal.note("merged elsewhere", pair)
+        self.merger.rest(self, pair)
+
+    # -- confirm ------------------------------------------------------------------------------------
+
+    async def _look(self, pair: Pair) -> bool:
+        return await self.api.look(*pair.ids, Turn(FINISH, self.hold)) is not Sight.THERE
+
+    async def _confirm(self, pair: Pair) -> bool:
+        """Look until the duplicate has gone (True), or may be asked for again (False)."""
+        await self._until_first_look(pair)
+        looks = 0
+        while True:
+            problem: Optional[PairError] = None
+            looks += 1
+            try:
+                if await self._look(pair):
+                    self._note_merged(pair, looks)
+                    return True
+            except (ApiRefused, ApiUnanswered) as error:
+                problem = PairError(error.code, f"the merge can't be confirmed: {error}")
+            waited, patience = self._waited(pair), self.merger.patience(pair)
+            if pair.ids in self._refusals:
+                raise self._refusals[pair.ids]
+            if waited >= patience:
+                return self._may_ask_again(pair, problem)
+            pause = min(self.merger.first_look() * 1.5**looks, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
+            await self._pause(pair, min(pause, patience - waited))
+
+    async def _until_first_look(self, pair: Pair) -> None:
+        """Wait as long as merges take; what an earlier run has asked for is looked at at once."""
+        if pair.ids not in self._waiting_since:
+            before = max(0.0, self.outside.moment().wall - pair.requested_at)
+            self._waiting_since[pair.ids] = self.outside.moment(), before
+        elif pair.ids not in self._refusals and pair.ids not in self._looked:
+            await self._pause(pair, self.merger.first_look() - self._waited(pair))
+        self._looked.add(pair.ids)
+
+    def _waited(self, pair: Pair) -> float:
+        since, before = self._waiting_since[pair.ids]
+        return before + self.outside.elapsed(since)
+
+    def _may_ask_again(self, pair: Pair, problem: Optional[PairError]) -> bool:
+        """False, after the patience: what this run has asked for is not asked again where DevRev has answered."""
+        if problem:
+            raise problem
+        if self.asks[pair.ids] and (
+            pair.state is State.ACKNOWLEDGED or pair.refused or self.asks[pair.ids] >= self.ASKS
+        ):
+            raise PairError(
+                "merge_not_confirmed",
+                f"{pair.duplicate.short_id} is still there {duration(self._waited(pair))} after it was asked for",
+            )
+        return False
+
+    def _note_merged(self, pair: Pair, looks: int = 0) -> None:
+        if looks and self.asks[pair.ids]:
+            self.merger.note_delay(self._waited(pair), looks)
+        pair.state, pair.code, pair.error = State.MERGED, "", ""
+        self.merger.journal.note("merged", pair)
+        self.merger.savepoint.record(pair)
+
+    def _note_still_there(self, pair: Pair) -> None:
+        """It was believed gone until something has contradicted it: back to looking."""
+        log.info("%s: %s is still there after all", pair.email, pair.duplicate.short_id)
+        self._contradictions[pair.ids] += 1
+        pair.state = State.REQUESTED if pair.refused else State.ACKNOWLEDGED
+        self.merger.journal.note("asked", pair)
+        self.merger.savepoint.record(pair)
+        if self._contradictions[pair.ids] > 20:
+            raise PairError("merge_not_confirmed", f"{pair.duplicate.short_id} has gone and come back too often")
+
+    async def _pause(self, pair: Pair, seconds: float) -> None:
+        """Wait for DevRev. What an earlier run has left is no longer waited for by others then."""
+        if seconds > 0:
+            self.attempted.set()
+            if pair.ids in self._waiting_since and self._waited(pair) > self.SLOW:
+                self.merger.expect_no_more(self)
+            await self.merger.brake.sleep(seconds)
+
+    # -- the reference ------------------------------------------------------------------------------
+
+    async def _move_reference(self, pair: Pair) -> None:
+        """Set the duplicate's reference on the primary; a 409 takes the pair back to being looked at where it is due."""
+        if pair.new_ref and (self.asks[pair.ids] or not await self._has_reference(pair)):
+            begun, pause = self.outside.moment(), 0.2
+            while not await self._set_reference(pair, pair.new_ref):
+                await self._pause(pair, pause)
+                pause = min(10.0, 1.6 * pause)
+                if await self.api.look(*pair.ids, Turn(FINISH, self.hold)) is Sight.THERE:
+                    self._note_still_there(pair)
+                    return
+                await self._judge_holder(pair, pair.new_ref, self.outside.elapsed(begun) > self.merger.merge_timeout)
+        pair.state = State.PROVING
+        self.merger.savepoint.record(pair)
+
+    async def _set_reference(self, pair: Pair, reference: str) -> bool:
+        """True where the reference is set and read back, False where somebody holds it."""
+        try:
+            await self.api.set_external_ref(pair.primary.id, reference, Turn(FINISH, self.hold))
+        except ApiRefused as refusal:
+            if refusal.status == 409:
+                return False
+            raise PairError(refusal.code, f"the reference {reference} could not be set: {refusal}") from None
+        except (ApiUnanswered, PairError) as error:
+            raise PairError(error.code, f"the reference {reference} could not be set: {error}") from None
+        return True
+
+    async def _has_reference(self, pair: Pair) -> bool:
+        """Look at the primary of a pair that an earlier run left. A reference that is neither the old nor the new one
+        was set by somebody, and is left."""
+        primary = await self.api.contact(pair.primary.id, Turn(FINISH))
+        if primary is None:
+            raise PairError("not_found", f"the primary {pair.primary.short_id} is not in DevRev any more")
+        reference = primary.get("external_ref")
+        if reference not in (pair.new_ref, pair.primary.external_ref):
+            raise PairError(
+                "external_ref_changed",
+                f"{pair.primary.short_id} has got the reference {reference or 'none'} from somebody; "
+                f"{pair.new_ref} was not set",
+            )
+        return bool(reference == pair.new_ref)
+
+    async def _judge_holder(self, pair: Pair, reference: str, over: bool) -> None:
+        """Raise PairError where the reference is held by another contact, or has not been let go for too long."""
+        holders = [user for user in await self.api.holders_of(reference, Turn(FINISH)) if user["id"] not in pair.ids]
+        if holders or over:
+            names = ", ".join(str(user.get("display_id") or user["id"]) for user in holders)
+            who = names or f"{pair.duplicate.short_id}, which has gone, or a contact that the token can't see"
+            raise PairError("external_ref_conflict", f"the reference {reference} is held by {who}")
+
+    # -- proof --------------------------------------------------------------------------------------
+
+    async def _prove(self, pair: Pair) -> None:
+        """Look until all that the duplicate had hangs on the primary, and the list of its email shows it no more."""
+        self.merger.expect_no_more(self)
+        left, listed = await self._wait_for_proof(pair, to_prove(pair.backup, pair.duplicate.id))
+        if listed is Sight.THERE:
+            self._note_still_there(pair)
+        elif left:
+            pair.left_behind = describe(pair.backup, left)
+            names = ", ".join(dict.fromkeys(item["display_id"] for item in pair.left_behind))
+            raise PairError("left_behind", f"merged, but not on the primary: {names}")
+        elif listed:
+            raise PairError("still_listed", f"merged, but DevRev still lists {pair.duplicate.short_id} for its email")
+        else:
+            pair.state, pair.code, pair.error, pair.left_behind = State.DONE, "", "", []
+            self.merger.journal.note("done", pair)
+
+    async def _wait_for_proof(self, pair: Pair, wanted: Sequence[Json]) -> Tuple[List[Json], Optional[Sight]]:
+        """What of `{id, role}` is not on the primary, and what a look says where the list of the email still shows the
+        duplicate; for as long as lists may lag behind. What has been deleted since is named, and holds nothing up."""
+        begun, rounds = self.outside.moment(), 0
+        while True:
+            missing, listed = await asyncio.gather(
+                self._missing(pair, wanted, bool(rounds)), self._is_listed(pair, bool(rounds))
+            )
+            sight = await self.api.look(*pair.ids, Turn(FINISH)) if listed else None
+            waited, rounds = self.outside.elapsed(begun), rounds + 1
+            over = waited >= self.merger.merge_timeout
+            if missing and (over or (rounds == 3 and len(missing) <= self.EXAMINED)):
+                gone = {item["id"] for item in missing if await self._is_deleted(item["id"])}
+                if gone:
+                    pair.details["deleted"] = sorted(gone.union(pair.details.get("deleted", [])))
+                wanted, missing = ([one for one in items if one["id"] not in gone] for items in (wanted, missing))
+            if over or sight is Sight.THERE or not (missing or sight):
+                return missing, sight
+            await self._pause(pair, min(20.0, 0.5 + waited / 2, self.merger.merge_timeout - waited))
+
+    async def _missing(self, pair: Pair, wanted: Sequence[Json], again: bool) -> List[Json]:
+        """What of `{id, role}` the lists don't show on the primary now."""
+        loaders = {
+            **{ROLES[role]: loader for role, loader in self.api.works.items()},
+            "members": self.api.conversations,
+        }
+        weight = pair.primary.tickets + pair.duplicate.tickets
+        roles = sorted({item["role"] for item in wanted})
+        listings = await asyncio.gather(*(self._list(loaders[role], pair.primary.id, weight, again) for role in roles))
+        there = {(role, item["id"]) for role, listing in zip(roles, listings) for item in listing.items}
+        return [item for item in wanted if (item["role"], item["id"]) not in there]
+
+    async def _is_listed(self, pair: Pair, again: bool) -> bool:
+        listing = await self._list(self.api.emails, pair.duplicate.email.strip(), 1, again)
+        return any(
+            user["id"] == pair.duplicate.id and sight_of(user, *pair.ids) is Sight.THERE for user in listing.items
+        )
+
+    async def _list(self, loader: Loader, key: str, weight: int, again: bool) -> Listing:
+        """List for a proof; the first time, where nobody waits for it, with a long linger."""
+        if self.resumed:
+            return await loader.load(key, weight, RESUME)
+        return await loader.load(key, weight, PROVE, Loader.LINGER if again else self.merger.LINGER)
+
+    async def _is_deleted(self, identity: str) -> bool:
+        with contextlib.suppress(ApiRefused, ApiUnanswered):
+            return await self.api.thing(identity, Turn(RESUME if self.resumed else PROVE)) is None
+        return False
+
+
+def oldest(moments: Iterable[Moment]) -> Moment:
+    return min(moments, key=lambda moment: moment.steady)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Merge: the run
+# ---------------------------------------------------------------------------------------------------
 
 
 class ContactMerger:
-    """Carries out a plan: live check, backup, integrity check, merge, external_ref, proof.
+    """Carries out a plan: finishes what an earlier run left, then walks group after group; one event loop owns it all."""
 
-    Three kinds of threads: this one holds every decision, every state and the savepoint; `stages` prepare and
-    prove whole batches; `requests` carry single requests. Work goes out through `_submit`, answers come back
-    through `_inbox`, waits are timers, so that no pair waits for another.
-    """
-
-    BATCH = 25  # pairs
-    STAGES = 3  # batches prepared at a time
-    OUTSTANDING = 100  # pairs between preparation and `done`
-    FRESH = 60.0  # seconds for which a live check is believed
-    IDLE = 120.0  # seconds that a backup may wait for its merge
+    BATCH = 25  # pairs that are begun together, so that one list call serves them all
+    OUTSTANDING = 100  # pairs on their way
     STREAK = 5  # failures in a row that stop the run
-    HOPE = 86400.0  # seconds for which a merge that was asked for may still come
-    PROOF_PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before what seems left behind is looked for again
-    DATA_CODES = (
+    GRACE = 10.0  # seconds that requests under way are waited for when the run is interrupted
+    LINGER = 10.0  # seconds that a proof waits for others to share its list calls
+    HARMLESS = frozenset((
         "not_found", "not_active", "email_changed", "external_ref_changed", "different_rev_org", "several_user_refs",
-        "count_mismatch",
-    )  # fmt: skip
+        "count_mismatch", "left_behind", "still_listed", "merged_into_another", "external_ref_conflict", "undo_unfinished",
+        "group_incomplete", "interrupted",
+    ))  # fmt: skip
 
     def __init__(
         self,
         api: DevRevAPI,
         savepoint: SavePoint,
+        journal: Journal,
         backups: Backups,
         count_policy: str = "exact",
         merge_timeout: float = 120.0,
         on_pair: Callable[[Pair], None] = lambda _pair: None,
-        on_tick: Callable[["ContactMerger"], None] = lambda _merger: None,
     ) -> None:
         self.api = api
-        self.savepoint = savepoint
-        self.backups = backups
-        self.count_policy = count_policy
-        self.merge_timeout = merge_timeout
+        self.outside, self.brake = api.outside, api.brake
+        self.savepoint, self.journal, self.backups = savepoint, journal, backups
+        self.count_policy, self.merge_timeout = count_policy, merge_timeout
         self.on_pair = on_pair
-        self.on_tick = on_tick
-        self.halt = api.halt
         self.token_owner: Json = {}
         self.organisation = ""
-        self.total = self.merged = self.failed = 0
+        self.total = 0
+        self.rested: Dict[Tuple[str, str], Pair] = {}  # ended, refused, or given up for this run
+        self.closing: Optional[Stop] = None  # finish what is under way, begin nothing
         self.changed = False  # whether DevRev may have acted on anything
-        self.stop: Optional[Stop] = None
-        self._closing = False  # finish what is under way, begin nothing
         self._streak = 0
-        self._stages = ThreadPoolExecutor(self.STAGES + 2, "stage")
-        self._requests = ThreadPoolExecutor(api.settings.workers, "request")
-        self._inbox: queue.Queue[Event] = queue.Queue()
-        self._active = 0
-        self._timers: List[Tuple[float, int, Step, Tuple[Any, ...]]] = []
-        self._serial = 0
-        self._groups: Iterator[Group] = iter(())
-        self._deferred: Deque[Group] = collections.deque()
-        self._again: Deque[Group] = collections.deque()
-        self._restarts: Dict[Tuple[str, str], int] = collections.Counter()
-        self._open: Dict[Tuple[str, str], Merge] = {}
-        self._taken_over: Set[Tuple[str, str]] = set()  # pairs of an earlier run that are not settled
-        self._resumed: Set[str] = set()  # contacts of all pairs of an earlier run
-        self._preparing = 0
-        self._sending = 0
-        self._acknowledged_once = False
-        self._queue: Deque[Merge] = collections.deque()
-        self._usual_delays: Deque[float] = collections.deque(maxlen=20)
-        self._scout: Optional[Merge] = None
-        self._unlooked: List[Merge] = []
-        self._to_prove: List[Merge] = []
+        self._walks: Dict["asyncio.Future[None]", Walk] = {}
+        self._expected: Set[Walk] = set()  # walks that will be at their proof soon
+        self._delays: Deque[Tuple[float, int]] = collections.deque(maxlen=20)  # of merges: seconds, looks
+        self._acknowledged = False
+        self._turn_to_ask: Optional[asyncio.Lock] = None
 
     # -- the run ------------------------------------------------------------------------------------
 
-    def identify(self, plan: Plan) -> List[Pair]:
+    async def identify(self, plan: Plan) -> List[Pair]:
         """Find out whose token it is; refuse another organisation's CSV or savepoint. Returns the unfinished pairs.
 
         Raises Stop(2), before anything else has been asked or done.
         """
         try:
-            self.token_owner = self.api.whoami()
+            self.token_owner = await self.api.whoami()
         except ApiUnanswered as error:
             raise Stop(EXIT_STOPPED, f"DevRev can't be reached: {error}") from None
         except ApiRefused as error:
             raise Stop(EXIT_USAGE, f"{error} (is DEVREV_BASE_URL right?)") from None
         except Denied as denied:
             raise Stop(EXIT_USAGE, str(denied)) from None
+        except Interrupted:
+            raise self.brake.stop or Interrupted() from None
         self.organisation = organisation_of(str(self.token_owner.get("id")))
         unfinished = self.savepoint.unfinished()
         for origin, pairs in (("CSV", plan.pairs()), ("savepoint", iter(unfinished))):
             check_organisation(self.organisation, origin, pairs)
         return unfinished
 
-    def run(self, plan: Plan, unfinished: Sequence[Pair]) -> int:
+    async def run(self, groups: List[Group], unfinished: Sequence[Pair]) -> int:
         """Finish what an earlier run left unfinished, carry out the plan, and return the exit code.
 
         `identify` has to come first. Nothing is raised: what stops the run is in `stop`.
         """
-        todo = {pair.ids for pair in plan.pairs()} | {pair.ids for pair in unfinished}
-        self.total = len(todo)
-        del todo
-        self._groups = _drain(plan.groups)
-        self._guard(self._take_over, self._as_exported_now(plan, unfinished))
-        while True:
-            if not self.halt.is_set():
-                self._guard(self._advance)
-            if not self._active and (self.halt.is_set() or not (self._timers or self._has_more())):
-                break
-            self._take_event()
-        self._guard(self._account_for_open_pairs)
-        for pool in (self._stages, self._requests):
-            pool.shutdown(wait=True)
+        self.total = len(
+            {pair.ids for group in groups for pair in group.pairs if pair.state not in ENDED}.union(
+                pair.ids for pair in unfinished
+            )
+        )
+        self._turn_to_ask = asyncio.Lock()
+        await self._guarded(self._work(groups, unfinished))
+        await self._guarded(self._all_walks())  # where nothing more is begun, what is under way is finished
+        if self._walks:
+            await asyncio.wait(set(self._walks), timeout=self.GRACE)
+        for walk in list(self._walks.values()):
+            for pair in walk.pairs:
+                self._note_interrupted(walk, pair)
         return self._exit_code()
 
-    @property
-    def under_way(self) -> int:
-        """Pairs between the merge request and `done`."""
-        return sum(merge.pair.state in UNFINISHED for merge in self._open.values())
+    async def _work(self, groups: List[Group], unfinished: Sequence[Pair]) -> None:
+        earlier = [self._start(walk) for walk in self._earlier_walks(groups, unfinished)]
+        for walk in earlier:
+            await self._or_brake(walk.attempted.wait())
+        await self._begin(groups, unfinished)
+        await self._all_walks()
+        freed = [pair for pair in unfinished if pair.state is State.MERGED and pair.code == "external_ref_conflict"]
+        for pair in freed:
+            # The contact that held its reference may have been merged meanwhile.
+            if any(other.state in ENDED and other.new_ref == pair.new_ref for other in self.rested.values()):
+                del self.rested[pair.ids]
+                self._start(Walk(self, Group(pair.email, [pair]), [pair], resumed=True))
+        await self._all_walks()
 
-    def _advance(self) -> None:
-        self._feed()
-        self._send_queued()
-        self._prove_collected()
-
-    def _has_more(self) -> bool:
-        return bool((self._queue and not self._closing) or self._to_prove or self._inbox.qsize())
-
-    def _guard(self, step: Step, *args: Any) -> None:
-        """Take a step; whatever it raises ends the run in good order."""
-        try:
-            step(*args)
-        except Stop as stop:
-            self._end(stop)
-        except OSError as error:
-            self._end(Stop(EXIT_STOPPED, f"the disk refuses: {error}"))
-        except Exception as error:
-            log.exception("unexpected")
-            self._end(
-                Stop(EXIT_STOPPED, f"unexpected {type(error).__name__}: {error} (a bug; the log has the details)")
-            )
-
-    def _end(self, stop: Stop) -> None:
-        if self.stop is None or isinstance(self.stop, Interrupted):
-            self.stop = stop
-        self.halt.set()
-
-    def _exit_code(self) -> int:
-        stop = self.stop = self.api.throttle.verdict or self.stop
-        if isinstance(stop, Denied) and (self.changed or self.merged):
-            return EXIT_STOPPED
-        if stop and not (self._closing and self.merged + self.failed >= self.total):
-            return stop.exit_code
-        if self.merged + self.failed < self.total:
-            self.stop = Stop(EXIT_STOPPED, "pairs were left without a word (a bug; run again)")
-            return EXIT_STOPPED
-        return EXIT_FAILED if self.failed else EXIT_OK
-
-    def _submit(self, pool: ThreadPoolExecutor, then: Step, work: Callable[..., Any], *args: Any) -> None:
-        """Have a pool do `work(*args)`; then, in this thread, `then(future, *args)`."""
-        future = pool.submit(work, *args)
-        self._active += 1
-        future.add_done_callback(lambda done: self._inbox.put((then, args, done)))
-
-    def _later(self, seconds: float, step: Step, *args: Any) -> None:
-        self._serial += 1
-        heapq.heappush(self._timers, (time.monotonic() + max(0.0, seconds), self._serial, step, args))
-
-    def _take_event(self) -> None:
-        """Wait for an answer or the next timer, whichever comes first, and act on it."""
-        due = self._timers[0][0] - time.monotonic() if self._timers and not self.halt.is_set() else 0.25
-        with contextlib.suppress(queue.Empty):
-            then, args, future = self._inbox.get(timeout=min(0.25, max(0.001, due)))
-            if future is not None:
-                self._active -= 1
-                args = (future, *args)
-            self._guard(then, *args)
-        while self._timers and self._timers[0][0] <= time.monotonic() and not self.halt.is_set():
-            _, _, step, args = heapq.heappop(self._timers)
-            self._guard(step, *args)
-        self._guard(self.on_tick, self)
-
-    # -- what to work on ----------------------------------------------------------------------------
-
-    @staticmethod
-    def _as_exported_now(plan: Plan, unfinished: Sequence[Pair]) -> Sequence[Pair]:
-        """Unfinished pairs with this export's rows where it has them: what is done over is checked against these."""
-        exported = {pair.ids: pair for pair in plan.pairs()}
+    def _earlier_walks(self, groups: Sequence[Group], unfinished: Sequence[Pair]) -> List[Walk]:
+        """A walk for each primary of unfinished pairs, with this export's rows where it has them."""
+        exported = {pair.ids: pair for group in groups for pair in group.pairs}
+        families: Dict[str, List[Pair]] = collections.defaultdict(list)
         for pair in unfinished:
             if pair.ids in exported:
                 pair.primary, pair.duplicate = exported[pair.ids].primary, exported[pair.ids].duplicate
-        return unfinished
+            families[pair.primary.id].append(pair)
+        walks = []
+        for primary, pairs in families.items():
+            mine = {pair.ids for pair in pairs}
+            siblings = [pair for pair in self.savepoint.states(primary).values() if pair.ids not in mine]
+            walks.append(Walk(self, Group(pairs[0].email, [*pairs, *siblings]), pairs, resumed=True))
+        return walks
 
-    def _take_over(self, unfinished: Sequence[Pair]) -> None:
-        for pair in unfinished:
-            merge = Merge(pair, self.savepoint.family(pair))
-            self._resumed.update(pair.ids)
-            self._open[pair.ids] = merge
-            self._taken_over.add(pair.ids)
-            if pair.state in (State.REQUESTED, State.ACKNOWLEDGED):
-                age = max(0.0, time.time() - pair.requested_at)
-                merge.sent = time.monotonic() - age
-                merge.look_after = age
-                merge.deadline = merge.sent + self._patience(pair)
-                self._look(merge)
-            elif pair.state is State.MERGED:
-                self._set_ref(merge)
+    async def _begin(self, groups: List[Group], unfinished: Sequence[Pair]) -> None:
+        """Begin the groups of the plan, a batch at a time while there is room; those with a contact of an unfinished
+        pair last."""
+        known = {pair.ids: pair for pair in unfinished}
+        stuck = {identity for pair in unfinished for identity in pair.ids}
+        undoing = {identity for pair in self.savepoint.rows(State.UNDOING) for identity in pair.ids}
+        deferred = []
+        batch: List[Walk] = []
+        for group in drain(groups):
+            group.pairs = [known.get(pair.ids, pair) for pair in group.pairs]
+            pairs = [pair for pair in group.pairs if pair.state is State.PLANNED]
+            ids = {contact.id for contact in group.everybody()}
+            if not pairs:
+                continue
+            if ids & undoing:
+                self._refuse(group, pairs, "undo_unfinished", "its undo is not finished; finish it with --undo first")
+            elif ids & stuck:
+                deferred.append((group, pairs))
             else:
-                self._to_prove.append(merge)
+                batch.append(Walk(self, group, pairs))
+            if sum(len(walk.pairs) for walk in batch) >= self._batch():
+                await self._begin_batch(batch)
+        await self._begin_batch(batch)
+        for group, pairs in deferred:
+            await self._begin_deferred(group, pairs, unfinished)
 
-    def _feed(self) -> None:
-        """Begin batches while there is room."""
-        while (
-            not self._closing and self._preparing < self.STAGES and (self._again or len(self._open) < self.OUTSTANDING)
-        ):
-            groups = self._next_groups()
-            if not groups:
-                return
-            self._preparing += 1
-            batch = Batch(groups)
-            for group in groups:
-                self._open.update((pair.ids, Merge(pair, group, batch)) for pair in group.waiting())
-            self._submit(self._stages, self._on_prepared, self._prepare, batch)
+    def _batch(self) -> int:
+        return min(self.BATCH, max(1, self._outstanding() // 2))
 
-    def _next_groups(self) -> List[Group]:
-        groups: List[Group] = []
-        pairs = 0
-        while pairs < self.BATCH:
-            group = self._again.popleft() if self._again else self._next_planned()
-            if group is None:
-                break
-            groups.append(group)
-            pairs += len(group.waiting())
-        return groups
+    def _outstanding(self) -> int:
+        """Pairs on their way: under a small quota few, for checks and backups that wait for the next window are made
+        anew then."""
+        return int(max(2, min(self.OUTSTANDING, self.api.gate.pace() // 4)))
 
-    def _next_planned(self) -> Optional[Group]:
-        """The next group with something to do; those of pairs that an earlier run left unfinished come last."""
-        for group in self._groups:
-            if any(contact.id in self._resumed for contact in group.everybody()):
-                self._deferred.append(group)
-            elif group.waiting():
-                return group
-        while self._deferred and not self._taken_over:
-            group = self._deferred.popleft()
-            self.savepoint.refresh(group)
-            if self.savepoint.entangled(group):
-                self._fail_rest(group)
-            elif group.waiting():
-                return group
-        return None
+    async def _begin_batch(self, batch: List[Walk]) -> None:
+        while batch:
+            under_way = sum(len(walk.pairs) for walk in self._walks.values())
+            if under_way and under_way + len(batch) > self._outstanding():
+                await self._or_brake(self._any_walk())
+                continue
+            self.may_begin()
+            for walk in batch:
+                self._expected.add(self._start(walk))
+            batch.clear()
 
-    # -- live check, backup, integrity check (in a stage thread) ------------------------------------
-
-    def _prepare(self, batch: Batch) -> None:
-        """Check and back up a batch; each group is handed over, ready or refused, as soon as it is known."""
-        live = self._live_check(batch, batch.groups)
-        groups = []
-        for group in batch.groups:
-            flaw = batch.flaws.get(group.email)
-            if flaw:
-                self._hand_over(self._on_refused, group, flaw)
-            else:
-                groups.append(group)
-        held, errors = self._fetch(groups, live)
-        for group in groups[:]:
-            lost = next((errors[contact.id] for contact in group.contacts() if contact.id in errors), None)
-            if lost:
-                groups.remove(group)
-                self._hand_over(self._on_refused, group, lost)
-        self._back_up(batch, groups, held)
-
-    def _hand_over(self, then: Step, *args: Any) -> None:
-        self._inbox.put((then, args, None))
-
-    def _each(self, work: Callable[[str], T], ids: Iterable[str]) -> Iterator[Tuple[str, Union[T, PairError]]]:
-        """Do `work` for each id on the request threads, a few ahead; yields results, or what one failed with."""
-        ahead: Deque[Tuple[str, Future[T]]] = collections.deque()
-        source = iter(ids)
-        while True:
-            if self._closing:
-                raise Interrupted()
-            # Few enough that the looks and references of merged pairs don't wait long behind backup reads.
-            room = self.api.settings.workers // max(1, self._preparing) + 2 - len(ahead)
-            ahead.extend((one, self._requests.submit(work, one)) for one in islice(source, max(0, room)))
-            if not ahead:
-                return
-            one, future = ahead.popleft()
-            try:
-                yield one, future.result()
-            except PairError as error:
-                yield one, error
-
-    def _live_check(self, batch: Batch, groups: Sequence[Group]) -> Dict[str, Json]:
-        """Compare groups with DevRev as it is now, note the flaws in `batch`, and return the contacts by id."""
-        contacts = [contact for group in groups for contact in group.contacts()]
-        found_by_email = self.api.contacts_by_email(sorted({contact.email.strip() for contact in contacts}))
-        checked_at = time.monotonic()
-        listed = found_by_email.items[""]
-        live: Dict[str, Json] = {user["id"]: user for user in listed}
-        namesakes: Dict[str, List[Json]] = collections.defaultdict(list)
-        for user in listed:
-            namesakes[str(user.get("email") or "").strip().casefold()].append(user)
-        unlisted = {email.casefold(): error for email, error in found_by_email.errors.items()}
-        failed: Dict[str, PairError] = {}
-        for identity, found in self._each(self.api.contact, [c.id for c in contacts if c.id not in live]):
-            if isinstance(found, PairError):
-                failed[identity] = found
-            elif found:
-                live[identity] = found
-        for group in groups:
-            lost = next((failed[contact.id] for contact in group.contacts() if contact.id in failed), None)
-            flaw = unlisted.get(group.email) or lost or group_flaw(group, live, namesakes[group.email])
-            if flaw:
-                batch.flaws[group.email] = flaw
-            group.checked_at = checked_at
-        return live
-
-    def _fetch(
-        self, groups: Sequence[Group], live: Mapping[str, Json]
-    ) -> Tuple[Dict[str, Holdings], Dict[str, PairError]]:
-        """Everything but the timelines, for all contacts of the groups at once."""
-        contacts = [contact for group in groups for contact in group.contacts()]
-        ids = [contact.id for contact in contacts]
-        if not ids:
-            return {}, {}
-        calls = {role: self._requests.submit(self.api.works, role, ids) for role in ROLES}
-        talks = self._requests.submit(self.api.conversations, ids).result()
-        works = {role: call.result() for role, call in calls.items()}
-        held = {
-            contact.id: Holdings(
-                contact,
-                live[contact.id],
-                {role: _by_id(works[role].items[contact.id]) for role in ROLES},
-                _by_id(talks.items[contact.id]),
-            )
-            for contact in contacts
-        }
-        errors = {identity: error for found in (talks, *works.values()) for identity, error in found.errors.items()}
-        return held, errors
-
-    def _back_up(self, batch: Batch, groups: Sequence[Group], held: Mapping[str, Holdings]) -> None:
-        """Fetch timelines in the order of the groups, write each group's backup when it has all of its own."""
-        wanted = {
-            group.email: list(dict.fromkeys(chain.from_iterable(held[c.id].objects() for c in group.contacts())))
-            for group in groups
-        }
-        uses = collections.Counter(chain.from_iterable(wanted.values()))
-        answers = self._each(self.api.timeline, list(uses) if self.backups.with_timelines else [])
-        timelines: Dict[str, List[Json]] = {}
-        failed: Dict[str, PairError] = {}
-        for group in groups:
-            objects = wanted[group.email]
-            while self.backups.with_timelines and any(one not in timelines and one not in failed for one in objects):
-                identity, entries = next(answers)
-                if isinstance(entries, PairError):
-                    failed[identity] = PairError(entries.code, f"{identity}: {entries}")
-                else:
-                    timelines[identity] = entries
-            lost = next((failed[one] for one in objects if one in failed), None)
-            if lost:
-                self._hand_over(self._on_refused, group, lost)
-            else:
-                self._write_backup(batch, group, [held[contact.id] for contact in group.contacts()], timelines)
-            uses.subtract(objects)
-            for one in objects:
-                if not uses[one]:
-                    timelines.pop(one, None)
-
-    def _write_backup(self, batch: Batch, group: Group, held: Sequence[Holdings], timelines: Timelines) -> None:
-        """Back a group up; check, from the disk, that the backup is whole and holds what the export counts."""
-        folder = self.backups.write(group.email, self.organisation, held, timelines)
-        flaw: Optional[PairError] = None
-        try:
-            manifest = read_backup(folder)
-            for entry in manifest["contacts"]:
-                grown = entry["role"] == "primary" and group.has_grown()
-                flaw = flaw or count_flaw(
-                    Contact(**entry["csv"]), greatest_count(entry), "at-least" if grown else self.count_policy
+    async def _begin_deferred(self, group: Group, pairs: Sequence[Pair], unfinished: Sequence[Pair]) -> None:
+        """Begin a group that shares a contact with an unfinished pair, once that is past asking. Where the group has the
+        contact that holds that pair's reference, it goes first: the reference follows."""
+        ids = {contact.id for contact in group.everybody()}
+        refs = {pair.new_ref for pair in pairs if pair.new_ref}
+        for task, walk in list(self._walks.items()):
+            if walk.resumed and any(ids & set(pair.ids) for pair in walk.pairs):
+                await self._or_brake(asyncio.wait({task}))
+        for other in unfinished:
+            frees = other.state is State.MERGED and other.primary.id == group.primary.id and other.new_ref in refs
+            if ids & set(other.ids) and other.state in (*ASKED, State.MERGED) and not frees:
+                self._refuse(
+                    group, pairs, "group_incomplete", "another merge of one of its contacts has to be finished first"
                 )
-        except PairError as error:
-            flaw = error
-        if flaw:
-            self._hand_over(self._on_refused, group, flaw, str(folder))
-        else:
-            group.backed_up_at = time.monotonic()
-            self._hand_over(self._on_ready, batch, group, str(folder))
+                return
+        await self._begin_batch([Walk(self, group, pairs)])
 
-    def _on_prepared(self, future: "Future[None]", batch: Batch) -> None:
-        self._preparing -= 1
+    def _refuse(self, group: Group, pairs: Sequence[Pair], code: str, why: str) -> None:
+        walk = Walk(self, group, pairs)
+        for pair in pairs:
+            self.rest(walk, pair, PairError(code, why))
+
+    # -- walks --------------------------------------------------------------------------------------
+
+    def _start(self, walk: Walk) -> Walk:
+        task = asyncio.ensure_future(self._guarded(walk.go(), walk))
+        self._walks[task] = walk
+        task.add_done_callback(self._forget)
+        return walk
+
+    def _forget(self, task: "asyncio.Future[None]") -> None:
+        self.expect_no_more(self._walks.pop(task))
+
+    async def _guarded(self, work: Awaitable[None], walk: Optional[Walk] = None) -> None:
+        """Do the work; whatever it raises ends the run in good order."""
         try:
-            future.result()
-        except PairError as error:
-            for group in batch.groups:
-                if all(pair.ids in self._open and not pair.backup for pair in group.waiting()):
-                    self._on_refused(group, error)
+            await work
         except Interrupted:
-            if not self._closing:
-                raise
+            pass
+        except Stop as stop:
+            self.brake.pull(stop)
+        except OSError as error:
+            self.brake.pull(Stop(EXIT_STOPPED, f"the disk refuses: {error}"))
+        except Exception as error:
+            log.exception("unexpected")
+            words = f"unexpected {type(error).__name__}: {error} (a bug; the log has the details)"
+            self.brake.pull(Stop(EXIT_STOPPED, words))
+        for pair in walk.pairs if walk else ():
+            self._note_interrupted(walk, pair)
 
-    def _on_refused(self, group: Group, flaw: PairError, folder: str = "") -> None:
-        """Refuse what of a group has not been asked for. Where it may have been asked for, a look decides."""
-        for pair in group.waiting():
-            merge = self._open.get(pair.ids)
-            if merge is None:
-                continue
-            if self._restarts[pair.ids]:
-                merge.refusal = flaw
-                pair.state = State.REQUESTED
-                self._look(merge)
-            else:
-                pair.backup = folder
-                self._fail(merge, flaw.code, str(flaw))
+    def _note_interrupted(self, walk: Optional[Walk], pair: Pair) -> None:
+        if walk and pair.state in UNFINISHED and pair.ids not in self.rested:
+            with contextlib.suppress(Stop):
+                self.rest(walk, pair, PairError("interrupted", "stopped before it was finished; run again"))
 
-    # -- merge and confirmation ---------------------------------------------------------------------
+    async def _or_brake(self, work: Awaitable[Any]) -> None:
+        """Wait for something, but not past the brake."""
+        stopped, task = self.brake.future(), asyncio.ensure_future(work)
+        await asyncio.wait({stopped, task}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+        if stopped.done():
+            stopped.result()
+        stopped.cancel()
 
-    def _on_ready(self, batch: Batch, group: Group, folder: str) -> None:
-        if group.email in batch.flaws:
-            self._on_refused(group, batch.flaws[group.email])
+    async def _any_walk(self) -> None:
+        await asyncio.wait(set(self._walks), return_when=asyncio.FIRST_COMPLETED)
+
+    async def _all_walks(self) -> None:
+        while self._walks:
+            await self._or_brake(self._any_walk())
+
+    # -- what walks ask and tell --------------------------------------------------------------------
+
+    def may_begin(self) -> None:
+        """Raises Interrupted where nothing more is to be begun."""
+        if self.closing or self.brake.stop:
+            raise Interrupted()
+
+    @contextlib.asynccontextmanager
+    async def turn_to_ask(self) -> AsyncIterator[None]:
+        """The first merge of a run goes alone until DevRev has acknowledged it: it shows whether the token may."""
+        if self._acknowledged or not self._turn_to_ask:
+            yield
             return
-        waiting = group.waiting()
-        for pair in waiting:
-            if not self._restarts[pair.ids]:
-                pair.backup = folder
-        merge = self._open[waiting[0].ids]
-        if self._restarts[merge.pair.ids]:
-            self._submit(self._requests, self._on_looked_again, self._look_again, merge, folder)
-        else:
-            self._queue.append(merge)
+        async with self._turn_to_ask:
+            self.may_begin()
+            yield
 
-    def _look_again(self, merge: Merge, _folder: str) -> bool:
-        return self._is_merged(merge)
-
-    def _on_looked_again(self, future: "Future[bool]", merge: Merge, folder: str) -> None:
-        """A new backup replaces the earlier one only if it was whole before the first request was carried out."""
-        try:
-            gone = future.result()
-        except PairError as error:
-            self._on_refused(merge.group, error)
-            return
-        if gone:
-            self._on_confirmed(merge)
-        else:
-            merge.pair.backup = folder
-            self._queue.append(merge)
-
-    def _send_queued(self) -> None:
-        """Ask for merges, the first of a run alone: it shows whether the token may."""
-        room = self.api.settings.workers if self._acknowledged_once else 1
-        while self._queue and self._sending < room and not self._closing:
-            merge = self._queue.popleft()
-            batch = merge.batch
-            if time.monotonic() - merge.group.backed_up_at > self.IDLE:
-                self._again.append(merge.group)
-            elif batch and self._is_stale(merge.group):
-                batch.held.append(merge)
-                if not batch.rechecking:
-                    batch.rechecking = True
-                    self._submit(
-                        self._stages, self._on_rechecked, self._recheck, batch, self._quiet_stale_groups(batch)
-                    )
-            else:
-                self._ask(merge)
-
-    def _is_stale(self, group: Group) -> bool:
-        return time.monotonic() - group.checked_at > self.FRESH
-
-    def _recheck(self, batch: Batch, groups: Sequence[Group]) -> None:
-        self._live_check(batch, groups)
-
-    def _quiet_stale_groups(self, batch: Batch) -> List[Group]:
-        """Groups of a batch to be checked with one more list call: held ones, and those with no merge under way."""
-        held = [merge.group for merge in batch.held]
-        settled = (State.PLANNED, State.FAILED, State.PROVING, State.DONE)
-        return held + [
-            group
-            for group in batch.groups
-            if group not in held
-            and group.waiting()
-            and self._is_stale(group)
-            and all(pair.state in settled for pair in group.pairs)
-        ]
-
-    def _on_rechecked(self, future: "Future[None]", batch: Batch, _groups: Sequence[Group]) -> None:
-        batch.rechecking = False
-        held, batch.held = batch.held, []
-        error = future.exception()
-        for merge in held if error is None or isinstance(error, PairError) else ():
-            flaw = error if isinstance(error, PairError) else batch.flaws.get(merge.group.email)
-            if flaw:
-                self._on_refused(merge.group, flaw)
-            else:
-                self._queue.append(merge)
-        if error and not isinstance(error, PairError) and not (self._closing and isinstance(error, Interrupted)):
-            raise error
-
-    def _ask(self, merge: Merge) -> None:
-        """Write the intent to the savepoint, then let the request leave."""
-        pair = merge.pair
-        pair.state, pair.code, pair.error, pair.requested_at = State.REQUESTED, "", "", time.time()
-        pair.first_requested_at = pair.first_requested_at or pair.requested_at
-        self.savepoint.record(pair)
-        self._sending += 1
-        self._submit(self._requests, self._on_answer, self._request_merge, merge)
-
-    def _request_merge(self, merge: Merge) -> None:
-        self.api.merge(*merge.pair.ids, unless=lambda: self._is_stale(merge.group))
-
-    def _on_answer(self, future: "Future[None]", merge: Merge) -> None:
-        self._sending -= 1
-        pair = merge.pair
-        try:
-            future.result()
-            pair.state = State.ACKNOWLEDGED
-            self._acknowledged_once = self.changed = True
-            self.savepoint.record(pair)
-        except Stale:
-            pair.state = State.PLANNED
-            if not self._restarts[pair.ids]:
-                self.savepoint.record(pair)
-            self._queue.appendleft(merge)
-            return
-        except ApiRefused as refusal:
-            merge.refusal = PairError("merge_refused", str(refusal))
-        except ApiUnanswered as error:
-            self.changed = True
-            log.info("%s: the answer to the merge was lost (%s); looking", pair.email, error)
-        except (Denied, Interrupted) as stop:
-            self._fail(merge, "forbidden" if isinstance(stop, Denied) else "interrupted", str(stop), self._unsent(pair))
-            raise
-        merge.sent = time.monotonic()
-        merge.deadline = merge.sent + self._patience(pair)
-        self._plan_first_look(merge)
-
-    def _patience(self, pair: Pair) -> float:
-        """Seconds after the request until a duplicate that is still there means that the merge won't come.
-
-        An acknowledged merge has the whole timeout. One whose answer was lost may never have arrived, so it is
-        waited for several times as long as merges take (ten seconds where that is not known), and then done over.
-        """
-        if pair.state is State.ACKNOWLEDGED:
-            return self.merge_timeout
-        longest = max(self._usual_delays, default=0.0)
-        return min(max(3.0, 6 * longest) if longest else 10.0, self.merge_timeout / 4)
-
-    def _usual_delay(self) -> Optional[float]:
-        """How long merges have taken lately, in seconds: three of four were done by then."""
-        delays = sorted(self._usual_delays)
-        return delays[len(delays) * 3 // 4] if delays else None
-
-    def _plan_first_look(self, merge: Merge) -> None:
-        """Look when merges are usually done. While that is not known, one pair scouts and the others wait for it."""
-        usual = self._usual_delay()
-        if merge.refusal:
-            merge.look_after = 0.0
-        elif usual is not None:
-            merge.look_after = usual
-        elif self._scout is None:
-            self._scout, merge.look_after = merge, 0.2
-        else:
-            self._unlooked.append(merge)
-            return
-        self._later(merge.sent + merge.look_after - time.monotonic(), self._look, merge)
-
-    def _look(self, merge: Merge) -> None:
-        merge.looks += 1
-        self._submit(self._requests, self._on_looked, self._is_merged, merge)
-
-    def _is_merged(self, merge: Merge) -> bool:
-        return self.api.is_merged(*merge.pair.ids, refused=getattr(merge.refusal, "code", "") == "merge_refused")
-
-    def _on_looked(self, future: "Future[bool]", merge: Merge) -> None:
-        problem: Optional[PairError] = None
-        try:
-            gone = future.result()
-        except (ApiRefused, ApiUnanswered) as error:
-            gone, problem = False, error
-        except PairError as error:
-            self._free_scouted(merge, None)
-            self._fail(merge, error.code, str(error))
-            return
-        if gone:
-            self._free_scouted(merge, merge.look_after)
-            self._on_confirmed(merge)
-        elif merge.refusal or time.monotonic() >= merge.deadline:
-            self._free_scouted(merge, None)
-            self._on_unconfirmed(merge, problem)
-        else:
-            elapsed = time.monotonic() - merge.sent
-            merge.look_after = min(1.5 * elapsed + 0.1, elapsed + 10)
-            if merge.look_after > 1.5:
-                self._free_scouted(merge, None)
-            self._later(min(merge.look_after, merge.deadline - merge.sent) - elapsed, self._look, merge)
-
-    def _free_scouted(self, merge: Merge, delay: Optional[float]) -> None:
-        """Note how long a merge took (None: no telling) and let those go that waited to hear it."""
-        if merge.batch is None or merge.refusal:
-            return
-        if delay is not None:
-            self._usual_delays.append(delay)
-        if merge is self._scout or delay is not None:
-            self._scout = None
-            waiting, self._unlooked = self._unlooked, []
-            for other in waiting:
-                other.look_after = delay or merge.look_after
-                self._later(other.sent + other.look_after - time.monotonic(), self._look, other)
-
-    def _on_unconfirmed(self, merge: Merge, problem: Optional[PairError]) -> None:
-        pair = merge.pair
-        if merge.refusal:
-            self._fail(merge, merge.refusal.code, str(merge.refusal), self._unsent(pair))
-        elif problem:
-            self._fail(merge, problem.code, f"the merge can't be confirmed: {problem}")
-        elif self._restarts[pair.ids] < 3 and (pair.state is State.REQUESTED or merge.batch is None):
-            self._start_over(merge)
-        else:
-            waited = time.monotonic() - merge.sent
-            self._fail(
-                merge, "merge_not_confirmed", f"{pair.duplicate.short_id} is still there after {duration(waited)}"
-            )
-
-    def _unsent(self, pair: Pair) -> State:
-        """The state of a pair whose last request was not acted on: an earlier one may still be under way in DevRev.
-
-        For a day; what has not come by then will not come.
-        """
-        hopeful = self._restarts[pair.ids] and time.time() - pair.first_requested_at < self.HOPE
-        return State.REQUESTED if hopeful else State.FAILED
-
-    def _start_over(self, merge: Merge) -> None:
-        """A merge that was asked for and has not come: check and back up anew, then ask again."""
-        pair = merge.pair
-        log.info("%s: %s has been looked at and is still there; starting over", pair.email, pair.duplicate.short_id)
-        self._restarts[pair.ids] += 1
-        pair.state = State.PLANNED
-        self._again.append(merge.group)
-
-    def _on_confirmed(self, merge: Merge) -> None:
-        self.changed = True
+    def note_acknowledged(self) -> None:
+        self._acknowledged = self.changed = True
         self._streak = 0
-        merge.pair.state = State.MERGED
-        self.savepoint.record(merge.pair)
-        self._set_ref(merge)
 
-    # -- external_ref -------------------------------------------------------------------------------
+    def note_delay(self, seconds: float, looks: int) -> None:
+        """How long a merge took, by the look that found it, and how many looks it needed."""
+        self.changed = True
+        self._delays.append((seconds, looks))
 
-    def _set_ref(self, merge: Merge) -> None:
-        if merge.pair.new_ref:
-            self._submit(self._requests, self._on_ref_set, self._move_ref, merge)
-        else:
-            self._on_renamed(merge)
+    def first_look(self) -> float:
+        """Seconds after an answer at which a merge is usually done; early where that is not known yet."""
+        return min(0.75, max(seconds for seconds, _ in self._delays)) if self._delays else 0.25
 
-    def _move_ref(self, merge: Merge) -> None:
-        self.api.set_external_ref(merge.pair.primary.id, merge.pair.new_ref or "")
+    def looks_lately(self) -> int:
+        return max((looks for _, looks in self._delays), default=1)
 
-    def _on_ref_set(self, future: "Future[None]", merge: Merge) -> None:
-        try:
-            future.result()
-        except ApiRefused as refusal:
-            if refusal.status == 409:
-                self._retry_ref(merge)
-            else:
-                self._fail(merge, refusal.code, f"the reference {merge.pair.new_ref} could not be set: {refusal}")
-        except PairError as error:
-            self._fail(merge, error.code, f"the reference {merge.pair.new_ref} could not be set: {error}")
-        else:
-            self.changed = True
-            self._on_renamed(merge)
+    def patience(self, pair: Pair) -> float:
+        """Seconds after the request until a duplicate that is still there means that the merge won't come by itself."""
+        if pair.state is State.ACKNOWLEDGED or pair.refused:
+            return self.merge_timeout
+        return min(10.0, self.merge_timeout / 4)
 
-    def _retry_ref(self, merge: Merge) -> None:
-        """The duplicate may hold its reference for a while after it has gone."""
-        now = time.monotonic()
-        merge.ref_deadline = merge.ref_deadline or now + self.merge_timeout
-        if now >= merge.ref_deadline:
-            self._submit(self._requests, self._on_conflict, self._holder, merge)
-            return
-        pause = min(0.2 * 1.6**merge.ref_tries, 10.0, merge.ref_deadline - now)
-        merge.ref_tries += 1
-        self._later(pause, self._set_ref, merge)
+    def expect_no_more(self, walk: Walk) -> None:
+        """A walk won't be at its proof soon, or is there: where it was the last, proofs wait for nobody."""
+        self._expected.discard(walk)
+        if not self._expected and not self.brake.stop:
+            asyncio.get_event_loop().call_later(Loader.LINGER, self.api.flush)
 
-    def _holder(self, merge: Merge) -> str:
-        return self.api.holder_of(merge.pair.new_ref or "")
-
-    def _on_conflict(self, future: "Future[str]", merge: Merge) -> None:
-        error = future.exception()
-        holder = "somebody else" if isinstance(error, PairError) else future.result()
-        self._fail(merge, "external_ref_conflict", f"the reference {merge.pair.new_ref} is held by {holder}")
-
-    def _on_renamed(self, merge: Merge) -> None:
-        merge.pair.state = State.PROVING
-        self.savepoint.record(merge.pair)
-        self._to_prove.append(merge)
-        waiting = merge.group.waiting()
-        if waiting and merge.batch and waiting[0].ids in self._open:
-            self._queue.append(self._open[waiting[0].ids])
-
-    # -- proof --------------------------------------------------------------------------------------
-
-    def _prove_collected(self) -> None:
-        """Prove many pairs with the same calls: a batch of them, or what there is when nothing else will come soon."""
-        if not self._to_prove:
-            return
-        coming = (self._queue or self._preparing) and not self._closing
-        moving = any(
-            not merge.slow and merge.pair.state in (State.REQUESTED, State.ACKNOWLEDGED, State.MERGED)
-            for merge in self._open.values()
-        )
-        if len(self._to_prove) >= self.BATCH or not (coming or moving) or any(merge.proofs for merge in self._to_prove):
-            merges, self._to_prove = self._to_prove, []
-            self._submit(self._stages, self._on_proved, self._prove, merges)
-
-    def _prove_again(self, merge: Merge) -> None:
-        self._to_prove.append(merge)
-
-    def _prove(self, merges: Sequence[Merge]) -> List[Union[List[Json], PairError]]:
-        """What of each duplicate's backup does not hang on its primary (in a stage thread)."""
-        wanted: List[Union[List[Json], PairError]] = [self._wanted(merge.pair) for merge in merges]
-        ask: Dict[str, List[str]] = collections.defaultdict(list)
-        for merge, items in zip(merges, wanted):
-            for role in {item["role"] for item in items} if isinstance(items, list) else ():
-                ask[role].append(merge.pair.primary.id)
-        calls = {role: self._requests.submit(self._list_role, role, sorted(set(ids))) for role, ids in ask.items()}
-        answers = {role: call.result() for role, call in calls.items()}
-        there = {
-            (role, primary): {item["id"] for item in items}
-            for role, found in answers.items()
-            for primary, items in found.items.items()
-        }
-        results: List[Union[List[Json], PairError]] = []
-        for merge, items in zip(merges, wanted):
-            primary = merge.pair.primary.id
-            errors = [found.errors[primary] for found in answers.values() if primary in found.errors]
-            if isinstance(items, PairError) or errors:
-                results.append(items if isinstance(items, PairError) else errors[0])
-            else:
-                results.append([item for item in items if item["id"] not in there[item["role"], primary]])
-        return results
-
-    def _list_role(self, role: str, primaries: Sequence[str]) -> Found:
-        if role == "members":
-            return self.api.conversations(primaries)
-        return self.api.works(next(name for name in ROLES if ROLES[name] == role), primaries)
-
-    @staticmethod
-    def _wanted(pair: Pair) -> Union[List[Json], PairError]:
-        try:
-            return to_prove(json.loads((Path(pair.backup) / "manifest.json").read_bytes()), pair.duplicate.id)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return PairError(
-                "backup_failed",
-                f"merged, but can't be proved: the backup {pair.backup} can't be read ({type(error).__name__})",
-            )
-
-    def _on_proved(self, future: "Future[List[Union[List[Json], PairError]]]", merges: Sequence[Merge]) -> None:
-        error = future.exception()
-        if error and not isinstance(error, PairError):
-            raise error
-        results = [error] * len(merges) if isinstance(error, PairError) else future.result()
-        proved = []
-        for merge, left in zip(merges, results):
-            if isinstance(left, PairError):
-                self._fail(merge, left.code, f"merged, but not proved: {left}")
-            elif not left:
-                proved.append(merge)
-            elif (
-                merge.proofs < len(self.PROOF_PAUSES)
-                and sum(self.PROOF_PAUSES[: merge.proofs + 1]) < self.merge_timeout
-            ):
-                merge.proofs += 1
-                self._later(self.PROOF_PAUSES[merge.proofs - 1], self._prove_again, merge)
-            else:
-                merge.pair.left_behind = describe(merge.pair, left)
-                names = ", ".join(dict.fromkeys(item["display_id"] for item in merge.pair.left_behind))
-                self._fail(merge, "left_behind", f"merged, but not on the primary: {names}")
-        self._finish(proved)
-
-    # -- the end of a pair --------------------------------------------------------------------------
-
-    def _finish(self, merges: Sequence[Merge]) -> None:
-        for merge in merges:
-            pair = merge.pair
-            pair.state, pair.code, pair.error, pair.left_behind = State.DONE, "", "", []
-            pair.seconds = max(0.0, time.time() - pair.requested_at)
-        if merges:
-            self.savepoint.record(*(merge.pair for merge in merges))
-            self._streak = 0
-        for merge in merges:
-            self.merged += 1
-            self._settle(merge)
-
-    def _fail(self, merge: Merge, code: str, error: str, state: Optional[State] = None) -> None:
-        """Give up on a pair for this run: before the request as FAILED, after it in the state that it has reached."""
-        pair = merge.pair
-        pair.state = state or (State.FAILED if pair.state is State.PLANNED else pair.state)
-        pair.code, pair.error = code, error
-        pair.seconds = max(0.0, time.time() - pair.requested_at) if pair.requested_at else 0.0
+    def rest(self, walk: Walk, pair: Pair, flaw: Optional[PairError] = None) -> None:
+        """A pair has ended, is refused, or can't be taken further in this run."""
+        if flaw:
+            pair.state = State.FAILED if pair.state is State.PLANNED else pair.state
+            pair.code, pair.error = flaw.code, str(flaw)
+        if pair.requested_at:
+            pair.seconds = max(0.0, self.outside.moment().wall - pair.requested_at)
         self.savepoint.record(pair)
-        self.failed += 1
-        self._settle(merge)
-        if merge.batch and code != "group_incomplete":
-            self._fail_rest(merge.group)
-        if code not in self.DATA_CODES and code not in ("interrupted", "group_incomplete"):
+        self.rested[pair.ids] = pair
+        self.on_pair(pair)
+        if not flaw:
+            self._streak = 0
+        elif not walk.resumed and pair.state is not State.PROVING and flaw.code not in self.HARMLESS:
             self._streak += 1
-            if self._streak >= self.STREAK and not self._closing:
-                self._closing = True
-                self.stop = Stop(EXIT_STOPPED, f"{self._streak} failures in a row, the last: {error}")
+            if self._streak >= self.STREAK and not self.closing:
+                self.closing = Stop(EXIT_STOPPED, f"{self._streak} failures in a row, the last: {flaw}")
 
-    def _fail_rest(self, group: Group) -> None:
-        """One pair of a group has failed: the others wait for the next run."""
-        for pair in group.waiting():
-            merge = self._open.get(pair.ids)
-            if merge is None and pair.code:
-                continue
-            self._fail(
-                merge or Merge(pair, group),
-                "group_incomplete",
-                "another merge into the same contact has to be finished first",
-            )
+    # -- the end ------------------------------------------------------------------------------------
 
-    def _settle(self, merge: Merge) -> None:
-        self._open.pop(merge.pair.ids, None)
-        self._taken_over.discard(merge.pair.ids)
-        self.on_pair(merge.pair)
+    @property
+    def stop(self) -> Optional[Stop]:
+        return self.brake.stop or self.closing
 
-    def _account_for_open_pairs(self) -> None:
-        """What was asked for and could not be followed to its end is named in the report."""
-        for merge in list(self._open.values()):
-            if self._restarts[merge.pair.ids] and merge.pair.state is State.PLANNED:
-                merge.pair.state = State.REQUESTED
-            if merge.pair.state in UNFINISHED:
-                self._fail(merge, "interrupted", f"stopped while {merge.pair.state.value}; run again to finish")
+    def count(self, *states: State) -> int:
+        """Pairs that have come to rest in these states."""
+        return sum(pair.state in states for pair in self.rested.values())
+
+    def _exit_code(self) -> int:
+        stop = self.stop
+        if isinstance(stop, Denied) and self.changed:
+            return EXIT_STOPPED
+        if self.brake.stop or (stop and len(self.rested) < self.total):
+            return stop.exit_code if stop else EXIT_STOPPED
+        if len(self.rested) < self.total:
+            self.closing = Stop(EXIT_STOPPED, "pairs were left without a word (a bug; run again)")
+            return EXIT_STOPPED
+        return EXIT_OK if self.count(State.DONE, State.SETTLED) == len(self.rested) else EXIT_FAILED
 
 
-def _drain(items: List[T]) -> Iterator[T]:
+def drain(items: List[T]) -> Iterator[T]:
     """Yield the items in order and forget them, so that memory does not grow with what is done."""
     items.reverse()
     while items:
         yield items.pop()
-
-
-def _by_id(items: Iterable[Json]) -> Dict[str, Json]:
-    return {item["id"]: item for item in items}
 
 
 def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) -> None:
@@ -2680,24 +3159,6 @@ def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) ->
                     f"the {origin} is of another organisation than the token: {contact.short_id} belongs to "
                     f"{contact.organisation}, the token to {organisation or 'an unknown one'}",
                 )
-
-
-def describe(pair: Pair, items: Iterable[Json]) -> List[Json]:
-    """Name objects (`{id, role}`) with display id, kind and title from the backup."""
-    known: Dict[str, Json] = {}
-    for path in (*Path(pair.backup).glob("*/works.json"), *Path(pair.backup).glob("*/conversations.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            known.update(_by_id(json.loads(path.read_bytes())))
-    return [
-        {
-            "id": item["id"],
-            "display_id": known.get(item["id"], {}).get("display_id") or item["id"],
-            "kind": known.get(item["id"], {}).get("type") or item["id"].split(":")[-1].split("/")[0],
-            "title": known.get(item["id"], {}).get("title") or "",
-            "role": item["role"],
-        }
-        for item in items
-    ]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2720,7 +3181,12 @@ ADVICE = {
     "merge_not_confirmed": "DevRev has not carried the merge out yet: run again later, which looks again first",
     "external_ref_conflict": "free the reference from its holder in DevRev, run again: only the reference is set then",
     "external_ref_not_set": "run again; if it stays, set the reference by hand in DevRev",
-    "left_behind": "run again later (DevRev may still be moving them), or move them by hand",
+    "left_behind": "run again later (DevRev may still be moving them), or move them by hand; --settle accepts what can't be mended",
+    "still_listed": "run again later",
+    "merged_into_another": "look at both contacts in DevRev; --settle accepts it",
+    "merged_elsewhere": "export again; the reference named in the message has to be looked at by hand",
+    "stale": "raise DEVREV_RATE_LIMIT_CALLS, or ask DevRev for a larger quota",
+    "undo_unfinished": "finish the undo first",
     "group_incomplete": "run again",
     "interrupted": "run again with the same savepoint: it is finished first",
 }
@@ -2736,8 +3202,8 @@ def contact_entry(contact: Contact) -> Json:
     }
 
 
-def merge_entry(pair: Pair, finished: str) -> Json:
-    """A pair in `successful_merges` or `failed_merges` (with `state`, `code`, `error`, `left_behind`)."""
+def merge_entry(pair: Pair, planned: Collection[Tuple[str, str]]) -> Json:
+    """A pair in one of the report's lists; `in_csv` says whether it is one of this CSV's, `planned`."""
     entry: Json = {
         "email": pair.email,
         "primary": contact_entry(pair.primary),
@@ -2745,11 +3211,27 @@ def merge_entry(pair: Pair, finished: str) -> Json:
         "new_external_ref": pair.new_ref,
         "backup": pair.backup or None,
         "seconds": round(pair.seconds, 3),
-        "finished": finished,
+        "finished": pair.updated,
+        "state": pair.state.value,
+        "in_csv": pair.ids in planned,
+        **pair.details,
     }
     if pair.state is not State.DONE:
-        entry.update(state=pair.state.value, code=pair.code, error=pair.error, left_behind=pair.left_behind)
+        entry.update(code=pair.code, error=pair.error, left_behind=pair.left_behind)
+    if pair.state in UNFINISHED:
+        entry.update(PROGRESS[pair.state])
     return entry
+
+
+PROGRESS: Mapping[State, Json] = {
+    State.REQUESTED: {
+        "so_far": "asked for, and not merged yet",
+        "to_do": "confirm the merge, set the reference, prove",
+    },
+    State.ACKNOWLEDGED: {"so_far": "DevRev has accepted the merge", "to_do": "confirm it, set the reference, prove"},
+    State.MERGED: {"so_far": "merged", "to_do": "set the reference, prove that nothing was left behind"},
+    State.PROVING: {"so_far": "merged, the reference is set", "to_do": "prove that nothing was left behind"},
+}
 
 
 def skip_entry(skip: Skip) -> Json:
@@ -2777,35 +3259,80 @@ def report_chunks(head: Json, lists: Mapping[str, Iterable[Json]]) -> Iterator[b
     yield b"\n}\n"
 
 
-def summarise(plan: Plan, merger: Optional[ContactMerger]) -> Json:
-    merged, failed = (merger.merged, merger.failed) if merger else (0, 0)
-    return {
-        "contacts_read": plan.contacts_read,
-        "invalid_rows": len(plan.invalid_rows),
-        "pairs_planned": plan.already_merged + (merger.total or plan.count() if merger else 0),
-        "already_merged": plan.already_merged,
-        "total_merges_attempted": merged + failed,
-        "successful_merges": merged,
-        "failed_merges": failed,
-        "skipped_groups": len(plan.skipped),
-    }
+class Outcome:
+    """What a run has come to: the pairs of the report's lists, read from the savepoint as often as they are asked for."""
+
+    def __init__(self, plan: Plan, savepoint: SavePoint) -> None:
+        self.plan = plan
+        self.savepoint = savepoint
+
+    def successful(self) -> Iterator[Pair]:
+        """Pairs that have ended well and stand in no report yet, those of a run that was killed among them."""
+        return (pair for pair in self.savepoint.unreported() if pair.state is not State.MERGED_ELSEWHERE)
+
+    def failed(self) -> Iterator[Pair]:
+        """Pairs that were not asked for, or have ended without a merge."""
+        yield from self.savepoint.failed()
+        yield from (pair for pair in self.savepoint.unreported() if pair.state is State.MERGED_ELSEWHERE)
+
+    def unfinished(self) -> Iterator[Pair]:
+        return self.savepoint.rows(*UNFINISHED)
+
+    def summary(self) -> Json:
+        """The contract's numbers, of this CSV's pairs; `earlier_runs` counts the other pairs in the lists."""
+        lists = {
+            "successful_merges": self.successful,
+            "failed_merges": self.failed,
+            "unfinished_merges": self.unfinished,
+        }
+        mine: Dict[str, int] = dict.fromkeys(lists, 0)
+        others = dict(mine)
+        for name, pairs in lists.items():
+            for pair in pairs():
+                (mine if pair.ids in self.plan.ids else others)[name] += 1
+        attempted = sum(mine.values())
+        plan = self.plan
+        summary: Json = {
+            "contacts_read": plan.contacts_read,
+            "invalid_rows": len(plan.invalid_rows),
+            "pairs_planned": len(plan.ids),
+            "already_merged": plan.already_merged,
+            "total_merges_attempted": attempted,
+            **mine,
+            "left": len(plan.ids) - plan.already_merged - attempted,
+            "skipped_groups": len(plan.skipped),
+        }
+        if any(others.values()):
+            summary["earlier_runs"] = others
+        return summary
 
 
-def write_report(path: Path, run: Json, plan: Plan, merger: Optional[ContactMerger], savepoint: SavePoint) -> None:
-    """Write the JSON report, and beside it the page that shows it. Raises OSError where the disk refuses."""
-    private_folder(path.parent)
+def write_report(path: Path, run: Json, outcome: Outcome, outside: Outside) -> None:
+    """Write the JSON report, and beside it the page that shows it. Raises OSError where the disk refuses.
+
+    The savepoint knows the report's name before the report has it, so that what has ended stands in exactly one.
+    """
+    plan, savepoint = outcome.plan, outcome.savepoint
+    outside.folder(path.parent)
+
+    def entries(pairs: Iterable[Pair]) -> Iterator[Json]:
+        return (merge_entry(pair, plan.ids) for pair in pairs)
+
     lists: Dict[str, Iterable[Json]] = {
-        "successful_merges": (merge_entry(pair, finished) for pair, finished in savepoint.of_run(done=True)),
-        "failed_merges": (merge_entry(pair, finished) for pair, finished in savepoint.of_run(done=False)),
+        "successful_merges": entries(outcome.successful()),
+        "failed_merges": entries(outcome.failed()),
+        "unfinished_merges": entries(outcome.unfinished()),
         "skipped": map(skip_entry, plan.skipped),
         "invalid_rows": (row._asdict() for row in plan.invalid_rows),
     }
-    _replace(path, report_chunks({"run": run, "summary": summarise(plan, merger)}, lists))
+    head = {"run": run, "summary": outcome.summary()}
+    outside.replace(path, report_chunks(head, lists), before=lambda: savepoint.announce_report(path.name))
+    savepoint.settle_report(lambda _name: True)
     template = Path(__file__).resolve().parent / "reports" / "template.html"
     if template.is_file():
         before, _, after = template.read_bytes().partition(b"__REPORT_JSON__")
         with open(path, "rb") as report:
-            _replace(path.with_suffix(".html"), chain([before], map(for_script, report), [after]))
+            outside.replace(path.with_suffix(".html"), chain([before], map(for_script, report), [after]))
 
 
 def for_script(text: bytes) -> bytes:
@@ -2819,19 +3346,6 @@ def for_script(text: bytes) -> bytes:
     ):
         text = text.replace(raw, escaped)
     return text
-
-
-def _replace(path: Path, chunks: Iterable[bytes]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with contextlib.suppress(FileNotFoundError):
-        aside.unlink()
-    try:
-        write_durably(aside, chunks)
-        publish(aside, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2861,7 +3375,7 @@ def estimate(pairs: int, contacts: int, tickets: int, settings: ApiSettings, wit
 def estimate_plan(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimate:
     pairs = contacts = tickets = 0
     for group in plan.groups:
-        left = [pair for pair in group.pairs if pair.state is not State.DONE]
+        left = [pair for pair in group.pairs if pair.state not in ENDED]
         if left:
             pairs += len(left)
             contacts += len(left) + 1
@@ -2882,7 +3396,7 @@ class Console:
     def __init__(self, quiet: bool = False, out: Optional[TextIO] = None, err: Optional[TextIO] = None) -> None:
         self.quiet = quiet
         self.out, self.err = out or sys.stdout, err or sys.stderr
-        self.token = ""
+        self.mask: Callable[[str], str] = str
         self._status = ""
         for stream in (self.out, self.err):
             if hasattr(stream, "reconfigure"):
@@ -2904,7 +3418,7 @@ class Console:
         return fancy
 
     def clean(self, text: str) -> str:
-        return printable(text.replace(self.token, "[token]") if self.token else text)
+        return printable(self.mask(text))
 
     def say(self, text: str = "", style: str = "") -> None:
         """A line of results, wrapped on a terminal; never raises because nobody reads it any more."""
@@ -2924,6 +3438,10 @@ class Console:
     def note(self, text: str, style: str = "") -> None:
         """A line beside the results."""
         self._write(self.err, self.paint(style, self.clean(text), self.err) if style else self.clean(text))
+
+    def cut(self, text: str) -> None:
+        """Say a last word, if anybody listens, before the process ends at once."""
+        self.note(text)
 
     def error(self, text: str) -> None:
         log.error("%s", text)
@@ -2954,11 +3472,11 @@ class PlainFormatter(logging.Formatter):
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
-        self.token = ""
+        self.mask: Callable[[str], str] = str
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        return printable(text.replace(self.token, "[token]") if self.token else text)
+        return printable(self.mask(text))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -3245,11 +3763,11 @@ class Run:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.console = Console(options.quiet)
-        self.started = time.time()
+        self.started, self.begun = time.time(), time.monotonic()
         self.stamp = self._free_stamp()
         self.formatter = PlainFormatter()
         self.settings = ApiSettings(token="")
-        self.halt = threading.Event()
+        self.outside = Outside(self.settings)
         self.organisation = ""
         self.signal = 0
 
@@ -3264,10 +3782,25 @@ class Run:
     def _free_stamp(self) -> str:
         second = self.started
         while True:
-            self.stamp = _stamp(second)
+            self.stamp = stamp_of(second)
             if not (self.report_path.exists() or self.log_path.exists()):
                 return self.stamp
             second += 1
+
+    def on_signal(self, loop: asyncio.AbstractEventLoop, act: Callable[[], None]) -> None:
+        """The first Ctrl-C, SIGTERM or SIGHUP acts, in the event loop; the second ends the process at once."""
+
+        def handle(number: int, _frame: Any) -> None:
+            if self.signal:
+                self.console.cut("cut off; run the same command again to go on")
+                os._exit(128 + self.signal)
+            self.signal = number
+            loop.call_soon_threadsafe(act)
+            self.console.note("stopping: waiting for the requests that are under way (again to stop at once) ...")
+
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), handle)
 
     def open_log(self) -> None:
         """Log to a file and, with -v, to stderr. Raises Stop(3) where a real run can't log."""
@@ -3280,7 +3813,7 @@ class Run:
         if not self.options.quiet:
             self._add_handler(shown)
         try:
-            private_folder(self.log_path.parent)
+            self.outside.folder(self.log_path.parent)
             self._add_handler(
                 logging.FileHandler(str(self.log_path), encoding="utf-8", errors="backslashreplace")
                 if sys.version_info >= (3, 9)
@@ -3298,7 +3831,8 @@ class Run:
 
     def load_settings(self) -> None:
         self.settings = load_settings(load_environment(), self.options.workers)
-        self.console.token = self.formatter.token = self.settings.token
+        self.outside = Outside(self.settings)
+        self.console.mask = self.formatter.mask = self.settings.mask
 
     def ceiling(self) -> str:
         if not self.settings.calls:
@@ -3320,17 +3854,15 @@ def _no_collection() -> Iterator[None]:
 
 
 def make_plan(run: Run, savepoint: Optional[SavePoint]) -> Plan:
-    """Read, detect, and leave out what is not wanted or done already."""
+    """Read, detect, and leave out what is not wanted or has ended already."""
     options = run.options
     with _no_collection():
         plan = detect(read_contacts(options.csv))
+    plan.ids = {pair.ids for group in plan.groups for pair in group.pairs}
+    if savepoint:
+        adopt(plan, savepoint, {email_key(email) for email in options.email or ()})
     if options.email:
         _keep_emails(plan, options.email, run.console)
-    if savepoint:
-        for group in plan.groups:
-            savepoint.refresh(group)
-        total = sum(len(group.pairs) for group in plan.groups)
-        plan.already_merged = total - plan.count()
     if options.limit:
         _keep_first(plan, options.limit)
     for row in plan.invalid_rows:
@@ -3340,8 +3872,25 @@ def make_plan(run: Run, savepoint: Optional[SavePoint]) -> Plan:
     return plan
 
 
+def adopt(plan: Plan, savepoint: SavePoint, named: Collection[str] = ()) -> None:
+    """Bring what the savepoint knows into a plan: what has ended or was begun, and what was undone and not `named`."""
+    known = {pair.ids: pair for pair in savepoint.rows(*UNFINISHED, *ENDED, State.UNDONE)}
+    groups, plan.groups = plan.groups, []
+    for group in groups:
+        rows = [known.get(pair.ids) for pair in group.pairs]
+        if group.email not in named and any(row and row.state is State.UNDONE for row in rows):
+            plan.skipped.append(Skip(group.email, "undone", group.everybody()))
+            plan.ids.difference_update(pair.ids for pair in group.pairs)
+            continue
+        plan.groups.append(group)
+        for pair, row in zip(group.pairs, rows):
+            if row and row.state is not State.UNDONE:
+                pair.state = row.state
+                plan.already_merged += row.state in ENDED and bool(row.report)
+
+
 def _keep_emails(plan: Plan, emails: Sequence[str], console: Console) -> None:
-    wanted = {email.strip().casefold() for email in emails}
+    wanted = {email_key(email) for email in emails}
     plan.groups = [group for group in plan.groups if group.email in wanted]
     plan.skipped = [skip for skip in plan.skipped if skip.email in wanted]
     found = {group.email for group in plan.groups} | {skip.email for skip in plan.skipped}
@@ -3353,7 +3902,7 @@ def _keep_first(plan: Plan, limit: int) -> None:
     """Keep whole groups with at most `limit` pairs in all; one that would not fit is passed over."""
     kept: List[Group] = []
     for group in plan.groups:
-        size = sum(pair.state is not State.DONE for pair in group.pairs)
+        size = sum(pair.state is State.PLANNED for pair in group.pairs)
         if size and size <= limit:
             kept.append(group)
             limit -= size
@@ -3361,7 +3910,9 @@ def _keep_first(plan: Plan, limit: int) -> None:
 
 
 def preview(run: Run) -> int:
-    known = SavePoint(run.options.savepoint, readonly=True) if _has_content(run.options.savepoint) else None
+    known = (
+        SavePoint(run.options.savepoint, run.outside, readonly=True) if _has_content(run.options.savepoint) else None
+    )
     plan = make_plan(run, known)
     cost = estimate_plan(plan, run.settings, not run.options.no_timelines)
     if run.options.json:
@@ -3384,60 +3935,83 @@ def _has_content(path: Path) -> bool:
 def merge(run: Run) -> int:
     """Carry the plan out and report it; returns the exit code."""
     check_token(run.settings.token)
-    savepoint = SavePoint(run.options.savepoint, run.stamp)
+    savepoint = open_savepoint(run)
     try:
         plan = make_plan(run, savepoint)
         if not plan.count() and not savepoint.unfinished():
             return _report(run, plan, None, savepoint, EXIT_OK)
-        run.console.status("connecting to DevRev ...")
-        api = DevRevAPI(run.settings, run.halt)
-        backups = Backups(Path("backups"), not run.options.no_timelines)
-        progress = Progress(run)
-        merger = ContactMerger(
-            api,
-            savepoint,
-            backups,
-            run.options.count_policy,
-            run.options.merge_timeout,
-            progress.on_pair,
-            progress.on_tick,
-        )
-        try:
-            unfinished = merger.identify(plan)
-        except Stop as stop:
-            if stop.exit_code != EXIT_STOPPED:
-                raise
-            merger.stop = stop
-            return _report(run, plan, merger, savepoint, stop.exit_code)
-        confirm(run, plan, merger, len(unfinished))
-        savepoint.about("organisation", merger.organisation)
-        with _signals(run):
-            code = merger.run(plan, unfinished)
-            run.console.status("")
-            return _report(run, plan, merger, savepoint, run.signal + 128 if run.signal else code)
+        run.outside.folder(run.report_path.parent)
+        check_writable(run.report_path.parent)
+        return asyncio.run(_merge(run, plan, savepoint))
     finally:
         savepoint.close()
 
 
-@contextlib.contextmanager
-def _signals(run: Run) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM ends the run in good order, the second at once."""
+def open_savepoint(run: Run) -> SavePoint:
+    """Open the savepoint. A new one learns from the journal what was asked for and what has ended."""
+    savepoint = SavePoint(run.options.savepoint, run.outside, run.stamp)
+    if savepoint.is_new:
+        reported = reported_pairs(run.report_path.parent)
+        pairs = Journal(JOURNAL, run.outside, run.stamp).pairs()
+        for pair in pairs:
+            pair.report = reported.get(pair.ids, "")
+        if pairs:
+            log.info("a new savepoint; the journal knows %s", plural(len(pairs), "pair"))
+            savepoint.record(*pairs)
+    savepoint.settle_report(lambda name: (run.report_path.parent / name).exists())
+    return savepoint
 
-    def handle(number: int, _frame: Any) -> None:
-        if run.signal:
-            os._exit(128 + number)
-        run.signal = number
-        run.halt.set()
-        with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping: waiting for the requests that are under way (again to stop at once) ...\n")
 
-    numbers = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
-    previous = {number: signal.signal(number, handle) for number in numbers}
+JOURNAL = Path("backups") / "journal.jsonl"
+
+
+def reported_pairs(folder: Path) -> Dict[Tuple[str, str], str]:
+    """The pairs that reports in a folder call ended, with the report's name."""
+    found: Dict[Tuple[str, str], str] = {}
+    for path in sorted(folder.glob("merge_report_*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            report = json.loads(path.read_bytes())
+            for entry in (*report["successful_merges"], *report["failed_merges"]):
+                if entry.get("state", "done") in {state.value for state in ENDED}:
+                    found[entry["primary"]["id"], entry["duplicate"]["id"]] = path.name
+    return found
+
+
+def check_writable(folder: Path) -> None:
+    """Find out now whether a file can be made in a folder. Raises Stop(3)."""
+    trial = folder / f".trial.{os.getpid()}"
     try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        trial.write_bytes(b"")
+        trial.unlink()
+    except OSError as error:
+        raise Stop(EXIT_STOPPED, f"{folder} can't be written: {error.strerror}; nothing was changed") from None
+
+
+async def _merge(run: Run, plan: Plan, savepoint: SavePoint) -> int:
+    run.console.status("connecting to DevRev ...")
+    brake = Brake()
+    api = DevRevAPI(run.settings, run.outside, brake)
+    backups = Backups(JOURNAL.parent, run.outside, not run.options.no_timelines)
+    journal = Journal(JOURNAL, run.outside, run.stamp)
+    progress = Progress(run)
+    merger = ContactMerger(
+        api, savepoint, journal, backups, run.options.count_policy, run.options.merge_timeout, progress.on_pair
+    )
+    try:
+        unfinished = await merger.identify(plan)
+    except Stop as stop:
+        if stop.exit_code != EXIT_STOPPED:
+            raise
+        brake.pull(stop)
+        return _report(run, plan, merger, savepoint, stop.exit_code)
+    confirm(run, plan, merger, len(unfinished))
+    savepoint.about("organisation", merger.organisation)
+    run.on_signal(asyncio.get_event_loop(), lambda: brake.pull(Interrupted()))
+    ticking = asyncio.ensure_future(progress.tick(merger))
+    code = await merger.run(plan.groups, unfinished)
+    ticking.cancel()
+    run.console.status("")
+    return _report(run, plan, merger, savepoint, run.signal + 128 if run.signal else code)
 
 
 def confirm(run: Run, plan: Plan, merger: ContactMerger, unfinished: int) -> None:
@@ -3478,7 +4052,7 @@ class Progress:
         console = self.run.console
         arrow = console.symbol("\u2190", "<-")
         names = f"{pair.email}: {pair.primary.short_id} {arrow} {pair.duplicate.short_id}"
-        if pair.state is State.DONE:
+        if pair.state in (State.DONE, State.SETTLED):
             log.info("merged %s", names)
             line, style = f"merged  {names}" + (f", now {pair.new_ref}" if pair.new_ref else ""), ""
         else:
@@ -3488,34 +4062,32 @@ class Progress:
         if not self.run.options.quiet:
             console.say(line, style)
 
-    def on_tick(self, merger: ContactMerger) -> None:
-        now = time.monotonic()
-        if now - self.drawn < 0.2:
-            return
-        self.drawn = now
-        if now - self.recent[-1][0] >= 1:
-            self.recent.append((now, sum(merger.api.requests.values())))
-        line = self.line(merger, now)
-        self.run.console.status(line)
-        if now - self.told >= self.EVERY:
-            self.told = now
-            log.info("%s", line)
-            if not self.run.options.quiet and not self.run.console.err.isatty():
-                self.run.console.note(line)
+    async def tick(self, merger: ContactMerger) -> None:
+        """Keep the status line up to date, for as long as the run lasts."""
+        while True:
+            await asyncio.sleep(0.2)
+            now = time.monotonic()
+            if now - self.recent[-1][0] >= 1:
+                self.recent.append((now, sum(merger.api.requests.values())))
+            line = self.line(merger, now)
+            self.run.console.status(line)
+            if now - self.told >= self.EVERY:
+                self.told = now
+                log.info("%s", line)
+                if not self.run.options.quiet and not self.run.console.err.isatty():
+                    self.run.console.note(line)
 
     def line(self, merger: ContactMerger, now: float) -> str:
-        done = merger.merged + merger.failed
+        done, failed = len(merger.rested), len(merger.rested) - merger.count(State.DONE)
         since, before = (
             self.recent[0] if now - self.recent[0][0] < 60 else next(r for r in self.recent if now - r[0] < 60)
         )
         rate = (sum(merger.api.requests.values()) - before) / max(1.0, now - since) * 60
         parts = [f"{done}/{merger.total} pairs"]
-        if merger.under_way:
-            parts.append(f"{merger.under_way} merging")
-        if merger.failed:
-            parts.append(f"{merger.failed} failed")
+        if failed:
+            parts.append(f"{failed} failed")
         parts.append(f"{rate:.0f} requests/min")
-        parts.extend(filter(None, [merger.api.throttle.outlook()]))
+        parts.extend(filter(None, [merger.api.gate.outlook()]))
         if done and done < merger.total:
             parts.append(f"about {duration((now - self.begun) / done * (merger.total - done))} left")
         return ", ".join(parts)
@@ -3524,15 +4096,18 @@ class Progress:
 def _report(run: Run, plan: Plan, merger: Optional[ContactMerger], savepoint: SavePoint, code: int) -> int:
     """Write the report and print the summary; a full disk here makes the exit code 3."""
     stop = str(merger.stop) if merger and merger.stop and code >= EXIT_USAGE else None
+    outcome = Outcome(plan, savepoint)
+    summary = outcome.summary()
+    failures = [*outcome.failed(), *outcome.unfinished()]
     try:
-        write_report(run.report_path, run_facts(run, merger, savepoint, code, stop), plan, merger, savepoint)
+        write_report(run.report_path, run_facts(run, merger, savepoint, code, stop), outcome, run.outside)
         written = True
     except (OSError, Stop) as error:
         run.console.error(f"the report can't be written: {error}")
         code, written = code if code >= EXIT_USAGE else EXIT_STOPPED, False
     if stop and not run.signal:
         run.console.error(stop)
-    show_summary(run, plan, merger, savepoint, written)
+    show_summary(run, summary, merger, failures, written)
     if code >= EXIT_STOPPED:
         run.console.note(f"Stopped early. Run the same command again to go on from {run.options.savepoint}.", "bold")
     elif code == EXIT_USAGE:
@@ -3545,7 +4120,7 @@ def run_facts(run: Run, merger: Optional[ContactMerger], savepoint: SavePoint, c
     """The report's `run`."""
     owner = merger.token_owner if merger else {}
     requests = dict(sorted(merger.api.requests.items())) if merger else {}
-    waits = merger.api.throttle.waits if merger else []
+    waits = merger.api.gate.waits if merger else []
     options = run.options
     return {
         "version": __version__,
@@ -3559,20 +4134,16 @@ def run_facts(run: Run, merger: Optional[ContactMerger], savepoint: SavePoint, c
             "merge_timeout": options.merge_timeout, "workers": options.workers, "savepoint": str(options.savepoint),
             "timelines": not options.no_timelines, "rate_limit": [run.settings.calls, run.settings.period],
         },
-        "start": _iso(run.started),
-        "end": now_iso(),
+        "start": iso(run.started),
+        "end": iso(time.time()),
         "exit_code": code,
         "stopped": ("interrupted" if run.signal else stop),
         "requests": requests,
         "requests_total": sum(requests.values()),
         "quota_wait_seconds": round(sum(end - start for start, end in waits), 3),
-        "quota_waits": [{"start": _iso(start), "end": _iso(end)} for start, end in waits if end - start > 0.5],
+        "quota_waits": [{"start": iso(start), "end": iso(end)} for start, end in waits if end - start > 0.5],
         "log": str(run.log_path),
     }  # fmt: skip
-
-
-def _iso(epoch: float) -> str:
-    return datetime.fromtimestamp(epoch, timezone.utc).isoformat(timespec="milliseconds")
 
 
 def _sha256(path: Path) -> Optional[str]:
@@ -3586,44 +4157,40 @@ def _sha256(path: Path) -> Optional[str]:
     return digest.hexdigest()
 
 
-def show_summary(run: Run, plan: Plan, merger: Optional[ContactMerger], savepoint: SavePoint, written: bool) -> None:
+def show_summary(
+    run: Run, facts: Json, merger: Optional[ContactMerger], failures: Sequence[Pair], written: bool
+) -> None:
     say = run.console.say
-    facts = summarise(plan, merger)
     if not merger:
-        done, skipped = plural(plan.already_merged, "pair"), plural(len(plan.skipped), "group")
+        done, skipped = plural(facts["already_merged"], "pair"), plural(facts["skipped_groups"], "group")
         say(f"Nothing to do: {done} already merged, {skipped} skipped.")
     else:
+        planned = facts["pairs_planned"]
         say()
-        say(
-            f"merged   {facts['successful_merges']} of {plural(merger.total, 'pair')}",
-            "good" if not merger.failed else "bold",
-        )
-        left = merger.total - merger.merged - merger.failed
-        if merger.failed:
-            say(f"failed   {merger.failed}", "bad")
-            _show_failures(run.console, savepoint)
-        if left:
-            say(f"left     {left} not begun")
-        if plan.already_merged:
-            say(f"before   {plan.already_merged} merged by earlier runs")
-        if plan.skipped:
-            say(f"skipped  {plural(len(plan.skipped), 'group')} (--preview says why)")
-        say(f"cost     {plural(sum(merger.api.requests.values()), 'request')}, {duration(time.time() - run.started)}")
+        say(f"merged   {facts['successful_merges']} of {plural(planned, 'pair')}", "bold" if failures else "good")
+        if failures:
+            say(f"failed   {facts['failed_merges']}, unfinished {facts['unfinished_merges']}", "bad")
+            _show_failures(run.console, failures)
+        if facts["left"]:
+            say(f"left     {facts['left']} not begun")
+        if facts["already_merged"]:
+            say(f"before   {facts['already_merged']} merged by earlier runs")
+        if facts["skipped_groups"]:
+            say(f"skipped  {plural(facts['skipped_groups'], 'group')} (--preview says why)")
+        spent = time.monotonic() - run.begun
+        say(f"cost     {plural(sum(merger.api.requests.values()), 'request')}, {duration(spent)}")
     if written:
         page = run.report_path.with_suffix(".html")
         say(f"report   {run.report_path}" + (f", to read: {page}" if page.exists() else ""))
 
 
-def _show_failures(console: Console, savepoint: SavePoint) -> None:
+def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
     by_code: Dict[str, List[str]] = collections.defaultdict(list)
-    counts: Dict[str, int] = collections.Counter()
-    for pair, _ in savepoint.of_run(done=False):
-        counts[pair.code] += 1
-        if counts[pair.code] <= 5:
-            by_code[pair.code].append(pair.email)
+    for pair in pairs:
+        by_code[pair.code].append(pair.email)
     for code, emails in sorted(by_code.items()):
-        more = f" and {counts[code] - len(emails)} more" if counts[code] > len(emails) else ""
-        console.say(f"  {counts[code]} {code}: {', '.join(emails)}{more}")
+        more = f" and {len(emails) - 5} more" if len(emails) > 5 else ""
+        console.say(f"  {len(emails)} {code}: {', '.join(emails[:5])}{more}")
         console.say(f"    what to do: {ADVICE.get(code, 'see the report')}")
 
 
@@ -3632,41 +4199,43 @@ def _show_failures(console: Console, savepoint: SavePoint) -> None:
 
 def check(run: Run) -> int:
     """Say whether a real run could start: token, organisation, read access, quota, disk, savepoint."""
-    failed = 0
+    return asyncio.run(_check(run))
 
-    def tell(name: str, work: Callable[[], str]) -> None:
+
+async def _check(run: Run) -> int:
+    failed = 0
+    api = DevRevAPI(run.settings, run.outside, Brake())
+
+    async def tell(name: str, work: Union[Callable[[], str], Awaitable[str]]) -> bool:
         nonlocal failed
         try:
-            run.console.say(f"ok      {name}: {work()}")
+            run.console.say(f"ok      {name}: {work() if callable(work) else await work}")
         except (Stop, PairError, OSError) as error:
             failed += 1
+            error = api.brake.stop or error if isinstance(error, Interrupted) else error
             log.info("check of %s: %s", name, error)
             run.console.say(f"FAILED  {name}: {error}", "bad")
+            return False
+        return True
 
-    api: List[DevRevAPI] = []
-    tell("token", lambda: _check_token(run, api))
-    if api:
+    if await tell("token", _check_token(run, api)):
         if run.options.csv:
-            tell("csv", lambda: _check_csv(run))
-        for name, work in read_checks(api[0]).items():
-            tell(name, work)
-        run.console.say(
-            f"note    quota: {api[0].throttle.outlook() or 'the server says nothing about it'}, {run.ceiling()}"
-        )
-    tell("savepoint", lambda: _check_savepoint(run.options.savepoint))
-    tell("disk", _check_disk)
+            await tell("csv", lambda: _check_csv(run))
+        for name, work in read_checks(api).items():
+            await tell(name, work())
+        run.console.say(f"note    quota: {api.gate.outlook() or 'the server says nothing about it'}, {run.ceiling()}")
+    await tell("savepoint", lambda: _check_savepoint(run))
+    await tell("disk", _check_disk)
     run.console.say(
         "note    the permission to merge (rev_user:all) can't be tried without merging: --limit 1 is the first proof"
     )
     return EXIT_USAGE if failed else EXIT_OK
 
 
-def _check_token(run: Run, apis: List[DevRevAPI]) -> str:
+async def _check_token(run: Run, api: DevRevAPI) -> str:
     check_token(run.settings.token)
-    api = DevRevAPI(run.settings, run.halt)
-    owner = api.whoami()
+    owner = await api.whoami()
     run.organisation = organisation_of(str(owner.get("id")))
-    apis.append(api)
     return f"of {owner.get('display_name') or owner.get('id')}, organisation {run.organisation or 'unknown'}"
 
 
@@ -3676,22 +4245,22 @@ def _check_csv(run: Run) -> str:
     return f"{plural(plan.count(), 'pair')} to merge, of the token's organisation"
 
 
-def read_checks(api: DevRevAPI) -> Dict[str, Callable[[], str]]:
+def read_checks(api: DevRevAPI) -> Dict[str, Callable[[], Awaitable[str]]]:
     """One cheap request an endpoint that the backup needs."""
     seen: List[str] = []
 
-    def first(endpoint: str, key: str, body: Json) -> Callable[[], str]:
-        def work() -> str:
-            items = api.peek(endpoint, key, body)
+    def first(endpoint: str, key: str, body: Json) -> Callable[[], Awaitable[str]]:
+        async def work() -> str:
+            items = await api.peek(endpoint, key, body)
             seen.extend(item["id"] for item in items if endpoint != "rev-users.list")
             return "readable"
 
         return work
 
-    def timelines() -> str:
+    async def timelines() -> str:
         if not seen:
             return "nothing there to try it on"
-        api.peek("timeline-entries.list", "timeline_entries", {"object": seen[0]})
+        await api.peek("timeline-entries.list", "timeline_entries", {"object": seen[0]})
         return "readable"
 
     return {
@@ -3702,12 +4271,13 @@ def read_checks(api: DevRevAPI) -> Dict[str, Callable[[], str]]:
     }
 
 
-def _check_savepoint(path: Path) -> str:
+def _check_savepoint(run: Run) -> str:
+    path = run.options.savepoint
     if not path.exists():
         if not os.access(str(path.resolve().parent), os.W_OK):
             raise Stop(EXIT_USAGE, f"{path.resolve().parent} can't be written to")
         return f"{path} will be created"
-    savepoint = SavePoint(path)
+    savepoint = SavePoint(path, run.outside)
     try:
         return f"{path} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
     finally:
@@ -3728,7 +4298,7 @@ def status(run: Run) -> int:
     if not _has_content(path):
         say(f"{path}: nothing was merged with it yet")
         return EXIT_OK
-    savepoint = SavePoint(path, readonly=True)
+    savepoint = SavePoint(path, run.outside, readonly=True)
     try:
         holder = savepoint.holder()
         say(
@@ -3738,10 +4308,10 @@ def status(run: Run) -> int:
         for name, count in savepoint.counts().items():
             say(f"{count:>7,} {name}")
         for title, states in (("unfinished", UNFINISHED), ("failed", (State.FAILED,))):
-            for pair, created, updated in savepoint.rows(*states):
+            for pair in savepoint.rows(*states):
                 why = f"{pair.code}: {pair.error}" if pair.code else f"{pair.state.value}"
                 names = f"{pair.primary.short_id} <- {pair.duplicate.short_id}"
-                say(f"{title}  {pair.email}: {names}, since {created}, last {updated}: {why}")
+                say(f"{title}  {pair.email}: {names}, since {pair.created}, last {pair.updated}: {why}")
     finally:
         savepoint.close()
     return EXIT_OK
@@ -3788,9 +4358,9 @@ def _missing_backups(run: Run, root: Path) -> int:
     path = run.options.savepoint
     if root != Path("backups") or not _has_content(path):
         return 0
-    savepoint = SavePoint(path, readonly=True)
+    savepoint = SavePoint(path, run.outside, readonly=True)
     try:
-        gone = {pair.backup for pair, _, _ in savepoint.rows(*State) if pair.backup and not Path(pair.backup).is_dir()}
+        gone = {pair.backup for pair in savepoint.rows(*State) if pair.backup and not Path(pair.backup).is_dir()}
     finally:
         savepoint.close()
     for backup in sorted(gone):

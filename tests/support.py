@@ -43,8 +43,9 @@ class Result:
 
     @property
     def codes(self) -> Dict[str, str]:
-        """email -> code of what failed, as the report has it."""
-        return {entry["email"]: entry["code"] for entry in self.report["failed_merges"]}
+        """email -> code of what failed or is unfinished, as the report has it."""
+        lists = self.report["failed_merges"], self.report["unfinished_merges"]
+        return {entry["email"]: entry["code"] for entries in lists for entry in entries}
 
     def __repr__(self) -> str:
         return f"exit {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"

@@ -65,6 +65,8 @@ def test_everything_is_backed_up_merged_moved_and_proved_and_a_second_run_merges
             "total_merges_attempted": 20,
             "successful_merges": 20,
             "failed_merges": 0,
+            "unfinished_merges": 0,
+            "left": 0,
             "skipped_groups": 3,
         }
         assert result.report["run"]["requests"]["rev-users.merge"] == 20
