@@ -2540,6 +2540,8 @@ class Walk:
         """Ask for the merge, on evidence that is fresh at the moment the request leaves."""
         first = not pair.first_requested_at
         self.group.asking = pair
+        if not first:
+            self.evidence = Evidence(timelines=self.evidence.timelines)
         for _ in range(self.RENEWALS):
             if not await self._is_ready(pair, first):
                 return
@@ -3940,8 +3942,7 @@ def merge(run: Run) -> int:
         plan = make_plan(run, savepoint)
         if not plan.count() and not savepoint.unfinished():
             return _report(run, plan, None, savepoint, EXIT_OK)
-        run.outside.folder(run.report_path.parent)
-        check_writable(run.report_path.parent)
+        check_writable(run.report_path.parent, run.outside)
         return asyncio.run(_merge(run, plan, savepoint))
     finally:
         savepoint.close()
@@ -3977,14 +3978,15 @@ def reported_pairs(folder: Path) -> Dict[Tuple[str, str], str]:
     return found
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, outside: Outside) -> None:
     """Find out now whether a file can be made in a folder. Raises Stop(3)."""
     trial = folder / f".trial.{os.getpid()}"
     try:
+        outside.folder(folder)
         trial.write_bytes(b"")
         trial.unlink()
     except OSError as error:
-        raise Stop(EXIT_STOPPED, f"{folder} can't be written: {error.strerror}; nothing was changed") from None
+        raise Stop(EXIT_STOPPED, f"{folder} can't be written: {error}; nothing was changed") from None
 
 
 async def _merge(run: Run, plan: Plan, savepoint: SavePoint) -> int:
@@ -4165,7 +4167,7 @@ def show_summary(
         done, skipped = plural(facts["already_merged"], "pair"), plural(facts["skipped_groups"], "group")
         say(f"Nothing to do: {done} already merged, {skipped} skipped.")
     else:
-        planned = facts["pairs_planned"]
+        planned = facts["pairs_planned"] - facts["already_merged"]
         say()
         say(f"merged   {facts['successful_merges']} of {plural(planned, 'pair')}", "bold" if failures else "good")
         if failures:
@@ -4378,7 +4380,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         run.signal = number
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, terminate)
     try:
         run.open_log()
         run.load_settings()
