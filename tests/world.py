@@ -1,0 +1,1487 @@
+"""What DevRev does, without sockets, threads or a clock of its own.
+
+One implementation for two uses: `tests.sandbox` speaks it over HTTP on loopback, and a simulation calls it in
+simulated time. It misbehaves on demand, and knows the truth afterwards: what was merged and when, which references
+moved, and what every single request was. The same seed and the same calls give the same world.
+
+    organisation = Organisation()
+    primary = organisation.add_contact("1", "ada@example.com")
+    secondary = organisation.add_contact("2", "ada@example.com", external_ref="user_2")
+    world = World(organisation, clock=lambda: now)
+    answer = world.respond("rev-users.merge", {"primary_user": primary, "secondary_user": secondary}, world.token)
+"""
+
+import base64
+import binascii
+import csv
+import datetime
+import fnmatch
+import functools
+import hashlib
+import heapq
+import html
+import itertools
+import json
+import math
+import random
+import re
+import threading
+import urllib.parse
+from collections import Counter, defaultdict, deque
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from pathlib import Path
+from typing import (
+    Any,
+    Callable,
+    Collection,
+    DefaultDict,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Type,
+    Union,
+)
+
+DEFAULT_PAGE = 50
+LARGEST_PAGE = 100
+LONG_AGO = -math.inf  # what was there before anybody looked at a clock
+
+USER_KINDS = ("devu", "revu", "svcacc", "sysu")
+WORK_KINDS = ("issue", "ticket")
+ROLES = ("reported_by", "owned_by", "created_by")
+USER_LISTS = ("owned_by", "reported_by", "members")
+
+Thing = Dict[str, Any]
+Key = Tuple[str, Any]
+Filter = Tuple[str, Collection[str]]
+
+# --------------------------------------------------------------------------------------------------
+# Objects that are found by what they hold, and as they were a while ago
+# --------------------------------------------------------------------------------------------------
+
+
+class Record(Dict[str, Any]):
+    """An object as the API answers it. Its table hears of every change, whoever makes it.
+
+    What lies within it (a list of people) is replaced as a whole, never changed in place.
+    """
+
+    def __init__(self, table: "Table", fields: Mapping[str, Any]) -> None:
+        super().__init__(fields)
+        self.table = table
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.update({name: value})
+
+    def __delitem__(self, name: str) -> None:
+        with Changing(self):
+            super().__delitem__(name)
+
+    def pop(self, name: str, *default: Any) -> Any:  # type: ignore[override]
+        with Changing(self):
+            return super().pop(name, *default)
+
+    def update(self, *fields: Any, **more: Any) -> None:
+        with Changing(self):
+            super().update(*fields, **more)
+
+
+class Changing:
+    """A change of a record: out of its table's index before, into it again afterwards."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+
+    def __enter__(self) -> None:
+        self.record.table.lock.acquire()
+        self.record.table.leave(self.record)
+
+    def __exit__(self, *_: Any) -> None:
+        self.record.table.enter(self.record)
+        self.record.table.lock.release()
+
+
+class Table(Dict[str, Record]):
+    """Objects by id, oldest first."""
+
+    REMEMBERED = 20_000  # changes
+
+    def __init__(
+        self,
+        lock: Any,
+        now: Callable[[], float],
+        keys: Callable[[Mapping[str, Any]], Iterable[Key]],
+        changed: Callable[[Record], None] = lambda record: None,
+    ) -> None:
+        super().__init__()
+        self.lock = lock
+        self.numbers: Dict[str, int] = {}  # of objects that are gone, too
+        self._now = now
+        self._keys = keys
+        self._changed = changed
+        self._index: DefaultDict[Key, Set[str]] = defaultdict(set)
+        self._log: Deque[Tuple[float, str, Optional[Thing]]] = deque(maxlen=self.REMEMBERED)
+
+    def __setitem__(self, object_id: str, fields: Mapping[str, Any]) -> None:
+        with self.lock:
+            if object_id in self:
+                raise ValueError(f"{object_id} exists already")
+            record = Record(self, fields)
+            self._remember(object_id, None)
+            self.numbers.setdefault(object_id, len(self.numbers))
+            super().__setitem__(object_id, record)
+            self.enter(record)
+
+    def __delitem__(self, object_id: str) -> None:
+        with self.lock:
+            self.leave(self[object_id])
+            super().__delitem__(object_id)
+
+    def leave(self, record: Record) -> None:
+        """Take a record out of the index, and remember what it was."""
+        if self.get(record["id"]) is record:
+            self._remember(record["id"], dict(record))
+            for key in self._keys(record):
+                self._index[key].discard(record["id"])
+
+    def enter(self, record: Record) -> None:
+        """Put a record into the index as it is now."""
+        if self.get(record["id"]) is record:
+            for key in self._keys(record):
+                self._index[key].add(record["id"])
+            self._changed(record)
+
+    def find(self, filters: Sequence[Filter] = (), ago: float = 0.0) -> List[Thing]:
+        """The objects that hold a value of every filter, oldest first, as they were `ago` seconds ago."""
+        before = self._before(self._now() - ago) if ago > 0 else {}
+        wanted = [{(name, value) for value in values} for name, values in filters]
+        found: List[Thing] = []
+        for object_id in sorted(self._candidates(wanted) | before.keys(), key=self.numbers.__getitem__):
+            thing = before[object_id] if object_id in before else self[object_id]
+            if thing is not None and not any(one.isdisjoint(self._keys(thing)) for one in wanted):
+                found.append(thing)
+        return found
+
+    def _candidates(self, wanted: Sequence[Set[Key]]) -> Set[str]:
+        if not wanted:
+            return set(self)
+        fewest = min(wanted, key=lambda keys: sum(len(self._index.get(key, ())) for key in keys))
+        return set().union(*(self._index.get(key, ()) for key in fewest))
+
+    def _before(self, moment: float) -> Dict[str, Optional[Thing]]:
+        """What has changed since a moment, as it was then; None for what wasn't there yet."""
+        found: Dict[str, Optional[Thing]] = {}
+        for changed, object_id, was in reversed(self._log):
+            if changed <= moment:
+                break
+            found[object_id] = was
+        return found
+
+    def _remember(self, object_id: str, was: Optional[Thing]) -> None:
+        now = self._now()
+        if now > LONG_AGO:
+            self._log.append((now, object_id, was))
+
+
+def contact_keys(contact: Mapping[str, Any]) -> Iterator[Key]:
+    """What a contact is found by."""
+    yield "email", contact.get("email")
+    yield "external_ref", contact.get("external_ref")
+
+
+def people_keys(thing: Mapping[str, Any]) -> Iterator[Key]:
+    """What a work or a conversation is found by: its type and everybody in it, by role and in whatever role."""
+    yield "type", thing.get("type")
+    for role in ("created_by", *USER_LISTS):
+        people = thing.get(role, ())
+        for person in [people] if role == "created_by" else people:
+            yield role, person["id"]
+            yield "anyone", person["id"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Ground truth
+# --------------------------------------------------------------------------------------------------
+
+
+class Organisation:
+    """What is true, whatever a client was told.
+
+    Contacts, works and conversations are kept just as the API answers them. A user's summary is one
+    dictionary shared by everything the user appears in, so a changed reference shows everywhere.
+    Times are those of `clock`, which a World brings along; before that everything was LONG_AGO.
+
+    `ref_release`: seconds for which a merged contact doesn't let go of its reference yet.
+    `stuck_references`: those that never leave the contact that had them, merged or not.
+    """
+
+    def __init__(self, key: str = "SANDBOX1", partition: str = "dvrv-us-1") -> None:
+        self.key = key
+        self.partition = partition
+        self.lock = threading.RLock()
+        self.clock: Callable[[], float] = lambda: LONG_AGO
+        self.moment: Optional[float] = None  # in place of the clock, for what is carried out belatedly
+        self.ref_release = 0.0
+        self.stuck_references: Set[str] = set()
+        self.contacts = Table(self.lock, self.now, contact_keys, self._contact_changed)
+        self.works = Table(self.lock, self.now, people_keys)
+        self.conversations = Table(self.lock, self.now, people_keys)
+        self.timelines: Dict[str, List[Thing]] = {}
+        self.deleted: Dict[str, Thing] = {}
+        self.merges: List[Tuple[str, str]] = []
+        self.merged_into: Dict[str, str] = {}
+        self.merge_times: Dict[str, float] = {}
+        self.reference_times: DefaultDict[str, List[Tuple[float, Optional[str]]]] = defaultdict(list)
+        self.rev_orgs: Dict[str, Thing] = {}
+        self._summaries: Dict[str, Thing] = {}
+        self._numbers: Dict[str, int] = Counter()
+        self._minutes = itertools.count()
+        self.dev_user = self._add_dev_user("1", "Dana Developer", "dana.developer@example.com")
+
+    @classmethod
+    def from_csv(cls, path: Union[str, Path]) -> "Organisation":
+        """An organisation for which the export at `path` is accurate, the same one every time."""
+        return seed(cls, path)
+
+    def now(self) -> float:
+        """When what happens now happens."""
+        return self.clock() if self.moment is None else self.moment
+
+    def don(self, service: str, kind: str, key: object) -> str:
+        """The id of an object, e.g. `don:core:dvrv-us-1:devo/SANDBOX1:ticket/7`."""
+        return f"don:{service}:{self.partition}:devo/{self.key}:{kind}/{key}"
+
+    # ----- what is added ---------------------------------------------------------------------------
+
+    def add_contact(
+        self,
+        key: str,
+        email: Optional[str],
+        external_ref: Optional[str] = None,
+        display_name: Optional[str] = None,
+        rev_org: str = "ACME",
+        state: str = "active",
+        created: str = "2024-01-01T00:00:00.000Z",
+        **more: Any,
+    ) -> str:
+        """Add a contact and return its id. Its reference must be free in its rev org."""
+        with self.lock:
+            contact_id = self.don("identity", "revu", key)
+            reference = "REVU-" + key if external_ref is None else external_ref
+            org = self._org_summary(rev_org)
+            holder = self.holder(org["id"], reference)
+            if holder is not None:
+                raise ValueError(f"{reference} is held by {holder}")
+            contact: Thing = {
+                "id": contact_id,
+                "display_id": "REVU-" + key,
+                "display_name": display_name or (email or key).split("@")[0],
+                "external_ref": reference,
+                "state": state,
+                "rev_org": org,
+                "created_date": created,
+                "modified_date": created,
+                "created_by": self._summaries[self.dev_user["id"]],
+                **more,
+            }
+            if email is not None:
+                contact["email"] = email
+            self.contacts[contact_id] = contact  # type: ignore[assignment]
+            return contact_id
+
+    def new_contact(self, email: Optional[str], reference: Optional[str], rev_org: str = "ACME", **more: Any) -> str:
+        """Add a contact with an id that DevRev chooses."""
+        with self.lock:
+            self._numbers["revu"] += 1
+            more.setdefault("created", self._now())
+            return self.add_contact("N{}".format(self._numbers["revu"]), email, reference, rev_org=rev_org, **more)
+
+    def visit(self, email: str, reference: str, rev_org: str = "ACME") -> str:
+        """The application identifies somebody by a reference: who holds it, or a new contact that does."""
+        with self.lock:
+            holder = self.holder(self._org_summary(rev_org)["id"], reference)
+            return self.new_contact(email, reference, rev_org) if holder is None else self.survivor(holder)
+
+    def add_work(
+        self,
+        owned_by: Iterable[str] = (),
+        created_by: Optional[str] = None,
+        reported_by: Iterable[str] = (),
+        kind: str = "ticket",
+        title: Optional[str] = None,
+        comments: int = 0,
+    ) -> str:
+        """Add a ticket or an issue and return its id. A dev user fills the roles nobody has."""
+        prefix = {"ticket": "TKT", "issue": "ISS"}[kind]
+        with self.lock:
+            work = self._new_object(kind, prefix, created_by)
+            work["type"] = kind
+            work["title"] = title or "About {}".format(work["display_id"])
+            work["body"] = "What {} is about, in a sentence or two.".format(work["display_id"])
+            work["stage"] = {"name": "queued" if kind == "ticket" else "triage"}
+            work["owned_by"] = self.people(owned_by) or self.people([self.dev_user["id"]])
+            work["reported_by"] = self.people(reported_by)
+            work.update({"severity": "medium"} if kind == "ticket" else {"priority": "p2"})
+            self.works[work["id"]] = work  # type: ignore[assignment]
+            self._add_comments(work, comments)
+            return str(work["id"])
+
+    def add_conversation(self, members: Iterable[str] = (), title: Optional[str] = None, comments: int = 0) -> str:
+        """Add a conversation, created by its first member, and return its id."""
+        with self.lock:
+            people = list(members)
+            talk = self._new_object("conversation", "CONV", people[0] if people else None)
+            talk["title"] = title or "Talk {}".format(talk["display_id"])
+            talk["stage"] = {"name": "new"}
+            talk["source_channel"] = "plug"
+            talk["members"] = self.people(people)
+            talk["owned_by"] = self.people([self.dev_user["id"]])
+            self.conversations[talk["id"]] = talk  # type: ignore[assignment]
+            self._add_comments(talk, comments)
+            return str(talk["id"])
+
+    def add_comment(self, object_id: str, body: str, created_by: Optional[str] = None) -> str:
+        """Add a comment to the timeline of a work or a conversation and return its id."""
+        with self.lock:
+            parent = self.works.get(object_id) or self.conversations[object_id]
+            entries = self.timelines.setdefault(object_id, [])
+            now = self._now()
+            entry = {
+                "type": "timeline_comment",
+                "id": f"{object_id}:comment/{len(entries) + 1}",
+                "display_id": f"COMMENT-{len(entries) + 1}",
+                "object": object_id,
+                "object_display_id": parent["display_id"],
+                "object_type": kind_of(object_id),
+                "visibility": "external",
+                "body": body,
+                "body_type": "text",
+                "created_by": self._summaries[created_by or self.dev_user["id"]],
+                "created_date": now,
+                "modified_date": now,
+            }
+            entries.append(entry)
+            return str(entry["id"])
+
+    # ----- what is changed -------------------------------------------------------------------------
+
+    def merge(self, primary: str, secondary: str, leave_behind: Collection[str] = ()) -> None:
+        """Carry out a merge at once: the secondary's roles move, its reference becomes free."""
+        with self.lock:
+            if primary == secondary or not (self.alive(primary) and self.alive(secondary)):
+                raise ValueError(f"{secondary} can't be merged into {primary}")
+            for table in (self.works, self.conversations):
+                for thing in table.find([("anyone", [secondary])]):
+                    if thing["id"] not in leave_behind:
+                        self._hand_over(thing, secondary, primary)
+            self.merged_into[secondary] = primary
+            self.merge_times[secondary] = self.now()
+            self.merges.append((primary, secondary))
+            self.contacts[secondary]["state"] = "deleted"
+
+    def change(self, thing: Thing, **fields: Any) -> None:
+        """Set fields of a contact, a work or a conversation."""
+        with self.lock:
+            thing.update(fields, modified_date=self._now())
+
+    def give(self, object_id: str, role: str, user_ids: Iterable[str]) -> None:
+        """Give a work or a conversation to others: all that have a role in it."""
+        self.change(self.works.get(object_id) or self.conversations[object_id], **{role: self.people(user_ids)})
+
+    def delete_contact(self, contact_id: str) -> None:
+        """Delete a contact; what it had a role in goes on naming it."""
+        with self.lock:
+            self.deleted[contact_id] = dict(self.contacts[contact_id])
+            del self.contacts[contact_id]
+
+    def delete_work(self, object_id: str) -> None:
+        """Delete a work or a conversation with its timeline."""
+        with self.lock:
+            table = self.works if object_id in self.works else self.conversations
+            self.deleted[object_id] = dict(table[object_id])
+            del table[object_id]
+            self.timelines.pop(object_id, None)
+
+    # ----- what is so ------------------------------------------------------------------------------
+
+    def alive(self, contact_id: str) -> bool:
+        """Whether the contact exists and hasn't been merged into another."""
+        return contact_id in self.contacts and contact_id not in self.merged_into
+
+    def survivor(self, contact_id: str) -> str:
+        """Who the contact is now, after any number of merges."""
+        while contact_id in self.merged_into:
+            contact_id = self.merged_into[contact_id]
+        return contact_id
+
+    def holder(self, rev_org_id: str, reference: str) -> Optional[str]:
+        """The id of the contact that holds a reference in a rev org, or doesn't let go of it yet."""
+        with self.lock:
+            for contact in self.contacts.find([("external_ref", [reference])]):
+                if contact["rev_org"]["id"] == rev_org_id and self._holds_on(contact["id"], reference):
+                    return str(contact["id"])
+        return None
+
+    def people(self, ids: Iterable[str]) -> List[Thing]:
+        """The summaries of users; KeyError for one who doesn't exist."""
+        return [self._summaries[user_id] for user_id in dict.fromkeys(ids)]
+
+    def first_work_of(self, user_id: str) -> Optional[str]:
+        """The oldest work on which the user has any role."""
+        with self.lock:
+            works = self.works.find([("anyone", [user_id])])
+            return str(works[0]["id"]) if works else None
+
+    def _holds_on(self, contact_id: str, reference: str) -> bool:
+        if self.alive(contact_id) or reference in self.stuck_references:
+            return True
+        return self.now() < self.merge_times[contact_id] + self.ref_release
+
+    def _contact_changed(self, contact: Record) -> None:
+        self._summarise("rev_user", contact)
+        times = self.reference_times[contact["id"]]
+        if not times or times[-1][1] != contact.get("external_ref"):
+            times.append((self.now(), contact.get("external_ref")))
+
+    def _hand_over(self, thing: Thing, secondary: str, primary: str) -> None:
+        changes: Thing = {}
+        for role in USER_LISTS:
+            ids = [person["id"] for person in thing.get(role, ())]
+            if secondary in ids:
+                changes[role] = self.people(primary if i == secondary else i for i in ids)
+        if thing["created_by"]["id"] == secondary:
+            changes["created_by"] = self._summaries[primary]
+        self.change(thing, **changes)
+
+    def _add_dev_user(self, key: str, name: str, email: str) -> Thing:
+        user = {
+            "id": self.don("identity", "devu", key),
+            "display_id": "DEVU-" + key,
+            "display_name": name,
+            "full_name": name,
+            "email": email,
+            "state": "active",
+            "created_date": "2023-01-01T00:00:00.000Z",
+        }
+        self._summarise("dev_user", user)
+        return user
+
+    def _summarise(self, kind: str, user: Mapping[str, Any]) -> None:
+        fields = ("id", "display_id", "display_name", "full_name", "email", "state", "external_ref", "rev_org")
+        summary = self._summaries.setdefault(user["id"], {"type": kind})
+        summary.update({name: user[name] for name in fields if name in user})
+
+    def _org_summary(self, key: str) -> Thing:
+        org_id = self.don("identity", "revo", key)
+        names = {"display_id": "REV-" + key, "display_name": key.capitalize()}
+        return self.rev_orgs.setdefault(org_id, {"type": "rev_org", "id": org_id, **names})
+
+    def _new_object(self, kind: str, prefix: str, created_by: Optional[str]) -> Thing:
+        self._numbers[kind] += 1
+        now = self._now()
+        return {
+            "id": self.don("core", kind, self._numbers[kind]),
+            "display_id": f"{prefix}-{self._numbers[kind]}",
+            "created_by": self._summaries[created_by or self.dev_user["id"]],
+            "created_date": now,
+            "modified_date": now,
+        }
+
+    def _add_comments(self, parent: Thing, number: int) -> None:
+        self.timelines[parent["id"]] = []
+        for n in range(1, number + 1):
+            body = "Reply {} on {}.".format(n, parent["display_id"])
+            self.add_comment(parent["id"], body, parent["created_by"]["id"] if n % 2 else None)
+
+    def _now(self) -> str:
+        start = datetime.datetime(2024, 7, 1)
+        moment = start + datetime.timedelta(minutes=next(self._minutes))
+        return moment.strftime("%Y-%m-%dT%H:%M:%S.000Z")
+
+
+ID = re.compile(
+    r"don:(?:core|identity):(?P<partition>dvrv-[\w-]+):devo/(?P<org>[\w.-]+)"
+    r":(?P<kind>[a-z_]+)/(?P<key>[\w.-]+)",
+    re.ASCII,
+)
+
+
+@functools.lru_cache(maxsize=65536)
+def kind_of(object_id: str) -> Optional[str]:
+    """`ticket` of `don:core:dvrv-us-1:devo/SANDBOX1:ticket/7`; None for what is no id."""
+    found = ID.fullmatch(object_id)
+    return found.group("kind") if found else None
+
+
+# --------------------------------------------------------------------------------------------------
+# Seeding from an export
+# --------------------------------------------------------------------------------------------------
+
+
+class ExportRow(NamedTuple):
+    """A usable row of an export."""
+
+    partition: str
+    organisation: str
+    key: str
+    name: str
+    email: str
+    reference: str
+    rev_org: str
+    created: str
+    tickets: int
+    more: Dict[str, str]
+
+
+def seed(organisation_type: Type[Organisation], path: Union[str, Path]) -> Organisation:
+    """Build the organisation an export came from.
+
+    Of each contact, greatest(owned, created, reported) equals its TICKET_COUNT. Bad rows are left
+    out and the first row of an id counts, since an export is not always clean.
+    """
+    rows = list(read_export(path))
+    rows = [row for row in rows if row.organisation == rows[0].organisation]
+    if not rows:
+        raise ValueError(f"{path} holds no usable row")
+    organisation = organisation_type(rows[0].organisation, rows[0].partition)
+    groups: Dict[str, List[Seedling]] = {}
+    for number, row in enumerate(rows):
+        try:
+            contact = organisation.add_contact(
+                row.key, row.email, row.reference, row.name, row.rev_org, created=row.created, **row.more
+            )
+        except ValueError:
+            continue
+        seedling = Seedling(organisation, contact, row.tickets, number)
+        groups.setdefault(row.email.casefold(), []).append(seedling)
+        seedling.grow()
+    for group in groups.values():
+        for one, other in zip(group, group[1:]):
+            one.share_with(other)
+    return organisation
+
+
+def read_export(path: Union[str, Path]) -> Iterable[ExportRow]:
+    """The rows of an export that make sense."""
+    with open(str(path), newline="", encoding="utf-8-sig") as file:
+        for record in csv.DictReader(line for line in file if "\0" not in line):
+            row = usable(record)
+            if row is not None:
+                yield row
+
+
+def usable(record: Dict[str, str]) -> Optional[ExportRow]:
+    """The row, or None where an id, the email, the reference or the count is no good."""
+    values = {(name or "").strip().upper(): value.strip() for name, value in record.items() if isinstance(value, str)}
+    user = ID.fullmatch(values.get("REV_USER_ID", ""))
+    org = ID.fullmatch(values.get("REV_ORG_ID", "don:identity:dvrv-us-1:devo/ANY:revo/ACME"))
+    email, reference = values.get("EMAIL"), values.get("EXTERNAL_REF")
+    created = values.get("CREATED_AT", values.get("CREATED_DATE"))
+    try:
+        tickets = int(re.sub(r"\.0+$", "", values["TICKET_COUNT"]))
+    except (KeyError, ValueError):
+        return None
+    if user is None or org is None or created is None or tickets < 0 or not email or not reference:
+        return None
+    where = user.group("partition"), user.group("org"), user.group("key")
+    more = {"full_name": values.get("FULL_NAME", ""), "modified_date": api_time(values.get("UPDATED_AT", ""))}
+    more = {name: value for name, value in more.items() if value}
+    name = values.get("DISPLAY_NAME", "")
+    return ExportRow(*where, name, email, reference, org.group("key"), api_time(created), tickets, more)
+
+
+def api_time(text: str) -> str:
+    """A warehouse's time as the API writes it; what is no time stays as it is."""
+    found = re.match(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(\.\d{3})?", text, re.ASCII)
+    return "{}T{}{}Z".format(found.group(1), found.group(2), found.group(3) or ".000") if found else text
+
+
+class Seedling:
+    """Gives one contact its works: `tickets` in a leading role, fewer in the others."""
+
+    def __init__(self, organisation: Organisation, contact: str, tickets: int, number: int) -> None:
+        self.organisation = organisation
+        self.contact = contact
+        self.tickets = tickets
+        self.number = number
+        self.roles = Counter()  # type: Counter[str]
+        self.works: List[str] = []
+
+    def grow(self) -> None:
+        """Add the works, and for every other contact a conversation."""
+        lead = ROLES[self.number % 3]
+        second = ROLES[(self.number + 1) % 3]
+        for n in range(self.tickets):
+            self._add((lead, second) if n % 3 == 0 else (lead,), n)
+        for n in range(self.tickets // 3):
+            self._add((second,), n)
+        if self.number % 2 == 0:
+            people = [self.contact, self.organisation.dev_user["id"]]
+            self.organisation.add_conversation(people, comments=self.number % 4)
+
+    def share_with(self, other: "Seedling") -> None:
+        """Let the other have a role on a work of this one, where its count leaves room."""
+        spare = [role for role in ROLES[:2] if other.roles[role] < other.tickets]
+        if not (self.works and spare):
+            return
+        work = self.organisation.works[self.works[0]]
+        ids = [person["id"] for person in work[spare[0]]]
+        people = self.organisation.people(ids + [other.contact])
+        self.organisation.change(work, **{spare[0]: people})
+        other.roles[spare[0]] += 1
+
+    def _add(self, roles: Sequence[str], n: int) -> None:
+        self.roles.update(roles)
+        people: Dict[str, Any] = {role: [self.contact] for role in roles}
+        if "created_by" in people:
+            people["created_by"] = self.contact
+        kind = "issue" if n % 5 == 4 else "ticket"
+        self.works.append(self.organisation.add_work(kind=kind, comments=n % 4, **people))
+
+
+# --------------------------------------------------------------------------------------------------
+# Requests, answers, faults
+# --------------------------------------------------------------------------------------------------
+
+REFUSALS = {
+    "400": (400, "bad_request"),
+    "401": (401, "unauthenticated"),
+    "403": (403, "forbidden"),
+    "404": (404, "not_found"),
+    "409": (409, "conflict"),
+    "429": (429, "too_many_requests"),
+    "429-bare": (429, "too_many_requests"),
+    "500": (500, "internal_error"),
+    "503": (503, "service_unavailable"),
+}
+BEFORE_THE_ACT = (*REFUSALS, "route-404", "502", "html-200", "reset-before", "hang")
+AFTER_THE_ACT = ("reset-after", "cut", "500-after", "hang-after", "slow", "drip", "nested", "changed", "endless")
+OF_A_MERGE = ("merge-never", "merge-leaves", "merge-slow", "merge-refused-late", "merge-doubled")
+FAULTS = (*BEFORE_THE_ACT, *AFTER_THE_ACT, "doubled", *OF_A_MERGE)
+SECONDS = {"hang": 60.0, "hang-after": 60.0, "slow": 1.0, "drip": 0.5}
+
+
+@dataclass
+class Fault:
+    """One misbehaviour: which requests it strikes, and how often.
+
+    A request is struck by the first fault of the world's list that wants it; the ones behind it
+    don't get to see the request. What `detail` says, where a kind takes one:
+
+    429: seconds to wait · other refusals: the message · hang, hang-after, slow (the answer comes late), drip (a
+    byte each time), merge-slow: seconds · doubled, merge-doubled: seconds until the same request arrives again
+    (else at once, and what is answered is the second) · merge-refused-late: the status, or status and seconds until
+    it is carried out all the same · merge-leaves: ids · changed: a function of the answer · endless: "empty" for
+    pages without items instead of the first page again and again.
+    """
+
+    kind: str
+    endpoint: str = "*"
+    chance: float = 1.0
+    skip: int = 0
+    times: Optional[int] = None
+    match: Optional[Callable[[Dict[str, Any]], bool]] = None
+    detail: Any = None
+    seen: int = field(default=0, init=False)
+    struck: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.kind not in FAULTS:
+            raise ValueError("unknown fault {!r}: one of {}".format(self.kind, ", ".join(FAULTS)))
+
+    def strikes(self, request: "Request", chance: random.Random) -> bool:
+        """Whether this request is to go wrong; counts it."""
+        if self.kind in OF_A_MERGE and request.endpoint != "rev-users.merge":
+            return False
+        if self.kind == "endless" and not request.endpoint.endswith(".list"):
+            return False
+        if not fnmatch.fnmatchcase(request.endpoint, self.endpoint):
+            return False
+        if self.match is not None and not self.match(request.body):
+            return False
+        self.seen += 1
+        if self.seen <= self.skip or (self.times is not None and self.struck >= self.times):
+            return False
+        if self.chance < 1.0 and chance.random() >= self.chance:
+            return False
+        self.struck += 1
+        return True
+
+
+@dataclass
+class Request:
+    """One request as the server saw it."""
+
+    number: int
+    endpoint: str
+    body: Dict[str, Any]
+    started: float
+    status: Optional[int] = None
+    ended: Optional[float] = None
+    fault: Optional[str] = None
+
+
+@dataclass
+class Answer:
+    """What goes back, and how.
+
+    `send` (after some seconds), `cut` in half, `reset`, `hang` for some seconds, `drip` a byte every so many.
+    """
+
+    status: int
+    payload: bytes
+    headers: Dict[str, str] = field(default_factory=dict)
+    content_type: str = "application/json"
+    manner: str = "send"
+    seconds: float = 0.0
+
+
+class Refused(Exception):
+    """An answer other than 200, in DevRev's form: message, type, and what the type calls for."""
+
+    def __init__(self, status: int, kind: str, message: str, **more: Any) -> None:
+        super().__init__(message)
+        self.answer = json_answer(status, dict(more, message=message, type=kind))
+
+
+def json_answer(status: int, content: Dict[str, Any]) -> Answer:
+    """An answer as the API itself gives it."""
+    return Answer(status, json.dumps(content, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def html_answer(status: int) -> Answer:
+    """An answer as a gateway in front of the API gives it."""
+    phrase = html.escape(HTTPStatus(status).phrase)
+    page = f"<html><head><title>{phrase}</title></head><body><h1>{phrase}</h1></body></html>"
+    return Answer(status, page.encode("utf-8"), content_type="text/html; charset=utf-8")
+
+
+def too_many(seconds: float, text: str, message: str) -> Answer:
+    """A 429 that says how long to wait, in the header as `text` and in the body rounded up."""
+    fields = {"message": message, "type": "too_many_requests", "retry_after": math.ceil(seconds)}
+    answer = json_answer(429, fields)
+    answer.headers["Retry-After"] = text
+    return answer
+
+
+def struck_before(fault: Fault) -> Answer:
+    """The answer to a request that a fault keeps from being carried out."""
+    if fault.kind == "429":
+        seconds = 0.2 if fault.detail is None else float(fault.detail)
+        return too_many(seconds, f"{seconds:g}", "Slow down.")
+    if fault.kind in REFUSALS:
+        status, kind = REFUSALS[fault.kind]
+        return json_answer(status, {"message": fault.detail or HTTPStatus(status).phrase, "type": kind})
+    if fault.kind == "route-404":
+        return route_not_found()
+    if fault.kind in ("502", "html-200"):
+        return html_answer(502 if fault.kind == "502" else 200)
+    return struck_after(fault, Answer(0, b""))
+
+
+def route_not_found() -> Answer:
+    """404 of an address that leads nowhere: it says nothing about any object."""
+    return json_answer(404, {"message": "route not found"})
+
+
+def struck_after(fault: Fault, answer: Answer) -> Answer:
+    """What becomes of the answer to a request that was carried out."""
+    if fault.kind == "500-after":
+        return json_answer(500, {"message": "Something broke.", "type": "internal_error"})
+    if fault.kind == "nested":
+        return Answer(200, b'{"a":' * 100_000 + b"{}" + b"}" * 100_000)
+    if fault.kind in ("changed", "endless"):
+        content = json.loads(answer.payload.decode("utf-8"))
+        if fault.kind == "endless":
+            return json_answer(answer.status, without_end(fault, content))
+        return json_answer(answer.status, fault.detail(content) if fault.detail else {})
+    if fault.kind in SECONDS:
+        answer.seconds = SECONDS[fault.kind] if fault.detail is None else float(fault.detail)
+    answer.manner = "send" if fault.kind == "slow" else fault.kind.split("-")[0]
+    return answer
+
+
+def without_end(fault: Fault, content: Thing) -> Thing:
+    """A page that claims that more comes, under a cursor never seen before."""
+    if fault.detail == "empty":
+        content = {name: [] if isinstance(value, list) else value for name, value in content.items()}
+    return {**content, "next_cursor": f"more-{fault.struck}"}
+
+
+# --------------------------------------------------------------------------------------------------
+# The API: request shapes and endpoints
+# --------------------------------------------------------------------------------------------------
+
+
+class Field(NamedTuple):
+    """A property of a request. `allowed` are the kinds of an id or the values of an enumeration."""
+
+    kind: str
+    allowed: Tuple[str, ...] = ()
+    required: bool = False
+    nullable: bool = False
+
+
+JSON_TYPES = {"id": str, "text": str, "enum": str, "int": int, "set": dict, "object": dict}
+JSON_NAMES = (
+    (type(None), "null"),
+    (bool, "bool"),
+    ((int, float), "number"),
+    (str, "string"),
+    (list, "array"),
+    (dict, "object"),
+)  # type: Tuple[Tuple[Any, str], ...]
+
+TEXT = Field("text")
+TEXTS = Field("texts")
+USERS = Field("ids", USER_KINDS)
+USER_SET = Field("set", USER_KINDS)
+CONTACT = Field("id", ("revu",), required=True)
+CONVERSATION = Field("id", ("conversation",), required=True)
+WORK = Field("id", WORK_KINDS, required=True)
+OBJECT = Field("object")
+OF_A_CONTACT = {
+    "external_ref": TEXT,
+    "display_name": TEXT,
+    "description": TEXT,
+    "email": TEXT,
+    "phone_numbers": TEXTS,
+    "display_picture": TEXT,
+    "custom_schema_spec": OBJECT,
+}
+PAGING = {"cursor": TEXT, "limit": Field("int"), "mode": Field("enum", ("after",))}
+
+SHAPES: Dict[str, Dict[str, Field]] = {
+    "dev-users.self": {},
+    "rev-users.get": {"id": CONTACT},
+    "rev-users.list": dict(PAGING, email=TEXTS, external_ref=TEXTS),
+    "rev-users.merge": {"primary_user": CONTACT, "secondary_user": CONTACT},
+    "rev-users.create": dict(OF_A_CONTACT, rev_org=Field("id", ("revo",)), custom_schema_fragments=TEXTS),
+    "rev-users.update": dict(
+        OF_A_CONTACT,
+        id=CONTACT,
+        custom_fields=OBJECT,
+        custom_schema_fragments=OBJECT,
+        display_picture=Field("text", nullable=True),
+    ),
+    "rev-users.delete": {"id": CONTACT},
+    "works.list": dict(
+        PAGING,
+        type=Field("enums", WORK_KINDS),
+        owned_by=USERS,
+        created_by=USERS,
+        reported_by=USERS,
+    ),
+    "works.get": {"id": WORK},
+    "works.update": {
+        "id": WORK,
+        "type": Field("enum", WORK_KINDS),
+        "owned_by": USER_SET,
+        "reported_by": USER_SET,
+        "title": TEXT,
+        "body": TEXT,
+    },
+    "conversations.list": dict(PAGING, members=USERS),
+    "conversations.get": {"id": CONVERSATION},
+    "conversations.update": {
+        "id": CONVERSATION,
+        "members": USER_SET,
+        "owned_by": USER_SET,
+        "title": TEXT,
+        "description": TEXT,
+    },
+    "timeline-entries.list": dict(
+        PAGING,
+        object=Field("id", WORK_KINDS + ("conversation", "revu"), required=True),
+        visibility=Field("enums", ("external", "internal", "private", "public")),
+    ),
+}
+POST_ONLY = tuple(name for name in SHAPES if name.endswith((".merge", ".create", ".update", ".delete")))
+
+
+def check_shape(shape: Dict[str, Field], body: Dict[str, Any], max_ids: Optional[int]) -> None:
+    """Refuse a body with a property that is missing, unknown or of the wrong kind.
+
+    The world knows the properties it acts on and no others: a filter that was accepted and then
+    ignored would answer a question nobody asked.
+    """
+    for name in body:
+        if name not in shape:
+            message = f"unknown property: {name}"
+            raise Refused(400, "invalid_field", message, field_name=name)
+    for name, wanted in shape.items():
+        if name in body:
+            check_value(name, wanted, body[name], max_ids)
+        elif wanted.required:
+            message = f"missing property: {name}"
+            raise Refused(400, "missing_required_field", message, field_name=name)
+
+
+def check_value(name: str, wanted: Field, value: Any, max_ids: Optional[int]) -> None:
+    """Refuse a value of the wrong type, an id that is none, a value outside an enumeration."""
+    if value is None and wanted.nullable:
+        return
+    if wanted.kind.endswith("s"):
+        check_type(name, value, list)
+        if wanted.kind == "ids" and max_ids is not None and len(value) > max_ids:
+            message = f"{name} names more than {max_ids} ids"
+            raise Refused(400, "value_not_permitted", message, field_name=name)
+        for item in value:
+            check_value(name, Field(wanted.kind[:-1], wanted.allowed), item, max_ids)
+        return
+    check_type(name, value, JSON_TYPES[wanted.kind])
+    if wanted.kind == "id":
+        check_id(name, value, wanted.allowed)
+    elif wanted.kind == "enum" and value not in wanted.allowed:
+        message = f"{name}: {value!r} is not permitted"
+        allowed = list(wanted.allowed)
+        more = {"field_name": name, "value": value, "allowed_values": allowed}
+        raise Refused(400, "invalid_enum_value", message, **more)
+    elif wanted.kind == "set":
+        for key in value:
+            if key != "set":
+                message = f"unknown property: {name}.{key}"
+                raise Refused(400, "invalid_field", message, field_name=f"{name}.{key}")
+        check_value(f"{name}.set", Field("ids", wanted.allowed), value.get("set", []), None)
+
+
+def check_type(name: str, value: Any, wanted: type) -> None:
+    """Refuse a value of another JSON type."""
+    if isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
+        return
+    more = {"field_name": name, "actual": json_name(type(value)), "expected": json_name(wanted)}
+    message = "{field_name}: expected {expected}, got {actual}".format(**more)
+    raise Refused(400, "unexpected_json_type", message, **more)
+
+
+def json_name(python_type: type) -> str:
+    """What JSON calls a Python type."""
+    return next(name for types, name in JSON_NAMES if issubclass(python_type, types))
+
+
+def check_id(name: str, value: str, kinds: Collection[str]) -> None:
+    """Refuse what is no id, or the id of something else."""
+    kind = kind_of(value)
+    if kind is None:
+        message = f"{name}: {value!r} is not an id"
+        raise Refused(400, "invalid_id", message, field_name=name)
+    if kind not in kinds:
+        message = f"{name}: the id of a {kind} is not wanted here"
+        raise Refused(400, "unexpected_id_type", message, field_name=name)
+
+
+class Api:
+    """What each endpoint does. Every method runs while the organisation's lock is held."""
+
+    def __init__(self, world: "World") -> None:
+        self.world = world
+        self.organisation = world.organisation
+        self._endpoints: Dict[str, Callable[[Thing], Thing]] = {
+            "dev-users.self": self._self,
+            "rev-users.get": self._get_contact,
+            "rev-users.list": self._list_contacts,
+            "rev-users.merge": self._merge,
+            "rev-users.create": self._create_contact,
+            "rev-users.update": self._update_contact,
+            "rev-users.delete": self._delete_contact,
+            "works.list": self._list_works,
+            "works.get": self._get_work,
+            "works.update": self._update_work,
+            "conversations.list": self._list_conversations,
+            "conversations.get": self._get_conversation,
+            "conversations.update": self._update_conversation,
+            "timeline-entries.list": self._list_entries,
+        }
+        self._fault: Optional[Fault] = None
+
+    def act(self, endpoint: str, body: Thing, fault: Optional[Fault] = None) -> Answer:
+        """Carry a request out. Whatever it says is serialised before anyone else can change it."""
+        try:
+            check_shape(SHAPES[endpoint], body, self.world.max_ids)
+            with self.organisation.lock:
+                self._fault = fault
+                return json_answer(201 if endpoint == "rev-users.create" else 200, self._endpoints[endpoint](body))
+        except Refused as refusal:
+            return refusal.answer
+
+    def _self(self, body: Thing) -> Thing:
+        return {"dev_user": self.organisation.dev_user}
+
+    # ----- contacts --------------------------------------------------------------------------------
+
+    def _get_contact(self, body: Thing) -> Thing:
+        contact_id = body["id"]
+        if contact_id in self.organisation.contacts and not self.organisation.alive(contact_id):
+            return self._get_merged_contact(contact_id)
+        return {"rev_user": self._contact(contact_id)}
+
+    def _get_merged_contact(self, contact_id: str) -> Thing:
+        contact = self.organisation.contacts[contact_id]
+        survivor = self.organisation.survivor(contact_id)
+        gone = self.world.gone
+        if gone == "404" or survivor not in self.organisation.contacts:
+            raise not_found(contact_id)
+        if gone == "301":
+            moved = Refused(301, "moved_permanently", "The object has another id now.")
+            base = self.world.moved_to or self.world.url
+            place = urllib.parse.quote(survivor, safe="")
+            moved.answer.headers["Location"] = f"{base}/rev-users.get?id={place}"
+            raise moved
+        if gone == "primary":
+            return {"rev_user": self.organisation.contacts[survivor]}
+        if gone == "state":
+            return {"rev_user": contact}
+        (primary,) = self.organisation.people([survivor])
+        return {"rev_user": {**contact, "state": gone, "primary_identity": primary}}
+
+    def _list_contacts(self, body: Thing) -> Thing:
+        seen_at = self.organisation.now() - self.world.list_lag
+        contacts = self._found(self.organisation.contacts, body, ("email", "external_ref"))
+        merged = self.organisation.merge_times
+        return page("rev_users", [one for one in contacts if merged.get(one[1]["id"], math.inf) > seen_at], body)
+
+    def _merge(self, body: Thing) -> Thing:
+        primary, secondary = body["primary_user"], body["secondary_user"]
+        if primary == secondary:
+            message = "a contact can't be merged into itself"
+            raise Refused(400, "value_not_permitted", message, field_name="secondary_user")
+        for contact_id in (primary, secondary):
+            self._contact(contact_id)
+        self.world.plan_merge(primary, secondary, self._fault)
+        return {}
+
+    def _create_contact(self, body: Thing) -> Thing:
+        self._check_fields(body)
+        email, reference = body.get("email"), body.get("external_ref")
+        org_id = body.get("rev_org") or self.organisation.don("identity", "revo", "ACME")
+        if "rev_org" in body and org_id not in self.organisation.rev_orgs:
+            raise Refused(400, "value_not_permitted", "there is no such rev org", field_name="rev_org")
+        if email is not None and self.world.unique_emails:
+            contacts = self.organisation.contacts.find([("email", [email])])
+            if any(self.organisation.alive(one["id"]) for one in contacts):
+                raise Refused(409, "conflict", f"{email!r} is the email of another contact")
+        self._check_free(reference, org_id)
+        more = shown(body, ("description", "phone_numbers", "display_picture"))
+        rev_org = org_id.rpartition("/")[2]
+        contact_id = self.organisation.new_contact(
+            email, reference, rev_org, display_name=body.get("display_name"), **more
+        )
+        return {"rev_user": self.organisation.contacts[contact_id]}
+
+    def _update_contact(self, body: Thing) -> Thing:
+        contact = self._contact(body["id"])
+        self._check_fields(body)
+        self._check_free(body.get("external_ref"), contact["rev_org"]["id"], contact["id"])
+        self.organisation.change(contact, **shown(body, OF_A_CONTACT))
+        if body.get("display_picture", "") is None:
+            contact.pop("display_picture", None)
+        return {"rev_user": contact}
+
+    def _delete_contact(self, body: Thing) -> Thing:
+        self.organisation.delete_contact(self._contact(body["id"])["id"])
+        return {}
+
+    def _contact(self, contact_id: str) -> Record:
+        if not self.organisation.alive(contact_id):
+            raise not_found(contact_id)
+        return self.organisation.contacts[contact_id]
+
+    def _check_fields(self, body: Thing) -> None:
+        refused = [name for name in body if name in self.world.refused_fields]
+        if not all(re.fullmatch(r"\+[1-9][0-9]{1,14}", number) for number in body.get("phone_numbers", ())):
+            refused.append("phone_numbers")
+        for name in refused:
+            raise Refused(400, "value_not_permitted", f"{name}: this is not permitted", field_name=name)
+
+    def _check_free(self, reference: Optional[str], org_id: str, contact_id: Optional[str] = None) -> None:
+        if reference is not None and self.organisation.holder(org_id, reference) not in (None, contact_id):
+            raise Refused(409, "conflict", f"{reference!r} is held by another contact")
+
+    # ----- works, conversations, timelines ---------------------------------------------------------
+
+    def _list_works(self, body: Thing) -> Thing:
+        return page("works", self._found(self.organisation.works, body, ("type", *ROLES)), body)
+
+    def _get_work(self, body: Thing) -> Thing:
+        return {"work": existing(self.organisation.works, body["id"])}
+
+    def _update_work(self, body: Thing) -> Thing:
+        work = existing(self.organisation.works, body["id"])
+        if body.get("type", work["type"]) != work["type"]:
+            message = "{} is no {}".format(work["display_id"], body["type"])
+            raise Refused(400, "value_not_permitted", message, field_name="type")
+        if body.get("owned_by", {}).get("set") == []:
+            raise Refused(400, "value_not_permitted", "owned_by.set: must not be empty", field_name="owned_by")
+        self._update_thing(work, body)
+        return {"work": work}
+
+    def _list_conversations(self, body: Thing) -> Thing:
+        return page("conversations", self._found(self.organisation.conversations, body, ("members",)), body)
+
+    def _get_conversation(self, body: Thing) -> Thing:
+        return {"conversation": existing(self.organisation.conversations, body["id"])}
+
+    def _update_conversation(self, body: Thing) -> Thing:
+        talk = existing(self.organisation.conversations, body["id"])
+        self._update_thing(talk, body)
+        return {"conversation": talk}
+
+    def _list_entries(self, body: Thing) -> Thing:
+        object_id = body["object"]
+        organisation = self.organisation
+        things = (organisation.works, organisation.conversations, organisation.contacts)
+        if not any(object_id in collection for collection in things):
+            raise not_found(object_id)
+        visible = set(body.get("visibility", ()))
+        entries = enumerate(organisation.timelines.get(object_id, ()))
+        return page("timeline_entries", [e for e in entries if not visible or e[1]["visibility"] in visible], body)
+
+    def _found(self, table: Table, body: Thing, names: Iterable[str]) -> List[Tuple[int, Thing]]:
+        """What a list is about to show, each with its place in the whole list."""
+        filters = [(name, body[name]) for name in names if body.get(name)]
+        return [(table.numbers[one["id"]], one) for one in table.find(filters, self.world.list_lag)]
+
+    def _update_thing(self, thing: Thing, body: Thing) -> None:
+        changes = dict(body)
+        for role in USER_LISTS:
+            ids = changes.pop(role, {}).get("set")
+            if ids is None:
+                continue
+            for user_id in ids:
+                if kind_of(user_id) == "revu":
+                    self._contact(user_id)
+            try:
+                changes[role] = self.organisation.people(ids)
+            except KeyError as unknown:
+                raise not_found(str(unknown.args[0])) from unknown
+        self.organisation.change(thing, **changes)
+
+
+def not_found(object_id: str) -> Refused:
+    """404: there is no such object, or there is none any more."""
+    return Refused(404, "not_found", f"{object_id} was not found")
+
+
+def existing(table: Table, object_id: str) -> Record:
+    """An object by its id."""
+    if object_id not in table:
+        raise not_found(object_id)
+    return table[object_id]
+
+
+def shown(body: Thing, names: Iterable[str]) -> Thing:
+    """The fields of a request that the answers show, as they show them."""
+    fields = {name: body[name] for name in names if body.get(name) is not None and name != "custom_schema_spec"}
+    if "display_picture" in fields:
+        fields["display_picture"] = {"id": fields["display_picture"]}
+    return fields
+
+
+def page(name: str, things: Sequence[Tuple[int, Thing]], body: Thing) -> Thing:
+    """One page of a list, with a cursor where there is more.
+
+    Each thing comes with its number, which stays the same whatever comes and goes: the number is
+    where the next page starts.
+    """
+    limit = body.get("limit", DEFAULT_PAGE)
+    if not 1 <= limit <= LARGEST_PAGE:
+        message = f"limit: from 1 to {LARGEST_PAGE}"
+        raise Refused(400, "value_not_permitted", message, field_name="limit")
+    start = start_of(name, body)
+    rest = [one for one in things if one[0] >= start][: limit + 1]
+    found = {name: [thing for _, thing in rest[:limit]]}  # type: Thing
+    if len(rest) > limit:
+        found["next_cursor"] = cursor(name, body, rest[limit][0])
+    return found
+
+
+def cursor(name: str, body: Dict[str, Any], position: int) -> str:
+    """A cursor that is good for the same filters only, and says nothing to a client."""
+    filters = {key: value for key, value in body.items() if key not in PAGING}
+    digest = hashlib.sha256(json.dumps([name, filters], sort_keys=True).encode()).hexdigest()[:16]
+    return base64.urlsafe_b64encode(f"{digest}:{position}".encode()).decode()
+
+
+def start_of(name: str, body: Dict[str, Any]) -> int:
+    """The position that a cursor stands for."""
+    if "cursor" not in body:
+        return 0
+    try:
+        position = int(base64.urlsafe_b64decode(body["cursor"]).decode().partition(":")[2])
+    except (binascii.Error, ValueError):
+        position = -1
+    if position < 0 or cursor(name, body, position) != body["cursor"]:
+        message = "the cursor is not one of this list"
+        raise Refused(400, "value_not_permitted", message, field_name="cursor")
+    return position
+
+
+# --------------------------------------------------------------------------------------------------
+# The world
+# --------------------------------------------------------------------------------------------------
+
+
+class Quota:
+    """So many units in a window; the windows follow each other from the first request on.
+
+    `others` is what other clients spend of each window, at its start.
+    """
+
+    def __init__(self, limit: int, window: float, epoch: Callable[[], float], others: int = 0) -> None:
+        self.limit = limit
+        self.window = window
+        self.others = others
+        self._epoch = epoch
+        self._first: Optional[float] = None
+        self._current = -1
+        self._used = 0
+
+    def take(self) -> Tuple[Dict[str, str], Optional[Answer]]:
+        """The headers for one more request, and its 429 if there is nothing left."""
+        now, reset = self._turn()
+        granted = self._used < self.limit
+        self._used += granted
+        headers = {
+            "X-Ratelimit-Limit": str(self.limit),
+            "X-Ratelimit-Remaining": str(self.limit - self._used),
+            "X-Ratelimit-Reset": self._number(reset),
+        }
+        if granted:
+            return headers, None
+        left = max(reset - now, 0.0)
+        return headers, too_many(left, self._number(left), "The quota is used up.")
+
+    def spend(self, units: int) -> None:
+        """Others spend some units of the present window, as far as there are any."""
+        self._turn()
+        self._used = min(self.limit, self._used + units)
+
+    def _turn(self) -> Tuple[float, float]:
+        now = self._epoch()
+        self._first = now if self._first is None else self._first
+        current = int((now - self._first) // self.window)
+        if current != self._current:
+            self._current, self._used = current, min(self.limit, self.others)
+        return now, self._first + (current + 1) * self.window
+
+    def _number(self, seconds: float) -> str:
+        if self.window >= 60:
+            return str(math.ceil(seconds))
+        return f"{math.ceil(seconds * 1000) / 1000:.3f}"
+
+
+class Event(NamedTuple):
+    """Something that is yet to happen."""
+
+    due: float
+    number: int
+    action: Callable[[], Any]
+
+
+class World:
+    """An organisation, how DevRev serves it, and the books of who asked what.
+
+    `clock` gives the seconds that everything here happens at, `epoch` (else the clock too) those of the quota's
+    headers. What may be changed at any time:
+
+    gone            how rev-users.get answers for a contact that was merged: "404", "301" (Location: the primary),
+                    "state" (200, state deleted), "primary" (200, the primary's record), "shadow" or "unassigned"
+                    (200, that state, and the primary as primary_identity)
+    moved_to        another base of the Location that a 301 names
+    merge_delay     seconds from a merge's acknowledgement until it is carried out
+    in_progress     status of a request for a merge that is pending already: 200, 400 or 409
+    list_lag        seconds that lists of contacts, works and conversations lag behind
+    max_ids         how many ids a filter may name
+    forbidden       patterns of endpoints that the token may not use
+    unique_emails   whether a contact can't be made with an email that another has
+    refused_fields  fields of a contact that can't be set
+    faults, token, quota
+
+    `on_request(stage, request)` is called "before" and "after" each act.
+    """
+
+    GONE = ("404", "301", "state", "primary", "shadow", "unassigned")
+
+    def __init__(
+        self,
+        organisation: Organisation,
+        clock: Callable[[], float],
+        epoch: Optional[Callable[[], float]] = None,
+        *,
+        token: str = "sandbox-token",
+        merge_delay: float = 0.3,
+        gone: str = "404",
+        quota: Optional[Tuple[int, float]] = None,
+        faults: Iterable[Fault] = (),
+        max_ids: Optional[int] = None,
+        list_lag: float = 0.0,
+        forbidden: Collection[str] = (),
+        seed: int = 0,
+        on_request: Optional[Callable[[str, Request], None]] = None,
+    ) -> None:
+        if gone not in self.GONE:
+            raise ValueError("gone: one of {}".format(", ".join(self.GONE)))
+        self.organisation = organisation
+        self.clock = organisation.clock = clock
+        self.token = token
+        self.merge_delay = merge_delay
+        self.gone = gone
+        self.moved_to = ""
+        self.url = ""
+        self.in_progress = 200
+        self.list_lag = list_lag
+        self.max_ids = max_ids
+        self.forbidden = forbidden
+        self.unique_emails = False
+        self.refused_fields: Collection[str] = ()
+        self.faults: List[Fault] = list(faults)
+        self.quota = Quota(*quota, epoch or clock) if quota else None
+        self.on_request = on_request
+        self.requests: List[Request] = []
+        self.over_quota = 0
+        self._chance = random.Random(seed)
+        self._api = Api(self)
+        self._pending: Set[Tuple[str, str]] = set()
+        self._events: List[Event] = []
+        self._numbers = itertools.count()
+
+    # ----- requests --------------------------------------------------------------------------------
+
+    def respond(self, endpoint: str, body: Thing, token: Optional[str]) -> Answer:
+        """What comes back for a request that arrives now."""
+        return self.answer(self.record(endpoint, body), token)
+
+    def record(self, endpoint: str, body: Thing, started: Optional[float] = None) -> Request:
+        """Enter a request into the books."""
+        self.catch_up()
+        with self.organisation.lock:
+            request = Request(len(self.requests) + 1, endpoint, body, self.clock() if started is None else started)
+            self.requests.append(request)
+        self._tell("before", request)
+        return request
+
+    def answer(self, request: Request, token: Optional[str], problem: Optional[Refused] = None) -> Answer:
+        """Decide what comes back. The quota comes first, then faults, the token and the request."""
+        self.catch_up()
+        with self.organisation.lock:
+            headers, answer = self.quota.take() if self.quota else ({}, None)
+            if answer is None:
+                answer = self._decide(request, token, problem)
+            else:
+                self.over_quota += 1
+            if request.fault != "429-bare":
+                answer.headers.update(headers)
+        request.status = answer.status if answer.manner in ("send", "cut", "drip") else None
+        request.ended = self.clock()
+        self._tell("after", request)
+        return answer
+
+    def count(self, endpoint: Optional[str] = None) -> int:
+        """How many requests were made, in all or to an endpoint."""
+        with self.organisation.lock:
+            return sum(1 for r in self.requests if endpoint is None or r.endpoint == endpoint)
+
+    def _decide(self, request: Request, token: Optional[str], problem: Optional[Refused]) -> Answer:
+        fault = self._pick_fault(request)
+        if fault is not None and fault.kind in BEFORE_THE_ACT:
+            return struck_before(fault)
+        if token != self.token:
+            answer = Refused(401, "unauthenticated", "The token is not valid.").answer
+        elif problem is not None:
+            answer = problem.answer
+        elif request.endpoint not in SHAPES:
+            answer = route_not_found()
+        elif any(fnmatch.fnmatchcase(request.endpoint, pattern) for pattern in self.forbidden):
+            answer = Refused(403, "forbidden", "The token may not do that.").answer
+        else:
+            answer = self._act(request, fault)
+        if fault is not None and fault.kind in AFTER_THE_ACT:
+            return struck_after(fault, answer)
+        return answer
+
+    def _act(self, request: Request, fault: Optional[Fault]) -> Answer:
+        body = request.body
+        if fault is not None and fault.kind == "endless":
+            body = {name: value for name, value in body.items() if name != "cursor"}
+        answer = self._api.act(request.endpoint, body, fault)
+        if fault is not None and fault.kind in ("doubled", "merge-doubled"):
+            again = functools.partial(self._api.act, request.endpoint, body)
+            if fault.detail is None:
+                return again()
+            self.later(float(fault.detail), again)
+        return answer
+
+    def _pick_fault(self, request: Request) -> Optional[Fault]:
+        for fault in list(self.faults):
+            if fault.strikes(request, self._chance):
+                request.fault = fault.kind
+                return fault
+        return None
+
+    def _tell(self, stage: str, request: Request) -> None:
+        if self.on_request is not None:
+            self.on_request(stage, request)
+
+    # ----- what happens later ----------------------------------------------------------------------
+
+    def later(self, seconds: float, action: Callable[[], Any]) -> None:
+        """Let something happen at its time: a merge, or what others do."""
+        with self.organisation.lock:
+            heapq.heappush(self._events, Event(self.organisation.now() + seconds, next(self._numbers), action))
+
+    def next_due(self) -> Optional[float]:
+        """When the next thing happens of which is known already that it will."""
+        return self._events[0].due if self._events else None
+
+    def catch_up(self) -> None:
+        """Let everything happen that is due, each at the moment it was due."""
+        with self.organisation.lock:
+            while self._events and self._events[0].due <= self.clock():
+                self._happen(self._events[0].due)
+
+    def settle(self) -> None:
+        """Let everything happen that is pending, without waiting for its time."""
+        with self.organisation.lock:
+            while self._events:
+                self._happen(min(self.clock(), self._events[0].due))
+
+    def plan_merge(self, primary: str, secondary: str, fault: Optional[Fault]) -> None:
+        """Take a merge on, unless the same one is pending; Refused where a fault or `in_progress` says so."""
+        kind, detail = (fault.kind, fault.detail) if fault else ("", None)
+        pending = (primary, secondary) in self._pending
+        status, delay = self.in_progress, self.merge_delay
+        if kind == "merge-slow":
+            delay = 5.0 if detail is None else float(detail)
+        if kind == "merge-refused-late":
+            status, delay = detail if isinstance(detail, tuple) else (detail or 400, delay)
+        if kind != "merge-never" and not pending:
+            self._pending.add((primary, secondary))
+            left = detail if kind == "merge-leaves" else ()
+            self.later(delay, lambda: self._carry_out(primary, secondary, left))
+        if status != 200 and (pending or kind == "merge-refused-late"):
+            message = "a merge of these contacts is in progress already" if pending else "this can't be merged"
+            raise Refused(status, REFUSALS[str(status)][1], message)
+
+    def _happen(self, moment: float) -> None:
+        event = heapq.heappop(self._events)
+        self.organisation.moment = moment
+        try:
+            event.action()
+        finally:
+            self.organisation.moment = None
+
+    def _carry_out(self, primary: str, secondary: str, left: Optional[Collection[str]]) -> None:
+        self._pending.discard((primary, secondary))
+        if self.organisation.alive(primary) and self.organisation.alive(secondary):
+            if left is None:
+                left = [self.organisation.first_work_of(secondary) or ""]
+            self.organisation.merge(primary, secondary, left)
