@@ -325,6 +325,9 @@ class Outside:
                 aside.unlink()
             raise
 
+    def database(self, uri: str) -> sqlite3.Connection:
+        return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0)
+
     def flush(self, file: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
@@ -355,14 +358,14 @@ class Crew:
     """Daemon threads that do what blocks; there are always enough of them, and one that hangs holds up no exit."""
 
     def __init__(self) -> None:
-        self._jobs: "queue.SimpleQueue[Tuple[asyncio.Future[Any], Callable[..., Any], Tuple[Any, ...]]]" = (
+        self._jobs: queue.SimpleQueue[Tuple[asyncio.Future[Any], Callable[..., Any], Tuple[Any, ...]]] = (
             queue.SimpleQueue()
         )
         self._threads = self._busy = 0  # counted by the event loop alone
 
     def do(self, job: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
         loop = asyncio.get_event_loop()
-        future: "asyncio.Future[T]" = loop.create_future()
+        future: asyncio.Future[T] = loop.create_future()
         self._busy += 1
         if self._busy > self._threads:
             self._threads += 1
@@ -509,7 +512,7 @@ class Brake:
 
     def __init__(self) -> None:
         self.stop: Optional[Stop] = None
-        self._waiting: Set["asyncio.Future[bool]"] = set()
+        self._waiting: Set[asyncio.Future[bool]] = set()
 
     def pull(self, stop: Stop) -> None:
         """Stop for this reason; the first reason counts, but that it was interrupted explains less than another."""
@@ -523,7 +526,7 @@ class Brake:
         """Something to wait for, which the brake ends."""
         if self.stop:
             raise Interrupted()
-        future: "asyncio.Future[bool]" = asyncio.get_event_loop().create_future()
+        future: asyncio.Future[bool] = asyncio.get_event_loop().create_future()
         self._waiting.add(future)
         future.add_done_callback(self._waiting.discard)
         return future
@@ -1110,6 +1113,9 @@ class Turn(NamedTuple):
     keep: int = 0  # units to be kept in `hold` when it leaves
 
 
+ANY_TURN = Turn()
+
+
 class Waiting(NamedTuple):
     urgency: int
     serial: int
@@ -1206,7 +1212,7 @@ class Gate:
         return float(self._ceiling.clamped_calls - (0 if over else self._ceiling.num_calls))
 
     def _fits(self, turn: Turn) -> bool:
-        """Whether the window has room for a request, and for what is to be kept with it (as much as it holds at all)."""
+        """Whether the window has room for a request and for what is to be kept with it, as far as it holds that at all."""
         room = min(self._server_room(), self._ceiling_room())
         if turn.hold and turn.hold.units and not turn.keep:
             return room >= 1
@@ -1449,7 +1455,7 @@ class DevRevAPI:
         endpoint: str,
         body: Json,
         key: str = "",
-        turn: Turn = Turn(),
+        turn: Turn = ANY_TURN,
         repeatable: bool = True,
         before: Callable[[], None] = lambda: None,
     ) -> Reply:
@@ -1517,7 +1523,7 @@ class DevRevAPI:
             self.brake.pull(denied)
             raise denied
 
-    async def pages(self, endpoint: str, key: str, body: Json, turn: Turn = Turn()) -> Listing:
+    async def pages(self, endpoint: str, key: str, body: Json, turn: Turn = ANY_TURN) -> Listing:
         """All items of a cursor-paged list."""
         items: Dict[str, Json] = {}
         cursors: Set[str] = set()
@@ -1543,7 +1549,7 @@ class DevRevAPI:
             cursors.add(cursor)
             page["cursor"] = cursor
 
-    async def _user(self, endpoint: str, body: Json, key: str = "rev_user", turn: Turn = Turn()) -> Json:
+    async def _user(self, endpoint: str, body: Json, key: str = "rev_user", turn: Turn = ANY_TURN) -> Json:
         """The user that an endpoint answers with. ApiUnanswered where it is none."""
         user = (await self._call(endpoint, body, key, turn)).data[key]
         if not (isinstance(user, dict) and isinstance(user.get("id"), str)):
@@ -1556,7 +1562,7 @@ class DevRevAPI:
         """The token's owner (`dev_user`)."""
         return await self._user("dev-users.self", {}, "dev_user")
 
-    async def contact(self, identity: str, turn: Turn = Turn()) -> Optional[Json]:
+    async def contact(self, identity: str, turn: Turn = ANY_TURN) -> Optional[Json]:
         """The rev user of this id, None where there is none (404), or where it has moved to another id (301)."""
         try:
             user = await self._user("rev-users.get", {"id": identity}, turn=turn)
@@ -1680,7 +1686,7 @@ class Loader:
         self._timer: Optional[asyncio.TimerHandle] = None
         self._leaves_at = 0.0
         self._most = PAGE  # keys a call
-        self._calls: Set["asyncio.Future[None]"] = set()
+        self._calls: Set[asyncio.Future[None]] = set()
 
     async def load(self, key: str, weight: int = 1, urgency: int = PREPARE, linger: float = LINGER) -> Listing:
         """What the list holds of `key`. Raises what the call for it raises."""
@@ -1999,7 +2005,7 @@ class Journal:
     duplicate are whole rows, so that a lost savepoint can be made again from it.
     """
 
-    STATES = {
+    STATES: Mapping[str, State] = {
         "asked": State.REQUESTED,
         "merged": State.MERGED,
         "done": State.DONE,
@@ -2145,7 +2151,7 @@ class SavePoint:
             raise Stop(EXIT_USAGE, f"the savepoint {self.path} is read-only; it was left as it is")
 
     def _connect(self, mode: str) -> sqlite3.Connection:
-        return sqlite3.connect(f"{self.path.resolve().as_uri()}?{mode}", uri=True, isolation_level=None, timeout=0)
+        return self.outside.database(f"{self.path.resolve().as_uri()}?{mode}")
 
     def _open(self) -> sqlite3.Connection:
         db = self._connect("mode=rwc")
@@ -2704,7 +2710,7 @@ class Walk:
     # -- the reference ------------------------------------------------------------------------------
 
     async def _move_reference(self, pair: Pair) -> None:
-        """Set the duplicate's reference on the primary; a 409 takes the pair back to being looked at where it is due."""
+        """Set the duplicate's reference on the primary; a 409 may take the pair back to being looked at."""
         if pair.new_ref and (self.asks[pair.ids] or not await self._has_reference(pair)):
             begun, pause = self.outside.moment(), 0.2
             while not await self._set_reference(pair, pair.new_ref):
@@ -2830,7 +2836,7 @@ def oldest(moments: Iterable[Moment]) -> Moment:
 
 
 class ContactMerger:
-    """Carries out a plan: finishes what an earlier run left, then walks group after group; one event loop owns it all."""
+    """Carries out a plan: finishes what an earlier run left, then walks group after group; the event loop owns it all."""
 
     BATCH = 25  # pairs that are begun together, so that one list call serves them all
     OUTSTANDING = 100  # pairs on their way
@@ -2839,8 +2845,8 @@ class ContactMerger:
     LINGER = 10.0  # seconds that a proof waits for others to share its list calls
     HARMLESS = frozenset((
         "not_found", "not_active", "email_changed", "external_ref_changed", "different_rev_org", "several_user_refs",
-        "count_mismatch", "left_behind", "still_listed", "merged_into_another", "external_ref_conflict", "undo_unfinished",
-        "group_incomplete", "interrupted",
+        "count_mismatch", "left_behind", "still_listed", "merged_into_another", "external_ref_conflict",
+        "undo_unfinished", "group_incomplete", "interrupted",
     ))  # fmt: skip
 
     def __init__(
@@ -2865,7 +2871,7 @@ class ContactMerger:
         self.closing: Optional[Stop] = None  # finish what is under way, begin nothing
         self.changed = False  # whether DevRev may have acted on anything
         self._streak = 0
-        self._walks: Dict["asyncio.Future[None]", Walk] = {}
+        self._walks: Dict[asyncio.Future[None], Walk] = {}
         self._expected: Set[Walk] = set()  # walks that will be at their proof soon
         self._delays: Deque[Tuple[float, int]] = collections.deque(maxlen=20)  # of merges: seconds, looks
         self._acknowledged = False
@@ -2989,8 +2995,10 @@ class ContactMerger:
             batch.clear()
 
     async def _begin_deferred(self, group: Group, pairs: Sequence[Pair], unfinished: Sequence[Pair]) -> None:
-        """Begin a group that shares a contact with an unfinished pair, once that is past asking. Where the group has the
-        contact that holds that pair's reference, it goes first: the reference follows."""
+        """Begin a group that shares a contact with an unfinished pair, once that is past asking.
+
+        Where the group has the contact that holds that pair's reference, it goes first: the reference follows.
+        """
         ids = {contact.id for contact in group.everybody()}
         refs = {pair.new_ref for pair in pairs if pair.new_ref}
         for task, walk in list(self._walks.items()):
@@ -3183,7 +3191,7 @@ ADVICE = {
     "merge_not_confirmed": "DevRev has not carried the merge out yet: run again later, which looks again first",
     "external_ref_conflict": "free the reference from its holder in DevRev, run again: only the reference is set then",
     "external_ref_not_set": "run again; if it stays, set the reference by hand in DevRev",
-    "left_behind": "run again later (DevRev may still be moving them), or move them by hand; --settle accepts what can't be mended",
+    "left_behind": "run again later (DevRev may still be moving them), or move them; --settle accepts what can't be mended",
     "still_listed": "run again later",
     "merged_into_another": "look at both contacts in DevRev; --settle accepts it",
     "merged_elsewhere": "export again; the reference named in the message has to be looked at by hand",
@@ -3262,7 +3270,7 @@ def report_chunks(head: Json, lists: Mapping[str, Iterable[Json]]) -> Iterator[b
 
 
 class Outcome:
-    """What a run has come to: the pairs of the report's lists, read from the savepoint as often as they are asked for."""
+    """What a run has come to: the pairs of the report's lists, read from the savepoint as often as one asks."""
 
     def __init__(self, plan: Plan, savepoint: SavePoint) -> None:
         self.plan = plan
@@ -3762,14 +3770,16 @@ def check_token(token: str) -> None:
 class Run:
     """One call of the tool: options, settings, console, log; named by its stamp."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    TICK = 0.2  # seconds between looks at what the status line says
+
+    def __init__(self, options: argparse.Namespace, outside: Optional[Outside] = None) -> None:
         self.options = options
         self.console = Console(options.quiet)
-        self.started, self.begun = time.time(), time.monotonic()
+        self.outside = outside or Outside(ApiSettings(token=""))
+        self.started = self.outside.moment()
         self.stamp = self._free_stamp()
         self.formatter = PlainFormatter()
-        self.settings = ApiSettings(token="")
-        self.outside = Outside(self.settings)
+        self.settings = self.outside.settings
         self.organisation = ""
         self.signal = 0
 
@@ -3782,7 +3792,7 @@ class Run:
         return Path("logs") / f"contact_merge_{self.stamp}.log"
 
     def _free_stamp(self) -> str:
-        second = self.started
+        second = self.started.wall
         while True:
             self.stamp = stamp_of(second)
             if not (self.report_path.exists() or self.log_path.exists()):
@@ -3833,7 +3843,7 @@ class Run:
 
     def load_settings(self) -> None:
         self.settings = load_settings(load_environment(), self.options.workers)
-        self.outside = Outside(self.settings)
+        self.outside.settings = self.settings
         self.console.mask = self.formatter.mask = self.settings.mask
 
     def ceiling(self) -> str:
@@ -3943,7 +3953,7 @@ def merge(run: Run) -> int:
         if not plan.count() and not savepoint.unfinished():
             return _report(run, plan, None, savepoint, EXIT_OK)
         check_writable(run.report_path.parent, run.outside)
-        return asyncio.run(_merge(run, plan, savepoint))
+        return asyncio.run(carry_out(run, plan, savepoint))
     finally:
         savepoint.close()
 
@@ -3989,7 +3999,8 @@ def check_writable(folder: Path, outside: Outside) -> None:
         raise Stop(EXIT_STOPPED, f"{folder} can't be written: {error}; nothing was changed") from None
 
 
-async def _merge(run: Run, plan: Plan, savepoint: SavePoint) -> int:
+async def carry_out(run: Run, plan: Plan, savepoint: SavePoint) -> int:
+    """Find out whose token it is, ask, merge, report; returns the exit code."""
     run.console.status("connecting to DevRev ...")
     brake = Brake()
     api = DevRevAPI(run.settings, run.outside, brake)
@@ -4047,7 +4058,7 @@ class Progress:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.begun = self.told = self.drawn = time.monotonic()
+        self.begun = self.told = run.outside.moment().steady
         self.recent: Deque[Tuple[float, int]] = collections.deque([(self.begun, 0)], maxlen=120)
 
     def on_pair(self, pair: Pair) -> None:
@@ -4067,8 +4078,8 @@ class Progress:
     async def tick(self, merger: ContactMerger) -> None:
         """Keep the status line up to date, for as long as the run lasts."""
         while True:
-            await asyncio.sleep(0.2)
-            now = time.monotonic()
+            await asyncio.sleep(self.run.TICK)
+            now = self.run.outside.moment().steady
             if now - self.recent[-1][0] >= 1:
                 self.recent.append((now, sum(merger.api.requests.values())))
             line = self.line(merger, now)
@@ -4136,8 +4147,8 @@ def run_facts(run: Run, merger: Optional[ContactMerger], savepoint: SavePoint, c
             "merge_timeout": options.merge_timeout, "workers": options.workers, "savepoint": str(options.savepoint),
             "timelines": not options.no_timelines, "rate_limit": [run.settings.calls, run.settings.period],
         },
-        "start": iso(run.started),
-        "end": iso(time.time()),
+        "start": iso(run.started.wall),
+        "end": iso(run.outside.moment().wall),
         "exit_code": code,
         "stopped": ("interrupted" if run.signal else stop),
         "requests": requests,
@@ -4179,7 +4190,7 @@ def show_summary(
             say(f"before   {facts['already_merged']} merged by earlier runs")
         if facts["skipped_groups"]:
             say(f"skipped  {plural(facts['skipped_groups'], 'group')} (--preview says why)")
-        spent = time.monotonic() - run.begun
+        spent = run.outside.elapsed(run.started)
         say(f"cost     {plural(sum(merger.api.requests.values()), 'request')}, {duration(spent)}")
     if written:
         page = run.report_path.with_suffix(".html")

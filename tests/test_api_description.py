@@ -3,11 +3,11 @@
 The description is not part of the project: DEVREV_OPENAPI says where it is, else it is looked for beside the project.
 """
 
+import asyncio
 import copy
 import json
 import os
 import re
-import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -111,7 +111,11 @@ def test_every_request_is_one_that_the_description_knows(description: Descriptio
         place.run(sandbox, "--check", check=0)
         place.run(sandbox, "--yes", check=0)
         settings = tool.ApiSettings(token=sandbox.token, base_url=sandbox.url, calls=0)
-        tool.DevRevAPI(settings, threading.Event()).holder_of("user_a102")
+
+        async def who_holds() -> None:
+            await tool.DevRevAPI(settings, tool.Outside(settings), tool.Brake()).holders_of("user_a102", tool.Turn())
+
+        asyncio.run(who_holds())
         requests = list(sandbox.requests)
     assert len(organisation.merges) > 10
     for request in requests:
