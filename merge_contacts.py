@@ -1178,7 +1178,7 @@ class Gate:
             self._timer.cancel()
         self._queue = [waiting for waiting in self._queue if not waiting.future.done()]
         wait, reason = 0.0, ""
-        while self._queue and self._in_flight < self.workers:
+        while self._queue and self._has_slot():
             wait, reason = self._closed()
             first = next((each for each in self._queue if self._fits(each.turn)), None) if not wait else None
             if first is None:
@@ -1187,11 +1187,15 @@ class Gate:
             self._admit(first)
         else:
             wait, reason = 0.0, ""
-        if self._queue and self._in_flight < self.workers and not wait:
+        if self._queue and self._has_slot() and not wait:
             wait, reason = self._until_room()
         self._note_wait(reason)
         if wait:
             self._timer = asyncio.get_event_loop().call_later(max(0.001, wait), self._let_through)
+
+    def _has_slot(self) -> bool:
+        """Whether another request may be under way; after a failure fewer, until one is answered well."""
+        return self._in_flight < max(1, self.workers >> min(self._failures, 4))
 
     def _closed(self) -> Tuple[float, str]:
         """Seconds for which nothing at all may leave, and what for."""
@@ -1212,7 +1216,7 @@ class Gate:
         return float(self._ceiling.clamped_calls - (0 if over else self._ceiling.num_calls))
 
     def _fits(self, turn: Turn) -> bool:
-        """Whether the window has room for a request and for what is to be kept with it, as far as it holds that at all."""
+        """Whether the window has room for a request, and for as much of what is to be kept as it can hold."""
         room = min(self._server_room(), self._ceiling_room())
         if turn.hold and turn.hold.units and not turn.keep:
             return room >= 1
@@ -2836,7 +2840,7 @@ def oldest(moments: Iterable[Moment]) -> Moment:
 
 
 class ContactMerger:
-    """Carries out a plan: finishes what an earlier run left, then walks group after group; the event loop owns it all."""
+    """Carries out a plan: finishes what an earlier run left, then walks group after group."""
 
     BATCH = 25  # pairs that are begun together, so that one list call serves them all
     OUTSTANDING = 100  # pairs on their way
@@ -3191,7 +3195,7 @@ ADVICE = {
     "merge_not_confirmed": "DevRev has not carried the merge out yet: run again later, which looks again first",
     "external_ref_conflict": "free the reference from its holder in DevRev, run again: only the reference is set then",
     "external_ref_not_set": "run again; if it stays, set the reference by hand in DevRev",
-    "left_behind": "run again later (DevRev may still be moving them), or move them; --settle accepts what can't be mended",
+    "left_behind": "run again later (DevRev may still be moving them), or move them; --settle accepts what stays",
     "still_listed": "run again later",
     "merged_into_another": "look at both contacts in DevRev; --settle accepts it",
     "merged_elsewhere": "export again; the reference named in the message has to be looked at by hand",
@@ -3448,6 +3452,12 @@ class Console:
     def note(self, text: str, style: str = "") -> None:
         """A line beside the results."""
         self._write(self.err, self.paint(style, self.clean(text), self.err) if style else self.clean(text))
+
+    def ask(self, text: str) -> None:
+        """Show a prompt, without a line break."""
+        with contextlib.suppress(OSError, ValueError):
+            self.out.write(text)
+            self.out.flush()
 
     def cut(self, text: str) -> None:
         """Say a last word, if anybody listens, before the process ends at once."""
@@ -4017,17 +4027,17 @@ async def carry_out(run: Run, plan: Plan, savepoint: SavePoint) -> int:
             raise
         brake.pull(stop)
         return _report(run, plan, merger, savepoint, stop.exit_code)
-    confirm(run, plan, merger, len(unfinished))
+    ticking = asyncio.ensure_future(progress.tick(merger))  # which also lets signals in, however quiet it is
+    await confirm(run, plan, merger, len(unfinished))
     savepoint.about("organisation", merger.organisation)
     run.on_signal(asyncio.get_event_loop(), lambda: brake.pull(Interrupted()))
-    ticking = asyncio.ensure_future(progress.tick(merger))
     code = await merger.run(plan.groups, unfinished)
     ticking.cancel()
     run.console.status("")
     return _report(run, plan, merger, savepoint, run.signal + 128 if run.signal else code)
 
 
-def confirm(run: Run, plan: Plan, merger: ContactMerger, unfinished: int) -> None:
+async def confirm(run: Run, plan: Plan, merger: ContactMerger, unfinished: int) -> None:
     """On a terminal: say what is about to happen, and go on only on a typed `merge`. Raises Stop(2) otherwise."""
     owner = merger.token_owner
     who = str(owner.get("display_name") or owner.get("full_name") or owner.get("email") or owner.get("id"))
@@ -4043,11 +4053,10 @@ def confirm(run: Run, plan: Plan, merger: ContactMerger, unfinished: int) -> Non
     )
     say(f"backups in    {Path('backups').resolve()}")
     say("A merge can't be undone.", "bold")
-    try:
-        answer = input("Type merge to go on, anything else to leave: ")
-    except EOFError:
-        answer = ""
-    if answer.strip() != "merge":
+    run.console.ask("Type merge to go on, anything else to leave: ")
+    # Read by a thread and past Python's own buffers, so that a signal is never kept waiting by the terminal.
+    answer = await run.outside.work(os.read, sys.stdin.fileno(), 1024)
+    if answer.strip() != b"merge":
         raise Stop(EXIT_USAGE, "not confirmed; nothing was changed")
 
 
@@ -4079,6 +4088,8 @@ class Progress:
         """Keep the status line up to date, for as long as the run lasts."""
         while True:
             await asyncio.sleep(self.run.TICK)
+            if not merger.total:
+                continue
             now = self.run.outside.moment().steady
             if now - self.recent[-1][0] >= 1:
                 self.recent.append((now, sum(merger.api.requests.values())))
