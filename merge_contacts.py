@@ -369,11 +369,12 @@ def read_contacts(path: Path, emails: Iterable[str] = ()) -> Reading:
     """
     with _csv_file(path) as raw:
         before = os.fstat(raw.fileno())
-        reading = _ContactReader(raw).read(emails)
-        after = os.fstat(raw.fileno())
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise Stop(EXIT_USAGE, "changed while it was being read; wait for the export to finish")
-    return reading
+        try:
+            return _ContactReader(raw).read(emails)
+        finally:
+            after = os.fstat(raw.fileno())
+            if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+                raise Stop(EXIT_USAGE, "changed while it was being read; wait for the export to finish")
 
 
 @contextlib.contextmanager
@@ -664,12 +665,12 @@ class Skip(NamedTuple):
     code: str
     contacts: List[Contact]
 
-    def choices(self) -> List[Tuple[str, Contact]]:
-        """For each contact that --choices may name here, the line of CSV that does so."""
-        users = [contact for contact in self.contacts if contact.is_user]
+    def choice_lines(self) -> Dict[str, Contact]:
+        """The lines of CSV of which --choices may take one, each with the contact whose reference it keeps."""
         if self.code not in ("several_user_refs", "no_user_ref"):
-            return []
-        return [(csv_line(self.email, one.external_ref), one) for one in users or self.contacts]
+            return {}
+        users = [contact for contact in self.contacts if contact.is_user]
+        return {csv_line(self.email, contact.external_ref): contact for contact in users or self.contacts}
 
 
 SKIP_REASONS = {
@@ -806,12 +807,12 @@ def judge(email: str, contacts: Iterable[Contact], broken: bool = False, choice:
 
 def _chosen(email: str, users: Sequence[Contact], system: Sequence[Contact], choice: str) -> Contact:
     candidates = users or system
-    found = [contact for contact in candidates if contact.external_ref == choice]
+    found = [contact for contact in candidates if contact.external_ref.strip() == choice]
     if len(found) == 1:
         return found[0]
     if found:
         why = f"{len(found)} contacts have it"
-    elif any(contact.external_ref == choice for contact in system):
+    elif any(contact.external_ref.strip() == choice for contact in system):
         why = "the application knows this person by a user_ reference, which has to stay"
     else:
         why = "no contact of this email has it"
