@@ -41,7 +41,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
-from itertools import chain, compress, count, islice
+from itertools import chain, compress, islice
 from operator import attrgetter, itemgetter, or_
 from pathlib import Path
 from typing import (
@@ -537,7 +537,8 @@ class _ContactReader:
         pick = itemgetter(*table.places)
         rows: Iterable[Tuple[int, List[str]]] = compress(table.numbered(), wanted)
         if self.rows_are_lines:  # so that the lines of the others need not be taken apart again
-            numbers = compress(count(table.rows.line_num + 1), wanted)
+            first = table.rows.line_num + 1
+            numbers = compress(range(first, first + len(wanted)), wanted)
             rows = zip(numbers, csv.reader(compress(table.lines, wanted), strict=True))
         by_id: Dict[str, List[Tuple[int, Contact]]] = {}
         for line, row in rows:
@@ -557,8 +558,14 @@ class _ContactReader:
                 self.reading.tainted.add(contact.key)
 
 
-def _repeated(values: "array[int]") -> Set[int]:
-    return {value for value, count in collections.Counter(values).items() if count > 1 and value != -1}
+def _repeated(hashes: "array[int]") -> Set[int]:
+    seen, repeated = {-1}, set()
+    for value in hashes:
+        if value in seen:
+            repeated.add(value)
+        else:
+            seen.add(value)
+    return repeated - {-1}
 
 
 # ---------------------------------------------------------------------------------------------------
