@@ -20,6 +20,7 @@ import contextlib
 import csv
 import gc
 import hashlib
+import io
 import json
 import logging
 import os
@@ -41,13 +42,14 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
 from itertools import chain, compress
-from operator import itemgetter, or_
+from operator import attrgetter, itemgetter, or_
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Any,
     AsyncIterator,
     Awaitable,
+    BinaryIO,
     Callable,
     Collection,
     Deque,
@@ -549,30 +551,67 @@ class Brake:
 # Contacts: the CSV export
 # ---------------------------------------------------------------------------------------------------
 
+COLUMNS = {
+    "id": "REV_USER_ID",
+    "display_name": "DISPLAY_NAME",
+    "email": "EMAIL",
+    "external_ref": "EXTERNAL_REF",
+    "full_name": "FULL_NAME",
+    "tickets": "TICKET_COUNT",
+    "created": "CREATED_AT",
+    "updated": "UPDATED_AT",
+}
+_COUNT = re.compile(r"\s*(\d{1,9})(?:\.0+)?\s*")  # `4.0` is what a spreadsheet makes of 4
+
 
 @dataclass
 class Contact:
-    """One row of the export.
+    """One row of the export: each field is one of its COLUMNS.
 
-    `id` is the contact's DON (`don:identity:dvrv-us-1:devo/<ORG>:revu/<KEY>`), `display_id` the `REVU-<KEY>`
-    people see, `tickets` the warehouse's TICKET_COUNT: the greatest of the tickets and issues that the contact
-    owns, has created and has reported.
+    `id` is the contact's DON (`don:identity:dvrv-us-1:devo/<ORG>:revu/<KEY>`), `tickets` the warehouse's TICKET_COUNT:
+    the greatest of the tickets and issues that the contact owns, has created and has reported.
     """
 
-    __slots__ = ("created", "display_id", "display_name", "email", "external_ref", "id", "rev_org", "tickets")
+    __slots__ = ("created", "display_name", "email", "external_ref", "full_name", "id", "tickets", "updated")
 
     id: str
-    display_id: str
     display_name: str
     email: str
     external_ref: str
-    rev_org: str
-    created: str
+    full_name: str
     tickets: int
+    created: str
+    updated: str
+
+    @staticmethod
+    def flaw_of(identity: str, email: str, external_ref: str, tickets: str) -> str:
+        """Say why cells of a row make no contact, `""` if they do: who it is has to be there, and a count."""
+        if not (identity.strip() and email.strip() and external_ref.strip()):
+            names = {"id": identity, "email": email, "external_ref": external_ref}
+            return "empty " + next(COLUMNS[name] for name, value in names.items() if not value.strip())
+        return "" if _COUNT.fullmatch(tickets) else f"{COLUMNS['tickets']} is not a count: {tickets.strip()[:40]}"
+
+    @classmethod
+    def from_cells(cls, cells: Sequence[str]) -> "Contact":
+        """Make a contact of cells without a flaw, in the order of COLUMNS."""
+        identity, display_name, email, external_ref, full_name, tickets, created, updated = cells
+        count = int(tickets.partition(".")[0])
+        return cls(identity, display_name, email, external_ref, full_name, count, created, updated)
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Contact":
-        return cls(**row)
+        """Read `asdict` of a contact back, also one of version 1.0.0, which had other columns."""
+        return cls(**{name: row.get(name, 0 if name == "tickets" else "") for name in COLUMNS})
+
+    @property
+    def is_user(self) -> bool:
+        """Whether the application made the contact, and knows the person by its reference."""
+        return self.external_ref.startswith("user_")
+
+    @property
+    def is_system(self) -> bool:
+        """Whether DevRev made the contact, from an email."""
+        return self.external_ref.startswith("REVU-")
 
     @property
     def key(self) -> str:
@@ -581,8 +620,13 @@ class Contact:
 
     @property
     def short_id(self) -> str:
-        """`REVU-<KEY>`, from the id where the export has no display id."""
-        return self.display_id or "REVU-" + self.id.rpartition("/")[2]
+        """The `REVU-<KEY>` that people see, made from the id."""
+        return "REVU-" + self.id.rpartition("/")[2]
+
+    @property
+    def name(self) -> str:
+        """What to call the contact: DISPLAY_NAME; where that is empty FULL_NAME; where both are, the short id."""
+        return self.display_name.strip() or self.full_name.strip() or self.short_id
 
     @property
     def organisation(self) -> str:
@@ -598,52 +642,6 @@ def organisation_of(don: str) -> str:
     return match.group(1) if match else ""
 
 
-class Column(NamedTuple):
-    field: str
-    name: str
-    aliases: Tuple[str, ...] = ()
-    vital: bool = False
-
-
-COLUMNS = (
-    Column("id", "REV_USER_ID", ("USER_ID", "CONTACT_ID", "ID"), vital=True),
-    Column("display_id", "DISPLAY_ID"),
-    Column("display_name", "DISPLAY_NAME", ("FULL_NAME", "NAME")),
-    Column("email", "EMAIL", ("EMAIL_ADDRESS",), vital=True),
-    Column("external_ref", "EXTERNAL_REF", ("EXTERNAL_REFERENCE",), vital=True),
-    Column("rev_org", "REV_ORG_ID", ("REV_ORG",)),
-    Column("created", "CREATED_DATE", ("CREATED_AT", "CREATED")),
-    Column("tickets", "TICKET_COUNT", ("TOTAL_TICKETS",), vital=True),
-)
-
-
-def locate_columns(header: Sequence[str]) -> Dict[str, Optional[int]]:
-    """Map each field of a contact to its place in the CSV's header.
-
-    All eight columns have to be there. The four that only describe (names, dates) may go by a name of their own: such
-    a column counts as long as the header holds one that nothing else explains, and its field stays empty.
-
-    Raises Stop(2) naming what is missing or doubled.
-    """
-    names = [name.strip().upper() for name in header]
-    doubled = sorted({name for name in names if names.count(name) > 1 and name})
-    places: Dict[str, Optional[int]] = {}
-    for column in COLUMNS:
-        found = [name for name in (column.name, *column.aliases) if name in names]
-        if found and found[0] in doubled:
-            raise Stop(EXIT_USAGE, f"the column {found[0]} is there twice")
-        places[column.field] = names.index(found[0]) if found else None
-    missing = [column for column in COLUMNS if places[column.field] is None]
-    unexplained = len(names) - len(COLUMNS) + len(missing)
-    if any(column.vital for column in missing) or len(missing) > unexplained:
-        wanted = ", ".join(column.name for column in missing)
-        raise Stop(
-            EXIT_USAGE,
-            f"missing column{'s' if len(missing) > 1 else ''} {wanted} (found: {', '.join(names) or 'none'})",
-        )
-    return places
-
-
 class InvalidRow(NamedTuple):
     line: int
     reason: str
@@ -652,31 +650,45 @@ class InvalidRow(NamedTuple):
 
 @dataclass
 class Reading:
-    """What a CSV holds that matters: only rows whose email or id recurs are kept."""
+    """What a CSV holds that matters: only rows whose email or id recurs, or whose email was asked for, are kept."""
 
-    contacts: List[Contact] = field(default_factory=list)
+    contacts: List[Contact] = field(default_factory=list)  # each row once, conflicting ones included
     contacts_read: int = 0
-    invalid_rows: List[InvalidRow] = field(default_factory=list)
+    invalid_rows: List[InvalidRow] = field(default_factory=list)  # by line
     tainted: Set[str] = field(default_factory=set)  # emails of groups that are no longer known whole
 
 
 _NUL_MARK = "\ufdd0"  # a noncharacter: the csv module of Python 3.8 to 3.10 can't read a NUL
-_FIELD_LIMIT = 1 << 20
 _ADDRESS = re.compile(r"[^\s,;\"<>()]+@[^\s,;\"<>()]+")
 
 
-def read_contacts(path: Path) -> Reading:
-    """Read the export twice: once to learn which emails and ids recur, once to keep the rows that have them.
+def read_contacts(path: Path, emails: Iterable[str] = ()) -> Reading:
+    """Read the export; of `emails` (keys) every row is kept, of others those that recur.
 
-    Raises Stop(2) where the file can't be read, is no UTF-8 CSV, is empty or lacks a column.
+    Raises Stop(2) where the file can't be read, is no UTF-8 CSV, lacks a column or has no usable row.
     """
-    try:
-        with open(path, "rb") as raw:
-            before = os.fstat(raw.fileno())
-            if not stat.S_ISREG(before.st_mode):
-                raise Stop(EXIT_USAGE, f"{path}: not a regular file (it has to be read twice)")
-            reading = _CsvReader(raw.fileno(), before.st_size).read()
+    with _csv_file(path) as raw:
+        before = os.fstat(raw.fileno())
+        try:
+            return _ContactReader(raw).read(emails)
+        finally:
             after = os.fstat(raw.fileno())
+            if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+                raise Stop(EXIT_USAGE, "changed while it was being read; wait for the export to finish")
+
+
+@contextlib.contextmanager
+def _csv_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a CSV; whatever goes wrong inside becomes Stop(2) with one line that names the file."""
+    csv.field_size_limit(1 << 20)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise Stop(EXIT_USAGE, "not a regular file")
+        with open(path, "rb", buffering=0) as raw:
+            flaw = _foreign(raw.read(1 << 16))
+            if flaw:
+                raise Stop(EXIT_USAGE, flaw)
+            yield raw
     except OSError as error:
         raise Stop(EXIT_USAGE, f"{path}: can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -684,139 +696,134 @@ def read_contacts(path: Path) -> Reading:
     except csv.Error as error:
         raise Stop(EXIT_USAGE, f"{path}: not a well-formed CSV: {error}") from None
     except Stop as stop:
-        raise Stop(stop.exit_code, f"{path}: {stop}" if str(path) not in str(stop) else str(stop)) from None
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise Stop(EXIT_USAGE, f"{path}: changed while it was being read; wait for the export to finish")
-    return reading
+        raise Stop(stop.exit_code, f"{path}: {stop}") from None
 
 
-class _CsvReader:
-    def __init__(self, descriptor: int, size: int) -> None:
-        self.descriptor = descriptor
-        self.size = size
-        self.has_nul = False
-        self.width = 0
-        self.spans_lines = True
-        self.places: Dict[str, Optional[int]] = {}
+def _foreign(head: bytes) -> str:
+    """Say what it is that begins like no CSV of ours, `""` where it may be one."""
+    if head.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
+        return "an Excel workbook, not a CSV; save it as «CSV UTF-8 (comma delimited)»"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
+        return "UTF-16, or no text at all; export the CSV as UTF-8"
+    (first, *_) = head.lstrip(b"\xef\xbb\xbf \r\n").splitlines() or [b""]
+    if first.lower().startswith(b"sep="):
+        return "the first line is `sep=`, a note for Excel alone; delete it"
+    for separator, name in ((b";", "semicolons"), (b"\t", "tabs")):
+        if separator in first and b"," not in first:
+            return f"separated by {name}; export the CSV with commas"
+    return ""
+
+
+class _Table(NamedTuple):
+    """A CSV that is read as far as its header."""
+
+    places: List[int]  # of the wanted columns
+    width: int
+    lines: Iterator[str]
+    rows: Any  # the csv.reader of the lines
+
+    @classmethod
+    def of(cls, raw: BinaryIO, wanted: Iterable[str], has_nul: bool = False) -> "_Table":
+        os.lseek(raw.fileno(), 0, os.SEEK_SET)
+        lines: Iterator[str] = open(raw.fileno(), encoding="utf-8-sig", newline="", closefd=False)  # noqa: SIM115
+        if has_nul:
+            lines = (line.replace("\0", _NUL_MARK) for line in lines)
+        table = cls([], 0, lines, csv.reader(lines, strict=True))
+        header = next((row for _, row in table.numbered() if row), None)
+        if header is None:
+            raise Stop(EXIT_USAGE, "the file is empty")
+        return table._replace(places=locate_columns(header, wanted), width=len(header))
+
+    def numbered(self) -> Iterator[Tuple[int, List[str]]]:
+        """Yield each row that is left with the number of its last line, which an error of csv names too."""
+        try:
+            for row in self.rows:
+                yield self.rows.line_num, row
+        except csv.Error as error:
+            raise csv.Error(f"line {self.rows.line_num}: {error}") from None
+
+
+def locate_columns(header: Sequence[str], wanted: Iterable[str]) -> List[int]:
+    """Return the places of the wanted columns in a header; raises Stop(2) naming what is missing or doubled."""
+    names = [name.strip().upper() for name in header]
+    if any("," in name for name in names if "\n" in name or "\r" in name):
+        raise Stop(EXIT_USAGE, "the header holds other rows (a stray quote?)")
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        found = textwrap.shorten(", ".join(names), 300, placeholder=" ...") or "none"
+        raise Stop(EXIT_USAGE, f"missing column{'s' * (len(missing) > 1)} {', '.join(missing)} (found: {found})")
+    doubled = [name for name in wanted if names.count(name) > 1]
+    if doubled:
+        raise Stop(EXIT_USAGE, f"the column {doubled[0]} is there twice")
+    return [names.index(name) for name in wanted]
+
+
+class _ContactReader:
+    """Reads the file twice, to hold but few of very many rows: first to learn which emails and ids recur."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self.raw = raw
+        os.lseek(raw.fileno(), 0, os.SEEK_SET)
+        self.has_nul = any(b"\0" in block for block in iter(lambda: raw.read(1 << 20), b""))
+        self.rows_are_lines = False
         self.reading = Reading()
-        csv.field_size_limit(_FIELD_LIMIT)
 
-    def read(self) -> Reading:
-        with open(self.descriptor, "rb", closefd=False) as raw:
-            head = raw.read(4)
-            if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-                raise Stop(EXIT_USAGE, "UTF-16; export the CSV as UTF-8")
-            while head and not self.has_nul:
-                self.has_nul = b"\0" in head
-                head = raw.read(1 << 20)
-        self._keep(self._survey())
-        for column in COLUMNS:
-            if self.places[column.field] is None:
-                log.warning("no column is called %s: contacts are worked on without it", column.name)
+    def read(self, emails: Iterable[str]) -> Reading:
+        self._keep(self._survey(emails))
+        invalid = self.reading.invalid_rows
+        invalid.sort(key=attrgetter("line"))
+        if not self.reading.contacts_read:
+            some = "; ".join(f"line {row.line}: {row.reason}" for row in invalid[:3])
+            more = f"; and {len(invalid) - 3:,} more" if len(invalid) > 3 else ""
+            flaw = f"no usable row, {plural(len(invalid), 'invalid one')} ({some}{more})"
+            raise Stop(EXIT_USAGE, flaw if invalid else "no row but the header")
         return self.reading
 
-    @contextlib.contextmanager
-    def _rows(self, kept: Optional[Iterable[bool]] = None) -> Iterator[Any]:
-        """Yield a csv.reader that stands behind the header; with `kept`, of the rows alone that it says.
+    def _table(self) -> _Table:
+        return _Table.of(self.raw, COLUMNS.values(), self.has_nul)
 
-        Where each row is a line, the lines of the others are never taken apart.
+    def _survey(self, emails: Iterable[str]) -> bytes:
+        """Check every row, and say of each whether it is to be kept: its email or id recurs, or the email is wanted.
+
+        A hash stands for a value, so a million rows cost tens of megabytes; two values of one hash do no harm.
         """
-        os.lseek(self.descriptor, 0, os.SEEK_SET)
-        with open(self.descriptor, buffering=1 << 18, encoding="utf-8-sig", newline="", closefd=False) as file:
-            lines: Iterable[str] = (line.replace("\0", _NUL_MARK) for line in file) if self.has_nul else file
-            rows = csv.reader(lines, strict=True)
-            try:
-                header = next((row for row in rows if row), None)
-                if header is None:
-                    raise Stop(EXIT_USAGE, "the file is empty")
-                if any("," in name for name in header if "\n" in name or "\r" in name):
-                    raise Stop(EXIT_USAGE, "the header holds other rows (a stray quote?)")
-                if not self.places:
-                    self.width, self.places = len(header), locate_columns(header)
-                if kept is None:
-                    yield rows
-                elif self.spans_lines:
-                    yield compress(rows, kept)
-                else:
-                    rows = csv.reader(compress(iter(lines), kept), strict=True)
-                    yield rows
-            except csv.Error as error:
-                where = f"line {rows.line_num}" if self.places else "the header"
-                raise csv.Error(f"{where}: {error}") from None
+        table = self._table()
+        places = dict(zip(COLUMNS, table.places))
+        pick = itemgetter(*(places[name] for name in ("id", "email", "external_ref", "tickets")))
+        keys, ids = array("q"), array("q")  # -1, which no hash is, for a row that is left out
+        header_line = line = table.rows.line_num
+        for last_line, row in table.numbered():
+            line, lines = last_line, last_line - line
+            odd = len(row) != table.width or lines > 1 or self.has_nul
+            flaw = self._shape_flaw(row, table.width) if odd else ""
+            flaw = flaw or Contact.flaw_of(*pick(row))
+            if flaw:
+                self._reject(line, row, places["email"], flaw)
+                keys.append(-1)
+                ids.append(-1)
+            else:
+                keys.append(hash(row[places["email"]].strip().casefold()))
+                ids.append(hash(row[places["id"]]))
+        self.rows_are_lines = line - header_line == len(keys)
+        self.reading.contacts_read = len(keys) - keys.count(-1)
+        wanted_keys = _repeated(keys).union(map(hash, chain(emails, self.reading.tainted)))
+        wanted_ids = _repeated(ids)
+        return bytes(map(or_, map(wanted_keys.__contains__, keys), map(wanted_ids.__contains__, ids)))
 
-    def _survey(self) -> Iterable[bool]:
-        """Check every row, and say of each whether it is to be kept: its email or its id recurs.
-
-        One byte a hash value says «seen», so a million rows cost tens of megabytes, not hundreds; where two
-        values share a byte, `_repeated` finds out that they do not recur.
-        """
-        slots = 1 << min(24, max(16, (self.size // 4).bit_length()))
-        mask, seen_emails, seen_ids = slots - 1, bytearray(slots), bytearray(slots)
-        emails, ids = array("q"), array("q")  # hashes; -1, which no hash is, for a row that is left out
-        recurring_emails: Set[int] = set()
-        recurring_ids: Set[int] = set()
-        with self._rows() as rows:
-            pick = itemgetter(*(self.places[name] for name in ("id", "email", "external_ref", "tickets")))
-            add_email, add_id = emails.append, ids.append
-            width, has_nul, header_lines = self.width, self.has_nul, rows.line_num
-            for row in rows:
-                if len(row) == width:
-                    identity, email, reference, count = pick(row)
-                    key = email.strip().casefold()
-                    plain = count.isdecimal() and len(count) < 10 and key and identity.strip() and reference.strip()
-                else:
-                    plain = False
-                if (not plain or has_nul) and not self._passes(row, rows.line_num):
-                    add_email(-1)
-                    add_id(-1)
-                    continue
-                # Written out twice: a call for each of a million rows would cost more than the rest of the loop.
-                value = hash(key)
-                slot = value & mask
-                if seen_emails[slot]:
-                    recurring_emails.add(value)
-                else:
-                    seen_emails[slot] = 1
-                add_email(value)
-                value = hash(identity)
-                slot = value & mask
-                if seen_ids[slot]:
-                    recurring_ids.add(value)
-                else:
-                    seen_ids[slot] = 1
-                add_id(value)
-            self.spans_lines = rows.line_num - header_lines != len(emails)
-        if self.spans_lines:
-            self._distrust_swallowed_rows(emails, ids)
-        self.reading.contacts_read = len(emails) - emails.count(-1)
-        wanted_emails = _repeated(emails, recurring_emails).union(map(hash, self.reading.tainted))
-        wanted_ids = _repeated(ids, recurring_ids)
-        return map(or_, map(wanted_emails.__contains__, emails), map(wanted_ids.__contains__, ids))
-
-    def _passes(self, row: Sequence[str], line: int) -> bool:
-        """Look twice at a row that does not look plain: reject it unless it is blank (nothing) or good after all."""
-        flaw = self._flaw(row)
-        if flaw:
-            self._reject(row, line, flaw)
-        return bool(row) and not flaw
-
-    def _flaw(self, row: Sequence[str]) -> str:
-        """Say what is wrong with a row that does not look plain at first sight; `""` if nothing is."""
-        if row and len(row) != self.width:
-            return f"{plural(len(row), 'field')} instead of {self.width}"
+    def _shape_flaw(self, row: Sequence[str], width: int) -> str:
+        """Say why the fields of a row can't be told apart for sure."""
+        if len(row) != width:
+            return f"{plural(len(row), 'field')} instead of {width}"
         if self.has_nul and any(_NUL_MARK in value for value in row):
             return "a NUL character"
-        for column in COLUMNS if row else ():
-            value = row[self.places[column.field] or 0].strip() if column.vital else "-"
-            if not value:
-                return f"empty {column.name}"
-            if column.field == "tickets" and not (value.isdecimal() and len(value) < 10):
-                return f"{column.name} is not a count: {value[:40]}"
+        if any(value.count(",") >= width - 1 and ("\n" in value or "\r" in value) for value in row):
+            return "a quoted field that holds other rows (a stray quote?)"
         return ""
 
-    def _reject(self, row: Sequence[str], line: int, reason: str) -> None:
-        """Leave the row out, and with it every group whose email stands in any of its fields."""
-        place = self.places["email"] or 0
+    def _reject(self, line: int, row: Sequence[str], place: int, reason: str) -> None:
+        """Leave the row out, and with it all groups whose email stands in any of its fields; a blank row is nothing."""
+        if not row:
+            return
         email = row[place].strip() if place < len(row) else ""
         self.reading.invalid_rows.append(InvalidRow(line, reason, email[:320] or None))
         for value in row:
@@ -824,32 +831,41 @@ class _CsvReader:
                 words = (text, *re.split(r"[,\r\n]", text), *_ADDRESS.findall(text))
                 self.reading.tainted.update(word.strip().casefold() for word in words)
 
-    def _distrust_swallowed_rows(self, emails: "array[int]", ids: "array[int]") -> None:
-        """Reject rows with a field in which a stray quote has swallowed other rows."""
-        with self._rows() as rows:
-            for index, row in enumerate(rows):
-                long = [value for value in row if "\n" in value or "\r" in value]
-                if emails[index] != -1 and any(value.count(",") >= self.width - 1 for value in long):
-                    self._reject(row, rows.line_num, "a quoted field that holds other rows (a stray quote?)")
-                    emails[index] = ids[index] = -1
+    def _keep(self, wanted: bytes) -> None:
+        """Make contacts of the wanted rows, the same row once; rows of one id that differ are invalid."""
+        table = self._table()
+        pick = itemgetter(*table.places)
+        rows: Iterable[Tuple[int, List[str]]] = compress(table.numbered(), wanted)
+        if self.rows_are_lines:  # so that the lines of the others need not be taken apart again
+            first = table.rows.line_num + 1
+            numbers = compress(range(first, first + len(wanted)), wanted)
+            rows = zip(numbers, csv.reader(compress(table.lines, wanted), strict=True))
+        by_id: Dict[str, List[Tuple[int, Contact]]] = {}
+        for line, row in rows:
+            contact = Contact.from_cells(pick(row))
+            variants = by_id.setdefault(contact.id, [])
+            if any(contact == other for _, other in variants):
+                self.reading.contacts_read -= 1
+            else:
+                variants.append((line, contact))
+                self.reading.contacts.append(contact)
+        for variants in by_id.values():
+            for line, contact in variants if len(variants) > 1 else ():
+                other_line, other = next(variant for variant in variants if variant[0] != line)
+                differing = [COLUMNS[name] for name in COLUMNS if getattr(contact, name) != getattr(other, name)]
+                reason = f"the {COLUMNS['id']} of line {other_line} with another {', '.join(differing)}"
+                self.reading.invalid_rows.append(InvalidRow(line, reason, contact.email.strip()[:320]))
+                self.reading.tainted.add(contact.key)
 
-    def _keep(self, wanted: Iterable[bool]) -> None:
-        places = [self.places[name] for name in Contact.__annotations__]
-        # A column under a name of its own is read as an empty field behind the row.
-        pick = itemgetter(*(self.width if place is None else place for place in places))
-        keep = self.reading.contacts.append
-        pad = [""] if None in places else []
-        with self._rows(kept=wanted) as rows:
-            for row in rows:
-                cells: List[Any] = [*pick(row + pad)]
-                cells[-1] = int(cells[-1])
-                keep(Contact(*cells))
 
-
-def _repeated(values: "array[int]", candidates: Set[int]) -> Set[int]:
-    """Those of the candidates that are there more than once; the others have shared a byte with another value."""
-    counts = collections.Counter(filter(candidates.__contains__, values))
-    return {value for value, count in counts.items() if count > 1}
+def _repeated(hashes: "array[int]") -> Set[int]:
+    seen, repeated = {-1}, set()
+    for value in hashes:
+        if value in seen:
+            repeated.add(value)
+        else:
+            seen.add(value)
+    return repeated - {-1}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -940,26 +956,56 @@ class Group:
         """Whether this tool has asked for a merge into the primary since the export."""
         return any(pair.state in (*UNFINISHED, *ENDED) for pair in self.pairs)
 
+    chosen: str = ""  # the reference that --choices names for the email
+
+    def lost_refs(self) -> List[Contact]:
+        """Duplicates whose `user_` reference nobody has in the end: the application's accounts lose their contact."""
+        last = next((pair.new_ref for pair in self.pairs if pair.new_ref), self.primary.external_ref)
+        return [pair.duplicate for pair in self.pairs if pair.duplicate.is_user and pair.duplicate.external_ref != last]
+
+    def warnings(self) -> List[str]:
+        """What speaks for a shared mailbox rather than a person, in a group that a choice joins."""
+        if not self.chosen:
+            return []
+        everybody = self.everybody()
+        names = {one.name.casefold(): one.name for one in everybody if one.name != one.short_id}
+        found = [f"joins {len(everybody)} contacts"] if len(everybody) > 3 else []
+        if len(names) > 1:
+            found.append(f"joins different names: {', '.join(sorted(names.values()))}")
+        return found
+
 
 class Skip(NamedTuple):
+    """A group that is left alone. `contacts` are those that take part: `user_` first, the likeliest of a kind first."""
+
     email: str
     code: str
     contacts: List[Contact]
 
+    def choice_lines(self) -> Dict[str, Contact]:
+        """The lines of CSV of which --choices may take one, each with the contact whose reference it keeps."""
+        if self.code not in ("several_user_refs", "no_user_ref"):
+            return {}
+        users = [contact for contact in self.contacts if contact.is_user]
+        return {csv_line(self.email, contact.external_ref): contact for contact in users or self.contacts}
+
 
 SKIP_REASONS = {
-    "undone": ("it was merged and taken back", "name it with --email to merge it again"),
     "several_user_refs": (
         "several contacts have a user_ reference; which one the application uses can't be told from the export",
-        "find out in the application which user_ reference is alive, remove the others there, export again",
+        "find out in the application which user_ reference is alive, and name it with --choices",
     ),
     "no_user_ref": (
         "several REVU- contacts and none with a user_ reference: the application knows none of them",
-        "nothing to do for the application; merge them by hand in DevRev if you want one contact",
+        "nothing to do for the application; where you want one contact, name the one to keep with --choices",
     ),
     "invalid_row": (
         "a row of this email is bad or conflicts with another, so the group is not known whole",
-        "repair the rows (bad ones are named above; of conflicting ones, two have the same id) and run again",
+        "repair the rows, which are named with their lines, and run again",
+    ),
+    "undone": (
+        "a merge of this email was taken back with --undo",
+        "name the address with --email to merge it again",
     ),
 }
 
@@ -974,6 +1020,8 @@ class Plan:
     contacts_read: int
     already_merged: int = 0
     ids: Set[Tuple[str, str]] = field(default_factory=set)  # of all pairs of the CSV
+    id: str = ""  # of `plan_id`
+    left_alone: Dict[str, str] = field(default_factory=dict)  # email -> why there is nothing to merge
 
     def pairs(self) -> Iterator[Pair]:
         return (pair for group in self.groups for pair in group.pairs if pair.state not in ENDED)
@@ -982,46 +1030,112 @@ class Plan:
         return sum(1 for _ in self.pairs())
 
 
-def detect(reading: Reading) -> Plan:
-    """Find the groups to merge and the groups to skip, ordered by email."""
-    by_email: Dict[str, List[Contact]] = {}
-    by_id: Dict[str, List[Contact]] = {}
-    broken = set(reading.tainted)
-    repeated = 0
+def plan_id(groups: Iterable[Group], count_policy: str, timelines: bool) -> str:
+    """Name what all groups of a CSV come to: who is merged into whom with which reference, and on what backup."""
+    pairs = sorted(json.dumps([*pair.ids, pair.new_ref]) for group in groups for pair in group.pairs)
+    whole = "\n".join([count_policy, str(timelines), *pairs])
+    return hashlib.sha256(whole.encode("ascii")).hexdigest()[:12]
+
+
+def csv_line(*cells: str) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(cells)
+    return line.getvalue()
+
+
+def read_choices(path: Path) -> Dict[str, str]:
+    """Read which contact of an email is the one to keep: a CSV of EMAIL and EXTERNAL_REF, as key -> reference.
+
+    Raises Stop(2) where the file can't be read, lacks a column, or has a row that is no choice or a second one.
+    """
+    choices: Dict[str, str] = {}
+    lines: Dict[str, int] = {}
+    with _csv_file(path) as raw:
+        table = _Table.of(raw, ("EMAIL", "EXTERNAL_REF"))
+        for line, row in table.numbered():
+            if not row:
+                continue
+            if len(row) != table.width:
+                raise Stop(EXIT_USAGE, f"line {line}: {plural(len(row), 'field')} instead of {table.width}")
+            email, reference = (row[place].strip() for place in table.places)
+            key = email.casefold()
+            if not key or not reference:
+                raise Stop(EXIT_USAGE, f"line {line}: empty {'EXTERNAL_REF' if key else 'EMAIL'}")
+            if key in choices:
+                raise Stop(EXIT_USAGE, f"line {line}: a second choice for {key} (the first: line {lines[key]})")
+            choices[key], lines[key] = reference, line
+    return choices
+
+
+def detect(reading: Reading, choices: Mapping[str, str] = {}) -> Plan:
+    """Find the groups to merge and the groups to skip, ordered by email; `choices` as `read_choices` gives them.
+
+    Raises Stop(2) where a choice can't be followed, unless its group is not known whole and is skipped anyway.
+    """
+    by_email: Dict[str, List[Contact]] = {email: [] for email in choices if email not in reading.tainted}
     for contact in reading.contacts:
-        variants = by_id.setdefault(contact.id, [])
-        if contact in variants:
-            repeated += 1
-            continue
-        variants.append(contact)
-        if len(variants) > 1:
-            broken.update(variant.key for variant in variants)
         by_email.setdefault(contact.key, []).append(contact)
-    plan = Plan([], [], reading.invalid_rows, reading.contacts_read - repeated)
+    plan = Plan([], [], reading.invalid_rows, reading.contacts_read)
+    flaws: List[str] = []
     for email in sorted(by_email):
-        found = judge(email, by_email[email], broken=email in broken)
+        try:
+            found = judge(email, by_email[email], email in reading.tainted, choices.get(email, ""))
+        except PairError as error:
+            flaws.append(str(error))
+            continue
         if isinstance(found, Group):
             plan.groups.append(found)
         elif found:
             plan.skipped.append(found)
+        else:
+            taking_part = sum(contact.is_user or contact.is_system for contact in by_email[email])
+            plan.left_alone[email] = f"{plural(taking_part, 'contact')} with a REVU- or user_ reference, none to merge"
+    if flaws:
+        more = f"; and {len(flaws) - 3:,} more" if len(flaws) > 3 else ""
+        raise Stop(EXIT_USAGE, f"choices that can't be followed: {'; '.join(flaws[:3])}{more}")
     return plan
 
 
-def judge(email: str, contacts: Sequence[Contact], broken: bool = False) -> Union[Group, Skip, None]:
-    """Decide what becomes of the contacts of one email: a group to merge, a skip with its reason, or nothing."""
-    users = [contact for contact in contacts if contact.external_ref.startswith("user_")]
-    system = [contact for contact in contacts if contact.external_ref.startswith("REVU-")]
+def judge(email: str, contacts: Iterable[Contact], broken: bool = False, choice: str = "") -> Union[Group, Skip, None]:
+    """Decide what becomes of the contacts of one email: a group to merge, a skip with its reason, or nothing.
+
+    Raises PairError where `choice`, a reference, is not that of one contact that may be kept.
+    """
+    ranked = sorted(contacts, key=lambda c: (-c.tickets, c.created or "~", c.id))
+    users = [contact for contact in ranked if contact.is_user]
+    system = [contact for contact in ranked if contact.is_system]
     if broken:
         return Skip(email, "invalid_row", users + system) if users or system else None
-    if len(users) > 1:
+    if choice:
+        kept = _chosen(email, users, system, choice)
+    elif len(users) > 1:
         return Skip(email, "several_user_refs", users + system)
-    if not users:
-        return Skip(email, "no_user_ref", system) if len(system) > 1 else None
-    if not system:
+    elif len(system) > 1 and not users:
+        return Skip(email, "no_user_ref", system)
+    elif users and system:
+        (kept,) = users
+    else:
         return None
-    primary, *others = sorted(system, key=lambda c: (-c.tickets, c.created or "~", c.id))
-    (user,) = users
-    return Group(email, [Pair(primary, user, user.external_ref), *(Pair(primary, other, None) for other in others)])
+    primary = system[0] if kept.is_user and system else kept
+    others = [contact for contact in (*users, *system) if contact is not primary and contact is not kept]
+    pairs = [] if kept is primary else [Pair(primary, kept, kept.external_ref)]
+    pairs += [Pair(primary, other, None) for other in others]
+    return Group(email, pairs, chosen=choice) if pairs else None
+
+
+def _chosen(email: str, users: Sequence[Contact], system: Sequence[Contact], choice: str) -> Contact:
+    candidates = users or system
+    found = [contact for contact in candidates if contact.external_ref.strip() == choice]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        why = f"{len(found)} contacts have it"
+    elif any(contact.external_ref.strip() == choice for contact in system):
+        why = "the application knows this person by a user_ reference, which has to stay"
+    else:
+        why = "no contact of this email has it"
+    there = ", ".join(contact.external_ref for contact in candidates) or "nothing"
+    raise PairError("bad_choice", f"{choice} for {email}: {why} (to choose from: {there})")
 
 
 def live_flaw(contact: Contact, live: Optional[Json], external_ref: str) -> Optional[PairError]:
@@ -1040,17 +1154,7 @@ def live_flaw(contact: Contact, live: Optional[Json], external_ref: str) -> Opti
         return PairError(
             "external_ref_changed", f"{name} has another reference now: {live.get('external_ref') or 'none'}"
         )
-    if not same_rev_org(contact.rev_org, live.get("rev_org")):
-        return PairError("different_rev_org", f"{name} has moved to another rev org since the export")
     return None
-
-
-def same_rev_org(exported: str, live: Any) -> bool:
-    """Whether the export's REV_ORG_ID (a DON or a `REV-…` display id; anything else says nothing) is the live one."""
-    if not exported.startswith(("don:", "REV-")) or not isinstance(live, dict):
-        return True
-    names = {str(live.get("id")), str(live.get("display_id")), "REV-" + str(live.get("id")).rpartition("/")[2]}
-    return exported in names
 
 
 def rev_org_id(user: Json) -> Optional[str]:
@@ -3654,6 +3758,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     what = parser.add_argument_group("what to work on")
     what.add_argument("--csv", metavar="PATH", type=Path, help="the export of contacts (README: how to make it)")
+    what.add_argument(
+        "--choices", metavar="PATH", type=Path, help="a CSV (EMAIL, EXTERNAL_REF): whom to keep of ambiguous groups"
+    )
     what.add_argument("--email", metavar="ADDRESS", action="append", help="only this address (may be repeated)")
     what.add_argument("--limit", metavar="N", type=_positive_int, help="at most N pairs in this run: a canary")
     look = parser.add_argument_group("look, without changing anything")
@@ -3878,11 +3985,14 @@ def _no_collection() -> Iterator[None]:
 def make_plan(run: Run, savepoint: Optional[SavePoint]) -> Plan:
     """Read, detect, and leave out what is not wanted or has ended already."""
     options = run.options
+    named = {email_key(email) for email in options.email or ()}
     with _no_collection():
-        plan = detect(read_contacts(options.csv))
+        choices = read_choices(options.choices) if options.choices else {}
+        plan = detect(read_contacts(options.csv, [*choices, *named]), choices)
+    plan.id = plan_id(plan.groups, options.count_policy, not options.no_timelines)
     plan.ids = {pair.ids for group in plan.groups for pair in group.pairs}
     if savepoint:
-        adopt(plan, savepoint, {email_key(email) for email in options.email or ()})
+        adopt(plan, savepoint, named)
     if options.email:
         _keep_emails(plan, options.email, run.console)
     if options.limit:

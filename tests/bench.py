@@ -416,13 +416,13 @@ def big_row(number: int, paired: bool, chance: random.Random) -> Tuple[str, ...]
     is_user = bool(number % 2)
     return (
         f"don:identity:dvrv-us-1:devo/BENCH1:revu/{key}",
-        f"REVU-{key}",
         f"{last}, {first}" if number % 10 == 0 else f"{first} {last}",
         email.capitalize() if paired and is_user and number % 3 == 0 else email,
         f"user_{number * 11400714819323198485 % 2**64:016x}" if is_user else f"REVU-{key}",
-        f"don:identity:dvrv-us-1:devo/BENCH1:revo/{person % 997:X}",
-        f"202{number % 5}-0{number % 9 + 1}-{number % 28 + 1:02d}T{number % 24:02d}:15:00.000Z",
+        f"{first} {last}",
         str(min(int(chance.expovariate(0.4)), 200)),
+        f"202{number % 5}-0{number % 9 + 1}-{number % 28 + 1:02d}T{number % 24:02d}:15:00.000Z",
+        f"2025-0{number % 9 + 1}-{number % 28 + 1:02d}T{number % 24:02d}:45:00.000Z",
     )
 
 

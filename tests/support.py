@@ -18,13 +18,13 @@ SCRIPT = ROOT / "merge_contacts.py"
 SAMPLE = ROOT / "tests" / "data" / "contacts.csv"
 COLUMNS = (
     "REV_USER_ID",
-    "DISPLAY_ID",
     "DISPLAY_NAME",
     "EMAIL",
     "EXTERNAL_REF",
-    "REV_ORG_ID",
-    "CREATED_DATE",
+    "FULL_NAME",
     "TICKET_COUNT",
+    "CREATED_AT",
+    "UPDATED_AT",
 )
 Row = Dict[str, Any]
 
@@ -132,13 +132,13 @@ def export_row(organisation: Organisation, contact: str) -> Row:
     user = organisation.contacts[contact]
     return {
         "REV_USER_ID": contact,
-        "DISPLAY_ID": user["display_id"],
         "DISPLAY_NAME": user.get("display_name", ""),
         "EMAIL": user["email"],
         "EXTERNAL_REF": user["external_ref"],
-        "REV_ORG_ID": user["rev_org"]["id"],
-        "CREATED_DATE": user["created_date"],
+        "FULL_NAME": user.get("full_name", ""),
         "TICKET_COUNT": ticket_count(organisation, contact),
+        "CREATED_AT": user["created_date"],
+        "UPDATED_AT": user["modified_date"],
     }
 
 

@@ -27,13 +27,13 @@ def row(key: str, email: str, reference: str, name: str = "Ada", tickets: str = 
     """One line of a CSV, put together without the csv module: what is in a cell stands in the file as it is."""
     values = {
         "REV_USER_ID": key,
-        "DISPLAY_ID": "REVU-" + key,
         "DISPLAY_NAME": name,
         "EMAIL": email,
         "EXTERNAL_REF": reference,
-        "REV_ORG_ID": "REV-ACME",
-        "CREATED_DATE": "2024-01-01",
+        "FULL_NAME": "Ada Reyes",
         "TICKET_COUNT": tickets,
+        "CREATED_AT": "2024-01-01",
+        "UPDATED_AT": "2024-06-01",
         **cells,
     }
     return ",".join(values[column] for column in COLUMNS)
@@ -63,10 +63,6 @@ def good(content: Union[str, bytes], *pairs: PairIds) -> Case:
     return Case(content, pairs or (ADA_PAIR,))
 
 
-def named_otherwise(column: str) -> Case:
-    return Case(without(column, "NOTES"), (ADA_PAIR,), says=column)
-
-
 def refused(content: Union[str, bytes], says: str) -> Case:
     return Case(content, code=2, says=says)
 
@@ -75,9 +71,6 @@ def spoilt(bad: str, *before: str, line: int = 2, email: str = "ada@example.com"
     """A bad row in front of two groups: the one whose email it has is skipped, the other is merged."""
     own = ADA if email == "ada@example.com" else (row("1", email, "REVU-1"), row("2", email, "user_2"))
     return Case(text(*before, bad, *own, *EVE), [EVE_PAIR], {email.strip().casefold(): "invalid_row"}, [line])
-
-
-VITAL = ("REV_USER_ID", "EMAIL", "EXTERNAL_REF", "TICKET_COUNT")  # what a merge rests on; the others describe
 
 
 def without(column: str, *more: str) -> str:
@@ -125,13 +118,31 @@ FILES: Dict[str, Case] = {
     "nothing in it": refused("", "empty"),
     "only a BOM": refused(b"\xef\xbb\xbf", "empty"),
     "only blank lines": refused("\n\r\n\n", "empty"),
-    "header only": Case(HEADER),
-    "header and blank lines": Case(HEADER + "\n\n\n"),
+    "header only": refused(HEADER, "no row but the header"),
+    "header and blank lines": refused(HEADER + "\n\n\n", "no row but the header"),
+    "one invalid row alone": refused(text(row("7", "ada@example.com", "user_7", tickets="x")), "line 2: TICKET_COUNT is not"),
+    "invalid rows alone": refused(
+        text(*(row(str(n), "ada@example.com", f"user_{n}", tickets="?") for n in range(55))), "55 invalid ones (line 2: "
+    ),
     **{f"without {column}": refused(without(column), column) for column in COLUMNS},
-    **{f"something else in place of {column}": refused(without(column, "NOTES"), column) for column in VITAL},
-    **{f"{column} by another name": named_otherwise(column) for column in COLUMNS if column not in VITAL},
+    **{f"something else in place of {column}": refused(without(column, "NOTES"), column) for column in COLUMNS},
+    **{
+        f"{alias} in place of {column}": refused(without(column, alias), f"missing column {column} ")
+        for column, alias in (
+            ("REV_USER_ID", "ID"), ("DISPLAY_NAME", "NAME"), ("EMAIL", "EMAIL_ADDRESS"), ("TICKET_COUNT", "TOTAL_TICKETS"),
+            ("EXTERNAL_REF", "EXTERNAL_REFERENCE"), ("CREATED_AT", "CREATED_DATE"), ("UPDATED_AT", "MODIFIED_DATE"),
+            ("FULL_NAME", "DISPLAY_ID"),
+        )
+    },
     "no header": refused("\n".join(ADA), "missing column"),
-    "semicolons": refused(text(*ADA).replace(",", ";"), "missing column"),
+    "semicolons": refused(text(*ADA).replace(",", ";"), "separated by semicolons"),
+    "semicolons and quotes": refused('"' + text(*ADA).replace(",", '";"').replace("\n", '"\n"'), "separated by semicolons"),
+    "semicolons behind a BOM": refused(b"\xef\xbb\xbf" + text(*ADA).replace(",", ";").encode(), "separated by semicolons"),
+    "tabs": refused(text(*ADA).replace(",", "\t"), "separated by tabs"),
+    "sep= before the header": refused("sep=,\r\n" + text(*ADA), "`sep=`"),
+    "sep= of semicolons behind a BOM": refused(b"\xef\xbb\xbfSEP=;\n" + text(*ADA).replace(",", ";").encode(), "`sep=`"),
+    "an Excel workbook": refused(b"PK\x03\x04\x14\0\x06\0\x08\0" + bytes(range(256)), "Excel workbook"),
+    "an old Excel workbook": refused(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(512), "Excel workbook"),
     "a column twice": refused(text(*(line + ",x" for line in ADA), header=HEADER + ",EMAIL"), "EMAIL is there twice"),
     "a column twice, in another case": refused(text(*(line + ",x" for line in ADA), header=HEADER + ", email "), "EMAIL is"),
     "a stray quote in the header": refused(
@@ -150,8 +161,8 @@ FILES: Dict[str, Case] = {
     "no line end at the end": good(text(*ADA).rstrip()),
     "UTF-16": refused(text(*ADA).encode("utf-16"), "UTF-16"),
     "UTF-16, big-endian": refused(b"\xfe\xff" + text(*ADA).encode("utf-16-be"), "UTF-16"),
-    "UTF-16 without BOM": refused(text(*ADA).encode("utf-16-le"), ""),
-    "UTF-16 without BOM, big-endian": refused(text(*ADA).encode("utf-16-be"), ""),
+    "UTF-16 without BOM": refused(text(*ADA).encode("utf-16-le"), "UTF-16"),
+    "UTF-16 without BOM, big-endian": refused(text(*ADA).encode("utf-16-be"), "UTF-16"),
     "UTF-32": refused(text(*ADA).encode("utf-32"), "UTF-"),
     "Latin-1": refused(named("Zo\u00eb").encode("latin-1"), "not UTF-8"),
     "Latin-1 in the last line": refused(text(*EVE * 9000, named("Zo\u00eb")).encode("latin-1"), "not UTF-8"),
@@ -180,7 +191,14 @@ FILES: Dict[str, Case] = {
     "a bad row of somebody else": Case(text(*ADA, row("7", "x@example.com", "user_7", tickets="?")), [ADA_PAIR], {}, [4]),
     **{
         f"a count like {count[:20]!r}": spoilt(row("7", "Ada@Example.com ", "user_7", tickets=count))
-        for count in ("", "x", "-1", "+1", "1.0", "1e3", "0x1", "1_000", "NaN", "\u00b2", "NULL", "9" * 40, "9" * 5000)
+        for count in (
+            "", "x", "-1", "+1", "1.5", "4.01", "4.", ".0", "4.0.0", "4 .0", "-0.0", "1e3", "0x1", "1_000", "NaN", "\u00b2", "NULL",
+            "9" * 40, "9" * 5000,
+        )
+    },
+    **{
+        f"a count like {count!r}": good(text(row("1", "ada@example.com", "REVU-1", tickets=count), ADA[1]))
+        for count in ("4.0", "4.00", "4", " 4 ", "007", "0.0", "123456789.000000")
     },
     "NUL in the name": spoilt(row("7", "ada@example.com", "user_7", name="A\0a")),
     "NUL in the email": spoilt(row("7", "a\0da@example.com", "user_7")),
@@ -219,19 +237,38 @@ FILES: Dict[str, Case] = {
     # contacts
     "the same row twice": good(text(*ADA, *ADA)),
     "the same row twice, apart": good(text(ADA[0], *EVE, ADA[1], ADA[0]), ADA_PAIR, EVE_PAIR),
+    "the same row with its count in two spellings": good(text(*ADA, row("1", "ada@example.com", "REVU-1", tickets="1.0"))),
     "one id with two counts": Case(
-        text(*ADA, row("1", "ada@example.com", "REVU-1", tickets="2"), *EVE), [EVE_PAIR], {"ada@example.com": "invalid_row"}
+        text(*ADA, row("1", "ada@example.com", "REVU-1", tickets="2"), *EVE), [EVE_PAIR], {"ada@example.com": "invalid_row"}, [2, 4]
+    ),
+    "one id with two counts and the first row once more": Case(
+        text(*ADA, *EVE, ADA[0], row("1", "ada@example.com", "REVU-1", tickets="2")),
+        [EVE_PAIR], {"ada@example.com": "invalid_row"}, [2, 7],
+    ),
+    "one id with two dates of its last change": Case(
+        text(*ADA, row("1", "ada@example.com", "REVU-1", UPDATED_AT="2025-01-01"), *EVE),
+        [EVE_PAIR], {"ada@example.com": "invalid_row"}, [2, 4],
     ),
     "one id with two emails": Case(
         text(*ADA, row("1", "eve@example.com", "REVU-1"), *EVE),
         [],
         {"ada@example.com": "invalid_row", "eve@example.com": "invalid_row"},
+        [2, 4],
     ),
     "one id with two references, the odd one last": Case(
-        text(row("1", "ada@example.com", "user_1"), row("1", "ada@example.com", "crm")), [], {"ada@example.com": "invalid_row"}
+        text(row("1", "ada@example.com", "user_1"), row("1", "ada@example.com", "crm")),
+        [], {"ada@example.com": "invalid_row"}, [2, 3],
     ),
     "one id with two references, the odd one first": Case(
-        text(row("1", "ada@example.com", "crm"), row("1", "ada@example.com", "user_1")), [], {"ada@example.com": "invalid_row"}
+        text(row("1", "ada@example.com", "crm"), row("1", "ada@example.com", "user_1")),
+        [], {"ada@example.com": "invalid_row"}, [2, 3],
+    ),
+    "conflicting rows between invalid ones and behind a name with line breaks": Case(
+        text(
+            row("7", "x@example.com", "user_7", tickets="x"), row("8", "y@example.com", "REVU-8", name='"Y\n\nZ"'), *ADA,
+            row("9", "x@example.com", "user_9", tickets="x"), row("1", "ada@example.com", "REVU-1", tickets="2"), *EVE,
+        ),
+        [EVE_PAIR], {"ada@example.com": "invalid_row"}, [2, 6, 8, 9],
     ),
     "several user_": Case(text(*ADA, row("3", " ADA@example.com", "user_3")), [], {"ada@example.com": "several_user_refs"}),
     "no user_": Case(text(ADA[0], row("3", "ada@example.com", "REVU-3")), [], {"ada@example.com": "no_user_ref"}),
@@ -293,7 +330,7 @@ def test_a_file_gives_the_right_plan_or_one_clear_line(place: Workplace, case: C
 
 def hostile_rows(number: int, marks: str) -> Iterator[str]:
     """A pair, a group with several user_ and one with a bad row, with the marks wherever text goes."""
-    odd = dict.fromkeys(("DISPLAY_ID", "DISPLAY_NAME", "REV_ORG_ID", "CREATED_DATE"), f'"{marks}"')
+    odd = dict.fromkeys(("DISPLAY_NAME", "FULL_NAME", "CREATED_AT", "UPDATED_AT"), f'"{marks}"')
     for key, email, reference, tickets in (
         ("1", "pair", "REVU-1", "1"),
         ("2", "pair", "user_{}", "1"),

@@ -18,6 +18,7 @@ PLACEHOLDER = "your-domain.example"
 DOMAIN = "example.com"
 USERS = "ANALYTICS.DBT_BASE_DEVREV.DEVREV_REV_USERS"
 WORKS = "ANALYTICS.DBT_BASE_DEVREV.DEVREV_WORKS"
+SELECTED = ("REV_USER_ID", "DISPLAY_NAME", "EMAIL", "EXTERNAL_REF", "FULL_NAME", "CREATED_AT", "UPDATED_AT")
 Tables = Any
 Table = List[Dict[str, Any]]
 
@@ -77,8 +78,10 @@ def users_table(organisation: Organisation) -> Table:
             "DISPLAY_NAME": one["display_name"],
             "EMAIL": one.get("email"),
             "EXTERNAL_REF": one["external_ref"],
+            "FULL_NAME": one.get("full_name"),
             "REV_ORG_ID": one["rev_org"]["id"],
-            "CREATED_DATE": datetime.datetime.strptime(one["created_date"], "%Y-%m-%dT%H:%M:%S.%fZ"),
+            "CREATED_AT": datetime.datetime.strptime(one["created_date"], "%Y-%m-%dT%H:%M:%S.%fZ"),
+            "UPDATED_AT": datetime.datetime.strptime(one["modified_date"], "%Y-%m-%dT%H:%M:%S.%fZ"),
             "STATE": one["state"],
         }
         for one in organisation.contacts.values()
@@ -113,7 +116,7 @@ def warehouse(organisation: Organisation) -> Iterator[Tables]:
     connection.execute("ATTACH ':memory:' AS ANALYTICS")
     connection.execute("CREATE SCHEMA ANALYTICS.DBT_BASE_DEVREV")
     for name, rows in ((USERS, users_table(organisation)), (WORKS, works_table(organisation))):
-        columns = ", ".join(f"{column} {'TIMESTAMP' if column == 'CREATED_DATE' else 'VARCHAR'}" for column in rows[0])
+        columns = ", ".join(f"{column} {'TIMESTAMP' if column.endswith('_AT') else 'VARCHAR'}" for column in rows[0])
         connection.execute(f"CREATE TABLE {name} ({columns})")
         connection.executemany(
             f"INSERT INTO {name} VALUES ({', '.join('?' * len(rows[0]))})", [list(row.values()) for row in rows]
@@ -138,7 +141,9 @@ def test_the_query_exports_the_contacts_of_one_domain_with_either_reference(
     query: str, warehouse: Tables, organisation: Organisation, place: Workplace
 ) -> None:
     rows = export(warehouse, query, place.csv)
-    assert set(rows[0]) == set(COLUMNS)
+    assert sorted(rows[0]) == sorted(COLUMNS)
+    assert tuple(re.findall(r"^ {7}r\.(\w+),$", query, re.MULTILINE)) == SELECTED
+    assert "COALESCE(t.total_tickets, 0) AS TICKET_COUNT\n" in query
     wanted = {
         one["id"]
         for one in organisation.contacts.values()
@@ -181,4 +186,4 @@ def test_the_query_gives_nothing_for_tables_without_works_or_contacts(
     assert len(json.loads(place.run(None, "--preview", "--json", check=0).out)["pairs"]) == 5
     warehouse.execute(f"DELETE FROM {USERS}")
     assert export(warehouse, query, place.csv) == []
-    assert json.loads(place.run(None, "--preview", "--json", check=0).out)["pairs"] == []
+    assert "no row but the header" in place.run(None, "--preview", check=2).err
