@@ -1280,7 +1280,6 @@ class Gate:
         """Let all through that may go, the most urgent first; look again when the next thing changes."""
         if self._timer:
             self._timer.cancel()
-        self._queue = [waiting for waiting in self._queue if not waiting.future.done()]
         wait, reason = 0.0, ""
         while self._queue and self._has_slot():
             wait, reason = self._closed()
@@ -1288,7 +1287,8 @@ class Gate:
             if first is None:
                 break
             self._queue.remove(first)
-            self._admit(first)
+            if not first.future.done():  # by the brake
+                self._admit(first)
         else:
             wait, reason = 0.0, ""
         if self._queue and self._has_slot() and not wait:
@@ -1777,12 +1777,13 @@ class Order:
 class Loader:
     """Lists for many contacts with one call, though each asks for itself: who asks waits a moment for the others.
 
-    A call names as many keys as fit on about one page, so that a contact with a thousand tickets does not age what is
-    read for its neighbours. Where a call is refused, it is halved; where an item names none of the keys that were asked
+    A call names as many keys as fit on a few pages, so that a contact with a thousand tickets does not age what is read
+    for its neighbours. Where a call is refused, it is halved; where an item names none of the keys that were asked
     for, each is asked for by itself.
     """
 
     LINGER = 0.02  # seconds
+    FULL = 250  # items that are expected
 
     def __init__(
         self, lister: Lister, owners: Callable[[Json], Set[str]], name: Callable[[str], str] = lambda key: key
@@ -1806,7 +1807,7 @@ class Loader:
                 self._timer.cancel()
             self._leaves_at = loop.time() + linger
             self._timer = loop.call_later(linger, self.flush)
-        if len(self._orders) >= self._most or sum(each.weight for each in self._orders) >= PAGE:
+        if len(self._orders) >= self._most or sum(each.weight for each in self._orders) >= self.FULL:
             self.flush()
         return await order.future
 
@@ -1818,7 +1819,7 @@ class Loader:
         orders.sort(key=lambda order: order.weight)
         while orders:
             part = [orders.pop(0)]
-            while orders and len(part) < self._most and sum(each.weight for each in [*part, orders[0]]) <= PAGE:
+            while orders and len(part) < self._most and sum(each.weight for each in [*part, orders[0]]) <= self.FULL:
                 part.append(orders.pop(0))
             call = asyncio.ensure_future(self._fetch(part))
             self._calls.add(call)
@@ -2484,6 +2485,7 @@ class Walk:
     RENEWALS = 12  # times that a check or a backup is made anew before a pair is given up
     ASKS = 3  # times that a run asks for one merge
     EXAMINED = 25  # objects that are looked at one by one before the whole time is over
+    AHEAD = 50  # timelines that wait for their turn at once; groups that began earlier are read first
     SLOW = 3.0  # seconds after which nobody waits for a pair any more
 
     def __init__(self, merger: "ContactMerger", group: Group, pairs: Sequence[Pair], resumed: bool = False) -> None:
@@ -2606,8 +2608,10 @@ class Walk:
 
     async def _holdings(self, contact: Contact, urgency: int) -> Tuple[Holdings, Moment]:
         """Everything but the timelines of one contact."""
-        loaders = [*self.api.works.values(), self.api.conversations]
-        lists = await asyncio.gather(*(loader.load(contact.id, contact.tickets, urgency) for loader in loaders))
+        lists = await asyncio.gather(
+            *(loader.load(contact.id, contact.tickets, urgency) for loader in self.api.works.values()),
+            self.api.conversations.load(contact.id, 1 + contact.tickets // 4, urgency),
+        )
         roles = {role: by_id(listing.items) for role, listing in zip(ROLES, lists)}
         held = Holdings(contact, self.evidence.live[contact.id], roles, by_id(lists[-1].items))
         return held, oldest(listing.since for listing in lists)
@@ -2631,7 +2635,7 @@ class Walk:
                     raise
                 known[identity] = things[identity].get("modified_date"), entries
 
-        await asyncio.gather(*(read() for _ in range(self.api.settings.workers)))
+        await asyncio.gather(*(read() for _ in range(self.AHEAD)))
 
     def _write_backup(self, held: Sequence[Holdings], timelines: Timelines) -> Tuple[str, Optional[PairError]]:
         """Write the backup (in a thread); check from the disk that it is whole and holds what the export counts."""
@@ -2749,10 +2753,12 @@ class Walk:
         looks = 0
         while True:
             problem: Optional[PairError] = None
-            looks += 1
+            looks, before = looks + 1, self._waited(pair)
             try:
                 if await self._look(pair):
-                    self._note_merged(pair, looks)
+                    if self.asks[pair.ids]:
+                        self.merger.note_delay(before, looks)
+                    self._note_merged(pair)
                     return True
             except (ApiRefused, ApiUnanswered) as error:
                 problem = PairError(error.code, f"the merge can't be confirmed: {error}")
@@ -2761,7 +2767,7 @@ class Walk:
                 raise self._refusals[pair.ids]
             if waited >= patience:
                 return self._may_ask_again(pair, problem)
-            pause = min(self.merger.first_look() * 1.5**looks, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
+            pause = min(0.1 + 0.5 * waited, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
             await self._pause(pair, min(pause, patience - waited))
 
     async def _until_first_look(self, pair: Pair) -> None:
@@ -2790,9 +2796,7 @@ class Walk:
             )
         return False
 
-    def _note_merged(self, pair: Pair, looks: int = 0) -> None:
-        if looks and self.asks[pair.ids]:
-            self.merger.note_delay(self._waited(pair), looks)
+    def _note_merged(self, pair: Pair) -> None:
         pair.state, pair.code, pair.error = State.MERGED, "", ""
         self.merger.journal.note("merged", pair)
         self.merger.savepoint.record(pair)
@@ -3198,9 +3202,9 @@ class ContactMerger:
         self._streak = 0
 
     def note_delay(self, seconds: float, looks: int) -> None:
-        """How long a merge took, by the look that found it, and how many looks it needed."""
+        """When a look found a merge done, and how many looks it needed; a little less is tried the next time."""
         self.changed = True
-        self._delays.append((seconds, looks))
+        self._delays.append((0.95 * seconds, looks))
 
     def first_look(self) -> float:
         """Seconds after an answer at which a merge is usually done; early where that is not known yet."""
