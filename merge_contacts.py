@@ -914,7 +914,7 @@ class Pair:
     left_behind: List[Json] = field(default_factory=list)
     refused: bool = False  # DevRev's answer to the last request was a no
     details: Json = field(default_factory=dict)  # `deleted`: ids; `accepted`: what was settled; `undo`
-    report: str = ""  # that holds its end
+    report: str = ""  # that names it: as ended, or as unfinished
     created: str = ""  # of its row in the savepoint
     updated: str = ""
 
@@ -925,6 +925,12 @@ class Pair:
     @property
     def ids(self) -> Tuple[str, str]:
         return self.primary.id, self.duplicate.id
+
+    @property
+    def is_settleable(self) -> bool:
+        """Whether a person may accept what it lacks: the duplicate has gone, and a report has said what is wrong."""
+        gone = self.state in (State.MERGED, State.PROVING) or self.code == "merged_into_another"
+        return gone and bool(self.report) and self.code not in ("", "interrupted")
 
 
 @dataclass(eq=False)
@@ -2439,10 +2445,11 @@ class SavePoint:
         return self._select("state = 'failed' AND run = ?", self.run)
 
     def announce_report(self, name: str) -> None:
-        """Note the report that is about to hold what has ended, before it gets its name."""
-        ended = ", ".join(f"'{state.value}'" for state in ENDED)
+        """Note the report that is about to name what has ended and what is unfinished, before it gets its name."""
+        ended, unfinished = (", ".join(f"'{state.value}'" for state in states) for states in (ENDED, UNFINISHED))
         self._write(
             (f"UPDATE pairs SET report = ? WHERE report = '' AND state IN ({ended})", [(name,)]),
+            (f"UPDATE pairs SET report = ? WHERE state IN ({unfinished})", [(name,)]),
             ("INSERT OR REPLACE INTO about VALUES ('report', ?)", [(name,)]),
         )
 
@@ -2692,7 +2699,7 @@ class Walk:
         return True
 
     async def _request(self, pair: Pair) -> Optional[ApiRefused]:
-        keep = self.merger.looks_lately() + bool(pair.new_ref)
+        keep = self.merger.looks_lately() + 1 + bool(pair.new_ref)
         try:
             await self.api.merge(*pair.ids, Turn(MERGE, self.hold, keep), before=lambda: self._intend(pair))
         except ApiRefused as refusal:
@@ -3211,6 +3218,7 @@ class ContactMerger:
         return min(0.75, max(seconds for seconds, _ in self._delays)) if self._delays else 0.25
 
     def looks_lately(self) -> int:
+        """Looks that a merge needs; one more is kept for it, since a look may come too early."""
         return max((looks for _, looks in self._delays), default=1)
 
     def patience(self, pair: Pair) -> float:
@@ -3232,6 +3240,8 @@ class ContactMerger:
             pair.code, pair.error = flaw.code, str(flaw)
         if pair.requested_at:
             pair.seconds = max(0.0, self.outside.moment().wall - pair.requested_at)
+        if pair.state in ENDED:
+            pair.report = ""
         self.savepoint.record(pair)
         self.rested[pair.ids] = pair
         self.on_pair(pair)
@@ -3796,6 +3806,10 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave the comments out of the backup (a request each); the manifest says so",
     )
+    how.add_argument(
+        "--settle", metavar="ADDRESS", nargs="+",
+        help="accept what can't be mended of merged pairs that an earlier report has named as unfinished",
+    )  # fmt: skip
     how.add_argument("--yes", action="store_true", help="don't ask before the first merge")
     show = parser.add_argument_group("what to show")
     show.add_argument("-v", "--verbose", action="store_true", help="show each request")
@@ -3807,7 +3821,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = build_parser()
     options = parser.parse_args(argv)
-    modes = [name for name in ("preview", "check", "status", "verify_backups") if getattr(options, name)]
+    modes = [name for name in ("preview", "check", "status", "verify_backups", "settle") if getattr(options, name)]
     if len(modes) > 1:
         parser.error("--" + " and --".join(mode.replace("_", "-") for mode in modes) + " don't go together")
     if options.json and not options.preview:
@@ -4082,6 +4096,28 @@ def merge(run: Run) -> int:
         savepoint.close()
 
 
+def settle(run: Run) -> int:
+    """Accept what can't be mended of merged pairs that a report has named; nothing is asked of DevRev."""
+    savepoint = open_savepoint(run)
+    try:
+        wanted = {email_key(email) for email in run.options.settle}
+        pairs = [pair for pair in savepoint.unfinished() if pair.email in wanted and pair.is_settleable]
+        missing = sorted(wanted - {pair.email for pair in pairs})
+        if missing:
+            why = "no merged pair that an earlier run has named in its report as unfinished"
+            raise Stop(EXIT_USAGE, f"{', '.join(missing)}: {why} (--status tells what is)")
+        journal = Journal(JOURNAL, run.outside, run.stamp)
+        for pair in pairs:
+            pair.details["accepted"] = f"{pair.code}: {pair.error}"
+            pair.state, pair.report = State.SETTLED, ""
+            journal.note("settled", pair, details=pair.details)
+            run.console.say(f"settled  {pair.email}: {pair.details['accepted']}")
+        savepoint.record(*pairs)
+        return _report(run, Plan([], [], [], 0), None, savepoint, EXIT_OK)
+    finally:
+        savepoint.close()
+
+
 def open_savepoint(run: Run) -> SavePoint:
     """Open the savepoint. A new one learns from the journal what was asked for and what has ended."""
     savepoint = SavePoint(run.options.savepoint, run.outside, run.stamp)
@@ -4262,8 +4298,8 @@ def run_facts(run: Run, merger: Optional[ContactMerger], savepoint: SavePoint, c
     options = run.options
     return {
         "version": __version__,
-        "csv": str(options.csv),
-        "csv_sha256": _sha256(options.csv),
+        "csv": str(options.csv) if options.csv else None,
+        "csv_sha256": _sha256(options.csv) if options.csv else None,
         "base_url": run.settings.base_url,
         "organisation": merger.organisation if merger else savepoint.about("organisation"),
         "token_owner": {name: owner.get(name) for name in ("id", "display_name", "email")},
@@ -4541,6 +4577,7 @@ MODES: Dict[str, Callable[[Run], int]] = {
     "check": check,
     "status": status,
     "verify_backups": verify_backups,
+    "settle": settle,
 }
 
 if __name__ == "__main__":
