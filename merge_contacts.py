@@ -3180,8 +3180,8 @@ class ContactMerger:
             stopped.result()
         stopped.cancel()
 
-    async def _any_walk(self) -> None:
-        await asyncio.wait(set(self._walks), return_when=asyncio.FIRST_COMPLETED)
+    def _any_walk(self) -> Awaitable[Any]:
+        return asyncio.wait(set(self._walks), return_when=asyncio.FIRST_COMPLETED)
 
     async def _all_walks(self) -> None:
         while self._walks:
