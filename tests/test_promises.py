@@ -358,9 +358,10 @@ def test_a_contact_that_the_application_makes_again_in_the_gap_is_healed_by_expo
     visitors: List[str] = []
 
     def visit(stage: str, request: Request) -> None:
-        if stage == "before" and request.endpoint == "rev-users.update" and not visitors:
-            if request.body["id"] == pairs[0][0] and not organisation.alive(pairs[0][1]):
-                visitors.append(organisation.add_contact("NEW", "person1@example.com", "user_1"))
+        if stage != "before" or request.endpoint != "rev-users.update" or visitors:
+            return
+        if request.body["id"] == pairs[0][0] and not organisation.alive(pairs[0][1]):
+            visitors.append(organisation.add_contact("NEW", "person1@example.com", "user_1"))
 
     with Sandbox(organisation, on_request=visit) as sandbox:
         assert place.run(sandbox, *QUICK, check=1).codes == {"person1@example.com": "external_ref_conflict"}
