@@ -37,7 +37,7 @@ import textwrap
 import threading
 import time
 from array import array
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
@@ -471,13 +471,11 @@ class Wire:
         data: Optional[Json] = None
         problem, sent = "", True
         try:
-            answer = self.session.post(
-                f"{self.settings.base_url}/{endpoint}",
-                data=to_json(body),
-                headers=self._headers,
-                timeout=(min(10.0, self.settings.timeout), self.settings.timeout),
-                allow_redirects=False,
-            )
+            url = f"{self.settings.base_url}/{endpoint}"
+            # Prepared without the session, which would look for cookies, hooks and credentials each time.
+            request = requests.Request("POST", url, data=to_json(body), headers=self._headers).prepare()
+            timeout = (min(10.0, self.settings.timeout), self.settings.timeout)
+            answer = self.session.send(request, timeout=timeout, allow_redirects=False)
             status, headers = answer.status_code, answer.headers
             data, problem = self._read(answer)
         except requests.exceptions.SSLError as error:
@@ -598,9 +596,12 @@ class Contact:
         count = int(tickets.partition(".")[0])
         return cls(identity, display_name, email, external_ref, full_name, count, created, updated)
 
+    def to_json(self) -> Json:
+        return {name: getattr(self, name) for name in COLUMNS}
+
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Contact":
-        """Read `asdict` of a contact back, also one of version 1.0.0, which had other columns."""
+        """Read `to_json` of a contact back, also one of version 1.0.0, which had other columns."""
         return cls(**{name: row.get(name, 0 if name == "tickets" else "") for name in COLUMNS})
 
     @property
@@ -1927,7 +1928,7 @@ def contact_manifest(folder: str, role: str, held: Holdings, timelines: Timeline
     return {
         "folder": folder,
         "role": role,
-        "csv": asdict(held.contact),
+        "csv": held.contact.to_json(),
         "counts": {
             **{name: len(works) for name, works in held.roles.items()},
             "conversations": len(held.conversations),
@@ -2150,8 +2151,8 @@ class Journal:
             "time": iso(self.outside.moment().wall),
             "run": self.run,
             "email": pair.email,
-            "primary": asdict(pair.primary),
-            "duplicate": asdict(pair.duplicate),
+            "primary": pair.primary.to_json(),
+            "duplicate": pair.duplicate.to_json(),
             "new_ref": pair.new_ref,
             "backup": pair.backup,
             "requested_at": pair.requested_at,
@@ -2380,7 +2381,7 @@ class SavePoint:
         rows = [
             (
                 *pair.ids, pair.email, *(getattr(pair, name) for name in self.PLAIN), pair.state.value,
-                json.dumps(pair.left_behind), json.dumps(asdict(pair.primary)), json.dumps(asdict(pair.duplicate)),
+                json.dumps(pair.left_behind), json.dumps(pair.primary.to_json()), json.dumps(pair.duplicate.to_json()),
                 pair.refused, json.dumps(pair.details), pair.report, self.run, now, now,
             )
             for pair in pairs
@@ -2649,7 +2650,7 @@ class Walk:
                     raise
                 known[identity] = things[identity].get("modified_date"), entries
 
-        await asyncio.gather(*(read() for _ in range(self.AHEAD)))
+        await asyncio.gather(*(read() for _ in range(min(self.AHEAD, len(wanted)))))
 
     def _write_backup(self, held: Sequence[Holdings], timelines: Timelines) -> Tuple[str, Optional[PairError]]:
         """Write the backup (in a thread); check from the disk that it is whole and holds what the export counts."""
