@@ -52,6 +52,7 @@ from typing import (
     BinaryIO,
     Callable,
     Collection,
+    Coroutine,
     Deque,
     Dict,
     Iterable,
@@ -251,6 +252,10 @@ class Outside:
         """Seconds since then by the clock that has gone less far: how long something has surely been waited for."""
         now = self.moment()
         return max(0.0, min(now.wall - since.wall, now.steady - since.steady))
+
+    def complete(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run an event loop until the work is done."""
+        return asyncio.run(work)
 
     async def send(self, endpoint: str, body: Json) -> Answer:
         """POST one request. Its whole answer has ten times the time that silence has; then the connection is shut."""
@@ -514,13 +519,13 @@ class Brake:
 
     def __init__(self) -> None:
         self.stop: Optional[Stop] = None
-        self._waiting: Set[asyncio.Future[bool]] = set()
+        self._waiting: Dict[asyncio.Future[bool], None] = {}  # in the order in which they came
 
     def pull(self, stop: Stop) -> None:
         """Stop for this reason; the first reason counts, but that it was interrupted explains less than another."""
         if self.stop is None or isinstance(self.stop, Interrupted):
             self.stop = stop
-        for future in self._waiting:
+        for future in list(self._waiting):
             if not future.done():
                 future.set_exception(Interrupted())
 
@@ -529,8 +534,8 @@ class Brake:
         if self.stop:
             raise Interrupted()
         future: asyncio.Future[bool] = asyncio.get_event_loop().create_future()
-        self._waiting.add(future)
-        future.add_done_callback(self._waiting.discard)
+        self._waiting[future] = None
+        future.add_done_callback(self._waiting.pop)
         return future
 
     async def sleep(self, seconds: float) -> None:
@@ -4073,7 +4078,7 @@ def merge(run: Run) -> int:
         if not plan.count() and not savepoint.unfinished():
             return _report(run, plan, None, savepoint, EXIT_OK)
         check_writable(run.report_path.parent, run.outside)
-        return asyncio.run(carry_out(run, plan, savepoint))
+        return run.outside.complete(carry_out(run, plan, savepoint))
     finally:
         savepoint.close()
 
