@@ -1337,7 +1337,9 @@ class Gate:
         now = self._now()
         if self._server_room() <= self._ceiling_room():
             return max(0.001, self._resets_at - now), "quota"
-        return max(0.001, self._ceiling.last_reset + self._ceiling.period - now), "the tool's own ceiling"
+        left = self._ceiling.last_reset + self._ceiling.period - now
+        # Where a whole window has not room enough, it is because of what is kept: its release is heard of.
+        return (max(0.001, left), "the tool's own ceiling") if left > 0 else (self._ceiling.period, "")
 
     def _admit(self, waiting: Waiting) -> None:
         turn = waiting.turn
@@ -2659,6 +2661,7 @@ class Walk:
         """Ask for the merge, on evidence that is fresh at the moment the request leaves."""
         first = not pair.first_requested_at
         self.group.asking = pair
+        self.api.gate.release(self.hold)  # what was kept for the last request would keep others waiting
         if not first:
             self.evidence = Evidence(timelines=self.evidence.timelines)
         for _ in range(self.RENEWALS):
@@ -2730,6 +2733,7 @@ class Walk:
 
         Where what the duplicate had hangs on the primary, they are merged, whoever asked for it.
         """
+        self.api.gate.release(self.hold)
         primary = await self.api.contact(pair.primary.id, Turn(FINISH))
         if primary is None or await self.api.look(*pair.ids, Turn(FINISH)) is not Sight.GONE:
             return
@@ -2865,7 +2869,8 @@ class Walk:
 
     async def _judge_holder(self, pair: Pair, reference: str, over: bool) -> None:
         """Raise PairError where the reference is held by another contact, or has not been let go for too long."""
-        holders = [user for user in await self.api.holders_of(reference, Turn(FINISH)) if user["id"] not in pair.ids]
+        listed = await self.api.holders_of(reference, Turn(FINISH, self.hold))
+        holders = [user for user in listed if user["id"] not in pair.ids]
         if holders or over:
             names = ", ".join(str(user.get("display_id") or user["id"]) for user in holders)
             who = names or f"{pair.duplicate.short_id}, which has gone, or a contact that the token can't see"

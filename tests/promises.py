@@ -193,12 +193,16 @@ class Books:
     def answered(self, sent: Sent, answer: Any) -> None:
         """The run hears of a request."""
         if sent.endpoint == "rev-users.merge":
-            ask = self.asks[sent.body["primary_user"], sent.body["secondary_user"]][-1]
+            asks = self.asks[sent.body["primary_user"], sent.body["secondary_user"]]
+            if answer.status == 429 or not answer.sent:
+                asks.pop()  # it can't have been acted on
+                return
+            ask = asks[-1]
             ask.ended = self.clock.now
             if answer.status is not None and answer.status < 300 and answer.data is not None:
                 ask.answer = "acknowledged"
             elif answer.data is not None and answer.status is not None and 300 <= answer.status < 500:
-                ask.answer = "lost" if answer.status in (408, 429) else "refused"
+                ask.answer = "lost" if answer.status == 408 else "refused"
         elif sent.endpoint == "rev-users.get" and answer.status == 200 and answer.data:
             user = answer.data.get("rev_user")
             there = isinstance(user, dict) and user.get("id") == sent.body["id"] and user.get("state") != "deleted"

@@ -98,14 +98,14 @@ class Loop(asyncio.BaseEventLoop):
     """An event loop that jumps to whatever comes next: a timer of its own, or something in the world."""
 
     LONGEST_SILENCE = 6 * 3600.0  # seconds without a request
-    MOST_ROUNDS = 200_000  # without time passing
+    MOST_ROUNDS = 50_000  # without a request
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
         self.clock = clock
         self._selector = self
         self._clock_resolution = 1e-6
-        self._rounds = 0
+        self._rounds, self._progress = 0, 0.0
         self.set_exception_handler(lambda _loop, _context: None)
 
     def time(self) -> float:
@@ -116,12 +116,12 @@ class Loop(asyncio.BaseEventLoop):
         due = self.clock.next_due()
         if timeout is None and due is None:
             raise Broken("a run ends", "it waits for something that will never come")
+        self._rounds = self._rounds + 1 if self.clock.last_progress == self._progress else 0
+        self._progress = self.clock.last_progress
+        if self._rounds > self.MOST_ROUNDS:
+            raise Broken("a run ends", "it goes round and round, and nothing comes of it")
         if timeout is not None and timeout <= 0:
-            self._rounds += 1
-            if self._rounds > self.MOST_ROUNDS:
-                raise Broken("a run ends", "it goes round and round, and no time passes")
             return []
-        self._rounds = 0
         waits = [timeout] if timeout is not None else []
         if due is not None:
             waits.append(max(0.0, due - self.clock.now))
