@@ -2661,10 +2661,10 @@ class Walk:
         """Ask for the merge, on evidence that is fresh at the moment the request leaves."""
         first = not pair.first_requested_at
         self.group.asking = pair
-        self.api.gate.release(self.hold)  # what was kept for the last request would keep others waiting
         if not first:
             self.evidence = Evidence(timelines=self.evidence.timelines)
         for _ in range(self.RENEWALS):
+            self.api.gate.release(self.hold)  # what was kept for the last request would keep others waiting
             if not await self._is_ready(pair, first):
                 return
             try:

@@ -579,6 +579,9 @@ class Books:
             return not self.into(ids)
         if code == "backup_failed":
             return self.backups_lost
+        if code == "stale":
+            quota = self.world.quota
+            return quota is not None and quota.limit * LISTED / quota.window < 16  # too few for lists and merge
         if code == "group_incomplete":
             return any(set(other) & group for other in resting if other != ids)
         return code == "merge_not_confirmed" and duplicate is not None and self.lies
