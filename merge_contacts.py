@@ -52,6 +52,7 @@ from typing import (
     BinaryIO,
     Callable,
     Collection,
+    Coroutine,
     Deque,
     Dict,
     Iterable,
@@ -251,6 +252,10 @@ class Outside:
         """Seconds since then by the clock that has gone less far: how long something has surely been waited for."""
         now = self.moment()
         return max(0.0, min(now.wall - since.wall, now.steady - since.steady))
+
+    def complete(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run an event loop until the work is done."""
+        return asyncio.run(work)
 
     async def send(self, endpoint: str, body: Json) -> Answer:
         """POST one request. Its whole answer has ten times the time that silence has; then the connection is shut."""
@@ -512,13 +517,13 @@ class Brake:
 
     def __init__(self) -> None:
         self.stop: Optional[Stop] = None
-        self._waiting: Set[asyncio.Future[bool]] = set()
+        self._waiting: Dict[asyncio.Future[bool], None] = {}  # in the order in which they came
 
     def pull(self, stop: Stop) -> None:
         """Stop for this reason; the first reason counts, but that it was interrupted explains less than another."""
         if self.stop is None or isinstance(self.stop, Interrupted):
             self.stop = stop
-        for future in self._waiting:
+        for future in list(self._waiting):
             if not future.done():
                 future.set_exception(Interrupted())
 
@@ -527,8 +532,8 @@ class Brake:
         if self.stop:
             raise Interrupted()
         future: asyncio.Future[bool] = asyncio.get_event_loop().create_future()
-        self._waiting.add(future)
-        future.add_done_callback(self._waiting.discard)
+        self._waiting[future] = None
+        future.add_done_callback(self._waiting.pop)
         return future
 
     async def sleep(self, seconds: float) -> None:
@@ -1340,7 +1345,9 @@ class Gate:
         now = self._now()
         if self._server_room() <= self._ceiling_room():
             return max(0.001, self._resets_at - now), "quota"
-        return max(0.001, self._ceiling.last_reset + self._ceiling.period - now), "the tool's own ceiling"
+        left = self._ceiling.last_reset + self._ceiling.period - now
+        # Where a whole window has not room enough, it is because of what is kept: its release is heard of.
+        return (max(0.001, left), "the tool's own ceiling") if left > 0 else (self._ceiling.period, "")
 
     def _admit(self, waiting: Waiting) -> None:
         turn = waiting.turn
@@ -2680,6 +2687,7 @@ class Walk:
         if not first:
             self.evidence = Evidence(timelines=self.evidence.timelines)
         for _ in range(self.RENEWALS):
+            self.api.gate.release(self.hold)  # what was kept for the last request would keep others waiting
             if not await self._is_ready(pair, first):
                 return
             try:
@@ -2752,6 +2760,7 @@ class Walk:
 
         Where what the duplicate had hangs on the primary, they are merged, whoever asked for it.
         """
+        self.api.gate.release(self.hold)
         primary = await self.api.contact(pair.primary.id, Turn(FINISH))
         if primary is None or await self.api.look(*pair.ids, Turn(FINISH)) is not Sight.GONE:
             return
@@ -2887,7 +2896,8 @@ class Walk:
 
     async def _judge_holder(self, pair: Pair, reference: str, over: bool) -> None:
         """Raise PairError where the reference is held by another contact, or has not been let go for too long."""
-        holders = [user for user in await self.api.holders_of(reference, Turn(FINISH)) if user["id"] not in pair.ids]
+        listed = await self.api.holders_of(reference, Turn(FINISH, self.hold))
+        holders = [user for user in listed if user["id"] not in pair.ids]
         if holders or over:
             names = ", ".join(str(user.get("display_id") or user["id"]) for user in holders)
             who = names or f"{pair.duplicate.short_id}, which has gone, or a contact that the token can't see"
@@ -4107,7 +4117,7 @@ def merge(run: Run) -> int:
         if not plan.count() and not savepoint.unfinished():
             return _report(run, plan, None, savepoint, EXIT_OK)
         check_writable(run.report_path.parent, run.outside)
-        return asyncio.run(carry_out(run, plan, savepoint))
+        return run.outside.complete(carry_out(run, plan, savepoint))
     finally:
         savepoint.close()
 
