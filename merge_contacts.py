@@ -38,7 +38,7 @@ import textwrap
 import threading
 import time
 from array import array
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
@@ -53,6 +53,7 @@ from typing import (
     BinaryIO,
     Callable,
     Collection,
+    Coroutine,
     Deque,
     Dict,
     Iterable,
@@ -252,6 +253,10 @@ class Outside:
         """Seconds since then by the clock that has gone less far: how long something has surely been waited for."""
         now = self.moment()
         return max(0.0, min(now.wall - since.wall, now.steady - since.steady))
+
+    def complete(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run an event loop until the work is done."""
+        return asyncio.run(work)
 
     async def send(self, endpoint: str, body: Json) -> Answer:
         """POST one request. Its whole answer has ten times the time that silence has; then the connection is shut."""
@@ -472,13 +477,11 @@ class Wire:
         data: Optional[Json] = None
         problem, sent = "", True
         try:
-            answer = self.session.post(
-                f"{self.settings.base_url}/{endpoint}",
-                data=to_json(body),
-                headers=self._headers,
-                timeout=(min(10.0, self.settings.timeout), self.settings.timeout),
-                allow_redirects=False,
-            )
+            url = f"{self.settings.base_url}/{endpoint}"
+            # Prepared without the session, which would look for cookies, hooks and credentials each time.
+            request = requests.Request("POST", url, data=to_json(body), headers=self._headers).prepare()
+            timeout = (min(10.0, self.settings.timeout), self.settings.timeout)
+            answer = self.session.send(request, timeout=timeout, allow_redirects=False)
             status, headers = answer.status_code, answer.headers
             data, problem = self._read(answer)
         except requests.exceptions.SSLError as error:
@@ -515,13 +518,13 @@ class Brake:
 
     def __init__(self) -> None:
         self.stop: Optional[Stop] = None
-        self._waiting: Set[asyncio.Future[bool]] = set()
+        self._waiting: Dict[asyncio.Future[bool], None] = {}  # in the order in which they came
 
     def pull(self, stop: Stop) -> None:
         """Stop for this reason; the first reason counts, but that it was interrupted explains less than another."""
         if self.stop is None or isinstance(self.stop, Interrupted):
             self.stop = stop
-        for future in self._waiting:
+        for future in list(self._waiting):
             if not future.done():
                 future.set_exception(Interrupted())
 
@@ -530,8 +533,8 @@ class Brake:
         if self.stop:
             raise Interrupted()
         future: asyncio.Future[bool] = asyncio.get_event_loop().create_future()
-        self._waiting.add(future)
-        future.add_done_callback(self._waiting.discard)
+        self._waiting[future] = None
+        future.add_done_callback(self._waiting.pop)
         return future
 
     async def sleep(self, seconds: float) -> None:
@@ -599,9 +602,12 @@ class Contact:
         count = int(tickets.partition(".")[0])
         return cls(identity, display_name, email, external_ref, full_name, count, created, updated)
 
+    def to_json(self) -> Json:
+        return {name: getattr(self, name) for name in COLUMNS}
+
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Contact":
-        """Read `asdict` of a contact back, also one of version 1.0.0, which had other columns."""
+        """Read `to_json` of a contact back, also one of version 1.0.0, which had other columns."""
         return cls(**{name: row.get(name, 0 if name == "tickets" else "") for name in COLUMNS})
 
     @property
@@ -915,9 +921,10 @@ class Pair:
     left_behind: List[Json] = field(default_factory=list)
     refused: bool = False  # DevRev's answer to the last request was a no
     details: Json = field(default_factory=dict)  # `deleted`: ids; `accepted`: what was settled; `undo`
-    report: str = ""  # that holds its end
+    report: str = ""  # that names it: as ended, or as unfinished
     created: str = ""  # of its row in the savepoint
     updated: str = ""
+    exported: Optional["Pair"] = None  # of an unfinished pair: the same as this run's CSV has it
 
     @property
     def email(self) -> str:
@@ -926,6 +933,12 @@ class Pair:
     @property
     def ids(self) -> Tuple[str, str]:
         return self.primary.id, self.duplicate.id
+
+    @property
+    def is_settleable(self) -> bool:
+        """Whether a person may accept what it lacks: the duplicate has gone, and a report has said what is wrong."""
+        gone = self.state in (State.MERGED, State.PROVING) or self.code == "merged_into_another"
+        return gone and bool(self.report) and self.code not in ("", "interrupted")
 
 
 @dataclass(eq=False)
@@ -1282,7 +1295,6 @@ class Gate:
         """Let all through that may go, the most urgent first; look again when the next thing changes."""
         if self._timer:
             self._timer.cancel()
-        self._queue = [waiting for waiting in self._queue if not waiting.future.done()]
         wait, reason = 0.0, ""
         while self._queue and self._has_slot():
             wait, reason = self._closed()
@@ -1290,7 +1302,8 @@ class Gate:
             if first is None:
                 break
             self._queue.remove(first)
-            self._admit(first)
+            if not first.future.done():  # by the brake
+                self._admit(first)
         else:
             wait, reason = 0.0, ""
         if self._queue and self._has_slot() and not wait:
@@ -1334,7 +1347,9 @@ class Gate:
         now = self._now()
         if self._server_room() <= self._ceiling_room():
             return max(0.001, self._resets_at - now), "quota"
-        return max(0.001, self._ceiling.last_reset + self._ceiling.period - now), "the tool's own ceiling"
+        left = self._ceiling.last_reset + self._ceiling.period - now
+        # Where a whole window has not room enough, it is because of what is kept: its release is heard of.
+        return (max(0.001, left), "the tool's own ceiling") if left > 0 else (self._ceiling.period, "")
 
     def _admit(self, waiting: Waiting) -> None:
         turn = waiting.turn
@@ -1355,6 +1370,12 @@ class Gate:
         self._kept -= hold.units
         hold.units = 0
         self._let_through()
+
+    def dismiss(self, urgency: int) -> None:
+        """Send away what waits and is not more urgent than this."""
+        for waiting in self._queue:
+            if waiting.urgency >= urgency and not waiting.future.done():
+                waiting.future.set_exception(Interrupted())
 
     def withdraw(self, scout: bool) -> None:
         """Give back the turn of a request that is not sent after all."""
@@ -1810,12 +1831,13 @@ class Order:
 class Loader:
     """Lists for many contacts with one call, though each asks for itself: who asks waits a moment for the others.
 
-    A call names as many keys as fit on about one page, so that a contact with a thousand tickets does not age what is
-    read for its neighbours. Where a call is refused, it is halved; where an item names none of the keys that were asked
+    A call names as many keys as fit on a few pages, so that a contact with a thousand tickets does not age what is read
+    for its neighbours. Where a call is refused, it is halved; where an item names none of the keys that were asked
     for, each is asked for by itself.
     """
 
     LINGER = 0.02  # seconds
+    FULL = 250  # items that are expected
 
     def __init__(
         self, lister: Lister, owners: Callable[[Json], Set[str]], name: Callable[[str], str] = lambda key: key
@@ -1839,7 +1861,7 @@ class Loader:
                 self._timer.cancel()
             self._leaves_at = loop.time() + linger
             self._timer = loop.call_later(linger, self.flush)
-        if len(self._orders) >= self._most or sum(each.weight for each in self._orders) >= PAGE:
+        if len(self._orders) >= self._most or sum(each.weight for each in self._orders) >= self.FULL:
             self.flush()
         return await order.future
 
@@ -1851,7 +1873,7 @@ class Loader:
         orders.sort(key=lambda order: order.weight)
         while orders:
             part = [orders.pop(0)]
-            while orders and len(part) < self._most and sum(each.weight for each in [*part, orders[0]]) <= PAGE:
+            while orders and len(part) < self._most and sum(each.weight for each in [*part, orders[0]]) <= self.FULL:
                 part.append(orders.pop(0))
             call = asyncio.ensure_future(self._fetch(part))
             self._calls.add(call)
@@ -1946,7 +1968,7 @@ def contact_manifest(folder: str, role: str, held: Holdings, timelines: Timeline
     return {
         "folder": folder,
         "role": role,
-        "csv": asdict(held.contact),
+        "csv": held.contact.to_json(),
         "counts": {
             **{name: len(works) for name, works in held.roles.items()},
             "conversations": len(held.conversations),
@@ -2169,8 +2191,8 @@ class Journal:
             "time": iso(self.outside.moment().wall),
             "run": self.run,
             "email": pair.email,
-            "primary": asdict(pair.primary),
-            "duplicate": asdict(pair.duplicate),
+            "primary": pair.primary.to_json(),
+            "duplicate": pair.duplicate.to_json(),
             "new_ref": pair.new_ref,
             "backup": pair.backup,
             "requested_at": pair.requested_at,
@@ -2399,7 +2421,7 @@ class SavePoint:
         rows = [
             (
                 *pair.ids, pair.email, *(getattr(pair, name) for name in self.PLAIN), pair.state.value,
-                json.dumps(pair.left_behind), json.dumps(asdict(pair.primary)), json.dumps(asdict(pair.duplicate)),
+                json.dumps(pair.left_behind), json.dumps(pair.primary.to_json()), json.dumps(pair.duplicate.to_json()),
                 pair.refused, json.dumps(pair.details), pair.report, self.run, now, now,
             )
             for pair in pairs
@@ -2471,10 +2493,11 @@ class SavePoint:
         return self._select("state = 'failed' AND run = ?", self.run)
 
     def announce_report(self, name: str) -> None:
-        """Note the report that is about to hold what has ended, before it gets its name."""
-        ended = ", ".join(f"'{state.value}'" for state in ENDED)
+        """Note the report that is about to name what has ended and what is unfinished, before it gets its name."""
+        ended, unfinished = (", ".join(f"'{state.value}'" for state in states) for states in (ENDED, UNFINISHED))
         self._write(
             (f"UPDATE pairs SET report = ? WHERE report = '' AND state IN ({ended})", [(name,)]),
+            (f"UPDATE pairs SET report = ? WHERE state IN ({unfinished})", [(name,)]),
             ("INSERT OR REPLACE INTO about VALUES ('report', ?)", [(name,)]),
         )
 
@@ -2517,6 +2540,7 @@ class Walk:
     RENEWALS = 12  # times that a check or a backup is made anew before a pair is given up
     ASKS = 3  # times that a run asks for one merge
     EXAMINED = 25  # objects that are looked at one by one before the whole time is over
+    AHEAD = 50  # timelines that wait for their turn at once; groups that began earlier are read first
     SLOW = 3.0  # seconds after which nobody waits for a pair any more
 
     def __init__(self, merger: "ContactMerger", group: Group, pairs: Sequence[Pair], resumed: bool = False) -> None:
@@ -2639,8 +2663,10 @@ class Walk:
 
     async def _holdings(self, contact: Contact, urgency: int) -> Tuple[Holdings, Moment]:
         """Everything but the timelines of one contact."""
-        loaders = [*self.api.works.values(), self.api.conversations]
-        lists = await asyncio.gather(*(loader.load(contact.id, contact.tickets, urgency) for loader in loaders))
+        lists = await asyncio.gather(
+            *(loader.load(contact.id, contact.tickets, urgency) for loader in self.api.works.values()),
+            self.api.conversations.load(contact.id, 1 + contact.tickets // 4, urgency),
+        )
         roles = {role: by_id(listing.items) for role, listing in zip(ROLES, lists)}
         held = Holdings(contact, self.evidence.live[contact.id], roles, by_id(lists[-1].items))
         return held, oldest(listing.since for listing in lists)
@@ -2664,7 +2690,7 @@ class Walk:
                     raise
                 known[identity] = things[identity].get("modified_date"), entries
 
-        await asyncio.gather(*(read() for _ in range(self.api.settings.workers)))
+        await asyncio.gather(*(read() for _ in range(min(self.AHEAD, len(wanted)))))
 
     def _write_backup(self, held: Sequence[Holdings], timelines: Timelines) -> Tuple[str, Optional[PairError]]:
         """Write the backup (in a thread); check from the disk that it is whole and holds what the export counts."""
@@ -2687,9 +2713,14 @@ class Walk:
         """Ask for the merge, on evidence that is fresh at the moment the request leaves."""
         first = not pair.first_requested_at
         self.group.asking = pair
+        if pair.exported:
+            # What is asked for again rests on what is known now; until then the rows of the first request count.
+            exported, pair.exported = pair.exported, None
+            pair.primary, pair.duplicate, pair.new_ref = exported.primary, exported.duplicate, exported.new_ref
         if not first:
             self.evidence = Evidence(timelines=self.evidence.timelines)
         for _ in range(self.RENEWALS):
+            self.api.gate.release(self.hold)  # what was kept for the last request would keep others waiting
             if not await self._is_ready(pair, first):
                 return
             try:
@@ -2721,7 +2752,7 @@ class Walk:
         return True
 
     async def _request(self, pair: Pair) -> Optional[ApiRefused]:
-        keep = self.merger.looks_lately() + bool(pair.new_ref)
+        keep = self.merger.looks_lately() + 1 + bool(pair.new_ref)
         try:
             await self.api.merge(*pair.ids, Turn(MERGE, self.hold, keep), before=lambda: self._intend(pair))
         except ApiRefused as refusal:
@@ -2730,6 +2761,10 @@ class Walk:
             if refusal.status != 409:  # which may say that it is being merged
                 self._refusals[pair.ids] = PairError("merge_refused", str(refusal))
             return refusal
+        except Denied as denied:
+            pair.refused = True
+            self.merger.rest(self, pair, PairError("forbidden", str(denied)))
+            raise
         except ApiUnanswered as error:
             log.info("%s: the answer to the merge was lost (%s); looking", pair.email, error)
         else:
@@ -2758,6 +2793,7 @@ class Walk:
 
         Where what the duplicate had hangs on the primary, they are merged, whoever asked for it.
         """
+        self.api.gate.release(self.hold)
         primary = await self.api.contact(pair.primary.id, Turn(FINISH))
         if primary is None or await self.api.look(*pair.ids, Turn(FINISH)) is not Sight.GONE:
             return
@@ -2782,10 +2818,12 @@ class Walk:
         looks = 0
         while True:
             problem: Optional[PairError] = None
-            looks += 1
+            looks, before = looks + 1, self._waited(pair)
             try:
                 if await self._look(pair):
-                    self._note_merged(pair, looks)
+                    if self.asks[pair.ids]:
+                        self.merger.note_delay(before, looks)
+                    self._note_merged(pair)
                     return True
             except (ApiRefused, ApiUnanswered) as error:
                 problem = PairError(error.code, f"the merge can't be confirmed: {error}")
@@ -2794,7 +2832,7 @@ class Walk:
                 raise self._refusals[pair.ids]
             if waited >= patience:
                 return self._may_ask_again(pair, problem)
-            pause = min(self.merger.first_look() * 1.5**looks, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
+            pause = min(0.1 + 0.5 * waited, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
             await self._pause(pair, min(pause, patience - waited))
 
     async def _until_first_look(self, pair: Pair) -> None:
@@ -2823,9 +2861,7 @@ class Walk:
             )
         return False
 
-    def _note_merged(self, pair: Pair, looks: int = 0) -> None:
-        if looks and self.asks[pair.ids]:
-            self.merger.note_delay(self._waited(pair), looks)
+    def _note_merged(self, pair: Pair) -> None:
         pair.state, pair.code, pair.error = State.MERGED, "", ""
         self.merger.journal.note("merged", pair)
         self.merger.savepoint.record(pair)
@@ -2893,7 +2929,8 @@ class Walk:
 
     async def _judge_holder(self, pair: Pair, reference: str, over: bool) -> None:
         """Raise PairError where the reference is held by another contact, or has not been let go for too long."""
-        holders = [user for user in await self.api.holders_of(reference, Turn(FINISH)) if user["id"] not in pair.ids]
+        listed = await self.api.holders_of(reference, Turn(FINISH, self.hold))
+        holders = [user for user in listed if user["id"] not in pair.ids]
         if holders or over:
             names = ", ".join(str(user.get("display_id") or user["id"]) for user in holders)
             who = names or f"{pair.duplicate.short_id}, which has gone, or a contact that the token can't see"
@@ -3076,12 +3113,11 @@ class ContactMerger:
         await self._all_walks()
 
     def _earlier_walks(self, groups: Sequence[Group], unfinished: Sequence[Pair]) -> List[Walk]:
-        """A walk for each primary of unfinished pairs, with this export's rows where it has them."""
+        """A walk for each primary of unfinished pairs; they know this export's rows where it has them."""
         exported = {pair.ids: pair for group in groups for pair in group.pairs}
         families: Dict[str, List[Pair]] = collections.defaultdict(list)
         for pair in unfinished:
-            if pair.ids in exported:
-                pair.primary, pair.duplicate = exported[pair.ids].primary, exported[pair.ids].duplicate
+            pair.exported = exported.get(pair.ids)
             families[pair.primary.id].append(pair)
         walks = []
         for primary, pairs in families.items():
@@ -3202,8 +3238,8 @@ class ContactMerger:
             stopped.result()
         stopped.cancel()
 
-    async def _any_walk(self) -> None:
-        await asyncio.wait(set(self._walks), return_when=asyncio.FIRST_COMPLETED)
+    def _any_walk(self) -> Awaitable[Any]:
+        return asyncio.wait(set(self._walks), return_when=asyncio.FIRST_COMPLETED)
 
     async def _all_walks(self) -> None:
         while self._walks:
@@ -3231,15 +3267,16 @@ class ContactMerger:
         self._streak = 0
 
     def note_delay(self, seconds: float, looks: int) -> None:
-        """How long a merge took, by the look that found it, and how many looks it needed."""
+        """When a look found a merge done, and how many looks it needed; a little less is tried the next time."""
         self.changed = True
-        self._delays.append((seconds, looks))
+        self._delays.append((0.95 * seconds, looks))
 
     def first_look(self) -> float:
         """Seconds after an answer at which a merge is usually done; early where that is not known yet."""
         return min(0.75, max(seconds for seconds, _ in self._delays)) if self._delays else 0.25
 
     def looks_lately(self) -> int:
+        """Looks that a merge needs; one more is kept for it, since a look may come too early."""
         return max((looks for _, looks in self._delays), default=1)
 
     def patience(self, pair: Pair) -> float:
@@ -3261,6 +3298,8 @@ class ContactMerger:
             pair.code, pair.error = flaw.code, str(flaw)
         if pair.requested_at:
             pair.seconds = max(0.0, self.outside.moment().wall - pair.requested_at)
+        if pair.state in ENDED:
+            pair.report = ""
         self.savepoint.record(pair)
         self.rested[pair.ids] = pair
         self.on_pair(pair)
@@ -3270,6 +3309,7 @@ class ContactMerger:
             self._streak += 1
             if self._streak >= self.STREAK and not self.closing:
                 self.closing = Stop(EXIT_STOPPED, f"{self._streak} failures in a row, the last: {flaw}")
+                self.api.gate.dismiss(PREPARE)
 
     # -- the end ------------------------------------------------------------------------------------
 
@@ -3831,6 +3871,10 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave the comments out of the backup (a request each); the manifest says so",
     )
+    how.add_argument(
+        "--settle", metavar="ADDRESS", nargs="+",
+        help="accept what can't be mended of merged pairs that an earlier report has named as unfinished",
+    )  # fmt: skip
     how.add_argument("--yes", action="store_true", help="don't ask before the first merge")
     show = parser.add_argument_group("what to show")
     show.add_argument("-v", "--verbose", action="store_true", help="show each request")
@@ -3842,7 +3886,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = build_parser()
     options = parser.parse_args(argv)
-    modes = [name for name in ("preview", "check", "status", "verify_backups") if getattr(options, name)]
+    modes = [name for name in ("preview", "check", "status", "verify_backups", "settle") if getattr(options, name)]
     if len(modes) > 1:
         parser.error("--" + " and --".join(mode.replace("_", "-") for mode in modes) + " don't go together")
     if options.json and not options.preview:
@@ -4112,7 +4156,29 @@ def merge(run: Run) -> int:
         if not plan.count() and not savepoint.unfinished():
             return _report(run, plan, None, savepoint, EXIT_OK)
         check_writable(run.report_path.parent, run.outside)
-        return asyncio.run(carry_out(run, plan, savepoint))
+        return run.outside.complete(carry_out(run, plan, savepoint))
+    finally:
+        savepoint.close()
+
+
+def settle(run: Run) -> int:
+    """Accept what can't be mended of merged pairs that a report has named; nothing is asked of DevRev."""
+    savepoint = open_savepoint(run)
+    try:
+        wanted = {email_key(email) for email in run.options.settle}
+        pairs = [pair for pair in savepoint.unfinished() if pair.email in wanted and pair.is_settleable]
+        missing = sorted(wanted - {pair.email for pair in pairs})
+        if missing:
+            why = "no merged pair that an earlier run has named in its report as unfinished"
+            raise Stop(EXIT_USAGE, f"{', '.join(missing)}: {why} (--status tells what is)")
+        journal = Journal(JOURNAL, run.outside, run.stamp)
+        for pair in pairs:
+            pair.details["accepted"] = f"{pair.code}: {pair.error}"
+            pair.state, pair.report = State.SETTLED, ""
+            journal.note("settled", pair, details=pair.details)
+            run.console.say(f"settled  {pair.email}: {pair.details['accepted']}")
+        savepoint.record(*pairs)
+        return _report(run, Plan([], [], [], 0), None, savepoint, EXIT_OK)
     finally:
         savepoint.close()
 
@@ -4297,8 +4363,8 @@ def run_facts(run: Run, merger: Optional[ContactMerger], savepoint: SavePoint, c
     options = run.options
     return {
         "version": __version__,
-        "csv": str(options.csv),
-        "csv_sha256": _sha256(options.csv),
+        "csv": str(options.csv) if options.csv else None,
+        "csv_sha256": _sha256(options.csv) if options.csv else None,
         "base_url": run.settings.base_url,
         "organisation": merger.organisation if merger else savepoint.about("organisation"),
         "token_owner": {name: owner.get(name) for name in ("id", "display_name", "email")},
@@ -4576,6 +4642,7 @@ MODES: Dict[str, Callable[[Run], int]] = {
     "check": check,
     "status": status,
     "verify_backups": verify_backups,
+    "settle": settle,
 }
 
 if __name__ == "__main__":
