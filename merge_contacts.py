@@ -3389,14 +3389,29 @@ ADVICE = {
 }
 
 
-def contact_entry(contact: Contact) -> Json:
+def contact_entry(contact: Contact, reference: str = "old_external_ref") -> Json:
     return {
         "id": contact.id,
         "display_id": contact.short_id,
-        "display_name": contact.display_name,
-        "old_external_ref": contact.external_ref,
+        "display_name": contact.name,
+        reference: contact.external_ref,
         "tickets": contact.tickets,
+        "created": contact.created,
     }
+
+
+PROGRESS: Mapping[State, Json] = {
+    State.REQUESTED: {"so_far": "asked for, and not merged yet", "to_do": "confirm the merge, set the reference, prove"},
+    State.ACKNOWLEDGED: {"so_far": "DevRev has accepted the merge", "to_do": "confirm it, set the reference, prove"},
+    State.MERGED: {
+        "so_far": "merged in DevRev, for good",
+        "to_do": "set the reference, prove that nothing was left behind",
+    },
+    State.PROVING: {
+        "so_far": "merged in DevRev, for good, and the reference is set",
+        "to_do": "prove that nothing was left behind",
+    },
+}
 
 
 def merge_entry(pair: Pair, planned: Collection[Tuple[str, str]]) -> Json:
@@ -3415,34 +3430,22 @@ def merge_entry(pair: Pair, planned: Collection[Tuple[str, str]]) -> Json:
     }
     if pair.state is not State.DONE:
         entry.update(code=pair.code, error=pair.error, left_behind=pair.left_behind)
-    if pair.state in UNFINISHED:
-        entry.update(PROGRESS[pair.state])
-    return entry
-
-
-PROGRESS: Mapping[State, Json] = {
-    State.REQUESTED: {
-        "so_far": "asked for, and not merged yet",
-        "to_do": "confirm the merge, set the reference, prove",
-    },
-    State.ACKNOWLEDGED: {"so_far": "DevRev has accepted the merge", "to_do": "confirm it, set the reference, prove"},
-    State.MERGED: {"so_far": "merged", "to_do": "set the reference, prove that nothing was left behind"},
-    State.PROVING: {"so_far": "merged, the reference is set", "to_do": "prove that nothing was left behind"},
-}
+    return {**entry, **PROGRESS.get(pair.state, {})}
 
 
 def skip_entry(skip: Skip) -> Json:
-    contacts = [
-        {
-            "id": c.id,
-            "display_id": c.short_id,
-            "display_name": c.display_name,
-            "external_ref": c.external_ref,
-            "tickets": c.tickets,
-        }
-        for c in skip.contacts
+    """A skipped group, with the lines of which --choices may take one."""
+    choices = [
+        {"line": line, "external_ref": contact.external_ref, "display_id": contact.short_id}
+        for line, contact in skip.choice_lines().items()
     ]
-    return {"email": skip.email, "code": skip.code, "reason": SKIP_REASONS[skip.code][0], "contacts": contacts}
+    return {
+        "email": skip.email,
+        "code": skip.code,
+        "reason": SKIP_REASONS[skip.code][0],
+        "contacts": [contact_entry(contact, "external_ref") for contact in skip.contacts],
+        "choices": choices,
+    }
 
 
 def report_chunks(head: Json, lists: Mapping[str, Iterable[Json]]) -> Iterator[bytes]:
@@ -3504,12 +3507,31 @@ class Outcome:
         return summary
 
 
+def headline(summary: Json) -> str:
+    """What a run has come to, in one line: nobody may read "all" where some remain."""
+    mine = summary["pairs_planned"] - summary["already_merged"]
+    lists = ("successful_merges", "unfinished_merges", "failed_merges")
+    words = [f"{summary['successful_merges']:,} of {plural(mine, 'pair')} merged" if mine else "nothing to merge"]
+    counts = {
+        "unfinished": summary["unfinished_merges"],
+        "failed": summary["failed_merges"],
+        "left": summary["left"],
+        "merged before": summary["already_merged"],
+    }
+    words += [f"{count:,} {what}" for what, count in counts.items() if count]
+    words += [f"{plural(summary['skipped_groups'], 'group')} skipped"] if summary["skipped_groups"] else []
+    words += [plural(summary["invalid_rows"], "invalid row")]
+    others = [summary.get("earlier_runs", {}).get(name) for name in lists]
+    more = [f"{count:,} {what}" for what, count in zip(("at their end", "unfinished", "failed"), others) if count]
+    return ", ".join(words) + (f"; of earlier runs, not in this CSV: {', '.join(more)}" if more else "")
+
+
 def write_report(path: Path, run: Json, outcome: Outcome, outside: Outside) -> None:
     """Write the JSON report, and beside it the page that shows it. Raises OSError where the disk refuses.
 
     The savepoint knows the report's name before the report has it, so that what has ended stands in exactly one.
     """
-    plan, savepoint = outcome.plan, outcome.savepoint
+    plan, savepoint, summary = outcome.plan, outcome.savepoint, outcome.summary()
     outside.folder(path.parent)
 
     def entries(pairs: Iterable[Pair]) -> Iterator[Json]:
@@ -3522,12 +3544,14 @@ def write_report(path: Path, run: Json, outcome: Outcome, outside: Outside) -> N
         "skipped": map(skip_entry, plan.skipped),
         "invalid_rows": (row._asdict() for row in plan.invalid_rows),
     }
-    head = {"run": run, "summary": outcome.summary()}
-    outside.replace(path, report_chunks(head, lists), before=lambda: savepoint.announce_report(path.name))
+    chunks = report_chunks({"run": run, "summary": summary}, lists)
+    outside.replace(path, chunks, before=lambda: savepoint.announce_report(path.name))
     savepoint.settle_report(lambda _name: True)
     template = Path(__file__).resolve().parent / "reports" / "template.html"
     if template.is_file():
-        before, _, after = template.read_bytes().partition(b"__REPORT_JSON__")
+        # What stands in the page itself is seen where no script runs, as in a mail's preview.
+        page = template.read_bytes().replace(b"__REPORT_HEADLINE__", headline(summary).encode("ascii"))
+        before, _, after = page.partition(b"__REPORT_JSON__")
         with open(path, "rb") as report:
             outside.replace(path.with_suffix(".html"), chain([before], map(for_script, report), [after]))
 
@@ -3554,30 +3578,38 @@ class Estimate(NamedTuple):
     requests: int
     seconds: float
 
+    def __str__(self) -> str:
+        return f"about {plural(self.requests, 'request')}, about {duration(self.seconds)}"
 
-def estimate(pairs: int, contacts: int, tickets: int, settings: ApiSettings, with_timelines: bool) -> Estimate:
-    """What a run costs: three requests a pair, some ten lists a batch, one timeline a ticket and conversation.
 
-    The number of conversations is not in the export: one for every other contact is assumed. Seconds are what the
-    requests take under the client's own ceiling, or at 0.2 s each over the workers, whichever is more.
+def estimate(
+    pairs: int, references: int, contacts: int, tickets: int, settings: ApiSettings, with_timelines: bool
+) -> Estimate:
+    """What a run costs: for each pair a merge and, at the pace of most merges, two looks, for some a reference; ten
+    list calls a batch and one a page; one timeline for each ticket, issue and conversation.
+
+    The export has the greatest of three counts, and no conversations: a third more tickets than that and one
+    conversation for every other contact are assumed. Seconds are what the requests take under the client's own
+    ceiling, or at 0.2 s each over the workers, whichever is more.
     """
-    batches = -(-pairs // ContactMerger.BATCH)
-    requests = 3 * pairs + 8 * batches + 4 * tickets // PAGE + (1 if pairs else 0)
+    requests = 3 * pairs + references + 10 * -(-pairs // ContactMerger.BATCH) + tickets // 20 + (1 if pairs else 0)
     if with_timelines:
-        requests += tickets + contacts // 2
-    by_ceiling = requests / settings.calls * settings.period if settings.calls else 0.0
-    return Estimate(requests, max(by_ceiling if requests > settings.calls else 0.0, requests * 0.2 / settings.workers))
+        requests += tickets * 13 // 10 + contacts // 2
+    calls, period = settings.calls, settings.period
+    least = time_in_windows(requests, calls, period, calls, period) if calls else 0.0
+    return Estimate(requests, max(least, requests * 0.2 / settings.workers))
 
 
 def estimate_plan(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimate:
-    pairs = contacts = tickets = 0
+    pairs = references = contacts = tickets = 0
     for group in plan.groups:
         left = [pair for pair in group.pairs if pair.state not in ENDED]
         if left:
             pairs += len(left)
+            references += sum(bool(pair.new_ref) for pair in left)
             contacts += len(left) + 1
             tickets += group.primary.tickets + sum(pair.duplicate.tickets for pair in left)
-    return estimate(pairs, contacts, tickets, settings, with_timelines)
+    return estimate(pairs, references, contacts, tickets, settings, with_timelines)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -3585,19 +3617,113 @@ def estimate_plan(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Es
 # ---------------------------------------------------------------------------------------------------
 
 
+class Pen:
+    """Writes to streams in the order of what it is given; once begun in a thread, so that a terminal that takes
+    nothing more holds up nobody.
+
+    What can't be written is dropped; `failure` says why, unless it is that nobody reads it any more.
+    """
+
+    PIECE = 1024  # bytes, so that a slow terminal is seen to take some
+    BACKLOG = 10_000  # lines, past which what is not a result is dropped
+
+    def __init__(self) -> None:
+        self.failure: Optional[OSError] = None
+        self.written = 0  # bytes
+        self._status: Optional[TextIO] = None  # where a status line is shown
+        self._jobs: queue.SimpleQueue[Union[Tuple[TextIO, str, bool], threading.Event]] = queue.SimpleQueue()
+        self._begun = False
+
+    def begin(self) -> None:
+        self._begun = True
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def backlog(self) -> int:
+        return self._jobs.qsize()
+
+    def put(self, stream: TextIO, text: str, status: bool = False) -> None:
+        """Take a piece of text; safe in a signal handler too."""
+        if self._begun:
+            self._jobs.put((stream, text, status))
+        else:
+            self._write(stream, text, status)
+
+    def drain(self, patience: Callable[[], float]) -> bool:
+        """Wait until all is written; False where nothing has been taken for `patience` seconds."""
+        done, seen, since = threading.Event(), self.written, time.monotonic()
+        self._jobs.put(done)
+        while self._begun and not done.wait(0.05):
+            if self.written != seen:
+                seen, since = self.written, time.monotonic()
+            elif time.monotonic() - since > patience():
+                return False
+        return True
+
+    def _serve(self) -> None:
+        while True:
+            job = self._jobs.get()
+            if isinstance(job, threading.Event):
+                job.set()
+            else:
+                self._write(*job)
+
+    def _write(self, stream: TextIO, text: str, status: bool) -> None:
+        shown, self._status = self._status, stream if status and text else None
+        try:
+            if shown:
+                self._send(shown, "\r\x1b[K")
+            self._send(stream, text)
+        except BrokenPipeError:
+            pass
+        except (OSError, ValueError) as error:
+            self.failure = self.failure or (error if isinstance(error, OSError) else OSError(str(error)))
+
+    def _send(self, stream: TextIO, text: str) -> None:
+        """Write past Python's own buffers: what is stuck in one of them would hold up the exit."""
+        raw = getattr(getattr(stream, "buffer", None), "raw", None)
+        if raw is None:
+            stream.write(text)
+            return
+        data = text.replace("\n", os.linesep).encode(stream.encoding or "utf-8", "backslashreplace")
+        while data:
+            taken = raw.write(data[: self.PIECE]) if stream.isatty() else raw.write(data)
+            if not taken:  # somebody has made it a stream that does not block
+                time.sleep(0.05)
+            self.written += taken or 0
+            data = data[taken or 0 :]
+
+
 class Console:
     """What people see: results on stdout, the rest on stderr; plain where it is piped."""
 
     COLOURS: Mapping[str, str] = {"good": "32", "bad": "31", "bold": "1"}
+    STUCK, STUCK_AFTER_SIGNAL = 10.0, 2.0  # seconds after which a terminal that takes nothing is given up
 
     def __init__(self, quiet: bool = False, out: Optional[TextIO] = None, err: Optional[TextIO] = None) -> None:
         self.quiet = quiet
-        self.out, self.err = out or sys.stdout, err or sys.stderr
+        nowhere = open(os.devnull, "w", encoding="utf-8") if None in (sys.stdout, sys.stderr) else None  # noqa: SIM115
+        self.out: TextIO = out or sys.stdout or nowhere
+        self.err: TextIO = err or sys.stderr or nowhere
         self.mask: Callable[[str], str] = str
-        self._status = ""
-        for stream in (self.out, self.err):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")
+        # Where one alone is a terminal, the other has a pen of its own: a frozen terminal holds up no file.
+        pen = Pen()
+        self._pens = {self.err: pen, self.out: pen if self.out.isatty() == self.err.isatty() else Pen()}
+
+    def begin(self) -> None:
+        """From now on write beside the work."""
+        for pen in set(self._pens.values()):
+            pen.begin()
+
+    def end(self, signalled: Callable[[], bool]) -> Optional[OSError]:
+        """Wait until all is written, unless a terminal takes nothing more. Returns what kept results from it."""
+        for stream, pen in self._pens.items():
+            is_terminal = stream.isatty()
+
+            def patience(is_terminal: bool = is_terminal) -> float:
+                return self.STUCK_AFTER_SIGNAL if signalled() else self.STUCK if is_terminal else float("inf")
+
+            pen.drain(patience)
+        return self._pens[self.out].failure
 
     @property
     def width(self) -> int:
@@ -3605,7 +3731,7 @@ class Console:
 
     def paint(self, style: str, text: str, stream: Optional[TextIO] = None) -> str:
         plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb" or not (stream or self.out).isatty()
-        return text if plain else f"\x1b[{self.COLOURS[style]}m{text}\x1b[0m"
+        return text if plain or not style else f"\x1b[{self.COLOURS[style]}m{text}\x1b[0m"
 
     def symbol(self, fancy: str, plain: str) -> str:
         try:
@@ -3619,8 +3745,8 @@ class Console:
 
     def say(self, text: str = "", style: str = "") -> None:
         """A line of results, wrapped on a terminal; never raises because nobody reads it any more."""
-        for line in self.wrap(self.clean(text)):
-            self._write(self.out, self.paint(style, line) if style else line)
+        lines = self.wrap(self.clean(text))
+        self._pens[self.out].put(self.out, "".join(self.paint(style, line) + "\n" for line in lines))
 
     def wrap(self, text: str) -> List[str]:
         if len(text) <= self.width:
@@ -3630,21 +3756,34 @@ class Console:
 
     def say_all(self, lines: Iterable[str]) -> None:
         """Many lines of results with one write."""
-        self._write(self.out, "\n".join(map(self.clean, lines)))
+        self.stream("\n".join(map(self.clean, lines)) + "\n")
+
+    def stream(self, text: str) -> None:
+        """A part of long results as it is; waits for what was given before, so that memory does not grow."""
+        pen = self._pens[self.out]
+        while pen.backlog() > 10:
+            time.sleep(0.01)
+        pen.put(self.out, text)
+
+    def json(self, chunks: Iterable[bytes]) -> None:
+        """Results as JSON, in ASCII, which nothing on the way to a program spoils."""
+        for chunk in chunks:
+            self.stream(re.sub(r"[^\x00-\x7e]", lambda c: json.dumps(c.group())[1:-1], chunk.decode("utf-8")))
 
     def note(self, text: str, style: str = "") -> None:
         """A line beside the results."""
-        self._write(self.err, self.paint(style, self.clean(text), self.err) if style else self.clean(text))
+        pen = self._pens[self.err]
+        if pen.backlog() < pen.BACKLOG:
+            pen.put(self.err, self.paint(style, self.clean(text), self.err) + "\n")
 
     def ask(self, text: str) -> None:
         """Show a prompt, without a line break."""
-        with contextlib.suppress(OSError, ValueError):
-            self.out.write(text)
-            self.out.flush()
+        self._pens[self.out].put(self.out, text)
 
     def cut(self, text: str) -> None:
         """Say a last word, if anybody listens, before the process ends at once."""
-        self.note(text)
+        self.note(text, "bold")
+        self._pens[self.err].drain(lambda: 0.2)
 
     def error(self, text: str) -> None:
         log.error("%s", text)
@@ -3652,22 +3791,9 @@ class Console:
 
     def status(self, text: str) -> None:
         """The one line that is rewritten in place on a terminal; `""` removes it."""
-        if self.quiet or not self.err.isatty() or text == self._status:
-            return
-        room = shutil.get_terminal_size((80, 24)).columns - 1
-        self._status = text
-        with contextlib.suppress(OSError, ValueError):
-            self.err.write("\r\x1b[K" + self.clean(text)[:room])
-            self.err.flush()
-
-    def _write(self, stream: TextIO, line: str) -> None:
-        status, self._status = self._status, self._status and "-"
-        with contextlib.suppress(OSError, ValueError):
-            if status:
-                self.err.write("\r\x1b[K")
-                self.err.flush()
-            stream.write(line + "\n")
-            stream.flush()
+        if not self.quiet and self.err.isatty() and not self._pens[self.err].backlog():
+            room = shutil.get_terminal_size((80, 24)).columns - 1
+            self._pens[self.err].put(self.err, self.clean(text)[:room], True)
 
 
 class PlainFormatter(logging.Formatter):
@@ -3677,9 +3803,24 @@ class PlainFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(message)s")
         self.mask: Callable[[str], str] = str
 
+    def formatTime(self, record: logging.LogRecord, datefmt: Optional[str] = None) -> str:
+        return iso(record.created)
+
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
         return printable(self.mask(text))
+
+
+class ConsoleHandler(logging.Handler):
+    """Shows log records beside the work; errors the console has shown already."""
+
+    def __init__(self, console: Console, level: int) -> None:
+        super().__init__(level)
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno != logging.ERROR:
+            self.console.note(self.format(record))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -3687,31 +3828,93 @@ class PlainFormatter(logging.Formatter):
 # ---------------------------------------------------------------------------------------------------
 
 
-def show_plan(plan: Plan, console: Console, cost: Estimate, ceiling: str) -> None:
+def show_plan(plan: Plan, console: Console, cost: Estimate, ceiling: str, earlier: Sequence[Pair]) -> None:
     """Print what a run would do, so that somebody can sign it."""
-    _show_pairs(plan, console)
-    _show_skipped(plan, console)
+    if not console.quiet:
+        _show_pairs(plan, console)
+        say_lines(console, earlier_lines(earlier))
+        say_lines(console, choice_lines(plan))
+        _show_skipped(plan, console)
+    new = sum(pair.state is State.PLANNED for pair in plan.pairs())
+    in_csv = sum(pair.ids in plan.ids for pair in earlier)
+    left = len(plan.ids) - plan.already_merged - in_csv - new
+    console.say(f"{plural(plan.contacts_read, 'contact')} read, {plural(len(plan.invalid_rows), 'invalid row')}")
     if plan.already_merged:
         console.say(f"{plural(plan.already_merged, 'pair')} of this export already merged (says the savepoint)")
-    unfinished = sum(pair.state in UNFINISHED for pair in plan.pairs())
-    if unfinished:
-        console.say(f"{plural(unfinished, 'pair')} begun by an earlier run, to be finished first")
-    console.say(f"{plural(plan.contacts_read, 'contact')} read, {plural(len(plan.invalid_rows), 'invalid row')}")
-    console.say(f"about {plural(cost.requests, 'request')}, about {duration(cost.seconds)} {ceiling}")
-    console.say(f"{plural(plan.count(), 'pair')} to merge, {plural(len(plan.skipped), 'group')} skipped", "bold")
+    if left:
+        console.say(f"{plural(left, 'pair')} left for another run (--email, --limit)")
+    console.say(f"{cost} {ceiling}")
+    console.say(f"plan {plan.id}")
+    more = f", {len(earlier):,} of earlier runs to finish first" if earlier else ""
+    console.say(f"{plural(new, 'pair')} to merge, {plural(len(plan.skipped), 'group')} skipped{more}", "bold")
+
+
+def say_lines(console: Console, lines: Iterable[str]) -> None:
+    """A block: its first line stands out, an empty one follows."""
+    style = "bold"
+    for line in lines:
+        console.say(line, style)
+        style = ""
+    if not style:
+        console.say()
+
+
+def some(items: Sequence[T], most: int = 5) -> Tuple[Sequence[T], str]:
+    """The first few, and in words how many more there are."""
+    return items[:most], f"and {len(items) - most:,} more" if len(items) > most else ""
+
+
+def names_of(pair: Pair) -> str:
+    """Whose contacts they are: one name, or both where they differ."""
+    names = {contact.name.casefold(): contact.name for contact in (pair.primary, pair.duplicate)}
+    return " / ".join(names.values())
+
+
+def told(pair: Pair) -> str:
+    into = f"{pair.duplicate.short_id} into {pair.primary.short_id}"
+    return f"{names_of(pair)} <{pair.email}>: {into}" + (f", which becomes {pair.new_ref}" if pair.new_ref else "")
+
+
+def earlier_lines(pairs: Sequence[Pair]) -> Iterator[str]:
+    """What a run takes over from earlier runs, beside the plan."""
+    if pairs:
+        yield f"TO FINISH FIRST, from earlier runs: {plural(len(pairs), 'pair')}"
+    few, more = some(pairs, 20)
+    for pair in few:
+        yield f"  {told(pair)} ({PROGRESS[pair.state]['so_far']})"
+    if more:
+        yield f"  {more} (--status lists them)"
+
+
+def choice_lines(plan: Plan) -> Iterator[str]:
+    """What the choices come to: whose reference stays, which are lost, and where that looks wrong."""
+    chosen = [group for group in plan.groups if group.chosen]
+    if chosen:
+        yield f"CHOICES: {plural(len(chosen), 'group')}"
+    for group in chosen:
+        yield f"  {group.email} keeps {group.chosen}"
+        for contact in group.lost_refs():
+            yield f"    lost: {contact.external_ref} ({told_of(contact)}): the application's account has no contact then"
+        for warning in group.warnings():
+            yield f"    WARNING: {warning}: a shared mailbox is not a person, and one would read the others' conversations"
+
+
+def told_of(contact: Contact) -> str:
+    since = f", since {contact.created[:10]}" if contact.created else ""
+    return f"{contact.name}, {contact.short_id}, {plural(contact.tickets, 'ticket')}{since}"
 
 
 def _show_pairs(plan: Plan, console: Console) -> None:
     """A table where it fits the terminal, else two lines a pair."""
     arrow = console.symbol("\u2190", "<-")
-    head = ("EMAIL", "PRIMARY", "TICKETS", arrow, "DUPLICATE", "TICKETS", "REFERENCE")
-    rows = [_pair_cells(pair, arrow) for pair in plan.pairs()]
+    head = ("EMAIL", "PRIMARY", "TICKETS", arrow, "DUPLICATE", "TICKETS", "REFERENCE", "NAME")
+    rows = [_pair_cells(pair, arrow) for pair in plan.pairs() if pair.state is State.PLANNED]
     if not rows:
         return
     widths = [max(map(len, column)) for column in zip(head, *rows)]
-    form = "%-{}s  %-{}s %{}s %{}s %-{}s %{}s  %s".format(*widths)
-    if sum(widths) + 8 > console.width:
-        form = "%s\n  %s (%s) %s %s (%s), %s"
+    form = "%-{}s  %-{}s %{}s %{}s %-{}s %{}s  %-{}s  %s".format(*widths)
+    if sum(widths) + 10 > console.width:
+        form = "%s\n  %s (%s) %s %s (%s), %s\n  %s"
     for line in (form % head).split("\n"):
         console.say(line, "bold")
     for start in range(0, len(rows), 1000):
@@ -3722,14 +3925,16 @@ def _show_pairs(plan: Plan, console: Console) -> None:
 def _pair_cells(pair: Pair, arrow: str) -> Tuple[str, ...]:
     cells = (
         pair.email, pair.primary.short_id, str(pair.primary.tickets), arrow, pair.duplicate.short_id,
-        str(pair.duplicate.tickets), pair.new_ref or "none",
+        str(pair.duplicate.tickets), pair.new_ref or "unchanged", names_of(pair),
     )  # fmt: skip
     return tuple(map(printable, cells))
 
 
 def _show_skipped(plan: Plan, console: Console) -> None:
+    lines: Dict[str, List[str]] = collections.defaultdict(list)
     for row in plan.invalid_rows:
         console.say(f"line {row.line}: {row.reason}" + (f" ({row.email})" if row.email else ""))
+        lines[(row.email or "").casefold()].append(str(row.line))
     if plan.invalid_rows:
         console.say()
     for code, (reason, advice) in SKIP_REASONS.items():
@@ -3740,38 +3945,48 @@ def _show_skipped(plan: Plan, console: Console) -> None:
         console.say(f"  why: {reason}")
         console.say(f"  what to do: {advice}")
         for skip in skips:
-            names = ", ".join(f"{contact.external_ref} ({contact.tickets})" for contact in skip.contacts[:6])
-            more = f", and {len(skip.contacts) - 6} more" if len(skip.contacts) > 6 else ""
-            console.say(f"  {skip.email}: {names}{more}")
+            where = f" (lines {', '.join(lines[skip.email])})" if code == "invalid_row" and lines[skip.email] else ""
+            _show_skip(skip, console, where)
         console.say()
 
 
-def plan_chunks(plan: Plan, cost: Estimate) -> Iterator[bytes]:
+def _show_skip(skip: Skip, console: Console, where: str) -> None:
+    """One group, with the lines of which one would go into a file of choices."""
+    choices = skip.choice_lines()
+    if not choices:
+        few, more = some([f"{one.external_ref} ({one.tickets})" for one in skip.contacts], 6)
+        console.say(f"  {skip.email}{where}: {', '.join(few)}{more and ', ' + more}")
+        return
+    console.say(f"  {skip.email}, {plural(len(skip.contacts), 'contact')}; one of these lines for --choices:")
+    lines, more = some(list(choices.items()), 6)
+    for line, contact in lines:
+        console.say(f"    {line}    ({told_of(contact)})")
+    if more:
+        console.say(f"    {more}")
+
+
+def plan_chunks(plan: Plan, cost: Estimate, earlier: Sequence[Pair]) -> Iterator[bytes]:
     """The plan as JSON, for `--preview --json`."""
-    pairs = (
-        {
-            "email": pair.email,
-            "primary": contact_entry(pair.primary),
-            "duplicate": contact_entry(pair.duplicate),
-            "new_external_ref": pair.new_ref,
-            "state": pair.state.value,
-        }
-        for pair in plan.pairs()
-    )
+    pairs = (merge_entry(pair, plan.ids) for pair in plan.pairs() if pair.state is State.PLANNED)
     summary = {
+        "plan_id": plan.id,
         "contacts_read": plan.contacts_read,
-        "pairs_to_merge": plan.count(),
+        "pairs_planned": len(plan.ids),
+        "pairs_to_merge": sum(pair.state is State.PLANNED for pair in plan.pairs()),
+        "pairs_to_finish": len(earlier),
         "already_merged": plan.already_merged,
         "skipped_groups": len(plan.skipped),
         "invalid_rows": len(plan.invalid_rows),
         "estimated_requests": cost.requests,
         "estimated_seconds": round(cost.seconds),
     }
-    skipped = map(skip_entry, plan.skipped)
-    return report_chunks(
-        {"summary": summary},
-        {"pairs": pairs, "skipped": skipped, "invalid_rows": (row._asdict() for row in plan.invalid_rows)},
-    )
+    lists: Dict[str, Iterable[Json]] = {
+        "pairs": pairs,
+        "to_finish": (merge_entry(pair, plan.ids) for pair in earlier),
+        "skipped": map(skip_entry, plan.skipped),
+        "invalid_rows": (row._asdict() for row in plan.invalid_rows),
+    }
+    return report_chunks({"summary": summary}, lists)
 
 
 # ---------------------------------------------------------------------------------------------------
