@@ -2484,15 +2484,168 @@ class SavePoint:
 # ---------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Evidence:
-    """What a merge request rests on. Each part is as old as the first request that it was read with."""
+    """What the merges of a group rest on: the live check, the backup, and the integrity check from the disk.
 
-    checked: Optional[Moment] = None  # the live check
-    listed: Optional[Moment] = None  # the lists of works and conversations in the backup
-    live: Dict[str, Json] = field(default_factory=dict)  # rev users by id
-    timelines: Dict[str, Tuple[Any, List[Json]]] = field(default_factory=dict)  # object id -> modified_date, entries
-    folder: str = ""  # of the backup, once the integrity check has passed
+    Each part is as old as the first request that it was read with.
+    """
+
+    FRESH = 60.0  # seconds for which a live check is believed
+    LISTED = 120.0  # seconds for which the lists in a backup are believed
+    AHEAD = 50  # timelines that wait for their turn at once; groups that began earlier are read first
+
+    def __init__(self, merger: "ContactMerger", group: Group) -> None:
+        self.merger = merger
+        self.api = merger.api
+        self.outside = merger.outside
+        self.group = group
+        self.folder = ""  # of the backup, once the integrity check has passed
+        self._checked: Optional[Moment] = None
+        self._listed: Optional[Moment] = None
+        self._live: Dict[str, Json] = {}  # rev users by id
+        self._timelines: Dict[str, Tuple[Any, List[Json]]] = {}  # object id -> modified_date, entries
+
+    def is_fresh(self) -> bool:
+        return not (self._is_old(self._checked, self.FRESH) or self._is_old(self._listed, self.LISTED))
+
+    def expire(self) -> None:
+        """Believe nothing of it any more; only timelines of what has not changed need not be read again."""
+        self.folder, self._checked, self._listed = "", None, None
+
+    async def renew(self) -> None:
+        """Make anew what has become too old, or has never been made. Raises PairError with the first flaw."""
+        self.merger.may_begin()
+        if not self.folder or self._is_old(self._listed, self.LISTED):
+            await self._check()
+            await self._back_up()
+        elif self._is_old(self._checked, self.FRESH):
+            await self._check()
+
+    def _is_old(self, since: Optional[Moment], limit: float) -> bool:
+        return since is None or self.outside.age(since) > limit
+
+    async def _check(self) -> None:
+        """Compare the group with DevRev as it is now."""
+        contacts = self.group.contacts()
+        emails = sorted({contact.email.strip() for contact in contacts})
+        urgency = PREPARE if self._checked is None else MERGE
+        listings = await asyncio.gather(*(self.api.emails.load(email, 1, urgency) for email in emails))
+        live = {user["id"]: user for listing in listings for user in listing.items}
+        namesakes = list(live.values())
+        since = [listing.since for listing in listings]
+        for contact in contacts:
+            if contact.id not in live:
+                since.append(self.outside.moment())
+                found = await self.api.contact(contact.id, Turn(urgency))
+                if found:
+                    live[contact.id] = found
+        flaw = group_flaw(self.group, live, namesakes)
+        if flaw:
+            raise flaw
+        self._live, self._checked = live, oldest(since)
+
+    async def _back_up(self) -> None:
+        """Read all that DevRev holds of the group, write it down, and check what is on the disk."""
+        contacts = self.group.contacts()
+        urgency = PREPARE if self._listed is None else MERGE
+        read = await asyncio.gather(*(self._holdings(contact, urgency) for contact in contacts))
+        held, since = [one for one, _ in read], oldest(moment for _, moment in read)
+        things = {identity: thing for one in held for identity, thing in one.things().items()}
+        if self.merger.backups.with_timelines:
+            await self._read_timelines(things)
+        timelines = {identity: self._timelines[identity][1] for identity in things if identity in self._timelines}
+        folder, flaw = await self.outside.work(self._write_backup, held, timelines)
+        for pair in self.group.pairs:
+            pair.backup = folder if pair.state is State.PLANNED else pair.backup
+        if flaw:
+            raise flaw
+        self.folder, self._listed = folder, since
+
+    async def _holdings(self, contact: Contact, urgency: int) -> Tuple[Holdings, Moment]:
+        """Everything but the timelines of one contact."""
+        lists = await asyncio.gather(
+            *(loader.load(contact.id, contact.tickets, urgency) for loader in self.api.works.values()),
+            self.api.conversations.load(contact.id, 1 + contact.tickets // 4, urgency),
+        )
+        roles = {role: by_id(listing.items) for role, listing in zip(ROLES, lists)}
+        held = Holdings(contact, self._live[contact.id], roles, by_id(lists[-1].items))
+        return held, oldest(listing.since for listing in lists)
+
+    async def _read_timelines(self, things: Mapping[str, Json]) -> None:
+        """Read the timelines that are not there yet, and those of what has changed; a few at a time."""
+        known = self._timelines
+        wanted = [one for one, thing in things.items() if known.get(one, (known,))[0] != thing.get("modified_date")]
+
+        async def read() -> None:
+            while wanted:
+                identity = wanted.pop(0)
+                try:
+                    self.merger.may_begin()
+                    entries = await self.api.timeline(identity)
+                except (ApiRefused, ApiUnanswered) as error:
+                    wanted.clear()
+                    raise PairError(error.code, f"{identity}: {error}") from None
+                except Interrupted:
+                    wanted.clear()
+                    raise
+                known[identity] = things[identity].get("modified_date"), entries
+
+        await asyncio.gather(*(read() for _ in range(min(self.AHEAD, len(wanted)))))
+
+    def _write_backup(self, held: Sequence[Holdings], timelines: Timelines) -> Tuple[str, Optional[PairError]]:
+        """Write the backup (in a thread); check from the disk that it is whole and holds what the export counts."""
+        merger = self.merger
+        folder = merger.backups.write(self.group.email, merger.organisation, held, timelines)
+        try:
+            for entry in read_backup(folder)["contacts"]:
+                grown = entry["role"] == "primary" and self.group.has_grown()
+                policy = "at-least" if grown else merger.count_policy
+                flaw = count_flaw(Contact.from_json(entry["csv"]), greatest_count(entry), policy)
+                if flaw:
+                    return str(folder), flaw
+        except PairError as error:
+            return str(folder), error
+        return str(folder), None
+
+
+def oldest(moments: Iterable[Moment]) -> Moment:
+    return min(moments, key=lambda moment: moment.steady)
+
+
+def has_reference(pair: Pair, primary: Optional[Json]) -> bool:
+    """Whether the primary of a pair that an earlier run left has the new reference already.
+
+    Raises PairError where somebody has set one that is neither the old nor the new one: it is left.
+    """
+    name = pair.primary.short_id
+    if primary is None:
+        raise PairError("not_found", f"the primary {name} is not in DevRev any more")
+    reference = primary.get("external_ref")
+    if reference not in (pair.new_ref, pair.primary.external_ref):
+        words = f"{name} has got the reference {reference or 'none'} from somebody; {pair.new_ref} was not set"
+        raise PairError("external_ref_changed", words)
+    return bool(reference == pair.new_ref)
+
+
+def check_holders(pair: Pair, listed: Iterable[Json], over: bool) -> None:
+    """Raise PairError where another contact holds the pair's new reference, or it has not been let go for too long."""
+    holders = [str(user.get("display_id") or user["id"]) for user in listed if user["id"] not in pair.ids]
+    if holders or over:
+        nobody = f"{pair.duplicate.short_id}, which has gone, or a contact that the token can't see"
+        who = ", ".join(holders) or nobody
+        raise PairError("external_ref_conflict", f"the reference {pair.new_ref} is held by {who}")
+
+
+@dataclass
+class Course:
+    """What this run knows of a pair beyond its state."""
+
+    asks: int = 0  # requests of this run
+    since: Optional[Moment] = None  # that the merge is waited for
+    before: float = 0.0  # seconds that it had been waited for by then
+    looked: bool = False  # since the last request
+    refusal: Optional[PairError] = None  # DevRev's answer to the last request, where it was a clear no
+    contradictions: int = 0  # times that the duplicate was believed gone and was there after all
 
 
 class Walk:
@@ -2502,12 +2655,8 @@ class Walk:
     PairError and noted by `ContactMerger.rest`; what stops the run passes through.
     """
 
-    FRESH = 60.0  # seconds for which a live check is believed
-    LISTED = 120.0  # seconds for which the lists in a backup are believed
     RENEWALS = 12  # times that a check or a backup is made anew before a pair is given up
     ASKS = 3  # times that a run asks for one merge
-    EXAMINED = 25  # objects that are looked at one by one before the whole time is over
-    AHEAD = 50  # timelines that wait for their turn at once; groups that began earlier are read first
     SLOW = 3.0  # seconds after which nobody waits for a pair any more
 
     def __init__(self, merger: "ContactMerger", group: Group, pairs: Sequence[Pair], resumed: bool = False) -> None:
@@ -2518,13 +2667,10 @@ class Walk:
         self.pairs = pairs
         self.resumed = resumed
         self.attempted = asyncio.Event()  # each pair has been tried, or something has to be waited for
-        self.evidence = Evidence()
+        self.evidence = Evidence(merger, group)
+        self.proof = Proof(self)
         self.hold = Hold()
-        self.asks: Dict[Tuple[str, str], int] = collections.Counter()  # requests of this run
-        self._waiting_since: Dict[Tuple[str, str], Tuple[Moment, float]] = {}  # and seconds before that
-        self._looked: Set[Tuple[str, str]] = set()
-        self._refusals: Dict[Tuple[str, str], PairError] = {}
-        self._contradictions: Dict[Tuple[str, str], int] = collections.Counter()
+        self.courses: Dict[Tuple[str, str], Course] = collections.defaultdict(Course)
 
     async def go(self) -> None:
         """Merge the pairs one after the other, then prove them."""
@@ -2533,7 +2679,7 @@ class Walk:
                 if not await self._attempt(pair, self._merge):
                     self._leave_out(self.pairs[index + 1 :])
                     break
-            self.evidence = Evidence()  # for memory: what is proved is read from the disk
+            self.evidence = Evidence(self.merger, self.group)  # for memory: what is proved is read from the disk
             await asyncio.gather(*(self._attempt(pair, self._finish) for pair in self.pairs))
         finally:
             self.api.gate.release(self.hold)
@@ -2576,116 +2722,18 @@ class Walk:
                 await self._prove(pair)
         self.merger.rest(self, pair)
 
-    # -- check and back up --------------------------------------------------------------------------
-
-    async def _renew(self) -> None:
-        """Make anew what has become too old, or has never been made."""
-        evidence = self.evidence
-        self.merger.may_begin()
-        if not evidence.folder or self._is_old(evidence.listed, self.LISTED):
-            await self._check()
-            await self._back_up()
-        elif self._is_old(evidence.checked, self.FRESH):
-            await self._check()
-
-    def _is_old(self, since: Optional[Moment], limit: float) -> bool:
-        return since is None or self.outside.age(since) > limit
-
-    async def _check(self) -> None:
-        """Compare the group with DevRev as it is now. Raises PairError with the first flaw."""
-        contacts = self.group.contacts()
-        emails = sorted({contact.email.strip() for contact in contacts})
-        urgency = PREPARE if self.evidence.checked is None else MERGE
-        listings = await asyncio.gather(*(self.api.emails.load(email, 1, urgency) for email in emails))
-        live = {user["id"]: user for listing in listings for user in listing.items}
-        namesakes = list(live.values())
-        since = [listing.since for listing in listings]
-        for contact in contacts:
-            if contact.id not in live:
-                since.append(self.outside.moment())
-                found = await self.api.contact(contact.id, Turn(urgency))
-                if found:
-                    live[contact.id] = found
-        flaw = group_flaw(self.group, live, namesakes)
-        if flaw:
-            raise flaw
-        self.evidence.live, self.evidence.checked = live, oldest(since)
-
-    async def _back_up(self) -> None:
-        """Read all that DevRev holds of the group, write it down, and check what is on the disk."""
-        evidence, contacts = self.evidence, self.group.contacts()
-        urgency = PREPARE if evidence.listed is None else MERGE
-        read = await asyncio.gather(*(self._holdings(contact, urgency) for contact in contacts))
-        held, since = [one for one, _ in read], oldest(moment for _, moment in read)
-        things = {identity: thing for one in held for identity, thing in one.things().items()}
-        if self.merger.backups.with_timelines:
-            await self._read_timelines(things)
-        timelines = {identity: evidence.timelines[identity][1] for identity in things if identity in evidence.timelines}
-        folder, flaw = await self.outside.work(self._write_backup, held, timelines)
-        for pair in self.pairs:
-            pair.backup = folder if pair.state is State.PLANNED else pair.backup
-        if flaw:
-            raise flaw
-        evidence.folder, evidence.listed = folder, since
-
-    async def _holdings(self, contact: Contact, urgency: int) -> Tuple[Holdings, Moment]:
-        """Everything but the timelines of one contact."""
-        lists = await asyncio.gather(
-            *(loader.load(contact.id, contact.tickets, urgency) for loader in self.api.works.values()),
-            self.api.conversations.load(contact.id, 1 + contact.tickets // 4, urgency),
-        )
-        roles = {role: by_id(listing.items) for role, listing in zip(ROLES, lists)}
-        held = Holdings(contact, self.evidence.live[contact.id], roles, by_id(lists[-1].items))
-        return held, oldest(listing.since for listing in lists)
-
-    async def _read_timelines(self, things: Mapping[str, Json]) -> None:
-        """Read the timelines that are not there yet, and those of what has changed; a few at a time."""
-        known = self.evidence.timelines
-        wanted = [one for one, thing in things.items() if known.get(one, (known,))[0] != thing.get("modified_date")]
-
-        async def read() -> None:
-            while wanted:
-                identity = wanted.pop(0)
-                try:
-                    self.merger.may_begin()
-                    entries = await self.api.timeline(identity)
-                except (ApiRefused, ApiUnanswered) as error:
-                    wanted.clear()
-                    raise PairError(error.code, f"{identity}: {error}") from None
-                except Interrupted:
-                    wanted.clear()
-                    raise
-                known[identity] = things[identity].get("modified_date"), entries
-
-        await asyncio.gather(*(read() for _ in range(min(self.AHEAD, len(wanted)))))
-
-    def _write_backup(self, held: Sequence[Holdings], timelines: Timelines) -> Tuple[str, Optional[PairError]]:
-        """Write the backup (in a thread); check from the disk that it is whole and holds what the export counts."""
-        merger = self.merger
-        folder = merger.backups.write(self.group.email, merger.organisation, held, timelines)
-        try:
-            for entry in read_backup(folder)["contacts"]:
-                grown = entry["role"] == "primary" and self.group.has_grown()
-                policy = "at-least" if grown else merger.count_policy
-                flaw = count_flaw(Contact.from_json(entry["csv"]), greatest_count(entry), policy)
-                if flaw:
-                    return str(folder), flaw
-        except PairError as error:
-            return str(folder), error
-        return str(folder), None
-
     # -- ask ----------------------------------------------------------------------------------------
 
     async def _ask(self, pair: Pair) -> None:
         """Ask for the merge, on evidence that is fresh at the moment the request leaves."""
-        first = not pair.first_requested_at
+        first, course = not pair.first_requested_at, self.courses[pair.ids]
         self.group.asking = pair
         if pair.exported:
             # What is asked for again rests on what is known now; until then the rows of the first request count.
             exported, pair.exported = pair.exported, None
             pair.primary, pair.duplicate, pair.new_ref = exported.primary, exported.duplicate, exported.new_ref
         if not first:
-            self.evidence = Evidence(timelines=self.evidence.timelines)
+            self.evidence.expire()
         for _ in range(self.RENEWALS):
             self.api.gate.release(self.hold)  # what was kept for the last request would keep others waiting
             if not await self._is_ready(pair, first):
@@ -2693,7 +2741,7 @@ class Walk:
             try:
                 async with self.merger.turn_to_ask():
                     refusal = await self._request(pair)
-                self._waiting_since[pair.ids] = self.outside.moment(), 0.0
+                course.since, course.before = self.outside.moment(), 0.0
                 if refusal and refusal.missing and first and not self.merger.journal.asked_before(pair):
                     await self._somebody_else(pair)
                 return
@@ -2708,7 +2756,7 @@ class Walk:
         gone by then."""
         flaw: Optional[PairError] = None
         try:
-            await self._renew()
+            await self.evidence.renew()
         except PairError as error:
             flaw = error
         if not first and await self._look(pair):
@@ -2719,14 +2767,14 @@ class Walk:
         return True
 
     async def _request(self, pair: Pair) -> Optional[ApiRefused]:
-        keep = self.merger.looks_lately() + 1 + bool(pair.new_ref)
+        keep = self.merger.experience.looks() + bool(pair.new_ref)
         try:
             await self.api.merge(*pair.ids, Turn(MERGE, self.hold, keep), before=lambda: self._intend(pair))
         except ApiRefused as refusal:
             pair.refused = True
             self.merger.savepoint.record(pair)
             if refusal.status != 409:  # which may say that it is being merged
-                self._refusals[pair.ids] = PairError("merge_refused", str(refusal))
+                self.courses[pair.ids].refusal = PairError("merge_refused", str(refusal))
             return refusal
         except Denied as denied:
             pair.refused = True
@@ -2742,16 +2790,15 @@ class Walk:
 
     def _intend(self, pair: Pair) -> None:
         """The last moment before the request leaves: Stale if it must not, else the intent goes to the disk."""
-        if self._is_old(self.evidence.checked, self.FRESH) or self._is_old(self.evidence.listed, self.LISTED):
+        if not self.evidence.is_fresh():
             raise Stale()
         self.merger.may_begin()
+        course = self.courses[pair.ids]
+        course.asks, course.looked, course.refusal = course.asks + 1, False, None
         pair.state, pair.code, pair.error, pair.refused = State.REQUESTED, "", "", False
-        self._refusals.pop(pair.ids, None)
-        self._looked.discard(pair.ids)
         pair.backup = self.evidence.folder
         pair.requested_at = self.outside.moment().wall
         pair.first_requested_at = pair.first_requested_at or pair.requested_at
-        self.asks[pair.ids] += 1
         self.merger.journal.note("asked", pair)
         self.merger.savepoint.record(pair)
 
@@ -2765,7 +2812,7 @@ class Walk:
         if primary is None or await self.api.look(*pair.ids, Turn(FINISH)) is not Sight.GONE:
             return
         wanted = to_prove(pair.backup, pair.duplicate.id)
-        if wanted and not (await self._wait_for_proof(pair, wanted))[0]:
+        if wanted and not (await self.proof.wait(pair, wanted))[0]:
             return
         pair.state, pair.code = State.MERGED_ELSEWHERE, "merged_elsewhere"
         pair.error = f"{pair.duplicate.short_id} was merged or deleted by somebody else before it was asked for"
@@ -2782,46 +2829,46 @@ class Walk:
     async def _confirm(self, pair: Pair) -> bool:
         """Look until the duplicate has gone (True), or may be asked for again (False)."""
         await self._until_first_look(pair)
-        looks = 0
+        course, looks = self.courses[pair.ids], 0
         while True:
             problem: Optional[PairError] = None
             looks, before = looks + 1, self._waited(pair)
             try:
                 if await self._look(pair):
-                    if self.asks[pair.ids]:
-                        self.merger.note_delay(before, looks)
+                    if course.asks:
+                        self.merger.experience.note(before, looks)
                     self._note_merged(pair)
                     return True
             except (ApiRefused, ApiUnanswered) as error:
                 problem = PairError(error.code, f"the merge can't be confirmed: {error}")
             waited, patience = self._waited(pair), self.merger.patience(pair)
-            if pair.ids in self._refusals:
-                raise self._refusals[pair.ids]
+            if course.refusal:
+                raise course.refusal
             if waited >= patience:
                 return self._may_ask_again(pair, problem)
             pause = min(0.1 + 0.5 * waited, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
-            await self._pause(pair, min(pause, patience - waited))
+            await self.pause(pair, min(pause, patience - waited))
 
     async def _until_first_look(self, pair: Pair) -> None:
         """Wait as long as merges take; what an earlier run has asked for is looked at at once."""
-        if pair.ids not in self._waiting_since:
-            before = max(0.0, self.outside.moment().wall - pair.requested_at)
-            self._waiting_since[pair.ids] = self.outside.moment(), before
-        elif pair.ids not in self._refusals and pair.ids not in self._looked:
-            await self._pause(pair, self.merger.first_look() - self._waited(pair))
-        self._looked.add(pair.ids)
+        course = self.courses[pair.ids]
+        if course.since is None:
+            course.since = self.outside.moment()
+            course.before = max(0.0, course.since.wall - pair.requested_at)
+        elif not (course.refusal or course.looked):
+            await self.pause(pair, self.merger.experience.first_look() - self._waited(pair))
+        course.looked = True
 
     def _waited(self, pair: Pair) -> float:
-        since, before = self._waiting_since[pair.ids]
-        return before + self.outside.elapsed(since)
+        course = self.courses[pair.ids]
+        return course.before + self.outside.elapsed(course.since) if course.since else 0.0
 
     def _may_ask_again(self, pair: Pair, problem: Optional[PairError]) -> bool:
         """False, after the patience: what this run has asked for is not asked again where DevRev has answered."""
         if problem:
             raise problem
-        if self.asks[pair.ids] and (
-            pair.state is State.ACKNOWLEDGED or pair.refused or self.asks[pair.ids] >= self.ASKS
-        ):
+        asks = self.courses[pair.ids].asks
+        if asks >= self.ASKS or (asks and (pair.state is State.ACKNOWLEDGED or pair.refused)):
             raise PairError(
                 "merge_not_confirmed",
                 f"{pair.duplicate.short_id} is still there {duration(self._waited(pair))} after it was asked for",
@@ -2829,6 +2876,7 @@ class Walk:
         return False
 
     def _note_merged(self, pair: Pair) -> None:
+        self.merger.changed = True
         pair.state, pair.code, pair.error = State.MERGED, "", ""
         self.merger.journal.note("merged", pair)
         self.merger.savepoint.record(pair)
@@ -2836,18 +2884,18 @@ class Walk:
     def _note_still_there(self, pair: Pair) -> None:
         """It was believed gone until something has contradicted it: back to looking."""
         log.info("%s: %s is still there after all", pair.email, pair.duplicate.short_id)
-        self._contradictions[pair.ids] += 1
+        self.courses[pair.ids].contradictions += 1
         pair.state = State.REQUESTED if pair.refused else State.ACKNOWLEDGED
         self.merger.journal.note("asked", pair)
         self.merger.savepoint.record(pair)
-        if self._contradictions[pair.ids] > 20:
+        if self.courses[pair.ids].contradictions > 20:
             raise PairError("merge_not_confirmed", f"{pair.duplicate.short_id} has gone and come back too often")
 
-    async def _pause(self, pair: Pair, seconds: float) -> None:
+    async def pause(self, pair: Pair, seconds: float) -> None:
         """Wait for DevRev. What an earlier run has left is no longer waited for by others then."""
         if seconds > 0:
             self.attempted.set()
-            if pair.ids in self._waiting_since and self._waited(pair) > self.SLOW:
+            if self._waited(pair) > self.SLOW:
                 self.merger.expect_no_more(self)
             await self.merger.brake.sleep(seconds)
 
@@ -2855,15 +2903,17 @@ class Walk:
 
     async def _move_reference(self, pair: Pair) -> None:
         """Set the duplicate's reference on the primary; a 409 may take the pair back to being looked at."""
-        if pair.new_ref and (self.asks[pair.ids] or not await self._has_reference(pair)):
+        asks = self.courses[pair.ids].asks
+        if pair.new_ref and (asks or not has_reference(pair, await self.api.contact(pair.primary.id, Turn(FINISH)))):
             begun, pause = self.outside.moment(), 0.2
             while not await self._set_reference(pair, pair.new_ref):
-                await self._pause(pair, pause)
+                await self.pause(pair, pause)
                 pause = min(10.0, 1.6 * pause)
-                if await self.api.look(*pair.ids, Turn(FINISH, self.hold)) is Sight.THERE:
+                if not await self._look(pair):
                     self._note_still_there(pair)
                     return
-                await self._judge_holder(pair, pair.new_ref, self.outside.elapsed(begun) > self.merger.merge_timeout)
+                over = self.outside.elapsed(begun) > self.merger.merge_timeout
+                check_holders(pair, await self.api.holders_of(pair.new_ref, Turn(FINISH, self.hold)), over)
         pair.state = State.PROVING
         self.merger.savepoint.record(pair)
 
@@ -2879,36 +2929,12 @@ class Walk:
             raise PairError(error.code, f"the reference {reference} could not be set: {error}") from None
         return True
 
-    async def _has_reference(self, pair: Pair) -> bool:
-        """Look at the primary of a pair that an earlier run left. A reference that is neither the old nor the new one
-        was set by somebody, and is left."""
-        primary = await self.api.contact(pair.primary.id, Turn(FINISH))
-        if primary is None:
-            raise PairError("not_found", f"the primary {pair.primary.short_id} is not in DevRev any more")
-        reference = primary.get("external_ref")
-        if reference not in (pair.new_ref, pair.primary.external_ref):
-            raise PairError(
-                "external_ref_changed",
-                f"{pair.primary.short_id} has got the reference {reference or 'none'} from somebody; "
-                f"{pair.new_ref} was not set",
-            )
-        return bool(reference == pair.new_ref)
-
-    async def _judge_holder(self, pair: Pair, reference: str, over: bool) -> None:
-        """Raise PairError where the reference is held by another contact, or has not been let go for too long."""
-        listed = await self.api.holders_of(reference, Turn(FINISH, self.hold))
-        holders = [user for user in listed if user["id"] not in pair.ids]
-        if holders or over:
-            names = ", ".join(str(user.get("display_id") or user["id"]) for user in holders)
-            who = names or f"{pair.duplicate.short_id}, which has gone, or a contact that the token can't see"
-            raise PairError("external_ref_conflict", f"the reference {reference} is held by {who}")
-
     # -- proof --------------------------------------------------------------------------------------
 
     async def _prove(self, pair: Pair) -> None:
         """Look until all that the duplicate had hangs on the primary, and the list of its email shows it no more."""
         self.merger.expect_no_more(self)
-        left, listed = await self._wait_for_proof(pair, to_prove(pair.backup, pair.duplicate.id))
+        left, listed = await self.proof.wait(pair, to_prove(pair.backup, pair.duplicate.id))
         if listed is Sight.THERE:
             self._note_still_there(pair)
         elif left:
@@ -2921,17 +2947,28 @@ class Walk:
             pair.state, pair.code, pair.error, pair.left_behind = State.DONE, "", "", []
             self.merger.journal.note("done", pair)
 
-    async def _wait_for_proof(self, pair: Pair, wanted: Sequence[Json]) -> Tuple[List[Json], Optional[Sight]]:
+
+class Proof:
+    """Looks whether what a duplicate had hangs on its primary, for as long as DevRev's lists may lag behind a merge."""
+
+    EXAMINED = 25  # objects that are looked at one by one before the whole time is over
+
+    def __init__(self, walk: "Walk") -> None:
+        self.walk = walk
+        self.api = walk.api
+        self.urgency = RESUME if walk.resumed else PROVE
+
+    async def wait(self, pair: Pair, wanted: Sequence[Json]) -> Tuple[List[Json], Optional[Sight]]:
         """What of `{id, role}` is not on the primary, and what a look says where the list of the email still shows the
         duplicate; for as long as lists may lag behind. What has been deleted since is named, and holds nothing up."""
-        begun, rounds = self.outside.moment(), 0
+        begun, rounds = self.walk.outside.moment(), 0
         while True:
             missing, listed = await asyncio.gather(
                 self._missing(pair, wanted, bool(rounds)), self._is_listed(pair, bool(rounds))
             )
             sight = await self.api.look(*pair.ids, Turn(FINISH)) if listed else None
-            waited, rounds = self.outside.elapsed(begun), rounds + 1
-            over = waited >= self.merger.merge_timeout
+            waited, rounds = self.walk.outside.elapsed(begun), rounds + 1
+            over = waited >= self.walk.merger.merge_timeout
             if missing and (over or (rounds == 3 and len(missing) <= self.EXAMINED)):
                 gone = {item["id"] for item in missing if await self._is_deleted(item["id"])}
                 if gone:
@@ -2939,7 +2976,7 @@ class Walk:
                 wanted, missing = ([one for one in items if one["id"] not in gone] for items in (wanted, missing))
             if over or sight is Sight.THERE or not (missing or sight):
                 return missing, sight
-            await self._pause(pair, min(20.0, 0.5 + waited / 2, self.merger.merge_timeout - waited))
+            await self.walk.pause(pair, min(20.0, 0.5 + waited / 2, self.walk.merger.merge_timeout - waited))
 
     async def _missing(self, pair: Pair, wanted: Sequence[Json], again: bool) -> List[Json]:
         """What of `{id, role}` the lists don't show on the primary now."""
@@ -2960,24 +2997,40 @@ class Walk:
         )
 
     async def _list(self, loader: Loader, key: str, weight: int, again: bool) -> Listing:
-        """List for a proof; the first time, where nobody waits for it, with a long linger."""
-        if self.resumed:
-            return await loader.load(key, weight, RESUME)
-        return await loader.load(key, weight, PROVE, Loader.LINGER if again else self.merger.LINGER)
+        """List; with a long linger where nobody waits for it, so that many pairs are proved with the same calls."""
+        hurried = again or self.walk.resumed
+        linger = Loader.LINGER if hurried else self.walk.merger.LINGER
+        return await loader.load(key, weight, self.urgency, linger)
 
     async def _is_deleted(self, identity: str) -> bool:
         with contextlib.suppress(ApiRefused, ApiUnanswered):
-            return await self.api.thing(identity, Turn(RESUME if self.resumed else PROVE)) is None
+            return await self.api.thing(identity, Turn(self.urgency)) is None
         return False
-
-
-def oldest(moments: Iterable[Moment]) -> Moment:
-    return min(moments, key=lambda moment: moment.steady)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Merge: the run
 # ---------------------------------------------------------------------------------------------------
+
+
+class Experience:
+    """How long merges have taken lately, by the look that found them done."""
+
+    SOONEST, LATEST = 0.25, 0.75  # seconds to the first look: where nothing is known, and whatever is known
+
+    def __init__(self) -> None:
+        self._merges: Deque[Tuple[float, int]] = collections.deque(maxlen=20)  # seconds, looks
+
+    def note(self, seconds: float, looks: int) -> None:
+        self._merges.append((0.95 * seconds, looks))  # a little sooner is tried the next time
+
+    def first_look(self) -> float:
+        """Seconds after an answer at which a merge is usually done."""
+        return min(self.LATEST, max((seconds for seconds, _ in self._merges), default=self.SOONEST))
+
+    def looks(self) -> int:
+        """Looks that are kept for a merge: as many as lately, and one since a look may come too early."""
+        return 1 + max((looks for _, looks in self._merges), default=1)
 
 
 class ContactMerger:
@@ -3018,7 +3071,7 @@ class ContactMerger:
         self._streak = 0
         self._walks: Dict[asyncio.Future[None], Walk] = {}
         self._expected: Set[Walk] = set()  # walks that will be at their proof soon
-        self._delays: Deque[Tuple[float, int]] = collections.deque(maxlen=20)  # of merges: seconds, looks
+        self.experience = Experience()
         self._acknowledged = False
         self._turn_to_ask: Optional[asyncio.Lock] = None
 
@@ -3232,19 +3285,6 @@ class ContactMerger:
     def note_acknowledged(self) -> None:
         self._acknowledged = self.changed = True
         self._streak = 0
-
-    def note_delay(self, seconds: float, looks: int) -> None:
-        """When a look found a merge done, and how many looks it needed; a little less is tried the next time."""
-        self.changed = True
-        self._delays.append((0.95 * seconds, looks))
-
-    def first_look(self) -> float:
-        """Seconds after an answer at which a merge is usually done; early where that is not known yet."""
-        return min(0.75, max(seconds for seconds, _ in self._delays)) if self._delays else 0.25
-
-    def looks_lately(self) -> int:
-        """Looks that a merge needs; one more is kept for it, since a look may come too early."""
-        return max((looks for _, looks in self._delays), default=1)
 
     def patience(self, pair: Pair) -> float:
         """Seconds after the request until a duplicate that is still there means that the merge won't come by itself."""
