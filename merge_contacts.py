@@ -915,7 +915,7 @@ class Pair:
     left_behind: List[Json] = field(default_factory=list)
     refused: bool = False  # DevRev's answer to the last request was a no
     details: Json = field(default_factory=dict)  # `deleted`: ids; `accepted`: what was settled; `undo`
-    report: str = ""  # that holds its end
+    report: str = ""  # that names it: as ended, or as unfinished
     created: str = ""  # of its row in the savepoint
     updated: str = ""
 
@@ -926,6 +926,12 @@ class Pair:
     @property
     def ids(self) -> Tuple[str, str]:
         return self.primary.id, self.duplicate.id
+
+    @property
+    def is_settleable(self) -> bool:
+        """Whether a person may accept what it lacks: the duplicate has gone, and a report has said what is wrong."""
+        gone = self.state in (State.MERGED, State.PROVING) or self.code == "merged_into_another"
+        return gone and bool(self.report) and self.code not in ("", "interrupted")
 
 
 @dataclass(eq=False)
@@ -1281,7 +1287,6 @@ class Gate:
         """Let all through that may go, the most urgent first; look again when the next thing changes."""
         if self._timer:
             self._timer.cancel()
-        self._queue = [waiting for waiting in self._queue if not waiting.future.done()]
         wait, reason = 0.0, ""
         while self._queue and self._has_slot():
             wait, reason = self._closed()
@@ -1289,7 +1294,8 @@ class Gate:
             if first is None:
                 break
             self._queue.remove(first)
-            self._admit(first)
+            if not first.future.done():  # by the brake
+                self._admit(first)
         else:
             wait, reason = 0.0, ""
         if self._queue and self._has_slot() and not wait:
@@ -1801,12 +1807,13 @@ class Order:
 class Loader:
     """Lists for many contacts with one call, though each asks for itself: who asks waits a moment for the others.
 
-    A call names as many keys as fit on about one page, so that a contact with a thousand tickets does not age what is
-    read for its neighbours. Where a call is refused, it is halved; where an item names none of the keys that were asked
+    A call names as many keys as fit on a few pages, so that a contact with a thousand tickets does not age what is read
+    for its neighbours. Where a call is refused, it is halved; where an item names none of the keys that were asked
     for, each is asked for by itself.
     """
 
     LINGER = 0.02  # seconds
+    FULL = 250  # items that are expected
 
     def __init__(
         self, lister: Lister, owners: Callable[[Json], Set[str]], name: Callable[[str], str] = lambda key: key
@@ -1830,7 +1837,7 @@ class Loader:
                 self._timer.cancel()
             self._leaves_at = loop.time() + linger
             self._timer = loop.call_later(linger, self.flush)
-        if len(self._orders) >= self._most or sum(each.weight for each in self._orders) >= PAGE:
+        if len(self._orders) >= self._most or sum(each.weight for each in self._orders) >= self.FULL:
             self.flush()
         return await order.future
 
@@ -1842,7 +1849,7 @@ class Loader:
         orders.sort(key=lambda order: order.weight)
         while orders:
             part = [orders.pop(0)]
-            while orders and len(part) < self._most and sum(each.weight for each in [*part, orders[0]]) <= PAGE:
+            while orders and len(part) < self._most and sum(each.weight for each in [*part, orders[0]]) <= self.FULL:
                 part.append(orders.pop(0))
             call = asyncio.ensure_future(self._fetch(part))
             self._calls.add(call)
@@ -2462,10 +2469,11 @@ class SavePoint:
         return self._select("state = 'failed' AND run = ?", self.run)
 
     def announce_report(self, name: str) -> None:
-        """Note the report that is about to hold what has ended, before it gets its name."""
-        ended = ", ".join(f"'{state.value}'" for state in ENDED)
+        """Note the report that is about to name what has ended and what is unfinished, before it gets its name."""
+        ended, unfinished = (", ".join(f"'{state.value}'" for state in states) for states in (ENDED, UNFINISHED))
         self._write(
             (f"UPDATE pairs SET report = ? WHERE report = '' AND state IN ({ended})", [(name,)]),
+            (f"UPDATE pairs SET report = ? WHERE state IN ({unfinished})", [(name,)]),
             ("INSERT OR REPLACE INTO about VALUES ('report', ?)", [(name,)]),
         )
 
@@ -2508,6 +2516,7 @@ class Walk:
     RENEWALS = 12  # times that a check or a backup is made anew before a pair is given up
     ASKS = 3  # times that a run asks for one merge
     EXAMINED = 25  # objects that are looked at one by one before the whole time is over
+    AHEAD = 50  # timelines that wait for their turn at once; groups that began earlier are read first
     SLOW = 3.0  # seconds after which nobody waits for a pair any more
 
     def __init__(self, merger: "ContactMerger", group: Group, pairs: Sequence[Pair], resumed: bool = False) -> None:
@@ -2630,8 +2639,10 @@ class Walk:
 
     async def _holdings(self, contact: Contact, urgency: int) -> Tuple[Holdings, Moment]:
         """Everything but the timelines of one contact."""
-        loaders = [*self.api.works.values(), self.api.conversations]
-        lists = await asyncio.gather(*(loader.load(contact.id, contact.tickets, urgency) for loader in loaders))
+        lists = await asyncio.gather(
+            *(loader.load(contact.id, contact.tickets, urgency) for loader in self.api.works.values()),
+            self.api.conversations.load(contact.id, 1 + contact.tickets // 4, urgency),
+        )
         roles = {role: by_id(listing.items) for role, listing in zip(ROLES, lists)}
         held = Holdings(contact, self.evidence.live[contact.id], roles, by_id(lists[-1].items))
         return held, oldest(listing.since for listing in lists)
@@ -2655,7 +2666,7 @@ class Walk:
                     raise
                 known[identity] = things[identity].get("modified_date"), entries
 
-        await asyncio.gather(*(read() for _ in range(self.api.settings.workers)))
+        await asyncio.gather(*(read() for _ in range(self.AHEAD)))
 
     def _write_backup(self, held: Sequence[Holdings], timelines: Timelines) -> Tuple[str, Optional[PairError]]:
         """Write the backup (in a thread); check from the disk that it is whole and holds what the export counts."""
@@ -2712,7 +2723,7 @@ class Walk:
         return True
 
     async def _request(self, pair: Pair) -> Optional[ApiRefused]:
-        keep = self.merger.looks_lately() + bool(pair.new_ref)
+        keep = self.merger.looks_lately() + 1 + bool(pair.new_ref)
         try:
             await self.api.merge(*pair.ids, Turn(MERGE, self.hold, keep), before=lambda: self._intend(pair))
         except ApiRefused as refusal:
@@ -2773,10 +2784,12 @@ class Walk:
         looks = 0
         while True:
             problem: Optional[PairError] = None
-            looks += 1
+            looks, before = looks + 1, self._waited(pair)
             try:
                 if await self._look(pair):
-                    self._note_merged(pair, looks)
+                    if self.asks[pair.ids]:
+                        self.merger.note_delay(before, looks)
+                    self._note_merged(pair)
                     return True
             except (ApiRefused, ApiUnanswered) as error:
                 problem = PairError(error.code, f"the merge can't be confirmed: {error}")
@@ -2785,7 +2798,7 @@ class Walk:
                 raise self._refusals[pair.ids]
             if waited >= patience:
                 return self._may_ask_again(pair, problem)
-            pause = min(self.merger.first_look() * 1.5**looks, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
+            pause = min(0.1 + 0.5 * waited, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
             await self._pause(pair, min(pause, patience - waited))
 
     async def _until_first_look(self, pair: Pair) -> None:
@@ -2814,9 +2827,7 @@ class Walk:
             )
         return False
 
-    def _note_merged(self, pair: Pair, looks: int = 0) -> None:
-        if looks and self.asks[pair.ids]:
-            self.merger.note_delay(self._waited(pair), looks)
+    def _note_merged(self, pair: Pair) -> None:
         pair.state, pair.code, pair.error = State.MERGED, "", ""
         self.merger.journal.note("merged", pair)
         self.merger.savepoint.record(pair)
@@ -3214,15 +3225,16 @@ class ContactMerger:
         self._streak = 0
 
     def note_delay(self, seconds: float, looks: int) -> None:
-        """How long a merge took, by the look that found it, and how many looks it needed."""
+        """When a look found a merge done, and how many looks it needed; a little less is tried the next time."""
         self.changed = True
-        self._delays.append((seconds, looks))
+        self._delays.append((0.95 * seconds, looks))
 
     def first_look(self) -> float:
         """Seconds after an answer at which a merge is usually done; early where that is not known yet."""
         return min(0.75, max(seconds for seconds, _ in self._delays)) if self._delays else 0.25
 
     def looks_lately(self) -> int:
+        """Looks that a merge needs; one more is kept for it, since a look may come too early."""
         return max((looks for _, looks in self._delays), default=1)
 
     def patience(self, pair: Pair) -> float:
@@ -3244,6 +3256,8 @@ class ContactMerger:
             pair.code, pair.error = flaw.code, str(flaw)
         if pair.requested_at:
             pair.seconds = max(0.0, self.outside.moment().wall - pair.requested_at)
+        if pair.state in ENDED:
+            pair.report = ""
         self.savepoint.record(pair)
         self.rested[pair.ids] = pair
         self.on_pair(pair)
@@ -3867,12 +3881,13 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--choices", metavar="PATH", type=Path, help="a CSV (EMAIL, EXTERNAL_REF): whom to keep of ambiguous groups"
     )
-    what.add_argument("--export", metavar="PATH", type=Path, help="make the CSV, by reading it from DevRev itself")
-    what.add_argument(
-        "--domain", metavar="D", type=_domain, action="append", help="export only emails of D (may be repeated)"
-    )
     what.add_argument("--email", metavar="ADDRESS", action="append", help="only this address (may be repeated)")
     what.add_argument("--limit", metavar="N", type=_positive_int, help="at most N pairs in this run: a canary")
+    make = parser.add_argument_group("make the CSV")
+    make.add_argument("--export", metavar="PATH", type=Path, help="read it from DevRev itself, with list calls alone")
+    make.add_argument(
+        "--domain", metavar="D", type=_domain, action="append", help="only emails of this domain (may be repeated)"
+    )
     look = parser.add_argument_group("look, without changing anything")
     look.add_argument("--preview", action="store_true", help="print the plan; no request is made")
     look.add_argument("--json", action="store_true", help="with --preview: the plan as JSON")
@@ -3902,6 +3917,10 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave the comments out of the backup (a request each); the manifest says so",
     )
+    how.add_argument(
+        "--settle", metavar="ADDRESS", nargs="+",
+        help="accept what can't be mended of merged pairs that an earlier report has named as unfinished",
+    )  # fmt: skip
     how.add_argument("--yes", action="store_true", help="don't ask before the first merge")
     show = parser.add_argument_group("what to show")
     show.add_argument("-v", "--verbose", action="store_true", help="show each request")
@@ -3913,7 +3932,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = build_parser()
     options = parser.parse_args(argv)
-    modes = [name for name in ("export", "preview", "check", "status", "verify_backups") if getattr(options, name)]
+    modes = [name for name in MODES if getattr(options, name)]
     if len(modes) > 1:
         parser.error("--" + " and --".join(mode.replace("_", "-") for mode in modes) + " don't go together")
     if options.json and not options.preview:
@@ -4194,6 +4213,28 @@ def merge(run: Run) -> int:
         savepoint.close()
 
 
+def settle(run: Run) -> int:
+    """Accept what can't be mended of merged pairs that a report has named; nothing is asked of DevRev."""
+    savepoint = open_savepoint(run)
+    try:
+        wanted = {email_key(email) for email in run.options.settle}
+        pairs = [pair for pair in savepoint.unfinished() if pair.email in wanted and pair.is_settleable]
+        missing = sorted(wanted - {pair.email for pair in pairs})
+        if missing:
+            why = "no merged pair that an earlier run has named in its report as unfinished"
+            raise Stop(EXIT_USAGE, f"{', '.join(missing)}: {why} (--status tells what is)")
+        journal = Journal(JOURNAL, run.outside, run.stamp)
+        for pair in pairs:
+            pair.details["accepted"] = f"{pair.code}: {pair.error}"
+            pair.state, pair.report = State.SETTLED, ""
+            journal.note("settled", pair, details=pair.details)
+            run.console.say(f"settled  {pair.email}: {pair.details['accepted']}")
+        savepoint.record(*pairs)
+        return _report(run, Plan([], [], [], 0), None, savepoint, EXIT_OK)
+    finally:
+        savepoint.close()
+
+
 def open_savepoint(run: Run) -> SavePoint:
     """Open the savepoint. A new one learns from the journal what was asked for and what has ended."""
     savepoint = SavePoint(run.options.savepoint, run.outside, run.stamp)
@@ -4377,8 +4418,8 @@ def run_facts(run: Run, merger: Optional[ContactMerger], savepoint: SavePoint, c
     options = run.options
     return {
         "version": __version__,
-        "csv": str(options.csv),
-        "csv_sha256": _sha256(options.csv),
+        "csv": str(options.csv) if options.csv else None,
+        "csv_sha256": _sha256(options.csv) if options.csv else None,
         "base_url": run.settings.base_url,
         "organisation": merger.organisation if merger else savepoint.about("organisation"),
         "token_owner": {name: owner.get(name) for name in ("id", "display_name", "email")},
@@ -4719,6 +4760,7 @@ MODES: Dict[str, Callable[[Run], int]] = {
     "check": check,
     "status": status,
     "verify_backups": verify_backups,
+    "settle": settle,
 }
 
 if __name__ == "__main__":
