@@ -33,11 +33,12 @@ import socket
 import sqlite3
 import stat
 import sys
+import tempfile
 import textwrap
 import threading
 import time
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
@@ -1052,8 +1053,8 @@ def plan_id(groups: Iterable[Group], count_policy: str, timelines: bool) -> str:
 
 def csv_line(*cells: str) -> str:
     line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(cells)
-    return line.getvalue()
+    csv.writer(line, lineterminator="\r\n").writerow(cells)  # of which no character stays unquoted in a cell
+    return line.getvalue()[:-2]
 
 
 def read_choices(path: Path) -> Dict[str, str]:
@@ -1655,24 +1656,33 @@ class DevRevAPI:
     async def pages(self, endpoint: str, key: str, body: Json, turn: Turn = ANY_TURN) -> Listing:
         """All items of a cursor-paged list."""
         items: Dict[str, Json] = {}
-        cursors: Set[str] = set()
         since: Optional[Moment] = None
+        async for page in self.each_page(endpoint, key, body, turn):
+            since = since or page.since
+            items.update((item["id"], item) for item in page.items)
+        return Listing(list(items.values()), since or self.outside.moment())
+
+    async def each_page(self, endpoint: str, key: str, body: Json, turn: Turn = ANY_TURN) -> AsyncIterator[Listing]:
+        """The pages of a list, one after the other; an item that moves meanwhile may stand on two of them."""
+        known: Set[int] = set()  # hashes of ids
+        cursors: Set[str] = set()
         stale = 0
         page = dict(body, limit=PAGE)
         while True:
             reply = await self._call(endpoint, page, key, turn)
-            since = since or reply.since
-            before = len(items)
+            before = len(known)
+            items = reply.data[key] or []
             try:
-                items.update((item["id"], item) for item in reply.data[key] or ())
+                known.update(hash(item["id"]) for item in items)
             except (TypeError, KeyError):
                 raise ApiUnanswered(endpoint, f"{key} holds something without an id") from None
             cursor = reply.data.get("next_cursor") or ""
             if not isinstance(cursor, str):
                 raise ApiUnanswered(endpoint, "next_cursor is no text")
+            yield Listing(items, reply.since)
             if not cursor:
-                return Listing(list(items.values()), since)
-            stale = stale + 1 if len(items) == before else 0
+                return
+            stale = stale + 1 if len(known) == before else 0
             if cursor in cursors or stale >= self.STALE_PAGES:
                 raise ApiUnanswered(endpoint, "its pages go on without bringing anything new")
             cursors.add(cursor)
@@ -1776,6 +1786,20 @@ class DevRevAPI:
 
 def _users_in(name: str) -> Callable[[Json], Set[str]]:
     return lambda item: user_ids(item.get(name))
+
+
+@contextlib.contextmanager
+def nothing_changed_yet(brake: Brake) -> Iterator[None]:
+    """Turn what DevRev's API raises into the Stop that ends a run which has changed nothing."""
+    try:
+        yield
+    except ApiUnanswered as error:
+        raise Stop(EXIT_STOPPED, f"DevRev can't be reached: {error}") from None
+    except ApiRefused as error:
+        raise Stop(EXIT_USAGE, f"{error} (is DEVREV_BASE_URL right?)") from None
+    except Stop as stop:
+        reason = brake.stop or stop
+        raise (Stop(EXIT_USAGE, str(reason)) if isinstance(reason, Denied) else reason) from None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -3082,16 +3106,8 @@ class ContactMerger:
 
         Raises Stop(2), before anything else has been asked or done.
         """
-        try:
+        with nothing_changed_yet(self.brake):
             self.token_owner = await self.api.whoami()
-        except ApiUnanswered as error:
-            raise Stop(EXIT_STOPPED, f"DevRev can't be reached: {error}") from None
-        except ApiRefused as error:
-            raise Stop(EXIT_USAGE, f"{error} (is DEVREV_BASE_URL right?)") from None
-        except Denied as denied:
-            raise Stop(EXIT_USAGE, str(denied)) from None
-        except Interrupted:
-            raise self.brake.stop or Interrupted() from None
         self.organisation = organisation_of(str(self.token_owner.get("id")))
         unfinished = self.savepoint.unfinished()
         for origin, pairs in (("CSV", plan.pairs()), ("savepoint", iter(unfinished))):
@@ -3357,6 +3373,88 @@ def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) ->
                     f"the {origin} is of another organisation than the token: {contact.short_id} belongs to "
                     f"{contact.organisation}, the token to {organisation or 'an unknown one'}",
                 )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Export: the CSV from DevRev itself
+# ---------------------------------------------------------------------------------------------------
+
+
+def contact_of(user: Json) -> Contact:
+    """The row of a `rev_user`; its tickets are not counted yet."""
+    names = ("id", "display_name", "email", "external_ref", "full_name", "created_date", "modified_date")
+    identity, display_name, email, external_ref, full_name, created, updated = (
+        str(user.get(name) or "") for name in names
+    )
+    return Contact(identity, display_name, email, external_ref, full_name, 0, created, updated)
+
+
+class Exporter:
+    """Reads from DevRev what the CSV holds: all contacts, page by page, and the works of those whose email recurs.
+
+    `endings` are those of the wanted emails, such as `@example.com`. Contacts wait in `spool`, a file, until all are
+    read and it is known which emails recur: only these are ever held in memory.
+    """
+
+    WAVE = 4 * PAGE  # contacts whose works are counted together
+
+    def __init__(self, api: DevRevAPI, endings: Sequence[str], spool: BinaryIO) -> None:
+        self.api = api
+        self.endings = tuple(endings) or ("",)
+        self.spool = spool
+        self.read = self.counted = 0
+        self.rows: List[Contact] = []
+
+    async def run(self) -> List[Contact]:
+        """All rows, ordered by email. Raises what a list call does, and OSError where the spool's disk refuses."""
+        self.rows = self._recurring(await self._list())
+        log.info("%s read, %s with an email that recurs", plural(self.read, "contact"), len(self.rows))
+        for start in range(0, len(self.rows), self.WAVE):
+            await asyncio.gather(*map(self._count, self.rows[start : start + self.WAVE]))
+        return self.rows
+
+    async def _list(self) -> "array[int]":
+        """Spool every contact that takes part; returns the hashes of their emails, in the same order."""
+        keys = array("q")
+        async for page in self.api.each_page("rev-users.list", "rev_users", {}):
+            for contact in map(contact_of, page.items):
+                if (contact.is_user or contact.is_system) and contact.key and contact.key.endswith(self.endings):
+                    keys.append(hash(contact.key))
+                    self.spool.write(to_json(astuple(contact)) + b"\n")
+            self.read += len(page.items)
+        return keys
+
+    def _recurring(self, keys: "array[int]") -> List[Contact]:
+        self.spool.seek(0)
+        wanted = compress(self.spool, map(_repeated(keys).__contains__, keys))
+        # A contact that is changed while the list is read may stand in it twice.
+        contacts = {contact.id: contact for contact in (Contact(*json.loads(line)) for line in wanted)}
+        times = collections.Counter(contact.key for contact in contacts.values())
+        rows = [contact for contact in contacts.values() if times[contact.key] > 1]
+        return sorted(rows, key=lambda contact: (contact.key, contact.id))
+
+    async def _count(self, contact: Contact) -> None:
+        """TICKET_COUNT, as the README's query has it: the greatest of owned, created and reported works."""
+
+        async def count(works: Loader) -> int:
+            return len((await works.load(contact.id)).items)
+
+        contact.tickets = max(await asyncio.gather(*map(count, self.api.works.values())))
+        self.counted += 1
+
+    def progress(self) -> str:
+        """How far it is, what it has cost, and what it waits for."""
+        counted = f"tickets of {self.counted:,} of {len(self.rows):,} counted" if self.rows else ""
+        requests = plural(sum(self.api.requests.values()), "request")
+        return ", ".join(
+            filter(None, [f"{plural(self.read, 'contact')} read", counted, requests, self.api.gate.outlook()])
+        )
+
+
+def csv_chunks(contacts: Iterable[Contact]) -> Iterator[bytes]:
+    """A CSV of contacts, line by line."""
+    for cells in chain([COLUMNS.values()], ([getattr(contact, name) for name in COLUMNS] for contact in contacts)):
+        yield (csv_line(*cells) + "\n").encode("utf-8", "backslashreplace")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -3814,6 +3912,14 @@ def _positive_int(text: str) -> int:
     return int(text)
 
 
+def _domain(text: str) -> str:
+    domain = email_key(text)
+    domain = domain[1:] if domain.startswith("@") else domain
+    if not re.fullmatch(r"[^\s@,;]+", domain):
+        raise argparse.ArgumentTypeError(f"{printable(text)} is not a domain such as example.com")
+    return domain
+
+
 def _seconds(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) <= 86400:
@@ -3843,6 +3949,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--email", metavar="ADDRESS", action="append", help="only this address (may be repeated)")
     what.add_argument("--limit", metavar="N", type=_positive_int, help="at most N pairs in this run: a canary")
+    make = parser.add_argument_group("make the CSV")
+    make.add_argument("--export", metavar="PATH", type=Path, help="read it from DevRev itself, with list calls alone")
+    make.add_argument(
+        "--domain", metavar="D", type=_domain, action="append", help="only emails of this domain (may be repeated)"
+    )
     look = parser.add_argument_group("look, without changing anything")
     look.add_argument("--preview", action="store_true", help="print the plan; no request is made")
     look.add_argument("--json", action="store_true", help="with --preview: the plan as JSON")
@@ -3887,11 +3998,17 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = build_parser()
     options = parser.parse_args(argv)
-    modes = [name for name in ("preview", "check", "status", "verify_backups", "settle") if getattr(options, name)]
+    modes = [name for name in MODES if getattr(options, name)]
     if len(modes) > 1:
         parser.error("--" + " and --".join(mode.replace("_", "-") for mode in modes) + " don't go together")
     if options.json and not options.preview:
         parser.error("--json goes with --preview")
+    if options.export:
+        foreign = [name for name in ("csv", "choices", "email", "limit") if getattr(options, name)]
+        if foreign:
+            parser.error(f"--export makes a CSV for a later run: --{foreign[0]} does not go with it")
+    elif options.domain:
+        parser.error("--domain goes with --export")
     if options.csv is None and modes in ([], ["preview"]):
         parser.error("--csv PATH is needed (try --help)")
     return options
@@ -4000,7 +4117,7 @@ class Run:
                 return self.stamp
             second += 1
 
-    def on_signal(self, loop: asyncio.AbstractEventLoop, act: Callable[[], None]) -> None:
+    def on_signal(self, loop: asyncio.AbstractEventLoop, act: Callable[[], Any]) -> None:
         """The first Ctrl-C, SIGTERM or SIGHUP acts, in the event loop; the second ends the process at once."""
 
         def handle(number: int, _frame: Any) -> None:
@@ -4309,13 +4426,16 @@ class Progress:
             now = self.run.outside.moment().steady
             if now - self.recent[-1][0] >= 1:
                 self.recent.append((now, sum(merger.api.requests.values())))
-            line = self.line(merger, now)
-            self.run.console.status(line)
-            if now - self.told >= self.EVERY:
-                self.told = now
-                log.info("%s", line)
-                if not self.run.options.quiet and not self.run.console.err.isatty():
-                    self.run.console.note(line)
+            self.show(self.line(merger, now), now)
+
+    def show(self, line: str, now: float) -> None:
+        """Say how far a run is; where there is no terminal, now and then."""
+        self.run.console.status(line)
+        if now - self.told >= self.EVERY:
+            self.told = now
+            log.info("%s", line)
+            if not self.run.options.quiet and not self.run.console.err.isatty():
+                self.run.console.note(line)
 
     def line(self, merger: ContactMerger, now: float) -> str:
         done, failed = len(merger.rested), len(merger.rested) - merger.count(State.DONE)
@@ -4432,6 +4552,68 @@ def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
         more = f" and {len(emails) - 5} more" if len(emails) > 5 else ""
         console.say(f"  {len(emails)} {code}: {', '.join(emails[:5])}{more}")
         console.say(f"    what to do: {ADVICE.get(code, 'see the report')}")
+
+
+# -- export ------------------------------------------------------------------------------------------
+
+
+def export(run: Run) -> int:
+    """Write the CSV from DevRev itself; returns the exit code. What is wrong with the path is found out first."""
+    check_token(run.settings.token)
+    path: Path = run.options.export
+    if os.path.lexists(str(path)):
+        raise Stop(EXIT_USAGE, f"{path} is there already, and is left as it is: name a file that is not there yet")
+    try:
+        spool = tempfile.TemporaryFile(dir=str(path.parent))  # noqa: SIM115
+    except OSError as error:
+        raise Stop(EXIT_USAGE, f"{path} can't be written: {error.strerror}") from None
+    with spool:
+        try:
+            return asyncio.run(_export(run, path, spool))
+        except FileExistsError:
+            raise Stop(EXIT_USAGE, f"{path} has been made by somebody else meanwhile, and is left as it is") from None
+        except OSError as error:
+            raise Stop(EXIT_STOPPED, f"the disk refuses: {error}; nothing was written") from None
+
+
+async def _export(run: Run, path: Path, spool: BinaryIO) -> int:
+    api = DevRevAPI(run.settings, run.outside, Brake())
+    exporter = Exporter(api, [f"@{domain}" for domain in run.options.domain or ()], spool)
+    work = asyncio.ensure_future(exporter.run())
+    run.on_signal(asyncio.get_event_loop(), work.cancel)
+    ticking = asyncio.ensure_future(show_export(run, exporter))  # which also lets signals in, however quiet it is
+    try:
+        with nothing_changed_yet(api.brake):
+            rows = await work
+    except asyncio.CancelledError:
+        run.console.note("interrupted; nothing was written")
+        return 128 + run.signal
+    finally:
+        ticking.cancel()
+        run.console.status("")
+    run.outside.replace(path, csv_chunks(rows), lambda: path.touch(mode=0o600, exist_ok=False))
+    say_exported(run, exporter, path)
+    return EXIT_OK
+
+
+async def show_export(run: Run, exporter: Exporter) -> None:
+    progress = Progress(run)
+    while True:
+        await asyncio.sleep(run.TICK)
+        progress.show(exporter.progress(), run.outside.moment().steady)
+
+
+def say_exported(run: Run, exporter: Exporter, path: Path) -> None:
+    emails = len({contact.key for contact in exporter.rows})
+    rows, requests = len(exporter.rows), sum(exporter.api.requests.values())
+    say = run.console.say
+    say(f"exported {plural(rows, 'contact')} of {plural(emails, 'email')} that recur, to {path}", "good")
+    say(f"read     {plural(exporter.read, 'contact')}")
+    say(f"cost     {plural(requests, 'request')}, {duration(run.outside.elapsed(run.started))}")
+    if rows and not run.options.quiet:
+        name = f'"{path}"' if re.search(r"[^\w./\\:@+-]", str(path)) else str(path)
+        say(f"next     python merge_contacts.py --csv {name} --preview")
+    log.info("exported %d rows of %d emails to %s with %d requests", rows, emails, path, requests)
 
 
 # -- check, status, verify ---------------------------------------------------------------------------
@@ -4639,6 +4821,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 MODES: Dict[str, Callable[[Run], int]] = {
+    "export": export,
     "preview": preview,
     "check": check,
     "status": status,
