@@ -917,6 +917,7 @@ class Pair:
     report: str = ""  # that names it: as ended, or as unfinished
     created: str = ""  # of its row in the savepoint
     updated: str = ""
+    exported: Optional["Pair"] = None  # of an unfinished pair: the same as this run's CSV has it
 
     @property
     def email(self) -> str:
@@ -1359,6 +1360,12 @@ class Gate:
         self._kept -= hold.units
         hold.units = 0
         self._let_through()
+
+    def dismiss(self, urgency: int) -> None:
+        """Send away what waits and is not more urgent than this."""
+        for waiting in self._queue:
+            if waiting.urgency >= urgency and not waiting.future.done():
+                waiting.future.set_exception(Interrupted())
 
     def withdraw(self, scout: bool) -> None:
         """Give back the turn of a request that is not sent after all."""
@@ -2691,6 +2698,10 @@ class Walk:
         """Ask for the merge, on evidence that is fresh at the moment the request leaves."""
         first = not pair.first_requested_at
         self.group.asking = pair
+        if pair.exported:
+            # What is asked for again rests on what is known now; until then the rows of the first request count.
+            exported, pair.exported = pair.exported, None
+            pair.primary, pair.duplicate, pair.new_ref = exported.primary, exported.duplicate, exported.new_ref
         if not first:
             self.evidence = Evidence(timelines=self.evidence.timelines)
         for _ in range(self.RENEWALS):
@@ -2734,6 +2745,10 @@ class Walk:
             if refusal.status != 409:  # which may say that it is being merged
                 self._refusals[pair.ids] = PairError("merge_refused", str(refusal))
             return refusal
+        except Denied as denied:
+            pair.refused = True
+            self.merger.rest(self, pair, PairError("forbidden", str(denied)))
+            raise
         except ApiUnanswered as error:
             log.info("%s: the answer to the merge was lost (%s); looking", pair.email, error)
         else:
@@ -3088,12 +3103,11 @@ class ContactMerger:
         await self._all_walks()
 
     def _earlier_walks(self, groups: Sequence[Group], unfinished: Sequence[Pair]) -> List[Walk]:
-        """A walk for each primary of unfinished pairs, with this export's rows where it has them."""
+        """A walk for each primary of unfinished pairs; they know this export's rows where it has them."""
         exported = {pair.ids: pair for group in groups for pair in group.pairs}
         families: Dict[str, List[Pair]] = collections.defaultdict(list)
         for pair in unfinished:
-            if pair.ids in exported:
-                pair.primary, pair.duplicate = exported[pair.ids].primary, exported[pair.ids].duplicate
+            pair.exported = exported.get(pair.ids)
             families[pair.primary.id].append(pair)
         walks = []
         for primary, pairs in families.items():
@@ -3216,8 +3230,8 @@ class ContactMerger:
             stopped.result()
         stopped.cancel()
 
-    async def _any_walk(self) -> None:
-        await asyncio.wait(set(self._walks), return_when=asyncio.FIRST_COMPLETED)
+    def _any_walk(self) -> Awaitable[Any]:
+        return asyncio.wait(set(self._walks), return_when=asyncio.FIRST_COMPLETED)
 
     async def _all_walks(self) -> None:
         while self._walks:
@@ -3290,6 +3304,7 @@ class ContactMerger:
             self._streak += 1
             if self._streak >= self.STREAK and not self.closing:
                 self.closing = Stop(EXIT_STOPPED, f"{self._streak} failures in a row, the last: {flaw}")
+                self.api.gate.dismiss(PREPARE)
 
     # -- the end ------------------------------------------------------------------------------------
 

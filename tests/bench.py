@@ -18,6 +18,10 @@ quota       The server grants so many requests a window. The last of n requests 
 latency     With nothing in short supply but time, n requests of one latency each over w workers can't take less than
             n * latency / w. Starting Python and one merge's delay are subtracted, since no order of requests saves
             them.
+gap         Between DevRev's merge and the new reference the customer's application knows nobody by it. The yardstick is
+            the window of the quota, or of the tool's own ceiling: what a request may have to wait for.
+cpu         Processor time a request, of the whole process. The yardstick is a loop that sends as many requests of the
+            same kind with `requests`, parses the answers, and does nothing else.
 csv         `--preview` of a big export against pandas, which reads the same file and counts the two kinds of
             references per email: the least that any detection has to do. Time and peak memory of the whole process.
             The targets are for a million rows and more: below that, starting either is what counts.
@@ -133,14 +137,14 @@ def organisation_of(pairs: int, tickets: Tuple[int, int], seed: int) -> Organisa
     return organisation
 
 
-def run_tool(organisation: Organisation, **conditions: Any) -> Outcome:
+def run_tool(organisation: Organisation, environment: Optional[Dict[str, str]] = None, **conditions: Any) -> Outcome:
     """Let the tool merge a whole organisation, with its defaults but for its own ceiling, of which there is none."""
     with tempfile.TemporaryDirectory() as folder:
         place = Workplace(Path(folder))
         place.export(organisation)
         with Sandbox(organisation, **conditions) as sandbox:
             begun = time.monotonic()
-            place.run(sandbox, "--yes", timeout=1200, check=0)
+            place.run(sandbox, "--yes", timeout=1200, check=0, **(environment or {}))
             return outcome(sandbox, begun)
 
 
@@ -284,6 +288,65 @@ def bench_quota(options: argparse.Namespace, findings: Findings) -> None:
     )  # fmt: skip
 
 
+def bench_gap(options: argparse.Namespace, findings: Findings) -> None:
+    """How long a reference is on nobody."""
+    limit, window = 60, 6.0
+    ceiling = {"DEVREV_RATE_LIMIT_CALLS": f"{limit}", "DEVREV_RATE_LIMIT_PERIOD": f"{window:g}"}
+    cases: Dict[str, Dict[str, Any]] = {
+        f"a quota of {limit} in {window:g} s": {"quota": (limit, window)},
+        f"a ceiling of {limit} in {window:g} s": {"environment": ceiling},
+        "neither": {},
+    }
+    for name, conditions in cases.items():
+        organisation = organisation_of(40, (0, 4), options.seed)
+        run_tool(organisation, latency=0.02, **conditions)
+        gaps = sorted(
+            organisation.reference_times[primary][-1][0] - organisation.merge_times[duplicate]
+            for primary, duplicate in organisation.merges
+        )
+        median, worst = gaps[len(gaps) // 2], gaps[-1]
+        findings.add(
+            Figure(
+                f"reference gap under {name}, median", f"{median:.2f} s", f"{window:g} s", f"{median / window:.2f}x"
+            ),
+            at_most("  worst", worst / window, 1 / window, f"{worst:.2f} s", f"{window:g} s"),
+        )
+
+
+LOOP = """
+import json, sys, requests
+url, token, count = sys.argv[1:]
+session = requests.Session()
+for _ in range(int(count)):
+    answer = session.post(url + "/timeline-entries.list", json={"object": OBJECT, "limit": 100},
+                          headers={"Authorization": "Bearer " + token}, timeout=30)
+    json.loads(answer.content)
+"""
+
+
+def bench_cpu(options: argparse.Namespace, findings: Findings) -> None:
+    """What a request costs the processor."""
+    if os.name == "nt":
+        return
+    import resource
+
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    begun = spent()
+    tool = run_tool(organisation_of(200, (0, 4), options.seed))
+    each = (spent() - begun) / tool.total
+    organisation = organisation_of(1, (1, 1), options.seed)
+    script = LOOP.replace("OBJECT", repr(next(iter(organisation.works))))
+    with Sandbox(organisation) as sandbox:
+        begun = spent()
+        subprocess.check_call([sys.executable, "-c", script, sandbox.url, sandbox.token, str(tool.total)])
+    loop = (spent() - begun) / tool.total
+    what = f"processor time a request ({tool.total} requests)"
+    findings.add(at_most(what, each / loop, 2.0, f"{each * 1000:.2f} ms", f"{loop * 1000:.2f} ms"))
+
+
 def bench_latency(options: argparse.Namespace, findings: Findings) -> None:
     """How well the workers are kept busy."""
     pairs, few, tickets = 60, 4, (1, 4)
@@ -357,6 +420,8 @@ PARTS: Dict[str, Callable[[argparse.Namespace, Findings], None]] = {
     "requests": bench_requests,
     "quota": bench_quota,
     "latency": bench_latency,
+    "gap": bench_gap,
+    "cpu": bench_cpu,
     "csv": bench_csv,
     "start": bench_start,
 }

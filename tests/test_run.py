@@ -250,7 +250,7 @@ def test_a_token_that_may_not_is_told_so_and_changes_nothing(
         assert word in result.err
         assert organisation.merges == []
         sandbox.faults.clear()
-        place.run(sandbox, check=0)
+        place.run(sandbox, "--merge-timeout", "1", check=0)
         assert len(organisation.merges) == 3
 
 

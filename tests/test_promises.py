@@ -1,0 +1,583 @@
+"""Scenes in which knowledge is older or weaker than it looks: what was asked for is never forgotten, what is called done
+is done, and nothing waits for ever."""
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import pytest
+
+from tests.sandbox import Fault, Organisation, Request, Sandbox
+from tests.support import Workplace, assert_merged, organisation_of_pairs, pair, ticket_count, watch_merges
+
+posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals or terminals")
+QUICK = ("--merge-timeout", "1")
+
+
+def reference_of(organisation: Organisation, contact: str) -> str:
+    return str(organisation.contacts[contact]["external_ref"])
+
+
+def after(endpoint: str, act: Callable[[Request], None], times: int = 1) -> Callable[[str, Request], None]:
+    """A hook that acts once an endpoint has been answered."""
+    left = [times]
+
+    def hook(stage: str, request: Request) -> None:
+        if stage == "after" and request.endpoint == endpoint and left[0]:
+            left[0] -= 1
+            act(request)
+
+    return hook
+
+
+def journal(place: Workplace) -> List[Dict[str, Any]]:
+    lines = (place.folder / "backups" / "journal.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+# -- once asked, never forgotten ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [400, 403, 409])
+@pytest.mark.parametrize("lost", ["", "savepoint.db", "reports"])
+def test_a_merge_that_was_refused_and_comes_all_the_same_is_finished(place: Workplace, status: int, lost: str) -> None:
+    organisation, pairs = organisation_of_pairs(3)
+    place.export(organisation)
+    with Sandbox(organisation, faults=[Fault("merge-refused-late", detail=(status, 3600))]) as sandbox:
+        result = place.run(sandbox, *QUICK)
+        assert result.code in (1, 2), result
+        asked = {entry["duplicate"]["id"] for entry in result.report["unfinished_merges"]}
+        assert asked == {request.body["secondary_user"] for request in sandbox.requests if "merge" in request.endpoint}
+        if lost:
+            gone = place.folder / lost
+            shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+        sandbox.faults.clear()
+        sandbox.settle()
+        place.export(organisation, leave_out=[duplicate for _, duplicate in pairs if duplicate in asked])
+        place.run(sandbox, *QUICK, check=0)
+    assert_merged(organisation, pairs)
+
+
+def test_a_pair_that_was_asked_for_days_ago_needs_one_look_and_is_then_asked_again(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation, faults=[Fault("merge-never", times=1)]) as sandbox:
+        place.run(sandbox, *QUICK, check=1)
+        with sqlite3.connect(str(place.folder / "savepoint.db")) as db:
+            db.execute("UPDATE pairs SET requested_at = requested_at - 172800")
+        before = len(sandbox.requests)
+        place.run(sandbox, "--merge-timeout", "60", check=0)
+        endpoints = [request.endpoint for request in sandbox.requests[before:]]
+        assert endpoints.index("rev-users.get") < endpoints.index("rev-users.merge")
+    assert_merged(organisation, pairs)
+
+
+def test_a_lost_savepoint_loses_nothing_that_was_asked_for_or_has_ended(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(4)
+    place.export(organisation)
+    never = Fault("merge-never", match=lambda body: body["secondary_user"] == pairs[3][1])
+    with Sandbox(organisation, faults=[never]) as sandbox:
+        place.run(sandbox, *QUICK, check=1)
+        (place.folder / "savepoint.db").unlink()
+        sandbox.faults.clear()
+        organisation.merge(*pairs[3])
+        merges = sandbox.count("rev-users.merge")
+        result = place.run(sandbox, *QUICK, check=0)
+        assert sandbox.count("rev-users.merge") == merges
+        assert [entry["email"] for entry in result.report["successful_merges"]] == ["person4@example.com"]
+        assert result.report["summary"]["already_merged"] == 3
+    assert_merged(organisation, pairs)
+    assert [line["event"] for line in journal(place) if line["email"] == "person1@example.com"] == [
+        "asked", "merged", "done",
+    ]  # fmt: skip
+
+
+def test_a_backup_alone_is_no_proof_that_somebody_was_asked_for(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    place.export(organisation, {pairs[0][0]: {"TICKET_COUNT": 9}})
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, check=1)
+        (place.folder / "savepoint.db").unlink()
+        organisation.merge(*pairs[0])  # a colleague has
+        result = place.run(sandbox, check=1)
+        assert result.codes == {"person1@example.com": "not_found"}
+    assert reference_of(organisation, pairs[0][0]) == "REVU-P1"
+
+
+@pytest.mark.parametrize("torn", [b'{"event": "do', b"\x00\x00\x00"])
+def test_a_torn_line_in_the_journal_costs_nothing(place: Workplace, torn: bytes) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, "--limit", "1", check=0)
+        with open(place.folder / "backups" / "journal.jsonl", "ab") as file:
+            file.write(torn)
+        (place.folder / "savepoint.db").unlink()
+        place.run(sandbox, check=0)
+        assert sandbox.count("rev-users.merge") == 2
+    assert_merged(organisation, pairs)
+
+
+def test_pairs_that_a_killed_run_has_finished_stand_in_the_next_report(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(6)
+    place.export(organisation)
+    with Sandbox(
+        organisation, faults=[Fault("merge-never", match=lambda body: "D6" in body["secondary_user"])]
+    ) as sandbox:
+        process = place.start(sandbox)
+        deadline = time.monotonic() + 20
+        while sum(line["event"] == "done" for line in self_or_nothing(place)) < 5 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.kill()
+        process.communicate()
+        assert not list((place.folder / "reports").glob("*.json"))
+        sandbox.faults.clear()
+        organisation.merge(*pairs[5])
+        first = place.run(sandbox, *QUICK, check=0)
+        second = place.run(sandbox, *QUICK, check=0)
+    assert len(first.report["successful_merges"]) == first.report["summary"]["successful_merges"] == 6
+    assert second.report["successful_merges"] == [] and second.report["summary"]["already_merged"] == 6
+
+
+def self_or_nothing(place: Workplace) -> List[Dict[str, Any]]:
+    return journal(place) if (place.folder / "backups" / "journal.jsonl").exists() else []
+
+
+# -- old knowledge -----------------------------------------------------------------------------------
+
+
+def test_a_laptop_that_sleeps_between_check_and_merge_checks_again(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(3)
+    place.export(organisation)
+    wrapper = place.folder / "sleeper.py"
+    wrapper.write_text(
+        "import os, runpy, sys, time\n"
+        "awake = time.time\n"
+        "time.time = lambda: awake() + (28800 if os.path.exists('slept') else 0)\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n",
+        encoding="utf-8",
+    )
+
+    def sleep(request: Request) -> None:
+        (place.folder / "slept").write_text("eight hours")
+        for _, duplicate in pairs:
+            organisation.change(organisation.contacts[duplicate], email="somebody.else@example.com")
+
+    with Sandbox(organisation, on_request=after("timeline-entries.list", sleep)) as sandbox:
+        result = place.run(sandbox, python=[sys.executable, str(wrapper)], check=1)
+    assert set(result.codes.values()) == {"email_changed"}
+    assert organisation.merges == []
+
+
+def test_lists_that_have_become_too_old_are_made_anew_with_the_timelines_of_what_has_changed(place: Workplace) -> None:
+    """The clocks run a hundred times faster after the first timeline, so that everything is old by the merge."""
+    organisation, pairs = organisation_of_pairs(1, (2, 2))
+    place.export(organisation)
+    wrapper = place.folder / "hurried.py"
+    wrapper.write_text(
+        "import os, runpy, sys, time\n"
+        "awake = time.time\n"
+        "time.time = lambda: awake() + (130 if os.path.exists('late') else 0)\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n",
+        encoding="utf-8",
+    )
+    changed = next(iter(organisation.works))
+
+    def comment(request: Request) -> None:
+        (place.folder / "late").write_text("two minutes")
+        organisation.add_comment(changed, "One more thing.")
+        organisation.change(organisation.works[changed])
+
+    with Sandbox(organisation, on_request=after("rev-users.merge", lambda _: None)) as sandbox:
+        findings = watch_merges(sandbox, place.folder)
+        watch = sandbox.on_request
+        seen: List[str] = []
+
+        def hook(stage: str, request: Request) -> None:
+            watch(stage, request)
+            if stage == "after" and request.endpoint == "timeline-entries.list":
+                seen.append(request.body["object"])
+                if len(seen) == len(organisation.works) + len(organisation.conversations):
+                    comment(request)
+
+        sandbox.on_request = hook
+        place.run(sandbox, python=[sys.executable, str(wrapper)], check=0)
+        assert findings == [None], "what was said meanwhile is in the backup too"
+        assert seen.count(changed) == 2 and len(seen) == len(set(seen)) + 1
+    assert_merged(organisation, pairs)
+
+
+# -- called done, and isn't --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deleted", [True, False])
+def test_a_duplicate_that_somebody_else_has_merged_or_deleted_is_not_called_ours(
+    place: Workplace, deleted: bool
+) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    other = organisation.add_contact("ELSE", "else@example.com")
+    place.export(organisation)
+
+    def interfere(stage: str, request: Request) -> None:
+        if stage == "before" and request.body.get("secondary_user") == pairs[0][1] and organisation.alive(pairs[0][1]):
+            if deleted:
+                organisation.delete_contact(pairs[0][1])
+            else:
+                organisation.merge(other, pairs[0][1])
+
+    with Sandbox(organisation, on_request=interfere) as sandbox:
+        result = place.run(sandbox, *QUICK, check=1)
+        assert result.codes == {"person1@example.com": "merged_elsewhere"}
+        (entry,) = result.report["failed_merges"]
+        assert "user_1" in entry["error"]
+        assert reference_of(organisation, pairs[0][0]) == "REVU-P1"
+        place.run(sandbox, *QUICK, check=0)
+
+
+def test_one_false_not_found_while_the_merge_is_pending_does_no_harm(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    place.export(organisation)
+    with Sandbox(organisation, faults=[Fault("404", "rev-users.get", times=1)], merge_delay=1.5) as sandbox:
+        place.run(sandbox, "--merge-timeout", "10", check=0)
+        assert sandbox.count("rev-users.merge") == 2
+    assert_merged(organisation, pairs)
+
+
+@pytest.mark.parametrize("state", ["locked", "deactivated"])
+def test_a_duplicate_that_is_locked_while_its_merge_is_pending_is_still_there(place: Workplace, state: str) -> None:
+    organisation, pairs = organisation_of_pairs(1)
+    place.export(organisation)
+
+    def lock(request: Request) -> None:
+        organisation.change(organisation.contacts[pairs[0][1]], state=state)
+
+    with Sandbox(organisation, merge_delay=3600, on_request=after("rev-users.merge", lock)) as sandbox:
+        assert place.run(sandbox, *QUICK, check=1).codes == {"person1@example.com": "merge_not_confirmed"}
+        assert sandbox.count("rev-users.update") == 0
+        sandbox.settle()
+        place.run(sandbox, *QUICK, check=0)
+    assert_merged(organisation, pairs)
+
+
+def test_the_404_of_a_route_says_nothing_of_a_contact(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation, merge_delay=3600, faults=[Fault("route-404", "rev-users.get")]) as sandbox:
+        place.run(sandbox, *QUICK, check=1)
+        assert sandbox.count("rev-users.update") == 0
+        sandbox.faults.clear()
+        sandbox.settle()
+        place.run(sandbox, *QUICK, check=0)
+    assert_merged(organisation, pairs)
+
+
+def test_a_reference_that_somebody_has_set_by_hand_meanwhile_is_left(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation, faults=[Fault("500", "rev-users.update")]) as sandbox:
+        place.run(sandbox, *QUICK, check=1, DEVREV_MAX_RETRIES="0")
+        sandbox.faults.clear()
+        organisation.change(organisation.contacts[pairs[0][0]], external_ref="by-hand")
+        assert place.run(sandbox, *QUICK, check=1).codes == {"person1@example.com": "external_ref_changed"}
+        assert reference_of(organisation, pairs[0][0]) == "by-hand"
+        assert place.run(None, "--settle", "person1@example.com", check=0).report["successful_merges"][0]["accepted"]
+        place.run(sandbox, *QUICK, check=0)
+
+
+# -- no dead ends ------------------------------------------------------------------------------------
+
+
+def test_a_ticket_that_was_deleted_before_the_proof_is_named_and_holds_nothing_up(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    place.export(organisation)
+    gone = next(
+        one for one, work in organisation.works.items() if pairs[0][1] in [user["id"] for user in work["reported_by"]]
+    )
+    with Sandbox(
+        organisation, on_request=after("rev-users.update", lambda _: organisation.delete_work(gone))
+    ) as sandbox:
+        result = place.run(sandbox, "--merge-timeout", "6", check=0)
+    (entry,) = (one for one in result.report["successful_merges"] if one["email"] == "person1@example.com")
+    assert entry["deleted"] == [gone]
+
+
+def test_lists_that_lag_behind_a_merge_are_waited_for(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(3)
+    place.export(organisation)
+    with Sandbox(organisation, list_lag=3) as sandbox:
+        place.run(sandbox, "--merge-timeout", "20", check=0)
+    assert_merged(organisation, pairs)
+
+
+def test_what_can_not_be_proved_can_be_settled_once_a_report_has_named_it(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    place.export(organisation)
+    with Sandbox(organisation, faults=[Fault("500", "rev-users.update")]) as sandbox:
+        assert place.run(None, "--settle", "person1@example.com", check=2).report == {}
+        place.run(sandbox, *QUICK, check=1, DEVREV_MAX_RETRIES="0")
+        sandbox.faults.clear()
+        shutil.rmtree(str(place.folder / "backups" / "person1@example.com"))
+        assert place.run(sandbox, *QUICK, check=1).codes == {"person1@example.com": "backup_failed"}
+        requests = len(sandbox.requests)
+        result = place.run(sandbox, "--settle", "Person1@example.com", check=0)
+        assert len(sandbox.requests) == requests
+        (entry,) = result.report["successful_merges"]
+        assert entry["state"] == "settled" and "backup_failed" in entry["accepted"]
+        assert place.run(sandbox, *QUICK, check=0).report["summary"]["already_merged"] == 2
+    assert_merged(organisation, pairs)
+
+
+def test_pairs_that_can_not_be_proved_never_stop_a_run(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(12)
+    place.export(organisation, leave_out=pairs[11])
+    with Sandbox(organisation, faults=[Fault("500", "rev-users.update")]) as sandbox:
+        while len(organisation.merges) < 11:
+            place.run(sandbox, *QUICK, DEVREV_MAX_RETRIES="0")
+        sandbox.faults.clear()
+        for number in range(1, 12):
+            shutil.rmtree(str(place.folder / "backups" / f"person{number}@example.com"))
+        place.export(organisation)
+        result = place.run(sandbox, *QUICK, check=1)
+        assert set(result.codes.values()) == {"backup_failed"}
+    assert_merged(organisation, pairs)
+
+
+def test_a_contact_that_the_application_makes_again_in_the_gap_is_healed_by_exporting_and_running_again(
+    place: Workplace,
+) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    place.export(organisation)
+    visitors: List[str] = []
+
+    def visit(stage: str, request: Request) -> None:
+        if stage != "before" or request.endpoint != "rev-users.update" or visitors:
+            return
+        if request.body["id"] == pairs[0][0] and not organisation.alive(pairs[0][1]):
+            visitors.append(organisation.add_contact("NEW", "person1@example.com", "user_1"))
+
+    with Sandbox(organisation, on_request=visit) as sandbox:
+        assert place.run(sandbox, *QUICK, check=1).codes == {"person1@example.com": "external_ref_conflict"}
+        place.export(organisation, leave_out=[duplicate for _, duplicate in pairs])
+        result = place.run(sandbox, *QUICK, check=0)
+    assert_merged(organisation, [*pairs, (pairs[0][0], visitors[0])])
+    assert len(result.report["successful_merges"]) == 2
+
+
+def test_what_was_begun_is_referenced_and_proved_before_anything_new_is_backed_up(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(8)
+    place.export(organisation)
+    with Sandbox(organisation, faults=[Fault("500", "rev-users.update")]) as sandbox:
+        place.run(sandbox, "--limit", "3", *QUICK, check=1, DEVREV_MAX_RETRIES="0")
+        sandbox.faults.clear()
+        before = len(sandbox.requests)
+        place.run(sandbox, check=0)
+        endpoints = [request.endpoint for request in sandbox.requests[before:]]
+        first = endpoints.index("timeline-entries.list")
+        assert endpoints[:first].count("rev-users.update") == 3
+        assert endpoints.index("works.list") < endpoints.index("rev-users.merge")
+        assert "conversations.list" in endpoints[:first]
+    assert_merged(organisation, pairs)
+
+
+# -- nothing waits for ever --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, detail", [("endless", None), ("endless", "empty"), ("nested", None), ("drip", 0.2)])
+def test_an_answer_without_an_end_fails_its_group_alone(place: Workplace, kind: str, detail: Any) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    place.export(organisation)
+    poison = next(one for one, talk in organisation.conversations.items() if talk["members"][0]["id"] == pairs[0][1])
+    fault = Fault(kind, "timeline-entries.list", match=lambda body: body["object"] == poison, detail=detail)
+    with Sandbox(organisation, faults=[fault]) as sandbox:
+        result = place.run(sandbox, check=1, DEVREV_TIMEOUT="0.4", DEVREV_MAX_RETRIES="1")
+        assert result.codes == {"person1@example.com": "api_error"}
+        assert "(a bug" not in result.err
+    assert_merged(organisation, pairs[1:])
+
+
+@posix
+def test_a_signal_ends_a_run_while_an_answer_drips(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(2)
+    place.export(organisation)
+    with Sandbox(organisation, faults=[Fault("drip", "works.list", detail=0.5)]) as sandbox:
+        process = place.start(sandbox)
+        while not sandbox.count("works.list"):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+        assert process.returncode == 143
+
+
+# -- the savepoint -----------------------------------------------------------------------------------
+
+
+def test_a_savepoint_of_version_1_is_taken_over_and_forgets_nothing_that_was_asked_for(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(4)
+    place.export(organisation)
+    rows = []
+    for number, (primary, duplicate) in enumerate(pairs, 1):
+        contacts = []
+        for one in (primary, duplicate):
+            user = organisation.contacts[one]
+            contacts.append(json.dumps({
+                "id": one, "display_id": user["display_id"], "display_name": user["display_name"],
+                "email": user["email"], "external_ref": user["external_ref"], "rev_org": user["rev_org"]["id"],
+                "created": user["created_date"], "tickets": ticket_count(organisation, one),
+            }))  # fmt: skip
+        state, code, asked = [
+            ("done", "", 1.0),
+            ("failed", "not_found", 5.0),
+            ("failed", "x", 0.0),
+            ("merged", "", 5.0),
+        ][number - 1]
+        rows.append((
+            primary, duplicate, f"person{number}@example.com", f"user_{number}", state, code, "", "", asked, asked, 0.0,
+            "[]", *contacts, "run", "2025-01-01", "2025-01-01",
+        ))  # fmt: skip
+    with sqlite3.connect(str(place.folder / "savepoint.db")) as db:
+        db.executescript(VERSION_1)
+        db.executemany(f"INSERT INTO pairs VALUES ({', '.join('?' * 17)})", rows)
+    for number in (1, 2, 4):
+        organisation.merge(*pairs[number - 1])
+    organisation.change(organisation.contacts[pairs[0][0]], external_ref="user_1")
+    with Sandbox(organisation) as sandbox:
+        assert "1 merged" in place.run(None, "--status", check=0).out
+        result = place.run(sandbox, *QUICK, check=1)
+        assert sandbox.count("rev-users.merge") == 1, "the one that was never asked for"
+    assert set(result.codes.values()) == {"backup_failed"}, "what was finished by now has no backup to be proved from"
+    assert_merged(organisation, pairs)
+
+
+VERSION_1 = """
+    CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+    CREATE TABLE pairs (
+        primary_id TEXT NOT NULL, duplicate_id TEXT NOT NULL, email TEXT NOT NULL, new_ref TEXT,
+        state TEXT NOT NULL, code TEXT NOT NULL, error TEXT NOT NULL, backup TEXT NOT NULL,
+        requested_at REAL NOT NULL, first_requested_at REAL NOT NULL, seconds REAL NOT NULL,
+        left_behind TEXT NOT NULL, primary_row TEXT NOT NULL, duplicate_row TEXT NOT NULL,
+        run TEXT NOT NULL, created TEXT NOT NULL, updated TEXT NOT NULL,
+        PRIMARY KEY (primary_id, duplicate_id)
+    );
+    CREATE INDEX pairs_by_state ON pairs (state);
+    INSERT INTO about VALUES ('holder', '{"pid": 1, "host": "h", "since": "2025-01-01"}');
+    PRAGMA application_id = 1296256846;
+    PRAGMA user_version = 1;
+"""
+
+
+def test_a_savepoint_that_a_kill_has_left_in_the_middle_of_a_write_is_not_called_damaged(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(3)
+    place.export(organisation)
+    path = place.folder / "savepoint.db"
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, "--limit", "1", check=0)
+        hot_journal(path)
+        for options in (["--status"], ["--preview"]):
+            assert place.run(None, *options, check=0).err == ""
+        hot_journal(path)
+        place.run(sandbox, check=0)
+    assert_merged(organisation, pairs)
+
+
+def hot_journal(path: Path) -> None:
+    """Leave the file as a killed process does: pages written, and the journal that takes them back beside it."""
+    copy, hot = path.with_name("copy"), path.with_name("copy-journal")
+    db = sqlite3.connect(str(path), isolation_level=None)
+    db.execute("PRAGMA cache_size = 1")
+    db.execute("BEGIN IMMEDIATE")
+    db.execute("CREATE TABLE junk (text TEXT)")
+    db.executemany("INSERT INTO junk VALUES (?)", [("x" * 3000,)] * 200)
+    db.execute("UPDATE pairs SET state = 'nonsense'")
+    shutil.copy(str(path), str(copy))
+    shutil.copy(f"{path}-journal", str(hot))
+    db.execute("ROLLBACK")
+    db.close()
+    os.replace(str(copy), str(path))
+    os.replace(str(hot), f"{path}-journal")
+
+
+def test_a_savepoint_in_a_folder_that_is_not_there_is_named(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        result = place.run(sandbox, "--savepoint", "nowhere/savepoint.db", check=2)
+        assert "nowhere" in result.err and sandbox.requests == []
+
+
+def test_a_folder_for_reports_that_can_not_be_written_is_known_before_the_first_request(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(1)
+    place.export(organisation)
+    (place.folder / "reports").write_text("in the way")
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, check=3)
+        assert sandbox.requests == []
+
+
+def test_a_token_of_a_few_characters_does_not_stand_in_every_word(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation, token="e") as sandbox:
+        result = place.run(sandbox, check=0)
+    assert "[token]" not in result.out + result.err + place.logs()
+
+
+# -- the gap -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "quota, ceiling", [(None, "0"), ((40, 2.0), "0"), ((6, 1.5), "0"), (None, "40/2"), (None, "6/1.5")]
+)
+def test_between_a_merge_and_its_reference_no_window_of_quota_passes(
+    place: Workplace, quota: Any, ceiling: str
+) -> None:
+    organisation, pairs = organisation_of_pairs(8, (1, 1))
+    place.export(organisation)
+    calls, _, period = ceiling.partition("/")
+    limits = {"DEVREV_RATE_LIMIT_CALLS": calls, "DEVREV_RATE_LIMIT_PERIOD": period or "60"}
+    windows: List[int] = []
+
+    def look(stage: str, request: Request) -> None:
+        if stage == "before" and request.endpoint == "rev-users.merge" and sandbox.quota:
+            windows.append(sandbox.quota.limit)
+
+    with Sandbox(organisation, quota=quota, on_request=look) as sandbox:
+        place.run(sandbox, check=0, **limits)
+        assert sandbox.over_quota == 0
+        requests = [(request.started, request.endpoint, request.body) for request in sandbox.requests]
+    assert_merged(organisation, pairs)
+    for primary, duplicate in pairs:
+        asked = next(at for at, _, body in requests if body.get("secondary_user") == duplicate)
+        named = next(at for at, end, body in requests if end == "rev-users.update" and body["id"] == primary)
+        between = [end for at, end, _ in requests if asked < at < named]
+        # Nothing that only begins is let through while a merged pair waits for units: they were kept for it.
+        assert len(between) < 40 and named - asked < 20
+    gaps = [organisation.reference_times[p][-1][0] - organisation.merge_times[d] for p, d in pairs]
+    assert sorted(gaps)[len(gaps) // 2] < 5
+
+
+def test_a_merge_leaves_only_with_room_for_what_finishes_it(place: Workplace) -> None:
+    """By the server's count, two units at least are left in the window when a merge is accepted."""
+    organisation, pairs = organisation_of_pairs(10, (1, 1))
+    place.export(organisation)
+    left: List[int] = []
+
+    with Sandbox(organisation, quota=(20, 1.5)) as sandbox:
+
+        def look(stage: str, request: Request) -> None:
+            if stage == "after" and request.endpoint == "rev-users.merge":
+                used = sum(one.status is not None for one in sandbox.requests)
+                left.append(20 - used % 20)
+
+        sandbox.on_request = look
+        place.run(sandbox, check=0)
+        assert sandbox.over_quota == 0
+    assert_merged(organisation, pairs)
+    assert pair and len(left) == 10
