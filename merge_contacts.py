@@ -3359,18 +3359,15 @@ def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) ->
 class UndoPlan:
     """What an undo would take back: whole groups, those that an earlier one has begun first."""
 
-    groups: List[Group]
-    undone: List[Pair]  # by an earlier undo
+    groups: List[Group] = field(default_factory=list)
+    pairs: List[Pair] = field(default_factory=list)  # of these groups, but for those in `undone`
+    undone: List[Pair] = field(default_factory=list)  # by an earlier undo
     left: int = 0  # pairs that --limit leaves
-
-    def pairs(self) -> Iterator[Pair]:
-        return (pair for group in self.groups for pair in group.pairs)
 
 
 def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: Optional[int]) -> UndoPlan:
     """The pairs that `path` holds, as the savepoint knows them, else as `path` tells. Raises Stop(2)."""
     groups: Dict[str, Group] = {}
-    plan = UndoPlan([], [])
     for told in merged_pairs(path):
         pair = savepoint.states(told.primary.id).get(told.duplicate.id, told)
         if pair.state in (State.PLANNED, State.FAILED):
@@ -3379,21 +3376,23 @@ def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: 
             pair = told
         if not Path(pair.backup).is_dir():
             pair.backup = told.backup
-        if emails and pair.email not in emails:
-            continue
-        if pair.state is State.UNDONE:
-            plan.undone.append(pair)
-        else:
+        if not emails or pair.email in emails:
             groups.setdefault(pair.primary.id, Group(pair.email, [])).pairs.append(pair)
-    begun = {one: any(pair.state is State.UNDOING for pair in group.pairs) for one, group in groups.items()}
-    room = limit or sys.maxsize
-    for one, group in sorted(groups.items(), key=lambda item: not begun[item[0]]):
-        if begun[one] or len(group.pairs) <= room:
+    plan, room = UndoPlan(), limit or sys.maxsize
+    for group in sorted(groups.values(), key=lambda group: (not _is_begun(group), group.email)):
+        pairs = [pair for pair in group.pairs if pair.state is not State.UNDONE]
+        plan.undone += [pair for pair in group.pairs if pair.state is State.UNDONE]
+        if pairs and (_is_begun(group) or len(pairs) <= room):
             plan.groups.append(group)
-            room -= 0 if begun[one] else len(group.pairs)
+            plan.pairs += pairs
+            room -= 0 if _is_begun(group) else len(pairs)
         else:
-            plan.left += len(group.pairs)
+            plan.left += len(pairs)
     return plan
+
+
+def _is_begun(group: Group) -> bool:
+    return any(pair.state is State.UNDOING for pair in group.pairs)
 
 
 def merged_pairs(path: Path) -> List[Pair]:
@@ -3462,30 +3461,35 @@ def read_before(pairs: Sequence[Pair]) -> Before:
 
 
 def hand_back(
-    things: Mapping[str, Optional[Json]], before: Before, pairs: Sequence[Pair], made: Mapping[str, str]
+    things: Mapping[str, Optional[Json]],
+    had: Mapping[str, Set[Role]],
+    primary: str,
+    made: Mapping[str, str],
+    stays: Set[Role],
 ) -> Tuple[Dict[str, Dict[str, List[str]]], Dict[str, List[Json]]]:
-    """What has to be written so that the contacts that were `made` again (old id -> new id) have what they had.
+    """What has to be written so that the contacts that were `made` again (old id -> new id) have what they `had`.
 
     `things` are works and conversations as they are now, None for what has been deleted. Returns the whole lists to
-    set, by object id and role, and what is left to whom it belongs now, `{id, role, why}`, by old id. The primary goes
-    where a new contact comes, unless it, or a duplicate that is not back, had that role itself; everybody else stays.
+    set, by object id and role, and what is left to whom it belongs now, `{id, role, why}`, by old id. The new contact
+    takes the primary's place, or joins it where that `stays`; nobody else is moved.
     """
     changes: Dict[str, Dict[str, List[str]]] = collections.defaultdict(dict)
     left: Dict[str, List[Json]] = {old: [] for old in made}
-    primary = pairs[0].primary.id
-    stays = before.had[primary].union(*(before.had[p.duplicate.id] for p in pairs if p.duplicate.id not in made))
-    for identity, role in sorted(set().union(*(before.had[old] for old in made))):
+    for identity, role in sorted(set().union(*(had[old] for old in made))):
         thing = things[identity]
-        people = [person["id"] for person in (thing or {}).get(role) or ()]
-        missing = {old: new for old, new in made.items() if (identity, role) in before.had[old] and new not in people}
-        if thing is None or primary not in people:
+        now = [person["id"] for person in (thing or {}).get(role) or ()]
+        people = [made.get(one, one) for one in now]  # a merge may have left the old id, and lists may lag behind one
+        missing = {old: new for old, new in made.items() if (identity, role) in had[old] and new not in people}
+        if missing and primary in people:
+            at = people.index(primary)
+            kept = [primary] if (identity, role) in stays else []
+            people[at : at + 1] = [*kept, *missing.values()]
+        else:
             why = "deleted" if thing is None else "given to others"
             for old in missing:
                 left[old].append({"id": identity, "role": role, "why": why})
-        elif missing:
-            at = people.index(primary)
-            kept = [primary] if (identity, role) in stays else []
-            changes[identity][role] = [*people[:at], *kept, *missing.values(), *people[at + 1 :]]
+        if people != now:
+            changes[identity][role] = people
     return changes, left
 
 
@@ -3507,7 +3511,7 @@ class UndoWalk(Walk):
     FIELDS = ("display_name", "email", "external_ref", "description", "phone_numbers", "display_picture", "rev_org")
 
     def __init__(self, merger: "Undoer", group: Group) -> None:
-        super().__init__(merger, group, group.pairs)
+        super().__init__(merger, group, [pair for pair in group.pairs if pair.state is not State.UNDONE])
         self.before = Before()
         self.moved: Optional[Pair] = None  # whose reference the primary has
         self._lost: Set[Tuple[str, str]] = set()  # pairs of whose contact no answer tells whether it was made
@@ -3516,7 +3520,7 @@ class UndoWalk(Walk):
     async def go(self) -> None:
         try:
             self.merger.may_begin()
-            self.before = await self.outside.work(read_before, self.pairs)
+            self.before = await self.outside.work(read_before, self.group.pairs)
             await self._look_at_group()
             if self.merger.preview:
                 await self._foresee()
@@ -3547,9 +3551,8 @@ class UndoWalk(Walk):
     async def _look_at_group(self) -> None:
         """Find the group as its merges have left it, or as an undo has that was not finished."""
         contact = self.group.primary
-        primary, *sights = await asyncio.gather(
-            self.api.contact(contact.id), *(self.api.look(*pair.ids, ANY_TURN) for pair in self.pairs)
-        )
+        primary = await self.api.contact(contact.id)
+        sights = await asyncio.gather(*(self.api.look(*pair.ids, ANY_TURN) for pair in self.pairs))
         if primary is None:
             raise PairError("not_found", f"the primary {contact.short_id} is not in DevRev any more")
         if primary.get("state") != "active":
@@ -3569,7 +3572,7 @@ class UndoWalk(Walk):
         made = {
             pair.duplicate.id: pair.details.get("undo", {}).get("contact", pair.duplicate.id) for pair in self.pairs
         }
-        left = hand_back((await self._read(made))[0], self.before, self.pairs, made)[1]
+        _, left = self._judge((await self._read(made))[0], made)
         for pair in self.pairs:
             pair.details.setdefault("undo", {})["left"] = left[pair.duplicate.id]
             self.merger.rest(self, pair)
@@ -3578,7 +3581,7 @@ class UndoWalk(Walk):
         """Set nothing on a ticket, an issue and a conversation: a token that may not is told so while all is whole."""
         made = {pair.duplicate.id: "" for pair in self.pairs}
         things, _ = await self._read(made)
-        for identity in hand_back(things, self.before, self.pairs, made)[0]:
+        for identity in self._judge(things, made)[0]:
             is_work = ":conversation/" not in identity
             if is_work not in self.merger.tried:
                 with contextlib.suppress(ApiRefused):
@@ -3618,7 +3621,7 @@ class UndoWalk(Walk):
 
     def _made(self) -> Dict[str, str]:
         """Old id -> new id of the contacts that are there again."""
-        undos = ((pair, pair.details["undo"]) for pair in self.pairs)
+        undos = ((pair, pair.details["undo"]) for pair in self.group.pairs)
         return {pair.duplicate.id: undo["contact"] for pair, undo in undos if "contact" in undo}
 
     async def _free_reference(self, moved: Pair) -> None:
@@ -3648,10 +3651,12 @@ class UndoWalk(Walk):
         begun, pause = self.outside.moment(), 0.2
         while "contact" not in undo:
             fields = self._fields(pair)
-            lost, vital = pair.ids in self._lost, self._is_vital(pair, "external_ref")
             user = await self._find(pair, fields) if "asked" in undo else None
-            if user is None and ("external_ref" in fields or not lost):
+            if user is None and ("external_ref" in fields or pair.ids not in self._lost):
                 user = await self._create(pair, fields)
+                if user is None and "asked" in undo:
+                    user = await self._find(pair, fields)
+            lost, vital = pair.ids in self._lost, self._is_vital(pair, "external_ref")
             if user:
                 undo.update(contact=user["id"], display_id=str(user.get("display_id")))
                 self._note(pair)
@@ -3667,6 +3672,7 @@ class UndoWalk(Walk):
                 raise PairError("contact_not_confirmed", words)
             else:
                 undo["left_out"]["external_ref"] = self._why
+                del undo["asked"]
 
     def _fields(self, pair: Pair) -> Json:
         """What the contact is made with."""
@@ -3687,7 +3693,7 @@ class UndoWalk(Walk):
     async def _create(self, pair: Pair, fields: Json) -> Optional[Json]:
         """Ask for the contact; None where it may or may not be there now, or a field of it was refused."""
         undo, named = pair.details["undo"], "external_ref" in fields
-        undo["asked"] = [] if named else [user["id"] for user in await self._namesakes(pair)]
+        undo["asked"] = [] if named else sorted(self._ids().union(user["id"] for user in await self._namesakes(pair)))
         self._note(pair)
         self.merger.changed = True
         try:
@@ -3724,11 +3730,10 @@ class UndoWalk(Walk):
         return None
 
     async def _namesakes(self, pair: Pair) -> List[Json]:
-        """The contacts of the pair's email that are none of the group's, as it was or as it is made again."""
-        users = (await self.api.emails.load(pair.duplicate.email.strip(), 1, FINISH)).items
-        return [user for user in users if user["id"] not in self._ids()]
+        return (await self.api.emails.load(pair.duplicate.email.strip(), 1, FINISH)).items
 
     def _ids(self) -> Set[str]:
+        """The group, as it was and as far as it is made again."""
         return {contact.id for contact in self.group.everybody()}.union(self._made().values())
 
     async def _go_back(self, flaw: PairError) -> None:
@@ -3757,7 +3762,7 @@ class UndoWalk(Walk):
         waiting_since, pause = self.outside.moment(), 0.5
         while True:
             things, since = await self._read(made)
-            changes, left = hand_back(things, self.before, self.pairs, made)
+            changes, left = self._judge(things, made)
             if all(handled.get(one) for one in changes):
                 break
             fresh = {one: roles for one, roles in changes.items() if one not in handled}
@@ -3771,6 +3776,15 @@ class UndoWalk(Walk):
                 pause = min(20.0, 1.5 * pause)
         for pair in self._on_their_way():
             self._end(pair, changes, handled, left[pair.duplicate.id])
+
+    def _judge(
+        self, things: Mapping[str, Optional[Json]], made: Mapping[str, str]
+    ) -> Tuple[Dict[str, Dict[str, List[str]]], Dict[str, List[Json]]]:
+        """`hand_back`: the primary stays where it, or a duplicate that is not back, had the role itself."""
+        primary, had = self.group.primary.id, self.before.had
+        missing = (one.duplicate.id for one in self.group.pairs if one.state is not State.UNDONE)
+        stays = had[primary].union(*(had[old] for old in missing if old not in made))
+        return hand_back(things, had, primary, made, stays)
 
     async def _read(self, made: Mapping[str, str]) -> Tuple[Dict[str, Optional[Json]], Moment]:
         """The works and conversations of the contacts that were `made` again (old id -> new id), as they are now, None
@@ -3853,7 +3867,7 @@ class Undoer(ContactMerger):
 
     async def undo(self, plan: UndoPlan) -> int:
         """Take the plan back and return the exit code; nothing is raised."""
-        self.total = sum(1 for _ in plan.pairs())
+        self.total = len(plan.pairs)
         return await self.drive(self._undo(plan.groups))
 
     async def _undo(self, groups: List[Group]) -> None:
@@ -5038,10 +5052,10 @@ async def take_back(run: Run, plan: UndoPlan, savepoint: SavePoint) -> int:
     code = EXIT_OK
     if plan.groups:
         await undoer.find_owner()
-        check_organisation(undoer.organisation, "backup", plan.pairs())
+        check_organisation(undoer.organisation, "backup", plan.pairs)
         ticking = asyncio.ensure_future(progress.tick(undoer))  # which also lets signals in, however quiet it is
         if not options.preview:
-            facts = {"to take back": plural(sum(1 for _ in plan.pairs()), "merge"), "of": str(options.undo)}
+            facts = {"to take back": plural(len(plan.pairs), "merge"), "of": str(options.undo)}
             await confirm(
                 run, undoer, "undo", facts, "Ids, dates, creators and authors of comments can't be given back."
             )
@@ -5056,15 +5070,14 @@ async def take_back(run: Run, plan: UndoPlan, savepoint: SavePoint) -> int:
 def report_undo(run: Run, plan: UndoPlan, undoer: Undoer, code: int) -> int:
     """Write the report (with --preview: print it), and say what has come of each pair."""
     stop = str(undoer.stop) if undoer.stop and code >= EXIT_USAGE else None
-    pairs = [*plan.undone, *plan.pairs()]
+    pairs = [*plan.undone, *plan.pairs]
     lists = {
         "undone": [pair for pair in pairs if pair.state is State.UNDONE],
         "unfinished": [pair for pair in pairs if pair.state is State.UNDOING],
         "failed": [pair for pair in pairs if pair.state not in (State.UNDONE, State.UNDOING)],
     }
     if run.options.preview:
-        wanted = list(plan.pairs())
-        lists = {"to_undo": [p for p in wanted if not p.code], "refused": [p for p in wanted if p.code]}
+        lists = {"to_undo": [p for p in plan.pairs if not p.code], "refused": [p for p in plan.pairs if p.code]}
     summary = {name: len(found) for name, found in lists.items()}
     summary.update(pairs=len(pairs) + plan.left, undone_before=len(plan.undone), left=plan.left)
     facts = run_facts(run, undoer, undoer.savepoint, code, stop)
