@@ -37,7 +37,7 @@ import textwrap
 import threading
 import time
 from array import array
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
@@ -52,6 +52,7 @@ from typing import (
     BinaryIO,
     Callable,
     Collection,
+    Coroutine,
     Deque,
     Dict,
     Iterable,
@@ -251,6 +252,10 @@ class Outside:
         """Seconds since then by the clock that has gone less far: how long something has surely been waited for."""
         now = self.moment()
         return max(0.0, min(now.wall - since.wall, now.steady - since.steady))
+
+    def complete(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run an event loop until the work is done."""
+        return asyncio.run(work)
 
     async def send(self, endpoint: str, body: Json) -> Answer:
         """POST one request. Its whole answer has ten times the time that silence has; then the connection is shut."""
@@ -471,13 +476,11 @@ class Wire:
         data: Optional[Json] = None
         problem, sent = "", True
         try:
-            answer = self.session.post(
-                f"{self.settings.base_url}/{endpoint}",
-                data=to_json(body),
-                headers=self._headers,
-                timeout=(min(10.0, self.settings.timeout), self.settings.timeout),
-                allow_redirects=False,
-            )
+            url = f"{self.settings.base_url}/{endpoint}"
+            # Prepared without the session, which would look for cookies, hooks and credentials each time.
+            request = requests.Request("POST", url, data=to_json(body), headers=self._headers).prepare()
+            timeout = (min(10.0, self.settings.timeout), self.settings.timeout)
+            answer = self.session.send(request, timeout=timeout, allow_redirects=False)
             status, headers = answer.status_code, answer.headers
             data, problem = self._read(answer)
         except requests.exceptions.SSLError as error:
@@ -514,13 +517,13 @@ class Brake:
 
     def __init__(self) -> None:
         self.stop: Optional[Stop] = None
-        self._waiting: Set[asyncio.Future[bool]] = set()
+        self._waiting: Dict[asyncio.Future[bool], None] = {}  # in the order in which they came
 
     def pull(self, stop: Stop) -> None:
         """Stop for this reason; the first reason counts, but that it was interrupted explains less than another."""
         if self.stop is None or isinstance(self.stop, Interrupted):
             self.stop = stop
-        for future in self._waiting:
+        for future in list(self._waiting):
             if not future.done():
                 future.set_exception(Interrupted())
 
@@ -529,8 +532,8 @@ class Brake:
         if self.stop:
             raise Interrupted()
         future: asyncio.Future[bool] = asyncio.get_event_loop().create_future()
-        self._waiting.add(future)
-        future.add_done_callback(self._waiting.discard)
+        self._waiting[future] = None
+        future.add_done_callback(self._waiting.pop)
         return future
 
     async def sleep(self, seconds: float) -> None:
@@ -598,9 +601,12 @@ class Contact:
         count = int(tickets.partition(".")[0])
         return cls(identity, display_name, email, external_ref, full_name, count, created, updated)
 
+    def to_json(self) -> Json:
+        return {name: getattr(self, name) for name in COLUMNS}
+
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Contact":
-        """Read `asdict` of a contact back, also one of version 1.0.0, which had other columns."""
+        """Read `to_json` of a contact back, also one of version 1.0.0, which had other columns."""
         return cls(**{name: row.get(name, 0 if name == "tickets" else "") for name in COLUMNS})
 
     @property
@@ -1339,7 +1345,9 @@ class Gate:
         now = self._now()
         if self._server_room() <= self._ceiling_room():
             return max(0.001, self._resets_at - now), "quota"
-        return max(0.001, self._ceiling.last_reset + self._ceiling.period - now), "the tool's own ceiling"
+        left = self._ceiling.last_reset + self._ceiling.period - now
+        # Where a whole window has not room enough, it is because of what is kept: its release is heard of.
+        return (max(0.001, left), "the tool's own ceiling") if left > 0 else (self._ceiling.period, "")
 
     def _admit(self, waiting: Waiting) -> None:
         turn = waiting.turn
@@ -1946,7 +1954,7 @@ def contact_manifest(folder: str, role: str, held: Holdings, timelines: Timeline
     return {
         "folder": folder,
         "role": role,
-        "csv": asdict(held.contact),
+        "csv": held.contact.to_json(),
         "counts": {
             **{name: len(works) for name, works in held.roles.items()},
             "conversations": len(held.conversations),
@@ -2174,8 +2182,8 @@ class Journal:
             "time": iso(self.outside.moment().wall),
             "run": self.run,
             "email": pair.email,
-            "primary": asdict(pair.primary),
-            "duplicate": asdict(pair.duplicate),
+            "primary": pair.primary.to_json(),
+            "duplicate": pair.duplicate.to_json(),
             "new_ref": pair.new_ref,
             "backup": pair.backup,
             "requested_at": pair.requested_at,
@@ -2406,7 +2414,7 @@ class SavePoint:
         rows = [
             (
                 *pair.ids, pair.email, *(getattr(pair, name) for name in self.PLAIN), pair.state.value,
-                json.dumps(pair.left_behind), json.dumps(asdict(pair.primary)), json.dumps(asdict(pair.duplicate)),
+                json.dumps(pair.left_behind), json.dumps(pair.primary.to_json()), json.dumps(pair.duplicate.to_json()),
                 pair.refused, json.dumps(pair.details), pair.report, self.run, now, now,
             )
             for pair in pairs
@@ -2675,7 +2683,7 @@ class Walk:
                     raise
                 known[identity] = things[identity].get("modified_date"), entries
 
-        await asyncio.gather(*(read() for _ in range(self.AHEAD)))
+        await asyncio.gather(*(read() for _ in range(min(self.AHEAD, len(wanted)))))
 
     def _write_backup(self, held: Sequence[Holdings], timelines: Timelines) -> Tuple[str, Optional[PairError]]:
         """Write the backup (in a thread); check from the disk that it is whole and holds what the export counts."""
@@ -2705,6 +2713,7 @@ class Walk:
         if not first:
             self.evidence = Evidence(timelines=self.evidence.timelines)
         for _ in range(self.RENEWALS):
+            self.api.gate.release(self.hold)  # what was kept for the last request would keep others waiting
             if not await self._is_ready(pair, first):
                 return
             try:
@@ -2777,6 +2786,7 @@ class Walk:
 
         Where what the duplicate had hangs on the primary, they are merged, whoever asked for it.
         """
+        self.api.gate.release(self.hold)
         primary = await self.api.contact(pair.primary.id, Turn(FINISH))
         if primary is None or await self.api.look(*pair.ids, Turn(FINISH)) is not Sight.GONE:
             return
@@ -2912,7 +2922,8 @@ class Walk:
 
     async def _judge_holder(self, pair: Pair, reference: str, over: bool) -> None:
         """Raise PairError where the reference is held by another contact, or has not been let go for too long."""
-        holders = [user for user in await self.api.holders_of(reference, Turn(FINISH)) if user["id"] not in pair.ids]
+        listed = await self.api.holders_of(reference, Turn(FINISH, self.hold))
+        holders = [user for user in listed if user["id"] not in pair.ids]
         if holders or over:
             names = ", ".join(str(user.get("display_id") or user["id"]) for user in holders)
             who = names or f"{pair.duplicate.short_id}, which has gone, or a contact that the token can't see"
@@ -4744,7 +4755,7 @@ def merge(run: Run) -> int:
         if not plan.count() and not savepoint.unfinished():
             return _report(run, plan, None, savepoint, EXIT_OK)
         check_writable(run.report_path.parent, run.outside)
-        return asyncio.run(carry_out(run, plan, savepoint))
+        return run.outside.complete(carry_out(run, plan, savepoint))
     finally:
         savepoint.close()
 

@@ -1,0 +1,762 @@
+"""Whole lives of an organisation and of the runs over it, in simulated time, from a seed.
+
+    python -m tests.simulate --seeds 400 --jobs 2      play lives, stop at the first that breaks a promise
+    python -m tests.simulate --seed 17 --trace         play one again, step by step
+    python -m tests.simulate --mutants                 take the module's safety lines out, one at a time
+
+How to read a failing life is in tests/README.md.
+"""
+
+import argparse
+import csv
+import json
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+from tests import world
+from tests.promises import Books, Ids, Row, export_of, ids_of, plan_of
+from tests.simulated import Broken, Clock, Killed, Machine, Muted, Trace, Weather, load, outside_of, short
+
+SEEDS = Path(__file__).with_name("seeds.txt")
+HEADER = (
+    "REV_USER_ID", "DISPLAY_NAME", "EMAIL", "EXTERNAL_REF", "FULL_NAME", "CREATED_AT", "UPDATED_AT", "TICKET_COUNT",
+)  # fmt: skip
+PEACEFUL_RUNS = 7  # that a life which is left in peace may need to end
+
+
+class Verdict(NamedTuple):
+    """What became of a life."""
+
+    seed: int
+    promise: str = ""  # that was broken
+    what: str = ""
+    events: Tuple[str, ...] = ()
+    counts: "Counter[str]" = Counter()
+    seconds: float = 0.0  # simulated
+
+
+class Fate:
+    """Draws, of which each kind is on or off for a whole life, so that lives differ."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.calm = self.random.random() < 0.1
+        self._on: Dict[str, bool] = {}
+
+    def has(self, kind: str, chance: float = 0.3) -> bool:
+        """Whether this life knows such things."""
+        if kind not in self._on:
+            drawn = self.random.random() < chance
+            self._on[kind] = drawn and not self.calm
+        return self._on[kind]
+
+    def drawn(self) -> List[str]:
+        return [kind for kind, on in self._on.items() if on]
+
+    def somewhen(self, least: float, most: float) -> float:
+        """Seconds, as often short as long."""
+        return float(least * (most / least) ** self.random.random())
+
+
+# --------------------------------------------------------------------------------------------------
+# An organisation
+# --------------------------------------------------------------------------------------------------
+
+SHAPES = (  # references of the contacts of one email: R is DevRev's, u the application's, - none of the two
+    ("Ru", 10), ("RRu", 3), ("RRRu", 1), ("Ruu", 2), ("RRuu", 1), ("RR", 2), ("uu", 1), ("R", 1), ("u", 1), ("Ru-", 1),
+)  # fmt: skip
+
+
+class Founding:
+    """Makes an organisation."""
+
+    def __init__(self, fate: Fate) -> None:
+        self.fate = fate
+        self.chance = fate.random
+        self.organisation = world.Organisation()
+        self.keys = iter(range(1, 1 << 20))
+        self.huge = fate.has("huge", 0.02)
+
+    def found(self) -> world.Organisation:
+        shapes, weights = zip(*SHAPES)
+        contacts: List[str] = []
+        for number in range(self.chance.randint(3, 12)):
+            (shape,) = self.chance.choices(shapes, weights)
+            contacts += self._group(f"person{number}@example.com", shape)
+        for _ in range(self.chance.randint(0, len(contacts))):
+            self._shared(self.chance.sample(contacts, min(len(contacts), self.chance.randint(1, 3))))
+        return self.organisation
+
+    def _group(self, email: str, shape: str) -> List[str]:
+        two_orgs = self.fate.has("two rev orgs", 0.1) and self.chance.random() < 0.3
+        people = []
+        for place, letter in enumerate(shape):
+            key = str(next(self.keys))
+            reference = {"R": None, "u": f"user_{key}", "-": f"crm-{key}"}[letter]
+            written = email.title() if self.chance.random() < 0.1 else email
+            org = "OTHER" if two_orgs and place else "ACME"
+            state = self.chance.choice(("locked", "deactivated")) if self.chance.random() < 0.02 else "active"
+            day = f"2024-01-{self.chance.randint(1, 28):02d}T00:00:00.000Z"
+            people.append(self.organisation.add_contact(key, written, reference, None, org, state, day))
+            self._works(people[-1])
+        return people
+
+    def _works(self, contact: str) -> None:
+        most = 2500 if self.huge else self.chance.choice((0, 0, 1, 2, 5))
+        self.huge = False
+        for _ in range(self.chance.randint(most // 2, most)):
+            roles = self.chance.choices(("owned_by", "created_by", "reported_by"), k=self.chance.randint(1, 3))
+            people: Dict[str, Any] = {role: contact if role == "created_by" else [contact] for role in roles}
+            comments = self.chance.choice((0, 0, 1, 3)) if most < 100 else 0
+            self.organisation.add_work(kind=self.chance.choice(world.WORK_KINDS), comments=comments, **people)
+        if self.chance.random() < 0.3:
+            self.organisation.add_conversation([contact, self.organisation.dev_user["id"]], comments=1)
+
+    def _shared(self, people: Sequence[str]) -> None:
+        if self.chance.random() < 0.3:
+            self.organisation.add_conversation(people, comments=self.chance.randint(0, 2))
+        else:
+            role = self.chance.choice(("owned_by", "reported_by"))
+            self.organisation.add_work(**{role: people}, comments=self.chance.randint(0, 2))  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------------------------------
+# Others
+# --------------------------------------------------------------------------------------------------
+
+
+class Others:
+    """People and programs that change things meanwhile; each method does one thing and says what."""
+
+    def __init__(self, life: "Life") -> None:
+        self.life = life
+        self.chance = random.Random(life.seed + 1)
+        self.organisation = life.organisation
+        self.numbers = iter(range(1, 1 << 20))
+
+    def act(self) -> None:
+        """Do something, or nothing where there is nothing to do it to."""
+        kind = self.chance.choice(self.kinds())
+        done = getattr(self, kind)()
+        if done:
+            self.life.counts["edits"] += 1
+            self.life.trace(f"OTHERS {done}")
+
+    def kinds(self) -> List[str]:
+        kinds = ["comment", "ticket"]
+        for kind, chance in (
+            ("email", 0.4), ("reference", 0.3), ("lock", 0.3), ("delete", 0.3), ("merge", 0.3), ("newcomer", 0.4),
+            ("visit", 0.4), ("delete_ticket", 0.3), ("give", 0.3), ("unlock", 0.4), ("new_name", 0.3),
+        ):  # fmt: skip
+            if self.life.fate.has(f"others: {kind}", chance):
+                kinds.append(kind)
+        return kinds
+
+    def contact(self) -> Optional[world.Record]:
+        """Somebody who is there; mostly somebody whom the run is about to merge."""
+        there = [one for one in self.life.of_interest() if self.organisation.alive(one)]
+        if not there or self.chance.random() < 0.2:
+            there = [one for one in self.organisation.contacts if self.organisation.alive(one)]
+        return self.organisation.contacts[self.chance.choice(there)] if there else None
+
+    def work(self) -> Optional[str]:
+        one = self.contact()
+        found = self.organisation.works.find([("anyone", [one["id"]])]) if one else []
+        return str(self.chance.choice(found)["id"]) if found else None
+
+    def email(self) -> str:
+        one = self.contact()
+        if one is None:
+            return ""
+        self.organisation.change(one, email=f"somebody{next(self.numbers)}@example.com")
+        return f"change the email of {short(one['id'])}"
+
+    def reference(self) -> str:
+        one = self.contact()
+        if one is None:
+            return ""
+        self.organisation.change(one, external_ref=f"hand-{next(self.numbers)}")
+        return f"change the reference of {short(one['id'])}"
+
+    def new_name(self) -> str:
+        one = self.contact()
+        if one is None:
+            return ""
+        self.organisation.change(one, display_name="Somebody Else")
+        return f"change the name of {short(one['id'])}"
+
+    def lock(self) -> str:
+        one = self.contact()
+        if one is None:
+            return ""
+        self.organisation.change(one, state=self.chance.choice(("locked", "deactivated")))
+        return f"make {short(one['id'])} {one['state']}"
+
+    def unlock(self) -> str:
+        shut = [one for one in self.organisation.contacts.values() if one["state"] in ("locked", "deactivated")]
+        for one in shut:
+            self.organisation.change(one, state="active")
+        return f"unlock {len(shut)} contacts" if shut else ""
+
+    def delete(self) -> str:
+        one = self.contact()
+        if one is None or any(one["id"] in pair for pair in self.organisation.merges):
+            return ""
+        self.organisation.delete_contact(one["id"])
+        return f"delete {short(one['id'])}"
+
+    def merge(self) -> str:
+        one, other = self.contact(), self.contact()
+        if one is None or other is None or one is other:
+            return ""
+        self.organisation.merge(one["id"], other["id"])
+        return f"merge {short(other['id'])} into {short(one['id'])}"
+
+    def newcomer(self) -> str:
+        one = self.contact()
+        if one is None:
+            return ""
+        reference = self.chance.choice((None, f"user_n{next(self.numbers)}"))
+        key = f"Y{next(self.numbers)}"
+        made = self.organisation.add_contact(key, one.get("email"), reference, rev_org=one["rev_org"]["id"][-4:])
+        return f"make {short(made)} with the email and rev org of {short(one['id'])}"
+
+    def visit(self) -> str:
+        wanted = [one for one in self.life.books.plan.values() if one.new_ref]
+        if not wanted:
+            return ""
+        return self.life.visit(self.chance.choice(wanted).ids)
+
+    def comment(self) -> str:
+        work = self.work()
+        if work is None:
+            return ""
+        self.organisation.add_comment(work, f"later {next(self.numbers)}")
+        self.organisation.change(self.organisation.works[work])
+        return f"comment on {short(work)}"
+
+    def ticket(self) -> str:
+        one = self.contact()
+        if one is None:
+            return ""
+        return f"open {short(self.organisation.add_work(owned_by=[one['id']]))} for {short(one['id'])}"
+
+    def delete_ticket(self) -> str:
+        work = self.work()
+        if work is None:
+            return ""
+        self.organisation.delete_work(work)
+        return f"delete {short(work)}"
+
+    def give(self) -> str:
+        work, one = self.work(), self.contact()
+        if work is None or one is None:
+            return ""
+        self.organisation.give(work, self.chance.choice(("owned_by", "reported_by")), [one["id"]])
+        return f"give {short(work)} to {short(one['id'])}"
+
+
+# --------------------------------------------------------------------------------------------------
+# A life
+# --------------------------------------------------------------------------------------------------
+
+
+class Life:
+    """An organisation, and runs over it until everything is at its end."""
+
+    def __init__(self, seed: int, module: Any, trace: bool = False, echo: bool = False) -> None:
+        self.seed, self.module = seed, module
+        self.fate = fate = Fate(seed)
+        self.chance = fate.random
+        self.counts: Counter[str] = Counter()
+        self.clock = Clock()
+        self.tracing = trace
+        self.events = Trace(self.clock, None if echo else 60)
+        self.organisation = Founding(fate).found()
+        self.world = self._make_world()
+        self.clock.world = self.world
+        self.books = Books(self.world, self.clock)
+        self.others = Others(self)
+        self.stuck: Set[str] = set()
+        self.latency = fate.somewhen(0.01, 0.4)
+        self.in_peace = False
+        self.exports: List[List[Row]] = []
+        self.run: Any = None
+        self._describe_world()
+
+    def trace(self, what: str) -> None:
+        if self.tracing:
+            self.events(what)
+
+    def _make_world(self) -> world.World:
+        fate, chance = self.fate, self.chance
+        quota = None
+        if self.chance.random() < 0.4:
+            quota = (chance.choice((1, 2, 3, 5, 8, 20, 60, 200, 1000)), chance.choice((6.0, 30.0, 60.0, 300.0)))
+            quota = (max(quota[0], int(quota[1] / 30)), quota[1])
+        delay = fate.somewhen(0.5, 60.0) if fate.has("slow merges", 0.2) else fate.somewhen(0.02, 0.4)
+        made = world.World(
+            self.organisation,
+            lambda: self.clock.now,
+            lambda: 1_750_000_000.0 + self.clock.now,
+            merge_delay=delay,
+            gone=chance.choice(world.World.GONE),
+            quota=quota,
+            max_ids=chance.choice((1, 3, 10)) if fate.has("few ids a filter", 0.1) else None,
+            list_lag=0.0,
+            seed=self.seed,
+            on_request=self._on_request,
+        )
+        made.in_progress = chance.choice((200, 200, 400, 409))
+        if fate.has("others spend quota", 0.15) and made.quota:
+            made.quota.others = made.quota.limit // 3
+        return made
+
+    def _describe_world(self) -> None:
+        quota = self.world.quota
+        shown = f"{quota.limit} in {quota.window:g} s" if quota else "none"
+        self.trace(
+            f"a world: gone {self.world.gone}, merges take {self.world.merge_delay:.2f} s, quota {shown}, "
+            f"latency {self.latency:.3f} s"
+        )
+        for one in self.organisation.contacts.values():
+            email, reference = one.get("email"), one["external_ref"]
+            self.trace(f"  {short(one['id'])} {email} {reference} {one['state']} {one['rev_org']['id'][-5:]}")
+
+    # ----- what happens meanwhile ------------------------------------------------------------------
+
+    def of_interest(self) -> List[str]:
+        return [one for pair in self.books.plan for one in pair]
+
+    def visit(self, ids: Ids) -> str:
+        """The application identifies the person of a pair."""
+        wanted = self.books.known[ids][-1]
+        primary = self.organisation.contacts.get(ids[0])
+        if primary is None or wanted.new_ref is None:
+            return ""
+        org = primary["rev_org"]["id"].rpartition("/")[2]
+        found = self.organisation.visit(wanted.primary.email, wanted.new_ref, org)
+        return f"the application meets {wanted.new_ref}: {short(found)}"
+
+    def _on_request(self, stage: str, request: world.Request) -> None:
+        if stage == "before" or request.endpoint != "rev-users.merge" or self.in_peace:
+            return
+        ids = request.body["primary_user"], request.body["secondary_user"]
+        if self.fate.has("a visit in the gap", 0.2) and self.chance.random() < 0.4:
+            when = self.world.merge_delay + self.fate.somewhen(0.01, 5.0)
+            self.world.later(when, lambda: self.trace(f"OTHERS {self.visit(ids)}"))
+
+    def _edits(self) -> None:
+        """Let others act at some times from now on."""
+        if self.fate.has("others", 0.5):
+            for _ in range(self.chance.randint(1, 6)):
+                self.world.later(self.fate.somewhen(0.1, 600.0), self._act)
+
+    def _act(self) -> None:
+        if not self.in_peace:
+            self.others.act()
+
+    # ----- weather ---------------------------------------------------------------------------------
+
+    def weather(self, endpoint: str) -> Weather:
+        there, back = (self.latency * self.chance.uniform(0.3, 1.0) for _ in range(2))
+        if self.in_peace:
+            return Weather(there, back)
+        for fate, chance in (("refused", 0.03), ("lost", 0.04), ("unheard", 0.05), ("late", 0.03), ("twice", 0.03)):
+            if self.fate.has(f"requests {fate}", 0.15) and self.chance.random() < chance:
+                self.counts[fate] += 1
+                self.books.others_spent += fate in ("twice", "late")
+                return Weather(there, back, fate)
+        if endpoint == "rev-users.merge" and self.fate.has("merges unheard", 0.15) and self.chance.random() < 0.3:
+            self.counts["unheard"] += 1
+            return Weather(there, back, self.chance.choice(("unheard", "lost", "late", "twice")))
+        return Weather(there, back)
+
+    def faults(self) -> List[world.Fault]:
+        """What goes wrong at DevRev's side during a run."""
+        found = []
+        for kind, chance in (
+            ("500", 0.05), ("503", 0.05), ("502", 0.03), ("html-200", 0.03), ("429", 0.03), ("429-bare", 0.03),
+            ("route-404", 0.02), ("hang", 0.02), ("hang-after", 0.02), ("500-after", 0.05), ("cut", 0.03),
+            ("reset-before", 0.03), ("reset-after", 0.03), ("slow", 0.05), ("drip", 0.01), ("nested", 0.01),
+            ("endless", 0.02), ("400", 0.01), ("403", 0.01), ("409", 0.02), ("doubled", 0.03),
+        ):  # fmt: skip
+            if self.fate.has(f"answers: {kind}", 0.08):
+                found.append(world.Fault(kind, chance=chance))
+        for kind, detail in (
+            ("merge-never", None), ("merge-leaves", None), ("merge-doubled", self.fate.somewhen(0.1, 60.0)),
+            ("merge-slow", self.fate.somewhen(1.0, 400.0)),
+            ("merge-refused-late", (self.chance.choice((400, 403, 409)), self.fate.somewhen(0.1, 300.0))),
+        ):  # fmt: skip
+            if self.fate.has(kind, 0.12):
+                found.append(world.Fault(kind, chance=0.4, detail=detail))
+        if self.fate.has("a look finds nobody", 0.08):
+            found.append(world.Fault("404", "rev-users.get", chance=0.1))
+            self.books.lies = True
+        if any(fault.kind in ("endless",) for fault in found):
+            self.books.lies = True
+        return found
+
+    # ----- runs ------------------------------------------------------------------------------------
+
+    def play(self) -> None:
+        """Live: some runs in which anything may happen, then runs in peace."""
+        Path("reports").mkdir()
+        Path("logs").mkdir()
+        self._export()
+        for _ in range(1 if self.fate.calm else self.chance.randint(1, 4)):
+            self._edits()
+            self._disturb()
+            self._run(self._options(), self._machine())
+            self._between()
+        self._leave_in_peace()
+
+    def _disturb(self) -> None:
+        """What the coming run meets at DevRev's side."""
+        chance = self.chance
+        self.world.faults = self.faults()
+        self.world.list_lag = self.fate.somewhen(0.5, 30.0) if self.fate.has("lists lag", 0.15) else 0.0
+        self.books.lag = max(self.books.lag, self.world.list_lag)
+        self.organisation.ref_release = self.fate.somewhen(0.1, 60.0) if self.fate.has("references held", 0.1) else 0.0
+        if self.fate.has("stuck references", 0.05):
+            stuck = [one["external_ref"] for one in self.organisation.contacts.values() if chance.random() < 0.1]
+            self.organisation.stuck_references.update(stuck)
+            self.stuck.update(stuck)
+        if self.world.quota and self.fate.has("others spend quota", 0.15):
+            self.books.others_spent += 1
+            for _ in range(3):
+                units = chance.randint(1, self.world.quota.limit)
+                self.world.later(self.fate.somewhen(0.1, 600.0), lambda units=units: self._spend(units))
+        for _ in range(chance.randint(0, 3)):
+            if self.fate.has("naps", 0.12):
+                self.world.later(self.fate.somewhen(0.2, 300.0), self._nap)
+            elif self.fate.has("a clock that is set", 0.08):
+                self.world.later(self.fate.somewhen(0.2, 300.0), self._set_clock)
+
+    def _spend(self, units: int) -> None:
+        if self.world.quota and not self.in_peace:
+            self.trace(f"OTHERS spend {units} units of quota")
+            self.world.quota.spend(units)
+
+    def _nap(self) -> None:
+        if not self.in_peace:
+            seconds = self.fate.somewhen(10.0, 40_000.0)
+            self.counts["naps"] += 1
+            self.trace(f"the laptop sleeps for {seconds:.0f} s")
+            self.clock.nap(seconds)
+
+    def _set_clock(self) -> None:
+        if not self.in_peace:
+            seconds = self.chance.choice((-1, 1)) * self.fate.somewhen(1.0, 40_000.0)
+            self.counts["clock set"] += 1
+            self.trace(f"somebody sets the clock by {seconds:.0f} s")
+            self.clock.set_by += seconds
+
+    def _export(self) -> None:
+        """A new export, as the warehouse has it."""
+        rows = export_of(self.organisation)
+        if self.fate.has("wrong counts", 0.1) and not self.in_peace:
+            rows = [
+                row._replace(tickets=max(0, row.tickets + self.chance.choice((-1, 1))))
+                if self.chance.random() < 0.2
+                else row
+                for row in rows
+            ]
+        self.chance.shuffle(rows)
+        self.exports.append(rows)
+        self.trace(f"an export: {len(rows)} contacts")
+
+    def _write_csv(self, rows: Sequence[Row]) -> None:
+        with open("contacts.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(HEADER)
+            for row in rows:
+                writer.writerow((row.id, "A Name", row.email, row.ref, "", row.created, row.created, row.tickets))
+
+    def _options(self) -> List[str]:
+        """The command line of a run, and the files that it names."""
+        chance, fate = self.chance, self.fate
+        if not self.exports or chance.random() < 0.4:
+            self._export()
+        rows = self.exports[-1] if chance.random() < 0.8 else chance.choice(self.exports)
+        self._write_csv(rows)
+        options = ["--csv", "contacts.csv", "--yes", "--quiet", "--workers", str(chance.choice((1, 2, 8, 8, 32)))]
+        options += ["--merge-timeout", f"{fate.somewhen(2.0, 300.0):.1f}"]
+        if fate.has("--limit", 0.2) and chance.random() < 0.6:
+            options += ["--limit", str(chance.randint(1, 4))]
+        if fate.has("--email", 0.15) and chance.random() < 0.5:
+            options += [word for row in chance.sample(rows, min(3, len(rows))) for word in ("--email", row.email)]
+        if fate.has("--count-policy", 0.2):
+            options += ["--count-policy", "at-least"]
+        if fate.has("--no-timelines", 0.1):
+            options += ["--no-timelines"]
+        if fate.has("--choices", 0.15) and self._write_choices(rows):
+            options += ["--choices", "choices.csv"]
+        return options
+
+    def _write_choices(self, rows: Sequence[Row]) -> bool:
+        """Choose for some of the groups that can't be told."""
+        users: Dict[str, List[Row]] = {}
+        for row in rows:
+            if row.ref.startswith("user_"):
+                users.setdefault(row.key, []).append(row)
+        chosen = [self.chance.choice(found) for found in users.values() if self.chance.random() < 0.6]
+        with open("choices.csv", "w", encoding="utf-8") as file:
+            file.write("EMAIL,EXTERNAL_REF\n" + "".join(f"{row.key},{row.ref}\n" for row in chosen))
+        self.choices = {row.key: row.ref for row in chosen}
+        return bool(chosen)
+
+    def _settings(self, workers: int) -> Any:
+        calls, period = 0, 60.0
+        if self.fate.has("a ceiling", 0.2):
+            calls, period = self.chance.choice(((3, 2.0), (10, 6.0), (60, 6.0), (200, 60.0), (30, 60.0)))
+        timeout = self.chance.choice((2.0, 5.0, 30.0))
+        return self.module.ApiSettings(
+            self.world.token, "https://api.example.com", calls, period, timeout, self.chance.choice((2, 5)), workers
+        )
+
+    def _machine(self) -> Machine:
+        """The process of a run, with what will befall it."""
+        machine = Machine(self.module, self.clock, self.world, self.chance.randrange(1 << 32))
+        machine.weather, machine.observer = self.weather, self.books
+        machine.trace, machine.tracing = self.trace, self.tracing
+        if not self.in_peace and self.fate.has("kills", 0.6) and self.chance.random() < 0.7:
+            if self.chance.random() < 0.5:
+                machine.kill_at = int(self.fate.somewhen(1, 1500))
+            else:
+                machine.kill_after_merge = (int(self.fate.somewhen(1, 10)), int(self.fate.somewhen(1, 60)))
+        if not self.in_peace and self.fate.has("a full disk", 0.06):
+            machine.full_at = int(self.fate.somewhen(1, 1000))
+        return machine
+
+    def _run(self, argv: List[str], machine: Machine) -> Optional[int]:
+        """One run; its exit code, None where it was killed."""
+        module = self.module
+        options = module.parse_options(argv)
+        choices = self.choices if options.choices else {}
+        with open("contacts.csv", newline="", encoding="utf-8") as file:
+            rows = [Row(one[0], one[2], one[3], int(one[7]), one[5]) for one in list(csv.reader(file))[1:]]
+        self.books.begin(machine, options, rows, choices)
+        settings = self._settings(options.workers)
+        outside = outside_of(module, machine, settings)
+        life = self
+
+        class Quiet(module.Run):  # type: ignore[misc, name-defined]
+            TICK = 3600.0
+
+            def on_signal(self, loop: Any, act: Callable[[], None]) -> None:
+                life.signal(self, loop, act)
+
+        self.counts["runs"] += 1
+        self.trace(f"RUN {self.books.run}: {' '.join(argv)} (ceiling {settings.calls} in {settings.period:g} s)")
+        self.clock.last_progress = self.clock.now
+        code: Optional[int] = None
+        ended = True
+        try:
+            run = Quiet(options, outside)
+            run.console = module.Console(True, Muted(), Muted())
+            run.settings = settings
+            run.log_path.touch()
+            code = module.merge(run)
+        except Killed:
+            self.counts["kills"] += 1
+            ended = False
+        except module.Stop as stop:
+            code, ended = stop.exit_code, False
+            self.trace(f"refused: {stop}")
+        finally:
+            machine.dead = True
+            if machine.connection:
+                machine.connection.close()
+        self.trace(f"exit code {code}")
+        full = machine.full_at is not None and machine.steps >= machine.full_at
+        self.rows = self.books.after_run(run.report_path if ended and not full else None, code)
+        return code
+
+    def signal(self, run: Any, loop: Any, act: Callable[[], None]) -> None:
+        """Perhaps somebody presses Ctrl-C."""
+        if not self.in_peace and self.fate.has("signals", 0.15) and self.chance.random() < 0.6:
+
+            def arrive() -> None:
+                self.counts["signals"] += 1
+                self.trace("Ctrl-C")
+                run.signal = 2
+                act()
+                self.books.stopped = True
+
+            loop.call_later(self.fate.somewhen(0.05, 100.0), arrive)
+
+    def _between(self) -> None:
+        """From one run to the next: time passes, and things get lost."""
+        self.books.machine = None
+        self.clock.advance(self.fate.somewhen(0.5, 200_000.0 if self.chance.random() < 0.3 else 100.0))
+        lost = ""
+        if self.fate.has("reports lost", 0.08) and self.chance.random() < 0.5:
+            self.books.lose_reports()
+            lost = "reports"
+        if self.fate.has("savepoint lost", 0.15) and self.chance.random() < 0.5 and Path("savepoint.db").exists():
+            self.books.lose_savepoint()
+            lost += " savepoint"
+        elif self.fate.has("backups lost", 0.08) and self.chance.random() < 0.5 and Path("backups").exists():
+            shutil.rmtree("backups")
+            self.books.journal_lost.update(ids for ids, asks in self.books.asks.items() if asks)
+            self.books.backups_lost = True
+            lost += " backups"
+        if lost:
+            self.counts["losses"] += 1
+            self.trace(f"LOST: {lost}")
+
+    def _leave_in_peace(self) -> None:
+        """No more faults, edits or kills: after some runs everything is at its end."""
+        self.trace("FROM HERE ON IN PEACE")
+        self.in_peace = True
+        self.world.faults, self.world.list_lag = [], 0.0
+        self.organisation.ref_release = 0.0
+        if self.world.quota:
+            self.world.quota.others = 0
+        self.clock.advance(1000.0)
+        for _ in range(PEACEFUL_RUNS):
+            self._export()
+            self._write_csv(self.exports[-1])
+            code = self._run(["--csv", "contacts.csv", "--yes", "--quiet"], self._machine())
+            if code not in (0, 1, 3):
+                raise Broken("a life that is left in peace ends", f"a run ends with exit code {code}")
+            self.clock.advance(400.0)
+            if code == 0:
+                break
+        self.books.after_life(self.rows, self.stuck)
+
+
+# --------------------------------------------------------------------------------------------------
+# Playing
+# --------------------------------------------------------------------------------------------------
+
+
+def play(seed: int, module: Any, trace: bool = False, echo: bool = False) -> Verdict:
+    """Play one life in a folder of its own."""
+    logging.getLogger("merge_contacts").setLevel(logging.CRITICAL + 1)
+    home = Path.cwd()
+    room = Path("/dev/shm")
+    folder = tempfile.mkdtemp(prefix="life-", dir=str(room) if os.access(str(room), os.W_OK) else None)
+    os.chdir(folder)
+    promise, what = "", ""
+    life = Life(seed, module, trace, echo)
+    try:
+        life.play()
+    except Broken as broken:
+        promise, what = broken.promise, broken.what
+    except Exception as error:
+        if trace:
+            raise
+        promise, what = "the simulation itself holds", f"{type(error).__name__}: {error}"
+    finally:
+        os.chdir(str(home))
+        shutil.rmtree(folder, ignore_errors=True)
+    life.counts["requests"] = len(life.world.requests)
+    life.counts["merges"] = len(life.organisation.merges)
+    for kind in life.fate.drawn():
+        life.counts[f"drawn: {kind}"] += 1
+    return Verdict(seed, promise, what, tuple(life.events.lines), life.counts, life.clock.now)
+
+
+_MODULE: Any = None
+
+
+def play_quietly(seed: int) -> Verdict:
+    global _MODULE
+    if _MODULE is None:
+        _MODULE = load()
+    return play(seed, _MODULE)
+
+
+def play_all(seeds: Sequence[int], jobs: int) -> Iterator[Verdict]:
+    if jobs == 1:
+        yield from map(play_quietly, seeds)
+        return
+    with multiprocessing.Pool(jobs) as pool:
+        yield from pool.imap_unordered(play_quietly, seeds, chunksize=2)
+
+
+def explain(verdict: Verdict, module: Any) -> str:
+    """A failing life, for people: played again with its events."""
+    again = play(verdict.seed, module, trace=True) if not verdict.events else verdict
+    return "\n".join(
+        [
+            *again.events,
+            "",
+            f"seed {verdict.seed} breaks a promise: {verdict.promise}",
+            f"    {verdict.what}",
+            f"play it again with: python -m tests.simulate --seed {verdict.seed} --trace",
+        ]
+    )
+
+
+def summary(verdicts: int, seconds: float, counts: "Counter[str]", spent: float) -> str:
+    parts = [f"{verdicts} lives", f"{seconds / 86400:.1f} simulated days"]
+    parts += [f"{counts[name]} {name}" for name in ("runs", "requests", "merges", "kills", "edits")]
+    kinds = ", ".join(f"{kind[7:]} {n}" for kind, n in sorted(counts.items()) if kind.startswith("drawn: "))
+    return f"{', '.join(parts)} in {spent:.1f} s; drawn: {kinds}"
+
+
+def kept_seeds() -> List[int]:
+    """The seeds that have found something once."""
+    lines = SEEDS.read_text(encoding="utf-8").splitlines() if SEEDS.exists() else []
+    return [int(line.split()[0]) for line in lines if line.strip() and not line.startswith("#")]
+
+
+def play_many(seeds: Sequence[int], jobs: int, keep_going: bool = False) -> int:
+    begun, counts, seconds, failed = time.monotonic(), Counter(), 0.0, []  # type: Any, Counter[str], float, List[Verdict]
+    for number, verdict in enumerate(play_all(seeds, jobs), 1):
+        counts.update(verdict.counts)
+        seconds += verdict.seconds
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{number} of {len(seeds)} lives, {len(failed)} failed ")
+        if verdict.promise:
+            failed.append(verdict)
+            if not keep_going:
+                break
+            print(f"seed {verdict.seed}: {verdict.promise}: {verdict.what[:300]}", flush=True)
+    print(summary(number, seconds, counts, time.monotonic() - begun))
+    if failed and not keep_going:
+        print(explain(failed[0], load()))
+    return 1 if failed else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.simulate", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--seeds", metavar="N", type=int, help="play so many lives")
+    parser.add_argument("--start", metavar="S", type=int, default=1, help="the first seed (default 1)")
+    parser.add_argument("--jobs", metavar="J", type=int, default=1, help="in so many processes")
+    parser.add_argument("--keep-going", action="store_true", help="a line for each life that fails, instead of stopping")
+    parser.add_argument("--seed", metavar="S", type=int, help="play one life")
+    parser.add_argument("--trace", action="store_true", help="with --seed: show all of it")
+    parser.add_argument("--kept", action="store_true", help="play the seeds that have failed once")
+    parser.add_argument("--mutants", action="store_true", help="take out the module's safety lines, one at a time")
+    options = parser.parse_args()
+    if options.mutants:
+        from tests.mutants import table
+
+        return table(options.jobs)
+    if options.seed is not None:
+        verdict = play(options.seed, load(), trace=True, echo=options.trace)
+        if verdict.promise:
+            print(explain(verdict, None))
+        elif options.trace:
+            print("\n".join(verdict.events))
+        print(summary(1, verdict.seconds, verdict.counts, 0.0))
+        return 1 if verdict.promise else 0
+    seeds = kept_seeds() if options.kept else range(options.start, options.start + (options.seeds or 100))
+    return play_many(list(seeds), options.jobs, options.keep_going)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
