@@ -8,8 +8,9 @@
 contacts.csv -> pairs that share an email -> live check -> backup -> integrity check from the disk
 -> merge -> external_ref -> proof that nothing was left behind -> JSON report
 
-A merge in DevRev is asynchronous and can't be undone, so every step refuses rather than guesses, and
-everything that was done is in the savepoint before the next thing is tried. `--help` has the options.
+A merge in DevRev is asynchronous and can't be undone there, so every step refuses rather than guesses, and
+everything that was done is in the savepoint before the next thing is tried. From its backups most of a merge can
+be taken back (`--undo`). `--help` has the options.
 """
 
 import argparse
@@ -3438,6 +3439,9 @@ def _reported_pair(path: Path, entry: Json) -> Pair:
 
 
 Role = Tuple[str, str]  # object id, and `owned_by`, `reported_by` or `members`
+Things = Dict[str, Optional[Json]]  # works and conversations as they are now, None for what has been deleted
+Changes = Dict[str, Dict[str, List[str]]]  # object id -> role -> the ids of everybody who is to have it
+Left = Dict[str, List[Json]]  # old contact id -> `{id, role, why}` of what can't be handed back
 
 
 @dataclass
@@ -3472,20 +3476,15 @@ def read_before(pairs: Sequence[Pair]) -> Before:
 
 
 def hand_back(
-    things: Mapping[str, Optional[Json]],
-    had: Mapping[str, Set[Role]],
-    primary: str,
-    made: Mapping[str, str],
-    stays: Set[Role],
-) -> Tuple[Dict[str, Dict[str, List[str]]], Dict[str, List[Json]]]:
-    """What has to be written so that the contacts that were `made` again (old id -> new id) have what they `had`.
+    things: Things, had: Mapping[str, Set[Role]], primary: str, made: Mapping[str, str], stays: Set[Role]
+) -> Tuple[Changes, Left]:
+    """What has to be written so that the contacts that were `made` again (old id -> new id) have what they `had`, and
+    what belongs to others by now.
 
-    `things` are works and conversations as they are now, None for what has been deleted. Returns the whole lists to
-    set, by object id and role, and what is left to whom it belongs now, `{id, role, why}`, by old id. The new contact
-    takes the primary's place, or joins it where that `stays`; nobody else is moved.
+    A new contact takes the primary's place, or joins it where that `stays`; nobody else is moved.
     """
-    changes: Dict[str, Dict[str, List[str]]] = collections.defaultdict(dict)
-    left: Dict[str, List[Json]] = {old: [] for old in made}
+    changes: Changes = collections.defaultdict(dict)
+    left: Left = {old: [] for old in made}
     for identity, role in sorted(set().union(*(had[old] for old in made))):
         thing = things[identity]
         now = [person["id"] for person in (thing or {}).get(role) or ()]
@@ -3579,25 +3578,25 @@ class UndoWalk(Walk):
             raise PairError("external_ref_changed", words)
 
     async def _foresee(self) -> None:
-        """Say what would be handed back, as if each contact got its old id."""
-        made = {
-            pair.duplicate.id: pair.details.get("undo", {}).get("contact", pair.duplicate.id) for pair in self.pairs
-        }
-        _, left = self._judge((await self._read(made))[0], made)
+        """Say what would be handed back."""
+        _, left = self._judge((await self._read(self._as_if()))[0], self._as_if())
         for pair in self.pairs:
             pair.details.setdefault("undo", {})["left"] = left[pair.duplicate.id]
             self.merger.rest(self, pair)
 
     async def _try_to_write(self) -> None:
-        """Set nothing on a ticket, an issue and a conversation: a token that may not is told so while all is whole."""
-        made = {pair.duplicate.id: "" for pair in self.pairs}
-        things, _ = await self._read(made)
-        for identity in self._judge(things, made)[0]:
+        """Set nothing on a work and on a conversation: a token that may not is told so while all is as it was."""
+        things, _ = await self._read(self._as_if())
+        for identity in self._judge(things, self._as_if())[0]:
             is_work = ":conversation/" not in identity
             if is_work not in self.merger.tried:
                 with contextlib.suppress(ApiRefused):
                     await self.api.set_people(things[identity] or {}, {}, ANY_TURN)
                 self.merger.tried.add(is_work)
+
+    def _as_if(self) -> Dict[str, str]:
+        """The contacts as if all were made again; where they are not, the old id stands for the new one."""
+        return {**{pair.duplicate.id: pair.duplicate.id for pair in self.pairs}, **self._made()}
 
     def _begin(self) -> None:
         self.merger.may_begin()
@@ -3632,29 +3631,21 @@ class UndoWalk(Walk):
 
     def _made(self) -> Dict[str, str]:
         """Old id -> new id of the contacts that are there again."""
-        undos = ((pair, pair.details["undo"]) for pair in self.group.pairs)
+        undos = ((pair, pair.details.get("undo", {})) for pair in self.group.pairs)
         return {pair.duplicate.id: undo["contact"] for pair, undo in undos if "contact" in undo}
 
     async def _free_reference(self, moved: Pair) -> None:
-        old = self._old_ref(self.group.primary)
-        try:
-            await self._refer_primary(old, Turn(MERGE, self.hold, self.KEEP))
-        except PairError:
-            primary = await self.api.contact(self.group.primary.id, Turn(FINISH))
-            if primary and primary.get("external_ref") == old:
-                return
-            if primary and primary.get("external_ref") == self._old_ref(moved.duplicate):
-                self._restore()
-            raise
-
-    async def _refer_primary(self, reference: str, turn: Turn) -> None:
-        primary = self.group.primary
+        """Set the primary's old reference, once there is quota for what has to follow; an error says little of it."""
+        primary, old = self.group.primary, self._old_ref(self.group.primary)
         self.merger.changed = True
         try:
-            await self.api.set_external_ref(primary.id, reference, turn)
-        except ApiRefused as refusal:
-            code = "external_ref_conflict" if refusal.status == 409 else refusal.code
-            raise PairError(code, f"{primary.short_id} could not get {reference} again: {refusal}") from None
+            await self.api.set_external_ref(primary.id, old, Turn(MERGE, self.hold, self.KEEP))
+        except PairError:
+            live = await self.api.contact(primary.id, Turn(FINISH)) or {}
+            if live.get("external_ref") == self._old_ref(moved.duplicate):
+                self._restore()
+            if live.get("external_ref") != old:
+                raise
 
     async def _make(self, pair: Pair) -> None:
         """Make the contact again, with what DevRev takes of it; once, whatever becomes of the answers."""
@@ -3750,11 +3741,9 @@ class UndoWalk(Walk):
     async def _go_back(self, flaw: PairError) -> None:
         """No contact can be made: the reference goes to the primary again, and the group is as it was."""
         for pair in self.pairs:
-            if pair.details["undo"]["moved"]:
-                try:
-                    await self._refer_primary(self._old_ref(pair.duplicate), Turn(FINISH, self.hold))
-                except PairError as error:
-                    raise PairError(flaw.code, f"{flaw}; {error}") from None
+            reference = self._old_ref(pair.duplicate)
+            if pair.details["undo"]["moved"] and not await self._set_reference(pair, reference):
+                raise PairError(flaw.code, f"{flaw}; {reference} is held by somebody by now, and stays there")
         self._restore()
 
     def _restore(self) -> None:
@@ -3786,47 +3775,44 @@ class UndoWalk(Walk):
                 await self.merger.brake.sleep(pause)
                 pause = min(20.0, 1.5 * pause)
         for pair in self._on_their_way():
-            self._end(pair, changes, handled, left[pair.duplicate.id])
+            try:
+                self._end(pair, changes, handled, left[pair.duplicate.id])
+            except PairError as flaw:
+                self.merger.rest(self, pair, flaw)
+            else:
+                self.merger.rest(self, pair)
 
-    def _judge(
-        self, things: Mapping[str, Optional[Json]], made: Mapping[str, str]
-    ) -> Tuple[Dict[str, Dict[str, List[str]]], Dict[str, List[Json]]]:
+    def _judge(self, things: Things, made: Mapping[str, str]) -> Tuple[Changes, Left]:
         """`hand_back`: the primary stays where it, or a duplicate that is not back, had the role itself."""
         primary, had = self.group.primary.id, self.before.had
         missing = (one.duplicate.id for one in self.group.pairs if one.state is not State.UNDONE)
         stays = had[primary].union(*(had[old] for old in missing if old not in made))
         return hand_back(things, had, primary, made, stays)
 
-    async def _read(self, made: Mapping[str, str]) -> Tuple[Dict[str, Optional[Json]], Moment]:
-        """The works and conversations of the contacts that were `made` again (old id -> new id), as they are now, None
-        where one has been deleted; and since when that is so. Only what no list shows is asked for by itself."""
+    async def _read(self, made: Mapping[str, str]) -> Tuple[Things, Moment]:
+        """The works and conversations of the contacts that were `made` again (old id -> new id), and since when they
+        are so. Only what no list shows is asked for by itself."""
         wanted = set().union(*(self.before.had[old] for old in made))
         loaders = {
             **{ROLES[role]: loader for role, loader in self.api.works.items()},
             "members": self.api.conversations,
         }
-        people = {self.group.primary.id, *made.values()} - {"", *made}
+        people = {self.group.primary.id, *made.values()} - made.keys()
         weight = sum(contact.tickets for contact in self.group.everybody())
         since = [self.outside.moment()]
         listings = await asyncio.gather(
             *(loaders[role].load(one, weight, PROVE) for role in {role for _, role in wanted} for one in people)
         )
-        things: Dict[str, Optional[Json]] = {item["id"]: item for listing in listings for item in listing.items}
+        things: Things = {item["id"]: item for listing in listings for item in listing.items}
         unlisted = sorted({identity for identity, _ in wanted} - things.keys())
         things.update(zip(unlisted, await asyncio.gather(*(self.api.thing(one, Turn(PROVE)) for one in unlisted))))
         return things, oldest(chain(since, (listing.since for listing in listings)))
 
-    async def _write(
-        self,
-        changes: Dict[str, Dict[str, List[str]]],
-        things: Mapping[str, Optional[Json]],
-        since: Moment,
-        handled: Dict[str, str],
-    ) -> None:
+    async def _write(self, changes: Changes, things: Things, since: Moment, handled: Dict[str, str]) -> None:
         """Hand back what was read no longer ago than a live check is believed; the rest has to be read again first."""
 
         async def write() -> None:
-            while changes and not self._is_old(since, self.FRESH):
+            while changes:
                 identity, roles = changes.popitem()
                 try:
                     await self.api.set_people(things[identity] or {}, roles, Turn(RESUME))
@@ -3836,27 +3822,21 @@ class UndoWalk(Walk):
                 except BaseException:
                     changes.clear()
                     raise
+                if self._is_old(since, self.FRESH):
+                    return
 
         await asyncio.gather(*(write() for _ in range(self.api.settings.workers)))
 
-    def _end(self, pair: Pair, changes: Mapping[str, Any], handled: Mapping[str, str], left: List[Json]) -> None:
+    def _end(self, pair: Pair, changes: Changes, handled: Mapping[str, str], left: List[Json]) -> None:
         pair.details["undo"]["left"] = left
-        had = self.before.had[pair.duplicate.id]
-        pair.left_behind = describe(
-            pair.backup,
-            (
-                {"id": identity, "role": role, "why": handled.get(identity) or "not shown yet"}
-                for identity, role in sorted(had)
-                if role in changes.get(identity, {})
-            ),
-        )
+        mine = (one for one in sorted(self.before.had[pair.duplicate.id]) if one[1] in changes.get(one[0], {}))
+        open_items = ({"id": one, "role": role, "why": handled[one] or "not shown yet"} for one, role in mine)
+        pair.left_behind = describe(pair.backup, open_items)
         if pair.left_behind:
             names = ", ".join(dict.fromkeys(item["display_id"] for item in pair.left_behind))
-            self.merger.rest(self, pair, PairError("not_handed_back", f"made again, but not handed back: {names}"))
-            return
+            raise PairError("not_handed_back", f"made again, but not handed back: {names}")
         pair.state, pair.code, pair.error = State.UNDONE, "", ""
         self._note(pair, "undone")
-        self.merger.rest(self, pair)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -4375,6 +4355,9 @@ examples:
     merge_contacts.py --csv contacts.csv
   after a crash or an interruption, the same command again goes on:
     merge_contacts.py --csv contacts.csv
+  take back what a run has merged (ids, dates, creators and authors of comments can't be given back):
+    merge_contacts.py --undo reports/merge_report_20250131_120000.json --preview
+    merge_contacts.py --undo reports/merge_report_20250131_120000.json
 
 environment, or .env in this folder or beside the script:
   DEVREV_API_TOKEN          needed for a real run
