@@ -3852,7 +3852,7 @@ class Undoer(ContactMerger):
     def __init__(
         self, api: DevRevAPI, savepoint: SavePoint, journal: Journal, path: Path, preview: bool, **options: Any
     ) -> None:
-        super().__init__(api, savepoint, journal, Backups(path, api.outside), **options)
+        super().__init__(api, savepoint, journal, Backups(journal.path.parent, api.outside), **options)
         self.path, self.preview = path, preview
         self.tried: Set[bool] = set()  # whether works (True) and conversations (False) may be written
 
@@ -5064,16 +5064,17 @@ async def take_back(run: Run, plan: UndoPlan, savepoint: SavePoint) -> int:
 def report_undo(run: Run, plan: UndoPlan, undoer: Undoer, code: int) -> int:
     """Write the report (with --preview: print it), and say what has come of each pair."""
     stop = str(undoer.stop) if undoer.stop and code >= EXIT_USAGE else None
-    pairs = [*plan.undone, *plan.pairs]
+    pairs = plan.pairs if run.options.preview else [*plan.undone, *plan.pairs]
     lists = {
         "undone": [pair for pair in pairs if pair.state is State.UNDONE],
         "unfinished": [pair for pair in pairs if pair.state is State.UNDOING],
-        "failed": [pair for pair in pairs if pair.state not in (State.UNDONE, State.UNDOING)],
+        "failed": [pair for pair in pairs if pair.code and pair.state is not State.UNDOING],
     }
     if run.options.preview:
-        lists = {"to_undo": [p for p in plan.pairs if not p.code], "refused": [p for p in plan.pairs if p.code]}
+        lists = {"to_undo": [p for p in pairs if not p.code], "refused": [p for p in pairs if p.code]}
     summary = {name: len(found) for name, found in lists.items()}
-    summary.update(pairs=len(pairs) + plan.left, undone_before=len(plan.undone), left=plan.left)
+    left = plan.left + len(pairs) - sum(summary.values())
+    summary.update(pairs=len(pairs) + plan.left, undone_before=len(plan.undone), left=left)
     facts = run_facts(run, undoer, undoer.savepoint, code, stop)
     head = {"run": {**facts, "undo": str(run.options.undo)}, "summary": summary}
     entries: Dict[str, Iterable[Json]] = {name: map(undo_entry, found) for name, found in lists.items()}

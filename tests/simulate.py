@@ -736,9 +736,7 @@ def main() -> int:
     parser.add_argument("--seeds", metavar="N", type=int, help="play so many lives")
     parser.add_argument("--start", metavar="S", type=int, default=1, help="the first seed (default 1)")
     parser.add_argument("--jobs", metavar="J", type=int, default=1, help="in so many processes")
-    parser.add_argument(
-        "--keep-going", action="store_true", help="a line for each life that fails, instead of stopping"
-    )
+    parser.add_argument("--keep-going", action="store_true", help="a line for each life that fails, instead of stopping")
     parser.add_argument("--seed", metavar="S", type=int, help="play one life")
     parser.add_argument("--trace", action="store_true", help="with --seed: show all of it")
     parser.add_argument("--kept", action="store_true", help="play the seeds that have failed once")

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import sys
+import time
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Dict, List, Mapping, Tuple
@@ -11,7 +13,8 @@ from typing import Any, Dict, List, Mapping, Tuple
 import pytest
 
 from tests.sandbox import Fault, Organisation, Request, Sandbox
-from tests.support import Result, Workplace, roles_of
+from tests.support import ROOT, Result, Workplace, roles_of
+from tests.test_terminal import Terminal
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 READS = ("dev-users.self", "rev-users.get", "rev-users.list", "works.list", "works.get", "conversations.list",
@@ -491,6 +494,85 @@ def test_an_undo_killed_at_any_request_is_finished_by_the_same_command(tmp_path:
     while survive_kill(tmp_path / str(number), number, stage, lose):
         number += 1
     assert number > 30
+
+
+def survive_kill_at_write(folder: Path, number: int, stage: str) -> bool:
+    """The same, killed at its n-th durable write."""
+    folder.mkdir(exist_ok=True)
+    place = Workplace(folder)
+    organisation, pairs = seeded(1)
+    with_a_third(organisation, pairs)
+    before = truth(organisation)
+    with Sandbox(organisation, merge_delay=0.02) as sandbox:
+        path, _ = merged(place, sandbox)
+        killer = [sys.executable, str(ROOT / "tests" / "killer.py"), str(number), stage]
+        first = place.run(sandbox, "--undo", path, python=killer)
+        assert_taken_back(organisation, before, place.run(sandbox, "--undo", path, check=0))
+    return first.code == -signal.SIGKILL
+
+
+@posix
+@pytest.mark.parametrize("number", range(2, 18, 3))
+def test_an_undo_killed_at_some_durable_writes_is_finished_by_the_same_command(tmp_path: Path, number: int) -> None:
+    assert survive_kill_at_write(tmp_path, number, ("before", "after")[number % 2])
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["before", "after"])
+def test_an_undo_killed_at_any_durable_write_is_finished_by_the_same_command(tmp_path: Path, stage: str) -> None:
+    number = 1
+    while survive_kill_at_write(tmp_path / str(number), number, stage):
+        number += 1
+    assert number > 15
+
+
+@posix
+@pytest.mark.parametrize("typed, code", [("undo\n", 0), ("merge\n", 2), ("\x03", 130)])
+def test_on_a_terminal_only_a_typed_undo_goes_on(place: Workplace, typed: str, code: int) -> None:
+    organisation, _ = seeded(2)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        asked = len(sandbox.requests)
+        terminal = Terminal(place, sandbox, "--undo", path)
+        text = terminal.read_until("Type undo")
+        for fact in ("SANDBOX1", "Dana Developer", "2 merges", "can't be given back"):
+            assert fact in text
+        assert no_writes(sandbox.requests[asked:])
+        terminal.type(typed)
+        assert terminal.end() == code, terminal.text
+        assert sandbox.count("rev-users.create") == (0 if code else 2)
+
+
+@posix
+def test_an_interrupted_undo_reports_and_is_resumed(place: Workplace) -> None:
+    organisation, _ = seeded(4)
+    before = truth(organisation)
+    with Sandbox(organisation, latency=0.03) as sandbox:
+        path, _ = merged(place, sandbox)
+        process = place.start(sandbox, "--undo", path)
+        while not sandbox.count("rev-users.create"):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+        assert process.returncode == 130
+        (report,) = (place.folder / "reports").glob("undo_report_*.json")
+        summary = json.loads(report.read_text(encoding="utf-8"))["summary"]
+        assert summary["unfinished"] and summary["left"] and sum(
+            summary[name] for name in ("undone", "unfinished", "failed", "left")
+        ) == summary["pairs"] == 4  # fmt: skip
+        assert_taken_back(organisation, before, place.run(sandbox, "--undo", path, "--limit", "4", check=0))
+
+
+def test_email_and_limit_take_back_some(place: Workplace) -> None:
+    organisation, pairs = seeded(3)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        place.run(sandbox, "--undo", path, "--email", "Person2@example.com", check=0)
+        assert organisation.contacts[pairs[1][0]]["external_ref"] == "REVU-P2"
+        result = place.run(sandbox, "--undo", path, "--limit", "1", check=0)
+        assert (result.report["summary"]["undone"], result.report["summary"]["left"]) == (2, 1)
+        assert sandbox.count("rev-users.create") == 2
 
 
 def test_a_report_may_be_moved_with_its_backups(place: Workplace) -> None:
