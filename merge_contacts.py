@@ -8,8 +8,9 @@
 contacts.csv -> pairs that share an email -> live check -> backup -> integrity check from the disk
 -> merge -> external_ref -> proof that nothing was left behind -> JSON report
 
-A merge in DevRev is asynchronous and can't be undone, so every step refuses rather than guesses, and
-everything that was done is in the savepoint before the next thing is tried. `--help` has the options.
+A merge in DevRev is asynchronous and can't be undone there, so every step refuses rather than guesses, and
+everything that was done is in the savepoint before the next thing is tried. From its backups most of a merge can
+be taken back (`--undo`). `--help` has the options.
 """
 
 import argparse
@@ -1476,6 +1477,9 @@ class Gate:
 SCOPES = {
     "rev-users.merge": "rev_user:all (to merge contacts)",
     "rev-users.update": "rev_user:all (to set a contact's reference)",
+    "rev-users.create": "rev_user:all (to make a contact again)",
+    "works.update": "ticket:all and issue:all (to hand tickets and issues back)",
+    "conversations.update": "conversation:all (to hand conversations back)",
     "rev-users.": "rev_user:read (to read contacts)",
     "works.": "ticket:read and issue:read (to back up tickets and issues)",
     "conversations.": "conversation:read (to back up conversations)",
@@ -1637,7 +1641,8 @@ class DevRevAPI:
     def _deny(self, endpoint: str, status: int, message: str, body: Json) -> None:
         """Send nothing more with a token that is not accepted, or that lacks a scope which it never had.
 
-        One ticket or conversation that it may not see says nothing of its scopes: a second has to be refused.
+        One ticket or conversation that it may not see says nothing of its scopes: a second has to be refused. Who may
+        not make a contact has a reference to put back first.
         """
         if status == 401:
             words = message.rstrip(".")
@@ -1646,8 +1651,9 @@ class DevRevAPI:
             self.brake.pull(denied)
             raise denied
         self._forbidden[endpoint].add(to_json(body))
-        one_object = len(self._forbidden[endpoint]) == 1 and not endpoint.startswith("rev-users.")
-        if endpoint not in self._answered and not one_object:
+        reads = not endpoint.startswith("rev-users.") and not endpoint.endswith(".update")
+        one_object = len(self._forbidden[endpoint]) == 1 and reads
+        if endpoint not in self._answered and not one_object and endpoint != "rev-users.create":
             text = f"the token may not call {endpoint} (403): it lacks the scope {scope_of(endpoint)}"
             denied = Denied(EXIT_USAGE, text)
             self.brake.pull(denied)
@@ -1688,9 +1694,11 @@ class DevRevAPI:
             cursors.add(cursor)
             page["cursor"] = cursor
 
-    async def _user(self, endpoint: str, body: Json, key: str = "rev_user", turn: Turn = ANY_TURN) -> Json:
+    async def _user(
+        self, endpoint: str, body: Json, key: str = "rev_user", turn: Turn = ANY_TURN, repeatable: bool = True
+    ) -> Json:
         """The user that an endpoint answers with. ApiUnanswered where it is none."""
-        user = (await self._call(endpoint, body, key, turn)).data[key]
+        user = (await self._call(endpoint, body, key, turn, repeatable)).data[key]
         if not (isinstance(user, dict) and isinstance(user.get("id"), str)):
             raise ApiUnanswered(endpoint, f"{key} holds no user")
         return user
@@ -1739,6 +1747,20 @@ class DevRevAPI:
             raise PairError(
                 "external_ref_not_set", f"DevRev answered the update with the reference {user.get('external_ref')}"
             )
+
+    async def create_contact(self, fields: Json, turn: Turn) -> Json:
+        """Make a contact and return it. It is never repeated blindly: a lost answer is for the caller to look into."""
+        return await self._user("rev-users.create", fields, turn=turn, repeatable=False)
+
+    async def set_people(
+        self, thing: Json, roles: Mapping[str, Sequence[str]], turn: Turn, before: Callable[[], None] = lambda: None
+    ) -> None:
+        """Replace the whole lists of a work's or a conversation's people, by role; none: try whether one may."""
+        body: Json = {"id": thing["id"], **{role: {"set": list(ids)} for role, ids in roles.items()}}
+        if ":conversation/" in thing["id"]:
+            await self._call("conversations.update", body, "conversation", turn, before=before)
+        else:
+            await self._call("works.update", {**body, "type": thing["type"]}, "work", turn, before=before)
 
     async def holders_of(self, external_ref: str, turn: Turn) -> List[Json]:
         """The rev users that DevRev lists for a reference."""
@@ -2123,12 +2145,17 @@ def to_prove(backup: str, duplicate: str) -> List[Json]:
     """
     try:
         (entry,) = (one for one in read_manifest(backup)["contacts"] if one["csv"]["id"] == duplicate)
-        return [
-            *({"id": work, "role": ROLES[role]} for role in ("owned", "reported") for work in entry["works"][role]),
-            *({"id": conversation, "role": "members"} for conversation in entry["conversations"]),
-        ]
+        return handed_on(entry)
     except (KeyError, TypeError, ValueError) as error:
         raise PairError("backup_failed", f"the backup {backup} is no whole one ({type(error).__name__})") from None
+
+
+def handed_on(entry: Json) -> List[Json]:
+    """Of a contact in a manifest, what a merge hands on, as `{id, role}`."""
+    return [
+        *({"id": work, "role": ROLES[role]} for role in ("owned", "reported") for work in entry["works"][role]),
+        *({"id": conversation, "role": "members"} for conversation in entry["conversations"]),
+    ]
 
 
 def describe(backup: str, items: Iterable[Json]) -> List[Json]:
@@ -2340,6 +2367,8 @@ class SavePoint:
         copy = sqlite3.connect(":memory:", isolation_level=None)
         for patience in (0.0, 0.05, 0.1, 0.2, 0.4):
             time.sleep(patience)
+            if not self.path.exists():
+                break
             try:
                 with contextlib.closing(self._connect("mode=ro&immutable=1" if patience else "mode=rw")) as db:
                     db.execute("SELECT primary_id, state, run FROM pairs LIMIT 1")
@@ -3064,11 +3093,12 @@ class ContactMerger:
     OUTSTANDING = 100  # pairs on their way
     STREAK = 5  # failures in a row that stop the run
     GRACE = 10.0  # seconds that requests under way are waited for when the run is interrupted
+    UNDER_WAY: Tuple[State, ...] = UNFINISHED
     LINGER = 10.0  # seconds that a proof waits for others to share its list calls
     HARMLESS = frozenset((
         "not_found", "not_active", "email_changed", "external_ref_changed", "different_rev_org", "several_user_refs",
         "count_mismatch", "left_behind", "still_listed", "merged_into_another", "external_ref_conflict",
-        "undo_unfinished", "group_incomplete", "interrupted",
+        "undo_unfinished", "group_incomplete", "interrupted", "not_merged", "not_handed_back",
     ))  # fmt: skip
 
     def __init__(
@@ -3106,13 +3136,16 @@ class ContactMerger:
 
         Raises Stop(2), before anything else has been asked or done.
         """
-        with nothing_changed_yet(self.brake):
-            self.token_owner = await self.api.whoami()
-        self.organisation = organisation_of(str(self.token_owner.get("id")))
+        await self.find_owner()
         unfinished = self.savepoint.unfinished()
         for origin, pairs in (("CSV", plan.pairs()), ("savepoint", iter(unfinished))):
             check_organisation(self.organisation, origin, pairs)
         return unfinished
+
+    async def find_owner(self) -> None:
+        with nothing_changed_yet(self.brake):
+            self.token_owner = await self.api.whoami()
+        self.organisation = organisation_of(str(self.token_owner.get("id")))
 
     async def run(self, groups: List[Group], unfinished: Sequence[Pair]) -> int:
         """Finish what an earlier run left unfinished, carry out the plan, and return the exit code.
@@ -3124,8 +3157,12 @@ class ContactMerger:
                 pair.ids for pair in unfinished
             )
         )
+        return await self.drive(self._work(groups, unfinished))
+
+    async def drive(self, work: Awaitable[None]) -> int:
+        """Do the work as far as it goes, and return the exit code; nothing is raised."""
         self._turn_to_ask = asyncio.Lock()
-        await self._guarded(self._work(groups, unfinished))
+        await self._guarded(work)
         await self._guarded(self._all_walks())  # where nothing more is begun, what is under way is finished
         if self._walks:
             await asyncio.wait(set(self._walks), timeout=self.GRACE)
@@ -3167,7 +3204,7 @@ class ContactMerger:
         pair last."""
         known = {pair.ids: pair for pair in unfinished}
         stuck = {identity for pair in unfinished for identity in pair.ids}
-        undoing = {identity for pair in self.savepoint.rows(State.UNDOING) for identity in pair.ids}
+        undoing = {one: pair for pair in self.savepoint.rows(State.UNDOING) for one in pair.ids}
         deferred = []
         batch: List[Walk] = []
         for group in drain(groups):
@@ -3176,8 +3213,10 @@ class ContactMerger:
             ids = {contact.id for contact in group.everybody()}
             if not pairs:
                 continue
-            if ids & undoing:
-                self._refuse(group, pairs, "undo_unfinished", "its undo is not finished; finish it with --undo first")
+            if ids & undoing.keys():
+                path = next(undoing[one].details["undo"]["path"] for one in ids if one in undoing)
+                why = f"its undo is not finished; finish it first: merge_contacts.py --undo {path}"
+                self._refuse(group, pairs, "undo_unfinished", why)
             elif ids & stuck:
                 deferred.append((group, pairs))
             else:
@@ -3260,7 +3299,7 @@ class ContactMerger:
             self._note_interrupted(walk, pair)
 
     def _note_interrupted(self, walk: Optional[Walk], pair: Pair) -> None:
-        if walk and pair.state in UNFINISHED and pair.ids not in self.rested:
+        if walk and pair.state in self.UNDER_WAY and pair.ids not in self.rested:
             with contextlib.suppress(Stop):
                 self.rest(walk, pair, PairError("interrupted", "stopped before it was finished; run again"))
 
@@ -3324,6 +3363,9 @@ class ContactMerger:
         if pair.state in ENDED:
             pair.report = ""
         self.savepoint.record(pair)
+        self._note_rest(walk, pair, flaw)
+
+    def _note_rest(self, walk: Walk, pair: Pair, flaw: Optional[PairError]) -> None:
         self.rested[pair.ids] = pair
         self.on_pair(pair)
         if not flaw:
@@ -3344,6 +3386,9 @@ class ContactMerger:
         """Pairs that have come to rest in these states."""
         return sum(pair.state in states for pair in self.rested.values())
 
+    def went_well(self, pair: Pair) -> bool:
+        return pair.state in (State.DONE, State.SETTLED)
+
     def _exit_code(self) -> int:
         stop = self.stop
         if isinstance(stop, Denied) and self.changed:
@@ -3353,7 +3398,7 @@ class ContactMerger:
         if len(self.rested) < self.total:
             self.closing = Stop(EXIT_STOPPED, "pairs were left without a word (a bug; run again)")
             return EXIT_STOPPED
-        return EXIT_OK if self.count(State.DONE, State.SETTLED) == len(self.rested) else EXIT_FAILED
+        return EXIT_OK if all(map(self.went_well, self.rested.values())) else EXIT_FAILED
 
 
 def drain(items: List[T]) -> Iterator[T]:
@@ -3458,6 +3503,569 @@ def csv_chunks(contacts: Iterable[Contact]) -> Iterator[bytes]:
 
 
 # ---------------------------------------------------------------------------------------------------
+# Undo: what is to be taken back
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class UndoPlan:
+    """What an undo would take back: whole groups, those that an earlier one has begun first."""
+
+    groups: List[Group] = field(default_factory=list)
+    pairs: List[Pair] = field(default_factory=list)  # of these groups, but for those in `undone`
+    undone: List[Pair] = field(default_factory=list)  # by an earlier undo
+    left: int = 0  # pairs that --limit leaves
+
+
+def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: Optional[int]) -> UndoPlan:
+    """The pairs that `path` holds, as the savepoint knows them, else as `path` tells. Raises Stop(2)."""
+    groups: Dict[str, Group] = {}
+    for told in merged_pairs(path):
+        pair = savepoint.states(told.primary.id).get(told.duplicate.id, told)
+        if pair.state in (State.PLANNED, State.FAILED):
+            if not told.report:
+                continue  # backed up, and never asked for
+            pair = told
+        if not Path(pair.backup).is_dir():
+            pair.backup = told.backup
+        if not emails or pair.email in emails:
+            groups.setdefault(pair.primary.id, Group(pair.email, [])).pairs.append(pair)
+    plan, room = UndoPlan(), limit or sys.maxsize
+    for group in sorted(groups.values(), key=lambda group: (not _is_begun(group), group.email)):
+        pairs = [pair for pair in group.pairs if pair.state is not State.UNDONE]
+        plan.undone += [pair for pair in group.pairs if pair.state is State.UNDONE]
+        if pairs and (_is_begun(group) or len(pairs) <= room):
+            plan.groups.append(group)
+            plan.pairs += pairs
+            room -= 0 if _is_begun(group) else len(pairs)
+        else:
+            plan.left += len(pairs)
+    return plan
+
+
+def _is_begun(group: Group) -> bool:
+    return any(pair.state is State.UNDOING for pair in group.pairs)
+
+
+def merged_pairs(path: Path) -> List[Pair]:
+    """The pairs of a backup folder, or the successful and unfinished ones of a merge report. Raises Stop(2)."""
+    try:
+        if path.is_dir():
+            primary, *duplicates = (Contact.from_json(entry["csv"]) for entry in read_manifest(str(path))["contacts"])
+            return [
+                Pair(primary, one, one.external_ref if one.is_user else None, State.DONE, backup=str(path))
+                for one in duplicates
+            ]
+        report = json.loads(path.read_bytes())
+        entries = [*report["successful_merges"], *report.get("unfinished_merges", ())]
+        return [_reported_pair(path, entry) for entry in entries]
+    except PairError as error:
+        raise Stop(EXIT_USAGE, str(error)) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"{path} is neither a backup folder nor a merge report ({type(error).__name__})"
+        raise Stop(EXIT_USAGE, why) from None
+
+
+def _reported_pair(path: Path, entry: Json) -> Pair:
+    primary, duplicate = (
+        Contact.from_json({**entry[role], "email": entry["email"], "external_ref": entry[role]["old_external_ref"]})
+        for role in ("primary", "duplicate")
+    )
+    backup = Path(str(entry["backup"]))
+    if not backup.is_dir():  # named from the folder that holds reports/ and backups/
+        backup = path.resolve().parent.parent / backup
+    state = State(entry.get("state", "done"))
+    return Pair(primary, duplicate, entry["new_external_ref"], state, backup=str(backup), report=path.name)
+
+
+Role = Tuple[str, str]  # object id, and `owned_by`, `reported_by` or `members`
+Things = Dict[str, Optional[Json]]  # works and conversations as they are now, None for what has been deleted
+Changes = Dict[str, Dict[str, List[str]]]  # object id -> role -> the ids of everybody who is to have it
+Left = Dict[str, List[Json]]  # old contact id -> `{id, role, why}` of what can't be handed back
+
+
+@dataclass
+class Before:
+    """What the contacts of a group were before their merges, from its backups: by contact id."""
+
+    users: Dict[str, Json] = field(default_factory=dict)  # rev users
+    had: Dict[str, Set[Role]] = field(default_factory=dict)
+
+
+def read_before(pairs: Sequence[Pair]) -> Before:
+    """Read and check the backups of one primary's pairs. Raises PairError(backup_failed)."""
+    before = Before()
+    primary = pairs[0].primary.id
+    manifests = [(read_backup(Path(folder)), Path(folder)) for folder in {pair.backup for pair in pairs}]
+    for manifest, folder in sorted(manifests, key=lambda one: str(one[0]["created"])):
+        entries = {entry["csv"]["id"]: entry for entry in manifest["contacts"]}
+        # What the primary has by then from a duplicate that has gone is not its own.
+        gone = [before.had.get(pair.duplicate.id, set()) for pair in pairs if pair.duplicate.id not in entries]
+        for identity, entry in entries.items():
+            user = json.loads((folder / entry["folder"] / "contact.json").read_bytes())
+            had = {(item["id"], item["role"]) for item in handed_on(entry)}
+            if identity == primary:
+                before.users.setdefault(identity, user)
+                before.had.setdefault(identity, set()).update(had.difference(*gone))
+            else:
+                before.users[identity], before.had[identity] = user, had
+    for pair in pairs:
+        if not {primary, pair.duplicate.id} <= before.users.keys():
+            raise PairError("backup_failed", f"the backup {pair.backup} does not hold {pair.duplicate.short_id}")
+    return before
+
+
+def hand_back(
+    things: Things, had: Mapping[str, Set[Role]], primary: str, made: Mapping[str, str], stays: Set[Role]
+) -> Tuple[Changes, Left]:
+    """What has to be written so that the contacts that were `made` again (old id -> new id) have what they `had`, and
+    what belongs to others by now.
+
+    A new contact takes the primary's place, or joins it where that `stays`; nobody else is moved.
+    """
+    changes: Changes = collections.defaultdict(dict)
+    left: Left = {old: [] for old in made}
+    for identity, role in sorted(set().union(*(had[old] for old in made))):
+        thing = things[identity]
+        now = [person["id"] for person in (thing or {}).get(role) or ()]
+        people = [made.get(one, one) for one in now]  # a merge may have left the old id, and lists may lag behind one
+        missing = {old: new for old, new in made.items() if (identity, role) in had[old] and new not in people}
+        if missing and primary in people:
+            at = people.index(primary)
+            kept = [primary] if (identity, role) in stays else []
+            people[at : at + 1] = [*kept, *missing.values()]
+        else:
+            why = "deleted" if thing is None else "given to others"
+            for old in missing:
+                left[old].append({"id": identity, "role": role, "why": why})
+        if people != now:
+            changes[identity][role] = people
+    return changes, left
+
+
+# ---------------------------------------------------------------------------------------------------
+# Undo: the walk of one group
+# ---------------------------------------------------------------------------------------------------
+
+
+class UndoWalk(Walk):
+    """One group on its way back: look, the primary's old reference, the contacts again, what they had, proof, undone.
+
+    `Pair.details["undo"]` says how far a pair is: `path` of the --undo, state `before` it, whether its reference was
+    `moved` to the primary; `asked` once the contact was asked for, `left_out` with the fields that DevRev refused of
+    it; `contact` and `display_id` once it is made; `left` with what was not handed back.
+    """
+
+    merger: "Undoer"
+    KEEP = 3  # units for what follows the primary's old reference: the contact, once more with less, or the way back
+    FIELDS = ("display_name", "email", "external_ref", "description", "phone_numbers", "display_picture", "rev_org")
+
+    def __init__(self, merger: "Undoer", group: Group) -> None:
+        super().__init__(merger, group, [pair for pair in group.pairs if pair.state is not State.UNDONE])
+        self.before = Before()
+        self.moved: Optional[Pair] = None  # whose reference the primary has
+        self._lost: Set[Tuple[str, str]] = set()  # pairs of whose contact no answer tells whether it was made
+        self._why = ""
+
+    async def go(self) -> None:
+        try:
+            self.merger.may_begin()
+            self.before = await self.outside.work(read_before, self.group.pairs)
+            await self._look_at_group()
+            if self.merger.preview:
+                await self._foresee()
+                return
+            if len(self.merger.tried) < 2:
+                await self._try_to_write()
+            self._begin()
+            await self._split()
+            await self._hand_back()
+        except PairError as flaw:
+            for pair in self._on_their_way():
+                self.merger.rest(self, pair, flaw)
+        finally:
+            self.api.gate.release(self.hold)
+
+    def _on_their_way(self) -> List[Pair]:
+        return [pair for pair in self.pairs if pair.ids not in self.merger.rested]
+
+    def _note(self, pair: Pair, event: str = "undo begun") -> None:
+        self.merger.journal.note(event, pair, details=pair.details)
+        self.merger.savepoint.record(pair)
+
+    def _old_ref(self, contact: Contact) -> str:
+        return str(self.before.users[contact.id].get("external_ref"))
+
+    # -- look ---------------------------------------------------------------------------------------
+
+    async def _look_at_group(self) -> None:
+        """Find the group as its merges have left it, or as an undo has that was not finished."""
+        contact = self.group.primary
+        primary = await self.api.contact(contact.id)
+        sights = await asyncio.gather(*(self.api.look(*pair.ids, ANY_TURN) for pair in self.pairs))
+        if primary is None:
+            raise PairError("not_found", f"the primary {contact.short_id} is not in DevRev any more")
+        if primary.get("state") != "active":
+            raise PairError("not_active", f"the primary {contact.short_id} is {primary.get('state')}, not active")
+        there = [pair.duplicate.short_id for pair, sight in zip(self.pairs, sights) if sight is Sight.THERE]
+        if there:
+            raise PairError("not_merged", f"still there, so not merged, or not yet: {', '.join(there)}")
+        reference = primary.get("external_ref")
+        moved = (pair for pair in self.pairs if self._old_ref(pair.duplicate) == reference)
+        self.moved = None if reference == self._old_ref(contact) else next(moved, None)
+        if reference != self._old_ref(contact) and self.moved is None:
+            words = f"{contact.short_id} has got the reference {reference or 'none'} from somebody"
+            raise PairError("external_ref_changed", words)
+
+    async def _foresee(self) -> None:
+        """Say what would be handed back."""
+        _, left = self._judge((await self._read(self._as_if()))[0], self._as_if())
+        for pair in self.pairs:
+            pair.details.setdefault("undo", {})["left"] = left[pair.duplicate.id]
+            self.merger.rest(self, pair)
+
+    async def _try_to_write(self) -> None:
+        """Set nothing on a work and on a conversation: a token that may not is told so while all is as it was."""
+        things, _ = await self._read(self._as_if())
+        for identity in self._judge(things, self._as_if())[0]:
+            is_work = ":conversation/" not in identity
+            if is_work not in self.merger.tried:
+                with contextlib.suppress(ApiRefused):
+                    await self.api.set_people(things[identity] or {}, {}, ANY_TURN)
+                self.merger.tried.add(is_work)
+
+    def _as_if(self) -> Dict[str, str]:
+        """The contacts as if all were made again; where they are not, the old id stands for the new one."""
+        return {**{pair.duplicate.id: pair.duplicate.id for pair in self.pairs}, **self._made()}
+
+    def _begin(self) -> None:
+        self.merger.may_begin()
+        for pair in self.pairs:
+            if pair.state is not State.UNDOING:
+                pair.details["undo"] = {"path": str(self.merger.path), "before": pair.state.value, "moved": False}
+            pair.details["undo"]["moved"] |= pair is self.moved
+            pair.details["undo"].setdefault("left_out", {})
+            pair.state, pair.code, pair.error = State.UNDOING, "", ""
+            self._note(pair)
+
+    # -- references and contacts --------------------------------------------------------------------
+
+    async def _split(self) -> None:
+        """Give the primary its old reference, and make the contacts again: first the one whose reference that frees."""
+        if self.moved:
+            await self._free_reference(self.moved)
+        for pair in sorted(self.pairs, key=lambda pair: not pair.details["undo"]["moved"]):
+            try:
+                await self._make(pair)
+            except PairError as flaw:
+                back = flaw.code != "contact_not_confirmed" and not self._made()
+                if back:
+                    await self._go_back(flaw)
+                for one in self._on_their_way() if back else [pair]:
+                    self.merger.rest(self, one, flaw)
+                if flaw.code == "forbidden":
+                    raise Denied(EXIT_USAGE, str(flaw)) from None
+                if back:
+                    return
+            self.api.gate.release(self.hold)
+
+    def _made(self) -> Dict[str, str]:
+        """Old id -> new id of the contacts that are there again."""
+        undos = ((pair, pair.details.get("undo", {})) for pair in self.group.pairs)
+        return {pair.duplicate.id: undo["contact"] for pair, undo in undos if "contact" in undo}
+
+    async def _free_reference(self, moved: Pair) -> None:
+        """Set the primary's old reference, once there is quota for what has to follow; an error says little of it."""
+        primary, old = self.group.primary, self._old_ref(self.group.primary)
+        self.merger.changed = True
+        try:
+            await self.api.set_external_ref(primary.id, old, Turn(MERGE, self.hold, self.KEEP))
+        except PairError:
+            live = await self.api.contact(primary.id, Turn(FINISH)) or {}
+            if live.get("external_ref") == self._old_ref(moved.duplicate):
+                self._restore()
+            if live.get("external_ref") != old:
+                raise
+
+    async def _make(self, pair: Pair) -> None:
+        """Make the contact again, with what DevRev takes of it; once, whatever becomes of the answers."""
+        undo = pair.details["undo"]
+        begun, pause = self.outside.moment(), 0.2
+        while "contact" not in undo:
+            fields = self._fields(pair)
+            user = await self._find(pair, fields) if "asked" in undo else None
+            if user is None and ("external_ref" in fields or pair.ids not in self._lost):
+                user = await self._create(pair, fields)
+                if user is None and "asked" in undo:
+                    user = await self._find(pair, fields)
+            lost, vital = pair.ids in self._lost, self._is_vital(pair, "external_ref")
+            if user:
+                undo.update(contact=user["id"], display_id=str(user.get("display_id")))
+                self._note(pair)
+            elif "asked" not in undo:
+                continue  # a field is left out
+            elif (vital or lost) and self.outside.elapsed(begun) < min(10.0, self.merger.merge_timeout / 4):
+                await self.merger.brake.sleep(pause)
+                pause *= 1.6
+            elif vital:
+                raise PairError("contact_refused", f"{pair.duplicate.short_id} could not be made again: {self._why}")
+            elif lost:
+                words = f"it is not known whether {pair.duplicate.short_id} was made again"
+                raise PairError("contact_not_confirmed", words)
+            else:
+                undo["left_out"]["external_ref"] = self._why
+                del undo["asked"]
+
+    def _fields(self, pair: Pair) -> Json:
+        """What the contact is made with."""
+        user = self.before.users[pair.duplicate.id]
+        picture = user.get("display_picture")
+        known = {
+            **user,
+            "display_picture": picture.get("id") if isinstance(picture, dict) else None,
+            "rev_org": rev_org_id(user),
+        }
+        left_out = pair.details["undo"]["left_out"]
+        return {name: known[name] for name in self.FIELDS if known.get(name) and name not in left_out}
+
+    def _is_vital(self, pair: Pair, name: str) -> bool:
+        """Without its `user_` reference a contact is not the one that the application knows."""
+        return name == "external_ref" and self._old_ref(pair.duplicate).startswith("user_")
+
+    async def _create(self, pair: Pair, fields: Json) -> Optional[Json]:
+        """Ask for the contact; None where it may or may not be there now, or a field of it was refused."""
+        undo, named = pair.details["undo"], "external_ref" in fields
+        undo["asked"] = [] if named else sorted(self._ids().union(user["id"] for user in await self._namesakes(pair)))
+        self._note(pair)
+        self.merger.changed = True
+        try:
+            return await self.api.create_contact(fields, Turn(FINISH, self.hold))
+        except ApiUnanswered as error:
+            self._lost.add(pair.ids)
+            self._why = str(error)
+        except ApiRefused as refusal:
+            self._why = str(refusal)
+            name = re.split(r"\W", str(refusal.data.get("field_name")))[0]
+            if refusal.status == 400 and name in fields and not self._is_vital(pair, name):
+                undo["left_out"][name] = str(refusal)
+                del undo["asked"]
+            elif refusal.status != 409 or not named:
+                code = "forbidden" if refusal.status == 403 else "contact_refused"
+                raise PairError(code, f"{pair.duplicate.short_id} could not be made again: {refusal}") from None
+        return None
+
+    async def _find(self, pair: Pair, fields: Json) -> Optional[Json]:
+        """The contact that was asked for, where it was made. PairError where its reference is somebody else's."""
+        if "external_ref" not in fields:
+            known = pair.details["undo"]["asked"]
+            return next((user for user in await self._namesakes(pair) if user["id"] not in known), None)
+        for user in await self.api.holders_of(fields["external_ref"], Turn(FINISH)):
+            elsewhere = "rev_org" in fields and rev_org_id(user) not in (None, fields["rev_org"])
+            if user["id"] in self._ids() or elsewhere:
+                continue
+            if email_of(user) != email_key(fields.get("email", "")):
+                words = (
+                    f"the reference {fields['external_ref']} is held by {user.get('display_id')}, who is somebody else"
+                )
+                raise PairError("external_ref_conflict", words)
+            return user
+        return None
+
+    async def _namesakes(self, pair: Pair) -> List[Json]:
+        return (await self.api.emails.load(pair.duplicate.email.strip(), 1, FINISH)).items
+
+    def _ids(self) -> Set[str]:
+        """The group, as it was and as far as it is made again."""
+        return {contact.id for contact in self.group.everybody()}.union(self._made().values())
+
+    async def _go_back(self, flaw: PairError) -> None:
+        """No contact can be made: the reference goes to the primary again, and the group is as it was."""
+        for pair in self.pairs:
+            reference = self._old_ref(pair.duplicate)
+            if pair.details["undo"]["moved"] and not await self._set_reference(pair, reference):
+                raise PairError(flaw.code, f"{flaw}; {reference} is held by somebody by now, and stays there")
+        self._restore()
+
+    def _restore(self) -> None:
+        events = {state: event for event, state in Journal.STATES.items()}
+        for pair in self.pairs:
+            pair.state = State(pair.details.pop("undo")["before"])
+            pair.report = pair.report or self.merger.path.name  # so that no other report calls it new
+            self._note(pair, events.get(pair.state, "merged"))
+
+    # -- works and conversations --------------------------------------------------------------------
+
+    async def _hand_back(self) -> None:
+        """Write what has to change until the lists show nothing more to change, which is the proof."""
+        made = {pair.duplicate.id: self._made()[pair.duplicate.id] for pair in self._on_their_way()}
+        handled: Dict[str, str] = {}  # object id -> what DevRev has said to it, `""` where it was accepted
+        waiting_since, pause = self.outside.moment(), 0.5
+        while True:
+            things, since = await self._read(made)
+            changes, left = self._judge(things, made)
+            if all(handled.get(one) for one in changes):
+                break
+            fresh = {one: roles for one, roles in changes.items() if one not in handled}
+            if fresh:
+                await self._write(fresh, things, since, handled)
+                waiting_since = self.outside.moment()
+            elif self.outside.elapsed(waiting_since) > self.merger.merge_timeout:
+                break
+            else:
+                await self.merger.brake.sleep(pause)
+                pause = min(20.0, 1.5 * pause)
+        for pair in self._on_their_way():
+            try:
+                self._end(pair, changes, handled, left[pair.duplicate.id])
+            except PairError as flaw:
+                self.merger.rest(self, pair, flaw)
+            else:
+                self.merger.rest(self, pair)
+
+    def _judge(self, things: Things, made: Mapping[str, str]) -> Tuple[Changes, Left]:
+        """`hand_back`: the primary stays where it, or a duplicate that is not back, had the role itself."""
+        primary, had = self.group.primary.id, self.before.had
+        missing = (one.duplicate.id for one in self.group.pairs if one.state is not State.UNDONE)
+        stays = had[primary].union(*(had[old] for old in missing if old not in made))
+        return hand_back(things, had, primary, made, stays)
+
+    async def _read(self, made: Mapping[str, str]) -> Tuple[Things, Moment]:
+        """The works and conversations of the contacts that were `made` again (old id -> new id), and since when they
+        are so. Only what no list shows is asked for by itself."""
+        wanted = set().union(*(self.before.had[old] for old in made))
+        loaders = {
+            **{ROLES[role]: loader for role, loader in self.api.works.items()},
+            "members": self.api.conversations,
+        }
+        people = {self.group.primary.id, *made.values()} - made.keys()
+        weight = sum(contact.tickets for contact in self.group.everybody())
+        since = [self.outside.moment()]
+        listings = await asyncio.gather(
+            *(loaders[role].load(one, weight, PROVE) for role in {role for _, role in wanted} for one in people)
+        )
+        things: Things = {item["id"]: item for listing in listings for item in listing.items}
+        unlisted = sorted({identity for identity, _ in wanted} - things.keys())
+        things.update(zip(unlisted, await asyncio.gather(*(self.api.thing(one, Turn(PROVE)) for one in unlisted))))
+        return things, oldest(chain(since, (listing.since for listing in listings)))
+
+    async def _write(self, changes: Changes, things: Things, since: Moment, handled: Dict[str, str]) -> None:
+        """Hand back what was read no longer ago than a live check is believed; the rest has to be read again first."""
+
+        def is_fresh() -> None:
+            if self.outside.age(since) > Evidence.FRESH:
+                raise Stale()
+
+        async def write() -> None:
+            while changes:
+                identity, roles = changes.popitem()
+                try:
+                    await self.api.set_people(things[identity] or {}, roles, Turn(RESUME), is_fresh)
+                    handled[identity] = ""
+                except Stale:
+                    return
+                except ApiRefused as refusal:
+                    handled[identity] = str(refusal)
+                except BaseException:
+                    changes.clear()
+                    raise
+
+        await asyncio.gather(*(write() for _ in range(self.api.settings.workers)))
+
+    def _end(self, pair: Pair, changes: Changes, handled: Mapping[str, str], left: List[Json]) -> None:
+        pair.details["undo"]["left"] = left
+        mine = (one for one in sorted(self.before.had[pair.duplicate.id]) if one[1] in changes.get(one[0], {}))
+        open_items = ({"id": one, "role": role, "why": handled[one] or "not shown yet"} for one, role in mine)
+        pair.left_behind = describe(pair.backup, open_items)
+        if pair.left_behind:
+            names = ", ".join(dict.fromkeys(item["display_id"] for item in pair.left_behind))
+            raise PairError("not_handed_back", f"made again, but not handed back: {names}")
+        pair.state, pair.code, pair.error = State.UNDONE, "", ""
+        self._note(pair, "undone")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Undo: the run
+# ---------------------------------------------------------------------------------------------------
+
+
+class Undoer(ContactMerger):
+    """Carries out an undo: one group alone until the first is undone, then many; how it ends is as with merges."""
+
+    UNDER_WAY = (State.UNDOING,)
+
+    def __init__(
+        self, api: DevRevAPI, savepoint: SavePoint, journal: Journal, path: Path, preview: bool, **options: Any
+    ) -> None:
+        super().__init__(api, savepoint, journal, Backups(journal.path.parent, api.outside), **options)
+        self.path, self.preview = path, preview
+        self.tried: Set[bool] = set()  # whether works (True) and conversations (False) may be written
+
+    async def undo(self, plan: UndoPlan) -> int:
+        """Take the plan back and return the exit code; nothing is raised."""
+        self.total = len(plan.pairs)
+        return await self.drive(self._undo(plan.groups))
+
+    async def _undo(self, groups: List[Group]) -> None:
+        for group in groups:
+            alone = not (self.preview or self.count(State.UNDONE))
+            while len(self._walks) >= (1 if alone else self._outstanding()):
+                await self._or_brake(self._any_walk())
+                alone = not (self.preview or self.count(State.UNDONE))
+            self.may_begin()
+            self._start(UndoWalk(self, group))
+        await self._all_walks()
+
+    def rest(self, walk: Walk, pair: Pair, flaw: Optional[PairError] = None) -> None:
+        """A pair is undone, refused, or can't be taken further in this run; only what has begun is noted for good."""
+        pair.code, pair.error = (flaw.code, str(flaw)) if flaw else ("", "")
+        if pair.state in self.UNDER_WAY:
+            self.savepoint.record(pair)
+        self._note_rest(walk, pair, flaw)
+
+    def went_well(self, pair: Pair) -> bool:
+        return not pair.code
+
+
+def undo_entry(pair: Pair) -> Json:
+    """What was, or would be, given back of a pair, and what can't be."""
+    undo = pair.details.get("undo", {})
+    left = {(item["id"], item["role"]): item for item in (*undo.get("left", ()), *pair.left_behind)}
+    entry = {
+        "email": pair.email,
+        "primary": contact_entry(pair.primary),
+        "duplicate": contact_entry(pair.duplicate),
+        "contact": {"id": undo["contact"], "display_id": undo["display_id"]} if "contact" in undo else None,
+        "state": pair.state.value,
+        "backup": pair.backup,
+        "code": pair.code,
+        "error": pair.error,
+        "given_back": [],
+        "left": describe(pair.backup, left.values()),
+        "not_given_back": [],
+    }
+    with contextlib.suppress(PairError, OSError, ValueError, KeyError, TypeError):
+        manifest = read_manifest(pair.backup)
+        (mine,) = (one for one in manifest["contacts"] if one["csv"]["id"] == pair.duplicate.id)
+        user = json.loads((Path(pair.backup) / mine["folder"] / "contact.json").read_bytes())
+        given = [item for item in handed_on(mine) if (item["id"], item["role"]) not in left]
+        entry["given_back"] = describe(pair.backup, given) if "left" in undo else []
+        entry["not_given_back"] = list(_lost_for_good(user, mine, undo.get("left_out", {})))
+    return entry
+
+
+def _lost_for_good(user: Json, entry: Json, left_out: Mapping[str, str]) -> Iterator[Json]:
+    """What nobody can give back of a contact: its rev user and its entry in the manifest say what it had."""
+    for name, value in user.items():
+        if name not in UndoWalk.FIELDS and name != "state":
+            yield {"what": name, "value": value, "why": "DevRev does not let it be set"}
+    for name, why in left_out.items():
+        yield {"what": name, "value": user.get(name), "why": why}
+    if entry["works"]["created"]:
+        yield {"what": "created_by", "value": entry["works"]["created"], "why": "the primary stays their creator"}
+    yield {"what": "authors of comments", "value": None, "why": "DevRev does not let them be set"}
+
+
+# ---------------------------------------------------------------------------------------------------
 # Report
 # ---------------------------------------------------------------------------------------------------
 
@@ -3483,6 +4091,10 @@ ADVICE = {
     "merged_elsewhere": "export again; the reference named in the message has to be looked at by hand",
     "stale": "raise DEVREV_RATE_LIMIT_CALLS, or ask DevRev for a larger quota",
     "undo_unfinished": "finish the undo first",
+    "not_merged": "nothing to take back yet; where the merge is unfinished, finish it first",
+    "contact_refused": "the group is as it was: look at what DevRev has answered, undo again",
+    "contact_not_confirmed": "undo again: it looks for the contact first",
+    "not_handed_back": "undo again, or hand them over in DevRev",
     "group_incomplete": "run again",
     "interrupted": "run again with the same savepoint: it is finished first",
 }
@@ -3887,6 +4499,9 @@ examples:
     merge_contacts.py --csv contacts.csv
   after a crash or an interruption, the same command again goes on:
     merge_contacts.py --csv contacts.csv
+  take back what a run has merged (ids, dates, creators and authors of comments can't be given back):
+    merge_contacts.py --undo reports/merge_report_20250131_120000.json --preview
+    merge_contacts.py --undo reports/merge_report_20250131_120000.json
 
 environment, or .env in this folder or beside the script:
   DEVREV_API_TOKEN          needed for a real run
@@ -3987,7 +4602,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--settle", metavar="ADDRESS", nargs="+",
         help="accept what can't be mended of merged pairs that an earlier report has named as unfinished",
     )  # fmt: skip
-    how.add_argument("--yes", action="store_true", help="don't ask before the first merge")
+    what.add_argument(
+        "--undo", metavar="PATH", type=Path,
+        help="take merges back: those of a backup folder, or of a merge report; with --preview: say what would be",
+    )  # fmt: skip
+    how.add_argument("--yes", action="store_true", help="don't ask before the first change")
     show = parser.add_argument_group("what to show")
     show.add_argument("-v", "--verbose", action="store_true", help="show each request")
     show.add_argument("-q", "--quiet", action="store_true", help="errors and the summary alone")
@@ -4009,7 +4628,9 @@ def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
             parser.error(f"--export makes a CSV for a later run: --{foreign[0]} does not go with it")
     elif options.domain:
         parser.error("--domain goes with --export")
-    if options.csv is None and modes in ([], ["preview"]):
+    if options.undo and modes not in ([], ["preview"]):
+        parser.error("--undo goes with --preview alone")
+    if options.csv is None and options.undo is None and modes in ([], ["preview"]):
         parser.error("--csv PATH is needed (try --help)")
     return options
 
@@ -4103,7 +4724,7 @@ class Run:
 
     @property
     def report_path(self) -> Path:
-        return Path("reports") / f"merge_report_{self.stamp}.json"
+        return Path("reports") / f"{'undo' if self.options.undo else 'merge'}_report_{self.stamp}.json"
 
     @property
     def log_path(self) -> Path:
@@ -4207,17 +4828,18 @@ def make_plan(run: Run, savepoint: Optional[SavePoint]) -> Plan:
 
 def adopt(plan: Plan, savepoint: SavePoint, named: Collection[str] = ()) -> None:
     """Bring what the savepoint knows into a plan: what has ended or was begun, and what was undone and not `named`."""
-    known = {pair.ids: pair for pair in savepoint.rows(*UNFINISHED, *ENDED, State.UNDONE)}
+    known = {pair.ids: pair for pair in savepoint.rows(*UNFINISHED, *ENDED)}
+    undone = {pair.email for pair in savepoint.rows(State.UNDONE)} - set(named)  # its contacts have other ids now
     groups, plan.groups = plan.groups, []
     for group in groups:
         rows = [known.get(pair.ids) for pair in group.pairs]
-        if group.email not in named and any(row and row.state is State.UNDONE for row in rows):
+        if group.email in undone and not all(rows):
             plan.skipped.append(Skip(group.email, "undone", group.everybody()))
             plan.ids.difference_update(pair.ids for pair in group.pairs)
             continue
         plan.groups.append(group)
         for pair, row in zip(group.pairs, rows):
-            if row and row.state is not State.UNDONE:
+            if row:
                 pair.state = row.state
                 plan.already_merged += row.state in ENDED and bool(row.report)
 
@@ -4249,13 +4871,18 @@ def preview(run: Run) -> int:
     plan = make_plan(run, known)
     cost = estimate_plan(plan, run.settings, not run.options.no_timelines)
     if run.options.json:
-        with contextlib.suppress(OSError, ValueError):
-            for chunk in plan_chunks(plan, cost):
-                sys.stdout.write(re.sub(r"[^\x00-\x7e]", lambda c: json.dumps(c.group())[1:-1], chunk.decode("utf-8")))
-            sys.stdout.flush()
+        print_json(plan_chunks(plan, cost))
     else:
         show_plan(plan, run.console, cost, run.ceiling())
     return EXIT_OK
+
+
+def print_json(chunks: Iterable[bytes]) -> None:
+    """JSON on stdout, in ASCII, whatever the terminal takes."""
+    with contextlib.suppress(OSError, ValueError):
+        for chunk in chunks:
+            sys.stdout.write(re.sub(r"[^\x00-\x7e]", lambda c: json.dumps(c.group())[1:-1], chunk.decode("utf-8")))
+        sys.stdout.flush()
 
 
 def _has_content(path: Path) -> bool:
@@ -4301,9 +4928,9 @@ def settle(run: Run) -> int:
         savepoint.close()
 
 
-def open_savepoint(run: Run) -> SavePoint:
+def open_savepoint(run: Run, readonly: bool = False) -> SavePoint:
     """Open the savepoint. A new one learns from the journal what was asked for and what has ended."""
-    savepoint = SavePoint(run.options.savepoint, run.outside, run.stamp)
+    savepoint = SavePoint(run.options.savepoint, run.outside, run.stamp, readonly)
     if savepoint.is_new:
         reported = reported_pairs(run.report_path.parent)
         pairs = Journal(JOURNAL, run.outside, run.stamp).pairs()
@@ -4361,7 +4988,9 @@ async def carry_out(run: Run, plan: Plan, savepoint: SavePoint) -> int:
         brake.pull(stop)
         return _report(run, plan, merger, savepoint, stop.exit_code)
     ticking = asyncio.ensure_future(progress.tick(merger))  # which also lets signals in, however quiet it is
-    await confirm(run, plan, merger, len(unfinished))
+    before = f", {len(unfinished)} of an earlier run to finish first" if unfinished else ""
+    facts = {"to merge": plural(plan.count(), "pair") + before, "backups in": str(Path("backups").resolve())}
+    await confirm(run, merger, "merge", facts, "In DevRev a merge can't be undone; --undo takes back most of it.")
     savepoint.about("organisation", merger.organisation)
     run.on_signal(asyncio.get_event_loop(), lambda: brake.pull(Interrupted()))
     code = await merger.run(plan.groups, unfinished)
@@ -4370,8 +4999,8 @@ async def carry_out(run: Run, plan: Plan, savepoint: SavePoint) -> int:
     return _report(run, plan, merger, savepoint, run.signal + 128 if run.signal else code)
 
 
-async def confirm(run: Run, plan: Plan, merger: ContactMerger, unfinished: int) -> None:
-    """On a terminal: say what is about to happen, and go on only on a typed `merge`. Raises Stop(2) otherwise."""
+async def confirm(run: Run, merger: ContactMerger, word: str, facts: Mapping[str, str], warning: str) -> None:
+    """On a terminal: say what is about to happen, and go on only where `word` is typed. Raises Stop(2) otherwise."""
     owner = merger.token_owner
     who = str(owner.get("display_name") or owner.get("full_name") or owner.get("email") or owner.get("id"))
     log.info("organisation %s, token of %s (%s)", merger.organisation, who, owner.get("id"))
@@ -4380,16 +5009,13 @@ async def confirm(run: Run, plan: Plan, merger: ContactMerger, unfinished: int) 
     say = run.console.say
     say(f"organisation  {merger.organisation} at {run.settings.base_url}")
     say(f"token of      {who}" + (f" <{owner['email']}>" if owner.get("email") else ""))
-    say(
-        f"to merge      {plural(plan.count(), 'pair')}"
-        + (f", {unfinished} of an earlier run to finish first" if unfinished else "")
-    )
-    say(f"backups in    {Path('backups').resolve()}")
-    say("A merge can't be undone.", "bold")
-    run.console.ask("Type merge to go on, anything else to leave: ")
+    for name, fact in facts.items():
+        say(f"{name:<12}  {fact}")
+    say(warning, "bold")
+    run.console.ask(f"Type {word} to go on, anything else to leave: ")
     # Read by a thread and past Python's own buffers, so that a signal is never kept waiting by the terminal.
     answer = await run.outside.work(os.read, sys.stdin.fileno(), 1024)
-    if answer.strip() != b"merge":
+    if answer.strip() != word.encode():
         raise Stop(EXIT_USAGE, "not confirmed; nothing was changed")
 
 
@@ -4410,9 +5036,12 @@ class Progress:
         if pair.state in (State.DONE, State.SETTLED):
             log.info("merged %s", names)
             line, style = f"merged  {names}" + (f", now {pair.new_ref}" if pair.new_ref else ""), ""
+        elif pair.state is State.UNDONE:
+            log.info("undone %s", names)
+            line, style = f"undone  {names}, again as {pair.details['undo']['display_id']}", ""
         else:
             log.info("failed %s: %s: %s", names, pair.code, pair.error)
-            word = "UNFINISHED" if pair.state in UNFINISHED else "FAILED"
+            word = "UNFINISHED" if pair.state in (*UNFINISHED, State.UNDOING) else "FAILED"
             line, style = f"{word}  {names}: {pair.code}: {pair.error}", "bad"
         if not self.run.options.quiet:
             console.say(line, style)
@@ -4438,7 +5067,7 @@ class Progress:
                 self.run.console.note(line)
 
     def line(self, merger: ContactMerger, now: float) -> str:
-        done, failed = len(merger.rested), len(merger.rested) - merger.count(State.DONE)
+        done, failed = len(merger.rested), sum(not merger.went_well(pair) for pair in merger.rested.values())
         since, before = (
             self.recent[0] if now - self.recent[0][0] < 60 else next(r for r in self.recent if now - r[0] < 60)
         )
@@ -4616,6 +5245,106 @@ def say_exported(run: Run, exporter: Exporter, path: Path) -> None:
     log.info("exported %d rows of %d emails to %s with %d requests", rows, emails, path, requests)
 
 
+# -- undo --------------------------------------------------------------------------------------------
+
+
+def undo(run: Run) -> int:
+    """Take merges back, or with --preview say what would be; returns the exit code."""
+    check_token(run.settings.token)
+    options = run.options
+    savepoint = open_savepoint(run, readonly=options.preview)
+    try:
+        emails = {email_key(email) for email in options.email or ()}
+        plan = plan_undo(options.undo, savepoint, emails, options.limit)
+        if not options.preview:
+            check_writable(run.report_path.parent, run.outside)
+        return asyncio.run(take_back(run, plan, savepoint))
+    finally:
+        savepoint.close()
+
+
+async def take_back(run: Run, plan: UndoPlan, savepoint: SavePoint) -> int:
+    """Find out whose token it is, ask, undo, report; returns the exit code."""
+    options, brake = run.options, Brake()
+    progress, journal = Progress(run), Journal(JOURNAL, run.outside, run.stamp)
+    undoer = Undoer(
+        DevRevAPI(run.settings, run.outside, brake), savepoint, journal, options.undo, options.preview,
+        merge_timeout=options.merge_timeout, on_pair=(lambda _pair: None) if options.preview else progress.on_pair,
+    )  # fmt: skip
+    code = EXIT_OK
+    if plan.groups:
+        await undoer.find_owner()
+        check_organisation(undoer.organisation, "backup", plan.pairs)
+        ticking = asyncio.ensure_future(progress.tick(undoer))  # which also lets signals in, however quiet it is
+        if not options.preview:
+            facts = {"to take back": plural(len(plan.pairs), "merge"), "of": str(options.undo)}
+            await confirm(
+                run, undoer, "undo", facts, "Ids, dates, creators and authors of comments can't be given back."
+            )
+            savepoint.about("organisation", undoer.organisation)
+        run.on_signal(asyncio.get_event_loop(), lambda: brake.pull(Interrupted()))
+        code = await undoer.undo(plan)
+        ticking.cancel()
+        run.console.status("")
+    return report_undo(run, plan, undoer, run.signal + 128 if run.signal else code)
+
+
+def report_undo(run: Run, plan: UndoPlan, undoer: Undoer, code: int) -> int:
+    """Write the report (with --preview: print it), and say what has come of each pair."""
+    stop = str(undoer.stop) if undoer.stop and code >= EXIT_USAGE else None
+    pairs = plan.pairs if run.options.preview else [*plan.undone, *plan.pairs]
+    lists = {
+        "undone": [pair for pair in pairs if pair.state is State.UNDONE],
+        "unfinished": [pair for pair in pairs if pair.state is State.UNDOING],
+        "failed": [pair for pair in pairs if pair.code and pair.state is not State.UNDOING],
+    }
+    if run.options.preview:
+        lists = {"to_undo": [p for p in pairs if not p.code], "refused": [p for p in pairs if p.code]}
+    summary = {name: len(found) for name, found in lists.items()}
+    left = plan.left + len(pairs) - sum(summary.values())
+    summary.update(pairs=len(pairs) + plan.left, undone_before=len(plan.undone), left=left)
+    facts = run_facts(run, undoer, undoer.savepoint, code, stop)
+    head = {"run": {**facts, "undo": str(run.options.undo)}, "summary": summary}
+    entries: Dict[str, Iterable[Json]] = {name: map(undo_entry, found) for name, found in lists.items()}
+    if run.options.preview:
+        show_undo(run, head, entries)
+    else:
+        try:
+            run.outside.replace(run.report_path, report_chunks(head, entries))
+            run.console.say(f"report   {run.report_path}")
+        except OSError as error:
+            run.console.error(f"the report can't be written: {error}")
+            code = code if code >= EXIT_USAGE else EXIT_STOPPED
+        counted = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary.items() if count)
+        run.console.say(counted or "nothing to undo", "bold")
+        _show_failures(run.console, [*lists["failed"], *lists["unfinished"]])
+    if stop and not run.signal:
+        run.console.error(stop)
+    log.info("exit code %d", code)
+    return code
+
+
+def show_undo(run: Run, head: Json, lists: Mapping[str, Iterable[Json]]) -> None:
+    if run.options.json:
+        print_json(report_chunks(head, lists))
+        return
+    say = run.console.say
+    for name, entries in lists.items():
+        for entry in entries:
+            names = f"{entry['primary']['display_id']} -> {entry['duplicate']['display_id']}"
+            if name == "refused":
+                say(f"refused  {entry['email']}: {names}: {entry['code']}: {entry['error']}", "bad")
+                continue
+            given = len({item["id"] for item in entry["given_back"]})
+            reference = entry["duplicate"]["old_external_ref"]
+            say(f"undo     {entry['email']}: {names}, {reference}, {given} tickets, issues and conversations")
+            for item in entry["left"]:
+                say(f"           stays: {item['display_id']} {item['title']}: {item['why']}")
+            say("           never back: " + ", ".join(item["what"] for item in entry["not_given_back"]))
+    counts = head["summary"]
+    say(f"{plural(counts['to_undo'], 'merge')} to take back, {counts['refused']} refused", "bold")
+
+
 # -- check, status, verify ---------------------------------------------------------------------------
 
 
@@ -4651,6 +5380,7 @@ async def _check(run: Run) -> int:
     run.console.say(
         "note    the permission to merge (rev_user:all) can't be tried without merging: --limit 1 is the first proof"
     )
+    run.console.say("note    --undo also needs to write tickets, issues and conversations, which reading can't tell")
     return EXIT_USAGE if failed else EXIT_OK
 
 
@@ -4729,7 +5459,7 @@ def status(run: Run) -> int:
         )
         for name, count in savepoint.counts().items():
             say(f"{count:>7,} {name}")
-        for title, states in (("unfinished", UNFINISHED), ("failed", (State.FAILED,))):
+        for title, states in (("unfinished", (*UNFINISHED, State.UNDOING)), ("failed", (State.FAILED,))):
             for pair in savepoint.rows(*states):
                 why = f"{pair.code}: {pair.error}" if pair.code else f"{pair.state.value}"
                 names = f"{pair.primary.short_id} <- {pair.duplicate.short_id}"
@@ -4822,6 +5552,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 MODES: Dict[str, Callable[[Run], int]] = {
     "export": export,
+    "undo": undo,
     "preview": preview,
     "check": check,
     "status": status,
