@@ -24,6 +24,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import queue
 import random
@@ -1259,6 +1260,7 @@ class Gate:
         self.brake = brake
         self.workers = settings.workers
         self.retries = settings.retries
+        self.host = urlsplit(settings.base_url).netloc
         self.limit: Optional[int] = None
         self.remaining: Optional[int] = None  # as the server last said, for this window
         self.waits: List[Tuple[float, float]] = []  # epoch seconds
@@ -1266,8 +1268,8 @@ class Gate:
         self._queue: List[Waiting] = []
         self._serial = self._in_flight = self._kept = 0
         self._timer: Optional[asyncio.TimerHandle] = None
-        self._window = self._resets_at = self._closed_until = 0.0
-        self._scouting = self._scout_out = self._long_window = False
+        self._window = self._window_length = self._resets_at = self._closed_until = 0.0
+        self._scouting = self._scout_out = False
         self._failures = self._refusals = self._failed_scouts = 0
         self._waiting_for, self._waiting_since = "", 0.0
 
@@ -1320,7 +1322,7 @@ class Gate:
         """Seconds for which nothing at all may leave, and what for."""
         now = self._now()
         if now < self._closed_until:
-            return self._closed_until - now, "quota" if self._refusals else "the API"
+            return self._closed_until - now, "quota" if self._refusals else "DevRev fails"
         if self.remaining is not None and now >= self._resets_at:
             self.remaining, self._scouting, self._scout_out = None, True, False
         return (60.0 if self._scouting and self._scout_out else 0.0), ""
@@ -1400,7 +1402,7 @@ class Gate:
             self._failed_scouts = 0
             self._scouting = self._scouting and not scout
         if self._failed_scouts > self.retries:
-            self.brake.pull(Stop(EXIT_STOPPED, "DevRev can't be reached or keeps failing"))
+            self.brake.pull(Stop(EXIT_STOPPED, f"{self.host} can't be reached or keeps failing"))
         if self._refusals > 10 + 5 * self.retries:
             self.brake.pull(Stop(EXIT_STOPPED, "DevRev keeps answering 429 (over quota), however long it is waited"))
         self._let_through()
@@ -1433,7 +1435,7 @@ class Gate:
             # A clock that is off must not stop a run: past the longest window that makes sense, a scout finds out.
             wait = min(self.LONGEST_WINDOW, window - self._server_time(headers))
             self._resets_at = self._now() + wait + 0.01
-            self._long_window = self._long_window or wait > 30
+            self._window_length = max(self._window_length, wait)
         elif window >= self._window - 1 and self.remaining is not None:
             self.remaining = min(self.remaining, remaining)
 
@@ -1457,17 +1459,43 @@ class Gate:
 
     def pace(self) -> float:
         """Requests that may be sent in the next minute or so."""
-        server = float(self.limit) if self.limit is not None and self._long_window else float("inf")
+        server = float(self.limit) if self.limit is not None and self._window_length > 30 else float("inf")
         ceiling = self._ceiling.clamped_calls * max(1.0, 60 / self._ceiling.period) if self._ceiling else float("inf")
         return min(server, ceiling, 1e6)
+
+    def least_seconds(self, requests: float) -> float:
+        """Seconds that so many more requests take at least, under the server's quota and the tool's own ceiling."""
+        now, least = self._now(), 0.0
+        if self._ceiling:
+            ceiling = self._ceiling
+            wait = ceiling.last_reset + ceiling.period - now
+            least = time_in_windows(requests, self._ceiling_room(), wait, ceiling.clamped_calls, ceiling.period)
+        if self.remaining is not None and self.limit:
+            wait = self._resets_at - now
+            least = max(least, time_in_windows(requests, self._server_room(), wait, self.limit, self._window_length))
+        return least
+
+    @property
+    def under_way(self) -> int:
+        return self._in_flight
 
     def outlook(self) -> str:
         """What is waited for, in words, or how much quota is left; empty where neither is known."""
         now = self._now()
         if self._waiting_for:
             wait = self._closed_until - now if now < self._closed_until else self._until_room()[0]
-            return f"waiting {duration(wait)} for {self._waiting_for}" if wait > 0.5 else ""
+            why = {"quota": f"DevRev's quota of {self.limit}" if self.limit else "DevRev's quota"}
+            if self._ceiling:
+                why["the tool's own ceiling"] = f"ceiling {self._ceiling.clamped_calls} in {self._ceiling.period:g} s"
+            return f"waiting {duration(wait)} ({why.get(self._waiting_for, self._waiting_for)})" if wait > 0.5 else ""
         return f"{self.remaining} of {self.limit} units left" if self.remaining is not None else ""
+
+
+def time_in_windows(requests: float, room: float, wait: float, limit: int, window: float) -> float:
+    """Seconds until so many requests have left, of which `room` may leave now, and `limit` in each window from `wait`
+    seconds on."""
+    over = requests - room
+    return max(0.0, wait) + (math.ceil(over / limit) - 1) * window if over > 0 else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1705,6 +1733,9 @@ class DevRevAPI:
 
     # -- endpoints ----------------------------------------------------------------------------------
 
+    def unreachable(self, error: ApiUnanswered) -> str:
+        return f"{self.gate.host} can't be reached: {error}. Is the network there, and DEVREV_BASE_URL right?"
+
     async def whoami(self) -> Json:
         """The token's owner (`dev_user`)."""
         return await self._user("dev-users.self", {}, "dev_user")
@@ -1811,16 +1842,16 @@ def _users_in(name: str) -> Callable[[Json], Set[str]]:
 
 
 @contextlib.contextmanager
-def nothing_changed_yet(brake: Brake) -> Iterator[None]:
+def nothing_changed_yet(api: DevRevAPI) -> Iterator[None]:
     """Turn what DevRev's API raises into the Stop that ends a run which has changed nothing."""
     try:
         yield
     except ApiUnanswered as error:
-        raise Stop(EXIT_STOPPED, f"DevRev can't be reached: {error}") from None
+        raise Stop(EXIT_STOPPED, api.unreachable(error)) from None
     except ApiRefused as error:
         raise Stop(EXIT_USAGE, f"{error} (is DEVREV_BASE_URL right?)") from None
     except Stop as stop:
-        reason = brake.stop or stop
+        reason = api.brake.stop or stop
         raise (Stop(EXIT_USAGE, str(reason)) if isinstance(reason, Denied) else reason) from None
 
 
@@ -3143,7 +3174,7 @@ class ContactMerger:
         return unfinished
 
     async def find_owner(self) -> None:
-        with nothing_changed_yet(self.brake):
+        with nothing_changed_yet(self.api):
             self.token_owner = await self.api.whoami()
         self.organisation = organisation_of(str(self.token_owner.get("id")))
 
@@ -3388,6 +3419,12 @@ class ContactMerger:
 
     def went_well(self, pair: Pair) -> bool:
         return pair.state in (State.DONE, State.SETTLED)
+
+    def pairs(self) -> Iterator[Pair]:
+        """Pairs that have come to rest or are on their way."""
+        yield from self.rested.values()
+        for walk in self._walks.values():
+            yield from (pair for pair in walk.pairs if pair.ids not in self.rested)
 
     def _exit_code(self) -> int:
         stop = self.stop
@@ -4617,7 +4654,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = build_parser()
     options = parser.parse_args(argv)
-    modes = [name for name in MODES if getattr(options, name)]
+    modes = [name for name in MODES if name != "undo" and getattr(options, name)]
     if len(modes) > 1:
         parser.error("--" + " and --".join(mode.replace("_", "-") for mode in modes) + " don't go together")
     if options.json and not options.preview:
@@ -5212,7 +5249,7 @@ async def _export(run: Run, path: Path, spool: BinaryIO) -> int:
     run.on_signal(asyncio.get_event_loop(), work.cancel)
     ticking = asyncio.ensure_future(show_export(run, exporter))  # which also lets signals in, however quiet it is
     try:
-        with nothing_changed_yet(api.brake):
+        with nothing_changed_yet(api):
             rows = await work
     except asyncio.CancelledError:
         run.console.note("interrupted; nothing was written")
