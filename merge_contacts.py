@@ -8,8 +8,9 @@
 contacts.csv -> pairs that share an email -> live check -> backup -> integrity check from the disk
 -> merge -> external_ref -> proof that nothing was left behind -> JSON report
 
-A merge in DevRev is asynchronous and can't be undone, so every step refuses rather than guesses, and
-everything that was done is in the savepoint before the next thing is tried. `--help` has the options.
+A merge in DevRev is asynchronous and can't be undone there, so every step refuses rather than guesses, and
+everything that was done is in the savepoint before the next thing is tried. From its backups most of a merge can
+be taken back (`--undo`). `--help` has the options.
 """
 
 import argparse
@@ -34,11 +35,12 @@ import socket
 import sqlite3
 import stat
 import sys
+import tempfile
 import textwrap
 import threading
 import time
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
@@ -1053,8 +1055,8 @@ def plan_id(groups: Iterable[Group], count_policy: str, timelines: bool) -> str:
 
 def csv_line(*cells: str) -> str:
     line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(cells)
-    return line.getvalue()
+    csv.writer(line, lineterminator="\r\n").writerow(cells)  # of which no character stays unquoted in a cell
+    return line.getvalue()[:-2]
 
 
 def read_choices(path: Path) -> Dict[str, str]:
@@ -1470,9 +1472,7 @@ class Gate:
             least = time_in_windows(requests, self._ceiling_room(), wait, ceiling.clamped_calls, ceiling.period)
         if self.remaining is not None and self.limit:
             wait = self._resets_at - now
-            least = max(
-                least, time_in_windows(requests, self._server_room(), wait, self.limit, self._window_length)
-            )
+            least = max(least, time_in_windows(requests, self._server_room(), wait, self.limit, self._window_length))
         return least
 
     @property
@@ -1505,6 +1505,9 @@ def time_in_windows(requests: float, room: float, wait: float, limit: int, windo
 SCOPES = {
     "rev-users.merge": "rev_user:all (to merge contacts)",
     "rev-users.update": "rev_user:all (to set a contact's reference)",
+    "rev-users.create": "rev_user:all (to make a contact again)",
+    "works.update": "ticket:all and issue:all (to hand tickets and issues back)",
+    "conversations.update": "conversation:all (to hand conversations back)",
     "rev-users.": "rev_user:read (to read contacts)",
     "works.": "ticket:read and issue:read (to back up tickets and issues)",
     "conversations.": "conversation:read (to back up conversations)",
@@ -1666,7 +1669,8 @@ class DevRevAPI:
     def _deny(self, endpoint: str, status: int, message: str, body: Json) -> None:
         """Send nothing more with a token that is not accepted, or that lacks a scope which it never had.
 
-        One ticket or conversation that it may not see says nothing of its scopes: a second has to be refused.
+        One ticket or conversation that it may not see says nothing of its scopes: a second has to be refused. Who may
+        not make a contact has a reference to put back first.
         """
         if status == 401:
             words = message.rstrip(".")
@@ -1675,8 +1679,9 @@ class DevRevAPI:
             self.brake.pull(denied)
             raise denied
         self._forbidden[endpoint].add(to_json(body))
-        one_object = len(self._forbidden[endpoint]) == 1 and not endpoint.startswith("rev-users.")
-        if endpoint not in self._answered and not one_object:
+        reads = not endpoint.startswith("rev-users.") and not endpoint.endswith(".update")
+        one_object = len(self._forbidden[endpoint]) == 1 and reads
+        if endpoint not in self._answered and not one_object and endpoint != "rev-users.create":
             text = f"the token may not call {endpoint} (403): it lacks the scope {scope_of(endpoint)}"
             denied = Denied(EXIT_USAGE, text)
             self.brake.pull(denied)
@@ -1685,32 +1690,43 @@ class DevRevAPI:
     async def pages(self, endpoint: str, key: str, body: Json, turn: Turn = ANY_TURN) -> Listing:
         """All items of a cursor-paged list."""
         items: Dict[str, Json] = {}
-        cursors: Set[str] = set()
         since: Optional[Moment] = None
+        async for page in self.each_page(endpoint, key, body, turn):
+            since = since or page.since
+            items.update((item["id"], item) for item in page.items)
+        return Listing(list(items.values()), since or self.outside.moment())
+
+    async def each_page(self, endpoint: str, key: str, body: Json, turn: Turn = ANY_TURN) -> AsyncIterator[Listing]:
+        """The pages of a list, one after the other; an item that moves meanwhile may stand on two of them."""
+        known: Set[int] = set()  # hashes of ids
+        cursors: Set[str] = set()
         stale = 0
         page = dict(body, limit=PAGE)
         while True:
             reply = await self._call(endpoint, page, key, turn)
-            since = since or reply.since
-            before = len(items)
+            before = len(known)
+            items = reply.data[key] or []
             try:
-                items.update((item["id"], item) for item in reply.data[key] or ())
+                known.update(hash(item["id"]) for item in items)
             except (TypeError, KeyError):
                 raise ApiUnanswered(endpoint, f"{key} holds something without an id") from None
             cursor = reply.data.get("next_cursor") or ""
             if not isinstance(cursor, str):
                 raise ApiUnanswered(endpoint, "next_cursor is no text")
+            yield Listing(items, reply.since)
             if not cursor:
-                return Listing(list(items.values()), since)
-            stale = stale + 1 if len(items) == before else 0
+                return
+            stale = stale + 1 if len(known) == before else 0
             if cursor in cursors or stale >= self.STALE_PAGES:
                 raise ApiUnanswered(endpoint, "its pages go on without bringing anything new")
             cursors.add(cursor)
             page["cursor"] = cursor
 
-    async def _user(self, endpoint: str, body: Json, key: str = "rev_user", turn: Turn = ANY_TURN) -> Json:
+    async def _user(
+        self, endpoint: str, body: Json, key: str = "rev_user", turn: Turn = ANY_TURN, repeatable: bool = True
+    ) -> Json:
         """The user that an endpoint answers with. ApiUnanswered where it is none."""
-        user = (await self._call(endpoint, body, key, turn)).data[key]
+        user = (await self._call(endpoint, body, key, turn, repeatable)).data[key]
         if not (isinstance(user, dict) and isinstance(user.get("id"), str)):
             raise ApiUnanswered(endpoint, f"{key} holds no user")
         return user
@@ -1763,6 +1779,20 @@ class DevRevAPI:
                 "external_ref_not_set", f"DevRev answered the update with the reference {user.get('external_ref')}"
             )
 
+    async def create_contact(self, fields: Json, turn: Turn) -> Json:
+        """Make a contact and return it. It is never repeated blindly: a lost answer is for the caller to look into."""
+        return await self._user("rev-users.create", fields, turn=turn, repeatable=False)
+
+    async def set_people(
+        self, thing: Json, roles: Mapping[str, Sequence[str]], turn: Turn, before: Callable[[], None] = lambda: None
+    ) -> None:
+        """Replace the whole lists of a work's or a conversation's people, by role; none: try whether one may."""
+        body: Json = {"id": thing["id"], **{role: {"set": list(ids)} for role, ids in roles.items()}}
+        if ":conversation/" in thing["id"]:
+            await self._call("conversations.update", body, "conversation", turn, before=before)
+        else:
+            await self._call("works.update", {**body, "type": thing["type"]}, "work", turn, before=before)
+
     async def holders_of(self, external_ref: str, turn: Turn) -> List[Json]:
         """The rev users that DevRev lists for a reference."""
         return (await self.pages("rev-users.list", "rev_users", {"external_ref": [external_ref]}, turn)).items
@@ -1809,6 +1839,20 @@ class DevRevAPI:
 
 def _users_in(name: str) -> Callable[[Json], Set[str]]:
     return lambda item: user_ids(item.get(name))
+
+
+@contextlib.contextmanager
+def nothing_changed_yet(api: DevRevAPI) -> Iterator[None]:
+    """Turn what DevRev's API raises into the Stop that ends a run which has changed nothing."""
+    try:
+        yield
+    except ApiUnanswered as error:
+        raise Stop(EXIT_STOPPED, api.unreachable(error)) from None
+    except ApiRefused as error:
+        raise Stop(EXIT_USAGE, f"{error} (is DEVREV_BASE_URL right?)") from None
+    except Stop as stop:
+        reason = api.brake.stop or stop
+        raise (Stop(EXIT_USAGE, str(reason)) if isinstance(reason, Denied) else reason) from None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2132,12 +2176,17 @@ def to_prove(backup: str, duplicate: str) -> List[Json]:
     """
     try:
         (entry,) = (one for one in read_manifest(backup)["contacts"] if one["csv"]["id"] == duplicate)
-        return [
-            *({"id": work, "role": ROLES[role]} for role in ("owned", "reported") for work in entry["works"][role]),
-            *({"id": conversation, "role": "members"} for conversation in entry["conversations"]),
-        ]
+        return handed_on(entry)
     except (KeyError, TypeError, ValueError) as error:
         raise PairError("backup_failed", f"the backup {backup} is no whole one ({type(error).__name__})") from None
+
+
+def handed_on(entry: Json) -> List[Json]:
+    """Of a contact in a manifest, what a merge hands on, as `{id, role}`."""
+    return [
+        *({"id": work, "role": ROLES[role]} for role in ("owned", "reported") for work in entry["works"][role]),
+        *({"id": conversation, "role": "members"} for conversation in entry["conversations"]),
+    ]
 
 
 def describe(backup: str, items: Iterable[Json]) -> List[Json]:
@@ -2349,6 +2398,8 @@ class SavePoint:
         copy = sqlite3.connect(":memory:", isolation_level=None)
         for patience in (0.0, 0.05, 0.1, 0.2, 0.4):
             time.sleep(patience)
+            if not self.path.exists():
+                break
             try:
                 with contextlib.closing(self._connect("mode=ro&immutable=1" if patience else "mode=rw")) as db:
                     db.execute("SELECT primary_id, state, run FROM pairs LIMIT 1")
@@ -2517,15 +2568,168 @@ class SavePoint:
 # ---------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Evidence:
-    """What a merge request rests on. Each part is as old as the first request that it was read with."""
+    """What the merges of a group rest on: the live check, the backup, and the integrity check from the disk.
 
-    checked: Optional[Moment] = None  # the live check
-    listed: Optional[Moment] = None  # the lists of works and conversations in the backup
-    live: Dict[str, Json] = field(default_factory=dict)  # rev users by id
-    timelines: Dict[str, Tuple[Any, List[Json]]] = field(default_factory=dict)  # object id -> modified_date, entries
-    folder: str = ""  # of the backup, once the integrity check has passed
+    Each part is as old as the first request that it was read with.
+    """
+
+    FRESH = 60.0  # seconds for which a live check is believed
+    LISTED = 120.0  # seconds for which the lists in a backup are believed
+    AHEAD = 50  # timelines that wait for their turn at once; groups that began earlier are read first
+
+    def __init__(self, merger: "ContactMerger", group: Group) -> None:
+        self.merger = merger
+        self.api = merger.api
+        self.outside = merger.outside
+        self.group = group
+        self.folder = ""  # of the backup, once the integrity check has passed
+        self._checked: Optional[Moment] = None
+        self._listed: Optional[Moment] = None
+        self._live: Dict[str, Json] = {}  # rev users by id
+        self._timelines: Dict[str, Tuple[Any, List[Json]]] = {}  # object id -> modified_date, entries
+
+    def is_fresh(self) -> bool:
+        return not (self._is_old(self._checked, self.FRESH) or self._is_old(self._listed, self.LISTED))
+
+    def expire(self) -> None:
+        """Believe nothing of it any more; only timelines of what has not changed need not be read again."""
+        self.folder, self._checked, self._listed = "", None, None
+
+    async def renew(self) -> None:
+        """Make anew what has become too old, or has never been made. Raises PairError with the first flaw."""
+        self.merger.may_begin()
+        if not self.folder or self._is_old(self._listed, self.LISTED):
+            await self._check()
+            await self._back_up()
+        elif self._is_old(self._checked, self.FRESH):
+            await self._check()
+
+    def _is_old(self, since: Optional[Moment], limit: float) -> bool:
+        return since is None or self.outside.age(since) > limit
+
+    async def _check(self) -> None:
+        """Compare the group with DevRev as it is now."""
+        contacts = self.group.contacts()
+        emails = sorted({contact.email.strip() for contact in contacts})
+        urgency = PREPARE if self._checked is None else MERGE
+        listings = await asyncio.gather(*(self.api.emails.load(email, 1, urgency) for email in emails))
+        live = {user["id"]: user for listing in listings for user in listing.items}
+        namesakes = list(live.values())
+        since = [listing.since for listing in listings]
+        for contact in contacts:
+            if contact.id not in live:
+                since.append(self.outside.moment())
+                found = await self.api.contact(contact.id, Turn(urgency))
+                if found:
+                    live[contact.id] = found
+        flaw = group_flaw(self.group, live, namesakes)
+        if flaw:
+            raise flaw
+        self._live, self._checked = live, oldest(since)
+
+    async def _back_up(self) -> None:
+        """Read all that DevRev holds of the group, write it down, and check what is on the disk."""
+        contacts = self.group.contacts()
+        urgency = PREPARE if self._listed is None else MERGE
+        read = await asyncio.gather(*(self._holdings(contact, urgency) for contact in contacts))
+        held, since = [one for one, _ in read], oldest(moment for _, moment in read)
+        things = {identity: thing for one in held for identity, thing in one.things().items()}
+        if self.merger.backups.with_timelines:
+            await self._read_timelines(things)
+        timelines = {identity: self._timelines[identity][1] for identity in things if identity in self._timelines}
+        folder, flaw = await self.outside.work(self._write_backup, held, timelines)
+        for pair in self.group.pairs:
+            pair.backup = folder if pair.state is State.PLANNED else pair.backup
+        if flaw:
+            raise flaw
+        self.folder, self._listed = folder, since
+
+    async def _holdings(self, contact: Contact, urgency: int) -> Tuple[Holdings, Moment]:
+        """Everything but the timelines of one contact."""
+        lists = await asyncio.gather(
+            *(loader.load(contact.id, contact.tickets, urgency) for loader in self.api.works.values()),
+            self.api.conversations.load(contact.id, 1 + contact.tickets // 4, urgency),
+        )
+        roles = {role: by_id(listing.items) for role, listing in zip(ROLES, lists)}
+        held = Holdings(contact, self._live[contact.id], roles, by_id(lists[-1].items))
+        return held, oldest(listing.since for listing in lists)
+
+    async def _read_timelines(self, things: Mapping[str, Json]) -> None:
+        """Read the timelines that are not there yet, and those of what has changed; a few at a time."""
+        known = self._timelines
+        wanted = [one for one, thing in things.items() if known.get(one, (known,))[0] != thing.get("modified_date")]
+
+        async def read() -> None:
+            while wanted:
+                identity = wanted.pop(0)
+                try:
+                    self.merger.may_begin()
+                    entries = await self.api.timeline(identity)
+                except (ApiRefused, ApiUnanswered) as error:
+                    wanted.clear()
+                    raise PairError(error.code, f"{identity}: {error}") from None
+                except Interrupted:
+                    wanted.clear()
+                    raise
+                known[identity] = things[identity].get("modified_date"), entries
+
+        await asyncio.gather(*(read() for _ in range(min(self.AHEAD, len(wanted)))))
+
+    def _write_backup(self, held: Sequence[Holdings], timelines: Timelines) -> Tuple[str, Optional[PairError]]:
+        """Write the backup (in a thread); check from the disk that it is whole and holds what the export counts."""
+        merger = self.merger
+        folder = merger.backups.write(self.group.email, merger.organisation, held, timelines)
+        try:
+            for entry in read_backup(folder)["contacts"]:
+                grown = entry["role"] == "primary" and self.group.has_grown()
+                policy = "at-least" if grown else merger.count_policy
+                flaw = count_flaw(Contact.from_json(entry["csv"]), greatest_count(entry), policy)
+                if flaw:
+                    return str(folder), flaw
+        except PairError as error:
+            return str(folder), error
+        return str(folder), None
+
+
+def oldest(moments: Iterable[Moment]) -> Moment:
+    return min(moments, key=lambda moment: moment.steady)
+
+
+def has_reference(pair: Pair, primary: Optional[Json]) -> bool:
+    """Whether the primary of a pair that an earlier run left has the new reference already.
+
+    Raises PairError where somebody has set one that is neither the old nor the new one: it is left.
+    """
+    name = pair.primary.short_id
+    if primary is None:
+        raise PairError("not_found", f"the primary {name} is not in DevRev any more")
+    reference = primary.get("external_ref")
+    if reference not in (pair.new_ref, pair.primary.external_ref):
+        words = f"{name} has got the reference {reference or 'none'} from somebody; {pair.new_ref} was not set"
+        raise PairError("external_ref_changed", words)
+    return bool(reference == pair.new_ref)
+
+
+def check_holders(pair: Pair, listed: Iterable[Json], over: bool) -> None:
+    """Raise PairError where another contact holds the pair's new reference, or it has not been let go for too long."""
+    holders = [str(user.get("display_id") or user["id"]) for user in listed if user["id"] not in pair.ids]
+    if holders or over:
+        nobody = f"{pair.duplicate.short_id}, which has gone, or a contact that the token can't see"
+        who = ", ".join(holders) or nobody
+        raise PairError("external_ref_conflict", f"the reference {pair.new_ref} is held by {who}")
+
+
+@dataclass
+class Course:
+    """What this run knows of a pair beyond its state."""
+
+    asks: int = 0  # requests of this run
+    since: Optional[Moment] = None  # that the merge is waited for
+    before: float = 0.0  # seconds that it had been waited for by then
+    looked: bool = False  # since the last request
+    refusal: Optional[PairError] = None  # DevRev's answer to the last request, where it was a clear no
+    contradictions: int = 0  # times that the duplicate was believed gone and was there after all
 
 
 class Walk:
@@ -2535,12 +2739,8 @@ class Walk:
     PairError and noted by `ContactMerger.rest`; what stops the run passes through.
     """
 
-    FRESH = 60.0  # seconds for which a live check is believed
-    LISTED = 120.0  # seconds for which the lists in a backup are believed
     RENEWALS = 12  # times that a check or a backup is made anew before a pair is given up
     ASKS = 3  # times that a run asks for one merge
-    EXAMINED = 25  # objects that are looked at one by one before the whole time is over
-    AHEAD = 50  # timelines that wait for their turn at once; groups that began earlier are read first
     SLOW = 3.0  # seconds after which nobody waits for a pair any more
 
     def __init__(self, merger: "ContactMerger", group: Group, pairs: Sequence[Pair], resumed: bool = False) -> None:
@@ -2551,13 +2751,10 @@ class Walk:
         self.pairs = pairs
         self.resumed = resumed
         self.attempted = asyncio.Event()  # each pair has been tried, or something has to be waited for
-        self.evidence = Evidence()
+        self.evidence = Evidence(merger, group)
+        self.proof = Proof(self)
         self.hold = Hold()
-        self.asks: Dict[Tuple[str, str], int] = collections.Counter()  # requests of this run
-        self._waiting_since: Dict[Tuple[str, str], Tuple[Moment, float]] = {}  # and seconds before that
-        self._looked: Set[Tuple[str, str]] = set()
-        self._refusals: Dict[Tuple[str, str], PairError] = {}
-        self._contradictions: Dict[Tuple[str, str], int] = collections.Counter()
+        self.courses: Dict[Tuple[str, str], Course] = collections.defaultdict(Course)
 
     async def go(self) -> None:
         """Merge the pairs one after the other, then prove them."""
@@ -2566,7 +2763,7 @@ class Walk:
                 if not await self._attempt(pair, self._merge):
                     self._leave_out(self.pairs[index + 1 :])
                     break
-            self.evidence = Evidence()  # for memory: what is proved is read from the disk
+            self.evidence = Evidence(self.merger, self.group)  # for memory: what is proved is read from the disk
             await asyncio.gather(*(self._attempt(pair, self._finish) for pair in self.pairs))
         finally:
             self.api.gate.release(self.hold)
@@ -2609,116 +2806,18 @@ class Walk:
                 await self._prove(pair)
         self.merger.rest(self, pair)
 
-    # -- check and back up --------------------------------------------------------------------------
-
-    async def _renew(self) -> None:
-        """Make anew what has become too old, or has never been made."""
-        evidence = self.evidence
-        self.merger.may_begin()
-        if not evidence.folder or self._is_old(evidence.listed, self.LISTED):
-            await self._check()
-            await self._back_up()
-        elif self._is_old(evidence.checked, self.FRESH):
-            await self._check()
-
-    def _is_old(self, since: Optional[Moment], limit: float) -> bool:
-        return since is None or self.outside.age(since) > limit
-
-    async def _check(self) -> None:
-        """Compare the group with DevRev as it is now. Raises PairError with the first flaw."""
-        contacts = self.group.contacts()
-        emails = sorted({contact.email.strip() for contact in contacts})
-        urgency = PREPARE if self.evidence.checked is None else MERGE
-        listings = await asyncio.gather(*(self.api.emails.load(email, 1, urgency) for email in emails))
-        live = {user["id"]: user for listing in listings for user in listing.items}
-        namesakes = list(live.values())
-        since = [listing.since for listing in listings]
-        for contact in contacts:
-            if contact.id not in live:
-                since.append(self.outside.moment())
-                found = await self.api.contact(contact.id, Turn(urgency))
-                if found:
-                    live[contact.id] = found
-        flaw = group_flaw(self.group, live, namesakes)
-        if flaw:
-            raise flaw
-        self.evidence.live, self.evidence.checked = live, oldest(since)
-
-    async def _back_up(self) -> None:
-        """Read all that DevRev holds of the group, write it down, and check what is on the disk."""
-        evidence, contacts = self.evidence, self.group.contacts()
-        urgency = PREPARE if evidence.listed is None else MERGE
-        read = await asyncio.gather(*(self._holdings(contact, urgency) for contact in contacts))
-        held, since = [one for one, _ in read], oldest(moment for _, moment in read)
-        things = {identity: thing for one in held for identity, thing in one.things().items()}
-        if self.merger.backups.with_timelines:
-            await self._read_timelines(things)
-        timelines = {identity: evidence.timelines[identity][1] for identity in things if identity in evidence.timelines}
-        folder, flaw = await self.outside.work(self._write_backup, held, timelines)
-        for pair in self.pairs:
-            pair.backup = folder if pair.state is State.PLANNED else pair.backup
-        if flaw:
-            raise flaw
-        evidence.folder, evidence.listed = folder, since
-
-    async def _holdings(self, contact: Contact, urgency: int) -> Tuple[Holdings, Moment]:
-        """Everything but the timelines of one contact."""
-        lists = await asyncio.gather(
-            *(loader.load(contact.id, contact.tickets, urgency) for loader in self.api.works.values()),
-            self.api.conversations.load(contact.id, 1 + contact.tickets // 4, urgency),
-        )
-        roles = {role: by_id(listing.items) for role, listing in zip(ROLES, lists)}
-        held = Holdings(contact, self.evidence.live[contact.id], roles, by_id(lists[-1].items))
-        return held, oldest(listing.since for listing in lists)
-
-    async def _read_timelines(self, things: Mapping[str, Json]) -> None:
-        """Read the timelines that are not there yet, and those of what has changed; a few at a time."""
-        known = self.evidence.timelines
-        wanted = [one for one, thing in things.items() if known.get(one, (known,))[0] != thing.get("modified_date")]
-
-        async def read() -> None:
-            while wanted:
-                identity = wanted.pop(0)
-                try:
-                    self.merger.may_begin()
-                    entries = await self.api.timeline(identity)
-                except (ApiRefused, ApiUnanswered) as error:
-                    wanted.clear()
-                    raise PairError(error.code, f"{identity}: {error}") from None
-                except Interrupted:
-                    wanted.clear()
-                    raise
-                known[identity] = things[identity].get("modified_date"), entries
-
-        await asyncio.gather(*(read() for _ in range(min(self.AHEAD, len(wanted)))))
-
-    def _write_backup(self, held: Sequence[Holdings], timelines: Timelines) -> Tuple[str, Optional[PairError]]:
-        """Write the backup (in a thread); check from the disk that it is whole and holds what the export counts."""
-        merger = self.merger
-        folder = merger.backups.write(self.group.email, merger.organisation, held, timelines)
-        try:
-            for entry in read_backup(folder)["contacts"]:
-                grown = entry["role"] == "primary" and self.group.has_grown()
-                policy = "at-least" if grown else merger.count_policy
-                flaw = count_flaw(Contact.from_json(entry["csv"]), greatest_count(entry), policy)
-                if flaw:
-                    return str(folder), flaw
-        except PairError as error:
-            return str(folder), error
-        return str(folder), None
-
     # -- ask ----------------------------------------------------------------------------------------
 
     async def _ask(self, pair: Pair) -> None:
         """Ask for the merge, on evidence that is fresh at the moment the request leaves."""
-        first = not pair.first_requested_at
+        first, course = not pair.first_requested_at, self.courses[pair.ids]
         self.group.asking = pair
         if pair.exported:
             # What is asked for again rests on what is known now; until then the rows of the first request count.
             exported, pair.exported = pair.exported, None
             pair.primary, pair.duplicate, pair.new_ref = exported.primary, exported.duplicate, exported.new_ref
         if not first:
-            self.evidence = Evidence(timelines=self.evidence.timelines)
+            self.evidence.expire()
         for _ in range(self.RENEWALS):
             self.api.gate.release(self.hold)  # what was kept for the last request would keep others waiting
             if not await self._is_ready(pair, first):
@@ -2726,7 +2825,7 @@ class Walk:
             try:
                 async with self.merger.turn_to_ask():
                     refusal = await self._request(pair)
-                self._waiting_since[pair.ids] = self.outside.moment(), 0.0
+                course.since, course.before = self.outside.moment(), 0.0
                 if refusal and refusal.missing and first and not self.merger.journal.asked_before(pair):
                     await self._somebody_else(pair)
                 return
@@ -2741,7 +2840,7 @@ class Walk:
         gone by then."""
         flaw: Optional[PairError] = None
         try:
-            await self._renew()
+            await self.evidence.renew()
         except PairError as error:
             flaw = error
         if not first and await self._look(pair):
@@ -2752,14 +2851,14 @@ class Walk:
         return True
 
     async def _request(self, pair: Pair) -> Optional[ApiRefused]:
-        keep = self.merger.looks_lately() + 1 + bool(pair.new_ref)
+        keep = self.merger.experience.looks() + bool(pair.new_ref)
         try:
             await self.api.merge(*pair.ids, Turn(MERGE, self.hold, keep), before=lambda: self._intend(pair))
         except ApiRefused as refusal:
             pair.refused = True
             self.merger.savepoint.record(pair)
             if refusal.status != 409:  # which may say that it is being merged
-                self._refusals[pair.ids] = PairError("merge_refused", str(refusal))
+                self.courses[pair.ids].refusal = PairError("merge_refused", str(refusal))
             return refusal
         except Denied as denied:
             pair.refused = True
@@ -2775,16 +2874,15 @@ class Walk:
 
     def _intend(self, pair: Pair) -> None:
         """The last moment before the request leaves: Stale if it must not, else the intent goes to the disk."""
-        if self._is_old(self.evidence.checked, self.FRESH) or self._is_old(self.evidence.listed, self.LISTED):
+        if not self.evidence.is_fresh():
             raise Stale()
         self.merger.may_begin()
+        course = self.courses[pair.ids]
+        course.asks, course.looked, course.refusal = course.asks + 1, False, None
         pair.state, pair.code, pair.error, pair.refused = State.REQUESTED, "", "", False
-        self._refusals.pop(pair.ids, None)
-        self._looked.discard(pair.ids)
         pair.backup = self.evidence.folder
         pair.requested_at = self.outside.moment().wall
         pair.first_requested_at = pair.first_requested_at or pair.requested_at
-        self.asks[pair.ids] += 1
         self.merger.journal.note("asked", pair)
         self.merger.savepoint.record(pair)
 
@@ -2798,7 +2896,7 @@ class Walk:
         if primary is None or await self.api.look(*pair.ids, Turn(FINISH)) is not Sight.GONE:
             return
         wanted = to_prove(pair.backup, pair.duplicate.id)
-        if wanted and not (await self._wait_for_proof(pair, wanted))[0]:
+        if wanted and not (await self.proof.wait(pair, wanted))[0]:
             return
         pair.state, pair.code = State.MERGED_ELSEWHERE, "merged_elsewhere"
         pair.error = f"{pair.duplicate.short_id} was merged or deleted by somebody else before it was asked for"
@@ -2815,46 +2913,46 @@ class Walk:
     async def _confirm(self, pair: Pair) -> bool:
         """Look until the duplicate has gone (True), or may be asked for again (False)."""
         await self._until_first_look(pair)
-        looks = 0
+        course, looks = self.courses[pair.ids], 0
         while True:
             problem: Optional[PairError] = None
             looks, before = looks + 1, self._waited(pair)
             try:
                 if await self._look(pair):
-                    if self.asks[pair.ids]:
-                        self.merger.note_delay(before, looks)
+                    if course.asks:
+                        self.merger.experience.note(before, looks)
                     self._note_merged(pair)
                     return True
             except (ApiRefused, ApiUnanswered) as error:
                 problem = PairError(error.code, f"the merge can't be confirmed: {error}")
             waited, patience = self._waited(pair), self.merger.patience(pair)
-            if pair.ids in self._refusals:
-                raise self._refusals[pair.ids]
+            if course.refusal:
+                raise course.refusal
             if waited >= patience:
                 return self._may_ask_again(pair, problem)
             pause = min(0.1 + 0.5 * waited, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
-            await self._pause(pair, min(pause, patience - waited))
+            await self.pause(pair, min(pause, patience - waited))
 
     async def _until_first_look(self, pair: Pair) -> None:
         """Wait as long as merges take; what an earlier run has asked for is looked at at once."""
-        if pair.ids not in self._waiting_since:
-            before = max(0.0, self.outside.moment().wall - pair.requested_at)
-            self._waiting_since[pair.ids] = self.outside.moment(), before
-        elif pair.ids not in self._refusals and pair.ids not in self._looked:
-            await self._pause(pair, self.merger.first_look() - self._waited(pair))
-        self._looked.add(pair.ids)
+        course = self.courses[pair.ids]
+        if course.since is None:
+            course.since = self.outside.moment()
+            course.before = max(0.0, course.since.wall - pair.requested_at)
+        elif not (course.refusal or course.looked):
+            await self.pause(pair, self.merger.experience.first_look() - self._waited(pair))
+        course.looked = True
 
     def _waited(self, pair: Pair) -> float:
-        since, before = self._waiting_since[pair.ids]
-        return before + self.outside.elapsed(since)
+        course = self.courses[pair.ids]
+        return course.before + self.outside.elapsed(course.since) if course.since else 0.0
 
     def _may_ask_again(self, pair: Pair, problem: Optional[PairError]) -> bool:
         """False, after the patience: what this run has asked for is not asked again where DevRev has answered."""
         if problem:
             raise problem
-        if self.asks[pair.ids] and (
-            pair.state is State.ACKNOWLEDGED or pair.refused or self.asks[pair.ids] >= self.ASKS
-        ):
+        asks = self.courses[pair.ids].asks
+        if asks >= self.ASKS or (asks and (pair.state is State.ACKNOWLEDGED or pair.refused)):
             raise PairError(
                 "merge_not_confirmed",
                 f"{pair.duplicate.short_id} is still there {duration(self._waited(pair))} after it was asked for",
@@ -2862,6 +2960,7 @@ class Walk:
         return False
 
     def _note_merged(self, pair: Pair) -> None:
+        self.merger.changed = True
         pair.state, pair.code, pair.error = State.MERGED, "", ""
         self.merger.journal.note("merged", pair)
         self.merger.savepoint.record(pair)
@@ -2869,18 +2968,18 @@ class Walk:
     def _note_still_there(self, pair: Pair) -> None:
         """It was believed gone until something has contradicted it: back to looking."""
         log.info("%s: %s is still there after all", pair.email, pair.duplicate.short_id)
-        self._contradictions[pair.ids] += 1
+        self.courses[pair.ids].contradictions += 1
         pair.state = State.REQUESTED if pair.refused else State.ACKNOWLEDGED
         self.merger.journal.note("asked", pair)
         self.merger.savepoint.record(pair)
-        if self._contradictions[pair.ids] > 20:
+        if self.courses[pair.ids].contradictions > 20:
             raise PairError("merge_not_confirmed", f"{pair.duplicate.short_id} has gone and come back too often")
 
-    async def _pause(self, pair: Pair, seconds: float) -> None:
+    async def pause(self, pair: Pair, seconds: float) -> None:
         """Wait for DevRev. What an earlier run has left is no longer waited for by others then."""
         if seconds > 0:
             self.attempted.set()
-            if pair.ids in self._waiting_since and self._waited(pair) > self.SLOW:
+            if self._waited(pair) > self.SLOW:
                 self.merger.expect_no_more(self)
             await self.merger.brake.sleep(seconds)
 
@@ -2888,15 +2987,17 @@ class Walk:
 
     async def _move_reference(self, pair: Pair) -> None:
         """Set the duplicate's reference on the primary; a 409 may take the pair back to being looked at."""
-        if pair.new_ref and (self.asks[pair.ids] or not await self._has_reference(pair)):
+        asks = self.courses[pair.ids].asks
+        if pair.new_ref and (asks or not has_reference(pair, await self.api.contact(pair.primary.id, Turn(FINISH)))):
             begun, pause = self.outside.moment(), 0.2
             while not await self._set_reference(pair, pair.new_ref):
-                await self._pause(pair, pause)
+                await self.pause(pair, pause)
                 pause = min(10.0, 1.6 * pause)
-                if await self.api.look(*pair.ids, Turn(FINISH, self.hold)) is Sight.THERE:
+                if not await self._look(pair):
                     self._note_still_there(pair)
                     return
-                await self._judge_holder(pair, pair.new_ref, self.outside.elapsed(begun) > self.merger.merge_timeout)
+                over = self.outside.elapsed(begun) > self.merger.merge_timeout
+                check_holders(pair, await self.api.holders_of(pair.new_ref, Turn(FINISH, self.hold)), over)
         pair.state = State.PROVING
         self.merger.savepoint.record(pair)
 
@@ -2912,36 +3013,12 @@ class Walk:
             raise PairError(error.code, f"the reference {reference} could not be set: {error}") from None
         return True
 
-    async def _has_reference(self, pair: Pair) -> bool:
-        """Look at the primary of a pair that an earlier run left. A reference that is neither the old nor the new one
-        was set by somebody, and is left."""
-        primary = await self.api.contact(pair.primary.id, Turn(FINISH))
-        if primary is None:
-            raise PairError("not_found", f"the primary {pair.primary.short_id} is not in DevRev any more")
-        reference = primary.get("external_ref")
-        if reference not in (pair.new_ref, pair.primary.external_ref):
-            raise PairError(
-                "external_ref_changed",
-                f"{pair.primary.short_id} has got the reference {reference or 'none'} from somebody; "
-                f"{pair.new_ref} was not set",
-            )
-        return bool(reference == pair.new_ref)
-
-    async def _judge_holder(self, pair: Pair, reference: str, over: bool) -> None:
-        """Raise PairError where the reference is held by another contact, or has not been let go for too long."""
-        listed = await self.api.holders_of(reference, Turn(FINISH, self.hold))
-        holders = [user for user in listed if user["id"] not in pair.ids]
-        if holders or over:
-            names = ", ".join(str(user.get("display_id") or user["id"]) for user in holders)
-            who = names or f"{pair.duplicate.short_id}, which has gone, or a contact that the token can't see"
-            raise PairError("external_ref_conflict", f"the reference {reference} is held by {who}")
-
     # -- proof --------------------------------------------------------------------------------------
 
     async def _prove(self, pair: Pair) -> None:
         """Look until all that the duplicate had hangs on the primary, and the list of its email shows it no more."""
         self.merger.expect_no_more(self)
-        left, listed = await self._wait_for_proof(pair, to_prove(pair.backup, pair.duplicate.id))
+        left, listed = await self.proof.wait(pair, to_prove(pair.backup, pair.duplicate.id))
         if listed is Sight.THERE:
             self._note_still_there(pair)
         elif left:
@@ -2954,17 +3031,28 @@ class Walk:
             pair.state, pair.code, pair.error, pair.left_behind = State.DONE, "", "", []
             self.merger.journal.note("done", pair)
 
-    async def _wait_for_proof(self, pair: Pair, wanted: Sequence[Json]) -> Tuple[List[Json], Optional[Sight]]:
+
+class Proof:
+    """Looks whether what a duplicate had hangs on its primary, for as long as DevRev's lists may lag behind a merge."""
+
+    EXAMINED = 25  # objects that are looked at one by one before the whole time is over
+
+    def __init__(self, walk: "Walk") -> None:
+        self.walk = walk
+        self.api = walk.api
+        self.urgency = RESUME if walk.resumed else PROVE
+
+    async def wait(self, pair: Pair, wanted: Sequence[Json]) -> Tuple[List[Json], Optional[Sight]]:
         """What of `{id, role}` is not on the primary, and what a look says where the list of the email still shows the
         duplicate; for as long as lists may lag behind. What has been deleted since is named, and holds nothing up."""
-        begun, rounds = self.outside.moment(), 0
+        begun, rounds = self.walk.outside.moment(), 0
         while True:
             missing, listed = await asyncio.gather(
                 self._missing(pair, wanted, bool(rounds)), self._is_listed(pair, bool(rounds))
             )
             sight = await self.api.look(*pair.ids, Turn(FINISH)) if listed else None
-            waited, rounds = self.outside.elapsed(begun), rounds + 1
-            over = waited >= self.merger.merge_timeout
+            waited, rounds = self.walk.outside.elapsed(begun), rounds + 1
+            over = waited >= self.walk.merger.merge_timeout
             if missing and (over or (rounds == 3 and len(missing) <= self.EXAMINED)):
                 gone = {item["id"] for item in missing if await self._is_deleted(item["id"])}
                 if gone:
@@ -2972,7 +3060,7 @@ class Walk:
                 wanted, missing = ([one for one in items if one["id"] not in gone] for items in (wanted, missing))
             if over or sight is Sight.THERE or not (missing or sight):
                 return missing, sight
-            await self._pause(pair, min(20.0, 0.5 + waited / 2, self.merger.merge_timeout - waited))
+            await self.walk.pause(pair, min(20.0, 0.5 + waited / 2, self.walk.merger.merge_timeout - waited))
 
     async def _missing(self, pair: Pair, wanted: Sequence[Json], again: bool) -> List[Json]:
         """What of `{id, role}` the lists don't show on the primary now."""
@@ -2993,24 +3081,40 @@ class Walk:
         )
 
     async def _list(self, loader: Loader, key: str, weight: int, again: bool) -> Listing:
-        """List for a proof; the first time, where nobody waits for it, with a long linger."""
-        if self.resumed:
-            return await loader.load(key, weight, RESUME)
-        return await loader.load(key, weight, PROVE, Loader.LINGER if again else self.merger.LINGER)
+        """List; with a long linger where nobody waits for it, so that many pairs are proved with the same calls."""
+        hurried = again or self.walk.resumed
+        linger = Loader.LINGER if hurried else self.walk.merger.LINGER
+        return await loader.load(key, weight, self.urgency, linger)
 
     async def _is_deleted(self, identity: str) -> bool:
         with contextlib.suppress(ApiRefused, ApiUnanswered):
-            return await self.api.thing(identity, Turn(RESUME if self.resumed else PROVE)) is None
+            return await self.api.thing(identity, Turn(self.urgency)) is None
         return False
-
-
-def oldest(moments: Iterable[Moment]) -> Moment:
-    return min(moments, key=lambda moment: moment.steady)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Merge: the run
 # ---------------------------------------------------------------------------------------------------
+
+
+class Experience:
+    """How long merges have taken lately, by the look that found them done."""
+
+    SOONEST, LATEST = 0.25, 0.75  # seconds to the first look: where nothing is known, and whatever is known
+
+    def __init__(self) -> None:
+        self._merges: Deque[Tuple[float, int]] = collections.deque(maxlen=20)  # seconds, looks
+
+    def note(self, seconds: float, looks: int) -> None:
+        self._merges.append((0.95 * seconds, looks))  # a little sooner is tried the next time
+
+    def first_look(self) -> float:
+        """Seconds after an answer at which a merge is usually done."""
+        return min(self.LATEST, max((seconds for seconds, _ in self._merges), default=self.SOONEST))
+
+    def looks(self) -> int:
+        """Looks that are kept for a merge: as many as lately, and one since a look may come too early."""
+        return 1 + max((looks for _, looks in self._merges), default=1)
 
 
 class ContactMerger:
@@ -3020,11 +3124,12 @@ class ContactMerger:
     OUTSTANDING = 100  # pairs on their way
     STREAK = 5  # failures in a row that stop the run
     GRACE = 10.0  # seconds that requests under way are waited for when the run is interrupted
+    UNDER_WAY: Tuple[State, ...] = UNFINISHED
     LINGER = 10.0  # seconds that a proof waits for others to share its list calls
     HARMLESS = frozenset((
         "not_found", "not_active", "email_changed", "external_ref_changed", "different_rev_org", "several_user_refs",
         "count_mismatch", "left_behind", "still_listed", "merged_into_another", "external_ref_conflict",
-        "undo_unfinished", "group_incomplete", "interrupted",
+        "undo_unfinished", "group_incomplete", "interrupted", "not_merged", "not_handed_back",
     ))  # fmt: skip
 
     def __init__(
@@ -3051,7 +3156,7 @@ class ContactMerger:
         self._streak = 0
         self._walks: Dict[asyncio.Future[None], Walk] = {}
         self._expected: Set[Walk] = set()  # walks that will be at their proof soon
-        self._delays: Deque[Tuple[float, int]] = collections.deque(maxlen=20)  # of merges: seconds, looks
+        self.experience = Experience()
         self._acknowledged = False
         self._turn_to_ask: Optional[asyncio.Lock] = None
 
@@ -3062,21 +3167,16 @@ class ContactMerger:
 
         Raises Stop(2), before anything else has been asked or done.
         """
-        try:
-            self.token_owner = await self.api.whoami()
-        except ApiUnanswered as error:
-            raise Stop(EXIT_STOPPED, self.api.unreachable(error)) from None
-        except ApiRefused as error:
-            raise Stop(EXIT_USAGE, f"{error} (is DEVREV_BASE_URL right?)") from None
-        except Denied as denied:
-            raise Stop(EXIT_USAGE, str(denied)) from None
-        except Interrupted:
-            raise self.brake.stop or Interrupted() from None
-        self.organisation = organisation_of(str(self.token_owner.get("id")))
+        await self.find_owner()
         unfinished = self.savepoint.unfinished()
         for origin, pairs in (("CSV", plan.pairs()), ("savepoint", iter(unfinished))):
             check_organisation(self.organisation, origin, pairs)
         return unfinished
+
+    async def find_owner(self) -> None:
+        with nothing_changed_yet(self.api):
+            self.token_owner = await self.api.whoami()
+        self.organisation = organisation_of(str(self.token_owner.get("id")))
 
     async def run(self, groups: List[Group], unfinished: Sequence[Pair]) -> int:
         """Finish what an earlier run left unfinished, carry out the plan, and return the exit code.
@@ -3088,8 +3188,12 @@ class ContactMerger:
                 pair.ids for pair in unfinished
             )
         )
+        return await self.drive(self._work(groups, unfinished))
+
+    async def drive(self, work: Awaitable[None]) -> int:
+        """Do the work as far as it goes, and return the exit code; nothing is raised."""
         self._turn_to_ask = asyncio.Lock()
-        await self._guarded(self._work(groups, unfinished))
+        await self._guarded(work)
         await self._guarded(self._all_walks())  # where nothing more is begun, what is under way is finished
         if self._walks:
             await asyncio.wait(set(self._walks), timeout=self.GRACE)
@@ -3131,7 +3235,7 @@ class ContactMerger:
         pair last."""
         known = {pair.ids: pair for pair in unfinished}
         stuck = {identity for pair in unfinished for identity in pair.ids}
-        undoing = {identity for pair in self.savepoint.rows(State.UNDOING) for identity in pair.ids}
+        undoing = {one: pair for pair in self.savepoint.rows(State.UNDOING) for one in pair.ids}
         deferred = []
         batch: List[Walk] = []
         for group in drain(groups):
@@ -3140,8 +3244,10 @@ class ContactMerger:
             ids = {contact.id for contact in group.everybody()}
             if not pairs:
                 continue
-            if ids & undoing:
-                self._refuse(group, pairs, "undo_unfinished", "its undo is not finished; finish it with --undo first")
+            if ids & undoing.keys():
+                path = next(undoing[one].details["undo"]["path"] for one in ids if one in undoing)
+                why = f"its undo is not finished; finish it first: merge_contacts.py --undo {path}"
+                self._refuse(group, pairs, "undo_unfinished", why)
             elif ids & stuck:
                 deferred.append((group, pairs))
             else:
@@ -3224,7 +3330,7 @@ class ContactMerger:
             self._note_interrupted(walk, pair)
 
     def _note_interrupted(self, walk: Optional[Walk], pair: Pair) -> None:
-        if walk and pair.state in UNFINISHED and pair.ids not in self.rested:
+        if walk and pair.state in self.UNDER_WAY and pair.ids not in self.rested:
             with contextlib.suppress(Stop):
                 self.rest(walk, pair, PairError("interrupted", "stopped before it was finished; run again"))
 
@@ -3266,19 +3372,6 @@ class ContactMerger:
         self._acknowledged = self.changed = True
         self._streak = 0
 
-    def note_delay(self, seconds: float, looks: int) -> None:
-        """When a look found a merge done, and how many looks it needed; a little less is tried the next time."""
-        self.changed = True
-        self._delays.append((0.95 * seconds, looks))
-
-    def first_look(self) -> float:
-        """Seconds after an answer at which a merge is usually done; early where that is not known yet."""
-        return min(0.75, max(seconds for seconds, _ in self._delays)) if self._delays else 0.25
-
-    def looks_lately(self) -> int:
-        """Looks that a merge needs; one more is kept for it, since a look may come too early."""
-        return max((looks for _, looks in self._delays), default=1)
-
     def patience(self, pair: Pair) -> float:
         """Seconds after the request until a duplicate that is still there means that the merge won't come by itself."""
         if pair.state is State.ACKNOWLEDGED or pair.refused:
@@ -3301,6 +3394,9 @@ class ContactMerger:
         if pair.state in ENDED:
             pair.report = ""
         self.savepoint.record(pair)
+        self._note_rest(walk, pair, flaw)
+
+    def _note_rest(self, walk: Walk, pair: Pair, flaw: Optional[PairError]) -> None:
         self.rested[pair.ids] = pair
         self.on_pair(pair)
         if not flaw:
@@ -3321,6 +3417,9 @@ class ContactMerger:
         """Pairs that have come to rest in these states."""
         return sum(pair.state in states for pair in self.rested.values())
 
+    def went_well(self, pair: Pair) -> bool:
+        return pair.state in (State.DONE, State.SETTLED)
+
     def pairs(self) -> Iterator[Pair]:
         """Pairs that have come to rest or are on their way."""
         yield from self.rested.values()
@@ -3336,7 +3435,7 @@ class ContactMerger:
         if len(self.rested) < self.total:
             self.closing = Stop(EXIT_STOPPED, "pairs were left without a word (a bug; run again)")
             return EXIT_STOPPED
-        return EXIT_OK if self.count(State.DONE, State.SETTLED) == len(self.rested) else EXIT_FAILED
+        return EXIT_OK if all(map(self.went_well, self.rested.values())) else EXIT_FAILED
 
 
 def drain(items: List[T]) -> Iterator[T]:
@@ -3356,6 +3455,651 @@ def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) ->
                     f"the {origin} is of another organisation than the token: {contact.short_id} belongs to "
                     f"{contact.organisation}, the token to {organisation or 'an unknown one'}",
                 )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Export: the CSV from DevRev itself
+# ---------------------------------------------------------------------------------------------------
+
+
+def contact_of(user: Json) -> Contact:
+    """The row of a `rev_user`; its tickets are not counted yet."""
+    names = ("id", "display_name", "email", "external_ref", "full_name", "created_date", "modified_date")
+    identity, display_name, email, external_ref, full_name, created, updated = (
+        str(user.get(name) or "") for name in names
+    )
+    return Contact(identity, display_name, email, external_ref, full_name, 0, created, updated)
+
+
+class Exporter:
+    """Reads from DevRev what the CSV holds: all contacts, page by page, and the works of those whose email recurs.
+
+    `endings` are those of the wanted emails, such as `@example.com`. Contacts wait in `spool`, a file, until all are
+    read and it is known which emails recur: only these are ever held in memory.
+    """
+
+    WAVE = 4 * PAGE  # contacts whose works are counted together
+
+    def __init__(self, api: DevRevAPI, endings: Sequence[str], spool: BinaryIO) -> None:
+        self.api = api
+        self.endings = tuple(endings) or ("",)
+        self.spool = spool
+        self.read = self.counted = 0
+        self.rows: List[Contact] = []
+
+    async def run(self) -> List[Contact]:
+        """All rows, ordered by email. Raises what a list call does, and OSError where the spool's disk refuses."""
+        self.rows = self._recurring(await self._list())
+        log.info("%s read, %s with an email that recurs", plural(self.read, "contact"), len(self.rows))
+        for start in range(0, len(self.rows), self.WAVE):
+            await asyncio.gather(*map(self._count, self.rows[start : start + self.WAVE]))
+        return self.rows
+
+    async def _list(self) -> "array[int]":
+        """Spool every contact that takes part; returns the hashes of their emails, in the same order."""
+        keys = array("q")
+        async for page in self.api.each_page("rev-users.list", "rev_users", {}):
+            for contact in map(contact_of, page.items):
+                if (contact.is_user or contact.is_system) and contact.key and contact.key.endswith(self.endings):
+                    keys.append(hash(contact.key))
+                    self.spool.write(to_json(astuple(contact)) + b"\n")
+            self.read += len(page.items)
+        return keys
+
+    def _recurring(self, keys: "array[int]") -> List[Contact]:
+        self.spool.seek(0)
+        wanted = compress(self.spool, map(_repeated(keys).__contains__, keys))
+        # A contact that is changed while the list is read may stand in it twice.
+        contacts = {contact.id: contact for contact in (Contact(*json.loads(line)) for line in wanted)}
+        times = collections.Counter(contact.key for contact in contacts.values())
+        rows = [contact for contact in contacts.values() if times[contact.key] > 1]
+        return sorted(rows, key=lambda contact: (contact.key, contact.id))
+
+    async def _count(self, contact: Contact) -> None:
+        """TICKET_COUNT, as the README's query has it: the greatest of owned, created and reported works."""
+
+        async def count(works: Loader) -> int:
+            return len((await works.load(contact.id)).items)
+
+        contact.tickets = max(await asyncio.gather(*map(count, self.api.works.values())))
+        self.counted += 1
+
+    def progress(self) -> str:
+        """How far it is, what it has cost, and what it waits for."""
+        counted = f"tickets of {self.counted:,} of {len(self.rows):,} counted" if self.rows else ""
+        requests = plural(sum(self.api.requests.values()), "request")
+        return ", ".join(
+            filter(None, [f"{plural(self.read, 'contact')} read", counted, requests, self.api.gate.outlook()])
+        )
+
+
+def csv_chunks(contacts: Iterable[Contact]) -> Iterator[bytes]:
+    """A CSV of contacts, line by line."""
+    for cells in chain([COLUMNS.values()], ([getattr(contact, name) for name in COLUMNS] for contact in contacts)):
+        yield (csv_line(*cells) + "\n").encode("utf-8", "backslashreplace")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Undo: what is to be taken back
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class UndoPlan:
+    """What an undo would take back: whole groups, those that an earlier one has begun first."""
+
+    groups: List[Group] = field(default_factory=list)
+    pairs: List[Pair] = field(default_factory=list)  # of these groups, but for those in `undone`
+    undone: List[Pair] = field(default_factory=list)  # by an earlier undo
+    left: int = 0  # pairs that --limit leaves
+
+
+def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: Optional[int]) -> UndoPlan:
+    """The pairs that `path` holds, as the savepoint knows them, else as `path` tells. Raises Stop(2)."""
+    groups: Dict[str, Group] = {}
+    for told in merged_pairs(path):
+        pair = savepoint.states(told.primary.id).get(told.duplicate.id, told)
+        if pair.state in (State.PLANNED, State.FAILED):
+            if not told.report:
+                continue  # backed up, and never asked for
+            pair = told
+        if not Path(pair.backup).is_dir():
+            pair.backup = told.backup
+        if not emails or pair.email in emails:
+            groups.setdefault(pair.primary.id, Group(pair.email, [])).pairs.append(pair)
+    plan, room = UndoPlan(), limit or sys.maxsize
+    for group in sorted(groups.values(), key=lambda group: (not _is_begun(group), group.email)):
+        pairs = [pair for pair in group.pairs if pair.state is not State.UNDONE]
+        plan.undone += [pair for pair in group.pairs if pair.state is State.UNDONE]
+        if pairs and (_is_begun(group) or len(pairs) <= room):
+            plan.groups.append(group)
+            plan.pairs += pairs
+            room -= 0 if _is_begun(group) else len(pairs)
+        else:
+            plan.left += len(pairs)
+    return plan
+
+
+def _is_begun(group: Group) -> bool:
+    return any(pair.state is State.UNDOING for pair in group.pairs)
+
+
+def merged_pairs(path: Path) -> List[Pair]:
+    """The pairs of a backup folder, or the successful and unfinished ones of a merge report. Raises Stop(2)."""
+    try:
+        if path.is_dir():
+            primary, *duplicates = (Contact.from_json(entry["csv"]) for entry in read_manifest(str(path))["contacts"])
+            return [
+                Pair(primary, one, one.external_ref if one.is_user else None, State.DONE, backup=str(path))
+                for one in duplicates
+            ]
+        report = json.loads(path.read_bytes())
+        entries = [*report["successful_merges"], *report.get("unfinished_merges", ())]
+        return [_reported_pair(path, entry) for entry in entries]
+    except PairError as error:
+        raise Stop(EXIT_USAGE, str(error)) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"{path} is neither a backup folder nor a merge report ({type(error).__name__})"
+        raise Stop(EXIT_USAGE, why) from None
+
+
+def _reported_pair(path: Path, entry: Json) -> Pair:
+    primary, duplicate = (
+        Contact.from_json({**entry[role], "email": entry["email"], "external_ref": entry[role]["old_external_ref"]})
+        for role in ("primary", "duplicate")
+    )
+    backup = Path(str(entry["backup"]))
+    if not backup.is_dir():  # named from the folder that holds reports/ and backups/
+        backup = path.resolve().parent.parent / backup
+    state = State(entry.get("state", "done"))
+    return Pair(primary, duplicate, entry["new_external_ref"], state, backup=str(backup), report=path.name)
+
+
+Role = Tuple[str, str]  # object id, and `owned_by`, `reported_by` or `members`
+Things = Dict[str, Optional[Json]]  # works and conversations as they are now, None for what has been deleted
+Changes = Dict[str, Dict[str, List[str]]]  # object id -> role -> the ids of everybody who is to have it
+Left = Dict[str, List[Json]]  # old contact id -> `{id, role, why}` of what can't be handed back
+
+
+@dataclass
+class Before:
+    """What the contacts of a group were before their merges, from its backups: by contact id."""
+
+    users: Dict[str, Json] = field(default_factory=dict)  # rev users
+    had: Dict[str, Set[Role]] = field(default_factory=dict)
+
+
+def read_before(pairs: Sequence[Pair]) -> Before:
+    """Read and check the backups of one primary's pairs. Raises PairError(backup_failed)."""
+    before = Before()
+    primary = pairs[0].primary.id
+    manifests = [(read_backup(Path(folder)), Path(folder)) for folder in {pair.backup for pair in pairs}]
+    for manifest, folder in sorted(manifests, key=lambda one: str(one[0]["created"])):
+        entries = {entry["csv"]["id"]: entry for entry in manifest["contacts"]}
+        # What the primary has by then from a duplicate that has gone is not its own.
+        gone = [before.had.get(pair.duplicate.id, set()) for pair in pairs if pair.duplicate.id not in entries]
+        for identity, entry in entries.items():
+            user = json.loads((folder / entry["folder"] / "contact.json").read_bytes())
+            had = {(item["id"], item["role"]) for item in handed_on(entry)}
+            if identity == primary:
+                before.users.setdefault(identity, user)
+                before.had.setdefault(identity, set()).update(had.difference(*gone))
+            else:
+                before.users[identity], before.had[identity] = user, had
+    for pair in pairs:
+        if not {primary, pair.duplicate.id} <= before.users.keys():
+            raise PairError("backup_failed", f"the backup {pair.backup} does not hold {pair.duplicate.short_id}")
+    return before
+
+
+def hand_back(
+    things: Things, had: Mapping[str, Set[Role]], primary: str, made: Mapping[str, str], stays: Set[Role]
+) -> Tuple[Changes, Left]:
+    """What has to be written so that the contacts that were `made` again (old id -> new id) have what they `had`, and
+    what belongs to others by now.
+
+    A new contact takes the primary's place, or joins it where that `stays`; nobody else is moved.
+    """
+    changes: Changes = collections.defaultdict(dict)
+    left: Left = {old: [] for old in made}
+    for identity, role in sorted(set().union(*(had[old] for old in made))):
+        thing = things[identity]
+        now = [person["id"] for person in (thing or {}).get(role) or ()]
+        people = [made.get(one, one) for one in now]  # a merge may have left the old id, and lists may lag behind one
+        missing = {old: new for old, new in made.items() if (identity, role) in had[old] and new not in people}
+        if missing and primary in people:
+            at = people.index(primary)
+            kept = [primary] if (identity, role) in stays else []
+            people[at : at + 1] = [*kept, *missing.values()]
+        else:
+            why = "deleted" if thing is None else "given to others"
+            for old in missing:
+                left[old].append({"id": identity, "role": role, "why": why})
+        if people != now:
+            changes[identity][role] = people
+    return changes, left
+
+
+# ---------------------------------------------------------------------------------------------------
+# Undo: the walk of one group
+# ---------------------------------------------------------------------------------------------------
+
+
+class UndoWalk(Walk):
+    """One group on its way back: look, the primary's old reference, the contacts again, what they had, proof, undone.
+
+    `Pair.details["undo"]` says how far a pair is: `path` of the --undo, state `before` it, whether its reference was
+    `moved` to the primary; `asked` once the contact was asked for, `left_out` with the fields that DevRev refused of
+    it; `contact` and `display_id` once it is made; `left` with what was not handed back.
+    """
+
+    merger: "Undoer"
+    KEEP = 3  # units for what follows the primary's old reference: the contact, once more with less, or the way back
+    FIELDS = ("display_name", "email", "external_ref", "description", "phone_numbers", "display_picture", "rev_org")
+
+    def __init__(self, merger: "Undoer", group: Group) -> None:
+        super().__init__(merger, group, [pair for pair in group.pairs if pair.state is not State.UNDONE])
+        self.before = Before()
+        self.moved: Optional[Pair] = None  # whose reference the primary has
+        self._lost: Set[Tuple[str, str]] = set()  # pairs of whose contact no answer tells whether it was made
+        self._why = ""
+
+    async def go(self) -> None:
+        try:
+            self.merger.may_begin()
+            self.before = await self.outside.work(read_before, self.group.pairs)
+            await self._look_at_group()
+            if self.merger.preview:
+                await self._foresee()
+                return
+            if len(self.merger.tried) < 2:
+                await self._try_to_write()
+            self._begin()
+            await self._split()
+            await self._hand_back()
+        except PairError as flaw:
+            for pair in self._on_their_way():
+                self.merger.rest(self, pair, flaw)
+        finally:
+            self.api.gate.release(self.hold)
+
+    def _on_their_way(self) -> List[Pair]:
+        return [pair for pair in self.pairs if pair.ids not in self.merger.rested]
+
+    def _note(self, pair: Pair, event: str = "undo begun") -> None:
+        self.merger.journal.note(event, pair, details=pair.details)
+        self.merger.savepoint.record(pair)
+
+    def _old_ref(self, contact: Contact) -> str:
+        return str(self.before.users[contact.id].get("external_ref"))
+
+    # -- look ---------------------------------------------------------------------------------------
+
+    async def _look_at_group(self) -> None:
+        """Find the group as its merges have left it, or as an undo has that was not finished."""
+        contact = self.group.primary
+        primary = await self.api.contact(contact.id)
+        sights = await asyncio.gather(*(self.api.look(*pair.ids, ANY_TURN) for pair in self.pairs))
+        if primary is None:
+            raise PairError("not_found", f"the primary {contact.short_id} is not in DevRev any more")
+        if primary.get("state") != "active":
+            raise PairError("not_active", f"the primary {contact.short_id} is {primary.get('state')}, not active")
+        there = [pair.duplicate.short_id for pair, sight in zip(self.pairs, sights) if sight is Sight.THERE]
+        if there:
+            raise PairError("not_merged", f"still there, so not merged, or not yet: {', '.join(there)}")
+        reference = primary.get("external_ref")
+        moved = (pair for pair in self.pairs if self._old_ref(pair.duplicate) == reference)
+        self.moved = None if reference == self._old_ref(contact) else next(moved, None)
+        if reference != self._old_ref(contact) and self.moved is None:
+            words = f"{contact.short_id} has got the reference {reference or 'none'} from somebody"
+            raise PairError("external_ref_changed", words)
+
+    async def _foresee(self) -> None:
+        """Say what would be handed back."""
+        _, left = self._judge((await self._read(self._as_if()))[0], self._as_if())
+        for pair in self.pairs:
+            pair.details.setdefault("undo", {})["left"] = left[pair.duplicate.id]
+            self.merger.rest(self, pair)
+
+    async def _try_to_write(self) -> None:
+        """Set nothing on a work and on a conversation: a token that may not is told so while all is as it was."""
+        things, _ = await self._read(self._as_if())
+        for identity in self._judge(things, self._as_if())[0]:
+            is_work = ":conversation/" not in identity
+            if is_work not in self.merger.tried:
+                with contextlib.suppress(ApiRefused):
+                    await self.api.set_people(things[identity] or {}, {}, ANY_TURN)
+                self.merger.tried.add(is_work)
+
+    def _as_if(self) -> Dict[str, str]:
+        """The contacts as if all were made again; where they are not, the old id stands for the new one."""
+        return {**{pair.duplicate.id: pair.duplicate.id for pair in self.pairs}, **self._made()}
+
+    def _begin(self) -> None:
+        self.merger.may_begin()
+        for pair in self.pairs:
+            if pair.state is not State.UNDOING:
+                pair.details["undo"] = {"path": str(self.merger.path), "before": pair.state.value, "moved": False}
+            pair.details["undo"]["moved"] |= pair is self.moved
+            pair.details["undo"].setdefault("left_out", {})
+            pair.state, pair.code, pair.error = State.UNDOING, "", ""
+            self._note(pair)
+
+    # -- references and contacts --------------------------------------------------------------------
+
+    async def _split(self) -> None:
+        """Give the primary its old reference, and make the contacts again: first the one whose reference that frees."""
+        if self.moved:
+            await self._free_reference(self.moved)
+        for pair in sorted(self.pairs, key=lambda pair: not pair.details["undo"]["moved"]):
+            try:
+                await self._make(pair)
+            except PairError as flaw:
+                back = flaw.code != "contact_not_confirmed" and not self._made()
+                if back:
+                    await self._go_back(flaw)
+                for one in self._on_their_way() if back else [pair]:
+                    self.merger.rest(self, one, flaw)
+                if flaw.code == "forbidden":
+                    raise Denied(EXIT_USAGE, str(flaw)) from None
+                if back:
+                    return
+            self.api.gate.release(self.hold)
+
+    def _made(self) -> Dict[str, str]:
+        """Old id -> new id of the contacts that are there again."""
+        undos = ((pair, pair.details.get("undo", {})) for pair in self.group.pairs)
+        return {pair.duplicate.id: undo["contact"] for pair, undo in undos if "contact" in undo}
+
+    async def _free_reference(self, moved: Pair) -> None:
+        """Set the primary's old reference, once there is quota for what has to follow; an error says little of it."""
+        primary, old = self.group.primary, self._old_ref(self.group.primary)
+        self.merger.changed = True
+        try:
+            await self.api.set_external_ref(primary.id, old, Turn(MERGE, self.hold, self.KEEP))
+        except PairError:
+            live = await self.api.contact(primary.id, Turn(FINISH)) or {}
+            if live.get("external_ref") == self._old_ref(moved.duplicate):
+                self._restore()
+            if live.get("external_ref") != old:
+                raise
+
+    async def _make(self, pair: Pair) -> None:
+        """Make the contact again, with what DevRev takes of it; once, whatever becomes of the answers."""
+        undo = pair.details["undo"]
+        begun, pause = self.outside.moment(), 0.2
+        while "contact" not in undo:
+            fields = self._fields(pair)
+            user = await self._find(pair, fields) if "asked" in undo else None
+            if user is None and ("external_ref" in fields or pair.ids not in self._lost):
+                user = await self._create(pair, fields)
+                if user is None and "asked" in undo:
+                    user = await self._find(pair, fields)
+            lost, vital = pair.ids in self._lost, self._is_vital(pair, "external_ref")
+            if user:
+                undo.update(contact=user["id"], display_id=str(user.get("display_id")))
+                self._note(pair)
+            elif "asked" not in undo:
+                continue  # a field is left out
+            elif (vital or lost) and self.outside.elapsed(begun) < min(10.0, self.merger.merge_timeout / 4):
+                await self.merger.brake.sleep(pause)
+                pause *= 1.6
+            elif vital:
+                raise PairError("contact_refused", f"{pair.duplicate.short_id} could not be made again: {self._why}")
+            elif lost:
+                words = f"it is not known whether {pair.duplicate.short_id} was made again"
+                raise PairError("contact_not_confirmed", words)
+            else:
+                undo["left_out"]["external_ref"] = self._why
+                del undo["asked"]
+
+    def _fields(self, pair: Pair) -> Json:
+        """What the contact is made with."""
+        user = self.before.users[pair.duplicate.id]
+        picture = user.get("display_picture")
+        known = {
+            **user,
+            "display_picture": picture.get("id") if isinstance(picture, dict) else None,
+            "rev_org": rev_org_id(user),
+        }
+        left_out = pair.details["undo"]["left_out"]
+        return {name: known[name] for name in self.FIELDS if known.get(name) and name not in left_out}
+
+    def _is_vital(self, pair: Pair, name: str) -> bool:
+        """Without its `user_` reference a contact is not the one that the application knows."""
+        return name == "external_ref" and self._old_ref(pair.duplicate).startswith("user_")
+
+    async def _create(self, pair: Pair, fields: Json) -> Optional[Json]:
+        """Ask for the contact; None where it may or may not be there now, or a field of it was refused."""
+        undo, named = pair.details["undo"], "external_ref" in fields
+        undo["asked"] = [] if named else sorted(self._ids().union(user["id"] for user in await self._namesakes(pair)))
+        self._note(pair)
+        self.merger.changed = True
+        try:
+            return await self.api.create_contact(fields, Turn(FINISH, self.hold))
+        except ApiUnanswered as error:
+            self._lost.add(pair.ids)
+            self._why = str(error)
+        except ApiRefused as refusal:
+            self._why = str(refusal)
+            name = re.split(r"\W", str(refusal.data.get("field_name")))[0]
+            if refusal.status == 400 and name in fields and not self._is_vital(pair, name):
+                undo["left_out"][name] = str(refusal)
+                del undo["asked"]
+            elif refusal.status != 409 or not named:
+                code = "forbidden" if refusal.status == 403 else "contact_refused"
+                raise PairError(code, f"{pair.duplicate.short_id} could not be made again: {refusal}") from None
+        return None
+
+    async def _find(self, pair: Pair, fields: Json) -> Optional[Json]:
+        """The contact that was asked for, where it was made. PairError where its reference is somebody else's."""
+        if "external_ref" not in fields:
+            known = pair.details["undo"]["asked"]
+            return next((user for user in await self._namesakes(pair) if user["id"] not in known), None)
+        for user in await self.api.holders_of(fields["external_ref"], Turn(FINISH)):
+            elsewhere = "rev_org" in fields and rev_org_id(user) not in (None, fields["rev_org"])
+            if user["id"] in self._ids() or elsewhere:
+                continue
+            if email_of(user) != email_key(fields.get("email", "")):
+                words = (
+                    f"the reference {fields['external_ref']} is held by {user.get('display_id')}, who is somebody else"
+                )
+                raise PairError("external_ref_conflict", words)
+            return user
+        return None
+
+    async def _namesakes(self, pair: Pair) -> List[Json]:
+        return (await self.api.emails.load(pair.duplicate.email.strip(), 1, FINISH)).items
+
+    def _ids(self) -> Set[str]:
+        """The group, as it was and as far as it is made again."""
+        return {contact.id for contact in self.group.everybody()}.union(self._made().values())
+
+    async def _go_back(self, flaw: PairError) -> None:
+        """No contact can be made: the reference goes to the primary again, and the group is as it was."""
+        for pair in self.pairs:
+            reference = self._old_ref(pair.duplicate)
+            if pair.details["undo"]["moved"] and not await self._set_reference(pair, reference):
+                raise PairError(flaw.code, f"{flaw}; {reference} is held by somebody by now, and stays there")
+        self._restore()
+
+    def _restore(self) -> None:
+        events = {state: event for event, state in Journal.STATES.items()}
+        for pair in self.pairs:
+            pair.state = State(pair.details.pop("undo")["before"])
+            pair.report = pair.report or self.merger.path.name  # so that no other report calls it new
+            self._note(pair, events.get(pair.state, "merged"))
+
+    # -- works and conversations --------------------------------------------------------------------
+
+    async def _hand_back(self) -> None:
+        """Write what has to change until the lists show nothing more to change, which is the proof."""
+        made = {pair.duplicate.id: self._made()[pair.duplicate.id] for pair in self._on_their_way()}
+        handled: Dict[str, str] = {}  # object id -> what DevRev has said to it, `""` where it was accepted
+        waiting_since, pause = self.outside.moment(), 0.5
+        while True:
+            things, since = await self._read(made)
+            changes, left = self._judge(things, made)
+            if all(handled.get(one) for one in changes):
+                break
+            fresh = {one: roles for one, roles in changes.items() if one not in handled}
+            if fresh:
+                await self._write(fresh, things, since, handled)
+                waiting_since = self.outside.moment()
+            elif self.outside.elapsed(waiting_since) > self.merger.merge_timeout:
+                break
+            else:
+                await self.merger.brake.sleep(pause)
+                pause = min(20.0, 1.5 * pause)
+        for pair in self._on_their_way():
+            try:
+                self._end(pair, changes, handled, left[pair.duplicate.id])
+            except PairError as flaw:
+                self.merger.rest(self, pair, flaw)
+            else:
+                self.merger.rest(self, pair)
+
+    def _judge(self, things: Things, made: Mapping[str, str]) -> Tuple[Changes, Left]:
+        """`hand_back`: the primary stays where it, or a duplicate that is not back, had the role itself."""
+        primary, had = self.group.primary.id, self.before.had
+        missing = (one.duplicate.id for one in self.group.pairs if one.state is not State.UNDONE)
+        stays = had[primary].union(*(had[old] for old in missing if old not in made))
+        return hand_back(things, had, primary, made, stays)
+
+    async def _read(self, made: Mapping[str, str]) -> Tuple[Things, Moment]:
+        """The works and conversations of the contacts that were `made` again (old id -> new id), and since when they
+        are so. Only what no list shows is asked for by itself."""
+        wanted = set().union(*(self.before.had[old] for old in made))
+        loaders = {
+            **{ROLES[role]: loader for role, loader in self.api.works.items()},
+            "members": self.api.conversations,
+        }
+        people = {self.group.primary.id, *made.values()} - made.keys()
+        weight = sum(contact.tickets for contact in self.group.everybody())
+        since = [self.outside.moment()]
+        listings = await asyncio.gather(
+            *(loaders[role].load(one, weight, PROVE) for role in {role for _, role in wanted} for one in people)
+        )
+        things: Things = {item["id"]: item for listing in listings for item in listing.items}
+        unlisted = sorted({identity for identity, _ in wanted} - things.keys())
+        things.update(zip(unlisted, await asyncio.gather(*(self.api.thing(one, Turn(PROVE)) for one in unlisted))))
+        return things, oldest(chain(since, (listing.since for listing in listings)))
+
+    async def _write(self, changes: Changes, things: Things, since: Moment, handled: Dict[str, str]) -> None:
+        """Hand back what was read no longer ago than a live check is believed; the rest has to be read again first."""
+
+        def is_fresh() -> None:
+            if self.outside.age(since) > Evidence.FRESH:
+                raise Stale()
+
+        async def write() -> None:
+            while changes:
+                identity, roles = changes.popitem()
+                try:
+                    await self.api.set_people(things[identity] or {}, roles, Turn(RESUME), is_fresh)
+                    handled[identity] = ""
+                except Stale:
+                    return
+                except ApiRefused as refusal:
+                    handled[identity] = str(refusal)
+                except BaseException:
+                    changes.clear()
+                    raise
+
+        await asyncio.gather(*(write() for _ in range(self.api.settings.workers)))
+
+    def _end(self, pair: Pair, changes: Changes, handled: Mapping[str, str], left: List[Json]) -> None:
+        pair.details["undo"]["left"] = left
+        mine = (one for one in sorted(self.before.had[pair.duplicate.id]) if one[1] in changes.get(one[0], {}))
+        open_items = ({"id": one, "role": role, "why": handled[one] or "not shown yet"} for one, role in mine)
+        pair.left_behind = describe(pair.backup, open_items)
+        if pair.left_behind:
+            names = ", ".join(dict.fromkeys(item["display_id"] for item in pair.left_behind))
+            raise PairError("not_handed_back", f"made again, but not handed back: {names}")
+        pair.state, pair.code, pair.error = State.UNDONE, "", ""
+        self._note(pair, "undone")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Undo: the run
+# ---------------------------------------------------------------------------------------------------
+
+
+class Undoer(ContactMerger):
+    """Carries out an undo: one group alone until the first is undone, then many; how it ends is as with merges."""
+
+    UNDER_WAY = (State.UNDOING,)
+
+    def __init__(
+        self, api: DevRevAPI, savepoint: SavePoint, journal: Journal, path: Path, preview: bool, **options: Any
+    ) -> None:
+        super().__init__(api, savepoint, journal, Backups(journal.path.parent, api.outside), **options)
+        self.path, self.preview = path, preview
+        self.tried: Set[bool] = set()  # whether works (True) and conversations (False) may be written
+
+    async def undo(self, plan: UndoPlan) -> int:
+        """Take the plan back and return the exit code; nothing is raised."""
+        self.total = len(plan.pairs)
+        return await self.drive(self._undo(plan.groups))
+
+    async def _undo(self, groups: List[Group]) -> None:
+        for group in groups:
+            alone = not (self.preview or self.count(State.UNDONE))
+            while len(self._walks) >= (1 if alone else self._outstanding()):
+                await self._or_brake(self._any_walk())
+                alone = not (self.preview or self.count(State.UNDONE))
+            self.may_begin()
+            self._start(UndoWalk(self, group))
+        await self._all_walks()
+
+    def rest(self, walk: Walk, pair: Pair, flaw: Optional[PairError] = None) -> None:
+        """A pair is undone, refused, or can't be taken further in this run; only what has begun is noted for good."""
+        pair.code, pair.error = (flaw.code, str(flaw)) if flaw else ("", "")
+        if pair.state in self.UNDER_WAY:
+            self.savepoint.record(pair)
+        self._note_rest(walk, pair, flaw)
+
+    def went_well(self, pair: Pair) -> bool:
+        return not pair.code
+
+
+def undo_entry(pair: Pair) -> Json:
+    """What was, or would be, given back of a pair, and what can't be."""
+    undo = pair.details.get("undo", {})
+    left = {(item["id"], item["role"]): item for item in (*undo.get("left", ()), *pair.left_behind)}
+    entry = {
+        "email": pair.email,
+        "primary": contact_entry(pair.primary),
+        "duplicate": contact_entry(pair.duplicate),
+        "contact": {"id": undo["contact"], "display_id": undo["display_id"]} if "contact" in undo else None,
+        "state": pair.state.value,
+        "backup": pair.backup,
+        "code": pair.code,
+        "error": pair.error,
+        "given_back": [],
+        "left": describe(pair.backup, left.values()),
+        "not_given_back": [],
+    }
+    with contextlib.suppress(PairError, OSError, ValueError, KeyError, TypeError):
+        manifest = read_manifest(pair.backup)
+        (mine,) = (one for one in manifest["contacts"] if one["csv"]["id"] == pair.duplicate.id)
+        user = json.loads((Path(pair.backup) / mine["folder"] / "contact.json").read_bytes())
+        given = [item for item in handed_on(mine) if (item["id"], item["role"]) not in left]
+        entry["given_back"] = describe(pair.backup, given) if "left" in undo else []
+        entry["not_given_back"] = list(_lost_for_good(user, mine, undo.get("left_out", {})))
+    return entry
+
+
+def _lost_for_good(user: Json, entry: Json, left_out: Mapping[str, str]) -> Iterator[Json]:
+    """What nobody can give back of a contact: its rev user and its entry in the manifest say what it had."""
+    for name, value in user.items():
+        if name not in UndoWalk.FIELDS and name != "state":
+            yield {"what": name, "value": value, "why": "DevRev does not let it be set"}
+    for name, why in left_out.items():
+        yield {"what": name, "value": user.get(name), "why": why}
+    if entry["works"]["created"]:
+        yield {"what": "created_by", "value": entry["works"]["created"], "why": "the primary stays their creator"}
+    yield {"what": "authors of comments", "value": None, "why": "DevRev does not let them be set"}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -3384,6 +4128,10 @@ ADVICE = {
     "merged_elsewhere": "export again; the reference named in the message has to be looked at by hand",
     "stale": "raise DEVREV_RATE_LIMIT_CALLS, or ask DevRev for a larger quota",
     "undo_unfinished": "finish the undo first",
+    "not_merged": "nothing to take back yet; where the merge is unfinished, finish it first",
+    "contact_refused": "the group is as it was: look at what DevRev has answered, undo again",
+    "contact_not_confirmed": "undo again: it looks for the contact first",
+    "not_handed_back": "undo again, or hand them over in DevRev",
     "group_incomplete": "run again",
     "interrupted": "run again with the same savepoint: it is finished first",
 }
@@ -4003,6 +4751,9 @@ examples:
     merge_contacts.py --csv contacts.csv
   after a crash or an interruption, the same command again goes on:
     merge_contacts.py --csv contacts.csv
+  take back what a run has merged (ids, dates, creators and authors of comments can't be given back):
+    merge_contacts.py --undo reports/merge_report_20250131_120000.json --preview
+    merge_contacts.py --undo reports/merge_report_20250131_120000.json
 
 environment, or .env in this folder or beside the script:
   DEVREV_API_TOKEN          needed for a real run
@@ -4026,6 +4777,14 @@ def _positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{printable(text)} is not a whole number of at least 1")
     return int(text)
+
+
+def _domain(text: str) -> str:
+    domain = email_key(text)
+    domain = domain[1:] if domain.startswith("@") else domain
+    if not re.fullmatch(r"[^\s@,;]+", domain):
+        raise argparse.ArgumentTypeError(f"{printable(text)} is not a domain such as example.com")
+    return domain
 
 
 def _seconds(text: str) -> float:
@@ -4057,6 +4816,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--email", metavar="ADDRESS", action="append", help="only this address (may be repeated)")
     what.add_argument("--limit", metavar="N", type=_positive_int, help="at most N pairs in this run: a canary")
+    make = parser.add_argument_group("make the CSV")
+    make.add_argument("--export", metavar="PATH", type=Path, help="read it from DevRev itself, with list calls alone")
+    make.add_argument(
+        "--domain", metavar="D", type=_domain, action="append", help="only emails of this domain (may be repeated)"
+    )
     look = parser.add_argument_group("look, without changing anything")
     look.add_argument("--preview", action="store_true", help="print the plan; no request is made")
     look.add_argument("--json", action="store_true", help="with --preview: the plan as JSON")
@@ -4090,7 +4854,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--settle", metavar="ADDRESS", nargs="+",
         help="accept what can't be mended of merged pairs that an earlier report has named as unfinished",
     )  # fmt: skip
-    how.add_argument("--yes", action="store_true", help="don't ask before the first merge")
+    what.add_argument(
+        "--undo", metavar="PATH", type=Path,
+        help="take merges back: those of a backup folder, or of a merge report; with --preview: say what would be",
+    )  # fmt: skip
+    how.add_argument("--yes", action="store_true", help="don't ask before the first change")
     show = parser.add_argument_group("what to show")
     show.add_argument("-v", "--verbose", action="store_true", help="show each request")
     show.add_argument("-q", "--quiet", action="store_true", help="errors and the summary alone")
@@ -4101,12 +4869,20 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = build_parser()
     options = parser.parse_args(argv)
-    modes = [name for name in ("preview", "check", "status", "verify_backups", "settle") if getattr(options, name)]
+    modes = [name for name in MODES if name != "undo" and getattr(options, name)]
     if len(modes) > 1:
         parser.error("--" + " and --".join(mode.replace("_", "-") for mode in modes) + " don't go together")
     if options.json and not options.preview:
         parser.error("--json goes with --preview")
-    if options.csv is None and modes in ([], ["preview"]):
+    if options.export:
+        foreign = [name for name in ("csv", "choices", "email", "limit") if getattr(options, name)]
+        if foreign:
+            parser.error(f"--export makes a CSV for a later run: --{foreign[0]} does not go with it")
+    elif options.domain:
+        parser.error("--domain goes with --export")
+    if options.undo and modes not in ([], ["preview"]):
+        parser.error("--undo goes with --preview alone")
+    if options.csv is None and options.undo is None and modes in ([], ["preview"]):
         parser.error("--csv PATH is needed (try --help)")
     return options
 
@@ -4200,7 +4976,7 @@ class Run:
 
     @property
     def report_path(self) -> Path:
-        return Path("reports") / f"merge_report_{self.stamp}.json"
+        return Path("reports") / f"{'undo' if self.options.undo else 'merge'}_report_{self.stamp}.json"
 
     @property
     def log_path(self) -> Path:
@@ -4214,7 +4990,7 @@ class Run:
                 return self.stamp
             second += 1
 
-    def on_signal(self, loop: asyncio.AbstractEventLoop, act: Callable[[], None]) -> None:
+    def on_signal(self, loop: asyncio.AbstractEventLoop, act: Callable[[], Any]) -> None:
         """The first Ctrl-C, SIGTERM or SIGHUP acts, in the event loop; the second ends the process at once."""
 
         def handle(number: int, _frame: Any) -> None:
@@ -4304,17 +5080,18 @@ def make_plan(run: Run, savepoint: Optional[SavePoint]) -> Plan:
 
 def adopt(plan: Plan, savepoint: SavePoint, named: Collection[str] = ()) -> None:
     """Bring what the savepoint knows into a plan: what has ended or was begun, and what was undone and not `named`."""
-    known = {pair.ids: pair for pair in savepoint.rows(*UNFINISHED, *ENDED, State.UNDONE)}
+    known = {pair.ids: pair for pair in savepoint.rows(*UNFINISHED, *ENDED)}
+    undone = {pair.email for pair in savepoint.rows(State.UNDONE)} - set(named)  # its contacts have other ids now
     groups, plan.groups = plan.groups, []
     for group in groups:
         rows = [known.get(pair.ids) for pair in group.pairs]
-        if group.email not in named and any(row and row.state is State.UNDONE for row in rows):
+        if group.email in undone and not all(rows):
             plan.skipped.append(Skip(group.email, "undone", group.everybody()))
             plan.ids.difference_update(pair.ids for pair in group.pairs)
             continue
         plan.groups.append(group)
         for pair, row in zip(group.pairs, rows):
-            if row and row.state is not State.UNDONE:
+            if row:
                 pair.state = row.state
                 plan.already_merged += row.state in ENDED and bool(row.report)
 
@@ -4346,13 +5123,18 @@ def preview(run: Run) -> int:
     plan = make_plan(run, known)
     cost = estimate_plan(plan, run.settings, not run.options.no_timelines)
     if run.options.json:
-        with contextlib.suppress(OSError, ValueError):
-            for chunk in plan_chunks(plan, cost):
-                sys.stdout.write(re.sub(r"[^\x00-\x7e]", lambda c: json.dumps(c.group())[1:-1], chunk.decode("utf-8")))
-            sys.stdout.flush()
+        print_json(plan_chunks(plan, cost))
     else:
         show_plan(plan, run.console, cost, run.ceiling())
     return EXIT_OK
+
+
+def print_json(chunks: Iterable[bytes]) -> None:
+    """JSON on stdout, in ASCII, whatever the terminal takes."""
+    with contextlib.suppress(OSError, ValueError):
+        for chunk in chunks:
+            sys.stdout.write(re.sub(r"[^\x00-\x7e]", lambda c: json.dumps(c.group())[1:-1], chunk.decode("utf-8")))
+        sys.stdout.flush()
 
 
 def _has_content(path: Path) -> bool:
@@ -4398,9 +5180,9 @@ def settle(run: Run) -> int:
         savepoint.close()
 
 
-def open_savepoint(run: Run) -> SavePoint:
+def open_savepoint(run: Run, readonly: bool = False) -> SavePoint:
     """Open the savepoint. A new one learns from the journal what was asked for and what has ended."""
-    savepoint = SavePoint(run.options.savepoint, run.outside, run.stamp)
+    savepoint = SavePoint(run.options.savepoint, run.outside, run.stamp, readonly)
     if savepoint.is_new:
         reported = reported_pairs(run.report_path.parent)
         pairs = Journal(JOURNAL, run.outside, run.stamp).pairs()
@@ -4458,7 +5240,9 @@ async def carry_out(run: Run, plan: Plan, savepoint: SavePoint) -> int:
         brake.pull(stop)
         return _report(run, plan, merger, savepoint, stop.exit_code)
     ticking = asyncio.ensure_future(progress.tick(merger))  # which also lets signals in, however quiet it is
-    await confirm(run, plan, merger, len(unfinished))
+    before = f", {len(unfinished)} of an earlier run to finish first" if unfinished else ""
+    facts = {"to merge": plural(plan.count(), "pair") + before, "backups in": str(Path("backups").resolve())}
+    await confirm(run, merger, "merge", facts, "In DevRev a merge can't be undone; --undo takes back most of it.")
     savepoint.about("organisation", merger.organisation)
     run.on_signal(asyncio.get_event_loop(), lambda: brake.pull(Interrupted()))
     code = await merger.run(plan.groups, unfinished)
@@ -4467,8 +5251,8 @@ async def carry_out(run: Run, plan: Plan, savepoint: SavePoint) -> int:
     return _report(run, plan, merger, savepoint, run.signal + 128 if run.signal else code)
 
 
-async def confirm(run: Run, plan: Plan, merger: ContactMerger, unfinished: int) -> None:
-    """On a terminal: say what is about to happen, and go on only on a typed `merge`. Raises Stop(2) otherwise."""
+async def confirm(run: Run, merger: ContactMerger, word: str, facts: Mapping[str, str], warning: str) -> None:
+    """On a terminal: say what is about to happen, and go on only where `word` is typed. Raises Stop(2) otherwise."""
     owner = merger.token_owner
     who = str(owner.get("display_name") or owner.get("full_name") or owner.get("email") or owner.get("id"))
     log.info("organisation %s, token of %s (%s)", merger.organisation, who, owner.get("id"))
@@ -4477,16 +5261,13 @@ async def confirm(run: Run, plan: Plan, merger: ContactMerger, unfinished: int) 
     say = run.console.say
     say(f"organisation  {merger.organisation} at {run.settings.base_url}")
     say(f"token of      {who}" + (f" <{owner['email']}>" if owner.get("email") else ""))
-    say(
-        f"to merge      {plural(plan.count(), 'pair')}"
-        + (f", {unfinished} of an earlier run to finish first" if unfinished else "")
-    )
-    say(f"backups in    {Path('backups').resolve()}")
-    say("A merge can't be undone.", "bold")
-    run.console.ask("Type merge to go on, anything else to leave: ")
+    for name, fact in facts.items():
+        say(f"{name:<12}  {fact}")
+    say(warning, "bold")
+    run.console.ask(f"Type {word} to go on, anything else to leave: ")
     # Read by a thread and past Python's own buffers, so that a signal is never kept waiting by the terminal.
     answer = await run.outside.work(os.read, sys.stdin.fileno(), 1024)
-    if answer.strip() != b"merge":
+    if answer.strip() != word.encode():
         raise Stop(EXIT_USAGE, "not confirmed; nothing was changed")
 
 
@@ -4507,9 +5288,12 @@ class Progress:
         if pair.state in (State.DONE, State.SETTLED):
             log.info("merged %s", names)
             line, style = f"merged  {names}" + (f", now {pair.new_ref}" if pair.new_ref else ""), ""
+        elif pair.state is State.UNDONE:
+            log.info("undone %s", names)
+            line, style = f"undone  {names}, again as {pair.details['undo']['display_id']}", ""
         else:
             log.info("failed %s: %s: %s", names, pair.code, pair.error)
-            word = "UNFINISHED" if pair.state in UNFINISHED else "FAILED"
+            word = "UNFINISHED" if pair.state in (*UNFINISHED, State.UNDOING) else "FAILED"
             line, style = f"{word}  {names}: {pair.code}: {pair.error}", "bad"
         if not self.run.options.quiet:
             console.say(line, style)
@@ -4523,16 +5307,19 @@ class Progress:
             now = self.run.outside.moment().steady
             if now - self.recent[-1][0] >= 1:
                 self.recent.append((now, sum(merger.api.requests.values())))
-            line = self.line(merger, now)
-            self.run.console.status(line)
-            if now - self.told >= self.EVERY:
-                self.told = now
-                log.info("%s", line)
-                if not self.run.options.quiet and not self.run.console.err.isatty():
-                    self.run.console.note(line)
+            self.show(self.line(merger, now), now)
+
+    def show(self, line: str, now: float) -> None:
+        """Say how far a run is; where there is no terminal, now and then."""
+        self.run.console.status(line)
+        if now - self.told >= self.EVERY:
+            self.told = now
+            log.info("%s", line)
+            if not self.run.options.quiet and not self.run.console.err.isatty():
+                self.run.console.note(line)
 
     def line(self, merger: ContactMerger, now: float) -> str:
-        done, failed = len(merger.rested), len(merger.rested) - merger.count(State.DONE)
+        done, failed = len(merger.rested), sum(not merger.went_well(pair) for pair in merger.rested.values())
         since, before = (
             self.recent[0] if now - self.recent[0][0] < 60 else next(r for r in self.recent if now - r[0] < 60)
         )
@@ -4648,6 +5435,168 @@ def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
         console.say(f"    what to do: {ADVICE.get(code, 'see the report')}")
 
 
+# -- export ------------------------------------------------------------------------------------------
+
+
+def export(run: Run) -> int:
+    """Write the CSV from DevRev itself; returns the exit code. What is wrong with the path is found out first."""
+    check_token(run.settings.token)
+    path: Path = run.options.export
+    if os.path.lexists(str(path)):
+        raise Stop(EXIT_USAGE, f"{path} is there already, and is left as it is: name a file that is not there yet")
+    try:
+        spool = tempfile.TemporaryFile(dir=str(path.parent))  # noqa: SIM115
+    except OSError as error:
+        raise Stop(EXIT_USAGE, f"{path} can't be written: {error.strerror}") from None
+    with spool:
+        try:
+            return asyncio.run(_export(run, path, spool))
+        except FileExistsError:
+            raise Stop(EXIT_USAGE, f"{path} has been made by somebody else meanwhile, and is left as it is") from None
+        except OSError as error:
+            raise Stop(EXIT_STOPPED, f"the disk refuses: {error}; nothing was written") from None
+
+
+async def _export(run: Run, path: Path, spool: BinaryIO) -> int:
+    api = DevRevAPI(run.settings, run.outside, Brake())
+    exporter = Exporter(api, [f"@{domain}" for domain in run.options.domain or ()], spool)
+    work = asyncio.ensure_future(exporter.run())
+    run.on_signal(asyncio.get_event_loop(), work.cancel)
+    ticking = asyncio.ensure_future(show_export(run, exporter))  # which also lets signals in, however quiet it is
+    try:
+        with nothing_changed_yet(api):
+            rows = await work
+    except asyncio.CancelledError:
+        run.console.note("interrupted; nothing was written")
+        return 128 + run.signal
+    finally:
+        ticking.cancel()
+        run.console.status("")
+    run.outside.replace(path, csv_chunks(rows), lambda: path.touch(mode=0o600, exist_ok=False))
+    say_exported(run, exporter, path)
+    return EXIT_OK
+
+
+async def show_export(run: Run, exporter: Exporter) -> None:
+    progress = Progress(run)
+    while True:
+        await asyncio.sleep(run.TICK)
+        progress.show(exporter.progress(), run.outside.moment().steady)
+
+
+def say_exported(run: Run, exporter: Exporter, path: Path) -> None:
+    emails = len({contact.key for contact in exporter.rows})
+    rows, requests = len(exporter.rows), sum(exporter.api.requests.values())
+    say = run.console.say
+    say(f"exported {plural(rows, 'contact')} of {plural(emails, 'email')} that recur, to {path}", "good")
+    say(f"read     {plural(exporter.read, 'contact')}")
+    say(f"cost     {plural(requests, 'request')}, {duration(run.outside.elapsed(run.started))}")
+    if rows and not run.options.quiet:
+        name = f'"{path}"' if re.search(r"[^\w./\\:@+-]", str(path)) else str(path)
+        say(f"next     python merge_contacts.py --csv {name} --preview")
+    log.info("exported %d rows of %d emails to %s with %d requests", rows, emails, path, requests)
+
+
+# -- undo --------------------------------------------------------------------------------------------
+
+
+def undo(run: Run) -> int:
+    """Take merges back, or with --preview say what would be; returns the exit code."""
+    check_token(run.settings.token)
+    options = run.options
+    savepoint = open_savepoint(run, readonly=options.preview)
+    try:
+        emails = {email_key(email) for email in options.email or ()}
+        plan = plan_undo(options.undo, savepoint, emails, options.limit)
+        if not options.preview:
+            check_writable(run.report_path.parent, run.outside)
+        return asyncio.run(take_back(run, plan, savepoint))
+    finally:
+        savepoint.close()
+
+
+async def take_back(run: Run, plan: UndoPlan, savepoint: SavePoint) -> int:
+    """Find out whose token it is, ask, undo, report; returns the exit code."""
+    options, brake = run.options, Brake()
+    progress, journal = Progress(run), Journal(JOURNAL, run.outside, run.stamp)
+    undoer = Undoer(
+        DevRevAPI(run.settings, run.outside, brake), savepoint, journal, options.undo, options.preview,
+        merge_timeout=options.merge_timeout, on_pair=(lambda _pair: None) if options.preview else progress.on_pair,
+    )  # fmt: skip
+    code = EXIT_OK
+    if plan.groups:
+        await undoer.find_owner()
+        check_organisation(undoer.organisation, "backup", plan.pairs)
+        ticking = asyncio.ensure_future(progress.tick(undoer))  # which also lets signals in, however quiet it is
+        if not options.preview:
+            facts = {"to take back": plural(len(plan.pairs), "merge"), "of": str(options.undo)}
+            await confirm(
+                run, undoer, "undo", facts, "Ids, dates, creators and authors of comments can't be given back."
+            )
+            savepoint.about("organisation", undoer.organisation)
+        run.on_signal(asyncio.get_event_loop(), lambda: brake.pull(Interrupted()))
+        code = await undoer.undo(plan)
+        ticking.cancel()
+        run.console.status("")
+    return report_undo(run, plan, undoer, run.signal + 128 if run.signal else code)
+
+
+def report_undo(run: Run, plan: UndoPlan, undoer: Undoer, code: int) -> int:
+    """Write the report (with --preview: print it), and say what has come of each pair."""
+    stop = str(undoer.stop) if undoer.stop and code >= EXIT_USAGE else None
+    pairs = plan.pairs if run.options.preview else [*plan.undone, *plan.pairs]
+    lists = {
+        "undone": [pair for pair in pairs if pair.state is State.UNDONE],
+        "unfinished": [pair for pair in pairs if pair.state is State.UNDOING],
+        "failed": [pair for pair in pairs if pair.code and pair.state is not State.UNDOING],
+    }
+    if run.options.preview:
+        lists = {"to_undo": [p for p in pairs if not p.code], "refused": [p for p in pairs if p.code]}
+    summary = {name: len(found) for name, found in lists.items()}
+    left = plan.left + len(pairs) - sum(summary.values())
+    summary.update(pairs=len(pairs) + plan.left, undone_before=len(plan.undone), left=left)
+    facts = run_facts(run, undoer, undoer.savepoint, code, stop)
+    head = {"run": {**facts, "undo": str(run.options.undo)}, "summary": summary}
+    entries: Dict[str, Iterable[Json]] = {name: map(undo_entry, found) for name, found in lists.items()}
+    if run.options.preview:
+        show_undo(run, head, entries)
+    else:
+        try:
+            run.outside.replace(run.report_path, report_chunks(head, entries))
+            run.console.say(f"report   {run.report_path}")
+        except OSError as error:
+            run.console.error(f"the report can't be written: {error}")
+            code = code if code >= EXIT_USAGE else EXIT_STOPPED
+        counted = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary.items() if count)
+        run.console.say(counted or "nothing to undo", "bold")
+        _show_failures(run.console, [*lists["failed"], *lists["unfinished"]])
+    if stop and not run.signal:
+        run.console.error(stop)
+    log.info("exit code %d", code)
+    return code
+
+
+def show_undo(run: Run, head: Json, lists: Mapping[str, Iterable[Json]]) -> None:
+    if run.options.json:
+        print_json(report_chunks(head, lists))
+        return
+    say = run.console.say
+    for name, entries in lists.items():
+        for entry in entries:
+            names = f"{entry['primary']['display_id']} -> {entry['duplicate']['display_id']}"
+            if name == "refused":
+                say(f"refused  {entry['email']}: {names}: {entry['code']}: {entry['error']}", "bad")
+                continue
+            given = len({item["id"] for item in entry["given_back"]})
+            reference = entry["duplicate"]["old_external_ref"]
+            say(f"undo     {entry['email']}: {names}, {reference}, {given} tickets, issues and conversations")
+            for item in entry["left"]:
+                say(f"           stays: {item['display_id']} {item['title']}: {item['why']}")
+            say("           never back: " + ", ".join(item["what"] for item in entry["not_given_back"]))
+    counts = head["summary"]
+    say(f"{plural(counts['to_undo'], 'merge')} to take back, {counts['refused']} refused", "bold")
+
+
 # -- check, status, verify ---------------------------------------------------------------------------
 
 
@@ -4683,6 +5632,7 @@ async def _check(run: Run) -> int:
     run.console.say(
         "note    the permission to merge (rev_user:all) can't be tried without merging: --limit 1 is the first proof"
     )
+    run.console.say("note    --undo also needs to write tickets, issues and conversations, which reading can't tell")
     return EXIT_USAGE if failed else EXIT_OK
 
 
@@ -4761,7 +5711,7 @@ def status(run: Run) -> int:
         )
         for name, count in savepoint.counts().items():
             say(f"{count:>7,} {name}")
-        for title, states in (("unfinished", UNFINISHED), ("failed", (State.FAILED,))):
+        for title, states in (("unfinished", (*UNFINISHED, State.UNDOING)), ("failed", (State.FAILED,))):
             for pair in savepoint.rows(*states):
                 why = f"{pair.code}: {pair.error}" if pair.code else f"{pair.state.value}"
                 names = f"{pair.primary.short_id} <- {pair.duplicate.short_id}"
@@ -4853,6 +5803,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 MODES: Dict[str, Callable[[Run], int]] = {
+    "export": export,
+    "undo": undo,
     "preview": preview,
     "check": check,
     "status": status,

@@ -538,7 +538,9 @@ class Books:
             if ids in rows and rows[ids]["state"] in ENDED:
                 continue
             if ids not in resting:
-                raise Broken("a life that is left in peace ends with every pair done or refused", f"{name(ids)}: nothing")
+                raise Broken(
+                    "a life that is left in peace ends with every pair done or refused", f"{name(ids)}: nothing"
+                )
             entry = resting[ids]
             if not self._is_true(ids, entry, resting, stuck):
                 what = f"{name(ids)} is {entry['state']}, {entry['code']}: {entry['error']}"

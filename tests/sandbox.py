@@ -3,7 +3,7 @@
 Merging contacts cannot be undone, so nothing here ever talks to DevRev. The sandbox answers the
 same requests on 127.0.0.1: `tests.world` says what, with its misbehaviour and its books.
 
-    python -m tests.sandbox                      merge a sample export and show what happened
+    python -m tests.sandbox                      export a sample, merge it, and show what happened
     python -m tests.sandbox serve --port 8123    stay up, to try the tool by hand
 
 In a test:
@@ -314,10 +314,10 @@ def arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.sandbox",
         description="A DevRev organisation on loopback: nothing ever leaves this computer.",
-        epilog="Without a command, runs the demo: merges the sample export and checks the result.",
+        epilog="Without a command, runs the demo: exports a sample organisation, merges it, and checks the result.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser("demo", help="merge a sample export and show what happened (the default)")
+    commands.add_parser("demo", help="export a sample, merge it, and show what happened (the default)")
     serve_parser = commands.add_parser(
         "serve",
         help="stay up until Ctrl-C, to try the tool by hand",
@@ -408,7 +408,9 @@ def introduce(sandbox: Sandbox) -> None:
 
 
 class Demo:
-    """Runs the real tool against the sample export and checks what it did against the truth."""
+    """Runs the real tool against the organisation of the sample and checks what it did against the truth."""
+
+    CSV = ("--csv", "contacts.csv")
 
     def __init__(self) -> None:
         self.organisation = Organisation.from_csv(SAMPLE_CSV)
@@ -419,14 +421,17 @@ class Demo:
         self.all_true = True
 
     def run(self) -> int:
-        """Preview, merge, merge again; then look."""
+        """Export, preview, merge, merge again; then look."""
         say(f"Working in {self.folder}")
         with Sandbox(self.organisation) as sandbox:
-            self._step("A preview: no request, nothing changed", sandbox, "--preview")
-            self._check("the preview made no request", sandbox.count() == 0)
-            self._step("The run", sandbox, "--yes")
+            self._step("The export: reads alone", sandbox, "--export", "contacts.csv")
+            reads = sandbox.count()
+            self._check(f"the export made {reads} requests, all of lists", reads == count_lists(sandbox))
+            self._step("A preview: no request, nothing changed", sandbox, *self.CSV, "--preview")
+            self._check("the preview made no request", sandbox.count() == reads)
+            self._step("The run", sandbox, *self.CSV, "--yes")
             first = sandbox.count("rev-users.merge")
-            self._step("The same run again", sandbox, "--yes")
+            self._step("The same run again", sandbox, *self.CSV, "--yes")
             again = sandbox.count("rev-users.merge") - first
         self._title("What happened, from the organisation's point of view")
         self._show_merges()
@@ -440,7 +445,7 @@ class Demo:
 
     def _step(self, title: str, sandbox: Sandbox, *options: str) -> None:
         script = str(REPOSITORY / "merge_contacts.py")
-        command = [sys.executable, script, "--csv", str(SAMPLE_CSV)] + list(options)
+        command = [sys.executable, script, *options]
         self._title(title)
         say("$ " + " ".join(quoted(part) for part in command))
         environment = dict(os.environ, **sandbox.environment())
@@ -482,6 +487,11 @@ class Demo:
     def _check(self, claim: str, true: bool) -> None:
         self.all_true = self.all_true and true
         say("{} {}".format("[ok]" if true else "[NO]", claim))
+
+
+def count_lists(sandbox: Sandbox) -> int:
+    """How many requests were for lists, which change nothing."""
+    return sum(request.endpoint.endswith(".list") for request in sandbox.requests)
 
 
 def is_user(reference: Optional[str]) -> bool:

@@ -9,7 +9,6 @@ How to read a failing life is in tests/README.md.
 
 import argparse
 import csv
-import json
 import logging
 import multiprocessing
 import os
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from tests import world
-from tests.promises import Books, Ids, Row, export_of, ids_of, plan_of
+from tests.promises import Books, Ids, Row, export_of
 from tests.simulated import Broken, Clock, Killed, Machine, Muted, Trace, Weather, load, outside_of, short
 
 SEEDS = Path(__file__).with_name("seeds.txt")
@@ -736,7 +735,9 @@ def main() -> int:
     parser.add_argument("--seeds", metavar="N", type=int, help="play so many lives")
     parser.add_argument("--start", metavar="S", type=int, default=1, help="the first seed (default 1)")
     parser.add_argument("--jobs", metavar="J", type=int, default=1, help="in so many processes")
-    parser.add_argument("--keep-going", action="store_true", help="a line for each life that fails, instead of stopping")
+    parser.add_argument(
+        "--keep-going", action="store_true", help="a line for each life that fails, instead of stopping"
+    )
     parser.add_argument("--seed", metavar="S", type=int, help="play one life")
     parser.add_argument("--trace", action="store_true", help="with --seed: show all of it")
     parser.add_argument("--kept", action="store_true", help="play the seeds that have failed once")

@@ -64,7 +64,8 @@ class Workplace:
         return {**kept, **(sandbox.environment() if sandbox else {}), **extra}
 
     def command(self, *options: str) -> List[str]:
-        return [sys.executable, str(SCRIPT), "--csv", str(self.csv), *options]
+        csv_option = () if "--export" in options else ("--csv", str(self.csv))
+        return [sys.executable, str(SCRIPT), *csv_option, *options]
 
     def start(
         self, sandbox: Optional[Sandbox], *options: str, python: Sequence[str] = (), **extra: str

@@ -1,0 +1,120 @@
+"""Choices through the front door: a chosen group becomes the one contact that was chosen, all others stay as they are."""
+
+from typing import Dict, List, Set, Tuple
+
+import pytest
+
+from tests.sandbox import Organisation, Sandbox
+from tests.support import Workplace, assert_backed_up, roles_of, watch_merges
+
+DESK, TWINS, UNDECIDED = "front.desk@example.com", "twins@example.com", "undecided@example.com"
+
+
+@pytest.fixture
+def organisation() -> Organisation:
+    """A group with three `user_` and a `REVU-`, one with two `REVU-`, both of these without a choice, and a pair."""
+    made = Organisation()
+    groups: Dict[str, List[Tuple[str, str]]] = {
+        DESK: [("K1", "REVU-K1"), ("K2", "user_k2"), ("K3", "user_k3"), ("K4", "user_k4")],
+        TWINS: [("T1", "REVU-T1"), ("T2", "REVU-T2")],
+        UNDECIDED: [("U1", "REVU-U1"), ("U2", "user_u2"), ("U3", "user_u3")],
+        "nobody@example.com": [("N1", "REVU-N1"), ("N2", "REVU-N2")],
+        "pair@example.com": [("P1", "REVU-P1"), ("P2", "user_p2")],
+    }
+    for email, contacts in groups.items():
+        for number, (key, reference) in enumerate(contacts):
+            one = made.add_contact(key, email, reference, display_name=email.split("@")[0])
+            for _ in range(3 - number % 3):
+                made.add_work(owned_by=[one], created_by=one, reported_by=[one], comments=1)
+            made.add_conversation(members=[one], comments=1)
+    return made
+
+
+def choose(place: Workplace, *lines: str, header: str = "EMAIL,EXTERNAL_REF") -> str:
+    (place.folder / "choices.csv").write_text("\n".join([header, *lines, ""]), encoding="utf-8")
+    return "choices.csv"
+
+
+def keys(organisation: Organisation) -> Set[Tuple[str, str]]:
+    """The merges as (primary, duplicate), by the keys of their ids."""
+    return {(one.rpartition("/")[2], other.rpartition("/")[2]) for one, other in organisation.merges}
+
+
+def test_a_chosen_group_is_merged_as_chosen_and_groups_without_a_choice_stay(
+    place: Workplace, organisation: Organisation
+) -> None:
+    def don(key: str) -> str:
+        return organisation.don("identity", "revu", key)
+
+    works = {
+        key: set().union(*roles_of(organisation, don(key)).values()) for key in ("K1", "K2", "K3", "K4", "T1", "T2")
+    }
+    others = {one: dict(user) for one, user in organisation.contacts.items() if user["display_id"][5] in "UN"}
+    place.export(organisation)
+    choices = choose(place, f"{DESK.upper()} , user_k3", f"{TWINS},REVU-T2")
+    with Sandbox(organisation, merge_delay=0.05) as sandbox:
+        findings = watch_merges(sandbox, place.folder)
+        report = place.run(sandbox, "--choices", choices, "--yes", check=0).report
+        assert keys(organisation) == {("K1", "K3"), ("K1", "K2"), ("K1", "K4"), ("T2", "T1"), ("P1", "P2")}
+        assert findings == [None] * 5 and len(organisation.merges) == 5
+        place.run(sandbox, "--choices", choices, "--yes", check=0)
+    assert len(organisation.merges) == 5
+    references = {key: organisation.contacts[don(key)]["external_ref"] for key in ("K1", "T2", "P1")}
+    assert references == {"K1": "user_k3", "T2": "REVU-T2", "P1": "user_p2"}
+    assert set().union(*roles_of(organisation, don("K1")).values()) == set().union(
+        *(works[f"K{n}"] for n in range(1, 5))
+    )
+    assert set().union(*roles_of(organisation, don("T2")).values()) == works["T1"] | works["T2"]
+    assert {one: organisation.contacts[one] for one in others} == others
+    assert {skip["email"] for skip in report["skipped"]} == {UNDECIDED, "nobody@example.com"}
+    assert report["summary"]["successful_merges"] == 5
+
+
+def test_where_nobody_has_a_revu_reference_the_chosen_contact_itself_remains(place: Workplace) -> None:
+    organisation = Organisation()
+    for number in range(1, 4):
+        one = organisation.add_contact(f"A{number}", DESK, f"user_a{number}", display_name="Desk")
+        organisation.add_work(reported_by=[one])
+    place.export(organisation)
+    with Sandbox(organisation, merge_delay=0.05) as sandbox:
+        place.run(sandbox, "--choices", choose(place, f"{DESK},user_a2"), "--yes", check=0)
+        assert_backed_up(place.folder, organisation, [organisation.don("identity", "revu", "A2")])
+    assert keys(organisation) == {("A2", "A1"), ("A2", "A3")}
+    assert organisation.contacts[organisation.don("identity", "revu", "A2")]["external_ref"] == "user_a2"
+
+
+def test_a_choice_is_bound_to_its_group(place: Workplace, organisation: Organisation) -> None:
+    place.export(organisation)
+    choices = choose(place, f"{DESK},user_k3", f"{TWINS},REVU-T2")
+    organisation.add_contact("K5", DESK, "user_k5")
+    with Sandbox(organisation, merge_delay=0.05) as sandbox:
+        result = place.run(sandbox, "--choices", choices, "--yes", check=1)
+    assert keys(organisation) == {("T2", "T1"), ("P1", "P2")}
+    codes = {entry["duplicate"]["old_external_ref"]: entry["code"] for entry in result.report["failed_merges"]}
+    assert set(codes) == {"user_k2", "user_k3", "user_k4"} and codes["user_k3"] == "several_user_refs"
+
+
+@pytest.mark.parametrize(
+    "lines, header, says",
+    [
+        (
+            [f"{DESK},user_k9"],
+            "EMAIL,EXTERNAL_REF",
+            "user_k9 for front.desk@example.com: no contact of this email has it",
+        ),
+        (["stranger@example.com,user_k3"], "EMAIL,EXTERNAL_REF", "user_k3 for stranger@example.com"),
+        ([f"{DESK},REVU-K1"], "EMAIL,EXTERNAL_REF", "has to stay"),
+        ([f"{DESK},user_k3", f"{DESK},user_k4"], "EMAIL,EXTERNAL_REF", "a second choice for front.desk@example.com"),
+        ([f"{DESK},user_k3"], "EMAIL,REFERENCE", "missing column EXTERNAL_REF"),
+        ([f"{DESK},"], "EMAIL,EXTERNAL_REF", "line 2: empty EXTERNAL_REF"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["--preview", "--yes"])
+def test_a_choice_that_can_not_be_followed_changes_nothing(
+    place: Workplace, organisation: Organisation, lines: List[str], header: str, says: str, mode: str
+) -> None:
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        result = place.run(sandbox, "--choices", choose(place, *lines, header=header), mode, check=2)
+        assert sandbox.requests == []
+    assert says in result.err

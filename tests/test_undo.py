@@ -1,0 +1,588 @@
+"""Taking merges back: who has what before and after, whatever happens in between."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Dict, List, Mapping, Tuple
+
+import pytest
+
+from tests.sandbox import Fault, Organisation, Request, Sandbox
+from tests.support import ROOT, Result, Workplace, roles_of
+from tests.test_terminal import Terminal
+
+posix = pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+READS = ("dev-users.self", "rev-users.get", "rev-users.list", "works.list", "works.get", "conversations.list",
+         "conversations.get")  # fmt: skip
+PEOPLE = ("owned_by", "reported_by", "members")
+Pairs = List[Tuple[str, str]]
+
+
+def seeded(count: int = 5) -> Tuple[Organisation, Pairs]:
+    """Pairs whose contacts share tickets and conversations with each other and with agents, fields of their own."""
+    organisation = Organisation()
+    agent = organisation.dev_user["id"]
+    pairs = []
+    for n in range(1, count + 1):
+        email = f"person{n}@example.com"
+        mine = dict(rev_org=f"ORG{n % 2}", display_name=f"P. {n}", full_name=f"Person {n}")
+        primary = organisation.add_contact(f"P{n}", email, **{**mine, "display_name": f"Person {n}"})
+        more = dict(description=f"The account of {n}.", phone_numbers=[f"+4930123456{n}"])
+        duplicate = organisation.add_contact(f"D{n}", email, f"user_{n}", **mine, **more)
+        for people in ([duplicate], [primary], [primary, duplicate], [duplicate, agent]):
+            organisation.add_work(owned_by=people, reported_by=people, comments=1, kind="issue" if n % 2 else "ticket")
+            organisation.add_work(reported_by=people, created_by=people[0])
+            organisation.add_conversation([*people, agent], comments=1)
+        organisation.add_work(owned_by=[agent], reported_by=[agent, duplicate])
+        pairs.append((primary, duplicate))
+    return organisation, pairs
+
+
+def with_a_third(organisation: Organisation, pairs: Pairs) -> Pairs:
+    """The first person has a third contact, which shares a ticket with both others."""
+    third = organisation.add_contact("E1", "person1@example.com", rev_org="ORG1")
+    organisation.add_work(reported_by=[third, pairs[0][1]])
+    organisation.add_work(reported_by=[third], owned_by=[third, organisation.dev_user["id"]])
+    organisation.add_conversation([third, pairs[0][0]])
+    return [*pairs, (pairs[0][0], third)]
+
+
+def truth(organisation: Organisation, names: Mapping[str, str] = MappingProxyType({})) -> Dict[str, Any]:
+    """Who has which role on what, as sets, and who has which reference; contacts called by `names` where they have one."""
+    people = {
+        (thing["id"], role): {names.get(one["id"], one["id"]) for one in thing.get(role, ())}
+        for table in (organisation.works, organisation.conversations)
+        for thing in table.values()
+        for role in PEOPLE
+    }
+    fields = ("display_name", "email", "external_ref", "description", "phone_numbers", "rev_org", "state")
+    users = {
+        names.get(one, one): {name: user.get(name) for name in fields}
+        for one, user in organisation.contacts.items()
+        if organisation.alive(one)
+    }
+    return {"people": people, "users": users}
+
+
+def assert_taken_back(organisation: Organisation, before: Dict[str, Any], result: Result) -> Dict[str, str]:
+    """All is as it was but for the ids; nobody was made twice. Returns new id -> old id."""
+    names = {entry["contact"]["id"]: entry["duplicate"]["id"] for entry in result.report["undone"]}
+    assert truth(organisation, names) == before
+    return names
+
+
+def merged(place: Workplace, sandbox: Sandbox) -> Tuple[str, Result]:
+    """Merge all; the path of the report, which is what is taken back."""
+    place.export(sandbox.organisation)
+    result = place.run(sandbox, check=0)
+    (path,) = (place.folder / "reports").glob("merge_report_*.json")
+    return str(path.relative_to(place.folder)), result
+
+
+def no_writes(requests: List[Request]) -> bool:
+    return {request.endpoint for request in requests} <= set(READS)
+
+
+def test_what_was_merged_is_as_before_and_a_second_undo_does_nothing(place: Workplace) -> None:
+    organisation, pairs = seeded()
+    before = truth(organisation)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        assert truth(organisation) != before
+        result = place.run(sandbox, "--undo", path, check=0)
+        assert_taken_back(organisation, before, result)
+        assert sandbox.count("rev-users.create") == 5
+        assert result.report["summary"]["undone"] == 5
+        entries = sorted(result.report["undone"], key=lambda entry: entry["email"])
+        for entry, (_, duplicate) in zip(entries, pairs):
+            lost = {item["what"]: item["value"] for item in entry["not_given_back"]}
+            assert {"id", "full_name", "created_date", "created_by", "authors of comments"} <= set(lost)
+            assert (entry["duplicate"]["id"], lost["full_name"]) == (
+                duplicate,
+                organisation.contacts[duplicate]["full_name"],
+            )
+            assert {item["id"] for item in entry["given_back"]} and not entry["left"]
+        asked = len(sandbox.requests)
+        again = place.run(sandbox, "--undo", path, check=0)
+        assert no_writes(sandbox.requests[asked:]) and again.report["summary"]["undone_before"] == 5
+
+
+def test_one_backup_folder_takes_one_group_back_with_neither_savepoint_nor_journal(place: Workplace) -> None:
+    organisation, pairs = seeded(2)
+    with Sandbox(organisation) as sandbox:
+        _, result = merged(place, sandbox)
+        first = truth(organisation)
+        entry = next(one for one in result.report["successful_merges"] if one["email"] == "person2@example.com")
+        (place.folder / "savepoint.db").unlink()
+        (place.folder / "backups" / "journal.jsonl").unlink()
+        undone = place.run(sandbox, "--undo", entry["backup"], check=0)
+        assert [one["duplicate"]["id"] for one in undone.report["undone"]] == [pairs[1][1]]
+        assert organisation.contacts[pairs[1][0]]["external_ref"] == "REVU-P2"
+        (made,) = (one for one in truth(organisation)["users"] if one not in first["users"])
+        assert organisation.contacts[made]["external_ref"] == "user_2"
+        assert organisation.contacts[pairs[0][0]]["external_ref"] == "user_1"
+        (place.folder / "savepoint.db").unlink()
+        (place.folder / "backups" / "journal.jsonl").unlink()
+        place.run(sandbox, "--undo", entry["backup"], check=0)
+        assert sandbox.count("rev-users.create") == 2 and len(truth(organisation)["users"]) == 3
+
+
+@pytest.mark.parametrize("gone", ["404", "301", "state", "primary", "shadow", "unassigned"])
+def test_a_group_of_three_comes_apart_as_three(place: Workplace, gone: str) -> None:
+    organisation, pairs = seeded(1)
+    with_a_third(organisation, pairs)
+    before = truth(organisation)
+    with Sandbox(organisation, gone=gone) as sandbox:
+        path, _ = merged(place, sandbox)
+        assert len(organisation.merges) == 2
+        assert_taken_back(organisation, before, place.run(sandbox, "--undo", path, check=0))
+
+
+def test_preview_only_reads_and_tells_what_would_be_given_back(place: Workplace) -> None:
+    organisation, pairs = seeded(2)
+    given = organisation.add_work(reported_by=[pairs[0][1]], title="Given away")
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        organisation.give(given, "reported_by", [pairs[1][0]])
+        after, files, asked = truth(organisation), place.files(), len(sandbox.requests)
+        result = place.run(sandbox, "--undo", path, "--preview", check=0)
+        for word in ("person1@example.com", "REVU-P1", "REVU-D1", "user_1", "Given away", "full_name", "created_by"):
+            assert word in result.out
+        plan = json.loads(place.run(sandbox, "--undo", path, "--preview", "--json", check=0).out)
+        assert [one["email"] for one in plan["to_undo"]] == ["person1@example.com", "person2@example.com"]
+        assert [one["id"] for one in plan["to_undo"][0]["left"]] == [given]
+        had = roles_of(organisation, pairs[0][0])
+        assert {one["id"] for one in plan["to_undo"][0]["given_back"]} <= set().union(*had.values())
+        assert no_writes(sandbox.requests[asked:]) and truth(organisation) == after
+        assert [one for one in place.files() if one.parent.name != "logs"] == [
+            one for one in files if one.parent.name != "logs"
+        ]
+
+
+def test_live_data_wins(place: Workplace) -> None:
+    """New tickets stay with the primary; what was given to others or deleted is left and named; who joined stays."""
+    organisation, pairs = seeded(2)
+    agent, (primary, duplicate) = organisation.dev_user["id"], pairs[0]
+    given, deleted, joined = (organisation.add_work(reported_by=[duplicate], owned_by=[duplicate]) for _ in range(3))
+    talk = organisation.add_conversation([duplicate])
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        new = organisation.add_work(reported_by=[primary], owned_by=[primary])
+        new_talk = organisation.add_conversation([primary, agent])
+        organisation.give(given, "reported_by", [pairs[1][0]])
+        organisation.delete_work(deleted)
+        organisation.give(joined, "owned_by", [primary, agent])
+        organisation.give(talk, "members", [agent, primary])
+        result = place.run(sandbox, "--undo", path, check=0)
+    entry = next(one for one in result.report["undone"] if one["email"] == "person1@example.com")
+    made = entry["contact"]["id"]
+
+    def people(thing: Dict[str, Any], role: str) -> List[str]:
+        return [one["id"] for one in thing[role]]
+
+    assert people(organisation.works[new], "reported_by") == people(organisation.works[new], "owned_by") == [primary]
+    assert people(organisation.conversations[new_talk], "members") == [primary, agent]
+    assert people(organisation.works[given], "reported_by") == [pairs[1][0]]
+    assert people(organisation.works[given], "owned_by") == [made]
+    assert people(organisation.works[joined], "owned_by") == [made, agent]
+    assert people(organisation.conversations[talk], "members") == [agent, made]
+    assert {(one["id"], one["role"], one["why"]) for one in entry["left"]} == {
+        (given, "reported_by", "given to others"), (deleted, "reported_by", "deleted"), (deleted, "owned_by", "deleted"),
+    }  # fmt: skip
+
+
+def test_the_same_csv_merges_nothing_that_was_undone_until_it_is_named(place: Workplace) -> None:
+    organisation, pairs = seeded(2)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        place.run(sandbox, "--undo", path, check=0)
+        for fresh in (False, True):
+            if fresh:
+                place.export(organisation, leave_out=[duplicate for _, duplicate in pairs])
+            again = place.run(sandbox, check=0)
+            assert len(organisation.merges) == 2
+            assert {(one["email"], one["code"]) for one in again.report["skipped"]} == {
+                ("person1@example.com", "undone"), ("person2@example.com", "undone"),
+            }  # fmt: skip
+        (place.folder / "savepoint.db").unlink()
+        place.run(sandbox, check=0)
+        assert len(organisation.merges) == 2, "the journal knows it too"
+        named = place.run(sandbox, "--email", "person2@example.com", check=0)
+        assert len(organisation.merges) == 3 and organisation.contacts[pairs[1][0]]["external_ref"] == "user_2"
+        assert named.report["summary"]["successful_merges"] == 1
+        assert place.run(sandbox, check=0).report["summary"]["already_merged"] == 1
+        assert "2 undone" in place.run(sandbox, "--status", check=0).out
+
+
+def test_what_does_not_stand_as_the_merge_has_left_it_is_refused(place: Workplace) -> None:
+    organisation, pairs = seeded(4)
+    with Sandbox(organisation) as sandbox:
+        path, merge = merged(place, sandbox)
+        organisation.contacts[pairs[0][0]]["external_ref"] = "user_other"
+        organisation.contacts[pairs[1][0]]["state"] = "locked"
+        organisation.delete_contact(pairs[2][0])
+        last = next(one for one in merge.report["successful_merges"] if one["email"] == "person4@example.com")
+        backup = place.folder / last["backup"]
+        (backup / "manifest.json").write_text("{}")
+        asked = len(sandbox.requests)
+        result = place.run(sandbox, "--undo", path, check=1)
+        assert [one["code"] for one in result.report["failed"]] == [
+            "external_ref_changed", "not_active", "not_found", "backup_failed",
+        ]  # fmt: skip
+        assert no_writes(sandbox.requests[asked:])
+        assert place.run(sandbox, check=0).report["summary"]["already_merged"] == 4
+
+
+def test_a_backup_of_contacts_that_were_never_merged_is_refused(place: Workplace) -> None:
+    organisation, _ = seeded(1)
+    place.export(organisation)
+    with Sandbox(organisation, faults=[Fault("400", "rev-users.merge")]) as sandbox:
+        place.run(sandbox, "--merge-timeout", "1", check=1)
+        (folder,) = (place.folder / "backups").glob("*/*/")
+        asked = len(sandbox.requests)
+        assert place.run(sandbox, "--undo", str(folder)).report["failed"][0]["code"] == "not_merged"
+        assert no_writes(sandbox.requests[asked:])
+    for nothing in (place.csv, place.folder / "backups", place.folder / "nowhere"):
+        assert place.run(sandbox, "--undo", str(nothing), check=2).report == {}
+
+
+def test_a_field_that_is_refused_is_left_out_once_and_named(place: Workplace) -> None:
+    organisation, pairs = seeded(1)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        sandbox.refused_fields = ("description", "phone_numbers")
+        (entry,) = place.run(sandbox, "--undo", path, check=0).report["undone"]
+        assert sandbox.count("rev-users.create") == 3
+    made = organisation.contacts[entry["contact"]["id"]]
+    assert (made["external_ref"], made["display_name"]) == ("user_1", "P. 1") and "description" not in made
+    why = {item["what"]: item["why"] for item in entry["not_given_back"]}
+    assert "not permitted" in why["description"] and "not permitted" in why["phone_numbers"]
+
+
+def held_by_another(sandbox: Sandbox) -> None:
+    """As soon as the primary lets go of the reference, somebody else takes it."""
+
+    def hook(stage: str, request: Request) -> None:
+        if stage == "before" and request.endpoint == "rev-users.create":
+            sandbox.organisation.visit("other@example.com", "user_1", "ORG1")
+            sandbox.on_request = None
+
+    sandbox.on_request = hook
+
+
+@pytest.mark.parametrize("trouble", ["400", "409", "403", "email"])
+def test_where_the_contact_is_refused_for_good_the_primary_gets_the_reference_again(
+    place: Workplace, trouble: str
+) -> None:
+    organisation, pairs = seeded(1)
+    with_a_third(organisation, pairs)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        after = truth(organisation)
+        if trouble == "email":
+            sandbox.unique_emails = True
+        else:
+            sandbox.faults.append(Fault(trouble, "rev-users.create"))
+        result = place.run(sandbox, "--undo", path, "--merge-timeout", "4")
+        assert result.code == (3 if trouble == "403" else 1), result
+        assert truth(organisation) == after
+        assert {one["code"] for one in result.report["failed"]} == {
+            "forbidden" if trouble == "403" else "contact_refused"
+        }
+        summary = place.run(sandbox, check=0).report["summary"]
+        assert summary["already_merged"] == 2
+        sandbox.faults.clear()
+        sandbox.unique_emails = False
+        assert len(place.run(sandbox, "--undo", path, check=0).report["undone"]) == 2
+
+
+def test_a_reference_that_somebody_else_has_taken_is_not_taken_from_them(place: Workplace) -> None:
+    organisation, pairs = seeded(1)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        held_by_another(sandbox)
+        result = place.run(sandbox, "--undo", path, check=1)
+        assert [one["code"] for one in result.report["unfinished"]] == ["external_ref_conflict"]
+        assert len(truth(organisation)["users"]) == 2
+
+
+def test_the_application_may_have_made_the_contact_meanwhile(place: Workplace) -> None:
+    organisation, pairs = seeded(1)
+    before = truth(organisation)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+
+        def hook(stage: str, request: Request) -> None:
+            if stage == "before" and request.endpoint == "rev-users.create":
+                organisation.visit("person1@example.com", "user_1", "ORG1")
+                sandbox.on_request = None
+
+        sandbox.on_request = hook
+        result = place.run(sandbox, "--undo", path, check=0)
+    names = {entry["contact"]["id"]: entry["duplicate"]["id"] for entry in result.report["undone"]}
+    assert truth(organisation, names)["people"] == before["people"]
+
+
+@pytest.mark.parametrize("kind", ["reset-before", "reset-after", "cut", "500-after", "502", "doubled"])
+@pytest.mark.parametrize("endpoint", ["rev-users.create", "rev-users.update", "works.update"])
+def test_lost_answers_make_no_contact_twice(place: Workplace, kind: str, endpoint: str) -> None:
+    organisation, pairs = seeded(1)
+    with_a_third(organisation, pairs)
+    before = truth(organisation)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        sandbox.faults.append(Fault(kind, endpoint, times=2))
+        assert_taken_back(organisation, before, place.run(sandbox, "--undo", path, check=0))
+
+
+@pytest.mark.parametrize("kind", ["reset-before", "reset-after"])
+def test_a_contact_without_its_reference_is_made_once_too(place: Workplace, kind: str) -> None:
+    """The system's own references may not be given; such a contact is known by its email and its being new."""
+    organisation, pairs = seeded(1)
+    with_a_third(organisation, pairs)
+    before = truth(organisation)
+
+    def is_system(body: Dict[str, Any]) -> bool:
+        return str(body.get("external_ref")).startswith("REVU-")
+
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        sandbox.faults += [
+            Fault("409", "rev-users.create", match=is_system),
+            Fault(kind, "rev-users.create", match=lambda body: "external_ref" not in body, times=1),
+        ]
+        result = place.run(sandbox, "--undo", path, "--merge-timeout", "6")
+        assert result.code == (0 if kind == "reset-after" else 1)
+        result = place.run(sandbox, "--undo", path, check=0)
+    third = next(one for one in result.report["undone"] if one["duplicate"]["display_id"] == "REVU-E1")
+    assert "external_ref" in {item["what"] for item in third["not_given_back"]}
+    names = {entry["contact"]["id"]: entry["duplicate"]["id"] for entry in result.report["undone"]}
+    assert truth(organisation, names)["people"] == before["people"]
+    assert len(truth(organisation)["users"]) == 3
+
+
+def test_a_token_that_may_not_write_is_told_so_before_anything_is_changed(place: Workplace) -> None:
+    organisation, pairs = seeded(2)
+    before = truth(organisation)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        after = truth(organisation)
+        for endpoint in ("works.update", "conversations.update"):
+            sandbox.forbidden = (endpoint,)
+            result = place.run(sandbox, "--undo", path, check=2)
+            assert truth(organisation) == after and f"may not call {endpoint}" in result.err
+        sandbox.forbidden = ()
+        sandbox.faults.append(Fault("403", "works.update", skip=1))
+        result = place.run(sandbox, "--undo", path)
+        assert result.code == 1 and len(result.report["unfinished"]) == 2
+        sandbox.faults.clear()
+        assert_taken_back(organisation, before, place.run(sandbox, "--undo", path, check=0))
+
+
+def test_a_merge_run_leaves_a_group_alone_whose_undo_is_not_finished(place: Workplace) -> None:
+    organisation, pairs = seeded(1)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        sandbox.faults.append(Fault("400", "works.update", skip=1))
+        place.run(sandbox, "--undo", path, check=1)
+        place.export(organisation, leave_out=[pairs[0][1]])
+        result = place.run(sandbox, check=1)
+        assert result.codes == {"person1@example.com": "undo_unfinished"}
+        assert f"--undo {path}" in result.report["failed_merges"][0]["error"]
+        sandbox.faults.clear()
+        place.run(sandbox, "--undo", path, check=0)
+    assert len(organisation.merges) == 1
+
+
+def test_between_reference_and_contact_nothing_waits_for_quota(place: Workplace) -> None:
+    organisation, pairs = seeded(4)
+    before = truth(organisation)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+    with Sandbox(organisation, quota=(14, 1.0)) as sandbox:
+        result = place.run(sandbox, "--undo", path, check=0)
+        names = assert_taken_back(organisation, before, result)
+        calls = [request for request in sandbox.requests if request.status != 429]
+        for made in names:
+            reference = organisation.contacts[made]["external_ref"]
+            created = next(one for one in calls if one.body.get("external_ref") == reference and "id" not in one.body)
+            freed = next(
+                one for one in calls
+                if one.endpoint == "rev-users.update" and one.body["id"].endswith(f"/P{reference[5:]}")
+            )  # fmt: skip
+            between = [one.endpoint for one in calls if freed.number < one.number < created.number]
+            assert len(between) <= 8 and created.started - freed.started < 0.9, between
+
+
+def test_an_unfinished_merge_is_taken_back_too(place: Workplace) -> None:
+    organisation, pairs = seeded(2)
+    before = truth(organisation)
+    place.export(organisation)
+    with Sandbox(organisation, faults=[Fault("400", "rev-users.update")]) as sandbox:
+        place.run(sandbox, "--merge-timeout", "1", check=1)
+        sandbox.faults.clear()
+        (path,) = (place.folder / "reports").glob("merge_report_*.json")
+        assert_taken_back(organisation, before, place.run(sandbox, "--undo", str(path), check=0))
+
+
+def test_lists_that_lag_are_waited_for(place: Workplace) -> None:
+    organisation, pairs = seeded(2)
+    before = truth(organisation)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        sandbox.list_lag = 1.5
+        assert_taken_back(organisation, before, place.run(sandbox, "--undo", path, check=0))
+
+
+# --------------------------------------------------------------------------------------------------
+# Killed
+# --------------------------------------------------------------------------------------------------
+
+
+def survive_kill(folder: Path, number: int, stage: str, lose: bool = False) -> bool:
+    """Kill an undo at its n-th request, and finish it; returns whether it got that far."""
+    folder.mkdir(exist_ok=True)
+    place = Workplace(folder)
+    organisation, pairs = seeded(2)
+    with_a_third(organisation, pairs)
+    before = truth(organisation)
+    with Sandbox(organisation, merge_delay=0.02) as sandbox:
+        path, _ = merged(place, sandbox)
+        asked, process = len(sandbox.requests), []  # type: Tuple[int, List[Any]]
+
+        def hook(at: str, request: Request) -> None:
+            if request.number == asked + number and at == stage and process:
+                if at == "before":
+                    sandbox.faults.insert(0, Fault("reset-before", match=lambda body: body is request.body))
+                process[0].kill()
+                process[0].wait()
+
+        sandbox.on_request = hook
+        process.append(place.start(sandbox, "--undo", path))
+        process[0].communicate(timeout=60)
+        killed = process[0].returncode == -signal.SIGKILL
+        sandbox.on_request = None
+        sandbox.faults.clear()
+        if lose and (place.folder / "savepoint.db").exists():
+            (place.folder / "savepoint.db").unlink()
+        made = place.run(sandbox, "--undo", path, check=0)
+        assert_taken_back(organisation, before, made)
+        assert organisation.merges and len(truth(organisation)["users"]) == 5
+    return killed
+
+
+@posix
+@pytest.mark.parametrize("stage", ["before", "after"])
+@pytest.mark.parametrize("number", [3, 14, 15, 16, 17, 20, 25])
+def test_an_undo_killed_at_some_requests_is_finished_by_the_same_command(
+    tmp_path: Path, number: int, stage: str
+) -> None:
+    assert survive_kill(tmp_path, number, stage, lose=number % 2 == 0)
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("lose", [False, True])
+@pytest.mark.parametrize("stage", ["before", "after"])
+def test_an_undo_killed_at_any_request_is_finished_by_the_same_command(tmp_path: Path, stage: str, lose: bool) -> None:
+    number = 1
+    while survive_kill(tmp_path / str(number), number, stage, lose):
+        number += 1
+    assert number > 30
+
+
+def survive_kill_at_write(folder: Path, number: int, stage: str) -> bool:
+    """The same, killed at its n-th durable write."""
+    folder.mkdir(exist_ok=True)
+    place = Workplace(folder)
+    organisation, pairs = seeded(1)
+    with_a_third(organisation, pairs)
+    before = truth(organisation)
+    with Sandbox(organisation, merge_delay=0.02) as sandbox:
+        path, _ = merged(place, sandbox)
+        killer = [sys.executable, str(ROOT / "tests" / "killer.py"), str(number), stage]
+        first = place.run(sandbox, "--undo", path, python=killer)
+        assert_taken_back(organisation, before, place.run(sandbox, "--undo", path, check=0))
+    return first.code == -signal.SIGKILL
+
+
+@posix
+@pytest.mark.parametrize("number", range(2, 18, 3))
+def test_an_undo_killed_at_some_durable_writes_is_finished_by_the_same_command(tmp_path: Path, number: int) -> None:
+    assert survive_kill_at_write(tmp_path, number, ("before", "after")[number % 2])
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["before", "after"])
+def test_an_undo_killed_at_any_durable_write_is_finished_by_the_same_command(tmp_path: Path, stage: str) -> None:
+    number = 1
+    while survive_kill_at_write(tmp_path / str(number), number, stage):
+        number += 1
+    assert number > 15
+
+
+@posix
+@pytest.mark.parametrize("typed, code", [("undo\n", 0), ("merge\n", 2), ("\x03", 130)])
+def test_on_a_terminal_only_a_typed_undo_goes_on(place: Workplace, typed: str, code: int) -> None:
+    organisation, _ = seeded(2)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        asked = len(sandbox.requests)
+        terminal = Terminal(place, sandbox, "--undo", path)
+        text = terminal.read_until("Type undo")
+        for fact in ("SANDBOX1", "Dana Developer", "2 merges", "can't be given back"):
+            assert fact in text
+        assert no_writes(sandbox.requests[asked:])
+        terminal.type(typed)
+        assert terminal.end() == code, terminal.text
+        assert sandbox.count("rev-users.create") == (0 if code else 2)
+
+
+@posix
+def test_an_interrupted_undo_reports_and_is_resumed(place: Workplace) -> None:
+    organisation, _ = seeded(4)
+    before = truth(organisation)
+    with Sandbox(organisation, latency=0.03) as sandbox:
+        path, _ = merged(place, sandbox)
+        process = place.start(sandbox, "--undo", path)
+        while not sandbox.count("rev-users.create"):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+        assert process.returncode == 130
+        (report,) = (place.folder / "reports").glob("undo_report_*.json")
+        summary = json.loads(report.read_text(encoding="utf-8"))["summary"]
+        assert summary["unfinished"] and summary["left"] and sum(
+            summary[name] for name in ("undone", "unfinished", "failed", "left")
+        ) == summary["pairs"] == 4  # fmt: skip
+        assert_taken_back(organisation, before, place.run(sandbox, "--undo", path, "--limit", "4", check=0))
+
+
+def test_email_and_limit_take_back_some(place: Workplace) -> None:
+    organisation, pairs = seeded(3)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        place.run(sandbox, "--undo", path, "--email", "Person2@example.com", check=0)
+        assert organisation.contacts[pairs[1][0]]["external_ref"] == "REVU-P2"
+        result = place.run(sandbox, "--undo", path, "--limit", "1", check=0)
+        assert (result.report["summary"]["undone"], result.report["summary"]["left"]) == (2, 1)
+        assert sandbox.count("rev-users.create") == 2
+
+
+def test_a_report_may_be_moved_with_its_backups(place: Workplace) -> None:
+    organisation, _ = seeded(1)
+    before = truth(organisation)
+    with Sandbox(organisation) as sandbox:
+        merged(place, sandbox)
+        other = place.folder / "kept"
+        other.mkdir()
+        for name in ("backups", "reports"):
+            shutil.move(str(place.folder / name), str(other / name))
+        (path,) = (other / "reports").glob("*.json")
+        assert_taken_back(organisation, before, place.run(sandbox, "--undo", str(path), check=0))
