@@ -546,7 +546,7 @@ class Books:
                 what = f"{name(ids)} is {entry['state']}, {entry['code']}: {entry['error']}"
                 raise Broken("every pair is done, or refused for a reason that is true", what)
         for ids, asks in self.asks.items():
-            reference = next((one.new_ref for one in self.known[ids] if one.new_ref), None)
+            reference = rows[ids]["new_ref"] if ids in rows else None
             if asks and reference and self.into(ids):
                 had = any(ref == reference for _, ref in self.organisation.reference_times[ids[0]])
                 org = self.organisation.contacts[ids[1]]["rev_org"]["id"]
@@ -565,7 +565,7 @@ class Books:
         if code == "not_found":
             return None in everybody
         if code == "not_active":
-            return any(one and one["state"] != "active" for one in everybody)
+            return any(one is None or one["state"] != "active" for one in everybody)
         if code in ("email_changed", "external_ref_changed", "count_mismatch"):
             # A fresh export has the row as it is, but for what is no longer exported as a pair.
             return ids not in self.plan or (primary is not None and primary["external_ref"] not in (reference, None))
