@@ -4149,7 +4149,10 @@ def contact_entry(contact: Contact, reference: str = "old_external_ref") -> Json
 
 
 PROGRESS: Mapping[State, Json] = {
-    State.REQUESTED: {"so_far": "asked for, and not merged yet", "to_do": "confirm the merge, set the reference, prove"},
+    State.REQUESTED: {
+        "so_far": "asked for, and not merged yet",
+        "to_do": "confirm the merge, set the reference, prove",
+    },
     State.ACKNOWLEDGED: {"so_far": "DevRev has accepted the merge", "to_do": "confirm it, set the reference, prove"},
     State.MERGED: {
         "so_far": "merged in DevRev, for good",
