@@ -77,7 +77,7 @@ from urllib.parse import unquote, urlsplit
 if TYPE_CHECKING:
     import requests
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_HELD = 0, 1, 2, 3, 11
 
