@@ -203,16 +203,16 @@ def test_a_file_that_appears_meanwhile_is_left_as_it_is(place: Workplace, seeded
 
 
 @posix
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGKILL", -9)])
 @pytest.mark.parametrize("at", ["rev-users.list", "works.list"])
 def test_an_interrupted_export_leaves_nothing(
-    place: Workplace, seeded: Organisation, number: int, code: int, at: str
+    place: Workplace, seeded: Organisation, name: str, code: int, at: str
 ) -> None:
     process: List[Any] = []
 
     def look(stage: str, request: Any) -> None:
         if stage == "before" and request.endpoint == at and process:
-            process.pop().send_signal(number)
+            process.pop().send_signal(getattr(signal, name))
 
     with Sandbox(seeded, on_request=look, latency=0.1, faults=[Fault("hang", at, skip=1, detail=30)]) as sandbox:
         started = place.start(sandbox, "--export", "contacts.csv")
