@@ -166,6 +166,7 @@ class Books:
         self.backups_lost = False
         self.lag = 0.0  # the longest that lists have lagged
         self.reports: Dict[str, Any] = {}
+        self.last_report = ""
         self.others_spent = 0
 
     # ----- a run begins and ends -------------------------------------------------------------------
@@ -484,7 +485,7 @@ class Books:
         for ids, row in rows.items():
             if row["state"] in ENDED and ids not in self.forgotten and not where[ids]:
                 raise Broken(promise, f"{name(ids)} is {row['state']} and in none")
-        report = self.reports[mine.name]
+        report, self.last_report = self.reports[mine.name], mine.name
         unfinished = {ids_of(entry) for entry in report["unfinished_merges"]}
         for ids, row in rows.items():
             if row["state"] in UNFINISHED and ids not in unfinished:
@@ -532,7 +533,7 @@ class Books:
         for report in self.reports.values():
             for entry in (*report["failed_merges"], *report["unfinished_merges"]):
                 named.add(str(entry["new_external_ref"]))
-        last = self.reports[max(self.reports)] if self.reports else {"failed_merges": [], "unfinished_merges": []}
+        last = self.reports[self.last_report]
         resting = {ids_of(entry): entry for entry in (*last["failed_merges"], *last["unfinished_merges"])}
         for ids in {*self.plan, *(ids for ids, asks in self.asks.items() if asks)}:
             if ids in rows and rows[ids]["state"] in ENDED:
@@ -578,7 +579,7 @@ class Books:
         if code == "left_behind":
             return any(not self._is_on(item, ids[0]) for item in entry["left_behind"])
         if code == "merged_into_another":
-            return not self.into(ids)
+            return organisation.survivor(ids[1]) != ids[0]
         if code == "backup_failed":
             return self.backups_lost
         if code == "stale":

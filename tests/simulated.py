@@ -14,6 +14,7 @@ import random
 import sqlite3
 import sys
 import types
+import warnings
 from collections import deque
 from pathlib import Path
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
@@ -155,6 +156,7 @@ def run_to_the_end(loop: Loop, main: Any) -> Any:
 def bury(loop: Loop) -> None:
     """Take away what a killed run leaves in memory, without letting it do anything more."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    warnings.simplefilter("ignore", RuntimeWarning)  # of coroutines that nobody awaits any more
     try:
         for task in asyncio.all_tasks(loop):
             task._log_destroy_pending = False  # type: ignore[attr-defined]
