@@ -77,7 +77,7 @@ from urllib.parse import unquote, urlsplit
 if TYPE_CHECKING:
     import requests
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_HELD = 0, 1, 2, 3, 11
 
@@ -538,6 +538,17 @@ class Brake:
         self._waiting[future] = None
         future.add_done_callback(self._waiting.pop)
         return future
+
+    async def wait(self, work: Awaitable[Any]) -> None:
+        """Wait for something, unless the brake ends it."""
+        task = asyncio.ensure_future(work)
+        stopped = self.future()
+        await asyncio.wait({stopped, task}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+        if stopped.done():
+            stopped.result()
+        stopped.cancel()
 
     async def sleep(self, seconds: float) -> None:
         future = self.future()
@@ -2720,6 +2731,13 @@ def check_holders(pair: Pair, listed: Iterable[Json], over: bool) -> None:
         raise PairError("external_ref_conflict", f"the reference {pair.new_ref} is held by {who}")
 
 
+def patience(pair: Pair, merge_timeout: float) -> float:
+    """Seconds after the request until a duplicate that is still there means that the merge won't come by itself."""
+    if pair.state is State.ACKNOWLEDGED or pair.refused:
+        return merge_timeout
+    return min(10.0, merge_timeout / 4)
+
+
 @dataclass
 class Course:
     """What this run knows of a pair beyond its state."""
@@ -2925,13 +2943,13 @@ class Walk:
                     return True
             except (ApiRefused, ApiUnanswered) as error:
                 problem = PairError(error.code, f"the merge can't be confirmed: {error}")
-            waited, patience = self._waited(pair), self.merger.patience(pair)
+            waited, longest = self._waited(pair), patience(pair, self.merger.merge_timeout)
             if course.refusal:
                 raise course.refusal
-            if waited >= patience:
+            if waited >= longest:
                 return self._may_ask_again(pair, problem)
             pause = min(0.1 + 0.5 * waited, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
-            await self.pause(pair, min(pause, patience - waited))
+            await self.pause(pair, min(pause, longest - waited))
 
     async def _until_first_look(self, pair: Pair) -> None:
         """Wait as long as merges take; what an earlier run has asked for is looked at at once."""
@@ -3117,6 +3135,14 @@ class Experience:
         return 1 + max((looks for _, looks in self._merges), default=1)
 
 
+# What keeps a pair from its end and says nothing of the next one.
+HARMLESS = frozenset((
+    "not_found", "not_active", "email_changed", "external_ref_changed", "different_rev_org", "several_user_refs",
+    "count_mismatch", "left_behind", "still_listed", "merged_into_another", "external_ref_conflict",
+    "undo_unfinished", "group_incomplete", "interrupted", "not_merged", "not_handed_back",
+))  # fmt: skip
+
+
 class ContactMerger:
     """Carries out a plan: finishes what an earlier run left, then walks group after group."""
 
@@ -3126,11 +3152,6 @@ class ContactMerger:
     GRACE = 10.0  # seconds that requests under way are waited for when the run is interrupted
     UNDER_WAY: Tuple[State, ...] = UNFINISHED
     LINGER = 10.0  # seconds that a proof waits for others to share its list calls
-    HARMLESS = frozenset((
-        "not_found", "not_active", "email_changed", "external_ref_changed", "different_rev_org", "several_user_refs",
-        "count_mismatch", "left_behind", "still_listed", "merged_into_another", "external_ref_conflict",
-        "undo_unfinished", "group_incomplete", "interrupted", "not_merged", "not_handed_back",
-    ))  # fmt: skip
 
     def __init__(
         self,
@@ -3205,7 +3226,7 @@ class ContactMerger:
     async def _work(self, groups: List[Group], unfinished: Sequence[Pair]) -> None:
         earlier = [self._start(walk) for walk in self._earlier_walks(groups, unfinished)]
         for walk in earlier:
-            await self._or_brake(walk.attempted.wait())
+            await self.brake.wait(walk.attempted.wait())
         await self._begin(groups, unfinished)
         await self._all_walks()
         freed = [pair for pair in unfinished if pair.state is State.MERGED and pair.code == "external_ref_conflict"]
@@ -3270,7 +3291,7 @@ class ContactMerger:
         while batch:
             under_way = sum(len(walk.pairs) for walk in self._walks.values())
             if under_way and under_way + len(batch) > self._outstanding():
-                await self._or_brake(self._any_walk())
+                await self.brake.wait(self._any_walk())
                 continue
             self.may_begin()
             for walk in batch:
@@ -3286,7 +3307,7 @@ class ContactMerger:
         refs = {pair.new_ref for pair in pairs if pair.new_ref}
         for task, walk in list(self._walks.items()):
             if walk.resumed and any(ids & set(pair.ids) for pair in walk.pairs):
-                await self._or_brake(asyncio.wait({task}))
+                await self.brake.wait(asyncio.wait({task}))
         for other in unfinished:
             frees = other.state is State.MERGED and other.primary.id == group.primary.id and other.new_ref in refs
             if ids & set(other.ids) and other.state in (*ASKED, State.MERGED) and not frees:
@@ -3334,22 +3355,12 @@ class ContactMerger:
             with contextlib.suppress(Stop):
                 self.rest(walk, pair, PairError("interrupted", "stopped before it was finished; run again"))
 
-    async def _or_brake(self, work: Awaitable[Any]) -> None:
-        """Wait for something, but not past the brake."""
-        stopped, task = self.brake.future(), asyncio.ensure_future(work)
-        await asyncio.wait({stopped, task}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            task.cancel()
-        if stopped.done():
-            stopped.result()
-        stopped.cancel()
-
     def _any_walk(self) -> Awaitable[Any]:
         return asyncio.wait(set(self._walks), return_when=asyncio.FIRST_COMPLETED)
 
     async def _all_walks(self) -> None:
         while self._walks:
-            await self._or_brake(self._any_walk())
+            await self.brake.wait(self._any_walk())
 
     # -- what walks ask and tell --------------------------------------------------------------------
 
@@ -3371,12 +3382,6 @@ class ContactMerger:
     def note_acknowledged(self) -> None:
         self._acknowledged = self.changed = True
         self._streak = 0
-
-    def patience(self, pair: Pair) -> float:
-        """Seconds after the request until a duplicate that is still there means that the merge won't come by itself."""
-        if pair.state is State.ACKNOWLEDGED or pair.refused:
-            return self.merge_timeout
-        return min(10.0, self.merge_timeout / 4)
 
     def expect_no_more(self, walk: Walk) -> None:
         """A walk won't be at its proof soon, or is there: where it was the last, proofs wait for nobody."""
@@ -3401,7 +3406,7 @@ class ContactMerger:
         self.on_pair(pair)
         if not flaw:
             self._streak = 0
-        elif not walk.resumed and pair.state is not State.PROVING and flaw.code not in self.HARMLESS:
+        elif not walk.resumed and pair.state is not State.PROVING and flaw.code not in HARMLESS:
             self._streak += 1
             if self._streak >= self.STREAK and not self.closing:
                 self.closing = Stop(EXIT_STOPPED, f"{self._streak} failures in a row, the last: {flaw}")
@@ -3699,6 +3704,7 @@ class UndoWalk(Walk):
 
     def __init__(self, merger: "Undoer", group: Group) -> None:
         super().__init__(merger, group, [pair for pair in group.pairs if pair.state is not State.UNDONE])
+        self.giving = HandingBack(self)
         self.before = Before()
         self.moved: Optional[Pair] = None  # whose reference the primary has
         self._lost: Set[Tuple[str, str]] = set()  # pairs of whose contact no answer tells whether it was made
@@ -3716,17 +3722,17 @@ class UndoWalk(Walk):
                 await self._try_to_write()
             self._begin()
             await self._split()
-            await self._hand_back()
+            await self.giving.all()
         except PairError as flaw:
-            for pair in self._on_their_way():
+            for pair in self.on_their_way():
                 self.merger.rest(self, pair, flaw)
         finally:
             self.api.gate.release(self.hold)
 
-    def _on_their_way(self) -> List[Pair]:
+    def on_their_way(self) -> List[Pair]:
         return [pair for pair in self.pairs if pair.ids not in self.merger.rested]
 
-    def _note(self, pair: Pair, event: str = "undo begun") -> None:
+    def note(self, pair: Pair, event: str = "undo begun") -> None:
         self.merger.journal.note(event, pair, details=pair.details)
         self.merger.savepoint.record(pair)
 
@@ -3756,15 +3762,15 @@ class UndoWalk(Walk):
 
     async def _foresee(self) -> None:
         """Say what would be handed back."""
-        _, left = self._judge((await self._read(self._as_if()))[0], self._as_if())
+        _, left = self.giving.judge((await self.giving.read(self._as_if()))[0], self._as_if())
         for pair in self.pairs:
             pair.details.setdefault("undo", {})["left"] = left[pair.duplicate.id]
             self.merger.rest(self, pair)
 
     async def _try_to_write(self) -> None:
         """Set nothing on a work and on a conversation: a token that may not is told so while all is as it was."""
-        things, _ = await self._read(self._as_if())
-        for identity in self._judge(things, self._as_if())[0]:
+        things, _ = await self.giving.read(self._as_if())
+        for identity in self.giving.judge(things, self._as_if())[0]:
             is_work = ":conversation/" not in identity
             if is_work not in self.merger.tried:
                 with contextlib.suppress(ApiRefused):
@@ -3773,7 +3779,7 @@ class UndoWalk(Walk):
 
     def _as_if(self) -> Dict[str, str]:
         """The contacts as if all were made again; where they are not, the old id stands for the new one."""
-        return {**{pair.duplicate.id: pair.duplicate.id for pair in self.pairs}, **self._made()}
+        return {**{pair.duplicate.id: pair.duplicate.id for pair in self.pairs}, **self.made()}
 
     def _begin(self) -> None:
         self.merger.may_begin()
@@ -3783,7 +3789,7 @@ class UndoWalk(Walk):
             pair.details["undo"]["moved"] |= pair is self.moved
             pair.details["undo"].setdefault("left_out", {})
             pair.state, pair.code, pair.error = State.UNDOING, "", ""
-            self._note(pair)
+            self.note(pair)
 
     # -- references and contacts --------------------------------------------------------------------
 
@@ -3795,10 +3801,10 @@ class UndoWalk(Walk):
             try:
                 await self._make(pair)
             except PairError as flaw:
-                back = flaw.code != "contact_not_confirmed" and not self._made()
+                back = flaw.code != "contact_not_confirmed" and not self.made()
                 if back:
                     await self._go_back(flaw)
-                for one in self._on_their_way() if back else [pair]:
+                for one in self.on_their_way() if back else [pair]:
                     self.merger.rest(self, one, flaw)
                 if flaw.code == "forbidden":
                     raise Denied(EXIT_USAGE, str(flaw)) from None
@@ -3806,7 +3812,7 @@ class UndoWalk(Walk):
                     return
             self.api.gate.release(self.hold)
 
-    def _made(self) -> Dict[str, str]:
+    def made(self) -> Dict[str, str]:
         """Old id -> new id of the contacts that are there again."""
         undos = ((pair, pair.details.get("undo", {})) for pair in self.group.pairs)
         return {pair.duplicate.id: undo["contact"] for pair, undo in undos if "contact" in undo}
@@ -3838,7 +3844,7 @@ class UndoWalk(Walk):
             lost, vital = pair.ids in self._lost, self._is_vital(pair, "external_ref")
             if user:
                 undo.update(contact=user["id"], display_id=str(user.get("display_id")))
-                self._note(pair)
+                self.note(pair)
             elif "asked" not in undo:
                 continue  # a field is left out
             elif (vital or lost) and self.outside.elapsed(begun) < min(10.0, self.merger.merge_timeout / 4):
@@ -3873,7 +3879,7 @@ class UndoWalk(Walk):
         """Ask for the contact; None where it may or may not be there now, or a field of it was refused."""
         undo, named = pair.details["undo"], "external_ref" in fields
         undo["asked"] = [] if named else sorted(self._ids().union(user["id"] for user in await self._namesakes(pair)))
-        self._note(pair)
+        self.note(pair)
         self.merger.changed = True
         try:
             return await self.api.create_contact(fields, Turn(FINISH, self.hold))
@@ -3913,7 +3919,7 @@ class UndoWalk(Walk):
 
     def _ids(self) -> Set[str]:
         """The group, as it was and as far as it is made again."""
-        return {contact.id for contact in self.group.everybody()}.union(self._made().values())
+        return {contact.id for contact in self.group.everybody()}.union(self.made().values())
 
     async def _go_back(self, flaw: PairError) -> None:
         """No contact can be made: the reference goes to the primary again, and the group is as it was."""
@@ -3928,75 +3934,80 @@ class UndoWalk(Walk):
         for pair in self.pairs:
             pair.state = State(pair.details.pop("undo")["before"])
             pair.report = pair.report or self.merger.path.name  # so that no other report calls it new
-            self._note(pair, events.get(pair.state, "merged"))
+            self.note(pair, events.get(pair.state, "merged"))
 
-    # -- works and conversations --------------------------------------------------------------------
 
-    async def _hand_back(self) -> None:
+class HandingBack:
+    """Gives a group's works and conversations back: in each as it is now, the primary makes room for whom it was."""
+
+    def __init__(self, walk: "UndoWalk") -> None:
+        self.walk = walk
+
+    async def all(self) -> None:
         """Write what has to change until the lists show nothing more to change, which is the proof."""
-        made = {pair.duplicate.id: self._made()[pair.duplicate.id] for pair in self._on_their_way()}
+        made = {pair.duplicate.id: self.walk.made()[pair.duplicate.id] for pair in self.walk.on_their_way()}
         handled: Dict[str, str] = {}  # object id -> what DevRev has said to it, `""` where it was accepted
-        waiting_since, pause = self.outside.moment(), 0.5
+        waiting_since, pause = self.walk.outside.moment(), 0.5
         while True:
-            things, since = await self._read(made)
-            changes, left = self._judge(things, made)
+            things, since = await self.read(made)
+            changes, left = self.judge(things, made)
             if all(handled.get(one) for one in changes):
                 break
             fresh = {one: roles for one, roles in changes.items() if one not in handled}
             if fresh:
                 await self._write(fresh, things, since, handled)
-                waiting_since = self.outside.moment()
-            elif self.outside.elapsed(waiting_since) > self.merger.merge_timeout:
+                waiting_since = self.walk.outside.moment()
+            elif self.walk.outside.elapsed(waiting_since) > self.walk.merger.merge_timeout:
                 break
             else:
-                await self.merger.brake.sleep(pause)
+                await self.walk.merger.brake.sleep(pause)
                 pause = min(20.0, 1.5 * pause)
-        for pair in self._on_their_way():
+        for pair in self.walk.on_their_way():
             try:
                 self._end(pair, changes, handled, left[pair.duplicate.id])
             except PairError as flaw:
-                self.merger.rest(self, pair, flaw)
+                self.walk.merger.rest(self.walk, pair, flaw)
             else:
-                self.merger.rest(self, pair)
+                self.walk.merger.rest(self.walk, pair)
 
-    def _judge(self, things: Things, made: Mapping[str, str]) -> Tuple[Changes, Left]:
+    def judge(self, things: Things, made: Mapping[str, str]) -> Tuple[Changes, Left]:
         """`hand_back`: the primary stays where it, or a duplicate that is not back, had the role itself."""
-        primary, had = self.group.primary.id, self.before.had
-        missing = (one.duplicate.id for one in self.group.pairs if one.state is not State.UNDONE)
+        primary, had = self.walk.group.primary.id, self.walk.before.had
+        missing = (one.duplicate.id for one in self.walk.group.pairs if one.state is not State.UNDONE)
         stays = had[primary].union(*(had[old] for old in missing if old not in made))
         return hand_back(things, had, primary, made, stays)
 
-    async def _read(self, made: Mapping[str, str]) -> Tuple[Things, Moment]:
+    async def read(self, made: Mapping[str, str]) -> Tuple[Things, Moment]:
         """The works and conversations of the contacts that were `made` again (old id -> new id), and since when they
         are so. Only what no list shows is asked for by itself."""
-        wanted = set().union(*(self.before.had[old] for old in made))
+        wanted = set().union(*(self.walk.before.had[old] for old in made))
         loaders = {
-            **{ROLES[role]: loader for role, loader in self.api.works.items()},
-            "members": self.api.conversations,
+            **{ROLES[role]: loader for role, loader in self.walk.api.works.items()},
+            "members": self.walk.api.conversations,
         }
-        people = {self.group.primary.id, *made.values()} - made.keys()
-        weight = sum(contact.tickets for contact in self.group.everybody())
-        since = [self.outside.moment()]
+        people = {self.walk.group.primary.id, *made.values()} - made.keys()
+        weight = sum(contact.tickets for contact in self.walk.group.everybody())
+        since = [self.walk.outside.moment()]
         listings = await asyncio.gather(
             *(loaders[role].load(one, weight, PROVE) for role in {role for _, role in wanted} for one in people)
         )
         things: Things = {item["id"]: item for listing in listings for item in listing.items}
         unlisted = sorted({identity for identity, _ in wanted} - things.keys())
-        things.update(zip(unlisted, await asyncio.gather(*(self.api.thing(one, Turn(PROVE)) for one in unlisted))))
+        things.update(zip(unlisted, await asyncio.gather(*(self.walk.api.thing(one, Turn(PROVE)) for one in unlisted))))
         return things, oldest(chain(since, (listing.since for listing in listings)))
 
     async def _write(self, changes: Changes, things: Things, since: Moment, handled: Dict[str, str]) -> None:
         """Hand back what was read no longer ago than a live check is believed; the rest has to be read again first."""
 
         def is_fresh() -> None:
-            if self.outside.age(since) > Evidence.FRESH:
+            if self.walk.outside.age(since) > Evidence.FRESH:
                 raise Stale()
 
         async def write() -> None:
             while changes:
                 identity, roles = changes.popitem()
                 try:
-                    await self.api.set_people(things[identity] or {}, roles, Turn(RESUME), is_fresh)
+                    await self.walk.api.set_people(things[identity] or {}, roles, Turn(RESUME), is_fresh)
                     handled[identity] = ""
                 except Stale:
                     return
@@ -4006,18 +4017,18 @@ class UndoWalk(Walk):
                     changes.clear()
                     raise
 
-        await asyncio.gather(*(write() for _ in range(self.api.settings.workers)))
+        await asyncio.gather(*(write() for _ in range(self.walk.api.settings.workers)))
 
     def _end(self, pair: Pair, changes: Changes, handled: Mapping[str, str], left: List[Json]) -> None:
         pair.details["undo"]["left"] = left
-        mine = (one for one in sorted(self.before.had[pair.duplicate.id]) if one[1] in changes.get(one[0], {}))
+        mine = (one for one in sorted(self.walk.before.had[pair.duplicate.id]) if one[1] in changes.get(one[0], {}))
         open_items = ({"id": one, "role": role, "why": handled[one] or "not shown yet"} for one, role in mine)
         pair.left_behind = describe(pair.backup, open_items)
         if pair.left_behind:
             names = ", ".join(dict.fromkeys(item["display_id"] for item in pair.left_behind))
             raise PairError("not_handed_back", f"made again, but not handed back: {names}")
         pair.state, pair.code, pair.error = State.UNDONE, "", ""
-        self._note(pair, "undone")
+        self.walk.note(pair, "undone")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -4046,7 +4057,7 @@ class Undoer(ContactMerger):
         for group in groups:
             alone = not (self.preview or self.count(State.UNDONE))
             while len(self._walks) >= (1 if alone else self._outstanding()):
-                await self._or_brake(self._any_walk())
+                await self.brake.wait(self._any_walk())
                 alone = not (self.preview or self.count(State.UNDONE))
             self.may_begin()
             self._start(UndoWalk(self, group))
