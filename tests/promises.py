@@ -6,6 +6,7 @@ Nothing here uses the module: its plan, its backups, its savepoint and its repor
 import contextlib
 import hashlib
 import json
+import shutil
 import sqlite3
 from collections import defaultdict
 from pathlib import Path
@@ -156,6 +157,7 @@ class Books:
         self.known: DefaultDict[Ids, List[Wanted]] = defaultdict(list)
         self.asks: DefaultDict[Ids, List[Ask]] = defaultdict(list)
         self.begun: Set[Ids] = set()  # in this run, never asked for before
+        self.intended: Set[Ids] = set()  # by an earlier run, which may have been killed before the request left
         self.journal: DefaultDict[Ids, List[Tuple[str, str]]] = defaultdict(list)  # event, backup
         self._journal_read = 0
         self.stopped = False  # the run was told to stop
@@ -166,6 +168,7 @@ class Books:
         self.backups_lost = False
         self.lag = 0.0  # the longest that lists have lagged
         self.reports: Dict[str, Any] = {}
+        self.last_report, self.last_code = "", None  # type: str, Optional[int]
         self.others_spent = 0
 
     # ----- a run begins and ends -------------------------------------------------------------------
@@ -218,7 +221,7 @@ class Books:
 
     def _judge_merge(self, ids: Ids, sent: Sent) -> None:
         earlier = self.asks[ids]
-        if not earlier:
+        if not earlier and ids not in self.intended:
             self._judge_plan(ids)
         self._judge_check(ids)
         backup = self._judge_intent(ids)
@@ -375,7 +378,7 @@ class Books:
             return
         needed = 2 + any(one.new_ref for one in self.known[ids])
         now, reset = quota._turn()
-        left = quota.limit - quota._used - machine.in_flight
+        left = quota.limit - quota._used - machine.travelling
         if reset - now > 2 and quota._used and left < min(needed, quota.limit):
             raise Broken(
                 "a merge request leaves only when the quota has room for the requests that finish the pair",
@@ -417,6 +420,7 @@ class Books:
         killed. Returns the savepoint's rows."""
         self.read_journal()
         rows = read_savepoint(Path("savepoint.db"))
+        self.intended.update(self.journal, (ids for ids, row in rows.items() if row["state"] in UNFINISHED))
         self._judge_savepoint(rows)
         self._judge_reports(rows, report, code)
         for ids, asks in self.asks.items():
@@ -484,7 +488,7 @@ class Books:
         for ids, row in rows.items():
             if row["state"] in ENDED and ids not in self.forgotten and not where[ids]:
                 raise Broken(promise, f"{name(ids)} is {row['state']} and in none")
-        report = self.reports[mine.name]
+        report, self.last_report, self.last_code = self.reports[mine.name], mine.name, code
         unfinished = {ids_of(entry) for entry in report["unfinished_merges"]}
         for ids, row in rows.items():
             if row["state"] in UNFINISHED and ids not in unfinished:
@@ -517,6 +521,13 @@ class Books:
             if asks:
                 asks[-1].answer = "lost"  # for all that the tool can know
 
+    def lose_backups(self) -> None:
+        shutil.rmtree("backups")
+        self.journal.clear()
+        self._journal_read = 0
+        self.journal_lost.update(ids for ids, asks in self.asks.items() if asks)
+        self.backups_lost = True
+
     def lose_reports(self) -> None:
         for path in Path("reports").glob("merge_report_*"):
             path.unlink()
@@ -532,10 +543,12 @@ class Books:
         for report in self.reports.values():
             for entry in (*report["failed_merges"], *report["unfinished_merges"]):
                 named.add(str(entry["new_external_ref"]))
-        last = self.reports[max(self.reports)] if self.reports else {"failed_merges": [], "unfinished_merges": []}
+        last = self.reports[self.last_report]
         resting = {ids_of(entry): entry for entry in (*last["failed_merges"], *last["unfinished_merges"])}
         for ids in {*self.plan, *(ids for ids, asks in self.asks.items() if asks)}:
             if ids in rows and rows[ids]["state"] in ENDED:
+                continue
+            if ids not in resting and self._is_too_small() and self.last_code == 3:
                 continue
             if ids not in resting:
                 raise Broken(
@@ -578,15 +591,19 @@ class Books:
         if code == "left_behind":
             return any(not self._is_on(item, ids[0]) for item in entry["left_behind"])
         if code == "merged_into_another":
-            return not self.into(ids)
+            return organisation.survivor(ids[1]) != ids[0]
         if code == "backup_failed":
             return self.backups_lost
         if code == "stale":
-            quota = self.world.quota
-            return quota is not None and quota.limit * LISTED / quota.window < 16  # too few for lists and merge
+            return self._is_too_small()
         if code == "group_incomplete":
             return any(set(other) & group for other in resting if other != ids)
         return code == "merge_not_confirmed" and duplicate is not None and self.lies
+
+    def _is_too_small(self) -> bool:
+        """Whether the quota lets too little through for lists to be fresh at their merge."""
+        quota = self.world.quota
+        return quota is not None and quota.limit * LISTED / quota.window < 16
 
     def _group_of(self, ids: Ids, primary: Optional[Thing]) -> Set[str]:
         return {one for pair in (*self.plan, *self.asks) if pair[0] == ids[0] for one in pair} | set(ids)

@@ -10,6 +10,7 @@ How to read a failing life is in tests/README.md.
 import argparse
 import csv
 import logging
+import math
 import multiprocessing
 import os
 import random
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from tests import world
-from tests.promises import Books, Ids, Row, export_of
+from tests.promises import LISTED, Books, Ids, Row, export_of
 from tests.simulated import Broken, Clock, Killed, Machine, Muted, Trace, Weather, load, outside_of, short
 
 SEEDS = Path(__file__).with_name("seeds.txt")
@@ -301,7 +302,8 @@ class Life:
         quota = None
         if self.chance.random() < 0.4:
             quota = (chance.choice((1, 2, 3, 5, 8, 20, 60, 200, 1000)), chance.choice((6.0, 30.0, 60.0, 300.0)))
-            quota = (max(quota[0], int(quota[1] / 30)), quota[1])
+            least = 1 if fate.has("tiny quota", 0.03) else math.ceil(quota[1] * 16 / LISTED)
+            quota = (max(quota[0], least), quota[1])
         delay = fate.somewhen(0.5, 60.0) if fate.has("slow merges", 0.2) else fate.somewhen(0.02, 0.4)
         made = world.World(
             self.organisation,
@@ -602,13 +604,12 @@ class Life:
         if self.fate.has("reports lost", 0.08) and self.chance.random() < 0.5:
             self.books.lose_reports()
             lost = "reports"
-        if self.fate.has("savepoint lost", 0.15) and self.chance.random() < 0.5 and Path("savepoint.db").exists():
-            self.books.lose_savepoint()
-            lost += " savepoint"
+        if self.fate.has("savepoint lost", 0.15):
+            if self.chance.random() < 0.5 and Path("savepoint.db").exists():
+                self.books.lose_savepoint()
+                lost += " savepoint"
         elif self.fate.has("backups lost", 0.08) and self.chance.random() < 0.5 and Path("backups").exists():
-            shutil.rmtree("backups")
-            self.books.journal_lost.update(ids for ids, asks in self.books.asks.items() if asks)
-            self.books.backups_lost = True
+            self.books.lose_backups()
             lost += " backups"
         if lost:
             self.counts["losses"] += 1

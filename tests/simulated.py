@@ -14,6 +14,7 @@ import random
 import sqlite3
 import sys
 import types
+import warnings
 from collections import deque
 from pathlib import Path
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
@@ -155,6 +156,7 @@ def run_to_the_end(loop: Loop, main: Any) -> Any:
 def bury(loop: Loop) -> None:
     """Take away what a killed run leaves in memory, without letting it do anything more."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    warnings.simplefilter("ignore", RuntimeWarning)  # of coroutines that nobody awaits any more
     try:
         for task in asyncio.all_tasks(loop):
             task._log_destroy_pending = False  # type: ignore[attr-defined]
@@ -206,7 +208,7 @@ class Machine:
         self.kill_at: Optional[int] = None
         self.kill_after_merge: Optional[Tuple[int, int]] = None  # so many steps after the n-th merge request
         self.full_at: Optional[int] = None  # the disk is full at this step, once
-        self.steps = self.merges = self.in_flight = 0
+        self.steps = self.merges = self.travelling = 0
         self.dead = False
         self.connection: Optional[Connection] = None
         self.units_unseen = 0  # requests whose answer's headers the run has never seen
@@ -386,11 +388,9 @@ async def exchange(module: Any, machine: Machine, settings: Any, endpoint: str, 
     begin(module, machine, settings, sent, weather, hand_over)
     none = module.Answer(None, {}, None, f"no answer within {settings.timeout:g} s")
     timer = loop.call_later(settings.timeout, hand_over, none)
-    machine.in_flight += 1
     try:
         answer = await future
     finally:
-        machine.in_flight -= 1
         timer.cancel()
     if answer is LONG:
         limit = 9 * settings.timeout
@@ -420,6 +420,7 @@ def begin(
         return
 
     def arrive() -> None:
+        machine.travelling -= 1
         answer = machine.world.respond(sent.endpoint, dict(sent.body), machine.world.token)
         if fate == "twice":
             machine.world.respond(sent.endpoint, dict(sent.body), machine.world.token)
@@ -430,6 +431,7 @@ def begin(
         if seconds is not None:
             later(weather.back + seconds, lambda: hand_over(parsed))
 
+    machine.travelling += 1
     later(weather.there + (3 * settings.timeout if fate == "late" else 0.0), arrive)
 
 
