@@ -1354,8 +1354,8 @@ class Gate:
         if turn.hold and turn.hold.units and not turn.keep:
             return room >= 1
         window = min(self.limit or float("inf"), self._ceiling.clamped_calls if self._ceiling else float("inf"))
-        missing = turn.keep - turn.hold.units if turn.hold else 0
-        return room - self._kept >= min(1 + missing, window)
+        own = turn.hold.units if turn.hold else 0  # kept already for this one, whose request has not left after all
+        return room - (self._kept - own) >= min(1 + turn.keep, window)
 
     def _until_room(self) -> Tuple[float, str]:
         now = self._now()
