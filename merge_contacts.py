@@ -4783,7 +4783,7 @@ exit codes:
   2    bad option, CSV, token or permission: nothing was changed
   3    stopped early: run again
   11   another run holds the savepoint
-  130, 143   interrupted: run again
+  130, 143, 129   interrupted (Ctrl-C, SIGTERM, SIGHUP): run again
 """
 
 
@@ -4905,7 +4905,7 @@ def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     if options.plan and (options.csv is None or options.undo or modes not in ([], ["preview"])):
         parser.error("--plan goes with --csv and a merge, or its --preview")
     if options.export:
-        foreign = [name for name in ("csv", "choices", "email", "limit") if getattr(options, name)]
+        foreign = [name for name in ("csv", "choices", "plan", "email", "limit") if getattr(options, name)]
         if foreign:
             parser.error(f"--export makes a CSV for a later run: --{foreign[0]} does not go with it")
     elif options.domain:
