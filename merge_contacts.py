@@ -5966,4 +5966,9 @@ MODES: Dict[str, Callable[[Run], int]] = {
 }
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    exit_code = main()
+    for ending in ("SIGINT", "SIGTERM", "SIGHUP"):
+        # What is done is done: while Python ends, another signal would change the exit code and nothing else.
+        if hasattr(signal, ending):
+            signal.signal(getattr(signal, ending), signal.SIG_IGN)
+    raise SystemExit(exit_code)
