@@ -1353,8 +1353,8 @@ class Gate:
         if turn.hold and turn.hold.units and not turn.keep:
             return room >= 1
         window = min(self.limit or float("inf"), self._ceiling.clamped_calls if self._ceiling else float("inf"))
-        missing = turn.keep - turn.hold.units if turn.hold else 0
-        return room - self._kept >= min(1 + missing, window)
+        mine = turn.hold.units if turn.hold else 0
+        return room - (self._kept - mine) >= min(1 + max(turn.keep, mine), window)
 
     def _until_room(self) -> Tuple[float, str]:
         now = self._now()
@@ -3026,7 +3026,8 @@ class Walk:
         except ApiRefused as refusal:
             if refusal.status == 409:
                 return False
-            raise PairError(refusal.code, f"the reference {reference} could not be set: {refusal}") from None
+            code = "not_found" if refusal.missing else refusal.code
+            raise PairError(code, f"the reference {reference} could not be set: {refusal}") from None
         except (ApiUnanswered, PairError) as error:
             raise PairError(error.code, f"the reference {reference} could not be set: {error}") from None
         return True

@@ -603,7 +603,10 @@ class Books:
     def _is_too_small(self) -> bool:
         """Whether the quota lets too little through for lists to be fresh at their merge."""
         quota = self.world.quota
-        return quota is not None and quota.limit * LISTED / quota.window < 16
+        pages = 0
+        for contact in {one for pair in (*self.plan, *self.asks) for one in pair}:
+            pages += len(self.organisation.works.find([("anyone", [contact])])) // 100
+        return quota is not None and quota.limit * LISTED / quota.window < 16 + 8 * pages
 
     def _group_of(self, ids: Ids, primary: Optional[Thing]) -> Set[str]:
         return {one for pair in (*self.plan, *self.asks) if pair[0] == ids[0] for one in pair} | set(ids)
