@@ -166,6 +166,7 @@ class Books:
         self.forgotten: Set[Ids] = set()  # pairs whose report was lost
         self.journal_lost: Set[Ids] = set()  # pairs whose lines were lost
         self.backups_lost = False
+        self.disk_was_full = False
         self.lag = 0.0  # the longest that lists have lagged
         self.reports: Dict[str, Any] = {}
         self.last_report, self.last_code = "", None  # type: str, Optional[int]
@@ -443,7 +444,8 @@ class Books:
             event = {"done": "done", "merged_elsewhere": "merged elsewhere"}.get(state)
             if event and ids not in self.journal_lost and event not in events:
                 raise Broken("the journal knows what has ended", f"{name(ids)} is {state}, the journal says {events}")
-            if state in ("merged", "proving") and ids not in self.journal_lost and "merged" not in events:
+            known = ids in self.journal_lost or self.disk_was_full
+            if state in ("merged", "proving") and not known and "merged" not in events:
                 raise Broken("the journal knows what was merged", f"{name(ids)} is {state}, the journal says {events}")
             if state == "done":
                 self._judge_done(ids, row["new_ref"])
@@ -587,7 +589,7 @@ class Books:
         if code == "several_user_refs":
             return True
         if code == "external_ref_conflict":
-            return reference in stuck or not self._can_be_freed(ids, reference, primary)
+            return reference in stuck or not self._can_be_freed(ids, reference, primary, resting)
         if code == "left_behind":
             return any(not self._is_on(item, ids[0]) for item in entry["left_behind"])
         if code == "merged_into_another":
@@ -606,17 +608,22 @@ class Books:
         pages = 0
         for contact in {one for pair in (*self.plan, *self.asks) for one in pair}:
             pages += len(self.organisation.works.find([("anyone", [contact])])) // 100
-        return quota is not None and quota.limit * LISTED / quota.window < 16 + 8 * pages
+        apart = 40 if self.world.max_ids else 0  # where a list has to be asked for contact by contact
+        return quota is not None and quota.limit * LISTED / quota.window < 20 + 8 * pages + apart
 
     def _group_of(self, ids: Ids, primary: Optional[Thing]) -> Set[str]:
         return {one for pair in (*self.plan, *self.asks) if pair[0] == ids[0] for one in pair} | set(ids)
 
-    def _can_be_freed(self, ids: Ids, reference: str, primary: Optional[Thing]) -> bool:
-        """Whether exporting and running again would have given the reference to the primary."""
+    def _can_be_freed(
+        self, ids: Ids, reference: str, primary: Optional[Thing], resting: Mapping[Ids, Any]
+    ) -> bool:
+        """Whether exporting and running again would have given the reference to the primary; not where its holder
+        can't be merged, for a reason of its own."""
         if primary is None or primary["state"] != "active":
             return False
         holder = self.organisation.holder(primary["rev_org"]["id"], reference)
-        return holder is None or (holder, ids[0]) in self.plan or (ids[0], holder) in self.plan
+        pairs = {(holder or "", ids[0]), (ids[0], holder or "")}
+        return holder is None or any(pair in self.plan and pair not in resting for pair in pairs)
 
     def _is_on(self, item: Mapping[str, Any], primary: str) -> bool:
         thing = self.organisation.works.get(item["id"]) or self.organisation.conversations.get(item["id"])
