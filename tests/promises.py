@@ -614,9 +614,7 @@ class Books:
     def _group_of(self, ids: Ids, primary: Optional[Thing]) -> Set[str]:
         return {one for pair in (*self.plan, *self.asks) if pair[0] == ids[0] for one in pair} | set(ids)
 
-    def _can_be_freed(
-        self, ids: Ids, reference: str, primary: Optional[Thing], resting: Mapping[Ids, Any]
-    ) -> bool:
+    def _can_be_freed(self, ids: Ids, reference: str, primary: Optional[Thing], resting: Mapping[Ids, Any]) -> bool:
         """Whether exporting and running again would have given the reference to the primary; not where its holder
         can't be merged, for a reason of its own."""
         if primary is None or primary["state"] != "active":

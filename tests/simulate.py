@@ -743,11 +743,14 @@ def main() -> int:
     parser.add_argument("--trace", action="store_true", help="with --seed: show all of it")
     parser.add_argument("--kept", action="store_true", help="play the seeds that have failed once")
     parser.add_argument("--mutants", action="store_true", help="take out the module's safety lines, one at a time")
+    parser.add_argument(
+        "--only", metavar="WORDS", default="", help="with --mutants: those with these words in the name"
+    )
     options = parser.parse_args()
     if options.mutants:
         from tests.mutants import table
 
-        return table(options.jobs)
+        return table(options.jobs, options.only)
     if options.seed is not None:
         verdict = play(options.seed, load(), trace=True, echo=options.trace)
         if verdict.promise:
