@@ -19,6 +19,7 @@ import bisect
 import collections
 import contextlib
 import csv
+import difflib
 import gc
 import hashlib
 import io
@@ -1353,8 +1354,8 @@ class Gate:
         if turn.hold and turn.hold.units and not turn.keep:
             return room >= 1
         window = min(self.limit or float("inf"), self._ceiling.clamped_calls if self._ceiling else float("inf"))
-        mine = turn.hold.units if turn.hold else 0
-        return room - (self._kept - mine) >= min(1 + max(turn.keep, mine), window)
+        own = turn.hold.units if turn.hold else 0  # kept already for this one, whose request has not left after all
+        return room - (self._kept - own) >= min(1 + turn.keep, window)
 
     def _until_room(self) -> Tuple[float, str]:
         now = self._now()
@@ -1413,7 +1414,7 @@ class Gate:
             self._failed_scouts = 0
             self._scouting = self._scouting and not scout
         if self._failed_scouts > self.retries:
-            self.brake.pull(Stop(EXIT_STOPPED, f"{self.host} can't be reached or keeps failing"))
+            self.brake.pull(Stop(EXIT_STOPPED, f"DevRev at {self.host} can't be reached or keeps failing"))
         if self._refusals > 10 + 5 * self.retries:
             self.brake.pull(Stop(EXIT_STOPPED, "DevRev keeps answering 429 (over quota), however long it is waited"))
         self._let_through()
@@ -1745,7 +1746,7 @@ class DevRevAPI:
     # -- endpoints ----------------------------------------------------------------------------------
 
     def unreachable(self, error: ApiUnanswered) -> str:
-        return f"{self.gate.host} can't be reached: {error}. Is the network there, and DEVREV_BASE_URL right?"
+        return f"DevRev at {self.gate.host} can't be reached: {error}. Is the network there, and DEVREV_BASE_URL right?"
 
     async def whoami(self) -> Json:
         """The token's owner (`dev_user`)."""
@@ -4464,9 +4465,8 @@ class Console:
 
     def __init__(self, quiet: bool = False, out: Optional[TextIO] = None, err: Optional[TextIO] = None) -> None:
         self.quiet = quiet
-        nowhere = open(os.devnull, "w", encoding="utf-8") if None in (sys.stdout, sys.stderr) else None  # noqa: SIM115
-        self.out: TextIO = out or sys.stdout or nowhere
-        self.err: TextIO = err or sys.stderr or nowhere
+        self.out: TextIO = out or sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        self.err: TextIO = err or sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         self.mask: Callable[[str], str] = str
         # Where one alone is a terminal, the other has a pen of its own: a frozen terminal holds up no file.
         pen = Pen()
@@ -4566,7 +4566,7 @@ class PlainFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(message)s")
         self.mask: Callable[[str], str] = str
 
-    def formatTime(self, record: logging.LogRecord, datefmt: Optional[str] = None) -> str:
+    def formatTime(self, record: logging.LogRecord, datefmt: Optional[str] = None) -> str:  # noqa: ARG002
         return iso(record.created)
 
     def format(self, record: logging.LogRecord) -> str:
@@ -4657,9 +4657,9 @@ def choice_lines(plan: Plan) -> Iterator[str]:
     for group in chosen:
         yield f"  {group.email} keeps {group.chosen}"
         for contact in group.lost_refs():
-            yield f"    lost: {contact.external_ref} ({told_of(contact)}): the application's account has no contact then"
+            yield f"    lost: {contact.external_ref} ({told_of(contact)}): its account has no contact then"
         for warning in group.warnings():
-            yield f"    WARNING: {warning}: a shared mailbox is not a person, and one would read the others' conversations"
+            yield f"    WARNING: {warning}: a shared mailbox is not a person; one would read the others' conversations"
 
 
 def told_of(contact: Contact) -> str:
@@ -4810,10 +4810,23 @@ def _seconds(text: str) -> float:
 
 
 class OptionParser(argparse.ArgumentParser):
-    """argparse, but what it repeats of a wrong option can't act on the terminal."""
+    """argparse, but a wrong option is told first, with what may have been meant, and can't act on the terminal."""
+
+    MEANT: Mapping[str, str] = {"--dry-run": "--preview", "--force": "--yes", "--resume": "the same command again"}
 
     def error(self, message: str) -> NoReturn:
-        super().error(printable(message))
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        hint = self._hint(unknown.split()[0]) if unknown.split() else ""
+        usage = "usage: merge_contacts.py --csv PATH [--preview] [option ...]   (--help tells them all)"
+        self.exit(EXIT_USAGE, printable(f"{self.prog}: error: {message}{hint}") + f"\n{usage}\n")
+
+    def _hint(self, word: str) -> str:
+        name = word.split("=")[0]
+        if word.lower().endswith(".csv"):
+            return f"; did you mean --csv {word}?"
+        near = difflib.get_close_matches(name, list(self._option_string_actions), 1)
+        meant = self.MEANT.get(name) or (near[0] if near else "")
+        return f"; did you mean {meant}?" if meant else ""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -4838,7 +4851,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     look = parser.add_argument_group("look, without changing anything")
     look.add_argument("--preview", action="store_true", help="print the plan; no request is made")
-    look.add_argument("--json", action="store_true", help="with --preview: the plan as JSON")
+    look.add_argument("--json", action="store_true", help="with one of these: the same as JSON")
     look.add_argument("--check", action="store_true", help="say whether a real run could start (a few read requests)")
     look.add_argument("--status", action="store_true", help="print what the savepoint knows")
     look.add_argument(
@@ -4873,6 +4886,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--undo", metavar="PATH", type=Path,
         help="take merges back: those of a backup folder, or of a merge report; with --preview: say what would be",
     )  # fmt: skip
+    how.add_argument("--plan", metavar="ID", help="only if the plan is still the one that a preview named so")
     how.add_argument("--yes", action="store_true", help="don't ask before the first change")
     show = parser.add_argument_group("what to show")
     show.add_argument("-v", "--verbose", action="store_true", help="show each request")
@@ -4887,8 +4901,10 @@ def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     modes = [name for name in MODES if name != "undo" and getattr(options, name)]
     if len(modes) > 1:
         parser.error("--" + " and --".join(mode.replace("_", "-") for mode in modes) + " don't go together")
-    if options.json and not options.preview:
-        parser.error("--json goes with --preview")
+    if options.json and not (options.preview or options.check or options.status or options.verify_backups):
+        parser.error("--json goes with --preview, --check, --status or --verify-backups")
+    if options.plan and (options.csv is None or options.undo or modes not in ([], ["preview"])):
+        parser.error("--plan goes with --csv and a merge, or its --preview")
     if options.export:
         foreign = [name for name in ("csv", "choices", "email", "limit") if getattr(options, name)]
         if foreign:
@@ -4912,10 +4928,15 @@ def load_environment() -> Dict[str, str]:
         if path.is_file():
             from dotenv import dotenv_values
 
+            logging.getLogger("dotenv").setLevel(logging.ERROR)  # what is off in the file is told below
             try:
                 values = dotenv_values(path, interpolate=False)
+                lines = path.read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeDecodeError):
                 raise Stop(EXIT_USAGE, f"{path} can't be read as UTF-8 text") from None
+            for number, line in enumerate(lines, 1):
+                if line.strip() and not re.match(r"\s*(#|(export\s+)?['\"]?[^=#\s]+\s*=)", line):
+                    log.warning("%s, line %d is no NAME=value and is left out", path, number)
             found = {**{name: value for name, value in values.items() if value}, **found}
     return {**found, **{name: value for name, value in os.environ.items() if value}}
 
@@ -4966,6 +4987,8 @@ def check_base_url(url: str) -> str:
 def check_token(token: str) -> None:
     if not token:
         raise Stop(EXIT_USAGE, "DEVREV_API_TOKEN is not set; put it into .env (see .env.example) or the environment")
+    if token[0] in "'\"\u2018\u2019\u201c\u201d":
+        raise Stop(EXIT_USAGE, "DEVREV_API_TOKEN is in quotes, which are no part of it: take them away")
     if not re.fullmatch(r"[\x21-\x7e]+", token):
         raise Stop(EXIT_USAGE, "DEVREV_API_TOKEN holds a space, a line break or something that is not ASCII")
 
@@ -5009,27 +5032,36 @@ class Run:
         """The first Ctrl-C, SIGTERM or SIGHUP acts, in the event loop; the second ends the process at once."""
 
         def handle(number: int, _frame: Any) -> None:
-            if self.signal:
-                self.console.cut("cut off; run the same command again to go on")
-                os._exit(128 + self.signal)
-            self.signal = number
-            loop.call_soon_threadsafe(act)
+            self.second_signal(number)
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(act)
             self.console.note("stopping: waiting for the requests that are under way (again to stop at once) ...")
 
+        self.catch(handle)
+
+    def second_signal(self, number: int) -> None:
+        """Note the first signal; the second ends the process at once."""
+        if self.signal:
+            self.console.cut("cut off; run the same command again to go on")
+            os._exit(128 + self.signal)
+        self.signal = number
+
+    def catch(self, handle: Callable[[int, Any], None]) -> None:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), handle)
+            number = getattr(signal, name, None)
+            # Whoever started it with nohup wants it to outlive the terminal.
+            if number and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                signal.signal(number, handle)
 
     def open_log(self) -> None:
         """Log to a file and, with -v, to stderr. Raises Stop(3) where a real run can't log."""
         logging.raiseExceptions = False
         log.setLevel(logging.DEBUG)
         log.propagate = False
-        shown = logging.StreamHandler(sys.stderr)
-        shown.setLevel(logging.DEBUG if self.options.verbose else logging.WARNING)
-        shown.addFilter(lambda record: record.levelno != logging.ERROR)  # the console has shown it already
         if not self.options.quiet:
-            self._add_handler(shown)
+            self._add_handler(ConsoleHandler(self.console, logging.DEBUG if self.options.verbose else logging.WARNING))
+        if self.options.status:  # which somebody may call every few seconds
+            return
         try:
             self.outside.folder(self.log_path.parent)
             self._add_handler(
@@ -5079,6 +5111,12 @@ def make_plan(run: Run, savepoint: Optional[SavePoint]) -> Plan:
         choices = read_choices(options.choices) if options.choices else {}
         plan = detect(read_contacts(options.csv, [*choices, *named]), choices)
     plan.id = plan_id(plan.groups, options.count_policy, not options.no_timelines)
+    if options.plan and options.plan.strip().lower() != plan.id:
+        raise Stop(
+            EXIT_USAGE,
+            f"the plan is {plan.id}, not {options.plan}: CSV, choices, --count-policy or --no-timelines differ from "
+            "what they were; look at the preview again",
+        )
     plan.ids = {pair.ids for group in plan.groups for pair in group.pairs}
     if savepoint:
         adopt(plan, savepoint, named)
@@ -5112,12 +5150,21 @@ def adopt(plan: Plan, savepoint: SavePoint, named: Collection[str] = ()) -> None
 
 
 def _keep_emails(plan: Plan, emails: Sequence[str], console: Console) -> None:
+    """Keep what was asked for, and say why there is nothing to merge. Raises Stop(2) for an email in no row."""
     wanted = {email_key(email) for email in emails}
     plan.groups = [group for group in plan.groups if group.email in wanted]
     plan.skipped = [skip for skip in plan.skipped if skip.email in wanted]
+    lines = {email_key(row.email): row for row in plan.invalid_rows if row.email}
     found = {group.email for group in plan.groups} | {skip.email for skip in plan.skipped}
+    unknown = sorted(wanted - found - plan.left_alone.keys() - lines.keys())
+    if unknown:
+        raise Stop(EXIT_USAGE, f"--email: in no row of the CSV: {', '.join(unknown)}")
     for email in sorted(wanted - found):
-        console.note(f"{email}: not in the CSV, or only one contact there: nothing to merge")
+        row = lines.get(email)
+        why = f"line {row.line}: {row.reason}" if row else plan.left_alone[email]
+        console.note(f"{email}: nothing to merge: {why}")
+    for skip in plan.skipped:
+        console.note(f"{skip.email}: skipped: {SKIP_REASONS[skip.code][0]}")
 
 
 def _keep_first(plan: Plan, limit: int) -> None:
@@ -5136,20 +5183,13 @@ def preview(run: Run) -> int:
         SavePoint(run.options.savepoint, run.outside, readonly=True) if _has_content(run.options.savepoint) else None
     )
     plan = make_plan(run, known)
+    earlier = known.unfinished() if known else []
     cost = estimate_plan(plan, run.settings, not run.options.no_timelines)
     if run.options.json:
-        print_json(plan_chunks(plan, cost))
+        run.console.json(plan_chunks(plan, cost, earlier))
     else:
-        show_plan(plan, run.console, cost, run.ceiling())
+        show_plan(plan, run.console, cost, run.ceiling(), earlier)
     return EXIT_OK
-
-
-def print_json(chunks: Iterable[bytes]) -> None:
-    """JSON on stdout, in ASCII, whatever the terminal takes."""
-    with contextlib.suppress(OSError, ValueError):
-        for chunk in chunks:
-            sys.stdout.write(re.sub(r"[^\x00-\x7e]", lambda c: json.dumps(c.group())[1:-1], chunk.decode("utf-8")))
-        sys.stdout.flush()
 
 
 def _has_content(path: Path) -> bool:
@@ -5255,8 +5295,7 @@ async def carry_out(run: Run, plan: Plan, savepoint: SavePoint) -> int:
         brake.pull(stop)
         return _report(run, plan, merger, savepoint, stop.exit_code)
     ticking = asyncio.ensure_future(progress.tick(merger))  # which also lets signals in, however quiet it is
-    before = f", {len(unfinished)} of an earlier run to finish first" if unfinished else ""
-    facts = {"to merge": plural(plan.count(), "pair") + before, "backups in": str(Path("backups").resolve())}
+    facts = merge_facts(run, plan, unfinished)
     await confirm(run, merger, "merge", facts, "In DevRev a merge can't be undone; --undo takes back most of it.")
     savepoint.about("organisation", merger.organisation)
     run.on_signal(asyncio.get_event_loop(), lambda: brake.pull(Interrupted()))
@@ -5264,6 +5303,26 @@ async def carry_out(run: Run, plan: Plan, savepoint: SavePoint) -> int:
     ticking.cancel()
     run.console.status("")
     return _report(run, plan, merger, savepoint, run.signal + 128 if run.signal else code)
+
+
+def merge_facts(run: Run, plan: Plan, unfinished: Sequence[Pair]) -> Dict[str, str]:
+    """What one signs with a typed `merge`."""
+    new = [pair for pair in plan.pairs() if pair.state is State.PLANNED]
+    few, more = some([told(pair) for pair in new], 3)
+    modified = datetime.fromtimestamp(run.options.csv.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+    facts = {"CSV": f"{run.options.csv} of {modified}", "plan": plan.id, "to merge": plural(len(new), "pair")}
+    facts.update({f"  {index}": words for index, words in enumerate(few, 1)})
+    facts.update({"  more": more} if more else {})
+    earlier, others = some([told(pair) for pair in unfinished], 3)
+    if earlier:
+        words = "; ".join([*earlier, *([others] if others else [])])
+        facts["first"] = f"{plural(len(unfinished), 'pair')} of earlier runs to finish: {words}"
+    facts["left out"] = f"{plural(len(plan.skipped), 'group')} skipped, {plural(len(plan.invalid_rows), 'invalid row')}"
+    warnings = [f"{group.email}: {warning}" for group in plan.groups if group.chosen for warning in group.warnings()]
+    facts.update({"WARNING": "; ".join(warnings[:5])} if warnings else {})
+    facts["cost"] = f"{estimate_plan(plan, run.settings, not run.options.no_timelines)} {run.ceiling()}"
+    facts["backups in"] = str(Path("backups").resolve())
+    return facts
 
 
 async def confirm(run: Run, merger: ContactMerger, word: str, facts: Mapping[str, str], warning: str) -> None:
@@ -5294,7 +5353,6 @@ class Progress:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.begun = self.told = run.outside.moment().steady
-        self.recent: Deque[Tuple[float, int]] = collections.deque([(self.begun, 0)], maxlen=120)
 
     def on_pair(self, pair: Pair) -> None:
         console = self.run.console
@@ -5320,8 +5378,6 @@ class Progress:
             if not merger.total:
                 continue
             now = self.run.outside.moment().steady
-            if now - self.recent[-1][0] >= 1:
-                self.recent.append((now, sum(merger.api.requests.values())))
             self.show(self.line(merger, now), now)
 
     def show(self, line: str, now: float) -> None:
@@ -5334,19 +5390,24 @@ class Progress:
                 self.run.console.note(line)
 
     def line(self, merger: ContactMerger, now: float) -> str:
-        done, failed = len(merger.rested), sum(not merger.went_well(pair) for pair in merger.rested.values())
-        since, before = (
-            self.recent[0] if now - self.recent[0][0] < 60 else next(r for r in self.recent if now - r[0] < 60)
-        )
-        rate = (sum(merger.api.requests.values()) - before) / max(1.0, now - since) * 60
-        parts = [f"{done}/{merger.total} pairs"]
-        if failed:
-            parts.append(f"{failed} failed")
-        parts.append(f"{rate:.0f} requests/min")
+        """Phases, the end, and what is waited for."""
+        pairs = list(merger.pairs())
+        gone = (*ENDED, State.MERGED, State.PROVING)
+        phases = {
+            "backed up": sum(bool(pair.backup) for pair in pairs),
+            "merged": sum(pair.state in gone for pair in pairs),
+            "proved": sum(pair.state in ENDED for pair in pairs),
+        }
+        failed = sum(not merger.went_well(pair) for pair in merger.rested.values())
+        words = [f"{count:,} {what}" for what, count in phases.items()] + ([f"{failed:,} failed"] if failed else [])
+        parts = [f"{plural(merger.total, 'pair')}: {', '.join(words)}"]
+        if self.run.signal:
+            return f"{parts[0]} \u00b7 stopping, requests under way are waited for"
+        share = (sum(phases.values()) + 3 * failed) / (3 * merger.total)
+        if 0.05 < share < 1:
+            parts.append(f"{duration((now - self.begun) / share * (1 - share))} left")
         parts.extend(filter(None, [merger.api.gate.outlook()]))
-        if done and done < merger.total:
-            parts.append(f"about {duration((now - self.begun) / done * (merger.total - done))} left")
-        return ", ".join(parts)
+        return " \u00b7 ".join(parts)
 
 
 def _report(run: Run, plan: Plan, merger: Optional[ContactMerger], savepoint: SavePoint, code: int) -> int:
@@ -5356,7 +5417,7 @@ def _report(run: Run, plan: Plan, merger: Optional[ContactMerger], savepoint: Sa
     summary = outcome.summary()
     failures = [*outcome.failed(), *outcome.unfinished()]
     try:
-        write_report(run.report_path, run_facts(run, merger, savepoint, code, stop), outcome, run.outside)
+        write_report(run.report_path, run_facts(run, merger, savepoint, code, stop, plan), outcome, run.outside)
         written = True
     except (OSError, Stop) as error:
         run.console.error(f"the report can't be written: {error}")
@@ -5372,7 +5433,14 @@ def _report(run: Run, plan: Plan, merger: Optional[ContactMerger], savepoint: Sa
     return code
 
 
-def run_facts(run: Run, merger: Optional[ContactMerger], savepoint: SavePoint, code: int, stop: Optional[str]) -> Json:
+def run_facts(
+    run: Run,
+    merger: Optional[ContactMerger],
+    savepoint: SavePoint,
+    code: int,
+    stop: Optional[str],
+    plan: Optional[Plan] = None,
+) -> Json:
     """The report's `run`."""
     owner = merger.token_owner if merger else {}
     requests = dict(sorted(merger.api.requests.items())) if merger else {}
@@ -5382,6 +5450,7 @@ def run_facts(run: Run, merger: Optional[ContactMerger], savepoint: SavePoint, c
         "version": __version__,
         "csv": str(options.csv) if options.csv else None,
         "csv_sha256": _sha256(options.csv) if options.csv else None,
+        "plan": plan.id if plan else None,
         "base_url": run.settings.base_url,
         "organisation": merger.organisation if merger else savepoint.about("organisation"),
         "token_owner": {name: owner.get(name) for name in ("id", "display_name", "email")},
@@ -5417,22 +5486,14 @@ def show_summary(
     run: Run, facts: Json, merger: Optional[ContactMerger], failures: Sequence[Pair], written: bool
 ) -> None:
     say = run.console.say
-    if not merger:
-        done, skipped = plural(facts["already_merged"], "pair"), plural(facts["skipped_groups"], "group")
-        say(f"Nothing to do: {done} already merged, {skipped} skipped.")
-    else:
-        planned = facts["pairs_planned"] - facts["already_merged"]
-        say()
-        say(f"merged   {facts['successful_merges']} of {plural(planned, 'pair')}", "bold" if failures else "good")
-        if failures:
-            say(f"failed   {facts['failed_merges']}, unfinished {facts['unfinished_merges']}", "bad")
-            _show_failures(run.console, failures)
-        if facts["left"]:
-            say(f"left     {facts['left']} not begun")
-        if facts["already_merged"]:
-            say(f"before   {facts['already_merged']} merged by earlier runs")
-        if facts["skipped_groups"]:
-            say(f"skipped  {plural(facts['skipped_groups'], 'group')} (--preview says why)")
+    say()
+    whole = facts["left"] == facts["failed_merges"] == facts["unfinished_merges"] == 0
+    say(headline(facts), "good" if whole and not failures else "bold")
+    if failures:
+        _show_failures(run.console, failures)
+    if facts["skipped_groups"]:
+        say("         --preview says why groups are skipped")
+    if merger:
         spent = run.outside.elapsed(run.started)
         say(f"cost     {plural(sum(merger.api.requests.values()), 'request')}, {duration(spent)}")
     if written:
@@ -5445,6 +5506,7 @@ def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
     for pair in pairs:
         by_code[pair.code].append(pair.email)
     for code, emails in sorted(by_code.items()):
+        emails.sort()
         more = f" and {len(emails) - 5} more" if len(emails) > 5 else ""
         console.say(f"  {len(emails)} {code}: {', '.join(emails[:5])}{more}")
         console.say(f"    what to do: {ADVICE.get(code, 'see the report')}")
@@ -5593,7 +5655,7 @@ def report_undo(run: Run, plan: UndoPlan, undoer: Undoer, code: int) -> int:
 
 def show_undo(run: Run, head: Json, lists: Mapping[str, Iterable[Json]]) -> None:
     if run.options.json:
-        print_json(report_chunks(head, lists))
+        run.console.json(report_chunks(head, lists))
         return
     say = run.console.say
     for name, entries in lists.items():
@@ -5621,34 +5683,46 @@ def check(run: Run) -> int:
 
 
 async def _check(run: Run) -> int:
-    failed = 0
     api = DevRevAPI(run.settings, run.outside, Brake())
+    checks: List[Json] = []
 
     async def tell(name: str, work: Union[Callable[[], str], Awaitable[str]]) -> bool:
-        nonlocal failed
         try:
-            run.console.say(f"ok      {name}: {work() if callable(work) else await work}")
+            words, good = work() if callable(work) else await work, True
         except (Stop, PairError, OSError) as error:
-            failed += 1
-            error = api.brake.stop or error if isinstance(error, Interrupted) else error
-            log.info("check of %s: %s", name, error)
-            run.console.say(f"FAILED  {name}: {error}", "bad")
-            return False
-        return True
+            words, good = str(api.brake.stop or error if isinstance(error, Interrupted) else error), False
+            log.info("check of %s: %s", name, words)
+        checks.append({"check": name, "ok": good, "says": words})
+        if not run.options.json:
+            run.console.say(f"{'ok     ' if good else 'FAILED '} {name}: {words}", "" if good else "bad")
+        return good
 
-    if await tell("token", _check_token(run, api)):
-        if run.options.csv:
-            await tell("csv", lambda: _check_csv(run))
+    known = await tell("token", _check_token(run, api))
+    if run.options.csv:
+        await tell("csv", lambda: _check_csv(run))
+    notes = []
+    if known:
         for name, work in read_checks(api).items():
             await tell(name, work())
-        run.console.say(f"note    quota: {api.gate.outlook() or 'the server says nothing about it'}, {run.ceiling()}")
+        notes.append(f"quota: {api.gate.outlook() or 'the server says nothing about it'}, {run.ceiling()}")
     await tell("savepoint", lambda: _check_savepoint(run))
     await tell("disk", _check_disk)
-    run.console.say(
-        "note    the permission to merge (rev_user:all) can't be tried without merging: --limit 1 is the first proof"
-    )
-    run.console.say("note    --undo also needs to write tickets, issues and conversations, which reading can't tell")
-    return EXIT_USAGE if failed else EXIT_OK
+    notes.append("the permission to merge (rev_user:all) can't be tried without merging: --limit 1 is the first proof")
+    notes.append("--undo also needs to write tickets, issues and conversations, which reading can't tell")
+    return _verdict(run, checks, notes)
+
+
+def _verdict(run: Run, checks: Sequence[Json], notes: Sequence[str]) -> int:
+    problems = sum(not one["ok"] for one in checks)
+    verdict = f"not ready: {plural(problems, 'problem')}" if problems else "ready"
+    if run.options.json:
+        facts = {"verdict": verdict, "ready": not problems, "checks": checks, "notes": notes}
+        run.console.json([to_json(facts, indent=1) + b"\n"])
+    else:
+        for note in notes:
+            run.console.say(f"note    {note}")
+        run.console.say(verdict, "bad" if problems else "good")
+    return EXIT_USAGE if problems else EXIT_OK
 
 
 async def _check_token(run: Run, api: DevRevAPI) -> str:
@@ -5659,9 +5733,14 @@ async def _check_token(run: Run, api: DevRevAPI) -> str:
 
 
 def _check_csv(run: Run) -> str:
-    plan = detect(read_contacts(run.options.csv))
-    check_organisation(run.organisation, "CSV", plan.pairs())
-    return f"{plural(plan.count(), 'pair')} to merge, of the token's organisation"
+    """Also where the token's organisation is not known."""
+    plan = make_plan(run, None)
+    counts = [f"{plural(plan.count(), 'pair')} to merge", f"{plural(len(plan.skipped), 'group')} skipped"]
+    counts.append(plural(len(plan.invalid_rows), "invalid row"))
+    if run.organisation:
+        check_organisation(run.organisation, "CSV", plan.pairs())
+        counts.append("of the token's organisation")
+    return ", ".join(counts)
 
 
 def read_checks(api: DevRevAPI) -> Dict[str, Callable[[], Awaitable[str]]]:
@@ -5710,55 +5789,103 @@ def _check_disk() -> str:
     return f"{free >> 20:,} MiB free"
 
 
+STATE_WORDS: Mapping[State, str] = {
+    State.DONE: "merged and proved",
+    State.SETTLED: "merged, and what can't be mended accepted (--settle)",
+    State.MERGED_ELSEWHERE: "merged or deleted by somebody else",
+    State.UNDONE: "taken back",
+    State.UNDOING: "being taken back",
+    State.FAILED: "failed, nothing merged",
+    **{state: facts["so_far"] for state, facts in PROGRESS.items()},
+}
+
+
 def status(run: Run) -> int:
     """Print what the savepoint knows; also while a run is going on."""
     path = run.options.savepoint
-    say = run.console.say
     if not _has_content(path):
-        say(f"{path}: nothing was merged with it yet")
+        if run.options.json:
+            run.console.json([to_json({"savepoint": str(path), "counts": {}}, indent=1) + b"\n"])
+        else:
+            run.console.say(f"{path}: nothing was merged with it yet")
         return EXIT_OK
     savepoint = SavePoint(path, run.outside, readonly=True)
     try:
-        holder = savepoint.holder()
-        say(
-            f"{path}: organisation {savepoint.about('organisation') or 'unknown'}, last opened {holder['since']} "
-            f"by process {holder['pid']} on {holder['host']}"
-        )
-        for name, count in savepoint.counts().items():
-            say(f"{count:>7,} {name}")
-        for title, states in (("unfinished", (*UNFINISHED, State.UNDOING)), ("failed", (State.FAILED,))):
-            for pair in savepoint.rows(*states):
-                why = f"{pair.code}: {pair.error}" if pair.code else f"{pair.state.value}"
-                names = f"{pair.primary.short_id} <- {pair.duplicate.short_id}"
-                say(f"{title}  {pair.email}: {names}, since {pair.created}, last {pair.updated}: {why}")
+        facts: Json = {
+            "savepoint": str(path),
+            "organisation": savepoint.about("organisation") or None,
+            "running": savepoint.glimpsed,
+            "last_opened": savepoint.holder(),
+            "counts": {State(name).value: count for name, count in savepoint.counts().items()},
+        }
+        lists = {
+            "unfinished": list(savepoint.rows(*UNFINISHED, State.UNDOING)),
+            "failed": list(savepoint.rows(State.FAILED)),
+        }
     finally:
         savepoint.close()
+    if run.options.json:
+        entries = {name: (merge_entry(pair, ()) for pair in pairs) for name, pairs in lists.items()}
+        run.console.json(report_chunks(facts, entries))
+    else:
+        show_status(run.console, facts, lists)
     return EXIT_OK
+
+
+def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair]]) -> None:
+    holder, running = facts["last_opened"], facts["running"]
+    who = f"by process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    console.say(f"{facts['savepoint']}: organisation {facts['organisation'] or 'unknown'}")
+    console.say(f"a run goes on: {who}" if running else f"no run goes on; last opened {who}")
+    for name, count in facts["counts"].items():
+        console.say(f"{count:>7,} {STATE_WORDS.get(State(name), name)}")
+    for title, pairs in lists.items():
+        few, more = some(pairs, 20)
+        for pair in few:
+            why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS.get(pair.state, pair.state.value)
+            word = "working on" if running and title == "unfinished" else title
+            into = f"{pair.duplicate.short_id} into {pair.primary.short_id}"
+            console.say(f"{word}  {pair.email}: {into}, last {pair.updated}: {why}")
+        if more:
+            console.say(f"{title}  {more} (--status --json has them all)")
 
 
 def verify_backups(run: Run) -> int:
     """Re-read every backup below a folder against its manifest; 1 where one is damaged or missing."""
     root: Path = run.options.verify_backups
+    if not root.exists():
+        raise Stop(EXIT_USAGE, f"{root} is not there (yet): no run has made a backup in it")
     if not root.is_dir():
         raise Stop(EXIT_USAGE, f"{root} is not a folder")
-    whole = damaged = 0
+    whole = 0
+    found: Dict[str, List[str]] = {"damaged": [], "missing": [], "begun": []}
     for folder in sorted(_backup_folders(root)):
-        run.console.status(f"{whole + damaged} backups read ...")
+        run.console.status(f"{whole + len(found['damaged'])} backups read ...")
         try:
             read_backup(folder)
             whole += 1
         except PairError as error:
-            damaged += 1
-            run.console.say(f"DAMAGED  {error}", "bad")
+            found["damaged"].append(str(error))
     run.console.status("")
-    for left in sorted(root.glob(f"**/{Backups.INCOMPLETE}*")):
-        run.console.say(f"note     {left}: begun and never finished by a run that was killed; may be deleted")
-    missing = _missing_backups(run, root)
-    run.console.say(
-        f"{plural(whole, 'whole backup')}, {damaged} damaged, {missing} missing",
-        "bad" if damaged or missing else "good",
-    )
-    return EXIT_FAILED if damaged or missing else EXIT_OK
+    found["begun"] = [str(left) for left in sorted(root.glob(f"**/{Backups.INCOMPLETE}*"))]
+    found["missing"] = _missing_backups(run, root)
+    bad = bool(found["damaged"] or found["missing"])
+    if run.options.json:
+        run.console.json([to_json({"folder": str(root), "whole": whole, **found}, indent=1) + b"\n"])
+    else:
+        show_verified(run.console, whole, found, bad)
+    return EXIT_FAILED if bad else EXIT_OK
+
+
+def show_verified(console: Console, whole: int, found: Mapping[str, Sequence[str]], bad: bool) -> None:
+    for error in found["damaged"]:
+        console.say(f"DAMAGED  {error}", "bad")
+    for left in found["begun"]:
+        console.say(f"note     {left}: begun and never finished by a run that was killed; may be deleted")
+    for backup in found["missing"]:
+        console.say(f"MISSING  {backup}", "bad")
+    counts = f"{len(found['damaged'])} damaged, {len(found['missing'])} missing"
+    console.say(f"{plural(whole, 'whole backup')}, {counts}", "bad" if bad else "good")
 
 
 def _backup_folders(root: Path) -> Iterator[Path]:
@@ -5772,19 +5899,18 @@ def _backup_folders(root: Path) -> Iterator[Path]:
         names[:] = [name for name in names if not stamped.match(name) and not name.startswith(Backups.INCOMPLETE)]
 
 
-def _missing_backups(run: Run, root: Path) -> int:
+def _missing_backups(run: Run, root: Path) -> List[str]:
     """Backups that the savepoint knows of and that are not below `root` any more."""
     path = run.options.savepoint
     if root != Path("backups") or not _has_content(path):
-        return 0
+        return []
     savepoint = SavePoint(path, run.outside, readonly=True)
     try:
-        gone = {pair.backup for pair in savepoint.rows(*State) if pair.backup and not Path(pair.backup).is_dir()}
+        return sorted(
+            {pair.backup for pair in savepoint.rows(*State) if pair.backup and not Path(pair.backup).is_dir()}
+        )
     finally:
         savepoint.close()
-    for backup in sorted(gone):
-        run.console.say(f"MISSING  {backup}", "bad")
-    return len(gone)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -5792,17 +5918,30 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     options = parse_options(argv)
     os.umask(0o077)
     run = Run(options)
+    run.console.begin()
 
     def terminate(number: int, _frame: Any) -> None:
-        run.signal = number
+        run.second_signal(number)
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, terminate)
+    run.catch(terminate)
+    code = carry(run)
+    before = run.signal
+    run.catch(lambda number, _frame: run.second_signal(number))
+    failure = run.console.end(lambda: bool(run.signal))
+    if failure and code < EXIT_USAGE:
+        run.console.error(f"the output could not be written: {failure.strerror or failure}")
+        run.console.end(lambda: True)
+        code = EXIT_STOPPED
+    return 128 + run.signal if run.signal and not before else code
+
+
+def carry(run: Run) -> int:
+    """Do what the options say; whatever ends it early becomes one line and an exit code."""
     try:
         run.open_log()
         run.load_settings()
-        work = next((work for name, work in MODES.items() if getattr(options, name)), merge)
+        work = next((work for name, work in MODES.items() if getattr(run.options, name)), merge)
         return work(run)
     except Stop as stop:
         run.console.status("")

@@ -6,12 +6,12 @@ python -m tests.simulate --mutants [--jobs J]
 import functools
 import multiprocessing
 import time
-from typing import List, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 from tests.simulate import kept_seeds, play
 from tests.simulated import MODULE, load
 
-SEEDS = 1200  # that a mutant may survive before it counts as alive
+SEEDS = 1000  # lives that a mutant may survive before it counts as alive
 START = 10_000
 
 

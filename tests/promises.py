@@ -380,7 +380,7 @@ class Books:
         needed = 2 + any(one.new_ref for one in self.known[ids])
         now, reset = quota._turn()
         left = quota.limit - quota._used - machine.travelling
-        if reset - now > 2 and quota._used and left < min(needed, quota.limit):
+        if reset - now > 3 and quota._used and left < min(needed, quota.limit):
             raise Broken(
                 "a merge request leaves only when the quota has room for the requests that finish the pair",
                 f"{left} of {quota.limit} units left at the request for {name(ids)}",
@@ -448,16 +448,30 @@ class Books:
             if state in ("merged", "proving") and not known and "merged" not in events:
                 raise Broken("the journal knows what was merged", f"{name(ids)} is {state}, the journal says {events}")
             if state == "done":
-                self._judge_done(ids, row["new_ref"])
+                self._judge_done(ids, row["new_ref"], row["backup"])
             elif state in ("merged", "proving") and not self.lies and self.organisation.alive(ids[1]):
                 raise Broken("savepoint and reports say what is true", f"{name(ids)} is {state}, and is not merged")
 
-    def _judge_done(self, ids: Ids, reference: Optional[str]) -> None:
+    def _judge_done(self, ids: Ids, reference: Optional[str], backup: Optional[str]) -> None:
         promise = "savepoint and reports say what is true"
-        if not self.into(ids):
+        if not self.into(ids) and not self._is_as_if_merged(ids, backup):
             raise Broken(promise, f"{name(ids)} is done, and was not merged")
         if reference and reference not in [one for _, one in self.organisation.reference_times[ids[0]]]:
             raise Broken(promise, f"{name(ids)} is done, and the primary never got {reference}")
+
+    def _is_as_if_merged(self, ids: Ids, backup: Optional[str]) -> bool:
+        """Whether somebody has deleted the duplicate, or merged it elsewhere, and nobody can see the difference: all
+        that it had is on the primary, or it had nothing."""
+        if self.organisation.alive(ids[1]):
+            return False
+        try:
+            manifest = json.loads((Path(backup or "") / "manifest.json").read_bytes())
+        except OSError:
+            return True
+        (entry,) = (one for one in manifest["contacts"] if one["csv"]["id"] == ids[1])
+        items = [(work, ROLES[role]) for role in ("owned", "reported") for work in entry["works"][role]]
+        items += [(talk, "members") for talk in entry["conversations"]]
+        return all(self._is_on({"id": one, "role": role}, ids[0]) for one, role in items)
 
     def into(self, ids: Ids) -> bool:
         """Whether the duplicate was merged into the primary."""
@@ -512,7 +526,7 @@ class Books:
             raise Broken("the sums of a report", f"{file}: {len(self.plan)} pairs are planned, it says {summary}")
         for entry in report["successful_merges"]:
             if entry["state"] == "done":
-                self._judge_done(ids_of(entry), entry["new_external_ref"])
+                self._judge_done(ids_of(entry), entry["new_external_ref"], entry["backup"])
         for entry in report["failed_merges"]:
             if entry["state"] != "merged_elsewhere" and self.asks[ids_of(entry)]:
                 raise Broken(promise, f"{file}: {name(ids_of(entry))} is called failed, and was asked for")

@@ -130,7 +130,6 @@ def test_a_count_that_the_backup_does_not_match_refuses_that_group_alone(place: 
     [
         (["--email", " Person2@EXAMPLE.com", "--email", "person3@example.com"], {2, 3}),
         (["--limit", "1"], {1}),
-        (["--email", "nobody@example.com"], set()),
     ],
 )
 def test_a_canary_merges_only_what_was_named(place: Workplace, options: List[str], merged: Set[int]) -> None:
@@ -141,6 +140,22 @@ def test_a_canary_merges_only_what_was_named(place: Workplace, options: List[str
         assert_merged(organisation, [pairs[number - 1] for number in merged])
         place.run(sandbox, "--limit", "10", check=0)
         assert_merged(organisation, pairs)
+
+
+def test_an_email_in_no_row_is_an_error_and_another_plan_too(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    place.export(organisation)
+    (line,) = [one for one in place.run(None, "--preview", check=0).out.splitlines() if one.startswith("plan ")]
+    plan = line.split()[1]
+    with Sandbox(organisation) as sandbox:
+        assert "nobody@example.com" in place.run(sandbox, "--email", "nobody@example.com", check=2).err
+        for options in (["--plan", "0123456789ab"], ["--preview", "--plan", "0123456789ab"], ["--plan", plan[:-1]]):
+            assert plan in place.run(sandbox, *options, check=2).err
+        assert organisation.merges == [] and not list((place.folder / "reports").glob("*.json"))
+        place.run(sandbox, "--plan", plan, "--limit", "1", check=0)
+        result = place.run(sandbox, "--plan", plan, check=0)
+        assert result.report["run"]["plan"] == plan
+    assert_merged(organisation, pairs)
 
 
 def test_a_server_that_takes_few_ids_at_a_time_is_served_in_halves(place: Workplace) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.mutants import MUTANTS, hunt, line_of
+from tests.mutants import MUTANTS, SEEDS, hunt, line_of
 from tests.simulate import kept_seeds, play
 from tests.simulated import MODULE, load
 
@@ -53,5 +53,5 @@ def test_each_mutant_can_be_made() -> None:
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_no_mutant_lives(mutant: Any) -> None:
-    fate = hunt(mutant, 1200)
+    fate = hunt(mutant, SEEDS)
     assert fate.seed is not None or mutant.covered, line_of(fate)

@@ -77,6 +77,7 @@ def survive_kill_at_request(folder: Path, number: int, stage: str, gone: str) ->
 
 @posix
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("stage", ["before", "after"])
 @pytest.mark.parametrize("gone", GONE)
 def test_a_run_killed_at_any_request_is_finished_by_the_next(tmp_path: Path, stage: str, gone: str) -> None:
@@ -120,6 +121,7 @@ def survive_kill_at_write(folder: Path, number: int, stage: str, gone: str) -> b
 
 @posix
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("stage", ["before", "after"])
 def test_a_run_killed_at_any_durable_write_is_finished_by_the_next(tmp_path: Path, stage: str) -> None:
     number = 1

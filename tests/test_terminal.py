@@ -85,7 +85,8 @@ def test_yes_asks_nothing_and_a_status_line_tells_how_far_it_is(place: Workplace
         terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--yes")
         assert terminal.end() == 0
     assert "Type merge" not in terminal.text
-    assert re.search(r"\d/6 pairs.*requests/min", terminal.text) and "for quota" in terminal.text
+    assert re.search(r"6 pairs: \d backed up, \d merged, \d proved", terminal.text)
+    assert re.search(r"waiting .*DevRev's quo", terminal.text)
     assert_merged(organisation, pairs)
 
 
@@ -183,7 +184,7 @@ def test_status_tells_what_the_savepoint_knows(place: Workplace) -> None:
     with Sandbox(organisation, faults=[never]) as sandbox:
         place.run(sandbox, "--merge-timeout", "1", check=1)
     out = place.run(None, "--status", check=0).out
-    assert re.search(r"1 done", out) and re.search(r"1 failed", out) and re.search(r"1 acknowledged", out)
+    assert "1 merged and proved" in out and "1 failed, nothing" in out and "1 DevRev has accepted the merge" in out
     assert re.search(r"unfinished +person2@.* merge_not_confirmed", out)
     assert re.search(r"failed +person1@.* count_mismatch", out)
 

@@ -216,7 +216,7 @@ def test_the_same_csv_merges_nothing_that_was_undone_until_it_is_named(place: Wo
         assert len(organisation.merges) == 3 and organisation.contacts[pairs[1][0]]["external_ref"] == "user_2"
         assert named.report["summary"]["successful_merges"] == 1
         assert place.run(sandbox, check=0).report["summary"]["already_merged"] == 1
-        assert "2 undone" in place.run(sandbox, "--status", check=0).out
+        assert "2 taken back" in place.run(sandbox, "--status", check=0).out
 
 
 def test_what_does_not_stand_as_the_merge_has_left_it_is_refused(place: Workplace) -> None:
@@ -487,6 +487,7 @@ def test_an_undo_killed_at_some_requests_is_finished_by_the_same_command(
 
 @posix
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("lose", [False, True])
 @pytest.mark.parametrize("stage", ["before", "after"])
 def test_an_undo_killed_at_any_request_is_finished_by_the_same_command(tmp_path: Path, stage: str, lose: bool) -> None:
@@ -519,6 +520,7 @@ def test_an_undo_killed_at_some_durable_writes_is_finished_by_the_same_command(t
 
 @posix
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("stage", ["before", "after"])
 def test_an_undo_killed_at_any_durable_write_is_finished_by_the_same_command(tmp_path: Path, stage: str) -> None:
     number = 1
