@@ -1203,7 +1203,9 @@ def group_flaw(group: Group, live: Mapping[str, Json], namesakes: Iterable[Json]
             return flaw
     orgs = {rev_org_id(live[contact.id]) for contact in contacts}
     if len(orgs) > 1:
-        return PairError("different_rev_org", "the contacts belong to different rev orgs: " + ", ".join(map(str, orgs)))
+        return PairError(
+            "different_rev_org", "the contacts belong to different rev orgs: " + ", ".join(sorted(map(str, orgs)))
+        )
     known = {contact.id for contact in contacts}
     for other in namesakes:
         reference = str(other.get("external_ref"))

@@ -2,6 +2,7 @@
 
     python -m tests.simulate --seeds 400 --jobs 2      play lives, stop at the first that breaks a promise
     python -m tests.simulate --seed 17 --trace         play one again, step by step
+    python -m tests.simulate --mutants                 take the module's safety lines out, one at a time
 
 How to read a failing life is in tests/README.md.
 """
