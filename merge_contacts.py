@@ -1203,7 +1203,9 @@ def group_flaw(group: Group, live: Mapping[str, Json], namesakes: Iterable[Json]
             return flaw
     orgs = {rev_org_id(live[contact.id]) for contact in contacts}
     if len(orgs) > 1:
-        return PairError("different_rev_org", "the contacts belong to different rev orgs: " + ", ".join(map(str, orgs)))
+        return PairError(
+            "different_rev_org", "the contacts belong to different rev orgs: " + ", ".join(sorted(map(str, orgs)))
+        )
     known = {contact.id for contact in contacts}
     for other in namesakes:
         reference = str(other.get("external_ref"))
@@ -3027,7 +3029,8 @@ class Walk:
         except ApiRefused as refusal:
             if refusal.status == 409:
                 return False
-            raise PairError(refusal.code, f"the reference {reference} could not be set: {refusal}") from None
+            code = "not_found" if refusal.missing else refusal.code
+            raise PairError(code, f"the reference {reference} could not be set: {refusal}") from None
         except (ApiUnanswered, PairError) as error:
             raise PairError(error.code, f"the reference {reference} could not be set: {error}") from None
         return True

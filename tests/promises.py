@@ -166,6 +166,7 @@ class Books:
         self.forgotten: Set[Ids] = set()  # pairs whose report was lost
         self.journal_lost: Set[Ids] = set()  # pairs whose lines were lost
         self.backups_lost = False
+        self.disk_was_full = False
         self.lag = 0.0  # the longest that lists have lagged
         self.reports: Dict[str, Any] = {}
         self.last_report, self.last_code = "", None  # type: str, Optional[int]
@@ -379,7 +380,7 @@ class Books:
         needed = 2 + any(one.new_ref for one in self.known[ids])
         now, reset = quota._turn()
         left = quota.limit - quota._used - machine.travelling
-        if reset - now > 2 and quota._used and left < min(needed, quota.limit):
+        if reset - now > 3 and quota._used and left < min(needed, quota.limit):
             raise Broken(
                 "a merge request leaves only when the quota has room for the requests that finish the pair",
                 f"{left} of {quota.limit} units left at the request for {name(ids)}",
@@ -443,19 +444,34 @@ class Books:
             event = {"done": "done", "merged_elsewhere": "merged elsewhere"}.get(state)
             if event and ids not in self.journal_lost and event not in events:
                 raise Broken("the journal knows what has ended", f"{name(ids)} is {state}, the journal says {events}")
-            if state in ("merged", "proving") and ids not in self.journal_lost and "merged" not in events:
+            known = ids in self.journal_lost or self.disk_was_full
+            if state in ("merged", "proving") and not known and "merged" not in events:
                 raise Broken("the journal knows what was merged", f"{name(ids)} is {state}, the journal says {events}")
             if state == "done":
-                self._judge_done(ids, row["new_ref"])
+                self._judge_done(ids, row["new_ref"], row["backup"])
             elif state in ("merged", "proving") and not self.lies and self.organisation.alive(ids[1]):
                 raise Broken("savepoint and reports say what is true", f"{name(ids)} is {state}, and is not merged")
 
-    def _judge_done(self, ids: Ids, reference: Optional[str]) -> None:
+    def _judge_done(self, ids: Ids, reference: Optional[str], backup: Optional[str]) -> None:
         promise = "savepoint and reports say what is true"
-        if not self.into(ids):
+        if not self.into(ids) and not self._is_as_if_merged(ids, backup):
             raise Broken(promise, f"{name(ids)} is done, and was not merged")
         if reference and reference not in [one for _, one in self.organisation.reference_times[ids[0]]]:
             raise Broken(promise, f"{name(ids)} is done, and the primary never got {reference}")
+
+    def _is_as_if_merged(self, ids: Ids, backup: Optional[str]) -> bool:
+        """Whether somebody has deleted the duplicate, or merged it elsewhere, and nobody can see the difference: all
+        that it had is on the primary, or it had nothing."""
+        if self.organisation.alive(ids[1]):
+            return False
+        try:
+            manifest = json.loads((Path(backup or "") / "manifest.json").read_bytes())
+        except OSError:
+            return True
+        (entry,) = (one for one in manifest["contacts"] if one["csv"]["id"] == ids[1])
+        items = [(work, ROLES[role]) for role in ("owned", "reported") for work in entry["works"][role]]
+        items += [(talk, "members") for talk in entry["conversations"]]
+        return all(self._is_on({"id": one, "role": role}, ids[0]) for one, role in items)
 
     def into(self, ids: Ids) -> bool:
         """Whether the duplicate was merged into the primary."""
@@ -510,7 +526,7 @@ class Books:
             raise Broken("the sums of a report", f"{file}: {len(self.plan)} pairs are planned, it says {summary}")
         for entry in report["successful_merges"]:
             if entry["state"] == "done":
-                self._judge_done(ids_of(entry), entry["new_external_ref"])
+                self._judge_done(ids_of(entry), entry["new_external_ref"], entry["backup"])
         for entry in report["failed_merges"]:
             if entry["state"] != "merged_elsewhere" and self.asks[ids_of(entry)]:
                 raise Broken(promise, f"{file}: {name(ids_of(entry))} is called failed, and was asked for")
@@ -587,7 +603,7 @@ class Books:
         if code == "several_user_refs":
             return True
         if code == "external_ref_conflict":
-            return reference in stuck or not self._can_be_freed(ids, reference, primary)
+            return reference in stuck or not self._can_be_freed(ids, reference, primary, resting)
         if code == "left_behind":
             return any(not self._is_on(item, ids[0]) for item in entry["left_behind"])
         if code == "merged_into_another":
@@ -603,17 +619,23 @@ class Books:
     def _is_too_small(self) -> bool:
         """Whether the quota lets too little through for lists to be fresh at their merge."""
         quota = self.world.quota
-        return quota is not None and quota.limit * LISTED / quota.window < 16
+        pages = 0
+        for contact in {one for pair in (*self.plan, *self.asks) for one in pair}:
+            pages += len(self.organisation.works.find([("anyone", [contact])])) // 100
+        apart = 40 if self.world.max_ids else 0  # where a list has to be asked for contact by contact
+        return quota is not None and quota.limit * LISTED / quota.window < 20 + 8 * pages + apart
 
     def _group_of(self, ids: Ids, primary: Optional[Thing]) -> Set[str]:
         return {one for pair in (*self.plan, *self.asks) if pair[0] == ids[0] for one in pair} | set(ids)
 
-    def _can_be_freed(self, ids: Ids, reference: str, primary: Optional[Thing]) -> bool:
-        """Whether exporting and running again would have given the reference to the primary."""
+    def _can_be_freed(self, ids: Ids, reference: str, primary: Optional[Thing], resting: Mapping[Ids, Any]) -> bool:
+        """Whether exporting and running again would have given the reference to the primary; not where its holder
+        can't be merged, for a reason of its own."""
         if primary is None or primary["state"] != "active":
             return False
         holder = self.organisation.holder(primary["rev_org"]["id"], reference)
-        return holder is None or (holder, ids[0]) in self.plan or (ids[0], holder) in self.plan
+        pairs = {(holder or "", ids[0]), (ids[0], holder or "")}
+        return holder is None or any(pair in self.plan and pair not in resting for pair in pairs)
 
     def _is_on(self, item: Mapping[str, Any], primary: str) -> bool:
         thing = self.organisation.works.get(item["id"]) or self.organisation.conversations.get(item["id"])

@@ -2,6 +2,7 @@
 
     python -m tests.simulate --seeds 400 --jobs 2      play lives, stop at the first that breaks a promise
     python -m tests.simulate --seed 17 --trace         play one again, step by step
+    python -m tests.simulate --mutants                 take the module's safety lines out, one at a time
 
 How to read a failing life is in tests/README.md.
 """
@@ -741,7 +742,15 @@ def main() -> int:
     parser.add_argument("--seed", metavar="S", type=int, help="play one life")
     parser.add_argument("--trace", action="store_true", help="with --seed: show all of it")
     parser.add_argument("--kept", action="store_true", help="play the seeds that have failed once")
+    parser.add_argument("--mutants", action="store_true", help="take out the module's safety lines, one at a time")
+    parser.add_argument(
+        "--only", metavar="WORDS", default="", help="with --mutants: those with these words in the name"
+    )
     options = parser.parse_args()
+    if options.mutants:
+        from tests.mutants import table
+
+        return table(options.jobs, options.only)
     if options.seed is not None:
         verdict = play(options.seed, load(), trace=True, echo=options.trace)
         if verdict.promise:

@@ -90,9 +90,9 @@ class Clock:
 
     def nap(self, seconds: float) -> None:
         """The laptop sleeps."""
-        before = self.now
+        now, slept = self.now, self.slept
         self.advance(seconds)
-        self.slept += self.now - before
+        self.slept = slept + self.now - now
 
 
 class Loop(asyncio.BaseEventLoop):
@@ -234,6 +234,7 @@ class Machine:
         self.step(f"before {what}")
         if self.steps == self.full_at:
             self.trace(f"the disk is full: {what}")
+            self.observer.disk_was_full = True
             raise OSError(28, "No space left on device")
         self.steps += 1
         return self.steps == self.kill_at

@@ -1,0 +1,192 @@
+"""The module with its safety lines taken out, one at a time: for each, some simulated life has to break a promise.
+
+python -m tests.simulate --mutants [--jobs J]
+"""
+
+import functools
+import multiprocessing
+import time
+from typing import NamedTuple, Optional
+
+from tests.simulate import kept_seeds, play
+from tests.simulated import MODULE, load
+
+SEEDS = 1000  # lives that a mutant may survive before it counts as alive
+START = 10_000
+
+
+class Mutant(NamedTuple):
+    """A piece of the module's text, and what stands in its place; `covered` says why it may live."""
+
+    name: str
+    old: str
+    new: str
+    covered: str = ""
+
+
+def without(name: str, line: str, indent: int, covered: str = "", after: str = "") -> Mutant:
+    """A mutant that lacks one line (the one behind `after`, where it is there more than once)."""
+    old, new = " " * indent + line + "\n", " " * indent + "pass\n"
+    return Mutant(name, after + old, after + new, covered)
+
+
+MUTANTS = [
+    # What is recorded
+    without(
+        "savepoint: the intent", "self.merger.savepoint.record(pair)", 8,
+        after="        pair.first_requested_at = pair.first_requested_at or pair.requested_at\n"
+        '        self.merger.journal.note("asked", pair)\n',
+    ),
+    without(
+        "journal: the intent", 'self.merger.journal.note("asked", pair)', 8,
+        after="        pair.first_requested_at = pair.first_requested_at or pair.requested_at\n",
+    ),
+    without(
+        "savepoint: refused", "self.merger.savepoint.record(pair)", 12,
+        "the state on the disk is `requested` as before; a later run then waits for less before it asks again, which the "
+        "look that comes first makes harmless",
+        after="        except ApiRefused as refusal:\n            pair.refused = True\n",
+    ),
+    without(
+        "savepoint: acknowledged", "self.merger.savepoint.record(pair)", 12,
+        "the same, and whatever is recorded next holds it",
+        after="            pair.state = State.ACKNOWLEDGED\n",
+    ),
+    without(
+        "savepoint: merged", "self.merger.savepoint.record(pair)", 8,
+        "the state before it is looked at again, which finds the same",
+        after='        self.merger.journal.note("merged", pair)\n',
+    ),
+    without("journal: merged", 'self.merger.journal.note("merged", pair)', 8),
+    without("journal: done", 'self.merger.journal.note("done", pair)', 12),
+    without("journal: merged elsewhere", 'self.merger.journal.note("merged elsewhere", pair)', 8),
+    without(
+        "savepoint: still there after all", "self.merger.savepoint.record(pair)", 8,
+        "where it was believed gone, a proof or a 409 contradicts it again",
+        after='        pair.state = State.REQUESTED if pair.refused else State.ACKNOWLEDGED\n'
+        '        self.merger.journal.note("asked", pair)\n',
+    ),
+    without(
+        "savepoint: the reference is set", "self.merger.savepoint.record(pair)", 8,
+        "the primary is looked at first, and has the reference",
+        after="        pair.state = State.PROVING\n",
+    ),
+    without("savepoint: how a pair has come to rest", "self.savepoint.record(pair)", 8),
+    Mutant(
+        "a new savepoint does not read the journal",
+        "        pairs = Journal(JOURNAL, run.outside, run.stamp).pairs()\n", "        pairs: List[Pair] = []\n",
+    ),
+    Mutant("a report is not announced", "before=lambda: savepoint.announce_report(path.name)", "before=lambda: None"),
+    Mutant(
+        "an announced report counts, whether it is there or not",
+        "savepoint.settle_report(lambda name: (run.report_path.parent / name).exists())",
+        "savepoint.settle_report(lambda name: True)",
+    ),
+    Mutant("unfinished pairs are forgotten", "return list(self.rows(*UNFINISHED))", "return []"),
+    Mutant("the state of a plan's pairs is forgotten", "                pair.state = row.state\n", "                pass\n"),
+    # What a request rests on
+    Mutant("checks are believed for ever", "FRESH = 60.0", "FRESH = 1e9"),
+    Mutant("lists are believed for ever", "LISTED = 120.0", "LISTED = 1e9"),
+    Mutant(
+        "age by the steady clock alone",
+        "return max(now.wall - since.wall, now.steady - since.steady)", "return now.steady - since.steady",
+    ),
+    Mutant("a list is as old as its last page", "            since = since or page.since\n", "            since = page.since\n"),
+    Mutant(
+        "freshness is not looked at as the request leaves",
+        "        if not self.evidence.is_fresh():\n            raise Stale()\n", "",
+    ),
+    Mutant("no live check", "        flaw = group_flaw(self.group, live, namesakes)\n", "        flaw = None\n"),
+    Mutant("any state will do", 'if live.get("state") != "active":', "if False:"),
+    Mutant("any email will do", 'if str(live.get("email") or "").strip().casefold() != contact.key:', "if False:"),
+    Mutant("any reference will do", 'if live.get("external_ref") != external_ref:', "if False:"),
+    Mutant("any rev org will do", "    if len(orgs) > 1:\n", "    if False:\n"),
+    Mutant("no count check", "                if flaw:\n                    return str(folder), flaw\n", ""),
+    Mutant("fewer tickets will do, too", "if greatest == contact.tickets or (greatest >", "if True or (greatest >"),
+    Mutant("only the first page", "            if not cursor:\n                return\n", "            return\n"),
+    Mutant("timelines of what has changed are not read again", "!= thing.get(\"modified_date\")]", "is known]"),
+    Mutant(
+        "a backup is not checked from the disk",
+        "        problems = list(_backup_flaws(folder, manifest))\n", "        problems: List[str] = []\n",
+        "it guards against a disk that loses what it was given, which is not simulated; tests/test_survive.py does",
+    ),
+    # Asking again
+    Mutant("asked again without a look", "        if not first and await self._look(pair):", "        if False:"),
+    Mutant("asked again on the old backup", "        if not first:\n            self.evidence.expire()\n", ""),
+    Mutant("no patience", "            if waited >= longest:\n", "            if True:\n"),
+    Mutant("patience of a lost answer for all", "        return merge_timeout\n    return min(10.0", "        pass\n    return min(10.0"),
+    Mutant(
+        "asked again after an acknowledgement, in one run",
+        "if asks >= self.ASKS or (asks and (pair.state is State.ACKNOWLEDGED or pair.refused)):", "if asks >= self.ASKS:",
+        "asking again in the same run, after a look and the whole patience, is what the contract allows",
+    ),
+    Mutant("time waited for by the clock that is ahead", "return max(0.0, min(now.wall - since.wall", "return max(0.0, max(now.wall - since.wall"),
+    Mutant("a merge is repeated like any other request", "repeatable=False, before=before", "before=before"),
+    Mutant("what DevRev has not answered counts as gone", "return Sight.GONE if user.get(\"state\") == \"deleted\" else Sight.THERE", "return Sight.GONE"),
+    Mutant("a route's 404 is an object's", 'return self.status == 404 and self.data.get("type") == "not_found"', "return self.status == 404"),
+    Mutant(
+        "merged elsewhere counts as ours",
+        "                if refusal and refusal.missing and first and not self.merger.journal.asked_before(pair):\n                    await self._somebody_else(pair)\n", "",
+    ),
+    # References, proof
+    Mutant("a reference that somebody has set is overwritten", "    if reference not in (pair.new_ref, pair.primary.external_ref):\n", "    if False:\n"),
+    Mutant("the reference is not moved", "            while not await self._set_reference(pair, pair.new_ref):\n", "            while False:\n"),
+    Mutant("a reference that is held counts as set", "            if refusal.status == 409:\n                return False\n", "            if refusal.status == 409:\n                return True\n"),
+    Mutant("no proof", "        left, listed = await self.proof.wait(pair, to_prove(pair.backup, pair.duplicate.id))\n", "        left, listed = [], None\n"),
+    # Quota, stops
+    Mutant("no reserve", "keep = self.merger.experience.looks() + bool(pair.new_ref)", "keep = 0"),
+    Mutant("what is kept is forgotten", "            self._kept += turn.keep - turn.hold.units\n", ""),
+    Mutant("what is kept is never given back", "        self._kept -= hold.units\n        hold.units = 0\n", ""),
+    Mutant("the server's quota is ignored", "float(\"inf\") if self.remaining is None else self.remaining - self._in_flight", "float(\"inf\")"),
+    Mutant("requests leave after a stop", '        if self.stop:\n            raise Interrupted()\n        future: asyncio', '        future: asyncio'),
+    Mutant("a stop wakes nobody", "            if not future.done():\n                future.set_exception(Interrupted())\n", "            pass\n"),
+    Mutant("lists without end", "if cursor in cursors or stale >= self.STALE_PAGES:", "if False:"),
+    Mutant("--limit is ignored", "        if size and size <= limit:\n", "        if size:\n"),
+    Mutant("--email is ignored", "    plan.groups = [group for group in plan.groups if group.email in wanted]\n", ""),
+]  # fmt: skip
+
+
+class Fate(NamedTuple):
+    """What became of a mutant: the seed that went red, and the promise."""
+
+    mutant: Mutant
+    seed: Optional[int]
+    promise: str
+    played: int
+
+
+def hunt(mutant: Mutant, most: int) -> Fate:
+    """Play lives of a mutant until one breaks a promise."""
+    text = MODULE.read_text(encoding="utf-8")
+    if mutant.old not in text:
+        return Fate(mutant, None, "its line is not in the module any more", -1)
+    module = load(text.replace(mutant.old, mutant.new, 1), "merge_contacts_mutant")
+    seeds = [*range(START, START + most), *kept_seeds()]
+    for number, seed in enumerate(seeds, 1):
+        verdict = play(seed, module)
+        if verdict.promise:
+            return Fate(mutant, seed, f"{verdict.promise}: {verdict.what}", number)
+    return Fate(mutant, None, "", len(seeds))
+
+
+def table(jobs: int, wanted: str = "", most: int = SEEDS) -> int:
+    """Print a line a mutant; 1 where one lives that may not."""
+    begun, alive = time.monotonic(), []  # type: float, List[str]
+    chosen = [mutant for mutant in MUTANTS if wanted in mutant.name]
+    with multiprocessing.Pool(jobs, maxtasksperchild=1) as pool:
+        for fate in pool.imap(functools.partial(hunt, most=most), chosen, chunksize=1):
+            print(line_of(fate), flush=True)
+            if fate.seed is None and (fate.played < 0 or not fate.mutant.covered):
+                alive.append(fate.mutant.name)
+    print(f"{len(chosen)} mutants, {len(alive)} alive that may not be, in {time.monotonic() - begun:.0f} s")
+    return 1 if alive else 0
+
+
+def line_of(fate: Fate) -> str:
+    if fate.seed is not None:
+        outcome = f"seed {fate.seed} ({fate.played}): {fate.promise[:110]}"
+    elif fate.played < 0:
+        outcome = f"CAN'T BE MADE: {fate.promise}"
+    else:
+        outcome = f"lives, for: {fate.mutant.covered}" if fate.mutant.covered else f"ALIVE after {fate.played} lives"
+    return f"{fate.mutant.name:58} {outcome}"
