@@ -521,7 +521,8 @@ class Brake:
 
     def __init__(self) -> None:
         self.stop: Optional[Stop] = None
-        self._waiting: Dict[asyncio.Future[bool], None] = {}  # in the order in which they came
+        self.on_pull: List[Callable[[], None]] = []
+        self._waiting: Dict[asyncio.Future[Any], None] = {}  # in the order in which they came
 
     def pull(self, stop: Stop) -> None:
         """Stop for this reason; the first reason counts, but that it was interrupted explains less than another."""
@@ -530,12 +531,17 @@ class Brake:
         for future in list(self._waiting):
             if not future.done():
                 future.set_exception(Interrupted())
+        for act in self.on_pull:
+            act()
 
-    def future(self) -> "asyncio.Future[bool]":
-        """Something to wait for, which the brake ends."""
+    def check(self) -> None:
         if self.stop:
             raise Interrupted()
-        future: asyncio.Future[bool] = asyncio.get_event_loop().create_future()
+
+    def future(self) -> "asyncio.Future[Any]":
+        """Something to wait for, which the brake ends."""
+        self.check()
+        future: asyncio.Future[Any] = asyncio.get_event_loop().create_future()
         self._waiting[future] = None
         future.add_done_callback(self._waiting.pop)
         return future
@@ -563,6 +569,15 @@ class Brake:
             await future
         finally:
             timer.cancel()
+
+
+async def together(*works: Awaitable[Any]) -> List[Any]:
+    """The results of all. A failure is raised once all have ended, so that nothing outlives who waits for it."""
+    results = await asyncio.gather(*works, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1620,9 +1635,9 @@ class DevRevAPI:
         self.requests: Dict[str, int] = collections.Counter()
         self._answered: Set[str] = set()
         self._forbidden: Dict[str, Set[bytes]] = collections.defaultdict(set)  # bodies that were answered with 403
-        self.emails = Loader(self._list_emails, lambda user: {email_of(user)}, email_key)
-        self.works = {role: Loader(self._list_works(name), _users_in(name)) for role, name in ROLES.items()}
-        self.conversations = Loader(self._list_conversations, _users_in("members"))
+        self.emails = Loader(self._list_emails, brake, lambda user: {email_of(user)}, email_key)
+        self.works = {role: Loader(self._list_works(name), brake, _users_in(name)) for role, name in ROLES.items()}
+        self.conversations = Loader(self._list_conversations, brake, _users_in("members"))
 
     # -- the one place that sends -------------------------------------------------------------------
 
@@ -1898,9 +1913,15 @@ class Loader:
     FULL = 250  # items that are expected
 
     def __init__(
-        self, lister: Lister, owners: Callable[[Json], Set[str]], name: Callable[[str], str] = lambda key: key
+        self,
+        lister: Lister,
+        brake: Brake,
+        owners: Callable[[Json], Set[str]],
+        name: Callable[[str], str] = lambda key: key,
     ) -> None:
         self._lister = lister
+        self._brake = brake
+        brake.on_pull.append(self.flush)  # who waits for others to join is to hear of it
         self._owners = owners  # the names that an item belongs to
         self._name = name  # of a key
         self._orders: List[Order] = []
@@ -1912,6 +1933,7 @@ class Loader:
     async def load(self, key: str, weight: int = 1, urgency: int = PREPARE, linger: float = LINGER) -> Listing:
         """What the list holds of `key`. Raises what the call for it raises."""
         loop = asyncio.get_event_loop()
+        self._brake.check()
         order = Order(key, max(1, weight), urgency, loop.create_future())
         self._orders.append(order)
         if self._timer is None or loop.time() + linger < self._leaves_at:
@@ -1963,7 +1985,7 @@ class Loader:
                     order.future.set_result(Listing(found[order.key], listing.since))
 
     async def _fetch_apart(self, orders: Sequence[Order], parts: Iterable[Sequence[str]]) -> None:
-        await asyncio.gather(*(self._fetch([order for order in orders if order.key in part]) for part in parts))
+        await together(*(self._fetch([order for order in orders if order.key in part]) for part in parts))
 
     def _take_apart(self, keys: Sequence[str], items: Sequence[Json]) -> Optional[Dict[str, List[Json]]]:
         """The items by key; None where one names none of several keys."""
@@ -2627,7 +2649,7 @@ class Evidence:
         contacts = self.group.contacts()
         emails = sorted({contact.email.strip() for contact in contacts})
         urgency = PREPARE if self._checked is None else MERGE
-        listings = await asyncio.gather(*(self.api.emails.load(email, 1, urgency) for email in emails))
+        listings = await together(*(self.api.emails.load(email, 1, urgency) for email in emails))
         live = {user["id"]: user for listing in listings for user in listing.items}
         namesakes = list(live.values())
         since = [listing.since for listing in listings]
@@ -2646,7 +2668,7 @@ class Evidence:
         """Read all that DevRev holds of the group, write it down, and check what is on the disk."""
         contacts = self.group.contacts()
         urgency = PREPARE if self._listed is None else MERGE
-        read = await asyncio.gather(*(self._holdings(contact, urgency) for contact in contacts))
+        read = await together(*(self._holdings(contact, urgency) for contact in contacts))
         held, since = [one for one, _ in read], oldest(moment for _, moment in read)
         things = {identity: thing for one in held for identity, thing in one.things().items()}
         if self.merger.backups.with_timelines:
@@ -2661,7 +2683,7 @@ class Evidence:
 
     async def _holdings(self, contact: Contact, urgency: int) -> Tuple[Holdings, Moment]:
         """Everything but the timelines of one contact."""
-        lists = await asyncio.gather(
+        lists = await together(
             *(loader.load(contact.id, contact.tickets, urgency) for loader in self.api.works.values()),
             self.api.conversations.load(contact.id, 1 + contact.tickets // 4, urgency),
         )
@@ -2688,7 +2710,7 @@ class Evidence:
                     raise
                 known[identity] = things[identity].get("modified_date"), entries
 
-        await asyncio.gather(*(read() for _ in range(min(self.AHEAD, len(wanted)))))
+        await together(*(read() for _ in range(min(self.AHEAD, len(wanted)))))
 
     def _write_backup(self, held: Sequence[Holdings], timelines: Timelines) -> Tuple[str, Optional[PairError]]:
         """Write the backup (in a thread); check from the disk that it is whole and holds what the export counts."""
@@ -2785,7 +2807,7 @@ class Walk:
                     self._leave_out(self.pairs[index + 1 :])
                     break
             self.evidence = Evidence(self.merger, self.group)  # for memory: what is proved is read from the disk
-            await asyncio.gather(*(self._attempt(pair, self._finish) for pair in self.pairs))
+            await together(*(self.merger.guarded(self._attempt(pair, self._finish)) for pair in self.pairs))
         finally:
             self.api.gate.release(self.hold)
             self.attempted.set()
@@ -3069,7 +3091,7 @@ class Proof:
         duplicate; for as long as lists may lag behind. What has been deleted since is named, and holds nothing up."""
         begun, rounds = self.walk.outside.moment(), 0
         while True:
-            missing, listed = await asyncio.gather(
+            missing, listed = await together(
                 self._missing(pair, wanted, bool(rounds)), self._is_listed(pair, bool(rounds))
             )
             sight = await self.api.look(*pair.ids, Turn(FINISH)) if listed else None
@@ -3092,7 +3114,7 @@ class Proof:
         }
         weight = pair.primary.tickets + pair.duplicate.tickets
         roles = sorted({item["role"] for item in wanted})
-        listings = await asyncio.gather(*(self._list(loaders[role], pair.primary.id, weight, again) for role in roles))
+        listings = await together(*(self._list(loaders[role], pair.primary.id, weight, again) for role in roles))
         there = {(role, item["id"]) for role, listing in zip(roles, listings) for item in listing.items}
         return [item for item in wanted if (item["role"], item["id"]) not in there]
 
@@ -3218,8 +3240,8 @@ class ContactMerger:
     async def drive(self, work: Awaitable[None]) -> int:
         """Do the work as far as it goes, and return the exit code; nothing is raised."""
         self._turn_to_ask = asyncio.Lock()
-        await self._guarded(work)
-        await self._guarded(self._all_walks())  # where nothing more is begun, what is under way is finished
+        await self.guarded(work)
+        await self.guarded(self._all_walks())  # where nothing more is begun, what is under way is finished
         if self._walks:
             await asyncio.wait(set(self._walks), timeout=self.GRACE)
         for walk in list(self._walks.values()):
@@ -3329,7 +3351,7 @@ class ContactMerger:
     # -- walks --------------------------------------------------------------------------------------
 
     def _start(self, walk: Walk) -> Walk:
-        task = asyncio.ensure_future(self._guarded(walk.go(), walk))
+        task = asyncio.ensure_future(self.guarded(walk.go(), walk))
         self._walks[task] = walk
         task.add_done_callback(self._forget)
         return walk
@@ -3337,7 +3359,7 @@ class ContactMerger:
     def _forget(self, task: "asyncio.Future[None]") -> None:
         self.expect_no_more(self._walks.pop(task))
 
-    async def _guarded(self, work: Awaitable[None], walk: Optional[Walk] = None) -> None:
+    async def guarded(self, work: Awaitable[Any], walk: Optional[Walk] = None) -> None:
         """Do the work; whatever it raises ends the run in good order."""
         try:
             await work
@@ -3501,7 +3523,7 @@ class Exporter:
         self.rows = self._recurring(await self._list())
         log.info("%s read, %s with an email that recurs", plural(self.read, "contact"), len(self.rows))
         for start in range(0, len(self.rows), self.WAVE):
-            await asyncio.gather(*map(self._count, self.rows[start : start + self.WAVE]))
+            await together(*map(self._count, self.rows[start : start + self.WAVE]))
         return self.rows
 
     async def _list(self) -> "array[int]":
@@ -3530,7 +3552,7 @@ class Exporter:
         async def count(works: Loader) -> int:
             return len((await works.load(contact.id)).items)
 
-        contact.tickets = max(await asyncio.gather(*map(count, self.api.works.values())))
+        contact.tickets = max(await together(*map(count, self.api.works.values())))
         self.counted += 1
 
     def progress(self) -> str:
@@ -3749,7 +3771,7 @@ class UndoWalk(Walk):
         """Find the group as its merges have left it, or as an undo has that was not finished."""
         contact = self.group.primary
         primary = await self.api.contact(contact.id)
-        sights = await asyncio.gather(*(self.api.look(*pair.ids, ANY_TURN) for pair in self.pairs))
+        sights = await together(*(self.api.look(*pair.ids, ANY_TURN) for pair in self.pairs))
         if primary is None:
             raise PairError("not_found", f"the primary {contact.short_id} is not in DevRev any more")
         if primary.get("state") != "active":
@@ -3992,12 +4014,12 @@ class HandingBack:
         people = {self.walk.group.primary.id, *made.values()} - made.keys()
         weight = sum(contact.tickets for contact in self.walk.group.everybody())
         since = [self.walk.outside.moment()]
-        listings = await asyncio.gather(
+        listings = await together(
             *(loaders[role].load(one, weight, PROVE) for role in {role for _, role in wanted} for one in people)
         )
         things: Things = {item["id"]: item for listing in listings for item in listing.items}
         unlisted = sorted({identity for identity, _ in wanted} - things.keys())
-        things.update(zip(unlisted, await asyncio.gather(*(self.walk.api.thing(one, Turn(PROVE)) for one in unlisted))))
+        things.update(zip(unlisted, await together(*(self.walk.api.thing(one, Turn(PROVE)) for one in unlisted))))
         return things, oldest(chain(since, (listing.since for listing in listings)))
 
     async def _write(self, changes: Changes, things: Things, since: Moment, handled: Dict[str, str]) -> None:
@@ -4021,7 +4043,7 @@ class HandingBack:
                     changes.clear()
                     raise
 
-        await asyncio.gather(*(write() for _ in range(self.walk.api.settings.workers)))
+        await together(*(write() for _ in range(self.walk.api.settings.workers)))
 
     def _end(self, pair: Pair, changes: Changes, handled: Mapping[str, str], left: List[Json]) -> None:
         pair.details["undo"]["left"] = left
