@@ -295,15 +295,15 @@ class Outside:
             self.flush(file)
         return size, digest.hexdigest()
 
-    def append(self, path: Path, line: bytes) -> None:
-        """Add a line to `path` and flush it to the disk; one that a crash has torn before it stays alone."""
+    def append(self, path: Path, lines: bytes) -> None:
+        """Add lines to `path` and flush them to the disk; one that a crash has torn before them stays alone."""
         handle = os.open(str(path), os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
         with open(handle, "r+b") as file:
             end = file.seek(0, os.SEEK_END)
             if end:
                 file.seek(end - 1)
-                line = line if file.read(1) == b"\n" else b"\n" + line
-            file.write(line + b"\n")
+                lines = lines if file.read(1) == b"\n" else b"\n" + lines
+            file.write(lines + b"\n")
             self.flush(file)
         if not end:
             self.sync(path.parent)
@@ -337,7 +337,7 @@ class Outside:
             raise
 
     def database(self, uri: str) -> sqlite3.Connection:
-        return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0)
+        return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0, check_same_thread=False)
 
     def flush(self, file: Any) -> None:
         file.flush()
@@ -1648,9 +1648,9 @@ class DevRevAPI:
         key: str = "",
         turn: Turn = ANY_TURN,
         repeatable: bool = True,
-        before: Callable[[], None] = lambda: None,
+        before: Optional[Callable[[], Awaitable[None]]] = None,
     ) -> Reply:
-        """POST, and return the answer's JSON object, which holds `key`. `before` is called when the request's turn has
+        """POST, and return the answer's JSON object, which holds `key`. `before` is awaited when the request's turn has
         come, and what it raises keeps the request from leaving.
 
         What is safe to repeat is repeated with growing, jittered pauses. A request that is not `repeatable` is sent
@@ -1659,11 +1659,13 @@ class DevRevAPI:
         attempt = 0
         while True:
             scout = await self.gate.enter(turn)
-            try:
-                before()
-            except BaseException:
-                self.gate.withdraw(scout)
-                raise
+            if before:
+                try:
+                    await before()
+                    self.brake.check()
+                except BaseException:
+                    self.gate.withdraw(scout)
+                    raise
             self.requests[endpoint] += 1
             since = self.outside.moment()
             answer = await self.outside.send(endpoint, body)
@@ -1779,7 +1781,7 @@ class DevRevAPI:
             raise
         return user if user["id"] == identity else None
 
-    async def merge(self, primary: str, duplicate: str, turn: Turn, before: Callable[[], None]) -> None:
+    async def merge(self, primary: str, duplicate: str, turn: Turn, before: Callable[[], Awaitable[None]]) -> None:
         """Ask for a merge. DevRev only acknowledges it and carries it out later; it is never repeated blindly."""
         body = {"primary_user": primary, "secondary_user": duplicate}
         await self._call("rev-users.merge", body, turn=turn, repeatable=False, before=before)
@@ -1813,7 +1815,11 @@ class DevRevAPI:
         return await self._user("rev-users.create", fields, turn=turn, repeatable=False)
 
     async def set_people(
-        self, thing: Json, roles: Mapping[str, Sequence[str]], turn: Turn, before: Callable[[], None] = lambda: None
+        self,
+        thing: Json,
+        roles: Mapping[str, Sequence[str]],
+        turn: Turn,
+        before: Optional[Callable[[], Awaitable[None]]] = None,
     ) -> None:
         """Replace the whole lists of a work's or a conversation's people, by role; none: try whether one may."""
         body: Json = {"id": thing["id"], **{role: {"set": list(ids)} for role, ids in roles.items()}}
@@ -1992,12 +1998,14 @@ class Loader:
         if len(keys) == 1:
             return {keys[0]: list(items)}
         found: Dict[str, List[Json]] = {key: [] for key in keys}
+        named: Dict[str, List[str]] = collections.defaultdict(list)
+        for key in keys:
+            named[self._name(key)].append(key)
         for item in items:
-            names = self._owners(item)
-            named = [key for key in keys if self._name(key) in names]
-            if not named:
+            mine = [key for name in self._owners(item) & named.keys() for key in named[name]]
+            if not mine:
                 return None
-            for key in named:
+            for key in mine:
                 found[key].append(item)
         return found
 
@@ -2268,9 +2276,7 @@ class Journal:
         self.outside = outside
         self.run = run
 
-    def note(self, event: str, pair: Pair, **more: Any) -> None:
-        """Append an event. Raises OSError where the disk refuses."""
-        self.outside.folder(self.path.parent)
+    def line(self, event: str, pair: Pair) -> bytes:
         line = {
             "event": event,
             "time": iso(self.outside.moment().wall),
@@ -2282,9 +2288,14 @@ class Journal:
             "backup": pair.backup,
             "requested_at": pair.requested_at,
             "first_requested_at": pair.first_requested_at,
-            **more,
+            "details": pair.details,
         }
-        self.outside.append(self.path, to_json(line))
+        return to_json(line)
+
+    def add(self, lines: Iterable[bytes]) -> None:
+        """Append events. Raises OSError where the disk refuses."""
+        self.outside.folder(self.path.parent)
+        self.outside.append(self.path, b"\n".join(lines))
 
     def asked_before(self, pair: Pair) -> bool:
         """Whether another run in this folder has asked for a pair."""
@@ -2502,17 +2513,17 @@ class SavePoint:
             self._write(("INSERT OR REPLACE INTO about VALUES (?, ?)", [(name, value)]))
         return next((value for (value,) in self._query("SELECT value FROM about WHERE name = ?", name)), None)
 
-    def record(self, *pairs: Pair) -> None:
-        """Write the state of pairs; when this returns it is on the disk."""
+    def row(self, pair: Pair) -> Tuple[Any, ...]:
+        """What is written of a pair, in the order of COLUMNS."""
         now = iso(self.outside.moment().wall)
-        rows = [
-            (
-                *pair.ids, pair.email, *(getattr(pair, name) for name in self.PLAIN), pair.state.value,
-                json.dumps(pair.left_behind), json.dumps(pair.primary.to_json()), json.dumps(pair.duplicate.to_json()),
-                pair.refused, json.dumps(pair.details), pair.report, self.run, now, now,
-            )
-            for pair in pairs
-        ]  # fmt: skip
+        return (
+            *pair.ids, pair.email, *(getattr(pair, name) for name in self.PLAIN), pair.state.value,
+            json.dumps(pair.left_behind), json.dumps(pair.primary.to_json()), json.dumps(pair.duplicate.to_json()),
+            pair.refused, json.dumps(pair.details), pair.report, self.run, now, now,
+        )  # fmt: skip
+
+    def record(self, rows: Sequence[Tuple[Any, ...]]) -> None:
+        """Write rows; when this returns they are on the disk."""
         kept = ("primary_id", "duplicate_id", "created")
         changed = ", ".join(f"{name} = excluded.{name}" for name in self.COLUMNS if name not in kept)
         statement = (
@@ -2599,6 +2610,62 @@ class SavePoint:
             )
 
 
+class Entry(NamedTuple):
+    """What waits to be written of a pair: a line of the journal, or none, and a row of the savepoint."""
+
+    line: Optional[bytes]
+    row: Tuple[Any, ...]
+    written: "asyncio.Future[None]"
+
+
+class Ledger:
+    """Journal and savepoint: what becomes of a pair is noted in both, here alone.
+
+    A thread writes; what comes meanwhile waits, and is flushed together.
+    """
+
+    EVENTS: Mapping[State, str] = {state: event for event, state in Journal.STATES.items()}
+
+    def __init__(self, savepoint: SavePoint, journal: Journal) -> None:
+        self.savepoint, self.journal = savepoint, journal
+        self._waiting: List[Entry] = []
+        self._writing: Optional[asyncio.Future[None]] = None
+
+    async def note(self, pair: Pair, event: str = "") -> None:
+        """Note the state of a pair, and the event that has led to it: both are on the disk when this returns.
+
+        Raises OSError or Stop(3) where the disk refuses.
+        """
+        line = self.journal.line(event, pair) if event else None
+        entry = Entry(line, self.savepoint.row(pair), asyncio.get_event_loop().create_future())
+        self._waiting.append(entry)
+        if self._writing is None:
+            self._writing = asyncio.ensure_future(self._write())
+        await entry.written
+
+    async def _write(self) -> None:
+        while self._waiting:
+            entries, self._waiting = self._waiting, []
+            failure: Optional[Exception] = None
+            try:
+                await self.savepoint.outside.work(self.write, entries)
+            except Exception as error:
+                failure = error
+            for entry in entries:
+                if failure and not entry.written.done():
+                    entry.written.set_exception(failure)
+                elif not entry.written.done():
+                    entry.written.set_result(None)
+        self._writing = None
+
+    def write(self, entries: Sequence[Entry]) -> None:
+        """The journal first: a savepoint that is lost is made again from it."""
+        lines = [entry.line for entry in entries if entry.line]
+        if lines:
+            self.journal.add(lines)
+        self.savepoint.record([entry.row for entry in entries])
+
+
 # ---------------------------------------------------------------------------------------------------
 # Merge: the walk of one group
 # ---------------------------------------------------------------------------------------------------
@@ -2625,8 +2692,10 @@ class Evidence:
         self._live: Dict[str, Json] = {}  # rev users by id
         self._timelines: Dict[str, Tuple[Any, List[Json]]] = {}  # object id -> modified_date, entries
 
-    def is_fresh(self) -> bool:
-        return not (self._is_old(self._checked, self.FRESH) or self._is_old(self._listed, self.LISTED))
+    def insist(self) -> None:
+        """Raises Stale where a request must not rest on it any more."""
+        if self._is_old(self._checked, self.FRESH) or self._is_old(self._listed, self.LISTED):
+            raise Stale()
 
     def expire(self) -> None:
         """Believe nothing of it any more; only timelines of what has not changed need not be read again."""
@@ -2804,7 +2873,7 @@ class Walk:
         try:
             for index, pair in enumerate(self.pairs):
                 if not await self._attempt(pair, self._merge):
-                    self._leave_out(self.pairs[index + 1 :])
+                    await self._leave_out(self.pairs[index + 1 :])
                     break
             self.evidence = Evidence(self.merger, self.group)  # for memory: what is proved is read from the disk
             await together(*(self.merger.guarded(self._attempt(pair, self._finish)) for pair in self.pairs))
@@ -2819,14 +2888,14 @@ class Walk:
         try:
             await step(pair)
         except PairError as flaw:
-            self.merger.rest(self, pair, flaw)
+            await self.merger.rest(self, pair, flaw)
         return pair.ids not in self.merger.rested
 
-    def _leave_out(self, pairs: Sequence[Pair]) -> None:
+    async def _leave_out(self, pairs: Sequence[Pair]) -> None:
         why = PairError("group_incomplete", "another merge into the same contact has to be finished first")
         for pair in pairs:
             if pair.state is State.PLANNED:
-                self.merger.rest(self, pair, why)
+                await self.merger.rest(self, pair, why)
 
     async def _merge(self, pair: Pair) -> None:
         """Bring a pair from whatever state it is in to the reference's being on the primary."""
@@ -2847,7 +2916,7 @@ class Walk:
             await self._merge(pair)
             if pair.state is State.PROVING:
                 await self._prove(pair)
-        self.merger.rest(self, pair)
+        await self.merger.rest(self, pair)
 
     # -- ask ----------------------------------------------------------------------------------------
 
@@ -2887,7 +2956,7 @@ class Walk:
         except PairError as error:
             flaw = error
         if not first and await self._look(pair):
-            self._note_merged(pair)
+            await self._note_merged(pair)
             return False
         if flaw:
             raise flaw
@@ -2899,26 +2968,25 @@ class Walk:
             await self.api.merge(*pair.ids, Turn(MERGE, self.hold, keep), before=lambda: self._intend(pair))
         except ApiRefused as refusal:
             pair.refused = True
-            self.merger.savepoint.record(pair)
+            await self.merger.ledger.note(pair)
             if refusal.status != 409:  # which may say that it is being merged
                 self.courses[pair.ids].refusal = PairError("merge_refused", str(refusal))
             return refusal
         except Denied as denied:
             pair.refused = True
-            self.merger.rest(self, pair, PairError("forbidden", str(denied)))
+            await self.merger.rest(self, pair, PairError("forbidden", str(denied)))
             raise
         except ApiUnanswered as error:
             log.info("%s: the answer to the merge was lost (%s); looking", pair.email, error)
         else:
             pair.state = State.ACKNOWLEDGED
-            self.merger.savepoint.record(pair)
+            await self.merger.ledger.note(pair)
             self.merger.note_acknowledged()
         return None
 
-    def _intend(self, pair: Pair) -> None:
+    async def _intend(self, pair: Pair) -> None:
         """The last moment before the request leaves: Stale if it must not, else the intent goes to the disk."""
-        if not self.evidence.is_fresh():
-            raise Stale()
+        self.evidence.insist()
         self.merger.may_begin()
         course = self.courses[pair.ids]
         course.asks, course.looked, course.refusal = course.asks + 1, False, None
@@ -2926,8 +2994,8 @@ class Walk:
         pair.backup = self.evidence.folder
         pair.requested_at = self.outside.moment().wall
         pair.first_requested_at = pair.first_requested_at or pair.requested_at
-        self.merger.journal.note("asked", pair)
-        self.merger.savepoint.record(pair)
+        await self.merger.ledger.note(pair, "asked")
+        self.evidence.insist()  # a disk may be slow
 
     async def _somebody_else(self, pair: Pair) -> None:
         """A first request was answered with an object's 404: somebody has merged or deleted one of the two.
@@ -2945,8 +3013,7 @@ class Walk:
         pair.error = f"{pair.duplicate.short_id} was merged or deleted by somebody else before it was asked for"
         if pair.new_ref:
             pair.error += f"; its reference {pair.new_ref} was not moved"
-        self.merger.journal.note("merged elsewhere", pair)
-        self.merger.rest(self, pair)
+        await self.merger.rest(self, pair)
 
     # -- confirm ------------------------------------------------------------------------------------
 
@@ -2964,7 +3031,7 @@ class Walk:
                 if await self._look(pair):
                     if course.asks:
                         self.merger.experience.note(before, looks)
-                    self._note_merged(pair)
+                    await self._note_merged(pair)
                     return True
             except (ApiRefused, ApiUnanswered) as error:
                 problem = PairError(error.code, f"the merge can't be confirmed: {error}")
@@ -3002,19 +3069,17 @@ class Walk:
             )
         return False
 
-    def _note_merged(self, pair: Pair) -> None:
+    async def _note_merged(self, pair: Pair) -> None:
         self.merger.changed = True
         pair.state, pair.code, pair.error = State.MERGED, "", ""
-        self.merger.journal.note("merged", pair)
-        self.merger.savepoint.record(pair)
+        await self.merger.ledger.note(pair, "merged")
 
-    def _note_still_there(self, pair: Pair) -> None:
+    async def _note_still_there(self, pair: Pair) -> None:
         """It was believed gone until something has contradicted it: back to looking."""
         log.info("%s: %s is still there after all", pair.email, pair.duplicate.short_id)
         self.courses[pair.ids].contradictions += 1
         pair.state = State.REQUESTED if pair.refused else State.ACKNOWLEDGED
-        self.merger.journal.note("asked", pair)
-        self.merger.savepoint.record(pair)
+        await self.merger.ledger.note(pair, "asked")
         if self.courses[pair.ids].contradictions > 20:
             raise PairError("merge_not_confirmed", f"{pair.duplicate.short_id} has gone and come back too often")
 
@@ -3037,12 +3102,12 @@ class Walk:
                 await self.pause(pair, pause)
                 pause = min(10.0, 1.6 * pause)
                 if not await self._look(pair):
-                    self._note_still_there(pair)
+                    await self._note_still_there(pair)
                     return
                 over = self.outside.elapsed(begun) > self.merger.merge_timeout
                 check_holders(pair, await self.api.holders_of(pair.new_ref, Turn(FINISH, self.hold)), over)
         pair.state = State.PROVING
-        self.merger.savepoint.record(pair)
+        await self.merger.ledger.note(pair)
 
     async def _set_reference(self, pair: Pair, reference: str) -> bool:
         """True where the reference is set and read back, False where somebody holds it."""
@@ -3064,7 +3129,7 @@ class Walk:
         self.merger.expect_no_more(self)
         left, listed = await self.proof.wait(pair, to_prove(pair.backup, pair.duplicate.id))
         if listed is Sight.THERE:
-            self._note_still_there(pair)
+            await self._note_still_there(pair)
         elif left:
             pair.left_behind = describe(pair.backup, left)
             names = ", ".join(dict.fromkeys(item["display_id"] for item in pair.left_behind))
@@ -3073,7 +3138,6 @@ class Walk:
             raise PairError("still_listed", f"merged, but DevRev still lists {pair.duplicate.short_id} for its email")
         else:
             pair.state, pair.code, pair.error, pair.left_behind = State.DONE, "", "", []
-            self.merger.journal.note("done", pair)
 
 
 class Proof:
@@ -3192,6 +3256,7 @@ class ContactMerger:
         self.api = api
         self.outside, self.brake = api.outside, api.brake
         self.savepoint, self.journal, self.backups = savepoint, journal, backups
+        self.ledger = Ledger(savepoint, journal)
         self.count_policy, self.merge_timeout = count_policy, merge_timeout
         self.on_pair = on_pair
         self.token_owner: Json = {}
@@ -3244,9 +3309,7 @@ class ContactMerger:
         await self.guarded(self._all_walks())  # where nothing more is begun, what is under way is finished
         if self._walks:
             await asyncio.wait(set(self._walks), timeout=self.GRACE)
-        for walk in list(self._walks.values()):
-            for pair in walk.pairs:
-                self._note_interrupted(walk, pair)
+        await together(*map(self._note_interrupted, list(self._walks.values())))
         return self._exit_code()
 
     async def _work(self, groups: List[Group], unfinished: Sequence[Pair]) -> None:
@@ -3294,7 +3357,7 @@ class ContactMerger:
             if ids & undoing.keys():
                 path = next(undoing[one].details["undo"]["path"] for one in ids if one in undoing)
                 why = f"its undo is not finished; finish it first: merge_contacts.py --undo {path}"
-                self._refuse(group, pairs, "undo_unfinished", why)
+                await self._refuse(group, pairs, "undo_unfinished", why)
             elif ids & stuck:
                 deferred.append((group, pairs))
             else:
@@ -3337,16 +3400,15 @@ class ContactMerger:
         for other in unfinished:
             frees = other.state is State.MERGED and other.primary.id == group.primary.id and other.new_ref in refs
             if ids & set(other.ids) and other.state in (*ASKED, State.MERGED) and not frees:
-                self._refuse(
+                await self._refuse(
                     group, pairs, "group_incomplete", "another merge of one of its contacts has to be finished first"
                 )
                 return
         await self._begin_batch([Walk(self, group, pairs)])
 
-    def _refuse(self, group: Group, pairs: Sequence[Pair], code: str, why: str) -> None:
+    async def _refuse(self, group: Group, pairs: Sequence[Pair], code: str, why: str) -> None:
         walk = Walk(self, group, pairs)
-        for pair in pairs:
-            self.rest(walk, pair, PairError(code, why))
+        await together(*(self.rest(walk, pair, PairError(code, why)) for pair in pairs))
 
     # -- walks --------------------------------------------------------------------------------------
 
@@ -3373,13 +3435,14 @@ class ContactMerger:
             log.exception("unexpected")
             words = f"unexpected {type(error).__name__}: {error} (a bug; the log has the details)"
             self.brake.pull(Stop(EXIT_STOPPED, words))
-        for pair in walk.pairs if walk else ():
-            self._note_interrupted(walk, pair)
+        if walk:
+            await self._note_interrupted(walk)
 
-    def _note_interrupted(self, walk: Optional[Walk], pair: Pair) -> None:
-        if walk and pair.state in self.UNDER_WAY and pair.ids not in self.rested:
-            with contextlib.suppress(Stop):
-                self.rest(walk, pair, PairError("interrupted", "stopped before it was finished; run again"))
+    async def _note_interrupted(self, walk: Walk) -> None:
+        why = PairError("interrupted", "stopped before it was finished; run again")
+        pairs = [pair for pair in walk.pairs if pair.state in self.UNDER_WAY and pair.ids not in self.rested]
+        with contextlib.suppress(Stop, OSError):
+            await together(*(self.rest(walk, pair, why) for pair in pairs))
 
     def _any_walk(self) -> Awaitable[Any]:
         return asyncio.wait(set(self._walks), return_when=asyncio.FIRST_COMPLETED)
@@ -3415,16 +3478,17 @@ class ContactMerger:
         if not self._expected and not self.brake.stop:
             asyncio.get_event_loop().call_later(Loader.LINGER, self.api.flush)
 
-    def rest(self, walk: Walk, pair: Pair, flaw: Optional[PairError] = None) -> None:
+    async def rest(self, walk: Walk, pair: Pair, flaw: Optional[PairError] = None) -> None:
         """A pair has ended, is refused, or can't be taken further in this run."""
         if flaw:
             pair.state = State.FAILED if pair.state is State.PLANNED else pair.state
             pair.code, pair.error = flaw.code, str(flaw)
         if pair.requested_at:
             pair.seconds = max(0.0, self.outside.moment().wall - pair.requested_at)
+        event = ""
         if pair.state in ENDED:
-            pair.report = ""
-        self.savepoint.record(pair)
+            pair.report, event = "", Ledger.EVENTS[pair.state]
+        await self.ledger.note(pair, event)
         self._note_rest(walk, pair, flaw)
 
     def _note_rest(self, walk: Walk, pair: Pair, flaw: Optional[PairError]) -> None:
@@ -3746,21 +3810,20 @@ class UndoWalk(Walk):
                 return
             if len(self.merger.tried) < 2:
                 await self._try_to_write()
-            self._begin()
+            await self._begin()
             await self._split()
             await self.giving.all()
         except PairError as flaw:
             for pair in self.on_their_way():
-                self.merger.rest(self, pair, flaw)
+                await self.merger.rest(self, pair, flaw)
         finally:
             self.api.gate.release(self.hold)
 
     def on_their_way(self) -> List[Pair]:
         return [pair for pair in self.pairs if pair.ids not in self.merger.rested]
 
-    def note(self, pair: Pair, event: str = "undo begun") -> None:
-        self.merger.journal.note(event, pair, details=pair.details)
-        self.merger.savepoint.record(pair)
+    async def note(self, pair: Pair, event: str = "undo begun") -> None:
+        await self.merger.ledger.note(pair, event)
 
     def _old_ref(self, contact: Contact) -> str:
         return str(self.before.users[contact.id].get("external_ref"))
@@ -3791,7 +3854,7 @@ class UndoWalk(Walk):
         _, left = self.giving.judge((await self.giving.read(self._as_if()))[0], self._as_if())
         for pair in self.pairs:
             pair.details.setdefault("undo", {})["left"] = left[pair.duplicate.id]
-            self.merger.rest(self, pair)
+            await self.merger.rest(self, pair)
 
     async def _try_to_write(self) -> None:
         """Set nothing on a work and on a conversation: a token that may not is told so while all is as it was."""
@@ -3807,7 +3870,7 @@ class UndoWalk(Walk):
         """The contacts as if all were made again; where they are not, the old id stands for the new one."""
         return {**{pair.duplicate.id: pair.duplicate.id for pair in self.pairs}, **self.made()}
 
-    def _begin(self) -> None:
+    async def _begin(self) -> None:
         self.merger.may_begin()
         for pair in self.pairs:
             if pair.state is not State.UNDOING:
@@ -3815,7 +3878,7 @@ class UndoWalk(Walk):
             pair.details["undo"]["moved"] |= pair is self.moved
             pair.details["undo"].setdefault("left_out", {})
             pair.state, pair.code, pair.error = State.UNDOING, "", ""
-            self.note(pair)
+            await self.note(pair)
 
     # -- references and contacts --------------------------------------------------------------------
 
@@ -3831,7 +3894,7 @@ class UndoWalk(Walk):
                 if back:
                     await self._go_back(flaw)
                 for one in self.on_their_way() if back else [pair]:
-                    self.merger.rest(self, one, flaw)
+                    await self.merger.rest(self, one, flaw)
                 if flaw.code == "forbidden":
                     raise Denied(EXIT_USAGE, str(flaw)) from None
                 if back:
@@ -3852,7 +3915,7 @@ class UndoWalk(Walk):
         except PairError:
             live = await self.api.contact(primary.id, Turn(FINISH)) or {}
             if live.get("external_ref") == self._old_ref(moved.duplicate):
-                self._restore()
+                await self._restore()
             if live.get("external_ref") != old:
                 raise
 
@@ -3870,7 +3933,7 @@ class UndoWalk(Walk):
             lost, vital = pair.ids in self._lost, self._is_vital(pair, "external_ref")
             if user:
                 undo.update(contact=user["id"], display_id=str(user.get("display_id")))
-                self.note(pair)
+                await self.note(pair)
             elif "asked" not in undo:
                 continue  # a field is left out
             elif (vital or lost) and self.outside.elapsed(begun) < min(10.0, self.merger.merge_timeout / 4):
@@ -3905,7 +3968,7 @@ class UndoWalk(Walk):
         """Ask for the contact; None where it may or may not be there now, or a field of it was refused."""
         undo, named = pair.details["undo"], "external_ref" in fields
         undo["asked"] = [] if named else sorted(self._ids().union(user["id"] for user in await self._namesakes(pair)))
-        self.note(pair)
+        await self.note(pair)
         self.merger.changed = True
         try:
             return await self.api.create_contact(fields, Turn(FINISH, self.hold))
@@ -3953,14 +4016,13 @@ class UndoWalk(Walk):
             reference = self._old_ref(pair.duplicate)
             if pair.details["undo"]["moved"] and not await self._set_reference(pair, reference):
                 raise PairError(flaw.code, f"{flaw}; {reference} is held by somebody by now, and stays there")
-        self._restore()
+        await self._restore()
 
-    def _restore(self) -> None:
-        events = {state: event for event, state in Journal.STATES.items()}
+    async def _restore(self) -> None:
         for pair in self.pairs:
             pair.state = State(pair.details.pop("undo")["before"])
             pair.report = pair.report or self.merger.path.name  # so that no other report calls it new
-            self.note(pair, events.get(pair.state, "merged"))
+            await self.note(pair, Ledger.EVENTS.get(pair.state, "merged"))
 
 
 class HandingBack:
@@ -3990,11 +4052,11 @@ class HandingBack:
                 pause = min(20.0, 1.5 * pause)
         for pair in self.walk.on_their_way():
             try:
-                self._end(pair, changes, handled, left[pair.duplicate.id])
+                await self._end(pair, changes, handled, left[pair.duplicate.id])
             except PairError as flaw:
-                self.walk.merger.rest(self.walk, pair, flaw)
+                await self.walk.merger.rest(self.walk, pair, flaw)
             else:
-                self.walk.merger.rest(self.walk, pair)
+                await self.walk.merger.rest(self.walk, pair)
 
     def judge(self, things: Things, made: Mapping[str, str]) -> Tuple[Changes, Left]:
         """`hand_back`: the primary stays where it, or a duplicate that is not back, had the role itself."""
@@ -4025,7 +4087,7 @@ class HandingBack:
     async def _write(self, changes: Changes, things: Things, since: Moment, handled: Dict[str, str]) -> None:
         """Hand back what was read no longer ago than a live check is believed; the rest has to be read again first."""
 
-        def is_fresh() -> None:
+        async def is_fresh() -> None:
             if self.walk.outside.age(since) > Evidence.FRESH:
                 raise Stale()
 
@@ -4045,7 +4107,7 @@ class HandingBack:
 
         await together(*(write() for _ in range(self.walk.api.settings.workers)))
 
-    def _end(self, pair: Pair, changes: Changes, handled: Mapping[str, str], left: List[Json]) -> None:
+    async def _end(self, pair: Pair, changes: Changes, handled: Mapping[str, str], left: List[Json]) -> None:
         pair.details["undo"]["left"] = left
         mine = (one for one in sorted(self.walk.before.had[pair.duplicate.id]) if one[1] in changes.get(one[0], {}))
         open_items = ({"id": one, "role": role, "why": handled[one] or "not shown yet"} for one, role in mine)
@@ -4054,7 +4116,7 @@ class HandingBack:
             names = ", ".join(dict.fromkeys(item["display_id"] for item in pair.left_behind))
             raise PairError("not_handed_back", f"made again, but not handed back: {names}")
         pair.state, pair.code, pair.error = State.UNDONE, "", ""
-        self.walk.note(pair, "undone")
+        await self.walk.note(pair, "undone")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -4089,11 +4151,11 @@ class Undoer(ContactMerger):
             self._start(UndoWalk(self, group))
         await self._all_walks()
 
-    def rest(self, walk: Walk, pair: Pair, flaw: Optional[PairError] = None) -> None:
+    async def rest(self, walk: Walk, pair: Pair, flaw: Optional[PairError] = None) -> None:
         """A pair is undone, refused, or can't be taken further in this run; only what has begun is noted for good."""
         pair.code, pair.error = (flaw.code, str(flaw)) if flaw else ("", "")
         if pair.state in self.UNDER_WAY:
-            self.savepoint.record(pair)
+            await self.ledger.note(pair)
         self._note_rest(walk, pair, flaw)
 
     def went_well(self, pair: Pair) -> bool:
@@ -5251,9 +5313,9 @@ def settle(run: Run) -> int:
         for pair in pairs:
             pair.details["accepted"] = f"{pair.code}: {pair.error}"
             pair.state, pair.report = State.SETTLED, ""
-            journal.note("settled", pair, details=pair.details)
+            journal.add([journal.line("settled", pair)])
             run.console.say(f"settled  {pair.email}: {pair.details['accepted']}")
-        savepoint.record(*pairs)
+        savepoint.record(list(map(savepoint.row, pairs)))
         return _report(run, Plan([], [], [], 0), None, savepoint, EXIT_OK)
     finally:
         savepoint.close()
@@ -5269,7 +5331,7 @@ def open_savepoint(run: Run, readonly: bool = False) -> SavePoint:
             pair.report = reported.get(pair.ids, "")
         if pairs:
             log.info("a new savepoint; the journal knows %s", plural(len(pairs), "pair"))
-            savepoint.record(*pairs)
+            savepoint.record(list(map(savepoint.row, pairs)))
     savepoint.settle_report(lambda name: (run.report_path.parent / name).exists())
     return savepoint
 

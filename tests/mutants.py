@@ -32,46 +32,36 @@ def without(name: str, line: str, indent: int, covered: str = "", after: str = "
 
 MUTANTS = [
     # What is recorded
+    Mutant("nothing is written to the journal", "            self.journal.add(lines)\n", "            pass\n"),
+    without("nothing is written to the savepoint", "self.savepoint.record([entry.row for entry in entries])", 8),
     without(
-        "savepoint: the intent", "self.merger.savepoint.record(pair)", 8,
-        after="        pair.first_requested_at = pair.first_requested_at or pair.requested_at\n"
-        '        self.merger.journal.note("asked", pair)\n',
-    ),
-    without(
-        "journal: the intent", 'self.merger.journal.note("asked", pair)', 8,
+        "the intent is not noted", 'await self.merger.ledger.note(pair, "asked")', 8,
         after="        pair.first_requested_at = pair.first_requested_at or pair.requested_at\n",
     ),
     without(
-        "savepoint: refused", "self.merger.savepoint.record(pair)", 12,
+        "noted: refused", "await self.merger.ledger.note(pair)", 12,
         "the state on the disk is `requested` as before; a later run then waits for less before it asks again, which the "
         "look that comes first makes harmless",
         after="        except ApiRefused as refusal:\n            pair.refused = True\n",
     ),
     without(
-        "savepoint: acknowledged", "self.merger.savepoint.record(pair)", 12,
+        "noted: acknowledged", "await self.merger.ledger.note(pair)", 12,
         "the same, and whatever is recorded next holds it",
         after="            pair.state = State.ACKNOWLEDGED\n",
     ),
+    without("noted: merged", 'await self.merger.ledger.note(pair, "merged")', 8),
     without(
-        "savepoint: merged", "self.merger.savepoint.record(pair)", 8,
-        "the state before it is looked at again, which finds the same",
-        after='        self.merger.journal.note("merged", pair)\n',
-    ),
-    without("journal: merged", 'self.merger.journal.note("merged", pair)', 8),
-    without("journal: done", 'self.merger.journal.note("done", pair)', 12),
-    without("journal: merged elsewhere", 'self.merger.journal.note("merged elsewhere", pair)', 8),
-    without(
-        "savepoint: still there after all", "self.merger.savepoint.record(pair)", 8,
+        "noted: still there after all", 'await self.merger.ledger.note(pair, "asked")', 8,
         "where it was believed gone, a proof or a 409 contradicts it again",
-        after='        pair.state = State.REQUESTED if pair.refused else State.ACKNOWLEDGED\n'
-        '        self.merger.journal.note("asked", pair)\n',
+        after='        pair.state = State.REQUESTED if pair.refused else State.ACKNOWLEDGED\n',
     ),
     without(
-        "savepoint: the reference is set", "self.merger.savepoint.record(pair)", 8,
+        "noted: the reference is set", "await self.merger.ledger.note(pair)", 8,
         "the primary is looked at first, and has the reference",
         after="        pair.state = State.PROVING\n",
     ),
-    without("savepoint: how a pair has come to rest", "self.savepoint.record(pair)", 8),
+    without("noted: how a pair has come to rest", "await self.ledger.note(pair, event)", 8),
+    Mutant("the journal does not hear of ends", 'pair.report, event = "", Ledger.EVENTS[pair.state]', 'pair.report = ""'),
     Mutant(
         "a new savepoint does not read the journal",
         "        pairs = Journal(JOURNAL, run.outside, run.stamp).pairs()\n", "        pairs: List[Pair] = []\n",
@@ -94,7 +84,7 @@ MUTANTS = [
     Mutant("a list is as old as its last page", "            since = since or page.since\n", "            since = page.since\n"),
     Mutant(
         "freshness is not looked at as the request leaves",
-        "        if not self.evidence.is_fresh():\n            raise Stale()\n", "",
+        "        self.evidence.insist()\n        self.merger.may_begin()\n", "        self.merger.may_begin()\n",
     ),
     Mutant("no live check", "        flaw = group_flaw(self.group, live, namesakes)\n", "        flaw = None\n"),
     Mutant("any state will do", 'if live.get("state") != "active":', "if False:"),
@@ -138,7 +128,7 @@ MUTANTS = [
     Mutant("what is kept is forgotten", "            self._kept += turn.keep - turn.hold.units\n", ""),
     Mutant("what is kept is never given back", "        self._kept -= hold.units\n        hold.units = 0\n", ""),
     Mutant("the server's quota is ignored", "float(\"inf\") if self.remaining is None else self.remaining - self._in_flight", "float(\"inf\")"),
-    Mutant("requests leave after a stop", '        if self.stop:\n            raise Interrupted()\n        future: asyncio', '        future: asyncio'),
+    Mutant("requests leave after a stop", "        self.check()\n        future: asyncio", "        future: asyncio"),
     Mutant("a stop wakes nobody", "            if not future.done():\n                future.set_exception(Interrupted())\n", "            pass\n"),
     Mutant("lists without end", "if cursor in cursors or stale >= self.STALE_PAGES:", "if False:"),
     Mutant("--limit is ignored", "        if size and size <= limit:\n", "        if size:\n"),

@@ -313,17 +313,17 @@ def outside_of(module: Any, machine: Machine, settings: Any) -> Any:
             machine.step(f"after {name}")
             return found
 
-        def append(self, path: Path, line: bytes) -> None:
+        def append(self, path: Path, lines: bytes) -> None:
             if machine.durable("a line of the journal"):
                 with open(path, "ab+") as file:
                     file.seek(max(0, file.tell() - 1))
                     apart = b"" if file.read(1) in (b"\n", b"") else b"\n"
-                    file.write(apart + line[: len(line) // 2])
+                    file.write(apart + lines[: len(lines) // 2])
                 machine.kill("in the middle of a line of the journal")
             if machine.tracing:
-                told = json.loads(line)
-                machine.trace(f"  journal: {told['event']} {short(told['duplicate']['id'])}")
-            super().append(path, line)
+                for told in map(json.loads, lines.splitlines()):
+                    machine.trace(f"  journal: {told['event']} {short(told['duplicate']['id'])}")
+            super().append(path, lines)
             machine.step("after a line of the journal")
 
         def publish(self, aside: Path, final: Path) -> None:

@@ -37,7 +37,7 @@ def test_a_seed_is_always_the_same_life() -> None:
 
 
 def test_a_broken_promise_is_shown(module: Any) -> None:
-    (mutant,) = (one for one in MUTANTS if one.name == "journal: the intent")
+    (mutant,) = (one for one in MUTANTS if one.name == "the intent is not noted")
     fate = hunt(mutant, 40)
     assert fate.seed is not None and "durable before the request leaves" in fate.promise
 
