@@ -1,8 +1,18 @@
+import contextlib
+import os
+import py_compile
 from pathlib import Path
 
 import pytest
 
-from tests.support import Workplace
+from tests.support import SCRIPT, Workplace
+
+
+def pytest_sessionstart() -> None:
+    """The bytecode that every start of the program uses: written once, before the workers begin."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        with contextlib.suppress(OSError):
+            py_compile.compile(str(SCRIPT), quiet=1)
 
 
 @pytest.fixture

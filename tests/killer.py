@@ -1,4 +1,4 @@
-"""Run the script and kill it (SIGKILL) at its n-th durable write: `killer.py N before|after script.py ...`.
+"""Run the script and kill it (SIGKILL) at its n-th durable write: `killer.py N before|after merge_contacts.py ...`.
 
 A durable write is a flush to the disk, a rename, or a commit of the savepoint. With N = 0 nothing is killed, and the
 number of durable writes is printed to stderr at the end.
@@ -51,7 +51,7 @@ os.replace = counted(os.replace)  # type: ignore[assignment]
 sqlite3.connect = connect_counted  # type: ignore[assignment]
 sys.argv = sys.argv[3:]
 try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    runpy.run_module("merge_contacts", run_name="__main__", alter_sys=True)
 finally:
     if not WANTED:
         print(f"durable writes: {count}", file=sys.stderr)

@@ -161,7 +161,7 @@ def test_a_laptop_that_sleeps_between_check_and_merge_checks_again(place: Workpl
         "awake = time.time\n"
         "time.time = lambda: awake() + (28800 if os.path.exists('slept') else 0)\n"
         "sys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n",
+        "runpy.run_module('merge_contacts', run_name='__main__', alter_sys=True)\n",
         encoding="utf-8",
     )
 
@@ -186,7 +186,7 @@ def test_lists_that_have_become_too_old_are_made_anew_with_the_timelines_of_what
         "awake = time.time\n"
         "time.time = lambda: awake() + (130 if os.path.exists('late') else 0)\n"
         "sys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n",
+        "runpy.run_module('merge_contacts', run_name='__main__', alter_sys=True)\n",
         encoding="utf-8",
     )
     changed = next(iter(organisation.works))

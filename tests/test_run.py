@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import sys
 from typing import Any, Dict, List, Set
 
 import pytest
@@ -76,7 +77,7 @@ def test_everything_is_backed_up_merged_moved_and_proved_and_a_second_run_merges
         assert (entry["primary"]["tickets"], entry["duplicate"]["tickets"]) == (130, 7)
         assert (place.folder / entry["backup"] / "manifest.json").is_file()
         before = len(sandbox.requests)
-        again = place.run(sandbox, check=0)
+        again = place.run(sandbox, python=[sys.executable], check=0)  # as a script, like in the README
         assert again.report["summary"]["already_merged"] == 20
         assert not [one for one in sandbox.requests[before:] if one.endpoint == "rev-users.merge"]
 

@@ -649,7 +649,7 @@ def with_hooked_replace(place: Workplace, hook: str) -> List[str]:
         f"{hook}"
         "os.replace = hooked\n"
         "sys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n",
+        "runpy.run_module('merge_contacts', run_name='__main__', alter_sys=True)\n",
         encoding="utf-8",
     )
     return [sys.executable, str(wrapper)]
