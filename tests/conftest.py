@@ -4,8 +4,14 @@ import py_compile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support import SCRIPT, Workplace
+
+# A share of the examples in the fast run, all of them in CI: `-m "slow or hypothesis" --hypothesis-profile thorough`.
+settings.register_profile("quick", max_examples=30)
+settings.register_profile("thorough", max_examples=100)
+settings.load_profile("quick")
 
 
 def pytest_sessionstart() -> None:

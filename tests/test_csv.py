@@ -304,18 +304,40 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("case", FILES.values(), ids=list(FILES))
-def test_a_file_gives_the_right_plan_or_one_clear_line(place: Workplace, case: Case) -> None:
+# One of each kind: these go through a process of their own, all of them through `main` in the tests' own.
+OF_EACH_KIND = (
+    "plain", "nothing in it", "without EMAIL", "semicolons", "an Excel workbook", "BOM", "UTF-16", "Latin-1", "not text at all",
+    "a name with line breaks", "a quote that never ends", "a name of 3 MB", "too few fields", "NUL alone in a line",
+    "a stray quote that swallows whole rows", "one id with two emails", "several user_", "an email that is a path",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OF_EACH_KIND)
+def test_a_file_of_each_kind_gives_it_in_a_process_of_its_own(place: Workplace, kind: str) -> None:
+    case = FILES[kind]
     content = case.content.encode("utf-8") if isinstance(case.content, str) else case.content
     place.csv.write_bytes(content)
     result = place.run(None, "--preview", "--json", check=case.code, DEVREV_BASE_URL=NOWHERE)
     assert_nothing_but_the_log(place, content)
     assert_nothing_raw(result.out, result.err, logged(place))
     if case.code:
-        (line,) = result.err.splitlines()
-        assert case.says in line and "contacts.csv" in line and result.out == ""
+        assert result.out == ""
+    assert_as_said(case, json.loads(result.out or "null"), result.err)
+
+
+@pytest.mark.parametrize("case", FILES.values(), ids=list(FILES))
+def test_a_file_gives_the_right_plan_or_one_clear_line(front_door: Any, place: Workplace, case: Case) -> None:
+    content = case.content.encode("utf-8") if isinstance(case.content, str) else case.content
+    code, plan, said = front_door(content)
+    assert code == case.code and place.csv.read_bytes() == content
+    assert_as_said(case, plan, said)
+
+
+def assert_as_said(case: Case, plan: Any, said: str) -> None:
+    if case.code:
+        (line,) = said.splitlines()
+        assert case.says in line and "contacts.csv" in line and plan is None
         return
-    plan = json.loads(result.out)
     assert pairs_of(plan) == set(case.pairs)
     assert {skip["email"]: skip["code"] for skip in plan["skipped"]} == case.skips
     assert [bad["line"] for bad in plan["invalid_rows"]] == list(case.bad_lines)
@@ -325,7 +347,7 @@ def test_a_file_gives_the_right_plan_or_one_clear_line(place: Workplace, case: C
         ("invalid_rows", "invalid_rows"),
     ):
         assert plan["summary"][counted] == len(plan[listed])
-    assert case.says in result.err and len(result.err.splitlines()) == bool(case.says)
+    assert case.says in said and len(said.splitlines()) == bool(case.says)
 
 
 def hostile_rows(number: int, marks: str) -> Iterator[str]:
@@ -403,9 +425,22 @@ def test_a_path_is_a_file_that_can_be_read_or_one_clear_line(place: Workplace) -
     ["--limit 0", "--limit -1", "--limit x", "--limit 1.5", "--limit \u00b2", "--limit", "--bogus", "--prev", "--count-policy most", "--workers 0",
      "--merge-timeout 0", "--merge-timeout nan", "--merge-timeout -1", "--email", "contacts.csv", "--json --check", "--status"],
 )  # fmt: skip
-def test_an_option_that_makes_no_sense_changes_nothing(place: Workplace, options: str) -> None:
+def test_an_option_that_makes_no_sense_changes_nothing(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: Any, options: str
+) -> None:
     place.csv.write_text(text(*ADA), encoding="utf-8")
-    result = place.run(None, "--preview", *options.split(), check=2)
+    monkeypatch.chdir(place.folder)
+    with pytest.raises(SystemExit) as end:
+        tool.main(["--csv", "contacts.csv", "--preview", *options.split()])
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == ""
+    assert re.search(r"^merge_contacts.py: error: .*\S$", err, re.MULTILINE) and "Traceback" not in err
+    assert place.files() == [place.csv]
+
+
+def test_an_option_that_makes_no_sense_ends_a_process_with_its_code(place: Workplace) -> None:
+    place.csv.write_text(text(*ADA), encoding="utf-8")
+    result = place.run(None, "--preview", "--limit", "0", check=2)
     assert re.search(r"^merge_contacts.py: error: .*\S$", result.err, re.MULTILINE) and result.out == ""
     assert place.files() == [place.csv]
 
@@ -461,19 +496,25 @@ def assert_nothing_raw(*texts: str) -> None:
 
 
 def examples(count: int) -> settings:
+    """So many in CI; fewer in the fast run (see conftest)."""
     quiet = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-    return settings(max_examples=count, deadline=None, database=None, suppress_health_check=quiet)
+    return settings(
+        max_examples=count * settings.default.max_examples // 100,
+        deadline=None,
+        database=None,
+        suppress_health_check=quiet,
+    )
 
 
 @pytest.fixture
 def front_door(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """`main(["--preview", "--json", ...])` in this process, in a folder of its own: a file in, (exit code, plan) out."""
+    """`main(["--preview", "--json", ...])` in this process, in a folder of its own: a file in; exit code, plan, stderr out."""
     monkeypatch.chdir(place.folder)
     for name in [name for name in os.environ if name.startswith("DEVREV_")]:
         monkeypatch.delenv(name)
     umask, lost = os.umask(0o077), logging.raiseExceptions
 
-    def call(content: bytes) -> Tuple[int, Optional[Dict[str, Any]]]:
+    def call(content: bytes) -> Tuple[int, Optional[Dict[str, Any]], str]:
         place.csv.write_bytes(content)
         out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="") for _ in range(2))
         try:
@@ -485,9 +526,9 @@ def front_door(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> Iterator[An
         assert_nothing_raw(shown, said, log)
         assert sorted(path.name for path in place.folder.iterdir()) == ["contacts.csv", "logs"]
         if code == 0:
-            return code, json.loads(shown)
+            return code, json.loads(shown), said
         assert shown == "" and len(said.splitlines()) == 1
-        return code, None
+        return code, None, said
 
     yield call
     os.umask(umask)
@@ -508,7 +549,7 @@ def close_log(place: Workplace) -> str:
 @examples(150)
 @given(st.one_of(st.binary(max_size=400), st.binary(max_size=200).map(lambda tail: text(*ADA).encode() + tail)))
 def test_any_bytes_are_refused_or_planned(front_door: Any, content: bytes) -> None:
-    code, plan = front_door(content)
+    code, plan, _ = front_door(content)
     assert code in (0, 2)
     assert_pairs_stand_in(content, plan)
 
@@ -586,7 +627,7 @@ TWO_QUOTES = text(
 @given(mutated())
 @example(TWO_QUOTES)
 def test_a_damaged_export_never_gives_a_wrong_pair(front_door: Any, content: bytes) -> None:
-    code, plan = front_door(content)
+    code, plan, _ = front_door(content)
     assert code in (0, 2)
     assert_pairs_stand_in(content, plan)
 

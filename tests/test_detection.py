@@ -26,6 +26,8 @@ INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, bidi marks and the like,
 
 
 def examples(count: int) -> settings:
+    """So many in CI; fewer in the fast run (see conftest)."""
+    count = count * settings.default.max_examples // 100
     return settings(max_examples=count, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 
 
