@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -257,6 +258,20 @@ def watch_merges(sandbox: Sandbox, folder: Path) -> List[Union[AssertionError, N
 
     sandbox.on_request = look
     return findings
+
+
+def diagonal(*lists: Sequence[Any]) -> List[Any]:
+    """Every combination, for `parametrize`: the fast run takes a diagonal, in which each value comes up; the rest is slow."""
+    import pytest  # the benchmark does without
+
+    shortest = min(map(len, lists))
+    return [
+        pytest.param(
+            *(values[index] for values, index in zip(lists, place)),
+            marks=[pytest.mark.slow] if sum(place) % shortest else [],
+        )
+        for place in itertools.product(*map(range, map(len, lists)))
+    ]
 
 
 def shuffled(items: Iterable[Any], seed: int = 0) -> List[Any]:

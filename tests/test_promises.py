@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List
 import pytest
 
 from tests.sandbox import Fault, Organisation, Request, Sandbox
-from tests.support import Workplace, assert_merged, organisation_of_pairs, pair, ticket_count, watch_merges
+from tests.support import Workplace, assert_merged, diagonal, organisation_of_pairs, pair, ticket_count, watch_merges
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals or terminals")
 QUICK = ("--merge-timeout", "1")
@@ -44,8 +44,7 @@ def journal(place: Workplace) -> List[Dict[str, Any]]:
 # -- once asked, never forgotten ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("status", [400, 403, 409])
-@pytest.mark.parametrize("lost", ["", "savepoint.db", "reports"])
+@pytest.mark.parametrize("status, lost", diagonal((400, 403, 409), ("", "savepoint.db", "reports")))
 def test_a_merge_that_was_refused_and_comes_all_the_same_is_finished(place: Workplace, status: int, lost: str) -> None:
     organisation, pairs = organisation_of_pairs(3)
     place.export(organisation)
