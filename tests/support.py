@@ -274,6 +274,13 @@ def diagonal(*lists: Sequence[Any]) -> List[Any]:
     ]
 
 
+def the_rest_is_slow(values: Iterable[Any], *fast: Any) -> List[Any]:
+    """All of these, for `parametrize`; the fast run takes those that are named."""
+    import pytest
+
+    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def shuffled(items: Iterable[Any], seed: int = 0) -> List[Any]:
     found = list(items)
     random.Random(seed).shuffle(found)

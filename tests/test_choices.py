@@ -5,7 +5,7 @@ from typing import Dict, List, Set, Tuple
 import pytest
 
 from tests.sandbox import Organisation, Sandbox
-from tests.support import Workplace, assert_backed_up, roles_of, watch_merges
+from tests.support import Workplace, assert_backed_up, diagonal, roles_of, watch_merges
 
 DESK, TWINS, UNDECIDED = "front.desk@example.com", "twins@example.com", "undecided@example.com"
 
@@ -94,25 +94,25 @@ def test_a_choice_is_bound_to_its_group(place: Workplace, organisation: Organisa
     assert set(codes) == {"user_k2", "user_k3", "user_k4"} and codes["user_k3"] == "several_user_refs"
 
 
-@pytest.mark.parametrize(
-    "lines, header, says",
-    [
-        (
-            [f"{DESK},user_k9"],
-            "EMAIL,EXTERNAL_REF",
-            "user_k9 for front.desk@example.com: no contact of this email has it",
-        ),
-        (["stranger@example.com,user_k3"], "EMAIL,EXTERNAL_REF", "user_k3 for stranger@example.com"),
-        ([f"{DESK},REVU-K1"], "EMAIL,EXTERNAL_REF", "has to stay"),
-        ([f"{DESK},user_k3", f"{DESK},user_k4"], "EMAIL,EXTERNAL_REF", "a second choice for front.desk@example.com"),
-        ([f"{DESK},user_k3"], "EMAIL,REFERENCE", "missing column EXTERNAL_REF"),
-        ([f"{DESK},"], "EMAIL,EXTERNAL_REF", "line 2: empty EXTERNAL_REF"),
-    ],
-)
-@pytest.mark.parametrize("mode", ["--preview", "--yes"])
+CANNOT = [
+    (
+        [f"{DESK},user_k9"],
+        "EMAIL,EXTERNAL_REF",
+        "user_k9 for front.desk@example.com: no contact of this email has it",
+    ),
+    (["stranger@example.com,user_k3"], "EMAIL,EXTERNAL_REF", "user_k3 for stranger@example.com"),
+    ([f"{DESK},REVU-K1"], "EMAIL,EXTERNAL_REF", "has to stay"),
+    ([f"{DESK},user_k3", f"{DESK},user_k4"], "EMAIL,EXTERNAL_REF", "a second choice for front.desk@example.com"),
+    ([f"{DESK},user_k3"], "EMAIL,REFERENCE", "missing column EXTERNAL_REF"),
+    ([f"{DESK},"], "EMAIL,EXTERNAL_REF", "line 2: empty EXTERNAL_REF"),
+]
+
+
+@pytest.mark.parametrize("cannot, mode", diagonal(CANNOT, ("--preview", "--yes")))
 def test_a_choice_that_can_not_be_followed_changes_nothing(
-    place: Workplace, organisation: Organisation, lines: List[str], header: str, says: str, mode: str
+    place: Workplace, organisation: Organisation, cannot: Tuple[List[str], str, str], mode: str
 ) -> None:
+    lines, header, says = cannot
     place.export(organisation)
     with Sandbox(organisation) as sandbox:
         result = place.run(sandbox, "--choices", choose(place, *lines, header=header), mode, check=2)

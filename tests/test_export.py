@@ -13,7 +13,7 @@ import pytest
 
 import merge_contacts as tool
 from tests.sandbox import Fault, Organisation, Sandbox
-from tests.support import COLUMNS, Row, Workplace, assert_merged, export_row, pair
+from tests.support import COLUMNS, Row, Workplace, assert_merged, diagonal, export_row, pair
 
 posix = pytest.mark.skipif(os.name == "nt", reason="signals are not sent to Windows programs like this")
 ORG = "example.org"
@@ -204,11 +204,11 @@ def test_a_file_that_appears_meanwhile_is_left_as_it_is(place: Workplace, seeded
 
 
 @posix
-@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGKILL", -9)])
-@pytest.mark.parametrize("at", ["rev-users.list", "works.list"])
-def test_an_interrupted_export_leaves_nothing(
-    place: Workplace, seeded: Organisation, name: str, code: int, at: str
-) -> None:
+@pytest.mark.parametrize(
+    "name, at", diagonal(("SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"), ("rev-users.list", "works.list"))
+)
+def test_an_interrupted_export_leaves_nothing(place: Workplace, seeded: Organisation, name: str, at: str) -> None:
+    code = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "SIGKILL": -9}[name]
     process: List[Any] = []
 
     def look(stage: str, request: Any) -> None:

@@ -22,6 +22,7 @@ from tests.support import (
     diagonal,
     organisation_of_pairs,
     pair,
+    the_rest_is_slow,
     watch_merges,
 )
 
@@ -96,8 +97,7 @@ def _made(folder: Path) -> Path:
 @posix
 @pytest.mark.parametrize(
     "number, stage, gone",
-    [(5, "after", "301"), (18, "before", "primary"), (20, "after", "404"), (22, "before", "state"), (23, "after", "301"),
-     (26, "before", "primary")],
+    [(5, "after", "301"), (18, "before", "primary"), (20, "after", "404"), (22, "before", "state"), (23, "after", "301")],
 )  # fmt: skip
 def test_a_run_killed_at_some_requests_is_finished_by_the_next(
     tmp_path: Path, number: int, stage: str, gone: str
@@ -130,7 +130,7 @@ def test_a_run_killed_at_any_durable_write_is_finished_by_the_next(tmp_path: Pat
 
 
 @posix
-@pytest.mark.parametrize("number", [2, 42, 45, 50])
+@pytest.mark.parametrize("number", [42, 45, 50])
 def test_a_run_killed_at_some_durable_writes_is_finished_by_the_next(tmp_path: Path, number: int) -> None:
     assert survive_kill_at_write(tmp_path, number, ("before", "after")[number % 2], GONE[number % 4])
 
@@ -165,7 +165,7 @@ def test_a_merge_is_never_asked_for_before_its_intent_is_in_the_savepoint(place:
 )
 def test_an_interrupted_run_reports_and_is_resumed(place: Workplace, number: int, at: str) -> None:
     code = 128 + number
-    organisation, pairs = organisation_of_pairs(16)
+    organisation, pairs = organisation_of_pairs(12)
     place.export(organisation)
     with Sandbox(organisation, latency=0.01) as sandbox:
         process: List[Any] = []
@@ -210,7 +210,10 @@ MISBEHAVIOUR = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", MISBEHAVIOUR)
+@pytest.mark.parametrize(
+    "kind",
+    the_rest_is_slow(MISBEHAVIOUR, "reset-before", "reset-after", "hang-after", "html-200", "500-after", "429-bare"),
+)
 def test_every_pair_is_merged_once_whatever_happens_to_a_merge_answer(place: Workplace, kind: str) -> None:
     organisation, pairs = organisation_of_pairs(3)
     place.export(organisation)
@@ -376,7 +379,7 @@ def test_nothing_listening_is_said_and_changes_nothing(place: Workplace) -> None
 
 
 def test_five_failures_in_a_row_stop_the_run_before_more_is_begun(place: Workplace) -> None:
-    organisation, pairs = organisation_of_pairs(160, (0, 0))
+    organisation, pairs = organisation_of_pairs(60, (0, 0))
     place.export(organisation)
     with Sandbox(organisation, faults=[Fault("400", "rev-users.merge")]) as sandbox:
         result = place.run(sandbox, check=3)
@@ -810,7 +813,12 @@ MALFORMED: Dict[str, Tuple[str, Callable[[Dict[str, Any]], Dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.parametrize("name", MALFORMED)
+@pytest.mark.parametrize(
+    "name",
+    the_rest_is_slow(
+        MALFORMED, "nobody where somebody was", "nobody updated", "a cursor that is a list", "contacts that are words"
+    ),
+)
 def test_an_answer_of_the_wrong_shape_is_never_taken_for_a_merge_nor_ends_in_a_traceback(
     place: Workplace, name: str
 ) -> None:
@@ -837,7 +845,7 @@ def test_contacts_of_two_rev_orgs_are_not_merged(place: Workplace) -> None:
 
 
 def test_pairs_that_need_a_second_proof_get_it_while_others_are_proved(place: Workplace) -> None:
-    organisation, pairs = organisation_of_pairs(60, (1, 1))
+    organisation, pairs = organisation_of_pairs(40, (1, 1))
     place.export(organisation)
     late = {duplicate for _, duplicate in pairs[::3]}
     faults = [Fault("merge-leaves", "rev-users.merge", match=lambda body: body["secondary_user"] in late)]

@@ -11,7 +11,7 @@ from typing import Any, Dict, List
 import pytest
 
 from tests.sandbox import Fault, Sandbox
-from tests.support import PROGRAM, Workplace, assert_merged, organisation_of_pairs
+from tests.support import PROGRAM, Workplace, assert_merged, diagonal, organisation_of_pairs
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX terminal")
 
@@ -91,8 +91,7 @@ def test_yes_asks_nothing_and_a_status_line_tells_how_far_it_is(place: Workplace
 
 
 @posix
-@pytest.mark.parametrize("columns", [50, 80, 200])
-@pytest.mark.parametrize("colour", [True, False])
+@pytest.mark.parametrize("columns, colour", diagonal((50, 80, 200), (True, False)))
 def test_the_preview_fits_the_terminal(place: Workplace, columns: int, colour: bool) -> None:
     organisation, _ = organisation_of_pairs(3)
     organisation.add_contact("N1", "nouser@example.com")

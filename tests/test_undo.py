@@ -15,7 +15,7 @@ from typing import Any, Dict, List, Mapping, Tuple
 import pytest
 
 from tests.sandbox import Fault, Organisation, Request, Sandbox
-from tests.support import ROOT, Result, Workplace, diagonal, roles_of
+from tests.support import ROOT, Result, Workplace, diagonal, roles_of, the_rest_is_slow
 from tests.test_terminal import Terminal
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
@@ -162,7 +162,9 @@ def test_one_backup_folder_takes_one_group_back_with_neither_savepoint_nor_journ
         assert sandbox.count("rev-users.create") == 2 and len(truth(organisation)["users"]) == 3
 
 
-@pytest.mark.parametrize("gone", ["404", "301", "state", "primary", "shadow", "unassigned"])
+@pytest.mark.parametrize(
+    "gone", the_rest_is_slow(["404", "301", "state", "primary", "shadow", "unassigned"], "301", "primary", "shadow")
+)
 def test_a_group_of_three_comes_apart_as_three(place: Workplace, gone: str) -> None:
     organisation, pairs = seeded(1)
     with_a_third(organisation, pairs)
@@ -305,7 +307,7 @@ def held_by_another(sandbox: Sandbox) -> None:
     sandbox.on_request = hook
 
 
-@pytest.mark.parametrize("trouble", ["400", "409", "403", "email"])
+@pytest.mark.parametrize("trouble", the_rest_is_slow(["400", "409", "403", "email"], "403", "email"))
 def test_where_the_contact_is_refused_for_good_the_primary_gets_the_reference_again(
     place: Workplace, trouble: str
 ) -> None:
@@ -512,9 +514,7 @@ def survive_kill(folder: Path, number: int, stage: str, lose: bool = False) -> b
 
 
 @posix
-@pytest.mark.parametrize(
-    "number, stage", [(3, "after"), (14, "before"), (15, "after"), (16, "before"), (17, "after"), (20, "before")]
-)
+@pytest.mark.parametrize("number, stage", [(14, "before"), (15, "after"), (16, "before"), (17, "after")])
 def test_an_undo_killed_at_some_requests_is_finished_by_the_same_command(
     tmp_path: Path, number: int, stage: str
 ) -> None:
@@ -549,7 +549,7 @@ def survive_kill_at_write(folder: Path, number: int, stage: str) -> bool:
 
 
 @posix
-@pytest.mark.parametrize("number", [5, 8, 14])
+@pytest.mark.parametrize("number", [8, 14])
 def test_an_undo_killed_at_some_durable_writes_is_finished_by_the_same_command(tmp_path: Path, number: int) -> None:
     assert survive_kill_at_write(tmp_path, number, ("before", "after")[number % 2])
 
