@@ -531,6 +531,17 @@ class Books:
             if entry["state"] != "merged_elsewhere" and self.asks[ids_of(entry)]:
                 raise Broken(promise, f"{file}: {name(ids_of(entry))} is called failed, and was asked for")
 
+    def standing(self, rows: Mapping[Ids, Mapping[str, Any]]) -> str:
+        """How things stand after a run, in so many words: where two runs leave the same, and neither has asked for
+        anything, a third one does nothing new."""
+        report = self.reports.get(self.last_report, {})
+        parts = [report.get(one) for one in ("failed_merges", "unfinished_merges")]
+        resting = [[ids_of(one), one["state"], one["code"]] for entries in parts for one in entries or ()]
+        asks = sum(map(len, self.asks.values()))
+        contacts = [[one["id"], one["state"], one["external_ref"]] for one in self.organisation.contacts.values()]
+        states = sorted((ids, row["state"]) for ids, row in rows.items())
+        return json.dumps([self.last_code, sorted(resting), asks, len(self.organisation.merges), contacts, states])
+
     def lose_savepoint(self) -> None:
         Path("savepoint.db").unlink()
         for asks in self.asks.values():

@@ -79,6 +79,8 @@ SHAPES = (  # references of the contacts of one email: R is DevRev's, u the appl
 class Founding:
     """Makes an organisation."""
 
+    HUGE = 600  # tickets at most: some pages, and more than fit into a call for many contacts
+
     def __init__(self, fate: Fate) -> None:
         self.fate = fate
         self.chance = fate.random
@@ -111,7 +113,7 @@ class Founding:
         return people
 
     def _works(self, contact: str) -> None:
-        most = 2500 if self.huge else self.chance.choice((0, 0, 1, 2, 5))
+        most = self.HUGE if self.huge else self.chance.choice((0, 0, 1, 2, 5))
         self.huge = False
         for _ in range(self.chance.randint(most // 2, most)):
             roles = self.chance.choices(("owned_by", "created_by", "reported_by"), k=self.chance.randint(1, 3))
@@ -498,7 +500,7 @@ class Life:
             options += [word for row in chance.sample(rows, min(3, len(rows))) for word in ("--email", row.email)]
         if fate.has("--count-policy", 0.2):
             options += ["--count-policy", "at-least"]
-        if fate.has("--no-timelines", 0.1):
+        if fate.has("--no-timelines", 0.7 if fate.has("huge") else 0.1):
             options += ["--no-timelines"]
         if fate.has("--choices", 0.15) and self._write_choices(rows):
             options += ["--choices", "choices.csv"]
@@ -624,6 +626,7 @@ class Life:
         if self.world.quota:
             self.world.quota.others = 0
         self.clock.advance(1000.0)
+        last = ""
         for _ in range(PEACEFUL_RUNS):
             self._export()
             self._write_csv(self.exports[-1])
@@ -631,7 +634,8 @@ class Life:
             if code not in (0, 1, 3):
                 raise Broken("a life that is left in peace ends", f"a run ends with exit code {code}")
             self.clock.advance(400.0)
-            if code == 0:
+            last, before = self.books.standing(self.rows), last
+            if code == 0 or last == before:  # the next run would do the same again
                 break
         self.books.after_life(self.rows, self.stuck)
 
