@@ -2342,6 +2342,7 @@ class SavePoint:
             PRIMARY KEY (primary_id, duplicate_id)
         );
         CREATE INDEX pairs_by_state ON pairs (state);
+        INSERT INTO about VALUES ('journal', 'unread');
     """
     # From version 1.0.0 on: what was once asked for is never forgotten, and what had ended by then was reported then.
     UPGRADE = """
@@ -2363,7 +2364,6 @@ class SavePoint:
         self.path = path
         self.outside = outside
         self.run = run
-        self.is_new = False
         self.glimpsed = False  # read past the lock of a run that goes on
         self._inspect(readonly)
         try:
@@ -2421,7 +2421,6 @@ class SavePoint:
         if version == 0:
             if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 raise sqlite3.DatabaseError("another program's database")
-            self.is_new = True
         else:
             db.execute("SELECT primary_id, state, run FROM pairs LIMIT 1")
         for statement in {0: self.SCHEMA + self.UPGRADE, 1: self.UPGRADE}.get(version, "").split(";"):
@@ -2502,8 +2501,20 @@ class SavePoint:
             self._write(("INSERT OR REPLACE INTO about VALUES (?, ?)", [(name, value)]))
         return next((value for (value,) in self._query("SELECT value FROM about WHERE name = ?", name)), None)
 
+    @property
+    def is_new(self) -> bool:
+        """Whether it has still to learn what the journal knows; also where a run was killed before it had."""
+        return self.about("journal") == "unread"
+
+    def learn(self, pairs: Sequence[Pair]) -> None:
+        """Take over what the journal knows, whole or not at all."""
+        self._write(self._recording(pairs), ("DELETE FROM about WHERE name = ?", [("journal",)]))
+
     def record(self, *pairs: Pair) -> None:
         """Write the state of pairs; when this returns it is on the disk."""
+        self._write(self._recording(pairs))
+
+    def _recording(self, pairs: Sequence[Pair]) -> Tuple[str, Sequence[Tuple[Any, ...]]]:
         now = iso(self.outside.moment().wall)
         rows = [
             (
@@ -2519,7 +2530,7 @@ class SavePoint:
             f"INSERT INTO pairs ({', '.join(self.COLUMNS)}) VALUES ({', '.join('?' * len(self.COLUMNS))}) "
             f"ON CONFLICT (primary_id, duplicate_id) DO UPDATE SET {changed}"
         )
-        self._write((statement, rows))
+        return statement, rows
 
     def _write(self, *statements: Tuple[str, Sequence[Tuple[Any, ...]]]) -> None:
         try:
@@ -5269,7 +5280,7 @@ def open_savepoint(run: Run, readonly: bool = False) -> SavePoint:
             pair.report = reported.get(pair.ids, "")
         if pairs:
             log.info("a new savepoint; the journal knows %s", plural(len(pairs), "pair"))
-            savepoint.record(*pairs)
+        savepoint.learn(pairs)
     savepoint.settle_report(lambda name: (run.report_path.parent / name).exists())
     return savepoint
 

@@ -422,7 +422,7 @@ class Books:
         self.read_journal()
         rows = read_savepoint(Path("savepoint.db"))
         self.intended.update(self.journal, (ids for ids, row in rows.items() if row["state"] in UNFINISHED))
-        self._judge_savepoint(rows)
+        self._judge_savepoint(rows, report is not None)
         self._judge_reports(rows, report, code)
         for ids, asks in self.asks.items():
             row = rows.get(ids)
@@ -430,12 +430,12 @@ class Books:
                 asks[-1].answer = "lost"  # the run was killed before it could note the answer
         return rows
 
-    def _judge_savepoint(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
+    def _judge_savepoint(self, rows: Mapping[Ids, Mapping[str, Any]], ended: bool) -> None:
         for ids, asks in self.asks.items():
             if not asks:
                 continue
             state = rows[ids]["state"] if ids in rows else "nothing"
-            if rows and state not in (*ENDED, *UNFINISHED):
+            if (rows or ended) and state not in (*ENDED, *UNFINISHED):
                 raise Broken("once asked, never forgotten", f"the savepoint says {state} of {name(ids)}")
             if ids not in self.journal_lost and not self.journal[ids]:
                 raise Broken("once asked, never forgotten", f"the journal says nothing of {name(ids)}")
