@@ -253,9 +253,9 @@ class Outside:
         return max(now.wall - since.wall, now.steady - since.steady)
 
     def elapsed(self, since: Moment) -> float:
-        """Seconds since then by the clock that has gone less far: how long something has surely been waited for."""
-        now = self.moment()
-        return max(0.0, min(now.wall - since.wall, now.steady - since.steady))
+        """Seconds since then, at least: how long something has surely been waited for. Not by the wall clock, for where
+        somebody sets that back by hours, it would be waited for as long."""
+        return self.moment().steady - since.steady
 
     def complete(self, work: Coroutine[Any, Any, T]) -> T:
         """Run an event loop until the work is done."""
