@@ -389,7 +389,8 @@ class Books:
     def _judge_update(self, sent: Sent) -> None:
         reference = sent.body["external_ref"]
         mine = [ids for ids, all_wanted in self.known.items() for one in all_wanted if one.new_ref == reference]
-        mine = [ids for ids in mine if ids[0] == sent.body["id"] and self.asks[ids]]
+        # What was intended by a run that was killed before it sent the request counts as asked for.
+        mine = [ids for ids in mine if ids[0] == sent.body["id"] and (self.asks[ids] or ids in self.intended)]
         if not mine:
             raise Broken("only references of merged duplicates are moved", f"{reference} to {short(sent.body['id'])}")
         if not self.lies and all(self.organisation.alive(duplicate) for _, duplicate in mine):
