@@ -2588,7 +2588,8 @@ class SavePoint:
 
     def failed(self) -> Iterator[Pair]:
         """Pairs that this run has refused, or given up before they were asked for."""
-        return self._select("state = 'failed' AND run = ?", self.run)
+        refused = "(state = 'failed' OR (state = 'undoing' AND code = 'undo_unfinished'))"
+        return self._select(f"{refused} AND run = ?", self.run)
 
     def announce_report(self, name: str) -> None:
         """Note the report that is about to name what has ended and what is unfinished, before it gets its name."""
@@ -3305,7 +3306,9 @@ class ContactMerger:
             if ids & undoing.keys():
                 path = next(undoing[one].details["undo"]["path"] for one in ids if one in undoing)
                 why = f"its undo is not finished; finish it first: merge_contacts.py --undo {path}"
-                self._refuse(group, pairs, "undo_unfinished", why)
+                # What is being undone stays so in the savepoint: a refusal must not make a new beginning of it.
+                begun = {pair.ids: pair for pair in undoing.values()}
+                self._refuse(group, [begun.get(pair.ids, pair) for pair in pairs], "undo_unfinished", why)
             elif ids & stuck:
                 deferred.append((group, pairs))
             else:
@@ -5169,11 +5172,14 @@ def make_plan(run: Run, savepoint: Optional[SavePoint]) -> Plan:
 def adopt(plan: Plan, savepoint: SavePoint, named: Collection[str] = ()) -> None:
     """Bring what the savepoint knows into a plan: what has ended or was begun, and what was undone and not `named`."""
     known = {pair.ids: pair for pair in savepoint.rows(*UNFINISHED, *ENDED)}
-    undone = {pair.email for pair in savepoint.rows(State.UNDONE)} - set(named)  # its contacts have other ids now
+    taken_back = {pair.ids: pair.email for pair in savepoint.rows(State.UNDONE)}  # its contacts have other ids now
+    undone = set(taken_back.values()) - set(named)
     groups, plan.groups = plan.groups, []
     for group in groups:
         rows = [known.get(pair.ids) for pair in group.pairs]
-        if group.email in undone and not all(rows):
+        # An export that has an old id is older than the undo, which would begin anew after a refusal of that pair.
+        stale = any(pair.ids in taken_back for pair in group.pairs)
+        if stale or (group.email in undone and not all(rows)):
             plan.skipped.append(Skip(group.email, "undone", group.everybody()))
             plan.ids.difference_update(pair.ids for pair in group.pairs)
             continue
@@ -5622,7 +5628,7 @@ def undo(run: Run) -> int:
         plan = plan_undo(options.undo, savepoint, emails, options.limit)
         if not options.preview:
             check_writable(run.report_path.parent, run.outside)
-        return asyncio.run(take_back(run, plan, savepoint))
+        return run.outside.complete(take_back(run, plan, savepoint))
     finally:
         savepoint.close()
 

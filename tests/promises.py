@@ -10,9 +10,24 @@ import shutil
 import sqlite3
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, DefaultDict, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import (
+    Any,
+    Callable,
+    DefaultDict,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)
 
 from tests.simulated import Broken, Clock, Machine, Sent, short
+from tests.undo_promises import UndoBooks
 from tests.world import Organisation, Table, Thing, World
 
 Ids = Tuple[str, str]  # primary, duplicate
@@ -171,24 +186,66 @@ class Books:
         self.reports: Dict[str, Any] = {}
         self.last_report, self.last_code = "", None  # type: str, Optional[int]
         self.others_spent = 0
+        self.undo = UndoBooks(self)
+
+    versions = staticmethod(versions)
+    held = staticmethod(held)
 
     # ----- a run begins and ends -------------------------------------------------------------------
 
     def begin(self, machine: Machine, options: Any, rows: Sequence[Row], choices: Mapping[str, str]) -> None:
         self.run += 1
         self.machine, self.options, self.stopped = machine, options, False
-        self.plan = plan_of(rows, choices)
+        self.undo.begin(options)
         emails = {email.strip().casefold() for email in options.email or ()}
+        self.plan = self._without_undone(plan_of(rows, choices), emails)
         self.allowed = {ids for ids, wanted in self.plan.items() if not emails or wanted.primary.key in emails}
         self.begun = set()
         for ids, wanted in self.plan.items():
             if wanted not in self.known[ids]:
                 self.known[ids].append(wanted)
 
+    def _without_undone(self, plan: Dict[Ids, Wanted], named: Set[str]) -> Dict[Ids, Wanted]:
+        """The plan without the groups of which a pair was undone, until they are named."""
+        self.read_journal()
+        rows = read_savepoint(Path("savepoint.db"))
+        states = {ids: (row["email"], row["state"]) for ids, row in rows.items()}
+        if not self.knows_journal(Path("savepoint.db")):
+            for ids, events in self.journal.items():
+                if not events:
+                    continue
+                if events[-1][0] == "undone" and self.known[ids]:
+                    states[ids] = self.known[ids][-1].primary.key, "undone"
+                elif events[-1][0] != "undo begun":
+                    states[ids] = "", "done"
+        undone = {email for email, state in states.values() if state == "undone"} - named
+        known = {ids for ids, (_, state) in states.items() if state in (*UNFINISHED, *ENDED)}
+        open_groups = {one.primary.key for ids, one in plan.items() if ids not in known}
+        return {ids: one for ids, one in plan.items() if one.primary.key not in undone & open_groups}
+
+    @staticmethod
+    def knows_journal(path: Path) -> bool:
+        """Whether a savepoint is there that has read the journal."""
+        if not path.exists() or not path.stat().st_size:
+            return False
+        with contextlib.closing(sqlite3.connect(str(path))) as db:
+            try:
+                return not db.execute("SELECT 1 FROM about WHERE name = 'journal'").fetchall()
+            except sqlite3.Error:
+                return False
+
+    def rows_now(self) -> Dict[Ids, Dict[str, Any]]:
+        """The savepoint's rows while a run holds it."""
+        db = self.machine.connection if self.machine else None
+        return read_rows(lambda statement: sqlite3.Connection.execute(db, statement)) if db is not None else {}
+
     def asked(self, sent: Sent) -> None:
         """A request leaves."""
         if self.stopped:
             raise Broken("no request after a stop", f"{sent.endpoint} leaves")
+        self.undo.asked(sent)
+        if self.undo.active:
+            return
         if sent.endpoint == "rev-users.merge":
             self._judge_merge((sent.body["primary_user"], sent.body["secondary_user"]), sent)
         elif sent.endpoint == "rev-users.update":
@@ -225,6 +282,7 @@ class Books:
         if not earlier and ids not in self.intended:
             self._judge_plan(ids)
         self._judge_check(ids)
+        self.undo.judge_merge(ids)
         backup = self._judge_intent(ids)
         self._judge_backup(ids, Path(backup))
         if earlier:
@@ -424,7 +482,9 @@ class Books:
         rows = read_savepoint(Path("savepoint.db"))
         self.intended.update(self.journal, (ids for ids, row in rows.items() if row["state"] in UNFINISHED))
         self._judge_savepoint(rows, report is not None)
-        self._judge_reports(rows, report, code)
+        self.undo.after_run(rows, report, code)
+        if not self.undo.active:
+            self._judge_reports(rows, report, code)
         for ids, asks in self.asks.items():
             row = rows.get(ids)
             if asks and asks[-1].answer != "lost" and not (row and (row["refused"] or row["state"] != "requested")):
@@ -436,6 +496,8 @@ class Books:
             if not asks:
                 continue
             state = rows[ids]["state"] if ids in rows else "nothing"
+            if "undone" in self.undo.events(ids) or ids in self.undo.open():
+                continue
             if (rows or ended) and state not in (*ENDED, *UNFINISHED):
                 raise Broken("once asked, never forgotten", f"the savepoint says {state} of {name(ids)}")
             if ids not in self.journal_lost and not self.journal[ids]:
@@ -529,7 +591,9 @@ class Books:
             if entry["state"] == "done":
                 self._judge_done(ids_of(entry), entry["new_external_ref"], entry["backup"])
         for entry in report["failed_merges"]:
-            if entry["state"] != "merged_elsewhere" and self.asks[ids_of(entry)]:
+            refused = entry["code"] == "undo_unfinished" and ids_of(entry) in self.undo.open()
+            again = refused or "undone" in self.undo.events(ids_of(entry))
+            if entry["state"] != "merged_elsewhere" and self.asks[ids_of(entry)] and not again:
                 raise Broken(promise, f"{file}: {name(ids_of(entry))} is called failed, and was asked for")
 
     def standing(self, rows: Mapping[Ids, Mapping[str, Any]]) -> str:
@@ -574,7 +638,9 @@ class Books:
         last = self.reports[self.last_report]
         resting = {ids_of(entry): entry for entry in (*last["failed_merges"], *last["unfinished_merges"])}
         for ids in {*self.plan, *(ids for ids, asks in self.asks.items() if asks)}:
-            if ids in rows and rows[ids]["state"] in ENDED:
+            if ids in rows and rows[ids]["state"] in (*ENDED, "undoing", "undone"):
+                continue
+            if "undone" in self.undo.events(ids):
                 continue
             if ids not in resting and self._is_too_small() and self.last_code == 3:
                 continue
@@ -586,6 +652,7 @@ class Books:
             if not self._is_true(ids, entry, resting, stuck):
                 what = f"{name(ids)} is {entry['state']}, {entry['code']}: {entry['error']}"
                 raise Broken("every pair is done, or refused for a reason that is true", what)
+        self.undo.after_life(rows)
         for ids, asks in self.asks.items():
             reference = rows[ids]["new_ref"] if ids in rows else None
             if asks and reference and self.into(ids):
@@ -614,6 +681,8 @@ class Books:
             return len({one["rev_org"]["id"] for one in everybody if one}) > 1
         if code == "several_user_refs":
             return True
+        if code == "undo_unfinished":
+            return any(set(other) & group for other in self.undo.open())
         if code == "external_ref_conflict":
             return reference in stuck or not self._can_be_freed(ids, reference, primary, resting)
         if code == "left_behind":
@@ -671,14 +740,18 @@ def read_savepoint(path: Path) -> Dict[Ids, Dict[str, Any]]:
     """The savepoint's rows by their ids; none where there is no savepoint."""
     if not path.exists() or not path.stat().st_size:
         return {}
-    names = ("primary_id", "duplicate_id", "state", "code", "refused", "new_ref", "backup")
     with contextlib.closing(sqlite3.connect(str(path))) as db:
         try:
-            found = db.execute(f"SELECT {', '.join(names)} FROM pairs").fetchall()
+            return read_rows(db.execute)
         except sqlite3.Error:
             if db.execute("PRAGMA user_version").fetchone()[0]:
                 raise
             return {}  # killed while it was being made
+
+
+def read_rows(execute: Callable[[str], Any]) -> Dict[Ids, Dict[str, Any]]:
+    names = ("primary_id", "duplicate_id", "state", "code", "refused", "new_ref", "backup", "email", "details")
+    found = execute(f"SELECT {', '.join(names)} FROM pairs").fetchall()
     return {(row[0], row[1]): dict(zip(names, row)) for row in found}
 
 
