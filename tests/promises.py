@@ -220,8 +220,9 @@ class Books:
                     states[ids] = "", "done"
         undone = {email for email, state in states.values() if state == "undone"} - named
         known = {ids for ids, (_, state) in states.items() if state in (*UNFINISHED, *ENDED)}
-        open_groups = {one.primary.key for ids, one in plan.items() if ids not in known}
-        return {ids: one for ids, one in plan.items() if one.primary.key not in undone & open_groups}
+        left_out = undone & {one.primary.key for ids, one in plan.items() if ids not in known}
+        left_out |= {one.primary.key for ids, one in plan.items() if states.get(ids, ("", ""))[1] == "undone"}
+        return {ids: one for ids, one in plan.items() if one.primary.key not in left_out}
 
     @staticmethod
     def knows_journal(path: Path) -> bool:
@@ -496,7 +497,7 @@ class Books:
             if not asks:
                 continue
             state = rows[ids]["state"] if ids in rows else "nothing"
-            if "undone" in self.undo.events(ids) or ids in self.undo.open():
+            if state == "undone" or ids in self.undo.open() or (state == "undoing" and self.disk_was_full):
                 continue
             if (rows or ended) and state not in (*ENDED, *UNFINISHED):
                 raise Broken("once asked, never forgotten", f"the savepoint says {state} of {name(ids)}")
@@ -591,9 +592,8 @@ class Books:
             if entry["state"] == "done":
                 self._judge_done(ids_of(entry), entry["new_external_ref"], entry["backup"])
         for entry in report["failed_merges"]:
-            refused = entry["code"] == "undo_unfinished" and ids_of(entry) in self.undo.open()
-            again = refused or "undone" in self.undo.events(ids_of(entry))
-            if entry["state"] != "merged_elsewhere" and self.asks[ids_of(entry)] and not again:
+            refused = entry["code"] == "undo_unfinished" and (self.disk_was_full or ids_of(entry) in self.undo.open())
+            if entry["state"] != "merged_elsewhere" and self.asks[ids_of(entry)] and not refused:
                 raise Broken(promise, f"{file}: {name(ids_of(entry))} is called failed, and was asked for")
 
     def standing(self, rows: Mapping[Ids, Mapping[str, Any]]) -> str:
@@ -649,6 +649,8 @@ class Books:
                     "a life that is left in peace ends with every pair done or refused", f"{name(ids)}: nothing"
                 )
             entry = resting[ids]
+            if entry["code"] == "undo_unfinished" and self.undo.is_open(rows, self._group_of(ids, None)):
+                continue
             if not self._is_true(ids, entry, resting, stuck):
                 what = f"{name(ids)} is {entry['state']}, {entry['code']}: {entry['error']}"
                 raise Broken("every pair is done, or refused for a reason that is true", what)
@@ -681,8 +683,6 @@ class Books:
             return len({one["rev_org"]["id"] for one in everybody if one}) > 1
         if code == "several_user_refs":
             return True
-        if code == "undo_unfinished":
-            return any(set(other) & group for other in self.undo.open())
         if code == "external_ref_conflict":
             return reference in stuck or not self._can_be_freed(ids, reference, primary, resting)
         if code == "left_behind":
