@@ -253,9 +253,9 @@ class Outside:
         return max(now.wall - since.wall, now.steady - since.steady)
 
     def elapsed(self, since: Moment) -> float:
-        """Seconds since then by the clock that has gone less far: how long something has surely been waited for."""
-        now = self.moment()
-        return max(0.0, min(now.wall - since.wall, now.steady - since.steady))
+        """Seconds since then, at least: how long something has surely been waited for. Not by the wall clock, for where
+        somebody sets that back by hours, it would be waited for as long."""
+        return self.moment().steady - since.steady
 
     def complete(self, work: Coroutine[Any, Any, T]) -> T:
         """Run an event loop until the work is done."""
@@ -2353,6 +2353,7 @@ class SavePoint:
             PRIMARY KEY (primary_id, duplicate_id)
         );
         CREATE INDEX pairs_by_state ON pairs (state);
+        INSERT INTO about VALUES ('journal', 'unread');
     """
     # From version 1.0.0 on: what was once asked for is never forgotten, and what had ended by then was reported then.
     UPGRADE = """
@@ -2374,7 +2375,6 @@ class SavePoint:
         self.path = path
         self.outside = outside
         self.run = run
-        self.is_new = False
         self.glimpsed = False  # read past the lock of a run that goes on
         self._inspect(readonly)
         try:
@@ -2432,7 +2432,6 @@ class SavePoint:
         if version == 0:
             if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 raise sqlite3.DatabaseError("another program's database")
-            self.is_new = True
         else:
             db.execute("SELECT primary_id, state, run FROM pairs LIMIT 1")
         for statement in {0: self.SCHEMA + self.UPGRADE, 1: self.UPGRADE}.get(version, "").split(";"):
@@ -2513,6 +2512,15 @@ class SavePoint:
             self._write(("INSERT OR REPLACE INTO about VALUES (?, ?)", [(name, value)]))
         return next((value for (value,) in self._query("SELECT value FROM about WHERE name = ?", name)), None)
 
+    @property
+    def is_new(self) -> bool:
+        """Whether it has still to learn what the journal knows; also where a run was killed before it had."""
+        return self.about("journal") == "unread"
+
+    def learn(self, pairs: Sequence[Pair]) -> None:
+        """Take over what the journal knows, whole or not at all."""
+        self._write(self._recording(map(self.row, pairs)), ("DELETE FROM about WHERE name = ?", [("journal",)]))
+
     def row(self, pair: Pair) -> Tuple[Any, ...]:
         """What is written of a pair, in the order of COLUMNS."""
         now = iso(self.outside.moment().wall)
@@ -2522,15 +2530,18 @@ class SavePoint:
             pair.refused, json.dumps(pair.details), pair.report, self.run, now, now,
         )  # fmt: skip
 
-    def record(self, rows: Sequence[Tuple[Any, ...]]) -> None:
+    def record(self, rows: Iterable[Tuple[Any, ...]]) -> None:
         """Write rows; when this returns they are on the disk."""
+        self._write(self._recording(rows))
+
+    def _recording(self, rows: Iterable[Tuple[Any, ...]]) -> Tuple[str, Sequence[Tuple[Any, ...]]]:
         kept = ("primary_id", "duplicate_id", "created")
         changed = ", ".join(f"{name} = excluded.{name}" for name in self.COLUMNS if name not in kept)
         statement = (
             f"INSERT INTO pairs ({', '.join(self.COLUMNS)}) VALUES ({', '.join('?' * len(self.COLUMNS))}) "
             f"ON CONFLICT (primary_id, duplicate_id) DO UPDATE SET {changed}"
         )
-        self._write((statement, rows))
+        return statement, list(rows)
 
     def _write(self, *statements: Tuple[str, Sequence[Tuple[Any, ...]]]) -> None:
         try:
@@ -2588,7 +2599,8 @@ class SavePoint:
 
     def failed(self) -> Iterator[Pair]:
         """Pairs that this run has refused, or given up before they were asked for."""
-        return self._select("state = 'failed' AND run = ?", self.run)
+        refused = "(state = 'failed' OR (state = 'undoing' AND code = 'undo_unfinished'))"
+        return self._select(f"{refused} AND run = ?", self.run)
 
     def announce_report(self, name: str) -> None:
         """Note the report that is about to name what has ended and what is unfinished, before it gets its name."""
@@ -3357,7 +3369,9 @@ class ContactMerger:
             if ids & undoing.keys():
                 path = next(undoing[one].details["undo"]["path"] for one in ids if one in undoing)
                 why = f"its undo is not finished; finish it first: merge_contacts.py --undo {path}"
-                await self._refuse(group, pairs, "undo_unfinished", why)
+                # What is being undone stays so in the savepoint: a refusal must not make a new beginning of it.
+                begun = {pair.ids: pair for pair in undoing.values()}
+                await self._refuse(group, [begun.get(pair.ids, pair) for pair in pairs], "undo_unfinished", why)
             elif ids & stuck:
                 deferred.append((group, pairs))
             else:
@@ -5220,11 +5234,14 @@ def make_plan(run: Run, savepoint: Optional[SavePoint]) -> Plan:
 def adopt(plan: Plan, savepoint: SavePoint, named: Collection[str] = ()) -> None:
     """Bring what the savepoint knows into a plan: what has ended or was begun, and what was undone and not `named`."""
     known = {pair.ids: pair for pair in savepoint.rows(*UNFINISHED, *ENDED)}
-    undone = {pair.email for pair in savepoint.rows(State.UNDONE)} - set(named)  # its contacts have other ids now
+    taken_back = {pair.ids: pair.email for pair in savepoint.rows(State.UNDONE)}  # its contacts have other ids now
+    undone = set(taken_back.values()) - set(named)
     groups, plan.groups = plan.groups, []
     for group in groups:
         rows = [known.get(pair.ids) for pair in group.pairs]
-        if group.email in undone and not all(rows):
+        # An export that has an old id is older than the undo, which would begin anew after a refusal of that pair.
+        stale = any(pair.ids in taken_back for pair in group.pairs)
+        if stale or (group.email in undone and not all(rows)):
             plan.skipped.append(Skip(group.email, "undone", group.everybody()))
             plan.ids.difference_update(pair.ids for pair in group.pairs)
             continue
@@ -5315,7 +5332,7 @@ def settle(run: Run) -> int:
             pair.state, pair.report = State.SETTLED, ""
             journal.add([journal.line("settled", pair)])
             run.console.say(f"settled  {pair.email}: {pair.details['accepted']}")
-        savepoint.record(list(map(savepoint.row, pairs)))
+        savepoint.record(map(savepoint.row, pairs))
         return _report(run, Plan([], [], [], 0), None, savepoint, EXIT_OK)
     finally:
         savepoint.close()
@@ -5331,7 +5348,7 @@ def open_savepoint(run: Run, readonly: bool = False) -> SavePoint:
             pair.report = reported.get(pair.ids, "")
         if pairs:
             log.info("a new savepoint; the journal knows %s", plural(len(pairs), "pair"))
-            savepoint.record(list(map(savepoint.row, pairs)))
+        savepoint.learn(pairs)
     savepoint.settle_report(lambda name: (run.report_path.parent / name).exists())
     return savepoint
 
@@ -5673,7 +5690,7 @@ def undo(run: Run) -> int:
         plan = plan_undo(options.undo, savepoint, emails, options.limit)
         if not options.preview:
             check_writable(run.report_path.parent, run.outside)
-        return asyncio.run(take_back(run, plan, savepoint))
+        return run.outside.complete(take_back(run, plan, savepoint))
     finally:
         savepoint.close()
 

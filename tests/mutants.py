@@ -110,7 +110,7 @@ MUTANTS = [
         "if asks >= self.ASKS or (asks and (pair.state is State.ACKNOWLEDGED or pair.refused)):", "if asks >= self.ASKS:",
         "asking again in the same run, after a look and the whole patience, is what the contract allows",
     ),
-    Mutant("time waited for by the clock that is ahead", "return max(0.0, min(now.wall - since.wall", "return max(0.0, max(now.wall - since.wall"),
+    Mutant("time waited for by the wall clock", "return self.moment().steady - since.steady", "return self.moment().wall - since.wall"),
     Mutant("a merge is repeated like any other request", "repeatable=False, before=before", "before=before"),
     Mutant("what DevRev has not answered counts as gone", "return Sight.GONE if user.get(\"state\") == \"deleted\" else Sight.THERE", "return Sight.GONE"),
     Mutant("a route's 404 is an object's", 'return self.status == 404 and self.data.get("type") == "not_found"', "return self.status == 404"),

@@ -10,9 +10,24 @@ import shutil
 import sqlite3
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, DefaultDict, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import (
+    Any,
+    Callable,
+    DefaultDict,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)
 
 from tests.simulated import Broken, Clock, Machine, Sent, short
+from tests.undo_promises import UndoBooks
 from tests.world import Organisation, Table, Thing, World
 
 Ids = Tuple[str, str]  # primary, duplicate
@@ -171,24 +186,67 @@ class Books:
         self.reports: Dict[str, Any] = {}
         self.last_report, self.last_code = "", None  # type: str, Optional[int]
         self.others_spent = 0
+        self.undo = UndoBooks(self)
+
+    versions = staticmethod(versions)
+    held = staticmethod(held)
 
     # ----- a run begins and ends -------------------------------------------------------------------
 
     def begin(self, machine: Machine, options: Any, rows: Sequence[Row], choices: Mapping[str, str]) -> None:
         self.run += 1
         self.machine, self.options, self.stopped = machine, options, False
-        self.plan = plan_of(rows, choices)
+        self.undo.begin(options)
         emails = {email.strip().casefold() for email in options.email or ()}
+        self.plan = self._without_undone(plan_of(rows, choices), emails)
         self.allowed = {ids for ids, wanted in self.plan.items() if not emails or wanted.primary.key in emails}
         self.begun = set()
         for ids, wanted in self.plan.items():
             if wanted not in self.known[ids]:
                 self.known[ids].append(wanted)
 
+    def _without_undone(self, plan: Dict[Ids, Wanted], named: Set[str]) -> Dict[Ids, Wanted]:
+        """The plan without the groups of which a pair was undone, until they are named."""
+        self.read_journal()
+        rows = read_savepoint(Path("savepoint.db"))
+        states = {ids: (row["email"], row["state"]) for ids, row in rows.items()}
+        if not self.knows_journal(Path("savepoint.db")):
+            for ids, events in self.journal.items():
+                if not events:
+                    continue
+                if events[-1][0] == "undone" and self.known[ids]:
+                    states[ids] = self.known[ids][-1].primary.key, "undone"
+                elif events[-1][0] != "undo begun":
+                    states[ids] = "", "done"
+        undone = {email for email, state in states.values() if state == "undone"} - named
+        known = {ids for ids, (_, state) in states.items() if state in (*UNFINISHED, *ENDED)}
+        left_out = undone & {one.primary.key for ids, one in plan.items() if ids not in known}
+        left_out |= {one.primary.key for ids, one in plan.items() if states.get(ids, ("", ""))[1] == "undone"}
+        return {ids: one for ids, one in plan.items() if one.primary.key not in left_out}
+
+    @staticmethod
+    def knows_journal(path: Path) -> bool:
+        """Whether a savepoint is there that has read the journal."""
+        if not path.exists() or not path.stat().st_size:
+            return False
+        with contextlib.closing(sqlite3.connect(str(path))) as db:
+            try:
+                return not db.execute("SELECT 1 FROM about WHERE name = 'journal'").fetchall()
+            except sqlite3.Error:
+                return False
+
+    def rows_now(self) -> Dict[Ids, Dict[str, Any]]:
+        """The savepoint's rows while a run holds it."""
+        db = self.machine.connection if self.machine else None
+        return read_rows(lambda statement: sqlite3.Connection.execute(db, statement)) if db is not None else {}
+
     def asked(self, sent: Sent) -> None:
         """A request leaves."""
         if self.stopped:
             raise Broken("no request after a stop", f"{sent.endpoint} leaves")
+        self.undo.asked(sent)
+        if self.undo.active:
+            return
         if sent.endpoint == "rev-users.merge":
             self._judge_merge((sent.body["primary_user"], sent.body["secondary_user"]), sent)
         elif sent.endpoint == "rev-users.update":
@@ -225,6 +283,7 @@ class Books:
         if not earlier and ids not in self.intended:
             self._judge_plan(ids)
         self._judge_check(ids)
+        self.undo.judge_merge(ids)
         backup = self._judge_intent(ids)
         self._judge_backup(ids, Path(backup))
         if earlier:
@@ -389,7 +448,8 @@ class Books:
     def _judge_update(self, sent: Sent) -> None:
         reference = sent.body["external_ref"]
         mine = [ids for ids, all_wanted in self.known.items() for one in all_wanted if one.new_ref == reference]
-        mine = [ids for ids in mine if ids[0] == sent.body["id"] and self.asks[ids]]
+        # What was intended by a run that was killed before it sent the request counts as asked for.
+        mine = [ids for ids in mine if ids[0] == sent.body["id"] and (self.asks[ids] or ids in self.intended)]
         if not mine:
             raise Broken("only references of merged duplicates are moved", f"{reference} to {short(sent.body['id'])}")
         if not self.lies and all(self.organisation.alive(duplicate) for _, duplicate in mine):
@@ -422,20 +482,24 @@ class Books:
         self.read_journal()
         rows = read_savepoint(Path("savepoint.db"))
         self.intended.update(self.journal, (ids for ids, row in rows.items() if row["state"] in UNFINISHED))
-        self._judge_savepoint(rows)
-        self._judge_reports(rows, report, code)
+        self._judge_savepoint(rows, report is not None)
+        self.undo.after_run(rows, report, code)
+        if not self.undo.active:
+            self._judge_reports(rows, report, code)
         for ids, asks in self.asks.items():
             row = rows.get(ids)
             if asks and asks[-1].answer != "lost" and not (row and (row["refused"] or row["state"] != "requested")):
                 asks[-1].answer = "lost"  # the run was killed before it could note the answer
         return rows
 
-    def _judge_savepoint(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
+    def _judge_savepoint(self, rows: Mapping[Ids, Mapping[str, Any]], ended: bool) -> None:
         for ids, asks in self.asks.items():
             if not asks:
                 continue
             state = rows[ids]["state"] if ids in rows else "nothing"
-            if rows and state not in (*ENDED, *UNFINISHED):
+            if state == "undone" or ids in self.undo.open() or (state == "undoing" and self.disk_was_full):
+                continue
+            if (rows or ended) and state not in (*ENDED, *UNFINISHED):
                 raise Broken("once asked, never forgotten", f"the savepoint says {state} of {name(ids)}")
             if ids not in self.journal_lost and not self.journal[ids]:
                 raise Broken("once asked, never forgotten", f"the journal says nothing of {name(ids)}")
@@ -528,8 +592,20 @@ class Books:
             if entry["state"] == "done":
                 self._judge_done(ids_of(entry), entry["new_external_ref"], entry["backup"])
         for entry in report["failed_merges"]:
-            if entry["state"] != "merged_elsewhere" and self.asks[ids_of(entry)]:
+            refused = entry["code"] == "undo_unfinished" and (self.disk_was_full or ids_of(entry) in self.undo.open())
+            if entry["state"] != "merged_elsewhere" and self.asks[ids_of(entry)] and not refused:
                 raise Broken(promise, f"{file}: {name(ids_of(entry))} is called failed, and was asked for")
+
+    def standing(self, rows: Mapping[Ids, Mapping[str, Any]]) -> str:
+        """How things stand after a run, in so many words: where two runs leave the same, and neither has asked for
+        anything, a third one does nothing new."""
+        report = self.reports.get(self.last_report, {})
+        parts = [report.get(one) for one in ("failed_merges", "unfinished_merges")]
+        resting = [[ids_of(one), one["state"], one["code"]] for entries in parts for one in entries or ()]
+        asks = sum(map(len, self.asks.values()))
+        contacts = [[one["id"], one["state"], one["external_ref"]] for one in self.organisation.contacts.values()]
+        states = sorted((ids, row["state"]) for ids, row in rows.items())
+        return json.dumps([self.last_code, sorted(resting), asks, len(self.organisation.merges), contacts, states])
 
     def lose_savepoint(self) -> None:
         Path("savepoint.db").unlink()
@@ -562,7 +638,9 @@ class Books:
         last = self.reports[self.last_report]
         resting = {ids_of(entry): entry for entry in (*last["failed_merges"], *last["unfinished_merges"])}
         for ids in {*self.plan, *(ids for ids, asks in self.asks.items() if asks)}:
-            if ids in rows and rows[ids]["state"] in ENDED:
+            if ids in rows and rows[ids]["state"] in (*ENDED, "undoing", "undone"):
+                continue
+            if "undone" in self.undo.events(ids):
                 continue
             if ids not in resting and self._is_too_small() and self.last_code == 3:
                 continue
@@ -571,9 +649,12 @@ class Books:
                     "a life that is left in peace ends with every pair done or refused", f"{name(ids)}: nothing"
                 )
             entry = resting[ids]
+            if entry["code"] == "undo_unfinished" and self.undo.is_open(rows, self._group_of(ids, None)):
+                continue
             if not self._is_true(ids, entry, resting, stuck):
                 what = f"{name(ids)} is {entry['state']}, {entry['code']}: {entry['error']}"
                 raise Broken("every pair is done, or refused for a reason that is true", what)
+        self.undo.after_life(rows)
         for ids, asks in self.asks.items():
             reference = rows[ids]["new_ref"] if ids in rows else None
             if asks and reference and self.into(ids):
@@ -659,14 +740,18 @@ def read_savepoint(path: Path) -> Dict[Ids, Dict[str, Any]]:
     """The savepoint's rows by their ids; none where there is no savepoint."""
     if not path.exists() or not path.stat().st_size:
         return {}
-    names = ("primary_id", "duplicate_id", "state", "code", "refused", "new_ref", "backup")
     with contextlib.closing(sqlite3.connect(str(path))) as db:
         try:
-            found = db.execute(f"SELECT {', '.join(names)} FROM pairs").fetchall()
+            return read_rows(db.execute)
         except sqlite3.Error:
             if db.execute("PRAGMA user_version").fetchone()[0]:
                 raise
             return {}  # killed while it was being made
+
+
+def read_rows(execute: Callable[[str], Any]) -> Dict[Ids, Dict[str, Any]]:
+    names = ("primary_id", "duplicate_id", "state", "code", "refused", "new_ref", "backup", "email", "details")
+    found = execute(f"SELECT {', '.join(names)} FROM pairs").fetchall()
     return {(row[0], row[1]): dict(zip(names, row)) for row in found}
 
 

@@ -25,6 +25,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 from tests import world
 from tests.promises import LISTED, Books, Ids, Row, export_of
 from tests.simulated import Broken, Clock, Killed, Machine, Muted, Trace, Weather, load, outside_of, short
+from tests.undo_promises import WRITES
 
 SEEDS = Path(__file__).with_name("seeds.txt")
 HEADER = (
@@ -79,6 +80,8 @@ SHAPES = (  # references of the contacts of one email: R is DevRev's, u the appl
 class Founding:
     """Makes an organisation."""
 
+    HUGE = 600  # tickets at most: some pages, and more than fit into a call for many contacts
+
     def __init__(self, fate: Fate) -> None:
         self.fate = fate
         self.chance = fate.random
@@ -111,7 +114,7 @@ class Founding:
         return people
 
     def _works(self, contact: str) -> None:
-        most = 2500 if self.huge else self.chance.choice((0, 0, 1, 2, 5))
+        most = self.HUGE if self.huge else self.chance.choice((0, 0, 1, 2, 5))
         self.huge = False
         for _ in range(self.chance.randint(most // 2, most)):
             roles = self.chance.choices(("owned_by", "created_by", "reported_by"), k=self.chance.randint(1, 3))
@@ -287,6 +290,7 @@ class Life:
         self.books = Books(self.world, self.clock)
         self.others = Others(self)
         self.stuck: Set[str] = set()
+        self.undos: List[str] = []  # what was taken back, or begun to be
         self.latency = fate.somewhen(0.01, 0.4)
         self.in_peace = False
         self.exports: List[List[Row]] = []
@@ -349,6 +353,7 @@ class Life:
         return f"the application meets {wanted.new_ref}: {short(found)}"
 
     def _on_request(self, stage: str, request: world.Request) -> None:
+        self.books.undo.heard(stage, request)
         if stage == "before" or request.endpoint != "rev-users.merge" or self.in_peace:
             return
         ids = request.body["primary_user"], request.body["secondary_user"]
@@ -377,7 +382,8 @@ class Life:
                 self.counts[fate] += 1
                 self.books.others_spent += fate in ("twice", "late")
                 return Weather(there, back, fate)
-        if endpoint == "rev-users.merge" and self.fate.has("merges unheard", 0.15) and self.chance.random() < 0.3:
+        rare = endpoint in ("rev-users.merge", "rev-users.create")
+        if rare and self.fate.has("merges unheard", 0.15) and self.chance.random() < 0.3:
             self.counts["unheard"] += 1
             return Weather(there, back, self.chance.choice(("unheard", "lost", "late", "twice")))
         return Weather(there, back)
@@ -400,6 +406,9 @@ class Life:
         ):  # fmt: skip
             if self.fate.has(kind, 0.12):
                 found.append(world.Fault(kind, chance=0.4, detail=detail))
+        if self.undos and self.fate.has("contacts refused", 0.2):
+            kind = self.chance.choice(("400", "403", "409", "500-after"))
+            found.append(world.Fault(kind, "rev-users.create", chance=0.5))
         if self.fate.has("a look finds nobody", 0.08):
             found.append(world.Fault("404", "rev-users.get", chance=0.1))
             self.books.lies = True
@@ -419,7 +428,30 @@ class Life:
             self._disturb()
             self._run(self._options(), self._machine())
             self._between()
+            if self.fate.has("undo", 0.2) and self.chance.random() < 0.6:
+                self._undo()
         self._leave_in_peace()
+
+    def _undo(self) -> None:
+        """Somebody takes merges back: of a backup or of a report."""
+        found = [str(one) for one in sorted(Path("backups").glob("*/*/"))] if Path("backups").exists() else []
+        found += [str(one) for one in sorted(Path("reports").glob("merge_report_*.json"))]
+        if not found:
+            return
+        path = (
+            self.chance.choice(self.undos) if self.undos and self.chance.random() < 0.5 else self.chance.choice(found)
+        )
+        options = ["--undo", path, "--quiet", "--workers", str(self.chance.choice((1, 2, 8)))]
+        options += ["--merge-timeout", f"{self.fate.somewhen(2.0, 300.0):.1f}"]
+        if self.chance.random() < 0.1:
+            options += ["--preview"]
+        else:
+            options += ["--yes"]
+            self.undos += [path] if path not in self.undos else []
+        self._edits()
+        self._disturb()
+        self._run(options, self._machine())
+        self._between()
 
     def _disturb(self) -> None:
         """What the coming run meets at DevRev's side."""
@@ -498,7 +530,7 @@ class Life:
             options += [word for row in chance.sample(rows, min(3, len(rows))) for word in ("--email", row.email)]
         if fate.has("--count-policy", 0.2):
             options += ["--count-policy", "at-least"]
-        if fate.has("--no-timelines", 0.1):
+        if fate.has("--no-timelines", 0.7 if fate.has("huge") else 0.1):
             options += ["--no-timelines"]
         if fate.has("--choices", 0.15) and self._write_choices(rows):
             options += ["--choices", "choices.csv"]
@@ -544,8 +576,10 @@ class Life:
         module = self.module
         options = module.parse_options(argv)
         choices = self.choices if options.choices else {}
-        with open("contacts.csv", newline="", encoding="utf-8") as file:
-            rows = [Row(one[0], one[2], one[3], int(one[7]), one[5]) for one in list(csv.reader(file))[1:]]
+        rows: List[Row] = []
+        if options.csv:
+            with open("contacts.csv", newline="", encoding="utf-8") as file:
+                rows = [Row(one[0], one[2], one[3], int(one[7]), one[5]) for one in list(csv.reader(file))[1:]]
         self.books.begin(machine, options, rows, choices)
         settings = self._settings(options.workers)
         outside = outside_of(module, machine, settings)
@@ -567,7 +601,7 @@ class Life:
             run.console = module.Console(True, Muted(), Muted())
             run.settings = settings
             run.log_path.touch()
-            code = module.merge(run)
+            code = module.undo(run) if options.undo else module.merge(run)
         except Killed:
             self.counts["kills"] += 1
             ended = False
@@ -601,14 +635,20 @@ class Life:
         self.books.machine = None
         self.clock.advance(self.fate.somewhen(0.5, 200_000.0 if self.chance.random() < 0.3 else 100.0))
         lost = ""
-        if self.fate.has("reports lost", 0.08) and self.chance.random() < 0.5:
+        keeps = self.fate.has("undo", 0.2)  # what an undo names
+        if not keeps and self.fate.has("reports lost", 0.08) and self.chance.random() < 0.5:
             self.books.lose_reports()
             lost = "reports"
         if self.fate.has("savepoint lost", 0.15):
             if self.chance.random() < 0.5 and Path("savepoint.db").exists():
                 self.books.lose_savepoint()
                 lost += " savepoint"
-        elif self.fate.has("backups lost", 0.08) and self.chance.random() < 0.5 and Path("backups").exists():
+        elif (
+            not keeps
+            and self.fate.has("backups lost", 0.08)
+            and self.chance.random() < 0.5
+            and Path("backups").exists()
+        ):
             self.books.lose_backups()
             lost += " backups"
         if lost:
@@ -624,6 +664,9 @@ class Life:
         if self.world.quota:
             self.world.quota.others = 0
         self.clock.advance(1000.0)
+        for path in self.undos:
+            self._undo_in_peace(path)
+        last = ""
         for _ in range(PEACEFUL_RUNS):
             self._export()
             self._write_csv(self.exports[-1])
@@ -631,9 +674,25 @@ class Life:
             if code not in (0, 1, 3):
                 raise Broken("a life that is left in peace ends", f"a run ends with exit code {code}")
             self.clock.advance(400.0)
-            if code == 0:
+            last, before = self.books.standing(self.rows), last
+            if code == 0 or last == before:  # the next run would do the same again
                 break
         self.books.after_life(self.rows, self.stuck)
+
+    def _undo_in_peace(self, path: str) -> None:
+        """The same command again finishes an undo; once more, and it changes nothing."""
+        code, asked = None, 0
+        for _ in range(PEACEFUL_RUNS):
+            before, asked = code, len(self.world.requests)
+            code = self._run(["--undo", path, "--yes", "--quiet"], self._machine())
+            self.clock.advance(400.0)
+            if code not in (0, 1, 2):
+                raise Broken("a life that is left in peace ends", f"an undo ends with exit code {code}")
+            if code == before:
+                break
+        wrote = [one.endpoint for one in self.world.requests[asked:] if one.endpoint in WRITES]
+        if code == 0 and wrote:
+            raise Broken("a second undo does nothing", ", ".join(wrote))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -196,6 +196,8 @@ class Machine:
     after each durable write; `weather(endpoint)` says what the network does.
     """
 
+    MOST_IDLE = 3000  # requests without anything that reaches the disk
+
     def __init__(self, module: Any, clock: Clock, its_world: world.World, seed: int) -> None:
         self.module = module
         self.clock = clock
@@ -211,6 +213,7 @@ class Machine:
         self.steps = self.merges = self.travelling = 0
         self.dead = False
         self.connection: Optional[Connection] = None
+        self.idle = 0  # requests since anything has reached the disk
         self.units_unseen = 0  # requests whose answer's headers the run has never seen
 
     def step(self, what: str) -> None:
@@ -232,6 +235,7 @@ class Machine:
     def durable(self, what: str) -> bool:
         """Before a durable write: True where it is torn by a kill in its middle."""
         self.step(f"before {what}")
+        self.idle = 0
         if self.steps == self.full_at:
             self.trace(f"the disk is full: {what}")
             self.observer.disk_was_full = True
@@ -374,6 +378,9 @@ async def exchange(module: Any, machine: Machine, settings: Any, endpoint: str, 
     """One request through the weather, and its answer as the real wire would hand it over."""
     body = json.loads(module.to_json(body))
     machine.step(f"sending {endpoint}")
+    machine.idle += 1
+    if machine.idle > machine.MOST_IDLE:
+        raise Broken("a run gets somewhere", f"{machine.idle} requests, and nothing of it has reached the disk")
     sent = Sent(endpoint, body, machine.clock.now)
     machine.observer.asked(sent)
     machine.clock.last_progress = machine.clock.now
