@@ -46,7 +46,7 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
 from itertools import chain, compress
-from operator import attrgetter, itemgetter, or_
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -698,33 +698,67 @@ _NUL_MARK = "\ufdd0"  # a noncharacter: the csv module of Python 3.8 to 3.10 can
 _ADDRESS = re.compile(r"[^\s,;\"<>()]+@[^\s,;\"<>()]+")
 
 
-def read_contacts(path: Path, emails: Iterable[str] = ()) -> Reading:
-    """Read the export; of `emails` (keys) every row is kept, of others those that recur.
+class _Bytes(io.BufferedReader):
+    """A file that holds a mark for each NUL."""
 
-    Raises Stop(2) where the file can't be read, is no UTF-8 CSV, lacks a column or has no usable row.
-    """
-    with _csv_file(path) as raw:
-        before = os.fstat(raw.fileno())
+    has_nul = False
+
+    def read1(self, size: int = -1) -> bytes:
+        data = super().read1(size)
+        self.has_nul = self.has_nul or b"\0" in data
+        return data.replace(b"\0", _NUL_MARK.encode()) if self.has_nul else data
+
+
+class Table:
+    """A CSV that is read as far as its header; yields its rows, each with the number of its last line."""
+
+    def __init__(self, raw: BinaryIO, wanted: Iterable[str]) -> None:
+        os.lseek(raw.fileno(), 0, os.SEEK_SET)
+        self.bytes = _Bytes(io.FileIO(raw.fileno(), closefd=False))
+        self.lines = io.TextIOWrapper(self.bytes, encoding="utf-8-sig", newline="")
+        self.rows = csv.reader(self.lines, strict=True)
+        header = next((row for _, row in self if row), None)
+        if header is None:
+            raise Stop(EXIT_USAGE, "the file is empty")
+        self.width = len(header)
+        self.places = locate_columns(header, wanted)
+
+    def __iter__(self) -> Iterator[Tuple[int, List[str]]]:
         try:
-            return _ContactReader(raw).read(emails)
-        finally:
-            after = os.fstat(raw.fileno())
-            if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-                raise Stop(EXIT_USAGE, "changed while it was being read; wait for the export to finish")
+            for row in self.rows:
+                yield self.rows.line_num, row
+        except csv.Error as error:
+            raise csv.Error(f"line {self.rows.line_num}: {error}") from None
+
+    def shape_flaw(self, row: Sequence[str]) -> str:
+        """Say why the fields of a row can't be told apart for sure, `""` if they can."""
+        if len(row) != self.width:
+            return f"{plural(len(row), 'field')} instead of {self.width}"
+        if any(_NUL_MARK in value for value in row):
+            return "a NUL character"
+        if any(value.count(",") >= self.width - 1 and ("\n" in value or "\r" in value) for value in row):
+            return "a quoted field that holds other rows (a stray quote?)"
+        return ""
 
 
 @contextlib.contextmanager
-def _csv_file(path: Path) -> Iterator[BinaryIO]:
+def csv_file(path: Path) -> Iterator[BinaryIO]:
     """Open a CSV; whatever goes wrong inside becomes Stop(2) with one line that names the file."""
     csv.field_size_limit(1 << 20)
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise Stop(EXIT_USAGE, "not a regular file")
         with open(path, "rb", buffering=0) as raw:
-            flaw = _foreign(raw.read(1 << 16))
+            before = os.fstat(raw.fileno())
+            flaw = foreign(raw.read(1 << 16))
             if flaw:
                 raise Stop(EXIT_USAGE, flaw)
-            yield raw
+            try:
+                yield raw
+            finally:
+                after = os.fstat(raw.fileno())
+                if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+                    raise Stop(EXIT_USAGE, "changed while it was being read; wait for the export to finish")
     except OSError as error:
         raise Stop(EXIT_USAGE, f"{path}: can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -735,7 +769,7 @@ def _csv_file(path: Path) -> Iterator[BinaryIO]:
         raise Stop(stop.exit_code, f"{path}: {stop}") from None
 
 
-def _foreign(head: bytes) -> str:
+def foreign(head: bytes) -> str:
     """Say what it is that begins like no CSV of ours, `""` where it may be one."""
     if head.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
         return "an Excel workbook, not a CSV; save it as «CSV UTF-8 (comma delimited)»"
@@ -744,39 +778,9 @@ def _foreign(head: bytes) -> str:
     (first, *_) = head.lstrip(b"\xef\xbb\xbf \r\n").splitlines() or [b""]
     if first.lower().startswith(b"sep="):
         return "the first line is `sep=`, a note for Excel alone; delete it"
-    for separator, name in ((b";", "semicolons"), (b"\t", "tabs")):
-        if separator in first and b"," not in first:
-            return f"separated by {name}; export the CSV with commas"
+    if b"," not in first and (b";" in first or b"\t" in first):
+        return f"separated by {'semicolons' if b';' in first else 'tabs'}; export the CSV with commas"
     return ""
-
-
-class _Table(NamedTuple):
-    """A CSV that is read as far as its header."""
-
-    places: List[int]  # of the wanted columns
-    width: int
-    lines: Iterator[str]
-    rows: Any  # the csv.reader of the lines
-
-    @classmethod
-    def of(cls, raw: BinaryIO, wanted: Iterable[str], has_nul: bool = False) -> "_Table":
-        os.lseek(raw.fileno(), 0, os.SEEK_SET)
-        lines: Iterator[str] = open(raw.fileno(), encoding="utf-8-sig", newline="", closefd=False)  # noqa: SIM115
-        if has_nul:
-            lines = (line.replace("\0", _NUL_MARK) for line in lines)
-        table = cls([], 0, lines, csv.reader(lines, strict=True))
-        header = next((row for _, row in table.numbered() if row), None)
-        if header is None:
-            raise Stop(EXIT_USAGE, "the file is empty")
-        return table._replace(places=locate_columns(header, wanted), width=len(header))
-
-    def numbered(self) -> Iterator[Tuple[int, List[str]]]:
-        """Yield each row that is left with the number of its last line, which an error of csv names too."""
-        try:
-            for row in self.rows:
-                yield self.rows.line_num, row
-        except csv.Error as error:
-            raise csv.Error(f"line {self.rows.line_num}: {error}") from None
 
 
 def locate_columns(header: Sequence[str], wanted: Iterable[str]) -> List[int]:
@@ -794,114 +798,94 @@ def locate_columns(header: Sequence[str], wanted: Iterable[str]) -> List[int]:
     return [names.index(name) for name in wanted]
 
 
-class _ContactReader:
-    """Reads the file twice, to hold but few of very many rows: first to learn which emails and ids recur."""
+def read_contacts(path: Path, emails: Iterable[str] = ()) -> Reading:
+    """Read the export; of `emails` (keys) every row is kept, of others those that recur.
 
-    def __init__(self, raw: BinaryIO) -> None:
-        self.raw = raw
-        os.lseek(raw.fileno(), 0, os.SEEK_SET)
-        self.has_nul = any(b"\0" in block for block in iter(lambda: raw.read(1 << 20), b""))
-        self.rows_are_lines = False
-        self.reading = Reading()
-
-    def read(self, emails: Iterable[str]) -> Reading:
-        self._keep(self._survey(emails))
-        invalid = self.reading.invalid_rows
-        invalid.sort(key=attrgetter("line"))
-        if not self.reading.contacts_read:
-            some = "; ".join(f"line {row.line}: {row.reason}" for row in invalid[:3])
-            more = f"; and {len(invalid) - 3:,} more" if len(invalid) > 3 else ""
-            flaw = f"no usable row, {plural(len(invalid), 'invalid one')} ({some}{more})"
-            raise Stop(EXIT_USAGE, flaw if invalid else "no row but the header")
-        return self.reading
-
-    def _table(self) -> _Table:
-        return _Table.of(self.raw, COLUMNS.values(), self.has_nul)
-
-    def _survey(self, emails: Iterable[str]) -> bytes:
-        """Check every row, and say of each whether it is to be kept: its email or id recurs, or the email is wanted.
-
-        A hash stands for a value, so a million rows cost tens of megabytes; two values of one hash do no harm.
-        """
-        table = self._table()
-        places = dict(zip(COLUMNS, table.places))
-        pick = itemgetter(*(places[name] for name in ("id", "email", "external_ref", "tickets")))
-        keys, ids = array("q"), array("q")  # -1, which no hash is, for a row that is left out
-        header_line = line = table.rows.line_num
-        for last_line, row in table.numbered():
-            line, lines = last_line, last_line - line
-            odd = len(row) != table.width or lines > 1 or self.has_nul
-            flaw = self._shape_flaw(row, table.width) if odd else ""
-            flaw = flaw or Contact.flaw_of(*pick(row))
-            if flaw:
-                self._reject(line, row, places["email"], flaw)
-                keys.append(-1)
-                ids.append(-1)
-            else:
-                keys.append(hash(row[places["email"]].strip().casefold()))
-                ids.append(hash(row[places["id"]]))
-        self.rows_are_lines = line - header_line == len(keys)
-        self.reading.contacts_read = len(keys) - keys.count(-1)
-        wanted_keys = _repeated(keys).union(map(hash, chain(emails, self.reading.tainted)))
-        wanted_ids = _repeated(ids)
-        return bytes(map(or_, map(wanted_keys.__contains__, keys), map(wanted_ids.__contains__, ids)))
-
-    def _shape_flaw(self, row: Sequence[str], width: int) -> str:
-        """Say why the fields of a row can't be told apart for sure."""
-        if len(row) != width:
-            return f"{plural(len(row), 'field')} instead of {width}"
-        if self.has_nul and any(_NUL_MARK in value for value in row):
-            return "a NUL character"
-        if any(value.count(",") >= width - 1 and ("\n" in value or "\r" in value) for value in row):
-            return "a quoted field that holds other rows (a stray quote?)"
-        return ""
-
-    def _reject(self, line: int, row: Sequence[str], place: int, reason: str) -> None:
-        """Leave the row out, and with it all groups whose email stands in any of its fields; a blank row is nothing."""
-        if not row:
-            return
-        email = row[place].strip() if place < len(row) else ""
-        self.reading.invalid_rows.append(InvalidRow(line, reason, email[:320] or None))
-        for value in row:
-            for text in {value, value.replace(_NUL_MARK, "")}:
-                words = (text, *re.split(r"[,\r\n]", text), *_ADDRESS.findall(text))
-                self.reading.tainted.update(word.strip().casefold() for word in words)
-
-    def _keep(self, wanted: bytes) -> None:
-        """Make contacts of the wanted rows, the same row once; rows of one id that differ are invalid."""
-        table = self._table()
-        pick = itemgetter(*table.places)
-        rows: Iterable[Tuple[int, List[str]]] = compress(table.numbered(), wanted)
-        if self.rows_are_lines:  # so that the lines of the others need not be taken apart again
-            first = table.rows.line_num + 1
-            numbers = compress(range(first, first + len(wanted)), wanted)
+    The file is read twice, to hold few of very many rows. Raises Stop(2) where it can't be read, is no UTF-8 CSV,
+    lacks a column or has no usable row.
+    """
+    reading = Reading()
+    with csv_file(path) as raw:
+        table = Table(raw, COLUMNS.values())
+        header_line = table.rows.line_num
+        wanted = _survey(table, reading, emails)
+        rows_are_lines = table.rows.line_num - header_line == len(wanted)
+        table = Table(raw, COLUMNS.values())
+        rows: Iterable[Tuple[int, List[str]]] = compress(table, wanted)
+        if rows_are_lines:  # so that the lines of the others need not be taken apart again
+            numbers = compress(range(header_line + 1, header_line + 1 + len(wanted)), wanted)
             rows = zip(numbers, csv.reader(compress(table.lines, wanted), strict=True))
-        by_id: Dict[str, List[Tuple[int, Contact]]] = {}
-        for line, row in rows:
-            contact = Contact.from_cells(pick(row))
-            variants = by_id.setdefault(contact.id, [])
-            if any(contact == other for _, other in variants):
-                self.reading.contacts_read -= 1
-            else:
-                variants.append((line, contact))
-                self.reading.contacts.append(contact)
-        for variants in by_id.values():
-            for line, contact in variants if len(variants) > 1 else ():
-                other_line, other = next(variant for variant in variants if variant[0] != line)
-                differing = [COLUMNS[name] for name in COLUMNS if getattr(contact, name) != getattr(other, name)]
-                reason = f"the {COLUMNS['id']} of line {other_line} with another {', '.join(differing)}"
-                self.reading.invalid_rows.append(InvalidRow(line, reason, contact.email.strip()[:320]))
-                self.reading.tainted.add(contact.key)
+        pick = itemgetter(*table.places)
+        _keep(((line, Contact.from_cells(pick(row))) for line, row in rows), reading)
+        invalid = reading.invalid_rows
+        invalid.sort(key=attrgetter("line"))
+        if not reading.contacts_read:
+            few, more = some([f"line {row.line}: {row.reason}" for row in invalid], 3)
+            flaw = f"no usable row, {plural(len(invalid), 'invalid one')} ({'; '.join([*few, *filter(None, [more])])})"
+            raise Stop(EXIT_USAGE, flaw if invalid else "no row but the header")
+    return reading
 
 
-def _repeated(hashes: "array[int]") -> Set[int]:
-    seen, repeated = {-1}, set()
-    for value in hashes:
-        if value in seen:
-            repeated.add(value)
+def _survey(table: Table, reading: Reading, emails: Iterable[str]) -> bytes:
+    """Check every row, and say of each whether it is to be kept: its email or id recurs, or the email is wanted.
+
+    A hash stands for a value, so a million rows cost tens of megabytes; two values of one hash do no harm.
+    """
+    places = dict(zip(COLUMNS, table.places))
+    pick = itemgetter(*(places[name] for name in ("id", "email", "external_ref", "tickets")))
+    keys, ids = array("q"), array("q")  # -1, which no hash is, for a row that is left out
+    line = table.rows.line_num
+    for last_line, row in table:
+        line, lines = last_line, last_line - line
+        odd = len(row) != table.width or lines > 1 or table.bytes.has_nul
+        flaw = (odd and table.shape_flaw(row)) or Contact.flaw_of(*pick(row))
+        if flaw:
+            _reject(reading, line, row, places["email"], flaw)
+        keys.append(-1 if flaw else hash(row[places["email"]].strip().casefold()))
+        ids.append(-1 if flaw else hash(row[places["id"]]))
+    reading.contacts_read = len(keys) - keys.count(-1)
+    wanted_keys = repeated(keys).union(map(hash, chain(emails, reading.tainted))) - {-1}
+    wanted_ids = repeated(ids) - {-1}
+    return bytes(key in wanted_keys or one in wanted_ids for key, one in zip(keys, ids))
+
+
+def repeated(values: Iterable[int]) -> Set[int]:
+    seen: Set[int] = set()
+    found: Set[int] = set()
+    for value in values:
+        (found if value in seen else seen).add(value)
+    return found
+
+
+def _reject(reading: Reading, line: int, row: Sequence[str], place: int, reason: str) -> None:
+    """Leave a row out, and with it all groups whose email stands in any of its fields; a blank row is nothing."""
+    if not row:
+        return
+    email = row[place].strip() if place < len(row) else ""
+    reading.invalid_rows.append(InvalidRow(line, reason, email[:320] or None))
+    cells = {*row, *(value.replace(_NUL_MARK, "") for value in row)}
+    text = ",".join(cells)
+    words = {*cells, *re.split(r"[,\r\n]", text), *_ADDRESS.findall(text)}
+    reading.tainted.update(word.strip().casefold() for word in words)
+
+
+def _keep(rows: Iterable[Tuple[int, Contact]], reading: Reading) -> None:
+    """Take each row once; rows of one id that differ are invalid."""
+    by_id: Dict[str, List[Tuple[int, Contact]]] = {}
+    for line, contact in rows:
+        variants = by_id.setdefault(contact.id, [])
+        if any(contact == other for _, other in variants):
+            reading.contacts_read -= 1
         else:
-            seen.add(value)
-    return repeated - {-1}
+            variants.append((line, contact))
+            reading.contacts.append(contact)
+    for variants in by_id.values():
+        for line, contact in variants if len(variants) > 1 else ():
+            other_line, other = next(variant for variant in variants if variant[0] != line)
+            differing = [COLUMNS[name] for name in COLUMNS if getattr(contact, name) != getattr(other, name)]
+            reason = f"the {COLUMNS['id']} of line {other_line} with another {', '.join(differing)}"
+            reading.invalid_rows.append(InvalidRow(line, reason, contact.email.strip()[:320]))
+            reading.tainted.add(contact.key)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1093,9 +1077,9 @@ def read_choices(path: Path) -> Dict[str, str]:
     """
     choices: Dict[str, str] = {}
     lines: Dict[str, int] = {}
-    with _csv_file(path) as raw:
-        table = _Table.of(raw, ("EMAIL", "EXTERNAL_REF"))
-        for line, row in table.numbered():
+    with csv_file(path) as raw:
+        table = Table(raw, ("EMAIL", "EXTERNAL_REF"))
+        for line, row in table:
             if not row:
                 continue
             if len(row) != table.width:
@@ -3603,7 +3587,7 @@ class Exporter:
 
     def _recurring(self, keys: "array[int]") -> List[Contact]:
         self.spool.seek(0)
-        wanted = compress(self.spool, map(_repeated(keys).__contains__, keys))
+        wanted = compress(self.spool, map(repeated(keys).__contains__, keys))
         # A contact that is changed while the list is read may stand in it twice.
         contacts = {contact.id: contact for contact in (Contact(*json.loads(line)) for line in wanted)}
         times = collections.Counter(contact.key for contact in contacts.values())
