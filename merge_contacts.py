@@ -174,6 +174,22 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
+def some(items: Sequence[T], most: int = 5) -> Tuple[Sequence[T], str]:
+    """The first few, and in words how many more there are."""
+    return items[:most], f"and {len(items) - most:,} more" if len(items) > most else ""
+
+
+def subject(body: Json) -> str:
+    """Whom or what a request is about, in a few words."""
+    lists = [value if isinstance(value, list) else [value] for name, value in body.items() if name not in UNTOLD]
+    named = [str(one).rpartition("/")[2] for one in chain.from_iterable(lists) if not isinstance(one, dict)]
+    few, more = some(named, 3)
+    return f"for {', '.join(few)} {more}".strip() if few else "for all"
+
+
+UNTOLD = ("limit", "cursor", "type")  # of a request's body
+
+
 def iso(epoch: float) -> str:
     """Epoch seconds as UTC, `2025-01-31T12:00:00.000+00:00`."""
     return datetime.fromtimestamp(epoch, timezone.utc).isoformat(timespec="milliseconds")
@@ -499,7 +515,8 @@ class Wire:
         except requests.exceptions.RequestException as error:
             problem = type(error).__name__
         tail = f" ({problem})" if problem else ""
-        log.debug("%s -> %s in %.3f s%s", endpoint, status or "no answer", time.monotonic() - begun, tail)
+        took = time.monotonic() - begun
+        log.debug("%s %s -> %s in %.3f s%s", endpoint, subject(body), status or "no answer", took, tail)
         return Answer(status, headers, data, problem, sent)
 
     def _read(self, answer: "requests.Response") -> Tuple[Optional[Json], str]:
@@ -952,6 +969,10 @@ class Pair:
         """Whether a person may accept what it lacks: the duplicate has gone, and a report has said what is wrong."""
         gone = self.state in (State.MERGED, State.PROVING) or self.code == "merged_into_another"
         return gone and bool(self.report) and self.code not in ("", "interrupted")
+
+
+def into(pair: Pair) -> str:
+    return f"{pair.duplicate.short_id} into {pair.primary.short_id}"
 
 
 @dataclass(eq=False)
@@ -1415,7 +1436,11 @@ class Gate:
             self._failed_scouts = 0
             self._scouting = self._scouting and not scout
         if self._failed_scouts > self.retries:
-            self.brake.pull(Stop(EXIT_STOPPED, f"DevRev at {self.host} can't be reached or keeps failing"))
+            self.brake.pull(
+                Stop(
+                    EXIT_STOPPED, f"DevRev at {self.host} can't be reached or keeps failing (is DEVREV_BASE_URL right?)"
+                )
+            )
         if self._refusals > 10 + 5 * self.retries:
             self.brake.pull(Stop(EXIT_STOPPED, "DevRev keeps answering 429 (over quota), however long it is waited"))
         self._let_through()
@@ -2671,6 +2696,7 @@ class Evidence:
         self.outside = merger.outside
         self.group = group
         self.folder = ""  # of the backup, once the integrity check has passed
+        self.counts: Json = {}  # of what the backup holds
         self._checked: Optional[Moment] = None
         self._listed: Optional[Moment] = None
         self._live: Dict[str, Json] = {}  # rev users by id
@@ -2716,6 +2742,7 @@ class Evidence:
         if flaw:
             raise flaw
         self._live, self._checked = live, oldest(since)
+        log.info("%s: the live check of %s has passed", self.group.email, plural(len(contacts), "contact"))
 
     async def _back_up(self) -> None:
         """Read all that DevRev holds of the group, write it down, and check what is on the disk."""
@@ -2728,10 +2755,17 @@ class Evidence:
             await self._read_timelines(things)
         timelines = {identity: self._timelines[identity][1] for identity in things if identity in self._timelines}
         folder, flaw = await self.outside.work(self._write_backup, held, timelines)
+        works = {work for one in held for work in one.works()}
+        entries = sum(map(len, timelines.values()))
+        self.counts = {"works": len(works), "conversations": len(things) - len(works), "timeline_entries": entries}
+        counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.counts.items())
+        log.info("%s: backed up in %s: %s", self.group.email, folder, counts)
         for pair in self.group.pairs:
-            pair.backup = folder if pair.state is State.PLANNED else pair.backup
+            if pair.state is State.PLANNED:
+                pair.backup, pair.details["backed_up"] = folder, self.counts
         if flaw:
             raise flaw
+        log.info("%s: the integrity check of %s has passed", self.group.email, folder)
         self.folder, self._listed = folder, since
 
     async def _holdings(self, contact: Contact, urgency: int) -> Tuple[Holdings, Moment]:
@@ -2965,6 +2999,7 @@ class Walk:
         else:
             pair.state = State.ACKNOWLEDGED
             await self.merger.ledger.note(pair)
+            log.info("%s: DevRev has acknowledged the merge", pair.email)
             self.merger.note_acknowledged()
         return None
 
@@ -2975,11 +3010,12 @@ class Walk:
         course = self.courses[pair.ids]
         course.asks, course.looked, course.refusal = course.asks + 1, False, None
         pair.state, pair.code, pair.error, pair.refused = State.REQUESTED, "", "", False
-        pair.backup = self.evidence.folder
+        pair.backup, pair.details["backed_up"] = self.evidence.folder, self.evidence.counts
         pair.requested_at = self.outside.moment().wall
         pair.first_requested_at = pair.first_requested_at or pair.requested_at
         await self.merger.ledger.note(pair, "asked")
         self.evidence.insist()  # a disk may be slow
+        log.info("%s: asking for the merge of %s", pair.email, into(pair))
 
     async def _somebody_else(self, pair: Pair) -> None:
         """A first request was answered with an object's 404: somebody has merged or deleted one of the two.
@@ -3057,6 +3093,7 @@ class Walk:
         self.merger.changed = True
         pair.state, pair.code, pair.error = State.MERGED, "", ""
         await self.merger.ledger.note(pair, "merged")
+        log.info("%s: confirmed, %s has gone", pair.email, pair.duplicate.short_id)
 
     async def _note_still_there(self, pair: Pair) -> None:
         """It was believed gone until something has contradicted it: back to looking."""
@@ -3092,6 +3129,7 @@ class Walk:
                 check_holders(pair, await self.api.holders_of(pair.new_ref, Turn(FINISH, self.hold)), over)
         pair.state = State.PROVING
         await self.merger.ledger.note(pair)
+        log.info("%s: %s has the reference %s", pair.email, pair.primary.short_id, pair.new_ref or "that it had")
 
     async def _set_reference(self, pair: Pair, reference: str) -> bool:
         """True where the reference is set and read back, False where somebody holds it."""
@@ -3111,7 +3149,8 @@ class Walk:
     async def _prove(self, pair: Pair) -> None:
         """Look until all that the duplicate had hangs on the primary, and the list of its email shows it no more."""
         self.merger.expect_no_more(self)
-        left, listed = await self.proof.wait(pair, to_prove(pair.backup, pair.duplicate.id))
+        wanted = to_prove(pair.backup, pair.duplicate.id)
+        left, listed = await self.proof.wait(pair, wanted)
         if listed is Sight.THERE:
             await self._note_still_there(pair)
         elif left:
@@ -3122,6 +3161,8 @@ class Walk:
             raise PairError("still_listed", f"merged, but DevRev still lists {pair.duplicate.short_id} for its email")
         else:
             pair.state, pair.code, pair.error, pair.left_behind = State.DONE, "", "", []
+            pair.details["proved"] = len({item["id"] for item in wanted}.difference(pair.details.get("deleted", ())))
+            log.info("%s: proved, all %d objects hang on the primary", pair.email, pair.details["proved"])
 
 
 class Proof:
@@ -4232,19 +4273,13 @@ def contact_entry(contact: Contact, reference: str = "old_external_ref") -> Json
 
 
 PROGRESS: Mapping[State, Json] = {
-    State.REQUESTED: {
-        "so_far": "asked for, and not merged yet",
-        "to_do": "confirm the merge, set the reference, prove",
-    },
-    State.ACKNOWLEDGED: {"so_far": "DevRev has accepted the merge", "to_do": "confirm it, set the reference, prove"},
-    State.MERGED: {
-        "so_far": "merged in DevRev, for good",
-        "to_do": "set the reference, prove that nothing was left behind",
-    },
-    State.PROVING: {
-        "so_far": "merged in DevRev, for good, and the reference is set",
-        "to_do": "prove that nothing was left behind",
-    },
+    state: {"so_far": so_far, "to_do": to_do}
+    for state, so_far, to_do in (
+        (State.REQUESTED, "asked for, and not merged yet", "confirm the merge, set the reference, prove"),
+        (State.ACKNOWLEDGED, "DevRev has accepted the merge", "confirm it, set the reference, prove"),
+        (State.MERGED, "merged in DevRev, for good", "set the reference, prove that nothing was left behind"),
+        (State.PROVING, "merged in DevRev, for good, and the reference is set", "prove that nothing was left behind"),
+    )
 }
 
 
@@ -4267,19 +4302,23 @@ def merge_entry(pair: Pair, planned: Collection[Tuple[str, str]]) -> Json:
     return {**entry, **PROGRESS.get(pair.state, {})}
 
 
-def skip_entry(skip: Skip) -> Json:
-    """A skipped group, with the lines of which --choices may take one."""
-    choices = [
-        {"line": line, "external_ref": contact.external_ref, "display_id": contact.short_id}
-        for line, contact in skip.choice_lines().items()
-    ]
-    return {
-        "email": skip.email,
-        "code": skip.code,
-        "reason": SKIP_REASONS[skip.code][0],
-        "contacts": [contact_entry(contact, "external_ref") for contact in skip.contacts],
-        "choices": choices,
-    }
+def left_out(plan: Plan) -> Dict[str, Iterable[Json]]:
+    """The skipped groups, each with the lines of which --choices may take one, and the invalid rows."""
+
+    def entry(skip: Skip) -> Json:
+        choices = skip.choice_lines().items()
+        return {
+            "email": skip.email,
+            "code": skip.code,
+            "reason": SKIP_REASONS[skip.code][0],
+            "contacts": [contact_entry(contact, "external_ref") for contact in skip.contacts],
+            "choices": [
+                {"line": line, "external_ref": contact.external_ref, "display_id": contact.short_id}
+                for line, contact in choices
+            ],
+        }
+
+    return {"skipped": map(entry, plan.skipped), "invalid_rows": (row._asdict() for row in plan.invalid_rows)}
 
 
 def report_chunks(head: Json, lists: Mapping[str, Iterable[Json]]) -> Iterator[bytes]:
@@ -4293,58 +4332,40 @@ def report_chunks(head: Json, lists: Mapping[str, Iterable[Json]]) -> Iterator[b
     yield b"\n}\n"
 
 
-class Outcome:
-    """What a run has come to: the pairs of the report's lists, read from the savepoint as often as one asks."""
+def outcome(savepoint: SavePoint) -> Dict[str, Iterator[Pair]]:
+    """What a run has come to: the pairs of the report's lists, read from the savepoint anew with each call."""
+    elsewhere = State.MERGED_ELSEWHERE
+    return {
+        # Those of a run that was killed before its report are among them.
+        "successful_merges": (pair for pair in savepoint.unreported() if pair.state is not elsewhere),
+        "failed_merges": chain(savepoint.failed(), (one for one in savepoint.unreported() if one.state is elsewhere)),
+        "unfinished_merges": savepoint.rows(*UNFINISHED),
+    }
 
-    def __init__(self, plan: Plan, savepoint: SavePoint) -> None:
-        self.plan = plan
-        self.savepoint = savepoint
 
-    def successful(self) -> Iterator[Pair]:
-        """Pairs that have ended well and stand in no report yet, those of a run that was killed among them."""
-        return (pair for pair in self.savepoint.unreported() if pair.state is not State.MERGED_ELSEWHERE)
-
-    def failed(self) -> Iterator[Pair]:
-        """Pairs that were not asked for, or have ended without a merge."""
-        yield from self.savepoint.failed()
-        yield from (pair for pair in self.savepoint.unreported() if pair.state is State.MERGED_ELSEWHERE)
-
-    def unfinished(self) -> Iterator[Pair]:
-        return self.savepoint.rows(*UNFINISHED)
-
-    def summary(self) -> Json:
-        """The contract's numbers, of this CSV's pairs; `earlier_runs` counts the other pairs in the lists."""
-        lists = {
-            "successful_merges": self.successful,
-            "failed_merges": self.failed,
-            "unfinished_merges": self.unfinished,
-        }
-        mine: Dict[str, int] = dict.fromkeys(lists, 0)
-        others = dict(mine)
-        for name, pairs in lists.items():
-            for pair in pairs():
-                (mine if pair.ids in self.plan.ids else others)[name] += 1
-        attempted = sum(mine.values())
-        plan = self.plan
-        summary: Json = {
-            "contacts_read": plan.contacts_read,
-            "invalid_rows": len(plan.invalid_rows),
-            "pairs_planned": len(plan.ids),
-            "already_merged": plan.already_merged,
-            "total_merges_attempted": attempted,
-            **mine,
-            "left": len(plan.ids) - plan.already_merged - attempted,
-            "skipped_groups": len(plan.skipped),
-        }
-        if any(others.values()):
-            summary["earlier_runs"] = others
-        return summary
+def summary_of(plan: Plan, savepoint: SavePoint) -> Json:
+    """The contract's numbers, of this CSV's pairs; `earlier_runs` counts the other pairs in the lists."""
+    counts = {
+        name: collections.Counter(pair.ids in plan.ids for pair in pairs) for name, pairs in outcome(savepoint).items()
+    }
+    mine, others = ({name: count[which] for name, count in counts.items()} for which in (True, False))
+    attempted = sum(mine.values())
+    return {
+        "contacts_read": plan.contacts_read,
+        "invalid_rows": len(plan.invalid_rows),
+        "pairs_planned": len(plan.ids),
+        "already_merged": plan.already_merged,
+        "total_merges_attempted": attempted,
+        **mine,
+        "left": len(plan.ids) - plan.already_merged - attempted,
+        "skipped_groups": len(plan.skipped),
+        **({"earlier_runs": others} if any(others.values()) else {}),
+    }
 
 
 def headline(summary: Json) -> str:
     """What a run has come to, in one line: nobody may read "all" where some remain."""
-    mine = summary["pairs_planned"] - summary["already_merged"]
-    lists = ("successful_merges", "unfinished_merges", "failed_merges")
+    mine, skipped = summary["pairs_planned"] - summary["already_merged"], summary["skipped_groups"]
     words = [f"{summary['successful_merges']:,} of {plural(mine, 'pair')} merged" if mine else "nothing to merge"]
     counts = {
         "unfinished": summary["unfinished_merges"],
@@ -4353,32 +4374,25 @@ def headline(summary: Json) -> str:
         "merged before": summary["already_merged"],
     }
     words += [f"{count:,} {what}" for what, count in counts.items() if count]
-    words += [f"{plural(summary['skipped_groups'], 'group')} skipped"] if summary["skipped_groups"] else []
+    words += [f"{plural(skipped, 'group')} skipped"] if skipped else []
     words += [plural(summary["invalid_rows"], "invalid row")]
-    others = [summary.get("earlier_runs", {}).get(name) for name in lists]
-    more = [f"{count:,} {what}" for what, count in zip(("at their end", "unfinished", "failed"), others) if count]
+    ends = {"successful_merges": "at their end", "unfinished_merges": "unfinished", "failed_merges": "failed"}
+    others = summary.get("earlier_runs", {})
+    more = [f"{others[name]:,} {what}" for name, what in ends.items() if others.get(name)]
     return ", ".join(words) + (f"; of earlier runs, not in this CSV: {', '.join(more)}" if more else "")
 
 
-def write_report(path: Path, run: Json, outcome: Outcome, outside: Outside) -> None:
+def write_report(path: Path, run: Json, plan: Plan, savepoint: SavePoint, outside: Outside) -> None:
     """Write the JSON report, and beside it the page that shows it. Raises OSError where the disk refuses.
 
     The savepoint knows the report's name before the report has it, so that what has ended stands in exactly one.
     """
-    plan, savepoint, summary = outcome.plan, outcome.savepoint, outcome.summary()
-    outside.folder(path.parent)
-
-    def entries(pairs: Iterable[Pair]) -> Iterator[Json]:
-        return (merge_entry(pair, plan.ids) for pair in pairs)
-
+    summary = summary_of(plan, savepoint)
     lists: Dict[str, Iterable[Json]] = {
-        "successful_merges": entries(outcome.successful()),
-        "failed_merges": entries(outcome.failed()),
-        "unfinished_merges": entries(outcome.unfinished()),
-        "skipped": map(skip_entry, plan.skipped),
-        "invalid_rows": (row._asdict() for row in plan.invalid_rows),
+        name: (merge_entry(pair, plan.ids) for pair in pairs) for name, pairs in outcome(savepoint).items()
     }
-    chunks = report_chunks({"run": run, "summary": summary}, lists)
+    outside.folder(path.parent)
+    chunks = report_chunks({"run": run, "summary": summary}, {**lists, **left_out(plan)})
     outside.replace(path, chunks, before=lambda: savepoint.announce_report(path.name))
     savepoint.settle_report(lambda _name: True)
     template = Path(__file__).resolve().parent / "reports" / "template.html"
@@ -4392,15 +4406,7 @@ def write_report(path: Path, run: Json, outcome: Outcome, outside: Outside) -> N
 
 def for_script(text: bytes) -> bytes:
     """Escape JSON so that nothing in it can end the <script> element that holds it."""
-    for raw, escaped in (
-        (b"<", rb"\u003c"),
-        (b">", rb"\u003e"),
-        (b"&", rb"\u0026"),
-        (b"\xe2\x80\xa8", rb"\u2028"),
-        (b"\xe2\x80\xa9", rb"\u2029"),
-    ):
-        text = text.replace(raw, escaped)
-    return text
+    return re.sub(rb"[<>&]|\xe2\x80[\xa8\xa9]", lambda found: rb"\u%04x" % ord(found.group().decode("utf-8")), text)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -4416,9 +4422,7 @@ class Estimate(NamedTuple):
         return f"about {plural(self.requests, 'request')}, about {duration(self.seconds)}"
 
 
-def estimate(
-    pairs: int, references: int, contacts: int, tickets: int, settings: ApiSettings, with_timelines: bool
-) -> Estimate:
+def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimate:
     """What a run costs: for each pair a merge and, at the pace of most merges, two looks, for some a reference; ten
     list calls a batch and one a page; one timeline for each ticket, issue and conversation.
 
@@ -4426,24 +4430,19 @@ def estimate(
     conversation for every other contact are assumed. Seconds are what the requests take under the client's own
     ceiling, or at 0.2 s each over the workers, whichever is more.
     """
-    requests = 3 * pairs + references + 10 * -(-pairs // ContactMerger.BATCH) + tickets // 20 + (1 if pairs else 0)
+    pairs = contacts = tickets = requests = 0
+    for group in plan.groups:
+        left = [pair for pair in group.pairs if pair.state not in ENDED]
+        pairs += len(left)
+        contacts += len(left) + bool(left)
+        tickets += sum(pair.duplicate.tickets for pair in left) + (group.primary.tickets if left else 0)
+        requests += sum(3 + bool(pair.new_ref) for pair in left)
+    requests += 10 * -(-pairs // ContactMerger.BATCH) + tickets // 20 + bool(pairs)
     if with_timelines:
         requests += tickets * 13 // 10 + contacts // 2
     calls, period = settings.calls, settings.period
     least = time_in_windows(requests, calls, period, calls, period) if calls else 0.0
     return Estimate(requests, max(least, requests * 0.2 / settings.workers))
-
-
-def estimate_plan(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimate:
-    pairs = references = contacts = tickets = 0
-    for group in plan.groups:
-        left = [pair for pair in group.pairs if pair.state not in ENDED]
-        if left:
-            pairs += len(left)
-            references += sum(bool(pair.new_ref) for pair in left)
-            contacts += len(left) + 1
-            tickets += group.primary.tickets + sum(pair.duplicate.tickets for pair in left)
-    return estimate(pairs, references, contacts, tickets, settings, with_timelines)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -4566,12 +4565,10 @@ class Console:
         plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb" or not (stream or self.out).isatty()
         return text if plain or not style else f"\x1b[{self.COLOURS[style]}m{text}\x1b[0m"
 
-    def symbol(self, fancy: str, plain: str) -> str:
-        try:
-            fancy.encode(self.out.encoding or "ascii")
-        except UnicodeEncodeError:
-            return plain
-        return fancy
+    @property
+    def arrow(self) -> str:
+        """Points from the duplicate to the primary, with what the output can show."""
+        return "<-" if "\u2190".encode(self.out.encoding or "ascii", "ignore") == b"" else "\u2190"
 
     def clean(self, text: str) -> str:
         return printable(self.mask(text))
@@ -4652,7 +4649,9 @@ class ConsoleHandler(logging.Handler):
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno != logging.ERROR:
+        if record.levelno == logging.WARNING:
+            self.console.note(f"warning: {record.getMessage()}")
+        elif record.levelno != logging.ERROR:
             self.console.note(self.format(record))
 
 
@@ -4661,25 +4660,51 @@ class ConsoleHandler(logging.Handler):
 # ---------------------------------------------------------------------------------------------------
 
 
-def show_plan(plan: Plan, console: Console, cost: Estimate, ceiling: str, earlier: Sequence[Pair]) -> None:
+def plan_summary(plan: Plan, cost: Estimate, earlier: Sequence[Pair]) -> Json:
+    """The plan in numbers; `earlier` are the pairs that are taken over from earlier runs."""
+    new = sum(pair.state is State.PLANNED for pair in plan.pairs())
+    in_csv = sum(pair.ids in plan.ids for pair in earlier)
+    return {
+        "plan_id": plan.id,
+        "contacts_read": plan.contacts_read,
+        "pairs_planned": len(plan.ids),
+        "pairs_to_merge": new,
+        "pairs_to_finish": len(earlier),
+        "already_merged": plan.already_merged,
+        "left": len(plan.ids) - plan.already_merged - in_csv - new,
+        "skipped_groups": len(plan.skipped),
+        "invalid_rows": len(plan.invalid_rows),
+        "estimated_requests": cost.requests,
+        "estimated_seconds": round(cost.seconds),
+    }
+
+
+def plan_chunks(plan: Plan, facts: Json, earlier: Sequence[Pair]) -> Iterator[bytes]:
+    """The plan as JSON, for `--preview --json`."""
+    lists: Dict[str, Iterable[Json]] = {
+        "pairs": (merge_entry(pair, plan.ids) for pair in plan.pairs() if pair.state is State.PLANNED),
+        "to_finish": (merge_entry(pair, plan.ids) for pair in earlier),
+    }
+    return report_chunks({"summary": facts}, {**lists, **left_out(plan)})
+
+
+def show_plan(plan: Plan, facts: Json, console: Console, cost: str, earlier: Sequence[Pair]) -> None:
     """Print what a run would do, so that somebody can sign it."""
     if not console.quiet:
         _show_pairs(plan, console)
-        say_lines(console, earlier_lines(earlier))
-        say_lines(console, choice_lines(plan))
-        _show_skipped(plan, console)
-    new = sum(pair.state is State.PLANNED for pair in plan.pairs())
-    in_csv = sum(pair.ids in plan.ids for pair in earlier)
-    left = len(plan.ids) - plan.already_merged - in_csv - new
+        blocks = (earlier_lines(earlier), choice_lines(plan), invalid_lines(plan))
+        for lines in chain(blocks, (skip_lines(plan, code) for code in SKIP_REASONS)):
+            say_lines(console, lines)
     console.say(f"{plural(plan.contacts_read, 'contact')} read, {plural(len(plan.invalid_rows), 'invalid row')}")
     if plan.already_merged:
         console.say(f"{plural(plan.already_merged, 'pair')} of this export already merged (says the savepoint)")
-    if left:
-        console.say(f"{plural(left, 'pair')} left for another run (--email, --limit)")
-    console.say(f"{cost} {ceiling}")
+    if facts["left"]:
+        console.say(f"{plural(facts['left'], 'pair')} left for another run (--email, --limit)")
+    console.say(cost)
     console.say(f"plan {plan.id}")
     more = f", {len(earlier):,} of earlier runs to finish first" if earlier else ""
-    console.say(f"{plural(new, 'pair')} to merge, {plural(len(plan.skipped), 'group')} skipped{more}", "bold")
+    counts = f"{plural(facts['pairs_to_merge'], 'pair')} to merge, {plural(len(plan.skipped), 'group')} skipped"
+    console.say(counts + more, "bold")
 
 
 def say_lines(console: Console, lines: Iterable[str]) -> None:
@@ -4692,11 +4717,6 @@ def say_lines(console: Console, lines: Iterable[str]) -> None:
         console.say()
 
 
-def some(items: Sequence[T], most: int = 5) -> Tuple[Sequence[T], str]:
-    """The first few, and in words how many more there are."""
-    return items[:most], f"and {len(items) - most:,} more" if len(items) > most else ""
-
-
 def names_of(pair: Pair) -> str:
     """Whose contacts they are: one name, or both where they differ."""
     names = {contact.name.casefold(): contact.name for contact in (pair.primary, pair.duplicate)}
@@ -4704,8 +4724,8 @@ def names_of(pair: Pair) -> str:
 
 
 def told(pair: Pair) -> str:
-    into = f"{pair.duplicate.short_id} into {pair.primary.short_id}"
-    return f"{names_of(pair)} <{pair.email}>: {into}" + (f", which becomes {pair.new_ref}" if pair.new_ref else "")
+    becomes = f", which becomes {pair.new_ref}" if pair.new_ref else ""
+    return f"{names_of(pair)} <{pair.email}>: {into(pair)}{becomes}"
 
 
 def earlier_lines(pairs: Sequence[Pair]) -> Iterator[str]:
@@ -4737,11 +4757,42 @@ def told_of(contact: Contact) -> str:
     return f"{contact.name}, {contact.short_id}, {plural(contact.tickets, 'ticket')}{since}"
 
 
+def invalid_lines(plan: Plan) -> Iterator[str]:
+    if plan.invalid_rows:
+        yield f"LEFT OUT: {plural(len(plan.invalid_rows), 'invalid row')}"
+    for row in plan.invalid_rows:
+        yield f"  line {row.line}: {row.reason}" + (f" ({row.email})" if row.email else "")
+
+
+def skip_lines(plan: Plan, code: str) -> Iterator[str]:
+    """The groups that are skipped for one reason, with the lines of which one would go into a file of choices."""
+    skips = [skip for skip in plan.skipped if skip.code == code]
+    if not skips:
+        return
+    yield f"SKIPPED {code}: {plural(len(skips), 'group')}"
+    reason, advice = SKIP_REASONS[code]
+    yield f"  why: {reason}"
+    yield f"  what to do: {advice}"
+    lines: Dict[str, List[str]] = collections.defaultdict(list)
+    for row in plan.invalid_rows:
+        lines[email_key(row.email or "")].append(str(row.line))
+    for skip in skips:
+        choices = list(skip.choice_lines().items())
+        few, more = some([f"    {line}    ({told_of(contact)})" for line, contact in choices], 6)
+        if choices:
+            yield f"  {skip.email}, {plural(len(skip.contacts), 'contact')}; one of these lines for --choices:"
+            yield from few
+            yield from [f"    {more}"] if more else []
+            continue
+        names, more = some([f"{one.external_ref} ({one.tickets})" for one in skip.contacts], 6)
+        where = f" (lines {', '.join(lines[skip.email])})" if code == "invalid_row" and lines[skip.email] else ""
+        yield f"  {skip.email}{where}: {', '.join([*names, *filter(None, [more])])}"
+
+
 def _show_pairs(plan: Plan, console: Console) -> None:
     """A table where it fits the terminal, else two lines a pair."""
-    arrow = console.symbol("\u2190", "<-")
-    head = ("EMAIL", "PRIMARY", "TICKETS", arrow, "DUPLICATE", "TICKETS", "REFERENCE", "NAME")
-    rows = [_pair_cells(pair, arrow) for pair in plan.pairs() if pair.state is State.PLANNED]
+    head = ("EMAIL", "PRIMARY", "TICKETS", console.arrow, "DUPLICATE", "TICKETS", "REFERENCE", "NAME")
+    rows = [_pair_cells(pair, console.arrow) for pair in plan.pairs() if pair.state is State.PLANNED]
     if not rows:
         return
     widths = [max(map(len, column)) for column in zip(head, *rows)]
@@ -4761,65 +4812,6 @@ def _pair_cells(pair: Pair, arrow: str) -> Tuple[str, ...]:
         str(pair.duplicate.tickets), pair.new_ref or "unchanged", names_of(pair),
     )  # fmt: skip
     return tuple(map(printable, cells))
-
-
-def _show_skipped(plan: Plan, console: Console) -> None:
-    lines: Dict[str, List[str]] = collections.defaultdict(list)
-    for row in plan.invalid_rows:
-        console.say(f"line {row.line}: {row.reason}" + (f" ({row.email})" if row.email else ""))
-        lines[(row.email or "").casefold()].append(str(row.line))
-    if plan.invalid_rows:
-        console.say()
-    for code, (reason, advice) in SKIP_REASONS.items():
-        skips = [skip for skip in plan.skipped if skip.code == code]
-        if not skips:
-            continue
-        console.say(f"SKIPPED {code}: {plural(len(skips), 'group')}", "bold")
-        console.say(f"  why: {reason}")
-        console.say(f"  what to do: {advice}")
-        for skip in skips:
-            where = f" (lines {', '.join(lines[skip.email])})" if code == "invalid_row" and lines[skip.email] else ""
-            _show_skip(skip, console, where)
-        console.say()
-
-
-def _show_skip(skip: Skip, console: Console, where: str) -> None:
-    """One group, with the lines of which one would go into a file of choices."""
-    choices = skip.choice_lines()
-    if not choices:
-        few, more = some([f"{one.external_ref} ({one.tickets})" for one in skip.contacts], 6)
-        console.say(f"  {skip.email}{where}: {', '.join(few)}{more and ', ' + more}")
-        return
-    console.say(f"  {skip.email}, {plural(len(skip.contacts), 'contact')}; one of these lines for --choices:")
-    lines, more = some(list(choices.items()), 6)
-    for line, contact in lines:
-        console.say(f"    {line}    ({told_of(contact)})")
-    if more:
-        console.say(f"    {more}")
-
-
-def plan_chunks(plan: Plan, cost: Estimate, earlier: Sequence[Pair]) -> Iterator[bytes]:
-    """The plan as JSON, for `--preview --json`."""
-    pairs = (merge_entry(pair, plan.ids) for pair in plan.pairs() if pair.state is State.PLANNED)
-    summary = {
-        "plan_id": plan.id,
-        "contacts_read": plan.contacts_read,
-        "pairs_planned": len(plan.ids),
-        "pairs_to_merge": sum(pair.state is State.PLANNED for pair in plan.pairs()),
-        "pairs_to_finish": len(earlier),
-        "already_merged": plan.already_merged,
-        "skipped_groups": len(plan.skipped),
-        "invalid_rows": len(plan.invalid_rows),
-        "estimated_requests": cost.requests,
-        "estimated_seconds": round(cost.seconds),
-    }
-    lists: Dict[str, Iterable[Json]] = {
-        "pairs": pairs,
-        "to_finish": (merge_entry(pair, plan.ids) for pair in earlier),
-        "skipped": map(skip_entry, plan.skipped),
-        "invalid_rows": (row._asdict() for row in plan.invalid_rows),
-    }
-    return report_chunks({"summary": summary}, lists)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -4899,6 +4891,55 @@ class OptionParser(argparse.ArgumentParser):
         return f"; did you mean {meant}?" if meant else ""
 
 
+FLAG: Json = {"action": "store_true"}
+OPTIONS: Mapping[str, Mapping[str, Tuple[str, Json]]] = {
+    "what to work on": {
+        "--csv PATH": ("the export of contacts (README: how to make it)", {"type": Path}),
+        "--choices PATH": ("a CSV (EMAIL, EXTERNAL_REF): whom to keep of ambiguous groups", {"type": Path}),
+        "--email ADDRESS": ("only this address (may be repeated)", {"action": "append"}),
+        "--limit N": ("at most N pairs in this run: a canary", {"type": _positive_int}),
+        "--undo PATH": (
+            "take merges back: those of a backup folder, or of a merge report; with --preview: say what would be",
+            {"type": Path},
+        ),
+    },
+    "make the CSV": {
+        "--export PATH": ("read it from DevRev itself, with list calls alone", {"type": Path}),
+        "--domain D": ("only emails of this domain (may be repeated)", {"type": _domain, "action": "append"}),
+    },
+    "look, without changing anything": {
+        "--preview": ("print the plan; no request is made", FLAG),
+        "--check": ("say whether a real run could start (a few read requests)", FLAG),
+        "--status": ("print what the savepoint knows", FLAG),
+        "--verify-backups FOLDER": ("re-read every backup", {"nargs": "?", "type": Path, "const": Path("backups")}),
+        "--json": ("with one of these: the same as JSON", FLAG),
+    },
+    "how to work": {
+        "--count-policy": (
+            "a contact's backup must hold exactly the export's TICKET_COUNT (default), or at least that",
+            {"choices": ("exact", "at-least"), "default": "exact"},
+        ),
+        "--merge-timeout SECONDS": (
+            "how long to wait for DevRev to finish a merge (default 120)", {"type": _seconds, "default": 120.0},
+        ),
+        "--workers N": ("concurrent requests (default 8)", {"type": _positive_int, "default": 8}),
+        "--savepoint PATH": ("default savepoint.db", {"type": Path, "default": Path("savepoint.db")}),
+        "--no-timelines": ("leave the comments out of the backup (a request each); the manifest says so", FLAG),
+        "--settle ADDRESS": (
+            "accept what can't be mended of merged pairs that an earlier report has named as unfinished",
+            {"nargs": "+"},
+        ),
+        "--plan ID": ("only if the plan is still the one that a preview named so", {}),
+        "--yes": ("don't ask before the first change", FLAG),
+    },
+    "what to show": {
+        "-v --verbose": ("show each request", FLAG),
+        "-q --quiet": ("errors and the summary alone", FLAG),
+        "--version": ("", {"action": "version", "version": f"merge_contacts {__version__}"}),
+    },
+}  # fmt: skip
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = OptionParser(
         prog="merge_contacts.py",
@@ -4907,84 +4948,40 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    what = parser.add_argument_group("what to work on")
-    what.add_argument("--csv", metavar="PATH", type=Path, help="the export of contacts (README: how to make it)")
-    what.add_argument(
-        "--choices", metavar="PATH", type=Path, help="a CSV (EMAIL, EXTERNAL_REF): whom to keep of ambiguous groups"
-    )
-    what.add_argument("--email", metavar="ADDRESS", action="append", help="only this address (may be repeated)")
-    what.add_argument("--limit", metavar="N", type=_positive_int, help="at most N pairs in this run: a canary")
-    make = parser.add_argument_group("make the CSV")
-    make.add_argument("--export", metavar="PATH", type=Path, help="read it from DevRev itself, with list calls alone")
-    make.add_argument(
-        "--domain", metavar="D", type=_domain, action="append", help="only emails of this domain (may be repeated)"
-    )
-    look = parser.add_argument_group("look, without changing anything")
-    look.add_argument("--preview", action="store_true", help="print the plan; no request is made")
-    look.add_argument("--json", action="store_true", help="with one of these: the same as JSON")
-    look.add_argument("--check", action="store_true", help="say whether a real run could start (a few read requests)")
-    look.add_argument("--status", action="store_true", help="print what the savepoint knows")
-    look.add_argument(
-        "--verify-backups", metavar="FOLDER", nargs="?", type=Path, const=Path("backups"), help="re-read every backup"
-    )
-    how = parser.add_argument_group("how to work")
-    how.add_argument(
-        "--count-policy", choices=("exact", "at-least"), default="exact",
-        help="a contact's backup must hold exactly the export's TICKET_COUNT (default), or at least that",
-    )  # fmt: skip
-    how.add_argument(
-        "--merge-timeout",
-        metavar="SECONDS",
-        type=_seconds,
-        default=120.0,
-        help="how long to wait for DevRev to finish a merge (default 120)",
-    )
-    how.add_argument("--workers", metavar="N", type=_positive_int, default=8, help="concurrent requests (default 8)")
-    how.add_argument(
-        "--savepoint", metavar="PATH", type=Path, default=Path("savepoint.db"), help="default savepoint.db"
-    )
-    how.add_argument(
-        "--no-timelines",
-        action="store_true",
-        help="leave the comments out of the backup (a request each); the manifest says so",
-    )
-    how.add_argument(
-        "--settle", metavar="ADDRESS", nargs="+",
-        help="accept what can't be mended of merged pairs that an earlier report has named as unfinished",
-    )  # fmt: skip
-    what.add_argument(
-        "--undo", metavar="PATH", type=Path,
-        help="take merges back: those of a backup folder, or of a merge report; with --preview: say what would be",
-    )  # fmt: skip
-    how.add_argument("--plan", metavar="ID", help="only if the plan is still the one that a preview named so")
-    how.add_argument("--yes", action="store_true", help="don't ask before the first change")
-    show = parser.add_argument_group("what to show")
-    show.add_argument("-v", "--verbose", action="store_true", help="show each request")
-    show.add_argument("-q", "--quiet", action="store_true", help="errors and the summary alone")
-    show.add_argument("--version", action="version", version=f"merge_contacts {__version__}")
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for names, (words, details) in options.items():
+            flags, metavar = re.findall(r"-[\w-]+", names), re.search(r" ([A-Z]+)$", names)
+            more: Json = {"metavar": metavar.group(1)} if metavar else {}
+            group.add_argument(*flags, help=words or None, **more, **details)
     return parser
 
 
 def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = build_parser()
     options = parser.parse_args(argv)
-    modes = [name for name in MODES if name != "undo" and getattr(options, name)]
-    if len(modes) > 1:
-        parser.error("--" + " and --".join(mode.replace("_", "-") for mode in modes) + " don't go together")
-    if options.json and not (options.preview or options.check or options.status or options.verify_backups):
-        parser.error("--json goes with --preview, --check, --status or --verify-backups")
-    if options.plan and (options.csv is None or options.undo or modes not in ([], ["preview"])):
-        parser.error("--plan goes with --csv and a merge, or its --preview")
-    if options.export:
-        foreign = [name for name in ("csv", "choices", "plan", "email", "limit") if getattr(options, name)]
-        if foreign:
-            parser.error(f"--export makes a CSV for a later run: --{foreign[0]} does not go with it")
-    elif options.domain:
-        parser.error("--domain goes with --export")
-    if options.undo and modes not in ([], ["preview"]):
-        parser.error("--undo goes with --preview alone")
-    if options.csv is None and options.undo is None and modes in ([], ["preview"]):
-        parser.error("--csv PATH is needed (try --help)")
+    given = {name for name, value in vars(options).items() if value}
+    modes = [name for name in MODES if name != "undo" and name in given]
+    merges = modes in ([], ["preview"])
+    with_export = [name for name in ("csv", "choices", "plan", "email", "limit") if name in given]
+    wrong = {
+        f"--{' and --'.join(modes).replace('_', '-')} don't go together": len(modes) > 1,
+        "--json goes with --preview, --check, --status or --verify-backups": (
+            "json" in given and not given & {"preview", "check", "status", "verify_backups"}
+        ),
+        "--plan goes with --csv and a merge, or its --preview": (
+            "plan" in given and not ("csv" in given and merges and "undo" not in given)
+        ),
+        f"--export makes a CSV for a later run: --{' --'.join(with_export)} does not go with it": (
+            "export" in given and bool(with_export)
+        ),
+        "--domain goes with --export": "domain" in given and "export" not in given,
+        "--undo goes with --preview alone": "undo" in given and not merges,
+        "--csv PATH is needed (try --help)": merges and options.csv is None and options.undo is None,
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            parser.error(message)
     return options
 
 
@@ -5154,6 +5151,9 @@ class Run:
         self.outside.settings = self.settings
         self.console.mask = self.formatter.mask = self.settings.mask
 
+    def cost(self, plan: Plan) -> Estimate:
+        return estimate(plan, self.settings, not self.options.no_timelines)
+
     def ceiling(self) -> str:
         if not self.settings.calls:
             return "without a ceiling of the tool's own"
@@ -5254,11 +5254,12 @@ def preview(run: Run) -> int:
     )
     plan = make_plan(run, known)
     earlier = known.unfinished() if known else []
-    cost = estimate_plan(plan, run.settings, not run.options.no_timelines)
+    cost = run.cost(plan)
+    facts = plan_summary(plan, cost, earlier)
     if run.options.json:
-        run.console.json(plan_chunks(plan, cost, earlier))
+        run.console.json(plan_chunks(plan, facts, earlier))
     else:
-        show_plan(plan, run.console, cost, run.ceiling(), earlier)
+        show_plan(plan, facts, run.console, f"{cost} {run.ceiling()}", earlier)
     return EXIT_OK
 
 
@@ -5272,21 +5273,17 @@ def _has_content(path: Path) -> bool:
 def merge(run: Run) -> int:
     """Carry the plan out and report it; returns the exit code."""
     check_token(run.settings.token)
-    savepoint = open_savepoint(run)
-    try:
+    with contextlib.closing(open_savepoint(run)) as savepoint:
         plan = make_plan(run, savepoint)
         if not plan.count() and not savepoint.unfinished():
             return _report(run, plan, None, savepoint, EXIT_OK)
         check_writable(run.report_path.parent, run.outside)
         return run.outside.complete(carry_out(run, plan, savepoint))
-    finally:
-        savepoint.close()
 
 
 def settle(run: Run) -> int:
     """Accept what can't be mended of merged pairs that a report has named; nothing is asked of DevRev."""
-    savepoint = open_savepoint(run)
-    try:
+    with contextlib.closing(open_savepoint(run)) as savepoint:
         wanted = {email_key(email) for email in run.options.settle}
         pairs = [pair for pair in savepoint.unfinished() if pair.email in wanted and pair.is_settleable]
         missing = sorted(wanted - {pair.email for pair in pairs})
@@ -5301,8 +5298,6 @@ def settle(run: Run) -> int:
             run.console.say(f"settled  {pair.email}: {pair.details['accepted']}")
         savepoint.record(list(map(savepoint.row, pairs)))
         return _report(run, Plan([], [], [], 0), None, savepoint, EXIT_OK)
-    finally:
-        savepoint.close()
 
 
 def open_savepoint(run: Run, readonly: bool = False) -> SavePoint:
@@ -5353,7 +5348,7 @@ async def carry_out(run: Run, plan: Plan, savepoint: SavePoint) -> int:
     api = DevRevAPI(run.settings, run.outside, brake)
     backups = Backups(JOURNAL.parent, run.outside, not run.options.no_timelines)
     journal = Journal(JOURNAL, run.outside, run.stamp)
-    progress = Progress(run)
+    progress = Progress(run, run.cost(plan).requests)
     merger = ContactMerger(
         api, savepoint, journal, backups, run.options.count_policy, run.options.merge_timeout, progress.on_pair
     )
@@ -5364,15 +5359,32 @@ async def carry_out(run: Run, plan: Plan, savepoint: SavePoint) -> int:
             raise
         brake.pull(stop)
         return _report(run, plan, merger, savepoint, stop.exit_code)
+    warning = "In DevRev a merge can't be undone; --undo takes back most of it."
+    question = Question("merge", merge_facts(run, plan, unfinished), warning)
+    code = await attend(run, merger, progress, question, lambda: merger.run(plan.groups, unfinished))
+    return _report(run, plan, merger, savepoint, code)
+
+
+async def attend(
+    run: Run, merger: ContactMerger, progress: "Progress", question: "Question", work: Callable[[], Awaitable[int]]
+) -> int:
+    """Ask, and do the work under a status line, which a signal ends; returns the exit code."""
     ticking = asyncio.ensure_future(progress.tick(merger))  # which also lets signals in, however quiet it is
-    facts = merge_facts(run, plan, unfinished)
-    await confirm(run, merger, "merge", facts, "In DevRev a merge can't be undone; --undo takes back most of it.")
-    savepoint.about("organisation", merger.organisation)
-    run.on_signal(asyncio.get_event_loop(), lambda: brake.pull(Interrupted()))
-    code = await merger.run(plan.groups, unfinished)
+    await confirm(run, merger, question)
+    merger.savepoint.about("organisation", merger.organisation)
+    run.on_signal(asyncio.get_event_loop(), lambda: merger.brake.pull(Interrupted()))
+    code = await work()
     ticking.cancel()
     run.console.status("")
-    return _report(run, plan, merger, savepoint, run.signal + 128 if run.signal else code)
+    return run.signal + 128 if run.signal else code
+
+
+class Question(NamedTuple):
+    """What one signs by typing `word`."""
+
+    word: str
+    facts: Dict[str, str]
+    warning: str
 
 
 def merge_facts(run: Run, plan: Plan, unfinished: Sequence[Pair]) -> Dict[str, str]:
@@ -5390,28 +5402,28 @@ def merge_facts(run: Run, plan: Plan, unfinished: Sequence[Pair]) -> Dict[str, s
     facts["left out"] = f"{plural(len(plan.skipped), 'group')} skipped, {plural(len(plan.invalid_rows), 'invalid row')}"
     warnings = [f"{group.email}: {warning}" for group in plan.groups if group.chosen for warning in group.warnings()]
     facts.update({"WARNING": "; ".join(warnings[:5])} if warnings else {})
-    facts["cost"] = f"{estimate_plan(plan, run.settings, not run.options.no_timelines)} {run.ceiling()}"
+    facts["cost"] = f"{run.cost(plan)} {run.ceiling()}"
     facts["backups in"] = str(Path("backups").resolve())
     return facts
 
 
-async def confirm(run: Run, merger: ContactMerger, word: str, facts: Mapping[str, str], warning: str) -> None:
-    """On a terminal: say what is about to happen, and go on only where `word` is typed. Raises Stop(2) otherwise."""
+async def confirm(run: Run, merger: ContactMerger, question: Question) -> None:
+    """On a terminal: say what is about to happen, and go on only where it is signed. Raises Stop(2) otherwise."""
     owner = merger.token_owner
     who = str(owner.get("display_name") or owner.get("full_name") or owner.get("email") or owner.get("id"))
     log.info("organisation %s, token of %s (%s)", merger.organisation, who, owner.get("id"))
-    if run.options.yes or not sys.stdin.isatty():
+    if run.options.yes or run.options.preview or not sys.stdin.isatty():
         return
     say = run.console.say
     say(f"organisation  {merger.organisation} at {run.settings.base_url}")
     say(f"token of      {who}" + (f" <{owner['email']}>" if owner.get("email") else ""))
-    for name, fact in facts.items():
+    for name, fact in question.facts.items():
         say(f"{name:<12}  {fact}")
-    say(warning, "bold")
-    run.console.ask(f"Type {word} to go on, anything else to leave: ")
+    say(question.warning, "bold")
+    run.console.ask(f"Type {question.word} to go on, anything else to leave: ")
     # Read by a thread and past Python's own buffers, so that a signal is never kept waiting by the terminal.
     answer = await run.outside.work(os.read, sys.stdin.fileno(), 1024)
-    if answer.strip() != word.encode():
+    if answer.strip() != question.word.encode():
         raise Stop(EXIT_USAGE, "not confirmed; nothing was changed")
 
 
@@ -5420,13 +5432,14 @@ class Progress:
 
     EVERY = 30.0  # seconds between lines where there is no terminal
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, requests: int = 0) -> None:
         self.run = run
+        self.requests = requests  # that the whole run is expected to take
         self.begun = self.told = run.outside.moment().steady
 
     def on_pair(self, pair: Pair) -> None:
         console = self.run.console
-        arrow = console.symbol("\u2190", "<-")
+        arrow = console.arrow
         names = f"{pair.email}: {pair.primary.short_id} {arrow} {pair.duplicate.short_id}"
         if pair.state in (State.DONE, State.SETTLED):
             log.info("merged %s", names)
@@ -5474,27 +5487,29 @@ class Progress:
         if self.run.signal:
             return f"{parts[0]} \u00b7 stopping, requests under way are waited for"
         share = (sum(phases.values()) + 3 * failed) / (3 * merger.total)
-        if 0.05 < share < 1:
-            parts.append(f"{duration((now - self.begun) / share * (1 - share))} left")
+        if share < 1:
+            parts.append(f"{duration(self.left(merger, share, now))} left")
         parts.extend(filter(None, [merger.api.gate.outlook()]))
         return " \u00b7 ".join(parts)
+
+    def left(self, merger: ContactMerger, share: float, now: float) -> float:
+        """Seconds to the end, at the pace so far; not less than quota and ceiling allow."""
+        api, known = merger.api, share > 0.05
+        sent = sum(api.requests.values())
+        wanted = sent / share * (1 - share) if known else max(0, self.requests - sent)
+        return max(api.gate.least_seconds(wanted), (now - self.begun) / share * (1 - share) if known else 0.0)
 
 
 def _report(run: Run, plan: Plan, merger: Optional[ContactMerger], savepoint: SavePoint, code: int) -> int:
     """Write the report and print the summary; a full disk here makes the exit code 3."""
-    stop = str(merger.stop) if merger and merger.stop and code >= EXIT_USAGE else None
-    outcome = Outcome(plan, savepoint)
-    summary = outcome.summary()
-    failures = [*outcome.failed(), *outcome.unfinished()]
-    try:
-        write_report(run.report_path, run_facts(run, merger, savepoint, code, stop, plan), outcome, run.outside)
-        written = True
-    except (OSError, Stop) as error:
-        run.console.error(f"the report can't be written: {error}")
-        code, written = code if code >= EXIT_USAGE else EXIT_STOPPED, False
+    stop = stopped_by(merger, code)
+    summary, lists = summary_of(plan, savepoint), outcome(savepoint)
+    failures = [*lists["failed_merges"], *lists["unfinished_merges"]]
+    facts = run_facts(run, merger, savepoint, code, plan)
+    code = written(run, lambda: write_report(run.report_path, facts, plan, savepoint, run.outside), code)
     if stop and not run.signal:
         run.console.error(stop)
-    show_summary(run, summary, merger, failures, written)
+    show_summary(run, summary, merger, failures)
     if code >= EXIT_STOPPED:
         run.console.note(f"Stopped early. Run the same command again to go on from {run.options.savepoint}.", "bold")
     elif code == EXIT_USAGE:
@@ -5503,13 +5518,22 @@ def _report(run: Run, plan: Plan, merger: Optional[ContactMerger], savepoint: Sa
     return code
 
 
+def written(run: Run, write: Callable[[], None], code: int) -> int:
+    """Write a report; a disk that refuses makes the exit code 3, unless it says something worse."""
+    try:
+        write()
+    except (OSError, Stop) as error:
+        run.console.error(f"the report can't be written: {error}")
+        return code if code >= EXIT_USAGE else EXIT_STOPPED
+    return code
+
+
+def stopped_by(merger: Optional[ContactMerger], code: int) -> Optional[str]:
+    return str(merger.stop) if merger and merger.stop and code >= EXIT_USAGE else None
+
+
 def run_facts(
-    run: Run,
-    merger: Optional[ContactMerger],
-    savepoint: SavePoint,
-    code: int,
-    stop: Optional[str],
-    plan: Optional[Plan] = None,
+    run: Run, merger: Optional[ContactMerger], savepoint: SavePoint, code: int, plan: Optional[Plan] = None
 ) -> Json:
     """The report's `run`."""
     owner = merger.token_owner if merger else {}
@@ -5532,7 +5556,7 @@ def run_facts(
         "start": iso(run.started.wall),
         "end": iso(run.outside.moment().wall),
         "exit_code": code,
-        "stopped": ("interrupted" if run.signal else stop),
+        "stopped": "interrupted" if run.signal else stopped_by(merger, code),
         "requests": requests,
         "requests_total": sum(requests.values()),
         "quota_wait_seconds": round(sum(end - start for start, end in waits), 3),
@@ -5552,9 +5576,7 @@ def _sha256(path: Path) -> Optional[str]:
     return digest.hexdigest()
 
 
-def show_summary(
-    run: Run, facts: Json, merger: Optional[ContactMerger], failures: Sequence[Pair], written: bool
-) -> None:
+def show_summary(run: Run, facts: Json, merger: Optional[ContactMerger], failures: Sequence[Pair]) -> None:
     say = run.console.say
     say()
     whole = facts["left"] == facts["failed_merges"] == facts["unfinished_merges"] == 0
@@ -5566,7 +5588,7 @@ def show_summary(
     if merger:
         spent = run.outside.elapsed(run.started)
         say(f"cost     {plural(sum(merger.api.requests.values()), 'request')}, {duration(spent)}")
-    if written:
+    if run.report_path.exists():
         page = run.report_path.with_suffix(".html")
         say(f"report   {run.report_path}" + (f", to read: {page}" if page.exists() else ""))
 
@@ -5577,8 +5599,8 @@ def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
         by_code[pair.code].append(pair.email)
     for code, emails in sorted(by_code.items()):
         emails.sort()
-        more = f" and {len(emails) - 5} more" if len(emails) > 5 else ""
-        console.say(f"  {len(emails)} {code}: {', '.join(emails[:5])}{more}")
+        few, more = some(emails)
+        console.say(f"  {len(emails)} {code}: {', '.join([*few, *filter(None, [more])])}")
         console.say(f"    what to do: {ADVICE.get(code, 'see the report')}")
 
 
@@ -5651,15 +5673,12 @@ def undo(run: Run) -> int:
     """Take merges back, or with --preview say what would be; returns the exit code."""
     check_token(run.settings.token)
     options = run.options
-    savepoint = open_savepoint(run, readonly=options.preview)
-    try:
+    with contextlib.closing(open_savepoint(run, readonly=options.preview)) as savepoint:
         emails = {email_key(email) for email in options.email or ()}
         plan = plan_undo(options.undo, savepoint, emails, options.limit)
         if not options.preview:
             check_writable(run.report_path.parent, run.outside)
         return asyncio.run(take_back(run, plan, savepoint))
-    finally:
-        savepoint.close()
 
 
 async def take_back(run: Run, plan: UndoPlan, savepoint: SavePoint) -> int:
@@ -5674,23 +5693,15 @@ async def take_back(run: Run, plan: UndoPlan, savepoint: SavePoint) -> int:
     if plan.groups:
         await undoer.find_owner()
         check_organisation(undoer.organisation, "backup", plan.pairs)
-        ticking = asyncio.ensure_future(progress.tick(undoer))  # which also lets signals in, however quiet it is
-        if not options.preview:
-            facts = {"to take back": plural(len(plan.pairs), "merge"), "of": str(options.undo)}
-            await confirm(
-                run, undoer, "undo", facts, "Ids, dates, creators and authors of comments can't be given back."
-            )
-            savepoint.about("organisation", undoer.organisation)
-        run.on_signal(asyncio.get_event_loop(), lambda: brake.pull(Interrupted()))
-        code = await undoer.undo(plan)
-        ticking.cancel()
-        run.console.status("")
-    return report_undo(run, plan, undoer, run.signal + 128 if run.signal else code)
+        facts = {"to take back": plural(len(plan.pairs), "merge"), "of": str(options.undo)}
+        question = Question("undo", facts, "Ids, dates, creators and authors of comments can't be given back.")
+        code = await attend(run, undoer, progress, question, lambda: undoer.undo(plan))
+    return report_undo(run, plan, undoer, code)
 
 
 def report_undo(run: Run, plan: UndoPlan, undoer: Undoer, code: int) -> int:
     """Write the report (with --preview: print it), and say what has come of each pair."""
-    stop = str(undoer.stop) if undoer.stop and code >= EXIT_USAGE else None
+    stop = stopped_by(undoer, code)
     pairs = plan.pairs if run.options.preview else [*plan.undone, *plan.pairs]
     lists = {
         "undone": [pair for pair in pairs if pair.state is State.UNDONE],
@@ -5702,18 +5713,15 @@ def report_undo(run: Run, plan: UndoPlan, undoer: Undoer, code: int) -> int:
     summary = {name: len(found) for name, found in lists.items()}
     left = plan.left + len(pairs) - sum(summary.values())
     summary.update(pairs=len(pairs) + plan.left, undone_before=len(plan.undone), left=left)
-    facts = run_facts(run, undoer, undoer.savepoint, code, stop)
+    facts = run_facts(run, undoer, undoer.savepoint, code)
     head = {"run": {**facts, "undo": str(run.options.undo)}, "summary": summary}
     entries: Dict[str, Iterable[Json]] = {name: map(undo_entry, found) for name, found in lists.items()}
     if run.options.preview:
         show_undo(run, head, entries)
     else:
-        try:
-            run.outside.replace(run.report_path, report_chunks(head, entries))
+        code = written(run, lambda: run.outside.replace(run.report_path, report_chunks(head, entries)), code)
+        if run.report_path.exists():
             run.console.say(f"report   {run.report_path}")
-        except OSError as error:
-            run.console.error(f"the report can't be written: {error}")
-            code = code if code >= EXIT_USAGE else EXIT_STOPPED
         counted = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary.items() if count)
         run.console.say(counted or "nothing to undo", "bold")
         _show_failures(run.console, [*lists["failed"], *lists["unfinished"]])
@@ -5772,8 +5780,9 @@ async def _check(run: Run) -> int:
         await tell("csv", lambda: _check_csv(run))
     notes = []
     if known:
-        for name, work in read_checks(api).items():
-            await tell(name, work())
+        seen: List[str] = []
+        for name in READS:
+            await tell(name, _check_read(api, name, seen))
         notes.append(f"quota: {api.gate.outlook() or 'the server says nothing about it'}, {run.ceiling()}")
     await tell("savepoint", lambda: _check_savepoint(run))
     await tell("disk", _check_disk)
@@ -5797,7 +5806,8 @@ def _verdict(run: Run, checks: Sequence[Json], notes: Sequence[str]) -> int:
 
 async def _check_token(run: Run, api: DevRevAPI) -> str:
     check_token(run.settings.token)
-    owner = await api.whoami()
+    with nothing_changed_yet(api):
+        owner = await api.whoami()
     run.organisation = organisation_of(str(owner.get("id")))
     return f"of {owner.get('display_name') or owner.get('id')}, organisation {run.organisation or 'unknown'}"
 
@@ -5813,30 +5823,24 @@ def _check_csv(run: Run) -> str:
     return ", ".join(counts)
 
 
-def read_checks(api: DevRevAPI) -> Dict[str, Callable[[], Awaitable[str]]]:
-    """One cheap request an endpoint that the backup needs."""
-    seen: List[str] = []
+READS: Mapping[str, Tuple[str, str, Json]] = {
+    "contacts": ("rev-users.list", "rev_users", {}),
+    "works": ("works.list", "works", {"type": ["ticket", "issue"]}),
+    "conversations": ("conversations.list", "conversations", {}),
+    "timelines": ("timeline-entries.list", "timeline_entries", {}),
+}
 
-    def first(endpoint: str, key: str, body: Json) -> Callable[[], Awaitable[str]]:
-        async def work() -> str:
-            items = await api.peek(endpoint, key, body)
-            seen.extend(item["id"] for item in items if endpoint != "rev-users.list")
-            return "readable"
 
-        return work
-
-    async def timelines() -> str:
+async def _check_read(api: DevRevAPI, name: str, seen: List[str]) -> str:
+    """Ask one cheap request of what the backup reads; `seen` are objects that have a timeline."""
+    endpoint, key, body = READS[name]
+    if name == "timelines":
         if not seen:
             return "nothing there to try it on"
-        await api.peek("timeline-entries.list", "timeline_entries", {"object": seen[0]})
-        return "readable"
-
-    return {
-        "contacts": first("rev-users.list", "rev_users", {}),
-        "works": first("works.list", "works", {"type": ["ticket", "issue"]}),
-        "conversations": first("conversations.list", "conversations", {}),
-        "timelines": timelines,
-    }
+        body = {"object": seen[0]}
+    items = await api.peek(endpoint, key, body)
+    seen.extend(item["id"] for item in items if name != "contacts")
+    return "readable"
 
 
 def _check_savepoint(run: Run) -> str:
@@ -5914,8 +5918,7 @@ def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair
         for pair in few:
             why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS.get(pair.state, pair.state.value)
             word = "working on" if running and title == "unfinished" else title
-            into = f"{pair.duplicate.short_id} into {pair.primary.short_id}"
-            console.say(f"{word}  {pair.email}: {into}, last {pair.updated}: {why}")
+            console.say(f"{word}  {pair.email}: {into(pair)}, last {pair.updated}: {why}")
         if more:
             console.say(f"{title}  {more} (--status --json has them all)")
 
@@ -5960,13 +5963,11 @@ def show_verified(console: Console, whole: int, found: Mapping[str, Sequence[str
 
 def _backup_folders(root: Path) -> Iterator[Path]:
     """Every folder named like a backup, and `root` itself where it is one."""
-    stamped = re.compile(r"\d{8}_\d{6}$")
-    if stamped.match(root.name) or (root / "manifest.json").exists():
+    if re.fullmatch(r"\d{8}_\d{6}", root.name) or (root / "manifest.json").exists():
         yield root
-        return
-    for folder, names, _ in os.walk(str(root)):
-        yield from (Path(folder) / name for name in names if stamped.match(name))
-        names[:] = [name for name in names if not stamped.match(name) and not name.startswith(Backups.INCOMPLETE)]
+    elif not root.name.startswith(Backups.INCOMPLETE):
+        for folder in root.iterdir():
+            yield from _backup_folders(folder) if folder.is_dir() and not folder.is_symlink() else ()
 
 
 def _missing_backups(run: Run, root: Path) -> List[str]:
