@@ -669,7 +669,7 @@ class Contact:
     @property
     def key(self) -> str:
         """What contacts are grouped by: the email, trimmed and case-folded."""
-        return self.email.strip().casefold()
+        return email_key(self.email)
 
     @property
     def short_id(self) -> str:
@@ -1194,14 +1194,13 @@ def live_flaw(contact: Contact, live: Optional[Json], external_ref: str) -> Opti
     name = contact.short_id
     if live is None:
         return PairError("not_found", f"{name} is not in DevRev any more")
-    if live.get("state") != "active":
-        return PairError("not_active", f"{name} is {live.get('state') or 'of unknown state'}, not active")
-    if str(live.get("email") or "").strip().casefold() != contact.key:
+    state, reference = live.get("state"), live.get("external_ref")
+    if state != "active":
+        return PairError("not_active", f"{name} is {state or 'of unknown state'}, not active")
+    if email_of(live) != contact.key:
         return PairError("email_changed", f"{name} has another email now: {live.get('email') or 'none'}")
-    if live.get("external_ref") != external_ref:
-        return PairError(
-            "external_ref_changed", f"{name} has another reference now: {live.get('external_ref') or 'none'}"
-        )
+    if reference != external_ref:
+        return PairError("external_ref_changed", f"{name} has another reference now: {reference or 'none'}")
     return None
 
 
@@ -1223,15 +1222,15 @@ def group_flaw(group: Group, live: Mapping[str, Json], namesakes: Iterable[Json]
             return flaw
     orgs = {rev_org_id(live[contact.id]) for contact in contacts}
     if len(orgs) > 1:
-        return PairError(
-            "different_rev_org", "the contacts belong to different rev orgs: " + ", ".join(sorted(map(str, orgs)))
-        )
+        words = f"the contacts belong to different rev orgs: {', '.join(sorted(map(str, orgs)))}"
+        return PairError("different_rev_org", words)
     known = {contact.id for contact in contacts}
     for other in namesakes:
-        reference = str(other.get("external_ref"))
-        same = str(other.get("email") or "").strip().casefold() == group.email
-        if other["id"] not in known and same and other.get("state") == "active" and reference.startswith("user_"):
-            return PairError("several_user_refs", f"DevRev has another user_ contact of this email by now: {reference}")
+        stranger = contact_of(other)
+        is_new = stranger.id not in known and stranger.key == group.email and other.get("state") == "active"
+        if is_new and stranger.is_user:
+            words = f"DevRev has another user_ contact of this email by now: {stranger.external_ref}"
+            return PairError("several_user_refs", words)
     return None
 
 
@@ -1240,9 +1239,8 @@ def count_flaw(contact: Contact, greatest: int, policy: str) -> Optional[PairErr
     if greatest == contact.tickets or (greatest > contact.tickets and policy == "at-least"):
         return None
     hint = "" if greatest < contact.tickets else " (export again, or let more through with --count-policy at-least)"
-    return PairError(
-        "count_mismatch", f"{contact.short_id}: the backup has {greatest} of {contact.tickets} tickets{hint}"
-    )
+    words = f"{contact.short_id}: the backup has {greatest} of {contact.tickets} tickets{hint}"
+    return PairError("count_mismatch", words)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -4232,10 +4230,8 @@ def _lost_for_good(user: Json, entry: Json, left_out: Mapping[str, str]) -> Iter
 
 
 ADVICE = {
-    "not_found": "the export is stale: export again",
+    **dict.fromkeys(("not_found", "email_changed", "external_ref_changed"), "the export is stale: export again"),
     "not_active": "look at the contact in DevRev: a locked or deactivated contact is not merged",
-    "email_changed": "the export is stale: export again",
-    "external_ref_changed": "the export is stale: export again",
     "different_rev_org": "contacts of different rev orgs are not merged: look at them in DevRev",
     "several_user_refs": "find out which user_ reference the application uses, export again",
     "count_mismatch": "export again, or let a backup with more than the export pass with --count-policy at-least",
@@ -4247,7 +4243,7 @@ ADVICE = {
     "external_ref_conflict": "free the reference from its holder in DevRev, run again: only the reference is set then",
     "external_ref_not_set": "run again; if it stays, set the reference by hand in DevRev",
     "left_behind": "run again later (DevRev may still be moving them), or move them; --settle accepts what stays",
-    "still_listed": "run again later",
+    **dict.fromkeys(("still_listed", "group_incomplete"), "run again later"),
     "merged_into_another": "look at both contacts in DevRev; --settle accepts it",
     "merged_elsewhere": "export again; the reference named in the message has to be looked at by hand",
     "stale": "raise DEVREV_RATE_LIMIT_CALLS, or ask DevRev for a larger quota",
@@ -4256,7 +4252,6 @@ ADVICE = {
     "contact_refused": "the group is as it was: look at what DevRev has answered, undo again",
     "contact_not_confirmed": "undo again: it looks for the contact first",
     "not_handed_back": "undo again, or hand them over in DevRev",
-    "group_incomplete": "run again",
     "interrupted": "run again with the same savepoint: it is finished first",
 }
 
@@ -4430,9 +4425,10 @@ def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimat
     conversation for every other contact are assumed. Seconds are what the requests take under the client's own
     ceiling, or at 0.2 s each over the workers, whichever is more.
     """
-    pairs = contacts = tickets = requests = 0
+    pairs = contacts = tickets = 0
+    requests = 4 * sum(pair.state in UNFINISHED for pair in plan.pairs())  # their backups are made
     for group in plan.groups:
-        left = [pair for pair in group.pairs if pair.state not in ENDED]
+        left = [pair for pair in group.pairs if pair.state is State.PLANNED]
         pairs += len(left)
         contacts += len(left) + bool(left)
         tickets += sum(pair.duplicate.tickets for pair in left) + (group.primary.tickets if left else 0)
@@ -4584,10 +4580,6 @@ class Console:
         indent = " " * (len(text) - len(text.lstrip()) + 2)
         return textwrap.wrap(text, self.width, subsequent_indent=indent, break_on_hyphens=False)
 
-    def say_all(self, lines: Iterable[str]) -> None:
-        """Many lines of results with one write."""
-        self.stream("\n".join(map(self.clean, lines)) + "\n")
-
     def stream(self, text: str) -> None:
         """A part of long results as it is; waits for what was given before, so that memory does not grow."""
         pen = self._pens[self.out]
@@ -4605,10 +4597,6 @@ class Console:
         pen = self._pens[self.err]
         if pen.backlog() < pen.BACKLOG:
             pen.put(self.err, self.paint(style, self.clean(text), self.err) + "\n")
-
-    def ask(self, text: str) -> None:
-        """Show a prompt, without a line break."""
-        self._pens[self.out].put(self.out, text)
 
     def cut(self, text: str) -> None:
         """Say a last word, if anybody listens, before the process ends at once."""
@@ -4629,16 +4617,15 @@ class Console:
 class PlainFormatter(logging.Formatter):
     """One line a record, without the token and without anything that a terminal could act on."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
-        self.mask: Callable[[str], str] = str
+        self.console = console
 
     def formatTime(self, record: logging.LogRecord, datefmt: Optional[str] = None) -> str:  # noqa: ARG002
         return iso(record.created)
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return printable(self.mask(text))
+        return self.console.clean(super().format(record))
 
 
 class ConsoleHandler(logging.Handler):
@@ -4792,7 +4779,7 @@ def skip_lines(plan: Plan, code: str) -> Iterator[str]:
 def _show_pairs(plan: Plan, console: Console) -> None:
     """A table where it fits the terminal, else two lines a pair."""
     head = ("EMAIL", "PRIMARY", "TICKETS", console.arrow, "DUPLICATE", "TICKETS", "REFERENCE", "NAME")
-    rows = [_pair_cells(pair, console.arrow) for pair in plan.pairs() if pair.state is State.PLANNED]
+    rows = [_pair_cells(pair, console) for pair in plan.pairs() if pair.state is State.PLANNED]
     if not rows:
         return
     widths = [max(map(len, column)) for column in zip(head, *rows)]
@@ -4802,16 +4789,16 @@ def _show_pairs(plan: Plan, console: Console) -> None:
     for line in (form % head).split("\n"):
         console.say(line, "bold")
     for start in range(0, len(rows), 1000):
-        console.say_all("\n".join(form % row for row in rows[start : start + 1000]).split("\n"))
+        console.stream("".join(form % row + "\n" for row in rows[start : start + 1000]))
     console.say()
 
 
-def _pair_cells(pair: Pair, arrow: str) -> Tuple[str, ...]:
+def _pair_cells(pair: Pair, console: Console) -> Tuple[str, ...]:
     cells = (
-        pair.email, pair.primary.short_id, str(pair.primary.tickets), arrow, pair.duplicate.short_id,
+        pair.email, pair.primary.short_id, str(pair.primary.tickets), console.arrow, pair.duplicate.short_id,
         str(pair.duplicate.tickets), pair.new_ref or "unchanged", names_of(pair),
     )  # fmt: skip
-    return tuple(map(printable, cells))
+    return tuple(map(console.clean, cells))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -5044,10 +5031,8 @@ def check_base_url(url: str) -> str:
     if not host or parts.scheme not in ("http", "https"):
         raise Stop(EXIT_USAGE, f"DEVREV_BASE_URL is not an https address: {url}")
     if parts.scheme == "http" and not loopback:
-        raise Stop(
-            EXIT_USAGE,
-            f"DEVREV_BASE_URL: plain http would show the token to everybody between here and {host}; use https",
-        )
+        why = f"plain http would show the token to everybody between here and {host}; use https"
+        raise Stop(EXIT_USAGE, f"DEVREV_BASE_URL: {why}")
     return url
 
 
@@ -5074,7 +5059,6 @@ class Run:
         self.outside = outside or Outside(ApiSettings(token=""))
         self.started = self.outside.moment()
         self.stamp = self._free_stamp()
-        self.formatter = PlainFormatter()
         self.settings = self.outside.settings
         self.organisation = ""
         self.signal = 0
@@ -5143,13 +5127,13 @@ class Run:
         log.info("merge_contacts %s, Python %s on %s", __version__, sys.version.split()[0], sys.platform)
 
     def _add_handler(self, handler: logging.Handler) -> None:
-        handler.setFormatter(self.formatter)
+        handler.setFormatter(PlainFormatter(self.console))
         log.addHandler(handler)
 
     def load_settings(self) -> None:
         self.settings = load_settings(load_environment(), self.options.workers)
         self.outside.settings = self.settings
-        self.console.mask = self.formatter.mask = self.settings.mask
+        self.console.mask = self.settings.mask
 
     def cost(self, plan: Plan) -> Estimate:
         return estimate(plan, self.settings, not self.options.no_timelines)
@@ -5163,30 +5147,20 @@ class Run:
 # -- the plan ----------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep the garbage collector from walking, again and again, through what is being built and holds no cycle."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 def make_plan(run: Run, savepoint: Optional[SavePoint]) -> Plan:
     """Read, detect, and leave out what is not wanted or has ended already."""
     options = run.options
     named = {email_key(email) for email in options.email or ()}
-    with _no_collection():
+    gc.disable()  # it would walk, again and again, through what is being built and holds no cycle
+    try:
         choices = read_choices(options.choices) if options.choices else {}
         plan = detect(read_contacts(options.csv, [*choices, *named]), choices)
+    finally:
+        gc.enable()
     plan.id = plan_id(plan.groups, options.count_policy, not options.no_timelines)
     if options.plan and options.plan.strip().lower() != plan.id:
-        raise Stop(
-            EXIT_USAGE,
-            f"the plan is {plan.id}, not {options.plan}: CSV, choices, --count-policy or --no-timelines differ from "
-            "what they were; look at the preview again",
-        )
+        why = "CSV, choices, --count-policy or --no-timelines differ from what they were; look at the preview again"
+        raise Stop(EXIT_USAGE, f"the plan is {plan.id}, not {options.plan}: {why}")
     plan.ids = {pair.ids for group in plan.groups for pair in group.pairs}
     if savepoint:
         adopt(plan, savepoint, named)
@@ -5420,7 +5394,7 @@ async def confirm(run: Run, merger: ContactMerger, question: Question) -> None:
     for name, fact in question.facts.items():
         say(f"{name:<12}  {fact}")
     say(question.warning, "bold")
-    run.console.ask(f"Type {question.word} to go on, anything else to leave: ")
+    run.console.stream(f"Type {question.word} to go on, anything else to leave: ")
     # Read by a thread and past Python's own buffers, so that a signal is never kept waiting by the terminal.
     answer = await run.outside.work(os.read, sys.stdin.fileno(), 1024)
     if answer.strip() != question.word.encode():
@@ -5438,19 +5412,18 @@ class Progress:
         self.begun = self.told = run.outside.moment().steady
 
     def on_pair(self, pair: Pair) -> None:
-        console = self.run.console
-        arrow = console.arrow
-        names = f"{pair.email}: {pair.primary.short_id} {arrow} {pair.duplicate.short_id}"
+        console, style = self.run.console, ""
+        words = f"{pair.email}: {pair.primary.short_id} {console.arrow} {pair.duplicate.short_id}"
         if pair.state in (State.DONE, State.SETTLED):
-            log.info("merged %s", names)
-            line, style = f"merged  {names}" + (f", now {pair.new_ref}" if pair.new_ref else ""), ""
+            line = f"merged  {words}" + (f", now {pair.new_ref}" if pair.new_ref else "")
         elif pair.state is State.UNDONE:
-            log.info("undone %s", names)
-            line, style = f"undone  {names}, again as {pair.details['undo']['display_id']}", ""
+            line = f"undone  {words}, again as {pair.details['undo']['display_id']}"
         else:
-            log.info("failed %s: %s: %s", names, pair.code, pair.error)
-            word = "UNFINISHED" if pair.state in (*UNFINISHED, State.UNDOING) else "FAILED"
-            line, style = f"{word}  {names}: {pair.code}: {pair.error}", "bad"
+            facts, style = PROGRESS.get(pair.state), "bad"
+            word = "UNFINISHED" if facts or pair.state is State.UNDOING else "FAILED"
+            so_far = f" ({facts['so_far']}; still to do: {facts['to_do']})" if facts else ""
+            line = f"{word}  {words}: {pair.code}: {pair.error}{so_far}"
+        log.info("%s", line)
         if not self.run.options.quiet:
             console.say(line, style)
 
@@ -5567,13 +5540,11 @@ def run_facts(
 
 def _sha256(path: Path) -> Optional[str]:
     digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            for chunk in iter(lambda: file.read(1 << 20), b""):
-                digest.update(chunk)
-    except OSError:
-        return None
-    return digest.hexdigest()
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        for chunk in iter(lambda: file.read(1 << 20), b""):
+            digest.update(chunk)
+        return digest.hexdigest()
+    return None
 
 
 def show_summary(run: Run, facts: Json, merger: Optional[ContactMerger], failures: Sequence[Pair]) -> None:
@@ -5755,12 +5726,8 @@ def show_undo(run: Run, head: Json, lists: Mapping[str, Iterable[Json]]) -> None
 # -- check, status, verify ---------------------------------------------------------------------------
 
 
-def check(run: Run) -> int:
+async def check(run: Run) -> int:
     """Say whether a real run could start: token, organisation, read access, quota, disk, savepoint."""
-    return asyncio.run(_check(run))
-
-
-async def _check(run: Run) -> int:
     api = DevRevAPI(run.settings, run.outside, Brake())
     checks: List[Json] = []
 
@@ -5849,11 +5816,8 @@ def _check_savepoint(run: Run) -> str:
         if not os.access(str(path.resolve().parent), os.W_OK):
             raise Stop(EXIT_USAGE, f"{path.resolve().parent} can't be written to")
         return f"{path} will be created"
-    savepoint = SavePoint(path, run.outside)
-    try:
+    with contextlib.closing(SavePoint(path, run.outside)) as savepoint:
         return f"{path} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
-    finally:
-        savepoint.close()
 
 
 def _check_disk() -> str:
@@ -5876,33 +5840,22 @@ STATE_WORDS: Mapping[State, str] = {
 
 def status(run: Run) -> int:
     """Print what the savepoint knows; also while a run is going on."""
-    path = run.options.savepoint
-    if not _has_content(path):
-        if run.options.json:
-            run.console.json([to_json({"savepoint": str(path), "counts": {}}, indent=1) + b"\n"])
-        else:
-            run.console.say(f"{path}: nothing was merged with it yet")
-        return EXIT_OK
-    savepoint = SavePoint(path, run.outside, readonly=True)
-    try:
-        facts: Json = {
-            "savepoint": str(path),
-            "organisation": savepoint.about("organisation") or None,
-            "running": savepoint.glimpsed,
-            "last_opened": savepoint.holder(),
-            "counts": {State(name).value: count for name, count in savepoint.counts().items()},
-        }
-        lists = {
-            "unfinished": list(savepoint.rows(*UNFINISHED, State.UNDOING)),
-            "failed": list(savepoint.rows(State.FAILED)),
-        }
-    finally:
-        savepoint.close()
+    path, pairs = run.options.savepoint, {}
+    facts: Json = {"savepoint": str(path), "counts": {}}
+    if _has_content(path):
+        with contextlib.closing(SavePoint(path, run.outside, readonly=True)) as savepoint:
+            facts["organisation"] = savepoint.about("organisation") or None
+            facts["running"], facts["last_opened"] = savepoint.glimpsed, savepoint.holder()
+            facts["counts"] = {State(name).value: count for name, count in savepoint.counts().items()}
+            pairs["unfinished"] = list(savepoint.rows(*UNFINISHED, State.UNDOING))
+            pairs["failed"] = list(savepoint.rows(State.FAILED))
     if run.options.json:
-        entries = {name: (merge_entry(pair, ()) for pair in pairs) for name, pairs in lists.items()}
-        run.console.json(report_chunks(facts, entries))
+        lists = {name: (merge_entry(pair, ()) for pair in found) for name, found in pairs.items()}
+        run.console.json(report_chunks(facts, lists))
+    elif pairs:
+        show_status(run.console, facts, pairs)
     else:
-        show_status(run.console, facts, lists)
+        run.console.say(f"{path}: nothing was merged with it yet")
     return EXIT_OK
 
 
@@ -5914,10 +5867,10 @@ def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair
     for name, count in facts["counts"].items():
         console.say(f"{count:>7,} {STATE_WORDS.get(State(name), name)}")
     for title, pairs in lists.items():
+        word = "working on" if running and title == "unfinished" else title
         few, more = some(pairs, 20)
         for pair in few:
             why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS.get(pair.state, pair.state.value)
-            word = "working on" if running and title == "unfinished" else title
             console.say(f"{word}  {pair.email}: {into(pair)}, last {pair.updated}: {why}")
         if more:
             console.say(f"{title}  {more} (--status --json has them all)")
@@ -5931,34 +5884,28 @@ def verify_backups(run: Run) -> int:
     if not root.is_dir():
         raise Stop(EXIT_USAGE, f"{root} is not a folder")
     whole = 0
-    found: Dict[str, List[str]] = {"damaged": [], "missing": [], "begun": []}
+    damaged: List[str] = []
     for folder in sorted(_backup_folders(root)):
-        run.console.status(f"{whole + len(found['damaged'])} backups read ...")
+        run.console.status(f"{whole + len(damaged)} backups read ...")
         try:
             read_backup(folder)
             whole += 1
         except PairError as error:
-            found["damaged"].append(str(error))
+            damaged.append(str(error))
     run.console.status("")
-    found["begun"] = [str(left) for left in sorted(root.glob(f"**/{Backups.INCOMPLETE}*"))]
-    found["missing"] = _missing_backups(run, root)
-    bad = bool(found["damaged"] or found["missing"])
+    begun = [str(left) for left in sorted(root.glob(f"**/{Backups.INCOMPLETE}*"))]
+    found = {"damaged": damaged, "missing": _missing_backups(run, root), "begun": begun}
+    bad = bool(damaged or found["missing"])
     if run.options.json:
         run.console.json([to_json({"folder": str(root), "whole": whole, **found}, indent=1) + b"\n"])
-    else:
-        show_verified(run.console, whole, found, bad)
+        return EXIT_FAILED if bad else EXIT_OK
+    why = {"begun": ": begun and never finished by a run that was killed; may be deleted"}
+    for name, lines in found.items():
+        for line in lines:
+            run.console.say(f"{name.upper():<8} {line}{why.get(name, '')}", "" if name in why else "bad")
+    counts = f"{len(damaged)} damaged, {len(found['missing'])} missing"
+    run.console.say(f"{plural(whole, 'whole backup')}, {counts}", "bad" if bad else "good")
     return EXIT_FAILED if bad else EXIT_OK
-
-
-def show_verified(console: Console, whole: int, found: Mapping[str, Sequence[str]], bad: bool) -> None:
-    for error in found["damaged"]:
-        console.say(f"DAMAGED  {error}", "bad")
-    for left in found["begun"]:
-        console.say(f"note     {left}: begun and never finished by a run that was killed; may be deleted")
-    for backup in found["missing"]:
-        console.say(f"MISSING  {backup}", "bad")
-    counts = f"{len(found['damaged'])} damaged, {len(found['missing'])} missing"
-    console.say(f"{plural(whole, 'whole backup')}, {counts}", "bad" if bad else "good")
 
 
 def _backup_folders(root: Path) -> Iterator[Path]:
@@ -5975,13 +5922,9 @@ def _missing_backups(run: Run, root: Path) -> List[str]:
     path = run.options.savepoint
     if root != Path("backups") or not _has_content(path):
         return []
-    savepoint = SavePoint(path, run.outside, readonly=True)
-    try:
-        return sorted(
-            {pair.backup for pair in savepoint.rows(*State) if pair.backup and not Path(pair.backup).is_dir()}
-        )
-    finally:
-        savepoint.close()
+    with contextlib.closing(SavePoint(path, run.outside, readonly=True)) as savepoint:
+        backups = {pair.backup for pair in savepoint.rows(*State) if pair.backup}
+        return sorted(backup for backup in backups if not Path(backup).is_dir())
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -6031,7 +5974,7 @@ MODES: Dict[str, Callable[[Run], int]] = {
     "export": export,
     "undo": undo,
     "preview": preview,
-    "check": check,
+    "check": lambda run: asyncio.run(check(run)),
     "status": status,
     "verify_backups": verify_backups,
     "settle": settle,
