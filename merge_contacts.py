@@ -46,7 +46,7 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
 from itertools import chain, compress
-from operator import attrgetter, itemgetter, or_
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -172,6 +172,22 @@ def duration(seconds: float) -> str:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def some(items: Sequence[T], most: int = 5) -> Tuple[Sequence[T], str]:
+    """The first few, and in words how many more there are."""
+    return items[:most], f"and {len(items) - most:,} more" if len(items) > most else ""
+
+
+def subject(body: Json) -> str:
+    """Whom or what a request is about, in a few words."""
+    lists = [value if isinstance(value, list) else [value] for name, value in body.items() if name not in UNTOLD]
+    named = [str(one).rpartition("/")[2] for one in chain.from_iterable(lists) if not isinstance(one, dict)]
+    few, more = some(named, 3)
+    return f"for {', '.join(few)} {more}".strip() if few else "for all"
+
+
+UNTOLD = ("limit", "cursor", "type")  # of a request's body
 
 
 def iso(epoch: float) -> str:
@@ -499,7 +515,8 @@ class Wire:
         except requests.exceptions.RequestException as error:
             problem = type(error).__name__
         tail = f" ({problem})" if problem else ""
-        log.debug("%s -> %s in %.3f s%s", endpoint, status or "no answer", time.monotonic() - begun, tail)
+        took = time.monotonic() - begun
+        log.debug("%s %s -> %s in %.3f s%s", endpoint, subject(body), status or "no answer", took, tail)
         return Answer(status, headers, data, problem, sent)
 
     def _read(self, answer: "requests.Response") -> Tuple[Optional[Json], str]:
@@ -652,7 +669,7 @@ class Contact:
     @property
     def key(self) -> str:
         """What contacts are grouped by: the email, trimmed and case-folded."""
-        return self.email.strip().casefold()
+        return email_key(self.email)
 
     @property
     def short_id(self) -> str:
@@ -698,33 +715,67 @@ _NUL_MARK = "\ufdd0"  # a noncharacter: the csv module of Python 3.8 to 3.10 can
 _ADDRESS = re.compile(r"[^\s,;\"<>()]+@[^\s,;\"<>()]+")
 
 
-def read_contacts(path: Path, emails: Iterable[str] = ()) -> Reading:
-    """Read the export; of `emails` (keys) every row is kept, of others those that recur.
+class _Bytes(io.BufferedReader):
+    """A file that holds a mark for each NUL."""
 
-    Raises Stop(2) where the file can't be read, is no UTF-8 CSV, lacks a column or has no usable row.
-    """
-    with _csv_file(path) as raw:
-        before = os.fstat(raw.fileno())
+    has_nul = False
+
+    def read1(self, size: int = -1) -> bytes:
+        data = super().read1(size)
+        self.has_nul = self.has_nul or b"\0" in data
+        return data.replace(b"\0", _NUL_MARK.encode()) if self.has_nul else data
+
+
+class Table:
+    """A CSV that is read as far as its header; yields its rows, each with the number of its last line."""
+
+    def __init__(self, raw: BinaryIO, wanted: Iterable[str]) -> None:
+        os.lseek(raw.fileno(), 0, os.SEEK_SET)
+        self.bytes = _Bytes(io.FileIO(raw.fileno(), closefd=False))
+        self.lines = io.TextIOWrapper(self.bytes, encoding="utf-8-sig", newline="")
+        self.rows = csv.reader(self.lines, strict=True)
+        header = next((row for _, row in self if row), None)
+        if header is None:
+            raise Stop(EXIT_USAGE, "the file is empty")
+        self.width = len(header)
+        self.places = locate_columns(header, wanted)
+
+    def __iter__(self) -> Iterator[Tuple[int, List[str]]]:
         try:
-            return _ContactReader(raw).read(emails)
-        finally:
-            after = os.fstat(raw.fileno())
-            if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-                raise Stop(EXIT_USAGE, "changed while it was being read; wait for the export to finish")
+            for row in self.rows:
+                yield self.rows.line_num, row
+        except csv.Error as error:
+            raise csv.Error(f"line {self.rows.line_num}: {error}") from None
+
+    def shape_flaw(self, row: Sequence[str]) -> str:
+        """Say why the fields of a row can't be told apart for sure, `""` if they can."""
+        if len(row) != self.width:
+            return f"{plural(len(row), 'field')} instead of {self.width}"
+        if any(_NUL_MARK in value for value in row):
+            return "a NUL character"
+        if any(value.count(",") >= self.width - 1 and ("\n" in value or "\r" in value) for value in row):
+            return "a quoted field that holds other rows (a stray quote?)"
+        return ""
 
 
 @contextlib.contextmanager
-def _csv_file(path: Path) -> Iterator[BinaryIO]:
+def csv_file(path: Path) -> Iterator[BinaryIO]:
     """Open a CSV; whatever goes wrong inside becomes Stop(2) with one line that names the file."""
     csv.field_size_limit(1 << 20)
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise Stop(EXIT_USAGE, "not a regular file")
         with open(path, "rb", buffering=0) as raw:
-            flaw = _foreign(raw.read(1 << 16))
+            before = os.fstat(raw.fileno())
+            flaw = foreign(raw.read(1 << 16))
             if flaw:
                 raise Stop(EXIT_USAGE, flaw)
-            yield raw
+            try:
+                yield raw
+            finally:
+                after = os.fstat(raw.fileno())
+                if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+                    raise Stop(EXIT_USAGE, "changed while it was being read; wait for the export to finish")
     except OSError as error:
         raise Stop(EXIT_USAGE, f"{path}: can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -735,7 +786,7 @@ def _csv_file(path: Path) -> Iterator[BinaryIO]:
         raise Stop(stop.exit_code, f"{path}: {stop}") from None
 
 
-def _foreign(head: bytes) -> str:
+def foreign(head: bytes) -> str:
     """Say what it is that begins like no CSV of ours, `""` where it may be one."""
     if head.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
         return "an Excel workbook, not a CSV; save it as «CSV UTF-8 (comma delimited)»"
@@ -744,39 +795,9 @@ def _foreign(head: bytes) -> str:
     (first, *_) = head.lstrip(b"\xef\xbb\xbf \r\n").splitlines() or [b""]
     if first.lower().startswith(b"sep="):
         return "the first line is `sep=`, a note for Excel alone; delete it"
-    for separator, name in ((b";", "semicolons"), (b"\t", "tabs")):
-        if separator in first and b"," not in first:
-            return f"separated by {name}; export the CSV with commas"
+    if b"," not in first and (b";" in first or b"\t" in first):
+        return f"separated by {'semicolons' if b';' in first else 'tabs'}; export the CSV with commas"
     return ""
-
-
-class _Table(NamedTuple):
-    """A CSV that is read as far as its header."""
-
-    places: List[int]  # of the wanted columns
-    width: int
-    lines: Iterator[str]
-    rows: Any  # the csv.reader of the lines
-
-    @classmethod
-    def of(cls, raw: BinaryIO, wanted: Iterable[str], has_nul: bool = False) -> "_Table":
-        os.lseek(raw.fileno(), 0, os.SEEK_SET)
-        lines: Iterator[str] = open(raw.fileno(), encoding="utf-8-sig", newline="", closefd=False)  # noqa: SIM115
-        if has_nul:
-            lines = (line.replace("\0", _NUL_MARK) for line in lines)
-        table = cls([], 0, lines, csv.reader(lines, strict=True))
-        header = next((row for _, row in table.numbered() if row), None)
-        if header is None:
-            raise Stop(EXIT_USAGE, "the file is empty")
-        return table._replace(places=locate_columns(header, wanted), width=len(header))
-
-    def numbered(self) -> Iterator[Tuple[int, List[str]]]:
-        """Yield each row that is left with the number of its last line, which an error of csv names too."""
-        try:
-            for row in self.rows:
-                yield self.rows.line_num, row
-        except csv.Error as error:
-            raise csv.Error(f"line {self.rows.line_num}: {error}") from None
 
 
 def locate_columns(header: Sequence[str], wanted: Iterable[str]) -> List[int]:
@@ -794,114 +815,94 @@ def locate_columns(header: Sequence[str], wanted: Iterable[str]) -> List[int]:
     return [names.index(name) for name in wanted]
 
 
-class _ContactReader:
-    """Reads the file twice, to hold but few of very many rows: first to learn which emails and ids recur."""
+def read_contacts(path: Path, emails: Iterable[str] = ()) -> Reading:
+    """Read the export; of `emails` (keys) every row is kept, of others those that recur.
 
-    def __init__(self, raw: BinaryIO) -> None:
-        self.raw = raw
-        os.lseek(raw.fileno(), 0, os.SEEK_SET)
-        self.has_nul = any(b"\0" in block for block in iter(lambda: raw.read(1 << 20), b""))
-        self.rows_are_lines = False
-        self.reading = Reading()
-
-    def read(self, emails: Iterable[str]) -> Reading:
-        self._keep(self._survey(emails))
-        invalid = self.reading.invalid_rows
-        invalid.sort(key=attrgetter("line"))
-        if not self.reading.contacts_read:
-            some = "; ".join(f"line {row.line}: {row.reason}" for row in invalid[:3])
-            more = f"; and {len(invalid) - 3:,} more" if len(invalid) > 3 else ""
-            flaw = f"no usable row, {plural(len(invalid), 'invalid one')} ({some}{more})"
-            raise Stop(EXIT_USAGE, flaw if invalid else "no row but the header")
-        return self.reading
-
-    def _table(self) -> _Table:
-        return _Table.of(self.raw, COLUMNS.values(), self.has_nul)
-
-    def _survey(self, emails: Iterable[str]) -> bytes:
-        """Check every row, and say of each whether it is to be kept: its email or id recurs, or the email is wanted.
-
-        A hash stands for a value, so a million rows cost tens of megabytes; two values of one hash do no harm.
-        """
-        table = self._table()
-        places = dict(zip(COLUMNS, table.places))
-        pick = itemgetter(*(places[name] for name in ("id", "email", "external_ref", "tickets")))
-        keys, ids = array("q"), array("q")  # -1, which no hash is, for a row that is left out
-        header_line = line = table.rows.line_num
-        for last_line, row in table.numbered():
-            line, lines = last_line, last_line - line
-            odd = len(row) != table.width or lines > 1 or self.has_nul
-            flaw = self._shape_flaw(row, table.width) if odd else ""
-            flaw = flaw or Contact.flaw_of(*pick(row))
-            if flaw:
-                self._reject(line, row, places["email"], flaw)
-                keys.append(-1)
-                ids.append(-1)
-            else:
-                keys.append(hash(row[places["email"]].strip().casefold()))
-                ids.append(hash(row[places["id"]]))
-        self.rows_are_lines = line - header_line == len(keys)
-        self.reading.contacts_read = len(keys) - keys.count(-1)
-        wanted_keys = _repeated(keys).union(map(hash, chain(emails, self.reading.tainted)))
-        wanted_ids = _repeated(ids)
-        return bytes(map(or_, map(wanted_keys.__contains__, keys), map(wanted_ids.__contains__, ids)))
-
-    def _shape_flaw(self, row: Sequence[str], width: int) -> str:
-        """Say why the fields of a row can't be told apart for sure."""
-        if len(row) != width:
-            return f"{plural(len(row), 'field')} instead of {width}"
-        if self.has_nul and any(_NUL_MARK in value for value in row):
-            return "a NUL character"
-        if any(value.count(",") >= width - 1 and ("\n" in value or "\r" in value) for value in row):
-            return "a quoted field that holds other rows (a stray quote?)"
-        return ""
-
-    def _reject(self, line: int, row: Sequence[str], place: int, reason: str) -> None:
-        """Leave the row out, and with it all groups whose email stands in any of its fields; a blank row is nothing."""
-        if not row:
-            return
-        email = row[place].strip() if place < len(row) else ""
-        self.reading.invalid_rows.append(InvalidRow(line, reason, email[:320] or None))
-        for value in row:
-            for text in {value, value.replace(_NUL_MARK, "")}:
-                words = (text, *re.split(r"[,\r\n]", text), *_ADDRESS.findall(text))
-                self.reading.tainted.update(word.strip().casefold() for word in words)
-
-    def _keep(self, wanted: bytes) -> None:
-        """Make contacts of the wanted rows, the same row once; rows of one id that differ are invalid."""
-        table = self._table()
-        pick = itemgetter(*table.places)
-        rows: Iterable[Tuple[int, List[str]]] = compress(table.numbered(), wanted)
-        if self.rows_are_lines:  # so that the lines of the others need not be taken apart again
-            first = table.rows.line_num + 1
-            numbers = compress(range(first, first + len(wanted)), wanted)
+    The file is read twice, to hold few of very many rows. Raises Stop(2) where it can't be read, is no UTF-8 CSV,
+    lacks a column or has no usable row.
+    """
+    reading = Reading()
+    with csv_file(path) as raw:
+        table = Table(raw, COLUMNS.values())
+        header_line = table.rows.line_num
+        wanted = _survey(table, reading, emails)
+        rows_are_lines = table.rows.line_num - header_line == len(wanted)
+        table = Table(raw, COLUMNS.values())
+        rows: Iterable[Tuple[int, List[str]]] = compress(table, wanted)
+        if rows_are_lines:  # so that the lines of the others need not be taken apart again
+            numbers = compress(range(header_line + 1, header_line + 1 + len(wanted)), wanted)
             rows = zip(numbers, csv.reader(compress(table.lines, wanted), strict=True))
-        by_id: Dict[str, List[Tuple[int, Contact]]] = {}
-        for line, row in rows:
-            contact = Contact.from_cells(pick(row))
-            variants = by_id.setdefault(contact.id, [])
-            if any(contact == other for _, other in variants):
-                self.reading.contacts_read -= 1
-            else:
-                variants.append((line, contact))
-                self.reading.contacts.append(contact)
-        for variants in by_id.values():
-            for line, contact in variants if len(variants) > 1 else ():
-                other_line, other = next(variant for variant in variants if variant[0] != line)
-                differing = [COLUMNS[name] for name in COLUMNS if getattr(contact, name) != getattr(other, name)]
-                reason = f"the {COLUMNS['id']} of line {other_line} with another {', '.join(differing)}"
-                self.reading.invalid_rows.append(InvalidRow(line, reason, contact.email.strip()[:320]))
-                self.reading.tainted.add(contact.key)
+        pick = itemgetter(*table.places)
+        _keep(((line, Contact.from_cells(pick(row))) for line, row in rows), reading)
+        invalid = reading.invalid_rows
+        invalid.sort(key=attrgetter("line"))
+        if not reading.contacts_read:
+            few, more = some([f"line {row.line}: {row.reason}" for row in invalid], 3)
+            flaw = f"no usable row, {plural(len(invalid), 'invalid one')} ({'; '.join([*few, *filter(None, [more])])})"
+            raise Stop(EXIT_USAGE, flaw if invalid else "no row but the header")
+    return reading
 
 
-def _repeated(hashes: "array[int]") -> Set[int]:
-    seen, repeated = {-1}, set()
-    for value in hashes:
-        if value in seen:
-            repeated.add(value)
+def _survey(table: Table, reading: Reading, emails: Iterable[str]) -> bytes:
+    """Check every row, and say of each whether it is to be kept: its email or id recurs, or the email is wanted.
+
+    A hash stands for a value, so a million rows cost tens of megabytes; two values of one hash do no harm.
+    """
+    places = dict(zip(COLUMNS, table.places))
+    pick = itemgetter(*(places[name] for name in ("id", "email", "external_ref", "tickets")))
+    keys, ids = array("q"), array("q")  # -1, which no hash is, for a row that is left out
+    line = table.rows.line_num
+    for last_line, row in table:
+        line, lines = last_line, last_line - line
+        odd = len(row) != table.width or lines > 1 or table.bytes.has_nul
+        flaw = (odd and table.shape_flaw(row)) or Contact.flaw_of(*pick(row))
+        if flaw:
+            _reject(reading, line, row, places["email"], flaw)
+        keys.append(-1 if flaw else hash(row[places["email"]].strip().casefold()))
+        ids.append(-1 if flaw else hash(row[places["id"]]))
+    reading.contacts_read = len(keys) - keys.count(-1)
+    wanted_keys = repeated(keys).union(map(hash, chain(emails, reading.tainted))) - {-1}
+    wanted_ids = repeated(ids) - {-1}
+    return bytes(key in wanted_keys or one in wanted_ids for key, one in zip(keys, ids))
+
+
+def repeated(values: Iterable[int]) -> Set[int]:
+    seen: Set[int] = set()
+    found: Set[int] = set()
+    for value in values:
+        (found if value in seen else seen).add(value)
+    return found
+
+
+def _reject(reading: Reading, line: int, row: Sequence[str], place: int, reason: str) -> None:
+    """Leave a row out, and with it all groups whose email stands in any of its fields; a blank row is nothing."""
+    if not row:
+        return
+    email = row[place].strip() if place < len(row) else ""
+    reading.invalid_rows.append(InvalidRow(line, reason, email[:320] or None))
+    cells = {*row, *(value.replace(_NUL_MARK, "") for value in row)}
+    text = ",".join(cells)
+    words = {*cells, *re.split(r"[,\r\n]", text), *_ADDRESS.findall(text)}
+    reading.tainted.update(word.strip().casefold() for word in words)
+
+
+def _keep(rows: Iterable[Tuple[int, Contact]], reading: Reading) -> None:
+    """Take each row once; rows of one id that differ are invalid."""
+    by_id: Dict[str, List[Tuple[int, Contact]]] = {}
+    for line, contact in rows:
+        variants = by_id.setdefault(contact.id, [])
+        if any(contact == other for _, other in variants):
+            reading.contacts_read -= 1
         else:
-            seen.add(value)
-    return repeated - {-1}
+            variants.append((line, contact))
+            reading.contacts.append(contact)
+    for variants in by_id.values():
+        for line, contact in variants if len(variants) > 1 else ():
+            other_line, other = next(variant for variant in variants if variant[0] != line)
+            differing = [COLUMNS[name] for name in COLUMNS if getattr(contact, name) != getattr(other, name)]
+            reason = f"the {COLUMNS['id']} of line {other_line} with another {', '.join(differing)}"
+            reading.invalid_rows.append(InvalidRow(line, reason, contact.email.strip()[:320]))
+            reading.tainted.add(contact.key)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -968,6 +969,10 @@ class Pair:
         """Whether a person may accept what it lacks: the duplicate has gone, and a report has said what is wrong."""
         gone = self.state in (State.MERGED, State.PROVING) or self.code == "merged_into_another"
         return gone and bool(self.report) and self.code not in ("", "interrupted")
+
+
+def into(pair: Pair) -> str:
+    return f"{pair.duplicate.short_id} into {pair.primary.short_id}"
 
 
 @dataclass(eq=False)
@@ -1093,9 +1098,9 @@ def read_choices(path: Path) -> Dict[str, str]:
     """
     choices: Dict[str, str] = {}
     lines: Dict[str, int] = {}
-    with _csv_file(path) as raw:
-        table = _Table.of(raw, ("EMAIL", "EXTERNAL_REF"))
-        for line, row in table.numbered():
+    with csv_file(path) as raw:
+        table = Table(raw, ("EMAIL", "EXTERNAL_REF"))
+        for line, row in table:
             if not row:
                 continue
             if len(row) != table.width:
@@ -1189,14 +1194,13 @@ def live_flaw(contact: Contact, live: Optional[Json], external_ref: str) -> Opti
     name = contact.short_id
     if live is None:
         return PairError("not_found", f"{name} is not in DevRev any more")
-    if live.get("state") != "active":
-        return PairError("not_active", f"{name} is {live.get('state') or 'of unknown state'}, not active")
-    if str(live.get("email") or "").strip().casefold() != contact.key:
+    state, reference = live.get("state"), live.get("external_ref")
+    if state != "active":
+        return PairError("not_active", f"{name} is {state or 'of unknown state'}, not active")
+    if email_of(live) != contact.key:
         return PairError("email_changed", f"{name} has another email now: {live.get('email') or 'none'}")
-    if live.get("external_ref") != external_ref:
-        return PairError(
-            "external_ref_changed", f"{name} has another reference now: {live.get('external_ref') or 'none'}"
-        )
+    if reference != external_ref:
+        return PairError("external_ref_changed", f"{name} has another reference now: {reference or 'none'}")
     return None
 
 
@@ -1218,15 +1222,15 @@ def group_flaw(group: Group, live: Mapping[str, Json], namesakes: Iterable[Json]
             return flaw
     orgs = {rev_org_id(live[contact.id]) for contact in contacts}
     if len(orgs) > 1:
-        return PairError(
-            "different_rev_org", "the contacts belong to different rev orgs: " + ", ".join(sorted(map(str, orgs)))
-        )
+        words = f"the contacts belong to different rev orgs: {', '.join(sorted(map(str, orgs)))}"
+        return PairError("different_rev_org", words)
     known = {contact.id for contact in contacts}
     for other in namesakes:
-        reference = str(other.get("external_ref"))
-        same = str(other.get("email") or "").strip().casefold() == group.email
-        if other["id"] not in known and same and other.get("state") == "active" and reference.startswith("user_"):
-            return PairError("several_user_refs", f"DevRev has another user_ contact of this email by now: {reference}")
+        stranger = contact_of(other)
+        is_new = stranger.id not in known and stranger.key == group.email and other.get("state") == "active"
+        if is_new and stranger.is_user:
+            words = f"DevRev has another user_ contact of this email by now: {stranger.external_ref}"
+            return PairError("several_user_refs", words)
     return None
 
 
@@ -1235,9 +1239,8 @@ def count_flaw(contact: Contact, greatest: int, policy: str) -> Optional[PairErr
     if greatest == contact.tickets or (greatest > contact.tickets and policy == "at-least"):
         return None
     hint = "" if greatest < contact.tickets else " (export again, or let more through with --count-policy at-least)"
-    return PairError(
-        "count_mismatch", f"{contact.short_id}: the backup has {greatest} of {contact.tickets} tickets{hint}"
-    )
+    words = f"{contact.short_id}: the backup has {greatest} of {contact.tickets} tickets{hint}"
+    return PairError("count_mismatch", words)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1431,7 +1434,11 @@ class Gate:
             self._failed_scouts = 0
             self._scouting = self._scouting and not scout
         if self._failed_scouts > self.retries:
-            self.brake.pull(Stop(EXIT_STOPPED, f"DevRev at {self.host} can't be reached or keeps failing"))
+            self.brake.pull(
+                Stop(
+                    EXIT_STOPPED, f"DevRev at {self.host} can't be reached or keeps failing (is DEVREV_BASE_URL right?)"
+                )
+            )
         if self._refusals > 10 + 5 * self.retries:
             self.brake.pull(Stop(EXIT_STOPPED, "DevRev keeps answering 429 (over quota), however long it is waited"))
         self._let_through()
@@ -2699,6 +2706,7 @@ class Evidence:
         self.outside = merger.outside
         self.group = group
         self.folder = ""  # of the backup, once the integrity check has passed
+        self.counts: Json = {}  # of what the backup holds
         self._checked: Optional[Moment] = None
         self._listed: Optional[Moment] = None
         self._live: Dict[str, Json] = {}  # rev users by id
@@ -2744,6 +2752,7 @@ class Evidence:
         if flaw:
             raise flaw
         self._live, self._checked = live, oldest(since)
+        log.info("%s: the live check of %s has passed", self.group.email, plural(len(contacts), "contact"))
 
     async def _back_up(self) -> None:
         """Read all that DevRev holds of the group, write it down, and check what is on the disk."""
@@ -2756,10 +2765,17 @@ class Evidence:
             await self._read_timelines(things)
         timelines = {identity: self._timelines[identity][1] for identity in things if identity in self._timelines}
         folder, flaw = await self.outside.work(self._write_backup, held, timelines)
+        works = {work for one in held for work in one.works()}
+        entries = sum(map(len, timelines.values()))
+        self.counts = {"works": len(works), "conversations": len(things) - len(works), "timeline_entries": entries}
+        counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.counts.items())
+        log.info("%s: backed up in %s: %s", self.group.email, folder, counts)
         for pair in self.group.pairs:
-            pair.backup = folder if pair.state is State.PLANNED else pair.backup
+            if pair.state is State.PLANNED:
+                pair.backup, pair.details["backed_up"] = folder, self.counts
         if flaw:
             raise flaw
+        log.info("%s: the integrity check of %s has passed", self.group.email, folder)
         self.folder, self._listed = folder, since
 
     async def _holdings(self, contact: Contact, urgency: int) -> Tuple[Holdings, Moment]:
@@ -2993,6 +3009,7 @@ class Walk:
         else:
             pair.state = State.ACKNOWLEDGED
             await self.merger.ledger.note(pair)
+            log.info("%s: DevRev has acknowledged the merge", pair.email)
             self.merger.note_acknowledged()
         return None
 
@@ -3003,11 +3020,12 @@ class Walk:
         course = self.courses[pair.ids]
         course.asks, course.looked, course.refusal = course.asks + 1, False, None
         pair.state, pair.code, pair.error, pair.refused = State.REQUESTED, "", "", False
-        pair.backup = self.evidence.folder
+        pair.backup, pair.details["backed_up"] = self.evidence.folder, self.evidence.counts
         pair.requested_at = self.outside.moment().wall
         pair.first_requested_at = pair.first_requested_at or pair.requested_at
         await self.merger.ledger.note(pair, "asked")
         self.evidence.insist()  # a disk may be slow
+        log.info("%s: asking for the merge of %s", pair.email, into(pair))
 
     async def _somebody_else(self, pair: Pair) -> None:
         """A first request was answered with an object's 404: somebody has merged or deleted one of the two.
@@ -3085,6 +3103,7 @@ class Walk:
         self.merger.changed = True
         pair.state, pair.code, pair.error = State.MERGED, "", ""
         await self.merger.ledger.note(pair, "merged")
+        log.info("%s: confirmed, %s has gone", pair.email, pair.duplicate.short_id)
 
     async def _note_still_there(self, pair: Pair) -> None:
         """It was believed gone until something has contradicted it: back to looking."""
@@ -3120,6 +3139,7 @@ class Walk:
                 check_holders(pair, await self.api.holders_of(pair.new_ref, Turn(FINISH, self.hold)), over)
         pair.state = State.PROVING
         await self.merger.ledger.note(pair)
+        log.info("%s: %s has the reference %s", pair.email, pair.primary.short_id, pair.new_ref or "that it had")
 
     async def _set_reference(self, pair: Pair, reference: str) -> bool:
         """True where the reference is set and read back, False where somebody holds it."""
@@ -3139,7 +3159,8 @@ class Walk:
     async def _prove(self, pair: Pair) -> None:
         """Look until all that the duplicate had hangs on the primary, and the list of its email shows it no more."""
         self.merger.expect_no_more(self)
-        left, listed = await self.proof.wait(pair, to_prove(pair.backup, pair.duplicate.id))
+        wanted = to_prove(pair.backup, pair.duplicate.id)
+        left, listed = await self.proof.wait(pair, wanted)
         if listed is Sight.THERE:
             await self._note_still_there(pair)
         elif left:
@@ -3150,6 +3171,8 @@ class Walk:
             raise PairError("still_listed", f"merged, but DevRev still lists {pair.duplicate.short_id} for its email")
         else:
             pair.state, pair.code, pair.error, pair.left_behind = State.DONE, "", "", []
+            pair.details["proved"] = len({item["id"] for item in wanted}.difference(pair.details.get("deleted", ())))
+            log.info("%s: proved, all %d objects hang on the primary", pair.email, pair.details["proved"])
 
 
 class Proof:
@@ -3617,7 +3640,7 @@ class Exporter:
 
     def _recurring(self, keys: "array[int]") -> List[Contact]:
         self.spool.seek(0)
-        wanted = compress(self.spool, map(_repeated(keys).__contains__, keys))
+        wanted = compress(self.spool, map(repeated(keys).__contains__, keys))
         # A contact that is changed while the list is read may stand in it twice.
         contacts = {contact.id: contact for contact in (Contact(*json.loads(line)) for line in wanted)}
         times = collections.Counter(contact.key for contact in contacts.values())
@@ -4221,10 +4244,8 @@ def _lost_for_good(user: Json, entry: Json, left_out: Mapping[str, str]) -> Iter
 
 
 ADVICE = {
-    "not_found": "the export is stale: export again",
+    **dict.fromkeys(("not_found", "email_changed", "external_ref_changed"), "the export is stale: export again"),
     "not_active": "look at the contact in DevRev: a locked or deactivated contact is not merged",
-    "email_changed": "the export is stale: export again",
-    "external_ref_changed": "the export is stale: export again",
     "different_rev_org": "contacts of different rev orgs are not merged: look at them in DevRev",
     "several_user_refs": "find out which user_ reference the application uses, export again",
     "count_mismatch": "export again, or let a backup with more than the export pass with --count-policy at-least",
@@ -4236,7 +4257,7 @@ ADVICE = {
     "external_ref_conflict": "free the reference from its holder in DevRev, run again: only the reference is set then",
     "external_ref_not_set": "run again; if it stays, set the reference by hand in DevRev",
     "left_behind": "run again later (DevRev may still be moving them), or move them; --settle accepts what stays",
-    "still_listed": "run again later",
+    **dict.fromkeys(("still_listed", "group_incomplete"), "run again later"),
     "merged_into_another": "look at both contacts in DevRev; --settle accepts it",
     "merged_elsewhere": "export again; the reference named in the message has to be looked at by hand",
     "stale": "raise DEVREV_RATE_LIMIT_CALLS, or ask DevRev for a larger quota",
@@ -4245,7 +4266,6 @@ ADVICE = {
     "contact_refused": "the group is as it was: look at what DevRev has answered, undo again",
     "contact_not_confirmed": "undo again: it looks for the contact first",
     "not_handed_back": "undo again, or hand them over in DevRev",
-    "group_incomplete": "run again",
     "interrupted": "run again with the same savepoint: it is finished first",
 }
 
@@ -4262,19 +4282,13 @@ def contact_entry(contact: Contact, reference: str = "old_external_ref") -> Json
 
 
 PROGRESS: Mapping[State, Json] = {
-    State.REQUESTED: {
-        "so_far": "asked for, and not merged yet",
-        "to_do": "confirm the merge, set the reference, prove",
-    },
-    State.ACKNOWLEDGED: {"so_far": "DevRev has accepted the merge", "to_do": "confirm it, set the reference, prove"},
-    State.MERGED: {
-        "so_far": "merged in DevRev, for good",
-        "to_do": "set the reference, prove that nothing was left behind",
-    },
-    State.PROVING: {
-        "so_far": "merged in DevRev, for good, and the reference is set",
-        "to_do": "prove that nothing was left behind",
-    },
+    state: {"so_far": so_far, "to_do": to_do}
+    for state, so_far, to_do in (
+        (State.REQUESTED, "asked for, and not merged yet", "confirm the merge, set the reference, prove"),
+        (State.ACKNOWLEDGED, "DevRev has accepted the merge", "confirm it, set the reference, prove"),
+        (State.MERGED, "merged in DevRev, for good", "set the reference, prove that nothing was left behind"),
+        (State.PROVING, "merged in DevRev, for good, and the reference is set", "prove that nothing was left behind"),
+    )
 }
 
 
@@ -4297,19 +4311,23 @@ def merge_entry(pair: Pair, planned: Collection[Tuple[str, str]]) -> Json:
     return {**entry, **PROGRESS.get(pair.state, {})}
 
 
-def skip_entry(skip: Skip) -> Json:
-    """A skipped group, with the lines of which --choices may take one."""
-    choices = [
-        {"line": line, "external_ref": contact.external_ref, "display_id": contact.short_id}
-        for line, contact in skip.choice_lines().items()
-    ]
-    return {
-        "email": skip.email,
-        "code": skip.code,
-        "reason": SKIP_REASONS[skip.code][0],
-        "contacts": [contact_entry(contact, "external_ref") for contact in skip.contacts],
-        "choices": choices,
-    }
+def left_out(plan: Plan) -> Dict[str, Iterable[Json]]:
+    """The skipped groups, each with the lines of which --choices may take one, and the invalid rows."""
+
+    def entry(skip: Skip) -> Json:
+        choices = skip.choice_lines().items()
+        return {
+            "email": skip.email,
+            "code": skip.code,
+            "reason": SKIP_REASONS[skip.code][0],
+            "contacts": [contact_entry(contact, "external_ref") for contact in skip.contacts],
+            "choices": [
+                {"line": line, "external_ref": contact.external_ref, "display_id": contact.short_id}
+                for line, contact in choices
+            ],
+        }
+
+    return {"skipped": map(entry, plan.skipped), "invalid_rows": (row._asdict() for row in plan.invalid_rows)}
 
 
 def report_chunks(head: Json, lists: Mapping[str, Iterable[Json]]) -> Iterator[bytes]:
@@ -4323,58 +4341,40 @@ def report_chunks(head: Json, lists: Mapping[str, Iterable[Json]]) -> Iterator[b
     yield b"\n}\n"
 
 
-class Outcome:
-    """What a run has come to: the pairs of the report's lists, read from the savepoint as often as one asks."""
+def outcome(savepoint: SavePoint) -> Dict[str, Iterator[Pair]]:
+    """What a run has come to: the pairs of the report's lists, read from the savepoint anew with each call."""
+    elsewhere = State.MERGED_ELSEWHERE
+    return {
+        # Those of a run that was killed before its report are among them.
+        "successful_merges": (pair for pair in savepoint.unreported() if pair.state is not elsewhere),
+        "failed_merges": chain(savepoint.failed(), (one for one in savepoint.unreported() if one.state is elsewhere)),
+        "unfinished_merges": savepoint.rows(*UNFINISHED),
+    }
 
-    def __init__(self, plan: Plan, savepoint: SavePoint) -> None:
-        self.plan = plan
-        self.savepoint = savepoint
 
-    def successful(self) -> Iterator[Pair]:
-        """Pairs that have ended well and stand in no report yet, those of a run that was killed among them."""
-        return (pair for pair in self.savepoint.unreported() if pair.state is not State.MERGED_ELSEWHERE)
-
-    def failed(self) -> Iterator[Pair]:
-        """Pairs that were not asked for, or have ended without a merge."""
-        yield from self.savepoint.failed()
-        yield from (pair for pair in self.savepoint.unreported() if pair.state is State.MERGED_ELSEWHERE)
-
-    def unfinished(self) -> Iterator[Pair]:
-        return self.savepoint.rows(*UNFINISHED)
-
-    def summary(self) -> Json:
-        """The contract's numbers, of this CSV's pairs; `earlier_runs` counts the other pairs in the lists."""
-        lists = {
-            "successful_merges": self.successful,
-            "failed_merges": self.failed,
-            "unfinished_merges": self.unfinished,
-        }
-        mine: Dict[str, int] = dict.fromkeys(lists, 0)
-        others = dict(mine)
-        for name, pairs in lists.items():
-            for pair in pairs():
-                (mine if pair.ids in self.plan.ids else others)[name] += 1
-        attempted = sum(mine.values())
-        plan = self.plan
-        summary: Json = {
-            "contacts_read": plan.contacts_read,
-            "invalid_rows": len(plan.invalid_rows),
-            "pairs_planned": len(plan.ids),
-            "already_merged": plan.already_merged,
-            "total_merges_attempted": attempted,
-            **mine,
-            "left": len(plan.ids) - plan.already_merged - attempted,
-            "skipped_groups": len(plan.skipped),
-        }
-        if any(others.values()):
-            summary["earlier_runs"] = others
-        return summary
+def summary_of(plan: Plan, savepoint: SavePoint) -> Json:
+    """The contract's numbers, of this CSV's pairs; `earlier_runs` counts the other pairs in the lists."""
+    counts = {
+        name: collections.Counter(pair.ids in plan.ids for pair in pairs) for name, pairs in outcome(savepoint).items()
+    }
+    mine, others = ({name: count[which] for name, count in counts.items()} for which in (True, False))
+    attempted = sum(mine.values())
+    return {
+        "contacts_read": plan.contacts_read,
+        "invalid_rows": len(plan.invalid_rows),
+        "pairs_planned": len(plan.ids),
+        "already_merged": plan.already_merged,
+        "total_merges_attempted": attempted,
+        **mine,
+        "left": len(plan.ids) - plan.already_merged - attempted,
+        "skipped_groups": len(plan.skipped),
+        **({"earlier_runs": others} if any(others.values()) else {}),
+    }
 
 
 def headline(summary: Json) -> str:
     """What a run has come to, in one line: nobody may read "all" where some remain."""
-    mine = summary["pairs_planned"] - summary["already_merged"]
-    lists = ("successful_merges", "unfinished_merges", "failed_merges")
+    mine, skipped = summary["pairs_planned"] - summary["already_merged"], summary["skipped_groups"]
     words = [f"{summary['successful_merges']:,} of {plural(mine, 'pair')} merged" if mine else "nothing to merge"]
     counts = {
         "unfinished": summary["unfinished_merges"],
@@ -4383,32 +4383,25 @@ def headline(summary: Json) -> str:
         "merged before": summary["already_merged"],
     }
     words += [f"{count:,} {what}" for what, count in counts.items() if count]
-    words += [f"{plural(summary['skipped_groups'], 'group')} skipped"] if summary["skipped_groups"] else []
+    words += [f"{plural(skipped, 'group')} skipped"] if skipped else []
     words += [plural(summary["invalid_rows"], "invalid row")]
-    others = [summary.get("earlier_runs", {}).get(name) for name in lists]
-    more = [f"{count:,} {what}" for what, count in zip(("at their end", "unfinished", "failed"), others) if count]
+    ends = {"successful_merges": "at their end", "unfinished_merges": "unfinished", "failed_merges": "failed"}
+    others = summary.get("earlier_runs", {})
+    more = [f"{others[name]:,} {what}" for name, what in ends.items() if others.get(name)]
     return ", ".join(words) + (f"; of earlier runs, not in this CSV: {', '.join(more)}" if more else "")
 
 
-def write_report(path: Path, run: Json, outcome: Outcome, outside: Outside) -> None:
+def write_report(path: Path, run: Json, plan: Plan, savepoint: SavePoint, outside: Outside) -> None:
     """Write the JSON report, and beside it the page that shows it. Raises OSError where the disk refuses.
 
     The savepoint knows the report's name before the report has it, so that what has ended stands in exactly one.
     """
-    plan, savepoint, summary = outcome.plan, outcome.savepoint, outcome.summary()
-    outside.folder(path.parent)
-
-    def entries(pairs: Iterable[Pair]) -> Iterator[Json]:
-        return (merge_entry(pair, plan.ids) for pair in pairs)
-
+    summary = summary_of(plan, savepoint)
     lists: Dict[str, Iterable[Json]] = {
-        "successful_merges": entries(outcome.successful()),
-        "failed_merges": entries(outcome.failed()),
-        "unfinished_merges": entries(outcome.unfinished()),
-        "skipped": map(skip_entry, plan.skipped),
-        "invalid_rows": (row._asdict() for row in plan.invalid_rows),
+        name: (merge_entry(pair, plan.ids) for pair in pairs) for name, pairs in outcome(savepoint).items()
     }
-    chunks = report_chunks({"run": run, "summary": summary}, lists)
+    outside.folder(path.parent)
+    chunks = report_chunks({"run": run, "summary": summary}, {**lists, **left_out(plan)})
     outside.replace(path, chunks, before=lambda: savepoint.announce_report(path.name))
     savepoint.settle_report(lambda _name: True)
     template = Path(__file__).resolve().parent / "reports" / "template.html"
@@ -4422,15 +4415,7 @@ def write_report(path: Path, run: Json, outcome: Outcome, outside: Outside) -> N
 
 def for_script(text: bytes) -> bytes:
     """Escape JSON so that nothing in it can end the <script> element that holds it."""
-    for raw, escaped in (
-        (b"<", rb"\u003c"),
-        (b">", rb"\u003e"),
-        (b"&", rb"\u0026"),
-        (b"\xe2\x80\xa8", rb"\u2028"),
-        (b"\xe2\x80\xa9", rb"\u2029"),
-    ):
-        text = text.replace(raw, escaped)
-    return text
+    return re.sub(rb"[<>&]|\xe2\x80[\xa8\xa9]", lambda found: rb"\u%04x" % ord(found.group().decode("utf-8")), text)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -4446,9 +4431,7 @@ class Estimate(NamedTuple):
         return f"about {plural(self.requests, 'request')}, about {duration(self.seconds)}"
 
 
-def estimate(
-    pairs: int, references: int, contacts: int, tickets: int, settings: ApiSettings, with_timelines: bool
-) -> Estimate:
+def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimate:
     """What a run costs: for each pair a merge and, at the pace of most merges, two looks, for some a reference; ten
     list calls a batch and one a page; one timeline for each ticket, issue and conversation.
 
@@ -4456,24 +4439,20 @@ def estimate(
     conversation for every other contact are assumed. Seconds are what the requests take under the client's own
     ceiling, or at 0.2 s each over the workers, whichever is more.
     """
-    requests = 3 * pairs + references + 10 * -(-pairs // ContactMerger.BATCH) + tickets // 20 + (1 if pairs else 0)
+    pairs = contacts = tickets = 0
+    requests = 4 * sum(pair.state in UNFINISHED for pair in plan.pairs())  # their backups are made
+    for group in plan.groups:
+        left = [pair for pair in group.pairs if pair.state is State.PLANNED]
+        pairs += len(left)
+        contacts += len(left) + bool(left)
+        tickets += sum(pair.duplicate.tickets for pair in left) + (group.primary.tickets if left else 0)
+        requests += sum(3 + bool(pair.new_ref) for pair in left)
+    requests += 10 * -(-pairs // ContactMerger.BATCH) + tickets // 20 + bool(pairs)
     if with_timelines:
         requests += tickets * 13 // 10 + contacts // 2
     calls, period = settings.calls, settings.period
     least = time_in_windows(requests, calls, period, calls, period) if calls else 0.0
     return Estimate(requests, max(least, requests * 0.2 / settings.workers))
-
-
-def estimate_plan(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimate:
-    pairs = references = contacts = tickets = 0
-    for group in plan.groups:
-        left = [pair for pair in group.pairs if pair.state not in ENDED]
-        if left:
-            pairs += len(left)
-            references += sum(bool(pair.new_ref) for pair in left)
-            contacts += len(left) + 1
-            tickets += group.primary.tickets + sum(pair.duplicate.tickets for pair in left)
-    return estimate(pairs, references, contacts, tickets, settings, with_timelines)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -4596,12 +4575,10 @@ class Console:
         plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb" or not (stream or self.out).isatty()
         return text if plain or not style else f"\x1b[{self.COLOURS[style]}m{text}\x1b[0m"
 
-    def symbol(self, fancy: str, plain: str) -> str:
-        try:
-            fancy.encode(self.out.encoding or "ascii")
-        except UnicodeEncodeError:
-            return plain
-        return fancy
+    @property
+    def arrow(self) -> str:
+        """Points from the duplicate to the primary, with what the output can show."""
+        return "<-" if "\u2190".encode(self.out.encoding or "ascii", "ignore") == b"" else "\u2190"
 
     def clean(self, text: str) -> str:
         return printable(self.mask(text))
@@ -4616,10 +4593,6 @@ class Console:
             return [text]
         indent = " " * (len(text) - len(text.lstrip()) + 2)
         return textwrap.wrap(text, self.width, subsequent_indent=indent, break_on_hyphens=False)
-
-    def say_all(self, lines: Iterable[str]) -> None:
-        """Many lines of results with one write."""
-        self.stream("\n".join(map(self.clean, lines)) + "\n")
 
     def stream(self, text: str) -> None:
         """A part of long results as it is; waits for what was given before, so that memory does not grow."""
@@ -4638,10 +4611,6 @@ class Console:
         pen = self._pens[self.err]
         if pen.backlog() < pen.BACKLOG:
             pen.put(self.err, self.paint(style, self.clean(text), self.err) + "\n")
-
-    def ask(self, text: str) -> None:
-        """Show a prompt, without a line break."""
-        self._pens[self.out].put(self.out, text)
 
     def cut(self, text: str) -> None:
         """Say a last word, if anybody listens, before the process ends at once."""
@@ -4662,16 +4631,15 @@ class Console:
 class PlainFormatter(logging.Formatter):
     """One line a record, without the token and without anything that a terminal could act on."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
-        self.mask: Callable[[str], str] = str
+        self.console = console
 
     def formatTime(self, record: logging.LogRecord, datefmt: Optional[str] = None) -> str:  # noqa: ARG002
         return iso(record.created)
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return printable(self.mask(text))
+        return self.console.clean(super().format(record))
 
 
 class ConsoleHandler(logging.Handler):
@@ -4682,7 +4650,9 @@ class ConsoleHandler(logging.Handler):
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno != logging.ERROR:
+        if record.levelno == logging.WARNING:
+            self.console.note(f"warning: {record.getMessage()}")
+        elif record.levelno != logging.ERROR:
             self.console.note(self.format(record))
 
 
@@ -4691,25 +4661,51 @@ class ConsoleHandler(logging.Handler):
 # ---------------------------------------------------------------------------------------------------
 
 
-def show_plan(plan: Plan, console: Console, cost: Estimate, ceiling: str, earlier: Sequence[Pair]) -> None:
+def plan_summary(plan: Plan, cost: Estimate, earlier: Sequence[Pair]) -> Json:
+    """The plan in numbers; `earlier` are the pairs that are taken over from earlier runs."""
+    new = sum(pair.state is State.PLANNED for pair in plan.pairs())
+    in_csv = sum(pair.ids in plan.ids for pair in earlier)
+    return {
+        "plan_id": plan.id,
+        "contacts_read": plan.contacts_read,
+        "pairs_planned": len(plan.ids),
+        "pairs_to_merge": new,
+        "pairs_to_finish": len(earlier),
+        "already_merged": plan.already_merged,
+        "left": len(plan.ids) - plan.already_merged - in_csv - new,
+        "skipped_groups": len(plan.skipped),
+        "invalid_rows": len(plan.invalid_rows),
+        "estimated_requests": cost.requests,
+        "estimated_seconds": round(cost.seconds),
+    }
+
+
+def plan_chunks(plan: Plan, facts: Json, earlier: Sequence[Pair]) -> Iterator[bytes]:
+    """The plan as JSON, for `--preview --json`."""
+    lists: Dict[str, Iterable[Json]] = {
+        "pairs": (merge_entry(pair, plan.ids) for pair in plan.pairs() if pair.state is State.PLANNED),
+        "to_finish": (merge_entry(pair, plan.ids) for pair in earlier),
+    }
+    return report_chunks({"summary": facts}, {**lists, **left_out(plan)})
+
+
+def show_plan(plan: Plan, facts: Json, console: Console, cost: str, earlier: Sequence[Pair]) -> None:
     """Print what a run would do, so that somebody can sign it."""
     if not console.quiet:
         _show_pairs(plan, console)
-        say_lines(console, earlier_lines(earlier))
-        say_lines(console, choice_lines(plan))
-        _show_skipped(plan, console)
-    new = sum(pair.state is State.PLANNED for pair in plan.pairs())
-    in_csv = sum(pair.ids in plan.ids for pair in earlier)
-    left = len(plan.ids) - plan.already_merged - in_csv - new
+        blocks = (earlier_lines(earlier), choice_lines(plan), invalid_lines(plan))
+        for lines in chain(blocks, (skip_lines(plan, code) for code in SKIP_REASONS)):
+            say_lines(console, lines)
     console.say(f"{plural(plan.contacts_read, 'contact')} read, {plural(len(plan.invalid_rows), 'invalid row')}")
     if plan.already_merged:
         console.say(f"{plural(plan.already_merged, 'pair')} of this export already merged (says the savepoint)")
-    if left:
-        console.say(f"{plural(left, 'pair')} left for another run (--email, --limit)")
-    console.say(f"{cost} {ceiling}")
+    if facts["left"]:
+        console.say(f"{plural(facts['left'], 'pair')} left for another run (--email, --limit)")
+    console.say(cost)
     console.say(f"plan {plan.id}")
     more = f", {len(earlier):,} of earlier runs to finish first" if earlier else ""
-    console.say(f"{plural(new, 'pair')} to merge, {plural(len(plan.skipped), 'group')} skipped{more}", "bold")
+    counts = f"{plural(facts['pairs_to_merge'], 'pair')} to merge, {plural(len(plan.skipped), 'group')} skipped"
+    console.say(counts + more, "bold")
 
 
 def say_lines(console: Console, lines: Iterable[str]) -> None:
@@ -4722,11 +4718,6 @@ def say_lines(console: Console, lines: Iterable[str]) -> None:
         console.say()
 
 
-def some(items: Sequence[T], most: int = 5) -> Tuple[Sequence[T], str]:
-    """The first few, and in words how many more there are."""
-    return items[:most], f"and {len(items) - most:,} more" if len(items) > most else ""
-
-
 def names_of(pair: Pair) -> str:
     """Whose contacts they are: one name, or both where they differ."""
     names = {contact.name.casefold(): contact.name for contact in (pair.primary, pair.duplicate)}
@@ -4734,8 +4725,8 @@ def names_of(pair: Pair) -> str:
 
 
 def told(pair: Pair) -> str:
-    into = f"{pair.duplicate.short_id} into {pair.primary.short_id}"
-    return f"{names_of(pair)} <{pair.email}>: {into}" + (f", which becomes {pair.new_ref}" if pair.new_ref else "")
+    becomes = f", which becomes {pair.new_ref}" if pair.new_ref else ""
+    return f"{names_of(pair)} <{pair.email}>: {into(pair)}{becomes}"
 
 
 def earlier_lines(pairs: Sequence[Pair]) -> Iterator[str]:
@@ -4767,11 +4758,42 @@ def told_of(contact: Contact) -> str:
     return f"{contact.name}, {contact.short_id}, {plural(contact.tickets, 'ticket')}{since}"
 
 
+def invalid_lines(plan: Plan) -> Iterator[str]:
+    if plan.invalid_rows:
+        yield f"LEFT OUT: {plural(len(plan.invalid_rows), 'invalid row')}"
+    for row in plan.invalid_rows:
+        yield f"  line {row.line}: {row.reason}" + (f" ({row.email})" if row.email else "")
+
+
+def skip_lines(plan: Plan, code: str) -> Iterator[str]:
+    """The groups that are skipped for one reason, with the lines of which one would go into a file of choices."""
+    skips = [skip for skip in plan.skipped if skip.code == code]
+    if not skips:
+        return
+    yield f"SKIPPED {code}: {plural(len(skips), 'group')}"
+    reason, advice = SKIP_REASONS[code]
+    yield f"  why: {reason}"
+    yield f"  what to do: {advice}"
+    lines: Dict[str, List[str]] = collections.defaultdict(list)
+    for row in plan.invalid_rows:
+        lines[email_key(row.email or "")].append(str(row.line))
+    for skip in skips:
+        choices = list(skip.choice_lines().items())
+        few, more = some([f"    {line}    ({told_of(contact)})" for line, contact in choices], 6)
+        if choices:
+            yield f"  {skip.email}, {plural(len(skip.contacts), 'contact')}; one of these lines for --choices:"
+            yield from few
+            yield from [f"    {more}"] if more else []
+            continue
+        names, more = some([f"{one.external_ref} ({one.tickets})" for one in skip.contacts], 6)
+        where = f" (lines {', '.join(lines[skip.email])})" if code == "invalid_row" and lines[skip.email] else ""
+        yield f"  {skip.email}{where}: {', '.join([*names, *filter(None, [more])])}"
+
+
 def _show_pairs(plan: Plan, console: Console) -> None:
     """A table where it fits the terminal, else two lines a pair."""
-    arrow = console.symbol("\u2190", "<-")
-    head = ("EMAIL", "PRIMARY", "TICKETS", arrow, "DUPLICATE", "TICKETS", "REFERENCE", "NAME")
-    rows = [_pair_cells(pair, arrow) for pair in plan.pairs() if pair.state is State.PLANNED]
+    head = ("EMAIL", "PRIMARY", "TICKETS", console.arrow, "DUPLICATE", "TICKETS", "REFERENCE", "NAME")
+    rows = [_pair_cells(pair, console) for pair in plan.pairs() if pair.state is State.PLANNED]
     if not rows:
         return
     widths = [max(map(len, column)) for column in zip(head, *rows)]
@@ -4781,75 +4803,16 @@ def _show_pairs(plan: Plan, console: Console) -> None:
     for line in (form % head).split("\n"):
         console.say(line, "bold")
     for start in range(0, len(rows), 1000):
-        console.say_all("\n".join(form % row for row in rows[start : start + 1000]).split("\n"))
+        console.stream("".join(form % row + "\n" for row in rows[start : start + 1000]))
     console.say()
 
 
-def _pair_cells(pair: Pair, arrow: str) -> Tuple[str, ...]:
+def _pair_cells(pair: Pair, console: Console) -> Tuple[str, ...]:
     cells = (
-        pair.email, pair.primary.short_id, str(pair.primary.tickets), arrow, pair.duplicate.short_id,
+        pair.email, pair.primary.short_id, str(pair.primary.tickets), console.arrow, pair.duplicate.short_id,
         str(pair.duplicate.tickets), pair.new_ref or "unchanged", names_of(pair),
     )  # fmt: skip
-    return tuple(map(printable, cells))
-
-
-def _show_skipped(plan: Plan, console: Console) -> None:
-    lines: Dict[str, List[str]] = collections.defaultdict(list)
-    for row in plan.invalid_rows:
-        console.say(f"line {row.line}: {row.reason}" + (f" ({row.email})" if row.email else ""))
-        lines[(row.email or "").casefold()].append(str(row.line))
-    if plan.invalid_rows:
-        console.say()
-    for code, (reason, advice) in SKIP_REASONS.items():
-        skips = [skip for skip in plan.skipped if skip.code == code]
-        if not skips:
-            continue
-        console.say(f"SKIPPED {code}: {plural(len(skips), 'group')}", "bold")
-        console.say(f"  why: {reason}")
-        console.say(f"  what to do: {advice}")
-        for skip in skips:
-            where = f" (lines {', '.join(lines[skip.email])})" if code == "invalid_row" and lines[skip.email] else ""
-            _show_skip(skip, console, where)
-        console.say()
-
-
-def _show_skip(skip: Skip, console: Console, where: str) -> None:
-    """One group, with the lines of which one would go into a file of choices."""
-    choices = skip.choice_lines()
-    if not choices:
-        few, more = some([f"{one.external_ref} ({one.tickets})" for one in skip.contacts], 6)
-        console.say(f"  {skip.email}{where}: {', '.join(few)}{more and ', ' + more}")
-        return
-    console.say(f"  {skip.email}, {plural(len(skip.contacts), 'contact')}; one of these lines for --choices:")
-    lines, more = some(list(choices.items()), 6)
-    for line, contact in lines:
-        console.say(f"    {line}    ({told_of(contact)})")
-    if more:
-        console.say(f"    {more}")
-
-
-def plan_chunks(plan: Plan, cost: Estimate, earlier: Sequence[Pair]) -> Iterator[bytes]:
-    """The plan as JSON, for `--preview --json`."""
-    pairs = (merge_entry(pair, plan.ids) for pair in plan.pairs() if pair.state is State.PLANNED)
-    summary = {
-        "plan_id": plan.id,
-        "contacts_read": plan.contacts_read,
-        "pairs_planned": len(plan.ids),
-        "pairs_to_merge": sum(pair.state is State.PLANNED for pair in plan.pairs()),
-        "pairs_to_finish": len(earlier),
-        "already_merged": plan.already_merged,
-        "skipped_groups": len(plan.skipped),
-        "invalid_rows": len(plan.invalid_rows),
-        "estimated_requests": cost.requests,
-        "estimated_seconds": round(cost.seconds),
-    }
-    lists: Dict[str, Iterable[Json]] = {
-        "pairs": pairs,
-        "to_finish": (merge_entry(pair, plan.ids) for pair in earlier),
-        "skipped": map(skip_entry, plan.skipped),
-        "invalid_rows": (row._asdict() for row in plan.invalid_rows),
-    }
-    return report_chunks({"summary": summary}, lists)
+    return tuple(map(console.clean, cells))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -4929,6 +4892,55 @@ class OptionParser(argparse.ArgumentParser):
         return f"; did you mean {meant}?" if meant else ""
 
 
+FLAG: Json = {"action": "store_true"}
+OPTIONS: Mapping[str, Mapping[str, Tuple[str, Json]]] = {
+    "what to work on": {
+        "--csv PATH": ("the export of contacts (README: how to make it)", {"type": Path}),
+        "--choices PATH": ("a CSV (EMAIL, EXTERNAL_REF): whom to keep of ambiguous groups", {"type": Path}),
+        "--email ADDRESS": ("only this address (may be repeated)", {"action": "append"}),
+        "--limit N": ("at most N pairs in this run: a canary", {"type": _positive_int}),
+        "--undo PATH": (
+            "take merges back: those of a backup folder, or of a merge report; with --preview: say what would be",
+            {"type": Path},
+        ),
+    },
+    "make the CSV": {
+        "--export PATH": ("read it from DevRev itself, with list calls alone", {"type": Path}),
+        "--domain D": ("only emails of this domain (may be repeated)", {"type": _domain, "action": "append"}),
+    },
+    "look, without changing anything": {
+        "--preview": ("print the plan; no request is made", FLAG),
+        "--check": ("say whether a real run could start (a few read requests)", FLAG),
+        "--status": ("print what the savepoint knows", FLAG),
+        "--verify-backups FOLDER": ("re-read every backup", {"nargs": "?", "type": Path, "const": Path("backups")}),
+        "--json": ("with one of these: the same as JSON", FLAG),
+    },
+    "how to work": {
+        "--count-policy": (
+            "a contact's backup must hold exactly the export's TICKET_COUNT (default), or at least that",
+            {"choices": ("exact", "at-least"), "default": "exact"},
+        ),
+        "--merge-timeout SECONDS": (
+            "how long to wait for DevRev to finish a merge (default 120)", {"type": _seconds, "default": 120.0},
+        ),
+        "--workers N": ("concurrent requests (default 8)", {"type": _positive_int, "default": 8}),
+        "--savepoint PATH": ("default savepoint.db", {"type": Path, "default": Path("savepoint.db")}),
+        "--no-timelines": ("leave the comments out of the backup (a request each); the manifest says so", FLAG),
+        "--settle ADDRESS": (
+            "accept what can't be mended of merged pairs that an earlier report has named as unfinished",
+            {"nargs": "+"},
+        ),
+        "--plan ID": ("only if the plan is still the one that a preview named so", {}),
+        "--yes": ("don't ask before the first change", FLAG),
+    },
+    "what to show": {
+        "-v --verbose": ("show each request", FLAG),
+        "-q --quiet": ("errors and the summary alone", FLAG),
+        "--version": ("", {"action": "version", "version": f"merge_contacts {__version__}"}),
+    },
+}  # fmt: skip
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = OptionParser(
         prog="merge_contacts.py",
@@ -4937,84 +4949,40 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    what = parser.add_argument_group("what to work on")
-    what.add_argument("--csv", metavar="PATH", type=Path, help="the export of contacts (README: how to make it)")
-    what.add_argument(
-        "--choices", metavar="PATH", type=Path, help="a CSV (EMAIL, EXTERNAL_REF): whom to keep of ambiguous groups"
-    )
-    what.add_argument("--email", metavar="ADDRESS", action="append", help="only this address (may be repeated)")
-    what.add_argument("--limit", metavar="N", type=_positive_int, help="at most N pairs in this run: a canary")
-    make = parser.add_argument_group("make the CSV")
-    make.add_argument("--export", metavar="PATH", type=Path, help="read it from DevRev itself, with list calls alone")
-    make.add_argument(
-        "--domain", metavar="D", type=_domain, action="append", help="only emails of this domain (may be repeated)"
-    )
-    look = parser.add_argument_group("look, without changing anything")
-    look.add_argument("--preview", action="store_true", help="print the plan; no request is made")
-    look.add_argument("--json", action="store_true", help="with one of these: the same as JSON")
-    look.add_argument("--check", action="store_true", help="say whether a real run could start (a few read requests)")
-    look.add_argument("--status", action="store_true", help="print what the savepoint knows")
-    look.add_argument(
-        "--verify-backups", metavar="FOLDER", nargs="?", type=Path, const=Path("backups"), help="re-read every backup"
-    )
-    how = parser.add_argument_group("how to work")
-    how.add_argument(
-        "--count-policy", choices=("exact", "at-least"), default="exact",
-        help="a contact's backup must hold exactly the export's TICKET_COUNT (default), or at least that",
-    )  # fmt: skip
-    how.add_argument(
-        "--merge-timeout",
-        metavar="SECONDS",
-        type=_seconds,
-        default=120.0,
-        help="how long to wait for DevRev to finish a merge (default 120)",
-    )
-    how.add_argument("--workers", metavar="N", type=_positive_int, default=8, help="concurrent requests (default 8)")
-    how.add_argument(
-        "--savepoint", metavar="PATH", type=Path, default=Path("savepoint.db"), help="default savepoint.db"
-    )
-    how.add_argument(
-        "--no-timelines",
-        action="store_true",
-        help="leave the comments out of the backup (a request each); the manifest says so",
-    )
-    how.add_argument(
-        "--settle", metavar="ADDRESS", nargs="+",
-        help="accept what can't be mended of merged pairs that an earlier report has named as unfinished",
-    )  # fmt: skip
-    what.add_argument(
-        "--undo", metavar="PATH", type=Path,
-        help="take merges back: those of a backup folder, or of a merge report; with --preview: say what would be",
-    )  # fmt: skip
-    how.add_argument("--plan", metavar="ID", help="only if the plan is still the one that a preview named so")
-    how.add_argument("--yes", action="store_true", help="don't ask before the first change")
-    show = parser.add_argument_group("what to show")
-    show.add_argument("-v", "--verbose", action="store_true", help="show each request")
-    show.add_argument("-q", "--quiet", action="store_true", help="errors and the summary alone")
-    show.add_argument("--version", action="version", version=f"merge_contacts {__version__}")
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for names, (words, details) in options.items():
+            flags, metavar = re.findall(r"-[\w-]+", names), re.search(r" ([A-Z]+)$", names)
+            more: Json = {"metavar": metavar.group(1)} if metavar else {}
+            group.add_argument(*flags, help=words or None, **more, **details)
     return parser
 
 
 def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = build_parser()
     options = parser.parse_args(argv)
-    modes = [name for name in MODES if name != "undo" and getattr(options, name)]
-    if len(modes) > 1:
-        parser.error("--" + " and --".join(mode.replace("_", "-") for mode in modes) + " don't go together")
-    if options.json and not (options.preview or options.check or options.status or options.verify_backups):
-        parser.error("--json goes with --preview, --check, --status or --verify-backups")
-    if options.plan and (options.csv is None or options.undo or modes not in ([], ["preview"])):
-        parser.error("--plan goes with --csv and a merge, or its --preview")
-    if options.export:
-        foreign = [name for name in ("csv", "choices", "plan", "email", "limit") if getattr(options, name)]
-        if foreign:
-            parser.error(f"--export makes a CSV for a later run: --{foreign[0]} does not go with it")
-    elif options.domain:
-        parser.error("--domain goes with --export")
-    if options.undo and modes not in ([], ["preview"]):
-        parser.error("--undo goes with --preview alone")
-    if options.csv is None and options.undo is None and modes in ([], ["preview"]):
-        parser.error("--csv PATH is needed (try --help)")
+    given = {name for name, value in vars(options).items() if value}
+    modes = [name for name in MODES if name != "undo" and name in given]
+    merges = modes in ([], ["preview"])
+    with_export = [name for name in ("csv", "choices", "plan", "email", "limit") if name in given]
+    wrong = {
+        f"--{' and --'.join(modes).replace('_', '-')} don't go together": len(modes) > 1,
+        "--json goes with --preview, --check, --status or --verify-backups": (
+            "json" in given and not given & {"preview", "check", "status", "verify_backups"}
+        ),
+        "--plan goes with --csv and a merge, or its --preview": (
+            "plan" in given and not ("csv" in given and merges and "undo" not in given)
+        ),
+        f"--export makes a CSV for a later run: --{' --'.join(with_export)} does not go with it": (
+            "export" in given and bool(with_export)
+        ),
+        "--domain goes with --export": "domain" in given and "export" not in given,
+        "--undo goes with --preview alone": "undo" in given and not merges,
+        "--csv PATH is needed (try --help)": merges and options.csv is None and options.undo is None,
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            parser.error(message)
     return options
 
 
@@ -5077,10 +5045,8 @@ def check_base_url(url: str) -> str:
     if not host or parts.scheme not in ("http", "https"):
         raise Stop(EXIT_USAGE, f"DEVREV_BASE_URL is not an https address: {url}")
     if parts.scheme == "http" and not loopback:
-        raise Stop(
-            EXIT_USAGE,
-            f"DEVREV_BASE_URL: plain http would show the token to everybody between here and {host}; use https",
-        )
+        why = f"plain http would show the token to everybody between here and {host}; use https"
+        raise Stop(EXIT_USAGE, f"DEVREV_BASE_URL: {why}")
     return url
 
 
@@ -5107,7 +5073,6 @@ class Run:
         self.outside = outside or Outside(ApiSettings(token=""))
         self.started = self.outside.moment()
         self.stamp = self._free_stamp()
-        self.formatter = PlainFormatter()
         self.settings = self.outside.settings
         self.organisation = ""
         self.signal = 0
@@ -5176,13 +5141,16 @@ class Run:
         log.info("merge_contacts %s, Python %s on %s", __version__, sys.version.split()[0], sys.platform)
 
     def _add_handler(self, handler: logging.Handler) -> None:
-        handler.setFormatter(self.formatter)
+        handler.setFormatter(PlainFormatter(self.console))
         log.addHandler(handler)
 
     def load_settings(self) -> None:
         self.settings = load_settings(load_environment(), self.options.workers)
         self.outside.settings = self.settings
-        self.console.mask = self.formatter.mask = self.settings.mask
+        self.console.mask = self.settings.mask
+
+    def cost(self, plan: Plan) -> Estimate:
+        return estimate(plan, self.settings, not self.options.no_timelines)
 
     def ceiling(self) -> str:
         if not self.settings.calls:
@@ -5193,30 +5161,20 @@ class Run:
 # -- the plan ----------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep the garbage collector from walking, again and again, through what is being built and holds no cycle."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 def make_plan(run: Run, savepoint: Optional[SavePoint]) -> Plan:
     """Read, detect, and leave out what is not wanted or has ended already."""
     options = run.options
     named = {email_key(email) for email in options.email or ()}
-    with _no_collection():
+    gc.disable()  # it would walk, again and again, through what is being built and holds no cycle
+    try:
         choices = read_choices(options.choices) if options.choices else {}
         plan = detect(read_contacts(options.csv, [*choices, *named]), choices)
+    finally:
+        gc.enable()
     plan.id = plan_id(plan.groups, options.count_policy, not options.no_timelines)
     if options.plan and options.plan.strip().lower() != plan.id:
-        raise Stop(
-            EXIT_USAGE,
-            f"the plan is {plan.id}, not {options.plan}: CSV, choices, --count-policy or --no-timelines differ from "
-            "what they were; look at the preview again",
-        )
+        why = "CSV, choices, --count-policy or --no-timelines differ from what they were; look at the preview again"
+        raise Stop(EXIT_USAGE, f"the plan is {plan.id}, not {options.plan}: {why}")
     plan.ids = {pair.ids for group in plan.groups for pair in group.pairs}
     if savepoint:
         adopt(plan, savepoint, named)
@@ -5287,11 +5245,12 @@ def preview(run: Run) -> int:
     )
     plan = make_plan(run, known)
     earlier = known.unfinished() if known else []
-    cost = estimate_plan(plan, run.settings, not run.options.no_timelines)
+    cost = run.cost(plan)
+    facts = plan_summary(plan, cost, earlier)
     if run.options.json:
-        run.console.json(plan_chunks(plan, cost, earlier))
+        run.console.json(plan_chunks(plan, facts, earlier))
     else:
-        show_plan(plan, run.console, cost, run.ceiling(), earlier)
+        show_plan(plan, facts, run.console, f"{cost} {run.ceiling()}", earlier)
     return EXIT_OK
 
 
@@ -5305,21 +5264,17 @@ def _has_content(path: Path) -> bool:
 def merge(run: Run) -> int:
     """Carry the plan out and report it; returns the exit code."""
     check_token(run.settings.token)
-    savepoint = open_savepoint(run)
-    try:
+    with contextlib.closing(open_savepoint(run)) as savepoint:
         plan = make_plan(run, savepoint)
         if not plan.count() and not savepoint.unfinished():
             return _report(run, plan, None, savepoint, EXIT_OK)
         check_writable(run.report_path.parent, run.outside)
         return run.outside.complete(carry_out(run, plan, savepoint))
-    finally:
-        savepoint.close()
 
 
 def settle(run: Run) -> int:
     """Accept what can't be mended of merged pairs that a report has named; nothing is asked of DevRev."""
-    savepoint = open_savepoint(run)
-    try:
+    with contextlib.closing(open_savepoint(run)) as savepoint:
         wanted = {email_key(email) for email in run.options.settle}
         pairs = [pair for pair in savepoint.unfinished() if pair.email in wanted and pair.is_settleable]
         missing = sorted(wanted - {pair.email for pair in pairs})
@@ -5334,8 +5289,6 @@ def settle(run: Run) -> int:
             run.console.say(f"settled  {pair.email}: {pair.details['accepted']}")
         savepoint.record(map(savepoint.row, pairs))
         return _report(run, Plan([], [], [], 0), None, savepoint, EXIT_OK)
-    finally:
-        savepoint.close()
 
 
 def open_savepoint(run: Run, readonly: bool = False) -> SavePoint:
@@ -5386,7 +5339,7 @@ async def carry_out(run: Run, plan: Plan, savepoint: SavePoint) -> int:
     api = DevRevAPI(run.settings, run.outside, brake)
     backups = Backups(JOURNAL.parent, run.outside, not run.options.no_timelines)
     journal = Journal(JOURNAL, run.outside, run.stamp)
-    progress = Progress(run)
+    progress = Progress(run, run.cost(plan).requests)
     merger = ContactMerger(
         api, savepoint, journal, backups, run.options.count_policy, run.options.merge_timeout, progress.on_pair
     )
@@ -5397,15 +5350,32 @@ async def carry_out(run: Run, plan: Plan, savepoint: SavePoint) -> int:
             raise
         brake.pull(stop)
         return _report(run, plan, merger, savepoint, stop.exit_code)
+    warning = "In DevRev a merge can't be undone; --undo takes back most of it."
+    question = Question("merge", merge_facts(run, plan, unfinished), warning)
+    code = await attend(run, merger, progress, question, lambda: merger.run(plan.groups, unfinished))
+    return _report(run, plan, merger, savepoint, code)
+
+
+async def attend(
+    run: Run, merger: ContactMerger, progress: "Progress", question: "Question", work: Callable[[], Awaitable[int]]
+) -> int:
+    """Ask, and do the work under a status line, which a signal ends; returns the exit code."""
     ticking = asyncio.ensure_future(progress.tick(merger))  # which also lets signals in, however quiet it is
-    facts = merge_facts(run, plan, unfinished)
-    await confirm(run, merger, "merge", facts, "In DevRev a merge can't be undone; --undo takes back most of it.")
-    savepoint.about("organisation", merger.organisation)
-    run.on_signal(asyncio.get_event_loop(), lambda: brake.pull(Interrupted()))
-    code = await merger.run(plan.groups, unfinished)
+    await confirm(run, merger, question)
+    merger.savepoint.about("organisation", merger.organisation)
+    run.on_signal(asyncio.get_event_loop(), lambda: merger.brake.pull(Interrupted()))
+    code = await work()
     ticking.cancel()
     run.console.status("")
-    return _report(run, plan, merger, savepoint, run.signal + 128 if run.signal else code)
+    return run.signal + 128 if run.signal else code
+
+
+class Question(NamedTuple):
+    """What one signs by typing `word`."""
+
+    word: str
+    facts: Dict[str, str]
+    warning: str
 
 
 def merge_facts(run: Run, plan: Plan, unfinished: Sequence[Pair]) -> Dict[str, str]:
@@ -5423,28 +5393,28 @@ def merge_facts(run: Run, plan: Plan, unfinished: Sequence[Pair]) -> Dict[str, s
     facts["left out"] = f"{plural(len(plan.skipped), 'group')} skipped, {plural(len(plan.invalid_rows), 'invalid row')}"
     warnings = [f"{group.email}: {warning}" for group in plan.groups if group.chosen for warning in group.warnings()]
     facts.update({"WARNING": "; ".join(warnings[:5])} if warnings else {})
-    facts["cost"] = f"{estimate_plan(plan, run.settings, not run.options.no_timelines)} {run.ceiling()}"
+    facts["cost"] = f"{run.cost(plan)} {run.ceiling()}"
     facts["backups in"] = str(Path("backups").resolve())
     return facts
 
 
-async def confirm(run: Run, merger: ContactMerger, word: str, facts: Mapping[str, str], warning: str) -> None:
-    """On a terminal: say what is about to happen, and go on only where `word` is typed. Raises Stop(2) otherwise."""
+async def confirm(run: Run, merger: ContactMerger, question: Question) -> None:
+    """On a terminal: say what is about to happen, and go on only where it is signed. Raises Stop(2) otherwise."""
     owner = merger.token_owner
     who = str(owner.get("display_name") or owner.get("full_name") or owner.get("email") or owner.get("id"))
     log.info("organisation %s, token of %s (%s)", merger.organisation, who, owner.get("id"))
-    if run.options.yes or not sys.stdin.isatty():
+    if run.options.yes or run.options.preview or not sys.stdin.isatty():
         return
     say = run.console.say
     say(f"organisation  {merger.organisation} at {run.settings.base_url}")
     say(f"token of      {who}" + (f" <{owner['email']}>" if owner.get("email") else ""))
-    for name, fact in facts.items():
+    for name, fact in question.facts.items():
         say(f"{name:<12}  {fact}")
-    say(warning, "bold")
-    run.console.ask(f"Type {word} to go on, anything else to leave: ")
+    say(question.warning, "bold")
+    run.console.stream(f"Type {question.word} to go on, anything else to leave: ")
     # Read by a thread and past Python's own buffers, so that a signal is never kept waiting by the terminal.
     answer = await run.outside.work(os.read, sys.stdin.fileno(), 1024)
-    if answer.strip() != word.encode():
+    if answer.strip() != question.word.encode():
         raise Stop(EXIT_USAGE, "not confirmed; nothing was changed")
 
 
@@ -5453,24 +5423,24 @@ class Progress:
 
     EVERY = 30.0  # seconds between lines where there is no terminal
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, requests: int = 0) -> None:
         self.run = run
+        self.requests = requests  # that the whole run is expected to take
         self.begun = self.told = run.outside.moment().steady
 
     def on_pair(self, pair: Pair) -> None:
-        console = self.run.console
-        arrow = console.symbol("\u2190", "<-")
-        names = f"{pair.email}: {pair.primary.short_id} {arrow} {pair.duplicate.short_id}"
+        console, style = self.run.console, ""
+        words = f"{pair.email}: {pair.primary.short_id} {console.arrow} {pair.duplicate.short_id}"
         if pair.state in (State.DONE, State.SETTLED):
-            log.info("merged %s", names)
-            line, style = f"merged  {names}" + (f", now {pair.new_ref}" if pair.new_ref else ""), ""
+            line = f"merged  {words}" + (f", now {pair.new_ref}" if pair.new_ref else "")
         elif pair.state is State.UNDONE:
-            log.info("undone %s", names)
-            line, style = f"undone  {names}, again as {pair.details['undo']['display_id']}", ""
+            line = f"undone  {words}, again as {pair.details['undo']['display_id']}"
         else:
-            log.info("failed %s: %s: %s", names, pair.code, pair.error)
-            word = "UNFINISHED" if pair.state in (*UNFINISHED, State.UNDOING) else "FAILED"
-            line, style = f"{word}  {names}: {pair.code}: {pair.error}", "bad"
+            facts, style = PROGRESS.get(pair.state), "bad"
+            word = "UNFINISHED" if facts or pair.state is State.UNDOING else "FAILED"
+            so_far = f" ({facts['so_far']}; still to do: {facts['to_do']})" if facts else ""
+            line = f"{word}  {words}: {pair.code}: {pair.error}{so_far}"
+        log.info("%s", line)
         if not self.run.options.quiet:
             console.say(line, style)
 
@@ -5507,27 +5477,29 @@ class Progress:
         if self.run.signal:
             return f"{parts[0]} \u00b7 stopping, requests under way are waited for"
         share = (sum(phases.values()) + 3 * failed) / (3 * merger.total)
-        if 0.05 < share < 1:
-            parts.append(f"{duration((now - self.begun) / share * (1 - share))} left")
+        if share < 1:
+            parts.append(f"{duration(self.left(merger, share, now))} left")
         parts.extend(filter(None, [merger.api.gate.outlook()]))
         return " \u00b7 ".join(parts)
+
+    def left(self, merger: ContactMerger, share: float, now: float) -> float:
+        """Seconds to the end, at the pace so far; not less than quota and ceiling allow."""
+        api, known = merger.api, share > 0.05
+        sent = sum(api.requests.values())
+        wanted = sent / share * (1 - share) if known else max(0, self.requests - sent)
+        return max(api.gate.least_seconds(wanted), (now - self.begun) / share * (1 - share) if known else 0.0)
 
 
 def _report(run: Run, plan: Plan, merger: Optional[ContactMerger], savepoint: SavePoint, code: int) -> int:
     """Write the report and print the summary; a full disk here makes the exit code 3."""
-    stop = str(merger.stop) if merger and merger.stop and code >= EXIT_USAGE else None
-    outcome = Outcome(plan, savepoint)
-    summary = outcome.summary()
-    failures = [*outcome.failed(), *outcome.unfinished()]
-    try:
-        write_report(run.report_path, run_facts(run, merger, savepoint, code, stop, plan), outcome, run.outside)
-        written = True
-    except (OSError, Stop) as error:
-        run.console.error(f"the report can't be written: {error}")
-        code, written = code if code >= EXIT_USAGE else EXIT_STOPPED, False
+    stop = stopped_by(merger, code)
+    summary, lists = summary_of(plan, savepoint), outcome(savepoint)
+    failures = [*lists["failed_merges"], *lists["unfinished_merges"]]
+    facts = run_facts(run, merger, savepoint, code, plan)
+    code = written(run, lambda: write_report(run.report_path, facts, plan, savepoint, run.outside), code)
     if stop and not run.signal:
         run.console.error(stop)
-    show_summary(run, summary, merger, failures, written)
+    show_summary(run, summary, merger, failures)
     if code >= EXIT_STOPPED:
         run.console.note(f"Stopped early. Run the same command again to go on from {run.options.savepoint}.", "bold")
     elif code == EXIT_USAGE:
@@ -5536,13 +5508,22 @@ def _report(run: Run, plan: Plan, merger: Optional[ContactMerger], savepoint: Sa
     return code
 
 
+def written(run: Run, write: Callable[[], None], code: int) -> int:
+    """Write a report; a disk that refuses makes the exit code 3, unless it says something worse."""
+    try:
+        write()
+    except (OSError, Stop) as error:
+        run.console.error(f"the report can't be written: {error}")
+        return code if code >= EXIT_USAGE else EXIT_STOPPED
+    return code
+
+
+def stopped_by(merger: Optional[ContactMerger], code: int) -> Optional[str]:
+    return str(merger.stop) if merger and merger.stop and code >= EXIT_USAGE else None
+
+
 def run_facts(
-    run: Run,
-    merger: Optional[ContactMerger],
-    savepoint: SavePoint,
-    code: int,
-    stop: Optional[str],
-    plan: Optional[Plan] = None,
+    run: Run, merger: Optional[ContactMerger], savepoint: SavePoint, code: int, plan: Optional[Plan] = None
 ) -> Json:
     """The report's `run`."""
     owner = merger.token_owner if merger else {}
@@ -5565,7 +5546,7 @@ def run_facts(
         "start": iso(run.started.wall),
         "end": iso(run.outside.moment().wall),
         "exit_code": code,
-        "stopped": ("interrupted" if run.signal else stop),
+        "stopped": "interrupted" if run.signal else stopped_by(merger, code),
         "requests": requests,
         "requests_total": sum(requests.values()),
         "quota_wait_seconds": round(sum(end - start for start, end in waits), 3),
@@ -5576,18 +5557,14 @@ def run_facts(
 
 def _sha256(path: Path) -> Optional[str]:
     digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            for chunk in iter(lambda: file.read(1 << 20), b""):
-                digest.update(chunk)
-    except OSError:
-        return None
-    return digest.hexdigest()
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        for chunk in iter(lambda: file.read(1 << 20), b""):
+            digest.update(chunk)
+        return digest.hexdigest()
+    return None
 
 
-def show_summary(
-    run: Run, facts: Json, merger: Optional[ContactMerger], failures: Sequence[Pair], written: bool
-) -> None:
+def show_summary(run: Run, facts: Json, merger: Optional[ContactMerger], failures: Sequence[Pair]) -> None:
     say = run.console.say
     say()
     whole = facts["left"] == facts["failed_merges"] == facts["unfinished_merges"] == 0
@@ -5599,7 +5576,7 @@ def show_summary(
     if merger:
         spent = run.outside.elapsed(run.started)
         say(f"cost     {plural(sum(merger.api.requests.values()), 'request')}, {duration(spent)}")
-    if written:
+    if run.report_path.exists():
         page = run.report_path.with_suffix(".html")
         say(f"report   {run.report_path}" + (f", to read: {page}" if page.exists() else ""))
 
@@ -5610,8 +5587,8 @@ def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
         by_code[pair.code].append(pair.email)
     for code, emails in sorted(by_code.items()):
         emails.sort()
-        more = f" and {len(emails) - 5} more" if len(emails) > 5 else ""
-        console.say(f"  {len(emails)} {code}: {', '.join(emails[:5])}{more}")
+        few, more = some(emails)
+        console.say(f"  {len(emails)} {code}: {', '.join([*few, *filter(None, [more])])}")
         console.say(f"    what to do: {ADVICE.get(code, 'see the report')}")
 
 
@@ -5684,15 +5661,12 @@ def undo(run: Run) -> int:
     """Take merges back, or with --preview say what would be; returns the exit code."""
     check_token(run.settings.token)
     options = run.options
-    savepoint = open_savepoint(run, readonly=options.preview)
-    try:
+    with contextlib.closing(open_savepoint(run, readonly=options.preview)) as savepoint:
         emails = {email_key(email) for email in options.email or ()}
         plan = plan_undo(options.undo, savepoint, emails, options.limit)
         if not options.preview:
             check_writable(run.report_path.parent, run.outside)
         return run.outside.complete(take_back(run, plan, savepoint))
-    finally:
-        savepoint.close()
 
 
 async def take_back(run: Run, plan: UndoPlan, savepoint: SavePoint) -> int:
@@ -5707,23 +5681,15 @@ async def take_back(run: Run, plan: UndoPlan, savepoint: SavePoint) -> int:
     if plan.groups:
         await undoer.find_owner()
         check_organisation(undoer.organisation, "backup", plan.pairs)
-        ticking = asyncio.ensure_future(progress.tick(undoer))  # which also lets signals in, however quiet it is
-        if not options.preview:
-            facts = {"to take back": plural(len(plan.pairs), "merge"), "of": str(options.undo)}
-            await confirm(
-                run, undoer, "undo", facts, "Ids, dates, creators and authors of comments can't be given back."
-            )
-            savepoint.about("organisation", undoer.organisation)
-        run.on_signal(asyncio.get_event_loop(), lambda: brake.pull(Interrupted()))
-        code = await undoer.undo(plan)
-        ticking.cancel()
-        run.console.status("")
-    return report_undo(run, plan, undoer, run.signal + 128 if run.signal else code)
+        facts = {"to take back": plural(len(plan.pairs), "merge"), "of": str(options.undo)}
+        question = Question("undo", facts, "Ids, dates, creators and authors of comments can't be given back.")
+        code = await attend(run, undoer, progress, question, lambda: undoer.undo(plan))
+    return report_undo(run, plan, undoer, code)
 
 
 def report_undo(run: Run, plan: UndoPlan, undoer: Undoer, code: int) -> int:
     """Write the report (with --preview: print it), and say what has come of each pair."""
-    stop = str(undoer.stop) if undoer.stop and code >= EXIT_USAGE else None
+    stop = stopped_by(undoer, code)
     pairs = plan.pairs if run.options.preview else [*plan.undone, *plan.pairs]
     lists = {
         "undone": [pair for pair in pairs if pair.state is State.UNDONE],
@@ -5735,18 +5701,15 @@ def report_undo(run: Run, plan: UndoPlan, undoer: Undoer, code: int) -> int:
     summary = {name: len(found) for name, found in lists.items()}
     left = plan.left + len(pairs) - sum(summary.values())
     summary.update(pairs=len(pairs) + plan.left, undone_before=len(plan.undone), left=left)
-    facts = run_facts(run, undoer, undoer.savepoint, code, stop)
+    facts = run_facts(run, undoer, undoer.savepoint, code)
     head = {"run": {**facts, "undo": str(run.options.undo)}, "summary": summary}
     entries: Dict[str, Iterable[Json]] = {name: map(undo_entry, found) for name, found in lists.items()}
     if run.options.preview:
         show_undo(run, head, entries)
     else:
-        try:
-            run.outside.replace(run.report_path, report_chunks(head, entries))
+        code = written(run, lambda: run.outside.replace(run.report_path, report_chunks(head, entries)), code)
+        if run.report_path.exists():
             run.console.say(f"report   {run.report_path}")
-        except OSError as error:
-            run.console.error(f"the report can't be written: {error}")
-            code = code if code >= EXIT_USAGE else EXIT_STOPPED
         counted = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary.items() if count)
         run.console.say(counted or "nothing to undo", "bold")
         _show_failures(run.console, [*lists["failed"], *lists["unfinished"]])
@@ -5780,12 +5743,8 @@ def show_undo(run: Run, head: Json, lists: Mapping[str, Iterable[Json]]) -> None
 # -- check, status, verify ---------------------------------------------------------------------------
 
 
-def check(run: Run) -> int:
+async def check(run: Run) -> int:
     """Say whether a real run could start: token, organisation, read access, quota, disk, savepoint."""
-    return asyncio.run(_check(run))
-
-
-async def _check(run: Run) -> int:
     api = DevRevAPI(run.settings, run.outside, Brake())
     checks: List[Json] = []
 
@@ -5805,8 +5764,9 @@ async def _check(run: Run) -> int:
         await tell("csv", lambda: _check_csv(run))
     notes = []
     if known:
-        for name, work in read_checks(api).items():
-            await tell(name, work())
+        seen: List[str] = []
+        for name in READS:
+            await tell(name, _check_read(api, name, seen))
         notes.append(f"quota: {api.gate.outlook() or 'the server says nothing about it'}, {run.ceiling()}")
     await tell("savepoint", lambda: _check_savepoint(run))
     await tell("disk", _check_disk)
@@ -5830,7 +5790,8 @@ def _verdict(run: Run, checks: Sequence[Json], notes: Sequence[str]) -> int:
 
 async def _check_token(run: Run, api: DevRevAPI) -> str:
     check_token(run.settings.token)
-    owner = await api.whoami()
+    with nothing_changed_yet(api):
+        owner = await api.whoami()
     run.organisation = organisation_of(str(owner.get("id")))
     return f"of {owner.get('display_name') or owner.get('id')}, organisation {run.organisation or 'unknown'}"
 
@@ -5846,30 +5807,24 @@ def _check_csv(run: Run) -> str:
     return ", ".join(counts)
 
 
-def read_checks(api: DevRevAPI) -> Dict[str, Callable[[], Awaitable[str]]]:
-    """One cheap request an endpoint that the backup needs."""
-    seen: List[str] = []
+READS: Mapping[str, Tuple[str, str, Json]] = {
+    "contacts": ("rev-users.list", "rev_users", {}),
+    "works": ("works.list", "works", {"type": ["ticket", "issue"]}),
+    "conversations": ("conversations.list", "conversations", {}),
+    "timelines": ("timeline-entries.list", "timeline_entries", {}),
+}
 
-    def first(endpoint: str, key: str, body: Json) -> Callable[[], Awaitable[str]]:
-        async def work() -> str:
-            items = await api.peek(endpoint, key, body)
-            seen.extend(item["id"] for item in items if endpoint != "rev-users.list")
-            return "readable"
 
-        return work
-
-    async def timelines() -> str:
+async def _check_read(api: DevRevAPI, name: str, seen: List[str]) -> str:
+    """Ask one cheap request of what the backup reads; `seen` are objects that have a timeline."""
+    endpoint, key, body = READS[name]
+    if name == "timelines":
         if not seen:
             return "nothing there to try it on"
-        await api.peek("timeline-entries.list", "timeline_entries", {"object": seen[0]})
-        return "readable"
-
-    return {
-        "contacts": first("rev-users.list", "rev_users", {}),
-        "works": first("works.list", "works", {"type": ["ticket", "issue"]}),
-        "conversations": first("conversations.list", "conversations", {}),
-        "timelines": timelines,
-    }
+        body = {"object": seen[0]}
+    items = await api.peek(endpoint, key, body)
+    seen.extend(item["id"] for item in items if name != "contacts")
+    return "readable"
 
 
 def _check_savepoint(run: Run) -> str:
@@ -5878,11 +5833,8 @@ def _check_savepoint(run: Run) -> str:
         if not os.access(str(path.resolve().parent), os.W_OK):
             raise Stop(EXIT_USAGE, f"{path.resolve().parent} can't be written to")
         return f"{path} will be created"
-    savepoint = SavePoint(path, run.outside)
-    try:
+    with contextlib.closing(SavePoint(path, run.outside)) as savepoint:
         return f"{path} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
-    finally:
-        savepoint.close()
 
 
 def _check_disk() -> str:
@@ -5905,33 +5857,22 @@ STATE_WORDS: Mapping[State, str] = {
 
 def status(run: Run) -> int:
     """Print what the savepoint knows; also while a run is going on."""
-    path = run.options.savepoint
-    if not _has_content(path):
-        if run.options.json:
-            run.console.json([to_json({"savepoint": str(path), "counts": {}}, indent=1) + b"\n"])
-        else:
-            run.console.say(f"{path}: nothing was merged with it yet")
-        return EXIT_OK
-    savepoint = SavePoint(path, run.outside, readonly=True)
-    try:
-        facts: Json = {
-            "savepoint": str(path),
-            "organisation": savepoint.about("organisation") or None,
-            "running": savepoint.glimpsed,
-            "last_opened": savepoint.holder(),
-            "counts": {State(name).value: count for name, count in savepoint.counts().items()},
-        }
-        lists = {
-            "unfinished": list(savepoint.rows(*UNFINISHED, State.UNDOING)),
-            "failed": list(savepoint.rows(State.FAILED)),
-        }
-    finally:
-        savepoint.close()
+    path, pairs = run.options.savepoint, {}
+    facts: Json = {"savepoint": str(path), "counts": {}}
+    if _has_content(path):
+        with contextlib.closing(SavePoint(path, run.outside, readonly=True)) as savepoint:
+            facts["organisation"] = savepoint.about("organisation") or None
+            facts["running"], facts["last_opened"] = savepoint.glimpsed, savepoint.holder()
+            facts["counts"] = {State(name).value: count for name, count in savepoint.counts().items()}
+            pairs["unfinished"] = list(savepoint.rows(*UNFINISHED, State.UNDOING))
+            pairs["failed"] = list(savepoint.rows(State.FAILED))
     if run.options.json:
-        entries = {name: (merge_entry(pair, ()) for pair in pairs) for name, pairs in lists.items()}
-        run.console.json(report_chunks(facts, entries))
+        lists = {name: (merge_entry(pair, ()) for pair in found) for name, found in pairs.items()}
+        run.console.json(report_chunks(facts, lists))
+    elif pairs:
+        show_status(run.console, facts, pairs)
     else:
-        show_status(run.console, facts, lists)
+        run.console.say(f"{path}: nothing was merged with it yet")
     return EXIT_OK
 
 
@@ -5943,12 +5884,11 @@ def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair
     for name, count in facts["counts"].items():
         console.say(f"{count:>7,} {STATE_WORDS.get(State(name), name)}")
     for title, pairs in lists.items():
+        word = "working on" if running and title == "unfinished" else title
         few, more = some(pairs, 20)
         for pair in few:
             why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS.get(pair.state, pair.state.value)
-            word = "working on" if running and title == "unfinished" else title
-            into = f"{pair.duplicate.short_id} into {pair.primary.short_id}"
-            console.say(f"{word}  {pair.email}: {into}, last {pair.updated}: {why}")
+            console.say(f"{word}  {pair.email}: {into(pair)}, last {pair.updated}: {why}")
         if more:
             console.say(f"{title}  {more} (--status --json has them all)")
 
@@ -5961,45 +5901,37 @@ def verify_backups(run: Run) -> int:
     if not root.is_dir():
         raise Stop(EXIT_USAGE, f"{root} is not a folder")
     whole = 0
-    found: Dict[str, List[str]] = {"damaged": [], "missing": [], "begun": []}
+    damaged: List[str] = []
     for folder in sorted(_backup_folders(root)):
-        run.console.status(f"{whole + len(found['damaged'])} backups read ...")
+        run.console.status(f"{whole + len(damaged)} backups read ...")
         try:
             read_backup(folder)
             whole += 1
         except PairError as error:
-            found["damaged"].append(str(error))
+            damaged.append(str(error))
     run.console.status("")
-    found["begun"] = [str(left) for left in sorted(root.glob(f"**/{Backups.INCOMPLETE}*"))]
-    found["missing"] = _missing_backups(run, root)
-    bad = bool(found["damaged"] or found["missing"])
+    begun = [str(left) for left in sorted(root.glob(f"**/{Backups.INCOMPLETE}*"))]
+    found = {"damaged": damaged, "missing": _missing_backups(run, root), "begun": begun}
+    bad = bool(damaged or found["missing"])
     if run.options.json:
         run.console.json([to_json({"folder": str(root), "whole": whole, **found}, indent=1) + b"\n"])
-    else:
-        show_verified(run.console, whole, found, bad)
+        return EXIT_FAILED if bad else EXIT_OK
+    why = {"begun": ": begun and never finished by a run that was killed; may be deleted"}
+    for name, lines in found.items():
+        for line in lines:
+            run.console.say(f"{name.upper():<8} {line}{why.get(name, '')}", "" if name in why else "bad")
+    counts = f"{len(damaged)} damaged, {len(found['missing'])} missing"
+    run.console.say(f"{plural(whole, 'whole backup')}, {counts}", "bad" if bad else "good")
     return EXIT_FAILED if bad else EXIT_OK
-
-
-def show_verified(console: Console, whole: int, found: Mapping[str, Sequence[str]], bad: bool) -> None:
-    for error in found["damaged"]:
-        console.say(f"DAMAGED  {error}", "bad")
-    for left in found["begun"]:
-        console.say(f"note     {left}: begun and never finished by a run that was killed; may be deleted")
-    for backup in found["missing"]:
-        console.say(f"MISSING  {backup}", "bad")
-    counts = f"{len(found['damaged'])} damaged, {len(found['missing'])} missing"
-    console.say(f"{plural(whole, 'whole backup')}, {counts}", "bad" if bad else "good")
 
 
 def _backup_folders(root: Path) -> Iterator[Path]:
     """Every folder named like a backup, and `root` itself where it is one."""
-    stamped = re.compile(r"\d{8}_\d{6}$")
-    if stamped.match(root.name) or (root / "manifest.json").exists():
+    if re.fullmatch(r"\d{8}_\d{6}", root.name) or (root / "manifest.json").exists():
         yield root
-        return
-    for folder, names, _ in os.walk(str(root)):
-        yield from (Path(folder) / name for name in names if stamped.match(name))
-        names[:] = [name for name in names if not stamped.match(name) and not name.startswith(Backups.INCOMPLETE)]
+    elif not root.name.startswith(Backups.INCOMPLETE):
+        for folder in root.iterdir():
+            yield from _backup_folders(folder) if folder.is_dir() and not folder.is_symlink() else ()
 
 
 def _missing_backups(run: Run, root: Path) -> List[str]:
@@ -6007,13 +5939,9 @@ def _missing_backups(run: Run, root: Path) -> List[str]:
     path = run.options.savepoint
     if root != Path("backups") or not _has_content(path):
         return []
-    savepoint = SavePoint(path, run.outside, readonly=True)
-    try:
-        return sorted(
-            {pair.backup for pair in savepoint.rows(*State) if pair.backup and not Path(pair.backup).is_dir()}
-        )
-    finally:
-        savepoint.close()
+    with contextlib.closing(SavePoint(path, run.outside, readonly=True)) as savepoint:
+        backups = {pair.backup for pair in savepoint.rows(*State) if pair.backup}
+        return sorted(backup for backup in backups if not Path(backup).is_dir())
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -6063,7 +5991,7 @@ MODES: Dict[str, Callable[[Run], int]] = {
     "export": export,
     "undo": undo,
     "preview": preview,
-    "check": check,
+    "check": lambda run: asyncio.run(check(run)),
     "status": status,
     "verify_backups": verify_backups,
     "settle": settle,

@@ -122,7 +122,7 @@ MUTANTS = [
     Mutant("a reference that somebody has set is overwritten", "    if reference not in (pair.new_ref, pair.primary.external_ref):\n", "    if False:\n"),
     Mutant("the reference is not moved", "            while not await self._set_reference(pair, pair.new_ref):\n", "            while False:\n"),
     Mutant("a reference that is held counts as set", "            if refusal.status == 409:\n                return False\n", "            if refusal.status == 409:\n                return True\n"),
-    Mutant("no proof", "        left, listed = await self.proof.wait(pair, to_prove(pair.backup, pair.duplicate.id))\n", "        left, listed = [], None\n"),
+    Mutant("no proof", "        left, listed = await self.proof.wait(pair, wanted)\n", "        left, listed = [], None\n"),
     # Quota, stops
     Mutant("no reserve", "keep = self.merger.experience.looks() + bool(pair.new_ref)", "keep = 0"),
     Mutant("what is kept is forgotten", "            self._kept += turn.keep - turn.hold.units\n", ""),

@@ -154,6 +154,7 @@ def asked(organisation: Organisation) -> Iterator[Asked]:
         Asked("rev-users.get", {"id": one}),
         Asked("rev-users.list", {}),
         Asked("rev-users.list", {"email": [organisation.contacts[one]["email"]], "limit": 1}),
+        Asked("rev-users.scan", {"email": [organisation.contacts[one]["email"]]}),
         Asked(
             "rev-users.update", {"id": third, "external_ref": "user_new", "display_name": "New", "phone_numbers": []}
         ),
@@ -205,6 +206,7 @@ def asked(organisation: Organisation) -> Iterator[Asked]:
         Asked("works.list", {"owned_by": [work]}, 400),
         Asked("works.update", {"id": work, "type": "issue"}, 400),
         Asked("works.update", {"id": work, "owned_by": {"set": []}}, 400),
+        Asked("works.update", {"id": work, "title": ""}, 400),
         Asked("conversations.update", {"id": talk, "members": {"add": [third]}}, 400),
         Asked("rev-users.create", {"phone_numbers": ["030 123456"]}, 400),
         Asked("rev-users.create", {"rev_org": organisation.don("identity", "revo", "NONE")}, 400),

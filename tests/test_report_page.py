@@ -451,6 +451,25 @@ def test_content_and_order(show):
 
 
 @needs_browser
+def test_what_was_backed_up_and_proved_and_what_is_left_stands_there(show):
+    report = sample(2)
+    report["successful_merges"][0].update(backed_up={"works": 41, "timeline_entries": 43}, proved=37)
+    unfinished = dict(failure(7, "interrupted"), state="merged", so_far="merged, for good", to_do="set the reference")
+    report["unfinished_merges"] = [unfinished]
+    report["summary"].update(unfinished_merges=1, total_merges_attempted=3, pairs_planned=5)
+    page = show(report)
+    page.js(OPEN_ALL)
+    text = page.text()
+    for words in ("41 works, 43 timeline entries", "37 objects", "merged, for good; still to do: set the reference"):
+        assert words in text
+    assert page.js("[...document.querySelectorAll('.cards dt')].map(e => e.textContent)").count("Left") == 1
+    assert page.js("document.querySelectorAll('#progress').length") == 1
+    report["run"].update(start=moment(0), end=moment(1))
+    assert show(report).js("document.querySelectorAll('#progress').length") == 0
+    assert page.noise() == []
+
+
+@needs_browser
 def test_every_code_is_explained(show):
     codes = CODES.split()
     page = show(sample(0, [failure(number, code) for number, code in enumerate(codes)]))

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import stat
 import sys
+import time
 from typing import Any, Dict, List, Set
 
 import pytest
@@ -290,5 +292,72 @@ def test_the_report_page_holds_the_report(place: Workplace) -> None:
         result = place.run(sandbox, check=0)
     (page,) = (place.folder / "reports").glob("*.html")
     text = page.read_text(encoding="utf-8")
+    assert '<p class="lead">1 of 1 pair merged, 0 invalid rows</p>' in text
     embedded = text.partition('<script type="application/json" id="report">')[2].partition("</script>")[0]
     assert "<" not in embedded and json.loads(embedded) == result.report
+
+
+def test_the_log_tells_every_step_with_the_address_and_each_request_with_whom_it_is_for(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(2)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        report = place.run(sandbox, "--limit", "1", check=0).report
+    (log,) = (place.folder / "logs").iterdir()
+    lines = log.read_text(encoding="utf-8").splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00 (INFO|DEBUG) ", line) for line in lines)
+    steps = [line.partition("INFO person1@example.com: ")[2] for line in lines if "INFO person1@example.com: " in line]
+    backup = report["successful_merges"][0]["backup"]
+    assert [step.replace(backup, "BACKUP") for step in steps] == [
+        "the live check of 2 contacts has passed",
+        "backed up in BACKUP: 3 works, 1 conversations, 6 timeline entries",
+        "the integrity check of BACKUP has passed",
+        "asking for the merge of REVU-D1 into REVU-P1",
+        "DevRev has acknowledged the merge",
+        "confirmed, REVU-D1 has gone",
+        "REVU-P1 has the reference user_1",
+        "proved, all 2 objects hang on the primary",
+    ]
+    assert report["successful_merges"][0]["backed_up"] == {"works": 3, "conversations": 1, "timeline_entries": 6}
+    assert report["successful_merges"][0]["proved"] == 2
+    requests = [line.split("DEBUG ")[1].split(" -> ")[0] for line in lines if " -> 200 in " in line]
+    assert len(requests) >= report["run"]["requests_total"] - 5
+    assert {"rev-users.list for person1@example.com", "rev-users.merge for P1, D1"} <= set(requests)
+    assert {"works.list for P1, D1", "works.list for D1, P1"} & set(requests)
+    assert [line for line in lines if "rev-users.update for P1, user_1 -> 200" in line]
+
+
+def test_an_interrupted_run_tells_the_unfinished_from_what_was_not_begun_and_a_canary_from_all(
+    place: Workplace,
+) -> None:
+    organisation, pairs = organisation_of_pairs(3)
+    place.export(organisation)
+    with Sandbox(organisation, faults=[Fault("merge-never", "rev-users.merge")]) as sandbox:
+        process = place.start(sandbox, "--limit", "2")
+        while sandbox.count("rev-users.merge") < 2:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        process.terminate()
+        out, err = process.communicate(timeout=30)
+    assert "0 of 3 pairs merged, 2 unfinished, 1 left, 0 invalid rows" in out
+    assert (
+        len(re.findall(r"UNFINISHED .*DevRev has accepted the merge; still to do: confirm it, set the ref", out)) == 2
+    )
+    (path,) = (place.folder / "reports").glob("*.json")
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert (report["summary"]["unfinished_merges"], report["summary"]["failed_merges"], report["summary"]["left"]) == (
+        2,
+        0,
+        1,
+    )
+    for entry in report["unfinished_merges"]:
+        assert entry["so_far"] == "DevRev has accepted the merge" and entry["to_do"].startswith("confirm it")
+    page = path.with_suffix(".html").read_text(encoding="utf-8")
+    assert '<p class="lead">0 of 3 pairs merged, 2 unfinished, 1 left, 0 invalid rows</p>' in page
+
+
+def test_the_estimate_is_what_the_run_takes(place: Workplace) -> None:
+    place.csv.write_bytes(SAMPLE.read_bytes())
+    with Sandbox(Organisation.from_csv(SAMPLE)) as sandbox:
+        expected = json.loads(place.run(sandbox, "--preview", "--json", check=0).out)["summary"]["estimated_requests"]
+        taken = place.run(sandbox, check=0).report["run"]["requests_total"]
+    assert abs(taken - expected) <= 0.1 * taken

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -32,6 +34,7 @@ class Terminal:
         environment.update(extra)
         self.pid, self.handle = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup would have it ignore
             os.chdir(str(place.folder))
             os.execve(sys.executable, [*PROGRAM, *options], environment)
         fcntl.ioctl(self.handle, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
@@ -249,3 +252,134 @@ def test_output_that_nobody_reads_any_more_does_not_stop_a_run(place: Workplace)
         assert process.wait(timeout=30) == 0
         process.stderr.close()
     assert_merged(organisation, pairs)
+
+
+@posix
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_the_first_signal_says_what_it_waits_for_and_the_second_how_to_go_on(
+    place: Workplace, name: str, code: int
+) -> None:
+    organisation, _ = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation, faults=[Fault("hang", "rev-users.get", detail=30)]) as sandbox:
+        terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--yes")
+        while not sandbox.count("rev-users.get"):
+            time.sleep(0.02)
+        os.kill(terminal.pid, getattr(signal, name))
+        assert "requests that are under way" in terminal.read_until("requests that are under way")
+        begun = time.monotonic()
+        os.kill(terminal.pid, getattr(signal, name))
+        assert terminal.end() == code and time.monotonic() - begun < 5
+    assert "cut off; run the same command again to go on" in terminal.text
+
+
+@posix
+def test_a_terminal_that_takes_nothing_more_holds_up_neither_a_merge_nor_a_signal(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(30)
+    place.export(organisation)
+    never = Fault("merge-never", "rev-users.merge", match=lambda body: body["secondary_user"] == pairs[0][1])
+    with Sandbox(organisation, faults=[never]) as sandbox:
+        terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--yes", "-v")  # which nobody reads
+        deadline = time.monotonic() + 60
+        while len(organisation.merges) < 29 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(organisation.merges) == 29
+        begun = time.monotonic()
+        os.kill(terminal.pid, signal.SIGTERM)
+        status = 0
+        while not status and time.monotonic() - begun < 20:
+            status = os.waitpid(terminal.pid, os.WNOHANG)[1]
+            time.sleep(0.02)
+        os.close(terminal.handle)
+        assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 143
+    assert len(list((place.folder / "reports").glob("*.json"))) == 1
+
+
+@posix
+@pytest.mark.parametrize("options", ["--preview", "--preview --json", "--check --json", "--status --json"])
+def test_results_that_can_not_be_written_make_the_exit_code_3(place: Workplace, options: str) -> None:
+    organisation, _ = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox, open("/dev/full", "w") as full:
+        command = place.command(*options.split())
+        environment = place.environment(sandbox, {})
+        done = subprocess.run(command, cwd=str(place.folder), env=environment, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 3 and b"No space left" in done.stderr
+
+
+@posix
+@pytest.mark.parametrize("columns", [80, 200])
+def test_the_status_line_has_an_end_that_the_ceiling_allows(place: Workplace, columns: int) -> None:
+    organisation, _ = organisation_of_pairs(6)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        ceiling = {"DEVREV_RATE_LIMIT_CALLS": "20", "DEVREV_RATE_LIMIT_PERIOD": "30"}
+        terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--yes", columns=columns, **ceiling)
+        text = terminal.read_until("ceiling")
+        os.kill(terminal.pid, signal.SIGTERM)
+        assert terminal.end() == 143
+    left, waiting = re.findall(
+        r"6 pairs: \d backed up, 0 merged, 0 proved \u00b7 (\d+) s left \u00b7 waiting (\d+) s \(ceiling", text
+    )[-1]
+    assert int(left) >= int(waiting) + 30, "more than 40 requests are left for windows of 20"
+
+
+USAGE = {
+    "contacts.csv": "did you mean --csv contacts.csv?",
+    "--csv contacts.csv --preveiw": "did you mean --preview?",
+    "--csv contacts.csv --dry-run": "did you mean --preview?",
+    "--csv contacts.csv --check --status": "--check and --status don't go together",
+    "--json --csv contacts.csv": "--json goes with --preview, --check, --status or --verify-backups",
+    "--preview": "--csv PATH is needed",
+}
+
+
+@pytest.mark.parametrize("options, says", USAGE.items())
+def test_a_usage_error_says_what_is_wrong_first_and_what_was_meant(place: Workplace, options: str, says: str) -> None:
+    command = [sys.executable, str(SCRIPT), *options.split()]
+    done = subprocess.run(command, cwd=str(place.folder), stderr=subprocess.PIPE, encoding="utf-8")
+    first, *others = done.stderr.splitlines()
+    assert done.returncode == 2 and first.startswith("merge_contacts.py: error: ") and says in first
+    assert len(others) <= 1 and place.files() == []
+
+
+@pytest.mark.parametrize("mode", ["--check", "--status", "--verify-backups"])
+def test_check_status_and_verify_say_the_same_as_json(place: Workplace, mode: str) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    place.export(organisation, {pairs[0][0]: {"TICKET_COUNT": 9}})
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, check=1)
+        found = json.loads(place.run(sandbox, mode, "--json", check=0).out)
+    if mode == "--check":
+        assert found["ready"] and found["verdict"] == "ready" and all(one["ok"] for one in found["checks"])
+    elif mode == "--status":
+        assert found["counts"] == {"done": 1, "failed": 1} and found["running"] is False
+        assert [one["code"] for one in found["failed"]] == ["count_mismatch"] and found["unfinished"] == []
+    else:
+        assert (found["whole"], found["damaged"], found["missing"], found["begun"]) == (2, [], [], [])
+
+
+def test_check_ends_in_a_verdict_and_looks_at_the_csv_even_where_nobody_answers(place: Workplace) -> None:
+    place.csv.write_text("REV_USER_ID\n", encoding="utf-8")
+    nowhere = {"DEVREV_API_TOKEN": "sandbox-token", "DEVREV_BASE_URL": "http://127.0.0.1:9", "DEVREV_MAX_RETRIES": "0"}
+    out = place.run(None, "--check", check=2, **nowhere).out
+    assert "127.0.0.1:9 can't be reached" in out and "DEVREV_BASE_URL" in out
+    assert "missing columns DISPLAY_NAME" in out and out.splitlines()[-1] == "not ready: 2 problems"
+
+
+def test_status_while_a_run_goes_on_says_what_is_worked_on_and_leaves_no_log(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(23)
+    place.export(organisation)
+    with Sandbox(organisation, faults=[Fault("merge-never")]) as sandbox:
+        process = place.start(sandbox, "--merge-timeout", "60")
+        while sandbox.count("rev-users.merge") < 23:
+            time.sleep(0.05)
+            assert process.poll() is None
+        time.sleep(0.5)
+        out = place.run(None, "--status", check=0).out
+        assert len(list((place.folder / "logs").iterdir())) == 1
+        process.terminate()
+        assert process.communicate(timeout=30) and process.returncode == 143
+    assert f"a run goes on: by process {process.pid} on " in out
+    assert len(re.findall(r"^working on +person\d+@.* DevRev has accepted the merge$", out, re.MULTILINE)) == 20
+    assert "and 3 more (--status --json has them all)" in out

@@ -555,9 +555,10 @@ def seed(organisation_type: Type[Organisation], path: Union[str, Path]) -> Organ
     organisation = organisation_type(rows[0].organisation, rows[0].partition)
     groups: Dict[str, List[Seedling]] = {}
     for number, row in enumerate(rows):
+        details = {"phone_numbers": [f"+4930{number:07}"], "description": f"Customer since {row.created[:4]}."}
         try:
             contact = organisation.add_contact(
-                row.key, row.email, row.reference, row.name, row.rev_org, created=row.created, **row.more
+                row.key, row.email, row.reference, row.name, row.rev_org, created=row.created, **details, **row.more
             )
         except ValueError:
             continue
@@ -864,6 +865,7 @@ SHAPES: Dict[str, Dict[str, Field]] = {
     "dev-users.self": {},
     "rev-users.get": {"id": CONTACT},
     "rev-users.list": dict(PAGING, email=TEXTS, external_ref=TEXTS),
+    "rev-users.scan": {"cursor": TEXT, "email": TEXTS, "external_ref": TEXTS},
     "rev-users.merge": {"primary_user": CONTACT, "secondary_user": CONTACT},
     "rev-users.create": dict(OF_A_CONTACT, rev_org=Field("id", ("revo",)), custom_schema_fragments=TEXTS),
     "rev-users.update": dict(
@@ -989,6 +991,7 @@ class Api:
             "dev-users.self": self._self,
             "rev-users.get": self._get_contact,
             "rev-users.list": self._list_contacts,
+            "rev-users.scan": self._list_contacts,
             "rev-users.merge": self._merge,
             "rev-users.create": self._create_contact,
             "rev-users.update": self._update_contact,
@@ -1121,6 +1124,8 @@ class Api:
             raise Refused(400, "value_not_permitted", message, field_name="type")
         if body.get("owned_by", {}).get("set") == []:
             raise Refused(400, "value_not_permitted", "owned_by.set: must not be empty", field_name="owned_by")
+        if not 1 <= len(body.get("title", "as it was")) <= 256:
+            raise Refused(400, "value_not_permitted", "title: from 1 to 256 characters", field_name="title")
         self._update_thing(work, body)
         return {"work": work}
 
