@@ -13,7 +13,7 @@ from typing import Any, Dict, List
 import pytest
 
 from tests.sandbox import Fault, Sandbox
-from tests.support import PROGRAM, Workplace, assert_merged, diagonal, organisation_of_pairs
+from tests.support import PROGRAM, SCRIPT, Workplace, assert_merged, diagonal, organisation_of_pairs
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX terminal")
 
