@@ -4404,13 +4404,17 @@ def write_report(path: Path, run: Json, plan: Plan, savepoint: SavePoint, outsid
     chunks = report_chunks({"run": run, "summary": summary}, {**lists, **left_out(plan)})
     outside.replace(path, chunks, before=lambda: savepoint.announce_report(path.name))
     savepoint.settle_report(lambda _name: True)
-    template = Path(__file__).resolve().parent / "reports" / "template.html"
-    if template.is_file():
-        # What stands in the page itself is seen where no script runs, as in a mail's preview.
-        page = template.read_bytes().replace(b"__REPORT_HEADLINE__", headline(summary).encode("ascii"))
+    write_page(path, "template.html", headline(summary), outside)
+
+
+def write_page(report: Path, template: str, headline: str, outside: Outside) -> None:
+    """Write the page that shows a report, beside it. What stands in the page itself is seen where no script runs."""
+    path = Path(__file__).resolve().parent / "reports" / template
+    if path.is_file():
+        page = path.read_bytes().replace(b"__REPORT_HEADLINE__", headline.encode("ascii"))
         before, _, after = page.partition(b"__REPORT_JSON__")
-        with open(path, "rb") as report:
-            outside.replace(path.with_suffix(".html"), chain([before], map(for_script, report), [after]))
+        with open(report, "rb") as lines:
+            outside.replace(report.with_suffix(".html"), chain([before], map(for_script, lines), [after]))
 
 
 def for_script(text: bytes) -> bytes:
@@ -5576,9 +5580,13 @@ def show_summary(run: Run, facts: Json, merger: Optional[ContactMerger], failure
     if merger:
         spent = run.outside.elapsed(run.started)
         say(f"cost     {plural(sum(merger.api.requests.values()), 'request')}, {duration(spent)}")
+    say_report(run)
+
+
+def say_report(run: Run) -> None:
+    page = run.report_path.with_suffix(".html")
     if run.report_path.exists():
-        page = run.report_path.with_suffix(".html")
-        say(f"report   {run.report_path}" + (f", to read: {page}" if page.exists() else ""))
+        run.console.say(f"report   {run.report_path}" + (f", to read: {page}" if page.exists() else ""))
 
 
 def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
@@ -5707,11 +5715,16 @@ def report_undo(run: Run, plan: UndoPlan, undoer: Undoer, code: int) -> int:
     if run.options.preview:
         show_undo(run, head, entries)
     else:
-        code = written(run, lambda: run.outside.replace(run.report_path, report_chunks(head, entries)), code)
-        if run.report_path.exists():
-            run.console.say(f"report   {run.report_path}")
-        counted = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary.items() if count)
-        run.console.say(counted or "nothing to undo", "bold")
+        counts = [f"{count} {name.replace('_', ' ')}" for name, count in summary.items() if count]
+        counted = ", ".join(counts) or "nothing to undo"
+
+        def write() -> None:
+            run.outside.replace(run.report_path, report_chunks(head, entries))
+            write_page(run.report_path, "undo_template.html", counted, run.outside)
+
+        code = written(run, write, code)
+        say_report(run)
+        run.console.say(counted, "bold")
         _show_failures(run.console, [*lists["failed"], *lists["unfinished"]])
     if stop and not run.signal:
         run.console.error(stop)

@@ -470,6 +470,33 @@ def test_what_was_backed_up_and_proved_and_what_is_left_stands_there(show):
 
 
 @needs_browser
+def test_the_page_of_an_undo_shows_what_came_back_and_runs_nothing(show):
+    template = TEMPLATE.with_name("undo_template.html")
+    script = re.findall(r"<script>(.*?)</script>", template.read_text(encoding="ascii"), re.S)[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode("ascii")).digest()).decode("ascii")
+    assert f"script-src 'sha256-{digest}';" in template.read_text(encoding="ascii")
+    thing = {"id": "1", "display_id": "TKT-1", "title": HOSTILE[0], "role": "owned_by", "why": HOSTILE[4]}
+    entry = {
+        "email": "a@example.com", "primary": contact(1, "REVU-1"), "duplicate": contact(2, "user_2"), "code": "", "error": "",
+        "contact": {"id": "3", "display_id": "REVU-3"}, "backup": HOSTILE[12], "given_back": [thing], "left": [thing],
+        "not_given_back": [{"what": "created_by", "value": ["x"], "why": "the primary stays their creator"}],
+    }  # fmt: skip
+    undo = {"run": {"undo": "backups/x"}, "summary": {}, "undone": [entry], "unfinished": [], "failed": []}
+    page = show(embed(undo, template.read_text(encoding="ascii")), "undo_report_20250131_120000.html")
+    text = page.text()
+    for words in (
+        "Taken back (1)",
+        "again as REVU-3",
+        "Given back (1)",
+        "TKT-1, " + HOSTILE[0],
+        "created_by: the primary",
+        "\\u{202e}",
+    ):
+        assert words in text, words
+    assert page.noise() == []
+
+
+@needs_browser
 def test_every_code_is_explained(show):
     codes = CODES.split()
     page = show(sample(0, [failure(number, code) for number, code in enumerate(codes)]))

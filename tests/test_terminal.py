@@ -13,7 +13,7 @@ from typing import Any, Dict, List
 import pytest
 
 from tests.sandbox import Fault, Sandbox
-from tests.support import PROGRAM, SCRIPT, Workplace, assert_merged, diagonal, organisation_of_pairs
+from tests.support import PROGRAM, SAMPLE, SCRIPT, Workplace, assert_merged, diagonal, organisation_of_pairs
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX terminal")
 
@@ -72,7 +72,11 @@ def test_on_a_terminal_only_a_typed_merge_goes_on(place: Workplace, typed: str, 
     with Sandbox(organisation) as sandbox:
         terminal = Terminal(place, sandbox, "--csv", "contacts.csv")
         text = terminal.read_until("Type merge")
-        for fact in ("SANDBOX1", "Dana Developer", "2 pairs", "can't be undone", "backups"):
+        plan = place.run(None, "--preview", "-q", check=0).out.splitlines()[-2]
+        for fact in (
+            "SANDBOX1", "Dana Developer", "contacts.csv of 20", plan.partition(" ")[2], "2 pairs", "Person 1 / P. 1", "REVU-D1",
+            "0 groups skipped, 0 invalid rows", "requests, about", "can't be undone", "backups",
+        ):  # fmt: skip
             assert fact in text
         assert sandbox.count("rev-users.merge") == 0
         terminal.type(typed)
@@ -318,10 +322,10 @@ def test_the_status_line_has_an_end_that_the_ceiling_allows(place: Workplace, co
         text = terminal.read_until("ceiling")
         os.kill(terminal.pid, signal.SIGTERM)
         assert terminal.end() == 143
-    left, waiting = re.findall(
-        r"6 pairs: \d backed up, 0 merged, 0 proved \u00b7 (\d+) s left \u00b7 waiting (\d+) s \(ceiling", text
-    )[-1]
-    assert int(left) >= int(waiting) + 30, "more than 40 requests are left for windows of 20"
+    line = r"6 pairs: \d backed up, 0 merged, 0 proved \u00b7 (\d+) (s|min) left \u00b7 waiting (\d+) s \(ceiling"
+    left, unit, waiting = re.findall(line, text)[-1]
+    seconds = int(left) * (60 if unit == "min" else 1)
+    assert seconds >= int(waiting) + 30, "more than 40 requests are left for windows of 20"
 
 
 USAGE = {
@@ -383,3 +387,58 @@ def test_status_while_a_run_goes_on_says_what_is_worked_on_and_leaves_no_log(pla
     assert f"a run goes on: by process {process.pid} on " in out
     assert len(re.findall(r"^working on +person\d+@.* DevRev has accepted the merge$", out, re.MULTILINE)) == 20
     assert "and 3 more (--status --json has them all)" in out
+
+
+def test_the_preview_names_people_and_lines_and_obeys_quiet(place: Workplace) -> None:
+    place.csv.write_bytes(SAMPLE.read_bytes())
+    out = place.run(None, "--preview", check=0).out
+    assert (
+        "umar.siddiq@example.com (lines 51, 52): " in out and "line 51: the REV_USER_ID of line 52 with another" in out
+    )
+    assert re.search(r"^jonas\.lind@.* unchanged +Jonas Lind$", out, re.MULTILINE)
+    quiet = place.run(None, "--preview", "-q", check=0)
+    assert quiet.out.splitlines() == out.splitlines()[-4:] and quiet.err == ""
+
+
+def test_what_a_run_takes_over_is_listed_beside_the_plan(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    place.export(organisation)
+    never = Fault("merge-never", match=lambda body: body["secondary_user"] == pairs[0][1])
+    with Sandbox(organisation, faults=[never]) as sandbox:
+        place.run(sandbox, "--merge-timeout", "1", check=1)
+        out = place.run(None, "--preview", check=0).out
+        assert "TO FINISH FIRST, from earlier runs: 1 pair" in out and "(DevRev has accepted the merge)" in out
+        assert out.splitlines()[-1] == "0 pairs to merge, 0 groups skipped, 1 of earlier runs to finish first"
+        if os.name != "nt":
+            terminal = Terminal(place, sandbox, "--csv", "contacts.csv", columns=200)
+            assert "first         1 pair of earlier runs to finish: Person 1 / P. 1" in terminal.read_until(
+                "Type merge"
+            )
+            terminal.type("no\n")
+            assert terminal.end() == 2
+
+
+PLAIN_WORDS = {
+    "--verify-backups": (2, "error: backups is not there (yet): no run has made a backup in it"),
+    "--preview --email single@example.com": (
+        0,
+        "single@example.com: nothing to merge: 1 contact with a REVU- or user_ reference",
+    ),
+    "--preview --email two@example.com": (0, "two@example.com: skipped: several contacts have a user_ reference"),
+    "--check": (2, "warning: {folder}/.env, line 2 is no NAME=value and is left out"),
+}
+
+
+@pytest.mark.parametrize("options, expected", PLAIN_WORDS.items())
+def test_messages_are_plain_and_name_the_problem(place: Workplace, options: str, expected: Any) -> None:
+    organisation, _ = organisation_of_pairs(1)
+    organisation.add_contact("S1", "single@example.com")
+    for number in (1, 2):
+        organisation.add_contact(f"T{number}", "two@example.com", f"user_t{number}")
+    place.export(organisation)
+    (place.folder / ".env").write_text("DEVREV_API_TOKEN='\u201ctoken\u201d'\na line\n", encoding="utf-8")
+    code, says = expected
+    result = place.run(None, *options.split(), check=code)
+    assert [line for line in result.err.splitlines() if line.startswith(says.format(folder=place.folder))], result.err
+    if options == "--check":
+        assert "DEVREV_API_TOKEN is in quotes" in result.out

@@ -137,6 +137,8 @@ def test_what_was_merged_is_as_before_and_a_second_undo_does_nothing(place: Work
                 organisation.contacts[duplicate]["full_name"],
             )
             assert {item["id"] for item in entry["given_back"]} and not entry["left"]
+        page = next((place.folder / "reports").glob("undo_report_*.html")).read_text(encoding="utf-8")
+        assert '<p class="lead">5 undone, 5 pairs</p>' in page and page.count("<script") == 2
         asked = len(sandbox.requests)
         again = place.run(sandbox, "--undo", path, check=0)
         assert no_writes(sandbox.requests[asked:]) and again.report["summary"]["undone_before"] == 5

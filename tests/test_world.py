@@ -264,6 +264,7 @@ def test_an_organisation_grows_from_an_export_of_either_form(tmp_path: Any, head
     (contact,) = organisation.contacts.values()
     assert contact["id"] == "don:identity:dvrv-us-1:devo/ORG:revu/7" and contact["external_ref"] == "user_7"
     assert contact["created_date"] == "2023-01-09T09:30:00.000Z"
+    assert contact["phone_numbers"] and contact["description"]
     if "FULL_NAME" in header:
         assert contact["rev_org"]["display_id"] == "REV-ACME" and contact["full_name"] == "Ada Reyes"
         assert contact["modified_date"] == "2024-01-09T09:30:00.000Z"
