@@ -1224,7 +1224,7 @@ def group_flaw(group: Group, live: Mapping[str, Json], namesakes: Iterable[Json]
     if len(orgs) > 1:
         words = f"the contacts belong to different rev orgs: {', '.join(sorted(map(str, orgs)))}"
         return PairError("different_rev_org", words)
-    known = {contact.id for contact in contacts}
+    known = {contact.id for contact in group.everybody()}
     for other in namesakes:
         stranger = contact_of(other)
         is_new = stranger.id not in known and stranger.key == group.email and other.get("state") == "active"
@@ -1666,13 +1666,13 @@ class DevRevAPI:
         attempt = 0
         while True:
             scout = await self.gate.enter(turn)
-            if before:
-                try:
+            try:
+                self.brake.check()
+                if before:
                     await before()
-                    self.brake.check()
-                except BaseException:
-                    self.gate.withdraw(scout)
-                    raise
+            except BaseException:
+                self.gate.withdraw(scout)
+                raise
             self.requests[endpoint] += 1
             since = self.outside.moment()
             answer = await self.outside.send(endpoint, body)
@@ -2270,6 +2270,7 @@ class Journal:
 
     STATES: Mapping[str, State] = {
         "asked": State.REQUESTED,
+        "withdrawn": State.PLANNED,  # a first request did not leave after all
         "merged": State.MERGED,
         "done": State.DONE,
         "merged elsewhere": State.MERGED_ELSEWHERE,
@@ -2306,10 +2307,12 @@ class Journal:
 
     def asked_before(self, pair: Pair) -> bool:
         """Whether another run in this folder has asked for a pair."""
-        return any(
-            line["run"] != self.run and (line["primary"]["id"], line["duplicate"]["id"]) == pair.ids
+        events = [
+            line["event"]
             for line in self._lines()
-        )
+            if line["run"] != self.run and (line["primary"]["id"], line["duplicate"]["id"]) == pair.ids
+        ]
+        return bool(events) and events[-1] != "withdrawn"
 
     def pairs(self) -> List[Pair]:
         """Every pair that was ever asked for, in the state that its last event tells of."""
@@ -2317,6 +2320,7 @@ class Journal:
         for line in self._lines():
             pair = Pair(Contact.from_json(line["primary"]), Contact.from_json(line["duplicate"]), line["new_ref"])
             pair.state = self.STATES[line["event"]]
+            pair.refused = pair.state is State.REQUESTED  # which an answer may have said: the whole patience
             pair.backup, pair.details = line["backup"], line.get("details", {})
             pair.requested_at, pair.first_requested_at = line["requested_at"], line["first_requested_at"]
             found[pair.ids] = pair
@@ -2383,6 +2387,7 @@ class SavePoint:
         self.outside = outside
         self.run = run
         self.glimpsed = False  # read past the lock of a run that goes on
+        self._lock = threading.Lock()  # one thread at a time uses the connection
         self._inspect(readonly)
         try:
             self._db = self._look() if readonly else self._open()
@@ -2421,6 +2426,7 @@ class SavePoint:
 
     def _open(self) -> sqlite3.Connection:
         db = self._connect("mode=rwc")
+        db.execute("PRAGMA busy_timeout = 1000")  # who only looks lets go in a moment
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute("PRAGMA synchronous = EXTRA")
         db.execute("BEGIN EXCLUSIVE")
@@ -2494,7 +2500,8 @@ class SavePoint:
             return Stop(EXIT_USAGE, f"the savepoint {self.path} can't be written: {text}")
         return Stop(
             EXIT_USAGE,
-            f"the savepoint {self.path} is damaged ({text}); it was left as it is. Restore it, or move it away",
+            f"the savepoint {self.path} is damaged ({text}); it was left as it is. Move it away: "
+            "backups/journal.jsonl knows what it knew",
         )
 
     def _holder(self) -> str:
@@ -2551,19 +2558,26 @@ class SavePoint:
         return statement, list(rows)
 
     def _write(self, *statements: Tuple[str, Sequence[Tuple[Any, ...]]]) -> None:
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            for statement, rows in statements:
-                self._db.executemany(statement, rows)
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            with contextlib.suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
-            raise self._trouble(error, EXIT_STOPPED) from None
+        with self._lock:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                for statement, rows in statements:
+                    self._db.executemany(statement, rows)
+                self._db.execute("COMMIT")
+            except sqlite3.Error as error:
+                with contextlib.suppress(sqlite3.Error):
+                    self._db.execute("ROLLBACK")
+                raise self._trouble(error, EXIT_STOPPED) from None
 
     def _query(self, statement: str, *values: Any) -> Iterator[Tuple[Any, ...]]:
         try:
-            yield from self._db.execute(statement, values)
+            with self._lock:
+                cursor = self._db.execute(statement, values)
+                found = cursor.fetchmany(1000)
+            while found:
+                yield from found
+                with self._lock:
+                    found = cursor.fetchmany(1000)
         except sqlite3.Error as error:
             raise self._trouble(error, EXIT_STOPPED) from None
 
@@ -2812,7 +2826,10 @@ class Evidence:
     def _write_backup(self, held: Sequence[Holdings], timelines: Timelines) -> Tuple[str, Optional[PairError]]:
         """Write the backup (in a thread); check from the disk that it is whole and holds what the export counts."""
         merger = self.merger
-        folder = merger.backups.write(self.group.email, merger.organisation, held, timelines)
+        try:
+            folder = merger.backups.write(self.group.email, merger.organisation, held, timelines)
+        except RecursionError:
+            raise PairError("backup_failed", "DevRev answered with something that is nested too deep") from None
         try:
             for entry in read_backup(folder)["contacts"]:
                 grown = entry["role"] == "primary" and self.group.has_grown()
@@ -2895,6 +2912,7 @@ class Walk:
         self.proof = Proof(self)
         self.hold = Hold()
         self.courses: Dict[Tuple[str, str], Course] = collections.defaultdict(Course)
+        self._asking = asyncio.Lock()
 
     async def go(self) -> None:
         """Merge the pairs one after the other, then prove them."""
@@ -2949,7 +2967,12 @@ class Walk:
     # -- ask ----------------------------------------------------------------------------------------
 
     async def _ask(self, pair: Pair) -> None:
-        """Ask for the merge, on evidence that is fresh at the moment the request leaves."""
+        """Ask for the merge; one pair of the group at a time, for they rest on the same evidence."""
+        async with self._asking:
+            await self._ask_alone(pair)
+
+    async def _ask_alone(self, pair: Pair) -> None:
+        """Ask, on evidence that is fresh at the moment the request leaves."""
         first, course = not pair.first_requested_at, self.courses[pair.ids]
         self.group.asking = pair
         if pair.exported:
@@ -2995,7 +3018,7 @@ class Walk:
         try:
             await self.api.merge(*pair.ids, Turn(MERGE, self.hold, keep), before=lambda: self._intend(pair))
         except ApiRefused as refusal:
-            pair.refused = True
+            pair.refused = self.merger.changed = True  # for it may be carried out all the same
             await self.merger.ledger.note(pair)
             if refusal.status != 409:  # which may say that it is being merged
                 self.courses[pair.ids].refusal = PairError("merge_refused", str(refusal))
@@ -3005,6 +3028,7 @@ class Walk:
             await self.merger.rest(self, pair, PairError("forbidden", str(denied)))
             raise
         except ApiUnanswered as error:
+            self.merger.changed = True
             log.info("%s: the answer to the merge was lost (%s); looking", pair.email, error)
         else:
             pair.state = State.ACKNOWLEDGED
@@ -3017,14 +3041,22 @@ class Walk:
         """The last moment before the request leaves: Stale if it must not, else the intent goes to the disk."""
         self.evidence.insist()
         self.merger.may_begin()
-        course = self.courses[pair.ids]
+        course, earlier = self.courses[pair.ids], dict(vars(pair))
         course.asks, course.looked, course.refusal = course.asks + 1, False, None
         pair.state, pair.code, pair.error, pair.refused = State.REQUESTED, "", "", False
         pair.backup, pair.details["backed_up"] = self.evidence.folder, self.evidence.counts
         pair.requested_at = self.outside.moment().wall
         pair.first_requested_at = pair.first_requested_at or pair.requested_at
         await self.merger.ledger.note(pair, "asked")
-        self.evidence.insist()  # a disk may be slow
+        try:
+            # The disk may be slow, and the run may have been stopped meanwhile: what is not sent was not asked for.
+            self.evidence.insist()
+            self.merger.brake.check()
+        except (Stale, Interrupted):
+            course.asks -= 1
+            vars(pair).update(earlier)
+            await self.merger.ledger.note(pair, "asked" if pair.first_requested_at else "withdrawn")
+            raise
         log.info("%s: asking for the merge of %s", pair.email, into(pair))
 
     async def _somebody_else(self, pair: Pair) -> None:
