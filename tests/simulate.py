@@ -614,7 +614,8 @@ class Life:
                 machine.connection.close()
         self.trace(f"exit code {code}")
         full = machine.full_at is not None and machine.steps >= machine.full_at
-        self.rows = self.books.after_run(run.report_path if ended and not full else None, code)
+        reports = ended and not full and not options.preview
+        self.rows = self.books.after_run(run.report_path if reports else None, code)
         return code
 
     def signal(self, run: Any, loop: Any, act: Callable[[], None]) -> None:
