@@ -322,6 +322,7 @@ class Life:
             on_request=self._on_request,
         )
         made.in_progress = chance.choice((200, 200, 400, 409))
+        made.unique_emails = fate.has("unique emails", 0.04)
         if fate.has("others spend quota", 0.15) and made.quota:
             made.quota.others = made.quota.limit // 3
         return made
