@@ -4234,7 +4234,9 @@ class Undoer(ContactMerger):
 def undo_entry(pair: Pair) -> Json:
     """What was, or would be, given back of a pair, and what can't be."""
     undo = pair.details.get("undo", {})
-    left = {(item["id"], item["role"]): item for item in (*undo.get("left", ()), *pair.left_behind)}
+    # What the merge has left behind, where it was not proved, says nothing of what can be given back.
+    open_items = [item for item in pair.left_behind if "why" in item]
+    left = {(item["id"], item["role"]): item for item in (*undo.get("left", ()), *open_items)}
     entry = {
         "email": pair.email,
         "primary": contact_entry(pair.primary),

@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional
 from tests.simulate import kept_seeds, play
 from tests.simulated import MODULE, load
 
-SEEDS = 1000  # lives that a mutant may survive before it counts as alive
+SEEDS = 500  # lives that a mutant may survive before it counts as alive
 START = 10_000
 
 
@@ -133,6 +133,22 @@ MUTANTS = [
     Mutant("lists without end", "if cursor in cursors or stale >= self.STALE_PAGES:", "if False:"),
     Mutant("--limit is ignored", "        if size and size <= limit:\n", "        if size:\n"),
     Mutant("--email is ignored", "    plan.groups = [group for group in plan.groups if group.email in wanted]\n", ""),
+    # Undo
+    without(
+        "undo: a contact is made unnoted", "await self.note(pair)", 8,
+        after="        undo[\"asked\"] = [] if named else "
+        "sorted(self._ids().union(user[\"id\"] for user in await self._namesakes(pair)))\n",
+    ),
+    Mutant("undo: the primary keeps the reference", "        if self.moved:\n", "        if False:\n"),
+    without("undo: no way back", "await self._go_back(flaw)", 20),
+    Mutant("undo: the primary leaves what is its own", "kept = [primary] if (identity, role) in stays else []", "kept = []"),
+    Mutant("undo: everybody else leaves", "people[at : at + 1] = [*kept,", "people[:] = [*kept,"),
+    Mutant("undo: what is written may be old", "            if self.walk.outside.age(since) > Evidence.FRESH:\n", "            if False:\n"),
+    Mutant("undo: no proof", "            if all(handled.get(one) for one in changes):\n", "            if True:\n"),
+    Mutant("undo: a second one begins anew", "pairs = [pair for pair in group.pairs if pair.state is not State.UNDONE]\n        plan", "pairs = list(group.pairs)\n        plan"),
+    Mutant("undo: a merge run does not wait for its end", "            if ids & undoing.keys():\n", "            if False:\n"),
+    Mutant("undo: a refusal forgets it", "[begun.get(pair.ids, pair) for pair in pairs]", "pairs"),
+    Mutant("undo: an old export forgets it", "        if stale or (group.email in undone and not all(rows)):\n", "        if group.email in undone and not all(rows):\n"),
 ]  # fmt: skip
 
 

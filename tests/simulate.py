@@ -322,6 +322,7 @@ class Life:
             on_request=self._on_request,
         )
         made.in_progress = chance.choice((200, 200, 400, 409))
+        made.unique_emails = fate.has("unique emails", 0.04)
         if fate.has("others spend quota", 0.15) and made.quota:
             made.quota.others = made.quota.limit // 3
         return made
@@ -614,7 +615,8 @@ class Life:
                 machine.connection.close()
         self.trace(f"exit code {code}")
         full = machine.full_at is not None and machine.steps >= machine.full_at
-        self.rows = self.books.after_run(run.report_path if ended and not full else None, code)
+        reports = ended and not full and not options.preview
+        self.rows = self.books.after_run(run.report_path if reports else None, code)
         return code
 
     def signal(self, run: Any, loop: Any, act: Callable[[], None]) -> None:

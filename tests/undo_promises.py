@@ -24,6 +24,13 @@ class Made:
         self.id, self.email, self.reference, self.at = identity, email, reference, at
 
 
+def handed_on(entry: Mapping[str, Any]) -> List[Tuple[str, str]]:
+    """What of a contact in a manifest a merge hands on: object id and role."""
+    items = [(one, "owned_by") for one in entry["works"]["owned"]]
+    items += [(one, "reported_by") for one in entry["works"]["reported"]]
+    return items + [(one, "members") for one in entry["conversations"]]
+
+
 class UndoBooks:
     """The undos of a life. `books` are those of its merges."""
 
@@ -119,6 +126,15 @@ class UndoBooks:
             elif thing is not None and self.was.get(request.body["id"]) not in (None, now):
                 self._judge_write(table, thing, self.was[request.body["id"]], now)
 
+    def _own(self, primary: str) -> Set[Tuple[str, str]]:
+        """What a primary had before its first merge, by the backup that this rests on."""
+        asked = [backup for ids, lines in list(self.books.journal.items()) if ids[0] == primary
+                 for event, backup in lines if event == "asked"]  # fmt: skip
+        first = min(asked, key=lambda backup: Path(backup).name)
+        manifest = json.loads((Path(first) / "manifest.json").read_bytes())
+        (entry,) = (one for one in manifest["contacts"] if one["csv"]["id"] == primary)
+        return set(handed_on(entry))
+
     def contacts_of(self, groups: Set[str]) -> Set[str]:
         """Whom undos have made, and who came by himself and has had a reference that a duplicate had."""
         references = {one.duplicate.ref for ids, all_wanted in self.books.known.items() for one in all_wanted
@@ -141,6 +157,9 @@ class UndoBooks:
             for person in {*was[role]} - {*now[role]} - groups - mine:
                 if not self._came_lately(table, thing["id"], role, person, since):
                     raise Broken(STAYS, f"{short(person)} leaves {role} of {short(thing['id'])}")
+            for primary in {ids[0] for ids in self.open()} & ({*was[role]} - {*now[role]}):
+                if (thing["id"], role) in self._own(primary):
+                    raise Broken(STAYS, f"{short(primary)} leaves its own {role} of {short(thing['id'])}")
             for person in {*now[role]} - {*was[role]} - mine:
                 if not self._was_there(table, thing["id"], role, person, since):
                     raise Broken(STAYS, f"{short(person)} gets {role} of {short(thing['id'])}")
@@ -193,10 +212,7 @@ class UndoBooks:
         if reference not in had and "external_ref" not in undo["left_out"]:
             raise Broken(TRUE, f"{short(contact)} never had the reference {reference}")
         left = {(item["id"], item["role"]) for item in undo.get("left", ())}
-        items = [(one, "owned_by") for one in entry["works"]["owned"]]
-        items += [(one, "reported_by") for one in entry["works"]["reported"]]
-        items += [(one, "members") for one in entry["conversations"]]
-        for identity, role in items:
+        for identity, role in handed_on(entry):
             table = self.table(identity)
             versions = self.books.versions(table, identity, self.began)
             if self.books.lies or any(self.books.held(one, role, contact) for one in versions):
