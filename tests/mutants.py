@@ -42,7 +42,7 @@ MUTANTS = [
         "noted: refused", "await self.merger.ledger.note(pair)", 12,
         "the state on the disk is `requested` as before; a later run then waits for less before it asks again, which the "
         "look that comes first makes harmless",
-        after="        except ApiRefused as refusal:\n            pair.refused = True\n",
+        after="        except ApiRefused as refusal:\n            pair.refused = self.merger.changed = True  # for it may be carried out all the same\n",
     ),
     without(
         "noted: acknowledged", "await self.merger.ledger.note(pair)", 12,

@@ -481,7 +481,8 @@ class Books:
         killed. Returns the savepoint's rows."""
         self.read_journal()
         rows = read_savepoint(Path("savepoint.db"))
-        self.intended.update(self.journal, (ids for ids, row in rows.items() if row["state"] in UNFINISHED))
+        self.intended.update(ids for ids, events in self.journal.items() if events and events[-1][0] != "withdrawn")
+        self.intended.update(ids for ids, row in rows.items() if row["state"] in UNFINISHED)
         self._judge_savepoint(rows, report is not None)
         self.undo.after_run(rows, report, code)
         if not self.undo.active:
@@ -657,6 +658,8 @@ class Books:
         self.undo.after_life(rows)
         for ids, asks in self.asks.items():
             reference = rows[ids]["new_ref"] if ids in rows else None
+            if ids in rows and rows[ids]["state"] == "undone":
+                continue  # it was given back, and is others' to take since
             if asks and reference and self.into(ids):
                 had = any(ref == reference for _, ref in self.organisation.reference_times[ids[0]])
                 org = self.organisation.contacts[ids[1]]["rev_org"]["id"]
