@@ -2861,6 +2861,20 @@ def has_reference(pair: Pair, primary: Optional[Json]) -> bool:
     return bool(reference == pair.new_ref)
 
 
+async def set_reference(api: DevRevAPI, pair: Pair, reference: str, hold: Hold) -> bool:
+    """Set the reference of a pair's primary: True where it is set and read back, False where somebody holds it."""
+    try:
+        await api.set_external_ref(pair.primary.id, reference, Turn(FINISH, hold))
+    except ApiRefused as refusal:
+        if refusal.status == 409:
+            return False
+        code = "not_found" if refusal.missing else refusal.code
+        raise PairError(code, f"the reference {reference} could not be set: {refusal}") from None
+    except (ApiUnanswered, PairError) as error:
+        raise PairError(error.code, f"the reference {reference} could not be set: {error}") from None
+    return True
+
+
 def check_holders(pair: Pair, listed: Iterable[Json], over: bool) -> None:
     """Raise PairError where another contact holds the pair's new reference, or it has not been let go for too long."""
     holders = [str(user.get("display_id") or user["id"]) for user in listed if user["id"] not in pair.ids]
@@ -2887,6 +2901,10 @@ class Course:
     looked: bool = False  # since the last request
     refusal: Optional[PairError] = None  # DevRev's answer to the last request, where it was a clear no
     contradictions: int = 0  # times that the duplicate was believed gone and was there after all
+
+    def waited(self, outside: Outside) -> float:
+        """Seconds since the merge was asked for."""
+        return self.before + outside.elapsed(self.since) if self.since else 0.0
 
 
 class Walk:
@@ -3088,7 +3106,7 @@ class Walk:
         course, looks = self.courses[pair.ids], 0
         while True:
             problem: Optional[PairError] = None
-            looks, before = looks + 1, self._waited(pair)
+            looks, before = looks + 1, course.waited(self.outside)
             try:
                 if await self._look(pair):
                     if course.asks:
@@ -3097,7 +3115,7 @@ class Walk:
                     return True
             except (ApiRefused, ApiUnanswered) as error:
                 problem = PairError(error.code, f"the merge can't be confirmed: {error}")
-            waited, longest = self._waited(pair), patience(pair, self.merger.merge_timeout)
+            waited, longest = course.waited(self.outside), patience(pair, self.merger.merge_timeout)
             if course.refusal:
                 raise course.refusal
             if waited >= longest:
@@ -3112,22 +3130,18 @@ class Walk:
             course.since = self.outside.moment()
             course.before = max(0.0, course.since.wall - pair.requested_at)
         elif not (course.refusal or course.looked):
-            await self.pause(pair, self.merger.experience.first_look() - self._waited(pair))
+            await self.pause(pair, self.merger.experience.first_look() - course.waited(self.outside))
         course.looked = True
-
-    def _waited(self, pair: Pair) -> float:
-        course = self.courses[pair.ids]
-        return course.before + self.outside.elapsed(course.since) if course.since else 0.0
 
     def _may_ask_again(self, pair: Pair, problem: Optional[PairError]) -> bool:
         """False, after the patience: what this run has asked for is not asked again where DevRev has answered."""
         if problem:
             raise problem
-        asks = self.courses[pair.ids].asks
-        if asks >= self.ASKS or (asks and (pair.state is State.ACKNOWLEDGED or pair.refused)):
+        course = self.courses[pair.ids]
+        if course.asks >= self.ASKS or (course.asks and (pair.state is State.ACKNOWLEDGED or pair.refused)):
+            waited = duration(course.waited(self.outside))
             raise PairError(
-                "merge_not_confirmed",
-                f"{pair.duplicate.short_id} is still there {duration(self._waited(pair))} after it was asked for",
+                "merge_not_confirmed", f"{pair.duplicate.short_id} is still there {waited} after it was asked for"
             )
         return False
 
@@ -3150,7 +3164,7 @@ class Walk:
         """Wait for DevRev. What an earlier run has left is no longer waited for by others then."""
         if seconds > 0:
             self.attempted.set()
-            if self._waited(pair) > self.SLOW:
+            if self.courses[pair.ids].waited(self.outside) > self.SLOW:
                 self.merger.expect_no_more(self)
             await self.merger.brake.sleep(seconds)
 
@@ -3161,7 +3175,7 @@ class Walk:
         asks = self.courses[pair.ids].asks
         if pair.new_ref and (asks or not has_reference(pair, await self.api.contact(pair.primary.id, Turn(FINISH)))):
             begun, pause = self.outside.moment(), 0.2
-            while not await self._set_reference(pair, pair.new_ref):
+            while not await set_reference(self.api, pair, pair.new_ref, self.hold):
                 await self.pause(pair, pause)
                 pause = min(10.0, 1.6 * pause)
                 if not await self._look(pair):
@@ -3172,19 +3186,6 @@ class Walk:
         pair.state = State.PROVING
         await self.merger.ledger.note(pair)
         log.info("%s: %s has the reference %s", pair.email, pair.primary.short_id, pair.new_ref or "that it had")
-
-    async def _set_reference(self, pair: Pair, reference: str) -> bool:
-        """True where the reference is set and read back, False where somebody holds it."""
-        try:
-            await self.api.set_external_ref(pair.primary.id, reference, Turn(FINISH, self.hold))
-        except ApiRefused as refusal:
-            if refusal.status == 409:
-                return False
-            code = "not_found" if refusal.missing else refusal.code
-            raise PairError(code, f"the reference {reference} could not be set: {refusal}") from None
-        except (ApiUnanswered, PairError) as error:
-            raise PairError(error.code, f"the reference {reference} could not be set: {error}") from None
-        return True
 
     # -- proof --------------------------------------------------------------------------------------
 
@@ -4083,7 +4084,7 @@ class UndoWalk(Walk):
         """No contact can be made: the reference goes to the primary again, and the group is as it was."""
         for pair in self.pairs:
             reference = self._old_ref(pair.duplicate)
-            if pair.details["undo"]["moved"] and not await self._set_reference(pair, reference):
+            if pair.details["undo"]["moved"] and not await set_reference(self.api, pair, reference, self.hold):
                 raise PairError(flaw.code, f"{flaw}; {reference} is held by somebody by now, and stays there")
         await self._restore()
 

@@ -107,7 +107,8 @@ MUTANTS = [
     Mutant("patience of a lost answer for all", "        return merge_timeout\n    return min(10.0", "        pass\n    return min(10.0"),
     Mutant(
         "asked again after an acknowledgement, in one run",
-        "if asks >= self.ASKS or (asks and (pair.state is State.ACKNOWLEDGED or pair.refused)):", "if asks >= self.ASKS:",
+        "if course.asks >= self.ASKS or (course.asks and (pair.state is State.ACKNOWLEDGED or pair.refused)):",
+        "if course.asks >= self.ASKS:",
         "asking again in the same run, after a look and the whole patience, is what the contract allows",
     ),
     Mutant("time waited for by the wall clock", "return self.moment().steady - since.steady", "return self.moment().wall - since.wall"),
@@ -120,8 +121,8 @@ MUTANTS = [
     ),
     # References, proof
     Mutant("a reference that somebody has set is overwritten", "    if reference not in (pair.new_ref, pair.primary.external_ref):\n", "    if False:\n"),
-    Mutant("the reference is not moved", "            while not await self._set_reference(pair, pair.new_ref):\n", "            while False:\n"),
-    Mutant("a reference that is held counts as set", "            if refusal.status == 409:\n                return False\n", "            if refusal.status == 409:\n                return True\n"),
+    Mutant("the reference is not moved", "            while not await set_reference(self.api, pair, pair.new_ref, self.hold):\n", "            while False:\n"),
+    Mutant("a reference that is held counts as set", "        if refusal.status == 409:\n            return False\n", "        if refusal.status == 409:\n            return True\n"),
     Mutant("no proof", "        left, listed = await self.proof.wait(pair, wanted)\n", "        left, listed = [], None\n"),
     # Quota, stops
     Mutant("no reserve", "keep = self.merger.experience.looks() + bool(pair.new_ref)", "keep = 0"),

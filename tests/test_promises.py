@@ -123,6 +123,33 @@ def test_a_torn_line_in_the_journal_costs_nothing(place: Workplace, torn: bytes)
     assert_merged(organisation, pairs)
 
 
+@posix
+def test_what_was_not_sent_before_a_stop_was_not_asked_for(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(40, (0, 0))
+    place.export(organisation)
+    with Sandbox(organisation, latency=0.02) as sandbox:
+        process: List[Any] = []
+
+        def look(stage: str, request: Request) -> None:
+            if stage == "before" and request.endpoint == "rev-users.merge" and sandbox.count("rev-users.merge") > 8:
+                process and process.pop().send_signal(signal.SIGINT)
+
+        sandbox.on_request = look
+        started = place.start(sandbox, "--workers", "16")
+        process.append(started)
+        started.communicate(timeout=60)
+        assert started.returncode == 130
+        sent = {request.body["secondary_user"] for request in sandbox.requests if request.endpoint == "rev-users.merge"}
+    last: Dict[str, str] = {}
+    for line in (place.folder / "backups" / "journal.jsonl").read_text(encoding="utf-8").splitlines():
+        event = json.loads(line)
+        last[event["duplicate"]["id"]] = event["event"]
+    assert {one for one, event in last.items() if event != "withdrawn"} == sent
+    (report,) = (place.folder / "reports").glob("*.json")
+    unfinished = json.loads(report.read_text(encoding="utf-8"))["unfinished_merges"]
+    assert {entry["duplicate"]["id"] for entry in unfinished} <= sent
+
+
 def test_pairs_that_a_killed_run_has_finished_stand_in_the_next_report(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(6)
     place.export(organisation)
