@@ -4143,11 +4143,11 @@ class HandingBack:
             **{ROLES[role]: loader for role, loader in self.walk.api.works.items()},
             "members": self.walk.api.conversations,
         }
-        people = {self.walk.group.primary.id, *made.values()} - made.keys()
+        people = sorted({self.walk.group.primary.id, *made.values()} - made.keys())
         weight = sum(contact.tickets for contact in self.walk.group.everybody())
         since = [self.walk.outside.moment()]
         listings = await together(
-            *(loaders[role].load(one, weight, PROVE) for role in {role for _, role in wanted} for one in people)
+            *(loaders[role].load(one, weight, PROVE) for role in sorted({role for _, role in wanted}) for one in people)
         )
         things: Things = {item["id"]: item for listing in listings for item in listing.items}
         unlisted = sorted({identity for identity, _ in wanted} - things.keys())

@@ -10,6 +10,7 @@ import email.utils
 import importlib.util
 import io
 import json
+import os
 import random
 import sqlite3
 import sys
@@ -309,7 +310,7 @@ def outside_of(module: Any, machine: Machine, settings: Any) -> Any:
             return job(*args)
 
         def write(self, path: Path, chunks: Iterable[bytes]) -> Tuple[int, str]:
-            name = f"writing {path.name}"
+            name = f"writing {path.name.replace(str(os.getpid()), '<process>')}"
             torn = machine.durable(name)
             found: Tuple[int, str] = super().write(path, tear(chunks) if torn else chunks)
             if torn:
