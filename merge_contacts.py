@@ -20,6 +20,7 @@ import collections
 import contextlib
 import csv
 import difflib
+import functools
 import gc
 import hashlib
 import io
@@ -614,6 +615,13 @@ COLUMNS = {
 _COUNT = re.compile(r"\s*(\d{1,9})(?:\.0+)?\s*")  # `4.0` is what a spreadsheet makes of 4
 
 
+@functools.lru_cache(maxsize=10_000)
+def count_in(cell: str) -> Optional[int]:
+    """The count that a cell holds, None where it holds none."""
+    match = _COUNT.fullmatch(cell)
+    return int(match.group(1)) if match else None
+
+
 @dataclass
 class Contact:
     """One row of the export: each field is one of its COLUMNS.
@@ -639,14 +647,13 @@ class Contact:
         if not (identity.strip() and email.strip() and external_ref.strip()):
             names = {"id": identity, "email": email, "external_ref": external_ref}
             return "empty " + next(COLUMNS[name] for name, value in names.items() if not value.strip())
-        return "" if _COUNT.fullmatch(tickets) else f"{COLUMNS['tickets']} is not a count: {tickets.strip()[:40]}"
+        return f"{COLUMNS['tickets']} is not a count: {tickets.strip()[:40]}" if count_in(tickets) is None else ""
 
     @classmethod
     def from_cells(cls, cells: Sequence[str]) -> "Contact":
         """Make a contact of cells without a flaw, in the order of COLUMNS."""
         identity, display_name, email, external_ref, full_name, tickets, created, updated = cells
-        count = int(tickets.partition(".")[0])
-        return cls(identity, display_name, email, external_ref, full_name, count, created, updated)
+        return cls(identity, display_name, email, external_ref, full_name, count_in(tickets) or 0, created, updated)
 
     def to_json(self) -> Json:
         return {name: getattr(self, name) for name in COLUMNS}
@@ -866,7 +873,9 @@ def _survey(table: Table, reading: Reading, emails: Iterable[str]) -> bytes:
     return bytes(key in wanted_keys or one in wanted_ids for key, one in zip(keys, ids))
 
 
-def repeated(values: Iterable[int]) -> Set[int]:
+def repeated(values: "array[int]") -> Set[int]:
+    if len(set(values)) == len(values):
+        return set()
     seen: Set[int] = set()
     found: Set[int] = set()
     for value in values:
