@@ -1290,10 +1290,11 @@ class Gate:
     Four things hold a request back: how many are under way, the server's quota (X-Ratelimit headers), the tool's own
     ceiling (`ratelimit`), and trouble: after a 429 or failures in a row one request at a time finds out whether
     things are well again, as it does where a new window's budget is not known yet. Units that are kept for finishing
-    a merge are spent by nothing else. Times are steady seconds.
+    a merge are spent by nothing else, and by that only where no others are left. Times are steady seconds.
     """
 
     TROUBLE = 3  # failures in a row
+    SHARE, LEAST = 8, 3  # of a window no more than this part is kept for one merge, but so many units at least
     LONGEST_WINDOW = 600.0  # seconds; DevRev's quota resets every five minutes
 
     def __init__(self, outside: Outside, brake: Brake, settings: "ApiSettings") -> None:
@@ -1379,12 +1380,20 @@ class Gate:
 
     def _fits(self, turn: Turn) -> bool:
         """Whether the window has room for a request, and for as much of what is to be kept as it can hold."""
-        room = min(self._server_room(), self._ceiling_room())
         if turn.hold and turn.hold.units and not turn.keep:
-            return room >= 1
-        window = min(self.limit or float("inf"), self._ceiling.clamped_calls if self._ceiling else float("inf"))
+            return self._room() >= 1
         own = turn.hold.units if turn.hold else 0  # kept already for this one, whose request has not left after all
-        return room - (self._kept - own) >= min(1 + turn.keep, window)
+        return self._room() - (self._kept - own) >= min(1 + self._to_keep(turn), self._window_size())
+
+    def _room(self) -> float:
+        """Units that are left in this window."""
+        return min(self._server_room(), self._ceiling_room())
+
+    def _window_size(self) -> float:
+        return min(self.limit or float("inf"), self._ceiling.clamped_calls if self._ceiling else float("inf"))
+
+    def _to_keep(self, turn: Turn) -> int:
+        return int(min(turn.keep, max(self.LEAST, self._window_size() // self.SHARE)))
 
     def _until_room(self) -> Tuple[float, str]:
         now = self._now()
@@ -1396,22 +1405,23 @@ class Gate:
 
     def _admit(self, waiting: Waiting) -> None:
         turn = waiting.turn
+        if turn.hold and turn.keep:
+            self._keep(turn.hold, self._to_keep(turn))
+        elif turn.hold and turn.hold.units and self._room() <= self._kept:
+            self._keep(turn.hold, turn.hold.units - 1)
         self._in_flight += 1
         self._scout_out = self._scout_out or self._scouting
         if self._ceiling:
             self._count()
-        if turn.hold and turn.keep:
-            self._kept += turn.keep - turn.hold.units
-            turn.hold.units = turn.keep
-        elif turn.hold and turn.hold.units:
-            self._kept -= 1
-            turn.hold.units -= 1
         waiting.future.set_result(self._scouting)
 
-    def release(self, hold: Hold) -> None:
+    def _keep(self, hold: Hold, units: int) -> None:
+        self._kept += units - hold.units
+        hold.units = units
+
+    def release(self, hold: Hold, all_but: int = 0) -> None:
         """Give back what was kept and is not needed."""
-        self._kept -= hold.units
-        hold.units = 0
+        self._keep(hold, min(hold.units, all_but))
         self._let_through()
 
     def dismiss(self, urgency: int) -> None:
@@ -3129,6 +3139,8 @@ class Walk:
                 raise course.refusal
             if waited >= longest:
                 return self._may_ask_again(pair, problem)
+            if waited >= 10:
+                self.api.gate.release(self.hold, all_but=2)  # from now on it is looked so seldom that others may go on
             pause = min(0.1 + 0.5 * waited, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
             await self.pause(pair, min(pause, longest - waited))
 
@@ -3286,6 +3298,7 @@ class Experience:
     """How long merges have taken lately, by the look that found them done."""
 
     SOONEST, LATEST = 0.25, 0.75  # seconds to the first look: where nothing is known, and whatever is known
+    MOST = 16  # looks in the first ten seconds after a merge was asked for
 
     def __init__(self) -> None:
         self._merges: Deque[Tuple[float, int]] = collections.deque(maxlen=20)  # seconds, looks
@@ -3299,7 +3312,7 @@ class Experience:
 
     def looks(self) -> int:
         """Looks that are kept for a merge: as many as lately, and one since a look may come too early."""
-        return 1 + max((looks for _, looks in self._merges), default=1)
+        return min(self.MOST, 1 + max((looks for _, looks in self._merges), default=self.MOST))
 
 
 # What keeps a pair from its end and says nothing of the next one.

@@ -176,6 +176,8 @@ class Books:
         self.journal: DefaultDict[Ids, List[Tuple[str, str]]] = defaultdict(list)  # event, backup
         self._journal_read = 0
         self.stopped = False  # the run was told to stop
+        self.slowest: Callable[[], Optional[float]] = lambda: None  # seconds there or back, where nothing disturbs a run
+        self.moving: Set[Ids] = set()  # the reference was asked for at least once
         self.lies = False  # whether answers were false: what was believed then may be wrong
         self.wall_was_set = False
         self.forgotten: Set[Ids] = set()  # pairs whose report was lost
@@ -454,6 +456,19 @@ class Books:
             raise Broken("only references of merged duplicates are moved", f"{reference} to {short(sent.body['id'])}")
         if not self.lies and all(self.organisation.alive(duplicate) for _, duplicate in mine):
             raise Broken("a reference is moved after the merge", f"{reference}, and {short(mine[0][1])} is still there")
+        for ids in mine:
+            self._judge_gap(ids)
+
+    def _judge_gap(self, ids: Ids) -> None:
+        """Where nothing is disturbed, the reference is moved at the next look, and that comes soon."""
+        merged, asks, slowest = self.organisation.merge_times.get(ids[1]), self.asks[ids], self.slowest()
+        if slowest is None or merged is None or len(asks) != 1 or asks[0].run != self.run or ids in self.moving:
+            return
+        self.moving.add(ids)
+        gap, most = self.clock.now - merged, 1.0 + 0.1 * self.world.merge_delay + 6 * slowest
+        if gap > most:
+            what = f"{gap:.1f} s from the merge of {name(ids)} to its reference"
+            raise Broken("between DevRev's merge and the new reference nothing waits", what)
 
     # ----- journal, savepoint, reports -------------------------------------------------------------
 

@@ -31,6 +31,7 @@ SEEDS = Path(__file__).with_name("seeds.txt")
 HEADER = (
     "REV_USER_ID", "DISPLAY_NAME", "EMAIL", "EXTERNAL_REF", "FULL_NAME", "CREATED_AT", "UPDATED_AT", "TICKET_COUNT",
 )  # fmt: skip
+DISTURBING = ("requests ", "merges unheard", "naps", "a clock", "others spend")  # what makes requests wait
 PEACEFUL_RUNS = 7  # that a life which is left in peace may need to end
 
 
@@ -308,7 +309,7 @@ class Life:
             quota = (chance.choice((1, 2, 3, 5, 8, 20, 60, 200, 1000)), chance.choice((6.0, 30.0, 60.0, 300.0)))
             least = 1 if fate.has("tiny quota", 0.03) else math.ceil(quota[1] * 16 / LISTED)
             quota = (max(quota[0], least), quota[1])
-        delay = fate.somewhen(0.5, 60.0) if fate.has("slow merges", 0.2) else fate.somewhen(0.02, 0.4)
+        delay = fate.somewhen(0.5, 60.0) if fate.has("slow merges", 0.2) else fate.somewhen(0.02, 3.0)
         made = world.World(
             self.organisation,
             lambda: self.clock.now,
@@ -551,7 +552,7 @@ class Life:
 
     def _settings(self, workers: int) -> Any:
         calls, period = 0, 60.0
-        if self.fate.has("a ceiling", 0.2):
+        if self.chance.random() < 0.2:
             calls, period = self.chance.choice(((3, 2.0), (10, 6.0), (60, 6.0), (200, 60.0), (30, 60.0)))
         timeout = self.chance.choice((2.0, 5.0, 30.0))
         return self.module.ApiSettings(
@@ -572,6 +573,14 @@ class Life:
             machine.full_at = int(self.fate.somewhen(1, 1000))
         return machine
 
+    def _is_undisturbed(self, settings: Any) -> bool:
+        """Whether nothing but the quota keeps a run's requests waiting, and its windows are large enough for looks."""
+        windows = [settings.calls] * bool(settings.calls)
+        if self.world.quota:
+            windows.append(self.world.quota.limit - 3 * self.world.quota.others)
+        disturbed = any(kind.startswith(DISTURBING) for kind in self.fate.drawn()) and not self.in_peace
+        return not (disturbed or self.world.faults) and min(windows, default=1000) >= 60
+
     def _run(self, argv: List[str], machine: Machine) -> Optional[int]:
         """One run; its exit code, None where it was killed."""
         module = self.module
@@ -583,6 +592,7 @@ class Life:
                 rows = [Row(one[0], one[2], one[3], int(one[7]), one[5]) for one in list(csv.reader(file))[1:]]
         self.books.begin(machine, options, rows, choices)
         settings = self._settings(options.workers)
+        self.books.slowest = lambda: self.latency if self._is_undisturbed(settings) else None
         outside = outside_of(module, machine, settings)
         life = self
 
