@@ -1270,8 +1270,8 @@ class Turn(NamedTuple):
     """How a request waits for its turn."""
 
     urgency: int = PREPARE
-    hold: Optional[Hold] = None  # units that were kept for it
-    keep: int = 0  # units to be kept in `hold` when it leaves
+    hold: Optional[Hold] = None  # units that were kept for it, and from now on for what has to follow
+    keep: int = 0  # units that this has to have, once it has left
 
 
 ANY_TURN = Turn()
@@ -1290,10 +1290,11 @@ class Gate:
     Four things hold a request back: how many are under way, the server's quota (X-Ratelimit headers), the tool's own
     ceiling (`ratelimit`), and trouble: after a 429 or failures in a row one request at a time finds out whether
     things are well again, as it does where a new window's budget is not known yet. Units that are kept for finishing
-    a merge are spent by nothing else, and by that only where no others are left. Times are steady seconds.
+    a merge are spent by nothing else, and kept anew with each look that it takes. Times are steady seconds.
     """
 
     TROUBLE = 3  # failures in a row
+    LONG = 0.5  # seconds; requests that take longer leave a worker to what finishes a merge
     SHARE, LEAST = 8, 3  # of a window no more than this part is kept for one merge, but so many units at least
     LONGEST_WINDOW = 600.0  # seconds; DevRev's quota resets every five minutes
 
@@ -1313,6 +1314,7 @@ class Gate:
         self._window = self._window_length = self._resets_at = self._closed_until = 0.0
         self._scouting = self._scout_out = False
         self._failures = self._refusals = self._failed_scouts = 0
+        self._longest = 0.0  # seconds that a request has taken lately
         self._waiting_for, self._waiting_since = "", 0.0
 
     def _make_ceiling(self, calls: int, period: float) -> Any:
@@ -1340,9 +1342,10 @@ class Gate:
         if self._timer:
             self._timer.cancel()
         wait, reason = 0.0, ""
-        while self._queue and self._has_slot():
+        while self._queue and self._has_slot(self._queue[0].urgency):
             wait, reason = self._closed()
-            first = next((each for each in self._queue if self._fits(each.turn)), None) if not wait else None
+            able = (each for each in self._queue if self._has_slot(each.urgency) and self._fits(each.turn))
+            first = None if wait else next(able, None)
             if first is None:
                 break
             self._queue.remove(first)
@@ -1350,15 +1353,17 @@ class Gate:
                 self._admit(first)
         else:
             wait, reason = 0.0, ""
-        if self._queue and self._has_slot() and not wait:
+        if self._queue and self._has_slot(self._queue[0].urgency) and not wait:
             wait, reason = self._until_room()
         self._note_wait(reason)
         if wait:
             self._timer = asyncio.get_event_loop().call_later(max(0.001, wait), self._let_through)
 
-    def _has_slot(self) -> bool:
-        """Whether another request may be under way; after a failure fewer, until one is answered well."""
-        return self._in_flight < max(1, self.workers >> min(self._failures, 4))
+    def _has_slot(self, urgency: int) -> bool:
+        """Whether another request may be under way; after a failure fewer, until one is answered well. While a merge is
+        on its way, lists and timelines that take long leave a worker to what finishes it."""
+        spared = self.workers > 1 and self._kept > 0 and urgency == PREPARE and self._longest > self.LONG
+        return self._in_flight < max(1, self.workers >> min(self._failures, 4)) - spared
 
     def _closed(self) -> Tuple[float, str]:
         """Seconds for which nothing at all may leave, and what for."""
@@ -1380,20 +1385,23 @@ class Gate:
 
     def _fits(self, turn: Turn) -> bool:
         """Whether the window has room for a request, and for as much of what is to be kept as it can hold."""
-        if turn.hold and turn.hold.units and not turn.keep:
-            return self._room() >= 1
-        own = turn.hold.units if turn.hold else 0  # kept already for this one, whose request has not left after all
-        return self._room() - (self._kept - own) >= min(1 + self._to_keep(turn), self._window_size())
+        if turn.urgency == FINISH:  # takes what there is
+            return self._room() >= 1 if turn.hold and turn.hold.units else self._spare(turn) >= 1
+        return self._spare(turn) >= min(1 + self._to_keep(turn), self._window_size())
 
     def _room(self) -> float:
         """Units that are left in this window."""
         return min(self._server_room(), self._ceiling_room())
 
+    def _spare(self, turn: Turn) -> float:
+        """Units of them that are kept for nobody else."""
+        return self._room() - self._kept + (turn.hold.units if turn.hold else 0)
+
     def _window_size(self) -> float:
         return min(self.limit or float("inf"), self._ceiling.clamped_calls if self._ceiling else float("inf"))
 
-    def _to_keep(self, turn: Turn) -> int:
-        return int(min(turn.keep, max(self.LEAST, self._window_size() // self.SHARE)))
+    def _to_keep(self, turn: Turn) -> float:
+        return min(turn.keep, max(self.LEAST, self._window_size() // self.SHARE))
 
     def _until_room(self) -> Tuple[float, str]:
         now = self._now()
@@ -1405,10 +1413,8 @@ class Gate:
 
     def _admit(self, waiting: Waiting) -> None:
         turn = waiting.turn
-        if turn.hold and turn.keep:
-            self._keep(turn.hold, self._to_keep(turn))
-        elif turn.hold and turn.hold.units and self._room() <= self._kept:
-            self._keep(turn.hold, turn.hold.units - 1)
+        if turn.hold:
+            self._keep(turn.hold, int(max(0, min(self._to_keep(turn), self._spare(turn) - 1))))
         self._in_flight += 1
         self._scout_out = self._scout_out or self._scouting
         if self._ceiling:
@@ -1419,9 +1425,9 @@ class Gate:
         self._kept += units - hold.units
         hold.units = units
 
-    def release(self, hold: Hold, all_but: int = 0) -> None:
+    def release(self, hold: Hold) -> None:
         """Give back what was kept and is not needed."""
-        self._keep(hold, min(hold.units, all_but))
+        self._keep(hold, 0)
         self._let_through()
 
     def dismiss(self, urgency: int) -> None:
@@ -1436,9 +1442,10 @@ class Gate:
         self._scout_out = self._scout_out and not scout
         self._let_through()
 
-    def leave(self, scout: bool, status: Optional[int], headers: Mapping[str, str]) -> None:
-        """Take note of an answer (`status` None: none came, or none of use)."""
+    def leave(self, scout: bool, status: Optional[int], headers: Mapping[str, str], seconds: float) -> None:
+        """Take note of an answer (`status` None: none came, or none of use), and of how long it took."""
         self._in_flight -= 1
+        self._longest = max(seconds, 0.95 * self._longest)
         self._scout_out = self._scout_out and not scout
         self._refusals = self._refusals + 1 if status == 429 else 0
         failed = status is None or status >= 500
@@ -1697,7 +1704,8 @@ class DevRevAPI:
             answer = await self.outside.send(endpoint, body)
             status, data, problem = answer.status, answer.data, answer.problem
             good = status is not None and 200 <= status < 300
-            self.gate.leave(scout, None if good and data is None else status, answer.headers)
+            took = self.outside.elapsed(since)
+            self.gate.leave(scout, None if good and data is None else status, answer.headers, took)
             if good and data is not None and (not key or key in data):
                 self._answered.add(endpoint)
                 return Reply(data, since)
@@ -2880,10 +2888,10 @@ def has_reference(pair: Pair, primary: Optional[Json]) -> bool:
     return bool(reference == pair.new_ref)
 
 
-async def set_reference(api: DevRevAPI, pair: Pair, reference: str, hold: Hold) -> bool:
+async def set_reference(api: DevRevAPI, pair: Pair, reference: str, turn: Turn) -> bool:
     """Set the reference of a pair's primary: True where it is set and read back, False where somebody holds it."""
     try:
-        await api.set_external_ref(pair.primary.id, reference, Turn(FINISH, hold))
+        await api.set_external_ref(pair.primary.id, reference, turn)
     except ApiRefused as refusal:
         if refusal.status == 409:
             return False
@@ -3051,9 +3059,8 @@ class Walk:
         return True
 
     async def _request(self, pair: Pair) -> Optional[ApiRefused]:
-        keep = self.merger.experience.looks() + bool(pair.new_ref)
         try:
-            await self.api.merge(*pair.ids, Turn(MERGE, self.hold, keep), before=lambda: self._intend(pair))
+            await self.api.merge(*pair.ids, self._turn(pair, MERGE), before=lambda: self._intend(pair))
         except ApiRefused as refusal:
             pair.refused = self.merger.changed = True  # for it may be carried out all the same
             await self.merger.ledger.note(pair)
@@ -3116,8 +3123,13 @@ class Walk:
 
     # -- confirm ------------------------------------------------------------------------------------
 
+    def _turn(self, pair: Pair, urgency: int = FINISH) -> Turn:
+        """For a request after which a pair must not wait for quota; where it takes long, others may go on meanwhile."""
+        slow = self.courses[pair.ids].waited(self.outside) > 10
+        return Turn(urgency, self.hold, 2 if slow else self.merger.experience.looks() + bool(pair.new_ref))
+
     async def _look(self, pair: Pair) -> bool:
-        return await self.api.look(*pair.ids, Turn(FINISH, self.hold)) is not Sight.THERE
+        return await self.api.look(*pair.ids, self._turn(pair)) is not Sight.THERE
 
     async def _confirm(self, pair: Pair) -> bool:
         """Look until the duplicate has gone (True), or may be asked for again (False)."""
@@ -3139,8 +3151,6 @@ class Walk:
                 raise course.refusal
             if waited >= longest:
                 return self._may_ask_again(pair, problem)
-            if waited >= 10:
-                self.api.gate.release(self.hold, all_but=2)  # from now on it is looked so seldom that others may go on
             pause = min(0.1 + 0.5 * waited, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
             await self.pause(pair, min(pause, longest - waited))
 
@@ -3193,17 +3203,19 @@ class Walk:
 
     async def _move_reference(self, pair: Pair) -> None:
         """Set the duplicate's reference on the primary; a 409 may take the pair back to being looked at."""
-        asks = self.courses[pair.ids].asks
-        if pair.new_ref and (asks or not has_reference(pair, await self.api.contact(pair.primary.id, Turn(FINISH)))):
+        resumed = not self.courses[pair.ids].asks
+        primary = await self.api.contact(pair.primary.id, self._turn(pair)) if resumed and pair.new_ref else None
+        if pair.new_ref and not (resumed and has_reference(pair, primary)):
+            self.merger.changed = True
             begun, pause = self.outside.moment(), 0.2
-            while not await set_reference(self.api, pair, pair.new_ref, self.hold):
+            while not await set_reference(self.api, pair, pair.new_ref, self._turn(pair)):
                 await self.pause(pair, pause)
                 pause = min(10.0, 1.6 * pause)
                 if not await self._look(pair):
                     await self._note_still_there(pair)
                     return
                 over = self.outside.elapsed(begun) > self.merger.merge_timeout
-                check_holders(pair, await self.api.holders_of(pair.new_ref, Turn(FINISH, self.hold)), over)
+                check_holders(pair, await self.api.holders_of(pair.new_ref, self._turn(pair)), over)
         pair.state = State.PROVING
         await self.merger.ledger.note(pair)
         log.info("%s: %s has the reference %s", pair.email, pair.primary.short_id, pair.new_ref or "that it had")
@@ -3917,6 +3929,9 @@ class UndoWalk(Walk):
     async def note(self, pair: Pair, event: str = "undo begun") -> None:
         await self.merger.ledger.note(pair, event)
 
+    def _turn(self, pair: Pair, urgency: int = FINISH) -> Turn:  # noqa: ARG002
+        return Turn(urgency, self.hold, self.KEEP)
+
     def _old_ref(self, contact: Contact) -> str:
         return str(self.before.users[contact.id].get("external_ref"))
 
@@ -4003,9 +4018,9 @@ class UndoWalk(Walk):
         primary, old = self.group.primary, self._old_ref(self.group.primary)
         self.merger.changed = True
         try:
-            await self.api.set_external_ref(primary.id, old, Turn(MERGE, self.hold, self.KEEP))
+            await self.api.set_external_ref(primary.id, old, self._turn(moved, MERGE))
         except PairError:
-            live = await self.api.contact(primary.id, Turn(FINISH)) or {}
+            live = await self.api.contact(primary.id, self._turn(moved)) or {}
             if live.get("external_ref") == self._old_ref(moved.duplicate):
                 await self._restore()
             if live.get("external_ref") != old:
@@ -4063,7 +4078,7 @@ class UndoWalk(Walk):
         await self.note(pair)
         self.merger.changed = True
         try:
-            return await self.api.create_contact(fields, Turn(FINISH, self.hold))
+            return await self.api.create_contact(fields, self._turn(pair))
         except ApiUnanswered as error:
             self._lost.add(pair.ids)
             self._why = str(error)
@@ -4083,7 +4098,7 @@ class UndoWalk(Walk):
         if "external_ref" not in fields:
             known = pair.details["undo"]["asked"]
             return next((user for user in await self._namesakes(pair) if user["id"] not in known), None)
-        for user in await self.api.holders_of(fields["external_ref"], Turn(FINISH)):
+        for user in await self.api.holders_of(fields["external_ref"], self._turn(pair)):
             elsewhere = "rev_org" in fields and rev_org_id(user) not in (None, fields["rev_org"])
             if user["id"] in self._ids() or elsewhere:
                 continue
@@ -4106,7 +4121,7 @@ class UndoWalk(Walk):
         """No contact can be made: the reference goes to the primary again, and the group is as it was."""
         for pair in self.pairs:
             reference = self._old_ref(pair.duplicate)
-            if pair.details["undo"]["moved"] and not await set_reference(self.api, pair, reference, self.hold):
+            if pair.details["undo"]["moved"] and not await set_reference(self.api, pair, reference, self._turn(pair)):
                 raise PairError(flaw.code, f"{flaw}; {reference} is held by somebody by now, and stays there")
         await self._restore()
 

@@ -125,9 +125,9 @@ MUTANTS = [
     Mutant("a reference that is held counts as set", "        if refusal.status == 409:\n            return False\n", "        if refusal.status == 409:\n            return True\n"),
     Mutant("no proof", "        left, listed = await self.proof.wait(pair, wanted)\n", "        left, listed = [], None\n"),
     # Quota, stops
-    Mutant("no reserve", "keep = self.merger.experience.looks() + bool(pair.new_ref)", "keep = 0"),
-    Mutant("what is kept is forgotten", "            self._kept += turn.keep - turn.hold.units\n", ""),
-    Mutant("what is kept is never given back", "        self._kept -= hold.units\n        hold.units = 0\n", ""),
+    Mutant("no reserve", "2 if slow else self.merger.experience.looks() + bool(pair.new_ref)", "0"),
+    Mutant("what is kept is forgotten", "        self._kept += units - hold.units\n", ""),
+    Mutant("what is kept is never given back", "        self._keep(hold, 0)\n", ""),
     Mutant("the server's quota is ignored", "float(\"inf\") if self.remaining is None else self.remaining - self._in_flight", "float(\"inf\")"),
     Mutant("requests leave after a stop", "        self.check()\n        future: asyncio", "        future: asyncio"),
     Mutant("a stop wakes nobody", "            if not future.done():\n                future.set_exception(Interrupted())\n", "            pass\n"),
