@@ -1682,9 +1682,10 @@ class DevRevAPI:
         turn: Turn = ANY_TURN,
         repeatable: bool = True,
         before: Optional[Callable[[], Awaitable[None]]] = None,
+        telling: bool = False,
     ) -> Reply:
         """POST, and return the answer's JSON object, which holds `key`. `before` is awaited when the request's turn has
-        come, and what it raises keeps the request from leaving.
+        come, and what it raises keeps the request from leaving. `telling`: a 403 says what the token may.
 
         What is safe to repeat is repeated with growing, jittered pauses. A request that is not `repeatable` is sent
         again only where it can't have been acted on: no connection was made, or it was over quota.
@@ -1711,19 +1712,19 @@ class DevRevAPI:
                 return Reply(data, since)
             if good and data is not None:
                 problem = f"no {key} in the answer"
-            self._judge(endpoint, body, answer, final=False)
+            self._judge(endpoint, body, answer, telling, final=False)
             if status != 429:
                 attempt += 1
                 if attempt > self.settings.retries or (answer.sent and not repeatable):
-                    self._judge(endpoint, body, answer, final=True)
+                    self._judge(endpoint, body, answer, telling, final=True)
                     raise ApiUnanswered(endpoint, problem)
                 await self.brake.sleep(self.outside.random.uniform(0.5, 1.0) * min(8.0, 0.1 * 2**attempt))
 
-    def _judge(self, endpoint: str, body: Json, answer: Answer, final: bool) -> None:
+    def _judge(self, endpoint: str, body: Json, answer: Answer, telling: bool, final: bool) -> None:
         """Raise what a definite no means. A gateway's HTML is one for 401 and 403 alone, and only after the retries."""
         status = answer.status or 0
         if status in (401, 403) and (final or answer.data is not None):
-            self._deny(endpoint, status, answer.problem, body)
+            self._deny(endpoint, status, answer.problem, body, telling)
         if 300 <= status < 400:
             location = self.settings.mask(answer.headers.get("Location", ""))
             raise ApiRefused(endpoint, status, f"redirected to {location or 'nowhere'}", location=location)
@@ -1731,26 +1732,24 @@ class DevRevAPI:
             words = f"{answer.problem} (scope {scope_of(endpoint)})" if status == 403 else answer.problem
             raise ApiRefused(endpoint, status, words, data=answer.data)
 
-    def _deny(self, endpoint: str, status: int, message: str, body: Json) -> None:
+    def _deny(self, endpoint: str, status: int, message: str, body: Json, telling: bool) -> None:
         """Send nothing more with a token that is not accepted, or that lacks a scope which it never had.
 
-        One ticket or conversation that it may not see says nothing of its scopes: a second has to be refused. Who may
-        not make a contact has a reference to put back first.
+        One object that it may not see or change says nothing of its scopes: a second has to be refused. Who may not
+        make a contact has a reference to put back first.
         """
         if status == 401:
-            words = message.rstrip(".")
-            text = f"DevRev does not accept the token (401): {words}. Is DEVREV_API_TOKEN right, and not expired?"
-            denied = Denied(EXIT_STOPPED, text)
-            self.brake.pull(denied)
-            raise denied
-        self._forbidden[endpoint].add(to_json(body))
-        reads = not endpoint.startswith("rev-users.") and not endpoint.endswith(".update")
-        one_object = len(self._forbidden[endpoint]) == 1 and reads
-        if endpoint not in self._answered and not one_object and endpoint != "rev-users.create":
-            text = f"the token may not call {endpoint} (403): it lacks the scope {scope_of(endpoint)}"
-            denied = Denied(EXIT_USAGE, text)
-            self.brake.pull(denied)
-            raise denied
+            words = f"{message.rstrip('.')}. Is DEVREV_API_TOKEN right, and not expired?"
+            code, text = EXIT_STOPPED, f"DevRev does not accept the token (401): {words}"
+        else:
+            self._forbidden[endpoint].add(to_json(body))
+            one_object = len(self._forbidden[endpoint]) == 1 and not telling
+            if endpoint in self._answered or one_object or endpoint == "rev-users.create":
+                return
+            code, text = EXIT_USAGE, f"the token may not call {endpoint} (403): it lacks the scope {scope_of(endpoint)}"
+        denied = Denied(code, text)
+        self.brake.pull(denied)
+        raise denied
 
     async def pages(self, endpoint: str, key: str, body: Json, turn: Turn = ANY_TURN) -> Listing:
         """All items of a cursor-paged list."""
@@ -1787,11 +1786,9 @@ class DevRevAPI:
             cursors.add(cursor)
             page["cursor"] = cursor
 
-    async def _user(
-        self, endpoint: str, body: Json, key: str = "rev_user", turn: Turn = ANY_TURN, repeatable: bool = True
-    ) -> Json:
+    async def _user(self, endpoint: str, body: Json, key: str = "rev_user", turn: Turn = ANY_TURN, **how: Any) -> Json:
         """The user that an endpoint answers with. ApiUnanswered where it is none."""
-        user = (await self._call(endpoint, body, key, turn, repeatable)).data[key]
+        user = (await self._call(endpoint, body, key, turn, **how)).data[key]
         if not (isinstance(user, dict) and isinstance(user.get("id"), str)):
             raise ApiUnanswered(endpoint, f"{key} holds no user")
         return user
@@ -1803,7 +1800,7 @@ class DevRevAPI:
 
     async def whoami(self) -> Json:
         """The token's owner (`dev_user`)."""
-        return await self._user("dev-users.self", {}, "dev_user")
+        return await self._user("dev-users.self", {}, "dev_user", telling=True)
 
     async def contact(self, identity: str, turn: Turn = ANY_TURN) -> Optional[Json]:
         """The rev user of this id, None where there is none (404), or where it has moved to another id (301)."""
@@ -1815,10 +1812,12 @@ class DevRevAPI:
             raise
         return user if user["id"] == identity else None
 
-    async def merge(self, primary: str, duplicate: str, turn: Turn, before: Callable[[], Awaitable[None]]) -> None:
+    async def merge(
+        self, primary: str, duplicate: str, turn: Turn, before: Callable[[], Awaitable[None]], telling: bool
+    ) -> None:
         """Ask for a merge. DevRev only acknowledges it and carries it out later; it is never repeated blindly."""
         body = {"primary_user": primary, "secondary_user": duplicate}
-        await self._call("rev-users.merge", body, turn=turn, repeatable=False, before=before)
+        await self._call("rev-users.merge", body, turn=turn, repeatable=False, before=before, telling=telling)
 
     async def look(self, primary: str, duplicate: str, turn: Turn) -> "Sight":
         """What has become of the duplicate. Raises PairError(merged_into_another) where DevRev names somebody else than
@@ -1836,9 +1835,10 @@ class DevRevAPI:
             raise ApiUnanswered("rev-users.get", "the user has no state")
         return sight_of(user, primary, duplicate)
 
-    async def set_external_ref(self, identity: str, external_ref: str, turn: Turn) -> None:
+    async def set_external_ref(self, identity: str, external_ref: str, turn: Turn, telling: bool = False) -> None:
         """Set the reference and read it back from the answer. ApiRefused with status 409 while another holds it."""
-        user = await self._user("rev-users.update", {"id": identity, "external_ref": external_ref}, turn=turn)
+        body = {"id": identity, "external_ref": external_ref}
+        user = await self._user("rev-users.update", body, turn=turn, telling=telling)
         if user["id"] != identity or user.get("external_ref") != external_ref:
             raise PairError(
                 "external_ref_not_set", f"DevRev answered the update with the reference {user.get('external_ref')}"
@@ -1858,9 +1858,10 @@ class DevRevAPI:
         """Replace the whole lists of a work's or a conversation's people, by role; none: try whether one may."""
         body: Json = {"id": thing["id"], **{role: {"set": list(ids)} for role, ids in roles.items()}}
         if ":conversation/" in thing["id"]:
-            await self._call("conversations.update", body, "conversation", turn, before=before)
+            await self._call("conversations.update", body, "conversation", turn, before=before, telling=True)
         else:
-            await self._call("works.update", {**body, "type": thing["type"]}, "work", turn, before=before)
+            body["type"] = thing["type"]
+            await self._call("works.update", body, "work", turn, before=before, telling=True)
 
     async def holders_of(self, external_ref: str, turn: Turn) -> List[Json]:
         """The rev users that DevRev lists for a reference."""
@@ -2980,6 +2981,10 @@ class Walk:
             await step(pair)
         except PairError as flaw:
             await self.merger.rest(self, pair, flaw)
+        except Denied as denied:
+            if pair.state in UNFINISHED:
+                await self.merger.rest(self, pair, PairError("forbidden", str(denied)))
+            raise
         return pair.ids not in self.merger.rested
 
     async def _leave_out(self, pairs: Sequence[Pair]) -> None:
@@ -3059,17 +3064,17 @@ class Walk:
         return True
 
     async def _request(self, pair: Pair) -> Optional[ApiRefused]:
+        new = not pair.first_requested_at
         try:
-            await self.api.merge(*pair.ids, self._turn(pair, MERGE), before=lambda: self._intend(pair))
+            await self.api.merge(*pair.ids, self._turn(pair, MERGE), lambda: self._intend(pair), telling=new)
         except ApiRefused as refusal:
             pair.refused = self.merger.changed = True  # for it may be carried out all the same
             await self.merger.ledger.note(pair)
             if refusal.status != 409:  # which may say that it is being merged
                 self.courses[pair.ids].refusal = PairError("merge_refused", str(refusal))
             return refusal
-        except Denied as denied:
+        except Denied:
             pair.refused = True
-            await self.merger.rest(self, pair, PairError("forbidden", str(denied)))
             raise
         except ApiUnanswered as error:
             self.merger.changed = True
@@ -4018,7 +4023,7 @@ class UndoWalk(Walk):
         primary, old = self.group.primary, self._old_ref(self.group.primary)
         self.merger.changed = True
         try:
-            await self.api.set_external_ref(primary.id, old, self._turn(moved, MERGE))
+            await self.api.set_external_ref(primary.id, old, self._turn(moved, MERGE), telling=True)
         except PairError:
             live = await self.api.contact(primary.id, self._turn(moved)) or {}
             if live.get("external_ref") == self._old_ref(moved.duplicate):

@@ -579,7 +579,8 @@ class Life:
         if self.world.quota:
             windows.append(self.world.quota.limit - 3 * self.world.quota.others)
         disturbed = any(kind.startswith(DISTURBING) for kind in self.fate.drawn()) and not self.in_peace
-        return not (disturbed or self.world.faults) and min(windows, default=1000) >= 60
+        enough = 60 if self.world.merge_delay < 3 else 1000  # for looks
+        return not (disturbed or self.world.faults) and min(windows, default=1000) >= enough
 
     def _run(self, argv: List[str], machine: Machine) -> Optional[int]:
         """One run; its exit code, None where it was killed."""
