@@ -964,6 +964,7 @@ class Pair:
     created: str = ""  # of its row in the savepoint
     updated: str = ""
     exported: Optional["Pair"] = None  # of an unfinished pair: the same as this run's CSV has it
+    is_overruled: bool = False  # of an unfinished pair: the reference that is to stay is another by now
 
     @property
     def email(self) -> str:
@@ -975,9 +976,17 @@ class Pair:
 
     @property
     def is_settleable(self) -> bool:
-        """Whether a person may accept what it lacks: the duplicate has gone, and a report has said what is wrong."""
-        gone = self.state in (State.MERGED, State.PROVING) or self.code == "merged_into_another"
-        return gone and bool(self.report) and self.code not in ("", "interrupted")
+        """Whether a person may accept what it lacks: a report has said what is wrong, and the duplicate has gone or
+        the merge can't be asked for again."""
+        stuck = self.state in (State.MERGED, State.PROVING) or self.code in UNASKABLE
+        return stuck and bool(self.report) and self.code not in ("", "interrupted")
+
+
+# Why a merge that was asked for, and has not come, is not asked for again.
+UNASKABLE = (
+    "not_found", "not_active", "email_changed", "external_ref_changed", "different_rev_org", "several_user_refs",
+    "merged_into_another", "merge_refused", "forbidden", "plan_changed",
+)  # fmt: skip
 
 
 def into(pair: Pair) -> str:
@@ -991,6 +1000,7 @@ class Group:
     email: str
     pairs: List[Pair]
     asking: Optional[Pair] = None  # the pair that is being asked for
+    chosen: str = ""  # the reference that --choices names for the email
 
     @property
     def primary(self) -> Contact:
@@ -1013,12 +1023,20 @@ class Group:
         """Whether this tool has asked for a merge into the primary since the export."""
         return any(pair.state in (*UNFINISHED, *ENDED) for pair in self.pairs)
 
-    chosen: str = ""  # the reference that --choices names for the email
+    def kept_ref(self) -> str:
+        """The reference that the one remaining contact has in the end."""
+        return next((pair.new_ref for pair in self.pairs if pair.new_ref), self.primary.external_ref)
 
     def lost_refs(self) -> List[Contact]:
         """Duplicates whose `user_` reference nobody has in the end: the application's accounts lose their contact."""
-        last = next((pair.new_ref for pair in self.pairs if pair.new_ref), self.primary.external_ref)
-        return [pair.duplicate for pair in self.pairs if pair.duplicate.is_user and pair.duplicate.external_ref != last]
+        duplicates, kept = (pair.duplicate for pair in self.pairs), self.kept_ref()
+        return [one for one in duplicates if one.is_user and one.external_ref != kept]
+
+    def overrules(self, pair: Pair) -> bool:
+        """Whether a merge of its contacts, asked for by an earlier run, would leave another reference than it keeps."""
+        if pair.new_ref:
+            return pair.new_ref != self.kept_ref()
+        return pair.duplicate.external_ref == self.kept_ref()
 
     def warnings(self) -> List[str]:
         """What speaks for a shared mailbox rather than a person, in a group that a choice joins."""
@@ -1079,6 +1097,7 @@ class Plan:
     ids: Set[Tuple[str, str]] = field(default_factory=set)  # of all pairs of the CSV
     id: str = ""  # of `plan_id`
     left_alone: Dict[str, str] = field(default_factory=dict)  # email -> why there is nothing to merge
+    overruled: Set[Tuple[str, str]] = field(default_factory=set)  # pairs of earlier runs that contradict it
 
     def pairs(self) -> Iterator[Pair]:
         return (pair for group in self.groups for pair in group.pairs if pair.state not in ENDED)
@@ -2342,10 +2361,13 @@ class Journal:
         ]
         return bool(events) and events[-1] != "withdrawn"
 
-    def pairs(self) -> List[Pair]:
-        """Every pair that was ever asked for, in the state that its last event tells of."""
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def pairs(self, known: int) -> List[Pair]:
+        """The pairs of which it tells behind so many bytes, in the state that its last event tells of."""
         found: Dict[Tuple[str, str], Pair] = {}
-        for line in self._lines():
+        for line in self._lines(known):
             pair = Pair(Contact.from_json(line["primary"]), Contact.from_json(line["duplicate"]), line["new_ref"])
             pair.state = self.STATES[line["event"]]
             pair.refused = pair.state is State.REQUESTED  # which an answer may have said: the whole patience
@@ -2354,11 +2376,12 @@ class Journal:
             found[pair.ids] = pair
         return list(found.values())
 
-    def _lines(self) -> Iterator[Json]:
+    def _lines(self, known: int = 0) -> Iterator[Json]:
         """The events in order; a line that a crash has torn says nothing, for what it announced was not done."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
+            file.seek(known)
             for raw in file:
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     line = json.loads(raw)
@@ -2392,7 +2415,6 @@ class SavePoint:
             PRIMARY KEY (primary_id, duplicate_id)
         );
         CREATE INDEX pairs_by_state ON pairs (state);
-        INSERT INTO about VALUES ('journal', 'unread');
     """
     # From version 1.0.0 on: what was once asked for is never forgotten, and what had ended by then was reported then.
     UPGRADE = """
@@ -2403,6 +2425,7 @@ class SavePoint:
         UPDATE pairs SET report = 'before' WHERE state = 'done';
         CREATE INDEX pairs_by_duplicate ON pairs (duplicate_id);
         CREATE INDEX pairs_unreported ON pairs (report) WHERE report = '';
+        INSERT INTO about VALUES ('journal', '0');
     """
     PLAIN = ("new_ref", "code", "error", "backup", "requested_at", "first_requested_at", "seconds")
     COLUMNS = (
@@ -2414,6 +2437,7 @@ class SavePoint:
         self.path = path
         self.outside = outside
         self.run = run
+        self.readonly = readonly
         self.glimpsed = False  # read past the lock of a run that goes on
         self._lock = threading.Lock()  # one thread at a time uses the connection
         self._inspect(readonly)
@@ -2554,14 +2578,10 @@ class SavePoint:
             self._write(("INSERT OR REPLACE INTO about VALUES (?, ?)", [(name, value)]))
         return next((value for (value,) in self._query("SELECT value FROM about WHERE name = ?", name)), None)
 
-    @property
-    def is_new(self) -> bool:
-        """Whether it has still to learn what the journal knows; also where a run was killed before it had."""
-        return self.about("journal") == "unread"
-
-    def learn(self, pairs: Sequence[Pair]) -> None:
-        """Take over what the journal knows, whole or not at all."""
-        self._write(self._recording(map(self.row, pairs)), ("DELETE FROM about WHERE name = ?", [("journal",)]))
+    def journal_read(self) -> int:
+        """How many bytes of the journal it knows. What stands behind them is from a run with another savepoint, or from
+        one that was killed between the two."""
+        return int(self.about("journal") or 0)
 
     def row(self, pair: Pair) -> Tuple[Any, ...]:
         """What is written of a pair, in the order of COLUMNS."""
@@ -2572,9 +2592,9 @@ class SavePoint:
             pair.refused, json.dumps(pair.details), pair.report, self.run, now, now,
         )  # fmt: skip
 
-    def record(self, rows: Iterable[Tuple[Any, ...]]) -> None:
-        """Write rows; when this returns they are on the disk."""
-        self._write(self._recording(rows))
+    def record(self, rows: Iterable[Tuple[Any, ...]], journal: int) -> None:
+        """Write rows, and how many bytes of the journal are known with them; when this returns they are on the disk."""
+        self._write(self._recording(rows), ("UPDATE about SET value = ? WHERE name = 'journal'", [(str(journal),)]))
 
     def _recording(self, rows: Iterable[Tuple[Any, ...]]) -> Tuple[str, Sequence[Tuple[Any, ...]]]:
         kept = ("primary_id", "duplicate_id", "created")
@@ -2685,12 +2705,46 @@ class Ledger:
     A thread writes; what comes meanwhile waits, and is flushed together.
     """
 
-    EVENTS: Mapping[State, str] = {state: event for event, state in Journal.STATES.items()}
+    EVENTS: Mapping[State, str] = {
+        **{state: event for event, state in Journal.STATES.items()},
+        State.FAILED: "withdrawn",
+        State.ACKNOWLEDGED: "asked",
+        State.PROVING: "merged",
+    }
 
     def __init__(self, savepoint: SavePoint, journal: Journal) -> None:
         self.savepoint, self.journal = savepoint, journal
         self._waiting: List[Entry] = []
         self._writing: Optional[asyncio.Future[None]] = None
+
+    def catch_up(self, reported: Callable[[], Mapping[Tuple[str, str], str]]) -> None:
+        """Let each learn what the other alone knows: the journal where it was lost, or the savepoint is one of version
+        1.0.0; the savepoint where the journal goes on behind what it knows. `reported` tells who stands as ended in
+        which report."""
+        savepoint, size = self.savepoint, self.journal.size()
+        known = savepoint.journal_read() if savepoint.journal_read() <= size else 0
+        told = {pair.ids: pair for pair in self.journal.pairs(known)} if known < size else {}
+        rows = {row.ids: row for row in savepoint.rows(*State)} if told or not known else {}
+        reports = reported() if told else {}
+        news = []
+        for ids, pair in told.items():
+            row = rows.get(ids)
+            same = row and self.EVENTS[row.state] == self.EVENTS[pair.state] and row.requested_at == pair.requested_at
+            if row is None or not same or pair.state is State.UNDOING:
+                pair.report = row.report if row and same else reports.get(ids, "")
+                news.append(pair)
+        asked = (row for ids, row in rows.items() if self.EVENTS[row.state] != "withdrawn" and ids not in told)
+        untold = [] if known or savepoint.readonly else list(asked)
+        if news or untold:
+            log.info("%s learned from the journal, %d written to it", plural(len(news), "pair"), len(untold))
+            self.put(untold, news)
+
+    def put(self, lines: Iterable[Pair], rows: Iterable[Pair]) -> None:
+        """Write at once: in the journal what has become of pairs, and rows of the savepoint."""
+        added = [self.journal.line(self.EVENTS[pair.state], pair) for pair in lines]
+        if added:
+            self.journal.add(added)
+        self.savepoint.record(map(self.savepoint.row, rows), self.journal.size())
 
     async def note(self, pair: Pair, event: str = "") -> None:
         """Note the state of a pair, and the event that has led to it: both are on the disk when this returns.
@@ -2724,7 +2778,7 @@ class Ledger:
         lines = [entry.line for entry in entries if entry.line]
         if lines:
             self.journal.add(lines)
-        self.savepoint.record([entry.row for entry in entries])
+        self.savepoint.record([entry.row for entry in entries], self.journal.size())
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2785,11 +2839,12 @@ class Evidence:
         namesakes = list(live.values())
         since = [listing.since for listing in listings]
         for contact in contacts:
-            if contact.id not in live:
+            # Lists may lag behind what this tool has done to the primary.
+            if contact.id not in live or (contact is self.group.primary and self.group.has_grown()):
                 since.append(self.outside.moment())
+                live.pop(contact.id, None)
                 found = await self.api.contact(contact.id, Turn(urgency))
-                if found:
-                    live[contact.id] = found
+                live.update({contact.id: found} if found else {})
         flaw = group_flaw(self.group, live, namesakes)
         if flaw:
             raise flaw
@@ -3024,6 +3079,9 @@ class Walk:
     async def _ask_alone(self, pair: Pair) -> None:
         """Ask, on evidence that is fresh at the moment the request leaves."""
         first, course = not pair.first_requested_at, self.courses[pair.ids]
+        if pair.is_overruled:
+            words = f"{into(pair)} was asked for, and now another reference is to stay than it would leave"
+            raise PairError("plan_changed", words)
         self.group.asking = pair
         if pair.exported:
             # What is asked for again rests on what is known now; until then the rows of the first request count.
@@ -3114,12 +3172,17 @@ class Walk:
         Where what the duplicate had hangs on the primary, they are merged, whoever asked for it.
         """
         self.api.gate.release(self.hold)
-        primary = await self.api.contact(pair.primary.id, Turn(FINISH))
-        if primary is None or await self.api.look(*pair.ids, Turn(FINISH)) is not Sight.GONE:
+        if await self.api.contact(pair.primary.id, Turn(FINISH)) is None:
             return
-        wanted = to_prove(pair.backup, pair.duplicate.id)
-        if wanted and not (await self.proof.wait(pair, wanted))[0]:
-            return
+        try:
+            if await self.api.look(*pair.ids, Turn(FINISH)) is not Sight.GONE:
+                return
+            wanted = to_prove(pair.backup, pair.duplicate.id)
+            if wanted and not (await self.proof.wait(pair, wanted))[0]:
+                return
+        except PairError as flaw:
+            if flaw.code != "merged_into_another":
+                raise
         pair.state, pair.code = State.MERGED_ELSEWHERE, "merged_elsewhere"
         pair.error = f"{pair.duplicate.short_id} was merged or deleted by somebody else before it was asked for"
         if pair.new_ref:
@@ -3249,7 +3312,7 @@ class Walk:
 class Proof:
     """Looks whether what a duplicate had hangs on its primary, for as long as DevRev's lists may lag behind a merge."""
 
-    EXAMINED = 25  # objects that are looked at one by one before the whole time is over
+    EXAMINED = 25  # objects that are looked at one by one, in each round before the whole time is over
 
     def __init__(self, walk: "Walk") -> None:
         self.walk = walk
@@ -3260,6 +3323,7 @@ class Proof:
         """What of `{id, role}` is not on the primary, and what a look says where the list of the email still shows the
         duplicate; for as long as lists may lag behind. What has been deleted since is named, and holds nothing up."""
         begun, rounds = self.walk.outside.moment(), 0
+        examined: Set[str] = set()
         while True:
             missing, listed = await together(
                 self._missing(pair, wanted, bool(rounds)), self._is_listed(pair, bool(rounds))
@@ -3267,8 +3331,10 @@ class Proof:
             sight = await self.api.look(*pair.ids, Turn(FINISH)) if listed else None
             waited, rounds = self.walk.outside.elapsed(begun), rounds + 1
             over = waited >= self.walk.merger.merge_timeout
-            if missing and (over or (rounds == 3 and len(missing) <= self.EXAMINED)):
-                gone = {item["id"] for item in missing if await self._is_deleted(item["id"])}
+            if missing and rounds > 2:
+                few = [item["id"] for item in missing if over or item["id"] not in examined]
+                gone = {one for one in few[: None if over else self.EXAMINED] if await self._is_deleted(one)}
+                examined.update(few[: self.EXAMINED])
                 if gone:
                     pair.details["deleted"] = sorted(gone.union(pair.details.get("deleted", [])))
                 wanted, missing = ([one for one in items if one["id"] not in gone] for items in (wanted, missing))
@@ -3335,7 +3401,7 @@ class Experience:
 # What keeps a pair from its end and says nothing of the next one.
 HARMLESS = frozenset((
     "not_found", "not_active", "email_changed", "external_ref_changed", "different_rev_org", "several_user_refs",
-    "count_mismatch", "left_behind", "still_listed", "merged_into_another", "external_ref_conflict",
+    "count_mismatch", "left_behind", "still_listed", "merged_into_another", "external_ref_conflict", "plan_changed",
     "undo_unfinished", "group_incomplete", "interrupted", "not_merged", "not_handed_back",
 ))  # fmt: skip
 
@@ -3390,6 +3456,8 @@ class ContactMerger:
         unfinished = self.savepoint.unfinished()
         for origin, pairs in (("CSV", plan.pairs()), ("savepoint", iter(unfinished))):
             check_organisation(self.organisation, origin, pairs)
+        for pair in unfinished:
+            pair.is_overruled = pair.ids in plan.overruled
         return unfinished
 
     async def find_owner(self) -> None:
@@ -3474,8 +3542,7 @@ class ContactMerger:
             if sum(len(walk.pairs) for walk in batch) >= self._batch():
                 await self._begin_batch(batch)
         await self._begin_batch(batch)
-        for group, pairs in deferred:
-            await self._begin_deferred(group, pairs, unfinished)
+        await together(*(self._begin_deferred(group, pairs, unfinished) for group, pairs in deferred))
 
     def _batch(self) -> int:
         return min(self.BATCH, max(1, self._outstanding() // 2))
@@ -4329,7 +4396,8 @@ ADVICE = {
     "backup_failed": "look at the named file or ticket, run again",
     "api_error": "run again; if it stays, send the message and the log to DevRev's support",
     "forbidden": "give the token the missing scope (or access to the named object), run again",
-    "merge_refused": "look at both contacts in DevRev; run again",
+    "merge_refused": "look at both contacts in DevRev; run again; --settle gives the merge up",
+    "plan_changed": "where it is not to be merged so any more, give it up with --settle",
     "merge_not_confirmed": "DevRev has not carried the merge out yet: run again later, which looks again first",
     "external_ref_conflict": "free the reference from its holder in DevRev, run again: only the reference is set then",
     "external_ref_not_set": "run again; if it stays, set the reference by hand in DevRev",
@@ -5276,6 +5344,9 @@ def adopt(plan: Plan, savepoint: SavePoint, named: Collection[str] = ()) -> None
     taken_back = {pair.ids: pair.email for pair in savepoint.rows(State.UNDONE)}  # its contacts have other ids now
     undone = set(taken_back.values()) - set(named)
     groups, plan.groups = plan.groups, []
+    asked = [row for row in known.values() if row.state in ASKED]
+    group_of = {contact.id: group for group in groups for contact in group.everybody()} if asked else {}
+    plan.overruled = {row.ids for row in asked for one in row.ids if one in group_of and group_of[one].overrules(row)}
     for group in groups:
         rows = [known.get(pair.ids) for pair in group.pairs]
         # An export that has an old id is older than the undo, which would begin anew after a refusal of that pair.
@@ -5321,9 +5392,7 @@ def _keep_first(plan: Plan, limit: int) -> None:
 
 
 def preview(run: Run) -> int:
-    known = (
-        SavePoint(run.options.savepoint, run.outside, readonly=True) if _has_content(run.options.savepoint) else None
-    )
+    known = open_savepoint(run, readonly=True) if _has_content(run.options.savepoint) or JOURNAL.exists() else None
     plan = make_plan(run, known)
     earlier = known.unfinished() if known else []
     cost = run.cost(plan)
@@ -5362,27 +5431,20 @@ def settle(run: Run) -> int:
         if missing:
             why = "no merged pair that an earlier run has named in its report as unfinished"
             raise Stop(EXIT_USAGE, f"{', '.join(missing)}: {why} (--status tells what is)")
-        journal = Journal(JOURNAL, run.outside, run.stamp)
         for pair in pairs:
             pair.details["accepted"] = f"{pair.code}: {pair.error}"
             pair.state, pair.report = State.SETTLED, ""
-            journal.add([journal.line("settled", pair)])
+        Ledger(savepoint, Journal(JOURNAL, run.outside, run.stamp)).put(pairs, pairs)
+        for pair in pairs:
             run.console.say(f"settled  {pair.email}: {pair.details['accepted']}")
-        savepoint.record(map(savepoint.row, pairs))
         return _report(run, Plan([], [], [], 0), None, savepoint, EXIT_OK)
 
 
 def open_savepoint(run: Run, readonly: bool = False) -> SavePoint:
-    """Open the savepoint. A new one learns from the journal what was asked for and what has ended."""
+    """Open the savepoint, which learns from the journal what it does not know."""
     savepoint = SavePoint(run.options.savepoint, run.outside, run.stamp, readonly)
-    if savepoint.is_new:
-        reported = reported_pairs(run.report_path.parent)
-        pairs = Journal(JOURNAL, run.outside, run.stamp).pairs()
-        for pair in pairs:
-            pair.report = reported.get(pair.ids, "")
-        if pairs:
-            log.info("a new savepoint; the journal knows %s", plural(len(pairs), "pair"))
-        savepoint.learn(pairs)
+    journal = Journal(JOURNAL, run.outside, run.stamp)
+    Ledger(savepoint, journal).catch_up(lambda: reported_pairs(run.report_path.parent))
     savepoint.settle_report(lambda name: (run.report_path.parent / name).exists())
     return savepoint
 

@@ -64,7 +64,7 @@ MUTANTS = [
     Mutant("the journal does not hear of ends", 'pair.report, event = "", Ledger.EVENTS[pair.state]', 'pair.report = ""'),
     Mutant(
         "a new savepoint does not read the journal",
-        "        pairs = Journal(JOURNAL, run.outside, run.stamp).pairs()\n", "        pairs: List[Pair] = []\n",
+        "        told = {pair.ids: pair for pair in self.journal.pairs(known)} if known < size else {}\n", "        told: Dict[Any, Pair] = {}\n",
     ),
     Mutant("a report is not announced", "before=lambda: savepoint.announce_report(path.name)", "before=lambda: None"),
     Mutant(

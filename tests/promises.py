@@ -214,30 +214,30 @@ class Books:
         self.read_journal()
         rows = read_savepoint(Path("savepoint.db"))
         states = {ids: (row["email"], row["state"]) for ids, row in rows.items()}
-        if not self.knows_journal(Path("savepoint.db")):
-            for ids, events in self.journal.items():
-                if not events:
-                    continue
-                if events[-1][0] == "undone" and self.known[ids]:
-                    states[ids] = self.known[ids][-1].primary.key, "undone"
-                elif events[-1][0] != "undo begun":
-                    states[ids] = "", "done"
+        for ids, event in self.unread(Path("savepoint.db")).items():
+            if event == "undone" and self.known[ids]:
+                states[ids] = self.known[ids][-1].primary.key, "undone"
+            elif event not in ("undo begun", "withdrawn"):
+                states[ids] = "", "done"
         undone = {email for email, state in states.values() if state == "undone"} - named
         known = {ids for ids, (_, state) in states.items() if state in (*UNFINISHED, *ENDED)}
         left_out = undone & {one.primary.key for ids, one in plan.items() if ids not in known}
         left_out |= {one.primary.key for ids, one in plan.items() if states.get(ids, ("", ""))[1] == "undone"}
         return {ids: one for ids, one in plan.items() if one.primary.key not in left_out}
 
-    @staticmethod
-    def knows_journal(path: Path) -> bool:
-        """Whether a savepoint is there that has read the journal."""
-        if not path.exists() or not path.stat().st_size:
-            return False
-        with contextlib.closing(sqlite3.connect(str(path))) as db:
-            try:
-                return not db.execute("SELECT 1 FROM about WHERE name = 'journal'").fetchall()
-            except sqlite3.Error:
-                return False
+    def unread(self, path: Path) -> Dict[Ids, str]:
+        """The last events of the journal behind what the savepoint knows of it."""
+        journal, known = Path("backups/journal.jsonl"), 0
+        if path.exists() and path.stat().st_size:
+            with contextlib.closing(sqlite3.connect(str(path))) as db, contextlib.suppress(sqlite3.Error):
+                known = int(db.execute("SELECT value FROM about WHERE name = 'journal'").fetchone()[0])
+        data = journal.read_bytes() if journal.exists() else b""
+        found = {}
+        for raw in data[known if known <= len(data) else 0 :].splitlines():
+            with contextlib.suppress(ValueError, KeyError):
+                line = json.loads(raw)
+                found[line["primary"]["id"], line["duplicate"]["id"]] = line["event"]
+        return found
 
     def rows_now(self) -> Dict[Ids, Dict[str, Any]]:
         """The savepoint's rows while a run holds it."""
@@ -693,6 +693,8 @@ class Books:
         group = self._group_of(ids, primary)
         everybody = [organisation.contacts.get(one) if organisation.alive(one) else None for one in group]
         reference = entry["new_external_ref"]
+        if code == "plan_changed":
+            return ids not in self.plan and any(not {*ids}.isdisjoint(other) for other in self.plan)
         if code == "not_found":
             return None in everybody
         if code == "not_active":
