@@ -2655,6 +2655,14 @@ class SavePoint:
         """What is known of the pairs with this primary, by the duplicate's id."""
         return {pair.duplicate.id: pair for pair in self._select("primary_id = ?", primary)}
 
+    def went_into(self, contact: str, reference: Optional[str]) -> Optional[Pair]:
+        """The pair that is done and has taken this contact into one that has got this reference (if any)."""
+        for pair in self._select("duplicate_id = ? AND state = ?", contact, State.DONE.value):
+            moved = (one.new_ref for one in self.states(pair.primary.id).values() if one.state is State.DONE)
+            if reference is None or reference in moved:
+                return pair
+        return None
+
     def counts(self) -> Dict[str, int]:
         return dict(self._query("SELECT state, count(*) FROM pairs GROUP BY state ORDER BY state"))
 
@@ -3050,6 +3058,12 @@ class Walk:
 
     async def _merge(self, pair: Pair) -> None:
         """Bring a pair from whatever state it is in to the reference's being on the primary."""
+        if self.resumed and pair.state in (State.MERGED, State.PROVING):
+            onward = self.merger.savepoint.went_into(pair.primary.id, pair.new_ref)
+            if onward:  # and what the duplicate had was among what was proved to have gone with it
+                pair.state, pair.code, pair.error = State.DONE, "", ""
+                pair.details["onward"] = onward.primary.short_id
+                return
         try:
             while pair.state not in (State.PROVING, *ENDED):
                 if pair.state is State.PLANNED:
@@ -3574,7 +3588,7 @@ class ContactMerger:
             if walk.resumed and any(ids & set(pair.ids) for pair in walk.pairs):
                 await self.brake.wait(asyncio.wait({task}))
         for other in unfinished:
-            frees = other.state is State.MERGED and other.primary.id == group.primary.id and other.new_ref in refs
+            frees = other.state is State.MERGED and other.new_ref in refs
             if ids & set(other.ids) and other.state in (*ASKED, State.MERGED) and not frees:
                 await self._refuse(
                     group, pairs, "group_incomplete", "another merge of one of its contacts has to be finished first"

@@ -33,7 +33,7 @@ def without(name: str, line: str, indent: int, covered: str = "", after: str = "
 MUTANTS = [
     # What is recorded
     Mutant("nothing is written to the journal", "            self.journal.add(lines)\n", "            pass\n"),
-    without("nothing is written to the savepoint", "self.savepoint.record([entry.row for entry in entries])", 8),
+    without("nothing is written to the savepoint", "self.savepoint.record([entry.row for entry in entries], self.journal.size())", 8),
     without(
         "the intent is not noted", 'await self.merger.ledger.note(pair, "asked")', 8,
         after="        pair.first_requested_at = pair.first_requested_at or pair.requested_at\n",

@@ -539,7 +539,10 @@ class Books:
         promise = "savepoint and reports say what is true"
         if not self.into(ids) and not self._is_as_if_merged(ids, backup):
             raise Broken(promise, f"{name(ids)} is done, and was not merged")
-        if reference and reference not in [one for _, one in self.organisation.reference_times[ids[0]]]:
+        holders = {ids[0], self.organisation.survivor(ids[0])}  # the primary may have been merged onward
+        if reference and not any(
+            reference == ref for one in holders for _, ref in self.organisation.reference_times[one]
+        ):
             raise Broken(promise, f"{name(ids)} is done, and the primary never got {reference}")
 
     def _is_as_if_merged(self, ids: Ids, backup: Optional[str]) -> bool:
