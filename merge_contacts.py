@@ -185,7 +185,7 @@ def subject(body: Json) -> str:
     lists = [value if isinstance(value, list) else [value] for name, value in body.items() if name not in UNTOLD]
     named = [str(one).rpartition("/")[2] for one in chain.from_iterable(lists) if not isinstance(one, dict)]
     few, more = some(named, 3)
-    return f"for {', '.join(few)} {more}".strip() if few else "for all"
+    return f"for {', '.join(few)} {more}".strip() if few else ""
 
 
 UNTOLD = ("limit", "cursor", "type")  # of a request's body
@@ -517,7 +517,8 @@ class Wire:
             problem = type(error).__name__
         tail = f" ({problem})" if problem else ""
         took = time.monotonic() - begun
-        log.debug("%s %s -> %s in %.3f s%s", endpoint, subject(body), status or "no answer", took, tail)
+        whom = subject(body)
+        log.debug("%s%s -> %s in %.3f s%s", endpoint, whom and f" {whom}", status or "no answer", took, tail)
         return Answer(status, headers, data, problem, sent)
 
     def _read(self, answer: "requests.Response") -> Tuple[Optional[Json], str]:
@@ -1094,7 +1095,9 @@ class Plan:
     invalid_rows: List[InvalidRow]
     contacts_read: int
     already_merged: int = 0
+    unreported: int = 0  # merged by a run that was killed before its report
     ids: Set[Tuple[str, str]] = field(default_factory=set)  # of all pairs of the CSV
+    chosen: List[Group] = field(default_factory=list)  # by --choices, and still to be merged
     id: str = ""  # of `plan_id`
     left_alone: Dict[str, str] = field(default_factory=dict)  # email -> why there is nothing to merge
     overruled: Set[Tuple[str, str]] = field(default_factory=set)  # pairs of earlier runs that contradict it
@@ -1267,7 +1270,7 @@ def count_flaw(contact: Contact, greatest: int, policy: str) -> Optional[PairErr
     if greatest == contact.tickets or (greatest > contact.tickets and policy == "at-least"):
         return None
     hint = "" if greatest < contact.tickets else " (export again, or let more through with --count-policy at-least)"
-    words = f"{contact.short_id}: the backup has {greatest} of {contact.tickets} tickets{hint}"
+    words = f"{contact.short_id}: the backup has {plural(greatest, 'ticket')}, the CSV says {contact.tickets}{hint}"
     return PairError("count_mismatch", words)
 
 
@@ -1565,7 +1568,7 @@ class Gate:
         now = self._now()
         if self._waiting_for:
             wait = self._closed_until - now if now < self._closed_until else self._until_room()[0]
-            why = {"quota": f"DevRev's quota of {self.limit}" if self.limit else "DevRev's quota"}
+            why = {"quota": f"quota {self.limit:,} of DevRev's" if self.limit else "quota of DevRev's"}
             if self._ceiling:
                 why["the tool's own ceiling"] = f"ceiling {self._ceiling.clamped_calls} in {self._ceiling.period:g} s"
             return f"waiting {duration(wait)} ({why.get(self._waiting_for, self._waiting_for)})" if wait > 0.5 else ""
@@ -3852,6 +3855,9 @@ def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: 
             pair.backup = told.backup
         if not emails or pair.email in emails:
             groups.setdefault(pair.primary.id, Group(pair.email, [])).pairs.append(pair)
+    unknown = sorted(set(emails) - {group.email for group in groups.values()})
+    if unknown:
+        raise Stop(EXIT_USAGE, f"--email: in no merge of {path}: {', '.join(unknown)}")
     plan, room = UndoPlan(), limit or sys.maxsize
     for group in sorted(groups.values(), key=lambda group: (not _is_begun(group), group.email)):
         pairs = [pair for pair in group.pairs if pair.state is not State.UNDONE]
@@ -3883,9 +3889,10 @@ def merged_pairs(path: Path) -> List[Pair]:
         return [_reported_pair(path, entry) for entry in entries]
     except PairError as error:
         raise Stop(EXIT_USAGE, str(error)) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = f"{path} is neither a backup folder nor a merge report ({type(error).__name__})"
-        raise Stop(EXIT_USAGE, why) from None
+    except FileNotFoundError:
+        raise Stop(EXIT_USAGE, f"{path} is not there") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise Stop(EXIT_USAGE, f"{path} is neither a backup folder nor a merge report") from None
 
 
 def _reported_pair(path: Path, entry: Json) -> Pair:
@@ -4402,10 +4409,13 @@ def _lost_for_good(user: Json, entry: Json, left_out: Mapping[str, str]) -> Iter
 
 
 ADVICE = {
-    **dict.fromkeys(("not_found", "email_changed", "external_ref_changed"), "the export is stale: export again"),
+    **dict.fromkeys(
+        ("not_found", "email_changed", "external_ref_changed"),
+        "the export is stale: export again; of a merged pair: --settle accepts what somebody has changed",
+    ),
     "not_active": "look at the contact in DevRev: a locked or deactivated contact is not merged",
     "different_rev_org": "contacts of different rev orgs are not merged: look at them in DevRev",
-    "several_user_refs": "find out which user_ reference the application uses, export again",
+    "several_user_refs": "find out which user_ reference the application uses, export again, name it with --choices",
     "count_mismatch": "export again, or let a backup with more than the export pass with --count-policy at-least",
     "backup_failed": "look at the named file or ticket, run again",
     "api_error": "run again; if it stays, send the message and the log to DevRev's support",
@@ -4440,15 +4450,22 @@ def contact_entry(contact: Contact, reference: str = "old_external_ref") -> Json
     }
 
 
-PROGRESS: Mapping[State, Json] = {
-    state: {"so_far": so_far, "to_do": to_do}
-    for state, so_far, to_do in (
-        (State.REQUESTED, "asked for, and not merged yet", "confirm the merge, set the reference, prove"),
-        (State.ACKNOWLEDGED, "DevRev has accepted the merge", "confirm it, set the reference, prove"),
-        (State.MERGED, "merged in DevRev, for good", "set the reference, prove that nothing was left behind"),
-        (State.PROVING, "merged in DevRev, for good, and the reference is set", "prove that nothing was left behind"),
-    )
+SO_FAR: Mapping[State, str] = {
+    State.REQUESTED: "asked for, and not merged yet",
+    State.ACKNOWLEDGED: "DevRev has accepted the merge",
+    State.MERGED: "merged in DevRev, for good",
+    State.PROVING: "merged in DevRev, for good, and its reference is in place",
 }
+
+
+def progress_of(pair: Pair) -> Json:
+    """What DevRev has done of an unfinished pair, and what is still to do; nothing of any other."""
+    if pair.state not in UNFINISHED:
+        return {}
+    steps = ["confirm the merge"] if pair.state in ASKED else []
+    steps += ["set the reference"] if pair.new_ref and pair.state is not State.PROVING else []
+    steps.append("prove that nothing was left behind")
+    return {"so_far": SO_FAR[pair.state], "to_do": ", ".join(steps)}
 
 
 def merge_entry(pair: Pair, planned: Collection[Tuple[str, str]]) -> Json:
@@ -4457,21 +4474,26 @@ def merge_entry(pair: Pair, planned: Collection[Tuple[str, str]]) -> Json:
         "email": pair.email,
         "primary": contact_entry(pair.primary),
         "duplicate": contact_entry(pair.duplicate),
-        "new_external_ref": pair.new_ref,
+        "new_external_ref": None if "reference_not_set" in pair.details else pair.new_ref,
         "backup": pair.backup or None,
         "seconds": round(pair.seconds, 3),
-        "finished": pair.updated,
+        "finished": None if pair.state in UNFINISHED else pair.updated,
         "state": pair.state.value,
         "in_csv": pair.ids in planned,
         **pair.details,
     }
     if pair.state is not State.DONE:
         entry.update(code=pair.code, error=pair.error, left_behind=pair.left_behind)
-    return {**entry, **PROGRESS.get(pair.state, {})}
+    return {**entry, **progress_of(pair)}
 
 
-def left_out(plan: Plan) -> Dict[str, Iterable[Json]]:
-    """The skipped groups, each with the lines of which --choices may take one, and the invalid rows."""
+def beside_pairs(plan: Plan) -> Dict[str, Iterable[Json]]:
+    """What --choices has decided, each with whose references are lost by it; the skipped groups, each with the lines of
+    which --choices may take one; and the invalid rows."""
+
+    def choice(group: Group) -> Json:
+        lost = [contact_entry(contact, "external_ref") for contact in group.lost_refs()]
+        return {"email": group.email, "kept": group.chosen, "lost": lost, "warnings": group.warnings()}
 
     def entry(skip: Skip) -> Json:
         choices = skip.choice_lines().items()
@@ -4486,7 +4508,11 @@ def left_out(plan: Plan) -> Dict[str, Iterable[Json]]:
             ],
         }
 
-    return {"skipped": map(entry, plan.skipped), "invalid_rows": (row._asdict() for row in plan.invalid_rows)}
+    return {
+        "choices": [choice(group) for group in plan.chosen],
+        "skipped": map(entry, plan.skipped),
+        "invalid_rows": (row._asdict() for row in plan.invalid_rows),
+    }
 
 
 def report_chunks(head: Json, lists: Mapping[str, Iterable[Json]]) -> Iterator[bytes]:
@@ -4531,23 +4557,24 @@ def summary_of(plan: Plan, savepoint: SavePoint) -> Json:
     }
 
 
-def headline(summary: Json) -> str:
+def headline(plan: Plan, summary: Json, savepoint: SavePoint) -> str:
     """What a run has come to, in one line: nobody may read "all" where some remain."""
-    mine, skipped = summary["pairs_planned"] - summary["already_merged"], summary["skipped_groups"]
-    words = [f"{summary['successful_merges']:,} of {plural(mine, 'pair')} merged" if mine else "nothing to merge"]
-    counts = {
-        "unfinished": summary["unfinished_merges"],
-        "failed": summary["failed_merges"],
-        "left": summary["left"],
-        "merged before": summary["already_merged"],
-    }
-    words += [f"{count:,} {what}" for what, count in counts.items() if count]
+    mine, others = summary["pairs_planned"] - summary["already_merged"], summary.get("earlier_runs", {})
+    unfinished, skipped = summary["unfinished_merges"], summary["skipped_groups"]
+    gone = sum(pair.ids in plan.ids for pair in savepoint.rows(State.MERGED, State.PROVING))
+    verb = "finished" if unfinished else "merged"
+    words = [f"{summary['successful_merges']:,} of {plural(mine, 'pair')} {verb}"] if mine else []
+    words += ["nothing to merge"] if not (mine or others) else []
+    words += [f"{unfinished:,} unfinished ({gone:,} of them merged in DevRev for good)"] if unfinished else []
+    counts = {"failed": "failed_merges", "left": "left", "merged before": "already_merged"}
+    words += [f"{summary[name]:,} {what}" for what, name in counts.items() if summary[name]]
     words += [f"{plural(skipped, 'group')} skipped"] if skipped else []
-    words += [plural(summary["invalid_rows"], "invalid row")]
+    words += [plural(summary["invalid_rows"], "invalid row")] if summary["contacts_read"] else []
     ends = {"successful_merges": "at their end", "unfinished_merges": "unfinished", "failed_merges": "failed"}
-    others = summary.get("earlier_runs", {})
     more = [f"{others[name]:,} {what}" for name, what in ends.items() if others.get(name)]
-    return ", ".join(words) + (f"; of earlier runs, not in this CSV: {', '.join(more)}" if more else "")
+    if more:
+        words.append(f"of earlier runs, not in this CSV: {', '.join(more)}")
+    return ", ".join(words) or "nothing was done"
 
 
 def write_report(path: Path, run: Json, plan: Plan, savepoint: SavePoint, outside: Outside) -> None:
@@ -4560,10 +4587,10 @@ def write_report(path: Path, run: Json, plan: Plan, savepoint: SavePoint, outsid
         name: (merge_entry(pair, plan.ids) for pair in pairs) for name, pairs in outcome(savepoint).items()
     }
     outside.folder(path.parent)
-    chunks = report_chunks({"run": run, "summary": summary}, {**lists, **left_out(plan)})
+    chunks = report_chunks({"run": run, "summary": summary}, {**lists, **beside_pairs(plan)})
     outside.replace(path, chunks, before=lambda: savepoint.announce_report(path.name))
     savepoint.settle_report(lambda _name: True)
-    write_page(path, "template.html", headline(summary), outside)
+    write_page(path, "template.html", run["headline"], outside)
 
 
 def write_page(report: Path, template: str, headline: str, outside: Outside) -> None:
@@ -4775,6 +4802,12 @@ class Console:
         if pen.backlog() < pen.BACKLOG:
             pen.put(self.err, self.paint(style, self.clean(text), self.err) + "\n")
 
+    def asking(self) -> Tuple[Callable[..., None], Callable[[str], None]]:
+        """What says lines, and what puts a question, where somebody is who can answer: not into a file or a pipe."""
+        if self.out.isatty():
+            return self.say, self.stream
+        return self.note, lambda text: self._pens[self.err].put(self.err, text)
+
     def cut(self, text: str) -> None:
         """Say a last word, if anybody listens, before the process ends at once."""
         self.note(text, "bold")
@@ -4787,8 +4820,10 @@ class Console:
     def status(self, text: str) -> None:
         """The one line that is rewritten in place on a terminal; `""` removes it."""
         if not self.quiet and self.err.isatty() and not self._pens[self.err].backlog():
-            room = shutil.get_terminal_size((80, 24)).columns - 1
-            self._pens[self.err].put(self.err, self.clean(text)[:room], True)
+            room, line = shutil.get_terminal_size((80, 24)).columns - 1, self.clean(text)
+            if len(line) > room:
+                line = re.sub(r"\((\w+) [^)]*\)", r"(\1)", line)  # without details
+            self._pens[self.err].put(self.err, line if len(line) <= room else f"{line[: room - 3]}...", True)
 
 
 class PlainFormatter(logging.Formatter):
@@ -4834,8 +4869,8 @@ def plan_summary(plan: Plan, cost: Estimate, earlier: Sequence[Pair]) -> Json:
         "pairs_planned": len(plan.ids),
         "pairs_to_merge": new,
         "pairs_to_finish": len(earlier),
-        "already_merged": plan.already_merged,
-        "left": len(plan.ids) - plan.already_merged - in_csv - new,
+        "already_merged": plan.already_merged + plan.unreported,
+        "left": len(plan.ids) - plan.already_merged - plan.unreported - in_csv - new,
         "skipped_groups": len(plan.skipped),
         "invalid_rows": len(plan.invalid_rows),
         "estimated_requests": cost.requests,
@@ -4849,7 +4884,7 @@ def plan_chunks(plan: Plan, facts: Json, earlier: Sequence[Pair]) -> Iterator[by
         "pairs": (merge_entry(pair, plan.ids) for pair in plan.pairs() if pair.state is State.PLANNED),
         "to_finish": (merge_entry(pair, plan.ids) for pair in earlier),
     }
-    return report_chunks({"summary": facts}, {**lists, **left_out(plan)})
+    return report_chunks({"summary": facts}, {**lists, **beside_pairs(plan)})
 
 
 def show_plan(plan: Plan, facts: Json, console: Console, cost: str, earlier: Sequence[Pair]) -> None:
@@ -4860,8 +4895,8 @@ def show_plan(plan: Plan, facts: Json, console: Console, cost: str, earlier: Seq
         for lines in chain(blocks, (skip_lines(plan, code) for code in SKIP_REASONS)):
             say_lines(console, lines)
     console.say(f"{plural(plan.contacts_read, 'contact')} read, {plural(len(plan.invalid_rows), 'invalid row')}")
-    if plan.already_merged:
-        console.say(f"{plural(plan.already_merged, 'pair')} of this export already merged (says the savepoint)")
+    if facts["already_merged"]:
+        console.say(f"{plural(facts['already_merged'], 'pair')} of this export already merged (says the savepoint)")
     if facts["left"]:
         console.say(f"{plural(facts['left'], 'pair')} left for another run (--email, --limit)")
     console.say(cost)
@@ -4898,17 +4933,16 @@ def earlier_lines(pairs: Sequence[Pair]) -> Iterator[str]:
         yield f"TO FINISH FIRST, from earlier runs: {plural(len(pairs), 'pair')}"
     few, more = some(pairs, 20)
     for pair in few:
-        yield f"  {told(pair)} ({PROGRESS[pair.state]['so_far']})"
+        yield f"  {told(pair)} ({SO_FAR[pair.state]})"
     if more:
         yield f"  {more} (--status lists them)"
 
 
 def choice_lines(plan: Plan) -> Iterator[str]:
     """What the choices come to: whose reference stays, which are lost, and where that looks wrong."""
-    chosen = [group for group in plan.groups if group.chosen]
-    if chosen:
-        yield f"CHOICES: {plural(len(chosen), 'group')}"
-    for group in chosen:
+    if plan.chosen:
+        yield f"CHOICES: {plural(len(plan.chosen), 'group')}"
+    for group in plan.chosen:
         yield f"  {group.email} keeps {group.chosen}"
         for contact in group.lost_refs():
             yield f"    lost: {contact.external_ref} ({told_of(contact)}): its account has no contact then"
@@ -4942,14 +4976,17 @@ def skip_lines(plan: Plan, code: str) -> Iterator[str]:
         lines[email_key(row.email or "")].append(str(row.line))
     for skip in skips:
         choices = list(skip.choice_lines().items())
-        few, more = some([f"    {line}    ({told_of(contact)})" for line, contact in choices], 6)
+        few, more = some(choices, 6)
         if choices:
-            yield f"  {skip.email}, {plural(len(skip.contacts), 'contact')}; one of these lines for --choices:"
-            yield from few
+            yield f"  {skip.email}, {plural(len(skip.contacts), 'contact')}; a line for --choices (EMAIL,EXTERNAL_REF):"
+            for line, contact in few:
+                yield f"    {told_of(contact)}"
+                yield f"      {line}"
             yield from [f"    {more}"] if more else []
             continue
-        names, more = some([f"{one.external_ref} ({one.tickets})" for one in skip.contacts], 6)
-        where = f" (lines {', '.join(lines[skip.email])})" if code == "invalid_row" and lines[skip.email] else ""
+        names, more = some([f"{one.external_ref} ({plural(one.tickets, 'ticket')})" for one in skip.contacts], 6)
+        numbers = lines[skip.email] if code == "invalid_row" else []
+        where = f" (line{'s' * (len(numbers) > 1)} {', '.join(numbers)})" if numbers else ""
         yield f"  {skip.email}{where}: {', '.join([*names, *filter(None, [more])])}"
 
 
@@ -5032,7 +5069,7 @@ def _seconds(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) <= 86400:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{printable(text)} is not a number of seconds between 0 and 86400")
+    raise argparse.ArgumentTypeError(f"{printable(text)} is not a number of seconds above 0, up to 86400")
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -5263,7 +5300,7 @@ class Run:
             self.second_signal(number)
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(act)
-            self.console.note("stopping: waiting for the requests that are under way (again to stop at once) ...")
+            self.console.note("stopping: waiting for requests that are under way (again: stop at once) ...")
 
         self.catch(handle)
 
@@ -5344,7 +5381,8 @@ def make_plan(run: Run, savepoint: Optional[SavePoint]) -> Plan:
     if options.email:
         _keep_emails(plan, options.email, run.console)
     if options.limit:
-        _keep_first(plan, options.limit)
+        _keep_first(plan, options.limit, run.console)
+    plan.chosen = [group for group in plan.groups if group.chosen and any(p.state not in ENDED for p in group.pairs)]
     for row in plan.invalid_rows:
         log.info("line %d left out: %s", row.line, row.reason)
     for skip in plan.skipped:
@@ -5374,6 +5412,7 @@ def adopt(plan: Plan, savepoint: SavePoint, named: Collection[str] = ()) -> None
             if row:
                 pair.state = row.state
                 plan.already_merged += row.state in ENDED and bool(row.report)
+                plan.unreported += row.state in ENDED and not row.report
 
 
 def _keep_emails(plan: Plan, emails: Sequence[str], console: Console) -> None:
@@ -5392,13 +5431,18 @@ def _keep_emails(plan: Plan, emails: Sequence[str], console: Console) -> None:
         console.note(f"{email}: nothing to merge: {why}")
     for skip in plan.skipped:
         console.note(f"{skip.email}: skipped: {SKIP_REASONS[skip.code][0]}")
+    for group in plan.groups:
+        if all(pair.state in ENDED for pair in group.pairs):
+            console.note(f"{group.email}: nothing to merge: merged already, says the savepoint")
 
 
-def _keep_first(plan: Plan, limit: int) -> None:
+def _keep_first(plan: Plan, limit: int, console: Console) -> None:
     """Keep whole groups with at most `limit` pairs in all; one that would not fit is passed over."""
     kept: List[Group] = []
-    for group in plan.groups:
-        size = sum(pair.state is State.PLANNED for pair in group.pairs)
+    sizes = [sum(pair.state is State.PLANNED for pair in group.pairs) for group in plan.groups]
+    if any(sizes) and min(filter(None, sizes)) > limit:
+        console.note(f"--limit {limit}: no group is so small, and groups are merged as wholes")
+    for group, size in zip(plan.groups, sizes):
         if size and size <= limit:
             kept.append(group)
             limit -= size
@@ -5443,10 +5487,12 @@ def settle(run: Run) -> int:
         pairs = [pair for pair in savepoint.unfinished() if pair.email in wanted and pair.is_settleable]
         missing = sorted(wanted - {pair.email for pair in pairs})
         if missing:
-            why = "no merged pair that an earlier run has named in its report as unfinished"
+            why = "no unfinished pair whose flaw an earlier run has named in its report, and that can't be mended"
             raise Stop(EXIT_USAGE, f"{', '.join(missing)}: {why} (--status tells what is)")
         for pair in pairs:
             pair.details["accepted"] = f"{pair.code}: {pair.error}"
+            if pair.new_ref and pair.state is not State.PROVING:
+                pair.details["reference_not_set"] = pair.new_ref
             pair.state, pair.report = State.SETTLED, ""
         Ledger(savepoint, Journal(JOURNAL, run.outside, run.stamp)).put(pairs, pairs)
         for pair in pairs:
@@ -5542,14 +5588,19 @@ def merge_facts(run: Run, plan: Plan, unfinished: Sequence[Pair]) -> Dict[str, s
     modified = datetime.fromtimestamp(run.options.csv.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
     facts = {"CSV": f"{run.options.csv} of {modified}", "plan": plan.id, "to merge": plural(len(new), "pair")}
     facts.update({f"  {index}": words for index, words in enumerate(few, 1)})
-    facts.update({"  more": more} if more else {})
+    facts.update({"  ...": more} if more else {})
     earlier, others = some([told(pair) for pair in unfinished], 3)
     if earlier:
-        words = "; ".join([*earlier, *([others] if others else [])])
+        words = "; ".join([*earlier, *filter(None, [others])])
         facts["first"] = f"{plural(len(unfinished), 'pair')} of earlier runs to finish: {words}"
     facts["left out"] = f"{plural(len(plan.skipped), 'group')} skipped, {plural(len(plan.invalid_rows), 'invalid row')}"
-    warnings = [f"{group.email}: {warning}" for group in plan.groups if group.chosen for warning in group.warnings()]
-    facts.update({"WARNING": "; ".join(warnings[:5])} if warnings else {})
+    left = plan_summary(plan, run.cost(plan), unfinished)["left"]
+    facts.update({"left": f"{plural(left, 'pair')} for another run (--email, --limit)"} if left else {})
+    lost = [f"{one.external_ref} ({told_of(one)})" for group in plan.chosen for one in group.lost_refs()]
+    warnings = [f"{group.email}: {warning}" for group in plan.chosen for warning in group.warnings()]
+    for name, found in (("choices lose", lost), ("WARNING", warnings)):
+        some_of_them, others = some(found)
+        facts.update({name: "; ".join([*some_of_them, *filter(None, [others])])} if found else {})
     facts["cost"] = f"{run.cost(plan)} {run.ceiling()}"
     facts["backups in"] = str(Path("backups").resolve())
     return facts
@@ -5562,13 +5613,14 @@ async def confirm(run: Run, merger: ContactMerger, question: Question) -> None:
     log.info("organisation %s, token of %s (%s)", merger.organisation, who, owner.get("id"))
     if run.options.yes or run.options.preview or not sys.stdin.isatty():
         return
-    say = run.console.say
+    run.console.status("")
+    say, ask = run.console.asking()
     say(f"organisation  {merger.organisation} at {run.settings.base_url}")
     say(f"token of      {who}" + (f" <{owner['email']}>" if owner.get("email") else ""))
     for name, fact in question.facts.items():
         say(f"{name:<12}  {fact}")
     say(question.warning, "bold")
-    run.console.stream(f"Type {question.word} to go on, anything else to leave: ")
+    ask(f"Type {question.word} to go on, anything else to leave: ")
     # Read by a thread and past Python's own buffers, so that a signal is never kept waiting by the terminal.
     answer = await run.outside.work(os.read, sys.stdin.fileno(), 1024)
     if answer.strip() != question.word.encode():
@@ -5591,9 +5643,9 @@ class Progress:
         if pair.state in (State.DONE, State.SETTLED):
             line = f"merged  {words}" + (f", now {pair.new_ref}" if pair.new_ref else "")
         elif pair.state is State.UNDONE:
-            line = f"undone  {words}, again as {pair.details['undo']['display_id']}"
+            line = f"undone  {pair.email}: {into(pair)}, again as {pair.details['undo']['display_id']}"
         else:
-            facts, style = PROGRESS.get(pair.state), "bad"
+            facts, style = progress_of(pair), "bad"
             word = "UNFINISHED" if facts or pair.state is State.UNDOING else "FAILED"
             so_far = f" ({facts['so_far']}; still to do: {facts['to_do']})" if facts else ""
             line = f"{word}  {words}: {pair.code}: {pair.error}{so_far}"
@@ -5632,7 +5684,7 @@ class Progress:
         words = [f"{count:,} {what}" for what, count in phases.items()] + ([f"{failed:,} failed"] if failed else [])
         parts = [f"{plural(merger.total, 'pair')}: {', '.join(words)}"]
         if self.run.signal:
-            return f"{parts[0]} \u00b7 stopping, requests under way are waited for"
+            return f"{parts[0]} \u00b7 stopping (requests under way are waited for)"
         share = (sum(phases.values()) + 3 * failed) / (3 * merger.total)
         if share < 1:
             parts.append(f"{duration(self.left(merger, share, now))} left")
@@ -5652,11 +5704,11 @@ def _report(run: Run, plan: Plan, merger: Optional[ContactMerger], savepoint: Sa
     stop = stopped_by(merger, code)
     summary, lists = summary_of(plan, savepoint), outcome(savepoint)
     failures = [*lists["failed_merges"], *lists["unfinished_merges"]]
-    facts = run_facts(run, merger, savepoint, code, plan)
+    facts = run_facts(run, merger, savepoint, code, headline(plan, summary, savepoint), plan)
     code = written(run, lambda: write_report(run.report_path, facts, plan, savepoint, run.outside), code)
     if stop and not run.signal:
         run.console.error(stop)
-    show_summary(run, summary, merger, failures)
+    show_summary(run, facts["headline"], summary, merger, failures)
     if code >= EXIT_STOPPED:
         run.console.note(f"Stopped early. Run the same command again to go on from {run.options.savepoint}.", "bold")
     elif code == EXIT_USAGE:
@@ -5680,7 +5732,12 @@ def stopped_by(merger: Optional[ContactMerger], code: int) -> Optional[str]:
 
 
 def run_facts(
-    run: Run, merger: Optional[ContactMerger], savepoint: SavePoint, code: int, plan: Optional[Plan] = None
+    run: Run,
+    merger: Optional[ContactMerger],
+    savepoint: SavePoint,
+    code: int,
+    headline: str,
+    plan: Optional[Plan] = None,
 ) -> Json:
     """The report's `run`."""
     owner = merger.token_owner if merger else {}
@@ -5689,6 +5746,7 @@ def run_facts(
     options = run.options
     return {
         "version": __version__,
+        "headline": headline,
         "csv": str(options.csv) if options.csv else None,
         "csv_sha256": _sha256(options.csv) if options.csv else None,
         "plan": plan.id if plan else None,
@@ -5698,6 +5756,7 @@ def run_facts(
         "options": {
             "email": options.email, "limit": options.limit, "count_policy": options.count_policy,
             "merge_timeout": options.merge_timeout, "workers": options.workers, "savepoint": str(options.savepoint),
+            "choices": str(options.choices) if options.choices else None,
             "timelines": not options.no_timelines, "rate_limit": [run.settings.calls, run.settings.period],
         },
         "start": iso(run.started.wall),
@@ -5721,11 +5780,13 @@ def _sha256(path: Path) -> Optional[str]:
     return None
 
 
-def show_summary(run: Run, facts: Json, merger: Optional[ContactMerger], failures: Sequence[Pair]) -> None:
+def show_summary(
+    run: Run, headline: str, facts: Json, merger: Optional[ContactMerger], failures: Sequence[Pair]
+) -> None:
     say = run.console.say
     say()
     whole = facts["left"] == facts["failed_merges"] == facts["unfinished_merges"] == 0
-    say(headline(facts), "good" if whole and not failures else "bold")
+    say(headline, "good" if whole and not failures else "bold")
     if failures:
         _show_failures(run.console, failures)
     if facts["skipped_groups"]:
@@ -5843,15 +5904,27 @@ async def take_back(run: Run, plan: UndoPlan, savepoint: SavePoint) -> int:
         await undoer.find_owner()
         check_organisation(undoer.organisation, "backup", plan.pairs)
         facts = {"to take back": plural(len(plan.pairs), "merge"), "of": str(options.undo)}
+        few, more = some([f"{names_of(pair)} <{pair.email}>: {into(pair)}" for pair in plan.pairs], 3)
+        facts.update({f"  {index}": words for index, words in enumerate(few, 1)})
+        facts.update({"  ...": more} if more else {})
         question = Question("undo", facts, "Ids, dates, creators and authors of comments can't be given back.")
         code = await attend(run, undoer, progress, question, lambda: undoer.undo(plan))
     return report_undo(run, plan, undoer, code)
 
 
+def undo_headline(counts: Json, before: int) -> str:
+    """What an undo has come to, or would, in one line; `before` were undone by an earlier one."""
+    counts = {"taken back" if name == "undone" else name.replace("_", " "): count for name, count in counts.items()}
+    if "taken back" in counts:
+        counts["taken back"] -= before
+    words = [f"{count:,} {name}" for name, count in counts.items() if count] or ["nothing to take back"]
+    return ", ".join([*words, *([f"{before:,} taken back before"] if before else [])])
+
+
 def report_undo(run: Run, plan: UndoPlan, undoer: Undoer, code: int) -> int:
     """Write the report (with --preview: print it), and say what has come of each pair."""
     stop = stopped_by(undoer, code)
-    pairs = plan.pairs if run.options.preview else [*plan.undone, *plan.pairs]
+    pairs = plan.pairs if run.options.preview else [*plan.undone, *plan.pairs]  # those of a killed run are in no report
     lists = {
         "undone": [pair for pair in pairs if pair.state is State.UNDONE],
         "unfinished": [pair for pair in pairs if pair.state is State.UNDOING],
@@ -5861,23 +5934,22 @@ def report_undo(run: Run, plan: UndoPlan, undoer: Undoer, code: int) -> int:
         lists = {"to_undo": [p for p in pairs if not p.code], "refused": [p for p in pairs if p.code]}
     summary = {name: len(found) for name, found in lists.items()}
     left = plan.left + len(pairs) - sum(summary.values())
+    words = undo_headline({**summary, "left": left}, len(plan.undone))
     summary.update(pairs=len(pairs) + plan.left, undone_before=len(plan.undone), left=left)
-    facts = run_facts(run, undoer, undoer.savepoint, code)
+    facts = run_facts(run, undoer, undoer.savepoint, code, words)
     head = {"run": {**facts, "undo": str(run.options.undo)}, "summary": summary}
     entries: Dict[str, Iterable[Json]] = {name: map(undo_entry, found) for name, found in lists.items()}
     if run.options.preview:
         show_undo(run, head, entries)
     else:
-        counts = [f"{count} {name.replace('_', ' ')}" for name, count in summary.items() if count]
-        counted = ", ".join(counts) or "nothing to undo"
 
         def write() -> None:
             run.outside.replace(run.report_path, report_chunks(head, entries))
-            write_page(run.report_path, "undo_template.html", counted, run.outside)
+            write_page(run.report_path, "undo_template.html", facts["headline"], run.outside)
 
         code = written(run, write, code)
         say_report(run)
-        run.console.say(counted, "bold")
+        run.console.say(facts["headline"], "bold")
         _show_failures(run.console, [*lists["failed"], *lists["unfinished"]])
     if stop and not run.signal:
         run.console.error(stop)
@@ -5892,7 +5964,7 @@ def show_undo(run: Run, head: Json, lists: Mapping[str, Iterable[Json]]) -> None
     say = run.console.say
     for name, entries in lists.items():
         for entry in entries:
-            names = f"{entry['primary']['display_id']} -> {entry['duplicate']['display_id']}"
+            names = f"{entry['duplicate']['display_id']} out of {entry['primary']['display_id']}"
             if name == "refused":
                 say(f"refused  {entry['email']}: {names}: {entry['code']}: {entry['error']}", "bad")
                 continue
@@ -5901,9 +5973,9 @@ def show_undo(run: Run, head: Json, lists: Mapping[str, Iterable[Json]]) -> None
             say(f"undo     {entry['email']}: {names}, {reference}, {given} tickets, issues and conversations")
             for item in entry["left"]:
                 say(f"           stays: {item['display_id']} {item['title']}: {item['why']}")
-            say("           never back: " + ", ".join(item["what"] for item in entry["not_given_back"]))
-    counts = head["summary"]
-    say(f"{plural(counts['to_undo'], 'merge')} to take back, {counts['refused']} refused", "bold")
+            never = dict.fromkeys(item["what"].replace("_", " ") for item in entry["not_given_back"])
+            say(f"           never back: {', '.join(never)}")
+    say(head["run"]["headline"], "bold")
 
 
 # -- check, status, verify ---------------------------------------------------------------------------
@@ -5997,7 +6069,7 @@ def _check_savepoint(run: Run) -> str:
     path = run.options.savepoint
     if not path.exists():
         if not os.access(str(path.resolve().parent), os.W_OK):
-            raise Stop(EXIT_USAGE, f"{path.resolve().parent} can't be written to")
+            raise Stop(EXIT_USAGE, f"its folder {path.parent} is not there, or can't be written to")
         return f"{path} will be created"
     with contextlib.closing(SavePoint(path, run.outside)) as savepoint:
         return f"{path} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
@@ -6017,7 +6089,7 @@ STATE_WORDS: Mapping[State, str] = {
     State.UNDONE: "taken back",
     State.UNDOING: "being taken back",
     State.FAILED: "failed, nothing merged",
-    **{state: facts["so_far"] for state, facts in PROGRESS.items()},
+    **SO_FAR,
 }
 
 
@@ -6044,9 +6116,10 @@ def status(run: Run) -> int:
 
 def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair]]) -> None:
     holder, running = facts["last_opened"], facts["running"]
-    who = f"by process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    who = f"process {holder['pid']} on {holder['host']}"
     console.say(f"{facts['savepoint']}: organisation {facts['organisation'] or 'unknown'}")
-    console.say(f"a run goes on: {who}" if running else f"no run goes on; last opened {who}")
+    now = f"a run goes on: {who}, since" if running else f"no run goes on; the last one: {who}, began"
+    console.say(f"{now} {holder['since']}")
     for name, count in facts["counts"].items():
         console.say(f"{count:>7,} {STATE_WORDS.get(State(name), name)}")
     for title, pairs in lists.items():

@@ -121,7 +121,7 @@ MUTANTS = [
     ),
     # References, proof
     Mutant("a reference that somebody has set is overwritten", "    if reference not in (pair.new_ref, pair.primary.external_ref):\n", "    if False:\n"),
-    Mutant("the reference is not moved", "            while not await set_reference(self.api, pair, pair.new_ref, self.hold):\n", "            while False:\n"),
+    Mutant("the reference is not moved", "            while not await set_reference(self.api, pair, pair.new_ref, self._turn(pair)):\n", "            while False:\n"),
     Mutant("a reference that is held counts as set", "        if refusal.status == 409:\n            return False\n", "        if refusal.status == 409:\n            return True\n"),
     Mutant("no proof", "        left, listed = await self.proof.wait(pair, wanted)\n", "        left, listed = [], None\n"),
     # Quota, stops

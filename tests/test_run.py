@@ -338,9 +338,10 @@ def test_an_interrupted_run_tells_the_unfinished_from_what_was_not_begun_and_a_c
         time.sleep(0.5)
         process.terminate()
         out, err = process.communicate(timeout=30)
-    assert "0 of 3 pairs merged, 2 unfinished, 1 left, 0 invalid rows" in out
+    assert "0 of 3 pairs finished, 2 unfinished (0 of them merged in DevRev for good), 1 left, 0 invalid rows" in out
     assert (
-        len(re.findall(r"UNFINISHED .*DevRev has accepted the merge; still to do: confirm it, set the ref", out)) == 2
+        len(re.findall(r"UNFINISHED .*DevRev has accepted the merge; still to do: confirm the merge, set the ref", out))
+        == 2
     )
     (path,) = (place.folder / "reports").glob("*.json")
     report = json.loads(path.read_text(encoding="utf-8"))
@@ -350,9 +351,12 @@ def test_an_interrupted_run_tells_the_unfinished_from_what_was_not_begun_and_a_c
         1,
     )
     for entry in report["unfinished_merges"]:
-        assert entry["so_far"] == "DevRev has accepted the merge" and entry["to_do"].startswith("confirm it")
+        assert entry["so_far"] == "DevRev has accepted the merge" and entry["to_do"].startswith("confirm the merge")
     page = path.with_suffix(".html").read_text(encoding="utf-8")
-    assert '<p class="lead">0 of 3 pairs merged, 2 unfinished, 1 left, 0 invalid rows</p>' in page
+    assert (
+        '<p class="lead">0 of 3 pairs finished, 2 unfinished (0 of them merged in DevRev for good), 1 left, 0 invalid rows</p>'
+        in page
+    )
 
 
 def test_the_estimate_is_what_the_run_takes(place: Workplace) -> None:

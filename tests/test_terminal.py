@@ -93,7 +93,7 @@ def test_yes_asks_nothing_and_a_status_line_tells_how_far_it_is(place: Workplace
         assert terminal.end() == 0
     assert "Type merge" not in terminal.text
     assert re.search(r"6 pairs: \d backed up, \d merged, \d proved", terminal.text)
-    assert re.search(r"waiting .*DevRev's quo", terminal.text)
+    assert re.search(r"waiting .* \(quota", terminal.text)
     assert_merged(organisation, pairs)
 
 
@@ -384,7 +384,7 @@ def test_status_while_a_run_goes_on_says_what_is_worked_on_and_leaves_no_log(pla
         assert len(list((place.folder / "logs").iterdir())) == 1
         process.terminate()
         assert process.communicate(timeout=30) and process.returncode == 143
-    assert f"a run goes on: by process {process.pid} on " in out
+    assert f"a run goes on: process {process.pid} on " in out
     assert len(re.findall(r"^working on +person\d+@.* DevRev has accepted the merge$", out, re.MULTILINE)) == 20
     assert "and 3 more (--status --json has them all)" in out
 

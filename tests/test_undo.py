@@ -138,7 +138,7 @@ def test_what_was_merged_is_as_before_and_a_second_undo_does_nothing(place: Work
             )
             assert {item["id"] for item in entry["given_back"]} and not entry["left"]
         page = next((place.folder / "reports").glob("undo_report_*.html")).read_text(encoding="utf-8")
-        assert '<p class="lead">5 undone, 5 pairs</p>' in page and page.count("<script") == 2
+        assert '<p class="lead">5 taken back</p>' in page and page.count("<script") == 2
         asked = len(sandbox.requests)
         again = place.run(sandbox, "--undo", path, check=0)
         assert no_writes(sandbox.requests[asked:]) and again.report["summary"]["undone_before"] == 5
@@ -185,7 +185,7 @@ def test_preview_only_reads_and_tells_what_would_be_given_back(place: Workplace)
         organisation.give(given, "reported_by", [pairs[1][0]])
         after, files, asked = truth(organisation), place.files(), len(sandbox.requests)
         result = place.run(sandbox, "--undo", path, "--preview", check=0)
-        for word in ("person1@example.com", "REVU-P1", "REVU-D1", "user_1", "Given away", "full_name", "created_by"):
+        for word in ("person1@example.com", "REVU-P1", "REVU-D1", "user_1", "Given away", "full name", "created by"):
             assert word in result.out
         plan = json.loads(place.run(sandbox, "--undo", path, "--preview", "--json", check=0).out)
         assert [one["email"] for one in plan["to_undo"]] == ["person1@example.com", "person2@example.com"]
