@@ -4483,7 +4483,7 @@ def merge_entry(pair: Pair, planned: Collection[Tuple[str, str]]) -> Json:
         **pair.details,
     }
     if pair.state is not State.DONE:
-        entry.update(code=pair.code, error=pair.error, left_behind=pair.left_behind)
+        entry.update(code=pair.code, error=pair.error, left_behind=pair.left_behind, advice=ADVICE.get(pair.code))
     return {**entry, **progress_of(pair)}
 
 
@@ -4501,6 +4501,7 @@ def beside_pairs(plan: Plan) -> Dict[str, Iterable[Json]]:
             "email": skip.email,
             "code": skip.code,
             "reason": SKIP_REASONS[skip.code][0],
+            "advice": SKIP_REASONS[skip.code][1],
             "contacts": [contact_entry(contact, "external_ref") for contact in skip.contacts],
             "choices": [
                 {"line": line, "external_ref": contact.external_ref, "display_id": contact.short_id}

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from merge_contacts import ADVICE, plural
+
 TEMPLATE = Path(__file__).resolve().parent.parent / "reports" / "template.html"
 TOKEN = "__REPORT_JSON__"
 CHROMIUM = next(
@@ -109,6 +111,8 @@ def sample(merged=5, failed=(), skipped=(), invalid=()):
     return {
         "run": {
             "version": "1.0.0",
+            "headline": f"{merged} of {plural(merged + len(failed), 'pair')} merged",
+            "plan": "c0ffee123456",
             "csv": "contacts.csv",
             "csv_sha256": "0123456789abcdef" * 4,
             "base_url": "https://api.devrev.ai",
@@ -147,6 +151,7 @@ def failure(number, code, **more):
         "state": "failed",
         "code": code,
         "error": f"said for pair {number}",
+        "advice": ADVICE.get(code),
         "left_behind": [],
         **more,
     }
@@ -413,14 +418,24 @@ def test_content_and_order(show):
     )
     report["summary"]["pairs_planned"] += 3
     report["run"]["stopped"] = "The token was revoked."
+    verdict = report["run"]["headline"] = "140 of 147 pairs merged, 4 failed, 3 left, 1 group skipped"
+    report["choices"] = [
+        {
+            "email": "three@example.com",
+            "kept": "user_5",
+            "lost": [dict(contact(3, ""), external_ref="user_6")],
+            "warnings": ["joins 4 contacts"],
+        }
+    ]
     page = show(report)
     text = page.text()
-    verdict = "140 of 147 pairs merged, 4 failed, 3 not attempted, 1 group skipped"
-    assert verdict + "." in text
+    assert verdict in text and "c0ffee123456" in text
+    for words in ("three@example.com keeps user_5", "Lost: user_6", "joins 4 contacts"):
+        assert words in text
     assert page.js("document.title") == "Contact merge report 2025-01-31: " + verdict
     assert "The run stopped early: The token was revoked." in text
     order = ["Contact merge report", verdict, "Contacts read"]
-    order += ["Failed pairs", "Merged pairs", "Skipped groups", "Invalid rows", "Progress", "Run details"]
+    order += ["Failed pairs", "Merged pairs", "Choices", "Skipped groups", "Invalid rows", "Progress", "Run details"]
     headings = page.js("[...document.querySelectorAll('h1, .lead, .cards, h2')].map(e => e.textContent)")
     assert [want in have for want, have in zip(order, headings)] == [True] * len(order), headings
     groups = page.js("[...document.querySelectorAll('#failed h3')].map(e => e.textContent)")
