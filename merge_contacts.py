@@ -74,13 +74,14 @@ from typing import (
     TypeVar,
     Union,
 )
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 if TYPE_CHECKING:
     import requests
 
 __version__ = "2.0.0"
 
+SIGNALS = [one for one in signal.Signals if one.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_HELD = 0, 1, 2, 3, 11
 
 Json = Dict[str, Any]
@@ -175,17 +176,16 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-def some(items: Sequence[T], most: int = 5) -> Tuple[Sequence[T], str]:
+def some(words: Sequence[str], most: int = 5) -> List[str]:
     """The first few, and in words how many more there are."""
-    return items[:most], f"and {len(items) - most:,} more" if len(items) > most else ""
+    return [*words[:most], *([f"and {len(words) - most:,} more"] if len(words) > most else [])]
 
 
 def subject(body: Json) -> str:
     """Whom or what a request is about, in a few words."""
     lists = [value if isinstance(value, list) else [value] for name, value in body.items() if name not in UNTOLD]
     named = [str(one).rpartition("/")[2] for one in chain.from_iterable(lists) if not isinstance(one, dict)]
-    few, more = some(named, 3)
-    return f"for {', '.join(few)} {more}".strip() if few else ""
+    return f"for {', '.join(some(named, 3))}" if named else ""
 
 
 UNTOLD = ("limit", "cursor", "type")  # of a request's body
@@ -577,17 +577,7 @@ class Brake:
         stopped.cancel()
 
     async def sleep(self, seconds: float) -> None:
-        future = self.future()
-
-        def over() -> None:
-            if not future.done():
-                future.set_result(True)
-
-        timer = asyncio.get_event_loop().call_later(max(0.0, seconds), over)
-        try:
-            await future
-        finally:
-            timer.cancel()
+        await self.wait(asyncio.sleep(max(0.0, seconds)))
 
 
 async def together(*works: Awaitable[Any]) -> List[Any]:
@@ -845,8 +835,8 @@ def read_contacts(path: Path, emails: Iterable[str] = ()) -> Reading:
         invalid = reading.invalid_rows
         invalid.sort(key=attrgetter("line"))
         if not reading.contacts_read:
-            few, more = some([f"line {row.line}: {row.reason}" for row in invalid], 3)
-            flaw = f"no usable row, {plural(len(invalid), 'invalid one')} ({'; '.join([*few, *filter(None, [more])])})"
+            why = "; ".join(some([f"line {row.line}: {row.reason}" for row in invalid], 3))
+            flaw = f"no usable row, {plural(len(invalid), 'invalid one')} ({why})"
             raise Stop(EXIT_USAGE, flaw if invalid else "no row but the header")
     return reading
 
@@ -962,7 +952,6 @@ class Pair:
     refused: bool = False  # DevRev's answer to the last request was a no
     details: Json = field(default_factory=dict)  # `deleted`: ids; `accepted`: what was settled; `undo`
     report: str = ""  # that names it: as ended, or as unfinished
-    created: str = ""  # of its row in the savepoint
     updated: str = ""
     exported: Optional["Pair"] = None  # of an unfinished pair: the same as this run's CSV has it
     is_overruled: bool = False  # of an unfinished pair: the reference that is to stay is another by now
@@ -979,10 +968,15 @@ class Pair:
     def is_settleable(self) -> bool:
         """Whether a person may accept what it lacks: a report has said what is wrong, and the duplicate has gone or
         the merge can't be asked for again."""
-        stuck = self.state in (State.MERGED, State.PROVING) or self.code in UNASKABLE
-        return stuck and bool(self.report) and self.code not in ("", "interrupted")
+        gone = self.state in (State.MERGED, State.PROVING)
+        return bool(self.report) and self.code in (UNMENDABLE if gone else UNASKABLE)
 
 
+# Why a merged pair can't be brought to its end.
+UNMENDABLE = (
+    "left_behind", "still_listed", "external_ref_changed", "external_ref_conflict", "external_ref_not_set", "not_found",
+    "merged_into_another", "backup_failed", "forbidden",
+)  # fmt: skip
 # Why a merge that was asked for, and has not come, is not asked for again.
 UNASKABLE = (
     "not_found", "not_active", "email_changed", "external_ref_changed", "different_rev_org", "several_user_refs",
@@ -1081,7 +1075,7 @@ SKIP_REASONS = {
     ),
     "undone": (
         "a merge of this email was taken back with --undo",
-        "name the address with --email to merge it again",
+        "name the address with --email, and an export made since, to merge it again",
     ),
 }
 
@@ -1170,8 +1164,7 @@ def detect(reading: Reading, choices: Mapping[str, str] = {}) -> Plan:
             taking_part = sum(contact.is_user or contact.is_system for contact in by_email[email])
             plan.left_alone[email] = f"{plural(taking_part, 'contact')} with a REVU- or user_ reference, none to merge"
     if flaws:
-        more = f"; and {len(flaws) - 3:,} more" if len(flaws) > 3 else ""
-        raise Stop(EXIT_USAGE, f"choices that can't be followed: {'; '.join(flaws[:3])}{more}")
+        raise Stop(EXIT_USAGE, f"choices that can't be followed: {'; '.join(some(flaws, 3))}")
     return plan
 
 
@@ -1559,10 +1552,6 @@ class Gate:
             least = max(least, time_in_windows(requests, self._server_room(), wait, self.limit, self._window_length))
         return least
 
-    @property
-    def under_way(self) -> int:
-        return self._in_flight
-
     def outlook(self) -> str:
         """What is waited for, in words, or how much quota is left; empty where neither is known."""
         now = self._now()
@@ -1691,8 +1680,8 @@ class DevRevAPI:
         self._answered: Set[str] = set()
         self._forbidden: Dict[str, Set[bytes]] = collections.defaultdict(set)  # bodies that were answered with 403
         self.emails = Loader(self._list_emails, brake, lambda user: {email_of(user)}, email_key)
-        self.works = {role: Loader(self._list_works(name), brake, _users_in(name)) for role, name in ROLES.items()}
-        self.conversations = Loader(self._list_conversations, brake, _users_in("members"))
+        # By whom they name: a work's role, or a conversation's members.
+        self.things = {name: self._loader(name) for name in (*ROLES.values(), "members")}
 
     # -- the one place that sends -------------------------------------------------------------------
 
@@ -1817,9 +1806,6 @@ class DevRevAPI:
 
     # -- endpoints ----------------------------------------------------------------------------------
 
-    def unreachable(self, error: ApiUnanswered) -> str:
-        return f"DevRev at {self.gate.host} can't be reached: {error}. Is the network there, and DEVREV_BASE_URL right?"
-
     async def whoami(self) -> Json:
         """The token's owner (`dev_user`)."""
         return await self._user("dev-users.self", {}, "dev_user", telling=True)
@@ -1891,7 +1877,7 @@ class DevRevAPI:
 
     def flush(self) -> None:
         """Let every list call leave that waits for others to join."""
-        for loader in (self.emails, self.conversations, *self.works.values()):
+        for loader in (self.emails, *self.things.values()):
             loader.flush()
 
     async def peek(self, endpoint: str, key: str, body: Json) -> List[Json]:
@@ -1919,18 +1905,13 @@ class DevRevAPI:
     async def _list_emails(self, emails: Sequence[str], turn: Turn) -> Listing:
         return await self.pages("rev-users.list", "rev_users", {"email": list(emails)}, turn)
 
-    def _list_works(self, name: str) -> "Lister":
-        async def works(ids: Sequence[str], turn: Turn) -> Listing:
-            return await self.pages("works.list", "works", {"type": ["ticket", "issue"], name: list(ids)}, turn)
+    def _loader(self, name: str) -> "Loader":
+        key, body = ("conversations", {}) if name == "members" else ("works", {"type": ["ticket", "issue"]})
 
-        return works
+        async def things(ids: Sequence[str], turn: Turn) -> Listing:
+            return await self.pages(f"{key}.list", key, {**body, name: list(ids)}, turn)
 
-    async def _list_conversations(self, ids: Sequence[str], turn: Turn) -> Listing:
-        return await self.pages("conversations.list", "conversations", {"members": list(ids)}, turn)
-
-
-def _users_in(name: str) -> Callable[[Json], Set[str]]:
-    return lambda item: user_ids(item.get(name))
+        return Loader(things, self.brake, lambda item: user_ids(item.get(name)))
 
 
 @contextlib.contextmanager
@@ -1939,7 +1920,8 @@ def nothing_changed_yet(api: DevRevAPI) -> Iterator[None]:
     try:
         yield
     except ApiUnanswered as error:
-        raise Stop(EXIT_STOPPED, api.unreachable(error)) from None
+        hint = "Is the network there, and DEVREV_BASE_URL right?"
+        raise Stop(EXIT_STOPPED, f"DevRev at {api.gate.host} can't be reached: {error}. {hint}") from None
     except ApiRefused as error:
         raise Stop(EXIT_USAGE, f"{error} (is DEVREV_BASE_URL right?)") from None
     except Stop as stop:
@@ -2141,6 +2123,7 @@ class Backups:
         """Back up a group: written aside, flushed, renamed into place. The first of `holdings` is the primary."""
         outside = self.outside
         home = outside.folder(self.root / safe_name(email))
+        self.root.chmod(0o700)  # which may have come with less, and emails are names in it
         if home.resolve().parent != self.root.resolve():
             raise OSError(f"{home} leads out of {self.root}; remove the link")
         stamp = int(outside.moment().wall)
@@ -2195,11 +2178,9 @@ def read_backup(folder: Path) -> Json:
 
     Raises PairError(backup_failed) naming everything that is missing, damaged or does not add up.
     """
+    manifest = read_manifest(str(folder))
     try:
-        manifest: Json = json.loads((folder / "manifest.json").read_bytes())
         problems = list(_backup_flaws(folder, manifest))
-    except (OSError, ValueError) as error:
-        raise PairError("backup_failed", f"{folder}: manifest.json can't be read: {type(error).__name__}") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise PairError(
             "backup_failed", f"{folder}: manifest.json is not a manifest: {type(error).__name__} {error}"
@@ -2265,8 +2246,8 @@ def read_manifest(backup: str) -> Json:
     """A backup's manifest. Raises PairError(backup_failed) where it can't be read."""
     try:
         manifest: Json = json.loads((Path(backup) / "manifest.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise PairError("backup_failed", f"the backup {backup} can't be read ({type(error).__name__})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise PairError("backup_failed", f"{backup}: manifest.json can't be read ({type(error).__name__})") from None
     return manifest
 
 
@@ -2386,10 +2367,10 @@ class Journal:
         with open(self.path, "rb") as file:
             file.seek(known)
             for raw in file:
-                with contextlib.suppress(ValueError, KeyError, TypeError):
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                     line = json.loads(raw)
                     if line["event"] in self.STATES and line["primary"]["id"] and line["duplicate"]["id"]:
-                        yield line
+                        yield {"new_ref": None, "backup": "", "requested_at": 0.0, "first_requested_at": 0.0, **line}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2477,7 +2458,8 @@ class SavePoint:
             raise Stop(EXIT_USAGE, f"the savepoint {self.path} is read-only; it was left as it is")
 
     def _connect(self, mode: str) -> sqlite3.Connection:
-        return self.outside.database(f"{self.path.resolve().as_uri()}?{mode}")
+        path = (Path.cwd() / self.path).as_posix()  # as_uri() makes of a share what SQLite does not take
+        return self.outside.database(f"file:{'' if path.startswith('/') else '/'}{quote(path, safe='/:')}?{mode}")
 
     def _open(self) -> sqlite3.Connection:
         db = self._connect("mode=rwc")
@@ -2509,10 +2491,10 @@ class SavePoint:
 
     def _look(self) -> sqlite3.Connection:
         """Read what a normal open would recover; past the lock of a run that goes on, and then several times."""
-        copy = sqlite3.connect(":memory:", isolation_level=None)
+        copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         for patience in (0.0, 0.05, 0.1, 0.2, 0.4):
             time.sleep(patience)
-            if not self.path.exists():
+            if not (self.path.exists() and self.path.stat().st_size):
                 break
             try:
                 with contextlib.closing(self._connect("mode=ro&immutable=1" if patience else "mode=rw")) as db:
@@ -2643,7 +2625,7 @@ class SavePoint:
                 left_behind=json.loads(row["left_behind"]),
                 refused=bool(row["refused"]),
                 details=json.loads(row["details"]),
-                **{name: row[name] for name in (*self.PLAIN, "report", "created", "updated")},
+                **{name: row[name] for name in (*self.PLAIN, "report", "updated")},
             )
 
     def rows(self, *states: State) -> Iterator[Pair]:
@@ -2889,8 +2871,8 @@ class Evidence:
     async def _holdings(self, contact: Contact, urgency: int) -> Tuple[Holdings, Moment]:
         """Everything but the timelines of one contact."""
         lists = await together(
-            *(loader.load(contact.id, contact.tickets, urgency) for loader in self.api.works.values()),
-            self.api.conversations.load(contact.id, 1 + contact.tickets // 4, urgency),
+            *(self.api.things[name].load(contact.id, contact.tickets, urgency) for name in ROLES.values()),
+            self.api.things["members"].load(contact.id, 1 + contact.tickets // 4, urgency),
         )
         roles = {role: by_id(listing.items) for role, listing in zip(ROLES, lists)}
         held = Holdings(contact, self._live[contact.id], roles, by_id(lists[-1].items))
@@ -3031,7 +3013,7 @@ class Walk:
         try:
             for index, pair in enumerate(self.pairs):
                 if not await self._attempt(pair, self._merge):
-                    await self._leave_out(self.pairs[index + 1 :])
+                    await self._leave_out(pair, self.pairs[index + 1 :])
                     break
             self.evidence = Evidence(self.merger, self.group)  # for memory: what is proved is read from the disk
             await together(*(self.merger.guarded(self._attempt(pair, self._finish)) for pair in self.pairs))
@@ -3053,8 +3035,11 @@ class Walk:
             raise
         return pair.ids not in self.merger.rested
 
-    async def _leave_out(self, pairs: Sequence[Pair]) -> None:
+    async def _leave_out(self, first: Pair, pairs: Sequence[Pair]) -> None:
+        """What refuses a group refuses all of its pairs; what has been asked for has to be finished first."""
         why = PairError("group_incomplete", "another merge into the same contact has to be finished first")
+        if first.state is State.FAILED:
+            why = PairError(first.code, first.error)
         for pair in pairs:
             if pair.state is State.PLANNED:
                 await self.merger.rest(self, pair, why)
@@ -3069,12 +3054,11 @@ class Walk:
                 return
         try:
             while pair.state not in (State.PROVING, *ENDED):
-                if pair.state is State.PLANNED:
-                    await self._ask(pair)
-                elif pair.state is State.MERGED:
+                if pair.state is State.MERGED:
                     await self._move_reference(pair)
-                elif not await self._confirm(pair):
-                    await self._ask(pair)
+                elif pair.state is State.PLANNED or not await self._confirm(pair):
+                    async with self._asking:  # one of the group at a time, for they rest on the same evidence
+                        await self._ask(pair)
         finally:
             self.api.gate.release(self.hold)
 
@@ -3089,11 +3073,6 @@ class Walk:
     # -- ask ----------------------------------------------------------------------------------------
 
     async def _ask(self, pair: Pair) -> None:
-        """Ask for the merge; one pair of the group at a time, for they rest on the same evidence."""
-        async with self._asking:
-            await self._ask_alone(pair)
-
-    async def _ask_alone(self, pair: Pair) -> None:
         """Ask, on evidence that is fresh at the moment the request leaves."""
         first, course = not pair.first_requested_at, self.courses[pair.ids]
         if pair.is_overruled:
@@ -3195,7 +3174,9 @@ class Walk:
             if await self.api.look(*pair.ids, Turn(FINISH)) is not Sight.GONE:
                 return
             wanted = to_prove(pair.backup, pair.duplicate.id)
-            if wanted and not (await self.proof.wait(pair, wanted))[0]:
+            missing = (await self.proof.wait(pair, wanted))[0] if wanted else []
+            deleted = pair.details.get("deleted", ())
+            if not missing and any(item["id"] not in deleted for item in wanted):
                 return
         except PairError as flaw:
             if flaw.code != "merged_into_another":
@@ -3361,13 +3342,11 @@ class Proof:
 
     async def _missing(self, pair: Pair, wanted: Sequence[Json], again: bool) -> List[Json]:
         """What of `{id, role}` the lists don't show on the primary now."""
-        loaders = {
-            **{ROLES[role]: loader for role, loader in self.api.works.items()},
-            "members": self.api.conversations,
-        }
         weight = pair.primary.tickets + pair.duplicate.tickets
         roles = sorted({item["role"] for item in wanted})
-        listings = await together(*(self._list(loaders[role], pair.primary.id, weight, again) for role in roles))
+        listings = await together(
+            *(self._list(self.api.things[role], pair.primary.id, weight, again) for role in roles)
+        )
         there = {(role, item["id"]) for role, listing in zip(roles, listings) for item in listing.items}
         return [item for item in wanted if (item["role"], item["id"]) not in there]
 
@@ -3460,7 +3439,7 @@ class ContactMerger:
         self._expected: Set[Walk] = set()  # walks that will be at their proof soon
         self.experience = Experience()
         self._acknowledged = False
-        self._turn_to_ask: Optional[asyncio.Lock] = None
+        self._turn_to_ask = asyncio.Lock()
 
     # -- the run ------------------------------------------------------------------------------------
 
@@ -3496,7 +3475,6 @@ class ContactMerger:
 
     async def drive(self, work: Awaitable[None]) -> int:
         """Do the work as far as it goes, and return the exit code; nothing is raised."""
-        self._turn_to_ask = asyncio.Lock()
         await self.guarded(work)
         await self.guarded(self._all_walks())  # where nothing more is begun, what is under way is finished
         if self._walks:
@@ -3654,7 +3632,7 @@ class ContactMerger:
     @contextlib.asynccontextmanager
     async def turn_to_ask(self) -> AsyncIterator[None]:
         """The first merge of a run goes alone until DevRev has acknowledged it: it shows whether the token may."""
-        if self._acknowledged or not self._turn_to_ask:
+        if self._acknowledged:
             yield
             return
         async with self._turn_to_ask:
@@ -3718,8 +3696,8 @@ class ContactMerger:
         stop = self.stop
         if isinstance(stop, Denied) and self.changed:
             return EXIT_STOPPED
-        if self.brake.stop or (stop and len(self.rested) < self.total):
-            return stop.exit_code if stop else EXIT_STOPPED
+        if stop and (self.brake.stop or len(self.rested) < self.total):
+            return stop.exit_code
         if len(self.rested) < self.total:
             self.closing = Stop(EXIT_STOPPED, "pairs were left without a word (a bug; run again)")
             return EXIT_STOPPED
@@ -3806,10 +3784,8 @@ class Exporter:
     async def _count(self, contact: Contact) -> None:
         """TICKET_COUNT, as the README's query has it: the greatest of owned, created and reported works."""
 
-        async def count(works: Loader) -> int:
-            return len((await works.load(contact.id)).items)
-
-        contact.tickets = max(await together(*map(count, self.api.works.values())))
+        listings = await together(*(self.api.things[name].load(contact.id) for name in ROLES.values()))
+        contact.tickets = max(len(listing.items) for listing in listings)
         self.counted += 1
 
     def progress(self) -> str:
@@ -3847,6 +3823,8 @@ def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: 
     groups: Dict[str, Group] = {}
     for told in merged_pairs(path):
         pair = savepoint.states(told.primary.id).get(told.duplicate.id, told)
+        if pair.state is State.MERGED_ELSEWHERE:
+            continue  # by somebody else
         if pair.state in (State.PLANNED, State.FAILED):
             if not told.report:
                 continue  # backed up, and never asked for
@@ -4043,6 +4021,11 @@ class UndoWalk(Walk):
         if there:
             raise PairError("not_merged", f"still there, so not merged, or not yet: {', '.join(there)}")
         reference = primary.get("external_ref")
+        known = (pair for pair in self.pairs if pair.updated)  # to the savepoint
+        had_moved = any(pair.new_ref and pair.state in (State.PROVING, State.DONE) for pair in known)
+        if reference == self._old_ref(contact) and had_moved and not _is_begun(self.group):
+            words = f"{contact.short_id} has got its old reference {reference} back from somebody"
+            raise PairError("external_ref_changed", words)
         moved = (pair for pair in self.pairs if self._old_ref(pair.duplicate) == reference)
         self.moved = None if reference == self._old_ref(contact) else next(moved, None)
         if reference != self._old_ref(contact) and self.moved is None:
@@ -4269,10 +4252,7 @@ class HandingBack:
         """The works and conversations of the contacts that were `made` again (old id -> new id), and since when they
         are so. Only what no list shows is asked for by itself."""
         wanted = set().union(*(self.walk.before.had[old] for old in made))
-        loaders = {
-            **{ROLES[role]: loader for role, loader in self.walk.api.works.items()},
-            "members": self.walk.api.conversations,
-        }
+        loaders = self.walk.api.things
         people = sorted({self.walk.group.primary.id, *made.values()} - made.keys())
         weight = sum(contact.tickets for contact in self.walk.group.everybody())
         since = [self.walk.outside.moment()]
@@ -4343,10 +4323,8 @@ class Undoer(ContactMerger):
 
     async def _undo(self, groups: List[Group]) -> None:
         for group in groups:
-            alone = not (self.preview or self.count(State.UNDONE))
-            while len(self._walks) >= (1 if alone else self._outstanding()):
+            while len(self._walks) >= (self._outstanding() if self.preview or self.count(State.UNDONE) else 1):
                 await self.brake.wait(self._any_walk())
-                alone = not (self.preview or self.count(State.UNDONE))
             self.may_begin()
             self._start(UndoWalk(self, group))
         await self._all_walks()
@@ -4932,11 +4910,8 @@ def earlier_lines(pairs: Sequence[Pair]) -> Iterator[str]:
     """What a run takes over from earlier runs, beside the plan."""
     if pairs:
         yield f"TO FINISH FIRST, from earlier runs: {plural(len(pairs), 'pair')}"
-    few, more = some(pairs, 20)
-    for pair in few:
-        yield f"  {told(pair)} ({SO_FAR[pair.state]})"
-    if more:
-        yield f"  {more} (--status lists them)"
+    for words in some([f"{told(pair)} ({SO_FAR[pair.state]})" for pair in pairs], 20):
+        yield f"  {words}"
 
 
 def choice_lines(plan: Plan) -> Iterator[str]:
@@ -4977,18 +4952,17 @@ def skip_lines(plan: Plan, code: str) -> Iterator[str]:
         lines[email_key(row.email or "")].append(str(row.line))
     for skip in skips:
         choices = list(skip.choice_lines().items())
-        few, more = some(choices, 6)
         if choices:
             yield f"  {skip.email}, {plural(len(skip.contacts), 'contact')}; a line for --choices (EMAIL,EXTERNAL_REF):"
-            for line, contact in few:
+            for line, contact in choices[:6]:
                 yield f"    {told_of(contact)}"
                 yield f"      {line}"
-            yield from [f"    {more}"] if more else []
+            yield from [f"    and {len(choices) - 6:,} more"] if len(choices) > 6 else []
             continue
-        names, more = some([f"{one.external_ref} ({plural(one.tickets, 'ticket')})" for one in skip.contacts], 6)
+        names = some([f"{one.external_ref} ({plural(one.tickets, 'ticket')})" for one in skip.contacts], 6)
         numbers = lines[skip.email] if code == "invalid_row" else []
         where = f" (line{'s' * (len(numbers) > 1)} {', '.join(numbers)})" if numbers else ""
-        yield f"  {skip.email}{where}: {', '.join([*names, *filter(None, [more])])}"
+        yield f"  {skip.email}{where}: {', '.join(names)}"
 
 
 def _show_pairs(plan: Plan, console: Console) -> None:
@@ -5162,7 +5136,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = build_parser()
     options = parser.parse_args(argv)
-    given = {name for name, value in vars(options).items() if value}
+    given = {name for name, value in vars(options).items() if value not in (None, False)}
     modes = [name for name in MODES if name != "undo" and name in given]
     merges = modes in ([], ["preview"])
     with_export = [name for name in ("csv", "choices", "plan", "email", "limit") if name in given]
@@ -5225,7 +5199,7 @@ def load_settings(environment: Mapping[str, str], workers: int) -> ApiSettings:
     return ApiSettings(
         token=environment.get("DEVREV_API_TOKEN", "").strip(),
         base_url=check_base_url(base_url),
-        calls=int(number("DEVREV_RATE_LIMIT_CALLS", 200, 0)),
+        calls=math.ceil(number("DEVREV_RATE_LIMIT_CALLS", 200, 0)),
         period=number("DEVREV_RATE_LIMIT_PERIOD", 60, 0.001),
         timeout=number("DEVREV_TIMEOUT", 30, 0.01),
         retries=int(number("DEVREV_MAX_RETRIES", 5, 0)),
@@ -5276,6 +5250,7 @@ class Run:
         self.stamp = self._free_stamp()
         self.settings = self.outside.settings
         self.organisation = ""
+        self.csv_sha256: Optional[str] = None
         self.signal = 0
 
     @property
@@ -5313,10 +5288,9 @@ class Run:
         self.signal = number
 
     def catch(self, handle: Callable[[int, Any], None]) -> None:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
+        for number in SIGNALS:
             # Whoever started it with nohup wants it to outlive the terminal.
-            if number and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+            if not (number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
                 signal.signal(number, handle)
 
     def open_log(self) -> None:
@@ -5330,11 +5304,7 @@ class Run:
             return
         try:
             self.outside.folder(self.log_path.parent)
-            self._add_handler(
-                logging.FileHandler(str(self.log_path), encoding="utf-8", errors="backslashreplace")
-                if sys.version_info >= (3, 9)
-                else logging.FileHandler(str(self.log_path), encoding="utf-8")
-            )
+            self._add_handler(logging.FileHandler(str(self.log_path), encoding="utf-8"))
         except OSError as error:
             if not self.options.preview:
                 raise Stop(EXIT_STOPPED, f"the log can't be written: {error}") from None
@@ -5373,7 +5343,7 @@ def make_plan(run: Run, savepoint: Optional[SavePoint]) -> Plan:
     finally:
         gc.enable()
     plan.id = plan_id(plan.groups, options.count_policy, not options.no_timelines)
-    if options.plan and options.plan.strip().lower() != plan.id:
+    if options.plan is not None and options.plan.strip().lower() != plan.id:
         why = "CSV, choices, --count-policy or --no-timelines differ from what they were; look at the preview again"
         raise Stop(EXIT_USAGE, f"the plan is {plan.id}, not {options.plan}: {why}")
     plan.ids = {pair.ids for group in plan.groups for pair in group.pairs}
@@ -5444,16 +5414,16 @@ def _keep_first(plan: Plan, limit: int, console: Console) -> None:
     if any(sizes) and min(filter(None, sizes)) > limit:
         console.note(f"--limit {limit}: no group is so small, and groups are merged as wholes")
     for group, size in zip(plan.groups, sizes):
-        if size and size <= limit:
+        if size <= limit:  # none: what an earlier run has begun
             kept.append(group)
             limit -= size
     plan.groups = kept
 
 
 def preview(run: Run) -> int:
-    known = open_savepoint(run, readonly=True) if _has_content(run.options.savepoint) or JOURNAL.exists() else None
+    known = open_savepoint(run, readonly=True)
     plan = make_plan(run, known)
-    earlier = known.unfinished() if known else []
+    earlier = known.unfinished()
     cost = run.cost(plan)
     facts = plan_summary(plan, cost, earlier)
     if run.options.json:
@@ -5473,6 +5443,7 @@ def _has_content(path: Path) -> bool:
 def merge(run: Run) -> int:
     """Carry the plan out and report it; returns the exit code."""
     check_token(run.settings.token)
+    run.csv_sha256 = _sha256(run.options.csv)
     with contextlib.closing(open_savepoint(run)) as savepoint:
         plan = make_plan(run, savepoint)
         if not plan.count() and not savepoint.unfinished():
@@ -5564,7 +5535,9 @@ async def attend(
     run: Run, merger: ContactMerger, progress: "Progress", question: "Question", work: Callable[[], Awaitable[int]]
 ) -> int:
     """Ask, and do the work under a status line, which a signal ends; returns the exit code."""
-    ticking = asyncio.ensure_future(progress.tick(merger))  # which also lets signals in, however quiet it is
+    ticking = asyncio.ensure_future(
+        progress.tick(lambda now: progress.line(merger, now))
+    )  # which also lets signals in, however quiet it is
     await confirm(run, merger, question)
     merger.savepoint.about("organisation", merger.organisation)
     run.on_signal(asyncio.get_event_loop(), lambda: merger.brake.pull(Interrupted()))
@@ -5585,14 +5558,11 @@ class Question(NamedTuple):
 def merge_facts(run: Run, plan: Plan, unfinished: Sequence[Pair]) -> Dict[str, str]:
     """What one signs with a typed `merge`."""
     new = [pair for pair in plan.pairs() if pair.state is State.PLANNED]
-    few, more = some([told(pair) for pair in new], 3)
     modified = datetime.fromtimestamp(run.options.csv.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
     facts = {"CSV": f"{run.options.csv} of {modified}", "plan": plan.id, "to merge": plural(len(new), "pair")}
-    facts.update({f"  {index}": words for index, words in enumerate(few, 1)})
-    facts.update({"  ...": more} if more else {})
-    earlier, others = some([told(pair) for pair in unfinished], 3)
-    if earlier:
-        words = "; ".join([*earlier, *filter(None, [others])])
+    facts.update({f"  {index}": words for index, words in enumerate(some([told(pair) for pair in new], 3), 1)})
+    if unfinished:
+        words = "; ".join(some([told(pair) for pair in unfinished], 3))
         facts["first"] = f"{plural(len(unfinished), 'pair')} of earlier runs to finish: {words}"
     facts["left out"] = f"{plural(len(plan.skipped), 'group')} skipped, {plural(len(plan.invalid_rows), 'invalid row')}"
     left = plan_summary(plan, run.cost(plan), unfinished)["left"]
@@ -5600,8 +5570,7 @@ def merge_facts(run: Run, plan: Plan, unfinished: Sequence[Pair]) -> Dict[str, s
     lost = [f"{one.external_ref} ({told_of(one)})" for group in plan.chosen for one in group.lost_refs()]
     warnings = [f"{group.email}: {warning}" for group in plan.chosen for warning in group.warnings()]
     for name, found in (("choices lose", lost), ("WARNING", warnings)):
-        some_of_them, others = some(found)
-        facts.update({name: "; ".join([*some_of_them, *filter(None, [others])])} if found else {})
+        facts.update({name: "; ".join(some(found))} if found else {})
     facts["cost"] = f"{run.cost(plan)} {run.ceiling()}"
     facts["backups in"] = str(Path("backups").resolve())
     return facts
@@ -5612,7 +5581,7 @@ async def confirm(run: Run, merger: ContactMerger, question: Question) -> None:
     owner = merger.token_owner
     who = str(owner.get("display_name") or owner.get("full_name") or owner.get("email") or owner.get("id"))
     log.info("organisation %s, token of %s (%s)", merger.organisation, who, owner.get("id"))
-    if run.options.yes or run.options.preview or not sys.stdin.isatty():
+    if run.options.yes or run.options.preview or not (sys.stdin and sys.stdin.isatty()):
         return
     run.console.status("")
     say, ask = run.console.asking()
@@ -5641,9 +5610,9 @@ class Progress:
     def on_pair(self, pair: Pair) -> None:
         console, style = self.run.console, ""
         words = f"{pair.email}: {pair.primary.short_id} {console.arrow} {pair.duplicate.short_id}"
-        if pair.state in (State.DONE, State.SETTLED):
+        if pair.state in (State.DONE, State.SETTLED) and not pair.code:
             line = f"merged  {words}" + (f", now {pair.new_ref}" if pair.new_ref else "")
-        elif pair.state is State.UNDONE:
+        elif pair.state is State.UNDONE and not pair.code:
             line = f"undone  {pair.email}: {into(pair)}, again as {pair.details['undo']['display_id']}"
         else:
             facts, style = progress_of(pair), "bad"
@@ -5654,26 +5623,23 @@ class Progress:
         if not self.run.options.quiet:
             console.say(line, style)
 
-    async def tick(self, merger: ContactMerger) -> None:
-        """Keep the status line up to date, for as long as the run lasts."""
+    async def tick(self, line_at: Callable[[float], str]) -> None:
+        """Say how far a run is for as long as it lasts; where there is no terminal, now and then."""
         while True:
             await asyncio.sleep(self.run.TICK)
-            if not merger.total:
-                continue
             now = self.run.outside.moment().steady
-            self.show(self.line(merger, now), now)
-
-    def show(self, line: str, now: float) -> None:
-        """Say how far a run is; where there is no terminal, now and then."""
-        self.run.console.status(line)
-        if now - self.told >= self.EVERY:
-            self.told = now
-            log.info("%s", line)
-            if not self.run.options.quiet and not self.run.console.err.isatty():
-                self.run.console.note(line)
+            line = line_at(now)
+            self.run.console.status(line)
+            if line and now - self.told >= self.EVERY:
+                self.told = now
+                log.info("%s", line)
+                if not self.run.options.quiet and not self.run.console.err.isatty():
+                    self.run.console.note(line)
 
     def line(self, merger: ContactMerger, now: float) -> str:
         """Phases, the end, and what is waited for."""
+        if not merger.total:
+            return ""
         pairs = list(merger.pairs())
         gone = (*ENDED, State.MERGED, State.PROVING)
         phases = {
@@ -5749,7 +5715,7 @@ def run_facts(
         "version": __version__,
         "headline": headline,
         "csv": str(options.csv) if options.csv else None,
-        "csv_sha256": _sha256(options.csv) if options.csv else None,
+        "csv_sha256": run.csv_sha256,
         "plan": plan.id if plan else None,
         "base_url": run.settings.base_url,
         "organisation": merger.organisation if merger else savepoint.about("organisation"),
@@ -5810,8 +5776,7 @@ def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
         by_code[pair.code].append(pair.email)
     for code, emails in sorted(by_code.items()):
         emails.sort()
-        few, more = some(emails)
-        console.say(f"  {len(emails)} {code}: {', '.join([*few, *filter(None, [more])])}")
+        console.say(f"  {len(emails)} {code}: {', '.join(some(emails))}")
         console.say(f"    what to do: {ADVICE.get(code, 'see the report')}")
 
 
@@ -5842,7 +5807,9 @@ async def _export(run: Run, path: Path, spool: BinaryIO) -> int:
     exporter = Exporter(api, [f"@{domain}" for domain in run.options.domain or ()], spool)
     work = asyncio.ensure_future(exporter.run())
     run.on_signal(asyncio.get_event_loop(), work.cancel)
-    ticking = asyncio.ensure_future(show_export(run, exporter))  # which also lets signals in, however quiet it is
+    ticking = asyncio.ensure_future(
+        Progress(run).tick(lambda _now: exporter.progress())
+    )  # which also lets signals in, however quiet it is
     try:
         with nothing_changed_yet(api):
             rows = await work
@@ -5855,13 +5822,6 @@ async def _export(run: Run, path: Path, spool: BinaryIO) -> int:
     run.outside.replace(path, csv_chunks(rows), lambda: path.touch(mode=0o600, exist_ok=False))
     say_exported(run, exporter, path)
     return EXIT_OK
-
-
-async def show_export(run: Run, exporter: Exporter) -> None:
-    progress = Progress(run)
-    while True:
-        await asyncio.sleep(run.TICK)
-        progress.show(exporter.progress(), run.outside.moment().steady)
 
 
 def say_exported(run: Run, exporter: Exporter, path: Path) -> None:
@@ -5905,9 +5865,8 @@ async def take_back(run: Run, plan: UndoPlan, savepoint: SavePoint) -> int:
         await undoer.find_owner()
         check_organisation(undoer.organisation, "backup", plan.pairs)
         facts = {"to take back": plural(len(plan.pairs), "merge"), "of": str(options.undo)}
-        few, more = some([f"{names_of(pair)} <{pair.email}>: {into(pair)}" for pair in plan.pairs], 3)
-        facts.update({f"  {index}": words for index, words in enumerate(few, 1)})
-        facts.update({"  ...": more} if more else {})
+        told_pairs = some([f"{names_of(pair)} <{pair.email}>: {into(pair)}" for pair in plan.pairs], 3)
+        facts.update({f"  {index}": words for index, words in enumerate(told_pairs, 1)})
         question = Question("undo", facts, "Ids, dates, creators and authors of comments can't be given back.")
         code = await attend(run, undoer, progress, question, lambda: undoer.undo(plan))
     return report_undo(run, plan, undoer, code)
@@ -6072,7 +6031,11 @@ def _check_savepoint(run: Run) -> str:
         if not os.access(str(path.resolve().parent), os.W_OK):
             raise Stop(EXIT_USAGE, f"its folder {path.parent} is not there, or can't be written to")
         return f"{path} will be created"
-    with contextlib.closing(SavePoint(path, run.outside)) as savepoint:
+    with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
+        if savepoint.glimpsed:
+            raise Stop(EXIT_HELD, f"a run goes on: process {savepoint.holder()['pid']} holds {path}")
+        if not os.access(str(path), os.W_OK):
+            raise Stop(EXIT_USAGE, f"the savepoint {path} is read-only")
         return f"{path} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
 
 
@@ -6125,12 +6088,11 @@ def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair
         console.say(f"{count:>7,} {STATE_WORDS.get(State(name), name)}")
     for title, pairs in lists.items():
         word = "working on" if running and title == "unfinished" else title
-        few, more = some(pairs, 20)
-        for pair in few:
+        for pair in pairs[:20]:
             why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS.get(pair.state, pair.state.value)
             console.say(f"{word}  {pair.email}: {into(pair)}, last {pair.updated}: {why}")
-        if more:
-            console.say(f"{title}  {more} (--status --json has them all)")
+        if len(pairs) > 20:
+            console.say(f"{title}  and {len(pairs) - 20:,} more (--status --json has them all)")
 
 
 def verify_backups(run: Run) -> int:
@@ -6218,6 +6180,10 @@ def carry(run: Run) -> int:
         run.console.status("")
         run.console.error(str(stop))
         return stop.exit_code
+    except OSError as error:
+        run.console.status("")
+        run.console.error(f"the disk refuses: {error}")
+        return EXIT_STOPPED
     except ImportError as error:
         run.console.error(f"the package {error.name} is missing: python -m pip install -r requirements.txt")
         return EXIT_USAGE
@@ -6239,8 +6205,7 @@ MODES: Dict[str, Callable[[Run], int]] = {
 
 if __name__ == "__main__":
     exit_code = main()
-    for ending in ("SIGINT", "SIGTERM", "SIGHUP"):
+    for ending in SIGNALS:
         # What is done is done: while Python ends, another signal would change the exit code and nothing else.
-        if hasattr(signal, ending):
-            signal.signal(getattr(signal, ending), signal.SIG_IGN)
+        signal.signal(ending, signal.SIG_IGN)
     raise SystemExit(exit_code)

@@ -132,7 +132,7 @@ MUTANTS = [
     Mutant("requests leave after a stop", "        self.check()\n        future: asyncio", "        future: asyncio"),
     Mutant("a stop wakes nobody", "            if not future.done():\n                future.set_exception(Interrupted())\n", "            pass\n"),
     Mutant("lists without end", "if cursor in cursors or stale >= self.STALE_PAGES:", "if False:"),
-    Mutant("--limit is ignored", "        if size and size <= limit:\n", "        if size:\n"),
+    Mutant("--limit is ignored", "        if size <= limit:  # none: what an earlier run has begun\n", "        if True:\n"),
     Mutant("--email is ignored", "    plan.groups = [group for group in plan.groups if group.email in wanted]\n", ""),
     # Undo
     without(
