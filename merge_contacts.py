@@ -1251,10 +1251,14 @@ def group_flaw(group: Group, live: Mapping[str, Json], namesakes: Iterable[Json]
     known = {contact.id for contact in group.everybody()}
     for other in namesakes:
         stranger = contact_of(other)
-        is_new = stranger.id not in known and stranger.key == group.email and other.get("state") == "active"
-        if is_new and stranger.is_user:
+        is_new = stranger.id not in known and stranger.key == group.email
+        if is_new and stranger.is_user and other.get("state") == "active":
             words = f"DevRev has another user_ contact of this email by now: {stranger.external_ref}"
             return PairError("several_user_refs", words)
+        takes_part = stranger.is_user or stranger.is_system
+        if is_new and group.chosen and takes_part and other.get("state") in ("active", "locked", "deactivated"):
+            words = f"DevRev has another contact of this email by now, so choose again: {stranger.external_ref}"
+            return PairError("group_changed", words)
     return None
 
 
@@ -3398,6 +3402,7 @@ class Experience:
 HARMLESS = frozenset((
     "not_found", "not_active", "email_changed", "external_ref_changed", "different_rev_org", "several_user_refs",
     "count_mismatch", "left_behind", "still_listed", "merged_into_another", "external_ref_conflict", "plan_changed",
+    "group_changed",
     "undo_unfinished", "group_incomplete", "interrupted", "not_merged", "not_handed_back",
 ))  # fmt: skip
 
@@ -3829,10 +3834,16 @@ def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: 
             if not told.report:
                 continue  # backed up, and never asked for
             pair = told
+        if pair is told:
+            pair.report = pair.report or path.name  # so that no other report calls it new
         if not Path(pair.backup).is_dir():
             pair.backup = told.backup
         if not emails or pair.email in emails:
             groups.setdefault(pair.primary.id, Group(pair.email, [])).pairs.append(pair)
+    for primary, group in groups.items():
+        named = {pair.ids for pair in group.pairs}
+        siblings = (pair for ids, pair in savepoint.states(primary).items() if ids not in {one for _, one in named})
+        group.pairs += [pair for pair in siblings if pair.state in UNDOABLE]
     unknown = sorted(set(emails) - {group.email for group in groups.values()})
     if unknown:
         raise Stop(EXIT_USAGE, f"--email: in no merge of {path}: {', '.join(unknown)}")
@@ -3847,6 +3858,9 @@ def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: 
         else:
             plan.left += len(pairs)
     return plan
+
+
+UNDOABLE = (*UNFINISHED, State.DONE, State.SETTLED, State.UNDOING)
 
 
 def _is_begun(group: Group) -> bool:
@@ -3925,14 +3939,16 @@ def read_before(pairs: Sequence[Pair]) -> Before:
 def hand_back(
     things: Things, had: Mapping[str, Set[Role]], primary: str, made: Mapping[str, str], stays: Set[Role]
 ) -> Tuple[Changes, Left]:
-    """What has to be written so that the contacts that were `made` again (old id -> new id) have what they `had`, and
-    what belongs to others by now.
+    """What has to be written to these things so that the contacts that were `made` again (old id -> new id) have what
+    they `had`, and what belongs to others by now.
 
     A new contact takes the primary's place, or joins it where that `stays`; nobody else is moved.
     """
     changes: Changes = collections.defaultdict(dict)
     left: Left = {old: [] for old in made}
     for identity, role in sorted(set().union(*(had[old] for old in made))):
+        if identity not in things:
+            continue
         thing = things[identity]
         now = [person["id"] for person in (thing or {}).get(role) or ()]
         people = [made.get(one, one) for one in now]  # a merge may have left the old id, and lists may lag behind one
@@ -3940,7 +3956,7 @@ def hand_back(
         if missing and primary in people:
             at = people.index(primary)
             kept = [primary] if (identity, role) in stays else []
-            people[at : at + 1] = [*kept, *missing.values()]
+            people[at : at + 1] = [*kept, *dict.fromkeys(missing.values())]
         else:
             why = "deleted" if thing is None else "given to others"
             for old in missing:
@@ -3964,7 +3980,7 @@ class UndoWalk(Walk):
     """
 
     merger: "Undoer"
-    KEEP = 3  # units for what follows the primary's old reference: the contact, once more with less, or the way back
+    KEEP = 8  # units for what follows the primary's old reference: the contact, some times with less, or the way back
     FIELDS = ("display_name", "email", "external_ref", "description", "phone_numbers", "display_picture", "rev_org")
 
     def __init__(self, merger: "Undoer", group: Group) -> None:
@@ -3983,8 +3999,7 @@ class UndoWalk(Walk):
             if self.merger.preview:
                 await self._foresee()
                 return
-            if len(self.merger.tried) < 2:
-                await self._try_to_write()
+            await self._try_to_write()
             await self._begin()
             await self._split()
             await self.giving.all()
@@ -4040,14 +4055,20 @@ class UndoWalk(Walk):
             await self.merger.rest(self, pair)
 
     async def _try_to_write(self) -> None:
-        """Set nothing on a work and on a conversation: a token that may not is told so while all is as it was."""
+        """Set nothing on an object of each kind: a token that may not is told so while all is as it was."""
+        if len(self.merger.tried) == 3:
+            return
         things, _ = await self.giving.read(self._as_if())
         for identity in self.giving.judge(things, self._as_if())[0]:
-            is_work = ":conversation/" not in identity
-            if is_work not in self.merger.tried:
-                with contextlib.suppress(ApiRefused):
-                    await self.api.set_people(things[identity] or {}, {}, ANY_TURN)
-                self.merger.tried.add(is_work)
+            kind = identity.rpartition(":")[2].partition("/")[0]  # ticket, issue, conversation
+            if kind in self.merger.tried:
+                continue
+            try:
+                await self.api.set_people(things[identity] or {}, {}, ANY_TURN)
+            except ApiRefused as refusal:
+                if refusal.status == 403:
+                    raise Denied(EXIT_USAGE, f"the token may not hand back {identity}: {refusal}") from None
+            self.merger.tried.add(kind)
 
     def _as_if(self) -> Dict[str, str]:
         """The contacts as if all were made again; where they are not, the old id stands for the new one."""
@@ -4092,20 +4113,27 @@ class UndoWalk(Walk):
     async def _free_reference(self, moved: Pair) -> None:
         """Set the primary's old reference, once there is quota for what has to follow; an error says little of it."""
         primary, old = self.group.primary, self._old_ref(self.group.primary)
-        self.merger.changed = True
         try:
             await self.api.set_external_ref(primary.id, old, self._turn(moved, MERGE), telling=True)
         except PairError:
+            self.merger.changed = True
             live = await self.api.contact(primary.id, self._turn(moved)) or {}
             if live.get("external_ref") == self._old_ref(moved.duplicate):
                 await self._restore()
             if live.get("external_ref") != old:
                 raise
+        except Denied:
+            await self._restore()
+            raise
+        self.merger.changed = True
 
     async def _make(self, pair: Pair) -> None:
         """Make the contact again, with what DevRev takes of it; once, whatever becomes of the answers."""
         undo = pair.details["undo"]
-        begun, pause = self.outside.moment(), 0.2
+        begun, pause, before = self.outside.moment(), 0.2, "asked" in undo
+        for twin in (one.details["undo"] for one in self.pairs if self._is_twin(pair, one)):
+            undo.update(contact=twin["contact"], display_id=twin["display_id"])
+            await self.note(pair)
         while "contact" not in undo:
             fields = self._fields(pair)
             user = await self._find(pair, fields) if "asked" in undo else None
@@ -4119,9 +4147,9 @@ class UndoWalk(Walk):
                 await self.note(pair)
             elif "asked" not in undo:
                 continue  # a field is left out
-            elif (vital or lost) and self.outside.elapsed(begun) < min(10.0, self.merger.merge_timeout / 4):
+            elif self.outside.elapsed(begun) < self._patience(before or lost, vital):
                 await self.merger.brake.sleep(pause)
-                pause *= 1.6
+                pause = min(10.0, 1.6 * pause)
             elif vital:
                 raise PairError("contact_refused", f"{pair.duplicate.short_id} could not be made again: {self._why}")
             elif lost:
@@ -4130,6 +4158,20 @@ class UndoWalk(Walk):
             else:
                 undo["left_out"]["external_ref"] = self._why
                 del undo["asked"]
+
+    def _is_twin(self, pair: Pair, other: Pair) -> bool:
+        """Whether another of the group's contacts, there again, had the same reference: the application had made it anew
+        after the merge, so the two are one."""
+        same = self._old_ref(pair.duplicate) == self._old_ref(other.duplicate)
+        return (
+            same and other is not pair and "contact" in other.details["undo"] and self._is_vital(pair, "external_ref")
+        )
+
+    def _patience(self, perhaps: bool, vital: bool) -> float:
+        """Seconds in which a contact that may have been made is looked for; the longer where it `perhaps` was, and is
+        missed by nobody meanwhile, for lists may lag behind."""
+        timeout = self.merger.merge_timeout
+        return timeout if perhaps and not vital else min(10.0, timeout / 4)
 
     def _fields(self, pair: Pair) -> Json:
         """What the contact is made with."""
@@ -4204,12 +4246,14 @@ class UndoWalk(Walk):
     async def _restore(self) -> None:
         for pair in self.pairs:
             pair.state = State(pair.details.pop("undo")["before"])
-            pair.report = pair.report or self.merger.path.name  # so that no other report calls it new
             await self.note(pair, Ledger.EVENTS.get(pair.state, "merged"))
 
 
 class HandingBack:
     """Gives a group's works and conversations back: in each as it is now, the primary makes room for whom it was."""
+
+    SOON = 3.0  # seconds for which a list is believed where everybody it does not show would be thrown out
+    TRIES = 5  # times that an object is read anew before it is given up
 
     def __init__(self, walk: "UndoWalk") -> None:
         self.walk = walk
@@ -4226,7 +4270,7 @@ class HandingBack:
                 break
             fresh = {one: roles for one, roles in changes.items() if one not in handled}
             if fresh:
-                await self._write(fresh, things, since, handled)
+                await self._write(fresh, things, since, made, handled)
                 waiting_since = self.walk.outside.moment()
             elif self.walk.outside.elapsed(waiting_since) > self.walk.merger.merge_timeout:
                 break
@@ -4264,21 +4308,17 @@ class HandingBack:
         things.update(zip(unlisted, await together(*(self.walk.api.thing(one, Turn(PROVE)) for one in unlisted))))
         return things, oldest(chain(since, (listing.since for listing in listings)))
 
-    async def _write(self, changes: Changes, things: Things, since: Moment, handled: Dict[str, str]) -> None:
-        """Hand back what was read no longer ago than a live check is believed; the rest has to be read again first."""
-
-        async def is_fresh() -> None:
-            if self.walk.outside.age(since) > Evidence.FRESH:
-                raise Stale()
+    async def _write(
+        self, changes: Changes, things: Things, since: Moment, made: Mapping[str, str], handled: Dict[str, str]
+    ) -> None:
+        """Hand objects back, a few at a time, and note what DevRev says to each."""
 
         async def write() -> None:
             while changes:
                 identity, roles = changes.popitem()
                 try:
-                    await self.walk.api.set_people(things[identity] or {}, roles, Turn(RESUME), is_fresh)
-                    handled[identity] = ""
-                except Stale:
-                    return
+                    async with self.walk.merger.turn_to_write[identity]:  # for groups may share an object
+                        handled[identity] = await self._write_one(identity, roles, things[identity], since, made)
                 except ApiRefused as refusal:
                     handled[identity] = str(refusal)
                 except BaseException:
@@ -4286,6 +4326,30 @@ class HandingBack:
                     raise
 
         await together(*(write() for _ in range(self.walk.api.settings.workers)))
+
+    async def _write_one(
+        self, identity: str, roles: Dict[str, List[str]], thing: Optional[Json], since: Moment, made: Mapping[str, str]
+    ) -> str:
+        """Replace an object's people; where the lists may not know who has joined by now, or what this undo has written
+        to it, it is read by itself first. Returns why it was not done, `""` if it was."""
+        outside, written, limit = self.walk.outside, self.walk.merger.written, self.SOON
+
+        async def is_fresh() -> None:
+            if outside.age(since) > limit:
+                raise Stale()
+
+        for _ in range(self.TRIES):
+            if identity in written or outside.age(since) > limit:
+                since, limit = outside.moment(), Evidence.FRESH
+                thing = await self.walk.api.thing(identity, Turn(RESUME))
+                roles = self.judge({identity: thing}, made)[0].get(identity, {})
+            if thing is None or not roles:
+                return ""
+            with contextlib.suppress(Stale):
+                await self.walk.api.set_people(thing, roles, Turn(RESUME), is_fresh)
+                written.add(identity)
+                return ""
+        return "what was read of it becomes too old before it can be written; the quota is too small"
 
     async def _end(self, pair: Pair, changes: Changes, handled: Mapping[str, str], left: List[Json]) -> None:
         pair.details["undo"]["left"] = left
@@ -4314,7 +4378,9 @@ class Undoer(ContactMerger):
     ) -> None:
         super().__init__(api, savepoint, journal, Backups(journal.path.parent, api.outside), **options)
         self.path, self.preview = path, preview
-        self.tried: Set[bool] = set()  # whether works (True) and conversations (False) may be written
+        self.tried: Set[str] = set()  # kinds of objects that may be written
+        self.written: Set[str] = set()  # objects
+        self.turn_to_write: Dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)  # by object
 
     async def undo(self, plan: UndoPlan) -> int:
         """Take the plan back and return the exit code; nothing is raised."""
@@ -4393,6 +4459,7 @@ ADVICE = {
     ),
     "not_active": "look at the contact in DevRev: a locked or deactivated contact is not merged",
     "different_rev_org": "contacts of different rev orgs are not merged: look at them in DevRev",
+    "group_changed": "export again, and choose again",
     "several_user_refs": "find out which user_ reference the application uses, export again, name it with --choices",
     "count_mismatch": "export again, or let a backup with more than the export pass with --count-policy at-least",
     "backup_failed": "look at the named file or ticket, run again",
@@ -4410,7 +4477,7 @@ ADVICE = {
     "stale": "raise DEVREV_RATE_LIMIT_CALLS, or ask DevRev for a larger quota",
     "undo_unfinished": "finish the undo first",
     "not_merged": "nothing to take back yet; where the merge is unfinished, finish it first",
-    "contact_refused": "the group is as it was: look at what DevRev has answered, undo again",
+    "contact_refused": "look at what DevRev has answered, undo again",
     "contact_not_confirmed": "undo again: it looks for the contact first",
     "not_handed_back": "undo again, or hand them over in DevRev",
     "interrupted": "run again with the same savepoint: it is finished first",

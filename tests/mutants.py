@@ -144,7 +144,7 @@ MUTANTS = [
     without("undo: no way back", "await self._go_back(flaw)", 20),
     Mutant("undo: the primary leaves what is its own", "kept = [primary] if (identity, role) in stays else []", "kept = []"),
     Mutant("undo: everybody else leaves", "people[at : at + 1] = [*kept,", "people[:] = [*kept,"),
-    Mutant("undo: what is written may be old", "            if self.walk.outside.age(since) > Evidence.FRESH:\n", "            if False:\n"),
+    Mutant("undo: what is written may be old", "            if identity in written or outside.age(since) > limit:\n", "            if False:\n"),
     Mutant("undo: no proof", "            if all(handled.get(one) for one in changes):\n", "            if True:\n"),
     Mutant("undo: a second one begins anew", "pairs = [pair for pair in group.pairs if pair.state is not State.UNDONE]\n        plan", "pairs = list(group.pairs)\n        plan"),
     Mutant("undo: a merge run does not wait for its end", "            if ids & undoing.keys():\n", "            if False:\n"),
