@@ -4160,7 +4160,7 @@ class UndoWalk(Walk):
                 del undo["asked"]
 
     def _is_twin(self, pair: Pair, other: Pair) -> bool:
-        """Whether another of the group's contacts, there again, had the same reference: the application had made it anew
+        """Whether another contact of the group, there again, had the same reference: the application had made it anew
         after the merge, so the two are one."""
         same = self._old_ref(pair.duplicate) == self._old_ref(other.duplicate)
         return (

@@ -181,7 +181,7 @@ class Books:
         )  # seconds there or back, where nothing disturbs a run
         self.moving: Set[Ids] = set()  # the reference was asked for at least once
         self.lies = False  # whether answers were false: what was believed then may be wrong
-        self.wall_was_set = False
+        self.began = (0.0, 0.0)  # this run: true seconds, and what the wall clock said
         self.forgotten: Set[Ids] = set()  # pairs whose report was lost
         self.journal_lost: Set[Ids] = set()  # pairs whose lines were lost
         self.backups_lost = False
@@ -200,6 +200,7 @@ class Books:
     def begin(self, machine: Machine, options: Any, rows: Sequence[Row], choices: Mapping[str, str]) -> None:
         self.run += 1
         self.machine, self.options, self.stopped = machine, options, False
+        self.began = self.clock.now, self.clock.wall
         self.undo.begin(options)
         emails = {email.strip().casefold() for email in options.email or ()}
         self.plan = self._without_undone(plan_of(rows, choices), emails)
@@ -429,7 +430,8 @@ class Books:
             raise Broken(promise, f"{name(ids)}: no look of this run has shown it unmerged since it was asked for")
         waited = self.clock.now - last.ended
         if last.run != self.run:
-            waited = max(self.clock.now - last.at, self.clock.wall - last.wall)
+            now, wall = self.began  # by the wall clock until then, for no other goes on between runs
+            waited = max(self.clock.now - last.at, self.clock.wall - last.wall, wall - last.wall + self.clock.now - now)
         patience = last.patience(self.run, self.options.merge_timeout)
         if waited < patience - JITTER:
             raise Broken(promise, f"{name(ids)}: asked again {waited:.2f} s after it, patience is {patience:g} s")
