@@ -1,10 +1,11 @@
 """Choices through the front door: a chosen group becomes the one contact that was chosen, all others stay as they are."""
 
+import json
 from typing import Dict, List, Set, Tuple
 
 import pytest
 
-from tests.sandbox import Organisation, Sandbox
+from tests.sandbox import Fault, Organisation, Sandbox
 from tests.support import Workplace, assert_backed_up, diagonal, roles_of, watch_merges
 
 DESK, TWINS, UNDECIDED = "front.desk@example.com", "twins@example.com", "undecided@example.com"
@@ -118,3 +119,44 @@ def test_a_choice_that_can_not_be_followed_changes_nothing(
         result = place.run(sandbox, "--choices", choose(place, *lines, header=header), mode, check=2)
         assert sandbox.requests == []
     assert says in result.err
+
+
+def test_a_corrected_choice_is_not_overruled_by_what_was_asked_for_before(
+    place: Workplace, organisation: Organisation
+) -> None:
+    place.export(organisation)
+    only = ("--yes", "--email", UNDECIDED, "--merge-timeout", "1")
+    with Sandbox(organisation, faults=[Fault("400", "rev-users.merge")]) as sandbox:
+        place.run(sandbox, "--choices", choose(place, f"{UNDECIDED},user_u2"), *only, check=1)
+        sandbox.faults.clear()
+        right = choose(place, f"{UNDECIDED},user_u3")
+        result = place.run(sandbox, "--choices", right, *only, check=1)
+        assert result.codes[UNDECIDED] in ("plan_changed", "group_incomplete") and not organisation.merges
+        assert "plan_changed" in result.out
+        place.run(None, "--settle", UNDECIDED, check=0)
+        place.run(sandbox, "--choices", right, *only, check=0)
+    assert organisation.contacts[organisation.don("identity", "revu", "U1")]["external_ref"] == "user_u3"
+
+
+def test_confirmation_report_and_preview_name_the_references_that_a_choice_loses(
+    place: Workplace, organisation: Organisation
+) -> None:
+    place.export(organisation)
+    choices = choose(place, f"{DESK},user_k3")
+    seen = json.loads(place.run(None, "--choices", choices, "--preview", "--json", check=0).out)["choices"]
+    with Sandbox(organisation) as sandbox:
+        report = place.run(sandbox, "--choices", choices, "--yes", check=0).report
+    assert seen == report["choices"] and report["run"]["options"]["choices"] == choices
+    (entry,) = seen
+    assert (entry["email"], entry["kept"]) == (DESK, "user_k3")
+    lost = {one["external_ref"]: (one["tickets"], one["created"][:10]) for one in entry["lost"]}
+    assert lost == {"user_k2": (2, "2024-01-01"), "user_k4": (3, "2024-01-01")}
+    assert "joins 4 contacts" in entry["warnings"][0]
+
+
+def test_a_chosen_group_that_has_grown_by_any_contact_is_refused(place: Workplace, organisation: Organisation) -> None:
+    place.export(organisation)
+    organisation.add_contact("T3", TWINS)
+    with Sandbox(organisation) as sandbox:
+        result = place.run(sandbox, "--choices", choose(place, f"{TWINS},REVU-T2"), "--email", TWINS, "--yes", check=1)
+    assert result.codes == {TWINS: "group_changed"} and not organisation.merges

@@ -607,3 +607,133 @@ def test_a_merge_leaves_only_with_room_for_what_finishes_it(place: Workplace) ->
         assert sandbox.over_quota == 0
     assert_merged(organisation, pairs)
     assert pair and len(left) == 10
+
+
+# -- one contact's trouble is nobody else's ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("endpoint", ["rev-users.update", "rev-users.get", "rev-users.merge"])
+def test_a_contact_that_the_token_may_not_touch_costs_its_own_pair_alone(place: Workplace, endpoint: str) -> None:
+    organisation, pairs = organisation_of_pairs(4)
+    place.export(organisation)
+    ids = set(pairs[1])
+    fault = Fault("403", endpoint, match=lambda body: not ids.isdisjoint(map(str, body.values())))
+    with Sandbox(organisation, faults=[fault]) as sandbox:
+        place.run(sandbox, *QUICK, "--email", "person1@example.com", check=0)
+        for _ in range(3):
+            result = place.run(sandbox, *QUICK, check=1)
+        others = [one for one in pairs if one[0] not in ids]
+        assert set(others) <= set(organisation.merges) and len(organisation.merges) <= 4
+        assert [reference_of(organisation, primary) for primary, _ in others] == ["user_1", "user_3", "user_4"]
+        assert result.codes["person2@example.com"] in ("forbidden", "merge_refused"), result
+        if endpoint == "rev-users.update":
+            assert "settled" in place.run(None, "--settle", "person2@example.com", check=0).out
+
+
+def test_what_can_be_mended_is_not_settled(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation, faults=[Fault("500", "rev-users.update")]) as sandbox:
+        result = place.run(sandbox, *QUICK, DEVREV_MAX_RETRIES="0")
+        assert result.codes == {"person1@example.com": "api_error"}
+        place.run(None, "--settle", "person1@example.com", check=2)
+        sandbox.faults.clear()
+        place.run(sandbox, *QUICK, check=0)
+    assert_merged(organisation, pairs)
+
+
+# -- what one savepoint knows ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["another", "an old copy"])
+def test_what_was_asked_for_with_another_savepoint_is_not_forgotten(place: Workplace, how: str) -> None:
+    organisation, pairs = organisation_of_pairs(3)
+    place.export(organisation)
+    with Sandbox(organisation, merge_delay=3600) as sandbox:
+        place.run(sandbox, *QUICK, "--email", "person1@example.com", check=1)
+        savepoint = place.folder / "savepoint.db"
+        if how == "another":
+            place.run(sandbox, *QUICK, "--savepoint", "other.db", check=1)
+        else:
+            shutil.copy(str(savepoint), str(place.folder / "old.db"))
+            place.run(sandbox, *QUICK, check=1)
+            shutil.move(str(place.folder / "old.db"), str(savepoint))
+        sandbox.settle()
+        assert len(json.loads(place.run(None, "--preview", "--json", check=0).out)["to_finish"]) == 3
+        place.run(sandbox, *QUICK, check=0)
+    assert_merged(organisation, pairs)
+    assert [line["event"] for line in journal(place)].count("done") == 3
+
+
+def test_the_journal_learns_what_a_savepoint_of_version_1_knows(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(1)
+    place.export(organisation)
+    primary, duplicate = (json.dumps({"id": one, "email": "person1@example.com", "external_ref": reference})
+                          for one, reference in zip(pairs[0], ("REVU-P1", "user_1")))  # fmt: skip
+    with sqlite3.connect(str(place.folder / "savepoint.db")) as db:
+        db.executescript(VERSION_1)
+        row = (*pairs[0], "person1@example.com", "user_1", "acknowledged", "", "", "", 1.0, 1.0, 0.0, "[]")
+        db.execute(
+            f"INSERT INTO pairs VALUES ({', '.join('?' * 17)})", (*row, primary, duplicate, "run", "2025", "2025")
+        )
+    place.run(None, "--preview", check=0)
+    assert not (place.folder / "backups").exists(), "a preview writes nothing"
+    with Sandbox(organisation, faults=[Fault("404", "rev-users.list")]) as sandbox:
+        place.run(sandbox, *QUICK)
+        (place.folder / "savepoint.db").unlink()
+        sandbox.faults.clear()
+        organisation.merge(*pairs[0])
+        place.run(sandbox, *QUICK)
+    assert_merged(organisation, pairs)
+
+
+# -- what others do ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gone", ["301", "primary", "shadow"])
+def test_a_duplicate_that_went_into_somebody_else_is_merged_elsewhere(place: Workplace, gone: str) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    other = organisation.add_contact("X", "x@example.com")
+    place.export(organisation)
+
+    def merge_first(stage: str, request: Request) -> None:
+        if stage == "before" and request.body.get("secondary_user") == pairs[1][1] and organisation.alive(pairs[1][1]):
+            organisation.merge(other, pairs[1][1])
+
+    with Sandbox(organisation, gone=gone, on_request=merge_first) as sandbox:
+        result = place.run(sandbox, *QUICK, check=1)
+        assert result.codes == {"person2@example.com": "merged_elsewhere"}
+        place.run(sandbox, *QUICK, check=0)
+    assert reference_of(organisation, pairs[1][0]) == "REVU-P2"
+
+
+def test_a_primary_that_goes_on_into_another_takes_its_unfinished_pair_along(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(1)
+    third = organisation.add_contact("P2", "person1@example.com", display_name="Person 1")
+    place.export(organisation)
+
+    def visit(_request: Request) -> None:
+        organisation.merge(*pairs[0])
+        organisation.visit("person1@example.com", "user_1")
+
+    with Sandbox(organisation, merge_delay=3600, on_request=after("rev-users.merge", visit)) as sandbox:
+        result = place.run(sandbox, *QUICK, check=1)
+        assert result.codes["person1@example.com"] in ("external_ref_conflict", "group_incomplete")
+        for _ in range(5):
+            organisation.add_work(owned_by=[third], reported_by=[third], created_by=third)
+        sandbox.merge_delay = 0.05
+        place.export(organisation, leave_out=[pairs[0][1]])
+        place.run(sandbox, *QUICK)
+        assert place.run(sandbox, *QUICK, check=0).report["summary"]["unfinished_merges"] == 0
+    assert reference_of(organisation, third) == "user_1" and organisation.survivor(pairs[0][0]) == third
+
+
+def test_nothing_ends_in_a_traceback(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        assert "the plan is" in place.run(sandbox, "--plan", "", check=2).err
+        (place.folder / "backups" / "journal.jsonl").mkdir(parents=True)
+        result = place.run(sandbox, check=3)
+        assert "the disk refuses" in result.err and "Traceback" not in result.err
+        assert sandbox.count() == 0

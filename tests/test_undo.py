@@ -626,3 +626,75 @@ def test_a_report_may_be_moved_with_its_backups(place: Workplace) -> None:
             shutil.move(str(place.folder / name), str(other / name))
         (path,) = (other / "reports").glob("*.json")
         assert_taken_back(organisation, before, place.run(sandbox, "--undo", str(path), check=0))
+
+
+def test_groups_that_share_an_object_do_not_undo_each_other(place: Workplace) -> None:
+    """While the second group hands its many tickets back, the third writes to what both share."""
+    organisation = Organisation()
+    pairs = []
+    for n in range(1, 4):
+        email = f"person{n}@example.com"
+        pairs.append((organisation.add_contact(f"P{n}", email), organisation.add_contact(f"D{n}", email, f"user_{n}")))
+    for _ in range(60):
+        organisation.add_work(reported_by=[pairs[1][1]])
+    shared = organisation.add_conversation([pairs[1][1], pairs[2][1], organisation.dev_user["id"]])
+    before = truth(organisation)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+    with Sandbox(organisation, latency=0.03) as sandbox:
+        result = place.run(sandbox, "--undo", path, "--merge-timeout", "10", check=0)
+    assert_taken_back(organisation, before, result)
+    assert len(organisation.conversations[shared]["members"]) == 3
+
+
+def test_who_joins_while_much_is_written_stays(place: Workplace) -> None:
+    organisation, pairs = seeded(1)
+    agent = organisation.dev_user["id"]
+    things = [organisation.add_conversation([pairs[0][1]]) for _ in range(30)]
+    joined: List[str] = []
+
+    def join(stage: str, request: Request) -> None:
+        if stage == "after" and request.endpoint == "rev-users.create":
+            joined.append("soon")
+        if joined == ["soon"] and stage == "before" and request.endpoint == "conversations.update":
+            joined[:] = [one for one in things if one != request.body["id"]]
+            for one in joined:
+                organisation.give(one, "members", [pairs[0][0], agent])
+
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+    # The quota makes the writes last longer than a list is believed.
+    with Sandbox(organisation, quota=(12, 4.0), on_request=join) as sandbox:
+        place.run(sandbox, "--undo", path, check=0)
+    left = [one for one in joined if agent not in {who["id"] for who in organisation.conversations[one]["members"]}]
+    assert len(joined) == 29 and len(left) < 15, "those of the first seconds can't be known"
+
+
+def test_a_primary_gives_all_back_whichever_report_is_named(place: Workplace) -> None:
+    organisation, pairs = seeded(1)
+    pairs = with_a_third(organisation, pairs)
+    before = truth(organisation)
+    place.export(organisation)
+    third = Fault("400", "rev-users.merge", match=lambda body: body["secondary_user"] == pairs[1][1])
+    with Sandbox(organisation, faults=[third]) as sandbox:
+        place.run(sandbox, "--merge-timeout", "1", check=1)
+        sandbox.faults.clear()
+        place.run(sandbox, "--merge-timeout", "1", check=0)
+        last = max((place.folder / "reports").glob("merge_report_*.json"))
+        assert_taken_back(organisation, before, place.run(sandbox, "--undo", str(last), check=0))
+
+
+def test_a_merge_by_somebody_else_is_not_taken_back(place: Workplace) -> None:
+    organisation, pairs = seeded(1)
+    place.export(organisation)
+
+    def delete(stage: str, request: Request) -> None:
+        if stage == "before" and request.endpoint == "rev-users.merge":
+            organisation.delete_contact(pairs[0][1])
+
+    with Sandbox(organisation, on_request=delete) as sandbox:
+        assert place.run(sandbox, "--merge-timeout", "1", check=1).codes == {"person1@example.com": "merged_elsewhere"}
+        sandbox.on_request = None
+        (backup,) = (place.folder / "backups" / "person1@example.com").iterdir()
+        assert "nothing to take back" in place.run(sandbox, "--undo", str(backup), check=0).out
+        assert not sandbox.count("rev-users.create")
