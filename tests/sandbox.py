@@ -411,6 +411,7 @@ class Demo:
     """Runs the real tool against the organisation of the sample and checks what it did against the truth."""
 
     CSV = ("--csv", "contacts.csv")
+    CHOICE = ("luca.ferri@example.com", "REVU-D401")
 
     def __init__(self) -> None:
         self.organisation = Organisation.from_csv(SAMPLE_CSV)
@@ -421,7 +422,7 @@ class Demo:
         self.all_true = True
 
     def run(self) -> int:
-        """Export, preview, merge, merge again; then look."""
+        """Export, preview, merge, merge again, choose; then look."""
         say(f"Working in {self.folder}")
         with Sandbox(self.organisation) as sandbox:
             self._step("The export: reads alone", sandbox, "--export", "contacts.csv")
@@ -433,11 +434,17 @@ class Demo:
             first = sandbox.count("rev-users.merge")
             self._step("The same run again", sandbox, *self.CSV, "--yes")
             again = sandbox.count("rev-users.merge") - first
+            (self.folder / "choices.csv").write_text(f"EMAIL,EXTERNAL_REF\n{','.join(self.CHOICE)}\n", encoding="utf-8")
+            self._step(
+                "A group that was skipped, with a choice", sandbox, *self.CSV, "--choices", "choices.csv", "--yes"
+            )
+            chosen = sandbox.count("rev-users.merge") - first - again
         self._title("What happened, from the organisation's point of view")
         self._show_merges()
         self._show_files()
         self._check("the second run made no merge request", again == 0)
-        self._check("one merge request for each merge", first == len(self.organisation.merges))
+        self._check("the choice made one more", chosen == 1)
+        self._check("one merge request for each merge", first + chosen == len(self.organisation.merges))
         counted = sum(map(reported_merges, self.folder.glob("reports/*.json")))
         self._check("the reports count as many", counted == len(self.organisation.merges))
         say("\n" + ("All of that is true." if self.all_true else "NOT all of that is true."))
@@ -462,7 +469,7 @@ class Demo:
         self._check(f"{len(merges)} contacts were merged", bool(merges))
         for primary in dict.fromkeys(primary for primary, _ in merges):
             group = [primary] + [other for one, other in merges if one == primary]
-            wanted = [ref for ref in map(self.references.get, group) if is_user(ref)]
+            wanted = [ref for ref in map(self.references.get, group) if is_user(ref)] or [self.references[primary]]
             reference = self.organisation.contacts[primary]["external_ref"]
             name = self.organisation.contacts[primary]["display_id"]
             self._check(f"{name} now holds {reference}", wanted == [reference])
