@@ -297,6 +297,7 @@ def bench_gap(options: argparse.Namespace, findings: Findings) -> None:
         f"a quota of {limit} in {window:g} s": {"quota": (limit, window)},
         f"a ceiling of {limit} in {window:g} s": {"environment": ceiling},
         "neither": {},
+        "that ceiling, merges of 2 s": {"environment": ceiling, "merge_delay": 2.0},
     }
     for name, conditions in cases.items():
         organisation = organisation_of(40, (0, 4), options.seed)
