@@ -684,6 +684,24 @@ class Contact:
         return organisation_of(self.id)
 
 
+def email_key(text: str) -> str:
+    """What emails are compared by: trimmed, and without regard to case."""
+    return text.strip().casefold()
+
+
+def email_of(user: Json) -> str:
+    return email_key(str(user.get("email") or ""))
+
+
+def contact_of(user: Json) -> Contact:
+    """The row of a `rev_user`; its tickets are not counted yet."""
+    names = ("id", "display_name", "email", "external_ref", "full_name", "created_date", "modified_date")
+    identity, display_name, email, external_ref, full_name, created, updated = (
+        str(user.get(name) or "") for name in names
+    )
+    return Contact(identity, display_name, email, external_ref, full_name, 0, created, updated)
+
+
 _ORGANISATION = re.compile(r"don:[a-z_]+:(dvrv-[^:]+:devo/[^:]+):")
 
 
@@ -1621,15 +1639,6 @@ def user_ids(value: Any) -> Set[str]:
     return {user["id"] for user in users if isinstance(user, dict) and isinstance(user.get("id"), str)}
 
 
-def email_key(text: str) -> str:
-    """What emails are compared by: trimmed, and without regard to case."""
-    return text.strip().casefold()
-
-
-def email_of(user: Json) -> str:
-    return email_key(str(user.get("email") or ""))
-
-
 class Reply(NamedTuple):
     """An answer's JSON object, and the moment at which its request left: it is as old as that."""
 
@@ -2294,6 +2303,9 @@ def describe(backup: str, items: Iterable[Json]) -> List[Json]:
 
 def by_id(items: Iterable[Json]) -> Dict[str, Json]:
     return {item["id"]: item for item in items}
+
+
+JOURNAL = Path("backups") / "journal.jsonl"
 
 
 class Journal:
@@ -3731,15 +3743,6 @@ def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) ->
 # ---------------------------------------------------------------------------------------------------
 # Export: the CSV from DevRev itself
 # ---------------------------------------------------------------------------------------------------
-
-
-def contact_of(user: Json) -> Contact:
-    """The row of a `rev_user`; its tickets are not counted yet."""
-    names = ("id", "display_name", "email", "external_ref", "full_name", "created_date", "modified_date")
-    identity, display_name, email, external_ref, full_name, created, updated = (
-        str(user.get(name) or "") for name in names
-    )
-    return Contact(identity, display_name, email, external_ref, full_name, 0, created, updated)
 
 
 class Exporter:
@@ -5301,7 +5304,7 @@ def check_token(token: str) -> None:
         raise Stop(EXIT_USAGE, "DEVREV_API_TOKEN holds a space, a line break or something that is not ASCII")
 
 
-# -- the log -----------------------------------------------------------------------------------------
+# -- one call ----------------------------------------------------------------------------------------
 
 
 class Run:
@@ -5546,9 +5549,6 @@ def open_savepoint(run: Run, readonly: bool = False) -> SavePoint:
     Ledger(savepoint, journal).catch_up(lambda: reported_pairs(run.report_path.parent))
     savepoint.settle_report(lambda name: (run.report_path.parent / name).exists())
     return savepoint
-
-
-JOURNAL = Path("backups") / "journal.jsonl"
 
 
 def reported_pairs(folder: Path) -> Dict[Tuple[str, str], str]:
