@@ -1332,7 +1332,7 @@ class Gate:
 
     TROUBLE = 3  # failures in a row
     LONG = 0.5  # seconds; requests that take longer leave a worker to what finishes a merge
-    SHARE, LEAST = 8, 3  # of a window no more than this part is kept for one merge, but so many units at least
+    SHARE, LEAST = 4, 3  # of a window no more than this part is kept for one merge, but so many units at least
     LONGEST_WINDOW = 600.0  # seconds; DevRev's quota resets every five minutes
 
     def __init__(self, outside: Outside, brake: Brake, settings: "ApiSettings") -> None:
@@ -4223,6 +4223,8 @@ class UndoWalk(Walk):
             elsewhere = "rev_org" in fields and rev_org_id(user) not in (None, fields["rev_org"])
             if user["id"] in self._ids() or elsewhere:
                 continue
+            if await self.api.contact(user["id"], self._turn(pair)) is None:
+                continue  # lists lag behind whoever has gone
             if email_of(user) != email_key(fields.get("email", "")):
                 words = (
                     f"the reference {fields['external_ref']} is held by {user.get('display_id')}, who is somebody else"
@@ -4232,7 +4234,8 @@ class UndoWalk(Walk):
         return None
 
     async def _namesakes(self, pair: Pair) -> List[Json]:
-        return (await self.api.emails.load(pair.duplicate.email.strip(), 1, FINISH)).items
+        body = {"email": [pair.duplicate.email.strip()]}
+        return (await self.api.pages("rev-users.list", "rev_users", body, self._turn(pair))).items
 
     def _ids(self) -> Set[str]:
         """The group, as it was and as far as it is made again."""

@@ -171,7 +171,7 @@ def hunt(mutant: Mutant, most: int) -> Fate:
     seeds = [*range(START, START + most), *kept_seeds()]
     for number, seed in enumerate(seeds, 1):
         verdict = play(seed, module)
-        if verdict.promise:
+        if verdict.promise and not play(seed, load()).promise:
             return Fate(mutant, seed, f"{verdict.promise}: {verdict.what}", number)
     return Fate(mutant, None, "", len(seeds))
 
@@ -180,6 +180,9 @@ def table(jobs: int, wanted: str = "", most: int = SEEDS) -> int:
     """Print a line a mutant; 1 where one lives that may not."""
     begun, alive = time.monotonic(), []  # type: float, List[str]
     chosen = [mutant for mutant in MUTANTS if wanted in mutant.name]
+    if not chosen:
+        print(f"no mutant has «{wanted}» in its name")
+        return 1
     with multiprocessing.Pool(jobs, maxtasksperchild=1) as pool:
         for fate in pool.imap(functools.partial(hunt, most=most), chosen, chunksize=1):
             print(line_of(fate), flush=True)

@@ -191,6 +191,12 @@ class Books:
         self.last_report, self.last_code = "", None  # type: str, Optional[int]
         self.others_spent = 0
         self.undo = UndoBooks(self)
+        self.shown: Dict[str, float] = {}  # when the last request left whose answer has shown a contact
+        self.listed: Dict[Tuple[str, str], float] = {}  # the same of what somebody has in a role
+        self.judged: Set[Ids] = set()  # pairs whose end was held against the world
+        self.ceiling = (0, 60.0)  # calls in seconds, of this run
+        self.sent_at: List[float] = []  # steady seconds, of the last requests
+        self.acknowledged, self.flying = False, 0  # merges of this run
 
     versions = staticmethod(versions)
     held = staticmethod(held)
@@ -201,6 +207,7 @@ class Books:
         self.run += 1
         self.machine, self.options, self.stopped = machine, options, False
         self.began = self.clock.now, self.clock.wall
+        self.acknowledged, self.flying, self.sent_at = False, 0, []
         self.undo.begin(options)
         emails = {email.strip().casefold() for email in options.email or ()}
         self.plan = self._without_undone(plan_of(rows, choices), emails)
@@ -249,6 +256,7 @@ class Books:
         """A request leaves."""
         if self.stopped:
             raise Broken("no request after a stop", f"{sent.endpoint} leaves")
+        self._judge_ceiling()
         self.undo.asked(sent)
         if self.undo.active:
             return
@@ -259,7 +267,12 @@ class Books:
 
     def answered(self, sent: Sent, answer: Any) -> None:
         """The run hears of a request."""
+        self._note_shown(sent, answer)
+        if answer.status == 401 and answer.data is not None:
+            self.stopped = True
         if sent.endpoint == "rev-users.merge":
+            self.flying -= 1
+            self.acknowledged |= bool(answer.status and answer.status < 300 and answer.data is not None)
             asks = self.asks[sent.body["primary_user"], sent.body["secondary_user"]]
             if answer.status == 429 or not answer.sent:
                 asks.pop()  # it can't have been acted on
@@ -278,6 +291,26 @@ class Books:
                     if duplicate == sent.body["id"] and asks:
                         asks[-1].looked = self.run
 
+    def _note_shown(self, sent: Sent, answer: Any) -> None:
+        if answer.status != 200 or not answer.data or "cursor" in sent.body:
+            return
+        if sent.endpoint in ("rev-users.list", "rev-users.get"):
+            users = answer.data.get("rev_users") or [answer.data.get("rev_user")]
+            for user in users if isinstance(users, list) else ():
+                if isinstance(user, dict) and "id" in user:
+                    self.shown[user["id"]] = max(sent.at, self.shown.get(user["id"], sent.at))
+        for role in (*ROLES.values(), "members"):
+            for person in sent.body.get(role, ()) if sent.endpoint.endswith("s.list") else ():
+                self.listed[role, person] = max(sent.at, self.listed.get((role, person), sent.at))
+
+    def _judge_ceiling(self) -> None:
+        """What fits into two windows may leave in any time that is as long as one."""
+        calls, period = self.ceiling
+        now = self.clock.steady
+        self.sent_at = [at for at in self.sent_at if now - at < period - JITTER] + [now]
+        if calls and len(self.sent_at) > 2 * calls:
+            raise Broken("the tool's own ceiling holds", f"{len(self.sent_at)} requests in {period:g} s, of {calls}")
+
     def wrote(self) -> None:
         """The savepoint was written."""
 
@@ -287,6 +320,8 @@ class Books:
         earlier = self.asks[ids]
         if not earlier and ids not in self.intended:
             self._judge_plan(ids)
+        self._judge_turn(ids)
+        self._judge_freshness(ids)
         self._judge_check(ids)
         self.undo.judge_merge(ids)
         backup = self._judge_intent(ids)
@@ -303,6 +338,31 @@ class Books:
         self.begun.add(ids)
         if self.options.limit and len(self.begun) > self.options.limit:
             raise Broken(promise, f"--limit {self.options.limit}, and {len(self.begun)} new pairs are asked for")
+
+    def _judge_turn(self, ids: Ids) -> None:
+        """The first merge of a run goes alone, and the pairs of a group one after the other."""
+        if self.flying and not self.acknowledged:
+            raise Broken("the first merge of a run goes alone until DevRev has acknowledged it", name(ids))
+        self.flying += 1
+        for other, asks in self.asks.items():
+            pending = other != ids and other[0] == ids[0] and bool(asks) and asks[-1].run == self.run
+            there = all(self.organisation.alive(one) for one in other) and not self.lies
+            if pending and there and asks[-1].answer != "refused":
+                raise Broken(
+                    "the pairs of a group go one after the other", f"{name(ids)} before {name(other)} is merged"
+                )
+
+    def _judge_freshness(self, ids: Ids) -> None:
+        """What the run has heard is fresh, whether anything has changed or not."""
+        now, never = self.clock.now + JITTER, -1e9
+        for contact in ids:
+            if now - self.shown.get(contact, never) > FRESH + 2 * JITTER:
+                what = f"{short(contact)} was shown {now - self.shown.get(contact, never):.0f} s ago"
+                raise Broken("nobody is merged whose check was not fresh", what)
+            for role in (*ROLES.values(), "members"):
+                if now - self.listed.get((role, contact), never) > LISTED + 2 * JITTER:
+                    what = f"{role} of {short(contact)} was listed {now - self.listed.get((role, contact), never):.0f} s ago"
+                    raise Broken("nothing is asked for without a whole backup, its lists at most two minutes old", what)
 
     def _judge_check(self, ids: Ids) -> None:
         """Some moment of the last minute has to have shown each contact as the export has it."""
@@ -518,7 +578,8 @@ class Books:
             if not asks:
                 continue
             state = rows[ids]["state"] if ids in rows else "nothing"
-            if state == "undone" or ids in self.undo.open() or (state == "undoing" and self.disk_was_full):
+            half = state == "undoing" and (self.disk_was_full or self.undo.events(ids)[-1:] == ["undone"])
+            if state == "undone" or ids in self.undo.open() or half:
                 continue
             unread = not ended and ids in self.unread(Path("savepoint.db"))  # it was killed before it knew the journal
             if (rows or ended) and state not in (*ENDED, *UNFINISHED) and not unread:
@@ -533,10 +594,36 @@ class Books:
             known = ids in self.journal_lost or self.disk_was_full
             if state in ("merged", "proving") and not known and "merged" not in events:
                 raise Broken("the journal knows what was merged", f"{name(ids)} is {state}, the journal says {events}")
+            if state == "merged_elsewhere":
+                self._judge_elsewhere(ids)
             if state == "done":
                 self._judge_done(ids, row["new_ref"], row["backup"])
             elif state in ("merged", "proving") and not self.lies and self.organisation.alive(ids[1]):
                 raise Broken("savepoint and reports say what is true", f"{name(ids)} is {state}, and is not merged")
+
+    def _judge_elsewhere(self, ids: Ids) -> None:
+        if self.lies or ids in self.judged:
+            return
+        self.judged.add(ids)
+        promise = "merged_elsewhere is said only of what somebody else has merged or deleted"
+        if self.organisation.alive(ids[1]) or not self.organisation.alive(ids[0]) or len(self.asks[ids]) > 1:
+            raise Broken(promise, f"{name(ids)} is there, or was asked for more than once")
+
+    def _judge_proof(self, ids: Ids, backup: Optional[str]) -> None:
+        """All that was backed up has hung on the primary some time since the merge, but for what is deleted."""
+        folder = Path(backup or "nowhere")
+        if self.lies or ids in self.judged or not folder.exists() or not self.into(ids):
+            return
+        self.judged.add(ids)
+        manifest, since = json.loads((folder / "manifest.json").read_bytes()), self.organisation.merge_times[ids[1]]
+        for entry in (one for one in manifest["contacts"] if one["csv"]["id"] == ids[1]):
+            items = [(work, ROLES[role]) for role in ("owned", "reported") for work in entry["works"][role]]
+            for one, role in [*items, *((talk, "members") for talk in entry["conversations"])]:
+                table = self.organisation.conversations if role == "members" else self.organisation.works
+                was = versions(table, one, since - self.lag - LISTED)
+                if table.get(one) is not None and not any(held(thing, role, ids[0]) for thing in was):
+                    what = f"{role} of {short(one)}, {name(ids)}"
+                    raise Broken("a pair is done only where all that was backed up hangs on the primary", what)
 
     def _judge_done(self, ids: Ids, reference: Optional[str], backup: Optional[str]) -> None:
         promise = "savepoint and reports say what is true"
@@ -547,6 +634,7 @@ class Books:
             reference == ref for one in holders for _, ref in self.organisation.reference_times[one]
         ):
             raise Broken(promise, f"{name(ids)} is done, and the primary never got {reference}")
+        self._judge_proof(ids, backup)
 
     def _is_as_if_merged(self, ids: Ids, backup: Optional[str]) -> bool:
         """Whether somebody has deleted the duplicate, or merged it elsewhere, and nobody can see the difference: all

@@ -412,12 +412,31 @@ class Life:
         if self.undos and self.fate.has("contacts refused", 0.2):
             kind = self.chance.choice(("400", "403", "409", "500-after"))
             found.append(world.Fault(kind, "rev-users.create", chance=0.5))
+        doubled = self.fate.has("requests twice", 0.15) or self.fate.has("answers: doubled", 0.08)
+        if self.fate.has("answers: not so", 0.08) and not doubled:  # the second may be made all the same
+            found.append(world.Fault("changed", "rev-users.update", chance=0.3, detail=self._forget_update))
+            found.append(world.Fault("changed", "rev-users.get", chance=0.05, detail=self._garble))
         if self.fate.has("a look finds nobody", 0.08):
             found.append(world.Fault("404", "rev-users.get", chance=0.1))
             self.books.lies = True
         if any(fault.kind in ("endless",) for fault in found):
             self.books.lies = True
         return found
+
+    def _forget_update(self, content: Dict[str, Any]) -> Dict[str, Any]:
+        """An update that is answered with 200 and the reference as it was, for it was not made."""
+        user = content.get("rev_user")
+        times = self.organisation.reference_times[user["id"]] if isinstance(user, dict) else []
+        if len(times) > 1:
+            old = times[-2][1]
+            self.organisation.change(self.organisation.contacts[user["id"]], external_ref=old)
+            del times[-2:]
+            content["rev_user"] = {**user, "external_ref": old}
+        return content
+
+    def _garble(self, content: Dict[str, Any]) -> Dict[str, Any]:
+        identity = (content.get("rev_user") or {}).get("id")
+        return dict(self.chance.choice(({}, {"rev_user": None}, {"rev_user": {"id": identity}}, {"rev_user": {}})))
 
     # ----- runs ------------------------------------------------------------------------------------
 
@@ -472,6 +491,8 @@ class Life:
             for _ in range(3):
                 units = chance.randint(1, self.world.quota.limit)
                 self.world.later(self.fate.somewhen(0.1, 600.0), lambda units=units: self._spend(units))
+        if self.fate.has("a token revoked", 0.05):
+            self.world.later(self.fate.somewhen(0.1, 200.0), self._revoke)
         for _ in range(chance.randint(0, 3)):
             if self.fate.has("naps", 0.12):
                 self.world.later(self.fate.somewhen(0.2, 300.0), self._nap)
@@ -482,6 +503,12 @@ class Life:
         if self.world.quota and not self.in_peace:
             self.trace(f"OTHERS spend {units} units of quota")
             self.world.quota.spend(units)
+
+    def _revoke(self) -> None:
+        """The token of this run is not accepted any more; the next run has the new one."""
+        if not self.in_peace:
+            self.trace("OTHERS revoke the token")
+            self.world.token += "x"
 
     def _nap(self) -> None:
         if not self.in_peace:
@@ -570,6 +597,9 @@ class Life:
                 machine.kill_at = int(self.fate.somewhen(1, 1500))
             else:
                 machine.kill_after_merge = (int(self.fate.somewhen(1, 10)), int(self.fate.somewhen(1, 60)))
+        machine.killed_at_report = (
+            not self.in_peace and self.fate.has("killed at its report", 0.1) and self.chance.random() < 0.4
+        )
         if not self.in_peace and self.fate.has("a full disk", 0.06):
             machine.full_at = int(self.fate.somewhen(1, 1000))
         return machine
@@ -594,6 +624,7 @@ class Life:
                 rows = [Row(one[0], one[2], one[3], int(one[7]), one[5]) for one in list(csv.reader(file))[1:]]
         self.books.begin(machine, options, rows, choices)
         settings = self._settings(options.workers)
+        self.books.ceiling = settings.calls, settings.period
         self.books.slowest = lambda: self.latency if self._is_undisturbed(settings) else None
         outside = outside_of(module, machine, settings)
         life = self

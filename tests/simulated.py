@@ -210,6 +210,7 @@ class Machine:
         self.tracing = False
         self.kill_at: Optional[int] = None
         self.kill_after_merge: Optional[Tuple[int, int]] = None  # so many steps after the n-th merge request
+        self.killed_at_report = False  # before a merge report gets its name
         self.full_at: Optional[int] = None  # the disk is full at this step, once
         self.steps = self.merges = self.travelling = 0
         self.dead = False
@@ -237,6 +238,8 @@ class Machine:
         """Before a durable write: True where it is torn by a kill in its middle."""
         self.step(f"before {what}")
         self.idle = 0
+        if self.killed_at_report and what.startswith("naming merge_report"):
+            self.kill(f"before {what}")
         if self.steps == self.full_at:
             self.trace(f"the disk is full: {what}")
             self.observer.disk_was_full = True
@@ -430,7 +433,7 @@ def begin(
 
     def arrive() -> None:
         machine.travelling -= 1
-        answer = machine.world.respond(sent.endpoint, dict(sent.body), machine.world.token)
+        answer = machine.world.respond(sent.endpoint, dict(sent.body), settings.token)
         if fate == "twice":
             machine.world.respond(sent.endpoint, dict(sent.body), machine.world.token)
         if fate == "unheard":

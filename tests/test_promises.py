@@ -620,7 +620,9 @@ def test_a_contact_that_the_token_may_not_touch_costs_its_own_pair_alone(place: 
     fault = Fault("403", endpoint, match=lambda body: not ids.isdisjoint(map(str, body.values())))
     with Sandbox(organisation, faults=[fault]) as sandbox:
         place.run(sandbox, *QUICK, "--email", "person1@example.com", check=0)
-        place.run(sandbox, *QUICK)  # where its merge is the first of the run, that shows what the token may: exit code 2
+        place.run(
+            sandbox, *QUICK
+        )  # where its merge is the first of the run, that shows what the token may: exit code 2
         for _ in range(2):
             result = place.run(sandbox, *QUICK, check=1)
         others = [one for one in pairs if one[0] not in ids]
