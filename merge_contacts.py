@@ -42,7 +42,7 @@ import textwrap
 import threading
 import time
 from array import array
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
@@ -2394,6 +2394,33 @@ class Journal:
 # ---------------------------------------------------------------------------------------------------
 
 
+def inspect_savepoint(path: Path, readonly: bool) -> None:
+    """Look at the file's header (https://sqlite.org/fileformat.html) before SQLite may touch it.
+
+    Raises Stop(2) where it is no savepoint of ours, from a newer version, or can't be written.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(100)
+            writable = os.fstat(file.fileno()).st_mode & 0o222 and os.access(str(path), os.W_OK)
+    except FileNotFoundError:
+        if not path.resolve().parent.is_dir():
+            raise Stop(EXIT_USAGE, f"the savepoint's folder {path.parent} is not there") from None
+        return
+    except OSError as error:
+        raise Stop(EXIT_USAGE, f"the savepoint {path} can't be opened: {error.strerror}") from None
+    if not head:
+        return
+    version, application = (int.from_bytes(head[at : at + 4], "big") for at in (60, 68))
+    foreign = application and application != SavePoint.APPLICATION
+    if not head.startswith(b"SQLite format 3\0") or len(head) < 100 or foreign:
+        raise Stop(EXIT_USAGE, f"{path} is damaged or not a savepoint; it was left as it is")
+    if version > SavePoint.VERSION:
+        raise Stop(EXIT_USAGE, f"the savepoint {path} is from a newer version of this tool; it was left as it is")
+    if not writable and not readonly:
+        raise Stop(EXIT_USAGE, f"the savepoint {path} is read-only; it was left as it is")
+
+
 class SavePoint:
     """An SQLite file with a row a pair, held exclusively while a run lasts, each write on the disk when it returns.
 
@@ -2440,38 +2467,13 @@ class SavePoint:
         self.readonly = readonly
         self.glimpsed = False  # read past the lock of a run that goes on
         self._lock = threading.Lock()  # one thread at a time uses the connection
-        self._inspect(readonly)
+        inspect_savepoint(path, readonly)
         try:
             self._db = self._look() if readonly else self._open()
         except sqlite3.Error as error:
             raise self._trouble(error, EXIT_USAGE) from None
 
     # -- opening ------------------------------------------------------------------------------------
-
-    def _inspect(self, readonly: bool) -> None:
-        """Look at the file's header (https://sqlite.org/fileformat.html) before SQLite may touch it."""
-        try:
-            with open(self.path, "rb") as file:
-                head = file.read(100)
-                writable = os.fstat(file.fileno()).st_mode & 0o222 and os.access(str(self.path), os.W_OK)
-        except FileNotFoundError:
-            if not self.path.resolve().parent.is_dir():
-                raise Stop(EXIT_USAGE, f"the savepoint's folder {self.path.parent} is not there") from None
-            return
-        except OSError as error:
-            raise Stop(EXIT_USAGE, f"the savepoint {self.path} can't be opened: {error.strerror}") from None
-        if not head:
-            return
-        version, application = (int.from_bytes(head[at : at + 4], "big") for at in (60, 68))
-        foreign = application and application != self.APPLICATION
-        if not head.startswith(b"SQLite format 3\0") or len(head) < 100 or foreign:
-            raise Stop(EXIT_USAGE, f"{self.path} is damaged or not a savepoint; it was left as it is")
-        if version > self.VERSION:
-            raise Stop(
-                EXIT_USAGE, f"the savepoint {self.path} is from a newer version of this tool; it was left as it is"
-            )
-        if not writable and not readonly:
-            raise Stop(EXIT_USAGE, f"the savepoint {self.path} is read-only; it was left as it is")
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         path = (Path.cwd() / self.path).as_posix()  # as_uri() makes of a share what SQLite does not take
@@ -2734,8 +2736,11 @@ class Ledger:
         known = savepoint.journal_read() if savepoint.journal_read() <= size else 0
         told = {pair.ids: pair for pair in self.journal.pairs(known)} if known < size else {}
         rows = {row.ids: row for row in savepoint.rows(*State)} if told or not known else {}
-        reports = reported() if told else {}
-        news = []
+        unreported = [pair for pair in savepoint.unreported() if pair.ids not in told]
+        reports = reported() if told or unreported else {}
+        news = [pair for pair in unreported if pair.ids in reports]  # it is an old copy
+        for pair in news:
+            pair.report = reports[pair.ids]
         for ids, pair in told.items():
             row = rows.get(ids)
             same = row and self.EVENTS[row.state] == self.EVENTS[pair.state] and row.requested_at == pair.requested_at
@@ -2976,6 +2981,14 @@ def check_holders(pair: Pair, listed: Iterable[Json], over: bool) -> None:
         raise PairError("external_ref_conflict", f"the reference {pair.new_ref} is held by {who}")
 
 
+def check_left(pair: Pair, left: Sequence[Json]) -> None:
+    """Raise PairError where something does not hang on the primary, named."""
+    if left:
+        pair.left_behind = describe(pair.backup, left)
+        names = ", ".join(dict.fromkeys(item["display_id"] for item in pair.left_behind))
+        raise PairError("left_behind", f"merged, but not on the primary: {names}")
+
+
 def patience(pair: Pair, merge_timeout: float) -> float:
     """Seconds after the request until a duplicate that is still there means that the merge won't come by itself."""
     if pair.state is State.ACKNOWLEDGED or pair.refused:
@@ -2986,6 +2999,8 @@ def patience(pair: Pair, merge_timeout: float) -> float:
 @dataclass
 class Course:
     """What this run knows of a pair beyond its state."""
+
+    ASKS = 3  # times that a run asks for one merge
 
     asks: int = 0  # requests of this run
     since: Optional[Moment] = None  # that the merge is waited for
@@ -2998,6 +3013,13 @@ class Course:
         """Seconds since the merge was asked for."""
         return self.before + outside.elapsed(self.since) if self.since else 0.0
 
+    def check_asking_again(self, pair: Pair, waited: float) -> None:
+        """Raise PairError where the patience is over and this run has asked: not again where DevRev has answered."""
+        answered = pair.state is State.ACKNOWLEDGED or pair.refused
+        if self.asks >= self.ASKS or (self.asks and answered):
+            words = f"{pair.duplicate.short_id} is still there {duration(waited)} after it was asked for"
+            raise PairError("merge_not_confirmed", words)
+
 
 class Walk:
     """One group on its way: check, back up, ask, confirm, move the reference, prove, done.
@@ -3007,7 +3029,6 @@ class Walk:
     """
 
     RENEWALS = 12  # times that a check or a backup is made anew before a pair is given up
-    ASKS = 3  # times that a run asks for one merge
     SLOW = 3.0  # seconds after which nobody waits for a pair any more
 
     def __init__(self, merger: "ContactMerger", group: Group, pairs: Sequence[Pair], resumed: bool = False) -> None:
@@ -3053,20 +3074,18 @@ class Walk:
 
     async def _leave_out(self, first: Pair, pairs: Sequence[Pair]) -> None:
         """What refuses a group refuses all of its pairs; what has been asked for has to be finished first."""
-        why = PairError("group_incomplete", "another merge into the same contact has to be finished first")
-        if first.state is State.FAILED:
-            why = PairError(first.code, first.error)
+        refused, why = first.state is State.FAILED, "another merge into the same contact has to be finished first"
+        flaw = PairError(first.code, first.error) if refused else PairError("group_incomplete", why)
         for pair in pairs:
             if pair.state is State.PLANNED:
-                await self.merger.rest(self, pair, why)
+                await self.merger.rest(self, pair, flaw)
 
     async def _merge(self, pair: Pair) -> None:
         """Bring a pair from whatever state it is in to the reference's being on the primary."""
         if self.resumed and pair.state in (State.MERGED, State.PROVING):
             onward = self.merger.savepoint.went_into(pair.primary.id, pair.new_ref)
-            if onward:  # and what the duplicate had was among what was proved to have gone with it
-                pair.state, pair.code, pair.error = State.DONE, "", ""
-                pair.details["onward"] = onward.primary.short_id
+            if onward:
+                await self._prove_onward(pair, onward.primary)
                 return
         try:
             while pair.state not in (State.PROVING, *ENDED):
@@ -3179,24 +3198,10 @@ class Walk:
         log.info("%s: asking for the merge of %s", pair.email, into(pair))
 
     async def _somebody_else(self, pair: Pair) -> None:
-        """A first request was answered with an object's 404: somebody has merged or deleted one of the two.
-
-        Where what the duplicate had hangs on the primary, they are merged, whoever asked for it.
-        """
+        """A first request was answered with an object's 404: somebody has merged or deleted one of the two."""
         self.api.gate.release(self.hold)
-        if await self.api.contact(pair.primary.id, Turn(FINISH)) is None:
+        if not await self.proof.is_elsewhere(pair):
             return
-        try:
-            if await self.api.look(*pair.ids, Turn(FINISH)) is not Sight.GONE:
-                return
-            wanted = to_prove(pair.backup, pair.duplicate.id)
-            missing = (await self.proof.wait(pair, wanted))[0] if wanted else []
-            deleted = pair.details.get("deleted", ())
-            if not missing and any(item["id"] not in deleted for item in wanted):
-                return
-        except PairError as flaw:
-            if flaw.code != "merged_into_another":
-                raise
         pair.state, pair.code = State.MERGED_ELSEWHERE, "merged_elsewhere"
         pair.error = f"{pair.duplicate.short_id} was merged or deleted by somebody else before it was asked for"
         if pair.new_ref:
@@ -3232,7 +3237,10 @@ class Walk:
             if course.refusal:
                 raise course.refusal
             if waited >= longest:
-                return self._may_ask_again(pair, problem)
+                if problem:
+                    raise problem
+                course.check_asking_again(pair, waited)
+                return False
             pause = min(0.1 + 0.5 * waited, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
             await self.pause(pair, min(pause, longest - waited))
 
@@ -3245,18 +3253,6 @@ class Walk:
         elif not (course.refusal or course.looked):
             await self.pause(pair, self.merger.experience.first_look() - course.waited(self.outside))
         course.looked = True
-
-    def _may_ask_again(self, pair: Pair, problem: Optional[PairError]) -> bool:
-        """False, after the patience: what this run has asked for is not asked again where DevRev has answered."""
-        if problem:
-            raise problem
-        course = self.courses[pair.ids]
-        if course.asks >= self.ASKS or (course.asks and (pair.state is State.ACKNOWLEDGED or pair.refused)):
-            waited = duration(course.waited(self.outside))
-            raise PairError(
-                "merge_not_confirmed", f"{pair.duplicate.short_id} is still there {waited} after it was asked for"
-            )
-        return False
 
     async def _note_merged(self, pair: Pair) -> None:
         self.merger.changed = True
@@ -3311,16 +3307,20 @@ class Walk:
         left, listed = await self.proof.wait(pair, wanted)
         if listed is Sight.THERE:
             await self._note_still_there(pair)
-        elif left:
-            pair.left_behind = describe(pair.backup, left)
-            names = ", ".join(dict.fromkeys(item["display_id"] for item in pair.left_behind))
-            raise PairError("left_behind", f"merged, but not on the primary: {names}")
-        elif listed:
+            return
+        check_left(pair, left)
+        if listed:
             raise PairError("still_listed", f"merged, but DevRev still lists {pair.duplicate.short_id} for its email")
-        else:
-            pair.state, pair.code, pair.error, pair.left_behind = State.DONE, "", "", []
-            pair.details["proved"] = len({item["id"] for item in wanted}.difference(pair.details.get("deleted", ())))
-            log.info("%s: proved, all %d objects hang on the primary", pair.email, pair.details["proved"])
+        pair.state, pair.code, pair.error, pair.left_behind = State.DONE, "", "", []
+        pair.details["proved"] = len({item["id"] for item in wanted}.difference(pair.details.get("deleted", ())))
+        log.info("%s: proved, all %d objects hang on the primary", pair.email, pair.details["proved"])
+
+    async def _prove_onward(self, pair: Pair, survivor: Contact) -> None:
+        """The primary itself has been merged into another by now, which has the reference: prove the pair there."""
+        wanted = to_prove(pair.backup, pair.duplicate.id)
+        check_left(pair, (await self.proof.wait(replace(pair, primary=survivor), wanted))[0])
+        pair.state, pair.code, pair.error, pair.left_behind = State.DONE, "", "", []
+        pair.details["onward"] = survivor.short_id
 
 
 class Proof:
@@ -3355,6 +3355,24 @@ class Proof:
             if over or sight is Sight.THERE or not (missing or sight):
                 return missing, sight
             await self.walk.pause(pair, min(20.0, 0.5 + waited / 2, self.walk.merger.merge_timeout - waited))
+
+    async def is_elsewhere(self, pair: Pair) -> bool:
+        """Whether the duplicate has gone and the primary has not got it. Where what the duplicate had hangs on the
+        primary, they are merged, whoever asked for it."""
+        primary = await self.api.contact(pair.primary.id, Turn(FINISH)) or {}
+        if primary.get("state") not in ("active", "locked", "deactivated") or primary.get("primary_identity"):
+            return False
+        wanted = to_prove(pair.backup, pair.duplicate.id)
+        try:
+            if await self.api.look(*pair.ids, Turn(FINISH)) is not Sight.GONE:
+                return False
+            missing = (await self.wait(pair, wanted))[0] if wanted else []
+        except PairError as flaw:
+            if flaw.code == "merged_into_another":
+                return True
+            raise
+        deleted = pair.details.get("deleted", ())
+        return bool(missing) or all(item["id"] in deleted for item in wanted)
 
     async def _missing(self, pair: Pair, wanted: Sequence[Json], again: bool) -> List[Json]:
         """What of `{id, role}` the lists don't show on the primary now."""
@@ -5549,8 +5567,8 @@ def open_savepoint(run: Run, readonly: bool = False) -> SavePoint:
     """Open the savepoint, which learns from the journal what it does not know."""
     savepoint = SavePoint(run.options.savepoint, run.outside, run.stamp, readonly)
     journal = Journal(JOURNAL, run.outside, run.stamp)
-    Ledger(savepoint, journal).catch_up(lambda: reported_pairs(run.report_path.parent))
     savepoint.settle_report(lambda name: (run.report_path.parent / name).exists())
+    Ledger(savepoint, journal).catch_up(lambda: reported_pairs(run.report_path.parent))
     return savepoint
 
 

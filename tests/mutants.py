@@ -107,8 +107,8 @@ MUTANTS = [
     Mutant("patience of a lost answer for all", "        return merge_timeout\n    return min(10.0", "        pass\n    return min(10.0"),
     Mutant(
         "asked again after an acknowledgement, in one run",
-        "if course.asks >= self.ASKS or (course.asks and (pair.state is State.ACKNOWLEDGED or pair.refused)):",
-        "if course.asks >= self.ASKS:",
+        "if self.asks >= self.ASKS or (self.asks and answered):",
+        "if self.asks >= self.ASKS:",
         "asking again in the same run, after a look and the whole patience, is what the contract allows",
     ),
     Mutant("time waited for by the wall clock", "return self.moment().steady - since.steady", "return self.moment().wall - since.wall"),

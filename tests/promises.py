@@ -606,7 +606,12 @@ class Books:
             return
         self.judged.add(ids)
         promise = "merged_elsewhere is said only of what somebody else has merged or deleted"
-        if self.organisation.alive(ids[1]) or not self.organisation.alive(ids[0]) or len(self.asks[ids]) > 1:
+        had_gone = (
+            self.organisation.merge_times.get(ids[0], self.clock.now) < self.asks[ids][0].at
+            if self.asks[ids]
+            else False
+        )
+        if self.organisation.alive(ids[1]) or had_gone or len(self.asks[ids]) > 1:
             raise Broken(promise, f"{name(ids)} is there, or was asked for more than once")
 
     def _judge_proof(self, ids: Ids, backup: Optional[str]) -> None:

@@ -274,8 +274,13 @@ class UndoBooks:
             known = {row for one in self.books.known[ids] for row in (one.primary.ref, one.duplicate.ref)}
             return primary is not None and primary["external_ref"] not in known
         if code in ("external_ref_conflict", "contact_refused"):
-            holders = organisation.contacts.find([("external_ref", [reference])])
-            return any(one["id"] not in ids or reference in organisation.stuck_references for one in holders)
+            # A group is refused as a whole, for any of its references, or where nobody may have an email twice.
+            refs = {
+                one.duplicate.ref for other in self.books.known if other[0] == ids[0] for one in self.books.known[other]
+            }
+            holders = organisation.contacts.find([("external_ref", sorted({reference, *refs}))])
+            stuck = not organisation.stuck_references.isdisjoint(refs) or self.books.world.unique_emails
+            return stuck or any(one["id"] not in ids for one in holders)
         if code == "not_handed_back":
             things = [self.table(item["id"]).get(item["id"]) for item in entry["left"]]
             people = [one["id"] for thing in things if thing for role in USER_LISTS for one in thing.get(role, ())]
