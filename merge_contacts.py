@@ -3139,13 +3139,13 @@ class Walk:
 
     async def _is_ready(self, pair: Pair, first: bool) -> bool:
         """Renew the evidence. A pair that was asked for before is looked at whatever the renewal says: False if it has
-        gone by then."""
+        gone by then. The look keeps no units, for pairs that wait to ask would wait for each other's."""
         flaw: Optional[PairError] = None
         try:
             await self.evidence.renew()
         except PairError as error:
             flaw = error
-        if not first and await self._look(pair):
+        if not first and await self.api.look(*pair.ids, Turn(FINISH)) is not Sight.THERE:
             await self._note_merged(pair)
             return False
         if flaw:

@@ -101,7 +101,7 @@ MUTANTS = [
         "it guards against a disk that loses what it was given, which is not simulated; tests/test_survive.py does",
     ),
     # Asking again
-    Mutant("asked again without a look", "        if not first and await self._look(pair):", "        if False:"),
+    Mutant("asked again without a look", "        if not first and await self.api.look(*pair.ids, Turn(FINISH)) is not Sight.THERE:", "        if False:"),
     Mutant("asked again on the old backup", "        if not first:\n            self.evidence.expire()\n", ""),
     Mutant("no patience", "            if waited >= longest:\n", "            if True:\n"),
     Mutant("patience of a lost answer for all", "        return merge_timeout\n    return min(10.0", "        pass\n    return min(10.0"),
