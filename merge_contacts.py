@@ -5758,7 +5758,9 @@ def _report(run: Run, plan: Plan, merger: Optional[ContactMerger], savepoint: Sa
     """Write the report and print the summary; a full disk here makes the exit code 3."""
     stop = stopped_by(merger, code)
     summary, lists = summary_of(plan, savepoint), outcome(savepoint)
-    failures = [*lists["failed_merges"], *lists["unfinished_merges"]]
+    failed = list(lists["failed_merges"])  # also by a run that was killed before it could say so
+    failures = [*failed, *lists["unfinished_merges"]]
+    code = EXIT_FAILED if failed and code == EXIT_OK else code
     facts = run_facts(run, merger, savepoint, code, headline(plan, summary, savepoint), plan)
     code = written(run, lambda: write_report(run.report_path, facts, plan, savepoint, run.outside), code)
     if stop and not run.signal:
