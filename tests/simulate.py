@@ -730,6 +730,8 @@ class Life:
         last = ""
         for _ in range(PEACEFUL_RUNS):
             self._export()
+            if not self.exports[-1]:  # others have deleted everybody
+                break
             self._write_csv(self.exports[-1])
             code = self._run(["--csv", "contacts.csv", "--yes", "--quiet"], self._machine())
             if code not in (0, 1, 3):
