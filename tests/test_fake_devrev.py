@@ -7,9 +7,9 @@ from typing import Any, Dict, List, Tuple
 
 import pytest
 
+from tests.fake_devrev import LONG_AGO, Fault, Organisation, World
 from tests.sandbox import Sandbox
 from tests.support import pair
-from tests.world import LONG_AGO, Fault, Organisation, World
 
 DUPLICATE_REFERENCE = "user_1"
 
