@@ -10,6 +10,7 @@ import email.utils
 import importlib.util
 import io
 import json
+import math
 import os
 import random
 import sqlite3
@@ -305,8 +306,8 @@ def environment_of(module: Any, process: SimulatedProcess, settings: Any) -> Any
         def now(self) -> Any:
             return module.Timestamp(process.clock.wall, process.clock.steady)
 
-        async def post(self, endpoint: str, body: Dict[str, Any]) -> Any:
-            return await exchange(module, process, settings, endpoint, body)
+        async def post(self, endpoint: str, body: Dict[str, Any], deadline: Optional[float] = None) -> Any:
+            return await exchange(module, process, settings, endpoint, body, deadline)
 
         async def run_in_thread(self, job: Any, *args: Any) -> Any:
             await asyncio.sleep(0.001 + 0.02 * process.random.random())
@@ -378,8 +379,17 @@ class SilentStream(io.StringIO):
 # --------------------------------------------------------------------------------------------------
 
 
-async def exchange(module: Any, process: SimulatedProcess, settings: Any, endpoint: str, body: Dict[str, Any]) -> Any:
+async def exchange(
+    module: Any,
+    process: SimulatedProcess,
+    settings: Any,
+    endpoint: str,
+    body: Dict[str, Any],
+    deadline: Optional[float] = None,
+) -> Any:
     """One request through the weather, and its answer as the real wire would hand it over."""
+    whole = min(10 * settings.timeout, deadline or math.inf)
+    silence = min(settings.timeout, whole)
     body = json.loads(module.to_json(body))
     process.step(f"sending {endpoint}")
     process.idle += 1
@@ -400,16 +410,15 @@ async def exchange(module: Any, process: SimulatedProcess, settings: Any, endpoi
             future.set_result(answer)
 
     begin(module, process, settings, sent, network_faults, hand_over)
-    none = module.HttpResponse(None, {}, None, f"no answer within {settings.timeout:g} s")
-    timer = loop.call_later(settings.timeout, hand_over, none)
+    none = module.HttpResponse(None, {}, None, f"no answer within {silence:g} s")
+    timer = loop.call_later(silence, hand_over, none)
     try:
         answer = await future
     finally:
         timer.cancel()
     if answer is LONG:
-        limit = 9 * settings.timeout
-        await asyncio.sleep(limit)
-        answer = module.HttpResponse(None, {}, None, f"no whole answer within {10 * settings.timeout:g} s")
+        await asyncio.sleep(max(0.0, whole - 0.9 * settings.timeout))
+        answer = module.HttpResponse(None, {}, None, f"no complete answer within {whole:g} s")
     process.units_unseen += "X-Ratelimit-Remaining" not in answer.headers
     process.trace(f"  <- {endpoint} {describe(body)}: {answer.status or answer.problem} {told(answer.data)}")
     process.step(f"hearing of {endpoint}")
@@ -466,8 +475,7 @@ def parse(
         return LONG, settings.timeout * 0.9
     seconds = answer.seconds * (len(answer.payload) if answer.manner == "drip" else 1)
     headers = dict(answer.headers, Date=email.utils.formatdate(EPOCH + process.clock.now, usegmt=True))
-    whole = types.SimpleNamespace(content=answer.payload, status_code=answer.status)
-    data, problem = module.HttpTransport._read(types.SimpleNamespace(settings=settings), whole)
+    data, problem = module.parse_body(answer.status, answer.payload, settings)
     return module.HttpResponse(answer.status, Headers(headers), data, problem), min(seconds, 9.9 * settings.timeout)
 
 
