@@ -197,8 +197,8 @@ MUTANTS = [
     Mutant("what is kept is never given back", "        self._reserve(reservation, 0)\n", ""),
     Mutant(
         "the server's quota is ignored",
-        'float("inf") if self.remaining is None else self.remaining - self._in_flight',
-        'float("inf")',
+        "return math.inf if self.remaining is None else self.remaining - in_flight",
+        "return math.inf",
     ),
     Mutant(
         "requests leave after a stop",
