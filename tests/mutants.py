@@ -210,7 +210,11 @@ MUTANTS = [
         "            if not future.done():\n                future.set_exception(Cancelled())\n",
         "            pass\n",
     ),
-    Mutant("lists without end", "if cursor in cursors or stale >= self.STALE_PAGES:", "if False:"),
+    Mutant(
+        "lists without end",
+        "if cursor in cursors or stale >= self.STALE_PAGES or empty >= self.EMPTY_PAGES:",
+        "if False:",
+    ),
     Mutant(
         "--limit is ignored", "        if size <= limit:  # none: what an earlier run has begun\n", "        if True:\n"
     ),
