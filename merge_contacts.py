@@ -42,7 +42,7 @@ import textwrap
 import threading
 import time
 from array import array
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
@@ -929,32 +929,53 @@ def _keep_rows(rows: Iterable[Tuple[int, Contact]], contents: CsvContents) -> No
 
 
 class State(str, Enum):
-    """How far a pair is.
-
-    From REQUESTED to PROVING it is unfinished: it was asked for, and only an end of ENDED makes that forgotten.
-    """
+    """How far a pair is. From REQUESTED to VERIFYING it is unfinished; only a state of TERMINAL ends a requested pair."""
 
     PLANNED = "planned"
-    FAILED = "failed"  # refused, or failed before a merge was asked for: tried again by the next run
-    REQUESTED = "requested"  # the request may have left
-    ACKNOWLEDGED = "acknowledged"  # DevRev has accepted it
-    MERGED = "merged"  # the duplicate has gone
-    PROVING = "proving"  # the reference is on the primary
-    DONE = "done"  # nothing was left behind: never touched again
-    MERGED_ELSEWHERE = "merged_elsewhere"  # somebody else was faster
-    SETTLED = "settled"  # what could not be mended was accepted by a person
-    UNDOING = "undoing"  # an undo has begun
+    FAILED = "failed"  # refused, or failed before its merge was requested: the next run tries it again
+    REQUESTED = "requested"  # the request may have been sent
+    ACKNOWLEDGED = "acknowledged"
+    MERGED = "merged"  # the duplicate no longer exists
+    VERIFYING = "proving"  # the reference is on the primary
+    DONE = "done"
+    MERGED_ELSEWHERE = "merged_elsewhere"  # another user merged or deleted the duplicate first
+    SETTLED = "settled"  # merged, and a person accepted what can't be fixed
+    CANCELLED = "cancelled"  # a person gave it up while the duplicate still existed
+    UNDOING = "undoing"
     UNDONE = "undone"
+    UNDO_SETTLED = "undo_settled"  # a person gave up the rest of its undo
 
 
 REQUESTED_STATES = (State.REQUESTED, State.ACKNOWLEDGED)
-UNFINISHED = (*REQUESTED_STATES, State.MERGED, State.PROVING)
+UNFINISHED = (*REQUESTED_STATES, State.MERGED, State.VERIFYING)
 ENDED = (State.DONE, State.MERGED_ELSEWHERE, State.SETTLED)
+TERMINAL = (*ENDED, State.CANCELLED, State.UNDONE, State.UNDO_SETTLED)
+# States by how much they say was done: where two files disagree at the same revision, the later one is believed.
+AUTHORITY = (
+    State.PLANNED, State.FAILED, *UNFINISHED, *ENDED, State.UNDOING, State.CANCELLED, State.UNDO_SETTLED, State.UNDONE,
+)  # fmt: skip
+
+
+@dataclass
+class UndoProgress:
+    """How far the undo of one merge is. Every step is saved before its request."""
+
+    path: str  # of the --undo
+    state_before: str  # of the pair
+    reference_moved: bool = False  # the merge had moved the duplicate's reference to the primary
+    left_out: Dict[str, str] = field(default_factory=dict)  # field -> why DevRev refused it
+    contacts_before: Optional[List[str]] = None  # ids of the email before the create request; None: not requested yet
+    contact: str = ""  # id of the contact created again
+    display_id: str = ""
+    left: List[Json] = field(default_factory=list)  # `{id, role, why}` of what stays with the primary
 
 
 @dataclass
 class Pair:
-    """One merge: `duplicate` goes into `primary`, and `new_ref` (if any) becomes the primary's external_ref."""
+    """One merge: `duplicate` goes into `primary`, and `new_ref` (if any) becomes the primary's external_ref.
+
+    `to_json` is the document that the savepoint stores. Times are epoch seconds; 0 stands for never.
+    """
 
     primary: Contact
     duplicate: Contact
@@ -963,16 +984,30 @@ class Pair:
     code: str = ""
     error: str = ""
     backup: str = ""
-    requested_at: float = 0.0  # epoch seconds, of the last request
+    backed_up: Json = field(default_factory=dict)  # what the backup holds, by kind
+    requested_at: float = 0.0  # the last request
     first_requested_at: float = 0.0
+    previous_request_at: float = 0.0  # the request before the last one
+    withdrawn_at: float = 0.0  # `requested_at` of a request that is known not to have been sent
+    rejected: bool = False  # DevRev answered the last request with a refusal, and may have carried it out all the same
     seconds: float = 0.0
     left_behind: List[Json] = field(default_factory=list)
-    refused: bool = False  # DevRev's answer to the last request was a no
-    details: Json = field(default_factory=dict)  # `deleted`: ids; `accepted`: what was settled; `undo`
-    report: str = ""  # that names it: as ended, or as unfinished
+    deleted: List[str] = field(default_factory=list)  # objects of the backup that no longer exist
+    proved: int = 0  # objects that were found with the primary
+    fields_to_carry: Json = field(default_factory=dict)  # what the update of the reference sets besides
+    fields_before: Json = field(default_factory=dict)  # the primary's values of these fields before the update
+    fields_lost: List[Json] = field(default_factory=list)  # `{field, value}` of the duplicate that the primary lacks
+    accepted: str = ""  # what a person accepted with --settle
+    reference_not_set: str = ""
+    onward: str = ""  # the contact that the primary was merged into by a later merge
+    after_cancel: bool = False  # DevRev carried it out after it was cancelled
+    undo: Optional[UndoProgress] = None
+    run: str = ""  # that wrote it last
     updated: str = ""
+    # Known to this run only:
     exported: Optional["Pair"] = None  # of an unfinished pair: the same as this run's CSV has it
-    is_overruled: bool = False  # of an unfinished pair: the reference that is to stay is another by now
+    is_overruled: bool = False  # of an unfinished pair: the plan keeps another reference than it would leave
+    tried_before: bool = False  # of a planned pair: an earlier run refused or failed it
 
     @property
     def email(self) -> str:
@@ -982,12 +1017,32 @@ class Pair:
     def ids(self) -> Tuple[str, str]:
         return self.primary.id, self.duplicate.id
 
-    @property
-    def is_settleable(self) -> bool:
-        """Whether a person may accept what it lacks: a report has said what is wrong, and the duplicate has gone or
-        the merge can't be asked for again."""
-        gone = self.state in (State.MERGED, State.PROVING)
-        return bool(self.report) and self.code in (SETTLEABLE_MERGED if gone else SETTLEABLE_REQUESTED)
+    def to_json(self) -> Json:
+        document = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in NOT_STORED}
+        document.update(primary=self.primary.to_json(), duplicate=self.duplicate.to_json(), state=self.state.value)
+        document["undo"] = asdict(self.undo) if self.undo else None
+        return document
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> "Pair":
+        pair = cls(**document)
+        pair.primary, pair.duplicate = Contact.from_json(document["primary"]), Contact.from_json(document["duplicate"])
+        pair.state = State(document["state"])
+        pair.undo = UndoProgress(**document["undo"]) if document["undo"] else None
+        return pair
+
+    def withdraw_request(self) -> None:
+        """Take back the last request, which was saved and never sent: the one before it, if any, counts again."""
+        self.withdrawn_at, self.requested_at = self.requested_at, self.previous_request_at
+        self.previous_request_at = 0.0
+        if self.requested_at:
+            # The wait for the earlier request's answer is over: this one was only made after it.
+            self.state, self.rejected = State.REQUESTED, True
+        else:
+            self.state, self.first_requested_at, self.rejected = State.PLANNED, 0.0, False
+
+
+NOT_STORED = ("run", "exported", "is_overruled", "tried_before")
 
 
 # Why a merged pair can't be brought to its end.
@@ -1029,7 +1084,7 @@ class Group:
 
     def primary_ref(self) -> str:
         """The reference that the primary has now, as far as this tool has moved one to it."""
-        moved = [pair.new_ref for pair in self.pairs if pair.new_ref and pair.state in (State.PROVING, State.DONE)]
+        moved = [pair.new_ref for pair in self.pairs if pair.new_ref and pair.state in (State.VERIFYING, State.DONE)]
         return moved[0] if moved else self.primary.external_ref
 
     def has_absorbed(self) -> bool:
@@ -2336,1474 +2391,467 @@ def by_id(items: Iterable[Json]) -> Dict[str, Json]:
     return {item["id"]: item for item in items}
 
 
-JOURNAL = Path("backups") / "journal.jsonl"
-
-
-class Journal:
-    """`backups/journal.jsonl`: what was asked for and what has ended, on the disk before it is done or said.
-
-    A line an event, `{"event", "time", "run", "primary", "duplicate", "email", "new_ref", "backup", …}`; primary and
-    duplicate are whole rows, so that a lost savepoint can be made again from it.
-    """
-
-    STATES: Mapping[str, State] = {
-        "asked": State.REQUESTED,
-        "withdrawn": State.PLANNED,  # a first request did not leave after all
-        "merged": State.MERGED,
-        "done": State.DONE,
-        "merged elsewhere": State.MERGED_ELSEWHERE,
-        "settled": State.SETTLED,
-        "undo begun": State.UNDOING,
-        "undone": State.UNDONE,
-    }
-
-    def __init__(self, path: Path, environment: Environment, run: str) -> None:
-        self.path = path
-        self.environment = environment
-        self.run = run
-
-    def line(self, event: str, pair: Pair) -> bytes:
-        line = {
-            "event": event,
-            "time": iso(self.environment.now().wall),
-            "run": self.run,
-            "email": pair.email,
-            "primary": pair.primary.to_json(),
-            "duplicate": pair.duplicate.to_json(),
-            "new_ref": pair.new_ref,
-            "backup": pair.backup,
-            "requested_at": pair.requested_at,
-            "first_requested_at": pair.first_requested_at,
-            "details": pair.details,
-        }
-        return to_json(line)
-
-    def add(self, lines: Iterable[bytes]) -> None:
-        """Append events. Raises OSError where the disk refuses."""
-        self.environment.make_private_dir(self.path.parent)
-        self.environment.append_lines(self.path, b"\n".join(lines))
-
-    def asked_before(self, pair: Pair) -> bool:
-        """Whether another run in this folder has asked for a pair."""
-        events = [
-            line["event"]
-            for line in self._lines()
-            if line["run"] != self.run and (line["primary"]["id"], line["duplicate"]["id"]) == pair.ids
-        ]
-        return bool(events) and events[-1] != "withdrawn"
-
-    def size(self) -> int:
-        return self.path.stat().st_size if self.path.exists() else 0
-
-    def pairs(self, known: int) -> List[Pair]:
-        """The pairs of which it tells behind so many bytes, in the state that its last event tells of."""
-        found: Dict[Tuple[str, str], Pair] = {}
-        for line in self._lines(known):
-            pair = Pair(Contact.from_json(line["primary"]), Contact.from_json(line["duplicate"]), line["new_ref"])
-            pair.state = self.STATES[line["event"]]
-            pair.refused = pair.state is State.REQUESTED  # which an answer may have said: the whole patience
-            pair.backup, pair.details = line["backup"], line.get("details", {})
-            pair.requested_at, pair.first_requested_at = line["requested_at"], line["first_requested_at"]
-            found[pair.ids] = pair
-        return list(found.values())
-
-    def _lines(self, known: int = 0) -> Iterator[Json]:
-        """The events in order; a line that a crash has torn says nothing, for what it announced was not done."""
-        if not self.path.exists():
-            return
-        with open(self.path, "rb") as file:
-            file.seek(known)
-            for raw in file:
-                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-                    line = json.loads(raw)
-                    if line["event"] in self.STATES and line["primary"]["id"] and line["duplicate"]["id"]:
-                        yield {"new_ref": None, "backup": "", "requested_at": 0.0, "first_requested_at": 0.0, **line}
-
-
 # ---------------------------------------------------------------------------------------------------
 # Savepoint: what was done, across crashes
 # ---------------------------------------------------------------------------------------------------
 
+SAVEPOINT = Path("savepoint.db")
+SAVEPOINT_COPY = Path("backups") / "savepoint-copy.db"
+Ids = Tuple[str, str]  # primary, duplicate
 
-def inspect_savepoint(path: Path, readonly: bool) -> None:
-    """Look at the file's header (https://sqlite.org/fileformat.html) before SQLite may touch it.
 
-    Raises Stop(2) where it is no savepoint of ours, from a newer version, or can't be written.
+class StoredPair(NamedTuple):
+    """A row of the table `pairs`."""
+
+    revision: int  # the number of the write that stored it
+    run: str
+    document: Json
+
+
+class StoredRun(NamedTuple):
+    """A row of the table `runs`. The document is the report's `run`, and `reported`: whether its report was written."""
+
+    revision: int
+    document: Json
+
+
+def winning_row(one: StoredPair, other: StoredPair) -> StoredPair:
+    """Return which of two files to believe about one pair.
+
+    The higher revision wins, for clocks can be set; at equal revisions the state that says more was done. A row that
+    records a request never loses to one that doesn't, unless that one records that the request was never sent.
     """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(100)
-            writable = os.fstat(file.fileno()).st_mode & 0o222 and os.access(str(path), os.W_OK)
-    except FileNotFoundError:
-        if not path.resolve().parent.is_dir():
-            raise FatalError(EXIT_USAGE, f"the savepoint's folder {path.parent} is not there") from None
-        return
-    except OSError as error:
-        raise FatalError(EXIT_USAGE, f"the savepoint {path} can't be opened: {error.strerror}") from None
-    if not head:
-        return
-    version, application = (int.from_bytes(head[at : at + 4], "big") for at in (60, 68))
-    not_our_csv_reason = application and application != SavePoint.APPLICATION
-    if not head.startswith(b"SQLite format 3\0") or len(head) < 100 or not_our_csv_reason:
-        raise FatalError(EXIT_USAGE, f"{path} is damaged or not a savepoint; it was left as it is")
-    if version > SavePoint.VERSION:
-        raise FatalError(EXIT_USAGE, f"the savepoint {path} is from a newer version of this tool; it was left as it is")
-    if not writable and not readonly:
-        raise FatalError(EXIT_USAGE, f"the savepoint {path} is read-only; it was left as it is")
+    winner, loser = sorted((one, other), key=row_authority, reverse=True)
+    requested = loser.document["requested_at"]
+    forgets = requested and not winner.document["requested_at"] and winner.document["withdrawn_at"] != requested
+    if forgets and State(winner.document["state"]) in (State.PLANNED, State.FAILED):
+        return loser._replace(revision=winner.revision)
+    return winner
 
 
-class SavePoint:
-    """An SQLite file with a row a pair, held exclusively while a run lasts, each write on the disk when it returns.
+def row_authority(row: StoredPair) -> Tuple[int, int, float]:
+    return row.revision, AUTHORITY.index(State(row.document["state"])), row.document["requested_at"]
 
-    `readonly` looks at it as well as it can, also while a run holds it. Raises Stop(2) where the file is damaged,
-    foreign, from a newer version or read-only (and leaves it as it is), Stop(11) where another run holds it, Stop(3)
-    where a write fails.
+
+class SavePointFile:
+    """One of the savepoint's two SQLite files; each is complete, and knows nothing of the other.
+
+    `last_write` and `last_run` say which write reached it last, and whose. Methods raise sqlite3.Error.
     """
 
-    VERSION = 2
+    FORMAT = 3
     APPLICATION = 0x4D434F4E  # "MCON", in the file's header
+    db: sqlite3.Connection  # once it is open
     SCHEMA = """
-        CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+        CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+        CREATE TABLE runs (id TEXT PRIMARY KEY, revision INTEGER NOT NULL, document TEXT NOT NULL);
         CREATE TABLE pairs (
-            primary_id TEXT NOT NULL, duplicate_id TEXT NOT NULL, email TEXT NOT NULL, new_ref TEXT,
-            state TEXT NOT NULL, code TEXT NOT NULL, error TEXT NOT NULL, backup TEXT NOT NULL,
-            requested_at REAL NOT NULL, first_requested_at REAL NOT NULL, seconds REAL NOT NULL,
-            left_behind TEXT NOT NULL, primary_row TEXT NOT NULL, duplicate_row TEXT NOT NULL,
-            run TEXT NOT NULL, created TEXT NOT NULL, updated TEXT NOT NULL,
+            primary_id TEXT NOT NULL, duplicate_id TEXT NOT NULL, organisation TEXT NOT NULL, email TEXT NOT NULL,
+            state TEXT NOT NULL, new_ref TEXT, run TEXT NOT NULL, revision INTEGER NOT NULL, document TEXT NOT NULL,
             PRIMARY KEY (primary_id, duplicate_id)
         );
         CREATE INDEX pairs_by_state ON pairs (state);
-    """
-    # From version 1.0.0 on: what was once asked for is never forgotten, and what had ended by then was reported then.
-    UPGRADE = """
-        ALTER TABLE pairs ADD COLUMN refused INTEGER NOT NULL DEFAULT 0;
-        ALTER TABLE pairs ADD COLUMN details TEXT NOT NULL DEFAULT '{}';
-        ALTER TABLE pairs ADD COLUMN report TEXT NOT NULL DEFAULT '';
-        UPDATE pairs SET state = 'requested', refused = 1 WHERE state = 'failed' AND requested_at > 0;
-        UPDATE pairs SET report = 'before' WHERE state = 'done';
         CREATE INDEX pairs_by_duplicate ON pairs (duplicate_id);
-        CREATE INDEX pairs_unreported ON pairs (report) WHERE report = '';
-        INSERT INTO about VALUES ('journal', '0');
+        CREATE INDEX pairs_by_run ON pairs (run)
     """
-    PLAIN = ("new_ref", "code", "error", "backup", "requested_at", "first_requested_at", "seconds")
-    COLUMNS = (
-        "primary_id", "duplicate_id", "email", *PLAIN, "state", "left_behind", "primary_row", "duplicate_row",
-        "refused", "details", "report", "run", "created", "updated",
-    )  # fmt: skip
 
-    def __init__(self, path: Path, environment: Environment, run: str = "", readonly: bool = False) -> None:
+    def __init__(self, path: Path, environment: Environment) -> None:
         self.path = path
         self.environment = environment
-        self.run = run
-        self.readonly = readonly
-        self.glimpsed = False  # read past the lock of a run that goes on
-        self._lock = threading.Lock()  # one thread at a time uses the connection
-        inspect_savepoint(path, readonly)
+        self.failure: Optional[FatalError] = None  # it can't be written any more
+        self.last_write, self.last_run = 0, ""
+
+    def check_header(self) -> None:
+        """Read the header (https://sqlite.org/fileformat.html) before SQLite may touch the file.
+
+        Raises FatalError(2) where it is damaged or not a savepoint of this format, FatalError(3) where it can't be read.
+        """
         try:
-            self._db = self._poll() if readonly else self._open()
-        except sqlite3.Error as error:
-            raise self._trouble(error, EXIT_USAGE) from None
+            head = self.path.read_bytes()[:100] if self.path.exists() else b""
+        except OSError as error:
+            raise FatalError(EXIT_STOPPED, f"the savepoint {self.path} can't be read: {error.strerror}") from None
+        if not head:
+            return
+        version, application = (int.from_bytes(head[at : at + 4], "big") for at in (60, 68))
+        if not head.startswith(b"SQLite format 3\0") or len(head) < 100 or application not in (0, self.APPLICATION):
+            raise self.damaged("it is not a savepoint")
+        if application and version != self.FORMAT:
+            why = f"it has format {version}, and this version reads format {self.FORMAT} alone"
+            raise FatalError(EXIT_USAGE, f"{self.path} was left as it is: {why}. Move it, and its copy, away.")
 
-    # -- opening ------------------------------------------------------------------------------------
+    def damaged(self, why: str) -> FatalError:
+        other = SAVEPOINT_COPY if self.path == SAVEPOINT else SAVEPOINT
+        fix = f"Move it away and run again: {other} has everything that it had." if other.exists() else ""
+        return FatalError(EXIT_USAGE, f"{self.path} is damaged and was left as it is ({why}). {fix}".rstrip())
 
-    def _connect(self, mode: str) -> sqlite3.Connection:
-        path = (Path.cwd() / self.path).as_posix()  # as_uri() makes of a share what SQLite does not take
-        return self.environment.open_database(
-            f"file:{'' if path.startswith('/') else '/'}{quote(path, safe='/:')}?{mode}"
-        )
+    def connect(self, mode: str) -> sqlite3.Connection:
+        path = (Path.cwd() / self.path).as_posix()  # as_uri() makes of a network share what SQLite does not take
+        uri = f"file:{'' if path.startswith('/') else '/'}{quote(path, safe='/:')}?{mode}"
+        return self.environment.open_database(uri)
 
-    def _open(self) -> sqlite3.Connection:
-        db = self._connect("mode=rwc")
-        db.execute("PRAGMA busy_timeout = 1000")  # who only looks lets go in a moment
-        db.execute("PRAGMA locking_mode = EXCLUSIVE")
-        db.execute("PRAGMA synchronous = EXTRA")
-        db.execute("BEGIN EXCLUSIVE")
-        self._upgrade(db)
+    def open(self, mode: str = "mode=rwc") -> None:
+        """Lock the file for as long as it is open, and begin its first transaction."""
+        self.db = self.connect(mode)
+        self.db.execute("PRAGMA busy_timeout = 1000")  # who only reads releases the file in a moment
+        self.db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        self.db.execute("PRAGMA synchronous = EXTRA")
+        self.db.execute("BEGIN EXCLUSIVE")
+        self.load(self.db)
+
+    def load(self, db: sqlite3.Connection) -> None:
+        """Create the tables where there are none (a run may have been killed in its first transaction), and check."""
+        self.db = db
+        if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            for statement in self.SCHEMA.split(";"):
+                db.execute(statement)
+            db.execute(f"PRAGMA application_id = {self.APPLICATION}")
+            db.execute(f"PRAGMA user_version = {self.FORMAT}")
+        if db.execute("PRAGMA user_version").fetchone()[0] != self.FORMAT:
+            raise sqlite3.DatabaseError("it is another program's database")
         problem = db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if problem != "ok":
             raise sqlite3.DatabaseError(problem)
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": iso(self.environment.now().wall)}
-        db.execute("INSERT OR REPLACE INTO about VALUES ('holder', ?)", (json.dumps(holder),))
-        db.execute("COMMIT")
-        return db
+        meta = self.meta()
+        self.last_write, self.last_run = int(meta.get("last_write", 0)), meta.get("last_run", "")
 
-    def _upgrade(self, db: sqlite3.Connection) -> None:
-        """Bring the schema to this version, within the transaction that is open."""
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                raise sqlite3.DatabaseError("another program's database")
-        else:
-            db.execute("SELECT primary_id, state, run FROM pairs LIMIT 1")
-        for statement in {0: self.SCHEMA + self.UPGRADE, 1: self.UPGRADE}.get(version, "").split(";"):
-            db.execute(statement)
-        db.execute(f"PRAGMA application_id = {self.APPLICATION}")
-        db.execute(f"PRAGMA user_version = {self.VERSION}")
+    def meta(self) -> Dict[str, str]:
+        return dict(self.db.execute("SELECT name, value FROM meta"))
 
-    def _poll(self) -> sqlite3.Connection:
-        """Read what a normal open would recover; past the lock of a run that goes on, and then several times."""
-        copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        for patience in (0.0, 0.05, 0.1, 0.2, 0.4):
-            time.sleep(patience)
+    def stored_pairs(self) -> Dict[Ids, StoredPair]:
+        rows = self.db.execute("SELECT primary_id, duplicate_id, revision, run, document FROM pairs")
+        return {(row[0], row[1]): StoredPair(row[2], row[3], json.loads(row[4])) for row in rows}
+
+    def stored_runs(self) -> Dict[str, StoredRun]:
+        rows = self.db.execute("SELECT id, revision, document FROM runs ORDER BY id")
+        return {row[0]: StoredRun(row[1], json.loads(row[2])) for row in rows}
+
+    def put(self, pairs: Mapping[Ids, StoredPair], runs: Mapping[str, StoredRun], meta: Mapping[str, str]) -> None:
+        """Store rows within the open transaction."""
+        rows = [
+            (
+                *ids, organisation_of(ids[0]), row.document["primary"]["email"], row.document["state"],
+                row.document["new_ref"], row.run, row.revision, to_json(row.document).decode("utf-8"),
+            )
+            for ids, row in pairs.items()
+        ]  # fmt: skip
+        told = [(one, row.revision, to_json(row.document).decode("utf-8")) for one, row in runs.items()]
+        self.db.executemany(f"INSERT OR REPLACE INTO pairs VALUES ({', '.join('?' * 9)})", rows)
+        self.db.executemany("INSERT OR REPLACE INTO runs VALUES (?, ?, ?)", told)
+        self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(meta.items()))
+
+    def write(
+        self, number: int, run: str, pairs: Mapping[Ids, StoredPair], runs: Mapping[str, StoredRun], **meta: str
+    ) -> None:
+        """Store rows in one transaction, the write of this number; when it returns they are on the disk."""
+        try:
+            if not self.db.in_transaction:
+                self.db.execute("BEGIN IMMEDIATE")
+            self.put(pairs, runs, {**meta, "last_write": str(number), "last_run": run})
+            self.db.execute("COMMIT")
+        except sqlite3.Error:
+            with contextlib.suppress(sqlite3.Error):
+                self.db.execute("ROLLBACK")
+            raise
+        self.last_write, self.last_run = number, run
+
+    def read_snapshot(self) -> None:
+        """Load the content into memory, without a lock and without writing, also while a run writes to the file.
+
+        SQLite would have to roll back what a killed run left: that happens in a temporary copy.
+        """
+        memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        journal = self.path.with_name(self.path.name + "-journal")
+        for pause in (0.0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.8):
+            time.sleep(pause)
             if not (self.path.exists() and self.path.stat().st_size):
                 break
+            with tempfile.TemporaryDirectory() as folder:
+                aside = Path(folder) / self.path.name
+                # The change counter (bytes 24 to 27) tells whether a transaction ended while the file was read.
+                before = self.path.read_bytes()[24:28]
+                content = self.path.read_bytes()
+                aside.write_bytes(content)
+                if journal.exists():
+                    aside.with_name(journal.name).write_bytes(journal.read_bytes())
+                if content[24:28] != before or self.path.read_bytes()[24:28] != before:
+                    continue
+                with contextlib.closing(sqlite3.connect(str(aside), isolation_level=None)) as db:
+                    try:
+                        db.execute("SELECT count(*) FROM sqlite_master")
+                        db.backup(memory)
+                    except sqlite3.DatabaseError:
+                        if pause == 0.8:
+                            raise
+                        continue
+            break
+        self.load(memory)
+
+
+class SavePoint:
+    """What was done, in two files with the same content: `savepoint.db`, and the copy in `backups/`.
+
+    Each write goes to the file and then to its copy, each in a transaction of its own; a request that changes DevRev is
+    sent only after both. So a file that is lost, or replaced by an older one, loses nothing: at opening each takes from
+    the other the rows of higher revision. One transaction over two attached files was tried and rejected: each file
+    then names SQLite's super-journal by its absolute path, and a kill followed by a move corrupts the other.
+
+    A run holds both files exclusively. `readonly` joins them in memory. `organisation`, once set, limits what is read.
+    Raises FatalError(2) where a file is damaged or of another format, FatalError(3) where one can't be written,
+    FatalError(11) where another run holds one.
+    """
+
+    def __init__(self, environment: Environment, run: str = "", readonly: bool = False) -> None:
+        self.environment = environment
+        self.run = run
+        self.readonly = readonly
+        self.organisation = ""
+        self.warnings: List[str] = []
+        self.main, self.copy = SavePointFile(SAVEPOINT, environment), SavePointFile(SAVEPOINT_COPY, environment)
+        self.files = (self.main, self.copy)
+        self._lock = threading.Lock()  # one thread at a time uses the connections
+        self._pending: List[Tuple[Ids, Json, asyncio.Future[None]]] = []
+        self._writing: Optional[asyncio.Future[None]] = None
+        for file in self.files:
+            file.check_header()
             try:
-                with contextlib.closing(self._connect("mode=ro&immutable=1" if patience else "mode=rw")) as db:
-                    db.execute("SELECT primary_id, state, run FROM pairs LIMIT 1")
-                    db.backup(copy)
-                problem = copy.execute("PRAGMA quick_check(1)").fetchone()[0]
-                if problem == "ok":
-                    break
-                trouble = sqlite3.DatabaseError(problem)
-            except sqlite3.OperationalError as error:
-                trouble = error
-                if not patience and ("locked" in str(error) or "busy" in str(error)):
-                    self.glimpsed = True
-                elif not patience and "readonly" not in str(error):
-                    raise
-            except sqlite3.DatabaseError as error:
-                trouble = error
-                if not self.glimpsed:
-                    raise
-        else:
-            if self.glimpsed:
-                raise FatalError(
-                    EXIT_HELD, f"a run is writing to the savepoint {self.path} right now; look again in a moment"
-                )
-            raise trouble
-        copy.execute("BEGIN")
-        self._upgrade(copy)
-        copy.execute("COMMIT")
-        return copy
+                if readonly:
+                    file.read_snapshot()
+                else:
+                    self._open(file)
+            except sqlite3.Error as error:
+                self.close()
+                raise self._opening_error(file, error) from None
+            except OSError as error:
+                self.close()
+                raise FatalError(EXIT_STOPPED, f"the savepoint {file.path} can't be used: {error.strerror}") from None
+        self.write_number = max(file.last_write for file in self.files)
+        self._join()
 
-    def _trouble(self, error: sqlite3.Error, exit_code: int) -> FatalError:
+    # -- opening ------------------------------------------------------------------------------------
+
+    def _open(self, file: SavePointFile) -> None:
+        if file is self.copy:
+            self.environment.make_private_dir(file.path.parent)
+        try:
+            file.open()
+        except sqlite3.OperationalError as error:
+            # The lock of savepoint.db is the run's; its copy is used without one where the file system has none.
+            if file is self.main or "locking protocol" not in str(error):
+                raise
+            self.warnings.append(f"{file.path} is on a file system without working locks and is used without one")
+            file.open("mode=rwc&nolock=1")
+
+    def _opening_error(self, file: SavePointFile, error: sqlite3.Error) -> FatalError:
         text = str(error)
+        if "locking protocol" in text:
+            why = "its file system has no working locks; use a local disk"
+            return FatalError(EXIT_USAGE, f"the savepoint {file.path} can't be locked: {why}")
         if "locked" in text or "busy" in text:
-            return FatalError(EXIT_HELD, f"another run holds the savepoint {self.path}{self._holder()}")
-        if exit_code == EXIT_STOPPED:
-            return FatalError(EXIT_STOPPED, f"the savepoint {self.path} can't be used ({text})")
-        if "full" in text or "disk I/O" in text:
-            return FatalError(EXIT_STOPPED, f"the savepoint {self.path} can't be made ({text})")
-        if "readonly" in text or "unable to open" in text:
-            return FatalError(EXIT_USAGE, f"the savepoint {self.path} can't be written: {text}")
-        return FatalError(
-            EXIT_USAGE,
-            f"the savepoint {self.path} is damaged ({text}); it was left as it is. Move it away: "
-            "backups/journal.jsonl knows what it knew",
-        )
+            return FatalError(EXIT_HELD, f"another run holds the savepoint {file.path}{self._describe_holder()}")
+        if any(words in text for words in ("full", "disk I/O", "readonly", "unable to open", "read-only")):
+            return FatalError(EXIT_STOPPED, f"the savepoint {file.path} can't be written: {text}; nothing was changed")
+        return file.damaged(text)
 
-    def _holder(self) -> str:
-        with contextlib.suppress(sqlite3.Error, ValueError, TypeError, KeyError, FatalError):
-            meta = SavePoint(self.path, self.environment, readonly=True).holder()
-            return f": process {meta['pid']} on {meta['host']}, since {meta['since']}"
+    def _describe_holder(self) -> str:
+        with contextlib.suppress(sqlite3.Error, ValueError, TypeError, KeyError, FatalError, OSError):
+            holder = SavePoint(self.environment, readonly=True).holder()
+            return f": process {holder['pid']} on {holder['host']}, since {holder['since']}"
         return ""
 
-    def close(self) -> None:
-        self._db.close()
-
-    # -- reading and writing ------------------------------------------------------------------------
-
-    def holder(self) -> Json:
-        """Who opened the savepoint last: `pid`, `host`, `since`."""
-        found: Json = json.loads(self.meta("holder") or "{}")
-        return found
-
-    def meta(self, name: str, value: Optional[str] = None) -> Optional[str]:
-        """Read, or set for good, a fact about the savepoint (`organisation`)."""
-        if value is not None:
-            self._write(("INSERT OR REPLACE INTO about VALUES (?, ?)", [(name, value)]))
-        return next((value for (value,) in self._query("SELECT value FROM about WHERE name = ?", name)), None)
-
-    def journal_read(self) -> int:
-        """How many bytes of the journal it knows. What stands behind them is from a run with another savepoint, or from
-        one that was killed between the two."""
-        return int(self.meta("journal") or 0)
-
-    def row(self, pair: Pair) -> Tuple[Any, ...]:
-        """What is written of a pair, in the order of COLUMNS."""
-        now = iso(self.environment.now().wall)
-        return (
-            *pair.ids, pair.email, *(getattr(pair, name) for name in self.PLAIN), pair.state.value,
-            json.dumps(pair.left_behind), json.dumps(pair.primary.to_json()), json.dumps(pair.duplicate.to_json()),
-            pair.refused, json.dumps(pair.details), pair.report, self.run, now, now,
-        )  # fmt: skip
-
-    def record(self, rows: Iterable[Tuple[Any, ...]], journal: int) -> None:
-        """Write rows, and how many bytes of the journal are known with them; when this returns they are on the disk."""
-        self._write(self._recording(rows), ("UPDATE about SET value = ? WHERE name = 'journal'", [(str(journal),)]))
-
-    def _recording(self, rows: Iterable[Tuple[Any, ...]]) -> Tuple[str, Sequence[Tuple[Any, ...]]]:
-        kept = ("primary_id", "duplicate_id", "created")
-        changed = ", ".join(f"{name} = excluded.{name}" for name in self.COLUMNS if name not in kept)
-        statement = (
-            f"INSERT INTO pairs ({', '.join(self.COLUMNS)}) VALUES ({', '.join('?' * len(self.COLUMNS))}) "
-            f"ON CONFLICT (primary_id, duplicate_id) DO UPDATE SET {changed}"
-        )
-        return statement, list(rows)
-
-    def _write(self, *statements: Tuple[str, Sequence[Tuple[Any, ...]]]) -> None:
-        with self._lock:
+    def _join(self) -> None:
+        """Give each file the rows of the other that are newer, and find the requests that were never sent."""
+        pairs, changed = self._join_pairs()
+        stored = [file.stored_runs() for file in self.files]
+        runs = {one: row for rows in stored for one, row in rows.items()}
+        for one, row in runs.items():
+            runs[one] = max((rows[one] for rows in stored if one in rows), key=lambda found: found.revision)
+            changed = changed or any(rows.get(one) != runs[one] for rows in stored)
+        meta = {**self.copy.meta(), **self.main.meta()}
+        for name in ("last_write", "last_run"):
+            meta.pop(name, None)
+        if self.readonly:
+            self.main.put(pairs, runs, meta)
+            return
+        self.write_number += 1
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": iso(self.environment.now().wall)}
+        meta["holder"] = json.dumps(holder)
+        for file in self.files:
+            mine, my_runs = file.stored_pairs(), file.stored_runs()
+            news = {ids: row for ids, row in pairs.items() if mine.get(ids) != row}
             try:
-                self._db.execute("BEGIN IMMEDIATE")
-                for statement, rows in statements:
-                    self._db.executemany(statement, rows)
-                self._db.execute("COMMIT")
+                file.write(
+                    self.write_number, self.run, news, {k: v for k, v in runs.items() if my_runs.get(k) != v}, **meta
+                )
             except sqlite3.Error as error:
-                with contextlib.suppress(sqlite3.Error):
-                    self._db.execute("ROLLBACK")
-                raise self._trouble(error, EXIT_STOPPED) from None
+                self.close()
+                raise self._opening_error(file, error) from None
+
+    def _join_pairs(self) -> Tuple[Dict[Ids, StoredPair], bool]:
+        """Return all rows as both files together know them, and whether a file has to learn something."""
+        ours, theirs = self.main.stored_pairs(), self.copy.stored_pairs()
+        # The copy is written second: an intent that stands in the file's last write alone has not been sent.
+        one_ahead = self.main.last_run == self.copy.last_run and self.main.last_write == self.copy.last_write + 1
+        joined: Dict[Ids, StoredPair] = {}
+        for ids in {**ours, **theirs}:
+            mine, other = ours.get(ids), theirs.get(ids)
+            row = winning_row(mine, other) if mine and other else mine or other
+            assert row is not None
+            if mine and other and mine.revision == other.revision and mine.document != other.document:
+                email, state = row.document["primary"]["email"], row.document["state"]
+                self.warnings.append(f"{email}: {SAVEPOINT} and its copy disagree; «{state}» is taken, and is checked")
+            is_intent = row is mine and row.document["state"] == State.REQUESTED and row.revision == self.main.last_write
+            is_intent = is_intent and (other is None or other.document["requested_at"] != row.document["requested_at"])
+            if one_ahead and is_intent:
+                pair = Pair.from_json(row.document)
+                pair.withdraw_request()
+                row = StoredPair(self.write_number + 1, self.run, pair.to_json())
+                log.info("%s: the merge was never sent by the run that was killed", pair.email)
+            joined[ids] = row
+        return joined, any(rows != joined for rows in (ours, theirs))
+
+    def close(self) -> None:
+        for file in self.files:
+            with contextlib.suppress(AttributeError):  # it was never opened
+                file.db.close()
+
+    # -- writing ------------------------------------------------------------------------------------
+
+    @property
+    def failure(self) -> Optional[FatalError]:
+        """Why one of the files can't be written any more: nothing more may be requested then."""
+        return next((file.failure for file in self.files if file.failure), None)
+
+    async def save(self, pair: Pair) -> None:
+        """Store a pair; when it returns, it is on the disk in each file that can be written.
+
+        Raises FatalError(3) where neither can. What is saved meanwhile shares a transaction.
+        """
+        pair.run, pair.updated = self.run, iso(self.environment.now().wall)
+        saved: asyncio.Future[None] = asyncio.get_event_loop().create_future()
+        self._pending.append((pair.ids, pair.to_json(), saved))
+        if self._writing is None:
+            self._writing = asyncio.ensure_future(self._write_pending())
+        await saved
+
+    async def _write_pending(self) -> None:
+        while self._pending:
+            batch, self._pending = self._pending, []
+            failure: Optional[Exception] = None
+            try:
+                await self.environment.run_in_thread(self.write, {ids: document for ids, document, _ in batch})
+            except Exception as error:
+                failure = error
+            for _, _, saved in batch:
+                if failure and not saved.done():
+                    saved.set_exception(failure)
+                elif not saved.done():
+                    saved.set_result(None)
+        self._writing = None
+
+    def save_now(self, pairs: Iterable[Pair]) -> None:
+        """Store pairs without an event loop."""
+        changed = list(pairs)
+        for pair in changed:
+            pair.run, pair.updated = self.run, iso(self.environment.now().wall)
+        self.write({pair.ids: pair.to_json() for pair in changed})
+
+    def write(self, pairs: Mapping[Ids, Json], runs: Mapping[str, Json] = {}, **meta: str) -> None:
+        """Write documents to the file, then to its copy. Raises FatalError(3) where neither can be written."""
+        with self._lock:
+            self.write_number += 1
+            rows = {ids: StoredPair(self.write_number, self.run, document) for ids, document in pairs.items()}
+            told = {one: StoredRun(self.write_number, document) for one, document in runs.items()}
+            for file in self.files:
+                if file.failure is None:
+                    try:
+                        file.write(self.write_number, self.run, rows, told, **meta)
+                    except sqlite3.Error as error:
+                        words = f"the savepoint {file.path} can't be written any more ({error}); free the disk, run again"
+                        file.failure = FatalError(EXIT_STOPPED, words)
+                        log.warning("%s", file.failure)
+            if all(file.failure for file in self.files):
+                raise FatalError(EXIT_STOPPED, str(self.main.failure))
+
+    # -- reading ------------------------------------------------------------------------------------
 
     def _query(self, statement: str, *values: Any) -> Iterator[Tuple[Any, ...]]:
+        file = self.copy if self.main.failure else self.main
         try:
             with self._lock:
-                cursor = self._db.execute(statement, values)
+                cursor = file.db.execute(statement, values)
                 found = cursor.fetchmany(1000)
             while found:
                 yield from found
                 with self._lock:
                     found = cursor.fetchmany(1000)
         except sqlite3.Error as error:
-            raise self._trouble(error, EXIT_STOPPED) from None
+            raise FatalError(EXIT_STOPPED, f"the savepoint {file.path} can't be read ({error})") from None
 
     def _select(self, condition: str, *values: Any) -> Iterator[Pair]:
-        query = f"SELECT {', '.join(self.COLUMNS)} FROM pairs WHERE {condition} ORDER BY updated, email"
-        for found in self._query(query, *values):
-            row = dict(zip(self.COLUMNS, found))
-            yield Pair(
-                primary=Contact.from_json(json.loads(row["primary_row"])),
-                duplicate=Contact.from_json(json.loads(row["duplicate_row"])),
-                state=State(row["state"]),
-                left_behind=json.loads(row["left_behind"]),
-                refused=bool(row["refused"]),
-                details=json.loads(row["details"]),
-                **{name: row[name] for name in (*self.PLAIN, "report", "updated")},
-            )
+        mine = "AND organisation = ?" if self.organisation else ""
+        values = (*values, self.organisation) if self.organisation else values
+        query = f"SELECT run, document FROM pairs WHERE {condition} {mine} ORDER BY revision, email"
+        for run, document in self._query(query, *values):
+            pair = Pair.from_json(json.loads(document))
+            pair.run = run
+            yield pair
 
-    def rows(self, *states: State) -> Iterator[Pair]:
-        """Pairs in these states, those that changed last behind."""
-        return self._select(f"state IN ({', '.join('?' * len(states))})", *(state.value for state in states))
+    def pairs(self, *states: State, run: str = "") -> Iterator[Pair]:
+        """Return the pairs in these states, written last by `run` if given; those that changed last come last."""
+        condition, values = f"state IN ({', '.join('?' * len(states))})", [state.value for state in states]
+        return self._select(f"{condition} AND run = ?", *values, run) if run else self._select(condition, *values)
 
     def unfinished(self) -> List[Pair]:
-        """Pairs that an earlier run left between the merge request and their end."""
-        return list(self.rows(*UNFINISHED))
+        """Return the pairs that a run left between the merge request and their end."""
+        return list(self.pairs(*UNFINISHED))
 
-    def states(self, primary: str) -> Dict[str, Pair]:
-        """What is known of the pairs with this primary, by the duplicate's id."""
+    def pairs_of_primary(self, primary: str) -> Dict[str, Pair]:
+        """Return what is known of the pairs with this primary, by the duplicate's id."""
         return {pair.duplicate.id: pair for pair in self._select("primary_id = ?", primary)}
 
-    def went_into(self, contact: str, reference: Optional[str]) -> Optional[Pair]:
-        """The pair that is done and has taken this contact into one that has got this reference (if any)."""
+    def merged_onward(self, contact: str, reference: Optional[str]) -> Optional[Pair]:
+        """Return the finished pair that merged this contact into another one that now has `reference` (if any)."""
         for pair in self._select("duplicate_id = ? AND state = ?", contact, State.DONE.value):
-            moved = (one.new_ref for one in self.states(pair.primary.id).values() if one.state is State.DONE)
-            if reference is None or reference in moved:
+            others = self.pairs_of_primary(pair.primary.id).values()
+            if reference is None or reference in [one.new_ref for one in others if one.state is State.DONE]:
                 return pair
         return None
 
     def counts(self) -> Dict[str, int]:
         return dict(self._query("SELECT state, count(*) FROM pairs GROUP BY state ORDER BY state"))
 
-    # -- what is in which report --------------------------------------------------------------------
+    def other_organisations(self) -> int:
+        """Return how many pairs belong to another organisation than this run's."""
+        return int(next(self._query("SELECT count(*) FROM pairs WHERE organisation != ?", self.organisation))[0])
 
-    def unreported(self) -> Iterator[Pair]:
-        """Pairs that have ended and stand in no report yet."""
-        return self._select(
-            f"report = '' AND state IN ({', '.join('?' * len(ENDED))})", *(state.value for state in ENDED)
-        )
+    def meta(self, name: str) -> str:
+        return next((value for (value,) in self._query("SELECT value FROM meta WHERE name = ?", name)), "")
 
-    def failed(self) -> Iterator[Pair]:
-        """Pairs that this run has refused, or given up before they were asked for."""
-        refused = "(state = 'failed' OR (state = 'undoing' AND code = 'undo_unfinished'))"
-        return self._select(f"{refused} AND run = ?", self.run)
+    def holder(self) -> Json:
+        """Return who opened the savepoint last: `pid`, `host`, `since`."""
+        found: Json = json.loads(self.meta("holder") or "{}")
+        return found
 
-    def announce_report(self, name: str) -> None:
-        """Note the report that is about to name what has ended and what is unfinished, before it gets its name."""
-        ended, unfinished = (", ".join(f"'{state.value}'" for state in states) for states in (ENDED, UNFINISHED))
-        self._write(
-            (f"UPDATE pairs SET report = ? WHERE report = '' AND state IN ({ended})", [(name,)]),
-            (f"UPDATE pairs SET report = ? WHERE state IN ({unfinished})", [(name,)]),
-            ("INSERT OR REPLACE INTO about VALUES ('report', ?)", [(name,)]),
-        )
+    def runs(self) -> Dict[str, Json]:
+        """Return the documents of all runs, by the run's id."""
+        rows = self._query("SELECT id, document FROM runs ORDER BY id")
+        return {run: json.loads(document) for run, document in rows}
 
-    def confirm_report(self, is_there: Callable[[str], bool]) -> None:
-        """Find out whether the report that was announced last came to be; if not, the next one holds what it would."""
-        name = self.meta("report")
-        if name:
-            lost = [] if is_there(name) else [(name,)]
-            self._write(
-                ("UPDATE pairs SET report = '' WHERE report = ?", lost),
-                ("DELETE FROM about WHERE name = ?", [("report",)]),
-            )
-
-
-class PendingWrite(NamedTuple):
-    """What waits to be written of a pair: a line of the journal, or none, and a row of the savepoint."""
-
-    line: Optional[bytes]
-    row: Tuple[Any, ...]
-    written: "asyncio.Future[None]"
-
-
-class StateWriter:
-    """Journal and savepoint: what becomes of a pair is noted in both, here alone.
-
-    A thread writes; what comes meanwhile waits, and is flushed together.
-    """
-
-    EVENTS: Mapping[State, str] = {
-        **{state: event for event, state in Journal.STATES.items()},
-        State.FAILED: "withdrawn",
-        State.ACKNOWLEDGED: "asked",
-        State.PROVING: "merged",
-    }
-
-    def __init__(self, savepoint: SavePoint, journal: Journal) -> None:
-        self.savepoint, self.journal = savepoint, journal
-        self._waiting: List[PendingWrite] = []
-        self._writing: Optional[asyncio.Future[None]] = None
-
-    def reconcile(self, reported: Callable[[], Mapping[Tuple[str, str], str]]) -> None:
-        """Let each learn what the other alone knows: the journal where it was lost, or the savepoint is one of version
-        1.0.0; the savepoint where the journal goes on behind what it knows. `reported` tells who stands as ended in
-        which report."""
-        savepoint, size = self.savepoint, self.journal.size()
-        known = savepoint.journal_read() if savepoint.journal_read() <= size else 0
-        describe_pair = {pair.ids: pair for pair in self.journal.pairs(known)} if known < size else {}
-        rows = {row.ids: row for row in savepoint.rows(*State)} if describe_pair or not known else {}
-        unreported = [pair for pair in savepoint.unreported() if pair.ids not in describe_pair]
-        reports = reported() if describe_pair or unreported else {}
-        news = [pair for pair in unreported if pair.ids in reports]  # it is an old copy
-        for pair in news:
-            pair.report = reports[pair.ids]
-        for ids, pair in describe_pair.items():
-            row = rows.get(ids)
-            same = row and self.EVENTS[row.state] == self.EVENTS[pair.state] and row.requested_at == pair.requested_at
-            if row is None or not same or pair.state is State.UNDOING:
-                pair.report = row.report if row and same else reports.get(ids, "")
-                news.append(pair)
-        asked = (row for ids, row in rows.items() if self.EVENTS[row.state] != "withdrawn" and ids not in describe_pair)
-        untold = [] if known or savepoint.readonly else list(asked)
-        if news or untold:
-            log.info("%s learned from the journal, %d written to it", plural(len(news), "pair"), len(untold))
-            self.put(untold, news)
-
-    def put(self, lines: Iterable[Pair], rows: Iterable[Pair]) -> None:
-        """Write at once: in the journal what has become of pairs, and rows of the savepoint."""
-        added = [self.journal.line(self.EVENTS[pair.state], pair) for pair in lines]
-        if added:
-            self.journal.add(added)
-        self.savepoint.record(map(self.savepoint.row, rows), self.journal.size())
-
-    async def save(self, pair: Pair, event: str = "") -> None:
-        """Note the state of a pair, and the event that has led to it: both are on the disk when this returns.
-
-        Raises OSError or Stop(3) where the disk refuses.
-        """
-        line = self.journal.line(event, pair) if event else None
-        entry = PendingWrite(line, self.savepoint.row(pair), asyncio.get_event_loop().create_future())
-        self._waiting.append(entry)
-        if self._writing is None:
-            self._writing = asyncio.ensure_future(self._write())
-        await entry.written
-
-    async def _write(self) -> None:
-        while self._waiting:
-            entries, self._waiting = self._waiting, []
-            failure: Optional[Exception] = None
-            try:
-                await self.savepoint.environment.run_in_thread(self.write, entries)
-            except Exception as error:
-                failure = error
-            for entry in entries:
-                if failure and not entry.written.done():
-                    entry.written.set_exception(failure)
-                elif not entry.written.done():
-                    entry.written.set_result(None)
-        self._writing = None
-
-    def write(self, entries: Sequence[PendingWrite]) -> None:
-        """The journal first: a savepoint that is lost is made again from it."""
-        lines = [entry.line for entry in entries if entry.line]
-        if lines:
-            self.journal.add(lines)
-        self.savepoint.record([entry.row for entry in entries], self.journal.size())
-
-
-# ---------------------------------------------------------------------------------------------------
-# Merge: the walk of one group
-# ---------------------------------------------------------------------------------------------------
-
-
-class Preconditions:
-    """What the merges of a group rest on: the live check, the backup, and the integrity check from the disk.
-
-    Each part is as old as the first request that it was read with.
-    """
-
-    FRESH = 60.0  # seconds for which a live check is believed
-    LISTED = 120.0  # seconds for which the lists in a backup are believed
-    AHEAD = 50  # timelines that wait for their turn at once; groups that began earlier are read first
-
-    def __init__(self, merger: "ContactMerger", group: Group) -> None:
-        self.merger = merger
-        self.api = merger.api
-        self.environment = merger.environment
-        self.group = group
-        self.folder = ""  # of the backup, once the integrity check has passed
-        self.counts: Json = {}  # of what the backup holds
-        self._checked: Optional[Timestamp] = None
-        self._listed: Optional[Timestamp] = None
-        self._live: Dict[str, Json] = {}  # rev users by id
-        self._timelines: Dict[str, Tuple[Any, List[Json]]] = {}  # object id -> modified_date, entries
-
-    def require_fresh(self) -> None:
-        """Raises Stale where a request must not rest on it any more."""
-        if self._is_old(self._checked, self.FRESH) or self._is_old(self._listed, self.LISTED):
-            raise PreconditionsExpired()
-
-    def invalidate(self) -> None:
-        """Believe nothing of it any more; only timelines of what has not changed need not be read again."""
-        self.folder, self._checked, self._listed = "", None, None
-
-    async def ensure_fresh(self) -> None:
-        """Make anew what has become too old, or has never been made. Raises PairError with the first flaw."""
-        self.merger.raise_if_draining()
-        if not self.folder or self._is_old(self._listed, self.LISTED):
-            await self._check()
-            await self._back_up()
-        elif self._is_old(self._checked, self.FRESH):
-            await self._check()
-
-    def _is_old(self, since: Optional[Timestamp], limit: float) -> bool:
-        return since is None or self.environment.age(since) > limit
-
-    async def _check(self) -> None:
-        """Compare the group with DevRev as it is now."""
-        contacts = self.group.contacts()
-        emails = sorted({contact.email.strip() for contact in contacts})
-        priority = PREPARE if self._checked is None else MERGE
-        listings = await together(*(self.api.emails.load(email, 1, priority) for email in emails))
-        live = {user["id"]: user for listing in listings for user in listing.items}
-        namesakes = list(live.values())
-        since = [listing.since for listing in listings]
-        for contact in contacts:
-            # Lists may lag behind what this tool has done to the primary.
-            if contact.id not in live or (contact is self.group.primary and self.group.has_absorbed()):
-                since.append(self.environment.now())
-                live.pop(contact.id, None)
-                found = await self.api.contact(contact.id, RequestOptions(priority))
-                live.update({contact.id: found} if found else {})
-        problem = live_group_error(self.group, live, namesakes)
-        if problem:
-            raise problem
-        self._live, self._checked = live, oldest(since)
-        log.info("%s: the live check of %s has passed", self.group.email, plural(len(contacts), "contact"))
-
-    async def _back_up(self) -> None:
-        """Read all that DevRev holds of the group, write it down, and check what is on the disk."""
-        contacts = self.group.contacts()
-        priority = PREPARE if self._listed is None else MERGE
-        read = await together(*(self._snapshot(contact, priority) for contact in contacts))
-        snapshot, since = [one for one, _ in read], oldest(moment for _, moment in read)
-        objects = {identity: obj for one in snapshot for identity, obj in one.objects().items()}
-        if self.merger.backups.with_timelines:
-            await self._read_timelines(objects)
-        timelines = {identity: self._timelines[identity][1] for identity in objects if identity in self._timelines}
-        folder, problem = await self.environment.run_in_thread(self._write_backup, snapshot, timelines)
-        works = {work for one in snapshot for work in one.works()}
-        entries = sum(map(len, timelines.values()))
-        self.counts = {"works": len(works), "conversations": len(objects) - len(works), "timeline_entries": entries}
-        counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.counts.items())
-        log.info("%s: backed up in %s: %s", self.group.email, folder, counts)
-        for pair in self.group.pairs:
-            if pair.state is State.PLANNED:
-                pair.backup, pair.details["backed_up"] = folder, self.counts
-        if problem:
-            raise problem
-        log.info("%s: the integrity check of %s has passed", self.group.email, folder)
-        self.folder, self._listed = folder, since
-
-    async def _snapshot(self, contact: Contact, priority: int) -> Tuple[ContactSnapshot, Timestamp]:
-        """Everything but the timelines of one contact."""
-        lists = await together(
-            *(self.api.objects[name].load(contact.id, contact.tickets, priority) for name in ROLES.values()),
-            self.api.objects["members"].load(contact.id, 1 + contact.tickets // 4, priority),
-        )
-        roles = {role: by_id(listing.items) for role, listing in zip(ROLES, lists)}
-        snapshot = ContactSnapshot(contact, self._live[contact.id], roles, by_id(lists[-1].items))
-        return snapshot, oldest(listing.since for listing in lists)
-
-    async def _read_timelines(self, objects: Mapping[str, Json]) -> None:
-        """Read the timelines that are not there yet, and those of what has changed; a few at a time."""
-        known = self._timelines
-        wanted = [one for one, obj in objects.items() if known.get(one, (known,))[0] != obj.get("modified_date")]
-
-        async def read() -> None:
-            while wanted:
-                identity = wanted.pop(0)
-                try:
-                    self.merger.raise_if_draining()
-                    entries = await self.api.timeline(identity)
-                except (ApiError, NoUsableResponse) as error:
-                    wanted.clear()
-                    raise PairError(error.code, f"{identity}: {error}") from None
-                except Cancelled:
-                    wanted.clear()
-                    raise
-                known[identity] = objects[identity].get("modified_date"), entries
-
-        await together(*(read() for _ in range(min(self.AHEAD, len(wanted)))))
-
-    def _write_backup(
-        self, snapshot: Sequence[ContactSnapshot], timelines: Timelines
-    ) -> Tuple[str, Optional[PairError]]:
-        """Write the backup (in a thread); check from the disk that it is whole and holds what the export counts."""
-        merger = self.merger
+    def is_held(self) -> bool:
+        """Return whether a run holds the savepoint right now."""
         try:
-            folder = merger.backups.create(self.group.email, merger.organisation, snapshot, timelines)
-        except RecursionError:
-            raise PairError("backup_failed", "DevRev answered with something that is nested too deep") from None
-        try:
-            for entry in verify_backup(folder)["contacts"]:
-                grown = entry["role"] == "primary" and self.group.has_absorbed()
-                policy = "at-least" if grown else merger.count_policy
-                problem = count_error(Contact.from_json(entry["csv"]), greatest_count(entry), policy)
-                if problem:
-                    return str(folder), problem
-        except PairError as error:
-            return str(folder), error
-        return str(folder), None
-
-
-def oldest(moments: Iterable[Timestamp]) -> Timestamp:
-    return min(moments, key=lambda moment: moment.monotonic)
-
-
-def has_reference(pair: Pair, primary: Optional[Json]) -> bool:
-    """Whether the primary of a pair that an earlier run left has the new reference already.
-
-    Raises PairError where somebody has set one that is neither the old nor the new one: it is left.
-    """
-    name = pair.primary.short_id
-    if primary is None:
-        raise PairError("not_found", f"the primary {name} is not in DevRev any more")
-    reference = primary.get("external_ref")
-    if reference not in (pair.new_ref, pair.primary.external_ref):
-        words = f"{name} has got the reference {reference or 'none'} from somebody; {pair.new_ref} was not set"
-        raise PairError("external_ref_changed", words)
-    return bool(reference == pair.new_ref)
-
-
-async def set_reference(api: DevRevAPI, pair: Pair, reference: str, options: RequestOptions) -> bool:
-    """Set the reference of a pair's primary: True where it is set and read back, False where somebody holds it."""
-    try:
-        await api.set_external_ref(pair.primary.id, reference, options)
-    except ApiError as api_error:
-        if api_error.status == 409:
-            return False
-        code = "not_found" if api_error.missing else api_error.code
-        raise PairError(code, f"the reference {reference} could not be set: {api_error}") from None
-    except (NoUsableResponse, PairError) as error:
-        raise PairError(error.code, f"the reference {reference} could not be set: {error}") from None
-    return True
-
-
-def check_holders(pair: Pair, listed: Iterable[Json], over: bool) -> None:
-    """Raise PairError where another contact holds the pair's new reference, or it has not been let go for too long."""
-    holders = [str(user.get("display_id") or user["id"]) for user in listed if user["id"] not in pair.ids]
-    if holders or over:
-        nobody = f"{pair.duplicate.short_id}, which has gone, or a contact that the token can't see"
-        who = ", ".join(holders) or nobody
-        raise PairError("external_ref_conflict", f"the reference {pair.new_ref} is held by {who}")
-
-
-def check_nothing_left(pair: Pair, left: Sequence[Json]) -> None:
-    """Raise PairError where something does not hang on the primary, named."""
-    if left:
-        pair.left_behind = describe(pair.backup, left)
-        names = ", ".join(dict.fromkeys(item["display_id"] for item in pair.left_behind))
-        raise PairError("left_behind", f"merged, but not on the primary: {names}")
-
-
-def confirmation_timeout(pair: Pair, merge_timeout: float) -> float:
-    """Seconds after the request until a duplicate that is still there means that the merge won't come by itself."""
-    if pair.state is State.ACKNOWLEDGED or pair.refused:
-        return merge_timeout
-    return min(10.0, merge_timeout / 4)
-
-
-@dataclass
-class PairMerge:
-    """What this run knows of a pair beyond its state."""
-
-    MAX_REQUESTS = 3  # times that a run asks for one merge
-
-    requests_sent: int = 0  # requests of this run
-    waiting_since: Optional[Timestamp] = None  # that the merge is waited for
-    before: float = 0.0  # seconds that it had been waited for by then
-    polled: bool = False  # since the last request
-    rejection: Optional[PairError] = None  # DevRev's answer to the last request, where it was a clear no
-    contradictions: int = 0  # times that the duplicate was believed gone and was there after all
-
-    def waited(self, environment: Environment) -> float:
-        """Seconds since the merge was asked for."""
-        return self.before + environment.elapsed(self.waiting_since) if self.waiting_since else 0.0
-
-    def check_may_request_again(self, pair: Pair, waited: float) -> None:
-        """Raise PairError where the patience is over and this run has asked: not again where DevRev has answered."""
-        answered = pair.state is State.ACKNOWLEDGED or pair.refused
-        if self.requests_sent >= self.MAX_REQUESTS or (self.requests_sent and answered):
-            words = f"{pair.duplicate.short_id} is still there {duration(waited)} after it was asked for"
-            raise PairError("merge_not_confirmed", words)
-
-
-class GroupMerge:
-    """One group on its way: check, back up, ask, confirm, move the reference, prove, done.
-
-    A pair that an earlier run left enters the same walk at its state. Whatever keeps a pair from its end is raised as
-    PairError and noted by `ContactMerger.rest`; what stops the run passes through.
-    """
-
-    MAX_REFRESHES = 12  # times that a check or a backup is made anew before a pair is given up
-    SLOW = 3.0  # seconds after which nobody waits for a pair any more
-
-    def __init__(self, merger: "ContactMerger", group: Group, pairs: Sequence[Pair], resumed: bool = False) -> None:
-        self.merger = merger
-        self.api = merger.api
-        self.environment = merger.environment
-        self.group = group
-        self.pairs = pairs
-        self.resumed = resumed
-        self.attempted = asyncio.Event()  # each pair has been tried, or something has to be waited for
-        self.preconditions = Preconditions(merger, group)
-        self.verifier = TransferVerifier(self)
-        self.reservation = Reservation()
-        self.pair_merges: Dict[Tuple[str, str], PairMerge] = collections.defaultdict(PairMerge)
-        self._request_lock = asyncio.Lock()
-
-    async def run(self) -> None:
-        """Merge the pairs one after the other, then prove them."""
-        try:
-            for index, pair in enumerate(self.pairs):
-                if not await self._attempt(pair, self._merge):
-                    await self._skip_pairs(pair, self.pairs[index + 1 :])
-                    break
-            self.preconditions = Preconditions(
-                self.merger, self.group
-            )  # for memory: what is proved is read from the disk
-            await together(*(self.merger.guarded(self._attempt(pair, self._finish)) for pair in self.pairs))
-        finally:
-            self.api.scheduler.release(self.reservation)
-            self.attempted.set()
-
-    async def _attempt(self, pair: Pair, step: Callable[[Pair], Awaitable[None]]) -> bool:
-        """Take a pair further; False where it comes to rest before its end."""
-        if pair.ids in self.merger.outcomes:
-            return False
-        try:
-            await step(pair)
-        except PairError as problem:
-            await self.merger.record_outcome(self, pair, problem)
-        except PermissionDenied as denied:
-            if pair.state in UNFINISHED:
-                await self.merger.record_outcome(self, pair, PairError("forbidden", str(denied)))
-            raise
-        return pair.ids not in self.merger.outcomes
-
-    async def _skip_pairs(self, first: Pair, pairs: Sequence[Pair]) -> None:
-        """What refuses a group refuses all of its pairs; what has been asked for has to be finished first."""
-        refused, why = first.state is State.FAILED, "another merge into the same contact has to be finished first"
-        problem = PairError(first.code, first.error) if refused else PairError("group_incomplete", why)
-        for pair in pairs:
-            if pair.state is State.PLANNED:
-                await self.merger.record_outcome(self, pair, problem)
-
-    async def _merge(self, pair: Pair) -> None:
-        """Bring a pair from whatever state it is in to the reference's being on the primary."""
-        if self.resumed and pair.state in (State.MERGED, State.PROVING):
-            onward = self.merger.savepoint.went_into(pair.primary.id, pair.new_ref)
-            if onward:
-                await self._verify_onward(pair, onward.primary)
-                return
-        try:
-            while pair.state not in (State.PROVING, *ENDED):
-                if pair.state is State.MERGED:
-                    await self._set_reference(pair)
-                elif pair.state is State.PLANNED or not await self._confirm(pair):
-                    async with self._request_lock:  # one of the group at a time, for they rest on the same evidence
-                        await self._request_merge(pair)
-        finally:
-            self.api.scheduler.release(self.reservation)
-
-    async def _finish(self, pair: Pair) -> None:
-        """Prove a pair; where that shows that it is not merged after all, it is merged first."""
-        while pair.state not in ENDED:
-            await self._merge(pair)
-            if pair.state is State.PROVING:
-                await self._verify(pair)
-        await self.merger.record_outcome(self, pair)
-
-    # -- ask ----------------------------------------------------------------------------------------
-
-    async def _request_merge(self, pair: Pair) -> None:
-        """Ask, on evidence that is fresh at the moment the request leaves."""
-        first, pair_merge = not pair.first_requested_at, self.pair_merges[pair.ids]
-        if pair.is_overruled:
-            words = f"{into(pair)} was asked for, and now another reference is to stay than it would leave"
-            raise PairError("plan_changed", words)
-        self.group.requesting = pair
-        if pair.exported:
-            # What is asked for again rests on what is known now; until then the rows of the first request count.
-            exported, pair.exported = pair.exported, None
-            pair.primary, pair.duplicate, pair.new_ref = exported.primary, exported.duplicate, exported.new_ref
-        if not first:
-            self.preconditions.invalidate()
-        for _ in range(self.MAX_REFRESHES):
-            self.api.scheduler.release(self.reservation)  # what was kept for the last request would keep others waiting
-            if not await self._ensure_ready(pair, first):
-                return
-            try:
-                async with self.merger.exclusive_first_merge():
-                    api_error = await self._request(pair)
-                pair_merge.waiting_since, pair_merge.before = self.environment.now(), 0.0
-                if api_error and api_error.missing and first and not self.merger.journal.asked_before(pair):
-                    await self._check_merged_elsewhere(pair)
-                return
-            except PreconditionsExpired:
-                log.info("%s: the check or the backup has become too old; making it anew", pair.email)
-        raise PairError(
-            "stale", "checks and backups become too old before the merge can be asked for; the quota is too small"
-        )
-
-    async def _ensure_ready(self, pair: Pair, first: bool) -> bool:
-        """Renew the evidence. A pair that was asked for before is looked at whatever the renewal says: False if it has
-        gone by then. The look keeps no units, for pairs that wait to ask would wait for each other's."""
-        problem: Optional[PairError] = None
-        try:
-            await self.preconditions.ensure_fresh()
-        except PairError as error:
-            problem = error
-        if not first and await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH)) is not DuplicateStatus.THERE:
-            await self._save_merged(pair)
-            return False
-        if problem:
-            raise problem
-        return True
-
-    async def _request(self, pair: Pair) -> Optional[ApiError]:
-        new = not pair.first_requested_at
-        try:
-            await self.api.merge(
-                *pair.ids, self._request_options(pair, MERGE), lambda: self._save_intent(pair), telling=new
-            )
-        except ApiError as api_error:
-            pair.refused = self.merger.changed = True  # for it may be carried out all the same
-            await self.merger.state_writer.save(pair)
-            if api_error.status != 409:  # which may say that it is being merged
-                self.pair_merges[pair.ids].rejection = PairError("merge_refused", str(api_error))
-            return api_error
-        except PermissionDenied:
-            pair.refused = True
-            raise
-        except NoUsableResponse as error:
-            self.merger.changed = True
-            log.info("%s: the answer to the merge was lost (%s); looking", pair.email, error)
-        else:
-            pair.state = State.ACKNOWLEDGED
-            await self.merger.state_writer.save(pair)
-            log.info("%s: DevRev has acknowledged the merge", pair.email)
-            self.merger.note_acknowledged()
-        return None
-
-    async def _save_intent(self, pair: Pair) -> None:
-        """The last moment before the request leaves: Stale if it must not, else the intent goes to the disk."""
-        self.preconditions.require_fresh()
-        self.merger.raise_if_draining()
-        pair_merge, earlier = self.pair_merges[pair.ids], dict(vars(pair))
-        pair_merge.requests_sent, pair_merge.polled, pair_merge.rejection = pair_merge.requests_sent + 1, False, None
-        pair.state, pair.code, pair.error, pair.refused = State.REQUESTED, "", "", False
-        pair.backup, pair.details["backed_up"] = self.preconditions.folder, self.preconditions.counts
-        pair.requested_at = self.environment.now().wall
-        pair.first_requested_at = pair.first_requested_at or pair.requested_at
-        await self.merger.state_writer.save(pair, "asked")
-        try:
-            # The disk may be slow, and the run may have been stopped meanwhile: what is not sent was not asked for.
-            self.preconditions.require_fresh()
-            self.merger.cancel_token.raise_if_cancelled()
-        except (PreconditionsExpired, Cancelled):
-            pair_merge.requests_sent -= 1
-            vars(pair).update(earlier)
-            await self.merger.state_writer.save(pair, "asked" if pair.first_requested_at else "withdrawn")
-            raise
-        log.info("%s: asking for the merge of %s", pair.email, into(pair))
-
-    async def _check_merged_elsewhere(self, pair: Pair) -> None:
-        """A first request was answered with an object's 404: somebody has merged or deleted one of the two."""
-        self.api.scheduler.release(self.reservation)
-        if not await self.verifier.is_elsewhere(pair):
-            return
-        pair.state, pair.code = State.MERGED_ELSEWHERE, "merged_elsewhere"
-        pair.error = f"{pair.duplicate.short_id} was merged or deleted by somebody else before it was asked for"
-        if pair.new_ref:
-            pair.error += f"; its reference {pair.new_ref} was not moved"
-        await self.merger.record_outcome(self, pair)
-
-    # -- confirm ------------------------------------------------------------------------------------
-
-    def _request_options(self, pair: Pair, priority: int = FINISH) -> RequestOptions:
-        """For a request after which a pair must not wait for quota; where it takes long, others may go on meanwhile."""
-        slow = self.pair_merges[pair.ids].waited(self.environment) > 10
-        return RequestOptions(
-            priority, self.reservation, 2 if slow else self.merger.poll_history.polls() + bool(pair.new_ref)
-        )
-
-    async def _poll(self, pair: Pair) -> bool:
-        return await self.api.poll_duplicate(*pair.ids, self._request_options(pair)) is not DuplicateStatus.THERE
-
-    async def _confirm(self, pair: Pair) -> bool:
-        """Look until the duplicate has gone (True), or may be asked for again (False)."""
-        await self._wait_for_first_poll(pair)
-        pair_merge, polls = self.pair_merges[pair.ids], 0
-        while True:
-            problem: Optional[PairError] = None
-            polls, before = polls + 1, pair_merge.waited(self.environment)
-            try:
-                if await self._poll(pair):
-                    if pair_merge.requests_sent:
-                        self.merger.poll_history.record(before, polls)
-                    await self._save_merged(pair)
-                    return True
-            except (ApiError, NoUsableResponse) as error:
-                problem = PairError(error.code, f"the merge can't be confirmed: {error}")
-            waited, longest = pair_merge.waited(self.environment), confirmation_timeout(pair, self.merger.merge_timeout)
-            if pair_merge.rejection:
-                raise pair_merge.rejection
-            if waited >= longest:
-                if problem:
-                    raise problem
-                pair_merge.check_may_request_again(pair, waited)
-                return False
-            pause = min(0.1 + 0.5 * waited, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
-            await self.pause(pair, min(pause, longest - waited))
-
-    async def _wait_for_first_poll(self, pair: Pair) -> None:
-        """Wait as long as merges take; what an earlier run has asked for is looked at at once."""
-        pair_merge = self.pair_merges[pair.ids]
-        if pair_merge.waiting_since is None:
-            pair_merge.waiting_since = self.environment.now()
-            pair_merge.before = max(0.0, pair_merge.waiting_since.wall - pair.requested_at)
-        elif not (pair_merge.rejection or pair_merge.polled):
-            await self.pause(pair, self.merger.poll_history.first_poll() - pair_merge.waited(self.environment))
-        pair_merge.polled = True
-
-    async def _save_merged(self, pair: Pair) -> None:
-        self.merger.changed = True
-        pair.state, pair.code, pair.error = State.MERGED, "", ""
-        await self.merger.state_writer.save(pair, "merged")
-        log.info("%s: confirmed, %s has gone", pair.email, pair.duplicate.short_id)
-
-    async def _save_still_exists(self, pair: Pair) -> None:
-        """It was believed gone until something has contradicted it: back to looking."""
-        log.info("%s: %s is still there after all", pair.email, pair.duplicate.short_id)
-        self.pair_merges[pair.ids].contradictions += 1
-        pair.state = State.REQUESTED if pair.refused else State.ACKNOWLEDGED
-        await self.merger.state_writer.save(pair, "asked")
-        if self.pair_merges[pair.ids].contradictions > 20:
-            raise PairError("merge_not_confirmed", f"{pair.duplicate.short_id} has gone and come back too often")
-
-    async def pause(self, pair: Pair, seconds: float) -> None:
-        """Wait for DevRev. What an earlier run has left is no longer waited for by others then."""
-        if seconds > 0:
-            self.attempted.set()
-            if self.pair_merges[pair.ids].waited(self.environment) > self.SLOW:
-                self.merger.expect_no_verification(self)
-            await self.merger.cancel_token.sleep(seconds)
-
-    # -- the reference ------------------------------------------------------------------------------
-
-    async def _set_reference(self, pair: Pair) -> None:
-        """Set the duplicate's reference on the primary; a 409 may take the pair back to being looked at."""
-        resumed = not self.pair_merges[pair.ids].requests_sent
-        primary = (
-            await self.api.contact(pair.primary.id, self._request_options(pair)) if resumed and pair.new_ref else None
-        )
-        if pair.new_ref and not (resumed and has_reference(pair, primary)):
-            self.merger.changed = True
-            begun, pause = self.environment.now(), 0.2
-            while not await set_reference(self.api, pair, pair.new_ref, self._request_options(pair)):
-                await self.pause(pair, pause)
-                pause = min(10.0, 1.6 * pause)
-                if not await self._poll(pair):
-                    await self._save_still_exists(pair)
-                    return
-                over = self.environment.elapsed(begun) > self.merger.merge_timeout
-                check_holders(pair, await self.api.holders_of(pair.new_ref, self._request_options(pair)), over)
-        pair.state = State.PROVING
-        await self.merger.state_writer.save(pair)
-        log.info("%s: %s has the reference %s", pair.email, pair.primary.short_id, pair.new_ref or "that it had")
-
-    # -- proof --------------------------------------------------------------------------------------
-
-    async def _verify(self, pair: Pair) -> None:
-        """Look until all that the duplicate had hangs on the primary, and the list of its email shows it no more."""
-        self.merger.expect_no_verification(self)
-        wanted = objects_to_transfer(pair.backup, pair.duplicate.id)
-        left, listed = await self.verifier.wait(pair, wanted)
-        if listed is DuplicateStatus.THERE:
-            await self._save_still_exists(pair)
-            return
-        check_nothing_left(pair, left)
-        if listed:
-            raise PairError("still_listed", f"merged, but DevRev still lists {pair.duplicate.short_id} for its email")
-        pair.state, pair.code, pair.error, pair.left_behind = State.DONE, "", "", []
-        pair.details["proved"] = len({item["id"] for item in wanted}.difference(pair.details.get("deleted", ())))
-        log.info("%s: proved, all %d objects hang on the primary", pair.email, pair.details["proved"])
-
-    async def _verify_onward(self, pair: Pair, survivor: Contact) -> None:
-        """The primary itself has been merged into another by now, which has the reference: prove the pair there."""
-        wanted = objects_to_transfer(pair.backup, pair.duplicate.id)
-        check_nothing_left(pair, (await self.verifier.wait(replace(pair, primary=survivor), wanted))[0])
-        pair.state, pair.code, pair.error, pair.left_behind = State.DONE, "", "", []
-        pair.details["onward"] = survivor.short_id
-
-
-class TransferVerifier:
-    """Looks whether what a duplicate had hangs on its primary, for as long as DevRev's lists may lag behind a merge."""
-
-    EXAMINED = 25  # objects that are looked at one by one, in each round before the whole time is over
-
-    def __init__(self, group_merge: "GroupMerge") -> None:
-        self.group_merge = group_merge
-        self.api = group_merge.api
-        self.priority = RESUME if group_merge.resumed else VERIFY
-
-    async def wait(self, pair: Pair, wanted: Sequence[Json]) -> Tuple[List[Json], Optional[DuplicateStatus]]:
-        """What of `{id, role}` is not on the primary, and what a look says where the list of the email still shows the
-        duplicate; for as long as lists may lag behind. What has been deleted since is named, and holds nothing up."""
-        begun, rounds = self.group_merge.environment.now(), 0
-        examined: Set[str] = set()
-        while True:
-            missing, listed = await together(
-                self._missing(pair, wanted, bool(rounds)), self._is_listed(pair, bool(rounds))
-            )
-            status_ = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH)) if listed else None
-            waited, rounds = self.group_merge.environment.elapsed(begun), rounds + 1
-            over = waited >= self.group_merge.merger.merge_timeout
-            if missing and rounds > 2:
-                few = [item["id"] for item in missing if over or item["id"] not in examined]
-                gone = {one for one in few[: None if over else self.EXAMINED] if await self._is_deleted(one)}
-                examined.update(few[: self.EXAMINED])
-                if gone:
-                    pair.details["deleted"] = sorted(gone.union(pair.details.get("deleted", [])))
-                wanted, missing = ([one for one in items if one["id"] not in gone] for items in (wanted, missing))
-            if over or status_ is DuplicateStatus.THERE or not (missing or status_):
-                return missing, status_
-            await self.group_merge.pause(
-                pair, min(20.0, 0.5 + waited / 2, self.group_merge.merger.merge_timeout - waited)
-            )
-
-    async def is_elsewhere(self, pair: Pair) -> bool:
-        """Whether the duplicate has gone and the primary has not got it. Where what the duplicate had hangs on the
-        primary, they are merged, whoever asked for it."""
-        primary = await self.api.contact(pair.primary.id, RequestOptions(FINISH)) or {}
-        if primary.get("state") not in ("active", "locked", "deactivated") or primary.get("primary_identity"):
-            return False
-        wanted = objects_to_transfer(pair.backup, pair.duplicate.id)
-        try:
-            if await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH)) is not DuplicateStatus.GONE:
-                return False
-            missing = (await self.wait(pair, wanted))[0] if wanted else []
-        except PairError as problem:
-            if problem.code == "merged_into_another":
-                return True
-            raise
-        deleted = pair.details.get("deleted", ())
-        return bool(missing) or all(item["id"] in deleted for item in wanted)
-
-    async def _missing(self, pair: Pair, wanted: Sequence[Json], again: bool) -> List[Json]:
-        """What of `{id, role}` the lists don't show on the primary now."""
-        weight = pair.primary.tickets + pair.duplicate.tickets
-        roles = sorted({item["role"] for item in wanted})
-        listings = await together(
-            *(self._list(self.api.objects[role], pair.primary.id, weight, again) for role in roles)
-        )
-        there = {(role, item["id"]) for role, listing in zip(roles, listings) for item in listing.items}
-        return [item for item in wanted if (item["role"], item["id"]) not in there]
-
-    async def _is_listed(self, pair: Pair, again: bool) -> bool:
-        listing = await self._list(self.api.emails, pair.duplicate.email.strip(), 1, again)
-        return any(
-            user["id"] == pair.duplicate.id and duplicate_status(user, *pair.ids) is DuplicateStatus.THERE
-            for user in listing.items
-        )
-
-    async def _list(self, batch_loader: BatchLoader, key: str, weight: int, again: bool) -> ListResult:
-        """List; with a long linger where nobody waits for it, so that many pairs are proved with the same calls."""
-        hurried = again or self.group_merge.resumed
-        linger = BatchLoader.LINGER if hurried else self.group_merge.merger.LINGER
-        return await batch_loader.load(key, weight, self.priority, linger)
-
-    async def _is_deleted(self, identity: str) -> bool:
-        with contextlib.suppress(ApiError, NoUsableResponse):
-            return await self.api.get_object(identity, RequestOptions(self.priority)) is None
+            with contextlib.closing(self.main.connect("mode=ro")) as db:
+                db.execute("SELECT count(*) FROM sqlite_master")
+        except sqlite3.OperationalError as error:
+            return "locked" in str(error) or "busy" in str(error)
+        except sqlite3.Error:
+            pass
         return False
 
 
 # ---------------------------------------------------------------------------------------------------
-# Merge: the run
+# Merge
 # ---------------------------------------------------------------------------------------------------
-
-
-class PollHistory:
-    """How long merges have taken lately, by the look that found them done."""
-
-    SOONEST, LATEST = 0.25, 0.75  # seconds to the first look: where nothing is known, and whatever is known
-    MOST = 16  # looks in the first ten seconds after a merge was asked for
-
-    def __init__(self) -> None:
-        self._merges: Deque[Tuple[float, int]] = collections.deque(maxlen=20)  # seconds, looks
-
-    def record(self, seconds: float, polls: int) -> None:
-        self._merges.append((0.95 * seconds, polls))  # a little sooner is tried the next time
-
-    def first_poll(self) -> float:
-        """Seconds after an answer at which a merge is usually done."""
-        return min(self.LATEST, max((seconds for seconds, _ in self._merges), default=self.SOONEST))
-
-    def polls(self) -> int:
-        """Looks that are kept for a merge: as many as lately, and one since a look may come too early."""
-        return min(self.MOST, 1 + max((polls for _, polls in self._merges), default=self.MOST))
-
-
-# What keeps a pair from its end and says nothing of the next one.
-NOT_SYSTEMIC = frozenset((
-    "not_found", "not_active", "email_changed", "external_ref_changed", "different_rev_org", "several_user_refs",
-    "count_mismatch", "left_behind", "still_listed", "merged_into_another", "external_ref_conflict", "plan_changed",
-    "group_changed",
-    "undo_unfinished", "group_incomplete", "interrupted", "not_merged", "not_handed_back",
-))  # fmt: skip
-
-
-class ContactMerger:
-    """Carries out a plan: finishes what an earlier run left, then walks group after group."""
-
-    BATCH = 25  # pairs that are begun together, so that one list call serves them all
-    OUTSTANDING = 100  # pairs on their way
-    MAX_FAILURES_IN_A_ROW = 5  # failures in a row that stop the run
-    GRACE = 10.0  # seconds that requests under way are waited for when the run is interrupted
-    UNDER_WAY: Tuple[State, ...] = UNFINISHED
-    LINGER = 10.0  # seconds that a proof waits for others to share its list calls
-
-    def __init__(
-        self,
-        api: DevRevAPI,
-        savepoint: SavePoint,
-        journal: Journal,
-        backups: BackupStore,
-        count_policy: str = "exact",
-        merge_timeout: float = 120.0,
-        on_pair: Callable[[Pair], None] = lambda _pair: None,
-    ) -> None:
-        self.api = api
-        self.environment, self.cancel_token = api.environment, api.cancel_token
-        self.savepoint, self.journal, self.backups = savepoint, journal, backups
-        self.state_writer = StateWriter(savepoint, journal)
-        self.count_policy, self.merge_timeout = count_policy, merge_timeout
-        self.on_pair = on_pair
-        self.token_owner: Json = {}
-        self.organisation = ""
-        self.total = 0
-        self.outcomes: Dict[Tuple[str, str], Pair] = {}  # ended, refused, or given up for this run
-        self.draining: Optional[FatalError] = None  # finish what is under way, begin nothing
-        self.changed = False  # whether DevRev may have acted on anything
-        self._failures_in_a_row = 0
-        self._group_merges: Dict[asyncio.Future[None], GroupMerge] = {}
-        self._expected_verifications: Set[GroupMerge] = set()  # walks that will be at their proof soon
-        self.poll_history = PollHistory()
-        self._acknowledged = False
-        self._first_merge_lock = asyncio.Lock()
-
-    # -- the run ------------------------------------------------------------------------------------
-
-    async def identify(self, plan: Plan) -> List[Pair]:
-        """Find out whose token it is; refuse another organisation's CSV or savepoint. Returns the unfinished pairs.
-
-        Raises Stop(2), before anything else has been asked or done.
-        """
-        await self.find_owner()
-        unfinished = self.savepoint.unfinished()
-        for origin, pairs in (("CSV", plan.pairs()), ("savepoint", iter(unfinished))):
-            check_organisation(self.organisation, origin, pairs)
-        for pair in unfinished:
-            pair.is_overruled = pair.ids in plan.overruled
-        return unfinished
-
-    async def find_owner(self) -> None:
-        with before_any_change(self.api):
-            self.token_owner = await self.api.whoami()
-        self.organisation = organisation_of(str(self.token_owner.get("id")))
-
-    async def run(self, groups: List[Group], unfinished: Sequence[Pair]) -> int:
-        """Finish what an earlier run left unfinished, carry out the plan, and return the exit code.
-
-        `identify` has to come first. Nothing is raised: what stops the run is in `stop`.
-        """
-        self.total = len(
-            {pair.ids for group in groups for pair in group.pairs if pair.state not in ENDED}.union(
-                pair.ids for pair in unfinished
-            )
-        )
-        return await self.drive(self._work(groups, unfinished))
-
-    async def drive(self, work: Awaitable[None]) -> int:
-        """Do the work as far as it goes, and return the exit code; nothing is raised."""
-        await self.guarded(work)
-        await self.guarded(self._all_group_merges())  # where nothing more is begun, what is under way is finished
-        if self._group_merges:
-            await asyncio.wait(set(self._group_merges), timeout=self.GRACE)
-        await together(*map(self._note_interrupted, list(self._group_merges.values())))
-        return self._exit_code()
-
-    async def _work(self, groups: List[Group], unfinished: Sequence[Pair]) -> None:
-        earlier = [self._start(group_merge) for group_merge in self._resumed_group_merges(groups, unfinished)]
-        for group_merge in earlier:
-            await self.cancel_token.wait(group_merge.attempted.wait())
-        await self._begin(groups, unfinished)
-        await self._all_group_merges()
-        freed = [pair for pair in unfinished if pair.state is State.MERGED and pair.code == "external_ref_conflict"]
-        for pair in freed:
-            # The contact that held its reference may have been merged meanwhile.
-            if any(other.state in ENDED and other.new_ref == pair.new_ref for other in self.outcomes.values()):
-                del self.outcomes[pair.ids]
-                self._start(GroupMerge(self, Group(pair.email, [pair]), [pair], resumed=True))
-        await self._all_group_merges()
-
-    def _resumed_group_merges(self, groups: Sequence[Group], unfinished: Sequence[Pair]) -> List[GroupMerge]:
-        """A walk for each primary of unfinished pairs; they know this export's rows where it has them."""
-        exported = {pair.ids: pair for group in groups for pair in group.pairs}
-        families: Dict[str, List[Pair]] = collections.defaultdict(list)
-        for pair in unfinished:
-            pair.exported = exported.get(pair.ids)
-            families[pair.primary.id].append(pair)
-        group_merges = []
-        for primary, pairs in families.items():
-            mine = {pair.ids for pair in pairs}
-            siblings = [pair for pair in self.savepoint.states(primary).values() if pair.ids not in mine]
-            group_merges.append(GroupMerge(self, Group(pairs[0].email, [*pairs, *siblings]), pairs, resumed=True))
-        return group_merges
-
-    async def _begin(self, groups: List[Group], unfinished: Sequence[Pair]) -> None:
-        """Begin the groups of the plan, a batch at a time while there is room; those with a contact of an unfinished
-        pair last."""
-        known = {pair.ids: pair for pair in unfinished}
-        stuck = {identity for pair in unfinished for identity in pair.ids}
-        undoing = {one: pair for pair in self.savepoint.rows(State.UNDOING) for one in pair.ids}
-        deferred = []
-        batch: List[GroupMerge] = []
-        for group in consume(groups):
-            group.pairs = [known.get(pair.ids, pair) for pair in group.pairs]
-            pairs = [pair for pair in group.pairs if pair.state is State.PLANNED]
-            ids = {contact.id for contact in group.all_contacts()}
-            if not pairs:
-                continue
-            if ids & undoing.keys():
-                path = next(undoing[one].details["undo"]["path"] for one in ids if one in undoing)
-                why = f"its undo is not finished; finish it first: merge_contacts.py --undo {path}"
-                # What is being undone stays so in the savepoint: a refusal must not make a new beginning of it.
-                begun = {pair.ids: pair for pair in undoing.values()}
-                await self._refuse(group, [begun.get(pair.ids, pair) for pair in pairs], "undo_unfinished", why)
-            elif ids & stuck:
-                deferred.append((group, pairs))
-            else:
-                batch.append(GroupMerge(self, group, pairs))
-            if sum(len(group_merge.pairs) for group_merge in batch) >= self._batch():
-                await self._begin_batch(batch)
-        await self._begin_batch(batch)
-        await together(*(self._begin_deferred(group, pairs, unfinished) for group, pairs in deferred))
-
-    def _batch(self) -> int:
-        return min(self.BATCH, max(1, self._outstanding() // 2))
-
-    def _outstanding(self) -> int:
-        """Pairs on their way: under a small quota few, for checks and backups that wait for the next window are made
-        anew then."""
-        return int(max(2, min(self.OUTSTANDING, self.api.scheduler.requests_per_minute() // 4)))
-
-    async def _begin_batch(self, batch: List[GroupMerge]) -> None:
-        while batch:
-            under_way = sum(len(group_merge.pairs) for group_merge in self._group_merges.values())
-            if under_way and under_way + len(batch) > self._outstanding():
-                await self.cancel_token.wait(self._any_group_merge())
-                continue
-            self.raise_if_draining()
-            for group_merge in batch:
-                self._expected_verifications.add(self._start(group_merge))
-            batch.clear()
-
-    async def _begin_deferred(self, group: Group, pairs: Sequence[Pair], unfinished: Sequence[Pair]) -> None:
-        """Begin a group that shares a contact with an unfinished pair, once that is past asking.
-
-        Where the group has the contact that holds that pair's reference, it goes first: the reference follows.
-        """
-        ids = {contact.id for contact in group.all_contacts()}
-        refs = {pair.new_ref for pair in pairs if pair.new_ref}
-        for task, group_merge in list(self._group_merges.items()):
-            if group_merge.resumed and any(ids & set(pair.ids) for pair in group_merge.pairs):
-                await self.cancel_token.wait(asyncio.wait({task}))
-        for other in unfinished:
-            frees = other.state is State.MERGED and other.new_ref in refs
-            if ids & set(other.ids) and other.state in (*REQUESTED_STATES, State.MERGED) and not frees:
-                await self._refuse(
-                    group, pairs, "group_incomplete", "another merge of one of its contacts has to be finished first"
-                )
-                return
-        await self._begin_batch([GroupMerge(self, group, pairs)])
-
-    async def _refuse(self, group: Group, pairs: Sequence[Pair], code: str, why: str) -> None:
-        group_merge = GroupMerge(self, group, pairs)
-        await together(*(self.record_outcome(group_merge, pair, PairError(code, why)) for pair in pairs))
-
-    # -- walks --------------------------------------------------------------------------------------
-
-    def _start(self, group_merge: GroupMerge) -> GroupMerge:
-        task = asyncio.ensure_future(self.guarded(group_merge.run(), group_merge))
-        self._group_merges[task] = group_merge
-        task.add_done_callback(self._forget)
-        return group_merge
-
-    def _forget(self, task: "asyncio.Future[None]") -> None:
-        self.expect_no_verification(self._group_merges.pop(task))
-
-    async def guarded(self, work: Awaitable[Any], group_merge: Optional[GroupMerge] = None) -> None:
-        """Do the work; whatever it raises ends the run in good order."""
-        try:
-            await work
-        except Cancelled:
-            pass
-        except FatalError as stop:
-            self.cancel_token.cancel(stop)
-        except OSError as error:
-            self.cancel_token.cancel(FatalError(EXIT_STOPPED, f"the disk refuses: {error}"))
-        except Exception as error:
-            log.exception("unexpected")
-            words = f"unexpected {type(error).__name__}: {error} (a bug; the log has the details)"
-            self.cancel_token.cancel(FatalError(EXIT_STOPPED, words))
-        if group_merge:
-            await self._note_interrupted(group_merge)
-
-    async def _note_interrupted(self, group_merge: GroupMerge) -> None:
-        why = PairError("interrupted", "stopped before it was finished; run again")
-        pairs = [pair for pair in group_merge.pairs if pair.state in self.UNDER_WAY and pair.ids not in self.outcomes]
-        with contextlib.suppress(FatalError, OSError):
-            await together(*(self.record_outcome(group_merge, pair, why) for pair in pairs))
-
-    def _any_group_merge(self) -> Awaitable[Any]:
-        return asyncio.wait(set(self._group_merges), return_when=asyncio.FIRST_COMPLETED)
-
-    async def _all_group_merges(self) -> None:
-        while self._group_merges:
-            await self.cancel_token.wait(self._any_group_merge())
-
-    # -- what walks ask and tell --------------------------------------------------------------------
-
-    def raise_if_draining(self) -> None:
-        """Raises Interrupted where nothing more is to be begun."""
-        if self.draining or self.cancel_token.stop:
-            raise Cancelled()
-
-    @contextlib.asynccontextmanager
-    async def exclusive_first_merge(self) -> AsyncIterator[None]:
-        """The first merge of a run goes alone until DevRev has acknowledged it: it shows whether the token may."""
-        if self._acknowledged:
-            yield
-            return
-        async with self._first_merge_lock:
-            self.raise_if_draining()
-            yield
-
-    def note_acknowledged(self) -> None:
-        self._acknowledged = self.changed = True
-        self._failures_in_a_row = 0
-
-    def expect_no_verification(self, group_merge: GroupMerge) -> None:
-        """A walk won't be at its proof soon, or is there: where it was the last, proofs wait for nobody."""
-        self._expected_verifications.discard(group_merge)
-        if not self._expected_verifications and not self.cancel_token.stop:
-            asyncio.get_event_loop().call_later(BatchLoader.LINGER, self.api.dispatch)
-
-    async def record_outcome(self, group_merge: GroupMerge, pair: Pair, problem: Optional[PairError] = None) -> None:
-        """A pair has ended, is refused, or can't be taken further in this run."""
-        if problem:
-            pair.state = State.FAILED if pair.state is State.PLANNED else pair.state
-            pair.code, pair.error = problem.code, str(problem)
-        if pair.requested_at:
-            pair.seconds = max(0.0, self.environment.now().wall - pair.requested_at)
-        event = ""
-        if pair.state in ENDED:
-            pair.report, event = "", StateWriter.EVENTS[pair.state]
-        await self.state_writer.save(pair, event)
-        self._note_outcome(group_merge, pair, problem)
-
-    def _note_outcome(self, group_merge: GroupMerge, pair: Pair, problem: Optional[PairError]) -> None:
-        self.outcomes[pair.ids] = pair
-        self.on_pair(pair)
-        if not problem:
-            self._failures_in_a_row = 0
-        elif not group_merge.resumed and pair.state is not State.PROVING and problem.code not in NOT_SYSTEMIC:
-            self._failures_in_a_row += 1
-            if self._failures_in_a_row >= self.MAX_FAILURES_IN_A_ROW and not self.draining:
-                self.draining = FatalError(
-                    EXIT_STOPPED, f"{self._failures_in_a_row} failures in a row, the last: {problem}"
-                )
-                self.api.scheduler.cancel_waiting(PREPARE)
-
-    # -- the end ------------------------------------------------------------------------------------
-
-    @property
-    def stop(self) -> Optional[FatalError]:
-        return self.cancel_token.stop or self.draining
-
-    def count(self, *states: State) -> int:
-        """Pairs that have come to rest in these states."""
-        return sum(pair.state in states for pair in self.outcomes.values())
-
-    def is_success(self, pair: Pair) -> bool:
-        return pair.state in (State.DONE, State.SETTLED)
-
-    def pairs(self) -> Iterator[Pair]:
-        """Pairs that have come to rest or are on their way."""
-        yield from self.outcomes.values()
-        for group_merge in self._group_merges.values():
-            yield from (pair for pair in group_merge.pairs if pair.ids not in self.outcomes)
-
-    def _exit_code(self) -> int:
-        stop = self.stop
-        if isinstance(stop, PermissionDenied) and self.changed:
-            return EXIT_STOPPED
-        if stop and (self.cancel_token.stop or len(self.outcomes) < self.total):
-            return stop.exit_code
-        if len(self.outcomes) < self.total:
-            self.draining = FatalError(EXIT_STOPPED, "pairs were left without a word (a bug; run again)")
-            return EXIT_STOPPED
-        return EXIT_OK if all(map(self.is_success, self.outcomes.values())) else EXIT_FAILED
-
-
-def consume(items: List[T]) -> Iterator[T]:
-    """Yield the items in order and forget them, so that memory does not grow with what is done."""
-    items.reverse()
-    while items:
-        yield items.pop()
-
-
-def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) -> None:
-    """Refuse pairs of another organisation than the token's. Raises Stop(2)."""
-    for pair in pairs:
-        for contact in (pair.primary, pair.duplicate):
-            if contact.organisation and contact.organisation != organisation:
-                raise FatalError(
-                    EXIT_USAGE,
-                    f"the {origin} is of another organisation than the token: {contact.short_id} belongs to "
-                    f"{contact.organisation}, the token to {organisation or 'an unknown one'}",
-                )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -3880,677 +2928,8 @@ def csv_chunks(contacts: Iterable[Contact]) -> Iterator[bytes]:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Undo: what is to be taken back
+# Undo
 # ---------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class UndoPlan:
-    """What an undo would take back: whole groups, those that an earlier one has begun first."""
-
-    groups: List[Group] = field(default_factory=list)
-    pairs: List[Pair] = field(default_factory=list)  # of these groups, but for those in `undone`
-    undone: List[Pair] = field(default_factory=list)  # by an earlier undo
-    left: int = 0  # pairs that --limit leaves
-
-
-def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: Optional[int]) -> UndoPlan:
-    """The pairs that `path` holds, as the savepoint knows them, else as `path` tells. Raises Stop(2)."""
-    groups: Dict[str, Group] = {}
-    for describe_pair in merged_pairs(path):
-        pair = savepoint.states(describe_pair.primary.id).get(describe_pair.duplicate.id, describe_pair)
-        if pair.state is State.MERGED_ELSEWHERE:
-            continue  # by somebody else
-        if pair.state in (State.PLANNED, State.FAILED):
-            if not describe_pair.report:
-                continue  # backed up, and never asked for
-            pair = describe_pair
-        if pair is describe_pair:
-            pair.report = pair.report or path.name  # so that no other report calls it new
-        if not Path(pair.backup).is_dir():
-            pair.backup = describe_pair.backup
-        if not emails or pair.email in emails:
-            groups.setdefault(pair.primary.id, Group(pair.email, [])).pairs.append(pair)
-    for primary, group in groups.items():
-        named = {pair.ids for pair in group.pairs}
-        siblings = (pair for ids, pair in savepoint.states(primary).items() if ids not in {one for _, one in named})
-        group.pairs += [pair for pair in siblings if pair.state in UNDOABLE]
-    unknown = sorted(set(emails) - {group.email for group in groups.values()})
-    if unknown:
-        raise FatalError(EXIT_USAGE, f"--email: in no merge of {path}: {', '.join(unknown)}")
-    plan, room = UndoPlan(), limit or sys.maxsize
-    for group in sorted(groups.values(), key=lambda group: (not _undo_is_started(group), group.email)):
-        pairs = [pair for pair in group.pairs if pair.state is not State.UNDONE]
-        plan.undone += [pair for pair in group.pairs if pair.state is State.UNDONE]
-        if pairs and (_undo_is_started(group) or len(pairs) <= room):
-            plan.groups.append(group)
-            plan.pairs += pairs
-            room -= 0 if _undo_is_started(group) else len(pairs)
-        else:
-            plan.left += len(pairs)
-    return plan
-
-
-UNDOABLE = (*UNFINISHED, State.DONE, State.SETTLED, State.UNDOING)
-
-
-def _undo_is_started(group: Group) -> bool:
-    return any(pair.state is State.UNDOING for pair in group.pairs)
-
-
-def merged_pairs(path: Path) -> List[Pair]:
-    """The pairs of a backup folder, or the successful and unfinished ones of a merge report. Raises Stop(2)."""
-    try:
-        if path.is_dir():
-            primary, *duplicates = (Contact.from_json(entry["csv"]) for entry in read_manifest(str(path))["contacts"])
-            return [
-                Pair(primary, one, one.external_ref if one.is_user else None, State.DONE, backup=str(path))
-                for one in duplicates
-            ]
-        report = json.loads(path.read_bytes())
-        entries = [*report["successful_merges"], *report.get("unfinished_merges", ())]
-        return [_reported_pair(path, entry) for entry in entries]
-    except PairError as error:
-        raise FatalError(EXIT_USAGE, str(error)) from None
-    except FileNotFoundError:
-        raise FatalError(EXIT_USAGE, f"{path} is not there") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise FatalError(EXIT_USAGE, f"{path} is neither a backup folder nor a merge report") from None
-
-
-def _reported_pair(path: Path, entry: Json) -> Pair:
-    primary, duplicate = (
-        Contact.from_json({**entry[role], "email": entry["email"], "external_ref": entry[role]["old_external_ref"]})
-        for role in ("primary", "duplicate")
-    )
-    backup = Path(str(entry["backup"]))
-    if not backup.is_dir():  # named from the folder that holds reports/ and backups/
-        backup = path.resolve().parent.parent / backup
-    state = State(entry.get("state", "done"))
-    return Pair(primary, duplicate, entry["new_external_ref"], state, backup=str(backup), report=path.name)
-
-
-Role = Tuple[str, str]  # object id, and `owned_by`, `reported_by` or `members`
-Objects = Dict[str, Optional[Json]]  # works and conversations as they are now, None for what has been deleted
-Changes = Dict[str, Dict[str, List[str]]]  # object id -> role -> the ids of everybody who is to have it
-Left = Dict[str, List[Json]]  # old contact id -> `{id, role, why}` of what can't be handed back
-
-
-@dataclass
-class StateBeforeMerge:
-    """What the contacts of a group were before their merges, from its backups: by contact id."""
-
-    users: Dict[str, Json] = field(default_factory=dict)  # rev users
-    had: Dict[str, Set[Role]] = field(default_factory=dict)
-
-
-def read_state_before(pairs: Sequence[Pair]) -> StateBeforeMerge:
-    """Read and check the backups of one primary's pairs. Raises PairError(backup_failed)."""
-    before = StateBeforeMerge()
-    primary = pairs[0].primary.id
-    manifests = [(verify_backup(Path(folder)), Path(folder)) for folder in {pair.backup for pair in pairs}]
-    for manifest, folder in sorted(manifests, key=lambda one: str(one[0]["created"])):
-        entries = {entry["csv"]["id"]: entry for entry in manifest["contacts"]}
-        # What the primary has by then from a duplicate that has gone is not its own.
-        gone = [before.had.get(pair.duplicate.id, set()) for pair in pairs if pair.duplicate.id not in entries]
-        for identity, entry in entries.items():
-            user = json.loads((folder / entry["folder"] / "contact.json").read_bytes())
-            had = {(item["id"], item["role"]) for item in transferred_objects(entry)}
-            if identity == primary:
-                before.users.setdefault(identity, user)
-                before.had.setdefault(identity, set()).update(had.difference(*gone))
-            else:
-                before.users[identity], before.had[identity] = user, had
-    for pair in pairs:
-        if not {primary, pair.duplicate.id} <= before.users.keys():
-            raise PairError("backup_failed", f"the backup {pair.backup} does not hold {pair.duplicate.short_id}")
-    return before
-
-
-def plan_restore(
-    objects: Objects, had: Mapping[str, Set[Role]], primary: str, recreated: Mapping[str, str], stays: Set[Role]
-) -> Tuple[Changes, Left]:
-    """What has to be written to these things so that the contacts that were `made` again (old id -> new id) have what
-    they `had`, and what belongs to others by now.
-
-    A new contact takes the primary's place, or joins it where that `stays`; nobody else is moved.
-    """
-    changes: Changes = collections.defaultdict(dict)
-    left: Left = {old: [] for old in recreated}
-    for identity, role in sorted(set().union(*(had[old] for old in recreated))):
-        if identity not in objects:
-            continue
-        obj = objects[identity]
-        now = [person["id"] for person in (obj or {}).get(role) or ()]
-        people = [
-            recreated.get(one, one) for one in now
-        ]  # a merge may have left the old id, and lists may lag behind one
-        missing = {old: new for old, new in recreated.items() if (identity, role) in had[old] and new not in people}
-        if missing and primary in people:
-            at = people.index(primary)
-            kept = [primary] if (identity, role) in stays else []
-            people[at : at + 1] = [*kept, *dict.fromkeys(missing.values())]
-        else:
-            why = "deleted" if obj is None else "given to others"
-            for old in missing:
-                left[old].append({"id": identity, "role": role, "why": why})
-        if people != now:
-            changes[identity][role] = people
-    return changes, left
-
-
-# ---------------------------------------------------------------------------------------------------
-# Undo: the walk of one group
-# ---------------------------------------------------------------------------------------------------
-
-
-class GroupUndo(GroupMerge):
-    """One group on its way back: look, the primary's old reference, the contacts again, what they had, proof, undone.
-
-    `Pair.details["undo"]` says how far a pair is: `path` of the --undo, state `before` it, whether its reference was
-    `moved` to the primary; `asked` once the contact was asked for, `left_out` with the fields that DevRev refused of
-    it; `contact` and `display_id` once it is made; `left` with what was not handed back.
-    """
-
-    merger: "UndoRunner"
-    KEEP = 8  # units for what follows the primary's old reference: the contact, some times with less, or the way back
-    FIELDS = ("display_name", "email", "external_ref", "description", "phone_numbers", "display_picture", "rev_org")
-
-    def __init__(self, merger: "UndoRunner", group: Group) -> None:
-        super().__init__(merger, group, [pair for pair in group.pairs if pair.state is not State.UNDONE])
-        self.restorer = ObjectRestorer(self)
-        self.before = StateBeforeMerge()
-        self.moved: Optional[Pair] = None  # whose reference the primary has
-        self._lost: Set[Tuple[str, str]] = set()  # pairs of whose contact no answer tells whether it was made
-        self._why = ""
-
-    async def run(self) -> None:
-        try:
-            self.merger.raise_if_draining()
-            self.before = await self.environment.run_in_thread(read_state_before, self.group.pairs)
-            await self._check_group()
-            if self.merger.preview:
-                await self._preview()
-                return
-            await self._check_write_access()
-            await self._begin()
-            await self._recreate_contacts()
-            await self.restorer.restore_all()
-        except PairError as problem:
-            for pair in self.in_progress():
-                await self.merger.record_outcome(self, pair, problem)
-        finally:
-            self.api.scheduler.release(self.reservation)
-
-    def in_progress(self) -> List[Pair]:
-        return [pair for pair in self.pairs if pair.ids not in self.merger.outcomes]
-
-    async def save(self, pair: Pair, event: str = "undo begun") -> None:
-        await self.merger.state_writer.save(pair, event)
-
-    def _request_options(self, pair: Pair, priority: int = FINISH) -> RequestOptions:  # noqa: ARG002
-        return RequestOptions(priority, self.reservation, self.KEEP)
-
-    def _old_ref(self, contact: Contact) -> str:
-        return str(self.before.users[contact.id].get("external_ref"))
-
-    # -- look ---------------------------------------------------------------------------------------
-
-    async def _check_group(self) -> None:
-        """Find the group as its merges have left it, or as an undo has that was not finished."""
-        contact = self.group.primary
-        primary = await self.api.contact(contact.id)
-        statuses = await together(*(self.api.poll_duplicate(*pair.ids, ANY_OPTIONS) for pair in self.pairs))
-        if primary is None:
-            raise PairError("not_found", f"the primary {contact.short_id} is not in DevRev any more")
-        if primary.get("state") != "active":
-            raise PairError("not_active", f"the primary {contact.short_id} is {primary.get('state')}, not active")
-        there = [
-            pair.duplicate.short_id for pair, status_ in zip(self.pairs, statuses) if status_ is DuplicateStatus.THERE
-        ]
-        if there:
-            raise PairError("not_merged", f"still there, so not merged, or not yet: {', '.join(there)}")
-        reference = primary.get("external_ref")
-        known = (pair for pair in self.pairs if pair.updated)  # to the savepoint
-        had_moved = any(pair.new_ref and pair.state in (State.PROVING, State.DONE) for pair in known)
-        if reference == self._old_ref(contact) and had_moved and not _undo_is_started(self.group):
-            words = f"{contact.short_id} has got its old reference {reference} back from somebody"
-            raise PairError("external_ref_changed", words)
-        moved = (pair for pair in self.pairs if self._old_ref(pair.duplicate) == reference)
-        self.moved = None if reference == self._old_ref(contact) else next(moved, None)
-        if reference != self._old_ref(contact) and self.moved is None:
-            words = f"{contact.short_id} has got the reference {reference or 'none'} from somebody"
-            raise PairError("external_ref_changed", words)
-
-    async def _preview(self) -> None:
-        """Say what would be handed back."""
-        _, left = self.restorer.plan((await self.restorer.read(self._as_if()))[0], self._as_if())
-        for pair in self.pairs:
-            pair.details.setdefault("undo", {})["left"] = left[pair.duplicate.id]
-            await self.merger.record_outcome(self, pair)
-
-    async def _check_write_access(self) -> None:
-        """Set nothing on an object of each kind: a token that may not is told so while all is as it was."""
-        if len(self.merger.writable_kinds) == 3:
-            return
-        objects, _ = await self.restorer.read(self._as_if())
-        for identity in self.restorer.plan(objects, self._as_if())[0]:
-            kind = identity.rpartition(":")[2].partition("/")[0]  # ticket, issue, conversation
-            if kind in self.merger.writable_kinds:
-                continue
-            try:
-                await self.api.set_people(objects[identity] or {}, {}, ANY_OPTIONS)
-            except ApiError as api_error:
-                if api_error.status == 403:
-                    raise PermissionDenied(EXIT_USAGE, f"the token may not hand back {identity}: {api_error}") from None
-            self.merger.writable_kinds.add(kind)
-
-    def _as_if(self) -> Dict[str, str]:
-        """The contacts as if all were made again; where they are not, the old id stands for the new one."""
-        return {**{pair.duplicate.id: pair.duplicate.id for pair in self.pairs}, **self.recreated()}
-
-    async def _begin(self) -> None:
-        self.merger.raise_if_draining()
-        for pair in self.pairs:
-            if pair.state is not State.UNDOING:
-                pair.details["undo"] = {"path": str(self.merger.path), "before": pair.state.value, "moved": False}
-            pair.details["undo"]["moved"] |= pair is self.moved
-            pair.details["undo"].setdefault("left_out", {})
-            pair.state, pair.code, pair.error = State.UNDOING, "", ""
-            await self.save(pair)
-
-    # -- references and contacts --------------------------------------------------------------------
-
-    async def _recreate_contacts(self) -> None:
-        """Give the primary its old reference, and make the contacts again: first the one whose reference that frees."""
-        if self.moved:
-            await self._free_reference(self.moved)
-        for pair in sorted(self.pairs, key=lambda pair: not pair.details["undo"]["moved"]):
-            try:
-                await self._recreate(pair)
-            except PairError as problem:
-                back = problem.code != "contact_not_confirmed" and not self.recreated()
-                if back:
-                    await self._restore_reference(problem)
-                for one in self.in_progress() if back else [pair]:
-                    await self.merger.record_outcome(self, one, problem)
-                if problem.code == "forbidden":
-                    raise PermissionDenied(EXIT_USAGE, str(problem)) from None
-                if back:
-                    return
-            self.api.scheduler.release(self.reservation)
-
-    def recreated(self) -> Dict[str, str]:
-        """Old id -> new id of the contacts that are there again."""
-        undos = ((pair, pair.details.get("undo", {})) for pair in self.group.pairs)
-        return {pair.duplicate.id: undo["contact"] for pair, undo in undos if "contact" in undo}
-
-    async def _free_reference(self, moved: Pair) -> None:
-        """Set the primary's old reference, once there is quota for what has to follow; an error says little of it."""
-        primary, old = self.group.primary, self._old_ref(self.group.primary)
-        try:
-            await self.api.set_external_ref(primary.id, old, self._request_options(moved, MERGE), telling=True)
-        except PairError:
-            self.merger.changed = True
-            live = await self.api.contact(primary.id, self._request_options(moved)) or {}
-            if live.get("external_ref") == self._old_ref(moved.duplicate):
-                await self._restore_states()
-            if live.get("external_ref") != old:
-                raise
-        except PermissionDenied:
-            await self._restore_states()
-            raise
-        self.merger.changed = True
-
-    async def _recreate(self, pair: Pair) -> None:
-        """Make the contact again, with what DevRev takes of it; once, whatever becomes of the answers."""
-        undo = pair.details["undo"]
-        begun, pause, before = self.environment.now(), 0.2, "asked" in undo
-        for twin in (one.details["undo"] for one in self.pairs if self._is_twin(pair, one)):
-            undo.update(contact=twin["contact"], display_id=twin["display_id"])
-            await self.save(pair)
-        while "contact" not in undo:
-            fields = self._fields(pair)
-            user = await self._find_recreated(pair, fields) if "asked" in undo else None
-            if user is None and ("external_ref" in fields or pair.ids not in self._lost):
-                user = await self._create(pair, fields)
-                if user is None and "asked" in undo:
-                    user = await self._find_recreated(pair, fields)
-            lost, vital = pair.ids in self._lost, self._is_vital(pair, "external_ref")
-            if user:
-                undo.update(contact=user["id"], display_id=str(user.get("display_id")))
-                await self.save(pair)
-            elif "asked" not in undo:
-                continue  # a field is left out
-            elif self.environment.elapsed(begun) < self._patience(before or lost, vital):
-                await self.merger.cancel_token.sleep(pause)
-                pause = min(10.0, 1.6 * pause)
-            elif vital:
-                raise PairError("contact_refused", f"{pair.duplicate.short_id} could not be made again: {self._why}")
-            elif lost:
-                words = f"it is not known whether {pair.duplicate.short_id} was made again"
-                raise PairError("contact_not_confirmed", words)
-            else:
-                undo["left_out"]["external_ref"] = self._why
-                del undo["asked"]
-
-    def _is_twin(self, pair: Pair, other: Pair) -> bool:
-        """Whether another contact of the group, there again, had the same reference: the application had made it anew
-        after the merge, so the two are one."""
-        same = self._old_ref(pair.duplicate) == self._old_ref(other.duplicate)
-        return (
-            same and other is not pair and "contact" in other.details["undo"] and self._is_vital(pair, "external_ref")
-        )
-
-    def _patience(self, perhaps: bool, vital: bool) -> float:
-        """Seconds in which a contact that may have been made is looked for; the longer where it `perhaps` was, and is
-        missed by nobody meanwhile, for lists may lag behind."""
-        timeout = self.merger.merge_timeout
-        return timeout if perhaps and not vital else min(10.0, timeout / 4)
-
-    def _fields(self, pair: Pair) -> Json:
-        """What the contact is made with."""
-        user = self.before.users[pair.duplicate.id]
-        picture = user.get("display_picture")
-        known = {
-            **user,
-            "display_picture": picture.get("id") if isinstance(picture, dict) else None,
-            "rev_org": rev_org_id(user),
-        }
-        left_out = pair.details["undo"]["left_out"]
-        return {name: known[name] for name in self.FIELDS if known.get(name) and name not in left_out}
-
-    def _is_vital(self, pair: Pair, name: str) -> bool:
-        """Without its `user_` reference a contact is not the one that the application knows."""
-        return name == "external_ref" and self._old_ref(pair.duplicate).startswith("user_")
-
-    async def _create(self, pair: Pair, fields: Json) -> Optional[Json]:
-        """Ask for the contact; None where it may or may not be there now, or a field of it was refused."""
-        undo, named = pair.details["undo"], "external_ref" in fields
-        undo["asked"] = (
-            [] if named else sorted(self._ids().union(user["id"] for user in await self._contacts_of_email(pair)))
-        )
-        await self.save(pair)
-        self.merger.changed = True
-        try:
-            return await self.api.create_contact(fields, self._request_options(pair))
-        except NoUsableResponse as error:
-            self._lost.add(pair.ids)
-            self._why = str(error)
-        except ApiError as api_error:
-            self._why = str(api_error)
-            name = re.split(r"\W", str(api_error.data.get("field_name")))[0]
-            if api_error.status == 400 and name in fields and not self._is_vital(pair, name):
-                undo["left_out"][name] = str(api_error)
-                del undo["asked"]
-            elif api_error.status != 409 or not named:
-                code = "forbidden" if api_error.status == 403 else "contact_refused"
-                raise PairError(code, f"{pair.duplicate.short_id} could not be made again: {api_error}") from None
-        return None
-
-    async def _find_recreated(self, pair: Pair, fields: Json) -> Optional[Json]:
-        """The contact that was asked for, where it was made. PairError where its reference is somebody else's."""
-        if "external_ref" not in fields:
-            known = pair.details["undo"]["asked"]
-            return next((user for user in await self._contacts_of_email(pair) if user["id"] not in known), None)
-        for user in await self.api.holders_of(fields["external_ref"], self._request_options(pair)):
-            elsewhere = "rev_org" in fields and rev_org_id(user) not in (None, fields["rev_org"])
-            if user["id"] in self._ids() or elsewhere:
-                continue
-            if await self.api.contact(user["id"], self._request_options(pair)) is None:
-                continue  # lists lag behind whoever has gone
-            if email_of(user) != email_key(fields.get("email", "")):
-                words = (
-                    f"the reference {fields['external_ref']} is held by {user.get('display_id')}, who is somebody else"
-                )
-                raise PairError("external_ref_conflict", words)
-            return user
-        return None
-
-    async def _contacts_of_email(self, pair: Pair) -> List[Json]:
-        body = {"email": [pair.duplicate.email.strip()]}
-        return (await self.api.pages("rev-users.list", "rev_users", body, self._request_options(pair))).items
-
-    def _ids(self) -> Set[str]:
-        """The group, as it was and as far as it is made again."""
-        return {contact.id for contact in self.group.all_contacts()}.union(self.recreated().values())
-
-    async def _restore_reference(self, problem: PairError) -> None:
-        """No contact can be made: the reference goes to the primary again, and the group is as it was."""
-        for pair in self.pairs:
-            reference = self._old_ref(pair.duplicate)
-            if pair.details["undo"]["moved"] and not await set_reference(
-                self.api, pair, reference, self._request_options(pair)
-            ):
-                raise PairError(problem.code, f"{problem}; {reference} is held by somebody by now, and stays there")
-        await self._restore_states()
-
-    async def _restore_states(self) -> None:
-        for pair in self.pairs:
-            pair.state = State(pair.details.pop("undo")["before"])
-            await self.save(pair, StateWriter.EVENTS.get(pair.state, "merged"))
-
-
-class ObjectRestorer:
-    """Gives a group's works and conversations back: in each as it is now, the primary makes room for whom it was."""
-
-    SOON = 3.0  # seconds for which a list is believed where everybody it does not show would be thrown out
-    TRIES = 5  # times that an object is read anew before it is given up
-
-    def __init__(self, group_merge: "GroupUndo") -> None:
-        self.group_merge = group_merge
-
-    async def restore_all(self) -> None:
-        """Write what has to change until the lists show nothing more to change, which is the proof."""
-        recreated = {
-            pair.duplicate.id: self.group_merge.recreated()[pair.duplicate.id]
-            for pair in self.group_merge.in_progress()
-        }
-        handled: Dict[str, str] = {}  # object id -> what DevRev has said to it, `""` where it was accepted
-        waiting_since, pause = self.group_merge.environment.now(), 0.5
-        while True:
-            objects, since = await self.read(recreated)
-            changes, left = self.plan(objects, recreated)
-            if all(handled.get(one) for one in changes):
-                break
-            fresh = {one: roles for one, roles in changes.items() if one not in handled}
-            if fresh:
-                await self._write(fresh, objects, since, recreated, handled)
-                waiting_since = self.group_merge.environment.now()
-            elif self.group_merge.environment.elapsed(waiting_since) > self.group_merge.merger.merge_timeout:
-                break
-            else:
-                await self.group_merge.merger.cancel_token.sleep(pause)
-                pause = min(20.0, 1.5 * pause)
-        for pair in self.group_merge.in_progress():
-            try:
-                await self._end(pair, changes, handled, left[pair.duplicate.id])
-            except PairError as problem:
-                await self.group_merge.merger.record_outcome(self.group_merge, pair, problem)
-            else:
-                await self.group_merge.merger.record_outcome(self.group_merge, pair)
-
-    def plan(self, objects: Objects, recreated: Mapping[str, str]) -> Tuple[Changes, Left]:
-        """`hand_back`: the primary stays where it, or a duplicate that is not back, had the role itself."""
-        primary, had = self.group_merge.group.primary.id, self.group_merge.before.had
-        missing = (one.duplicate.id for one in self.group_merge.group.pairs if one.state is not State.UNDONE)
-        stays = had[primary].union(*(had[old] for old in missing if old not in recreated))
-        return plan_restore(objects, had, primary, recreated, stays)
-
-    async def read(self, recreated: Mapping[str, str]) -> Tuple[Objects, Timestamp]:
-        """The works and conversations of the contacts that were `made` again (old id -> new id), and since when they
-        are so. Only what no list shows is asked for by itself."""
-        wanted = set().union(*(self.group_merge.before.had[old] for old in recreated))
-        batch_loaders = self.group_merge.api.objects
-        people = sorted({self.group_merge.group.primary.id, *recreated.values()} - recreated.keys())
-        weight = sum(contact.tickets for contact in self.group_merge.group.all_contacts())
-        since = [self.group_merge.environment.now()]
-        listings = await together(
-            *(
-                batch_loaders[role].load(one, weight, VERIFY)
-                for role in sorted({role for _, role in wanted})
-                for one in people
-            )
-        )
-        objects: Objects = {item["id"]: item for listing in listings for item in listing.items}
-        unlisted = sorted({identity for identity, _ in wanted} - objects.keys())
-        objects.update(
-            zip(
-                unlisted,
-                await together(*(self.group_merge.api.get_object(one, RequestOptions(VERIFY)) for one in unlisted)),
-            )
-        )
-        return objects, oldest(chain(since, (listing.since for listing in listings)))
-
-    async def _write(
-        self,
-        changes: Changes,
-        objects: Objects,
-        since: Timestamp,
-        recreated: Mapping[str, str],
-        handled: Dict[str, str],
-    ) -> None:
-        """Hand objects back, a few at a time, and note what DevRev says to each."""
-
-        async def write() -> None:
-            while changes:
-                identity, roles = changes.popitem()
-                try:
-                    async with self.group_merge.merger.turn_to_write[identity]:  # for groups may share an object
-                        handled[identity] = await self._write_one(identity, roles, objects[identity], since, recreated)
-                except ApiError as api_error:
-                    handled[identity] = str(api_error)
-                except BaseException:
-                    changes.clear()
-                    raise
-
-        await together(*(write() for _ in range(self.group_merge.api.settings.workers)))
-
-    async def _write_one(
-        self,
-        identity: str,
-        roles: Dict[str, List[str]],
-        obj: Optional[Json],
-        since: Timestamp,
-        recreated: Mapping[str, str],
-    ) -> str:
-        """Replace an object's people; where the lists may not know who has joined by now, or what this undo has written
-        to it, it is read by itself first. Returns why it was not done, `""` if it was."""
-        environment, written, limit = self.group_merge.environment, self.group_merge.merger.written, self.SOON
-
-        async def is_fresh() -> None:
-            if environment.age(since) > limit:
-                raise PreconditionsExpired()
-
-        for _ in range(self.TRIES):
-            if identity in written or environment.age(since) > limit:
-                since, limit = environment.now(), Preconditions.FRESH
-                obj = await self.group_merge.api.get_object(identity, RequestOptions(RESUME))
-                roles = self.plan({identity: obj}, recreated)[0].get(identity, {})
-            if obj is None or not roles:
-                return ""
-            with contextlib.suppress(PreconditionsExpired):
-                await self.group_merge.api.set_people(obj, roles, RequestOptions(RESUME), is_fresh)
-                written.add(identity)
-                return ""
-        return "what was read of it becomes too old before it can be written; the quota is too small"
-
-    async def _end(self, pair: Pair, changes: Changes, handled: Mapping[str, str], left: List[Json]) -> None:
-        pair.details["undo"]["left"] = left
-        mine = (
-            one for one in sorted(self.group_merge.before.had[pair.duplicate.id]) if one[1] in changes.get(one[0], {})
-        )
-        open_items = ({"id": one, "role": role, "why": handled[one] or "not shown yet"} for one, role in mine)
-        pair.left_behind = describe(pair.backup, open_items)
-        if pair.left_behind:
-            names = ", ".join(dict.fromkeys(item["display_id"] for item in pair.left_behind))
-            raise PairError("not_handed_back", f"made again, but not handed back: {names}")
-        pair.state, pair.code, pair.error = State.UNDONE, "", ""
-        await self.group_merge.save(pair, "undone")
-
-
-# ---------------------------------------------------------------------------------------------------
-# Undo: the run
-# ---------------------------------------------------------------------------------------------------
-
-
-class UndoRunner(ContactMerger):
-    """Carries out an undo: one group alone until the first is undone, then many; how it ends is as with merges."""
-
-    UNDER_WAY = (State.UNDOING,)
-
-    def __init__(
-        self, api: DevRevAPI, savepoint: SavePoint, journal: Journal, path: Path, preview: bool, **options: Any
-    ) -> None:
-        super().__init__(api, savepoint, journal, BackupStore(journal.path.parent, api.environment), **options)
-        self.path, self.preview = path, preview
-        self.writable_kinds: Set[str] = set()  # kinds of objects that may be written
-        self.written: Set[str] = set()  # objects
-        self.turn_to_write: Dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)  # by object
-
-    async def undo(self, plan: UndoPlan) -> int:
-        """Take the plan back and return the exit code; nothing is raised."""
-        self.total = len(plan.pairs)
-        return await self.drive(self._undo(plan.groups))
-
-    async def _undo(self, groups: List[Group]) -> None:
-        for group in groups:
-            while len(self._group_merges) >= (self._outstanding() if self.preview or self.count(State.UNDONE) else 1):
-                await self.cancel_token.wait(self._any_group_merge())
-            self.raise_if_draining()
-            self._start(GroupUndo(self, group))
-        await self._all_group_merges()
-
-    async def record_outcome(self, group_merge: GroupMerge, pair: Pair, problem: Optional[PairError] = None) -> None:
-        """A pair is undone, refused, or can't be taken further in this run; only what has begun is noted for good."""
-        pair.code, pair.error = (problem.code, str(problem)) if problem else ("", "")
-        if pair.state in self.UNDER_WAY:
-            await self.state_writer.save(pair)
-        self._note_outcome(group_merge, pair, problem)
-
-    def is_success(self, pair: Pair) -> bool:
-        return not pair.code
-
-
-def undo_entry(pair: Pair) -> Json:
-    """What was, or would be, given back of a pair, and what can't be."""
-    undo = pair.details.get("undo", {})
-    # What the merge has left behind, where it was not proved, says nothing of what can be given back.
-    open_items = [item for item in pair.left_behind if "why" in item]
-    left = {(item["id"], item["role"]): item for item in (*undo.get("left", ()), *open_items)}
-    entry = {
-        "email": pair.email,
-        "primary": contact_entry(pair.primary),
-        "duplicate": contact_entry(pair.duplicate),
-        "contact": {"id": undo["contact"], "display_id": undo["display_id"]} if "contact" in undo else None,
-        "state": pair.state.value,
-        "backup": pair.backup,
-        "code": pair.code,
-        "error": pair.error,
-        "given_back": [],
-        "left": describe(pair.backup, left.values()),
-        "not_given_back": [],
-    }
-    with contextlib.suppress(PairError, OSError, ValueError, KeyError, TypeError):
-        manifest = read_manifest(pair.backup)
-        (mine,) = (one for one in manifest["contacts"] if one["csv"]["id"] == pair.duplicate.id)
-        user = json.loads((Path(pair.backup) / mine["folder"] / "contact.json").read_bytes())
-        given = [item for item in transferred_objects(mine) if (item["id"], item["role"]) not in left]
-        entry["given_back"] = describe(pair.backup, given) if "left" in undo else []
-        entry["not_given_back"] = list(_lost_for_good(user, mine, undo.get("left_out", {})))
-    return entry
-
-
-def _lost_for_good(user: Json, entry: Json, left_out: Mapping[str, str]) -> Iterator[Json]:
-    """What nobody can give back of a contact: its rev user and its entry in the manifest say what it had."""
-    for name, value in user.items():
-        if name not in GroupUndo.FIELDS and name != "state":
-            yield {"what": name, "value": value, "why": "DevRev does not let it be set"}
-    for name, why in left_out.items():
-        yield {"what": name, "value": user.get(name), "why": why}
-    if entry["works"]["created"]:
-        yield {"what": "created_by", "value": entry["works"]["created"], "why": "the primary stays their creator"}
-    yield {"what": "authors of comments", "value": None, "why": "DevRev does not let them be set"}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -4605,7 +2984,7 @@ SO_FAR: Mapping[State, str] = {
     State.REQUESTED: "asked for, and not merged yet",
     State.ACKNOWLEDGED: "DevRev has accepted the merge",
     State.MERGED: "merged in DevRev, for good",
-    State.PROVING: "merged in DevRev, for good, and its reference is in place",
+    State.VERIFYING: "merged in DevRev, for good, and its reference is in place",
 }
 
 
@@ -4614,7 +2993,7 @@ def progress_of(pair: Pair) -> Json:
     if pair.state not in UNFINISHED:
         return {}
     steps = ["confirm the merge"] if pair.state in REQUESTED_STATES else []
-    steps += ["set the reference"] if pair.new_ref and pair.state is not State.PROVING else []
+    steps += ["set the reference"] if pair.new_ref and pair.state is not State.VERIFYING else []
     steps.append("prove that nothing was left behind")
     return {"so_far": SO_FAR[pair.state], "to_do": ", ".join(steps)}
 
@@ -4713,7 +3092,7 @@ def headline(plan: Plan, summary: Json, savepoint: SavePoint) -> str:
     """What a run has come to, in one line: nobody may read "all" where some remain."""
     mine, others = summary["pairs_planned"] - summary["already_merged"], summary.get("earlier_runs", {})
     unfinished, skipped = summary["unfinished_merges"], summary["skipped_groups"]
-    gone = sum(pair.ids in plan.ids for pair in savepoint.rows(State.MERGED, State.PROVING))
+    gone = sum(pair.ids in plan.ids for pair in savepoint.rows(State.MERGED, State.VERIFYING))
     verb = "finished" if unfinished else "merged"
     words = [f"{summary['successful_merges']:,} of {plural(mine, 'pair')} {verb}"] if mine else []
     words += ["nothing to merge"] if not (mine or others) else []
@@ -5641,9 +4020,9 @@ def settle(run: RunContext) -> int:
             why = "no unfinished pair whose flaw an earlier run has named in its report, and that can't be mended"
             raise FatalError(EXIT_USAGE, f"{', '.join(missing)}: {why} (--status tells what is)")
         for pair in pairs:
-            pair.details["accepted"] = f"{pair.code}: {pair.error}"
-            if pair.new_ref and pair.state is not State.PROVING:
-                pair.details["reference_not_set"] = pair.new_ref
+            pair.accepted = f"{pair.code}: {pair.error}"
+            if pair.new_ref and pair.state is not State.VERIFYING:
+                pair.reference_not_set = pair.new_ref
             pair.state, pair.report = State.SETTLED, ""
         StateWriter(savepoint, Journal(JOURNAL, run.environment, run.run_id)).put(pairs, pairs)
         for pair in pairs:
@@ -5821,7 +4200,7 @@ class Progress:
         if not merger.total:
             return ""
         pairs = list(merger.pairs())
-        gone = (*ENDED, State.MERGED, State.PROVING)
+        gone = (*ENDED, State.MERGED, State.VERIFYING)
         phases = {
             "backed up": sum(bool(pair.backup) for pair in pairs),
             "merged": sum(pair.state in gone for pair in pairs),
