@@ -54,9 +54,12 @@ from typing import (
 DEFAULT_PAGE = 50
 LARGEST_PAGE = 100
 LONG_AGO = -math.inf  # what was there before anybody looked at a clock
+HALF_EMOJI = "\ud83d"  # a lone surrogate, as services that count in UTF-16 cut a text
 
 USER_KINDS = ("devu", "revu", "svcacc", "sysu")
 WORK_KINDS = ("issue", "ticket")
+OTHER_WORK_KINDS = ("task", "incident", "opportunity")
+ALL_WORK_KINDS = (*WORK_KINDS, *OTHER_WORK_KINDS)
 ROLES = ("reported_by", "owned_by", "created_by")
 USER_LISTS = ("owned_by", "reported_by", "members")
 
@@ -194,8 +197,16 @@ class Table(Dict[str, Record]):
 
 def contact_keys(contact: Mapping[str, Any]) -> Iterator[Key]:
     """What a contact is found by."""
-    yield "email", contact.get("email")
+    email = contact.get("email")
+    yield "email", email
+    yield "email_lower", email and email.lower()
     yield "external_ref", contact.get("external_ref")
+    for reference in contact.get("external_refs", ()):
+        yield "external_ref", reference
+    if "rev_org" in contact:
+        yield "rev_org", contact["rev_org"]["id"]
+    for number in contact.get("phone_numbers", ()):
+        yield "phone_numbers", number
 
 
 def people_keys(thing: Mapping[str, Any]) -> Iterator[Key]:
@@ -213,25 +224,53 @@ def people_keys(thing: Mapping[str, Any]) -> Iterator[Key]:
 # --------------------------------------------------------------------------------------------------
 
 
-class Organisation:
+class Rules:
+    """What an organisation can be set to do in one way or another; all of it may be changed at any time.
+
+    `ref_release`: seconds for which a merged contact doesn't let go of its reference yet.
+    `stuck_references`: those that never leave the contact that had them, merged or not.
+    `unique_references`: nobody else in the "rev_org", or in the whole "organisation", may have a reference.
+    `unverified_keep_references`: a reference that an unverified contact had is nobody else's until that contact is
+    deleted, whether it was merged or has another reference since.
+    `merge_joins`: fields with several values (`phone_numbers`, `tags`, `external_refs`) that a merge joins.
+    `visitors_verified`: whether a contact that the application's widget makes is verified.
+    `unverified`: the ids of contacts that are not verified.
+    """
+
+    def __init__(self) -> None:
+        self.ref_release = 0.0
+        self.stuck_references: Set[str] = set()
+        self.unique_references = "rev_org"
+        self.unverified_keep_references = False
+        self.merge_joins: Collection[str] = ()
+        self.visitors_verified = True
+        self.unverified: Set[str] = set()
+
+    def joined(self, primary: Mapping[str, Any], secondary: Mapping[str, Any]) -> Thing:
+        """What a merge makes of the primary's fields with several values."""
+        found = {}
+        for name in self.merge_joins:
+            values = [*primary.get(name, ()), *(one for one in secondary.get(name, ()) if one not in primary.get(name, ()))]
+            if values:
+                found[name] = values
+        return found
+
+
+class Organisation(Rules):
     """What is true, whatever a client was told.
 
     Contacts, works and conversations are kept just as the API answers them. A user's summary is one
     dictionary shared by everything the user appears in, so a changed reference shows everywhere.
     Times are those of `clock`, which a World brings along; before that everything was LONG_AGO.
-
-    `ref_release`: seconds for which a merged contact doesn't let go of its reference yet.
-    `stuck_references`: those that never leave the contact that had them, merged or not.
     """
 
     def __init__(self, key: str = "SANDBOX1", partition: str = "dvrv-us-1") -> None:
+        super().__init__()
         self.key = key
         self.partition = partition
         self.lock = threading.RLock()
         self.clock: Callable[[], float] = lambda: LONG_AGO
         self.moment: Optional[float] = None  # in place of the clock, for what is carried out belatedly
-        self.ref_release = 0.0
-        self.stuck_references: Set[str] = set()
         self.contacts = Table(self.lock, self.now, contact_keys, self._contact_changed)
         self.works = Table(self.lock, self.now, people_keys)
         self.conversations = Table(self.lock, self.now, people_keys)
@@ -241,6 +280,7 @@ class Organisation:
         self.merged_into: Dict[str, str] = {}
         self.merge_times: Dict[str, float] = {}
         self.reference_times: DefaultDict[str, List[Tuple[float, Optional[str]]]] = defaultdict(list)
+        self._users_of: DefaultDict[str, Set[str]] = defaultdict(set)  # of a reference, at any time
         self.rev_orgs: Dict[str, Thing] = {}
         self._summaries: Dict[str, Thing] = {}
         self._numbers: Dict[str, int] = Counter()
@@ -268,17 +308,18 @@ class Organisation:
         email: Optional[str],
         external_ref: Optional[str] = None,
         display_name: Optional[str] = None,
-        rev_org: str = "ACME",
+        rev_org: Optional[str] = "ACME",
         state: str = "active",
         created: str = "2024-01-01T00:00:00.000Z",
+        verified: bool = True,
         **more: Any,
     ) -> str:
-        """Add a contact and return its id. Its reference must be free in its rev org."""
+        """Add a contact and return its id. Its reference must be free. `account/KEY` is a rev org that is an account."""
         with self.lock:
             contact_id = self.don("identity", "revu", key)
             reference = "REVU-" + key if external_ref is None else external_ref
-            org = self._org_summary(rev_org)
-            holder = self.holder(org["id"], reference)
+            org = {} if rev_org is None else {"rev_org": self._org_summary(rev_org)}
+            holder = self.holder(org_id_of(org), reference)
             if holder is not None:
                 raise ValueError(f"{reference} is held by {holder}")
             contact: Thing = {
@@ -287,7 +328,7 @@ class Organisation:
                 "display_name": display_name or (email or key).split("@")[0],
                 "external_ref": reference,
                 "state": state,
-                "rev_org": org,
+                **org,
                 "created_date": created,
                 "modified_date": created,
                 "created_by": self._summaries[self.dev_user["id"]],
@@ -295,21 +336,27 @@ class Organisation:
             }
             if email is not None:
                 contact["email"] = email
+            if not verified:
+                self.unverified.add(contact_id)
             self.contacts[contact_id] = contact  # type: ignore[assignment]
             return contact_id
 
-    def new_contact(self, email: Optional[str], reference: Optional[str], rev_org: str = "ACME", **more: Any) -> str:
+    def new_contact(
+        self, email: Optional[str], reference: Optional[str], rev_org: Optional[str] = "ACME", **more: Any
+    ) -> str:
         """Add a contact with an id that DevRev chooses."""
         with self.lock:
             self._numbers["revu"] += 1
             more.setdefault("created", self._now())
             return self.add_contact("N{}".format(self._numbers["revu"]), email, reference, rev_org=rev_org, **more)
 
-    def visit(self, email: str, reference: str, rev_org: str = "ACME") -> str:
+    def visit(self, email: str, reference: str, rev_org: Optional[str] = "ACME") -> str:
         """The application identifies somebody by a reference: who holds it, or a new contact that does."""
         with self.lock:
-            holder = self.holder(self._org_summary(rev_org)["id"], reference)
-            return self.new_contact(email, reference, rev_org) if holder is None else self.survivor(holder)
+            holder = self.holder(rev_org and self._org_summary(rev_org)["id"], reference)
+            if holder is not None:
+                return self.survivor(holder)
+            return self.new_contact(email, reference, rev_org, verified=self.visitors_verified)
 
     def add_work(
         self,
@@ -320,8 +367,8 @@ class Organisation:
         title: Optional[str] = None,
         comments: int = 0,
     ) -> str:
-        """Add a ticket or an issue and return its id. A dev user fills the roles nobody has."""
-        prefix = {"ticket": "TKT", "issue": "ISS"}[kind]
+        """Add a work (a ticket, an issue, …) and return its id. A dev user fills the roles nobody has."""
+        prefix = {"ticket": "TKT", "issue": "ISS"}.get(kind, kind[:4].upper())
         with self.lock:
             work = self._new_object(kind, prefix, created_by)
             work["type"] = kind
@@ -330,7 +377,7 @@ class Organisation:
             work["stage"] = {"name": "queued" if kind == "ticket" else "triage"}
             work["owned_by"] = self.people(owned_by) or self.people([self.dev_user["id"]])
             work["reported_by"] = self.people(reported_by)
-            work.update({"severity": "medium"} if kind == "ticket" else {"priority": "p2"})
+            work.update({"ticket": {"severity": "medium"}, "issue": {"priority": "p2"}}.get(kind, {}))
             self.works[work["id"]] = work  # type: ignore[assignment]
             self._add_comments(work, comments)
             return str(work["id"])
@@ -383,6 +430,8 @@ class Organisation:
                 for thing in table.find([("anyone", [secondary])]):
                     if thing["id"] not in leave_behind:
                         self._hand_over(thing, secondary, primary)
+            if self.merge_joins:
+                self.change(self.contacts[primary], **self.joined(self.contacts[primary], self.contacts[secondary]))
             self.merged_into[secondary] = primary
             self.merge_times[secondary] = self.now()
             self.merges.append((primary, secondary))
@@ -423,12 +472,16 @@ class Organisation:
             contact_id = self.merged_into[contact_id]
         return contact_id
 
-    def holder(self, rev_org_id: str, reference: str) -> Optional[str]:
+    def holder(self, rev_org_id: Optional[str], reference: str) -> Optional[str]:
         """The id of the contact that holds a reference in a rev org, or doesn't let go of it yet."""
         with self.lock:
-            for contact in self.contacts.find([("external_ref", [reference])]):
-                if contact["rev_org"]["id"] == rev_org_id and self._holds_on(contact["id"], reference):
-                    return str(contact["id"])
+            ids = [one["id"] for one in self.contacts.find([("external_ref", [reference])])]
+            ids = [one for one in ids if self._holds_on(one, reference)]
+            if self.unverified_keep_references:
+                ids += [one for one in self._users_of[reference] & self.unverified if one in self.contacts]
+            for contact_id in sorted(ids, key=self.contacts.numbers.__getitem__):
+                if self.unique_references == "organisation" or org_id_of(self.contacts[contact_id]) == rev_org_id:
+                    return str(contact_id)
         return None
 
     def people(self, ids: Iterable[str]) -> List[Thing]:
@@ -451,6 +504,7 @@ class Organisation:
         times = self.reference_times[contact["id"]]
         if not times or times[-1][1] != contact.get("external_ref"):
             times.append((self.now(), contact.get("external_ref")))
+            self._users_of[contact.get("external_ref", "")].add(contact["id"])
 
     def _hand_over(self, thing: Thing, secondary: str, primary: str) -> None:
         changes: Thing = {}
@@ -481,8 +535,10 @@ class Organisation:
         summary.update({name: user[name] for name in fields if name in user})
 
     def _org_summary(self, key: str) -> Thing:
-        org_id = self.don("identity", "revo", key)
-        names = {"display_id": "REV-" + key, "display_name": key.capitalize()}
+        kind, prefix = ("account", "ACC-") if key.startswith("account/") else ("revo", "REV-")
+        key = key.rpartition("/")[2]
+        org_id = self.don("identity", kind, key)
+        names = {"display_id": prefix + key, "display_name": key.capitalize()}
         return self.rev_orgs.setdefault(org_id, {"type": "rev_org", "id": org_id, **names})
 
     def _new_object(self, kind: str, prefix: str, created_by: Optional[str]) -> Thing:
@@ -513,6 +569,11 @@ ID = re.compile(
     r":(?P<kind>[a-z_]+)/(?P<key>[\w.-]+)",
     re.ASCII,
 )
+
+
+def org_id_of(contact: Mapping[str, Any]) -> Optional[str]:
+    """The id of a contact's rev org; None where it has none."""
+    return str(contact["rev_org"]["id"]) if "rev_org" in contact else None
 
 
 @functools.lru_cache(maxsize=65536)
