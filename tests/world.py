@@ -63,7 +63,8 @@ Refusals:
     names_object_ids      whether such a 403 names them
     max_bytes             of a request, more is 413
 Quota:
-    quota.rolls, quota.others          windows that roll; what other clients spend of each
+    quota_rolls           whether the window rolls, its reset always a window after the request
+    quota.others          what other clients spend of each window
     quota_headers         whether answers carry X-Ratelimit-…
     retry_after           where a 429 says how long to wait: both, header, body, neither
 What strikes single requests, once, often or always, is a Fault.
@@ -346,7 +347,8 @@ class Organisation(Rules):
         self._summaries: Dict[str, Thing] = {}
         self._numbers: Dict[str, int] = Counter()
         self._minutes = itertools.count()
-        self.dev_user = self._add_dev_user("1", "Dana Developer", "dana.developer@example.com")
+        self.dev_user = dev_user(self.don("identity", "devu", "1"), "Dana Developer", "dana.developer@example.com")
+        self._summarise("dev_user", self.dev_user)
 
     @classmethod
     def from_csv(cls, path: Union[str, Path]) -> "Organisation":
@@ -577,19 +579,6 @@ class Organisation(Rules):
             changes["created_by"] = self._summaries[primary]
         self.change(thing, **changes)
 
-    def _add_dev_user(self, key: str, name: str, email: str) -> Thing:
-        user = {
-            "id": self.don("identity", "devu", key),
-            "display_id": "DEVU-" + key,
-            "display_name": name,
-            "full_name": name,
-            "email": email,
-            "state": "active",
-            "created_date": "2023-01-01T00:00:00.000Z",
-        }
-        self._summarise("dev_user", user)
-        return user
-
     def _summarise(self, kind: str, user: Mapping[str, Any]) -> None:
         fields = ("id", "display_id", "display_name", "full_name", "email", "state", "external_ref", "rev_org")
         summary = self._summaries.setdefault(user["id"], {"type": kind})
@@ -632,6 +621,19 @@ ID = re.compile(
 )
 
 
+def dev_user(user_id: str, name: str, email: str) -> Thing:
+    """A user of the organisation that DevRev serves, as opposed to its customers."""
+    return {
+        "id": user_id,
+        "display_id": "DEVU-" + user_id.rpartition("/")[2],
+        "display_name": name,
+        "full_name": name,
+        "email": email,
+        "state": "active",
+        "created_date": "2023-01-01T00:00:00.000Z",
+    }
+
+
 def org_id_of(contact: Mapping[str, Any]) -> Optional[str]:
     """The id of a contact's rev org; None where it has none."""
     return str(contact["rev_org"]["id"]) if "rev_org" in contact else None
@@ -661,7 +663,7 @@ class ExportRow(NamedTuple):
     rev_org: str
     created: str
     tickets: int
-    more: Dict[str, str]
+    more: Dict[str, Any]
 
 
 def seed(organisation_type: Type[Organisation], path: Union[str, Path]) -> Organisation:
@@ -677,7 +679,10 @@ def seed(organisation_type: Type[Organisation], path: Union[str, Path]) -> Organ
     organisation = organisation_type(rows[0].organisation, rows[0].partition)
     groups: Dict[str, List[Seedling]] = {}
     for number, row in enumerate(rows):
-        details = {"phone_numbers": [f"+4930{number:07}"], "description": f"Customer since {row.created[:4]}."}
+        details: Dict[str, Any] = {
+            "phone_numbers": [f"+4930{number:07}"],
+            "description": f"Customer since {row.created[:4]}.",
+        }
         try:
             contact = organisation.add_contact(
                 row.key, row.email, row.reference, row.name, row.rev_org, created=row.created, **details, **row.more
@@ -716,7 +721,10 @@ def usable(record: Dict[str, str]) -> Optional[ExportRow]:
     if user is None or org is None or created is None or tickets < 0 or not email or not reference:
         return None
     where = user.group("partition"), user.group("org"), user.group("key")
-    more = {"full_name": values.get("FULL_NAME", ""), "modified_date": api_time(values.get("UPDATED_AT", ""))}
+    more: Dict[str, Any] = {
+        "full_name": values.get("FULL_NAME", ""),
+        "modified_date": api_time(values.get("UPDATED_AT", "")),
+    }
     more = {name: value for name, value in more.items() if value}
     name = values.get("DISPLAY_NAME", "")
     return ExportRow(*where, name, email, reference, org.group("key"), api_time(created), tickets, more)
@@ -1111,6 +1119,7 @@ LONG_SHAPES = {  # where works of every kind can be asked for
     name: dict(SHAPES[name], type=Field(SHAPES[name]["type"].kind, ALL_WORK_KINDS))
     for name in ("works.list", "works.count", "works.update")
 }
+CONTACT_FILTERS = ("email", "external_ref", "phone_numbers", "rev_org")
 POST_ONLY = tuple(name for name in SHAPES if name.endswith((".merge", ".create", ".update", ".delete")))
 
 
@@ -1185,51 +1194,13 @@ def check_id(name: str, value: str, kinds: Collection[str]) -> None:
         raise Refused(400, "unexpected_id_type", message, field_name=name, value=value)
 
 
-class Api:
-    """What each endpoint does. Every method runs while the organisation's lock is held."""
+class Restrictions:
+    """What a token may not see, and the pages that lists are served in."""
 
     def __init__(self, world: "World") -> None:
         self.world = world
         self.organisation = world.organisation
-        self._endpoints: Dict[str, Callable[[Thing], Thing]] = {
-            "dev-users.self": self._self,
-            "rev-users.get": self._get_contact,
-            "rev-users.list": self._list_contacts,
-            "rev-users.scan": self._list_contacts,
-            "rev-users.merge": self._merge,
-            "rev-users.create": self._create_contact,
-            "rev-users.update": self._update_contact,
-            "rev-users.delete": self._delete_contact,
-            "works.list": self._list_works,
-            "works.count": self._count_works,
-            "works.get": self._get_work,
-            "works.update": self._update_work,
-            "conversations.list": self._list_conversations,
-            "conversations.get": self._get_conversation,
-            "conversations.update": self._update_conversation,
-            "timeline-entries.list": self._list_entries,
-        }
         self._endpoint = ""
-        self._fault: Optional[Fault] = None
-
-    def act(self, endpoint: str, body: Thing, fault: Optional[Fault] = None) -> Answer:
-        """Carry a request out. Whatever it says is serialised before anyone else can change it."""
-        world = self.world
-        try:
-            if world.max_bytes is not None and len(json.dumps(body)) > world.max_bytes:
-                raise Refused(413, "request_entity_too_large", "The request is too large.", max_bytes=world.max_bytes)
-            check_shape(
-                (LONG_SHAPES if world.long_work_types else SHAPES).get(endpoint, SHAPES[endpoint]), body, world.max_ids
-            )
-            with self.organisation.lock:
-                self._endpoint, self._fault = endpoint, fault
-                self._check_restricted(body)
-                content = self._endpoints[endpoint](body)
-                if endpoint == "rev-users.merge":
-                    return merge_acknowledged(world.merge_answer, content)
-                return json_answer(201 if endpoint == "rev-users.create" else 200, content)
-        except Refused as refusal:
-            return refusal.answer
 
     def _check_restricted(self, body: Thing) -> None:
         """Refuse a request that names what the token may not see, or may not see the timeline of, or change."""
@@ -1268,6 +1239,51 @@ class Api:
             self._forbid([one["id"] for one in found[name] if one["id"] in world.restricted])
         return found
 
+
+class Api(Restrictions):
+    """What each endpoint does. Every method runs while the organisation's lock is held."""
+
+    def __init__(self, world: "World") -> None:
+        super().__init__(world)
+        self._endpoints: Dict[str, Callable[[Thing], Thing]] = {
+            "dev-users.self": self._self,
+            "rev-users.get": self._get_contact,
+            "rev-users.list": self._list_contacts,
+            "rev-users.scan": self._list_contacts,
+            "rev-users.merge": self._merge,
+            "rev-users.create": self._create_contact,
+            "rev-users.update": self._update_contact,
+            "rev-users.delete": self._delete_contact,
+            "works.list": self._list_works,
+            "works.count": self._count_works,
+            "works.get": self._get_work,
+            "works.update": self._update_work,
+            "conversations.list": self._list_conversations,
+            "conversations.get": self._get_conversation,
+            "conversations.update": self._update_conversation,
+            "timeline-entries.list": self._list_entries,
+        }
+        self._fault: Optional[Fault] = None
+
+    def act(self, endpoint: str, body: Thing, fault: Optional[Fault] = None) -> Answer:
+        """Carry a request out. Whatever it says is serialised before anyone else can change it."""
+        world = self.world
+        try:
+            if world.max_bytes is not None and len(json.dumps(body)) > world.max_bytes:
+                raise Refused(413, "request_entity_too_large", "The request is too large.", max_bytes=world.max_bytes)
+            check_shape(
+                (LONG_SHAPES if world.long_work_types else SHAPES).get(endpoint, SHAPES[endpoint]), body, world.max_ids
+            )
+            with self.organisation.lock:
+                self._endpoint, self._fault = endpoint, fault
+                self._check_restricted(body)
+                content = self._endpoints[endpoint](body)
+                if endpoint == "rev-users.merge":
+                    return merge_acknowledged(world.merge_answer, content)
+                return json_answer(201 if endpoint == "rev-users.create" else 200, content)
+        except Refused as refusal:
+            return refusal.answer
+
     def _self(self, body: Thing) -> Thing:
         return {"dev_user": self.organisation.dev_user}
 
@@ -1286,7 +1302,9 @@ class Api:
         world, contacts = self.world, self.organisation.contacts
         survivor = self.organisation.survivor(contact_id)
         gone = world.gone_of.get(contact_id, world.gone)
-        if gone == "404" or survivor not in contacts:
+        if gone in ODD_POLLS:
+            raise Instead(odd_poll(gone, world.gone_seconds))
+        if gone == "404" or (survivor not in contacts and gone not in world.ODD):
             raise not_found(contact_id)
         if gone == "301":
             place = urllib.parse.quote(survivor, safe="")
@@ -1294,8 +1312,6 @@ class Api:
             raise Instead(moved(f"{base}/rev-users.get?id={place}" if world.location is None else world.location))
         if gone == "primary":
             return contacts[survivor]
-        if gone in ODD_POLLS:
-            raise Instead(odd_poll(gone, world.gone_seconds))
         return self._left_over(contact_id, gone)
 
     def _left_over(self, contact_id: str, gone: str) -> Thing:
@@ -1312,27 +1328,19 @@ class Api:
             if world.verified_filter == "403":
                 self._forbid((), refused=True)
             raise Refused(400, "invalid_field", "unknown property: is_verified", field_name="is_verified")
-        names = {"email": "email_lower" if world.email_ignores_case else "email"}
-        filters: List[Filter] = [
-            (
-                names.get(name, name),
-                [one.lower() for one in body[name]] if names.get(name) == "email_lower" else body[name],
-            )
-            for name in ("email", "external_ref", "phone_numbers", "rev_org")
-            if body.get(name)
-        ]
+        filters: List[Filter] = [(name, body[name]) for name in CONTACT_FILTERS if body.get(name)]
+        if world.email_ignores_case and body.get("email"):
+            filters[0] = ("email_lower", [one.lower() for one in body["email"]])
         if body.get("associations"):
             filters.append(("rev_org", body["associations"]))
         contacts = organisation.contacts.find(filters, world.list_lag)
         if world.deleted_listed:
             known = {one["id"] for one in contacts}
-            contacts += [
-                {**one, "state": "deleted"}
-                for one in organisation.deleted.values()
-                if kind_of(one["id"]) == "revu"
-                and one["id"] not in known
-                and all({(name, value) for value in values} & set(contact_keys(one)) for name, values in filters)
-            ]
+            for one in organisation.deleted.values():
+                keys = set(contact_keys(one))
+                fits = all(not keys.isdisjoint((name, value) for value in values) for name, values in filters)
+                if fits and one["id"] not in known and kind_of(one["id"]) == "revu":
+                    contacts.append({**one, "state": "deleted"})
         seen_at = organisation.now() - world.list_lag
         found = []
         for contact in contacts:
@@ -1426,16 +1434,16 @@ class Api:
         return self.organisation.contacts[contact_id]
 
     def _check_fields(self, body: Thing) -> None:
-        names = self.world.refused_fields
-        refused = [name for name in body if name in names or f"{self._endpoint}.{name}" in names]
+        names, status = self.world.refused_fields, self.world.refused_status
+        for name in body:
+            if name in names or f"{self._endpoint}.{name}" in names:
+                message = f"{name}: this is not permitted"
+                if status == 400:
+                    raise Refused(400, "value_not_permitted", message, field_name=name)
+                raise Refused(status, REFUSALS[str(status)][1], message)
         if not all(re.fullmatch(r"\+[1-9][0-9]{1,14}", number) for number in body.get("phone_numbers", ())):
-            refused.append("phone_numbers")
-        for name in refused:
-            status = 400 if name not in names and f"{self._endpoint}.{name}" not in names else self.world.refused_status
-            kind = "value_not_permitted" if status == 400 else REFUSALS[str(status)][1]
-            raise Refused(
-                status, kind, f"{name}: this is not permitted", **({"field_name": name} if status == 400 else {})
-            )
+            message = "phone_numbers: this is not permitted"
+            raise Refused(400, "value_not_permitted", message, field_name="phone_numbers")
 
     def _check_free(self, reference: Optional[str], org_id: Optional[str], contact_id: Optional[str] = None) -> None:
         if reference is not None and self.organisation.holder(org_id, reference) not in (None, contact_id):
@@ -1773,6 +1781,7 @@ class World:
     names_object_ids = True
     max_bytes: Optional[int] = None
     # Quota
+    quota_rolls = False
     quota_headers = True
     retry_after = "both"
 
@@ -1813,6 +1822,8 @@ class World:
         if name in self.CHOICES and value not in self.CHOICES[name]:
             raise ValueError(f"{name}: {value!r} is none of {', '.join(map(str, self.CHOICES[name]))}")
         super().__setattr__(name, value)
+        if name == "quota_rolls" and self.quota:
+            self.quota.rolls = value
 
     # ----- requests --------------------------------------------------------------------------------
 
