@@ -94,7 +94,7 @@ log = logging.getLogger("merge_contacts")
 # ---------------------------------------------------------------------------------------------------
 
 
-class Stop(Exception):
+class FatalError(Exception):
     """The run can't go on. `exit_code` is one of the contract's exit codes."""
 
     def __init__(self, exit_code: int, message: str) -> None:
@@ -102,11 +102,11 @@ class Stop(Exception):
         self.exit_code = exit_code
 
 
-class Denied(Stop):
+class PermissionDenied(FatalError):
     """DevRev refuses the token itself (401) or a scope that the run can't do without (403)."""
 
 
-class Interrupted(Stop):
+class Cancelled(FatalError):
     """The run was told to stop; a request that meets this has not left."""
 
     def __init__(self) -> None:
@@ -121,7 +121,7 @@ class PairError(Exception):
         self.code = code
 
 
-class ApiRefused(PairError):
+class ApiError(PairError):
     """DevRev understood the request and said no (3xx, 4xx). What it was asked for may come about all the same."""
 
     def __init__(
@@ -138,11 +138,11 @@ class ApiRefused(PairError):
         return self.status == 404 and self.data.get("type") == "not_found"
 
 
-class Stale(Exception):
+class PreconditionsExpired(Exception):
     """A request has not left, for what it rests on was read too long ago."""
 
 
-class ApiUnanswered(PairError):
+class NoUsableResponse(PairError):
     """No usable answer came: whether the request was acted on can only be found out by looking."""
 
     def __init__(self, endpoint: str, message: str) -> None:
@@ -154,7 +154,7 @@ class ApiUnanswered(PairError):
 # ---------------------------------------------------------------------------------------------------
 
 
-def printable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """Return `text` with everything a terminal could act on (controls, line breaks, bidi marks) escaped."""
     if text.isprintable():
         return text
@@ -232,14 +232,14 @@ def to_json(value: Any, indent: Optional[int] = None) -> bytes:
 # ---------------------------------------------------------------------------------------------------
 
 
-class Moment(NamedTuple):
+class Timestamp(NamedTuple):
     """A point in time on two clocks: a laptop that sleeps stops the steady one, somebody may set the other."""
 
     wall: float  # epoch seconds
-    steady: float  # monotonic seconds
+    monotonic: float  # monotonic seconds
 
 
-class Answer(NamedTuple):
+class HttpResponse(NamedTuple):
     """What came of one request. `data` is the JSON object in the body, None where there is no whole one."""
 
     status: Optional[int]  # None: no answer
@@ -249,7 +249,7 @@ class Answer(NamedTuple):
     sent: bool = True  # whether the request may have reached DevRev
 
 
-class Outside:
+class Environment:
     """All that a run touches beyond its own memory: two clocks, the disk, threads for what blocks, and the wire.
 
     The event loop owns every decision and meets the world only here, so that a simulation can stand in its place.
@@ -258,37 +258,37 @@ class Outside:
     def __init__(self, settings: "ApiSettings") -> None:
         self.settings = settings
         self.random = random.Random()
-        self._crew = Crew()
-        self._wire: Optional[Wire] = None
+        self._threads_pool = DaemonThreadPool()
+        self._transport: Optional[HttpTransport] = None
 
-    def moment(self) -> Moment:
-        return Moment(time.time(), time.monotonic())
+    def now(self) -> Timestamp:
+        return Timestamp(time.time(), time.monotonic())
 
-    def age(self, since: Moment) -> float:
+    def age(self, since: Timestamp) -> float:
         """Seconds since then by the clock that has gone further: what a check or a backup must not be believed past."""
-        now = self.moment()
-        return max(now.wall - since.wall, now.steady - since.steady)
+        now = self.now()
+        return max(now.wall - since.wall, now.monotonic - since.monotonic)
 
-    def elapsed(self, since: Moment) -> float:
+    def elapsed(self, since: Timestamp) -> float:
         """Seconds since then, at least: how long something has surely been waited for. Not by the wall clock, for where
         somebody sets that back by hours, it would be waited for as long."""
-        return self.moment().steady - since.steady
+        return self.now().monotonic - since.monotonic
 
-    def complete(self, work: Coroutine[Any, Any, T]) -> T:
+    def run_event_loop(self, work: Coroutine[Any, Any, T]) -> T:
         """Run an event loop until the work is done."""
         return asyncio.run(work)
 
-    async def send(self, endpoint: str, body: Json) -> Answer:
+    async def post(self, endpoint: str, body: Json) -> HttpResponse:
         """POST one request. Its whole answer has ten times the time that silence has; then the connection is shut."""
-        self._wire = self._wire or Wire(self.settings)
-        watch = Watch()
-        answer = self._crew.do(self._wire.exchange, endpoint, body, watch)
+        self._transport = self._transport or HttpTransport(self.settings)
+        watch = OpenConnection()
+        answer = self._threads_pool.submit(self._transport.post, endpoint, body, watch)
         limit = 10 * self.settings.timeout
 
         def give_up() -> None:
             watch.shut()
             if not answer.done():
-                answer.set_result(Answer(None, {}, None, f"no whole answer within {limit:g} s"))
+                answer.set_result(HttpResponse(None, {}, None, f"no whole answer within {limit:g} s"))
 
         timer = asyncio.get_event_loop().call_later(limit, give_up)
         try:
@@ -296,11 +296,11 @@ class Outside:
         finally:
             timer.cancel()
 
-    async def work(self, job: Callable[..., T], *args: Any) -> T:
+    async def run_in_thread(self, job: Callable[..., T], *args: Any) -> T:
         """Have a thread do what blocks."""
-        return await self._crew.do(job, *args)
+        return await self._threads_pool.submit(job, *args)
 
-    def write(self, path: Path, chunks: Iterable[bytes]) -> Tuple[int, str]:
+    def create_file(self, path: Path, chunks: Iterable[bytes]) -> Tuple[int, str]:
         """Create `path` (0600) from `chunks` and flush it to the disk; return its bytes and SHA-256."""
         size, digest = 0, hashlib.sha256()
         handle = os.open(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
@@ -309,10 +309,10 @@ class Outside:
                 file.write(chunk)
                 digest.update(chunk)
                 size += len(chunk)
-            self.flush(file)
+            self.fsync_file(file)
         return size, digest.hexdigest()
 
-    def append(self, path: Path, lines: bytes) -> None:
+    def append_lines(self, path: Path, lines: bytes) -> None:
         """Add lines to `path` and flush them to the disk; one that a crash has torn before them stays alone."""
         handle = os.open(str(path), os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
         with open(handle, "r+b") as file:
@@ -321,11 +321,11 @@ class Outside:
                 file.seek(end - 1)
                 lines = lines if file.read(1) == b"\n" else b"\n" + lines
             file.write(lines + b"\n")
-            self.flush(file)
+            self.fsync_file(file)
         if not end:
-            self.sync(path.parent)
+            self.fsync_dir(path.parent)
 
-    def publish(self, aside: Path, final: Path) -> None:
+    def rename_into_place(self, aside: Path, final: Path) -> None:
         """Give what was written aside its final name, in one step that survives a power cut."""
         for patience in (0.1, 0.4, 1.6, 0.0):
             try:
@@ -336,31 +336,31 @@ class Outside:
                 if os.name != "nt" or not patience:
                     raise
                 time.sleep(patience)
-        self.sync(final.parent)
+        self.fsync_dir(final.parent)
 
-    def replace(self, path: Path, chunks: Iterable[bytes], before: Callable[[], None] = lambda: None) -> None:
+    def write_atomically(self, path: Path, chunks: Iterable[bytes], before: Callable[[], None] = lambda: None) -> None:
         """Write a whole file aside, call `before`, and give it its name. Raises OSError, and leaves nothing, where the
         disk refuses."""
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with contextlib.suppress(FileNotFoundError):
                 aside.unlink()
-            self.write(aside, chunks)
+            self.create_file(aside, chunks)
             before()
-            self.publish(aside, path)
-        except (OSError, Stop):
+            self.rename_into_place(aside, path)
+        except (OSError, FatalError):
             with contextlib.suppress(OSError):
                 aside.unlink()
             raise
 
-    def database(self, uri: str) -> sqlite3.Connection:
+    def open_database(self, uri: str) -> sqlite3.Connection:
         return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0, check_same_thread=False)
 
-    def flush(self, file: Any) -> None:
+    def fsync_file(self, file: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
 
-    def sync(self, folder: Path) -> None:
+    def fsync_dir(self, folder: Path) -> None:
         """Make a rename or a new name in `folder` survive a power cut (Windows does so by itself)."""
         if os.name == "nt":
             return
@@ -370,19 +370,19 @@ class Outside:
         finally:
             os.close(handle)
 
-    def folder(self, path: Path) -> Path:
+    def make_private_dir(self, path: Path) -> Path:
         """Create `path` and what is missing above it, open to its owner alone."""
         for folder in [*reversed(path.parents), path]:
             if not folder.exists():
                 with contextlib.suppress(FileExistsError):
                     folder.mkdir(mode=0o700)
-                    self.sync(folder.parent)
+                    self.fsync_dir(folder.parent)
         if not path.is_dir():
             raise NotADirectoryError(f"{path} is not a folder")
         return path
 
 
-class Crew:
+class DaemonThreadPool:
     """Daemon threads that do what blocks; there are always enough of them, and one that hangs holds up no exit."""
 
     def __init__(self) -> None:
@@ -391,7 +391,7 @@ class Crew:
         )
         self._threads = self._busy = 0  # counted by the event loop alone
 
-    def do(self, job: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
+    def submit(self, job: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
         loop = asyncio.get_event_loop()
         future: asyncio.Future[T] = loop.create_future()
         self._busy += 1
@@ -423,7 +423,7 @@ class Crew:
             future.set_exception(error)
 
 
-class Watch:
+class OpenConnection:
     """Knows the connection that a request uses, so that it can be shut from another thread."""
 
     current = threading.local()
@@ -436,19 +436,19 @@ class Watch:
             self.connection.sock.shutdown(socket.SHUT_RDWR)
 
 
-def watched(pool: Any) -> Any:
+def observed_pool(pool: Any) -> Any:
     """A connection pool of urllib3's that tells the watch of its thread which connection it has handed out."""
 
-    class Watched(pool):  # type: ignore[misc]
+    class ObservedPool(pool):  # type: ignore[misc]
         def _get_conn(self, timeout: Optional[float] = None) -> Any:
             connection = super()._get_conn(timeout)
-            Watch.current.watch.connection = connection
+            OpenConnection.current.watch.connection = connection
             return connection
 
-    return Watched
+    return ObservedPool
 
 
-class Wire:
+class HttpTransport:
     """HTTPS to DevRev over kept connections; blocks, and may be used by many threads."""
 
     def __init__(self, settings: "ApiSettings") -> None:
@@ -467,8 +467,8 @@ class Wire:
             def _watch(manager: Any) -> Any:
                 if not hasattr(manager, "watched"):
                     classes = manager.pool_classes_by_scheme
-                    manager.pool_classes_by_scheme = {scheme: watched(pool) for scheme, pool in classes.items()}
-                    manager.watched = True
+                    manager.pool_classes_by_scheme = {scheme: observed_pool(pool) for scheme, pool in classes.items()}
+                    manager.observed_pool = True
                 return manager
 
         self.settings = settings
@@ -486,11 +486,11 @@ class Wire:
             "Content-Type": "application/json",
         }
 
-    def exchange(self, endpoint: str, body: Json, watch: Watch) -> Answer:
+    def post(self, endpoint: str, body: Json, watch: OpenConnection) -> HttpResponse:
         """POST once, follow no redirect, and read the whole answer."""
         import requests
 
-        Watch.current.watch = watch
+        OpenConnection.current.watch = watch
         begun = time.monotonic()
         status: Optional[int] = None
         headers: Mapping[str, str] = {}
@@ -519,7 +519,7 @@ class Wire:
         took = time.monotonic() - begun
         whom = subject(body)
         log.debug("%s%s -> %s in %.3f s%s", endpoint, whom and f" {whom}", status or "no answer", took, tail)
-        return Answer(status, headers, data, problem, sent)
+        return HttpResponse(status, headers, data, problem, sent)
 
     def _read(self, answer: "requests.Response") -> Tuple[Optional[Json], str]:
         """Parse a body: the JSON object, and in words what is wrong. A gateway's HTML is no word of DevRev's."""
@@ -535,31 +535,31 @@ class Wire:
         return data, self.settings.mask(words)[:500] or f"status {answer.status_code}"
 
 
-class Brake:
+class CancelToken:
     """Ends a run: once it is pulled, all that waits, and all that would, raises Interrupted, and nothing leaves."""
 
     def __init__(self) -> None:
-        self.stop: Optional[Stop] = None
-        self.on_pull: List[Callable[[], None]] = []
+        self.stop: Optional[FatalError] = None
+        self.on_cancel: List[Callable[[], None]] = []
         self._waiting: Dict[asyncio.Future[Any], None] = {}  # in the order in which they came
 
-    def pull(self, stop: Stop) -> None:
+    def cancel(self, stop: FatalError) -> None:
         """Stop for this reason; the first reason counts, but that it was interrupted explains less than another."""
-        if self.stop is None or isinstance(self.stop, Interrupted):
+        if self.stop is None or isinstance(self.stop, Cancelled):
             self.stop = stop
         for future in list(self._waiting):
             if not future.done():
-                future.set_exception(Interrupted())
-        for act in self.on_pull:
+                future.set_exception(Cancelled())
+        for act in self.on_cancel:
             act()
 
-    def check(self) -> None:
+    def raise_if_cancelled(self) -> None:
         if self.stop:
-            raise Interrupted()
+            raise Cancelled()
 
     def future(self) -> "asyncio.Future[Any]":
         """Something to wait for, which the brake ends."""
-        self.check()
+        self.raise_if_cancelled()
         future: asyncio.Future[Any] = asyncio.get_event_loop().create_future()
         self._waiting[future] = None
         future.add_done_callback(self._waiting.pop)
@@ -607,7 +607,7 @@ _COUNT = re.compile(r"\s*(\d{1,9})(?:\.0+)?\s*")  # `4.0` is what a spreadsheet 
 
 
 @functools.lru_cache(maxsize=10_000)
-def count_in(cell: str) -> Optional[int]:
+def parse_count(cell: str) -> Optional[int]:
     """The count that a cell holds, None where it holds none."""
     match = _COUNT.fullmatch(cell)
     return int(match.group(1)) if match else None
@@ -633,18 +633,18 @@ class Contact:
     updated: str
 
     @staticmethod
-    def flaw_of(identity: str, email: str, external_ref: str, tickets: str) -> str:
+    def cells_error(identity: str, email: str, external_ref: str, tickets: str) -> str:
         """Say why cells of a row make no contact, `""` if they do: who it is has to be there, and a count."""
         if not (identity.strip() and email.strip() and external_ref.strip()):
             names = {"id": identity, "email": email, "external_ref": external_ref}
             return "empty " + next(COLUMNS[name] for name, value in names.items() if not value.strip())
-        return f"{COLUMNS['tickets']} is not a count: {tickets.strip()[:40]}" if count_in(tickets) is None else ""
+        return f"{COLUMNS['tickets']} is not a count: {tickets.strip()[:40]}" if parse_count(tickets) is None else ""
 
     @classmethod
     def from_cells(cls, cells: Sequence[str]) -> "Contact":
         """Make a contact of cells without a flaw, in the order of COLUMNS."""
         identity, display_name, email, external_ref, full_name, tickets, created, updated = cells
-        return cls(identity, display_name, email, external_ref, full_name, count_in(tickets) or 0, created, updated)
+        return cls(identity, display_name, email, external_ref, full_name, parse_count(tickets) or 0, created, updated)
 
     def to_json(self) -> Json:
         return {name: getattr(self, name) for name in COLUMNS}
@@ -718,13 +718,13 @@ class InvalidRow(NamedTuple):
 
 
 @dataclass
-class Reading:
+class CsvContents:
     """What a CSV holds that matters: only rows whose email or id recurs, or whose email was asked for, are kept."""
 
     contacts: List[Contact] = field(default_factory=list)  # each row once, conflicting ones included
     contacts_read: int = 0
     invalid_rows: List[InvalidRow] = field(default_factory=list)  # by line
-    tainted: Set[str] = field(default_factory=set)  # emails of groups that are no longer known whole
+    emails_in_invalid_rows: Set[str] = field(default_factory=set)  # emails of groups that are no longer known whole
 
 
 _NUL_MARK = "\ufdd0"  # a noncharacter: the csv module of Python 3.8 to 3.10 can't read a NUL
@@ -742,7 +742,7 @@ class _Bytes(io.BufferedReader):
         return data.replace(b"\0", _NUL_MARK.encode()) if self.has_nul else data
 
 
-class Table:
+class CsvTable:
     """A CSV that is read as far as its header; yields its rows, each with the number of its last line."""
 
     def __init__(self, raw: BinaryIO, wanted: Iterable[str]) -> None:
@@ -752,7 +752,7 @@ class Table:
         self.rows = csv.reader(self.lines, strict=True)
         header = next((row for _, row in self if row), None)
         if header is None:
-            raise Stop(EXIT_USAGE, "the file is empty")
+            raise FatalError(EXIT_USAGE, "the file is empty")
         self.width = len(header)
         self.places = locate_columns(header, wanted)
 
@@ -763,7 +763,7 @@ class Table:
         except csv.Error as error:
             raise csv.Error(f"line {self.rows.line_num}: {error}") from None
 
-    def shape_flaw(self, row: Sequence[str]) -> str:
+    def shape_error(self, row: Sequence[str]) -> str:
         """Say why the fields of a row can't be told apart for sure, `""` if they can."""
         if len(row) != self.width:
             return f"{plural(len(row), 'field')} instead of {self.width}"
@@ -780,29 +780,29 @@ def csv_file(path: Path) -> Iterator[BinaryIO]:
     csv.field_size_limit(1 << 20)
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise Stop(EXIT_USAGE, "not a regular file")
+            raise FatalError(EXIT_USAGE, "not a regular file")
         with open(path, "rb", buffering=0) as raw:
             before = os.fstat(raw.fileno())
-            flaw = foreign(raw.read(1 << 16))
-            if flaw:
-                raise Stop(EXIT_USAGE, flaw)
+            problem = not_our_csv_reason(raw.read(1 << 16))
+            if problem:
+                raise FatalError(EXIT_USAGE, problem)
             try:
                 yield raw
             finally:
                 after = os.fstat(raw.fileno())
                 if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-                    raise Stop(EXIT_USAGE, "changed while it was being read; wait for the export to finish")
+                    raise FatalError(EXIT_USAGE, "changed while it was being read; wait for the export to finish")
     except OSError as error:
-        raise Stop(EXIT_USAGE, f"{path}: can't be read: {error.strerror}") from None
+        raise FatalError(EXIT_USAGE, f"{path}: can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise Stop(EXIT_USAGE, f"{path}: not UTF-8 ({error.reason}); export the CSV as UTF-8") from None
+        raise FatalError(EXIT_USAGE, f"{path}: not UTF-8 ({error.reason}); export the CSV as UTF-8") from None
     except csv.Error as error:
-        raise Stop(EXIT_USAGE, f"{path}: not a well-formed CSV: {error}") from None
-    except Stop as stop:
-        raise Stop(stop.exit_code, f"{path}: {stop}") from None
+        raise FatalError(EXIT_USAGE, f"{path}: not a well-formed CSV: {error}") from None
+    except FatalError as stop:
+        raise FatalError(stop.exit_code, f"{path}: {stop}") from None
 
 
-def foreign(head: bytes) -> str:
+def not_our_csv_reason(head: bytes) -> str:
     """Say what it is that begins like no CSV of ours, `""` where it may be one."""
     if head.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
         return "an Excel workbook, not a CSV; save it as «CSV UTF-8 (comma delimited)»"
@@ -820,46 +820,46 @@ def locate_columns(header: Sequence[str], wanted: Iterable[str]) -> List[int]:
     """Return the places of the wanted columns in a header; raises Stop(2) naming what is missing or doubled."""
     names = [name.strip().upper() for name in header]
     if any("," in name for name in names if "\n" in name or "\r" in name):
-        raise Stop(EXIT_USAGE, "the header holds other rows (a stray quote?)")
+        raise FatalError(EXIT_USAGE, "the header holds other rows (a stray quote?)")
     missing = [name for name in wanted if name not in names]
     if missing:
         found = textwrap.shorten(", ".join(names), 300, placeholder=" ...") or "none"
-        raise Stop(EXIT_USAGE, f"missing column{'s' * (len(missing) > 1)} {', '.join(missing)} (found: {found})")
+        raise FatalError(EXIT_USAGE, f"missing column{'s' * (len(missing) > 1)} {', '.join(missing)} (found: {found})")
     doubled = [name for name in wanted if names.count(name) > 1]
     if doubled:
-        raise Stop(EXIT_USAGE, f"the column {doubled[0]} is there twice")
+        raise FatalError(EXIT_USAGE, f"the column {doubled[0]} is there twice")
     return [names.index(name) for name in wanted]
 
 
-def read_contacts(path: Path, emails: Iterable[str] = ()) -> Reading:
+def read_contacts(path: Path, emails: Iterable[str] = ()) -> CsvContents:
     """Read the export; of `emails` (keys) every row is kept, of others those that recur.
 
     The file is read twice, to hold few of very many rows. Raises Stop(2) where it can't be read, is no UTF-8 CSV,
     lacks a column or has no usable row.
     """
-    reading = Reading()
+    contents = CsvContents()
     with csv_file(path) as raw:
-        table = Table(raw, COLUMNS.values())
+        table = CsvTable(raw, COLUMNS.values())
         header_line = table.rows.line_num
-        wanted = _survey(table, reading, emails)
+        wanted = select_rows(table, contents, emails)
         rows_are_lines = table.rows.line_num - header_line == len(wanted)
-        table = Table(raw, COLUMNS.values())
+        table = CsvTable(raw, COLUMNS.values())
         rows: Iterable[Tuple[int, List[str]]] = compress(table, wanted)
         if rows_are_lines:  # so that the lines of the others need not be taken apart again
             numbers = compress(range(header_line + 1, header_line + 1 + len(wanted)), wanted)
             rows = zip(numbers, csv.reader(compress(table.lines, wanted), strict=True))
         pick = itemgetter(*table.places)
-        _keep(((line, Contact.from_cells(pick(row))) for line, row in rows), reading)
-        invalid = reading.invalid_rows
+        _keep_rows(((line, Contact.from_cells(pick(row))) for line, row in rows), contents)
+        invalid = contents.invalid_rows
         invalid.sort(key=attrgetter("line"))
-        if not reading.contacts_read:
+        if not contents.contacts_read:
             why = "; ".join(some([f"line {row.line}: {row.reason}" for row in invalid], 3))
-            flaw = f"no usable row, {plural(len(invalid), 'invalid one')} ({why})"
-            raise Stop(EXIT_USAGE, flaw if invalid else "no row but the header")
-    return reading
+            problem = f"no usable row, {plural(len(invalid), 'invalid one')} ({why})"
+            raise FatalError(EXIT_USAGE, problem if invalid else "no row but the header")
+    return contents
 
 
-def _survey(table: Table, reading: Reading, emails: Iterable[str]) -> bytes:
+def select_rows(table: CsvTable, contents: CsvContents, emails: Iterable[str]) -> bytes:
     """Check every row, and say of each whether it is to be kept: its email or id recurs, or the email is wanted.
 
     A hash stands for a value, so a million rows cost tens of megabytes; two values of one hash do no harm.
@@ -871,13 +871,13 @@ def _survey(table: Table, reading: Reading, emails: Iterable[str]) -> bytes:
     for last_line, row in table:
         line, lines = last_line, last_line - line
         odd = len(row) != table.width or lines > 1 or table.bytes.has_nul
-        flaw = (odd and table.shape_flaw(row)) or Contact.flaw_of(*pick(row))
-        if flaw:
-            _reject(reading, line, row, places["email"], flaw)
-        keys.append(-1 if flaw else hash(row[places["email"]].strip().casefold()))
-        ids.append(-1 if flaw else hash(row[places["id"]]))
-    reading.contacts_read = len(keys) - keys.count(-1)
-    wanted_keys = repeated(keys).union(map(hash, chain(emails, reading.tainted))) - {-1}
+        problem = (odd and table.shape_error(row)) or Contact.cells_error(*pick(row))
+        if problem:
+            _add_invalid_row(contents, line, row, places["email"], problem)
+        keys.append(-1 if problem else hash(row[places["email"]].strip().casefold()))
+        ids.append(-1 if problem else hash(row[places["id"]]))
+    contents.contacts_read = len(keys) - keys.count(-1)
+    wanted_keys = repeated(keys).union(map(hash, chain(emails, contents.emails_in_invalid_rows))) - {-1}
     wanted_ids = repeated(ids) - {-1}
     return bytes(key in wanted_keys or one in wanted_ids for key, one in zip(keys, ids))
 
@@ -892,35 +892,35 @@ def repeated(values: "array[int]") -> Set[int]:
     return found
 
 
-def _reject(reading: Reading, line: int, row: Sequence[str], place: int, reason: str) -> None:
+def _add_invalid_row(contents: CsvContents, line: int, row: Sequence[str], place: int, reason: str) -> None:
     """Leave a row out, and with it all groups whose email stands in any of its fields; a blank row is nothing."""
     if not row:
         return
     email = row[place].strip() if place < len(row) else ""
-    reading.invalid_rows.append(InvalidRow(line, reason, email[:320] or None))
+    contents.invalid_rows.append(InvalidRow(line, reason, email[:320] or None))
     cells = {*row, *(value.replace(_NUL_MARK, "") for value in row)}
     text = ",".join(cells)
     words = {*cells, *re.split(r"[,\r\n]", text), *_ADDRESS.findall(text)}
-    reading.tainted.update(word.strip().casefold() for word in words)
+    contents.emails_in_invalid_rows.update(word.strip().casefold() for word in words)
 
 
-def _keep(rows: Iterable[Tuple[int, Contact]], reading: Reading) -> None:
+def _keep_rows(rows: Iterable[Tuple[int, Contact]], contents: CsvContents) -> None:
     """Take each row once; rows of one id that differ are invalid."""
     by_id: Dict[str, List[Tuple[int, Contact]]] = {}
     for line, contact in rows:
         variants = by_id.setdefault(contact.id, [])
         if any(contact == other for _, other in variants):
-            reading.contacts_read -= 1
+            contents.contacts_read -= 1
         else:
             variants.append((line, contact))
-            reading.contacts.append(contact)
+            contents.contacts.append(contact)
     for variants in by_id.values():
         for line, contact in variants if len(variants) > 1 else ():
             other_line, other = next(variant for variant in variants if variant[0] != line)
             differing = [COLUMNS[name] for name in COLUMNS if getattr(contact, name) != getattr(other, name)]
             reason = f"the {COLUMNS['id']} of line {other_line} with another {', '.join(differing)}"
-            reading.invalid_rows.append(InvalidRow(line, reason, contact.email.strip()[:320]))
-            reading.tainted.add(contact.key)
+            contents.invalid_rows.append(InvalidRow(line, reason, contact.email.strip()[:320]))
+            contents.emails_in_invalid_rows.add(contact.key)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -947,8 +947,8 @@ class State(str, Enum):
     UNDONE = "undone"
 
 
-ASKED = (State.REQUESTED, State.ACKNOWLEDGED)
-UNFINISHED = (*ASKED, State.MERGED, State.PROVING)
+REQUESTED_STATES = (State.REQUESTED, State.ACKNOWLEDGED)
+UNFINISHED = (*REQUESTED_STATES, State.MERGED, State.PROVING)
 ENDED = (State.DONE, State.MERGED_ELSEWHERE, State.SETTLED)
 
 
@@ -987,16 +987,16 @@ class Pair:
         """Whether a person may accept what it lacks: a report has said what is wrong, and the duplicate has gone or
         the merge can't be asked for again."""
         gone = self.state in (State.MERGED, State.PROVING)
-        return bool(self.report) and self.code in (UNMENDABLE if gone else UNASKABLE)
+        return bool(self.report) and self.code in (SETTLEABLE_MERGED if gone else SETTLEABLE_REQUESTED)
 
 
 # Why a merged pair can't be brought to its end.
-UNMENDABLE = (
+SETTLEABLE_MERGED = (
     "left_behind", "still_listed", "external_ref_changed", "external_ref_conflict", "external_ref_not_set", "not_found",
     "merged_into_another", "backup_failed", "forbidden",
 )  # fmt: skip
 # Why a merge that was asked for, and has not come, is not asked for again.
-UNASKABLE = (
+SETTLEABLE_REQUESTED = (
     "not_found", "not_active", "email_changed", "external_ref_changed", "different_rev_org", "several_user_refs",
     "merged_into_another", "merge_refused", "forbidden", "plan_changed",
 )  # fmt: skip
@@ -1012,7 +1012,7 @@ class Group:
 
     email: str
     pairs: List[Pair]
-    asking: Optional[Pair] = None  # the pair that is being asked for
+    requesting: Optional[Pair] = None  # the pair that is being asked for
     chosen: str = ""  # the reference that --choices names for the email
 
     @property
@@ -1021,10 +1021,10 @@ class Group:
 
     def contacts(self) -> List[Contact]:
         """The primary, the duplicate that is being asked for, and every other that has not been asked to go yet."""
-        duplicates = (pair.duplicate for pair in self.pairs if pair.state is State.PLANNED or pair is self.asking)
+        duplicates = (pair.duplicate for pair in self.pairs if pair.state is State.PLANNED or pair is self.requesting)
         return [self.primary, *duplicates]
 
-    def everybody(self) -> List[Contact]:
+    def all_contacts(self) -> List[Contact]:
         return [self.primary, *(pair.duplicate for pair in self.pairs)]
 
     def primary_ref(self) -> str:
@@ -1032,38 +1032,38 @@ class Group:
         moved = [pair.new_ref for pair in self.pairs if pair.new_ref and pair.state in (State.PROVING, State.DONE)]
         return moved[0] if moved else self.primary.external_ref
 
-    def has_grown(self) -> bool:
+    def has_absorbed(self) -> bool:
         """Whether this tool has asked for a merge into the primary since the export."""
         return any(pair.state in (*UNFINISHED, *ENDED) for pair in self.pairs)
 
-    def kept_ref(self) -> str:
+    def final_ref(self) -> str:
         """The reference that the one remaining contact has in the end."""
         return next((pair.new_ref for pair in self.pairs if pair.new_ref), self.primary.external_ref)
 
     def lost_refs(self) -> List[Contact]:
         """Duplicates whose `user_` reference nobody has in the end: the application's accounts lose their contact."""
-        duplicates, kept = (pair.duplicate for pair in self.pairs), self.kept_ref()
+        duplicates, kept = (pair.duplicate for pair in self.pairs), self.final_ref()
         return [one for one in duplicates if one.is_user and one.external_ref != kept]
 
     def overrules(self, pair: Pair) -> bool:
         """Whether a merge of its contacts, asked for by an earlier run, would leave another reference than it keeps."""
         if pair.new_ref:
-            return pair.new_ref != self.kept_ref()
-        return pair.duplicate.external_ref == self.kept_ref()
+            return pair.new_ref != self.final_ref()
+        return pair.duplicate.external_ref == self.final_ref()
 
     def warnings(self) -> List[str]:
         """What speaks for a shared mailbox rather than a person, in a group that a choice joins."""
         if not self.chosen:
             return []
-        everybody = self.everybody()
-        names = {one.name.casefold(): one.name for one in everybody if one.name != one.short_id}
-        found = [f"joins {len(everybody)} contacts"] if len(everybody) > 3 else []
+        all_contacts = self.all_contacts()
+        names = {one.name.casefold(): one.name for one in all_contacts if one.name != one.short_id}
+        found = [f"joins {len(all_contacts)} contacts"] if len(all_contacts) > 3 else []
         if len(names) > 1:
             found.append(f"joins different names: {', '.join(sorted(names.values()))}")
         return found
 
 
-class Skip(NamedTuple):
+class SkippedGroup(NamedTuple):
     """A group that is left alone. `contacts` are those that take part: `user_` first, the likeliest of a kind first."""
 
     email: str
@@ -1103,7 +1103,7 @@ class Plan:
     """What a run would do: the one object that the preview prints and the run carries out."""
 
     groups: List[Group]
-    skipped: List[Skip]
+    skipped: List[SkippedGroup]
     invalid_rows: List[InvalidRow]
     contacts_read: int
     already_merged: int = 0
@@ -1142,37 +1142,41 @@ def read_choices(path: Path) -> Dict[str, str]:
     choices: Dict[str, str] = {}
     lines: Dict[str, int] = {}
     with csv_file(path) as raw:
-        table = Table(raw, ("EMAIL", "EXTERNAL_REF"))
+        table = CsvTable(raw, ("EMAIL", "EXTERNAL_REF"))
         for line, row in table:
             if not row:
                 continue
             if len(row) != table.width:
-                raise Stop(EXIT_USAGE, f"line {line}: {plural(len(row), 'field')} instead of {table.width}")
+                raise FatalError(EXIT_USAGE, f"line {line}: {plural(len(row), 'field')} instead of {table.width}")
             email, reference = (row[place].strip() for place in table.places)
             key = email.casefold()
             if not key or not reference:
-                raise Stop(EXIT_USAGE, f"line {line}: empty {'EXTERNAL_REF' if key else 'EMAIL'}")
+                raise FatalError(EXIT_USAGE, f"line {line}: empty {'EXTERNAL_REF' if key else 'EMAIL'}")
             if key in choices:
-                raise Stop(EXIT_USAGE, f"line {line}: a second choice for {key} (the first: line {lines[key]})")
+                raise FatalError(EXIT_USAGE, f"line {line}: a second choice for {key} (the first: line {lines[key]})")
             choices[key], lines[key] = reference, line
     return choices
 
 
-def detect(reading: Reading, choices: Mapping[str, str] = {}) -> Plan:
+def detect(contents: CsvContents, choices: Mapping[str, str] = {}) -> Plan:
     """Find the groups to merge and the groups to skip, ordered by email; `choices` as `read_choices` gives them.
 
     Raises Stop(2) where a choice can't be followed, unless its group is not known whole and is skipped anyway.
     """
-    by_email: Dict[str, List[Contact]] = {email: [] for email in choices if email not in reading.tainted}
-    for contact in reading.contacts:
+    by_email: Dict[str, List[Contact]] = {
+        email: [] for email in choices if email not in contents.emails_in_invalid_rows
+    }
+    for contact in contents.contacts:
         by_email.setdefault(contact.key, []).append(contact)
-    plan = Plan([], [], reading.invalid_rows, reading.contacts_read)
-    flaws: List[str] = []
+    plan = Plan([], [], contents.invalid_rows, contents.contacts_read)
+    problems: List[str] = []
     for email in sorted(by_email):
         try:
-            found = judge(email, by_email[email], email in reading.tainted, choices.get(email, ""))
+            found = classify_group(
+                email, by_email[email], email in contents.emails_in_invalid_rows, choices.get(email, "")
+            )
         except PairError as error:
-            flaws.append(str(error))
+            problems.append(str(error))
             continue
         if isinstance(found, Group):
             plan.groups.append(found)
@@ -1181,12 +1185,14 @@ def detect(reading: Reading, choices: Mapping[str, str] = {}) -> Plan:
         else:
             taking_part = sum(contact.is_user or contact.is_system for contact in by_email[email])
             plan.left_alone[email] = f"{plural(taking_part, 'contact')} with a REVU- or user_ reference, none to merge"
-    if flaws:
-        raise Stop(EXIT_USAGE, f"choices that can't be followed: {'; '.join(some(flaws, 3))}")
+    if problems:
+        raise FatalError(EXIT_USAGE, f"choices that can't be followed: {'; '.join(some(problems, 3))}")
     return plan
 
 
-def judge(email: str, contacts: Iterable[Contact], broken: bool = False, choice: str = "") -> Union[Group, Skip, None]:
+def classify_group(
+    email: str, contacts: Iterable[Contact], broken: bool = False, choice: str = ""
+) -> Union[Group, SkippedGroup, None]:
     """Decide what becomes of the contacts of one email: a group to merge, a skip with its reason, or nothing.
 
     Raises PairError where `choice`, a reference, is not that of one contact that may be kept.
@@ -1195,13 +1201,13 @@ def judge(email: str, contacts: Iterable[Contact], broken: bool = False, choice:
     users = [contact for contact in ranked if contact.is_user]
     system = [contact for contact in ranked if contact.is_system]
     if broken:
-        return Skip(email, "invalid_row", users + system) if users or system else None
+        return SkippedGroup(email, "invalid_row", users + system) if users or system else None
     if choice:
-        kept = _chosen(email, users, system, choice)
+        kept = resolve_choice(email, users, system, choice)
     elif len(users) > 1:
-        return Skip(email, "several_user_refs", users + system)
+        return SkippedGroup(email, "several_user_refs", users + system)
     elif len(system) > 1 and not users:
-        return Skip(email, "no_user_ref", system)
+        return SkippedGroup(email, "no_user_ref", system)
     elif users and system:
         (kept,) = users
     else:
@@ -1213,7 +1219,7 @@ def judge(email: str, contacts: Iterable[Contact], broken: bool = False, choice:
     return Group(email, pairs, chosen=choice) if pairs else None
 
 
-def _chosen(email: str, users: Sequence[Contact], system: Sequence[Contact], choice: str) -> Contact:
+def resolve_choice(email: str, users: Sequence[Contact], system: Sequence[Contact], choice: str) -> Contact:
     candidates = users or system
     found = [contact for contact in candidates if contact.external_ref.strip() == choice]
     if len(found) == 1:
@@ -1228,7 +1234,7 @@ def _chosen(email: str, users: Sequence[Contact], system: Sequence[Contact], cho
     raise PairError("bad_choice", f"{choice} for {email}: {why} (to choose from: {there})")
 
 
-def live_flaw(contact: Contact, live: Optional[Json], external_ref: str) -> Optional[PairError]:
+def live_contact_error(contact: Contact, live: Optional[Json], external_ref: str) -> Optional[PairError]:
     """Compare a row of the export with the contact as DevRev has it now; None where they agree.
 
     `live` is a `rev_user` of DevRev's API, None where there is none of that id.
@@ -1251,7 +1257,7 @@ def rev_org_id(user: Json) -> Optional[str]:
     return str(rev_org.get("id")) if isinstance(rev_org, dict) else None
 
 
-def group_flaw(group: Group, live: Mapping[str, Json], namesakes: Iterable[Json]) -> Optional[PairError]:
+def live_group_error(group: Group, live: Mapping[str, Json], namesakes: Iterable[Json]) -> Optional[PairError]:
     """The first reason why a group must not be merged as DevRev has its contacts now; None if there is none.
 
     `live` maps ids to rev_users, `namesakes` are all rev_users that DevRev lists for the group's email.
@@ -1259,14 +1265,14 @@ def group_flaw(group: Group, live: Mapping[str, Json], namesakes: Iterable[Json]
     contacts = group.contacts()
     for contact in contacts:
         expected = group.primary_ref() if contact is group.primary else contact.external_ref
-        flaw = live_flaw(contact, live.get(contact.id), expected)
-        if flaw:
-            return flaw
+        problem = live_contact_error(contact, live.get(contact.id), expected)
+        if problem:
+            return problem
     orgs = {rev_org_id(live[contact.id]) for contact in contacts}
     if len(orgs) > 1:
         words = f"the contacts belong to different rev orgs: {', '.join(sorted(map(str, orgs)))}"
         return PairError("different_rev_org", words)
-    known = {contact.id for contact in group.everybody()}
+    known = {contact.id for contact in group.all_contacts()}
     for other in namesakes:
         stranger = contact_of(other)
         is_new = stranger.id not in known and stranger.key == group.email
@@ -1280,7 +1286,7 @@ def group_flaw(group: Group, live: Mapping[str, Json], namesakes: Iterable[Json]
     return None
 
 
-def count_flaw(contact: Contact, greatest: int, policy: str) -> Optional[PairError]:
+def count_error(contact: Contact, greatest: int, policy: str) -> Optional[PairError]:
     """Compare the backup's greatest(owned, created, reported) with the export's TICKET_COUNT."""
     if greatest == contact.tickets or (greatest > contact.tickets and policy == "at-least"):
         return None
@@ -1293,35 +1299,35 @@ def count_flaw(contact: Contact, greatest: int, policy: str) -> Optional[PairErr
 # API: quota
 # ---------------------------------------------------------------------------------------------------
 
-FINISH, RESUME, MERGE, PROVE, PREPARE = range(5)  # how urgent a request is: finishing comes before beginning
+FINISH, RESUME, MERGE, VERIFY, PREPARE = range(5)  # how urgent a request is: finishing comes before beginning
 
 
 @dataclass
-class Hold:
+class Reservation:
     """Units of quota that are kept for the requests which finish one merge."""
 
     units: int = 0
 
 
-class Turn(NamedTuple):
+class RequestOptions(NamedTuple):
     """How a request waits for its turn."""
 
-    urgency: int = PREPARE
-    hold: Optional[Hold] = None  # units that were kept for it, and from now on for what has to follow
-    keep: int = 0  # units that this has to have, once it has left
+    priority: int = PREPARE
+    reservation: Optional[Reservation] = None  # units that were kept for it, and from now on for what has to follow
+    reserve: int = 0  # units that this has to have, once it has left
 
 
-ANY_TURN = Turn()
+ANY_OPTIONS = RequestOptions()
 
 
-class Waiting(NamedTuple):
-    urgency: int
+class QueuedRequest(NamedTuple):
+    priority: int
     serial: int
-    turn: Turn
+    options: RequestOptions
     future: "asyncio.Future[bool]"
 
 
-class Gate:
+class RequestScheduler:
     """Decides which request may leave next, and when; owned by the event loop.
 
     Four things hold a request back: how many are under way, the server's quota (X-Ratelimit headers), the tool's own
@@ -1330,31 +1336,31 @@ class Gate:
     a merge are spent by nothing else, and kept anew with each look that it takes. Times are steady seconds.
     """
 
-    TROUBLE = 3  # failures in a row
-    LONG = 0.5  # seconds; requests that take longer leave a worker to what finishes a merge
+    FAILURE_THRESHOLD = 3  # failures in a row
+    SLOW_REQUEST = 0.5  # seconds; requests that take longer leave a worker to what finishes a merge
     SHARE, LEAST = 4, 3  # of a window no more than this part is kept for one merge, but so many units at least
     LONGEST_WINDOW = 600.0  # seconds; DevRev's quota resets every five minutes
 
-    def __init__(self, outside: Outside, brake: Brake, settings: "ApiSettings") -> None:
-        self.outside = outside
-        self.brake = brake
+    def __init__(self, environment: Environment, cancel_token: CancelToken, settings: "ApiSettings") -> None:
+        self.environment = environment
+        self.cancel_token = cancel_token
         self.workers = settings.workers
         self.retries = settings.retries
         self.host = urlsplit(settings.base_url).netloc
         self.limit: Optional[int] = None
         self.remaining: Optional[int] = None  # as the server last said, for this window
         self.waits: List[Tuple[float, float]] = []  # epoch seconds
-        self._ceiling = self._make_ceiling(settings.calls, settings.period)
-        self._queue: List[Waiting] = []
-        self._serial = self._in_flight = self._kept = 0
+        self._client_limit = self._make_client_limit(settings.calls, settings.period)
+        self._queue: List[QueuedRequest] = []
+        self._serial = self._in_flight = self._reserved = 0
         self._timer: Optional[asyncio.TimerHandle] = None
-        self._window = self._window_length = self._resets_at = self._closed_until = 0.0
-        self._scouting = self._scout_out = False
-        self._failures = self._refusals = self._failed_scouts = 0
+        self._window = self._window_length = self._resets_at = self._open_until = 0.0
+        self._half_open = self._probe_in_flight = False
+        self._consecutive_failures = self._consecutive_429 = self._failed_probes = 0
         self._longest = 0.0  # seconds that a request has taken lately
         self._waiting_for, self._waiting_since = "", 0.0
 
-    def _make_ceiling(self, calls: int, period: float) -> Any:
+    def _make_client_limit(self, calls: int, period: float) -> Any:
         if calls <= 0:
             return None
         from ratelimit.decorators import RateLimitDecorator
@@ -1364,154 +1370,158 @@ class Gate:
         return ceiling
 
     def _now(self) -> float:
-        return self.outside.moment().steady
+        return self.environment.now().monotonic
 
-    async def enter(self, turn: Turn) -> bool:
+    async def acquire(self, options: RequestOptions) -> bool:
         """Wait until a request may leave; returns whether it goes ahead as a scout. Raises Interrupted."""
         self._serial += 1
-        waiting = Waiting(turn.urgency, self._serial, turn, self.brake.future())
+        waiting = QueuedRequest(options.priority, self._serial, options, self.cancel_token.future())
         bisect.insort(self._queue, waiting)
-        self._let_through()
+        self._dispatch()
         return await waiting.future
 
-    def _let_through(self) -> None:
+    def _dispatch(self) -> None:
         """Let all through that may go, the most urgent first; look again when the next thing changes."""
         if self._timer:
             self._timer.cancel()
         wait, reason = 0.0, ""
-        while self._queue and self._has_slot(self._queue[0].urgency):
-            wait, reason = self._closed()
-            able = (each for each in self._queue if self._has_slot(each.urgency) and self._fits(each.turn))
+        while self._queue and self._has_slot(self._queue[0].priority):
+            wait, reason = self._seconds_open()
+            able = (each for each in self._queue if self._has_slot(each.priority) and self._has_quota_for(each.options))
             first = None if wait else next(able, None)
             if first is None:
                 break
             self._queue.remove(first)
             if not first.future.done():  # by the brake
-                self._admit(first)
+                self._send_now(first)
         else:
             wait, reason = 0.0, ""
-        if self._queue and self._has_slot(self._queue[0].urgency) and not wait:
-            wait, reason = self._until_room()
+        if self._queue and self._has_slot(self._queue[0].priority) and not wait:
+            wait, reason = self._seconds_until_room()
         self._note_wait(reason)
         if wait:
-            self._timer = asyncio.get_event_loop().call_later(max(0.001, wait), self._let_through)
+            self._timer = asyncio.get_event_loop().call_later(max(0.001, wait), self._dispatch)
 
-    def _has_slot(self, urgency: int) -> bool:
+    def _has_slot(self, priority: int) -> bool:
         """Whether another request may be under way; after a failure fewer, until one is answered well. While a merge is
         on its way, lists and timelines that take long leave a worker to what finishes it."""
-        spared = self.workers > 1 and self._kept > 0 and urgency == PREPARE and self._longest > self.LONG
-        return self._in_flight < max(1, self.workers >> min(self._failures, 4)) - spared
+        spared = self.workers > 1 and self._reserved > 0 and priority == PREPARE and self._longest > self.SLOW_REQUEST
+        return self._in_flight < max(1, self.workers >> min(self._consecutive_failures, 4)) - spared
 
-    def _closed(self) -> Tuple[float, str]:
+    def _seconds_open(self) -> Tuple[float, str]:
         """Seconds for which nothing at all may leave, and what for."""
         now = self._now()
-        if now < self._closed_until:
-            return self._closed_until - now, "quota" if self._refusals else "DevRev fails"
+        if now < self._open_until:
+            return self._open_until - now, "quota" if self._consecutive_429 else "DevRev fails"
         if self.remaining is not None and now >= self._resets_at:
-            self.remaining, self._scouting, self._scout_out = None, True, False
-        return (60.0 if self._scouting and self._scout_out else 0.0), ""
+            self.remaining, self._half_open, self._probe_in_flight = None, True, False
+        return (60.0 if self._half_open and self._probe_in_flight else 0.0), ""
 
     def _server_room(self) -> float:
         return float("inf") if self.remaining is None else self.remaining - self._in_flight
 
-    def _ceiling_room(self) -> float:
-        if self._ceiling is None:
+    def _client_limit_room(self) -> float:
+        if self._client_limit is None:
             return float("inf")
-        over = self._now() - self._ceiling.last_reset >= self._ceiling.period
-        return float(self._ceiling.clamped_calls - (0 if over else self._ceiling.num_calls))
+        over = self._now() - self._client_limit.last_reset >= self._client_limit.period
+        return float(self._client_limit.clamped_calls - (0 if over else self._client_limit.num_calls))
 
-    def _fits(self, turn: Turn) -> bool:
+    def _has_quota_for(self, options: RequestOptions) -> bool:
         """Whether the window has room for a request, and for as much of what is to be kept as it can hold."""
-        if turn.urgency == FINISH:  # takes what there is
-            return self._room() >= 1 if turn.hold and turn.hold.units else self._spare(turn) >= 1
-        return self._spare(turn) >= min(1 + self._to_keep(turn), self._window_size())
+        if options.priority == FINISH:  # takes what there is
+            return self._room() >= 1 if options.reservation and options.reservation.units else self._spare(options) >= 1
+        return self._spare(options) >= min(1 + self._units_to_reserve(options), self._window_size())
 
     def _room(self) -> float:
         """Units that are left in this window."""
-        return min(self._server_room(), self._ceiling_room())
+        return min(self._server_room(), self._client_limit_room())
 
-    def _spare(self, turn: Turn) -> float:
+    def _spare(self, options: RequestOptions) -> float:
         """Units of them that are kept for nobody else."""
-        return self._room() - self._kept + (turn.hold.units if turn.hold else 0)
+        return self._room() - self._reserved + (options.reservation.units if options.reservation else 0)
 
     def _window_size(self) -> float:
-        return min(self.limit or float("inf"), self._ceiling.clamped_calls if self._ceiling else float("inf"))
+        return min(self.limit or float("inf"), self._client_limit.clamped_calls if self._client_limit else float("inf"))
 
-    def _to_keep(self, turn: Turn) -> float:
-        return min(turn.keep, max(self.LEAST, self._window_size() // self.SHARE))
+    def _units_to_reserve(self, options: RequestOptions) -> float:
+        return min(options.reserve, max(self.LEAST, self._window_size() // self.SHARE))
 
-    def _until_room(self) -> Tuple[float, str]:
+    def _seconds_until_room(self) -> Tuple[float, str]:
         now = self._now()
-        if self._server_room() <= self._ceiling_room():
+        if self._server_room() <= self._client_limit_room():
             return max(0.001, self._resets_at - now), "quota"
-        left = self._ceiling.last_reset + self._ceiling.period - now
+        left = self._client_limit.last_reset + self._client_limit.period - now
         # Where a whole window has not room enough, it is because of what is kept: its release is heard of.
-        return (max(0.001, left), "the tool's own ceiling") if left > 0 else (self._ceiling.period, "")
+        return (max(0.001, left), "the tool's own ceiling") if left > 0 else (self._client_limit.period, "")
 
-    def _admit(self, waiting: Waiting) -> None:
-        turn = waiting.turn
-        if turn.hold:
-            self._keep(turn.hold, int(max(0, min(self._to_keep(turn), self._spare(turn) - 1))))
+    def _send_now(self, waiting: QueuedRequest) -> None:
+        options = waiting.options
+        if options.reservation:
+            self._reserve(
+                options.reservation, int(max(0, min(self._units_to_reserve(options), self._spare(options) - 1)))
+            )
         self._in_flight += 1
-        self._scout_out = self._scout_out or self._scouting
-        if self._ceiling:
+        self._probe_in_flight = self._probe_in_flight or self._half_open
+        if self._client_limit:
             self._count()
-        waiting.future.set_result(self._scouting)
+        waiting.future.set_result(self._half_open)
 
-    def _keep(self, hold: Hold, units: int) -> None:
-        self._kept += units - hold.units
-        hold.units = units
+    def _reserve(self, reservation: Reservation, units: int) -> None:
+        self._reserved += units - reservation.units
+        reservation.units = units
 
-    def release(self, hold: Hold) -> None:
+    def release(self, reservation: Reservation) -> None:
         """Give back what was kept and is not needed."""
-        self._keep(hold, 0)
-        self._let_through()
+        self._reserve(reservation, 0)
+        self._dispatch()
 
-    def dismiss(self, urgency: int) -> None:
+    def cancel_waiting(self, priority: int) -> None:
         """Send away what waits and is not more urgent than this."""
         for waiting in self._queue:
-            if waiting.urgency >= urgency and not waiting.future.done():
-                waiting.future.set_exception(Interrupted())
+            if waiting.priority >= priority and not waiting.future.done():
+                waiting.future.set_exception(Cancelled())
 
-    def withdraw(self, scout: bool) -> None:
+    def give_back(self, is_probe: bool) -> None:
         """Give back the turn of a request that is not sent after all."""
         self._in_flight -= 1
-        self._scout_out = self._scout_out and not scout
-        self._let_through()
+        self._probe_in_flight = self._probe_in_flight and not is_probe
+        self._dispatch()
 
-    def leave(self, scout: bool, status: Optional[int], headers: Mapping[str, str], seconds: float) -> None:
+    def on_response(self, is_probe: bool, status: Optional[int], headers: Mapping[str, str], seconds: float) -> None:
         """Take note of an answer (`status` None: none came, or none of use), and of how long it took."""
         self._in_flight -= 1
         self._longest = max(seconds, 0.95 * self._longest)
-        self._scout_out = self._scout_out and not scout
-        self._refusals = self._refusals + 1 if status == 429 else 0
+        self._probe_in_flight = self._probe_in_flight and not is_probe
+        self._consecutive_429 = self._consecutive_429 + 1 if status == 429 else 0
         failed = status is None or status >= 500
-        self._failures = self._failures + 1 if failed else 0
-        self._learn(headers)
+        self._consecutive_failures = self._consecutive_failures + 1 if failed else 0
+        self._update_quota(headers)
         if status == 429:
-            self._close(self._retry_after(headers))
-        elif self._failures >= self.TROUBLE:
-            self._failed_scouts += scout
-            self._close(min(10.0, 0.5 * 2**self._failed_scouts))
+            self._open_circuit(self._retry_after(headers))
+        elif self._consecutive_failures >= self.FAILURE_THRESHOLD:
+            self._failed_probes += is_probe
+            self._open_circuit(min(10.0, 0.5 * 2**self._failed_probes))
         elif not failed:
-            self._failed_scouts = 0
-            self._scouting = self._scouting and not scout
-        if self._failed_scouts > self.retries:
-            self.brake.pull(
-                Stop(
+            self._failed_probes = 0
+            self._half_open = self._half_open and not is_probe
+        if self._failed_probes > self.retries:
+            self.cancel_token.cancel(
+                FatalError(
                     EXIT_STOPPED, f"DevRev at {self.host} can't be reached or keeps failing (is DEVREV_BASE_URL right?)"
                 )
             )
-        if self._refusals > 10 + 5 * self.retries:
-            self.brake.pull(Stop(EXIT_STOPPED, "DevRev keeps answering 429 (over quota), however long it is waited"))
-        self._let_through()
+        if self._consecutive_429 > 10 + 5 * self.retries:
+            self.cancel_token.cancel(
+                FatalError(EXIT_STOPPED, "DevRev keeps answering 429 (over quota), however long it is waited")
+            )
+        self._dispatch()
 
-    def _close(self, seconds: float) -> None:
-        self._closed_until = max(self._closed_until, self._now() + seconds)
-        self._scouting = True
+    def _open_circuit(self, seconds: float) -> None:
+        self._open_until = max(self._open_until, self._now() + seconds)
+        self._half_open = True
 
     def _retry_after(self, headers: Mapping[str, str]) -> float:
-        least = min(30.0, 0.05 * 2.0 ** min(self._refusals, 10))
+        least = min(30.0, 0.05 * 2.0 ** min(self._consecutive_429, 10))
         text = headers.get("Retry-After", "")
         wait = 0.5
         try:
@@ -1523,7 +1533,7 @@ class Gate:
                 wait = self._resets_at - self._now()
         return max(least, min(3600.0, wait if wait == wait else 0.5))
 
-    def _learn(self, headers: Mapping[str, str]) -> None:
+    def _update_quota(self, headers: Mapping[str, str]) -> None:
         try:
             remaining, window = int(headers["X-Ratelimit-Remaining"]), float(headers["X-Ratelimit-Reset"])
             self.limit = int(headers.get("X-Ratelimit-Limit", remaining))
@@ -1540,7 +1550,7 @@ class Gate:
 
     def _server_time(self, headers: Mapping[str, str]) -> float:
         """The server's clock, in epoch seconds; its Date header has whole seconds, so small differences are noise."""
-        now = self.outside.moment().wall
+        now = self.environment.now().wall
         with contextlib.suppress(KeyError, TypeError, ValueError, IndexError):
             skew = parsedate_to_datetime(headers["Date"]).timestamp() + 0.5 - now
             return now + skew if abs(skew) > 2 else now
@@ -1548,7 +1558,7 @@ class Gate:
 
     def _note_wait(self, reason: str) -> None:
         """Keep account of the time in which requests wait for quota or ceiling, and of what is waited for."""
-        now = self.outside.moment().wall
+        now = self.environment.now().wall
         if bool(reason) != bool(self._waiting_for):
             if reason:
                 self._waiting_since = now
@@ -1556,37 +1566,43 @@ class Gate:
                 self.waits.append((self._waiting_since, max(now, self._waiting_since)))
         self._waiting_for = reason
 
-    def pace(self) -> float:
+    def requests_per_minute(self) -> float:
         """Requests that may be sent in the next minute or so."""
         server = float(self.limit) if self.limit is not None and self._window_length > 30 else float("inf")
-        ceiling = self._ceiling.clamped_calls * max(1.0, 60 / self._ceiling.period) if self._ceiling else float("inf")
+        ceiling = (
+            self._client_limit.clamped_calls * max(1.0, 60 / self._client_limit.period)
+            if self._client_limit
+            else float("inf")
+        )
         return min(server, ceiling, 1e6)
 
-    def least_seconds(self, requests: float) -> float:
+    def minimum_seconds(self, requests: float) -> float:
         """Seconds that so many more requests take at least, under the server's quota and the tool's own ceiling."""
         now, least = self._now(), 0.0
-        if self._ceiling:
-            ceiling = self._ceiling
+        if self._client_limit:
+            ceiling = self._client_limit
             wait = ceiling.last_reset + ceiling.period - now
-            least = time_in_windows(requests, self._ceiling_room(), wait, ceiling.clamped_calls, ceiling.period)
+            least = seconds_in_windows(requests, self._client_limit_room(), wait, ceiling.clamped_calls, ceiling.period)
         if self.remaining is not None and self.limit:
             wait = self._resets_at - now
-            least = max(least, time_in_windows(requests, self._server_room(), wait, self.limit, self._window_length))
+            least = max(least, seconds_in_windows(requests, self._server_room(), wait, self.limit, self._window_length))
         return least
 
-    def outlook(self) -> str:
+    def describe_wait(self) -> str:
         """What is waited for, in words, or how much quota is left; empty where neither is known."""
         now = self._now()
         if self._waiting_for:
-            wait = self._closed_until - now if now < self._closed_until else self._until_room()[0]
+            wait = self._open_until - now if now < self._open_until else self._seconds_until_room()[0]
             why = {"quota": f"quota {self.limit:,} of DevRev's" if self.limit else "quota of DevRev's"}
-            if self._ceiling:
-                why["the tool's own ceiling"] = f"ceiling {self._ceiling.clamped_calls} in {self._ceiling.period:g} s"
+            if self._client_limit:
+                why["the tool's own ceiling"] = (
+                    f"ceiling {self._client_limit.clamped_calls} in {self._client_limit.period:g} s"
+                )
             return f"waiting {duration(wait)} ({why.get(self._waiting_for, self._waiting_for)})" if wait > 0.5 else ""
         return f"{self.remaining} of {self.limit} units left" if self.remaining is not None else ""
 
 
-def time_in_windows(requests: float, room: float, wait: float, limit: int, window: float) -> float:
+def seconds_in_windows(requests: float, room: float, wait: float, limit: int, window: float) -> float:
     """Seconds until so many requests have left, of which `room` may leave now, and `limit` in each window from `wait`
     seconds on."""
     over = requests - room
@@ -1639,21 +1655,21 @@ def user_ids(value: Any) -> Set[str]:
     return {user["id"] for user in users if isinstance(user, dict) and isinstance(user.get("id"), str)}
 
 
-class Reply(NamedTuple):
+class ApiResponse(NamedTuple):
     """An answer's JSON object, and the moment at which its request left: it is as old as that."""
 
     data: Json
-    since: Moment
+    since: Timestamp
 
 
-class Listing(NamedTuple):
+class ListResult(NamedTuple):
     """Items of a list, once each, in order; `since` is when the request for its first page left."""
 
     items: List[Json]
-    since: Moment
+    since: Timestamp
 
 
-class Sight(Enum):
+class DuplicateStatus(Enum):
     """What a look at a duplicate shows."""
 
     THERE = "there"
@@ -1661,7 +1677,7 @@ class Sight(Enum):
     IN_PRIMARY = "in primary"  # DevRev names the primary in its place
 
 
-def sight_of(user: Json, primary: str, duplicate: str) -> Sight:
+def duplicate_status(user: Json, primary: str, duplicate: str) -> DuplicateStatus:
     """What a `rev_user` that DevRev answers with for the duplicate says. `locked` or `deactivated` is still there.
 
     Raises PairError(merged_into_another) where it names somebody else than the primary.
@@ -1671,8 +1687,8 @@ def sight_of(user: Json, primary: str, duplicate: str) -> Sight:
     if named - {primary}:
         raise PairError("merged_into_another", f"{duplicate} has become {named.pop()}, not the primary")
     if named:
-        return Sight.IN_PRIMARY
-    return Sight.GONE if user.get("state") == "deleted" else Sight.THERE
+        return DuplicateStatus.IN_PRIMARY
+    return DuplicateStatus.GONE if user.get("state") == "deleted" else DuplicateStatus.THERE
 
 
 class DevRevAPI:
@@ -1684,17 +1700,17 @@ class DevRevAPI:
 
     STALE_PAGES = 3  # pages that bring nothing new before a list is given up
 
-    def __init__(self, settings: ApiSettings, outside: Outside, brake: Brake) -> None:
+    def __init__(self, settings: ApiSettings, environment: Environment, cancel_token: CancelToken) -> None:
         self.settings = settings
-        self.outside = outside
-        self.brake = brake
-        self.gate = Gate(outside, brake, settings)
+        self.environment = environment
+        self.cancel_token = cancel_token
+        self.scheduler = RequestScheduler(environment, cancel_token, settings)
         self.requests: Dict[str, int] = collections.Counter()
         self._answered: Set[str] = set()
         self._forbidden: Dict[str, Set[bytes]] = collections.defaultdict(set)  # bodies that were answered with 403
-        self.emails = Loader(self._list_emails, brake, lambda user: {email_of(user)}, email_key)
+        self.emails = BatchLoader(self._list_emails, cancel_token, lambda user: {email_of(user)}, email_key)
         # By whom they name: a work's role, or a conversation's members.
-        self.things = {name: self._loader(name) for name in (*ROLES.values(), "members")}
+        self.objects = {name: self._batch_loader(name) for name in (*ROLES.values(), "members")}
 
     # -- the one place that sends -------------------------------------------------------------------
 
@@ -1703,11 +1719,11 @@ class DevRevAPI:
         endpoint: str,
         body: Json,
         key: str = "",
-        turn: Turn = ANY_TURN,
+        options: RequestOptions = ANY_OPTIONS,
         repeatable: bool = True,
         before: Optional[Callable[[], Awaitable[None]]] = None,
         telling: bool = False,
-    ) -> Reply:
+    ) -> ApiResponse:
         """POST, and return the answer's JSON object, which holds `key`. `before` is awaited when the request's turn has
         come, and what it raises keeps the request from leaving. `telling`: a 403 says what the token may.
 
@@ -1716,24 +1732,24 @@ class DevRevAPI:
         """
         attempt = 0
         while True:
-            scout = await self.gate.enter(turn)
+            is_probe = await self.scheduler.acquire(options)
             try:
-                self.brake.check()
+                self.cancel_token.raise_if_cancelled()
                 if before:
                     await before()
             except BaseException:
-                self.gate.withdraw(scout)
+                self.scheduler.give_back(is_probe)
                 raise
             self.requests[endpoint] += 1
-            since = self.outside.moment()
-            answer = await self.outside.send(endpoint, body)
+            since = self.environment.now()
+            answer = await self.environment.post(endpoint, body)
             status, data, problem = answer.status, answer.data, answer.problem
             good = status is not None and 200 <= status < 300
-            took = self.outside.elapsed(since)
-            self.gate.leave(scout, None if good and data is None else status, answer.headers, took)
+            took = self.environment.elapsed(since)
+            self.scheduler.on_response(is_probe, None if good and data is None else status, answer.headers, took)
             if good and data is not None and (not key or key in data):
                 self._answered.add(endpoint)
-                return Reply(data, since)
+                return ApiResponse(data, since)
             if good and data is not None:
                 problem = f"no {key} in the answer"
             self._judge(endpoint, body, answer, telling, final=False)
@@ -1741,20 +1757,20 @@ class DevRevAPI:
                 attempt += 1
                 if attempt > self.settings.retries or (answer.sent and not repeatable):
                     self._judge(endpoint, body, answer, telling, final=True)
-                    raise ApiUnanswered(endpoint, problem)
-                await self.brake.sleep(self.outside.random.uniform(0.5, 1.0) * min(8.0, 0.1 * 2**attempt))
+                    raise NoUsableResponse(endpoint, problem)
+                await self.cancel_token.sleep(self.environment.random.uniform(0.5, 1.0) * min(8.0, 0.1 * 2**attempt))
 
-    def _judge(self, endpoint: str, body: Json, answer: Answer, telling: bool, final: bool) -> None:
+    def _judge(self, endpoint: str, body: Json, answer: HttpResponse, telling: bool, final: bool) -> None:
         """Raise what a definite no means. A gateway's HTML is one for 401 and 403 alone, and only after the retries."""
         status = answer.status or 0
         if status in (401, 403) and (final or answer.data is not None):
             self._deny(endpoint, status, answer.problem, body, telling)
         if 300 <= status < 400:
             location = self.settings.mask(answer.headers.get("Location", ""))
-            raise ApiRefused(endpoint, status, f"redirected to {location or 'nowhere'}", location=location)
+            raise ApiError(endpoint, status, f"redirected to {location or 'nowhere'}", location=location)
         if 400 <= status < 500 and status not in (408, 429) and answer.data is not None:
             words = f"{answer.problem} (scope {scope_of(endpoint)})" if status == 403 else answer.problem
-            raise ApiRefused(endpoint, status, words, data=answer.data)
+            raise ApiError(endpoint, status, words, data=answer.data)
 
     def _deny(self, endpoint: str, status: int, message: str, body: Json, telling: bool) -> None:
         """Send nothing more with a token that is not accepted, or that lacks a scope which it never had.
@@ -1771,50 +1787,54 @@ class DevRevAPI:
             if endpoint in self._answered or one_object or endpoint == "rev-users.create":
                 return
             code, text = EXIT_USAGE, f"the token may not call {endpoint} (403): it lacks the scope {scope_of(endpoint)}"
-        denied = Denied(code, text)
-        self.brake.pull(denied)
+        denied = PermissionDenied(code, text)
+        self.cancel_token.cancel(denied)
         raise denied
 
-    async def pages(self, endpoint: str, key: str, body: Json, turn: Turn = ANY_TURN) -> Listing:
+    async def pages(self, endpoint: str, key: str, body: Json, options: RequestOptions = ANY_OPTIONS) -> ListResult:
         """All items of a cursor-paged list."""
         items: Dict[str, Json] = {}
-        since: Optional[Moment] = None
-        async for page in self.each_page(endpoint, key, body, turn):
+        since: Optional[Timestamp] = None
+        async for page in self.each_page(endpoint, key, body, options):
             since = since or page.since
             items.update((item["id"], item) for item in page.items)
-        return Listing(list(items.values()), since or self.outside.moment())
+        return ListResult(list(items.values()), since or self.environment.now())
 
-    async def each_page(self, endpoint: str, key: str, body: Json, turn: Turn = ANY_TURN) -> AsyncIterator[Listing]:
+    async def each_page(
+        self, endpoint: str, key: str, body: Json, options: RequestOptions = ANY_OPTIONS
+    ) -> AsyncIterator[ListResult]:
         """The pages of a list, one after the other; an item that moves meanwhile may stand on two of them."""
         known: Set[int] = set()  # hashes of ids
         cursors: Set[str] = set()
         stale = 0
         page = dict(body, limit=PAGE)
         while True:
-            reply = await self._call(endpoint, page, key, turn)
+            reply = await self._call(endpoint, page, key, options)
             before = len(known)
             items = reply.data[key] or []
             try:
                 known.update(hash(item["id"]) for item in items)
             except (TypeError, KeyError):
-                raise ApiUnanswered(endpoint, f"{key} holds something without an id") from None
+                raise NoUsableResponse(endpoint, f"{key} holds something without an id") from None
             cursor = reply.data.get("next_cursor") or ""
             if not isinstance(cursor, str):
-                raise ApiUnanswered(endpoint, "next_cursor is no text")
-            yield Listing(items, reply.since)
+                raise NoUsableResponse(endpoint, "next_cursor is no text")
+            yield ListResult(items, reply.since)
             if not cursor:
                 return
             stale = stale + 1 if len(known) == before else 0
             if cursor in cursors or stale >= self.STALE_PAGES:
-                raise ApiUnanswered(endpoint, "its pages go on without bringing anything new")
+                raise NoUsableResponse(endpoint, "its pages go on without bringing anything new")
             cursors.add(cursor)
             page["cursor"] = cursor
 
-    async def _user(self, endpoint: str, body: Json, key: str = "rev_user", turn: Turn = ANY_TURN, **how: Any) -> Json:
+    async def _user(
+        self, endpoint: str, body: Json, key: str = "rev_user", options: RequestOptions = ANY_OPTIONS, **how: Any
+    ) -> Json:
         """The user that an endpoint answers with. ApiUnanswered where it is none."""
-        user = (await self._call(endpoint, body, key, turn, **how)).data[key]
+        user = (await self._call(endpoint, body, key, options, **how)).data[key]
         if not (isinstance(user, dict) and isinstance(user.get("id"), str)):
-            raise ApiUnanswered(endpoint, f"{key} holds no user")
+            raise NoUsableResponse(endpoint, f"{key} holds no user")
         return user
 
     # -- endpoints ----------------------------------------------------------------------------------
@@ -1823,77 +1843,84 @@ class DevRevAPI:
         """The token's owner (`dev_user`)."""
         return await self._user("dev-users.self", {}, "dev_user", telling=True)
 
-    async def contact(self, identity: str, turn: Turn = ANY_TURN) -> Optional[Json]:
+    async def contact(self, identity: str, options: RequestOptions = ANY_OPTIONS) -> Optional[Json]:
         """The rev user of this id, None where there is none (404), or where it has moved to another id (301)."""
         try:
-            user = await self._user("rev-users.get", {"id": identity}, turn=turn)
-        except ApiRefused as refusal:
-            if refusal.missing or 300 <= refusal.status < 400:
+            user = await self._user("rev-users.get", {"id": identity}, options=options)
+        except ApiError as api_error:
+            if api_error.missing or 300 <= api_error.status < 400:
                 return None
             raise
         return user if user["id"] == identity else None
 
     async def merge(
-        self, primary: str, duplicate: str, turn: Turn, before: Callable[[], Awaitable[None]], telling: bool
+        self,
+        primary: str,
+        duplicate: str,
+        options: RequestOptions,
+        before: Callable[[], Awaitable[None]],
+        telling: bool,
     ) -> None:
         """Ask for a merge. DevRev only acknowledges it and carries it out later; it is never repeated blindly."""
         body = {"primary_user": primary, "secondary_user": duplicate}
-        await self._call("rev-users.merge", body, turn=turn, repeatable=False, before=before, telling=telling)
+        await self._call("rev-users.merge", body, options=options, repeatable=False, before=before, telling=telling)
 
-    async def look(self, primary: str, duplicate: str, turn: Turn) -> "Sight":
+    async def poll_duplicate(self, primary: str, duplicate: str, options: RequestOptions) -> "DuplicateStatus":
         """What has become of the duplicate. Raises PairError(merged_into_another) where DevRev names somebody else than
         the primary."""
         try:
-            user = await self._user("rev-users.get", {"id": duplicate}, turn=turn)
-        except ApiRefused as refusal:
-            if refusal.missing:
-                return Sight.GONE
-            if not 300 <= refusal.status < 400:
+            user = await self._user("rev-users.get", {"id": duplicate}, options=options)
+        except ApiError as api_error:
+            if api_error.missing:
+                return DuplicateStatus.GONE
+            if not 300 <= api_error.status < 400:
                 raise
-            match = re.search(r"don:identity:[^&?#\s]+:revu/[^&?#/\s]+", unquote(refusal.location))
+            match = re.search(r"don:identity:[^&?#\s]+:revu/[^&?#/\s]+", unquote(api_error.location))
             user = {"id": match.group(0) if match else duplicate, "state": "moved"}
         if not isinstance(user.get("state"), str):
-            raise ApiUnanswered("rev-users.get", "the user has no state")
-        return sight_of(user, primary, duplicate)
+            raise NoUsableResponse("rev-users.get", "the user has no state")
+        return duplicate_status(user, primary, duplicate)
 
-    async def set_external_ref(self, identity: str, external_ref: str, turn: Turn, telling: bool = False) -> None:
+    async def set_external_ref(
+        self, identity: str, external_ref: str, options: RequestOptions, telling: bool = False
+    ) -> None:
         """Set the reference and read it back from the answer. ApiRefused with status 409 while another holds it."""
         body = {"id": identity, "external_ref": external_ref}
-        user = await self._user("rev-users.update", body, turn=turn, telling=telling)
+        user = await self._user("rev-users.update", body, options=options, telling=telling)
         if user["id"] != identity or user.get("external_ref") != external_ref:
             raise PairError(
                 "external_ref_not_set", f"DevRev answered the update with the reference {user.get('external_ref')}"
             )
 
-    async def create_contact(self, fields: Json, turn: Turn) -> Json:
+    async def create_contact(self, fields: Json, options: RequestOptions) -> Json:
         """Make a contact and return it. It is never repeated blindly: a lost answer is for the caller to look into."""
-        return await self._user("rev-users.create", fields, turn=turn, repeatable=False)
+        return await self._user("rev-users.create", fields, options=options, repeatable=False)
 
     async def set_people(
         self,
-        thing: Json,
+        obj: Json,
         roles: Mapping[str, Sequence[str]],
-        turn: Turn,
+        options: RequestOptions,
         before: Optional[Callable[[], Awaitable[None]]] = None,
     ) -> None:
         """Replace the whole lists of a work's or a conversation's people, by role; none: try whether one may."""
-        body: Json = {"id": thing["id"], **{role: {"set": list(ids)} for role, ids in roles.items()}}
-        if ":conversation/" in thing["id"]:
-            await self._call("conversations.update", body, "conversation", turn, before=before, telling=True)
+        body: Json = {"id": obj["id"], **{role: {"set": list(ids)} for role, ids in roles.items()}}
+        if ":conversation/" in obj["id"]:
+            await self._call("conversations.update", body, "conversation", options, before=before, telling=True)
         else:
-            body["type"] = thing["type"]
-            await self._call("works.update", body, "work", turn, before=before, telling=True)
+            body["type"] = obj["type"]
+            await self._call("works.update", body, "work", options, before=before, telling=True)
 
-    async def holders_of(self, external_ref: str, turn: Turn) -> List[Json]:
+    async def holders_of(self, external_ref: str, options: RequestOptions) -> List[Json]:
         """The rev users that DevRev lists for a reference."""
-        return (await self.pages("rev-users.list", "rev_users", {"external_ref": [external_ref]}, turn)).items
+        return (await self.pages("rev-users.list", "rev_users", {"external_ref": [external_ref]}, options)).items
 
-    def flush(self) -> None:
+    def dispatch(self) -> None:
         """Let every list call leave that waits for others to join."""
-        for loader in (self.emails, *self.things.values()):
-            loader.flush()
+        for batch_loader in (self.emails, *self.objects.values()):
+            batch_loader.dispatch()
 
-    async def peek(self, endpoint: str, key: str, body: Json) -> List[Json]:
+    async def read_one(self, endpoint: str, key: str, body: Json) -> List[Json]:
         """One item of a list, to see whether the token may read it."""
         items: List[Json] = (await self._call(endpoint, dict(body, limit=1), key)).data[key]
         return items
@@ -1902,64 +1929,64 @@ class DevRevAPI:
         """Everything that was said on a ticket, issue or conversation."""
         return (await self.pages("timeline-entries.list", "timeline_entries", {"object": object_id})).items
 
-    async def thing(self, object_id: str, turn: Turn) -> Optional[Json]:
+    async def get_object(self, object_id: str, options: RequestOptions) -> Optional[Json]:
         """A ticket, an issue or a conversation; None where there is none of that id."""
         endpoint, key = (
             ("conversations.get", "conversation") if ":conversation/" in object_id else ("works.get", "work")
         )
         try:
-            found: Json = (await self._call(endpoint, {"id": object_id}, key, turn)).data[key]
-        except ApiRefused as refusal:
-            if refusal.missing:
+            found: Json = (await self._call(endpoint, {"id": object_id}, key, options)).data[key]
+        except ApiError as api_error:
+            if api_error.missing:
                 return None
             raise
         return found
 
-    async def _list_emails(self, emails: Sequence[str], turn: Turn) -> Listing:
-        return await self.pages("rev-users.list", "rev_users", {"email": list(emails)}, turn)
+    async def _list_emails(self, emails: Sequence[str], options: RequestOptions) -> ListResult:
+        return await self.pages("rev-users.list", "rev_users", {"email": list(emails)}, options)
 
-    def _loader(self, name: str) -> "Loader":
+    def _batch_loader(self, name: str) -> "BatchLoader":
         key, body = ("conversations", {}) if name == "members" else ("works", {"type": ["ticket", "issue"]})
 
-        async def things(ids: Sequence[str], turn: Turn) -> Listing:
-            return await self.pages(f"{key}.list", key, {**body, name: list(ids)}, turn)
+        async def objects(ids: Sequence[str], options: RequestOptions) -> ListResult:
+            return await self.pages(f"{key}.list", key, {**body, name: list(ids)}, options)
 
-        return Loader(things, self.brake, lambda item: user_ids(item.get(name)))
+        return BatchLoader(objects, self.cancel_token, lambda item: user_ids(item.get(name)))
 
 
 @contextlib.contextmanager
-def nothing_changed_yet(api: DevRevAPI) -> Iterator[None]:
+def before_any_change(api: DevRevAPI) -> Iterator[None]:
     """Turn what DevRev's API raises into the Stop that ends a run which has changed nothing."""
     try:
         yield
-    except ApiUnanswered as error:
+    except NoUsableResponse as error:
         hint = "Is the network there, and DEVREV_BASE_URL right?"
-        raise Stop(EXIT_STOPPED, f"DevRev at {api.gate.host} can't be reached: {error}. {hint}") from None
-    except ApiRefused as error:
-        raise Stop(EXIT_USAGE, f"{error} (is DEVREV_BASE_URL right?)") from None
-    except Stop as stop:
-        reason = api.brake.stop or stop
-        raise (Stop(EXIT_USAGE, str(reason)) if isinstance(reason, Denied) else reason) from None
+        raise FatalError(EXIT_STOPPED, f"DevRev at {api.scheduler.host} can't be reached: {error}. {hint}") from None
+    except ApiError as error:
+        raise FatalError(EXIT_USAGE, f"{error} (is DEVREV_BASE_URL right?)") from None
+    except FatalError as stop:
+        reason = api.cancel_token.stop or stop
+        raise (FatalError(EXIT_USAGE, str(reason)) if isinstance(reason, PermissionDenied) else reason) from None
 
 
 # ---------------------------------------------------------------------------------------------------
 # API: one list call for many contacts
 # ---------------------------------------------------------------------------------------------------
 
-Lister = Callable[[Sequence[str], Turn], Awaitable[Listing]]
+Lister = Callable[[Sequence[str], RequestOptions], Awaitable[ListResult]]
 
 
 @dataclass
-class Order:
+class PendingKey:
     """A key that waits to be listed for: `weight` items are expected."""
 
     key: str
     weight: int
-    urgency: int
-    future: "asyncio.Future[Listing]"
+    priority: int
+    future: "asyncio.Future[ListResult]"
 
 
-class Loader:
+class BatchLoader:
     """Lists for many contacts with one call, though each asks for itself: who asks waits a moment for the others.
 
     A call names as many keys as fit on a few pages, so that a contact with a thousand tickets does not age what is read
@@ -1968,84 +1995,88 @@ class Loader:
     """
 
     LINGER = 0.02  # seconds
-    FULL = 250  # items that are expected
+    MAX_ITEMS = 250  # items that are expected
 
     def __init__(
         self,
         lister: Lister,
-        brake: Brake,
+        cancel_token: CancelToken,
         owners: Callable[[Json], Set[str]],
         name: Callable[[str], str] = lambda key: key,
     ) -> None:
         self._lister = lister
-        self._brake = brake
-        brake.on_pull.append(self.flush)  # who waits for others to join is to hear of it
+        self._cancel_token = cancel_token
+        cancel_token.on_cancel.append(self.dispatch)  # who waits for others to join is to hear of it
         self._owners = owners  # the names that an item belongs to
         self._name = name  # of a key
-        self._orders: List[Order] = []
+        self._pending: List[PendingKey] = []
         self._timer: Optional[asyncio.TimerHandle] = None
-        self._leaves_at = 0.0
-        self._most = PAGE  # keys a call
+        self._dispatch_at = 0.0
+        self._max_keys = PAGE  # keys a call
         self._calls: Set[asyncio.Future[None]] = set()
 
-    async def load(self, key: str, weight: int = 1, urgency: int = PREPARE, linger: float = LINGER) -> Listing:
+    async def load(self, key: str, weight: int = 1, priority: int = PREPARE, linger: float = LINGER) -> ListResult:
         """What the list holds of `key`. Raises what the call for it raises."""
         loop = asyncio.get_event_loop()
-        self._brake.check()
-        order = Order(key, max(1, weight), urgency, loop.create_future())
-        self._orders.append(order)
-        if self._timer is None or loop.time() + linger < self._leaves_at:
+        self._cancel_token.raise_if_cancelled()
+        pending = PendingKey(key, max(1, weight), priority, loop.create_future())
+        self._pending.append(pending)
+        if self._timer is None or loop.time() + linger < self._dispatch_at:
             if self._timer:
                 self._timer.cancel()
-            self._leaves_at = loop.time() + linger
-            self._timer = loop.call_later(linger, self.flush)
-        if len(self._orders) >= self._most or sum(each.weight for each in self._orders) >= self.FULL:
-            self.flush()
-        return await order.future
+            self._dispatch_at = loop.time() + linger
+            self._timer = loop.call_later(linger, self.dispatch)
+        if len(self._pending) >= self._max_keys or sum(each.weight for each in self._pending) >= self.MAX_ITEMS:
+            self.dispatch()
+        return await pending.future
 
-    def flush(self) -> None:
+    def dispatch(self) -> None:
         """Let what waits leave now."""
         if self._timer:
             self._timer.cancel()
-        self._timer, orders, self._orders = None, self._orders, []
-        orders.sort(key=lambda order: order.weight)
-        while orders:
-            part = [orders.pop(0)]
-            while orders and len(part) < self._most and sum(each.weight for each in [*part, orders[0]]) <= self.FULL:
-                part.append(orders.pop(0))
+        self._timer, pendings, self._pending = None, self._pending, []
+        pendings.sort(key=lambda pending: pending.weight)
+        while pendings:
+            part = [pendings.pop(0)]
+            while (
+                pendings
+                and len(part) < self._max_keys
+                and sum(each.weight for each in [*part, pendings[0]]) <= self.MAX_ITEMS
+            ):
+                part.append(pendings.pop(0))
             call = asyncio.ensure_future(self._fetch(part))
             self._calls.add(call)
             call.add_done_callback(self._calls.discard)
 
-    async def _fetch(self, orders: Sequence[Order]) -> None:
-        keys = list(dict.fromkeys(order.key for order in orders))
+    async def _fetch(self, pendings: Sequence[PendingKey]) -> None:
+        keys = list(dict.fromkeys(pending.key for pending in pendings))
         try:
-            listing = await self._lister(keys, Turn(min(order.urgency for order in orders)))
-        except (ApiRefused, ApiUnanswered) as error:
-            if isinstance(error, ApiRefused):
-                self._most = min(self._most, (len(keys) + 1) // 2)
+            listing = await self._lister(keys, RequestOptions(min(pending.priority for pending in pendings)))
+        except (ApiError, NoUsableResponse) as error:
+            if isinstance(error, ApiError):
+                self._max_keys = min(self._max_keys, (len(keys) + 1) // 2)
             if len(keys) == 1:
-                self._most = PAGE  # it was this key, not their number
-                _fail(orders, error)
+                self._max_keys = PAGE  # it was this key, not their number
+                _fail_all(pendings, error)
             else:
                 half = (len(keys) + 1) // 2
-                await self._fetch_apart(orders, [keys[:half], keys[half:]])
+                await self._fetch_parts(pendings, [keys[:half], keys[half:]])
         except BaseException as error:
-            _fail(orders, error)
+            _fail_all(pendings, error)
         else:
-            found = self._take_apart(keys, listing.items)
+            found = self._split_items(keys, listing.items)
             if found is None:
                 log.info("an item names none of those asked for; asking one by one")
-                await self._fetch_apart(orders, [[key] for key in keys])
+                await self._fetch_parts(pendings, [[key] for key in keys])
                 return
-            for order in orders:
-                if not order.future.done():
-                    order.future.set_result(Listing(found[order.key], listing.since))
+            for pending in pendings:
+                if not pending.future.done():
+                    pending.future.set_result(ListResult(found[pending.key], listing.since))
 
-    async def _fetch_apart(self, orders: Sequence[Order], parts: Iterable[Sequence[str]]) -> None:
-        await together(*(self._fetch([order for order in orders if order.key in part]) for part in parts))
+    async def _fetch_parts(self, pendings: Sequence[PendingKey], parts: Iterable[Sequence[str]]) -> None:
+        await together(*(self._fetch([pending for pending in pendings if pending.key in part]) for part in parts))
 
-    def _take_apart(self, keys: Sequence[str], items: Sequence[Json]) -> Optional[Dict[str, List[Json]]]:
+    def _split_items(self, keys: Sequence[str], items: Sequence[Json]) -> Optional[Dict[str, List[Json]]]:
         """The items by key; None where one names none of several keys."""
         if len(keys) == 1:
             return {keys[0]: list(items)}
@@ -2062,10 +2093,10 @@ class Loader:
         return found
 
 
-def _fail(orders: Iterable[Order], error: BaseException) -> None:
-    for order in orders:
-        if not order.future.done():
-            order.future.set_exception(error)
+def _fail_all(pendings: Iterable[PendingKey], error: BaseException) -> None:
+    for pending in pendings:
+        if not pending.future.done():
+            pending.future.set_exception(error)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2074,7 +2105,7 @@ def _fail(orders: Iterable[Order], error: BaseException) -> None:
 
 
 @dataclass
-class Holdings:
+class ContactSnapshot:
     """All that DevRev holds of one contact. Works and conversations are API objects by id."""
 
     contact: Contact
@@ -2082,7 +2113,7 @@ class Holdings:
     roles: Dict[str, Dict[str, Json]]  # a role of ROLES -> works
     conversations: Dict[str, Json]
 
-    def things(self) -> Dict[str, Json]:
+    def objects(self) -> Dict[str, Json]:
         """Everything that has a timeline, by id."""
         return {**self.works(), **self.conversations}
 
@@ -2093,33 +2124,33 @@ class Holdings:
 Timelines = Mapping[str, List[Json]]
 
 
-def contact_files(held: Holdings, timelines: Timelines) -> Dict[str, Any]:
+def contact_files(snapshot: ContactSnapshot, timelines: Timelines) -> Dict[str, Any]:
     """The files of one contact's folder, by name."""
     return {
-        "contact.json": held.live,
-        "works.json": list(held.works().values()),
-        "conversations.json": list(held.conversations.values()),
-        "timelines.json": {identity: timelines[identity] for identity in held.things() if identity in timelines},
+        "contact.json": snapshot.live,
+        "works.json": list(snapshot.works().values()),
+        "conversations.json": list(snapshot.conversations.values()),
+        "timelines.json": {identity: timelines[identity] for identity in snapshot.objects() if identity in timelines},
     }
 
 
-def contact_manifest(folder: str, role: str, held: Holdings, timelines: Timelines) -> Json:
+def contact_manifest(folder: str, role: str, snapshot: ContactSnapshot, timelines: Timelines) -> Json:
     """What the manifest says of one contact: its row, its counts, and which objects it has in which role."""
     return {
         "folder": folder,
         "role": role,
-        "csv": held.contact.to_json(),
+        "csv": snapshot.contact.to_json(),
         "counts": {
-            **{name: len(works) for name, works in held.roles.items()},
-            "conversations": len(held.conversations),
-            "timeline_entries": sum(len(timelines.get(identity, ())) for identity in held.things()),
+            **{name: len(works) for name, works in snapshot.roles.items()},
+            "conversations": len(snapshot.conversations),
+            "timeline_entries": sum(len(timelines.get(identity, ())) for identity in snapshot.objects()),
         },
-        "works": {name: list(works) for name, works in held.roles.items()},
-        "conversations": list(held.conversations),
+        "works": {name: list(works) for name, works in snapshot.roles.items()},
+        "conversations": list(snapshot.conversations),
     }
 
 
-class Backups:
+class BackupStore:
     """The folder `backups/`: `<email>/<YYYYmmdd_HHMMSS>/`, complete or absent.
 
     Raises OSError where the disk refuses.
@@ -2127,73 +2158,73 @@ class Backups:
 
     INCOMPLETE = ".incomplete_"
 
-    def __init__(self, root: Path, outside: Outside, with_timelines: bool = True) -> None:
+    def __init__(self, root: Path, environment: Environment, with_timelines: bool = True) -> None:
         self.root = root
-        self.outside = outside
+        self.environment = environment
         self.with_timelines = with_timelines
 
-    def write(self, email: str, organisation: str, holdings: Sequence[Holdings], timelines: Timelines) -> Path:
+    def create(self, email: str, organisation: str, snapshots: Sequence[ContactSnapshot], timelines: Timelines) -> Path:
         """Back up a group: written aside, flushed, renamed into place. The first of `holdings` is the primary."""
-        outside = self.outside
-        home = outside.folder(self.root / safe_name(email))
+        environment = self.environment
+        home = environment.make_private_dir(self.root / safe_name(email))
         self.root.chmod(0o700)  # which may have come with less, and emails are names in it
         if home.resolve().parent != self.root.resolve():
             raise OSError(f"{home} leads out of {self.root}; remove the link")
-        stamp = int(outside.moment().wall)
-        while (home / stamp_of(stamp)).exists():
+        stamp = int(environment.now().wall)
+        while (home / timestamp_name(stamp)).exists():
             stamp += 1
-        final = home / stamp_of(stamp)
-        aside = home / f"{self.INCOMPLETE}{os.getpid()}_{stamp_of(stamp)}"
+        final = home / timestamp_name(stamp)
+        aside = home / f"{self.INCOMPLETE}{os.getpid()}_{timestamp_name(stamp)}"
         if aside.exists():
             shutil.rmtree(str(aside))
         aside.mkdir(mode=0o700)
         manifest: Json = {
             "format": 1,
             "tool": f"merge_contacts {__version__}",
-            "created": iso(outside.moment().wall),
+            "created": iso(environment.now().wall),
             "email": email,
             "organisation": organisation,
             "timelines": self.with_timelines,
             "contacts": [],
             "files": {},
         }
-        for index, (folder, held) in enumerate(zip(_folder_names(holdings), holdings)):
+        for index, (folder, snapshot) in enumerate(zip(_folder_names(snapshots), snapshots)):
             (aside / folder).mkdir(mode=0o700)
-            for name, content in contact_files(held, timelines).items():
-                size, digest = outside.write(aside / folder / name, [to_json(content, indent=1)])
+            for name, content in contact_files(snapshot, timelines).items():
+                size, digest = environment.create_file(aside / folder / name, [to_json(content, indent=1)])
                 manifest["files"][f"{folder}/{name}"] = {"bytes": size, "sha256": digest}
-            outside.sync(aside / folder)
+            environment.fsync_dir(aside / folder)
             role = "duplicate" if index else "primary"
-            manifest["contacts"].append(contact_manifest(folder, role, held, timelines))
-        outside.write(aside / "manifest.json", [to_json(manifest, indent=1)])
-        outside.sync(aside)
-        outside.publish(aside, final)
+            manifest["contacts"].append(contact_manifest(folder, role, snapshot, timelines))
+        environment.create_file(aside / "manifest.json", [to_json(manifest, indent=1)])
+        environment.fsync_dir(aside)
+        environment.rename_into_place(aside, final)
         return final
 
 
-def stamp_of(epoch: float) -> str:
+def timestamp_name(epoch: float) -> str:
     return time.strftime("%Y%m%d_%H%M%S", time.localtime(epoch))
 
 
-def _folder_names(holdings: Sequence[Holdings]) -> List[str]:
+def _folder_names(snapshots: Sequence[ContactSnapshot]) -> List[str]:
     """`primary_REVU-…`, `duplicate_REVU-…`, told apart also where a file system ignores case."""
     names: List[str] = []
-    for index, held in enumerate(holdings):
-        shown = str(held.live.get("display_id") or held.contact.short_id)
+    for index, snapshot in enumerate(snapshots):
+        shown = str(snapshot.live.get("display_id") or snapshot.contact.short_id)
         name = f"{'duplicate' if index else 'primary'}_{safe_name(shown)}"
         taken = [other.casefold() for other in names]
         names.append(f"{name}_{index}" if name.casefold() in taken else name)
     return names
 
 
-def read_backup(folder: Path) -> Json:
+def verify_backup(folder: Path) -> Json:
     """Re-read a backup from the disk and return its manifest.
 
     Raises PairError(backup_failed) naming everything that is missing, damaged or does not add up.
     """
     manifest = read_manifest(str(folder))
     try:
-        problems = list(_backup_flaws(folder, manifest))
+        problems = list(_backup_errors(folder, manifest))
     except (KeyError, TypeError, AttributeError) as error:
         raise PairError(
             "backup_failed", f"{folder}: manifest.json is not a manifest: {type(error).__name__} {error}"
@@ -2203,7 +2234,7 @@ def read_backup(folder: Path) -> Json:
     return manifest
 
 
-def _backup_flaws(folder: Path, manifest: Json) -> Iterator[str]:
+def _backup_errors(folder: Path, manifest: Json) -> Iterator[str]:
     contents: Dict[str, Any] = {}
     for name, expected in manifest["files"].items():
         try:
@@ -2226,10 +2257,10 @@ def _backup_flaws(folder: Path, manifest: Json) -> Iterator[str]:
         if any(file is None for file in files):
             yield f"{entry['folder']}: not all of its files are whole"
         else:
-            yield from _contact_flaws(entry, files, manifest["timelines"])
+            yield from _contact_errors(entry, files, manifest["timelines"])
 
 
-def _contact_flaws(entry: Json, files: Sequence[Any], timelines_wanted: bool) -> Iterator[str]:
+def _contact_errors(entry: Json, files: Sequence[Any], timelines_wanted: bool) -> Iterator[str]:
     """Recount one contact's files against what the manifest says of them."""
     folder = entry["folder"]
     live, works, conversations, timelines = files
@@ -2264,19 +2295,19 @@ def read_manifest(backup: str) -> Json:
     return manifest
 
 
-def to_prove(backup: str, duplicate: str) -> List[Json]:
+def objects_to_transfer(backup: str, duplicate: str) -> List[Json]:
     """What has to hang on the primary after the merge: works owned or reported, conversations taken part in.
 
     Each as `{id, role}` with role `owned_by`, `reported_by` or `members`. Raises PairError(backup_failed).
     """
     try:
         (entry,) = (one for one in read_manifest(backup)["contacts"] if one["csv"]["id"] == duplicate)
-        return handed_on(entry)
+        return transferred_objects(entry)
     except (KeyError, TypeError, ValueError) as error:
         raise PairError("backup_failed", f"the backup {backup} is no whole one ({type(error).__name__})") from None
 
 
-def handed_on(entry: Json) -> List[Json]:
+def transferred_objects(entry: Json) -> List[Json]:
     """Of a contact in a manifest, what a merge hands on, as `{id, role}`."""
     return [
         *({"id": work, "role": ROLES[role]} for role in ("owned", "reported") for work in entry["works"][role]),
@@ -2326,15 +2357,15 @@ class Journal:
         "undone": State.UNDONE,
     }
 
-    def __init__(self, path: Path, outside: Outside, run: str) -> None:
+    def __init__(self, path: Path, environment: Environment, run: str) -> None:
         self.path = path
-        self.outside = outside
+        self.environment = environment
         self.run = run
 
     def line(self, event: str, pair: Pair) -> bytes:
         line = {
             "event": event,
-            "time": iso(self.outside.moment().wall),
+            "time": iso(self.environment.now().wall),
             "run": self.run,
             "email": pair.email,
             "primary": pair.primary.to_json(),
@@ -2349,8 +2380,8 @@ class Journal:
 
     def add(self, lines: Iterable[bytes]) -> None:
         """Append events. Raises OSError where the disk refuses."""
-        self.outside.folder(self.path.parent)
-        self.outside.append(self.path, b"\n".join(lines))
+        self.environment.make_private_dir(self.path.parent)
+        self.environment.append_lines(self.path, b"\n".join(lines))
 
     def asked_before(self, pair: Pair) -> bool:
         """Whether another run in this folder has asked for a pair."""
@@ -2405,20 +2436,20 @@ def inspect_savepoint(path: Path, readonly: bool) -> None:
             writable = os.fstat(file.fileno()).st_mode & 0o222 and os.access(str(path), os.W_OK)
     except FileNotFoundError:
         if not path.resolve().parent.is_dir():
-            raise Stop(EXIT_USAGE, f"the savepoint's folder {path.parent} is not there") from None
+            raise FatalError(EXIT_USAGE, f"the savepoint's folder {path.parent} is not there") from None
         return
     except OSError as error:
-        raise Stop(EXIT_USAGE, f"the savepoint {path} can't be opened: {error.strerror}") from None
+        raise FatalError(EXIT_USAGE, f"the savepoint {path} can't be opened: {error.strerror}") from None
     if not head:
         return
     version, application = (int.from_bytes(head[at : at + 4], "big") for at in (60, 68))
-    foreign = application and application != SavePoint.APPLICATION
-    if not head.startswith(b"SQLite format 3\0") or len(head) < 100 or foreign:
-        raise Stop(EXIT_USAGE, f"{path} is damaged or not a savepoint; it was left as it is")
+    not_our_csv_reason = application and application != SavePoint.APPLICATION
+    if not head.startswith(b"SQLite format 3\0") or len(head) < 100 or not_our_csv_reason:
+        raise FatalError(EXIT_USAGE, f"{path} is damaged or not a savepoint; it was left as it is")
     if version > SavePoint.VERSION:
-        raise Stop(EXIT_USAGE, f"the savepoint {path} is from a newer version of this tool; it was left as it is")
+        raise FatalError(EXIT_USAGE, f"the savepoint {path} is from a newer version of this tool; it was left as it is")
     if not writable and not readonly:
-        raise Stop(EXIT_USAGE, f"the savepoint {path} is read-only; it was left as it is")
+        raise FatalError(EXIT_USAGE, f"the savepoint {path} is read-only; it was left as it is")
 
 
 class SavePoint:
@@ -2460,16 +2491,16 @@ class SavePoint:
         "refused", "details", "report", "run", "created", "updated",
     )  # fmt: skip
 
-    def __init__(self, path: Path, outside: Outside, run: str = "", readonly: bool = False) -> None:
+    def __init__(self, path: Path, environment: Environment, run: str = "", readonly: bool = False) -> None:
         self.path = path
-        self.outside = outside
+        self.environment = environment
         self.run = run
         self.readonly = readonly
         self.glimpsed = False  # read past the lock of a run that goes on
         self._lock = threading.Lock()  # one thread at a time uses the connection
         inspect_savepoint(path, readonly)
         try:
-            self._db = self._look() if readonly else self._open()
+            self._db = self._poll() if readonly else self._open()
         except sqlite3.Error as error:
             raise self._trouble(error, EXIT_USAGE) from None
 
@@ -2477,7 +2508,9 @@ class SavePoint:
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         path = (Path.cwd() / self.path).as_posix()  # as_uri() makes of a share what SQLite does not take
-        return self.outside.database(f"file:{'' if path.startswith('/') else '/'}{quote(path, safe='/:')}?{mode}")
+        return self.environment.open_database(
+            f"file:{'' if path.startswith('/') else '/'}{quote(path, safe='/:')}?{mode}"
+        )
 
     def _open(self) -> sqlite3.Connection:
         db = self._connect("mode=rwc")
@@ -2486,10 +2519,10 @@ class SavePoint:
         db.execute("PRAGMA synchronous = EXTRA")
         db.execute("BEGIN EXCLUSIVE")
         self._upgrade(db)
-        flaw = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if flaw != "ok":
-            raise sqlite3.DatabaseError(flaw)
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": iso(self.outside.moment().wall)}
+        problem = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if problem != "ok":
+            raise sqlite3.DatabaseError(problem)
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": iso(self.environment.now().wall)}
         db.execute("INSERT OR REPLACE INTO about VALUES ('holder', ?)", (json.dumps(holder),))
         db.execute("COMMIT")
         return db
@@ -2507,7 +2540,7 @@ class SavePoint:
         db.execute(f"PRAGMA application_id = {self.APPLICATION}")
         db.execute(f"PRAGMA user_version = {self.VERSION}")
 
-    def _look(self) -> sqlite3.Connection:
+    def _poll(self) -> sqlite3.Connection:
         """Read what a normal open would recover; past the lock of a run that goes on, and then several times."""
         copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         for patience in (0.0, 0.05, 0.1, 0.2, 0.4):
@@ -2518,10 +2551,10 @@ class SavePoint:
                 with contextlib.closing(self._connect("mode=ro&immutable=1" if patience else "mode=rw")) as db:
                     db.execute("SELECT primary_id, state, run FROM pairs LIMIT 1")
                     db.backup(copy)
-                flaw = copy.execute("PRAGMA quick_check(1)").fetchone()[0]
-                if flaw == "ok":
+                problem = copy.execute("PRAGMA quick_check(1)").fetchone()[0]
+                if problem == "ok":
                     break
-                trouble = sqlite3.DatabaseError(flaw)
+                trouble = sqlite3.DatabaseError(problem)
             except sqlite3.OperationalError as error:
                 trouble = error
                 if not patience and ("locked" in str(error) or "busy" in str(error)):
@@ -2534,7 +2567,7 @@ class SavePoint:
                     raise
         else:
             if self.glimpsed:
-                raise Stop(
+                raise FatalError(
                     EXIT_HELD, f"a run is writing to the savepoint {self.path} right now; look again in a moment"
                 )
             raise trouble
@@ -2543,26 +2576,26 @@ class SavePoint:
         copy.execute("COMMIT")
         return copy
 
-    def _trouble(self, error: sqlite3.Error, exit_code: int) -> Stop:
+    def _trouble(self, error: sqlite3.Error, exit_code: int) -> FatalError:
         text = str(error)
         if "locked" in text or "busy" in text:
-            return Stop(EXIT_HELD, f"another run holds the savepoint {self.path}{self._holder()}")
+            return FatalError(EXIT_HELD, f"another run holds the savepoint {self.path}{self._holder()}")
         if exit_code == EXIT_STOPPED:
-            return Stop(EXIT_STOPPED, f"the savepoint {self.path} can't be used ({text})")
+            return FatalError(EXIT_STOPPED, f"the savepoint {self.path} can't be used ({text})")
         if "full" in text or "disk I/O" in text:
-            return Stop(EXIT_STOPPED, f"the savepoint {self.path} can't be made ({text})")
+            return FatalError(EXIT_STOPPED, f"the savepoint {self.path} can't be made ({text})")
         if "readonly" in text or "unable to open" in text:
-            return Stop(EXIT_USAGE, f"the savepoint {self.path} can't be written: {text}")
-        return Stop(
+            return FatalError(EXIT_USAGE, f"the savepoint {self.path} can't be written: {text}")
+        return FatalError(
             EXIT_USAGE,
             f"the savepoint {self.path} is damaged ({text}); it was left as it is. Move it away: "
             "backups/journal.jsonl knows what it knew",
         )
 
     def _holder(self) -> str:
-        with contextlib.suppress(sqlite3.Error, ValueError, TypeError, KeyError, Stop):
-            about = SavePoint(self.path, self.outside, readonly=True).holder()
-            return f": process {about['pid']} on {about['host']}, since {about['since']}"
+        with contextlib.suppress(sqlite3.Error, ValueError, TypeError, KeyError, FatalError):
+            meta = SavePoint(self.path, self.environment, readonly=True).holder()
+            return f": process {meta['pid']} on {meta['host']}, since {meta['since']}"
         return ""
 
     def close(self) -> None:
@@ -2572,10 +2605,10 @@ class SavePoint:
 
     def holder(self) -> Json:
         """Who opened the savepoint last: `pid`, `host`, `since`."""
-        found: Json = json.loads(self.about("holder") or "{}")
+        found: Json = json.loads(self.meta("holder") or "{}")
         return found
 
-    def about(self, name: str, value: Optional[str] = None) -> Optional[str]:
+    def meta(self, name: str, value: Optional[str] = None) -> Optional[str]:
         """Read, or set for good, a fact about the savepoint (`organisation`)."""
         if value is not None:
             self._write(("INSERT OR REPLACE INTO about VALUES (?, ?)", [(name, value)]))
@@ -2584,11 +2617,11 @@ class SavePoint:
     def journal_read(self) -> int:
         """How many bytes of the journal it knows. What stands behind them is from a run with another savepoint, or from
         one that was killed between the two."""
-        return int(self.about("journal") or 0)
+        return int(self.meta("journal") or 0)
 
     def row(self, pair: Pair) -> Tuple[Any, ...]:
         """What is written of a pair, in the order of COLUMNS."""
-        now = iso(self.outside.moment().wall)
+        now = iso(self.environment.now().wall)
         return (
             *pair.ids, pair.email, *(getattr(pair, name) for name in self.PLAIN), pair.state.value,
             json.dumps(pair.left_behind), json.dumps(pair.primary.to_json()), json.dumps(pair.duplicate.to_json()),
@@ -2691,9 +2724,9 @@ class SavePoint:
             ("INSERT OR REPLACE INTO about VALUES ('report', ?)", [(name,)]),
         )
 
-    def settle_report(self, is_there: Callable[[str], bool]) -> None:
+    def confirm_report(self, is_there: Callable[[str], bool]) -> None:
         """Find out whether the report that was announced last came to be; if not, the next one holds what it would."""
-        name = self.about("report")
+        name = self.meta("report")
         if name:
             lost = [] if is_there(name) else [(name,)]
             self._write(
@@ -2702,7 +2735,7 @@ class SavePoint:
             )
 
 
-class Entry(NamedTuple):
+class PendingWrite(NamedTuple):
     """What waits to be written of a pair: a line of the journal, or none, and a row of the savepoint."""
 
     line: Optional[bytes]
@@ -2710,7 +2743,7 @@ class Entry(NamedTuple):
     written: "asyncio.Future[None]"
 
 
-class Ledger:
+class StateWriter:
     """Journal and savepoint: what becomes of a pair is noted in both, here alone.
 
     A thread writes; what comes meanwhile waits, and is flushed together.
@@ -2725,29 +2758,29 @@ class Ledger:
 
     def __init__(self, savepoint: SavePoint, journal: Journal) -> None:
         self.savepoint, self.journal = savepoint, journal
-        self._waiting: List[Entry] = []
+        self._waiting: List[PendingWrite] = []
         self._writing: Optional[asyncio.Future[None]] = None
 
-    def catch_up(self, reported: Callable[[], Mapping[Tuple[str, str], str]]) -> None:
+    def reconcile(self, reported: Callable[[], Mapping[Tuple[str, str], str]]) -> None:
         """Let each learn what the other alone knows: the journal where it was lost, or the savepoint is one of version
         1.0.0; the savepoint where the journal goes on behind what it knows. `reported` tells who stands as ended in
         which report."""
         savepoint, size = self.savepoint, self.journal.size()
         known = savepoint.journal_read() if savepoint.journal_read() <= size else 0
-        told = {pair.ids: pair for pair in self.journal.pairs(known)} if known < size else {}
-        rows = {row.ids: row for row in savepoint.rows(*State)} if told or not known else {}
-        unreported = [pair for pair in savepoint.unreported() if pair.ids not in told]
-        reports = reported() if told or unreported else {}
+        describe_pair = {pair.ids: pair for pair in self.journal.pairs(known)} if known < size else {}
+        rows = {row.ids: row for row in savepoint.rows(*State)} if describe_pair or not known else {}
+        unreported = [pair for pair in savepoint.unreported() if pair.ids not in describe_pair]
+        reports = reported() if describe_pair or unreported else {}
         news = [pair for pair in unreported if pair.ids in reports]  # it is an old copy
         for pair in news:
             pair.report = reports[pair.ids]
-        for ids, pair in told.items():
+        for ids, pair in describe_pair.items():
             row = rows.get(ids)
             same = row and self.EVENTS[row.state] == self.EVENTS[pair.state] and row.requested_at == pair.requested_at
             if row is None or not same or pair.state is State.UNDOING:
                 pair.report = row.report if row and same else reports.get(ids, "")
                 news.append(pair)
-        asked = (row for ids, row in rows.items() if self.EVENTS[row.state] != "withdrawn" and ids not in told)
+        asked = (row for ids, row in rows.items() if self.EVENTS[row.state] != "withdrawn" and ids not in describe_pair)
         untold = [] if known or savepoint.readonly else list(asked)
         if news or untold:
             log.info("%s learned from the journal, %d written to it", plural(len(news), "pair"), len(untold))
@@ -2760,13 +2793,13 @@ class Ledger:
             self.journal.add(added)
         self.savepoint.record(map(self.savepoint.row, rows), self.journal.size())
 
-    async def note(self, pair: Pair, event: str = "") -> None:
+    async def save(self, pair: Pair, event: str = "") -> None:
         """Note the state of a pair, and the event that has led to it: both are on the disk when this returns.
 
         Raises OSError or Stop(3) where the disk refuses.
         """
         line = self.journal.line(event, pair) if event else None
-        entry = Entry(line, self.savepoint.row(pair), asyncio.get_event_loop().create_future())
+        entry = PendingWrite(line, self.savepoint.row(pair), asyncio.get_event_loop().create_future())
         self._waiting.append(entry)
         if self._writing is None:
             self._writing = asyncio.ensure_future(self._write())
@@ -2777,7 +2810,7 @@ class Ledger:
             entries, self._waiting = self._waiting, []
             failure: Optional[Exception] = None
             try:
-                await self.savepoint.outside.work(self.write, entries)
+                await self.savepoint.environment.run_in_thread(self.write, entries)
             except Exception as error:
                 failure = error
             for entry in entries:
@@ -2787,7 +2820,7 @@ class Ledger:
                     entry.written.set_result(None)
         self._writing = None
 
-    def write(self, entries: Sequence[Entry]) -> None:
+    def write(self, entries: Sequence[PendingWrite]) -> None:
         """The journal first: a savepoint that is lost is made again from it."""
         lines = [entry.line for entry in entries if entry.line]
         if lines:
@@ -2800,7 +2833,7 @@ class Ledger:
 # ---------------------------------------------------------------------------------------------------
 
 
-class Evidence:
+class Preconditions:
     """What the merges of a group rest on: the live check, the backup, and the integrity check from the disk.
 
     Each part is as old as the first request that it was read with.
@@ -2813,134 +2846,136 @@ class Evidence:
     def __init__(self, merger: "ContactMerger", group: Group) -> None:
         self.merger = merger
         self.api = merger.api
-        self.outside = merger.outside
+        self.environment = merger.environment
         self.group = group
         self.folder = ""  # of the backup, once the integrity check has passed
         self.counts: Json = {}  # of what the backup holds
-        self._checked: Optional[Moment] = None
-        self._listed: Optional[Moment] = None
+        self._checked: Optional[Timestamp] = None
+        self._listed: Optional[Timestamp] = None
         self._live: Dict[str, Json] = {}  # rev users by id
         self._timelines: Dict[str, Tuple[Any, List[Json]]] = {}  # object id -> modified_date, entries
 
-    def insist(self) -> None:
+    def require_fresh(self) -> None:
         """Raises Stale where a request must not rest on it any more."""
         if self._is_old(self._checked, self.FRESH) or self._is_old(self._listed, self.LISTED):
-            raise Stale()
+            raise PreconditionsExpired()
 
-    def expire(self) -> None:
+    def invalidate(self) -> None:
         """Believe nothing of it any more; only timelines of what has not changed need not be read again."""
         self.folder, self._checked, self._listed = "", None, None
 
-    async def renew(self) -> None:
+    async def ensure_fresh(self) -> None:
         """Make anew what has become too old, or has never been made. Raises PairError with the first flaw."""
-        self.merger.may_begin()
+        self.merger.raise_if_draining()
         if not self.folder or self._is_old(self._listed, self.LISTED):
             await self._check()
             await self._back_up()
         elif self._is_old(self._checked, self.FRESH):
             await self._check()
 
-    def _is_old(self, since: Optional[Moment], limit: float) -> bool:
-        return since is None or self.outside.age(since) > limit
+    def _is_old(self, since: Optional[Timestamp], limit: float) -> bool:
+        return since is None or self.environment.age(since) > limit
 
     async def _check(self) -> None:
         """Compare the group with DevRev as it is now."""
         contacts = self.group.contacts()
         emails = sorted({contact.email.strip() for contact in contacts})
-        urgency = PREPARE if self._checked is None else MERGE
-        listings = await together(*(self.api.emails.load(email, 1, urgency) for email in emails))
+        priority = PREPARE if self._checked is None else MERGE
+        listings = await together(*(self.api.emails.load(email, 1, priority) for email in emails))
         live = {user["id"]: user for listing in listings for user in listing.items}
         namesakes = list(live.values())
         since = [listing.since for listing in listings]
         for contact in contacts:
             # Lists may lag behind what this tool has done to the primary.
-            if contact.id not in live or (contact is self.group.primary and self.group.has_grown()):
-                since.append(self.outside.moment())
+            if contact.id not in live or (contact is self.group.primary and self.group.has_absorbed()):
+                since.append(self.environment.now())
                 live.pop(contact.id, None)
-                found = await self.api.contact(contact.id, Turn(urgency))
+                found = await self.api.contact(contact.id, RequestOptions(priority))
                 live.update({contact.id: found} if found else {})
-        flaw = group_flaw(self.group, live, namesakes)
-        if flaw:
-            raise flaw
+        problem = live_group_error(self.group, live, namesakes)
+        if problem:
+            raise problem
         self._live, self._checked = live, oldest(since)
         log.info("%s: the live check of %s has passed", self.group.email, plural(len(contacts), "contact"))
 
     async def _back_up(self) -> None:
         """Read all that DevRev holds of the group, write it down, and check what is on the disk."""
         contacts = self.group.contacts()
-        urgency = PREPARE if self._listed is None else MERGE
-        read = await together(*(self._holdings(contact, urgency) for contact in contacts))
-        held, since = [one for one, _ in read], oldest(moment for _, moment in read)
-        things = {identity: thing for one in held for identity, thing in one.things().items()}
+        priority = PREPARE if self._listed is None else MERGE
+        read = await together(*(self._snapshot(contact, priority) for contact in contacts))
+        snapshot, since = [one for one, _ in read], oldest(moment for _, moment in read)
+        objects = {identity: obj for one in snapshot for identity, obj in one.objects().items()}
         if self.merger.backups.with_timelines:
-            await self._read_timelines(things)
-        timelines = {identity: self._timelines[identity][1] for identity in things if identity in self._timelines}
-        folder, flaw = await self.outside.work(self._write_backup, held, timelines)
-        works = {work for one in held for work in one.works()}
+            await self._read_timelines(objects)
+        timelines = {identity: self._timelines[identity][1] for identity in objects if identity in self._timelines}
+        folder, problem = await self.environment.run_in_thread(self._write_backup, snapshot, timelines)
+        works = {work for one in snapshot for work in one.works()}
         entries = sum(map(len, timelines.values()))
-        self.counts = {"works": len(works), "conversations": len(things) - len(works), "timeline_entries": entries}
+        self.counts = {"works": len(works), "conversations": len(objects) - len(works), "timeline_entries": entries}
         counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.counts.items())
         log.info("%s: backed up in %s: %s", self.group.email, folder, counts)
         for pair in self.group.pairs:
             if pair.state is State.PLANNED:
                 pair.backup, pair.details["backed_up"] = folder, self.counts
-        if flaw:
-            raise flaw
+        if problem:
+            raise problem
         log.info("%s: the integrity check of %s has passed", self.group.email, folder)
         self.folder, self._listed = folder, since
 
-    async def _holdings(self, contact: Contact, urgency: int) -> Tuple[Holdings, Moment]:
+    async def _snapshot(self, contact: Contact, priority: int) -> Tuple[ContactSnapshot, Timestamp]:
         """Everything but the timelines of one contact."""
         lists = await together(
-            *(self.api.things[name].load(contact.id, contact.tickets, urgency) for name in ROLES.values()),
-            self.api.things["members"].load(contact.id, 1 + contact.tickets // 4, urgency),
+            *(self.api.objects[name].load(contact.id, contact.tickets, priority) for name in ROLES.values()),
+            self.api.objects["members"].load(contact.id, 1 + contact.tickets // 4, priority),
         )
         roles = {role: by_id(listing.items) for role, listing in zip(ROLES, lists)}
-        held = Holdings(contact, self._live[contact.id], roles, by_id(lists[-1].items))
-        return held, oldest(listing.since for listing in lists)
+        snapshot = ContactSnapshot(contact, self._live[contact.id], roles, by_id(lists[-1].items))
+        return snapshot, oldest(listing.since for listing in lists)
 
-    async def _read_timelines(self, things: Mapping[str, Json]) -> None:
+    async def _read_timelines(self, objects: Mapping[str, Json]) -> None:
         """Read the timelines that are not there yet, and those of what has changed; a few at a time."""
         known = self._timelines
-        wanted = [one for one, thing in things.items() if known.get(one, (known,))[0] != thing.get("modified_date")]
+        wanted = [one for one, obj in objects.items() if known.get(one, (known,))[0] != obj.get("modified_date")]
 
         async def read() -> None:
             while wanted:
                 identity = wanted.pop(0)
                 try:
-                    self.merger.may_begin()
+                    self.merger.raise_if_draining()
                     entries = await self.api.timeline(identity)
-                except (ApiRefused, ApiUnanswered) as error:
+                except (ApiError, NoUsableResponse) as error:
                     wanted.clear()
                     raise PairError(error.code, f"{identity}: {error}") from None
-                except Interrupted:
+                except Cancelled:
                     wanted.clear()
                     raise
-                known[identity] = things[identity].get("modified_date"), entries
+                known[identity] = objects[identity].get("modified_date"), entries
 
         await together(*(read() for _ in range(min(self.AHEAD, len(wanted)))))
 
-    def _write_backup(self, held: Sequence[Holdings], timelines: Timelines) -> Tuple[str, Optional[PairError]]:
+    def _write_backup(
+        self, snapshot: Sequence[ContactSnapshot], timelines: Timelines
+    ) -> Tuple[str, Optional[PairError]]:
         """Write the backup (in a thread); check from the disk that it is whole and holds what the export counts."""
         merger = self.merger
         try:
-            folder = merger.backups.write(self.group.email, merger.organisation, held, timelines)
+            folder = merger.backups.create(self.group.email, merger.organisation, snapshot, timelines)
         except RecursionError:
             raise PairError("backup_failed", "DevRev answered with something that is nested too deep") from None
         try:
-            for entry in read_backup(folder)["contacts"]:
-                grown = entry["role"] == "primary" and self.group.has_grown()
+            for entry in verify_backup(folder)["contacts"]:
+                grown = entry["role"] == "primary" and self.group.has_absorbed()
                 policy = "at-least" if grown else merger.count_policy
-                flaw = count_flaw(Contact.from_json(entry["csv"]), greatest_count(entry), policy)
-                if flaw:
-                    return str(folder), flaw
+                problem = count_error(Contact.from_json(entry["csv"]), greatest_count(entry), policy)
+                if problem:
+                    return str(folder), problem
         except PairError as error:
             return str(folder), error
         return str(folder), None
 
 
-def oldest(moments: Iterable[Moment]) -> Moment:
-    return min(moments, key=lambda moment: moment.steady)
+def oldest(moments: Iterable[Timestamp]) -> Timestamp:
+    return min(moments, key=lambda moment: moment.monotonic)
 
 
 def has_reference(pair: Pair, primary: Optional[Json]) -> bool:
@@ -2958,16 +2993,16 @@ def has_reference(pair: Pair, primary: Optional[Json]) -> bool:
     return bool(reference == pair.new_ref)
 
 
-async def set_reference(api: DevRevAPI, pair: Pair, reference: str, turn: Turn) -> bool:
+async def set_reference(api: DevRevAPI, pair: Pair, reference: str, options: RequestOptions) -> bool:
     """Set the reference of a pair's primary: True where it is set and read back, False where somebody holds it."""
     try:
-        await api.set_external_ref(pair.primary.id, reference, turn)
-    except ApiRefused as refusal:
-        if refusal.status == 409:
+        await api.set_external_ref(pair.primary.id, reference, options)
+    except ApiError as api_error:
+        if api_error.status == 409:
             return False
-        code = "not_found" if refusal.missing else refusal.code
-        raise PairError(code, f"the reference {reference} could not be set: {refusal}") from None
-    except (ApiUnanswered, PairError) as error:
+        code = "not_found" if api_error.missing else api_error.code
+        raise PairError(code, f"the reference {reference} could not be set: {api_error}") from None
+    except (NoUsableResponse, PairError) as error:
         raise PairError(error.code, f"the reference {reference} could not be set: {error}") from None
     return True
 
@@ -2981,7 +3016,7 @@ def check_holders(pair: Pair, listed: Iterable[Json], over: bool) -> None:
         raise PairError("external_ref_conflict", f"the reference {pair.new_ref} is held by {who}")
 
 
-def check_left(pair: Pair, left: Sequence[Json]) -> None:
+def check_nothing_left(pair: Pair, left: Sequence[Json]) -> None:
     """Raise PairError where something does not hang on the primary, named."""
     if left:
         pair.left_behind = describe(pair.backup, left)
@@ -2989,7 +3024,7 @@ def check_left(pair: Pair, left: Sequence[Json]) -> None:
         raise PairError("left_behind", f"merged, but not on the primary: {names}")
 
 
-def patience(pair: Pair, merge_timeout: float) -> float:
+def confirmation_timeout(pair: Pair, merge_timeout: float) -> float:
     """Seconds after the request until a duplicate that is still there means that the merge won't come by itself."""
     if pair.state is State.ACKNOWLEDGED or pair.refused:
         return merge_timeout
@@ -2997,354 +3032,362 @@ def patience(pair: Pair, merge_timeout: float) -> float:
 
 
 @dataclass
-class Course:
+class PairMerge:
     """What this run knows of a pair beyond its state."""
 
-    ASKS = 3  # times that a run asks for one merge
+    MAX_REQUESTS = 3  # times that a run asks for one merge
 
-    asks: int = 0  # requests of this run
-    since: Optional[Moment] = None  # that the merge is waited for
+    requests_sent: int = 0  # requests of this run
+    waiting_since: Optional[Timestamp] = None  # that the merge is waited for
     before: float = 0.0  # seconds that it had been waited for by then
-    looked: bool = False  # since the last request
-    refusal: Optional[PairError] = None  # DevRev's answer to the last request, where it was a clear no
+    polled: bool = False  # since the last request
+    rejection: Optional[PairError] = None  # DevRev's answer to the last request, where it was a clear no
     contradictions: int = 0  # times that the duplicate was believed gone and was there after all
 
-    def waited(self, outside: Outside) -> float:
+    def waited(self, environment: Environment) -> float:
         """Seconds since the merge was asked for."""
-        return self.before + outside.elapsed(self.since) if self.since else 0.0
+        return self.before + environment.elapsed(self.waiting_since) if self.waiting_since else 0.0
 
-    def check_asking_again(self, pair: Pair, waited: float) -> None:
+    def check_may_request_again(self, pair: Pair, waited: float) -> None:
         """Raise PairError where the patience is over and this run has asked: not again where DevRev has answered."""
         answered = pair.state is State.ACKNOWLEDGED or pair.refused
-        if self.asks >= self.ASKS or (self.asks and answered):
+        if self.requests_sent >= self.MAX_REQUESTS or (self.requests_sent and answered):
             words = f"{pair.duplicate.short_id} is still there {duration(waited)} after it was asked for"
             raise PairError("merge_not_confirmed", words)
 
 
-class Walk:
+class GroupMerge:
     """One group on its way: check, back up, ask, confirm, move the reference, prove, done.
 
     A pair that an earlier run left enters the same walk at its state. Whatever keeps a pair from its end is raised as
     PairError and noted by `ContactMerger.rest`; what stops the run passes through.
     """
 
-    RENEWALS = 12  # times that a check or a backup is made anew before a pair is given up
+    MAX_REFRESHES = 12  # times that a check or a backup is made anew before a pair is given up
     SLOW = 3.0  # seconds after which nobody waits for a pair any more
 
     def __init__(self, merger: "ContactMerger", group: Group, pairs: Sequence[Pair], resumed: bool = False) -> None:
         self.merger = merger
         self.api = merger.api
-        self.outside = merger.outside
+        self.environment = merger.environment
         self.group = group
         self.pairs = pairs
         self.resumed = resumed
         self.attempted = asyncio.Event()  # each pair has been tried, or something has to be waited for
-        self.evidence = Evidence(merger, group)
-        self.proof = Proof(self)
-        self.hold = Hold()
-        self.courses: Dict[Tuple[str, str], Course] = collections.defaultdict(Course)
-        self._asking = asyncio.Lock()
+        self.preconditions = Preconditions(merger, group)
+        self.verifier = TransferVerifier(self)
+        self.reservation = Reservation()
+        self.pair_merges: Dict[Tuple[str, str], PairMerge] = collections.defaultdict(PairMerge)
+        self._request_lock = asyncio.Lock()
 
-    async def go(self) -> None:
+    async def run(self) -> None:
         """Merge the pairs one after the other, then prove them."""
         try:
             for index, pair in enumerate(self.pairs):
                 if not await self._attempt(pair, self._merge):
-                    await self._leave_out(pair, self.pairs[index + 1 :])
+                    await self._skip_pairs(pair, self.pairs[index + 1 :])
                     break
-            self.evidence = Evidence(self.merger, self.group)  # for memory: what is proved is read from the disk
+            self.preconditions = Preconditions(
+                self.merger, self.group
+            )  # for memory: what is proved is read from the disk
             await together(*(self.merger.guarded(self._attempt(pair, self._finish)) for pair in self.pairs))
         finally:
-            self.api.gate.release(self.hold)
+            self.api.scheduler.release(self.reservation)
             self.attempted.set()
 
     async def _attempt(self, pair: Pair, step: Callable[[Pair], Awaitable[None]]) -> bool:
         """Take a pair further; False where it comes to rest before its end."""
-        if pair.ids in self.merger.rested:
+        if pair.ids in self.merger.outcomes:
             return False
         try:
             await step(pair)
-        except PairError as flaw:
-            await self.merger.rest(self, pair, flaw)
-        except Denied as denied:
+        except PairError as problem:
+            await self.merger.record_outcome(self, pair, problem)
+        except PermissionDenied as denied:
             if pair.state in UNFINISHED:
-                await self.merger.rest(self, pair, PairError("forbidden", str(denied)))
+                await self.merger.record_outcome(self, pair, PairError("forbidden", str(denied)))
             raise
-        return pair.ids not in self.merger.rested
+        return pair.ids not in self.merger.outcomes
 
-    async def _leave_out(self, first: Pair, pairs: Sequence[Pair]) -> None:
+    async def _skip_pairs(self, first: Pair, pairs: Sequence[Pair]) -> None:
         """What refuses a group refuses all of its pairs; what has been asked for has to be finished first."""
         refused, why = first.state is State.FAILED, "another merge into the same contact has to be finished first"
-        flaw = PairError(first.code, first.error) if refused else PairError("group_incomplete", why)
+        problem = PairError(first.code, first.error) if refused else PairError("group_incomplete", why)
         for pair in pairs:
             if pair.state is State.PLANNED:
-                await self.merger.rest(self, pair, flaw)
+                await self.merger.record_outcome(self, pair, problem)
 
     async def _merge(self, pair: Pair) -> None:
         """Bring a pair from whatever state it is in to the reference's being on the primary."""
         if self.resumed and pair.state in (State.MERGED, State.PROVING):
             onward = self.merger.savepoint.went_into(pair.primary.id, pair.new_ref)
             if onward:
-                await self._prove_onward(pair, onward.primary)
+                await self._verify_onward(pair, onward.primary)
                 return
         try:
             while pair.state not in (State.PROVING, *ENDED):
                 if pair.state is State.MERGED:
-                    await self._move_reference(pair)
+                    await self._set_reference(pair)
                 elif pair.state is State.PLANNED or not await self._confirm(pair):
-                    async with self._asking:  # one of the group at a time, for they rest on the same evidence
-                        await self._ask(pair)
+                    async with self._request_lock:  # one of the group at a time, for they rest on the same evidence
+                        await self._request_merge(pair)
         finally:
-            self.api.gate.release(self.hold)
+            self.api.scheduler.release(self.reservation)
 
     async def _finish(self, pair: Pair) -> None:
         """Prove a pair; where that shows that it is not merged after all, it is merged first."""
         while pair.state not in ENDED:
             await self._merge(pair)
             if pair.state is State.PROVING:
-                await self._prove(pair)
-        await self.merger.rest(self, pair)
+                await self._verify(pair)
+        await self.merger.record_outcome(self, pair)
 
     # -- ask ----------------------------------------------------------------------------------------
 
-    async def _ask(self, pair: Pair) -> None:
+    async def _request_merge(self, pair: Pair) -> None:
         """Ask, on evidence that is fresh at the moment the request leaves."""
-        first, course = not pair.first_requested_at, self.courses[pair.ids]
+        first, pair_merge = not pair.first_requested_at, self.pair_merges[pair.ids]
         if pair.is_overruled:
             words = f"{into(pair)} was asked for, and now another reference is to stay than it would leave"
             raise PairError("plan_changed", words)
-        self.group.asking = pair
+        self.group.requesting = pair
         if pair.exported:
             # What is asked for again rests on what is known now; until then the rows of the first request count.
             exported, pair.exported = pair.exported, None
             pair.primary, pair.duplicate, pair.new_ref = exported.primary, exported.duplicate, exported.new_ref
         if not first:
-            self.evidence.expire()
-        for _ in range(self.RENEWALS):
-            self.api.gate.release(self.hold)  # what was kept for the last request would keep others waiting
-            if not await self._is_ready(pair, first):
+            self.preconditions.invalidate()
+        for _ in range(self.MAX_REFRESHES):
+            self.api.scheduler.release(self.reservation)  # what was kept for the last request would keep others waiting
+            if not await self._ensure_ready(pair, first):
                 return
             try:
-                async with self.merger.turn_to_ask():
-                    refusal = await self._request(pair)
-                course.since, course.before = self.outside.moment(), 0.0
-                if refusal and refusal.missing and first and not self.merger.journal.asked_before(pair):
-                    await self._somebody_else(pair)
+                async with self.merger.exclusive_first_merge():
+                    api_error = await self._request(pair)
+                pair_merge.waiting_since, pair_merge.before = self.environment.now(), 0.0
+                if api_error and api_error.missing and first and not self.merger.journal.asked_before(pair):
+                    await self._check_merged_elsewhere(pair)
                 return
-            except Stale:
+            except PreconditionsExpired:
                 log.info("%s: the check or the backup has become too old; making it anew", pair.email)
         raise PairError(
             "stale", "checks and backups become too old before the merge can be asked for; the quota is too small"
         )
 
-    async def _is_ready(self, pair: Pair, first: bool) -> bool:
+    async def _ensure_ready(self, pair: Pair, first: bool) -> bool:
         """Renew the evidence. A pair that was asked for before is looked at whatever the renewal says: False if it has
         gone by then. The look keeps no units, for pairs that wait to ask would wait for each other's."""
-        flaw: Optional[PairError] = None
+        problem: Optional[PairError] = None
         try:
-            await self.evidence.renew()
+            await self.preconditions.ensure_fresh()
         except PairError as error:
-            flaw = error
-        if not first and await self.api.look(*pair.ids, Turn(FINISH)) is not Sight.THERE:
-            await self._note_merged(pair)
+            problem = error
+        if not first and await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH)) is not DuplicateStatus.THERE:
+            await self._save_merged(pair)
             return False
-        if flaw:
-            raise flaw
+        if problem:
+            raise problem
         return True
 
-    async def _request(self, pair: Pair) -> Optional[ApiRefused]:
+    async def _request(self, pair: Pair) -> Optional[ApiError]:
         new = not pair.first_requested_at
         try:
-            await self.api.merge(*pair.ids, self._turn(pair, MERGE), lambda: self._intend(pair), telling=new)
-        except ApiRefused as refusal:
+            await self.api.merge(
+                *pair.ids, self._request_options(pair, MERGE), lambda: self._save_intent(pair), telling=new
+            )
+        except ApiError as api_error:
             pair.refused = self.merger.changed = True  # for it may be carried out all the same
-            await self.merger.ledger.note(pair)
-            if refusal.status != 409:  # which may say that it is being merged
-                self.courses[pair.ids].refusal = PairError("merge_refused", str(refusal))
-            return refusal
-        except Denied:
+            await self.merger.state_writer.save(pair)
+            if api_error.status != 409:  # which may say that it is being merged
+                self.pair_merges[pair.ids].rejection = PairError("merge_refused", str(api_error))
+            return api_error
+        except PermissionDenied:
             pair.refused = True
             raise
-        except ApiUnanswered as error:
+        except NoUsableResponse as error:
             self.merger.changed = True
             log.info("%s: the answer to the merge was lost (%s); looking", pair.email, error)
         else:
             pair.state = State.ACKNOWLEDGED
-            await self.merger.ledger.note(pair)
+            await self.merger.state_writer.save(pair)
             log.info("%s: DevRev has acknowledged the merge", pair.email)
             self.merger.note_acknowledged()
         return None
 
-    async def _intend(self, pair: Pair) -> None:
+    async def _save_intent(self, pair: Pair) -> None:
         """The last moment before the request leaves: Stale if it must not, else the intent goes to the disk."""
-        self.evidence.insist()
-        self.merger.may_begin()
-        course, earlier = self.courses[pair.ids], dict(vars(pair))
-        course.asks, course.looked, course.refusal = course.asks + 1, False, None
+        self.preconditions.require_fresh()
+        self.merger.raise_if_draining()
+        pair_merge, earlier = self.pair_merges[pair.ids], dict(vars(pair))
+        pair_merge.requests_sent, pair_merge.polled, pair_merge.rejection = pair_merge.requests_sent + 1, False, None
         pair.state, pair.code, pair.error, pair.refused = State.REQUESTED, "", "", False
-        pair.backup, pair.details["backed_up"] = self.evidence.folder, self.evidence.counts
-        pair.requested_at = self.outside.moment().wall
+        pair.backup, pair.details["backed_up"] = self.preconditions.folder, self.preconditions.counts
+        pair.requested_at = self.environment.now().wall
         pair.first_requested_at = pair.first_requested_at or pair.requested_at
-        await self.merger.ledger.note(pair, "asked")
+        await self.merger.state_writer.save(pair, "asked")
         try:
             # The disk may be slow, and the run may have been stopped meanwhile: what is not sent was not asked for.
-            self.evidence.insist()
-            self.merger.brake.check()
-        except (Stale, Interrupted):
-            course.asks -= 1
+            self.preconditions.require_fresh()
+            self.merger.cancel_token.raise_if_cancelled()
+        except (PreconditionsExpired, Cancelled):
+            pair_merge.requests_sent -= 1
             vars(pair).update(earlier)
-            await self.merger.ledger.note(pair, "asked" if pair.first_requested_at else "withdrawn")
+            await self.merger.state_writer.save(pair, "asked" if pair.first_requested_at else "withdrawn")
             raise
         log.info("%s: asking for the merge of %s", pair.email, into(pair))
 
-    async def _somebody_else(self, pair: Pair) -> None:
+    async def _check_merged_elsewhere(self, pair: Pair) -> None:
         """A first request was answered with an object's 404: somebody has merged or deleted one of the two."""
-        self.api.gate.release(self.hold)
-        if not await self.proof.is_elsewhere(pair):
+        self.api.scheduler.release(self.reservation)
+        if not await self.verifier.is_elsewhere(pair):
             return
         pair.state, pair.code = State.MERGED_ELSEWHERE, "merged_elsewhere"
         pair.error = f"{pair.duplicate.short_id} was merged or deleted by somebody else before it was asked for"
         if pair.new_ref:
             pair.error += f"; its reference {pair.new_ref} was not moved"
-        await self.merger.rest(self, pair)
+        await self.merger.record_outcome(self, pair)
 
     # -- confirm ------------------------------------------------------------------------------------
 
-    def _turn(self, pair: Pair, urgency: int = FINISH) -> Turn:
+    def _request_options(self, pair: Pair, priority: int = FINISH) -> RequestOptions:
         """For a request after which a pair must not wait for quota; where it takes long, others may go on meanwhile."""
-        slow = self.courses[pair.ids].waited(self.outside) > 10
-        return Turn(urgency, self.hold, 2 if slow else self.merger.experience.looks() + bool(pair.new_ref))
+        slow = self.pair_merges[pair.ids].waited(self.environment) > 10
+        return RequestOptions(
+            priority, self.reservation, 2 if slow else self.merger.poll_history.polls() + bool(pair.new_ref)
+        )
 
-    async def _look(self, pair: Pair) -> bool:
-        return await self.api.look(*pair.ids, self._turn(pair)) is not Sight.THERE
+    async def _poll(self, pair: Pair) -> bool:
+        return await self.api.poll_duplicate(*pair.ids, self._request_options(pair)) is not DuplicateStatus.THERE
 
     async def _confirm(self, pair: Pair) -> bool:
         """Look until the duplicate has gone (True), or may be asked for again (False)."""
-        await self._until_first_look(pair)
-        course, looks = self.courses[pair.ids], 0
+        await self._wait_for_first_poll(pair)
+        pair_merge, polls = self.pair_merges[pair.ids], 0
         while True:
             problem: Optional[PairError] = None
-            looks, before = looks + 1, course.waited(self.outside)
+            polls, before = polls + 1, pair_merge.waited(self.environment)
             try:
-                if await self._look(pair):
-                    if course.asks:
-                        self.merger.experience.note(before, looks)
-                    await self._note_merged(pair)
+                if await self._poll(pair):
+                    if pair_merge.requests_sent:
+                        self.merger.poll_history.record(before, polls)
+                    await self._save_merged(pair)
                     return True
-            except (ApiRefused, ApiUnanswered) as error:
+            except (ApiError, NoUsableResponse) as error:
                 problem = PairError(error.code, f"the merge can't be confirmed: {error}")
-            waited, longest = course.waited(self.outside), patience(pair, self.merger.merge_timeout)
-            if course.refusal:
-                raise course.refusal
+            waited, longest = pair_merge.waited(self.environment), confirmation_timeout(pair, self.merger.merge_timeout)
+            if pair_merge.rejection:
+                raise pair_merge.rejection
             if waited >= longest:
                 if problem:
                     raise problem
-                course.check_asking_again(pair, waited)
+                pair_merge.check_may_request_again(pair, waited)
                 return False
             pause = min(0.1 + 0.5 * waited, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
             await self.pause(pair, min(pause, longest - waited))
 
-    async def _until_first_look(self, pair: Pair) -> None:
+    async def _wait_for_first_poll(self, pair: Pair) -> None:
         """Wait as long as merges take; what an earlier run has asked for is looked at at once."""
-        course = self.courses[pair.ids]
-        if course.since is None:
-            course.since = self.outside.moment()
-            course.before = max(0.0, course.since.wall - pair.requested_at)
-        elif not (course.refusal or course.looked):
-            await self.pause(pair, self.merger.experience.first_look() - course.waited(self.outside))
-        course.looked = True
+        pair_merge = self.pair_merges[pair.ids]
+        if pair_merge.waiting_since is None:
+            pair_merge.waiting_since = self.environment.now()
+            pair_merge.before = max(0.0, pair_merge.waiting_since.wall - pair.requested_at)
+        elif not (pair_merge.rejection or pair_merge.polled):
+            await self.pause(pair, self.merger.poll_history.first_poll() - pair_merge.waited(self.environment))
+        pair_merge.polled = True
 
-    async def _note_merged(self, pair: Pair) -> None:
+    async def _save_merged(self, pair: Pair) -> None:
         self.merger.changed = True
         pair.state, pair.code, pair.error = State.MERGED, "", ""
-        await self.merger.ledger.note(pair, "merged")
+        await self.merger.state_writer.save(pair, "merged")
         log.info("%s: confirmed, %s has gone", pair.email, pair.duplicate.short_id)
 
-    async def _note_still_there(self, pair: Pair) -> None:
+    async def _save_still_exists(self, pair: Pair) -> None:
         """It was believed gone until something has contradicted it: back to looking."""
         log.info("%s: %s is still there after all", pair.email, pair.duplicate.short_id)
-        self.courses[pair.ids].contradictions += 1
+        self.pair_merges[pair.ids].contradictions += 1
         pair.state = State.REQUESTED if pair.refused else State.ACKNOWLEDGED
-        await self.merger.ledger.note(pair, "asked")
-        if self.courses[pair.ids].contradictions > 20:
+        await self.merger.state_writer.save(pair, "asked")
+        if self.pair_merges[pair.ids].contradictions > 20:
             raise PairError("merge_not_confirmed", f"{pair.duplicate.short_id} has gone and come back too often")
 
     async def pause(self, pair: Pair, seconds: float) -> None:
         """Wait for DevRev. What an earlier run has left is no longer waited for by others then."""
         if seconds > 0:
             self.attempted.set()
-            if self.courses[pair.ids].waited(self.outside) > self.SLOW:
-                self.merger.expect_no_more(self)
-            await self.merger.brake.sleep(seconds)
+            if self.pair_merges[pair.ids].waited(self.environment) > self.SLOW:
+                self.merger.expect_no_verification(self)
+            await self.merger.cancel_token.sleep(seconds)
 
     # -- the reference ------------------------------------------------------------------------------
 
-    async def _move_reference(self, pair: Pair) -> None:
+    async def _set_reference(self, pair: Pair) -> None:
         """Set the duplicate's reference on the primary; a 409 may take the pair back to being looked at."""
-        resumed = not self.courses[pair.ids].asks
-        primary = await self.api.contact(pair.primary.id, self._turn(pair)) if resumed and pair.new_ref else None
+        resumed = not self.pair_merges[pair.ids].requests_sent
+        primary = (
+            await self.api.contact(pair.primary.id, self._request_options(pair)) if resumed and pair.new_ref else None
+        )
         if pair.new_ref and not (resumed and has_reference(pair, primary)):
             self.merger.changed = True
-            begun, pause = self.outside.moment(), 0.2
-            while not await set_reference(self.api, pair, pair.new_ref, self._turn(pair)):
+            begun, pause = self.environment.now(), 0.2
+            while not await set_reference(self.api, pair, pair.new_ref, self._request_options(pair)):
                 await self.pause(pair, pause)
                 pause = min(10.0, 1.6 * pause)
-                if not await self._look(pair):
-                    await self._note_still_there(pair)
+                if not await self._poll(pair):
+                    await self._save_still_exists(pair)
                     return
-                over = self.outside.elapsed(begun) > self.merger.merge_timeout
-                check_holders(pair, await self.api.holders_of(pair.new_ref, self._turn(pair)), over)
+                over = self.environment.elapsed(begun) > self.merger.merge_timeout
+                check_holders(pair, await self.api.holders_of(pair.new_ref, self._request_options(pair)), over)
         pair.state = State.PROVING
-        await self.merger.ledger.note(pair)
+        await self.merger.state_writer.save(pair)
         log.info("%s: %s has the reference %s", pair.email, pair.primary.short_id, pair.new_ref or "that it had")
 
     # -- proof --------------------------------------------------------------------------------------
 
-    async def _prove(self, pair: Pair) -> None:
+    async def _verify(self, pair: Pair) -> None:
         """Look until all that the duplicate had hangs on the primary, and the list of its email shows it no more."""
-        self.merger.expect_no_more(self)
-        wanted = to_prove(pair.backup, pair.duplicate.id)
-        left, listed = await self.proof.wait(pair, wanted)
-        if listed is Sight.THERE:
-            await self._note_still_there(pair)
+        self.merger.expect_no_verification(self)
+        wanted = objects_to_transfer(pair.backup, pair.duplicate.id)
+        left, listed = await self.verifier.wait(pair, wanted)
+        if listed is DuplicateStatus.THERE:
+            await self._save_still_exists(pair)
             return
-        check_left(pair, left)
+        check_nothing_left(pair, left)
         if listed:
             raise PairError("still_listed", f"merged, but DevRev still lists {pair.duplicate.short_id} for its email")
         pair.state, pair.code, pair.error, pair.left_behind = State.DONE, "", "", []
         pair.details["proved"] = len({item["id"] for item in wanted}.difference(pair.details.get("deleted", ())))
         log.info("%s: proved, all %d objects hang on the primary", pair.email, pair.details["proved"])
 
-    async def _prove_onward(self, pair: Pair, survivor: Contact) -> None:
+    async def _verify_onward(self, pair: Pair, survivor: Contact) -> None:
         """The primary itself has been merged into another by now, which has the reference: prove the pair there."""
-        wanted = to_prove(pair.backup, pair.duplicate.id)
-        check_left(pair, (await self.proof.wait(replace(pair, primary=survivor), wanted))[0])
+        wanted = objects_to_transfer(pair.backup, pair.duplicate.id)
+        check_nothing_left(pair, (await self.verifier.wait(replace(pair, primary=survivor), wanted))[0])
         pair.state, pair.code, pair.error, pair.left_behind = State.DONE, "", "", []
         pair.details["onward"] = survivor.short_id
 
 
-class Proof:
+class TransferVerifier:
     """Looks whether what a duplicate had hangs on its primary, for as long as DevRev's lists may lag behind a merge."""
 
     EXAMINED = 25  # objects that are looked at one by one, in each round before the whole time is over
 
-    def __init__(self, walk: "Walk") -> None:
-        self.walk = walk
-        self.api = walk.api
-        self.urgency = RESUME if walk.resumed else PROVE
+    def __init__(self, group_merge: "GroupMerge") -> None:
+        self.group_merge = group_merge
+        self.api = group_merge.api
+        self.priority = RESUME if group_merge.resumed else VERIFY
 
-    async def wait(self, pair: Pair, wanted: Sequence[Json]) -> Tuple[List[Json], Optional[Sight]]:
+    async def wait(self, pair: Pair, wanted: Sequence[Json]) -> Tuple[List[Json], Optional[DuplicateStatus]]:
         """What of `{id, role}` is not on the primary, and what a look says where the list of the email still shows the
         duplicate; for as long as lists may lag behind. What has been deleted since is named, and holds nothing up."""
-        begun, rounds = self.walk.outside.moment(), 0
+        begun, rounds = self.group_merge.environment.now(), 0
         examined: Set[str] = set()
         while True:
             missing, listed = await together(
                 self._missing(pair, wanted, bool(rounds)), self._is_listed(pair, bool(rounds))
             )
-            sight = await self.api.look(*pair.ids, Turn(FINISH)) if listed else None
-            waited, rounds = self.walk.outside.elapsed(begun), rounds + 1
-            over = waited >= self.walk.merger.merge_timeout
+            status_ = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH)) if listed else None
+            waited, rounds = self.group_merge.environment.elapsed(begun), rounds + 1
+            over = waited >= self.group_merge.merger.merge_timeout
             if missing and rounds > 2:
                 few = [item["id"] for item in missing if over or item["id"] not in examined]
                 gone = {one for one in few[: None if over else self.EXAMINED] if await self._is_deleted(one)}
@@ -3352,23 +3395,25 @@ class Proof:
                 if gone:
                     pair.details["deleted"] = sorted(gone.union(pair.details.get("deleted", [])))
                 wanted, missing = ([one for one in items if one["id"] not in gone] for items in (wanted, missing))
-            if over or sight is Sight.THERE or not (missing or sight):
-                return missing, sight
-            await self.walk.pause(pair, min(20.0, 0.5 + waited / 2, self.walk.merger.merge_timeout - waited))
+            if over or status_ is DuplicateStatus.THERE or not (missing or status_):
+                return missing, status_
+            await self.group_merge.pause(
+                pair, min(20.0, 0.5 + waited / 2, self.group_merge.merger.merge_timeout - waited)
+            )
 
     async def is_elsewhere(self, pair: Pair) -> bool:
         """Whether the duplicate has gone and the primary has not got it. Where what the duplicate had hangs on the
         primary, they are merged, whoever asked for it."""
-        primary = await self.api.contact(pair.primary.id, Turn(FINISH)) or {}
+        primary = await self.api.contact(pair.primary.id, RequestOptions(FINISH)) or {}
         if primary.get("state") not in ("active", "locked", "deactivated") or primary.get("primary_identity"):
             return False
-        wanted = to_prove(pair.backup, pair.duplicate.id)
+        wanted = objects_to_transfer(pair.backup, pair.duplicate.id)
         try:
-            if await self.api.look(*pair.ids, Turn(FINISH)) is not Sight.GONE:
+            if await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH)) is not DuplicateStatus.GONE:
                 return False
             missing = (await self.wait(pair, wanted))[0] if wanted else []
-        except PairError as flaw:
-            if flaw.code == "merged_into_another":
+        except PairError as problem:
+            if problem.code == "merged_into_another":
                 return True
             raise
         deleted = pair.details.get("deleted", ())
@@ -3379,7 +3424,7 @@ class Proof:
         weight = pair.primary.tickets + pair.duplicate.tickets
         roles = sorted({item["role"] for item in wanted})
         listings = await together(
-            *(self._list(self.api.things[role], pair.primary.id, weight, again) for role in roles)
+            *(self._list(self.api.objects[role], pair.primary.id, weight, again) for role in roles)
         )
         there = {(role, item["id"]) for role, listing in zip(roles, listings) for item in listing.items}
         return [item for item in wanted if (item["role"], item["id"]) not in there]
@@ -3387,18 +3432,19 @@ class Proof:
     async def _is_listed(self, pair: Pair, again: bool) -> bool:
         listing = await self._list(self.api.emails, pair.duplicate.email.strip(), 1, again)
         return any(
-            user["id"] == pair.duplicate.id and sight_of(user, *pair.ids) is Sight.THERE for user in listing.items
+            user["id"] == pair.duplicate.id and duplicate_status(user, *pair.ids) is DuplicateStatus.THERE
+            for user in listing.items
         )
 
-    async def _list(self, loader: Loader, key: str, weight: int, again: bool) -> Listing:
+    async def _list(self, batch_loader: BatchLoader, key: str, weight: int, again: bool) -> ListResult:
         """List; with a long linger where nobody waits for it, so that many pairs are proved with the same calls."""
-        hurried = again or self.walk.resumed
-        linger = Loader.LINGER if hurried else self.walk.merger.LINGER
-        return await loader.load(key, weight, self.urgency, linger)
+        hurried = again or self.group_merge.resumed
+        linger = BatchLoader.LINGER if hurried else self.group_merge.merger.LINGER
+        return await batch_loader.load(key, weight, self.priority, linger)
 
     async def _is_deleted(self, identity: str) -> bool:
-        with contextlib.suppress(ApiRefused, ApiUnanswered):
-            return await self.api.thing(identity, Turn(self.urgency)) is None
+        with contextlib.suppress(ApiError, NoUsableResponse):
+            return await self.api.get_object(identity, RequestOptions(self.priority)) is None
         return False
 
 
@@ -3407,7 +3453,7 @@ class Proof:
 # ---------------------------------------------------------------------------------------------------
 
 
-class Experience:
+class PollHistory:
     """How long merges have taken lately, by the look that found them done."""
 
     SOONEST, LATEST = 0.25, 0.75  # seconds to the first look: where nothing is known, and whatever is known
@@ -3416,20 +3462,20 @@ class Experience:
     def __init__(self) -> None:
         self._merges: Deque[Tuple[float, int]] = collections.deque(maxlen=20)  # seconds, looks
 
-    def note(self, seconds: float, looks: int) -> None:
-        self._merges.append((0.95 * seconds, looks))  # a little sooner is tried the next time
+    def record(self, seconds: float, polls: int) -> None:
+        self._merges.append((0.95 * seconds, polls))  # a little sooner is tried the next time
 
-    def first_look(self) -> float:
+    def first_poll(self) -> float:
         """Seconds after an answer at which a merge is usually done."""
         return min(self.LATEST, max((seconds for seconds, _ in self._merges), default=self.SOONEST))
 
-    def looks(self) -> int:
+    def polls(self) -> int:
         """Looks that are kept for a merge: as many as lately, and one since a look may come too early."""
-        return min(self.MOST, 1 + max((looks for _, looks in self._merges), default=self.MOST))
+        return min(self.MOST, 1 + max((polls for _, polls in self._merges), default=self.MOST))
 
 
 # What keeps a pair from its end and says nothing of the next one.
-HARMLESS = frozenset((
+NOT_SYSTEMIC = frozenset((
     "not_found", "not_active", "email_changed", "external_ref_changed", "different_rev_org", "several_user_refs",
     "count_mismatch", "left_behind", "still_listed", "merged_into_another", "external_ref_conflict", "plan_changed",
     "group_changed",
@@ -3442,7 +3488,7 @@ class ContactMerger:
 
     BATCH = 25  # pairs that are begun together, so that one list call serves them all
     OUTSTANDING = 100  # pairs on their way
-    STREAK = 5  # failures in a row that stop the run
+    MAX_FAILURES_IN_A_ROW = 5  # failures in a row that stop the run
     GRACE = 10.0  # seconds that requests under way are waited for when the run is interrupted
     UNDER_WAY: Tuple[State, ...] = UNFINISHED
     LINGER = 10.0  # seconds that a proof waits for others to share its list calls
@@ -3452,29 +3498,29 @@ class ContactMerger:
         api: DevRevAPI,
         savepoint: SavePoint,
         journal: Journal,
-        backups: Backups,
+        backups: BackupStore,
         count_policy: str = "exact",
         merge_timeout: float = 120.0,
         on_pair: Callable[[Pair], None] = lambda _pair: None,
     ) -> None:
         self.api = api
-        self.outside, self.brake = api.outside, api.brake
+        self.environment, self.cancel_token = api.environment, api.cancel_token
         self.savepoint, self.journal, self.backups = savepoint, journal, backups
-        self.ledger = Ledger(savepoint, journal)
+        self.state_writer = StateWriter(savepoint, journal)
         self.count_policy, self.merge_timeout = count_policy, merge_timeout
         self.on_pair = on_pair
         self.token_owner: Json = {}
         self.organisation = ""
         self.total = 0
-        self.rested: Dict[Tuple[str, str], Pair] = {}  # ended, refused, or given up for this run
-        self.closing: Optional[Stop] = None  # finish what is under way, begin nothing
+        self.outcomes: Dict[Tuple[str, str], Pair] = {}  # ended, refused, or given up for this run
+        self.draining: Optional[FatalError] = None  # finish what is under way, begin nothing
         self.changed = False  # whether DevRev may have acted on anything
-        self._streak = 0
-        self._walks: Dict[asyncio.Future[None], Walk] = {}
-        self._expected: Set[Walk] = set()  # walks that will be at their proof soon
-        self.experience = Experience()
+        self._failures_in_a_row = 0
+        self._group_merges: Dict[asyncio.Future[None], GroupMerge] = {}
+        self._expected_verifications: Set[GroupMerge] = set()  # walks that will be at their proof soon
+        self.poll_history = PollHistory()
         self._acknowledged = False
-        self._turn_to_ask = asyncio.Lock()
+        self._first_merge_lock = asyncio.Lock()
 
     # -- the run ------------------------------------------------------------------------------------
 
@@ -3492,7 +3538,7 @@ class ContactMerger:
         return unfinished
 
     async def find_owner(self) -> None:
-        with nothing_changed_yet(self.api):
+        with before_any_change(self.api):
             self.token_owner = await self.api.whoami()
         self.organisation = organisation_of(str(self.token_owner.get("id")))
 
@@ -3511,39 +3557,39 @@ class ContactMerger:
     async def drive(self, work: Awaitable[None]) -> int:
         """Do the work as far as it goes, and return the exit code; nothing is raised."""
         await self.guarded(work)
-        await self.guarded(self._all_walks())  # where nothing more is begun, what is under way is finished
-        if self._walks:
-            await asyncio.wait(set(self._walks), timeout=self.GRACE)
-        await together(*map(self._note_interrupted, list(self._walks.values())))
+        await self.guarded(self._all_group_merges())  # where nothing more is begun, what is under way is finished
+        if self._group_merges:
+            await asyncio.wait(set(self._group_merges), timeout=self.GRACE)
+        await together(*map(self._note_interrupted, list(self._group_merges.values())))
         return self._exit_code()
 
     async def _work(self, groups: List[Group], unfinished: Sequence[Pair]) -> None:
-        earlier = [self._start(walk) for walk in self._earlier_walks(groups, unfinished)]
-        for walk in earlier:
-            await self.brake.wait(walk.attempted.wait())
+        earlier = [self._start(group_merge) for group_merge in self._resumed_group_merges(groups, unfinished)]
+        for group_merge in earlier:
+            await self.cancel_token.wait(group_merge.attempted.wait())
         await self._begin(groups, unfinished)
-        await self._all_walks()
+        await self._all_group_merges()
         freed = [pair for pair in unfinished if pair.state is State.MERGED and pair.code == "external_ref_conflict"]
         for pair in freed:
             # The contact that held its reference may have been merged meanwhile.
-            if any(other.state in ENDED and other.new_ref == pair.new_ref for other in self.rested.values()):
-                del self.rested[pair.ids]
-                self._start(Walk(self, Group(pair.email, [pair]), [pair], resumed=True))
-        await self._all_walks()
+            if any(other.state in ENDED and other.new_ref == pair.new_ref for other in self.outcomes.values()):
+                del self.outcomes[pair.ids]
+                self._start(GroupMerge(self, Group(pair.email, [pair]), [pair], resumed=True))
+        await self._all_group_merges()
 
-    def _earlier_walks(self, groups: Sequence[Group], unfinished: Sequence[Pair]) -> List[Walk]:
+    def _resumed_group_merges(self, groups: Sequence[Group], unfinished: Sequence[Pair]) -> List[GroupMerge]:
         """A walk for each primary of unfinished pairs; they know this export's rows where it has them."""
         exported = {pair.ids: pair for group in groups for pair in group.pairs}
         families: Dict[str, List[Pair]] = collections.defaultdict(list)
         for pair in unfinished:
             pair.exported = exported.get(pair.ids)
             families[pair.primary.id].append(pair)
-        walks = []
+        group_merges = []
         for primary, pairs in families.items():
             mine = {pair.ids for pair in pairs}
             siblings = [pair for pair in self.savepoint.states(primary).values() if pair.ids not in mine]
-            walks.append(Walk(self, Group(pairs[0].email, [*pairs, *siblings]), pairs, resumed=True))
-        return walks
+            group_merges.append(GroupMerge(self, Group(pairs[0].email, [*pairs, *siblings]), pairs, resumed=True))
+        return group_merges
 
     async def _begin(self, groups: List[Group], unfinished: Sequence[Pair]) -> None:
         """Begin the groups of the plan, a batch at a time while there is room; those with a contact of an unfinished
@@ -3552,11 +3598,11 @@ class ContactMerger:
         stuck = {identity for pair in unfinished for identity in pair.ids}
         undoing = {one: pair for pair in self.savepoint.rows(State.UNDOING) for one in pair.ids}
         deferred = []
-        batch: List[Walk] = []
-        for group in drain(groups):
+        batch: List[GroupMerge] = []
+        for group in consume(groups):
             group.pairs = [known.get(pair.ids, pair) for pair in group.pairs]
             pairs = [pair for pair in group.pairs if pair.state is State.PLANNED]
-            ids = {contact.id for contact in group.everybody()}
+            ids = {contact.id for contact in group.all_contacts()}
             if not pairs:
                 continue
             if ids & undoing.keys():
@@ -3568,8 +3614,8 @@ class ContactMerger:
             elif ids & stuck:
                 deferred.append((group, pairs))
             else:
-                batch.append(Walk(self, group, pairs))
-            if sum(len(walk.pairs) for walk in batch) >= self._batch():
+                batch.append(GroupMerge(self, group, pairs))
+            if sum(len(group_merge.pairs) for group_merge in batch) >= self._batch():
                 await self._begin_batch(batch)
         await self._begin_batch(batch)
         await together(*(self._begin_deferred(group, pairs, unfinished) for group, pairs in deferred))
@@ -3580,17 +3626,17 @@ class ContactMerger:
     def _outstanding(self) -> int:
         """Pairs on their way: under a small quota few, for checks and backups that wait for the next window are made
         anew then."""
-        return int(max(2, min(self.OUTSTANDING, self.api.gate.pace() // 4)))
+        return int(max(2, min(self.OUTSTANDING, self.api.scheduler.requests_per_minute() // 4)))
 
-    async def _begin_batch(self, batch: List[Walk]) -> None:
+    async def _begin_batch(self, batch: List[GroupMerge]) -> None:
         while batch:
-            under_way = sum(len(walk.pairs) for walk in self._walks.values())
+            under_way = sum(len(group_merge.pairs) for group_merge in self._group_merges.values())
             if under_way and under_way + len(batch) > self._outstanding():
-                await self.brake.wait(self._any_walk())
+                await self.cancel_token.wait(self._any_group_merge())
                 continue
-            self.may_begin()
-            for walk in batch:
-                self._expected.add(self._start(walk))
+            self.raise_if_draining()
+            for group_merge in batch:
+                self._expected_verifications.add(self._start(group_merge))
             batch.clear()
 
     async def _begin_deferred(self, group: Group, pairs: Sequence[Pair], unfinished: Sequence[Pair]) -> None:
@@ -3598,148 +3644,150 @@ class ContactMerger:
 
         Where the group has the contact that holds that pair's reference, it goes first: the reference follows.
         """
-        ids = {contact.id for contact in group.everybody()}
+        ids = {contact.id for contact in group.all_contacts()}
         refs = {pair.new_ref for pair in pairs if pair.new_ref}
-        for task, walk in list(self._walks.items()):
-            if walk.resumed and any(ids & set(pair.ids) for pair in walk.pairs):
-                await self.brake.wait(asyncio.wait({task}))
+        for task, group_merge in list(self._group_merges.items()):
+            if group_merge.resumed and any(ids & set(pair.ids) for pair in group_merge.pairs):
+                await self.cancel_token.wait(asyncio.wait({task}))
         for other in unfinished:
             frees = other.state is State.MERGED and other.new_ref in refs
-            if ids & set(other.ids) and other.state in (*ASKED, State.MERGED) and not frees:
+            if ids & set(other.ids) and other.state in (*REQUESTED_STATES, State.MERGED) and not frees:
                 await self._refuse(
                     group, pairs, "group_incomplete", "another merge of one of its contacts has to be finished first"
                 )
                 return
-        await self._begin_batch([Walk(self, group, pairs)])
+        await self._begin_batch([GroupMerge(self, group, pairs)])
 
     async def _refuse(self, group: Group, pairs: Sequence[Pair], code: str, why: str) -> None:
-        walk = Walk(self, group, pairs)
-        await together(*(self.rest(walk, pair, PairError(code, why)) for pair in pairs))
+        group_merge = GroupMerge(self, group, pairs)
+        await together(*(self.record_outcome(group_merge, pair, PairError(code, why)) for pair in pairs))
 
     # -- walks --------------------------------------------------------------------------------------
 
-    def _start(self, walk: Walk) -> Walk:
-        task = asyncio.ensure_future(self.guarded(walk.go(), walk))
-        self._walks[task] = walk
+    def _start(self, group_merge: GroupMerge) -> GroupMerge:
+        task = asyncio.ensure_future(self.guarded(group_merge.run(), group_merge))
+        self._group_merges[task] = group_merge
         task.add_done_callback(self._forget)
-        return walk
+        return group_merge
 
     def _forget(self, task: "asyncio.Future[None]") -> None:
-        self.expect_no_more(self._walks.pop(task))
+        self.expect_no_verification(self._group_merges.pop(task))
 
-    async def guarded(self, work: Awaitable[Any], walk: Optional[Walk] = None) -> None:
+    async def guarded(self, work: Awaitable[Any], group_merge: Optional[GroupMerge] = None) -> None:
         """Do the work; whatever it raises ends the run in good order."""
         try:
             await work
-        except Interrupted:
+        except Cancelled:
             pass
-        except Stop as stop:
-            self.brake.pull(stop)
+        except FatalError as stop:
+            self.cancel_token.cancel(stop)
         except OSError as error:
-            self.brake.pull(Stop(EXIT_STOPPED, f"the disk refuses: {error}"))
+            self.cancel_token.cancel(FatalError(EXIT_STOPPED, f"the disk refuses: {error}"))
         except Exception as error:
             log.exception("unexpected")
             words = f"unexpected {type(error).__name__}: {error} (a bug; the log has the details)"
-            self.brake.pull(Stop(EXIT_STOPPED, words))
-        if walk:
-            await self._note_interrupted(walk)
+            self.cancel_token.cancel(FatalError(EXIT_STOPPED, words))
+        if group_merge:
+            await self._note_interrupted(group_merge)
 
-    async def _note_interrupted(self, walk: Walk) -> None:
+    async def _note_interrupted(self, group_merge: GroupMerge) -> None:
         why = PairError("interrupted", "stopped before it was finished; run again")
-        pairs = [pair for pair in walk.pairs if pair.state in self.UNDER_WAY and pair.ids not in self.rested]
-        with contextlib.suppress(Stop, OSError):
-            await together(*(self.rest(walk, pair, why) for pair in pairs))
+        pairs = [pair for pair in group_merge.pairs if pair.state in self.UNDER_WAY and pair.ids not in self.outcomes]
+        with contextlib.suppress(FatalError, OSError):
+            await together(*(self.record_outcome(group_merge, pair, why) for pair in pairs))
 
-    def _any_walk(self) -> Awaitable[Any]:
-        return asyncio.wait(set(self._walks), return_when=asyncio.FIRST_COMPLETED)
+    def _any_group_merge(self) -> Awaitable[Any]:
+        return asyncio.wait(set(self._group_merges), return_when=asyncio.FIRST_COMPLETED)
 
-    async def _all_walks(self) -> None:
-        while self._walks:
-            await self.brake.wait(self._any_walk())
+    async def _all_group_merges(self) -> None:
+        while self._group_merges:
+            await self.cancel_token.wait(self._any_group_merge())
 
     # -- what walks ask and tell --------------------------------------------------------------------
 
-    def may_begin(self) -> None:
+    def raise_if_draining(self) -> None:
         """Raises Interrupted where nothing more is to be begun."""
-        if self.closing or self.brake.stop:
-            raise Interrupted()
+        if self.draining or self.cancel_token.stop:
+            raise Cancelled()
 
     @contextlib.asynccontextmanager
-    async def turn_to_ask(self) -> AsyncIterator[None]:
+    async def exclusive_first_merge(self) -> AsyncIterator[None]:
         """The first merge of a run goes alone until DevRev has acknowledged it: it shows whether the token may."""
         if self._acknowledged:
             yield
             return
-        async with self._turn_to_ask:
-            self.may_begin()
+        async with self._first_merge_lock:
+            self.raise_if_draining()
             yield
 
     def note_acknowledged(self) -> None:
         self._acknowledged = self.changed = True
-        self._streak = 0
+        self._failures_in_a_row = 0
 
-    def expect_no_more(self, walk: Walk) -> None:
+    def expect_no_verification(self, group_merge: GroupMerge) -> None:
         """A walk won't be at its proof soon, or is there: where it was the last, proofs wait for nobody."""
-        self._expected.discard(walk)
-        if not self._expected and not self.brake.stop:
-            asyncio.get_event_loop().call_later(Loader.LINGER, self.api.flush)
+        self._expected_verifications.discard(group_merge)
+        if not self._expected_verifications and not self.cancel_token.stop:
+            asyncio.get_event_loop().call_later(BatchLoader.LINGER, self.api.dispatch)
 
-    async def rest(self, walk: Walk, pair: Pair, flaw: Optional[PairError] = None) -> None:
+    async def record_outcome(self, group_merge: GroupMerge, pair: Pair, problem: Optional[PairError] = None) -> None:
         """A pair has ended, is refused, or can't be taken further in this run."""
-        if flaw:
+        if problem:
             pair.state = State.FAILED if pair.state is State.PLANNED else pair.state
-            pair.code, pair.error = flaw.code, str(flaw)
+            pair.code, pair.error = problem.code, str(problem)
         if pair.requested_at:
-            pair.seconds = max(0.0, self.outside.moment().wall - pair.requested_at)
+            pair.seconds = max(0.0, self.environment.now().wall - pair.requested_at)
         event = ""
         if pair.state in ENDED:
-            pair.report, event = "", Ledger.EVENTS[pair.state]
-        await self.ledger.note(pair, event)
-        self._note_rest(walk, pair, flaw)
+            pair.report, event = "", StateWriter.EVENTS[pair.state]
+        await self.state_writer.save(pair, event)
+        self._note_outcome(group_merge, pair, problem)
 
-    def _note_rest(self, walk: Walk, pair: Pair, flaw: Optional[PairError]) -> None:
-        self.rested[pair.ids] = pair
+    def _note_outcome(self, group_merge: GroupMerge, pair: Pair, problem: Optional[PairError]) -> None:
+        self.outcomes[pair.ids] = pair
         self.on_pair(pair)
-        if not flaw:
-            self._streak = 0
-        elif not walk.resumed and pair.state is not State.PROVING and flaw.code not in HARMLESS:
-            self._streak += 1
-            if self._streak >= self.STREAK and not self.closing:
-                self.closing = Stop(EXIT_STOPPED, f"{self._streak} failures in a row, the last: {flaw}")
-                self.api.gate.dismiss(PREPARE)
+        if not problem:
+            self._failures_in_a_row = 0
+        elif not group_merge.resumed and pair.state is not State.PROVING and problem.code not in NOT_SYSTEMIC:
+            self._failures_in_a_row += 1
+            if self._failures_in_a_row >= self.MAX_FAILURES_IN_A_ROW and not self.draining:
+                self.draining = FatalError(
+                    EXIT_STOPPED, f"{self._failures_in_a_row} failures in a row, the last: {problem}"
+                )
+                self.api.scheduler.cancel_waiting(PREPARE)
 
     # -- the end ------------------------------------------------------------------------------------
 
     @property
-    def stop(self) -> Optional[Stop]:
-        return self.brake.stop or self.closing
+    def stop(self) -> Optional[FatalError]:
+        return self.cancel_token.stop or self.draining
 
     def count(self, *states: State) -> int:
         """Pairs that have come to rest in these states."""
-        return sum(pair.state in states for pair in self.rested.values())
+        return sum(pair.state in states for pair in self.outcomes.values())
 
-    def went_well(self, pair: Pair) -> bool:
+    def is_success(self, pair: Pair) -> bool:
         return pair.state in (State.DONE, State.SETTLED)
 
     def pairs(self) -> Iterator[Pair]:
         """Pairs that have come to rest or are on their way."""
-        yield from self.rested.values()
-        for walk in self._walks.values():
-            yield from (pair for pair in walk.pairs if pair.ids not in self.rested)
+        yield from self.outcomes.values()
+        for group_merge in self._group_merges.values():
+            yield from (pair for pair in group_merge.pairs if pair.ids not in self.outcomes)
 
     def _exit_code(self) -> int:
         stop = self.stop
-        if isinstance(stop, Denied) and self.changed:
+        if isinstance(stop, PermissionDenied) and self.changed:
             return EXIT_STOPPED
-        if stop and (self.brake.stop or len(self.rested) < self.total):
+        if stop and (self.cancel_token.stop or len(self.outcomes) < self.total):
             return stop.exit_code
-        if len(self.rested) < self.total:
-            self.closing = Stop(EXIT_STOPPED, "pairs were left without a word (a bug; run again)")
+        if len(self.outcomes) < self.total:
+            self.draining = FatalError(EXIT_STOPPED, "pairs were left without a word (a bug; run again)")
             return EXIT_STOPPED
-        return EXIT_OK if all(map(self.went_well, self.rested.values())) else EXIT_FAILED
+        return EXIT_OK if all(map(self.is_success, self.outcomes.values())) else EXIT_FAILED
 
 
-def drain(items: List[T]) -> Iterator[T]:
+def consume(items: List[T]) -> Iterator[T]:
     """Yield the items in order and forget them, so that memory does not grow with what is done."""
     items.reverse()
     while items:
@@ -3751,7 +3799,7 @@ def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) ->
     for pair in pairs:
         for contact in (pair.primary, pair.duplicate):
             if contact.organisation and contact.organisation != organisation:
-                raise Stop(
+                raise FatalError(
                     EXIT_USAGE,
                     f"the {origin} is of another organisation than the token: {contact.short_id} belongs to "
                     f"{contact.organisation}, the token to {organisation or 'an unknown one'}",
@@ -3763,7 +3811,7 @@ def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) ->
 # ---------------------------------------------------------------------------------------------------
 
 
-class Exporter:
+class ContactExporter:
     """Reads from DevRev what the CSV holds: all contacts, page by page, and the works of those whose email recurs.
 
     `endings` are those of the wanted emails, such as `@example.com`. Contacts wait in `spool`, a file, until all are
@@ -3810,7 +3858,7 @@ class Exporter:
     async def _count(self, contact: Contact) -> None:
         """TICKET_COUNT, as the README's query has it: the greatest of owned, created and reported works."""
 
-        listings = await together(*(self.api.things[name].load(contact.id) for name in ROLES.values()))
+        listings = await together(*(self.api.objects[name].load(contact.id) for name in ROLES.values()))
         contact.tickets = max(len(listing.items) for listing in listings)
         self.counted += 1
 
@@ -3819,7 +3867,9 @@ class Exporter:
         counted = f"tickets of {self.counted:,} of {len(self.rows):,} counted" if self.rows else ""
         requests = plural(sum(self.api.requests.values()), "request")
         return ", ".join(
-            filter(None, [f"{plural(self.read, 'contact')} read", counted, requests, self.api.gate.outlook()])
+            filter(
+                None, [f"{plural(self.read, 'contact')} read", counted, requests, self.api.scheduler.describe_wait()]
+            )
         )
 
 
@@ -3847,18 +3897,18 @@ class UndoPlan:
 def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: Optional[int]) -> UndoPlan:
     """The pairs that `path` holds, as the savepoint knows them, else as `path` tells. Raises Stop(2)."""
     groups: Dict[str, Group] = {}
-    for told in merged_pairs(path):
-        pair = savepoint.states(told.primary.id).get(told.duplicate.id, told)
+    for describe_pair in merged_pairs(path):
+        pair = savepoint.states(describe_pair.primary.id).get(describe_pair.duplicate.id, describe_pair)
         if pair.state is State.MERGED_ELSEWHERE:
             continue  # by somebody else
         if pair.state in (State.PLANNED, State.FAILED):
-            if not told.report:
+            if not describe_pair.report:
                 continue  # backed up, and never asked for
-            pair = told
-        if pair is told:
+            pair = describe_pair
+        if pair is describe_pair:
             pair.report = pair.report or path.name  # so that no other report calls it new
         if not Path(pair.backup).is_dir():
-            pair.backup = told.backup
+            pair.backup = describe_pair.backup
         if not emails or pair.email in emails:
             groups.setdefault(pair.primary.id, Group(pair.email, [])).pairs.append(pair)
     for primary, group in groups.items():
@@ -3867,15 +3917,15 @@ def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: 
         group.pairs += [pair for pair in siblings if pair.state in UNDOABLE]
     unknown = sorted(set(emails) - {group.email for group in groups.values()})
     if unknown:
-        raise Stop(EXIT_USAGE, f"--email: in no merge of {path}: {', '.join(unknown)}")
+        raise FatalError(EXIT_USAGE, f"--email: in no merge of {path}: {', '.join(unknown)}")
     plan, room = UndoPlan(), limit or sys.maxsize
-    for group in sorted(groups.values(), key=lambda group: (not _is_begun(group), group.email)):
+    for group in sorted(groups.values(), key=lambda group: (not _undo_is_started(group), group.email)):
         pairs = [pair for pair in group.pairs if pair.state is not State.UNDONE]
         plan.undone += [pair for pair in group.pairs if pair.state is State.UNDONE]
-        if pairs and (_is_begun(group) or len(pairs) <= room):
+        if pairs and (_undo_is_started(group) or len(pairs) <= room):
             plan.groups.append(group)
             plan.pairs += pairs
-            room -= 0 if _is_begun(group) else len(pairs)
+            room -= 0 if _undo_is_started(group) else len(pairs)
         else:
             plan.left += len(pairs)
     return plan
@@ -3884,7 +3934,7 @@ def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: 
 UNDOABLE = (*UNFINISHED, State.DONE, State.SETTLED, State.UNDOING)
 
 
-def _is_begun(group: Group) -> bool:
+def _undo_is_started(group: Group) -> bool:
     return any(pair.state is State.UNDOING for pair in group.pairs)
 
 
@@ -3901,11 +3951,11 @@ def merged_pairs(path: Path) -> List[Pair]:
         entries = [*report["successful_merges"], *report.get("unfinished_merges", ())]
         return [_reported_pair(path, entry) for entry in entries]
     except PairError as error:
-        raise Stop(EXIT_USAGE, str(error)) from None
+        raise FatalError(EXIT_USAGE, str(error)) from None
     except FileNotFoundError:
-        raise Stop(EXIT_USAGE, f"{path} is not there") from None
+        raise FatalError(EXIT_USAGE, f"{path} is not there") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise Stop(EXIT_USAGE, f"{path} is neither a backup folder nor a merge report") from None
+        raise FatalError(EXIT_USAGE, f"{path} is neither a backup folder nor a merge report") from None
 
 
 def _reported_pair(path: Path, entry: Json) -> Pair:
@@ -3921,31 +3971,31 @@ def _reported_pair(path: Path, entry: Json) -> Pair:
 
 
 Role = Tuple[str, str]  # object id, and `owned_by`, `reported_by` or `members`
-Things = Dict[str, Optional[Json]]  # works and conversations as they are now, None for what has been deleted
+Objects = Dict[str, Optional[Json]]  # works and conversations as they are now, None for what has been deleted
 Changes = Dict[str, Dict[str, List[str]]]  # object id -> role -> the ids of everybody who is to have it
 Left = Dict[str, List[Json]]  # old contact id -> `{id, role, why}` of what can't be handed back
 
 
 @dataclass
-class Before:
+class StateBeforeMerge:
     """What the contacts of a group were before their merges, from its backups: by contact id."""
 
     users: Dict[str, Json] = field(default_factory=dict)  # rev users
     had: Dict[str, Set[Role]] = field(default_factory=dict)
 
 
-def read_before(pairs: Sequence[Pair]) -> Before:
+def read_state_before(pairs: Sequence[Pair]) -> StateBeforeMerge:
     """Read and check the backups of one primary's pairs. Raises PairError(backup_failed)."""
-    before = Before()
+    before = StateBeforeMerge()
     primary = pairs[0].primary.id
-    manifests = [(read_backup(Path(folder)), Path(folder)) for folder in {pair.backup for pair in pairs}]
+    manifests = [(verify_backup(Path(folder)), Path(folder)) for folder in {pair.backup for pair in pairs}]
     for manifest, folder in sorted(manifests, key=lambda one: str(one[0]["created"])):
         entries = {entry["csv"]["id"]: entry for entry in manifest["contacts"]}
         # What the primary has by then from a duplicate that has gone is not its own.
         gone = [before.had.get(pair.duplicate.id, set()) for pair in pairs if pair.duplicate.id not in entries]
         for identity, entry in entries.items():
             user = json.loads((folder / entry["folder"] / "contact.json").read_bytes())
-            had = {(item["id"], item["role"]) for item in handed_on(entry)}
+            had = {(item["id"], item["role"]) for item in transferred_objects(entry)}
             if identity == primary:
                 before.users.setdefault(identity, user)
                 before.had.setdefault(identity, set()).update(had.difference(*gone))
@@ -3957,8 +4007,8 @@ def read_before(pairs: Sequence[Pair]) -> Before:
     return before
 
 
-def hand_back(
-    things: Things, had: Mapping[str, Set[Role]], primary: str, made: Mapping[str, str], stays: Set[Role]
+def plan_restore(
+    objects: Objects, had: Mapping[str, Set[Role]], primary: str, recreated: Mapping[str, str], stays: Set[Role]
 ) -> Tuple[Changes, Left]:
     """What has to be written to these things so that the contacts that were `made` again (old id -> new id) have what
     they `had`, and what belongs to others by now.
@@ -3966,20 +4016,22 @@ def hand_back(
     A new contact takes the primary's place, or joins it where that `stays`; nobody else is moved.
     """
     changes: Changes = collections.defaultdict(dict)
-    left: Left = {old: [] for old in made}
-    for identity, role in sorted(set().union(*(had[old] for old in made))):
-        if identity not in things:
+    left: Left = {old: [] for old in recreated}
+    for identity, role in sorted(set().union(*(had[old] for old in recreated))):
+        if identity not in objects:
             continue
-        thing = things[identity]
-        now = [person["id"] for person in (thing or {}).get(role) or ()]
-        people = [made.get(one, one) for one in now]  # a merge may have left the old id, and lists may lag behind one
-        missing = {old: new for old, new in made.items() if (identity, role) in had[old] and new not in people}
+        obj = objects[identity]
+        now = [person["id"] for person in (obj or {}).get(role) or ()]
+        people = [
+            recreated.get(one, one) for one in now
+        ]  # a merge may have left the old id, and lists may lag behind one
+        missing = {old: new for old, new in recreated.items() if (identity, role) in had[old] and new not in people}
         if missing and primary in people:
             at = people.index(primary)
             kept = [primary] if (identity, role) in stays else []
             people[at : at + 1] = [*kept, *dict.fromkeys(missing.values())]
         else:
-            why = "deleted" if thing is None else "given to others"
+            why = "deleted" if obj is None else "given to others"
             for old in missing:
                 left[old].append({"id": identity, "role": role, "why": why})
         if people != now:
@@ -3992,7 +4044,7 @@ def hand_back(
 # ---------------------------------------------------------------------------------------------------
 
 
-class UndoWalk(Walk):
+class GroupUndo(GroupMerge):
     """One group on its way back: look, the primary's old reference, the contacts again, what they had, proof, undone.
 
     `Pair.details["undo"]` says how far a pair is: `path` of the --undo, state `before` it, whether its reference was
@@ -4000,66 +4052,68 @@ class UndoWalk(Walk):
     it; `contact` and `display_id` once it is made; `left` with what was not handed back.
     """
 
-    merger: "Undoer"
+    merger: "UndoRunner"
     KEEP = 8  # units for what follows the primary's old reference: the contact, some times with less, or the way back
     FIELDS = ("display_name", "email", "external_ref", "description", "phone_numbers", "display_picture", "rev_org")
 
-    def __init__(self, merger: "Undoer", group: Group) -> None:
+    def __init__(self, merger: "UndoRunner", group: Group) -> None:
         super().__init__(merger, group, [pair for pair in group.pairs if pair.state is not State.UNDONE])
-        self.giving = HandingBack(self)
-        self.before = Before()
+        self.restorer = ObjectRestorer(self)
+        self.before = StateBeforeMerge()
         self.moved: Optional[Pair] = None  # whose reference the primary has
         self._lost: Set[Tuple[str, str]] = set()  # pairs of whose contact no answer tells whether it was made
         self._why = ""
 
-    async def go(self) -> None:
+    async def run(self) -> None:
         try:
-            self.merger.may_begin()
-            self.before = await self.outside.work(read_before, self.group.pairs)
-            await self._look_at_group()
+            self.merger.raise_if_draining()
+            self.before = await self.environment.run_in_thread(read_state_before, self.group.pairs)
+            await self._check_group()
             if self.merger.preview:
-                await self._foresee()
+                await self._preview()
                 return
-            await self._try_to_write()
+            await self._check_write_access()
             await self._begin()
-            await self._split()
-            await self.giving.all()
-        except PairError as flaw:
-            for pair in self.on_their_way():
-                await self.merger.rest(self, pair, flaw)
+            await self._recreate_contacts()
+            await self.restorer.restore_all()
+        except PairError as problem:
+            for pair in self.in_progress():
+                await self.merger.record_outcome(self, pair, problem)
         finally:
-            self.api.gate.release(self.hold)
+            self.api.scheduler.release(self.reservation)
 
-    def on_their_way(self) -> List[Pair]:
-        return [pair for pair in self.pairs if pair.ids not in self.merger.rested]
+    def in_progress(self) -> List[Pair]:
+        return [pair for pair in self.pairs if pair.ids not in self.merger.outcomes]
 
-    async def note(self, pair: Pair, event: str = "undo begun") -> None:
-        await self.merger.ledger.note(pair, event)
+    async def save(self, pair: Pair, event: str = "undo begun") -> None:
+        await self.merger.state_writer.save(pair, event)
 
-    def _turn(self, pair: Pair, urgency: int = FINISH) -> Turn:  # noqa: ARG002
-        return Turn(urgency, self.hold, self.KEEP)
+    def _request_options(self, pair: Pair, priority: int = FINISH) -> RequestOptions:  # noqa: ARG002
+        return RequestOptions(priority, self.reservation, self.KEEP)
 
     def _old_ref(self, contact: Contact) -> str:
         return str(self.before.users[contact.id].get("external_ref"))
 
     # -- look ---------------------------------------------------------------------------------------
 
-    async def _look_at_group(self) -> None:
+    async def _check_group(self) -> None:
         """Find the group as its merges have left it, or as an undo has that was not finished."""
         contact = self.group.primary
         primary = await self.api.contact(contact.id)
-        sights = await together(*(self.api.look(*pair.ids, ANY_TURN) for pair in self.pairs))
+        statuses = await together(*(self.api.poll_duplicate(*pair.ids, ANY_OPTIONS) for pair in self.pairs))
         if primary is None:
             raise PairError("not_found", f"the primary {contact.short_id} is not in DevRev any more")
         if primary.get("state") != "active":
             raise PairError("not_active", f"the primary {contact.short_id} is {primary.get('state')}, not active")
-        there = [pair.duplicate.short_id for pair, sight in zip(self.pairs, sights) if sight is Sight.THERE]
+        there = [
+            pair.duplicate.short_id for pair, status_ in zip(self.pairs, statuses) if status_ is DuplicateStatus.THERE
+        ]
         if there:
             raise PairError("not_merged", f"still there, so not merged, or not yet: {', '.join(there)}")
         reference = primary.get("external_ref")
         known = (pair for pair in self.pairs if pair.updated)  # to the savepoint
         had_moved = any(pair.new_ref and pair.state in (State.PROVING, State.DONE) for pair in known)
-        if reference == self._old_ref(contact) and had_moved and not _is_begun(self.group):
+        if reference == self._old_ref(contact) and had_moved and not _undo_is_started(self.group):
             words = f"{contact.short_id} has got its old reference {reference} back from somebody"
             raise PairError("external_ref_changed", words)
         moved = (pair for pair in self.pairs if self._old_ref(pair.duplicate) == reference)
@@ -4068,65 +4122,65 @@ class UndoWalk(Walk):
             words = f"{contact.short_id} has got the reference {reference or 'none'} from somebody"
             raise PairError("external_ref_changed", words)
 
-    async def _foresee(self) -> None:
+    async def _preview(self) -> None:
         """Say what would be handed back."""
-        _, left = self.giving.judge((await self.giving.read(self._as_if()))[0], self._as_if())
+        _, left = self.restorer.plan((await self.restorer.read(self._as_if()))[0], self._as_if())
         for pair in self.pairs:
             pair.details.setdefault("undo", {})["left"] = left[pair.duplicate.id]
-            await self.merger.rest(self, pair)
+            await self.merger.record_outcome(self, pair)
 
-    async def _try_to_write(self) -> None:
+    async def _check_write_access(self) -> None:
         """Set nothing on an object of each kind: a token that may not is told so while all is as it was."""
-        if len(self.merger.tried) == 3:
+        if len(self.merger.writable_kinds) == 3:
             return
-        things, _ = await self.giving.read(self._as_if())
-        for identity in self.giving.judge(things, self._as_if())[0]:
+        objects, _ = await self.restorer.read(self._as_if())
+        for identity in self.restorer.plan(objects, self._as_if())[0]:
             kind = identity.rpartition(":")[2].partition("/")[0]  # ticket, issue, conversation
-            if kind in self.merger.tried:
+            if kind in self.merger.writable_kinds:
                 continue
             try:
-                await self.api.set_people(things[identity] or {}, {}, ANY_TURN)
-            except ApiRefused as refusal:
-                if refusal.status == 403:
-                    raise Denied(EXIT_USAGE, f"the token may not hand back {identity}: {refusal}") from None
-            self.merger.tried.add(kind)
+                await self.api.set_people(objects[identity] or {}, {}, ANY_OPTIONS)
+            except ApiError as api_error:
+                if api_error.status == 403:
+                    raise PermissionDenied(EXIT_USAGE, f"the token may not hand back {identity}: {api_error}") from None
+            self.merger.writable_kinds.add(kind)
 
     def _as_if(self) -> Dict[str, str]:
         """The contacts as if all were made again; where they are not, the old id stands for the new one."""
-        return {**{pair.duplicate.id: pair.duplicate.id for pair in self.pairs}, **self.made()}
+        return {**{pair.duplicate.id: pair.duplicate.id for pair in self.pairs}, **self.recreated()}
 
     async def _begin(self) -> None:
-        self.merger.may_begin()
+        self.merger.raise_if_draining()
         for pair in self.pairs:
             if pair.state is not State.UNDOING:
                 pair.details["undo"] = {"path": str(self.merger.path), "before": pair.state.value, "moved": False}
             pair.details["undo"]["moved"] |= pair is self.moved
             pair.details["undo"].setdefault("left_out", {})
             pair.state, pair.code, pair.error = State.UNDOING, "", ""
-            await self.note(pair)
+            await self.save(pair)
 
     # -- references and contacts --------------------------------------------------------------------
 
-    async def _split(self) -> None:
+    async def _recreate_contacts(self) -> None:
         """Give the primary its old reference, and make the contacts again: first the one whose reference that frees."""
         if self.moved:
             await self._free_reference(self.moved)
         for pair in sorted(self.pairs, key=lambda pair: not pair.details["undo"]["moved"]):
             try:
-                await self._make(pair)
-            except PairError as flaw:
-                back = flaw.code != "contact_not_confirmed" and not self.made()
+                await self._recreate(pair)
+            except PairError as problem:
+                back = problem.code != "contact_not_confirmed" and not self.recreated()
                 if back:
-                    await self._go_back(flaw)
-                for one in self.on_their_way() if back else [pair]:
-                    await self.merger.rest(self, one, flaw)
-                if flaw.code == "forbidden":
-                    raise Denied(EXIT_USAGE, str(flaw)) from None
+                    await self._restore_reference(problem)
+                for one in self.in_progress() if back else [pair]:
+                    await self.merger.record_outcome(self, one, problem)
+                if problem.code == "forbidden":
+                    raise PermissionDenied(EXIT_USAGE, str(problem)) from None
                 if back:
                     return
-            self.api.gate.release(self.hold)
+            self.api.scheduler.release(self.reservation)
 
-    def made(self) -> Dict[str, str]:
+    def recreated(self) -> Dict[str, str]:
         """Old id -> new id of the contacts that are there again."""
         undos = ((pair, pair.details.get("undo", {})) for pair in self.group.pairs)
         return {pair.duplicate.id: undo["contact"] for pair, undo in undos if "contact" in undo}
@@ -4135,41 +4189,41 @@ class UndoWalk(Walk):
         """Set the primary's old reference, once there is quota for what has to follow; an error says little of it."""
         primary, old = self.group.primary, self._old_ref(self.group.primary)
         try:
-            await self.api.set_external_ref(primary.id, old, self._turn(moved, MERGE), telling=True)
+            await self.api.set_external_ref(primary.id, old, self._request_options(moved, MERGE), telling=True)
         except PairError:
             self.merger.changed = True
-            live = await self.api.contact(primary.id, self._turn(moved)) or {}
+            live = await self.api.contact(primary.id, self._request_options(moved)) or {}
             if live.get("external_ref") == self._old_ref(moved.duplicate):
-                await self._restore()
+                await self._restore_states()
             if live.get("external_ref") != old:
                 raise
-        except Denied:
-            await self._restore()
+        except PermissionDenied:
+            await self._restore_states()
             raise
         self.merger.changed = True
 
-    async def _make(self, pair: Pair) -> None:
+    async def _recreate(self, pair: Pair) -> None:
         """Make the contact again, with what DevRev takes of it; once, whatever becomes of the answers."""
         undo = pair.details["undo"]
-        begun, pause, before = self.outside.moment(), 0.2, "asked" in undo
+        begun, pause, before = self.environment.now(), 0.2, "asked" in undo
         for twin in (one.details["undo"] for one in self.pairs if self._is_twin(pair, one)):
             undo.update(contact=twin["contact"], display_id=twin["display_id"])
-            await self.note(pair)
+            await self.save(pair)
         while "contact" not in undo:
             fields = self._fields(pair)
-            user = await self._find(pair, fields) if "asked" in undo else None
+            user = await self._find_recreated(pair, fields) if "asked" in undo else None
             if user is None and ("external_ref" in fields or pair.ids not in self._lost):
                 user = await self._create(pair, fields)
                 if user is None and "asked" in undo:
-                    user = await self._find(pair, fields)
+                    user = await self._find_recreated(pair, fields)
             lost, vital = pair.ids in self._lost, self._is_vital(pair, "external_ref")
             if user:
                 undo.update(contact=user["id"], display_id=str(user.get("display_id")))
-                await self.note(pair)
+                await self.save(pair)
             elif "asked" not in undo:
                 continue  # a field is left out
-            elif self.outside.elapsed(begun) < self._patience(before or lost, vital):
-                await self.merger.brake.sleep(pause)
+            elif self.environment.elapsed(begun) < self._patience(before or lost, vital):
+                await self.merger.cancel_token.sleep(pause)
                 pause = min(10.0, 1.6 * pause)
             elif vital:
                 raise PairError("contact_refused", f"{pair.duplicate.short_id} could not be made again: {self._why}")
@@ -4213,35 +4267,37 @@ class UndoWalk(Walk):
     async def _create(self, pair: Pair, fields: Json) -> Optional[Json]:
         """Ask for the contact; None where it may or may not be there now, or a field of it was refused."""
         undo, named = pair.details["undo"], "external_ref" in fields
-        undo["asked"] = [] if named else sorted(self._ids().union(user["id"] for user in await self._namesakes(pair)))
-        await self.note(pair)
+        undo["asked"] = (
+            [] if named else sorted(self._ids().union(user["id"] for user in await self._contacts_of_email(pair)))
+        )
+        await self.save(pair)
         self.merger.changed = True
         try:
-            return await self.api.create_contact(fields, self._turn(pair))
-        except ApiUnanswered as error:
+            return await self.api.create_contact(fields, self._request_options(pair))
+        except NoUsableResponse as error:
             self._lost.add(pair.ids)
             self._why = str(error)
-        except ApiRefused as refusal:
-            self._why = str(refusal)
-            name = re.split(r"\W", str(refusal.data.get("field_name")))[0]
-            if refusal.status == 400 and name in fields and not self._is_vital(pair, name):
-                undo["left_out"][name] = str(refusal)
+        except ApiError as api_error:
+            self._why = str(api_error)
+            name = re.split(r"\W", str(api_error.data.get("field_name")))[0]
+            if api_error.status == 400 and name in fields and not self._is_vital(pair, name):
+                undo["left_out"][name] = str(api_error)
                 del undo["asked"]
-            elif refusal.status != 409 or not named:
-                code = "forbidden" if refusal.status == 403 else "contact_refused"
-                raise PairError(code, f"{pair.duplicate.short_id} could not be made again: {refusal}") from None
+            elif api_error.status != 409 or not named:
+                code = "forbidden" if api_error.status == 403 else "contact_refused"
+                raise PairError(code, f"{pair.duplicate.short_id} could not be made again: {api_error}") from None
         return None
 
-    async def _find(self, pair: Pair, fields: Json) -> Optional[Json]:
+    async def _find_recreated(self, pair: Pair, fields: Json) -> Optional[Json]:
         """The contact that was asked for, where it was made. PairError where its reference is somebody else's."""
         if "external_ref" not in fields:
             known = pair.details["undo"]["asked"]
-            return next((user for user in await self._namesakes(pair) if user["id"] not in known), None)
-        for user in await self.api.holders_of(fields["external_ref"], self._turn(pair)):
+            return next((user for user in await self._contacts_of_email(pair) if user["id"] not in known), None)
+        for user in await self.api.holders_of(fields["external_ref"], self._request_options(pair)):
             elsewhere = "rev_org" in fields and rev_org_id(user) not in (None, fields["rev_org"])
             if user["id"] in self._ids() or elsewhere:
                 continue
-            if await self.api.contact(user["id"], self._turn(pair)) is None:
+            if await self.api.contact(user["id"], self._request_options(pair)) is None:
                 continue  # lists lag behind whoever has gone
             if email_of(user) != email_key(fields.get("email", "")):
                 words = (
@@ -4251,89 +4307,108 @@ class UndoWalk(Walk):
             return user
         return None
 
-    async def _namesakes(self, pair: Pair) -> List[Json]:
+    async def _contacts_of_email(self, pair: Pair) -> List[Json]:
         body = {"email": [pair.duplicate.email.strip()]}
-        return (await self.api.pages("rev-users.list", "rev_users", body, self._turn(pair))).items
+        return (await self.api.pages("rev-users.list", "rev_users", body, self._request_options(pair))).items
 
     def _ids(self) -> Set[str]:
         """The group, as it was and as far as it is made again."""
-        return {contact.id for contact in self.group.everybody()}.union(self.made().values())
+        return {contact.id for contact in self.group.all_contacts()}.union(self.recreated().values())
 
-    async def _go_back(self, flaw: PairError) -> None:
+    async def _restore_reference(self, problem: PairError) -> None:
         """No contact can be made: the reference goes to the primary again, and the group is as it was."""
         for pair in self.pairs:
             reference = self._old_ref(pair.duplicate)
-            if pair.details["undo"]["moved"] and not await set_reference(self.api, pair, reference, self._turn(pair)):
-                raise PairError(flaw.code, f"{flaw}; {reference} is held by somebody by now, and stays there")
-        await self._restore()
+            if pair.details["undo"]["moved"] and not await set_reference(
+                self.api, pair, reference, self._request_options(pair)
+            ):
+                raise PairError(problem.code, f"{problem}; {reference} is held by somebody by now, and stays there")
+        await self._restore_states()
 
-    async def _restore(self) -> None:
+    async def _restore_states(self) -> None:
         for pair in self.pairs:
             pair.state = State(pair.details.pop("undo")["before"])
-            await self.note(pair, Ledger.EVENTS.get(pair.state, "merged"))
+            await self.save(pair, StateWriter.EVENTS.get(pair.state, "merged"))
 
 
-class HandingBack:
+class ObjectRestorer:
     """Gives a group's works and conversations back: in each as it is now, the primary makes room for whom it was."""
 
     SOON = 3.0  # seconds for which a list is believed where everybody it does not show would be thrown out
     TRIES = 5  # times that an object is read anew before it is given up
 
-    def __init__(self, walk: "UndoWalk") -> None:
-        self.walk = walk
+    def __init__(self, group_merge: "GroupUndo") -> None:
+        self.group_merge = group_merge
 
-    async def all(self) -> None:
+    async def restore_all(self) -> None:
         """Write what has to change until the lists show nothing more to change, which is the proof."""
-        made = {pair.duplicate.id: self.walk.made()[pair.duplicate.id] for pair in self.walk.on_their_way()}
+        recreated = {
+            pair.duplicate.id: self.group_merge.recreated()[pair.duplicate.id]
+            for pair in self.group_merge.in_progress()
+        }
         handled: Dict[str, str] = {}  # object id -> what DevRev has said to it, `""` where it was accepted
-        waiting_since, pause = self.walk.outside.moment(), 0.5
+        waiting_since, pause = self.group_merge.environment.now(), 0.5
         while True:
-            things, since = await self.read(made)
-            changes, left = self.judge(things, made)
+            objects, since = await self.read(recreated)
+            changes, left = self.plan(objects, recreated)
             if all(handled.get(one) for one in changes):
                 break
             fresh = {one: roles for one, roles in changes.items() if one not in handled}
             if fresh:
-                await self._write(fresh, things, since, made, handled)
-                waiting_since = self.walk.outside.moment()
-            elif self.walk.outside.elapsed(waiting_since) > self.walk.merger.merge_timeout:
+                await self._write(fresh, objects, since, recreated, handled)
+                waiting_since = self.group_merge.environment.now()
+            elif self.group_merge.environment.elapsed(waiting_since) > self.group_merge.merger.merge_timeout:
                 break
             else:
-                await self.walk.merger.brake.sleep(pause)
+                await self.group_merge.merger.cancel_token.sleep(pause)
                 pause = min(20.0, 1.5 * pause)
-        for pair in self.walk.on_their_way():
+        for pair in self.group_merge.in_progress():
             try:
                 await self._end(pair, changes, handled, left[pair.duplicate.id])
-            except PairError as flaw:
-                await self.walk.merger.rest(self.walk, pair, flaw)
+            except PairError as problem:
+                await self.group_merge.merger.record_outcome(self.group_merge, pair, problem)
             else:
-                await self.walk.merger.rest(self.walk, pair)
+                await self.group_merge.merger.record_outcome(self.group_merge, pair)
 
-    def judge(self, things: Things, made: Mapping[str, str]) -> Tuple[Changes, Left]:
+    def plan(self, objects: Objects, recreated: Mapping[str, str]) -> Tuple[Changes, Left]:
         """`hand_back`: the primary stays where it, or a duplicate that is not back, had the role itself."""
-        primary, had = self.walk.group.primary.id, self.walk.before.had
-        missing = (one.duplicate.id for one in self.walk.group.pairs if one.state is not State.UNDONE)
-        stays = had[primary].union(*(had[old] for old in missing if old not in made))
-        return hand_back(things, had, primary, made, stays)
+        primary, had = self.group_merge.group.primary.id, self.group_merge.before.had
+        missing = (one.duplicate.id for one in self.group_merge.group.pairs if one.state is not State.UNDONE)
+        stays = had[primary].union(*(had[old] for old in missing if old not in recreated))
+        return plan_restore(objects, had, primary, recreated, stays)
 
-    async def read(self, made: Mapping[str, str]) -> Tuple[Things, Moment]:
+    async def read(self, recreated: Mapping[str, str]) -> Tuple[Objects, Timestamp]:
         """The works and conversations of the contacts that were `made` again (old id -> new id), and since when they
         are so. Only what no list shows is asked for by itself."""
-        wanted = set().union(*(self.walk.before.had[old] for old in made))
-        loaders = self.walk.api.things
-        people = sorted({self.walk.group.primary.id, *made.values()} - made.keys())
-        weight = sum(contact.tickets for contact in self.walk.group.everybody())
-        since = [self.walk.outside.moment()]
+        wanted = set().union(*(self.group_merge.before.had[old] for old in recreated))
+        batch_loaders = self.group_merge.api.objects
+        people = sorted({self.group_merge.group.primary.id, *recreated.values()} - recreated.keys())
+        weight = sum(contact.tickets for contact in self.group_merge.group.all_contacts())
+        since = [self.group_merge.environment.now()]
         listings = await together(
-            *(loaders[role].load(one, weight, PROVE) for role in sorted({role for _, role in wanted}) for one in people)
+            *(
+                batch_loaders[role].load(one, weight, VERIFY)
+                for role in sorted({role for _, role in wanted})
+                for one in people
+            )
         )
-        things: Things = {item["id"]: item for listing in listings for item in listing.items}
-        unlisted = sorted({identity for identity, _ in wanted} - things.keys())
-        things.update(zip(unlisted, await together(*(self.walk.api.thing(one, Turn(PROVE)) for one in unlisted))))
-        return things, oldest(chain(since, (listing.since for listing in listings)))
+        objects: Objects = {item["id"]: item for listing in listings for item in listing.items}
+        unlisted = sorted({identity for identity, _ in wanted} - objects.keys())
+        objects.update(
+            zip(
+                unlisted,
+                await together(*(self.group_merge.api.get_object(one, RequestOptions(VERIFY)) for one in unlisted)),
+            )
+        )
+        return objects, oldest(chain(since, (listing.since for listing in listings)))
 
     async def _write(
-        self, changes: Changes, things: Things, since: Moment, made: Mapping[str, str], handled: Dict[str, str]
+        self,
+        changes: Changes,
+        objects: Objects,
+        since: Timestamp,
+        recreated: Mapping[str, str],
+        handled: Dict[str, str],
     ) -> None:
         """Hand objects back, a few at a time, and note what DevRev says to each."""
 
@@ -4341,50 +4416,57 @@ class HandingBack:
             while changes:
                 identity, roles = changes.popitem()
                 try:
-                    async with self.walk.merger.turn_to_write[identity]:  # for groups may share an object
-                        handled[identity] = await self._write_one(identity, roles, things[identity], since, made)
-                except ApiRefused as refusal:
-                    handled[identity] = str(refusal)
+                    async with self.group_merge.merger.turn_to_write[identity]:  # for groups may share an object
+                        handled[identity] = await self._write_one(identity, roles, objects[identity], since, recreated)
+                except ApiError as api_error:
+                    handled[identity] = str(api_error)
                 except BaseException:
                     changes.clear()
                     raise
 
-        await together(*(write() for _ in range(self.walk.api.settings.workers)))
+        await together(*(write() for _ in range(self.group_merge.api.settings.workers)))
 
     async def _write_one(
-        self, identity: str, roles: Dict[str, List[str]], thing: Optional[Json], since: Moment, made: Mapping[str, str]
+        self,
+        identity: str,
+        roles: Dict[str, List[str]],
+        obj: Optional[Json],
+        since: Timestamp,
+        recreated: Mapping[str, str],
     ) -> str:
         """Replace an object's people; where the lists may not know who has joined by now, or what this undo has written
         to it, it is read by itself first. Returns why it was not done, `""` if it was."""
-        outside, written, limit = self.walk.outside, self.walk.merger.written, self.SOON
+        environment, written, limit = self.group_merge.environment, self.group_merge.merger.written, self.SOON
 
         async def is_fresh() -> None:
-            if outside.age(since) > limit:
-                raise Stale()
+            if environment.age(since) > limit:
+                raise PreconditionsExpired()
 
         for _ in range(self.TRIES):
-            if identity in written or outside.age(since) > limit:
-                since, limit = outside.moment(), Evidence.FRESH
-                thing = await self.walk.api.thing(identity, Turn(RESUME))
-                roles = self.judge({identity: thing}, made)[0].get(identity, {})
-            if thing is None or not roles:
+            if identity in written or environment.age(since) > limit:
+                since, limit = environment.now(), Preconditions.FRESH
+                obj = await self.group_merge.api.get_object(identity, RequestOptions(RESUME))
+                roles = self.plan({identity: obj}, recreated)[0].get(identity, {})
+            if obj is None or not roles:
                 return ""
-            with contextlib.suppress(Stale):
-                await self.walk.api.set_people(thing, roles, Turn(RESUME), is_fresh)
+            with contextlib.suppress(PreconditionsExpired):
+                await self.group_merge.api.set_people(obj, roles, RequestOptions(RESUME), is_fresh)
                 written.add(identity)
                 return ""
         return "what was read of it becomes too old before it can be written; the quota is too small"
 
     async def _end(self, pair: Pair, changes: Changes, handled: Mapping[str, str], left: List[Json]) -> None:
         pair.details["undo"]["left"] = left
-        mine = (one for one in sorted(self.walk.before.had[pair.duplicate.id]) if one[1] in changes.get(one[0], {}))
+        mine = (
+            one for one in sorted(self.group_merge.before.had[pair.duplicate.id]) if one[1] in changes.get(one[0], {})
+        )
         open_items = ({"id": one, "role": role, "why": handled[one] or "not shown yet"} for one, role in mine)
         pair.left_behind = describe(pair.backup, open_items)
         if pair.left_behind:
             names = ", ".join(dict.fromkeys(item["display_id"] for item in pair.left_behind))
             raise PairError("not_handed_back", f"made again, but not handed back: {names}")
         pair.state, pair.code, pair.error = State.UNDONE, "", ""
-        await self.walk.note(pair, "undone")
+        await self.group_merge.save(pair, "undone")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -4392,7 +4474,7 @@ class HandingBack:
 # ---------------------------------------------------------------------------------------------------
 
 
-class Undoer(ContactMerger):
+class UndoRunner(ContactMerger):
     """Carries out an undo: one group alone until the first is undone, then many; how it ends is as with merges."""
 
     UNDER_WAY = (State.UNDOING,)
@@ -4400,9 +4482,9 @@ class Undoer(ContactMerger):
     def __init__(
         self, api: DevRevAPI, savepoint: SavePoint, journal: Journal, path: Path, preview: bool, **options: Any
     ) -> None:
-        super().__init__(api, savepoint, journal, Backups(journal.path.parent, api.outside), **options)
+        super().__init__(api, savepoint, journal, BackupStore(journal.path.parent, api.environment), **options)
         self.path, self.preview = path, preview
-        self.tried: Set[str] = set()  # kinds of objects that may be written
+        self.writable_kinds: Set[str] = set()  # kinds of objects that may be written
         self.written: Set[str] = set()  # objects
         self.turn_to_write: Dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)  # by object
 
@@ -4413,20 +4495,20 @@ class Undoer(ContactMerger):
 
     async def _undo(self, groups: List[Group]) -> None:
         for group in groups:
-            while len(self._walks) >= (self._outstanding() if self.preview or self.count(State.UNDONE) else 1):
-                await self.brake.wait(self._any_walk())
-            self.may_begin()
-            self._start(UndoWalk(self, group))
-        await self._all_walks()
+            while len(self._group_merges) >= (self._outstanding() if self.preview or self.count(State.UNDONE) else 1):
+                await self.cancel_token.wait(self._any_group_merge())
+            self.raise_if_draining()
+            self._start(GroupUndo(self, group))
+        await self._all_group_merges()
 
-    async def rest(self, walk: Walk, pair: Pair, flaw: Optional[PairError] = None) -> None:
+    async def record_outcome(self, group_merge: GroupMerge, pair: Pair, problem: Optional[PairError] = None) -> None:
         """A pair is undone, refused, or can't be taken further in this run; only what has begun is noted for good."""
-        pair.code, pair.error = (flaw.code, str(flaw)) if flaw else ("", "")
+        pair.code, pair.error = (problem.code, str(problem)) if problem else ("", "")
         if pair.state in self.UNDER_WAY:
-            await self.ledger.note(pair)
-        self._note_rest(walk, pair, flaw)
+            await self.state_writer.save(pair)
+        self._note_outcome(group_merge, pair, problem)
 
-    def went_well(self, pair: Pair) -> bool:
+    def is_success(self, pair: Pair) -> bool:
         return not pair.code
 
 
@@ -4453,7 +4535,7 @@ def undo_entry(pair: Pair) -> Json:
         manifest = read_manifest(pair.backup)
         (mine,) = (one for one in manifest["contacts"] if one["csv"]["id"] == pair.duplicate.id)
         user = json.loads((Path(pair.backup) / mine["folder"] / "contact.json").read_bytes())
-        given = [item for item in handed_on(mine) if (item["id"], item["role"]) not in left]
+        given = [item for item in transferred_objects(mine) if (item["id"], item["role"]) not in left]
         entry["given_back"] = describe(pair.backup, given) if "left" in undo else []
         entry["not_given_back"] = list(_lost_for_good(user, mine, undo.get("left_out", {})))
     return entry
@@ -4462,7 +4544,7 @@ def undo_entry(pair: Pair) -> Json:
 def _lost_for_good(user: Json, entry: Json, left_out: Mapping[str, str]) -> Iterator[Json]:
     """What nobody can give back of a contact: its rev user and its entry in the manifest say what it had."""
     for name, value in user.items():
-        if name not in UndoWalk.FIELDS and name != "state":
+        if name not in GroupUndo.FIELDS and name != "state":
             yield {"what": name, "value": value, "why": "DevRev does not let it be set"}
     for name, why in left_out.items():
         yield {"what": name, "value": user.get(name), "why": why}
@@ -4531,7 +4613,7 @@ def progress_of(pair: Pair) -> Json:
     """What DevRev has done of an unfinished pair, and what is still to do; nothing of any other."""
     if pair.state not in UNFINISHED:
         return {}
-    steps = ["confirm the merge"] if pair.state in ASKED else []
+    steps = ["confirm the merge"] if pair.state in REQUESTED_STATES else []
     steps += ["set the reference"] if pair.new_ref and pair.state is not State.PROVING else []
     steps.append("prove that nothing was left behind")
     return {"so_far": SO_FAR[pair.state], "to_do": ", ".join(steps)}
@@ -4564,14 +4646,14 @@ def beside_pairs(plan: Plan) -> Dict[str, Iterable[Json]]:
         lost = [contact_entry(contact, "external_ref") for contact in group.lost_refs()]
         return {"email": group.email, "kept": group.chosen, "lost": lost, "warnings": group.warnings()}
 
-    def entry(skip: Skip) -> Json:
-        choices = skip.choice_lines().items()
+    def entry(skipped_group: SkippedGroup) -> Json:
+        choices = skipped_group.choice_lines().items()
         return {
-            "email": skip.email,
-            "code": skip.code,
-            "reason": SKIP_REASONS[skip.code][0],
-            "advice": SKIP_REASONS[skip.code][1],
-            "contacts": [contact_entry(contact, "external_ref") for contact in skip.contacts],
+            "email": skipped_group.email,
+            "code": skipped_group.code,
+            "reason": SKIP_REASONS[skipped_group.code][0],
+            "advice": SKIP_REASONS[skipped_group.code][1],
+            "contacts": [contact_entry(contact, "external_ref") for contact in skipped_group.contacts],
             "choices": [
                 {"line": line, "external_ref": contact.external_ref, "display_id": contact.short_id}
                 for line, contact in choices
@@ -4647,7 +4729,7 @@ def headline(plan: Plan, summary: Json, savepoint: SavePoint) -> str:
     return ", ".join(words) or "nothing was done"
 
 
-def write_report(path: Path, run: Json, plan: Plan, savepoint: SavePoint, outside: Outside) -> None:
+def write_report(path: Path, run: Json, plan: Plan, savepoint: SavePoint, environment: Environment) -> None:
     """Write the JSON report, and beside it the page that shows it. Raises OSError where the disk refuses.
 
     The savepoint knows the report's name before the report has it, so that what has ended stands in exactly one.
@@ -4656,21 +4738,21 @@ def write_report(path: Path, run: Json, plan: Plan, savepoint: SavePoint, outsid
     lists: Dict[str, Iterable[Json]] = {
         name: (merge_entry(pair, plan.ids) for pair in pairs) for name, pairs in outcome(savepoint).items()
     }
-    outside.folder(path.parent)
+    environment.make_private_dir(path.parent)
     chunks = report_chunks({"run": run, "summary": summary}, {**lists, **beside_pairs(plan)})
-    outside.replace(path, chunks, before=lambda: savepoint.announce_report(path.name))
-    savepoint.settle_report(lambda _name: True)
-    write_page(path, "template.html", run["headline"], outside)
+    environment.write_atomically(path, chunks, before=lambda: savepoint.announce_report(path.name))
+    savepoint.confirm_report(lambda _name: True)
+    write_page(path, "template.html", run["headline"], environment)
 
 
-def write_page(report: Path, template: str, headline: str, outside: Outside) -> None:
+def write_page(report: Path, template: str, headline: str, environment: Environment) -> None:
     """Write the page that shows a report, beside it. What stands in the page itself is seen where no script runs."""
     path = Path(__file__).resolve().parent / "reports" / template
     if path.is_file():
         page = path.read_bytes().replace(b"__REPORT_HEADLINE__", headline.encode("ascii"))
         before, _, after = page.partition(b"__REPORT_JSON__")
         with open(report, "rb") as lines:
-            outside.replace(report.with_suffix(".html"), chain([before], map(for_script, lines), [after]))
+            environment.write_atomically(report.with_suffix(".html"), chain([before], map(for_script, lines), [after]))
 
 
 def for_script(text: bytes) -> bytes:
@@ -4711,7 +4793,7 @@ def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimat
     if with_timelines:
         requests += tickets * 13 // 10 + contacts // 2
     calls, period = settings.calls, settings.period
-    least = time_in_windows(requests, calls, period, calls, period) if calls else 0.0
+    least = seconds_in_windows(requests, calls, period, calls, period) if calls else 0.0
     return Estimate(requests, max(least, requests * 0.2 / settings.workers))
 
 
@@ -4720,7 +4802,7 @@ def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimat
 # ---------------------------------------------------------------------------------------------------
 
 
-class Pen:
+class OutputThread:
     """Writes to streams in the order of what it is given; once begun in a thread, so that a terminal that takes
     nothing more holds up nobody.
 
@@ -4751,7 +4833,7 @@ class Pen:
         else:
             self._write(stream, text, status)
 
-    def drain(self, patience: Callable[[], float]) -> bool:
+    def consume(self, patience: Callable[[], float]) -> bool:
         """Wait until all is written; False where nothing has been taken for `patience` seconds."""
         done, seen, since = threading.Event(), self.written, time.monotonic()
         self._jobs.put(done)
@@ -4808,30 +4890,33 @@ class Console:
         self.err: TextIO = err or sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         self.mask: Callable[[str], str] = str
         # Where one alone is a terminal, the other has a pen of its own: a frozen terminal holds up no file.
-        pen = Pen()
-        self._pens = {self.err: pen, self.out: pen if self.out.isatty() == self.err.isatty() else Pen()}
+        output = OutputThread()
+        self._outputs = {
+            self.err: output,
+            self.out: output if self.out.isatty() == self.err.isatty() else OutputThread(),
+        }
 
     def begin(self) -> None:
         """From now on write beside the work."""
-        for pen in set(self._pens.values()):
-            pen.begin()
+        for output in set(self._outputs.values()):
+            output.begin()
 
     def end(self, signalled: Callable[[], bool]) -> Optional[OSError]:
         """Wait until all is written, unless a terminal takes nothing more. Returns what kept results from it."""
-        for stream, pen in self._pens.items():
+        for stream, output in self._outputs.items():
             is_terminal = stream.isatty()
 
             def patience(is_terminal: bool = is_terminal) -> float:
                 return self.STUCK_AFTER_SIGNAL if signalled() else self.STUCK if is_terminal else float("inf")
 
-            pen.drain(patience)
-        return self._pens[self.out].failure
+            output.consume(patience)
+        return self._outputs[self.out].failure
 
     @property
     def width(self) -> int:
         return shutil.get_terminal_size((100, 24)).columns if self.out.isatty() else 10_000
 
-    def paint(self, style: str, text: str, stream: Optional[TextIO] = None) -> str:
+    def style_text(self, style: str, text: str, stream: Optional[TextIO] = None) -> str:
         plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb" or not (stream or self.out).isatty()
         return text if plain or not style else f"\x1b[{self.COLOURS[style]}m{text}\x1b[0m"
 
@@ -4840,13 +4925,13 @@ class Console:
         """Points from the duplicate to the primary, with what the output can show."""
         return "<-" if "\u2190".encode(self.out.encoding or "ascii", "ignore") == b"" else "\u2190"
 
-    def clean(self, text: str) -> str:
-        return printable(self.mask(text))
+    def sanitize(self, text: str) -> str:
+        return escape_unprintable(self.mask(text))
 
-    def say(self, text: str = "", style: str = "") -> None:
+    def print(self, text: str = "", style: str = "") -> None:
         """A line of results, wrapped on a terminal; never raises because nobody reads it any more."""
-        lines = self.wrap(self.clean(text))
-        self._pens[self.out].put(self.out, "".join(self.paint(style, line) + "\n" for line in lines))
+        lines = self.wrap(self.sanitize(text))
+        self._outputs[self.out].put(self.out, "".join(self.style_text(style, line) + "\n" for line in lines))
 
     def wrap(self, text: str) -> List[str]:
         if len(text) <= self.width:
@@ -4856,44 +4941,44 @@ class Console:
 
     def stream(self, text: str) -> None:
         """A part of long results as it is; waits for what was given before, so that memory does not grow."""
-        pen = self._pens[self.out]
-        while pen.backlog() > 10:
+        output = self._outputs[self.out]
+        while output.backlog() > 10:
             time.sleep(0.01)
-        pen.put(self.out, text)
+        output.put(self.out, text)
 
     def json(self, chunks: Iterable[bytes]) -> None:
         """Results as JSON, in ASCII, which nothing on the way to a program spoils."""
         for chunk in chunks:
             self.stream(re.sub(r"[^\x00-\x7e]", lambda c: json.dumps(c.group())[1:-1], chunk.decode("utf-8")))
 
-    def note(self, text: str, style: str = "") -> None:
+    def print_err(self, text: str, style: str = "") -> None:
         """A line beside the results."""
-        pen = self._pens[self.err]
-        if pen.backlog() < pen.BACKLOG:
-            pen.put(self.err, self.paint(style, self.clean(text), self.err) + "\n")
+        output = self._outputs[self.err]
+        if output.backlog() < output.BACKLOG:
+            output.put(self.err, self.style_text(style, self.sanitize(text), self.err) + "\n")
 
-    def asking(self) -> Tuple[Callable[..., None], Callable[[str], None]]:
+    def question_streams(self) -> Tuple[Callable[..., None], Callable[[str], None]]:
         """What says lines, and what puts a question, where somebody is who can answer: not into a file or a pipe."""
         if self.out.isatty():
-            return self.say, self.stream
-        return self.note, lambda text: self._pens[self.err].put(self.err, text)
+            return self.print, self.stream
+        return self.print_err, lambda text: self._outputs[self.err].put(self.err, text)
 
-    def cut(self, text: str) -> None:
+    def print_last(self, text: str) -> None:
         """Say a last word, if anybody listens, before the process ends at once."""
-        self.note(text, "bold")
-        self._pens[self.err].drain(lambda: 0.2)
+        self.print_err(text, "bold")
+        self._outputs[self.err].consume(lambda: 0.2)
 
     def error(self, text: str) -> None:
         log.error("%s", text)
-        self.note(f"error: {text}", "bad")
+        self.print_err(f"error: {text}", "bad")
 
     def status(self, text: str) -> None:
         """The one line that is rewritten in place on a terminal; `""` removes it."""
-        if not self.quiet and self.err.isatty() and not self._pens[self.err].backlog():
-            room, line = shutil.get_terminal_size((80, 24)).columns - 1, self.clean(text)
+        if not self.quiet and self.err.isatty() and not self._outputs[self.err].backlog():
+            room, line = shutil.get_terminal_size((80, 24)).columns - 1, self.sanitize(text)
             if len(line) > room:
                 line = re.sub(r"\((\w+) [^)]*\)", r"(\1)", line)  # without details
-            self._pens[self.err].put(self.err, line if len(line) <= room else f"{line[: room - 3]}...", True)
+            self._outputs[self.err].put(self.err, line if len(line) <= room else f"{line[: room - 3]}...", True)
 
 
 class PlainFormatter(logging.Formatter):
@@ -4907,7 +4992,7 @@ class PlainFormatter(logging.Formatter):
         return iso(record.created)
 
     def format(self, record: logging.LogRecord) -> str:
-        return self.console.clean(super().format(record))
+        return self.console.sanitize(super().format(record))
 
 
 class ConsoleHandler(logging.Handler):
@@ -4919,9 +5004,9 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno == logging.WARNING:
-            self.console.note(f"warning: {record.getMessage()}")
+            self.console.print_err(f"warning: {record.getMessage()}")
         elif record.levelno != logging.ERROR:
-            self.console.note(self.format(record))
+            self.console.print_err(self.format(record))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -4963,27 +5048,27 @@ def show_plan(plan: Plan, facts: Json, console: Console, cost: str, earlier: Seq
         _show_pairs(plan, console)
         blocks = (earlier_lines(earlier), choice_lines(plan), invalid_lines(plan))
         for lines in chain(blocks, (skip_lines(plan, code) for code in SKIP_REASONS)):
-            say_lines(console, lines)
-    console.say(f"{plural(plan.contacts_read, 'contact')} read, {plural(len(plan.invalid_rows), 'invalid row')}")
+            print_lines(console, lines)
+    console.print(f"{plural(plan.contacts_read, 'contact')} read, {plural(len(plan.invalid_rows), 'invalid row')}")
     if facts["already_merged"]:
-        console.say(f"{plural(facts['already_merged'], 'pair')} of this export already merged (says the savepoint)")
+        console.print(f"{plural(facts['already_merged'], 'pair')} of this export already merged (says the savepoint)")
     if facts["left"]:
-        console.say(f"{plural(facts['left'], 'pair')} left for another run (--email, --limit)")
-    console.say(cost)
-    console.say(f"plan {plan.id}")
+        console.print(f"{plural(facts['left'], 'pair')} left for another run (--email, --limit)")
+    console.print(cost)
+    console.print(f"plan {plan.id}")
     more = f", {len(earlier):,} of earlier runs to finish first" if earlier else ""
     counts = f"{plural(facts['pairs_to_merge'], 'pair')} to merge, {plural(len(plan.skipped), 'group')} skipped"
-    console.say(counts + more, "bold")
+    console.print(counts + more, "bold")
 
 
-def say_lines(console: Console, lines: Iterable[str]) -> None:
+def print_lines(console: Console, lines: Iterable[str]) -> None:
     """A block: its first line stands out, an empty one follows."""
     style = "bold"
     for line in lines:
-        console.say(line, style)
+        console.print(line, style)
         style = ""
     if not style:
-        console.say()
+        console.print()
 
 
 def names_of(pair: Pair) -> str:
@@ -4992,7 +5077,7 @@ def names_of(pair: Pair) -> str:
     return " / ".join(names.values())
 
 
-def told(pair: Pair) -> str:
+def describe_pair(pair: Pair) -> str:
     becomes = f", which becomes {pair.new_ref}" if pair.new_ref else ""
     return f"{names_of(pair)} <{pair.email}>: {into(pair)}{becomes}"
 
@@ -5001,7 +5086,7 @@ def earlier_lines(pairs: Sequence[Pair]) -> Iterator[str]:
     """What a run takes over from earlier runs, beside the plan."""
     if pairs:
         yield f"TO FINISH FIRST, from earlier runs: {plural(len(pairs), 'pair')}"
-    for words in some([f"{told(pair)} ({SO_FAR[pair.state]})" for pair in pairs], 20):
+    for words in some([f"{describe_pair(pair)} ({SO_FAR[pair.state]})" for pair in pairs], 20):
         yield f"  {words}"
 
 
@@ -5012,12 +5097,12 @@ def choice_lines(plan: Plan) -> Iterator[str]:
     for group in plan.chosen:
         yield f"  {group.email} keeps {group.chosen}"
         for contact in group.lost_refs():
-            yield f"    lost: {contact.external_ref} ({told_of(contact)}): its account has no contact then"
+            yield f"    lost: {contact.external_ref} ({describe_contact(contact)}): its account has no contact then"
         for warning in group.warnings():
             yield f"    WARNING: {warning}: a shared mailbox is not a person; one would read the others' conversations"
 
 
-def told_of(contact: Contact) -> str:
+def describe_contact(contact: Contact) -> str:
     since = f", since {contact.created[:10]}" if contact.created else ""
     return f"{contact.name}, {contact.short_id}, {plural(contact.tickets, 'ticket')}{since}"
 
@@ -5031,7 +5116,7 @@ def invalid_lines(plan: Plan) -> Iterator[str]:
 
 def skip_lines(plan: Plan, code: str) -> Iterator[str]:
     """The groups that are skipped for one reason, with the lines of which one would go into a file of choices."""
-    skips = [skip for skip in plan.skipped if skip.code == code]
+    skips = [skipped_group for skipped_group in plan.skipped if skipped_group.code == code]
     if not skips:
         return
     yield f"SKIPPED {code}: {plural(len(skips), 'group')}"
@@ -5041,19 +5126,20 @@ def skip_lines(plan: Plan, code: str) -> Iterator[str]:
     lines: Dict[str, List[str]] = collections.defaultdict(list)
     for row in plan.invalid_rows:
         lines[email_key(row.email or "")].append(str(row.line))
-    for skip in skips:
-        choices = list(skip.choice_lines().items())
+    for skipped_group in skips:
+        choices = list(skipped_group.choice_lines().items())
         if choices:
-            yield f"  {skip.email}, {plural(len(skip.contacts), 'contact')}; a line for --choices (EMAIL,EXTERNAL_REF):"
+            size = plural(len(skipped_group.contacts), "contact")
+            yield f"  {skipped_group.email}, {size}; a line for --choices (EMAIL,EXTERNAL_REF):"
             for line, contact in choices[:6]:
-                yield f"    {told_of(contact)}"
+                yield f"    {describe_contact(contact)}"
                 yield f"      {line}"
             yield from [f"    and {len(choices) - 6:,} more"] if len(choices) > 6 else []
             continue
-        names = some([f"{one.external_ref} ({plural(one.tickets, 'ticket')})" for one in skip.contacts], 6)
-        numbers = lines[skip.email] if code == "invalid_row" else []
+        names = some([f"{one.external_ref} ({plural(one.tickets, 'ticket')})" for one in skipped_group.contacts], 6)
+        numbers = lines[skipped_group.email] if code == "invalid_row" else []
         where = f" (line{'s' * (len(numbers) > 1)} {', '.join(numbers)})" if numbers else ""
-        yield f"  {skip.email}{where}: {', '.join(names)}"
+        yield f"  {skipped_group.email}{where}: {', '.join(names)}"
 
 
 def _show_pairs(plan: Plan, console: Console) -> None:
@@ -5067,10 +5153,10 @@ def _show_pairs(plan: Plan, console: Console) -> None:
     if sum(widths) + 10 > console.width:
         form = "%s\n  %s (%s) %s %s (%s), %s\n  %s"
     for line in (form % head).split("\n"):
-        console.say(line, "bold")
+        console.print(line, "bold")
     for start in range(0, len(rows), 1000):
         console.stream("".join(form % row + "\n" for row in rows[start : start + 1000]))
-    console.say()
+    console.print()
 
 
 def _pair_cells(pair: Pair, console: Console) -> Tuple[str, ...]:
@@ -5078,7 +5164,7 @@ def _pair_cells(pair: Pair, console: Console) -> Tuple[str, ...]:
         pair.email, pair.primary.short_id, str(pair.primary.tickets), console.arrow, pair.duplicate.short_id,
         str(pair.duplicate.tickets), pair.new_ref or "unchanged", names_of(pair),
     )  # fmt: skip
-    return tuple(map(console.clean, cells))
+    return tuple(map(console.sanitize, cells))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -5119,7 +5205,7 @@ exit codes:
 
 def _positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{printable(text)} is not a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{escape_unprintable(text)} is not a whole number of at least 1")
     return int(text)
 
 
@@ -5127,7 +5213,7 @@ def _domain(text: str) -> str:
     domain = email_key(text)
     domain = domain[1:] if domain.startswith("@") else domain
     if not re.fullmatch(r"[^\s@,;]+", domain):
-        raise argparse.ArgumentTypeError(f"{printable(text)} is not a domain such as example.com")
+        raise argparse.ArgumentTypeError(f"{escape_unprintable(text)} is not a domain such as example.com")
     return domain
 
 
@@ -5135,7 +5221,7 @@ def _seconds(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) <= 86400:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{printable(text)} is not a number of seconds above 0, up to 86400")
+    raise argparse.ArgumentTypeError(f"{escape_unprintable(text)} is not a number of seconds above 0, up to 86400")
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -5147,7 +5233,7 @@ class OptionParser(argparse.ArgumentParser):
         _, _, unknown = message.partition("unrecognized arguments: ")
         hint = self._hint(unknown.split()[0]) if unknown.split() else ""
         usage = "usage: merge_contacts.py --csv PATH [--preview] [option ...]   (--help tells them all)"
-        self.exit(EXIT_USAGE, printable(f"{self.prog}: error: {message}{hint}") + f"\n{usage}\n")
+        self.exit(EXIT_USAGE, escape_unprintable(f"{self.prog}: error: {message}{hint}") + f"\n{usage}\n")
 
     def _hint(self, word: str) -> str:
         name = word.split("=")[0]
@@ -5267,7 +5353,7 @@ def load_environment() -> Dict[str, str]:
                 values = dotenv_values(path, interpolate=False)
                 lines = path.read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeDecodeError):
-                raise Stop(EXIT_USAGE, f"{path} can't be read as UTF-8 text") from None
+                raise FatalError(EXIT_USAGE, f"{path} can't be read as UTF-8 text") from None
             for number, line in enumerate(lines, 1):
                 if line.strip() and not re.match(r"\s*(#|(export\s+)?['\"]?[^=#\s]+\s*=)", line):
                     log.warning("%s, line %d is no NAME=value and is left out", path, number)
@@ -5284,7 +5370,7 @@ def load_settings(environment: Mapping[str, str], workers: int) -> ApiSettings:
             value = float(text) if text else default
             if least <= value <= 1e9:
                 return value
-        raise Stop(EXIT_USAGE, f"{name} is not a number of at least {least:g}: {text}")
+        raise FatalError(EXIT_USAGE, f"{name} is not a number of at least {least:g}: {text}")
 
     base_url = environment.get("DEVREV_BASE_URL", ApiSettings.base_url).strip().rstrip("/")
     return ApiSettings(
@@ -5304,60 +5390,62 @@ def check_base_url(url: str) -> str:
         parts = urlsplit(url)
         host, _ = parts.hostname or "", parts.port
     except ValueError:
-        raise Stop(EXIT_USAGE, "DEVREV_BASE_URL is not a URL") from None
+        raise FatalError(EXIT_USAGE, "DEVREV_BASE_URL is not a URL") from None
     if parts.username is not None or parts.query or parts.fragment:
-        raise Stop(EXIT_USAGE, "DEVREV_BASE_URL holds more than a host and a path")
+        raise FatalError(EXIT_USAGE, "DEVREV_BASE_URL holds more than a host and a path")
     loopback = host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host)
     if not host or parts.scheme not in ("http", "https"):
-        raise Stop(EXIT_USAGE, f"DEVREV_BASE_URL is not an https address: {url}")
+        raise FatalError(EXIT_USAGE, f"DEVREV_BASE_URL is not an https address: {url}")
     if parts.scheme == "http" and not loopback:
         why = f"plain http would show the token to everybody between here and {host}; use https"
-        raise Stop(EXIT_USAGE, f"DEVREV_BASE_URL: {why}")
+        raise FatalError(EXIT_USAGE, f"DEVREV_BASE_URL: {why}")
     return url
 
 
 def check_token(token: str) -> None:
     if not token:
-        raise Stop(EXIT_USAGE, "DEVREV_API_TOKEN is not set; put it into .env (see .env.example) or the environment")
+        raise FatalError(
+            EXIT_USAGE, "DEVREV_API_TOKEN is not set; put it into .env (see .env.example) or the environment"
+        )
     if token[0] in "'\"\u2018\u2019\u201c\u201d":
-        raise Stop(EXIT_USAGE, "DEVREV_API_TOKEN is in quotes, which are no part of it: take them away")
+        raise FatalError(EXIT_USAGE, "DEVREV_API_TOKEN is in quotes, which are no part of it: take them away")
     if not re.fullmatch(r"[\x21-\x7e]+", token):
-        raise Stop(EXIT_USAGE, "DEVREV_API_TOKEN holds a space, a line break or something that is not ASCII")
+        raise FatalError(EXIT_USAGE, "DEVREV_API_TOKEN holds a space, a line break or something that is not ASCII")
 
 
 # -- one call ----------------------------------------------------------------------------------------
 
 
-class Run:
+class RunContext:
     """One call of the tool: options, settings, console, log; named by its stamp."""
 
     TICK = 0.2  # seconds between looks at what the status line says
 
-    def __init__(self, options: argparse.Namespace, outside: Optional[Outside] = None) -> None:
+    def __init__(self, options: argparse.Namespace, environment: Optional[Environment] = None) -> None:
         self.options = options
         self.console = Console(options.quiet)
-        self.outside = outside or Outside(ApiSettings(token=""))
-        self.started = self.outside.moment()
-        self.stamp = self._free_stamp()
-        self.settings = self.outside.settings
+        self.environment = environment or Environment(ApiSettings(token=""))
+        self.started = self.environment.now()
+        self.run_id = self._free_run_id()
+        self.settings = self.environment.settings
         self.organisation = ""
         self.csv_sha256: Optional[str] = None
         self.signal = 0
 
     @property
     def report_path(self) -> Path:
-        return Path("reports") / f"{'undo' if self.options.undo else 'merge'}_report_{self.stamp}.json"
+        return Path("reports") / f"{'undo' if self.options.undo else 'merge'}_report_{self.run_id}.json"
 
     @property
     def log_path(self) -> Path:
-        return Path("logs") / f"contact_merge_{self.stamp}.log"
+        return Path("logs") / f"contact_merge_{self.run_id}.log"
 
-    def _free_stamp(self) -> str:
+    def _free_run_id(self) -> str:
         second = self.started.wall
         while True:
-            self.stamp = stamp_of(second)
+            self.run_id = timestamp_name(second)
             if not (self.report_path.exists() or self.log_path.exists()):
-                return self.stamp
+                return self.run_id
             second += 1
 
     def on_signal(self, loop: asyncio.AbstractEventLoop, act: Callable[[], Any]) -> None:
@@ -5367,14 +5455,14 @@ class Run:
             self.second_signal(number)
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(act)
-            self.console.note("stopping: waiting for requests that are under way (again: stop at once) ...")
+            self.console.print_err("stopping: waiting for requests that are under way (again: stop at once) ...")
 
         self.catch(handle)
 
     def second_signal(self, number: int) -> None:
         """Note the first signal; the second ends the process at once."""
         if self.signal:
-            self.console.cut("cut off; run the same command again to go on")
+            self.console.print_last("cut off; run the same command again to go on")
             os._exit(128 + self.signal)
         self.signal = number
 
@@ -5394,12 +5482,12 @@ class Run:
         if self.options.status:  # which somebody may call every few seconds
             return
         try:
-            self.outside.folder(self.log_path.parent)
+            self.environment.make_private_dir(self.log_path.parent)
             self._add_handler(logging.FileHandler(str(self.log_path), encoding="utf-8"))
         except OSError as error:
             if not self.options.preview:
-                raise Stop(EXIT_STOPPED, f"the log can't be written: {error}") from None
-            self.console.note(f"warning: the log can't be written: {error}")
+                raise FatalError(EXIT_STOPPED, f"the log can't be written: {error}") from None
+            self.console.print_err(f"warning: the log can't be written: {error}")
         log.info("merge_contacts %s, Python %s on %s", __version__, sys.version.split()[0], sys.platform)
 
     def _add_handler(self, handler: logging.Handler) -> None:
@@ -5408,7 +5496,7 @@ class Run:
 
     def load_settings(self) -> None:
         self.settings = load_settings(load_environment(), self.options.workers)
-        self.outside.settings = self.settings
+        self.environment.settings = self.settings
         self.console.mask = self.settings.mask
 
     def cost(self, plan: Plan) -> Estimate:
@@ -5423,7 +5511,7 @@ class Run:
 # -- the plan ----------------------------------------------------------------------------------------
 
 
-def make_plan(run: Run, savepoint: Optional[SavePoint]) -> Plan:
+def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
     """Read, detect, and leave out what is not wanted or has ended already."""
     options = run.options
     named = {email_key(email) for email in options.email or ()}
@@ -5436,37 +5524,37 @@ def make_plan(run: Run, savepoint: Optional[SavePoint]) -> Plan:
     plan.id = plan_id(plan.groups, options.count_policy, not options.no_timelines)
     if options.plan is not None and options.plan.strip().lower() != plan.id:
         why = "CSV, choices, --count-policy or --no-timelines differ from what they were; look at the preview again"
-        raise Stop(EXIT_USAGE, f"the plan is {plan.id}, not {options.plan}: {why}")
+        raise FatalError(EXIT_USAGE, f"the plan is {plan.id}, not {options.plan}: {why}")
     plan.ids = {pair.ids for group in plan.groups for pair in group.pairs}
     if savepoint:
-        adopt(plan, savepoint, named)
+        apply_savepoint(plan, savepoint, named)
     if options.email:
-        _keep_emails(plan, options.email, run.console)
+        _apply_email_filter(plan, options.email, run.console)
     if options.limit:
-        _keep_first(plan, options.limit, run.console)
+        _apply_limit(plan, options.limit, run.console)
     plan.chosen = [group for group in plan.groups if group.chosen and any(p.state not in ENDED for p in group.pairs)]
     for row in plan.invalid_rows:
         log.info("line %d left out: %s", row.line, row.reason)
-    for skip in plan.skipped:
-        log.info("%s skipped: %s", skip.email, skip.code)
+    for skipped_group in plan.skipped:
+        log.info("%s skipped: %s", skipped_group.email, skipped_group.code)
     return plan
 
 
-def adopt(plan: Plan, savepoint: SavePoint, named: Collection[str] = ()) -> None:
+def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str] = ()) -> None:
     """Bring what the savepoint knows into a plan: what has ended or was begun, and what was undone and not `named`."""
     known = {pair.ids: pair for pair in savepoint.rows(*UNFINISHED, *ENDED)}
     taken_back = {pair.ids: pair.email for pair in savepoint.rows(State.UNDONE)}  # its contacts have other ids now
     undone = set(taken_back.values()) - set(named)
     groups, plan.groups = plan.groups, []
-    asked = [row for row in known.values() if row.state in ASKED]
-    group_of = {contact.id: group for group in groups for contact in group.everybody()} if asked else {}
+    asked = [row for row in known.values() if row.state in REQUESTED_STATES]
+    group_of = {contact.id: group for group in groups for contact in group.all_contacts()} if asked else {}
     plan.overruled = {row.ids for row in asked for one in row.ids if one in group_of and group_of[one].overrules(row)}
     for group in groups:
         rows = [known.get(pair.ids) for pair in group.pairs]
         # An export that has an old id is older than the undo, which would begin anew after a refusal of that pair.
         stale = any(pair.ids in taken_back for pair in group.pairs)
         if stale or (group.email in undone and not all(rows)):
-            plan.skipped.append(Skip(group.email, "undone", group.everybody()))
+            plan.skipped.append(SkippedGroup(group.email, "undone", group.all_contacts()))
             plan.ids.difference_update(pair.ids for pair in group.pairs)
             continue
         plan.groups.append(group)
@@ -5477,33 +5565,33 @@ def adopt(plan: Plan, savepoint: SavePoint, named: Collection[str] = ()) -> None
                 plan.unreported += row.state in ENDED and not row.report
 
 
-def _keep_emails(plan: Plan, emails: Sequence[str], console: Console) -> None:
+def _apply_email_filter(plan: Plan, emails: Sequence[str], console: Console) -> None:
     """Keep what was asked for, and say why there is nothing to merge. Raises Stop(2) for an email in no row."""
     wanted = {email_key(email) for email in emails}
     plan.groups = [group for group in plan.groups if group.email in wanted]
-    plan.skipped = [skip for skip in plan.skipped if skip.email in wanted]
+    plan.skipped = [skipped_group for skipped_group in plan.skipped if skipped_group.email in wanted]
     lines = {email_key(row.email): row for row in plan.invalid_rows if row.email}
-    found = {group.email for group in plan.groups} | {skip.email for skip in plan.skipped}
+    found = {group.email for group in plan.groups} | {skipped_group.email for skipped_group in plan.skipped}
     unknown = sorted(wanted - found - plan.left_alone.keys() - lines.keys())
     if unknown:
-        raise Stop(EXIT_USAGE, f"--email: in no row of the CSV: {', '.join(unknown)}")
+        raise FatalError(EXIT_USAGE, f"--email: in no row of the CSV: {', '.join(unknown)}")
     for email in sorted(wanted - found):
         row = lines.get(email)
         why = f"line {row.line}: {row.reason}" if row else plan.left_alone[email]
-        console.note(f"{email}: nothing to merge: {why}")
-    for skip in plan.skipped:
-        console.note(f"{skip.email}: skipped: {SKIP_REASONS[skip.code][0]}")
+        console.print_err(f"{email}: nothing to merge: {why}")
+    for skipped_group in plan.skipped:
+        console.print_err(f"{skipped_group.email}: skipped: {SKIP_REASONS[skipped_group.code][0]}")
     for group in plan.groups:
         if all(pair.state in ENDED for pair in group.pairs):
-            console.note(f"{group.email}: nothing to merge: merged already, says the savepoint")
+            console.print_err(f"{group.email}: nothing to merge: merged already, says the savepoint")
 
 
-def _keep_first(plan: Plan, limit: int, console: Console) -> None:
+def _apply_limit(plan: Plan, limit: int, console: Console) -> None:
     """Keep whole groups with at most `limit` pairs in all; one that would not fit is passed over."""
     kept: List[Group] = []
     sizes = [sum(pair.state is State.PLANNED for pair in group.pairs) for group in plan.groups]
     if any(sizes) and min(filter(None, sizes)) > limit:
-        console.note(f"--limit {limit}: no group is so small, and groups are merged as wholes")
+        console.print_err(f"--limit {limit}: no group is so small, and groups are merged as wholes")
     for group, size in zip(plan.groups, sizes):
         if size <= limit:  # none: what an earlier run has begun
             kept.append(group)
@@ -5511,7 +5599,7 @@ def _keep_first(plan: Plan, limit: int, console: Console) -> None:
     plan.groups = kept
 
 
-def preview(run: Run) -> int:
+def preview(run: RunContext) -> int:
     known = open_savepoint(run, readonly=True)
     plan = make_plan(run, known)
     earlier = known.unfinished()
@@ -5531,7 +5619,7 @@ def _has_content(path: Path) -> bool:
 # -- the real run ------------------------------------------------------------------------------------
 
 
-def merge(run: Run) -> int:
+def merge(run: RunContext) -> int:
     """Carry the plan out and report it; returns the exit code."""
     check_token(run.settings.token)
     run.csv_sha256 = _sha256(run.options.csv)
@@ -5539,11 +5627,11 @@ def merge(run: Run) -> int:
         plan = make_plan(run, savepoint)
         if not plan.count() and not savepoint.unfinished():
             return _report(run, plan, None, savepoint, EXIT_OK)
-        check_writable(run.report_path.parent, run.outside)
-        return run.outside.complete(carry_out(run, plan, savepoint))
+        check_writable(run.report_path.parent, run.environment)
+        return run.environment.run_event_loop(run_merge(run, plan, savepoint))
 
 
-def settle(run: Run) -> int:
+def settle(run: RunContext) -> int:
     """Accept what can't be mended of merged pairs that a report has named; nothing is asked of DevRev."""
     with contextlib.closing(open_savepoint(run)) as savepoint:
         wanted = {email_key(email) for email in run.options.settle}
@@ -5551,24 +5639,24 @@ def settle(run: Run) -> int:
         missing = sorted(wanted - {pair.email for pair in pairs})
         if missing:
             why = "no unfinished pair whose flaw an earlier run has named in its report, and that can't be mended"
-            raise Stop(EXIT_USAGE, f"{', '.join(missing)}: {why} (--status tells what is)")
+            raise FatalError(EXIT_USAGE, f"{', '.join(missing)}: {why} (--status tells what is)")
         for pair in pairs:
             pair.details["accepted"] = f"{pair.code}: {pair.error}"
             if pair.new_ref and pair.state is not State.PROVING:
                 pair.details["reference_not_set"] = pair.new_ref
             pair.state, pair.report = State.SETTLED, ""
-        Ledger(savepoint, Journal(JOURNAL, run.outside, run.stamp)).put(pairs, pairs)
+        StateWriter(savepoint, Journal(JOURNAL, run.environment, run.run_id)).put(pairs, pairs)
         for pair in pairs:
-            run.console.say(f"settled  {pair.email}: {pair.details['accepted']}")
+            run.console.print(f"settled  {pair.email}: {pair.details['accepted']}")
         return _report(run, Plan([], [], [], 0), None, savepoint, EXIT_OK)
 
 
-def open_savepoint(run: Run, readonly: bool = False) -> SavePoint:
+def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
     """Open the savepoint, which learns from the journal what it does not know."""
-    savepoint = SavePoint(run.options.savepoint, run.outside, run.stamp, readonly)
-    journal = Journal(JOURNAL, run.outside, run.stamp)
-    savepoint.settle_report(lambda name: (run.report_path.parent / name).exists())
-    Ledger(savepoint, journal).catch_up(lambda: reported_pairs(run.report_path.parent))
+    savepoint = SavePoint(run.options.savepoint, run.environment, run.run_id, readonly)
+    journal = Journal(JOURNAL, run.environment, run.run_id)
+    savepoint.confirm_report(lambda name: (run.report_path.parent / name).exists())
+    StateWriter(savepoint, journal).reconcile(lambda: reported_pairs(run.report_path.parent))
     return savepoint
 
 
@@ -5584,51 +5672,55 @@ def reported_pairs(folder: Path) -> Dict[Tuple[str, str], str]:
     return found
 
 
-def check_writable(folder: Path, outside: Outside) -> None:
+def check_writable(folder: Path, environment: Environment) -> None:
     """Find out now whether a file can be made in a folder. Raises Stop(3)."""
     trial = folder / f".trial.{os.getpid()}"
     try:
-        outside.folder(folder)
+        environment.make_private_dir(folder)
         trial.write_bytes(b"")
         trial.unlink()
     except OSError as error:
-        raise Stop(EXIT_STOPPED, f"{folder} can't be written: {error}; nothing was changed") from None
+        raise FatalError(EXIT_STOPPED, f"{folder} can't be written: {error}; nothing was changed") from None
 
 
-async def carry_out(run: Run, plan: Plan, savepoint: SavePoint) -> int:
+async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint) -> int:
     """Find out whose token it is, ask, merge, report; returns the exit code."""
     run.console.status("connecting to DevRev ...")
-    brake = Brake()
-    api = DevRevAPI(run.settings, run.outside, brake)
-    backups = Backups(JOURNAL.parent, run.outside, not run.options.no_timelines)
-    journal = Journal(JOURNAL, run.outside, run.stamp)
+    cancel_token = CancelToken()
+    api = DevRevAPI(run.settings, run.environment, cancel_token)
+    backups = BackupStore(JOURNAL.parent, run.environment, not run.options.no_timelines)
+    journal = Journal(JOURNAL, run.environment, run.run_id)
     progress = Progress(run, run.cost(plan).requests)
     merger = ContactMerger(
         api, savepoint, journal, backups, run.options.count_policy, run.options.merge_timeout, progress.on_pair
     )
     try:
         unfinished = await merger.identify(plan)
-    except Stop as stop:
+    except FatalError as stop:
         if stop.exit_code != EXIT_STOPPED:
             raise
-        brake.pull(stop)
+        cancel_token.cancel(stop)
         return _report(run, plan, merger, savepoint, stop.exit_code)
     warning = "In DevRev a merge can't be undone; --undo takes back most of it."
     question = Question("merge", merge_facts(run, plan, unfinished), warning)
-    code = await attend(run, merger, progress, question, lambda: merger.run(plan.groups, unfinished))
+    code = await confirm_and_run(run, merger, progress, question, lambda: merger.run(plan.groups, unfinished))
     return _report(run, plan, merger, savepoint, code)
 
 
-async def attend(
-    run: Run, merger: ContactMerger, progress: "Progress", question: "Question", work: Callable[[], Awaitable[int]]
+async def confirm_and_run(
+    run: RunContext,
+    merger: ContactMerger,
+    progress: "Progress",
+    question: "Question",
+    work: Callable[[], Awaitable[int]],
 ) -> int:
     """Ask, and do the work under a status line, which a signal ends; returns the exit code."""
     ticking = asyncio.ensure_future(
         progress.tick(lambda now: progress.line(merger, now))
     )  # which also lets signals in, however quiet it is
     await confirm(run, merger, question)
-    merger.savepoint.about("organisation", merger.organisation)
-    run.on_signal(asyncio.get_event_loop(), lambda: merger.brake.pull(Interrupted()))
+    merger.savepoint.meta("organisation", merger.organisation)
+    run.on_signal(asyncio.get_event_loop(), lambda: merger.cancel_token.cancel(Cancelled()))
     code = await work()
     ticking.cancel()
     run.console.status("")
@@ -5643,19 +5735,19 @@ class Question(NamedTuple):
     warning: str
 
 
-def merge_facts(run: Run, plan: Plan, unfinished: Sequence[Pair]) -> Dict[str, str]:
+def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair]) -> Dict[str, str]:
     """What one signs with a typed `merge`."""
     new = [pair for pair in plan.pairs() if pair.state is State.PLANNED]
     modified = datetime.fromtimestamp(run.options.csv.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
     facts = {"CSV": f"{run.options.csv} of {modified}", "plan": plan.id, "to merge": plural(len(new), "pair")}
-    facts.update({f"  {index}": words for index, words in enumerate(some([told(pair) for pair in new], 3), 1)})
+    facts.update({f"  {index}": words for index, words in enumerate(some([describe_pair(pair) for pair in new], 3), 1)})
     if unfinished:
-        words = "; ".join(some([told(pair) for pair in unfinished], 3))
+        words = "; ".join(some([describe_pair(pair) for pair in unfinished], 3))
         facts["first"] = f"{plural(len(unfinished), 'pair')} of earlier runs to finish: {words}"
     facts["left out"] = f"{plural(len(plan.skipped), 'group')} skipped, {plural(len(plan.invalid_rows), 'invalid row')}"
     left = plan_summary(plan, run.cost(plan), unfinished)["left"]
     facts.update({"left": f"{plural(left, 'pair')} for another run (--email, --limit)"} if left else {})
-    lost = [f"{one.external_ref} ({told_of(one)})" for group in plan.chosen for one in group.lost_refs()]
+    lost = [f"{one.external_ref} ({describe_contact(one)})" for group in plan.chosen for one in group.lost_refs()]
     warnings = [f"{group.email}: {warning}" for group in plan.chosen for warning in group.warnings()]
     for name, found in (("choices lose", lost), ("WARNING", warnings)):
         facts.update({name: "; ".join(some(found))} if found else {})
@@ -5664,7 +5756,7 @@ def merge_facts(run: Run, plan: Plan, unfinished: Sequence[Pair]) -> Dict[str, s
     return facts
 
 
-async def confirm(run: Run, merger: ContactMerger, question: Question) -> None:
+async def confirm(run: RunContext, merger: ContactMerger, question: Question) -> None:
     """On a terminal: say what is about to happen, and go on only where it is signed. Raises Stop(2) otherwise."""
     owner = merger.token_owner
     who = str(owner.get("display_name") or owner.get("full_name") or owner.get("email") or owner.get("id"))
@@ -5672,17 +5764,17 @@ async def confirm(run: Run, merger: ContactMerger, question: Question) -> None:
     if run.options.yes or run.options.preview or not (sys.stdin and sys.stdin.isatty()):
         return
     run.console.status("")
-    say, ask = run.console.asking()
-    say(f"organisation  {merger.organisation} at {run.settings.base_url}")
-    say(f"token of      {who}" + (f" <{owner['email']}>" if owner.get("email") else ""))
+    show, ask = run.console.question_streams()
+    show(f"organisation  {merger.organisation} at {run.settings.base_url}")
+    show(f"token of      {who}" + (f" <{owner['email']}>" if owner.get("email") else ""))
     for name, fact in question.facts.items():
-        say(f"{name:<12}  {fact}")
-    say(question.warning, "bold")
+        show(f"{name:<12}  {fact}")
+    show(question.warning, "bold")
     ask(f"Type {question.word} to go on, anything else to leave: ")
     # Read by a thread and past Python's own buffers, so that a signal is never kept waiting by the terminal.
-    answer = await run.outside.work(os.read, sys.stdin.fileno(), 1024)
+    answer = await run.environment.run_in_thread(os.read, sys.stdin.fileno(), 1024)
     if answer.strip() != question.word.encode():
-        raise Stop(EXIT_USAGE, "not confirmed; nothing was changed")
+        raise FatalError(EXIT_USAGE, "not confirmed; nothing was changed")
 
 
 class Progress:
@@ -5690,10 +5782,10 @@ class Progress:
 
     EVERY = 30.0  # seconds between lines where there is no terminal
 
-    def __init__(self, run: Run, requests: int = 0) -> None:
+    def __init__(self, run: RunContext, requests: int = 0) -> None:
         self.run = run
         self.requests = requests  # that the whole run is expected to take
-        self.begun = self.told = run.outside.moment().steady
+        self.begun = self.describe_pair = run.environment.now().monotonic
 
     def on_pair(self, pair: Pair) -> None:
         console, style = self.run.console, ""
@@ -5709,20 +5801,20 @@ class Progress:
             line = f"{word}  {words}: {pair.code}: {pair.error}{so_far}"
         log.info("%s", line)
         if not self.run.options.quiet:
-            console.say(line, style)
+            console.print(line, style)
 
     async def tick(self, line_at: Callable[[float], str]) -> None:
         """Say how far a run is for as long as it lasts; where there is no terminal, now and then."""
         while True:
             await asyncio.sleep(self.run.TICK)
-            now = self.run.outside.moment().steady
+            now = self.run.environment.now().monotonic
             line = line_at(now)
             self.run.console.status(line)
-            if line and now - self.told >= self.EVERY:
-                self.told = now
+            if line and now - self.describe_pair >= self.EVERY:
+                self.describe_pair = now
                 log.info("%s", line)
                 if not self.run.options.quiet and not self.run.console.err.isatty():
-                    self.run.console.note(line)
+                    self.run.console.print_err(line)
 
     def line(self, merger: ContactMerger, now: float) -> str:
         """Phases, the end, and what is waited for."""
@@ -5735,7 +5827,7 @@ class Progress:
             "merged": sum(pair.state in gone for pair in pairs),
             "proved": sum(pair.state in ENDED for pair in pairs),
         }
-        failed = sum(not merger.went_well(pair) for pair in merger.rested.values())
+        failed = sum(not merger.is_success(pair) for pair in merger.outcomes.values())
         words = [f"{count:,} {what}" for what, count in phases.items()] + ([f"{failed:,} failed"] if failed else [])
         parts = [f"{plural(merger.total, 'pair')}: {', '.join(words)}"]
         if self.run.signal:
@@ -5743,7 +5835,7 @@ class Progress:
         share = (sum(phases.values()) + 3 * failed) / (3 * merger.total)
         if share < 1:
             parts.append(f"{duration(self.left(merger, share, now))} left")
-        parts.extend(filter(None, [merger.api.gate.outlook()]))
+        parts.extend(filter(None, [merger.api.scheduler.describe_wait()]))
         return " \u00b7 ".join(parts)
 
     def left(self, merger: ContactMerger, share: float, now: float) -> float:
@@ -5751,45 +5843,47 @@ class Progress:
         api, known = merger.api, share > 0.05
         sent = sum(api.requests.values())
         wanted = sent / share * (1 - share) if known else max(0, self.requests - sent)
-        return max(api.gate.least_seconds(wanted), (now - self.begun) / share * (1 - share) if known else 0.0)
+        return max(api.scheduler.minimum_seconds(wanted), (now - self.begun) / share * (1 - share) if known else 0.0)
 
 
-def _report(run: Run, plan: Plan, merger: Optional[ContactMerger], savepoint: SavePoint, code: int) -> int:
+def _report(run: RunContext, plan: Plan, merger: Optional[ContactMerger], savepoint: SavePoint, code: int) -> int:
     """Write the report and print the summary; a full disk here makes the exit code 3."""
-    stop = stopped_by(merger, code)
+    stop = stop_reason(merger, code)
     summary, lists = summary_of(plan, savepoint), outcome(savepoint)
     failed = list(lists["failed_merges"])  # also by a run that was killed before it could say so
     failures = [*failed, *lists["unfinished_merges"]]
     code = EXIT_FAILED if failed and code == EXIT_OK else code
     facts = run_facts(run, merger, savepoint, code, headline(plan, summary, savepoint), plan)
-    code = written(run, lambda: write_report(run.report_path, facts, plan, savepoint, run.outside), code)
+    code = written(run, lambda: write_report(run.report_path, facts, plan, savepoint, run.environment), code)
     if stop and not run.signal:
         run.console.error(stop)
     show_summary(run, facts["headline"], summary, merger, failures)
     if code >= EXIT_STOPPED:
-        run.console.note(f"Stopped early. Run the same command again to go on from {run.options.savepoint}.", "bold")
+        run.console.print_err(
+            f"Stopped early. Run the same command again to go on from {run.options.savepoint}.", "bold"
+        )
     elif code == EXIT_USAGE:
-        run.console.note("Nothing was changed in DevRev.")
+        run.console.print_err("Nothing was changed in DevRev.")
     log.info("exit code %d", code)
     return code
 
 
-def written(run: Run, write: Callable[[], None], code: int) -> int:
+def written(run: RunContext, write: Callable[[], None], code: int) -> int:
     """Write a report; a disk that refuses makes the exit code 3, unless it says something worse."""
     try:
         write()
-    except (OSError, Stop) as error:
+    except (OSError, FatalError) as error:
         run.console.error(f"the report can't be written: {error}")
         return code if code >= EXIT_USAGE else EXIT_STOPPED
     return code
 
 
-def stopped_by(merger: Optional[ContactMerger], code: int) -> Optional[str]:
+def stop_reason(merger: Optional[ContactMerger], code: int) -> Optional[str]:
     return str(merger.stop) if merger and merger.stop and code >= EXIT_USAGE else None
 
 
 def run_facts(
-    run: Run,
+    run: RunContext,
     merger: Optional[ContactMerger],
     savepoint: SavePoint,
     code: int,
@@ -5799,7 +5893,7 @@ def run_facts(
     """The report's `run`."""
     owner = merger.token_owner if merger else {}
     requests = dict(sorted(merger.api.requests.items())) if merger else {}
-    waits = merger.api.gate.waits if merger else []
+    waits = merger.api.scheduler.waits if merger else []
     options = run.options
     return {
         "version": __version__,
@@ -5808,7 +5902,7 @@ def run_facts(
         "csv_sha256": run.csv_sha256,
         "plan": plan.id if plan else None,
         "base_url": run.settings.base_url,
-        "organisation": merger.organisation if merger else savepoint.about("organisation"),
+        "organisation": merger.organisation if merger else savepoint.meta("organisation"),
         "token_owner": {name: owner.get(name) for name in ("id", "display_name", "email")},
         "options": {
             "email": options.email, "limit": options.limit, "count_policy": options.count_policy,
@@ -5817,9 +5911,9 @@ def run_facts(
             "timelines": not options.no_timelines, "rate_limit": [run.settings.calls, run.settings.period],
         },
         "start": iso(run.started.wall),
-        "end": iso(run.outside.moment().wall),
+        "end": iso(run.environment.now().wall),
         "exit_code": code,
-        "stopped": "interrupted" if run.signal else stopped_by(merger, code),
+        "stopped": "interrupted" if run.signal else stop_reason(merger, code),
         "requests": requests,
         "requests_total": sum(requests.values()),
         "quota_wait_seconds": round(sum(end - start for start, end in waits), 3),
@@ -5838,26 +5932,26 @@ def _sha256(path: Path) -> Optional[str]:
 
 
 def show_summary(
-    run: Run, headline: str, facts: Json, merger: Optional[ContactMerger], failures: Sequence[Pair]
+    run: RunContext, headline: str, facts: Json, merger: Optional[ContactMerger], failures: Sequence[Pair]
 ) -> None:
-    say = run.console.say
-    say()
+    show = run.console.print
+    show()
     whole = facts["left"] == facts["failed_merges"] == facts["unfinished_merges"] == 0
-    say(headline, "good" if whole and not failures else "bold")
+    show(headline, "good" if whole and not failures else "bold")
     if failures:
         _show_failures(run.console, failures)
     if facts["skipped_groups"]:
-        say("         --preview says why groups are skipped")
+        show("         --preview says why groups are skipped")
     if merger:
-        spent = run.outside.elapsed(run.started)
-        say(f"cost     {plural(sum(merger.api.requests.values()), 'request')}, {duration(spent)}")
-    say_report(run)
+        spent = run.environment.elapsed(run.started)
+        show(f"cost     {plural(sum(merger.api.requests.values()), 'request')}, {duration(spent)}")
+    print_report_paths(run)
 
 
-def say_report(run: Run) -> None:
+def print_report_paths(run: RunContext) -> None:
     page = run.report_path.with_suffix(".html")
     if run.report_path.exists():
-        run.console.say(f"report   {run.report_path}" + (f", to read: {page}" if page.exists() else ""))
+        run.console.print(f"report   {run.report_path}" + (f", to read: {page}" if page.exists() else ""))
 
 
 def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
@@ -5866,71 +5960,75 @@ def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
         by_code[pair.code].append(pair.email)
     for code, emails in sorted(by_code.items()):
         emails.sort()
-        console.say(f"  {len(emails)} {code}: {', '.join(some(emails))}")
-        console.say(f"    what to do: {ADVICE.get(code, 'see the report')}")
+        console.print(f"  {len(emails)} {code}: {', '.join(some(emails))}")
+        console.print(f"    what to do: {ADVICE.get(code, 'see the report')}")
 
 
 # -- export ------------------------------------------------------------------------------------------
 
 
-def export(run: Run) -> int:
+def export(run: RunContext) -> int:
     """Write the CSV from DevRev itself; returns the exit code. What is wrong with the path is found out first."""
     check_token(run.settings.token)
     path: Path = run.options.export
     if os.path.lexists(str(path)):
-        raise Stop(EXIT_USAGE, f"{path} is there already, and is left as it is: name a file that is not there yet")
+        raise FatalError(
+            EXIT_USAGE, f"{path} is there already, and is left as it is: name a file that is not there yet"
+        )
     try:
         spool = tempfile.TemporaryFile(dir=str(path.parent))  # noqa: SIM115
     except OSError as error:
-        raise Stop(EXIT_USAGE, f"{path} can't be written: {error.strerror}") from None
+        raise FatalError(EXIT_USAGE, f"{path} can't be written: {error.strerror}") from None
     with spool:
         try:
             return asyncio.run(_export(run, path, spool))
         except FileExistsError:
-            raise Stop(EXIT_USAGE, f"{path} has been made by somebody else meanwhile, and is left as it is") from None
+            raise FatalError(
+                EXIT_USAGE, f"{path} has been made by somebody else meanwhile, and is left as it is"
+            ) from None
         except OSError as error:
-            raise Stop(EXIT_STOPPED, f"the disk refuses: {error}; nothing was written") from None
+            raise FatalError(EXIT_STOPPED, f"the disk refuses: {error}; nothing was written") from None
 
 
-async def _export(run: Run, path: Path, spool: BinaryIO) -> int:
-    api = DevRevAPI(run.settings, run.outside, Brake())
-    exporter = Exporter(api, [f"@{domain}" for domain in run.options.domain or ()], spool)
+async def _export(run: RunContext, path: Path, spool: BinaryIO) -> int:
+    api = DevRevAPI(run.settings, run.environment, CancelToken())
+    exporter = ContactExporter(api, [f"@{domain}" for domain in run.options.domain or ()], spool)
     work = asyncio.ensure_future(exporter.run())
     run.on_signal(asyncio.get_event_loop(), work.cancel)
     ticking = asyncio.ensure_future(
         Progress(run).tick(lambda _now: exporter.progress())
     )  # which also lets signals in, however quiet it is
     try:
-        with nothing_changed_yet(api):
+        with before_any_change(api):
             rows = await work
     except asyncio.CancelledError:
-        run.console.note("interrupted; nothing was written")
+        run.console.print_err("interrupted; nothing was written")
         return 128 + run.signal
     finally:
         ticking.cancel()
         run.console.status("")
-    run.outside.replace(path, csv_chunks(rows), lambda: path.touch(mode=0o600, exist_ok=False))
-    say_exported(run, exporter, path)
+    run.environment.write_atomically(path, csv_chunks(rows), lambda: path.touch(mode=0o600, exist_ok=False))
+    print_exported(run, exporter, path)
     return EXIT_OK
 
 
-def say_exported(run: Run, exporter: Exporter, path: Path) -> None:
+def print_exported(run: RunContext, exporter: ContactExporter, path: Path) -> None:
     emails = len({contact.key for contact in exporter.rows})
     rows, requests = len(exporter.rows), sum(exporter.api.requests.values())
-    say = run.console.say
-    say(f"exported {plural(rows, 'contact')} of {plural(emails, 'email')} that recur, to {path}", "good")
-    say(f"read     {plural(exporter.read, 'contact')}")
-    say(f"cost     {plural(requests, 'request')}, {duration(run.outside.elapsed(run.started))}")
+    show = run.console.print
+    show(f"exported {plural(rows, 'contact')} of {plural(emails, 'email')} that recur, to {path}", "good")
+    show(f"read     {plural(exporter.read, 'contact')}")
+    show(f"cost     {plural(requests, 'request')}, {duration(run.environment.elapsed(run.started))}")
     if rows and not run.options.quiet:
         name = f'"{path}"' if re.search(r"[^\w./\\:@+-]", str(path)) else str(path)
-        say(f"next     python merge_contacts.py --csv {name} --preview")
+        show(f"next     python merge_contacts.py --csv {name} --preview")
     log.info("exported %d rows of %d emails to %s with %d requests", rows, emails, path, requests)
 
 
 # -- undo --------------------------------------------------------------------------------------------
 
 
-def undo(run: Run) -> int:
+def undo(run: RunContext) -> int:
     """Take merges back, or with --preview say what would be; returns the exit code."""
     check_token(run.settings.token)
     options = run.options
@@ -5938,28 +6036,28 @@ def undo(run: Run) -> int:
         emails = {email_key(email) for email in options.email or ()}
         plan = plan_undo(options.undo, savepoint, emails, options.limit)
         if not options.preview:
-            check_writable(run.report_path.parent, run.outside)
-        return run.outside.complete(take_back(run, plan, savepoint))
+            check_writable(run.report_path.parent, run.environment)
+        return run.environment.run_event_loop(run_undo(run, plan, savepoint))
 
 
-async def take_back(run: Run, plan: UndoPlan, savepoint: SavePoint) -> int:
+async def run_undo(run: RunContext, plan: UndoPlan, savepoint: SavePoint) -> int:
     """Find out whose token it is, ask, undo, report; returns the exit code."""
-    options, brake = run.options, Brake()
-    progress, journal = Progress(run), Journal(JOURNAL, run.outside, run.stamp)
-    undoer = Undoer(
-        DevRevAPI(run.settings, run.outside, brake), savepoint, journal, options.undo, options.preview,
+    options, cancel_token = run.options, CancelToken()
+    progress, journal = Progress(run), Journal(JOURNAL, run.environment, run.run_id)
+    undo_runner = UndoRunner(
+        DevRevAPI(run.settings, run.environment, cancel_token), savepoint, journal, options.undo, options.preview,
         merge_timeout=options.merge_timeout, on_pair=(lambda _pair: None) if options.preview else progress.on_pair,
     )  # fmt: skip
     code = EXIT_OK
     if plan.groups:
-        await undoer.find_owner()
-        check_organisation(undoer.organisation, "backup", plan.pairs)
+        await undo_runner.find_owner()
+        check_organisation(undo_runner.organisation, "backup", plan.pairs)
         facts = {"to take back": plural(len(plan.pairs), "merge"), "of": str(options.undo)}
         told_pairs = some([f"{names_of(pair)} <{pair.email}>: {into(pair)}" for pair in plan.pairs], 3)
         facts.update({f"  {index}": words for index, words in enumerate(told_pairs, 1)})
         question = Question("undo", facts, "Ids, dates, creators and authors of comments can't be given back.")
-        code = await attend(run, undoer, progress, question, lambda: undoer.undo(plan))
-    return report_undo(run, plan, undoer, code)
+        code = await confirm_and_run(run, undo_runner, progress, question, lambda: undo_runner.undo(plan))
+    return report_undo(run, plan, undo_runner, code)
 
 
 def undo_headline(counts: Json, before: int) -> str:
@@ -5971,9 +6069,9 @@ def undo_headline(counts: Json, before: int) -> str:
     return ", ".join([*words, *([f"{before:,} taken back before"] if before else [])])
 
 
-def report_undo(run: Run, plan: UndoPlan, undoer: Undoer, code: int) -> int:
+def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, code: int) -> int:
     """Write the report (with --preview: print it), and say what has come of each pair."""
-    stop = stopped_by(undoer, code)
+    stop = stop_reason(undo_runner, code)
     pairs = plan.pairs if run.options.preview else [*plan.undone, *plan.pairs]  # those of a killed run are in no report
     lists = {
         "undone": [pair for pair in pairs if pair.state is State.UNDONE],
@@ -5986,7 +6084,7 @@ def report_undo(run: Run, plan: UndoPlan, undoer: Undoer, code: int) -> int:
     left = plan.left + len(pairs) - sum(summary.values())
     words = undo_headline({**summary, "left": left}, len(plan.undone))
     summary.update(pairs=len(pairs) + plan.left, undone_before=len(plan.undone), left=left)
-    facts = run_facts(run, undoer, undoer.savepoint, code, words)
+    facts = run_facts(run, undo_runner, undo_runner.savepoint, code, words)
     head = {"run": {**facts, "undo": str(run.options.undo)}, "summary": summary}
     entries: Dict[str, Iterable[Json]] = {name: map(undo_entry, found) for name, found in lists.items()}
     if run.options.preview:
@@ -5994,12 +6092,12 @@ def report_undo(run: Run, plan: UndoPlan, undoer: Undoer, code: int) -> int:
     else:
 
         def write() -> None:
-            run.outside.replace(run.report_path, report_chunks(head, entries))
-            write_page(run.report_path, "undo_template.html", facts["headline"], run.outside)
+            run.environment.write_atomically(run.report_path, report_chunks(head, entries))
+            write_page(run.report_path, "undo_template.html", facts["headline"], run.environment)
 
         code = written(run, write, code)
-        say_report(run)
-        run.console.say(facts["headline"], "bold")
+        print_report_paths(run)
+        run.console.print(facts["headline"], "bold")
         _show_failures(run.console, [*lists["failed"], *lists["unfinished"]])
     if stop and not run.signal:
         run.console.error(stop)
@@ -6007,44 +6105,44 @@ def report_undo(run: Run, plan: UndoPlan, undoer: Undoer, code: int) -> int:
     return code
 
 
-def show_undo(run: Run, head: Json, lists: Mapping[str, Iterable[Json]]) -> None:
+def show_undo(run: RunContext, head: Json, lists: Mapping[str, Iterable[Json]]) -> None:
     if run.options.json:
         run.console.json(report_chunks(head, lists))
         return
-    say = run.console.say
+    show = run.console.print
     for name, entries in lists.items():
         for entry in entries:
             names = f"{entry['duplicate']['display_id']} out of {entry['primary']['display_id']}"
             if name == "refused":
-                say(f"refused  {entry['email']}: {names}: {entry['code']}: {entry['error']}", "bad")
+                show(f"refused  {entry['email']}: {names}: {entry['code']}: {entry['error']}", "bad")
                 continue
             given = len({item["id"] for item in entry["given_back"]})
             reference = entry["duplicate"]["old_external_ref"]
-            say(f"undo     {entry['email']}: {names}, {reference}, {given} tickets, issues and conversations")
+            show(f"undo     {entry['email']}: {names}, {reference}, {given} tickets, issues and conversations")
             for item in entry["left"]:
-                say(f"           stays: {item['display_id']} {item['title']}: {item['why']}")
+                show(f"           stays: {item['display_id']} {item['title']}: {item['why']}")
             never = dict.fromkeys(item["what"].replace("_", " ") for item in entry["not_given_back"])
-            say(f"           never back: {', '.join(never)}")
-    say(head["run"]["headline"], "bold")
+            show(f"           never back: {', '.join(never)}")
+    show(head["run"]["headline"], "bold")
 
 
 # -- check, status, verify ---------------------------------------------------------------------------
 
 
-async def check(run: Run) -> int:
+async def check(run: RunContext) -> int:
     """Say whether a real run could start: token, organisation, read access, quota, disk, savepoint."""
-    api = DevRevAPI(run.settings, run.outside, Brake())
+    api = DevRevAPI(run.settings, run.environment, CancelToken())
     checks: List[Json] = []
 
     async def tell(name: str, work: Union[Callable[[], str], Awaitable[str]]) -> bool:
         try:
             words, good = work() if callable(work) else await work, True
-        except (Stop, PairError, OSError) as error:
-            words, good = str(api.brake.stop or error if isinstance(error, Interrupted) else error), False
+        except (FatalError, PairError, OSError) as error:
+            words, good = str(api.cancel_token.stop or error if isinstance(error, Cancelled) else error), False
             log.info("check of %s: %s", name, words)
         checks.append({"check": name, "ok": good, "says": words})
         if not run.options.json:
-            run.console.say(f"{'ok     ' if good else 'FAILED '} {name}: {words}", "" if good else "bad")
+            run.console.print(f"{'ok     ' if good else 'FAILED '} {name}: {words}", "" if good else "bad")
         return good
 
     known = await tell("token", _check_token(run, api))
@@ -6055,7 +6153,7 @@ async def check(run: Run) -> int:
         seen: List[str] = []
         for name in READS:
             await tell(name, _check_read(api, name, seen))
-        notes.append(f"quota: {api.gate.outlook() or 'the server says nothing about it'}, {run.ceiling()}")
+        notes.append(f"quota: {api.scheduler.describe_wait() or 'the server says nothing meta it'}, {run.ceiling()}")
     await tell("savepoint", lambda: _check_savepoint(run))
     await tell("disk", _check_disk)
     notes.append("the permission to merge (rev_user:all) can't be tried without merging: --limit 1 is the first proof")
@@ -6063,28 +6161,28 @@ async def check(run: Run) -> int:
     return _verdict(run, checks, notes)
 
 
-def _verdict(run: Run, checks: Sequence[Json], notes: Sequence[str]) -> int:
+def _verdict(run: RunContext, checks: Sequence[Json], notes: Sequence[str]) -> int:
     problems = sum(not one["ok"] for one in checks)
     verdict = f"not ready: {plural(problems, 'problem')}" if problems else "ready"
     if run.options.json:
         facts = {"verdict": verdict, "ready": not problems, "checks": checks, "notes": notes}
         run.console.json([to_json(facts, indent=1) + b"\n"])
     else:
-        for note in notes:
-            run.console.say(f"note    {note}")
-        run.console.say(verdict, "bad" if problems else "good")
+        for print_err in notes:
+            run.console.print(f"note    {print_err}")
+        run.console.print(verdict, "bad" if problems else "good")
     return EXIT_USAGE if problems else EXIT_OK
 
 
-async def _check_token(run: Run, api: DevRevAPI) -> str:
+async def _check_token(run: RunContext, api: DevRevAPI) -> str:
     check_token(run.settings.token)
-    with nothing_changed_yet(api):
+    with before_any_change(api):
         owner = await api.whoami()
     run.organisation = organisation_of(str(owner.get("id")))
     return f"of {owner.get('display_name') or owner.get('id')}, organisation {run.organisation or 'unknown'}"
 
 
-def _check_csv(run: Run) -> str:
+def _check_csv(run: RunContext) -> str:
     """Also where the token's organisation is not known."""
     plan = make_plan(run, None)
     counts = [f"{plural(plan.count(), 'pair')} to merge", f"{plural(len(plan.skipped), 'group')} skipped"]
@@ -6110,22 +6208,22 @@ async def _check_read(api: DevRevAPI, name: str, seen: List[str]) -> str:
         if not seen:
             return "nothing there to try it on"
         body = {"object": seen[0]}
-    items = await api.peek(endpoint, key, body)
+    items = await api.read_one(endpoint, key, body)
     seen.extend(item["id"] for item in items if name != "contacts")
     return "readable"
 
 
-def _check_savepoint(run: Run) -> str:
+def _check_savepoint(run: RunContext) -> str:
     path = run.options.savepoint
     if not path.exists():
         if not os.access(str(path.resolve().parent), os.W_OK):
-            raise Stop(EXIT_USAGE, f"its folder {path.parent} is not there, or can't be written to")
+            raise FatalError(EXIT_USAGE, f"its folder {path.parent} is not there, or can't be written to")
         return f"{path} will be created"
     with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
         if savepoint.glimpsed:
-            raise Stop(EXIT_HELD, f"a run goes on: process {savepoint.holder()['pid']} holds {path}")
+            raise FatalError(EXIT_HELD, f"a run goes on: process {savepoint.holder()['pid']} holds {path}")
         if not os.access(str(path), os.W_OK):
-            raise Stop(EXIT_USAGE, f"the savepoint {path} is read-only")
+            raise FatalError(EXIT_USAGE, f"the savepoint {path} is read-only")
         return f"{path} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
 
 
@@ -6147,13 +6245,13 @@ STATE_WORDS: Mapping[State, str] = {
 }
 
 
-def status(run: Run) -> int:
+def status(run: RunContext) -> int:
     """Print what the savepoint knows; also while a run is going on."""
     path, pairs = run.options.savepoint, {}
     facts: Json = {"savepoint": str(path), "counts": {}}
     if _has_content(path):
-        with contextlib.closing(SavePoint(path, run.outside, readonly=True)) as savepoint:
-            facts["organisation"] = savepoint.about("organisation") or None
+        with contextlib.closing(SavePoint(path, run.environment, readonly=True)) as savepoint:
+            facts["organisation"] = savepoint.meta("organisation") or None
             facts["running"], facts["last_opened"] = savepoint.glimpsed, savepoint.holder()
             facts["counts"] = {State(name).value: count for name, count in savepoint.counts().items()}
             pairs["unfinished"] = list(savepoint.rows(*UNFINISHED, State.UNDOING))
@@ -6164,45 +6262,45 @@ def status(run: Run) -> int:
     elif pairs:
         show_status(run.console, facts, pairs)
     else:
-        run.console.say(f"{path}: nothing was merged with it yet")
+        run.console.print(f"{path}: nothing was merged with it yet")
     return EXIT_OK
 
 
 def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair]]) -> None:
     holder, running = facts["last_opened"], facts["running"]
     who = f"process {holder['pid']} on {holder['host']}"
-    console.say(f"{facts['savepoint']}: organisation {facts['organisation'] or 'unknown'}")
+    console.print(f"{facts['savepoint']}: organisation {facts['organisation'] or 'unknown'}")
     now = f"a run goes on: {who}, since" if running else f"no run goes on; the last one: {who}, began"
-    console.say(f"{now} {holder['since']}")
+    console.print(f"{now} {holder['since']}")
     for name, count in facts["counts"].items():
-        console.say(f"{count:>7,} {STATE_WORDS.get(State(name), name)}")
+        console.print(f"{count:>7,} {STATE_WORDS.get(State(name), name)}")
     for title, pairs in lists.items():
         word = "working on" if running and title == "unfinished" else title
         for pair in pairs[:20]:
             why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS.get(pair.state, pair.state.value)
-            console.say(f"{word}  {pair.email}: {into(pair)}, last {pair.updated}: {why}")
+            console.print(f"{word}  {pair.email}: {into(pair)}, last {pair.updated}: {why}")
         if len(pairs) > 20:
-            console.say(f"{title}  and {len(pairs) - 20:,} more (--status --json has them all)")
+            console.print(f"{title}  and {len(pairs) - 20:,} more (--status --json has them all)")
 
 
-def verify_backups(run: Run) -> int:
+def verify_backups(run: RunContext) -> int:
     """Re-read every backup below a folder against its manifest; 1 where one is damaged or missing."""
     root: Path = run.options.verify_backups
     if not root.exists():
-        raise Stop(EXIT_USAGE, f"{root} is not there (yet): no run has made a backup in it")
+        raise FatalError(EXIT_USAGE, f"{root} is not there (yet): no run has made a backup in it")
     if not root.is_dir():
-        raise Stop(EXIT_USAGE, f"{root} is not a folder")
+        raise FatalError(EXIT_USAGE, f"{root} is not a folder")
     whole = 0
     damaged: List[str] = []
     for folder in sorted(_backup_folders(root)):
         run.console.status(f"{whole + len(damaged)} backups read ...")
         try:
-            read_backup(folder)
+            verify_backup(folder)
             whole += 1
         except PairError as error:
             damaged.append(str(error))
     run.console.status("")
-    begun = [str(left) for left in sorted(root.glob(f"**/{Backups.INCOMPLETE}*"))]
+    begun = [str(left) for left in sorted(root.glob(f"**/{BackupStore.INCOMPLETE}*"))]
     found = {"damaged": damaged, "missing": _missing_backups(run, root), "begun": begun}
     bad = bool(damaged or found["missing"])
     if run.options.json:
@@ -6211,9 +6309,9 @@ def verify_backups(run: Run) -> int:
     why = {"begun": ": begun and never finished by a run that was killed; may be deleted"}
     for name, lines in found.items():
         for line in lines:
-            run.console.say(f"{name.upper():<8} {line}{why.get(name, '')}", "" if name in why else "bad")
+            run.console.print(f"{name.upper():<8} {line}{why.get(name, '')}", "" if name in why else "bad")
     counts = f"{len(damaged)} damaged, {len(found['missing'])} missing"
-    run.console.say(f"{plural(whole, 'whole backup')}, {counts}", "bad" if bad else "good")
+    run.console.print(f"{plural(whole, 'whole backup')}, {counts}", "bad" if bad else "good")
     return EXIT_FAILED if bad else EXIT_OK
 
 
@@ -6221,17 +6319,17 @@ def _backup_folders(root: Path) -> Iterator[Path]:
     """Every folder named like a backup, and `root` itself where it is one."""
     if re.fullmatch(r"\d{8}_\d{6}", root.name) or (root / "manifest.json").exists():
         yield root
-    elif not root.name.startswith(Backups.INCOMPLETE):
+    elif not root.name.startswith(BackupStore.INCOMPLETE):
         for folder in root.iterdir():
             yield from _backup_folders(folder) if folder.is_dir() and not folder.is_symlink() else ()
 
 
-def _missing_backups(run: Run, root: Path) -> List[str]:
+def _missing_backups(run: RunContext, root: Path) -> List[str]:
     """Backups that the savepoint knows of and that are not below `root` any more."""
     path = run.options.savepoint
     if root != Path("backups") or not _has_content(path):
         return []
-    with contextlib.closing(SavePoint(path, run.outside, readonly=True)) as savepoint:
+    with contextlib.closing(SavePoint(path, run.environment, readonly=True)) as savepoint:
         backups = {pair.backup for pair in savepoint.rows(*State) if pair.backup}
         return sorted(backup for backup in backups if not Path(backup).is_dir())
 
@@ -6240,7 +6338,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Parse the command line, do what it says, and return the exit code."""
     options = parse_options(argv)
     os.umask(0o077)
-    run = Run(options)
+    run = RunContext(options)
     run.console.begin()
 
     def terminate(number: int, _frame: Any) -> None:
@@ -6248,7 +6346,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         raise KeyboardInterrupt
 
     run.catch(terminate)
-    code = carry(run)
+    code = run_command(run)
     before = run.signal
     run.catch(lambda number, _frame: run.second_signal(number))
     failure = run.console.end(lambda: bool(run.signal))
@@ -6259,14 +6357,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return 128 + run.signal if run.signal and not before else code
 
 
-def carry(run: Run) -> int:
+def run_command(run: RunContext) -> int:
     """Do what the options say; whatever ends it early becomes one line and an exit code."""
     try:
         run.open_log()
         run.load_settings()
         work = next((work for name, work in MODES.items() if getattr(run.options, name)), merge)
         return work(run)
-    except Stop as stop:
+    except FatalError as stop:
         run.console.status("")
         run.console.error(str(stop))
         return stop.exit_code
@@ -6279,11 +6377,11 @@ def carry(run: Run) -> int:
         return EXIT_USAGE
     except KeyboardInterrupt:
         run.console.status("")
-        run.console.note("interrupted; nothing was changed")
+        run.console.print_err("interrupted; nothing was changed")
         return 128 + (run.signal or signal.SIGINT)
 
 
-MODES: Dict[str, Callable[[Run], int]] = {
+MODES: Dict[str, Callable[[RunContext], int]] = {
     "export": export,
     "undo": undo,
     "preview": preview,

@@ -1,6 +1,6 @@
 """Whole lives of an organisation and of the runs over it, in simulated time, from a seed.
 
-    python -m tests.simulate --seeds 400 --jobs 2      play lives, stop at the first that breaks a promise
+    python -m tests.simulate --seeds 400 --jobs 2      play lives, stop at the first that breaks an invariant
     python -m tests.simulate --seed 17 --trace         play one again, step by step
     python -m tests.simulate --mutants                 take the module's safety lines out, one at a time
 
@@ -23,10 +23,21 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
-from tests import world
-from tests.promises import LISTED, Books, Ids, Row, export_of
-from tests.simulated import Broken, Clock, Killed, Machine, Muted, Trace, Weather, load, outside_of, short
-from tests.undo_promises import WRITES
+from tests import fake_devrev
+from tests.invariants import LISTED, Ids, InvariantChecker, Row, export_of
+from tests.simulated import (
+    Clock,
+    InvariantBroken,
+    Killed,
+    NetworkFaults,
+    SilentStream,
+    SimulatedProcess,
+    Trace,
+    environment_of,
+    load,
+    short,
+)
+from tests.undo_invariants import WRITES
 
 SEEDS = Path(__file__).with_name("seeds.txt")
 HEADER = (
@@ -40,14 +51,14 @@ class Verdict(NamedTuple):
     """What became of a life."""
 
     seed: int
-    promise: str = ""  # that was broken
+    invariant: str = ""  # that was broken
     what: str = ""
     events: Tuple[str, ...] = ()
     counts: "Counter[str]" = Counter()
     seconds: float = 0.0  # simulated
 
 
-class Fate:
+class Draws:
     """Draws, of which each kind is on or off for a whole life, so that lives differ."""
 
     def __init__(self, seed: int) -> None:
@@ -79,19 +90,19 @@ SHAPES = (  # references of the contacts of one email: R is DevRev's, u the appl
 )  # fmt: skip
 
 
-class Founding:
+class OrganisationBuilder:
     """Makes an organisation."""
 
     HUGE = 600  # tickets at most: some pages, and more than fit into a call for many contacts
 
-    def __init__(self, fate: Fate) -> None:
-        self.fate = fate
-        self.chance = fate.random
-        self.organisation = world.Organisation()
+    def __init__(self, draws: Draws) -> None:
+        self.draws = draws
+        self.chance = draws.random
+        self.organisation = fake_devrev.Organisation()
         self.keys = iter(range(1, 1 << 20))
-        self.huge = fate.has("huge", 0.02)
+        self.huge = draws.has("huge", 0.02)
 
-    def found(self) -> world.Organisation:
+    def found(self) -> fake_devrev.Organisation:
         shapes, weights = zip(*SHAPES)
         contacts: List[str] = []
         for number in range(self.chance.randint(3, 12)):
@@ -102,7 +113,7 @@ class Founding:
         return self.organisation
 
     def _group(self, email: str, shape: str) -> List[str]:
-        two_orgs = self.fate.has("two rev orgs", 0.1) and self.chance.random() < 0.3
+        two_orgs = self.draws.has("two rev orgs", 0.1) and self.chance.random() < 0.3
         people = []
         for place, letter in enumerate(shape):
             key = str(next(self.keys))
@@ -122,7 +133,7 @@ class Founding:
             roles = self.chance.choices(("owned_by", "created_by", "reported_by"), k=self.chance.randint(1, 3))
             people: Dict[str, Any] = {role: contact if role == "created_by" else [contact] for role in roles}
             comments = self.chance.choice((0, 0, 1, 3)) if most < 100 else 0
-            self.organisation.add_work(kind=self.chance.choice(world.WORK_KINDS), comments=comments, **people)
+            self.organisation.add_work(kind=self.chance.choice(fake_devrev.WORK_KINDS), comments=comments, **people)
         if self.chance.random() < 0.3:
             self.organisation.add_conversation([contact, self.organisation.dev_user["id"]], comments=1)
 
@@ -139,13 +150,13 @@ class Founding:
 # --------------------------------------------------------------------------------------------------
 
 
-class Others:
+class ConcurrentEdits:
     """People and programs that change things meanwhile; each method does one thing and says what."""
 
-    def __init__(self, life: "Life") -> None:
-        self.life = life
-        self.chance = random.Random(life.seed + 1)
-        self.organisation = life.organisation
+    def __init__(self, scenario: "Scenario") -> None:
+        self.scenario = scenario
+        self.chance = random.Random(scenario.seed + 1)
+        self.organisation = scenario.organisation
         self.numbers = iter(range(1, 1 << 20))
 
     def act(self) -> None:
@@ -153,8 +164,8 @@ class Others:
         kind = self.chance.choice(self.kinds())
         done = getattr(self, kind)()
         if done:
-            self.life.counts["edits"] += 1
-            self.life.trace(f"OTHERS {done}")
+            self.scenario.counts["edits"] += 1
+            self.scenario.trace(f"OTHERS {done}")
 
     def kinds(self) -> List[str]:
         kinds = ["comment", "ticket"]
@@ -162,13 +173,13 @@ class Others:
             ("email", 0.4), ("reference", 0.3), ("lock", 0.3), ("delete", 0.3), ("merge", 0.3), ("newcomer", 0.4),
             ("visit", 0.4), ("delete_ticket", 0.3), ("give", 0.3), ("unlock", 0.4), ("new_name", 0.3),
         ):  # fmt: skip
-            if self.life.fate.has(f"others: {kind}", chance):
+            if self.scenario.draws.has(f"others: {kind}", chance):
                 kinds.append(kind)
         return kinds
 
-    def contact(self) -> Optional[world.Record]:
+    def contact(self) -> Optional[fake_devrev.Record]:
         """Somebody who is there; mostly somebody whom the run is about to merge."""
-        there = [one for one in self.life.of_interest() if self.organisation.alive(one)]
+        there = [one for one in self.scenario.of_interest() if self.organisation.alive(one)]
         if not there or self.chance.random() < 0.2:
             there = [one for one in self.organisation.contacts if self.organisation.alive(one)]
         return self.organisation.contacts[self.chance.choice(there)] if there else None
@@ -236,10 +247,10 @@ class Others:
         return f"make {short(made)} with the email and rev org of {short(one['id'])}"
 
     def visit(self) -> str:
-        wanted = [one for one in self.life.books.plan.values() if one.new_ref]
+        wanted = [one for one in self.scenario.checker.plan.values() if one.new_ref]
         if not wanted:
             return ""
-        return self.life.visit(self.chance.choice(wanted).ids)
+        return self.scenario.visit(self.chance.choice(wanted).ids)
 
     def comment(self) -> str:
         work = self.work()
@@ -275,25 +286,25 @@ class Others:
 # --------------------------------------------------------------------------------------------------
 
 
-class Life:
+class Scenario:
     """An organisation, and runs over it until everything is at its end."""
 
     def __init__(self, seed: int, module: Any, trace: bool = False, echo: bool = False) -> None:
         self.seed, self.module = seed, module
-        self.fate = fate = Fate(seed)
-        self.chance = fate.random
+        self.draws = draws = Draws(seed)
+        self.chance = draws.random
         self.counts: Counter[str] = Counter()
         self.clock = Clock()
         self.tracing = trace
         self.events = Trace(self.clock, None if echo else 60)
-        self.organisation = Founding(fate).found()
-        self.world = self._make_world()
-        self.clock.world = self.world
-        self.books = Books(self.world, self.clock)
-        self.others = Others(self)
+        self.organisation = OrganisationBuilder(draws).found()
+        self.fake_devrev = self._make_world()
+        self.clock.fake_devrev = self.fake_devrev
+        self.checker = InvariantChecker(self.fake_devrev, self.clock)
+        self.others = ConcurrentEdits(self)
         self.stuck: Set[str] = set()
         self.undos: List[str] = []  # what was taken back, or begun to be
-        self.latency = fate.somewhen(0.01, 0.4)
+        self.latency = draws.somewhen(0.01, 0.4)
         self.in_peace = False
         self.exports: List[List[Row]] = []
         self.run: Any = None
@@ -303,37 +314,37 @@ class Life:
         if self.tracing:
             self.events(what)
 
-    def _make_world(self) -> world.World:
-        fate, chance = self.fate, self.chance
+    def _make_world(self) -> fake_devrev.World:
+        draws, chance = self.draws, self.chance
         quota = None
         if self.chance.random() < 0.4:
             quota = (chance.choice((1, 2, 3, 5, 8, 20, 60, 200, 1000)), chance.choice((6.0, 30.0, 60.0, 300.0)))
-            least = 1 if fate.has("tiny quota", 0.03) else math.ceil(quota[1] * 16 / LISTED)
+            least = 1 if draws.has("tiny quota", 0.03) else math.ceil(quota[1] * 16 / LISTED)
             quota = (max(quota[0], least), quota[1])
-        delay = fate.somewhen(0.5, 60.0) if fate.has("slow merges", 0.2) else fate.somewhen(0.02, 3.0)
-        made = world.World(
+        delay = draws.somewhen(0.5, 60.0) if draws.has("slow merges", 0.2) else draws.somewhen(0.02, 3.0)
+        made = fake_devrev.World(
             self.organisation,
             lambda: self.clock.now,
             lambda: 1_750_000_000.0 + self.clock.now,
             merge_delay=delay,
-            gone=chance.choice(world.World.GONE),
+            gone=chance.choice(fake_devrev.World.GONE),
             quota=quota,
-            max_ids=chance.choice((1, 3, 10)) if fate.has("few ids a filter", 0.1) else None,
+            max_ids=chance.choice((1, 3, 10)) if draws.has("few ids a filter", 0.1) else None,
             list_lag=0.0,
             seed=self.seed,
             on_request=self._on_request,
         )
         made.in_progress = chance.choice((200, 200, 400, 409))
-        made.unique_emails = fate.has("unique emails", 0.04)
-        if fate.has("others spend quota", 0.15) and made.quota:
+        made.unique_emails = draws.has("unique emails", 0.04)
+        if draws.has("others spend quota", 0.15) and made.quota:
             made.quota.others = made.quota.limit // 3
         return made
 
     def _describe_world(self) -> None:
-        quota = self.world.quota
+        quota = self.fake_devrev.quota
         shown = f"{quota.limit} in {quota.window:g} s" if quota else "none"
         self.trace(
-            f"a world: gone {self.world.gone}, merges take {self.world.merge_delay:.2f} s, quota {shown}, "
+            f"a world: gone {self.fake_devrev.gone}, merges take {self.fake_devrev.merge_delay:.2f} s, quota {shown}, "
             f"latency {self.latency:.3f} s"
         )
         for one in self.organisation.contacts.values():
@@ -343,11 +354,11 @@ class Life:
     # ----- what happens meanwhile ------------------------------------------------------------------
 
     def of_interest(self) -> List[str]:
-        return [one for pair in self.books.plan for one in pair]
+        return [one for pair in self.checker.plan for one in pair]
 
     def visit(self, ids: Ids) -> str:
         """The application identifies the person of a pair."""
-        wanted = self.books.known[ids][-1]
+        wanted = self.checker.known[ids][-1]
         primary = self.organisation.contacts.get(ids[0])
         if primary is None or wanted.new_ref is None:
             return ""
@@ -355,20 +366,20 @@ class Life:
         found = self.organisation.visit(wanted.primary.email, wanted.new_ref, org)
         return f"the application meets {wanted.new_ref}: {short(found)}"
 
-    def _on_request(self, stage: str, request: world.Request) -> None:
-        self.books.undo.heard(stage, request)
+    def _on_request(self, stage: str, request: fake_devrev.Request) -> None:
+        self.checker.undo.heard(stage, request)
         if stage == "before" or request.endpoint != "rev-users.merge" or self.in_peace:
             return
         ids = request.body["primary_user"], request.body["secondary_user"]
-        if self.fate.has("a visit in the gap", 0.2) and self.chance.random() < 0.4:
-            when = self.world.merge_delay + self.fate.somewhen(0.01, 5.0)
-            self.world.later(when, lambda: self.trace(f"OTHERS {self.visit(ids)}"))
+        if self.draws.has("a visit in the gap", 0.2) and self.chance.random() < 0.4:
+            when = self.fake_devrev.merge_delay + self.draws.somewhen(0.01, 5.0)
+            self.fake_devrev.later(when, lambda: self.trace(f"OTHERS {self.visit(ids)}"))
 
     def _edits(self) -> None:
         """Let others act at some times from now on."""
-        if self.fate.has("others", 0.5):
+        if self.draws.has("others", 0.5):
             for _ in range(self.chance.randint(1, 6)):
-                self.world.later(self.fate.somewhen(0.1, 600.0), self._act)
+                self.fake_devrev.later(self.draws.somewhen(0.1, 600.0), self._act)
 
     def _act(self) -> None:
         if not self.in_peace:
@@ -376,22 +387,22 @@ class Life:
 
     # ----- weather ---------------------------------------------------------------------------------
 
-    def weather(self, endpoint: str) -> Weather:
+    def network_faults(self, endpoint: str) -> NetworkFaults:
         there, back = (self.latency * self.chance.uniform(0.3, 1.0) for _ in range(2))
         if self.in_peace:
-            return Weather(there, back)
-        for fate, chance in (("refused", 0.03), ("lost", 0.04), ("unheard", 0.05), ("late", 0.03), ("twice", 0.03)):
-            if self.fate.has(f"requests {fate}", 0.15) and self.chance.random() < chance:
-                self.counts[fate] += 1
-                self.books.others_spent += fate in ("twice", "late")
-                return Weather(there, back, fate)
+            return NetworkFaults(there, back)
+        for draws, chance in (("refused", 0.03), ("lost", 0.04), ("unheard", 0.05), ("late", 0.03), ("twice", 0.03)):
+            if self.draws.has(f"requests {draws}", 0.15) and self.chance.random() < chance:
+                self.counts[draws] += 1
+                self.checker.others_spent += draws in ("twice", "late")
+                return NetworkFaults(there, back, draws)
         rare = endpoint in ("rev-users.merge", "rev-users.create")
-        if rare and self.fate.has("merges unheard", 0.15) and self.chance.random() < 0.3:
+        if rare and self.draws.has("merges unheard", 0.15) and self.chance.random() < 0.3:
             self.counts["unheard"] += 1
-            return Weather(there, back, self.chance.choice(("unheard", "lost", "late", "twice")))
-        return Weather(there, back)
+            return NetworkFaults(there, back, self.chance.choice(("unheard", "lost", "late", "twice")))
+        return NetworkFaults(there, back)
 
-    def faults(self) -> List[world.Fault]:
+    def faults(self) -> List[fake_devrev.Fault]:
         """What goes wrong at DevRev's side during a run."""
         found = []
         for kind, chance in (
@@ -400,27 +411,27 @@ class Life:
             ("reset-before", 0.03), ("reset-after", 0.03), ("slow", 0.05), ("drip", 0.01), ("nested", 0.01),
             ("endless", 0.02), ("400", 0.01), ("403", 0.01), ("409", 0.02), ("doubled", 0.03),
         ):  # fmt: skip
-            if self.fate.has(f"answers: {kind}", 0.08):
-                found.append(world.Fault(kind, chance=chance))
+            if self.draws.has(f"answers: {kind}", 0.08):
+                found.append(fake_devrev.Fault(kind, chance=chance))
         for kind, detail in (
-            ("merge-never", None), ("merge-leaves", None), ("merge-doubled", self.fate.somewhen(0.1, 60.0)),
-            ("merge-slow", self.fate.somewhen(1.0, 400.0)),
-            ("merge-refused-late", (self.chance.choice((400, 403, 409)), self.fate.somewhen(0.1, 300.0))),
+            ("merge-never", None), ("merge-leaves", None), ("merge-doubled", self.draws.somewhen(0.1, 60.0)),
+            ("merge-slow", self.draws.somewhen(1.0, 400.0)),
+            ("merge-refused-late", (self.chance.choice((400, 403, 409)), self.draws.somewhen(0.1, 300.0))),
         ):  # fmt: skip
-            if self.fate.has(kind, 0.12):
-                found.append(world.Fault(kind, chance=0.4, detail=detail))
-        if self.undos and self.fate.has("contacts refused", 0.2):
+            if self.draws.has(kind, 0.12):
+                found.append(fake_devrev.Fault(kind, chance=0.4, detail=detail))
+        if self.undos and self.draws.has("contacts refused", 0.2):
             kind = self.chance.choice(("400", "403", "409", "500-after"))
-            found.append(world.Fault(kind, "rev-users.create", chance=0.5))
-        doubled = self.fate.has("requests twice", 0.15) or self.fate.has("answers: doubled", 0.08)
-        if self.fate.has("answers: not so", 0.08) and not doubled:  # the second may be made all the same
-            found.append(world.Fault("changed", "rev-users.update", chance=0.3, detail=self._forget_update))
-            found.append(world.Fault("changed", "rev-users.get", chance=0.05, detail=self._garble))
-        if self.fate.has("a look finds nobody", 0.08):
-            found.append(world.Fault("404", "rev-users.get", chance=0.1))
-            self.books.lies = True
+            found.append(fake_devrev.Fault(kind, "rev-users.create", chance=0.5))
+        doubled = self.draws.has("requests twice", 0.15) or self.draws.has("answers: doubled", 0.08)
+        if self.draws.has("answers: not so", 0.08) and not doubled:  # the second may be made all the same
+            found.append(fake_devrev.Fault("changed", "rev-users.update", chance=0.3, detail=self._forget_update))
+            found.append(fake_devrev.Fault("changed", "rev-users.get", chance=0.05, detail=self._garble))
+        if self.draws.has("a look finds nobody", 0.08):
+            found.append(fake_devrev.Fault("404", "rev-users.get", chance=0.1))
+            self.checker.lies = True
         if any(fault.kind in ("endless",) for fault in found):
-            self.books.lies = True
+            self.checker.lies = True
         return found
 
     def _forget_update(self, content: Dict[str, Any]) -> Dict[str, Any]:
@@ -445,12 +456,12 @@ class Life:
         Path("reports").mkdir()
         Path("logs").mkdir()
         self._export()
-        for _ in range(1 if self.fate.calm else self.chance.randint(1, 4)):
+        for _ in range(1 if self.draws.calm else self.chance.randint(1, 4)):
             self._edits()
             self._disturb()
             self._run(self._options(), self._machine())
             self._between()
-            if self.fate.has("undo", 0.2) and self.chance.random() < 0.6:
+            if self.draws.has("undo", 0.2) and self.chance.random() < 0.6:
                 self._undo()
         self._leave_in_peace()
 
@@ -464,7 +475,7 @@ class Life:
             self.chance.choice(self.undos) if self.undos and self.chance.random() < 0.5 else self.chance.choice(found)
         )
         options = ["--undo", path, "--quiet", "--workers", str(self.chance.choice((1, 2, 8)))]
-        options += ["--merge-timeout", f"{self.fate.somewhen(2.0, 300.0):.1f}"]
+        options += ["--merge-timeout", f"{self.draws.somewhen(2.0, 300.0):.1f}"]
         if self.chance.random() < 0.1:
             options += ["--preview"]
         else:
@@ -478,48 +489,50 @@ class Life:
     def _disturb(self) -> None:
         """What the coming run meets at DevRev's side."""
         chance = self.chance
-        self.world.faults = self.faults()
-        self.world.list_lag = self.fate.somewhen(0.5, 30.0) if self.fate.has("lists lag", 0.15) else 0.0
-        self.books.lag = max(self.books.lag, self.world.list_lag)
-        self.organisation.ref_release = self.fate.somewhen(0.1, 60.0) if self.fate.has("references held", 0.1) else 0.0
-        if self.fate.has("stuck references", 0.05):
+        self.fake_devrev.faults = self.faults()
+        self.fake_devrev.list_lag = self.draws.somewhen(0.5, 30.0) if self.draws.has("lists lag", 0.15) else 0.0
+        self.checker.lag = max(self.checker.lag, self.fake_devrev.list_lag)
+        self.organisation.ref_release = (
+            self.draws.somewhen(0.1, 60.0) if self.draws.has("references held", 0.1) else 0.0
+        )
+        if self.draws.has("stuck references", 0.05):
             stuck = [one["external_ref"] for one in self.organisation.contacts.values() if chance.random() < 0.1]
             self.organisation.stuck_references.update(stuck)
             self.stuck.update(stuck)
-        if self.world.quota and self.fate.has("others spend quota", 0.15):
-            self.books.others_spent += 1
+        if self.fake_devrev.quota and self.draws.has("others spend quota", 0.15):
+            self.checker.others_spent += 1
             for _ in range(3):
-                units = chance.randint(1, self.world.quota.limit)
-                self.world.later(self.fate.somewhen(0.1, 600.0), lambda units=units: self._spend(units))
-        if self.fate.has("a token revoked", 0.05):
-            self.world.later(self.fate.somewhen(0.1, 200.0), self._revoke)
+                units = chance.randint(1, self.fake_devrev.quota.limit)
+                self.fake_devrev.later(self.draws.somewhen(0.1, 600.0), lambda units=units: self._spend(units))
+        if self.draws.has("a token revoked", 0.05):
+            self.fake_devrev.later(self.draws.somewhen(0.1, 200.0), self._revoke)
         for _ in range(chance.randint(0, 3)):
-            if self.fate.has("naps", 0.12):
-                self.world.later(self.fate.somewhen(0.2, 300.0), self._nap)
-            elif self.fate.has("a clock that is set", 0.08):
-                self.world.later(self.fate.somewhen(0.2, 300.0), self._set_clock)
+            if self.draws.has("naps", 0.12):
+                self.fake_devrev.later(self.draws.somewhen(0.2, 300.0), self._nap)
+            elif self.draws.has("a clock that is set", 0.08):
+                self.fake_devrev.later(self.draws.somewhen(0.2, 300.0), self._set_clock)
 
     def _spend(self, units: int) -> None:
-        if self.world.quota and not self.in_peace:
+        if self.fake_devrev.quota and not self.in_peace:
             self.trace(f"OTHERS spend {units} units of quota")
-            self.world.quota.spend(units)
+            self.fake_devrev.quota.spend(units)
 
     def _revoke(self) -> None:
         """The token of this run is not accepted any more; the next run has the new one."""
         if not self.in_peace:
             self.trace("OTHERS revoke the token")
-            self.world.token += "x"
+            self.fake_devrev.token += "x"
 
     def _nap(self) -> None:
         if not self.in_peace:
-            seconds = self.fate.somewhen(10.0, 40_000.0)
+            seconds = self.draws.somewhen(10.0, 40_000.0)
             self.counts["naps"] += 1
             self.trace(f"the laptop sleeps for {seconds:.0f} s")
             self.clock.nap(seconds)
 
     def _set_clock(self) -> None:
         if not self.in_peace:
-            seconds = self.chance.choice((-1, 1)) * self.fate.somewhen(1.0, 40_000.0)
+            seconds = self.chance.choice((-1, 1)) * self.draws.somewhen(1.0, 40_000.0)
             self.counts["clock set"] += 1
             self.trace(f"somebody sets the clock by {seconds:.0f} s")
             self.clock.set_by += seconds
@@ -527,7 +540,7 @@ class Life:
     def _export(self) -> None:
         """A new export, as the warehouse has it."""
         rows = export_of(self.organisation)
-        if self.fate.has("wrong counts", 0.1) and not self.in_peace:
+        if self.draws.has("wrong counts", 0.1) and not self.in_peace:
             rows = [
                 row._replace(tickets=max(0, row.tickets + self.chance.choice((-1, 1))))
                 if self.chance.random() < 0.2
@@ -547,22 +560,22 @@ class Life:
 
     def _options(self) -> List[str]:
         """The command line of a run, and the files that it names."""
-        chance, fate = self.chance, self.fate
+        chance, draws = self.chance, self.draws
         if not self.exports or chance.random() < 0.4:
             self._export()
         rows = self.exports[-1] if chance.random() < 0.8 else chance.choice(self.exports)
         self._write_csv(rows)
         options = ["--csv", "contacts.csv", "--yes", "--quiet", "--workers", str(chance.choice((1, 2, 8, 8, 32)))]
-        options += ["--merge-timeout", f"{fate.somewhen(2.0, 300.0):.1f}"]
-        if fate.has("--limit", 0.2) and chance.random() < 0.6:
+        options += ["--merge-timeout", f"{draws.somewhen(2.0, 300.0):.1f}"]
+        if draws.has("--limit", 0.2) and chance.random() < 0.6:
             options += ["--limit", str(chance.randint(1, 4))]
-        if fate.has("--email", 0.15) and chance.random() < 0.5:
+        if draws.has("--email", 0.15) and chance.random() < 0.5:
             options += [word for row in chance.sample(rows, min(3, len(rows))) for word in ("--email", row.email)]
-        if fate.has("--count-policy", 0.2):
+        if draws.has("--count-policy", 0.2):
             options += ["--count-policy", "at-least"]
-        if fate.has("--no-timelines", 0.7 if fate.has("huge") else 0.1):
+        if draws.has("--no-timelines", 0.7 if draws.has("huge") else 0.1):
             options += ["--no-timelines"]
-        if fate.has("--choices", 0.15) and self._write_choices(rows):
+        if draws.has("--choices", 0.15) and self._write_choices(rows):
             options += ["--choices", "choices.csv"]
         return options
 
@@ -584,36 +597,42 @@ class Life:
             calls, period = self.chance.choice(((3, 2.0), (10, 6.0), (60, 6.0), (200, 60.0), (30, 60.0)))
         timeout = self.chance.choice((2.0, 5.0, 30.0))
         return self.module.ApiSettings(
-            self.world.token, "https://api.example.com", calls, period, timeout, self.chance.choice((2, 5)), workers
+            self.fake_devrev.token,
+            "https://api.example.com",
+            calls,
+            period,
+            timeout,
+            self.chance.choice((2, 5)),
+            workers,
         )
 
-    def _machine(self) -> Machine:
+    def _machine(self) -> SimulatedProcess:
         """The process of a run, with what will befall it."""
-        machine = Machine(self.module, self.clock, self.world, self.chance.randrange(1 << 32))
-        machine.weather, machine.observer = self.weather, self.books
-        machine.trace, machine.tracing = self.trace, self.tracing
-        if not self.in_peace and self.fate.has("kills", 0.6) and self.chance.random() < 0.7:
+        process = SimulatedProcess(self.module, self.clock, self.fake_devrev, self.chance.randrange(1 << 32))
+        process.network_faults, process.observer = self.network_faults, self.checker
+        process.trace, process.tracing = self.trace, self.tracing
+        if not self.in_peace and self.draws.has("kills", 0.6) and self.chance.random() < 0.7:
             if self.chance.random() < 0.5:
-                machine.kill_at = int(self.fate.somewhen(1, 1500))
+                process.kill_at = int(self.draws.somewhen(1, 1500))
             else:
-                machine.kill_after_merge = (int(self.fate.somewhen(1, 10)), int(self.fate.somewhen(1, 60)))
-        machine.killed_at_report = (
-            not self.in_peace and self.fate.has("killed at its report", 0.1) and self.chance.random() < 0.4
+                process.kill_after_merge = (int(self.draws.somewhen(1, 10)), int(self.draws.somewhen(1, 60)))
+        process.killed_at_report = (
+            not self.in_peace and self.draws.has("killed at its report", 0.1) and self.chance.random() < 0.4
         )
-        if not self.in_peace and self.fate.has("a full disk", 0.06):
-            machine.full_at = int(self.fate.somewhen(1, 1000))
-        return machine
+        if not self.in_peace and self.draws.has("a full disk", 0.06):
+            process.full_at = int(self.draws.somewhen(1, 1000))
+        return process
 
     def _is_undisturbed(self, settings: Any) -> bool:
         """Whether nothing but the quota keeps a run's requests waiting, and its windows are large enough for looks."""
         windows = [settings.calls] * bool(settings.calls)
-        if self.world.quota:
-            windows.append(self.world.quota.limit - 3 * self.world.quota.others)
-        disturbed = any(kind.startswith(DISTURBING) for kind in self.fate.drawn()) and not self.in_peace
-        enough = 60 if self.world.merge_delay < 3 else 1000  # for looks
-        return not (disturbed or self.world.faults) and min(windows, default=1000) >= enough
+        if self.fake_devrev.quota:
+            windows.append(self.fake_devrev.quota.limit - 3 * self.fake_devrev.quota.others)
+        disturbed = any(kind.startswith(DISTURBING) for kind in self.draws.drawn()) and not self.in_peace
+        enough = 60 if self.fake_devrev.merge_delay < 3 else 1000  # for looks
+        return not (disturbed or self.fake_devrev.faults) and min(windows, default=1000) >= enough
 
-    def _run(self, argv: List[str], machine: Machine) -> Optional[int]:
+    def _run(self, argv: List[str], process: SimulatedProcess) -> Optional[int]:
         """One run; its exit code, None where it was killed."""
         module = self.module
         options = module.parse_options(argv)
@@ -622,86 +641,86 @@ class Life:
         if options.csv:
             with open("contacts.csv", newline="", encoding="utf-8") as file:
                 rows = [Row(one[0], one[2], one[3], int(one[7]), one[5]) for one in list(csv.reader(file))[1:]]
-        self.books.begin(machine, options, rows, choices)
+        self.checker.begin(process, options, rows, choices)
         settings = self._settings(options.workers)
-        self.books.ceiling = settings.calls, settings.period
-        self.books.slowest = lambda: self.latency if self._is_undisturbed(settings) else None
-        outside = outside_of(module, machine, settings)
-        life = self
+        self.checker.ceiling = settings.calls, settings.period
+        self.checker.slowest = lambda: self.latency if self._is_undisturbed(settings) else None
+        outside = environment_of(module, process, settings)
+        scenario = self
 
-        class Quiet(module.Run):  # type: ignore[misc, name-defined]
+        class Quiet(module.RunContext):  # type: ignore[misc, name-defined]
             TICK = 3600.0
 
             def on_signal(self, loop: Any, act: Callable[[], None]) -> None:
-                life.signal(self, loop, act)
+                scenario.signal(self, loop, act)
 
         self.counts["runs"] += 1
-        self.trace(f"RUN {self.books.run}: {' '.join(argv)} (ceiling {settings.calls} in {settings.period:g} s)")
+        self.trace(f"RUN {self.checker.run}: {' '.join(argv)} (ceiling {settings.calls} in {settings.period:g} s)")
         self.clock.last_progress = self.clock.now
         code: Optional[int] = None
         ended = True
         try:
             run = Quiet(options, outside)
-            run.console = module.Console(True, Muted(), Muted())
+            run.console = module.Console(True, SilentStream(), SilentStream())
             run.settings = settings
             run.log_path.touch()
             code = module.undo(run) if options.undo else module.merge(run)
         except Killed:
             self.counts["kills"] += 1
             ended = False
-        except module.Stop as stop:
+        except module.FatalError as stop:
             code, ended = stop.exit_code, False
             self.trace(f"refused: {stop}")
         finally:
-            machine.dead = True
-            if machine.connection:
-                machine.connection.close()
+            process.dead = True
+            if process.connection:
+                process.connection.close()
         self.trace(f"exit code {code}")
-        full = machine.full_at is not None and machine.steps >= machine.full_at
+        full = process.full_at is not None and process.steps >= process.full_at
         reports = ended and not full and not options.preview
-        self.rows = self.books.after_run(run.report_path if reports else None, code)
+        self.rows = self.checker.after_run(run.report_path if reports else None, code)
         return code
 
     def signal(self, run: Any, loop: Any, act: Callable[[], None]) -> None:
         """Perhaps somebody presses Ctrl-C."""
-        if not self.in_peace and self.fate.has("signals", 0.15) and self.chance.random() < 0.6:
+        if not self.in_peace and self.draws.has("signals", 0.15) and self.chance.random() < 0.6:
 
             def arrive() -> None:
                 self.counts["signals"] += 1
                 self.trace("Ctrl-C")
                 run.signal = 2
                 act()
-                self.books.stopped = True
+                self.checker.stopped = True
 
-            loop.call_later(self.fate.somewhen(0.05, 100.0), arrive)
+            loop.call_later(self.draws.somewhen(0.05, 100.0), arrive)
 
     def _between(self) -> None:
         """From one run to the next: time passes, and things get lost."""
-        self.books.machine = None
-        self.clock.advance(self.fate.somewhen(0.5, 200_000.0 if self.chance.random() < 0.3 else 100.0))
+        self.checker.process = None
+        self.clock.advance(self.draws.somewhen(0.5, 200_000.0 if self.chance.random() < 0.3 else 100.0))
         lost = ""
-        keeps = self.fate.has("undo", 0.2)  # what an undo names
-        if not keeps and self.fate.has("reports lost", 0.08) and self.chance.random() < 0.5:
-            self.books.lose_reports()
+        keeps = self.draws.has("undo", 0.2)  # what an undo names
+        if not keeps and self.draws.has("reports lost", 0.08) and self.chance.random() < 0.5:
+            self.checker.lose_reports()
             lost = "reports"
-        if self.fate.has("savepoint lost", 0.15):
+        if self.draws.has("savepoint lost", 0.15):
             if self.chance.random() < 0.5 and Path("savepoint.db").exists():
-                self.books.lose_savepoint()
+                self.checker.lose_savepoint()
                 lost += " savepoint"
-        elif self.fate.has("an old savepoint", 0.1) and Path("savepoint.db").exists():
+        elif self.draws.has("an old savepoint", 0.1) and Path("savepoint.db").exists():
             if not Path("old.db").exists():
                 self._copy_savepoint("savepoint.db", "old.db")
             elif self.chance.random() < 0.5:
-                self.books.lose_savepoint()
+                self.checker.lose_savepoint()
                 self._copy_savepoint("old.db", "savepoint.db")
                 lost += " savepoint (an old one is put back)"
         elif (
             not keeps
-            and self.fate.has("backups lost", 0.08)
+            and self.draws.has("backups lost", 0.08)
             and self.chance.random() < 0.5
             and Path("backups").exists()
         ):
-            self.books.lose_backups()
+            self.checker.lose_backups()
             lost += " backups"
         if lost:
             self.counts["losses"] += 1
@@ -720,10 +739,10 @@ class Life:
         """No more faults, edits or kills: after some runs everything is at its end."""
         self.trace("FROM HERE ON IN PEACE")
         self.in_peace = True
-        self.world.faults, self.world.list_lag = [], 0.0
+        self.fake_devrev.faults, self.fake_devrev.list_lag = [], 0.0
         self.organisation.ref_release = 0.0
-        if self.world.quota:
-            self.world.quota.others = 0
+        if self.fake_devrev.quota:
+            self.fake_devrev.quota.others = 0
         self.clock.advance(1000.0)
         for path in self.undos:
             self._undo_in_peace(path)
@@ -735,27 +754,27 @@ class Life:
             self._write_csv(self.exports[-1])
             code = self._run(["--csv", "contacts.csv", "--yes", "--quiet"], self._machine())
             if code not in (0, 1, 3):
-                raise Broken("a life that is left in peace ends", f"a run ends with exit code {code}")
+                raise InvariantBroken("a life that is left in peace ends", f"a run ends with exit code {code}")
             self.clock.advance(400.0)
-            last, before = self.books.standing(self.rows), last
+            last, before = self.checker.standing(self.rows), last
             if code == 0 or last == before:  # the next run would do the same again
                 break
-        self.books.after_life(self.rows, self.stuck)
+        self.checker.after_life(self.rows, self.stuck)
 
     def _undo_in_peace(self, path: str) -> None:
         """The same command again finishes an undo; once more, and it changes nothing."""
         code, asked = None, 0
         for _ in range(PEACEFUL_RUNS):
-            before, asked = code, len(self.world.requests)
+            before, asked = code, len(self.fake_devrev.requests)
             code = self._run(["--undo", path, "--yes", "--quiet"], self._machine())
             self.clock.advance(400.0)
             if code not in (0, 1, 2, 3):  # 3: five that can't be taken back, one after the other
-                raise Broken("a life that is left in peace ends", f"an undo ends with exit code {code}")
+                raise InvariantBroken("a life that is left in peace ends", f"an undo ends with exit code {code}")
             if code == before:
                 break
-        wrote = [one.endpoint for one in self.world.requests[asked:] if one.endpoint in WRITES]
+        wrote = [one.endpoint for one in self.fake_devrev.requests[asked:] if one.endpoint in WRITES]
         if code == 0 and wrote:
-            raise Broken("a second undo does nothing", ", ".join(wrote))
+            raise InvariantBroken("a second undo does nothing", ", ".join(wrote))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -770,24 +789,24 @@ def play(seed: int, module: Any, trace: bool = False, echo: bool = False) -> Ver
     room = Path("/dev/shm")
     folder = tempfile.mkdtemp(prefix="life-", dir=str(room) if os.access(str(room), os.W_OK) else None)
     os.chdir(folder)
-    promise, what = "", ""
-    life = Life(seed, module, trace, echo)
+    invariant, what = "", ""
+    scenario = Scenario(seed, module, trace, echo)
     try:
-        life.play()
-    except Broken as broken:
-        promise, what = broken.promise, broken.what
+        scenario.play()
+    except InvariantBroken as broken:
+        invariant, what = broken.invariant, broken.what
     except Exception as error:
         if trace:
             raise
-        promise, what = "the simulation itself holds", f"{type(error).__name__}: {error}"
+        invariant, what = "the simulation itself holds", f"{type(error).__name__}: {error}"
     finally:
         os.chdir(str(home))
         shutil.rmtree(folder, ignore_errors=True)
-    life.counts["requests"] = len(life.world.requests)
-    life.counts["merges"] = len(life.organisation.merges)
-    for kind in life.fate.drawn():
-        life.counts[f"drawn: {kind}"] += 1
-    return Verdict(seed, promise, what, tuple(life.events.lines), life.counts, life.clock.now)
+    scenario.counts["requests"] = len(scenario.fake_devrev.requests)
+    scenario.counts["merges"] = len(scenario.organisation.merges)
+    for kind in scenario.draws.drawn():
+        scenario.counts[f"drawn: {kind}"] += 1
+    return Verdict(seed, invariant, what, tuple(scenario.events.lines), scenario.counts, scenario.clock.now)
 
 
 _MODULE: Any = None
@@ -815,7 +834,7 @@ def explain(verdict: Verdict, module: Any) -> str:
         [
             *again.events,
             "",
-            f"seed {verdict.seed} breaks a promise: {verdict.promise}",
+            f"seed {verdict.seed} breaks an invariant: {verdict.invariant}",
             f"    {verdict.what}",
             f"play it again with: python -m tests.simulate --seed {verdict.seed} --trace",
         ]
@@ -842,11 +861,11 @@ def play_many(seeds: Sequence[int], jobs: int, keep_going: bool = False) -> int:
         seconds += verdict.seconds
         if sys.stderr.isatty():
             sys.stderr.write(f"\r{number} of {len(seeds)} lives, {len(failed)} failed ")
-        if verdict.promise:
+        if verdict.invariant:
             failed.append(verdict)
             if not keep_going:
                 break
-            print(f"seed {verdict.seed}: {verdict.promise}: {verdict.what[:300]}", flush=True)
+            print(f"seed {verdict.seed}: {verdict.invariant}: {verdict.what[:300]}", flush=True)
     print(summary(number, seconds, counts, time.monotonic() - begun))
     if failed and not keep_going:
         print(explain(failed[0], load()))
@@ -875,12 +894,12 @@ def main() -> int:
         return table(options.jobs, options.only)
     if options.seed is not None:
         verdict = play(options.seed, load(), trace=True, echo=options.trace)
-        if verdict.promise:
+        if verdict.invariant:
             print(explain(verdict, None))
         elif options.trace:
             print("\n".join(verdict.events))
         print(summary(1, verdict.seconds, verdict.counts, 0.0))
-        return 1 if verdict.promise else 0
+        return 1 if verdict.invariant else 0
     seeds = kept_seeds() if options.kept else range(options.start, options.start + (options.seeds or 100))
     return play_many(list(seeds), options.jobs, options.keep_going)
 

@@ -1,4 +1,4 @@
-"""Simulated time, a simulated machine, and what lies between it and tests.world: all that a run touches, from a seed.
+"""Simulated time, a simulated machine, and what lies between it and tests.fake_devrev: all that a run touches, from a seed.
 
 Nothing here sleeps, flushes to a disk or goes through a socket. A run can be killed between any two things that it
 does outside its own memory, and in the middle of a durable write; what it had sent by then arrives all the same.
@@ -20,7 +20,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
-from tests import world
+from tests import fake_devrev
 
 MODULE = Path(__file__).resolve().parent.parent / "merge_contacts.py"
 EPOCH = 1_750_000_000.0  # the wall clock at the beginning of a life
@@ -30,12 +30,12 @@ class Killed(KeyboardInterrupt):
     """The process is no more. A KeyboardInterrupt, for asyncio lets that through at once, whatever waits."""
 
 
-class Broken(KeyboardInterrupt):
-    """A promise is broken; `promise` says which, in the contract's words."""
+class InvariantBroken(KeyboardInterrupt):
+    """A invariant is broken; `invariant` says which, in the contract's words."""
 
-    def __init__(self, promise: str, what: str) -> None:
-        super().__init__(promise, what)
-        self.promise = promise
+    def __init__(self, invariant: str, what: str) -> None:
+        super().__init__(invariant, what)
+        self.invariant = invariant
         self.what = what
 
 
@@ -64,7 +64,7 @@ class Clock:
         self.now = 0.0  # true seconds
         self.slept = 0.0
         self.set_by = 0.0
-        self.world: Optional[world.World] = None
+        self.fake_devrev: Optional[fake_devrev.World] = None
         self.last_progress = 0.0
 
     @property
@@ -76,17 +76,17 @@ class Clock:
         return EPOCH + self.now + self.set_by
 
     def next_due(self) -> Optional[float]:
-        return self.world.next_due() if self.world else None
+        return self.fake_devrev.next_due() if self.fake_devrev else None
 
     def advance(self, seconds: float) -> None:
         """Let time pass, and the world do what it does meanwhile, each thing at its moment."""
         end = self.now + seconds
-        while self.world:
-            due = self.world.next_due()
+        while self.fake_devrev:
+            due = self.fake_devrev.next_due()
             if due is None or due > end:
                 break
             self.now = max(self.now, due)
-            self.world.catch_up()
+            self.fake_devrev.catch_up()
         self.now = max(self.now, end)
 
     def nap(self, seconds: float) -> None:
@@ -117,11 +117,11 @@ class Loop(asyncio.BaseEventLoop):
         """What a selector does: wait. Nothing is ever there, but time passes."""
         due = self.clock.next_due()
         if timeout is None and due is None:
-            raise Broken("a run ends", "it waits for something that will never come")
+            raise InvariantBroken("a run ends", "it waits for something that will never come")
         self._rounds = self._rounds + 1 if self.clock.last_progress == self._progress else 0
         self._progress = self.clock.last_progress
         if self._rounds > self.MOST_ROUNDS:
-            raise Broken("a run ends", "it goes round and round, and nothing comes of it")
+            raise InvariantBroken("a run ends", "it goes round and round, and nothing comes of it")
         if timeout is not None and timeout <= 0:
             return []
         waits = [timeout] if timeout is not None else []
@@ -129,7 +129,7 @@ class Loop(asyncio.BaseEventLoop):
             waits.append(max(0.0, due - self.clock.now))
         self.clock.advance(min(waits))
         if self.clock.now - self.clock.last_progress > self.LONGEST_SILENCE + self.clock.slept:
-            raise Broken("a run ends", "hours have passed without a request")
+            raise InvariantBroken("a run ends", "hours have passed without a request")
         return []
 
     def _process_events(self, event_list: Any) -> None:
@@ -174,23 +174,23 @@ def bury(loop: Loop) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-class Weather(NamedTuple):
+class NetworkFaults(NamedTuple):
     """What the network does to a request."""
 
     there: float  # seconds until it arrives
     back: float
-    fate: str = ""  # "refused" (no connection), "lost", "unheard" (no answer), "late", "twice"
+    draws: str = ""  # "refused" (no connection), "lost", "unheard" (no answer), "late", "twice"
 
 
 class Sent(NamedTuple):
-    """A request of this run, as the promises see it."""
+    """A request of this run, as the invariants see it."""
 
     endpoint: str
     body: Dict[str, Any]
     at: float  # true seconds
 
 
-class Machine:
+class SimulatedProcess:
     """One run's process: it does things step by step, and is killed at one of them.
 
     `observer` hears `asked(sent)` before a request leaves, `answered(sent, answer)` as one is handed over, `wrote()`
@@ -199,12 +199,12 @@ class Machine:
 
     MOST_IDLE = 3000  # requests without anything that reaches the disk
 
-    def __init__(self, module: Any, clock: Clock, its_world: world.World, seed: int) -> None:
+    def __init__(self, module: Any, clock: Clock, its_devrev: fake_devrev.World, seed: int) -> None:
         self.module = module
         self.clock = clock
-        self.world = its_world
+        self.fake_devrev = its_devrev
         self.random = random.Random(seed)
-        self.weather: Callable[[str], Weather] = lambda _endpoint: Weather(0.05, 0.05)
+        self.network_faults: Callable[[str], NetworkFaults] = lambda _endpoint: NetworkFaults(0.05, 0.05)
         self.observer: Any = None
         self.trace: Callable[[str], None] = lambda _what: None
         self.tracing = False
@@ -251,35 +251,35 @@ class Machine:
 class Connection(sqlite3.Connection):
     """A savepoint's connection: each COMMIT is a step; nothing is flushed."""
 
-    machine: Machine
+    process: SimulatedProcess
 
     def execute(self, statement: str, *values: Any) -> Any:
-        if self.machine.dead:
+        if self.process.dead:
             raise Killed
         if statement == "PRAGMA synchronous = EXTRA":
             statement = "PRAGMA synchronous = OFF"
         if statement != "COMMIT":
             return super().execute(statement, *values)
         try:
-            if self.machine.durable("the savepoint's commit"):
-                self.machine.kill("in the middle of the savepoint's commit")
+            if self.process.durable("the savepoint's commit"):
+                self.process.kill("in the middle of the savepoint's commit")
         except OSError:
             raise sqlite3.OperationalError("database or disk is full") from None
         found = super().execute(statement)
-        self.machine.step("after the savepoint's commit")
-        self.machine.observer.wrote()
+        self.process.step("after the savepoint's commit")
+        self.process.observer.wrote()
         return found
 
     def executemany(self, statement: str, rows: Any) -> Any:
-        if self.machine.dead:
+        if self.process.dead:
             raise Killed
         rows = list(rows)
-        if self.machine.tracing and "INTO pairs" in statement:
+        if self.process.tracing and "INTO pairs" in statement:
             places = [name.strip() for name in statement[statement.index("(") + 1 : statement.index(")")].split(",")]
             for row in rows:
                 told = dict(zip(places, row))
                 state, code = told["state"], told["code"] and f" ({told['code']}: {told['error'][:100]})"
-                self.machine.trace(f"  savepoint: {short(told['duplicate_id'])} is {state}{code}")
+                self.process.trace(f"  savepoint: {short(told['duplicate_id'])} is {state}{code}")
         return super().executemany(statement, rows)
 
 
@@ -289,69 +289,69 @@ def short(don: str) -> str:
     return {"revu": "REVU-", "ticket": "TKT-", "issue": "ISS-", "conversation": "CONV-"}.get(kind, kind) + key
 
 
-def outside_of(module: Any, machine: Machine, settings: Any) -> Any:
+def environment_of(module: Any, process: SimulatedProcess, settings: Any) -> Any:
     """An Outside of this module which is the machine."""
 
-    class Simulated(module.Outside):  # type: ignore[misc, name-defined]
+    class Simulated(module.Environment):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__(settings)
-            self.random = machine.random
+            self.random = process.random
             self.loop: Optional[Loop] = None
 
-        def complete(self, work: Any) -> Any:
-            self.loop = Loop(machine.clock)
+        def run_event_loop(self, work: Any) -> Any:
+            self.loop = Loop(process.clock)
             return run_to_the_end(self.loop, work)
 
-        def moment(self) -> Any:
-            return module.Moment(machine.clock.wall, machine.clock.steady)
+        def now(self) -> Any:
+            return module.Timestamp(process.clock.wall, process.clock.steady)
 
-        async def send(self, endpoint: str, body: Dict[str, Any]) -> Any:
-            return await exchange(module, machine, settings, endpoint, body)
+        async def post(self, endpoint: str, body: Dict[str, Any]) -> Any:
+            return await exchange(module, process, settings, endpoint, body)
 
-        async def work(self, job: Any, *args: Any) -> Any:
-            await asyncio.sleep(0.001 + 0.02 * machine.random.random())
+        async def run_in_thread(self, job: Any, *args: Any) -> Any:
+            await asyncio.sleep(0.001 + 0.02 * process.random.random())
             return job(*args)
 
-        def write(self, path: Path, chunks: Iterable[bytes]) -> Tuple[int, str]:
+        def create_file(self, path: Path, chunks: Iterable[bytes]) -> Tuple[int, str]:
             name = f"writing {path.name.replace(str(os.getpid()), '<process>')}"
-            torn = machine.durable(name)
-            found: Tuple[int, str] = super().write(path, tear(chunks) if torn else chunks)
+            torn = process.durable(name)
+            found: Tuple[int, str] = super().create_file(path, tear(chunks) if torn else chunks)
             if torn:
-                machine.kill(f"in the middle of {name}")
-            machine.step(f"after {name}")
+                process.kill(f"in the middle of {name}")
+            process.step(f"after {name}")
             return found
 
-        def append(self, path: Path, lines: bytes) -> None:
-            if machine.durable("a line of the journal"):
+        def append_lines(self, path: Path, lines: bytes) -> None:
+            if process.durable("a line of the journal"):
                 with open(path, "ab+") as file:
                     file.seek(max(0, file.tell() - 1))
                     apart = b"" if file.read(1) in (b"\n", b"") else b"\n"
                     file.write(apart + lines[: len(lines) // 2])
-                machine.kill("in the middle of a line of the journal")
-            if machine.tracing:
+                process.kill("in the middle of a line of the journal")
+            if process.tracing:
                 for told in map(json.loads, lines.splitlines()):
-                    machine.trace(f"  journal: {told['event']} {short(told['duplicate']['id'])}")
-            super().append(path, lines)
-            machine.step("after a line of the journal")
+                    process.trace(f"  journal: {told['event']} {short(told['duplicate']['id'])}")
+            super().append_lines(path, lines)
+            process.step("after a line of the journal")
 
-        def publish(self, aside: Path, final: Path) -> None:
+        def rename_into_place(self, aside: Path, final: Path) -> None:
             name = f"naming {final.name}"
-            if machine.durable(name):
-                machine.kill(f"before {name}")
-            super().publish(aside, final)
-            machine.trace(f"  on the disk: {final}")
-            machine.step(f"after {name}")
+            if process.durable(name):
+                process.kill(f"before {name}")
+            super().rename_into_place(aside, final)
+            process.trace(f"  on the disk: {final}")
+            process.step(f"after {name}")
 
-        def database(self, uri: str) -> Any:
-            machine.step("opening the savepoint")
-            Connection.machine = machine
-            machine.connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0, factory=Connection)
-            return machine.connection
+        def open_database(self, uri: str) -> Any:
+            process.step("opening the savepoint")
+            Connection.process = process
+            process.connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0, factory=Connection)
+            return process.connection
 
-        def flush(self, file: Any) -> None:
+        def fsync_file(self, file: Any) -> None:
             file.flush()
 
-        def sync(self, folder: Path) -> None:
+        def fsync_dir(self, folder: Path) -> None:
             pass
 
     return Simulated()
@@ -363,7 +363,7 @@ def tear(chunks: Iterable[bytes]) -> Iterator[bytes]:
     yield whole[: len(whole) // 2]
 
 
-class Muted(io.StringIO):
+class SilentStream(io.StringIO):
     """A console that nobody reads."""
 
     def write(self, text: str) -> int:
@@ -378,27 +378,29 @@ class Muted(io.StringIO):
 # --------------------------------------------------------------------------------------------------
 
 
-async def exchange(module: Any, machine: Machine, settings: Any, endpoint: str, body: Dict[str, Any]) -> Any:
+async def exchange(module: Any, process: SimulatedProcess, settings: Any, endpoint: str, body: Dict[str, Any]) -> Any:
     """One request through the weather, and its answer as the real wire would hand it over."""
     body = json.loads(module.to_json(body))
-    machine.step(f"sending {endpoint}")
-    machine.idle += 1
-    if machine.idle > machine.MOST_IDLE:
-        raise Broken("a run gets somewhere", f"{machine.idle} requests, and nothing of it has reached the disk")
-    sent = Sent(endpoint, body, machine.clock.now)
-    machine.observer.asked(sent)
-    machine.clock.last_progress = machine.clock.now
-    machine.merges += endpoint == "rev-users.merge"
-    weather = machine.weather(endpoint)
+    process.step(f"sending {endpoint}")
+    process.idle += 1
+    if process.idle > process.MOST_IDLE:
+        raise InvariantBroken(
+            "a run gets somewhere", f"{process.idle} requests, and nothing of it has reached the disk"
+        )
+    sent = Sent(endpoint, body, process.clock.now)
+    process.observer.asked(sent)
+    process.clock.last_progress = process.clock.now
+    process.merges += endpoint == "rev-users.merge"
+    network_faults = process.network_faults(endpoint)
     loop = asyncio.get_event_loop()
     future = loop.create_future()
 
     def hand_over(answer: Any) -> None:
-        if not (machine.dead or loop.is_closed() or future.done()):
+        if not (process.dead or loop.is_closed() or future.done()):
             future.set_result(answer)
 
-    begin(module, machine, settings, sent, weather, hand_over)
-    none = module.Answer(None, {}, None, f"no answer within {settings.timeout:g} s")
+    begin(module, process, settings, sent, network_faults, hand_over)
+    none = module.HttpResponse(None, {}, None, f"no answer within {settings.timeout:g} s")
     timer = loop.call_later(settings.timeout, hand_over, none)
     try:
         answer = await future
@@ -407,11 +409,11 @@ async def exchange(module: Any, machine: Machine, settings: Any, endpoint: str, 
     if answer is LONG:
         limit = 9 * settings.timeout
         await asyncio.sleep(limit)
-        answer = module.Answer(None, {}, None, f"no whole answer within {10 * settings.timeout:g} s")
-    machine.units_unseen += "X-Ratelimit-Remaining" not in answer.headers
-    machine.trace(f"  <- {endpoint} {describe(body)}: {answer.status or answer.problem} {told(answer.data)}")
-    machine.step(f"hearing of {endpoint}")
-    machine.observer.answered(sent, answer)
+        answer = module.HttpResponse(None, {}, None, f"no whole answer within {10 * settings.timeout:g} s")
+    process.units_unseen += "X-Ratelimit-Remaining" not in answer.headers
+    process.trace(f"  <- {endpoint} {describe(body)}: {answer.status or answer.problem} {told(answer.data)}")
+    process.step(f"hearing of {endpoint}")
+    process.observer.answered(sent, answer)
     return answer
 
 
@@ -419,47 +421,54 @@ LONG = object()  # an answer that goes on for too long
 
 
 def begin(
-    module: Any, machine: Machine, settings: Any, sent: Sent, weather: Weather, hand_over: Callable[[Any], None]
+    module: Any,
+    process: SimulatedProcess,
+    settings: Any,
+    sent: Sent,
+    network_faults: NetworkFaults,
+    hand_over: Callable[[Any], None],
 ) -> None:
     """Let a request travel: it arrives whatever becomes of the process that has sent it."""
-    later, fate = machine.world.later, weather.fate
-    note = f" [{fate}]" if fate else ""
-    machine.trace(f"  -> {sent.endpoint} {describe(sent.body)}{note}")
-    if fate == "refused":
-        later(weather.there, lambda: hand_over(module.Answer(None, {}, None, "no connection", sent=False)))
+    later, draws = process.fake_devrev.later, network_faults.draws
+    note = f" [{draws}]" if draws else ""
+    process.trace(f"  -> {sent.endpoint} {describe(sent.body)}{note}")
+    if draws == "refused":
+        later(network_faults.there, lambda: hand_over(module.HttpResponse(None, {}, None, "no connection", sent=False)))
         return
-    if fate == "lost":
+    if draws == "lost":
         return
 
     def arrive() -> None:
-        machine.travelling -= 1
-        answer = machine.world.respond(sent.endpoint, dict(sent.body), settings.token)
-        if fate == "twice":
-            machine.world.respond(sent.endpoint, dict(sent.body), machine.world.token)
-        if fate == "unheard":
-            later(weather.back, lambda: hand_over(module.Answer(None, {}, None, "the connection broke")))
+        process.travelling -= 1
+        answer = process.fake_devrev.respond(sent.endpoint, dict(sent.body), settings.token)
+        if draws == "twice":
+            process.fake_devrev.respond(sent.endpoint, dict(sent.body), process.fake_devrev.token)
+        if draws == "unheard":
+            later(network_faults.back, lambda: hand_over(module.HttpResponse(None, {}, None, "the connection broke")))
             return
-        parsed, seconds = parse(module, machine, settings, answer)
+        parsed, seconds = parse(module, process, settings, answer)
         if seconds is not None:
-            later(weather.back + seconds, lambda: hand_over(parsed))
+            later(network_faults.back + seconds, lambda: hand_over(parsed))
 
-    machine.travelling += 1
-    later(weather.there + (3 * settings.timeout if fate == "late" else 0.0), arrive)
+    process.travelling += 1
+    later(network_faults.there + (3 * settings.timeout if draws == "late" else 0.0), arrive)
 
 
-def parse(module: Any, machine: Machine, settings: Any, answer: world.Answer) -> Tuple[Any, Optional[float]]:
-    """An answer of the world as module.Wire would read it, and the seconds it takes; None where it never comes."""
+def parse(
+    module: Any, process: SimulatedProcess, settings: Any, answer: fake_devrev.Answer
+) -> Tuple[Any, Optional[float]]:
+    """An answer of the world as module.HttpTransport would read it, and the seconds it takes; None where it never comes."""
     if answer.manner == "hang":
-        return module.Answer(None, {}, None, "the connection broke"), answer.seconds
+        return module.HttpResponse(None, {}, None, "the connection broke"), answer.seconds
     if answer.manner in ("reset", "cut"):
-        return module.Answer(None, {}, None, "the connection broke"), 0.0
+        return module.HttpResponse(None, {}, None, "the connection broke"), 0.0
     if answer.manner == "drip" and answer.seconds * len(answer.payload) > 10 * settings.timeout:
         return LONG, settings.timeout * 0.9
     seconds = answer.seconds * (len(answer.payload) if answer.manner == "drip" else 1)
-    headers = dict(answer.headers, Date=email.utils.formatdate(EPOCH + machine.clock.now, usegmt=True))
+    headers = dict(answer.headers, Date=email.utils.formatdate(EPOCH + process.clock.now, usegmt=True))
     whole = types.SimpleNamespace(content=answer.payload, status_code=answer.status)
-    data, problem = module.Wire._read(types.SimpleNamespace(settings=settings), whole)
-    return module.Answer(answer.status, Headers(headers), data, problem), min(seconds, 9.9 * settings.timeout)
+    data, problem = module.HttpTransport._read(types.SimpleNamespace(settings=settings), whole)
+    return module.HttpResponse(answer.status, Headers(headers), data, problem), min(seconds, 9.9 * settings.timeout)
 
 
 class Headers(Dict[str, str]):

@@ -16,9 +16,9 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 import pytest
 
 import merge_contacts as tool
+from tests.fake_devrev import ALL_WORK_KINDS, OTHER_WORK_KINDS, World
 from tests.sandbox import SHAPES, Fault, Organisation, Sandbox
 from tests.support import ROOT, SAMPLE, Workplace
-from tests.world import ALL_WORK_KINDS, OTHER_WORK_KINDS, World
 
 jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
 
@@ -121,7 +121,9 @@ def test_every_request_is_one_that_the_description_knows(description: Descriptio
         settings = tool.ApiSettings(token=sandbox.token, base_url=sandbox.url, calls=0)
 
         async def who_holds() -> None:
-            await tool.DevRevAPI(settings, tool.Outside(settings), tool.Brake()).holders_of("user_a102", tool.Turn())
+            await tool.DevRevAPI(settings, tool.Environment(settings), tool.CancelToken()).holders_of(
+                "user_a102", tool.RequestOptions()
+            )
 
         asyncio.run(who_holds())
         requests = list(sandbox.requests)
@@ -399,14 +401,14 @@ def test_the_check_itself_sees_what_is_wrong(description: Description) -> None:
     answer = description.answer("rev-users.get", 200)
     assert description.flaws(answer, {"rev_user": user}) == []
     org = {"type": "rev_org", "id": "x", "nickname": "y"}
-    for flaw in (
+    for problem in (
         {"state": "gone"},
         {"external_ref": None},
         {"nickname": "y"},
         {"created_date": "now"},
         {"rev_org": org},
     ):
-        assert description.flaws(answer, {"rev_user": {**user, **flaw}}), flaw
+        assert description.flaws(answer, {"rev_user": {**user, **problem}}), problem
     errors = description.answer("rev-users.get", 404)
     assert description.flaws(errors, {"message": "x", "type": "not_found"}) == []
     for error in (

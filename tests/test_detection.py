@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import merge_contacts as tool
-from merge_contacts import Contact, Group, Pair, Plan, Skip, State
+from merge_contacts import Contact, Group, Pair, Plan, SkippedGroup, State
 from tests.support import COLUMNS
 
 ORG = "don:identity:dvrv-us-1:devo/SANDBOX1:revo/ACME"
@@ -50,9 +50,14 @@ def key_of(one: Contact) -> str:
     return one.id.rpartition("/")[2]
 
 
-def plan_of(contacts: Iterable[Contact], tainted: Iterable[str] = (), choices: Mapping[str, str] = {}) -> Plan:
+def plan_of(
+    contacts: Iterable[Contact], emails_in_invalid_rows: Iterable[str] = (), choices: Mapping[str, str] = {}
+) -> Plan:
     found = [replace(one) for one in contacts]  # reading makes every row an object of its own
-    return tool.detect(tool.Reading(contacts=found, contacts_read=len(found), tainted=set(tainted)), choices)
+    return tool.detect(
+        tool.CsvContents(contacts=found, contacts_read=len(found), emails_in_invalid_rows=set(emails_in_invalid_rows)),
+        choices,
+    )
 
 
 def plan_of_file(rows: Iterable[Cells], layout: Optional["Layout"] = None, choices: Mapping[str, str] = {}) -> Plan:
@@ -151,8 +156,8 @@ def test_whatever_is_not_certain_is_not_merged(rows: Sequence[Any], code: Option
         assert sorted(map(key_of, plan.skipped[0].contacts)) == sorted(map(key_of, contacts))
     # A group that is not known whole is skipped for that reason, whatever else may be wrong with it.
     takes_part = any(one.external_ref.startswith(("user_", "REVU-")) for one in contacts)
-    broken = tool.judge("ada@example.com", contacts, broken=True)
-    assert (isinstance(broken, Skip) and broken.code == "invalid_row") if takes_part else broken is None
+    broken = tool.classify_group("ada@example.com", contacts, broken=True)
+    assert (isinstance(broken, SkippedGroup) and broken.code == "invalid_row") if takes_part else broken is None
 
 
 @pytest.mark.parametrize(
@@ -244,7 +249,7 @@ def test_a_bad_row_spoils_its_group_and_no_other() -> None:
         contact("3", "REVU-3", email="eve@example.com"),
         contact("4", "user_4", email="eve@example.com"),
     ]
-    plan = plan_of(rows, tainted=["ada@example.com"])
+    plan = plan_of(rows, emails_in_invalid_rows=["ada@example.com"])
     assert pairs_of(plan) == [("3", "4", "user_4")]
     assert [(skip.email, skip.code) for skip in plan.skipped] == [("ada@example.com", "invalid_row")]
 
@@ -303,7 +308,7 @@ FOLLOWED_NOT = {
 @pytest.mark.parametrize(("rows", "choice", "says"), FOLLOWED_NOT.values(), ids=list(FOLLOWED_NOT))
 def test_a_choice_that_can_not_be_followed_stops_everything(rows: Sequence[Any], choice: str, says: str) -> None:
     others = [contact("11", "REVU-11", email=EVE), contact("12", "user_12", email=EVE)]
-    with pytest.raises(tool.Stop) as stopped:
+    with pytest.raises(tool.FatalError) as stopped:
         plan_of([*others, *(contact(*row) for row in rows)], choices={"ada@example.com": choice})
     assert stopped.value.exit_code == 2 and f"{choice} for ada@example.com: " in str(stopped.value)
     assert says in str(stopped.value)
@@ -311,7 +316,7 @@ def test_a_choice_that_can_not_be_followed_stops_everything(rows: Sequence[Any],
 
 def test_choices_that_can_not_be_followed_are_counted() -> None:
     choices = {f"{number}@example.com": "user_1" for number in range(1500)}
-    with pytest.raises(tool.Stop) as stopped:
+    with pytest.raises(tool.FatalError) as stopped:
         plan_of([SYSTEM, USER], choices=choices)
     assert str(stopped.value).count("user_1 for ") == 3 and "1,497 more" in str(stopped.value)
 
@@ -383,7 +388,7 @@ def test_a_file_of_choices_is_read_or_refused(tmp_path: Path, content: bytes, ex
         assert tool.read_choices(path) == expected
         return
     for where, says in ((path, expected), (tmp_path, "not a regular file"), (tmp_path / "missing", "can't be read")):
-        with pytest.raises(tool.Stop) as stopped:
+        with pytest.raises(tool.FatalError) as stopped:
             tool.read_choices(where)
         assert (
             stopped.value.exit_code == 2 and str(stopped.value).startswith(f"{where}: ") and says in str(stopped.value)
@@ -680,7 +685,7 @@ def test_every_choice_is_followed_or_refused_as_the_contract_says(rows: List[Cel
     if expected is not None:
         assert outcome_of(rows, PLAIN, choices) == expected
         return
-    with pytest.raises(tool.Stop) as stopped:
+    with pytest.raises(tool.FatalError) as stopped:
         outcome_of(rows, PLAIN, choices)
     assert stopped.value.exit_code == 2
 
@@ -710,7 +715,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
             path.write_text(content, encoding="latin-1")
             yield "ada@example.com"
 
-        with pytest.raises(tool.Stop) as stopped:
+        with pytest.raises(tool.FatalError) as stopped:
             tool.read_contacts(path, meddle())
         assert stopped.value.exit_code == 2 and "changed while it was being read" in str(stopped.value)
 
@@ -775,17 +780,17 @@ AGREES: List[Tuple[Dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("fields", "code"), AGREES)
 def test_a_contact_that_is_not_as_exported_is_refused(fields: Dict[str, Any], code: str) -> None:
-    flaw = tool.live_flaw(SYSTEM, live(SYSTEM, **fields), SYSTEM.external_ref)
-    assert (flaw.code if flaw else "") == code
+    problem = tool.live_contact_error(SYSTEM, live(SYSTEM, **fields), SYSTEM.external_ref)
+    assert (problem.code if problem else "") == code
     for name in fields:
         without = {key: value for key, value in live(SYSTEM).items() if key != name}
         if name in ("email", "external_ref", "state"):
-            assert tool.live_flaw(SYSTEM, without, SYSTEM.external_ref) is not None
+            assert tool.live_contact_error(SYSTEM, without, SYSTEM.external_ref) is not None
 
 
 def test_a_contact_that_is_not_there_is_refused() -> None:
-    flaw = tool.live_flaw(SYSTEM, None, SYSTEM.external_ref)
-    assert flaw is not None and flaw.code == "not_found"
+    problem = tool.live_contact_error(SYSTEM, None, SYSTEM.external_ref)
+    assert problem is not None and problem.code == "not_found"
 
 
 THIRD = contact("3", "REVU-3")
@@ -815,8 +820,8 @@ def test_a_second_user_contact_that_the_export_does_not_have_refuses_the_group(
     namesakes: List[Dict[str, Any]], code: str
 ) -> None:
     now = {one.id: live(one) for one in (SYSTEM, USER, THIRD)}
-    flaw = tool.group_flaw(group(), now, namesakes)
-    assert (flaw.code if flaw else "") == code
+    problem = tool.live_group_error(group(), now, namesakes)
+    assert (problem.code if problem else "") == code
 
 
 @pytest.mark.parametrize("which", [SYSTEM, USER, THIRD], ids=["primary", "user", "duplicate"])
@@ -826,18 +831,18 @@ def test_a_flaw_of_any_contact_refuses_the_group(which: Contact, fields: Dict[st
         fields = {"external_ref": fields["external_ref"] + which.external_ref}
     now = {one.id: live(one) for one in (SYSTEM, USER, THIRD)}
     now[which.id] = live(which, **fields)
-    flaw = tool.group_flaw(group(), now, now.values())
-    assert (flaw.code if flaw else "") == code
+    problem = tool.live_group_error(group(), now, now.values())
+    assert (problem.code if problem else "") == code
     del now[which.id]
-    flaw = tool.group_flaw(group(), now, now.values())
-    assert flaw is not None and flaw.code == "not_found"
+    problem = tool.live_group_error(group(), now, now.values())
+    assert problem is not None and problem.code == "not_found"
 
 
 def test_contacts_of_different_rev_orgs_are_not_merged() -> None:
     ones = [contact("1", "REVU-1"), contact("2", "user_2")]
     now = {ones[0].id: live(ones[0]), ones[1].id: live(ones[1], rev_org=OTHER_ORG)}
-    flaw = tool.group_flaw(Group("ada@example.com", [Pair(ones[0], ones[1], "user_2")]), now, ())
-    assert flaw is not None and flaw.code == "different_rev_org"
+    problem = tool.live_group_error(Group("ada@example.com", [Pair(ones[0], ones[1], "user_2")]), now, ())
+    assert problem is not None and problem.code == "different_rev_org"
 
 
 def test_after_the_first_merge_the_rest_of_the_group_is_judged_by_what_is_left() -> None:
@@ -845,10 +850,10 @@ def test_after_the_first_merge_the_rest_of_the_group_is_judged_by_what_is_left()
     half_done = group()
     half_done.pairs[0].state = State.DONE
     now = {SYSTEM.id: live(SYSTEM, external_ref="user_2"), THIRD.id: live(THIRD)}
-    assert tool.group_flaw(half_done, now, now.values()) is None
+    assert tool.live_group_error(half_done, now, now.values()) is None
     now[SYSTEM.id] = live(SYSTEM)
-    flaw = tool.group_flaw(half_done, now, now.values())
-    assert flaw is not None and flaw.code == "external_ref_changed"
+    problem = tool.live_group_error(half_done, now, now.values())
+    assert problem is not None and problem.code == "external_ref_changed"
 
 
 @pytest.mark.parametrize(
@@ -865,10 +870,10 @@ def test_after_the_first_merge_the_rest_of_the_group_is_judged_by_what_is_left()
 def test_counts_are_compared_as_the_policy_says(exported: int, found: int, exact: bool, at_least: bool) -> None:
     one = contact("1", "REVU-1", exported)
     for policy, passes in (("exact", exact), ("at-least", at_least)):
-        flaw = tool.count_flaw(one, found, policy)
-        assert (flaw is None) == passes
-        assert flaw is None or (
-            flaw.code == "count_mismatch" and str(found) in str(flaw) and str(exported) in str(flaw)
+        problem = tool.count_error(one, found, policy)
+        assert (problem is None) == passes
+        assert problem is None or (
+            problem.code == "count_mismatch" and str(found) in str(problem) and str(exported) in str(problem)
         )
 
 
@@ -964,11 +969,11 @@ def test_an_ordinary_email_is_its_own_name() -> None:
 @example("".join(map(chr, [*range(0x20), *range(0x7F, 0xA1), *range(0x200B, 0x2010), *range(0x2028, 0x202F)])))
 @example("\u2066\u2067\u2068\u2069\ufeff\u061c\ud800\udfff\U000e0041")
 def test_nothing_that_a_terminal_could_act_on_survives(text: str) -> None:
-    shown = tool.printable(text)
+    shown = tool.escape_unprintable(text)
     assert not [char for char in shown if unicodedata.category(char) in INVISIBLE]
-    assert tool.printable(shown) == shown
+    assert tool.escape_unprintable(shown) == shown
     plain = "".join(char for char in text if unicodedata.category(char)[0] in "LNP" or char == " ")
-    assert tool.printable(plain) == plain
+    assert tool.escape_unprintable(plain) == plain
 
 
 @examples(100)
@@ -1019,7 +1024,7 @@ def test_a_base_url_that_keeps_the_token_private_is_accepted(url: str) -> None:
     ],
 )  # fmt: skip
 def test_a_base_url_that_would_give_the_token_away_is_refused(url: str) -> None:
-    with pytest.raises(tool.Stop) as stopped:
+    with pytest.raises(tool.FatalError) as stopped:
         tool.check_base_url(url)
     assert stopped.value.exit_code == 2
     assert "DEVREV_BASE_URL" in str(stopped.value) and "hunter2" not in str(stopped.value)
@@ -1027,5 +1032,5 @@ def test_a_base_url_that_would_give_the_token_away_is_refused(url: str) -> None:
 
 def test_a_base_url_with_an_unlikely_host_never_raises_anything_else() -> None:
     for url in ("https://\u2100.example.com", "https://a b", "https://exa\tmple.com", "https://[::1]]", "\ud800"):
-        with contextlib.suppress(tool.Stop):
+        with contextlib.suppress(tool.FatalError):
             tool.check_base_url(url)

@@ -23,24 +23,24 @@ def module() -> Any:
 def test_lives_keep_the_promises(module: Any, part: int) -> None:
     for seed in [*range(1 + part, 1 + FEW, 4), *kept_seeds()[part::4]]:
         verdict = play(seed, module)
-        assert not verdict.promise, f"python -m tests.simulate --seed {seed}: {verdict.promise}: {verdict.what}"
+        assert not verdict.invariant, f"python -m tests.simulate --seed {seed}: {verdict.invariant}: {verdict.what}"
 
 
 @pytest.mark.parametrize("seed", ["6", "82"])  # one with an undo; one that is killed while it writes its report
 def test_a_seed_is_always_the_same_life(seed: str) -> None:
     command = [sys.executable, "-m", "tests.simulate", "--seed", seed, "--trace"]
-    lives = {
+    scenarios = {
         subprocess.run(command, cwd=str(MODULE.parent), env={**os.environ, "PYTHONHASHSEED": str(number)},
                        stdout=subprocess.PIPE, check=True).stdout
         for number in range(3)
     }  # fmt: skip
-    assert len(lives) == 1
+    assert len(scenarios) == 1
 
 
 def test_a_broken_promise_is_shown(module: Any) -> None:
     (mutant,) = (one for one in MUTANTS if one.name == "the intent is not noted")
-    fate = hunt(mutant, 40)
-    assert fate.seed is not None and "durable before the request leaves" in fate.promise
+    draws = hunt(mutant, 40)
+    assert draws.seed is not None and "durable before the request leaves" in draws.invariant
 
 
 def test_each_mutant_can_be_made() -> None:
@@ -54,5 +54,5 @@ def test_each_mutant_can_be_made() -> None:
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_no_mutant_lives(mutant: Any) -> None:
-    fate = hunt(mutant, SEEDS)
-    assert fate.seed is not None or mutant.covered, line_of(fate)
+    draws = hunt(mutant, SEEDS)
+    assert draws.seed is not None or mutant.covered, line_of(draws)

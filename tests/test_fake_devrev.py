@@ -7,10 +7,8 @@ from typing import Any, Dict, List, Tuple
 
 import pytest
 
-from tests import world
-from tests.sandbox import Sandbox
-from tests.support import pair
-from tests.world import (
+from tests import fake_devrev
+from tests.fake_devrev import (
     ALL_WORK_KINDS,
     HALF_EMOJI,
     LONG_AGO,
@@ -23,6 +21,8 @@ from tests.world import (
     Rules,
     World,
 )
+from tests.sandbox import Sandbox
+from tests.support import pair
 
 DUPLICATE_REFERENCE = "user_1"
 
@@ -820,6 +820,6 @@ def test_the_other_switches_over_http() -> None:
 
 
 def test_the_docstring_names_every_switch() -> None:
-    assert world.__doc__ is not None
-    assert [name for name in sorted(SWITCHES) if name not in world.__doc__] == []
-    assert [name for name in vars(Rules()) if name not in world.__doc__] == []
+    assert fake_devrev.__doc__ is not None
+    assert [name for name in sorted(SWITCHES) if name not in fake_devrev.__doc__] == []
+    assert [name for name in vars(Rules()) if name not in fake_devrev.__doc__] == []

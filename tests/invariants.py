@@ -1,4 +1,4 @@
-"""What merge_contacts.py promises, held against what is true in tests.world.
+"""What merge_contacts.py invariants, held against what is true in tests.fake_devrev.
 
 Nothing here uses the module: its plan, its backups, its savepoint and its reports are judged by a second opinion.
 """
@@ -26,9 +26,9 @@ from typing import (
     Tuple,
 )
 
-from tests.simulated import Broken, Clock, Machine, Sent, short
-from tests.undo_promises import UndoBooks
-from tests.world import Organisation, Table, Thing, World
+from tests.fake_devrev import Organisation, Table, Thing, World
+from tests.simulated import Clock, InvariantBroken, Sent, SimulatedProcess, short
+from tests.undo_invariants import UndoChecker
 
 Ids = Tuple[str, str]  # primary, duplicate
 ROLES = {"owned": "owned_by", "created": "created_by", "reported": "reported_by"}
@@ -159,12 +159,12 @@ class Ask:
         return min(10.0, timeout / 4) if self.answer == "lost" else timeout
 
 
-class Books:
-    """All that was asked for in a life, and the promises about it."""
+class InvariantChecker:
+    """All that was asked for in a life, and the invariants about it."""
 
-    def __init__(self, world: World, clock: Clock) -> None:
-        self.world, self.clock, self.organisation = world, clock, world.organisation
-        self.machine: Optional[Machine] = None
+    def __init__(self, fake_devrev: World, clock: Clock) -> None:
+        self.fake_devrev, self.clock, self.organisation = fake_devrev, clock, fake_devrev.organisation
+        self.process: Optional[SimulatedProcess] = None
         self.options: Any = None
         self.run = 0
         self.plan: Dict[Ids, Wanted] = {}
@@ -190,7 +190,7 @@ class Books:
         self.reports: Dict[str, Any] = {}
         self.last_report, self.last_code = "", None  # type: str, Optional[int]
         self.others_spent = 0
-        self.undo = UndoBooks(self)
+        self.undo = UndoChecker(self)
         self.shown: Dict[str, float] = {}  # when the last request left whose answer has shown a contact
         self.listed: Dict[Tuple[str, str], float] = {}  # the same of what somebody has in a role
         self.judged: Set[Ids] = set()  # pairs whose end was held against the world
@@ -203,9 +203,9 @@ class Books:
 
     # ----- a run begins and ends -------------------------------------------------------------------
 
-    def begin(self, machine: Machine, options: Any, rows: Sequence[Row], choices: Mapping[str, str]) -> None:
+    def begin(self, process: SimulatedProcess, options: Any, rows: Sequence[Row], choices: Mapping[str, str]) -> None:
         self.run += 1
-        self.machine, self.options, self.stopped = machine, options, False
+        self.process, self.options, self.stopped = process, options, False
         self.began = self.clock.now, self.clock.wall
         self.acknowledged, self.flying, self.sent_at = False, 0, []
         self.undo.begin(options)
@@ -249,13 +249,13 @@ class Books:
 
     def rows_now(self) -> Dict[Ids, Dict[str, Any]]:
         """The savepoint's rows while a run holds it."""
-        db = self.machine.connection if self.machine else None
+        db = self.process.connection if self.process else None
         return read_rows(lambda statement: sqlite3.Connection.execute(db, statement)) if db is not None else {}
 
     def asked(self, sent: Sent) -> None:
         """A request leaves."""
         if self.stopped:
-            raise Broken("no request after a stop", f"{sent.endpoint} leaves")
+            raise InvariantBroken("no request after a stop", f"{sent.endpoint} leaves")
         self._judge_ceiling()
         self.undo.asked(sent)
         if self.undo.active:
@@ -309,7 +309,9 @@ class Books:
         now = self.clock.steady
         self.sent_at = [at for at in self.sent_at if now - at < period - JITTER] + [now]
         if calls and len(self.sent_at) > 2 * calls:
-            raise Broken("the tool's own ceiling holds", f"{len(self.sent_at)} requests in {period:g} s, of {calls}")
+            raise InvariantBroken(
+                "the tool's own ceiling holds", f"{len(self.sent_at)} requests in {period:g} s, of {calls}"
+            )
 
     def wrote(self) -> None:
         """The savepoint was written."""
@@ -332,23 +334,25 @@ class Books:
         earlier.append(Ask(self.run, sent, self.clock.wall, backup))
 
     def _judge_plan(self, ids: Ids) -> None:
-        promise = "nobody is merged who is not in the plan"
+        invariant = "nobody is merged who is not in the plan"
         if ids not in self.allowed:
-            raise Broken(promise, f"{name(ids)} is not in the plan of this run")
+            raise InvariantBroken(invariant, f"{name(ids)} is not in the plan of this run")
         self.begun.add(ids)
         if self.options.limit and len(self.begun) > self.options.limit:
-            raise Broken(promise, f"--limit {self.options.limit}, and {len(self.begun)} new pairs are asked for")
+            raise InvariantBroken(
+                invariant, f"--limit {self.options.limit}, and {len(self.begun)} new pairs are asked for"
+            )
 
     def _judge_turn(self, ids: Ids) -> None:
         """The first merge of a run goes alone, and the pairs of a group one after the other."""
         if self.flying and not self.acknowledged:
-            raise Broken("the first merge of a run goes alone until DevRev has acknowledged it", name(ids))
+            raise InvariantBroken("the first merge of a run goes alone until DevRev has acknowledged it", name(ids))
         self.flying += 1
         for other, asks in self.asks.items():
             pending = other != ids and other[0] == ids[0] and bool(asks) and asks[-1].run == self.run
             there = all(self.organisation.alive(one) for one in other) and not self.lies
             if pending and there and asks[-1].answer != "refused":
-                raise Broken(
+                raise InvariantBroken(
                     "the pairs of a group go one after the other", f"{name(ids)} before {name(other)} is merged"
                 )
 
@@ -358,11 +362,13 @@ class Books:
         for contact in ids:
             if now - self.shown.get(contact, never) > FRESH + 2 * JITTER:
                 what = f"{short(contact)} was shown {now - self.shown.get(contact, never):.0f} s ago"
-                raise Broken("nobody is merged whose check was not fresh", what)
+                raise InvariantBroken("nobody is merged whose check was not fresh", what)
             for role in (*ROLES.values(), "members"):
                 if now - self.listed.get((role, contact), never) > LISTED + 2 * JITTER:
                     what = f"{role} of {short(contact)} was listed {now - self.listed.get((role, contact), never):.0f} s ago"
-                    raise Broken("nothing is asked for without a whole backup, its lists at most two minutes old", what)
+                    raise InvariantBroken(
+                        "nothing is asked for without a whole backup, its lists at most two minutes old", what
+                    )
 
     def _judge_check(self, ids: Ids) -> None:
         """Some moment of the last minute has to have shown each contact as the export has it."""
@@ -386,46 +392,48 @@ class Books:
                 now = self.organisation.contacts.get(contact) or {}
                 shown = ", ".join(f"{field} {now.get(field)}" for field in ("state", "email", "external_ref"))
                 what = f"{short(contact)} has been another for over {FRESH:g} s: {shown}"
-                raise Broken("nobody is merged whose check was not fresh", what)
+                raise InvariantBroken("nobody is merged whose check was not fresh", what)
             seen.append(good)
         if not {one["rev_org"]["id"] for one in seen[0]} & {one["rev_org"]["id"] for one in seen[1]}:
-            raise Broken("nobody is merged whose check was not fresh", f"{name(ids)} are of different rev orgs")
+            raise InvariantBroken(
+                "nobody is merged whose check was not fresh", f"{name(ids)} are of different rev orgs"
+            )
 
     def _judge_intent(self, ids: Ids) -> str:
         """The journal and the savepoint know of it, on the disk; returns the backup that they name."""
-        promise = "the intent is durable before the request leaves"
+        invariant = "the intent is durable before the request leaves"
         self.read_journal()
         event, backup = self.journal[ids][-1] if self.journal[ids] else ("nothing", "")
         if event != "asked":
-            raise Broken(promise, f"the journal's last word of {name(ids)} is {event}")
-        db = self.machine.connection if self.machine else None
+            raise InvariantBroken(invariant, f"the journal's last word of {name(ids)} is {event}")
+        db = self.process.connection if self.process else None
         assert db is not None
         if db.in_transaction:
-            raise Broken(promise, "the savepoint's transaction is still open")
+            raise InvariantBroken(invariant, "the savepoint's transaction is still open")
         row = sqlite3.Connection.execute(
             db, "SELECT state, backup, requested_at FROM pairs WHERE primary_id = ? AND duplicate_id = ?", ids
         ).fetchone()
         late = row is not None and abs(row[2] - self.clock.wall) > 5 and not (self.clock.set_by or self.clock.slept)
         if row is None or row[0] != "requested" or late:
-            raise Broken(promise, f"the savepoint says {row} of {name(ids)}")
+            raise InvariantBroken(invariant, f"the savepoint says {row} of {name(ids)}")
         if row[1] != backup:
-            raise Broken(promise, f"the journal names the backup {backup}, the savepoint {row[1]}")
+            raise InvariantBroken(invariant, f"the journal names the backup {backup}, the savepoint {row[1]}")
         return backup
 
     def _judge_backup(self, ids: Ids, folder: Path) -> None:
-        promise = "nothing is asked for without a whole backup, its lists at most two minutes old"
+        invariant = "nothing is asked for without a whole backup, its lists at most two minutes old"
         try:
             manifest, contents = read_backup(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Broken(promise, f"{folder}: {type(error).__name__} {error}") from None
+            raise InvariantBroken(invariant, f"{folder}: {type(error).__name__} {error}") from None
         entries = {entry["csv"]["id"]: entry for entry in manifest["contacts"]}
         since = self.clock.now - LISTED - self.lag - JITTER
         for contact in ids:
             if contact not in entries:
-                raise Broken(promise, f"{folder} does not hold {short(contact)}")
+                raise InvariantBroken(invariant, f"{folder} does not hold {short(contact)}")
             entry, files = entries[contact], contents[entries[contact]["folder"]]
             if files["contact.json"]["id"] != contact:
-                raise Broken(promise, f"{folder}: contact.json is not {short(contact)}'s")
+                raise InvariantBroken(invariant, f"{folder}: contact.json is not {short(contact)}'s")
             works = {work["id"]: work for work in files["works.json"]}
             lists = [(role, self.organisation.works, entry["works"][key], works) for key, role in ROLES.items()]
             talks = {talk["id"]: talk for talk in files["conversations.json"]}
@@ -446,17 +454,17 @@ class Books:
         there: Mapping[str, Thing],
         since: float,
     ) -> None:
-        promise = "nothing is asked for without a whole backup, its lists at most two minutes old"
+        invariant = "nothing is asked for without a whole backup, its lists at most two minutes old"
         always, ever = holdings(table, role, contact, since)
         if not set(listed) <= set(there):
-            raise Broken(promise, f"{what}: not all that is listed is there")
+            raise InvariantBroken(invariant, f"{what}: not all that is listed is there")
         if self.lies:
             return
         if not always <= set(listed):
-            raise Broken(promise, f"{what} lacks {', '.join(map(short, sorted(always - set(listed))))}")
+            raise InvariantBroken(invariant, f"{what} lacks {', '.join(map(short, sorted(always - set(listed))))}")
         if not set(listed) <= ever:
             gone = ", ".join(map(short, sorted(set(listed) - ever)))
-            raise Broken(promise, f"{what} names {gone}, which has not been so for {LISTED:g} s")
+            raise InvariantBroken(invariant, f"{what} names {gone}, which has not been so for {LISTED:g} s")
 
     def _judge_timelines(self, folder: Path, things: Mapping[str, Thing], timelines: Mapping[str, Any]) -> None:
         for object_id, thing in things.items():
@@ -467,7 +475,7 @@ class Books:
             saved = [entry["id"] for entry in timelines.get(object_id, ())]
             if object_id not in timelines or saved != truth[: len(saved)] or len(saved) < self._comments(object_id):
                 what = f"{folder}: of {len(truth)} comments on {short(object_id)} it holds {len(saved)}"
-                raise Broken("nothing is asked for without a whole backup", what)
+                raise InvariantBroken("nothing is asked for without a whole backup", what)
 
     def _comments(self, object_id: str) -> int:
         """How many comments were there before anybody edited anything."""
@@ -482,32 +490,36 @@ class Books:
         if not any(row.tickets == count or (at_least and count > row.tickets) for row in rows):
             counts = sorted({row.tickets for row in rows})
             what = f"the backup of {short(contact)} counts {count} tickets, the export {counts}"
-            raise Broken("a count that does not match refuses the group", what)
+            raise InvariantBroken("a count that does not match refuses the group", what)
 
     def _judge_patience(self, ids: Ids, last: Ask, backup: str) -> None:
-        promise = "nobody is asked for again without a look of the same run and the contract's patience"
+        invariant = "nobody is asked for again without a look of the same run and the contract's patience"
         if last.looked != self.run:
-            raise Broken(promise, f"{name(ids)}: no look of this run has shown it unmerged since it was asked for")
+            raise InvariantBroken(
+                invariant, f"{name(ids)}: no look of this run has shown it unmerged since it was asked for"
+            )
         waited = self.clock.now - last.ended
         if last.run != self.run:
             now, wall = self.began  # by the wall clock until then, for no other goes on between runs
             waited = max(self.clock.now - last.at, self.clock.wall - last.wall, wall - last.wall + self.clock.now - now)
         patience = last.patience(self.run, self.options.merge_timeout)
         if waited < patience - JITTER:
-            raise Broken(promise, f"{name(ids)}: asked again {waited:.2f} s after it, patience is {patience:g} s")
+            raise InvariantBroken(
+                invariant, f"{name(ids)}: asked again {waited:.2f} s after it, patience is {patience:g} s"
+            )
         if backup == last.backup:
-            raise Broken(promise, f"{name(ids)}: asked again on the backup of the last time")
+            raise InvariantBroken(invariant, f"{name(ids)}: asked again on the backup of the last time")
 
     def _judge_room(self, ids: Ids) -> None:
         """The window has room for the merge, and for what finishes it; what others spend can't be known."""
-        quota, machine = self.world.quota, self.machine
-        if quota is None or machine is None or quota.others or self.others_spent or machine.units_unseen:
+        quota, process = self.fake_devrev.quota, self.process
+        if quota is None or process is None or quota.others or self.others_spent or process.units_unseen:
             return
         needed = 2 + any(one.new_ref for one in self.known[ids])
         now, reset = quota._turn()
-        left = quota.limit - quota._used - machine.travelling
+        left = quota.limit - quota._used - process.travelling
         if reset - now > 3 and quota._used and left < min(needed, quota.limit):
-            raise Broken(
+            raise InvariantBroken(
                 "a merge request leaves only when the quota has room for the requests that finish the pair",
                 f"{left} of {quota.limit} units left at the request for {name(ids)}",
             )
@@ -518,9 +530,13 @@ class Books:
         # What was intended by a run that was killed before it sent the request counts as asked for.
         mine = [ids for ids in mine if ids[0] == sent.body["id"] and (self.asks[ids] or ids in self.intended)]
         if not mine:
-            raise Broken("only references of merged duplicates are moved", f"{reference} to {short(sent.body['id'])}")
+            raise InvariantBroken(
+                "only references of merged duplicates are moved", f"{reference} to {short(sent.body['id'])}"
+            )
         if not self.lies and all(self.organisation.alive(duplicate) for _, duplicate in mine):
-            raise Broken("a reference is moved after the merge", f"{reference}, and {short(mine[0][1])} is still there")
+            raise InvariantBroken(
+                "a reference is moved after the merge", f"{reference}, and {short(mine[0][1])} is still there"
+            )
         for ids in mine:
             self._judge_gap(ids)
 
@@ -530,10 +546,10 @@ class Books:
         if slowest is None or merged is None or len(asks) != 1 or asks[0].run != self.run or ids in self.moving:
             return
         self.moving.add(ids)
-        gap, most = self.clock.now - merged, 1.0 + 0.1 * self.world.merge_delay + 6 * slowest
+        gap, most = self.clock.now - merged, 1.0 + 0.1 * self.fake_devrev.merge_delay + 6 * slowest
         if gap > most:
             what = f"{gap:.1f} s from the merge of {name(ids)} to its reference"
-            raise Broken("between DevRev's merge and the new reference nothing waits", what)
+            raise InvariantBroken("between DevRev's merge and the new reference nothing waits", what)
 
     # ----- journal, savepoint, reports -------------------------------------------------------------
 
@@ -583,36 +599,42 @@ class Books:
                 continue
             unread = not ended and ids in self.unread(Path("savepoint.db"))  # it was killed before it knew the journal
             if (rows or ended) and state not in (*ENDED, *UNFINISHED) and not unread:
-                raise Broken("once asked, never forgotten", f"the savepoint says {state} of {name(ids)}")
+                raise InvariantBroken("once asked, never forgotten", f"the savepoint says {state} of {name(ids)}")
             if ids not in self.journal_lost and not self.journal[ids]:
-                raise Broken("once asked, never forgotten", f"the journal says nothing of {name(ids)}")
+                raise InvariantBroken("once asked, never forgotten", f"the journal says nothing of {name(ids)}")
         for ids, row in rows.items():
             state, events = row["state"], [event for event, _ in self.journal[ids]]
             event = {"done": "done", "merged_elsewhere": "merged elsewhere"}.get(state)
             if event and ids not in self.journal_lost and event not in events:
-                raise Broken("the journal knows what has ended", f"{name(ids)} is {state}, the journal says {events}")
+                raise InvariantBroken(
+                    "the journal knows what has ended", f"{name(ids)} is {state}, the journal says {events}"
+                )
             known = ids in self.journal_lost or self.disk_was_full
             if state in ("merged", "proving") and not known and "merged" not in events:
-                raise Broken("the journal knows what was merged", f"{name(ids)} is {state}, the journal says {events}")
+                raise InvariantBroken(
+                    "the journal knows what was merged", f"{name(ids)} is {state}, the journal says {events}"
+                )
             if state == "merged_elsewhere":
                 self._judge_elsewhere(ids)
             if state == "done":
                 self._judge_done(ids, row["new_ref"], row["backup"])
             elif state in ("merged", "proving") and not self.lies and self.organisation.alive(ids[1]):
-                raise Broken("savepoint and reports say what is true", f"{name(ids)} is {state}, and is not merged")
+                raise InvariantBroken(
+                    "savepoint and reports say what is true", f"{name(ids)} is {state}, and is not merged"
+                )
 
     def _judge_elsewhere(self, ids: Ids) -> None:
         if self.lies or ids in self.judged:
             return
         self.judged.add(ids)
-        promise = "merged_elsewhere is said only of what somebody else has merged or deleted"
+        invariant = "merged_elsewhere is said only of what somebody else has merged or deleted"
         had_gone = (
             self.organisation.merge_times.get(ids[0], self.clock.now) < self.asks[ids][0].at
             if self.asks[ids]
             else False
         )
         if self.organisation.alive(ids[1]) or had_gone or len(self.asks[ids]) > 1:
-            raise Broken(promise, f"{name(ids)} is there, or was asked for more than once")
+            raise InvariantBroken(invariant, f"{name(ids)} is there, or was asked for more than once")
 
     def _judge_proof(self, ids: Ids, backup: Optional[str]) -> None:
         """All that was backed up has hung on the primary some time since the merge, but for what is deleted."""
@@ -628,17 +650,17 @@ class Books:
                 was = versions(table, one, since - self.lag - LISTED)
                 if table.get(one) is not None and not any(held(thing, role, ids[0]) for thing in was):
                     what = f"{role} of {short(one)}, {name(ids)}"
-                    raise Broken("a pair is done only where all that was backed up hangs on the primary", what)
+                    raise InvariantBroken("a pair is done only where all that was backed up hangs on the primary", what)
 
     def _judge_done(self, ids: Ids, reference: Optional[str], backup: Optional[str]) -> None:
-        promise = "savepoint and reports say what is true"
+        invariant = "savepoint and reports say what is true"
         if not self.into(ids) and not self._is_as_if_merged(ids, backup):
-            raise Broken(promise, f"{name(ids)} is done, and was not merged")
+            raise InvariantBroken(invariant, f"{name(ids)} is done, and was not merged")
         holders = {ids[0], self.organisation.survivor(ids[0])}  # the primary may have been merged onward
         if reference and not any(
             reference == ref for one in holders for _, ref in self.organisation.reference_times[one]
         ):
-            raise Broken(promise, f"{name(ids)} is done, and the primary never got {reference}")
+            raise InvariantBroken(invariant, f"{name(ids)} is done, and the primary never got {reference}")
         self._judge_proof(ids, backup)
 
     def _is_as_if_merged(self, ids: Ids, backup: Optional[str]) -> bool:
@@ -663,14 +685,14 @@ class Books:
         return one is not None
 
     def _judge_reports(self, rows: Mapping[Ids, Mapping[str, Any]], mine: Optional[Path], code: Optional[int]) -> None:
-        promise = "each ended pair in exactly one report"
+        invariant = "each ended pair in exactly one report"
         there = {path.name: path for path in sorted(Path("reports").glob("merge_report_*.json"))}
         new = {file: path for file, path in there.items() if file not in self.reports}
         for file, path in new.items():
             try:
                 self.reports[file] = json.loads(path.read_bytes())
             except ValueError as error:
-                raise Broken("a report is written atomically", f"{file}: {error}") from None
+                raise InvariantBroken("a report is written atomically", f"{file}: {error}") from None
             self._judge_report(file, self.reports[file])
         where: DefaultDict[Ids, List[str]] = defaultdict(list)
         for file, report in self.reports.items():
@@ -678,41 +700,45 @@ class Books:
                 where[ids_of(entry)].append(file)
         for ids, files in where.items():
             if len(files) > 1:
-                raise Broken(promise, f"{name(ids)} is in {', '.join(files)}")
+                raise InvariantBroken(invariant, f"{name(ids)} is in {', '.join(files)}")
         if mine is None:
             return
         if mine.name not in there:
-            raise Broken("the report is written, also when the run stops early", f"{mine.name} is not there")
+            raise InvariantBroken("the report is written, also when the run stops early", f"{mine.name} is not there")
         for ids, row in rows.items():
             if row["state"] in ENDED and ids not in self.forgotten and not where[ids]:
-                raise Broken(promise, f"{name(ids)} is {row['state']} and in none")
+                raise InvariantBroken(invariant, f"{name(ids)} is {row['state']} and in none")
         report, self.last_report, self.last_code = self.reports[mine.name], mine.name, code
         unfinished = {ids_of(entry) for entry in report["unfinished_merges"]}
         for ids, row in rows.items():
             if row["state"] in UNFINISHED and ids not in unfinished:
-                raise Broken("savepoint and reports say what is true", f"{name(ids)} is unfinished, and not reported")
+                raise InvariantBroken(
+                    "savepoint and reports say what is true", f"{name(ids)} is unfinished, and not reported"
+                )
         failed = len(report["failed_merges"]) + len(report["unfinished_merges"])
         if (code == 0) != (failed == 0) and code in (0, 1):
-            raise Broken("the exit code says how it went", f"{code}, and {failed} failed or unfinished")
+            raise InvariantBroken("the exit code says how it went", f"{code}, and {failed} failed or unfinished")
 
     def _judge_report(self, file: str, report: Mapping[str, Any]) -> None:
-        promise = "savepoint and reports say what is true"
+        invariant = "savepoint and reports say what is true"
         stopped = str(report["run"].get("stopped"))
         if "(a bug" in stopped:
-            raise Broken("no run ends with a bug", stopped)
+            raise InvariantBroken("no run ends with a bug", stopped)
         summary = report["summary"]
         parts = [summary[one] for one in ("already_merged", "successful_merges", "failed_merges", "unfinished_merges")]
         if summary["pairs_planned"] != sum(parts) + summary["left"] or summary["left"] < 0:
-            raise Broken("the sums of a report", f"{file}: {summary}")
+            raise InvariantBroken("the sums of a report", f"{file}: {summary}")
         if summary["pairs_planned"] != len(self.plan):
-            raise Broken("the sums of a report", f"{file}: {len(self.plan)} pairs are planned, it says {summary}")
+            raise InvariantBroken(
+                "the sums of a report", f"{file}: {len(self.plan)} pairs are planned, it says {summary}"
+            )
         for entry in report["successful_merges"]:
             if entry["state"] == "done":
                 self._judge_done(ids_of(entry), entry["new_external_ref"], entry["backup"])
         for entry in report["failed_merges"]:
             refused = entry["code"] == "undo_unfinished" and (self.disk_was_full or ids_of(entry) in self.undo.open())
             if entry["state"] != "merged_elsewhere" and self.asks[ids_of(entry)] and not refused:
-                raise Broken(promise, f"{file}: {name(ids_of(entry))} is called failed, and was asked for")
+                raise InvariantBroken(invariant, f"{file}: {name(ids_of(entry))} is called failed, and was asked for")
 
     def standing(self, rows: Mapping[Ids, Mapping[str, Any]]) -> str:
         """How things stand after a run, in so many words: where two runs leave the same, and neither has asked for
@@ -763,7 +789,7 @@ class Books:
             if ids not in resting and self._is_too_small() and self.last_code == 3:
                 continue
             if ids not in resting:
-                raise Broken(
+                raise InvariantBroken(
                     "a life that is left in peace ends with every pair done or refused", f"{name(ids)}: nothing"
                 )
             entry = resting[ids]
@@ -771,7 +797,7 @@ class Books:
                 continue
             if not self._is_true(ids, entry, resting, stuck):
                 what = f"{name(ids)} is {entry['state']}, {entry['code']}: {entry['error']}"
-                raise Broken("every pair is done, or refused for a reason that is true", what)
+                raise InvariantBroken("every pair is done, or refused for a reason that is true", what)
         self.undo.after_life(rows)
         for ids, asks in self.asks.items():
             reference = rows[ids]["new_ref"] if ids in rows else None
@@ -782,7 +808,9 @@ class Books:
                 org = self.organisation.contacts[ids[1]]["rev_org"]["id"]
                 holder = self.organisation.holder(org, reference)
                 if not had and reference not in named and not (holder and self.organisation.alive(holder)):
-                    raise Broken("no reference is left on nobody that no report names", f"{reference} of {name(ids)}")
+                    raise InvariantBroken(
+                        "no reference is left on nobody that no report names", f"{reference} of {name(ids)}"
+                    )
 
     def _is_true(self, ids: Ids, entry: Mapping[str, Any], resting: Mapping[Ids, Any], stuck: Set[str]) -> bool:
         """Whether the reason that the last report gives for a pair is so in the world."""
@@ -821,11 +849,11 @@ class Books:
 
     def _is_too_small(self) -> bool:
         """Whether the quota lets too little through for lists to be fresh at their merge."""
-        quota = self.world.quota
+        quota = self.fake_devrev.quota
         pages = 0
         for contact in {one for pair in (*self.plan, *self.asks) for one in pair}:
             pages += len(self.organisation.works.find([("anyone", [contact])])) // 100
-        apart = 40 if self.world.max_ids else 0  # where a list has to be asked for contact by contact
+        apart = 40 if self.fake_devrev.max_ids else 0  # where a list has to be asked for contact by contact
         return quota is not None and quota.limit * LISTED / quota.window < 20 + 8 * pages + apart
 
     def _group_of(self, ids: Ids, primary: Optional[Thing]) -> Set[str]:

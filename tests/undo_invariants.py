@@ -1,12 +1,12 @@
-"""What `--undo` promises, held against what is true in tests.world, by a second opinion as in tests.promises."""
+"""What `--undo` invariants, held against what is true in tests.fake_devrev, by a second opinion as in tests.invariants."""
 
 import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, DefaultDict, Dict, List, Mapping, Optional, Set, Tuple
 
-from tests.simulated import Broken, Sent, short
-from tests.world import USER_LISTS, Request, Table, Thing
+from tests.fake_devrev import USER_LISTS, Request, Table, Thing
+from tests.simulated import InvariantBroken, Sent, short
 
 Ids = Tuple[str, str]  # primary, duplicate
 WRITES = ("rev-users.create", "rev-users.update", "rev-users.merge", "works.update", "conversations.update")
@@ -31,12 +31,12 @@ def handed_on(entry: Mapping[str, Any]) -> List[Tuple[str, str]]:
     return items + [(one, "members") for one in entry["conversations"]]
 
 
-class UndoBooks:
+class UndoChecker:
     """The undos of a life. `books` are those of its merges."""
 
-    def __init__(self, books: Any) -> None:
-        self.books = books
-        self.organisation = books.organisation
+    def __init__(self, checker: Any) -> None:
+        self.checker = checker
+        self.organisation = checker.organisation
         self.active = self.preview = False  # of the run that goes on
         self.made: List[Made] = []
         self.began = 0.0
@@ -48,45 +48,47 @@ class UndoBooks:
 
     def begin(self, options: Any) -> None:
         self.active, self.preview = bool(options.undo), bool(options.undo and options.preview)
-        self.began = self.books.clock.now
+        self.began = self.checker.clock.now
 
     def events(self, ids: Ids) -> List[str]:
-        return [event for event, _ in self.books.journal[ids]]
+        return [event for event, _ in self.checker.journal[ids]]
 
     def open(self) -> Set[Ids]:
         """Pairs whose undo has begun and is not finished, by the journal."""
-        return {ids for ids in list(self.books.journal) if self.events(ids)[-1:] == ["undo begun"]}
+        return {ids for ids in list(self.checker.journal) if self.events(ids)[-1:] == ["undo begun"]}
 
     # ----- requests --------------------------------------------------------------------------------
 
     def asked(self, sent: Sent) -> None:
         """A request leaves."""
         if self.preview and sent.endpoint in WRITES:
-            raise Broken("a preview only reads", sent.endpoint)
+            raise InvariantBroken("a preview only reads", sent.endpoint)
         if not self.active and sent.endpoint in WRITES[-2:]:
-            raise Broken("a merge run changes contacts alone", sent.endpoint)
+            raise InvariantBroken("a merge run changes contacts alone", sent.endpoint)
         if sent.endpoint == "rev-users.create":
             self._judge_create(sent)
         elif self.active and sent.endpoint == "rev-users.update":
             self._judge_update(sent)
         elif sent.body.get("owned_by", {}) == {"set": []}:
-            raise Broken("owned_by is never emptied", short(sent.body["id"]))
+            raise InvariantBroken("owned_by is never emptied", short(sent.body["id"]))
 
     def judge_merge(self, ids: Ids) -> None:
         for other in self.open():
             if set(other) & set(ids):
                 what = f"{short(ids[1])} into {short(ids[0])}, and the undo of {short(other[1])} is not finished"
-                raise Broken("a merge run refuses a group whose undo is not finished", what)
+                raise InvariantBroken("a merge run refuses a group whose undo is not finished", what)
 
     def _judge_create(self, sent: Sent) -> None:
         email, reference = str(sent.body.get("email")), sent.body.get("external_ref")
-        self.books.read_journal()
-        rows = self.books.rows_now()
+        self.checker.read_journal()
+        rows = self.checker.rows_now()
         begun = [ids for ids in self.open() if rows.get(ids, {}).get("state") == "undoing"]
         mine = [ids for ids in begun if "asked" in json.loads(rows[ids]["details"])["undo"]]
         mine = [ids for ids in mine if rows[ids]["email"] == email.strip().casefold()]
         if not self.active or not mine:
-            raise Broken("a step of an undo is durable before its request leaves", f"{email} {reference} is made")
+            raise InvariantBroken(
+                "a step of an undo is durable before its request leaves", f"{email} {reference} is made"
+            )
         given = {json.loads(row["details"]).get("undo", {}).get("contact") for row in rows.values()}
         for one in self.made:
             if one.id in given:
@@ -98,23 +100,25 @@ class UndoBooks:
             if (
                 same
                 and reference is None
-                and self.books.clock.now > one.at + self.books.lag + 1
-                and not self.books.lies
+                and self.checker.clock.now > one.at + self.checker.lag + 1
+                and not self.checker.lies
             ):
-                raise Broken(TWO, f"{short(one.id)} is there already, with {email} and {reference}")
+                raise InvariantBroken(TWO, f"{short(one.id)} is there already, with {email} and {reference}")
 
     def _judge_update(self, sent: Sent) -> None:
-        self.books.read_journal()
+        self.checker.read_journal()
         mine = [ids for ids in self.open() if ids[0] == sent.body["id"]]
         if not mine:
-            raise Broken(
+            raise InvariantBroken(
                 "a step of an undo is durable before its request leaves", f"update of {short(sent.body['id'])}"
             )
-        rows = self.books.known
+        rows = self.checker.known
         allowed = {row for ids, wanted in rows.items() if ids[0] == sent.body["id"] for one in wanted
                    for row in (one.primary.ref, one.duplicate.ref)}  # fmt: skip
         if sent.body["external_ref"] not in allowed:
-            raise Broken("an undo gives references back", f"{sent.body['external_ref']} to {short(sent.body['id'])}")
+            raise InvariantBroken(
+                "an undo gives references back", f"{sent.body['external_ref']} to {short(sent.body['id'])}"
+            )
 
     # ----- what is carried out ---------------------------------------------------------------------
 
@@ -137,7 +141,7 @@ class UndoBooks:
 
     def _own(self, primary: str) -> Set[Tuple[str, str]]:
         """What a primary had before its first merge, by the backup that this rests on."""
-        asked = [backup for ids, lines in list(self.books.journal.items()) if ids[0] == primary
+        asked = [backup for ids, lines in list(self.checker.journal.items()) if ids[0] == primary
                  for event, backup in lines if event == "asked"]  # fmt: skip
         first = min(asked, key=lambda backup: Path(backup).name)
         manifest = json.loads((Path(first) / "manifest.json").read_bytes())
@@ -146,7 +150,7 @@ class UndoBooks:
 
     def contacts_of(self, groups: Set[str]) -> Set[str]:
         """Whom undos have made, and who came by himself and has had a reference that a duplicate had."""
-        references = {one.duplicate.ref for ids, all_wanted in self.books.known.items() for one in all_wanted
+        references = {one.duplicate.ref for ids, all_wanted in self.checker.known.items() for one in all_wanted
                       if ids[1] in groups}  # fmt: skip
         times = self.organisation.reference_times
         came = {one for one in times if one not in groups and any(ref in references for _, ref in times[one])}
@@ -157,78 +161,82 @@ class UndoBooks:
         return found
 
     def _judge_write(self, table: Table, thing: Thing, was: Dict[str, List[str]], now: Dict[str, List[str]]) -> None:
-        groups = {one for ids in self.books.journal if "undo begun" in self.events(ids) for one in ids}
+        groups = {one for ids in self.checker.journal if "undo begun" in self.events(ids) for one in ids}
         mine = self.contacts_of(groups)
-        since = self.books.clock.now - OLDEST - TRAVEL - self.books.lag
+        since = self.checker.clock.now - OLDEST - TRAVEL - self.checker.lag
         for role in USER_LISTS:
             if was[role] and not now[role]:
-                raise Broken("owned_by is never emptied", f"{role} of {short(thing['id'])}")
+                raise InvariantBroken("owned_by is never emptied", f"{role} of {short(thing['id'])}")
             for person in {*was[role]} - {*now[role]} - groups - mine:
                 if not self._came_lately(table, thing["id"], role, person, since):
-                    raise Broken(STAYS, f"{short(person)} leaves {role} of {short(thing['id'])}")
+                    raise InvariantBroken(STAYS, f"{short(person)} leaves {role} of {short(thing['id'])}")
             for primary in {ids[0] for ids in self.open()} & ({*was[role]} - {*now[role]}):
                 if (thing["id"], role) in self._own(primary):
-                    raise Broken(STAYS, f"{short(primary)} leaves its own {role} of {short(thing['id'])}")
+                    raise InvariantBroken(STAYS, f"{short(primary)} leaves its own {role} of {short(thing['id'])}")
             for person in {*now[role]} - {*was[role]} - mine:
                 if not self._was_there(table, thing["id"], role, person, since):
-                    raise Broken(STAYS, f"{short(person)} gets {role} of {short(thing['id'])}")
+                    raise InvariantBroken(STAYS, f"{short(person)} gets {role} of {short(thing['id'])}")
 
     def _came_lately(self, table: Table, identity: str, role: str, person: str, since: float) -> bool:
-        versions = self.books.versions(table, identity, since)[1:]
-        return not all(self.books.held(one, role, person) for one in versions)
+        versions = self.checker.versions(table, identity, since)[1:]
+        return not all(self.checker.held(one, role, person) for one in versions)
 
     def _was_there(self, table: Table, identity: str, role: str, person: str, since: float) -> bool:
-        return any(self.books.held(one, role, person) for one in self.books.versions(table, identity, since)[1:])
+        return any(self.checker.held(one, role, person) for one in self.checker.versions(table, identity, since)[1:])
 
     # ----- what a run has left -------------------------------------------------------------------------
 
     def after_run(self, rows: Mapping[Ids, Mapping[str, Any]], path: Optional[Path], code: Optional[int]) -> None:
         for ids, row in rows.items():
             event = {"undoing": "undo begun", "undone": "undone"}.get(row["state"])
-            known = event == "undo begun" and (self.books.disk_was_full or self.events(ids)[-1:] == ["undone"])
+            known = event == "undo begun" and (self.checker.disk_was_full or self.events(ids)[-1:] == ["undone"])
             if event and self.events(ids)[-1:] != [event] and not known:
-                raise Broken("the journal knows how far an undo is", f"{short(ids[1])} is {row['state']}, not {event}")
+                raise InvariantBroken(
+                    "the journal knows how far an undo is", f"{short(ids[1])} is {row['state']}, not {event}"
+                )
             if row["state"] == "undone" and ids not in self.true:
                 self.true.add(ids)
                 self._judge_undone(ids, row)
         if not self.active or self.preview or path is None:
             return
         if not path.exists():
-            raise Broken("the report is written, also when the run stops early", f"{path.name} is not there")
+            raise InvariantBroken("the report is written, also when the run stops early", f"{path.name} is not there")
         self.last = report = json.loads(path.read_bytes())
         if "(a bug" in str(report["run"].get("stopped")):
-            raise Broken("no run ends with a bug", report["run"]["stopped"])
+            raise InvariantBroken("no run ends with a bug", report["run"]["stopped"])
         self.reports[path.name] = report
         for state, title in (("undone", "undone"), ("undoing", "unfinished")):
             for entry in report[title]:
                 ids = entry["primary"]["id"], entry["duplicate"]["id"]
                 if ids in rows and rows[ids]["state"] != state:
-                    raise Broken("a report says what is true", f"{short(ids[1])} is {rows[ids]['state']}, not {state}")
+                    raise InvariantBroken(
+                        "a report says what is true", f"{short(ids[1])} is {rows[ids]['state']}, not {state}"
+                    )
         bad = len(report["failed"]) + len(report["unfinished"])
         if code in (0, 1) and (code == 0) != (bad == 0):
-            raise Broken("the exit code says how it went", f"{code}, and {bad} failed or unfinished")
+            raise InvariantBroken("the exit code says how it went", f"{code}, and {bad} failed or unfinished")
 
     def _judge_undone(self, ids: Ids, row: Mapping[str, Any]) -> None:
         undo = json.loads(row["details"])["undo"]
         contact = undo.get("contact")
         if contact in ids or contact not in self.contacts_of(set(ids)):
-            raise Broken(TRUE, f"{short(ids[1])} is undone, and {contact} was never made")
+            raise InvariantBroken(TRUE, f"{short(ids[1])} is undone, and {contact} was never made")
         folder = Path(row["backup"])
         manifest = json.loads((folder / "manifest.json").read_bytes())
         (entry,) = (one for one in manifest["contacts"] if one["csv"]["id"] == ids[1])
         reference = json.loads((folder / entry["folder"] / "contact.json").read_bytes())["external_ref"]
         had = [one for _, one in self.organisation.reference_times[contact]]
         if reference not in had and "external_ref" not in undo["left_out"]:
-            raise Broken(TRUE, f"{short(contact)} never had the reference {reference}")
+            raise InvariantBroken(TRUE, f"{short(contact)} never had the reference {reference}")
         left = {(item["id"], item["role"]) for item in undo.get("left", ())}
         for identity, role in handed_on(entry):
             table = self.table(identity)
-            versions = self.books.versions(table, identity, self.began)
-            if self.books.lies or any(self.books.held(one, role, contact) for one in versions):
+            versions = self.checker.versions(table, identity, self.began)
+            if self.checker.lies or any(self.checker.held(one, role, contact) for one in versions):
                 continue
-            primary = all(self.books.held(one, role, ids[0]) for one in versions)
+            primary = all(self.checker.held(one, role, ids[0]) for one in versions)
             if (identity, role) not in left or primary:
-                raise Broken(TRUE, f"{short(contact)} has not got {role} of {short(identity)} back")
+                raise InvariantBroken(TRUE, f"{short(contact)} has not got {role} of {short(identity)} back")
 
     # ----- a life ends -----------------------------------------------------------------------------
 
@@ -239,20 +247,22 @@ class UndoBooks:
             for entry in (*report["failed"], *report["unfinished"]):
                 named[entry["duplicate"]["old_external_ref"]].append(entry["code"])
                 last[entry["primary"]["id"], entry["duplicate"]["id"]] = entry
-        for ids in list(self.books.journal):
+        for ids in list(self.checker.journal):
             if "undo begun" not in self.events(ids):
                 continue
             state = rows[ids]["state"] if ids in rows else "nothing"
             if state == "undoing" and not (ids in last and self._is_true(ids, last[ids])):
                 why = last[ids]["code"] + ": " + last[ids]["error"] if ids in last else "nothing is said of it"
-                raise Broken("an undo is finished by the same command", f"{short(ids[1])} is undoing: {why}")
-            for one in self.books.known[ids]:
+                raise InvariantBroken("an undo is finished by the same command", f"{short(ids[1])} is undoing: {why}")
+            for one in self.checker.known[ids]:
                 reference = one.duplicate.ref
                 times = self.organisation.reference_times
                 moved = any(ref == reference for _, ref in times[ids[0]][1:]) and self.events(ids)[-1:] != ["undone"]
                 ever = moved or any(ref == reference for c in times if c not in ids for _, ref in times[c])
                 if reference.startswith("user_") and not named[reference] and not ever:
-                    raise Broken("no reference is left on nobody that no report names", f"{reference}, after an undo")
+                    raise InvariantBroken(
+                        "no reference is left on nobody that no report names", f"{reference}, after an undo"
+                    )
 
     @staticmethod
     def is_open(rows: Mapping[Ids, Mapping[str, Any]], contacts: Set[str]) -> bool:
@@ -271,15 +281,18 @@ class UndoBooks:
         if code == "not_active":
             return primary is not None and primary["state"] != "active"
         if code == "external_ref_changed":
-            known = {row for one in self.books.known[ids] for row in (one.primary.ref, one.duplicate.ref)}
+            known = {row for one in self.checker.known[ids] for row in (one.primary.ref, one.duplicate.ref)}
             return primary is not None and primary["external_ref"] not in known
         if code in ("external_ref_conflict", "contact_refused"):
             # A group is refused as a whole, for any of its references, or where nobody may have an email twice.
             refs = {
-                one.duplicate.ref for other in self.books.known if other[0] == ids[0] for one in self.books.known[other]
+                one.duplicate.ref
+                for other in self.checker.known
+                if other[0] == ids[0]
+                for one in self.checker.known[other]
             }
             holders = organisation.contacts.find([("external_ref", sorted({reference, *refs}))])
-            stuck = not organisation.stuck_references.isdisjoint(refs) or self.books.world.unique_emails
+            stuck = not organisation.stuck_references.isdisjoint(refs) or self.checker.fake_devrev.unique_emails
             return stuck or any(one["id"] not in ids for one in holders)
         if code == "not_handed_back":
             things = [self.table(item["id"]).get(item["id"]) for item in entry["left"]]
