@@ -1045,18 +1045,6 @@ class Pair:
 NOT_STORED = ("run", "exported", "is_overruled", "tried_before")
 
 
-# Why a merged pair can't be brought to its end.
-SETTLEABLE_MERGED = (
-    "left_behind", "still_listed", "external_ref_changed", "external_ref_conflict", "external_ref_not_set", "not_found",
-    "merged_into_another", "backup_failed", "forbidden",
-)  # fmt: skip
-# Why a merge that was asked for, and has not come, is not asked for again.
-SETTLEABLE_REQUESTED = (
-    "not_found", "not_active", "email_changed", "external_ref_changed", "different_rev_org", "several_user_refs",
-    "merged_into_another", "merge_refused", "forbidden", "plan_changed",
-)  # fmt: skip
-
-
 def into(pair: Pair) -> str:
     return f"{pair.duplicate.short_id} into {pair.primary.short_id}"
 
@@ -1133,26 +1121,6 @@ class SkippedGroup(NamedTuple):
         return {csv_line(self.email, contact.external_ref): contact for contact in users or self.contacts}
 
 
-SKIP_REASONS = {
-    "several_user_refs": (
-        "several contacts have a user_ reference; which one the application uses can't be told from the export",
-        "find out in the application which user_ reference is alive, and name it with --choices",
-    ),
-    "no_user_ref": (
-        "several REVU- contacts and none with a user_ reference: the application knows none of them",
-        "nothing to do for the application; where you want one contact, name the one to keep with --choices",
-    ),
-    "invalid_row": (
-        "a row of this email is bad or conflicts with another, so the group is not known whole",
-        "repair the rows, which are named with their lines, and run again",
-    ),
-    "undone": (
-        "a merge of this email was taken back with --undo",
-        "name the address with --email, and an export made since, to merge it again",
-    ),
-}
-
-
 @dataclass
 class Plan:
     """What a run would do: the one object that the preview prints and the run carries out."""
@@ -1162,12 +1130,12 @@ class Plan:
     invalid_rows: List[InvalidRow]
     contacts_read: int
     already_merged: int = 0
-    unreported: int = 0  # merged by a run that was killed before its report
     ids: Set[Tuple[str, str]] = field(default_factory=set)  # of all pairs of the CSV
     chosen: List[Group] = field(default_factory=list)  # by --choices, and still to be merged
     id: str = ""  # of `plan_id`
     left_alone: Dict[str, str] = field(default_factory=dict)  # email -> why there is nothing to merge
     overruled: Set[Tuple[str, str]] = field(default_factory=set)  # pairs of earlier runs that contradict it
+    revived: List[Pair] = field(default_factory=list)  # were cancelled, and are named with --email now
 
     def pairs(self) -> Iterator[Pair]:
         return (pair for group in self.groups for pair in group.pairs if pair.state not in ENDED)
@@ -2258,7 +2226,7 @@ class BackupStore:
 
 
 def timestamp_name(epoch: float) -> str:
-    return time.strftime("%Y%m%d_%H%M%S", time.localtime(epoch))
+    return time.strftime("%Y%m%d_%H%M%S", time.gmtime(epoch))
 
 
 def _folder_names(snapshots: Sequence[ContactSnapshot]) -> List[str]:
@@ -2624,6 +2592,9 @@ class SavePoint:
             except OSError as error:
                 self.close()
                 raise FatalError(EXIT_STOPPED, f"the savepoint {file.path} can't be used: {error.strerror}") from None
+        known = set(chain.from_iterable(file.stored_runs() for file in self.files))
+        if run in known:  # the clock was set back, or a run that began in the same second has ended already
+            self.run = free_run_id(environment.now().wall, known)
         self.write_number = max(file.last_write for file in self.files)
         self._join()
 
@@ -2699,7 +2670,9 @@ class SavePoint:
             if mine and other and mine.revision == other.revision and mine.document != other.document:
                 email, state = row.document["primary"]["email"], row.document["state"]
                 self.warnings.append(f"{email}: {SAVEPOINT} and its copy disagree; «{state}» is taken, and is checked")
-            is_intent = row is mine and row.document["state"] == State.REQUESTED and row.revision == self.main.last_write
+            is_intent = (
+                row is mine and row.document["state"] == State.REQUESTED and row.revision == self.main.last_write
+            )
             is_intent = is_intent and (other is None or other.document["requested_at"] != row.document["requested_at"])
             if one_ahead and is_intent:
                 pair = Pair.from_json(row.document)
@@ -2766,7 +2739,9 @@ class SavePoint:
                     try:
                         file.write(self.write_number, self.run, rows, told, **meta)
                     except sqlite3.Error as error:
-                        words = f"the savepoint {file.path} can't be written any more ({error}); free the disk, run again"
+                        words = (
+                            f"the savepoint {file.path} can't be written any more ({error}); free the disk, run again"
+                        )
                         file.failure = FatalError(EXIT_STOPPED, words)
                         log.warning("%s", file.failure)
             if all(file.failure for file in self.files):
@@ -2937,36 +2912,233 @@ def csv_chunks(contacts: Iterable[Contact]) -> Iterator[bytes]:
 # ---------------------------------------------------------------------------------------------------
 
 
-ADVICE = {
-    **dict.fromkeys(
-        ("not_found", "email_changed", "external_ref_changed"),
-        "the export is stale: export again; of a merged pair: --settle accepts what somebody has changed",
+REPORTS, LOGS = Path("reports"), Path("logs")
+SCHEMA = 3  # of every JSON document that is written or printed
+
+
+class Code(NamedTuple):
+    """What a refused, failed or skipped pair's code means, and what to do about it."""
+
+    meaning: str
+    advice: str
+    systemic: bool = False  # counts among the failures in a row that stop a run
+    settles: bool = False  # an unfinished pair with it can be settled
+    skips: bool = False  # groups are skipped for it
+
+
+CODES: Dict[str, Code] = {
+    # Skipped by detection, or by the live check.
+    "several_user_refs": Code(
+        "Several contacts have a user_ reference. The export can't tell which one the application uses.",
+        "Find out which user_ reference the application uses, and name it with --choices.",
+        settles=True, skips=True,
     ),
-    "not_active": "look at the contact in DevRev: a locked or deactivated contact is not merged",
-    "different_rev_org": "contacts of different rev orgs are not merged: look at them in DevRev",
-    "group_changed": "export again, and choose again",
-    "several_user_refs": "find out which user_ reference the application uses, export again, name it with --choices",
-    "count_mismatch": "export again, or let a backup with more than the export pass with --count-policy at-least",
-    "backup_failed": "look at the named file or ticket, run again",
-    "api_error": "run again; if it stays, send the message and the log to DevRev's support",
-    "forbidden": "give the token the missing scope (or access to the named object), run again",
-    "merge_refused": "look at both contacts in DevRev; run again; --settle gives the merge up",
-    "plan_changed": "where it is not to be merged so any more, give it up with --settle",
-    "merge_not_confirmed": "DevRev has not carried the merge out yet: run again later, which looks again first",
-    "external_ref_conflict": "free the reference from its holder in DevRev, run again: only the reference is set then",
-    "external_ref_not_set": "run again; if it stays, set the reference by hand in DevRev",
-    "left_behind": "run again later (DevRev may still be moving them), or move them; --settle accepts what stays",
-    **dict.fromkeys(("still_listed", "group_incomplete"), "run again later"),
-    "merged_into_another": "look at both contacts in DevRev; --settle accepts it",
-    "merged_elsewhere": "export again; the reference named in the message has to be looked at by hand",
-    "stale": "raise DEVREV_RATE_LIMIT_CALLS, or ask DevRev for a larger quota",
-    "undo_unfinished": "finish the undo first",
-    "not_merged": "nothing to take back yet; where the merge is unfinished, finish it first",
-    "contact_refused": "look at what DevRev has answered, undo again",
-    "contact_not_confirmed": "undo again: it looks for the contact first",
-    "not_handed_back": "undo again, or hand them over in DevRev",
-    "interrupted": "run again with the same savepoint: it is finished first",
+    "no_user_ref": Code(
+        "There are several REVU- contacts and none with a user_ reference: the application knows none of them.",
+        "Nothing to do for the application. If you want one contact, name the one to keep with --choices.",
+        skips=True,
+    ),
+    "shared_mailbox": Code(
+        "The address probably belongs to several people, who would see each other's conversations.",
+        "If it is one person, name the contact to keep with --choices.",
+        settles=True, skips=True,
+    ),
+    "invalid_row": Code(
+        "A row of this email is bad or conflicts with another, so the group may not be complete.",
+        "Fix the rows, which are named with their lines, and run again.",
+        skips=True,
+    ),
+    "undone": Code(
+        "A merge of this email was undone.",
+        "To merge it again, export again and name the address with --email.",
+        skips=True,
+    ),
+    "cancelled": Code(
+        "A merge of this email was cancelled with --settle.",
+        "To merge it after all, name the address with --email.",
+        skips=True,
+    ),
+    "already_gone": Code(
+        "The duplicate no longer exists, and its reference is not needed.",
+        "Nothing to do.",
+        skips=True,
+    ),
+    "already_merged": Code(
+        "It looks merged already: the primary has the reference, and the duplicate no longer exists.",
+        "Nothing to do. If another folder merged it, keep using that folder, because the history is there.",
+        skips=True,
+    ),
+    "different_rev_org": Code(
+        "The contacts belong to different rev orgs.",
+        "Check both contacts in DevRev. --across-workspaces merges them all the same.",
+        settles=True, skips=True,
+    ),
+    # Refused by the live check or the integrity check: nothing was requested.
+    "not_found": Code(
+        "DevRev has no such contact any more.",
+        "Export again, or leave the row out. If the pair is merged, --settle accepts it as it is.",
+        settles=True,
+    ),
+    "not_active": Code(
+        "The contact is locked, deactivated or deleted. Such a contact is not merged.",
+        "Check the contact in DevRev. If it no longer exists, leave its row out.",
+        settles=True,
+    ),
+    "email_changed": Code(
+        "A contact has another email in DevRev than in the CSV. They may be two people.", "Export again.", settles=True
+    ),
+    "external_ref_changed": Code(
+        "A contact has another reference in DevRev than in the CSV, or than the merge gave it.",
+        "Export again. If the pair is merged, --settle accepts the reference that it has now.",
+        settles=True,
+    ),
+    "several_external_refs": Code(
+        "The contact has several external references. What setting one does to the others is not documented.",
+        "Leave its row out, or have DevRev reduce it to one reference.",
+        settles=True,
+    ),
+    "unverified": Code(
+        "The duplicate is unverified and the primary is not. DevRev documents that such a merge is refused.",
+        "Leave its row out, or try it with --try-unverified.",
+        settles=True,
+    ),
+    "group_changed": Code(
+        "DevRev lists more contacts for this email than the CSV that you chose from.",
+        "Export again, and choose again.",
+        settles=True,
+    ),
+    "count_mismatch": Code(
+        "The backup has another number of tickets than the CSV.",
+        "Export again, or accept a backup with more tickets with --count-policy at-least.",
+        settles=True,
+    ),
+    "backup_failed": Code(
+        "The backup could not be written, or was not read back as it was written.",
+        "Check the named file or ticket, then run again.",
+        systemic=True, settles=True,
+    ),
+    "stale": Code(
+        "The check and the backup became too old before there was quota for the merge.",
+        "Raise DEVREV_RATE_LIMIT_CALLS, or ask DevRev for a larger quota.",
+        systemic=True,
+    ),
+    "undo_unfinished": Code(
+        "An undo of this email has started and not finished.", "Finish the undo with the command in the message first."
+    ),
+    "group_incomplete": Code("Another merge of one of its contacts has to finish first.", "Run again."),
+    "interrupted": Code("The run stopped first.", "Run the same command again. It finishes this pair first."),
+    # DevRev's answers.
+    "api_error": Code(
+        "A request failed or got no usable answer, also when it was repeated.",
+        "Run again. If it stays, send the message and the log to DevRev's support.",
+        systemic=True, settles=True,
+    ),
+    "forbidden": Code(
+        "DevRev refused a request: the token may not do this, or not for this contact.",
+        "Give the token the scope that the message names, or access to the named object, then run again.",
+        systemic=True, settles=True,
+    ),
+    "merge_refused": Code(
+        "DevRev refused to merge these contacts.",
+        "Check both contacts in DevRev, then run again. --settle cancels the merge.",
+        systemic=True, settles=True,
+    ),
+    "merge_not_confirmed": Code(
+        "DevRev did not finish the merge in time.",
+        "Run again later: it polls before anything else. --merge-timeout waits longer, --settle cancels the merge.",
+        systemic=True, settles=True,
+    ),
+    "plan_changed": Code(
+        "The merge was requested, and the CSV or a choice no longer has it with the same reference.",
+        "Run with the CSV that has it, or cancel the merge with --settle.",
+        settles=True,
+    ),
+    "merged_elsewhere": Code(
+        "Another user merged or deleted the duplicate. No reference was moved.",
+        "Check the reference that the message names, and export again.",
+    ),
+    "merged_into_another": Code(
+        "DevRev names another contact than the primary.",
+        "Check both contacts in DevRev. --settle accepts it as it is.",
+        settles=True,
+    ),
+    "after_cancel": Code(
+        "DevRev carried out a merge that had been cancelled.",
+        "If the contacts are two people, undo the merge with --undo and this report.",
+    ),
+    # Merged, and not finished.
+    "external_ref_conflict": Code(
+        "Another contact holds the reference. Until the primary has it, the application may not recognise this person.",
+        "Export and run again. If it stays, free the reference from the contact that the message names.",
+        settles=True,
+    ),
+    "external_ref_not_set": Code(
+        "DevRev did not take the reference. Until the primary has it, the application may not recognise this person.",
+        "Run again. If it stays, set the reference by hand in DevRev, then use --settle.",
+        settles=True,
+    ),
+    "left_behind": Code(
+        "What is named here was the duplicate's and does not belong to the primary. The backup holds it.",
+        "Run again later, because DevRev may still be moving it, or move it by hand. --settle accepts what stays.",
+        settles=True,
+    ),
+    "still_listed": Code(
+        "The contacts are merged, but DevRev still lists the duplicate for its email.",
+        "Run again later. --settle accepts it as it is.",
+        settles=True,
+    ),
+    # Undo.
+    "merged_again": Code(
+        "The pair was undone, and deliberately merged again later.",
+        "To undo the later merge, use the report that the message names.",
+        skips=True,
+    ),
+    "not_merged": Code("There is no merge to undo.", "If the merge is unfinished, finish it first."),
+    "contact_refused": Code(
+        "DevRev refused to create the contact again. The primary has its reference again.",
+        "Check DevRev's answer in the message, then run the same --undo again. --settle gives the rest up.",
+        systemic=True,
+    ),
+    "contact_not_confirmed": Code(
+        "Whether the contact was created is not known.",
+        "Run the same --undo again: it looks the contact up first.",
+        systemic=True,
+    ),
+    "not_handed_back": Code(
+        "Some objects still belong to the primary.",
+        "Run the same --undo again, or give them to the contact in DevRev.",
+    ),
+}  # fmt: skip
+SKIP_REASONS = {code: (one.meaning, one.advice) for code, one in CODES.items() if one.skips}
+
+
+def codes_markdown() -> str:
+    """Return the table of codes for the README."""
+    rows = (f"| `{code}` | {one.meaning} | {one.advice} |" for code, one in CODES.items())
+    return "\n".join(["| code | what it means | what to do |", "|---|---|---|", *rows])
+
+
+SO_FAR: Mapping[State, str] = {
+    State.REQUESTED: "requested, and not merged yet",
+    State.ACKNOWLEDGED: "DevRev has accepted the merge",
+    State.MERGED: "merged in DevRev",
+    State.VERIFYING: "merged in DevRev, and the reference is in place",
 }
+STATE_WORDS: Mapping[State, str] = {
+    State.PLANNED: "planned",
+    State.FAILED: "failed, nothing merged",
+    **SO_FAR,
+    State.DONE: "merged and verified",
+    State.SETTLED: "merged, and the rest accepted with --settle",
+    State.MERGED_ELSEWHERE: "merged or deleted by another user",
+    State.CANCELLED: "cancelled, not merged",
+    State.UNDOING: "being undone",
+    State.UNDONE: "undone",
+    State.UNDO_SETTLED: "partly undone, and the rest given up with --settle",
+}
+
+
+# -- one pair ----------------------------------------------------------------------------------------
 
 
 def contact_entry(contact: Contact, reference: str = "old_external_ref") -> Json:
@@ -2980,62 +3152,134 @@ def contact_entry(contact: Contact, reference: str = "old_external_ref") -> Json
     }
 
 
-SO_FAR: Mapping[State, str] = {
-    State.REQUESTED: "asked for, and not merged yet",
-    State.ACKNOWLEDGED: "DevRev has accepted the merge",
-    State.MERGED: "merged in DevRev, for good",
-    State.VERIFYING: "merged in DevRev, for good, and its reference is in place",
-}
-
-
 def progress_of(pair: Pair) -> Json:
-    """What DevRev has done of an unfinished pair, and what is still to do; nothing of any other."""
+    """Return what DevRev has done of an unfinished pair and what is still to do; nothing of any other."""
     if pair.state not in UNFINISHED:
         return {}
     steps = ["confirm the merge"] if pair.state in REQUESTED_STATES else []
     steps += ["set the reference"] if pair.new_ref and pair.state is not State.VERIFYING else []
-    steps.append("prove that nothing was left behind")
+    steps.append("verify that nothing was left behind")
     return {"so_far": SO_FAR[pair.state], "to_do": ", ".join(steps)}
 
 
-def merge_entry(pair: Pair, planned: Collection[Tuple[str, str]]) -> Json:
-    """A pair in one of the report's lists; `in_csv` says whether it is one of this CSV's, `planned`."""
+def merge_entry(pair: Pair, planned: Optional[Collection[Ids]]) -> Json:
+    """Return a pair as the report's lists have it.
+
+    `in_csv` says whether it is among `planned`, the pairs of the CSV; it is null where these are not known.
+    """
     entry: Json = {
         "email": pair.email,
         "primary": contact_entry(pair.primary),
         "duplicate": contact_entry(pair.duplicate),
-        "new_external_ref": None if "reference_not_set" in pair.details else pair.new_ref,
-        "backup": pair.backup or None,
-        "seconds": round(pair.seconds, 3),
-        "finished": None if pair.state in UNFINISHED else pair.updated,
+        "new_external_ref": None if pair.reference_not_set else pair.new_ref,
         "state": pair.state.value,
-        "in_csv": pair.ids in planned,
-        **pair.details,
+        "in_csv": None if planned is None else pair.ids in planned,
+        "backup": pair.backup or None,
+        "backed_up": pair.backed_up,
+        "proved": pair.proved,
+        "fields_lost": pair.fields_lost,
+        "seconds": round(pair.seconds, 3),
+        "requested": iso(pair.requested_at) if pair.requested_at else None,
+        "finished": None if pair.state in UNFINISHED else pair.updated,
     }
-    if pair.state is not State.DONE:
-        entry.update(code=pair.code, error=pair.error, left_behind=pair.left_behind, advice=ADVICE.get(pair.code))
+    for name in ("deleted", "accepted", "reference_not_set", "onward", "after_cancel"):
+        if getattr(pair, name):
+            entry[name] = getattr(pair, name)
+    if pair.state is not State.DONE or pair.code:
+        code = CODES.get(pair.code)
+        entry.update(code=pair.code, error=pair.error, left_behind=pair.left_behind)
+        entry.update(reason=code.meaning if code else None, advice=code.advice if code else None)
     return {**entry, **progress_of(pair)}
 
 
+def settle_error(pair: Pair) -> Optional[str]:
+    """Say why --settle can't end a pair; None where it can, or where the pair has ended."""
+    if pair.state in TERMINAL:
+        return None
+    if pair.state is State.UNDOING:
+        return undo_settle_error(pair)
+    if pair.state not in UNFINISHED:
+        return (
+            f"its merge was not requested ({pair.code}), so there is nothing to settle; leave its rows out of the CSV"
+        )
+    if pair.code in CODES and CODES[pair.code].settles:
+        return None
+    return (
+        f"it is unfinished ({pair.code or SO_FAR[pair.state]}), and no report has named a problem that stays; run again"
+    )
+
+
+def settle_pair(pair: Pair) -> None:
+    """End a pair that `settle_error` lets end: its problem is accepted, or the merge or undo given up."""
+    if pair.state in TERMINAL:
+        return
+    if pair.state in REQUESTED_STATES:
+        pair.state = State.CANCELLED
+    elif pair.state is State.UNDOING:
+        pair.state = State.UNDO_SETTLED
+    else:
+        if pair.new_ref and pair.state is State.MERGED:
+            pair.reference_not_set = pair.new_ref
+        pair.state = State.SETTLED
+    pair.accepted = f"{pair.code}: {pair.error}"
+
+
+# -- the report of a merge run or a settle -----------------------------------------------------------
+
+
+def report_path(run_id: str, kind: str) -> Path:
+    return REPORTS / f"{'undo' if kind == 'undo' else 'merge'}_report_{run_id}.json"
+
+
+def free_run_id(start: float, known: Collection[str] = ()) -> str:
+    """Return the name of a run that begins at `start` (epoch seconds).
+
+    It is that second in UTC, or the next one that is free among the `known` runs, in `reports/` and in `logs/`.
+    """
+    while True:
+        run_id = timestamp_name(start)
+        files = (report_path(run_id, "merge"), report_path(run_id, "undo"), LOGS / f"contact_merge_{run_id}.log")
+        if run_id not in known and not any(path.exists() for path in files):
+            return run_id
+        start += 1
+
+
+def check_not_restored(savepoint: SavePoint) -> None:
+    """Refuse to run where a report is newer than all that the savepoint knows.
+
+    Then the folder was put back from an older backup, and merges or undos have happened that would be repeated. Raises
+    FatalError(2).
+    """
+    known = savepoint.runs()
+    for path in sorted(REPORTS.glob("*_report_*.json")):
+        found = re.fullmatch(r"(?:merge|undo)_report_(\d{8}_\d{6})\.json", path.name)
+        if found and found.group(1) not in known and found.group(1) > max(known, default=""):
+            why = f"neither {SAVEPOINT} nor {SAVEPOINT_COPY} knows the run of {path}"
+            fix = "Put the newest copy of both back. If you know that nothing is missing, move that report away."
+            raise FatalError(EXIT_USAGE, f"the savepoint was put back from an older copy: {why}. {fix}")
+
+
 def beside_pairs(plan: Plan) -> Dict[str, Iterable[Json]]:
-    """What --choices has decided, each with whose references are lost by it; the skipped groups, each with the lines of
-    which --choices may take one; and the invalid rows."""
+    """Return what a report and a preview list besides pairs.
+
+    These are the choices with the references that each loses, the skipped groups with the lines of which --choices may
+    take one, the look-alikes and the invalid rows.
+    """
 
     def choice(group: Group) -> Json:
         lost = [contact_entry(contact, "external_ref") for contact in group.lost_refs()]
         return {"email": group.email, "kept": group.chosen, "lost": lost, "warnings": group.warnings()}
 
     def entry(skipped_group: SkippedGroup) -> Json:
-        choices = skipped_group.choice_lines().items()
         return {
             "email": skipped_group.email,
             "code": skipped_group.code,
-            "reason": SKIP_REASONS[skipped_group.code][0],
-            "advice": SKIP_REASONS[skipped_group.code][1],
+            "reason": CODES[skipped_group.code].meaning,
+            "advice": CODES[skipped_group.code].advice,
             "contacts": [contact_entry(contact, "external_ref") for contact in skipped_group.contacts],
             "choices": [
                 {"line": line, "external_ref": contact.external_ref, "display_id": contact.short_id}
-                for line, contact in choices
+                for line, contact in skipped_group.choice_lines().items()
             ],
         }
 
@@ -3046,10 +3290,13 @@ def beside_pairs(plan: Plan) -> Dict[str, Iterable[Json]]:
     }
 
 
-def report_chunks(head: Json, lists: Mapping[str, Iterable[Json]]) -> Iterator[bytes]:
-    """A JSON object of `head` and of lists that are too long to be held in memory."""
-    yield to_json(head, indent=1)[:-2]
+def report_chunks(head: Json, lists: Mapping[str, Optional[Iterable[Json]]]) -> Iterator[bytes]:
+    """Return a JSON document of `head` and of lists that are too long to be held in memory; one not known is null."""
+    yield to_json({"schema": SCHEMA, **head}, indent=1)[:-2]
     for name, items in lists.items():
+        if items is None:
+            yield b",\n %s: null" % to_json(name)
+            continue
         yield b",\n %s: [" % to_json(name)
         for index, item in enumerate(items):
             yield (b",\n  " if index else b"\n  ") + to_json(item)
@@ -3057,71 +3304,177 @@ def report_chunks(head: Json, lists: Mapping[str, Iterable[Json]]) -> Iterator[b
     yield b"\n}\n"
 
 
-def outcome(savepoint: SavePoint) -> Dict[str, Iterator[Pair]]:
-    """What a run has come to: the pairs of the report's lists, read from the savepoint anew with each call."""
-    elsewhere = State.MERGED_ELSEWHERE
-    return {
-        # Those of a run that was killed before its report are among them.
-        "successful_merges": (pair for pair in savepoint.unreported() if pair.state is not elsewhere),
-        "failed_merges": chain(savepoint.failed(), (one for one in savepoint.unreported() if one.state is elsewhere)),
-        "unfinished_merges": savepoint.rows(*UNFINISHED),
-    }
+def merge_lists(savepoint: SavePoint, run_id: str) -> Dict[str, Iterator[Pair]]:
+    """Return the pairs of a report's lists, read from the savepoint again with each call.
 
-
-def summary_of(plan: Plan, savepoint: SavePoint) -> Json:
-    """The contract's numbers, of this CSV's pairs; `earlier_runs` counts the other pairs in the lists."""
-    counts = {
-        name: collections.Counter(pair.ids in plan.ids for pair in pairs) for name, pairs in outcome(savepoint).items()
-    }
-    mine, others = ({name: count[which] for name, count in counts.items()} for which in (True, False))
-    attempted = sum(mine.values())
-    return {
-        "contacts_read": plan.contacts_read,
-        "invalid_rows": len(plan.invalid_rows),
-        "pairs_planned": len(plan.ids),
-        "already_merged": plan.already_merged,
-        "total_merges_attempted": attempted,
-        **mine,
-        "left": len(plan.ids) - plan.already_merged - attempted,
-        "skipped_groups": len(plan.skipped),
-        **({"earlier_runs": others} if any(others.values()) else {}),
-    }
-
-
-def headline(plan: Plan, summary: Json, savepoint: SavePoint) -> str:
-    """What a run has come to, in one line: nobody may read "all" where some remain."""
-    mine, others = summary["pairs_planned"] - summary["already_merged"], summary.get("earlier_runs", {})
-    unfinished, skipped = summary["unfinished_merges"], summary["skipped_groups"]
-    gone = sum(pair.ids in plan.ids for pair in savepoint.rows(State.MERGED, State.VERIFYING))
-    verb = "finished" if unfinished else "merged"
-    words = [f"{summary['successful_merges']:,} of {plural(mine, 'pair')} {verb}"] if mine else []
-    words += ["nothing to merge"] if not (mine or others) else []
-    words += [f"{unfinished:,} unfinished ({gone:,} of them merged in DevRev for good)"] if unfinished else []
-    counts = {"failed": "failed_merges", "left": "left", "merged before": "already_merged"}
-    words += [f"{summary[name]:,} {what}" for what, name in counts.items() if summary[name]]
-    words += [f"{plural(skipped, 'group')} skipped"] if skipped else []
-    words += [plural(summary["invalid_rows"], "invalid row")] if summary["contacts_read"] else []
-    ends = {"successful_merges": "at their end", "unfinished_merges": "unfinished", "failed_merges": "failed"}
-    more = [f"{others[name]:,} {what}" for name, what in ends.items() if others.get(name)]
-    if more:
-        words.append(f"of earlier runs, not in this CSV: {', '.join(more)}")
-    return ", ".join(words) or "nothing was done"
-
-
-def write_report(path: Path, run: Json, plan: Plan, savepoint: SavePoint, environment: Environment) -> None:
-    """Write the JSON report, and beside it the page that shows it. Raises OSError where the disk refuses.
-
-    The savepoint knows the report's name before the report has it, so that what has ended stands in exactly one.
+    A pair that has ended is in the report of the run that ended it, and in no other.
     """
-    summary = summary_of(plan, savepoint)
-    lists: Dict[str, Iterable[Json]] = {
-        name: (merge_entry(pair, plan.ids) for pair in pairs) for name, pairs in outcome(savepoint).items()
+    return {
+        "successful_merges": savepoint.pairs(State.DONE, run=run_id),
+        "failed_merges": savepoint.pairs(State.FAILED, State.MERGED_ELSEWHERE, run=run_id),
+        "unfinished_merges": savepoint.pairs(*UNFINISHED),
+        "settled": savepoint.pairs(State.SETTLED, run=run_id),
+        "cancelled": savepoint.pairs(State.CANCELLED, run=run_id),
+        "undo_settled": savepoint.pairs(State.UNDO_SETTLED, run=run_id),
     }
+
+
+def merge_summary(savepoint: SavePoint, run_id: str, plan: Optional[Plan]) -> Json:
+    """Return a run in numbers, which are those of the CSV's pairs; `earlier_runs` counts the other pairs in the lists.
+
+    Without a plan nothing is known of the CSV, and all pairs are counted.
+    """
+    mine: Dict[str, int] = collections.Counter()
+    others: Dict[str, int] = collections.Counter()
+    for name, pairs in merge_lists(savepoint, run_id).items():
+        for pair in pairs:
+            count = mine if plan is None or pair.ids in plan.ids else others
+            count[name] += 1
+            count["attempted"] += bool(pair.first_requested_at)
+            count["unfinished_but_merged"] += pair.state in (State.MERGED, State.VERIFYING)
+    for count in (mine, others):
+        count["successful_merges"] += count["settled"]
+        count["failed_merges"] += count["cancelled"]
+    ended = mine["successful_merges"] + mine["failed_merges"] + mine["unfinished_merges"]
+    summary: Json = {
+        "contacts_read": plan.contacts_read if plan else None,
+        "invalid_rows": len(plan.invalid_rows) if plan else None,
+        "pairs_planned": len(plan.ids) if plan else None,
+        "already_merged": plan.already_merged if plan else None,
+        "total_merges_attempted": mine["attempted"],
+    }
+    names = ("successful_merges", "failed_merges", "unfinished_merges", "unfinished_but_merged", "settled", "cancelled")
+    summary.update({name: mine[name] for name in names})
+    summary["left"] = len(plan.ids) - plan.already_merged - ended if plan else None
+    summary["skipped_groups"] = len(plan.skipped) if plan else None
+    if mine["undo_settled"]:
+        summary["undo_settled"] = mine["undo_settled"]
+    if any(others.values()):
+        summary["earlier_runs"] = {name: others[name] for name in names}
+    return summary
+
+
+def headline(summary: Json, document: Json) -> str:
+    """Return what a run has come to, in one line: nobody may read "all" where some remain."""
+    others, planned = summary.get("earlier_runs", {}), summary["pairs_planned"]
+    unfinished, merged = summary["unfinished_merges"], summary["successful_merges"]
+    verb = "finished" if unfinished else "merged"
+    words = []
+    if document["kind"] == "settle":
+        words.append(f"{plural(summary['settled'], 'pair')} settled")
+        merged = 0
+    elif planned is None:
+        words.append(f"the run was killed: {plural(merged, 'pair')} {verb}")
+    elif planned - summary["already_merged"]:
+        words.append(f"{merged:,} of {plural(planned - summary['already_merged'], 'pair')} {verb}")
+    elif not others:
+        words.append("nothing to merge")
+    if unfinished:
+        words.append(f"{unfinished:,} unfinished ({summary['unfinished_but_merged']:,} of them merged in DevRev)")
+    failed = summary["failed_merges"] - summary["cancelled"]
+    words += [f"{failed:,} failed"] if failed else []
+    counts = {
+        "cancelled": "cancelled",
+        "undo given up": "undo_settled",
+        "left": "left",
+        "merged before": "already_merged",
+    }
+    words += [f"{summary[name]:,} {what}" for what, name in counts.items() if summary.get(name)]
+    words += [f"{plural(summary['skipped_groups'], 'group')} skipped"] if summary["skipped_groups"] else []
+    words += [plural(summary["invalid_rows"], "invalid row")] if summary["contacts_read"] else []
+    ends = {"successful_merges": "finished", "unfinished_merges": "unfinished", "failed_merges": "failed"}
+    more = [f"{others[name]:,} {what}" for name, what in ends.items() if others.get(name)]
+    words += [f"of earlier runs, not in this CSV: {', '.join(more)}"] if more else []
+    return ", ".join(words)
+
+
+def write_report(
+    environment: Environment, savepoint: SavePoint, run_id: str, document: Json, plan: Optional[Plan] = None
+) -> None:
+    """Write the report of a merge run or a settle: the JSON, and beside it the page and the CSV that show the same.
+
+    `document` is the run's, with its end; `plan` is known to the run itself alone. The savepoint learns the end before
+    the file is written, and that it was written afterwards, so that the next run can write what a kill has prevented.
+    Raises OSError, and FatalError(3) where the savepoint can't be written.
+    """
+    path = report_path(run_id, document["kind"])
+    savepoint.write({}, {run_id: document})
+    planned = plan.ids if plan else None
     environment.make_private_dir(path.parent)
-    chunks = report_chunks({"run": run, "summary": summary}, {**lists, **beside_pairs(plan)})
-    environment.write_atomically(path, chunks, before=lambda: savepoint.announce_report(path.name))
-    savepoint.confirm_report(lambda _name: True)
-    write_page(path, "template.html", run["headline"], environment)
+    # A file that is there was written by the run itself, which knew more.
+    if plan or not path.exists():
+        lists: Dict[str, Optional[Iterable[Json]]] = {
+            name: (merge_entry(pair, planned) for pair in pairs)
+            for name, pairs in merge_lists(savepoint, run_id).items()
+        }
+        beside = ("choices", "skipped", "look_alikes", "invalid_rows")
+        lists.update(beside_pairs(plan) if plan else dict.fromkeys(beside))
+        run = {name: value for name, value in document.items() if name not in ("summary", "reported")}
+        environment.write_atomically(path, report_chunks({"run": run, "summary": document["summary"]}, lists))
+    write_page(path, "template.html", document["headline"], environment)
+    environment.write_atomically(path.with_suffix(".csv"), pair_rows(savepoint, run_id))
+    document["reported"] = True
+    savepoint.write({}, {run_id: document})
+
+
+OUTCOMES = {
+    "successful_merges": "merged", "failed_merges": "failed", "unfinished_merges": "unfinished", "settled": "settled",
+    "cancelled": "cancelled", "undo_settled": "undo_settled",
+}  # fmt: skip
+ROW_HEADER = (
+    "email", "outcome", "code", "duplicate_id", "duplicate_display_id", "duplicate_external_ref", "primary_id",
+    "primary_display_id", "primary_old_external_ref", "primary_new_external_ref", "duplicate_tickets",
+    "primary_tickets", "backup",
+)  # fmt: skip
+
+
+def pair_rows(savepoint: SavePoint, run_id: str) -> Iterator[bytes]:
+    """Return a CSV with a line a pair, for systems that have stored the duplicate's id.
+
+    It begins with a byte order mark, and no cell is a formula to a spreadsheet.
+    """
+    yield b"\xef\xbb\xbf" + (csv_line(*ROW_HEADER) + "\r\n").encode("ascii")
+    for name, pairs in merge_lists(savepoint, run_id).items():
+        for pair in pairs:
+            primary, duplicate = pair.primary, pair.duplicate
+            has_moved = pair.state in (State.VERIFYING, State.DONE, State.SETTLED) and not pair.reference_not_set
+            moved = pair.new_ref if has_moved else None
+            cells = (
+                pair.email, State.MERGED_ELSEWHERE.value if pair.state is State.MERGED_ELSEWHERE else OUTCOMES[name],
+                pair.code, duplicate.id, duplicate.short_id, duplicate.external_ref, primary.id, primary.short_id,
+                primary.external_ref, moved or primary.external_ref, str(duplicate.tickets), str(primary.tickets),
+                pair.backup,
+            )  # fmt: skip
+            yield (csv_line(*map(spreadsheet_cell, cells)) + "\r\n").encode("utf-8", "backslashreplace")
+
+
+def spreadsheet_cell(text: str) -> str:
+    """Put an apostrophe before what a spreadsheet would take for a formula."""
+    return "'" + text if re.match(r"'*[=+\-@\t\r]", text) else text
+
+
+def report_killed_runs(environment: Environment, savepoint: SavePoint) -> List[Path]:
+    """Write the reports of runs that were killed before they could; return their paths.
+
+    It comes before anything else of a run, because rows that change name the run that changed them.
+    """
+    paths = []
+    for run_id, document in savepoint.runs().items():
+        if document["reported"]:
+            continue
+        savepoint.organisation = document["organisation"]
+        if document["end"] is None:
+            document["stopped"] = "killed"
+        if document["kind"] == "undo":
+            write_undo_report(environment, savepoint, run_id, document)
+        else:
+            if "summary" not in document:
+                document["summary"] = merge_summary(savepoint, run_id, None)
+                document["headline"] = headline(document["summary"], document)
+            write_report(environment, savepoint, run_id, document)
+        paths.append(report_path(run_id, document["kind"]))
+    savepoint.organisation = ""
+    return paths
 
 
 def write_page(report: Path, template: str, headline: str, environment: Environment) -> None:
@@ -3403,8 +3756,8 @@ def plan_summary(plan: Plan, cost: Estimate, earlier: Sequence[Pair]) -> Json:
         "pairs_planned": len(plan.ids),
         "pairs_to_merge": new,
         "pairs_to_finish": len(earlier),
-        "already_merged": plan.already_merged + plan.unreported,
-        "left": len(plan.ids) - plan.already_merged - plan.unreported - in_csv - new,
+        "already_merged": plan.already_merged,
+        "left": len(plan.ids) - plan.already_merged - in_csv - new,
         "skipped_groups": len(plan.skipped),
         "invalid_rows": len(plan.invalid_rows),
         "estimated_requests": cost.requests,
@@ -3805,27 +4158,18 @@ class RunContext:
         self.console = Console(options.quiet)
         self.environment = environment or Environment(ApiSettings(token=""))
         self.started = self.environment.now()
-        self.run_id = self._free_run_id()
+        self.run_id = free_run_id(self.started.wall)
         self.settings = self.environment.settings
         self.organisation = ""
-        self.csv_sha256: Optional[str] = None
         self.signal = 0
 
     @property
     def report_path(self) -> Path:
-        return Path("reports") / f"{'undo' if self.options.undo else 'merge'}_report_{self.run_id}.json"
+        return report_path(self.run_id, "undo" if self.options.undo else "merge")
 
     @property
     def log_path(self) -> Path:
         return Path("logs") / f"contact_merge_{self.run_id}.log"
-
-    def _free_run_id(self) -> str:
-        second = self.started.wall
-        while True:
-            self.run_id = timestamp_name(second)
-            if not (self.report_path.exists() or self.log_path.exists()):
-                return self.run_id
-            second += 1
 
     def on_signal(self, loop: asyncio.AbstractEventLoop, act: Callable[[], Any]) -> None:
         """The first Ctrl-C, SIGTERM or SIGHUP acts, in the event loop; the second ends the process at once."""
@@ -3920,28 +4264,50 @@ def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
 
 
 def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str] = ()) -> None:
-    """Bring what the savepoint knows into a plan: what has ended or was begun, and what was undone and not `named`."""
-    known = {pair.ids: pair for pair in savepoint.rows(*UNFINISHED, *ENDED)}
-    taken_back = {pair.ids: pair.email for pair in savepoint.rows(State.UNDONE)}  # its contacts have other ids now
-    undone = set(taken_back.values()) - set(named)
+    """Bring what the savepoint knows into a plan: what has ended or was requested, and what is not to be merged again.
+
+    A group is skipped that has the address of, or two contacts of, a pair that was undone or cancelled, until it is
+    `named`. A contact that an undo created stands for its old id.
+    """
+    known = {pair.ids: pair for pair in savepoint.pairs(State.FAILED, *UNFINISHED, *ENDED)}
+    given_up = {pair.ids: pair for pair in savepoint.pairs(State.UNDONE, State.UNDO_SETTLED, State.CANCELLED)}
+    codes = {ids: "cancelled" if one.state is State.CANCELLED else "undone" for ids, one in given_up.items()}
+    by_email = {one.email: codes[ids] for ids, one in given_up.items()}
+    pairs_of_contact: Dict[str, Set[Ids]] = collections.defaultdict(set)
+    for ids, one in given_up.items():
+        for contact in (*ids, one.undo.contact if one.undo else ""):
+            pairs_of_contact[contact].add(ids)
     groups, plan.groups = plan.groups, []
-    asked = [row for row in known.values() if row.state in REQUESTED_STATES]
-    group_of = {contact.id: group for group in groups for contact in group.all_contacts()} if asked else {}
-    plan.overruled = {row.ids for row in asked for one in row.ids if one in group_of and group_of[one].overrules(row)}
+    requested = [row for row in known.values() if row.state in REQUESTED_STATES]
+    group_of = {contact.id: group for group in groups for contact in group.all_contacts()} if requested else {}
+    plan.overruled = {
+        row.ids for row in requested for one in row.ids if one in group_of and group_of[one].overrules(row)
+    }
     for group in groups:
         rows = [known.get(pair.ids) for pair in group.pairs]
-        # An export that has an old id is older than the undo, which would begin anew after a refusal of that pair.
-        stale = any(pair.ids in taken_back for pair in group.pairs)
-        if stale or (group.email in undone and not all(rows)):
-            plan.skipped.append(SkippedGroup(group.email, "undone", group.all_contacts()))
+        found = [ids for contact in group.all_contacts() for ids in pairs_of_contact.get(contact.id, ())]
+        twice = next((codes[ids] for ids in found if found.count(ids) > 1), "")
+        code = by_email.get(group.email) or twice
+        is_new = any(row is None or row.state is State.FAILED for row in rows)
+        # Contacts that an undo created again have new ids: an export with the old ones is older than the undo.
+        is_stale = any(codes.get(pair.ids) == "undone" for pair in group.pairs)
+        if is_stale or (code and is_new and group.email not in named):
+            plan.skipped.append(SkippedGroup(group.email, "undone" if is_stale else code, group.all_contacts()))
             plan.ids.difference_update(pair.ids for pair in group.pairs)
             continue
         plan.groups.append(group)
         for pair, row in zip(group.pairs, rows):
-            if row:
+            if row and row.state is State.FAILED:
+                pair.tried_before = True
+            elif row:
                 pair.state = row.state
-                plan.already_merged += row.state in ENDED and bool(row.report)
-                plan.unreported += row.state in ENDED and not row.report
+                plan.already_merged += row.state in ENDED
+            elif pair.ids in given_up:
+                # It was requested once, and DevRev may still carry that out: it is polled first, like any other.
+                revived = given_up[pair.ids]
+                revived.code = revived.error = revived.accepted = ""
+                pair.state = revived.state = State.REQUESTED
+                plan.revived.append(revived)
 
 
 def _apply_email_filter(plan: Plan, emails: Sequence[str], console: Console) -> None:
@@ -3981,7 +4347,7 @@ def _apply_limit(plan: Plan, limit: int, console: Console) -> None:
 def preview(run: RunContext) -> int:
     known = open_savepoint(run, readonly=True)
     plan = make_plan(run, known)
-    earlier = known.unfinished()
+    earlier = [*known.unfinished(), *plan.revived]
     cost = run.cost(plan)
     facts = plan_summary(plan, cost, earlier)
     if run.options.json:
@@ -4001,54 +4367,79 @@ def _has_content(path: Path) -> bool:
 def merge(run: RunContext) -> int:
     """Carry the plan out and report it; returns the exit code."""
     check_token(run.settings.token)
-    run.csv_sha256 = _sha256(run.options.csv)
     with contextlib.closing(open_savepoint(run)) as savepoint:
         plan = make_plan(run, savepoint)
-        if not plan.count() and not savepoint.unfinished():
-            return _report(run, plan, None, savepoint, EXIT_OK)
-        check_writable(run.report_path.parent, run.environment)
-        return run.environment.run_event_loop(run_merge(run, plan, savepoint))
+        document = run_facts(run, "merge", plan)
+        document["csv"] = [{"path": str(path), "sha256": _sha256(path)} for path in csv_paths(run.options.csv)]
+        if not plan.count() and not any(savepoint.pairs(*UNFINISHED, State.CANCELLED)):
+            return _report(run, savepoint, document, None, EXIT_OK, plan)
+        return run.environment.run_event_loop(run_merge(run, plan, savepoint, document))
+
+
+def csv_paths(csv: Any) -> List[Path]:
+    return list(csv) if isinstance(csv, (list, tuple)) else [csv]
 
 
 def settle(run: RunContext) -> int:
-    """Accept what can't be mended of merged pairs that a report has named; nothing is asked of DevRev."""
+    """End the pairs of the named addresses whose problem stays; nothing is requested of DevRev.
+
+    Returns the exit code. Raises FatalError(2) where an address is unknown.
+    """
+    show = run.console.print
     with contextlib.closing(open_savepoint(run)) as savepoint:
         wanted = {email_key(email) for email in run.options.settle}
-        pairs = [pair for pair in savepoint.unfinished() if pair.email in wanted and pair.is_settleable]
-        missing = sorted(wanted - {pair.email for pair in pairs})
-        if missing:
-            why = "no unfinished pair whose flaw an earlier run has named in its report, and that can't be mended"
-            raise FatalError(EXIT_USAGE, f"{', '.join(missing)}: {why} (--status tells what is)")
+        by_email: Dict[str, List[Pair]] = collections.defaultdict(list)
+        for pair in savepoint.pairs(*State):
+            by_email[pair.email].append(pair)
+        for email in sorted(wanted - by_email.keys()):
+            near = difflib.get_close_matches(email, list(by_email), 1)
+            hint = f"; did you mean {near[0]}?" if near else "; --status lists the unfinished pairs"
+            raise FatalError(EXIT_USAGE, f"--settle: {email} has no pair in {SAVEPOINT}{hint}")
+        pairs = [pair for email in sorted(wanted) for pair in by_email[email]]
+        errors = {pair.ids: error for pair, error in ((pair, settle_error(pair)) for pair in pairs) if error}
+        ending = [pair for pair in pairs if pair.ids not in errors and pair.state not in TERMINAL]
+        document = run_facts(run, "settle")
+        document["organisation"] = savepoint.organisation = organisation_of(pairs[0].primary.id)
+        savepoint.write({}, {run.run_id: document})
         for pair in pairs:
-            pair.accepted = f"{pair.code}: {pair.error}"
-            if pair.new_ref and pair.state is not State.VERIFYING:
-                pair.reference_not_set = pair.new_ref
-            pair.state, pair.report = State.SETTLED, ""
-        StateWriter(savepoint, Journal(JOURNAL, run.environment, run.run_id)).put(pairs, pairs)
-        for pair in pairs:
-            run.console.print(f"settled  {pair.email}: {pair.details['accepted']}")
-        return _report(run, Plan([], [], [], 0), None, savepoint, EXIT_OK)
+            words = f"{pair.email}: {into(pair)}"
+            if pair.ids in errors:
+                show(f"NOT SETTLED  {words}: {errors[pair.ids]}", "bad")
+            elif pair.state in TERMINAL:
+                show(f"nothing to settle  {words}: {STATE_WORDS[pair.state]}")
+            else:
+                settle_pair(pair)
+                show(f"{pair.state.value.replace('_', ' ')}  {words}: {STATE_WORDS[pair.state]} ({pair.accepted})")
+        savepoint.save_now(ending)
+        return _report(run, savepoint, document, None, EXIT_FAILED if errors else EXIT_OK)
 
 
 def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
-    """Open the savepoint, which learns from the journal what it does not know."""
-    savepoint = SavePoint(run.options.savepoint, run.environment, run.run_id, readonly)
-    journal = Journal(JOURNAL, run.environment, run.run_id)
-    savepoint.confirm_report(lambda name: (run.report_path.parent / name).exists())
-    StateWriter(savepoint, journal).reconcile(lambda: reported_pairs(run.report_path.parent))
+    """Open the savepoint. For a run that may change something: also report what killed runs could not report.
+
+    Raises FatalError(2) where the savepoint is older than the reports, FatalError(3) where `reports/` can't be written.
+    """
+    savepoint = SavePoint(run.environment, run.run_id, readonly)
+    for warning in savepoint.warnings:
+        run.console.print_err(f"warning: {warning}")
+        log.info("warning: %s", warning)
+    if readonly:
+        return savepoint
+    run.run_id = savepoint.run
+    try:
+        check_not_restored(savepoint)
+        check_writable(REPORTS, run.environment)
+        for path in report_killed_runs(run.environment, savepoint):
+            run.console.print_err(f"an earlier run was killed before its report; it is {path}")
+    except OSError as error:
+        savepoint.close()
+        raise FatalError(
+            EXIT_STOPPED, f"a report can't be written to {REPORTS}: {error}; nothing was changed"
+        ) from None
+    except FatalError:
+        savepoint.close()
+        raise
     return savepoint
-
-
-def reported_pairs(folder: Path) -> Dict[Tuple[str, str], str]:
-    """The pairs that reports in a folder call ended, with the report's name."""
-    found: Dict[Tuple[str, str], str] = {}
-    for path in sorted(folder.glob("merge_report_*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            report = json.loads(path.read_bytes())
-            for entry in (*report["successful_merges"], *report["failed_merges"]):
-                if entry.get("state", "done") in {state.value for state in ENDED}:
-                    found[entry["primary"]["id"], entry["duplicate"]["id"]] = path.name
-    return found
 
 
 def check_writable(folder: Path, environment: Environment) -> None:
@@ -4062,28 +4453,27 @@ def check_writable(folder: Path, environment: Environment) -> None:
         raise FatalError(EXIT_STOPPED, f"{folder} can't be written: {error}; nothing was changed") from None
 
 
-async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint) -> int:
+async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint, document: Json) -> int:
     """Find out whose token it is, ask, merge, report; returns the exit code."""
     run.console.status("connecting to DevRev ...")
     cancel_token = CancelToken()
     api = DevRevAPI(run.settings, run.environment, cancel_token)
-    backups = BackupStore(JOURNAL.parent, run.environment, not run.options.no_timelines)
-    journal = Journal(JOURNAL, run.environment, run.run_id)
+    backups = BackupStore(BACKUPS, run.environment, not run.options.no_timelines)
     progress = Progress(run, run.cost(plan).requests)
     merger = ContactMerger(
-        api, savepoint, journal, backups, run.options.count_policy, run.options.merge_timeout, progress.on_pair
+        api, savepoint, backups, run.options.count_policy, run.options.merge_timeout, progress.on_pair
     )
     try:
-        unfinished = await merger.identify(plan)
+        unfinished = [*await merger.identify(plan), *plan.revived]
     except FatalError as stop:
-        if stop.exit_code != EXIT_STOPPED:
-            raise
         cancel_token.cancel(stop)
-        return _report(run, plan, merger, savepoint, stop.exit_code)
+        return _report(run, savepoint, document, merger, stop.exit_code, plan)
+    document.update(organisation=merger.organisation, pairs=plan.count() + len(unfinished))
+    document["token_owner"] = {name: merger.token_owner.get(name) for name in ("id", "display_name", "email")}
     warning = "In DevRev a merge can't be undone; --undo takes back most of it."
     question = Question("merge", merge_facts(run, plan, unfinished), warning)
-    code = await confirm_and_run(run, merger, progress, question, lambda: merger.run(plan.groups, unfinished))
-    return _report(run, plan, merger, savepoint, code)
+    code = await confirm_and_run(run, merger, progress, question, document, lambda: merger.run(plan.groups, unfinished))
+    return _report(run, savepoint, document, merger, code, plan)
 
 
 async def confirm_and_run(
@@ -4091,14 +4481,20 @@ async def confirm_and_run(
     merger: ContactMerger,
     progress: "Progress",
     question: "Question",
+    document: Json,
     work: Callable[[], Awaitable[int]],
 ) -> int:
-    """Ask, and do the work under a status line, which a signal ends; returns the exit code."""
+    """Ask, and do the work under a status line, which a signal ends; returns the exit code.
+
+    `document` is the run's. It is stored once the question is answered: from then on the run may change something, and
+    has a report.
+    """
     ticking = asyncio.ensure_future(
         progress.tick(lambda now: progress.line(merger, now))
     )  # which also lets signals in, however quiet it is
     await confirm(run, merger, question)
-    merger.savepoint.meta("organisation", merger.organisation)
+    if not run.options.preview:
+        merger.savepoint.write({}, {run.run_id: document})
     run.on_signal(asyncio.get_event_loop(), lambda: merger.cancel_token.cancel(Cancelled()))
     code = await work()
     ticking.cancel()
@@ -4225,22 +4621,37 @@ class Progress:
         return max(api.scheduler.minimum_seconds(wanted), (now - self.begun) / share * (1 - share) if known else 0.0)
 
 
-def _report(run: RunContext, plan: Plan, merger: Optional[ContactMerger], savepoint: SavePoint, code: int) -> int:
+def _report(
+    run: RunContext,
+    savepoint: SavePoint,
+    document: Json,
+    merger: Optional[ContactMerger],
+    code: int,
+    plan: Optional[Plan] = None,
+) -> int:
     """Write the report and print the summary; a full disk here makes the exit code 3."""
     stop = stop_reason(merger, code)
-    summary, lists = summary_of(plan, savepoint), outcome(savepoint)
-    failed = list(lists["failed_merges"])  # also by a run that was killed before it could say so
-    failures = [*failed, *lists["unfinished_merges"]]
-    code = EXIT_FAILED if failed and code == EXIT_OK else code
-    facts = run_facts(run, merger, savepoint, code, headline(plan, summary, savepoint), plan)
-    code = written(run, lambda: write_report(run.report_path, facts, plan, savepoint, run.environment), code)
+    document.update(end_facts(run, merger.api if merger else None, code, "interrupted" if run.signal else stop))
+    summary = document["summary"] = merge_summary(savepoint, run.run_id, plan)
+    document["headline"] = headline(summary, document)
+    code = written(run, lambda: write_report(run.environment, savepoint, run.run_id, document, plan), code)
     if stop and not run.signal:
         run.console.error(stop)
-    show_summary(run, facts["headline"], summary, merger, failures)
+    lists = merge_lists(savepoint, run.run_id)
+    failures = [*lists["failed_merges"], *lists["unfinished_merges"]]
+    run.console.print()
+    is_complete = not (failures or summary["left"] or summary["cancelled"])
+    run.console.print(document["headline"], "good" if is_complete else "bold")
+    if failures and document["kind"] == "merge":
+        _show_failures(run.console, failures)
+    if summary["skipped_groups"]:
+        run.console.print("         --preview says why groups are skipped")
+    if merger:
+        spent = duration(run.environment.elapsed(run.started))
+        run.console.print(f"cost     {plural(document['requests_total'], 'request')}, {spent}")
+    print_report_paths(run)
     if code >= EXIT_STOPPED:
-        run.console.print_err(
-            f"Stopped early. Run the same command again to go on from {run.options.savepoint}.", "bold"
-        )
+        run.console.print_err("Stopped early. Run the same command again to resume.", "bold")
     elif code == EXIT_USAGE:
         run.console.print_err("Nothing was changed in DevRev.")
     log.info("exit code %d", code)
@@ -4261,44 +4672,60 @@ def stop_reason(merger: Optional[ContactMerger], code: int) -> Optional[str]:
     return str(merger.stop) if merger and merger.stop and code >= EXIT_USAGE else None
 
 
-def run_facts(
-    run: RunContext,
-    merger: Optional[ContactMerger],
-    savepoint: SavePoint,
-    code: int,
-    headline: str,
-    plan: Optional[Plan] = None,
-) -> Json:
-    """The report's `run`."""
-    owner = merger.token_owner if merger else {}
-    requests = dict(sorted(merger.api.requests.items())) if merger else {}
-    waits = merger.api.scheduler.waits if merger else []
-    options = run.options
+# Options that say nothing of what a run did.
+NOT_REPORTED = frozenset((
+    "csv", "preview", "live", "check", "status", "verify_backups", "json", "plan", "choices_template", "export",
+    "domain", "yes", "verbose", "quiet",
+))  # fmt: skip
+
+
+def run_facts(run: RunContext, kind: str, plan: Optional[Plan] = None) -> Json:
+    """Return the document of a run, which is the report's `run`, as it is at the run's start. `kind` names its report."""
+    options = {name: value for name, value in vars(run.options).items() if name not in NOT_REPORTED}
     return {
+        "id": run.run_id,
+        "kind": kind,
         "version": __version__,
-        "headline": headline,
-        "csv": str(options.csv) if options.csv else None,
-        "csv_sha256": run.csv_sha256,
-        "plan": plan.id if plan else None,
+        "headline": "",
+        "csv": None,
+        "plan_id": plan.id if plan else None,
+        "pairs": plan.count() if plan else None,
         "base_url": run.settings.base_url,
-        "organisation": merger.organisation if merger else savepoint.meta("organisation"),
-        "token_owner": {name: owner.get(name) for name in ("id", "display_name", "email")},
+        "organisation": "",
+        "token_owner": None,
         "options": {
-            "email": options.email, "limit": options.limit, "count_policy": options.count_policy,
-            "merge_timeout": options.merge_timeout, "workers": options.workers, "savepoint": str(options.savepoint),
-            "choices": str(options.choices) if options.choices else None,
-            "timelines": not options.no_timelines, "rate_limit": [run.settings.calls, run.settings.period],
+            **{name: str(value) if isinstance(value, Path) else value for name, value in options.items()},
+            "rate_limit": [run.settings.calls, run.settings.period],
         },
         "start": iso(run.started.wall),
+        "end": None,
+        "exit_code": None,
+        "stopped": None,
+        "requests": None,
+        "requests_total": None,
+        "quota": None,
+        "quota_wait_seconds": None,
+        "quota_waits": None,
+        "log": str(run.log_path),
+        "reported": False,
+    }
+
+
+def end_facts(run: RunContext, api: Optional[DevRevAPI], code: int, stopped: Optional[str]) -> Json:
+    """Return what a run's document learns at its end."""
+    requests = dict(sorted(api.requests.items())) if api else {}
+    waits = api.scheduler.waits if api else []
+    quota_seen = getattr(api.scheduler, "quota_seen", None) if api else None
+    return {
         "end": iso(run.environment.now().wall),
         "exit_code": code,
-        "stopped": "interrupted" if run.signal else stop_reason(merger, code),
+        "stopped": stopped,
         "requests": requests,
         "requests_total": sum(requests.values()),
+        "quota": quota_seen() if quota_seen else None,
         "quota_wait_seconds": round(sum(end - start for start, end in waits), 3),
         "quota_waits": [{"start": iso(start), "end": iso(end)} for start, end in waits if end - start > 0.5],
-        "log": str(run.log_path),
-    }  # fmt: skip
+    }
 
 
 def _sha256(path: Path) -> Optional[str]:
@@ -4310,27 +4737,15 @@ def _sha256(path: Path) -> Optional[str]:
     return None
 
 
-def show_summary(
-    run: RunContext, headline: str, facts: Json, merger: Optional[ContactMerger], failures: Sequence[Pair]
-) -> None:
-    show = run.console.print
-    show()
-    whole = facts["left"] == facts["failed_merges"] == facts["unfinished_merges"] == 0
-    show(headline, "good" if whole and not failures else "bold")
-    if failures:
-        _show_failures(run.console, failures)
-    if facts["skipped_groups"]:
-        show("         --preview says why groups are skipped")
-    if merger:
-        spent = run.environment.elapsed(run.started)
-        show(f"cost     {plural(sum(merger.api.requests.values()), 'request')}, {duration(spent)}")
-    print_report_paths(run)
-
-
 def print_report_paths(run: RunContext) -> None:
-    page = run.report_path.with_suffix(".html")
-    if run.report_path.exists():
-        run.console.print(f"report   {run.report_path}" + (f", to read: {page}" if page.exists() else ""))
+    """Name the report and what lies beside it; with --json print the report itself."""
+    path = run.report_path
+    if run.options.json and path.exists():
+        with open(path, "rb") as lines:
+            run.console.json(lines)
+    elif path.exists():
+        beside = [str(one) for one in (path.with_suffix(".html"), path.with_suffix(".csv")) if one.exists()]
+        run.console.print(f"report   {path}" + (f", to read: {' and '.join(beside)}" if beside else ""))
 
 
 def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
@@ -4340,7 +4755,7 @@ def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
     for code, emails in sorted(by_code.items()):
         emails.sort()
         console.print(f"  {len(emails)} {code}: {', '.join(some(emails))}")
-        console.print(f"    what to do: {ADVICE.get(code, 'see the report')}")
+        console.print(f"    what to do: {CODES[code].advice if code in CODES else 'see the report'}")
 
 
 # -- export ------------------------------------------------------------------------------------------
@@ -4613,50 +5028,69 @@ def _check_disk() -> str:
     return f"{free >> 20:,} MiB free"
 
 
-STATE_WORDS: Mapping[State, str] = {
-    State.DONE: "merged and proved",
-    State.SETTLED: "merged, and what can't be mended accepted (--settle)",
-    State.MERGED_ELSEWHERE: "merged or deleted by somebody else",
-    State.UNDONE: "taken back",
-    State.UNDOING: "being taken back",
-    State.FAILED: "failed, nothing merged",
-    **SO_FAR,
-}
-
-
 def status(run: RunContext) -> int:
-    """Print what the savepoint knows; also while a run is going on."""
-    path, pairs = run.options.savepoint, {}
-    facts: Json = {"savepoint": str(path), "counts": {}}
-    if _has_content(path):
-        with contextlib.closing(SavePoint(path, run.environment, readonly=True)) as savepoint:
-            facts["organisation"] = savepoint.meta("organisation") or None
-            facts["running"], facts["last_opened"] = savepoint.glimpsed, savepoint.holder()
-            facts["counts"] = {State(name).value: count for name, count in savepoint.counts().items()}
-            pairs["unfinished"] = list(savepoint.rows(*UNFINISHED, State.UNDOING))
-            pairs["failed"] = list(savepoint.rows(State.FAILED))
+    """Print what the savepoint knows, also while a run is in progress."""
+    with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
+        facts = status_facts(savepoint, run.environment)
+        names = {"unfinished": (*UNFINISHED, State.UNDOING), "failed": (State.FAILED,), "cancelled": (State.CANCELLED,)}
+        lists = {name: list(savepoint.pairs(*states)) for name, states in names.items()}
     if run.options.json:
-        lists = {name: (merge_entry(pair, ()) for pair in found) for name, found in pairs.items()}
-        run.console.json(report_chunks(facts, lists))
-    elif pairs:
-        show_status(run.console, facts, pairs)
+        run.console.json(
+            report_chunks(facts, {name: [merge_entry(pair, None) for pair in found] for name, found in lists.items()})
+        )
     else:
-        run.console.print(f"{path}: nothing was merged with it yet")
+        show_status(run.console, facts, lists)
     return EXIT_OK
 
 
+def status_facts(savepoint: SavePoint, environment: Environment) -> Json:
+    """Return what --status says besides the lists: whose pairs, how many in which state, how far the last run is."""
+    runs, counts = savepoint.runs(), {State(name).value: count for name, count in savepoint.counts().items()}
+    last = runs[max(runs)] if runs else None
+    facts: Json = {
+        "savepoint": str(SAVEPOINT),
+        "running": savepoint.is_held(),
+        "last_opened": savepoint.holder() or None,
+    }
+    facts["organisation"] = next((runs[one]["organisation"] for one in sorted(runs, reverse=True)), "") or None
+    facts["counts"] = counts
+    facts["last_run"] = None
+    if last:
+        names = ("id", "kind", "plan_id", "pairs", "start", "end", "exit_code", "stopped", "headline", "reported")
+        facts["last_run"] = {name: last[name] for name in names}
+        facts["last_run"]["report"] = str(report_path(last["id"], last["kind"]))
+        ended = sum(1 for _ in savepoint.pairs(State.FAILED, *TERMINAL, run=last["id"]))
+        facts["last_run"]["pairs_ended"] = ended
+        spent = environment.now().wall - datetime.fromisoformat(last["start"]).timestamp()
+        if facts["running"] and ended and (last["pairs"] or 0) > ended and spent > 0:
+            facts["last_run"]["expected_end"] = iso(environment.now().wall + spent / ended * (last["pairs"] - ended))
+    return facts
+
+
 def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair]]) -> None:
-    holder, running = facts["last_opened"], facts["running"]
-    who = f"process {holder['pid']} on {holder['host']}"
-    console.print(f"{facts['savepoint']}: organisation {facts['organisation'] or 'unknown'}")
-    now = f"a run goes on: {who}, since" if running else f"no run goes on; the last one: {who}, began"
-    console.print(f"{now} {holder['since']}")
+    holder, running, last = facts["last_opened"], facts["running"], facts["last_run"]
+    if not (holder or last):
+        console.print(f"{facts['savepoint']}: no run has used this folder yet")
+        return
+    console.print(
+        f"{facts['savepoint']}: organisation {facts['organisation'] or 'not known yet, no run has merged here'}"
+    )
+    if holder:
+        who = f"process {holder['pid']} on {holder['host']}"
+        now = "a run is in progress" if running else "no run is in progress; the last one"
+        console.print(f"{now}: {who}, since {holder['since']}")
+    if running and last and last["end"] is None:
+        end = f", expected to end at {last['expected_end'][:16]} (UTC)" if "expected_end" in last else ""
+        console.print(f"{last['kind']} of {plural(last['pairs'] or 0, 'pair')}: {last['pairs_ended']:,} ended{end}")
+    elif last and not running:
+        how = "was killed; the next run writes its report" if last["end"] is None else last["headline"]
+        console.print(f"last {last['kind']}: {how}")
     for name, count in facts["counts"].items():
-        console.print(f"{count:>7,} {STATE_WORDS.get(State(name), name)}")
+        console.print(f"{count:>7,} {STATE_WORDS[State(name)]}")
     for title, pairs in lists.items():
-        word = "working on" if running and title == "unfinished" else title
+        word = "in progress" if running and title == "unfinished" else title
         for pair in pairs[:20]:
-            why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS.get(pair.state, pair.state.value)
+            why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS[pair.state]
             console.print(f"{word}  {pair.email}: {into(pair)}, last {pair.updated}: {why}")
         if len(pairs) > 20:
             console.print(f"{title}  and {len(pairs) - 20:,} more (--status --json has them all)")
