@@ -95,7 +95,7 @@ log = logging.getLogger("merge_contacts")
 
 
 class FatalError(Exception):
-    """The run can't go on. `exit_code` is one of the contract's exit codes."""
+    """The run can't go on. `exit_code` is one of EXIT_… ."""
 
     def __init__(self, exit_code: int, message: str) -> None:
         super().__init__(message)
@@ -103,18 +103,18 @@ class FatalError(Exception):
 
 
 class PermissionDenied(FatalError):
-    """DevRev refuses the token itself (401) or a scope that the run can't do without (403)."""
+    """DevRev rejects the token itself (401), or a permission without which the run is pointless (403)."""
 
 
 class Cancelled(FatalError):
-    """The run was told to stop; a request that meets this has not left."""
+    """The run was told to stop; a request that raises this was not sent."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_STOPPED, "interrupted")
 
 
 class PairError(Exception):
-    """One group or pair is refused or has failed; `code` is what scripts branch on."""
+    """One group or pair is refused or failed. Scripts branch on `code`, one of CODES."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -126,7 +126,7 @@ class PairSkipped(PairError):
 
 
 class ApiError(PairError):
-    """DevRev understood the request and said no (3xx, 4xx). What it was asked for may come about all the same."""
+    """DevRev understood the request and refused it (3xx, 4xx). A merge may be carried out all the same."""
 
     def __init__(
         self, endpoint: str, status: int, message: str, location: str = "", data: Optional[Json] = None
@@ -138,16 +138,16 @@ class ApiError(PairError):
 
     @property
     def missing(self) -> bool:
-        """Whether it says that an object is not there; the 404 of a route has no type, and says nothing of objects."""
+        """Whether it says that an object does not exist. The 404 of a route has no type and says nothing of objects."""
         return self.status == 404 and self.data.get("type") == "not_found"
 
 
 class PreconditionsExpired(Exception):
-    """A request has not left, for what it rests on was read too long ago."""
+    """A request was not sent, because what it rests on was read too long ago."""
 
 
 class NoUsableResponse(PairError):
-    """No usable answer came: whether the request was acted on can only be found out by looking."""
+    """No usable answer came: only a later read can tell whether the request was carried out."""
 
     def __init__(self, endpoint: str, message: str) -> None:
         super().__init__("api_error", f"{endpoint} gave no usable answer: {message}")
@@ -2126,7 +2126,7 @@ def _fail_all(pendings: Iterable[PendingKey], error: BaseException) -> None:
 
 @dataclass
 class ContactSnapshot:
-    """All that DevRev holds of one contact. Works and conversations are API objects by id."""
+    """What DevRev has of one contact. Works and conversations are API objects by id."""
 
     contact: Contact
     live: Json
@@ -2134,7 +2134,7 @@ class ContactSnapshot:
     conversations: Dict[str, Json]
 
     def objects(self) -> Dict[str, Json]:
-        """Everything that has a timeline, by id."""
+        """Return everything that has a timeline, by id."""
         return {**self.works(), **self.conversations}
 
     def works(self) -> Dict[str, Json]:
@@ -2145,7 +2145,7 @@ Timelines = Mapping[str, List[Json]]
 
 
 def contact_files(snapshot: ContactSnapshot, timelines: Timelines) -> Dict[str, Any]:
-    """The files of one contact's folder, by name."""
+    """Return the files of one contact's folder, by name."""
     return {
         "contact.json": snapshot.live,
         "works.json": list(snapshot.works().values()),
@@ -2155,7 +2155,7 @@ def contact_files(snapshot: ContactSnapshot, timelines: Timelines) -> Dict[str, 
 
 
 def contact_manifest(folder: str, role: str, snapshot: ContactSnapshot, timelines: Timelines) -> Json:
-    """What the manifest says of one contact: its row, its counts, and which objects it has in which role."""
+    """Return what the manifest says of one contact: its row, its counts, and its objects by role."""
     return {
         "folder": folder,
         "role": role,
@@ -2171,9 +2171,9 @@ def contact_manifest(folder: str, role: str, snapshot: ContactSnapshot, timeline
 
 
 class BackupStore:
-    """The folder `backups/`: `<email>/<YYYYmmdd_HHMMSS>/`, complete or absent.
+    """The folder `backups/`. A backup is a folder `<email>/<YYYYmmdd_HHMMSS>/` (UTC) in it, complete or absent.
 
-    Raises OSError where the disk refuses.
+    Methods raise OSError.
     """
 
     INCOMPLETE = ".incomplete_"
@@ -2184,12 +2184,15 @@ class BackupStore:
         self.with_timelines = with_timelines
 
     def create(self, email: str, organisation: str, snapshots: Sequence[ContactSnapshot], timelines: Timelines) -> Path:
-        """Back up a group: written aside, flushed, renamed into place. The first of `holdings` is the primary."""
+        """Back up a group; the first of `snapshots` is the primary.
+
+        Files are written to a temporary folder and flushed, and the folder is renamed: a kill leaves no half backup.
+        """
         environment = self.environment
         home = environment.make_private_dir(self.root / safe_name(email))
-        self.root.chmod(0o700)  # which may have come with less, and emails are names in it
+        self.root.chmod(0o700)  # the names in it are addresses
         if home.resolve().parent != self.root.resolve():
-            raise OSError(f"{home} leads out of {self.root}; remove the link")
+            raise OSError(f"{home} is a link that leads out of {self.root}; remove it")
         stamp = int(environment.now().wall)
         while (home / timestamp_name(stamp)).exists():
             stamp += 1
@@ -2227,7 +2230,7 @@ def timestamp_name(epoch: float) -> str:
 
 
 def _folder_names(snapshots: Sequence[ContactSnapshot]) -> List[str]:
-    """`primary_REVU-…`, `duplicate_REVU-…`, told apart also where a file system ignores case."""
+    """Return `primary_REVU-…`, `duplicate_REVU-…`; distinct also where a file system ignores case."""
     names: List[str] = []
     for index, snapshot in enumerate(snapshots):
         shown = str(snapshot.live.get("display_id") or snapshot.contact.short_id)
@@ -2238,7 +2241,7 @@ def _folder_names(snapshots: Sequence[ContactSnapshot]) -> List[str]:
 
 
 def verify_backup(folder: Path) -> Json:
-    """Re-read a backup from the disk and return its manifest.
+    """Read a backup again from the disk and return its manifest.
 
     Raises PairError(backup_failed) naming everything that is missing, damaged or does not add up.
     """
@@ -2275,13 +2278,13 @@ def _backup_errors(folder: Path, manifest: Json) -> Iterator[str]:
             for name in ("contact", "works", "conversations", "timelines")
         ]
         if any(file is None for file in files):
-            yield f"{entry['folder']}: not all of its files are whole"
+            yield f"{entry['folder']}: not all of its files are complete"
         else:
             yield from _contact_errors(entry, files, manifest["timelines"])
 
 
 def _contact_errors(entry: Json, files: Sequence[Any], timelines_wanted: bool) -> Iterator[str]:
-    """Recount one contact's files against what the manifest says of them."""
+    """Count what is in one contact's files again, and compare it with the manifest."""
     folder = entry["folder"]
     live, works, conversations, timelines = files
     work_ids = {work["id"] for work in works}
@@ -2302,12 +2305,16 @@ def _contact_errors(entry: Json, files: Sequence[Any], timelines_wanted: bool) -
 
 
 def greatest_count(entry: Json) -> int:
-    """greatest(owned, created, reported) of a contact in a manifest: what the export calls TICKET_COUNT."""
-    return max(len(set(entry["works"][role])) for role in ROLES)
+    """Return greatest(owned, created, reported) of a contact in a manifest: what the CSV calls TICKET_COUNT.
+
+    The warehouse counts tickets and issues alone.
+    """
+    counted = (":ticket/", ":issue/")
+    return max(sum(any(kind in one for kind in counted) for one in set(entry["works"][role])) for role in ROLES)
 
 
 def read_manifest(backup: str) -> Json:
-    """A backup's manifest. Raises PairError(backup_failed) where it can't be read."""
+    """Return a backup's manifest. Raises PairError(backup_failed) where it can't be read."""
     try:
         manifest: Json = json.loads((Path(backup) / "manifest.json").read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -2316,19 +2323,19 @@ def read_manifest(backup: str) -> Json:
 
 
 def objects_to_transfer(backup: str, duplicate: str) -> List[Json]:
-    """What has to hang on the primary after the merge: works owned or reported, conversations taken part in.
+    """Return what has to belong to the primary after the merge, as `{id, role}`.
 
-    Each as `{id, role}` with role `owned_by`, `reported_by` or `members`. Raises PairError(backup_failed).
+    `role` is `owned_by` or `reported_by` of a work, `members` of a conversation. Raises PairError(backup_failed).
     """
     try:
         (entry,) = (one for one in read_manifest(backup)["contacts"] if one["csv"]["id"] == duplicate)
         return transferred_objects(entry)
     except (KeyError, TypeError, ValueError) as error:
-        raise PairError("backup_failed", f"the backup {backup} is no whole one ({type(error).__name__})") from None
+        raise PairError("backup_failed", f"the backup {backup} is not complete ({type(error).__name__})") from None
 
 
 def transferred_objects(entry: Json) -> List[Json]:
-    """Of a contact in a manifest, what a merge hands on, as `{id, role}`."""
+    """Return what a merge moves from a contact in a manifest to the primary, as `{id, role}`."""
     return [
         *({"id": work, "role": ROLES[role]} for role in ("owned", "reported") for work in entry["works"][role]),
         *({"id": conversation, "role": "members"} for conversation in entry["conversations"]),
@@ -2336,7 +2343,7 @@ def transferred_objects(entry: Json) -> List[Json]:
 
 
 def describe(backup: str, items: Iterable[Json]) -> List[Json]:
-    """Name objects (`{id, role, …}`) with display id, kind and title from a backup."""
+    """Add display id, kind and title from a backup to objects (`{id, role, …}`)."""
     known: Dict[str, Json] = {}
     for path in (*Path(backup).glob("*/works.json"), *Path(backup).glob("*/conversations.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -3600,6 +3607,8 @@ class GroupMerge:
                 check_reference(pair, found)
                 user = found or {}
                 if any(user.get(name) != value for name, value in body.items()):
+                    await self._pause(pair, pause)
+                    pause = min(10.0, 1.6 * pause)
                     continue
             if user.get("external_ref") != body.get("external_ref", user.get("external_ref")):
                 words = f"DevRev answered the update with the reference {user.get('external_ref')}"
