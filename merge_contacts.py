@@ -542,13 +542,20 @@ class HttpTransport:
 class CancelToken:
     """Ends a run: once it is pulled, all that waits, and all that would, raises Interrupted, and nothing leaves."""
 
+    SHIELDED = 10.0  # seconds that an interruption waits at most
+
     def __init__(self) -> None:
         self.stop: Optional[FatalError] = None
         self.on_cancel: List[Callable[[], None]] = []
+        self._is_shielded, self._deferred = False, False
         self._waiting: Dict[asyncio.Future[Any], None] = {}  # in the order in which they came
 
     def cancel(self, stop: FatalError) -> None:
         """Stop for this reason; the first reason counts, but that it was interrupted explains less than another."""
+        if self._is_shielded and isinstance(stop, Cancelled):
+            self._deferred = True
+            asyncio.get_event_loop().call_later(self.SHIELDED, self._end_shield)
+            return
         if self.stop is None or isinstance(self.stop, Cancelled):
             self.stop = stop
         for future in list(self._waiting):
@@ -556,6 +563,22 @@ class CancelToken:
                 future.set_exception(Cancelled())
         for act in self.on_cancel:
             act()
+
+    @contextlib.contextmanager
+    def shield(self) -> Iterator[None]:
+        """Let an interruption wait until the block has ended, for SHIELDED seconds at most."""
+        self.raise_if_cancelled()
+        self._is_shielded = True
+        try:
+            yield
+        finally:
+            self._end_shield()
+
+    def _end_shield(self) -> None:
+        self._is_shielded = False
+        if self._deferred:
+            self._deferred = False
+            self.cancel(Cancelled())
 
     def raise_if_cancelled(self) -> None:
         if self.stop:
@@ -963,16 +986,24 @@ AUTHORITY = (
 
 @dataclass
 class UndoProgress:
-    """How far the undo of one merge is. Every step is saved before its request."""
+    """How far the undo of one merge is. Every step is saved before its request.
+
+    It stays with a pair whose contact DevRev refused, whose state is what it was before.
+    """
 
     path: str  # of the --undo
     state_before: str  # of the pair
-    reference_moved: bool = False  # the merge had moved the duplicate's reference to the primary
-    left_out: Dict[str, str] = field(default_factory=dict)  # field -> why DevRev refused it
+    merge_run: str  # the run that wrote the pair last before
+    merge_revision: int  # of the pair's row before
+    forbidden: bool = False  # the token was not allowed to create the contact
+    reference_free: bool = False  # the reference that the merge had moved may be on no contact
+    left_out: Dict[str, str] = field(default_factory=dict)  # field of the contact -> why DevRev refused it
     contacts_before: Optional[List[str]] = None  # ids of the email before the create request; None: not requested yet
     contact: str = ""  # id of the contact created again
     display_id: str = ""
-    left: List[Json] = field(default_factory=list)  # `{id, role, why}` of what stays with the primary
+    fields_removed: Json = field(default_factory=dict)  # the primary's values of fields that the undo has changed
+    fields_left: List[Json] = field(default_factory=list)  # `{field, value, why}` of what stays with the primary
+    left: Optional[List[Json]] = None  # `{id, role, why}` of what is not restored; None: not known yet
 
 
 @dataclass
@@ -1916,20 +1947,17 @@ class DevRevAPI:
         """Make a contact and return it. It is never repeated blindly: a lost answer is for the caller to look into."""
         return await self._user("rev-users.create", fields, options=options, repeatable=False)
 
-    async def set_people(
-        self,
-        obj: Json,
-        roles: Mapping[str, Sequence[str]],
-        options: RequestOptions,
-        before: Optional[Callable[[], Awaitable[None]]] = None,
-    ) -> None:
-        """Replace the whole lists of a work's or a conversation's people, by role; none: try whether one may."""
+    async def set_people(self, obj: Json, roles: Mapping[str, Sequence[str]], options: RequestOptions) -> Json:
+        """Replace the lists of a work's or a conversation's people, by role (none: try whether one may), and return it.
+
+        It is never repeated blindly: who joined meanwhile would be removed.
+        """
         body: Json = {"id": obj["id"], **{role: {"set": list(ids)} for role, ids in roles.items()}}
-        if ":conversation/" in obj["id"]:
-            await self._call("conversations.update", body, "conversation", options, before=before, telling=True)
-        else:
-            body["type"] = obj["type"]
-            await self._call("works.update", body, "work", options, before=before, telling=True)
+        endpoint, key = "conversations.update", "conversation"
+        if ":conversation/" not in obj["id"]:
+            endpoint, key, body["type"] = "works.update", "work", obj["type"]
+        found: Json = (await self._call(endpoint, body, key, options, repeatable=False)).data[key]
+        return found
 
     async def holders_of(self, external_ref: str, options: RequestOptions) -> List[Json]:
         """The rev users that DevRev lists for a reference."""
@@ -2788,6 +2816,15 @@ class SavePoint:
     def pairs_of_primary(self, primary: str) -> Dict[str, Pair]:
         """Return what is known of the pairs with this primary, by the duplicate's id."""
         return {pair.duplicate.id: pair for pair in self._select("primary_id = ?", primary)}
+
+    def pairs_of_contact(self, contact: str) -> List[Pair]:
+        """Return the pairs that have this contact, in whatever role."""
+        return list(self._select("(primary_id = ? OR duplicate_id = ?)", contact, contact))
+
+    def revision(self, ids: Ids) -> int:
+        """Return the number of the write that stored a pair, 0 where it is not known."""
+        query = "SELECT revision FROM pairs WHERE primary_id = ? AND duplicate_id = ?"
+        return next((revision for (revision,) in self._query(query, *ids)), 0)
 
     def merged_onward(self, contact: str, reference: Optional[str]) -> Optional[Pair]:
         """Return the finished pair that merged this contact into another one that now has `reference` (if any)."""
@@ -4043,16 +4080,860 @@ def csv_chunks(contacts: Iterable[Contact]) -> Iterator[bytes]:
 # Undo
 # ---------------------------------------------------------------------------------------------------
 
+MERGED_STATES = (State.MERGED, State.VERIFYING, State.DONE, State.SETTLED)
+UNDO_STATES = (State.UNDOING, State.UNDONE, State.UNDO_SETTLED)
+NOT_UNDONE: Mapping[State, Tuple[str, str]] = {
+    State.MERGED_ELSEWHERE: ("merged_elsewhere", "another user merged or deleted the duplicate"),
+    State.CANCELLED: ("cancelled", "it was cancelled, not merged; a merge run checks whether DevRev merged it later"),
+    State.UNDO_SETTLED: ("undo_settled", "the rest of its undo was given up with --settle"),
+}
 
+
+@dataclass
 class UndoPlan:
-    groups: List[Group]
-    pairs: List[Pair]
-    undone: List[Pair]
-    left: int
+    """What an undo would do: complete groups, in the order in which they are undone."""
+
+    path: Path  # relative to the current folder
+    groups: List[Group] = field(default_factory=list)
+    undone: List[Pair] = field(default_factory=list)  # by an earlier undo
+    skipped: List[Pair] = field(default_factory=list)  # with code and error
+    older: List[Path] = field(default_factory=list)  # backups of the same email, which are left alone
+    left: int = 0  # pairs that --limit leaves
+
+    def pairs(self) -> List[Pair]:
+        return [pair for group in self.groups for pair in group.pairs]
+
+    def count_objects(self) -> int:
+        """Count the works and conversations that the undo updates at most, as the backups have them."""
+        found: Set[str] = set()
+        for pair in self.pairs():
+            with contextlib.suppress(PairError):
+                found.update(item["id"] for item in objects_to_transfer(pair.backup, pair.duplicate.id))
+        return len(found)
+
+
+def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: Optional[int]) -> UndoPlan:
+    """Plan the undo of exactly the merges that `path` names, as the savepoint knows them, else as `path` tells.
+
+    What was undone and merged again later belongs to a later report, and is skipped. Of a chain (A into B, later B into
+    C) the last merge comes first. Raises FatalError(2).
+    """
+    located, older = locate_undo(path, savepoint)
+    plan = UndoPlan(located, older=older)
+    groups: Dict[str, Group] = {}
+    seen: Set[str] = set()
+    for named in merges_named(located):
+        pair = savepoint.pairs_of_primary(named.primary.id).get(named.duplicate.id, named)
+        seen.add(pair.email)
+        if emails and pair.email not in emails:
+            continue
+        if pair.state in (State.PLANNED, State.FAILED):
+            if located.is_dir():
+                continue  # backed up, and never requested
+            pair = named
+        if not Path(pair.backup).is_dir():
+            pair.backup = named.backup
+        again = merged_again(pair, savepoint)
+        if again:
+            pair.code, pair.error = "merged_again", f"it was merged again later; that is undone with {report_of(again)}"
+            plan.skipped.append(pair)
+        elif pair.state in NOT_UNDONE:
+            pair.code, pair.error = NOT_UNDONE[pair.state]
+            plan.skipped.append(pair)
+        elif pair.state is State.UNDONE:
+            plan.undone.append(pair)
+        else:
+            groups.setdefault(pair.primary.id, Group(pair.email, [])).pairs.append(pair)
+    if set(emails) - seen:
+        raise FatalError(EXIT_USAGE, f"--email: in no merge of {located}: {', '.join(sorted(set(emails) - seen))}")
+    merged_into = {pair.duplicate.id: primary for primary, group in groups.items() for pair in group.pairs}
+
+    def order(group: Group) -> Tuple[bool, int, str]:
+        depth, primary = 0, group.primary.id
+        while primary in merged_into and depth < len(merged_into):
+            depth, primary = depth + 1, merged_into[primary]
+        return all(pair.state is not State.UNDOING for pair in group.pairs), depth, group.email
+
+    room = limit or sys.maxsize
+    for group in sorted(groups.values(), key=order):
+        is_new = order(group)[0]
+        if is_new and len(group.pairs) > room:
+            plan.left += len(group.pairs)
+            continue
+        group.pairs.sort(key=lambda pair: not pair.new_ref)  # the application's reference before anything else
+        plan.groups.append(group)
+        room -= len(group.pairs) if is_new else 0
+    return plan
+
+
+def locate_undo(path: Path, savepoint: SavePoint) -> Tuple[Path, List[Path]]:
+    """Return the backup folder or report that `path` means, relative to the current folder, and the older backups.
+
+    `backups/<email>` means the newest backup in it, by the savepoint's order, whose merge was carried out, undone since
+    or not. Raises FatalError(2) where `path` lies elsewhere: the history of its merges is there.
+    """
+    found = path.resolve()
+    if not found.exists():
+        raise FatalError(EXIT_USAGE, f"{path} does not exist")
+    roots = {Path(name).resolve(): Path(name) for name in ("backups", "reports")}
+    root = next((one for one in roots if one == found or one in found.parents), None)
+    if root is None:
+        home = next((one.parent for one in (found, *found.parents) if one.name in ("backups", "reports")), None)
+        if home is None:
+            raise FatalError(EXIT_USAGE, f"{path} is neither a backup below backups/ nor a report below reports/")
+        raise FatalError(EXIT_USAGE, f"{path} belongs to the folder {home}: run --undo there, where its history is")
+    located = roots[root] / found.relative_to(root)
+    if not located.is_dir() or (located / "manifest.json").exists():
+        return located, []
+    backups = sorted(one.parent for one in located.glob("[!.]*/manifest.json"))
+    merged: Dict[Path, int] = {}
+    for backup in backups:
+        for named in merges_named(backup):
+            pair = savepoint.pairs_of_primary(named.primary.id).get(named.duplicate.id)
+            if pair and pair.state in (*MERGED_STATES, *UNDO_STATES) and Path(pair.backup) == backup:
+                revision = pair.undo.merge_revision if pair.undo else savepoint.revision(pair.ids)
+                merged[backup] = max(revision, merged.get(backup, 0))
+    if not merged:
+        names = ", ".join(some([str(backup) for backup in backups])) or "none"
+        words = f"{path} holds no backup of a merge that the savepoint knows; name one of its backups: {names}"
+        raise FatalError(EXIT_USAGE, words)
+    newest = max(merged, key=lambda backup: merged[backup])
+    return newest, [backup for backup in merged if backup != newest]
+
+
+def merges_named(path: Path) -> List[Pair]:
+    """Return the pairs of a backup folder, or those that a merge report calls merged. Raises FatalError(2)."""
+    try:
+        if path.is_dir():
+            primary, *duplicates = (Contact.from_json(entry["csv"]) for entry in read_manifest(str(path))["contacts"])
+            moves = not primary.is_user
+            return [
+                Pair(primary, one, one.external_ref if moves and one.is_user else None, State.DONE, backup=str(path))
+                for one in duplicates
+            ]
+        report, pairs = json.loads(path.read_bytes()), []
+        for entry in chain(*(report[name] for name in ("successful_merges", "unfinished_merges", "settled"))):
+            primary, duplicate = (
+                Contact.from_json({
+                    **dict.fromkeys(COLUMNS, ""), "email": entry["email"], "id": entry[role]["id"],
+                    "display_name": entry[role]["display_name"], "external_ref": entry[role]["old_external_ref"],
+                    "tickets": entry[role]["tickets"],
+                })
+                for role in ("primary", "duplicate")
+            )  # fmt: skip
+            state = State(entry["state"])
+            pairs.append(Pair(primary, duplicate, entry["new_external_ref"], state, backup=entry["backup"] or ""))
+        return pairs
+    except PairError as error:
+        raise FatalError(EXIT_USAGE, str(error)) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise FatalError(EXIT_USAGE, f"{path} is neither a backup folder nor a merge report") from None
+
+
+def current_ids(contact: str, savepoint: SavePoint) -> List[str]:
+    """Return a contact's id, and those of the contacts that undos created again in its place; the last one exists."""
+    ids = [contact]
+    while True:
+        rows = (row for row in savepoint.pairs_of_contact(ids[-1]) if row.duplicate.id == ids[-1])
+        again = next((row.undo.contact for row in rows if row.undo and row.state in UNDO_STATES), "")
+        if not again or again in ids:
+            return ids
+        ids.append(again)
+
+
+def merged_again(pair: Pair, savepoint: SavePoint) -> Optional[Pair]:
+    """Return the later merge of two contacts of which an undo had created one again, if there is one."""
+    if pair.undo is None or pair.state not in UNDO_STATES or not pair.undo.contact:
+        return None
+    duplicates = {pair.undo.contact, *current_ids(pair.primary.id, savepoint)}
+    rows = (row for row in savepoint.pairs_of_contact(pair.undo.contact) if row.duplicate.id in duplicates)
+    return next((row for row in rows if row.state in (*UNFINISHED, State.DONE, State.SETTLED)), None)
+
+
+def report_of(pair: Pair) -> str:
+    """Name the report of the merge run that wrote a pair last."""
+    return f"reports/merge_report_{pair.undo.merge_run if pair.undo else pair.run}.json"
+
+
+def undo_settle_error(pair: Pair) -> str:
+    """Say why the rest of a pair's undo must not be given up, `""` where it may: a reference would be on no contact."""
+    if pair.undo is None or not pair.undo.reference_free:
+        return ""
+    return (
+        f"the reference {pair.duplicate.external_ref} may be on no contact; "
+        f"finish the undo first: merge_contacts.py --undo {pair.undo.path}"
+    )
+
+
+# -- what was before, and what follows from it -------------------------------------------------------
+
+Role = Tuple[str, str]  # object id, and `owned_by`, `reported_by` or `members`
+
+
+@dataclass
+class StateBeforeMerge:
+    """What the contacts of a group were before their merges, from the backups."""
+
+    contacts: Dict[str, Json] = field(default_factory=dict)  # duplicates as DevRev had them, by id
+    references: Dict[str, str] = field(default_factory=dict)  # duplicate's id -> the primary's before that merge
+    roles: Dict[str, Set[Role]] = field(default_factory=dict)  # of duplicates, by id
+    primary_roles: Set[Role] = field(default_factory=set)
+
+
+def read_state_before(pairs: Sequence[Pair], siblings: Sequence[Pair]) -> StateBeforeMerge:
+    """Read and check the backups of the pairs to undo, and of all other pairs with the same primary.
+
+    Raises PairError(backup_failed). The backups of siblings that were undone may be missing.
+    """
+    before, known = StateBeforeMerge(), [*pairs, *siblings]
+    primaries = {pair.primary.id for pair in known}
+    needed = {pair.backup for pair in known if pair not in siblings or pair.state in (*MERGED_STATES, State.UNDOING)}
+    manifests = []
+    for folder in sorted({pair.backup for pair in known}):
+        try:
+            manifests.append((verify_backup(Path(folder)), folder))
+        except PairError:
+            if folder in needed:
+                raise
+    for manifest, folder in sorted(manifests, key=lambda one: str(one[0]["created"])):
+        entries = {entry["csv"]["id"]: entry for entry in manifest["contacts"]}
+        # What the primary has by then from a duplicate that no longer exists is not its own.
+        gone = [before.roles.get(pair.duplicate.id, set()) for pair in known if pair.duplicate.id not in entries]
+        for identity, entry in entries.items():
+            user = json.loads((Path(folder) / entry["folder"] / "contact.json").read_bytes())
+            roles = {(item["id"], item["role"]) for item in transferred_objects(entry)}
+            if identity in primaries:
+                before.primary_roles |= roles.difference(*gone)
+                mine = (pair.duplicate.id for pair in known if pair.backup == folder)
+                before.references.update((one, str(user.get("external_ref"))) for one in mine)
+            else:
+                before.contacts[identity], before.roles[identity] = user, roles
+    for pair in pairs:
+        if pair.duplicate.id not in before.contacts or pair.duplicate.id not in before.references:
+            raise PairError("backup_failed", f"the backup {pair.backup} does not hold {into(pair)}")
+    return before
+
+
+def plan_restore(
+    obj: Optional[Json], roles: Iterable[str], primary: str, contact: str, aliases: Mapping[str, str], stays: Set[Role]
+) -> Tuple[Dict[str, List[str]], List[Json]]:
+    """Plan what gives `contact` its `roles` on an object as it is now: role -> ids to set, and what is left to others.
+
+    The contact replaces the primary, or joins it where the primary `stays`; everyone else stays. `aliases` are ids of
+    contacts that no longer exist, and the ids of those that were created again in their place.
+    """
+    changes: Dict[str, List[str]] = {}
+    left = []
+    for role in sorted(roles):
+        now = [person["id"] for person in (obj or {}).get(role) or ()]
+        people = list(dict.fromkeys(aliases.get(one, one) for one in now))  # a merge may have left the old id
+        if contact not in people:
+            if primary not in people:
+                left.append({"role": role, "why": "deleted" if obj is None else "given to others"})
+                continue
+            at = people.index(primary)
+            people[at : at + 1] = [primary, contact] if obj and (obj["id"], role) in stays else [contact]
+        if people != now:
+            changes[role] = people
+    return changes, left
+
+
+def plan_fields(pair: Pair, live: Json) -> Tuple[Json, List[Json]]:
+    """Plan what removes from the primary, as it is now, the fields that a merge carried to it.
+
+    Of phone numbers the added ones go; any other field gets its old value if it still has the one that the merge wrote.
+    Return the fields to set, and `{field, value, why}` of those that stay.
+    """
+    update: Json = {}
+    left = []
+    for name, carried in pair.fields_to_carry.items():
+        value, old = live.get(name), pair.fields_before.get(name)
+        if name == "phone_numbers":
+            added = set(carried).difference(old or ())
+            kept = [number for number in value or () if number not in added]
+            if len(kept) < len(value or ()):
+                update[name] = kept
+        elif value == carried and carried != old:
+            update[name] = old or ""
+        elif value and value not in (carried, old):
+            left.append({"field": name, "value": value, "why": "it was changed since the merge"})
+    return update, left
+
+
+# -- the run -----------------------------------------------------------------------------------------
+
+
+class GroupUndo:
+    """The undo of merges into one primary: check, then each pair: old reference, contact, objects, undone.
+
+    Nothing runs beside it. What keeps a pair from its end is recorded with it; what stops the run passes through.
+    """
+
+    FIELDS = ("display_name", "email", "external_ref", "description", "phone_numbers", "display_picture", "rev_org")
+    UNITS = 8  # of quota for what follows the freed reference: the contact, perhaps with fewer fields, or the way back
+    PATIENCE = 10.0  # seconds for which a contact that may have been created is looked for at most
+    ATTEMPTS = 6  # times that an object is read and written before it is given up
+    KINDS = ("ticket", "issue", "conversation")
+
+    def __init__(self, context: GroupContext, group: Group, path: Path, writable_kinds: Set[str]) -> None:
+        self.context = context
+        self.api, self.environment, self.savepoint = context.api, context.environment, context.savepoint
+        self.group = group
+        self.path = path
+        self.writable_kinds = writable_kinds  # kinds of objects that the token is known to be allowed to write
+        self.has_changed = False  # whether this undo may have changed the group in DevRev
+        self.reservation = Reservation()
+        self.before = StateBeforeMerge()
+        self.siblings: List[Pair] = []  # other pairs of the primary
+        self.primary: Json = {}  # as DevRev has it now
+        self.aliases: Dict[str, str] = {}  # id of a contact that no longer exists -> of the one created in its place
+        self._is_recreated = False  # whether the primary itself was created by an earlier undo
+
+    async def run(self) -> None:
+        """Undo the pairs one after the other, once the whole group is as its merges have left it."""
+        pairs = self.group.pairs
+        problem = await self._attempt(self._check())
+        if problem is None and not self.context.options.preview:
+            problem = await self._attempt(self._check_write_access())
+        if problem:
+            for pair in pairs:
+                await self.context.record_outcome(pair, problem)
+            return
+        for pair in pairs:
+            was_forbidden = bool(pair.undo and pair.undo.forbidden)
+            problem = await self._attempt(self._preview(pair) if self.context.options.preview else self._undo(pair))
+            self.api.scheduler.release(self.reservation)
+            await self.context.record_outcome(pair, problem)
+            is_stop = problem is not None and pair.undo is not None and pair.undo.forbidden and not was_forbidden
+            if is_stop and "contact" not in self.writable_kinds:
+                # A token that may not create contacts would take the reference from each primary for a moment.
+                raise FatalError(EXIT_STOPPED if self.has_changed else EXIT_USAGE, str(problem))
+
+    async def _attempt(self, work: Coroutine[Any, Any, None]) -> Optional[PairError]:
+        """Do the work and return what keeps the pairs from their end, if anything. Raises what stops the run."""
+        try:
+            self.context.raise_if_draining()
+            await work
+        except PairError as problem:
+            return problem
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            # Whatever one contact's answers look like, the other groups go on.
+            log.exception("%s: unexpected", self.group.email)
+            return PairError("api_error", f"an answer could not be understood ({type(error).__name__}: {error})")
+        finally:
+            work.close()
+        return None
+
+    # -- check --------------------------------------------------------------------------------------
+
+    async def _check(self) -> None:
+        """Find the group as its merges have left it, or as an undo that was not finished has."""
+        pairs, old = self.group.pairs, self.group.primary
+        ids = current_ids(old.id, self.savepoint)
+        mine = {pair.ids for pair in pairs}
+        rows = [row for one in ids for row in self.savepoint.pairs_of_primary(one).values()]
+        self.siblings = [row for row in rows if row.ids not in mine]
+        self.before = await self.environment.run_in_thread(read_state_before, pairs, self.siblings)
+        self._is_recreated = len(ids) > 1
+        self.aliases = dict.fromkeys(ids[:-1], ids[-1])
+        for pair in (*pairs, *self.siblings):
+            if pair.undo and pair.undo.contact:
+                self.aliases[pair.duplicate.id] = pair.undo.contact
+        primary = await self.api.contact(ids[-1])
+        if primary is None:
+            later = (row for row in self.savepoint.pairs_of_contact(ids[-1]) if row.duplicate.id == ids[-1])
+            onward = next((row for row in later if row.state in (*UNFINISHED, *MERGED_STATES, State.UNDOING)), None)
+            if onward:
+                words = (
+                    f"{old.short_id} was merged into {onward.primary.short_id} later; undo {report_of(onward)} first"
+                )
+                raise PairError("merged_onward", words)
+            raise PairError("not_found", f"the primary {old.short_id} no longer exists in DevRev")
+        if primary.get("state") != "active":
+            raise PairError("not_active", f"the primary {old.short_id} is {primary.get('state')}, not active")
+        self.primary = primary
+        there = [pair.duplicate.short_id for pair in pairs if not await self._is_gone(pair)]
+        if there:
+            raise PairError("not_merged", f"not merged, or not yet, because still there: {', '.join(there)}")
+        for pair in pairs:
+            self._check_reference(pair)
+
+    async def _is_gone(self, pair: Pair) -> bool:
+        """Return whether the duplicate no longer exists. Where polls give no usable answer for good, lists decide."""
+        primary, duplicate = self.primary["id"], pair.duplicate.id
+        try:
+            return await self.api.poll_duplicate(primary, duplicate, ANY_OPTIONS) is not DuplicateStatus.THERE
+        except (ApiError, NoUsableResponse) as error:
+            log.info("%s: lists decide whether %s still exists: %s", pair.email, pair.duplicate.short_id, error)
+            reference = str(self.before.contacts[duplicate].get("external_ref"))
+            listed = [*await self._listed(pair), *await self.api.holders_of(reference, ANY_OPTIONS)]
+            there = (one for one in listed if one["id"] == duplicate and one.get("state") != "deleted")
+            return all(isinstance(one.get("primary_identity"), dict) for one in there)
+        except PairError as problem:
+            # DevRev may name the contact that the primary was merged into before it was created again.
+            if problem.code == "merged_into_another" and self._is_recreated:
+                return True
+            raise
+
+    def _check_reference(self, pair: Pair) -> None:
+        """Check that the primary has the reference that the merge gave it, or its old one where that may be."""
+        reference, name = self.primary.get("external_ref"), self.group.primary.short_id
+        old, moved = self._old_references(pair), self._moved_reference(pair)
+        if moved and reference == moved:
+            return
+        others = {row.new_ref: row for row in (*self.siblings, *self.group.pairs) if row is not pair and row.new_ref}
+        if moved is None and reference in (*old, *others, *self.before.references.values()):
+            return
+        # An undo may have started, a merge may have ended before its reference moved, and two may have had the same.
+        is_open = pair.state is State.UNDOING or pair.state in (*UNFINISHED, State.SETTLED) or not pair.run
+        if reference in old and ((is_open and pair.state is not State.VERIFYING) or moved in others):
+            return
+        words = f"another user gave {name} the reference {reference or 'none'}; set {moved or old[0]} again, undo again"
+        raise PairError("external_ref_changed", words)
+
+    def _old_references(self, pair: Pair) -> List[str]:
+        """Return the reference that the primary had before the merge; after it, what may stand in for it.
+
+        DevRev may refuse the `REVU-` reference of an old id to a contact that was created again.
+        """
+        old = self.before.references[pair.duplicate.id]
+        own = str(self.primary.get("display_id"))
+        return [old, own] if self._is_recreated and old.startswith("REVU-") and own != old else [old]
+
+    def _moved_reference(self, pair: Pair) -> Optional[str]:
+        """Return the duplicate's reference where the merge gave it, or may have given it, to the primary."""
+        reference = str(self.before.contacts[pair.duplicate.id].get("external_ref"))
+        return reference if pair.new_ref and reference != self.before.references[pair.duplicate.id] else None
+
+    async def _check_write_access(self) -> None:
+        """Set nothing on an object of each kind: a token that may not write is refused while all is as it was."""
+        refused: Dict[str, ApiError] = {}
+        wanted = sorted({one for pair in self.group.pairs for one, _ in self.before.roles[pair.duplicate.id]})
+        for identity in wanted:
+            kind = kind_of(identity)
+            if kind not in self.KINDS or kind in self.writable_kinds:
+                continue
+            try:
+                obj = await self.api.get_object(identity, ANY_OPTIONS)
+                if obj is None:
+                    continue
+                await self.api.set_people(obj, {}, ANY_OPTIONS)
+            except ApiError as api_error:
+                if api_error.status == 403:
+                    refused[kind] = api_error  # which may concern this one object alone
+                    continue
+            self.writable_kinds.add(kind)
+        for kind in refused.keys() - self.writable_kinds:
+            endpoint = "conversations.update" if kind == "conversation" else "works.update"
+            raise PairError("forbidden", f"the token may not call {endpoint} (403): {refused[kind]}")
+
+    async def _preview(self, pair: Pair) -> None:
+        """Find out what an undo would leave to others."""
+        undo = pair.undo if pair.undo and pair.state is State.UNDOING else self._new_progress(pair)
+        contact, undo.left = undo.contact or pair.duplicate.id, []
+        for identity, roles in self._objects(pair):
+            obj = await self.api.get_object(identity, ANY_OPTIONS)
+            left = plan_restore(obj, roles, self.primary["id"], contact, self.aliases, self._stays(pair))[1]
+            undo.left += [{"id": identity, **one} for one in left]
+        undo.fields_left, pair.undo = plan_fields(pair, self.primary)[1], undo
+
+    # -- one pair -----------------------------------------------------------------------------------
+
+    async def _undo(self, pair: Pair) -> None:
+        """Undo one merge. Between the primary's old reference and the new contact nothing waits or interrupts."""
+        if pair.state is not State.UNDOING:
+            pair.undo = self._new_progress(pair)
+        undo = progress_of_undo(pair)
+        moved = self._moved_reference(pair)
+        update, undo.fields_left = plan_fields(pair, self.primary)
+        undo.fields_removed = {**{name: self.primary.get(name) for name in update}, **undo.fields_removed}
+        frees = moved is not None and self.primary.get("external_ref") == moved
+        undo.reference_free = undo.reference_free or frees
+        pair.state, pair.code, pair.error = State.UNDOING, "", ""
+        await self.savepoint.save(pair)
+        with self.context.cancel_token.shield():
+            if frees:
+                await self._free_reference(pair, update)
+            try:
+                await self._create_contact(pair)
+            except PairError as problem:
+                if problem.code in ("contact_refused", "forbidden"):
+                    undo.forbidden = problem.code == "forbidden"
+                    await self._return_reference(pair, problem)
+                raise
+        self.aliases[pair.duplicate.id] = undo.contact
+        await self._remove_fields(pair)
+        await self._restore_objects(pair)
+        pair.state, pair.code, pair.error = State.UNDONE, "", ""
+        await self.savepoint.save(pair)
+        log.info("%s: undone, %s is %s now", pair.email, pair.duplicate.short_id, undo.display_id)
+
+    def _new_progress(self, pair: Pair) -> UndoProgress:
+        earlier = pair.undo  # refused, so that the merge stands as it was
+        run = earlier.merge_run if earlier else pair.run
+        revision = earlier.merge_revision if earlier else self.savepoint.revision(pair.ids)
+        return UndoProgress(str(self.path), pair.state.value, run, revision, bool(earlier and earlier.forbidden))
+
+    def _options(self, priority: int = FINISH) -> RequestOptions:
+        return RequestOptions(priority, self.reservation, self.UNITS)
+
+    async def _free_reference(self, pair: Pair, update: Json) -> None:
+        """Give the primary its old reference, and in the same update its old values of carried fields.
+
+        Whatever of it is refused, the reference goes alone at once. After a lost answer the primary is read before the
+        update is sent again.
+        """
+        old, moved, primary = self._old_references(pair), self._moved_reference(pair), self.primary["id"]
+        bodies = [{"external_ref": old[0], **update}] if update else []
+        bodies += [{"external_ref": reference} for reference in old]
+        problem: PairError = PairError("external_ref_not_set", "DevRev answered with another reference")
+        started, options, deadline = self.environment.now(), self._options(MERGE), GroupMerge.FIRST_DEADLINE
+        while bodies:
+            try:
+                user = await self.api.update_contact(primary, bodies[0], options, deadline)
+            except ApiError as api_error:
+                problem, user = api_error, self.primary
+            except NoUsableResponse as error:
+                problem, self.has_changed = error, True
+                user = await self.api.contact(primary, self._options()) or {}
+                deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
+                if user.get("external_ref") == moved and self.environment.elapsed(started) < self.PATIENCE:
+                    continue
+            if user.get("external_ref") in old:
+                self.primary, self.has_changed = user, True
+                return
+            options = self._options()
+            bodies.pop(0)
+        live = await self.api.contact(primary, self._options())
+        if live and live.get("external_ref") == moved:
+            await self._save_as_before(pair)
+        raise PairError(problem.code, f"the primary did not get its old reference {old[0]}: {problem}")
+
+    async def _return_reference(self, pair: Pair, problem: PairError) -> None:
+        """Give the primary the moved reference again, and what was removed of its fields: no contact can be created."""
+        undo, reference = progress_of_undo(pair), self._moved_reference(pair)
+        if not undo.reference_free:
+            await self._save_as_before(pair)
+            return
+        error: PairError = problem
+        alone = {"external_ref": reference}
+        for body in ({**alone, **undo.fields_removed}, alone, alone):
+            try:
+                self.primary = await self.api.update_contact(self.primary["id"], body, self._options())
+            except PairError as refused:
+                error = refused
+                continue
+            if self.primary.get("external_ref") == reference:
+                await self._save_as_before(pair)
+                return
+        words = f"{problem}; {reference} could not be set on {self.group.primary.short_id} again: {error}"
+        raise PairError(problem.code, words)
+
+    async def _save_as_before(self, pair: Pair) -> None:
+        """Note that the merge stands as it was. The progress stays for what it says of the merge."""
+        undo = progress_of_undo(pair)
+        undo.reference_free, undo.contacts_before, undo.left_out = False, None, {}
+        pair.state = State(undo.state_before)
+        await self.savepoint.save(pair)
+
+    # -- the contact --------------------------------------------------------------------------------
+
+    async def _create_contact(self, pair: Pair) -> None:
+        """Create the contact once, with the fields that DevRev takes, whatever becomes of the answers.
+
+        DevRev makes no second contact with the same reference, so one with its reference is simply requested again; one
+        without is looked for first. Raises PairError: contact_refused, forbidden, external_ref_conflict,
+        contact_not_confirmed.
+        """
+        undo, since, pause = progress_of_undo(pair), self.environment.now(), 0.2
+        merge_timeout = self.context.options.merge_timeout
+        requested_before, lost, why = undo.contacts_before is not None, False, ""
+        while not undo.contact:
+            fields = self._fields(pair)
+            reference, name = fields.get("external_ref"), pair.duplicate.short_id
+            is_vital = reference is not None and pair.duplicate.is_user  # the application knows the person by it
+            if undo.contacts_before is not None:
+                found = await self._find_contact(pair, fields)
+                if found:
+                    await self._save_contact(pair, found)
+                    return
+                may_exist = lost or requested_before
+                if why or (may_exist and reference is None):
+                    limit = merge_timeout if lost and not is_vital else min(self.PATIENCE, merge_timeout / 4)
+                    if (is_vital or may_exist) and self.environment.elapsed(since) < limit:  # lists may lag
+                        await self.context.cancel_token.sleep(pause)
+                        pause = min(self.PATIENCE, 1.6 * pause)
+                        if reference is None:
+                            continue
+                    elif is_vital:
+                        raise PairError("contact_refused", f"{name} could not be created again: {why}")
+                    elif reference is not None:
+                        undo.left_out["external_ref"], undo.contacts_before = why, None
+                        requested_before, lost, why, since = False, False, "", self.environment.now()
+                        continue
+                    elif lost:
+                        words = f"it is not known whether {name} was created again; undo again, which looks for it"
+                        raise PairError("contact_not_confirmed", words)
+            listed = [] if reference else [user["id"] for user in await self._listed(pair)]
+            undo.contacts_before = sorted({*listed, *self._group_ids()}) if reference is None else []
+            await self.savepoint.save(pair)
+            try:
+                await self._save_contact(pair, await self.api.create_contact(fields, self._options()))
+            except NoUsableResponse as error:
+                lost, why, self.has_changed = True, str(error), True
+            except ApiError as api_error:
+                why = str(api_error)
+                refused = self._refused_fields(api_error, fields, is_vital)
+                if refused:
+                    undo.left_out.update(dict.fromkeys(refused, why))
+                    undo.contacts_before, why = None, ""
+                elif api_error.status != 409 or reference is None:
+                    code = "forbidden" if api_error.status == 403 else "contact_refused"
+                    raise PairError(code, f"{name} could not be created again: {why}") from None
+
+    def _fields(self, pair: Pair) -> Json:
+        """Return what the contact is created with, from its backup."""
+        user, left_out = self.before.contacts[pair.duplicate.id], progress_of_undo(pair).left_out
+        picture = user.get("display_picture")
+        known = {
+            **user,
+            "display_picture": picture.get("id") if isinstance(picture, dict) else None,
+            "rev_org": rev_org_id(user),
+        }
+        return {name: known[name] for name in self.FIELDS if known.get(name) and name not in left_out}
+
+    def _refused_fields(self, error: ApiError, fields: Json, is_vital: bool) -> List[str]:
+        """Return which fields to leave out after a 400: the one that it names, else all that say little of a person."""
+        if error.status != 400:
+            return []
+        named = re.split(r"\W", str(error.data.get("field_name")))[0]
+        if named in fields:
+            return [] if named == "email" or (named == "external_ref" and is_vital) else [named]
+        return [name for name in ("description", "phone_numbers", "display_picture") if name in fields]
+
+    async def _find_contact(self, pair: Pair, fields: Json) -> Optional[Json]:
+        """Return the contact that was requested, if it exists. A reference is looked up in the whole organisation.
+
+        Raises PairError(external_ref_conflict) where the reference belongs to another contact.
+        """
+        undo, reference = progress_of_undo(pair), fields.get("external_ref")
+        if reference is None:
+            known = set(undo.contacts_before or ())
+            new = (user for user in await self._listed(pair) if user["id"] not in known)
+            return next((user for user in new if user.get("external_ref") in (None, "", user.get("display_id"))), None)
+        other: Optional[Json] = None
+        for listed in await self.api.holders_of(reference, self._options()):
+            # Lists lag behind contacts that no longer exist, or no longer have the reference.
+            is_mine = listed["id"] in self._group_ids()
+            user = None if is_mine else await self.api.contact(listed["id"], self._options())
+            if user is None or user.get("external_ref") != reference or user.get("state") == "deleted":
+                continue
+            is_here = rev_org_id(user) in (None, fields.get("rev_org")) or "rev_org" not in fields
+            if is_here and email_of(user) == email_key(fields["email"]):
+                return user
+            other = user
+        if other:
+            undo.reference_free = False
+            words = (
+                f"{other.get('display_id')} <{other.get('email')}>, another contact, has the reference {reference} now"
+            )
+            raise PairError("external_ref_conflict", words)
+        return None
+
+    async def _save_contact(self, pair: Pair, user: Json) -> None:
+        undo = progress_of_undo(pair)
+        undo.contact, undo.display_id, undo.reference_free = user["id"], str(user.get("display_id")), False
+        self.has_changed = True
+        self.writable_kinds.add("contact")
+        await self.savepoint.save(pair)
+
+    async def _listed(self, pair: Pair) -> List[Json]:
+        body = {"email": [pair.duplicate.email.strip()]}
+        return (await self.api.pages("rev-users.list", "rev_users", body, self._options())).items
+
+    def _group_ids(self) -> Set[str]:
+        """Return the ids of the group: as it was, and as far as it was created again for other pairs."""
+        known = (contact for pair in (*self.group.pairs, *self.siblings) for contact in pair.ids)
+        return {self.primary["id"], *known, *self.aliases}
+
+    # -- what it had --------------------------------------------------------------------------------
+
+    async def _remove_fields(self, pair: Pair) -> None:
+        """Remove from the primary what the merge carried to it and is still there; what DevRev refuses is named."""
+        undo = progress_of_undo(pair)
+        update, undo.fields_left = plan_fields(pair, self.primary)
+        for body in [update, *({name: value} for name, value in update.items())] if update else []:
+            try:
+                self.primary = await self.api.update_contact(self.primary["id"], body, RequestOptions(RESUME))
+                if body == update:
+                    return
+            except (ApiError, NoUsableResponse) as error:
+                if body is not update:
+                    (name,) = body
+                    undo.fields_left.append({"field": name, "value": self.primary.get(name), "why": str(error)})
+
+    def _objects(self, pair: Pair) -> List[Tuple[str, List[str]]]:
+        """Return the objects that the duplicate had a role in, each with its roles."""
+        roles: Dict[str, List[str]] = collections.defaultdict(list)
+        for identity, role in sorted(self.before.roles[pair.duplicate.id]):
+            roles[identity].append(role)
+        return list(roles.items())
+
+    def _stays(self, pair: Pair) -> Set[Role]:
+        """Return where the primary stays: where it, or another duplicate that is still merged, had the role itself."""
+        others = (one for one in (*self.group.pairs, *self.siblings) if one is not pair)
+        merged = (
+            one for one in others
+            if one.state in MERGED_STATES or (one.state is State.UNDOING and not progress_of_undo(one).contact)
+        )  # fmt: skip
+        return self.before.primary_roles.union(*(self.before.roles.get(one.duplicate.id, set()) for one in merged))
+
+    async def _restore_objects(self, pair: Pair) -> None:
+        """Give the contact its works and conversations, one after the other: read, write, verify the answer.
+
+        What was deleted or given to others since is left and named. Raises PairError(not_restored) where DevRev refuses
+        an update.
+        """
+        undo, left, failed = progress_of_undo(pair), [], []
+        for identity, roles in self._objects(pair):
+            try:
+                left += await self._restore_object(pair, identity, roles)
+            except (ApiError, NoUsableResponse, LookupError, TypeError, AttributeError) as error:
+                failed += [{"id": identity, "role": role, "why": str(error)} for role in roles]
+        undo.left = [*left, *failed]
+        if failed:
+            names = ", ".join(some(list(dict.fromkeys(item["display_id"] for item in describe(pair.backup, failed)))))
+            raise PairError("not_restored", f"created again as {undo.display_id}, but not restored: {names}")
+
+    async def _restore_object(self, pair: Pair, identity: str, roles: List[str]) -> List[Json]:
+        """Write one object, and return what of it is left. Only who joins between read and write can be missed."""
+        if kind_of(identity) not in self.KINDS:
+            return [{"id": identity, "role": role, "why": "works of this kind are not restored"} for role in roles]
+        contact, options, problem = (
+            progress_of_undo(pair).contact,
+            RequestOptions(RESUME),
+            "it answers with other people",
+        )
+        for attempt in range(self.ATTEMPTS):
+            obj = await self.api.get_object(identity, options)
+            changes, left = plan_restore(obj, roles, self.primary["id"], contact, self.aliases, self._stays(pair))
+            found = [{"id": identity, **one} for one in left]
+            if obj is None or not changes:
+                return found
+            try:
+                answer = await self.api.set_people(obj, changes, options)
+            except NoUsableResponse as error:
+                problem = str(error)
+            else:
+                if all(set(people) <= user_ids(answer.get(role)) for role, people in changes.items()):
+                    return found
+            await self.context.cancel_token.sleep(0.1 * 2**attempt)
+        raise NoUsableResponse(f"an update of {identity}", problem)
+
+
+def progress_of_undo(pair: Pair) -> UndoProgress:
+    assert pair.undo is not None
+    return pair.undo
+
+
+def kind_of(identity: str) -> str:
+    """Return the kind that an object's id names, such as `ticket`."""
+    return identity.rpartition(":")[2].partition("/")[0]
 
 
 class UndoRunner:
-    pass
+    """Carries out an undo, one group after the other. How it starts, stops and ends is as with merges."""
+
+    def __init__(
+        self, api: DevRevAPI, savepoint: SavePoint, options: MergeOptions, on_outcome: Callable[[Pair], None]
+    ) -> None:
+        self.api = api
+        self.runner = runner = TaskRunner(api, savepoint, on_outcome, self.is_success)
+        self.context = GroupContext(
+            api, api.environment, savepoint, api.cancel_token, options, self._record_outcome, runner.raise_if_draining
+        )
+        self.has_changed = False
+        self._writable_kinds: Set[str] = set()
+
+    async def run(self, plan: UndoPlan) -> int:
+        """Carry out the plan and return the exit code; nothing is raised."""
+        self.runner.total = len(plan.pairs())
+        code = await self.runner.run(self._undo(plan))
+        codes = {pair.code for pair in self.runner.outcomes.values()}
+        if code in (EXIT_FAILED, EXIT_STOPPED) and codes == {"forbidden"} and not self.has_changed:
+            return EXIT_USAGE  # the token may not write, and all is as it was
+        return code
+
+    async def _undo(self, plan: UndoPlan) -> None:
+        for group in plan.groups:
+            self.runner.raise_if_draining()
+            undo = GroupUndo(self.context, group, plan.path, self._writable_kinds)
+            await self.context.cancel_token.wait(self.runner.start(undo.run(), group.pairs))
+            self.has_changed = self.has_changed or undo.has_changed
+
+    async def _record_outcome(self, pair: Pair, problem: Optional[PairError] = None, counts: bool = True) -> None:
+        """Record that a pair is undone, or what keeps it from that; the row of a refused pair stays as it is."""
+        if problem and (self.context.options.preview or pair.state not in UNDO_STATES):
+            problem = PairSkipped(problem.code, str(problem))
+        elif not problem:
+            pair.code, pair.error = "", ""
+        await self.runner.record_outcome(pair, problem, counts)
+
+    def pairs(self) -> Iterator[Pair]:
+        """Yield the pairs that have an outcome."""
+        yield from self.runner.outcomes.values()
+
+    @staticmethod
+    def is_success(pair: Pair) -> bool:
+        return not pair.code
+
+
+Runner = Union[ContactMerger, UndoRunner]
+
+
+def undo_entry(pair: Pair) -> Json:
+    """Return what an undo has restored, or would restore, of a pair, what is left to others, and what is lost."""
+    undo = pair.undo
+    left = undo.left if undo and undo.left is not None else []
+    entry: Json = {
+        "email": pair.email,
+        "primary": contact_entry(pair.primary),
+        "duplicate": contact_entry(pair.duplicate),
+        "contact": {"id": undo.contact, "display_id": undo.display_id} if undo and undo.contact else None,
+        "state": pair.state.value,
+        "backup": pair.backup,
+        "code": pair.code,
+        "error": pair.error,
+        "restored": [],
+        "left": describe(pair.backup, left),
+        "fields_left": undo.fields_left if undo else [],
+        "not_restored": [],
+    }
+    with contextlib.suppress(PairError, OSError, ValueError, KeyError, TypeError):
+        (mine,) = (one for one in read_manifest(pair.backup)["contacts"] if one["csv"]["id"] == pair.duplicate.id)
+        user = backed_up_contact(pair.backup, pair.duplicate.id)
+        others = {(item["id"], item["role"]) for item in left}
+        restored = [item for item in transferred_objects(mine) if (item["id"], item["role"]) not in others]
+        entry["restored"] = describe(pair.backup, restored) if undo and undo.left is not None else []
+        entry["not_restored"] = lost_for_good(user, mine, undo.left_out if undo else {})
+    return entry
+
+
+def lost_for_good(user: Json, entry: Json, left_out: Mapping[str, str]) -> List[Json]:
+    """Return `{what, value, why}` of what can't be restored of a contact: `user` and its `entry` in the manifest."""
+    settable = (*GroupUndo.FIELDS, "state", "is_verified")
+    lost = [
+        {"what": name, "value": value, "why": "DevRev does not let it be set"}
+        for name, value in user.items()
+        if name not in settable
+    ]
+    lost += [{"what": name, "value": user.get(name), "why": why} for name, why in left_out.items()]
+    if user.get("is_verified") is False:
+        lost.append({"what": "verification", "value": False, "why": "a contact created through the API is verified"})
+    if entry["works"]["created"]:
+        lost.append({"what": "created_by", "value": entry["works"]["created"], "why": "the primary stays the creator"})
+    lost.append({"what": "authors of comments", "value": None, "why": "DevRev does not let them be set"})
+    return lost
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -4253,9 +5134,13 @@ CODES: Dict[str, Code] = {
         "Run the same --undo again: it looks the contact up first.",
         systemic=True,
     ),
-    "not_handed_back": Code(
+    "not_restored": Code(
         "Some objects still belong to the primary.",
-        "Run the same --undo again, or give them to the contact in DevRev.",
+        "Run the same --undo again, or set the people in DevRev. --settle gives the rest up.",
+    ),
+    "merged_onward": Code(
+        "The primary was merged into another contact later.",
+        "Undo the later merge first, with the report that the message names.",
     ),
 }  # fmt: skip
 SKIP_REASONS = {code: (one.meaning, one.advice) for code, one in CODES.items() if one.skips}
@@ -4341,10 +5226,10 @@ def merge_entry(pair: Pair, planned: Optional[Collection[Ids]]) -> Json:
     return {**entry, **progress_of(pair)}
 
 
-def settle_error(pair: Pair) -> Optional[str]:
-    """Say why --settle can't end a pair; None where it can, or where the pair has ended."""
+def settle_error(pair: Pair) -> str:
+    """Say why --settle can't end a pair, `""` where it can, or where the pair has ended."""
     if pair.state in TERMINAL:
-        return None
+        return ""
     if pair.state is State.UNDOING:
         return undo_settle_error(pair)
     if pair.state not in UNFINISHED:
@@ -4352,7 +5237,7 @@ def settle_error(pair: Pair) -> Optional[str]:
             f"its merge was not requested ({pair.code}), so there is nothing to settle; leave its rows out of the CSV"
         )
     if pair.code in CODES and CODES[pair.code].settles:
-        return None
+        return ""
     return (
         f"it is unfinished ({pair.code or SO_FAR[pair.state]}), and no report has named a problem that stays; run again"
     )
@@ -4541,31 +5426,43 @@ def headline(summary: Json, document: Json) -> str:
     return ", ".join(words)
 
 
-def write_report(
-    environment: Environment, savepoint: SavePoint, run_id: str, document: Json, plan: Optional[Plan] = None
-) -> None:
-    """Write the report of a merge run or a settle: the JSON, and beside it the page and the CSV that show the same.
+def merge_report_lists(savepoint: SavePoint, run_id: str, plan: Optional[Plan]) -> Dict[str, Optional[Iterable[Json]]]:
+    """Return the lists of a merge run's report; null is what only the plan could tell."""
+    planned = plan.ids if plan else None
+    lists: Dict[str, Optional[Iterable[Json]]] = {
+        name: (merge_entry(pair, planned) for pair in pairs) for name, pairs in merge_lists(savepoint, run_id).items()
+    }
+    lists.update(beside_pairs(plan) if plan else dict.fromkeys(("choices", "skipped", "look_alikes", "invalid_rows")))
+    return lists
 
-    `document` is the run's, with its end; `plan` is known to the run itself alone. The savepoint learns the end before
-    the file is written, and that it was written afterwards, so that the next run can write what a kill has prevented.
-    Raises OSError, and FatalError(3) where the savepoint can't be written.
+
+def report_head(document: Json) -> Json:
+    run = {name: value for name, value in document.items() if name not in ("summary", "reported")}
+    return {"run": run, "summary": document["summary"]}
+
+
+def write_report(
+    environment: Environment,
+    savepoint: SavePoint,
+    run_id: str,
+    document: Json,
+    lists: Mapping[str, Optional[Iterable[Json]]],
+) -> None:
+    """Write the report of a run: the JSON, and beside it the page and, of merges, the CSV that show the same.
+
+    The savepoint learns the end, which is in `document`, before the file is written, and that it was written
+    afterwards, so that the next run can write what a kill has prevented. Raises OSError, and FatalError(3) where the
+    savepoint can't be written.
     """
     path = report_path(run_id, document["kind"])
     savepoint.write({}, {run_id: document})
-    planned = plan.ids if plan else None
     environment.make_private_dir(path.parent)
-    # A file that is there was written by the run itself, which knew more.
-    if plan or not path.exists():
-        lists: Dict[str, Optional[Iterable[Json]]] = {
-            name: (merge_entry(pair, planned) for pair in pairs)
-            for name, pairs in merge_lists(savepoint, run_id).items()
-        }
-        beside = ("choices", "skipped", "look_alikes", "invalid_rows")
-        lists.update(beside_pairs(plan) if plan else dict.fromkeys(beside))
-        run = {name: value for name, value in document.items() if name not in ("summary", "reported")}
-        environment.write_atomically(path, report_chunks({"run": run, "summary": document["summary"]}, lists))
-    write_page(path, "template.html", document["headline"], environment)
-    environment.write_atomically(path.with_suffix(".csv"), pair_rows(savepoint, run_id))
+    if not path.exists():  # else the run itself, which knew more, has written it before it was killed
+        environment.write_atomically(path, report_chunks(report_head(document), lists))
+    is_undo = document["kind"] == "undo"
+    write_page(path, "undo_template.html" if is_undo else "template.html", document["headline"], environment)
+    if not is_undo:
+        environment.write_atomically(path.with_suffix(".csv"), pair_rows(savepoint, run_id))
     document["reported"] = True
     savepoint.write({}, {run_id: document})
 
@@ -4606,6 +5503,21 @@ def spreadsheet_cell(text: str) -> str:
     return "'" + text if re.match(r"'*[=+\-@\t\r]", text) else text
 
 
+def undo_lists(savepoint: SavePoint, run_id: str) -> Dict[str, List[Pair]]:
+    """Return the pairs of an undo's report, as the savepoint knows them."""
+    failed = [state for state in State if state not in (State.UNDONE, State.UNDOING)]
+    lists = {"undone": (State.UNDONE,), "unfinished": (State.UNDOING,), "failed": failed}
+    return {name: list(savepoint.pairs(*states, run=run_id)) for name, states in lists.items()}
+
+
+def undo_report_lists(
+    pairs: Mapping[str, Sequence[Pair]], skipped: Optional[Sequence[Pair]]
+) -> Dict[str, Optional[Iterable[Json]]]:
+    lists: Dict[str, Optional[Iterable[Json]]] = {name: map(undo_entry, found) for name, found in pairs.items()}
+    lists["skipped"] = None if skipped is None else map(undo_entry, skipped)
+    return lists
+
+
 def report_killed_runs(environment: Environment, savepoint: SavePoint) -> List[Path]:
     """Write the reports of runs that were killed before they could; return their paths.
 
@@ -4619,12 +5531,16 @@ def report_killed_runs(environment: Environment, savepoint: SavePoint) -> List[P
         if document["end"] is None:
             document["stopped"] = "killed"
         if document["kind"] == "undo":
-            write_undo_report(environment, savepoint, run_id, document)
+            pairs = undo_lists(savepoint, run_id)
+            lists = undo_report_lists(pairs, None)
+            document.setdefault("summary", {name: len(found) for name, found in pairs.items()})
+            document["headline"] = document["headline"] or undo_headline(document["summary"], 0)
         else:
+            lists = merge_report_lists(savepoint, run_id, None)
             if "summary" not in document:
                 document["summary"] = merge_summary(savepoint, run_id, None)
                 document["headline"] = headline(document["summary"], document)
-            write_report(environment, savepoint, run_id, document)
+        write_report(environment, savepoint, run_id, document, lists)
         paths.append(report_path(run_id, document["kind"]))
     savepoint.organisation = ""
     return paths
@@ -5641,7 +6557,7 @@ async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint, document:
 
 async def confirm_and_run(
     run: RunContext,
-    merger: ContactMerger,
+    merger: Runner,
     progress: "Progress",
     question: "Question",
     document: Json,
@@ -5657,7 +6573,7 @@ async def confirm_and_run(
     )  # which also lets signals in, however quiet it is
     await confirm(run, merger, question)
     if not run.options.preview:
-        merger.savepoint.write({}, {run.run_id: document})
+        merger.runner.savepoint.write({}, {run.run_id: document})
     run.on_signal(asyncio.get_event_loop(), lambda: merger.api.cancel_token.cancel(Cancelled()))
     code = await work()
     ticking.cancel()
@@ -5694,7 +6610,7 @@ def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair]) -> Dict
     return facts
 
 
-async def confirm(run: RunContext, merger: ContactMerger, question: Question) -> None:
+async def confirm(run: RunContext, merger: Runner, question: Question) -> None:
     """On a terminal: say what is about to happen, and go on only where it is signed. Raises Stop(2) otherwise."""
     owner = run.token_owner
     who = str(owner.get("display_name") or owner.get("full_name") or owner.get("email") or owner.get("id"))
@@ -5754,7 +6670,7 @@ class Progress:
                 if not self.run.options.quiet and not self.run.console.err.isatty():
                     self.run.console.print_err(line)
 
-    def line(self, merger: ContactMerger, now: float) -> str:
+    def line(self, merger: Runner, now: float) -> str:
         """Phases, the end, and what is waited for."""
         if not merger.runner.total:
             return ""
@@ -5765,18 +6681,20 @@ class Progress:
             "merged": sum(pair.state in gone for pair in pairs),
             "proved": sum(pair.state in ENDED for pair in pairs),
         }
+        if isinstance(merger, UndoRunner):
+            phases = {"undone": sum(pair.state is State.UNDONE for pair in pairs)}
         failed = sum(not merger.is_success(pair) for pair in merger.runner.outcomes.values())
         words = [f"{count:,} {what}" for what, count in phases.items()] + ([f"{failed:,} failed"] if failed else [])
         parts = [f"{plural(merger.runner.total, 'pair')}: {', '.join(words)}"]
         if self.run.signal:
             return f"{parts[0]} \u00b7 stopping (requests under way are waited for)"
-        share = (sum(phases.values()) + 3 * failed) / (3 * merger.runner.total)
+        share = (sum(phases.values()) + len(phases) * failed) / (len(phases) * merger.runner.total)
         if share < 1:
             parts.append(f"{duration(self.left(merger, share, now))} left")
         parts.extend(filter(None, [merger.api.scheduler.describe_wait()]))
         return " \u00b7 ".join(parts)
 
-    def left(self, merger: ContactMerger, share: float, now: float) -> float:
+    def left(self, merger: Runner, share: float, now: float) -> float:
         """Seconds to the end, at the pace so far; not less than quota and ceiling allow."""
         api, known = merger.api, share > 0.05
         sent = sum(api.requests.values())
@@ -5788,7 +6706,7 @@ def _report(
     run: RunContext,
     savepoint: SavePoint,
     document: Json,
-    merger: Optional[ContactMerger],
+    merger: Optional[Runner],
     code: int,
     plan: Optional[Plan] = None,
 ) -> int:
@@ -5799,7 +6717,8 @@ def _report(
     document.update(end_facts(run, merger.api if merger else None, code, "interrupted" if run.signal else stop))
     summary = document["summary"] = merge_summary(savepoint, run.run_id, plan)
     document["headline"] = headline(summary, document)
-    code = written(run, lambda: write_report(run.environment, savepoint, run.run_id, document, plan), code)
+    entries = merge_report_lists(savepoint, run.run_id, plan)
+    code = written(run, lambda: write_report(run.environment, savepoint, run.run_id, document, entries), code)
     if stop and not run.signal:
         run.console.error(stop)
     lists = merge_lists(savepoint, run.run_id)
@@ -5833,7 +6752,7 @@ def written(run: RunContext, write: Callable[[], None], code: int) -> int:
     return code
 
 
-def stop_reason(merger: Optional[ContactMerger], code: int) -> Optional[str]:
+def stop_reason(merger: Optional[Runner], code: int) -> Optional[str]:
     return str(merger.runner.stop) if merger and merger.runner.stop and code >= EXIT_USAGE else None
 
 
@@ -5988,76 +6907,93 @@ def print_exported(run: RunContext, exporter: ContactExporter, path: Path) -> No
 
 
 def undo(run: RunContext) -> int:
-    """Take merges back, or with --preview say what would be; returns the exit code."""
+    """Undo merges, or with --preview print what would be restored; return the exit code."""
     check_token(run.settings.token)
     options = run.options
     with contextlib.closing(open_savepoint(run, readonly=options.preview)) as savepoint:
         emails = {email_key(email) for email in options.email or ()}
         plan = plan_undo(options.undo, savepoint, emails, options.limit)
-        if not options.preview:
-            check_writable(run.report_path.parent, run.environment)
         return run.environment.run_event_loop(run_undo(run, plan, savepoint))
 
 
 async def run_undo(run: RunContext, plan: UndoPlan, savepoint: SavePoint) -> int:
-    """Find out whose token it is, ask, undo, report; returns the exit code."""
-    options, cancel_token = run.options, CancelToken()
-    progress, journal = Progress(run), Journal(JOURNAL, run.environment, run.run_id)
-    undo_runner = UndoRunner(
-        DevRevAPI(run.settings, run.environment, cancel_token), savepoint, journal, options.undo, options.preview,
-        merge_timeout=options.merge_timeout, on_pair=(lambda _pair: None) if options.preview else progress.on_pair,
-    )  # fmt: skip
-    code = EXIT_OK
-    if plan.groups:
-        await undo_runner.find_owner()
-        check_organisation(undo_runner.organisation, "backup", plan.pairs)
-        facts = {"to take back": plural(len(plan.pairs), "merge"), "of": str(options.undo)}
-        told_pairs = some([f"{names_of(pair)} <{pair.email}>: {into(pair)}" for pair in plan.pairs], 3)
-        facts.update({f"  {index}": words for index, words in enumerate(told_pairs, 1)})
-        question = Question("undo", facts, "Ids, dates, creators and authors of comments can't be given back.")
-        code = await confirm_and_run(run, undo_runner, progress, question, lambda: undo_runner.undo(plan))
-    return report_undo(run, plan, undo_runner, code)
+    """Find out whose token it is, ask, undo, report; return the exit code."""
+    api, progress = DevRevAPI(run.settings, run.environment, CancelToken()), Progress(run)
+    code, pairs, document = EXIT_OK, plan.pairs(), run_facts(run, "undo")
+    document.update(undo=str(plan.path), pairs=len(pairs))
+    if pairs:
+        with before_any_change(api):
+            run.token_owner = await api.whoami()
+        run.organisation = savepoint.organisation = organisation_of(str(run.token_owner.get("id")))
+        check_organisation(run.organisation, "backup", pairs)
+        document["token_owner"] = {name: run.token_owner.get(name) for name in ("id", "display_name", "email")}
+        document["organisation"] = run.organisation
+    options = MergeOptions(
+        organisation=run.organisation, merge_timeout=run.options.merge_timeout, preview=run.options.preview
+    )
+    undo_runner = UndoRunner(api, savepoint, options, (lambda _pair: None) if options.preview else progress.on_pair)
+    if pairs:
+        facts = {
+            "to undo": plural(len(pairs), "merge"),
+            "of": str(plan.path),
+            "updates": f"up to {plan.count_objects():,} tickets, issues and conversations; automations may react to it",
+        }
+        merges = some([f"{names_of(pair)} <{pair.email}>: {into(pair)}" for pair in pairs], 3)
+        facts.update({f"  {index}": words for index, words in enumerate(merges, 1)})
+        if plan.older:
+            facts["left alone"] = f"older backups: {', '.join(some([str(path) for path in plan.older]))}"
+        question = Question("undo", facts, "Ids, dates, creators and authors of comments can't be restored.")
+        code = await confirm_and_run(run, undo_runner, progress, question, document, lambda: undo_runner.run(plan))
+    return report_undo(run, plan, undo_runner, document, code)
 
 
 def undo_headline(counts: Json, before: int) -> str:
-    """What an undo has come to, or would, in one line; `before` were undone by an earlier one."""
-    counts = {"taken back" if name == "undone" else name.replace("_", " "): count for name, count in counts.items()}
-    if "taken back" in counts:
-        counts["taken back"] -= before
-    words = [f"{count:,} {name}" for name, count in counts.items() if count] or ["nothing to take back"]
-    return ", ".join([*words, *([f"{before:,} taken back before"] if before else [])])
+    """Say in one line what an undo has done, or would do; `before` were undone by an earlier one."""
+    counts = {name.replace("_", " "): count for name, count in counts.items()}
+    if "undone" in counts:
+        counts["undone"] -= before
+    words = [f"{count:,} {name}" for name, count in counts.items() if count] or ["nothing to undo"]
+    return ", ".join([*words, *([f"{before:,} undone before"] if before else [])])
 
 
-def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, code: int) -> int:
+def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, document: Json, code: int) -> int:
     """Write the report (with --preview: print it), and say what has come of each pair."""
     stop = stop_reason(undo_runner, code)
-    pairs = plan.pairs if run.options.preview else [*plan.undone, *plan.pairs]  # those of a killed run are in no report
-    lists = {
-        "undone": [pair for pair in pairs if pair.state is State.UNDONE],
-        "unfinished": [pair for pair in pairs if pair.state is State.UNDOING],
-        "failed": [pair for pair in pairs if pair.code and pair.state is not State.UNDOING],
-    }
+    pairs, outcomes = plan.pairs(), undo_runner.runner.outcomes
     if run.options.preview:
-        lists = {"to_undo": [p for p in pairs if not p.code], "refused": [p for p in pairs if p.code]}
-    summary = {name: len(found) for name, found in lists.items()}
-    left = plan.left + len(pairs) - sum(summary.values())
-    words = undo_headline({**summary, "left": left}, len(plan.undone))
-    summary.update(pairs=len(pairs) + plan.left, undone_before=len(plan.undone), left=left)
-    facts = run_facts(run, undo_runner, undo_runner.savepoint, code, words)
-    head = {"run": {**facts, "undo": str(run.options.undo)}, "summary": summary}
-    entries: Dict[str, Iterable[Json]] = {name: map(undo_entry, found) for name, found in lists.items()}
-    if run.options.preview:
-        show_undo(run, head, entries)
+        lists = {
+            "to_undo": [pair for pair in pairs if pair.ids in outcomes and not pair.code],
+            "refused": [pair for pair in pairs if pair.ids in outcomes and pair.code],
+        }
     else:
-
-        def write() -> None:
-            run.environment.write_atomically(run.report_path, report_chunks(head, entries))
-            write_page(run.report_path, "undo_template.html", facts["headline"], run.environment)
-
-        code = written(run, write, code)
+        failed = [pair for pair in pairs if pair.ids in outcomes and pair.state not in UNDO_STATES]
+        lists = {
+            # Those of a run that was killed may be in no report.
+            "undone": [*plan.undone, *(pair for pair in pairs if pair.state is State.UNDONE)],
+            "unfinished": [pair for pair in pairs if pair.state is State.UNDOING],
+            "failed": failed,
+        }
+    lists["skipped"] = plan.skipped
+    summary = {name: len(found) for name, found in lists.items()}
+    total = len(pairs) + plan.left + len(plan.skipped) + (0 if run.options.preview else len(plan.undone))
+    left = total - sum(summary.values())
+    words = undo_headline({**summary, "left": left}, len(plan.undone))
+    summary.update(pairs=total, undone_before=len(plan.undone), left=left)
+    document.update(end_facts(run, undo_runner.api, code, "interrupted" if run.signal else stop))
+    document.update(summary=summary, headline=words)
+    if run.options.preview:
+        show_undo(run, report_head(document), {name: map(undo_entry, found) for name, found in lists.items()})
+    else:
+        entries = undo_report_lists(lists, plan.skipped)
+        savepoint = undo_runner.context.savepoint
+        code = written(run, lambda: write_report(run.environment, savepoint, run.run_id, document, entries), code)
         print_report_paths(run)
-        run.console.print(facts["headline"], "bold")
+        for pair in plan.skipped:
+            run.console.print(f"skipped  {pair.email}: {into(pair)}: {pair.code}: {pair.error}")
+        run.console.print(words, "bold")
         _show_failures(run.console, [*lists["failed"], *lists["unfinished"]])
+    if code == EXIT_USAGE and not stop:
+        run.console.error(next(pair.error for pair in lists["failed"]))
     if stop and not run.signal:
         run.console.error(stop)
     log.info("exit code %d", code)
@@ -6065,23 +7001,28 @@ def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, code: 
 
 
 def show_undo(run: RunContext, head: Json, lists: Mapping[str, Iterable[Json]]) -> None:
+    """Print what an undo would restore."""
     if run.options.json:
         run.console.json(report_chunks(head, lists))
         return
-    show = run.console.print
+    show, objects = run.console.print, set()
     for name, entries in lists.items():
         for entry in entries:
             names = f"{entry['duplicate']['display_id']} out of {entry['primary']['display_id']}"
-            if name == "refused":
-                show(f"refused  {entry['email']}: {names}: {entry['code']}: {entry['error']}", "bad")
+            if name != "to_undo":
+                show(f"{name:<8} {entry['email']}: {names}: {entry['code']}: {entry['error']}", "bad")
                 continue
-            given = len({item["id"] for item in entry["given_back"]})
+            mine = {item["id"] for item in entry["restored"]}
+            objects |= mine
             reference = entry["duplicate"]["old_external_ref"]
-            show(f"undo     {entry['email']}: {names}, {reference}, {given} tickets, issues and conversations")
+            show(f"undo     {entry['email']}: {names}, {reference}, {len(mine)} tickets, issues and conversations")
             for item in entry["left"]:
                 show(f"           stays: {item['display_id']} {item['title']}: {item['why']}")
-            never = dict.fromkeys(item["what"].replace("_", " ") for item in entry["not_given_back"])
-            show(f"           never back: {', '.join(never)}")
+            for item in entry["fields_left"]:
+                show(f"           stays with the primary: {item['field']}: {item['why']}")
+            never = dict.fromkeys(item["what"].replace("_", " ") for item in entry["not_restored"])
+            show(f"           can't be restored: {', '.join(never)}")
+    show(f"updates  {len(objects):,} tickets, issues and conversations; automations and webhooks may react to each")
     show(head["run"]["headline"], "bold")
 
 
