@@ -13,6 +13,27 @@ everything that was done is in the savepoint before the next thing is tried. Fro
 be taken back (`--undo`). `--help` has the options.
 """
 
+import os
+import sys
+
+if __name__ == "__main__":
+    # The script's folder comes first in sys.path: a queue.py in it would be imported in place of Python's own.
+    _library = os.__file__.rpartition(os.sep)[0]
+    sys.path.append(sys.path.pop(0))
+    sys.path.sort(key=lambda place: "packages" in place or not place.startswith((_library, sys.base_prefix + "\\DLLs")))
+
+    def _fail_in_one_line(kind, error, _traceback):  # type: ignore[no-untyped-def]
+        """Say in one line what ends the program before `main` starts; a traceback tells a user nothing."""
+        interrupted = issubclass(kind, KeyboardInterrupt)
+        name = getattr(error, "name", None) or ""
+        file = getattr(sys.modules.get(name), "__file__", None)
+        why = f"{name + ': ' if name else ''}{error}{f' (found in {file})' if file else ''}"
+        sys.stderr.write("interrupted\n" if interrupted else f"error: this Python can't import {why}; use another\n")
+        sys.stderr.flush()
+        os._exit(130 if interrupted else 2)
+
+    sys.excepthook = _fail_in_one_line
+
 import argparse
 import asyncio
 import bisect
@@ -20,23 +41,24 @@ import collections
 import contextlib
 import csv
 import difflib
+import errno
 import functools
 import gc
 import hashlib
+import importlib
 import io
 import json
 import logging
 import math
-import os
 import queue
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
 import sqlite3
 import stat
-import sys
 import tempfile
 import textwrap
 import threading
@@ -83,6 +105,8 @@ __version__ = "2.0.0"
 
 SIGNALS = [one for one in signal.Signals if one.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_HELD = 0, 1, 2, 3, 11
+SAVEPOINT = Path("savepoint.db")  # in the current folder, as everything that a run writes
+SCHEMA = 1  # of every JSON document that is printed or written as a report
 
 Json = Dict[str, Any]
 T = TypeVar("T")
@@ -159,7 +183,7 @@ class NoUsableResponse(PairError):
 
 
 def escape_unprintable(text: str) -> str:
-    """Return `text` with everything a terminal could act on (controls, line breaks, bidi marks) escaped."""
+    """Return `text` with everything escaped that a terminal could act on (controls, line breaks, bidi marks)."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
@@ -181,18 +205,16 @@ def duration(seconds: float) -> str:
 
 
 def some(words: Sequence[str], most: int = 5) -> List[str]:
-    """The first few, and in words how many more there are."""
+    """Return the first `most` words, and how many more there are."""
     return [*words[:most], *([f"and {len(words) - most:,} more"] if len(words) > most else [])]
 
 
 def subject(body: Json) -> str:
-    """Whom or what a request is about, in a few words."""
-    lists = [value if isinstance(value, list) else [value] for name, value in body.items() if name not in UNTOLD]
+    """Name the contacts or objects that a request is for, in a few words."""
+    values = [value for name, value in body.items() if name not in ("limit", "cursor", "type")]
+    lists = [value if isinstance(value, list) else [value] for value in values]
     named = [str(one).rpartition("/")[2] for one in chain.from_iterable(lists) if not isinstance(one, dict)]
     return f"for {', '.join(some(named, 3))}" if named else ""
-
-
-UNTOLD = ("limit", "cursor", "type")  # of a request's body
 
 
 def iso(epoch: float) -> str:
@@ -208,7 +230,7 @@ def safe_name(text: str) -> str:
     """Turn any text into one path component that means the same on Linux, macOS and Windows.
 
     Everything but letters, digits and `@ . _ + -` of ASCII is percent-encoded, so that two texts never
-    share a name; what Windows reserves is encoded too, and long names end in a hash of the whole.
+    share a name. Names that Windows reserves are encoded too, and long names end in a hash of the full text.
     """
     name = "".join(
         c
@@ -264,6 +286,7 @@ class Environment:
         self.random = random.Random()
         self._threads_pool = DaemonThreadPool()
         self._transport: Optional[HttpTransport] = None
+        self._warned: Set[str] = set()  # what `tolerate` has said
 
     def now(self) -> Timestamp:
         return Timestamp(time.time(), time.monotonic())
@@ -305,7 +328,7 @@ class Environment:
         return await self._threads_pool.submit(job, *args)
 
     def create_file(self, path: Path, chunks: Iterable[bytes]) -> Tuple[int, str]:
-        """Create `path` (0600) from `chunks` and flush it to the disk; return its bytes and SHA-256."""
+        """Create `path` (0600) from `chunks` and flush it to the disk; return its size and SHA-256."""
         size, digest = 0, hashlib.sha256()
         handle = os.open(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
         with open(handle, "wb") as file:
@@ -317,7 +340,7 @@ class Environment:
         return size, digest.hexdigest()
 
     def append_lines(self, path: Path, lines: bytes) -> None:
-        """Add lines to `path` and flush them to the disk; one that a crash has torn before them stays alone."""
+        """Append lines to `path` and flush them to the disk; a line that a crash has cut off stays apart."""
         handle = os.open(str(path), os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
         with open(handle, "r+b") as file:
             end = file.seek(0, os.SEEK_END)
@@ -330,21 +353,23 @@ class Environment:
             self.fsync_dir(path.parent)
 
     def rename_into_place(self, aside: Path, final: Path) -> None:
-        """Give what was written aside its final name, in one step that survives a power cut."""
-        for patience in (0.1, 0.4, 1.6, 0.0):
+        """Rename `aside` to `final`, in one step that survives a power cut."""
+        for pause in (0.1, 0.4, 1.6, 0.0):
             try:
                 os.replace(str(aside), str(final))
                 break
             except PermissionError:
                 # A virus scanner on Windows may hold a new file for a moment.
-                if os.name != "nt" or not patience:
+                if os.name != "nt" or not pause:
                     raise
-                time.sleep(patience)
+                time.sleep(pause)
         self.fsync_dir(final.parent)
 
     def write_atomically(self, path: Path, chunks: Iterable[bytes], before: Callable[[], None] = lambda: None) -> None:
-        """Write a whole file aside, call `before`, and give it its name. Raises OSError, and leaves nothing, where the
-        disk refuses."""
+        """Write a temporary file, call `before`, and rename the file to `path`.
+
+        Raises OSError on a disk error, and leaves no temporary file.
+        """
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with contextlib.suppress(FileNotFoundError):
@@ -365,17 +390,23 @@ class Environment:
         os.fsync(file.fileno())
 
     def fsync_dir(self, folder: Path) -> None:
-        """Make a rename or a new name in `folder` survive a power cut (Windows does so by itself)."""
+        """Make a rename or a new name in `folder` survive a power cut (Windows does so by itself).
+
+        SMB, FUSE and WSL mounts can't flush a folder; their files are flushed all the same, so one warning is enough.
+        """
         if os.name == "nt":
             return
-        handle = os.open(str(folder), os.O_RDONLY)
         try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            handle = os.open(str(folder), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            self.tolerate(error, f"{folder}: this file system can't flush a folder", "a power cut may lose new names")
 
     def make_private_dir(self, path: Path) -> Path:
-        """Create `path` and what is missing above it, open to its owner alone."""
+        """Create `path` and its missing parents, open to their owner alone."""
         for folder in [*reversed(path.parents), path]:
             if not folder.exists():
                 with contextlib.suppress(FileExistsError):
@@ -384,6 +415,60 @@ class Environment:
         if not path.is_dir():
             raise NotADirectoryError(f"{path} is not a folder")
         return path
+
+    def restrict_dir(self, folder: Path) -> None:
+        """Let only the owner read `folder`, which may have come with more; one of another user, or vfat, can't be
+        changed, and is used as it is."""
+        try:
+            if stat.S_IMODE(folder.stat().st_mode) != 0o700:
+                folder.chmod(0o700)
+        except OSError as error:
+            self.tolerate(error, f"{folder}: its permissions can't be set", "other users may be able to read it")
+
+    def tolerate(self, error: OSError, what: str, result: str) -> None:
+        """Warn once that the file system can't do something that it need not be able to do. Raise any other error."""
+        if error.errno not in NOT_SUPPORTED:
+            raise error
+        if result not in self._warned:
+            self._warned.add(result)
+            log.warning("%s (%s), so %s", what, error.strerror, result)
+
+
+# What a file system answers that has no such operation, or that has it for the owner alone.
+NOT_SUPPORTED = (
+    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF, errno.EISDIR, errno.EACCES,
+    errno.EPERM, errno.EROFS,
+)  # fmt: skip
+
+
+def locks_work(path: Path) -> bool:
+    """Try whether files beside `path` can be locked. A database on a file system without locks looks held or damaged.
+
+    The lock is tried on a new file, which no other process has. Where none can be created, nothing is known: True.
+    """
+    try:
+        file = tempfile.NamedTemporaryFile(prefix=".lock_trial.", dir=str(path.resolve().parent))  # noqa: SIM115
+    except OSError:
+        return True
+    with file:
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(file, fcntl.LOCK_UN)
+        except OSError as error:
+            log.info("%s: a trial lock failed: %s", path, error)
+            return False
+    return True
+
+
+NO_LOCKS = "this file system has no working locks; run in a folder on a local disk"
 
 
 class DaemonThreadPool:
@@ -1700,6 +1785,7 @@ class ApiSettings:
     timeout: float = 30.0
     retries: int = 5
     workers: int = 8
+    user_ref_prefix: str = "user_"  # of the references of the user's own application
 
     def mask(self, text: str) -> str:
         """`text` without the token; one of a few characters is none, and would stand in every other word."""
@@ -2218,7 +2304,7 @@ class BackupStore:
         """
         environment = self.environment
         home = environment.make_private_dir(self.root / safe_name(email))
-        self.root.chmod(0o700)  # the names in it are addresses
+        environment.restrict_dir(self.root)  # emails are names in it
         if home.resolve().parent != self.root.resolve():
             raise OSError(f"{home} is a link that leads out of {self.root}; remove it")
         stamp = int(environment.now().wall)
@@ -2254,6 +2340,7 @@ class BackupStore:
 
 
 def timestamp_name(epoch: float) -> str:
+    """Name a moment in UTC: local names would sort backwards in the hour that autumn has twice."""
     return time.strftime("%Y%m%d_%H%M%S", time.gmtime(epoch))
 
 
@@ -2647,9 +2734,9 @@ class SavePoint:
 
     def _opening_error(self, file: SavePointFile, error: sqlite3.Error) -> FatalError:
         text = str(error)
-        if "locking protocol" in text:
-            why = "its file system has no working locks; use a local disk"
-            return FatalError(EXIT_USAGE, f"the savepoint {file.path} can't be locked: {why}")
+        suspect = any(word in text for word in ("locked", "busy", "disk I/O", "permission denied"))
+        if "locking protocol" in text or (suspect and not locks_work(file.path)):
+            return FatalError(EXIT_USAGE, f"the savepoint {file.path} can't be locked: {NO_LOCKS}")
         if "locked" in text or "busy" in text:
             return FatalError(EXIT_HELD, f"another run holds the savepoint {file.path}{self._describe_holder()}")
         if any(words in text for words in ("full", "disk I/O", "readonly", "unable to open", "read-only")):
@@ -5604,14 +5691,14 @@ def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimat
 
 
 class OutputThread:
-    """Writes to streams in the order of what it is given; once begun in a thread, so that a terminal that takes
-    nothing more holds up nobody.
+    """Writes to streams in the order of its calls, once begun in a thread: a terminal that takes nothing more delays
+    neither a merge nor a signal.
 
-    What can't be written is dropped; `failure` says why, unless it is that nobody reads it any more.
+    What can't be written is dropped; `failure` says why, unless it is that the reader has closed the pipe.
     """
 
-    PIECE = 1024  # bytes, so that a slow terminal is seen to take some
-    BACKLOG = 10_000  # lines, past which what is not a result is dropped
+    PIECE = 1024  # bytes at a time to a terminal, so that a slow one is seen to take some
+    BACKLOG = 10_000  # lines, beyond which lines that are not results are dropped
 
     def __init__(self) -> None:
         self.failure: Optional[OSError] = None
@@ -5635,7 +5722,7 @@ class OutputThread:
             self._write(stream, text, status)
 
     def consume(self, patience: Callable[[], float]) -> bool:
-        """Wait until all is written; False where nothing has been taken for `patience` seconds."""
+        """Wait until everything is written; return False where nothing has been taken for `patience` seconds."""
         done, seen, since = threading.Event(), self.written, time.monotonic()
         self._jobs.put(done)
         while self._begun and not done.wait(0.05):
@@ -5665,7 +5752,7 @@ class OutputThread:
             self.failure = self.failure or (error if isinstance(error, OSError) else OSError(str(error)))
 
     def _send(self, stream: TextIO, text: str) -> None:
-        """Write past Python's own buffers: what is stuck in one of them would hold up the exit."""
+        """Write past Python's own buffers: text that is stuck in one of them would delay the exit."""
         raw = getattr(getattr(stream, "buffer", None), "raw", None)
         if raw is None:
             stream.write(text)
@@ -5673,37 +5760,49 @@ class OutputThread:
         data = text.replace("\n", os.linesep).encode(stream.encoding or "utf-8", "backslashreplace")
         while data:
             taken = raw.write(data[: self.PIECE]) if stream.isatty() else raw.write(data)
-            if not taken:  # somebody has made it a stream that does not block
+            if not taken:  # another program has made it a stream that does not block
                 time.sleep(0.05)
             self.written += taken or 0
             data = data[taken or 0 :]
 
 
 class Console:
-    """What people see: results on stdout, the rest on stderr; plain where it is piped."""
+    """What the user sees: results on stdout (`out`), everything else on stderr (`err`); plain where it is piped.
+
+    JSON goes to `data`, which is `out` unless a run has its report printed: then all text goes to stderr.
+    """
 
     COLOURS: Mapping[str, str] = {"good": "32", "bad": "31", "bold": "1"}
     STUCK, STUCK_AFTER_SIGNAL = 10.0, 2.0  # seconds after which a terminal that takes nothing is given up
 
-    def __init__(self, quiet: bool = False, out: Optional[TextIO] = None, err: Optional[TextIO] = None) -> None:
+    def __init__(
+        self,
+        quiet: bool = False,
+        out: Optional[TextIO] = None,
+        err: Optional[TextIO] = None,
+        data: Optional[TextIO] = None,
+    ) -> None:
         self.quiet = quiet
         self.out: TextIO = out or sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         self.err: TextIO = err or sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        self.data = data or self.out
         self.mask: Callable[[str], str] = str
-        # Where one alone is a terminal, the other has a pen of its own: a frozen terminal holds up no file.
+        # A terminal and a file have a thread each: a frozen terminal delays no file.
         output = OutputThread()
-        self._outputs = {
-            self.err: output,
-            self.out: output if self.out.isatty() == self.err.isatty() else OutputThread(),
-        }
+        self._outputs = {self.err: output}
+        for stream in (self.out, self.data):
+            if stream not in self._outputs:
+                self._outputs[stream] = output if stream.isatty() == self.err.isatty() else OutputThread()
 
     def begin(self) -> None:
         """From now on write beside the work."""
+        if os.name == "nt" and self.err.isatty():
+            os.system("")  # makes the console of Windows 10 and later understand escape sequences
         for output in set(self._outputs.values()):
             output.begin()
 
     def end(self, signalled: Callable[[], bool]) -> Optional[OSError]:
-        """Wait until all is written, unless a terminal takes nothing more. Returns what kept results from it."""
+        """Wait until everything is written, unless a terminal takes nothing more. Return why results can't be."""
         for stream, output in self._outputs.items():
             is_terminal = stream.isatty()
 
@@ -5711,11 +5810,24 @@ class Console:
                 return self.STUCK_AFTER_SIGNAL if signalled() else self.STUCK if is_terminal else float("inf")
 
             output.consume(patience)
-        return self._outputs[self.out].failure
+        return self._outputs[self.data].failure
+
+    @staticmethod
+    def columns(stream: TextIO, otherwise: int) -> int:
+        """How wide the terminal of `stream` is: stdout may be a pipe where stderr is a terminal."""
+        columns = os.environ.get("COLUMNS", "")
+        with contextlib.suppress(OSError, ValueError):
+            return int(columns) if columns.isdecimal() else os.get_terminal_size(stream.fileno()).columns or otherwise
+        return otherwise
 
     @property
     def width(self) -> int:
-        return shutil.get_terminal_size((100, 24)).columns if self.out.isatty() else 10_000
+        return self.columns(self.out, 100) if self.out.isatty() else 10_000
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether a line can be rewritten in place."""
+        return self.err.isatty() and os.environ.get("TERM") != "dumb"
 
     def style_text(self, style: str, text: str, stream: Optional[TextIO] = None) -> str:
         plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb" or not (stream or self.out).isatty()
@@ -5723,49 +5835,62 @@ class Console:
 
     @property
     def arrow(self) -> str:
-        """Points from the duplicate to the primary, with what the output can show."""
+        """Points from the duplicate to the primary, in the characters that the output can show."""
         return "<-" if "\u2190".encode(self.out.encoding or "ascii", "ignore") == b"" else "\u2190"
 
     def sanitize(self, text: str) -> str:
         return escape_unprintable(self.mask(text))
 
     def print(self, text: str = "", style: str = "") -> None:
-        """A line of results, wrapped on a terminal; never raises because nobody reads it any more."""
+        """Print a line of results, wrapped on a terminal; a closed pipe raises nothing."""
         lines = self.wrap(self.sanitize(text))
         self._outputs[self.out].put(self.out, "".join(self.style_text(style, line) + "\n" for line in lines))
 
-    def wrap(self, text: str) -> List[str]:
-        if len(text) <= self.width:
+    def wrap(self, text: str, width: Optional[int] = None) -> List[str]:
+        width = width or self.width
+        if len(text) <= width:
             return [text]
         indent = " " * (len(text) - len(text.lstrip()) + 2)
-        return textwrap.wrap(text, self.width, subsequent_indent=indent, break_on_hyphens=False)
+        return textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False)
 
     def stream(self, text: str) -> None:
-        """A part of long results as it is; waits for what was given before, so that memory does not grow."""
-        output = self._outputs[self.out]
+        """Print a part of long results as it is; wait for earlier parts, so that memory does not grow."""
+        self._stream(self.out, text)
+
+    def _stream(self, stream: TextIO, text: str) -> None:
+        output = self._outputs[stream]
         while output.backlog() > 10:
             time.sleep(0.01)
-        output.put(self.out, text)
+        output.put(stream, text)
 
     def json(self, chunks: Iterable[bytes]) -> None:
-        """Results as JSON, in ASCII, which nothing on the way to a program spoils."""
+        """Print results as JSON, in ASCII, which nothing on the way to a program changes."""
         for chunk in chunks:
-            self.stream(re.sub(r"[^\x00-\x7e]", lambda c: json.dumps(c.group())[1:-1], chunk.decode("utf-8")))
+            text = re.sub(r"[^\x00-\x7e]", lambda c: json.dumps(c.group())[1:-1], chunk.decode("utf-8"))
+            self._stream(self.data, text)
 
     def print_err(self, text: str, style: str = "") -> None:
-        """A line beside the results."""
+        """Print a line that is no result, wrapped on a terminal."""
         output = self._outputs[self.err]
         if output.backlog() < output.BACKLOG:
-            output.put(self.err, self.style_text(style, self.sanitize(text), self.err) + "\n")
+            width = self.columns(self.err, 100) if self.err.isatty() else 10_000
+            lines = self.wrap(self.sanitize(text), width)
+            output.put(self.err, "".join(self.style_text(style, line, self.err) + "\n" for line in lines))
+
+    def suggest(self, words: str, command: str) -> None:
+        """Print a next step; its command is not wrapped, so that it can be copied."""
+        if not self.quiet:
+            self.print_err(f"next: {words}")
+            self._outputs[self.err].put(self.err, f"  {self.sanitize(command)}\n")
 
     def question_streams(self) -> Tuple[Callable[..., None], Callable[[str], None]]:
-        """What says lines, and what puts a question, where somebody is who can answer: not into a file or a pipe."""
+        """What prints facts, and what asks, on the stream that the user sees: not into a file or a pipe."""
         if self.out.isatty():
             return self.print, self.stream
         return self.print_err, lambda text: self._outputs[self.err].put(self.err, text)
 
     def print_last(self, text: str) -> None:
-        """Say a last word, if anybody listens, before the process ends at once."""
+        """Print a last line, if it can be written soon, before the process ends at once."""
         self.print_err(text, "bold")
         self._outputs[self.err].consume(lambda: 0.2)
 
@@ -5774,16 +5899,16 @@ class Console:
         self.print_err(f"error: {text}", "bad")
 
     def status(self, text: str) -> None:
-        """The one line that is rewritten in place on a terminal; `""` removes it."""
-        if not self.quiet and self.err.isatty() and not self._outputs[self.err].backlog():
-            room, line = shutil.get_terminal_size((80, 24)).columns - 1, self.sanitize(text)
-            if len(line) > room:
-                line = re.sub(r"\((\w+) [^)]*\)", r"(\1)", line)  # without details
+        """Show the one line that is rewritten in place on a terminal; `""` removes it."""
+        if not self.quiet and self.rewrites and not self._outputs[self.err].backlog():
+            room, line = self.columns(self.err, 80) - 1, self.sanitize(text)
+            for details, kept in ((r"\((\w+) [^)]*\)", r"(\1)"), (r" \([^)]*\)", "")):
+                line = re.sub(details, kept, line) if len(line) > room else line
             self._outputs[self.err].put(self.err, line if len(line) <= room else f"{line[: room - 3]}...", True)
 
 
 class PlainFormatter(logging.Formatter):
-    """One line a record, without the token and without anything that a terminal could act on."""
+    """Formats a record as one line, without the token and without anything that a terminal could act on."""
 
     def __init__(self, console: Console) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
@@ -5797,7 +5922,7 @@ class PlainFormatter(logging.Formatter):
 
 
 class ConsoleHandler(logging.Handler):
-    """Shows log records beside the work; errors the console has shown already."""
+    """Shows log records on stderr, except errors, which the console has shown already."""
 
     def __init__(self, console: Console, level: int) -> None:
         super().__init__(level)
@@ -5972,36 +6097,45 @@ def _pair_cells(pair: Pair, console: Console) -> Tuple[str, ...]:
 # Command line
 # ---------------------------------------------------------------------------------------------------
 
-DESCRIPTION = "Merge duplicate DevRev contacts that share an email: check, back up, merge, move the reference, prove."
-EPILOG = """\
-examples:
-  look at the plan (no request, no token needed):
-    merge_contacts.py --csv contacts.csv --preview
-  merge one customer first, then the rest:
-    merge_contacts.py --csv contacts.csv --email ana@example.com
-    merge_contacts.py --csv contacts.csv
-  after a crash or an interruption, the same command again goes on:
-    merge_contacts.py --csv contacts.csv
-  take back what a run has merged (ids, dates, creators and authors of comments can't be given back):
-    merge_contacts.py --undo reports/merge_report_20250131_120000.json --preview
-    merge_contacts.py --undo reports/merge_report_20250131_120000.json
-
-environment, or .env in this folder or beside the script:
-  DEVREV_API_TOKEN          needed for a real run
-  DEVREV_BASE_URL           default https://api.devrev.ai
-  DEVREV_RATE_LIMIT_CALLS, DEVREV_RATE_LIMIT_PERIOD
-                            the tool's own ceiling, default 200 calls in 60 seconds; 0 calls: none
-  DEVREV_TIMEOUT            seconds to wait for an answer, default 30
-  DEVREV_MAX_RETRIES        default 5
-
-exit codes:
-  0    all merged, or nothing to do
-  1    some failed, the rest are merged
-  2    bad option, CSV, token or permission: nothing was changed
-  3    stopped early: run again
-  11   another run holds the savepoint
-  130, 143, 129   interrupted (Ctrl-C, SIGTERM, SIGHUP): run again
+EXIT_CODES: Mapping[int, str] = {
+    EXIT_OK: "every planned pair is merged, or there was nothing to do",
+    EXIT_FAILED: "some pairs failed or are unfinished; the rest are merged",
+    EXIT_USAGE: "bad option, CSV, token or environment; nothing was changed",
+    EXIT_STOPPED: "stopped early (API, token, disk): run again to resume",
+    EXIT_HELD: "another run holds the savepoint",
+    130: "interrupted by Ctrl-C: run again to resume",
+    143: "interrupted by SIGTERM: run again to resume",
+    129: "interrupted by SIGHUP, a closed terminal: run again to resume",
+}
+DESCRIPTION = """\
+Merge duplicate DevRev contacts that share an email address. Each pair is
+checked, backed up, merged and verified; a report names every result.
 """
+EPILOG = """\
+A first time, step by step:
+  merge_contacts.py --export contacts.csv          read the contacts from DevRev
+  merge_contacts.py --csv contacts.csv --preview   see what would be merged
+  merge_contacts.py --csv contacts.csv --check     see whether a run can start
+  merge_contacts.py --csv contacts.csv --limit 1   merge one pair, check it
+  merge_contacts.py --csv contacts.csv             merge the rest
+The same command in the same folder resumes a run that was stopped. To undo it:
+  merge_contacts.py --undo reports/merge_report_20250131_120000.json
+
+Environment, or .env in the current folder or beside the script:
+  DEVREV_API_TOKEN          your token; --preview and --status need none
+  DEVREV_BASE_URL           (default: https://api.devrev.ai)
+  DEVREV_RATE_LIMIT_CALLS   client-side limit; 0: none (default: DevRev's quota)
+  DEVREV_RATE_LIMIT_PERIOD  seconds that the limit is for (default: 60)
+  DEVREV_TIMEOUT            seconds of silence until a request fails (default: 30)
+  DEVREV_MAX_RETRIES        repeats of a failed request (default: 5)
+  DEVREV_USER_REF_PREFIX    your application's references (default: user_)
+  HTTPS_PROXY, REQUESTS_CA_BUNDLE   as for other programs
+
+Files are written in the current folder: savepoint.db, logs/, backups/, reports/.
+Times in file names are UTC.
+
+Exit codes:
+""" + "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
 
 
 def _positive_int(text: str) -> int:
@@ -6025,213 +6159,356 @@ def _seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{escape_unprintable(text)} is not a number of seconds above 0, up to 86400")
 
 
-class OptionParser(argparse.ArgumentParser):
-    """argparse, but a wrong option is told first, with what may have been meant, and can't act on the terminal."""
+class StoreOnce(argparse.Action):
+    """Stores one value; a second one is an error, because "the last one wins" hides a mistake."""
 
-    MEANT: Mapping[str, str] = {"--dry-run": "--preview", "--force": "--yes", "--resume": "the same command again"}
+    given = False
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Optional[str] = None
+    ) -> None:
+        if self.given:
+            parser.error(f"{option} is given twice; it takes one value")
+        self.given = True
+        setattr(namespace, self.dest, values)
+
+
+class OptionParser(argparse.ArgumentParser):
+    """Prints what is wrong with an option first, then what may have been meant."""
+
+    MEANT: Mapping[str, str] = {
+        "--dry-run": "--preview", "--force": "--yes", "--resume": "the same command again", "--rollback": "--undo",
+        "--input": "--csv", "--file": "--csv", "--output": "--export", "--threads": "--workers",
+    }  # fmt: skip
+    as_json = False  # whether a program reads stdout
 
     def error(self, message: str) -> NoReturn:
         _, _, unknown = message.partition("unrecognized arguments: ")
         hint = self._hint(unknown.split()[0]) if unknown.split() else ""
-        usage = "usage: merge_contacts.py --csv PATH [--preview] [option ...]   (--help tells them all)"
+        if self.as_json:
+            failure = {"schema": SCHEMA, "exit_code": EXIT_USAGE, "error": f"{message}{hint}"}
+            sys.stdout.write(json.dumps(failure) + "\n")
+        usage = "usage: merge_contacts.py --csv PATH [--preview] [option ...]   (--help lists the options)"
         self.exit(EXIT_USAGE, escape_unprintable(f"{self.prog}: error: {message}{hint}") + f"\n{usage}\n")
 
     def _hint(self, word: str) -> str:
         name = word.split("=")[0]
-        if word.lower().endswith(".csv"):
+        if word.lower().endswith((".csv", ".csv.gz")):
             return f"; did you mean --csv {word}?"
+        if name == "--savepoint":
+            return "; the savepoint is savepoint.db in the current folder"
         near = difflib.get_close_matches(name, list(self._option_string_actions), 1)
         meant = self.MEANT.get(name) or (near[0] if near else "")
         return f"; did you mean {meant}?" if meant else ""
 
 
-FLAG: Json = {"action": "store_true"}
-OPTIONS: Mapping[str, Mapping[str, Tuple[str, Json]]] = {
-    "what to work on": {
-        "--csv PATH": ("the export of contacts (README: how to make it)", {"type": Path}),
-        "--choices PATH": ("a CSV (EMAIL, EXTERNAL_REF): whom to keep of ambiguous groups", {"type": Path}),
-        "--email ADDRESS": ("only this address (may be repeated)", {"action": "append"}),
-        "--limit N": ("at most N pairs in this run: a canary", {"type": _positive_int}),
-        "--undo PATH": (
-            "take merges back: those of a backup folder, or of a merge report; with --preview: say what would be",
-            {"type": Path},
-        ),
-    },
-    "make the CSV": {
-        "--export PATH": ("read it from DevRev itself, with list calls alone", {"type": Path}),
-        "--domain D": ("only emails of this domain (may be repeated)", {"type": _domain, "action": "append"}),
-    },
-    "look, without changing anything": {
-        "--preview": ("print the plan; no request is made", FLAG),
-        "--check": ("say whether a real run could start (a few read requests)", FLAG),
-        "--status": ("print what the savepoint knows", FLAG),
-        "--verify-backups FOLDER": ("re-read every backup", {"nargs": "?", "type": Path, "const": Path("backups")}),
-        "--json": ("with one of these: the same as JSON", FLAG),
-    },
-    "how to work": {
-        "--count-policy": (
-            "a contact's backup must hold exactly the export's TICKET_COUNT (default), or at least that",
-            {"choices": ("exact", "at-least"), "default": "exact"},
-        ),
-        "--merge-timeout SECONDS": (
-            "how long to wait for DevRev to finish a merge (default 120)", {"type": _seconds, "default": 120.0},
-        ),
-        "--workers N": ("concurrent requests (default 8)", {"type": _positive_int, "default": 8}),
-        "--savepoint PATH": ("default savepoint.db", {"type": Path, "default": Path("savepoint.db")}),
-        "--no-timelines": ("leave the comments out of the backup (a request each); the manifest says so", FLAG),
-        "--settle ADDRESS": (
-            "accept what can't be mended of merged pairs that an earlier report has named as unfinished",
-            {"nargs": "+"},
-        ),
-        "--plan ID": ("only if the plan is still the one that a preview named so", {}),
-        "--yes": ("don't ask before the first change", FLAG),
-    },
-    "what to show": {
-        "-v --verbose": ("show each request", FLAG),
-        "-q --quiet": ("errors and the summary alone", FLAG),
-        "--version": ("", {"action": "version", "version": f"merge_contacts {__version__}"}),
-    },
-}  # fmt: skip
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OptionParser:
+    """Build the parser. An option without `action` takes one value, and takes it once."""
     parser = OptionParser(
-        prog="merge_contacts.py",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        prog="merge_contacts.py", usage="%(prog)s --csv PATH [--preview] [option ...]", description=DESCRIPTION,
+        epilog=EPILOG, allow_abbrev=False, add_help=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28),
+    )  # fmt: skip
+    parser.register("action", None, StoreOnce)
+
+    add = parser.add_argument_group("Input").add_argument
+    add("--csv", metavar="PATH", type=Path, nargs="+", action="extend", help="the export: one file, or all its parts")
+    add("--choices", metavar="PATH", type=Path, help="CSV (EMAIL, EXTERNAL_REF): which contact to keep")
+    add("--email", metavar="ADDRESS", action="append", help="only this address (may be repeated)")
+    add("--limit", metavar="N", type=_positive_int, help="at most N pairs in this run; 1 is a canary")
+    add("--plan", metavar="ID", help="only if the plan still has this ID")
+
+    add = parser.add_argument_group("Read-only modes").add_argument
+    add("--preview", action="store_true", help="print what a run, or --undo, would do")
+    add("--live", action="store_true", help="with --preview: compare the plan with DevRev")
+    add("--check", action="store_true", help="test whether a run can start")
+    add("--status", action="store_true", help="print what the savepoint knows")
+    backups = Path("backups")
+    add(
+        "--verify-backups", metavar="DIR", type=Path, nargs="?", const=backups,
+        help="read all backups again (default: backups)",
+    )  # fmt: skip
+
+    add = parser.add_argument_group("Other modes").add_argument
+    add("--undo", metavar="PATH", type=Path, help="undo the merges of a report or a backup folder")
+    add("--settle", metavar="ADDRESS", nargs="+", action="extend", help="close unfinished pairs that can't be finished")
+    add("--export", metavar="PATH", type=Path, help="write the CSV from DevRev; overwrites no file")
+    add(
+        "--domain", metavar="DOMAIN", type=_domain, action="append", help="with --export: only this domain (repeatable)"
     )
-    for title, options in OPTIONS.items():
-        group = parser.add_argument_group(title)
-        for names, (words, details) in options.items():
-            flags, metavar = re.findall(r"-[\w-]+", names), re.search(r" ([A-Z]+)$", names)
-            more: Json = {"metavar": metavar.group(1)} if metavar else {}
-            group.add_argument(*flags, help=words or None, **more, **details)
+    add("--choices-template", metavar="PATH", type=Path, help="write a CSV for --choices to be cut down")
+
+    add = parser.add_argument_group("Merge rules").add_argument
+    add("--primary", choices=("revu", "user"), default="revu", help="the contact that remains (default: revu)")
+    add(
+        "--count-policy", metavar="POLICY", choices=("exact", "at-least"), default="exact",
+        help="exact or at-least TICKET_COUNT (default: exact)",
+    )  # fmt: skip
+    add("--across-workspaces", action="store_true", help="also merge contacts of different rev orgs")
+    add("--try-unverified", action="store_true", help="also merge unverified into verified contacts")
+    add("--carry-fields", action="store_true", help="copy fields that only the duplicate has")
+    add("--no-timelines", action="store_true", help="leave comments out of the backup")
+    add(
+        "--merge-timeout", metavar="SECONDS", type=_seconds, default=120.0,
+        help="how long to wait for one merge (default: 120)",
+    )  # fmt: skip
+    add("--workers", metavar="N", type=_positive_int, default=8, help="concurrent requests (default: 8)")
+
+    add = parser.add_argument_group("Confirmation and output").add_argument
+    add("--yes", action="store_true", help="do not ask; needed where stdin is no terminal")
+    add("--json", action="store_true", help="print the result as JSON, all else on stderr")
+    add("-v", "--verbose", action="store_true", help="show each request")
+    add("-q", "--quiet", action="store_true", help="show only errors and the summary")
+    add("--version", action="version", version=f"merge_contacts {__version__}", help="print the version")
+    add("-h", "--help", action="help", help="print this help")
     return parser
 
 
+# Which options go only with which modes; `merge` is a run without another mode. The rest goes with all.
+GOES_WITH: Mapping[str, Tuple[str, ...]] = {
+    "live": ("preview",),
+    "choices": ("merge", "preview", "check"),
+    "plan": ("merge", "preview"),
+    "primary": ("merge", "preview", "check", "choices_template"),
+    "count_policy": ("merge", "preview", "check"),
+    "across_workspaces": ("merge", "preview", "check"),
+    "try_unverified": ("merge", "preview", "check"),
+    "carry_fields": ("merge", "preview", "check"),
+    "email": ("merge", "preview", "check", "undo"),
+    "limit": ("merge", "preview", "check", "undo"),
+    "csv": ("merge", "preview", "check", "choices_template", "undo", "settle", "status", "verify_backups"),
+    "domain": ("export",),
+    "json": ("merge", "preview", "check", "status", "verify_backups", "settle", "undo"),
+}
+
+
 def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    """Parse the command line, and refuse options that don't go together (exit 2)."""
     parser = build_parser()
-    options = parser.parse_args(argv)
-    given = {name for name, value in vars(options).items() if value not in (None, False)}
-    modes = [name for name in MODES if name != "undo" and name in given]
-    merges = modes in ([], ["preview"])
-    with_export = [name for name in ("csv", "choices", "plan", "email", "limit") if name in given]
-    wrong = {
-        f"--{' and --'.join(modes).replace('_', '-')} don't go together": len(modes) > 1,
-        "--json goes with --preview, --check, --status or --verify-backups": (
-            "json" in given and not given & {"preview", "check", "status", "verify_backups"}
-        ),
-        "--plan goes with --csv and a merge, or its --preview": (
-            "plan" in given and not ("csv" in given and merges and "undo" not in given)
-        ),
-        f"--export makes a CSV for a later run: --{' --'.join(with_export)} does not go with it": (
-            "export" in given and bool(with_export)
-        ),
-        "--domain goes with --export": "domain" in given and "export" not in given,
-        "--undo goes with --preview alone": "undo" in given and not merges,
-        "--csv PATH is needed (try --help)": merges and options.csv is None and options.undo is None,
-    }
-    for message, is_wrong in wrong.items():
-        if is_wrong:
-            parser.error(message)
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser.as_json = "--json" in words
+    options = parser.parse_args(words)
+    given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
+    modes = [name for name in MODES if name in given]
+    if "undo" in modes and "preview" in modes:
+        modes.remove("preview")
+
+    def option(name: str) -> str:
+        return {"merge": "a merge"}.get(name, f"--{name.replace('_', '-')}")
+
+    if len(modes) > 1:
+        parser.error(f"{' and '.join(map(option, modes))} don't go together: give one of them")
+    mode = modes[0] if modes else "merge"
+    for name, fits in GOES_WITH.items():
+        if name in given and mode not in fits:
+            *others, last = map(option, fits)
+            where = f"{', '.join(others)} or {last}" if others else last
+            parser.error(f"{option(name)} does not go with {option(mode)}: it goes with {where}")
+    if mode in ("merge", "preview", "choices_template") and not options.csv:
+        with_undo = ", or --undo PATH" if mode == "preview" else ""
+        parser.error(f"--csv PATH is needed{with_undo} (--export PATH makes one; --help lists the options)")
+    options.mode = mode
     return options
 
 
 # -- settings ----------------------------------------------------------------------------------------
+
+# The run-time packages, each with a name that tells it from another package of that name.
+PACKAGES = {"requests": "Session", "dotenv": "dotenv_values", "ratelimit": "RateLimitException"}
+
+
+def import_package(name: str) -> Any:
+    """Import one of PACKAGES. Raises FatalError(2) that says what is missing, broken or in the way."""
+    install = "python -m pip install -r requirements.txt"
+    try:
+        package = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        needed = "" if error.name == name else f", which {name} needs,"
+        raise FatalError(EXIT_USAGE, f"the package {error.name}{needed} is missing: {install}") from None
+    except Exception as error:  # a broken package may raise anything
+        why = f"{type(error).__name__}: {error}"
+        again = install.replace("install ", "install --force-reinstall ")
+        raise FatalError(EXIT_USAGE, f"the package {name} is broken ({why}); install it again: {again}") from None
+    if not hasattr(package, PACKAGES[name]):
+        file = getattr(package, "__file__", None) or next(iter(getattr(package, "__path__", [])), "unknown")
+        why = f"another package or file named {name} is in the way: {file}"
+        raise FatalError(EXIT_USAGE, f"{why}; remove or rename it, then {install}")
+    return package
+
+
+def read_env_file(path: Path) -> str:
+    """Read `.env` once: a regular file, or a pipe, to which a password manager writes. Raises FatalError(2)."""
+    found: List[Any] = []
+
+    def read() -> None:
+        try:
+            found.append(path.read_bytes())
+        except OSError as error:
+            found.append(error)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(ENV_PIPE_NOTICE)
+    if reader.is_alive():
+        log.warning(
+            "%s is a pipe without data; waiting up to %g s for the program that writes to it", path, ENV_PIPE_WAIT
+        )
+        reader.join(ENV_PIPE_WAIT - ENV_PIPE_NOTICE)
+    if not found:
+        raise FatalError(EXIT_USAGE, f"{path} gave no data in {ENV_PIPE_WAIT:g} s; start the program that writes to it")
+    if isinstance(found[0], OSError):
+        raise FatalError(EXIT_USAGE, f"{path} can't be read: {found[0].strerror}")
+    try:
+        return str(found[0], "utf-8-sig")
+    except UnicodeDecodeError:
+        raise FatalError(EXIT_USAGE, f"{path} is not UTF-8 text; save it again as UTF-8") from None
+
+
+ENV_PIPE_NOTICE, ENV_PIPE_WAIT = 2.0, 60.0  # seconds
 
 
 def load_environment() -> Dict[str, str]:
     """The DEVREV_ settings: the environment, else `.env` in the current folder, else `.env` beside the script."""
     found: Dict[str, str] = {}
     for path in dict.fromkeys((Path.cwd() / ".env", Path(__file__).resolve().parent / ".env")):
-        if path.is_file():
-            from dotenv import dotenv_values
-
-            logging.getLogger("dotenv").setLevel(logging.ERROR)  # what is off in the file is told below
-            try:
-                values = dotenv_values(path, interpolate=False)
-                lines = path.read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError):
-                raise FatalError(EXIT_USAGE, f"{path} can't be read as UTF-8 text") from None
-            for number, line in enumerate(lines, 1):
-                if line.strip() and not re.match(r"\s*(#|(export\s+)?['\"]?[^=#\s]+\s*=)", line):
-                    log.warning("%s, line %d is no NAME=value and is left out", path, number)
-            found = {**{name: value for name, value in values.items() if value}, **found}
+        if not os.path.lexists(str(path)) or path.is_dir():
+            continue
+        text = read_env_file(path)
+        logging.getLogger("dotenv").setLevel(logging.ERROR)  # bad lines are named below
+        values = import_package("dotenv").dotenv_values(stream=io.StringIO(text), interpolate=False)
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip() and not re.match(r"\s*(#|(export\s+)?['\"]?[^=#\s]+\s*=)", line):
+                log.warning("%s, line %d is not NAME=value and is ignored", path, number)
+        found = {**{name: value for name, value in values.items() if value}, **found}
     return {**found, **{name: value for name, value in os.environ.items() if value}}
 
 
 def load_settings(environment: Mapping[str, str], workers: int) -> ApiSettings:
-    """Check the settings. Raises Stop(2) naming the variable that is off, never its value if that is the token."""
+    """Check the settings. Raises FatalError(2) that names the variable, and never shows the token."""
 
     def number(name: str, default: float, least: float) -> float:
-        text = environment.get(name, "")
+        text = environment.get(name, "").strip()
         with contextlib.suppress(ValueError):
             value = float(text) if text else default
             if least <= value <= 1e9:
                 return value
         raise FatalError(EXIT_USAGE, f"{name} is not a number of at least {least:g}: {text}")
 
-    base_url = environment.get("DEVREV_BASE_URL", ApiSettings.base_url).strip().rstrip("/")
+    base_url = environment.get("DEVREV_BASE_URL", "").strip().rstrip("/") or ApiSettings.base_url
+    limited = environment.get("DEVREV_RATE_LIMIT_CALLS", "").strip()
+    prefix = environment.get("DEVREV_USER_REF_PREFIX", "").strip() or ApiSettings.user_ref_prefix
+    if prefix.startswith("REVU-") or "REVU-".startswith(prefix):
+        why = "it overlaps with REVU-, which DevRev's own references begin with; set your application's prefix"
+        raise FatalError(EXIT_USAGE, f"DEVREV_USER_REF_PREFIX is {prefix}: {why}")
     return ApiSettings(
         token=environment.get("DEVREV_API_TOKEN", "").strip(),
         base_url=check_base_url(base_url),
-        calls=math.ceil(number("DEVREV_RATE_LIMIT_CALLS", 200, 0)),
+        calls=math.ceil(number("DEVREV_RATE_LIMIT_CALLS", 0, 0)) if limited else ApiSettings.calls,
         period=number("DEVREV_RATE_LIMIT_PERIOD", 60, 0.001),
         timeout=number("DEVREV_TIMEOUT", 30, 0.01),
         retries=int(number("DEVREV_MAX_RETRIES", 5, 0)),
         workers=workers,
+        user_ref_prefix=prefix,
     )
 
 
 def check_base_url(url: str) -> str:
-    """Refuse a base URL that the token must not be sent to. Raises Stop(2)."""
+    """Return `url`. Raises FatalError(2) where the token must not be sent to it."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname or "", parts.port
     except ValueError:
-        raise FatalError(EXIT_USAGE, "DEVREV_BASE_URL is not a URL") from None
+        raise FatalError(EXIT_USAGE, "DEVREV_BASE_URL is not a URL; set it to https://api.devrev.ai") from None
     if parts.username is not None or parts.query or parts.fragment:
-        raise FatalError(EXIT_USAGE, "DEVREV_BASE_URL holds more than a host and a path")
+        raise FatalError(EXIT_USAGE, "DEVREV_BASE_URL has more than a host and a path; remove the rest")
     loopback = host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host)
     if not host or parts.scheme not in ("http", "https"):
         raise FatalError(EXIT_USAGE, f"DEVREV_BASE_URL is not an https address: {url}")
     if parts.scheme == "http" and not loopback:
-        why = f"plain http would show the token to everybody between here and {host}; use https"
+        why = f"plain http would show the token to everyone between here and {host}; use https"
         raise FatalError(EXIT_USAGE, f"DEVREV_BASE_URL: {why}")
     return url
 
 
 def check_token(token: str) -> None:
+    """Refuse a token that can't be one, with what is wrong with it. Raises FatalError(2)."""
     if not token:
-        raise FatalError(
-            EXIT_USAGE, "DEVREV_API_TOKEN is not set; put it into .env (see .env.example) or the environment"
-        )
+        put = "put it into .env (see .env.example) or the environment"
+        raise FatalError(EXIT_USAGE, f"DEVREV_API_TOKEN is not set; {put}")
     if token[0] in "'\"\u2018\u2019\u201c\u201d":
-        raise FatalError(EXIT_USAGE, "DEVREV_API_TOKEN is in quotes, which are no part of it: take them away")
+        raise FatalError(EXIT_USAGE, "DEVREV_API_TOKEN is in quotes that are not part of it; remove them")
+    if re.match(r"(authorization\s*:\s*)?bearer\b", token, re.IGNORECASE):
+        why = 'begins with "Bearer", which is not part of the token; remove that word and the space after it'
+        raise FatalError(EXIT_USAGE, f"DEVREV_API_TOKEN {why}")
     if not re.fullmatch(r"[\x21-\x7e]+", token):
-        raise FatalError(EXIT_USAGE, "DEVREV_API_TOKEN holds a space, a line break or something that is not ASCII")
+        why = "contains a space, a line break or a character that is not ASCII; copy it again"
+        raise FatalError(EXIT_USAGE, f"DEVREV_API_TOKEN {why}")
 
 
 # -- one call ----------------------------------------------------------------------------------------
 
 
-class RunContext:
-    """One call of the tool: options, settings, console, log; named by its stamp."""
+class SignalHandler:
+    """The first Ctrl-C, SIGTERM or SIGHUP calls `act`; the second ends the process at once, with the same exit code.
 
-    TICK = 0.2  # seconds between looks at what the status line says
+    A closed terminal may send SIGHUP twice, from the kernel and from the shell: a repeated one is still the first.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.number = 0  # of the first signal
+        self._act: Callable[[], Any] = lambda: None
+
+    def install(self, act: Callable[[], Any]) -> None:
+        """From now on, let the first signal call `act`, in the main thread."""
+        self._act = act
+        for number in SIGNALS:
+            # A program started by nohup is to outlive the terminal.
+            if not (number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: Any) -> None:
+        if not self.number:
+            self.number = number
+            self._act()
+        elif not self.number == number == getattr(signal, "SIGHUP", None):
+            self.console.print_last("ended at once; run the same command again to resume")
+            os._exit(128 + self.number)
+
+
+def interrupt() -> NoReturn:
+    raise KeyboardInterrupt
+
+
+class RunContext:
+    """One call of the tool: options, settings, console, log and signals; named by the second in which it started."""
+
+    TICK = 0.2  # seconds between updates of the status line
 
     def __init__(self, options: argparse.Namespace, environment: Optional[Environment] = None) -> None:
         self.options = options
-        self.console = Console(options.quiet)
+        # With --json a run prints its report on stdout, and everything else on stderr.
+        self.reports_json = options.json and options.mode in CHANGING and not options.preview
+        self.console = (
+            Console(options.quiet, sys.stderr, sys.stderr, sys.stdout) if self.reports_json else Console(options.quiet)
+        )
+        self.signals = SignalHandler(self.console)
         self.environment = environment or Environment(ApiSettings(token=""))
         self.started = self.environment.now()
         self.run_id = free_run_id(self.started.wall)
         self.settings = self.environment.settings
         self.organisation = ""
         self.token_owner: Json = {}
-        self.signal = 0
+        self.error = ""  # what has ended it without a report
+
+    @property
+    def signal(self) -> int:
+        """The first signal that came, 0 where none did."""
+        return self.signals.number
+
+    @signal.setter
+    def signal(self, number: int) -> None:
+        self.signals.number = number
 
     @property
     def report_path(self) -> Path:
@@ -6242,45 +6519,33 @@ class RunContext:
         return Path("logs") / f"contact_merge_{self.run_id}.log"
 
     def on_signal(self, loop: asyncio.AbstractEventLoop, act: Callable[[], Any]) -> None:
-        """The first Ctrl-C, SIGTERM or SIGHUP acts, in the event loop; the second ends the process at once."""
+        """Let the first signal call `act` in the event loop."""
 
-        def handle(number: int, _frame: Any) -> None:
-            self.second_signal(number)
+        def handle() -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(act)
-            self.console.print_err("stopping: waiting for requests that are under way (again: stop at once) ...")
+            self.console.print_err("stopping: waiting up to 10 s for requests under way (again: stop at once) ...")
 
-        self.catch(handle)
-
-    def second_signal(self, number: int) -> None:
-        """Note the first signal; the second ends the process at once."""
-        if self.signal:
-            self.console.print_last("cut off; run the same command again to go on")
-            os._exit(128 + self.signal)
-        self.signal = number
-
-    def catch(self, handle: Callable[[int, Any], None]) -> None:
-        for number in SIGNALS:
-            # Whoever started it with nohup wants it to outlive the terminal.
-            if not (number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
-                signal.signal(number, handle)
+        self.signals.install(handle)
 
     def open_log(self) -> None:
-        """Log to a file and, with -v, to stderr. Raises Stop(3) where a real run can't log."""
+        """Log to a file and, with -v, to stderr. Raises FatalError(3) where a run that may change DevRev can't log."""
         logging.raiseExceptions = False
         log.setLevel(logging.DEBUG)
         log.propagate = False
         if not self.options.quiet:
-            self._add_handler(ConsoleHandler(self.console, logging.DEBUG if self.options.verbose else logging.WARNING))
-        if self.options.status:  # which somebody may call every few seconds
+            level = logging.DEBUG if self.options.verbose else logging.WARNING
+            self._add_handler(ConsoleHandler(self.console, level))
+        if self.options.status:  # which may be called every few seconds
             return
         try:
             self.environment.make_private_dir(self.log_path.parent)
             self._add_handler(logging.FileHandler(str(self.log_path), encoding="utf-8"))
         except OSError as error:
-            if not self.options.preview:
-                raise FatalError(EXIT_STOPPED, f"the log can't be written: {error}") from None
-            self.console.print_err(f"warning: the log can't be written: {error}")
+            words = f"the log {self.log_path} can't be written: {error.strerror or error}"
+            if self.options.mode in CHANGING and not self.options.preview:
+                raise FatalError(EXIT_STOPPED, f"{words}; run in a folder that can be written") from None
+            self.console.print_err(f"warning: {words}")
         log.info("merge_contacts %s, Python %s on %s", __version__, sys.version.split()[0], sys.platform)
 
     def _add_handler(self, handler: logging.Handler) -> None:
@@ -6288,17 +6553,66 @@ class RunContext:
         log.addHandler(handler)
 
     def load_settings(self) -> None:
+        """Load settings and the packages that this mode needs. Raises FatalError(2)."""
         self.settings = load_settings(load_environment(), self.options.workers)
         self.environment.settings = self.settings
         self.console.mask = self.settings.mask
+        if self.options.mode not in OFFLINE or self.options.live:
+            import_package("requests")
+            if self.settings.calls != 0:
+                import_package("ratelimit")
 
     def cost(self, plan: Plan) -> Estimate:
         return estimate(plan, self.settings, not self.options.no_timelines)
 
-    def ceiling(self) -> str:
+    def describe_rate(self) -> str:
+        """How fast requests may be sent, in words."""
+        if self.settings.calls is None:
+            return "at the rate that DevRev allows"
         if not self.settings.calls:
-            return "without a ceiling of the tool's own"
-        return f"at {self.settings.calls} calls in {self.settings.period:g} s"
+            return "without a client-side limit"
+        return f"at {self.settings.calls} requests in {self.settings.period:g} s"
+
+    def command(self, *words: str, without: Collection[str] = ()) -> str:
+        """The command that starts this script again with the options of this call, but for those in `without`, and with
+        more `words`."""
+        parser, given = build_parser(), []
+        for name, value in vars(self.options).items():
+            if name in ("mode", *without) or value == parser.get_default(name):
+                continue
+            option = f"--{name.replace('_', '-')}"
+            for one in value if isinstance(value, list) else [value]:
+                text = f"{one:g}" if isinstance(one, float) else str(one)
+                given += [option] if one is True else [f"{option}={text}"] if text[:1] == "-" else [option, text]
+        return command_line(*given, *words)
+
+
+def command_line(*words: str) -> str:
+    """A command that starts this script from the current folder, quoted for the shell."""
+    names = [name for name in ("python", "python3", "py") if shutil.which(name)]
+    mine = [name for name in names if Path(str(shutil.which(name))).parent == Path(sys.executable).parent]
+    script = sys.argv[0] if sys.argv[0].endswith(".py") else str(Path(__file__))
+    command = [mine[0] if mine else sys.executable or "python", script, *words]
+    if os.name == "nt":
+        return " ".join(f'"{word}"' if re.search(r"[^\w./\\:@+=-]", word) else word for word in command)
+    return " ".join(map(shlex.quote, command))
+
+
+CHANGING = ("merge", "undo", "settle", "export")  # modes that write more than a log
+OFFLINE = ("preview", "status", "verify_backups", "settle", "choices_template")  # modes that make no request
+
+
+def history_folder_error(path: Path) -> Optional[str]:
+    """Say why `path` can't be undone from the current folder: the savepoint that knows its merges is in another one."""
+    absolute = Path(os.path.abspath(str(path)))  # noqa: PTH100
+    for name in ("backups", "reports"):
+        for place in (absolute, absolute.resolve()):
+            if Path(name).resolve() in place.parents or Path.cwd() / name in place.parents:
+                return None
+    for parent in absolute.parents:
+        if parent.name in ("backups", "reports"):
+            return f"{path} belongs to another folder's history; run --undo in {parent.parent}, where its savepoint is"
+    return f"{path} is not below backups/ or reports/ of the current folder; name a merge report or a backup folder"
 
 
 # -- the plan ----------------------------------------------------------------------------------------
@@ -6311,7 +6625,9 @@ def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
     gc.disable()  # it would walk, again and again, through what is being built and holds no cycle
     try:
         choices = read_choices(options.choices) if options.choices else {}
-        plan = detect(read_contacts(options.csv, [*choices, *named]), choices)
+        if len(options.csv) > 1:
+            raise FatalError(EXIT_USAGE, "--csv names several files; this version reads one")
+        plan = detect(read_contacts(options.csv[0], [*choices, *named]), choices)
     finally:
         gc.enable()
     plan.id = plan_id(plan.groups, options.count_policy, not options.no_timelines)
@@ -6380,13 +6696,18 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str] = (
 def _apply_email_filter(plan: Plan, emails: Sequence[str], console: Console) -> None:
     """Keep what was asked for, and say why there is nothing to merge. Raises Stop(2) for an email in no row."""
     wanted = {email_key(email) for email in emails}
+    known = [group.email for group in plan.groups] + [skipped_group.email for skipped_group in plan.skipped]
     plan.groups = [group for group in plan.groups if group.email in wanted]
     plan.skipped = [skipped_group for skipped_group in plan.skipped if skipped_group.email in wanted]
     lines = {email_key(row.email): row for row in plan.invalid_rows if row.email}
     found = {group.email for group in plan.groups} | {skipped_group.email for skipped_group in plan.skipped}
     unknown = sorted(wanted - found - plan.left_alone.keys() - lines.keys())
     if unknown:
-        raise FatalError(EXIT_USAGE, f"--email: in no row of the CSV: {', '.join(unknown)}")
+        near = {email: difflib.get_close_matches(email, known, 2, 0.8) for email in unknown[:5]}
+        hints = [
+            f"{email} (did you mean {' or '.join(near[email])}?)" if near.get(email) else email for email in unknown
+        ]
+        raise FatalError(EXIT_USAGE, f"--email: in no row of the CSV: {', '.join(some(hints))}")
     for email in sorted(wanted - found):
         row = lines.get(email)
         why = f"line {row.line}: {row.reason}" if row else plan.left_alone[email]
@@ -6420,8 +6741,21 @@ def preview(run: RunContext) -> int:
     if run.options.json:
         run.console.json(plan_chunks(plan, facts, earlier))
     else:
-        show_plan(plan, facts, run.console, f"{cost} {run.ceiling()}", earlier)
+        show_plan(plan, facts, run.console, f"{cost} {run.describe_rate()}", earlier)
+        suggest_after_preview(run, facts)
     return EXIT_OK
+
+
+def suggest_after_preview(run: RunContext, facts: Json) -> None:
+    """Print what to do after a preview: a check, then one pair, then all."""
+    if not (facts["pairs_to_merge"] or facts["pairs_to_finish"]):
+        return
+    shown = ("preview", "live", "plan", "limit")
+    if run.settings.token:
+        run.console.suggest("merge one pair as a canary", run.command("--limit", "1", without=(*shown, "email")))
+    else:
+        words = "put a token into .env (see .env.example), then test it"
+        run.console.suggest(words, run.command("--check", without=shown))
 
 
 def _has_content(path: Path) -> bool:
@@ -6486,6 +6820,7 @@ def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
 
     Raises FatalError(2) where the savepoint is older than the reports, FatalError(3) where `reports/` can't be written.
     """
+    warn_of_savepoint_elsewhere()
     savepoint = SavePoint(run.environment, run.run_id, readonly)
     for warning in savepoint.warnings:
         run.console.print_err(f"warning: {warning}")
@@ -6509,15 +6844,26 @@ def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
     return savepoint
 
 
+def warn_of_savepoint_elsewhere() -> None:
+    """Warn where the current folder has no history but the script's folder has: cron starts in another folder."""
+    beside = Path(__file__).resolve().parent / SAVEPOINT
+    if not SAVEPOINT.exists() and beside.exists():
+        here = "no savepoint.db is in the current folder, and one is beside the script"
+        log.warning("%s: to use that history, run in %s", here, beside.parent)
+
+
 def check_writable(folder: Path, environment: Environment) -> None:
-    """Find out now whether a file can be made in a folder. Raises Stop(3)."""
+    """Find out, before anything is changed, whether a file can be created in `folder`. Raises FatalError(3)."""
     trial = folder / f".trial.{os.getpid()}"
     try:
         environment.make_private_dir(folder)
         trial.write_bytes(b"")
         trial.unlink()
     except OSError as error:
-        raise FatalError(EXIT_STOPPED, f"{folder} can't be written: {error}; nothing was changed") from None
+        why = error.strerror or error
+        raise FatalError(
+            EXIT_STOPPED, f"{folder} can't be written ({why}), so nothing was changed; make it writable"
+        ) from None
 
 
 async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint, document: Json) -> int:
@@ -6544,7 +6890,7 @@ async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint, document:
     merger = ContactMerger(api, savepoint, replace(options, organisation=run.organisation), progress.on_pair)
     unfinished = [*savepoint.unfinished(), *plan.revived]
     document["pairs"] = plan.count() + sum(pair.ids not in plan.ids for pair in unfinished)
-    warning = "In DevRev a merge can't be undone; --undo takes back most of it."
+    warning = "DevRev can't undo a merge; --undo restores most of it from the backups."
     question = Question("merge", merge_facts(run, plan, unfinished), warning)
 
     async def work() -> int:
@@ -6563,14 +6909,13 @@ async def confirm_and_run(
     document: Json,
     work: Callable[[], Awaitable[int]],
 ) -> int:
-    """Ask, and do the work under a status line, which a signal ends; returns the exit code.
+    """Ask, and do the work under a status line until it ends or a signal comes; return the exit code.
 
     `document` is the run's. It is stored once the question is answered: from then on the run may change something, and
     has a report.
     """
-    ticking = asyncio.ensure_future(
-        progress.tick(lambda now: progress.line(merger, now))
-    )  # which also lets signals in, however quiet it is
+    # The ticking also lets signals in, however quiet the network is.
+    ticking = asyncio.ensure_future(progress.tick(lambda now: progress.line(merger, now)))
     await confirm(run, merger, question)
     if not run.options.preview:
         merger.runner.savepoint.write({}, {run.run_id: document})
@@ -6582,7 +6927,7 @@ async def confirm_and_run(
 
 
 class Question(NamedTuple):
-    """What one signs by typing `word`."""
+    """What the user confirms by typing `word`."""
 
     word: str
     facts: Dict[str, str]
@@ -6590,14 +6935,19 @@ class Question(NamedTuple):
 
 
 def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair]) -> Dict[str, str]:
-    """What one signs with a typed `merge`."""
+    """What the user confirms with a typed `merge`."""
     new = [pair for pair in plan.pairs() if pair.state is State.PLANNED]
-    modified = datetime.fromtimestamp(run.options.csv.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
-    facts = {"CSV": f"{run.options.csv} of {modified}", "plan": plan.id, "to merge": plural(len(new), "pair")}
-    facts.update({f"  {index}": words for index, words in enumerate(some([describe_pair(pair) for pair in new], 3), 1)})
+    facts: Dict[str, str] = {}
+    for path in run.options.csv:
+        modified = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        facts[f"CSV{' ' * len(facts)}"] = f"{path} of {modified}"
+    facts["plan"] = plan.id
     if unfinished:
         words = "; ".join(some([describe_pair(pair) for pair in unfinished], 3))
-        facts["first"] = f"{plural(len(unfinished), 'pair')} of earlier runs to finish: {words}"
+        others = ", in addition to --limit and --email" if run.options.limit or run.options.email else ""
+        facts["first"] = f"finish {plural(len(unfinished), 'pair')} of earlier runs{others}: {words}"
+    facts["to merge"] = plural(len(new), "pair")
+    facts.update({f"  {index}": words for index, words in enumerate(some([describe_pair(pair) for pair in new], 3), 1)})
     facts["left out"] = f"{plural(len(plan.skipped), 'group')} skipped, {plural(len(plan.invalid_rows), 'invalid row')}"
     left = plan_summary(plan, run.cost(plan), unfinished)["left"]
     facts.update({"left": f"{plural(left, 'pair')} for another run (--email, --limit)"} if left else {})
@@ -6605,19 +6955,25 @@ def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair]) -> Dict
     warnings = [f"{group.email}: {warning}" for group in plan.chosen for warning in group.warnings()]
     for name, found in (("choices lose", lost), ("WARNING", warnings)):
         facts.update({name: "; ".join(some(found))} if found else {})
-    facts["cost"] = f"{run.cost(plan)} {run.ceiling()}"
+    facts["cost"] = f"{run.cost(plan)} {run.describe_rate()}"
     facts["backups in"] = str(Path("backups").resolve())
     return facts
 
 
 async def confirm(run: RunContext, merger: Runner, question: Question) -> None:
-    """On a terminal: say what is about to happen, and go on only where it is signed. Raises Stop(2) otherwise."""
+    """Print what is about to happen, and have it confirmed.
+
+    Raises FatalError(2) where it is not, and where no terminal can ask and --yes is missing.
+    """
     owner = run.token_owner
     who = str(owner.get("display_name") or owner.get("full_name") or owner.get("email") or owner.get("id"))
     log.info("organisation %s, token of %s (%s)", run.organisation, who, owner.get("id"))
-    if run.options.yes or run.options.preview or not (sys.stdin and sys.stdin.isatty()):
+    if run.options.yes or run.options.preview:
         return
     run.console.status("")
+    if not (sys.stdin and sys.stdin.isatty()):
+        what = f"there is something to {question.word}, and no terminal to confirm it on"
+        raise FatalError(EXIT_USAGE, f"{what}; nothing was changed. Add --yes to {question.word} without being asked")
     show, ask = run.console.question_streams()
     show(f"organisation  {run.organisation} at {run.settings.base_url}")
     show(f"token of      {who}" + (f" <{owner['email']}>" if owner.get("email") else ""))
@@ -6625,21 +6981,23 @@ async def confirm(run: RunContext, merger: Runner, question: Question) -> None:
         show(f"{name:<12}  {fact}")
     show(question.warning, "bold")
     ask(f"Type {question.word} to go on, anything else to leave: ")
-    # Read by a thread and past Python's own buffers, so that a signal is never kept waiting by the terminal.
+    # A thread reads, past Python's own buffers, so that a terminal never delays a signal.
     answer = await run.environment.run_in_thread(os.read, sys.stdin.fileno(), 1024)
     if answer.strip() != question.word.encode():
         raise FatalError(EXIT_USAGE, "not confirmed; nothing was changed")
 
 
 class Progress:
-    """Tells what a run is doing: a line a pair, a status line, or a log line now and then."""
+    """Prints what a run is doing: a line a pair, and a status line (without a terminal: a line now and then)."""
 
     EVERY = 30.0  # seconds between lines where there is no terminal
+    TO_MERGE = 4  # requests of a pair after its backup: the merge, two polls, the reference
 
     def __init__(self, run: RunContext, requests: int = 0) -> None:
         self.run = run
-        self.requests = requests  # that the whole run is expected to take
-        self.begun = self.describe_pair = run.environment.now().monotonic
+        self.requests = requests  # that the complete run is expected to take
+        self.begun = self.printed = self.ticked = run.environment.now().monotonic
+        self.waited = 0.0  # seconds without quota, which say nothing of how fast requests are
 
     def on_pair(self, pair: Pair) -> None:
         console, style = self.run.console, ""
@@ -6647,7 +7005,8 @@ class Progress:
         if pair.state in (State.DONE, State.SETTLED) and not pair.code:
             line = f"merged  {words}" + (f", now {pair.new_ref}" if pair.new_ref else "")
         elif pair.state is State.UNDONE and not pair.code:
-            line = f"undone  {pair.email}: {into(pair)}"
+            again = pair.undo.display_id if pair.undo else ""
+            line = f"undone  {pair.email}: {pair.duplicate.short_id} out of {pair.primary.short_id}, again as {again}"
         else:
             facts, style = progress_of(pair), "bad"
             word = "UNFINISHED" if facts or pair.state is State.UNDOING else "FAILED"
@@ -6658,48 +7017,59 @@ class Progress:
             console.print(line, style)
 
     async def tick(self, line_at: Callable[[float], str]) -> None:
-        """Say how far a run is for as long as it lasts; where there is no terminal, now and then."""
+        """Show how far a run is for as long as it lasts."""
         while True:
             await asyncio.sleep(self.run.TICK)
             now = self.run.environment.now().monotonic
             line = line_at(now)
             self.run.console.status(line)
-            if line and now - self.describe_pair >= self.EVERY:
-                self.describe_pair = now
+            if line and now - self.printed >= self.EVERY:
+                self.printed = now
                 log.info("%s", line)
-                if not self.run.options.quiet and not self.run.console.err.isatty():
+                if not self.run.options.quiet and not self.run.console.rewrites:
                     self.run.console.print_err(line)
 
     def line(self, merger: Runner, now: float) -> str:
-        """Phases, the end, and what is waited for."""
+        """How many pairs are how far, when the run will end, and what it waits for."""
         if not merger.runner.total:
             return ""
         pairs = list(merger.pairs())
-        gone = (*ENDED, State.MERGED, State.VERIFYING)
         phases = {
             "backed up": sum(bool(pair.backup) for pair in pairs),
-            "merged": sum(pair.state in gone for pair in pairs),
-            "proved": sum(pair.state in ENDED for pair in pairs),
+            "merged": sum(pair.state in (*ENDED, State.MERGED, State.VERIFYING) for pair in pairs),
+            "verified": sum(pair.state in ENDED for pair in pairs),
         }
         if isinstance(merger, UndoRunner):
             phases = {"undone": sum(pair.state is State.UNDONE for pair in pairs)}
         failed = sum(not merger.is_success(pair) for pair in merger.runner.outcomes.values())
+        waiting = merger.api.scheduler.describe_wait()
+        self.waited += now - self.ticked if waiting.startswith("waiting") else 0.0
+        self.ticked = now
         words = [f"{count:,} {what}" for what, count in phases.items()] + ([f"{failed:,} failed"] if failed else [])
         parts = [f"{plural(merger.runner.total, 'pair')}: {', '.join(words)}"]
         if self.run.signal:
-            return f"{parts[0]} \u00b7 stopping (requests under way are waited for)"
-        share = (sum(phases.values()) + len(phases) * failed) / (len(phases) * merger.runner.total)
-        if share < 1:
-            parts.append(f"{duration(self.left(merger, share, now))} left")
-        parts.extend(filter(None, [merger.api.scheduler.describe_wait()]))
-        return " \u00b7 ".join(parts)
+            return f"{parts[0]} \u00b7 stopping, waiting for requests under way"
+        if phases["verified"] + failed < merger.runner.total:
+            sent = sum(merger.api.requests.values())
+            to_send = requests_left(
+                self.requests, merger.runner.total, phases["backed up"] + failed, phases["verified"] + failed
+            )
+            pace = max(0.0, now - self.begun - self.waited) / sent if sent else 0.0
+            left = max(merger.api.scheduler.minimum_seconds(to_send), to_send * pace)
+            parts[0] += f", {duration(left)} left"
+        if not phases["merged"] and any(pair.state in REQUESTED_STATES for pair in pairs):
+            parts.append("waiting for the first merge, others follow it")
+        return " \u00b7 ".join([*parts, *([waiting] if waiting else [])])
 
-    def left(self, merger: Runner, share: float, now: float) -> float:
-        """Seconds to the end, at the pace so far; not less than quota and ceiling allow."""
-        api, known = merger.api, share > 0.05
-        sent = sum(api.requests.values())
-        wanted = sent / share * (1 - share) if known else max(0, self.requests - sent)
-        return max(api.scheduler.minimum_seconds(wanted), (now - self.begun) / share * (1 - share) if known else 0.0)
+
+def requests_left(expected: int, pairs: int, backed_up: int, ended: int) -> float:
+    """How many of the `expected` requests of a run are still to be sent.
+
+    Most of them are for backups, and backups come first: a share of all pairs or seconds would forecast far too many.
+    """
+    to_merge = min(expected, Progress.TO_MERGE * pairs)
+    not_backed_up, not_ended = max(0, pairs - backed_up), max(0, pairs - ended)
+    return (expected - to_merge) * not_backed_up / pairs + to_merge * not_ended / pairs
 
 
 def _report(
@@ -6734,6 +7104,8 @@ def _report(
         spent = duration(run.environment.elapsed(run.started))
         run.console.print(f"cost     {plural(document['requests_total'], 'request')}, {spent}")
     print_report_paths(run)
+    if document["kind"] == "merge" and not run.signal:
+        suggest_next_step(run, summary)
     if code >= EXIT_STOPPED:
         run.console.print_err("Stopped early. Run the same command again to resume.", "bold")
     elif code == EXIT_USAGE:
@@ -6742,8 +7114,19 @@ def _report(
     return code
 
 
+def suggest_next_step(run: RunContext, summary: Json) -> None:
+    """Print what to do after a run, as a command that works where it is typed."""
+    if summary["failed_merges"] or summary["unfinished_merges"]:
+        run.console.suggest("fix what is named above, then run again", run.command())
+    elif summary["left"]:
+        if summary["successful_merges"]:
+            undo = command_line("--undo", str(run.report_path), "--preview")
+            run.console.suggest("look at the merged contacts in DevRev; to see what an undo would restore", undo)
+        run.console.suggest("merge the rest", run.command(without=("limit", "email")))
+
+
 def written(run: RunContext, write: Callable[[], None], code: int) -> int:
-    """Write a report; a disk that refuses makes the exit code 3, unless it says something worse."""
+    """Write a report, and return the exit code: 3 on a disk error, unless `code` is worse."""
     try:
         write()
     except (OSError, FatalError) as error:
@@ -6897,9 +7280,8 @@ def print_exported(run: RunContext, exporter: ContactExporter, path: Path) -> No
     show(f"exported {plural(rows, 'contact')} of {plural(emails, 'email')} that recur, to {path}", "good")
     show(f"read     {plural(exporter.read, 'contact')}")
     show(f"cost     {plural(requests, 'request')}, {duration(run.environment.elapsed(run.started))}")
-    if rows and not run.options.quiet:
-        name = f'"{path}"' if re.search(r"[^\w./\\:@+-]", str(path)) else str(path)
-        show(f"next     python merge_contacts.py --csv {name} --preview")
+    if rows:
+        run.console.suggest("see what would be merged", command_line("--csv", str(path), "--preview"))
     log.info("exported %d rows of %d emails to %s with %d requests", rows, emails, path, requests)
 
 
@@ -6910,6 +7292,9 @@ def undo(run: RunContext) -> int:
     """Undo merges, or with --preview print what would be restored; return the exit code."""
     check_token(run.settings.token)
     options = run.options
+    elsewhere = history_folder_error(options.undo)
+    if elsewhere:
+        raise FatalError(EXIT_USAGE, elsewhere)
     with contextlib.closing(open_savepoint(run, readonly=options.preview)) as savepoint:
         emails = {email_key(email) for email in options.email or ()}
         plan = plan_undo(options.undo, savepoint, emails, options.limit)
@@ -7030,11 +7415,11 @@ def show_undo(run: RunContext, head: Json, lists: Mapping[str, Iterable[Json]]) 
 
 
 async def check(run: RunContext) -> int:
-    """Say whether a real run could start: token, organisation, read access, quota, disk, savepoint."""
+    """Print whether a real run could start: token, organisation, read access, quota, disk, savepoint."""
     api = DevRevAPI(run.settings, run.environment, CancelToken())
     checks: List[Json] = []
 
-    async def tell(name: str, work: Union[Callable[[], str], Awaitable[str]]) -> bool:
+    async def report(name: str, work: Union[Callable[[], str], Awaitable[str]]) -> bool:
         try:
             words, good = work() if callable(work) else await work, True
         except (FatalError, PairError, OSError) as error:
@@ -7045,19 +7430,19 @@ async def check(run: RunContext) -> int:
             run.console.print(f"{'ok     ' if good else 'FAILED '} {name}: {words}", "" if good else "bad")
         return good
 
-    known = await tell("token", _check_token(run, api))
+    known = await report("token", _check_token(run, api))
     if run.options.csv:
-        await tell("csv", lambda: _check_csv(run))
+        await report("csv", lambda: _check_csv(run))
     notes = []
     if known:
         seen: List[str] = []
         for name in READS:
-            await tell(name, _check_read(api, name, seen))
-        notes.append(f"quota: {api.scheduler.describe_wait() or 'the server says nothing meta it'}, {run.ceiling()}")
-    await tell("savepoint", lambda: _check_savepoint(run))
-    await tell("disk", _check_disk)
-    notes.append("the permission to merge (rev_user:all) can't be tried without merging: --limit 1 is the first proof")
-    notes.append("--undo also needs to write tickets, issues and conversations, which reading can't tell")
+            await report(name, _check_read(api, name, seen))
+        notes.append(f"quota: {api.scheduler.describe_wait() or 'DevRev has announced none'}, {run.describe_rate()}")
+    await report("savepoint", lambda: _check_savepoint(run))
+    await report("disk", _check_disk)
+    notes.append("only a merge shows whether the token may merge (rev_user:all): merge one pair first, --limit 1")
+    notes.append("--undo also writes tickets, issues and conversations; reading does not show whether it may")
     return _verdict(run, checks, notes)
 
 
@@ -7065,12 +7450,18 @@ def _verdict(run: RunContext, checks: Sequence[Json], notes: Sequence[str]) -> i
     problems = sum(not one["ok"] for one in checks)
     verdict = f"not ready: {plural(problems, 'problem')}" if problems else "ready"
     if run.options.json:
-        facts = {"verdict": verdict, "ready": not problems, "checks": checks, "notes": notes}
+        facts = {"schema": SCHEMA, "verdict": verdict, "ready": not problems, "checks": checks, "notes": notes}
         run.console.json([to_json(facts, indent=1) + b"\n"])
+        return EXIT_USAGE if problems else EXIT_OK
+    for note in notes:
+        run.console.print(f"note    {note}")
+    run.console.print(verdict, "bad" if problems else "good")
+    if problems:
+        run.console.suggest("fix what is marked FAILED, then check again", run.command())
+    elif run.options.csv:
+        run.console.suggest("merge one pair as a canary", run.command("--limit", "1", without=("check", "limit")))
     else:
-        for print_err in notes:
-            run.console.print(f"note    {print_err}")
-        run.console.print(verdict, "bad" if problems else "good")
+        run.console.suggest("read the contacts from DevRev", command_line("--export", "contacts.csv"))
     return EXIT_USAGE if problems else EXIT_OK
 
 
@@ -7083,7 +7474,7 @@ async def _check_token(run: RunContext, api: DevRevAPI) -> str:
 
 
 def _check_csv(run: RunContext) -> str:
-    """Also where the token's organisation is not known."""
+    """Read the CSV, also where the token's organisation is not known."""
     plan = make_plan(run, None)
     counts = [f"{plural(plan.count(), 'pair')} to merge", f"{plural(len(plan.skipped), 'group')} skipped"]
     counts.append(plural(len(plan.invalid_rows), "invalid row"))
@@ -7102,11 +7493,11 @@ READS: Mapping[str, Tuple[str, str, Json]] = {
 
 
 async def _check_read(api: DevRevAPI, name: str, seen: List[str]) -> str:
-    """Ask one cheap request of what the backup reads; `seen` are objects that have a timeline."""
+    """Send one cheap request of the kind that a backup sends; `seen` collects objects that have a timeline."""
     endpoint, key, body = READS[name]
     if name == "timelines":
         if not seen:
-            return "nothing there to try it on"
+            return "not tried: there is no ticket or conversation yet"
         body = {"object": seen[0]}
     items = await api.read_one(endpoint, key, body)
     seen.extend(item["id"] for item in items if name != "contacts")
@@ -7114,23 +7505,28 @@ async def _check_read(api: DevRevAPI, name: str, seen: List[str]) -> str:
 
 
 def _check_savepoint(run: RunContext) -> str:
-    path = SAVEPOINT
-    if not path.exists():
-        if not os.access(str(path.resolve().parent), os.W_OK):
-            raise FatalError(EXIT_USAGE, f"its folder {path.parent} is not there, or can't be written to")
-        return f"{path} will be created"
+    folder = SAVEPOINT.resolve().parent
+    if not locks_work(SAVEPOINT):
+        raise FatalError(EXIT_USAGE, f"{folder} can't hold a savepoint: {NO_LOCKS}")
+    if not SAVEPOINT.exists():
+        if not os.access(str(folder), os.W_OK):
+            raise FatalError(EXIT_USAGE, f"{folder} can't be written; run in a folder that can")
+        return f"{SAVEPOINT} will be created"
     with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
         if savepoint.is_held():
-            raise FatalError(EXIT_HELD, f"a run goes on: process {savepoint.holder()['pid']} holds {path}")
-        if not os.access(str(path), os.W_OK):
-            raise FatalError(EXIT_USAGE, f"the savepoint {path} is read-only")
-        return f"{path} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
+            raise FatalError(EXIT_HELD, f"a run is in progress: process {savepoint.holder()['pid']} holds {SAVEPOINT}")
+        if not os.access(str(SAVEPOINT), os.W_OK):
+            raise FatalError(EXIT_USAGE, f"{SAVEPOINT} is read-only; make it writable")
+        return f"{SAVEPOINT} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
 
 
 def _check_disk() -> str:
+    for folder in (Path("logs"), Path("backups"), Path("reports")):
+        if folder.exists() and not os.access(str(folder), os.W_OK):
+            raise OSError(f"{folder} can't be written; make it writable")
     free = shutil.disk_usage(".").free
     if free < 100 << 20:
-        raise OSError(f"only {free >> 20} MiB free")
+        raise OSError(f"only {free >> 20} MiB free; make room for backups")
     return f"{free >> 20:,} MiB free"
 
 
@@ -7203,19 +7599,19 @@ def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair
 
 
 def verify_backups(run: RunContext) -> int:
-    """Re-read every backup below a folder against its manifest; 1 where one is damaged or missing."""
+    """Read every backup below a folder again, and compare it with its manifest; 1 where one is damaged or missing."""
     root: Path = run.options.verify_backups
     if not root.exists():
-        raise FatalError(EXIT_USAGE, f"{root} is not there (yet): no run has made a backup in it")
+        raise FatalError(EXIT_USAGE, f"{root} does not exist: no run has made a backup in it yet")
     if not root.is_dir():
-        raise FatalError(EXIT_USAGE, f"{root} is not a folder")
-    whole = 0
+        raise FatalError(EXIT_USAGE, f"{root} is not a folder; name the folder that holds the backups")
+    complete = 0
     damaged: List[str] = []
     for folder in sorted(_backup_folders(root)):
-        run.console.status(f"{whole + len(damaged)} backups read ...")
+        run.console.status(f"{complete + len(damaged)} backups read ...")
         try:
             verify_backup(folder)
-            whole += 1
+            complete += 1
         except PairError as error:
             damaged.append(str(error))
     run.console.status("")
@@ -7223,14 +7619,15 @@ def verify_backups(run: RunContext) -> int:
     found = {"damaged": damaged, "missing": _missing_backups(run, root), "begun": begun}
     bad = bool(damaged or found["missing"])
     if run.options.json:
-        run.console.json([to_json({"folder": str(root), "whole": whole, **found}, indent=1) + b"\n"])
+        facts = {"schema": SCHEMA, "folder": str(root), "whole": complete, **found}
+        run.console.json([to_json(facts, indent=1) + b"\n"])
         return EXIT_FAILED if bad else EXIT_OK
-    why = {"begun": ": begun and never finished by a run that was killed; may be deleted"}
+    why = {"begun": ": left by a run that was killed; may be deleted"}
     for name, lines in found.items():
         for line in lines:
             run.console.print(f"{name.upper():<8} {line}{why.get(name, '')}", "" if name in why else "bad")
     counts = f"{len(damaged)} damaged, {len(found['missing'])} missing"
-    run.console.print(f"{plural(whole, 'whole backup')}, {counts}", "bad" if bad else "good")
+    run.console.print(f"{plural(complete, 'complete backup')}, {counts}", "bad" if bad else "good")
     return EXIT_FAILED if bad else EXIT_OK
 
 
@@ -7254,54 +7651,66 @@ def _missing_backups(run: RunContext, root: Path) -> List[str]:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Parse the command line, do what it says, and return the exit code."""
+    """Parse the command line, run the command, and return the exit code."""
     options = parse_options(argv)
     os.umask(0o077)
     run = RunContext(options)
     run.console.begin()
-
-    def terminate(number: int, _frame: Any) -> None:
-        run.second_signal(number)
-        raise KeyboardInterrupt
-
-    run.catch(terminate)
+    run.signals.install(interrupt)
     code = run_command(run)
+    if run.reports_json:
+        print_report_json(run, code)
     before = run.signal
-    run.catch(lambda number, _frame: run.second_signal(number))
+    run.signals.install(lambda: None)
     failure = run.console.end(lambda: bool(run.signal))
     if failure and code < EXIT_USAGE:
-        run.console.error(f"the output could not be written: {failure.strerror or failure}")
+        run.console.error(f"the output can't be written: {failure.strerror or failure}")
         run.console.end(lambda: True)
         code = EXIT_STOPPED
     return 128 + run.signal if run.signal and not before else code
 
 
 def run_command(run: RunContext) -> int:
-    """Do what the options say; whatever ends it early becomes one line and an exit code."""
+    """Run the command; whatever ends it early becomes one line and an exit code."""
+    code, words = EXIT_STOPPED, ""
     try:
         run.open_log()
         run.load_settings()
-        work = next((work for name, work in MODES.items() if getattr(run.options, name)), merge)
-        return work(run)
+        return MODES.get(run.options.mode, merge)(run)
     except FatalError as stop:
-        run.console.status("")
-        run.console.error(str(stop))
-        return stop.exit_code
+        code, words = stop.exit_code, str(stop)
     except OSError as error:
-        run.console.status("")
-        run.console.error(f"the disk refuses: {error}")
-        return EXIT_STOPPED
+        words = f"disk error: {error}"
     except ImportError as error:
-        run.console.error(f"the package {error.name} is missing: python -m pip install -r requirements.txt")
-        return EXIT_USAGE
+        code, words = EXIT_USAGE, f"a package can't be imported: {error}; python -m pip install -r requirements.txt"
     except KeyboardInterrupt:
+        run.error = "interrupted; nothing was changed"
         run.console.status("")
-        run.console.print_err("interrupted; nothing was changed")
+        run.console.print_err(run.error)
         return 128 + (run.signal or signal.SIGINT)
+    run.error = words
+    run.console.status("")
+    run.console.error(words)
+    return code
+
+
+def print_report_json(run: RunContext, code: int) -> None:
+    """Print the report of a run or an undo as JSON, or what has ended it without one."""
+    try:
+        with open(run.report_path, "rb") as file:
+            run.console.json(file)
+    except OSError:
+        failure = {"schema": SCHEMA, "exit_code": code, "error": run.console.mask(run.error) or None}
+        run.console.json([to_json(failure) + b"\n"])
+
+
+def choices_template(run: RunContext) -> int:
+    raise FatalError(EXIT_USAGE, f"--choices-template {run.options.choices_template}: not in this version")
 
 
 MODES: Dict[str, Callable[[RunContext], int]] = {
     "export": export,
+    "choices_template": choices_template,
     "undo": undo,
     "preview": preview,
     "check": lambda run: asyncio.run(check(run)),
@@ -7311,6 +7720,7 @@ MODES: Dict[str, Callable[[RunContext], int]] = {
 }
 
 if __name__ == "__main__":
+    sys.excepthook = sys.__excepthook__
     exit_code = main()
     for ending in SIGNALS:
         # What is done is done: while Python ends, another signal would change the exit code and nothing else.
