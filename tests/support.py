@@ -68,7 +68,8 @@ class Workplace:
         return {**kept, **(sandbox.environment() if sandbox else {}), **extra}
 
     def command(self, *options: str, program: Sequence[str] = PROGRAM) -> List[str]:
-        csv_option = () if "--export" in options else ("--csv", str(self.csv))
+        names_files = any(option.partition("=")[0] in ("--csv", "--export") for option in options)
+        csv_option = () if names_files else ("--csv", str(self.csv))
         return [*program, *csv_option, *options]
 
     def start(
