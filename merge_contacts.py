@@ -44,6 +44,7 @@ import difflib
 import errno
 import functools
 import gc
+import gzip
 import hashlib
 import importlib
 import io
@@ -63,6 +64,8 @@ import tempfile
 import textwrap
 import threading
 import time
+import unicodedata
+import zlib
 from array import array
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -78,10 +81,12 @@ from typing import (
     Awaitable,
     BinaryIO,
     Callable,
+    ClassVar,
     Collection,
     Coroutine,
     Deque,
     Dict,
+    FrozenSet,
     Iterable,
     Iterator,
     List,
@@ -102,6 +107,7 @@ if TYPE_CHECKING:
     import requests
 
 __version__ = "2.0.0"
+SCHEMA = 3  # of every JSON document
 
 SIGNALS = [one for one in signal.Signals if one.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_HELD = 0, 1, 2, 3, 11
@@ -715,14 +721,76 @@ COLUMNS = {
     "created": "CREATED_AT",
     "updated": "UPDATED_AT",
 }
-_COUNT = re.compile(r"\s*(\d{1,9})(?:\.0+)?\s*")  # `4.0` is what a spreadsheet makes of 4
+MAX_CELL = 64 << 20
+# `4.0` is what a spreadsheet makes of 4. Three zeros may be thousands: `1.000` is not guessed.
+_COUNT = re.compile(r"[0-9]{1,18}(?:\.0{1,2})?")
+_GUARDED = re.compile(r"'+[=+\-@\t\r]")  # what a formula-like cell becomes in an export, so that it is no formula
+# Of the commonest letters alone: other addresses are checked character by character.
+_LETTERS = r"!#-+\--:=?A-Z\[-~\u00c0-\u052f\u3041-\u30ff\u4e00-\u9fff\uac00-\ud7a3"
+_PLAIN_ADDRESS = re.compile(f"(?!')[{_LETTERS}]+@[{_LETTERS}]+")
+_NO_ADDRESS = re.compile(r"[,;<>\"\s]")
+# Invisible beside the categories Cc, Cf, Zs, Zl and Zp: blank letters and variation selectors.
+_BLANK = re.compile("[ \u115f\u1160\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+_ASCII_LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
+_NULL_WORDS = frozenset(("", "\\n", "null", "(null)", "nan", "none", "n/a", "na", "nil", "<na>", "-", "#n/a"))
 
 
 @functools.lru_cache(maxsize=10_000)
 def parse_count(cell: str) -> Optional[int]:
-    """The count that a cell holds, None where it holds none."""
-    match = _COUNT.fullmatch(cell)
-    return int(match.group(1)) if match else None
+    """Return the count that a cell holds, None where it holds none or where that is a guess."""
+    text = cell.strip()
+    return int(text.partition(".")[0]) if _COUNT.fullmatch(text) else None
+
+
+def cell_text(cell: str) -> str:
+    """Return a cell without the apostrophe that an export puts before what a spreadsheet would take for a formula."""
+    return cell[1:] if cell[:1] == "'" and _GUARDED.match(cell) else cell
+
+
+def trimmed_text(cell: str) -> str:
+    """Return `cell_text` without white space around it, in whichever order they came."""
+    text = cell.strip()
+    return cell_text(text).strip() if text[:1] == "'" else text
+
+
+def email_key(text: str) -> str:
+    """Return what emails are compared by: trimmed, with the ASCII letters lower-cased and nothing else folded.
+
+    `straße@` and `strasse@` are two mailboxes, though every kind of case folding makes them one.
+    """
+    text = text.strip()
+    return text.lower() if text.isascii() else text.translate(_ASCII_LOWER)
+
+
+def loose_key(text: str) -> str:
+    """Return what look-alikes of an email have in common: normalised, case-folded, without punycode and without
+    invisible characters. It only ever leaves contacts out; it never joins any."""
+    key = text.strip().lower()
+    if key.isascii() and key.isprintable() and " " not in key and "xn--" not in key:
+        return key
+    key = _fold(text)
+    local, at, domain = key.rpartition("@")
+    if at and "xn--" in domain:
+        labels = domain.split(".")
+        for index, label in enumerate(labels):
+            # No domain has longer labels, and decoding takes time that grows with the square of the length.
+            if label.startswith("xn--") and len(label) < 100:
+                with contextlib.suppress(ValueError, OverflowError):
+                    labels[index] = label[4:].encode("ascii").decode("punycode")
+        key = _fold(f"{local}@{'.'.join(labels)}")
+    return key
+
+
+def _fold(text: str) -> str:
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return folded if is_visible(folded) else "".join(filter(is_visible, folded))
+
+
+def is_visible(text: str) -> bool:
+    """Whether `text` holds no white space and no control or invisible character."""
+    if _BLANK.search(text):
+        return False
+    return text.isprintable() or not any(unicodedata.category(c) in ("Cc", "Cf", "Zs", "Zl", "Zp") for c in text)
 
 
 @dataclass
@@ -735,6 +803,9 @@ class Contact:
 
     __slots__ = ("created", "display_name", "email", "external_ref", "full_name", "id", "tickets", "updated")
 
+    SYSTEM_PREFIX: ClassVar[str] = "REVU-"
+    user_prefix: ClassVar[str] = "user_"  # what references of the user's own application begin with: a setting
+
     id: str
     display_name: str
     email: str
@@ -745,40 +816,54 @@ class Contact:
     updated: str
 
     @staticmethod
-    def cells_error(identity: str, email: str, external_ref: str, tickets: str) -> str:
-        """Say why cells of a row make no contact, `""` if they do: who it is has to be there, and a count."""
-        if not (identity.strip() and email.strip() and external_ref.strip()):
+    def cells_error(identity: str, email: str, external_ref: str, tickets: str) -> Tuple[str, str]:
+        """Return the code and the words for why trimmed cells make no contact, two empty texts where they do."""
+        if not (identity and email and external_ref):
             names = {"id": identity, "email": email, "external_ref": external_ref}
-            return "empty " + next(COLUMNS[name] for name, value in names.items() if not value.strip())
-        return f"{COLUMNS['tickets']} is not a count: {tickets.strip()[:40]}" if parse_count(tickets) is None else ""
+            return "empty", "empty " + next(COLUMNS[name] for name, value in names.items() if not value)
+        local, _, domain = email.partition("@")
+        if not (local and domain) or "@" in domain or _NO_ADDRESS.search(email) or not is_visible(email):
+            return "email", f"{COLUMNS['email']} is not one plain address: {email[:80]}"
+        if parse_count(tickets) is None:
+            return "count", f"{COLUMNS['tickets']} is not a count: {tickets.strip()[:40]}"
+        return "", ""
 
     @classmethod
     def from_cells(cls, cells: Sequence[str]) -> "Contact":
-        """Make a contact of cells without a flaw, in the order of COLUMNS."""
+        """Make a contact of cells without an error, in the order of COLUMNS."""
         identity, display_name, email, external_ref, full_name, tickets, created, updated = cells
-        return cls(identity, display_name, email, external_ref, full_name, parse_count(tickets) or 0, created, updated)
+        return cls(
+            id=trimmed_text(identity),
+            display_name=cell_text(display_name),
+            email=trimmed_text(email),
+            external_ref=trimmed_text(external_ref),
+            full_name=cell_text(full_name),
+            tickets=parse_count(tickets) or 0,
+            created=trimmed_text(created),
+            updated=cell_text(updated),
+        )
 
     def to_json(self) -> Json:
         return {name: getattr(self, name) for name in COLUMNS}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Contact":
-        """Read `to_json` of a contact back, also one of version 1.0.0, which had other columns."""
+        """Read `to_json` of a contact back; a report's entry lacks some of its fields."""
         return cls(**{name: row.get(name, 0 if name == "tickets" else "") for name in COLUMNS})
 
     @property
     def is_user(self) -> bool:
         """Whether the application made the contact, and knows the person by its reference."""
-        return self.external_ref.startswith("user_")
+        return self.external_ref.startswith(self.user_prefix)
 
     @property
     def is_system(self) -> bool:
         """Whether DevRev made the contact, from an email."""
-        return self.external_ref.startswith("REVU-")
+        return self.external_ref.startswith(self.SYSTEM_PREFIX)
 
     @property
     def key(self) -> str:
-        """What contacts are grouped by: the email, trimmed and case-folded."""
+        """What contacts are grouped by."""
         return email_key(self.email)
 
     @property
@@ -796,9 +881,16 @@ class Contact:
         return organisation_of(self.id)
 
 
-def email_key(text: str) -> str:
-    """What emails are compared by: trimmed, and without regard to case."""
-    return text.strip().casefold()
+def check_user_prefix(text: str) -> str:
+    """Return the prefix that a setting names, the default where it is empty. Raises FatalError(2) where a reference
+    could be of both kinds."""
+    prefix = text.strip() or "user_"
+    if prefix.startswith(Contact.SYSTEM_PREFIX) or Contact.SYSTEM_PREFIX.startswith(prefix):
+        words = (
+            f"DEVREV_USER_REF_PREFIX {prefix} overlaps with {Contact.SYSTEM_PREFIX}: name the application's own prefix"
+        )
+        raise FatalError(EXIT_USAGE, words)
+    return prefix
 
 
 def email_of(user: Json) -> str:
@@ -824,23 +916,63 @@ def organisation_of(don: str) -> str:
 
 
 class InvalidRow(NamedTuple):
+    """A row that is left out. `code` groups the reasons: one of INVALID_ROWS."""
+
+    file: str
     line: int
+    code: str
     reason: str
     email: Optional[str]
 
 
+INVALID_ROWS = {
+    "fields": "the number of fields differs from the header's",
+    "nul": "a NUL character",
+    "stray_quote": "a quoted field holds other rows",
+    "empty": "an empty id, address or reference",
+    "email": "not one plain address",
+    "count": "not a count",
+    "conflict": "one id with different data",
+}
+# What a file probably is whose invalid rows nearly all have one reason.
+INVALID_FILES = {
+    "fields": "this looks like unquoted commas or line breaks in names: export with quoted fields",
+    "nul": "this looks like a damaged file: export again",
+    "stray_quote": "this looks like quotes that are not doubled: export with quoted fields",
+    "empty": "this looks like an export with contacts that have no email or reference: leave them out of it",
+    "email": "this looks like a column that holds something else than addresses",
+    "null_words": "this looks like an unload that writes a word for NULL: leave out contacts without an email",
+    "count": "this looks like numbers that a spreadsheet or a locale has formatted: export plain whole numbers",
+    "conflict": "this looks like a history table, with a row for each state: export each contact's current state",
+}
+
+
+def looks_like(rows: Sequence[InvalidRow]) -> str:
+    """Say what a file probably is, where at least nine of ten invalid rows have one reason; else return `""`."""
+    if len(rows) < 3:
+        return ""
+    ((code, count),) = collections.Counter(row.code for row in rows).most_common(1)
+    if count < 0.9 * len(rows):
+        return ""
+    words = sum((row.email or "").casefold() in _NULL_WORDS for row in rows)
+    return INVALID_FILES["null_words" if code == "email" and words > count / 2 else code]
+
+
 @dataclass
 class CsvContents:
-    """What a CSV holds that matters: only rows whose email or id recurs, or whose email was asked for, are kept."""
+    """What a CSV holds that matters: only rows whose email or id recurs, or whose email was requested, are stored."""
 
     contacts: List[Contact] = field(default_factory=list)  # each row once, conflicting ones included
     contacts_read: int = 0
-    invalid_rows: List[InvalidRow] = field(default_factory=list)  # by line
-    emails_in_invalid_rows: Set[str] = field(default_factory=set)  # emails of groups that are no longer known whole
+    invalid_rows: List[InvalidRow] = field(default_factory=list)  # by file and line
+    emails_in_invalid_rows: Set[str] = field(default_factory=set)  # loose keys of groups that may not be complete
+    look_alikes: List[Json] = field(default_factory=list)
+    other_refs: int = 0  # contacts whose reference is neither the system's nor the application's
+    other_ref: str = ""  # the first of these references in alphabetical order
 
 
 _NUL_MARK = "\ufdd0"  # a noncharacter: the csv module of Python 3.8 to 3.10 can't read a NUL
-_ADDRESS = re.compile(r"[^\s,;\"<>()]+@[^\s,;\"<>()]+")
+_AT_SIGNS = ("@", "\uff20", "\ufe6b")  # and what a loose comparison takes for one
 
 
 class _Bytes(io.BufferedReader):
@@ -855,57 +987,91 @@ class _Bytes(io.BufferedReader):
 
 
 class CsvTable:
-    """A CSV that is read as far as its header; yields its rows, each with the number of its last line."""
+    """A CSV, plain or gzip, read as far as its header; yields its rows, each with the number of its last line."""
 
-    def __init__(self, raw: BinaryIO, wanted: Iterable[str]) -> None:
-        os.lseek(raw.fileno(), 0, os.SEEK_SET)
-        self.bytes = _Bytes(io.FileIO(raw.fileno(), closefd=False))
+    def __init__(self, raw: io.FileIO, wanted: Iterable[str]) -> None:
+        source: Any = raw
+        head = raw.read(1 << 16)
+        raw.seek(0)
+        if head.startswith(b"\x1f\x8b"):
+            source = gzip.GzipFile(fileobj=raw)
+            head = source.read(1 << 16)
+            source.seek(0)
+        problem = not_our_csv_reason(head)
+        if problem:
+            raise FatalError(EXIT_USAGE, ("in the gzip file: " if source is not raw else "") + problem)
+        self.bytes = _Bytes(source)
         self.lines = io.TextIOWrapper(self.bytes, encoding="utf-8-sig", newline="")
-        self.rows = csv.reader(self.lines, strict=True)
+        # Where each comma of the header has a blank behind it, the blank is no part of a cell, nor before a quote.
+        first = head.partition(b"\n")[0]
+        self.skips_blanks = 0 < first.count(b",") == first.count(b", ")
+        self.rows = self.parse(self.lines)
         header = next((row for _, row in self if row), None)
         if header is None:
             raise FatalError(EXIT_USAGE, "the file is empty")
         self.width = len(header)
         self.places = locate_columns(header, wanted)
 
-    def __iter__(self) -> Iterator[Tuple[int, List[str]]]:
-        try:
-            for row in self.rows:
-                yield self.rows.line_num, row
-        except csv.Error as error:
-            raise csv.Error(f"line {self.rows.line_num}: {error}") from None
+    def parse(self, lines: Iterable[str]) -> Any:
+        return csv.reader(lines, strict=True, skipinitialspace=self.skips_blanks)
 
-    def shape_error(self, row: Sequence[str]) -> str:
-        """Say why the fields of a row can't be told apart for sure, `""` if they can."""
+    def __iter__(self) -> Iterator[Tuple[int, List[str]]]:
+        rows = self.rows
+        try:
+            for row in rows:
+                yield rows.line_num, row
+        except csv.Error as error:
+            words = str(error) if "field limit" not in str(error) else "a cell of more than 64 MiB (an open quote?)"
+            raise csv.Error(f"line {self.rows.line_num}: {words}") from None
+
+    def shape_error(self, row: Sequence[str]) -> Tuple[str, str]:
+        """Return the code and the words for why the fields of a row are in doubt, two empty texts where none is."""
         if len(row) != self.width:
-            return f"{plural(len(row), 'field')} instead of {self.width}"
+            return "fields", f"{plural(len(row), 'field')} instead of {self.width}"
         if any(_NUL_MARK in value for value in row):
-            return "a NUL character"
+            return "nul", "a NUL character"
         if any(value.count(",") >= self.width - 1 and ("\n" in value or "\r" in value) for value in row):
-            return "a quoted field that holds other rows (a stray quote?)"
-        return ""
+            return "stray_quote", "a quoted field that holds other rows (a stray quote?)"
+        return "", ""
+
+
+FileIdentity = Tuple[int, ...]
 
 
 @contextlib.contextmanager
-def csv_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a CSV; whatever goes wrong inside becomes Stop(2) with one line that names the file."""
-    csv.field_size_limit(1 << 20)
+def open_table(
+    path: Path, wanted: Iterable[str], before: Optional[FileIdentity] = None
+) -> Iterator[Tuple[CsvTable, FileIdentity]]:
+    """Open a CSV with the `wanted` columns. Whatever goes wrong inside becomes FatalError(2), one line with the path.
+
+    `before` is the file's identity at an earlier reading, if there was one.
+    """
+    csv.field_size_limit(MAX_CELL)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise FatalError(EXIT_USAGE, "not a regular file")
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            what = "a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file, and it has to be read twice"
+            raise FatalError(EXIT_USAGE, what)
         with open(path, "rb", buffering=0) as raw:
-            before = os.fstat(raw.fileno())
-            problem = not_our_csv_reason(raw.read(1 << 16))
-            if problem:
-                raise FatalError(EXIT_USAGE, problem)
+
+            def identity() -> FileIdentity:
+                found = os.fstat(raw.fileno())
+                return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+            opened = identity()
+            changed = FatalError(EXIT_USAGE, "changed while it was being read; wait for the export to finish")
+            if before and opened != before:
+                raise changed
             try:
-                yield raw
+                yield CsvTable(io.FileIO(raw.fileno(), closefd=False), wanted), opened
             finally:
-                after = os.fstat(raw.fileno())
-                if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-                    raise FatalError(EXIT_USAGE, "changed while it was being read; wait for the export to finish")
+                if identity() != opened:
+                    raise changed
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        words = f"{path}: the gzip file is cut off or damaged; fetch it again"
+        raise FatalError(EXIT_USAGE, words) from None
     except OSError as error:
-        raise FatalError(EXIT_USAGE, f"{path}: can't be read: {error.strerror}") from None
+        raise FatalError(EXIT_USAGE, f"{path}: can't be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise FatalError(EXIT_USAGE, f"{path}: not UTF-8 ({error.reason}); export the CSV as UTF-8") from None
     except csv.Error as error:
@@ -914,84 +1080,172 @@ def csv_file(path: Path) -> Iterator[BinaryIO]:
         raise FatalError(stop.exit_code, f"{path}: {stop}") from None
 
 
+_SAVE_AS = "not a CSV; save it as «CSV UTF-8 (comma delimited)»"
+_UNPACK = "not a CSV; unpack it first"
+_EXPORT = "not a CSV; export the table as CSV"
+FOREIGN_FILES = (
+    (rb"PK\x03\x04.{26}(\[Content_Types\]\.xml|_rels/|xl/|docProps/)", f"an Excel workbook, {_SAVE_AS}"),
+    (rb"PK\x03\x04.{26}mimetypeapplication/vnd\.oasis", f"an OpenDocument spreadsheet, {_SAVE_AS}"),
+    (rb"PK(\x03\x04|\x05\x06|\x07\x08)", f"a ZIP archive, {_UNPACK}"),
+    (rb"\xd0\xcf\x11\xe0", f"an old Excel workbook, {_SAVE_AS}"),
+    (rb"\x1f\x8b", f"gzip inside gzip, {_UNPACK}"),
+    (rb"BZh[1-9]1AY", f"a bzip2 archive, {_UNPACK}"),
+    (rb"\xfd7zXZ\0", f"an xz archive, {_UNPACK}"),
+    (rb"\x28\xb5\x2f\xfd", f"a Zstandard archive, {_UNPACK}"),
+    (rb"7z\xbc\xaf\x27\x1c", f"a 7-Zip archive, {_UNPACK}"),
+    (rb"Rar!\x1a\x07", f"a RAR archive, {_UNPACK}"),
+    (rb"\x04\x22\x4d\x18", f"an LZ4 archive, {_UNPACK}"),
+    (rb"\x1f[\x9d\xa0]", f"a compress archive, {_UNPACK}"),
+    (rb"\xff\x06\0\0sNaPpY", f"a Snappy archive, {_UNPACK}"),
+    (rb".{257}ustar", f"a tar archive, {_UNPACK}"),
+    (rb"PAR1", f"a Parquet file, {_EXPORT}"),
+    (rb"ORC[^\w,\"; \t]", f"an ORC file, {_EXPORT}"),
+    (rb"Obj\x01", f"an Avro file, {_EXPORT}"),
+    (rb"ARROW1|FEA1", f"an Arrow file, {_EXPORT}"),
+    (rb"SQLite format 3\0", f"an SQLite database, {_EXPORT}"),
+    (rb"%PDF-", f"a PDF, {_EXPORT}"),
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff|\0\0\0[^\0]|[^\0]\0\0\0", "UTF-32; export the CSV as UTF-8"),
+    (rb"\xff\xfe|\xfe\xff|\0[^\0]\0|[^\0]\0[^\0]\0", "UTF-16; export the CSV as UTF-8"),
+    (rb".{0,3}\0", "a binary file, not a CSV"),
+    (rb"(\xef\xbb\xbf)?\s*(<!doctype html|<html)", "a web page (HTML), not a CSV; was the download a login page?"),
+    (rb"(\xef\xbb\xbf)?\s*<", f"XML, {_EXPORT}"),
+    (rb"(\xef\xbb\xbf)?\s*[\[{]", f"JSON, {_EXPORT}"),
+)
+
+
 def not_our_csv_reason(head: bytes) -> str:
     """Say what it is that begins like no CSV of ours, `""` where it may be one."""
-    if head.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
-        return "an Excel workbook, not a CSV; save it as «CSV UTF-8 (comma delimited)»"
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
-        return "UTF-16, or no text at all; export the CSV as UTF-8"
+    for pattern, what in FOREIGN_FILES:
+        if re.match(pattern, head, re.DOTALL | re.IGNORECASE if b"html" in pattern else re.DOTALL):
+            return what
     (first, *_) = head.lstrip(b"\xef\xbb\xbf \r\n").splitlines() or [b""]
     if first.lower().startswith(b"sep="):
         return "the first line is `sep=`, a note for Excel alone; delete it"
-    if b"," not in first and (b";" in first or b"\t" in first):
-        return f"separated by {'semicolons' if b';' in first else 'tabs'}; export the CSV with commas"
+    for mark, name in ((b";", "semicolons"), (b"\t", "tabs"), (b"|", "vertical bars")):
+        if b"," not in first and mark in first:
+            return f"separated by {name}; export the CSV with commas"
     return ""
 
 
 def locate_columns(header: Sequence[str], wanted: Iterable[str]) -> List[int]:
-    """Return the places of the wanted columns in a header; raises Stop(2) naming what is missing or doubled."""
+    """Return the places of the wanted columns in a header. Raises FatalError(2) naming what is missing or doubled."""
     names = [name.strip().upper() for name in header]
     if any("," in name for name in names if "\n" in name or "\r" in name):
         raise FatalError(EXIT_USAGE, "the header holds other rows (a stray quote?)")
     missing = [name for name in wanted if name not in names]
     if missing:
         found = textwrap.shorten(", ".join(names), 300, placeholder=" ...") or "none"
-        raise FatalError(EXIT_USAGE, f"missing column{'s' * (len(missing) > 1)} {', '.join(missing)} (found: {found})")
+        data = any("@" in name or name.startswith("DON:") for name in names)
+        hint = "; its first line is a contact: each file needs a header of its own" if data else ""
+        which = f"column{'s' * (len(missing) > 1)} {', '.join(missing)}"
+        raise FatalError(EXIT_USAGE, f"missing {which} (found: {found}){hint}")
     doubled = [name for name in wanted if names.count(name) > 1]
     if doubled:
         raise FatalError(EXIT_USAGE, f"the column {doubled[0]} is there twice")
     return [names.index(name) for name in wanted]
 
 
-def read_contacts(path: Path, emails: Iterable[str] = ()) -> CsvContents:
-    """Read the export; of `emails` (keys) every row is kept, of others those that recur.
+class CsvPart(NamedTuple):
+    """One file of an export after the first reading."""
 
-    The file is read twice, to hold few of very many rows. Raises Stop(2) where it can't be read, is no UTF-8 CSV,
-    lacks a column or has no usable row.
+    path: Path
+    identity: FileIdentity
+    rows: int
+    header_line: int
+    rows_are_lines: bool  # so that the lines of other rows need not be parsed again
+
+
+def read_contacts(paths: Sequence[Path], emails: Iterable[str] = ()) -> CsvContents:
+    """Read the parts of an export as one; of `emails` every row is stored, of others those that recur.
+
+    Each file is read twice, to hold few of very many rows. Raises FatalError(2) where one can't be read, is no UTF-8
+    CSV or lacks a column, and where there are invalid rows and no other.
     """
     contents = CsvContents()
-    with csv_file(path) as raw:
-        table = CsvTable(raw, COLUMNS.values())
-        header_line = table.rows.line_num
-        wanted = select_rows(table, contents, emails)
-        rows_are_lines = table.rows.line_num - header_line == len(wanted)
-        table = CsvTable(raw, COLUMNS.values())
-        rows: Iterable[Tuple[int, List[str]]] = compress(table, wanted)
-        if rows_are_lines:  # so that the lines of the others need not be taken apart again
-            numbers = compress(range(header_line + 1, header_line + 1 + len(wanted)), wanted)
-            rows = zip(numbers, csv.reader(compress(table.lines, wanted), strict=True))
-        pick = itemgetter(*table.places)
-        _keep_rows(((line, Contact.from_cells(pick(row))) for line, row in rows), contents)
-        invalid = contents.invalid_rows
-        invalid.sort(key=attrgetter("line"))
-        if not contents.contacts_read:
-            why = "; ".join(some([f"line {row.line}: {row.reason}" for row in invalid], 3))
-            problem = f"no usable row, {plural(len(invalid), 'invalid one')} ({why})"
-            raise FatalError(EXIT_USAGE, problem if invalid else "no row but the header")
+    odd: Dict[int, List[InvalidRow]] = {}  # hashes of loose keys that differ from the key, with the invalid rows
+    parts, wanted = select_rows(paths, contents, odd, emails)
+    _store_rows(_wanted_rows(parts, wanted), contents, odd)
+    order = {str(path): index for index, path in enumerate(paths)}
+    contents.invalid_rows.sort(key=lambda row: (order[row.file], row.line))
+    invalid = contents.invalid_rows
+    if invalid and not contents.contacts_read:
+        hint = looks_like(invalid)
+        why = "; ".join(some([f"{place_of(row, len(paths))}: {row.reason}" for row in invalid], 3))
+        words = f"no usable row, {plural(len(invalid), 'invalid one')} ({why})" + (f"; {hint}" if hint else "")
+        raise FatalError(EXIT_USAGE, f"{', '.join(some(list(order), 3))}: {words}")
     return contents
 
 
-def select_rows(table: CsvTable, contents: CsvContents, emails: Iterable[str]) -> bytes:
-    """Check every row, and say of each whether it is to be kept: its email or id recurs, or the email is wanted.
+def place_of(row: InvalidRow, files: int = 1) -> str:
+    return f"{row.file}, line {row.line}" if files > 1 else f"line {row.line}"
+
+
+def select_rows(
+    paths: Sequence[Path], contents: CsvContents, odd: Dict[int, List[InvalidRow]], emails: Iterable[str]
+) -> Tuple[List[CsvPart], bytes]:
+    """Check every row, and tell for each whether it is stored: its email or id recurs, or the email is requested.
 
     A hash stands for a value, so a million rows cost tens of megabytes; two values of one hash do no harm.
     """
+    parts: List[CsvPart] = []
+    keys, ids = array("q"), array("q")  # -1, which no hash is, for a row that is left out
+    for path in paths:
+        with open_table(path, COLUMNS.values()) as (table, identity):
+            header_line, start = table.rows.line_num, len(keys)
+            _survey_rows(table, str(path), contents, keys, ids, odd)
+            count = len(keys) - start
+            parts.append(CsvPart(path, identity, count, header_line, table.rows.line_num - header_line == count))
+    contents.contacts_read = len(keys) - keys.count(-1)
+    named = map(loose_key, emails)
+    wanted_keys = repeated(keys).union(map(hash, chain(named, contents.emails_in_invalid_rows))) - {-1}
+    wanted_ids = repeated(ids) - {-1}
+    return parts, bytes(key in wanted_keys or one in wanted_ids for key, one in zip(keys, ids))
+
+
+def _survey_rows(
+    table: CsvTable,
+    file: str,
+    contents: CsvContents,
+    keys: "array[int]",
+    ids: "array[int]",
+    odd: Dict[int, List[InvalidRow]],
+) -> None:
+    """Check the rows of a file; append the hashes of each row's loose key and id."""
     places = dict(zip(COLUMNS, table.places))
     pick = itemgetter(*(places[name] for name in ("id", "email", "external_ref", "tickets")))
-    keys, ids = array("q"), array("q")  # -1, which no hash is, for a row that is left out
-    line = table.rows.line_num
+    prefixes = (Contact.SYSTEM_PREFIX, Contact.user_prefix)
+    is_plain, is_normalized, width = _PLAIN_ADDRESS.fullmatch, unicodedata.is_normalized, table.width
+    line, problem, data = table.rows.line_num, ("", ""), table.bytes
     for last_line, row in table:
         line, lines = last_line, last_line - line
-        odd = len(row) != table.width or lines > 1 or table.bytes.has_nul
-        problem = (odd and table.shape_error(row)) or Contact.cells_error(*pick(row))
-        if problem:
-            _add_invalid_row(contents, line, row, places["email"], problem)
-        keys.append(-1 if problem else hash(row[places["email"]].strip().casefold()))
-        ids.append(-1 if problem else hash(row[places["id"]]))
-    contents.contacts_read = len(keys) - keys.count(-1)
-    wanted_keys = repeated(keys).union(map(hash, chain(emails, contents.emails_in_invalid_rows))) - {-1}
-    wanted_ids = repeated(ids) - {-1}
-    return bytes(key in wanted_keys or one in wanted_ids for key, one in zip(keys, ids))
+        if len(row) != width or lines > 1 or data.has_nul:
+            problem = table.shape_error(row)
+        if not problem[0]:
+            identity, email, reference, tickets = pick(row)
+            identity, reference, key = identity.strip(), reference.strip(), email.lower()
+            if not (
+                is_plain(email)
+                and (email.isascii() or (key == email == key.casefold() and is_normalized("NFKC", key)))
+                and "xn--" not in key
+                and identity and reference and identity[0] != "'" != reference[0]
+                and parse_count(tickets) is not None
+            ):  # fmt: skip
+                identity, email, reference = map(trimmed_text, (identity, email, reference))
+                problem = Contact.cells_error(identity, email, reference, tickets)
+                key = loose_key(email)
+                if not problem[0] and key != email_key(email):
+                    odd.setdefault(hash(key), [])
+        if problem[0]:
+            _add_invalid_row(contents, file, line, row, places["email"], problem, odd)
+            keys.append(-1)
+            ids.append(-1)
+            problem = ("", "")
+            continue
+        keys.append(hash(key))
+        ids.append(hash(identity))
+        if not reference.startswith(prefixes):
+            contents.other_refs += 1
+            contents.other_ref = min(contents.other_ref or reference, reference)
 
 
 def repeated(values: "array[int]") -> Set[int]:
@@ -1004,35 +1258,79 @@ def repeated(values: "array[int]") -> Set[int]:
     return found
 
 
-def _add_invalid_row(contents: CsvContents, line: int, row: Sequence[str], place: int, reason: str) -> None:
+def _add_invalid_row(
+    contents: CsvContents,
+    file: str,
+    line: int,
+    row: Sequence[str],
+    place: int,
+    problem: Tuple[str, str],
+    odd: Dict[int, List[InvalidRow]],
+) -> None:
     """Leave a row out, and with it all groups whose email stands in any of its fields; a blank row is nothing."""
     if not row:
         return
-    email = row[place].strip() if place < len(row) else ""
-    contents.invalid_rows.append(InvalidRow(line, reason, email[:320] or None))
-    cells = {*row, *(value.replace(_NUL_MARK, "") for value in row)}
-    text = ",".join(cells)
-    words = {*cells, *re.split(r"[,\r\n]", text), *_ADDRESS.findall(text)}
-    contents.emails_in_invalid_rows.update(word.strip().casefold() for word in words)
+    email = trimmed_text(row[place]).replace(_NUL_MARK, "") if place < len(row) else ""
+    invalid = InvalidRow(file, line, *problem, email[:320] or None)
+    contents.invalid_rows.append(invalid)
+    words: Set[str] = set()
+    for cell in row:
+        if any(sign in cell for sign in _AT_SIGNS):
+            text = cell.replace(_NUL_MARK, "")
+            words.update((text, trimmed_text(text), *re.split(r"[,\r\n]", text), *re.split(r"[\s,;<>\"]+", text)))
+            words.update(re.findall(r"[^\s,;\"<>()\[\]{}:|]+", text))
+    contents.emails_in_invalid_rows.update(map(loose_key, words))
+    if "@" in email:
+        odd.setdefault(hash(loose_key(email)), []).append(invalid)
 
 
-def _keep_rows(rows: Iterable[Tuple[int, Contact]], contents: CsvContents) -> None:
-    """Take each row once; rows of one id that differ are invalid."""
-    by_id: Dict[str, List[Tuple[int, Contact]]] = {}
-    for line, contact in rows:
+def _wanted_rows(parts: Sequence[CsvPart], wanted: bytes) -> Iterator[Tuple[str, int, Contact]]:
+    """Read the files again, as far as they have rows that are wanted; yields file, line and contact."""
+    start = 0
+    for part in parts:
+        mine = wanted[start : start + part.rows]
+        start += part.rows
+        with open_table(part.path, COLUMNS.values(), part.identity) as (table, _):
+            pick, first = itemgetter(*table.places), part.header_line + 1
+            rows: Iterable[Tuple[int, List[str]]] = compress(table, mine)
+            if part.rows_are_lines:
+                rows = zip(compress(range(first, first + part.rows), mine), table.parse(compress(table.lines, mine)))
+            for line, row in rows:
+                yield str(part.path), line, Contact.from_cells(pick(row))
+
+
+def _store_rows(
+    rows: Iterable[Tuple[str, int, Contact]], contents: CsvContents, odd: Mapping[int, Sequence[InvalidRow]]
+) -> None:
+    """Take each row once; rows of one id that differ are invalid. Find the look-alikes among all of them."""
+    by_id: Dict[str, List[Tuple[str, int, Contact]]] = {}
+    similar: Dict[str, List[Tuple[str, str, int]]] = {}  # loose key -> email, file and line
+    for invalid in chain.from_iterable(odd.values()):
+        email = str(invalid.email)
+        similar.setdefault(loose_key(email), []).append((email, invalid.file, invalid.line))
+    for file, line, contact in rows:
         variants = by_id.setdefault(contact.id, [])
-        if any(contact == other for _, other in variants):
+        if odd and (contact.is_user or contact.is_system) and hash(loose_key(contact.email)) in odd:
+            similar.setdefault(loose_key(contact.email), []).append((contact.email, file, line))
+        if any(contact == other for _, _, other in variants):
             contents.contacts_read -= 1
+            contents.other_refs -= not (contact.is_user or contact.is_system)
         else:
-            variants.append((line, contact))
+            variants.append((file, line, contact))
             contents.contacts.append(contact)
     for variants in by_id.values():
-        for line, contact in variants if len(variants) > 1 else ():
-            other_line, other = next(variant for variant in variants if variant[0] != line)
+        for file, line, contact in variants if len(variants) > 1 else ():
+            other_file, other_line, other = next(one for one in variants if one[:2] != (file, line))
             differing = [COLUMNS[name] for name in COLUMNS if getattr(contact, name) != getattr(other, name)]
-            reason = f"the {COLUMNS['id']} of line {other_line} with another {', '.join(differing)}"
-            contents.invalid_rows.append(InvalidRow(line, reason, contact.email.strip()[:320]))
-            contents.emails_in_invalid_rows.add(contact.key)
+            where = f"line {other_line}" if other_file == file else f"{other_file}, line {other_line},"
+            reason = f"the {COLUMNS['id']} of {where} with another {', '.join(differing)}"
+            contents.invalid_rows.append(InvalidRow(file, line, "conflict", reason, contact.email[:320]))
+            contents.emails_in_invalid_rows.add(loose_key(contact.email))
+    for _, found in sorted(similar.items()):
+        emails = sorted({email_key(email) for email, _, _ in found})
+        if len(emails) > 1:
+            lines = [{"email": email, "file": file, "line": line} for email, file, line in sorted(set(found))]
+            contents.look_alikes.append({"emails": emails, "lines": lines})
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1178,15 +1476,22 @@ class Group:
     pairs: List[Pair]
     requesting: Optional[Pair] = None  # the pair that is being asked for
     chosen: str = ""  # the reference that --choices names for the email
+    age_undecided: bool = False  # which contact is the oldest could not be read from the CSV
+    dropped: Tuple["Dropped", ...] = ()  # pairs that the live check has found to be no pairs any more
 
     @property
     def primary(self) -> Contact:
         return self.pairs[0].primary
 
     def contacts(self) -> List[Contact]:
-        """The primary, the duplicate that is being asked for, and every other that has not been asked to go yet."""
-        duplicates = (pair.duplicate for pair in self.pairs if pair.state is State.PLANNED or pair is self.requesting)
-        return [self.primary, *duplicates]
+        """The primary, the duplicate whose merge is being requested, and every other whose merge is still planned."""
+        return [self.primary, *(pair.duplicate for pair in self.pending())]
+
+    def pending(self) -> List[Pair]:
+        """The pairs that are still to be merged."""
+        dropped = {one.pair.ids for one in self.dropped}
+        planned = (pair for pair in self.pairs if pair.state is State.PLANNED or pair is self.requesting)
+        return [pair for pair in planned if pair.ids not in dropped]
 
     def all_contacts(self) -> List[Contact]:
         return [self.primary, *(pair.duplicate for pair in self.pairs)]
@@ -1194,6 +1499,7 @@ class Group:
     def primary_ref(self) -> str:
         """The reference that the primary has now, as far as this tool has moved one to it."""
         moved = [pair.new_ref for pair in self.pairs if pair.new_ref and pair.state in (State.VERIFYING, State.DONE)]
+        moved += [one.pair.new_ref for one in self.dropped if one.code == "already_merged" and one.pair.new_ref]
         return moved[0] if moved else self.primary.external_ref
 
     def has_absorbed(self) -> bool:
@@ -1215,16 +1521,63 @@ class Group:
             return pair.new_ref != self.final_ref()
         return pair.duplicate.external_ref == self.final_ref()
 
-    def warnings(self) -> List[str]:
-        """What speaks for a shared mailbox rather than a person, in a group that a choice joins."""
-        if not self.chosen:
-            return []
-        all_contacts = self.all_contacts()
-        names = {one.name.casefold(): one.name for one in all_contacts if one.name != one.short_id}
-        found = [f"joins {len(all_contacts)} contacts"] if len(all_contacts) > 3 else []
-        if len(names) > 1:
-            found.append(f"joins different names: {', '.join(sorted(names.values()))}")
+    def warnings(self) -> List[Tuple[str, str]]:
+        """Codes and words of what a person should know before the group is merged."""
+        contacts = self.all_contacts()
+        found: List[Tuple[str, str]] = []
+        if self.chosen and len(contacts) > mailbox_limit(self.email):
+            found.append(("shared_mailbox", f"joins {len(contacts)} contacts of what looks like a shared mailbox"))
+        names = different_names(self.email, contacts)
+        if names:
+            found.append(("names_differ", f"joins different names: {', '.join(some(names, 6))}"))
+        if self.age_undecided:
+            words = f"age could not decide which contact is the primary: the smallest id did ({self.primary.short_id})"
+            found.append(("age_undecided", words))
         return found
+
+
+def different_names(email: str, contacts: Iterable[Contact]) -> List[str]:
+    """Return the names of contacts that may not be one person's, none where they may.
+
+    Case does not count, nor does a name that is the address, its local part or the short id, nor a name all of whose
+    words are in the other.
+    """
+    contacts = list(contacts)
+    if len({contact.display_name.casefold() for contact in contacts}) == 1 and contacts[0].display_name.strip():
+        return []
+    names: Dict[FrozenSet[str], str] = {}
+    for contact in contacts:
+        for name in (contact.display_name.strip(), contact.full_name.strip()):
+            folded = name.casefold()
+            if folded and folded not in (
+                email.casefold(),
+                email.rpartition("@")[0].casefold(),
+                contact.short_id.casefold(),
+            ):
+                names.setdefault(frozenset(re.findall(r"\w+", unicodedata.normalize("NFKC", folded))), name)
+                break
+    keys = list(names)
+    differ = any(not (one <= other or other <= one) for index, one in enumerate(keys) for other in keys[:index])
+    return sorted(names.values()) if differ else []
+
+
+# The whole local part of an address, before any `+`.
+ROLE_ADDRESSES = frozenset((
+    "info", "support", "help", "helpdesk", "service", "sales", "contact", "hello", "office", "team", "admin",
+    "administrator", "billing", "accounts", "accounting", "finance", "hr", "jobs", "careers", "marketing", "press",
+    "media", "legal", "privacy", "security", "abuse", "postmaster", "hostmaster", "webmaster", "root", "mail", "email",
+    "reception", "orders", "booking", "bookings", "customerservice", "customer-service", "customercare", "feedback",
+))  # fmt: skip
+PLACEHOLDER_ADDRESSES = frozenset((
+    "noreply", "no-reply", "no_reply", "donotreply", "do-not-reply", "none", "null", "nobody", "unknown", "anonymous",
+    "test", "na", "n-a", "noemail", "no-email", "invalid",
+))  # fmt: skip
+
+
+def mailbox_limit(email: str) -> int:
+    """Return with how many contacts an address is still taken for one person's."""
+    local = email.strip().rpartition("@")[0].partition("+")[0].lower()
+    return 1 if local in PLACEHOLDER_ADDRESSES else 2 if local in ROLE_ADDRESSES else 3
 
 
 class SkippedGroup(NamedTuple):
@@ -1233,6 +1586,10 @@ class SkippedGroup(NamedTuple):
     email: str
     code: str
     contacts: List[Contact]
+    details: str = ""  # the reason, where it is not the one of all groups with this code
+
+    def reason(self) -> str:
+        return self.details or skip_words(self.code)[0]
 
     def choice_lines(self) -> Dict[str, Contact]:
         """The lines of CSV of which --choices may take one, each with the contact whose reference it keeps."""
@@ -1240,6 +1597,12 @@ class SkippedGroup(NamedTuple):
             return {}
         users = [contact for contact in self.contacts if contact.is_user]
         return {csv_line(self.email, contact.external_ref): contact for contact in users or self.contacts}
+
+
+def skip_words(code: str) -> Tuple[str, str]:
+    """Return what a skip's code means and what to do, with the prefix of the user's own application."""
+    meaning, advice = (text.replace("user_", Contact.user_prefix) for text in CODES[code][:2])
+    return meaning, advice
 
 
 @dataclass
@@ -1257,6 +1620,26 @@ class Plan:
     id: str = ""  # of `plan_id`
     left_alone: Dict[str, str] = field(default_factory=dict)  # email -> why there is nothing to merge
     overruled: Set[Tuple[str, str]] = field(default_factory=set)  # pairs of earlier runs that contradict it
+    look_alikes: List[Json] = field(default_factory=list)
+    other_refs: int = 0  # contacts that take no part
+    other_ref: str = ""  # an example
+
+    def others_line(self) -> str:
+        """Say how many contacts take no part because of their reference, `""` where all do."""
+        if not self.other_refs:
+            return ""
+        with_refs = f"{plural(self.other_refs, 'contact')} with other references, for example {self.other_ref[:60]},"
+        return f"{with_refs} take{'s' * (self.other_refs == 1)} no part"
+
+    def warnings(self) -> List[Json]:
+        """What a person should know of the groups that are still to be merged, one entry for each group and code."""
+        groups = (group for group in self.groups if any(pair.state not in ENDED for pair in group.pairs))
+        return [
+            {"email": group.email, "code": code, "warning": words}
+            for group in groups
+            for code, words in group.warnings()
+        ]
+
     revived: List[Pair] = field(default_factory=list)  # were cancelled, and are named with --email now
     left_out: List[Pair] = field(default_factory=list)  # by the live check, while others of their group went on
 
@@ -1267,11 +1650,11 @@ class Plan:
         return sum(1 for _ in self.pairs())
 
 
-def plan_id(groups: Iterable[Group], count_policy: str, timelines: bool) -> str:
-    """Name what all groups of a CSV come to: who is merged into whom with which reference, and on what backup."""
+def plan_id(groups: Iterable[Group], **options: Any) -> str:
+    """Name what all groups of a CSV come to: what is merged into what with which reference, and by which `options`."""
     pairs = sorted(json.dumps([*pair.ids, pair.new_ref]) for group in groups for pair in group.pairs)
-    whole = "\n".join([count_policy, str(timelines), *pairs])
-    return hashlib.sha256(whole.encode("ascii")).hexdigest()[:12]
+    lines = "\n".join([json.dumps(options, sort_keys=True), *pairs])
+    return hashlib.sha256(lines.encode("ascii")).hexdigest()[:12]
 
 
 def csv_line(*cells: str) -> str:
@@ -1283,44 +1666,162 @@ def csv_line(*cells: str) -> str:
 def read_choices(path: Path) -> Dict[str, str]:
     """Read which contact of an email is the one to keep: a CSV of EMAIL and EXTERNAL_REF, as key -> reference.
 
-    Raises Stop(2) where the file can't be read, lacks a column, or has a row that is no choice or a second one.
+    Raises FatalError(2) where the file can't be read, lacks a column, or has a row that is no choice or a second one.
     """
     choices: Dict[str, str] = {}
     lines: Dict[str, int] = {}
-    with csv_file(path) as raw:
-        table = CsvTable(raw, ("EMAIL", "EXTERNAL_REF"))
+    with open_table(path, ("EMAIL", "EXTERNAL_REF")) as (table, _):
         for line, row in table:
             if not row:
                 continue
             if len(row) != table.width:
                 raise FatalError(EXIT_USAGE, f"line {line}: {plural(len(row), 'field')} instead of {table.width}")
-            email, reference = (row[place].strip() for place in table.places)
-            key = email.casefold()
+            email, reference = (trimmed_text(row[place]) for place in table.places)
+            key = email_key(email)
             if not key or not reference:
                 raise FatalError(EXIT_USAGE, f"line {line}: empty {'EXTERNAL_REF' if key else 'EMAIL'}")
             if key in choices:
-                raise FatalError(EXIT_USAGE, f"line {line}: a second choice for {key} (the first: line {lines[key]})")
+                words = (
+                    f"a second choice for {key} (the first: line {lines[key]}); cut the file down to one line a group"
+                )
+                raise FatalError(EXIT_USAGE, f"line {line}: {words}")
             choices[key], lines[key] = reference, line
     return choices
 
 
-def detect(contents: CsvContents, choices: Mapping[str, str] = {}) -> Plan:
+def choices_template(skipped: Iterable[SkippedGroup]) -> Iterator[bytes]:
+    """Yield the lines of a file for --choices, a line for each contact that may be kept of the skipped groups.
+
+    The further columns are there to decide by, and are ignored when it is read.
+    """
+    columns = ("EMAIL", "EXTERNAL_REF", "DISPLAY_NAME", "TICKET_COUNT", "CREATED_AT", "REV_USER_ID", "CONTACTS")
+    yield ("\ufeff" + csv_line(*columns) + "\n").encode("utf-8")
+    for group in skipped:
+        for contact in group.choice_lines().values():
+            cells = (
+                group.email, contact.external_ref, contact.name, str(contact.tickets), contact.created, contact.id,
+                str(len(group.contacts)),
+            )  # fmt: skip
+            yield (csv_line(*map(guard_cell, cells)) + "\n").encode("utf-8", "backslashreplace")
+
+
+_CLOCK = (
+    r"(?:(?:\s*,\s*|\s+at\s+|\s+|T)(?P<hour>\d{1,2})[:.](?P<minute>\d\d)(?:[:.](?P<second>\d\d)(?:[.,](?P<part>\d+))?)?"
+    r"(?:\s*(?P<half>[ap])\.?m\.?)?)?"
+)
+_ZONE = (
+    r"\s*(?:Z|UTC|GMT)?\s*(?:(?P<sign>[+-])(?P<east>\d{1,2})(?::?(?P<odd>\d\d))?)?\s*(?:Z|UTC|GMT)?(?:\s*\([^)]*\))?"
+)
+_WEEKDAY = r"(?:[a-z]{3,9}\.?,?\s+)?"
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_DATES = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"(?P<year>\d{4})(?P<mark>[-/.])(?P<month>\d{1,2})(?P=mark)(?P<day>\d{1,2})" + _CLOCK + _ZONE,
+        r"(?P<year>\d{4})(?P<month>\d\d)(?P<day>\d\d)(?:T?(?P<hour>\d\d):?(?P<minute>\d\d)(?::?(?P<second>\d\d))?)?"
+        + _ZONE,
+        _WEEKDAY + r"(?P<day>\d{1,2})[-\s./]+(?P<name>[a-z]{3,9})\.?[-\s,./]+(?P<year>\d{4}|\d\d)" + _CLOCK + _ZONE,
+        _WEEKDAY + r"(?P<name>[a-z]{3,9})\.?\s+(?P<day>\d{1,2})(?:st|nd|rd|th)?,?\s+(?P<year>\d{4})" + _CLOCK + _ZONE,
+        _WEEKDAY + r"(?P<name>[a-z]{3,9})\s+(?P<day>\d{1,2})" + _CLOCK + _ZONE + r"\s+(?P<year>\d{4})",
+        r"(?P<first>\d{1,2})(?P<mark>[-/.])(?P<other>\d{1,2})(?P=mark)(?P<year>\d{4})" + _CLOCK + _ZONE,
+        r"(?P<first>\d{1,2})(?P<mark>[/.])(?P<other>\d{1,2})(?P=mark)(?P<year>\d\d)" + _CLOCK + _ZONE,
+    )
+)
+_EPOCHS = {9: 9, 10: 9, 12: 6, 13: 6, 15: 3, 16: 3, 18: 0, 19: 0}  # digits of an epoch time -> zeros to nanoseconds
+_DAY = 86_400 * 10**9
+
+
+def parse_instants(text: str) -> Tuple[Optional[int], Optional[int]]:
+    """Return the time that a cell holds, in nanoseconds since 1970, read as month/day/year and as day/month/year.
+
+    The two differ only for dates such as 1/2/2024; None where a reading makes no date. A time without a zone is UTC;
+    zones by other names than UTC and GMT are not known.
+    """
+    text = text.strip()
+    number = re.fullmatch(r"(\d{5}|\d{9,10}|\d{12,13}|\d{15,16}|\d{18,19})(?:\.(\d{1,9})\d*)?", text)
+    if number:
+        whole, part = number.group(1), int((number.group(2) or "0").ljust(9, "0"))
+        if len(whole) in _EPOCHS:
+            found = int(whole) * 10 ** _EPOCHS[len(whole)] + (part if len(whole) < 12 else 0)
+        else:  # the days of a spreadsheet since the end of 1899
+            found = (int(whole) - 25_569) * _DAY + part * 86_400
+        return found, found
+    match = next(filter(None, (one.fullmatch(text) for one in _DATES)), None) if len(text) < 100 else None
+    if not match:
+        return None, None
+    cells = match.groupdict()
+    year, name = int(cells["year"]), (cells.get("name") or "")[:3].lower()
+    year += 0 if len(cells["year"]) == 4 else 2000 if year < 69 else 1900
+    if "first" in cells:
+        first, other = int(cells["first"]), int(cells["other"])
+        readings = [(other, first)] * 2 if cells["mark"] == "." else [(first, other), (other, first)]
+    else:
+        month = int(cells.get("month") or 0) or (_MONTHS.index(name) + 1 if name in _MONTHS else 0)
+        readings = [(month, int(cells["day"]))] * 2
+    hour, minute, second = (int(cells.get(part) or 0) for part in ("hour", "minute", "second"))
+    if cells.get("half"):
+        hour = -1 if not 1 <= hour <= 12 else hour % 12 + 12 * (cells["half"].lower() == "p")
+    offset = (int(cells["east"] or 0) * 60 + int(cells["odd"] or 0)) * (-60 if cells["sign"] == "-" else 60)
+    part = int((cells.get("part") or "0")[:9].ljust(9, "0"))
+    found_instants: List[Optional[int]] = []
+    for month, day in readings:
+        try:
+            when = datetime(year, month, day, hour, minute, second) - datetime(1970, 1, 1)
+            found_instants.append((when.days * 86_400 + when.seconds - offset) * 10**9 + part)
+        except ValueError:
+            found_instants.append(None)
+    return found_instants[0], found_instants[1]
+
+
+def rank(contacts: Iterable[Contact]) -> Tuple[List[Contact], bool]:
+    """Order contacts of one kind: most tickets first, then the oldest, then the smallest id. Return them, and whether
+    age could not decide which is first.
+
+    Where one of the tied dates can't be read, or the first depends on whether 1/2/2024 is in January, the id decides.
+    """
+    by_id = sorted(contacts, key=attrgetter("id"))
+    if len(by_id) < 2:
+        return by_id, False
+    tied: Dict[int, List[Contact]] = {}
+    for contact in by_id:
+        tied.setdefault(contact.tickets, []).append(contact)
+    ranked: List[Contact] = []
+    undecided = False
+    for tickets in sorted(tied, reverse=True):
+        equal = tied[tickets]
+        if len(equal) > 1:
+            instants = [parse_instants(contact.created) for contact in equal]
+            orders = [
+                [contact for _, contact in sorted(zip(column, equal), key=itemgetter(0))]
+                for column in zip(*instants)
+                if None not in column
+            ]
+            if orders and all(order[0] is orders[0][0] for order in orders):
+                equal = orders[0]
+            else:
+                undecided = undecided or not ranked
+        ranked += equal
+    return ranked, undecided
+
+
+def detect(contents: CsvContents, choices: Mapping[str, str] = {}, primary: str = "revu") -> Plan:
     """Find the groups to merge and the groups to skip, ordered by email; `choices` as `read_choices` gives them.
 
-    Raises Stop(2) where a choice can't be followed, unless its group is not known whole and is skipped anyway.
+    Raises FatalError(2) where a choice can't be followed, unless its group may not be complete and is skipped anyway.
     """
-    by_email: Dict[str, List[Contact]] = {
-        email: [] for email in choices if email not in contents.emails_in_invalid_rows
-    }
+    broken = contents.emails_in_invalid_rows
+    by_email: Dict[str, List[Contact]] = {email: [] for email in choices if loose_key(email) not in broken}
     for contact in contents.contacts:
         by_email.setdefault(contact.key, []).append(contact)
-    plan = Plan([], [], contents.invalid_rows, contents.contacts_read)
+    plan = Plan(
+        [], [], contents.invalid_rows, contents.contacts_read, look_alikes=contents.look_alikes,
+        other_refs=contents.other_refs, other_ref=contents.other_ref,
+    )  # fmt: skip
     problems: List[str] = []
     for email in sorted(by_email):
+        is_broken = bool(broken) and loose_key(email) in broken
         try:
-            found = classify_group(
-                email, by_email[email], email in contents.emails_in_invalid_rows, choices.get(email, "")
-            )
+            found = classify_group(email, by_email[email], is_broken, choices.get(email, ""), primary)
         except PairError as error:
             problems.append(str(error))
             continue
@@ -1330,26 +1831,30 @@ def detect(contents: CsvContents, choices: Mapping[str, str] = {}) -> Plan:
             plan.skipped.append(found)
         else:
             taking_part = sum(contact.is_user or contact.is_system for contact in by_email[email])
-            plan.left_alone[email] = f"{plural(taking_part, 'contact')} with a REVU- or user_ reference, none to merge"
+            kinds = f"{Contact.SYSTEM_PREFIX} or {Contact.user_prefix}"
+            plan.left_alone[email] = f"{plural(taking_part, 'contact')} with a {kinds} reference, none to merge"
     if problems:
         raise FatalError(EXIT_USAGE, f"choices that can't be followed: {'; '.join(some(problems, 3))}")
     return plan
 
 
 def classify_group(
-    email: str, contacts: Iterable[Contact], broken: bool = False, choice: str = ""
+    email: str, contacts: Iterable[Contact], broken: bool = False, choice: str = "", primary: str = "revu"
 ) -> Union[Group, SkippedGroup, None]:
     """Decide what becomes of the contacts of one email: a group to merge, a skip with its reason, or nothing.
 
-    Raises PairError where `choice`, a reference, is not that of one contact that may be kept.
+    `primary` says which contact remains where there is one of each kind, the system-made `revu` or the application's
+    `user`. Raises PairError where `choice`, a reference, is not that of one contact that may be kept.
     """
-    ranked = sorted(contacts, key=lambda c: (-c.tickets, c.created or "~", c.id))
-    users = [contact for contact in ranked if contact.is_user]
-    system = [contact for contact in ranked if contact.is_system]
+    contacts = list(contacts)
+    users, _ = rank(contact for contact in contacts if contact.is_user)
+    system, undecided = rank(contact for contact in contacts if contact.is_system)
     if broken:
         return SkippedGroup(email, "invalid_row", users + system) if users or system else None
     if choice:
         kept = resolve_choice(email, users, system, choice)
+    elif len(users) + len(system) > mailbox_limit(email):
+        return SkippedGroup(email, "shared_mailbox", users + system)
     elif len(users) > 1:
         return SkippedGroup(email, "several_user_refs", users + system)
     elif len(system) > 1 and not users:
@@ -1358,11 +1863,11 @@ def classify_group(
         (kept,) = users
     else:
         return None
-    primary = system[0] if kept.is_user and system else kept
-    others = [contact for contact in (*users, *system) if contact is not primary and contact is not kept]
-    pairs = [] if kept is primary else [Pair(primary, kept, kept.external_ref)]
-    pairs += [Pair(primary, other, None) for other in others]
-    return Group(email, pairs, chosen=choice) if pairs else None
+    remaining = system[0] if kept.is_user and system and primary == "revu" else kept
+    others = [contact for contact in (*users, *system) if contact is not remaining and contact is not kept]
+    pairs = [] if kept is remaining else [Pair(remaining, kept, kept.external_ref)]
+    pairs += [Pair(remaining, other, None) for other in others]
+    return Group(email, pairs, chosen=choice, age_undecided=undecided and remaining is not kept) if pairs else None
 
 
 def resolve_choice(email: str, users: Sequence[Contact], system: Sequence[Contact], choice: str) -> Contact:
@@ -1373,11 +1878,55 @@ def resolve_choice(email: str, users: Sequence[Contact], system: Sequence[Contac
     if found:
         why = f"{len(found)} contacts have it"
     elif any(contact.external_ref.strip() == choice for contact in system):
-        why = "the application knows this person by a user_ reference, which has to stay"
+        why = f"the application knows this person by a {Contact.user_prefix} reference, which has to stay"
     else:
         why = "no contact of this email has it"
-    there = ", ".join(contact.external_ref for contact in candidates) or "nothing"
+    there = ", ".join(some([contact.external_ref for contact in candidates], 10)) or "nothing"
     raise PairError("bad_choice", f"{choice} for {email}: {why} (to choose from: {there})")
+
+
+class HistoryRow(NamedTuple):
+    """A merge of an earlier run that is not to be repeated unasked. `new_id` is the contact that an undo created."""
+
+    email: str
+    ids: Tuple[str, str]  # primary and duplicate
+    code: str  # `undone` or `cancelled`
+    new_id: str = ""
+
+
+def blocked_by_history(groups: Iterable[Group], rows: Iterable[HistoryRow]) -> Dict[str, str]:
+    """Return the emails of groups that repeat a merge which was undone or cancelled, each with the code.
+
+    A group repeats it that has its address, or two of its contacts in whatever role. A contact that an undo created
+    stands for its old id, also where that one had been created so.
+    """
+    rows = list(rows)
+    old_ids = {row.new_id: row.ids[1] for row in rows if row.new_id}
+
+    def original(identity: str) -> str:
+        seen = {identity}
+        while old_ids.get(identity, identity) not in seen:
+            identity = old_ids[identity]
+            seen.add(identity)
+        return identity
+
+    codes: Dict[str, str] = {}  # by email
+    by_pair: Dict[FrozenSet[str], str] = {}
+    partners: Dict[str, Set[str]] = {}
+    for row in sorted(rows, key=lambda row: row.code != "undone"):
+        codes.setdefault(row.email, row.code)
+        one, other = map(original, row.ids)
+        by_pair.setdefault(frozenset((one, other)), row.code)
+        partners.setdefault(one, set()).add(other)
+        partners.setdefault(other, set()).add(one)
+    blocked: Dict[str, str] = {}
+    for group in groups if rows else ():
+        ids = {original(contact.id) for contact in group.all_contacts()}
+        found = [codes[group.email]] if group.email in codes else []
+        found += [by_pair[frozenset((one, other))] for one in ids for other in partners.get(one, set()) & ids]
+        if found:
+            blocked[group.email] = max(found)  # `undone` before `cancelled`
+    return blocked
 
 
 def live_contact_error(contact: Contact, live: Optional[Json], external_ref: str) -> Optional[PairError]:
@@ -1387,48 +1936,147 @@ def live_contact_error(contact: Contact, live: Optional[Json], external_ref: str
     """
     name = contact.short_id
     if live is None:
-        return PairError("not_found", f"{name} is not in DevRev any more")
+        return PairError("not_found", f"{name} is not in DevRev any more; leave its row out of the export")
     state, reference = live.get("state"), live.get("external_ref")
-    if state != "active":
-        return PairError("not_active", f"{name} is {state or 'of unknown state'}, not active")
+    if state != "active" or live.get("primary_identity"):
+        what = "merged into another contact" if live.get("primary_identity") else state or "of unknown state"
+        hint = "; leave its row out of the export" if is_gone(live) else ""
+        return PairError("not_active", f"{name} is {what}, not active{hint}")
     if email_of(live) != contact.key:
         return PairError("email_changed", f"{name} has another email now: {live.get('email') or 'none'}")
     if reference != external_ref:
         return PairError("external_ref_changed", f"{name} has another reference now: {reference or 'none'}")
+    own = {external_ref, contact.short_id, None, ""}
+    refs = live.get("external_refs")
+    more = [str(one) for one in refs if one not in own] if isinstance(refs, list) else []
+    if more:
+        words = f"{name} has several references ({', '.join(some([external_ref, *more], 4))})"
+        return PairError("several_external_refs", f"{words}, and what setting one does to the others is not known")
     return None
+
+
+def is_gone(live: Optional[Json]) -> bool:
+    """Whether DevRev has no such contact any more: not found, deleted, or merged into another."""
+    return live is None or live.get("state") == "deleted" or bool(live.get("primary_identity"))
 
 
 def rev_org_id(user: Json) -> Optional[str]:
     rev_org = user.get("rev_org")
-    return str(rev_org.get("id")) if isinstance(rev_org, dict) else None
+    identity = rev_org.get("id") if isinstance(rev_org, dict) else rev_org
+    return str(identity) if identity else None
 
 
-def live_group_error(group: Group, live: Mapping[str, Json], namesakes: Iterable[Json]) -> Optional[PairError]:
-    """The first reason why a group must not be merged as DevRev has its contacts now; None if there is none.
+class Dropped(NamedTuple):
+    """A pair that the live check takes out of its group, while the others go on."""
 
-    `live` maps ids to rev_users, `namesakes` are all rev_users that DevRev lists for the group's email.
+    pair: Pair
+    code: str  # `already_gone`, `already_merged` or `different_rev_org`
+    reason: str
+
+
+class LiveCheck(NamedTuple):
+    """What DevRev says of a group now: the error that refuses it, if any, else the pairs that are dropped from it."""
+
+    error: Optional[PairError] = None
+    dropped: Tuple[Dropped, ...] = ()
+
+    @property
+    def already_merged(self) -> bool:
+        """Whether the reference has moved already, by a run that this savepoint does not know."""
+        return any(one.code == "already_merged" for one in self.dropped)
+
+
+LIVE_CODES = (
+    "not_found", "not_active", "email_changed", "external_ref_changed", "several_external_refs", "shared_mailbox",
+    "several_user_refs", "group_changed", "unverified", "different_rev_org",
+)  # fmt: skip
+
+
+def check_live(
+    group: Group,
+    live: Mapping[str, Optional[Json]],
+    listed: Iterable[Json],
+    unverified: Optional[Collection[str]] = None,
+    across_workspaces: bool = False,
+    try_unverified: bool = False,
+) -> LiveCheck:
+    """Compare a group with DevRev as it is now. Of several errors the first in the order of LIVE_CODES counts.
+
+    `live` maps the ids of the group's contacts to rev_users, `listed` are the rev_users that DevRev lists for its
+    addresses, `unverified` the ids that are known to be unverified (None where nothing is known).
     """
-    contacts = group.contacts()
-    for contact in contacts:
-        expected = group.primary_ref() if contact is group.primary else contact.external_ref
-        problem = live_contact_error(contact, live.get(contact.id), expected)
-        if problem:
-            return problem
-    orgs = {rev_org_id(live[contact.id]) for contact in contacts}
-    if len(orgs) > 1:
-        words = f"the contacts belong to different rev orgs: {', '.join(sorted(map(str, orgs)))}"
-        return PairError("different_rev_org", words)
+    primary, dropped = group.primary, dropped_pairs(group, live, across_workspaces)
+    gone = {one.pair.ids for one in dropped}
+    pairs = [pair for pair in group.pending() if pair.ids not in gone]
+    moved = [one.pair.new_ref for one in dropped if one.code == "already_merged"]
+    expected = (moved and moved[0]) or group.primary_ref()
+    errors = [live_contact_error(primary, live.get(primary.id), expected)]
+    for pair in pairs:
+        duplicate = live.get(pair.duplicate.id)
+        errors.append(live_contact_error(pair.duplicate, duplicate, pair.duplicate.external_ref))
+        if duplicate and pair.new_ref and not across_workspaces and orgs_differ(live.get(primary.id), duplicate):
+            words = (
+                f"{into(pair)}: they belong to different workspaces (rev orgs), and {pair.new_ref} would have to move"
+            )
+            errors.append(PairError("different_rev_org", words))
+        ids = {identity: known_unverified(live.get(identity), identity, unverified) for identity in pair.ids}
+        if ids[pair.duplicate.id] and not ids[primary.id] and not try_unverified:
+            words = f"{into(pair)}: DevRev does not merge an unverified contact into a verified one"
+            errors.append(PairError("unverified", f"{words} (--try-unverified requests it all the same)"))
+    errors.append(live_group_error(group, live, listed) if pairs else None)
+    found = sorted((error for error in errors if error), key=lambda error: LIVE_CODES.index(error.code))
+    return LiveCheck(found[0]) if found else LiveCheck(None, tuple(dropped))
+
+
+def dropped_pairs(group: Group, live: Mapping[str, Optional[Json]], across_workspaces: bool) -> List[Dropped]:
+    """The pairs of a group that are none any more and keep the others from nothing."""
+    dropped: List[Dropped] = []
+    primary = live.get(group.primary.id)
+    for pair in group.pending():
+        duplicate = live.get(pair.duplicate.id)
+        name, never_requested = pair.duplicate.short_id, pair.state is State.PLANNED and not pair.first_requested_at
+        if is_gone(duplicate) and never_requested:
+            if not pair.new_ref:
+                dropped.append(Dropped(pair, "already_gone", f"{name} no longer exists in DevRev"))
+            elif primary and not is_gone(primary) and primary.get("external_ref") == pair.new_ref:
+                words = f"{into(pair)} looks merged already, by a run in another folder? The primary has {pair.new_ref}"
+                dropped.append(Dropped(pair, "already_merged", words))
+        elif never_requested and not pair.new_ref and not across_workspaces and orgs_differ(primary, duplicate):
+            words = f"{name} belongs to another workspace (rev org) than {pair.primary.short_id}"
+            dropped.append(Dropped(pair, "different_rev_org", words))
+    return dropped
+
+
+def orgs_differ(one: Optional[Json], other: Optional[Json]) -> bool:
+    """Whether two contacts belong to different rev orgs; one without a rev org conflicts with nothing."""
+    orgs = {rev_org_id(user) for user in (one, other) if user}
+    return len(orgs - {None}) > 1
+
+
+def known_unverified(live: Optional[Json], identity: str, unverified: Optional[Collection[str]]) -> bool:
+    """Whether a contact is known to be unverified: its own answer counts, else the list of those that are."""
+    verified = (live or {}).get("is_verified")
+    return verified is False if isinstance(verified, bool) else identity in (unverified or ())
+
+
+def live_group_error(group: Group, live: Mapping[str, Optional[Json]], listed: Iterable[Json]) -> Optional[PairError]:
+    """Count the contacts of an address again, by what DevRev lists for it; None where the group is still known."""
+    merged = {pair.duplicate.id for pair in group.pairs if pair.state in (*UNFINISHED, *ENDED)}
     known = {contact.id for contact in group.all_contacts()}
-    for other in namesakes:
-        stranger = contact_of(other)
-        is_new = stranger.id not in known and stranger.key == group.email
-        if is_new and stranger.is_user and other.get("state") == "active":
-            words = f"DevRev has another user_ contact of this email by now: {stranger.external_ref}"
+    users = {user["id"]: user for user in (*listed, *filter(None, live.values())) if user["id"] not in merged}
+    there = [contact_of(user) for user in users.values() if not is_gone(user)]
+    there = [one for one in there if one.key == group.email and (one.is_user or one.is_system)]
+    new = sorted((one for one in there if one.id not in known), key=attrgetter("external_ref", "id"))
+    if not group.chosen and len(there) > mailbox_limit(group.email):
+        words = f"DevRev has {plural(len(there), 'contact')} of this email, more than one person has: a shared mailbox?"
+        return PairError("shared_mailbox", words)
+    for stranger in new:
+        if stranger.is_user:
+            words = f"DevRev has another {Contact.user_prefix} contact of this email by now: {stranger.external_ref}"
             return PairError("several_user_refs", words)
-        takes_part = stranger.is_user or stranger.is_system
-        if is_new and group.chosen and takes_part and other.get("state") in ("active", "locked", "deactivated"):
-            words = f"DevRev has another contact of this email by now, so choose again: {stranger.external_ref}"
-            return PairError("group_changed", words)
+    if new and group.chosen:
+        words = f"DevRev has another contact of this email by now, so choose again: {new[0].external_ref}"
+        return PairError("group_changed", words)
     return None
 
 
@@ -3113,20 +3761,21 @@ class Preconditions:
         priority = PREPARE if self._checked is None else MERGE
         emails = sorted({contact.email.strip() for contact in contacts})
         listings = await together(*(api.emails.load(email, 1, priority) for email in emails))
-        live = {user["id"]: user for listing in listings for user in listing.items}
-        listed = list(live.values())
+        live: Dict[str, Optional[Json]] = {user["id"]: user for listing in listings for user in listing.items}
+        listed = [user for listing in listings for user in listing.items]
         since = [listing.since for listing in listings]
         for contact in contacts:
             # Lists may lag behind what this tool has done to the primary.
             if contact.id not in live or (contact is self.group.primary and self.group.has_absorbed()):
                 since.append(self.context.environment.now())
                 live.pop(contact.id, None)
-                found = await api.contact(contact.id, RequestOptions(priority))
-                live.update({contact.id: found} if found else {})
-        problem = live_group_error(self.group, live, listed)
-        if problem:
-            raise problem
-        self.live, self._checked = live, oldest(since)
+                live[contact.id] = await api.contact(contact.id, RequestOptions(priority))
+        options = self.context.options
+        check = check_live(self.group, live, listed, None, options.across_workspaces, options.try_unverified)
+        if check.error:
+            raise check.error
+        self.group.dropped += check.dropped
+        self.live, self._checked = {one: user for one, user in live.items() if user}, oldest(since)
         log.info("%s: the live check of %s has passed", self.group.email, plural(len(contacts), "contact"))
 
     async def _back_up(self) -> None:
@@ -3553,6 +4202,9 @@ class GroupMerge:
                     return self._confirmed(pair)
                 if problem:
                     raise problem
+                for one in self.group.dropped:
+                    if one.pair.ids == pair.ids:
+                        raise PairSkipped(one.code, one.reason)
                 try:
                     await self.context.first_merge.acquire(pair.ids)
                     await self.api.merge(*pair.ids, self._options(pair, MERGE), lambda: self._save_intent(pair))
@@ -4098,6 +4750,9 @@ def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) ->
 class ContactExporter:
     """Reads from DevRev what the CSV holds: all contacts, page by page, and the works of those whose email recurs.
 
+    An email recurs under the looser comparison, so that look-alikes are in the export. Deleted and merged contacts are
+    left out.
+
     `endings` are those of the wanted emails, such as `@example.com`. Contacts wait in `spool`, a file, until all are
     read and it is known which emails recur: only these are ever held in memory.
     """
@@ -4123,9 +4778,9 @@ class ContactExporter:
         """Spool every contact that takes part; returns the hashes of their emails, in the same order."""
         keys = array("q")
         async for page in self.api.each_page("rev-users.list", "rev_users", {}):
-            for contact in map(contact_of, page.items):
+            for contact in map(contact_of, (user for user in page.items if not is_gone(user))):
                 if (contact.is_user or contact.is_system) and contact.key and contact.key.endswith(self.endings):
-                    keys.append(hash(contact.key))
+                    keys.append(hash(loose_key(contact.email)))
                     self.spool.write(to_json(astuple(contact)) + b"\n")
             self.read += len(page.items)
         return keys
@@ -4135,8 +4790,8 @@ class ContactExporter:
         wanted = compress(self.spool, map(repeated(keys).__contains__, keys))
         # A contact that is changed while the list is read may stand in it twice.
         contacts = {contact.id: contact for contact in (Contact(*json.loads(line)) for line in wanted)}
-        times = collections.Counter(contact.key for contact in contacts.values())
-        rows = [contact for contact in contacts.values() if times[contact.key] > 1]
+        times = collections.Counter(loose_key(contact.email) for contact in contacts.values())
+        rows = [contact for contact in contacts.values() if times[loose_key(contact.email)] > 1]
         return sorted(rows, key=lambda contact: (contact.key, contact.id))
 
     async def _count(self, contact: Contact) -> None:
@@ -4157,10 +4812,51 @@ class ContactExporter:
         )
 
 
+def guard_cell(cell: str) -> str:
+    """Return a cell that no spreadsheet takes for a formula; `cell_text` reads it back."""
+    return f"'{cell}" if re.match(r"'*[=+\-@\t\r]", cell) else cell
+
+
 def csv_chunks(contacts: Iterable[Contact]) -> Iterator[bytes]:
-    """A CSV of contacts, line by line."""
-    for cells in chain([COLUMNS.values()], ([getattr(contact, name) for name in COLUMNS] for contact in contacts)):
+    """A CSV of contacts, line by line, with a byte order mark, so that a spreadsheet shows it right."""
+    yield ("\ufeff" + csv_line(*COLUMNS.values()) + "\n").encode("utf-8")
+    for contact in contacts:
+        cells = (guard_cell(str(getattr(contact, name))) for name in COLUMNS)
         yield (csv_line(*cells) + "\n").encode("utf-8", "backslashreplace")
+
+
+def is_taken(path: Path) -> bool:
+    """Whether a file must not be written because its name is taken; an empty file is what a killed export leaves."""
+    return os.path.lexists(str(path)) and not (path.is_file() and not path.is_symlink() and path.stat().st_size == 0)
+
+
+def write_new_file(environment: Environment, path: Path, chunks: Iterable[bytes]) -> None:
+    """Write a file aside and give it its name in one step that fails where the name is taken.
+
+    A file system without hard links knows no such step: there the name is taken first, by an empty file. Raises
+    FileExistsError where another file has the name, OSError where the disk fails; then nothing is left.
+    """
+    aside = path.with_name(f".{path.name[:80]}.{os.getpid()}")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            aside.unlink()
+        environment.create_file(aside, chunks)
+        if is_taken(path):
+            raise FileExistsError(str(path))
+        if not os.path.lexists(str(path)):
+            try:
+                os.link(str(aside), str(path))
+                aside.unlink()
+                environment.fsync_dir(path.parent)
+                return
+            except FileExistsError:
+                raise
+            except (OSError, AttributeError, NotImplementedError):
+                path.touch(mode=0o600, exist_ok=False)
+        environment.rename_into_place(aside, path)
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -5389,14 +6085,15 @@ def beside_pairs(plan: Plan) -> Dict[str, Iterable[Json]]:
 
     def choice(group: Group) -> Json:
         lost = [contact_entry(contact, "external_ref") for contact in group.lost_refs()]
-        return {"email": group.email, "kept": group.chosen, "lost": lost, "warnings": group.warnings()}
+        warnings = [words for _, words in group.warnings()]
+        return {"email": group.email, "kept": group.chosen, "lost": lost, "warnings": warnings}
 
     def entry(skipped_group: SkippedGroup) -> Json:
         return {
             "email": skipped_group.email,
             "code": skipped_group.code,
-            "reason": CODES[skipped_group.code].meaning,
-            "advice": CODES[skipped_group.code].advice,
+            "reason": skipped_group.reason(),
+            "advice": skip_words(skipped_group.code)[1],
             "contacts": [contact_entry(contact, "external_ref") for contact in skipped_group.contacts],
             "choices": [
                 {"line": line, "external_ref": contact.external_ref, "display_id": contact.short_id}
@@ -5410,6 +6107,8 @@ def beside_pairs(plan: Plan) -> Dict[str, Iterable[Json]]:
     return {
         "choices": [choice(group) for group in plan.chosen],
         "skipped": chain(map(entry, plan.skipped), map(left_out, plan.left_out)),
+        "look_alikes": plan.look_alikes,
+        "warnings": plan.warnings(),
         "invalid_rows": (row._asdict() for row in plan.invalid_rows),
     }
 
@@ -5953,7 +6652,10 @@ def plan_summary(plan: Plan, cost: Estimate, earlier: Sequence[Pair]) -> Json:
         "already_merged": plan.already_merged,
         "left": len(plan.ids) - plan.already_merged - in_csv - new,
         "skipped_groups": len(plan.skipped),
+        "look_alikes": len(plan.look_alikes),
         "invalid_rows": len(plan.invalid_rows),
+        "other_references": plan.other_refs,
+        "other_reference_example": plan.other_ref or None,
         "estimated_requests": cost.requests,
         "estimated_seconds": round(cost.seconds),
     }
@@ -5961,21 +6663,35 @@ def plan_summary(plan: Plan, cost: Estimate, earlier: Sequence[Pair]) -> Json:
 
 def plan_chunks(plan: Plan, facts: Json, earlier: Sequence[Pair]) -> Iterator[bytes]:
     """The plan as JSON, for `--preview --json`."""
+
+    def entry(pair: Pair) -> Json:
+        return {
+            "email": pair.email,
+            "primary": contact_entry(pair.primary, "external_ref"),
+            "duplicate": contact_entry(pair.duplicate, "external_ref"),
+            "new_external_ref": pair.new_ref,
+        }
+
     lists: Dict[str, Iterable[Json]] = {
-        "pairs": (merge_entry(pair, plan.ids) for pair in plan.pairs() if pair.state is State.PLANNED),
+        "pairs": (entry(pair) for pair in plan.pairs() if pair.state is State.PLANNED),
         "to_finish": (merge_entry(pair, plan.ids) for pair in earlier),
     }
-    return report_chunks({"summary": facts}, {**lists, **beside_pairs(plan)})
+    return report_chunks({"schema": SCHEMA, "summary": facts}, {**lists, **beside_pairs(plan)})
 
 
 def show_plan(plan: Plan, facts: Json, console: Console, cost: str, earlier: Sequence[Pair]) -> None:
-    """Print what a run would do, so that somebody can sign it."""
+    """Print what a run would do, so that a person can sign it."""
     if not console.quiet:
         _show_pairs(plan, console)
-        blocks = (earlier_lines(earlier), choice_lines(plan), invalid_lines(plan))
-        for lines in chain(blocks, (skip_lines(plan, code) for code in SKIP_REASONS)):
+        blocks = (earlier_lines(earlier), choice_lines(plan), warning_lines(plan), look_alike_lines(plan))
+        skips = (skip_lines(plan, code) for code in SKIP_REASONS)
+        for lines in chain(blocks, [invalid_lines(plan)], skips):
             print_lines(console, lines)
     console.print(f"{plural(plan.contacts_read, 'contact')} read, {plural(len(plan.invalid_rows), 'invalid row')}")
+    if plan.other_refs:
+        console.print(plan.others_line())
+    if plan.look_alikes:
+        console.print(f"{plural(len(plan.look_alikes), 'group')} of addresses that look alike and are not joined")
     if facts["already_merged"]:
         console.print(f"{plural(facts['already_merged'], 'pair')} of this export already merged (says the savepoint)")
     if facts["left"]:
@@ -6017,15 +6733,40 @@ def earlier_lines(pairs: Sequence[Pair]) -> Iterator[str]:
 
 
 def choice_lines(plan: Plan) -> Iterator[str]:
-    """What the choices come to: whose reference stays, which are lost, and where that looks wrong."""
+    """What the choices come to: which reference stays and which are lost."""
     if plan.chosen:
         yield f"CHOICES: {plural(len(plan.chosen), 'group')}"
     for group in plan.chosen:
         yield f"  {group.email} keeps {group.chosen}"
         for contact in group.lost_refs():
             yield f"    lost: {contact.external_ref} ({describe_contact(contact)}): its account has no contact then"
-        for warning in group.warnings():
-            yield f"    WARNING: {warning}: a shared mailbox is not a person; one would read the others' conversations"
+
+
+def warning_lines(plan: Plan) -> Iterator[str]:
+    """What a person should check before groups are merged, twenty lines of each kind at most."""
+    by_code: Dict[str, List[str]] = collections.defaultdict(list)
+    for one in plan.warnings():
+        by_code[one["code"]].append(f"{one['email']}: {one['warning']}")
+    for code, lines in sorted(by_code.items(), key=lambda item: item[0] != "shared_mailbox"):
+        yield f"WARNING {code}: {plural(len(lines), 'group')}"
+        if code != "age_undecided":
+            yield "  a shared mailbox is not a person: after the merge one would read the others' conversations"
+        yield from (f"  {words}" for words in some(lines, 20))
+
+
+def look_alike_lines(plan: Plan) -> Iterator[str]:
+    """Addresses that are probably one, but for how they are written; they are never joined."""
+    if plan.look_alikes:
+        yield f"LOOK ALIKE, and not joined: {plural(len(plan.look_alikes), 'group')} of addresses; fix them in DevRev"
+    files = {line["file"] for one in plan.look_alikes for line in one["lines"]}
+    for one in plan.look_alikes[:20]:
+        places: Dict[str, List[str]] = collections.defaultdict(list)
+        for line in one["lines"]:
+            where = f"{line['file']}, line {line['line']}" if len(files) > 1 else f"line {line['line']}"
+            places[ascii(line["email"])[1:-1]].append(where)
+        yield "  " + " and ".join(f"{email} ({', '.join(some(found))})" for email, found in places.items())
+    if len(plan.look_alikes) > 20:
+        yield f"  and {len(plan.look_alikes) - 20:,} more (--json has them all)"
 
 
 def describe_contact(contact: Contact) -> str:
@@ -6034,10 +6775,21 @@ def describe_contact(contact: Contact) -> str:
 
 
 def invalid_lines(plan: Plan) -> Iterator[str]:
-    if plan.invalid_rows:
-        yield f"LEFT OUT: {plural(len(plan.invalid_rows), 'invalid row')}"
+    """The rows that are left out, grouped by reason; twenty lines of each reason at most."""
+    if not plan.invalid_rows:
+        return
+    hint = looks_like(plan.invalid_rows)
+    yield f"LEFT OUT: {plural(len(plan.invalid_rows), 'invalid row')}" + (f"; {hint}" if hint else "")
+    files = len({row.file for row in plan.invalid_rows})
+    by_code: Dict[str, List[InvalidRow]] = collections.defaultdict(list)
     for row in plan.invalid_rows:
-        yield f"  line {row.line}: {row.reason}" + (f" ({row.email})" if row.email else "")
+        by_code[row.code].append(row)
+    for code, rows in sorted(by_code.items(), key=lambda item: -len(item[1])):
+        yield f"  {INVALID_ROWS[code]}: {plural(len(rows), 'row')}"
+        for row in rows[:20]:
+            yield f"    {place_of(row, files)}: {row.reason}" + (f" ({row.email})" if row.email else "")
+        if len(rows) > 20:
+            yield f"    and {len(rows) - 20:,} more (--json has them all)"
 
 
 def skip_lines(plan: Plan, code: str) -> Iterator[str]:
@@ -6046,7 +6798,7 @@ def skip_lines(plan: Plan, code: str) -> Iterator[str]:
     if not skips:
         return
     yield f"SKIPPED {code}: {plural(len(skips), 'group')}"
-    reason, advice = SKIP_REASONS[code]
+    reason, advice = skip_words(code)
     yield f"  why: {reason}"
     yield f"  what to do: {advice}"
     lines: Dict[str, List[str]] = collections.defaultdict(list)
@@ -6054,8 +6806,8 @@ def skip_lines(plan: Plan, code: str) -> Iterator[str]:
         lines[email_key(row.email or "")].append(str(row.line))
     for skipped_group in skips:
         choices = list(skipped_group.choice_lines().items())
+        size = plural(len(skipped_group.contacts), "contact")
         if choices:
-            size = plural(len(skipped_group.contacts), "contact")
             yield f"  {skipped_group.email}, {size}; a line for --choices (EMAIL,EXTERNAL_REF):"
             for line, contact in choices[:6]:
                 yield f"    {describe_contact(contact)}"
@@ -6063,32 +6815,44 @@ def skip_lines(plan: Plan, code: str) -> Iterator[str]:
             yield from [f"    and {len(choices) - 6:,} more"] if len(choices) > 6 else []
             continue
         names = some([f"{one.external_ref} ({plural(one.tickets, 'ticket')})" for one in skipped_group.contacts], 6)
-        numbers = lines[skipped_group.email] if code == "invalid_row" else []
+        numbers = some(lines[skipped_group.email], 20) if code == "invalid_row" else []
         where = f" (line{'s' * (len(numbers) > 1)} {', '.join(numbers)})" if numbers else ""
+        where = f", {size}" if code == "shared_mailbox" else where
         yield f"  {skipped_group.email}{where}: {', '.join(names)}"
 
 
 def _show_pairs(plan: Plan, console: Console) -> None:
-    """A table where it fits the terminal, else two lines a pair."""
+    """Print the pairs as a table; a row that is much longer than most, or does not fit the terminal, on lines of its
+    own."""
     head = ("EMAIL", "PRIMARY", "TICKETS", console.arrow, "DUPLICATE", "TICKETS", "REFERENCE", "NAME")
     rows = [_pair_cells(pair, console) for pair in plan.pairs() if pair.state is State.PLANNED]
     if not rows:
         return
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    # One long address must not take the table from all the others: a column is as wide as nine of ten cells need.
+    share = 1.0 if max(len("  ".join(row)) for row in rows) + 10 < console.width / 2 else 0.9
+    widths = [
+        max(len(title), sorted(map(len, column))[int(share * (len(rows) - 1))])
+        for title, column in zip(head, zip(*rows))
+    ]
     form = "%-{}s  %-{}s %{}s %{}s %-{}s %{}s  %-{}s  %s".format(*widths)
-    if sum(widths) + 10 > console.width:
-        form = "%s\n  %s (%s) %s %s (%s), %s\n  %s"
-    for line in (form % head).split("\n"):
+    lines = "%s\n  %s (%s) %s %s (%s), reference %s\n  %s"
+    room = console.width - 10 - sum(widths[:-1])
+    is_table = room >= len(head[-1])
+    for line in ((form if is_table else lines) % head).split("\n"):
         console.print(line, "bold")
     for start in range(0, len(rows), 1000):
-        console.stream("".join(form % row + "\n" for row in rows[start : start + 1000]))
+        text = ""
+        for row in rows[start : start + 1000]:
+            fits = is_table and len(row[-1]) <= room and all(map(int.__le__, map(len, row[:-1]), widths))
+            text += (form if fits else lines) % row + "\n"
+        console.stream(text)
     console.print()
 
 
 def _pair_cells(pair: Pair, console: Console) -> Tuple[str, ...]:
     cells = (
-        pair.email, pair.primary.short_id, str(pair.primary.tickets), console.arrow, pair.duplicate.short_id,
-        str(pair.duplicate.tickets), pair.new_ref or "unchanged", names_of(pair),
+        pair.email, pair.primary.external_ref, str(pair.primary.tickets), console.arrow, pair.duplicate.external_ref,
+        str(pair.duplicate.tickets), "moves" if pair.new_ref else "unchanged", names_of(pair),
     )  # fmt: skip
     return tuple(map(console.sanitize, cells))
 
@@ -6554,7 +7318,9 @@ class RunContext:
 
     def load_settings(self) -> None:
         """Load settings and the packages that this mode needs. Raises FatalError(2)."""
-        self.settings = load_settings(load_environment(), self.options.workers)
+        variables = load_environment()
+        Contact.user_prefix = check_user_prefix(variables.get("DEVREV_USER_REF_PREFIX", ""))
+        self.settings = load_settings(variables, self.options.workers)
         self.environment.settings = self.settings
         self.console.mask = self.settings.mask
         if self.options.mode not in OFFLINE or self.options.live:
@@ -6625,14 +7391,20 @@ def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
     gc.disable()  # it would walk, again and again, through what is being built and holds no cycle
     try:
         choices = read_choices(options.choices) if options.choices else {}
-        if len(options.csv) > 1:
-            raise FatalError(EXIT_USAGE, "--csv names several files; this version reads one")
-        plan = detect(read_contacts(options.csv[0], [*choices, *named]), choices)
+        plan = detect(read_contacts(options.csv, [*choices, *named]), choices, options.primary)
     finally:
         gc.enable()
-    plan.id = plan_id(plan.groups, options.count_policy, not options.no_timelines)
+    plan.id = plan_id(
+        plan.groups,
+        count_policy=options.count_policy,
+        timelines=not options.no_timelines,
+        primary=options.primary,
+        across_workspaces=options.across_workspaces,
+        try_unverified=options.try_unverified,
+        carry_fields=bool(getattr(options, "carry_fields", False)),
+    )
     if options.plan is not None and options.plan.strip().lower() != plan.id:
-        why = "CSV, choices, --count-policy or --no-timelines differ from what they were; look at the preview again"
+        why = "the CSV, the choices or an option of the merge differs from what it was; read the preview again"
         raise FatalError(EXIT_USAGE, f"the plan is {plan.id}, not {options.plan}: {why}")
     plan.wanted = {pair.ids: pair for group in plan.groups for pair in group.pairs}
     plan.ids = set(plan.wanted)
@@ -6644,7 +7416,7 @@ def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
         _apply_limit(plan, options.limit, run.console)
     plan.chosen = [group for group in plan.groups if group.chosen and any(p.state not in ENDED for p in group.pairs)]
     for row in plan.invalid_rows:
-        log.info("line %d left out: %s", row.line, row.reason)
+        log.info("%s, line %d left out: %s", row.file, row.line, row.reason)
     for skipped_group in plan.skipped:
         log.info("%s skipped: %s", skipped_group.email, skipped_group.code)
     return plan
@@ -6659,23 +7431,25 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str] = (
     if plan.wanted:
         savepoint.organisation = next(iter(plan.wanted.values())).primary.organisation
     known = {pair.ids: pair for pair in savepoint.pairs(*UNFINISHED, *ENDED)}
-    given_up = {pair.ids: pair for pair in savepoint.pairs(State.UNDONE, State.UNDO_SETTLED, State.CANCELLED)}
-    codes = {ids: "cancelled" if one.state is State.CANCELLED else "undone" for ids, one in given_up.items()}
-    by_email = {one.email: codes[ids] for ids, one in given_up.items()}
-    pairs_of_contact: Dict[str, Set[Ids]] = collections.defaultdict(set)
-    for ids, one in given_up.items():
-        for contact in (*ids, one.undo.contact if one.undo else ""):
-            pairs_of_contact[contact].add(ids)
+    cancelled = {pair.ids: pair for pair in savepoint.pairs(State.CANCELLED)}
+    history = [
+        HistoryRow(
+            pair.email, pair.ids, "cancelled" if pair.state is State.CANCELLED else "undone",
+            pair.undo.contact if pair.undo else "",
+        )
+        for pair in savepoint.pairs(State.UNDONE, State.UNDO_SETTLED, State.CANCELLED)
+    ]  # fmt: skip
+    undone = {
+        row.ids for row in history if row.code == "undone"
+    }  # an undo creates the duplicate again, with another id
+    blocked = {email: code for email, code in blocked_by_history(plan.groups, history).items() if email not in named}
     groups, plan.groups = plan.groups, []
     for group in groups:
         rows = [known.get(pair.ids) for pair in group.pairs]
-        found = [ids for contact in group.all_contacts() for ids in pairs_of_contact.get(contact.id, ())]
-        twice = next((codes[ids] for ids in found if found.count(ids) > 1), "")
-        code = by_email.get(group.email) or twice
-        # Contacts that an undo created again have new ids: an export with the old ones is older than the undo.
-        is_stale = any(codes.get(pair.ids) == "undone" for pair in group.pairs)
-        if is_stale or (code and not all(rows) and group.email not in named):
-            plan.skipped.append(SkippedGroup(group.email, "undone" if is_stale else code, group.all_contacts()))
+        # An export with an old id is older than the undo: it would merge what the undo has not created again.
+        is_stale = any(pair.ids in undone for pair in group.pairs)
+        if is_stale or (group.email in blocked and not all(rows)):
+            plan.skipped.append(SkippedGroup(group.email, blocked.get(group.email, "undone"), group.all_contacts()))
             for pair in group.pairs:
                 plan.ids.discard(pair.ids)
                 del plan.wanted[pair.ids]
@@ -6685,23 +7459,24 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str] = (
             if row:
                 pair.state = row.state
                 plan.already_merged += row.state in ENDED
-            elif pair.ids in given_up:
+            elif pair.ids in cancelled:
                 # It was requested once, and DevRev may still carry that out: it is polled first, like any other.
-                revived = given_up[pair.ids]
+                revived = cancelled[pair.ids]
                 revived.code = revived.error = revived.accepted = ""
                 pair.state = revived.state = State.REQUESTED
                 plan.revived.append(revived)
 
 
 def _apply_email_filter(plan: Plan, emails: Sequence[str], console: Console) -> None:
-    """Keep what was asked for, and say why there is nothing to merge. Raises Stop(2) for an email in no row."""
+    """Keep what was requested, and say why there is nothing to merge. Raises FatalError(2) for an email in no row."""
     wanted = {email_key(email) for email in emails}
     known = [group.email for group in plan.groups] + [skipped_group.email for skipped_group in plan.skipped]
     plan.groups = [group for group in plan.groups if group.email in wanted]
     plan.skipped = [skipped_group for skipped_group in plan.skipped if skipped_group.email in wanted]
-    lines = {email_key(row.email): row for row in plan.invalid_rows if row.email}
+    plan.look_alikes = [one for one in plan.look_alikes if wanted & set(one["emails"])]
+    rows = {email_key(row.email): row for row in plan.invalid_rows if row.email}
     found = {group.email for group in plan.groups} | {skipped_group.email for skipped_group in plan.skipped}
-    unknown = sorted(wanted - found - plan.left_alone.keys() - lines.keys())
+    unknown = sorted(wanted - found - plan.left_alone.keys() - rows.keys())
     if unknown:
         near = {email: difflib.get_close_matches(email, known, 2, 0.8) for email in unknown[:5]}
         hints = [
@@ -6709,27 +7484,52 @@ def _apply_email_filter(plan: Plan, emails: Sequence[str], console: Console) -> 
         ]
         raise FatalError(EXIT_USAGE, f"--email: in no row of the CSV: {', '.join(some(hints))}")
     for email in sorted(wanted - found):
-        row = lines.get(email)
-        why = f"line {row.line}: {row.reason}" if row else plan.left_alone[email]
+        row = rows.get(email)
+        why = f"{row.file}, line {row.line}: {row.reason}" if row else plan.left_alone[email]
         console.print_err(f"{email}: nothing to merge: {why}")
     for skipped_group in plan.skipped:
-        console.print_err(f"{skipped_group.email}: skipped: {SKIP_REASONS[skipped_group.code][0]}")
+        console.print_err(f"{skipped_group.email}: skipped: {skipped_group.reason()}")
     for group in plan.groups:
         if all(pair.state in ENDED for pair in group.pairs):
             console.print_err(f"{group.email}: nothing to merge: merged already, says the savepoint")
 
 
 def _apply_limit(plan: Plan, limit: int, console: Console) -> None:
-    """Keep whole groups with at most `limit` pairs in all; one that would not fit is passed over."""
-    kept: List[Group] = []
+    """Keep complete groups with at most `limit` pairs in all; one that would not fit is passed over."""
+    groups: List[Group] = []
     sizes = [sum(pair.state is State.PLANNED for pair in group.pairs) for group in plan.groups]
     if any(sizes) and min(filter(None, sizes)) > limit:
-        console.print_err(f"--limit {limit}: no group is so small, and groups are merged as wholes")
+        console.print_err(f"--limit {limit}: no group has so few pairs, and a group is merged as one")
     for group, size in zip(plan.groups, sizes):
-        if size <= limit:  # none: what an earlier run has begun
-            kept.append(group)
+        if size <= limit:  # 0 where an earlier run has requested all of them
+            groups.append(group)
             limit -= size
-    plan.groups = kept
+    plan.groups = groups
+
+
+def write_choices_template(run: RunContext) -> int:
+    """Write a file for --choices with every contact that could be kept; returns the exit code."""
+    path: Path = run.options.choices_template
+    plan = make_plan(run, open_savepoint(run, readonly=True))
+    groups = [group for group in plan.skipped if group.choice_lines()]
+    try:
+        if is_taken(path):
+            raise FileExistsError(str(path))
+        write_new_file(run.environment, path, choices_template(groups))
+    except FileExistsError:
+        words = f"{path} exists already, and is left as it is: name a file that does not exist yet"
+        raise FatalError(EXIT_USAGE, words) from None
+    except OSError as error:
+        raise FatalError(EXIT_USAGE, f"{path} can't be written: {error.strerror or error}") from None
+    lines = sum(len(group.choice_lines()) for group in groups)
+    run.console.print(f"{plural(lines, 'line')} of {plural(len(groups), 'group')} written to {path}", "good")
+    if groups:
+        run.console.print(f"next     cut it down to one line a group, then --choices {path} --preview")
+    shared = sum(group.code == "shared_mailbox" for group in plan.skipped)
+    if shared:
+        words = f"{plural(shared, 'group')} that may be a shared mailbox left out: write in by hand what is one person"
+        run.console.print(words)
+    return EXIT_OK
 
 
 def preview(run: RunContext) -> int:
@@ -6875,6 +7675,9 @@ async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint, document:
         count_policy=run.options.count_policy,
         merge_timeout=run.options.merge_timeout,
         timelines=not run.options.no_timelines,
+        across_workspaces=run.options.across_workspaces,
+        try_unverified=run.options.try_unverified,
+        carry_fields=run.options.carry_fields,
     )
     try:
         with before_any_change(api):
@@ -6952,9 +7755,12 @@ def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair]) -> Dict
     left = plan_summary(plan, run.cost(plan), unfinished)["left"]
     facts.update({"left": f"{plural(left, 'pair')} for another run (--email, --limit)"} if left else {})
     lost = [f"{one.external_ref} ({describe_contact(one)})" for group in plan.chosen for one in group.lost_refs()]
-    warnings = [f"{group.email}: {warning}" for group in plan.chosen for warning in group.warnings()]
-    for name, found in (("choices lose", lost), ("WARNING", warnings)):
-        facts.update({name: "; ".join(some(found))} if found else {})
+    facts.update({"choices lose": "; ".join(some(lost))} if lost else {})
+    warnings = sorted(plan.warnings(), key=lambda one: bool(one["code"] != "shared_mailbox"))
+    shared = sum(one["code"] == "shared_mailbox" for one in warnings)  # each of which is named
+    told = some([f"{one['email']}: {one['warning']}" for one in warnings], max(20, shared))
+    facts.update({f"WARNING {number}": line for number, line in enumerate(told, 1)})
+    facts.update({"take no part": plan.others_line()} if plan.other_refs else {})
     facts["cost"] = f"{run.cost(plan)} {run.describe_rate()}"
     facts["backups in"] = str(Path("backups").resolve())
     return facts
@@ -7232,10 +8038,9 @@ def export(run: RunContext) -> int:
     """Write the CSV from DevRev itself; returns the exit code. What is wrong with the path is found out first."""
     check_token(run.settings.token)
     path: Path = run.options.export
-    if os.path.lexists(str(path)):
-        raise FatalError(
-            EXIT_USAGE, f"{path} is there already, and is left as it is: name a file that is not there yet"
-        )
+    if is_taken(path):
+        words = f"{path} exists already, and is left as it is: name a file that does not exist yet"
+        raise FatalError(EXIT_USAGE, words)
     try:
         spool = tempfile.TemporaryFile(dir=str(path.parent))  # noqa: SIM115
     except OSError as error:
@@ -7245,7 +8050,7 @@ def export(run: RunContext) -> int:
             return asyncio.run(_export(run, path, spool))
         except FileExistsError:
             raise FatalError(
-                EXIT_USAGE, f"{path} has been made by somebody else meanwhile, and is left as it is"
+                EXIT_USAGE, f"{path} was created by another program meanwhile, and is left as it is"
             ) from None
         except OSError as error:
             raise FatalError(EXIT_STOPPED, f"the disk refuses: {error}; nothing was written") from None
@@ -7268,7 +8073,7 @@ async def _export(run: RunContext, path: Path, spool: BinaryIO) -> int:
     finally:
         ticking.cancel()
         run.console.status("")
-    run.environment.write_atomically(path, csv_chunks(rows), lambda: path.touch(mode=0o600, exist_ok=False))
+    write_new_file(run.environment, path, csv_chunks(rows))
     print_exported(run, exporter, path)
     return EXIT_OK
 
@@ -7704,15 +8509,11 @@ def print_report_json(run: RunContext, code: int) -> None:
         run.console.json([to_json(failure) + b"\n"])
 
 
-def choices_template(run: RunContext) -> int:
-    raise FatalError(EXIT_USAGE, f"--choices-template {run.options.choices_template}: not in this version")
-
-
 MODES: Dict[str, Callable[[RunContext], int]] = {
     "export": export,
-    "choices_template": choices_template,
     "undo": undo,
     "preview": preview,
+    "choices_template": write_choices_template,
     "check": lambda run: asyncio.run(check(run)),
     "status": status,
     "verify_backups": verify_backups,

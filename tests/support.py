@@ -73,7 +73,8 @@ class Workplace:
 
     def command(self, *options: str, program: Sequence[str] = PROGRAM) -> List[str]:
         """The command line, with `--yes` where it merges or undoes: no terminal is there to confirm it on."""
-        csv_option = () if "--export" in options else ("--csv", str(self.csv))
+        names_files = any(option.partition("=")[0] in ("--csv", "--export") for option in options)
+        csv_option = () if names_files else ("--csv", str(self.csv))
         confirmed = () if UNCONFIRMED & set(options) else ("--yes",)
         return [*program, *csv_option, *confirmed, *options]
 
