@@ -6687,11 +6687,9 @@ def show_plan(plan: Plan, facts: Json, console: Console, cost: str, earlier: Seq
         skips = (skip_lines(plan, code) for code in SKIP_REASONS)
         for lines in chain(blocks, [invalid_lines(plan)], skips):
             print_lines(console, lines)
-    console.print(f"{plural(plan.contacts_read, 'contact')} read, {plural(len(plan.invalid_rows), 'invalid row')}")
-    if plan.other_refs:
-        console.print(plan.others_line())
-    if plan.look_alikes:
-        console.print(f"{plural(len(plan.look_alikes), 'group')} of addresses that look alike and are not joined")
+    counts = [f"{plural(plan.contacts_read, 'contact')} read", plural(len(plan.invalid_rows), "invalid row")]
+    counts += [f"{plural(len(plan.look_alikes), 'group')} of look-alikes"] if plan.look_alikes else []
+    console.print(", ".join(filter(None, [*counts, plan.others_line()])))
     if facts["already_merged"]:
         console.print(f"{plural(facts['already_merged'], 'pair')} of this export already merged (says the savepoint)")
     if facts["left"]:
@@ -6699,8 +6697,8 @@ def show_plan(plan: Plan, facts: Json, console: Console, cost: str, earlier: Seq
     console.print(cost)
     console.print(f"plan {plan.id}")
     more = f", {len(earlier):,} of earlier runs to finish first" if earlier else ""
-    counts = f"{plural(facts['pairs_to_merge'], 'pair')} to merge, {plural(len(plan.skipped), 'group')} skipped"
-    console.print(counts + more, "bold")
+    what = f"{plural(facts['pairs_to_merge'], 'pair')} to merge, {plural(len(plan.skipped), 'group')} skipped"
+    console.print(what + more, "bold")
 
 
 def print_lines(console: Console, lines: Iterable[str]) -> None:
@@ -8282,7 +8280,7 @@ def _check_csv(run: RunContext) -> str:
     """Read the CSV, also where the token's organisation is not known."""
     plan = make_plan(run, None)
     counts = [f"{plural(plan.count(), 'pair')} to merge", f"{plural(len(plan.skipped), 'group')} skipped"]
-    counts.append(plural(len(plan.invalid_rows), "invalid row"))
+    counts += filter(None, [plural(len(plan.invalid_rows), "invalid row"), plan.others_line()])
     if run.organisation:
         check_organisation(run.organisation, "CSV", plan.pairs())
         counts.append("of the token's organisation")
