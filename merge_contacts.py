@@ -1987,7 +1987,7 @@ class DevRevAPI:
         endpoint, key = "conversations.update", "conversation"
         if ":conversation/" not in obj["id"]:
             endpoint, key, body["type"] = "works.update", "work", obj["type"]
-        found: Json = (await self._call(endpoint, body, key, options, repeatable=False)).data[key]
+        found: Json = (await self._call(endpoint, body, key, options, repeatable=not roles)).data[key]
         return found
 
     async def holders_of(self, external_ref: str, options: RequestOptions) -> List[Json]:
@@ -4230,7 +4230,8 @@ def merges_named(path: Path) -> List[Pair]:
                 for one in duplicates
             ]
         report, pairs = json.loads(path.read_bytes()), []
-        for entry in chain(*(report[name] for name in ("successful_merges", "unfinished_merges", "settled"))):
+        others = (report.get(name) or () for name in ("unfinished_merges", "settled"))
+        for entry in chain(report["successful_merges"], *others):
             primary, duplicate = (
                 Contact.from_json({
                     **dict.fromkeys(COLUMNS, ""), "email": entry["email"], "id": entry[role]["id"],
@@ -4879,15 +4880,17 @@ class UndoRunner:
         code = await self.runner.run(self._undo(plan))
         codes = {pair.code for pair in self.runner.outcomes.values()}
         if code in (EXIT_FAILED, EXIT_STOPPED) and codes == {"forbidden"} and not self.has_changed:
-            return EXIT_USAGE  # the token may not write, and all is as it was
+            return EXIT_USAGE  # the token may not write
         return code
 
     async def _undo(self, plan: UndoPlan) -> None:
         for group in plan.groups:
             self.runner.raise_if_draining()
             undo = GroupUndo(self.context, group, plan.path, self._writable_kinds)
-            await self.context.cancel_token.wait(self.runner.start(undo.run(), group.pairs))
-            self.has_changed = self.has_changed or undo.has_changed
+            try:
+                await self.context.cancel_token.wait(self.runner.start(undo.run(), group.pairs))
+            finally:
+                self.has_changed = self.has_changed or undo.has_changed
 
     async def _record_outcome(self, pair: Pair, problem: Optional[PairError] = None, counts: bool = True) -> None:
         """Record that a pair is undone, or what keeps it from that; the row of a refused pair stays as it is."""
@@ -5607,7 +5610,7 @@ examples:
     merge_contacts.py --csv contacts.csv
   after a crash or an interruption, the same command again goes on:
     merge_contacts.py --csv contacts.csv
-  take back what a run has merged (ids, dates, creators and authors of comments can't be given back):
+  take back what a run has merged (ids, dates, creators and authors of comments can't be restored):
     merge_contacts.py --undo reports/merge_report_20250131_120000.json --preview
     merge_contacts.py --undo reports/merge_report_20250131_120000.json
 
@@ -6469,7 +6472,9 @@ def undo_headline(counts: Json, before: int) -> str:
     counts = {name.replace("_", " "): count for name, count in counts.items()}
     if "undone" in counts:
         counts["undone"] -= before
-    words = [f"{count:,} {name}" for name, count in counts.items() if count] or ["nothing to undo"]
+    words = [f"{count:,} {name}" for name, count in counts.items() if count]
+    if not any(count for name, count in counts.items() if name != "skipped"):
+        words.insert(0, "nothing to undo")
     return ", ".join([*words, *([f"{before:,} undone before"] if before else [])])
 
 
@@ -6659,8 +6664,8 @@ STATE_WORDS: Mapping[State, str] = {
     State.DONE: "merged and proved",
     State.SETTLED: "merged, and what can't be mended accepted (--settle)",
     State.MERGED_ELSEWHERE: "merged or deleted by somebody else",
-    State.UNDONE: "taken back",
-    State.UNDOING: "being taken back",
+    State.UNDONE: "undone",
+    State.UNDOING: "being undone",
     State.FAILED: "failed, nothing merged",
     **SO_FAR,
 }
