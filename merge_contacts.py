@@ -2690,7 +2690,7 @@ class DevRevAPI:
         endpoint, key = "conversations.update", "conversation"
         if ":conversation/" not in obj["id"]:
             endpoint, key, body["type"] = "works.update", "work", obj["type"]
-        found: Json = (await self._call(endpoint, body, key, options, repeatable=False)).data[key]
+        found: Json = (await self._call(endpoint, body, key, options, repeatable=not roles)).data[key]
         return found
 
     async def holders_of(self, external_ref: str, options: RequestOptions) -> List[Json]:
@@ -4995,7 +4995,8 @@ def merges_named(path: Path) -> List[Pair]:
                 for one in duplicates
             ]
         report, pairs = json.loads(path.read_bytes()), []
-        for entry in chain(*(report[name] for name in ("successful_merges", "unfinished_merges", "settled"))):
+        others = (report.get(name) or () for name in ("unfinished_merges", "settled"))
+        for entry in chain(report["successful_merges"], *others):
             primary, duplicate = (
                 Contact.from_json({
                     **dict.fromkeys(COLUMNS, ""), "email": entry["email"], "id": entry[role]["id"],
@@ -5644,15 +5645,17 @@ class UndoRunner:
         code = await self.runner.run(self._undo(plan))
         codes = {pair.code for pair in self.runner.outcomes.values()}
         if code in (EXIT_FAILED, EXIT_STOPPED) and codes == {"forbidden"} and not self.has_changed:
-            return EXIT_USAGE  # the token may not write, and all is as it was
+            return EXIT_USAGE  # the token may not write
         return code
 
     async def _undo(self, plan: UndoPlan) -> None:
         for group in plan.groups:
             self.runner.raise_if_draining()
             undo = GroupUndo(self.context, group, plan.path, self._writable_kinds)
-            await self.context.cancel_token.wait(self.runner.start(undo.run(), group.pairs))
-            self.has_changed = self.has_changed or undo.has_changed
+            try:
+                await self.context.cancel_token.wait(self.runner.start(undo.run(), group.pairs))
+            finally:
+                self.has_changed = self.has_changed or undo.has_changed
 
     async def _record_outcome(self, pair: Pair, problem: Optional[PairError] = None, counts: bool = True) -> None:
         """Record that a pair is undone, or what keeps it from that; the row of a refused pair stays as it is."""
@@ -8140,7 +8143,9 @@ def undo_headline(counts: Json, before: int) -> str:
     counts = {name.replace("_", " "): count for name, count in counts.items()}
     if "undone" in counts:
         counts["undone"] -= before
-    words = [f"{count:,} {name}" for name, count in counts.items() if count] or ["nothing to undo"]
+    words = [f"{count:,} {name}" for name, count in counts.items() if count]
+    if not any(count for name, count in counts.items() if name != "skipped"):
+        words.insert(0, "nothing to undo")
     return ", ".join([*words, *([f"{before:,} undone before"] if before else [])])
 
 
