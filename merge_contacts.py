@@ -121,6 +121,10 @@ class PairError(Exception):
         self.code = code
 
 
+class PairSkipped(PairError):
+    """A pair is left out of its group, whose other pairs go on; it is no failure."""
+
+
 class ApiError(PairError):
     """DevRev understood the request and said no (3xx, 4xx). What it was asked for may come about all the same."""
 
@@ -946,6 +950,7 @@ class State(str, Enum):
     UNDO_SETTLED = "undo_settled"  # a person gave up the rest of its undo
 
 
+Ids = Tuple[str, str]  # primary, duplicate
 REQUESTED_STATES = (State.REQUESTED, State.ACKNOWLEDGED)
 UNFINISHED = (*REQUESTED_STATES, State.MERGED, State.VERIFYING)
 ENDED = (State.DONE, State.MERGED_ELSEWHERE, State.SETTLED)
@@ -1164,6 +1169,7 @@ class Plan:
     already_merged: int = 0
     unreported: int = 0  # merged by a run that was killed before its report
     ids: Set[Tuple[str, str]] = field(default_factory=set)  # of all pairs of the CSV
+    wanted: Dict[Ids, Pair] = field(default_factory=dict)  # all pairs of the CSV, --email and --limit apart
     chosen: List[Group] = field(default_factory=list)  # by --choices, and still to be merged
     id: str = ""  # of `plan_id`
     left_alone: Dict[str, str] = field(default_factory=dict)  # email -> why there is nothing to merge
@@ -1761,6 +1767,7 @@ class DevRevAPI:
         self.cancel_token = cancel_token
         self.scheduler = RequestScheduler(environment, cancel_token, settings)
         self.requests: Dict[str, int] = collections.Counter()
+        self.changed = False  # a request that may have changed DevRev was sent
         self._answered: Set[str] = set()
         self._forbidden: Dict[str, Set[bytes]] = collections.defaultdict(set)  # bodies that were answered with 403
         self.emails = BatchLoader(self._list_emails, cancel_token, lambda user: {email_of(user)}, email_key)
@@ -1796,6 +1803,7 @@ class DevRevAPI:
                 self.scheduler.give_back(is_probe)
                 raise
             self.requests[endpoint] += 1
+            self.changed = self.changed or endpoint in ("rev-users.merge", "rev-users.update", "rev-users.create")
             since = self.environment.now()
             answer = await self.environment.post(endpoint, body)
             status, data, problem = answer.status, answer.data, answer.problem
@@ -1837,11 +1845,7 @@ class DevRevAPI:
             words = f"{message.rstrip('.')}. Is DEVREV_API_TOKEN right, and not expired?"
             code, text = EXIT_STOPPED, f"DevRev does not accept the token (401): {words}"
         else:
-            self._forbidden[endpoint].add(to_json(body))
-            one_object = len(self._forbidden[endpoint]) == 1 and not telling
-            if endpoint in self._answered or one_object or endpoint == "rev-users.create":
-                return
-            code, text = EXIT_USAGE, f"the token may not call {endpoint} (403): it lacks the scope {scope_of(endpoint)}"
+            return
         denied = PermissionDenied(code, text)
         self.cancel_token.cancel(denied)
         raise denied
@@ -1909,18 +1913,15 @@ class DevRevAPI:
         return user if user["id"] == identity else None
 
     async def merge(
-        self,
-        primary: str,
-        duplicate: str,
-        options: RequestOptions,
-        before: Callable[[], Awaitable[None]],
-        telling: bool,
+        self, primary: str, duplicate: str, options: RequestOptions, before: Callable[[], Awaitable[None]]
     ) -> None:
         """Ask for a merge. DevRev only acknowledges it and carries it out later; it is never repeated blindly."""
         body = {"primary_user": primary, "secondary_user": duplicate}
-        await self._call("rev-users.merge", body, options=options, repeatable=False, before=before, telling=telling)
+        await self._call("rev-users.merge", body, options=options, repeatable=False, before=before)
 
-    async def poll_duplicate(self, primary: str, duplicate: str, options: RequestOptions) -> "DuplicateStatus":
+    async def poll_duplicate(
+        self, primary: str, duplicate: str, options: RequestOptions, deadline: Optional[float] = None
+    ) -> "DuplicateStatus":
         """What has become of the duplicate. Raises PairError(merged_into_another) where DevRev names somebody else than
         the primary."""
         try:
@@ -1936,16 +1937,11 @@ class DevRevAPI:
             raise NoUsableResponse("rev-users.get", "the user has no state")
         return duplicate_status(user, primary, duplicate)
 
-    async def set_external_ref(
-        self, identity: str, external_ref: str, options: RequestOptions, telling: bool = False
-    ) -> None:
-        """Set the reference and read it back from the answer. ApiRefused with status 409 while another holds it."""
-        body = {"id": identity, "external_ref": external_ref}
-        user = await self._user("rev-users.update", body, options=options, telling=telling)
-        if user["id"] != identity or user.get("external_ref") != external_ref:
-            raise PairError(
-                "external_ref_not_set", f"DevRev answered the update with the reference {user.get('external_ref')}"
-            )
+    async def update_contact(
+        self, identity: str, fields: Json, options: RequestOptions, deadline: Optional[float] = None
+    ) -> Json:
+        """Set fields of a contact and return it. ApiError with status 409 while another contact holds the reference."""
+        return await self._user("rev-users.update", {"id": identity, **fields}, options=options, repeatable=False)
 
     async def create_contact(self, fields: Json, options: RequestOptions) -> Json:
         """Make a contact and return it. It is never repeated blindly: a lost answer is for the caller to look into."""
@@ -2396,8 +2392,8 @@ def by_id(items: Iterable[Json]) -> Dict[str, Json]:
 # ---------------------------------------------------------------------------------------------------
 
 SAVEPOINT = Path("savepoint.db")
-SAVEPOINT_COPY = Path("backups") / "savepoint-copy.db"
-Ids = Tuple[str, str]  # primary, duplicate
+BACKUPS = Path("backups")
+SAVEPOINT_COPY = BACKUPS / "savepoint-copy.db"
 
 
 class StoredPair(NamedTuple):
@@ -2699,7 +2695,9 @@ class SavePoint:
             if mine and other and mine.revision == other.revision and mine.document != other.document:
                 email, state = row.document["primary"]["email"], row.document["state"]
                 self.warnings.append(f"{email}: {SAVEPOINT} and its copy disagree; «{state}» is taken, and is checked")
-            is_intent = row is mine and row.document["state"] == State.REQUESTED and row.revision == self.main.last_write
+            is_intent = (
+                row is mine and row.document["state"] == State.REQUESTED and row.revision == self.main.last_write
+            )
             is_intent = is_intent and (other is None or other.document["requested_at"] != row.document["requested_at"])
             if one_ahead and is_intent:
                 pair = Pair.from_json(row.document)
@@ -2766,7 +2764,9 @@ class SavePoint:
                     try:
                         file.write(self.write_number, self.run, rows, told, **meta)
                     except sqlite3.Error as error:
-                        words = f"the savepoint {file.path} can't be written any more ({error}); free the disk, run again"
+                        words = (
+                            f"the savepoint {file.path} can't be written any more ({error}); free the disk, run again"
+                        )
                         file.failure = FatalError(EXIT_STOPPED, words)
                         log.warning("%s", file.failure)
             if all(file.failure for file in self.files):
@@ -2854,6 +2854,1136 @@ class SavePoint:
 # ---------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class MergeOptions:
+    """What the command line says of how to merge, and the token's organisation."""
+
+    organisation: str = ""
+    count_policy: str = "exact"
+    merge_timeout: float = 120.0
+    timelines: bool = True
+    across_workspaces: bool = False
+    try_unverified: bool = False
+    carry_fields: bool = False
+    preview: bool = False  # of an undo
+
+
+@dataclass(frozen=True)
+class GroupContext:
+    """What a group needs of its run: the world, and two callbacks."""
+
+    api: DevRevAPI
+    environment: Environment
+    savepoint: SavePoint
+    cancel_token: CancelToken
+    options: MergeOptions
+    record_outcome: Callable[..., Awaitable[None]]  # (pair, problem=None, counts=True)
+    raise_if_draining: Callable[[], None]
+
+
+class PollHistory:
+    """How long merges have taken lately, by the poll that found them done."""
+
+    SOONEST, LATEST = 0.25, 0.75  # seconds to the first poll: where nothing is known, and whatever is known
+    MOST = 16  # polls in the first ten seconds after a merge was requested
+
+    def __init__(self) -> None:
+        self._merges: Deque[Tuple[float, int]] = collections.deque(maxlen=20)  # seconds, polls
+
+    def record(self, seconds: float, polls: int) -> None:
+        self._merges.append((0.95 * seconds, polls))  # the next one is tried a little sooner
+
+    def first_poll(self) -> float:
+        """Seconds after an answer at which a merge is usually done."""
+        return min(self.LATEST, max((seconds for seconds, _ in self._merges), default=self.SOONEST))
+
+    def polls(self) -> int:
+        """Polls to reserve for a merge: as many as lately, and one more, since a poll may come too early."""
+        return min(self.MOST, 1 + max((polls for _, polls in self._merges), default=self.MOST))
+
+
+class FirstMerge:
+    """Let merges go one at a time until one is confirmed.
+
+    The first merge of a run shows whether the token may merge, and whether this organisation answers as expected.
+    """
+
+    def __init__(self, cancel_token: CancelToken) -> None:
+        self.confirmed = False
+        self.requests = 0  # merge requests of the run
+        self._cancel_token = cancel_token
+        self._lock = asyncio.Lock()
+        self._holder: Optional[Ids] = None
+
+    async def acquire(self, ids: Ids) -> None:
+        """Wait until no other pair's merge is unconfirmed. Raises Cancelled."""
+        if not self.confirmed and self._holder != ids:
+            await self._cancel_token.wait(self._lock.acquire())
+            if self.confirmed:
+                self._lock.release()
+            else:
+                self._holder = ids
+
+    def release(self, ids: Ids) -> None:
+        if self._holder == ids:
+            self._holder = None
+            self._lock.release()
+
+    def confirm(self, ids: Ids) -> None:
+        self.confirmed = True
+        self.release(ids)
+
+
+class PendingVerifications:
+    """Groups that will verify soon. Who verifies waits for them a moment, so that one list call serves many."""
+
+    LINGER = 10.0  # seconds
+
+    def __init__(self, api: DevRevAPI) -> None:
+        self._api = api
+        self._groups: Set["GroupMerge"] = set()
+
+    def add(self, group: "GroupMerge") -> None:
+        self._groups.add(group)
+
+    def discard(self, group: "GroupMerge") -> None:
+        """A group is at its verification, or won't be soon: after the last one nobody is waited for."""
+        self._groups.discard(group)
+        if not self._groups and not self._api.cancel_token.stop:
+            asyncio.get_event_loop().call_later(BatchLoader.LINGER, self._api.dispatch)
+
+
+@dataclass(frozen=True)
+class MergeContext(GroupContext):
+    """A GroupContext, and what the groups of a merge run share."""
+
+    poll_history: PollHistory
+    first_merge: FirstMerge
+    pending_verifications: PendingVerifications
+
+
+class Preconditions:
+    """What the merges of a group rest on: the live check, the backup, and the integrity check from the disk.
+
+    Each part is as old as the first request that it was read with.
+    """
+
+    FRESH = 60.0  # seconds for which a live check may be relied on
+    LISTED = 120.0  # seconds for which the lists in a backup may be relied on
+    AHEAD = 50  # timelines that are requested at once, so that groups which started earlier are read first
+
+    def __init__(self, context: MergeContext, group: Group) -> None:
+        self.context = context
+        self.group = group
+        self.folder = ""  # of the backup, once the integrity check has passed
+        self.counts: Json = {}  # of what the backup holds
+        self.live: Dict[str, Json] = {}  # rev users by id
+        self._checked: Optional[Timestamp] = None
+        self._listed: Optional[Timestamp] = None
+        self._timelines: Dict[str, Tuple[Any, List[Json]]] = {}  # object id -> modified_date, entries
+
+    def require_fresh(self) -> None:
+        """Raise PreconditionsExpired where a request must not rest on them any more."""
+        if self._is_older(self._checked, self.FRESH) or self._is_older(self._listed, self.LISTED):
+            raise PreconditionsExpired()
+
+    def invalidate(self) -> None:
+        """Forget them; timelines of objects that have not changed need not be read again."""
+        self.folder, self._checked, self._listed = "", None, None
+
+    async def ensure_fresh(self) -> None:
+        """Check and back up again what is too old, or was never read. Raises PairError with the first problem."""
+        self.context.raise_if_draining()
+        if not self.folder or self._is_older(self._listed, self.LISTED):
+            await self._check()
+            await self._back_up()
+        elif self._is_older(self._checked, self.FRESH):
+            await self._check()
+
+    def _is_older(self, since: Optional[Timestamp], limit: float) -> bool:
+        return since is None or self.context.environment.age(since) > limit
+
+    async def _check(self) -> None:
+        """Compare the group with DevRev as it is now."""
+        api, contacts = self.context.api, self.group.contacts()
+        priority = PREPARE if self._checked is None else MERGE
+        emails = sorted({contact.email.strip() for contact in contacts})
+        listings = await together(*(api.emails.load(email, 1, priority) for email in emails))
+        live = {user["id"]: user for listing in listings for user in listing.items}
+        listed = list(live.values())
+        since = [listing.since for listing in listings]
+        for contact in contacts:
+            # Lists may lag behind what this tool has done to the primary.
+            if contact.id not in live or (contact is self.group.primary and self.group.has_absorbed()):
+                since.append(self.context.environment.now())
+                live.pop(contact.id, None)
+                found = await api.contact(contact.id, RequestOptions(priority))
+                live.update({contact.id: found} if found else {})
+        problem = live_group_error(self.group, live, listed)
+        if problem:
+            raise problem
+        self.live, self._checked = live, oldest(since)
+        log.info("%s: the live check of %s has passed", self.group.email, plural(len(contacts), "contact"))
+
+    async def _back_up(self) -> None:
+        """Read all that DevRev holds of the group, write it to the disk, and check what is there."""
+        contacts = self.group.contacts()
+        priority = PREPARE if self._listed is None else MERGE
+        read = await together(*(self._snapshot(contact, priority) for contact in contacts))
+        snapshots, since = [one for one, _ in read], oldest(moment for _, moment in read)
+        objects = {identity: obj for one in snapshots for identity, obj in one.objects().items()}
+        if self.context.options.timelines:
+            await self._read_timelines(objects)
+        timelines = {identity: self._timelines[identity][1] for identity in objects if identity in self._timelines}
+        folder, problem = await self.context.environment.run_in_thread(self._write_backup, snapshots, timelines)
+        works = {work for one in snapshots for work in one.works()}
+        entries = sum(map(len, timelines.values()))
+        self.counts = {"works": len(works), "conversations": len(objects) - len(works), "timeline_entries": entries}
+        counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.counts.items())
+        log.info("%s: backed up in %s: %s", self.group.email, folder, counts)
+        for pair in self.group.pairs:
+            if pair.state is State.PLANNED:
+                pair.backup, pair.backed_up = folder, self.counts
+        if problem:
+            raise problem
+        log.info("%s: the integrity check of %s has passed", self.group.email, folder)
+        self.folder, self._listed = folder, since
+
+    async def _snapshot(self, contact: Contact, priority: int) -> Tuple[ContactSnapshot, Timestamp]:
+        """Return everything but the timelines of one contact."""
+        objects = self.context.api.objects
+        lists = await together(
+            *(objects[name].load(contact.id, contact.tickets, priority) for name in ROLES.values()),
+            objects["members"].load(contact.id, 1 + contact.tickets // 4, priority),
+        )
+        roles = {role: by_id(listing.items) for role, listing in zip(ROLES, lists)}
+        snapshot = ContactSnapshot(contact, self.live[contact.id], roles, by_id(lists[-1].items))
+        return snapshot, oldest(listing.since for listing in lists)
+
+    async def _read_timelines(self, objects: Mapping[str, Json]) -> None:
+        """Read the timelines that are not known yet, and those of objects that have changed; a few at a time."""
+        known = self._timelines
+        wanted = [one for one, obj in objects.items() if known.get(one, (known,))[0] != obj.get("modified_date")]
+
+        async def read() -> None:
+            while wanted:
+                identity = wanted.pop(0)
+                try:
+                    self.context.raise_if_draining()
+                    entries = await self.context.api.timeline(identity)
+                except (ApiError, NoUsableResponse) as error:
+                    wanted.clear()
+                    raise PairError(error.code, f"{identity}: {error}") from None
+                except Cancelled:
+                    wanted.clear()
+                    raise
+                known[identity] = objects[identity].get("modified_date"), entries
+
+        await together(*(read() for _ in range(min(self.AHEAD, len(wanted)))))
+
+    def _write_backup(
+        self, snapshots: Sequence[ContactSnapshot], timelines: Timelines
+    ) -> Tuple[str, Optional[PairError]]:
+        """Write the backup (in a thread), and check from the disk that it is complete and holds what the CSV counts."""
+        options = self.context.options
+        store = BackupStore(BACKUPS, self.context.environment, options.timelines)
+        try:
+            folder = store.create(self.group.email, options.organisation, snapshots, timelines)
+        except RecursionError:
+            raise PairError("backup_failed", "DevRev answered with something that is nested too deep") from None
+        try:
+            for entry in verify_backup(folder)["contacts"]:
+                grown = entry["role"] == "primary" and self.group.has_absorbed()
+                policy = "at-least" if grown else options.count_policy
+                problem = count_error(Contact.from_json(entry["csv"]), greatest_count(entry), policy)
+                if problem:
+                    return str(folder), problem
+        except PairError as error:
+            return str(folder), error
+        return str(folder), None
+
+
+def oldest(moments: Iterable[Timestamp]) -> Timestamp:
+    return min(moments, key=lambda moment: moment.monotonic)
+
+
+def fields_to_carry(primary: Mapping[str, Any], duplicate: Mapping[str, Any]) -> Json:
+    """Return what an update of the primary has to set, so that it keeps what only the duplicate has.
+
+    `phone_numbers` is the whole list, because an update replaces it. A name is carried only where the primary has none
+    of its own: its address or its id is no name.
+    """
+    found: Json = {}
+    if duplicate.get("description") and not primary.get("description"):
+        found["description"] = duplicate["description"]
+    numbers = list(primary.get("phone_numbers") or ())
+    more = [number for number in duplicate.get("phone_numbers") or () if number not in numbers]
+    if more:
+        found["phone_numbers"] = numbers + more
+    nameless = ("", primary.get("email"), primary.get("id"), primary.get("display_id"), primary.get("external_ref"))
+    if duplicate.get("display_name") and (primary.get("display_name") or "") in nameless:
+        found["display_name"] = duplicate["display_name"]
+    return found
+
+
+def lost_fields(duplicate: Mapping[str, Any], primary: Mapping[str, Any]) -> List[Json]:
+    """Return `{field, value}` of what the duplicate had and the primary does not have, as far as answers show it."""
+    lost: List[Json] = []
+    for name in ("display_name", "full_name", "description", "phone_numbers", "tags", "custom_fields"):
+        value, kept = duplicate.get(name), primary.get(name)
+        if isinstance(value, list):
+            lost += [{"field": name, "value": one} for one in value if one not in (kept or ())]
+        elif isinstance(value, dict):
+            mine = kept if isinstance(kept, dict) else {}
+            lost += [{"field": f"{name}.{key}", "value": one} for key, one in value.items() if one != mine.get(key)]
+        elif value and value != kept:
+            lost.append({"field": name, "value": value})
+    return lost
+
+
+def backed_up_contact(backup: str, identity: str) -> Json:
+    """Return the `rev_user` of a contact as a backup holds it. Raises PairError(backup_failed)."""
+    try:
+        (entry,) = (one for one in read_manifest(backup)["contacts"] if one["csv"]["id"] == identity)
+        user: Json = json.loads((Path(backup) / entry["folder"] / "contact.json").read_bytes())
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise PairError("backup_failed", f"the backup {backup} is not complete ({type(error).__name__})") from None
+    return user
+
+
+def check_reference(pair: Pair, primary: Optional[Json]) -> None:
+    """Raise PairError where another user gave the primary a reference that is neither the old nor the new one."""
+    name = pair.primary.short_id
+    if primary is None:
+        raise PairError("not_found", f"the primary {name} no longer exists")
+    reference = primary.get("external_ref")
+    if pair.new_ref and reference not in (pair.new_ref, pair.primary.external_ref):
+        words = f"another user gave {name} the reference {reference or 'none'}; {pair.new_ref} was not set"
+        raise PairError("external_ref_changed", words)
+
+
+def confirmation_timeout(pair: Pair, merge_timeout: float) -> float:
+    """Return the seconds after a request until a duplicate that still exists means that the merge won't come.
+
+    DevRev knows of the request where it has answered; a request whose answer was lost may never have arrived.
+    """
+    if pair.state is State.ACKNOWLEDGED or pair.rejected:
+        return merge_timeout
+    return min(10.0, merge_timeout / 4)
+
+
+class TransferVerifier:
+    """Checks whether what a duplicate had belongs to its primary, for as long as DevRev's lists may lag behind."""
+
+    EXAMINED = 25  # objects that are read one by one, in each round before the time is over
+
+    def __init__(self, context: MergeContext, priority: int) -> None:
+        self.context = context
+        self.api = context.api
+        self.priority = priority
+        self.primary: Json = {}  # the primary's `rev_user`, where the list of the email shows it
+
+    async def wait(
+        self, pair: Pair, expected: Sequence[Json], pause: Callable[[float], Awaitable[None]]
+    ) -> Tuple[List[Json], Optional[DuplicateStatus]]:
+        """Poll until all `expected` objects (`{id, role}`) belong to the primary, or `merge_timeout` is over.
+
+        Return the objects still missing, and the duplicate's status where the list of its email still shows it. Objects
+        deleted since are named in the pair and hold nothing up.
+        """
+        environment, timeout = self.context.environment, self.context.options.merge_timeout
+        started, rounds = environment.now(), 0
+        examined: Set[str] = set()
+        while True:
+            again = rounds > 0
+            missing, listed = await together(
+                self.missing(pair, expected, again), self.is_listed(pair, self.api.emails, pair.duplicate.email, again)
+            )
+            status = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH)) if listed else None
+            waited, rounds = environment.elapsed(started), rounds + 1
+            over = waited >= timeout
+            if missing and rounds > 2:
+                few = [item["id"] for item in missing if over or item["id"] not in examined]
+                few = few if over else few[: self.EXAMINED]
+                gone = {one for one in few if await self._is_deleted(one)}
+                examined.update(few)
+                pair.deleted = sorted(gone.union(pair.deleted))
+                expected, missing = ([one for one in items if one["id"] not in gone] for items in (expected, missing))
+            if over or status is DuplicateStatus.THERE or not (missing or status):
+                return missing, status
+            await pause(min(20.0, 0.5 + waited / 2, timeout - waited))
+
+    async def lists_show_merged(self, pair: Pair) -> bool:
+        """Decide by lists where polls give no usable answer.
+
+        The merge is done where the lists of the duplicate's email and of its reference no longer show it, and its
+        objects belong to the primary. Without objects the lists are read twice, because they may lag.
+        """
+        expected = objects_to_transfer(pair.backup, pair.duplicate.id)
+        timeout = self.context.options.merge_timeout
+        for pause in (0.0,) if expected else (0.0, min(10.0, timeout / 4)):
+            if pause:
+                await self.context.cancel_token.sleep(pause)
+            if await self.is_listed(pair, self.api.emails, pair.duplicate.email, True):
+                return False
+            holders = await self.api.holders_of(pair.duplicate.external_ref, RequestOptions(FINISH))
+            if any(user["id"] == pair.duplicate.id for user in holders):
+                return False
+        return not await self.missing(pair, expected, True)
+
+    async def is_merged_elsewhere(self, pair: Pair, pause: Callable[[float], Awaitable[None]]) -> bool:
+        """Return whether the duplicate no longer exists and was not merged into the primary.
+
+        Where what it had belongs to the primary, the two are merged, whoever requested it.
+        """
+        primary = await self.api.contact(pair.primary.id, RequestOptions(FINISH)) or {}
+        if primary.get("state") not in ("active", "locked", "deactivated") or primary.get("primary_identity"):
+            return False
+        expected = objects_to_transfer(pair.backup, pair.duplicate.id)
+        try:
+            if await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH)) is not DuplicateStatus.GONE:
+                return False
+            missing = (await self.wait(pair, expected, pause))[0] if expected else []
+        except PairError as problem:
+            if problem.code == "merged_into_another":
+                return True
+            raise
+        return bool(missing) or all(item["id"] in pair.deleted for item in expected)
+
+    async def missing(self, pair: Pair, expected: Sequence[Json], again: bool) -> List[Json]:
+        """Return which of the expected objects the lists don't show with the primary."""
+        weight = pair.primary.tickets + pair.duplicate.tickets
+        roles = sorted({item["role"] for item in expected})
+        linger = BatchLoader.LINGER if again or self.priority == RESUME else PendingVerifications.LINGER
+        listings = await together(
+            *(self.api.objects[role].load(pair.primary.id, weight, self.priority, linger) for role in roles)
+        )
+        there = {(role, item["id"]) for role, listing in zip(roles, listings) for item in listing.items}
+        return [item for item in expected if (item["role"], item["id"]) not in there]
+
+    async def is_listed(self, pair: Pair, lists: BatchLoader, key: str, again: bool) -> bool:
+        """Return whether a list shows the duplicate as a contact of its own."""
+        linger = BatchLoader.LINGER if again or self.priority == RESUME else PendingVerifications.LINGER
+        listing = await lists.load(key.strip(), 1, self.priority, linger)
+        self.primary = next((user for user in listing.items if user["id"] == pair.primary.id), self.primary)
+        shown = (user for user in listing.items if user["id"] == pair.duplicate.id)
+        return any(duplicate_status(user, *pair.ids) is DuplicateStatus.THERE for user in shown)
+
+    async def _is_deleted(self, identity: str) -> bool:
+        with contextlib.suppress(ApiError, NoUsableResponse):
+            return await self.api.get_object(identity, RequestOptions(self.priority)) is None
+        return False
+
+
+@dataclass
+class PairMerge:
+    """What this run knows of a merge beyond the pair's state."""
+
+    requests_sent: int = 0
+    waiting_since: Optional[Timestamp] = None
+    waited_before: float = 0.0  # seconds that earlier runs had waited
+    polled: bool = False  # since the last request
+    rejection: Optional[PairError] = None  # DevRev's answer to the last request, where it was a clear refusal
+    contradictions: int = 0  # times that the duplicate seemed to be merged and existed after all
+    was_forbidden: bool = False  # an earlier request for it was answered with 403
+    updated: bool = False  # the primary, in this run
+
+
+class GroupMerge:
+    """One group: check, back up, request, wait, set the reference, verify.
+
+    A pair that an earlier run left enters at its state. What keeps a pair from its end is raised as PairError and
+    recorded as its outcome; what stops the run passes through.
+    """
+
+    MAX_REQUESTS = 3  # times that a run requests one merge
+    MAX_REFRESHES = 12  # times that preconditions are read again before a pair is given up
+    SLOW = 3.0  # seconds after which no other pair waits for this one
+    FIRST_DEADLINE = 5.0  # seconds for the first poll and the first update; each repeat has twice as long
+
+    def __init__(
+        self, context: MergeContext, group: Group, pairs: Sequence[Pair], wanted: Mapping[Ids, Pair], resumed: bool
+    ) -> None:
+        self.context = context
+        self.api = context.api
+        self.group = group
+        self.pairs = pairs
+        self.wanted = wanted  # the pairs of this run's CSV: no other is requested
+        self.resumed = resumed
+        self.attempted = asyncio.Event()  # each pair was tried, or has to wait
+        self.preconditions = Preconditions(context, group)
+        self.verifier = TransferVerifier(context, RESUME if resumed else VERIFY)
+        self.reservation = Reservation()
+        self.merges: Dict[Ids, PairMerge] = collections.defaultdict(PairMerge)
+        self._request_lock = asyncio.Lock()
+        self._ended: Set[Ids] = set()  # pairs with an outcome
+
+    async def run(self) -> None:
+        """Merge the pairs one after the other, then verify them together."""
+        try:
+            for index, pair in enumerate(self.pairs):
+                if not await self._advance(pair, until=State.VERIFYING):
+                    await self._refuse_rest(pair, self.pairs[index + 1 :])
+                    break
+            self.preconditions = Preconditions(self.context, self.group)  # frees memory; verifying reads the disk
+            await together(*(self._advance(pair) for pair in self.pairs))
+        finally:
+            self.api.scheduler.release(self.reservation)
+            self.attempted.set()
+
+    async def _advance(self, pair: Pair, until: Optional[State] = None) -> bool:
+        """Take a pair from one recovery point to the next, up to `until` or its end. Return whether it got there."""
+        phases = {
+            State.PLANNED: self._request,
+            State.REQUESTED: self._wait,
+            State.ACKNOWLEDGED: self._wait,
+            State.MERGED: self._set_reference,
+            State.VERIFYING: self._verify,
+        }
+        if pair.ids in self._ended:
+            return False
+        try:
+            while pair.state in phases and pair.state is not until:
+                await self._transition(pair, await phases[pair.state](pair))
+        except PairError as problem:
+            self._ended.add(pair.ids)
+            await self.context.record_outcome(pair, problem, self._counts(pair))
+            return isinstance(problem, PairSkipped)
+        except PermissionDenied as denied:
+            if pair.state in UNFINISHED:
+                await self.context.record_outcome(pair, PairError("forbidden", str(denied)), False)
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            # Whatever one contact's answers look like, the others go on.
+            log.exception("%s: unexpected", pair.email)
+            self._ended.add(pair.ids)
+            words = f"an answer could not be understood ({type(error).__name__}: {error})"
+            await self.context.record_outcome(pair, PairError("api_error", words), self._counts(pair))
+            return False
+        finally:
+            self.api.scheduler.release(self.reservation)
+            self.context.first_merge.release(pair.ids)
+        if pair.state in TERMINAL:
+            self._ended.add(pair.ids)
+            await self.context.record_outcome(pair)
+        return True
+
+    async def _transition(self, pair: Pair, state: State) -> None:
+        """Move a pair to a state, durably: the one place where it happens, but for the intent to request a merge."""
+        pair.state = state
+        if pair.requested_at:
+            pair.seconds = max(0.0, self.context.environment.now().wall - pair.requested_at)
+        await self.context.savepoint.save(pair)
+        steps = {
+            State.REQUESTED: "the merge is requested, and not confirmed yet",
+            State.ACKNOWLEDGED: "DevRev has acknowledged the merge",
+            State.MERGED: f"confirmed, {pair.duplicate.short_id} no longer exists",
+            State.VERIFYING: f"{pair.primary.short_id} has the reference {pair.new_ref or 'that it had'}",
+            State.DONE: f"verified, all {pair.proved} objects belong to the primary",
+            State.MERGED_ELSEWHERE: pair.error,
+        }
+        log.info("%s: %s", pair.email, steps[state])
+
+    async def _refuse_rest(self, first: Pair, pairs: Sequence[Pair]) -> None:
+        """Refuse the pairs behind one that failed: what refuses a group refuses all of it, and what was requested has
+        to be finished first."""
+        problem = PairError("group_incomplete", "another merge into the same contact has to be finished first")
+        if first.state is State.FAILED:
+            problem = PairError(first.code, first.error)
+        for pair in pairs:
+            if pair.state is State.PLANNED:
+                self._ended.add(pair.ids)
+                await self.context.record_outcome(pair, problem, self._counts(pair))
+
+    def _counts(self, pair: Pair) -> bool:
+        """Return whether a failure says something of the run: not where an earlier run has failed at the pair, too."""
+        return not (self.resumed or pair.tried_before or pair.state is State.VERIFYING)
+
+    def _options(self, pair: Pair, priority: int = FINISH) -> RequestOptions:
+        """Return how a request waits that belongs to a merge in progress, with what it reserves for those to follow."""
+        slow = self._waited(pair) > 10  # others may spend the quota meanwhile
+        reserve = 2 if slow else self.context.poll_history.polls() + bool(pair.new_ref)
+        return RequestOptions(priority, self.reservation, reserve)
+
+    def _waited(self, pair: Pair) -> float:
+        """Return the seconds since the merge was requested."""
+        merge = self.merges[pair.ids]
+        elapsed = self.context.environment.elapsed(merge.waiting_since) if merge.waiting_since else 0.0
+        return merge.waited_before + elapsed
+
+    async def _pause(self, pair: Pair, seconds: float) -> None:
+        """Wait for DevRev; new work need not wait for this pair meanwhile."""
+        if seconds > 0:
+            self.attempted.set()
+            if self._waited(pair) > self.SLOW:
+                self.context.pending_verifications.discard(self)
+            await self.context.cancel_token.sleep(seconds)
+
+    # -- the phases: each takes a pair at a recovery point and returns the next one -------------------
+
+    async def _request(self, pair: Pair) -> State:
+        """Request the merge, resting on preconditions that are fresh at the moment when the request is sent.
+
+        A pair that was requested before is polled first whatever the preconditions say: it may be merged by now.
+        """
+        again, merge = bool(pair.requested_at), self.merges[pair.ids]
+        if again:
+            wanted = self.wanted.get(pair.ids)
+            if wanted is None or wanted.new_ref != pair.new_ref:
+                words = f"the merge of {into(pair)} was requested, and is not in this plan with the same reference"
+                raise PairError("plan_changed", words)
+            pair.primary, pair.duplicate = wanted.primary, wanted.duplicate
+            self.preconditions.invalidate()
+        async with self._request_lock:  # the pairs of a group rest on the same preconditions
+            self.group.requesting = pair
+            for _ in range(self.MAX_REFRESHES):
+                # Reserved units would keep others waiting while the preconditions are read.
+                self.api.scheduler.release(self.reservation)
+                problem: Optional[PairError] = None
+                try:
+                    await self.preconditions.ensure_fresh()
+                except PairError as error:
+                    problem = error
+                # This poll reserves nothing: pairs that wait to be requested would wait for each other's units.
+                if again and await self._poll(pair, RequestOptions(FINISH)) is not DuplicateStatus.THERE:
+                    return self._confirmed(pair)
+                if problem:
+                    raise problem
+                try:
+                    await self.context.first_merge.acquire(pair.ids)
+                    await self.api.merge(*pair.ids, self._options(pair, MERGE), lambda: self._save_intent(pair))
+                except PreconditionsExpired:
+                    log.info("%s: the check or the backup is too old by now; reading it again", pair.email)
+                    continue
+                except ApiError as error:
+                    merge.waiting_since, merge.waited_before = self.context.environment.now(), 0.0
+                    return await self._rejected(pair, error, first=not again)
+                except NoUsableResponse as error:
+                    log.info("%s: the answer to the merge request was lost (%s)", pair.email, error)
+                    merge.waiting_since, merge.waited_before = self.context.environment.now(), 0.0
+                    return State.REQUESTED
+                merge.waiting_since, merge.waited_before = self.context.environment.now(), 0.0
+                return State.ACKNOWLEDGED
+        words = "checks and backups become too old before the merge can be requested; the quota is too small"
+        raise PairError("stale", words)
+
+    async def _save_intent(self, pair: Pair) -> None:
+        """Save that the merge is requested, at the last moment before the request is sent.
+
+        Raises PreconditionsExpired or Cancelled where it must not be sent; then the savepoint says that it was not.
+        """
+        context, merge, before = self.context, self.merges[pair.ids], dict(vars(pair))
+        self.preconditions.require_fresh()
+        context.raise_if_draining()
+        merge.polled, merge.rejection = False, None
+        pair.state, pair.code, pair.error, pair.rejected = State.REQUESTED, "", "", False
+        pair.backup, pair.backed_up = self.preconditions.folder, self.preconditions.counts
+        pair.previous_request_at, pair.requested_at = pair.requested_at, context.environment.now().wall
+        pair.first_requested_at = pair.first_requested_at or pair.requested_at
+        if context.options.carry_fields:
+            live = self.preconditions.live
+            pair.fields_to_carry = fields_to_carry(live[pair.primary.id], live[pair.duplicate.id])
+            pair.fields_before = {name: live[pair.primary.id].get(name) for name in pair.fields_to_carry}
+        try:
+            await context.savepoint.save(pair)
+            # The disk may be slow, and the run may have been stopped meanwhile.
+            self.preconditions.require_fresh()
+            context.cancel_token.raise_if_cancelled()
+            if context.savepoint.failure:
+                raise Cancelled()
+        except (PreconditionsExpired, Cancelled):
+            withdrawn_at = pair.requested_at
+            vars(pair).update(before)
+            pair.withdrawn_at = withdrawn_at
+            await context.savepoint.save(pair)
+            raise
+        merge.requests_sent += 1
+        context.first_merge.requests += 1
+        log.info("%s: requesting the merge of %s", pair.email, into(pair))
+
+    async def _rejected(self, pair: Pair, error: ApiError, first: bool) -> State:
+        """Take note of a refusal; DevRev may carry the merge out all the same."""
+        merge = self.merges[pair.ids]
+        pair.rejected = True
+        await self.context.savepoint.save(pair)
+        if error.status == 403:
+            # The first request of a run shows whether the token may merge at all.
+            if self.context.first_merge.requests == 1 and not merge.was_forbidden:
+                raise PermissionDenied(EXIT_USAGE, f"the token may not merge contacts: {error}")
+            merge.rejection = PairError("forbidden", str(error))
+        elif error.missing and first and await self.verifier.is_merged_elsewhere(pair, lambda s: self._pause(pair, s)):
+            pair.code = "merged_elsewhere"
+            pair.error = f"another user merged or deleted {pair.duplicate.short_id} before the merge was requested"
+            if pair.new_ref:
+                pair.error += f"; its reference {pair.new_ref} was not moved"
+            return State.MERGED_ELSEWHERE
+        elif error.status != 409:  # a 409 may say that it is being merged
+            merge.rejection = PairError("merge_refused", str(error))
+        return State.REQUESTED
+
+    async def _wait(self, pair: Pair) -> State:
+        """Poll until the duplicate no longer exists, or until the merge has to be requested again."""
+        context, merge = self.context, self.merges[pair.ids]
+        if merge.waiting_since is None:  # an earlier run requested it: poll at once
+            merge.waiting_since = context.environment.now()
+            merge.waited_before = max(0.0, merge.waiting_since.wall - pair.requested_at)
+        elif not (merge.rejection or merge.polled):
+            await self._pause(pair, context.poll_history.first_poll() - self._waited(pair))
+        merge.polled, polls, unusable, deadline = True, 0, 0, self.FIRST_DEADLINE
+        while True:
+            problem: Optional[PairError] = None
+            polls, before = polls + 1, self._waited(pair)
+            try:
+                if await self._poll(pair, self._options(pair), deadline) is not DuplicateStatus.THERE:
+                    if merge.requests_sent:
+                        context.poll_history.record(before, polls)
+                    return self._confirmed(pair)
+                unusable, deadline = 0, self.FIRST_DEADLINE
+            except (ApiError, NoUsableResponse) as error:
+                problem = PairError(error.code, f"the merge can't be confirmed: {error}")
+                # The 404 of a route says nothing of any object.
+                unusable += not (isinstance(error, ApiError) and error.status == 404 and not error.data.get("type"))
+                deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
+                if unusable >= 3 and await self.verifier.lists_show_merged(pair):
+                    return self._confirmed(pair)
+            if merge.rejection:
+                raise merge.rejection
+            waited, longest = self._waited(pair), confirmation_timeout(pair, context.options.merge_timeout)
+            if waited >= longest:
+                if problem:
+                    raise problem
+                answered = pair.state is State.ACKNOWLEDGED or pair.rejected
+                if merge.requests_sent >= self.MAX_REQUESTS or (merge.requests_sent and answered):
+                    words = f"{pair.duplicate.short_id} still exists {duration(waited)} after its merge was requested"
+                    raise PairError("merge_not_confirmed", words)
+                return await self._request(pair)
+            pause = min(0.1 + 0.5 * waited, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
+            await self._pause(pair, min(pause, longest - waited))
+
+    async def _poll(self, pair: Pair, options: RequestOptions, deadline: Optional[float] = None) -> DuplicateStatus:
+        return await self.api.poll_duplicate(*pair.ids, options, deadline)
+
+    def _confirmed(self, pair: Pair) -> State:
+        self.context.first_merge.confirm(pair.ids)
+        pair.code, pair.error = "", ""
+        return State.MERGED
+
+    def _still_exists(self, pair: Pair) -> State:
+        """Return to polling: the duplicate seemed to be merged until something contradicted it."""
+        merge = self.merges[pair.ids]
+        merge.contradictions += 1
+        log.info("%s: %s still exists after all", pair.email, pair.duplicate.short_id)
+        if merge.contradictions > 20:
+            pair.state = State.REQUESTED
+            raise PairError("merge_not_confirmed", f"{pair.duplicate.short_id} seemed to be merged again and again")
+        return State.REQUESTED if pair.rejected else State.ACKNOWLEDGED
+
+    async def _set_reference(self, pair: Pair) -> State:
+        """Give the primary the duplicate's reference, and what is carried with it.
+
+        Between the merge and this update the reference is on no contact, so nothing but the update itself is waited
+        for: a refused field never holds it up.
+        """
+        context, merge = self.context, self.merges[pair.ids]
+        body = {**({"external_ref": pair.new_ref} if pair.new_ref else {}), **pair.fields_to_carry}
+        if self.resumed and not merge.requests_sent:
+            onward = context.savepoint.merged_onward(pair.primary.id, pair.new_ref)
+            if onward:
+                pair.onward = onward.primary.short_id
+                return State.VERIFYING
+            if body:
+                primary = await self.api.contact(pair.primary.id, self._options(pair))
+                check_reference(pair, primary)
+                body = {name: value for name, value in body.items() if (primary or {}).get(name) != value}
+        updates = [body] if body else []
+        started, pause, deadline = context.environment.now(), 0.2, self.FIRST_DEADLINE
+        while updates:
+            body, over = updates[0], context.environment.elapsed(started) > context.options.merge_timeout
+            try:
+                user = await self.api.update_contact(pair.primary.id, body, self._options(pair), deadline)
+            except ApiError as error:
+                if "external_ref" not in body:
+                    log.info("%s: %s can't be carried: %s", pair.email, ", ".join(body), error)
+                    updates.pop(0)
+                elif len(body) > 1:  # whatever was refused, the reference goes alone at once
+                    carried = {name: value for name, value in body.items() if name != "external_ref"}
+                    updates = [{"external_ref": pair.new_ref}, carried]
+                elif error.status != 409:
+                    code = "not_found" if error.missing else error.code
+                    raise PairError(code, f"the reference {pair.new_ref} could not be set: {error}") from None
+                else:
+                    await self._pause(pair, pause)
+                    pause = min(10.0, 1.6 * pause)
+                    if await self._poll(pair, self._options(pair)) is DuplicateStatus.THERE:
+                        return self._still_exists(pair)
+                    check_holders(pair, await self.api.holders_of(str(pair.new_ref), self._options(pair)), over)
+                continue
+            except NoUsableResponse as error:
+                # It may have been made: the primary is read before the update is sent again.
+                if over:
+                    raise PairError(error.code, f"{pair.primary.short_id} could not be updated: {error}") from None
+                deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
+                found = await self.api.contact(pair.primary.id, self._options(pair))
+                check_reference(pair, found)
+                user = found or {}
+                if any(user.get(name) != value for name, value in body.items()):
+                    continue
+            if user.get("external_ref") != body.get("external_ref", user.get("external_ref")):
+                words = f"DevRev answered the update with the reference {user.get('external_ref')}"
+                raise PairError("external_ref_not_set", words)
+            updates.pop(0)
+            merge.updated = True
+            pair.fields_lost = lost_fields(backed_up_contact(pair.backup, pair.duplicate.id), user)
+        return State.VERIFYING
+
+    async def _verify(self, pair: Pair) -> State:
+        """Check that everything the duplicate had belongs to the primary, and that it is listed no more."""
+        self.context.pending_verifications.discard(self)
+        expected = objects_to_transfer(pair.backup, pair.duplicate.id)
+        checked = pair
+        onward = self.context.savepoint.merged_onward(pair.primary.id, pair.new_ref) if self.resumed else None
+        if onward:  # a later merge took the primary, and everything with it, to another contact
+            pair.onward, checked = onward.primary.short_id, replace(pair, primary=onward.primary)
+        missing, status = await self.verifier.wait(checked, expected, lambda seconds: self._pause(pair, seconds))
+        pair.deleted = checked.deleted
+        if status is DuplicateStatus.THERE and not onward:
+            return self._still_exists(pair)
+        if missing:
+            pair.left_behind = describe(pair.backup, missing)
+            names = ", ".join(dict.fromkeys(item["display_id"] for item in pair.left_behind))
+            raise PairError("left_behind", f"merged, but these do not belong to the primary: {names}")
+        if status and not onward:
+            raise PairError("still_listed", f"merged, but DevRev still lists {pair.duplicate.short_id} for its email")
+        if self.verifier.primary.get("id") == pair.primary.id and not self.merges[pair.ids].updated:
+            pair.fields_lost = lost_fields(backed_up_contact(pair.backup, pair.duplicate.id), self.verifier.primary)
+        pair.code, pair.error, pair.left_behind = "", "", []
+        pair.proved = len({item["id"] for item in expected}.difference(pair.deleted))
+        return State.DONE
+
+
+def check_holders(pair: Pair, listed: Iterable[Json], over: bool) -> None:
+    """Raise PairError where another contact holds the pair's new reference, or where no contact releases it in time."""
+    holders = [str(user.get("display_id") or user["id"]) for user in listed if user["id"] not in pair.ids]
+    if holders or over:
+        unknown = f"{pair.duplicate.short_id}, which no longer exists, or a contact that the token can't see"
+        who = ", ".join(holders) or unknown
+        raise PairError("external_ref_conflict", f"the reference {pair.new_ref} is held by {who}")
+
+
+class TaskRunner:
+    """Starts tasks, waits for them, and ends them in good order: what a merge run and an undo share."""
+
+    MAX_FAILURES_IN_A_ROW = 5
+    GRACE = 10.0  # seconds to wait for requests in progress when the run is interrupted
+
+    def __init__(
+        self,
+        api: DevRevAPI,
+        savepoint: SavePoint,
+        on_outcome: Callable[[Pair], None],
+        is_success: Callable[[Pair], bool],
+    ) -> None:
+        self.api, self.savepoint = api, savepoint
+        self.cancel_token = api.cancel_token
+        self.on_outcome, self.is_success = on_outcome, is_success
+        self.outcomes: Dict[Ids, Pair] = {}  # ended, refused, or given up for this run
+        self.draining: Optional[FatalError] = None  # finish what is in progress, start nothing
+        self.total = 0
+        self.tasks: Dict[asyncio.Future[None], Sequence[Pair]] = {}
+        self._failures_in_a_row = 0
+
+    @property
+    def stop(self) -> Optional[FatalError]:
+        return self.cancel_token.stop or self.draining or self.savepoint.failure
+
+    def raise_if_draining(self) -> None:
+        """Raise Cancelled where nothing more may be started."""
+        if self.stop:
+            raise Cancelled()
+
+    async def run(self, work: Awaitable[None]) -> int:
+        """Do the work as far as it goes, and return the exit code. Raises nothing: `stop` says what ended it."""
+        await self._guard(work, ())
+        await self._guard(self.wait_all(), ())  # where nothing more is started, what is in progress is finished
+        if self.tasks:
+            await asyncio.wait(set(self.tasks), timeout=self.GRACE)
+        for pairs in list(self.tasks.values()):
+            await self._record_interrupted(pairs)
+        return self._exit_code()
+
+    def start(self, work: Awaitable[None], pairs: Sequence[Pair]) -> "asyncio.Future[None]":
+        task = asyncio.ensure_future(self._guard(work, pairs))
+        self.tasks[task] = pairs
+        task.add_done_callback(self.tasks.pop)
+        return task
+
+    async def wait_any(self) -> None:
+        """Wait until one task has ended. Raises Cancelled."""
+        await self.cancel_token.wait(asyncio.wait(set(self.tasks), return_when=asyncio.FIRST_COMPLETED))
+
+    async def wait_all(self) -> None:
+        while self.tasks:
+            await self.wait_any()
+
+    async def _guard(self, work: Awaitable[Any], pairs: Sequence[Pair]) -> None:
+        """Do the work; whatever it raises ends the run in good order."""
+        try:
+            await work
+        except Cancelled:
+            pass
+        except FatalError as stop:
+            self.cancel_token.cancel(stop)
+        except OSError as error:
+            self.cancel_token.cancel(FatalError(EXIT_STOPPED, f"disk error: {error}"))
+        except Exception as error:
+            log.exception("unexpected")
+            words = f"unexpected {type(error).__name__}: {error} (a bug; the log has the details)"
+            self.cancel_token.cancel(FatalError(EXIT_STOPPED, words))
+        await self._record_interrupted(pairs)
+
+    async def _record_interrupted(self, pairs: Sequence[Pair]) -> None:
+        problem = PairError("interrupted", "stopped before it was finished; run again")
+        for pair in pairs:
+            if pair.state in (*UNFINISHED, State.UNDOING) and pair.ids not in self.outcomes:
+                with contextlib.suppress(FatalError, OSError):
+                    await self.record_outcome(pair, problem, False)
+
+    async def record_outcome(self, pair: Pair, problem: Optional[PairError] = None, counts: bool = True) -> None:
+        """Take note that a pair has ended (it is saved by then), or of what keeps it from its end.
+
+        `counts`: whether the problem counts among the failures in a row that stop a run, if its code is systemic.
+        """
+        if problem and not isinstance(problem, PairSkipped):
+            pair.state = State.FAILED if pair.state is State.PLANNED else pair.state
+        if problem:
+            pair.code, pair.error = problem.code, str(problem)
+            if not isinstance(problem, PairSkipped):
+                await self.savepoint.save(pair)
+        self.outcomes[pair.ids] = pair
+        self.on_outcome(pair)
+        if not problem:
+            self._failures_in_a_row = 0
+        elif counts and CODES[problem.code].systemic:
+            self._failures_in_a_row += 1
+            if self._failures_in_a_row >= self.MAX_FAILURES_IN_A_ROW and not self.draining:
+                advice = " (--merge-timeout sets how long a merge may take)" * (problem.code == "merge_not_confirmed")
+                words = f"{self._failures_in_a_row} failures in a row, the last: {problem}{advice}"
+                self.draining = FatalError(EXIT_STOPPED, words)
+                self.api.scheduler.cancel_waiting(PREPARE)
+
+    def _exit_code(self) -> int:
+        stop = self.stop
+        if stop and (stop is not self.draining or len(self.outcomes) < self.total):
+            # Exit 2 promises that nothing was changed.
+            return EXIT_STOPPED if stop.exit_code == EXIT_USAGE and self.api.changed else stop.exit_code
+        if len(self.outcomes) < self.total:
+            self.draining = FatalError(EXIT_STOPPED, "pairs have no outcome (a bug; run again)")
+            return EXIT_STOPPED
+        return EXIT_OK if all(map(self.is_success, self.outcomes.values())) else EXIT_FAILED
+
+
+class ContactMerger:
+    """Carries out a plan: finishes what earlier runs left, then merges group after group."""
+
+    BATCH = 25  # pairs that start together, so that one list call serves them all
+    IN_PROGRESS = 100  # pairs
+
+    def __init__(
+        self,
+        api: DevRevAPI,
+        savepoint: SavePoint,
+        options: MergeOptions,
+        on_outcome: Callable[[Pair], None] = lambda _pair: None,
+    ) -> None:
+        self.api, self.savepoint, self.options = api, savepoint, options
+        self.runner = TaskRunner(api, savepoint, on_outcome, self.is_success)
+        self.first_merge = FirstMerge(api.cancel_token)
+        self.pending_verifications = PendingVerifications(api)
+        self.context = MergeContext(
+            api, api.environment, savepoint, api.cancel_token, options, self.runner.record_outcome,
+            self.runner.raise_if_draining, PollHistory(), self.first_merge, self.pending_verifications,
+        )  # fmt: skip
+        self._resumed: Dict[asyncio.Future[None], GroupMerge] = {}
+
+    @staticmethod
+    def is_success(pair: Pair) -> bool:
+        left_out = pair.state is State.PLANNED and bool(pair.code)
+        return left_out or (pair.state in (State.DONE, State.SETTLED) and not pair.after_cancel)
+
+    async def run(self, plan: Plan, unfinished: Sequence[Pair]) -> int:
+        """Finish what earlier runs left unfinished, carry out the plan, and return the exit code.
+
+        Raises nothing: what stops the run is in `runner.stop`.
+        """
+        planned = {pair.ids for pair in plan.pairs()}
+        self.runner.total = len(planned.union(pair.ids for pair in unfinished))
+        return await self.runner.run(self._work(plan, list(unfinished)))
+
+    async def _work(self, plan: Plan, unfinished: List[Pair]) -> None:
+        for pair in await self._poll_cancelled():
+            self.runner.total += pair.ids not in {one.ids for one in plan.pairs()}
+            unfinished.append(pair)
+        resumed = self._resume(plan, unfinished)
+        for group_merge in resumed:
+            await self.context.cancel_token.wait(group_merge.attempted.wait())
+        await self._start_new(plan, unfinished)
+        await self.runner.wait_all()
+        # The contact that held a pair's reference may have been merged meanwhile, and the reference be free.
+        moved = {pair.new_ref for pair in self.runner.outcomes.values() if pair.state in ENDED}
+        for pair in unfinished:
+            if pair.state is State.MERGED and pair.code == "external_ref_conflict" and pair.new_ref in moved:
+                del self.runner.outcomes[pair.ids]
+                self._start(GroupMerge(self.context, Group(pair.email, [pair]), [pair], plan.wanted, True))
+        await self.runner.wait_all()
+
+    async def _poll_cancelled(self) -> List[Pair]:
+        """Poll each cancelled pair once: return those that DevRev has carried out after all, as unfinished pairs."""
+        found = []
+        for pair in list(self.savepoint.pairs(State.CANCELLED)):
+            try:
+                status = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH))
+            except PairError as error:
+                log.info("%s: the cancelled merge of %s can't be polled: %s", pair.email, into(pair), error)
+                continue
+            if status is not DuplicateStatus.THERE:
+                pair.state, pair.after_cancel, pair.code, pair.error = State.MERGED, True, "", ""
+                await self.savepoint.save(pair)
+                log.warning("%s: DevRev has carried out the cancelled merge of %s", pair.email, into(pair))
+                found.append(pair)
+        return found
+
+    def _resume(self, plan: Plan, unfinished: Sequence[Pair]) -> List[GroupMerge]:
+        """Start a group for each primary of unfinished pairs, with what else is known of that primary."""
+        by_primary: Dict[str, List[Pair]] = collections.defaultdict(list)
+        for pair in unfinished:
+            by_primary[pair.primary.id].append(pair)
+        group_merges = []
+        for primary, pairs in by_primary.items():
+            mine = {pair.ids for pair in pairs}
+            siblings = [pair for pair in self.savepoint.pairs_of_primary(primary).values() if pair.ids not in mine]
+            group_merge = GroupMerge(
+                self.context, Group(pairs[0].email, [*pairs, *siblings]), pairs, plan.wanted, resumed=True
+            )
+            for pair in pairs:
+                group_merge.merges[pair.ids].was_forbidden = pair.code == "forbidden"
+                pair.code, pair.error = "", ""
+            self._resumed[self._start(group_merge)] = group_merge
+            group_merges.append(group_merge)
+        return group_merges
+
+    async def _start_new(self, plan: Plan, unfinished: Sequence[Pair]) -> None:
+        """Start the groups of the plan, a batch at a time while there is room.
+
+        What no run has tried yet comes first, so that a contact which always fails keeps no other waiting; groups with
+        a contact of an unfinished pair come last.
+        """
+        known = {pair.ids: pair for pair in unfinished}
+        blocked = {identity for pair in unfinished for identity in pair.ids}
+        undoing = {one: pair for pair in self.savepoint.pairs(State.UNDOING) for one in pair.ids}
+        failed = {pair.ids: pair.code for pair in self.savepoint.pairs(State.FAILED)}
+        groups, plan.groups = plan.groups, []
+        groups.sort(key=lambda group: not failed.keys().isdisjoint(pair.ids for pair in group.pairs))
+        deferred, batch = [], []  # type: List[Tuple[Group, List[Pair]]], List[GroupMerge]
+        for group in consume(groups):
+            group.pairs = [known.get(pair.ids, pair) for pair in group.pairs]
+            pairs = [pair for pair in group.pairs if pair.state is State.PLANNED]
+            ids = {contact.id for contact in group.all_contacts()}
+            for pair in pairs:
+                pair.tried_before = pair.ids in failed
+            if not pairs:
+                continue
+            if ids & undoing.keys():
+                undo = next(undoing[one].undo for one in ids if one in undoing)
+                path = undo.path if undo else "…"
+                words = f"its undo is not finished; finish it first: merge_contacts.py --undo {path}"
+                for pair in pairs:
+                    if pair.ids not in {one.ids for one in undoing.values()}:
+                        await self.runner.record_outcome(pair, PairError("undo_unfinished", words), False)
+                    else:  # the row says that it is being undone, and must go on saying so
+                        pair.code, pair.error = "undo_unfinished", words
+                        self.runner.outcomes[pair.ids] = pair
+                        self.runner.on_outcome(pair)
+            elif ids & blocked:
+                deferred.append((group, pairs))
+            else:
+                batch.append(self._group_merge(group, pairs, plan))
+            if sum(len(one.pairs) for one in batch) >= min(self.BATCH, max(1, self._room() // 2)):
+                await self._start_batch(batch)
+        await self._start_batch(batch)
+        await together(*(self._start_deferred(group, pairs, plan, unfinished, failed) for group, pairs in deferred))
+
+    def _group_merge(self, group: Group, pairs: Sequence[Pair], plan: Plan) -> GroupMerge:
+        return GroupMerge(self.context, group, pairs, plan.wanted, resumed=False)
+
+    def _room(self) -> int:
+        """Return how many pairs may be in progress: under a small quota few, because checks and backups that wait for
+        the next window would have to be read again then."""
+        return int(max(2, min(self.IN_PROGRESS, self.api.scheduler.requests_per_minute() // 4)))
+
+    def _start(self, group_merge: GroupMerge) -> "asyncio.Future[None]":
+        task = self.runner.start(group_merge.run(), group_merge.pairs)
+        task.add_done_callback(lambda _: self.pending_verifications.discard(group_merge))
+        return task
+
+    async def _start_batch(self, batch: List[GroupMerge]) -> None:
+        while batch:
+            in_progress = sum(map(len, self.runner.tasks.values()))
+            if in_progress and in_progress + len(batch) > self._room():
+                await self.runner.wait_any()
+                continue
+            self.runner.raise_if_draining()
+            for group_merge in batch:
+                self.pending_verifications.add(group_merge)
+                self._start(group_merge)
+            batch.clear()
+
+    async def _start_deferred(
+        self, group: Group, pairs: Sequence[Pair], plan: Plan, unfinished: Sequence[Pair], failed: Mapping[Ids, str]
+    ) -> None:
+        """Start a group that shares a contact with an unfinished pair, once that pair is past its request.
+
+        A group with the contact that holds that pair's reference goes first: the reference follows it.
+        """
+        ids = {contact.id for contact in group.all_contacts()}
+        refs = {pair.new_ref for pair in pairs if pair.new_ref}
+        for task, group_merge in list(self._resumed.items()):
+            if not task.done() and any(ids & set(pair.ids) for pair in group_merge.pairs):
+                await self.context.cancel_token.wait(asyncio.wait({task}))
+        problem = PairError("group_incomplete", "another merge of one of its contacts has to be finished first")
+        for other in unfinished:
+            frees = other.state is State.MERGED and other.new_ref in refs
+            if ids & set(other.ids) and other.state in (*REQUESTED_STATES, State.MERGED) and not frees:
+                for pair in pairs:
+                    await self.runner.record_outcome(pair, problem, False)
+                return
+        await self._start_batch([self._group_merge(group, pairs, plan)])
+
+    def pairs(self) -> Iterator[Pair]:
+        """Yield the pairs that have an outcome or are in progress."""
+        yield from self.runner.outcomes.values()
+        for pairs in self.runner.tasks.values():
+            yield from (pair for pair in pairs if pair.ids not in self.runner.outcomes)
+
+
+def consume(items: List[T]) -> Iterator[T]:
+    """Yield the items in order and forget them, so that memory does not grow with what is done."""
+    items.reverse()
+    while items:
+        yield items.pop()
+
+
+def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) -> None:
+    """Refuse pairs of another organisation than the token's. Raises FatalError(2)."""
+    for pair in pairs:
+        for contact in (pair.primary, pair.duplicate):
+            if contact.organisation and contact.organisation != organisation:
+                raise FatalError(
+                    EXIT_USAGE,
+                    f"the {origin} is of another organisation than the token: {contact.short_id} belongs to "
+                    f"{contact.organisation}, the token to {organisation or 'an unknown one'}",
+                )
+
+
 # ---------------------------------------------------------------------------------------------------
 # Export: the CSV from DevRev itself
 # ---------------------------------------------------------------------------------------------------
@@ -2932,6 +4062,17 @@ def csv_chunks(contacts: Iterable[Contact]) -> Iterator[bytes]:
 # ---------------------------------------------------------------------------------------------------
 
 
+class UndoPlan:
+    groups: List[Group]
+    pairs: List[Pair]
+    undone: List[Pair]
+    left: int
+
+
+class UndoRunner:
+    pass
+
+
 # ---------------------------------------------------------------------------------------------------
 # Report
 # ---------------------------------------------------------------------------------------------------
@@ -2969,6 +4110,28 @@ ADVICE = {
 }
 
 
+class Code(NamedTuple):
+    """What a code means for a run, and for whoever reads it."""
+
+    advice: str  # what to do
+    systemic: bool = False  # counts among the failures in a row that stop a run
+
+
+SYSTEMIC = (
+    "backup_failed",
+    "api_error",
+    "forbidden",
+    "merge_refused",
+    "merge_not_confirmed",
+    "external_ref_not_set",
+    "merged_elsewhere",
+    "stale",
+)
+CODES = collections.defaultdict(
+    lambda: Code(""), {code: Code(words, code in SYSTEMIC) for code, words in ADVICE.items()}
+)
+
+
 def contact_entry(contact: Contact, reference: str = "old_external_ref") -> Json:
     return {
         "id": contact.id,
@@ -3004,13 +4167,17 @@ def merge_entry(pair: Pair, planned: Collection[Tuple[str, str]]) -> Json:
         "email": pair.email,
         "primary": contact_entry(pair.primary),
         "duplicate": contact_entry(pair.duplicate),
-        "new_external_ref": None if "reference_not_set" in pair.details else pair.new_ref,
+        "new_external_ref": None if pair.reference_not_set else pair.new_ref,
         "backup": pair.backup or None,
         "seconds": round(pair.seconds, 3),
         "finished": None if pair.state in UNFINISHED else pair.updated,
         "state": pair.state.value,
         "in_csv": pair.ids in planned,
-        **pair.details,
+        "backed_up": pair.backed_up,
+        "proved": pair.proved,
+        "deleted": pair.deleted,
+        "fields_lost": pair.fields_lost,
+        "accepted": pair.accepted,
     }
     if pair.state is not State.DONE:
         entry.update(code=pair.code, error=pair.error, left_behind=pair.left_behind, advice=ADVICE.get(pair.code))
@@ -3059,12 +4226,11 @@ def report_chunks(head: Json, lists: Mapping[str, Iterable[Json]]) -> Iterator[b
 
 def outcome(savepoint: SavePoint) -> Dict[str, Iterator[Pair]]:
     """What a run has come to: the pairs of the report's lists, read from the savepoint anew with each call."""
-    elsewhere = State.MERGED_ELSEWHERE
+    run = savepoint.run
     return {
-        # Those of a run that was killed before its report are among them.
-        "successful_merges": (pair for pair in savepoint.unreported() if pair.state is not elsewhere),
-        "failed_merges": chain(savepoint.failed(), (one for one in savepoint.unreported() if one.state is elsewhere)),
-        "unfinished_merges": savepoint.rows(*UNFINISHED),
+        "successful_merges": savepoint.pairs(State.DONE, State.SETTLED, run=run),
+        "failed_merges": savepoint.pairs(State.FAILED, State.MERGED_ELSEWHERE, run=run),
+        "unfinished_merges": savepoint.pairs(*UNFINISHED),
     }
 
 
@@ -3092,7 +4258,7 @@ def headline(plan: Plan, summary: Json, savepoint: SavePoint) -> str:
     """What a run has come to, in one line: nobody may read "all" where some remain."""
     mine, others = summary["pairs_planned"] - summary["already_merged"], summary.get("earlier_runs", {})
     unfinished, skipped = summary["unfinished_merges"], summary["skipped_groups"]
-    gone = sum(pair.ids in plan.ids for pair in savepoint.rows(State.MERGED, State.VERIFYING))
+    gone = sum(pair.ids in plan.ids for pair in savepoint.pairs(State.MERGED, State.VERIFYING))
     verb = "finished" if unfinished else "merged"
     words = [f"{summary['successful_merges']:,} of {plural(mine, 'pair')} {verb}"] if mine else []
     words += ["nothing to merge"] if not (mine or others) else []
@@ -3119,8 +4285,7 @@ def write_report(path: Path, run: Json, plan: Plan, savepoint: SavePoint, enviro
     }
     environment.make_private_dir(path.parent)
     chunks = report_chunks({"run": run, "summary": summary}, {**lists, **beside_pairs(plan)})
-    environment.write_atomically(path, chunks, before=lambda: savepoint.announce_report(path.name))
-    savepoint.confirm_report(lambda _name: True)
+    environment.write_atomically(path, chunks)
     write_page(path, "template.html", run["headline"], environment)
 
 
@@ -3808,6 +4973,7 @@ class RunContext:
         self.run_id = self._free_run_id()
         self.settings = self.environment.settings
         self.organisation = ""
+        self.token_owner: Json = {}
         self.csv_sha256: Optional[str] = None
         self.signal = 0
 
@@ -3904,7 +5070,8 @@ def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
     if options.plan is not None and options.plan.strip().lower() != plan.id:
         why = "CSV, choices, --count-policy or --no-timelines differ from what they were; look at the preview again"
         raise FatalError(EXIT_USAGE, f"the plan is {plan.id}, not {options.plan}: {why}")
-    plan.ids = {pair.ids for group in plan.groups for pair in group.pairs}
+    plan.wanted = {pair.ids: pair for group in plan.groups for pair in group.pairs}
+    plan.ids = set(plan.wanted)
     if savepoint:
         apply_savepoint(plan, savepoint, named)
     if options.email:
@@ -3921,13 +5088,12 @@ def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
 
 def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str] = ()) -> None:
     """Bring what the savepoint knows into a plan: what has ended or was begun, and what was undone and not `named`."""
-    known = {pair.ids: pair for pair in savepoint.rows(*UNFINISHED, *ENDED)}
-    taken_back = {pair.ids: pair.email for pair in savepoint.rows(State.UNDONE)}  # its contacts have other ids now
+    if plan.wanted:
+        savepoint.organisation = next(iter(plan.wanted.values())).primary.organisation
+    known = {pair.ids: pair for pair in savepoint.pairs(*UNFINISHED, *ENDED)}
+    taken_back = {pair.ids: pair.email for pair in savepoint.pairs(State.UNDONE)}  # its contacts have other ids now
     undone = set(taken_back.values()) - set(named)
     groups, plan.groups = plan.groups, []
-    asked = [row for row in known.values() if row.state in REQUESTED_STATES]
-    group_of = {contact.id: group for group in groups for contact in group.all_contacts()} if asked else {}
-    plan.overruled = {row.ids for row in asked for one in row.ids if one in group_of and group_of[one].overrules(row)}
     for group in groups:
         rows = [known.get(pair.ids) for pair in group.pairs]
         # An export that has an old id is older than the undo, which would begin anew after a refusal of that pair.
@@ -3940,8 +5106,7 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str] = (
         for pair, row in zip(group.pairs, rows):
             if row:
                 pair.state = row.state
-                plan.already_merged += row.state in ENDED and bool(row.report)
-                plan.unreported += row.state in ENDED and not row.report
+                plan.already_merged += row.state in ENDED
 
 
 def _apply_email_filter(plan: Plan, emails: Sequence[str], console: Console) -> None:
@@ -4011,44 +5176,12 @@ def merge(run: RunContext) -> int:
 
 
 def settle(run: RunContext) -> int:
-    """Accept what can't be mended of merged pairs that a report has named; nothing is asked of DevRev."""
-    with contextlib.closing(open_savepoint(run)) as savepoint:
-        wanted = {email_key(email) for email in run.options.settle}
-        pairs = [pair for pair in savepoint.unfinished() if pair.email in wanted and pair.is_settleable]
-        missing = sorted(wanted - {pair.email for pair in pairs})
-        if missing:
-            why = "no unfinished pair whose flaw an earlier run has named in its report, and that can't be mended"
-            raise FatalError(EXIT_USAGE, f"{', '.join(missing)}: {why} (--status tells what is)")
-        for pair in pairs:
-            pair.accepted = f"{pair.code}: {pair.error}"
-            if pair.new_ref and pair.state is not State.VERIFYING:
-                pair.reference_not_set = pair.new_ref
-            pair.state, pair.report = State.SETTLED, ""
-        StateWriter(savepoint, Journal(JOURNAL, run.environment, run.run_id)).put(pairs, pairs)
-        for pair in pairs:
-            run.console.print(f"settled  {pair.email}: {pair.details['accepted']}")
-        return _report(run, Plan([], [], [], 0), None, savepoint, EXIT_OK)
+    """Accept what can't be fixed of merged pairs that a report has named; nothing is requested from DevRev."""
+    raise FatalError(EXIT_USAGE, "--settle is being rebuilt")
 
 
 def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
-    """Open the savepoint, which learns from the journal what it does not know."""
-    savepoint = SavePoint(run.options.savepoint, run.environment, run.run_id, readonly)
-    journal = Journal(JOURNAL, run.environment, run.run_id)
-    savepoint.confirm_report(lambda name: (run.report_path.parent / name).exists())
-    StateWriter(savepoint, journal).reconcile(lambda: reported_pairs(run.report_path.parent))
-    return savepoint
-
-
-def reported_pairs(folder: Path) -> Dict[Tuple[str, str], str]:
-    """The pairs that reports in a folder call ended, with the report's name."""
-    found: Dict[Tuple[str, str], str] = {}
-    for path in sorted(folder.glob("merge_report_*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            report = json.loads(path.read_bytes())
-            for entry in (*report["successful_merges"], *report["failed_merges"]):
-                if entry.get("state", "done") in {state.value for state in ENDED}:
-                    found[entry["primary"]["id"], entry["duplicate"]["id"]] = path.name
-    return found
+    return SavePoint(run.environment, run.run_id, readonly)
 
 
 def check_writable(folder: Path, environment: Environment) -> None:
@@ -4067,22 +5200,25 @@ async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint) -> int:
     run.console.status("connecting to DevRev ...")
     cancel_token = CancelToken()
     api = DevRevAPI(run.settings, run.environment, cancel_token)
-    backups = BackupStore(JOURNAL.parent, run.environment, not run.options.no_timelines)
-    journal = Journal(JOURNAL, run.environment, run.run_id)
     progress = Progress(run, run.cost(plan).requests)
-    merger = ContactMerger(
-        api, savepoint, journal, backups, run.options.count_policy, run.options.merge_timeout, progress.on_pair
-    )
     try:
-        unfinished = await merger.identify(plan)
+        with before_any_change(api):
+            run.token_owner = await api.whoami()
+        run.organisation = savepoint.organisation = organisation_of(str(run.token_owner.get("id")))
+        check_organisation(run.organisation, "CSV", plan.pairs())
     except FatalError as stop:
         if stop.exit_code != EXIT_STOPPED:
             raise
-        cancel_token.cancel(stop)
-        return _report(run, plan, merger, savepoint, stop.exit_code)
+        run.console.error(str(stop))
+        return _report(run, plan, None, savepoint, stop.exit_code)
+    options = MergeOptions(
+        run.organisation, run.options.count_policy, run.options.merge_timeout, not run.options.no_timelines
+    )
+    merger = ContactMerger(api, savepoint, options, progress.on_pair)
+    unfinished = savepoint.unfinished()
     warning = "In DevRev a merge can't be undone; --undo takes back most of it."
     question = Question("merge", merge_facts(run, plan, unfinished), warning)
-    code = await confirm_and_run(run, merger, progress, question, lambda: merger.run(plan.groups, unfinished))
+    code = await confirm_and_run(run, merger, progress, question, lambda: merger.run(plan, unfinished))
     return _report(run, plan, merger, savepoint, code)
 
 
@@ -4098,8 +5234,7 @@ async def confirm_and_run(
         progress.tick(lambda now: progress.line(merger, now))
     )  # which also lets signals in, however quiet it is
     await confirm(run, merger, question)
-    merger.savepoint.meta("organisation", merger.organisation)
-    run.on_signal(asyncio.get_event_loop(), lambda: merger.cancel_token.cancel(Cancelled()))
+    run.on_signal(asyncio.get_event_loop(), lambda: merger.api.cancel_token.cancel(Cancelled()))
     code = await work()
     ticking.cancel()
     run.console.status("")
@@ -4137,14 +5272,14 @@ def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair]) -> Dict
 
 async def confirm(run: RunContext, merger: ContactMerger, question: Question) -> None:
     """On a terminal: say what is about to happen, and go on only where it is signed. Raises Stop(2) otherwise."""
-    owner = merger.token_owner
+    owner = run.token_owner
     who = str(owner.get("display_name") or owner.get("full_name") or owner.get("email") or owner.get("id"))
-    log.info("organisation %s, token of %s (%s)", merger.organisation, who, owner.get("id"))
+    log.info("organisation %s, token of %s (%s)", run.organisation, who, owner.get("id"))
     if run.options.yes or run.options.preview or not (sys.stdin and sys.stdin.isatty()):
         return
     run.console.status("")
     show, ask = run.console.question_streams()
-    show(f"organisation  {merger.organisation} at {run.settings.base_url}")
+    show(f"organisation  {run.organisation} at {run.settings.base_url}")
     show(f"token of      {who}" + (f" <{owner['email']}>" if owner.get("email") else ""))
     for name, fact in question.facts.items():
         show(f"{name:<12}  {fact}")
@@ -4172,7 +5307,7 @@ class Progress:
         if pair.state in (State.DONE, State.SETTLED) and not pair.code:
             line = f"merged  {words}" + (f", now {pair.new_ref}" if pair.new_ref else "")
         elif pair.state is State.UNDONE and not pair.code:
-            line = f"undone  {pair.email}: {into(pair)}, again as {pair.details['undo']['display_id']}"
+            line = f"undone  {pair.email}: {into(pair)}"
         else:
             facts, style = progress_of(pair), "bad"
             word = "UNFINISHED" if facts or pair.state is State.UNDOING else "FAILED"
@@ -4197,7 +5332,7 @@ class Progress:
 
     def line(self, merger: ContactMerger, now: float) -> str:
         """Phases, the end, and what is waited for."""
-        if not merger.total:
+        if not merger.runner.total:
             return ""
         pairs = list(merger.pairs())
         gone = (*ENDED, State.MERGED, State.VERIFYING)
@@ -4206,12 +5341,12 @@ class Progress:
             "merged": sum(pair.state in gone for pair in pairs),
             "proved": sum(pair.state in ENDED for pair in pairs),
         }
-        failed = sum(not merger.is_success(pair) for pair in merger.outcomes.values())
+        failed = sum(not merger.is_success(pair) for pair in merger.runner.outcomes.values())
         words = [f"{count:,} {what}" for what, count in phases.items()] + ([f"{failed:,} failed"] if failed else [])
-        parts = [f"{plural(merger.total, 'pair')}: {', '.join(words)}"]
+        parts = [f"{plural(merger.runner.total, 'pair')}: {', '.join(words)}"]
         if self.run.signal:
             return f"{parts[0]} \u00b7 stopping (requests under way are waited for)"
-        share = (sum(phases.values()) + 3 * failed) / (3 * merger.total)
+        share = (sum(phases.values()) + 3 * failed) / (3 * merger.runner.total)
         if share < 1:
             parts.append(f"{duration(self.left(merger, share, now))} left")
         parts.extend(filter(None, [merger.api.scheduler.describe_wait()]))
@@ -4238,9 +5373,7 @@ def _report(run: RunContext, plan: Plan, merger: Optional[ContactMerger], savepo
         run.console.error(stop)
     show_summary(run, facts["headline"], summary, merger, failures)
     if code >= EXIT_STOPPED:
-        run.console.print_err(
-            f"Stopped early. Run the same command again to go on from {run.options.savepoint}.", "bold"
-        )
+        run.console.print_err(f"Stopped early. Run the same command again to go on from {SAVEPOINT}.", "bold")
     elif code == EXIT_USAGE:
         run.console.print_err("Nothing was changed in DevRev.")
     log.info("exit code %d", code)
@@ -4258,7 +5391,7 @@ def written(run: RunContext, write: Callable[[], None], code: int) -> int:
 
 
 def stop_reason(merger: Optional[ContactMerger], code: int) -> Optional[str]:
-    return str(merger.stop) if merger and merger.stop and code >= EXIT_USAGE else None
+    return str(merger.runner.stop) if merger and merger.runner.stop and code >= EXIT_USAGE else None
 
 
 def run_facts(
@@ -4270,7 +5403,7 @@ def run_facts(
     plan: Optional[Plan] = None,
 ) -> Json:
     """The report's `run`."""
-    owner = merger.token_owner if merger else {}
+    owner = run.token_owner
     requests = dict(sorted(merger.api.requests.items())) if merger else {}
     waits = merger.api.scheduler.waits if merger else []
     options = run.options
@@ -4281,11 +5414,11 @@ def run_facts(
         "csv_sha256": run.csv_sha256,
         "plan": plan.id if plan else None,
         "base_url": run.settings.base_url,
-        "organisation": merger.organisation if merger else savepoint.meta("organisation"),
+        "organisation": run.organisation or None,
         "token_owner": {name: owner.get(name) for name in ("id", "display_name", "email")},
         "options": {
             "email": options.email, "limit": options.limit, "count_policy": options.count_policy,
-            "merge_timeout": options.merge_timeout, "workers": options.workers, "savepoint": str(options.savepoint),
+            "merge_timeout": options.merge_timeout, "workers": options.workers, "savepoint": str(SAVEPOINT),
             "choices": str(options.choices) if options.choices else None,
             "timelines": not options.no_timelines, "rate_limit": [run.settings.calls, run.settings.period],
         },
@@ -4593,13 +5726,13 @@ async def _check_read(api: DevRevAPI, name: str, seen: List[str]) -> str:
 
 
 def _check_savepoint(run: RunContext) -> str:
-    path = run.options.savepoint
+    path = SAVEPOINT
     if not path.exists():
         if not os.access(str(path.resolve().parent), os.W_OK):
             raise FatalError(EXIT_USAGE, f"its folder {path.parent} is not there, or can't be written to")
         return f"{path} will be created"
     with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
-        if savepoint.glimpsed:
+        if savepoint.is_held():
             raise FatalError(EXIT_HELD, f"a run goes on: process {savepoint.holder()['pid']} holds {path}")
         if not os.access(str(path), os.W_OK):
             raise FatalError(EXIT_USAGE, f"the savepoint {path} is read-only")
@@ -4626,15 +5759,15 @@ STATE_WORDS: Mapping[State, str] = {
 
 def status(run: RunContext) -> int:
     """Print what the savepoint knows; also while a run is going on."""
-    path, pairs = run.options.savepoint, {}
+    path, pairs = SAVEPOINT, {}
     facts: Json = {"savepoint": str(path), "counts": {}}
     if _has_content(path):
-        with contextlib.closing(SavePoint(path, run.environment, readonly=True)) as savepoint:
+        with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
             facts["organisation"] = savepoint.meta("organisation") or None
-            facts["running"], facts["last_opened"] = savepoint.glimpsed, savepoint.holder()
+            facts["running"], facts["last_opened"] = savepoint.is_held(), savepoint.holder()
             facts["counts"] = {State(name).value: count for name, count in savepoint.counts().items()}
-            pairs["unfinished"] = list(savepoint.rows(*UNFINISHED, State.UNDOING))
-            pairs["failed"] = list(savepoint.rows(State.FAILED))
+            pairs["unfinished"] = list(savepoint.pairs(*UNFINISHED, State.UNDOING))
+            pairs["failed"] = list(savepoint.pairs(State.FAILED))
     if run.options.json:
         lists = {name: (merge_entry(pair, ()) for pair in found) for name, found in pairs.items()}
         run.console.json(report_chunks(facts, lists))
@@ -4705,11 +5838,11 @@ def _backup_folders(root: Path) -> Iterator[Path]:
 
 def _missing_backups(run: RunContext, root: Path) -> List[str]:
     """Backups that the savepoint knows of and that are not below `root` any more."""
-    path = run.options.savepoint
+    path = SAVEPOINT
     if root != Path("backups") or not _has_content(path):
         return []
-    with contextlib.closing(SavePoint(path, run.environment, readonly=True)) as savepoint:
-        backups = {pair.backup for pair in savepoint.rows(*State) if pair.backup}
+    with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
+        backups = {pair.backup for pair in savepoint.pairs(*State) if pair.backup}
         return sorted(backup for backup in backups if not Path(backup).is_dir())
 
 
