@@ -64,6 +64,7 @@ Refusals:
     max_bytes             of a request, more is 413
 Quota:
     quota_rolls           whether the window rolls, its reset always a window after the request
+    quota_whole_seconds   whether times are whole seconds (rounded up) in windows of less than a minute, too
     quota.others          what other clients spend of each window
     quota_headers         whether answers carry X-Ratelimit-…
     retry_after           where a 429 says how long to wait: both, header, body, neither
@@ -537,6 +538,8 @@ class Organisation(Rules):
 
     def holder(self, rev_org_id: Optional[str], reference: str) -> Optional[str]:
         """The id of the contact that holds a reference in a rev org, or doesn't let go of it yet."""
+        if self.unique_references not in ("rev_org", "organisation"):
+            raise ValueError(f"unique_references: {self.unique_references!r}")
         with self.lock:
             ids = [one["id"] for one in self.contacts.find([("external_ref", [reference])])]
             ids = [one for one in ids if self._holds_on(one, reference)]
@@ -1655,6 +1658,7 @@ class Quota:
         self.window = window
         self.others = others
         self.rolls = rolls
+        self.whole_seconds = False
         self._epoch = epoch
         self._first: Optional[float] = None
         self._current = -1
@@ -1702,7 +1706,7 @@ class Quota:
         return now, self._first + (current + 1) * self.window
 
     def _number(self, seconds: float) -> str:
-        if self.window >= 60:
+        if self.window >= 60 or self.whole_seconds:
             return str(math.ceil(seconds))
         return f"{math.ceil(seconds * 1000) / 1000:.3f}"
 
@@ -1782,6 +1786,7 @@ class World:
     max_bytes: Optional[int] = None
     # Quota
     quota_rolls = False
+    quota_whole_seconds = False
     quota_headers = True
     retry_after = "both"
 
@@ -1822,8 +1827,8 @@ class World:
         if name in self.CHOICES and value not in self.CHOICES[name]:
             raise ValueError(f"{name}: {value!r} is none of {', '.join(map(str, self.CHOICES[name]))}")
         super().__setattr__(name, value)
-        if name == "quota_rolls" and self.quota:
-            self.quota.rolls = value
+        if name in ("quota_rolls", "quota_whole_seconds") and self.quota:
+            setattr(self.quota, name[len("quota_") :], value)
 
     # ----- requests --------------------------------------------------------------------------------
 

@@ -315,11 +315,12 @@ def public(value: Any) -> Any:
 def test_no_switch_makes_an_answer_that_the_description_does_not_know(
     description: Description, switches: Dict[str, Any]
 ) -> None:
-    organisation = Organisation.from_csv(SAMPLE)
+    organisation = Organisation()
     rules = {name: value for name, value in switches.items() if hasattr(organisation, name)}
     for name, value in rules.items():
         setattr(organisation, name, value)
-    one, other, third = list(organisation.contacts)[:3]
+    one, other, third = (organisation.add_contact(key, "ada@example.com", f"user_{key}") for key in "123")
+    talk = organisation.add_conversation([one, other], comments=2)
     org = organisation.contacts[one]["rev_org"]["id"]
     more = {
         "external_refs": ["user_m", "crm_m"], "tags": [{"tag": {"id": "TAG-1", "name": "vip"}}],
@@ -328,7 +329,7 @@ def test_no_switch_makes_an_answer_that_the_description_does_not_know(
     full = organisation.add_contact("M", "m@example.com", "user_m", verified=False, rev_org=None, **more)
     account = organisation.add_contact("N", "m@example.com", "user_n", rev_org="account/NORTH", state="locked")
     organisation.visit("visitor@example.com", "user_visitor")
-    works = [organisation.add_work([full], kind=kind, comments=3) for kind in ALL_WORK_KINDS]
+    works = [organisation.add_work([full], kind=kind, comments=2) for kind in ALL_WORK_KINDS]
     kinds = list(ALL_WORK_KINDS if "long_work_types" in switches else ("issue", "ticket"))
     questions = [
         Asked("rev-users.list", {"limit": 3}), Asked("rev-users.list", {"is_verified": False}),
@@ -343,7 +344,7 @@ def test_no_switch_makes_an_answer_that_the_description_does_not_know(
         Asked("works.list", {"type": kinds, "owned_by": [full], "limit": 2}), Asked("works.list", {"limit": 5}),
         Asked("works.count", {"type": kinds, "owned_by": [full]}),
         *(Asked("works.get", {"id": work}) for work in works),
-        *(Asked("timeline-entries.list", {"object": work, "limit": 2}) for work in works),
+        *(Asked("timeline-entries.list", {"object": item, "limit": 1}) for item in (works[1], works[2], talk)),
         Asked("works.update", {"id": works[-1], "type": kinds[-1], "title": "Another"}),
         Asked("conversations.list", {"limit": 2}),
         Asked("dev-users.self", {}, token="another"),

@@ -500,6 +500,11 @@ def test_a_rolling_window_announces_a_reset_that_is_always_a_window_away() -> No
     quota.spend(1)
     assert played.answer("dev-users.self").headers["X-Ratelimit-Remaining"] == "0"
     assert played.ask("dev-users.self")[0] == 429
+    played.world.quota_whole_seconds, played.now = True, 1050.5
+    headers = played.answer("dev-users.self").headers
+    assert headers == {
+        "X-Ratelimit-Limit": "3", "X-Ratelimit-Remaining": "0", "X-Ratelimit-Reset": "1055", "Retry-After": "4",
+    }  # fmt: skip
     played.now = 1054.0
     assert played.ask("dev-users.self")[0] == 200
 
