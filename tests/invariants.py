@@ -122,7 +122,7 @@ class InvariantChecker:
         self.fake_devrev, self.clock, self.organisation = fake_devrev, clock, fake_devrev.organisation
         self.process: Optional[SimulatedProcess] = None
         self.options: Any = None
-        self.run, self.run_id = 0, ""
+        self.run, self._run_id = 0, lambda: ""  # type: int, Callable[[], str]
         self.rows: List[Row] = []  # of the export
         self.choices: Mapping[str, str] = {}
         self.plan: Dict[Ids, Wanted] = {}
@@ -139,6 +139,7 @@ class InvariantChecker:
         self.backups: DefaultDict[Ids, List[str]] = defaultdict(list)  # of each request
         self.cancelled: Set[Ids] = set()  # pairs that were cancelled at any time
         self.joined: Optional[Set[str]] = None  # the files that this run has written, until its first request
+        self.runs_before: Set[str] = set()  # that a file knew as this run began
         self.expected: Dict[Ids, Dict[str, Any]] = {}  # what both files said as this run began
         self.unsent: Set[Ids] = set()
         self.stopped = False  # the run was told to stop
@@ -167,18 +168,28 @@ class InvariantChecker:
     versions = staticmethod(versions)
     held = staticmethod(held)
 
+    @property
+    def run_id(self) -> str:
+        return self._run_id()
+
     # ----- a run begins ----------------------------------------------------------------------------
 
     def begin(
-        self, process: SimulatedProcess, options: Any, run_id: str, rows: Sequence[Row], choices: Mapping[str, str]
+        self,
+        process: SimulatedProcess,
+        options: Any,
+        run_id: Callable[[], str],
+        rows: Sequence[Row],
+        choices: Mapping[str, str],
     ) -> None:
-        self.run, self.run_id = self.run + 1, run_id
+        self.run, self._run_id = self.run + 1, run_id
         self.process, self.options, self.stopped, self.full_now = process, options, False, False
         self.began = self.clock.now, self.clock.wall
         self.flying, self.sent_at, self.polled, self.joined = 0, [], set(), set()
         main, copy = self._read_files()
         self.expected, self.unsent = joined(main, copy), never_sent(main, copy)
         self.latest = dict(self.expected)
+        self.runs_before = self._runs_of(main, copy)
         self.intended = {ids for ids, row in self.expected.items() if row["state"] in UNFINISHED} - self.unsent
         self.tried = {ids for ids, row in self.expected.items() if row["state"] == "failed"}
         self.undo.begin(options)
@@ -238,6 +249,11 @@ class InvariantChecker:
         written, self.joined = self.joined, None
         if not written:
             return  # it only reads
+        newest = max(self.runs_before, default="")
+        for name in self.reports.on_disk():
+            run = name.rpartition(".")[0].partition("_report_")[2]
+            if run not in self.runs_before and run > newest:
+                raise InvariantBroken("a savepoint that was put back from an older backup is refused", name)
         for ids, before in self.expected.items():
             for name, rows in self.committed.items():
                 row = rows.get(ids)
@@ -758,7 +774,7 @@ class InvariantChecker:
 
     # ----- what gets lost between runs -------------------------------------------------------------
 
-    def lose_file(self, path: Path, put_back: Optional[Path] = None) -> None:
+    def lose_file(self, path: Path, put_back: Optional[Path] = None, forget: bool = True) -> None:
         """Delete a file of the savepoint, or put an older copy of it in its place."""
         for tail in ("", "-journal"):
             target = Path(f"{path}{tail}")
@@ -772,7 +788,15 @@ class InvariantChecker:
         for asks in self.asks.values():
             if asks:
                 asks[-1].answer = "lost"  # for all that the tool can know
-        self.forget()
+        if forget:
+            self.forget()
+
+    @staticmethod
+    def _runs_of(*files: Optional[StoredFile]) -> Set[str]:
+        return {run for file in files if file for run in (*file.runs, *(row["run"] for row in file.rows.values()))}
+
+    def known_runs(self) -> Set[str]:
+        return self._runs_of(read_file(MAIN), read_file(COPY))
 
     def lose_backups(self) -> None:
         """Delete the folder `backups`, the copy of the savepoint included."""

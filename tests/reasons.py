@@ -1,8 +1,8 @@
 """What a pair that has not been merged may say in the end: whether its reason is so in tests.fake_devrev."""
 
-from typing import Any, Callable, Dict, List, Mapping, Optional, Set
+from typing import Any, Callable, Dict, Mapping, Optional, Set
 
-from tests.expected import STOPPING, TERMINAL, UNFINISHED, Ids, most_contacts, name_of, takes_part
+from tests.expected import STOPPING, TERMINAL, Ids, most_contacts, name_of, takes_part
 from tests.fake_devrev import OTHER_WORK_KINDS, Thing, kind_of, org_id_of
 from tests.report_invariants import ids_of
 from tests.simulated import InvariantBroken
@@ -42,10 +42,23 @@ class ReasonChecker:
             return False
         return not (world.restricted_in_lists == "left out" and object_id in world.restricted)
 
+    def find_trouble(self) -> None:
+        """Add the contacts that have had to do with a forbidden object at any time."""
+        world, roles = self.checker.fake_devrev, ("owned_by", "created_by", "reported_by", "members")
+        if world.restricted_in_lists == "left out":
+            return
+        for object_id in {*world.restricted, *world.restricted_timelines}:
+            for table in (self.organisation.works, self.organisation.conversations):
+                for thing in self.checker.versions(table, object_id, -1e9):
+                    for role in roles:
+                        people = (thing or {}).get(role) or ()
+                        self.trouble.update(one["id"] for one in ([people] if role == "created_by" else people))
+
     # ----- a scenario ends -------------------------------------------------------------------------
 
     def judge(self, rows: Mapping[Ids, Mapping[str, Any]], stuck: Set[str]) -> None:
         checker = self.checker
+        self.find_trouble()
         last = checker.reports.last
         resting = {ids_of(entry): entry for entry in (*last["failed_merges"], *last["unfinished_merges"])}
         gone = {one["code"] for one in last.get("skipped") or ()} & {"already_gone", "already_merged"}
@@ -201,8 +214,3 @@ class ReasonChecker:
         holder = self.organisation.holder(org_id_of(primary), reference)
         pairs = {(holder or "", ids[0]), (ids[0], holder or "")}
         return holder is None or any(pair in self.checker.plan and pair not in resting for pair in pairs)
-
-
-def unfinished_emails(rows: Mapping[Ids, Mapping[str, Any]]) -> List[str]:
-    """Return the addresses of what a person would settle."""
-    return sorted({str(row["email"]) for row in rows.values() if row["state"] in (*UNFINISHED, "undoing")})

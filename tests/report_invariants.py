@@ -108,6 +108,10 @@ class ReportChecker:
         if summary["pairs_planned"] != len(self.checker.plan):
             raise InvariantBroken(SUMS, f"{name}: {len(self.checker.plan)} pairs are planned, it says {summary}")
 
+    @staticmethod
+    def on_disk() -> List[str]:
+        return [path.name for path in sorted(Path("reports").glob("*_report_*.json"))]
+
     def standing(self, rows: Mapping[Ids, Mapping[str, Any]]) -> str:
         """Return how things stand after a run: where two runs leave the same, and neither has requested anything, a
         third one does nothing new."""

@@ -101,6 +101,12 @@ class UndoChecker:
             return False
         return any(not self.latest_undo(ids)["contact"] for ids in self.open())
 
+    def lacks_reference(self, ids: Ids) -> bool:
+        """Whether the undo of a pair has left its reference on no contact, so that the undo has to be finished first."""
+        row = self.checker.latest[ids]
+        found = self.organisation.contacts.find([("external_ref", [row["new_ref"]])]) if row["new_ref"] else []
+        return row["state"] == "undoing" and not any(self.organisation.alive(one["id"]) for one in found)
+
     def latest_undo(self, ids: Ids) -> Mapping[str, Any]:
         found: Mapping[str, Any] = self.checker.latest[ids]["undo"]
         return found
