@@ -158,6 +158,7 @@ class InvariantChecker:
         self.reasons = ReasonChecker(self)
         self.shown: Dict[str, float] = {}  # when the last request left whose answer has shown a contact
         self.listed: Dict[Tuple[str, str], float] = {}  # the same of what a person has in a role
+        self.first_pages: Dict[str, float] = {}  # when the first page of a list was requested
         self.polled: Set[str] = set()  # contacts that this run has read
         self.judged: Set[Ids] = set()  # pairs whose end was held against the truth
         self.client_limit = (0, 60.0)  # calls in seconds, of this run
@@ -335,8 +336,12 @@ class InvariantChecker:
     def _note_shown(self, sent: Sent, answer: Any) -> None:
         if sent.endpoint == "rev-users.get":
             self.polled.add(sent.body["id"])
-        if answer.status != 200 or not answer.data or "cursor" in sent.body:
+        if answer.status != 200 or not answer.data:
             return
+        if "cursor" in sent.body:  # a list is as old as its first page
+            sent = sent._replace(at=self.first_pages.get(list_of(sent), -1e9))
+        else:
+            self.first_pages[list_of(sent)] = sent.at
         if sent.endpoint in ("rev-users.list", "rev-users.get"):
             users = answer.data.get("rev_users") or [answer.data.get("rev_user")]
             for user in users if isinstance(users, list) else ():
@@ -823,6 +828,11 @@ class InvariantChecker:
         """Everything was left in peace for long enough: each pair has ended, or there is a true reason."""
         self.reasons.judge(rows, stuck)
         self.undo.after_life(rows)
+
+
+def list_of(sent: Sent) -> str:
+    """Return what the pages of one list have in common."""
+    return json.dumps([sent.endpoint, {name: value for name, value in sent.body.items() if name != "cursor"}])
 
 
 def read_backup(folder: Path) -> Tuple[Any, Dict[str, Dict[str, Any]]]:

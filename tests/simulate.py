@@ -381,7 +381,7 @@ class Scenario:
             calls=calls,
             period=period,
             timeout=timeout,
-            max_retries=self.chance.choice((2, 5)),
+            retries=self.chance.choice((2, 5)),
             workers=workers,
         )
 

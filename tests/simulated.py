@@ -246,7 +246,7 @@ class SimulatedProcess:
         if self.full_at is not None and self.steps >= self.full_at and (self.full_for in what or not self.full_for):
             self.full_at = self.full_at if self.full_for else None
             self.trace(f"the disk is full: {what}")
-            self.observer.disk_was_full = True
+            self.observer.disk_was_full = self.observer.full_now = True
             raise OSError(28, "No space left on device")
         self.steps += 1
         return self.steps == self.kill_at
