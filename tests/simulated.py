@@ -10,6 +10,7 @@ import email.utils
 import importlib.util
 import io
 import json
+import math
 import os
 import random
 import sqlite3
@@ -350,9 +351,8 @@ def environment_of(module: Any, process: SimulatedProcess, settings: Any) -> Any
         def now(self) -> Any:
             return module.Timestamp(process.clock.wall, process.clock.steady)
 
-        async def post(self, endpoint: str, body: Dict[str, Any], *limits: Any, **more: Any) -> Any:
-            timeout = next((float(one) for one in (*limits, *more.values()) if one), settings.timeout)
-            return await exchange(module, process, settings, endpoint, body, timeout)
+        async def post(self, endpoint: str, body: Dict[str, Any], deadline: Optional[float] = None) -> Any:
+            return await exchange(module, process, settings, endpoint, body, deadline)
 
         async def run_in_thread(self, job: Any, *args: Any) -> Any:
             await asyncio.sleep(0.001 + 0.02 * process.random.random())
@@ -414,9 +414,16 @@ class SilentStream(io.StringIO):
 
 
 async def exchange(
-    module: Any, process: SimulatedProcess, settings: Any, endpoint: str, body: Dict[str, Any], timeout: float
+    module: Any,
+    process: SimulatedProcess,
+    settings: Any,
+    endpoint: str,
+    body: Dict[str, Any],
+    deadline: Optional[float],
 ) -> Any:
     """Send one request through the network; return its answer as the real transport would hand it over."""
+    complete = min(10 * settings.timeout, deadline or math.inf)
+    silence = min(settings.timeout, complete)
     body = json.loads(module.to_json(body))
     process.step(f"sending {endpoint}")
     process.idle += 1
@@ -435,16 +442,15 @@ async def exchange(
             future.set_result(answer)
 
     begin(module, process, settings, sent, network_faults, hand_over)
-    none = module.HttpResponse(None, {}, None, f"no answer within {timeout:g} s")
-    timer = loop.call_later(timeout, hand_over, none)
+    none = module.HttpResponse(None, {}, None, f"no answer within {silence:g} s")
+    timer = loop.call_later(silence, hand_over, none)
     try:
         answer = await future
     finally:
         timer.cancel()
     if answer is LONG:
-        limit = 9 * settings.timeout
-        await asyncio.sleep(limit)
-        answer = module.HttpResponse(None, {}, None, f"no whole answer within {10 * settings.timeout:g} s")
+        await asyncio.sleep(max(0.0, complete - 0.9 * settings.timeout))
+        answer = module.HttpResponse(None, {}, None, f"no complete answer within {complete:g} s")
     process.units_unseen += "X-Ratelimit-Remaining" not in answer.headers
     process.trace(f"  <- {endpoint} {describe(body)}: {answer.status or answer.problem} {told(answer.data)}")
     process.step(f"hearing of {endpoint}")
@@ -501,8 +507,7 @@ def parse(
         return LONG, settings.timeout * 0.9
     seconds = answer.seconds * (len(answer.payload) if answer.manner == "drip" else 1)
     headers = dict(answer.headers, Date=email.utils.formatdate(EPOCH + process.clock.now, usegmt=True))
-    whole = types.SimpleNamespace(content=answer.payload, status_code=answer.status)
-    data, problem = module.HttpTransport._read(types.SimpleNamespace(settings=settings), whole)
+    data, problem = module.parse_body(answer.status, answer.payload, settings)
     return module.HttpResponse(answer.status, Headers(headers), data, problem), min(seconds, 9.9 * settings.timeout)
 
 
