@@ -678,19 +678,18 @@ class InvariantChecker:
 
     # ----- a run ends ------------------------------------------------------------------------------
 
-    def after_run(self, report: Optional[Path], code: Optional[int], ended: bool) -> Dict[Ids, Dict[str, Any]]:
+    def after_run(self, report: Path, code: Optional[int], ended: bool, needed: bool) -> Dict[Ids, Dict[str, Any]]:
         """Judge what a run has left on the disk; return the savepoint's rows.
 
-        `report` is the one that it has to have written, None for a run that was killed or refused; `ended`: it was not
-        killed.
+        `report` is its own; `ended`: it was not killed; `needed`: it has to have written its report.
         """
         rows = self.judge_files(not ended)
         self.ever_intended.update(ids for ids, row in rows.items() if row["state"] in UNFINISHED)
         self._judge_rows(rows)
-        if report and code in (0, 1) and self.options.csv and not self.options.preview:
+        if needed and code in (0, 1) and self.options.csv and not self.options.preview:
             self._judge_cancelled_polled()
-        self.undo.after_run(rows, report, code)
-        self.reports.after_run(rows, None if self.undo.active else report, code)
+        self.undo.after_run(rows, report, code, needed)
+        self.reports.after_run(rows, None if self.undo.active else report, code, needed)
         for ids, asks in self.asks.items():
             row = rows.get(ids)
             if asks and asks[-1].answer != "lost" and not (row and (row["rejected"] or row["state"] != "requested")):
@@ -765,6 +764,16 @@ class InvariantChecker:
             return True
         (entry,) = (one for one in manifest["contacts"] if one["csv"]["id"] == ids[1])
         return all(self.belongs_to(one, role, ids[0]) for one, role in in_backup(entry))
+
+    def left_behind(self, ids: Ids) -> List[str]:
+        """Return what was backed up of a duplicate and does not belong to its primary."""
+        folder = Path(self.latest[ids]["backup"] if ids in self.latest else "nowhere")
+        if not (folder / "manifest.json").exists():
+            return []
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        entries = [one for one in manifest["contacts"] if one["csv"]["id"] == ids[1]]
+        items = [item for entry in entries for item in in_backup(entry)]
+        return [one for one, role in items if not self.belongs_to(one, role, ids[0])]
 
     def into(self, ids: Ids) -> bool:
         """Whether the duplicate was merged into the primary."""

@@ -49,7 +49,7 @@ class ReasonChecker:
             return
         for object_id in {*world.restricted, *world.restricted_timelines}:
             for table in (self.organisation.works, self.organisation.conversations):
-                for thing in self.checker.versions(table, object_id, -1e9):
+                for thing in self.checker.versions(table, object_id, -1e9) if object_id in table.numbers else ():
                     for role in roles:
                         people = (thing or {}).get(role) or ()
                         self.trouble.update(one["id"] for one in ([people] if role == "created_by" else people))
@@ -125,7 +125,10 @@ class ReasonChecker:
     def is_true(self, ids: Ids, entry: Mapping[str, Any], resting: Mapping[Ids, Any], stuck: Set[str]) -> bool:
         """Return whether the reason that the last report gives for a pair is so."""
         code, group = entry["code"], self.group_of(ids)
+        world = self.checker.fake_devrev
         if code in ("forbidden", "api_error", "backup_failed", "merge_refused") and group & self.trouble:
+            return True
+        if code == "forbidden" and world.hidden_kinds and world.hidden_kinds_answer == "403":
             return True
         for codes, reason in self._reasons(ids, entry, resting, stuck).items():
             if code in codes.split():
@@ -162,8 +165,10 @@ class ReasonChecker:
             "stale": self._is_too_small,
             "group_incomplete": lambda: any(set(other) & group for other in resting if other != ids),
             "undo_unfinished": lambda: checker.undo.is_open(group),
-            "merge_refused merge_not_confirmed": lambda: (
-                (duplicate is not None and (checker.lies or self._is_never_merged(ids))) or self.is_odd(ids[1])
+            "merge_refused merge_not_confirmed forbidden api_error": lambda: (
+                (duplicate is not None and (checker.lies or self._is_never_merged(ids)))
+                or self.is_odd(ids[1])
+                or self._cannot_be_told(ids)
             ),
         }
 
@@ -189,7 +194,14 @@ class ReasonChecker:
     def is_odd(self, contact: str) -> bool:
         """Whether reading a merged contact shows it as before, for good."""
         world = self.checker.fake_devrev
-        return not self.organisation.alive(contact) and world.gone_of.get(contact, world.gone) in ("locked", "stale")
+        form = world.gone_of.get(contact, world.gone)
+        return not self.organisation.alive(contact) and form in ("locked", "stale", "404-route")
+
+    def _cannot_be_told(self, ids: Ids) -> bool:
+        """Return whether polls tell nothing of a merged duplicate, and lists don't either: not all of it was moved."""
+        world = self.checker.fake_devrev
+        odd = not self.organisation.alive(ids[1]) and world.gone_of.get(ids[1], world.gone) in world.ODD
+        return odd and bool(self.checker.left_behind(ids))
 
     def _is_too_small(self) -> bool:
         """Return whether the quota lets too little through for lists to be fresh at their merge."""

@@ -436,8 +436,7 @@ class Scenario:
         self._between()
 
     def _run_settle(self, emails: Sequence[str]) -> Optional[int]:
-        words = [word for email in emails for word in ("--settle", email)]
-        return self._run([*words, "--yes", "--quiet"], self._process())
+        return self._run(["--settle", *emails, "--yes", "--quiet"], self._process())
 
     def _carry_out(self, ids: Ids) -> None:
         if all(map(self.organisation.alive, ids)):
@@ -538,8 +537,8 @@ class Scenario:
         finally:
             process.end()
         self.trace(f"exit code {code}")
-        reports = not (killed or self.refusal or self.checker.full_now or options.preview)
-        self.rows = self.checker.after_run(run.report_path if reports else None, code, not killed)
+        needed = not (killed or self.refusal or self.checker.full_now or options.preview)
+        self.rows = self.checker.after_run(run.report_path, code, not killed, needed)
         return code
 
     def signal(self, run: Any, loop: Any, act: Callable[[], None]) -> None:

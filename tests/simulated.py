@@ -352,7 +352,10 @@ def environment_of(module: Any, process: SimulatedProcess, settings: Any) -> Any
             return module.Timestamp(process.clock.wall, process.clock.steady)
 
         async def post(self, endpoint: str, body: Dict[str, Any], deadline: Optional[float] = None) -> Any:
-            return await exchange(module, process, settings, endpoint, body, deadline)
+            try:
+                return await exchange(module, process, settings, endpoint, body, deadline)
+            except Exception as error:  # which the module would take for one of its own
+                raise InvariantBroken("the simulation itself works", f"{endpoint}: {error!r}") from error
 
         async def run_in_thread(self, job: Any, *args: Any) -> Any:
             await asyncio.sleep(0.001 + 0.02 * process.random.random())
@@ -544,7 +547,7 @@ def told(data: Optional[Mapping[str, Any]]) -> str:
     if not data:
         return ""
     for name, value in data.items():
-        if isinstance(value, list):
+        if isinstance(value, list) and all(isinstance(item, dict) for item in value):
             return f"{len(value)} {name}: " + ",".join(short(str(item.get("id"))) for item in value[:8])
         if isinstance(value, dict):
             return f"{short(str(value.get('id')))} {value.get('state', '')} {value.get('external_ref', '')}".strip()

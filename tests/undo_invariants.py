@@ -257,12 +257,12 @@ class UndoChecker:
 
     # ----- what a run has left ---------------------------------------------------------------------
 
-    def after_run(self, rows: Mapping[Ids, Mapping[str, Any]], path: Optional[Path], code: Optional[int]) -> None:
+    def after_run(self, rows: Mapping[Ids, Mapping[str, Any]], path: Path, code: Optional[int], needed: bool) -> None:
         for ids, row in rows.items():
             if row["state"] == "undone" and ids not in self.true:
                 self.true.add(ids)
                 self._judge_undone(ids, row)
-        if not self.active or self.preview or path is None:
+        if not self.active or self.preview or not needed:
             return
         if not path.exists():
             raise InvariantBroken("the report is written, also when the run stops early", f"{path.name} is not there")
