@@ -91,7 +91,7 @@ log = logging.getLogger("merge_contacts")
 
 
 class FatalError(Exception):
-    """The run can't go on. `exit_code` is one of the contract's exit codes."""
+    """The run can't go on. `exit_code` is one of EXIT_… ."""
 
     def __init__(self, exit_code: int, message: str) -> None:
         super().__init__(encodable(message))
@@ -99,18 +99,18 @@ class FatalError(Exception):
 
 
 class PermissionDenied(FatalError):
-    """DevRev refuses the token itself (401) or a scope that the run can't do without (403)."""
+    """DevRev rejects the token itself (401), or a permission without which the run is pointless (403)."""
 
 
 class Cancelled(FatalError):
-    """The run was told to stop; a request that meets this has not left."""
+    """The run was told to stop; a request that raises this was not sent."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_STOPPED, "interrupted")
 
 
 class PairError(Exception):
-    """One group or pair is refused or has failed; `code` is what scripts branch on."""
+    """One group or pair is refused or failed. Scripts branch on `code`, one of CODES."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(encodable(message))
@@ -122,7 +122,7 @@ class PairSkipped(PairError):
 
 
 class ApiError(PairError):
-    """DevRev understood the request and said no (3xx, 4xx). What it was asked for may come about all the same."""
+    """DevRev understood the request and refused it (3xx, 4xx). A merge may be carried out all the same."""
 
     def __init__(
         self, endpoint: str, status: int, message: str, location: str = "", data: Optional[Json] = None
@@ -134,16 +134,16 @@ class ApiError(PairError):
 
     @property
     def missing(self) -> bool:
-        """Whether it says that an object is not there; the 404 of a route has no type, and says nothing of objects."""
+        """Whether it says that an object does not exist. The 404 of a route has no type and says nothing of objects."""
         return self.status == 404 and self.data.get("type") == "not_found"
 
 
 class PreconditionsExpired(Exception):
-    """A request has not left, for what it rests on was read too long ago."""
+    """A request was not sent, because what it rests on was read too long ago."""
 
 
 class NoUsableResponse(PairError):
-    """No usable answer came: whether the request was acted on can only be found out by looking."""
+    """No usable answer came: only a later read can tell whether the request was carried out."""
 
     def __init__(self, endpoint: str, message: str) -> None:
         super().__init__("api_error", f"{endpoint} gave no usable answer: {message}")
@@ -572,13 +572,20 @@ class HttpTransport:
 class CancelToken:
     """Ends a run: once it is cancelled, all that waits or would wait raises Cancelled, and no request leaves."""
 
+    SHIELDED = 10.0  # seconds that an interruption waits at most
+
     def __init__(self) -> None:
         self.stop: Optional[FatalError] = None
         self.on_cancel: List[Callable[[], None]] = []
+        self._is_shielded, self._deferred = False, False
         self._waiting: Dict[asyncio.Future[Any], None] = {}  # in the order in which they came
 
     def cancel(self, stop: FatalError) -> None:
         """Stop for this reason. The first one counts, but an interruption explains less than any other reason."""
+        if self._is_shielded and isinstance(stop, Cancelled):
+            self._deferred = True
+            asyncio.get_event_loop().call_later(self.SHIELDED, self._end_shield)
+            return
         if self.stop is None or isinstance(self.stop, Cancelled):
             self.stop = stop
         for future in list(self._waiting):
@@ -586,6 +593,22 @@ class CancelToken:
                 future.set_exception(Cancelled())
         for act in self.on_cancel:
             act()
+
+    @contextlib.contextmanager
+    def shield(self) -> Iterator[None]:
+        """Let an interruption wait until the block has ended, for SHIELDED seconds at most."""
+        self.raise_if_cancelled()
+        self._is_shielded = True
+        try:
+            yield
+        finally:
+            self._end_shield()
+
+    def _end_shield(self) -> None:
+        self._is_shielded = False
+        if self._deferred:
+            self._deferred = False
+            self.cancel(Cancelled())
 
     def raise_if_cancelled(self) -> None:
         if self.stop:
@@ -993,16 +1016,24 @@ AUTHORITY = (
 
 @dataclass
 class UndoProgress:
-    """How far the undo of one merge is. Every step is saved before its request."""
+    """How far the undo of one merge is. Every step is saved before its request.
+
+    It stays with a pair whose contact DevRev refused, whose state is what it was before.
+    """
 
     path: str  # of the --undo
     state_before: str  # of the pair
-    reference_moved: bool = False  # the merge had moved the duplicate's reference to the primary
-    left_out: Dict[str, str] = field(default_factory=dict)  # field -> why DevRev refused it
+    merge_run: str  # the run that wrote the pair last before
+    merge_revision: int  # of the pair's row before
+    forbidden: bool = False  # the token was not allowed to create the contact
+    reference_free: bool = False  # the reference that the merge had moved may be on no contact
+    left_out: Dict[str, str] = field(default_factory=dict)  # field of the contact -> why DevRev refused it
     contacts_before: Optional[List[str]] = None  # ids of the email before the create request; None: not requested yet
     contact: str = ""  # id of the contact created again
     display_id: str = ""
-    left: List[Json] = field(default_factory=list)  # `{id, role, why}` of what stays with the primary
+    fields_removed: Json = field(default_factory=dict)  # the primary's values of fields that the undo has changed
+    fields_left: List[Json] = field(default_factory=list)  # `{field, value, why}` of what stays with the primary
+    left: Optional[List[Json]] = None  # `{id, role, why}` of what is not restored; None: not known yet
 
 
 @dataclass
@@ -1078,18 +1109,6 @@ class Pair:
 
 
 NOT_STORED = ("run", "exported", "is_overruled", "tried_before")
-
-
-# Why a merged pair can't be brought to its end.
-SETTLEABLE_MERGED = (
-    "left_behind", "still_listed", "external_ref_changed", "external_ref_conflict", "external_ref_not_set", "not_found",
-    "merged_into_another", "backup_failed", "forbidden",
-)  # fmt: skip
-# Why a merge that was asked for, and has not come, is not asked for again.
-SETTLEABLE_REQUESTED = (
-    "not_found", "not_active", "email_changed", "external_ref_changed", "different_rev_org", "several_user_refs",
-    "merged_into_another", "merge_refused", "forbidden", "plan_changed",
-)  # fmt: skip
 
 
 def into(pair: Pair) -> str:
@@ -1168,26 +1187,6 @@ class SkippedGroup(NamedTuple):
         return {csv_line(self.email, contact.external_ref): contact for contact in users or self.contacts}
 
 
-SKIP_REASONS = {
-    "several_user_refs": (
-        "several contacts have a user_ reference; which one the application uses can't be told from the export",
-        "find out in the application which user_ reference is alive, and name it with --choices",
-    ),
-    "no_user_ref": (
-        "several REVU- contacts and none with a user_ reference: the application knows none of them",
-        "nothing to do for the application; where you want one contact, name the one to keep with --choices",
-    ),
-    "invalid_row": (
-        "a row of this email is bad or conflicts with another, so the group is not known whole",
-        "repair the rows, which are named with their lines, and run again",
-    ),
-    "undone": (
-        "a merge of this email was taken back with --undo",
-        "name the address with --email, and an export made since, to merge it again",
-    ),
-}
-
-
 @dataclass
 class Plan:
     """What a run would do: the one object that the preview prints and the run carries out."""
@@ -1197,13 +1196,14 @@ class Plan:
     invalid_rows: List[InvalidRow]
     contacts_read: int
     already_merged: int = 0
-    unreported: int = 0  # merged by a run that was killed before its report
     ids: Set[Tuple[str, str]] = field(default_factory=set)  # of all pairs of the CSV
     wanted: Dict[Ids, Pair] = field(default_factory=dict)  # all pairs of the CSV, --email and --limit apart
     chosen: List[Group] = field(default_factory=list)  # by --choices, and still to be merged
     id: str = ""  # of `plan_id`
     left_alone: Dict[str, str] = field(default_factory=dict)  # email -> why there is nothing to merge
     overruled: Set[Tuple[str, str]] = field(default_factory=set)  # pairs of earlier runs that contradict it
+    revived: List[Pair] = field(default_factory=list)  # were cancelled, and are named with --email now
+    left_out: List[Pair] = field(default_factory=list)  # by the live check, while others of their group went on
 
     def pairs(self) -> Iterator[Pair]:
         return (pair for group in self.groups for pair in group.pairs if pair.state not in ENDED)
@@ -1977,20 +1977,17 @@ class DevRevAPI:
         """Make a contact and return it. It is never repeated blindly: a lost answer is for the caller to look into."""
         return await self._user("rev-users.create", fields, options=options, repeatable=False)
 
-    async def set_people(
-        self,
-        obj: Json,
-        roles: Mapping[str, Sequence[str]],
-        options: RequestOptions,
-        before: Optional[Callable[[], Awaitable[None]]] = None,
-    ) -> None:
-        """Replace the whole lists of a work's or a conversation's people, by role; none: try whether one may."""
+    async def set_people(self, obj: Json, roles: Mapping[str, Sequence[str]], options: RequestOptions) -> Json:
+        """Replace the lists of a work's or a conversation's people, by role (none: try whether one may), and return it.
+
+        It is never repeated blindly: who joined meanwhile would be removed.
+        """
         body: Json = {"id": obj["id"], **{role: {"set": list(ids)} for role, ids in roles.items()}}
-        if ":conversation/" in obj["id"]:
-            await self._call("conversations.update", body, "conversation", options, before=before, telling=True)
-        else:
-            body["type"] = obj["type"]
-            await self._call("works.update", body, "work", options, before=before, telling=True)
+        endpoint, key = "conversations.update", "conversation"
+        if ":conversation/" not in obj["id"]:
+            endpoint, key, body["type"] = "works.update", "work", obj["type"]
+        found: Json = (await self._call(endpoint, body, key, options, repeatable=False)).data[key]
+        return found
 
     async def holders_of(self, external_ref: str, options: RequestOptions) -> List[Json]:
         """The rev users that DevRev lists for a reference."""
@@ -2187,7 +2184,7 @@ def _fail_all(pendings: Iterable[PendingKey], error: BaseException) -> None:
 
 @dataclass
 class ContactSnapshot:
-    """All that DevRev holds of one contact. Works and conversations are API objects by id."""
+    """What DevRev has of one contact. Works and conversations are API objects by id."""
 
     contact: Contact
     live: Json
@@ -2195,7 +2192,7 @@ class ContactSnapshot:
     conversations: Dict[str, Json]
 
     def objects(self) -> Dict[str, Json]:
-        """Everything that has a timeline, by id."""
+        """Return everything that has a timeline, by id."""
         return {**self.works(), **self.conversations}
 
     def works(self) -> Dict[str, Json]:
@@ -2206,7 +2203,7 @@ Timelines = Mapping[str, List[Json]]
 
 
 def contact_files(snapshot: ContactSnapshot, timelines: Timelines) -> Dict[str, Any]:
-    """The files of one contact's folder, by name."""
+    """Return the files of one contact's folder, by name."""
     return {
         "contact.json": snapshot.live,
         "works.json": list(snapshot.works().values()),
@@ -2216,7 +2213,7 @@ def contact_files(snapshot: ContactSnapshot, timelines: Timelines) -> Dict[str, 
 
 
 def contact_manifest(folder: str, role: str, snapshot: ContactSnapshot, timelines: Timelines) -> Json:
-    """What the manifest says of one contact: its row, its counts, and which objects it has in which role."""
+    """Return what the manifest says of one contact: its row, its counts, and its objects by role."""
     return {
         "folder": folder,
         "role": role,
@@ -2232,9 +2229,9 @@ def contact_manifest(folder: str, role: str, snapshot: ContactSnapshot, timeline
 
 
 class BackupStore:
-    """The folder `backups/`: `<email>/<YYYYmmdd_HHMMSS>/`, complete or absent.
+    """The folder `backups/`. A backup is a folder `<email>/<YYYYmmdd_HHMMSS>/` (UTC) in it, complete or absent.
 
-    Raises OSError where the disk refuses.
+    Methods raise OSError.
     """
 
     INCOMPLETE = ".incomplete_"
@@ -2245,12 +2242,15 @@ class BackupStore:
         self.with_timelines = with_timelines
 
     def create(self, email: str, organisation: str, snapshots: Sequence[ContactSnapshot], timelines: Timelines) -> Path:
-        """Back up a group: written aside, flushed, renamed into place. The first of `holdings` is the primary."""
+        """Back up a group; the first of `snapshots` is the primary.
+
+        Files are written to a temporary folder and flushed, and the folder is renamed: a kill leaves no half backup.
+        """
         environment = self.environment
         home = environment.make_private_dir(self.root / safe_name(email))
-        self.root.chmod(0o700)  # which may have come with less, and emails are names in it
+        self.root.chmod(0o700)  # the names in it are addresses
         if home.resolve().parent != self.root.resolve():
-            raise OSError(f"{home} leads out of {self.root}; remove the link")
+            raise OSError(f"{home} is a link that leads out of {self.root}; remove it")
         stamp = int(environment.now().wall)
         while (home / timestamp_name(stamp)).exists():
             stamp += 1
@@ -2284,11 +2284,11 @@ class BackupStore:
 
 
 def timestamp_name(epoch: float) -> str:
-    return time.strftime("%Y%m%d_%H%M%S", time.localtime(epoch))
+    return time.strftime("%Y%m%d_%H%M%S", time.gmtime(epoch))
 
 
 def _folder_names(snapshots: Sequence[ContactSnapshot]) -> List[str]:
-    """`primary_REVU-…`, `duplicate_REVU-…`, told apart also where a file system ignores case."""
+    """Return `primary_REVU-…`, `duplicate_REVU-…`; distinct also where a file system ignores case."""
     names: List[str] = []
     for index, snapshot in enumerate(snapshots):
         shown = str(snapshot.live.get("display_id") or snapshot.contact.short_id)
@@ -2299,7 +2299,7 @@ def _folder_names(snapshots: Sequence[ContactSnapshot]) -> List[str]:
 
 
 def verify_backup(folder: Path) -> Json:
-    """Re-read a backup from the disk and return its manifest.
+    """Read a backup again from the disk and return its manifest.
 
     Raises PairError(backup_failed) naming everything that is missing, damaged or does not add up.
     """
@@ -2336,13 +2336,13 @@ def _backup_errors(folder: Path, manifest: Json) -> Iterator[str]:
             for name in ("contact", "works", "conversations", "timelines")
         ]
         if any(file is None for file in files):
-            yield f"{entry['folder']}: not all of its files are whole"
+            yield f"{entry['folder']}: not all of its files are complete"
         else:
             yield from _contact_errors(entry, files, manifest["timelines"])
 
 
 def _contact_errors(entry: Json, files: Sequence[Any], timelines_wanted: bool) -> Iterator[str]:
-    """Recount one contact's files against what the manifest says of them."""
+    """Count what is in one contact's files again, and compare it with the manifest."""
     folder = entry["folder"]
     live, works, conversations, timelines = files
     work_ids = {work["id"] for work in works}
@@ -2363,12 +2363,16 @@ def _contact_errors(entry: Json, files: Sequence[Any], timelines_wanted: bool) -
 
 
 def greatest_count(entry: Json) -> int:
-    """greatest(owned, created, reported) of a contact in a manifest: what the export calls TICKET_COUNT."""
-    return max(len(set(entry["works"][role])) for role in ROLES)
+    """Return greatest(owned, created, reported) of a contact in a manifest: what the CSV calls TICKET_COUNT.
+
+    The warehouse counts tickets and issues alone.
+    """
+    counted = (":ticket/", ":issue/")
+    return max(sum(any(kind in one for kind in counted) for one in set(entry["works"][role])) for role in ROLES)
 
 
 def read_manifest(backup: str) -> Json:
-    """A backup's manifest. Raises PairError(backup_failed) where it can't be read."""
+    """Return a backup's manifest. Raises PairError(backup_failed) where it can't be read."""
     try:
         manifest: Json = json.loads((Path(backup) / "manifest.json").read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -2377,19 +2381,19 @@ def read_manifest(backup: str) -> Json:
 
 
 def objects_to_transfer(backup: str, duplicate: str) -> List[Json]:
-    """What has to hang on the primary after the merge: works owned or reported, conversations taken part in.
+    """Return what has to belong to the primary after the merge, as `{id, role}`.
 
-    Each as `{id, role}` with role `owned_by`, `reported_by` or `members`. Raises PairError(backup_failed).
+    `role` is `owned_by` or `reported_by` of a work, `members` of a conversation. Raises PairError(backup_failed).
     """
     try:
         (entry,) = (one for one in read_manifest(backup)["contacts"] if one["csv"]["id"] == duplicate)
         return transferred_objects(entry)
     except (KeyError, TypeError, ValueError) as error:
-        raise PairError("backup_failed", f"the backup {backup} is no whole one ({type(error).__name__})") from None
+        raise PairError("backup_failed", f"the backup {backup} is not complete ({type(error).__name__})") from None
 
 
 def transferred_objects(entry: Json) -> List[Json]:
-    """Of a contact in a manifest, what a merge hands on, as `{id, role}`."""
+    """Return what a merge moves from a contact in a manifest to the primary, as `{id, role}`."""
     return [
         *({"id": work, "role": ROLES[role]} for role in ("owned", "reported") for work in entry["works"][role]),
         *({"id": conversation, "role": "members"} for conversation in entry["conversations"]),
@@ -2397,7 +2401,7 @@ def transferred_objects(entry: Json) -> List[Json]:
 
 
 def describe(backup: str, items: Iterable[Json]) -> List[Json]:
-    """Name objects (`{id, role, …}`) with display id, kind and title from a backup."""
+    """Add display id, kind and title from a backup to objects (`{id, role, …}`)."""
     known: Dict[str, Json] = {}
     for path in (*Path(backup).glob("*/works.json"), *Path(backup).glob("*/conversations.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -2490,7 +2494,8 @@ class SavePointFile:
     def check_header(self) -> None:
         """Read the header (https://sqlite.org/fileformat.html) before SQLite may touch the file.
 
-        Raises FatalError(2) where it is damaged or not a savepoint of this format, FatalError(3) where it can't be read.
+        Raises FatalError(2) where it is damaged or not a savepoint of this format, FatalError(3) where it can't be
+        read.
         """
         try:
             head = self.path.read_bytes()[:100] if self.path.exists() else b""
@@ -2650,6 +2655,9 @@ class SavePoint:
             except OSError as error:
                 self.close()
                 raise FatalError(EXIT_STOPPED, f"the savepoint {file.path} can't be used: {error.strerror}") from None
+        known = set(chain.from_iterable(file.stored_runs() for file in self.files))
+        if run in known:  # the clock was set back, or a run that began in the same second has ended already
+            self.run = free_run_id(environment.now().wall, known)
         self.write_number = max(file.last_write for file in self.files)
         self._join()
 
@@ -2838,6 +2846,15 @@ class SavePoint:
     def pairs_of_primary(self, primary: str) -> Dict[str, Pair]:
         """Return what is known of the pairs with this primary, by the duplicate's id."""
         return {pair.duplicate.id: pair for pair in self._select("primary_id = ?", primary)}
+
+    def pairs_of_contact(self, contact: str) -> List[Pair]:
+        """Return the pairs that have this contact, in whatever role."""
+        return list(self._select("(primary_id = ? OR duplicate_id = ?)", contact, contact))
+
+    def revision(self, ids: Ids) -> int:
+        """Return the number of the write that stored a pair, 0 where it is not known."""
+        query = "SELECT revision FROM pairs WHERE primary_id = ? AND duplicate_id = ?"
+        return next((revision for (revision,) in self._query(query, *ids)), 0)
 
     def merged_onward(self, contact: str, reference: Optional[str]) -> Optional[Pair]:
         """Return the finished pair that merged this contact into another one that now has `reference` (if any)."""
@@ -3657,6 +3674,8 @@ class GroupMerge:
                 check_reference(pair, found)
                 user = found or {}
                 if any(user.get(name) != value for name, value in body.items()):
+                    await self._pause(pair, pause)
+                    pause = min(10.0, 1.6 * pause)
                     continue
             if user.get("external_ref") != body.get("external_ref", user.get("external_ref")):
                 words = f"DevRev answered the update with the reference {user.get('external_ref')}"
@@ -3837,7 +3856,7 @@ class ContactMerger:
 
     @staticmethod
     def is_success(pair: Pair) -> bool:
-        left_out = pair.state is State.PLANNED and bool(pair.code)
+        left_out = pair.state is State.PLANNED and pair.code in SKIP_REASONS
         return left_out or (pair.state in (State.DONE, State.SETTLED) and not pair.after_cancel)
 
     async def run(self, plan: Plan, unfinished: Sequence[Pair]) -> int:
@@ -4091,16 +4110,860 @@ def csv_chunks(contacts: Iterable[Contact]) -> Iterator[bytes]:
 # Undo
 # ---------------------------------------------------------------------------------------------------
 
+MERGED_STATES = (State.MERGED, State.VERIFYING, State.DONE, State.SETTLED)
+UNDO_STATES = (State.UNDOING, State.UNDONE, State.UNDO_SETTLED)
+NOT_UNDONE: Mapping[State, Tuple[str, str]] = {
+    State.MERGED_ELSEWHERE: ("merged_elsewhere", "another user merged or deleted the duplicate"),
+    State.CANCELLED: ("cancelled", "it was cancelled, not merged; a merge run checks whether DevRev merged it later"),
+    State.UNDO_SETTLED: ("undo_settled", "the rest of its undo was given up with --settle"),
+}
 
+
+@dataclass
 class UndoPlan:
-    groups: List[Group]
-    pairs: List[Pair]
-    undone: List[Pair]
-    left: int
+    """What an undo would do: complete groups, in the order in which they are undone."""
+
+    path: Path  # relative to the current folder
+    groups: List[Group] = field(default_factory=list)
+    undone: List[Pair] = field(default_factory=list)  # by an earlier undo
+    skipped: List[Pair] = field(default_factory=list)  # with code and error
+    older: List[Path] = field(default_factory=list)  # backups of the same email, which are left alone
+    left: int = 0  # pairs that --limit leaves
+
+    def pairs(self) -> List[Pair]:
+        return [pair for group in self.groups for pair in group.pairs]
+
+    def count_objects(self) -> int:
+        """Count the works and conversations that the undo updates at most, as the backups have them."""
+        found: Set[str] = set()
+        for pair in self.pairs():
+            with contextlib.suppress(PairError):
+                found.update(item["id"] for item in objects_to_transfer(pair.backup, pair.duplicate.id))
+        return len(found)
+
+
+def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: Optional[int]) -> UndoPlan:
+    """Plan the undo of exactly the merges that `path` names, as the savepoint knows them, else as `path` tells.
+
+    What was undone and merged again later belongs to a later report, and is skipped. Of a chain (A into B, later B into
+    C) the last merge comes first. Raises FatalError(2).
+    """
+    located, older = locate_undo(path, savepoint)
+    plan = UndoPlan(located, older=older)
+    groups: Dict[str, Group] = {}
+    seen: Set[str] = set()
+    for named in merges_named(located):
+        pair = savepoint.pairs_of_primary(named.primary.id).get(named.duplicate.id, named)
+        seen.add(pair.email)
+        if emails and pair.email not in emails:
+            continue
+        if pair.state in (State.PLANNED, State.FAILED):
+            if located.is_dir():
+                continue  # backed up, and never requested
+            pair = named
+        if not Path(pair.backup).is_dir():
+            pair.backup = named.backup
+        again = merged_again(pair, savepoint)
+        if again:
+            pair.code, pair.error = "merged_again", f"it was merged again later; that is undone with {report_of(again)}"
+            plan.skipped.append(pair)
+        elif pair.state in NOT_UNDONE:
+            pair.code, pair.error = NOT_UNDONE[pair.state]
+            plan.skipped.append(pair)
+        elif pair.state is State.UNDONE:
+            plan.undone.append(pair)
+        else:
+            groups.setdefault(pair.primary.id, Group(pair.email, [])).pairs.append(pair)
+    if set(emails) - seen:
+        raise FatalError(EXIT_USAGE, f"--email: in no merge of {located}: {', '.join(sorted(set(emails) - seen))}")
+    merged_into = {pair.duplicate.id: primary for primary, group in groups.items() for pair in group.pairs}
+
+    def order(group: Group) -> Tuple[bool, int, str]:
+        depth, primary = 0, group.primary.id
+        while primary in merged_into and depth < len(merged_into):
+            depth, primary = depth + 1, merged_into[primary]
+        return all(pair.state is not State.UNDOING for pair in group.pairs), depth, group.email
+
+    room = limit or sys.maxsize
+    for group in sorted(groups.values(), key=order):
+        is_new = order(group)[0]
+        if is_new and len(group.pairs) > room:
+            plan.left += len(group.pairs)
+            continue
+        group.pairs.sort(key=lambda pair: not pair.new_ref)  # the application's reference before anything else
+        plan.groups.append(group)
+        room -= len(group.pairs) if is_new else 0
+    return plan
+
+
+def locate_undo(path: Path, savepoint: SavePoint) -> Tuple[Path, List[Path]]:
+    """Return the backup folder or report that `path` means, relative to the current folder, and the older backups.
+
+    `backups/<email>` means the newest backup in it, by the savepoint's order, whose merge was carried out, undone since
+    or not. Raises FatalError(2) where `path` lies elsewhere: the history of its merges is there.
+    """
+    found = path.resolve()
+    if not found.exists():
+        raise FatalError(EXIT_USAGE, f"{path} does not exist")
+    roots = {Path(name).resolve(): Path(name) for name in ("backups", "reports")}
+    root = next((one for one in roots if one == found or one in found.parents), None)
+    if root is None:
+        home = next((one.parent for one in (found, *found.parents) if one.name in ("backups", "reports")), None)
+        if home is None:
+            raise FatalError(EXIT_USAGE, f"{path} is neither a backup below backups/ nor a report below reports/")
+        raise FatalError(EXIT_USAGE, f"{path} belongs to the folder {home}: run --undo there, where its history is")
+    located = roots[root] / found.relative_to(root)
+    if not located.is_dir() or (located / "manifest.json").exists():
+        return located, []
+    backups = sorted(one.parent for one in located.glob("[!.]*/manifest.json"))
+    merged: Dict[Path, int] = {}
+    for backup in backups:
+        for named in merges_named(backup):
+            pair = savepoint.pairs_of_primary(named.primary.id).get(named.duplicate.id)
+            if pair and pair.state in (*MERGED_STATES, *UNDO_STATES) and Path(pair.backup) == backup:
+                revision = pair.undo.merge_revision if pair.undo else savepoint.revision(pair.ids)
+                merged[backup] = max(revision, merged.get(backup, 0))
+    if not merged:
+        names = ", ".join(some([str(backup) for backup in backups])) or "none"
+        words = f"{path} holds no backup of a merge that the savepoint knows; name one of its backups: {names}"
+        raise FatalError(EXIT_USAGE, words)
+    newest = max(merged, key=lambda backup: merged[backup])
+    return newest, [backup for backup in merged if backup != newest]
+
+
+def merges_named(path: Path) -> List[Pair]:
+    """Return the pairs of a backup folder, or those that a merge report calls merged. Raises FatalError(2)."""
+    try:
+        if path.is_dir():
+            primary, *duplicates = (Contact.from_json(entry["csv"]) for entry in read_manifest(str(path))["contacts"])
+            moves = not primary.is_user
+            return [
+                Pair(primary, one, one.external_ref if moves and one.is_user else None, State.DONE, backup=str(path))
+                for one in duplicates
+            ]
+        report, pairs = json.loads(path.read_bytes()), []
+        for entry in chain(*(report[name] for name in ("successful_merges", "unfinished_merges", "settled"))):
+            primary, duplicate = (
+                Contact.from_json({
+                    **dict.fromkeys(COLUMNS, ""), "email": entry["email"], "id": entry[role]["id"],
+                    "display_name": entry[role]["display_name"], "external_ref": entry[role]["old_external_ref"],
+                    "tickets": entry[role]["tickets"],
+                })
+                for role in ("primary", "duplicate")
+            )  # fmt: skip
+            state = State(entry["state"])
+            pairs.append(Pair(primary, duplicate, entry["new_external_ref"], state, backup=entry["backup"] or ""))
+        return pairs
+    except PairError as error:
+        raise FatalError(EXIT_USAGE, str(error)) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise FatalError(EXIT_USAGE, f"{path} is neither a backup folder nor a merge report") from None
+
+
+def current_ids(contact: str, savepoint: SavePoint) -> List[str]:
+    """Return a contact's id, and those of the contacts that undos created again in its place; the last one exists."""
+    ids = [contact]
+    while True:
+        rows = (row for row in savepoint.pairs_of_contact(ids[-1]) if row.duplicate.id == ids[-1])
+        again = next((row.undo.contact for row in rows if row.undo and row.state in UNDO_STATES), "")
+        if not again or again in ids:
+            return ids
+        ids.append(again)
+
+
+def merged_again(pair: Pair, savepoint: SavePoint) -> Optional[Pair]:
+    """Return the later merge of two contacts of which an undo had created one again, if there is one."""
+    if pair.undo is None or pair.state not in UNDO_STATES or not pair.undo.contact:
+        return None
+    duplicates = {pair.undo.contact, *current_ids(pair.primary.id, savepoint)}
+    rows = (row for row in savepoint.pairs_of_contact(pair.undo.contact) if row.duplicate.id in duplicates)
+    return next((row for row in rows if row.state in (*UNFINISHED, State.DONE, State.SETTLED)), None)
+
+
+def report_of(pair: Pair) -> str:
+    """Name the report of the merge run that wrote a pair last."""
+    return f"reports/merge_report_{pair.undo.merge_run if pair.undo else pair.run}.json"
+
+
+def undo_settle_error(pair: Pair) -> str:
+    """Say why the rest of a pair's undo must not be given up, `""` where it may: a reference would be on no contact."""
+    if pair.undo is None or not pair.undo.reference_free:
+        return ""
+    return (
+        f"the reference {pair.duplicate.external_ref} may be on no contact; "
+        f"finish the undo first: merge_contacts.py --undo {pair.undo.path}"
+    )
+
+
+# -- what was before, and what follows from it -------------------------------------------------------
+
+Role = Tuple[str, str]  # object id, and `owned_by`, `reported_by` or `members`
+
+
+@dataclass
+class StateBeforeMerge:
+    """What the contacts of a group were before their merges, from the backups."""
+
+    contacts: Dict[str, Json] = field(default_factory=dict)  # duplicates as DevRev had them, by id
+    references: Dict[str, str] = field(default_factory=dict)  # duplicate's id -> the primary's before that merge
+    roles: Dict[str, Set[Role]] = field(default_factory=dict)  # of duplicates, by id
+    primary_roles: Set[Role] = field(default_factory=set)
+
+
+def read_state_before(pairs: Sequence[Pair], siblings: Sequence[Pair]) -> StateBeforeMerge:
+    """Read and check the backups of the pairs to undo, and of all other pairs with the same primary.
+
+    Raises PairError(backup_failed). The backups of siblings that were undone may be missing.
+    """
+    before, known = StateBeforeMerge(), [*pairs, *siblings]
+    primaries = {pair.primary.id for pair in known}
+    needed = {pair.backup for pair in known if pair not in siblings or pair.state in (*MERGED_STATES, State.UNDOING)}
+    manifests = []
+    for folder in sorted({pair.backup for pair in known}):
+        try:
+            manifests.append((verify_backup(Path(folder)), folder))
+        except PairError:
+            if folder in needed:
+                raise
+    for manifest, folder in sorted(manifests, key=lambda one: str(one[0]["created"])):
+        entries = {entry["csv"]["id"]: entry for entry in manifest["contacts"]}
+        # What the primary has by then from a duplicate that no longer exists is not its own.
+        gone = [before.roles.get(pair.duplicate.id, set()) for pair in known if pair.duplicate.id not in entries]
+        for identity, entry in entries.items():
+            user = json.loads((Path(folder) / entry["folder"] / "contact.json").read_bytes())
+            roles = {(item["id"], item["role"]) for item in transferred_objects(entry)}
+            if identity in primaries:
+                before.primary_roles |= roles.difference(*gone)
+                mine = (pair.duplicate.id for pair in known if pair.backup == folder)
+                before.references.update((one, str(user.get("external_ref"))) for one in mine)
+            else:
+                before.contacts[identity], before.roles[identity] = user, roles
+    for pair in pairs:
+        if pair.duplicate.id not in before.contacts or pair.duplicate.id not in before.references:
+            raise PairError("backup_failed", f"the backup {pair.backup} does not hold {into(pair)}")
+    return before
+
+
+def plan_restore(
+    obj: Optional[Json], roles: Iterable[str], primary: str, contact: str, aliases: Mapping[str, str], stays: Set[Role]
+) -> Tuple[Dict[str, List[str]], List[Json]]:
+    """Plan what gives `contact` its `roles` on an object as it is now: role -> ids to set, and what is left to others.
+
+    The contact replaces the primary, or joins it where the primary `stays`; everyone else stays. `aliases` are ids of
+    contacts that no longer exist, and the ids of those that were created again in their place.
+    """
+    changes: Dict[str, List[str]] = {}
+    left = []
+    for role in sorted(roles):
+        now = [person["id"] for person in (obj or {}).get(role) or ()]
+        people = list(dict.fromkeys(aliases.get(one, one) for one in now))  # a merge may have left the old id
+        if contact not in people:
+            if primary not in people:
+                left.append({"role": role, "why": "deleted" if obj is None else "given to others"})
+                continue
+            at = people.index(primary)
+            people[at : at + 1] = [primary, contact] if obj and (obj["id"], role) in stays else [contact]
+        if people != now:
+            changes[role] = people
+    return changes, left
+
+
+def plan_fields(pair: Pair, live: Json) -> Tuple[Json, List[Json]]:
+    """Plan what removes from the primary, as it is now, the fields that a merge carried to it.
+
+    Of phone numbers the added ones go; any other field gets its old value if it still has the one that the merge wrote.
+    Return the fields to set, and `{field, value, why}` of those that stay.
+    """
+    update: Json = {}
+    left = []
+    for name, carried in pair.fields_to_carry.items():
+        value, old = live.get(name), pair.fields_before.get(name)
+        if name == "phone_numbers":
+            added = set(carried).difference(old or ())
+            kept = [number for number in value or () if number not in added]
+            if len(kept) < len(value or ()):
+                update[name] = kept
+        elif value == carried and carried != old:
+            update[name] = old or ""
+        elif value and value not in (carried, old):
+            left.append({"field": name, "value": value, "why": "it was changed since the merge"})
+    return update, left
+
+
+# -- the run -----------------------------------------------------------------------------------------
+
+
+class GroupUndo:
+    """The undo of merges into one primary: check, then each pair: old reference, contact, objects, undone.
+
+    Nothing runs beside it. What keeps a pair from its end is recorded with it; what stops the run passes through.
+    """
+
+    FIELDS = ("display_name", "email", "external_ref", "description", "phone_numbers", "display_picture", "rev_org")
+    UNITS = 8  # of quota for what follows the freed reference: the contact, perhaps with fewer fields, or the way back
+    PATIENCE = 10.0  # seconds for which a contact that may have been created is looked for at most
+    ATTEMPTS = 6  # times that an object is read and written before it is given up
+    KINDS = ("ticket", "issue", "conversation")
+
+    def __init__(self, context: GroupContext, group: Group, path: Path, writable_kinds: Set[str]) -> None:
+        self.context = context
+        self.api, self.environment, self.savepoint = context.api, context.environment, context.savepoint
+        self.group = group
+        self.path = path
+        self.writable_kinds = writable_kinds  # kinds of objects that the token is known to be allowed to write
+        self.has_changed = False  # whether this undo may have changed the group in DevRev
+        self.reservation = Reservation()
+        self.before = StateBeforeMerge()
+        self.siblings: List[Pair] = []  # other pairs of the primary
+        self.primary: Json = {}  # as DevRev has it now
+        self.aliases: Dict[str, str] = {}  # id of a contact that no longer exists -> of the one created in its place
+        self._is_recreated = False  # whether the primary itself was created by an earlier undo
+
+    async def run(self) -> None:
+        """Undo the pairs one after the other, once the whole group is as its merges have left it."""
+        pairs = self.group.pairs
+        problem = await self._attempt(self._check())
+        if problem is None and not self.context.options.preview:
+            problem = await self._attempt(self._check_write_access())
+        if problem:
+            for pair in pairs:
+                await self.context.record_outcome(pair, problem)
+            return
+        for pair in pairs:
+            was_forbidden = bool(pair.undo and pair.undo.forbidden)
+            problem = await self._attempt(self._preview(pair) if self.context.options.preview else self._undo(pair))
+            self.api.scheduler.release(self.reservation)
+            await self.context.record_outcome(pair, problem)
+            is_stop = problem is not None and pair.undo is not None and pair.undo.forbidden and not was_forbidden
+            if is_stop and "contact" not in self.writable_kinds:
+                # A token that may not create contacts would take the reference from each primary for a moment.
+                raise FatalError(EXIT_STOPPED if self.has_changed else EXIT_USAGE, str(problem))
+
+    async def _attempt(self, work: Coroutine[Any, Any, None]) -> Optional[PairError]:
+        """Do the work and return what keeps the pairs from their end, if anything. Raises what stops the run."""
+        try:
+            self.context.raise_if_draining()
+            await work
+        except PairError as problem:
+            return problem
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            # Whatever one contact's answers look like, the other groups go on.
+            log.exception("%s: unexpected", self.group.email)
+            return PairError("api_error", f"an answer could not be understood ({type(error).__name__}: {error})")
+        finally:
+            work.close()
+        return None
+
+    # -- check --------------------------------------------------------------------------------------
+
+    async def _check(self) -> None:
+        """Find the group as its merges have left it, or as an undo that was not finished has."""
+        pairs, old = self.group.pairs, self.group.primary
+        ids = current_ids(old.id, self.savepoint)
+        mine = {pair.ids for pair in pairs}
+        rows = [row for one in ids for row in self.savepoint.pairs_of_primary(one).values()]
+        self.siblings = [row for row in rows if row.ids not in mine]
+        self.before = await self.environment.run_in_thread(read_state_before, pairs, self.siblings)
+        self._is_recreated = len(ids) > 1
+        self.aliases = dict.fromkeys(ids[:-1], ids[-1])
+        for pair in (*pairs, *self.siblings):
+            if pair.undo and pair.undo.contact:
+                self.aliases[pair.duplicate.id] = pair.undo.contact
+        primary = await self.api.contact(ids[-1])
+        if primary is None:
+            later = (row for row in self.savepoint.pairs_of_contact(ids[-1]) if row.duplicate.id == ids[-1])
+            onward = next((row for row in later if row.state in (*UNFINISHED, *MERGED_STATES, State.UNDOING)), None)
+            if onward:
+                words = (
+                    f"{old.short_id} was merged into {onward.primary.short_id} later; undo {report_of(onward)} first"
+                )
+                raise PairError("merged_onward", words)
+            raise PairError("not_found", f"the primary {old.short_id} no longer exists in DevRev")
+        if primary.get("state") != "active":
+            raise PairError("not_active", f"the primary {old.short_id} is {primary.get('state')}, not active")
+        self.primary = primary
+        there = [pair.duplicate.short_id for pair in pairs if not await self._is_gone(pair)]
+        if there:
+            raise PairError("not_merged", f"not merged, or not yet, because still there: {', '.join(there)}")
+        for pair in pairs:
+            self._check_reference(pair)
+
+    async def _is_gone(self, pair: Pair) -> bool:
+        """Return whether the duplicate no longer exists. Where polls give no usable answer for good, lists decide."""
+        primary, duplicate = self.primary["id"], pair.duplicate.id
+        try:
+            return await self.api.poll_duplicate(primary, duplicate, ANY_OPTIONS) is not DuplicateStatus.THERE
+        except (ApiError, NoUsableResponse) as error:
+            log.info("%s: lists decide whether %s still exists: %s", pair.email, pair.duplicate.short_id, error)
+            reference = str(self.before.contacts[duplicate].get("external_ref"))
+            listed = [*await self._listed(pair), *await self.api.holders_of(reference, ANY_OPTIONS)]
+            there = (one for one in listed if one["id"] == duplicate and one.get("state") != "deleted")
+            return all(isinstance(one.get("primary_identity"), dict) for one in there)
+        except PairError as problem:
+            # DevRev may name the contact that the primary was merged into before it was created again.
+            if problem.code == "merged_into_another" and self._is_recreated:
+                return True
+            raise
+
+    def _check_reference(self, pair: Pair) -> None:
+        """Check that the primary has the reference that the merge gave it, or its old one where that may be."""
+        reference, name = self.primary.get("external_ref"), self.group.primary.short_id
+        old, moved = self._old_references(pair), self._moved_reference(pair)
+        if moved and reference == moved:
+            return
+        others = {row.new_ref: row for row in (*self.siblings, *self.group.pairs) if row is not pair and row.new_ref}
+        if moved is None and reference in (*old, *others, *self.before.references.values()):
+            return
+        # An undo may have started, a merge may have ended before its reference moved, and two may have had the same.
+        is_open = pair.state is State.UNDOING or pair.state in (*UNFINISHED, State.SETTLED) or not pair.run
+        if reference in old and ((is_open and pair.state is not State.VERIFYING) or moved in others):
+            return
+        words = f"another user gave {name} the reference {reference or 'none'}; set {moved or old[0]} again, undo again"
+        raise PairError("external_ref_changed", words)
+
+    def _old_references(self, pair: Pair) -> List[str]:
+        """Return the reference that the primary had before the merge; after it, what may stand in for it.
+
+        DevRev may refuse the `REVU-` reference of an old id to a contact that was created again.
+        """
+        old = self.before.references[pair.duplicate.id]
+        own = str(self.primary.get("display_id"))
+        return [old, own] if self._is_recreated and old.startswith("REVU-") and own != old else [old]
+
+    def _moved_reference(self, pair: Pair) -> Optional[str]:
+        """Return the duplicate's reference where the merge gave it, or may have given it, to the primary."""
+        reference = str(self.before.contacts[pair.duplicate.id].get("external_ref"))
+        return reference if pair.new_ref and reference != self.before.references[pair.duplicate.id] else None
+
+    async def _check_write_access(self) -> None:
+        """Set nothing on an object of each kind: a token that may not write is refused while all is as it was."""
+        refused: Dict[str, ApiError] = {}
+        wanted = sorted({one for pair in self.group.pairs for one, _ in self.before.roles[pair.duplicate.id]})
+        for identity in wanted:
+            kind = kind_of(identity)
+            if kind not in self.KINDS or kind in self.writable_kinds:
+                continue
+            try:
+                obj = await self.api.get_object(identity, ANY_OPTIONS)
+                if obj is None:
+                    continue
+                await self.api.set_people(obj, {}, ANY_OPTIONS)
+            except ApiError as api_error:
+                if api_error.status == 403:
+                    refused[kind] = api_error  # which may concern this one object alone
+                    continue
+            self.writable_kinds.add(kind)
+        for kind in refused.keys() - self.writable_kinds:
+            endpoint = "conversations.update" if kind == "conversation" else "works.update"
+            raise PairError("forbidden", f"the token may not call {endpoint} (403): {refused[kind]}")
+
+    async def _preview(self, pair: Pair) -> None:
+        """Find out what an undo would leave to others."""
+        undo = pair.undo if pair.undo and pair.state is State.UNDOING else self._new_progress(pair)
+        contact, undo.left = undo.contact or pair.duplicate.id, []
+        for identity, roles in self._objects(pair):
+            obj = await self.api.get_object(identity, ANY_OPTIONS)
+            left = plan_restore(obj, roles, self.primary["id"], contact, self.aliases, self._stays(pair))[1]
+            undo.left += [{"id": identity, **one} for one in left]
+        undo.fields_left, pair.undo = plan_fields(pair, self.primary)[1], undo
+
+    # -- one pair -----------------------------------------------------------------------------------
+
+    async def _undo(self, pair: Pair) -> None:
+        """Undo one merge. Between the primary's old reference and the new contact nothing waits or interrupts."""
+        if pair.state is not State.UNDOING:
+            pair.undo = self._new_progress(pair)
+        undo = progress_of_undo(pair)
+        moved = self._moved_reference(pair)
+        update, undo.fields_left = plan_fields(pair, self.primary)
+        undo.fields_removed = {**{name: self.primary.get(name) for name in update}, **undo.fields_removed}
+        frees = moved is not None and self.primary.get("external_ref") == moved
+        undo.reference_free = undo.reference_free or frees
+        pair.state, pair.code, pair.error = State.UNDOING, "", ""
+        await self.savepoint.save(pair)
+        with self.context.cancel_token.shield():
+            if frees:
+                await self._free_reference(pair, update)
+            try:
+                await self._create_contact(pair)
+            except PairError as problem:
+                if problem.code in ("contact_refused", "forbidden"):
+                    undo.forbidden = problem.code == "forbidden"
+                    await self._return_reference(pair, problem)
+                raise
+        self.aliases[pair.duplicate.id] = undo.contact
+        await self._remove_fields(pair)
+        await self._restore_objects(pair)
+        pair.state, pair.code, pair.error = State.UNDONE, "", ""
+        await self.savepoint.save(pair)
+        log.info("%s: undone, %s is %s now", pair.email, pair.duplicate.short_id, undo.display_id)
+
+    def _new_progress(self, pair: Pair) -> UndoProgress:
+        earlier = pair.undo  # refused, so that the merge stands as it was
+        run = earlier.merge_run if earlier else pair.run
+        revision = earlier.merge_revision if earlier else self.savepoint.revision(pair.ids)
+        return UndoProgress(str(self.path), pair.state.value, run, revision, bool(earlier and earlier.forbidden))
+
+    def _options(self, priority: int = FINISH) -> RequestOptions:
+        return RequestOptions(priority, self.reservation, self.UNITS)
+
+    async def _free_reference(self, pair: Pair, update: Json) -> None:
+        """Give the primary its old reference, and in the same update its old values of carried fields.
+
+        Whatever of it is refused, the reference goes alone at once. After a lost answer the primary is read before the
+        update is sent again.
+        """
+        old, moved, primary = self._old_references(pair), self._moved_reference(pair), self.primary["id"]
+        bodies = [{"external_ref": old[0], **update}] if update else []
+        bodies += [{"external_ref": reference} for reference in old]
+        problem: PairError = PairError("external_ref_not_set", "DevRev answered with another reference")
+        started, options, deadline = self.environment.now(), self._options(MERGE), GroupMerge.FIRST_DEADLINE
+        while bodies:
+            try:
+                user = await self.api.update_contact(primary, bodies[0], options, deadline)
+            except ApiError as api_error:
+                problem, user = api_error, self.primary
+            except NoUsableResponse as error:
+                problem, self.has_changed = error, True
+                user = await self.api.contact(primary, self._options()) or {}
+                deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
+                if user.get("external_ref") == moved and self.environment.elapsed(started) < self.PATIENCE:
+                    continue
+            if user.get("external_ref") in old:
+                self.primary, self.has_changed = user, True
+                return
+            options = self._options()
+            bodies.pop(0)
+        live = await self.api.contact(primary, self._options())
+        if live and live.get("external_ref") == moved:
+            await self._save_as_before(pair)
+        raise PairError(problem.code, f"the primary did not get its old reference {old[0]}: {problem}")
+
+    async def _return_reference(self, pair: Pair, problem: PairError) -> None:
+        """Give the primary the moved reference again, and what was removed of its fields: no contact can be created."""
+        undo, reference = progress_of_undo(pair), self._moved_reference(pair)
+        if not undo.reference_free:
+            await self._save_as_before(pair)
+            return
+        error: PairError = problem
+        alone = {"external_ref": reference}
+        for body in ({**alone, **undo.fields_removed}, alone, alone):
+            try:
+                self.primary = await self.api.update_contact(self.primary["id"], body, self._options())
+            except PairError as refused:
+                error = refused
+                continue
+            if self.primary.get("external_ref") == reference:
+                await self._save_as_before(pair)
+                return
+        words = f"{problem}; {reference} could not be set on {self.group.primary.short_id} again: {error}"
+        raise PairError(problem.code, words)
+
+    async def _save_as_before(self, pair: Pair) -> None:
+        """Note that the merge stands as it was. The progress stays for what it says of the merge."""
+        undo = progress_of_undo(pair)
+        undo.reference_free, undo.contacts_before, undo.left_out = False, None, {}
+        pair.state = State(undo.state_before)
+        await self.savepoint.save(pair)
+
+    # -- the contact --------------------------------------------------------------------------------
+
+    async def _create_contact(self, pair: Pair) -> None:
+        """Create the contact once, with the fields that DevRev takes, whatever becomes of the answers.
+
+        DevRev makes no second contact with the same reference, so one with its reference is simply requested again; one
+        without is looked for first. Raises PairError: contact_refused, forbidden, external_ref_conflict,
+        contact_not_confirmed.
+        """
+        undo, since, pause = progress_of_undo(pair), self.environment.now(), 0.2
+        merge_timeout = self.context.options.merge_timeout
+        requested_before, lost, why = undo.contacts_before is not None, False, ""
+        while not undo.contact:
+            fields = self._fields(pair)
+            reference, name = fields.get("external_ref"), pair.duplicate.short_id
+            is_vital = reference is not None and pair.duplicate.is_user  # the application knows the person by it
+            if undo.contacts_before is not None:
+                found = await self._find_contact(pair, fields)
+                if found:
+                    await self._save_contact(pair, found)
+                    return
+                may_exist = lost or requested_before
+                if why or (may_exist and reference is None):
+                    limit = merge_timeout if lost and not is_vital else min(self.PATIENCE, merge_timeout / 4)
+                    if (is_vital or may_exist) and self.environment.elapsed(since) < limit:  # lists may lag
+                        await self.context.cancel_token.sleep(pause)
+                        pause = min(self.PATIENCE, 1.6 * pause)
+                        if reference is None:
+                            continue
+                    elif is_vital:
+                        raise PairError("contact_refused", f"{name} could not be created again: {why}")
+                    elif reference is not None:
+                        undo.left_out["external_ref"], undo.contacts_before = why, None
+                        requested_before, lost, why, since = False, False, "", self.environment.now()
+                        continue
+                    elif lost:
+                        words = f"it is not known whether {name} was created again; undo again, which looks for it"
+                        raise PairError("contact_not_confirmed", words)
+            listed = [] if reference else [user["id"] for user in await self._listed(pair)]
+            undo.contacts_before = sorted({*listed, *self._group_ids()}) if reference is None else []
+            await self.savepoint.save(pair)
+            try:
+                await self._save_contact(pair, await self.api.create_contact(fields, self._options()))
+            except NoUsableResponse as error:
+                lost, why, self.has_changed = True, str(error), True
+            except ApiError as api_error:
+                why = str(api_error)
+                refused = self._refused_fields(api_error, fields, is_vital)
+                if refused:
+                    undo.left_out.update(dict.fromkeys(refused, why))
+                    undo.contacts_before, why = None, ""
+                elif api_error.status != 409 or reference is None:
+                    code = "forbidden" if api_error.status == 403 else "contact_refused"
+                    raise PairError(code, f"{name} could not be created again: {why}") from None
+
+    def _fields(self, pair: Pair) -> Json:
+        """Return what the contact is created with, from its backup."""
+        user, left_out = self.before.contacts[pair.duplicate.id], progress_of_undo(pair).left_out
+        picture = user.get("display_picture")
+        known = {
+            **user,
+            "display_picture": picture.get("id") if isinstance(picture, dict) else None,
+            "rev_org": rev_org_id(user),
+        }
+        return {name: known[name] for name in self.FIELDS if known.get(name) and name not in left_out}
+
+    def _refused_fields(self, error: ApiError, fields: Json, is_vital: bool) -> List[str]:
+        """Return which fields to leave out after a 400: the one that it names, else all that say little of a person."""
+        if error.status != 400:
+            return []
+        named = re.split(r"\W", str(error.data.get("field_name")))[0]
+        if named in fields:
+            return [] if named == "email" or (named == "external_ref" and is_vital) else [named]
+        return [name for name in ("description", "phone_numbers", "display_picture") if name in fields]
+
+    async def _find_contact(self, pair: Pair, fields: Json) -> Optional[Json]:
+        """Return the contact that was requested, if it exists. A reference is looked up in the whole organisation.
+
+        Raises PairError(external_ref_conflict) where the reference belongs to another contact.
+        """
+        undo, reference = progress_of_undo(pair), fields.get("external_ref")
+        if reference is None:
+            known = set(undo.contacts_before or ())
+            new = (user for user in await self._listed(pair) if user["id"] not in known)
+            return next((user for user in new if user.get("external_ref") in (None, "", user.get("display_id"))), None)
+        other: Optional[Json] = None
+        for listed in await self.api.holders_of(reference, self._options()):
+            # Lists lag behind contacts that no longer exist, or no longer have the reference.
+            is_mine = listed["id"] in self._group_ids()
+            user = None if is_mine else await self.api.contact(listed["id"], self._options())
+            if user is None or user.get("external_ref") != reference or user.get("state") == "deleted":
+                continue
+            is_here = rev_org_id(user) in (None, fields.get("rev_org")) or "rev_org" not in fields
+            if is_here and email_of(user) == email_key(fields["email"]):
+                return user
+            other = user
+        if other:
+            undo.reference_free = False
+            words = (
+                f"{other.get('display_id')} <{other.get('email')}>, another contact, has the reference {reference} now"
+            )
+            raise PairError("external_ref_conflict", words)
+        return None
+
+    async def _save_contact(self, pair: Pair, user: Json) -> None:
+        undo = progress_of_undo(pair)
+        undo.contact, undo.display_id, undo.reference_free = user["id"], str(user.get("display_id")), False
+        self.has_changed = True
+        self.writable_kinds.add("contact")
+        await self.savepoint.save(pair)
+
+    async def _listed(self, pair: Pair) -> List[Json]:
+        body = {"email": [pair.duplicate.email.strip()]}
+        return (await self.api.pages("rev-users.list", "rev_users", body, self._options())).items
+
+    def _group_ids(self) -> Set[str]:
+        """Return the ids of the group: as it was, and as far as it was created again for other pairs."""
+        known = (contact for pair in (*self.group.pairs, *self.siblings) for contact in pair.ids)
+        return {self.primary["id"], *known, *self.aliases}
+
+    # -- what it had --------------------------------------------------------------------------------
+
+    async def _remove_fields(self, pair: Pair) -> None:
+        """Remove from the primary what the merge carried to it and is still there; what DevRev refuses is named."""
+        undo = progress_of_undo(pair)
+        update, undo.fields_left = plan_fields(pair, self.primary)
+        for body in [update, *({name: value} for name, value in update.items())] if update else []:
+            try:
+                self.primary = await self.api.update_contact(self.primary["id"], body, RequestOptions(RESUME))
+                if body == update:
+                    return
+            except (ApiError, NoUsableResponse) as error:
+                if body is not update:
+                    (name,) = body
+                    undo.fields_left.append({"field": name, "value": self.primary.get(name), "why": str(error)})
+
+    def _objects(self, pair: Pair) -> List[Tuple[str, List[str]]]:
+        """Return the objects that the duplicate had a role in, each with its roles."""
+        roles: Dict[str, List[str]] = collections.defaultdict(list)
+        for identity, role in sorted(self.before.roles[pair.duplicate.id]):
+            roles[identity].append(role)
+        return list(roles.items())
+
+    def _stays(self, pair: Pair) -> Set[Role]:
+        """Return where the primary stays: where it, or another duplicate that is still merged, had the role itself."""
+        others = (one for one in (*self.group.pairs, *self.siblings) if one is not pair)
+        merged = (
+            one for one in others
+            if one.state in MERGED_STATES or (one.state is State.UNDOING and not progress_of_undo(one).contact)
+        )  # fmt: skip
+        return self.before.primary_roles.union(*(self.before.roles.get(one.duplicate.id, set()) for one in merged))
+
+    async def _restore_objects(self, pair: Pair) -> None:
+        """Give the contact its works and conversations, one after the other: read, write, verify the answer.
+
+        What was deleted or given to others since is left and named. Raises PairError(not_restored) where DevRev refuses
+        an update.
+        """
+        undo, left, failed = progress_of_undo(pair), [], []
+        for identity, roles in self._objects(pair):
+            try:
+                left += await self._restore_object(pair, identity, roles)
+            except (ApiError, NoUsableResponse, LookupError, TypeError, AttributeError) as error:
+                failed += [{"id": identity, "role": role, "why": str(error)} for role in roles]
+        undo.left = [*left, *failed]
+        if failed:
+            names = ", ".join(some(list(dict.fromkeys(item["display_id"] for item in describe(pair.backup, failed)))))
+            raise PairError("not_restored", f"created again as {undo.display_id}, but not restored: {names}")
+
+    async def _restore_object(self, pair: Pair, identity: str, roles: List[str]) -> List[Json]:
+        """Write one object, and return what of it is left. Only who joins between read and write can be missed."""
+        if kind_of(identity) not in self.KINDS:
+            return [{"id": identity, "role": role, "why": "works of this kind are not restored"} for role in roles]
+        contact, options, problem = (
+            progress_of_undo(pair).contact,
+            RequestOptions(RESUME),
+            "it answers with other people",
+        )
+        for attempt in range(self.ATTEMPTS):
+            obj = await self.api.get_object(identity, options)
+            changes, left = plan_restore(obj, roles, self.primary["id"], contact, self.aliases, self._stays(pair))
+            found = [{"id": identity, **one} for one in left]
+            if obj is None or not changes:
+                return found
+            try:
+                answer = await self.api.set_people(obj, changes, options)
+            except NoUsableResponse as error:
+                problem = str(error)
+            else:
+                if all(set(people) <= user_ids(answer.get(role)) for role, people in changes.items()):
+                    return found
+            await self.context.cancel_token.sleep(0.1 * 2**attempt)
+        raise NoUsableResponse(f"an update of {identity}", problem)
+
+
+def progress_of_undo(pair: Pair) -> UndoProgress:
+    assert pair.undo is not None
+    return pair.undo
+
+
+def kind_of(identity: str) -> str:
+    """Return the kind that an object's id names, such as `ticket`."""
+    return identity.rpartition(":")[2].partition("/")[0]
 
 
 class UndoRunner:
-    pass
+    """Carries out an undo, one group after the other. How it starts, stops and ends is as with merges."""
+
+    def __init__(
+        self, api: DevRevAPI, savepoint: SavePoint, options: MergeOptions, on_outcome: Callable[[Pair], None]
+    ) -> None:
+        self.api = api
+        self.runner = runner = TaskRunner(api, savepoint, on_outcome, self.is_success)
+        self.context = GroupContext(
+            api, api.environment, savepoint, api.cancel_token, options, self._record_outcome, runner.raise_if_draining
+        )
+        self.has_changed = False
+        self._writable_kinds: Set[str] = set()
+
+    async def run(self, plan: UndoPlan) -> int:
+        """Carry out the plan and return the exit code; nothing is raised."""
+        self.runner.total = len(plan.pairs())
+        code = await self.runner.run(self._undo(plan))
+        codes = {pair.code for pair in self.runner.outcomes.values()}
+        if code in (EXIT_FAILED, EXIT_STOPPED) and codes == {"forbidden"} and not self.has_changed:
+            return EXIT_USAGE  # the token may not write, and all is as it was
+        return code
+
+    async def _undo(self, plan: UndoPlan) -> None:
+        for group in plan.groups:
+            self.runner.raise_if_draining()
+            undo = GroupUndo(self.context, group, plan.path, self._writable_kinds)
+            await self.context.cancel_token.wait(self.runner.start(undo.run(), group.pairs))
+            self.has_changed = self.has_changed or undo.has_changed
+
+    async def _record_outcome(self, pair: Pair, problem: Optional[PairError] = None, counts: bool = True) -> None:
+        """Record that a pair is undone, or what keeps it from that; the row of a refused pair stays as it is."""
+        if problem and (self.context.options.preview or pair.state not in UNDO_STATES):
+            problem = PairSkipped(problem.code, str(problem))
+        elif not problem:
+            pair.code, pair.error = "", ""
+        await self.runner.record_outcome(pair, problem, counts)
+
+    def pairs(self) -> Iterator[Pair]:
+        """Yield the pairs that have an outcome."""
+        yield from self.runner.outcomes.values()
+
+    @staticmethod
+    def is_success(pair: Pair) -> bool:
+        return not pair.code
+
+
+Runner = Union[ContactMerger, UndoRunner]
+
+
+def undo_entry(pair: Pair) -> Json:
+    """Return what an undo has restored, or would restore, of a pair, what is left to others, and what is lost."""
+    undo = pair.undo
+    left = undo.left if undo and undo.left is not None else []
+    entry: Json = {
+        "email": pair.email,
+        "primary": contact_entry(pair.primary),
+        "duplicate": contact_entry(pair.duplicate),
+        "contact": {"id": undo.contact, "display_id": undo.display_id} if undo and undo.contact else None,
+        "state": pair.state.value,
+        "backup": pair.backup,
+        "code": pair.code,
+        "error": pair.error,
+        "restored": [],
+        "left": describe(pair.backup, left),
+        "fields_left": undo.fields_left if undo else [],
+        "not_restored": [],
+    }
+    with contextlib.suppress(PairError, OSError, ValueError, KeyError, TypeError):
+        (mine,) = (one for one in read_manifest(pair.backup)["contacts"] if one["csv"]["id"] == pair.duplicate.id)
+        user = backed_up_contact(pair.backup, pair.duplicate.id)
+        others = {(item["id"], item["role"]) for item in left}
+        restored = [item for item in transferred_objects(mine) if (item["id"], item["role"]) not in others]
+        entry["restored"] = describe(pair.backup, restored) if undo and undo.left is not None else []
+        entry["not_restored"] = lost_for_good(user, mine, undo.left_out if undo else {})
+    return entry
+
+
+def lost_for_good(user: Json, entry: Json, left_out: Mapping[str, str]) -> List[Json]:
+    """Return `{what, value, why}` of what can't be restored of a contact: `user` and its `entry` in the manifest."""
+    settable = (*GroupUndo.FIELDS, "state", "is_verified")
+    lost = [
+        {"what": name, "value": value, "why": "DevRev does not let it be set"}
+        for name, value in user.items()
+        if name not in settable
+    ]
+    lost += [{"what": name, "value": user.get(name), "why": why} for name, why in left_out.items()]
+    if user.get("is_verified") is False:
+        lost.append({"what": "verification", "value": False, "why": "a contact created through the API is verified"})
+    if entry["works"]["created"]:
+        lost.append({"what": "created_by", "value": entry["works"]["created"], "why": "the primary stays the creator"})
+    lost.append({"what": "authors of comments", "value": None, "why": "DevRev does not let them be set"})
+    return lost
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -4108,58 +4971,238 @@ class UndoRunner:
 # ---------------------------------------------------------------------------------------------------
 
 
-ADVICE = {
-    **dict.fromkeys(
-        ("not_found", "email_changed", "external_ref_changed"),
-        "the export is stale: export again; of a merged pair: --settle accepts what somebody has changed",
-    ),
-    "not_active": "look at the contact in DevRev: a locked or deactivated contact is not merged",
-    "different_rev_org": "contacts of different rev orgs are not merged: look at them in DevRev",
-    "group_changed": "export again, and choose again",
-    "several_user_refs": "find out which user_ reference the application uses, export again, name it with --choices",
-    "count_mismatch": "export again, or let a backup with more than the export pass with --count-policy at-least",
-    "backup_failed": "look at the named file or ticket, run again",
-    "api_error": "run again; if it stays, send the message and the log to DevRev's support",
-    "forbidden": "give the token the missing scope (or access to the named object), run again",
-    "merge_refused": "look at both contacts in DevRev; run again; --settle gives the merge up",
-    "plan_changed": "where it is not to be merged so any more, give it up with --settle",
-    "merge_not_confirmed": "DevRev has not carried the merge out yet: run again later, which looks again first",
-    "external_ref_conflict": "free the reference from its holder in DevRev, run again: only the reference is set then",
-    "external_ref_not_set": "run again; if it stays, set the reference by hand in DevRev",
-    "left_behind": "run again later (DevRev may still be moving them), or move them; --settle accepts what stays",
-    **dict.fromkeys(("still_listed", "group_incomplete"), "run again later"),
-    "merged_into_another": "look at both contacts in DevRev; --settle accepts it",
-    "merged_elsewhere": "export again; the reference named in the message has to be looked at by hand",
-    "stale": "raise DEVREV_RATE_LIMIT_CALLS, or ask DevRev for a larger quota",
-    "undo_unfinished": "finish the undo first",
-    "not_merged": "nothing to take back yet; where the merge is unfinished, finish it first",
-    "contact_refused": "look at what DevRev has answered, undo again",
-    "contact_not_confirmed": "undo again: it looks for the contact first",
-    "not_handed_back": "undo again, or hand them over in DevRev",
-    "interrupted": "run again with the same savepoint: it is finished first",
-}
+REPORTS, LOGS = Path("reports"), Path("logs")
+SCHEMA = 3  # of every JSON document that is written or printed
 
 
 class Code(NamedTuple):
-    """What a code means for a run, and for whoever reads it."""
+    """What a refused, failed or skipped pair's code means, and what to do about it."""
 
-    advice: str  # what to do
+    meaning: str
+    advice: str
     systemic: bool = False  # counts among the failures in a row that stop a run
+    settles: bool = False  # an unfinished pair with it can be settled
+    skips: bool = False  # groups are skipped for it
 
 
-SYSTEMIC = (
-    "backup_failed",
-    "api_error",
-    "forbidden",
-    "merge_refused",
-    "merge_not_confirmed",
-    "external_ref_not_set",
-    "merged_elsewhere",
-    "stale",
-)
-CODES = collections.defaultdict(
-    lambda: Code(""), {code: Code(words, code in SYSTEMIC) for code, words in ADVICE.items()}
-)
+CODES: Dict[str, Code] = {
+    # Skipped by detection, or by the live check.
+    "several_user_refs": Code(
+        "Several contacts have a user_ reference. The export can't tell which one the application uses.",
+        "Find out which user_ reference the application uses, and name it with --choices.",
+        settles=True, skips=True,
+    ),
+    "no_user_ref": Code(
+        "There are several REVU- contacts and none with a user_ reference: the application knows none of them.",
+        "Nothing to do for the application. If you want one contact, name the one to keep with --choices.",
+        skips=True,
+    ),
+    "shared_mailbox": Code(
+        "The address probably belongs to several people, who would see each other's conversations.",
+        "If it is one person, name the contact to keep with --choices.",
+        settles=True, skips=True,
+    ),
+    "invalid_row": Code(
+        "A row of this email is bad or conflicts with another, so the group may not be complete.",
+        "Fix the rows, which are named with their lines, and run again.",
+        skips=True,
+    ),
+    "undone": Code(
+        "A merge of this email was undone.",
+        "To merge it again, export again and name the address with --email.",
+        skips=True,
+    ),
+    "cancelled": Code(
+        "A merge of this email was cancelled with --settle.",
+        "To merge it after all, name the address with --email.",
+        skips=True,
+    ),
+    "already_gone": Code(
+        "The duplicate no longer exists, and its reference is not needed.",
+        "Nothing to do.",
+        skips=True,
+    ),
+    "already_merged": Code(
+        "It looks merged already: the primary has the reference, and the duplicate no longer exists.",
+        "Nothing to do. If another folder merged it, keep using that folder, because the history is there.",
+        skips=True,
+    ),
+    "different_rev_org": Code(
+        "The contacts belong to different rev orgs.",
+        "Check both contacts in DevRev. --across-workspaces merges them all the same.",
+        settles=True, skips=True,
+    ),
+    # Refused by the live check or the integrity check: nothing was requested.
+    "not_found": Code(
+        "DevRev has no such contact any more.",
+        "Export again, or leave the row out. If the pair is merged, --settle accepts it as it is.",
+        settles=True,
+    ),
+    "not_active": Code(
+        "The contact is locked, deactivated or deleted. Such a contact is not merged.",
+        "Check the contact in DevRev. If it no longer exists, leave its row out.",
+        settles=True,
+    ),
+    "email_changed": Code(
+        "A contact has another email in DevRev than in the CSV. They may be two people.", "Export again.", settles=True
+    ),
+    "external_ref_changed": Code(
+        "A contact has another reference in DevRev than in the CSV, or than the merge gave it.",
+        "Export again. If the pair is merged, --settle accepts the reference that it has now.",
+        settles=True,
+    ),
+    "several_external_refs": Code(
+        "The contact has several external references. What setting one does to the others is not documented.",
+        "Leave its row out, or have DevRev reduce it to one reference.",
+        settles=True,
+    ),
+    "unverified": Code(
+        "The duplicate is unverified and the primary is not. DevRev documents that such a merge is refused.",
+        "Leave its row out, or try it with --try-unverified.",
+        settles=True,
+    ),
+    "group_changed": Code(
+        "DevRev lists more contacts for this email than the CSV that you chose from.",
+        "Export again, and choose again.",
+        settles=True,
+    ),
+    "count_mismatch": Code(
+        "The backup has another number of tickets than the CSV.",
+        "Export again, or accept a backup with more tickets with --count-policy at-least.",
+        settles=True,
+    ),
+    "backup_failed": Code(
+        "The backup could not be written, or was not read back as it was written.",
+        "Check the named file or ticket, then run again.",
+        systemic=True, settles=True,
+    ),
+    "stale": Code(
+        "The check and the backup became too old before there was quota for the merge.",
+        "Raise DEVREV_RATE_LIMIT_CALLS, or ask DevRev for a larger quota.",
+        systemic=True,
+    ),
+    "undo_unfinished": Code(
+        "An undo of this email has started and not finished.", "Finish the undo with the command in the message first."
+    ),
+    "group_incomplete": Code("Another merge of one of its contacts has to finish first.", "Run again."),
+    "interrupted": Code("The run stopped first.", "Run the same command again. It finishes this pair first."),
+    # DevRev's answers.
+    "api_error": Code(
+        "A request failed or got no usable answer, also when it was repeated.",
+        "Run again. If it stays, send the message and the log to DevRev's support.",
+        systemic=True, settles=True,
+    ),
+    "forbidden": Code(
+        "DevRev refused a request: the token may not do this, or not for this contact.",
+        "Give the token the scope that the message names, or access to the named object, then run again.",
+        systemic=True, settles=True,
+    ),
+    "merge_refused": Code(
+        "DevRev refused to merge these contacts.",
+        "Check both contacts in DevRev, then run again. --settle cancels the merge.",
+        systemic=True, settles=True,
+    ),
+    "merge_not_confirmed": Code(
+        "DevRev did not finish the merge in time.",
+        "Run again later: it polls before anything else. --merge-timeout waits longer, --settle cancels the merge.",
+        systemic=True, settles=True,
+    ),
+    "plan_changed": Code(
+        "The merge was requested, and the CSV or a choice no longer has it with the same reference.",
+        "Run with the CSV that has it, or cancel the merge with --settle.",
+        settles=True,
+    ),
+    "merged_elsewhere": Code(
+        "Another user merged or deleted the duplicate. No reference was moved.",
+        "Check the reference that the message names, and export again.",
+        systemic=True,
+    ),
+    "merged_into_another": Code(
+        "DevRev names another contact than the primary.",
+        "Check both contacts in DevRev. --settle accepts it as it is.",
+        settles=True,
+    ),
+    "after_cancel": Code(
+        "DevRev carried out a merge that had been cancelled.",
+        "If the contacts are two people, undo the merge with --undo and this report.",
+    ),
+    # Merged, and not finished.
+    "external_ref_conflict": Code(
+        "Another contact holds the reference. Until the primary has it, the application may not recognise this person.",
+        "Export and run again. If it stays, free the reference from the contact that the message names.",
+        settles=True,
+    ),
+    "external_ref_not_set": Code(
+        "DevRev did not take the reference. Until the primary has it, the application may not recognise this person.",
+        "Run again. If it stays, set the reference by hand in DevRev, then use --settle.",
+        systemic=True, settles=True,
+    ),
+    "left_behind": Code(
+        "What is named here was the duplicate's and does not belong to the primary. The backup holds it.",
+        "Run again later, because DevRev may still be moving it, or move it by hand. --settle accepts what stays.",
+        settles=True,
+    ),
+    "still_listed": Code(
+        "The contacts are merged, but DevRev still lists the duplicate for its email.",
+        "Run again later. --settle accepts it as it is.",
+        settles=True,
+    ),
+    # Undo.
+    "merged_again": Code(
+        "The pair was undone, and deliberately merged again later.",
+        "To undo the later merge, use the report that the message names.",
+        skips=True,
+    ),
+    "not_merged": Code("There is no merge to undo.", "If the merge is unfinished, finish it first."),
+    "contact_refused": Code(
+        "DevRev refused to create the contact again. The primary has its reference again.",
+        "Check DevRev's answer in the message, then run the same --undo again. --settle gives the rest up.",
+        systemic=True,
+    ),
+    "contact_not_confirmed": Code(
+        "Whether the contact was created is not known.",
+        "Run the same --undo again: it looks the contact up first.",
+        systemic=True,
+    ),
+    "not_restored": Code(
+        "Some objects still belong to the primary.",
+        "Run the same --undo again, or set the people in DevRev. --settle gives the rest up.",
+    ),
+    "merged_onward": Code(
+        "The primary was merged into another contact later.",
+        "Undo the later merge first, with the report that the message names.",
+    ),
+}  # fmt: skip
+SKIP_REASONS = {code: (one.meaning, one.advice) for code, one in CODES.items() if one.skips}
+
+
+def codes_markdown() -> str:
+    """Return the table of codes for the README."""
+    rows = (f"| `{code}` | {one.meaning} | {one.advice} |" for code, one in CODES.items())
+    return "\n".join(["| code | what it means | what to do |", "|---|---|---|", *rows])
+
+
+SO_FAR: Mapping[State, str] = {
+    State.REQUESTED: "requested, and not merged yet",
+    State.ACKNOWLEDGED: "DevRev has accepted the merge",
+    State.MERGED: "merged in DevRev",
+    State.VERIFYING: "merged in DevRev, and the reference is in place",
+}
+STATE_WORDS: Mapping[State, str] = {
+    State.PLANNED: "planned",
+    State.FAILED: "failed, nothing merged",
+    **SO_FAR,
+    State.DONE: "merged and verified",
+    State.SETTLED: "merged, and the rest accepted with --settle",
+    State.MERGED_ELSEWHERE: "merged or deleted by another user",
+    State.CANCELLED: "cancelled, not merged",
+    State.UNDOING: "being undone",
+    State.UNDONE: "undone",
+    State.UNDO_SETTLED: "partly undone, and the rest given up with --settle",
+}
+
+
+# -- one pair ----------------------------------------------------------------------------------------
 
 
 def contact_entry(contact: Contact, reference: str = "old_external_ref") -> Json:
@@ -4173,80 +5216,154 @@ def contact_entry(contact: Contact, reference: str = "old_external_ref") -> Json
     }
 
 
-SO_FAR: Mapping[State, str] = {
-    State.REQUESTED: "asked for, and not merged yet",
-    State.ACKNOWLEDGED: "DevRev has accepted the merge",
-    State.MERGED: "merged in DevRev, for good",
-    State.VERIFYING: "merged in DevRev, for good, and its reference is in place",
-}
-
-
 def progress_of(pair: Pair) -> Json:
-    """What DevRev has done of an unfinished pair, and what is still to do; nothing of any other."""
+    """Return what DevRev has done of an unfinished pair and what is still to do; nothing of any other."""
     if pair.state not in UNFINISHED:
         return {}
     steps = ["confirm the merge"] if pair.state in REQUESTED_STATES else []
     steps += ["set the reference"] if pair.new_ref and pair.state is not State.VERIFYING else []
-    steps.append("prove that nothing was left behind")
+    steps.append("verify that nothing was left behind")
     return {"so_far": SO_FAR[pair.state], "to_do": ", ".join(steps)}
 
 
-def merge_entry(pair: Pair, planned: Collection[Tuple[str, str]]) -> Json:
-    """A pair in one of the report's lists; `in_csv` says whether it is one of this CSV's, `planned`."""
+def merge_entry(pair: Pair, planned: Optional[Collection[Ids]]) -> Json:
+    """Return a pair as the report's lists have it.
+
+    `in_csv` says whether it is among `planned`, the pairs of the CSV; it is null where these are not known.
+    """
     entry: Json = {
         "email": pair.email,
         "primary": contact_entry(pair.primary),
         "duplicate": contact_entry(pair.duplicate),
         "new_external_ref": None if pair.reference_not_set else pair.new_ref,
-        "backup": pair.backup or None,
-        "seconds": round(pair.seconds, 3),
-        "finished": None if pair.state in UNFINISHED else pair.updated,
         "state": pair.state.value,
-        "in_csv": pair.ids in planned,
+        "in_csv": None if planned is None else pair.ids in planned,
+        "backup": pair.backup or None,
         "backed_up": pair.backed_up,
         "proved": pair.proved,
-        "deleted": pair.deleted,
         "fields_lost": pair.fields_lost,
-        "accepted": pair.accepted,
+        "seconds": round(pair.seconds, 3),
+        "requested": iso(pair.requested_at) if pair.requested_at else None,
+        "finished": None if pair.state in UNFINISHED else pair.updated,
     }
-    if pair.state is not State.DONE:
-        entry.update(code=pair.code, error=pair.error, left_behind=pair.left_behind, advice=ADVICE.get(pair.code))
+    for name in ("deleted", "accepted", "reference_not_set", "onward", "after_cancel"):
+        if getattr(pair, name):
+            entry[name] = getattr(pair, name)
+    if pair.state is not State.DONE or pair.code:
+        code = CODES.get(pair.code)
+        entry.update(code=pair.code, error=pair.error, left_behind=pair.left_behind)
+        entry.update(reason=code.meaning if code else None, advice=code.advice if code else None)
     return {**entry, **progress_of(pair)}
 
 
+def settle_error(pair: Pair) -> str:
+    """Say why --settle can't end a pair, `""` where it can, or where the pair has ended."""
+    if pair.state in TERMINAL:
+        return ""
+    if pair.state is State.UNDOING:
+        return undo_settle_error(pair)
+    if pair.state not in UNFINISHED:
+        return (
+            f"its merge was not requested ({pair.code}), so there is nothing to settle; leave its rows out of the CSV"
+        )
+    if pair.code in CODES and CODES[pair.code].settles:
+        return ""
+    return (
+        f"it is unfinished ({pair.code or SO_FAR[pair.state]}), and no report has named a problem that stays; run again"
+    )
+
+
+def settle_pair(pair: Pair) -> None:
+    """End a pair that `settle_error` lets end: its problem is accepted, or the merge or undo given up."""
+    if pair.state in TERMINAL:
+        return
+    if pair.state in REQUESTED_STATES:
+        pair.state = State.CANCELLED
+    elif pair.state is State.UNDOING:
+        pair.state = State.UNDO_SETTLED
+    else:
+        if pair.new_ref and pair.state is State.MERGED:
+            pair.reference_not_set = pair.new_ref
+        pair.state = State.SETTLED
+    pair.accepted = f"{pair.code}: {pair.error}"
+
+
+# -- the report of a merge run or a settle -----------------------------------------------------------
+
+
+def report_path(run_id: str, kind: str) -> Path:
+    return REPORTS / f"{'undo' if kind == 'undo' else 'merge'}_report_{run_id}.json"
+
+
+def free_run_id(start: float, known: Collection[str] = ()) -> str:
+    """Return the name of a run that begins at `start` (epoch seconds).
+
+    It is that second in UTC, or the next one that is free among the `known` runs, in `reports/` and in `logs/`.
+    """
+    while True:
+        run_id = timestamp_name(start)
+        files = (report_path(run_id, "merge"), report_path(run_id, "undo"), LOGS / f"contact_merge_{run_id}.log")
+        if run_id not in known and not any(path.exists() for path in files):
+            return run_id
+        start += 1
+
+
+def check_not_restored(savepoint: SavePoint) -> None:
+    """Refuse to run where a report is newer than all that the savepoint knows.
+
+    Then the folder was put back from an older backup, and merges or undos have happened that would be repeated. Raises
+    FatalError(2).
+    """
+    known = savepoint.runs()
+    for path in sorted(REPORTS.glob("*_report_*.json")):
+        found = re.fullmatch(r"(?:merge|undo)_report_(\d{8}_\d{6})\.json", path.name)
+        if found and found.group(1) not in known and found.group(1) > max(known, default=""):
+            why = f"neither {SAVEPOINT} nor {SAVEPOINT_COPY} knows the run of {path}"
+            fix = "Put the newest copy of both back. If you know that nothing is missing, move that report away."
+            raise FatalError(EXIT_USAGE, f"the savepoint was put back from an older copy: {why}. {fix}")
+
+
 def beside_pairs(plan: Plan) -> Dict[str, Iterable[Json]]:
-    """What --choices has decided, each with whose references are lost by it; the skipped groups, each with the lines of
-    which --choices may take one; and the invalid rows."""
+    """Return what a report and a preview list besides pairs.
+
+    These are the choices with the references that each loses, the skipped groups with the lines of which --choices may
+    take one, the look-alikes and the invalid rows.
+    """
 
     def choice(group: Group) -> Json:
         lost = [contact_entry(contact, "external_ref") for contact in group.lost_refs()]
         return {"email": group.email, "kept": group.chosen, "lost": lost, "warnings": group.warnings()}
 
     def entry(skipped_group: SkippedGroup) -> Json:
-        choices = skipped_group.choice_lines().items()
         return {
             "email": skipped_group.email,
             "code": skipped_group.code,
-            "reason": SKIP_REASONS[skipped_group.code][0],
-            "advice": SKIP_REASONS[skipped_group.code][1],
+            "reason": CODES[skipped_group.code].meaning,
+            "advice": CODES[skipped_group.code].advice,
             "contacts": [contact_entry(contact, "external_ref") for contact in skipped_group.contacts],
             "choices": [
                 {"line": line, "external_ref": contact.external_ref, "display_id": contact.short_id}
-                for line, contact in choices
+                for line, contact in skipped_group.choice_lines().items()
             ],
         }
 
+    def left_out(pair: Pair) -> Json:
+        return {**entry(SkippedGroup(pair.email, pair.code, [pair.duplicate])), "error": pair.error}
+
     return {
         "choices": [choice(group) for group in plan.chosen],
-        "skipped": map(entry, plan.skipped),
+        "skipped": chain(map(entry, plan.skipped), map(left_out, plan.left_out)),
         "invalid_rows": (row._asdict() for row in plan.invalid_rows),
     }
 
 
-def report_chunks(head: Json, lists: Mapping[str, Iterable[Json]]) -> Iterator[bytes]:
-    """A JSON object of `head` and of lists that are too long to be held in memory."""
-    yield to_json(head, indent=1)[:-2]
+def report_chunks(head: Json, lists: Mapping[str, Optional[Iterable[Json]]]) -> Iterator[bytes]:
+    """Return a JSON document of `head` and of lists that are too long to be held in memory; one not known is null."""
+    yield to_json({"schema": SCHEMA, **head}, indent=1)[:-2]
     for name, items in lists.items():
+        if items is None:
+            yield b",\n %s: null" % to_json(name)
+            continue
         yield b",\n %s: [" % to_json(name)
         for index, item in enumerate(items):
             yield (b",\n  " if index else b"\n  ") + to_json(item)
@@ -4254,69 +5371,209 @@ def report_chunks(head: Json, lists: Mapping[str, Iterable[Json]]) -> Iterator[b
     yield b"\n}\n"
 
 
-def outcome(savepoint: SavePoint) -> Dict[str, Iterator[Pair]]:
-    """What a run has come to: the pairs of the report's lists, read from the savepoint anew with each call."""
-    run = savepoint.run
-    return {
-        "successful_merges": savepoint.pairs(State.DONE, State.SETTLED, run=run),
-        "failed_merges": savepoint.pairs(State.FAILED, State.MERGED_ELSEWHERE, run=run),
-        "unfinished_merges": savepoint.pairs(*UNFINISHED),
-    }
+def merge_lists(savepoint: SavePoint, run_id: str) -> Dict[str, Iterator[Pair]]:
+    """Return the pairs of a report's lists, read from the savepoint again with each call.
 
-
-def summary_of(plan: Plan, savepoint: SavePoint) -> Json:
-    """The contract's numbers, of this CSV's pairs; `earlier_runs` counts the other pairs in the lists."""
-    counts = {
-        name: collections.Counter(pair.ids in plan.ids for pair in pairs) for name, pairs in outcome(savepoint).items()
-    }
-    mine, others = ({name: count[which] for name, count in counts.items()} for which in (True, False))
-    attempted = sum(mine.values())
-    return {
-        "contacts_read": plan.contacts_read,
-        "invalid_rows": len(plan.invalid_rows),
-        "pairs_planned": len(plan.ids),
-        "already_merged": plan.already_merged,
-        "total_merges_attempted": attempted,
-        **mine,
-        "left": len(plan.ids) - plan.already_merged - attempted,
-        "skipped_groups": len(plan.skipped),
-        **({"earlier_runs": others} if any(others.values()) else {}),
-    }
-
-
-def headline(plan: Plan, summary: Json, savepoint: SavePoint) -> str:
-    """What a run has come to, in one line: nobody may read "all" where some remain."""
-    mine, others = summary["pairs_planned"] - summary["already_merged"], summary.get("earlier_runs", {})
-    unfinished, skipped = summary["unfinished_merges"], summary["skipped_groups"]
-    gone = sum(pair.ids in plan.ids for pair in savepoint.pairs(State.MERGED, State.VERIFYING))
-    verb = "finished" if unfinished else "merged"
-    words = [f"{summary['successful_merges']:,} of {plural(mine, 'pair')} {verb}"] if mine else []
-    words += ["nothing to merge"] if not (mine or others) else []
-    words += [f"{unfinished:,} unfinished ({gone:,} of them merged in DevRev for good)"] if unfinished else []
-    counts = {"failed": "failed_merges", "left": "left", "merged before": "already_merged"}
-    words += [f"{summary[name]:,} {what}" for what, name in counts.items() if summary[name]]
-    words += [f"{plural(skipped, 'group')} skipped"] if skipped else []
-    words += [plural(summary["invalid_rows"], "invalid row")] if summary["contacts_read"] else []
-    ends = {"successful_merges": "at their end", "unfinished_merges": "unfinished", "failed_merges": "failed"}
-    more = [f"{others[name]:,} {what}" for name, what in ends.items() if others.get(name)]
-    if more:
-        words.append(f"of earlier runs, not in this CSV: {', '.join(more)}")
-    return ", ".join(words) or "nothing was done"
-
-
-def write_report(path: Path, run: Json, plan: Plan, savepoint: SavePoint, environment: Environment) -> None:
-    """Write the JSON report, and beside it the page that shows it. Raises OSError where the disk refuses.
-
-    The savepoint knows the report's name before the report has it, so that what has ended stands in exactly one.
+    A pair that has ended is in the report of the run that ended it, and in no other.
     """
-    summary = summary_of(plan, savepoint)
-    lists: Dict[str, Iterable[Json]] = {
-        name: (merge_entry(pair, plan.ids) for pair in pairs) for name, pairs in outcome(savepoint).items()
+    return {
+        "successful_merges": savepoint.pairs(State.DONE, run=run_id),
+        "failed_merges": savepoint.pairs(State.FAILED, State.MERGED_ELSEWHERE, run=run_id),
+        "unfinished_merges": savepoint.pairs(*UNFINISHED),
+        "settled": savepoint.pairs(State.SETTLED, run=run_id),
+        "cancelled": savepoint.pairs(State.CANCELLED, run=run_id),
+        "undo_settled": savepoint.pairs(State.UNDO_SETTLED, run=run_id),
     }
+
+
+def merge_summary(savepoint: SavePoint, run_id: str, plan: Optional[Plan]) -> Json:
+    """Return a run in numbers, which are those of the CSV's pairs; `earlier_runs` counts the other pairs in the lists.
+
+    Without a plan nothing is known of the CSV, and all pairs are counted.
+    """
+    mine: Dict[str, int] = collections.Counter()
+    others: Dict[str, int] = collections.Counter()
+    for name, pairs in merge_lists(savepoint, run_id).items():
+        for pair in pairs:
+            count = mine if plan is None or pair.ids in plan.ids else others
+            count[name] += 1
+            count["attempted"] += bool(pair.first_requested_at)
+            count["unfinished_but_merged"] += pair.state in (State.MERGED, State.VERIFYING)
+    for count in (mine, others):
+        count["successful_merges"] += count["settled"]
+        count["failed_merges"] += count["cancelled"]
+    summary: Json = dict.fromkeys(("contacts_read", "invalid_rows", "pairs_planned", "already_merged"))
+    if plan:
+        gone = sum(pair.code in ("already_gone", "already_merged") for pair in plan.left_out)
+        summary.update(contacts_read=plan.contacts_read, invalid_rows=len(plan.invalid_rows))
+        summary.update(pairs_planned=len(plan.ids), already_merged=plan.already_merged + gone)
+    summary["total_merges_attempted"] = mine["attempted"]
+    names = ("successful_merges", "failed_merges", "unfinished_merges", "unfinished_but_merged", "settled", "cancelled")
+    summary.update({name: mine[name] for name in names})
+    summary.update(left=None, skipped_groups=None)
+    if plan:
+        ended = summary["successful_merges"] + summary["failed_merges"] + summary["unfinished_merges"]
+        summary["left"] = len(plan.ids) - summary["already_merged"] - ended
+        summary["skipped_groups"] = len(plan.skipped) + len(plan.left_out) - gone
+    if mine["undo_settled"]:
+        summary["undo_settled"] = mine["undo_settled"]
+    if any(others.values()):
+        summary["earlier_runs"] = {name: others[name] for name in names}
+    return summary
+
+
+def headline(summary: Json, document: Json) -> str:
+    """Return what a run has come to, in one line: nobody may read "all" where some remain."""
+    others, planned = summary.get("earlier_runs", {}), summary["pairs_planned"]
+    unfinished, merged = summary["unfinished_merges"], summary["successful_merges"]
+    verb = "finished" if unfinished else "merged"
+    words = []
+    if document["kind"] == "settle":
+        words.append(f"{plural(summary['settled'], 'pair')} settled")
+        merged = 0
+    elif planned is None:
+        words.append(f"the run was killed: {plural(merged, 'pair')} {verb}")
+    elif planned - summary["already_merged"]:
+        words.append(f"{merged:,} of {plural(planned - summary['already_merged'], 'pair')} {verb}")
+    elif not others:
+        words.append("nothing to merge")
+    if unfinished:
+        words.append(f"{unfinished:,} unfinished ({summary['unfinished_but_merged']:,} of them merged in DevRev)")
+    failed = summary["failed_merges"] - summary["cancelled"]
+    words += [f"{failed:,} failed"] if failed else []
+    counts = {
+        "cancelled": "cancelled",
+        "undo given up": "undo_settled",
+        "left": "left",
+        "merged before": "already_merged",
+    }
+    words += [f"{summary[name]:,} {what}" for what, name in counts.items() if summary.get(name)]
+    words += [f"{plural(summary['skipped_groups'], 'group')} skipped"] if summary["skipped_groups"] else []
+    words += [plural(summary["invalid_rows"], "invalid row")] if summary["contacts_read"] else []
+    ends = {"successful_merges": "finished", "unfinished_merges": "unfinished", "failed_merges": "failed"}
+    more = [f"{others[name]:,} {what}" for name, what in ends.items() if others.get(name)]
+    words += [f"of earlier runs, not in this CSV: {', '.join(more)}"] if more else []
+    return ", ".join(words)
+
+
+def merge_report_lists(savepoint: SavePoint, run_id: str, plan: Optional[Plan]) -> Dict[str, Optional[Iterable[Json]]]:
+    """Return the lists of a merge run's report; null is what only the plan could tell."""
+    planned = plan.ids if plan else None
+    lists: Dict[str, Optional[Iterable[Json]]] = {
+        name: (merge_entry(pair, planned) for pair in pairs) for name, pairs in merge_lists(savepoint, run_id).items()
+    }
+    lists.update(beside_pairs(plan) if plan else dict.fromkeys(("choices", "skipped", "look_alikes", "invalid_rows")))
+    return lists
+
+
+def report_head(document: Json) -> Json:
+    run = {name: value for name, value in document.items() if name not in ("summary", "reported")}
+    return {"run": run, "summary": document["summary"]}
+
+
+def write_report(
+    environment: Environment,
+    savepoint: SavePoint,
+    run_id: str,
+    document: Json,
+    lists: Mapping[str, Optional[Iterable[Json]]],
+) -> None:
+    """Write the report of a run: the JSON, and beside it the page and, of merges, the CSV that show the same.
+
+    The savepoint learns the end, which is in `document`, before the file is written, and that it was written
+    afterwards, so that the next run can write what a kill has prevented. Raises OSError, and FatalError(3) where the
+    savepoint can't be written.
+    """
+    path = report_path(run_id, document["kind"])
+    savepoint.write({}, {run_id: document})
     environment.make_private_dir(path.parent)
-    chunks = report_chunks({"run": run, "summary": summary}, {**lists, **beside_pairs(plan)})
-    environment.write_atomically(path, chunks)
-    write_page(path, "template.html", run["headline"], environment)
+    if not path.exists():  # else the run itself, which knew more, has written it before it was killed
+        environment.write_atomically(path, report_chunks(report_head(document), lists))
+    is_undo = document["kind"] == "undo"
+    write_page(path, "undo_template.html" if is_undo else "template.html", document["headline"], environment)
+    if not is_undo:
+        environment.write_atomically(path.with_suffix(".csv"), pair_rows(savepoint, run_id))
+    document["reported"] = True
+    savepoint.write({}, {run_id: document})
+
+
+OUTCOMES = {
+    "successful_merges": "merged", "failed_merges": "failed", "unfinished_merges": "unfinished", "settled": "settled",
+    "cancelled": "cancelled", "undo_settled": "undo_settled",
+}  # fmt: skip
+ROW_HEADER = (
+    "email", "outcome", "code", "duplicate_id", "duplicate_display_id", "duplicate_external_ref", "primary_id",
+    "primary_display_id", "primary_old_external_ref", "primary_new_external_ref", "duplicate_tickets",
+    "primary_tickets", "backup",
+)  # fmt: skip
+
+
+def pair_rows(savepoint: SavePoint, run_id: str) -> Iterator[bytes]:
+    """Return a CSV with a line a pair, for systems that have stored the duplicate's id.
+
+    It begins with a byte order mark, and no cell is a formula to a spreadsheet.
+    """
+    yield b"\xef\xbb\xbf" + (csv_line(*ROW_HEADER) + "\r\n").encode("ascii")
+    for name, pairs in merge_lists(savepoint, run_id).items():
+        for pair in pairs:
+            primary, duplicate = pair.primary, pair.duplicate
+            has_moved = pair.state in (State.VERIFYING, State.DONE, State.SETTLED) and not pair.reference_not_set
+            moved = pair.new_ref if has_moved else None
+            cells = (
+                pair.email, State.MERGED_ELSEWHERE.value if pair.state is State.MERGED_ELSEWHERE else OUTCOMES[name],
+                pair.code, duplicate.id, duplicate.short_id, duplicate.external_ref, primary.id, primary.short_id,
+                primary.external_ref, moved or primary.external_ref, str(duplicate.tickets), str(primary.tickets),
+                pair.backup,
+            )  # fmt: skip
+            yield (csv_line(*map(spreadsheet_cell, cells)) + "\r\n").encode("utf-8", "backslashreplace")
+
+
+def spreadsheet_cell(text: str) -> str:
+    """Put an apostrophe before what a spreadsheet would take for a formula."""
+    return "'" + text if re.match(r"'*[=+\-@\t\r]", text) else text
+
+
+def undo_lists(savepoint: SavePoint, run_id: str) -> Dict[str, List[Pair]]:
+    """Return the pairs of an undo's report, as the savepoint knows them."""
+    failed = [state for state in State if state not in (State.UNDONE, State.UNDOING)]
+    lists = {"undone": (State.UNDONE,), "unfinished": (State.UNDOING,), "failed": failed}
+    return {name: list(savepoint.pairs(*states, run=run_id)) for name, states in lists.items()}
+
+
+def undo_report_lists(
+    pairs: Mapping[str, Sequence[Pair]], skipped: Optional[Sequence[Pair]]
+) -> Dict[str, Optional[Iterable[Json]]]:
+    lists: Dict[str, Optional[Iterable[Json]]] = {name: map(undo_entry, found) for name, found in pairs.items()}
+    lists["skipped"] = None if skipped is None else map(undo_entry, skipped)
+    return lists
+
+
+def report_killed_runs(environment: Environment, savepoint: SavePoint) -> List[Path]:
+    """Write the reports of runs that were killed before they could; return their paths.
+
+    It comes before anything else of a run, because rows that change name the run that changed them.
+    """
+    paths = []
+    for run_id, document in savepoint.runs().items():
+        if document["reported"]:
+            continue
+        savepoint.organisation = document["organisation"]
+        if document["end"] is None:
+            document["stopped"] = "killed"
+        if document["kind"] == "undo":
+            pairs = undo_lists(savepoint, run_id)
+            lists = undo_report_lists(pairs, None)
+            document.setdefault("summary", {name: len(found) for name, found in pairs.items()})
+            document["headline"] = document["headline"] or undo_headline(document["summary"], 0)
+        else:
+            lists = merge_report_lists(savepoint, run_id, None)
+            if "summary" not in document:
+                document["summary"] = merge_summary(savepoint, run_id, None)
+                document["headline"] = headline(document["summary"], document)
+        write_report(environment, savepoint, run_id, document, lists)
+        paths.append(report_path(run_id, document["kind"]))
+    savepoint.organisation = ""
+    return paths
 
 
 def write_page(report: Path, template: str, headline: str, environment: Environment) -> None:
@@ -4598,8 +5855,8 @@ def plan_summary(plan: Plan, cost: Estimate, earlier: Sequence[Pair]) -> Json:
         "pairs_planned": len(plan.ids),
         "pairs_to_merge": new,
         "pairs_to_finish": len(earlier),
-        "already_merged": plan.already_merged + plan.unreported,
-        "left": len(plan.ids) - plan.already_merged - plan.unreported - in_csv - new,
+        "already_merged": plan.already_merged,
+        "left": len(plan.ids) - plan.already_merged - in_csv - new,
         "skipped_groups": len(plan.skipped),
         "invalid_rows": len(plan.invalid_rows),
         "estimated_requests": cost.requests,
@@ -5000,28 +6257,19 @@ class RunContext:
         self.console = Console(options.quiet)
         self.environment = environment or Environment(ApiSettings(token=""))
         self.started = self.environment.now()
-        self.run_id = self._free_run_id()
+        self.run_id = free_run_id(self.started.wall)
         self.settings = self.environment.settings
         self.organisation = ""
         self.token_owner: Json = {}
-        self.csv_sha256: Optional[str] = None
         self.signal = 0
 
     @property
     def report_path(self) -> Path:
-        return Path("reports") / f"{'undo' if self.options.undo else 'merge'}_report_{self.run_id}.json"
+        return report_path(self.run_id, "undo" if self.options.undo else "merge")
 
     @property
     def log_path(self) -> Path:
         return Path("logs") / f"contact_merge_{self.run_id}.log"
-
-    def _free_run_id(self) -> str:
-        second = self.started.wall
-        while True:
-            self.run_id = timestamp_name(second)
-            if not (self.report_path.exists() or self.log_path.exists()):
-                return self.run_id
-            second += 1
 
     def on_signal(self, loop: asyncio.AbstractEventLoop, act: Callable[[], Any]) -> None:
         """The first Ctrl-C, SIGTERM or SIGHUP acts, in the event loop; the second ends the process at once."""
@@ -5117,26 +6365,46 @@ def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
 
 
 def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str] = ()) -> None:
-    """Bring what the savepoint knows into a plan: what has ended or was begun, and what was undone and not `named`."""
+    """Bring what the savepoint knows into a plan: what has ended or was requested, and what is not to be merged again.
+
+    A group is skipped that has the address of, or two contacts of, a pair that was undone or cancelled, until it is
+    `named`. A contact that an undo created stands for its old id.
+    """
     if plan.wanted:
         savepoint.organisation = next(iter(plan.wanted.values())).primary.organisation
     known = {pair.ids: pair for pair in savepoint.pairs(*UNFINISHED, *ENDED)}
-    taken_back = {pair.ids: pair.email for pair in savepoint.pairs(State.UNDONE)}  # its contacts have other ids now
-    undone = set(taken_back.values()) - set(named)
+    given_up = {pair.ids: pair for pair in savepoint.pairs(State.UNDONE, State.UNDO_SETTLED, State.CANCELLED)}
+    codes = {ids: "cancelled" if one.state is State.CANCELLED else "undone" for ids, one in given_up.items()}
+    by_email = {one.email: codes[ids] for ids, one in given_up.items()}
+    pairs_of_contact: Dict[str, Set[Ids]] = collections.defaultdict(set)
+    for ids, one in given_up.items():
+        for contact in (*ids, one.undo.contact if one.undo else ""):
+            pairs_of_contact[contact].add(ids)
     groups, plan.groups = plan.groups, []
     for group in groups:
         rows = [known.get(pair.ids) for pair in group.pairs]
-        # An export that has an old id is older than the undo, which would begin anew after a refusal of that pair.
-        stale = any(pair.ids in taken_back for pair in group.pairs)
-        if stale or (group.email in undone and not all(rows)):
-            plan.skipped.append(SkippedGroup(group.email, "undone", group.all_contacts()))
-            plan.ids.difference_update(pair.ids for pair in group.pairs)
+        found = [ids for contact in group.all_contacts() for ids in pairs_of_contact.get(contact.id, ())]
+        twice = next((codes[ids] for ids in found if found.count(ids) > 1), "")
+        code = by_email.get(group.email) or twice
+        # Contacts that an undo created again have new ids: an export with the old ones is older than the undo.
+        is_stale = any(codes.get(pair.ids) == "undone" for pair in group.pairs)
+        if is_stale or (code and not all(rows) and group.email not in named):
+            plan.skipped.append(SkippedGroup(group.email, "undone" if is_stale else code, group.all_contacts()))
+            for pair in group.pairs:
+                plan.ids.discard(pair.ids)
+                del plan.wanted[pair.ids]
             continue
         plan.groups.append(group)
         for pair, row in zip(group.pairs, rows):
             if row:
                 pair.state = row.state
                 plan.already_merged += row.state in ENDED
+            elif pair.ids in given_up:
+                # It was requested once, and DevRev may still carry that out: it is polled first, like any other.
+                revived = given_up[pair.ids]
+                revived.code = revived.error = revived.accepted = ""
+                pair.state = revived.state = State.REQUESTED
+                plan.revived.append(revived)
 
 
 def _apply_email_filter(plan: Plan, emails: Sequence[str], console: Console) -> None:
@@ -5176,7 +6444,7 @@ def _apply_limit(plan: Plan, limit: int, console: Console) -> None:
 def preview(run: RunContext) -> int:
     known = open_savepoint(run, readonly=True)
     plan = make_plan(run, known)
-    earlier = known.unfinished()
+    earlier = [*known.unfinished(), *plan.revived]
     cost = run.cost(plan)
     facts = plan_summary(plan, cost, earlier)
     if run.options.json:
@@ -5196,22 +6464,79 @@ def _has_content(path: Path) -> bool:
 def merge(run: RunContext) -> int:
     """Carry the plan out and report it; returns the exit code."""
     check_token(run.settings.token)
-    run.csv_sha256 = _sha256(run.options.csv)
     with contextlib.closing(open_savepoint(run)) as savepoint:
         plan = make_plan(run, savepoint)
-        if not plan.count() and not savepoint.unfinished():
-            return _report(run, plan, None, savepoint, EXIT_OK)
-        check_writable(run.report_path.parent, run.environment)
-        return run.environment.run_event_loop(run_merge(run, plan, savepoint))
+        document = run_facts(run, "merge", plan)
+        document["csv"] = [{"path": str(path), "sha256": _sha256(path)} for path in csv_paths(run.options.csv)]
+        if not plan.count() and not any(savepoint.pairs(*UNFINISHED, State.CANCELLED)):
+            return _report(run, savepoint, document, None, EXIT_OK, plan)
+        return run.environment.run_event_loop(run_merge(run, plan, savepoint, document))
+
+
+def csv_paths(csv: Any) -> List[Path]:
+    return list(csv) if isinstance(csv, (list, tuple)) else [csv]
 
 
 def settle(run: RunContext) -> int:
-    """Accept what can't be fixed of merged pairs that a report has named; nothing is requested from DevRev."""
-    raise FatalError(EXIT_USAGE, "--settle is being rebuilt")
+    """End the pairs of the named addresses whose problem stays; nothing is requested of DevRev.
+
+    Returns the exit code. Raises FatalError(2) where an address is unknown.
+    """
+    show = run.console.print
+    with contextlib.closing(open_savepoint(run)) as savepoint:
+        wanted = {email_key(email) for email in run.options.settle}
+        by_email: Dict[str, List[Pair]] = collections.defaultdict(list)
+        for pair in savepoint.pairs(*State):
+            by_email[pair.email].append(pair)
+        for email in sorted(wanted - by_email.keys()):
+            near = difflib.get_close_matches(email, list(by_email), 1)
+            hint = f"; did you mean {near[0]}?" if near else "; --status lists the unfinished pairs"
+            raise FatalError(EXIT_USAGE, f"--settle: {email} has no pair in {SAVEPOINT}{hint}")
+        pairs = [pair for email in sorted(wanted) for pair in by_email[email]]
+        errors = {pair.ids: error for pair, error in ((pair, settle_error(pair)) for pair in pairs) if error}
+        ending = [pair for pair in pairs if pair.ids not in errors and pair.state not in TERMINAL]
+        document = run_facts(run, "settle")
+        document["organisation"] = savepoint.organisation = organisation_of(pairs[0].primary.id)
+        savepoint.write({}, {run.run_id: document})
+        for pair in pairs:
+            words = f"{pair.email}: {into(pair)}"
+            if pair.ids in errors:
+                show(f"NOT SETTLED  {words}: {errors[pair.ids]}", "bad")
+            elif pair.state in TERMINAL:
+                show(f"nothing to settle  {words}: {STATE_WORDS[pair.state]}")
+            else:
+                settle_pair(pair)
+                show(f"{pair.state.value.replace('_', ' ')}  {words}: {STATE_WORDS[pair.state]} ({pair.accepted})")
+        savepoint.save_now(ending)
+        return _report(run, savepoint, document, None, EXIT_FAILED if errors else EXIT_OK)
 
 
 def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
-    return SavePoint(run.environment, run.run_id, readonly)
+    """Open the savepoint. For a run that may change something: also report what killed runs could not report.
+
+    Raises FatalError(2) where the savepoint is older than the reports, FatalError(3) where `reports/` can't be written.
+    """
+    savepoint = SavePoint(run.environment, run.run_id, readonly)
+    for warning in savepoint.warnings:
+        run.console.print_err(f"warning: {warning}")
+        log.info("warning: %s", warning)
+    if readonly:
+        return savepoint
+    run.run_id = savepoint.run
+    try:
+        check_not_restored(savepoint)
+        check_writable(REPORTS, run.environment)
+        for path in report_killed_runs(run.environment, savepoint):
+            run.console.print_err(f"an earlier run was killed before its report; it is {path}")
+    except OSError as error:
+        savepoint.close()
+        raise FatalError(
+            EXIT_STOPPED, f"a report can't be written to {REPORTS}: {error}; nothing was changed"
+        ) from None
+    except FatalError:
+        savepoint.close()
+        raise
+    return savepoint
 
 
 def check_writable(folder: Path, environment: Environment) -> None:
@@ -5225,45 +6550,60 @@ def check_writable(folder: Path, environment: Environment) -> None:
         raise FatalError(EXIT_STOPPED, f"{folder} can't be written: {error}; nothing was changed") from None
 
 
-async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint) -> int:
+async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint, document: Json) -> int:
     """Find out whose token it is, ask, merge, report; returns the exit code."""
     run.console.status("connecting to DevRev ...")
-    cancel_token = CancelToken()
-    api = DevRevAPI(run.settings, run.environment, cancel_token)
+    api = DevRevAPI(run.settings, run.environment, CancelToken())
     progress = Progress(run, run.cost(plan).requests)
+    options = MergeOptions(
+        count_policy=run.options.count_policy,
+        merge_timeout=run.options.merge_timeout,
+        timelines=not run.options.no_timelines,
+    )
     try:
         with before_any_change(api):
             run.token_owner = await api.whoami()
         run.organisation = savepoint.organisation = organisation_of(str(run.token_owner.get("id")))
+        document["token_owner"] = {name: run.token_owner.get(name) for name in ("id", "display_name", "email")}
+        document["organisation"] = run.organisation
         check_organisation(run.organisation, "CSV", plan.pairs())
     except FatalError as stop:
-        if stop.exit_code != EXIT_STOPPED:
-            raise
-        run.console.error(str(stop))
-        return _report(run, plan, None, savepoint, stop.exit_code)
-    options = MergeOptions(
-        run.organisation, run.options.count_policy, run.options.merge_timeout, not run.options.no_timelines
-    )
-    merger = ContactMerger(api, savepoint, options, progress.on_pair)
-    unfinished = savepoint.unfinished()
+        api.cancel_token.cancel(stop)
+        merger = ContactMerger(api, savepoint, options)
+        return _report(run, savepoint, document, merger, stop.exit_code, plan)
+    merger = ContactMerger(api, savepoint, replace(options, organisation=run.organisation), progress.on_pair)
+    unfinished = [*savepoint.unfinished(), *plan.revived]
+    document["pairs"] = plan.count() + sum(pair.ids not in plan.ids for pair in unfinished)
     warning = "In DevRev a merge can't be undone; --undo takes back most of it."
     question = Question("merge", merge_facts(run, plan, unfinished), warning)
-    code = await confirm_and_run(run, merger, progress, question, lambda: merger.run(plan, unfinished))
-    return _report(run, plan, merger, savepoint, code)
+
+    async def work() -> int:
+        savepoint.save_now(plan.revived)
+        return await merger.run(plan, unfinished)
+
+    code = await confirm_and_run(run, merger, progress, question, document, work)
+    return _report(run, savepoint, document, merger, code, plan)
 
 
 async def confirm_and_run(
     run: RunContext,
-    merger: ContactMerger,
+    merger: Runner,
     progress: "Progress",
     question: "Question",
+    document: Json,
     work: Callable[[], Awaitable[int]],
 ) -> int:
-    """Ask, and do the work under a status line, which a signal ends; returns the exit code."""
+    """Ask, and do the work under a status line, which a signal ends; returns the exit code.
+
+    `document` is the run's. It is stored once the question is answered: from then on the run may change something, and
+    has a report.
+    """
     ticking = asyncio.ensure_future(
         progress.tick(lambda now: progress.line(merger, now))
     )  # which also lets signals in, however quiet it is
     await confirm(run, merger, question)
+    if not run.options.preview:
+        merger.runner.savepoint.write({}, {run.run_id: document})
     run.on_signal(asyncio.get_event_loop(), lambda: merger.api.cancel_token.cancel(Cancelled()))
     code = await work()
     ticking.cancel()
@@ -5300,7 +6640,7 @@ def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair]) -> Dict
     return facts
 
 
-async def confirm(run: RunContext, merger: ContactMerger, question: Question) -> None:
+async def confirm(run: RunContext, merger: Runner, question: Question) -> None:
     """On a terminal: say what is about to happen, and go on only where it is signed. Raises Stop(2) otherwise."""
     owner = run.token_owner
     who = str(owner.get("display_name") or owner.get("full_name") or owner.get("email") or owner.get("id"))
@@ -5360,7 +6700,7 @@ class Progress:
                 if not self.run.options.quiet and not self.run.console.err.isatty():
                     self.run.console.print_err(line)
 
-    def line(self, merger: ContactMerger, now: float) -> str:
+    def line(self, merger: Runner, now: float) -> str:
         """Phases, the end, and what is waited for."""
         if not merger.runner.total:
             return ""
@@ -5371,18 +6711,20 @@ class Progress:
             "merged": sum(pair.state in gone for pair in pairs),
             "proved": sum(pair.state in ENDED for pair in pairs),
         }
+        if isinstance(merger, UndoRunner):
+            phases = {"undone": sum(pair.state is State.UNDONE for pair in pairs)}
         failed = sum(not merger.is_success(pair) for pair in merger.runner.outcomes.values())
         words = [f"{count:,} {what}" for what, count in phases.items()] + ([f"{failed:,} failed"] if failed else [])
         parts = [f"{plural(merger.runner.total, 'pair')}: {', '.join(words)}"]
         if self.run.signal:
             return f"{parts[0]} \u00b7 stopping (requests under way are waited for)"
-        share = (sum(phases.values()) + 3 * failed) / (3 * merger.runner.total)
+        share = (sum(phases.values()) + len(phases) * failed) / (len(phases) * merger.runner.total)
         if share < 1:
             parts.append(f"{duration(self.left(merger, share, now))} left")
         parts.extend(filter(None, [merger.api.scheduler.describe_wait()]))
         return " \u00b7 ".join(parts)
 
-    def left(self, merger: ContactMerger, share: float, now: float) -> float:
+    def left(self, merger: Runner, share: float, now: float) -> float:
         """Seconds to the end, at the pace so far; not less than quota and ceiling allow."""
         api, known = merger.api, share > 0.05
         sent = sum(api.requests.values())
@@ -5390,20 +6732,40 @@ class Progress:
         return max(api.scheduler.minimum_seconds(wanted), (now - self.begun) / share * (1 - share) if known else 0.0)
 
 
-def _report(run: RunContext, plan: Plan, merger: Optional[ContactMerger], savepoint: SavePoint, code: int) -> int:
+def _report(
+    run: RunContext,
+    savepoint: SavePoint,
+    document: Json,
+    merger: Optional[Runner],
+    code: int,
+    plan: Optional[Plan] = None,
+) -> int:
     """Write the report and print the summary; a full disk here makes the exit code 3."""
     stop = stop_reason(merger, code)
-    summary, lists = summary_of(plan, savepoint), outcome(savepoint)
-    failed = list(lists["failed_merges"])  # also by a run that was killed before it could say so
-    failures = [*failed, *lists["unfinished_merges"]]
-    code = EXIT_FAILED if failed and code == EXIT_OK else code
-    facts = run_facts(run, merger, savepoint, code, headline(plan, summary, savepoint), plan)
-    code = written(run, lambda: write_report(run.report_path, facts, plan, savepoint, run.environment), code)
+    if plan and merger:
+        plan.left_out = [pair for pair in merger.runner.outcomes.values() if pair.state is State.PLANNED and pair.code]
+    document.update(end_facts(run, merger.api if merger else None, code, "interrupted" if run.signal else stop))
+    summary = document["summary"] = merge_summary(savepoint, run.run_id, plan)
+    document["headline"] = headline(summary, document)
+    entries = merge_report_lists(savepoint, run.run_id, plan)
+    code = written(run, lambda: write_report(run.environment, savepoint, run.run_id, document, entries), code)
     if stop and not run.signal:
         run.console.error(stop)
-    show_summary(run, facts["headline"], summary, merger, failures)
+    lists = merge_lists(savepoint, run.run_id)
+    failures = [*lists["failed_merges"], *lists["unfinished_merges"]]
+    run.console.print()
+    is_complete = not (failures or summary["left"] or summary["cancelled"])
+    run.console.print(document["headline"], "good" if is_complete else "bold")
+    if failures and document["kind"] == "merge":
+        _show_failures(run.console, failures)
+    if summary["skipped_groups"]:
+        run.console.print("         --preview says why groups are skipped")
+    if merger:
+        spent = duration(run.environment.elapsed(run.started))
+        run.console.print(f"cost     {plural(document['requests_total'], 'request')}, {spent}")
+    print_report_paths(run)
     if code >= EXIT_STOPPED:
-        run.console.print_err(f"Stopped early. Run the same command again to go on from {SAVEPOINT}.", "bold")
+        run.console.print_err("Stopped early. Run the same command again to resume.", "bold")
     elif code == EXIT_USAGE:
         run.console.print_err("Nothing was changed in DevRev.")
     log.info("exit code %d", code)
@@ -5420,48 +6782,64 @@ def written(run: RunContext, write: Callable[[], None], code: int) -> int:
     return code
 
 
-def stop_reason(merger: Optional[ContactMerger], code: int) -> Optional[str]:
+def stop_reason(merger: Optional[Runner], code: int) -> Optional[str]:
     return str(merger.runner.stop) if merger and merger.runner.stop and code >= EXIT_USAGE else None
 
 
-def run_facts(
-    run: RunContext,
-    merger: Optional[ContactMerger],
-    savepoint: SavePoint,
-    code: int,
-    headline: str,
-    plan: Optional[Plan] = None,
-) -> Json:
-    """The report's `run`."""
-    owner = run.token_owner
-    requests = dict(sorted(merger.api.requests.items())) if merger else {}
-    waits = merger.api.scheduler.waits if merger else []
-    options = run.options
+# Options that say nothing of what a run did.
+NOT_REPORTED = frozenset((
+    "csv", "preview", "live", "check", "status", "verify_backups", "json", "plan", "choices_template", "export",
+    "domain", "yes", "verbose", "quiet",
+))  # fmt: skip
+
+
+def run_facts(run: RunContext, kind: str, plan: Optional[Plan] = None) -> Json:
+    """Return the document of a run (the report's `run`) as it is at the run's start; `kind` names its report."""
+    options = {name: value for name, value in vars(run.options).items() if name not in NOT_REPORTED}
     return {
+        "id": run.run_id,
+        "kind": kind,
         "version": __version__,
-        "headline": headline,
-        "csv": str(options.csv) if options.csv else None,
-        "csv_sha256": run.csv_sha256,
-        "plan": plan.id if plan else None,
+        "headline": "",
+        "csv": None,
+        "plan_id": plan.id if plan else None,
+        "pairs": plan.count() if plan else None,
         "base_url": run.settings.base_url,
-        "organisation": run.organisation or None,
-        "token_owner": {name: owner.get(name) for name in ("id", "display_name", "email")},
+        "organisation": "",
+        "token_owner": None,
         "options": {
-            "email": options.email, "limit": options.limit, "count_policy": options.count_policy,
-            "merge_timeout": options.merge_timeout, "workers": options.workers, "savepoint": str(SAVEPOINT),
-            "choices": str(options.choices) if options.choices else None,
-            "timelines": not options.no_timelines, "rate_limit": [run.settings.calls, run.settings.period],
+            **{name: str(value) if isinstance(value, Path) else value for name, value in options.items()},
+            "rate_limit": [run.settings.calls, run.settings.period],
         },
         "start": iso(run.started.wall),
+        "end": None,
+        "exit_code": None,
+        "stopped": None,
+        "requests": None,
+        "requests_total": None,
+        "quota": None,
+        "quota_wait_seconds": None,
+        "quota_waits": None,
+        "log": str(run.log_path),
+        "reported": False,
+    }
+
+
+def end_facts(run: RunContext, api: Optional[DevRevAPI], code: int, stopped: Optional[str]) -> Json:
+    """Return what a run's document learns at its end."""
+    requests = dict(sorted(api.requests.items())) if api else {}
+    waits = api.scheduler.waits if api else []
+    quota_seen = getattr(api.scheduler, "quota_seen", None) if api else None
+    return {
         "end": iso(run.environment.now().wall),
         "exit_code": code,
-        "stopped": "interrupted" if run.signal else stop_reason(merger, code),
+        "stopped": stopped,
         "requests": requests,
         "requests_total": sum(requests.values()),
+        "quota": quota_seen() if quota_seen else None,
         "quota_wait_seconds": round(sum(end - start for start, end in waits), 3),
         "quota_waits": [{"start": iso(start), "end": iso(end)} for start, end in waits if end - start > 0.5],
-        "log": str(run.log_path),
-    }  # fmt: skip
+    }
 
 
 def _sha256(path: Path) -> Optional[str]:
@@ -5473,27 +6851,15 @@ def _sha256(path: Path) -> Optional[str]:
     return None
 
 
-def show_summary(
-    run: RunContext, headline: str, facts: Json, merger: Optional[ContactMerger], failures: Sequence[Pair]
-) -> None:
-    show = run.console.print
-    show()
-    whole = facts["left"] == facts["failed_merges"] == facts["unfinished_merges"] == 0
-    show(headline, "good" if whole and not failures else "bold")
-    if failures:
-        _show_failures(run.console, failures)
-    if facts["skipped_groups"]:
-        show("         --preview says why groups are skipped")
-    if merger:
-        spent = run.environment.elapsed(run.started)
-        show(f"cost     {plural(sum(merger.api.requests.values()), 'request')}, {duration(spent)}")
-    print_report_paths(run)
-
-
 def print_report_paths(run: RunContext) -> None:
-    page = run.report_path.with_suffix(".html")
-    if run.report_path.exists():
-        run.console.print(f"report   {run.report_path}" + (f", to read: {page}" if page.exists() else ""))
+    """Name the report and what lies beside it; with --json print the report itself."""
+    path = run.report_path
+    if run.options.json and path.exists():
+        with open(path, "rb") as lines:
+            run.console.json(lines)
+    elif path.exists():
+        beside = [str(one) for one in (path.with_suffix(".html"), path.with_suffix(".csv")) if one.exists()]
+        run.console.print(f"report   {path}" + (f", to read: {' and '.join(beside)}" if beside else ""))
 
 
 def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
@@ -5503,7 +6869,7 @@ def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
     for code, emails in sorted(by_code.items()):
         emails.sort()
         console.print(f"  {len(emails)} {code}: {', '.join(some(emails))}")
-        console.print(f"    what to do: {ADVICE.get(code, 'see the report')}")
+        console.print(f"    what to do: {CODES[code].advice if code in CODES else 'see the report'}")
 
 
 # -- export ------------------------------------------------------------------------------------------
@@ -5571,76 +6937,93 @@ def print_exported(run: RunContext, exporter: ContactExporter, path: Path) -> No
 
 
 def undo(run: RunContext) -> int:
-    """Take merges back, or with --preview say what would be; returns the exit code."""
+    """Undo merges, or with --preview print what would be restored; return the exit code."""
     check_token(run.settings.token)
     options = run.options
     with contextlib.closing(open_savepoint(run, readonly=options.preview)) as savepoint:
         emails = {email_key(email) for email in options.email or ()}
         plan = plan_undo(options.undo, savepoint, emails, options.limit)
-        if not options.preview:
-            check_writable(run.report_path.parent, run.environment)
         return run.environment.run_event_loop(run_undo(run, plan, savepoint))
 
 
 async def run_undo(run: RunContext, plan: UndoPlan, savepoint: SavePoint) -> int:
-    """Find out whose token it is, ask, undo, report; returns the exit code."""
-    options, cancel_token = run.options, CancelToken()
-    progress, journal = Progress(run), Journal(JOURNAL, run.environment, run.run_id)
-    undo_runner = UndoRunner(
-        DevRevAPI(run.settings, run.environment, cancel_token), savepoint, journal, options.undo, options.preview,
-        merge_timeout=options.merge_timeout, on_pair=(lambda _pair: None) if options.preview else progress.on_pair,
-    )  # fmt: skip
-    code = EXIT_OK
-    if plan.groups:
-        await undo_runner.find_owner()
-        check_organisation(undo_runner.organisation, "backup", plan.pairs)
-        facts = {"to take back": plural(len(plan.pairs), "merge"), "of": str(options.undo)}
-        told_pairs = some([f"{names_of(pair)} <{pair.email}>: {into(pair)}" for pair in plan.pairs], 3)
-        facts.update({f"  {index}": words for index, words in enumerate(told_pairs, 1)})
-        question = Question("undo", facts, "Ids, dates, creators and authors of comments can't be given back.")
-        code = await confirm_and_run(run, undo_runner, progress, question, lambda: undo_runner.undo(plan))
-    return report_undo(run, plan, undo_runner, code)
+    """Find out whose token it is, ask, undo, report; return the exit code."""
+    api, progress = DevRevAPI(run.settings, run.environment, CancelToken()), Progress(run)
+    code, pairs, document = EXIT_OK, plan.pairs(), run_facts(run, "undo")
+    document.update(undo=str(plan.path), pairs=len(pairs))
+    if pairs:
+        with before_any_change(api):
+            run.token_owner = await api.whoami()
+        run.organisation = savepoint.organisation = organisation_of(str(run.token_owner.get("id")))
+        check_organisation(run.organisation, "backup", pairs)
+        document["token_owner"] = {name: run.token_owner.get(name) for name in ("id", "display_name", "email")}
+        document["organisation"] = run.organisation
+    options = MergeOptions(
+        organisation=run.organisation, merge_timeout=run.options.merge_timeout, preview=run.options.preview
+    )
+    undo_runner = UndoRunner(api, savepoint, options, (lambda _pair: None) if options.preview else progress.on_pair)
+    if pairs:
+        facts = {
+            "to undo": plural(len(pairs), "merge"),
+            "of": str(plan.path),
+            "updates": f"up to {plan.count_objects():,} tickets, issues and conversations; automations may react to it",
+        }
+        merges = some([f"{names_of(pair)} <{pair.email}>: {into(pair)}" for pair in pairs], 3)
+        facts.update({f"  {index}": words for index, words in enumerate(merges, 1)})
+        if plan.older:
+            facts["left alone"] = f"older backups: {', '.join(some([str(path) for path in plan.older]))}"
+        question = Question("undo", facts, "Ids, dates, creators and authors of comments can't be restored.")
+        code = await confirm_and_run(run, undo_runner, progress, question, document, lambda: undo_runner.run(plan))
+    return report_undo(run, plan, undo_runner, document, code)
 
 
 def undo_headline(counts: Json, before: int) -> str:
-    """What an undo has come to, or would, in one line; `before` were undone by an earlier one."""
-    counts = {"taken back" if name == "undone" else name.replace("_", " "): count for name, count in counts.items()}
-    if "taken back" in counts:
-        counts["taken back"] -= before
-    words = [f"{count:,} {name}" for name, count in counts.items() if count] or ["nothing to take back"]
-    return ", ".join([*words, *([f"{before:,} taken back before"] if before else [])])
+    """Say in one line what an undo has done, or would do; `before` were undone by an earlier one."""
+    counts = {name.replace("_", " "): count for name, count in counts.items()}
+    if "undone" in counts:
+        counts["undone"] -= before
+    words = [f"{count:,} {name}" for name, count in counts.items() if count] or ["nothing to undo"]
+    return ", ".join([*words, *([f"{before:,} undone before"] if before else [])])
 
 
-def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, code: int) -> int:
+def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, document: Json, code: int) -> int:
     """Write the report (with --preview: print it), and say what has come of each pair."""
     stop = stop_reason(undo_runner, code)
-    pairs = plan.pairs if run.options.preview else [*plan.undone, *plan.pairs]  # those of a killed run are in no report
-    lists = {
-        "undone": [pair for pair in pairs if pair.state is State.UNDONE],
-        "unfinished": [pair for pair in pairs if pair.state is State.UNDOING],
-        "failed": [pair for pair in pairs if pair.code and pair.state is not State.UNDOING],
-    }
+    pairs, outcomes = plan.pairs(), undo_runner.runner.outcomes
     if run.options.preview:
-        lists = {"to_undo": [p for p in pairs if not p.code], "refused": [p for p in pairs if p.code]}
-    summary = {name: len(found) for name, found in lists.items()}
-    left = plan.left + len(pairs) - sum(summary.values())
-    words = undo_headline({**summary, "left": left}, len(plan.undone))
-    summary.update(pairs=len(pairs) + plan.left, undone_before=len(plan.undone), left=left)
-    facts = run_facts(run, undo_runner, undo_runner.savepoint, code, words)
-    head = {"run": {**facts, "undo": str(run.options.undo)}, "summary": summary}
-    entries: Dict[str, Iterable[Json]] = {name: map(undo_entry, found) for name, found in lists.items()}
-    if run.options.preview:
-        show_undo(run, head, entries)
+        lists = {
+            "to_undo": [pair for pair in pairs if pair.ids in outcomes and not pair.code],
+            "refused": [pair for pair in pairs if pair.ids in outcomes and pair.code],
+        }
     else:
-
-        def write() -> None:
-            run.environment.write_atomically(run.report_path, report_chunks(head, entries))
-            write_page(run.report_path, "undo_template.html", facts["headline"], run.environment)
-
-        code = written(run, write, code)
+        failed = [pair for pair in pairs if pair.ids in outcomes and pair.state not in UNDO_STATES]
+        lists = {
+            # Those of a run that was killed may be in no report.
+            "undone": [*plan.undone, *(pair for pair in pairs if pair.state is State.UNDONE)],
+            "unfinished": [pair for pair in pairs if pair.state is State.UNDOING],
+            "failed": failed,
+        }
+    lists["skipped"] = plan.skipped
+    summary = {name: len(found) for name, found in lists.items()}
+    total = len(pairs) + plan.left + len(plan.skipped) + (0 if run.options.preview else len(plan.undone))
+    left = total - sum(summary.values())
+    words = undo_headline({**summary, "left": left}, len(plan.undone))
+    summary.update(pairs=total, undone_before=len(plan.undone), left=left)
+    document.update(end_facts(run, undo_runner.api, code, "interrupted" if run.signal else stop))
+    document.update(summary=summary, headline=words)
+    if run.options.preview:
+        show_undo(run, report_head(document), {name: map(undo_entry, found) for name, found in lists.items()})
+    else:
+        entries = undo_report_lists(lists, plan.skipped)
+        savepoint = undo_runner.context.savepoint
+        code = written(run, lambda: write_report(run.environment, savepoint, run.run_id, document, entries), code)
         print_report_paths(run)
-        run.console.print(facts["headline"], "bold")
+        for pair in plan.skipped:
+            run.console.print(f"skipped  {pair.email}: {into(pair)}: {pair.code}: {pair.error}")
+        run.console.print(words, "bold")
         _show_failures(run.console, [*lists["failed"], *lists["unfinished"]])
+    if code == EXIT_USAGE and not stop:
+        run.console.error(next(pair.error for pair in lists["failed"]))
     if stop and not run.signal:
         run.console.error(stop)
     log.info("exit code %d", code)
@@ -5648,23 +7031,28 @@ def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, code: 
 
 
 def show_undo(run: RunContext, head: Json, lists: Mapping[str, Iterable[Json]]) -> None:
+    """Print what an undo would restore."""
     if run.options.json:
         run.console.json(report_chunks(head, lists))
         return
-    show = run.console.print
+    show, objects = run.console.print, set()
     for name, entries in lists.items():
         for entry in entries:
             names = f"{entry['duplicate']['display_id']} out of {entry['primary']['display_id']}"
-            if name == "refused":
-                show(f"refused  {entry['email']}: {names}: {entry['code']}: {entry['error']}", "bad")
+            if name != "to_undo":
+                show(f"{name:<8} {entry['email']}: {names}: {entry['code']}: {entry['error']}", "bad")
                 continue
-            given = len({item["id"] for item in entry["given_back"]})
+            mine = {item["id"] for item in entry["restored"]}
+            objects |= mine
             reference = entry["duplicate"]["old_external_ref"]
-            show(f"undo     {entry['email']}: {names}, {reference}, {given} tickets, issues and conversations")
+            show(f"undo     {entry['email']}: {names}, {reference}, {len(mine)} tickets, issues and conversations")
             for item in entry["left"]:
                 show(f"           stays: {item['display_id']} {item['title']}: {item['why']}")
-            never = dict.fromkeys(item["what"].replace("_", " ") for item in entry["not_given_back"])
-            show(f"           never back: {', '.join(never)}")
+            for item in entry["fields_left"]:
+                show(f"           stays with the primary: {item['field']}: {item['why']}")
+            never = dict.fromkeys(item["what"].replace("_", " ") for item in entry["not_restored"])
+            show(f"           can't be restored: {', '.join(never)}")
+    show(f"updates  {len(objects):,} tickets, issues and conversations; automations and webhooks may react to each")
     show(head["run"]["headline"], "bold")
 
 
@@ -5776,50 +7164,69 @@ def _check_disk() -> str:
     return f"{free >> 20:,} MiB free"
 
 
-STATE_WORDS: Mapping[State, str] = {
-    State.DONE: "merged and proved",
-    State.SETTLED: "merged, and what can't be mended accepted (--settle)",
-    State.MERGED_ELSEWHERE: "merged or deleted by somebody else",
-    State.UNDONE: "taken back",
-    State.UNDOING: "being taken back",
-    State.FAILED: "failed, nothing merged",
-    **SO_FAR,
-}
-
-
 def status(run: RunContext) -> int:
-    """Print what the savepoint knows; also while a run is going on."""
-    path, pairs = SAVEPOINT, {}
-    facts: Json = {"savepoint": str(path), "counts": {}}
-    if _has_content(path):
-        with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
-            facts["organisation"] = savepoint.meta("organisation") or None
-            facts["running"], facts["last_opened"] = savepoint.is_held(), savepoint.holder()
-            facts["counts"] = {State(name).value: count for name, count in savepoint.counts().items()}
-            pairs["unfinished"] = list(savepoint.pairs(*UNFINISHED, State.UNDOING))
-            pairs["failed"] = list(savepoint.pairs(State.FAILED))
+    """Print what the savepoint knows, also while a run is in progress."""
+    with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
+        facts = status_facts(savepoint, run.environment)
+        names = {"unfinished": (*UNFINISHED, State.UNDOING), "failed": (State.FAILED,), "cancelled": (State.CANCELLED,)}
+        lists = {name: list(savepoint.pairs(*states)) for name, states in names.items()}
     if run.options.json:
-        lists = {name: (merge_entry(pair, ()) for pair in found) for name, found in pairs.items()}
-        run.console.json(report_chunks(facts, lists))
-    elif pairs:
-        show_status(run.console, facts, pairs)
+        run.console.json(
+            report_chunks(facts, {name: [merge_entry(pair, None) for pair in found] for name, found in lists.items()})
+        )
     else:
-        run.console.print(f"{path}: nothing was merged with it yet")
+        show_status(run.console, facts, lists)
     return EXIT_OK
 
 
+def status_facts(savepoint: SavePoint, environment: Environment) -> Json:
+    """Return what --status says besides the lists: whose pairs, how many in which state, how far the last run is."""
+    runs, counts = savepoint.runs(), {State(name).value: count for name, count in savepoint.counts().items()}
+    last = runs[max(runs)] if runs else None
+    facts: Json = {
+        "savepoint": str(SAVEPOINT),
+        "running": savepoint.is_held(),
+        "last_opened": savepoint.holder() or None,
+    }
+    facts["organisation"] = next((runs[one]["organisation"] for one in sorted(runs, reverse=True)), "") or None
+    facts["counts"] = counts
+    facts["last_run"] = None
+    if last:
+        names = ("id", "kind", "plan_id", "pairs", "start", "end", "exit_code", "stopped", "headline", "reported")
+        facts["last_run"] = {name: last[name] for name in names}
+        facts["last_run"]["report"] = str(report_path(last["id"], last["kind"]))
+        ended = sum(1 for _ in savepoint.pairs(State.FAILED, *TERMINAL, run=last["id"]))
+        facts["last_run"]["pairs_ended"] = ended
+        spent = environment.now().wall - datetime.fromisoformat(last["start"]).timestamp()
+        if facts["running"] and ended and (last["pairs"] or 0) > ended and spent > 0:
+            facts["last_run"]["expected_end"] = iso(environment.now().wall + spent / ended * (last["pairs"] - ended))
+    return facts
+
+
 def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair]]) -> None:
-    holder, running = facts["last_opened"], facts["running"]
-    who = f"process {holder['pid']} on {holder['host']}"
-    console.print(f"{facts['savepoint']}: organisation {facts['organisation'] or 'unknown'}")
-    now = f"a run goes on: {who}, since" if running else f"no run goes on; the last one: {who}, began"
-    console.print(f"{now} {holder['since']}")
+    holder, running, last = facts["last_opened"], facts["running"], facts["last_run"]
+    if not (holder or last):
+        console.print(f"{facts['savepoint']}: no run has used this folder yet")
+        return
+    console.print(
+        f"{facts['savepoint']}: organisation {facts['organisation'] or 'not known yet, no run has merged here'}"
+    )
+    if holder:
+        who = f"process {holder['pid']} on {holder['host']}"
+        now = "a run is in progress" if running else "no run is in progress; the last one"
+        console.print(f"{now}: {who}, since {holder['since']}")
+    if running and last and last["end"] is None:
+        end = f", expected to end at {last['expected_end'][:16]} (UTC)" if "expected_end" in last else ""
+        console.print(f"{last['kind']} of {plural(last['pairs'] or 0, 'pair')}: {last['pairs_ended']:,} ended{end}")
+    elif last and not running:
+        how = "was killed; the next run writes its report" if last["end"] is None else last["headline"]
+        console.print(f"last {last['kind']}: {how}")
     for name, count in facts["counts"].items():
-        console.print(f"{count:>7,} {STATE_WORDS.get(State(name), name)}")
+        console.print(f"{count:>7,} {STATE_WORDS[State(name)]}")
     for title, pairs in lists.items():
-        word = "working on" if running and title == "unfinished" else title
+        word = "in progress" if running and title == "unfinished" else title
         for pair in pairs[:20]:
-            why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS.get(pair.state, pair.state.value)
+            why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS[pair.state]
             console.print(f"{word}  {pair.email}: {into(pair)}, last {pair.updated}: {why}")
         if len(pairs) > 20:
             console.print(f"{title}  and {len(pairs) - 20:,} more (--status --json has them all)")
