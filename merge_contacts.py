@@ -1589,7 +1589,7 @@ class RequestScheduler:
         self._update_quota(headers)
         if status == 429:
             self._open_circuit(self._retry_after(headers))
-        elif self._consecutive_failures >= self.FAILURE_THRESHOLD:
+        elif self.keeps_failing:
             self._failed_probes += is_probe
             self._open_circuit(min(10.0, 0.5 * 2**self._failed_probes))
         elif not failed:
@@ -1606,6 +1606,10 @@ class RequestScheduler:
                 FatalError(EXIT_STOPPED, "DevRev keeps answering 429 (over quota), however long it is waited")
             )
         self._dispatch()
+
+    @property
+    def keeps_failing(self) -> bool:
+        return self._consecutive_failures >= self.FAILURE_THRESHOLD
 
     def _open_circuit(self, seconds: float) -> None:
         self._open_until = max(self._open_until, self._now() + seconds)
@@ -1827,6 +1831,12 @@ class DevRevAPI:
             is_probe = await self.scheduler.acquire(options)
             try:
                 self.cancel_token.raise_if_cancelled()
+                if is_probe and self.scheduler.keeps_failing:
+                    # One object's requests may fail for good: whether DevRev is down shows a request that names none.
+                    answer = await self.environment.post("dev-users.self", {})
+                    self.requests["dev-users.self"] += 1
+                    self.scheduler.on_response(True, answer.status, answer.headers, 0.0)
+                    continue
                 if before:
                     await before()
             except BaseException:
