@@ -3901,7 +3901,11 @@ class ContactMerger:
         found = []
         for pair in list(self.savepoint.pairs(State.CANCELLED)):
             try:
-                status = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH))
+                try:
+                    status = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH))
+                except (ApiError, NoUsableResponse):
+                    merged = await TransferVerifier(self.context, RESUME).lists_show_merged(pair)
+                    status = DuplicateStatus.GONE if merged else DuplicateStatus.THERE
             except PairError as error:
                 log.info("%s: the cancelled merge of %s can't be polled: %s", pair.email, into(pair), error)
                 continue
