@@ -54,6 +54,10 @@ class Result:
         return f"exit {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
 
 
+# Modes in which nothing is to be confirmed.
+UNCONFIRMED = {"--preview", "--check", "--status", "--verify-backups", "--export", "--settle", "--help", "--version"}
+
+
 class Workplace:
     """A scratch folder in which the script runs as a user would run it."""
 
@@ -68,8 +72,11 @@ class Workplace:
         return {**kept, **(sandbox.environment() if sandbox else {}), **extra}
 
     def command(self, *options: str, program: Sequence[str] = PROGRAM) -> List[str]:
-        csv_option = () if "--export" in options else ("--csv", str(self.csv))
-        return [*program, *csv_option, *options]
+        """The command line, with `--yes` where it merges or undoes: no terminal is there to confirm it on."""
+        names_files = any(option.partition("=")[0] in ("--csv", "--export") for option in options)
+        csv_option = () if names_files else ("--csv", str(self.csv))
+        confirmed = () if UNCONFIRMED & set(options) else ("--yes",)
+        return [*program, *csv_option, *confirmed, *options]
 
     def start(
         self, sandbox: Optional[Sandbox], *options: str, python: Sequence[str] = (), **extra: str
