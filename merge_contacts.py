@@ -4278,8 +4278,12 @@ class GroupMerge:
         pair.first_requested_at = pair.first_requested_at or pair.requested_at
         if context.options.carry_fields:
             live = self.preconditions.live
-            pair.fields_to_carry = fields_to_carry(live[pair.primary.id], live[pair.duplicate.id])
-            pair.fields_before = {name: live[pair.primary.id].get(name) for name in pair.fields_to_carry}
+            primary = dict(live[pair.primary.id])
+            for other in self.group.pairs:  # what was carried to the primary since it was read
+                if other.state in (State.MERGED, State.VERIFYING, State.DONE):
+                    primary.update(other.fields_to_carry)
+            pair.fields_to_carry = fields_to_carry(primary, live[pair.duplicate.id])
+            pair.fields_before = {name: primary.get(name) for name in pair.fields_to_carry}
         try:
             await context.savepoint.save(pair)
             # The disk may be slow, and the run may have been stopped meanwhile.
@@ -4391,6 +4395,8 @@ class GroupMerge:
             if body:
                 primary = await self.api.contact(pair.primary.id, self._options(pair))
                 check_reference(pair, primary)
+                reference = {name: value for name, value in body.items() if name == "external_ref"}
+                body = {**reference, **fields_to_carry(primary or {}, pair.fields_to_carry)}  # another user may edit
                 body = {name: value for name, value in body.items() if (primary or {}).get(name) != value}
         updates = [body] if body else []
         started, pause, deadline = context.environment.now(), 0.2, self.FIRST_DEADLINE

@@ -221,8 +221,10 @@ class InvariantChecker:
         """Leave out the groups of which a pair was undone or cancelled, until they are named."""
         groups = groups_of(self.rows)
         stopped = [(ids, row) for ids, row in self.expected.items() if row["state"] in STOPPING]
-        left_out = set()
-        for email in {one.primary.key for one in plan.values()} - named:
+        known = {ids for ids, row in self.expected.items() if row["state"] in (*UNFINISHED, *ENDED)}
+        stale = {ids for ids, row in stopped if row["state"] != "cancelled"}  # the export is older than the undo
+        left_out = {one.primary.key for ids, one in plan.items() if ids in stale}
+        for email in {one.primary.key for ids, one in plan.items() if ids not in known} - named:
             members = {row.id for row in groups[email]}
             for ids, row in stopped:
                 two = {self.undo.stand_in(one) for one in ids} | set(ids)
@@ -766,14 +768,16 @@ class InvariantChecker:
         return all(self.belongs_to(one, role, ids[0]) for one, role in in_backup(entry))
 
     def left_behind(self, ids: Ids) -> List[str]:
-        """Return what was backed up of a duplicate and does not belong to its primary."""
+        """Return what was backed up of a duplicate and does not belong to its primary, or no longer exists."""
         folder = Path(self.latest[ids]["backup"] if ids in self.latest else "nowhere")
         if not (folder / "manifest.json").exists():
             return []
         manifest = json.loads((folder / "manifest.json").read_bytes())
         entries = [one for one in manifest["contacts"] if one["csv"]["id"] == ids[1]]
         items = [item for entry in entries for item in in_backup(entry)]
-        return [one for one, role in items if not self.belongs_to(one, role, ids[0])]
+        tables = self.organisation.works, self.organisation.conversations
+        there = {one for one, _ in items if any(one in table for table in tables)}
+        return [one for one, role in items if one not in there or not self.belongs_to(one, role, ids[0])]
 
     def into(self, ids: Ids) -> bool:
         """Whether the duplicate was merged into the primary."""

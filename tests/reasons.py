@@ -82,8 +82,11 @@ class ReasonChecker:
         self._judge_references(rows)
 
     def _judge_ended(self, ids: Ids, state: str) -> None:
-        if state == "cancelled" and self.checker.into(ids) and not self.checker.lies and not self.is_odd(ids[1]):
+        if state == "cancelled" and self.checker.into(ids) and not self.checker.lies and not self._is_hidden(ids):
             raise InvariantBroken("a cancelled merge that DevRev has carried out is finished", name_of(ids))
+
+    def _is_hidden(self, ids: Ids) -> bool:
+        return self.is_odd(ids[1]) or self._cannot_be_told(ids)
 
     def _is_skipped(self, ids: Ids, report: Mapping[str, Any]) -> bool:
         """Whether the report says, truly, why the live check has left a duplicate out."""
@@ -167,8 +170,7 @@ class ReasonChecker:
             "undo_unfinished": lambda: checker.undo.is_open(group),
             "merge_refused merge_not_confirmed forbidden api_error": lambda: (
                 (duplicate is not None and (checker.lies or self._is_never_merged(ids)))
-                or self.is_odd(ids[1])
-                or self._cannot_be_told(ids)
+                or self._is_hidden(ids)
             ),
         }
 
@@ -183,7 +185,9 @@ class ReasonChecker:
         return chosen or len(found) > min(len(rows), most_contacts(email) if email else 0)
 
     def _has_unverified(self, ids: Ids, group: Set[str]) -> bool:
-        return ids[0] not in self.organisation.unverified and bool(group & self.organisation.unverified)
+        """Return whether a duplicate is not verified, and the primary is, or may be for all that is shown."""
+        unverified = self.organisation.unverified
+        return bool((group - {ids[0]}) & unverified) and not (ids[0] in unverified and self.shows_verified(ids[::-1]))
 
     def _is_never_merged(self, ids: Ids) -> bool:
         """Whether DevRev merges no contact that is not verified into one that is, or the other way round."""
