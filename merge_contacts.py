@@ -2700,6 +2700,8 @@ class DevRevAPI:
         self._answered: Set[str] = set()
         self._forbidden: Dict[str, Set[bytes]] = collections.defaultdict(set)  # bodies that were answered with 403
         self.emails = BatchLoader(self._list_emails, cancel_token, lambda user: {email_of(user)}, email_key)
+        self.unverified = BatchLoader(self._list_unverified, cancel_token, lambda user: {email_of(user)}, email_key)
+        self._unverified_filter_refused = False
         # By whom they name: a work's role, or a conversation's members.
         self.objects = {name: self._batch_loader(name) for name in (*ROLES.values(), "members")}
 
@@ -2900,7 +2902,7 @@ class DevRevAPI:
 
     def dispatch(self) -> None:
         """Let every list call leave that waits for others to join."""
-        for batch_loader in (self.emails, *self.objects.values()):
+        for batch_loader in (self.emails, self.unverified, *self.objects.values()):
             batch_loader.dispatch()
 
     async def read_one(self, endpoint: str, key: str, body: Json) -> List[Json]:
@@ -2924,6 +2926,25 @@ class DevRevAPI:
                 return None
             raise
         return found
+
+    async def unverified_ids(self, emails: Iterable[str], priority: int) -> Optional[Set[str]]:
+        """Return the ids of contacts of these addresses that are unverified; None where DevRev refuses to filter."""
+        listings = await together(*(self.unverified.load(email, 1, priority) for email in emails))
+        if self._unverified_filter_refused:
+            return None
+        return {user["id"] for listing in listings for user in listing.items}
+
+    async def _list_unverified(self, emails: Sequence[str], options: RequestOptions) -> ListResult:
+        body = {"email": list(emails), "is_verified": False}
+        if not self._unverified_filter_refused:
+            try:
+                return await self.pages("rev-users.list", "rev_users", body, options)
+            except ApiError as error:
+                if error.status not in (400, 403):
+                    raise
+                self._unverified_filter_refused = True
+                log.info("DevRev does not filter by is_verified: %s", error)
+        return ListResult([], self.environment.now())
 
     async def _list_emails(self, emails: Sequence[str], options: RequestOptions) -> ListResult:
         return await self.pages("rev-users.list", "rev_users", {"email": list(emails)}, options)
@@ -3268,13 +3289,14 @@ def _contact_errors(entry: Json, files: Sequence[Any], timelines_wanted: bool) -
         yield f"{folder}: the files hold {counted}, the manifest says {entry['counts']}"
 
 
-def greatest_count(entry: Json) -> int:
-    """Return greatest(owned, created, reported) of a contact in a manifest: what the CSV calls TICKET_COUNT.
+def is_counted(identity: str) -> bool:
+    """Return whether the warehouse counts a work as a ticket: tickets and issues, no other kinds."""
+    return ":ticket/" in identity or ":issue/" in identity
 
-    The warehouse counts tickets and issues alone.
-    """
-    counted = (":ticket/", ":issue/")
-    return max(sum(any(kind in one for kind in counted) for one in set(entry["works"][role])) for role in ROLES)
+
+def greatest_count(entry: Json) -> int:
+    """Return greatest(owned, created, reported) of a contact in a manifest: what the CSV calls TICKET_COUNT."""
+    return max(sum(map(is_counted, set(entry["works"][role]))) for role in ROLES)
 
 
 def read_manifest(backup: str) -> Json:
@@ -3915,6 +3937,52 @@ class MergeContext(GroupContext):
     pending_verifications: PendingVerifications
 
 
+async def check_group(
+    api: DevRevAPI, group: Group, options: MergeOptions, priority: int
+) -> Tuple[Dict[str, Optional[Json]], LiveCheck, Timestamp]:
+    """Read a group's contacts and compare them with the plan: for a run, and for `--preview --live`.
+
+    Return the rev users by id (None: no longer exists), the result, and since when it is true.
+    """
+    contacts = group.contacts()
+    emails = sorted({contact.email.strip() for contact in contacts})
+    listings = await together(*(api.emails.load(email, 1, priority) for email in emails))
+    live: Dict[str, Optional[Json]] = {user["id"]: user for listing in listings for user in listing.items}
+    listed = [user for user in live.values() if user]
+    since = [listing.since for listing in listings]
+    for contact in contacts:
+        # Lists may lag behind what this tool has done to the primary.
+        if contact.id not in live or (contact is group.primary and group.has_absorbed()):
+            since.append(api.environment.now())
+            live[contact.id] = await api.contact(contact.id, RequestOptions(priority))
+    unverified: Optional[Set[str]] = None
+    if any(user and not isinstance(user.get("is_verified"), bool) for user in live.values()):
+        unverified = await api.unverified_ids(emails, priority)
+    check = check_live(group, live, listed, unverified, options.across_workspaces, options.try_unverified)
+    return {contact.id: live[contact.id] for contact in contacts}, check, oldest(since)
+
+
+async def foresee_group(api: DevRevAPI, group: Group, options: MergeOptions) -> Optional[PairError]:
+    """Return what a run would refuse the group with now, None where nothing; reads only."""
+    _, check, _ = await check_group(api, group, options, PREPARE)
+    dropped = {one.pair.duplicate.id for one in check.dropped}
+    if check.error:
+        return check.error
+    if len(dropped) == len(group.pending()):
+        return PairSkipped(check.dropped[0].code, check.dropped[0].reason)
+    for contact in group.contacts():
+        if contact.id not in dropped:
+            lists = await together(
+                *(api.objects[role].load(contact.id, contact.tickets, PREPARE) for role in ROLES.values())
+            )
+            greatest = max(sum(is_counted(work["id"]) for work in listing.items) for listing in lists)
+            policy = "at-least" if contact is group.primary and group.has_absorbed() else options.count_policy
+            problem = count_error(contact, greatest, policy)
+            if problem:
+                return problem
+    return None
+
+
 class Preconditions:
     """What the merges of a group rest on: the live check, the backup, and the integrity check from the disk.
 
@@ -3958,26 +4026,13 @@ class Preconditions:
 
     async def _check(self) -> None:
         """Compare the group with DevRev as it is now."""
-        api, contacts = self.context.api, self.group.contacts()
         priority = PREPARE if self._checked is None else MERGE
-        emails = sorted({contact.email.strip() for contact in contacts})
-        listings = await together(*(api.emails.load(email, 1, priority) for email in emails))
-        live: Dict[str, Optional[Json]] = {user["id"]: user for listing in listings for user in listing.items}
-        listed = [user for listing in listings for user in listing.items]
-        since = [listing.since for listing in listings]
-        for contact in contacts:
-            # Lists may lag behind what this tool has done to the primary.
-            if contact.id not in live or (contact is self.group.primary and self.group.has_absorbed()):
-                since.append(self.context.environment.now())
-                live.pop(contact.id, None)
-                live[contact.id] = await api.contact(contact.id, RequestOptions(priority))
-        options = self.context.options
-        check = check_live(self.group, live, listed, None, options.across_workspaces, options.try_unverified)
+        live, check, since = await check_group(self.context.api, self.group, self.context.options, priority)
         if check.error:
             raise check.error
         self.group.dropped += check.dropped
-        self.live, self._checked = {one: user for one, user in live.items() if user}, oldest(since)
-        log.info("%s: the live check of %s has passed", self.group.email, plural(len(contacts), "contact"))
+        self.live, self._checked = {one: user for one, user in live.items() if user}, since
+        log.info("%s: the live check of %s has passed", self.group.email, plural(len(live), "contact"))
 
     async def _back_up(self) -> None:
         """Read all that DevRev holds of the group, write it to the disk, and check what is there."""
@@ -6874,8 +6929,10 @@ def plan_summary(plan: Plan, cost: Estimate, earlier: Sequence[Pair]) -> Json:
     }
 
 
-def plan_chunks(plan: Plan, facts: Json, earlier: Sequence[Pair]) -> Iterator[bytes]:
-    """The plan as JSON, for `--preview --json`."""
+def plan_chunks(
+    plan: Plan, facts: Json, earlier: Sequence[Pair], live: Optional[Sequence[Json]] = None
+) -> Iterator[bytes]:
+    """Return the plan as JSON, for `--preview --json`."""
 
     def entry(pair: Pair) -> Json:
         return {
@@ -6889,6 +6946,7 @@ def plan_chunks(plan: Plan, facts: Json, earlier: Sequence[Pair]) -> Iterator[by
         "pairs": (entry(pair) for pair in plan.pairs() if pair.state is State.PLANNED),
         "to_finish": (merge_entry(pair, plan.ids) for pair in earlier),
     }
+    lists.update({"live": live} if live is not None else {})
     return report_chunks({"schema": SCHEMA, "summary": facts}, {**lists, **beside_pairs(plan)})
 
 
@@ -7744,17 +7802,83 @@ def write_choices_template(run: RunContext) -> int:
 
 
 def preview(run: RunContext) -> int:
+    """Print the plan, and with --live what DevRev says of each group; return the exit code."""
     known = open_savepoint(run, readonly=True)
     plan = make_plan(run, known)
     earlier = [*known.unfinished(), *plan.revived]
     cost = run.cost(plan)
     facts = plan_summary(plan, cost, earlier)
+    live: Optional[List[Json]] = None
+    if run.options.live:
+        check_token(run.settings.token)
+        live = run.environment.run_event_loop(preview_live(run, plan))
+        refused = collections.Counter(one["code"] for one in live if one["code"] and one["code"] not in LIVE_DONE)
+        done = sum(one["code"] in LIVE_DONE for one in live)
+        facts["live_ready"] = sum(one["code"] is None for one in live)
+        facts.update(live_done=done, live_refused=dict(sorted(refused.items())))
     if run.options.json:
-        run.console.json(plan_chunks(plan, facts, earlier))
-    else:
-        show_plan(plan, facts, run.console, f"{cost} {run.describe_rate()}", earlier)
+        run.console.json(plan_chunks(plan, facts, earlier, live))
+        return EXIT_OK
+    if live is not None:
+        print_lines(run.console, live_lines(live))
+    show_plan(plan, facts, run.console, f"{cost} {run.describe_rate()}", earlier)
+    if live is None or not facts["live_refused"]:
         suggest_after_preview(run, facts)
     return EXIT_OK
+
+
+LIVE_DONE = ("already_merged", "already_gone")  # what the live preview finds done
+
+
+async def preview_live(run: RunContext, plan: Plan) -> List[Json]:
+    """Compare each planned group with DevRev by read requests; return `{email, code, reason}`, code None where ready.
+
+    Raises FatalError(2) for the token or the organisation, FatalError(3) where DevRev can't be reached.
+    """
+    api = DevRevAPI(run.settings, run.environment, CancelToken())
+    names = ("count_policy", "across_workspaces", "try_unverified")
+    options = MergeOptions(**{name: getattr(run.options, name) for name in names})
+    groups = [group for group in plan.groups if any(pair.state is State.PLANNED for pair in group.pairs)]
+    found: List[Json] = []
+    progress = Progress(run)
+    ticking = asyncio.ensure_future(
+        progress.tick(lambda _now: f"{len(found):,} of {plural(len(groups), 'group')} compared with DevRev")
+    )
+
+    async def compare(group: Group) -> None:
+        try:
+            problem = await foresee_group(api, group, options)
+        except PairError as error:
+            problem = error
+        found.append(
+            {
+                "email": group.email,
+                "code": problem.code if problem else None,
+                "reason": str(problem) if problem else "ready",
+            }
+        )
+
+    try:
+        with before_any_change(api):
+            owner = await api.whoami()
+            check_organisation(organisation_of(str(owner.get("id"))), "CSV", plan.pairs())
+            for start in range(0, len(groups), ContactMerger.BATCH):
+                await together(*map(compare, groups[start : start + ContactMerger.BATCH]))
+    finally:
+        ticking.cancel()
+        run.console.status("")
+    return sorted(found, key=lambda one: str(one["email"]))
+
+
+def live_lines(live: Sequence[Json]) -> Iterator[str]:
+    """Say what a run would do with each group as DevRev has it now, with totals."""
+    yield f"COMPARED WITH DEVREV: {plural(len(live), 'group')}"
+    for one in live:
+        yield f"  {'ready' if one['code'] is None else one['code']}  {one['email']}" + (
+            f": {one['reason']}" if one["code"] else ""
+        )
+    counts = collections.Counter(one["code"] or "ready" for one in live)
+    yield f"  in all: {', '.join(f'{count:,} {code}' for code, count in sorted(counts.items())) or 'none'}"
 
 
 def suggest_after_preview(run: RunContext, facts: Json) -> None:
