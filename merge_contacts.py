@@ -2586,7 +2586,7 @@ def describe_wait(scheduler: RequestScheduler) -> str:
     wait = blocked if blocked > 0 else scheduler.seconds_until_room()[0]
     why = {"quota": f"quota {quota.limit:,} of DevRev's" if quota.limit else "quota of DevRev's"}
     if limit:
-        why["client-side rate limit"] = f"client-side rate limit {limit.calls} in {limit.period:g} s"
+        why["client-side rate limit"] = f"rate limit {limit.calls} in {limit.period:g} s"
     return f"waiting {duration(wait)} ({why.get(scheduler.waiting_for, scheduler.waiting_for)})" if wait > 0.5 else ""
 
 
@@ -2601,19 +2601,15 @@ def seconds_in_windows(requests: float, room: float, wait: float, limit: float, 
 # API: requests
 # ---------------------------------------------------------------------------------------------------
 
-SCOPES = {
-    "rev-users.merge": "rev_user:all (to merge contacts)",
-    "rev-users.update": "rev_user:all (to set a contact's reference)",
-    "rev-users.create": "rev_user:all (to make a contact again)",
-    "works.update": "ticket:all and issue:all (to hand tickets and issues back)",
-    "conversations.update": "conversation:all (to hand conversations back)",
-    "rev-users.": "rev_user:read (to read contacts)",
-    "works.": "ticket:read and issue:read (to back up tickets and issues)",
-    "conversations.": "conversation:read (to back up conversations)",
-    "timeline-entries.": "timeline:read (to back up comments)",
-}
 PAGE = 100
 ROLES = {"owned": "owned_by", "created": "created_by", "reported": "reported_by"}
+TICKETS_AND_ISSUES = ("ticket", "issue")
+OTHER_WORKS = ("task", "incident", "opportunity")  # DevRev's description does not promise that lists take them
+DEAD_TOKENS = {
+    "token_expired": "the token has expired",
+    "token_revoked": "the token was revoked",
+    "dev_org_deactivated": "the token's organisation is deactivated",
+}
 
 
 @dataclass
@@ -2635,8 +2631,19 @@ class ApiSettings:
         return text.replace(self.token, "[token]") if len(self.token) >= 8 else text
 
 
-def scope_of(endpoint: str) -> str:
-    return next((scope for start, scope in SCOPES.items() if endpoint.startswith(start)), "of this endpoint")
+def scopes_needed(endpoint: str, body: Json) -> str:
+    """Name the scopes that a request needs, such as `ticket:read`. A timeline takes the scope of its object."""
+    family, _, verb = endpoint.partition(".")
+    access = {"merge": "all", "update": "write", "create": "write"}.get(verb, "read")
+    kinds: Sequence[str] = {"rev-users": ["rev_user"], "conversations": ["conversation"]}.get(family, [])
+    if family in ("works", "timeline-entries"):
+        kinds = body.get("type") or [kind_of(str(body.get("id") or body.get("object")))]
+    return " and ".join(f"{kind}:{access}" for kind in ([kinds] if isinstance(kinds, str) else kinds))
+
+
+def kind_of(identity: str) -> str:
+    """Return the kind that an id names: `ticket` of `don:core:dvrv-us-1:devo/ORG:ticket/7`."""
+    return identity.rpartition(":")[2].partition("/")[0]
 
 
 def user_ids(value: Any) -> Set[str]:
@@ -2645,22 +2652,47 @@ def user_ids(value: Any) -> Set[str]:
     return {user["id"] for user in users if isinstance(user, dict) and isinstance(user.get("id"), str)}
 
 
+def unstorable_field(record: Json) -> Optional[str]:
+    """Name the first field of a record whose text has half of a character (a lone surrogate); None where none has.
+
+    Services that count in UTF-16 cut texts in the middle of an emoji. No file, log or database can hold what is left.
+    """
+    values: List[Tuple[str, Any]] = list(record.items())
+    while values:
+        name, value = values.pop()
+        if isinstance(value, dict):
+            values.extend((f"{name}.{key}", one) for key, one in value.items())
+        elif isinstance(value, list):
+            values.extend((name, one) for one in value)
+        elif encodable(name) != name or (isinstance(value, str) and encodable(value) != value):
+            return encodable(name)
+    return None
+
+
+def check_storable(user: Json) -> None:
+    """Raise PairError where a contact's data can't be stored as text."""
+    name = unstorable_field(user)
+    if name:
+        words = f"the {name} of {user['id'].rpartition('/')[2]} in DevRev holds half of a character (a lone surrogate)"
+        raise PairError("api_error", f"{words}; correct it there")
+
+
 class ApiResponse(NamedTuple):
-    """An answer's JSON object, and the moment at which its request left: it is as old as that."""
+    """An answer's JSON object, and when its request was sent: it is as old as that."""
 
     data: Json
     since: Timestamp
 
 
 class ListResult(NamedTuple):
-    """Items of a list, once each, in order; `since` is when the request for its first page left."""
+    """Items of a list, once each, in order; `since` is when the request for its first page was sent."""
 
     items: List[Json]
     since: Timestamp
 
 
 class DuplicateStatus(Enum):
-    """What a look at a duplicate shows."""
+    """What a poll of a duplicate shows."""
 
     THERE = "there"
     GONE = "gone"  # deleted, or not found
@@ -2668,12 +2700,12 @@ class DuplicateStatus(Enum):
 
 
 def duplicate_status(user: Json, primary: str, duplicate: str) -> DuplicateStatus:
-    """What a `rev_user` that DevRev answers with for the duplicate says. `locked` or `deactivated` is still there.
+    """Interpret a `rev_user` that DevRev answers with for the duplicate. `locked` or `deactivated` still exists.
 
-    Raises PairError(merged_into_another) where it names somebody else than the primary.
+    Raises PairError(merged_into_another) where it names another contact than the primary.
     """
     identity = user.get("primary_identity")
-    named = {user["id"], identity.get("id") if isinstance(identity, dict) else None} - {None, duplicate}
+    named = {user["id"], identity.get("id") if isinstance(identity, dict) else identity} - {None, "", duplicate}
     if named - {primary}:
         raise PairError("merged_into_another", f"{duplicate} has become {named.pop()}, not the primary")
     if named:
@@ -2681,14 +2713,19 @@ def duplicate_status(user: Json, primary: str, duplicate: str) -> DuplicateStatu
     return DuplicateStatus.GONE if user.get("state") == "deleted" else DuplicateStatus.THERE
 
 
-class DevRevAPI:
-    """The part of DevRev's REST API (version 2024-01-24) that a merge needs, over POST with JSON bodies.
+WRITES = ("rev-users.merge", "rev-users.update", "rev-users.create", "works.update", "conversations.update")
 
-    Every method raises ApiRefused (a definite no), ApiUnanswered (no usable answer after the retries), Denied
-    (token or scope) or Interrupted (the run stops; the request has not left).
+
+class DevRevAPI:
+    """The part of DevRev's REST API that a merge needs, over POST with JSON bodies.
+
+    Every method raises ApiError (a definite no), NoUsableResponse (none after the retries), PermissionDenied (the
+    token is not accepted), Cancelled (the run stops, and the request was not sent), or FatalError (no proxy, no
+    certificates).
     """
 
-    STALE_PAGES = 3  # pages that bring nothing new before a list is given up
+    STALE_PAGES = 3  # in a row, of items that were all seen before, end a list with an error
+    EMPTY_PAGES = 100  # in a row
 
     def __init__(self, settings: ApiSettings, environment: Environment, cancel_token: CancelToken) -> None:
         self.settings = settings
@@ -2696,14 +2733,22 @@ class DevRevAPI:
         self.cancel_token = cancel_token
         self.scheduler = RequestScheduler(environment, cancel_token, settings)
         self.requests: Dict[str, int] = collections.Counter()
-        self.changed = False  # a request that may have changed DevRev was sent
+        self._writes = 0  # requests that may have changed DevRev
+        self.work_kinds: Tuple[str, ...] = (*TICKETS_AND_ISSUES, *OTHER_WORKS)  # that lists of works name
+        self._work_kinds_lock = asyncio.Lock()
+        self._work_kinds_known = False
+        self._verified_filter_refused = False
         self._answered: Set[str] = set()
-        self._forbidden: Dict[str, Set[bytes]] = collections.defaultdict(set)  # bodies that were answered with 403
-        self.emails = BatchLoader(self._list_emails, cancel_token, lambda user: {email_of(user)}, email_key)
+        self.emails = BatchLoader(self._list_by("email"), cancel_token, lambda user: {email_of(user)}, email_key)
         self.unverified = BatchLoader(self._list_unverified, cancel_token, lambda user: {email_of(user)}, email_key)
-        self._unverified_filter_refused = False
-        # By whom they name: a work's role, or a conversation's members.
+        self.references = BatchLoader(self._list_by("external_ref"), cancel_token, references_of)
+        # By the field that names contacts: a work's role, or a conversation's members.
         self.objects = {name: self._batch_loader(name) for name in (*ROLES.values(), "members")}
+
+    @property
+    def changed(self) -> bool:
+        """Whether a request was sent that may have changed DevRev."""
+        return self._writes > 0
 
     # -- the one place that sends -------------------------------------------------------------------
 
@@ -2713,15 +2758,16 @@ class DevRevAPI:
         body: Json,
         key: str = "",
         options: RequestOptions = ANY_OPTIONS,
+        *,
         repeatable: bool = True,
+        deadline: Optional[float] = None,
         before: Optional[Callable[[], Awaitable[None]]] = None,
-        telling: bool = False,
     ) -> ApiResponse:
-        """POST, and return the answer's JSON object, which holds `key`. `before` is awaited when the request's turn has
-        come, and what it raises keeps the request from leaving. `telling`: a 403 says what the token may.
+        """POST, and return the answer's JSON object, which holds `key`. Without `key` any 2xx will do.
 
-        What is safe to repeat is repeated with growing, jittered pauses. A request that is not `repeatable` is sent
-        again only where it can't have been acted on: no connection was made, or it was over quota.
+        `before` is awaited when the request may be sent, and what it raises keeps it from being sent.
+        Where it is safe, a request is repeated with growing, jittered pauses. One that is not `repeatable`, or has a `deadline` of its own (in seconds, after which its caller repeats it), is sent again only
+        where it can't have been acted on: no connection was made, or it was over quota.
         """
         attempt = 0
         while True:
@@ -2736,59 +2782,62 @@ class DevRevAPI:
                     continue
                 if before:
                     await before()
+                self.requests[endpoint] += 1
+                is_write = endpoint in WRITES and not body.keys() <= {"id", "type"}
+                self._writes += is_write
+                since = self.environment.now()
+                answer = await self.environment.post(endpoint, body, deadline)
             except BaseException:
                 self.scheduler.give_back(is_probe)
                 raise
-            self.requests[endpoint] += 1
-            self.changed = self.changed or endpoint in ("rev-users.merge", "rev-users.update", "rev-users.create")
-            since = self.environment.now()
-            answer = await self.environment.post(endpoint, body)
-            status, data, problem = answer.status, answer.data, answer.problem
-            good = status is not None and 200 <= status < 300
-            took = self.environment.elapsed(since)
-            self.scheduler.on_response(is_probe, answer, took, data is not None)
-            if good and data is not None and (not key or key in data):
+            if is_write and (not answer.sent or answer.status in (401, 403, 429)):
+                self._writes -= 1
+            data, problem = answer.data, answer.problem
+            good = answer.status is not None and 200 <= answer.status < 300
+            self.scheduler.on_response(is_probe, answer, self.environment.elapsed(since), not key or data is not None)
+            if good and (not key or (data is not None and key in data)):
                 self._answered.add(endpoint)
-                return ApiResponse(data, since)
+                return ApiResponse(data or {}, since)
             if good and data is not None:
                 problem = f"no {key} in the answer"
-            self._judge(endpoint, body, answer, telling, final=False)
-            if status != 429:
-                attempt += 1
-                if attempt > self.settings.retries or (answer.sent and not repeatable):
-                    self._judge(endpoint, body, answer, telling, final=True)
-                    raise NoUsableResponse(endpoint, problem)
+            if answer.setup_error and not self._answered:
+                self._stop(FatalError(EXIT_USAGE, answer.setup_error))
+            attempt += answer.status != 429
+            once = answer.sent and (not repeatable or deadline is not None)
+            final = answer.status != 429 and (attempt > self.settings.retries or once)
+            self._raise_refusal(endpoint, body, answer, final)
+            if final:
+                raise NoUsableResponse(endpoint, problem)
+            if answer.status != 429:
                 await self.cancel_token.sleep(self.environment.random.uniform(0.5, 1.0) * min(8.0, 0.1 * 2**attempt))
 
-    def _judge(self, endpoint: str, body: Json, answer: HttpResponse, telling: bool, final: bool) -> None:
-        """Raise what a definite no means. A gateway's HTML is one for 401 and 403 alone, and only after the retries."""
-        status = answer.status or 0
-        if status in (401, 403) and (final or answer.data is not None):
-            self._deny(endpoint, status, answer.problem, body, telling)
+    def _raise_refusal(self, endpoint: str, body: Json, answer: HttpResponse, final: bool) -> None:
+        """Raise what a definite no means. HTML of a gateway is none but for 401 (after the retries) and 413."""
+        status, data, words = answer.status or 0, answer.data or {}, answer.problem
+        if status == 401 and (final or answer.data is not None):
+            kind = DEAD_TOKENS.get(str(data.get("type")), "DevRev does not accept the token")
+            advice = "create a new one in DevRev and set DEVREV_API_TOKEN to it"
+            self._stop(PermissionDenied(EXIT_STOPPED, f"{kind} (401: {words.rstrip('.')}); {advice}"))
         if 300 <= status < 400:
-            location = self.settings.mask(answer.headers.get("Location", ""))
+            location = encodable(self.settings.mask(str(answer.headers.get("Location", ""))))
             raise ApiError(endpoint, status, f"redirected to {location or 'nowhere'}", location=location)
-        if 400 <= status < 500 and status not in (408, 429) and answer.data is not None:
-            words = f"{answer.problem} (scope {scope_of(endpoint)})" if status == 403 else answer.problem
-            raise ApiError(endpoint, status, words, data=answer.data)
-
-    def _deny(self, endpoint: str, status: int, message: str, body: Json, telling: bool) -> None:
-        """Send nothing more with a token that is not accepted, or that lacks a scope which it never had.
-
-        One object that it may not see or change says nothing of its scopes: a second has to be refused. Who may not
-        make a contact has a reference to put back first.
-        """
-        if status == 401:
-            words = f"{message.rstrip('.')}. Is DEVREV_API_TOKEN right, and not expired?"
-            code, text = EXIT_STOPPED, f"DevRev does not accept the token (401): {words}"
-        else:
+        if not 400 <= status < 500 or status in (408, 429) or (answer.data is None and status != 413):
             return
-        denied = PermissionDenied(code, text)
-        self.cancel_token.cancel(denied)
-        raise denied
+        if status == 403:
+            ids = data.get("object_ids")
+            names = [str(one).rpartition("/")[2] for one in ids] if isinstance(ids, list) else []
+            scopes = scopes_needed(endpoint, body)
+            words += f" ({', '.join(some(names))})" if names else ""
+            words += f"; the token needs the scope {scopes}, and its owner access" if scopes else ""
+        raise ApiError(endpoint, status, words, data=data)
+
+    def _stop(self, error: FatalError) -> NoReturn:
+        """End the run: nothing more is sent."""
+        self.cancel_token.cancel(error)
+        raise error
 
     async def pages(self, endpoint: str, key: str, body: Json, options: RequestOptions = ANY_OPTIONS) -> ListResult:
-        """All items of a cursor-paged list."""
+        """Return all items of a cursor-paged list."""
         items: Dict[str, Json] = {}
         since: Optional[Timestamp] = None
         async for page in self.each_page(endpoint, key, body, options):
@@ -2799,27 +2848,30 @@ class DevRevAPI:
     async def each_page(
         self, endpoint: str, key: str, body: Json, options: RequestOptions = ANY_OPTIONS
     ) -> AsyncIterator[ListResult]:
-        """The pages of a list, one after the other; an item that moves meanwhile may stand on two of them."""
+        """Yield the pages of a list until one names no next. Pages may be empty although more follow, and an item that
+        changes meanwhile may be on two of them. Raises NoUsableResponse where a list goes round in circles."""
         known: Set[int] = set()  # hashes of ids
         cursors: Set[str] = set()
-        stale = 0
+        stale = empty = 0
         page = dict(body, limit=PAGE)
         while True:
             reply = await self._call(endpoint, page, key, options)
-            before = len(known)
-            items = reply.data[key] or []
-            try:
-                known.update(hash(item["id"]) for item in items)
-            except (TypeError, KeyError):
-                raise NoUsableResponse(endpoint, f"{key} holds something without an id") from None
-            cursor = reply.data.get("next_cursor") or ""
+            items, cursor, before = reply.data[key], reply.data.get("next_cursor") or "", len(known)
+            if not isinstance(items, list) or not all(map(has_id, items)):
+                raise NoUsableResponse(endpoint, f"{key} is not a list of objects with an id")
             if not isinstance(cursor, str):
                 raise NoUsableResponse(endpoint, "next_cursor is no text")
             yield ListResult(items, reply.since)
             if not cursor:
                 return
-            stale = stale + 1 if len(known) == before else 0
-            if cursor in cursors or stale >= self.STALE_PAGES:
+            known.update(hash(item["id"]) for item in items)
+            if len(known) > before:
+                stale = empty = 0
+            elif items:
+                stale += 1
+            else:
+                empty += 1
+            if cursor in cursors or stale >= self.STALE_PAGES or empty >= self.EMPTY_PAGES:
                 raise NoUsableResponse(endpoint, "its pages go on without bringing anything new")
             cursors.add(cursor)
             page["cursor"] = cursor
@@ -2827,61 +2879,124 @@ class DevRevAPI:
     async def _user(
         self, endpoint: str, body: Json, key: str = "rev_user", options: RequestOptions = ANY_OPTIONS, **how: Any
     ) -> Json:
-        """The user that an endpoint answers with. ApiUnanswered where it is none."""
+        """Return the user that an endpoint answers with. Raises NoUsableResponse where it is none."""
         user = (await self._call(endpoint, body, key, options, **how)).data[key]
-        if not (isinstance(user, dict) and isinstance(user.get("id"), str)):
+        if not has_id(user):
             raise NoUsableResponse(endpoint, f"{key} holds no user")
-        return user
+        found: Json = user
+        return found
 
-    # -- endpoints ----------------------------------------------------------------------------------
+    # -- contacts -----------------------------------------------------------------------------------
 
     async def whoami(self) -> Json:
-        """The token's owner (`dev_user`)."""
-        return await self._user("dev-users.self", {}, "dev_user", telling=True)
+        """Return the token's owner (`dev_user`)."""
+        return await self._user("dev-users.self", {}, "dev_user")
 
-    async def contact(self, identity: str, options: RequestOptions = ANY_OPTIONS) -> Optional[Json]:
-        """The rev user of this id, None where there is none (404), or where it has moved to another id (301)."""
+    async def _get_contact(self, identity: str, options: RequestOptions, deadline: Optional[float]) -> Optional[Json]:
+        """Return what DevRev has at this id: the contact, or only `{"id": …}` of the one that it has become (301), None
+        where there is none (an object's 404)."""
         try:
-            user = await self._user("rev-users.get", {"id": identity}, options=options)
+            return await self._user("rev-users.get", {"id": identity}, options=options, deadline=deadline)
         except ApiError as api_error:
-            if api_error.missing or 300 <= api_error.status < 400:
+            if api_error.missing:
                 return None
-            raise
-        return user if user["id"] == identity else None
+            if api_error.status == 404:
+                raise NoUsableResponse("rev-users.get", f"404 of a route, not of {identity}") from None
+            if not 300 <= api_error.status < 400:
+                raise
+            match = re.search(r"don:identity:[^&?#\s]+:revu/[^&?#/\s]+", unquote(api_error.location))
+            if not match or match.group(0) == identity:
+                raise NoUsableResponse("rev-users.get", f"{api_error.status} that names no other contact") from None
+            return {"id": match.group(0)}
 
-    async def merge(
-        self, primary: str, duplicate: str, options: RequestOptions, before: Callable[[], Awaitable[None]]
-    ) -> None:
-        """Ask for a merge. DevRev only acknowledges it and carries it out later; it is never repeated blindly."""
-        body = {"primary_user": primary, "secondary_user": duplicate}
-        await self._call("rev-users.merge", body, options=options, repeatable=False, before=before)
+    async def contact(
+        self, identity: str, options: RequestOptions = ANY_OPTIONS, deadline: Optional[float] = None
+    ) -> Optional[Json]:
+        """Return the rev user of this id, None where there is none, or where it has become another."""
+        user = await self._get_contact(identity, options, deadline)
+        return user if user and user["id"] == identity else None
 
     async def poll_duplicate(
         self, primary: str, duplicate: str, options: RequestOptions, deadline: Optional[float] = None
     ) -> "DuplicateStatus":
-        """What has become of the duplicate. Raises PairError(merged_into_another) where DevRev names somebody else than
-        the primary."""
-        try:
-            user = await self._user("rev-users.get", {"id": duplicate}, options=options)
-        except ApiError as api_error:
-            if api_error.missing:
-                return DuplicateStatus.GONE
-            if not 300 <= api_error.status < 400:
-                raise
-            match = re.search(r"don:identity:[^&?#\s]+:revu/[^&?#/\s]+", unquote(api_error.location))
-            user = {"id": match.group(0) if match else duplicate, "state": "moved"}
-        if not isinstance(user.get("state"), str):
+        """Return what has become of the duplicate. With a `deadline` one request is sent, and its caller repeats it.
+
+        Raises PairError(merged_into_another) where DevRev names another contact than the primary.
+        """
+        user = await self._get_contact(duplicate, options, deadline)
+        if user is None:
+            return DuplicateStatus.GONE
+        if user["id"] == duplicate and not isinstance(user.get("state"), str):
             raise NoUsableResponse("rev-users.get", "the user has no state")
         return duplicate_status(user, primary, duplicate)
 
+    async def contacts_by_email(
+        self, emails: Iterable[str], priority: int = PREPARE, linger: Optional[float] = None
+    ) -> ListResult:
+        """Return the contacts that DevRev lists for these emails. Raises PairError where the text of one can't be
+        stored."""
+        found = await self._load_all(self.emails, emails, priority, linger)
+        for user in found.items:
+            check_storable(user)
+        return found
+
+    async def contacts_by_reference(
+        self, references: Iterable[str], priority: int = PREPARE, linger: Optional[float] = None
+    ) -> ListResult:
+        """Return the contacts that DevRev lists for these references."""
+        return await self._load_all(self.references, references, priority, linger)
+
+    async def unverified_ids(
+        self, emails: Iterable[str], priority: int = PREPARE, linger: Optional[float] = None
+    ) -> Optional[Set[str]]:
+        """Return the ids of the unverified contacts of these emails, None where DevRev refuses the filter.
+
+        It is for organisations whose answers do not show `is_verified`. A list that shows verified contacts all the
+        same has ignored the filter.
+        """
+        if self._verified_filter_refused:
+            return None
+        found = await self._load_all(self.unverified, emails, priority, linger)
+        ignored = any(user.get("is_verified") is True for user in found.items)
+        return None if ignored or self._verified_filter_refused else {user["id"] for user in found.items}
+
+    async def _load_all(
+        self, loader: "BatchLoader", keys: Iterable[str], priority: int, linger: Optional[float]
+    ) -> ListResult:
+        pause = loader.LINGER if linger is None else linger
+        lists = await together(*(loader.load(key, 1, priority, pause) for key in sorted(set(keys))))
+        users = {user["id"]: user for one in lists for user in one.items}
+        since = min((one.since for one in lists), key=lambda since: since.monotonic, default=self.environment.now())
+        return ListResult(list(users.values()), since)
+
+    async def holders_of(self, external_ref: str, options: RequestOptions) -> List[Json]:
+        """Return the rev users that DevRev lists for a reference, without waiting for others to join."""
+        return (await self.pages("rev-users.list", "rev_users", {"external_ref": [external_ref]}, options)).items
+
+    async def merge(
+        self, primary: str, duplicate: str, options: RequestOptions, before: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Request a merge. DevRev only acknowledges it and carries it out later; it is never repeated blindly."""
+        body = {"primary_user": primary, "secondary_user": duplicate}
+        await self._call("rev-users.merge", body, options=options, repeatable=False, before=before)
+
     async def update_contact(
-        self, identity: str, fields: Json, options: RequestOptions, deadline: Optional[float] = None
+        self,
+        identity: str,
+        fields: Json,
+        options: RequestOptions,
+        deadline: Optional[float] = None,
     ) -> Json:
-        """Set fields of a contact and return it. ApiError with status 409 while another contact holds the reference."""
-        return await self._user("rev-users.update", {"id": identity, **fields}, options=options, repeatable=False)
+        """Set fields of a contact, and return the contact as DevRev has it then. Raises ApiError with status 409 while
+        another contact holds its `external_ref`. With a `deadline` one request is sent."""
+        body = {"id": identity, **fields}
+        user = await self._user("rev-users.update", body, options=options, deadline=deadline)
+        if user["id"] != identity:
+            raise NoUsableResponse("rev-users.update", f"the answer is about {user['id']}, not {identity}")
+        return user
 
     async def create_contact(self, fields: Json, options: RequestOptions) -> Json:
-        """Make a contact and return it. It is never repeated blindly: a lost answer is for the caller to look into."""
+        """Create a contact and return it. It is never repeated blindly: the caller finds out what a lost answer did."""
         return await self._user("rev-users.create", fields, options=options, repeatable=False)
 
     async def set_people(self, obj: Json, roles: Mapping[str, Sequence[str]], options: RequestOptions) -> Json:
@@ -2896,78 +3011,113 @@ class DevRevAPI:
         found: Json = (await self._call(endpoint, body, key, options, repeatable=not roles)).data[key]
         return found
 
-    async def holders_of(self, external_ref: str, options: RequestOptions) -> List[Json]:
-        """The rev users that DevRev lists for a reference."""
-        return (await self.pages("rev-users.list", "rev_users", {"external_ref": [external_ref]}, options)).items
-
     def dispatch(self) -> None:
-        """Let every list call leave that waits for others to join."""
-        for batch_loader in (self.emails, self.unverified, *self.objects.values()):
+        """Send every list call that waits for others to join."""
+        for batch_loader in (self.emails, self.unverified, self.references, *self.objects.values()):
             batch_loader.dispatch()
 
     async def read_one(self, endpoint: str, key: str, body: Json) -> List[Json]:
-        """One item of a list, to see whether the token may read it."""
-        items: List[Json] = (await self._call(endpoint, dict(body, limit=1), key)).data[key]
+        """Return one item of a list, to find out whether the token may read it."""
+        items = (await self._call(endpoint, dict(body, limit=1), key)).data[key]
+        if not isinstance(items, list) or not all(map(has_id, items)):
+            raise NoUsableResponse(endpoint, f"{key} is not a list of objects with an id")
         return items
 
     async def timeline(self, object_id: str) -> List[Json]:
-        """Everything that was said on a ticket, issue or conversation."""
+        """Return all comments on a ticket, issue or conversation."""
         return (await self.pages("timeline-entries.list", "timeline_entries", {"object": object_id})).items
 
     async def get_object(self, object_id: str, options: RequestOptions) -> Optional[Json]:
-        """A ticket, an issue or a conversation; None where there is none of that id."""
-        endpoint, key = (
-            ("conversations.get", "conversation") if ":conversation/" in object_id else ("works.get", "work")
-        )
+        """Return a work or a conversation, None where there is none of that id."""
+        endpoint, key = ("works.get", "work")
+        if kind_of(object_id) == "conversation":
+            endpoint, key = "conversations.get", "conversation"
         try:
-            found: Json = (await self._call(endpoint, {"id": object_id}, key, options)).data[key]
+            found = (await self._call(endpoint, {"id": object_id}, key, options)).data[key]
         except ApiError as api_error:
             if api_error.missing:
                 return None
             raise
-        return found
+        if not has_id(found):
+            raise NoUsableResponse(endpoint, f"{key} holds no object")
+        return dict(found)
 
-    async def unverified_ids(self, emails: Iterable[str], priority: int) -> Optional[Set[str]]:
-        """Return the ids of contacts of these addresses that are unverified; None where DevRev refuses to filter."""
-        listings = await together(*(self.unverified.load(email, 1, priority) for email in emails))
-        if self._unverified_filter_refused:
-            return None
-        return {user["id"] for listing in listings for user in listing.items}
+    # -- what the batch loaders call ----------------------------------------------------------------
+
+    def _list_by(self, name: str) -> "Lister":
+        async def users(keys: Sequence[str], options: RequestOptions) -> ListResult:
+            return await self.pages("rev-users.list", "rev_users", {name: list(keys)}, options)
+
+        return users
 
     async def _list_unverified(self, emails: Sequence[str], options: RequestOptions) -> ListResult:
-        body = {"email": list(emails), "is_verified": False}
-        if not self._unverified_filter_refused:
+        """List with the filter; where that is refused for a single email, too, DevRev does not know the filter."""
+        for part in (emails, emails[:1]):
             try:
-                return await self.pages("rev-users.list", "rev_users", body, options)
-            except ApiError as error:
-                if error.status not in (400, 403):
+                body = {"email": list(part), "is_verified": False}
+                found = await self.pages("rev-users.list", "rev_users", body, options)
+            except ApiError as api_error:
+                if api_error.status not in (400, 403):
                     raise
-                self._unverified_filter_refused = True
-                log.info("DevRev does not filter by is_verified: %s", error)
+                refusal = api_error
+            else:
+                if len(part) == len(emails):
+                    return found
+                raise refusal  # of so many emails
+        self._verified_filter_refused = True
         return ListResult([], self.environment.now())
 
-    async def _list_emails(self, emails: Sequence[str], options: RequestOptions) -> ListResult:
-        return await self.pages("rev-users.list", "rev_users", {"email": list(emails)}, options)
-
     def _batch_loader(self, name: str) -> "BatchLoader":
-        key, body = ("conversations", {}) if name == "members" else ("works", {"type": ["ticket", "issue"]})
+        async def conversations(ids: Sequence[str], options: RequestOptions) -> ListResult:
+            return await self.pages("conversations.list", "conversations", {name: list(ids)}, options)
 
-        async def objects(ids: Sequence[str], options: RequestOptions) -> ListResult:
-            return await self.pages(f"{key}.list", key, {**body, name: list(ids)}, options)
+        async def works(ids: Sequence[str], options: RequestOptions) -> ListResult:
+            return await self._list_works({name: list(ids)}, options)
 
-        return BatchLoader(objects, self.cancel_token, lambda item: user_ids(item.get(name)))
+        lister = conversations if name == "members" else works
+        return BatchLoader(lister, self.cancel_token, lambda item: user_ids(item.get(name)))
+
+    async def _list_works(self, filters: Json, options: RequestOptions) -> ListResult:
+        """List works of every kind; where DevRev does not take the other kinds, tickets and issues from then on."""
+        async with contextlib.AsyncExitStack() as stack:
+            if not self._work_kinds_known:
+                await stack.enter_async_context(self._work_kinds_lock)  # one list finds out for all
+            kinds = self.work_kinds
+            try:
+                found = await self.pages("works.list", "works", {"type": list(kinds), **filters}, options)
+            except ApiError as api_error:
+                if api_error.status != 400 or kinds == TICKETS_AND_ISSUES:
+                    raise
+                found = await self.pages("works.list", "works", {"type": list(TICKETS_AND_ISSUES), **filters}, options)
+                log.info("DevRev lists no works of other kinds than tickets and issues (%s)", api_error)
+                self.work_kinds = TICKETS_AND_ISSUES
+            self._work_kinds_known = True
+            return found
+
+
+def has_id(item: Any) -> bool:
+    """Whether an item of an answer is an object with an id that can be stored."""
+    return isinstance(item, dict) and isinstance(item.get("id"), str) and encodable(item["id"]) == item["id"] != ""
+
+
+def references_of(user: Json) -> Set[str]:
+    """The references by which a contact is listed; some organisations have several of one contact."""
+    several = user.get("external_refs")
+    names = [user.get("external_ref"), *(several if isinstance(several, list) else [])]
+    return {name for name in names if isinstance(name, str)}
 
 
 @contextlib.contextmanager
 def before_any_change(api: DevRevAPI) -> Iterator[None]:
-    """Turn what DevRev's API raises into the Stop that ends a run which has changed nothing."""
+    """Turn what DevRev's API raises into the FatalError that ends a run which has changed nothing."""
     try:
         yield
     except NoUsableResponse as error:
         hint = "Is the network there, and DEVREV_BASE_URL right?"
         raise FatalError(EXIT_STOPPED, f"DevRev at {api.scheduler.host} can't be reached: {error}. {hint}") from None
     except ApiError as error:
-        raise FatalError(EXIT_USAGE, f"{error} (is DEVREV_BASE_URL right?)") from None
+        hint = "" if error.status == 403 else " (is DEVREV_BASE_URL right?)"
+        raise FatalError(EXIT_USAGE, f"{error}{hint}") from None
     except FatalError as stop:
         reason = api.cancel_token.stop or stop
         raise (FatalError(EXIT_USAGE, str(reason)) if isinstance(reason, PermissionDenied) else reason) from None
@@ -2982,7 +3132,7 @@ Lister = Callable[[Sequence[str], RequestOptions], Awaitable[ListResult]]
 
 @dataclass
 class PendingKey:
-    """A key that waits to be listed for: `weight` items are expected."""
+    """A key that waits to be listed for; `weight` items are expected."""
 
     key: str
     weight: int
@@ -2991,11 +3141,11 @@ class PendingKey:
 
 
 class BatchLoader:
-    """Lists for many contacts with one call, though each asks for itself: who asks waits a moment for the others.
+    """Lists for many contacts with one call, though each is asked for by itself: a key lingers for others to join.
 
     A call names as many keys as fit on a few pages, so that a contact with a thousand tickets does not age what is read
-    for its neighbours. Where a call is refused, it is halved; where an item names none of the keys that were asked
-    for, each is asked for by itself.
+    for its neighbours. A call that fails is halved until the key that it fails for is found, and only that key fails;
+    where an item names none of the requested keys, each is listed by itself.
     """
 
     LINGER = 0.02  # seconds
@@ -3010,17 +3160,18 @@ class BatchLoader:
     ) -> None:
         self._lister = lister
         self._cancel_token = cancel_token
-        cancel_token.on_cancel.append(self.dispatch)  # who waits for others to join is to hear of it
+        cancel_token.on_cancel.append(self.dispatch)  # keys that linger have to learn of it
         self._owners = owners  # the names that an item belongs to
         self._name = name  # of a key
         self._pending: List[PendingKey] = []
         self._timer: Optional[asyncio.TimerHandle] = None
         self._dispatch_at = 0.0
         self._max_keys = PAGE  # keys a call
+        self._has_listed = False
         self._calls: Set[asyncio.Future[None]] = set()
 
     async def load(self, key: str, weight: int = 1, priority: int = PREPARE, linger: float = LINGER) -> ListResult:
-        """What the list holds of `key`. Raises what the call for it raises."""
+        """Return what the list holds of `key`. Raises what the call for it raises."""
         loop = asyncio.get_event_loop()
         self._cancel_token.raise_if_cancelled()
         pending = PendingKey(key, max(1, weight), priority, loop.create_future())
@@ -3035,7 +3186,7 @@ class BatchLoader:
         return await pending.future
 
     def dispatch(self) -> None:
-        """Let what waits leave now."""
+        """Send the calls for all keys that linger."""
         if self._timer:
             self._timer.cancel()
         self._timer, pendings, self._pending = None, self._pending, []
@@ -3054,13 +3205,15 @@ class BatchLoader:
 
     async def _fetch(self, pendings: Sequence[PendingKey]) -> None:
         keys = list(dict.fromkeys(pending.key for pending in pendings))
+        options = RequestOptions(min(pending.priority for pending in pendings))
         try:
-            listing = await self._lister(keys, RequestOptions(min(pending.priority for pending in pendings)))
+            listing = await self._lister(keys, options)
         except (ApiError, NoUsableResponse) as error:
             if isinstance(error, ApiError):
                 self._max_keys = min(self._max_keys, (len(keys) + 1) // 2)
             if len(keys) == 1:
                 self._max_keys = PAGE  # it was this key, not their number
+            if len(keys) == 1 or await self._is_forbidden(keys, options, error):
                 _fail_all(pendings, error)
             else:
                 half = (len(keys) + 1) // 2
@@ -3068,14 +3221,26 @@ class BatchLoader:
         except BaseException as error:
             _fail_all(pendings, error)
         else:
+            self._has_listed = True
             found = self._split_items(keys, listing.items)
             if found is None:
-                log.info("an item names none of those asked for; asking one by one")
+                log.info("an item names none of the requested keys; listing one by one")
                 await self._fetch_parts(pendings, [[key] for key in keys])
                 return
             for pending in pendings:
                 if not pending.future.done():
                     pending.future.set_result(ListResult(found[pending.key], listing.since))
+
+    async def _is_forbidden(self, keys: Sequence[str], options: RequestOptions, error: PairError) -> bool:
+        """Whether a 403 is about the token rather than a contact: no list was ever answered, and those of the first and
+        the last key are refused, too. Halving down to each of many contacts would cost two requests a contact."""
+        if self._has_listed or not (isinstance(error, ApiError) and error.status == 403):
+            return False
+        for key in (keys[0], keys[-1]):
+            with contextlib.suppress(ApiError, NoUsableResponse, FatalError):
+                await self._lister([key], options)
+                return False
+        return True
 
     async def _fetch_parts(self, pendings: Sequence[PendingKey], parts: Iterable[Sequence[str]]) -> None:
         await together(*(self._fetch([pending for pending in pendings if pending.key in part]) for part in parts))
@@ -5885,11 +6050,6 @@ def progress_of_undo(pair: Pair) -> UndoProgress:
     return pair.undo
 
 
-def kind_of(identity: str) -> str:
-    """Return the kind that an object's id names, such as `ticket`."""
-    return identity.rpartition(":")[2].partition("/")[0]
-
-
 class UndoRunner:
     """Carries out an undo, one group after the other. How it starts, stops and ends is as with merges."""
 
@@ -6628,13 +6788,14 @@ class Estimate(NamedTuple):
         return f"about {plural(self.requests, 'request')}, about {duration(self.seconds)}"
 
 
-def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimate:
-    """What a run costs: for each pair a merge and, at the pace of most merges, two looks, for some a reference; ten
-    list calls a batch and one a page; one timeline for each ticket, issue and conversation.
+def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool, quota: Optional[Json] = None) -> Estimate:
+    """Estimate what a run costs: for each pair a merge, at the pace of most merges a poll, and an update where a
+    reference moves; ten list calls a batch and one a page; one timeline for each work and conversation.
 
-    The export has the greatest of three counts, and no conversations: a third more tickets than that and one
-    conversation for every other contact are assumed. Seconds are what the requests take under the client's own
-    ceiling, or at 0.2 s each over the workers, whichever is more.
+    The export has the greatest of three counts, and no conversations: a third more works than that and one
+    conversation for every other contact are assumed. Seconds are what the requests take under the client-side rate
+    limit or, where none is set, four fifths of the `quota` that DevRev has announced, or at 0.2 s each over the
+    workers, whichever is more.
     """
     pairs = contacts = tickets = 0
     requests = 4 * sum(pair.state in UNFINISHED for pair in plan.pairs())  # their backups are made
@@ -6643,11 +6804,13 @@ def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimat
         pairs += len(left)
         contacts += len(left) + bool(left)
         tickets += sum(pair.duplicate.tickets for pair in left) + (group.primary.tickets if left else 0)
-        requests += sum(3 + bool(pair.new_ref) for pair in left)
-    requests += 10 * -(-pairs // ContactMerger.BATCH) + tickets // 20 + bool(pairs)
+        requests += sum(2 + bool(pair.new_ref) for pair in left)
+    requests += 10 * -(-pairs // ContactMerger.BATCH) + tickets // 20 + 2 * bool(pairs)
     if with_timelines:
         requests += tickets * 13 // 10 + contacts // 2
-    calls, period = settings.calls, settings.period
+    calls, period = float(settings.calls or 0), settings.period
+    if settings.calls is None and quota:
+        calls, period = quota["limit"] * 0.8, quota["window_seconds"]
     least = seconds_in_windows(requests, calls, period, calls, period) if calls else 0.0
     return Estimate(requests, max(least, requests * 0.2 / settings.workers))
 

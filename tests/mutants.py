@@ -173,7 +173,7 @@ MUTANTS = [
         "return math.inf if self.remaining is None else self.remaining - in_flight",
         "return math.inf",
     ),
-    Mutant("lists without end", "if cursor in cursors or stale >= self.STALE_PAGES:", "if False:"),
+    Mutant("lists without end", "if cursor in cursors or stale >= self.STALE_PAGES or empty >= self.EMPTY_PAGES:", "if False:"),
     Mutant("--limit is ignored", "        if size <= limit:  # none: what an earlier run has begun\n", "        if True:\n"),
     Mutant("--email is ignored", "    plan.groups = [group for group in plan.groups if group.email in wanted]\n", ""),
     # Undo

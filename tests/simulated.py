@@ -547,8 +547,9 @@ def told(data: Optional[Mapping[str, Any]]) -> str:
     if not data:
         return ""
     for name, value in data.items():
-        if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-            return f"{len(value)} {name}: " + ",".join(short(str(item.get("id"))) for item in value[:8])
+        if isinstance(value, list):
+            ids = (short(str(item.get("id"))) for item in value[:8] if isinstance(item, dict))
+            return f"{len(value)} {name}: " + ",".join(ids)
         if isinstance(value, dict):
             return f"{short(str(value.get('id')))} {value.get('state', '')} {value.get('external_ref', '')}".strip()
     return str(data.get("message", ""))[:80]

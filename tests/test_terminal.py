@@ -329,10 +329,10 @@ def test_the_status_line_has_an_end_that_the_ceiling_allows(place: Workplace, co
     with Sandbox(organisation) as sandbox:
         ceiling = {"DEVREV_RATE_LIMIT_CALLS": "20", "DEVREV_RATE_LIMIT_PERIOD": "30"}
         terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--yes", columns=columns, **ceiling)
-        text = terminal.read_until("ceiling")
+        text = terminal.read_until("(rate")
         os.kill(terminal.pid, signal.SIGTERM)
         assert terminal.end() == 143
-    line = r"6 pairs: \d backed up, 0 merged, 0 verified, (\d+) (s|min) left \u00b7 waiting (\d+) s \(ceiling"
+    line = r"6 pairs: \d backed up, 0 merged, 0 verified, (\d+) (s|min) left \u00b7 waiting (\d+) s \(rate"
     left, unit, waiting = re.findall(line, text)[-1]
     seconds = int(left) * (60 if unit == "min" else 1)
     assert seconds >= int(waiting) + 30, "more than 40 requests are left for windows of 20"
