@@ -70,7 +70,7 @@ from array import array
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from enum import Enum
+from enum import Enum, IntEnum
 from itertools import chain, compress
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -2123,314 +2123,474 @@ def count_error(contact: Contact, greatest: int, policy: str) -> Optional[PairEr
 # API: quota
 # ---------------------------------------------------------------------------------------------------
 
-FINISH, RESUME, MERGE, VERIFY, PREPARE = range(5)  # how urgent a request is: finishing comes before beginning
+
+class Priority(IntEnum):
+    """How urgent a request is: what finishes a merge goes before what begins one."""
+
+    FINISH = 0
+    RESUME = 1
+    MERGE = 2
+    VERIFY = 3
+    PREPARE = 4
+
+
+FINISH, RESUME, MERGE, VERIFY, PREPARE = Priority
 
 
 @dataclass
 class Reservation:
-    """Units of quota that are kept for the requests which finish one merge."""
+    """Units of quota that are reserved for the requests which finish one merge."""
 
     units: int = 0
 
 
 class RequestOptions(NamedTuple):
-    """How a request waits for its turn."""
+    """How a request is queued."""
 
     priority: int = PREPARE
-    reservation: Optional[Reservation] = None  # units that were kept for it, and from now on for what has to follow
-    reserve: int = 0  # units that this has to have, once it has left
+    reservation: Optional[Reservation] = None  # units that were reserved for it, and then for what has to follow
+    reserve: int = 0  # units to reserve once it has left
 
 
 ANY_OPTIONS = RequestOptions()
 
 
 class QueuedRequest(NamedTuple):
+    """A request in the queue: ordered by priority, then by arrival."""
+
     priority: int
     serial: int
     options: RequestOptions
     future: "asyncio.Future[bool]"
 
 
-class RequestScheduler:
-    """Decides which request may leave next, and when; owned by the event loop.
+def announced_quota(headers: Mapping[str, str]) -> Optional[Tuple[int, int, float]]:
+    """Return limit, remaining and reset (epoch seconds) of the X-Ratelimit headers; None where one is missing or odd.
 
-    Four things hold a request back: how many are under way, the server's quota (X-Ratelimit headers), the tool's own
-    ceiling (`ratelimit`), and trouble: after a 429 or failures in a row one request at a time finds out whether
-    things are well again, as it does where a new window's budget is not known yet. Units that are kept for finishing
-    a merge are spent by nothing else, and kept anew with each look that it takes. Times are steady seconds.
+    Gateways send -1 or texts for "none", and a number of 400 digits must not become a float.
+    """
+    limit, remaining, reset = (
+        str(headers.get(f"X-Ratelimit-{name}", "")).strip() for name in ("Limit", "Remaining", "Reset")
+    )
+    counts = re.fullmatch(r"0*[1-9][0-9]{0,8}", limit) and re.fullmatch(r"[0-9]{1,9}", remaining)
+    if not counts or not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", reset):
+        return None
+    return int(limit), min(int(remaining), int(limit)), float(reset)
+
+
+def retry_after(response: HttpResponse, server_time: float) -> Optional[float]:
+    """Return the seconds to wait that a 429 names, in its header or, which gateways drop, in its body."""
+    text = str(response.headers.get("Retry-After", "")).strip()
+    for value in (text, str((response.data or {}).get("retry_after", ""))):
+        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
+            return float(value)
+        with contextlib.suppress(TypeError, ValueError, IndexError, OverflowError):
+            return parsedate_to_datetime(value).timestamp() - server_time
+    return None
+
+
+class QuotaWindow:
+    """DevRev's quota, as its answers announce it.
+
+    A fixed window has all its units again at its reset. A rolling one has each unit again a window after the request
+    that has spent it; one knows it by a reset that moves on with the clock. Times are monotonic seconds.
     """
 
-    FAILURE_THRESHOLD = 3  # failures in a row
+    LONGEST = 600.0  # seconds; a clock that is off must not stop a run for longer
+    MARGIN = 0.01  # seconds
+
+    def __init__(self) -> None:
+        self.limit: Optional[int] = None  # None: none was announced
+        self.remaining: Optional[int] = None  # None: not known, until a probe has been answered
+        self.length = 0.0  # seconds, the longest that was seen
+        self.rolling = False
+        self.resets_at = 0.0
+        self._reset = self._first_reset = 0.0  # epoch seconds, by the server: the newest, the first of this window
+        self._reset_seen_at = self._updated_at = 0.0
+        self._shortest = 0.0  # length of a rolling window, at least
+        self._spent: Deque[Tuple[float, float]] = collections.deque(maxlen=100_000)  # sent, answered
+
+    def on_response(self, response: HttpResponse, sent: float, now: float, server_time: float) -> None:
+        """Learn from the headers of an answer to a request that was sent at `sent`."""
+        self._return_units(now)
+        if response.status not in (None, 429):
+            self._spent.append((sent, now))
+        announced = announced_quota(response.headers)
+        if announced is None or announced[2] < server_time - 2:  # seconds from now, perhaps: no window is known by that
+            return
+        self.limit, remaining, reset = announced
+        wait = max(0.0, min(self.LONGEST, reset - server_time))
+        grain = 1.0 if reset == int(reset) else 0.1  # whole seconds may be rounded up or down
+        moved = reset - self._first_reset
+        # Where a fixed window ends, its reset moves by no less than the window.
+        if 1.5 * grain < moved < 0.75 * (self.length - grain):
+            self.rolling = True
+        elif reset == self._reset and sent > self._reset_seen_at + 3 * grain:
+            self.rolling = False
+        if self.rolling and reset >= self._reset:
+            known = self.remaining if reset == self._reset and self.remaining is not None else remaining
+            self.remaining, self.resets_at = min(known, remaining), now + wait + self.MARGIN
+            self.length, self._shortest = max(self.length, wait), min(self._shortest or wait, wait)
+            self._updated_at = now
+        elif not self.rolling and moved > 1.5 * grain:
+            self._first_reset, self.remaining, self.resets_at = reset, remaining, now + wait + self.MARGIN
+            self.length, self._shortest = max(self.length, wait), wait
+        elif not self.rolling and moved >= -grain:
+            # Answers arrive in another order than requests do; and by this clock the window may have ended too soon.
+            if self.remaining is None:
+                self.resets_at = now + wait + self.MARGIN
+            self.remaining = min(remaining if self.remaining is None else self.remaining, remaining)
+        if reset > self._reset:
+            self._reset, self._reset_seen_at = reset, now
+
+    def _return_units(self, now: float) -> None:
+        """Count the units of a rolling window that are a window old, unless the last answer may have counted them."""
+        while self._spent and self._spent[0][1] + self.length + self.MARGIN <= now:
+            sent, _ = self._spent.popleft()
+            is_new = self.rolling and sent + self._shortest > self._updated_at
+            if is_new and self.remaining is not None and self.limit is not None:
+                self.remaining = min(self.limit, self.remaining + 1)
+
+    def has_expired(self, in_flight: int, now: float) -> bool:
+        """Whether what was known of the window is over; from then on `remaining` is None."""
+        self._return_units(now)
+        if self.remaining is None or now < self.resets_at or (self.rolling and self.remaining > in_flight):
+            return False
+        self.remaining = None
+        return True
+
+    def room(self, in_flight: int) -> float:
+        """Units that are left, none counted twice: requests in flight may not have been counted by the server yet."""
+        return math.inf if self.remaining is None else self.remaining - in_flight
+
+    def seconds_until_room(self, now: float) -> float:
+        """Seconds until more units are there, or may be."""
+        returns = self._spent[0][1] + self.length + self.MARGIN if self.rolling and self._spent else math.inf
+        return max(0.001, min(self.resets_at, returns) - now)
+
+
+class ClientLimit:
+    """The client-side rate limit: so many calls in each period, counted by the package `ratelimit`."""
+
+    def __init__(self, calls: int, period: float, clock: Callable[[], float]) -> None:
+        from ratelimit.decorators import RateLimitDecorator
+
+        self.calls, self.period, self._clock = calls, period, clock
+        self._limit: Any = RateLimitDecorator(calls, period, clock=clock)
+        self.count: Callable[[], None] = self._limit(lambda: None)  # one more call
+
+    def room(self) -> float:
+        """Calls that are left in this period."""
+        return float(self.calls - (0 if self.seconds_left() <= 0 else self._limit.num_calls))
+
+    def seconds_left(self) -> float:
+        return float(self._limit.last_reset + self.period - self._clock())
+
+
+class CircuitBreaker:
+    """Holds requests back after a 429 or failures in a row.
+
+    Closed: all may leave. Open: none, until `open_until`. Half-open: one probe at a time, until one is answered well.
+    """
+
+    THRESHOLD = 3  # failures in a row
+    PROBE = 60.0  # seconds after which the queue is gone through again; the probe's answer comes first
+
+    def __init__(self, retries: int) -> None:
+        self.retries = retries
+        self.open_until = 0.0
+        self.half_open = False
+        self.failures_in_a_row = self.over_quota_in_a_row = 0
+        self._probe_in_flight = False
+        self._failed_probes = 0
+
+    def seconds_blocked(self, now: float) -> float:
+        """Seconds for which nothing may leave."""
+        if now < self.open_until:
+            return self.open_until - now
+        return self.PROBE if self.half_open and self._probe_in_flight else 0.0
+
+    def expect_probe(self) -> None:
+        """Let one request find out what nothing is known of, such as a new window's quota."""
+        self.half_open, self._probe_in_flight = True, False
+
+    def on_sent(self) -> bool:
+        """Note a request that leaves, and return whether it is a probe."""
+        self._probe_in_flight = self._probe_in_flight or self.half_open
+        return self.half_open
+
+    def on_given_back(self, is_probe: bool) -> None:
+        self._probe_in_flight = self._probe_in_flight and not is_probe
+
+    def on_response(self, is_probe: bool, status: Optional[int], pause: float, now: float) -> None:
+        """Note an answer (`status` None: none, or none of use); after a 429 nothing leaves for `pause` seconds."""
+        self.on_given_back(is_probe)
+        failed = status is None or status >= 500
+        self.over_quota_in_a_row = self.over_quota_in_a_row + 1 if status == 429 else 0
+        self.failures_in_a_row = self.failures_in_a_row + 1 if failed else 0
+        if status == 429:
+            least = min(30.0, 0.05 * 2.0 ** min(self.over_quota_in_a_row, 10))
+            self._open(now + max(least, min(3600.0, pause)))
+        elif self.keeps_failing:
+            self._failed_probes += is_probe
+            self._open(now + min(10.0, 0.5 * 2**self._failed_probes))
+        elif not failed:
+            self._failed_probes = 0
+            self.half_open = self.half_open and not is_probe
+
+    def _open(self, until: float) -> None:
+        self.open_until = max(self.open_until, until)
+        self.half_open = True
+
+    @property
+    def keeps_failing(self) -> bool:
+        return self.failures_in_a_row >= self.THRESHOLD
+
+    def gave_up(self) -> str:
+        """Return why no more probes are worth sending, "" where they are."""
+        if self._failed_probes > self.retries:
+            return "can't be reached or keeps failing (is DEVREV_BASE_URL right?)"
+        if self.over_quota_in_a_row > 10 + 5 * self.retries:
+            return "keeps answering 429 (over quota), however long one waits"
+        return ""
+
+
+class RequestScheduler:
+    """Decides which request leaves next, and when; owned by the event loop.
+
+    A request waits for one of the workers, for DevRev's quota, for the client-side rate limit, and for the circuit
+    breaker. Units that are reserved for finishing a merge are spent by no other request, and reserved again with each
+    poll. Times are monotonic seconds.
+    """
+
     SLOW_REQUEST = 0.5  # seconds; requests that take longer leave a worker to what finishes a merge
-    SHARE, LEAST = 4, 3  # of a window no more than this part is kept for one merge, but so many units at least
-    LONGEST_WINDOW = 600.0  # seconds; DevRev's quota resets every five minutes
+    SHARE, LEAST = 4, 3  # no more than this part of a window is reserved for one merge, but so many units at least
+    OTHERS = 5  # this part of the quota is left to others where no client-side limit is set
+    UNANNOUNCED = 200, 60.0  # calls in seconds, until DevRev has announced a quota
 
     def __init__(self, environment: Environment, cancel_token: CancelToken, settings: "ApiSettings") -> None:
         self.environment = environment
         self.cancel_token = cancel_token
         self.workers = settings.workers
-        self.retries = settings.retries
         self.host = urlsplit(settings.base_url).netloc
-        self.limit: Optional[int] = None
-        self.remaining: Optional[int] = None  # as the server last said, for this window
+        self.quota = QuotaWindow()
+        self.breaker = CircuitBreaker(settings.retries)
         self.waits: List[Tuple[float, float]] = []  # epoch seconds
-        self._client_limit = self._make_client_limit(settings.calls, settings.period)
+        self.waiting_for = ""
+        self.leaves_a_share = settings.calls is None
+        calls, period = self.UNANNOUNCED if settings.calls is None else (settings.calls, settings.period)
+        self._client_limit = ClientLimit(calls, period, self._now) if calls > 0 else None
         self._queue: List[QueuedRequest] = []
         self._serial = self._in_flight = self._reserved = 0
         self._timer: Optional[asyncio.TimerHandle] = None
-        self._window = self._window_length = self._resets_at = self._open_until = 0.0
-        self._half_open = self._probe_in_flight = False
-        self._consecutive_failures = self._consecutive_429 = self._failed_probes = 0
         self._longest = 0.0  # seconds that a request has taken lately
-        self._waiting_for, self._waiting_since = "", 0.0
-
-    def _make_client_limit(self, calls: int, period: float) -> Any:
-        if calls <= 0:
-            return None
-        from ratelimit.decorators import RateLimitDecorator
-
-        ceiling = RateLimitDecorator(calls, period, clock=self._now)
-        self._count = ceiling(lambda: None)
-        return ceiling
+        self._waiting_since = 0.0
 
     def _now(self) -> float:
         return self.environment.now().monotonic
 
+    @property
+    def client_limit(self) -> Optional[ClientLimit]:
+        """The client-side limit that holds now: where none is set, DevRev's announced quota takes its place."""
+        return None if self.leaves_a_share and self.quota.limit is not None else self._client_limit
+
+    def quota_seen(self) -> Optional[Json]:
+        """The quota that DevRev has announced, None where it has not."""
+        limit, seconds = self.quota.limit, self.quota.length
+        if limit is None:
+            return None
+        return {"limit": limit, "window_seconds": round(seconds) if seconds >= 30 else round(seconds, 1)}
+
+    # -- the queue ----------------------------------------------------------------------------------
+
     async def acquire(self, options: RequestOptions) -> bool:
-        """Wait until a request may leave; returns whether it goes ahead as a scout. Raises Interrupted."""
+        """Wait until a request may leave, and return whether it is a probe. Raises Cancelled."""
         self._serial += 1
-        waiting = QueuedRequest(options.priority, self._serial, options, self.cancel_token.future())
-        bisect.insort(self._queue, waiting)
+        queued = QueuedRequest(options.priority, self._serial, options, self.cancel_token.future())
+        bisect.insort(self._queue, queued)
         self._dispatch()
-        return await waiting.future
+        return await queued.future
 
     def _dispatch(self) -> None:
-        """Let all through that may go, the most urgent first; look again when the next thing changes."""
+        """Release all requests that may leave, the most urgent first; try again when the next thing changes."""
         if self._timer:
             self._timer.cancel()
         wait, reason = 0.0, ""
         while self._queue and self._has_slot(self._queue[0].priority):
-            wait, reason = self._seconds_open()
+            wait, reason = self._seconds_blocked()
             able = (each for each in self._queue if self._has_slot(each.priority) and self._has_quota_for(each.options))
             first = None if wait else next(able, None)
             if first is None:
                 break
             self._queue.remove(first)
-            if not first.future.done():  # by the brake
-                self._send_now(first)
+            if not first.future.done():  # by a cancellation
+                self._release(first)
         else:
             wait, reason = 0.0, ""
         if self._queue and self._has_slot(self._queue[0].priority) and not wait:
-            wait, reason = self._seconds_until_room()
+            wait, reason = self.seconds_until_room()
         self._note_wait(reason)
         if wait:
             self._timer = asyncio.get_event_loop().call_later(max(0.001, wait), self._dispatch)
 
+    def _release(self, queued: QueuedRequest) -> None:
+        options = queued.options
+        if options.reservation:
+            units = min(self._units_to_reserve(options), self._spare(options) - 1)
+            self._reserve(options.reservation, int(max(0, units)))
+        self._in_flight += 1
+        if self.client_limit:
+            self.client_limit.count()
+        queued.future.set_result(self.breaker.on_sent())
+
     def _has_slot(self, priority: int) -> bool:
-        """Whether another request may be under way; after a failure fewer, until one is answered well. While a merge is
-        on its way, lists and timelines that take long leave a worker to what finishes it."""
+        """Whether another request may be in flight; after a failure fewer, until one is answered well. While a merge is
+        in progress, lists and timelines that take long leave a worker to what finishes it."""
         spared = self.workers > 1 and self._reserved > 0 and priority == PREPARE and self._longest > self.SLOW_REQUEST
-        return self._in_flight < max(1, self.workers >> min(self._consecutive_failures, 4)) - spared
+        return self._in_flight < max(1, self.workers >> min(self.breaker.failures_in_a_row, 4)) - spared
 
-    def _seconds_open(self) -> Tuple[float, str]:
-        """Seconds for which nothing at all may leave, and what for."""
+    def _seconds_blocked(self) -> Tuple[float, str]:
+        """Seconds for which nothing at all may leave, and why."""
         now = self._now()
-        if now < self._open_until:
-            return self._open_until - now, "quota" if self._consecutive_429 else "DevRev fails"
-        if self.remaining is not None and now >= self._resets_at:
-            self.remaining, self._half_open, self._probe_in_flight = None, True, False
-        return (60.0 if self._half_open and self._probe_in_flight else 0.0), ""
+        if now >= self.breaker.open_until and self.quota.has_expired(self._in_flight, now):
+            self.breaker.expect_probe()
+        wait = self.breaker.seconds_blocked(now)
+        reason = "quota" if self.breaker.over_quota_in_a_row else "DevRev fails"
+        return wait, reason if now < self.breaker.open_until else ""
 
-    def _server_room(self) -> float:
-        return float("inf") if self.remaining is None else self.remaining - self._in_flight
+    # -- quota and reservations ---------------------------------------------------------------------
 
-    def _client_limit_room(self) -> float:
-        if self._client_limit is None:
-            return float("inf")
-        over = self._now() - self._client_limit.last_reset >= self._client_limit.period
-        return float(self._client_limit.clamped_calls - (0 if over else self._client_limit.num_calls))
+    def room(self) -> float:
+        """Units that may be spent now."""
+        return min(self.quota.room(self._in_flight), self.client_limit.room() if self.client_limit else math.inf)
+
+    def share_of_others(self) -> float:
+        """Units of the quota that only the requests which finish a merge may spend."""
+        return (self.quota.limit or 0) / self.OTHERS if self.leaves_a_share else 0.0
+
+    def window_size(self) -> float:
+        return min(self.quota.limit or math.inf, self.client_limit.calls if self.client_limit else math.inf)
 
     def _has_quota_for(self, options: RequestOptions) -> bool:
-        """Whether the window has room for a request, and for as much of what is to be kept as it can hold."""
+        """Whether there is room for a request, and for as much of what it is to reserve as a window can hold."""
+        reserved = options.reservation is not None and options.reservation.units > 0
         if options.priority == FINISH:  # takes what there is
-            return self._room() >= 1 if options.reservation and options.reservation.units else self._spare(options) >= 1
-        return self._spare(options) >= min(1 + self._units_to_reserve(options), self._window_size())
-
-    def _room(self) -> float:
-        """Units that are left in this window."""
-        return min(self._server_room(), self._client_limit_room())
+            return self.room() >= 1 if reserved else self._spare(options) >= 1
+        if not reserved and self.quota.room(self._in_flight) <= self.share_of_others():
+            return False
+        return self._spare(options) >= min(1 + self._units_to_reserve(options), self.window_size())
 
     def _spare(self, options: RequestOptions) -> float:
-        """Units of them that are kept for nobody else."""
-        return self._room() - self._reserved + (options.reservation.units if options.reservation else 0)
-
-    def _window_size(self) -> float:
-        return min(self.limit or float("inf"), self._client_limit.clamped_calls if self._client_limit else float("inf"))
+        """Units that are reserved for no other merge."""
+        return self.room() - self._reserved + (options.reservation.units if options.reservation else 0)
 
     def _units_to_reserve(self, options: RequestOptions) -> float:
-        return min(options.reserve, max(self.LEAST, self._window_size() // self.SHARE))
-
-    def _seconds_until_room(self) -> Tuple[float, str]:
-        now = self._now()
-        if self._server_room() <= self._client_limit_room():
-            return max(0.001, self._resets_at - now), "quota"
-        left = self._client_limit.last_reset + self._client_limit.period - now
-        # Where a whole window has not room enough, it is because of what is kept: its release is heard of.
-        return (max(0.001, left), "the tool's own ceiling") if left > 0 else (self._client_limit.period, "")
-
-    def _send_now(self, waiting: QueuedRequest) -> None:
-        options = waiting.options
-        if options.reservation:
-            self._reserve(
-                options.reservation, int(max(0, min(self._units_to_reserve(options), self._spare(options) - 1)))
-            )
-        self._in_flight += 1
-        self._probe_in_flight = self._probe_in_flight or self._half_open
-        if self._client_limit:
-            self._count()
-        waiting.future.set_result(self._half_open)
+        return min(options.reserve, max(self.LEAST, self.window_size() // self.SHARE))
 
     def _reserve(self, reservation: Reservation, units: int) -> None:
         self._reserved += units - reservation.units
         reservation.units = units
 
     def release(self, reservation: Reservation) -> None:
-        """Give back what was kept and is not needed."""
+        """Return units that are not needed any more."""
         self._reserve(reservation, 0)
         self._dispatch()
 
+    def seconds_until_room(self) -> Tuple[float, str]:
+        """Seconds until more units may be spent, and what limits them now."""
+        now, limit = self._now(), self.client_limit
+        if limit is None or self.quota.room(self._in_flight) - self.share_of_others() <= limit.room():
+            return self.quota.seconds_until_room(now), "quota"
+        left = limit.seconds_left()
+        # Where a complete period has not room enough, units are reserved; their release is noticed.
+        return (max(0.001, left), "client-side rate limit") if left > 0 else (limit.period, "")
+
     def cancel_waiting(self, priority: int) -> None:
-        """Send away what waits and is not more urgent than this."""
-        for waiting in self._queue:
-            if waiting.priority >= priority and not waiting.future.done():
-                waiting.future.set_exception(Cancelled())
+        """Cancel the requests in the queue that are not more urgent than this."""
+        for queued in self._queue:
+            if queued.priority >= priority and not queued.future.done():
+                queued.future.set_exception(Cancelled())
+
+    # -- answers ------------------------------------------------------------------------------------
 
     def give_back(self, is_probe: bool) -> None:
-        """Give back the turn of a request that is not sent after all."""
+        """Return the slot of a request that is not sent after all."""
         self._in_flight -= 1
-        self._probe_in_flight = self._probe_in_flight and not is_probe
+        self.breaker.on_given_back(is_probe)
         self._dispatch()
 
-    def on_response(self, is_probe: bool, status: Optional[int], headers: Mapping[str, str], seconds: float) -> None:
-        """Take note of an answer (`status` None: none came, or none of use), and of how long it took."""
+    def on_response(self, is_probe: bool, response: HttpResponse, seconds: float, usable: bool) -> None:
+        """Note an answer, how long it took, and whether it is of any use where its status is good."""
+        now, server_time = self._now(), self._server_time(response.headers)
         self._in_flight -= 1
         self._longest = max(seconds, 0.95 * self._longest)
-        self._probe_in_flight = self._probe_in_flight and not is_probe
-        self._consecutive_429 = self._consecutive_429 + 1 if status == 429 else 0
-        failed = status is None or status >= 500
-        self._consecutive_failures = self._consecutive_failures + 1 if failed else 0
-        self._update_quota(headers)
-        if status == 429:
-            self._open_circuit(self._retry_after(headers))
-        elif self.keeps_failing:
-            self._failed_probes += is_probe
-            self._open_circuit(min(10.0, 0.5 * 2**self._failed_probes))
-        elif not failed:
-            self._failed_probes = 0
-            self._half_open = self._half_open and not is_probe
-        if self._failed_probes > self.retries:
-            self.cancel_token.cancel(
-                FatalError(
-                    EXIT_STOPPED, f"DevRev at {self.host} can't be reached or keeps failing (is DEVREV_BASE_URL right?)"
-                )
-            )
-        if self._consecutive_429 > 10 + 5 * self.retries:
-            self.cancel_token.cancel(
-                FatalError(EXIT_STOPPED, "DevRev keeps answering 429 (over quota), however long it is waited")
-            )
+        self.quota.on_response(response, now - seconds, now, server_time)
+        good = response.status is not None and 200 <= response.status < 300
+        pause = retry_after(response, server_time) if response.status == 429 else None
+        if pause is None:
+            is_spent = self.quota.remaining is not None and self.quota.remaining <= 0
+            pause = self.quota.resets_at - now if is_spent else 0.5
+        self.breaker.on_response(is_probe, None if good and not usable else response.status, pause, now)
+        words = self.breaker.gave_up()
+        if words:
+            self.cancel_token.cancel(FatalError(EXIT_STOPPED, f"DevRev at {self.host} {words}"))
         self._dispatch()
 
-    @property
-    def keeps_failing(self) -> bool:
-        return self._consecutive_failures >= self.FAILURE_THRESHOLD
-
-    def _open_circuit(self, seconds: float) -> None:
-        self._open_until = max(self._open_until, self._now() + seconds)
-        self._half_open = True
-
-    def _retry_after(self, headers: Mapping[str, str]) -> float:
-        least = min(30.0, 0.05 * 2.0 ** min(self._consecutive_429, 10))
-        text = headers.get("Retry-After", "")
-        wait = 0.5
-        try:
-            wait = float(text)
-        except ValueError:
-            with contextlib.suppress(TypeError, ValueError, IndexError):
-                wait = parsedate_to_datetime(text).timestamp() - self._server_time(headers)
-            if not text and self.remaining is not None and self.remaining <= 0:
-                wait = self._resets_at - self._now()
-        return max(least, min(3600.0, wait if wait == wait else 0.5))
-
-    def _update_quota(self, headers: Mapping[str, str]) -> None:
-        try:
-            remaining, window = int(headers["X-Ratelimit-Remaining"]), float(headers["X-Ratelimit-Reset"])
-            self.limit = int(headers.get("X-Ratelimit-Limit", remaining))
-        except (KeyError, ValueError):
-            return
-        if window > self._window + 1:
-            self._window, self.remaining = window, remaining
-            # A clock that is off must not stop a run: past the longest window that makes sense, a scout finds out.
-            wait = min(self.LONGEST_WINDOW, window - self._server_time(headers))
-            self._resets_at = self._now() + wait + 0.01
-            self._window_length = max(self._window_length, wait)
-        elif window >= self._window - 1 and self.remaining is not None:
-            self.remaining = min(self.remaining, remaining)
-
     def _server_time(self, headers: Mapping[str, str]) -> float:
-        """The server's clock, in epoch seconds; its Date header has whole seconds, so small differences are noise."""
+        """The server's clock, in epoch seconds. Its Date header has whole seconds, so small differences are noise."""
         now = self.environment.now().wall
-        with contextlib.suppress(KeyError, TypeError, ValueError, IndexError):
+        with contextlib.suppress(KeyError, TypeError, ValueError, IndexError, OverflowError):
             skew = parsedate_to_datetime(headers["Date"]).timestamp() + 0.5 - now
             return now + skew if abs(skew) > 2 else now
         return now
 
     def _note_wait(self, reason: str) -> None:
-        """Keep account of the time in which requests wait for quota or ceiling, and of what is waited for."""
+        """Record the time in which requests wait, and what they wait for."""
         now = self.environment.now().wall
-        if bool(reason) != bool(self._waiting_for):
+        if bool(reason) != bool(self.waiting_for):
             if reason:
                 self._waiting_since = now
             else:
                 self.waits.append((self._waiting_since, max(now, self._waiting_since)))
-        self._waiting_for = reason
-
-    def requests_per_minute(self) -> float:
-        """Requests that may be sent in the next minute or so."""
-        server = float(self.limit) if self.limit is not None and self._window_length > 30 else float("inf")
-        ceiling = (
-            self._client_limit.clamped_calls * max(1.0, 60 / self._client_limit.period)
-            if self._client_limit
-            else float("inf")
-        )
-        return min(server, ceiling, 1e6)
-
-    def minimum_seconds(self, requests: float) -> float:
-        """Seconds that so many more requests take at least, under the server's quota and the tool's own ceiling."""
-        now, least = self._now(), 0.0
-        if self._client_limit:
-            ceiling = self._client_limit
-            wait = ceiling.last_reset + ceiling.period - now
-            least = seconds_in_windows(requests, self._client_limit_room(), wait, ceiling.clamped_calls, ceiling.period)
-        if self.remaining is not None and self.limit:
-            wait = self._resets_at - now
-            least = max(least, seconds_in_windows(requests, self._server_room(), wait, self.limit, self._window_length))
-        return least
-
-    def describe_wait(self) -> str:
-        """What is waited for, in words, or how much quota is left; empty where neither is known."""
-        now = self._now()
-        if self._waiting_for:
-            wait = self._open_until - now if now < self._open_until else self._seconds_until_room()[0]
-            why = {"quota": f"quota {self.limit:,} of DevRev's" if self.limit else "quota of DevRev's"}
-            if self._client_limit:
-                why["the tool's own ceiling"] = (
-                    f"ceiling {self._client_limit.clamped_calls} in {self._client_limit.period:g} s"
-                )
-            return f"waiting {duration(wait)} ({why.get(self._waiting_for, self._waiting_for)})" if wait > 0.5 else ""
-        return f"{self.remaining} of {self.limit} units left" if self.remaining is not None else ""
+        self.waiting_for = reason
 
 
-def seconds_in_windows(requests: float, room: float, wait: float, limit: int, window: float) -> float:
+# Forecasts, for people and for the size of batches.
+
+
+def requests_per_minute(scheduler: RequestScheduler) -> float:
+    """Requests that may be sent in the next minute or so."""
+    quota, limit = scheduler.quota, scheduler.client_limit
+    announced = quota.limit - scheduler.share_of_others() if quota.limit and quota.length > 30 else math.inf
+    return min(announced, limit.calls * max(1.0, 60 / limit.period) if limit else math.inf, 1e6)
+
+
+def minimum_seconds(scheduler: RequestScheduler, requests: float) -> float:
+    """Seconds that so many more requests take at least, under DevRev's quota and the client-side rate limit."""
+    quota, limit, least = scheduler.quota, scheduler.client_limit, 0.0
+    if limit:
+        least = seconds_in_windows(requests, limit.room(), limit.seconds_left(), limit.calls, limit.period)
+    if quota.limit and quota.remaining is not None:
+        others, wait = scheduler.share_of_others(), quota.resets_at - scheduler.environment.now().monotonic
+        room = max(0.0, quota.remaining - others)
+        least = max(least, seconds_in_windows(requests, room, wait, quota.limit - others, quota.length))
+    return least
+
+
+def describe_wait(scheduler: RequestScheduler) -> str:
+    """Say what requests wait for, or how much quota is left; "" where neither is known."""
+    quota, limit = scheduler.quota, scheduler.client_limit
+    if not scheduler.waiting_for:
+        return f"{quota.remaining} of {quota.limit} units left" if quota.remaining is not None else ""
+    blocked = scheduler.breaker.open_until - scheduler.environment.now().monotonic
+    wait = blocked if blocked > 0 else scheduler.seconds_until_room()[0]
+    why = {"quota": f"quota {quota.limit:,} of DevRev's" if quota.limit else "quota of DevRev's"}
+    if limit:
+        why["client-side rate limit"] = f"client-side rate limit {limit.calls} in {limit.period:g} s"
+    return f"waiting {duration(wait)} ({why.get(scheduler.waiting_for, scheduler.waiting_for)})" if wait > 0.5 else ""
+
+
+def seconds_in_windows(requests: float, room: float, wait: float, limit: float, window: float) -> float:
     """Seconds until so many requests have left, of which `room` may leave now, and `limit` in each window from `wait`
     seconds on."""
     over = requests - room
@@ -2458,11 +2618,12 @@ ROLES = {"owned": "owned_by", "created": "created_by", "reported": "reported_by"
 
 @dataclass
 class ApiSettings:
-    """What a client is made from. `calls` in `period` seconds is its own ceiling (0: none); `timeout` in seconds."""
+    """What a client is made from. `calls` in `period` seconds is the client-side rate limit: 0 is none at all, None
+    follows the quota that DevRev announces. `timeout` is in seconds."""
 
     token: str = field(repr=False)
     base_url: str = "https://api.devrev.ai"
-    calls: int = 200
+    calls: Optional[int] = None
     period: float = 60.0
     timeout: float = 30.0
     retries: int = 5
@@ -2539,6 +2700,8 @@ class DevRevAPI:
         self._answered: Set[str] = set()
         self._forbidden: Dict[str, Set[bytes]] = collections.defaultdict(set)  # bodies that were answered with 403
         self.emails = BatchLoader(self._list_emails, cancel_token, lambda user: {email_of(user)}, email_key)
+        self.unverified = BatchLoader(self._list_unverified, cancel_token, lambda user: {email_of(user)}, email_key)
+        self._unverified_filter_refused = False
         # By whom they name: a work's role, or a conversation's members.
         self.objects = {name: self._batch_loader(name) for name in (*ROLES.values(), "members")}
 
@@ -2565,11 +2728,11 @@ class DevRevAPI:
             is_probe = await self.scheduler.acquire(options)
             try:
                 self.cancel_token.raise_if_cancelled()
-                if is_probe and self.scheduler.keeps_failing:
+                if is_probe and self.scheduler.breaker.keeps_failing:
                     # One object's requests may fail for good: whether DevRev is down shows a request that names none.
                     answer = await self.environment.post("dev-users.self", {})
                     self.requests["dev-users.self"] += 1
-                    self.scheduler.on_response(True, answer.status, answer.headers, 0.0)
+                    self.scheduler.on_response(True, answer, 0.0, answer.data is not None)
                     continue
                 if before:
                     await before()
@@ -2583,7 +2746,7 @@ class DevRevAPI:
             status, data, problem = answer.status, answer.data, answer.problem
             good = status is not None and 200 <= status < 300
             took = self.environment.elapsed(since)
-            self.scheduler.on_response(is_probe, None if good and data is None else status, answer.headers, took)
+            self.scheduler.on_response(is_probe, answer, took, data is not None)
             if good and data is not None and (not key or key in data):
                 self._answered.add(endpoint)
                 return ApiResponse(data, since)
@@ -2730,7 +2893,7 @@ class DevRevAPI:
         endpoint, key = "conversations.update", "conversation"
         if ":conversation/" not in obj["id"]:
             endpoint, key, body["type"] = "works.update", "work", obj["type"]
-        found: Json = (await self._call(endpoint, body, key, options, repeatable=False)).data[key]
+        found: Json = (await self._call(endpoint, body, key, options, repeatable=not roles)).data[key]
         return found
 
     async def holders_of(self, external_ref: str, options: RequestOptions) -> List[Json]:
@@ -2739,7 +2902,7 @@ class DevRevAPI:
 
     def dispatch(self) -> None:
         """Let every list call leave that waits for others to join."""
-        for batch_loader in (self.emails, *self.objects.values()):
+        for batch_loader in (self.emails, self.unverified, *self.objects.values()):
             batch_loader.dispatch()
 
     async def read_one(self, endpoint: str, key: str, body: Json) -> List[Json]:
@@ -2763,6 +2926,25 @@ class DevRevAPI:
                 return None
             raise
         return found
+
+    async def unverified_ids(self, emails: Iterable[str], priority: int) -> Optional[Set[str]]:
+        """Return the ids of contacts of these addresses that are unverified; None where DevRev refuses to filter."""
+        listings = await together(*(self.unverified.load(email, 1, priority) for email in emails))
+        if self._unverified_filter_refused:
+            return None
+        return {user["id"] for listing in listings for user in listing.items}
+
+    async def _list_unverified(self, emails: Sequence[str], options: RequestOptions) -> ListResult:
+        body = {"email": list(emails), "is_verified": False}
+        if not self._unverified_filter_refused:
+            try:
+                return await self.pages("rev-users.list", "rev_users", body, options)
+            except ApiError as error:
+                if error.status not in (400, 403):
+                    raise
+                self._unverified_filter_refused = True
+                log.info("DevRev does not filter by is_verified: %s", error)
+        return ListResult([], self.environment.now())
 
     async def _list_emails(self, emails: Sequence[str], options: RequestOptions) -> ListResult:
         return await self.pages("rev-users.list", "rev_users", {"email": list(emails)}, options)
@@ -3107,13 +3289,14 @@ def _contact_errors(entry: Json, files: Sequence[Any], timelines_wanted: bool) -
         yield f"{folder}: the files hold {counted}, the manifest says {entry['counts']}"
 
 
-def greatest_count(entry: Json) -> int:
-    """Return greatest(owned, created, reported) of a contact in a manifest: what the CSV calls TICKET_COUNT.
+def is_counted(identity: str) -> bool:
+    """Return whether the warehouse counts a work as a ticket: tickets and issues, no other kinds."""
+    return ":ticket/" in identity or ":issue/" in identity
 
-    The warehouse counts tickets and issues alone.
-    """
-    counted = (":ticket/", ":issue/")
-    return max(sum(any(kind in one for kind in counted) for one in set(entry["works"][role])) for role in ROLES)
+
+def greatest_count(entry: Json) -> int:
+    """Return greatest(owned, created, reported) of a contact in a manifest: what the CSV calls TICKET_COUNT."""
+    return max(sum(map(is_counted, set(entry["works"][role]))) for role in ROLES)
 
 
 def read_manifest(backup: str) -> Json:
@@ -3754,6 +3937,52 @@ class MergeContext(GroupContext):
     pending_verifications: PendingVerifications
 
 
+async def check_group(
+    api: DevRevAPI, group: Group, options: MergeOptions, priority: int
+) -> Tuple[Dict[str, Optional[Json]], LiveCheck, Timestamp]:
+    """Read a group's contacts and compare them with the plan: for a run, and for `--preview --live`.
+
+    Return the rev users by id (None: no longer exists), the result, and since when it is true.
+    """
+    contacts = group.contacts()
+    emails = sorted({contact.email.strip() for contact in contacts})
+    listings = await together(*(api.emails.load(email, 1, priority) for email in emails))
+    live: Dict[str, Optional[Json]] = {user["id"]: user for listing in listings for user in listing.items}
+    listed = [user for user in live.values() if user]
+    since = [listing.since for listing in listings]
+    for contact in contacts:
+        # Lists may lag behind what this tool has done to the primary.
+        if contact.id not in live or (contact is group.primary and group.has_absorbed()):
+            since.append(api.environment.now())
+            live[contact.id] = await api.contact(contact.id, RequestOptions(priority))
+    unverified: Optional[Set[str]] = None
+    if any(user and not isinstance(user.get("is_verified"), bool) for user in live.values()):
+        unverified = await api.unverified_ids(emails, priority)
+    check = check_live(group, live, listed, unverified, options.across_workspaces, options.try_unverified)
+    return {contact.id: live[contact.id] for contact in contacts}, check, oldest(since)
+
+
+async def foresee_group(api: DevRevAPI, group: Group, options: MergeOptions) -> Optional[PairError]:
+    """Return what a run would refuse the group with now, None where nothing; reads only."""
+    _, check, _ = await check_group(api, group, options, PREPARE)
+    dropped = {one.pair.duplicate.id for one in check.dropped}
+    if check.error:
+        return check.error
+    if len(dropped) == len(group.pending()):
+        return PairSkipped(check.dropped[0].code, check.dropped[0].reason)
+    for contact in group.contacts():
+        if contact.id not in dropped:
+            lists = await together(
+                *(api.objects[role].load(contact.id, contact.tickets, PREPARE) for role in ROLES.values())
+            )
+            greatest = max(sum(is_counted(work["id"]) for work in listing.items) for listing in lists)
+            policy = "at-least" if contact is group.primary and group.has_absorbed() else options.count_policy
+            problem = count_error(contact, greatest, policy)
+            if problem:
+                return problem
+    return None
+
+
 class Preconditions:
     """What the merges of a group rest on: the live check, the backup, and the integrity check from the disk.
 
@@ -3797,26 +4026,13 @@ class Preconditions:
 
     async def _check(self) -> None:
         """Compare the group with DevRev as it is now."""
-        api, contacts = self.context.api, self.group.contacts()
         priority = PREPARE if self._checked is None else MERGE
-        emails = sorted({contact.email.strip() for contact in contacts})
-        listings = await together(*(api.emails.load(email, 1, priority) for email in emails))
-        live: Dict[str, Optional[Json]] = {user["id"]: user for listing in listings for user in listing.items}
-        listed = [user for listing in listings for user in listing.items]
-        since = [listing.since for listing in listings]
-        for contact in contacts:
-            # Lists may lag behind what this tool has done to the primary.
-            if contact.id not in live or (contact is self.group.primary and self.group.has_absorbed()):
-                since.append(self.context.environment.now())
-                live.pop(contact.id, None)
-                live[contact.id] = await api.contact(contact.id, RequestOptions(priority))
-        options = self.context.options
-        check = check_live(self.group, live, listed, None, options.across_workspaces, options.try_unverified)
+        live, check, since = await check_group(self.context.api, self.group, self.context.options, priority)
         if check.error:
             raise check.error
         self.group.dropped += check.dropped
-        self.live, self._checked = {one: user for one, user in live.items() if user}, oldest(since)
-        log.info("%s: the live check of %s has passed", self.group.email, plural(len(contacts), "contact"))
+        self.live, self._checked = {one: user for one, user in live.items() if user}, since
+        log.info("%s: the live check of %s has passed", self.group.email, plural(len(live), "contact"))
 
     async def _back_up(self) -> None:
         """Read all that DevRev holds of the group, write it to the disk, and check what is there."""
@@ -4727,7 +4943,7 @@ class ContactMerger:
     def _room(self) -> int:
         """Return how many pairs may be in progress: under a small quota few, because checks and backups that wait for
         the next window would have to be read again then."""
-        return int(max(2, min(self.IN_PROGRESS, self.api.scheduler.requests_per_minute() // 4)))
+        return int(max(2, min(self.IN_PROGRESS, requests_per_minute(self.api.scheduler) // 4)))
 
     def _start(self, group_merge: GroupMerge) -> "asyncio.Future[None]":
         task = self.runner.start(group_merge.run(), group_merge.pairs)
@@ -4857,9 +5073,7 @@ class ContactExporter:
         counted = f"tickets of {self.counted:,} of {len(self.rows):,} counted" if self.rows else ""
         requests = plural(sum(self.api.requests.values()), "request")
         return ", ".join(
-            filter(
-                None, [f"{plural(self.read, 'contact')} read", counted, requests, self.api.scheduler.describe_wait()]
-            )
+            filter(None, [f"{plural(self.read, 'contact')} read", counted, requests, describe_wait(self.api.scheduler)])
         )
 
 
@@ -5046,7 +5260,8 @@ def merges_named(path: Path) -> List[Pair]:
                 for one in duplicates
             ]
         report, pairs = json.loads(path.read_bytes()), []
-        for entry in chain(*(report[name] for name in ("successful_merges", "unfinished_merges", "settled"))):
+        others = (report.get(name) or () for name in ("unfinished_merges", "settled"))
+        for entry in chain(report["successful_merges"], *others):
             primary, duplicate = (
                 Contact.from_json({
                     **dict.fromkeys(COLUMNS, ""), "email": entry["email"], "id": entry[role]["id"],
@@ -5695,15 +5910,17 @@ class UndoRunner:
         code = await self.runner.run(self._undo(plan))
         codes = {pair.code for pair in self.runner.outcomes.values()}
         if code in (EXIT_FAILED, EXIT_STOPPED) and codes == {"forbidden"} and not self.has_changed:
-            return EXIT_USAGE  # the token may not write, and all is as it was
+            return EXIT_USAGE  # the token may not write
         return code
 
     async def _undo(self, plan: UndoPlan) -> None:
         for group in plan.groups:
             self.runner.raise_if_draining()
             undo = GroupUndo(self.context, group, plan.path, self._writable_kinds)
-            await self.context.cancel_token.wait(self.runner.start(undo.run(), group.pairs))
-            self.has_changed = self.has_changed or undo.has_changed
+            try:
+                await self.context.cancel_token.wait(self.runner.start(undo.run(), group.pairs))
+            finally:
+                self.has_changed = self.has_changed or undo.has_changed
 
     async def _record_outcome(self, pair: Pair, problem: Optional[PairError] = None, counts: bool = True) -> None:
         """Record that a pair is undone, or what keeps it from that; the row of a refused pair stays as it is."""
@@ -6712,8 +6929,10 @@ def plan_summary(plan: Plan, cost: Estimate, earlier: Sequence[Pair]) -> Json:
     }
 
 
-def plan_chunks(plan: Plan, facts: Json, earlier: Sequence[Pair]) -> Iterator[bytes]:
-    """The plan as JSON, for `--preview --json`."""
+def plan_chunks(
+    plan: Plan, facts: Json, earlier: Sequence[Pair], live: Optional[Sequence[Json]] = None
+) -> Iterator[bytes]:
+    """Return the plan as JSON, for `--preview --json`."""
 
     def entry(pair: Pair) -> Json:
         return {
@@ -6727,6 +6946,7 @@ def plan_chunks(plan: Plan, facts: Json, earlier: Sequence[Pair]) -> Iterator[by
         "pairs": (entry(pair) for pair in plan.pairs() if pair.state is State.PLANNED),
         "to_finish": (merge_entry(pair, plan.ids) for pair in earlier),
     }
+    lists.update({"live": live} if live is not None else {})
     return report_chunks({"schema": SCHEMA, "summary": facts}, {**lists, **beside_pairs(plan)})
 
 
@@ -6738,11 +6958,9 @@ def show_plan(plan: Plan, facts: Json, console: Console, cost: str, earlier: Seq
         skips = (skip_lines(plan, code) for code in SKIP_REASONS)
         for lines in chain(blocks, [invalid_lines(plan)], skips):
             print_lines(console, lines)
-    console.print(f"{plural(plan.contacts_read, 'contact')} read, {plural(len(plan.invalid_rows), 'invalid row')}")
-    if plan.other_refs:
-        console.print(plan.others_line())
-    if plan.look_alikes:
-        console.print(f"{plural(len(plan.look_alikes), 'group')} of addresses that look alike and are not joined")
+    counts = [f"{plural(plan.contacts_read, 'contact')} read", plural(len(plan.invalid_rows), "invalid row")]
+    counts += [f"{plural(len(plan.look_alikes), 'group')} of look-alikes"] if plan.look_alikes else []
+    console.print(", ".join(filter(None, [*counts, plan.others_line()])))
     if facts["already_merged"]:
         console.print(f"{plural(facts['already_merged'], 'pair')} of this export already merged (says the savepoint)")
     if facts["left"]:
@@ -6750,8 +6968,8 @@ def show_plan(plan: Plan, facts: Json, console: Console, cost: str, earlier: Seq
     console.print(cost)
     console.print(f"plan {plan.id}")
     more = f", {len(earlier):,} of earlier runs to finish first" if earlier else ""
-    counts = f"{plural(facts['pairs_to_merge'], 'pair')} to merge, {plural(len(plan.skipped), 'group')} skipped"
-    console.print(counts + more, "bold")
+    what = f"{plural(facts['pairs_to_merge'], 'pair')} to merge, {plural(len(plan.skipped), 'group')} skipped"
+    console.print(what + more, "bold")
 
 
 def print_lines(console: Console, lines: Iterable[str]) -> None:
@@ -7584,17 +7802,83 @@ def write_choices_template(run: RunContext) -> int:
 
 
 def preview(run: RunContext) -> int:
+    """Print the plan, and with --live what DevRev says of each group; return the exit code."""
     known = open_savepoint(run, readonly=True)
     plan = make_plan(run, known)
     earlier = [*known.unfinished(), *plan.revived]
     cost = run.cost(plan)
     facts = plan_summary(plan, cost, earlier)
+    live: Optional[List[Json]] = None
+    if run.options.live:
+        check_token(run.settings.token)
+        live = run.environment.run_event_loop(preview_live(run, plan))
+        refused = collections.Counter(one["code"] for one in live if one["code"] and one["code"] not in LIVE_DONE)
+        done = sum(one["code"] in LIVE_DONE for one in live)
+        facts["live_ready"] = sum(one["code"] is None for one in live)
+        facts.update(live_done=done, live_refused=dict(sorted(refused.items())))
     if run.options.json:
-        run.console.json(plan_chunks(plan, facts, earlier))
-    else:
-        show_plan(plan, facts, run.console, f"{cost} {run.describe_rate()}", earlier)
+        run.console.json(plan_chunks(plan, facts, earlier, live))
+        return EXIT_OK
+    if live is not None:
+        print_lines(run.console, live_lines(live))
+    show_plan(plan, facts, run.console, f"{cost} {run.describe_rate()}", earlier)
+    if live is None or not facts["live_refused"]:
         suggest_after_preview(run, facts)
     return EXIT_OK
+
+
+LIVE_DONE = ("already_merged", "already_gone")  # what the live preview finds done
+
+
+async def preview_live(run: RunContext, plan: Plan) -> List[Json]:
+    """Compare each planned group with DevRev by read requests; return `{email, code, reason}`, code None where ready.
+
+    Raises FatalError(2) for the token or the organisation, FatalError(3) where DevRev can't be reached.
+    """
+    api = DevRevAPI(run.settings, run.environment, CancelToken())
+    names = ("count_policy", "across_workspaces", "try_unverified")
+    options = MergeOptions(**{name: getattr(run.options, name) for name in names})
+    groups = [group for group in plan.groups if any(pair.state is State.PLANNED for pair in group.pairs)]
+    found: List[Json] = []
+    progress = Progress(run)
+    ticking = asyncio.ensure_future(
+        progress.tick(lambda _now: f"{len(found):,} of {plural(len(groups), 'group')} compared with DevRev")
+    )
+
+    async def compare(group: Group) -> None:
+        try:
+            problem = await foresee_group(api, group, options)
+        except PairError as error:
+            problem = error
+        found.append(
+            {
+                "email": group.email,
+                "code": problem.code if problem else None,
+                "reason": str(problem) if problem else "ready",
+            }
+        )
+
+    try:
+        with before_any_change(api):
+            owner = await api.whoami()
+            check_organisation(organisation_of(str(owner.get("id"))), "CSV", plan.pairs())
+            for start in range(0, len(groups), ContactMerger.BATCH):
+                await together(*map(compare, groups[start : start + ContactMerger.BATCH]))
+    finally:
+        ticking.cancel()
+        run.console.status("")
+    return sorted(found, key=lambda one: str(one["email"]))
+
+
+def live_lines(live: Sequence[Json]) -> Iterator[str]:
+    """Say what a run would do with each group as DevRev has it now, with totals."""
+    yield f"COMPARED WITH DEVREV: {plural(len(live), 'group')}"
+    for one in live:
+        yield f"  {'ready' if one['code'] is None else one['code']}  {one['email']}" + (
+            f": {one['reason']}" if one["code"] else ""
+        )
+    counts = collections.Counter(one["code"] or "ready" for one in live)
+    yield f"  in all: {', '.join(f'{count:,} {code}' for code, count in sorted(counts.items())) or 'none'}"
 
 
 def suggest_after_preview(run: RunContext, facts: Json) -> None:
@@ -7899,7 +8183,7 @@ class Progress:
         if isinstance(merger, UndoRunner):
             phases = {"undone": sum(pair.state is State.UNDONE for pair in pairs)}
         failed = sum(not merger.is_success(pair) for pair in merger.runner.outcomes.values())
-        waiting = merger.api.scheduler.describe_wait()
+        waiting = describe_wait(merger.api.scheduler)
         self.waited += now - self.ticked if waiting.startswith("waiting") else 0.0
         self.ticked = now
         words = [f"{count:,} {what}" for what, count in phases.items()] + ([f"{failed:,} failed"] if failed else [])
@@ -7912,7 +8196,7 @@ class Progress:
                 self.requests, merger.runner.total, phases["backed up"] + failed, phases["verified"] + failed
             )
             pace = max(0.0, now - self.begun - self.waited) / sent if sent else 0.0
-            left = max(merger.api.scheduler.minimum_seconds(to_send), to_send * pace)
+            left = max(minimum_seconds(merger.api.scheduler, to_send), to_send * pace)
             parts[0] += f", {duration(left)} left"
         if not phases["merged"] and any(pair.state in REQUESTED_STATES for pair in pairs):
             parts.append("waiting for the first merge, others follow it")
@@ -8193,7 +8477,9 @@ def undo_headline(counts: Json, before: int) -> str:
     counts = {name.replace("_", " "): count for name, count in counts.items()}
     if "undone" in counts:
         counts["undone"] -= before
-    words = [f"{count:,} {name}" for name, count in counts.items() if count] or ["nothing to undo"]
+    words = [f"{count:,} {name}" for name, count in counts.items() if count]
+    if not any(count for name, count in counts.items() if name != "skipped"):
+        words.insert(0, "nothing to undo")
     return ", ".join([*words, *([f"{before:,} undone before"] if before else [])])
 
 
@@ -8294,7 +8580,7 @@ async def check(run: RunContext) -> int:
         seen: List[str] = []
         for name in READS:
             await report(name, _check_read(api, name, seen))
-        notes.append(f"quota: {api.scheduler.describe_wait() or 'DevRev has announced none'}, {run.describe_rate()}")
+        notes.append(f"quota: {describe_wait(api.scheduler) or 'DevRev has announced none'}, {run.describe_rate()}")
     await report("savepoint", lambda: _check_savepoint(run))
     await report("disk", _check_disk)
     notes.append("only a merge shows whether the token may merge (rev_user:all): merge one pair first, --limit 1")
@@ -8333,7 +8619,7 @@ def _check_csv(run: RunContext) -> str:
     """Read the CSV, also where the token's organisation is not known."""
     plan = make_plan(run, None)
     counts = [f"{plural(plan.count(), 'pair')} to merge", f"{plural(len(plan.skipped), 'group')} skipped"]
-    counts.append(plural(len(plan.invalid_rows), "invalid row"))
+    counts += filter(None, [plural(len(plan.invalid_rows), "invalid row"), plan.others_line()])
     if run.organisation:
         check_organisation(run.organisation, "CSV", plan.pairs())
         counts.append("of the token's organisation")

@@ -170,8 +170,8 @@ MUTANTS = [
     Mutant("what is reserved is never released", "        self._reserve(reservation, 0)\n", ""),
     Mutant(
         "the server's quota is ignored",
-        'float("inf") if self.remaining is None else self.remaining - self._in_flight',
-        'float("inf")',
+        "return math.inf if self.remaining is None else self.remaining - in_flight",
+        "return math.inf",
     ),
     Mutant("lists without end", "if cursor in cursors or stale >= self.STALE_PAGES:", "if False:"),
     Mutant("--limit is ignored", "        if size <= limit:  # none: what an earlier run has begun\n", "        if True:\n"),

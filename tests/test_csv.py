@@ -116,7 +116,12 @@ def bad_email(cell: str) -> Case:
 
 def spoils_ada(cell: str) -> Case:
     """A row with a bad count whose EMAIL is Ada's but for how it is written."""
-    return Case(text(row("7", f'"{cell}"', "user_7", tickets="x"), *ADA, *EVE), [EVE_PAIR], {"ada@example.com": "invalid_row"}, [2])
+    return Case(
+        text(row("7", f'"{cell}"', "user_7", tickets="x"), *ADA, *EVE),
+        [EVE_PAIR],
+        {"ada@example.com": "invalid_row"},
+        [2],
+    )
 
 
 def swallowing(first: str, last: str) -> str:

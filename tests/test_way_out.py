@@ -76,7 +76,9 @@ def test_a_merge_that_was_given_up_is_never_requested_again_unnamed(place: Workp
         organisation.add_contact("NEW", "person1@example.com")  # a third one joins the group
         place.export(organisation)
         result = place.run(sandbox, *QUICK, check=0)
-        assert [(one["email"], one["code"]) for one in result.report["skipped"]] == [("person1@example.com", "cancelled")]
+        assert [(one["email"], one["code"]) for one in result.report["skipped"]] == [
+            ("person1@example.com", "cancelled")
+        ]
         assert merges_of(sandbox, pairs[0][1]) == before
         status = place.run(None, "--status", check=0)
         assert "cancelled, not merged" in status.out
@@ -118,7 +120,12 @@ def test_half_an_emoji_in_one_answer_fails_one_pair_at_most(place: Workplace, wh
     victim = organisation.contacts[pairs[0][1]]
     if where == "message":
         faults = [
-            Fault("409", "rev-users.merge", detail=f"no {HALF_EMOJI}", match=lambda body: body["secondary_user"] == pairs[0][1])
+            Fault(
+                "409",
+                "rev-users.merge",
+                detail=f"no {HALF_EMOJI}",
+                match=lambda body: body["secondary_user"] == pairs[0][1],
+            )
         ]
     else:
         faults = []
@@ -157,9 +164,7 @@ def test_what_no_run_has_tried_comes_before_what_always_fails(place: Workplace) 
     refused = Fault("400", "rev-users.list", match=lambda body: False)
     broken = Fault("500", "timeline-entries.list", match=lambda body: True, times=0)
     with Sandbox(organisation, faults=[refused, broken]) as sandbox:
-        theirs = [
-            one for one, work in organisation.works.items() if bad & {user["id"] for user in work["reported_by"]}
-        ]
+        theirs = [one for one, work in organisation.works.items() if bad & {user["id"] for user in work["reported_by"]}]
         sandbox.restricted_timelines = theirs
         place.run(sandbox, *QUICK, "--limit", "6")
         place.run(sandbox, *QUICK, check=1)
