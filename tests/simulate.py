@@ -712,6 +712,8 @@ def play(seed: int, module: Any, trace: bool = False, echo: bool = False) -> Ver
         shutil.rmtree(folder, ignore_errors=True)
     scenario.counts["requests"] = len(scenario.fake_devrev.requests)
     scenario.counts["merges"] = len(scenario.organisation.merges)
+    for row in scenario.rows.values():
+        scenario.counts[f"ended: {row['state']}"] += 1
     for kind in scenario.draws.drawn():
         scenario.counts[f"drawn: {kind}"] += 1
     return Verdict(seed, invariant, what, tuple(scenario.events.lines), scenario.counts, scenario.clock.now)
@@ -753,7 +755,8 @@ def summary(verdicts: int, seconds: float, counts: "Counter[str]", spent: float)
     parts = [f"{verdicts} scenarios", f"{seconds / 86400:.1f} simulated days"]
     parts += [f"{counts[name]} {name}" for name in ("runs", "requests", "merges", "kills", "edits")]
     kinds = ", ".join(f"{kind[7:]} {n}" for kind, n in sorted(counts.items()) if kind.startswith("drawn: "))
-    return f"{', '.join(parts)} in {spent:.1f} s; drawn: {kinds}"
+    states = ", ".join(f"{state[7:]} {n}" for state, n in sorted(counts.items()) if state.startswith("ended: "))
+    return f"{', '.join(parts)} in {spent:.1f} s; pairs: {states}; drawn: {kinds}"
 
 
 def kept_seeds() -> List[int]:
