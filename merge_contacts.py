@@ -5383,19 +5383,13 @@ def locate_undo(path: Path, savepoint: SavePoint) -> Tuple[Path, List[Path]]:
     """Return the backup folder or report that `path` means, relative to the current folder, and the older backups.
 
     `backups/<email>` means the newest backup in it, by the savepoint's order, whose merge was carried out, undone since
-    or not. Raises FatalError(2) where `path` lies elsewhere: the history of its merges is there.
+    or not. Raises FatalError(2).
     """
-    found = path.resolve()
-    if not found.exists():
+    if not path.exists():
         raise FatalError(EXIT_USAGE, f"{path} does not exist")
-    roots = {Path(name).resolve(): Path(name) for name in ("backups", "reports")}
-    root = next((one for one in roots if one == found or one in found.parents), None)
-    if root is None:
-        home = next((one.parent for one in (found, *found.parents) if one.name in ("backups", "reports")), None)
-        if home is None:
-            raise FatalError(EXIT_USAGE, f"{path} is neither a backup below backups/ nor a report below reports/")
-        raise FatalError(EXIT_USAGE, f"{path} belongs to the folder {home}: run --undo there, where its history is")
-    located = roots[root] / found.relative_to(root)
+    found, roots = path.resolve(), {Path(name).resolve(): Path(name) for name in ("backups", "reports")}
+    root = next((one for one in roots if one in found.parents), None)
+    located = roots[root] / found.relative_to(root) if root else path
     if not located.is_dir() or (located / "manifest.json").exists():
         return located, []
     backups = sorted(one.parent for one in located.glob("[!.]*/manifest.json"))
@@ -8127,7 +8121,8 @@ def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
         return savepoint
     run.run_id = savepoint.run
     try:
-        check_not_restored(savepoint)
+        if savepoint.runs() or not run.options.undo:  # what no file knows at all can be undone from its report
+            check_not_restored(savepoint)
         check_writable(REPORTS, run.environment)
         for path in report_killed_runs(run.environment, savepoint):
             run.console.print_err(f"an earlier run was killed before its report; it is {path}")
@@ -8595,7 +8590,7 @@ def undo(run: RunContext) -> int:
     """Undo merges, or with --preview print what would be restored; return the exit code."""
     check_token(run.settings.token)
     options = run.options
-    elsewhere = history_folder_error(options.undo)
+    elsewhere = history_folder_error(options.undo)  # before this folder gets a history
     if elsewhere:
         raise FatalError(EXIT_USAGE, elsewhere)
     with contextlib.closing(open_savepoint(run, readonly=options.preview)) as savepoint:

@@ -634,9 +634,9 @@ def test_an_undo_from_another_folder_is_refused_and_names_the_folder_that_has_th
         asked = len(sandbox.requests)
         for named in (path, merge.report["successful_merges"][0]["backup"]):
             result = elsewhere.run(sandbox, "--yes", "--undo", str(place.folder / named), check=2)
-            assert f"belongs to the folder {place.folder}" in result.err and not result.report
+            assert f"run --undo in {place.folder}" in result.err and not result.report
         shutil.copy(str(place.folder / path), str(elsewhere.folder / "report.json"))
-        assert "neither" in elsewhere.run(sandbox, "--yes", "--undo", "report.json", check=2).err
+        assert "not below" in elsewhere.run(sandbox, "--yes", "--undo", "report.json", check=2).err
         assert len(sandbox.requests) == asked
         place.run(sandbox, "--yes", "--undo", str(place.folder / path), check=0)
 
