@@ -3737,6 +3737,7 @@ class SavePoint:
         self._writing: Optional[asyncio.Future[None]] = None
         for file in self.files:
             file.check_header()
+        for file in self.files:
             try:
                 if readonly:
                     file.read_snapshot()
@@ -8063,6 +8064,7 @@ def merge(run: RunContext) -> int:
     with contextlib.closing(open_savepoint(run)) as savepoint:
         plan = make_plan(run, savepoint)
         document = run_facts(run, "merge", plan)
+        document["organisation"] = savepoint.organisation
         document["csv"] = [{"path": str(path), "sha256": _sha256(path)} for path in csv_paths(run.options.csv)]
         if not plan.count() and not any(savepoint.pairs(*UNFINISHED, State.CANCELLED)):
             return _report(run, savepoint, document, None, EXIT_OK, plan)
@@ -8184,6 +8186,9 @@ async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint, document:
         merger = ContactMerger(api, savepoint, options)
         return _report(run, savepoint, document, merger, stop.exit_code, plan)
     merger = ContactMerger(api, savepoint, replace(options, organisation=run.organisation), progress.on_pair)
+    others = savepoint.other_organisations()
+    if others:
+        run.console.print_err(f"{plural(others, 'pair')} of another organisation stay in {SAVEPOINT} as they are")
     unfinished = [*savepoint.unfinished(), *plan.revived]
     document["pairs"] = plan.count() + sum(pair.ids not in plan.ids for pair in unfinished)
     warning = "DevRev can't undo a merge; --undo restores most of it from the backups."
@@ -8854,7 +8859,8 @@ def status_facts(savepoint: SavePoint, environment: Environment) -> Json:
         "running": savepoint.is_held(),
         "last_opened": savepoint.holder() or None,
     }
-    facts["organisation"] = next((runs[one]["organisation"] for one in sorted(runs, reverse=True)), "") or None
+    organisations = [runs[one]["organisation"] for one in sorted(runs) if runs[one]["organisation"]]
+    facts["organisation"] = organisations[-1] if organisations else None
     facts["counts"] = counts
     facts["last_run"] = None
     if last:
