@@ -86,7 +86,7 @@ def test_an_export_is_what_the_warehouse_gives_and_a_run_on_it_merges_every_pair
         emails = [row["EMAIL"].lower() for row in rows_of(place.csv)]
         assert emails == sorted(emails)
         assert {"388", "88", "42", str(len(sandbox.requests))} <= set(re.findall(r"\d+", result.out))
-        assert "--csv contacts.csv --preview" in result.out
+        assert "--csv contacts.csv --preview" in result.err
         if os.name != "nt":
             assert place.csv.stat().st_mode & 0o777 == 0o600
         report = place.run(sandbox, "--yes", check=0).report
@@ -102,7 +102,7 @@ def test_only_emails_of_the_domains_are_exported(place: Workplace, seeded: Organ
         result = place.run(sandbox, "--export", "contacts.csv", *options, check=0)
     expected = warehouse(seeded, domains)
     assert by_id(rows_of(place.csv)) == by_id(expected)
-    assert ("--preview" in result.out) == bool(expected)
+    assert ("--preview" in result.err) == bool(expected)
     assert place.csv.read_text(encoding="utf-8").splitlines()[0] == ",".join(COLUMNS)
 
 

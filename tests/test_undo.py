@@ -250,7 +250,7 @@ def test_the_same_csv_merges_nothing_that_was_undone_until_it_is_named(place: Wo
         assert len(organisation.merges) == 3 and organisation.contacts[pairs[1][0]]["external_ref"] == "user_2"
         assert named.report["summary"]["successful_merges"] == 1
         assert place.run(sandbox, check=0).report["summary"]["already_merged"] == 1
-        assert "2 taken back" in place.run(sandbox, "--status", check=0).out
+        assert "2 undone" in place.run(sandbox, "--status", check=0).out
 
 
 def test_what_does_not_stand_as_the_merge_has_left_it_is_refused(place: Workplace) -> None:
@@ -576,7 +576,7 @@ def test_on_a_terminal_only_a_typed_undo_goes_on(place: Workplace, typed: str, c
         asked = len(sandbox.requests)
         terminal = Terminal(place, sandbox, "--undo", path)
         text = terminal.read_until("Type undo")
-        for fact in ("SANDBOX1", "Dana Developer", "2 merges", "can't be given back"):
+        for fact in ("SANDBOX1", "Dana Developer", "2 merges", "can't be restored"):
             assert fact in text
         assert no_writes(sandbox.requests[asked:])
         terminal.type(typed)
@@ -625,7 +625,9 @@ def test_a_report_may_be_moved_with_its_backups(place: Workplace) -> None:
         for name in ("backups", "reports"):
             shutil.move(str(place.folder / name), str(other / name))
         (path,) = (other / "reports").glob("*.json")
-        assert_taken_back(organisation, before, place.run(sandbox, "--undo", str(path), check=0))
+        assert f"run --undo in {other}" in place.run(sandbox, "--undo", str(path), check=2).err
+        moved = Workplace(other)
+        assert_taken_back(organisation, before, moved.run(sandbox, "--undo", f"reports/{path.name}", check=0))
 
 
 def test_groups_that_share_an_object_do_not_undo_each_other(place: Workplace) -> None:
