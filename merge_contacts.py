@@ -7304,25 +7304,25 @@ checked, backed up, merged and verified; a report names every result.
 """
 EPILOG = """\
 A first time, step by step:
-  merge_contacts.py --export contacts.csv          read the contacts from DevRev
+  merge_contacts.py --export contacts.csv          read contacts from DevRev
   merge_contacts.py --csv contacts.csv --preview   see what would be merged
   merge_contacts.py --csv contacts.csv --check     see whether a run can start
   merge_contacts.py --csv contacts.csv --limit 1   merge one pair, check it
   merge_contacts.py --csv contacts.csv             merge the rest
-The same command in the same folder resumes a run that was stopped. To undo it:
+The same command in the same folder resumes a stopped run. To undo a run:
   merge_contacts.py --undo reports/merge_report_20250131_120000.json
 
 Environment, or .env in the current folder or beside the script:
   DEVREV_API_TOKEN          your token; --preview and --status need none
   DEVREV_BASE_URL           (default: https://api.devrev.ai)
-  DEVREV_RATE_LIMIT_CALLS   client-side limit; 0: none (default: DevRev's quota)
-  DEVREV_RATE_LIMIT_PERIOD  seconds that the limit is for (default: 60)
-  DEVREV_TIMEOUT            seconds of silence until a request fails (default: 30)
+  DEVREV_RATE_LIMIT_CALLS   requests; 0: no limit (default: DevRev's quota)
+  DEVREV_RATE_LIMIT_PERIOD  seconds for so many requests (default: 60)
+  DEVREV_TIMEOUT            seconds without an answer (default: 30)
   DEVREV_MAX_RETRIES        repeats of a failed request (default: 5)
   DEVREV_USER_REF_PREFIX    your application's references (default: user_)
   HTTPS_PROXY, REQUESTS_CA_BUNDLE   as for other programs
 
-Files are written in the current folder: savepoint.db, logs/, backups/, reports/.
+A run writes savepoint.db, logs/, backups/ and reports/ in the current folder.
 Times in file names are UTC.
 
 Exit codes:
@@ -7371,7 +7371,7 @@ class OptionParser(argparse.ArgumentParser):
         "--dry-run": "--preview", "--force": "--yes", "--resume": "the same command again", "--rollback": "--undo",
         "--input": "--csv", "--file": "--csv", "--output": "--export", "--threads": "--workers",
     }  # fmt: skip
-    as_json = False  # whether a program reads stdout
+    as_json = False  # whether a program reads the report of a run on stdout
 
     def error(self, message: str) -> NoReturn:
         _, _, unknown = message.partition("unrecognized arguments: ")
@@ -7477,7 +7477,7 @@ def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """Parse the command line, and refuse options that don't go together (exit 2)."""
     parser = build_parser()
     words = list(sys.argv[1:] if argv is None else argv)
-    parser.as_json = "--json" in words
+    parser.as_json = "--json" in words and not {"--preview", "--check", "--status", "--verify-backups"} & set(words)
     options = parser.parse_args(words)
     given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
     modes = [name for name in MODES if name in given]
@@ -7494,7 +7494,7 @@ def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         if name in given and mode not in fits:
             *others, last = map(option, fits)
             where = f"{', '.join(others)} or {last}" if others else last
-            parser.error(f"{option(name)} does not go with {option(mode)}: it goes with {where}")
+            parser.error(f"{option(name)} goes with {where}, not with {option(mode)}")
     if mode in ("merge", "preview", "choices_template") and not options.csv:
         with_undo = ", or --undo PATH" if mode == "preview" else ""
         parser.error(f"--csv PATH is needed{with_undo} (--export PATH makes one; --help lists the options)")
@@ -8601,7 +8601,10 @@ def undo(run: RunContext) -> int:
     with contextlib.closing(open_savepoint(run, readonly=options.preview)) as savepoint:
         emails = {email_key(email) for email in options.email or ()}
         plan = plan_undo(options.undo, savepoint, emails, options.limit)
-        return run.environment.run_event_loop(run_undo(run, plan, savepoint))
+        code = run.environment.run_event_loop(run_undo(run, plan, savepoint))
+        if options.preview and code == EXIT_OK and plan.pairs():
+            run.console.suggest("undo it", run.command(without=("preview", "json")))
+        return code
 
 
 async def run_undo(run: RunContext, plan: UndoPlan, savepoint: SavePoint) -> int:

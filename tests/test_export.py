@@ -88,7 +88,7 @@ def test_an_export_is_what_the_warehouse_gives_and_a_run_on_it_merges_every_pair
         emails = [row["EMAIL"].lower() for row in rows_of(place.csv)]
         assert emails == sorted(emails)
         assert {"388", "88", "42", str(len(sandbox.requests))} <= set(re.findall(r"\d+", result.out))
-        assert "--csv contacts.csv --preview" in result.out
+        assert "--csv contacts.csv --preview" in result.err
         if os.name != "nt":
             assert place.csv.stat().st_mode & 0o777 == 0o600
         report = place.run(sandbox, "--yes", check=0).report

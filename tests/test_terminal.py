@@ -13,53 +13,9 @@ from typing import Any, Dict, List
 import pytest
 
 from tests.sandbox import Fault, Sandbox
-from tests.support import PROGRAM, SAMPLE, SCRIPT, Workplace, assert_merged, diagonal, organisation_of_pairs
+from tests.support import SAMPLE, SCRIPT, Terminal, Workplace, assert_merged, diagonal, organisation_of_pairs
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX terminal")
-
-
-class Terminal:
-    """The script on a real (pseudo) terminal of some width."""
-
-    def __init__(self, place: Workplace, sandbox: Any, *options: str, columns: int = 80, **extra: str) -> None:
-        import fcntl
-        import pty
-        import struct
-        import termios
-
-        self.text = ""
-        environment = {**place.environment(sandbox, {"TERM": "xterm", **extra})}
-        for name in ("NO_COLOR", "COLUMNS", "LINES"):
-            environment.pop(name, None)
-        environment.update(extra)
-        self.pid, self.handle = pty.fork()
-        if self.pid == 0:
-            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup would have it ignore
-            os.chdir(str(place.folder))
-            os.execve(sys.executable, [*PROGRAM, *options], environment)
-        fcntl.ioctl(self.handle, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-
-    def read_until(self, wanted: str = "", seconds: float = 20) -> str:
-        """Read until `wanted` has come, or to the end."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and not (wanted and wanted in self.text):
-            try:
-                data = os.read(self.handle, 65536)
-            except OSError:
-                break
-            if not data:
-                break
-            self.text += data.decode("utf-8")
-        return self.text
-
-    def type(self, text: str) -> None:
-        os.write(self.handle, text.encode("utf-8"))
-
-    def end(self) -> int:
-        self.read_until()
-        status = os.waitpid(self.pid, 0)[1]
-        os.close(self.handle)
-        return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
 
 
 @posix
@@ -345,15 +301,15 @@ USAGE = {
     "--csv contacts.csv.gz contacts.csv --rollback x": "did you mean --undo?",
     "--csv contacts.csv --savepoint x.db": "the savepoint is savepoint.db in the current folder",
     "--csv contacts.csv --check --status": "--check and --status don't go together",
-    "--export new.csv --json": "--json does not go with --export: it goes with a merge, --preview,",
-    "--csv contacts.csv --live": "--live does not go with a merge: it goes with --preview",
-    "--undo reports/x.json --live --preview": "--live does not go with --undo: it goes with --preview",
-    "--undo reports/x.json --plan 1": "--plan does not go with --undo: it goes with a merge or --preview",
-    "--undo reports/x.json --carry-fields": "--carry-fields does not go with --undo",
-    "--settle a@example.com --primary user": "--primary does not go with --settle",
-    "--status --limit 1": "--limit does not go with --status",
+    "--export new.csv --json": "--json goes with a merge, --preview,",
+    "--csv contacts.csv --live": "--live goes with --preview",
+    "--undo reports/x.json --live --preview": "--live goes with --preview",
+    "--undo reports/x.json --plan 1": "--plan goes with a merge or --preview",
+    "--undo reports/x.json --carry-fields": "not with --undo",
+    "--settle a@example.com --primary user": "not with --settle",
+    "--status --limit 1": "not with --status",
     "--choices-template choices.csv": "--csv PATH is needed",
-    "--csv contacts.csv --domain example.com": "--domain does not go with a merge: it goes with --export",
+    "--csv contacts.csv --domain example.com": "--domain goes with --export",
     "--preview": "--csv PATH is needed",
 }
 
