@@ -13,6 +13,27 @@ everything that was done is in the savepoint before the next thing is tried. Fro
 be taken back (`--undo`). `--help` has the options.
 """
 
+import os
+import sys
+
+if __name__ == "__main__":
+    # The script's folder comes first in sys.path: a queue.py in it would be imported in place of Python's own.
+    _library = os.__file__.rpartition(os.sep)[0]
+    sys.path.append(sys.path.pop(0))
+    sys.path.sort(key=lambda place: "packages" in place or not place.startswith((_library, sys.base_prefix + "\\DLLs")))
+
+    def _fail_in_one_line(kind, error, _traceback):  # type: ignore[no-untyped-def]
+        """Say in one line what ends the program before `main` starts; a traceback tells a user nothing."""
+        interrupted = issubclass(kind, KeyboardInterrupt)
+        name = getattr(error, "name", None) or ""
+        file = getattr(sys.modules.get(name), "__file__", None)
+        why = f"{name + ': ' if name else ''}{error}{f' (found in {file})' if file else ''}"
+        sys.stderr.write("interrupted\n" if interrupted else f"error: this Python can't import {why}; use another\n")
+        sys.stderr.flush()
+        os._exit(130 if interrupted else 2)
+
+    sys.excepthook = _fail_in_one_line
+
 import argparse
 import asyncio
 import bisect
@@ -20,29 +41,33 @@ import collections
 import contextlib
 import csv
 import difflib
+import errno
 import functools
 import gc
+import gzip
 import hashlib
+import importlib
 import io
 import json
 import logging
 import math
-import os
 import queue
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
 import sqlite3
 import stat
-import sys
 import tempfile
 import textwrap
 import threading
 import time
+import unicodedata
+import zlib
 from array import array
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum, IntEnum
@@ -55,10 +80,12 @@ from typing import (
     Awaitable,
     BinaryIO,
     Callable,
+    ClassVar,
     Collection,
     Coroutine,
     Deque,
     Dict,
+    FrozenSet,
     Iterable,
     Iterator,
     List,
@@ -76,9 +103,12 @@ from typing import (
 from urllib.parse import quote, unquote, urlsplit
 
 __version__ = "2.0.0"
+SCHEMA = 3  # of every JSON document
 
 SIGNALS = [one for one in signal.Signals if one.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_HELD = 0, 1, 2, 3, 11
+SAVEPOINT = Path("savepoint.db")  # in the current folder, as everything that a run writes
+SCHEMA = 1  # of every JSON document that is printed or written as a report
 
 Json = Dict[str, Any]
 T = TypeVar("T")
@@ -91,7 +121,7 @@ log = logging.getLogger("merge_contacts")
 
 
 class FatalError(Exception):
-    """The run can't go on. `exit_code` is one of the contract's exit codes."""
+    """The run can't go on. `exit_code` is one of EXIT_… ."""
 
     def __init__(self, exit_code: int, message: str) -> None:
         super().__init__(encodable(message))
@@ -99,26 +129,30 @@ class FatalError(Exception):
 
 
 class PermissionDenied(FatalError):
-    """DevRev refuses the token itself (401) or a scope that the run can't do without (403)."""
+    """DevRev rejects the token itself (401), or a permission without which the run is pointless (403)."""
 
 
 class Cancelled(FatalError):
-    """The run was told to stop; a request that meets this has not left."""
+    """The run was told to stop; a request that raises this was not sent."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_STOPPED, "interrupted")
 
 
 class PairError(Exception):
-    """One group or pair is refused or has failed; `code` is what scripts branch on."""
+    """One group or pair is refused or failed. Scripts branch on `code`, one of CODES."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(encodable(message))
         self.code = code
 
 
+class PairSkipped(PairError):
+    """A pair is left out of its group, whose other pairs go on; it is no failure."""
+
+
 class ApiError(PairError):
-    """DevRev understood the request and said no (3xx, 4xx). What it was asked for may come about all the same."""
+    """DevRev understood the request and refused it (3xx, 4xx). A merge may be carried out all the same."""
 
     def __init__(
         self, endpoint: str, status: int, message: str, location: str = "", data: Optional[Json] = None
@@ -130,16 +164,16 @@ class ApiError(PairError):
 
     @property
     def missing(self) -> bool:
-        """Whether it says that an object is not there; the 404 of a route has no type, and says nothing of objects."""
+        """Whether it says that an object does not exist. The 404 of a route has no type and says nothing of objects."""
         return self.status == 404 and self.data.get("type") == "not_found"
 
 
 class PreconditionsExpired(Exception):
-    """A request has not left, for what it rests on was read too long ago."""
+    """A request was not sent, because what it rests on was read too long ago."""
 
 
 class NoUsableResponse(PairError):
-    """No usable answer came: whether the request was acted on can only be found out by looking."""
+    """No usable answer came: only a later read can tell whether the request was carried out."""
 
     def __init__(self, endpoint: str, message: str) -> None:
         super().__init__("api_error", f"{endpoint} gave no usable answer: {message}")
@@ -151,7 +185,7 @@ class NoUsableResponse(PairError):
 
 
 def escape_unprintable(text: str) -> str:
-    """Return `text` with everything a terminal could act on (controls, line breaks, bidi marks) escaped."""
+    """Return `text` with everything escaped that a terminal could act on (controls, line breaks, bidi marks)."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
@@ -173,18 +207,16 @@ def duration(seconds: float) -> str:
 
 
 def some(words: Sequence[str], most: int = 5) -> List[str]:
-    """The first few, and in words how many more there are."""
+    """Return the first `most` words, and how many more there are."""
     return [*words[:most], *([f"and {len(words) - most:,} more"] if len(words) > most else [])]
 
 
 def subject(body: Json) -> str:
-    """Whom or what a request is about, in a few words."""
-    lists = [value if isinstance(value, list) else [value] for name, value in body.items() if name not in UNTOLD]
+    """Name the contacts or objects that a request is for, in a few words."""
+    values = [value for name, value in body.items() if name not in ("limit", "cursor", "type")]
+    lists = [value if isinstance(value, list) else [value] for value in values]
     named = [str(one).rpartition("/")[2] for one in chain.from_iterable(lists) if not isinstance(one, dict)]
     return f"for {', '.join(some(named, 3))}" if named else ""
-
-
-UNTOLD = ("limit", "cursor", "type")  # of a request's body
 
 
 def iso(epoch: float) -> str:
@@ -200,7 +232,7 @@ def safe_name(text: str) -> str:
     """Turn any text into one path component that means the same on Linux, macOS and Windows.
 
     Everything but letters, digits and `@ . _ + -` of ASCII is percent-encoded, so that two texts never
-    share a name; what Windows reserves is encoded too, and long names end in a hash of the whole.
+    share a name. Names that Windows reserves are encoded too, and long names end in a hash of the full text.
     """
     name = "".join(
         c
@@ -262,6 +294,7 @@ class Environment:
         self.random = random.Random()
         self._threads_pool = DaemonThreadPool()
         self._transport: Optional[HttpTransport] = None
+        self._warned: Set[str] = set()  # what `tolerate` has said
 
     def now(self) -> Timestamp:
         return Timestamp(time.time(), time.monotonic())
@@ -299,7 +332,7 @@ class Environment:
         return await self._threads_pool.submit(job, *args)
 
     def create_file(self, path: Path, chunks: Iterable[bytes]) -> Tuple[int, str]:
-        """Create `path` (0600) from `chunks` and flush it to the disk; return its bytes and SHA-256."""
+        """Create `path` (0600) from `chunks` and flush it to the disk; return its size and SHA-256."""
         size, digest = 0, hashlib.sha256()
         handle = os.open(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
         with open(handle, "wb") as file:
@@ -311,7 +344,7 @@ class Environment:
         return size, digest.hexdigest()
 
     def append_lines(self, path: Path, lines: bytes) -> None:
-        """Add lines to `path` and flush them to the disk; one that a crash has torn before them stays alone."""
+        """Append lines to `path` and flush them to the disk; a line that a crash has cut off stays apart."""
         handle = os.open(str(path), os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
         with open(handle, "r+b") as file:
             end = file.seek(0, os.SEEK_END)
@@ -324,21 +357,23 @@ class Environment:
             self.fsync_dir(path.parent)
 
     def rename_into_place(self, aside: Path, final: Path) -> None:
-        """Give what was written aside its final name, in one step that survives a power cut."""
-        for patience in (0.1, 0.4, 1.6, 0.0):
+        """Rename `aside` to `final`, in one step that survives a power cut."""
+        for pause in (0.1, 0.4, 1.6, 0.0):
             try:
                 os.replace(str(aside), str(final))
                 break
             except PermissionError:
                 # A virus scanner on Windows may hold a new file for a moment.
-                if os.name != "nt" or not patience:
+                if os.name != "nt" or not pause:
                     raise
-                time.sleep(patience)
+                time.sleep(pause)
         self.fsync_dir(final.parent)
 
     def write_atomically(self, path: Path, chunks: Iterable[bytes], before: Callable[[], None] = lambda: None) -> None:
-        """Write a whole file aside, call `before`, and give it its name. Raises OSError, and leaves nothing, where the
-        disk refuses."""
+        """Write a temporary file, call `before`, and rename the file to `path`.
+
+        Raises OSError on a disk error, and leaves no temporary file.
+        """
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with contextlib.suppress(FileNotFoundError):
@@ -359,17 +394,23 @@ class Environment:
         os.fsync(file.fileno())
 
     def fsync_dir(self, folder: Path) -> None:
-        """Make a rename or a new name in `folder` survive a power cut (Windows does so by itself)."""
+        """Make a rename or a new name in `folder` survive a power cut (Windows does so by itself).
+
+        SMB, FUSE and WSL mounts can't flush a folder; their files are flushed all the same, so one warning is enough.
+        """
         if os.name == "nt":
             return
-        handle = os.open(str(folder), os.O_RDONLY)
         try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            handle = os.open(str(folder), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            self.tolerate(error, f"{folder}: this file system can't flush a folder", "a power cut may lose new names")
 
     def make_private_dir(self, path: Path) -> Path:
-        """Create `path` and what is missing above it, open to its owner alone."""
+        """Create `path` and its missing parents, open to their owner alone."""
         for folder in [*reversed(path.parents), path]:
             if not folder.exists():
                 with contextlib.suppress(FileExistsError):
@@ -378,6 +419,60 @@ class Environment:
         if not path.is_dir():
             raise NotADirectoryError(f"{path} is not a folder")
         return path
+
+    def restrict_dir(self, folder: Path) -> None:
+        """Let only the owner read `folder`, which may have come with more; one of another user, or vfat, can't be
+        changed, and is used as it is."""
+        try:
+            if stat.S_IMODE(folder.stat().st_mode) != 0o700:
+                folder.chmod(0o700)
+        except OSError as error:
+            self.tolerate(error, f"{folder}: its permissions can't be set", "other users may be able to read it")
+
+    def tolerate(self, error: OSError, what: str, result: str) -> None:
+        """Warn once that the file system can't do something that it need not be able to do. Raise any other error."""
+        if error.errno not in NOT_SUPPORTED:
+            raise error
+        if result not in self._warned:
+            self._warned.add(result)
+            log.warning("%s (%s), so %s", what, error.strerror, result)
+
+
+# What a file system answers that has no such operation, or that has it for the owner alone.
+NOT_SUPPORTED = (
+    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF, errno.EISDIR, errno.EACCES,
+    errno.EPERM, errno.EROFS,
+)  # fmt: skip
+
+
+def locks_work(path: Path) -> bool:
+    """Try whether files beside `path` can be locked. A database on a file system without locks looks held or damaged.
+
+    The lock is tried on a new file, which no other process has. Where none can be created, nothing is known: True.
+    """
+    try:
+        file = tempfile.NamedTemporaryFile(prefix=".lock_trial.", dir=str(path.resolve().parent))  # noqa: SIM115
+    except OSError:
+        return True
+    with file:
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(file, fcntl.LOCK_UN)
+        except OSError as error:
+            log.info("%s: a trial lock failed: %s", path, error)
+            return False
+    return True
+
+
+NO_LOCKS = "this file system has no working locks; run in a folder on a local disk"
 
 
 class DaemonThreadPool:
@@ -568,13 +663,20 @@ class HttpTransport:
 class CancelToken:
     """Ends a run: once it is cancelled, all that waits or would wait raises Cancelled, and no request leaves."""
 
+    SHIELDED = 10.0  # seconds that an interruption waits at most
+
     def __init__(self) -> None:
         self.stop: Optional[FatalError] = None
         self.on_cancel: List[Callable[[], None]] = []
+        self._is_shielded, self._deferred = False, False
         self._waiting: Dict[asyncio.Future[Any], None] = {}  # in the order in which they came
 
     def cancel(self, stop: FatalError) -> None:
         """Stop for this reason. The first one counts, but an interruption explains less than any other reason."""
+        if self._is_shielded and isinstance(stop, Cancelled):
+            self._deferred = True
+            asyncio.get_event_loop().call_later(self.SHIELDED, self._end_shield)
+            return
         if self.stop is None or isinstance(self.stop, Cancelled):
             self.stop = stop
         for future in list(self._waiting):
@@ -582,6 +684,22 @@ class CancelToken:
                 future.set_exception(Cancelled())
         for act in self.on_cancel:
             act()
+
+    @contextlib.contextmanager
+    def shield(self) -> Iterator[None]:
+        """Let an interruption wait until the block has ended, for SHIELDED seconds at most."""
+        self.raise_if_cancelled()
+        self._is_shielded = True
+        try:
+            yield
+        finally:
+            self._end_shield()
+
+    def _end_shield(self) -> None:
+        self._is_shielded = False
+        if self._deferred:
+            self._deferred = False
+            self.cancel(Cancelled())
 
     def raise_if_cancelled(self) -> None:
         if self.stop:
@@ -633,14 +751,76 @@ COLUMNS = {
     "created": "CREATED_AT",
     "updated": "UPDATED_AT",
 }
-_COUNT = re.compile(r"\s*(\d{1,9})(?:\.0+)?\s*")  # `4.0` is what a spreadsheet makes of 4
+MAX_CELL = 64 << 20
+# `4.0` is what a spreadsheet makes of 4. Three zeros may be thousands: `1.000` is not guessed.
+_COUNT = re.compile(r"[0-9]{1,18}(?:\.0{1,2})?")
+_GUARDED = re.compile(r"'+[=+\-@\t\r]")  # what a formula-like cell becomes in an export, so that it is no formula
+# Of the commonest letters alone: other addresses are checked character by character.
+_LETTERS = r"!#-+\--:=?A-Z\[-~\u00c0-\u052f\u3041-\u30ff\u4e00-\u9fff\uac00-\ud7a3"
+_PLAIN_ADDRESS = re.compile(f"(?!')[{_LETTERS}]+@[{_LETTERS}]+")
+_NO_ADDRESS = re.compile(r"[,;<>\"\s]")
+# Invisible beside the categories Cc, Cf, Zs, Zl and Zp: blank letters and variation selectors.
+_BLANK = re.compile("[ \u115f\u1160\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+_ASCII_LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
+_NULL_WORDS = frozenset(("", "\\n", "null", "(null)", "nan", "none", "n/a", "na", "nil", "<na>", "-", "#n/a"))
 
 
 @functools.lru_cache(maxsize=10_000)
 def parse_count(cell: str) -> Optional[int]:
-    """The count that a cell holds, None where it holds none."""
-    match = _COUNT.fullmatch(cell)
-    return int(match.group(1)) if match else None
+    """Return the count that a cell holds, None where it holds none or where that is a guess."""
+    text = cell.strip()
+    return int(text.partition(".")[0]) if _COUNT.fullmatch(text) else None
+
+
+def cell_text(cell: str) -> str:
+    """Return a cell without the apostrophe that an export puts before what a spreadsheet would take for a formula."""
+    return cell[1:] if cell[:1] == "'" and _GUARDED.match(cell) else cell
+
+
+def trimmed_text(cell: str) -> str:
+    """Return `cell_text` without white space around it, in whichever order they came."""
+    text = cell.strip()
+    return cell_text(text).strip() if text[:1] == "'" else text
+
+
+def email_key(text: str) -> str:
+    """Return what emails are compared by: trimmed, with the ASCII letters lower-cased and nothing else folded.
+
+    `straße@` and `strasse@` are two mailboxes, though every kind of case folding makes them one.
+    """
+    text = text.strip()
+    return text.lower() if text.isascii() else text.translate(_ASCII_LOWER)
+
+
+def loose_key(text: str) -> str:
+    """Return what look-alikes of an email have in common: normalised, case-folded, without punycode and without
+    invisible characters. It only ever leaves contacts out; it never joins any."""
+    key = text.strip().lower()
+    if key.isascii() and key.isprintable() and " " not in key and "xn--" not in key:
+        return key
+    key = _fold(text)
+    local, at, domain = key.rpartition("@")
+    if at and "xn--" in domain:
+        labels = domain.split(".")
+        for index, label in enumerate(labels):
+            # No domain has longer labels, and decoding takes time that grows with the square of the length.
+            if label.startswith("xn--") and len(label) < 100:
+                with contextlib.suppress(ValueError, OverflowError):
+                    labels[index] = label[4:].encode("ascii").decode("punycode")
+        key = _fold(f"{local}@{'.'.join(labels)}")
+    return key
+
+
+def _fold(text: str) -> str:
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return folded if is_visible(folded) else "".join(filter(is_visible, folded))
+
+
+def is_visible(text: str) -> bool:
+    """Whether `text` holds no white space and no control or invisible character."""
+    if _BLANK.search(text):
+        return False
+    return text.isprintable() or not any(unicodedata.category(c) in ("Cc", "Cf", "Zs", "Zl", "Zp") for c in text)
 
 
 @dataclass
@@ -653,6 +833,9 @@ class Contact:
 
     __slots__ = ("created", "display_name", "email", "external_ref", "full_name", "id", "tickets", "updated")
 
+    SYSTEM_PREFIX: ClassVar[str] = "REVU-"
+    user_prefix: ClassVar[str] = "user_"  # what references of the user's own application begin with: a setting
+
     id: str
     display_name: str
     email: str
@@ -663,40 +846,54 @@ class Contact:
     updated: str
 
     @staticmethod
-    def cells_error(identity: str, email: str, external_ref: str, tickets: str) -> str:
-        """Say why cells of a row make no contact, `""` if they do: who it is has to be there, and a count."""
-        if not (identity.strip() and email.strip() and external_ref.strip()):
+    def cells_error(identity: str, email: str, external_ref: str, tickets: str) -> Tuple[str, str]:
+        """Return the code and the words for why trimmed cells make no contact, two empty texts where they do."""
+        if not (identity and email and external_ref):
             names = {"id": identity, "email": email, "external_ref": external_ref}
-            return "empty " + next(COLUMNS[name] for name, value in names.items() if not value.strip())
-        return f"{COLUMNS['tickets']} is not a count: {tickets.strip()[:40]}" if parse_count(tickets) is None else ""
+            return "empty", "empty " + next(COLUMNS[name] for name, value in names.items() if not value)
+        local, _, domain = email.partition("@")
+        if not (local and domain) or "@" in domain or _NO_ADDRESS.search(email) or not is_visible(email):
+            return "email", f"{COLUMNS['email']} is not one plain address: {email[:80]}"
+        if parse_count(tickets) is None:
+            return "count", f"{COLUMNS['tickets']} is not a count: {tickets.strip()[:40]}"
+        return "", ""
 
     @classmethod
     def from_cells(cls, cells: Sequence[str]) -> "Contact":
-        """Make a contact of cells without a flaw, in the order of COLUMNS."""
+        """Make a contact of cells without an error, in the order of COLUMNS."""
         identity, display_name, email, external_ref, full_name, tickets, created, updated = cells
-        return cls(identity, display_name, email, external_ref, full_name, parse_count(tickets) or 0, created, updated)
+        return cls(
+            id=trimmed_text(identity),
+            display_name=cell_text(display_name),
+            email=trimmed_text(email),
+            external_ref=trimmed_text(external_ref),
+            full_name=cell_text(full_name),
+            tickets=parse_count(tickets) or 0,
+            created=trimmed_text(created),
+            updated=cell_text(updated),
+        )
 
     def to_json(self) -> Json:
         return {name: getattr(self, name) for name in COLUMNS}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Contact":
-        """Read `to_json` of a contact back, also one of version 1.0.0, which had other columns."""
+        """Read `to_json` of a contact back; a report's entry lacks some of its fields."""
         return cls(**{name: row.get(name, 0 if name == "tickets" else "") for name in COLUMNS})
 
     @property
     def is_user(self) -> bool:
         """Whether the application made the contact, and knows the person by its reference."""
-        return self.external_ref.startswith("user_")
+        return self.external_ref.startswith(self.user_prefix)
 
     @property
     def is_system(self) -> bool:
         """Whether DevRev made the contact, from an email."""
-        return self.external_ref.startswith("REVU-")
+        return self.external_ref.startswith(self.SYSTEM_PREFIX)
 
     @property
     def key(self) -> str:
-        """What contacts are grouped by: the email, trimmed and case-folded."""
+        """What contacts are grouped by."""
         return email_key(self.email)
 
     @property
@@ -714,9 +911,16 @@ class Contact:
         return organisation_of(self.id)
 
 
-def email_key(text: str) -> str:
-    """What emails are compared by: trimmed, and without regard to case."""
-    return text.strip().casefold()
+def check_user_prefix(text: str) -> str:
+    """Return the prefix that a setting names, the default where it is empty. Raises FatalError(2) where a reference
+    could be of both kinds."""
+    prefix = text.strip() or "user_"
+    if prefix.startswith(Contact.SYSTEM_PREFIX) or Contact.SYSTEM_PREFIX.startswith(prefix):
+        words = (
+            f"DEVREV_USER_REF_PREFIX {prefix} overlaps with {Contact.SYSTEM_PREFIX}: name the application's own prefix"
+        )
+        raise FatalError(EXIT_USAGE, words)
+    return prefix
 
 
 def email_of(user: Json) -> str:
@@ -742,23 +946,63 @@ def organisation_of(don: str) -> str:
 
 
 class InvalidRow(NamedTuple):
+    """A row that is left out. `code` groups the reasons: one of INVALID_ROWS."""
+
+    file: str
     line: int
+    code: str
     reason: str
     email: Optional[str]
 
 
+INVALID_ROWS = {
+    "fields": "the number of fields differs from the header's",
+    "nul": "a NUL character",
+    "stray_quote": "a quoted field holds other rows",
+    "empty": "an empty id, address or reference",
+    "email": "not one plain address",
+    "count": "not a count",
+    "conflict": "one id with different data",
+}
+# What a file probably is whose invalid rows nearly all have one reason.
+INVALID_FILES = {
+    "fields": "this looks like unquoted commas or line breaks in names: export with quoted fields",
+    "nul": "this looks like a damaged file: export again",
+    "stray_quote": "this looks like quotes that are not doubled: export with quoted fields",
+    "empty": "this looks like an export with contacts that have no email or reference: leave them out of it",
+    "email": "this looks like a column that holds something else than addresses",
+    "null_words": "this looks like an unload that writes a word for NULL: leave out contacts without an email",
+    "count": "this looks like numbers that a spreadsheet or a locale has formatted: export plain whole numbers",
+    "conflict": "this looks like a history table, with a row for each state: export each contact's current state",
+}
+
+
+def looks_like(rows: Sequence[InvalidRow]) -> str:
+    """Say what a file probably is, where at least nine of ten invalid rows have one reason; else return `""`."""
+    if len(rows) < 3:
+        return ""
+    ((code, count),) = collections.Counter(row.code for row in rows).most_common(1)
+    if count < 0.9 * len(rows):
+        return ""
+    words = sum((row.email or "").casefold() in _NULL_WORDS for row in rows)
+    return INVALID_FILES["null_words" if code == "email" and words > count / 2 else code]
+
+
 @dataclass
 class CsvContents:
-    """What a CSV holds that matters: only rows whose email or id recurs, or whose email was asked for, are kept."""
+    """What a CSV holds that matters: only rows whose email or id recurs, or whose email was requested, are stored."""
 
     contacts: List[Contact] = field(default_factory=list)  # each row once, conflicting ones included
     contacts_read: int = 0
-    invalid_rows: List[InvalidRow] = field(default_factory=list)  # by line
-    emails_in_invalid_rows: Set[str] = field(default_factory=set)  # emails of groups that are no longer known whole
+    invalid_rows: List[InvalidRow] = field(default_factory=list)  # by file and line
+    emails_in_invalid_rows: Set[str] = field(default_factory=set)  # loose keys of groups that may not be complete
+    look_alikes: List[Json] = field(default_factory=list)
+    other_refs: int = 0  # contacts whose reference is neither the system's nor the application's
+    other_ref: str = ""  # the first of these references in alphabetical order
 
 
 _NUL_MARK = "\ufdd0"  # a noncharacter: the csv module of Python 3.8 to 3.10 can't read a NUL
-_ADDRESS = re.compile(r"[^\s,;\"<>()]+@[^\s,;\"<>()]+")
+_AT_SIGNS = ("@", "\uff20", "\ufe6b")  # and what a loose comparison takes for one
 
 
 class _Bytes(io.BufferedReader):
@@ -773,57 +1017,91 @@ class _Bytes(io.BufferedReader):
 
 
 class CsvTable:
-    """A CSV that is read as far as its header; yields its rows, each with the number of its last line."""
+    """A CSV, plain or gzip, read as far as its header; yields its rows, each with the number of its last line."""
 
-    def __init__(self, raw: BinaryIO, wanted: Iterable[str]) -> None:
-        os.lseek(raw.fileno(), 0, os.SEEK_SET)
-        self.bytes = _Bytes(io.FileIO(raw.fileno(), closefd=False))
+    def __init__(self, raw: io.FileIO, wanted: Iterable[str]) -> None:
+        source: Any = raw
+        head = raw.read(1 << 16)
+        raw.seek(0)
+        if head.startswith(b"\x1f\x8b"):
+            source = gzip.GzipFile(fileobj=raw)
+            head = source.read(1 << 16)
+            source.seek(0)
+        problem = not_our_csv_reason(head)
+        if problem:
+            raise FatalError(EXIT_USAGE, ("in the gzip file: " if source is not raw else "") + problem)
+        self.bytes = _Bytes(source)
         self.lines = io.TextIOWrapper(self.bytes, encoding="utf-8-sig", newline="")
-        self.rows = csv.reader(self.lines, strict=True)
+        # Where each comma of the header has a blank behind it, the blank is no part of a cell, nor before a quote.
+        first = head.partition(b"\n")[0]
+        self.skips_blanks = 0 < first.count(b",") == first.count(b", ")
+        self.rows = self.parse(self.lines)
         header = next((row for _, row in self if row), None)
         if header is None:
             raise FatalError(EXIT_USAGE, "the file is empty")
         self.width = len(header)
         self.places = locate_columns(header, wanted)
 
-    def __iter__(self) -> Iterator[Tuple[int, List[str]]]:
-        try:
-            for row in self.rows:
-                yield self.rows.line_num, row
-        except csv.Error as error:
-            raise csv.Error(f"line {self.rows.line_num}: {error}") from None
+    def parse(self, lines: Iterable[str]) -> Any:
+        return csv.reader(lines, strict=True, skipinitialspace=self.skips_blanks)
 
-    def shape_error(self, row: Sequence[str]) -> str:
-        """Say why the fields of a row can't be told apart for sure, `""` if they can."""
+    def __iter__(self) -> Iterator[Tuple[int, List[str]]]:
+        rows = self.rows
+        try:
+            for row in rows:
+                yield rows.line_num, row
+        except csv.Error as error:
+            words = str(error) if "field limit" not in str(error) else "a cell of more than 64 MiB (an open quote?)"
+            raise csv.Error(f"line {self.rows.line_num}: {words}") from None
+
+    def shape_error(self, row: Sequence[str]) -> Tuple[str, str]:
+        """Return the code and the words for why the fields of a row are in doubt, two empty texts where none is."""
         if len(row) != self.width:
-            return f"{plural(len(row), 'field')} instead of {self.width}"
+            return "fields", f"{plural(len(row), 'field')} instead of {self.width}"
         if any(_NUL_MARK in value for value in row):
-            return "a NUL character"
+            return "nul", "a NUL character"
         if any(value.count(",") >= self.width - 1 and ("\n" in value or "\r" in value) for value in row):
-            return "a quoted field that holds other rows (a stray quote?)"
-        return ""
+            return "stray_quote", "a quoted field that holds other rows (a stray quote?)"
+        return "", ""
+
+
+FileIdentity = Tuple[int, ...]
 
 
 @contextlib.contextmanager
-def csv_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a CSV; whatever goes wrong inside becomes Stop(2) with one line that names the file."""
-    csv.field_size_limit(1 << 20)
+def open_table(
+    path: Path, wanted: Iterable[str], before: Optional[FileIdentity] = None
+) -> Iterator[Tuple[CsvTable, FileIdentity]]:
+    """Open a CSV with the `wanted` columns. Whatever goes wrong inside becomes FatalError(2), one line with the path.
+
+    `before` is the file's identity at an earlier reading, if there was one.
+    """
+    csv.field_size_limit(MAX_CELL)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise FatalError(EXIT_USAGE, "not a regular file")
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            what = "a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file, and it has to be read twice"
+            raise FatalError(EXIT_USAGE, what)
         with open(path, "rb", buffering=0) as raw:
-            before = os.fstat(raw.fileno())
-            problem = not_our_csv_reason(raw.read(1 << 16))
-            if problem:
-                raise FatalError(EXIT_USAGE, problem)
+
+            def identity() -> FileIdentity:
+                found = os.fstat(raw.fileno())
+                return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+            opened = identity()
+            changed = FatalError(EXIT_USAGE, "changed while it was being read; wait for the export to finish")
+            if before and opened != before:
+                raise changed
             try:
-                yield raw
+                yield CsvTable(io.FileIO(raw.fileno(), closefd=False), wanted), opened
             finally:
-                after = os.fstat(raw.fileno())
-                if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-                    raise FatalError(EXIT_USAGE, "changed while it was being read; wait for the export to finish")
+                if identity() != opened:
+                    raise changed
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        words = f"{path}: the gzip file is cut off or damaged; fetch it again"
+        raise FatalError(EXIT_USAGE, words) from None
     except OSError as error:
-        raise FatalError(EXIT_USAGE, f"{path}: can't be read: {error.strerror}") from None
+        raise FatalError(EXIT_USAGE, f"{path}: can't be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise FatalError(EXIT_USAGE, f"{path}: not UTF-8 ({error.reason}); export the CSV as UTF-8") from None
     except csv.Error as error:
@@ -832,84 +1110,172 @@ def csv_file(path: Path) -> Iterator[BinaryIO]:
         raise FatalError(stop.exit_code, f"{path}: {stop}") from None
 
 
+_SAVE_AS = "not a CSV; save it as «CSV UTF-8 (comma delimited)»"
+_UNPACK = "not a CSV; unpack it first"
+_EXPORT = "not a CSV; export the table as CSV"
+FOREIGN_FILES = (
+    (rb"PK\x03\x04.{26}(\[Content_Types\]\.xml|_rels/|xl/|docProps/)", f"an Excel workbook, {_SAVE_AS}"),
+    (rb"PK\x03\x04.{26}mimetypeapplication/vnd\.oasis", f"an OpenDocument spreadsheet, {_SAVE_AS}"),
+    (rb"PK(\x03\x04|\x05\x06|\x07\x08)", f"a ZIP archive, {_UNPACK}"),
+    (rb"\xd0\xcf\x11\xe0", f"an old Excel workbook, {_SAVE_AS}"),
+    (rb"\x1f\x8b", f"gzip inside gzip, {_UNPACK}"),
+    (rb"BZh[1-9]1AY", f"a bzip2 archive, {_UNPACK}"),
+    (rb"\xfd7zXZ\0", f"an xz archive, {_UNPACK}"),
+    (rb"\x28\xb5\x2f\xfd", f"a Zstandard archive, {_UNPACK}"),
+    (rb"7z\xbc\xaf\x27\x1c", f"a 7-Zip archive, {_UNPACK}"),
+    (rb"Rar!\x1a\x07", f"a RAR archive, {_UNPACK}"),
+    (rb"\x04\x22\x4d\x18", f"an LZ4 archive, {_UNPACK}"),
+    (rb"\x1f[\x9d\xa0]", f"a compress archive, {_UNPACK}"),
+    (rb"\xff\x06\0\0sNaPpY", f"a Snappy archive, {_UNPACK}"),
+    (rb".{257}ustar", f"a tar archive, {_UNPACK}"),
+    (rb"PAR1", f"a Parquet file, {_EXPORT}"),
+    (rb"ORC[^\w,\"; \t]", f"an ORC file, {_EXPORT}"),
+    (rb"Obj\x01", f"an Avro file, {_EXPORT}"),
+    (rb"ARROW1|FEA1", f"an Arrow file, {_EXPORT}"),
+    (rb"SQLite format 3\0", f"an SQLite database, {_EXPORT}"),
+    (rb"%PDF-", f"a PDF, {_EXPORT}"),
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff|\0\0\0[^\0]|[^\0]\0\0\0", "UTF-32; export the CSV as UTF-8"),
+    (rb"\xff\xfe|\xfe\xff|\0[^\0]\0|[^\0]\0[^\0]\0", "UTF-16; export the CSV as UTF-8"),
+    (rb".{0,3}\0", "a binary file, not a CSV"),
+    (rb"(\xef\xbb\xbf)?\s*(<!doctype html|<html)", "a web page (HTML), not a CSV; was the download a login page?"),
+    (rb"(\xef\xbb\xbf)?\s*<", f"XML, {_EXPORT}"),
+    (rb"(\xef\xbb\xbf)?\s*[\[{]", f"JSON, {_EXPORT}"),
+)
+
+
 def not_our_csv_reason(head: bytes) -> str:
     """Say what it is that begins like no CSV of ours, `""` where it may be one."""
-    if head.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
-        return "an Excel workbook, not a CSV; save it as «CSV UTF-8 (comma delimited)»"
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
-        return "UTF-16, or no text at all; export the CSV as UTF-8"
+    for pattern, what in FOREIGN_FILES:
+        if re.match(pattern, head, re.DOTALL | re.IGNORECASE if b"html" in pattern else re.DOTALL):
+            return what
     (first, *_) = head.lstrip(b"\xef\xbb\xbf \r\n").splitlines() or [b""]
     if first.lower().startswith(b"sep="):
         return "the first line is `sep=`, a note for Excel alone; delete it"
-    if b"," not in first and (b";" in first or b"\t" in first):
-        return f"separated by {'semicolons' if b';' in first else 'tabs'}; export the CSV with commas"
+    for mark, name in ((b";", "semicolons"), (b"\t", "tabs"), (b"|", "vertical bars")):
+        if b"," not in first and mark in first:
+            return f"separated by {name}; export the CSV with commas"
     return ""
 
 
 def locate_columns(header: Sequence[str], wanted: Iterable[str]) -> List[int]:
-    """Return the places of the wanted columns in a header; raises Stop(2) naming what is missing or doubled."""
+    """Return the places of the wanted columns in a header. Raises FatalError(2) naming what is missing or doubled."""
     names = [name.strip().upper() for name in header]
     if any("," in name for name in names if "\n" in name or "\r" in name):
         raise FatalError(EXIT_USAGE, "the header holds other rows (a stray quote?)")
     missing = [name for name in wanted if name not in names]
     if missing:
         found = textwrap.shorten(", ".join(names), 300, placeholder=" ...") or "none"
-        raise FatalError(EXIT_USAGE, f"missing column{'s' * (len(missing) > 1)} {', '.join(missing)} (found: {found})")
+        data = any("@" in name or name.startswith("DON:") for name in names)
+        hint = "; its first line is a contact: each file needs a header of its own" if data else ""
+        which = f"column{'s' * (len(missing) > 1)} {', '.join(missing)}"
+        raise FatalError(EXIT_USAGE, f"missing {which} (found: {found}){hint}")
     doubled = [name for name in wanted if names.count(name) > 1]
     if doubled:
         raise FatalError(EXIT_USAGE, f"the column {doubled[0]} is there twice")
     return [names.index(name) for name in wanted]
 
 
-def read_contacts(path: Path, emails: Iterable[str] = ()) -> CsvContents:
-    """Read the export; of `emails` (keys) every row is kept, of others those that recur.
+class CsvPart(NamedTuple):
+    """One file of an export after the first reading."""
 
-    The file is read twice, to hold few of very many rows. Raises Stop(2) where it can't be read, is no UTF-8 CSV,
-    lacks a column or has no usable row.
+    path: Path
+    identity: FileIdentity
+    rows: int
+    header_line: int
+    rows_are_lines: bool  # so that the lines of other rows need not be parsed again
+
+
+def read_contacts(paths: Sequence[Path], emails: Iterable[str] = ()) -> CsvContents:
+    """Read the parts of an export as one; of `emails` every row is stored, of others those that recur.
+
+    Each file is read twice, to hold few of very many rows. Raises FatalError(2) where one can't be read, is no UTF-8
+    CSV or lacks a column, and where there are invalid rows and no other.
     """
     contents = CsvContents()
-    with csv_file(path) as raw:
-        table = CsvTable(raw, COLUMNS.values())
-        header_line = table.rows.line_num
-        wanted = select_rows(table, contents, emails)
-        rows_are_lines = table.rows.line_num - header_line == len(wanted)
-        table = CsvTable(raw, COLUMNS.values())
-        rows: Iterable[Tuple[int, List[str]]] = compress(table, wanted)
-        if rows_are_lines:  # so that the lines of the others need not be taken apart again
-            numbers = compress(range(header_line + 1, header_line + 1 + len(wanted)), wanted)
-            rows = zip(numbers, csv.reader(compress(table.lines, wanted), strict=True))
-        pick = itemgetter(*table.places)
-        _keep_rows(((line, Contact.from_cells(pick(row))) for line, row in rows), contents)
-        invalid = contents.invalid_rows
-        invalid.sort(key=attrgetter("line"))
-        if not contents.contacts_read:
-            why = "; ".join(some([f"line {row.line}: {row.reason}" for row in invalid], 3))
-            problem = f"no usable row, {plural(len(invalid), 'invalid one')} ({why})"
-            raise FatalError(EXIT_USAGE, problem if invalid else "no row but the header")
+    odd: Dict[int, List[InvalidRow]] = {}  # hashes of loose keys that differ from the key, with the invalid rows
+    parts, wanted = select_rows(paths, contents, odd, emails)
+    _store_rows(_wanted_rows(parts, wanted), contents, odd)
+    order = {str(path): index for index, path in enumerate(paths)}
+    contents.invalid_rows.sort(key=lambda row: (order[row.file], row.line))
+    invalid = contents.invalid_rows
+    if invalid and not contents.contacts_read:
+        hint = looks_like(invalid)
+        why = "; ".join(some([f"{place_of(row, len(paths))}: {row.reason}" for row in invalid], 3))
+        words = f"no usable row, {plural(len(invalid), 'invalid one')} ({why})" + (f"; {hint}" if hint else "")
+        raise FatalError(EXIT_USAGE, f"{', '.join(some(list(order), 3))}: {words}")
     return contents
 
 
-def select_rows(table: CsvTable, contents: CsvContents, emails: Iterable[str]) -> bytes:
-    """Check every row, and say of each whether it is to be kept: its email or id recurs, or the email is wanted.
+def place_of(row: InvalidRow, files: int = 1) -> str:
+    return f"{row.file}, line {row.line}" if files > 1 else f"line {row.line}"
+
+
+def select_rows(
+    paths: Sequence[Path], contents: CsvContents, odd: Dict[int, List[InvalidRow]], emails: Iterable[str]
+) -> Tuple[List[CsvPart], bytes]:
+    """Check every row, and tell for each whether it is stored: its email or id recurs, or the email is requested.
 
     A hash stands for a value, so a million rows cost tens of megabytes; two values of one hash do no harm.
     """
+    parts: List[CsvPart] = []
+    keys, ids = array("q"), array("q")  # -1, which no hash is, for a row that is left out
+    for path in paths:
+        with open_table(path, COLUMNS.values()) as (table, identity):
+            header_line, start = table.rows.line_num, len(keys)
+            _survey_rows(table, str(path), contents, keys, ids, odd)
+            count = len(keys) - start
+            parts.append(CsvPart(path, identity, count, header_line, table.rows.line_num - header_line == count))
+    contents.contacts_read = len(keys) - keys.count(-1)
+    named = map(loose_key, emails)
+    wanted_keys = repeated(keys).union(map(hash, chain(named, contents.emails_in_invalid_rows))) - {-1}
+    wanted_ids = repeated(ids) - {-1}
+    return parts, bytes(key in wanted_keys or one in wanted_ids for key, one in zip(keys, ids))
+
+
+def _survey_rows(
+    table: CsvTable,
+    file: str,
+    contents: CsvContents,
+    keys: "array[int]",
+    ids: "array[int]",
+    odd: Dict[int, List[InvalidRow]],
+) -> None:
+    """Check the rows of a file; append the hashes of each row's loose key and id."""
     places = dict(zip(COLUMNS, table.places))
     pick = itemgetter(*(places[name] for name in ("id", "email", "external_ref", "tickets")))
-    keys, ids = array("q"), array("q")  # -1, which no hash is, for a row that is left out
-    line = table.rows.line_num
+    prefixes = (Contact.SYSTEM_PREFIX, Contact.user_prefix)
+    is_plain, is_normalized, width = _PLAIN_ADDRESS.fullmatch, unicodedata.is_normalized, table.width
+    line, problem, data = table.rows.line_num, ("", ""), table.bytes
     for last_line, row in table:
         line, lines = last_line, last_line - line
-        odd = len(row) != table.width or lines > 1 or table.bytes.has_nul
-        problem = (odd and table.shape_error(row)) or Contact.cells_error(*pick(row))
-        if problem:
-            _add_invalid_row(contents, line, row, places["email"], problem)
-        keys.append(-1 if problem else hash(row[places["email"]].strip().casefold()))
-        ids.append(-1 if problem else hash(row[places["id"]]))
-    contents.contacts_read = len(keys) - keys.count(-1)
-    wanted_keys = repeated(keys).union(map(hash, chain(emails, contents.emails_in_invalid_rows))) - {-1}
-    wanted_ids = repeated(ids) - {-1}
-    return bytes(key in wanted_keys or one in wanted_ids for key, one in zip(keys, ids))
+        if len(row) != width or lines > 1 or data.has_nul:
+            problem = table.shape_error(row)
+        if not problem[0]:
+            identity, email, reference, tickets = pick(row)
+            identity, reference, key = identity.strip(), reference.strip(), email.lower()
+            if not (
+                is_plain(email)
+                and (email.isascii() or (key == email == key.casefold() and is_normalized("NFKC", key)))
+                and "xn--" not in key
+                and identity and reference and identity[0] != "'" != reference[0]
+                and parse_count(tickets) is not None
+            ):  # fmt: skip
+                identity, email, reference = map(trimmed_text, (identity, email, reference))
+                problem = Contact.cells_error(identity, email, reference, tickets)
+                key = loose_key(email)
+                if not problem[0] and key != email_key(email):
+                    odd.setdefault(hash(key), [])
+        if problem[0]:
+            _add_invalid_row(contents, file, line, row, places["email"], problem, odd)
+            keys.append(-1)
+            ids.append(-1)
+            problem = ("", "")
+            continue
+        keys.append(hash(key))
+        ids.append(hash(identity))
+        if not reference.startswith(prefixes):
+            contents.other_refs += 1
+            contents.other_ref = min(contents.other_ref or reference, reference)
 
 
 def repeated(values: "array[int]") -> Set[int]:
@@ -922,35 +1288,79 @@ def repeated(values: "array[int]") -> Set[int]:
     return found
 
 
-def _add_invalid_row(contents: CsvContents, line: int, row: Sequence[str], place: int, reason: str) -> None:
+def _add_invalid_row(
+    contents: CsvContents,
+    file: str,
+    line: int,
+    row: Sequence[str],
+    place: int,
+    problem: Tuple[str, str],
+    odd: Dict[int, List[InvalidRow]],
+) -> None:
     """Leave a row out, and with it all groups whose email stands in any of its fields; a blank row is nothing."""
     if not row:
         return
-    email = row[place].strip() if place < len(row) else ""
-    contents.invalid_rows.append(InvalidRow(line, reason, email[:320] or None))
-    cells = {*row, *(value.replace(_NUL_MARK, "") for value in row)}
-    text = ",".join(cells)
-    words = {*cells, *re.split(r"[,\r\n]", text), *_ADDRESS.findall(text)}
-    contents.emails_in_invalid_rows.update(word.strip().casefold() for word in words)
+    email = trimmed_text(row[place]).replace(_NUL_MARK, "") if place < len(row) else ""
+    invalid = InvalidRow(file, line, *problem, email[:320] or None)
+    contents.invalid_rows.append(invalid)
+    words: Set[str] = set()
+    for cell in row:
+        if any(sign in cell for sign in _AT_SIGNS):
+            text = cell.replace(_NUL_MARK, "")
+            words.update((text, trimmed_text(text), *re.split(r"[,\r\n]", text), *re.split(r"[\s,;<>\"]+", text)))
+            words.update(re.findall(r"[^\s,;\"<>()\[\]{}:|]+", text))
+    contents.emails_in_invalid_rows.update(map(loose_key, words))
+    if "@" in email:
+        odd.setdefault(hash(loose_key(email)), []).append(invalid)
 
 
-def _keep_rows(rows: Iterable[Tuple[int, Contact]], contents: CsvContents) -> None:
-    """Take each row once; rows of one id that differ are invalid."""
-    by_id: Dict[str, List[Tuple[int, Contact]]] = {}
-    for line, contact in rows:
+def _wanted_rows(parts: Sequence[CsvPart], wanted: bytes) -> Iterator[Tuple[str, int, Contact]]:
+    """Read the files again, as far as they have rows that are wanted; yields file, line and contact."""
+    start = 0
+    for part in parts:
+        mine = wanted[start : start + part.rows]
+        start += part.rows
+        with open_table(part.path, COLUMNS.values(), part.identity) as (table, _):
+            pick, first = itemgetter(*table.places), part.header_line + 1
+            rows: Iterable[Tuple[int, List[str]]] = compress(table, mine)
+            if part.rows_are_lines:
+                rows = zip(compress(range(first, first + part.rows), mine), table.parse(compress(table.lines, mine)))
+            for line, row in rows:
+                yield str(part.path), line, Contact.from_cells(pick(row))
+
+
+def _store_rows(
+    rows: Iterable[Tuple[str, int, Contact]], contents: CsvContents, odd: Mapping[int, Sequence[InvalidRow]]
+) -> None:
+    """Take each row once; rows of one id that differ are invalid. Find the look-alikes among all of them."""
+    by_id: Dict[str, List[Tuple[str, int, Contact]]] = {}
+    similar: Dict[str, List[Tuple[str, str, int]]] = {}  # loose key -> email, file and line
+    for invalid in chain.from_iterable(odd.values()):
+        email = str(invalid.email)
+        similar.setdefault(loose_key(email), []).append((email, invalid.file, invalid.line))
+    for file, line, contact in rows:
         variants = by_id.setdefault(contact.id, [])
-        if any(contact == other for _, other in variants):
+        if odd and (contact.is_user or contact.is_system) and hash(loose_key(contact.email)) in odd:
+            similar.setdefault(loose_key(contact.email), []).append((contact.email, file, line))
+        if any(contact == other for _, _, other in variants):
             contents.contacts_read -= 1
+            contents.other_refs -= not (contact.is_user or contact.is_system)
         else:
-            variants.append((line, contact))
+            variants.append((file, line, contact))
             contents.contacts.append(contact)
     for variants in by_id.values():
-        for line, contact in variants if len(variants) > 1 else ():
-            other_line, other = next(variant for variant in variants if variant[0] != line)
+        for file, line, contact in variants if len(variants) > 1 else ():
+            other_file, other_line, other = next(one for one in variants if one[:2] != (file, line))
             differing = [COLUMNS[name] for name in COLUMNS if getattr(contact, name) != getattr(other, name)]
-            reason = f"the {COLUMNS['id']} of line {other_line} with another {', '.join(differing)}"
-            contents.invalid_rows.append(InvalidRow(line, reason, contact.email.strip()[:320]))
-            contents.emails_in_invalid_rows.add(contact.key)
+            where = f"line {other_line}" if other_file == file else f"{other_file}, line {other_line},"
+            reason = f"the {COLUMNS['id']} of {where} with another {', '.join(differing)}"
+            contents.invalid_rows.append(InvalidRow(file, line, "conflict", reason, contact.email[:320]))
+            contents.emails_in_invalid_rows.add(loose_key(contact.email))
+    for _, found in sorted(similar.items()):
+        emails = sorted({email_key(email) for email, _, _ in found})
+        if len(emails) > 1:
+            lines = [{"email": email, "file": file, "line": line} for email, file, line in sorted(set(found))]
+            contents.look_alikes.append({"emails": emails, "lines": lines})
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -959,32 +1369,62 @@ def _keep_rows(rows: Iterable[Tuple[int, Contact]], contents: CsvContents) -> No
 
 
 class State(str, Enum):
-    """How far a pair is.
-
-    From REQUESTED to PROVING it is unfinished: it was asked for, and only an end of ENDED makes that forgotten.
-    """
+    """How far a pair is. From REQUESTED to VERIFYING it is unfinished; only a state of TERMINAL ends a requested pair."""
 
     PLANNED = "planned"
-    FAILED = "failed"  # refused, or failed before a merge was asked for: tried again by the next run
-    REQUESTED = "requested"  # the request may have left
-    ACKNOWLEDGED = "acknowledged"  # DevRev has accepted it
-    MERGED = "merged"  # the duplicate has gone
-    PROVING = "proving"  # the reference is on the primary
-    DONE = "done"  # nothing was left behind: never touched again
-    MERGED_ELSEWHERE = "merged_elsewhere"  # somebody else was faster
-    SETTLED = "settled"  # what could not be mended was accepted by a person
-    UNDOING = "undoing"  # an undo has begun
+    FAILED = "failed"  # refused, or failed before its merge was requested: the next run tries it again
+    REQUESTED = "requested"  # the request may have been sent
+    ACKNOWLEDGED = "acknowledged"
+    MERGED = "merged"  # the duplicate no longer exists
+    VERIFYING = "proving"  # the reference is on the primary
+    DONE = "done"
+    MERGED_ELSEWHERE = "merged_elsewhere"  # another user merged or deleted the duplicate first
+    SETTLED = "settled"  # merged, and a person accepted what can't be fixed
+    CANCELLED = "cancelled"  # a person gave it up while the duplicate still existed
+    UNDOING = "undoing"
     UNDONE = "undone"
+    UNDO_SETTLED = "undo_settled"  # a person gave up the rest of its undo
 
 
+Ids = Tuple[str, str]  # primary, duplicate
 REQUESTED_STATES = (State.REQUESTED, State.ACKNOWLEDGED)
-UNFINISHED = (*REQUESTED_STATES, State.MERGED, State.PROVING)
+UNFINISHED = (*REQUESTED_STATES, State.MERGED, State.VERIFYING)
 ENDED = (State.DONE, State.MERGED_ELSEWHERE, State.SETTLED)
+TERMINAL = (*ENDED, State.CANCELLED, State.UNDONE, State.UNDO_SETTLED)
+# States by how much they say was done: where two files disagree at the same revision, the later one is believed.
+AUTHORITY = (
+    State.PLANNED, State.FAILED, *UNFINISHED, *ENDED, State.UNDOING, State.CANCELLED, State.UNDO_SETTLED, State.UNDONE,
+)  # fmt: skip
+
+
+@dataclass
+class UndoProgress:
+    """How far the undo of one merge is. Every step is saved before its request.
+
+    It stays with a pair whose contact DevRev refused, whose state is what it was before.
+    """
+
+    path: str  # of the --undo
+    state_before: str  # of the pair
+    merge_run: str  # the run that wrote the pair last before
+    merge_revision: int  # of the pair's row before
+    forbidden: bool = False  # the token was not allowed to create the contact
+    reference_free: bool = False  # the reference that the merge had moved may be on no contact
+    left_out: Dict[str, str] = field(default_factory=dict)  # field of the contact -> why DevRev refused it
+    contacts_before: Optional[List[str]] = None  # ids of the email before the create request; None: not requested yet
+    contact: str = ""  # id of the contact created again
+    display_id: str = ""
+    fields_removed: Json = field(default_factory=dict)  # the primary's values of fields that the undo has changed
+    fields_left: List[Json] = field(default_factory=list)  # `{field, value, why}` of what stays with the primary
+    left: Optional[List[Json]] = None  # `{id, role, why}` of what is not restored; None: not known yet
 
 
 @dataclass
 class Pair:
-    """One merge: `duplicate` goes into `primary`, and `new_ref` (if any) becomes the primary's external_ref."""
+    """One merge: `duplicate` goes into `primary`, and `new_ref` (if any) becomes the primary's external_ref.
+
+    `to_json` is the document that the savepoint stores. Times are epoch seconds; 0 stands for never.
+    """
 
     primary: Contact
     duplicate: Contact
@@ -993,16 +1433,30 @@ class Pair:
     code: str = ""
     error: str = ""
     backup: str = ""
-    requested_at: float = 0.0  # epoch seconds, of the last request
+    backed_up: Json = field(default_factory=dict)  # what the backup holds, by kind
+    requested_at: float = 0.0  # the last request
     first_requested_at: float = 0.0
+    previous_request_at: float = 0.0  # the request before the last one
+    withdrawn_at: float = 0.0  # `requested_at` of a request that is known not to have been sent
+    rejected: bool = False  # DevRev answered the last request with a refusal, and may have carried it out all the same
     seconds: float = 0.0
     left_behind: List[Json] = field(default_factory=list)
-    refused: bool = False  # DevRev's answer to the last request was a no
-    details: Json = field(default_factory=dict)  # `deleted`: ids; `accepted`: what was settled; `undo`
-    report: str = ""  # that names it: as ended, or as unfinished
+    deleted: List[str] = field(default_factory=list)  # objects of the backup that no longer exist
+    proved: int = 0  # objects that were found with the primary
+    fields_to_carry: Json = field(default_factory=dict)  # what the update of the reference sets besides
+    fields_before: Json = field(default_factory=dict)  # the primary's values of these fields before the update
+    fields_lost: List[Json] = field(default_factory=list)  # `{field, value}` of the duplicate that the primary lacks
+    accepted: str = ""  # what a person accepted with --settle
+    reference_not_set: str = ""
+    onward: str = ""  # the contact that the primary was merged into by a later merge
+    after_cancel: bool = False  # DevRev carried it out after it was cancelled
+    undo: Optional[UndoProgress] = None
+    run: str = ""  # that wrote it last
     updated: str = ""
+    # Known to this run only:
     exported: Optional["Pair"] = None  # of an unfinished pair: the same as this run's CSV has it
-    is_overruled: bool = False  # of an unfinished pair: the reference that is to stay is another by now
+    is_overruled: bool = False  # of an unfinished pair: the plan keeps another reference than it would leave
+    tried_before: bool = False  # of a planned pair: an earlier run refused or failed it
 
     @property
     def email(self) -> str:
@@ -1012,24 +1466,32 @@ class Pair:
     def ids(self) -> Tuple[str, str]:
         return self.primary.id, self.duplicate.id
 
-    @property
-    def is_settleable(self) -> bool:
-        """Whether a person may accept what it lacks: a report has said what is wrong, and the duplicate has gone or
-        the merge can't be asked for again."""
-        gone = self.state in (State.MERGED, State.PROVING)
-        return bool(self.report) and self.code in (SETTLEABLE_MERGED if gone else SETTLEABLE_REQUESTED)
+    def to_json(self) -> Json:
+        document = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in NOT_STORED}
+        document.update(primary=self.primary.to_json(), duplicate=self.duplicate.to_json(), state=self.state.value)
+        document["undo"] = asdict(self.undo) if self.undo else None
+        return document
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> "Pair":
+        pair = cls(**document)
+        pair.primary, pair.duplicate = Contact.from_json(document["primary"]), Contact.from_json(document["duplicate"])
+        pair.state = State(document["state"])
+        pair.undo = UndoProgress(**document["undo"]) if document["undo"] else None
+        return pair
+
+    def withdraw_request(self) -> None:
+        """Take back the last request, which was saved and never sent: the one before it, if any, counts again."""
+        self.withdrawn_at, self.requested_at = self.requested_at, self.previous_request_at
+        self.previous_request_at = 0.0
+        if self.requested_at:
+            # The wait for the earlier request's answer is over: this one was only made after it.
+            self.state, self.rejected = State.REQUESTED, True
+        else:
+            self.state, self.first_requested_at, self.rejected = State.PLANNED, 0.0, False
 
 
-# Why a merged pair can't be brought to its end.
-SETTLEABLE_MERGED = (
-    "left_behind", "still_listed", "external_ref_changed", "external_ref_conflict", "external_ref_not_set", "not_found",
-    "merged_into_another", "backup_failed", "forbidden",
-)  # fmt: skip
-# Why a merge that was asked for, and has not come, is not asked for again.
-SETTLEABLE_REQUESTED = (
-    "not_found", "not_active", "email_changed", "external_ref_changed", "different_rev_org", "several_user_refs",
-    "merged_into_another", "merge_refused", "forbidden", "plan_changed",
-)  # fmt: skip
+NOT_STORED = ("run", "exported", "is_overruled", "tried_before")
 
 
 def into(pair: Pair) -> str:
@@ -1044,22 +1506,30 @@ class Group:
     pairs: List[Pair]
     requesting: Optional[Pair] = None  # the pair that is being asked for
     chosen: str = ""  # the reference that --choices names for the email
+    age_undecided: bool = False  # which contact is the oldest could not be read from the CSV
+    dropped: Tuple["Dropped", ...] = ()  # pairs that the live check has found to be no pairs any more
 
     @property
     def primary(self) -> Contact:
         return self.pairs[0].primary
 
     def contacts(self) -> List[Contact]:
-        """The primary, the duplicate that is being asked for, and every other that has not been asked to go yet."""
-        duplicates = (pair.duplicate for pair in self.pairs if pair.state is State.PLANNED or pair is self.requesting)
-        return [self.primary, *duplicates]
+        """The primary, the duplicate whose merge is being requested, and every other whose merge is still planned."""
+        return [self.primary, *(pair.duplicate for pair in self.pending())]
+
+    def pending(self) -> List[Pair]:
+        """The pairs that are still to be merged."""
+        dropped = {one.pair.ids for one in self.dropped}
+        planned = (pair for pair in self.pairs if pair.state is State.PLANNED or pair is self.requesting)
+        return [pair for pair in planned if pair.ids not in dropped]
 
     def all_contacts(self) -> List[Contact]:
         return [self.primary, *(pair.duplicate for pair in self.pairs)]
 
     def primary_ref(self) -> str:
         """The reference that the primary has now, as far as this tool has moved one to it."""
-        moved = [pair.new_ref for pair in self.pairs if pair.new_ref and pair.state in (State.PROVING, State.DONE)]
+        moved = [pair.new_ref for pair in self.pairs if pair.new_ref and pair.state in (State.VERIFYING, State.DONE)]
+        moved += [one.pair.new_ref for one in self.dropped if one.code == "already_merged" and one.pair.new_ref]
         return moved[0] if moved else self.primary.external_ref
 
     def has_absorbed(self) -> bool:
@@ -1081,16 +1551,63 @@ class Group:
             return pair.new_ref != self.final_ref()
         return pair.duplicate.external_ref == self.final_ref()
 
-    def warnings(self) -> List[str]:
-        """What speaks for a shared mailbox rather than a person, in a group that a choice joins."""
-        if not self.chosen:
-            return []
-        all_contacts = self.all_contacts()
-        names = {one.name.casefold(): one.name for one in all_contacts if one.name != one.short_id}
-        found = [f"joins {len(all_contacts)} contacts"] if len(all_contacts) > 3 else []
-        if len(names) > 1:
-            found.append(f"joins different names: {', '.join(sorted(names.values()))}")
+    def warnings(self) -> List[Tuple[str, str]]:
+        """Codes and words of what a person should know before the group is merged."""
+        contacts = self.all_contacts()
+        found: List[Tuple[str, str]] = []
+        if self.chosen and len(contacts) > mailbox_limit(self.email):
+            found.append(("shared_mailbox", f"joins {len(contacts)} contacts of what looks like a shared mailbox"))
+        names = different_names(self.email, contacts)
+        if names:
+            found.append(("names_differ", f"joins different names: {', '.join(some(names, 6))}"))
+        if self.age_undecided:
+            words = f"age could not decide which contact is the primary: the smallest id did ({self.primary.short_id})"
+            found.append(("age_undecided", words))
         return found
+
+
+def different_names(email: str, contacts: Iterable[Contact]) -> List[str]:
+    """Return the names of contacts that may not be one person's, none where they may.
+
+    Case does not count, nor does a name that is the address, its local part or the short id, nor a name all of whose
+    words are in the other.
+    """
+    contacts = list(contacts)
+    if len({contact.display_name.casefold() for contact in contacts}) == 1 and contacts[0].display_name.strip():
+        return []
+    names: Dict[FrozenSet[str], str] = {}
+    for contact in contacts:
+        for name in (contact.display_name.strip(), contact.full_name.strip()):
+            folded = name.casefold()
+            if folded and folded not in (
+                email.casefold(),
+                email.rpartition("@")[0].casefold(),
+                contact.short_id.casefold(),
+            ):
+                names.setdefault(frozenset(re.findall(r"\w+", unicodedata.normalize("NFKC", folded))), name)
+                break
+    keys = list(names)
+    differ = any(not (one <= other or other <= one) for index, one in enumerate(keys) for other in keys[:index])
+    return sorted(names.values()) if differ else []
+
+
+# The whole local part of an address, before any `+`.
+ROLE_ADDRESSES = frozenset((
+    "info", "support", "help", "helpdesk", "service", "sales", "contact", "hello", "office", "team", "admin",
+    "administrator", "billing", "accounts", "accounting", "finance", "hr", "jobs", "careers", "marketing", "press",
+    "media", "legal", "privacy", "security", "abuse", "postmaster", "hostmaster", "webmaster", "root", "mail", "email",
+    "reception", "orders", "booking", "bookings", "customerservice", "customer-service", "customercare", "feedback",
+))  # fmt: skip
+PLACEHOLDER_ADDRESSES = frozenset((
+    "noreply", "no-reply", "no_reply", "donotreply", "do-not-reply", "none", "null", "nobody", "unknown", "anonymous",
+    "test", "na", "n-a", "noemail", "no-email", "invalid",
+))  # fmt: skip
+
+
+def mailbox_limit(email: str) -> int:
+    """Return with how many contacts an address is still taken for one person's."""
+    local = email.strip().rpartition("@")[0].partition("+")[0].lower()
+    return 1 if local in PLACEHOLDER_ADDRESSES else 2 if local in ROLE_ADDRESSES else 3
 
 
 class SkippedGroup(NamedTuple):
@@ -1099,6 +1616,10 @@ class SkippedGroup(NamedTuple):
     email: str
     code: str
     contacts: List[Contact]
+    details: str = ""  # the reason, where it is not the one of all groups with this code
+
+    def reason(self) -> str:
+        return self.details or skip_words(self.code)[0]
 
     def choice_lines(self) -> Dict[str, Contact]:
         """The lines of CSV of which --choices may take one, each with the contact whose reference it keeps."""
@@ -1108,24 +1629,10 @@ class SkippedGroup(NamedTuple):
         return {csv_line(self.email, contact.external_ref): contact for contact in users or self.contacts}
 
 
-SKIP_REASONS = {
-    "several_user_refs": (
-        "several contacts have a user_ reference; which one the application uses can't be told from the export",
-        "find out in the application which user_ reference is alive, and name it with --choices",
-    ),
-    "no_user_ref": (
-        "several REVU- contacts and none with a user_ reference: the application knows none of them",
-        "nothing to do for the application; where you want one contact, name the one to keep with --choices",
-    ),
-    "invalid_row": (
-        "a row of this email is bad or conflicts with another, so the group is not known whole",
-        "repair the rows, which are named with their lines, and run again",
-    ),
-    "undone": (
-        "a merge of this email was taken back with --undo",
-        "name the address with --email, and an export made since, to merge it again",
-    ),
-}
+def skip_words(code: str) -> Tuple[str, str]:
+    """Return what a skip's code means and what to do, with the prefix of the user's own application."""
+    meaning, advice = (text.replace("user_", Contact.user_prefix) for text in CODES[code][:2])
+    return meaning, advice
 
 
 @dataclass
@@ -1137,12 +1644,34 @@ class Plan:
     invalid_rows: List[InvalidRow]
     contacts_read: int
     already_merged: int = 0
-    unreported: int = 0  # merged by a run that was killed before its report
     ids: Set[Tuple[str, str]] = field(default_factory=set)  # of all pairs of the CSV
+    wanted: Dict[Ids, Pair] = field(default_factory=dict)  # all pairs of the CSV, --email and --limit apart
     chosen: List[Group] = field(default_factory=list)  # by --choices, and still to be merged
     id: str = ""  # of `plan_id`
     left_alone: Dict[str, str] = field(default_factory=dict)  # email -> why there is nothing to merge
     overruled: Set[Tuple[str, str]] = field(default_factory=set)  # pairs of earlier runs that contradict it
+    look_alikes: List[Json] = field(default_factory=list)
+    other_refs: int = 0  # contacts that take no part
+    other_ref: str = ""  # an example
+
+    def others_line(self) -> str:
+        """Say how many contacts take no part because of their reference, `""` where all do."""
+        if not self.other_refs:
+            return ""
+        with_refs = f"{plural(self.other_refs, 'contact')} with other references, for example {self.other_ref[:60]},"
+        return f"{with_refs} take{'s' * (self.other_refs == 1)} no part"
+
+    def warnings(self) -> List[Json]:
+        """What a person should know of the groups that are still to be merged, one entry for each group and code."""
+        groups = (group for group in self.groups if any(pair.state not in ENDED for pair in group.pairs))
+        return [
+            {"email": group.email, "code": code, "warning": words}
+            for group in groups
+            for code, words in group.warnings()
+        ]
+
+    revived: List[Pair] = field(default_factory=list)  # were cancelled, and are named with --email now
+    left_out: List[Pair] = field(default_factory=list)  # by the live check, while others of their group went on
 
     def pairs(self) -> Iterator[Pair]:
         return (pair for group in self.groups for pair in group.pairs if pair.state not in ENDED)
@@ -1151,11 +1680,11 @@ class Plan:
         return sum(1 for _ in self.pairs())
 
 
-def plan_id(groups: Iterable[Group], count_policy: str, timelines: bool) -> str:
-    """Name what all groups of a CSV come to: who is merged into whom with which reference, and on what backup."""
+def plan_id(groups: Iterable[Group], **options: Any) -> str:
+    """Name what all groups of a CSV come to: what is merged into what with which reference, and by which `options`."""
     pairs = sorted(json.dumps([*pair.ids, pair.new_ref]) for group in groups for pair in group.pairs)
-    whole = "\n".join([count_policy, str(timelines), *pairs])
-    return hashlib.sha256(whole.encode("ascii")).hexdigest()[:12]
+    lines = "\n".join([json.dumps(options, sort_keys=True), *pairs])
+    return hashlib.sha256(lines.encode("ascii")).hexdigest()[:12]
 
 
 def csv_line(*cells: str) -> str:
@@ -1167,44 +1696,162 @@ def csv_line(*cells: str) -> str:
 def read_choices(path: Path) -> Dict[str, str]:
     """Read which contact of an email is the one to keep: a CSV of EMAIL and EXTERNAL_REF, as key -> reference.
 
-    Raises Stop(2) where the file can't be read, lacks a column, or has a row that is no choice or a second one.
+    Raises FatalError(2) where the file can't be read, lacks a column, or has a row that is no choice or a second one.
     """
     choices: Dict[str, str] = {}
     lines: Dict[str, int] = {}
-    with csv_file(path) as raw:
-        table = CsvTable(raw, ("EMAIL", "EXTERNAL_REF"))
+    with open_table(path, ("EMAIL", "EXTERNAL_REF")) as (table, _):
         for line, row in table:
             if not row:
                 continue
             if len(row) != table.width:
                 raise FatalError(EXIT_USAGE, f"line {line}: {plural(len(row), 'field')} instead of {table.width}")
-            email, reference = (row[place].strip() for place in table.places)
-            key = email.casefold()
+            email, reference = (trimmed_text(row[place]) for place in table.places)
+            key = email_key(email)
             if not key or not reference:
                 raise FatalError(EXIT_USAGE, f"line {line}: empty {'EXTERNAL_REF' if key else 'EMAIL'}")
             if key in choices:
-                raise FatalError(EXIT_USAGE, f"line {line}: a second choice for {key} (the first: line {lines[key]})")
+                words = (
+                    f"a second choice for {key} (the first: line {lines[key]}); cut the file down to one line a group"
+                )
+                raise FatalError(EXIT_USAGE, f"line {line}: {words}")
             choices[key], lines[key] = reference, line
     return choices
 
 
-def detect(contents: CsvContents, choices: Mapping[str, str] = {}) -> Plan:
+def choices_template(skipped: Iterable[SkippedGroup]) -> Iterator[bytes]:
+    """Yield the lines of a file for --choices, a line for each contact that may be kept of the skipped groups.
+
+    The further columns are there to decide by, and are ignored when it is read.
+    """
+    columns = ("EMAIL", "EXTERNAL_REF", "DISPLAY_NAME", "TICKET_COUNT", "CREATED_AT", "REV_USER_ID", "CONTACTS")
+    yield ("\ufeff" + csv_line(*columns) + "\n").encode("utf-8")
+    for group in skipped:
+        for contact in group.choice_lines().values():
+            cells = (
+                group.email, contact.external_ref, contact.name, str(contact.tickets), contact.created, contact.id,
+                str(len(group.contacts)),
+            )  # fmt: skip
+            yield (csv_line(*map(guard_cell, cells)) + "\n").encode("utf-8", "backslashreplace")
+
+
+_CLOCK = (
+    r"(?:(?:\s*,\s*|\s+at\s+|\s+|T)(?P<hour>\d{1,2})[:.](?P<minute>\d\d)(?:[:.](?P<second>\d\d)(?:[.,](?P<part>\d+))?)?"
+    r"(?:\s*(?P<half>[ap])\.?m\.?)?)?"
+)
+_ZONE = (
+    r"\s*(?:Z|UTC|GMT)?\s*(?:(?P<sign>[+-])(?P<east>\d{1,2})(?::?(?P<odd>\d\d))?)?\s*(?:Z|UTC|GMT)?(?:\s*\([^)]*\))?"
+)
+_WEEKDAY = r"(?:[a-z]{3,9}\.?,?\s+)?"
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_DATES = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"(?P<year>\d{4})(?P<mark>[-/.])(?P<month>\d{1,2})(?P=mark)(?P<day>\d{1,2})" + _CLOCK + _ZONE,
+        r"(?P<year>\d{4})(?P<month>\d\d)(?P<day>\d\d)(?:T?(?P<hour>\d\d):?(?P<minute>\d\d)(?::?(?P<second>\d\d))?)?"
+        + _ZONE,
+        _WEEKDAY + r"(?P<day>\d{1,2})[-\s./]+(?P<name>[a-z]{3,9})\.?[-\s,./]+(?P<year>\d{4}|\d\d)" + _CLOCK + _ZONE,
+        _WEEKDAY + r"(?P<name>[a-z]{3,9})\.?\s+(?P<day>\d{1,2})(?:st|nd|rd|th)?,?\s+(?P<year>\d{4})" + _CLOCK + _ZONE,
+        _WEEKDAY + r"(?P<name>[a-z]{3,9})\s+(?P<day>\d{1,2})" + _CLOCK + _ZONE + r"\s+(?P<year>\d{4})",
+        r"(?P<first>\d{1,2})(?P<mark>[-/.])(?P<other>\d{1,2})(?P=mark)(?P<year>\d{4})" + _CLOCK + _ZONE,
+        r"(?P<first>\d{1,2})(?P<mark>[/.])(?P<other>\d{1,2})(?P=mark)(?P<year>\d\d)" + _CLOCK + _ZONE,
+    )
+)
+_EPOCHS = {9: 9, 10: 9, 12: 6, 13: 6, 15: 3, 16: 3, 18: 0, 19: 0}  # digits of an epoch time -> zeros to nanoseconds
+_DAY = 86_400 * 10**9
+
+
+def parse_instants(text: str) -> Tuple[Optional[int], Optional[int]]:
+    """Return the time that a cell holds, in nanoseconds since 1970, read as month/day/year and as day/month/year.
+
+    The two differ only for dates such as 1/2/2024; None where a reading makes no date. A time without a zone is UTC;
+    zones by other names than UTC and GMT are not known.
+    """
+    text = text.strip()
+    number = re.fullmatch(r"(\d{5}|\d{9,10}|\d{12,13}|\d{15,16}|\d{18,19})(?:\.(\d{1,9})\d*)?", text)
+    if number:
+        whole, part = number.group(1), int((number.group(2) or "0").ljust(9, "0"))
+        if len(whole) in _EPOCHS:
+            found = int(whole) * 10 ** _EPOCHS[len(whole)] + (part if len(whole) < 12 else 0)
+        else:  # the days of a spreadsheet since the end of 1899
+            found = (int(whole) - 25_569) * _DAY + part * 86_400
+        return found, found
+    match = next(filter(None, (one.fullmatch(text) for one in _DATES)), None) if len(text) < 100 else None
+    if not match:
+        return None, None
+    cells = match.groupdict()
+    year, name = int(cells["year"]), (cells.get("name") or "")[:3].lower()
+    year += 0 if len(cells["year"]) == 4 else 2000 if year < 69 else 1900
+    if "first" in cells:
+        first, other = int(cells["first"]), int(cells["other"])
+        readings = [(other, first)] * 2 if cells["mark"] == "." else [(first, other), (other, first)]
+    else:
+        month = int(cells.get("month") or 0) or (_MONTHS.index(name) + 1 if name in _MONTHS else 0)
+        readings = [(month, int(cells["day"]))] * 2
+    hour, minute, second = (int(cells.get(part) or 0) for part in ("hour", "minute", "second"))
+    if cells.get("half"):
+        hour = -1 if not 1 <= hour <= 12 else hour % 12 + 12 * (cells["half"].lower() == "p")
+    offset = (int(cells["east"] or 0) * 60 + int(cells["odd"] or 0)) * (-60 if cells["sign"] == "-" else 60)
+    part = int((cells.get("part") or "0")[:9].ljust(9, "0"))
+    found_instants: List[Optional[int]] = []
+    for month, day in readings:
+        try:
+            when = datetime(year, month, day, hour, minute, second) - datetime(1970, 1, 1)
+            found_instants.append((when.days * 86_400 + when.seconds - offset) * 10**9 + part)
+        except ValueError:
+            found_instants.append(None)
+    return found_instants[0], found_instants[1]
+
+
+def rank(contacts: Iterable[Contact]) -> Tuple[List[Contact], bool]:
+    """Order contacts of one kind: most tickets first, then the oldest, then the smallest id. Return them, and whether
+    age could not decide which is first.
+
+    Where one of the tied dates can't be read, or the first depends on whether 1/2/2024 is in January, the id decides.
+    """
+    by_id = sorted(contacts, key=attrgetter("id"))
+    if len(by_id) < 2:
+        return by_id, False
+    tied: Dict[int, List[Contact]] = {}
+    for contact in by_id:
+        tied.setdefault(contact.tickets, []).append(contact)
+    ranked: List[Contact] = []
+    undecided = False
+    for tickets in sorted(tied, reverse=True):
+        equal = tied[tickets]
+        if len(equal) > 1:
+            instants = [parse_instants(contact.created) for contact in equal]
+            orders = [
+                [contact for _, contact in sorted(zip(column, equal), key=itemgetter(0))]
+                for column in zip(*instants)
+                if None not in column
+            ]
+            if orders and all(order[0] is orders[0][0] for order in orders):
+                equal = orders[0]
+            else:
+                undecided = undecided or not ranked
+        ranked += equal
+    return ranked, undecided
+
+
+def detect(contents: CsvContents, choices: Mapping[str, str] = {}, primary: str = "revu") -> Plan:
     """Find the groups to merge and the groups to skip, ordered by email; `choices` as `read_choices` gives them.
 
-    Raises Stop(2) where a choice can't be followed, unless its group is not known whole and is skipped anyway.
+    Raises FatalError(2) where a choice can't be followed, unless its group may not be complete and is skipped anyway.
     """
-    by_email: Dict[str, List[Contact]] = {
-        email: [] for email in choices if email not in contents.emails_in_invalid_rows
-    }
+    broken = contents.emails_in_invalid_rows
+    by_email: Dict[str, List[Contact]] = {email: [] for email in choices if loose_key(email) not in broken}
     for contact in contents.contacts:
         by_email.setdefault(contact.key, []).append(contact)
-    plan = Plan([], [], contents.invalid_rows, contents.contacts_read)
+    plan = Plan(
+        [], [], contents.invalid_rows, contents.contacts_read, look_alikes=contents.look_alikes,
+        other_refs=contents.other_refs, other_ref=contents.other_ref,
+    )  # fmt: skip
     problems: List[str] = []
     for email in sorted(by_email):
+        is_broken = bool(broken) and loose_key(email) in broken
         try:
-            found = classify_group(
-                email, by_email[email], email in contents.emails_in_invalid_rows, choices.get(email, "")
-            )
+            found = classify_group(email, by_email[email], is_broken, choices.get(email, ""), primary)
         except PairError as error:
             problems.append(str(error))
             continue
@@ -1214,26 +1861,30 @@ def detect(contents: CsvContents, choices: Mapping[str, str] = {}) -> Plan:
             plan.skipped.append(found)
         else:
             taking_part = sum(contact.is_user or contact.is_system for contact in by_email[email])
-            plan.left_alone[email] = f"{plural(taking_part, 'contact')} with a REVU- or user_ reference, none to merge"
+            kinds = f"{Contact.SYSTEM_PREFIX} or {Contact.user_prefix}"
+            plan.left_alone[email] = f"{plural(taking_part, 'contact')} with a {kinds} reference, none to merge"
     if problems:
         raise FatalError(EXIT_USAGE, f"choices that can't be followed: {'; '.join(some(problems, 3))}")
     return plan
 
 
 def classify_group(
-    email: str, contacts: Iterable[Contact], broken: bool = False, choice: str = ""
+    email: str, contacts: Iterable[Contact], broken: bool = False, choice: str = "", primary: str = "revu"
 ) -> Union[Group, SkippedGroup, None]:
     """Decide what becomes of the contacts of one email: a group to merge, a skip with its reason, or nothing.
 
-    Raises PairError where `choice`, a reference, is not that of one contact that may be kept.
+    `primary` says which contact remains where there is one of each kind, the system-made `revu` or the application's
+    `user`. Raises PairError where `choice`, a reference, is not that of one contact that may be kept.
     """
-    ranked = sorted(contacts, key=lambda c: (-c.tickets, c.created or "~", c.id))
-    users = [contact for contact in ranked if contact.is_user]
-    system = [contact for contact in ranked if contact.is_system]
+    contacts = list(contacts)
+    users, _ = rank(contact for contact in contacts if contact.is_user)
+    system, undecided = rank(contact for contact in contacts if contact.is_system)
     if broken:
         return SkippedGroup(email, "invalid_row", users + system) if users or system else None
     if choice:
         kept = resolve_choice(email, users, system, choice)
+    elif len(users) + len(system) > mailbox_limit(email):
+        return SkippedGroup(email, "shared_mailbox", users + system)
     elif len(users) > 1:
         return SkippedGroup(email, "several_user_refs", users + system)
     elif len(system) > 1 and not users:
@@ -1242,11 +1893,11 @@ def classify_group(
         (kept,) = users
     else:
         return None
-    primary = system[0] if kept.is_user and system else kept
-    others = [contact for contact in (*users, *system) if contact is not primary and contact is not kept]
-    pairs = [] if kept is primary else [Pair(primary, kept, kept.external_ref)]
-    pairs += [Pair(primary, other, None) for other in others]
-    return Group(email, pairs, chosen=choice) if pairs else None
+    remaining = system[0] if kept.is_user and system and primary == "revu" else kept
+    others = [contact for contact in (*users, *system) if contact is not remaining and contact is not kept]
+    pairs = [] if kept is remaining else [Pair(remaining, kept, kept.external_ref)]
+    pairs += [Pair(remaining, other, None) for other in others]
+    return Group(email, pairs, chosen=choice, age_undecided=undecided and remaining is not kept) if pairs else None
 
 
 def resolve_choice(email: str, users: Sequence[Contact], system: Sequence[Contact], choice: str) -> Contact:
@@ -1257,11 +1908,55 @@ def resolve_choice(email: str, users: Sequence[Contact], system: Sequence[Contac
     if found:
         why = f"{len(found)} contacts have it"
     elif any(contact.external_ref.strip() == choice for contact in system):
-        why = "the application knows this person by a user_ reference, which has to stay"
+        why = f"the application knows this person by a {Contact.user_prefix} reference, which has to stay"
     else:
         why = "no contact of this email has it"
-    there = ", ".join(contact.external_ref for contact in candidates) or "nothing"
+    there = ", ".join(some([contact.external_ref for contact in candidates], 10)) or "nothing"
     raise PairError("bad_choice", f"{choice} for {email}: {why} (to choose from: {there})")
+
+
+class HistoryRow(NamedTuple):
+    """A merge of an earlier run that is not to be repeated unasked. `new_id` is the contact that an undo created."""
+
+    email: str
+    ids: Tuple[str, str]  # primary and duplicate
+    code: str  # `undone` or `cancelled`
+    new_id: str = ""
+
+
+def blocked_by_history(groups: Iterable[Group], rows: Iterable[HistoryRow]) -> Dict[str, str]:
+    """Return the emails of groups that repeat a merge which was undone or cancelled, each with the code.
+
+    A group repeats it that has its address, or two of its contacts in whatever role. A contact that an undo created
+    stands for its old id, also where that one had been created so.
+    """
+    rows = list(rows)
+    old_ids = {row.new_id: row.ids[1] for row in rows if row.new_id}
+
+    def original(identity: str) -> str:
+        seen = {identity}
+        while old_ids.get(identity, identity) not in seen:
+            identity = old_ids[identity]
+            seen.add(identity)
+        return identity
+
+    codes: Dict[str, str] = {}  # by email
+    by_pair: Dict[FrozenSet[str], str] = {}
+    partners: Dict[str, Set[str]] = {}
+    for row in sorted(rows, key=lambda row: row.code != "undone"):
+        codes.setdefault(row.email, row.code)
+        one, other = map(original, row.ids)
+        by_pair.setdefault(frozenset((one, other)), row.code)
+        partners.setdefault(one, set()).add(other)
+        partners.setdefault(other, set()).add(one)
+    blocked: Dict[str, str] = {}
+    for group in groups if rows else ():
+        ids = {original(contact.id) for contact in group.all_contacts()}
+        found = [codes[group.email]] if group.email in codes else []
+        found += [by_pair[frozenset((one, other))] for one in ids for other in partners.get(one, set()) & ids]
+        if found:
+            blocked[group.email] = max(found)  # `undone` before `cancelled`
+    return blocked
 
 
 def live_contact_error(contact: Contact, live: Optional[Json], external_ref: str) -> Optional[PairError]:
@@ -1271,48 +1966,147 @@ def live_contact_error(contact: Contact, live: Optional[Json], external_ref: str
     """
     name = contact.short_id
     if live is None:
-        return PairError("not_found", f"{name} is not in DevRev any more")
+        return PairError("not_found", f"{name} is not in DevRev any more; leave its row out of the export")
     state, reference = live.get("state"), live.get("external_ref")
-    if state != "active":
-        return PairError("not_active", f"{name} is {state or 'of unknown state'}, not active")
+    if state != "active" or live.get("primary_identity"):
+        what = "merged into another contact" if live.get("primary_identity") else state or "of unknown state"
+        hint = "; leave its row out of the export" if is_gone(live) else ""
+        return PairError("not_active", f"{name} is {what}, not active{hint}")
     if email_of(live) != contact.key:
         return PairError("email_changed", f"{name} has another email now: {live.get('email') or 'none'}")
     if reference != external_ref:
         return PairError("external_ref_changed", f"{name} has another reference now: {reference or 'none'}")
+    own = {external_ref, contact.short_id, None, ""}
+    refs = live.get("external_refs")
+    more = [str(one) for one in refs if one not in own] if isinstance(refs, list) else []
+    if more:
+        words = f"{name} has several references ({', '.join(some([external_ref, *more], 4))})"
+        return PairError("several_external_refs", f"{words}, and what setting one does to the others is not known")
     return None
+
+
+def is_gone(live: Optional[Json]) -> bool:
+    """Whether DevRev has no such contact any more: not found, deleted, or merged into another."""
+    return live is None or live.get("state") == "deleted" or bool(live.get("primary_identity"))
 
 
 def rev_org_id(user: Json) -> Optional[str]:
     rev_org = user.get("rev_org")
-    return str(rev_org.get("id")) if isinstance(rev_org, dict) else None
+    identity = rev_org.get("id") if isinstance(rev_org, dict) else rev_org
+    return str(identity) if identity else None
 
 
-def live_group_error(group: Group, live: Mapping[str, Json], namesakes: Iterable[Json]) -> Optional[PairError]:
-    """The first reason why a group must not be merged as DevRev has its contacts now; None if there is none.
+class Dropped(NamedTuple):
+    """A pair that the live check takes out of its group, while the others go on."""
 
-    `live` maps ids to rev_users, `namesakes` are all rev_users that DevRev lists for the group's email.
+    pair: Pair
+    code: str  # `already_gone`, `already_merged` or `different_rev_org`
+    reason: str
+
+
+class LiveCheck(NamedTuple):
+    """What DevRev says of a group now: the error that refuses it, if any, else the pairs that are dropped from it."""
+
+    error: Optional[PairError] = None
+    dropped: Tuple[Dropped, ...] = ()
+
+    @property
+    def already_merged(self) -> bool:
+        """Whether the reference has moved already, by a run that this savepoint does not know."""
+        return any(one.code == "already_merged" for one in self.dropped)
+
+
+LIVE_CODES = (
+    "not_found", "not_active", "email_changed", "external_ref_changed", "several_external_refs", "shared_mailbox",
+    "several_user_refs", "group_changed", "unverified", "different_rev_org",
+)  # fmt: skip
+
+
+def check_live(
+    group: Group,
+    live: Mapping[str, Optional[Json]],
+    listed: Iterable[Json],
+    unverified: Optional[Collection[str]] = None,
+    across_workspaces: bool = False,
+    try_unverified: bool = False,
+) -> LiveCheck:
+    """Compare a group with DevRev as it is now. Of several errors the first in the order of LIVE_CODES counts.
+
+    `live` maps the ids of the group's contacts to rev_users, `listed` are the rev_users that DevRev lists for its
+    addresses, `unverified` the ids that are known to be unverified (None where nothing is known).
     """
-    contacts = group.contacts()
-    for contact in contacts:
-        expected = group.primary_ref() if contact is group.primary else contact.external_ref
-        problem = live_contact_error(contact, live.get(contact.id), expected)
-        if problem:
-            return problem
-    orgs = {rev_org_id(live[contact.id]) for contact in contacts}
-    if len(orgs) > 1:
-        words = f"the contacts belong to different rev orgs: {', '.join(sorted(map(str, orgs)))}"
-        return PairError("different_rev_org", words)
+    primary, dropped = group.primary, dropped_pairs(group, live, across_workspaces)
+    gone = {one.pair.ids for one in dropped}
+    pairs = [pair for pair in group.pending() if pair.ids not in gone]
+    moved = [one.pair.new_ref for one in dropped if one.code == "already_merged"]
+    expected = (moved and moved[0]) or group.primary_ref()
+    errors = [live_contact_error(primary, live.get(primary.id), expected)]
+    for pair in pairs:
+        duplicate = live.get(pair.duplicate.id)
+        errors.append(live_contact_error(pair.duplicate, duplicate, pair.duplicate.external_ref))
+        if duplicate and pair.new_ref and not across_workspaces and orgs_differ(live.get(primary.id), duplicate):
+            words = (
+                f"{into(pair)}: they belong to different workspaces (rev orgs), and {pair.new_ref} would have to move"
+            )
+            errors.append(PairError("different_rev_org", words))
+        ids = {identity: known_unverified(live.get(identity), identity, unverified) for identity in pair.ids}
+        if ids[pair.duplicate.id] and not ids[primary.id] and not try_unverified:
+            words = f"{into(pair)}: DevRev does not merge an unverified contact into a verified one"
+            errors.append(PairError("unverified", f"{words} (--try-unverified requests it all the same)"))
+    errors.append(live_group_error(group, live, listed) if pairs else None)
+    found = sorted((error for error in errors if error), key=lambda error: LIVE_CODES.index(error.code))
+    return LiveCheck(found[0]) if found else LiveCheck(None, tuple(dropped))
+
+
+def dropped_pairs(group: Group, live: Mapping[str, Optional[Json]], across_workspaces: bool) -> List[Dropped]:
+    """The pairs of a group that are none any more and keep the others from nothing."""
+    dropped: List[Dropped] = []
+    primary = live.get(group.primary.id)
+    for pair in group.pending():
+        duplicate = live.get(pair.duplicate.id)
+        name, never_requested = pair.duplicate.short_id, pair.state is State.PLANNED and not pair.first_requested_at
+        if is_gone(duplicate) and never_requested:
+            if not pair.new_ref:
+                dropped.append(Dropped(pair, "already_gone", f"{name} no longer exists in DevRev"))
+            elif primary and not is_gone(primary) and primary.get("external_ref") == pair.new_ref:
+                words = f"{into(pair)} looks merged already, by a run in another folder? The primary has {pair.new_ref}"
+                dropped.append(Dropped(pair, "already_merged", words))
+        elif never_requested and not pair.new_ref and not across_workspaces and orgs_differ(primary, duplicate):
+            words = f"{name} belongs to another workspace (rev org) than {pair.primary.short_id}"
+            dropped.append(Dropped(pair, "different_rev_org", words))
+    return dropped
+
+
+def orgs_differ(one: Optional[Json], other: Optional[Json]) -> bool:
+    """Whether two contacts belong to different rev orgs; one without a rev org conflicts with nothing."""
+    orgs = {rev_org_id(user) for user in (one, other) if user}
+    return len(orgs - {None}) > 1
+
+
+def known_unverified(live: Optional[Json], identity: str, unverified: Optional[Collection[str]]) -> bool:
+    """Whether a contact is known to be unverified: its own answer counts, else the list of those that are."""
+    verified = (live or {}).get("is_verified")
+    return verified is False if isinstance(verified, bool) else identity in (unverified or ())
+
+
+def live_group_error(group: Group, live: Mapping[str, Optional[Json]], listed: Iterable[Json]) -> Optional[PairError]:
+    """Count the contacts of an address again, by what DevRev lists for it; None where the group is still known."""
+    merged = {pair.duplicate.id for pair in group.pairs if pair.state in (*UNFINISHED, *ENDED)}
     known = {contact.id for contact in group.all_contacts()}
-    for other in namesakes:
-        stranger = contact_of(other)
-        is_new = stranger.id not in known and stranger.key == group.email
-        if is_new and stranger.is_user and other.get("state") == "active":
-            words = f"DevRev has another user_ contact of this email by now: {stranger.external_ref}"
+    users = {user["id"]: user for user in (*listed, *filter(None, live.values())) if user["id"] not in merged}
+    there = [contact_of(user) for user in users.values() if not is_gone(user)]
+    there = [one for one in there if one.key == group.email and (one.is_user or one.is_system)]
+    new = sorted((one for one in there if one.id not in known), key=attrgetter("external_ref", "id"))
+    if not group.chosen and len(there) > mailbox_limit(group.email):
+        words = f"DevRev has {plural(len(there), 'contact')} of this email, more than one person has: a shared mailbox?"
+        return PairError("shared_mailbox", words)
+    for stranger in new:
+        if stranger.is_user:
+            words = f"DevRev has another {Contact.user_prefix} contact of this email by now: {stranger.external_ref}"
             return PairError("several_user_refs", words)
-        takes_part = stranger.is_user or stranger.is_system
-        if is_new and group.chosen and takes_part and other.get("state") in ("active", "locked", "deactivated"):
-            words = f"DevRev has another contact of this email by now, so choose again: {stranger.external_ref}"
-            return PairError("group_changed", words)
+    if new and group.chosen:
+        words = f"DevRev has another contact of this email by now, so choose again: {new[0].external_ref}"
+        return PairError("group_changed", words)
     return None
 
 
@@ -1537,7 +2331,7 @@ class CircuitBreaker:
         if status == 429:
             least = min(30.0, 0.05 * 2.0 ** min(self.over_quota_in_a_row, 10))
             self._open(now + max(least, min(3600.0, pause)))
-        elif self.failures_in_a_row >= self.THRESHOLD:
+        elif self.keeps_failing:
             self._failed_probes += is_probe
             self._open(now + min(10.0, 0.5 * 2**self._failed_probes))
         elif not failed:
@@ -1547,6 +2341,10 @@ class CircuitBreaker:
     def _open(self, until: float) -> None:
         self.open_until = max(self.open_until, until)
         self.half_open = True
+
+    @property
+    def keeps_failing(self) -> bool:
+        return self.failures_in_a_row >= self.THRESHOLD
 
     def gave_up(self) -> str:
         """Return why no more probes are worth sending, "" where they are."""
@@ -1826,6 +2624,7 @@ class ApiSettings:
     timeout: float = 30.0
     retries: int = 5
     workers: int = 8
+    user_ref_prefix: str = "user_"  # of the references of the user's own application
 
     def mask(self, text: str) -> str:
         """`text` without the token; one of a few characters is none, and would stand in every other word."""
@@ -1843,7 +2642,7 @@ def scopes_needed(endpoint: str, body: Json) -> str:
 
 
 def kind_of(identity: str) -> str:
-    """`ticket` of `don:core:dvrv-us-1:devo/ORG:ticket/7`."""
+    """Return the kind that an id names: `ticket` of `don:core:dvrv-us-1:devo/ORG:ticket/7`."""
     return identity.rpartition(":")[2].partition("/")[0]
 
 
@@ -1914,6 +2713,9 @@ def duplicate_status(user: Json, primary: str, duplicate: str) -> DuplicateStatu
     return DuplicateStatus.GONE if user.get("state") == "deleted" else DuplicateStatus.THERE
 
 
+WRITES = ("rev-users.merge", "rev-users.update", "rev-users.create", "works.update", "conversations.update")
+
+
 class DevRevAPI:
     """The part of DevRev's REST API that a merge needs, over POST with JSON bodies.
 
@@ -1931,6 +2733,7 @@ class DevRevAPI:
         self.cancel_token = cancel_token
         self.scheduler = RequestScheduler(environment, cancel_token, settings)
         self.requests: Dict[str, int] = collections.Counter()
+        self._writes = 0  # requests that may have changed DevRev
         self.work_kinds: Tuple[str, ...] = (*TICKETS_AND_ISSUES, *OTHER_WORKS)  # that lists of works name
         self._work_kinds_lock = asyncio.Lock()
         self._work_kinds_known = False
@@ -1941,6 +2744,11 @@ class DevRevAPI:
         self.references = BatchLoader(self._list_by("external_ref"), cancel_token, references_of)
         # By the field that names contacts: a work's role, or a conversation's members.
         self.objects = {name: self._batch_loader(name) for name in (*ROLES.values(), "members")}
+
+    @property
+    def changed(self) -> bool:
+        """Whether a request was sent that may have changed DevRev."""
+        return self._writes > 0
 
     # -- the one place that sends -------------------------------------------------------------------
 
@@ -1954,13 +2762,11 @@ class DevRevAPI:
         repeatable: bool = True,
         deadline: Optional[float] = None,
         before: Optional[Callable[[], Awaitable[None]]] = None,
-        telling: bool = False,
     ) -> ApiResponse:
         """POST, and return the answer's JSON object, which holds `key`. Without `key` any 2xx will do.
 
-        `before` is awaited when the request may be sent, and what it raises keeps it from being sent. `telling`: a 403
-        ends the run. Where it is safe, a request is repeated with growing, jittered pauses. One that is not
-        `repeatable`, or has a `deadline` of its own (in seconds, after which its caller repeats it), is sent again only
+        `before` is awaited when the request may be sent, and what it raises keeps it from being sent.
+        Where it is safe, a request is repeated with growing, jittered pauses. One that is not `repeatable`, or has a `deadline` of its own (in seconds, after which its caller repeats it), is sent again only
         where it can't have been acted on: no connection was made, or it was over quota.
         """
         attempt = 0
@@ -1968,14 +2774,24 @@ class DevRevAPI:
             is_probe = await self.scheduler.acquire(options)
             try:
                 self.cancel_token.raise_if_cancelled()
+                if is_probe and self.scheduler.breaker.keeps_failing:
+                    # One object's requests may fail for good: whether DevRev is down shows a request that names none.
+                    answer = await self.environment.post("dev-users.self", {})
+                    self.requests["dev-users.self"] += 1
+                    self.scheduler.on_response(True, answer, 0.0, answer.data is not None)
+                    continue
                 if before:
                     await before()
                 self.requests[endpoint] += 1
+                is_write = endpoint in WRITES and not body.keys() <= {"id", "type"}
+                self._writes += is_write
                 since = self.environment.now()
                 answer = await self.environment.post(endpoint, body, deadline)
             except BaseException:
                 self.scheduler.give_back(is_probe)
                 raise
+            if is_write and (not answer.sent or answer.status in (401, 403, 429)):
+                self._writes -= 1
             data, problem = answer.data, answer.problem
             good = answer.status is not None and 200 <= answer.status < 300
             self.scheduler.on_response(is_probe, answer, self.environment.elapsed(since), not key or data is not None)
@@ -1989,13 +2805,13 @@ class DevRevAPI:
             attempt += answer.status != 429
             once = answer.sent and (not repeatable or deadline is not None)
             final = answer.status != 429 and (attempt > self.settings.retries or once)
-            self._raise_refusal(endpoint, body, answer, telling, final)
+            self._raise_refusal(endpoint, body, answer, final)
             if final:
                 raise NoUsableResponse(endpoint, problem)
             if answer.status != 429:
                 await self.cancel_token.sleep(self.environment.random.uniform(0.5, 1.0) * min(8.0, 0.1 * 2**attempt))
 
-    def _raise_refusal(self, endpoint: str, body: Json, answer: HttpResponse, telling: bool, final: bool) -> None:
+    def _raise_refusal(self, endpoint: str, body: Json, answer: HttpResponse, final: bool) -> None:
         """Raise what a definite no means. HTML of a gateway is none but for 401 (after the retries) and 413."""
         status, data, words = answer.status or 0, answer.data or {}, answer.problem
         if status == 401 and (final or answer.data is not None):
@@ -2013,8 +2829,6 @@ class DevRevAPI:
             scopes = scopes_needed(endpoint, body)
             words += f" ({', '.join(some(names))})" if names else ""
             words += f"; the token needs the scope {scopes}, and its owner access" if scopes else ""
-        if status == 403 and telling and endpoint not in self._answered:
-            self._stop(PermissionDenied(EXIT_USAGE, f"the token may not call {endpoint} (403): {words}"))
         raise ApiError(endpoint, status, words, data=data)
 
     def _stop(self, error: FatalError) -> NoReturn:
@@ -2076,7 +2890,7 @@ class DevRevAPI:
 
     async def whoami(self) -> Json:
         """Return the token's owner (`dev_user`)."""
-        return await self._user("dev-users.self", {}, "dev_user", telling=True)
+        return await self._user("dev-users.self", {}, "dev_user")
 
     async def _get_contact(self, identity: str, options: RequestOptions, deadline: Optional[float]) -> Optional[Json]:
         """Return what DevRev has at this id: the contact, or only `{"id": …}` of the one that it has become (301), None
@@ -2160,16 +2974,11 @@ class DevRevAPI:
         return (await self.pages("rev-users.list", "rev_users", {"external_ref": [external_ref]}, options)).items
 
     async def merge(
-        self,
-        primary: str,
-        duplicate: str,
-        options: RequestOptions,
-        before: Callable[[], Awaitable[None]],
-        telling: bool,
+        self, primary: str, duplicate: str, options: RequestOptions, before: Callable[[], Awaitable[None]]
     ) -> None:
         """Request a merge. DevRev only acknowledges it and carries it out later; it is never repeated blindly."""
         body = {"primary_user": primary, "secondary_user": duplicate}
-        await self._call("rev-users.merge", body, options=options, repeatable=False, before=before, telling=telling)
+        await self._call("rev-users.merge", body, options=options, repeatable=False, before=before)
 
     async def update_contact(
         self,
@@ -2177,45 +2986,30 @@ class DevRevAPI:
         fields: Json,
         options: RequestOptions,
         deadline: Optional[float] = None,
-        telling: bool = False,
     ) -> Json:
         """Set fields of a contact, and return the contact as DevRev has it then. Raises ApiError with status 409 while
         another contact holds its `external_ref`. With a `deadline` one request is sent."""
         body = {"id": identity, **fields}
-        user = await self._user("rev-users.update", body, options=options, deadline=deadline, telling=telling)
+        user = await self._user("rev-users.update", body, options=options, deadline=deadline)
         if user["id"] != identity:
             raise NoUsableResponse("rev-users.update", f"the answer is about {user['id']}, not {identity}")
         return user
-
-    async def set_external_ref(
-        self, identity: str, external_ref: str, options: RequestOptions, telling: bool = False
-    ) -> None:
-        """Set the reference and read it back from the answer. ApiError with status 409 while another holds it."""
-        user = await self.update_contact(identity, {"external_ref": external_ref}, options, telling=telling)
-        if user.get("external_ref") != external_ref:
-            words = f"DevRev answered the update with the reference {user.get('external_ref')}"
-            raise PairError("external_ref_not_set", words)
 
     async def create_contact(self, fields: Json, options: RequestOptions) -> Json:
         """Create a contact and return it. It is never repeated blindly: the caller finds out what a lost answer did."""
         return await self._user("rev-users.create", fields, options=options, repeatable=False)
 
-    # -- works and conversations --------------------------------------------------------------------
+    async def set_people(self, obj: Json, roles: Mapping[str, Sequence[str]], options: RequestOptions) -> Json:
+        """Replace the lists of a work's or a conversation's people, by role (none: try whether one may), and return it.
 
-    async def set_people(
-        self,
-        obj: Json,
-        roles: Mapping[str, Sequence[str]],
-        options: RequestOptions,
-        before: Optional[Callable[[], Awaitable[None]]] = None,
-    ) -> None:
-        """Replace the complete lists of a work's or a conversation's people, by role; none: try whether one may."""
+        It is never repeated blindly: who joined meanwhile would be removed.
+        """
         body: Json = {"id": obj["id"], **{role: {"set": list(ids)} for role, ids in roles.items()}}
-        if kind_of(obj["id"]) == "conversation":
-            await self._call("conversations.update", body, "conversation", options, before=before, telling=True)
-        else:
-            body["type"] = obj["type"]
-            await self._call("works.update", body, "work", options, before=before, telling=True)
+        endpoint, key = "conversations.update", "conversation"
+        if ":conversation/" not in obj["id"]:
+            endpoint, key, body["type"] = "works.update", "work", obj["type"]
+        found: Json = (await self._call(endpoint, body, key, options, repeatable=not roles)).data[key]
+        return found
 
     def dispatch(self) -> None:
         """Send every list call that waits for others to join."""
@@ -2482,7 +3276,7 @@ def _fail_all(pendings: Iterable[PendingKey], error: BaseException) -> None:
 
 @dataclass
 class ContactSnapshot:
-    """All that DevRev holds of one contact. Works and conversations are API objects by id."""
+    """What DevRev has of one contact. Works and conversations are API objects by id."""
 
     contact: Contact
     live: Json
@@ -2490,7 +3284,7 @@ class ContactSnapshot:
     conversations: Dict[str, Json]
 
     def objects(self) -> Dict[str, Json]:
-        """Everything that has a timeline, by id."""
+        """Return everything that has a timeline, by id."""
         return {**self.works(), **self.conversations}
 
     def works(self) -> Dict[str, Json]:
@@ -2501,7 +3295,7 @@ Timelines = Mapping[str, List[Json]]
 
 
 def contact_files(snapshot: ContactSnapshot, timelines: Timelines) -> Dict[str, Any]:
-    """The files of one contact's folder, by name."""
+    """Return the files of one contact's folder, by name."""
     return {
         "contact.json": snapshot.live,
         "works.json": list(snapshot.works().values()),
@@ -2511,7 +3305,7 @@ def contact_files(snapshot: ContactSnapshot, timelines: Timelines) -> Dict[str, 
 
 
 def contact_manifest(folder: str, role: str, snapshot: ContactSnapshot, timelines: Timelines) -> Json:
-    """What the manifest says of one contact: its row, its counts, and which objects it has in which role."""
+    """Return what the manifest says of one contact: its row, its counts, and its objects by role."""
     return {
         "folder": folder,
         "role": role,
@@ -2527,9 +3321,9 @@ def contact_manifest(folder: str, role: str, snapshot: ContactSnapshot, timeline
 
 
 class BackupStore:
-    """The folder `backups/`: `<email>/<YYYYmmdd_HHMMSS>/`, complete or absent.
+    """The folder `backups/`. A backup is a folder `<email>/<YYYYmmdd_HHMMSS>/` (UTC) in it, complete or absent.
 
-    Raises OSError where the disk refuses.
+    Methods raise OSError.
     """
 
     INCOMPLETE = ".incomplete_"
@@ -2540,12 +3334,15 @@ class BackupStore:
         self.with_timelines = with_timelines
 
     def create(self, email: str, organisation: str, snapshots: Sequence[ContactSnapshot], timelines: Timelines) -> Path:
-        """Back up a group: written aside, flushed, renamed into place. The first of `holdings` is the primary."""
+        """Back up a group; the first of `snapshots` is the primary.
+
+        Files are written to a temporary folder and flushed, and the folder is renamed: a kill leaves no half backup.
+        """
         environment = self.environment
         home = environment.make_private_dir(self.root / safe_name(email))
-        self.root.chmod(0o700)  # which may have come with less, and emails are names in it
+        environment.restrict_dir(self.root)  # emails are names in it
         if home.resolve().parent != self.root.resolve():
-            raise OSError(f"{home} leads out of {self.root}; remove the link")
+            raise OSError(f"{home} is a link that leads out of {self.root}; remove it")
         stamp = int(environment.now().wall)
         while (home / timestamp_name(stamp)).exists():
             stamp += 1
@@ -2579,11 +3376,12 @@ class BackupStore:
 
 
 def timestamp_name(epoch: float) -> str:
-    return time.strftime("%Y%m%d_%H%M%S", time.localtime(epoch))
+    """Name a moment in UTC: local names would sort backwards in the hour that autumn has twice."""
+    return time.strftime("%Y%m%d_%H%M%S", time.gmtime(epoch))
 
 
 def _folder_names(snapshots: Sequence[ContactSnapshot]) -> List[str]:
-    """`primary_REVU-…`, `duplicate_REVU-…`, told apart also where a file system ignores case."""
+    """Return `primary_REVU-…`, `duplicate_REVU-…`; distinct also where a file system ignores case."""
     names: List[str] = []
     for index, snapshot in enumerate(snapshots):
         shown = str(snapshot.live.get("display_id") or snapshot.contact.short_id)
@@ -2594,7 +3392,7 @@ def _folder_names(snapshots: Sequence[ContactSnapshot]) -> List[str]:
 
 
 def verify_backup(folder: Path) -> Json:
-    """Re-read a backup from the disk and return its manifest.
+    """Read a backup again from the disk and return its manifest.
 
     Raises PairError(backup_failed) naming everything that is missing, damaged or does not add up.
     """
@@ -2631,13 +3429,13 @@ def _backup_errors(folder: Path, manifest: Json) -> Iterator[str]:
             for name in ("contact", "works", "conversations", "timelines")
         ]
         if any(file is None for file in files):
-            yield f"{entry['folder']}: not all of its files are whole"
+            yield f"{entry['folder']}: not all of its files are complete"
         else:
             yield from _contact_errors(entry, files, manifest["timelines"])
 
 
 def _contact_errors(entry: Json, files: Sequence[Any], timelines_wanted: bool) -> Iterator[str]:
-    """Recount one contact's files against what the manifest says of them."""
+    """Count what is in one contact's files again, and compare it with the manifest."""
     folder = entry["folder"]
     live, works, conversations, timelines = files
     work_ids = {work["id"] for work in works}
@@ -2657,13 +3455,18 @@ def _contact_errors(entry: Json, files: Sequence[Any], timelines_wanted: bool) -
         yield f"{folder}: the files hold {counted}, the manifest says {entry['counts']}"
 
 
+def is_counted(identity: str) -> bool:
+    """Return whether the warehouse counts a work as a ticket: tickets and issues, no other kinds."""
+    return ":ticket/" in identity or ":issue/" in identity
+
+
 def greatest_count(entry: Json) -> int:
-    """greatest(owned, created, reported) of a contact in a manifest: what the export calls TICKET_COUNT."""
-    return max(len(set(entry["works"][role])) for role in ROLES)
+    """Return greatest(owned, created, reported) of a contact in a manifest: what the CSV calls TICKET_COUNT."""
+    return max(sum(map(is_counted, set(entry["works"][role]))) for role in ROLES)
 
 
 def read_manifest(backup: str) -> Json:
-    """A backup's manifest. Raises PairError(backup_failed) where it can't be read."""
+    """Return a backup's manifest. Raises PairError(backup_failed) where it can't be read."""
     try:
         manifest: Json = json.loads((Path(backup) / "manifest.json").read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -2672,19 +3475,19 @@ def read_manifest(backup: str) -> Json:
 
 
 def objects_to_transfer(backup: str, duplicate: str) -> List[Json]:
-    """What has to hang on the primary after the merge: works owned or reported, conversations taken part in.
+    """Return what has to belong to the primary after the merge, as `{id, role}`.
 
-    Each as `{id, role}` with role `owned_by`, `reported_by` or `members`. Raises PairError(backup_failed).
+    `role` is `owned_by` or `reported_by` of a work, `members` of a conversation. Raises PairError(backup_failed).
     """
     try:
         (entry,) = (one for one in read_manifest(backup)["contacts"] if one["csv"]["id"] == duplicate)
         return transferred_objects(entry)
     except (KeyError, TypeError, ValueError) as error:
-        raise PairError("backup_failed", f"the backup {backup} is no whole one ({type(error).__name__})") from None
+        raise PairError("backup_failed", f"the backup {backup} is not complete ({type(error).__name__})") from None
 
 
 def transferred_objects(entry: Json) -> List[Json]:
-    """Of a contact in a manifest, what a merge hands on, as `{id, role}`."""
+    """Return what a merge moves from a contact in a manifest to the primary, as `{id, role}`."""
     return [
         *({"id": work, "role": ROLES[role]} for role in ("owned", "reported") for work in entry["works"][role]),
         *({"id": conversation, "role": "members"} for conversation in entry["conversations"]),
@@ -2692,7 +3495,7 @@ def transferred_objects(entry: Json) -> List[Json]:
 
 
 def describe(backup: str, items: Iterable[Json]) -> List[Json]:
-    """Name objects (`{id, role, …}`) with display id, kind and title from a backup."""
+    """Add display id, kind and title from a backup to objects (`{id, role, …}`)."""
     known: Dict[str, Json] = {}
     for path in (*Path(backup).glob("*/works.json"), *Path(backup).glob("*/conversations.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -2712,501 +3515,639 @@ def by_id(items: Iterable[Json]) -> Dict[str, Json]:
     return {item["id"]: item for item in items}
 
 
-JOURNAL = Path("backups") / "journal.jsonl"
-
-
-class Journal:
-    """`backups/journal.jsonl`: what was asked for and what has ended, on the disk before it is done or said.
-
-    A line an event, `{"event", "time", "run", "primary", "duplicate", "email", "new_ref", "backup", …}`; primary and
-    duplicate are whole rows, so that a lost savepoint can be made again from it.
-    """
-
-    STATES: Mapping[str, State] = {
-        "asked": State.REQUESTED,
-        "withdrawn": State.PLANNED,  # a first request did not leave after all
-        "merged": State.MERGED,
-        "done": State.DONE,
-        "merged elsewhere": State.MERGED_ELSEWHERE,
-        "settled": State.SETTLED,
-        "undo begun": State.UNDOING,
-        "undone": State.UNDONE,
-    }
-
-    def __init__(self, path: Path, environment: Environment, run: str) -> None:
-        self.path = path
-        self.environment = environment
-        self.run = run
-
-    def line(self, event: str, pair: Pair) -> bytes:
-        line = {
-            "event": event,
-            "time": iso(self.environment.now().wall),
-            "run": self.run,
-            "email": pair.email,
-            "primary": pair.primary.to_json(),
-            "duplicate": pair.duplicate.to_json(),
-            "new_ref": pair.new_ref,
-            "backup": pair.backup,
-            "requested_at": pair.requested_at,
-            "first_requested_at": pair.first_requested_at,
-            "details": pair.details,
-        }
-        return to_json(line)
-
-    def add(self, lines: Iterable[bytes]) -> None:
-        """Append events. Raises OSError where the disk refuses."""
-        self.environment.make_private_dir(self.path.parent)
-        self.environment.append_lines(self.path, b"\n".join(lines))
-
-    def asked_before(self, pair: Pair) -> bool:
-        """Whether another run in this folder has asked for a pair."""
-        events = [
-            line["event"]
-            for line in self._lines()
-            if line["run"] != self.run and (line["primary"]["id"], line["duplicate"]["id"]) == pair.ids
-        ]
-        return bool(events) and events[-1] != "withdrawn"
-
-    def size(self) -> int:
-        return self.path.stat().st_size if self.path.exists() else 0
-
-    def pairs(self, known: int) -> List[Pair]:
-        """The pairs of which it tells behind so many bytes, in the state that its last event tells of."""
-        found: Dict[Tuple[str, str], Pair] = {}
-        for line in self._lines(known):
-            pair = Pair(Contact.from_json(line["primary"]), Contact.from_json(line["duplicate"]), line["new_ref"])
-            pair.state = self.STATES[line["event"]]
-            pair.refused = pair.state is State.REQUESTED  # which an answer may have said: the whole patience
-            pair.backup, pair.details = line["backup"], line.get("details", {})
-            pair.requested_at, pair.first_requested_at = line["requested_at"], line["first_requested_at"]
-            found[pair.ids] = pair
-        return list(found.values())
-
-    def _lines(self, known: int = 0) -> Iterator[Json]:
-        """The events in order; a line that a crash has torn says nothing, for what it announced was not done."""
-        if not self.path.exists():
-            return
-        with open(self.path, "rb") as file:
-            file.seek(known)
-            for raw in file:
-                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-                    line = json.loads(raw)
-                    if line["event"] in self.STATES and line["primary"]["id"] and line["duplicate"]["id"]:
-                        yield {"new_ref": None, "backup": "", "requested_at": 0.0, "first_requested_at": 0.0, **line}
-
-
 # ---------------------------------------------------------------------------------------------------
 # Savepoint: what was done, across crashes
 # ---------------------------------------------------------------------------------------------------
 
+SAVEPOINT = Path("savepoint.db")
+BACKUPS = Path("backups")
+SAVEPOINT_COPY = BACKUPS / "savepoint-copy.db"
 
-def inspect_savepoint(path: Path, readonly: bool) -> None:
-    """Look at the file's header (https://sqlite.org/fileformat.html) before SQLite may touch it.
 
-    Raises Stop(2) where it is no savepoint of ours, from a newer version, or can't be written.
+class StoredPair(NamedTuple):
+    """A row of the table `pairs`."""
+
+    revision: int  # the number of the write that stored it
+    run: str
+    document: Json
+
+
+class StoredRun(NamedTuple):
+    """A row of the table `runs`. The document is the report's `run`, and `reported`: whether its report was written."""
+
+    revision: int
+    document: Json
+
+
+def winning_row(one: StoredPair, other: StoredPair) -> StoredPair:
+    """Return which of two files to believe about one pair.
+
+    The higher revision wins, for clocks can be set; at equal revisions the state that says more was done. A row that
+    records a request never loses to one that doesn't, unless that one records that the request was never sent.
     """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(100)
-            writable = os.fstat(file.fileno()).st_mode & 0o222 and os.access(str(path), os.W_OK)
-    except FileNotFoundError:
-        if not path.resolve().parent.is_dir():
-            raise FatalError(EXIT_USAGE, f"the savepoint's folder {path.parent} is not there") from None
-        return
-    except OSError as error:
-        raise FatalError(EXIT_USAGE, f"the savepoint {path} can't be opened: {error.strerror}") from None
-    if not head:
-        return
-    version, application = (int.from_bytes(head[at : at + 4], "big") for at in (60, 68))
-    not_our_csv_reason = application and application != SavePoint.APPLICATION
-    if not head.startswith(b"SQLite format 3\0") or len(head) < 100 or not_our_csv_reason:
-        raise FatalError(EXIT_USAGE, f"{path} is damaged or not a savepoint; it was left as it is")
-    if version > SavePoint.VERSION:
-        raise FatalError(EXIT_USAGE, f"the savepoint {path} is from a newer version of this tool; it was left as it is")
-    if not writable and not readonly:
-        raise FatalError(EXIT_USAGE, f"the savepoint {path} is read-only; it was left as it is")
+    winner, loser = sorted((one, other), key=row_authority, reverse=True)
+    requested = loser.document["requested_at"]
+    forgets = requested and not winner.document["requested_at"] and winner.document["withdrawn_at"] != requested
+    if forgets and State(winner.document["state"]) in (State.PLANNED, State.FAILED):
+        return loser._replace(revision=winner.revision)
+    return winner
 
 
-class SavePoint:
-    """An SQLite file with a row a pair, held exclusively while a run lasts, each write on the disk when it returns.
+def row_authority(row: StoredPair) -> Tuple[int, int, float]:
+    return row.revision, AUTHORITY.index(State(row.document["state"])), row.document["requested_at"]
 
-    `readonly` looks at it as well as it can, also while a run holds it. Raises Stop(2) where the file is damaged,
-    foreign, from a newer version or read-only (and leaves it as it is), Stop(11) where another run holds it, Stop(3)
-    where a write fails.
+
+class SavePointFile:
+    """One of the savepoint's two SQLite files; each is complete, and knows nothing of the other.
+
+    `last_write` and `last_run` say which write reached it last, and whose. Methods raise sqlite3.Error.
     """
 
-    VERSION = 2
+    FORMAT = 3
     APPLICATION = 0x4D434F4E  # "MCON", in the file's header
+    db: sqlite3.Connection  # once it is open
     SCHEMA = """
-        CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+        CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+        CREATE TABLE runs (id TEXT PRIMARY KEY, revision INTEGER NOT NULL, document TEXT NOT NULL);
         CREATE TABLE pairs (
-            primary_id TEXT NOT NULL, duplicate_id TEXT NOT NULL, email TEXT NOT NULL, new_ref TEXT,
-            state TEXT NOT NULL, code TEXT NOT NULL, error TEXT NOT NULL, backup TEXT NOT NULL,
-            requested_at REAL NOT NULL, first_requested_at REAL NOT NULL, seconds REAL NOT NULL,
-            left_behind TEXT NOT NULL, primary_row TEXT NOT NULL, duplicate_row TEXT NOT NULL,
-            run TEXT NOT NULL, created TEXT NOT NULL, updated TEXT NOT NULL,
+            primary_id TEXT NOT NULL, duplicate_id TEXT NOT NULL, organisation TEXT NOT NULL, email TEXT NOT NULL,
+            state TEXT NOT NULL, new_ref TEXT, run TEXT NOT NULL, revision INTEGER NOT NULL, document TEXT NOT NULL,
             PRIMARY KEY (primary_id, duplicate_id)
         );
         CREATE INDEX pairs_by_state ON pairs (state);
-    """
-    # From version 1.0.0 on: what was once asked for is never forgotten, and what had ended by then was reported then.
-    UPGRADE = """
-        ALTER TABLE pairs ADD COLUMN refused INTEGER NOT NULL DEFAULT 0;
-        ALTER TABLE pairs ADD COLUMN details TEXT NOT NULL DEFAULT '{}';
-        ALTER TABLE pairs ADD COLUMN report TEXT NOT NULL DEFAULT '';
-        UPDATE pairs SET state = 'requested', refused = 1 WHERE state = 'failed' AND requested_at > 0;
-        UPDATE pairs SET report = 'before' WHERE state = 'done';
         CREATE INDEX pairs_by_duplicate ON pairs (duplicate_id);
-        CREATE INDEX pairs_unreported ON pairs (report) WHERE report = '';
-        INSERT INTO about VALUES ('journal', '0');
+        CREATE INDEX pairs_by_run ON pairs (run)
     """
-    PLAIN = ("new_ref", "code", "error", "backup", "requested_at", "first_requested_at", "seconds")
-    COLUMNS = (
-        "primary_id", "duplicate_id", "email", *PLAIN, "state", "left_behind", "primary_row", "duplicate_row",
-        "refused", "details", "report", "run", "created", "updated",
-    )  # fmt: skip
 
-    def __init__(self, path: Path, environment: Environment, run: str = "", readonly: bool = False) -> None:
+    def __init__(self, path: Path, environment: Environment) -> None:
         self.path = path
         self.environment = environment
-        self.run = run
-        self.readonly = readonly
-        self.glimpsed = False  # read past the lock of a run that goes on
-        self._lock = threading.Lock()  # one thread at a time uses the connection
-        inspect_savepoint(path, readonly)
+        self.failure: Optional[FatalError] = None  # it can't be written any more
+        self.last_write, self.last_run = 0, ""
+
+    def check_header(self) -> None:
+        """Read the header (https://sqlite.org/fileformat.html) before SQLite may touch the file.
+
+        Raises FatalError(2) where it is damaged or not a savepoint of this format, FatalError(3) where it can't be
+        read.
+        """
         try:
-            self._db = self._poll() if readonly else self._open()
-        except sqlite3.Error as error:
-            raise self._trouble(error, EXIT_USAGE) from None
+            head = self.path.read_bytes()[:100] if self.path.exists() else b""
+        except OSError as error:
+            raise FatalError(EXIT_STOPPED, f"the savepoint {self.path} can't be read: {error.strerror}") from None
+        if not head:
+            return
+        version, application = (int.from_bytes(head[at : at + 4], "big") for at in (60, 68))
+        if not head.startswith(b"SQLite format 3\0") or len(head) < 100 or application not in (0, self.APPLICATION):
+            raise self.damaged("it is not a savepoint")
+        if application and version != self.FORMAT:
+            why = f"it has format {version}, and this version reads format {self.FORMAT} alone"
+            raise FatalError(EXIT_USAGE, f"{self.path} was left as it is: {why}. Move it, and its copy, away.")
 
-    # -- opening ------------------------------------------------------------------------------------
+    def damaged(self, why: str) -> FatalError:
+        other = SAVEPOINT_COPY if self.path == SAVEPOINT else SAVEPOINT
+        fix = f"Move it away and run again: {other} has everything that it had." if other.exists() else ""
+        return FatalError(EXIT_USAGE, f"{self.path} is damaged and was left as it is ({why}). {fix}".rstrip())
 
-    def _connect(self, mode: str) -> sqlite3.Connection:
-        path = (Path.cwd() / self.path).as_posix()  # as_uri() makes of a share what SQLite does not take
-        return self.environment.open_database(
-            f"file:{'' if path.startswith('/') else '/'}{quote(path, safe='/:')}?{mode}"
-        )
+    def connect(self, mode: str) -> sqlite3.Connection:
+        path = (Path.cwd() / self.path).as_posix()  # as_uri() makes of a network share what SQLite does not take
+        uri = f"file:{'' if path.startswith('/') else '/'}{quote(path, safe='/:')}?{mode}"
+        return self.environment.open_database(uri)
 
-    def _open(self) -> sqlite3.Connection:
-        db = self._connect("mode=rwc")
-        db.execute("PRAGMA busy_timeout = 1000")  # who only looks lets go in a moment
-        db.execute("PRAGMA locking_mode = EXCLUSIVE")
-        db.execute("PRAGMA synchronous = EXTRA")
-        db.execute("BEGIN EXCLUSIVE")
-        self._upgrade(db)
+    def open(self, mode: str = "mode=rwc") -> None:
+        """Lock the file for as long as it is open, and begin its first transaction."""
+        self.db = self.connect(mode)
+        self.db.execute("PRAGMA busy_timeout = 1000")  # who only reads releases the file in a moment
+        self.db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        self.db.execute("PRAGMA synchronous = EXTRA")
+        self.db.execute("BEGIN EXCLUSIVE")
+        self.load(self.db)
+
+    def load(self, db: sqlite3.Connection) -> None:
+        """Create the tables where there are none (a run may have been killed in its first transaction), and check."""
+        self.db = db
+        if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            for statement in self.SCHEMA.split(";"):
+                db.execute(statement)
+            db.execute(f"PRAGMA application_id = {self.APPLICATION}")
+            db.execute(f"PRAGMA user_version = {self.FORMAT}")
+        if db.execute("PRAGMA user_version").fetchone()[0] != self.FORMAT:
+            raise sqlite3.DatabaseError("it is another program's database")
         problem = db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if problem != "ok":
             raise sqlite3.DatabaseError(problem)
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": iso(self.environment.now().wall)}
-        db.execute("INSERT OR REPLACE INTO about VALUES ('holder', ?)", (json.dumps(holder),))
-        db.execute("COMMIT")
-        return db
+        meta = self.meta()
+        self.last_write, self.last_run = int(meta.get("last_write", 0)), meta.get("last_run", "")
 
-    def _upgrade(self, db: sqlite3.Connection) -> None:
-        """Bring the schema to this version, within the transaction that is open."""
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                raise sqlite3.DatabaseError("another program's database")
-        else:
-            db.execute("SELECT primary_id, state, run FROM pairs LIMIT 1")
-        for statement in {0: self.SCHEMA + self.UPGRADE, 1: self.UPGRADE}.get(version, "").split(";"):
-            db.execute(statement)
-        db.execute(f"PRAGMA application_id = {self.APPLICATION}")
-        db.execute(f"PRAGMA user_version = {self.VERSION}")
+    def meta(self) -> Dict[str, str]:
+        return dict(self.db.execute("SELECT name, value FROM meta"))
 
-    def _poll(self) -> sqlite3.Connection:
-        """Read what a normal open would recover; past the lock of a run that goes on, and then several times."""
-        copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        for patience in (0.0, 0.05, 0.1, 0.2, 0.4):
-            time.sleep(patience)
+    def stored_pairs(self) -> Dict[Ids, StoredPair]:
+        rows = self.db.execute("SELECT primary_id, duplicate_id, revision, run, document FROM pairs")
+        return {(row[0], row[1]): StoredPair(row[2], row[3], json.loads(row[4])) for row in rows}
+
+    def stored_runs(self) -> Dict[str, StoredRun]:
+        rows = self.db.execute("SELECT id, revision, document FROM runs ORDER BY id")
+        return {row[0]: StoredRun(row[1], json.loads(row[2])) for row in rows}
+
+    def put(self, pairs: Mapping[Ids, StoredPair], runs: Mapping[str, StoredRun], meta: Mapping[str, str]) -> None:
+        """Store rows within the open transaction."""
+        rows = [
+            (
+                *ids, organisation_of(ids[0]), row.document["primary"]["email"], row.document["state"],
+                row.document["new_ref"], row.run, row.revision, to_json(row.document).decode("utf-8"),
+            )
+            for ids, row in pairs.items()
+        ]  # fmt: skip
+        told = [(one, row.revision, to_json(row.document).decode("utf-8")) for one, row in runs.items()]
+        self.db.executemany(f"INSERT OR REPLACE INTO pairs VALUES ({', '.join('?' * 9)})", rows)
+        self.db.executemany("INSERT OR REPLACE INTO runs VALUES (?, ?, ?)", told)
+        self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(meta.items()))
+
+    def write(
+        self, number: int, run: str, pairs: Mapping[Ids, StoredPair], runs: Mapping[str, StoredRun], **meta: str
+    ) -> None:
+        """Store rows in one transaction, the write of this number; when it returns they are on the disk."""
+        try:
+            if not self.db.in_transaction:
+                self.db.execute("BEGIN IMMEDIATE")
+            self.put(pairs, runs, {**meta, "last_write": str(number), "last_run": run})
+            self.db.execute("COMMIT")
+        except sqlite3.Error:
+            with contextlib.suppress(sqlite3.Error):
+                self.db.execute("ROLLBACK")
+            raise
+        self.last_write, self.last_run = number, run
+
+    def read_snapshot(self) -> None:
+        """Load the content into memory, without a lock and without writing, also while a run writes to the file.
+
+        SQLite would have to roll back what a killed run left: that happens in a temporary copy.
+        """
+        memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        journal = self.path.with_name(self.path.name + "-journal")
+        for pause in (0.0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.8):
+            time.sleep(pause)
             if not (self.path.exists() and self.path.stat().st_size):
                 break
+            with tempfile.TemporaryDirectory() as folder:
+                aside = Path(folder) / self.path.name
+                # The change counter (bytes 24 to 27) tells whether a transaction ended while the file was read.
+                before = self.path.read_bytes()[24:28]
+                content = self.path.read_bytes()
+                aside.write_bytes(content)
+                if journal.exists():
+                    aside.with_name(journal.name).write_bytes(journal.read_bytes())
+                if content[24:28] != before or self.path.read_bytes()[24:28] != before:
+                    continue
+                with contextlib.closing(sqlite3.connect(str(aside), isolation_level=None)) as db:
+                    try:
+                        db.execute("SELECT count(*) FROM sqlite_master")
+                        db.backup(memory)
+                    except sqlite3.DatabaseError:
+                        if pause == 0.8:
+                            raise
+                        continue
+            break
+        self.load(memory)
+
+
+class SavePoint:
+    """What was done, in two files with the same content: `savepoint.db`, and the copy in `backups/`.
+
+    Each write goes to the file and then to its copy, each in a transaction of its own; a request that changes DevRev is
+    sent only after both. So a file that is lost, or replaced by an older one, loses nothing: at opening each takes from
+    the other the rows of higher revision. One transaction over two attached files was tried and rejected: each file
+    then names SQLite's super-journal by its absolute path, and a kill followed by a move corrupts the other.
+
+    A run holds both files exclusively. `readonly` joins them in memory. `organisation`, once set, limits what is read.
+    Raises FatalError(2) where a file is damaged or of another format, FatalError(3) where one can't be written,
+    FatalError(11) where another run holds one.
+    """
+
+    def __init__(self, environment: Environment, run: str = "", readonly: bool = False) -> None:
+        self.environment = environment
+        self.run = run
+        self.readonly = readonly
+        self.organisation = ""
+        self.warnings: List[str] = []
+        self.main, self.copy = SavePointFile(SAVEPOINT, environment), SavePointFile(SAVEPOINT_COPY, environment)
+        self.files = (self.main, self.copy)
+        self._lock = threading.Lock()  # one thread at a time uses the connections
+        self._pending: List[Tuple[Ids, Json, asyncio.Future[None]]] = []
+        self._writing: Optional[asyncio.Future[None]] = None
+        for file in self.files:
+            file.check_header()
+        for file in self.files:
             try:
-                with contextlib.closing(self._connect("mode=ro&immutable=1" if patience else "mode=rw")) as db:
-                    db.execute("SELECT primary_id, state, run FROM pairs LIMIT 1")
-                    db.backup(copy)
-                problem = copy.execute("PRAGMA quick_check(1)").fetchone()[0]
-                if problem == "ok":
-                    break
-                trouble = sqlite3.DatabaseError(problem)
-            except sqlite3.OperationalError as error:
-                trouble = error
-                if not patience and ("locked" in str(error) or "busy" in str(error)):
-                    self.glimpsed = True
-                elif not patience and "readonly" not in str(error):
-                    raise
-            except sqlite3.DatabaseError as error:
-                trouble = error
-                if not self.glimpsed:
-                    raise
-        else:
-            if self.glimpsed:
-                raise FatalError(
-                    EXIT_HELD, f"a run is writing to the savepoint {self.path} right now; look again in a moment"
-                )
-            raise trouble
-        copy.execute("BEGIN")
-        self._upgrade(copy)
-        copy.execute("COMMIT")
-        return copy
+                if readonly:
+                    file.read_snapshot()
+                else:
+                    self._open(file)
+            except sqlite3.Error as error:
+                self.close()
+                raise self._opening_error(file, error) from None
+            except OSError as error:
+                self.close()
+                raise FatalError(EXIT_STOPPED, f"the savepoint {file.path} can't be used: {error.strerror}") from None
+        known = set(chain.from_iterable(file.stored_runs() for file in self.files))
+        if run in known:  # the clock was set back, or a run that began in the same second has ended already
+            self.run = free_run_id(environment.now().wall, known)
+        self.write_number = max(file.last_write for file in self.files)
+        self._join()
 
-    def _trouble(self, error: sqlite3.Error, exit_code: int) -> FatalError:
+    # -- opening ------------------------------------------------------------------------------------
+
+    def _open(self, file: SavePointFile) -> None:
+        if file is self.copy:
+            self.environment.make_private_dir(file.path.parent)
+        try:
+            file.open()
+        except sqlite3.OperationalError as error:
+            # The lock of savepoint.db is the run's; its copy is used without one where the file system has none.
+            if file is self.main or "locking protocol" not in str(error):
+                raise
+            self.warnings.append(f"{file.path} is on a file system without working locks and is used without one")
+            file.open("mode=rwc&nolock=1")
+
+    def _opening_error(self, file: SavePointFile, error: sqlite3.Error) -> FatalError:
         text = str(error)
+        suspect = any(word in text for word in ("locked", "busy", "disk I/O", "permission denied"))
+        if "locking protocol" in text or (suspect and not locks_work(file.path)):
+            return FatalError(EXIT_USAGE, f"the savepoint {file.path} can't be locked: {NO_LOCKS}")
         if "locked" in text or "busy" in text:
-            return FatalError(EXIT_HELD, f"another run holds the savepoint {self.path}{self._holder()}")
-        if exit_code == EXIT_STOPPED:
-            return FatalError(EXIT_STOPPED, f"the savepoint {self.path} can't be used ({text})")
-        if "full" in text or "disk I/O" in text:
-            return FatalError(EXIT_STOPPED, f"the savepoint {self.path} can't be made ({text})")
-        if "readonly" in text or "unable to open" in text:
-            return FatalError(EXIT_USAGE, f"the savepoint {self.path} can't be written: {text}")
-        return FatalError(
-            EXIT_USAGE,
-            f"the savepoint {self.path} is damaged ({text}); it was left as it is. Move it away: "
-            "backups/journal.jsonl knows what it knew",
-        )
+            return FatalError(EXIT_HELD, f"another run holds the savepoint {file.path}{self._describe_holder()}")
+        if any(words in text for words in ("full", "disk I/O", "readonly", "unable to open", "read-only")):
+            return FatalError(EXIT_STOPPED, f"the savepoint {file.path} can't be written: {text}; nothing was changed")
+        return file.damaged(text)
 
-    def _holder(self) -> str:
-        with contextlib.suppress(sqlite3.Error, ValueError, TypeError, KeyError, FatalError):
-            meta = SavePoint(self.path, self.environment, readonly=True).holder()
-            return f": process {meta['pid']} on {meta['host']}, since {meta['since']}"
+    def _describe_holder(self) -> str:
+        with contextlib.suppress(sqlite3.Error, ValueError, TypeError, KeyError, FatalError, OSError):
+            holder = SavePoint(self.environment, readonly=True).holder()
+            return f": process {holder['pid']} on {holder['host']}, since {holder['since']}"
         return ""
 
-    def close(self) -> None:
-        self._db.close()
-
-    # -- reading and writing ------------------------------------------------------------------------
-
-    def holder(self) -> Json:
-        """Who opened the savepoint last: `pid`, `host`, `since`."""
-        found: Json = json.loads(self.meta("holder") or "{}")
-        return found
-
-    def meta(self, name: str, value: Optional[str] = None) -> Optional[str]:
-        """Read, or set for good, a fact about the savepoint (`organisation`)."""
-        if value is not None:
-            self._write(("INSERT OR REPLACE INTO about VALUES (?, ?)", [(name, value)]))
-        return next((value for (value,) in self._query("SELECT value FROM about WHERE name = ?", name)), None)
-
-    def journal_read(self) -> int:
-        """How many bytes of the journal it knows. What stands behind them is from a run with another savepoint, or from
-        one that was killed between the two."""
-        return int(self.meta("journal") or 0)
-
-    def row(self, pair: Pair) -> Tuple[Any, ...]:
-        """What is written of a pair, in the order of COLUMNS."""
-        now = iso(self.environment.now().wall)
-        return (
-            *pair.ids, pair.email, *(getattr(pair, name) for name in self.PLAIN), pair.state.value,
-            json.dumps(pair.left_behind), json.dumps(pair.primary.to_json()), json.dumps(pair.duplicate.to_json()),
-            pair.refused, json.dumps(pair.details), pair.report, self.run, now, now,
-        )  # fmt: skip
-
-    def record(self, rows: Iterable[Tuple[Any, ...]], journal: int) -> None:
-        """Write rows, and how many bytes of the journal are known with them; when this returns they are on the disk."""
-        self._write(self._recording(rows), ("UPDATE about SET value = ? WHERE name = 'journal'", [(str(journal),)]))
-
-    def _recording(self, rows: Iterable[Tuple[Any, ...]]) -> Tuple[str, Sequence[Tuple[Any, ...]]]:
-        kept = ("primary_id", "duplicate_id", "created")
-        changed = ", ".join(f"{name} = excluded.{name}" for name in self.COLUMNS if name not in kept)
-        statement = (
-            f"INSERT INTO pairs ({', '.join(self.COLUMNS)}) VALUES ({', '.join('?' * len(self.COLUMNS))}) "
-            f"ON CONFLICT (primary_id, duplicate_id) DO UPDATE SET {changed}"
-        )
-        return statement, list(rows)
-
-    def _write(self, *statements: Tuple[str, Sequence[Tuple[Any, ...]]]) -> None:
-        with self._lock:
+    def _join(self) -> None:
+        """Give each file the rows of the other that are newer, and find the requests that were never sent."""
+        pairs, changed = self._join_pairs()
+        stored = [file.stored_runs() for file in self.files]
+        runs = {one: row for rows in stored for one, row in rows.items()}
+        for one, row in runs.items():
+            runs[one] = max((rows[one] for rows in stored if one in rows), key=lambda found: found.revision)
+            changed = changed or any(rows.get(one) != runs[one] for rows in stored)
+        meta = {**self.copy.meta(), **self.main.meta()}
+        for name in ("last_write", "last_run"):
+            meta.pop(name, None)
+        if self.readonly:
+            self.main.put(pairs, runs, meta)
+            return
+        self.write_number += 1
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": iso(self.environment.now().wall)}
+        meta["holder"] = json.dumps(holder)
+        for file in self.files:
+            mine, my_runs = file.stored_pairs(), file.stored_runs()
+            news = {ids: row for ids, row in pairs.items() if mine.get(ids) != row}
             try:
-                self._db.execute("BEGIN IMMEDIATE")
-                for statement, rows in statements:
-                    self._db.executemany(statement, rows)
-                self._db.execute("COMMIT")
+                file.write(
+                    self.write_number, self.run, news, {k: v for k, v in runs.items() if my_runs.get(k) != v}, **meta
+                )
             except sqlite3.Error as error:
-                with contextlib.suppress(sqlite3.Error):
-                    self._db.execute("ROLLBACK")
-                raise self._trouble(error, EXIT_STOPPED) from None
+                self.close()
+                raise self._opening_error(file, error) from None
+
+    def _join_pairs(self) -> Tuple[Dict[Ids, StoredPair], bool]:
+        """Return all rows as both files together know them, and whether a file has to learn something."""
+        ours, theirs = self.main.stored_pairs(), self.copy.stored_pairs()
+        # The copy is written second: an intent that stands in the file's last write alone has not been sent.
+        one_ahead = self.main.last_run == self.copy.last_run and self.main.last_write == self.copy.last_write + 1
+        joined: Dict[Ids, StoredPair] = {}
+        for ids in {**ours, **theirs}:
+            mine, other = ours.get(ids), theirs.get(ids)
+            row = winning_row(mine, other) if mine and other else mine or other
+            assert row is not None
+            if mine and other and mine.revision == other.revision and mine.document != other.document:
+                email, state = row.document["primary"]["email"], row.document["state"]
+                self.warnings.append(f"{email}: {SAVEPOINT} and its copy disagree; «{state}» is taken, and is checked")
+            is_intent = (
+                row is mine and row.document["state"] == State.REQUESTED and row.revision == self.main.last_write
+            )
+            is_intent = is_intent and (other is None or other.document["requested_at"] != row.document["requested_at"])
+            if one_ahead and is_intent:
+                pair = Pair.from_json(row.document)
+                pair.withdraw_request()
+                row = StoredPair(self.write_number + 1, self.run, pair.to_json())
+                log.info("%s: the merge was never sent by the run that was killed", pair.email)
+            joined[ids] = row
+        return joined, any(rows != joined for rows in (ours, theirs))
+
+    def close(self) -> None:
+        for file in self.files:
+            with contextlib.suppress(AttributeError):  # it was never opened
+                file.db.close()
+
+    # -- writing ------------------------------------------------------------------------------------
+
+    @property
+    def failure(self) -> Optional[FatalError]:
+        """Why one of the files can't be written any more: nothing more may be requested then."""
+        return next((file.failure for file in self.files if file.failure), None)
+
+    async def save(self, pair: Pair) -> None:
+        """Store a pair; when it returns, it is on the disk in each file that can be written.
+
+        Raises FatalError(3) where neither can. What is saved meanwhile shares a transaction.
+        """
+        pair.run, pair.updated = self.run, iso(self.environment.now().wall)
+        saved: asyncio.Future[None] = asyncio.get_event_loop().create_future()
+        self._pending.append((pair.ids, pair.to_json(), saved))
+        if self._writing is None:
+            self._writing = asyncio.ensure_future(self._write_pending())
+        await saved
+
+    async def _write_pending(self) -> None:
+        while self._pending:
+            batch, self._pending = self._pending, []
+            failure: Optional[Exception] = None
+            try:
+                await self.environment.run_in_thread(self.write, {ids: document for ids, document, _ in batch})
+            except Exception as error:
+                failure = error
+            for _, _, saved in batch:
+                if failure and not saved.done():
+                    saved.set_exception(failure)
+                elif not saved.done():
+                    saved.set_result(None)
+        self._writing = None
+
+    def save_now(self, pairs: Iterable[Pair]) -> None:
+        """Store pairs without an event loop."""
+        changed = list(pairs)
+        for pair in changed:
+            pair.run, pair.updated = self.run, iso(self.environment.now().wall)
+        self.write({pair.ids: pair.to_json() for pair in changed})
+
+    def write(self, pairs: Mapping[Ids, Json], runs: Mapping[str, Json] = {}, **meta: str) -> None:
+        """Write documents to the file, then to its copy. Raises FatalError(3) where neither can be written."""
+        with self._lock:
+            self.write_number += 1
+            rows = {ids: StoredPair(self.write_number, self.run, document) for ids, document in pairs.items()}
+            told = {one: StoredRun(self.write_number, document) for one, document in runs.items()}
+            for file in self.files:
+                if file.failure is None:
+                    try:
+                        file.write(self.write_number, self.run, rows, told, **meta)
+                    except sqlite3.Error as error:
+                        words = (
+                            f"the savepoint {file.path} can't be written any more ({error}); free the disk, run again"
+                        )
+                        file.failure = FatalError(EXIT_STOPPED, words)
+                        log.warning("%s", file.failure)
+            if all(file.failure for file in self.files):
+                raise FatalError(EXIT_STOPPED, str(self.main.failure))
+
+    # -- reading ------------------------------------------------------------------------------------
 
     def _query(self, statement: str, *values: Any) -> Iterator[Tuple[Any, ...]]:
+        file = self.copy if self.main.failure else self.main
         try:
             with self._lock:
-                cursor = self._db.execute(statement, values)
+                cursor = file.db.execute(statement, values)
                 found = cursor.fetchmany(1000)
             while found:
                 yield from found
                 with self._lock:
                     found = cursor.fetchmany(1000)
         except sqlite3.Error as error:
-            raise self._trouble(error, EXIT_STOPPED) from None
+            raise FatalError(EXIT_STOPPED, f"the savepoint {file.path} can't be read ({error})") from None
 
     def _select(self, condition: str, *values: Any) -> Iterator[Pair]:
-        query = f"SELECT {', '.join(self.COLUMNS)} FROM pairs WHERE {condition} ORDER BY updated, email"
-        for found in self._query(query, *values):
-            row = dict(zip(self.COLUMNS, found))
-            yield Pair(
-                primary=Contact.from_json(json.loads(row["primary_row"])),
-                duplicate=Contact.from_json(json.loads(row["duplicate_row"])),
-                state=State(row["state"]),
-                left_behind=json.loads(row["left_behind"]),
-                refused=bool(row["refused"]),
-                details=json.loads(row["details"]),
-                **{name: row[name] for name in (*self.PLAIN, "report", "updated")},
-            )
+        mine = "AND organisation = ?" if self.organisation else ""
+        values = (*values, self.organisation) if self.organisation else values
+        query = f"SELECT run, document FROM pairs WHERE {condition} {mine} ORDER BY revision, email"
+        for run, document in self._query(query, *values):
+            pair = Pair.from_json(json.loads(document))
+            pair.run = run
+            yield pair
 
-    def rows(self, *states: State) -> Iterator[Pair]:
-        """Pairs in these states, those that changed last behind."""
-        return self._select(f"state IN ({', '.join('?' * len(states))})", *(state.value for state in states))
+    def pairs(self, *states: State, run: str = "") -> Iterator[Pair]:
+        """Return the pairs in these states, written last by `run` if given; those that changed last come last."""
+        condition, values = f"state IN ({', '.join('?' * len(states))})", [state.value for state in states]
+        return self._select(f"{condition} AND run = ?", *values, run) if run else self._select(condition, *values)
 
     def unfinished(self) -> List[Pair]:
-        """Pairs that an earlier run left between the merge request and their end."""
-        return list(self.rows(*UNFINISHED))
+        """Return the pairs that a run left between the merge request and their end."""
+        return list(self.pairs(*UNFINISHED))
 
-    def states(self, primary: str) -> Dict[str, Pair]:
-        """What is known of the pairs with this primary, by the duplicate's id."""
+    def pairs_of_primary(self, primary: str) -> Dict[str, Pair]:
+        """Return what is known of the pairs with this primary, by the duplicate's id."""
         return {pair.duplicate.id: pair for pair in self._select("primary_id = ?", primary)}
 
-    def went_into(self, contact: str, reference: Optional[str]) -> Optional[Pair]:
-        """The pair that is done and has taken this contact into one that has got this reference (if any)."""
+    def pairs_of_contact(self, contact: str) -> List[Pair]:
+        """Return the pairs that have this contact, in whatever role."""
+        return list(self._select("(primary_id = ? OR duplicate_id = ?)", contact, contact))
+
+    def revision(self, ids: Ids) -> int:
+        """Return the number of the write that stored a pair, 0 where it is not known."""
+        query = "SELECT revision FROM pairs WHERE primary_id = ? AND duplicate_id = ?"
+        return next((revision for (revision,) in self._query(query, *ids)), 0)
+
+    def merged_onward(self, contact: str, reference: Optional[str]) -> Optional[Pair]:
+        """Return the finished pair that merged this contact into another one that now has `reference` (if any)."""
         for pair in self._select("duplicate_id = ? AND state = ?", contact, State.DONE.value):
-            moved = (one.new_ref for one in self.states(pair.primary.id).values() if one.state is State.DONE)
-            if reference is None or reference in moved:
+            others = self.pairs_of_primary(pair.primary.id).values()
+            if reference is None or reference in [one.new_ref for one in others if one.state is State.DONE]:
                 return pair
         return None
 
     def counts(self) -> Dict[str, int]:
         return dict(self._query("SELECT state, count(*) FROM pairs GROUP BY state ORDER BY state"))
 
-    # -- what is in which report --------------------------------------------------------------------
+    def other_organisations(self) -> int:
+        """Return how many pairs belong to another organisation than this run's."""
+        return int(next(self._query("SELECT count(*) FROM pairs WHERE organisation != ?", self.organisation))[0])
 
-    def unreported(self) -> Iterator[Pair]:
-        """Pairs that have ended and stand in no report yet."""
-        return self._select(
-            f"report = '' AND state IN ({', '.join('?' * len(ENDED))})", *(state.value for state in ENDED)
-        )
+    def meta(self, name: str) -> str:
+        return next((value for (value,) in self._query("SELECT value FROM meta WHERE name = ?", name)), "")
 
-    def failed(self) -> Iterator[Pair]:
-        """Pairs that this run has refused, or given up before they were asked for."""
-        refused = "(state = 'failed' OR (state = 'undoing' AND code = 'undo_unfinished'))"
-        return self._select(f"{refused} AND run = ?", self.run)
+    def holder(self) -> Json:
+        """Return who opened the savepoint last: `pid`, `host`, `since`."""
+        found: Json = json.loads(self.meta("holder") or "{}")
+        return found
 
-    def announce_report(self, name: str) -> None:
-        """Note the report that is about to name what has ended and what is unfinished, before it gets its name."""
-        ended, unfinished = (", ".join(f"'{state.value}'" for state in states) for states in (ENDED, UNFINISHED))
-        self._write(
-            (f"UPDATE pairs SET report = ? WHERE report = '' AND state IN ({ended})", [(name,)]),
-            (f"UPDATE pairs SET report = ? WHERE state IN ({unfinished})", [(name,)]),
-            ("INSERT OR REPLACE INTO about VALUES ('report', ?)", [(name,)]),
-        )
+    def runs(self) -> Dict[str, Json]:
+        """Return the documents of all runs, by the run's id."""
+        rows = self._query("SELECT id, document FROM runs ORDER BY id")
+        return {run: json.loads(document) for run, document in rows}
 
-    def confirm_report(self, is_there: Callable[[str], bool]) -> None:
-        """Find out whether the report that was announced last came to be; if not, the next one holds what it would."""
-        name = self.meta("report")
-        if name:
-            lost = [] if is_there(name) else [(name,)]
-            self._write(
-                ("UPDATE pairs SET report = '' WHERE report = ?", lost),
-                ("DELETE FROM about WHERE name = ?", [("report",)]),
-            )
+    def is_held(self) -> bool:
+        """Return whether a run holds the savepoint right now."""
+        try:
+            with contextlib.closing(self.main.connect("mode=ro")) as db:
+                db.execute("SELECT count(*) FROM sqlite_master")
+        except sqlite3.OperationalError as error:
+            return "locked" in str(error) or "busy" in str(error)
+        except sqlite3.Error:
+            pass
+        return False
 
 
-class PendingWrite(NamedTuple):
-    """What waits to be written of a pair: a line of the journal, or none, and a row of the savepoint."""
-
-    line: Optional[bytes]
-    row: Tuple[Any, ...]
-    written: "asyncio.Future[None]"
+# ---------------------------------------------------------------------------------------------------
+# Merge
+# ---------------------------------------------------------------------------------------------------
 
 
-class StateWriter:
-    """Journal and savepoint: what becomes of a pair is noted in both, here alone.
+@dataclass(frozen=True)
+class MergeOptions:
+    """What the command line says of how to merge, and the token's organisation."""
 
-    A thread writes; what comes meanwhile waits, and is flushed together.
+    organisation: str = ""
+    count_policy: str = "exact"
+    merge_timeout: float = 120.0
+    timelines: bool = True
+    across_workspaces: bool = False
+    try_unverified: bool = False
+    carry_fields: bool = False
+    preview: bool = False  # of an undo
+
+
+@dataclass(frozen=True)
+class GroupContext:
+    """What a group needs of its run: the world, and two callbacks."""
+
+    api: DevRevAPI
+    environment: Environment
+    savepoint: SavePoint
+    cancel_token: CancelToken
+    options: MergeOptions
+    record_outcome: Callable[..., Awaitable[None]]  # (pair, problem=None, counts=True)
+    raise_if_draining: Callable[[], None]
+
+
+class PollHistory:
+    """How long merges have taken lately, by the poll that found them done."""
+
+    SOONEST, LATEST = 0.25, 0.75  # seconds to the first poll: where nothing is known, and whatever is known
+    MOST = 16  # polls in the first ten seconds after a merge was requested
+
+    def __init__(self) -> None:
+        self._merges: Deque[Tuple[float, int]] = collections.deque(maxlen=20)  # seconds, polls
+
+    def record(self, seconds: float, polls: int) -> None:
+        self._merges.append((0.95 * seconds, polls))  # the next one is tried a little sooner
+
+    def first_poll(self) -> float:
+        """Seconds after an answer at which a merge is usually done."""
+        return min(self.LATEST, max((seconds for seconds, _ in self._merges), default=self.SOONEST))
+
+    def polls(self) -> int:
+        """Polls to reserve for a merge: as many as lately, and one more, since a poll may come too early."""
+        return min(self.MOST, 1 + max((polls for _, polls in self._merges), default=self.MOST))
+
+
+class FirstMerge:
+    """Let merges go one at a time until one is confirmed.
+
+    The first merge of a run shows whether the token may merge, and whether this organisation answers as expected.
     """
 
-    EVENTS: Mapping[State, str] = {
-        **{state: event for event, state in Journal.STATES.items()},
-        State.FAILED: "withdrawn",
-        State.ACKNOWLEDGED: "asked",
-        State.PROVING: "merged",
-    }
+    def __init__(self, cancel_token: CancelToken) -> None:
+        self.confirmed = False
+        self.requests = 0  # merge requests of the run
+        self._cancel_token = cancel_token
+        self._lock = asyncio.Lock()
+        self._holder: Optional[Ids] = None
 
-    def __init__(self, savepoint: SavePoint, journal: Journal) -> None:
-        self.savepoint, self.journal = savepoint, journal
-        self._waiting: List[PendingWrite] = []
-        self._writing: Optional[asyncio.Future[None]] = None
+    async def acquire(self, ids: Ids) -> None:
+        """Wait until no other pair's merge is unconfirmed. Raises Cancelled."""
+        if not self.confirmed and self._holder != ids:
+            await self._cancel_token.wait(self._lock.acquire())
+            if self.confirmed:
+                self._lock.release()
+            else:
+                self._holder = ids
 
-    def reconcile(self, reported: Callable[[], Mapping[Tuple[str, str], str]]) -> None:
-        """Let each learn what the other alone knows: the journal where it was lost, or the savepoint is one of version
-        1.0.0; the savepoint where the journal goes on behind what it knows. `reported` tells who stands as ended in
-        which report."""
-        savepoint, size = self.savepoint, self.journal.size()
-        known = savepoint.journal_read() if savepoint.journal_read() <= size else 0
-        describe_pair = {pair.ids: pair for pair in self.journal.pairs(known)} if known < size else {}
-        rows = {row.ids: row for row in savepoint.rows(*State)} if describe_pair or not known else {}
-        unreported = [pair for pair in savepoint.unreported() if pair.ids not in describe_pair]
-        reports = reported() if describe_pair or unreported else {}
-        news = [pair for pair in unreported if pair.ids in reports]  # it is an old copy
-        for pair in news:
-            pair.report = reports[pair.ids]
-        for ids, pair in describe_pair.items():
-            row = rows.get(ids)
-            same = row and self.EVENTS[row.state] == self.EVENTS[pair.state] and row.requested_at == pair.requested_at
-            if row is None or not same or pair.state is State.UNDOING:
-                pair.report = row.report if row and same else reports.get(ids, "")
-                news.append(pair)
-        asked = (row for ids, row in rows.items() if self.EVENTS[row.state] != "withdrawn" and ids not in describe_pair)
-        untold = [] if known or savepoint.readonly else list(asked)
-        if news or untold:
-            log.info("%s learned from the journal, %d written to it", plural(len(news), "pair"), len(untold))
-            self.put(untold, news)
+    def release(self, ids: Ids) -> None:
+        if self._holder == ids:
+            self._holder = None
+            self._lock.release()
 
-    def put(self, lines: Iterable[Pair], rows: Iterable[Pair]) -> None:
-        """Write at once: in the journal what has become of pairs, and rows of the savepoint."""
-        added = [self.journal.line(self.EVENTS[pair.state], pair) for pair in lines]
-        if added:
-            self.journal.add(added)
-        self.savepoint.record(map(self.savepoint.row, rows), self.journal.size())
-
-    async def save(self, pair: Pair, event: str = "") -> None:
-        """Note the state of a pair, and the event that has led to it: both are on the disk when this returns.
-
-        Raises OSError or Stop(3) where the disk refuses.
-        """
-        line = self.journal.line(event, pair) if event else None
-        entry = PendingWrite(line, self.savepoint.row(pair), asyncio.get_event_loop().create_future())
-        self._waiting.append(entry)
-        if self._writing is None:
-            self._writing = asyncio.ensure_future(self._write())
-        await entry.written
-
-    async def _write(self) -> None:
-        while self._waiting:
-            entries, self._waiting = self._waiting, []
-            failure: Optional[Exception] = None
-            try:
-                await self.savepoint.environment.run_in_thread(self.write, entries)
-            except Exception as error:
-                failure = error
-            for entry in entries:
-                if failure and not entry.written.done():
-                    entry.written.set_exception(failure)
-                elif not entry.written.done():
-                    entry.written.set_result(None)
-        self._writing = None
-
-    def write(self, entries: Sequence[PendingWrite]) -> None:
-        """The journal first: a savepoint that is lost is made again from it."""
-        lines = [entry.line for entry in entries if entry.line]
-        if lines:
-            self.journal.add(lines)
-        self.savepoint.record([entry.row for entry in entries], self.journal.size())
+    def confirm(self, ids: Ids) -> None:
+        self.confirmed = True
+        self.release(ids)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Merge: the walk of one group
-# ---------------------------------------------------------------------------------------------------
+class PendingVerifications:
+    """Groups that will verify soon. Who verifies waits for them a moment, so that one list call serves many."""
+
+    LINGER = 10.0  # seconds
+
+    def __init__(self, api: DevRevAPI) -> None:
+        self._api = api
+        self._groups: Set["GroupMerge"] = set()
+
+    def add(self, group: "GroupMerge") -> None:
+        self._groups.add(group)
+
+    def discard(self, group: "GroupMerge") -> None:
+        """A group is at its verification, or won't be soon: after the last one nobody is waited for."""
+        self._groups.discard(group)
+        if not self._groups and not self._api.cancel_token.stop:
+            asyncio.get_event_loop().call_later(BatchLoader.LINGER, self._api.dispatch)
+
+
+@dataclass(frozen=True)
+class MergeContext(GroupContext):
+    """A GroupContext, and what the groups of a merge run share."""
+
+    poll_history: PollHistory
+    first_merge: FirstMerge
+    pending_verifications: PendingVerifications
+
+
+async def check_group(
+    api: DevRevAPI, group: Group, options: MergeOptions, priority: int
+) -> Tuple[Dict[str, Optional[Json]], LiveCheck, Timestamp]:
+    """Read a group's contacts and compare them with the plan: for a run, and for `--preview --live`.
+
+    Return the rev users by id (None: no longer exists), the result, and since when it is true.
+    """
+    contacts = group.contacts()
+    emails = sorted({contact.email.strip() for contact in contacts})
+    listings = await together(*(api.emails.load(email, 1, priority) for email in emails))
+    live: Dict[str, Optional[Json]] = {user["id"]: user for listing in listings for user in listing.items}
+    listed = [user for user in live.values() if user]
+    since = [listing.since for listing in listings]
+    for contact in contacts:
+        # Lists may lag behind what this tool has done to the primary.
+        if contact.id not in live or (contact is group.primary and group.has_absorbed()):
+            since.append(api.environment.now())
+            live[contact.id] = await api.contact(contact.id, RequestOptions(priority))
+    unverified: Optional[Set[str]] = None
+    if any(user and not isinstance(user.get("is_verified"), bool) for user in live.values()):
+        unverified = await api.unverified_ids(emails, priority)
+    check = check_live(group, live, listed, unverified, options.across_workspaces, options.try_unverified)
+    return {contact.id: live[contact.id] for contact in contacts}, check, oldest(since)
+
+
+async def foresee_group(api: DevRevAPI, group: Group, options: MergeOptions) -> Optional[PairError]:
+    """Return what a run would refuse the group with now, None where nothing; reads only."""
+    _, check, _ = await check_group(api, group, options, PREPARE)
+    dropped = {one.pair.duplicate.id for one in check.dropped}
+    if check.error:
+        return check.error
+    if len(dropped) == len(group.pending()):
+        return PairSkipped(check.dropped[0].code, check.dropped[0].reason)
+    for contact in group.contacts():
+        if contact.id not in dropped:
+            lists = await together(
+                *(api.objects[role].load(contact.id, contact.tickets, PREPARE) for role in ROLES.values())
+            )
+            greatest = max(sum(is_counted(work["id"]) for work in listing.items) for listing in lists)
+            policy = "at-least" if contact is group.primary and group.has_absorbed() else options.count_policy
+            problem = count_error(contact, greatest, policy)
+            if problem:
+                return problem
+    return None
 
 
 class Preconditions:
@@ -3215,101 +4156,88 @@ class Preconditions:
     Each part is as old as the first request that it was read with.
     """
 
-    FRESH = 60.0  # seconds for which a live check is believed
-    LISTED = 120.0  # seconds for which the lists in a backup are believed
-    AHEAD = 50  # timelines that wait for their turn at once; groups that began earlier are read first
+    FRESH = 60.0  # seconds for which a live check may be relied on
+    LISTED = 120.0  # seconds for which the lists in a backup may be relied on
+    AHEAD = 50  # timelines that are requested at once, so that groups which started earlier are read first
 
-    def __init__(self, merger: "ContactMerger", group: Group) -> None:
-        self.merger = merger
-        self.api = merger.api
-        self.environment = merger.environment
+    def __init__(self, context: MergeContext, group: Group) -> None:
+        self.context = context
         self.group = group
         self.folder = ""  # of the backup, once the integrity check has passed
         self.counts: Json = {}  # of what the backup holds
+        self.live: Dict[str, Json] = {}  # rev users by id
         self._checked: Optional[Timestamp] = None
         self._listed: Optional[Timestamp] = None
-        self._live: Dict[str, Json] = {}  # rev users by id
         self._timelines: Dict[str, Tuple[Any, List[Json]]] = {}  # object id -> modified_date, entries
 
     def require_fresh(self) -> None:
-        """Raises Stale where a request must not rest on it any more."""
-        if self._is_old(self._checked, self.FRESH) or self._is_old(self._listed, self.LISTED):
+        """Raise PreconditionsExpired where a request must not rest on them any more."""
+        if self._is_older(self._checked, self.FRESH) or self._is_older(self._listed, self.LISTED):
             raise PreconditionsExpired()
 
     def invalidate(self) -> None:
-        """Believe nothing of it any more; only timelines of what has not changed need not be read again."""
+        """Forget them; timelines of objects that have not changed need not be read again."""
         self.folder, self._checked, self._listed = "", None, None
 
     async def ensure_fresh(self) -> None:
-        """Make anew what has become too old, or has never been made. Raises PairError with the first flaw."""
-        self.merger.raise_if_draining()
-        if not self.folder or self._is_old(self._listed, self.LISTED):
+        """Check and back up again what is too old, or was never read. Raises PairError with the first problem."""
+        self.context.raise_if_draining()
+        if not self.folder or self._is_older(self._listed, self.LISTED):
             await self._check()
             await self._back_up()
-        elif self._is_old(self._checked, self.FRESH):
+        elif self._is_older(self._checked, self.FRESH):
             await self._check()
 
-    def _is_old(self, since: Optional[Timestamp], limit: float) -> bool:
-        return since is None or self.environment.age(since) > limit
+    def _is_older(self, since: Optional[Timestamp], limit: float) -> bool:
+        return since is None or self.context.environment.age(since) > limit
 
     async def _check(self) -> None:
         """Compare the group with DevRev as it is now."""
-        contacts = self.group.contacts()
-        emails = sorted({contact.email.strip() for contact in contacts})
         priority = PREPARE if self._checked is None else MERGE
-        listings = await together(*(self.api.emails.load(email, 1, priority) for email in emails))
-        live = {user["id"]: user for listing in listings for user in listing.items}
-        namesakes = list(live.values())
-        since = [listing.since for listing in listings]
-        for contact in contacts:
-            # Lists may lag behind what this tool has done to the primary.
-            if contact.id not in live or (contact is self.group.primary and self.group.has_absorbed()):
-                since.append(self.environment.now())
-                live.pop(contact.id, None)
-                found = await self.api.contact(contact.id, RequestOptions(priority))
-                live.update({contact.id: found} if found else {})
-        problem = live_group_error(self.group, live, namesakes)
-        if problem:
-            raise problem
-        self._live, self._checked = live, oldest(since)
-        log.info("%s: the live check of %s has passed", self.group.email, plural(len(contacts), "contact"))
+        live, check, since = await check_group(self.context.api, self.group, self.context.options, priority)
+        if check.error:
+            raise check.error
+        self.group.dropped += check.dropped
+        self.live, self._checked = {one: user for one, user in live.items() if user}, since
+        log.info("%s: the live check of %s has passed", self.group.email, plural(len(live), "contact"))
 
     async def _back_up(self) -> None:
-        """Read all that DevRev holds of the group, write it down, and check what is on the disk."""
+        """Read all that DevRev holds of the group, write it to the disk, and check what is there."""
         contacts = self.group.contacts()
         priority = PREPARE if self._listed is None else MERGE
         read = await together(*(self._snapshot(contact, priority) for contact in contacts))
-        snapshot, since = [one for one, _ in read], oldest(moment for _, moment in read)
-        objects = {identity: obj for one in snapshot for identity, obj in one.objects().items()}
-        if self.merger.backups.with_timelines:
+        snapshots, since = [one for one, _ in read], oldest(moment for _, moment in read)
+        objects = {identity: obj for one in snapshots for identity, obj in one.objects().items()}
+        if self.context.options.timelines:
             await self._read_timelines(objects)
         timelines = {identity: self._timelines[identity][1] for identity in objects if identity in self._timelines}
-        folder, problem = await self.environment.run_in_thread(self._write_backup, snapshot, timelines)
-        works = {work for one in snapshot for work in one.works()}
+        folder, problem = await self.context.environment.run_in_thread(self._write_backup, snapshots, timelines)
+        works = {work for one in snapshots for work in one.works()}
         entries = sum(map(len, timelines.values()))
         self.counts = {"works": len(works), "conversations": len(objects) - len(works), "timeline_entries": entries}
         counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.counts.items())
         log.info("%s: backed up in %s: %s", self.group.email, folder, counts)
         for pair in self.group.pairs:
             if pair.state is State.PLANNED:
-                pair.backup, pair.details["backed_up"] = folder, self.counts
+                pair.backup, pair.backed_up = folder, self.counts
         if problem:
             raise problem
         log.info("%s: the integrity check of %s has passed", self.group.email, folder)
         self.folder, self._listed = folder, since
 
     async def _snapshot(self, contact: Contact, priority: int) -> Tuple[ContactSnapshot, Timestamp]:
-        """Everything but the timelines of one contact."""
+        """Return everything but the timelines of one contact."""
+        objects = self.context.api.objects
         lists = await together(
-            *(self.api.objects[name].load(contact.id, contact.tickets, priority) for name in ROLES.values()),
-            self.api.objects["members"].load(contact.id, 1 + contact.tickets // 4, priority),
+            *(objects[name].load(contact.id, contact.tickets, priority) for name in ROLES.values()),
+            objects["members"].load(contact.id, 1 + contact.tickets // 4, priority),
         )
         roles = {role: by_id(listing.items) for role, listing in zip(ROLES, lists)}
-        snapshot = ContactSnapshot(contact, self._live[contact.id], roles, by_id(lists[-1].items))
+        snapshot = ContactSnapshot(contact, self.live[contact.id], roles, by_id(lists[-1].items))
         return snapshot, oldest(listing.since for listing in lists)
 
     async def _read_timelines(self, objects: Mapping[str, Json]) -> None:
-        """Read the timelines that are not there yet, and those of what has changed; a few at a time."""
+        """Read the timelines that are not known yet, and those of objects that have changed; a few at a time."""
         known = self._timelines
         wanted = [one for one, obj in objects.items() if known.get(one, (known,))[0] != obj.get("modified_date")]
 
@@ -3317,8 +4245,8 @@ class Preconditions:
             while wanted:
                 identity = wanted.pop(0)
                 try:
-                    self.merger.raise_if_draining()
-                    entries = await self.api.timeline(identity)
+                    self.context.raise_if_draining()
+                    entries = await self.context.api.timeline(identity)
                 except (ApiError, NoUsableResponse) as error:
                     wanted.clear()
                     raise PairError(error.code, f"{identity}: {error}") from None
@@ -3330,18 +4258,19 @@ class Preconditions:
         await together(*(read() for _ in range(min(self.AHEAD, len(wanted)))))
 
     def _write_backup(
-        self, snapshot: Sequence[ContactSnapshot], timelines: Timelines
+        self, snapshots: Sequence[ContactSnapshot], timelines: Timelines
     ) -> Tuple[str, Optional[PairError]]:
-        """Write the backup (in a thread); check from the disk that it is whole and holds what the export counts."""
-        merger = self.merger
+        """Write the backup (in a thread), and check from the disk that it is complete and holds what the CSV counts."""
+        options = self.context.options
+        store = BackupStore(BACKUPS, self.context.environment, options.timelines)
         try:
-            folder = merger.backups.create(self.group.email, merger.organisation, snapshot, timelines)
+            folder = store.create(self.group.email, options.organisation, snapshots, timelines)
         except RecursionError:
             raise PairError("backup_failed", "DevRev answered with something that is nested too deep") from None
         try:
             for entry in verify_backup(folder)["contacts"]:
                 grown = entry["role"] == "primary" and self.group.has_absorbed()
-                policy = "at-least" if grown else merger.count_policy
+                policy = "at-least" if grown else options.count_policy
                 problem = count_error(Contact.from_json(entry["csv"]), greatest_count(entry), policy)
                 if problem:
                     return str(folder), problem
@@ -3354,469 +4283,167 @@ def oldest(moments: Iterable[Timestamp]) -> Timestamp:
     return min(moments, key=lambda moment: moment.monotonic)
 
 
-def has_reference(pair: Pair, primary: Optional[Json]) -> bool:
-    """Whether the primary of a pair that an earlier run left has the new reference already.
+def fields_to_carry(primary: Mapping[str, Any], duplicate: Mapping[str, Any]) -> Json:
+    """Return what an update of the primary has to set, so that it keeps what only the duplicate has.
 
-    Raises PairError where somebody has set one that is neither the old nor the new one: it is left.
+    `phone_numbers` is the whole list, because an update replaces it. A name is carried only where the primary has none
+    of its own: its address or its id is no name.
     """
+    found: Json = {}
+    if duplicate.get("description") and not primary.get("description"):
+        found["description"] = duplicate["description"]
+    numbers = list(primary.get("phone_numbers") or ())
+    more = [number for number in duplicate.get("phone_numbers") or () if number not in numbers]
+    if more:
+        found["phone_numbers"] = numbers + more
+    nameless = ("", primary.get("email"), primary.get("id"), primary.get("display_id"), primary.get("external_ref"))
+    if duplicate.get("display_name") and (primary.get("display_name") or "") in nameless:
+        found["display_name"] = duplicate["display_name"]
+    return found
+
+
+def lost_fields(duplicate: Mapping[str, Any], primary: Mapping[str, Any]) -> List[Json]:
+    """Return `{field, value}` of what the duplicate had and the primary does not have, as far as answers show it."""
+    lost: List[Json] = []
+    for name in ("display_name", "full_name", "description", "phone_numbers", "tags", "custom_fields"):
+        value, kept = duplicate.get(name), primary.get(name)
+        if isinstance(value, list):
+            lost += [{"field": name, "value": one} for one in value if one not in (kept or ())]
+        elif isinstance(value, dict):
+            mine = kept if isinstance(kept, dict) else {}
+            lost += [{"field": f"{name}.{key}", "value": one} for key, one in value.items() if one != mine.get(key)]
+        elif value and value != kept:
+            lost.append({"field": name, "value": value})
+    return lost
+
+
+def backed_up_contact(backup: str, identity: str) -> Json:
+    """Return the `rev_user` of a contact as a backup holds it. Raises PairError(backup_failed)."""
+    try:
+        (entry,) = (one for one in read_manifest(backup)["contacts"] if one["csv"]["id"] == identity)
+        user: Json = json.loads((Path(backup) / entry["folder"] / "contact.json").read_bytes())
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise PairError("backup_failed", f"the backup {backup} is not complete ({type(error).__name__})") from None
+    return user
+
+
+def check_reference(pair: Pair, primary: Optional[Json]) -> None:
+    """Raise PairError where another user gave the primary a reference that is neither the old nor the new one."""
     name = pair.primary.short_id
     if primary is None:
-        raise PairError("not_found", f"the primary {name} is not in DevRev any more")
+        raise PairError("not_found", f"the primary {name} no longer exists")
     reference = primary.get("external_ref")
-    if reference not in (pair.new_ref, pair.primary.external_ref):
-        words = f"{name} has got the reference {reference or 'none'} from somebody; {pair.new_ref} was not set"
+    if pair.new_ref and reference not in (pair.new_ref, pair.primary.external_ref):
+        words = f"another user gave {name} the reference {reference or 'none'}; {pair.new_ref} was not set"
         raise PairError("external_ref_changed", words)
-    return bool(reference == pair.new_ref)
-
-
-async def set_reference(api: DevRevAPI, pair: Pair, reference: str, options: RequestOptions) -> bool:
-    """Set the reference of a pair's primary: True where it is set and read back, False where somebody holds it."""
-    try:
-        await api.set_external_ref(pair.primary.id, reference, options)
-    except ApiError as api_error:
-        if api_error.status == 409:
-            return False
-        code = "not_found" if api_error.missing else api_error.code
-        raise PairError(code, f"the reference {reference} could not be set: {api_error}") from None
-    except (NoUsableResponse, PairError) as error:
-        raise PairError(error.code, f"the reference {reference} could not be set: {error}") from None
-    return True
-
-
-def check_holders(pair: Pair, listed: Iterable[Json], over: bool) -> None:
-    """Raise PairError where another contact holds the pair's new reference, or it has not been let go for too long."""
-    holders = [str(user.get("display_id") or user["id"]) for user in listed if user["id"] not in pair.ids]
-    if holders or over:
-        nobody = f"{pair.duplicate.short_id}, which has gone, or a contact that the token can't see"
-        who = ", ".join(holders) or nobody
-        raise PairError("external_ref_conflict", f"the reference {pair.new_ref} is held by {who}")
-
-
-def check_nothing_left(pair: Pair, left: Sequence[Json]) -> None:
-    """Raise PairError where something does not hang on the primary, named."""
-    if left:
-        pair.left_behind = describe(pair.backup, left)
-        names = ", ".join(dict.fromkeys(item["display_id"] for item in pair.left_behind))
-        raise PairError("left_behind", f"merged, but not on the primary: {names}")
 
 
 def confirmation_timeout(pair: Pair, merge_timeout: float) -> float:
-    """Seconds after the request until a duplicate that is still there means that the merge won't come by itself."""
-    if pair.state is State.ACKNOWLEDGED or pair.refused:
+    """Return the seconds after a request until a duplicate that still exists means that the merge won't come.
+
+    DevRev knows of the request where it has answered; a request whose answer was lost may never have arrived.
+    """
+    if pair.state is State.ACKNOWLEDGED or pair.rejected:
         return merge_timeout
     return min(10.0, merge_timeout / 4)
 
 
-@dataclass
-class PairMerge:
-    """What this run knows of a pair beyond its state."""
-
-    MAX_REQUESTS = 3  # times that a run asks for one merge
-
-    requests_sent: int = 0  # requests of this run
-    waiting_since: Optional[Timestamp] = None  # that the merge is waited for
-    before: float = 0.0  # seconds that it had been waited for by then
-    polled: bool = False  # since the last request
-    rejection: Optional[PairError] = None  # DevRev's answer to the last request, where it was a clear no
-    contradictions: int = 0  # times that the duplicate was believed gone and was there after all
-
-    def waited(self, environment: Environment) -> float:
-        """Seconds since the merge was asked for."""
-        return self.before + environment.elapsed(self.waiting_since) if self.waiting_since else 0.0
-
-    def check_may_request_again(self, pair: Pair, waited: float) -> None:
-        """Raise PairError where the patience is over and this run has asked: not again where DevRev has answered."""
-        answered = pair.state is State.ACKNOWLEDGED or pair.refused
-        if self.requests_sent >= self.MAX_REQUESTS or (self.requests_sent and answered):
-            words = f"{pair.duplicate.short_id} is still there {duration(waited)} after it was asked for"
-            raise PairError("merge_not_confirmed", words)
-
-
-class GroupMerge:
-    """One group on its way: check, back up, ask, confirm, move the reference, prove, done.
-
-    A pair that an earlier run left enters the same walk at its state. Whatever keeps a pair from its end is raised as
-    PairError and noted by `ContactMerger.rest`; what stops the run passes through.
-    """
-
-    MAX_REFRESHES = 12  # times that a check or a backup is made anew before a pair is given up
-    SLOW = 3.0  # seconds after which nobody waits for a pair any more
-
-    def __init__(self, merger: "ContactMerger", group: Group, pairs: Sequence[Pair], resumed: bool = False) -> None:
-        self.merger = merger
-        self.api = merger.api
-        self.environment = merger.environment
-        self.group = group
-        self.pairs = pairs
-        self.resumed = resumed
-        self.attempted = asyncio.Event()  # each pair has been tried, or something has to be waited for
-        self.preconditions = Preconditions(merger, group)
-        self.verifier = TransferVerifier(self)
-        self.reservation = Reservation()
-        self.pair_merges: Dict[Tuple[str, str], PairMerge] = collections.defaultdict(PairMerge)
-        self._request_lock = asyncio.Lock()
-
-    async def run(self) -> None:
-        """Merge the pairs one after the other, then prove them."""
-        try:
-            for index, pair in enumerate(self.pairs):
-                if not await self._attempt(pair, self._merge):
-                    await self._skip_pairs(pair, self.pairs[index + 1 :])
-                    break
-            self.preconditions = Preconditions(
-                self.merger, self.group
-            )  # for memory: what is proved is read from the disk
-            await together(*(self.merger.guarded(self._attempt(pair, self._finish)) for pair in self.pairs))
-        finally:
-            self.api.scheduler.release(self.reservation)
-            self.attempted.set()
-
-    async def _attempt(self, pair: Pair, step: Callable[[Pair], Awaitable[None]]) -> bool:
-        """Take a pair further; False where it comes to rest before its end."""
-        if pair.ids in self.merger.outcomes:
-            return False
-        try:
-            await step(pair)
-        except PairError as problem:
-            await self.merger.record_outcome(self, pair, problem)
-        except PermissionDenied as denied:
-            if pair.state in UNFINISHED:
-                await self.merger.record_outcome(self, pair, PairError("forbidden", str(denied)))
-            raise
-        return pair.ids not in self.merger.outcomes
-
-    async def _skip_pairs(self, first: Pair, pairs: Sequence[Pair]) -> None:
-        """What refuses a group refuses all of its pairs; what has been asked for has to be finished first."""
-        refused, why = first.state is State.FAILED, "another merge into the same contact has to be finished first"
-        problem = PairError(first.code, first.error) if refused else PairError("group_incomplete", why)
-        for pair in pairs:
-            if pair.state is State.PLANNED:
-                await self.merger.record_outcome(self, pair, problem)
-
-    async def _merge(self, pair: Pair) -> None:
-        """Bring a pair from whatever state it is in to the reference's being on the primary."""
-        if self.resumed and pair.state in (State.MERGED, State.PROVING):
-            onward = self.merger.savepoint.went_into(pair.primary.id, pair.new_ref)
-            if onward:
-                await self._verify_onward(pair, onward.primary)
-                return
-        try:
-            while pair.state not in (State.PROVING, *ENDED):
-                if pair.state is State.MERGED:
-                    await self._set_reference(pair)
-                elif pair.state is State.PLANNED or not await self._confirm(pair):
-                    async with self._request_lock:  # one of the group at a time, for they rest on the same evidence
-                        await self._request_merge(pair)
-        finally:
-            self.api.scheduler.release(self.reservation)
-
-    async def _finish(self, pair: Pair) -> None:
-        """Prove a pair; where that shows that it is not merged after all, it is merged first."""
-        while pair.state not in ENDED:
-            await self._merge(pair)
-            if pair.state is State.PROVING:
-                await self._verify(pair)
-        await self.merger.record_outcome(self, pair)
-
-    # -- ask ----------------------------------------------------------------------------------------
-
-    async def _request_merge(self, pair: Pair) -> None:
-        """Ask, on evidence that is fresh at the moment the request leaves."""
-        first, pair_merge = not pair.first_requested_at, self.pair_merges[pair.ids]
-        if pair.is_overruled:
-            words = f"{into(pair)} was asked for, and now another reference is to stay than it would leave"
-            raise PairError("plan_changed", words)
-        self.group.requesting = pair
-        if pair.exported:
-            # What is asked for again rests on what is known now; until then the rows of the first request count.
-            exported, pair.exported = pair.exported, None
-            pair.primary, pair.duplicate, pair.new_ref = exported.primary, exported.duplicate, exported.new_ref
-        if not first:
-            self.preconditions.invalidate()
-        for _ in range(self.MAX_REFRESHES):
-            self.api.scheduler.release(self.reservation)  # what was kept for the last request would keep others waiting
-            if not await self._ensure_ready(pair, first):
-                return
-            try:
-                async with self.merger.exclusive_first_merge():
-                    api_error = await self._request(pair)
-                pair_merge.waiting_since, pair_merge.before = self.environment.now(), 0.0
-                if api_error and api_error.missing and first and not self.merger.journal.asked_before(pair):
-                    await self._check_merged_elsewhere(pair)
-                return
-            except PreconditionsExpired:
-                log.info("%s: the check or the backup has become too old; making it anew", pair.email)
-        raise PairError(
-            "stale", "checks and backups become too old before the merge can be asked for; the quota is too small"
-        )
-
-    async def _ensure_ready(self, pair: Pair, first: bool) -> bool:
-        """Renew the evidence. A pair that was asked for before is looked at whatever the renewal says: False if it has
-        gone by then. The look keeps no units, for pairs that wait to ask would wait for each other's."""
-        problem: Optional[PairError] = None
-        try:
-            await self.preconditions.ensure_fresh()
-        except PairError as error:
-            problem = error
-        if not first and await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH)) is not DuplicateStatus.THERE:
-            await self._save_merged(pair)
-            return False
-        if problem:
-            raise problem
-        return True
-
-    async def _request(self, pair: Pair) -> Optional[ApiError]:
-        new = not pair.first_requested_at
-        try:
-            await self.api.merge(
-                *pair.ids, self._request_options(pair, MERGE), lambda: self._save_intent(pair), telling=new
-            )
-        except ApiError as api_error:
-            pair.refused = self.merger.changed = True  # for it may be carried out all the same
-            await self.merger.state_writer.save(pair)
-            if api_error.status != 409:  # which may say that it is being merged
-                self.pair_merges[pair.ids].rejection = PairError("merge_refused", str(api_error))
-            return api_error
-        except PermissionDenied:
-            pair.refused = True
-            raise
-        except NoUsableResponse as error:
-            self.merger.changed = True
-            log.info("%s: the answer to the merge was lost (%s); looking", pair.email, error)
-        else:
-            pair.state = State.ACKNOWLEDGED
-            await self.merger.state_writer.save(pair)
-            log.info("%s: DevRev has acknowledged the merge", pair.email)
-            self.merger.note_acknowledged()
-        return None
-
-    async def _save_intent(self, pair: Pair) -> None:
-        """The last moment before the request leaves: Stale if it must not, else the intent goes to the disk."""
-        self.preconditions.require_fresh()
-        self.merger.raise_if_draining()
-        pair_merge, earlier = self.pair_merges[pair.ids], dict(vars(pair))
-        pair_merge.requests_sent, pair_merge.polled, pair_merge.rejection = pair_merge.requests_sent + 1, False, None
-        pair.state, pair.code, pair.error, pair.refused = State.REQUESTED, "", "", False
-        pair.backup, pair.details["backed_up"] = self.preconditions.folder, self.preconditions.counts
-        pair.requested_at = self.environment.now().wall
-        pair.first_requested_at = pair.first_requested_at or pair.requested_at
-        await self.merger.state_writer.save(pair, "asked")
-        try:
-            # The disk may be slow, and the run may have been stopped meanwhile: what is not sent was not asked for.
-            self.preconditions.require_fresh()
-            self.merger.cancel_token.raise_if_cancelled()
-        except (PreconditionsExpired, Cancelled):
-            pair_merge.requests_sent -= 1
-            vars(pair).update(earlier)
-            await self.merger.state_writer.save(pair, "asked" if pair.first_requested_at else "withdrawn")
-            raise
-        log.info("%s: asking for the merge of %s", pair.email, into(pair))
-
-    async def _check_merged_elsewhere(self, pair: Pair) -> None:
-        """A first request was answered with an object's 404: somebody has merged or deleted one of the two."""
-        self.api.scheduler.release(self.reservation)
-        if not await self.verifier.is_elsewhere(pair):
-            return
-        pair.state, pair.code = State.MERGED_ELSEWHERE, "merged_elsewhere"
-        pair.error = f"{pair.duplicate.short_id} was merged or deleted by somebody else before it was asked for"
-        if pair.new_ref:
-            pair.error += f"; its reference {pair.new_ref} was not moved"
-        await self.merger.record_outcome(self, pair)
-
-    # -- confirm ------------------------------------------------------------------------------------
-
-    def _request_options(self, pair: Pair, priority: int = FINISH) -> RequestOptions:
-        """For a request after which a pair must not wait for quota; where it takes long, others may go on meanwhile."""
-        slow = self.pair_merges[pair.ids].waited(self.environment) > 10
-        return RequestOptions(
-            priority, self.reservation, 2 if slow else self.merger.poll_history.polls() + bool(pair.new_ref)
-        )
-
-    async def _poll(self, pair: Pair) -> bool:
-        return await self.api.poll_duplicate(*pair.ids, self._request_options(pair)) is not DuplicateStatus.THERE
-
-    async def _confirm(self, pair: Pair) -> bool:
-        """Look until the duplicate has gone (True), or may be asked for again (False)."""
-        await self._wait_for_first_poll(pair)
-        pair_merge, polls = self.pair_merges[pair.ids], 0
-        while True:
-            problem: Optional[PairError] = None
-            polls, before = polls + 1, pair_merge.waited(self.environment)
-            try:
-                if await self._poll(pair):
-                    if pair_merge.requests_sent:
-                        self.merger.poll_history.record(before, polls)
-                    await self._save_merged(pair)
-                    return True
-            except (ApiError, NoUsableResponse) as error:
-                problem = PairError(error.code, f"the merge can't be confirmed: {error}")
-            waited, longest = pair_merge.waited(self.environment), confirmation_timeout(pair, self.merger.merge_timeout)
-            if pair_merge.rejection:
-                raise pair_merge.rejection
-            if waited >= longest:
-                if problem:
-                    raise problem
-                pair_merge.check_may_request_again(pair, waited)
-                return False
-            pause = min(0.1 + 0.5 * waited, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
-            await self.pause(pair, min(pause, longest - waited))
-
-    async def _wait_for_first_poll(self, pair: Pair) -> None:
-        """Wait as long as merges take; what an earlier run has asked for is looked at at once."""
-        pair_merge = self.pair_merges[pair.ids]
-        if pair_merge.waiting_since is None:
-            pair_merge.waiting_since = self.environment.now()
-            pair_merge.before = max(0.0, pair_merge.waiting_since.wall - pair.requested_at)
-        elif not (pair_merge.rejection or pair_merge.polled):
-            await self.pause(pair, self.merger.poll_history.first_poll() - pair_merge.waited(self.environment))
-        pair_merge.polled = True
-
-    async def _save_merged(self, pair: Pair) -> None:
-        self.merger.changed = True
-        pair.state, pair.code, pair.error = State.MERGED, "", ""
-        await self.merger.state_writer.save(pair, "merged")
-        log.info("%s: confirmed, %s has gone", pair.email, pair.duplicate.short_id)
-
-    async def _save_still_exists(self, pair: Pair) -> None:
-        """It was believed gone until something has contradicted it: back to looking."""
-        log.info("%s: %s is still there after all", pair.email, pair.duplicate.short_id)
-        self.pair_merges[pair.ids].contradictions += 1
-        pair.state = State.REQUESTED if pair.refused else State.ACKNOWLEDGED
-        await self.merger.state_writer.save(pair, "asked")
-        if self.pair_merges[pair.ids].contradictions > 20:
-            raise PairError("merge_not_confirmed", f"{pair.duplicate.short_id} has gone and come back too often")
-
-    async def pause(self, pair: Pair, seconds: float) -> None:
-        """Wait for DevRev. What an earlier run has left is no longer waited for by others then."""
-        if seconds > 0:
-            self.attempted.set()
-            if self.pair_merges[pair.ids].waited(self.environment) > self.SLOW:
-                self.merger.expect_no_verification(self)
-            await self.merger.cancel_token.sleep(seconds)
-
-    # -- the reference ------------------------------------------------------------------------------
-
-    async def _set_reference(self, pair: Pair) -> None:
-        """Set the duplicate's reference on the primary; a 409 may take the pair back to being looked at."""
-        resumed = not self.pair_merges[pair.ids].requests_sent
-        primary = (
-            await self.api.contact(pair.primary.id, self._request_options(pair)) if resumed and pair.new_ref else None
-        )
-        if pair.new_ref and not (resumed and has_reference(pair, primary)):
-            self.merger.changed = True
-            begun, pause = self.environment.now(), 0.2
-            while not await set_reference(self.api, pair, pair.new_ref, self._request_options(pair)):
-                await self.pause(pair, pause)
-                pause = min(10.0, 1.6 * pause)
-                if not await self._poll(pair):
-                    await self._save_still_exists(pair)
-                    return
-                over = self.environment.elapsed(begun) > self.merger.merge_timeout
-                check_holders(pair, await self.api.holders_of(pair.new_ref, self._request_options(pair)), over)
-        pair.state = State.PROVING
-        await self.merger.state_writer.save(pair)
-        log.info("%s: %s has the reference %s", pair.email, pair.primary.short_id, pair.new_ref or "that it had")
-
-    # -- proof --------------------------------------------------------------------------------------
-
-    async def _verify(self, pair: Pair) -> None:
-        """Look until all that the duplicate had hangs on the primary, and the list of its email shows it no more."""
-        self.merger.expect_no_verification(self)
-        wanted = objects_to_transfer(pair.backup, pair.duplicate.id)
-        left, listed = await self.verifier.wait(pair, wanted)
-        if listed is DuplicateStatus.THERE:
-            await self._save_still_exists(pair)
-            return
-        check_nothing_left(pair, left)
-        if listed:
-            raise PairError("still_listed", f"merged, but DevRev still lists {pair.duplicate.short_id} for its email")
-        pair.state, pair.code, pair.error, pair.left_behind = State.DONE, "", "", []
-        pair.details["proved"] = len({item["id"] for item in wanted}.difference(pair.details.get("deleted", ())))
-        log.info("%s: proved, all %d objects hang on the primary", pair.email, pair.details["proved"])
-
-    async def _verify_onward(self, pair: Pair, survivor: Contact) -> None:
-        """The primary itself has been merged into another by now, which has the reference: prove the pair there."""
-        wanted = objects_to_transfer(pair.backup, pair.duplicate.id)
-        check_nothing_left(pair, (await self.verifier.wait(replace(pair, primary=survivor), wanted))[0])
-        pair.state, pair.code, pair.error, pair.left_behind = State.DONE, "", "", []
-        pair.details["onward"] = survivor.short_id
-
-
 class TransferVerifier:
-    """Looks whether what a duplicate had hangs on its primary, for as long as DevRev's lists may lag behind a merge."""
+    """Checks whether what a duplicate had belongs to its primary, for as long as DevRev's lists may lag behind."""
 
-    EXAMINED = 25  # objects that are looked at one by one, in each round before the whole time is over
+    EXAMINED = 25  # objects that are read one by one, in each round before the time is over
 
-    def __init__(self, group_merge: "GroupMerge") -> None:
-        self.group_merge = group_merge
-        self.api = group_merge.api
-        self.priority = RESUME if group_merge.resumed else VERIFY
+    def __init__(self, context: MergeContext, priority: int) -> None:
+        self.context = context
+        self.api = context.api
+        self.priority = priority
+        self.primary: Json = {}  # the primary's `rev_user`, where the list of the email shows it
 
-    async def wait(self, pair: Pair, wanted: Sequence[Json]) -> Tuple[List[Json], Optional[DuplicateStatus]]:
-        """What of `{id, role}` is not on the primary, and what a look says where the list of the email still shows the
-        duplicate; for as long as lists may lag behind. What has been deleted since is named, and holds nothing up."""
-        begun, rounds = self.group_merge.environment.now(), 0
+    async def wait(
+        self, pair: Pair, expected: Sequence[Json], pause: Callable[[float], Awaitable[None]]
+    ) -> Tuple[List[Json], Optional[DuplicateStatus]]:
+        """Poll until all `expected` objects (`{id, role}`) belong to the primary, or `merge_timeout` is over.
+
+        Return the objects still missing, and the duplicate's status where the list of its email still shows it. Objects
+        deleted since are named in the pair and hold nothing up.
+        """
+        environment, timeout = self.context.environment, self.context.options.merge_timeout
+        started, rounds = environment.now(), 0
         examined: Set[str] = set()
         while True:
+            again = rounds > 0
             missing, listed = await together(
-                self._missing(pair, wanted, bool(rounds)), self._is_listed(pair, bool(rounds))
+                self.missing(pair, expected, again), self.is_listed(pair, self.api.emails, pair.duplicate.email, again)
             )
-            status_ = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH)) if listed else None
-            waited, rounds = self.group_merge.environment.elapsed(begun), rounds + 1
-            over = waited >= self.group_merge.merger.merge_timeout
+            status = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH)) if listed else None
+            waited, rounds = environment.elapsed(started), rounds + 1
+            over = waited >= timeout
             if missing and rounds > 2:
                 few = [item["id"] for item in missing if over or item["id"] not in examined]
-                gone = {one for one in few[: None if over else self.EXAMINED] if await self._is_deleted(one)}
-                examined.update(few[: self.EXAMINED])
-                if gone:
-                    pair.details["deleted"] = sorted(gone.union(pair.details.get("deleted", [])))
-                wanted, missing = ([one for one in items if one["id"] not in gone] for items in (wanted, missing))
-            if over or status_ is DuplicateStatus.THERE or not (missing or status_):
-                return missing, status_
-            await self.group_merge.pause(
-                pair, min(20.0, 0.5 + waited / 2, self.group_merge.merger.merge_timeout - waited)
-            )
+                few = few if over else few[: self.EXAMINED]
+                gone = {one for one in few if await self._is_deleted(one)}
+                examined.update(few)
+                pair.deleted = sorted(gone.union(pair.deleted))
+                expected, missing = ([one for one in items if one["id"] not in gone] for items in (expected, missing))
+            if over or status is DuplicateStatus.THERE or not (missing or status):
+                return missing, status
+            await pause(min(20.0, 0.5 + waited / 2, timeout - waited))
 
-    async def is_elsewhere(self, pair: Pair) -> bool:
-        """Whether the duplicate has gone and the primary has not got it. Where what the duplicate had hangs on the
-        primary, they are merged, whoever asked for it."""
+    async def lists_show_merged(self, pair: Pair) -> bool:
+        """Decide by lists where polls give no usable answer.
+
+        The merge is done where the lists of the duplicate's email and of its reference no longer show it, and its
+        objects belong to the primary. Without objects the lists are read twice, because they may lag.
+        """
+        expected = objects_to_transfer(pair.backup, pair.duplicate.id)
+        timeout = self.context.options.merge_timeout
+        for pause in (0.0,) if expected else (0.0, min(10.0, timeout / 4)):
+            if pause:
+                await self.context.cancel_token.sleep(pause)
+            if await self.is_listed(pair, self.api.emails, pair.duplicate.email, True):
+                return False
+            holders = await self.api.holders_of(pair.duplicate.external_ref, RequestOptions(FINISH))
+            if any(user["id"] == pair.duplicate.id for user in holders):
+                return False
+        return not await self.missing(pair, expected, True)
+
+    async def is_merged_elsewhere(self, pair: Pair, pause: Callable[[float], Awaitable[None]]) -> bool:
+        """Return whether the duplicate no longer exists and was not merged into the primary.
+
+        Where what it had belongs to the primary, the two are merged, whoever requested it.
+        """
         primary = await self.api.contact(pair.primary.id, RequestOptions(FINISH)) or {}
         if primary.get("state") not in ("active", "locked", "deactivated") or primary.get("primary_identity"):
             return False
-        wanted = objects_to_transfer(pair.backup, pair.duplicate.id)
+        expected = objects_to_transfer(pair.backup, pair.duplicate.id)
         try:
             if await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH)) is not DuplicateStatus.GONE:
                 return False
-            missing = (await self.wait(pair, wanted))[0] if wanted else []
+            missing = (await self.wait(pair, expected, pause))[0] if expected else []
         except PairError as problem:
             if problem.code == "merged_into_another":
                 return True
             raise
-        deleted = pair.details.get("deleted", ())
-        return bool(missing) or all(item["id"] in deleted for item in wanted)
+        return bool(missing) or all(item["id"] in pair.deleted for item in expected)
 
-    async def _missing(self, pair: Pair, wanted: Sequence[Json], again: bool) -> List[Json]:
-        """What of `{id, role}` the lists don't show on the primary now."""
+    async def missing(self, pair: Pair, expected: Sequence[Json], again: bool) -> List[Json]:
+        """Return which of the expected objects the lists don't show with the primary."""
         weight = pair.primary.tickets + pair.duplicate.tickets
-        roles = sorted({item["role"] for item in wanted})
+        roles = sorted({item["role"] for item in expected})
+        linger = BatchLoader.LINGER if again or self.priority == RESUME else PendingVerifications.LINGER
         listings = await together(
-            *(self._list(self.api.objects[role], pair.primary.id, weight, again) for role in roles)
+            *(self.api.objects[role].load(pair.primary.id, weight, self.priority, linger) for role in roles)
         )
         there = {(role, item["id"]) for role, listing in zip(roles, listings) for item in listing.items}
-        return [item for item in wanted if (item["role"], item["id"]) not in there]
+        return [item for item in expected if (item["role"], item["id"]) not in there]
 
-    async def _is_listed(self, pair: Pair, again: bool) -> bool:
-        listing = await self._list(self.api.emails, pair.duplicate.email.strip(), 1, again)
-        return any(
-            user["id"] == pair.duplicate.id and duplicate_status(user, *pair.ids) is DuplicateStatus.THERE
-            for user in listing.items
-        )
-
-    async def _list(self, batch_loader: BatchLoader, key: str, weight: int, again: bool) -> ListResult:
-        """List; with a long linger where nobody waits for it, so that many pairs are proved with the same calls."""
-        hurried = again or self.group_merge.resumed
-        linger = BatchLoader.LINGER if hurried else self.group_merge.merger.LINGER
-        return await batch_loader.load(key, weight, self.priority, linger)
+    async def is_listed(self, pair: Pair, lists: BatchLoader, key: str, again: bool) -> bool:
+        """Return whether a list shows the duplicate as a contact of its own."""
+        linger = BatchLoader.LINGER if again or self.priority == RESUME else PendingVerifications.LINGER
+        listing = await lists.load(key.strip(), 1, self.priority, linger)
+        self.primary = next((user for user in listing.items if user["id"] == pair.primary.id), self.primary)
+        shown = (user for user in listing.items if user["id"] == pair.duplicate.id)
+        return any(duplicate_status(user, *pair.ids) is DuplicateStatus.THERE for user in shown)
 
     async def _is_deleted(self, identity: str) -> bool:
         with contextlib.suppress(ApiError, NoUsableResponse):
@@ -3824,232 +4451,469 @@ class TransferVerifier:
         return False
 
 
-# ---------------------------------------------------------------------------------------------------
-# Merge: the run
-# ---------------------------------------------------------------------------------------------------
+@dataclass
+class PairMerge:
+    """What this run knows of a merge beyond the pair's state."""
+
+    requests_sent: int = 0
+    waiting_since: Optional[Timestamp] = None
+    waited_before: float = 0.0  # seconds that earlier runs had waited
+    polled: bool = False  # since the last request
+    rejection: Optional[PairError] = None  # DevRev's answer to the last request, where it was a clear refusal
+    contradictions: int = 0  # times that the duplicate seemed to be merged and existed after all
+    was_forbidden: bool = False  # an earlier request for it was answered with 403
+    updated: bool = False  # the primary, in this run
 
 
-class PollHistory:
-    """How long merges have taken lately, by the look that found them done."""
+class GroupMerge:
+    """One group: check, back up, request, wait, set the reference, verify.
 
-    SOONEST, LATEST = 0.25, 0.75  # seconds to the first look: where nothing is known, and whatever is known
-    MOST = 16  # looks in the first ten seconds after a merge was asked for
+    A pair that an earlier run left enters at its state. What keeps a pair from its end is raised as PairError and
+    recorded as its outcome; what stops the run passes through.
+    """
 
-    def __init__(self) -> None:
-        self._merges: Deque[Tuple[float, int]] = collections.deque(maxlen=20)  # seconds, looks
+    MAX_REQUESTS = 3  # times that a run requests one merge
+    MAX_REFRESHES = 12  # times that preconditions are read again before a pair is given up
+    SLOW = 3.0  # seconds after which no other pair waits for this one
+    FIRST_DEADLINE = 5.0  # seconds for the first poll and the first update; each repeat has twice as long
 
-    def record(self, seconds: float, polls: int) -> None:
-        self._merges.append((0.95 * seconds, polls))  # a little sooner is tried the next time
+    def __init__(
+        self, context: MergeContext, group: Group, pairs: Sequence[Pair], wanted: Mapping[Ids, Pair], resumed: bool
+    ) -> None:
+        self.context = context
+        self.api = context.api
+        self.group = group
+        self.pairs = pairs
+        self.wanted = wanted  # the pairs of this run's CSV: no other is requested
+        self.resumed = resumed
+        self.attempted = asyncio.Event()  # each pair was tried, or has to wait
+        self.preconditions = Preconditions(context, group)
+        self.verifier = TransferVerifier(context, RESUME if resumed else VERIFY)
+        self.reservation = Reservation()
+        self.merges: Dict[Ids, PairMerge] = collections.defaultdict(PairMerge)
+        self._request_lock = asyncio.Lock()
+        self._ended: Set[Ids] = set()  # pairs with an outcome
 
-    def first_poll(self) -> float:
-        """Seconds after an answer at which a merge is usually done."""
-        return min(self.LATEST, max((seconds for seconds, _ in self._merges), default=self.SOONEST))
+    async def run(self) -> None:
+        """Merge the pairs one after the other, then verify them together."""
+        try:
+            for index, pair in enumerate(self.pairs):
+                if not await self._advance(pair, until=State.VERIFYING):
+                    await self._refuse_rest(pair, self.pairs[index + 1 :])
+                    break
+            self.preconditions = Preconditions(self.context, self.group)  # frees memory; verifying reads the disk
+            await together(*(self._advance(pair) for pair in self.pairs))
+        finally:
+            self.api.scheduler.release(self.reservation)
+            self.attempted.set()
 
-    def polls(self) -> int:
-        """Looks that are kept for a merge: as many as lately, and one since a look may come too early."""
-        return min(self.MOST, 1 + max((polls for _, polls in self._merges), default=self.MOST))
+    async def _advance(self, pair: Pair, until: Optional[State] = None) -> bool:
+        """Take a pair from one recovery point to the next, up to `until` or its end. Return whether it got there."""
+        phases = {
+            State.PLANNED: self._request,
+            State.REQUESTED: self._wait,
+            State.ACKNOWLEDGED: self._wait,
+            State.MERGED: self._set_reference,
+            State.VERIFYING: self._verify,
+        }
+        if pair.ids in self._ended:
+            return False
+        try:
+            while pair.state in phases and pair.state is not until:
+                await self._transition(pair, await phases[pair.state](pair))
+        except PairError as problem:
+            self._ended.add(pair.ids)
+            await self.context.record_outcome(pair, problem, self._counts(pair))
+            return isinstance(problem, PairSkipped)
+        except PermissionDenied as denied:
+            if pair.state in UNFINISHED:
+                await self.context.record_outcome(pair, PairError("forbidden", str(denied)), False)
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            # Whatever one contact's answers look like, the others go on.
+            log.exception("%s: unexpected", pair.email)
+            self._ended.add(pair.ids)
+            words = f"an answer could not be understood ({type(error).__name__}: {error})"
+            await self.context.record_outcome(pair, PairError("api_error", words), self._counts(pair))
+            return False
+        finally:
+            self.api.scheduler.release(self.reservation)
+            self.context.first_merge.release(pair.ids)
+        if pair.state in TERMINAL:
+            self._ended.add(pair.ids)
+            await self.context.record_outcome(pair)
+        return True
+
+    async def _transition(self, pair: Pair, state: State) -> None:
+        """Move a pair to a state, durably: the one place where it happens, but for the intent to request a merge."""
+        pair.state = state
+        if pair.requested_at:
+            pair.seconds = max(0.0, self.context.environment.now().wall - pair.requested_at)
+        await self.context.savepoint.save(pair)
+        steps = {
+            State.REQUESTED: "the merge is requested, and not confirmed yet",
+            State.ACKNOWLEDGED: "DevRev has acknowledged the merge",
+            State.MERGED: f"confirmed, {pair.duplicate.short_id} no longer exists",
+            State.VERIFYING: f"{pair.primary.short_id} has the reference {pair.new_ref or 'that it had'}",
+            State.DONE: f"verified, all {pair.proved} objects belong to the primary",
+            State.MERGED_ELSEWHERE: pair.error,
+        }
+        log.info("%s: %s", pair.email, steps[state])
+
+    async def _refuse_rest(self, first: Pair, pairs: Sequence[Pair]) -> None:
+        """Refuse the pairs behind one that failed: what refuses a group refuses all of it, and what was requested has
+        to be finished first."""
+        problem = PairError("group_incomplete", "another merge into the same contact has to be finished first")
+        if first.state is State.FAILED:
+            problem = PairError(first.code, first.error)
+        for pair in pairs:
+            if pair.state is State.PLANNED:
+                self._ended.add(pair.ids)
+                await self.context.record_outcome(pair, problem, self._counts(pair))
+
+    def _counts(self, pair: Pair) -> bool:
+        """Return whether a failure says something of the run: not where an earlier run has failed at the pair, too."""
+        return not (self.resumed or pair.tried_before or pair.state is State.VERIFYING)
+
+    def _options(self, pair: Pair, priority: int = FINISH) -> RequestOptions:
+        """Return how a request waits that belongs to a merge in progress, with what it reserves for those to follow."""
+        slow = self._waited(pair) > 10  # others may spend the quota meanwhile
+        reserve = 2 if slow else self.context.poll_history.polls() + bool(pair.new_ref)
+        return RequestOptions(priority, self.reservation, reserve)
+
+    def _waited(self, pair: Pair) -> float:
+        """Return the seconds since the merge was requested."""
+        merge = self.merges[pair.ids]
+        elapsed = self.context.environment.elapsed(merge.waiting_since) if merge.waiting_since else 0.0
+        return merge.waited_before + elapsed
+
+    async def _pause(self, pair: Pair, seconds: float) -> None:
+        """Wait for DevRev; new work need not wait for this pair meanwhile."""
+        if seconds > 0:
+            self.attempted.set()
+            if self._waited(pair) > self.SLOW:
+                self.context.pending_verifications.discard(self)
+            await self.context.cancel_token.sleep(seconds)
+
+    # -- the phases: each takes a pair at a recovery point and returns the next one -------------------
+
+    async def _request(self, pair: Pair) -> State:
+        """Request the merge, resting on preconditions that are fresh at the moment when the request is sent.
+
+        A pair that was requested before is polled first whatever the preconditions say: it may be merged by now.
+        """
+        again, merge = bool(pair.requested_at), self.merges[pair.ids]
+        if again:
+            wanted = self.wanted.get(pair.ids)
+            if wanted is None or wanted.new_ref != pair.new_ref:
+                words = f"the merge of {into(pair)} was requested, and is not in this plan with the same reference"
+                raise PairError("plan_changed", words)
+            pair.primary, pair.duplicate = wanted.primary, wanted.duplicate
+            self.preconditions.invalidate()
+        async with self._request_lock:  # the pairs of a group rest on the same preconditions
+            self.group.requesting = pair
+            for _ in range(self.MAX_REFRESHES):
+                # Reserved units would keep others waiting while the preconditions are read.
+                self.api.scheduler.release(self.reservation)
+                problem: Optional[PairError] = None
+                try:
+                    await self.preconditions.ensure_fresh()
+                except PairError as error:
+                    problem = error
+                # This poll reserves nothing: pairs that wait to be requested would wait for each other's units.
+                if again and await self._poll(pair, RequestOptions(FINISH)) is not DuplicateStatus.THERE:
+                    return self._confirmed(pair)
+                if problem:
+                    raise problem
+                for one in self.group.dropped:
+                    if one.pair.ids == pair.ids:
+                        raise PairSkipped(one.code, one.reason)
+                try:
+                    await self.context.first_merge.acquire(pair.ids)
+                    await self.api.merge(*pair.ids, self._options(pair, MERGE), lambda: self._save_intent(pair))
+                except PreconditionsExpired:
+                    log.info("%s: the check or the backup is too old by now; reading it again", pair.email)
+                    continue
+                except ApiError as error:
+                    merge.waiting_since, merge.waited_before = self.context.environment.now(), 0.0
+                    return await self._rejected(pair, error, first=not again)
+                except NoUsableResponse as error:
+                    log.info("%s: the answer to the merge request was lost (%s)", pair.email, error)
+                    merge.waiting_since, merge.waited_before = self.context.environment.now(), 0.0
+                    return State.REQUESTED
+                merge.waiting_since, merge.waited_before = self.context.environment.now(), 0.0
+                return State.ACKNOWLEDGED
+        words = "checks and backups become too old before the merge can be requested; the quota is too small"
+        raise PairError("stale", words)
+
+    async def _save_intent(self, pair: Pair) -> None:
+        """Save that the merge is requested, at the last moment before the request is sent.
+
+        Raises PreconditionsExpired or Cancelled where it must not be sent; then the savepoint says that it was not.
+        """
+        context, merge, before = self.context, self.merges[pair.ids], dict(vars(pair))
+        self.preconditions.require_fresh()
+        context.raise_if_draining()
+        merge.polled, merge.rejection = False, None
+        pair.state, pair.code, pair.error, pair.rejected = State.REQUESTED, "", "", False
+        pair.backup, pair.backed_up = self.preconditions.folder, self.preconditions.counts
+        pair.previous_request_at, pair.requested_at = pair.requested_at, context.environment.now().wall
+        pair.first_requested_at = pair.first_requested_at or pair.requested_at
+        if context.options.carry_fields:
+            live = self.preconditions.live
+            primary = dict(live[pair.primary.id])
+            for other in self.group.pairs:  # what was carried to the primary since it was read
+                if other.state in (State.MERGED, State.VERIFYING, State.DONE):
+                    primary.update(other.fields_to_carry)
+            pair.fields_to_carry = fields_to_carry(primary, live[pair.duplicate.id])
+            pair.fields_before = {name: primary.get(name) for name in pair.fields_to_carry}
+        try:
+            await context.savepoint.save(pair)
+            # The disk may be slow, and the run may have been stopped meanwhile.
+            self.preconditions.require_fresh()
+            context.cancel_token.raise_if_cancelled()
+            if context.savepoint.failure:
+                raise Cancelled()
+        except (PreconditionsExpired, Cancelled):
+            withdrawn_at = pair.requested_at
+            vars(pair).update(before)
+            pair.withdrawn_at = withdrawn_at
+            await context.savepoint.save(pair)
+            raise
+        merge.requests_sent += 1
+        context.first_merge.requests += 1
+        log.info("%s: requesting the merge of %s", pair.email, into(pair))
+
+    async def _rejected(self, pair: Pair, error: ApiError, first: bool) -> State:
+        """Take note of a refusal; DevRev may carry the merge out all the same."""
+        merge = self.merges[pair.ids]
+        pair.rejected = True
+        await self.context.savepoint.save(pair)
+        if error.status == 403:
+            # The first request of a run shows whether the token may merge at all.
+            if self.context.first_merge.requests == 1 and not merge.was_forbidden:
+                raise PermissionDenied(EXIT_USAGE, f"the token may not merge contacts: {error}")
+            merge.rejection = PairError("forbidden", str(error))
+        elif error.missing and first and await self.verifier.is_merged_elsewhere(pair, lambda s: self._pause(pair, s)):
+            pair.code = "merged_elsewhere"
+            pair.error = f"another user merged or deleted {pair.duplicate.short_id} before the merge was requested"
+            if pair.new_ref:
+                pair.error += f"; its reference {pair.new_ref} was not moved"
+            return State.MERGED_ELSEWHERE
+        elif error.status != 409:  # a 409 may say that it is being merged
+            merge.rejection = PairError("merge_refused", str(error))
+        return State.REQUESTED
+
+    async def _wait(self, pair: Pair) -> State:
+        """Poll until the duplicate no longer exists, or until the merge has to be requested again."""
+        context, merge = self.context, self.merges[pair.ids]
+        if merge.waiting_since is None:  # an earlier run requested it: poll at once
+            merge.waiting_since = context.environment.now()
+            merge.waited_before = max(0.0, merge.waiting_since.wall - pair.requested_at)
+        elif not (merge.rejection or merge.polled):
+            await self._pause(pair, context.poll_history.first_poll() - self._waited(pair))
+        merge.polled, polls, unusable, deadline = True, 0, 0, self.FIRST_DEADLINE
+        while True:
+            problem: Optional[PairError] = None
+            polls, before = polls + 1, self._waited(pair)
+            try:
+                if await self._poll(pair, self._options(pair), deadline) is not DuplicateStatus.THERE:
+                    if merge.requests_sent:
+                        context.poll_history.record(before, polls)
+                    return self._confirmed(pair)
+                unusable, deadline = 0, self.FIRST_DEADLINE
+            except (ApiError, NoUsableResponse) as error:
+                problem = PairError(error.code, f"the merge can't be confirmed: {error}")
+                # The 404 of a route says nothing of any object.
+                unusable += not (isinstance(error, ApiError) and error.status == 404 and not error.data.get("type"))
+                deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
+            waited, longest = self._waited(pair), confirmation_timeout(pair, context.options.merge_timeout)
+            # Where the wait is over, for a pair of an earlier run at once, there is no third poll.
+            if (unusable >= 3 or (unusable and waited >= longest)) and await self.verifier.lists_show_merged(pair):
+                return self._confirmed(pair)
+            if merge.rejection:
+                raise merge.rejection
+            if waited >= longest:
+                if problem:
+                    raise problem
+                answered = pair.state is State.ACKNOWLEDGED or pair.rejected
+                if merge.requests_sent >= self.MAX_REQUESTS or (merge.requests_sent and answered):
+                    words = f"{pair.duplicate.short_id} still exists {duration(waited)} after its merge was requested"
+                    raise PairError("merge_not_confirmed", words)
+                return await self._request(pair)
+            pause = min(0.1 + 0.5 * waited, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
+            await self._pause(pair, min(pause, longest - waited))
+
+    async def _poll(self, pair: Pair, options: RequestOptions, deadline: Optional[float] = None) -> DuplicateStatus:
+        return await self.api.poll_duplicate(*pair.ids, options, deadline)
+
+    def _confirmed(self, pair: Pair) -> State:
+        self.context.first_merge.confirm(pair.ids)
+        pair.code, pair.error = "", ""
+        return State.MERGED
+
+    def _still_exists(self, pair: Pair) -> State:
+        """Return to polling: the duplicate seemed to be merged until something contradicted it."""
+        merge = self.merges[pair.ids]
+        merge.contradictions += 1
+        log.info("%s: %s still exists after all", pair.email, pair.duplicate.short_id)
+        if merge.contradictions > 20:
+            pair.state = State.REQUESTED
+            raise PairError("merge_not_confirmed", f"{pair.duplicate.short_id} seemed to be merged again and again")
+        return State.REQUESTED if pair.rejected else State.ACKNOWLEDGED
+
+    async def _set_reference(self, pair: Pair) -> State:
+        """Give the primary the duplicate's reference, and what is carried with it.
+
+        Between the merge and this update the reference is on no contact, so nothing but the update itself is waited
+        for: a refused field never holds it up.
+        """
+        context, merge = self.context, self.merges[pair.ids]
+        body = {**({"external_ref": pair.new_ref} if pair.new_ref else {}), **pair.fields_to_carry}
+        if self.resumed and not merge.requests_sent:
+            onward = context.savepoint.merged_onward(pair.primary.id, pair.new_ref)
+            if onward:
+                pair.onward = onward.primary.short_id
+                return State.VERIFYING
+            if body:
+                primary = await self.api.contact(pair.primary.id, self._options(pair))
+                check_reference(pair, primary)
+                reference = {name: value for name, value in body.items() if name == "external_ref"}
+                body = {**reference, **fields_to_carry(primary or {}, pair.fields_to_carry)}  # another user may edit
+                body = {name: value for name, value in body.items() if (primary or {}).get(name) != value}
+        updates = [body] if body else []
+        started, pause, deadline = context.environment.now(), 0.2, self.FIRST_DEADLINE
+        while updates:
+            body, over = updates[0], context.environment.elapsed(started) > context.options.merge_timeout
+            try:
+                user = await self.api.update_contact(pair.primary.id, body, self._options(pair), deadline)
+            except ApiError as error:
+                if "external_ref" not in body:
+                    log.info("%s: %s can't be carried: %s", pair.email, ", ".join(body), error)
+                    updates.pop(0)
+                elif len(body) > 1:  # whatever was refused, the reference goes alone at once
+                    carried = {name: value for name, value in body.items() if name != "external_ref"}
+                    updates = [{"external_ref": pair.new_ref}, carried]
+                elif error.status != 409:
+                    code = "not_found" if error.missing else error.code
+                    raise PairError(code, f"the reference {pair.new_ref} could not be set: {error}") from None
+                else:
+                    await self._pause(pair, pause)
+                    pause = min(10.0, 1.6 * pause)
+                    if await self._poll(pair, self._options(pair)) is DuplicateStatus.THERE:
+                        return self._still_exists(pair)
+                    check_holders(pair, await self.api.holders_of(str(pair.new_ref), self._options(pair)), over)
+                continue
+            except NoUsableResponse as error:
+                # It may have been made: the primary is read before the update is sent again.
+                if over:
+                    raise PairError(error.code, f"{pair.primary.short_id} could not be updated: {error}") from None
+                deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
+                found = await self.api.contact(pair.primary.id, self._options(pair))
+                check_reference(pair, found)
+                user = found or {}
+                if any(user.get(name) != value for name, value in body.items()):
+                    await self._pause(pair, pause)
+                    pause = min(10.0, 1.6 * pause)
+                    continue
+            if user.get("external_ref") != body.get("external_ref", user.get("external_ref")):
+                words = f"DevRev answered the update with the reference {user.get('external_ref')}"
+                raise PairError("external_ref_not_set", words)
+            updates.pop(0)
+            merge.updated = True
+            pair.fields_lost = lost_fields(backed_up_contact(pair.backup, pair.duplicate.id), user)
+        return State.VERIFYING
+
+    async def _verify(self, pair: Pair) -> State:
+        """Check that everything the duplicate had belongs to the primary, and that it is listed no more."""
+        self.context.pending_verifications.discard(self)
+        expected = objects_to_transfer(pair.backup, pair.duplicate.id)
+        checked = pair
+        onward = self.context.savepoint.merged_onward(pair.primary.id, pair.new_ref) if self.resumed else None
+        if onward:  # a later merge took the primary, and everything with it, to another contact
+            pair.onward, checked = onward.primary.short_id, replace(pair, primary=onward.primary)
+        missing, status = await self.verifier.wait(checked, expected, lambda seconds: self._pause(pair, seconds))
+        pair.deleted = checked.deleted
+        if status is DuplicateStatus.THERE and not onward:
+            return self._still_exists(pair)
+        if missing:
+            pair.left_behind = describe(pair.backup, missing)
+            names = ", ".join(dict.fromkeys(item["display_id"] for item in pair.left_behind))
+            raise PairError("left_behind", f"merged, but these do not belong to the primary: {names}")
+        if status and not onward:
+            raise PairError("still_listed", f"merged, but DevRev still lists {pair.duplicate.short_id} for its email")
+        if self.verifier.primary.get("id") == pair.primary.id and not self.merges[pair.ids].updated:
+            pair.fields_lost = lost_fields(backed_up_contact(pair.backup, pair.duplicate.id), self.verifier.primary)
+        pair.code, pair.error, pair.left_behind = "", "", []
+        pair.proved = len({item["id"] for item in expected}.difference(pair.deleted))
+        return State.DONE
 
 
-# What keeps a pair from its end and says nothing of the next one.
-NOT_SYSTEMIC = frozenset((
-    "not_found", "not_active", "email_changed", "external_ref_changed", "different_rev_org", "several_user_refs",
-    "count_mismatch", "left_behind", "still_listed", "merged_into_another", "external_ref_conflict", "plan_changed",
-    "group_changed",
-    "undo_unfinished", "group_incomplete", "interrupted", "not_merged", "not_handed_back",
-))  # fmt: skip
+def check_holders(pair: Pair, listed: Iterable[Json], over: bool) -> None:
+    """Raise PairError where another contact holds the pair's new reference, or where no contact releases it in time."""
+    holders = [str(user.get("display_id") or user["id"]) for user in listed if user["id"] not in pair.ids]
+    if holders or over:
+        unknown = f"{pair.duplicate.short_id}, which no longer exists, or a contact that the token can't see"
+        who = ", ".join(holders) or unknown
+        raise PairError("external_ref_conflict", f"the reference {pair.new_ref} is held by {who}")
 
 
-class ContactMerger:
-    """Carries out a plan: finishes what an earlier run left, then walks group after group."""
+class TaskRunner:
+    """Starts tasks, waits for them, and ends them in good order: what a merge run and an undo share."""
 
-    BATCH = 25  # pairs that are begun together, so that one list call serves them all
-    OUTSTANDING = 100  # pairs on their way
-    MAX_FAILURES_IN_A_ROW = 5  # failures in a row that stop the run
-    GRACE = 10.0  # seconds that requests under way are waited for when the run is interrupted
-    UNDER_WAY: Tuple[State, ...] = UNFINISHED
-    LINGER = 10.0  # seconds that a proof waits for others to share its list calls
+    MAX_FAILURES_IN_A_ROW = 5
+    GRACE = 10.0  # seconds to wait for requests in progress when the run is interrupted
 
     def __init__(
         self,
         api: DevRevAPI,
         savepoint: SavePoint,
-        journal: Journal,
-        backups: BackupStore,
-        count_policy: str = "exact",
-        merge_timeout: float = 120.0,
-        on_pair: Callable[[Pair], None] = lambda _pair: None,
+        on_outcome: Callable[[Pair], None],
+        is_success: Callable[[Pair], bool],
     ) -> None:
-        self.api = api
-        self.environment, self.cancel_token = api.environment, api.cancel_token
-        self.savepoint, self.journal, self.backups = savepoint, journal, backups
-        self.state_writer = StateWriter(savepoint, journal)
-        self.count_policy, self.merge_timeout = count_policy, merge_timeout
-        self.on_pair = on_pair
-        self.token_owner: Json = {}
-        self.organisation = ""
+        self.api, self.savepoint = api, savepoint
+        self.cancel_token = api.cancel_token
+        self.on_outcome, self.is_success = on_outcome, is_success
+        self.outcomes: Dict[Ids, Pair] = {}  # ended, refused, or given up for this run
+        self.draining: Optional[FatalError] = None  # finish what is in progress, start nothing
         self.total = 0
-        self.outcomes: Dict[Tuple[str, str], Pair] = {}  # ended, refused, or given up for this run
-        self.draining: Optional[FatalError] = None  # finish what is under way, begin nothing
-        self.changed = False  # whether DevRev may have acted on anything
+        self.tasks: Dict[asyncio.Future[None], Sequence[Pair]] = {}
         self._failures_in_a_row = 0
-        self._group_merges: Dict[asyncio.Future[None], GroupMerge] = {}
-        self._expected_verifications: Set[GroupMerge] = set()  # walks that will be at their proof soon
-        self.poll_history = PollHistory()
-        self._acknowledged = False
-        self._first_merge_lock = asyncio.Lock()
 
-    # -- the run ------------------------------------------------------------------------------------
+    @property
+    def stop(self) -> Optional[FatalError]:
+        return self.cancel_token.stop or self.draining or self.savepoint.failure
 
-    async def identify(self, plan: Plan) -> List[Pair]:
-        """Find out whose token it is; refuse another organisation's CSV or savepoint. Returns the unfinished pairs.
+    def raise_if_draining(self) -> None:
+        """Raise Cancelled where nothing more may be started."""
+        if self.stop:
+            raise Cancelled()
 
-        Raises Stop(2), before anything else has been asked or done.
-        """
-        await self.find_owner()
-        unfinished = self.savepoint.unfinished()
-        for origin, pairs in (("CSV", plan.pairs()), ("savepoint", iter(unfinished))):
-            check_organisation(self.organisation, origin, pairs)
-        for pair in unfinished:
-            pair.is_overruled = pair.ids in plan.overruled
-        return unfinished
-
-    async def find_owner(self) -> None:
-        with before_any_change(self.api):
-            self.token_owner = await self.api.whoami()
-        self.organisation = organisation_of(str(self.token_owner.get("id")))
-
-    async def run(self, groups: List[Group], unfinished: Sequence[Pair]) -> int:
-        """Finish what an earlier run left unfinished, carry out the plan, and return the exit code.
-
-        `identify` has to come first. Nothing is raised: what stops the run is in `stop`.
-        """
-        self.total = len(
-            {pair.ids for group in groups for pair in group.pairs if pair.state not in ENDED}.union(
-                pair.ids for pair in unfinished
-            )
-        )
-        return await self.drive(self._work(groups, unfinished))
-
-    async def drive(self, work: Awaitable[None]) -> int:
-        """Do the work as far as it goes, and return the exit code; nothing is raised."""
-        await self.guarded(work)
-        await self.guarded(self._all_group_merges())  # where nothing more is begun, what is under way is finished
-        if self._group_merges:
-            await asyncio.wait(set(self._group_merges), timeout=self.GRACE)
-        await together(*map(self._note_interrupted, list(self._group_merges.values())))
+    async def run(self, work: Awaitable[None]) -> int:
+        """Do the work as far as it goes, and return the exit code. Raises nothing: `stop` says what ended it."""
+        await self._guard(work, ())
+        await self._guard(self.wait_all(), ())  # where nothing more is started, what is in progress is finished
+        if self.tasks:
+            await asyncio.wait(set(self.tasks), timeout=self.GRACE)
+        for pairs in list(self.tasks.values()):
+            await self._record_interrupted(pairs)
         return self._exit_code()
 
-    async def _work(self, groups: List[Group], unfinished: Sequence[Pair]) -> None:
-        earlier = [self._start(group_merge) for group_merge in self._resumed_group_merges(groups, unfinished)]
-        for group_merge in earlier:
-            await self.cancel_token.wait(group_merge.attempted.wait())
-        await self._begin(groups, unfinished)
-        await self._all_group_merges()
-        freed = [pair for pair in unfinished if pair.state is State.MERGED and pair.code == "external_ref_conflict"]
-        for pair in freed:
-            # The contact that held its reference may have been merged meanwhile.
-            if any(other.state in ENDED and other.new_ref == pair.new_ref for other in self.outcomes.values()):
-                del self.outcomes[pair.ids]
-                self._start(GroupMerge(self, Group(pair.email, [pair]), [pair], resumed=True))
-        await self._all_group_merges()
+    def start(self, work: Awaitable[None], pairs: Sequence[Pair]) -> "asyncio.Future[None]":
+        task = asyncio.ensure_future(self._guard(work, pairs))
+        self.tasks[task] = pairs
+        task.add_done_callback(self.tasks.pop)
+        return task
 
-    def _resumed_group_merges(self, groups: Sequence[Group], unfinished: Sequence[Pair]) -> List[GroupMerge]:
-        """A walk for each primary of unfinished pairs; they know this export's rows where it has them."""
-        exported = {pair.ids: pair for group in groups for pair in group.pairs}
-        families: Dict[str, List[Pair]] = collections.defaultdict(list)
-        for pair in unfinished:
-            pair.exported = exported.get(pair.ids)
-            families[pair.primary.id].append(pair)
-        group_merges = []
-        for primary, pairs in families.items():
-            mine = {pair.ids for pair in pairs}
-            siblings = [pair for pair in self.savepoint.states(primary).values() if pair.ids not in mine]
-            group_merges.append(GroupMerge(self, Group(pairs[0].email, [*pairs, *siblings]), pairs, resumed=True))
-        return group_merges
+    async def wait_any(self) -> None:
+        """Wait until one task has ended. Raises Cancelled."""
+        await self.cancel_token.wait(asyncio.wait(set(self.tasks), return_when=asyncio.FIRST_COMPLETED))
 
-    async def _begin(self, groups: List[Group], unfinished: Sequence[Pair]) -> None:
-        """Begin the groups of the plan, a batch at a time while there is room; those with a contact of an unfinished
-        pair last."""
-        known = {pair.ids: pair for pair in unfinished}
-        stuck = {identity for pair in unfinished for identity in pair.ids}
-        undoing = {one: pair for pair in self.savepoint.rows(State.UNDOING) for one in pair.ids}
-        deferred = []
-        batch: List[GroupMerge] = []
-        for group in consume(groups):
-            group.pairs = [known.get(pair.ids, pair) for pair in group.pairs]
-            pairs = [pair for pair in group.pairs if pair.state is State.PLANNED]
-            ids = {contact.id for contact in group.all_contacts()}
-            if not pairs:
-                continue
-            if ids & undoing.keys():
-                path = next(undoing[one].details["undo"]["path"] for one in ids if one in undoing)
-                why = f"its undo is not finished; finish it first: merge_contacts.py --undo {path}"
-                # What is being undone stays so in the savepoint: a refusal must not make a new beginning of it.
-                begun = {pair.ids: pair for pair in undoing.values()}
-                await self._refuse(group, [begun.get(pair.ids, pair) for pair in pairs], "undo_unfinished", why)
-            elif ids & stuck:
-                deferred.append((group, pairs))
-            else:
-                batch.append(GroupMerge(self, group, pairs))
-            if sum(len(group_merge.pairs) for group_merge in batch) >= self._batch():
-                await self._begin_batch(batch)
-        await self._begin_batch(batch)
-        await together(*(self._begin_deferred(group, pairs, unfinished) for group, pairs in deferred))
+    async def wait_all(self) -> None:
+        while self.tasks:
+            await self.wait_any()
 
-    def _batch(self) -> int:
-        return min(self.BATCH, max(1, self._outstanding() // 2))
-
-    def _outstanding(self) -> int:
-        """Pairs on their way: under a small quota few, for checks and backups that wait for the next window are made
-        anew then."""
-        return int(max(2, min(self.OUTSTANDING, requests_per_minute(self.api.scheduler) // 4)))
-
-    async def _begin_batch(self, batch: List[GroupMerge]) -> None:
-        while batch:
-            under_way = sum(len(group_merge.pairs) for group_merge in self._group_merges.values())
-            if under_way and under_way + len(batch) > self._outstanding():
-                await self.cancel_token.wait(self._any_group_merge())
-                continue
-            self.raise_if_draining()
-            for group_merge in batch:
-                self._expected_verifications.add(self._start(group_merge))
-            batch.clear()
-
-    async def _begin_deferred(self, group: Group, pairs: Sequence[Pair], unfinished: Sequence[Pair]) -> None:
-        """Begin a group that shares a contact with an unfinished pair, once that is past asking.
-
-        Where the group has the contact that holds that pair's reference, it goes first: the reference follows.
-        """
-        ids = {contact.id for contact in group.all_contacts()}
-        refs = {pair.new_ref for pair in pairs if pair.new_ref}
-        for task, group_merge in list(self._group_merges.items()):
-            if group_merge.resumed and any(ids & set(pair.ids) for pair in group_merge.pairs):
-                await self.cancel_token.wait(asyncio.wait({task}))
-        for other in unfinished:
-            frees = other.state is State.MERGED and other.new_ref in refs
-            if ids & set(other.ids) and other.state in (*REQUESTED_STATES, State.MERGED) and not frees:
-                await self._refuse(
-                    group, pairs, "group_incomplete", "another merge of one of its contacts has to be finished first"
-                )
-                return
-        await self._begin_batch([GroupMerge(self, group, pairs)])
-
-    async def _refuse(self, group: Group, pairs: Sequence[Pair], code: str, why: str) -> None:
-        group_merge = GroupMerge(self, group, pairs)
-        await together(*(self.record_outcome(group_merge, pair, PairError(code, why)) for pair in pairs))
-
-    # -- walks --------------------------------------------------------------------------------------
-
-    def _start(self, group_merge: GroupMerge) -> GroupMerge:
-        task = asyncio.ensure_future(self.guarded(group_merge.run(), group_merge))
-        self._group_merges[task] = group_merge
-        task.add_done_callback(self._forget)
-        return group_merge
-
-    def _forget(self, task: "asyncio.Future[None]") -> None:
-        self.expect_no_verification(self._group_merges.pop(task))
-
-    async def guarded(self, work: Awaitable[Any], group_merge: Optional[GroupMerge] = None) -> None:
+    async def _guard(self, work: Awaitable[Any], pairs: Sequence[Pair]) -> None:
         """Do the work; whatever it raises ends the run in good order."""
         try:
             await work
@@ -4058,109 +4922,239 @@ class ContactMerger:
         except FatalError as stop:
             self.cancel_token.cancel(stop)
         except OSError as error:
-            self.cancel_token.cancel(FatalError(EXIT_STOPPED, f"the disk refuses: {error}"))
+            self.cancel_token.cancel(FatalError(EXIT_STOPPED, f"disk error: {error}"))
         except Exception as error:
             log.exception("unexpected")
             words = f"unexpected {type(error).__name__}: {error} (a bug; the log has the details)"
             self.cancel_token.cancel(FatalError(EXIT_STOPPED, words))
-        if group_merge:
-            await self._note_interrupted(group_merge)
+        await self._record_interrupted(pairs)
 
-    async def _note_interrupted(self, group_merge: GroupMerge) -> None:
-        why = PairError("interrupted", "stopped before it was finished; run again")
-        pairs = [pair for pair in group_merge.pairs if pair.state in self.UNDER_WAY and pair.ids not in self.outcomes]
-        with contextlib.suppress(FatalError, OSError):
-            await together(*(self.record_outcome(group_merge, pair, why) for pair in pairs))
+    async def _record_interrupted(self, pairs: Sequence[Pair]) -> None:
+        problem = PairError("interrupted", "stopped before it was finished; run again")
+        for pair in pairs:
+            if pair.state in (*UNFINISHED, State.UNDOING) and pair.ids not in self.outcomes:
+                with contextlib.suppress(FatalError, OSError):
+                    await self.record_outcome(pair, problem, False)
 
-    def _any_group_merge(self) -> Awaitable[Any]:
-        return asyncio.wait(set(self._group_merges), return_when=asyncio.FIRST_COMPLETED)
+    async def record_outcome(self, pair: Pair, problem: Optional[PairError] = None, counts: bool = True) -> None:
+        """Take note that a pair has ended (it is saved by then), or of what keeps it from its end.
 
-    async def _all_group_merges(self) -> None:
-        while self._group_merges:
-            await self.cancel_token.wait(self._any_group_merge())
-
-    # -- what walks ask and tell --------------------------------------------------------------------
-
-    def raise_if_draining(self) -> None:
-        """Raises Interrupted where nothing more is to be begun."""
-        if self.draining or self.cancel_token.stop:
-            raise Cancelled()
-
-    @contextlib.asynccontextmanager
-    async def exclusive_first_merge(self) -> AsyncIterator[None]:
-        """The first merge of a run goes alone until DevRev has acknowledged it: it shows whether the token may."""
-        if self._acknowledged:
-            yield
-            return
-        async with self._first_merge_lock:
-            self.raise_if_draining()
-            yield
-
-    def note_acknowledged(self) -> None:
-        self._acknowledged = self.changed = True
-        self._failures_in_a_row = 0
-
-    def expect_no_verification(self, group_merge: GroupMerge) -> None:
-        """A walk won't be at its proof soon, or is there: where it was the last, proofs wait for nobody."""
-        self._expected_verifications.discard(group_merge)
-        if not self._expected_verifications and not self.cancel_token.stop:
-            asyncio.get_event_loop().call_later(BatchLoader.LINGER, self.api.dispatch)
-
-    async def record_outcome(self, group_merge: GroupMerge, pair: Pair, problem: Optional[PairError] = None) -> None:
-        """A pair has ended, is refused, or can't be taken further in this run."""
-        if problem:
+        `counts`: whether the problem counts among the failures in a row that stop a run, if its code is systemic.
+        """
+        if problem and not isinstance(problem, PairSkipped):
             pair.state = State.FAILED if pair.state is State.PLANNED else pair.state
+        if problem:
             pair.code, pair.error = problem.code, str(problem)
-        if pair.requested_at:
-            pair.seconds = max(0.0, self.environment.now().wall - pair.requested_at)
-        event = ""
-        if pair.state in ENDED:
-            pair.report, event = "", StateWriter.EVENTS[pair.state]
-        await self.state_writer.save(pair, event)
-        self._note_outcome(group_merge, pair, problem)
-
-    def _note_outcome(self, group_merge: GroupMerge, pair: Pair, problem: Optional[PairError]) -> None:
+            if not isinstance(problem, PairSkipped):
+                await self.savepoint.save(pair)
         self.outcomes[pair.ids] = pair
-        self.on_pair(pair)
+        self.on_outcome(pair)
         if not problem:
             self._failures_in_a_row = 0
-        elif not group_merge.resumed and pair.state is not State.PROVING and problem.code not in NOT_SYSTEMIC:
+        elif counts and CODES[problem.code].systemic:
             self._failures_in_a_row += 1
             if self._failures_in_a_row >= self.MAX_FAILURES_IN_A_ROW and not self.draining:
-                self.draining = FatalError(
-                    EXIT_STOPPED, f"{self._failures_in_a_row} failures in a row, the last: {problem}"
-                )
+                advice = " (--merge-timeout sets how long a merge may take)" * (problem.code == "merge_not_confirmed")
+                words = f"{self._failures_in_a_row} failures in a row, the last: {problem}{advice}"
+                self.draining = FatalError(EXIT_STOPPED, words)
                 self.api.scheduler.cancel_waiting(PREPARE)
-
-    # -- the end ------------------------------------------------------------------------------------
-
-    @property
-    def stop(self) -> Optional[FatalError]:
-        return self.cancel_token.stop or self.draining
-
-    def count(self, *states: State) -> int:
-        """Pairs that have come to rest in these states."""
-        return sum(pair.state in states for pair in self.outcomes.values())
-
-    def is_success(self, pair: Pair) -> bool:
-        return pair.state in (State.DONE, State.SETTLED)
-
-    def pairs(self) -> Iterator[Pair]:
-        """Pairs that have come to rest or are on their way."""
-        yield from self.outcomes.values()
-        for group_merge in self._group_merges.values():
-            yield from (pair for pair in group_merge.pairs if pair.ids not in self.outcomes)
 
     def _exit_code(self) -> int:
         stop = self.stop
-        if isinstance(stop, PermissionDenied) and self.changed:
-            return EXIT_STOPPED
-        if stop and (self.cancel_token.stop or len(self.outcomes) < self.total):
-            return stop.exit_code
+        if stop and (stop is not self.draining or len(self.outcomes) < self.total):
+            # Exit 2 promises that nothing was changed.
+            return EXIT_STOPPED if stop.exit_code == EXIT_USAGE and self.api.changed else stop.exit_code
         if len(self.outcomes) < self.total:
-            self.draining = FatalError(EXIT_STOPPED, "pairs were left without a word (a bug; run again)")
+            self.draining = FatalError(EXIT_STOPPED, "pairs have no outcome (a bug; run again)")
             return EXIT_STOPPED
         return EXIT_OK if all(map(self.is_success, self.outcomes.values())) else EXIT_FAILED
+
+
+class ContactMerger:
+    """Carries out a plan: finishes what earlier runs left, then merges group after group."""
+
+    BATCH = 25  # pairs that start together, so that one list call serves them all
+    IN_PROGRESS = 100  # pairs
+
+    def __init__(
+        self,
+        api: DevRevAPI,
+        savepoint: SavePoint,
+        options: MergeOptions,
+        on_outcome: Callable[[Pair], None] = lambda _pair: None,
+    ) -> None:
+        self.api, self.savepoint, self.options = api, savepoint, options
+        self.runner = TaskRunner(api, savepoint, on_outcome, self.is_success)
+        self.first_merge = FirstMerge(api.cancel_token)
+        self.pending_verifications = PendingVerifications(api)
+        self.context = MergeContext(
+            api, api.environment, savepoint, api.cancel_token, options, self.runner.record_outcome,
+            self.runner.raise_if_draining, PollHistory(), self.first_merge, self.pending_verifications,
+        )  # fmt: skip
+        self._resumed: Dict[asyncio.Future[None], GroupMerge] = {}
+
+    @staticmethod
+    def is_success(pair: Pair) -> bool:
+        left_out = pair.state is State.PLANNED and pair.code in SKIP_REASONS
+        return left_out or (pair.state in (State.DONE, State.SETTLED) and not pair.after_cancel)
+
+    async def run(self, plan: Plan, unfinished: Sequence[Pair]) -> int:
+        """Finish what earlier runs left unfinished, carry out the plan, and return the exit code.
+
+        Raises nothing: what stops the run is in `runner.stop`.
+        """
+        planned = {pair.ids for pair in plan.pairs()}
+        self.runner.total = len(planned.union(pair.ids for pair in unfinished))
+        return await self.runner.run(self._work(plan, list(unfinished)))
+
+    async def _work(self, plan: Plan, unfinished: List[Pair]) -> None:
+        for pair in await self._poll_cancelled():
+            self.runner.total += pair.ids not in {one.ids for one in plan.pairs()}
+            unfinished.append(pair)
+        resumed = self._resume(plan, unfinished)
+        for group_merge in resumed:
+            await self.context.cancel_token.wait(group_merge.attempted.wait())
+        await self._start_new(plan, unfinished)
+        await self.runner.wait_all()
+        # The contact that held a pair's reference may have been merged meanwhile, and the reference be free.
+        moved = {pair.new_ref for pair in self.runner.outcomes.values() if pair.state in ENDED}
+        for pair in unfinished:
+            if pair.state is State.MERGED and pair.code == "external_ref_conflict" and pair.new_ref in moved:
+                del self.runner.outcomes[pair.ids]
+                self._start(GroupMerge(self.context, Group(pair.email, [pair]), [pair], plan.wanted, True))
+        await self.runner.wait_all()
+
+    async def _poll_cancelled(self) -> List[Pair]:
+        """Poll each cancelled pair once: return those that DevRev has carried out after all, as unfinished pairs."""
+        found = []
+        for pair in list(self.savepoint.pairs(State.CANCELLED)):
+            try:
+                try:
+                    status = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH))
+                except (ApiError, NoUsableResponse):
+                    merged = await TransferVerifier(self.context, RESUME).lists_show_merged(pair)
+                    status = DuplicateStatus.GONE if merged else DuplicateStatus.THERE
+            except PairError as error:
+                log.info("%s: the cancelled merge of %s can't be polled: %s", pair.email, into(pair), error)
+                continue
+            if status is not DuplicateStatus.THERE:
+                pair.state, pair.after_cancel, pair.code, pair.error = State.MERGED, True, "", ""
+                await self.savepoint.save(pair)
+                log.warning("%s: DevRev has carried out the cancelled merge of %s", pair.email, into(pair))
+                found.append(pair)
+        return found
+
+    def _resume(self, plan: Plan, unfinished: Sequence[Pair]) -> List[GroupMerge]:
+        """Start a group for each primary of unfinished pairs, with what else is known of that primary."""
+        by_primary: Dict[str, List[Pair]] = collections.defaultdict(list)
+        for pair in unfinished:
+            by_primary[pair.primary.id].append(pair)
+        group_merges = []
+        for primary, pairs in by_primary.items():
+            mine = {pair.ids for pair in pairs}
+            siblings = [pair for pair in self.savepoint.pairs_of_primary(primary).values() if pair.ids not in mine]
+            group_merge = GroupMerge(
+                self.context, Group(pairs[0].email, [*pairs, *siblings]), pairs, plan.wanted, resumed=True
+            )
+            for pair in pairs:
+                group_merge.merges[pair.ids].was_forbidden = pair.code == "forbidden"
+                pair.code, pair.error = "", ""
+            self._resumed[self._start(group_merge)] = group_merge
+            group_merges.append(group_merge)
+        return group_merges
+
+    async def _start_new(self, plan: Plan, unfinished: Sequence[Pair]) -> None:
+        """Start the groups of the plan, a batch at a time while there is room.
+
+        What no run has tried yet comes first, so that a contact which always fails keeps no other waiting; groups with
+        a contact of an unfinished pair come last.
+        """
+        known = {pair.ids: pair for pair in unfinished}
+        blocked = {identity for pair in unfinished for identity in pair.ids}
+        undoing = {one: pair for pair in self.savepoint.pairs(State.UNDOING) for one in pair.ids}
+        failed = {pair.ids: pair.code for pair in self.savepoint.pairs(State.FAILED)}
+        groups, plan.groups = plan.groups, []
+        groups.sort(key=lambda group: not failed.keys().isdisjoint(pair.ids for pair in group.pairs))
+        deferred, batch = [], []  # type: List[Tuple[Group, List[Pair]]], List[GroupMerge]
+        for group in consume(groups):
+            group.pairs = [known.get(pair.ids, pair) for pair in group.pairs]
+            pairs = [pair for pair in group.pairs if pair.state is State.PLANNED]
+            ids = {contact.id for contact in group.all_contacts()}
+            for pair in pairs:
+                pair.tried_before = pair.ids in failed
+            if not pairs:
+                continue
+            if ids & undoing.keys():
+                undo = next(undoing[one].undo for one in ids if one in undoing)
+                path = undo.path if undo else "…"
+                words = f"its undo is not finished; finish it first: merge_contacts.py --undo {path}"
+                for pair in pairs:
+                    if pair.ids not in {one.ids for one in undoing.values()}:
+                        await self.runner.record_outcome(pair, PairError("undo_unfinished", words), False)
+                    else:  # the row says that it is being undone, and must go on saying so
+                        pair.code, pair.error = "undo_unfinished", words
+                        self.runner.outcomes[pair.ids] = pair
+                        self.runner.on_outcome(pair)
+            elif ids & blocked:
+                deferred.append((group, pairs))
+            else:
+                batch.append(self._group_merge(group, pairs, plan))
+            if sum(len(one.pairs) for one in batch) >= min(self.BATCH, max(1, self._room() // 2)):
+                await self._start_batch(batch)
+        await self._start_batch(batch)
+        await together(*(self._start_deferred(group, pairs, plan, unfinished, failed) for group, pairs in deferred))
+
+    def _group_merge(self, group: Group, pairs: Sequence[Pair], plan: Plan) -> GroupMerge:
+        return GroupMerge(self.context, group, pairs, plan.wanted, resumed=False)
+
+    def _room(self) -> int:
+        """Return how many pairs may be in progress: under a small quota few, because checks and backups that wait for
+        the next window would have to be read again then."""
+        return int(max(2, min(self.IN_PROGRESS, requests_per_minute(self.api.scheduler) // 4)))
+
+    def _start(self, group_merge: GroupMerge) -> "asyncio.Future[None]":
+        task = self.runner.start(group_merge.run(), group_merge.pairs)
+        task.add_done_callback(lambda _: self.pending_verifications.discard(group_merge))
+        return task
+
+    async def _start_batch(self, batch: List[GroupMerge]) -> None:
+        while batch:
+            in_progress = sum(map(len, self.runner.tasks.values()))
+            if in_progress and in_progress + len(batch) > self._room():
+                await self.runner.wait_any()
+                continue
+            self.runner.raise_if_draining()
+            for group_merge in batch:
+                self.pending_verifications.add(group_merge)
+                self._start(group_merge)
+            batch.clear()
+
+    async def _start_deferred(
+        self, group: Group, pairs: Sequence[Pair], plan: Plan, unfinished: Sequence[Pair], failed: Mapping[Ids, str]
+    ) -> None:
+        """Start a group that shares a contact with an unfinished pair, once that pair is past its request.
+
+        A group with the contact that holds that pair's reference goes first: the reference follows it.
+        """
+        ids = {contact.id for contact in group.all_contacts()}
+        refs = {pair.new_ref for pair in pairs if pair.new_ref}
+        for task, group_merge in list(self._resumed.items()):
+            if not task.done() and any(ids & set(pair.ids) for pair in group_merge.pairs):
+                await self.context.cancel_token.wait(asyncio.wait({task}))
+        problem = PairError("group_incomplete", "another merge of one of its contacts has to be finished first")
+        for other in unfinished:
+            frees = other.state is State.MERGED and other.new_ref in refs
+            if ids & set(other.ids) and other.state in (*REQUESTED_STATES, State.MERGED) and not frees:
+                for pair in pairs:
+                    await self.runner.record_outcome(pair, problem, False)
+                return
+        await self._start_batch([self._group_merge(group, pairs, plan)])
+
+    def pairs(self) -> Iterator[Pair]:
+        """Yield the pairs that have an outcome or are in progress."""
+        yield from self.runner.outcomes.values()
+        for pairs in self.runner.tasks.values():
+            yield from (pair for pair in pairs if pair.ids not in self.runner.outcomes)
 
 
 def consume(items: List[T]) -> Iterator[T]:
@@ -4171,7 +5165,7 @@ def consume(items: List[T]) -> Iterator[T]:
 
 
 def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) -> None:
-    """Refuse pairs of another organisation than the token's. Raises Stop(2)."""
+    """Refuse pairs of another organisation than the token's. Raises FatalError(2)."""
     for pair in pairs:
         for contact in (pair.primary, pair.duplicate):
             if contact.organisation and contact.organisation != organisation:
@@ -4189,6 +5183,9 @@ def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) ->
 
 class ContactExporter:
     """Reads from DevRev what the CSV holds: all contacts, page by page, and the works of those whose email recurs.
+
+    An email recurs under the looser comparison, so that look-alikes are in the export. Deleted and merged contacts are
+    left out.
 
     `endings` are those of the wanted emails, such as `@example.com`. Contacts wait in `spool`, a file, until all are
     read and it is known which emails recur: only these are ever held in memory.
@@ -4215,9 +5212,9 @@ class ContactExporter:
         """Spool every contact that takes part; returns the hashes of their emails, in the same order."""
         keys = array("q")
         async for page in self.api.each_page("rev-users.list", "rev_users", {}):
-            for contact in map(contact_of, page.items):
+            for contact in map(contact_of, (user for user in page.items if not is_gone(user))):
                 if (contact.is_user or contact.is_system) and contact.key and contact.key.endswith(self.endings):
-                    keys.append(hash(contact.key))
+                    keys.append(hash(loose_key(contact.email)))
                     self.spool.write(to_json(astuple(contact)) + b"\n")
             self.read += len(page.items)
         return keys
@@ -4227,8 +5224,8 @@ class ContactExporter:
         wanted = compress(self.spool, map(repeated(keys).__contains__, keys))
         # A contact that is changed while the list is read may stand in it twice.
         contacts = {contact.id: contact for contact in (Contact(*json.loads(line)) for line in wanted)}
-        times = collections.Counter(contact.key for contact in contacts.values())
-        rows = [contact for contact in contacts.values() if times[contact.key] > 1]
+        times = collections.Counter(loose_key(contact.email) for contact in contacts.values())
+        rows = [contact for contact in contacts.values() if times[loose_key(contact.email)] > 1]
         return sorted(rows, key=lambda contact: (contact.key, contact.id))
 
     async def _count(self, contact: Contact) -> None:
@@ -4247,684 +5244,903 @@ class ContactExporter:
         )
 
 
+def guard_cell(cell: str) -> str:
+    """Return a cell that no spreadsheet takes for a formula; `cell_text` reads it back."""
+    return f"'{cell}" if re.match(r"'*[=+\-@\t\r]", cell) else cell
+
+
 def csv_chunks(contacts: Iterable[Contact]) -> Iterator[bytes]:
-    """A CSV of contacts, line by line."""
-    for cells in chain([COLUMNS.values()], ([getattr(contact, name) for name in COLUMNS] for contact in contacts)):
+    """A CSV of contacts, line by line, with a byte order mark, so that a spreadsheet shows it right."""
+    yield ("\ufeff" + csv_line(*COLUMNS.values()) + "\n").encode("utf-8")
+    for contact in contacts:
+        cells = (guard_cell(str(getattr(contact, name))) for name in COLUMNS)
         yield (csv_line(*cells) + "\n").encode("utf-8", "backslashreplace")
 
 
+def is_taken(path: Path) -> bool:
+    """Whether a file must not be written because its name is taken; an empty file is what a killed export leaves."""
+    return os.path.lexists(str(path)) and not (path.is_file() and not path.is_symlink() and path.stat().st_size == 0)
+
+
+def write_new_file(environment: Environment, path: Path, chunks: Iterable[bytes]) -> None:
+    """Write a file aside and give it its name in one step that fails where the name is taken.
+
+    A file system without hard links knows no such step: there the name is taken first, by an empty file. Raises
+    FileExistsError where another file has the name, OSError where the disk fails; then nothing is left.
+    """
+    aside = path.with_name(f".{path.name[:80]}.{os.getpid()}")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            aside.unlink()
+        environment.create_file(aside, chunks)
+        if is_taken(path):
+            raise FileExistsError(str(path))
+        if not os.path.lexists(str(path)):
+            try:
+                os.link(str(aside), str(path))
+                aside.unlink()
+                environment.fsync_dir(path.parent)
+                return
+            except FileExistsError:
+                raise
+            except (OSError, AttributeError, NotImplementedError):
+                path.touch(mode=0o600, exist_ok=False)
+        environment.rename_into_place(aside, path)
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
 # ---------------------------------------------------------------------------------------------------
-# Undo: what is to be taken back
+# Undo
 # ---------------------------------------------------------------------------------------------------
+
+MERGED_STATES = (State.MERGED, State.VERIFYING, State.DONE, State.SETTLED)
+UNDO_STATES = (State.UNDOING, State.UNDONE, State.UNDO_SETTLED)
+NOT_UNDONE: Mapping[State, Tuple[str, str]] = {
+    State.MERGED_ELSEWHERE: ("merged_elsewhere", "another user merged or deleted the duplicate"),
+    State.CANCELLED: ("cancelled", "it was cancelled, not merged; a merge run checks whether DevRev merged it later"),
+    State.UNDO_SETTLED: ("undo_settled", "the rest of its undo was given up with --settle"),
+}
 
 
 @dataclass
 class UndoPlan:
-    """What an undo would take back: whole groups, those that an earlier one has begun first."""
+    """What an undo would do: complete groups, in the order in which they are undone."""
 
+    path: Path  # relative to the current folder
     groups: List[Group] = field(default_factory=list)
-    pairs: List[Pair] = field(default_factory=list)  # of these groups, but for those in `undone`
     undone: List[Pair] = field(default_factory=list)  # by an earlier undo
+    skipped: List[Pair] = field(default_factory=list)  # with code and error
+    older: List[Path] = field(default_factory=list)  # backups of the same email, which are left alone
     left: int = 0  # pairs that --limit leaves
+
+    def pairs(self) -> List[Pair]:
+        return [pair for group in self.groups for pair in group.pairs]
+
+    def count_objects(self) -> int:
+        """Count the works and conversations that the undo updates at most, as the backups have them."""
+        found: Set[str] = set()
+        for pair in self.pairs():
+            with contextlib.suppress(PairError):
+                found.update(item["id"] for item in objects_to_transfer(pair.backup, pair.duplicate.id))
+        return len(found)
 
 
 def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: Optional[int]) -> UndoPlan:
-    """The pairs that `path` holds, as the savepoint knows them, else as `path` tells. Raises Stop(2)."""
+    """Plan the undo of exactly the merges that `path` names, as the savepoint knows them, else as `path` tells.
+
+    What was undone and merged again later belongs to a later report, and is skipped. Of a chain (A into B, later B into
+    C) the last merge comes first. Raises FatalError(2).
+    """
+    located, older = locate_undo(path, savepoint)
+    plan = UndoPlan(located, older=older)
     groups: Dict[str, Group] = {}
-    for describe_pair in merged_pairs(path):
-        pair = savepoint.states(describe_pair.primary.id).get(describe_pair.duplicate.id, describe_pair)
-        if pair.state is State.MERGED_ELSEWHERE:
-            continue  # by somebody else
+    seen: Set[str] = set()
+    for named in merges_named(located):
+        pair = savepoint.pairs_of_primary(named.primary.id).get(named.duplicate.id, named)
+        seen.add(pair.email)
+        if emails and pair.email not in emails:
+            continue
         if pair.state in (State.PLANNED, State.FAILED):
-            if not describe_pair.report:
-                continue  # backed up, and never asked for
-            pair = describe_pair
-        if pair is describe_pair:
-            pair.report = pair.report or path.name  # so that no other report calls it new
+            if located.is_dir():
+                continue  # backed up, and never requested
+            pair = named
         if not Path(pair.backup).is_dir():
-            pair.backup = describe_pair.backup
-        if not emails or pair.email in emails:
-            groups.setdefault(pair.primary.id, Group(pair.email, [])).pairs.append(pair)
-    for primary, group in groups.items():
-        named = {pair.ids for pair in group.pairs}
-        siblings = (pair for ids, pair in savepoint.states(primary).items() if ids not in {one for _, one in named})
-        group.pairs += [pair for pair in siblings if pair.state in UNDOABLE]
-    unknown = sorted(set(emails) - {group.email for group in groups.values()})
-    if unknown:
-        raise FatalError(EXIT_USAGE, f"--email: in no merge of {path}: {', '.join(unknown)}")
-    plan, room = UndoPlan(), limit or sys.maxsize
-    for group in sorted(groups.values(), key=lambda group: (not _undo_is_started(group), group.email)):
-        pairs = [pair for pair in group.pairs if pair.state is not State.UNDONE]
-        plan.undone += [pair for pair in group.pairs if pair.state is State.UNDONE]
-        if pairs and (_undo_is_started(group) or len(pairs) <= room):
-            plan.groups.append(group)
-            plan.pairs += pairs
-            room -= 0 if _undo_is_started(group) else len(pairs)
+            pair.backup = named.backup
+        again = merged_again(pair, savepoint)
+        if again:
+            pair.code, pair.error = "merged_again", f"it was merged again later; that is undone with {report_of(again)}"
+            plan.skipped.append(pair)
+        elif pair.state in NOT_UNDONE:
+            pair.code, pair.error = NOT_UNDONE[pair.state]
+            plan.skipped.append(pair)
+        elif pair.state is State.UNDONE:
+            plan.undone.append(pair)
         else:
-            plan.left += len(pairs)
+            groups.setdefault(pair.primary.id, Group(pair.email, [])).pairs.append(pair)
+    if set(emails) - seen:
+        raise FatalError(EXIT_USAGE, f"--email: in no merge of {located}: {', '.join(sorted(set(emails) - seen))}")
+    merged_into = {pair.duplicate.id: primary for primary, group in groups.items() for pair in group.pairs}
+
+    def order(group: Group) -> Tuple[bool, int, str]:
+        depth, primary = 0, group.primary.id
+        while primary in merged_into and depth < len(merged_into):
+            depth, primary = depth + 1, merged_into[primary]
+        return all(pair.state is not State.UNDOING for pair in group.pairs), depth, group.email
+
+    room = limit or sys.maxsize
+    for group in sorted(groups.values(), key=order):
+        is_new = order(group)[0]
+        if is_new and len(group.pairs) > room:
+            plan.left += len(group.pairs)
+            continue
+        group.pairs.sort(key=lambda pair: not pair.new_ref)  # the application's reference before anything else
+        plan.groups.append(group)
+        room -= len(group.pairs) if is_new else 0
     return plan
 
 
-UNDOABLE = (*UNFINISHED, State.DONE, State.SETTLED, State.UNDOING)
+def locate_undo(path: Path, savepoint: SavePoint) -> Tuple[Path, List[Path]]:
+    """Return the backup folder or report that `path` means, relative to the current folder, and the older backups.
+
+    `backups/<email>` means the newest backup in it, by the savepoint's order, whose merge was carried out, undone since
+    or not. Raises FatalError(2).
+    """
+    if not path.exists():
+        raise FatalError(EXIT_USAGE, f"{path} does not exist")
+    found, roots = path.resolve(), {Path(name).resolve(): Path(name) for name in ("backups", "reports")}
+    root = next((one for one in roots if one in found.parents), None)
+    located = roots[root] / found.relative_to(root) if root else path
+    if not located.is_dir() or (located / "manifest.json").exists():
+        return located, []
+    backups = sorted(one.parent for one in located.glob("[!.]*/manifest.json"))
+    merged: Dict[Path, int] = {}
+    for backup in backups:
+        for named in merges_named(backup):
+            pair = savepoint.pairs_of_primary(named.primary.id).get(named.duplicate.id)
+            if pair and pair.state in (*MERGED_STATES, *UNDO_STATES) and Path(pair.backup) == backup:
+                revision = pair.undo.merge_revision if pair.undo else savepoint.revision(pair.ids)
+                merged[backup] = max(revision, merged.get(backup, 0))
+    if not merged:
+        names = ", ".join(some([str(backup) for backup in backups])) or "none"
+        words = f"{path} holds no backup of a merge that the savepoint knows; name one of its backups: {names}"
+        raise FatalError(EXIT_USAGE, words)
+    newest = max(merged, key=lambda backup: merged[backup])
+    return newest, [backup for backup in merged if backup != newest]
 
 
-def _undo_is_started(group: Group) -> bool:
-    return any(pair.state is State.UNDOING for pair in group.pairs)
-
-
-def merged_pairs(path: Path) -> List[Pair]:
-    """The pairs of a backup folder, or the successful and unfinished ones of a merge report. Raises Stop(2)."""
+def merges_named(path: Path) -> List[Pair]:
+    """Return the pairs of a backup folder, or those that a merge report calls merged. Raises FatalError(2)."""
     try:
         if path.is_dir():
             primary, *duplicates = (Contact.from_json(entry["csv"]) for entry in read_manifest(str(path))["contacts"])
+            moves = not primary.is_user
             return [
-                Pair(primary, one, one.external_ref if one.is_user else None, State.DONE, backup=str(path))
+                Pair(primary, one, one.external_ref if moves and one.is_user else None, State.DONE, backup=str(path))
                 for one in duplicates
             ]
-        report = json.loads(path.read_bytes())
-        entries = [*report["successful_merges"], *report.get("unfinished_merges", ())]
-        return [_reported_pair(path, entry) for entry in entries]
+        report, pairs = json.loads(path.read_bytes()), []
+        others = (report.get(name) or () for name in ("unfinished_merges", "settled"))
+        for entry in chain(report["successful_merges"], *others):
+            primary, duplicate = (
+                Contact.from_json({
+                    **dict.fromkeys(COLUMNS, ""), "email": entry["email"], "id": entry[role]["id"],
+                    "display_name": entry[role]["display_name"], "external_ref": entry[role]["old_external_ref"],
+                    "tickets": entry[role]["tickets"],
+                })
+                for role in ("primary", "duplicate")
+            )  # fmt: skip
+            state = State(entry["state"])
+            pairs.append(Pair(primary, duplicate, entry["new_external_ref"], state, backup=entry["backup"] or ""))
+        return pairs
     except PairError as error:
         raise FatalError(EXIT_USAGE, str(error)) from None
-    except FileNotFoundError:
-        raise FatalError(EXIT_USAGE, f"{path} is not there") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise FatalError(EXIT_USAGE, f"{path} is neither a backup folder nor a merge report") from None
 
 
-def _reported_pair(path: Path, entry: Json) -> Pair:
-    primary, duplicate = (
-        Contact.from_json({**entry[role], "email": entry["email"], "external_ref": entry[role]["old_external_ref"]})
-        for role in ("primary", "duplicate")
-    )
-    backup = Path(str(entry["backup"]))
-    if not backup.is_dir():  # named from the folder that holds reports/ and backups/
-        backup = path.resolve().parent.parent / backup
-    state = State(entry.get("state", "done"))
-    return Pair(primary, duplicate, entry["new_external_ref"], state, backup=str(backup), report=path.name)
+def current_ids(contact: str, savepoint: SavePoint) -> List[str]:
+    """Return a contact's id, and those of the contacts that undos created again in its place; the last one exists."""
+    ids = [contact]
+    while True:
+        rows = (row for row in savepoint.pairs_of_contact(ids[-1]) if row.duplicate.id == ids[-1])
+        again = next((row.undo.contact for row in rows if row.undo and row.state in UNDO_STATES), "")
+        if not again or again in ids:
+            return ids
+        ids.append(again)
 
+
+def merged_again(pair: Pair, savepoint: SavePoint) -> Optional[Pair]:
+    """Return the later merge of two contacts of which an undo had created one again, if there is one."""
+    if pair.undo is None or pair.state not in UNDO_STATES or not pair.undo.contact:
+        return None
+    duplicates = {pair.undo.contact, *current_ids(pair.primary.id, savepoint)}
+    rows = (row for row in savepoint.pairs_of_contact(pair.undo.contact) if row.duplicate.id in duplicates)
+    return next((row for row in rows if row.state in (*UNFINISHED, State.DONE, State.SETTLED)), None)
+
+
+def report_of(pair: Pair) -> str:
+    """Name the report of the merge run that wrote a pair last."""
+    return f"reports/merge_report_{pair.undo.merge_run if pair.undo else pair.run}.json"
+
+
+def undo_settle_error(pair: Pair) -> str:
+    """Say why the rest of a pair's undo must not be given up, `""` where it may: a reference would be on no contact."""
+    if pair.undo is None or not pair.undo.reference_free:
+        return ""
+    return (
+        f"the reference {pair.duplicate.external_ref} may be on no contact; "
+        f"finish the undo first: merge_contacts.py --undo {pair.undo.path}"
+    )
+
+
+# -- what was before, and what follows from it -------------------------------------------------------
 
 Role = Tuple[str, str]  # object id, and `owned_by`, `reported_by` or `members`
-Objects = Dict[str, Optional[Json]]  # works and conversations as they are now, None for what has been deleted
-Changes = Dict[str, Dict[str, List[str]]]  # object id -> role -> the ids of everybody who is to have it
-Left = Dict[str, List[Json]]  # old contact id -> `{id, role, why}` of what can't be handed back
 
 
 @dataclass
 class StateBeforeMerge:
-    """What the contacts of a group were before their merges, from its backups: by contact id."""
+    """What the contacts of a group were before their merges, from the backups."""
 
-    users: Dict[str, Json] = field(default_factory=dict)  # rev users
-    had: Dict[str, Set[Role]] = field(default_factory=dict)
+    contacts: Dict[str, Json] = field(default_factory=dict)  # duplicates as DevRev had them, by id
+    references: Dict[str, str] = field(default_factory=dict)  # duplicate's id -> the primary's before that merge
+    roles: Dict[str, Set[Role]] = field(default_factory=dict)  # of duplicates, by id
+    primary_roles: Set[Role] = field(default_factory=set)
 
 
-def read_state_before(pairs: Sequence[Pair]) -> StateBeforeMerge:
-    """Read and check the backups of one primary's pairs. Raises PairError(backup_failed)."""
-    before = StateBeforeMerge()
-    primary = pairs[0].primary.id
-    manifests = [(verify_backup(Path(folder)), Path(folder)) for folder in {pair.backup for pair in pairs}]
+def read_state_before(pairs: Sequence[Pair], siblings: Sequence[Pair]) -> StateBeforeMerge:
+    """Read and check the backups of the pairs to undo, and of all other pairs with the same primary.
+
+    Raises PairError(backup_failed). The backups of siblings that were undone may be missing.
+    """
+    before, known = StateBeforeMerge(), [*pairs, *siblings]
+    primaries = {pair.primary.id for pair in known}
+    needed = {pair.backup for pair in known if pair not in siblings or pair.state in (*MERGED_STATES, State.UNDOING)}
+    manifests = []
+    for folder in sorted({pair.backup for pair in known}):
+        try:
+            manifests.append((verify_backup(Path(folder)), folder))
+        except PairError:
+            if folder in needed:
+                raise
     for manifest, folder in sorted(manifests, key=lambda one: str(one[0]["created"])):
         entries = {entry["csv"]["id"]: entry for entry in manifest["contacts"]}
-        # What the primary has by then from a duplicate that has gone is not its own.
-        gone = [before.had.get(pair.duplicate.id, set()) for pair in pairs if pair.duplicate.id not in entries]
+        # What the primary has by then from a duplicate that no longer exists is not its own.
+        gone = [before.roles.get(pair.duplicate.id, set()) for pair in known if pair.duplicate.id not in entries]
         for identity, entry in entries.items():
-            user = json.loads((folder / entry["folder"] / "contact.json").read_bytes())
-            had = {(item["id"], item["role"]) for item in transferred_objects(entry)}
-            if identity == primary:
-                before.users.setdefault(identity, user)
-                before.had.setdefault(identity, set()).update(had.difference(*gone))
+            user = json.loads((Path(folder) / entry["folder"] / "contact.json").read_bytes())
+            roles = {(item["id"], item["role"]) for item in transferred_objects(entry)}
+            if identity in primaries:
+                before.primary_roles |= roles.difference(*gone)
+                mine = (pair.duplicate.id for pair in known if pair.backup == folder)
+                before.references.update((one, str(user.get("external_ref"))) for one in mine)
             else:
-                before.users[identity], before.had[identity] = user, had
+                before.contacts[identity], before.roles[identity] = user, roles
     for pair in pairs:
-        if not {primary, pair.duplicate.id} <= before.users.keys():
-            raise PairError("backup_failed", f"the backup {pair.backup} does not hold {pair.duplicate.short_id}")
+        if pair.duplicate.id not in before.contacts or pair.duplicate.id not in before.references:
+            raise PairError("backup_failed", f"the backup {pair.backup} does not hold {into(pair)}")
     return before
 
 
 def plan_restore(
-    objects: Objects, had: Mapping[str, Set[Role]], primary: str, recreated: Mapping[str, str], stays: Set[Role]
-) -> Tuple[Changes, Left]:
-    """What has to be written to these things so that the contacts that were `made` again (old id -> new id) have what
-    they `had`, and what belongs to others by now.
+    obj: Optional[Json], roles: Iterable[str], primary: str, contact: str, aliases: Mapping[str, str], stays: Set[Role]
+) -> Tuple[Dict[str, List[str]], List[Json]]:
+    """Plan what gives `contact` its `roles` on an object as it is now: role -> ids to set, and what is left to others.
 
-    A new contact takes the primary's place, or joins it where that `stays`; nobody else is moved.
+    The contact replaces the primary, or joins it where the primary `stays`; everyone else stays. `aliases` are ids of
+    contacts that no longer exist, and the ids of those that were created again in their place.
     """
-    changes: Changes = collections.defaultdict(dict)
-    left: Left = {old: [] for old in recreated}
-    for identity, role in sorted(set().union(*(had[old] for old in recreated))):
-        if identity not in objects:
-            continue
-        obj = objects[identity]
+    changes: Dict[str, List[str]] = {}
+    left = []
+    for role in sorted(roles):
         now = [person["id"] for person in (obj or {}).get(role) or ()]
-        people = [
-            recreated.get(one, one) for one in now
-        ]  # a merge may have left the old id, and lists may lag behind one
-        missing = {old: new for old, new in recreated.items() if (identity, role) in had[old] and new not in people}
-        if missing and primary in people:
+        people = list(dict.fromkeys(aliases.get(one, one) for one in now))  # a merge may have left the old id
+        if contact not in people:
+            if primary not in people:
+                left.append({"role": role, "why": "deleted" if obj is None else "given to others"})
+                continue
             at = people.index(primary)
-            kept = [primary] if (identity, role) in stays else []
-            people[at : at + 1] = [*kept, *dict.fromkeys(missing.values())]
-        else:
-            why = "deleted" if obj is None else "given to others"
-            for old in missing:
-                left[old].append({"id": identity, "role": role, "why": why})
+            people[at : at + 1] = [primary, contact] if obj and (obj["id"], role) in stays else [contact]
         if people != now:
-            changes[identity][role] = people
+            changes[role] = people
     return changes, left
 
 
-# ---------------------------------------------------------------------------------------------------
-# Undo: the walk of one group
-# ---------------------------------------------------------------------------------------------------
+def plan_fields(pair: Pair, live: Json) -> Tuple[Json, List[Json]]:
+    """Plan what removes from the primary, as it is now, the fields that a merge carried to it.
+
+    Of phone numbers the added ones go; any other field gets its old value if it still has the one that the merge wrote.
+    Return the fields to set, and `{field, value, why}` of those that stay.
+    """
+    update: Json = {}
+    left = []
+    for name, carried in pair.fields_to_carry.items():
+        value, old = live.get(name), pair.fields_before.get(name)
+        if name == "phone_numbers":
+            added = set(carried).difference(old or ())
+            kept = [number for number in value or () if number not in added]
+            if len(kept) < len(value or ()):
+                update[name] = kept
+        elif value == carried and carried != old:
+            update[name] = old or ""
+        elif value and value not in (carried, old):
+            left.append({"field": name, "value": value, "why": "it was changed since the merge"})
+    return update, left
 
 
-class GroupUndo(GroupMerge):
-    """One group on its way back: look, the primary's old reference, the contacts again, what they had, proof, undone.
+# -- the run -----------------------------------------------------------------------------------------
 
-    `Pair.details["undo"]` says how far a pair is: `path` of the --undo, state `before` it, whether its reference was
-    `moved` to the primary; `asked` once the contact was asked for, `left_out` with the fields that DevRev refused of
-    it; `contact` and `display_id` once it is made; `left` with what was not handed back.
+
+class GroupUndo:
+    """The undo of merges into one primary: check, then each pair: old reference, contact, objects, undone.
+
+    Nothing runs beside it. What keeps a pair from its end is recorded with it; what stops the run passes through.
     """
 
-    merger: "UndoRunner"
-    KEEP = 8  # units for what follows the primary's old reference: the contact, some times with less, or the way back
     FIELDS = ("display_name", "email", "external_ref", "description", "phone_numbers", "display_picture", "rev_org")
+    UNITS = 8  # of quota for what follows the freed reference: the contact, perhaps with fewer fields, or the way back
+    PATIENCE = 10.0  # seconds for which a contact that may have been created is looked for at most
+    ATTEMPTS = 6  # times that an object is read and written before it is given up
+    KINDS = ("ticket", "issue", "conversation")
 
-    def __init__(self, merger: "UndoRunner", group: Group) -> None:
-        super().__init__(merger, group, [pair for pair in group.pairs if pair.state is not State.UNDONE])
-        self.restorer = ObjectRestorer(self)
+    def __init__(self, context: GroupContext, group: Group, path: Path, writable_kinds: Set[str]) -> None:
+        self.context = context
+        self.api, self.environment, self.savepoint = context.api, context.environment, context.savepoint
+        self.group = group
+        self.path = path
+        self.writable_kinds = writable_kinds  # kinds of objects that the token is known to be allowed to write
+        self.has_changed = False  # whether this undo may have changed the group in DevRev
+        self.reservation = Reservation()
         self.before = StateBeforeMerge()
-        self.moved: Optional[Pair] = None  # whose reference the primary has
-        self._lost: Set[Tuple[str, str]] = set()  # pairs of whose contact no answer tells whether it was made
-        self._why = ""
+        self.siblings: List[Pair] = []  # other pairs of the primary
+        self.primary: Json = {}  # as DevRev has it now
+        self.aliases: Dict[str, str] = {}  # id of a contact that no longer exists -> of the one created in its place
+        self._is_recreated = False  # whether the primary itself was created by an earlier undo
 
     async def run(self) -> None:
-        try:
-            self.merger.raise_if_draining()
-            self.before = await self.environment.run_in_thread(read_state_before, self.group.pairs)
-            await self._check_group()
-            if self.merger.preview:
-                await self._preview()
-                return
-            await self._check_write_access()
-            await self._begin()
-            await self._recreate_contacts()
-            await self.restorer.restore_all()
-        except PairError as problem:
-            for pair in self.in_progress():
-                await self.merger.record_outcome(self, pair, problem)
-        finally:
+        """Undo the pairs one after the other, once the whole group is as its merges have left it."""
+        pairs = self.group.pairs
+        problem = await self._attempt(self._check())
+        if problem is None and not self.context.options.preview:
+            problem = await self._attempt(self._check_write_access())
+        if problem:
+            for pair in pairs:
+                await self.context.record_outcome(pair, problem)
+            return
+        for pair in pairs:
+            was_forbidden = bool(pair.undo and pair.undo.forbidden)
+            problem = await self._attempt(self._preview(pair) if self.context.options.preview else self._undo(pair))
             self.api.scheduler.release(self.reservation)
+            await self.context.record_outcome(pair, problem)
+            is_stop = problem is not None and pair.undo is not None and pair.undo.forbidden and not was_forbidden
+            if is_stop and "contact" not in self.writable_kinds:
+                # A token that may not create contacts would take the reference from each primary for a moment.
+                raise FatalError(EXIT_STOPPED if self.has_changed else EXIT_USAGE, str(problem))
 
-    def in_progress(self) -> List[Pair]:
-        return [pair for pair in self.pairs if pair.ids not in self.merger.outcomes]
+    async def _attempt(self, work: Coroutine[Any, Any, None]) -> Optional[PairError]:
+        """Do the work and return what keeps the pairs from their end, if anything. Raises what stops the run."""
+        try:
+            self.context.raise_if_draining()
+            await work
+        except PairError as problem:
+            return problem
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            # Whatever one contact's answers look like, the other groups go on.
+            log.exception("%s: unexpected", self.group.email)
+            return PairError("api_error", f"an answer could not be understood ({type(error).__name__}: {error})")
+        finally:
+            work.close()
+        return None
 
-    async def save(self, pair: Pair, event: str = "undo begun") -> None:
-        await self.merger.state_writer.save(pair, event)
+    # -- check --------------------------------------------------------------------------------------
 
-    def _request_options(self, pair: Pair, priority: int = FINISH) -> RequestOptions:  # noqa: ARG002
-        return RequestOptions(priority, self.reservation, self.KEEP)
-
-    def _old_ref(self, contact: Contact) -> str:
-        return str(self.before.users[contact.id].get("external_ref"))
-
-    # -- look ---------------------------------------------------------------------------------------
-
-    async def _check_group(self) -> None:
-        """Find the group as its merges have left it, or as an undo has that was not finished."""
-        contact = self.group.primary
-        primary = await self.api.contact(contact.id)
-        statuses = await together(*(self.api.poll_duplicate(*pair.ids, ANY_OPTIONS) for pair in self.pairs))
+    async def _check(self) -> None:
+        """Find the group as its merges have left it, or as an undo that was not finished has."""
+        pairs, old = self.group.pairs, self.group.primary
+        ids = current_ids(old.id, self.savepoint)
+        mine = {pair.ids for pair in pairs}
+        rows = [row for one in ids for row in self.savepoint.pairs_of_primary(one).values()]
+        self.siblings = [row for row in rows if row.ids not in mine]
+        self.before = await self.environment.run_in_thread(read_state_before, pairs, self.siblings)
+        self._is_recreated = len(ids) > 1
+        self.aliases = dict.fromkeys(ids[:-1], ids[-1])
+        for pair in (*pairs, *self.siblings):
+            if pair.undo and pair.undo.contact:
+                self.aliases[pair.duplicate.id] = pair.undo.contact
+        primary = await self.api.contact(ids[-1])
         if primary is None:
-            raise PairError("not_found", f"the primary {contact.short_id} is not in DevRev any more")
+            later = (row for row in self.savepoint.pairs_of_contact(ids[-1]) if row.duplicate.id == ids[-1])
+            onward = next((row for row in later if row.state in (*UNFINISHED, *MERGED_STATES, State.UNDOING)), None)
+            if onward:
+                words = (
+                    f"{old.short_id} was merged into {onward.primary.short_id} later; undo {report_of(onward)} first"
+                )
+                raise PairError("merged_onward", words)
+            raise PairError("not_found", f"the primary {old.short_id} no longer exists in DevRev")
         if primary.get("state") != "active":
-            raise PairError("not_active", f"the primary {contact.short_id} is {primary.get('state')}, not active")
-        there = [
-            pair.duplicate.short_id for pair, status_ in zip(self.pairs, statuses) if status_ is DuplicateStatus.THERE
-        ]
+            raise PairError("not_active", f"the primary {old.short_id} is {primary.get('state')}, not active")
+        self.primary = primary
+        there = [pair.duplicate.short_id for pair in pairs if not await self._is_gone(pair)]
         if there:
-            raise PairError("not_merged", f"still there, so not merged, or not yet: {', '.join(there)}")
-        reference = primary.get("external_ref")
-        known = (pair for pair in self.pairs if pair.updated)  # to the savepoint
-        had_moved = any(pair.new_ref and pair.state in (State.PROVING, State.DONE) for pair in known)
-        if reference == self._old_ref(contact) and had_moved and not _undo_is_started(self.group):
-            words = f"{contact.short_id} has got its old reference {reference} back from somebody"
-            raise PairError("external_ref_changed", words)
-        moved = (pair for pair in self.pairs if self._old_ref(pair.duplicate) == reference)
-        self.moved = None if reference == self._old_ref(contact) else next(moved, None)
-        if reference != self._old_ref(contact) and self.moved is None:
-            words = f"{contact.short_id} has got the reference {reference or 'none'} from somebody"
-            raise PairError("external_ref_changed", words)
+            raise PairError("not_merged", f"not merged, or not yet, because still there: {', '.join(there)}")
+        for pair in pairs:
+            self._check_reference(pair)
 
-    async def _preview(self) -> None:
-        """Say what would be handed back."""
-        _, left = self.restorer.plan((await self.restorer.read(self._as_if()))[0], self._as_if())
-        for pair in self.pairs:
-            pair.details.setdefault("undo", {})["left"] = left[pair.duplicate.id]
-            await self.merger.record_outcome(self, pair)
+    async def _is_gone(self, pair: Pair) -> bool:
+        """Return whether the duplicate no longer exists. Where polls give no usable answer for good, lists decide."""
+        primary, duplicate = self.primary["id"], pair.duplicate.id
+        try:
+            return await self.api.poll_duplicate(primary, duplicate, ANY_OPTIONS) is not DuplicateStatus.THERE
+        except (ApiError, NoUsableResponse) as error:
+            log.info("%s: lists decide whether %s still exists: %s", pair.email, pair.duplicate.short_id, error)
+            reference = str(self.before.contacts[duplicate].get("external_ref"))
+            listed = [*await self._listed(pair), *await self.api.holders_of(reference, ANY_OPTIONS)]
+            there = (one for one in listed if one["id"] == duplicate and one.get("state") != "deleted")
+            return all(isinstance(one.get("primary_identity"), dict) for one in there)
+        except PairError as problem:
+            # DevRev may name the contact that the primary was merged into before it was created again.
+            if problem.code == "merged_into_another" and self._is_recreated:
+                return True
+            raise
+
+    def _check_reference(self, pair: Pair) -> None:
+        """Check that the primary has the reference that the merge gave it, or its old one where that may be."""
+        reference, name = self.primary.get("external_ref"), self.group.primary.short_id
+        old, moved = self._old_references(pair), self._moved_reference(pair)
+        if moved and reference == moved:
+            return
+        others = {row.new_ref: row for row in (*self.siblings, *self.group.pairs) if row is not pair and row.new_ref}
+        if moved is None and reference in (*old, *others, *self.before.references.values()):
+            return
+        # An undo may have started, a merge may have ended before its reference moved, and two may have had the same.
+        is_open = pair.state is State.UNDOING or pair.state in (*UNFINISHED, State.SETTLED) or not pair.run
+        if reference in old and ((is_open and pair.state is not State.VERIFYING) or moved in others):
+            return
+        words = f"another user gave {name} the reference {reference or 'none'}; set {moved or old[0]} again, undo again"
+        raise PairError("external_ref_changed", words)
+
+    def _old_references(self, pair: Pair) -> List[str]:
+        """Return the reference that the primary had before the merge; after it, what may stand in for it.
+
+        DevRev may refuse the `REVU-` reference of an old id to a contact that was created again.
+        """
+        old = self.before.references[pair.duplicate.id]
+        own = str(self.primary.get("display_id"))
+        return [old, own] if self._is_recreated and old.startswith("REVU-") and own != old else [old]
+
+    def _moved_reference(self, pair: Pair) -> Optional[str]:
+        """Return the duplicate's reference where the merge gave it, or may have given it, to the primary."""
+        reference = str(self.before.contacts[pair.duplicate.id].get("external_ref"))
+        return reference if pair.new_ref and reference != self.before.references[pair.duplicate.id] else None
 
     async def _check_write_access(self) -> None:
-        """Set nothing on an object of each kind: a token that may not is told so while all is as it was."""
-        if len(self.merger.writable_kinds) == 3:
-            return
-        objects, _ = await self.restorer.read(self._as_if())
-        for identity in self.restorer.plan(objects, self._as_if())[0]:
-            kind = identity.rpartition(":")[2].partition("/")[0]  # ticket, issue, conversation
-            if kind in self.merger.writable_kinds:
+        """Set nothing on an object of each kind: a token that may not write is refused while all is as it was."""
+        refused: Dict[str, ApiError] = {}
+        wanted = sorted({one for pair in self.group.pairs for one, _ in self.before.roles[pair.duplicate.id]})
+        for identity in wanted:
+            kind = kind_of(identity)
+            if kind not in self.KINDS or kind in self.writable_kinds:
                 continue
             try:
-                await self.api.set_people(objects[identity] or {}, {}, ANY_OPTIONS)
+                obj = await self.api.get_object(identity, ANY_OPTIONS)
+                if obj is None:
+                    continue
+                await self.api.set_people(obj, {}, ANY_OPTIONS)
             except ApiError as api_error:
                 if api_error.status == 403:
-                    raise PermissionDenied(EXIT_USAGE, f"the token may not hand back {identity}: {api_error}") from None
-            self.merger.writable_kinds.add(kind)
+                    refused[kind] = api_error  # which may concern this one object alone
+                    continue
+            self.writable_kinds.add(kind)
+        for kind in refused.keys() - self.writable_kinds:
+            endpoint = "conversations.update" if kind == "conversation" else "works.update"
+            raise PairError("forbidden", f"the token may not call {endpoint} (403): {refused[kind]}")
 
-    def _as_if(self) -> Dict[str, str]:
-        """The contacts as if all were made again; where they are not, the old id stands for the new one."""
-        return {**{pair.duplicate.id: pair.duplicate.id for pair in self.pairs}, **self.recreated()}
+    async def _preview(self, pair: Pair) -> None:
+        """Find out what an undo would leave to others."""
+        undo = pair.undo if pair.undo and pair.state is State.UNDOING else self._new_progress(pair)
+        contact, undo.left = undo.contact or pair.duplicate.id, []
+        for identity, roles in self._objects(pair):
+            obj = await self.api.get_object(identity, ANY_OPTIONS)
+            left = plan_restore(obj, roles, self.primary["id"], contact, self.aliases, self._stays(pair))[1]
+            undo.left += [{"id": identity, **one} for one in left]
+        undo.fields_left, pair.undo = plan_fields(pair, self.primary)[1], undo
 
-    async def _begin(self) -> None:
-        self.merger.raise_if_draining()
-        for pair in self.pairs:
-            if pair.state is not State.UNDOING:
-                pair.details["undo"] = {"path": str(self.merger.path), "before": pair.state.value, "moved": False}
-            pair.details["undo"]["moved"] |= pair is self.moved
-            pair.details["undo"].setdefault("left_out", {})
-            pair.state, pair.code, pair.error = State.UNDOING, "", ""
-            await self.save(pair)
+    # -- one pair -----------------------------------------------------------------------------------
 
-    # -- references and contacts --------------------------------------------------------------------
-
-    async def _recreate_contacts(self) -> None:
-        """Give the primary its old reference, and make the contacts again: first the one whose reference that frees."""
-        if self.moved:
-            await self._free_reference(self.moved)
-        for pair in sorted(self.pairs, key=lambda pair: not pair.details["undo"]["moved"]):
+    async def _undo(self, pair: Pair) -> None:
+        """Undo one merge. Between the primary's old reference and the new contact nothing waits or interrupts."""
+        if pair.state is not State.UNDOING:
+            pair.undo = self._new_progress(pair)
+        undo = progress_of_undo(pair)
+        moved = self._moved_reference(pair)
+        update, undo.fields_left = plan_fields(pair, self.primary)
+        undo.fields_removed = {**{name: self.primary.get(name) for name in update}, **undo.fields_removed}
+        frees = moved is not None and self.primary.get("external_ref") == moved
+        undo.reference_free = undo.reference_free or frees
+        pair.state, pair.code, pair.error = State.UNDOING, "", ""
+        await self.savepoint.save(pair)
+        with self.context.cancel_token.shield():
+            if frees:
+                await self._free_reference(pair, update)
             try:
-                await self._recreate(pair)
+                await self._create_contact(pair)
             except PairError as problem:
-                back = problem.code != "contact_not_confirmed" and not self.recreated()
-                if back:
-                    await self._restore_reference(problem)
-                for one in self.in_progress() if back else [pair]:
-                    await self.merger.record_outcome(self, one, problem)
-                if problem.code == "forbidden":
-                    raise PermissionDenied(EXIT_USAGE, str(problem)) from None
-                if back:
-                    return
-            self.api.scheduler.release(self.reservation)
-
-    def recreated(self) -> Dict[str, str]:
-        """Old id -> new id of the contacts that are there again."""
-        undos = ((pair, pair.details.get("undo", {})) for pair in self.group.pairs)
-        return {pair.duplicate.id: undo["contact"] for pair, undo in undos if "contact" in undo}
-
-    async def _free_reference(self, moved: Pair) -> None:
-        """Set the primary's old reference, once there is quota for what has to follow; an error says little of it."""
-        primary, old = self.group.primary, self._old_ref(self.group.primary)
-        try:
-            await self.api.set_external_ref(primary.id, old, self._request_options(moved, MERGE), telling=True)
-        except PairError:
-            self.merger.changed = True
-            live = await self.api.contact(primary.id, self._request_options(moved)) or {}
-            if live.get("external_ref") == self._old_ref(moved.duplicate):
-                await self._restore_states()
-            if live.get("external_ref") != old:
+                if problem.code in ("contact_refused", "forbidden"):
+                    undo.forbidden = problem.code == "forbidden"
+                    await self._return_reference(pair, problem)
                 raise
-        except PermissionDenied:
-            await self._restore_states()
-            raise
-        self.merger.changed = True
+        self.aliases[pair.duplicate.id] = undo.contact
+        await self._remove_fields(pair)
+        await self._restore_objects(pair)
+        pair.state, pair.code, pair.error = State.UNDONE, "", ""
+        await self.savepoint.save(pair)
+        log.info("%s: undone, %s is %s now", pair.email, pair.duplicate.short_id, undo.display_id)
 
-    async def _recreate(self, pair: Pair) -> None:
-        """Make the contact again, with what DevRev takes of it; once, whatever becomes of the answers."""
-        undo = pair.details["undo"]
-        begun, pause, before = self.environment.now(), 0.2, "asked" in undo
-        for twin in (one.details["undo"] for one in self.pairs if self._is_twin(pair, one)):
-            undo.update(contact=twin["contact"], display_id=twin["display_id"])
-            await self.save(pair)
-        while "contact" not in undo:
+    def _new_progress(self, pair: Pair) -> UndoProgress:
+        earlier = pair.undo  # refused, so that the merge stands as it was
+        run = earlier.merge_run if earlier else pair.run
+        revision = earlier.merge_revision if earlier else self.savepoint.revision(pair.ids)
+        return UndoProgress(str(self.path), pair.state.value, run, revision, bool(earlier and earlier.forbidden))
+
+    def _options(self, priority: int = FINISH) -> RequestOptions:
+        return RequestOptions(priority, self.reservation, self.UNITS)
+
+    async def _free_reference(self, pair: Pair, update: Json) -> None:
+        """Give the primary its old reference, and in the same update its old values of carried fields.
+
+        Whatever of it is refused, the reference goes alone at once. After a lost answer the primary is read before the
+        update is sent again.
+        """
+        old, moved, primary = self._old_references(pair), self._moved_reference(pair), self.primary["id"]
+        bodies = [{"external_ref": old[0], **update}] if update else []
+        bodies += [{"external_ref": reference} for reference in old]
+        problem: PairError = PairError("external_ref_not_set", "DevRev answered with another reference")
+        started, options, deadline = self.environment.now(), self._options(MERGE), GroupMerge.FIRST_DEADLINE
+        while bodies:
+            try:
+                user = await self.api.update_contact(primary, bodies[0], options, deadline)
+            except ApiError as api_error:
+                problem, user = api_error, self.primary
+            except NoUsableResponse as error:
+                problem, self.has_changed = error, True
+                user = await self.api.contact(primary, self._options()) or {}
+                deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
+                if user.get("external_ref") == moved and self.environment.elapsed(started) < self.PATIENCE:
+                    continue
+            if user.get("external_ref") in old:
+                self.primary, self.has_changed = user, True
+                return
+            options = self._options()
+            bodies.pop(0)
+        live = await self.api.contact(primary, self._options())
+        if live and live.get("external_ref") == moved:
+            await self._save_as_before(pair)
+        raise PairError(problem.code, f"the primary did not get its old reference {old[0]}: {problem}")
+
+    async def _return_reference(self, pair: Pair, problem: PairError) -> None:
+        """Give the primary the moved reference again, and what was removed of its fields: no contact can be created."""
+        undo, reference = progress_of_undo(pair), self._moved_reference(pair)
+        if not undo.reference_free:
+            await self._save_as_before(pair)
+            return
+        error: PairError = problem
+        alone = {"external_ref": reference}
+        for body in ({**alone, **undo.fields_removed}, alone, alone):
+            try:
+                self.primary = await self.api.update_contact(self.primary["id"], body, self._options())
+            except PairError as refused:
+                error = refused
+                continue
+            if self.primary.get("external_ref") == reference:
+                await self._save_as_before(pair)
+                return
+        words = f"{problem}; {reference} could not be set on {self.group.primary.short_id} again: {error}"
+        raise PairError(problem.code, words)
+
+    async def _save_as_before(self, pair: Pair) -> None:
+        """Note that the merge stands as it was. The progress stays for what it says of the merge."""
+        undo = progress_of_undo(pair)
+        undo.reference_free, undo.contacts_before, undo.left_out = False, None, {}
+        pair.state = State(undo.state_before)
+        await self.savepoint.save(pair)
+
+    # -- the contact --------------------------------------------------------------------------------
+
+    async def _create_contact(self, pair: Pair) -> None:
+        """Create the contact once, with the fields that DevRev takes, whatever becomes of the answers.
+
+        DevRev makes no second contact with the same reference, so one with its reference is simply requested again; one
+        without is looked for first. Raises PairError: contact_refused, forbidden, external_ref_conflict,
+        contact_not_confirmed.
+        """
+        undo, since, pause = progress_of_undo(pair), self.environment.now(), 0.2
+        merge_timeout = self.context.options.merge_timeout
+        requested_before, lost, why = undo.contacts_before is not None, False, ""
+        while not undo.contact:
             fields = self._fields(pair)
-            user = await self._find_recreated(pair, fields) if "asked" in undo else None
-            if user is None and ("external_ref" in fields or pair.ids not in self._lost):
-                user = await self._create(pair, fields)
-                if user is None and "asked" in undo:
-                    user = await self._find_recreated(pair, fields)
-            lost, vital = pair.ids in self._lost, self._is_vital(pair, "external_ref")
-            if user:
-                undo.update(contact=user["id"], display_id=str(user.get("display_id")))
-                await self.save(pair)
-            elif "asked" not in undo:
-                continue  # a field is left out
-            elif self.environment.elapsed(begun) < self._patience(before or lost, vital):
-                await self.merger.cancel_token.sleep(pause)
-                pause = min(10.0, 1.6 * pause)
-            elif vital:
-                raise PairError("contact_refused", f"{pair.duplicate.short_id} could not be made again: {self._why}")
-            elif lost:
-                words = f"it is not known whether {pair.duplicate.short_id} was made again"
-                raise PairError("contact_not_confirmed", words)
-            else:
-                undo["left_out"]["external_ref"] = self._why
-                del undo["asked"]
-
-    def _is_twin(self, pair: Pair, other: Pair) -> bool:
-        """Whether another contact of the group, there again, had the same reference: the application had made it anew
-        after the merge, so the two are one."""
-        same = self._old_ref(pair.duplicate) == self._old_ref(other.duplicate)
-        return (
-            same and other is not pair and "contact" in other.details["undo"] and self._is_vital(pair, "external_ref")
-        )
-
-    def _patience(self, perhaps: bool, vital: bool) -> float:
-        """Seconds in which a contact that may have been made is looked for; the longer where it `perhaps` was, and is
-        missed by nobody meanwhile, for lists may lag behind."""
-        timeout = self.merger.merge_timeout
-        return timeout if perhaps and not vital else min(10.0, timeout / 4)
+            reference, name = fields.get("external_ref"), pair.duplicate.short_id
+            is_vital = reference is not None and pair.duplicate.is_user  # the application knows the person by it
+            if undo.contacts_before is not None:
+                found = await self._find_contact(pair, fields)
+                if found:
+                    await self._save_contact(pair, found)
+                    return
+                may_exist = lost or requested_before
+                if why or (may_exist and reference is None):
+                    limit = merge_timeout if lost and not is_vital else min(self.PATIENCE, merge_timeout / 4)
+                    if (is_vital or may_exist) and self.environment.elapsed(since) < limit:  # lists may lag
+                        await self.context.cancel_token.sleep(pause)
+                        pause = min(self.PATIENCE, 1.6 * pause)
+                        if reference is None:
+                            continue
+                    elif is_vital:
+                        raise PairError("contact_refused", f"{name} could not be created again: {why}")
+                    elif reference is not None:
+                        undo.left_out["external_ref"], undo.contacts_before = why, None
+                        requested_before, lost, why, since = False, False, "", self.environment.now()
+                        continue
+                    elif lost:
+                        words = f"it is not known whether {name} was created again; undo again, which looks for it"
+                        raise PairError("contact_not_confirmed", words)
+            listed = [] if reference else [user["id"] for user in await self._listed(pair)]
+            undo.contacts_before = sorted({*listed, *self._group_ids()}) if reference is None else []
+            await self.savepoint.save(pair)
+            try:
+                await self._save_contact(pair, await self.api.create_contact(fields, self._options()))
+            except NoUsableResponse as error:
+                lost, why, self.has_changed = True, str(error), True
+            except ApiError as api_error:
+                why = str(api_error)
+                refused = self._refused_fields(api_error, fields, is_vital)
+                if refused:
+                    undo.left_out.update(dict.fromkeys(refused, why))
+                    undo.contacts_before, why = None, ""
+                elif api_error.status != 409 or reference is None:
+                    code = "forbidden" if api_error.status == 403 else "contact_refused"
+                    raise PairError(code, f"{name} could not be created again: {why}") from None
 
     def _fields(self, pair: Pair) -> Json:
-        """What the contact is made with."""
-        user = self.before.users[pair.duplicate.id]
+        """Return what the contact is created with, from its backup."""
+        user, left_out = self.before.contacts[pair.duplicate.id], progress_of_undo(pair).left_out
         picture = user.get("display_picture")
         known = {
             **user,
             "display_picture": picture.get("id") if isinstance(picture, dict) else None,
             "rev_org": rev_org_id(user),
         }
-        left_out = pair.details["undo"]["left_out"]
         return {name: known[name] for name in self.FIELDS if known.get(name) and name not in left_out}
 
-    def _is_vital(self, pair: Pair, name: str) -> bool:
-        """Without its `user_` reference a contact is not the one that the application knows."""
-        return name == "external_ref" and self._old_ref(pair.duplicate).startswith("user_")
+    def _refused_fields(self, error: ApiError, fields: Json, is_vital: bool) -> List[str]:
+        """Return which fields to leave out after a 400: the one that it names, else all that say little of a person."""
+        if error.status != 400:
+            return []
+        named = re.split(r"\W", str(error.data.get("field_name")))[0]
+        if named in fields:
+            return [] if named == "email" or (named == "external_ref" and is_vital) else [named]
+        return [name for name in ("description", "phone_numbers", "display_picture") if name in fields]
 
-    async def _create(self, pair: Pair, fields: Json) -> Optional[Json]:
-        """Ask for the contact; None where it may or may not be there now, or a field of it was refused."""
-        undo, named = pair.details["undo"], "external_ref" in fields
-        undo["asked"] = (
-            [] if named else sorted(self._ids().union(user["id"] for user in await self._contacts_of_email(pair)))
-        )
-        await self.save(pair)
-        self.merger.changed = True
-        try:
-            return await self.api.create_contact(fields, self._request_options(pair))
-        except NoUsableResponse as error:
-            self._lost.add(pair.ids)
-            self._why = str(error)
-        except ApiError as api_error:
-            self._why = str(api_error)
-            name = re.split(r"\W", str(api_error.data.get("field_name")))[0]
-            if api_error.status == 400 and name in fields and not self._is_vital(pair, name):
-                undo["left_out"][name] = str(api_error)
-                del undo["asked"]
-            elif api_error.status != 409 or not named:
-                code = "forbidden" if api_error.status == 403 else "contact_refused"
-                raise PairError(code, f"{pair.duplicate.short_id} could not be made again: {api_error}") from None
-        return None
+    async def _find_contact(self, pair: Pair, fields: Json) -> Optional[Json]:
+        """Return the contact that was requested, if it exists. A reference is looked up in the whole organisation.
 
-    async def _find_recreated(self, pair: Pair, fields: Json) -> Optional[Json]:
-        """The contact that was asked for, where it was made. PairError where its reference is somebody else's."""
-        if "external_ref" not in fields:
-            known = pair.details["undo"]["asked"]
-            return next((user for user in await self._contacts_of_email(pair) if user["id"] not in known), None)
-        for user in await self.api.holders_of(fields["external_ref"], self._request_options(pair)):
-            elsewhere = "rev_org" in fields and rev_org_id(user) not in (None, fields["rev_org"])
-            if user["id"] in self._ids() or elsewhere:
+        Raises PairError(external_ref_conflict) where the reference belongs to another contact.
+        """
+        undo, reference = progress_of_undo(pair), fields.get("external_ref")
+        if reference is None:
+            known = set(undo.contacts_before or ())
+            new = (user for user in await self._listed(pair) if user["id"] not in known)
+            return next((user for user in new if user.get("external_ref") in (None, "", user.get("display_id"))), None)
+        other: Optional[Json] = None
+        for listed in await self.api.holders_of(reference, self._options()):
+            # Lists lag behind contacts that no longer exist, or no longer have the reference.
+            is_mine = listed["id"] in self._group_ids()
+            user = None if is_mine else await self.api.contact(listed["id"], self._options())
+            if user is None or user.get("external_ref") != reference or user.get("state") == "deleted":
                 continue
-            if await self.api.contact(user["id"], self._request_options(pair)) is None:
-                continue  # lists lag behind whoever has gone
-            if email_of(user) != email_key(fields.get("email", "")):
-                words = (
-                    f"the reference {fields['external_ref']} is held by {user.get('display_id')}, who is somebody else"
-                )
-                raise PairError("external_ref_conflict", words)
-            return user
+            is_here = rev_org_id(user) in (None, fields.get("rev_org")) or "rev_org" not in fields
+            if is_here and email_of(user) == email_key(fields["email"]):
+                return user
+            other = user
+        if other:
+            undo.reference_free = False
+            words = (
+                f"{other.get('display_id')} <{other.get('email')}>, another contact, has the reference {reference} now"
+            )
+            raise PairError("external_ref_conflict", words)
         return None
 
-    async def _contacts_of_email(self, pair: Pair) -> List[Json]:
+    async def _save_contact(self, pair: Pair, user: Json) -> None:
+        undo = progress_of_undo(pair)
+        undo.contact, undo.display_id, undo.reference_free = user["id"], str(user.get("display_id")), False
+        self.has_changed = True
+        self.writable_kinds.add("contact")
+        await self.savepoint.save(pair)
+
+    async def _listed(self, pair: Pair) -> List[Json]:
         body = {"email": [pair.duplicate.email.strip()]}
-        return (await self.api.pages("rev-users.list", "rev_users", body, self._request_options(pair))).items
+        return (await self.api.pages("rev-users.list", "rev_users", body, self._options())).items
 
-    def _ids(self) -> Set[str]:
-        """The group, as it was and as far as it is made again."""
-        return {contact.id for contact in self.group.all_contacts()}.union(self.recreated().values())
+    def _group_ids(self) -> Set[str]:
+        """Return the ids of the group: as it was, and as far as it was created again for other pairs."""
+        known = (contact for pair in (*self.group.pairs, *self.siblings) for contact in pair.ids)
+        return {self.primary["id"], *known, *self.aliases}
 
-    async def _restore_reference(self, problem: PairError) -> None:
-        """No contact can be made: the reference goes to the primary again, and the group is as it was."""
-        for pair in self.pairs:
-            reference = self._old_ref(pair.duplicate)
-            if pair.details["undo"]["moved"] and not await set_reference(
-                self.api, pair, reference, self._request_options(pair)
-            ):
-                raise PairError(problem.code, f"{problem}; {reference} is held by somebody by now, and stays there")
-        await self._restore_states()
+    # -- what it had --------------------------------------------------------------------------------
 
-    async def _restore_states(self) -> None:
-        for pair in self.pairs:
-            pair.state = State(pair.details.pop("undo")["before"])
-            await self.save(pair, StateWriter.EVENTS.get(pair.state, "merged"))
-
-
-class ObjectRestorer:
-    """Gives a group's works and conversations back: in each as it is now, the primary makes room for whom it was."""
-
-    SOON = 3.0  # seconds for which a list is believed where everybody it does not show would be thrown out
-    TRIES = 5  # times that an object is read anew before it is given up
-
-    def __init__(self, group_merge: "GroupUndo") -> None:
-        self.group_merge = group_merge
-
-    async def restore_all(self) -> None:
-        """Write what has to change until the lists show nothing more to change, which is the proof."""
-        recreated = {
-            pair.duplicate.id: self.group_merge.recreated()[pair.duplicate.id]
-            for pair in self.group_merge.in_progress()
-        }
-        handled: Dict[str, str] = {}  # object id -> what DevRev has said to it, `""` where it was accepted
-        waiting_since, pause = self.group_merge.environment.now(), 0.5
-        while True:
-            objects, since = await self.read(recreated)
-            changes, left = self.plan(objects, recreated)
-            if all(handled.get(one) for one in changes):
-                break
-            fresh = {one: roles for one, roles in changes.items() if one not in handled}
-            if fresh:
-                await self._write(fresh, objects, since, recreated, handled)
-                waiting_since = self.group_merge.environment.now()
-            elif self.group_merge.environment.elapsed(waiting_since) > self.group_merge.merger.merge_timeout:
-                break
-            else:
-                await self.group_merge.merger.cancel_token.sleep(pause)
-                pause = min(20.0, 1.5 * pause)
-        for pair in self.group_merge.in_progress():
+    async def _remove_fields(self, pair: Pair) -> None:
+        """Remove from the primary what the merge carried to it and is still there; what DevRev refuses is named."""
+        undo = progress_of_undo(pair)
+        update, undo.fields_left = plan_fields(pair, self.primary)
+        for body in [update, *({name: value} for name, value in update.items())] if update else []:
             try:
-                await self._end(pair, changes, handled, left[pair.duplicate.id])
-            except PairError as problem:
-                await self.group_merge.merger.record_outcome(self.group_merge, pair, problem)
+                self.primary = await self.api.update_contact(self.primary["id"], body, RequestOptions(RESUME))
+                if body == update:
+                    return
+            except (ApiError, NoUsableResponse) as error:
+                if body is not update:
+                    (name,) = body
+                    undo.fields_left.append({"field": name, "value": self.primary.get(name), "why": str(error)})
+
+    def _objects(self, pair: Pair) -> List[Tuple[str, List[str]]]:
+        """Return the objects that the duplicate had a role in, each with its roles."""
+        roles: Dict[str, List[str]] = collections.defaultdict(list)
+        for identity, role in sorted(self.before.roles[pair.duplicate.id]):
+            roles[identity].append(role)
+        return list(roles.items())
+
+    def _stays(self, pair: Pair) -> Set[Role]:
+        """Return where the primary stays: where it, or another duplicate that is still merged, had the role itself."""
+        others = (one for one in (*self.group.pairs, *self.siblings) if one is not pair)
+        merged = (
+            one for one in others
+            if one.state in MERGED_STATES or (one.state is State.UNDOING and not progress_of_undo(one).contact)
+        )  # fmt: skip
+        return self.before.primary_roles.union(*(self.before.roles.get(one.duplicate.id, set()) for one in merged))
+
+    async def _restore_objects(self, pair: Pair) -> None:
+        """Give the contact its works and conversations, one after the other: read, write, verify the answer.
+
+        What was deleted or given to others since is left and named. Raises PairError(not_restored) where DevRev refuses
+        an update.
+        """
+        undo, left, failed = progress_of_undo(pair), [], []
+        for identity, roles in self._objects(pair):
+            try:
+                left += await self._restore_object(pair, identity, roles)
+            except (ApiError, NoUsableResponse, LookupError, TypeError, AttributeError) as error:
+                failed += [{"id": identity, "role": role, "why": str(error)} for role in roles]
+        undo.left = [*left, *failed]
+        if failed:
+            names = ", ".join(some(list(dict.fromkeys(item["display_id"] for item in describe(pair.backup, failed)))))
+            raise PairError("not_restored", f"created again as {undo.display_id}, but not restored: {names}")
+
+    async def _restore_object(self, pair: Pair, identity: str, roles: List[str]) -> List[Json]:
+        """Write one object, and return what of it is left. Only who joins between read and write can be missed."""
+        if kind_of(identity) not in self.KINDS:
+            return [{"id": identity, "role": role, "why": "works of this kind are not restored"} for role in roles]
+        contact, options, problem = (
+            progress_of_undo(pair).contact,
+            RequestOptions(RESUME),
+            "it answers with other people",
+        )
+        for attempt in range(self.ATTEMPTS):
+            obj = await self.api.get_object(identity, options)
+            changes, left = plan_restore(obj, roles, self.primary["id"], contact, self.aliases, self._stays(pair))
+            found = [{"id": identity, **one} for one in left]
+            if obj is None or not changes:
+                return found
+            try:
+                answer = await self.api.set_people(obj, changes, options)
+            except NoUsableResponse as error:
+                problem = str(error)
             else:
-                await self.group_merge.merger.record_outcome(self.group_merge, pair)
-
-    def plan(self, objects: Objects, recreated: Mapping[str, str]) -> Tuple[Changes, Left]:
-        """`hand_back`: the primary stays where it, or a duplicate that is not back, had the role itself."""
-        primary, had = self.group_merge.group.primary.id, self.group_merge.before.had
-        missing = (one.duplicate.id for one in self.group_merge.group.pairs if one.state is not State.UNDONE)
-        stays = had[primary].union(*(had[old] for old in missing if old not in recreated))
-        return plan_restore(objects, had, primary, recreated, stays)
-
-    async def read(self, recreated: Mapping[str, str]) -> Tuple[Objects, Timestamp]:
-        """The works and conversations of the contacts that were `made` again (old id -> new id), and since when they
-        are so. Only what no list shows is asked for by itself."""
-        wanted = set().union(*(self.group_merge.before.had[old] for old in recreated))
-        batch_loaders = self.group_merge.api.objects
-        people = sorted({self.group_merge.group.primary.id, *recreated.values()} - recreated.keys())
-        weight = sum(contact.tickets for contact in self.group_merge.group.all_contacts())
-        since = [self.group_merge.environment.now()]
-        listings = await together(
-            *(
-                batch_loaders[role].load(one, weight, VERIFY)
-                for role in sorted({role for _, role in wanted})
-                for one in people
-            )
-        )
-        objects: Objects = {item["id"]: item for listing in listings for item in listing.items}
-        unlisted = sorted({identity for identity, _ in wanted} - objects.keys())
-        objects.update(
-            zip(
-                unlisted,
-                await together(*(self.group_merge.api.get_object(one, RequestOptions(VERIFY)) for one in unlisted)),
-            )
-        )
-        return objects, oldest(chain(since, (listing.since for listing in listings)))
-
-    async def _write(
-        self,
-        changes: Changes,
-        objects: Objects,
-        since: Timestamp,
-        recreated: Mapping[str, str],
-        handled: Dict[str, str],
-    ) -> None:
-        """Hand objects back, a few at a time, and note what DevRev says to each."""
-
-        async def write() -> None:
-            while changes:
-                identity, roles = changes.popitem()
-                try:
-                    async with self.group_merge.merger.turn_to_write[identity]:  # for groups may share an object
-                        handled[identity] = await self._write_one(identity, roles, objects[identity], since, recreated)
-                except ApiError as api_error:
-                    handled[identity] = str(api_error)
-                except BaseException:
-                    changes.clear()
-                    raise
-
-        await together(*(write() for _ in range(self.group_merge.api.settings.workers)))
-
-    async def _write_one(
-        self,
-        identity: str,
-        roles: Dict[str, List[str]],
-        obj: Optional[Json],
-        since: Timestamp,
-        recreated: Mapping[str, str],
-    ) -> str:
-        """Replace an object's people; where the lists may not know who has joined by now, or what this undo has written
-        to it, it is read by itself first. Returns why it was not done, `""` if it was."""
-        environment, written, limit = self.group_merge.environment, self.group_merge.merger.written, self.SOON
-
-        async def is_fresh() -> None:
-            if environment.age(since) > limit:
-                raise PreconditionsExpired()
-
-        for _ in range(self.TRIES):
-            if identity in written or environment.age(since) > limit:
-                since, limit = environment.now(), Preconditions.FRESH
-                obj = await self.group_merge.api.get_object(identity, RequestOptions(RESUME))
-                roles = self.plan({identity: obj}, recreated)[0].get(identity, {})
-            if obj is None or not roles:
-                return ""
-            with contextlib.suppress(PreconditionsExpired):
-                await self.group_merge.api.set_people(obj, roles, RequestOptions(RESUME), is_fresh)
-                written.add(identity)
-                return ""
-        return "what was read of it becomes too old before it can be written; the quota is too small"
-
-    async def _end(self, pair: Pair, changes: Changes, handled: Mapping[str, str], left: List[Json]) -> None:
-        pair.details["undo"]["left"] = left
-        mine = (
-            one for one in sorted(self.group_merge.before.had[pair.duplicate.id]) if one[1] in changes.get(one[0], {})
-        )
-        open_items = ({"id": one, "role": role, "why": handled[one] or "not shown yet"} for one, role in mine)
-        pair.left_behind = describe(pair.backup, open_items)
-        if pair.left_behind:
-            names = ", ".join(dict.fromkeys(item["display_id"] for item in pair.left_behind))
-            raise PairError("not_handed_back", f"made again, but not handed back: {names}")
-        pair.state, pair.code, pair.error = State.UNDONE, "", ""
-        await self.group_merge.save(pair, "undone")
+                if all(set(people) <= user_ids(answer.get(role)) for role, people in changes.items()):
+                    return found
+            await self.context.cancel_token.sleep(0.1 * 2**attempt)
+        raise NoUsableResponse(f"an update of {identity}", problem)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Undo: the run
-# ---------------------------------------------------------------------------------------------------
+def progress_of_undo(pair: Pair) -> UndoProgress:
+    assert pair.undo is not None
+    return pair.undo
 
 
-class UndoRunner(ContactMerger):
-    """Carries out an undo: one group alone until the first is undone, then many; how it ends is as with merges."""
-
-    UNDER_WAY = (State.UNDOING,)
+class UndoRunner:
+    """Carries out an undo, one group after the other. How it starts, stops and ends is as with merges."""
 
     def __init__(
-        self, api: DevRevAPI, savepoint: SavePoint, journal: Journal, path: Path, preview: bool, **options: Any
+        self, api: DevRevAPI, savepoint: SavePoint, options: MergeOptions, on_outcome: Callable[[Pair], None]
     ) -> None:
-        super().__init__(api, savepoint, journal, BackupStore(journal.path.parent, api.environment), **options)
-        self.path, self.preview = path, preview
-        self.writable_kinds: Set[str] = set()  # kinds of objects that may be written
-        self.written: Set[str] = set()  # objects
-        self.turn_to_write: Dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)  # by object
+        self.api = api
+        self.runner = runner = TaskRunner(api, savepoint, on_outcome, self.is_success)
+        self.context = GroupContext(
+            api, api.environment, savepoint, api.cancel_token, options, self._record_outcome, runner.raise_if_draining
+        )
+        self.has_changed = False
+        self._writable_kinds: Set[str] = set()
 
-    async def undo(self, plan: UndoPlan) -> int:
-        """Take the plan back and return the exit code; nothing is raised."""
-        self.total = len(plan.pairs)
-        return await self.drive(self._undo(plan.groups))
+    async def run(self, plan: UndoPlan) -> int:
+        """Carry out the plan and return the exit code; nothing is raised."""
+        self.runner.total = len(plan.pairs())
+        code = await self.runner.run(self._undo(plan))
+        codes = {pair.code for pair in self.runner.outcomes.values()}
+        if code in (EXIT_FAILED, EXIT_STOPPED) and codes == {"forbidden"} and not self.has_changed:
+            return EXIT_USAGE  # the token may not write
+        return code
 
-    async def _undo(self, groups: List[Group]) -> None:
-        for group in groups:
-            while len(self._group_merges) >= (self._outstanding() if self.preview or self.count(State.UNDONE) else 1):
-                await self.cancel_token.wait(self._any_group_merge())
-            self.raise_if_draining()
-            self._start(GroupUndo(self, group))
-        await self._all_group_merges()
+    async def _undo(self, plan: UndoPlan) -> None:
+        for group in plan.groups:
+            self.runner.raise_if_draining()
+            undo = GroupUndo(self.context, group, plan.path, self._writable_kinds)
+            try:
+                await self.context.cancel_token.wait(self.runner.start(undo.run(), group.pairs))
+            finally:
+                self.has_changed = self.has_changed or undo.has_changed
 
-    async def record_outcome(self, group_merge: GroupMerge, pair: Pair, problem: Optional[PairError] = None) -> None:
-        """A pair is undone, refused, or can't be taken further in this run; only what has begun is noted for good."""
-        pair.code, pair.error = (problem.code, str(problem)) if problem else ("", "")
-        if pair.state in self.UNDER_WAY:
-            await self.state_writer.save(pair)
-        self._note_outcome(group_merge, pair, problem)
+    async def _record_outcome(self, pair: Pair, problem: Optional[PairError] = None, counts: bool = True) -> None:
+        """Record that a pair is undone, or what keeps it from that; the row of a refused pair stays as it is."""
+        if problem and (self.context.options.preview or pair.state not in UNDO_STATES):
+            problem = PairSkipped(problem.code, str(problem))
+        elif not problem:
+            pair.code, pair.error = "", ""
+        await self.runner.record_outcome(pair, problem, counts)
 
-    def is_success(self, pair: Pair) -> bool:
+    def pairs(self) -> Iterator[Pair]:
+        """Yield the pairs that have an outcome."""
+        yield from self.runner.outcomes.values()
+
+    @staticmethod
+    def is_success(pair: Pair) -> bool:
         return not pair.code
 
 
+Runner = Union[ContactMerger, UndoRunner]
+
+
 def undo_entry(pair: Pair) -> Json:
-    """What was, or would be, given back of a pair, and what can't be."""
-    undo = pair.details.get("undo", {})
-    # What the merge has left behind, where it was not proved, says nothing of what can be given back.
-    open_items = [item for item in pair.left_behind if "why" in item]
-    left = {(item["id"], item["role"]): item for item in (*undo.get("left", ()), *open_items)}
-    entry = {
+    """Return what an undo has restored, or would restore, of a pair, what is left to others, and what is lost."""
+    undo = pair.undo
+    left = undo.left if undo and undo.left is not None else []
+    entry: Json = {
         "email": pair.email,
         "primary": contact_entry(pair.primary),
         "duplicate": contact_entry(pair.duplicate),
-        "contact": {"id": undo["contact"], "display_id": undo["display_id"]} if "contact" in undo else None,
+        "contact": {"id": undo.contact, "display_id": undo.display_id} if undo and undo.contact else None,
         "state": pair.state.value,
         "backup": pair.backup,
         "code": pair.code,
         "error": pair.error,
-        "given_back": [],
-        "left": describe(pair.backup, left.values()),
-        "not_given_back": [],
+        "restored": [],
+        "left": describe(pair.backup, left),
+        "fields_left": undo.fields_left if undo else [],
+        "not_restored": [],
     }
     with contextlib.suppress(PairError, OSError, ValueError, KeyError, TypeError):
-        manifest = read_manifest(pair.backup)
-        (mine,) = (one for one in manifest["contacts"] if one["csv"]["id"] == pair.duplicate.id)
-        user = json.loads((Path(pair.backup) / mine["folder"] / "contact.json").read_bytes())
-        given = [item for item in transferred_objects(mine) if (item["id"], item["role"]) not in left]
-        entry["given_back"] = describe(pair.backup, given) if "left" in undo else []
-        entry["not_given_back"] = list(_lost_for_good(user, mine, undo.get("left_out", {})))
+        (mine,) = (one for one in read_manifest(pair.backup)["contacts"] if one["csv"]["id"] == pair.duplicate.id)
+        user = backed_up_contact(pair.backup, pair.duplicate.id)
+        others = {(item["id"], item["role"]) for item in left}
+        restored = [item for item in transferred_objects(mine) if (item["id"], item["role"]) not in others]
+        entry["restored"] = describe(pair.backup, restored) if undo and undo.left is not None else []
+        entry["not_restored"] = lost_for_good(user, mine, undo.left_out if undo else {})
     return entry
 
 
-def _lost_for_good(user: Json, entry: Json, left_out: Mapping[str, str]) -> Iterator[Json]:
-    """What nobody can give back of a contact: its rev user and its entry in the manifest say what it had."""
-    for name, value in user.items():
-        if name not in GroupUndo.FIELDS and name != "state":
-            yield {"what": name, "value": value, "why": "DevRev does not let it be set"}
-    for name, why in left_out.items():
-        yield {"what": name, "value": user.get(name), "why": why}
+def lost_for_good(user: Json, entry: Json, left_out: Mapping[str, str]) -> List[Json]:
+    """Return `{what, value, why}` of what can't be restored of a contact: `user` and its `entry` in the manifest."""
+    settable = (*GroupUndo.FIELDS, "state", "is_verified")
+    lost = [
+        {"what": name, "value": value, "why": "DevRev does not let it be set"}
+        for name, value in user.items()
+        if name not in settable
+    ]
+    lost += [{"what": name, "value": user.get(name), "why": why} for name, why in left_out.items()]
+    if user.get("is_verified") is False:
+        lost.append({"what": "verification", "value": False, "why": "a contact created through the API is verified"})
     if entry["works"]["created"]:
-        yield {"what": "created_by", "value": entry["works"]["created"], "why": "the primary stays their creator"}
-    yield {"what": "authors of comments", "value": None, "why": "DevRev does not let them be set"}
+        lost.append({"what": "created_by", "value": entry["works"]["created"], "why": "the primary stays the creator"})
+    lost.append({"what": "authors of comments", "value": None, "why": "DevRev does not let them be set"})
+    return lost
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -4932,36 +6148,238 @@ def _lost_for_good(user: Json, entry: Json, left_out: Mapping[str, str]) -> Iter
 # ---------------------------------------------------------------------------------------------------
 
 
-ADVICE = {
-    **dict.fromkeys(
-        ("not_found", "email_changed", "external_ref_changed"),
-        "the export is stale: export again; of a merged pair: --settle accepts what somebody has changed",
+REPORTS, LOGS = Path("reports"), Path("logs")
+SCHEMA = 3  # of every JSON document that is written or printed
+
+
+class Code(NamedTuple):
+    """What a refused, failed or skipped pair's code means, and what to do about it."""
+
+    meaning: str
+    advice: str
+    systemic: bool = False  # counts among the failures in a row that stop a run
+    settles: bool = False  # an unfinished pair with it can be settled
+    skips: bool = False  # groups are skipped for it
+
+
+CODES: Dict[str, Code] = {
+    # Skipped by detection, or by the live check.
+    "several_user_refs": Code(
+        "Several contacts have a user_ reference. The export can't tell which one the application uses.",
+        "Find out which user_ reference the application uses, and name it with --choices.",
+        settles=True, skips=True,
     ),
-    "not_active": "look at the contact in DevRev: a locked or deactivated contact is not merged",
-    "different_rev_org": "contacts of different rev orgs are not merged: look at them in DevRev",
-    "group_changed": "export again, and choose again",
-    "several_user_refs": "find out which user_ reference the application uses, export again, name it with --choices",
-    "count_mismatch": "export again, or let a backup with more than the export pass with --count-policy at-least",
-    "backup_failed": "look at the named file or ticket, run again",
-    "api_error": "run again; if it stays, send the message and the log to DevRev's support",
-    "forbidden": "give the token the missing scope (or access to the named object), run again",
-    "merge_refused": "look at both contacts in DevRev; run again; --settle gives the merge up",
-    "plan_changed": "where it is not to be merged so any more, give it up with --settle",
-    "merge_not_confirmed": "DevRev has not carried the merge out yet: run again later, which looks again first",
-    "external_ref_conflict": "free the reference from its holder in DevRev, run again: only the reference is set then",
-    "external_ref_not_set": "run again; if it stays, set the reference by hand in DevRev",
-    "left_behind": "run again later (DevRev may still be moving them), or move them; --settle accepts what stays",
-    **dict.fromkeys(("still_listed", "group_incomplete"), "run again later"),
-    "merged_into_another": "look at both contacts in DevRev; --settle accepts it",
-    "merged_elsewhere": "export again; the reference named in the message has to be looked at by hand",
-    "stale": "raise DEVREV_RATE_LIMIT_CALLS, or ask DevRev for a larger quota",
-    "undo_unfinished": "finish the undo first",
-    "not_merged": "nothing to take back yet; where the merge is unfinished, finish it first",
-    "contact_refused": "look at what DevRev has answered, undo again",
-    "contact_not_confirmed": "undo again: it looks for the contact first",
-    "not_handed_back": "undo again, or hand them over in DevRev",
-    "interrupted": "run again with the same savepoint: it is finished first",
+    "no_user_ref": Code(
+        "There are several REVU- contacts and none with a user_ reference: the application knows none of them.",
+        "Nothing to do for the application. If you want one contact, name the one to keep with --choices.",
+        skips=True,
+    ),
+    "shared_mailbox": Code(
+        "The address probably belongs to several people, who would see each other's conversations.",
+        "If it is one person, name the contact to keep with --choices.",
+        settles=True, skips=True,
+    ),
+    "invalid_row": Code(
+        "A row of this email is bad or conflicts with another, so the group may not be complete.",
+        "Fix the rows, which are named with their lines, and run again.",
+        skips=True,
+    ),
+    "undone": Code(
+        "A merge of this email was undone.",
+        "To merge it again, export again and name the address with --email.",
+        skips=True,
+    ),
+    "cancelled": Code(
+        "A merge of this email was cancelled with --settle.",
+        "To merge it after all, name the address with --email.",
+        skips=True,
+    ),
+    "already_gone": Code(
+        "The duplicate no longer exists, and its reference is not needed.",
+        "Nothing to do.",
+        skips=True,
+    ),
+    "already_merged": Code(
+        "It looks merged already: the primary has the reference, and the duplicate no longer exists.",
+        "Nothing to do. If another folder merged it, keep using that folder, because the history is there.",
+        skips=True,
+    ),
+    "different_rev_org": Code(
+        "The contacts belong to different rev orgs.",
+        "Check both contacts in DevRev. --across-workspaces merges them all the same.",
+        settles=True, skips=True,
+    ),
+    # Refused by the live check or the integrity check: nothing was requested.
+    "not_found": Code(
+        "DevRev has no such contact any more.",
+        "Export again, or leave the row out. If the pair is merged, --settle accepts it as it is.",
+        settles=True,
+    ),
+    "not_active": Code(
+        "The contact is locked, deactivated or deleted. Such a contact is not merged.",
+        "Check the contact in DevRev. If it no longer exists, leave its row out.",
+        settles=True,
+    ),
+    "email_changed": Code(
+        "A contact has another email in DevRev than in the CSV. They may be two people.", "Export again.", settles=True
+    ),
+    "external_ref_changed": Code(
+        "A contact has another reference in DevRev than in the CSV, or than the merge gave it.",
+        "Export again. If the pair is merged, --settle accepts the reference that it has now.",
+        settles=True,
+    ),
+    "several_external_refs": Code(
+        "The contact has several external references. What setting one does to the others is not documented.",
+        "Leave its row out, or have DevRev reduce it to one reference.",
+        settles=True,
+    ),
+    "unverified": Code(
+        "The duplicate is unverified and the primary is not. DevRev documents that such a merge is refused.",
+        "Leave its row out, or try it with --try-unverified.",
+        settles=True,
+    ),
+    "group_changed": Code(
+        "DevRev lists more contacts for this email than the CSV that you chose from.",
+        "Export again, and choose again.",
+        settles=True,
+    ),
+    "count_mismatch": Code(
+        "The backup has another number of tickets than the CSV.",
+        "Export again, or accept a backup with more tickets with --count-policy at-least.",
+        settles=True,
+    ),
+    "backup_failed": Code(
+        "The backup could not be written, or was not read back as it was written.",
+        "Check the named file or ticket, then run again.",
+        systemic=True, settles=True,
+    ),
+    "stale": Code(
+        "The check and the backup became too old before there was quota for the merge.",
+        "Raise DEVREV_RATE_LIMIT_CALLS, or ask DevRev for a larger quota.",
+        systemic=True,
+    ),
+    "undo_unfinished": Code(
+        "An undo of this email has started and not finished.", "Finish the undo with the command in the message first."
+    ),
+    "group_incomplete": Code("Another merge of one of its contacts has to finish first.", "Run again."),
+    "interrupted": Code("The run stopped first.", "Run the same command again. It finishes this pair first."),
+    # DevRev's answers.
+    "api_error": Code(
+        "A request failed or got no usable answer, also when it was repeated.",
+        "Run again. If it stays, send the message and the log to DevRev's support.",
+        systemic=True, settles=True,
+    ),
+    "forbidden": Code(
+        "DevRev refused a request: the token may not do this, or not for this contact.",
+        "Give the token the scope that the message names, or access to the named object, then run again.",
+        systemic=True, settles=True,
+    ),
+    "merge_refused": Code(
+        "DevRev refused to merge these contacts.",
+        "Check both contacts in DevRev, then run again. --settle cancels the merge.",
+        systemic=True, settles=True,
+    ),
+    "merge_not_confirmed": Code(
+        "DevRev did not finish the merge in time.",
+        "Run again later: it polls before anything else. --merge-timeout waits longer, --settle cancels the merge.",
+        systemic=True, settles=True,
+    ),
+    "plan_changed": Code(
+        "The merge was requested, and the CSV or a choice no longer has it with the same reference.",
+        "Run with the CSV that has it, or cancel the merge with --settle.",
+        settles=True,
+    ),
+    "merged_elsewhere": Code(
+        "Another user merged or deleted the duplicate. No reference was moved.",
+        "Check the reference that the message names, and export again.",
+        systemic=True,
+    ),
+    "merged_into_another": Code(
+        "DevRev names another contact than the primary.",
+        "Check both contacts in DevRev. --settle accepts it as it is.",
+        settles=True,
+    ),
+    "after_cancel": Code(
+        "DevRev carried out a merge that had been cancelled.",
+        "If the contacts are two people, undo the merge with --undo and this report.",
+    ),
+    # Merged, and not finished.
+    "external_ref_conflict": Code(
+        "Another contact holds the reference. Until the primary has it, the application may not recognise this person.",
+        "Export and run again. If it stays, free the reference from the contact that the message names.",
+        settles=True,
+    ),
+    "external_ref_not_set": Code(
+        "DevRev did not take the reference. Until the primary has it, the application may not recognise this person.",
+        "Run again. If it stays, set the reference by hand in DevRev, then use --settle.",
+        systemic=True, settles=True,
+    ),
+    "left_behind": Code(
+        "What is named here was the duplicate's and does not belong to the primary. The backup holds it.",
+        "Run again later, because DevRev may still be moving it, or move it by hand. --settle accepts what stays.",
+        settles=True,
+    ),
+    "still_listed": Code(
+        "The contacts are merged, but DevRev still lists the duplicate for its email.",
+        "Run again later. --settle accepts it as it is.",
+        settles=True,
+    ),
+    # Undo.
+    "merged_again": Code(
+        "The pair was undone, and deliberately merged again later.",
+        "To undo the later merge, use the report that the message names.",
+        skips=True,
+    ),
+    "not_merged": Code("There is no merge to undo.", "If the merge is unfinished, finish it first."),
+    "contact_refused": Code(
+        "DevRev refused to create the contact again. The primary has its reference again.",
+        "Check DevRev's answer in the message, then run the same --undo again. --settle gives the rest up.",
+        systemic=True,
+    ),
+    "contact_not_confirmed": Code(
+        "Whether the contact was created is not known.",
+        "Run the same --undo again: it looks the contact up first.",
+        systemic=True,
+    ),
+    "not_restored": Code(
+        "Some objects still belong to the primary.",
+        "Run the same --undo again, or set the people in DevRev. --settle gives the rest up.",
+    ),
+    "merged_onward": Code(
+        "The primary was merged into another contact later.",
+        "Undo the later merge first, with the report that the message names.",
+    ),
+}  # fmt: skip
+SKIP_REASONS = {code: (one.meaning, one.advice) for code, one in CODES.items() if one.skips}
+
+
+def codes_markdown() -> str:
+    """Return the table of codes for the README."""
+    rows = (f"| `{code}` | {one.meaning} | {one.advice} |" for code, one in CODES.items())
+    return "\n".join(["| code | what it means | what to do |", "|---|---|---|", *rows])
+
+
+SO_FAR: Mapping[State, str] = {
+    State.REQUESTED: "requested, and not merged yet",
+    State.ACKNOWLEDGED: "DevRev has accepted the merge",
+    State.MERGED: "merged in DevRev",
+    State.VERIFYING: "merged in DevRev, and the reference is in place",
 }
+STATE_WORDS: Mapping[State, str] = {
+    State.PLANNED: "planned",
+    State.FAILED: "failed, nothing merged",
+    **SO_FAR,
+    State.DONE: "merged and verified",
+    State.SETTLED: "merged, and the rest accepted with --settle",
+    State.MERGED_ELSEWHERE: "merged or deleted by another user",
+    State.CANCELLED: "cancelled, not merged",
+    State.UNDOING: "being undone",
+    State.UNDONE: "undone",
+    State.UNDO_SETTLED: "partly undone, and the rest given up with --settle",
+}
+
+
+# -- one pair ----------------------------------------------------------------------------------------
 
 
 def contact_entry(contact: Contact, reference: str = "old_external_ref") -> Json:
@@ -4975,76 +6393,157 @@ def contact_entry(contact: Contact, reference: str = "old_external_ref") -> Json
     }
 
 
-SO_FAR: Mapping[State, str] = {
-    State.REQUESTED: "asked for, and not merged yet",
-    State.ACKNOWLEDGED: "DevRev has accepted the merge",
-    State.MERGED: "merged in DevRev, for good",
-    State.PROVING: "merged in DevRev, for good, and its reference is in place",
-}
-
-
 def progress_of(pair: Pair) -> Json:
-    """What DevRev has done of an unfinished pair, and what is still to do; nothing of any other."""
+    """Return what DevRev has done of an unfinished pair and what is still to do; nothing of any other."""
     if pair.state not in UNFINISHED:
         return {}
     steps = ["confirm the merge"] if pair.state in REQUESTED_STATES else []
-    steps += ["set the reference"] if pair.new_ref and pair.state is not State.PROVING else []
-    steps.append("prove that nothing was left behind")
+    steps += ["set the reference"] if pair.new_ref and pair.state is not State.VERIFYING else []
+    steps.append("verify that nothing was left behind")
     return {"so_far": SO_FAR[pair.state], "to_do": ", ".join(steps)}
 
 
-def merge_entry(pair: Pair, planned: Collection[Tuple[str, str]]) -> Json:
-    """A pair in one of the report's lists; `in_csv` says whether it is one of this CSV's, `planned`."""
+def merge_entry(pair: Pair, planned: Optional[Collection[Ids]]) -> Json:
+    """Return a pair as the report's lists have it.
+
+    `in_csv` says whether it is among `planned`, the pairs of the CSV; it is null where these are not known.
+    """
     entry: Json = {
         "email": pair.email,
         "primary": contact_entry(pair.primary),
         "duplicate": contact_entry(pair.duplicate),
-        "new_external_ref": None if "reference_not_set" in pair.details else pair.new_ref,
-        "backup": pair.backup or None,
-        "seconds": round(pair.seconds, 3),
-        "finished": None if pair.state in UNFINISHED else pair.updated,
+        "new_external_ref": None if pair.reference_not_set else pair.new_ref,
         "state": pair.state.value,
-        "in_csv": pair.ids in planned,
-        **pair.details,
+        "in_csv": None if planned is None else pair.ids in planned,
+        "backup": pair.backup or None,
+        "backed_up": pair.backed_up,
+        "proved": pair.proved,
+        "fields_lost": pair.fields_lost,
+        "seconds": round(pair.seconds, 3),
+        "requested": iso(pair.requested_at) if pair.requested_at else None,
+        "finished": None if pair.state in UNFINISHED else pair.updated,
     }
-    if pair.state is not State.DONE:
-        entry.update(code=pair.code, error=pair.error, left_behind=pair.left_behind, advice=ADVICE.get(pair.code))
+    for name in ("deleted", "accepted", "reference_not_set", "onward", "after_cancel"):
+        if getattr(pair, name):
+            entry[name] = getattr(pair, name)
+    if pair.state is not State.DONE or pair.code:
+        code = CODES.get(pair.code)
+        entry.update(code=pair.code, error=pair.error, left_behind=pair.left_behind)
+        entry.update(reason=code.meaning if code else None, advice=code.advice if code else None)
     return {**entry, **progress_of(pair)}
 
 
+def settle_error(pair: Pair) -> str:
+    """Say why --settle can't end a pair, `""` where it can, or where the pair has ended."""
+    if pair.state in TERMINAL:
+        return ""
+    if pair.state is State.UNDOING:
+        return undo_settle_error(pair)
+    if pair.state not in UNFINISHED:
+        return (
+            f"its merge was not requested ({pair.code}), so there is nothing to settle; leave its rows out of the CSV"
+        )
+    if pair.code in CODES and CODES[pair.code].settles:
+        return ""
+    return (
+        f"it is unfinished ({pair.code or SO_FAR[pair.state]}), and no report has named a problem that stays; run again"
+    )
+
+
+def settle_pair(pair: Pair) -> None:
+    """End a pair that `settle_error` lets end: its problem is accepted, or the merge or undo given up."""
+    if pair.state in TERMINAL:
+        return
+    if pair.state in REQUESTED_STATES:
+        pair.state = State.CANCELLED
+    elif pair.state is State.UNDOING:
+        pair.state = State.UNDO_SETTLED
+    else:
+        if pair.new_ref and pair.state is State.MERGED:
+            pair.reference_not_set = pair.new_ref
+        pair.state = State.SETTLED
+    pair.accepted = f"{pair.code}: {pair.error}"
+
+
+# -- the report of a merge run or a settle -----------------------------------------------------------
+
+
+def report_path(run_id: str, kind: str) -> Path:
+    return REPORTS / f"{'undo' if kind == 'undo' else 'merge'}_report_{run_id}.json"
+
+
+def free_run_id(start: float, known: Collection[str] = ()) -> str:
+    """Return the name of a run that begins at `start` (epoch seconds).
+
+    It is that second in UTC, or the next one that is free among the `known` runs, in `reports/` and in `logs/`.
+    """
+    while True:
+        run_id = timestamp_name(start)
+        files = (report_path(run_id, "merge"), report_path(run_id, "undo"), LOGS / f"contact_merge_{run_id}.log")
+        if run_id not in known and not any(path.exists() for path in files):
+            return run_id
+        start += 1
+
+
+def check_not_restored(savepoint: SavePoint) -> None:
+    """Refuse to run where a report is newer than all that the savepoint knows.
+
+    Then the folder was put back from an older backup, and merges or undos have happened that would be repeated. Raises
+    FatalError(2).
+    """
+    known = savepoint.runs()
+    for path in sorted(REPORTS.glob("*_report_*.json")):
+        found = re.fullmatch(r"(?:merge|undo)_report_(\d{8}_\d{6})\.json", path.name)
+        if found and found.group(1) not in known and found.group(1) > max(known, default=""):
+            why = f"neither {SAVEPOINT} nor {SAVEPOINT_COPY} knows the run of {path}"
+            fix = "Put the newest copy of both back. If you know that nothing is missing, move that report away."
+            raise FatalError(EXIT_USAGE, f"the savepoint was put back from an older copy: {why}. {fix}")
+
+
 def beside_pairs(plan: Plan) -> Dict[str, Iterable[Json]]:
-    """What --choices has decided, each with whose references are lost by it; the skipped groups, each with the lines of
-    which --choices may take one; and the invalid rows."""
+    """Return what a report and a preview list besides pairs.
+
+    These are the choices with the references that each loses, the skipped groups with the lines of which --choices may
+    take one, the look-alikes and the invalid rows.
+    """
 
     def choice(group: Group) -> Json:
         lost = [contact_entry(contact, "external_ref") for contact in group.lost_refs()]
-        return {"email": group.email, "kept": group.chosen, "lost": lost, "warnings": group.warnings()}
+        warnings = [words for _, words in group.warnings()]
+        return {"email": group.email, "kept": group.chosen, "lost": lost, "warnings": warnings}
 
     def entry(skipped_group: SkippedGroup) -> Json:
-        choices = skipped_group.choice_lines().items()
         return {
             "email": skipped_group.email,
             "code": skipped_group.code,
-            "reason": SKIP_REASONS[skipped_group.code][0],
-            "advice": SKIP_REASONS[skipped_group.code][1],
+            "reason": skipped_group.reason(),
+            "advice": skip_words(skipped_group.code)[1],
             "contacts": [contact_entry(contact, "external_ref") for contact in skipped_group.contacts],
             "choices": [
                 {"line": line, "external_ref": contact.external_ref, "display_id": contact.short_id}
-                for line, contact in choices
+                for line, contact in skipped_group.choice_lines().items()
             ],
         }
 
+    def left_out(pair: Pair) -> Json:
+        return {**entry(SkippedGroup(pair.email, pair.code, [pair.duplicate])), "error": pair.error}
+
     return {
         "choices": [choice(group) for group in plan.chosen],
-        "skipped": map(entry, plan.skipped),
+        "skipped": chain(map(entry, plan.skipped), map(left_out, plan.left_out)),
+        "look_alikes": plan.look_alikes,
+        "warnings": plan.warnings(),
         "invalid_rows": (row._asdict() for row in plan.invalid_rows),
     }
 
 
-def report_chunks(head: Json, lists: Mapping[str, Iterable[Json]]) -> Iterator[bytes]:
-    """A JSON object of `head` and of lists that are too long to be held in memory."""
-    yield to_json(head, indent=1)[:-2]
+def report_chunks(head: Json, lists: Mapping[str, Optional[Iterable[Json]]]) -> Iterator[bytes]:
+    """Return a JSON document of `head` and of lists that are too long to be held in memory; one not known is null."""
+    yield to_json({"schema": SCHEMA, **head}, indent=1)[:-2]
     for name, items in lists.items():
+        if items is None:
+            yield b",\n %s: null" % to_json(name)
+            continue
         yield b",\n %s: [" % to_json(name)
         for index, item in enumerate(items):
             yield (b",\n  " if index else b"\n  ") + to_json(item)
@@ -5052,71 +6551,209 @@ def report_chunks(head: Json, lists: Mapping[str, Iterable[Json]]) -> Iterator[b
     yield b"\n}\n"
 
 
-def outcome(savepoint: SavePoint) -> Dict[str, Iterator[Pair]]:
-    """What a run has come to: the pairs of the report's lists, read from the savepoint anew with each call."""
-    elsewhere = State.MERGED_ELSEWHERE
-    return {
-        # Those of a run that was killed before its report are among them.
-        "successful_merges": (pair for pair in savepoint.unreported() if pair.state is not elsewhere),
-        "failed_merges": chain(savepoint.failed(), (one for one in savepoint.unreported() if one.state is elsewhere)),
-        "unfinished_merges": savepoint.rows(*UNFINISHED),
-    }
+def merge_lists(savepoint: SavePoint, run_id: str) -> Dict[str, Iterator[Pair]]:
+    """Return the pairs of a report's lists, read from the savepoint again with each call.
 
-
-def summary_of(plan: Plan, savepoint: SavePoint) -> Json:
-    """The contract's numbers, of this CSV's pairs; `earlier_runs` counts the other pairs in the lists."""
-    counts = {
-        name: collections.Counter(pair.ids in plan.ids for pair in pairs) for name, pairs in outcome(savepoint).items()
-    }
-    mine, others = ({name: count[which] for name, count in counts.items()} for which in (True, False))
-    attempted = sum(mine.values())
-    return {
-        "contacts_read": plan.contacts_read,
-        "invalid_rows": len(plan.invalid_rows),
-        "pairs_planned": len(plan.ids),
-        "already_merged": plan.already_merged,
-        "total_merges_attempted": attempted,
-        **mine,
-        "left": len(plan.ids) - plan.already_merged - attempted,
-        "skipped_groups": len(plan.skipped),
-        **({"earlier_runs": others} if any(others.values()) else {}),
-    }
-
-
-def headline(plan: Plan, summary: Json, savepoint: SavePoint) -> str:
-    """What a run has come to, in one line: nobody may read "all" where some remain."""
-    mine, others = summary["pairs_planned"] - summary["already_merged"], summary.get("earlier_runs", {})
-    unfinished, skipped = summary["unfinished_merges"], summary["skipped_groups"]
-    gone = sum(pair.ids in plan.ids for pair in savepoint.rows(State.MERGED, State.PROVING))
-    verb = "finished" if unfinished else "merged"
-    words = [f"{summary['successful_merges']:,} of {plural(mine, 'pair')} {verb}"] if mine else []
-    words += ["nothing to merge"] if not (mine or others) else []
-    words += [f"{unfinished:,} unfinished ({gone:,} of them merged in DevRev for good)"] if unfinished else []
-    counts = {"failed": "failed_merges", "left": "left", "merged before": "already_merged"}
-    words += [f"{summary[name]:,} {what}" for what, name in counts.items() if summary[name]]
-    words += [f"{plural(skipped, 'group')} skipped"] if skipped else []
-    words += [plural(summary["invalid_rows"], "invalid row")] if summary["contacts_read"] else []
-    ends = {"successful_merges": "at their end", "unfinished_merges": "unfinished", "failed_merges": "failed"}
-    more = [f"{others[name]:,} {what}" for name, what in ends.items() if others.get(name)]
-    if more:
-        words.append(f"of earlier runs, not in this CSV: {', '.join(more)}")
-    return ", ".join(words) or "nothing was done"
-
-
-def write_report(path: Path, run: Json, plan: Plan, savepoint: SavePoint, environment: Environment) -> None:
-    """Write the JSON report, and beside it the page that shows it. Raises OSError where the disk refuses.
-
-    The savepoint knows the report's name before the report has it, so that what has ended stands in exactly one.
+    A pair that has ended is in the report of the run that ended it, and in no other.
     """
-    summary = summary_of(plan, savepoint)
-    lists: Dict[str, Iterable[Json]] = {
-        name: (merge_entry(pair, plan.ids) for pair in pairs) for name, pairs in outcome(savepoint).items()
+    return {
+        "successful_merges": savepoint.pairs(State.DONE, run=run_id),
+        "failed_merges": savepoint.pairs(State.FAILED, State.MERGED_ELSEWHERE, run=run_id),
+        "unfinished_merges": savepoint.pairs(*UNFINISHED),
+        "settled": savepoint.pairs(State.SETTLED, run=run_id),
+        "cancelled": savepoint.pairs(State.CANCELLED, run=run_id),
+        "undo_settled": savepoint.pairs(State.UNDO_SETTLED, run=run_id),
     }
+
+
+def merge_summary(savepoint: SavePoint, run_id: str, plan: Optional[Plan]) -> Json:
+    """Return a run in numbers, which are those of the CSV's pairs; `earlier_runs` counts the other pairs in the lists.
+
+    Without a plan nothing is known of the CSV, and all pairs are counted.
+    """
+    mine: Dict[str, int] = collections.Counter()
+    others: Dict[str, int] = collections.Counter()
+    for name, pairs in merge_lists(savepoint, run_id).items():
+        for pair in pairs:
+            count = mine if plan is None or pair.ids in plan.ids else others
+            count[name] += 1
+            count["attempted"] += bool(pair.first_requested_at)
+            count["unfinished_but_merged"] += pair.state in (State.MERGED, State.VERIFYING)
+    for count in (mine, others):
+        count["successful_merges"] += count["settled"]
+        count["failed_merges"] += count["cancelled"]
+    summary: Json = dict.fromkeys(("contacts_read", "invalid_rows", "pairs_planned", "already_merged"))
+    if plan:
+        gone = sum(pair.code in ("already_gone", "already_merged") for pair in plan.left_out)
+        summary.update(contacts_read=plan.contacts_read, invalid_rows=len(plan.invalid_rows))
+        summary.update(pairs_planned=len(plan.ids), already_merged=plan.already_merged + gone)
+    summary["total_merges_attempted"] = mine["attempted"]
+    names = ("successful_merges", "failed_merges", "unfinished_merges", "unfinished_but_merged", "settled", "cancelled")
+    summary.update({name: mine[name] for name in names})
+    summary.update(left=None, skipped_groups=None)
+    if plan:
+        ended = summary["successful_merges"] + summary["failed_merges"] + summary["unfinished_merges"]
+        summary["left"] = len(plan.ids) - summary["already_merged"] - ended
+        summary["skipped_groups"] = len(plan.skipped) + len(plan.left_out) - gone
+    if mine["undo_settled"]:
+        summary["undo_settled"] = mine["undo_settled"]
+    if any(others.values()):
+        summary["earlier_runs"] = {name: others[name] for name in names}
+    return summary
+
+
+def headline(summary: Json, document: Json) -> str:
+    """Return what a run has come to, in one line: nobody may read "all" where some remain."""
+    others, planned = summary.get("earlier_runs", {}), summary["pairs_planned"]
+    unfinished, merged = summary["unfinished_merges"], summary["successful_merges"]
+    verb = "finished" if unfinished else "merged"
+    words = []
+    if document["kind"] == "settle":
+        words.append(f"{plural(summary['settled'], 'pair')} settled")
+        merged = 0
+    elif planned is None:
+        words.append(f"the run was killed: {plural(merged, 'pair')} {verb}")
+    elif planned - summary["already_merged"]:
+        words.append(f"{merged:,} of {plural(planned - summary['already_merged'], 'pair')} {verb}")
+    elif not others:
+        words.append("nothing to merge")
+    if unfinished:
+        words.append(f"{unfinished:,} unfinished ({summary['unfinished_but_merged']:,} of them merged in DevRev)")
+    failed = summary["failed_merges"] - summary["cancelled"]
+    words += [f"{failed:,} failed"] if failed else []
+    counts = {
+        "cancelled": "cancelled",
+        "undo given up": "undo_settled",
+        "left": "left",
+        "merged before": "already_merged",
+    }
+    words += [f"{summary[name]:,} {what}" for what, name in counts.items() if summary.get(name)]
+    words += [f"{plural(summary['skipped_groups'], 'group')} skipped"] if summary["skipped_groups"] else []
+    words += [plural(summary["invalid_rows"], "invalid row")] if summary["contacts_read"] else []
+    ends = {"successful_merges": "finished", "unfinished_merges": "unfinished", "failed_merges": "failed"}
+    more = [f"{others[name]:,} {what}" for name, what in ends.items() if others.get(name)]
+    words += [f"of earlier runs, not in this CSV: {', '.join(more)}"] if more else []
+    return ", ".join(words)
+
+
+def merge_report_lists(savepoint: SavePoint, run_id: str, plan: Optional[Plan]) -> Dict[str, Optional[Iterable[Json]]]:
+    """Return the lists of a merge run's report; null is what only the plan could tell."""
+    planned = plan.ids if plan else None
+    lists: Dict[str, Optional[Iterable[Json]]] = {
+        name: (merge_entry(pair, planned) for pair in pairs) for name, pairs in merge_lists(savepoint, run_id).items()
+    }
+    lists.update(beside_pairs(plan) if plan else dict.fromkeys(("choices", "skipped", "look_alikes", "invalid_rows")))
+    return lists
+
+
+def report_head(document: Json) -> Json:
+    run = {name: value for name, value in document.items() if name not in ("summary", "reported")}
+    return {"run": run, "summary": document["summary"]}
+
+
+def write_report(
+    environment: Environment,
+    savepoint: SavePoint,
+    run_id: str,
+    document: Json,
+    lists: Mapping[str, Optional[Iterable[Json]]],
+) -> None:
+    """Write the report of a run: the JSON, and beside it the page and, of merges, the CSV that show the same.
+
+    The savepoint learns the end, which is in `document`, before the file is written, and that it was written
+    afterwards, so that the next run can write what a kill has prevented. Raises OSError, and FatalError(3) where the
+    savepoint can't be written.
+    """
+    path = report_path(run_id, document["kind"])
+    savepoint.write({}, {run_id: document})
     environment.make_private_dir(path.parent)
-    chunks = report_chunks({"run": run, "summary": summary}, {**lists, **beside_pairs(plan)})
-    environment.write_atomically(path, chunks, before=lambda: savepoint.announce_report(path.name))
-    savepoint.confirm_report(lambda _name: True)
-    write_page(path, "template.html", run["headline"], environment)
+    if not path.exists():  # else the run itself, which knew more, has written it before it was killed
+        environment.write_atomically(path, report_chunks(report_head(document), lists))
+    is_undo = document["kind"] == "undo"
+    write_page(path, "undo_template.html" if is_undo else "template.html", document["headline"], environment)
+    if not is_undo:
+        environment.write_atomically(path.with_suffix(".csv"), pair_rows(savepoint, run_id))
+    document["reported"] = True
+    savepoint.write({}, {run_id: document})
+
+
+OUTCOMES = {
+    "successful_merges": "merged", "failed_merges": "failed", "unfinished_merges": "unfinished", "settled": "settled",
+    "cancelled": "cancelled", "undo_settled": "undo_settled",
+}  # fmt: skip
+ROW_HEADER = (
+    "email", "outcome", "code", "duplicate_id", "duplicate_display_id", "duplicate_external_ref", "primary_id",
+    "primary_display_id", "primary_old_external_ref", "primary_new_external_ref", "duplicate_tickets",
+    "primary_tickets", "backup",
+)  # fmt: skip
+
+
+def pair_rows(savepoint: SavePoint, run_id: str) -> Iterator[bytes]:
+    """Return a CSV with a line a pair, for systems that have stored the duplicate's id.
+
+    It begins with a byte order mark, and no cell is a formula to a spreadsheet.
+    """
+    yield b"\xef\xbb\xbf" + (csv_line(*ROW_HEADER) + "\r\n").encode("ascii")
+    for name, pairs in merge_lists(savepoint, run_id).items():
+        for pair in pairs:
+            primary, duplicate = pair.primary, pair.duplicate
+            has_moved = pair.state in (State.VERIFYING, State.DONE, State.SETTLED) and not pair.reference_not_set
+            moved = pair.new_ref if has_moved else None
+            cells = (
+                pair.email, State.MERGED_ELSEWHERE.value if pair.state is State.MERGED_ELSEWHERE else OUTCOMES[name],
+                pair.code, duplicate.id, duplicate.short_id, duplicate.external_ref, primary.id, primary.short_id,
+                primary.external_ref, moved or primary.external_ref, str(duplicate.tickets), str(primary.tickets),
+                pair.backup,
+            )  # fmt: skip
+            yield (csv_line(*map(spreadsheet_cell, cells)) + "\r\n").encode("utf-8", "backslashreplace")
+
+
+def spreadsheet_cell(text: str) -> str:
+    """Put an apostrophe before what a spreadsheet would take for a formula."""
+    return "'" + text if re.match(r"'*[=+\-@\t\r]", text) else text
+
+
+def undo_lists(savepoint: SavePoint, run_id: str) -> Dict[str, List[Pair]]:
+    """Return the pairs of an undo's report, as the savepoint knows them."""
+    failed = [state for state in State if state not in (State.UNDONE, State.UNDOING)]
+    lists = {"undone": (State.UNDONE,), "unfinished": (State.UNDOING,), "failed": failed}
+    return {name: list(savepoint.pairs(*states, run=run_id)) for name, states in lists.items()}
+
+
+def undo_report_lists(
+    pairs: Mapping[str, Sequence[Pair]], skipped: Optional[Sequence[Pair]]
+) -> Dict[str, Optional[Iterable[Json]]]:
+    lists: Dict[str, Optional[Iterable[Json]]] = {name: map(undo_entry, found) for name, found in pairs.items()}
+    lists["skipped"] = None if skipped is None else map(undo_entry, skipped)
+    return lists
+
+
+def report_killed_runs(environment: Environment, savepoint: SavePoint) -> List[Path]:
+    """Write the reports of runs that were killed before they could; return their paths.
+
+    It comes before anything else of a run, because rows that change name the run that changed them.
+    """
+    paths = []
+    for run_id, document in savepoint.runs().items():
+        if document["reported"]:
+            continue
+        savepoint.organisation = document["organisation"]
+        if document["end"] is None:
+            document["stopped"] = "killed"
+        if document["kind"] == "undo":
+            pairs = undo_lists(savepoint, run_id)
+            lists = undo_report_lists(pairs, None)
+            document.setdefault("summary", {name: len(found) for name, found in pairs.items()})
+            document["headline"] = document["headline"] or undo_headline(document["summary"], 0)
+        else:
+            lists = merge_report_lists(savepoint, run_id, None)
+            if "summary" not in document:
+                document["summary"] = merge_summary(savepoint, run_id, None)
+                document["headline"] = headline(document["summary"], document)
+        write_report(environment, savepoint, run_id, document, lists)
+        paths.append(report_path(run_id, document["kind"]))
+    savepoint.organisation = ""
+    return paths
 
 
 def write_page(report: Path, template: str, headline: str, environment: Environment) -> None:
@@ -5180,14 +6817,14 @@ def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool, quota: Opt
 
 
 class OutputThread:
-    """Writes to streams in the order of what it is given; once begun in a thread, so that a terminal that takes
-    nothing more holds up nobody.
+    """Writes to streams in the order of its calls, once begun in a thread: a terminal that takes nothing more delays
+    neither a merge nor a signal.
 
-    What can't be written is dropped; `failure` says why, unless it is that nobody reads it any more.
+    What can't be written is dropped; `failure` says why, unless it is that the reader has closed the pipe.
     """
 
-    PIECE = 1024  # bytes, so that a slow terminal is seen to take some
-    BACKLOG = 10_000  # lines, past which what is not a result is dropped
+    PIECE = 1024  # bytes at a time to a terminal, so that a slow one is seen to take some
+    BACKLOG = 10_000  # lines, beyond which lines that are not results are dropped
 
     def __init__(self) -> None:
         self.failure: Optional[OSError] = None
@@ -5211,7 +6848,7 @@ class OutputThread:
             self._write(stream, text, status)
 
     def consume(self, patience: Callable[[], float]) -> bool:
-        """Wait until all is written; False where nothing has been taken for `patience` seconds."""
+        """Wait until everything is written; return False where nothing has been taken for `patience` seconds."""
         done, seen, since = threading.Event(), self.written, time.monotonic()
         self._jobs.put(done)
         while self._begun and not done.wait(0.05):
@@ -5241,7 +6878,7 @@ class OutputThread:
             self.failure = self.failure or (error if isinstance(error, OSError) else OSError(str(error)))
 
     def _send(self, stream: TextIO, text: str) -> None:
-        """Write past Python's own buffers: what is stuck in one of them would hold up the exit."""
+        """Write past Python's own buffers: text that is stuck in one of them would delay the exit."""
         raw = getattr(getattr(stream, "buffer", None), "raw", None)
         if raw is None:
             stream.write(text)
@@ -5249,37 +6886,49 @@ class OutputThread:
         data = text.replace("\n", os.linesep).encode(stream.encoding or "utf-8", "backslashreplace")
         while data:
             taken = raw.write(data[: self.PIECE]) if stream.isatty() else raw.write(data)
-            if not taken:  # somebody has made it a stream that does not block
+            if not taken:  # another program has made it a stream that does not block
                 time.sleep(0.05)
             self.written += taken or 0
             data = data[taken or 0 :]
 
 
 class Console:
-    """What people see: results on stdout, the rest on stderr; plain where it is piped."""
+    """What the user sees: results on stdout (`out`), everything else on stderr (`err`); plain where it is piped.
+
+    JSON goes to `data`, which is `out` unless a run has its report printed: then all text goes to stderr.
+    """
 
     COLOURS: Mapping[str, str] = {"good": "32", "bad": "31", "bold": "1"}
     STUCK, STUCK_AFTER_SIGNAL = 10.0, 2.0  # seconds after which a terminal that takes nothing is given up
 
-    def __init__(self, quiet: bool = False, out: Optional[TextIO] = None, err: Optional[TextIO] = None) -> None:
+    def __init__(
+        self,
+        quiet: bool = False,
+        out: Optional[TextIO] = None,
+        err: Optional[TextIO] = None,
+        data: Optional[TextIO] = None,
+    ) -> None:
         self.quiet = quiet
         self.out: TextIO = out or sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         self.err: TextIO = err or sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        self.data = data or self.out
         self.mask: Callable[[str], str] = str
-        # Where one alone is a terminal, the other has a pen of its own: a frozen terminal holds up no file.
+        # A terminal and a file have a thread each: a frozen terminal delays no file.
         output = OutputThread()
-        self._outputs = {
-            self.err: output,
-            self.out: output if self.out.isatty() == self.err.isatty() else OutputThread(),
-        }
+        self._outputs = {self.err: output}
+        for stream in (self.out, self.data):
+            if stream not in self._outputs:
+                self._outputs[stream] = output if stream.isatty() == self.err.isatty() else OutputThread()
 
     def begin(self) -> None:
         """From now on write beside the work."""
+        if os.name == "nt" and self.err.isatty():
+            os.system("")  # makes the console of Windows 10 and later understand escape sequences
         for output in set(self._outputs.values()):
             output.begin()
 
     def end(self, signalled: Callable[[], bool]) -> Optional[OSError]:
-        """Wait until all is written, unless a terminal takes nothing more. Returns what kept results from it."""
+        """Wait until everything is written, unless a terminal takes nothing more. Return why results can't be."""
         for stream, output in self._outputs.items():
             is_terminal = stream.isatty()
 
@@ -5287,11 +6936,24 @@ class Console:
                 return self.STUCK_AFTER_SIGNAL if signalled() else self.STUCK if is_terminal else float("inf")
 
             output.consume(patience)
-        return self._outputs[self.out].failure
+        return self._outputs[self.data].failure
+
+    @staticmethod
+    def columns(stream: TextIO, otherwise: int) -> int:
+        """How wide the terminal of `stream` is: stdout may be a pipe where stderr is a terminal."""
+        columns = os.environ.get("COLUMNS", "")
+        with contextlib.suppress(OSError, ValueError):
+            return int(columns) if columns.isdecimal() else os.get_terminal_size(stream.fileno()).columns or otherwise
+        return otherwise
 
     @property
     def width(self) -> int:
-        return shutil.get_terminal_size((100, 24)).columns if self.out.isatty() else 10_000
+        return self.columns(self.out, 100) if self.out.isatty() else 10_000
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether a line can be rewritten in place."""
+        return self.err.isatty() and os.environ.get("TERM") != "dumb"
 
     def style_text(self, style: str, text: str, stream: Optional[TextIO] = None) -> str:
         plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb" or not (stream or self.out).isatty()
@@ -5299,49 +6961,62 @@ class Console:
 
     @property
     def arrow(self) -> str:
-        """Points from the duplicate to the primary, with what the output can show."""
+        """Points from the duplicate to the primary, in the characters that the output can show."""
         return "<-" if "\u2190".encode(self.out.encoding or "ascii", "ignore") == b"" else "\u2190"
 
     def sanitize(self, text: str) -> str:
         return escape_unprintable(self.mask(text))
 
     def print(self, text: str = "", style: str = "") -> None:
-        """A line of results, wrapped on a terminal; never raises because nobody reads it any more."""
+        """Print a line of results, wrapped on a terminal; a closed pipe raises nothing."""
         lines = self.wrap(self.sanitize(text))
         self._outputs[self.out].put(self.out, "".join(self.style_text(style, line) + "\n" for line in lines))
 
-    def wrap(self, text: str) -> List[str]:
-        if len(text) <= self.width:
+    def wrap(self, text: str, width: Optional[int] = None) -> List[str]:
+        width = width or self.width
+        if len(text) <= width:
             return [text]
         indent = " " * (len(text) - len(text.lstrip()) + 2)
-        return textwrap.wrap(text, self.width, subsequent_indent=indent, break_on_hyphens=False)
+        return textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False)
 
     def stream(self, text: str) -> None:
-        """A part of long results as it is; waits for what was given before, so that memory does not grow."""
-        output = self._outputs[self.out]
+        """Print a part of long results as it is; wait for earlier parts, so that memory does not grow."""
+        self._stream(self.out, text)
+
+    def _stream(self, stream: TextIO, text: str) -> None:
+        output = self._outputs[stream]
         while output.backlog() > 10:
             time.sleep(0.01)
-        output.put(self.out, text)
+        output.put(stream, text)
 
     def json(self, chunks: Iterable[bytes]) -> None:
-        """Results as JSON, in ASCII, which nothing on the way to a program spoils."""
+        """Print results as JSON, in ASCII, which nothing on the way to a program changes."""
         for chunk in chunks:
-            self.stream(re.sub(r"[^\x00-\x7e]", lambda c: json.dumps(c.group())[1:-1], chunk.decode("utf-8")))
+            text = re.sub(r"[^\x00-\x7e]", lambda c: json.dumps(c.group())[1:-1], chunk.decode("utf-8"))
+            self._stream(self.data, text)
 
     def print_err(self, text: str, style: str = "") -> None:
-        """A line beside the results."""
+        """Print a line that is no result, wrapped on a terminal."""
         output = self._outputs[self.err]
         if output.backlog() < output.BACKLOG:
-            output.put(self.err, self.style_text(style, self.sanitize(text), self.err) + "\n")
+            width = self.columns(self.err, 100) if self.err.isatty() else 10_000
+            lines = self.wrap(self.sanitize(text), width)
+            output.put(self.err, "".join(self.style_text(style, line, self.err) + "\n" for line in lines))
+
+    def suggest(self, words: str, command: str) -> None:
+        """Print a next step; its command is not wrapped, so that it can be copied."""
+        if not self.quiet:
+            self.print_err(f"next: {words}")
+            self._outputs[self.err].put(self.err, f"  {self.sanitize(command)}\n")
 
     def question_streams(self) -> Tuple[Callable[..., None], Callable[[str], None]]:
-        """What says lines, and what puts a question, where somebody is who can answer: not into a file or a pipe."""
+        """What prints facts, and what asks, on the stream that the user sees: not into a file or a pipe."""
         if self.out.isatty():
             return self.print, self.stream
         return self.print_err, lambda text: self._outputs[self.err].put(self.err, text)
 
     def print_last(self, text: str) -> None:
-        """Say a last word, if anybody listens, before the process ends at once."""
+        """Print a last line, if it can be written soon, before the process ends at once."""
         self.print_err(text, "bold")
         self._outputs[self.err].consume(lambda: 0.2)
 
@@ -5350,16 +7025,16 @@ class Console:
         self.print_err(f"error: {text}", "bad")
 
     def status(self, text: str) -> None:
-        """The one line that is rewritten in place on a terminal; `""` removes it."""
-        if not self.quiet and self.err.isatty() and not self._outputs[self.err].backlog():
-            room, line = shutil.get_terminal_size((80, 24)).columns - 1, self.sanitize(text)
-            if len(line) > room:
-                line = re.sub(r"\((\w+) [^)]*\)", r"(\1)", line)  # without details
+        """Show the one line that is rewritten in place on a terminal; `""` removes it."""
+        if not self.quiet and self.rewrites and not self._outputs[self.err].backlog():
+            room, line = self.columns(self.err, 80) - 1, self.sanitize(text)
+            for details, kept in ((r"\((\w+) [^)]*\)", r"(\1)"), (r" \([^)]*\)", "")):
+                line = re.sub(details, kept, line) if len(line) > room else line
             self._outputs[self.err].put(self.err, line if len(line) <= room else f"{line[: room - 3]}...", True)
 
 
 class PlainFormatter(logging.Formatter):
-    """One line a record, without the token and without anything that a terminal could act on."""
+    """Formats a record as one line, without the token and without anything that a terminal could act on."""
 
     def __init__(self, console: Console) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
@@ -5373,7 +7048,7 @@ class PlainFormatter(logging.Formatter):
 
 
 class ConsoleHandler(logging.Handler):
-    """Shows log records beside the work; errors the console has shown already."""
+    """Shows log records on stderr, except errors, which the console has shown already."""
 
     def __init__(self, console: Console, level: int) -> None:
         super().__init__(level)
@@ -5401,32 +7076,50 @@ def plan_summary(plan: Plan, cost: Estimate, earlier: Sequence[Pair]) -> Json:
         "pairs_planned": len(plan.ids),
         "pairs_to_merge": new,
         "pairs_to_finish": len(earlier),
-        "already_merged": plan.already_merged + plan.unreported,
-        "left": len(plan.ids) - plan.already_merged - plan.unreported - in_csv - new,
+        "already_merged": plan.already_merged,
+        "left": len(plan.ids) - plan.already_merged - in_csv - new,
         "skipped_groups": len(plan.skipped),
+        "look_alikes": len(plan.look_alikes),
         "invalid_rows": len(plan.invalid_rows),
+        "other_references": plan.other_refs,
+        "other_reference_example": plan.other_ref or None,
         "estimated_requests": cost.requests,
         "estimated_seconds": round(cost.seconds),
     }
 
 
-def plan_chunks(plan: Plan, facts: Json, earlier: Sequence[Pair]) -> Iterator[bytes]:
-    """The plan as JSON, for `--preview --json`."""
+def plan_chunks(
+    plan: Plan, facts: Json, earlier: Sequence[Pair], live: Optional[Sequence[Json]] = None
+) -> Iterator[bytes]:
+    """Return the plan as JSON, for `--preview --json`."""
+
+    def entry(pair: Pair) -> Json:
+        return {
+            "email": pair.email,
+            "primary": contact_entry(pair.primary, "external_ref"),
+            "duplicate": contact_entry(pair.duplicate, "external_ref"),
+            "new_external_ref": pair.new_ref,
+        }
+
     lists: Dict[str, Iterable[Json]] = {
-        "pairs": (merge_entry(pair, plan.ids) for pair in plan.pairs() if pair.state is State.PLANNED),
+        "pairs": (entry(pair) for pair in plan.pairs() if pair.state is State.PLANNED),
         "to_finish": (merge_entry(pair, plan.ids) for pair in earlier),
     }
-    return report_chunks({"summary": facts}, {**lists, **beside_pairs(plan)})
+    lists.update({"live": live} if live is not None else {})
+    return report_chunks({"schema": SCHEMA, "summary": facts}, {**lists, **beside_pairs(plan)})
 
 
 def show_plan(plan: Plan, facts: Json, console: Console, cost: str, earlier: Sequence[Pair]) -> None:
-    """Print what a run would do, so that somebody can sign it."""
+    """Print what a run would do, so that a person can sign it."""
     if not console.quiet:
         _show_pairs(plan, console)
-        blocks = (earlier_lines(earlier), choice_lines(plan), invalid_lines(plan))
-        for lines in chain(blocks, (skip_lines(plan, code) for code in SKIP_REASONS)):
+        blocks = (earlier_lines(earlier), choice_lines(plan), warning_lines(plan), look_alike_lines(plan))
+        skips = (skip_lines(plan, code) for code in SKIP_REASONS)
+        for lines in chain(blocks, [invalid_lines(plan)], skips):
             print_lines(console, lines)
-    console.print(f"{plural(plan.contacts_read, 'contact')} read, {plural(len(plan.invalid_rows), 'invalid row')}")
+    counts = [f"{plural(plan.contacts_read, 'contact')} read", plural(len(plan.invalid_rows), "invalid row")]
+    counts += [f"{plural(len(plan.look_alikes), 'group')} of look-alikes"] if plan.look_alikes else []
+    console.print(", ".join(filter(None, [*counts, plan.others_line()])))
     if facts["already_merged"]:
         console.print(f"{plural(facts['already_merged'], 'pair')} of this export already merged (says the savepoint)")
     if facts["left"]:
@@ -5434,8 +7127,8 @@ def show_plan(plan: Plan, facts: Json, console: Console, cost: str, earlier: Seq
     console.print(cost)
     console.print(f"plan {plan.id}")
     more = f", {len(earlier):,} of earlier runs to finish first" if earlier else ""
-    counts = f"{plural(facts['pairs_to_merge'], 'pair')} to merge, {plural(len(plan.skipped), 'group')} skipped"
-    console.print(counts + more, "bold")
+    what = f"{plural(facts['pairs_to_merge'], 'pair')} to merge, {plural(len(plan.skipped), 'group')} skipped"
+    console.print(what + more, "bold")
 
 
 def print_lines(console: Console, lines: Iterable[str]) -> None:
@@ -5468,15 +7161,40 @@ def earlier_lines(pairs: Sequence[Pair]) -> Iterator[str]:
 
 
 def choice_lines(plan: Plan) -> Iterator[str]:
-    """What the choices come to: whose reference stays, which are lost, and where that looks wrong."""
+    """What the choices come to: which reference stays and which are lost."""
     if plan.chosen:
         yield f"CHOICES: {plural(len(plan.chosen), 'group')}"
     for group in plan.chosen:
         yield f"  {group.email} keeps {group.chosen}"
         for contact in group.lost_refs():
             yield f"    lost: {contact.external_ref} ({describe_contact(contact)}): its account has no contact then"
-        for warning in group.warnings():
-            yield f"    WARNING: {warning}: a shared mailbox is not a person; one would read the others' conversations"
+
+
+def warning_lines(plan: Plan) -> Iterator[str]:
+    """What a person should check before groups are merged, twenty lines of each kind at most."""
+    by_code: Dict[str, List[str]] = collections.defaultdict(list)
+    for one in plan.warnings():
+        by_code[one["code"]].append(f"{one['email']}: {one['warning']}")
+    for code, lines in sorted(by_code.items(), key=lambda item: item[0] != "shared_mailbox"):
+        yield f"WARNING {code}: {plural(len(lines), 'group')}"
+        if code != "age_undecided":
+            yield "  a shared mailbox is not a person: after the merge one would read the others' conversations"
+        yield from (f"  {words}" for words in some(lines, 20))
+
+
+def look_alike_lines(plan: Plan) -> Iterator[str]:
+    """Addresses that are probably one, but for how they are written; they are never joined."""
+    if plan.look_alikes:
+        yield f"LOOK ALIKE, and not joined: {plural(len(plan.look_alikes), 'group')} of addresses; fix them in DevRev"
+    files = {line["file"] for one in plan.look_alikes for line in one["lines"]}
+    for one in plan.look_alikes[:20]:
+        places: Dict[str, List[str]] = collections.defaultdict(list)
+        for line in one["lines"]:
+            where = f"{line['file']}, line {line['line']}" if len(files) > 1 else f"line {line['line']}"
+            places[ascii(line["email"])[1:-1]].append(where)
+        yield "  " + " and ".join(f"{email} ({', '.join(some(found))})" for email, found in places.items())
+    if len(plan.look_alikes) > 20:
+        yield f"  and {len(plan.look_alikes) - 20:,} more (--json has them all)"
 
 
 def describe_contact(contact: Contact) -> str:
@@ -5485,10 +7203,21 @@ def describe_contact(contact: Contact) -> str:
 
 
 def invalid_lines(plan: Plan) -> Iterator[str]:
-    if plan.invalid_rows:
-        yield f"LEFT OUT: {plural(len(plan.invalid_rows), 'invalid row')}"
+    """The rows that are left out, grouped by reason; twenty lines of each reason at most."""
+    if not plan.invalid_rows:
+        return
+    hint = looks_like(plan.invalid_rows)
+    yield f"LEFT OUT: {plural(len(plan.invalid_rows), 'invalid row')}" + (f"; {hint}" if hint else "")
+    files = len({row.file for row in plan.invalid_rows})
+    by_code: Dict[str, List[InvalidRow]] = collections.defaultdict(list)
     for row in plan.invalid_rows:
-        yield f"  line {row.line}: {row.reason}" + (f" ({row.email})" if row.email else "")
+        by_code[row.code].append(row)
+    for code, rows in sorted(by_code.items(), key=lambda item: -len(item[1])):
+        yield f"  {INVALID_ROWS[code]}: {plural(len(rows), 'row')}"
+        for row in rows[:20]:
+            yield f"    {place_of(row, files)}: {row.reason}" + (f" ({row.email})" if row.email else "")
+        if len(rows) > 20:
+            yield f"    and {len(rows) - 20:,} more (--json has them all)"
 
 
 def skip_lines(plan: Plan, code: str) -> Iterator[str]:
@@ -5497,7 +7226,7 @@ def skip_lines(plan: Plan, code: str) -> Iterator[str]:
     if not skips:
         return
     yield f"SKIPPED {code}: {plural(len(skips), 'group')}"
-    reason, advice = SKIP_REASONS[code]
+    reason, advice = skip_words(code)
     yield f"  why: {reason}"
     yield f"  what to do: {advice}"
     lines: Dict[str, List[str]] = collections.defaultdict(list)
@@ -5505,8 +7234,8 @@ def skip_lines(plan: Plan, code: str) -> Iterator[str]:
         lines[email_key(row.email or "")].append(str(row.line))
     for skipped_group in skips:
         choices = list(skipped_group.choice_lines().items())
+        size = plural(len(skipped_group.contacts), "contact")
         if choices:
-            size = plural(len(skipped_group.contacts), "contact")
             yield f"  {skipped_group.email}, {size}; a line for --choices (EMAIL,EXTERNAL_REF):"
             for line, contact in choices[:6]:
                 yield f"    {describe_contact(contact)}"
@@ -5514,32 +7243,44 @@ def skip_lines(plan: Plan, code: str) -> Iterator[str]:
             yield from [f"    and {len(choices) - 6:,} more"] if len(choices) > 6 else []
             continue
         names = some([f"{one.external_ref} ({plural(one.tickets, 'ticket')})" for one in skipped_group.contacts], 6)
-        numbers = lines[skipped_group.email] if code == "invalid_row" else []
+        numbers = some(lines[skipped_group.email], 20) if code == "invalid_row" else []
         where = f" (line{'s' * (len(numbers) > 1)} {', '.join(numbers)})" if numbers else ""
+        where = f", {size}" if code == "shared_mailbox" else where
         yield f"  {skipped_group.email}{where}: {', '.join(names)}"
 
 
 def _show_pairs(plan: Plan, console: Console) -> None:
-    """A table where it fits the terminal, else two lines a pair."""
+    """Print the pairs as a table; a row that is much longer than most, or does not fit the terminal, on lines of its
+    own."""
     head = ("EMAIL", "PRIMARY", "TICKETS", console.arrow, "DUPLICATE", "TICKETS", "REFERENCE", "NAME")
     rows = [_pair_cells(pair, console) for pair in plan.pairs() if pair.state is State.PLANNED]
     if not rows:
         return
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    # One long address must not take the table from all the others: a column is as wide as nine of ten cells need.
+    share = 1.0 if max(len("  ".join(row)) for row in rows) + 10 < console.width / 2 else 0.9
+    widths = [
+        max(len(title), sorted(map(len, column))[int(share * (len(rows) - 1))])
+        for title, column in zip(head, zip(*rows))
+    ]
     form = "%-{}s  %-{}s %{}s %{}s %-{}s %{}s  %-{}s  %s".format(*widths)
-    if sum(widths) + 10 > console.width:
-        form = "%s\n  %s (%s) %s %s (%s), %s\n  %s"
-    for line in (form % head).split("\n"):
+    lines = "%s\n  %s (%s) %s %s (%s), reference %s\n  %s"
+    room = console.width - 10 - sum(widths[:-1])
+    is_table = room >= len(head[-1])
+    for line in ((form if is_table else lines) % head).split("\n"):
         console.print(line, "bold")
     for start in range(0, len(rows), 1000):
-        console.stream("".join(form % row + "\n" for row in rows[start : start + 1000]))
+        text = ""
+        for row in rows[start : start + 1000]:
+            fits = is_table and len(row[-1]) <= room and all(map(int.__le__, map(len, row[:-1]), widths))
+            text += (form if fits else lines) % row + "\n"
+        console.stream(text)
     console.print()
 
 
 def _pair_cells(pair: Pair, console: Console) -> Tuple[str, ...]:
     cells = (
-        pair.email, pair.primary.short_id, str(pair.primary.tickets), console.arrow, pair.duplicate.short_id,
-        str(pair.duplicate.tickets), pair.new_ref or "unchanged", names_of(pair),
+        pair.email, pair.primary.external_ref, str(pair.primary.tickets), console.arrow, pair.duplicate.external_ref,
+        str(pair.duplicate.tickets), "moves" if pair.new_ref else "unchanged", names_of(pair),
     )  # fmt: skip
     return tuple(map(console.sanitize, cells))
 
@@ -5548,36 +7289,45 @@ def _pair_cells(pair: Pair, console: Console) -> Tuple[str, ...]:
 # Command line
 # ---------------------------------------------------------------------------------------------------
 
-DESCRIPTION = "Merge duplicate DevRev contacts that share an email: check, back up, merge, move the reference, prove."
-EPILOG = """\
-examples:
-  look at the plan (no request, no token needed):
-    merge_contacts.py --csv contacts.csv --preview
-  merge one customer first, then the rest:
-    merge_contacts.py --csv contacts.csv --email ana@example.com
-    merge_contacts.py --csv contacts.csv
-  after a crash or an interruption, the same command again goes on:
-    merge_contacts.py --csv contacts.csv
-  take back what a run has merged (ids, dates, creators and authors of comments can't be given back):
-    merge_contacts.py --undo reports/merge_report_20250131_120000.json --preview
-    merge_contacts.py --undo reports/merge_report_20250131_120000.json
-
-environment, or .env in this folder or beside the script:
-  DEVREV_API_TOKEN          needed for a real run
-  DEVREV_BASE_URL           default https://api.devrev.ai
-  DEVREV_RATE_LIMIT_CALLS, DEVREV_RATE_LIMIT_PERIOD
-                            the tool's own ceiling, default 200 calls in 60 seconds; 0 calls: none
-  DEVREV_TIMEOUT            seconds to wait for an answer, default 30
-  DEVREV_MAX_RETRIES        default 5
-
-exit codes:
-  0    all merged, or nothing to do
-  1    some failed, the rest are merged
-  2    bad option, CSV, token or permission: nothing was changed
-  3    stopped early: run again
-  11   another run holds the savepoint
-  130, 143, 129   interrupted (Ctrl-C, SIGTERM, SIGHUP): run again
+EXIT_CODES: Mapping[int, str] = {
+    EXIT_OK: "every planned pair is merged, or there was nothing to do",
+    EXIT_FAILED: "some pairs failed or are unfinished; the rest are merged",
+    EXIT_USAGE: "bad option, CSV, token or environment; nothing was changed",
+    EXIT_STOPPED: "stopped early (API, token, disk): run again to resume",
+    EXIT_HELD: "another run holds the savepoint",
+    130: "interrupted by Ctrl-C: run again to resume",
+    143: "interrupted by SIGTERM: run again to resume",
+    129: "interrupted by SIGHUP, a closed terminal: run again to resume",
+}
+DESCRIPTION = """\
+Merge duplicate DevRev contacts that share an email address. Each pair is
+checked, backed up, merged and verified; a report names every result.
 """
+EPILOG = """\
+A first time, step by step:
+  merge_contacts.py --export contacts.csv          read contacts from DevRev
+  merge_contacts.py --csv contacts.csv --preview   see what would be merged
+  merge_contacts.py --csv contacts.csv --check     see whether a run can start
+  merge_contacts.py --csv contacts.csv --limit 1   merge one pair, check it
+  merge_contacts.py --csv contacts.csv             merge the rest
+The same command in the same folder resumes a stopped run. To undo a run:
+  merge_contacts.py --undo reports/merge_report_20250131_120000.json
+
+Environment, or .env in the current folder or beside the script:
+  DEVREV_API_TOKEN          your token; --preview and --status need none
+  DEVREV_BASE_URL           (default: https://api.devrev.ai)
+  DEVREV_RATE_LIMIT_CALLS   requests; 0: no limit (default: DevRev's quota)
+  DEVREV_RATE_LIMIT_PERIOD  seconds for so many requests (default: 60)
+  DEVREV_TIMEOUT            seconds without an answer (default: 30)
+  DEVREV_MAX_RETRIES        repeats of a failed request (default: 5)
+  DEVREV_USER_REF_PREFIX    your application's references (default: user_)
+  HTTPS_PROXY, REQUESTS_CA_BUNDLE   as for other programs
+
+A run writes savepoint.db, logs/, backups/ and reports/ in the current folder.
+Times in file names are UTC.
+
+Exit codes:
+""" + "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
 
 
 def _positive_int(text: str) -> int:
@@ -5601,271 +7351,393 @@ def _seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{escape_unprintable(text)} is not a number of seconds above 0, up to 86400")
 
 
-class OptionParser(argparse.ArgumentParser):
-    """argparse, but a wrong option is told first, with what may have been meant, and can't act on the terminal."""
+class StoreOnce(argparse.Action):
+    """Stores one value; a second one is an error, because "the last one wins" hides a mistake."""
 
-    MEANT: Mapping[str, str] = {"--dry-run": "--preview", "--force": "--yes", "--resume": "the same command again"}
+    given = False
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Optional[str] = None
+    ) -> None:
+        if self.given:
+            parser.error(f"{option} is given twice; it takes one value")
+        self.given = True
+        setattr(namespace, self.dest, values)
+
+
+class OptionParser(argparse.ArgumentParser):
+    """Prints what is wrong with an option first, then what may have been meant."""
+
+    MEANT: Mapping[str, str] = {
+        "--dry-run": "--preview", "--force": "--yes", "--resume": "the same command again", "--rollback": "--undo",
+        "--input": "--csv", "--file": "--csv", "--output": "--export", "--threads": "--workers",
+    }  # fmt: skip
+    as_json = False  # whether a program reads the report of a run on stdout
 
     def error(self, message: str) -> NoReturn:
         _, _, unknown = message.partition("unrecognized arguments: ")
         hint = self._hint(unknown.split()[0]) if unknown.split() else ""
-        usage = "usage: merge_contacts.py --csv PATH [--preview] [option ...]   (--help tells them all)"
+        if self.as_json:
+            failure = {"schema": SCHEMA, "exit_code": EXIT_USAGE, "error": f"{message}{hint}"}
+            sys.stdout.write(json.dumps(failure) + "\n")
+        usage = "usage: merge_contacts.py --csv PATH [--preview] [option ...]   (--help lists the options)"
         self.exit(EXIT_USAGE, escape_unprintable(f"{self.prog}: error: {message}{hint}") + f"\n{usage}\n")
 
     def _hint(self, word: str) -> str:
         name = word.split("=")[0]
-        if word.lower().endswith(".csv"):
+        if word.lower().endswith((".csv", ".csv.gz")):
             return f"; did you mean --csv {word}?"
+        if name == "--savepoint":
+            return "; the savepoint is savepoint.db in the current folder"
         near = difflib.get_close_matches(name, list(self._option_string_actions), 1)
         meant = self.MEANT.get(name) or (near[0] if near else "")
         return f"; did you mean {meant}?" if meant else ""
 
 
-FLAG: Json = {"action": "store_true"}
-OPTIONS: Mapping[str, Mapping[str, Tuple[str, Json]]] = {
-    "what to work on": {
-        "--csv PATH": ("the export of contacts (README: how to make it)", {"type": Path}),
-        "--choices PATH": ("a CSV (EMAIL, EXTERNAL_REF): whom to keep of ambiguous groups", {"type": Path}),
-        "--email ADDRESS": ("only this address (may be repeated)", {"action": "append"}),
-        "--limit N": ("at most N pairs in this run: a canary", {"type": _positive_int}),
-        "--undo PATH": (
-            "take merges back: those of a backup folder, or of a merge report; with --preview: say what would be",
-            {"type": Path},
-        ),
-    },
-    "make the CSV": {
-        "--export PATH": ("read it from DevRev itself, with list calls alone", {"type": Path}),
-        "--domain D": ("only emails of this domain (may be repeated)", {"type": _domain, "action": "append"}),
-    },
-    "look, without changing anything": {
-        "--preview": ("print the plan; no request is made", FLAG),
-        "--check": ("say whether a real run could start (a few read requests)", FLAG),
-        "--status": ("print what the savepoint knows", FLAG),
-        "--verify-backups FOLDER": ("re-read every backup", {"nargs": "?", "type": Path, "const": Path("backups")}),
-        "--json": ("with one of these: the same as JSON", FLAG),
-    },
-    "how to work": {
-        "--count-policy": (
-            "a contact's backup must hold exactly the export's TICKET_COUNT (default), or at least that",
-            {"choices": ("exact", "at-least"), "default": "exact"},
-        ),
-        "--merge-timeout SECONDS": (
-            "how long to wait for DevRev to finish a merge (default 120)", {"type": _seconds, "default": 120.0},
-        ),
-        "--workers N": ("concurrent requests (default 8)", {"type": _positive_int, "default": 8}),
-        "--savepoint PATH": ("default savepoint.db", {"type": Path, "default": Path("savepoint.db")}),
-        "--no-timelines": ("leave the comments out of the backup (a request each); the manifest says so", FLAG),
-        "--settle ADDRESS": (
-            "accept what can't be mended of merged pairs that an earlier report has named as unfinished",
-            {"nargs": "+"},
-        ),
-        "--plan ID": ("only if the plan is still the one that a preview named so", {}),
-        "--yes": ("don't ask before the first change", FLAG),
-    },
-    "what to show": {
-        "-v --verbose": ("show each request", FLAG),
-        "-q --quiet": ("errors and the summary alone", FLAG),
-        "--version": ("", {"action": "version", "version": f"merge_contacts {__version__}"}),
-    },
-}  # fmt: skip
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OptionParser:
+    """Build the parser. An option without `action` takes one value, and takes it once."""
     parser = OptionParser(
-        prog="merge_contacts.py",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        prog="merge_contacts.py", usage="%(prog)s --csv PATH [--preview] [option ...]", description=DESCRIPTION,
+        epilog=EPILOG, allow_abbrev=False, add_help=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28),
+    )  # fmt: skip
+    parser.register("action", None, StoreOnce)
+
+    add = parser.add_argument_group("Input").add_argument
+    add("--csv", metavar="PATH", type=Path, nargs="+", action="extend", help="the export: one file, or all its parts")
+    add("--choices", metavar="PATH", type=Path, help="CSV (EMAIL, EXTERNAL_REF): which contact to keep")
+    add("--email", metavar="ADDRESS", action="append", help="only this address (may be repeated)")
+    add("--limit", metavar="N", type=_positive_int, help="at most N pairs in this run; 1 is a canary")
+    add("--plan", metavar="ID", help="only if the plan still has this ID")
+
+    add = parser.add_argument_group("Read-only modes").add_argument
+    add("--preview", action="store_true", help="print what a run, or --undo, would do")
+    add("--live", action="store_true", help="with --preview: compare the plan with DevRev")
+    add("--check", action="store_true", help="test whether a run can start")
+    add("--status", action="store_true", help="print what the savepoint knows")
+    backups = Path("backups")
+    add(
+        "--verify-backups", metavar="DIR", type=Path, nargs="?", const=backups,
+        help="read all backups again (default: backups)",
+    )  # fmt: skip
+
+    add = parser.add_argument_group("Other modes").add_argument
+    add("--undo", metavar="PATH", type=Path, help="undo the merges of a report or a backup folder")
+    add("--settle", metavar="ADDRESS", nargs="+", action="extend", help="close unfinished pairs that can't be finished")
+    add("--export", metavar="PATH", type=Path, help="write the CSV from DevRev; overwrites no file")
+    add(
+        "--domain", metavar="DOMAIN", type=_domain, action="append", help="with --export: only this domain (repeatable)"
     )
-    for title, options in OPTIONS.items():
-        group = parser.add_argument_group(title)
-        for names, (words, details) in options.items():
-            flags, metavar = re.findall(r"-[\w-]+", names), re.search(r" ([A-Z]+)$", names)
-            more: Json = {"metavar": metavar.group(1)} if metavar else {}
-            group.add_argument(*flags, help=words or None, **more, **details)
+    add("--choices-template", metavar="PATH", type=Path, help="write a CSV for --choices to be cut down")
+
+    add = parser.add_argument_group("Merge rules").add_argument
+    add("--primary", choices=("revu", "user"), default="revu", help="the contact that remains (default: revu)")
+    add(
+        "--count-policy", metavar="POLICY", choices=("exact", "at-least"), default="exact",
+        help="exact or at-least TICKET_COUNT (default: exact)",
+    )  # fmt: skip
+    add("--across-workspaces", action="store_true", help="also merge contacts of different rev orgs")
+    add("--try-unverified", action="store_true", help="also merge unverified into verified contacts")
+    add("--carry-fields", action="store_true", help="copy fields that only the duplicate has")
+    add("--no-timelines", action="store_true", help="leave comments out of the backup")
+    add(
+        "--merge-timeout", metavar="SECONDS", type=_seconds, default=120.0,
+        help="how long to wait for one merge (default: 120)",
+    )  # fmt: skip
+    add("--workers", metavar="N", type=_positive_int, default=8, help="concurrent requests (default: 8)")
+
+    add = parser.add_argument_group("Confirmation and output").add_argument
+    add("--yes", action="store_true", help="do not ask; needed where stdin is no terminal")
+    add("--json", action="store_true", help="print the result as JSON, all else on stderr")
+    add("-v", "--verbose", action="store_true", help="show each request")
+    add("-q", "--quiet", action="store_true", help="show only errors and the summary")
+    add("--version", action="version", version=f"merge_contacts {__version__}", help="print the version")
+    add("-h", "--help", action="help", help="print this help")
     return parser
 
 
+# Which options go only with which modes; `merge` is a run without another mode. The rest goes with all.
+GOES_WITH: Mapping[str, Tuple[str, ...]] = {
+    "live": ("preview",),
+    "choices": ("merge", "preview", "check"),
+    "plan": ("merge", "preview"),
+    "primary": ("merge", "preview", "check", "choices_template"),
+    "count_policy": ("merge", "preview", "check"),
+    "across_workspaces": ("merge", "preview", "check"),
+    "try_unverified": ("merge", "preview", "check"),
+    "carry_fields": ("merge", "preview", "check"),
+    "email": ("merge", "preview", "check", "undo"),
+    "limit": ("merge", "preview", "check", "undo"),
+    "csv": ("merge", "preview", "check", "choices_template", "undo", "settle", "status", "verify_backups"),
+    "domain": ("export",),
+    "json": ("merge", "preview", "check", "status", "verify_backups", "settle", "undo"),
+}
+
+
 def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    """Parse the command line, and refuse options that don't go together (exit 2)."""
     parser = build_parser()
-    options = parser.parse_args(argv)
-    given = {name for name, value in vars(options).items() if value not in (None, False)}
-    modes = [name for name in MODES if name != "undo" and name in given]
-    merges = modes in ([], ["preview"])
-    with_export = [name for name in ("csv", "choices", "plan", "email", "limit") if name in given]
-    wrong = {
-        f"--{' and --'.join(modes).replace('_', '-')} don't go together": len(modes) > 1,
-        "--json goes with --preview, --check, --status or --verify-backups": (
-            "json" in given and not given & {"preview", "check", "status", "verify_backups"}
-        ),
-        "--plan goes with --csv and a merge, or its --preview": (
-            "plan" in given and not ("csv" in given and merges and "undo" not in given)
-        ),
-        f"--export makes a CSV for a later run: --{' --'.join(with_export)} does not go with it": (
-            "export" in given and bool(with_export)
-        ),
-        "--domain goes with --export": "domain" in given and "export" not in given,
-        "--undo goes with --preview alone": "undo" in given and not merges,
-        "--csv PATH is needed (try --help)": merges and options.csv is None and options.undo is None,
-    }
-    for message, is_wrong in wrong.items():
-        if is_wrong:
-            parser.error(message)
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser.as_json = "--json" in words and not {"--preview", "--check", "--status", "--verify-backups"} & set(words)
+    options = parser.parse_args(words)
+    given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
+    modes = [name for name in MODES if name in given]
+    if "undo" in modes and "preview" in modes:
+        modes.remove("preview")
+
+    def option(name: str) -> str:
+        return {"merge": "a merge"}.get(name, f"--{name.replace('_', '-')}")
+
+    if len(modes) > 1:
+        parser.error(f"{' and '.join(map(option, modes))} don't go together: give one of them")
+    mode = modes[0] if modes else "merge"
+    for name, fits in GOES_WITH.items():
+        if name in given and mode not in fits:
+            *others, last = map(option, fits)
+            where = f"{', '.join(others)} or {last}" if others else last
+            parser.error(f"{option(name)} goes with {where}, not with {option(mode)}")
+    if mode in ("merge", "preview", "choices_template") and not options.csv:
+        with_undo = ", or --undo PATH" if mode == "preview" else ""
+        parser.error(f"--csv PATH is needed{with_undo} (--export PATH makes one; --help lists the options)")
+    options.mode = mode
     return options
 
 
 # -- settings ----------------------------------------------------------------------------------------
+
+# The run-time packages, each with a name that tells it from another package of that name.
+PACKAGES = {"requests": "Session", "dotenv": "dotenv_values", "ratelimit": "RateLimitException"}
+
+
+def import_package(name: str) -> Any:
+    """Import one of PACKAGES. Raises FatalError(2) that says what is missing, broken or in the way."""
+    install = "python -m pip install -r requirements.txt"
+    try:
+        package = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        needed = "" if error.name == name else f", which {name} needs,"
+        raise FatalError(EXIT_USAGE, f"the package {error.name}{needed} is missing: {install}") from None
+    except Exception as error:  # a broken package may raise anything
+        why = f"{type(error).__name__}: {error}"
+        again = install.replace("install ", "install --force-reinstall ")
+        raise FatalError(EXIT_USAGE, f"the package {name} is broken ({why}); install it again: {again}") from None
+    if not hasattr(package, PACKAGES[name]):
+        file = getattr(package, "__file__", None) or next(iter(getattr(package, "__path__", [])), "unknown")
+        why = f"another package or file named {name} is in the way: {file}"
+        raise FatalError(EXIT_USAGE, f"{why}; remove or rename it, then {install}")
+    return package
+
+
+def read_env_file(path: Path) -> str:
+    """Read `.env` once: a regular file, or a pipe, to which a password manager writes. Raises FatalError(2)."""
+    found: List[Any] = []
+
+    def read() -> None:
+        try:
+            found.append(path.read_bytes())
+        except OSError as error:
+            found.append(error)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(ENV_PIPE_NOTICE)
+    if reader.is_alive():
+        log.warning(
+            "%s is a pipe without data; waiting up to %g s for the program that writes to it", path, ENV_PIPE_WAIT
+        )
+        reader.join(ENV_PIPE_WAIT - ENV_PIPE_NOTICE)
+    if not found:
+        raise FatalError(EXIT_USAGE, f"{path} gave no data in {ENV_PIPE_WAIT:g} s; start the program that writes to it")
+    if isinstance(found[0], OSError):
+        raise FatalError(EXIT_USAGE, f"{path} can't be read: {found[0].strerror}")
+    try:
+        return str(found[0], "utf-8-sig")
+    except UnicodeDecodeError:
+        raise FatalError(EXIT_USAGE, f"{path} is not UTF-8 text; save it again as UTF-8") from None
+
+
+ENV_PIPE_NOTICE, ENV_PIPE_WAIT = 2.0, 60.0  # seconds
 
 
 def load_environment() -> Dict[str, str]:
     """The DEVREV_ settings: the environment, else `.env` in the current folder, else `.env` beside the script."""
     found: Dict[str, str] = {}
     for path in dict.fromkeys((Path.cwd() / ".env", Path(__file__).resolve().parent / ".env")):
-        if path.is_file():
-            from dotenv import dotenv_values
-
-            logging.getLogger("dotenv").setLevel(logging.ERROR)  # what is off in the file is told below
-            try:
-                values = dotenv_values(path, interpolate=False)
-                lines = path.read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError):
-                raise FatalError(EXIT_USAGE, f"{path} can't be read as UTF-8 text") from None
-            for number, line in enumerate(lines, 1):
-                if line.strip() and not re.match(r"\s*(#|(export\s+)?['\"]?[^=#\s]+\s*=)", line):
-                    log.warning("%s, line %d is no NAME=value and is left out", path, number)
-            found = {**{name: value for name, value in values.items() if value}, **found}
+        if not os.path.lexists(str(path)) or path.is_dir():
+            continue
+        text = read_env_file(path)
+        logging.getLogger("dotenv").setLevel(logging.ERROR)  # bad lines are named below
+        values = import_package("dotenv").dotenv_values(stream=io.StringIO(text), interpolate=False)
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip() and not re.match(r"\s*(#|(export\s+)?['\"]?[^=#\s]+\s*=)", line):
+                log.warning("%s, line %d is not NAME=value and is ignored", path, number)
+        found = {**{name: value for name, value in values.items() if value}, **found}
     return {**found, **{name: value for name, value in os.environ.items() if value}}
 
 
 def load_settings(environment: Mapping[str, str], workers: int) -> ApiSettings:
-    """Check the settings. Raises Stop(2) naming the variable that is off, never its value if that is the token."""
+    """Check the settings. Raises FatalError(2) that names the variable, and never shows the token."""
 
     def number(name: str, default: float, least: float) -> float:
-        text = environment.get(name, "")
+        text = environment.get(name, "").strip()
         with contextlib.suppress(ValueError):
             value = float(text) if text else default
             if least <= value <= 1e9:
                 return value
         raise FatalError(EXIT_USAGE, f"{name} is not a number of at least {least:g}: {text}")
 
-    base_url = environment.get("DEVREV_BASE_URL", ApiSettings.base_url).strip().rstrip("/")
-    has_limit = bool(environment.get("DEVREV_RATE_LIMIT_CALLS"))  # else DevRev's announced quota is followed
+    base_url = environment.get("DEVREV_BASE_URL", "").strip().rstrip("/") or ApiSettings.base_url
+    limited = environment.get("DEVREV_RATE_LIMIT_CALLS", "").strip()
+    prefix = environment.get("DEVREV_USER_REF_PREFIX", "").strip() or ApiSettings.user_ref_prefix
+    if prefix.startswith("REVU-") or "REVU-".startswith(prefix):
+        why = "it overlaps with REVU-, which DevRev's own references begin with; set your application's prefix"
+        raise FatalError(EXIT_USAGE, f"DEVREV_USER_REF_PREFIX is {prefix}: {why}")
     return ApiSettings(
         token=environment.get("DEVREV_API_TOKEN", "").strip(),
         base_url=check_base_url(base_url),
-        calls=math.ceil(number("DEVREV_RATE_LIMIT_CALLS", 0, 0)) if has_limit else None,
+        calls=math.ceil(number("DEVREV_RATE_LIMIT_CALLS", 0, 0)) if limited else ApiSettings.calls,
         period=number("DEVREV_RATE_LIMIT_PERIOD", 60, 0.001),
         timeout=number("DEVREV_TIMEOUT", 30, 0.01),
         retries=int(number("DEVREV_MAX_RETRIES", 5, 0)),
         workers=workers,
+        user_ref_prefix=prefix,
     )
 
 
 def check_base_url(url: str) -> str:
-    """Refuse a base URL that the token must not be sent to. Raises Stop(2)."""
+    """Return `url`. Raises FatalError(2) where the token must not be sent to it."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname or "", parts.port
     except ValueError:
-        raise FatalError(EXIT_USAGE, "DEVREV_BASE_URL is not a URL") from None
+        raise FatalError(EXIT_USAGE, "DEVREV_BASE_URL is not a URL; set it to https://api.devrev.ai") from None
     if parts.username is not None or parts.query or parts.fragment:
-        raise FatalError(EXIT_USAGE, "DEVREV_BASE_URL holds more than a host and a path")
+        raise FatalError(EXIT_USAGE, "DEVREV_BASE_URL has more than a host and a path; remove the rest")
     loopback = host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host)
     if not host or parts.scheme not in ("http", "https"):
         raise FatalError(EXIT_USAGE, f"DEVREV_BASE_URL is not an https address: {url}")
     if parts.scheme == "http" and not loopback:
-        why = f"plain http would show the token to everybody between here and {host}; use https"
+        why = f"plain http would show the token to everyone between here and {host}; use https"
         raise FatalError(EXIT_USAGE, f"DEVREV_BASE_URL: {why}")
     return url
 
 
 def check_token(token: str) -> None:
+    """Refuse a token that can't be one, with what is wrong with it. Raises FatalError(2)."""
     if not token:
-        raise FatalError(
-            EXIT_USAGE, "DEVREV_API_TOKEN is not set; put it into .env (see .env.example) or the environment"
-        )
+        put = "put it into .env (see .env.example) or the environment"
+        raise FatalError(EXIT_USAGE, f"DEVREV_API_TOKEN is not set; {put}")
     if token[0] in "'\"\u2018\u2019\u201c\u201d":
-        raise FatalError(EXIT_USAGE, "DEVREV_API_TOKEN is in quotes, which are no part of it: take them away")
+        raise FatalError(EXIT_USAGE, "DEVREV_API_TOKEN is in quotes that are not part of it; remove them")
+    if re.match(r"(authorization\s*:\s*)?bearer\b", token, re.IGNORECASE):
+        why = 'begins with "Bearer", which is not part of the token; remove that word and the space after it'
+        raise FatalError(EXIT_USAGE, f"DEVREV_API_TOKEN {why}")
     if not re.fullmatch(r"[\x21-\x7e]+", token):
-        raise FatalError(EXIT_USAGE, "DEVREV_API_TOKEN holds a space, a line break or something that is not ASCII")
+        why = "contains a space, a line break or a character that is not ASCII; copy it again"
+        raise FatalError(EXIT_USAGE, f"DEVREV_API_TOKEN {why}")
 
 
 # -- one call ----------------------------------------------------------------------------------------
 
 
-class RunContext:
-    """One call of the tool: options, settings, console, log; named by its stamp."""
+class SignalHandler:
+    """The first Ctrl-C, SIGTERM or SIGHUP calls `act`; the second ends the process at once, with the same exit code.
 
-    TICK = 0.2  # seconds between looks at what the status line says
+    A closed terminal may send SIGHUP twice, from the kernel and from the shell: a repeated one is still the first.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.number = 0  # of the first signal
+        self._act: Callable[[], Any] = lambda: None
+
+    def install(self, act: Callable[[], Any]) -> None:
+        """From now on, let the first signal call `act`, in the main thread."""
+        self._act = act
+        for number in SIGNALS:
+            # A program started by nohup is to outlive the terminal.
+            if not (number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: Any) -> None:
+        if not self.number:
+            self.number = number
+            self._act()
+        elif not self.number == number == getattr(signal, "SIGHUP", None):
+            self.console.print_last("ended at once; run the same command again to resume")
+            os._exit(128 + self.number)
+
+
+def interrupt() -> NoReturn:
+    raise KeyboardInterrupt
+
+
+class RunContext:
+    """One call of the tool: options, settings, console, log and signals; named by the second in which it started."""
+
+    TICK = 0.2  # seconds between updates of the status line
 
     def __init__(self, options: argparse.Namespace, environment: Optional[Environment] = None) -> None:
         self.options = options
-        self.console = Console(options.quiet)
+        # With --json a run prints its report on stdout, and everything else on stderr.
+        self.reports_json = options.json and options.mode in CHANGING and not options.preview
+        self.console = (
+            Console(options.quiet, sys.stderr, sys.stderr, sys.stdout) if self.reports_json else Console(options.quiet)
+        )
+        self.signals = SignalHandler(self.console)
         self.environment = environment or Environment(ApiSettings(token=""))
         self.started = self.environment.now()
-        self.run_id = self._free_run_id()
+        self.run_id = free_run_id(self.started.wall)
         self.settings = self.environment.settings
         self.organisation = ""
-        self.csv_sha256: Optional[str] = None
-        self.signal = 0
+        self.token_owner: Json = {}
+        self.error = ""  # what has ended it without a report
+
+    @property
+    def signal(self) -> int:
+        """The first signal that came, 0 where none did."""
+        return self.signals.number
+
+    @signal.setter
+    def signal(self, number: int) -> None:
+        self.signals.number = number
 
     @property
     def report_path(self) -> Path:
-        return Path("reports") / f"{'undo' if self.options.undo else 'merge'}_report_{self.run_id}.json"
+        return report_path(self.run_id, "undo" if self.options.undo else "merge")
 
     @property
     def log_path(self) -> Path:
         return Path("logs") / f"contact_merge_{self.run_id}.log"
 
-    def _free_run_id(self) -> str:
-        second = self.started.wall
-        while True:
-            self.run_id = timestamp_name(second)
-            if not (self.report_path.exists() or self.log_path.exists()):
-                return self.run_id
-            second += 1
-
     def on_signal(self, loop: asyncio.AbstractEventLoop, act: Callable[[], Any]) -> None:
-        """The first Ctrl-C, SIGTERM or SIGHUP acts, in the event loop; the second ends the process at once."""
+        """Let the first signal call `act` in the event loop."""
 
-        def handle(number: int, _frame: Any) -> None:
-            self.second_signal(number)
+        def handle() -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(act)
-            self.console.print_err("stopping: waiting for requests that are under way (again: stop at once) ...")
+            self.console.print_err("stopping: waiting up to 10 s for requests under way (again: stop at once) ...")
 
-        self.catch(handle)
-
-    def second_signal(self, number: int) -> None:
-        """Note the first signal; the second ends the process at once."""
-        if self.signal:
-            self.console.print_last("cut off; run the same command again to go on")
-            os._exit(128 + self.signal)
-        self.signal = number
-
-    def catch(self, handle: Callable[[int, Any], None]) -> None:
-        for number in SIGNALS:
-            # Whoever started it with nohup wants it to outlive the terminal.
-            if not (number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
-                signal.signal(number, handle)
+        self.signals.install(handle)
 
     def open_log(self) -> None:
-        """Log to a file and, with -v, to stderr. Raises Stop(3) where a real run can't log."""
+        """Log to a file and, with -v, to stderr. Raises FatalError(3) where a run that may change DevRev can't log."""
         logging.raiseExceptions = False
         log.setLevel(logging.DEBUG)
         log.propagate = False
         if not self.options.quiet:
-            self._add_handler(ConsoleHandler(self.console, logging.DEBUG if self.options.verbose else logging.WARNING))
-        if self.options.status:  # which somebody may call every few seconds
+            level = logging.DEBUG if self.options.verbose else logging.WARNING
+            self._add_handler(ConsoleHandler(self.console, level))
+        if self.options.status:  # which may be called every few seconds
             return
         try:
             self.environment.make_private_dir(self.log_path.parent)
             self._add_handler(logging.FileHandler(str(self.log_path), encoding="utf-8"))
         except OSError as error:
-            if not self.options.preview:
-                raise FatalError(EXIT_STOPPED, f"the log can't be written: {error}") from None
-            self.console.print_err(f"warning: the log can't be written: {error}")
+            words = f"the log {self.log_path} can't be written: {error.strerror or error}"
+            if self.options.mode in CHANGING and not self.options.preview:
+                raise FatalError(EXIT_STOPPED, f"{words}; run in a folder that can be written") from None
+            self.console.print_err(f"warning: {words}")
         log.info("merge_contacts %s, Python %s on %s", __version__, sys.version.split()[0], sys.platform)
 
     def _add_handler(self, handler: logging.Handler) -> None:
@@ -5873,19 +7745,68 @@ class RunContext:
         log.addHandler(handler)
 
     def load_settings(self) -> None:
-        self.settings = load_settings(load_environment(), self.options.workers)
+        """Load settings and the packages that this mode needs. Raises FatalError(2)."""
+        variables = load_environment()
+        Contact.user_prefix = check_user_prefix(variables.get("DEVREV_USER_REF_PREFIX", ""))
+        self.settings = load_settings(variables, self.options.workers)
         self.environment.settings = self.settings
         self.console.mask = self.settings.mask
+        if self.options.mode not in OFFLINE or self.options.live:
+            import_package("requests")
+            if self.settings.calls != 0:
+                import_package("ratelimit")
 
     def cost(self, plan: Plan) -> Estimate:
         return estimate(plan, self.settings, not self.options.no_timelines)
 
-    def ceiling(self) -> str:
+    def describe_rate(self) -> str:
+        """How fast requests may be sent, in words."""
         if self.settings.calls is None:
-            return "at the quota that DevRev announces, less a fifth"
+            return "at the rate that DevRev allows"
         if not self.settings.calls:
-            return "without a client-side rate limit"
-        return f"at {self.settings.calls} calls in {self.settings.period:g} s"
+            return "without a client-side limit"
+        return f"at {self.settings.calls} requests in {self.settings.period:g} s"
+
+    def command(self, *words: str, without: Collection[str] = ()) -> str:
+        """The command that starts this script again with the options of this call, but for those in `without`, and with
+        more `words`."""
+        parser, given = build_parser(), []
+        for name, value in vars(self.options).items():
+            if name in ("mode", *without) or value == parser.get_default(name):
+                continue
+            option = f"--{name.replace('_', '-')}"
+            for one in value if isinstance(value, list) else [value]:
+                text = f"{one:g}" if isinstance(one, float) else str(one)
+                given += [option] if one is True else [f"{option}={text}"] if text[:1] == "-" else [option, text]
+        return command_line(*given, *words)
+
+
+def command_line(*words: str) -> str:
+    """A command that starts this script from the current folder, quoted for the shell."""
+    names = [name for name in ("python", "python3", "py") if shutil.which(name)]
+    mine = [name for name in names if Path(str(shutil.which(name))).parent == Path(sys.executable).parent]
+    script = sys.argv[0] if sys.argv[0].endswith(".py") else str(Path(__file__))
+    command = [mine[0] if mine else sys.executable or "python", script, *words]
+    if os.name == "nt":
+        return " ".join(f'"{word}"' if re.search(r"[^\w./\\:@+=-]", word) else word for word in command)
+    return " ".join(map(shlex.quote, command))
+
+
+CHANGING = ("merge", "undo", "settle", "export")  # modes that write more than a log
+OFFLINE = ("preview", "status", "verify_backups", "settle", "choices_template")  # modes that make no request
+
+
+def history_folder_error(path: Path) -> Optional[str]:
+    """Say why `path` can't be undone from the current folder: the savepoint that knows its merges is in another one."""
+    absolute = Path(os.path.abspath(str(path)))  # noqa: PTH100
+    for name in ("backups", "reports"):
+        for place in (absolute, absolute.resolve()):
+            if Path(name).resolve() in place.parents or Path.cwd() / name in place.parents:
+                return None
+    for parent in absolute.parents:
+        if parent.name in ("backups", "reports"):
+            return f"{path} belongs to another folder's history; run --undo in {parent.parent}, where its savepoint is"
+    return f"{path} is not below backups/ or reports/ of the current folder; name a merge report or a backup folder"
 
 
 # -- the plan ----------------------------------------------------------------------------------------
@@ -5898,14 +7819,23 @@ def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
     gc.disable()  # it would walk, again and again, through what is being built and holds no cycle
     try:
         choices = read_choices(options.choices) if options.choices else {}
-        plan = detect(read_contacts(options.csv, [*choices, *named]), choices)
+        plan = detect(read_contacts(options.csv, [*choices, *named]), choices, options.primary)
     finally:
         gc.enable()
-    plan.id = plan_id(plan.groups, options.count_policy, not options.no_timelines)
+    plan.id = plan_id(
+        plan.groups,
+        count_policy=options.count_policy,
+        timelines=not options.no_timelines,
+        primary=options.primary,
+        across_workspaces=options.across_workspaces,
+        try_unverified=options.try_unverified,
+        carry_fields=bool(getattr(options, "carry_fields", False)),
+    )
     if options.plan is not None and options.plan.strip().lower() != plan.id:
-        why = "CSV, choices, --count-policy or --no-timelines differ from what they were; look at the preview again"
+        why = "the CSV, the choices or an option of the merge differs from what it was; read the preview again"
         raise FatalError(EXIT_USAGE, f"the plan is {plan.id}, not {options.plan}: {why}")
-    plan.ids = {pair.ids for group in plan.groups for pair in group.pairs}
+    plan.wanted = {pair.ids: pair for group in plan.groups for pair in group.pairs}
+    plan.ids = set(plan.wanted)
     if savepoint:
         apply_savepoint(plan, savepoint, named)
     if options.email:
@@ -5914,82 +7844,212 @@ def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
         _apply_limit(plan, options.limit, run.console)
     plan.chosen = [group for group in plan.groups if group.chosen and any(p.state not in ENDED for p in group.pairs)]
     for row in plan.invalid_rows:
-        log.info("line %d left out: %s", row.line, row.reason)
+        log.info("%s, line %d left out: %s", row.file, row.line, row.reason)
     for skipped_group in plan.skipped:
         log.info("%s skipped: %s", skipped_group.email, skipped_group.code)
     return plan
 
 
 def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str] = ()) -> None:
-    """Bring what the savepoint knows into a plan: what has ended or was begun, and what was undone and not `named`."""
-    known = {pair.ids: pair for pair in savepoint.rows(*UNFINISHED, *ENDED)}
-    taken_back = {pair.ids: pair.email for pair in savepoint.rows(State.UNDONE)}  # its contacts have other ids now
-    undone = set(taken_back.values()) - set(named)
+    """Bring what the savepoint knows into a plan: what has ended or was requested, and what is not to be merged again.
+
+    A group is skipped that has the address of, or two contacts of, a pair that was undone or cancelled, until it is
+    `named`. A contact that an undo created stands for its old id.
+    """
+    if plan.wanted:
+        savepoint.organisation = next(iter(plan.wanted.values())).primary.organisation
+    known = {pair.ids: pair for pair in savepoint.pairs(*UNFINISHED, *ENDED)}
+    cancelled = {pair.ids: pair for pair in savepoint.pairs(State.CANCELLED)}
+    history = [
+        HistoryRow(
+            pair.email, pair.ids, "cancelled" if pair.state is State.CANCELLED else "undone",
+            pair.undo.contact if pair.undo else "",
+        )
+        for pair in savepoint.pairs(State.UNDONE, State.UNDO_SETTLED, State.CANCELLED)
+    ]  # fmt: skip
+    undone = {
+        row.ids for row in history if row.code == "undone"
+    }  # an undo creates the duplicate again, with another id
+    blocked = {email: code for email, code in blocked_by_history(plan.groups, history).items() if email not in named}
     groups, plan.groups = plan.groups, []
-    asked = [row for row in known.values() if row.state in REQUESTED_STATES]
-    group_of = {contact.id: group for group in groups for contact in group.all_contacts()} if asked else {}
-    plan.overruled = {row.ids for row in asked for one in row.ids if one in group_of and group_of[one].overrules(row)}
     for group in groups:
         rows = [known.get(pair.ids) for pair in group.pairs]
-        # An export that has an old id is older than the undo, which would begin anew after a refusal of that pair.
-        stale = any(pair.ids in taken_back for pair in group.pairs)
-        if stale or (group.email in undone and not all(rows)):
-            plan.skipped.append(SkippedGroup(group.email, "undone", group.all_contacts()))
-            plan.ids.difference_update(pair.ids for pair in group.pairs)
+        # An export with an old id is older than the undo: it would merge what the undo has not created again.
+        is_stale = any(pair.ids in undone for pair in group.pairs)
+        if is_stale or (group.email in blocked and not all(rows)):
+            plan.skipped.append(SkippedGroup(group.email, blocked.get(group.email, "undone"), group.all_contacts()))
+            for pair in group.pairs:
+                plan.ids.discard(pair.ids)
+                del plan.wanted[pair.ids]
             continue
         plan.groups.append(group)
         for pair, row in zip(group.pairs, rows):
             if row:
                 pair.state = row.state
-                plan.already_merged += row.state in ENDED and bool(row.report)
-                plan.unreported += row.state in ENDED and not row.report
+                plan.already_merged += row.state in ENDED
+            elif pair.ids in cancelled:
+                # It was requested once, and DevRev may still carry that out: it is polled first, like any other.
+                revived = cancelled[pair.ids]
+                revived.code = revived.error = revived.accepted = ""
+                pair.state = revived.state = State.REQUESTED
+                plan.revived.append(revived)
 
 
 def _apply_email_filter(plan: Plan, emails: Sequence[str], console: Console) -> None:
-    """Keep what was asked for, and say why there is nothing to merge. Raises Stop(2) for an email in no row."""
+    """Keep what was requested, and say why there is nothing to merge. Raises FatalError(2) for an email in no row."""
     wanted = {email_key(email) for email in emails}
+    known = [group.email for group in plan.groups] + [skipped_group.email for skipped_group in plan.skipped]
     plan.groups = [group for group in plan.groups if group.email in wanted]
     plan.skipped = [skipped_group for skipped_group in plan.skipped if skipped_group.email in wanted]
-    lines = {email_key(row.email): row for row in plan.invalid_rows if row.email}
+    plan.look_alikes = [one for one in plan.look_alikes if wanted & set(one["emails"])]
+    rows = {email_key(row.email): row for row in plan.invalid_rows if row.email}
     found = {group.email for group in plan.groups} | {skipped_group.email for skipped_group in plan.skipped}
-    unknown = sorted(wanted - found - plan.left_alone.keys() - lines.keys())
+    unknown = sorted(wanted - found - plan.left_alone.keys() - rows.keys())
     if unknown:
-        raise FatalError(EXIT_USAGE, f"--email: in no row of the CSV: {', '.join(unknown)}")
+        near = {email: difflib.get_close_matches(email, known, 2, 0.8) for email in unknown[:5]}
+        hints = [
+            f"{email} (did you mean {' or '.join(near[email])}?)" if near.get(email) else email for email in unknown
+        ]
+        raise FatalError(EXIT_USAGE, f"--email: in no row of the CSV: {', '.join(some(hints))}")
     for email in sorted(wanted - found):
-        row = lines.get(email)
-        why = f"line {row.line}: {row.reason}" if row else plan.left_alone[email]
+        row = rows.get(email)
+        why = f"{row.file}, line {row.line}: {row.reason}" if row else plan.left_alone[email]
         console.print_err(f"{email}: nothing to merge: {why}")
     for skipped_group in plan.skipped:
-        console.print_err(f"{skipped_group.email}: skipped: {SKIP_REASONS[skipped_group.code][0]}")
+        console.print_err(f"{skipped_group.email}: skipped: {skipped_group.reason()}")
     for group in plan.groups:
         if all(pair.state in ENDED for pair in group.pairs):
             console.print_err(f"{group.email}: nothing to merge: merged already, says the savepoint")
 
 
 def _apply_limit(plan: Plan, limit: int, console: Console) -> None:
-    """Keep whole groups with at most `limit` pairs in all; one that would not fit is passed over."""
-    kept: List[Group] = []
+    """Keep complete groups with at most `limit` pairs in all; one that would not fit is passed over."""
+    groups: List[Group] = []
     sizes = [sum(pair.state is State.PLANNED for pair in group.pairs) for group in plan.groups]
     if any(sizes) and min(filter(None, sizes)) > limit:
-        console.print_err(f"--limit {limit}: no group is so small, and groups are merged as wholes")
+        console.print_err(f"--limit {limit}: no group has so few pairs, and a group is merged as one")
     for group, size in zip(plan.groups, sizes):
-        if size <= limit:  # none: what an earlier run has begun
-            kept.append(group)
+        if size <= limit:  # 0 where an earlier run has requested all of them
+            groups.append(group)
             limit -= size
-    plan.groups = kept
+    plan.groups = groups
+
+
+def write_choices_template(run: RunContext) -> int:
+    """Write a file for --choices with every contact that could be kept; returns the exit code."""
+    path: Path = run.options.choices_template
+    plan = make_plan(run, open_savepoint(run, readonly=True))
+    groups = [group for group in plan.skipped if group.choice_lines()]
+    try:
+        if is_taken(path):
+            raise FileExistsError(str(path))
+        write_new_file(run.environment, path, choices_template(groups))
+    except FileExistsError:
+        words = f"{path} exists already, and is left as it is: name a file that does not exist yet"
+        raise FatalError(EXIT_USAGE, words) from None
+    except OSError as error:
+        raise FatalError(EXIT_USAGE, f"{path} can't be written: {error.strerror or error}") from None
+    lines = sum(len(group.choice_lines()) for group in groups)
+    run.console.print(f"{plural(lines, 'line')} of {plural(len(groups), 'group')} written to {path}", "good")
+    if groups:
+        run.console.print(f"next     cut it down to one line a group, then --choices {path} --preview")
+    shared = sum(group.code == "shared_mailbox" for group in plan.skipped)
+    if shared:
+        words = f"{plural(shared, 'group')} that may be a shared mailbox left out: write in by hand what is one person"
+        run.console.print(words)
+    return EXIT_OK
 
 
 def preview(run: RunContext) -> int:
+    """Print the plan, and with --live what DevRev says of each group; return the exit code."""
     known = open_savepoint(run, readonly=True)
     plan = make_plan(run, known)
-    earlier = known.unfinished()
+    earlier = [*known.unfinished(), *plan.revived]
     cost = run.cost(plan)
     facts = plan_summary(plan, cost, earlier)
+    live: Optional[List[Json]] = None
+    if run.options.live:
+        check_token(run.settings.token)
+        live = run.environment.run_event_loop(preview_live(run, plan))
+        refused = collections.Counter(one["code"] for one in live if one["code"] and one["code"] not in LIVE_DONE)
+        done = sum(one["code"] in LIVE_DONE for one in live)
+        facts["live_ready"] = sum(one["code"] is None for one in live)
+        facts.update(live_done=done, live_refused=dict(sorted(refused.items())))
     if run.options.json:
-        run.console.json(plan_chunks(plan, facts, earlier))
-    else:
-        show_plan(plan, facts, run.console, f"{cost} {run.ceiling()}", earlier)
+        run.console.json(plan_chunks(plan, facts, earlier, live))
+        return EXIT_OK
+    if live is not None:
+        print_lines(run.console, live_lines(live))
+    show_plan(plan, facts, run.console, f"{cost} {run.describe_rate()}", earlier)
+    if live is None or not facts["live_refused"]:
+        suggest_after_preview(run, facts)
     return EXIT_OK
+
+
+LIVE_DONE = ("already_merged", "already_gone")  # what the live preview finds done
+
+
+async def preview_live(run: RunContext, plan: Plan) -> List[Json]:
+    """Compare each planned group with DevRev by read requests; return `{email, code, reason}`, code None where ready.
+
+    Raises FatalError(2) for the token or the organisation, FatalError(3) where DevRev can't be reached.
+    """
+    api = DevRevAPI(run.settings, run.environment, CancelToken())
+    names = ("count_policy", "across_workspaces", "try_unverified")
+    options = MergeOptions(**{name: getattr(run.options, name) for name in names})
+    groups = [group for group in plan.groups if any(pair.state is State.PLANNED for pair in group.pairs)]
+    found: List[Json] = []
+    progress = Progress(run)
+    ticking = asyncio.ensure_future(
+        progress.tick(lambda _now: f"{len(found):,} of {plural(len(groups), 'group')} compared with DevRev")
+    )
+
+    async def compare(group: Group) -> None:
+        try:
+            problem = await foresee_group(api, group, options)
+        except PairError as error:
+            problem = error
+        found.append(
+            {
+                "email": group.email,
+                "code": problem.code if problem else None,
+                "reason": str(problem) if problem else "ready",
+            }
+        )
+
+    try:
+        with before_any_change(api):
+            owner = await api.whoami()
+            check_organisation(organisation_of(str(owner.get("id"))), "CSV", plan.pairs())
+            for start in range(0, len(groups), ContactMerger.BATCH):
+                await together(*map(compare, groups[start : start + ContactMerger.BATCH]))
+    finally:
+        ticking.cancel()
+        run.console.status("")
+    return sorted(found, key=lambda one: str(one["email"]))
+
+
+def live_lines(live: Sequence[Json]) -> Iterator[str]:
+    """Say what a run would do with each group as DevRev has it now, with totals."""
+    yield f"COMPARED WITH DEVREV: {plural(len(live), 'group')}"
+    for one in live:
+        yield f"  {'ready' if one['code'] is None else one['code']}  {one['email']}" + (
+            f": {one['reason']}" if one["code"] else ""
+        )
+    counts = collections.Counter(one["code"] or "ready" for one in live)
+    yield f"  in all: {', '.join(f'{count:,} {code}' for code, count in sorted(counts.items())) or 'none'}"
+
+
+def suggest_after_preview(run: RunContext, facts: Json) -> None:
+    """Print what to do after a preview: a check, then one pair, then all."""
+    if not (facts["pairs_to_merge"] or facts["pairs_to_finish"]):
+        return
+    shown = ("preview", "live", "plan", "limit")
+    if run.settings.token:
+        run.console.suggest("merge one pair as a canary", run.command("--limit", "1", without=(*shown, "email")))
+    else:
+        words = "put a token into .env (see .env.example), then test it"
+        run.console.suggest(words, run.command("--check", without=shown))
 
 
 def _has_content(path: Path) -> bool:
@@ -6002,105 +8062,166 @@ def _has_content(path: Path) -> bool:
 def merge(run: RunContext) -> int:
     """Carry the plan out and report it; returns the exit code."""
     check_token(run.settings.token)
-    run.csv_sha256 = _sha256(run.options.csv)
     with contextlib.closing(open_savepoint(run)) as savepoint:
         plan = make_plan(run, savepoint)
-        if not plan.count() and not savepoint.unfinished():
-            return _report(run, plan, None, savepoint, EXIT_OK)
-        check_writable(run.report_path.parent, run.environment)
-        return run.environment.run_event_loop(run_merge(run, plan, savepoint))
+        document = run_facts(run, "merge", plan)
+        document["organisation"] = savepoint.organisation
+        document["csv"] = [{"path": str(path), "sha256": _sha256(path)} for path in csv_paths(run.options.csv)]
+        if not plan.count() and not any(savepoint.pairs(*UNFINISHED, State.CANCELLED)):
+            return _report(run, savepoint, document, None, EXIT_OK, plan)
+        return run.environment.run_event_loop(run_merge(run, plan, savepoint, document))
+
+
+def csv_paths(csv: Any) -> List[Path]:
+    return list(csv) if isinstance(csv, (list, tuple)) else [csv]
 
 
 def settle(run: RunContext) -> int:
-    """Accept what can't be mended of merged pairs that a report has named; nothing is asked of DevRev."""
+    """End the pairs of the named addresses whose problem stays; nothing is requested of DevRev.
+
+    Returns the exit code. Raises FatalError(2) where an address is unknown.
+    """
+    show = run.console.print
     with contextlib.closing(open_savepoint(run)) as savepoint:
         wanted = {email_key(email) for email in run.options.settle}
-        pairs = [pair for pair in savepoint.unfinished() if pair.email in wanted and pair.is_settleable]
-        missing = sorted(wanted - {pair.email for pair in pairs})
-        if missing:
-            why = "no unfinished pair whose flaw an earlier run has named in its report, and that can't be mended"
-            raise FatalError(EXIT_USAGE, f"{', '.join(missing)}: {why} (--status tells what is)")
+        by_email: Dict[str, List[Pair]] = collections.defaultdict(list)
+        for pair in savepoint.pairs(*State):
+            by_email[pair.email].append(pair)
+        for email in sorted(wanted - by_email.keys()):
+            near = difflib.get_close_matches(email, list(by_email), 1)
+            hint = f"; did you mean {near[0]}?" if near else "; --status lists the unfinished pairs"
+            raise FatalError(EXIT_USAGE, f"--settle: {email} has no pair in {SAVEPOINT}{hint}")
+        pairs = [pair for email in sorted(wanted) for pair in by_email[email]]
+        errors = {pair.ids: error for pair, error in ((pair, settle_error(pair)) for pair in pairs) if error}
+        ending = [pair for pair in pairs if pair.ids not in errors and pair.state not in TERMINAL]
+        document = run_facts(run, "settle")
+        document["organisation"] = savepoint.organisation = organisation_of(pairs[0].primary.id)
+        savepoint.write({}, {run.run_id: document})
         for pair in pairs:
-            pair.details["accepted"] = f"{pair.code}: {pair.error}"
-            if pair.new_ref and pair.state is not State.PROVING:
-                pair.details["reference_not_set"] = pair.new_ref
-            pair.state, pair.report = State.SETTLED, ""
-        StateWriter(savepoint, Journal(JOURNAL, run.environment, run.run_id)).put(pairs, pairs)
-        for pair in pairs:
-            run.console.print(f"settled  {pair.email}: {pair.details['accepted']}")
-        return _report(run, Plan([], [], [], 0), None, savepoint, EXIT_OK)
+            words = f"{pair.email}: {into(pair)}"
+            if pair.ids in errors:
+                show(f"NOT SETTLED  {words}: {errors[pair.ids]}", "bad")
+            elif pair.state in TERMINAL:
+                show(f"nothing to settle  {words}: {STATE_WORDS[pair.state]}")
+            else:
+                settle_pair(pair)
+                show(f"{pair.state.value.replace('_', ' ')}  {words}: {STATE_WORDS[pair.state]} ({pair.accepted})")
+        savepoint.save_now(ending)
+        return _report(run, savepoint, document, None, EXIT_FAILED if errors else EXIT_OK)
 
 
 def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
-    """Open the savepoint, which learns from the journal what it does not know."""
-    savepoint = SavePoint(run.options.savepoint, run.environment, run.run_id, readonly)
-    journal = Journal(JOURNAL, run.environment, run.run_id)
-    savepoint.confirm_report(lambda name: (run.report_path.parent / name).exists())
-    StateWriter(savepoint, journal).reconcile(lambda: reported_pairs(run.report_path.parent))
+    """Open the savepoint. For a run that may change something: also report what killed runs could not report.
+
+    Raises FatalError(2) where the savepoint is older than the reports, FatalError(3) where `reports/` can't be written.
+    """
+    warn_of_savepoint_elsewhere()
+    savepoint = SavePoint(run.environment, run.run_id, readonly)
+    for warning in savepoint.warnings:
+        run.console.print_err(f"warning: {warning}")
+        log.info("warning: %s", warning)
+    if readonly:
+        return savepoint
+    run.run_id = savepoint.run
+    try:
+        if savepoint.runs() or not run.options.undo:  # what no file knows at all can be undone from its report
+            check_not_restored(savepoint)
+        check_writable(REPORTS, run.environment)
+        for path in report_killed_runs(run.environment, savepoint):
+            run.console.print_err(f"an earlier run was killed before its report; it is {path}")
+    except OSError as error:
+        savepoint.close()
+        raise FatalError(
+            EXIT_STOPPED, f"a report can't be written to {REPORTS}: {error}; nothing was changed"
+        ) from None
+    except FatalError:
+        savepoint.close()
+        raise
     return savepoint
 
 
-def reported_pairs(folder: Path) -> Dict[Tuple[str, str], str]:
-    """The pairs that reports in a folder call ended, with the report's name."""
-    found: Dict[Tuple[str, str], str] = {}
-    for path in sorted(folder.glob("merge_report_*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            report = json.loads(path.read_bytes())
-            for entry in (*report["successful_merges"], *report["failed_merges"]):
-                if entry.get("state", "done") in {state.value for state in ENDED}:
-                    found[entry["primary"]["id"], entry["duplicate"]["id"]] = path.name
-    return found
+def warn_of_savepoint_elsewhere() -> None:
+    """Warn where the current folder has no history but the script's folder has: cron starts in another folder."""
+    beside = Path(__file__).resolve().parent / SAVEPOINT
+    if not SAVEPOINT.exists() and beside.exists():
+        here = "no savepoint.db is in the current folder, and one is beside the script"
+        log.warning("%s: to use that history, run in %s", here, beside.parent)
 
 
 def check_writable(folder: Path, environment: Environment) -> None:
-    """Find out now whether a file can be made in a folder. Raises Stop(3)."""
+    """Find out, before anything is changed, whether a file can be created in `folder`. Raises FatalError(3)."""
     trial = folder / f".trial.{os.getpid()}"
     try:
         environment.make_private_dir(folder)
         trial.write_bytes(b"")
         trial.unlink()
     except OSError as error:
-        raise FatalError(EXIT_STOPPED, f"{folder} can't be written: {error}; nothing was changed") from None
+        why = error.strerror or error
+        raise FatalError(
+            EXIT_STOPPED, f"{folder} can't be written ({why}), so nothing was changed; make it writable"
+        ) from None
 
 
-async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint) -> int:
+async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint, document: Json) -> int:
     """Find out whose token it is, ask, merge, report; returns the exit code."""
     run.console.status("connecting to DevRev ...")
-    cancel_token = CancelToken()
-    api = DevRevAPI(run.settings, run.environment, cancel_token)
-    backups = BackupStore(JOURNAL.parent, run.environment, not run.options.no_timelines)
-    journal = Journal(JOURNAL, run.environment, run.run_id)
+    api = DevRevAPI(run.settings, run.environment, CancelToken())
     progress = Progress(run, run.cost(plan).requests)
-    merger = ContactMerger(
-        api, savepoint, journal, backups, run.options.count_policy, run.options.merge_timeout, progress.on_pair
+    options = MergeOptions(
+        count_policy=run.options.count_policy,
+        merge_timeout=run.options.merge_timeout,
+        timelines=not run.options.no_timelines,
+        across_workspaces=run.options.across_workspaces,
+        try_unverified=run.options.try_unverified,
+        carry_fields=run.options.carry_fields,
     )
     try:
-        unfinished = await merger.identify(plan)
+        with before_any_change(api):
+            run.token_owner = await api.whoami()
+        run.organisation = savepoint.organisation = organisation_of(str(run.token_owner.get("id")))
+        document["token_owner"] = {name: run.token_owner.get(name) for name in ("id", "display_name", "email")}
+        document["organisation"] = run.organisation
+        check_organisation(run.organisation, "CSV", plan.pairs())
     except FatalError as stop:
-        if stop.exit_code != EXIT_STOPPED:
-            raise
-        cancel_token.cancel(stop)
-        return _report(run, plan, merger, savepoint, stop.exit_code)
-    warning = "In DevRev a merge can't be undone; --undo takes back most of it."
+        api.cancel_token.cancel(stop)
+        merger = ContactMerger(api, savepoint, options)
+        return _report(run, savepoint, document, merger, stop.exit_code, plan)
+    merger = ContactMerger(api, savepoint, replace(options, organisation=run.organisation), progress.on_pair)
+    others = savepoint.other_organisations()
+    if others:
+        run.console.print_err(f"{plural(others, 'pair')} of another organisation stay in {SAVEPOINT} as they are")
+    unfinished = [*savepoint.unfinished(), *plan.revived]
+    document["pairs"] = plan.count() + sum(pair.ids not in plan.ids for pair in unfinished)
+    warning = "DevRev can't undo a merge; --undo restores most of it from the backups."
     question = Question("merge", merge_facts(run, plan, unfinished), warning)
-    code = await confirm_and_run(run, merger, progress, question, lambda: merger.run(plan.groups, unfinished))
-    return _report(run, plan, merger, savepoint, code)
+
+    async def work() -> int:
+        savepoint.save_now(plan.revived)
+        return await merger.run(plan, unfinished)
+
+    code = await confirm_and_run(run, merger, progress, question, document, work)
+    return _report(run, savepoint, document, merger, code, plan)
 
 
 async def confirm_and_run(
     run: RunContext,
-    merger: ContactMerger,
+    merger: Runner,
     progress: "Progress",
     question: "Question",
+    document: Json,
     work: Callable[[], Awaitable[int]],
 ) -> int:
-    """Ask, and do the work under a status line, which a signal ends; returns the exit code."""
-    ticking = asyncio.ensure_future(
-        progress.tick(lambda now: progress.line(merger, now))
-    )  # which also lets signals in, however quiet it is
+    """Ask, and do the work under a status line until it ends or a signal comes; return the exit code.
+
+    `document` is the run's. It is stored once the question is answered: from then on the run may change something, and
+    has a report.
+    """
+    # The ticking also lets signals in, however quiet the network is.
+    ticking = asyncio.ensure_future(progress.tick(lambda now: progress.line(merger, now)))
     await confirm(run, merger, question)
-    merger.savepoint.meta("organisation", merger.organisation)
-    run.on_signal(asyncio.get_event_loop(), lambda: merger.cancel_token.cancel(Cancelled()))
+    if not run.options.preview:
+        merger.runner.savepoint.write({}, {run.run_id: document})
+    run.on_signal(asyncio.get_event_loop(), lambda: merger.api.cancel_token.cancel(Cancelled()))
     code = await work()
     ticking.cancel()
     run.console.status("")
@@ -6108,7 +8229,7 @@ async def confirm_and_run(
 
 
 class Question(NamedTuple):
-    """What one signs by typing `word`."""
+    """What the user confirms by typing `word`."""
 
     word: str
     facts: Dict[str, str]
@@ -6116,56 +8237,72 @@ class Question(NamedTuple):
 
 
 def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair]) -> Dict[str, str]:
-    """What one signs with a typed `merge`."""
+    """What the user confirms with a typed `merge`."""
     new = [pair for pair in plan.pairs() if pair.state is State.PLANNED]
-    modified = datetime.fromtimestamp(run.options.csv.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
-    facts = {"CSV": f"{run.options.csv} of {modified}", "plan": plan.id, "to merge": plural(len(new), "pair")}
-    facts.update({f"  {index}": words for index, words in enumerate(some([describe_pair(pair) for pair in new], 3), 1)})
+    facts: Dict[str, str] = {}
+    for path in run.options.csv:
+        modified = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        facts[f"CSV{' ' * len(facts)}"] = f"{path} of {modified}"
+    facts["plan"] = plan.id
     if unfinished:
         words = "; ".join(some([describe_pair(pair) for pair in unfinished], 3))
-        facts["first"] = f"{plural(len(unfinished), 'pair')} of earlier runs to finish: {words}"
+        others = ", in addition to --limit and --email" if run.options.limit or run.options.email else ""
+        facts["first"] = f"finish {plural(len(unfinished), 'pair')} of earlier runs{others}: {words}"
+    facts["to merge"] = plural(len(new), "pair")
+    facts.update({f"  {index}": words for index, words in enumerate(some([describe_pair(pair) for pair in new], 3), 1)})
     facts["left out"] = f"{plural(len(plan.skipped), 'group')} skipped, {plural(len(plan.invalid_rows), 'invalid row')}"
     left = plan_summary(plan, run.cost(plan), unfinished)["left"]
     facts.update({"left": f"{plural(left, 'pair')} for another run (--email, --limit)"} if left else {})
     lost = [f"{one.external_ref} ({describe_contact(one)})" for group in plan.chosen for one in group.lost_refs()]
-    warnings = [f"{group.email}: {warning}" for group in plan.chosen for warning in group.warnings()]
-    for name, found in (("choices lose", lost), ("WARNING", warnings)):
-        facts.update({name: "; ".join(some(found))} if found else {})
-    facts["cost"] = f"{run.cost(plan)} {run.ceiling()}"
+    facts.update({"choices lose": "; ".join(some(lost))} if lost else {})
+    warnings = sorted(plan.warnings(), key=lambda one: bool(one["code"] != "shared_mailbox"))
+    shared = sum(one["code"] == "shared_mailbox" for one in warnings)  # each of which is named
+    told = some([f"{one['email']}: {one['warning']}" for one in warnings], max(20, shared))
+    facts.update({f"WARNING {number}": line for number, line in enumerate(told, 1)})
+    facts.update({"take no part": plan.others_line()} if plan.other_refs else {})
+    facts["cost"] = f"{run.cost(plan)} {run.describe_rate()}"
     facts["backups in"] = str(Path("backups").resolve())
     return facts
 
 
-async def confirm(run: RunContext, merger: ContactMerger, question: Question) -> None:
-    """On a terminal: say what is about to happen, and go on only where it is signed. Raises Stop(2) otherwise."""
-    owner = merger.token_owner
+async def confirm(run: RunContext, merger: Runner, question: Question) -> None:
+    """Print what is about to happen, and have it confirmed.
+
+    Raises FatalError(2) where it is not, and where no terminal can ask and --yes is missing.
+    """
+    owner = run.token_owner
     who = str(owner.get("display_name") or owner.get("full_name") or owner.get("email") or owner.get("id"))
-    log.info("organisation %s, token of %s (%s)", merger.organisation, who, owner.get("id"))
-    if run.options.yes or run.options.preview or not (sys.stdin and sys.stdin.isatty()):
+    log.info("organisation %s, token of %s (%s)", run.organisation, who, owner.get("id"))
+    if run.options.yes or run.options.preview:
         return
     run.console.status("")
+    if not (sys.stdin and sys.stdin.isatty()):
+        what = f"there is something to {question.word}, and no terminal to confirm it on"
+        raise FatalError(EXIT_USAGE, f"{what}; nothing was changed. Add --yes to {question.word} without being asked")
     show, ask = run.console.question_streams()
-    show(f"organisation  {merger.organisation} at {run.settings.base_url}")
+    show(f"organisation  {run.organisation} at {run.settings.base_url}")
     show(f"token of      {who}" + (f" <{owner['email']}>" if owner.get("email") else ""))
     for name, fact in question.facts.items():
         show(f"{name:<12}  {fact}")
     show(question.warning, "bold")
     ask(f"Type {question.word} to go on, anything else to leave: ")
-    # Read by a thread and past Python's own buffers, so that a signal is never kept waiting by the terminal.
+    # A thread reads, past Python's own buffers, so that a terminal never delays a signal.
     answer = await run.environment.run_in_thread(os.read, sys.stdin.fileno(), 1024)
     if answer.strip() != question.word.encode():
         raise FatalError(EXIT_USAGE, "not confirmed; nothing was changed")
 
 
 class Progress:
-    """Tells what a run is doing: a line a pair, a status line, or a log line now and then."""
+    """Prints what a run is doing: a line a pair, and a status line (without a terminal: a line now and then)."""
 
     EVERY = 30.0  # seconds between lines where there is no terminal
+    TO_MERGE = 4  # requests of a pair after its backup: the merge, two polls, the reference
 
     def __init__(self, run: RunContext, requests: int = 0) -> None:
         self.run = run
-        self.requests = requests  # that the whole run is expected to take
-        self.begun = self.describe_pair = run.environment.now().monotonic
+        self.requests = requests  # that the complete run is expected to take
+        self.begun = self.printed = self.ticked = run.environment.now().monotonic
+        self.waited = 0.0  # seconds without quota, which say nothing of how fast requests are
 
     def on_pair(self, pair: Pair) -> None:
         console, style = self.run.console, ""
@@ -6173,7 +8310,8 @@ class Progress:
         if pair.state in (State.DONE, State.SETTLED) and not pair.code:
             line = f"merged  {words}" + (f", now {pair.new_ref}" if pair.new_ref else "")
         elif pair.state is State.UNDONE and not pair.code:
-            line = f"undone  {pair.email}: {into(pair)}, again as {pair.details['undo']['display_id']}"
+            again = pair.undo.display_id if pair.undo else ""
+            line = f"undone  {pair.email}: {pair.duplicate.short_id} out of {pair.primary.short_id}, again as {again}"
         else:
             facts, style = progress_of(pair), "bad"
             word = "UNFINISHED" if facts or pair.state is State.UNDOING else "FAILED"
@@ -6184,72 +8322,116 @@ class Progress:
             console.print(line, style)
 
     async def tick(self, line_at: Callable[[float], str]) -> None:
-        """Say how far a run is for as long as it lasts; where there is no terminal, now and then."""
+        """Show how far a run is for as long as it lasts."""
         while True:
             await asyncio.sleep(self.run.TICK)
             now = self.run.environment.now().monotonic
             line = line_at(now)
             self.run.console.status(line)
-            if line and now - self.describe_pair >= self.EVERY:
-                self.describe_pair = now
+            if line and now - self.printed >= self.EVERY:
+                self.printed = now
                 log.info("%s", line)
-                if not self.run.options.quiet and not self.run.console.err.isatty():
+                if not self.run.options.quiet and not self.run.console.rewrites:
                     self.run.console.print_err(line)
 
-    def line(self, merger: ContactMerger, now: float) -> str:
-        """Phases, the end, and what is waited for."""
-        if not merger.total:
+    def line(self, merger: Runner, now: float) -> str:
+        """How many pairs are how far, when the run will end, and what it waits for."""
+        if not merger.runner.total:
             return ""
         pairs = list(merger.pairs())
-        gone = (*ENDED, State.MERGED, State.PROVING)
         phases = {
             "backed up": sum(bool(pair.backup) for pair in pairs),
-            "merged": sum(pair.state in gone for pair in pairs),
-            "proved": sum(pair.state in ENDED for pair in pairs),
+            "merged": sum(pair.state in (*ENDED, State.MERGED, State.VERIFYING) for pair in pairs),
+            "verified": sum(pair.state in ENDED for pair in pairs),
         }
-        failed = sum(not merger.is_success(pair) for pair in merger.outcomes.values())
+        if isinstance(merger, UndoRunner):
+            phases = {"undone": sum(pair.state is State.UNDONE for pair in pairs)}
+        failed = sum(not merger.is_success(pair) for pair in merger.runner.outcomes.values())
+        waiting = describe_wait(merger.api.scheduler)
+        self.waited += now - self.ticked if waiting.startswith("waiting") else 0.0
+        self.ticked = now
         words = [f"{count:,} {what}" for what, count in phases.items()] + ([f"{failed:,} failed"] if failed else [])
-        parts = [f"{plural(merger.total, 'pair')}: {', '.join(words)}"]
+        parts = [f"{plural(merger.runner.total, 'pair')}: {', '.join(words)}"]
         if self.run.signal:
-            return f"{parts[0]} \u00b7 stopping (requests under way are waited for)"
-        share = (sum(phases.values()) + 3 * failed) / (3 * merger.total)
-        if share < 1:
-            parts.append(f"{duration(self.left(merger, share, now))} left")
-        parts.extend(filter(None, [describe_wait(merger.api.scheduler)]))
-        return " \u00b7 ".join(parts)
+            return f"{parts[0]} \u00b7 stopping, waiting for requests under way"
+        if phases["verified"] + failed < merger.runner.total:
+            sent = sum(merger.api.requests.values())
+            to_send = requests_left(
+                self.requests, merger.runner.total, phases["backed up"] + failed, phases["verified"] + failed
+            )
+            pace = max(0.0, now - self.begun - self.waited) / sent if sent else 0.0
+            left = max(minimum_seconds(merger.api.scheduler, to_send), to_send * pace)
+            parts[0] += f", {duration(left)} left"
+        if not phases["merged"] and any(pair.state in REQUESTED_STATES for pair in pairs):
+            parts.append("waiting for the first merge, others follow it")
+        return " \u00b7 ".join([*parts, *([waiting] if waiting else [])])
 
-    def left(self, merger: ContactMerger, share: float, now: float) -> float:
-        """Seconds to the end, at the pace so far; not less than quota and ceiling allow."""
-        api, known = merger.api, share > 0.05
-        sent = sum(api.requests.values())
-        wanted = sent / share * (1 - share) if known else max(0, self.requests - sent)
-        return max(minimum_seconds(api.scheduler, wanted), (now - self.begun) / share * (1 - share) if known else 0.0)
+
+def requests_left(expected: int, pairs: int, backed_up: int, ended: int) -> float:
+    """How many of the `expected` requests of a run are still to be sent.
+
+    Most of them are for backups, and backups come first: a share of all pairs or seconds would forecast far too many.
+    """
+    to_merge = min(expected, Progress.TO_MERGE * pairs)
+    not_backed_up, not_ended = max(0, pairs - backed_up), max(0, pairs - ended)
+    return (expected - to_merge) * not_backed_up / pairs + to_merge * not_ended / pairs
 
 
-def _report(run: RunContext, plan: Plan, merger: Optional[ContactMerger], savepoint: SavePoint, code: int) -> int:
+def _report(
+    run: RunContext,
+    savepoint: SavePoint,
+    document: Json,
+    merger: Optional[Runner],
+    code: int,
+    plan: Optional[Plan] = None,
+) -> int:
     """Write the report and print the summary; a full disk here makes the exit code 3."""
     stop = stop_reason(merger, code)
-    summary, lists = summary_of(plan, savepoint), outcome(savepoint)
-    failed = list(lists["failed_merges"])  # also by a run that was killed before it could say so
-    failures = [*failed, *lists["unfinished_merges"]]
-    code = EXIT_FAILED if failed and code == EXIT_OK else code
-    facts = run_facts(run, merger, savepoint, code, headline(plan, summary, savepoint), plan)
-    code = written(run, lambda: write_report(run.report_path, facts, plan, savepoint, run.environment), code)
+    if plan and merger:
+        plan.left_out = [pair for pair in merger.runner.outcomes.values() if pair.state is State.PLANNED and pair.code]
+    document.update(end_facts(run, merger.api if merger else None, code, "interrupted" if run.signal else stop))
+    summary = document["summary"] = merge_summary(savepoint, run.run_id, plan)
+    document["headline"] = headline(summary, document)
+    entries = merge_report_lists(savepoint, run.run_id, plan)
+    code = written(run, lambda: write_report(run.environment, savepoint, run.run_id, document, entries), code)
     if stop and not run.signal:
         run.console.error(stop)
-    show_summary(run, facts["headline"], summary, merger, failures)
+    lists = merge_lists(savepoint, run.run_id)
+    failures = [*lists["failed_merges"], *lists["unfinished_merges"]]
+    run.console.print()
+    is_complete = not (failures or summary["left"] or summary["cancelled"])
+    run.console.print(document["headline"], "good" if is_complete else "bold")
+    if failures and document["kind"] == "merge":
+        _show_failures(run.console, failures)
+    if summary["skipped_groups"]:
+        run.console.print("         --preview says why groups are skipped")
+    if merger:
+        spent = duration(run.environment.elapsed(run.started))
+        run.console.print(f"cost     {plural(document['requests_total'], 'request')}, {spent}")
+    print_report_paths(run)
+    if document["kind"] == "merge" and not run.signal:
+        suggest_next_step(run, summary)
     if code >= EXIT_STOPPED:
-        run.console.print_err(
-            f"Stopped early. Run the same command again to go on from {run.options.savepoint}.", "bold"
-        )
+        run.console.print_err("Stopped early. Run the same command again to resume.", "bold")
     elif code == EXIT_USAGE:
         run.console.print_err("Nothing was changed in DevRev.")
     log.info("exit code %d", code)
     return code
 
 
+def suggest_next_step(run: RunContext, summary: Json) -> None:
+    """Print what to do after a run, as a command that works where it is typed."""
+    if summary["failed_merges"] or summary["unfinished_merges"]:
+        run.console.suggest("fix what is named above, then run again", run.command())
+    elif summary["left"]:
+        if summary["successful_merges"]:
+            undo = command_line("--undo", str(run.report_path), "--preview")
+            run.console.suggest("look at the merged contacts in DevRev; to see what an undo would restore", undo)
+        run.console.suggest("merge the rest", run.command(without=("limit", "email")))
+
+
 def written(run: RunContext, write: Callable[[], None], code: int) -> int:
-    """Write a report; a disk that refuses makes the exit code 3, unless it says something worse."""
+    """Write a report, and return the exit code: 3 on a disk error, unless `code` is worse."""
     try:
         write()
     except (OSError, FatalError) as error:
@@ -6258,48 +8440,64 @@ def written(run: RunContext, write: Callable[[], None], code: int) -> int:
     return code
 
 
-def stop_reason(merger: Optional[ContactMerger], code: int) -> Optional[str]:
-    return str(merger.stop) if merger and merger.stop and code >= EXIT_USAGE else None
+def stop_reason(merger: Optional[Runner], code: int) -> Optional[str]:
+    return str(merger.runner.stop) if merger and merger.runner.stop and code >= EXIT_USAGE else None
 
 
-def run_facts(
-    run: RunContext,
-    merger: Optional[ContactMerger],
-    savepoint: SavePoint,
-    code: int,
-    headline: str,
-    plan: Optional[Plan] = None,
-) -> Json:
-    """The report's `run`."""
-    owner = merger.token_owner if merger else {}
-    requests = dict(sorted(merger.api.requests.items())) if merger else {}
-    waits = merger.api.scheduler.waits if merger else []
-    options = run.options
+# Options that say nothing of what a run did.
+NOT_REPORTED = frozenset((
+    "csv", "preview", "live", "check", "status", "verify_backups", "json", "plan", "choices_template", "export",
+    "domain", "yes", "verbose", "quiet",
+))  # fmt: skip
+
+
+def run_facts(run: RunContext, kind: str, plan: Optional[Plan] = None) -> Json:
+    """Return the document of a run (the report's `run`) as it is at the run's start; `kind` names its report."""
+    options = {name: value for name, value in vars(run.options).items() if name not in NOT_REPORTED}
     return {
+        "id": run.run_id,
+        "kind": kind,
         "version": __version__,
-        "headline": headline,
-        "csv": str(options.csv) if options.csv else None,
-        "csv_sha256": run.csv_sha256,
-        "plan": plan.id if plan else None,
+        "headline": "",
+        "csv": None,
+        "plan_id": plan.id if plan else None,
+        "pairs": plan.count() if plan else None,
         "base_url": run.settings.base_url,
-        "organisation": merger.organisation if merger else savepoint.meta("organisation"),
-        "token_owner": {name: owner.get(name) for name in ("id", "display_name", "email")},
+        "organisation": "",
+        "token_owner": None,
         "options": {
-            "email": options.email, "limit": options.limit, "count_policy": options.count_policy,
-            "merge_timeout": options.merge_timeout, "workers": options.workers, "savepoint": str(options.savepoint),
-            "choices": str(options.choices) if options.choices else None,
-            "timelines": not options.no_timelines, "rate_limit": [run.settings.calls, run.settings.period],
+            **{name: str(value) if isinstance(value, Path) else value for name, value in options.items()},
+            "rate_limit": [run.settings.calls, run.settings.period],
         },
         "start": iso(run.started.wall),
+        "end": None,
+        "exit_code": None,
+        "stopped": None,
+        "requests": None,
+        "requests_total": None,
+        "quota": None,
+        "quota_wait_seconds": None,
+        "quota_waits": None,
+        "log": str(run.log_path),
+        "reported": False,
+    }
+
+
+def end_facts(run: RunContext, api: Optional[DevRevAPI], code: int, stopped: Optional[str]) -> Json:
+    """Return what a run's document learns at its end."""
+    requests = dict(sorted(api.requests.items())) if api else {}
+    waits = api.scheduler.waits if api else []
+    quota_seen = getattr(api.scheduler, "quota_seen", None) if api else None
+    return {
         "end": iso(run.environment.now().wall),
         "exit_code": code,
-        "stopped": "interrupted" if run.signal else stop_reason(merger, code),
+        "stopped": stopped,
         "requests": requests,
         "requests_total": sum(requests.values()),
+        "quota": quota_seen() if quota_seen else None,
         "quota_wait_seconds": round(sum(end - start for start, end in waits), 3),
         "quota_waits": [{"start": iso(start), "end": iso(end)} for start, end in waits if end - start > 0.5],
-        "log": str(run.log_path),
-    }  # fmt: skip
+    }
 
 
 def _sha256(path: Path) -> Optional[str]:
@@ -6311,27 +8509,15 @@ def _sha256(path: Path) -> Optional[str]:
     return None
 
 
-def show_summary(
-    run: RunContext, headline: str, facts: Json, merger: Optional[ContactMerger], failures: Sequence[Pair]
-) -> None:
-    show = run.console.print
-    show()
-    whole = facts["left"] == facts["failed_merges"] == facts["unfinished_merges"] == 0
-    show(headline, "good" if whole and not failures else "bold")
-    if failures:
-        _show_failures(run.console, failures)
-    if facts["skipped_groups"]:
-        show("         --preview says why groups are skipped")
-    if merger:
-        spent = run.environment.elapsed(run.started)
-        show(f"cost     {plural(sum(merger.api.requests.values()), 'request')}, {duration(spent)}")
-    print_report_paths(run)
-
-
 def print_report_paths(run: RunContext) -> None:
-    page = run.report_path.with_suffix(".html")
-    if run.report_path.exists():
-        run.console.print(f"report   {run.report_path}" + (f", to read: {page}" if page.exists() else ""))
+    """Name the report and what lies beside it; with --json print the report itself."""
+    path = run.report_path
+    if run.options.json and path.exists():
+        with open(path, "rb") as lines:
+            run.console.json(lines)
+    elif path.exists():
+        beside = [str(one) for one in (path.with_suffix(".html"), path.with_suffix(".csv")) if one.exists()]
+        run.console.print(f"report   {path}" + (f", to read: {' and '.join(beside)}" if beside else ""))
 
 
 def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
@@ -6341,7 +8527,7 @@ def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
     for code, emails in sorted(by_code.items()):
         emails.sort()
         console.print(f"  {len(emails)} {code}: {', '.join(some(emails))}")
-        console.print(f"    what to do: {ADVICE.get(code, 'see the report')}")
+        console.print(f"    what to do: {CODES[code].advice if code in CODES else 'see the report'}")
 
 
 # -- export ------------------------------------------------------------------------------------------
@@ -6351,10 +8537,9 @@ def export(run: RunContext) -> int:
     """Write the CSV from DevRev itself; returns the exit code. What is wrong with the path is found out first."""
     check_token(run.settings.token)
     path: Path = run.options.export
-    if os.path.lexists(str(path)):
-        raise FatalError(
-            EXIT_USAGE, f"{path} is there already, and is left as it is: name a file that is not there yet"
-        )
+    if is_taken(path):
+        words = f"{path} exists already, and is left as it is: name a file that does not exist yet"
+        raise FatalError(EXIT_USAGE, words)
     try:
         spool = tempfile.TemporaryFile(dir=str(path.parent))  # noqa: SIM115
     except OSError as error:
@@ -6364,7 +8549,7 @@ def export(run: RunContext) -> int:
             return asyncio.run(_export(run, path, spool))
         except FileExistsError:
             raise FatalError(
-                EXIT_USAGE, f"{path} has been made by somebody else meanwhile, and is left as it is"
+                EXIT_USAGE, f"{path} was created by another program meanwhile, and is left as it is"
             ) from None
         except OSError as error:
             raise FatalError(EXIT_STOPPED, f"the disk refuses: {error}; nothing was written") from None
@@ -6387,7 +8572,7 @@ async def _export(run: RunContext, path: Path, spool: BinaryIO) -> int:
     finally:
         ticking.cancel()
         run.console.status("")
-    run.environment.write_atomically(path, csv_chunks(rows), lambda: path.touch(mode=0o600, exist_ok=False))
+    write_new_file(run.environment, path, csv_chunks(rows))
     print_exported(run, exporter, path)
     return EXIT_OK
 
@@ -6399,9 +8584,8 @@ def print_exported(run: RunContext, exporter: ContactExporter, path: Path) -> No
     show(f"exported {plural(rows, 'contact')} of {plural(emails, 'email')} that recur, to {path}", "good")
     show(f"read     {plural(exporter.read, 'contact')}")
     show(f"cost     {plural(requests, 'request')}, {duration(run.environment.elapsed(run.started))}")
-    if rows and not run.options.quiet:
-        name = f'"{path}"' if re.search(r"[^\w./\\:@+-]", str(path)) else str(path)
-        show(f"next     python merge_contacts.py --csv {name} --preview")
+    if rows:
+        run.console.suggest("see what would be merged", command_line("--csv", str(path), "--preview"))
     log.info("exported %d rows of %d emails to %s with %d requests", rows, emails, path, requests)
 
 
@@ -6409,76 +8593,101 @@ def print_exported(run: RunContext, exporter: ContactExporter, path: Path) -> No
 
 
 def undo(run: RunContext) -> int:
-    """Take merges back, or with --preview say what would be; returns the exit code."""
+    """Undo merges, or with --preview print what would be restored; return the exit code."""
     check_token(run.settings.token)
     options = run.options
+    elsewhere = history_folder_error(options.undo)  # before this folder gets a history
+    if elsewhere:
+        raise FatalError(EXIT_USAGE, elsewhere)
     with contextlib.closing(open_savepoint(run, readonly=options.preview)) as savepoint:
         emails = {email_key(email) for email in options.email or ()}
         plan = plan_undo(options.undo, savepoint, emails, options.limit)
-        if not options.preview:
-            check_writable(run.report_path.parent, run.environment)
-        return run.environment.run_event_loop(run_undo(run, plan, savepoint))
+        code = run.environment.run_event_loop(run_undo(run, plan, savepoint))
+        if options.preview and code == EXIT_OK and plan.pairs():
+            run.console.suggest("undo it", run.command(without=("preview", "json")))
+        return code
 
 
 async def run_undo(run: RunContext, plan: UndoPlan, savepoint: SavePoint) -> int:
-    """Find out whose token it is, ask, undo, report; returns the exit code."""
-    options, cancel_token = run.options, CancelToken()
-    progress, journal = Progress(run), Journal(JOURNAL, run.environment, run.run_id)
-    undo_runner = UndoRunner(
-        DevRevAPI(run.settings, run.environment, cancel_token), savepoint, journal, options.undo, options.preview,
-        merge_timeout=options.merge_timeout, on_pair=(lambda _pair: None) if options.preview else progress.on_pair,
-    )  # fmt: skip
-    code = EXIT_OK
-    if plan.groups:
-        await undo_runner.find_owner()
-        check_organisation(undo_runner.organisation, "backup", plan.pairs)
-        facts = {"to take back": plural(len(plan.pairs), "merge"), "of": str(options.undo)}
-        told_pairs = some([f"{names_of(pair)} <{pair.email}>: {into(pair)}" for pair in plan.pairs], 3)
-        facts.update({f"  {index}": words for index, words in enumerate(told_pairs, 1)})
-        question = Question("undo", facts, "Ids, dates, creators and authors of comments can't be given back.")
-        code = await confirm_and_run(run, undo_runner, progress, question, lambda: undo_runner.undo(plan))
-    return report_undo(run, plan, undo_runner, code)
+    """Find out whose token it is, ask, undo, report; return the exit code."""
+    api, progress = DevRevAPI(run.settings, run.environment, CancelToken()), Progress(run)
+    code, pairs, document = EXIT_OK, plan.pairs(), run_facts(run, "undo")
+    document.update(undo=str(plan.path), pairs=len(pairs))
+    if pairs:
+        with before_any_change(api):
+            run.token_owner = await api.whoami()
+        run.organisation = savepoint.organisation = organisation_of(str(run.token_owner.get("id")))
+        check_organisation(run.organisation, "backup", pairs)
+        document["token_owner"] = {name: run.token_owner.get(name) for name in ("id", "display_name", "email")}
+        document["organisation"] = run.organisation
+    options = MergeOptions(
+        organisation=run.organisation, merge_timeout=run.options.merge_timeout, preview=run.options.preview
+    )
+    undo_runner = UndoRunner(api, savepoint, options, (lambda _pair: None) if options.preview else progress.on_pair)
+    if pairs:
+        facts = {
+            "to undo": plural(len(pairs), "merge"),
+            "of": str(plan.path),
+            "updates": f"up to {plan.count_objects():,} tickets, issues and conversations; automations may react to it",
+        }
+        merges = some([f"{names_of(pair)} <{pair.email}>: {into(pair)}" for pair in pairs], 3)
+        facts.update({f"  {index}": words for index, words in enumerate(merges, 1)})
+        if plan.older:
+            facts["left alone"] = f"older backups: {', '.join(some([str(path) for path in plan.older]))}"
+        question = Question("undo", facts, "Ids, dates, creators and authors of comments can't be restored.")
+        code = await confirm_and_run(run, undo_runner, progress, question, document, lambda: undo_runner.run(plan))
+    return report_undo(run, plan, undo_runner, document, code)
 
 
 def undo_headline(counts: Json, before: int) -> str:
-    """What an undo has come to, or would, in one line; `before` were undone by an earlier one."""
-    counts = {"taken back" if name == "undone" else name.replace("_", " "): count for name, count in counts.items()}
-    if "taken back" in counts:
-        counts["taken back"] -= before
-    words = [f"{count:,} {name}" for name, count in counts.items() if count] or ["nothing to take back"]
-    return ", ".join([*words, *([f"{before:,} taken back before"] if before else [])])
+    """Say in one line what an undo has done, or would do; `before` were undone by an earlier one."""
+    counts = {name.replace("_", " "): count for name, count in counts.items()}
+    if "undone" in counts:
+        counts["undone"] -= before
+    words = [f"{count:,} {name}" for name, count in counts.items() if count]
+    if not any(count for name, count in counts.items() if name != "skipped"):
+        words.insert(0, "nothing to undo")
+    return ", ".join([*words, *([f"{before:,} undone before"] if before else [])])
 
 
-def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, code: int) -> int:
+def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, document: Json, code: int) -> int:
     """Write the report (with --preview: print it), and say what has come of each pair."""
     stop = stop_reason(undo_runner, code)
-    pairs = plan.pairs if run.options.preview else [*plan.undone, *plan.pairs]  # those of a killed run are in no report
-    lists = {
-        "undone": [pair for pair in pairs if pair.state is State.UNDONE],
-        "unfinished": [pair for pair in pairs if pair.state is State.UNDOING],
-        "failed": [pair for pair in pairs if pair.code and pair.state is not State.UNDOING],
-    }
+    pairs, outcomes = plan.pairs(), undo_runner.runner.outcomes
     if run.options.preview:
-        lists = {"to_undo": [p for p in pairs if not p.code], "refused": [p for p in pairs if p.code]}
-    summary = {name: len(found) for name, found in lists.items()}
-    left = plan.left + len(pairs) - sum(summary.values())
-    words = undo_headline({**summary, "left": left}, len(plan.undone))
-    summary.update(pairs=len(pairs) + plan.left, undone_before=len(plan.undone), left=left)
-    facts = run_facts(run, undo_runner, undo_runner.savepoint, code, words)
-    head = {"run": {**facts, "undo": str(run.options.undo)}, "summary": summary}
-    entries: Dict[str, Iterable[Json]] = {name: map(undo_entry, found) for name, found in lists.items()}
-    if run.options.preview:
-        show_undo(run, head, entries)
+        lists = {
+            "to_undo": [pair for pair in pairs if pair.ids in outcomes and not pair.code],
+            "refused": [pair for pair in pairs if pair.ids in outcomes and pair.code],
+        }
     else:
-
-        def write() -> None:
-            run.environment.write_atomically(run.report_path, report_chunks(head, entries))
-            write_page(run.report_path, "undo_template.html", facts["headline"], run.environment)
-
-        code = written(run, write, code)
+        failed = [pair for pair in pairs if pair.ids in outcomes and pair.state not in UNDO_STATES]
+        lists = {
+            # Those of a run that was killed may be in no report.
+            "undone": [*plan.undone, *(pair for pair in pairs if pair.state is State.UNDONE)],
+            "unfinished": [pair for pair in pairs if pair.state is State.UNDOING],
+            "failed": failed,
+        }
+    lists["skipped"] = plan.skipped
+    summary = {name: len(found) for name, found in lists.items()}
+    total = len(pairs) + plan.left + len(plan.skipped) + (0 if run.options.preview else len(plan.undone))
+    left = total - sum(summary.values())
+    words = undo_headline({**summary, "left": left}, len(plan.undone))
+    summary.update(pairs=total, undone_before=len(plan.undone), left=left)
+    document.update(end_facts(run, undo_runner.api, code, "interrupted" if run.signal else stop))
+    document.update(summary=summary, headline=words)
+    if run.options.preview:
+        show_undo(run, report_head(document), {name: map(undo_entry, found) for name, found in lists.items()})
+    else:
+        entries = undo_report_lists(lists, plan.skipped)
+        savepoint = undo_runner.context.savepoint
+        code = written(run, lambda: write_report(run.environment, savepoint, run.run_id, document, entries), code)
         print_report_paths(run)
-        run.console.print(facts["headline"], "bold")
+        for pair in plan.skipped:
+            run.console.print(f"skipped  {pair.email}: {into(pair)}: {pair.code}: {pair.error}")
+        run.console.print(words, "bold")
         _show_failures(run.console, [*lists["failed"], *lists["unfinished"]])
+    if code == EXIT_USAGE and not stop:
+        run.console.error(next(pair.error for pair in lists["failed"]))
     if stop and not run.signal:
         run.console.error(stop)
     log.info("exit code %d", code)
@@ -6486,23 +8695,28 @@ def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, code: 
 
 
 def show_undo(run: RunContext, head: Json, lists: Mapping[str, Iterable[Json]]) -> None:
+    """Print what an undo would restore."""
     if run.options.json:
         run.console.json(report_chunks(head, lists))
         return
-    show = run.console.print
+    show, objects = run.console.print, set()
     for name, entries in lists.items():
         for entry in entries:
             names = f"{entry['duplicate']['display_id']} out of {entry['primary']['display_id']}"
-            if name == "refused":
-                show(f"refused  {entry['email']}: {names}: {entry['code']}: {entry['error']}", "bad")
+            if name != "to_undo":
+                show(f"{name:<8} {entry['email']}: {names}: {entry['code']}: {entry['error']}", "bad")
                 continue
-            given = len({item["id"] for item in entry["given_back"]})
+            mine = {item["id"] for item in entry["restored"]}
+            objects |= mine
             reference = entry["duplicate"]["old_external_ref"]
-            show(f"undo     {entry['email']}: {names}, {reference}, {given} tickets, issues and conversations")
+            show(f"undo     {entry['email']}: {names}, {reference}, {len(mine)} tickets, issues and conversations")
             for item in entry["left"]:
                 show(f"           stays: {item['display_id']} {item['title']}: {item['why']}")
-            never = dict.fromkeys(item["what"].replace("_", " ") for item in entry["not_given_back"])
-            show(f"           never back: {', '.join(never)}")
+            for item in entry["fields_left"]:
+                show(f"           stays with the primary: {item['field']}: {item['why']}")
+            never = dict.fromkeys(item["what"].replace("_", " ") for item in entry["not_restored"])
+            show(f"           can't be restored: {', '.join(never)}")
+    show(f"updates  {len(objects):,} tickets, issues and conversations; automations and webhooks may react to each")
     show(head["run"]["headline"], "bold")
 
 
@@ -6510,11 +8724,11 @@ def show_undo(run: RunContext, head: Json, lists: Mapping[str, Iterable[Json]]) 
 
 
 async def check(run: RunContext) -> int:
-    """Say whether a real run could start: token, organisation, read access, quota, disk, savepoint."""
+    """Print whether a real run could start: token, organisation, read access, quota, disk, savepoint."""
     api = DevRevAPI(run.settings, run.environment, CancelToken())
     checks: List[Json] = []
 
-    async def tell(name: str, work: Union[Callable[[], str], Awaitable[str]]) -> bool:
+    async def report(name: str, work: Union[Callable[[], str], Awaitable[str]]) -> bool:
         try:
             words, good = work() if callable(work) else await work, True
         except (FatalError, PairError, OSError) as error:
@@ -6525,19 +8739,19 @@ async def check(run: RunContext) -> int:
             run.console.print(f"{'ok     ' if good else 'FAILED '} {name}: {words}", "" if good else "bad")
         return good
 
-    known = await tell("token", _check_token(run, api))
+    known = await report("token", _check_token(run, api))
     if run.options.csv:
-        await tell("csv", lambda: _check_csv(run))
+        await report("csv", lambda: _check_csv(run))
     notes = []
     if known:
         seen: List[str] = []
         for name in READS:
-            await tell(name, _check_read(api, name, seen))
-        notes.append(f"quota: {describe_wait(api.scheduler) or 'the server says nothing meta it'}, {run.ceiling()}")
-    await tell("savepoint", lambda: _check_savepoint(run))
-    await tell("disk", _check_disk)
-    notes.append("the permission to merge (rev_user:all) can't be tried without merging: --limit 1 is the first proof")
-    notes.append("--undo also needs to write tickets, issues and conversations, which reading can't tell")
+            await report(name, _check_read(api, name, seen))
+        notes.append(f"quota: {describe_wait(api.scheduler) or 'DevRev has announced none'}, {run.describe_rate()}")
+    await report("savepoint", lambda: _check_savepoint(run))
+    await report("disk", _check_disk)
+    notes.append("only a merge shows whether the token may merge (rev_user:all): merge one pair first, --limit 1")
+    notes.append("--undo also writes tickets, issues and conversations; reading does not show whether it may")
     return _verdict(run, checks, notes)
 
 
@@ -6545,12 +8759,18 @@ def _verdict(run: RunContext, checks: Sequence[Json], notes: Sequence[str]) -> i
     problems = sum(not one["ok"] for one in checks)
     verdict = f"not ready: {plural(problems, 'problem')}" if problems else "ready"
     if run.options.json:
-        facts = {"verdict": verdict, "ready": not problems, "checks": checks, "notes": notes}
+        facts = {"schema": SCHEMA, "verdict": verdict, "ready": not problems, "checks": checks, "notes": notes}
         run.console.json([to_json(facts, indent=1) + b"\n"])
+        return EXIT_USAGE if problems else EXIT_OK
+    for note in notes:
+        run.console.print(f"note    {note}")
+    run.console.print(verdict, "bad" if problems else "good")
+    if problems:
+        run.console.suggest("fix what is marked FAILED, then check again", run.command())
+    elif run.options.csv:
+        run.console.suggest("merge one pair as a canary", run.command("--limit", "1", without=("check", "limit")))
     else:
-        for print_err in notes:
-            run.console.print(f"note    {print_err}")
-        run.console.print(verdict, "bad" if problems else "good")
+        run.console.suggest("read the contacts from DevRev", command_line("--export", "contacts.csv"))
     return EXIT_USAGE if problems else EXIT_OK
 
 
@@ -6563,10 +8783,10 @@ async def _check_token(run: RunContext, api: DevRevAPI) -> str:
 
 
 def _check_csv(run: RunContext) -> str:
-    """Also where the token's organisation is not known."""
+    """Read the CSV, also where the token's organisation is not known."""
     plan = make_plan(run, None)
     counts = [f"{plural(plan.count(), 'pair')} to merge", f"{plural(len(plan.skipped), 'group')} skipped"]
-    counts.append(plural(len(plan.invalid_rows), "invalid row"))
+    counts += filter(None, [plural(len(plan.invalid_rows), "invalid row"), plan.others_line()])
     if run.organisation:
         check_organisation(run.organisation, "CSV", plan.pairs())
         counts.append("of the token's organisation")
@@ -6582,11 +8802,11 @@ READS: Mapping[str, Tuple[str, str, Json]] = {
 
 
 async def _check_read(api: DevRevAPI, name: str, seen: List[str]) -> str:
-    """Ask one cheap request of what the backup reads; `seen` are objects that have a timeline."""
+    """Send one cheap request of the kind that a backup sends; `seen` collects objects that have a timeline."""
     endpoint, key, body = READS[name]
     if name == "timelines":
         if not seen:
-            return "nothing there to try it on"
+            return "not tried: there is no ticket or conversation yet"
         body = {"object": seen[0]}
     items = await api.read_one(endpoint, key, body)
     seen.extend(item["id"] for item in items if name != "contacts")
@@ -6594,89 +8814,114 @@ async def _check_read(api: DevRevAPI, name: str, seen: List[str]) -> str:
 
 
 def _check_savepoint(run: RunContext) -> str:
-    path = run.options.savepoint
-    if not path.exists():
-        if not os.access(str(path.resolve().parent), os.W_OK):
-            raise FatalError(EXIT_USAGE, f"its folder {path.parent} is not there, or can't be written to")
-        return f"{path} will be created"
+    folder = SAVEPOINT.resolve().parent
+    if not locks_work(SAVEPOINT):
+        raise FatalError(EXIT_USAGE, f"{folder} can't hold a savepoint: {NO_LOCKS}")
+    if not SAVEPOINT.exists():
+        if not os.access(str(folder), os.W_OK):
+            raise FatalError(EXIT_USAGE, f"{folder} can't be written; run in a folder that can")
+        return f"{SAVEPOINT} will be created"
     with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
-        if savepoint.glimpsed:
-            raise FatalError(EXIT_HELD, f"a run goes on: process {savepoint.holder()['pid']} holds {path}")
-        if not os.access(str(path), os.W_OK):
-            raise FatalError(EXIT_USAGE, f"the savepoint {path} is read-only")
-        return f"{path} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
+        if savepoint.is_held():
+            raise FatalError(EXIT_HELD, f"a run is in progress: process {savepoint.holder()['pid']} holds {SAVEPOINT}")
+        if not os.access(str(SAVEPOINT), os.W_OK):
+            raise FatalError(EXIT_USAGE, f"{SAVEPOINT} is read-only; make it writable")
+        return f"{SAVEPOINT} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
 
 
 def _check_disk() -> str:
+    for folder in (Path("logs"), Path("backups"), Path("reports")):
+        if folder.exists() and not os.access(str(folder), os.W_OK):
+            raise OSError(f"{folder} can't be written; make it writable")
     free = shutil.disk_usage(".").free
     if free < 100 << 20:
-        raise OSError(f"only {free >> 20} MiB free")
+        raise OSError(f"only {free >> 20} MiB free; make room for backups")
     return f"{free >> 20:,} MiB free"
 
 
-STATE_WORDS: Mapping[State, str] = {
-    State.DONE: "merged and proved",
-    State.SETTLED: "merged, and what can't be mended accepted (--settle)",
-    State.MERGED_ELSEWHERE: "merged or deleted by somebody else",
-    State.UNDONE: "taken back",
-    State.UNDOING: "being taken back",
-    State.FAILED: "failed, nothing merged",
-    **SO_FAR,
-}
-
-
 def status(run: RunContext) -> int:
-    """Print what the savepoint knows; also while a run is going on."""
-    path, pairs = run.options.savepoint, {}
-    facts: Json = {"savepoint": str(path), "counts": {}}
-    if _has_content(path):
-        with contextlib.closing(SavePoint(path, run.environment, readonly=True)) as savepoint:
-            facts["organisation"] = savepoint.meta("organisation") or None
-            facts["running"], facts["last_opened"] = savepoint.glimpsed, savepoint.holder()
-            facts["counts"] = {State(name).value: count for name, count in savepoint.counts().items()}
-            pairs["unfinished"] = list(savepoint.rows(*UNFINISHED, State.UNDOING))
-            pairs["failed"] = list(savepoint.rows(State.FAILED))
+    """Print what the savepoint knows, also while a run is in progress."""
+    with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
+        facts = status_facts(savepoint, run.environment)
+        names = {"unfinished": (*UNFINISHED, State.UNDOING), "failed": (State.FAILED,), "cancelled": (State.CANCELLED,)}
+        lists = {name: list(savepoint.pairs(*states)) for name, states in names.items()}
     if run.options.json:
-        lists = {name: (merge_entry(pair, ()) for pair in found) for name, found in pairs.items()}
-        run.console.json(report_chunks(facts, lists))
-    elif pairs:
-        show_status(run.console, facts, pairs)
+        run.console.json(
+            report_chunks(facts, {name: [merge_entry(pair, None) for pair in found] for name, found in lists.items()})
+        )
     else:
-        run.console.print(f"{path}: nothing was merged with it yet")
+        show_status(run.console, facts, lists)
     return EXIT_OK
 
 
+def status_facts(savepoint: SavePoint, environment: Environment) -> Json:
+    """Return what --status says besides the lists: whose pairs, how many in which state, how far the last run is."""
+    runs, counts = savepoint.runs(), {State(name).value: count for name, count in savepoint.counts().items()}
+    last = runs[max(runs)] if runs else None
+    facts: Json = {
+        "savepoint": str(SAVEPOINT),
+        "running": savepoint.is_held(),
+        "last_opened": savepoint.holder() or None,
+    }
+    organisations = [runs[one]["organisation"] for one in sorted(runs) if runs[one]["organisation"]]
+    facts["organisation"] = organisations[-1] if organisations else None
+    facts["counts"] = counts
+    facts["last_run"] = None
+    if last:
+        names = ("id", "kind", "plan_id", "pairs", "start", "end", "exit_code", "stopped", "headline", "reported")
+        facts["last_run"] = {name: last[name] for name in names}
+        facts["last_run"]["report"] = str(report_path(last["id"], last["kind"]))
+        ended = sum(1 for _ in savepoint.pairs(State.FAILED, *TERMINAL, run=last["id"]))
+        facts["last_run"]["pairs_ended"] = ended
+        spent = environment.now().wall - datetime.fromisoformat(last["start"]).timestamp()
+        if facts["running"] and ended and (last["pairs"] or 0) > ended and spent > 0:
+            facts["last_run"]["expected_end"] = iso(environment.now().wall + spent / ended * (last["pairs"] - ended))
+    return facts
+
+
 def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair]]) -> None:
-    holder, running = facts["last_opened"], facts["running"]
-    who = f"process {holder['pid']} on {holder['host']}"
-    console.print(f"{facts['savepoint']}: organisation {facts['organisation'] or 'unknown'}")
-    now = f"a run goes on: {who}, since" if running else f"no run goes on; the last one: {who}, began"
-    console.print(f"{now} {holder['since']}")
+    holder, running, last = facts["last_opened"], facts["running"], facts["last_run"]
+    if not (holder or last):
+        console.print(f"{facts['savepoint']}: no run has used this folder yet")
+        return
+    console.print(
+        f"{facts['savepoint']}: organisation {facts['organisation'] or 'not known yet, no run has merged here'}"
+    )
+    if holder:
+        who = f"process {holder['pid']} on {holder['host']}"
+        now = "a run is in progress" if running else "no run is in progress; the last one"
+        console.print(f"{now}: {who}, since {holder['since']}")
+    if running and last and last["end"] is None:
+        end = f", expected to end at {last['expected_end'][:16]} (UTC)" if "expected_end" in last else ""
+        console.print(f"{last['kind']} of {plural(last['pairs'] or 0, 'pair')}: {last['pairs_ended']:,} ended{end}")
+    elif last and not running:
+        how = "was killed; the next run writes its report" if last["end"] is None else last["headline"]
+        console.print(f"last {last['kind']}: {how}")
     for name, count in facts["counts"].items():
-        console.print(f"{count:>7,} {STATE_WORDS.get(State(name), name)}")
+        console.print(f"{count:>7,} {STATE_WORDS[State(name)]}")
     for title, pairs in lists.items():
-        word = "working on" if running and title == "unfinished" else title
+        word = "in progress" if running and title == "unfinished" else title
         for pair in pairs[:20]:
-            why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS.get(pair.state, pair.state.value)
+            why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS[pair.state]
             console.print(f"{word}  {pair.email}: {into(pair)}, last {pair.updated}: {why}")
         if len(pairs) > 20:
             console.print(f"{title}  and {len(pairs) - 20:,} more (--status --json has them all)")
 
 
 def verify_backups(run: RunContext) -> int:
-    """Re-read every backup below a folder against its manifest; 1 where one is damaged or missing."""
+    """Read every backup below a folder again, and compare it with its manifest; 1 where one is damaged or missing."""
     root: Path = run.options.verify_backups
     if not root.exists():
-        raise FatalError(EXIT_USAGE, f"{root} is not there (yet): no run has made a backup in it")
+        raise FatalError(EXIT_USAGE, f"{root} does not exist: no run has made a backup in it yet")
     if not root.is_dir():
-        raise FatalError(EXIT_USAGE, f"{root} is not a folder")
-    whole = 0
+        raise FatalError(EXIT_USAGE, f"{root} is not a folder; name the folder that holds the backups")
+    complete = 0
     damaged: List[str] = []
     for folder in sorted(_backup_folders(root)):
-        run.console.status(f"{whole + len(damaged)} backups read ...")
+        run.console.status(f"{complete + len(damaged)} backups read ...")
         try:
             verify_backup(folder)
-            whole += 1
+            complete += 1
         except PairError as error:
             damaged.append(str(error))
     run.console.status("")
@@ -6684,14 +8929,15 @@ def verify_backups(run: RunContext) -> int:
     found = {"damaged": damaged, "missing": _missing_backups(run, root), "begun": begun}
     bad = bool(damaged or found["missing"])
     if run.options.json:
-        run.console.json([to_json({"folder": str(root), "whole": whole, **found}, indent=1) + b"\n"])
+        facts = {"schema": SCHEMA, "folder": str(root), "whole": complete, **found}
+        run.console.json([to_json(facts, indent=1) + b"\n"])
         return EXIT_FAILED if bad else EXIT_OK
-    why = {"begun": ": begun and never finished by a run that was killed; may be deleted"}
+    why = {"begun": ": left by a run that was killed; may be deleted"}
     for name, lines in found.items():
         for line in lines:
             run.console.print(f"{name.upper():<8} {line}{why.get(name, '')}", "" if name in why else "bad")
     counts = f"{len(damaged)} damaged, {len(found['missing'])} missing"
-    run.console.print(f"{plural(whole, 'whole backup')}, {counts}", "bad" if bad else "good")
+    run.console.print(f"{plural(complete, 'complete backup')}, {counts}", "bad" if bad else "good")
     return EXIT_FAILED if bad else EXIT_OK
 
 
@@ -6706,65 +8952,73 @@ def _backup_folders(root: Path) -> Iterator[Path]:
 
 def _missing_backups(run: RunContext, root: Path) -> List[str]:
     """Backups that the savepoint knows of and that are not below `root` any more."""
-    path = run.options.savepoint
+    path = SAVEPOINT
     if root != Path("backups") or not _has_content(path):
         return []
-    with contextlib.closing(SavePoint(path, run.environment, readonly=True)) as savepoint:
-        backups = {pair.backup for pair in savepoint.rows(*State) if pair.backup}
+    with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
+        backups = {pair.backup for pair in savepoint.pairs(*State) if pair.backup}
         return sorted(backup for backup in backups if not Path(backup).is_dir())
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Parse the command line, do what it says, and return the exit code."""
+    """Parse the command line, run the command, and return the exit code."""
     options = parse_options(argv)
     os.umask(0o077)
     run = RunContext(options)
     run.console.begin()
-
-    def terminate(number: int, _frame: Any) -> None:
-        run.second_signal(number)
-        raise KeyboardInterrupt
-
-    run.catch(terminate)
+    run.signals.install(interrupt)
     code = run_command(run)
+    if run.reports_json:
+        print_report_json(run, code)
     before = run.signal
-    run.catch(lambda number, _frame: run.second_signal(number))
+    run.signals.install(lambda: None)
     failure = run.console.end(lambda: bool(run.signal))
     if failure and code < EXIT_USAGE:
-        run.console.error(f"the output could not be written: {failure.strerror or failure}")
+        run.console.error(f"the output can't be written: {failure.strerror or failure}")
         run.console.end(lambda: True)
         code = EXIT_STOPPED
     return 128 + run.signal if run.signal and not before else code
 
 
 def run_command(run: RunContext) -> int:
-    """Do what the options say; whatever ends it early becomes one line and an exit code."""
+    """Run the command; whatever ends it early becomes one line and an exit code."""
+    code, words = EXIT_STOPPED, ""
     try:
         run.open_log()
         run.load_settings()
-        work = next((work for name, work in MODES.items() if getattr(run.options, name)), merge)
-        return work(run)
+        return MODES.get(run.options.mode, merge)(run)
     except FatalError as stop:
-        run.console.status("")
-        run.console.error(str(stop))
-        return stop.exit_code
+        code, words = stop.exit_code, str(stop)
     except OSError as error:
-        run.console.status("")
-        run.console.error(f"the disk refuses: {error}")
-        return EXIT_STOPPED
+        words = f"disk error: {error}"
     except ImportError as error:
-        run.console.error(f"the package {error.name} is missing: python -m pip install -r requirements.txt")
-        return EXIT_USAGE
+        code, words = EXIT_USAGE, f"a package can't be imported: {error}; python -m pip install -r requirements.txt"
     except KeyboardInterrupt:
+        run.error = "interrupted; nothing was changed"
         run.console.status("")
-        run.console.print_err("interrupted; nothing was changed")
+        run.console.print_err(run.error)
         return 128 + (run.signal or signal.SIGINT)
+    run.error = words
+    run.console.status("")
+    run.console.error(words)
+    return code
+
+
+def print_report_json(run: RunContext, code: int) -> None:
+    """Print the report of a run or an undo as JSON, or what has ended it without one."""
+    try:
+        with open(run.report_path, "rb") as file:
+            run.console.json(file)
+    except OSError:
+        failure = {"schema": SCHEMA, "exit_code": code, "error": run.console.mask(run.error) or None}
+        run.console.json([to_json(failure) + b"\n"])
 
 
 MODES: Dict[str, Callable[[RunContext], int]] = {
     "export": export,
     "undo": undo,
     "preview": preview,
+    "choices_template": write_choices_template,
     "check": lambda run: asyncio.run(check(run)),
     "status": status,
     "verify_backups": verify_backups,
@@ -6772,6 +9026,7 @@ MODES: Dict[str, Callable[[RunContext], int]] = {
 }
 
 if __name__ == "__main__":
+    sys.excepthook = sys.__excepthook__
     exit_code = main()
     for ending in SIGNALS:
         # What is done is done: while Python ends, another signal would change the exit code and nothing else.

@@ -9,6 +9,66 @@ moved, and what every single request was. The same seed and the same calls give 
     secondary = organisation.add_contact("2", "ada@example.com", external_ref="user_2")
     world = World(organisation, clock=lambda: now)
     answer = world.respond("rev-users.merge", {"primary_user": primary, "secondary_user": secondary}, world.token)
+
+What is known of DevRev only either way is a switch; each stands for the behaviour that most tests want. Any text may
+hold half an emoji (HALF_EMOJI): answers carry it as the JSON escape that it is.
+
+Merges (of a World, like all below unless an Organisation is named):
+    merge_delay           seconds from a merge's acknowledgement until it is carried out
+    merge_answer          the acknowledgement: 200, 202, 204, 200-empty and 202-empty (no body), 200-other, 200-list
+    in_progress           status of a request for a merge that is pending already: 200, 400, 403 or 409
+    unverified_merge      an unverified contact into a verified one: works, never (acknowledged), 400, 403, 409
+    verified_merge        a verified contact into an unverified one: the same
+    gone                  how rev-users.get answers for a contact that was merged, while lists tell the truth: 404, 301
+                          (Location: the primary), state (deleted), primary (its record), shadow or unassigned (with a
+                          primary_identity); and for good what tells nothing: locked, stale (as before the merge),
+                          404-route, 404-other (of another type), 400, 403, 410, 500, 502, 503, shape, empty, hang, drip
+    gone_of               the same for single contacts, by id
+    gone_seconds          seconds of hang, and of each byte of drip
+    moved_to, location    another base of the Location that a 301 names; the whole Location, which may be no URL
+    Organisation.merge_joins           fields with several values that a merge joins, e.g. phone_numbers
+Contacts:
+    verified_shown        is_verified in answers: hidden, shown, null, mixed (contact by contact)
+    verified_filter       is_verified as a filter: accepted, 400, 403
+    hidden_fields         fields that answers leave out, e.g. external_refs, tags, custom_fields, phone_numbers
+    refused_fields        fields that can't be set, everywhere or as e.g. rev-users.update.phone_numbers
+    refused_status        the status of that: 400 (which names the field), 403, 409, …
+    account_rev_orgs      whether a contact can be made in a rev org that is an account
+    unique_emails         whether a contact can't be made with an email that another has
+    email_ignores_case    whether the filter email ignores case
+    deleted_listed        whether lists show deleted and merged contacts
+    deleted_contacts      how a deleted contact answers: 404, state
+    Organisation.unverified            ids of contacts that are not verified (add_contact(verified=False))
+    Organisation.visitors_verified     whether a contact that the application's widget makes is verified
+    Organisation.unique_references     where a reference is unique: rev_org, organisation
+    Organisation.unverified_keep_references  whether an unverified contact's reference stays its own until deleted
+    Organisation.stuck_references, ref_release  references that merged contacts never, or only later, let go of
+Lists:
+    list_lag              seconds that lists of contacts, works and conversations lag behind
+    max_ids               how many ids a filter may name
+    thin_lists            patterns of the lists that have empty pages
+    empty_pages           how many come before each page with items, or a function of endpoint and position
+    largest_page          the most items of a page, whatever the limit that was asked for
+    trailing_page         whether a list ends with an empty page
+Works:
+    long_work_types       whether tasks, incidents and opportunities are listed and may be asked for
+    hidden_kinds          kinds that the token may not read: of works, or conversation
+    hidden_kinds_answer   a list that asks for such a kind: 403, left out
+Refusals:
+    bad_token             the type of the 401 for another token
+    forbidden             patterns of endpoints that the token may not use
+    restricted            ids of objects for which every request that names them is 403
+    restricted_timelines, restricted_writes  ids whose timeline, or whose change, is 403
+    restricted_in_lists   a list that would show a restricted object: shown, left out, 403
+    names_object_ids      whether such a 403 names them
+    max_bytes             of a request, more is 413
+Quota:
+    quota_rolls           whether the window rolls, its reset always a window after the request
+    quota_whole_seconds   whether times are whole seconds (rounded up) in windows of less than a minute, too
+    quota.others          what other clients spend of each window
+    quota_headers         whether answers carry X-Ratelimit-…
+    retry_after           where a 429 says how long to wait: both, header, body, neither
+What strikes single requests, once, often or always, is a Fault.
 """
 
 import base64
@@ -54,9 +114,12 @@ from typing import (
 DEFAULT_PAGE = 50
 LARGEST_PAGE = 100
 LONG_AGO = -math.inf  # what was there before anybody looked at a clock
+HALF_EMOJI = "\ud83d"  # a lone surrogate, as services that count in UTF-16 cut a text
 
 USER_KINDS = ("devu", "revu", "svcacc", "sysu")
 WORK_KINDS = ("issue", "ticket")
+OTHER_WORK_KINDS = ("task", "incident", "opportunity")
+ALL_WORK_KINDS = (*WORK_KINDS, *OTHER_WORK_KINDS)
 ROLES = ("reported_by", "owned_by", "created_by")
 USER_LISTS = ("owned_by", "reported_by", "members")
 
@@ -194,8 +257,16 @@ class Table(Dict[str, Record]):
 
 def contact_keys(contact: Mapping[str, Any]) -> Iterator[Key]:
     """What a contact is found by."""
-    yield "email", contact.get("email")
+    email = contact.get("email")
+    yield "email", email
+    yield "email_lower", email and email.lower()
     yield "external_ref", contact.get("external_ref")
+    for reference in contact.get("external_refs", ()):
+        yield "external_ref", reference
+    if "rev_org" in contact:
+        yield "rev_org", contact["rev_org"]["id"]
+    for number in contact.get("phone_numbers", ()):
+        yield "phone_numbers", number
 
 
 def people_keys(thing: Mapping[str, Any]) -> Iterator[Key]:
@@ -213,25 +284,56 @@ def people_keys(thing: Mapping[str, Any]) -> Iterator[Key]:
 # --------------------------------------------------------------------------------------------------
 
 
-class Organisation:
+class Rules:
+    """What an organisation can be set to do in one way or another; all of it may be changed at any time.
+
+    `ref_release`: seconds for which a merged contact doesn't let go of its reference yet.
+    `stuck_references`: those that never leave the contact that had them, merged or not.
+    `unique_references`: nobody else in the "rev_org", or in the whole "organisation", may have a reference.
+    `unverified_keep_references`: a reference that an unverified contact had is nobody else's until that contact is
+    deleted, whether it was merged or has another reference since.
+    `merge_joins`: fields with several values (`phone_numbers`, `tags`, `external_refs`) that a merge joins.
+    `visitors_verified`: whether a contact that the application's widget makes is verified.
+    `unverified`: the ids of contacts that are not verified.
+    """
+
+    def __init__(self) -> None:
+        self.ref_release = 0.0
+        self.stuck_references: Set[str] = set()
+        self.unique_references = "rev_org"
+        self.unverified_keep_references = False
+        self.merge_joins: Collection[str] = ()
+        self.visitors_verified = True
+        self.unverified: Set[str] = set()
+
+    def joined(self, primary: Mapping[str, Any], secondary: Mapping[str, Any]) -> Thing:
+        """What a merge makes of the primary's fields with several values."""
+        found = {}
+        for name in self.merge_joins:
+            values = [
+                *primary.get(name, ()),
+                *(one for one in secondary.get(name, ()) if one not in primary.get(name, ())),
+            ]
+            if values:
+                found[name] = values
+        return found
+
+
+class Organisation(Rules):
     """What is true, whatever a client was told.
 
     Contacts, works and conversations are kept just as the API answers them. A user's summary is one
     dictionary shared by everything the user appears in, so a changed reference shows everywhere.
     Times are those of `clock`, which a World brings along; before that everything was LONG_AGO.
-
-    `ref_release`: seconds for which a merged contact doesn't let go of its reference yet.
-    `stuck_references`: those that never leave the contact that had them, merged or not.
     """
 
     def __init__(self, key: str = "SANDBOX1", partition: str = "dvrv-us-1") -> None:
+        super().__init__()
         self.key = key
         self.partition = partition
         self.lock = threading.RLock()
         self.clock: Callable[[], float] = lambda: LONG_AGO
         self.moment: Optional[float] = None  # in place of the clock, for what is carried out belatedly
-        self.ref_release = 0.0
-        self.stuck_references: Set[str] = set()
         self.contacts = Table(self.lock, self.now, contact_keys, self._contact_changed)
         self.works = Table(self.lock, self.now, people_keys)
         self.conversations = Table(self.lock, self.now, people_keys)
@@ -241,11 +343,13 @@ class Organisation:
         self.merged_into: Dict[str, str] = {}
         self.merge_times: Dict[str, float] = {}
         self.reference_times: DefaultDict[str, List[Tuple[float, Optional[str]]]] = defaultdict(list)
+        self._users_of: DefaultDict[str, Set[str]] = defaultdict(set)  # of a reference, at any time
         self.rev_orgs: Dict[str, Thing] = {}
         self._summaries: Dict[str, Thing] = {}
         self._numbers: Dict[str, int] = Counter()
         self._minutes = itertools.count()
-        self.dev_user = self._add_dev_user("1", "Dana Developer", "dana.developer@example.com")
+        self.dev_user = dev_user(self.don("identity", "devu", "1"), "Dana Developer", "dana.developer@example.com")
+        self._summarise("dev_user", self.dev_user)
 
     @classmethod
     def from_csv(cls, path: Union[str, Path]) -> "Organisation":
@@ -268,17 +372,18 @@ class Organisation:
         email: Optional[str],
         external_ref: Optional[str] = None,
         display_name: Optional[str] = None,
-        rev_org: str = "ACME",
+        rev_org: Optional[str] = "ACME",
         state: str = "active",
         created: str = "2024-01-01T00:00:00.000Z",
+        verified: bool = True,
         **more: Any,
     ) -> str:
-        """Add a contact and return its id. Its reference must be free in its rev org."""
+        """Add a contact and return its id. Its reference must be free. `account/KEY` is a rev org that is an account."""
         with self.lock:
             contact_id = self.don("identity", "revu", key)
             reference = "REVU-" + key if external_ref is None else external_ref
-            org = self._org_summary(rev_org)
-            holder = self.holder(org["id"], reference)
+            org = {} if rev_org is None else {"rev_org": self._org_summary(rev_org)}
+            holder = self.holder(org_id_of(org), reference)
             if holder is not None:
                 raise ValueError(f"{reference} is held by {holder}")
             contact: Thing = {
@@ -287,7 +392,7 @@ class Organisation:
                 "display_name": display_name or (email or key).split("@")[0],
                 "external_ref": reference,
                 "state": state,
-                "rev_org": org,
+                **org,
                 "created_date": created,
                 "modified_date": created,
                 "created_by": self._summaries[self.dev_user["id"]],
@@ -295,21 +400,27 @@ class Organisation:
             }
             if email is not None:
                 contact["email"] = email
+            if not verified:
+                self.unverified.add(contact_id)
             self.contacts[contact_id] = contact  # type: ignore[assignment]
             return contact_id
 
-    def new_contact(self, email: Optional[str], reference: Optional[str], rev_org: str = "ACME", **more: Any) -> str:
+    def new_contact(
+        self, email: Optional[str], reference: Optional[str], rev_org: Optional[str] = "ACME", **more: Any
+    ) -> str:
         """Add a contact with an id that DevRev chooses."""
         with self.lock:
             self._numbers["revu"] += 1
             more.setdefault("created", self._now())
             return self.add_contact("N{}".format(self._numbers["revu"]), email, reference, rev_org=rev_org, **more)
 
-    def visit(self, email: str, reference: str, rev_org: str = "ACME") -> str:
+    def visit(self, email: str, reference: str, rev_org: Optional[str] = "ACME") -> str:
         """The application identifies somebody by a reference: who holds it, or a new contact that does."""
         with self.lock:
-            holder = self.holder(self._org_summary(rev_org)["id"], reference)
-            return self.new_contact(email, reference, rev_org) if holder is None else self.survivor(holder)
+            holder = self.holder(rev_org and self._org_summary(rev_org)["id"], reference)
+            if holder is not None:
+                return self.survivor(holder)
+            return self.new_contact(email, reference, rev_org, verified=self.visitors_verified)
 
     def add_work(
         self,
@@ -320,8 +431,8 @@ class Organisation:
         title: Optional[str] = None,
         comments: int = 0,
     ) -> str:
-        """Add a ticket or an issue and return its id. A dev user fills the roles nobody has."""
-        prefix = {"ticket": "TKT", "issue": "ISS"}[kind]
+        """Add a work (a ticket, an issue, …) and return its id. A dev user fills the roles nobody has."""
+        prefix = {"ticket": "TKT", "issue": "ISS"}.get(kind, kind[:4].upper())
         with self.lock:
             work = self._new_object(kind, prefix, created_by)
             work["type"] = kind
@@ -330,7 +441,7 @@ class Organisation:
             work["stage"] = {"name": "queued" if kind == "ticket" else "triage"}
             work["owned_by"] = self.people(owned_by) or self.people([self.dev_user["id"]])
             work["reported_by"] = self.people(reported_by)
-            work.update({"severity": "medium"} if kind == "ticket" else {"priority": "p2"})
+            work.update({"ticket": {"severity": "medium"}, "issue": {"priority": "p2"}}.get(kind, {}))
             self.works[work["id"]] = work  # type: ignore[assignment]
             self._add_comments(work, comments)
             return str(work["id"])
@@ -383,6 +494,8 @@ class Organisation:
                 for thing in table.find([("anyone", [secondary])]):
                     if thing["id"] not in leave_behind:
                         self._hand_over(thing, secondary, primary)
+            if self.merge_joins:
+                self.change(self.contacts[primary], **self.joined(self.contacts[primary], self.contacts[secondary]))
             self.merged_into[secondary] = primary
             self.merge_times[secondary] = self.now()
             self.merges.append((primary, secondary))
@@ -423,12 +536,18 @@ class Organisation:
             contact_id = self.merged_into[contact_id]
         return contact_id
 
-    def holder(self, rev_org_id: str, reference: str) -> Optional[str]:
+    def holder(self, rev_org_id: Optional[str], reference: str) -> Optional[str]:
         """The id of the contact that holds a reference in a rev org, or doesn't let go of it yet."""
+        if self.unique_references not in ("rev_org", "organisation"):
+            raise ValueError(f"unique_references: {self.unique_references!r}")
         with self.lock:
-            for contact in self.contacts.find([("external_ref", [reference])]):
-                if contact["rev_org"]["id"] == rev_org_id and self._holds_on(contact["id"], reference):
-                    return str(contact["id"])
+            ids = [one["id"] for one in self.contacts.find([("external_ref", [reference])])]
+            ids = [one for one in ids if self._holds_on(one, reference)]
+            if self.unverified_keep_references:
+                ids += [one for one in self._users_of[reference] & self.unverified if one in self.contacts]
+            for contact_id in sorted(ids, key=self.contacts.numbers.__getitem__):
+                if self.unique_references == "organisation" or org_id_of(self.contacts[contact_id]) == rev_org_id:
+                    return str(contact_id)
         return None
 
     def people(self, ids: Iterable[str]) -> List[Thing]:
@@ -451,6 +570,7 @@ class Organisation:
         times = self.reference_times[contact["id"]]
         if not times or times[-1][1] != contact.get("external_ref"):
             times.append((self.now(), contact.get("external_ref")))
+            self._users_of[contact.get("external_ref", "")].add(contact["id"])
 
     def _hand_over(self, thing: Thing, secondary: str, primary: str) -> None:
         changes: Thing = {}
@@ -462,27 +582,16 @@ class Organisation:
             changes["created_by"] = self._summaries[primary]
         self.change(thing, **changes)
 
-    def _add_dev_user(self, key: str, name: str, email: str) -> Thing:
-        user = {
-            "id": self.don("identity", "devu", key),
-            "display_id": "DEVU-" + key,
-            "display_name": name,
-            "full_name": name,
-            "email": email,
-            "state": "active",
-            "created_date": "2023-01-01T00:00:00.000Z",
-        }
-        self._summarise("dev_user", user)
-        return user
-
     def _summarise(self, kind: str, user: Mapping[str, Any]) -> None:
         fields = ("id", "display_id", "display_name", "full_name", "email", "state", "external_ref", "rev_org")
         summary = self._summaries.setdefault(user["id"], {"type": kind})
         summary.update({name: user[name] for name in fields if name in user})
 
     def _org_summary(self, key: str) -> Thing:
-        org_id = self.don("identity", "revo", key)
-        names = {"display_id": "REV-" + key, "display_name": key.capitalize()}
+        kind, prefix = ("account", "ACC-") if key.startswith("account/") else ("revo", "REV-")
+        key = key.rpartition("/")[2]
+        org_id = self.don("identity", kind, key)
+        names = {"display_id": prefix + key, "display_name": key.capitalize()}
         return self.rev_orgs.setdefault(org_id, {"type": "rev_org", "id": org_id, **names})
 
     def _new_object(self, kind: str, prefix: str, created_by: Optional[str]) -> Thing:
@@ -515,6 +624,24 @@ ID = re.compile(
 )
 
 
+def dev_user(user_id: str, name: str, email: str) -> Thing:
+    """A user of the organisation that DevRev serves, as opposed to its customers."""
+    return {
+        "id": user_id,
+        "display_id": "DEVU-" + user_id.rpartition("/")[2],
+        "display_name": name,
+        "full_name": name,
+        "email": email,
+        "state": "active",
+        "created_date": "2023-01-01T00:00:00.000Z",
+    }
+
+
+def org_id_of(contact: Mapping[str, Any]) -> Optional[str]:
+    """The id of a contact's rev org; None where it has none."""
+    return str(contact["rev_org"]["id"]) if "rev_org" in contact else None
+
+
 @functools.lru_cache(maxsize=65536)
 def kind_of(object_id: str) -> Optional[str]:
     """`ticket` of `don:core:dvrv-us-1:devo/SANDBOX1:ticket/7`; None for what is no id."""
@@ -539,7 +666,7 @@ class ExportRow(NamedTuple):
     rev_org: str
     created: str
     tickets: int
-    more: Dict[str, str]
+    more: Dict[str, Any]
 
 
 def seed(organisation_type: Type[Organisation], path: Union[str, Path]) -> Organisation:
@@ -555,7 +682,10 @@ def seed(organisation_type: Type[Organisation], path: Union[str, Path]) -> Organ
     organisation = organisation_type(rows[0].organisation, rows[0].partition)
     groups: Dict[str, List[Seedling]] = {}
     for number, row in enumerate(rows):
-        details = {"phone_numbers": [f"+4930{number:07}"], "description": f"Customer since {row.created[:4]}."}
+        details: Dict[str, Any] = {
+            "phone_numbers": [f"+4930{number:07}"],
+            "description": f"Customer since {row.created[:4]}.",
+        }
         try:
             contact = organisation.add_contact(
                 row.key, row.email, row.reference, row.name, row.rev_org, created=row.created, **details, **row.more
@@ -594,7 +724,10 @@ def usable(record: Dict[str, str]) -> Optional[ExportRow]:
     if user is None or org is None or created is None or tickets < 0 or not email or not reference:
         return None
     where = user.group("partition"), user.group("org"), user.group("key")
-    more = {"full_name": values.get("FULL_NAME", ""), "modified_date": api_time(values.get("UPDATED_AT", ""))}
+    more: Dict[str, Any] = {
+        "full_name": values.get("FULL_NAME", ""),
+        "modified_date": api_time(values.get("UPDATED_AT", "")),
+    }
     more = {name: value for name, value in more.items() if value}
     name = values.get("DISPLAY_NAME", "")
     return ExportRow(*where, name, email, reference, org.group("key"), api_time(created), tickets, more)
@@ -656,18 +789,34 @@ class Seedling:
 REFUSALS = {
     "400": (400, "bad_request"),
     "401": (401, "unauthenticated"),
+    "401-expired": (401, "token_expired"),
+    "401-revoked": (401, "token_revoked"),
+    "401-deactivated": (401, "dev_org_deactivated"),
     "403": (403, "forbidden"),
     "404": (404, "not_found"),
     "409": (409, "conflict"),
+    "410": (410, "gone"),
+    "413": (413, "request_entity_too_large"),
     "429": (429, "too_many_requests"),
     "429-bare": (429, "too_many_requests"),
+    "429-body": (429, "too_many_requests"),
+    "429-header": (429, "too_many_requests"),
     "500": (500, "internal_error"),
     "503": (503, "service_unavailable"),
 }
-BEFORE_THE_ACT = (*REFUSALS, "route-404", "502", "html-200", "reset-before", "hang")
-AFTER_THE_ACT = ("reset-after", "cut", "500-after", "hang-after", "slow", "drip", "nested", "changed", "endless")
+PAGES = {  # of a gateway in front of the API, in HTML
+    "502": 502, "504": 504, "html-200": 200, "html-401": 401, "html-403": 403, "html-404": 404, "html-413": 413,
+    "html-429": 429, "html-503": 503,
+}  # fmt: skip
+BEFORE_THE_ACT = (*REFUSALS, *PAGES, "route-404", "redirect", "reset-before", "hang")
+AFTER_THE_ACT = (
+    "reset-after", "cut", "500-after", "hang-after", "slow", "drip", "nested", "changed", "endless", "half-emoji",
+    "odd-quota",
+)  # fmt: skip
 OF_A_MERGE = ("merge-never", "merge-leaves", "merge-slow", "merge-refused-late", "merge-doubled")
 FAULTS = (*BEFORE_THE_ACT, *AFTER_THE_ACT, "doubled", *OF_A_MERGE)
+QUOTA_HEADERS = ("X-Ratelimit-Limit", "X-Ratelimit-Remaining", "X-Ratelimit-Reset")
+WRITTEN_BY_PEOPLE = ("display_name", "full_name", "title", "body", "description", "message", "detail")
 SECONDS = {"hang": 60.0, "hang-after": 60.0, "slow": 1.0, "drip": 0.5}
 
 
@@ -678,11 +827,16 @@ class Fault:
     A request is struck by the first fault of the world's list that wants it; the ones behind it
     don't get to see the request. What `detail` says, where a kind takes one:
 
-    429: seconds to wait · other refusals: the message · hang, hang-after, slow (the answer comes late), drip (a
+    429: seconds to wait · 413: max_bytes · 403: the message, or a list of object_ids · other refusals: the message ·
+    redirect: its Location, which may be no URL · half-emoji: names of fields, which get a lone surrogate at their
+    end (else those that people write) · odd-quota: the headers, or one value for all three · hang, hang-after, slow (the answer comes late), drip (a
     byte each time), merge-slow: seconds · doubled, merge-doubled: seconds until the same request arrives again
     (else at once, and what is answered is the second) · merge-refused-late: the status, or status and seconds until
     it is carried out all the same · merge-leaves: ids · changed: a function of the answer · endless: "empty" for
-    pages without items instead of the first page again and again.
+    pages without items instead of the first page again and again, "repeated" for the first page under one and the
+    same cursor.
+
+    A 429 says in the header and in the body how long to wait, 429-body and 429-header in one of them, 429-bare nowhere.
     """
 
     kind: str
@@ -754,9 +908,17 @@ class Refused(Exception):
         self.answer = json_answer(status, dict(more, message=message, type=kind))
 
 
-def json_answer(status: int, content: Dict[str, Any]) -> Answer:
-    """An answer as the API itself gives it."""
-    return Answer(status, json.dumps(content, ensure_ascii=False).encode("utf-8", "replace"))
+class Instead(Refused):
+    """An answer of any form, in place of the one that an endpoint would give."""
+
+    def __init__(self, answer: Answer) -> None:
+        Exception.__init__(self)
+        self.answer = answer
+
+
+def json_answer(status: int, content: Any) -> Answer:
+    """An answer as the API itself gives it; half an emoji is written as the JSON escape that it was."""
+    return Answer(status, json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace"))
 
 
 def html_answer(status: int) -> Answer:
@@ -776,17 +938,43 @@ def too_many(seconds: float, text: str, message: str) -> Answer:
 
 def struck_before(fault: Fault) -> Answer:
     """The answer to a request that a fault keeps from being carried out."""
-    if fault.kind == "429":
+    if fault.kind in ("429", "429-body", "429-header"):
         seconds = 0.2 if fault.detail is None else float(fault.detail)
-        return too_many(seconds, f"{seconds:g}", "Slow down.")
+        answer = too_many(seconds, f"{seconds:g}", "Slow down.")
+        return answer if fault.kind == "429" else wait_told(answer, fault.kind[4:])
     if fault.kind in REFUSALS:
         status, kind = REFUSALS[fault.kind]
-        return json_answer(status, {"message": fault.detail or HTTPStatus(status).phrase, "type": kind})
+        content = {"message": HTTPStatus(status).phrase, "type": kind}
+        if fault.detail is not None:
+            names = {"403": "object_ids"} if isinstance(fault.detail, (list, tuple)) else {"413": "max_bytes"}
+            content[names.get(fault.kind, "message")] = fault.detail
+        return json_answer(status, content)
     if fault.kind == "route-404":
         return route_not_found()
-    if fault.kind in ("502", "html-200"):
-        return html_answer(502 if fault.kind == "502" else 200)
+    if fault.kind == "redirect":
+        return moved(fault.detail or "/elsewhere")
+    if fault.kind in PAGES:
+        return html_answer(PAGES[fault.kind])
     return struck_after(fault, Answer(0, b""))
+
+
+def moved(place: str) -> Answer:
+    """301: the object has another id now, and this is where it is."""
+    answer = json_answer(301, {"message": "The object has another id now.", "type": "moved_permanently"})
+    answer.headers["Location"] = place
+    return answer
+
+
+def wait_told(answer: Answer, where: str) -> Answer:
+    """Let a 429 say how long to wait in the "header" alone, in the "body" alone, in "both", or in "neither"."""
+    if where in ("body", "neither"):
+        answer.headers.pop("Retry-After", None)
+    if where in ("header", "neither") and answer.content_type == "application/json":
+        content = json.loads(answer.payload.decode("utf-8"))
+        answer.payload = json_answer(
+            429, {name: value for name, value in content.items() if name != "retry_after"}
+        ).payload
+    return answer
 
 
 def route_not_found() -> Answer:
@@ -800,8 +988,16 @@ def struck_after(fault: Fault, answer: Answer) -> Answer:
         return json_answer(500, {"message": "Something broke.", "type": "internal_error"})
     if fault.kind == "nested":
         return Answer(200, b'{"a":' * 100_000 + b"{}" + b"}" * 100_000)
-    if fault.kind in ("changed", "endless"):
+    if fault.kind == "odd-quota":
+        values = {} if fault.detail is None else fault.detail
+        answer.headers.update(values if isinstance(values, dict) else {name: str(values) for name in QUOTA_HEADERS})
+        return answer
+    if fault.kind in ("changed", "endless", "half-emoji"):
+        if not answer.payload or answer.content_type != "application/json":
+            return answer
         content = json.loads(answer.payload.decode("utf-8"))
+        if fault.kind == "half-emoji":
+            return json_answer(answer.status, halved(content, fault.detail or WRITTEN_BY_PEOPLE))
         if fault.kind == "endless":
             return json_answer(answer.status, without_end(fault, content))
         return json_answer(answer.status, fault.detail(content) if fault.detail else {})
@@ -811,11 +1007,21 @@ def struck_after(fault: Fault, answer: Answer) -> Answer:
     return answer
 
 
+def halved(content: Any, names: Collection[str]) -> Any:
+    """The same content in which every text of these names, at any depth, ends with half an emoji."""
+    if isinstance(content, list):
+        return [halved(one, names) for one in content]
+    if not isinstance(content, dict):
+        return content
+    cut = {name for name in names if isinstance(content.get(name), str)}
+    return {name: value + HALF_EMOJI if name in cut else halved(value, names) for name, value in content.items()}
+
+
 def without_end(fault: Fault, content: Thing) -> Thing:
-    """A page that claims that more comes, under a cursor never seen before."""
+    """A page that claims that more comes, under a cursor never seen before (or always the same one)."""
     if fault.detail == "empty":
         content = {name: [] if isinstance(value, list) else value for name, value in content.items()}
-    return {**content, "next_cursor": f"more-{fault.struck}"}
+    return {**content, "next_cursor": "more" if fault.detail == "repeated" else f"more-{fault.struck}"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -832,7 +1038,7 @@ class Field(NamedTuple):
     nullable: bool = False
 
 
-JSON_TYPES = {"id": str, "text": str, "enum": str, "int": int, "set": dict, "object": dict}
+JSON_TYPES = {"bool": bool, "id": str, "text": str, "enum": str, "int": int, "set": dict, "object": dict}
 JSON_NAMES = (
     (type(None), "null"),
     (bool, "bool"),
@@ -848,8 +1054,9 @@ USERS = Field("ids", USER_KINDS)
 USER_SET = Field("set", USER_KINDS)
 CONTACT = Field("id", ("revu",), required=True)
 CONVERSATION = Field("id", ("conversation",), required=True)
-WORK = Field("id", WORK_KINDS, required=True)
+WORK = Field("id", ALL_WORK_KINDS, required=True)
 OBJECT = Field("object")
+ORGS = Field("ids", ("revo", "account"))
 OF_A_CONTACT = {
     "external_ref": TEXT,
     "display_name": TEXT,
@@ -860,14 +1067,23 @@ OF_A_CONTACT = {
     "custom_schema_spec": OBJECT,
 }
 PAGING = {"cursor": TEXT, "limit": Field("int"), "mode": Field("enum", ("after",))}
+OF_WORKS = {"type": Field("enums", WORK_KINDS), "owned_by": USERS, "created_by": USERS, "reported_by": USERS}
 
 SHAPES: Dict[str, Dict[str, Field]] = {
     "dev-users.self": {},
     "rev-users.get": {"id": CONTACT},
-    "rev-users.list": dict(PAGING, email=TEXTS, external_ref=TEXTS),
+    "rev-users.list": dict(
+        PAGING,
+        email=TEXTS,
+        external_ref=TEXTS,
+        phone_numbers=TEXTS,
+        rev_org=ORGS,
+        associations=ORGS,
+        is_verified=Field("bool"),
+    ),
     "rev-users.scan": {"cursor": TEXT, "email": TEXTS, "external_ref": TEXTS},
     "rev-users.merge": {"primary_user": CONTACT, "secondary_user": CONTACT},
-    "rev-users.create": dict(OF_A_CONTACT, rev_org=Field("id", ("revo",)), custom_schema_fragments=TEXTS),
+    "rev-users.create": dict(OF_A_CONTACT, rev_org=Field("id", ("revo", "account")), custom_schema_fragments=TEXTS),
     "rev-users.update": dict(
         OF_A_CONTACT,
         id=CONTACT,
@@ -876,13 +1092,8 @@ SHAPES: Dict[str, Dict[str, Field]] = {
         display_picture=Field("text", nullable=True),
     ),
     "rev-users.delete": {"id": CONTACT},
-    "works.list": dict(
-        PAGING,
-        type=Field("enums", WORK_KINDS),
-        owned_by=USERS,
-        created_by=USERS,
-        reported_by=USERS,
-    ),
+    "works.list": dict(PAGING, **OF_WORKS),
+    "works.count": OF_WORKS,
     "works.get": {"id": WORK},
     "works.update": {
         "id": WORK,
@@ -903,10 +1114,15 @@ SHAPES: Dict[str, Dict[str, Field]] = {
     },
     "timeline-entries.list": dict(
         PAGING,
-        object=Field("id", WORK_KINDS + ("conversation", "revu"), required=True),
+        object=Field("id", (*ALL_WORK_KINDS, "conversation", "revu"), required=True),
         visibility=Field("enums", ("external", "internal", "private", "public")),
     ),
 }
+LONG_SHAPES = {  # where works of every kind can be asked for
+    name: dict(SHAPES[name], type=Field(SHAPES[name]["type"].kind, ALL_WORK_KINDS))
+    for name in ("works.list", "works.count", "works.update")
+}
+CONTACT_FILTERS = ("email", "external_ref", "phone_numbers", "rev_org")
 POST_ONLY = tuple(name for name in SHAPES if name.endswith((".merge", ".create", ".update", ".delete")))
 
 
@@ -978,15 +1194,60 @@ def check_id(name: str, value: str, kinds: Collection[str]) -> None:
         raise Refused(400, "invalid_id", message, field_name=name)
     if kind not in kinds:
         message = f"{name}: the id of a {kind} is not wanted here"
-        raise Refused(400, "unexpected_id_type", message, field_name=name)
+        raise Refused(400, "unexpected_id_type", message, field_name=name, value=value)
 
 
-class Api:
-    """What each endpoint does. Every method runs while the organisation's lock is held."""
+class Restrictions:
+    """What a token may not see, and the pages that lists are served in."""
 
     def __init__(self, world: "World") -> None:
         self.world = world
         self.organisation = world.organisation
+        self._endpoint = ""
+
+    def _check_restricted(self, body: Thing) -> None:
+        """Refuse a request that names what the token may not see, or may not see the timeline of, or change."""
+        world = self.world
+        named = [body[name] for name in ("id", "object", "primary_user", "secondary_user") if name in body]
+        named += [one for name in ("owned_by", "created_by", "reported_by", "members") for one in body.get(name, ())]
+        hidden = set(world.restricted)
+        if self._endpoint == "timeline-entries.list":
+            hidden |= set(world.restricted_timelines)
+        if self._endpoint.endswith((".update", ".merge", ".delete")):
+            hidden |= set(world.restricted_writes)
+        self._forbid([one for one in named if one in hidden])
+        kinds = [kind_of(one) for name, one in body.items() if name in ("id", "object")]
+        if self._endpoint.startswith("conversations."):
+            kinds.append("conversation")
+        if any(kind in world.hidden_kinds for kind in kinds):
+            self._forbid([one for name, one in body.items() if name in ("id", "object")], refused=True)
+
+    def _forbid(self, ids: Sequence[str], refused: bool = False) -> None:
+        """Refuse with 403, naming the objects where the world names them."""
+        if ids or refused:
+            more = {"object_ids": list(dict.fromkeys(ids))} if ids and self.world.names_object_ids else {}
+            raise Refused(403, "forbidden", "The token may not do that.", **more)
+
+    def _page(self, name: str, things: Sequence[Tuple[int, Thing]], body: Thing) -> Thing:
+        """One page of a list, as the world serves lists."""
+        world = self.world
+        if world.restricted_in_lists == "left out":
+            things = [one for one in things if one[1]["id"] not in world.restricted]
+        empty = 0
+        if any(fnmatch.fnmatchcase(self._endpoint, pattern) for pattern in world.thin_lists):
+            start = start_of(name, body)[0]
+            empty = world.empty_pages(self._endpoint, start) if callable(world.empty_pages) else world.empty_pages
+        found = page(name, things, body, empty, world.largest_page, world.trailing_page)
+        if world.restricted_in_lists == "403":
+            self._forbid([one["id"] for one in found[name] if one["id"] in world.restricted])
+        return found
+
+
+class Api(Restrictions):
+    """What each endpoint does. Every method runs while the organisation's lock is held."""
+
+    def __init__(self, world: "World") -> None:
+        super().__init__(world)
         self._endpoints: Dict[str, Callable[[Thing], Thing]] = {
             "dev-users.self": self._self,
             "rev-users.get": self._get_contact,
@@ -997,6 +1258,7 @@ class Api:
             "rev-users.update": self._update_contact,
             "rev-users.delete": self._delete_contact,
             "works.list": self._list_works,
+            "works.count": self._count_works,
             "works.get": self._get_work,
             "works.update": self._update_work,
             "conversations.list": self._list_conversations,
@@ -1008,11 +1270,20 @@ class Api:
 
     def act(self, endpoint: str, body: Thing, fault: Optional[Fault] = None) -> Answer:
         """Carry a request out. Whatever it says is serialised before anyone else can change it."""
+        world = self.world
         try:
-            check_shape(SHAPES[endpoint], body, self.world.max_ids)
+            if world.max_bytes is not None and len(json.dumps(body)) > world.max_bytes:
+                raise Refused(413, "request_entity_too_large", "The request is too large.", max_bytes=world.max_bytes)
+            check_shape(
+                (LONG_SHAPES if world.long_work_types else SHAPES).get(endpoint, SHAPES[endpoint]), body, world.max_ids
+            )
             with self.organisation.lock:
-                self._fault = fault
-                return json_answer(201 if endpoint == "rev-users.create" else 200, self._endpoints[endpoint](body))
+                self._endpoint, self._fault = endpoint, fault
+                self._check_restricted(body)
+                content = self._endpoints[endpoint](body)
+                if endpoint == "rev-users.merge":
+                    return merge_acknowledged(world.merge_answer, content)
+                return json_answer(201 if endpoint == "rev-users.create" else 200, content)
         except Refused as refusal:
             return refusal.answer
 
@@ -1023,34 +1294,82 @@ class Api:
 
     def _get_contact(self, body: Thing) -> Thing:
         contact_id = body["id"]
-        if contact_id in self.organisation.contacts and not self.organisation.alive(contact_id):
-            return self._get_merged_contact(contact_id)
-        return {"rev_user": self._contact(contact_id)}
+        organisation = self.organisation
+        if contact_id in organisation.contacts and not organisation.alive(contact_id):
+            return {"rev_user": self._shown(self._merged_contact(contact_id))}
+        if self.world.deleted_contacts == "state" and contact_id in organisation.deleted:
+            return {"rev_user": self._shown({**organisation.deleted[contact_id], "state": "deleted"})}
+        return {"rev_user": self._shown(self._contact(contact_id))}
 
-    def _get_merged_contact(self, contact_id: str) -> Thing:
-        contact = self.organisation.contacts[contact_id]
+    def _merged_contact(self, contact_id: str) -> Thing:
+        world, contacts = self.world, self.organisation.contacts
         survivor = self.organisation.survivor(contact_id)
-        gone = self.world.gone
-        if gone == "404" or survivor not in self.organisation.contacts:
+        gone = world.gone_of.get(contact_id, world.gone)
+        if gone in ODD_POLLS:
+            raise Instead(odd_poll(gone, world.gone_seconds))
+        if gone == "404" or (survivor not in contacts and gone not in world.ODD):
             raise not_found(contact_id)
         if gone == "301":
-            moved = Refused(301, "moved_permanently", "The object has another id now.")
-            base = self.world.moved_to or self.world.url
             place = urllib.parse.quote(survivor, safe="")
-            moved.answer.headers["Location"] = f"{base}/rev-users.get?id={place}"
-            raise moved
+            base = world.moved_to or world.url
+            raise Instead(moved(f"{base}/rev-users.get?id={place}" if world.location is None else world.location))
         if gone == "primary":
-            return {"rev_user": self.organisation.contacts[survivor]}
-        if gone == "state":
-            return {"rev_user": contact}
-        (primary,) = self.organisation.people([survivor])
-        return {"rev_user": {**contact, "state": gone, "primary_identity": primary}}
+            return contacts[survivor]
+        return self._left_over(contact_id, gone)
+
+    def _left_over(self, contact_id: str, gone: str) -> Thing:
+        """What is left of a contact that was merged, where something is shown of it."""
+        contact = self.organisation.contacts[contact_id]
+        if gone in ("shadow", "unassigned"):
+            (primary,) = self.organisation.people([self.organisation.survivor(contact_id)])
+            return {**contact, "state": gone, "primary_identity": primary}
+        return {**contact, "state": {"locked": "locked", "stale": "active"}.get(gone, "deleted")}
 
     def _list_contacts(self, body: Thing) -> Thing:
-        seen_at = self.organisation.now() - self.world.list_lag
-        contacts = self._found(self.organisation.contacts, body, ("email", "external_ref"))
-        merged = self.organisation.merge_times
-        return page("rev_users", [one for one in contacts if merged.get(one[1]["id"], math.inf) > seen_at], body)
+        world, organisation = self.world, self.organisation
+        if "is_verified" in body and world.verified_filter != "accepted":
+            if world.verified_filter == "403":
+                self._forbid((), refused=True)
+            raise Refused(400, "invalid_field", "unknown property: is_verified", field_name="is_verified")
+        filters: List[Filter] = [(name, body[name]) for name in CONTACT_FILTERS if body.get(name)]
+        if world.email_ignores_case and body.get("email"):
+            filters[0] = ("email_lower", [one.lower() for one in body["email"]])
+        if body.get("associations"):
+            filters.append(("rev_org", body["associations"]))
+        contacts = organisation.contacts.find(filters, world.list_lag)
+        if world.deleted_listed:
+            known = {one["id"] for one in contacts}
+            for one in organisation.deleted.values():
+                keys = set(contact_keys(one))
+                fits = all(not keys.isdisjoint((name, value) for value in values) for name, values in filters)
+                if fits and one["id"] not in known and kind_of(one["id"]) == "revu":
+                    contacts.append({**one, "state": "deleted"})
+        seen_at = organisation.now() - world.list_lag
+        found = []
+        for contact in contacts:
+            if organisation.merge_times.get(contact["id"], math.inf) <= seen_at:
+                if not world.deleted_listed:
+                    continue
+                gone = world.gone_of.get(contact["id"], world.gone)
+                contact = self._left_over(contact["id"], gone if gone in ("shadow", "unassigned") else "state")
+            if "is_verified" not in body or body["is_verified"] == (contact["id"] not in organisation.unverified):
+                found.append((organisation.contacts.numbers[contact["id"]], contact))
+        found.sort(key=lambda one: one[0])
+        answer = self._page("rev_users", found, body)
+        return {**answer, "rev_users": [self._shown(one) for one in answer["rev_users"]]}
+
+    def _shown(self, contact: Thing) -> Thing:
+        """A contact as answers show it."""
+        world, found = self.world, contact
+        if world.hidden_fields:
+            found = {name: value for name, value in found.items() if name not in world.hidden_fields}
+        form, contact_id = world.verified_shown, contact["id"]
+        if form == "mixed":
+            form = ("shown", "hidden", "null")[self.organisation.contacts.numbers[contact_id] % 3]
+        if form == "hidden":
+            return found
+        verified = contact_id not in self.organisation.unverified
+        return {**found, "is_verified": verified if form == "shown" else None}
 
     def _merge(self, body: Thing) -> Thing:
         primary, secondary = body["primary_user"], body["secondary_user"]
@@ -1059,13 +1378,24 @@ class Api:
             raise Refused(400, "value_not_permitted", message, field_name="secondary_user")
         for contact_id in (primary, secondary):
             self._contact(contact_id)
-        self.world.plan_merge(primary, secondary, self._fault)
+        unverified = [one in self.organisation.unverified for one in (primary, secondary)]
+        manner = {(False, True): self.world.unverified_merge, (True, False): self.world.verified_merge}.get(
+            (unverified[0], unverified[1]), "works"
+        )
+        if manner == "works":
+            self.world.plan_merge(primary, secondary, self._fault)
+        elif manner != "never":
+            message = "Unverified users cannot be merged into verified users."
+            raise Refused(int(manner), REFUSALS[manner][1], message)
         return {}
 
     def _create_contact(self, body: Thing) -> Thing:
         self._check_fields(body)
         email, reference = body.get("email"), body.get("external_ref")
         org_id = body.get("rev_org") or self.organisation.don("identity", "revo", "ACME")
+        if kind_of(org_id) == "account" and not self.world.account_rev_orgs:
+            message = "rev_org: the id of an account is not wanted here"
+            raise Refused(400, "unexpected_id_type", message, field_name="rev_org", value=org_id)
         if "rev_org" in body and org_id not in self.organisation.rev_orgs:
             raise Refused(400, "value_not_permitted", "there is no such rev org", field_name="rev_org")
         if email is not None and self.world.unique_emails:
@@ -1074,20 +1404,28 @@ class Api:
                 raise Refused(409, "conflict", f"{email!r} is the email of another contact")
         self._check_free(reference, org_id)
         more = shown(body, ("description", "phone_numbers", "display_picture"))
-        rev_org = org_id.rpartition("/")[2]
+        rev_org = ("account/" if kind_of(org_id) == "account" else "") + org_id.rpartition("/")[2]
         contact_id = self.organisation.new_contact(
             email, reference, rev_org, display_name=body.get("display_name"), **more
         )
-        return {"rev_user": self.organisation.contacts[contact_id]}
+        return {"rev_user": self._shown(self.organisation.contacts[contact_id])}
 
     def _update_contact(self, body: Thing) -> Thing:
         contact = self._contact(body["id"])
         self._check_fields(body)
-        self._check_free(body.get("external_ref"), contact["rev_org"]["id"], contact["id"])
-        self.organisation.change(contact, **shown(body, OF_A_CONTACT))
+        self._check_free(body.get("external_ref"), org_id_of(contact), contact["id"])
+        changes = shown(body, (*OF_A_CONTACT, "custom_fields"))
+        if "custom_fields" in changes:
+            changes["custom_fields"] = {**contact.get("custom_fields", {}), **changes["custom_fields"]}
+        if "external_ref" in changes and contact.get("external_refs"):
+            old, new = contact["external_ref"], changes["external_ref"]
+            changes["external_refs"] = list(
+                dict.fromkeys(new if one == old else one for one in contact["external_refs"])
+            )
+        self.organisation.change(contact, **changes)
         if body.get("display_picture", "") is None:
             contact.pop("display_picture", None)
-        return {"rev_user": contact}
+        return {"rev_user": self._shown(contact)}
 
     def _delete_contact(self, body: Thing) -> Thing:
         self.organisation.delete_contact(self._contact(body["id"])["id"])
@@ -1099,20 +1437,38 @@ class Api:
         return self.organisation.contacts[contact_id]
 
     def _check_fields(self, body: Thing) -> None:
-        refused = [name for name in body if name in self.world.refused_fields]
+        names, status = self.world.refused_fields, self.world.refused_status
+        for name in body:
+            if name in names or f"{self._endpoint}.{name}" in names:
+                message = f"{name}: this is not permitted"
+                if status == 400:
+                    raise Refused(400, "value_not_permitted", message, field_name=name)
+                raise Refused(status, REFUSALS[str(status)][1], message)
         if not all(re.fullmatch(r"\+[1-9][0-9]{1,14}", number) for number in body.get("phone_numbers", ())):
-            refused.append("phone_numbers")
-        for name in refused:
-            raise Refused(400, "value_not_permitted", f"{name}: this is not permitted", field_name=name)
+            message = "phone_numbers: this is not permitted"
+            raise Refused(400, "value_not_permitted", message, field_name="phone_numbers")
 
-    def _check_free(self, reference: Optional[str], org_id: str, contact_id: Optional[str] = None) -> None:
+    def _check_free(self, reference: Optional[str], org_id: Optional[str], contact_id: Optional[str] = None) -> None:
         if reference is not None and self.organisation.holder(org_id, reference) not in (None, contact_id):
             raise Refused(409, "conflict", f"{reference!r} is held by another contact")
 
     # ----- works, conversations, timelines ---------------------------------------------------------
 
     def _list_works(self, body: Thing) -> Thing:
-        return page("works", self._found(self.organisation.works, body, ("type", *ROLES)), body)
+        return self._page("works", self._works(body), body)
+
+    def _count_works(self, body: Thing) -> Thing:
+        return {"count": len(self._works(body)), "has_more": False}
+
+    def _works(self, body: Thing) -> List[Tuple[int, Thing]]:
+        """The works that a request wants and the token may see."""
+        hidden = set(self.world.hidden_kinds)
+        if hidden.intersection(body.get("type", ())) and self.world.hidden_kinds_answer == "403":
+            self._forbid((), refused=True)
+        if not self.world.long_work_types:
+            hidden.update(OTHER_WORK_KINDS)
+        works = self._found(self.organisation.works, body, ("type", *ROLES))
+        return [one for one in works if one[1]["type"] not in hidden]
 
     def _get_work(self, body: Thing) -> Thing:
         return {"work": existing(self.organisation.works, body["id"])}
@@ -1130,7 +1486,7 @@ class Api:
         return {"work": work}
 
     def _list_conversations(self, body: Thing) -> Thing:
-        return page("conversations", self._found(self.organisation.conversations, body, ("members",)), body)
+        return self._page("conversations", self._found(self.organisation.conversations, body, ("members",)), body)
 
     def _get_conversation(self, body: Thing) -> Thing:
         return {"conversation": existing(self.organisation.conversations, body["id"])}
@@ -1148,7 +1504,9 @@ class Api:
             raise not_found(object_id)
         visible = set(body.get("visibility", ()))
         entries = enumerate(organisation.timelines.get(object_id, ()))
-        return page("timeline_entries", [e for e in entries if not visible or e[1]["visibility"] in visible], body)
+        return self._page(
+            "timeline_entries", [e for e in entries if not visible or e[1]["visibility"] in visible], body
+        )
 
     def _found(self, table: Table, body: Thing, names: Iterable[str]) -> List[Tuple[int, Thing]]:
         """What a list is about to show, each with its place in the whole list."""
@@ -1191,43 +1549,94 @@ def shown(body: Thing, names: Iterable[str]) -> Thing:
     return fields
 
 
-def page(name: str, things: Sequence[Tuple[int, Thing]], body: Thing) -> Thing:
+def page(
+    name: str,
+    things: Sequence[Tuple[int, Thing]],
+    body: Thing,
+    empty: int = 0,
+    largest: Optional[int] = None,
+    trailing: bool = False,
+) -> Thing:
     """One page of a list, with a cursor where there is more.
 
-    Each thing comes with its number, which stays the same whatever comes and goes: the number is
-    where the next page starts.
+    Each thing comes with its number, which stays the same whatever comes and goes: the number is where the next page
+    starts. Before a page with things come `empty` ones without any, no page has more than `largest` things, and with
+    `trailing` the last things have a cursor, too, which leads to an empty page.
     """
     limit = body.get("limit", DEFAULT_PAGE)
     if not 1 <= limit <= LARGEST_PAGE:
         message = f"limit: from 1 to {LARGEST_PAGE}"
         raise Refused(400, "value_not_permitted", message, field_name="limit")
-    start = start_of(name, body)
-    rest = [one for one in things if one[0] >= start][: limit + 1]
-    found = {name: [thing for _, thing in rest[:limit]]}  # type: Thing
-    if len(rest) > limit:
-        found["next_cursor"] = cursor(name, body, rest[limit][0])
+    size = min(limit, largest or limit)
+    start, served = start_of(name, body)
+    rest = [one for one in things if one[0] >= start][: size + 1]
+    if rest and served < empty:
+        return {name: [], "next_cursor": cursor(name, body, start, served + 1)}
+    found = {name: [thing for _, thing in rest[:size]]}  # type: Thing
+    if len(rest) > size:
+        found["next_cursor"] = cursor(name, body, rest[size][0])
+    elif trailing and rest:
+        found["next_cursor"] = cursor(name, body, rest[-1][0] + 1)
     return found
 
 
-def cursor(name: str, body: Dict[str, Any], position: int) -> str:
-    """A cursor that is good for the same filters only, and says nothing to a client."""
+def cursor(name: str, body: Dict[str, Any], position: int, served: int = 0) -> str:
+    """A cursor that is good for the same filters only, and says nothing to a client.
+
+    It stands for a position, and for how many empty pages were served there.
+    """
     filters = {key: value for key, value in body.items() if key not in PAGING}
     digest = hashlib.sha256(json.dumps([name, filters], sort_keys=True).encode()).hexdigest()[:16]
-    return base64.urlsafe_b64encode(f"{digest}:{position}".encode()).decode()
+    return base64.urlsafe_b64encode(f"{digest}:{position}:{served}".encode()).decode()
 
 
-def start_of(name: str, body: Dict[str, Any]) -> int:
-    """The position that a cursor stands for."""
+def start_of(name: str, body: Dict[str, Any]) -> Tuple[int, int]:
+    """The position that a cursor stands for, and how many empty pages were served there."""
     if "cursor" not in body:
-        return 0
+        return 0, 0
     try:
-        position = int(base64.urlsafe_b64decode(body["cursor"]).decode().partition(":")[2])
+        _, position, served = base64.urlsafe_b64decode(body["cursor"]).decode().split(":")
+        found = int(position), int(served)
     except (binascii.Error, ValueError):
-        position = -1
-    if position < 0 or cursor(name, body, position) != body["cursor"]:
+        found = -1, 0
+    if min(found) < 0 or cursor(name, body, *found) != body["cursor"]:
         message = "the cursor is not one of this list"
         raise Refused(400, "value_not_permitted", message, field_name="cursor")
-    return position
+    return found
+
+
+def merge_acknowledged(form: str, content: Any) -> Answer:
+    """The acknowledgement of a merge, in one of the forms of World.merge_answer."""
+    if form == "200-other":
+        content = {"status": "accepted", "rev_user": None, "jobs": [{"state": "queued"}]}
+    answer = json_answer(int(form[:3]), [] if form == "200-list" else content)
+    if form in ("204", "200-empty", "202-empty"):
+        answer.payload = b""
+    return answer
+
+
+ODD_POLLS = (
+    "404-route", "404-other", "400", "403", "410", "500", "502", "503", "shape", "empty", "hang", "drip",
+)  # fmt: skip
+MERGE_MANNERS = ("works", "never", "400", "403", "409")
+
+
+def odd_poll(manner: str, seconds: Optional[float]) -> Answer:
+    """An answer for a contact that was merged, from which nobody can tell that it was."""
+    if manner in ("hang", "drip"):
+        answer = json_answer(200, {"rev_user": {}})
+        return struck_after(Fault(manner, detail=seconds), answer)
+    if manner == "404-route":
+        return route_not_found()
+    if manner == "404-other":
+        return json_answer(404, {"message": "There is nothing to see here.", "type": "object_hidden"})
+    if manner == "shape":
+        return json_answer(200, {"rev_user": {"id": 7, "state": ["deleted"]}})
+    if manner == "empty":
+        return Answer(200, b"")
+    if manner == "502":
+        return html_answer(502)
+    return json_answer(int(manner), {"message": "Not so.", "type": REFUSALS[manner][1]})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1236,25 +1645,31 @@ def start_of(name: str, body: Dict[str, Any]) -> int:
 
 
 class Quota:
-    """So many units in a window; the windows follow each other from the first request on.
+    """So many units in a window; the windows follow each other from the first request on, or roll.
 
-    `others` is what other clients spend of each window, at its start.
+    `others` is what other clients spend of each window, at its start. With `rolls` every window ends with the moment
+    that it is asked at, and the reset that is announced is always a window away.
     """
 
-    def __init__(self, limit: int, window: float, epoch: Callable[[], float], others: int = 0) -> None:
+    def __init__(
+        self, limit: int, window: float, epoch: Callable[[], float], others: int = 0, rolls: bool = False
+    ) -> None:
         self.limit = limit
         self.window = window
         self.others = others
+        self.rolls = rolls
+        self.whole_seconds = False
         self._epoch = epoch
         self._first: Optional[float] = None
         self._current = -1
         self._used = 0
+        self._spent: Deque[float] = deque()  # when each unit of a rolling window was
 
     def take(self) -> Tuple[Dict[str, str], Optional[Answer]]:
         """The headers for one more request, and its 429 if there is nothing left."""
         now, reset = self._turn()
         granted = self._used < self.limit
-        self._used += granted
+        self._use(now, int(granted))
         headers = {
             "X-Ratelimit-Limit": str(self.limit),
             "X-Ratelimit-Remaining": str(self.limit - self._used),
@@ -1262,16 +1677,28 @@ class Quota:
         }
         if granted:
             return headers, None
+        if self.rolls:
+            reset = self._spent[0] + self.window if self._spent else reset
         left = max(reset - now, 0.0)
         return headers, too_many(left, self._number(left), "The quota is used up.")
 
     def spend(self, units: int) -> None:
         """Others spend some units of the present window, as far as there are any."""
-        self._turn()
-        self._used = min(self.limit, self._used + units)
+        now, _ = self._turn()
+        self._use(now, min(units, self.limit - self._used))
+
+    def _use(self, now: float, units: int) -> None:
+        self._used += units
+        if self.rolls:
+            self._spent.extend([now] * units)
 
     def _turn(self) -> Tuple[float, float]:
         now = self._epoch()
+        if self.rolls:
+            while self._spent and self._spent[0] <= now - self.window:
+                self._spent.popleft()
+            self._used = min(self.limit, self.others + len(self._spent))
+            return now, now + self.window
         self._first = now if self._first is None else self._first
         current = int((now - self._first) // self.window)
         if current != self._current:
@@ -1279,7 +1706,7 @@ class Quota:
         return now, self._first + (current + 1) * self.window
 
     def _number(self, seconds: float) -> str:
-        if self.window >= 60:
+        if self.window >= 60 or self.whole_seconds:
             return str(math.ceil(seconds))
         return f"{math.ceil(seconds * 1000) / 1000:.3f}"
 
@@ -1296,25 +1723,72 @@ class World:
     """An organisation, how DevRev serves it, and the books of who asked what.
 
     `clock` gives the seconds that everything here happens at, `epoch` (else the clock too) those of the quota's
-    headers. What may be changed at any time:
-
-    gone            how rev-users.get answers for a contact that was merged: "404", "301" (Location: the primary),
-                    "state" (200, state deleted), "primary" (200, the primary's record), "shadow" or "unassigned"
-                    (200, that state, and the primary as primary_identity)
-    moved_to        another base of the Location that a 301 names
-    merge_delay     seconds from a merge's acknowledgement until it is carried out
-    in_progress     status of a request for a merge that is pending already: 200, 400 or 409
-    list_lag        seconds that lists of contacts, works and conversations lag behind
-    max_ids         how many ids a filter may name
-    forbidden       patterns of endpoints that the token may not use
-    unique_emails   whether a contact can't be made with an email that another has
-    refused_fields  fields of a contact that can't be set
-    faults, token, quota
-
-    `on_request(stage, request)` is called "before" and "after" each act.
+    headers. `on_request(stage, request)` is called "before" and "after" each act. Everything else is a switch: an
+    attribute that may be given by name here and be changed at any time. The module's docstring has them all.
     """
 
     GONE = ("404", "301", "state", "primary", "shadow", "unassigned")
+    ODD = ("locked", "stale", *ODD_POLLS)
+    CHOICES: Mapping[str, Collection[Any]] = {
+        "gone": (*GONE, *ODD),
+        "merge_answer": ("200", "200-empty", "200-other", "200-list", "202", "202-empty", "204"),
+        "unverified_merge": MERGE_MANNERS,
+        "verified_merge": MERGE_MANNERS,
+        "verified_shown": ("hidden", "shown", "null", "mixed"),
+        "verified_filter": ("accepted", "400", "403"),
+        "deleted_contacts": ("404", "state"),
+        "retry_after": ("both", "header", "body", "neither"),
+        "bad_token": ("unauthenticated", "token_expired", "token_revoked", "dev_org_deactivated"),
+        "restricted_in_lists": ("shown", "left out", "403"),
+        "hidden_kinds_answer": ("403", "left out"),
+        "in_progress": (200, 400, 403, 409),
+    }
+    # Merges
+    merge_delay = 0.3
+    merge_answer = "200"
+    in_progress = 200
+    unverified_merge = "works"
+    verified_merge = "works"
+    gone = "404"
+    gone_seconds: Optional[float] = None
+    moved_to = ""
+    location: Optional[str] = None
+    # Contacts
+    verified_shown = "hidden"
+    verified_filter = "accepted"
+    hidden_fields: Collection[str] = ()
+    refused_fields: Collection[str] = ()
+    refused_status = 400
+    account_rev_orgs = False
+    unique_emails = False
+    email_ignores_case = False
+    deleted_listed = False
+    deleted_contacts = "404"
+    # Lists
+    list_lag = 0.0
+    max_ids: Optional[int] = None
+    thin_lists: Collection[str] = ("timeline-entries.list",)
+    empty_pages: Union[int, Callable[[str, int], int]] = 0
+    largest_page: Optional[int] = None
+    trailing_page = False
+    # Works
+    long_work_types = False
+    hidden_kinds: Collection[str] = ()
+    hidden_kinds_answer = "403"
+    # Refusals
+    bad_token = "unauthenticated"
+    forbidden: Collection[str] = ()
+    restricted: Collection[str] = ()
+    restricted_timelines: Collection[str] = ()
+    restricted_writes: Collection[str] = ()
+    restricted_in_lists = "shown"
+    names_object_ids = True
+    max_bytes: Optional[int] = None
+    # Quota
+    quota_rolls = False
+    quota_whole_seconds = False
+    quota_headers = True
+    retry_after = "both"
 
     def __init__(
         self,
@@ -1323,34 +1797,24 @@ class World:
         epoch: Optional[Callable[[], float]] = None,
         *,
         token: str = "sandbox-token",
-        merge_delay: float = 0.3,
-        gone: str = "404",
         quota: Optional[Tuple[int, float]] = None,
         faults: Iterable[Fault] = (),
-        max_ids: Optional[int] = None,
-        list_lag: float = 0.0,
-        forbidden: Collection[str] = (),
         seed: int = 0,
         on_request: Optional[Callable[[str, Request], None]] = None,
+        **switches: Any,
     ) -> None:
-        if gone not in self.GONE:
-            raise ValueError("gone: one of {}".format(", ".join(self.GONE)))
         self.organisation = organisation
         self.clock = organisation.clock = clock
         self.token = token
-        self.merge_delay = merge_delay
-        self.gone = gone
-        self.moved_to = ""
         self.url = ""
-        self.in_progress = 200
-        self.list_lag = list_lag
-        self.max_ids = max_ids
-        self.forbidden = forbidden
-        self.unique_emails = False
-        self.refused_fields: Collection[str] = ()
+        self.gone_of: Dict[str, str] = {}
         self.faults: List[Fault] = list(faults)
         self.quota = Quota(*quota, epoch or clock) if quota else None
         self.on_request = on_request
+        for name, value in switches.items():
+            if name not in SWITCHES:
+                raise TypeError(f"{name} is no switch: one of {', '.join(sorted(SWITCHES))}")
+            setattr(self, name, value)
         self.requests: List[Request] = []
         self.over_quota = 0
         self._chance = random.Random(seed)
@@ -1358,6 +1822,13 @@ class World:
         self._pending: Set[Tuple[str, str]] = set()
         self._events: List[Event] = []
         self._numbers = itertools.count()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.CHOICES and value not in self.CHOICES[name]:
+            raise ValueError(f"{name}: {value!r} is none of {', '.join(map(str, self.CHOICES[name]))}")
+        super().__setattr__(name, value)
+        if name in ("quota_rolls", "quota_whole_seconds") and self.quota:
+            setattr(self.quota, name[len("quota_") :], value)
 
     # ----- requests --------------------------------------------------------------------------------
 
@@ -1383,8 +1854,10 @@ class World:
                 answer = self._decide(request, token, problem)
             else:
                 self.over_quota += 1
-            if request.fault != "429-bare":
-                answer.headers.update(headers)
+            if self.quota_headers and request.fault != "429-bare":
+                answer.headers = {**headers, **answer.headers}
+            if answer.status == 429:
+                wait_told(answer, self.retry_after)
         request.status = answer.status if answer.manner in ("send", "cut", "drip") else None
         request.ended = self.clock()
         self._tell("after", request)
@@ -1400,7 +1873,7 @@ class World:
         if fault is not None and fault.kind in BEFORE_THE_ACT:
             return struck_before(fault)
         if token != self.token:
-            answer = Refused(401, "unauthenticated", "The token is not valid.").answer
+            answer = Refused(401, self.bad_token, "The token is not valid.").answer
         elif problem is not None:
             answer = problem.answer
         elif request.endpoint not in SHAPES:
@@ -1490,3 +1963,8 @@ class World:
             if left is None:
                 left = [self.organisation.first_work_of(secondary) or ""]
             self.organisation.merge(primary, secondary, left)
+
+
+SWITCHES = frozenset(
+    name for name, value in vars(World).items() if name.islower() and name[0] != "_" and not callable(value)
+) | {"gone_of"}

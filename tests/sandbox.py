@@ -35,7 +35,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Set, Tuple
 
-from tests.fake_devrev import FAULTS, POST_ONLY, SHAPES, Answer, Fault, Field, Organisation, Refused, Request, World
+from tests.fake_devrev import (
+    FAULTS,
+    POST_ONLY,
+    SHAPES,
+    SWITCHES,
+    Answer,
+    Fault,
+    Field,
+    Organisation,
+    Refused,
+    Request,
+    World,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SAMPLE_CSV = Path(__file__).resolve().parent / "data" / "contacts.csv"
@@ -54,6 +66,8 @@ def from_query(shape: Dict[str, Field], query: str) -> Dict[str, Any]:
             body[name] = [part for value in values for part in value.split(",")]
         elif kind == "int" and re.fullmatch(r"-?[0-9]+", values[-1]):
             body[name] = int(values[-1])
+        elif kind == "bool" and values[-1] in ("true", "false"):
+            body[name] = values[-1] == "true"
         else:
             body[name] = values[-1]
     return body
@@ -105,8 +119,9 @@ class Handler(BaseHTTPRequestHandler):
             raise ConnectionAbortedError("the client went away in the middle of a request")
         if method == "GET":
             return from_query(SHAPES.get(endpoint, {}), query), None
-        if self.headers.get_content_type() != "application/json":
-            return {}, Refused(400, "bad_request", "the body must be application/json")
+        kind = self.headers.get_content_type() if raw and "Content-Type" in self.headers else ""
+        if kind != "application/json":
+            return {}, Refused(400, "invalid_content_type", "the body must be application/json", value=kind)
         try:
             body = json.loads(raw.decode("utf-8"))
         except ValueError:
@@ -143,13 +158,13 @@ class Handler(BaseHTTPRequestHandler):
         lines = [
             f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}",
             "Date: " + self.date_time_string(),
-            "Content-Type: " + answer.content_type,
-            f"Content-Length: {len(answer.payload)}",
         ]
+        if answer.status != 204:
+            lines += ["Content-Type: " + answer.content_type, f"Content-Length: {len(answer.payload)}"]
         lines += [f"{name}: {value}" for name, value in answer.headers.items()]
         if self.close_connection and answer.manner == "send":
             lines.append("Connection: close")
-        return "\r\n".join(lines + ["", ""]).encode("latin-1")
+        return "\r\n".join(lines + ["", ""]).encode("latin-1", "replace")
 
     def _drip(self, answer: Answer) -> None:
         self.wfile.write(self._head(answer))
@@ -309,6 +324,18 @@ def quota_option(text: str) -> Tuple[int, float]:
     return quota
 
 
+def switch_option(text: str) -> Tuple[str, Any]:
+    """`NAME=VALUE`, e.g. `verified_shown=shown`; a value that is JSON (a number, true, a list) is taken as that."""
+    name, _, value = text.partition("=")
+    if name not in SWITCHES:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(sorted(SWITCHES))}")
+    choices = Sandbox.CHOICES.get(name, ())
+    try:
+        return name, value if value in choices else json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
@@ -337,9 +364,19 @@ def arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     option("--latency", type=float, default=0.0, metavar="S", help="seconds each request takes longer")
     option(
         "--gone",
-        choices=Sandbox.GONE,
+        choices=(*Sandbox.GONE, *Sandbox.ODD),
         default="404",
-        help="how a merged contact answers: 404, a redirect, its state, as the primary, or naming the primary",
+        metavar="MANNER",
+        help="how a merged contact answers (default: 404): " + ", ".join((*Sandbox.GONE, *Sandbox.ODD)),
+    )
+    option(
+        "--set",
+        type=switch_option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="behave in another way that is known of DevRev, e.g. merge_answer=204 (may be repeated; tests/fake_devrev.py "
+        "lists all)",
     )
     option("--quota", type=quota_option, metavar="LIMIT/SECONDS", help="e.g. 1000/300; default: none")
     option(
@@ -371,6 +408,7 @@ def serve(options: argparse.Namespace) -> int:
             gone=options.gone,
             quota=options.quota,
             faults=options.fault,
+            **dict(options.set),
         )
         with sandbox:
             introduce(sandbox)
@@ -379,7 +417,7 @@ def serve(options: argparse.Namespace) -> int:
                     time.sleep(3600)
             except KeyboardInterrupt:
                 say()
-    except (OSError, OverflowError, ValueError) as error:
+    except (OSError, OverflowError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     say(f"{sandbox.count()} requests, {len(organisation.merges)} merges")
@@ -448,7 +486,9 @@ class Demo:
         counted = sum(map(reported_merges, self.folder.glob("reports/*.json")))
         self._check("the reports count as many", counted == len(self.organisation.merges))
         say("\n" + ("All of that is true." if self.all_true else "NOT all of that is true."))
-        say(f"To look at: {max(self.folder.glob('reports/*.html'), key=os.path.getsize)}")
+        say(f"A report to open in a browser: {max(self.folder.glob('reports/*.html'), key=os.path.getsize)}")
+        say("\nnext: put your token into .env (see .env.example), then read your own contacts")
+        say(f"  {quoted(Path(sys.executable).name)} merge_contacts.py --export contacts.csv")
         return 0 if self.all_true else 1
 
     def _step(self, title: str, sandbox: Sandbox, *options: str) -> None:

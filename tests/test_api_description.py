@@ -16,6 +16,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 import pytest
 
 import merge_contacts as tool
+from tests.fake_devrev import ALL_WORK_KINDS, OTHER_WORK_KINDS, World
 from tests.sandbox import SHAPES, Fault, Organisation, Sandbox
 from tests.support import ROOT, SAMPLE, Workplace
 
@@ -26,6 +27,8 @@ pytestmark = pytest.mark.skipif(
     not DESCRIPTION.is_file(), reason="DevRev's OpenAPI description is not at hand (DEVREV_OPENAPI names the file)"
 )
 SCHEMA_KEYS = ("items", "additionalProperties")
+# Beta fields of a contact, and what DevRev's pages on errors have: they are not in the public description.
+NOT_PUBLIC = {"is_verified", "external_refs", "tags", "custom_fields", "object_ids"}
 
 
 class Description:
@@ -36,6 +39,7 @@ class Description:
         self.paths = document["paths"]
         self.responses = document["components"].get("responses", {})
         self.schemas = {name: opened(schema) for name, schema in document["components"]["schemas"].items()}
+        self._validators: Dict[int, Any] = {}  # by schema of the document, which stays as long as this
         self.formats = jsonschema.FormatChecker(formats=())
         self.formats.checks("date-time")(
             lambda text: (
@@ -55,8 +59,10 @@ class Description:
         return answer["content"]["application/json"]["schema"]
 
     def flaws(self, schema: Any, value: Any) -> List[str]:
-        whole = {**closed(copy.deepcopy(schema)), "components": {"schemas": self.schemas}}
-        validator = jsonschema.Draft202012Validator(whole, format_checker=self.formats)
+        if id(schema) not in self._validators:
+            whole = {**closed(copy.deepcopy(schema)), "components": {"schemas": self.schemas}}
+            self._validators[id(schema)] = jsonschema.Draft202012Validator(whole, format_checker=self.formats)
+        validator = self._validators[id(schema)]
         return [f"{list(error.absolute_path)}: {error.message[:300]}" for error in validator.iter_errors(value)]
 
 
@@ -158,6 +164,8 @@ def asked(organisation: Organisation) -> Iterator[Asked]:
         Asked("rev-users.get", {"id": one}),
         Asked("rev-users.list", {}),
         Asked("rev-users.list", {"email": [organisation.contacts[one]["email"]], "limit": 1}),
+        Asked("rev-users.list", {"is_verified": False, "rev_org": [org], "phone_numbers": ["+4930123456"]}),
+        Asked("rev-users.list", {"associations": [org], "is_verified": True, "limit": 1}),
         Asked("rev-users.scan", {"email": [organisation.contacts[one]["email"]]}),
         Asked(
             "rev-users.update", {"id": third, "external_ref": "user_new", "display_name": "New", "phone_numbers": []}
@@ -182,6 +190,8 @@ def asked(organisation: Organisation) -> Iterator[Asked]:
             for role in ("owned_by", "created_by", "reported_by")
         ),
         Asked("works.list", {"type": ["ticket", "issue"], "limit": 1}),
+        Asked("works.count", {"type": ["ticket", "issue"], "owned_by": [one, other]}),
+        Asked("works.count", {}),
         Asked("works.get", {"id": work}),
         Asked("works.get", {"id": issue}),
         Asked(
@@ -215,7 +225,8 @@ def asked(organisation: Organisation) -> Iterator[Asked]:
         Asked("rev-users.create", {"phone_numbers": ["030 123456"]}, 400),
         Asked("rev-users.create", {"rev_org": organisation.don("identity", "revo", "NONE")}, 400),
         Asked("dev-users.self", {"who": "me"}, 400),
-        *(Asked(endpoint, {}, 400, raw=raw) for endpoint in SHAPES for raw in (b"{", b"[]", b"\xff")),
+        *(Asked(endpoint, {}, 400, raw=raw) for endpoint in SHAPES for raw in (b"", b"{", b"[]", b"\xff")),
+        *(Asked(endpoint, {"nonsense": 1}, 400) for endpoint in SHAPES),
         Asked("rev-users.get", {"id": nobody}, 404),
         Asked("rev-users.merge", {"primary_user": one, "secondary_user": nobody}, 404),
         Asked("rev-users.update", {"id": nobody, "external_ref": "user_x"}, 404),
@@ -229,14 +240,17 @@ def asked(organisation: Organisation) -> Iterator[Asked]:
     )
     for endpoint in SHAPES:
         yield Asked(endpoint, {}, 401, token="another-token")
-        for kind in ("400", "401", "403", "429", "429-bare", "500", "500-after", "503"):
+        for kind in (
+            "400", "401", "401-expired", "401-revoked", "401-deactivated", "403", "429", "429-bare", "429-body",
+            "429-header", "500", "500-after", "503",
+        ):  # fmt: skip
             yield Asked(endpoint, {}, int(kind[:3]), fault=kind)
 
 
 def test_every_answer_of_the_sandbox_is_one_that_the_description_knows(description: Description) -> None:
     organisation = Organisation.from_csv(SAMPLE)
     seen = set()
-    with Sandbox(organisation, merge_delay=60) as sandbox:
+    with Sandbox(organisation, merge_delay=60, hidden_fields=("custom_fields",)) as sandbox:
         for question in asked(organisation):
             sandbox.faults = [Fault(question.fault)] if question.fault else []
             status, answer = ask(sandbox, question)
@@ -255,9 +269,117 @@ def test_every_answer_of_the_sandbox_is_one_that_the_description_knows(descripti
             assert status == expected and description.flaws(description.answer("rev-users.get", status), answer) == []
     assert {endpoint for endpoint, status, _ in seen if status in (200, 201)} == set(SHAPES)
     assert {kind for _, status, kind in seen if status == 400} == {
-        "bad_request", "invalid_enum_value", "invalid_field", "invalid_id", "missing_required_field", "parse_error",
-        "unexpected_id_type", "unexpected_json_type", "value_not_permitted",
+        "bad_request", "invalid_content_type", "invalid_enum_value", "invalid_field", "invalid_id",
+        "missing_required_field", "parse_error", "unexpected_id_type", "unexpected_json_type", "value_not_permitted",
     }  # fmt: skip
+    assert {kind for _, status, kind in seen if status == 401} == set(World.CHOICES["bad_token"])
+
+
+def public(value: Any) -> Any:
+    """An answer without what the public description leaves out; works of every kind as if they were tickets."""
+    if isinstance(value, list):
+        return [public(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    found = {name: public(one) for name, one in value.items() if name not in NOT_PUBLIC}
+    for name in ("type", "object_type"):
+        if value.get(name) in OTHER_WORK_KINDS:
+            found[name] = "ticket"
+    return found
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        *({"verified_shown": form} for form in World.CHOICES["verified_shown"]),
+        *({"verified_filter": form} for form in World.CHOICES["verified_filter"]),
+        {"hidden_fields": ("phone_numbers", "description")},
+        {"refused_fields": ("rev-users.update.phone_numbers", "display_name"), "refused_status": 400},
+        {"refused_fields": ("phone_numbers",), "refused_status": 409},
+        {"account_rev_orgs": True},
+        {"unique_emails": True, "email_ignores_case": True},
+        *({"deleted_listed": True, "deleted_contacts": "state", "gone": gone} for gone in World.GONE if gone != "301"),
+        {"thin_lists": ("*",), "empty_pages": 2, "largest_page": 3, "trailing_page": True},
+        {"long_work_types": True},
+        *({"hidden_kinds": ("issue", "conversation"), "hidden_kinds_answer": form} for form in ("403", "left out")),
+        *({"restricted_in_lists": form} for form in World.CHOICES["restricted_in_lists"]),
+        {"bad_token": "token_revoked"},
+        *({"quota": (20, 60), "retry_after": form} for form in World.CHOICES["retry_after"]),
+        {"quota": (20, 4.0), "quota_rolls": True},
+        *({"unverified_merge": form} for form in World.CHOICES["unverified_merge"] if form != "409"),
+        {"unverified_keep_references": True},
+        {"unique_references": "organisation"},
+        {"merge_joins": ("phone_numbers", "tags", "external_refs")},
+        {"visitors_verified": False},
+    ],
+    ids=lambda switches: " ".join(f"{name}={value}" for name, value in switches.items()),
+)
+def test_no_switch_makes_an_answer_that_the_description_does_not_know(
+    description: Description, switches: Dict[str, Any]
+) -> None:
+    organisation = Organisation()
+    rules = {name: value for name, value in switches.items() if hasattr(organisation, name)}
+    for name, value in rules.items():
+        setattr(organisation, name, value)
+    one, other, third = (organisation.add_contact(key, "ada@example.com", f"user_{key}") for key in "123")
+    talk = organisation.add_conversation([one, other], comments=2)
+    org = organisation.contacts[one]["rev_org"]["id"]
+    more = {
+        "external_refs": ["user_m", "crm_m"], "tags": [{"tag": {"id": "TAG-1", "name": "vip"}}],
+        "custom_fields": {"tnt__plan": "gold"}, "phone_numbers": ["+49301"], "description": "Text",
+    }  # fmt: skip
+    full = organisation.add_contact("M", "m@example.com", "user_m", verified=False, rev_org=None, **more)
+    account = organisation.add_contact("N", "m@example.com", "user_n", rev_org="account/NORTH", state="locked")
+    organisation.visit("visitor@example.com", "user_visitor")
+    works = [organisation.add_work([full], kind=kind, comments=2) for kind in ALL_WORK_KINDS]
+    kinds = list(ALL_WORK_KINDS if "long_work_types" in switches else ("issue", "ticket"))
+    questions = [
+        Asked("rev-users.list", {"limit": 3}), Asked("rev-users.list", {"is_verified": False}),
+        Asked("rev-users.list", {"email": ["m@example.com"]}), Asked("rev-users.get", {"id": full}),
+        Asked("rev-users.update", {"id": full, "display_name": "M", "phone_numbers": ["+49302"], "description": "New"}),
+        Asked("rev-users.update", {"id": third, "external_ref": "user_new", "custom_fields": {"tnt__a": 1}}),
+        Asked("rev-users.create", {"email": "m@example.com", "external_ref": "user_c", "phone_numbers": ["+49303"]}),
+        Asked("rev-users.create", {"external_ref": "user_d", "rev_org": organisation.contacts[account]["rev_org"]["id"]}),
+        Asked("rev-users.create", {"external_ref": "user_e", "rev_org": org}),
+        Asked("rev-users.merge", {"primary_user": account, "secondary_user": full}),
+        Asked("rev-users.merge", {"primary_user": one, "secondary_user": other}),
+        Asked("works.list", {"type": kinds, "owned_by": [full], "limit": 2}), Asked("works.list", {"limit": 5}),
+        Asked("works.count", {"type": kinds, "owned_by": [full]}),
+        *(Asked("works.get", {"id": work}) for work in works),
+        *(Asked("timeline-entries.list", {"object": item, "limit": 1}) for item in (works[1], works[2], talk)),
+        Asked("works.update", {"id": works[-1], "type": kinds[-1], "title": "Another"}),
+        Asked("conversations.list", {"limit": 2}),
+        Asked("dev-users.self", {}, token="another"),
+        Asked("rev-users.delete", {"id": third}), Asked("rev-users.get", {"id": third}),
+    ]  # fmt: skip
+    settings = {name: value for name, value in switches.items() if name not in rules}
+    with Sandbox(organisation, merge_delay=60, restricted=(works[0], works[1]), **settings) as sandbox:
+        for question in questions:
+            follow(description, sandbox, question)
+        sandbox.settle()
+        for question in (
+            Asked("rev-users.list", {}),
+            Asked("rev-users.get", {"id": other}),
+            Asked("rev-users.list", {}),
+        ):
+            follow(description, sandbox, question)
+
+
+def follow(description: Description, sandbox: Sandbox, question: Asked) -> None:
+    """Ask, a list to its end, and hold each request that was accepted and each answer against the description."""
+    body = dict(question.body)
+    for _ in range(1000):
+        status, answer = ask(sandbox, question._replace(body=body))
+        assert description.flaws(description.answer(question.endpoint, status), public(answer)) == [], (body, answer)
+        if status in (200, 201):
+            kinds = body.get("type")
+            if kinds in OTHER_WORK_KINDS or (isinstance(kinds, list) and not set(kinds).isdisjoint(OTHER_WORK_KINDS)):
+                body = {**body, "type": "ticket" if isinstance(kinds, str) else ["ticket"]}
+            assert description.flaws(description.request(question.endpoint), body) == [], body
+        if "next_cursor" not in answer:
+            return
+        body = {**question.body, "cursor": answer["next_cursor"]}
+    raise AssertionError(f"{question} has no end")
 
 
 def test_an_answer_over_quota_says_how_long_to_wait(description: Description) -> None:
@@ -310,7 +432,33 @@ def ask(sandbox: Sandbox, question: Asked) -> Any:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=30) as answer:
-            return answer.status, json.loads(answer.read())
+            return answer.status, json.loads(answer.read() or b"null")
     except urllib.error.HTTPError as refused:
         with refused:
             return refused.code, json.loads(refused.read())
+
+
+def test_which_answers_go_beyond_the_description(description: Description) -> None:
+    """What DevRev's pages, or its users, tell of and the description doesn't: each has to be asked for."""
+    organisation = Organisation()
+    primary = organisation.add_contact("1", "ada@example.com", verified=False, external_refs=["user_1", "crm_1"])
+    other = organisation.add_contact("2", "ada@example.com", "user_2")
+    merge = Asked("rev-users.merge", {"primary_user": primary, "secondary_user": other})
+    poll = Asked("rev-users.get", {"id": other})
+    with Sandbox(organisation, merge_delay=60) as sandbox:
+        for sandbox.merge_answer in World.CHOICES["merge_answer"]:
+            status, answer = ask(sandbox, merge)
+            known = (status, answer) == (200, {})
+            assert known == (sandbox.merge_answer == "200"), sandbox.merge_answer
+            assert not known or description.flaws(description.answer(merge.endpoint, status), answer) == []
+        for sandbox.verified_shown in ("shown", "null"):
+            status, answer = ask(sandbox, Asked("rev-users.get", {"id": primary}))
+            flaws = description.flaws(description.answer("rev-users.get", status), answer)
+            assert flaws and description.flaws(description.answer("rev-users.get", status), public(answer)) == []
+        sandbox.settle()
+        for sandbox.gone in set(World.ODD) - {"hang", "drip", "502"}:
+            status, answer = ask(sandbox, poll)
+            documented = str(status) in description.paths["/rev-users.get"]["post"]["responses"]
+            flaws = documented and description.flaws(description.answer("rev-users.get", status), public(answer))
+            odd = sandbox.gone in ("404-route", "404-other", "410", "shape", "empty")
+            assert bool(flaws or not documented) == odd, (sandbox.gone, flaws)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from merge_contacts import ADVICE, plural
+from merge_contacts import CODES, plural
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "reports" / "template.html"
 TOKEN = "__REPORT_JSON__"
@@ -110,11 +110,12 @@ def sample(merged=5, failed=(), skipped=(), invalid=()):
     failed, skipped, invalid = list(failed), list(skipped), list(invalid)
     return {
         "run": {
-            "version": "1.0.0",
+            "kind": "merge",
+            "version": "3.0.0",
             "headline": f"{merged} of {plural(merged + len(failed), 'pair')} merged",
-            "plan": "c0ffee123456",
-            "csv": "contacts.csv",
-            "csv_sha256": "0123456789abcdef" * 4,
+            "plan_id": "c0ffee123456",
+            "csv": [{"path": "contacts.csv", "sha256": "0123456789abcdef" * 4}],
+            "quota": None,
             "base_url": "https://api.devrev.ai",
             "organisation": "dvrv-us-1:devo/ACME",
             "token_owner": {"id": "don:identity:1", "display_name": "Robin Example", "email": "robin@example.com"},
@@ -136,11 +137,17 @@ def sample(merged=5, failed=(), skipped=(), invalid=()):
             "total_merges_attempted": merged + len(failed),
             "successful_merges": merged,
             "failed_merges": len(failed),
+            "settled": 0,
+            "cancelled": 0,
             "skipped_groups": len(skipped),
         },
         "successful_merges": [pair(number) for number in range(merged)],
         "failed_merges": failed,
+        "unfinished_merges": [],
+        "settled": [],
+        "cancelled": [],
         "skipped": skipped,
+        "look_alikes": [],
         "invalid_rows": invalid,
     }
 
@@ -151,7 +158,8 @@ def failure(number, code, **more):
         "state": "failed",
         "code": code,
         "error": f"said for pair {number}",
-        "advice": ADVICE.get(code),
+        "advice": CODES[code].advice if code in CODES else None,
+        "reason": CODES[code].meaning if code in CODES else None,
         "left_behind": [],
         **more,
     }
@@ -169,12 +177,15 @@ def hostile():
         report["successful_merges"].append(merge)
         report["failed_merges"].append(dict(merge, state=value, code=value, error=value, left_behind=left))
         report["skipped"].append({"email": value, "code": value, "reason": value, "contacts": [who]})
+        report["settled"].append(dict(merge, state="settled", code=value, error=value, accepted=value))
+        report["look_alikes"].append({"emails": [value, value]})
         report["invalid_rows"].append({"line": number, "reason": value, "email": value})
         report["run"]["options"][value] = value
         report["run"]["requests"][value] = number
     report["summary"] = {}
     everything = " ".join(HOSTILE)
-    report["run"].update(stopped=everything, organisation=everything, csv=everything, version=everything)
+    report["run"].update(stopped=everything, organisation=everything, version=everything)
+    report["run"]["csv"] = [{"path": everything, "sha256": everything}]
     return report
 
 
@@ -308,11 +319,7 @@ OPEN_ALL = "document.querySelectorAll('summary, .tog').forEach(e => e.click()), 
 MERGED = "[...document.querySelectorAll('#merged tbody tr:not(.det)')]"
 
 
-CODES = """
-    not_found not_active email_changed external_ref_changed different_rev_org several_user_refs count_mismatch
-    merge_not_confirmed external_ref_conflict external_ref_not_set left_behind api_error forbidden backup_failed
-    group_incomplete merge_refused interrupted
-"""
+UNDO_CODES = {"merged_again", "not_merged", "contact_refused", "contact_not_confirmed", "not_handed_back"}
 
 
 def test_template_is_self_contained_and_strict():
@@ -446,7 +453,7 @@ def test_content_and_order(show):
     ]
     for want in (
         "TKT-12 A title, ticket, owned by",
-        "Merged; not everything is proved to be on the primary.",
+        "Merged; not everything is verified to belong to the primary.",
         "--count-policy at-least",
         "said for pair 200. Nothing was merged.",
         "It has user_1 and user_2.",
@@ -485,6 +492,48 @@ def test_what_was_backed_up_and_proved_and_what_is_left_stands_there(show):
 
 
 @needs_browser
+def test_settled_and_cancelled_pairs_lost_fields_and_look_alikes_have_their_place(show):
+    report = sample(1)
+    report["successful_merges"][0]["fields_lost"] = [{"field": "phone_numbers", "value": "+15550100"}]
+    accepted = "left_behind: TKT-7 does not belong to REVU-8"
+    report["settled"] = [
+        dict(failure(4, "left_behind"), state="settled", accepted=accepted, reference_not_set="user_4")
+    ]
+    report["cancelled"] = [dict(failure(5, "merge_refused"), state="cancelled")]
+    report["unfinished_merges"] = [dict(failure(6, "after_cancel"), state="merged", after_cancel=True)]
+    report["look_alikes"] = [{"emails": ["a@example.com", "\uff41@example.com"]}]
+    report["summary"].update(
+        successful_merges=2, settled=1, failed_merges=1, cancelled=1, unfinished_merges=1, pairs_planned=4,
+        total_merges_attempted=4,
+    )  # fmt: skip
+    page = show(report)
+    page.js(OPEN_ALL)
+    text = page.text()
+    for words in (
+        "phone_numbers +15550100", accepted, "user_4", "Settled pairs", "Cancelled pairs", "Merged after it was cancelled",
+        "Look-alikes", "\uff41@example.com",
+    ):  # fmt: skip
+        assert words in text, words
+    cards = page.js("[...document.querySelectorAll('.cards div')].map(e => e.textContent)")
+    assert {"Merged1", "Settled1", "Cancelled1", "Failed0", "Unfinished1"} <= set(cards)
+    assert "contradicts itself" not in text
+    assert page.noise() == []
+
+
+@needs_browser
+def test_what_a_killed_run_could_not_tell_is_said_to_be_unknown(show):
+    report = sample(2)
+    report.update(skipped=None, look_alikes=None, invalid_rows=None, choices=None)
+    report["run"].update(end=None, exit_code=None, stopped="killed", requests=None, quota_waits=None)
+    report["summary"].update(contacts_read=None, invalid_rows=None, pairs_planned=None, skipped_groups=None, left=None)
+    page = show(report)
+    text = page.text()
+    assert "What only the CSV could tell is not known" in text and "The run stopped early: killed." in text
+    assert not re.search(r"undefined|NaN|null|contradicts", text)
+    assert page.noise() == []
+
+
+@needs_browser
 def test_the_page_of_an_undo_shows_what_came_back_and_runs_nothing(show):
     template = TEMPLATE.with_name("undo_template.html")
     script = re.findall(r"<script>(.*?)</script>", template.read_text(encoding="ascii"), re.S)[0]
@@ -513,9 +562,9 @@ def test_the_page_of_an_undo_shows_what_came_back_and_runs_nothing(show):
 
 @needs_browser
 def test_every_code_is_explained(show):
-    codes = CODES.split()
+    codes = sorted(CODES.keys() - UNDO_CODES)
     page = show(sample(0, [failure(number, code) for number, code in enumerate(codes)]))
-    assert page.js("[...document.querySelectorAll('#failed h3 .mono')].map(e => e.textContent).sort()") == sorted(codes)
+    assert page.js("[...document.querySelectorAll('#failed h3 .mono')].map(e => e.textContent).sort()") == codes
     assert page.js("[...document.querySelectorAll('#failed .group > p')].filter(e => e.textContent).length") == 2 * len(
         codes
     )

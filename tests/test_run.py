@@ -69,6 +69,9 @@ def test_everything_is_backed_up_merged_moved_and_proved_and_a_second_run_merges
             "successful_merges": 20,
             "failed_merges": 0,
             "unfinished_merges": 0,
+            "unfinished_but_merged": 0,
+            "settled": 0,
+            "cancelled": 0,
             "left": 0,
             "skipped_groups": 3,
         }
@@ -157,7 +160,7 @@ def test_an_email_in_no_row_is_an_error_and_another_plan_too(place: Workplace) -
         assert organisation.merges == [] and not list((place.folder / "reports").glob("*.json"))
         place.run(sandbox, "--plan", plan, "--limit", "1", check=0)
         result = place.run(sandbox, "--plan", plan, check=0)
-        assert result.report["run"]["plan"] == plan
+        assert result.report["run"]["plan_id"] == plan
     assert_merged(organisation, pairs)
 
 
@@ -246,21 +249,25 @@ def test_the_token_is_never_sent_where_others_could_read_it(place: Workplace, ur
 
 
 @pytest.mark.parametrize(
-    "kind, endpoint, word",
+    "kind, endpoint, word, code",
     [
-        ("401", "dev-users.self", "DEVREV_API_TOKEN"),
-        ("403", "rev-users.merge", "rev_user:all"),
+        ("401", "dev-users.self", "DEVREV_API_TOKEN", 2),
+        ("403", "rev-users.merge", "rev_user:all", 2),
     ],
 )
-def test_a_token_that_may_not_is_told_so_and_changes_nothing(
-    place: Workplace, kind: str, endpoint: str, word: str
+def test_a_token_that_may_not_is_told_so_changes_nothing_and_has_a_report(
+    place: Workplace, kind: str, endpoint: str, word: str, code: int
 ) -> None:
     organisation, _ = organisation_of_pairs(3)
     place.export(organisation)
     with Sandbox(organisation, faults=[Fault(kind, endpoint)]) as sandbox:
-        result = place.run(sandbox, check=2)
-        assert word in result.err
+        result = place.run(sandbox, check=code)
+        assert word in result.out + result.err
         assert organisation.merges == []
+        assert result.report["run"]["exit_code"] == code
+        assert result.report["summary"]["pairs_planned"] == 3 and result.report["summary"]["successful_merges"] == 0
+        # An attempt is a merge that was requested.
+        assert result.report["summary"]["total_merges_attempted"] == (endpoint == "rev-users.merge")
         sandbox.faults.clear()
         place.run(sandbox, "--merge-timeout", "1", check=0)
         assert len(organisation.merges) == 3
@@ -332,11 +339,11 @@ def test_the_log_tells_every_step_with_the_address_and_each_request_with_whom_it
         "the live check of 2 contacts has passed",
         "backed up in BACKUP: 3 works, 1 conversations, 6 timeline entries",
         "the integrity check of BACKUP has passed",
-        "asking for the merge of REVU-D1 into REVU-P1",
+        "requesting the merge of REVU-D1 into REVU-P1",
         "DevRev has acknowledged the merge",
-        "confirmed, REVU-D1 has gone",
+        "confirmed, REVU-D1 no longer exists",
         "REVU-P1 has the reference user_1",
-        "proved, all 2 objects hang on the primary",
+        "verified, all 2 objects belong to the primary",
     ]
     assert report["successful_merges"][0]["backed_up"] == {"works": 3, "conversations": 1, "timeline_entries": 6}
     assert report["successful_merges"][0]["proved"] == 2

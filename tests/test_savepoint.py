@@ -1,0 +1,592 @@
+"""The savepoint: two files with one content, whatever is lost, old, damaged or can't be written, and whenever it is killed."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import pytest
+
+from merge_contacts import (
+    SAVEPOINT,
+    SAVEPOINT_COPY,
+    ApiSettings,
+    Contact,
+    Environment,
+    FatalError,
+    Pair,
+    SavePoint,
+    State,
+    StoredPair,
+    winning_row,
+)
+from tests.sandbox import Fault, Request, Sandbox
+from tests.support import ROOT, Workplace, assert_merged, organisation_of_pairs
+
+posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals or mounts")
+odd_machine = [sys.executable, str(ROOT / "tests" / "odd_machine.py")]
+ORGANISATION = "don:identity:dvrv-us-1:devo/ACME:revu/"
+
+
+def pair_of(number: int, state: State = State.PLANNED, organisation: str = ORGANISATION, **fields: Any) -> Pair:
+    email = f"person{number}@example.com"
+    primary, duplicate = (
+        Contact(f"{organisation}{kind}{number}", "", email, reference, "", 1, "", "")
+        for kind, reference in (("P", f"REVU-P{number}"), ("D", f"user_{number}"))
+    )
+    return Pair(primary, duplicate, f"user_{number}", state, **fields)
+
+
+def row(revision: int, state: State, **fields: Any) -> StoredPair:
+    return StoredPair(revision, "20250131_120000", pair_of(1, state, **fields).to_json())
+
+
+# -- which of two rows is believed --------------------------------------------------------------------
+
+REQUESTED = row(5, State.REQUESTED, requested_at=100.0)
+
+
+@pytest.mark.parametrize(
+    "one, other, winner",
+    [
+        # The higher revision wins, whatever the clock says.
+        (row(5, State.DONE, requested_at=100.0, updated="2030"), row(6, State.UNDONE, requested_at=100.0), 1),
+        (row(7, State.VERIFYING, requested_at=100.0), row(6, State.MERGED, requested_at=100.0), 0),
+        # At equal revisions the one that says more was requested.
+        (row(5, State.PLANNED), REQUESTED, 1),
+        (REQUESTED, row(5, State.ACKNOWLEDGED, requested_at=100.0), 1),
+        (row(5, State.DONE, requested_at=100.0), row(5, State.VERIFYING, requested_at=100.0), 0),
+        # Among ended ones the one that a person has decided.
+        *((row(5, State.DONE, requested_at=1.0), row(5, state, requested_at=1.0), 1)
+          for state in (State.UNDONE, State.UNDO_SETTLED, State.CANCELLED)),
+        # A row with a request never loses to one without.
+        (REQUESTED, row(9, State.PLANNED), 0),
+        (REQUESTED, row(9, State.FAILED), 0),
+        # But the withdrawal of that very request is believed.
+        (REQUESTED, row(9, State.PLANNED, withdrawn_at=100.0), 1),
+        (REQUESTED, row(9, State.FAILED, withdrawn_at=50.0), 0),
+    ],
+)  # fmt: skip
+def test_which_row_wins(one: StoredPair, other: StoredPair, winner: int) -> None:
+    for found in (winning_row(one, other), winning_row(other, one)):
+        assert found.document == (one, other)[winner].document
+        assert found.revision == max(one.revision, other.revision)
+
+
+# -- two files, one content ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@contextlib.contextmanager
+def opened(run: str = "20250131_120000", readonly: bool = False) -> Iterator[SavePoint]:
+    with contextlib.closing(SavePoint(Environment(ApiSettings(token="")), run, readonly)) as savepoint:
+        yield savepoint
+
+
+def rows_of(path: Path) -> List[Any]:
+    with contextlib.closing(sqlite3.connect(str(path))) as db:
+        pairs = db.execute("SELECT * FROM pairs ORDER BY primary_id").fetchall()
+        return [*pairs, *db.execute("SELECT * FROM runs ORDER BY id").fetchall()]
+
+
+def states(savepoint: SavePoint) -> Dict[str, str]:
+    return {pair.email.partition("@")[0]: pair.state.value for pair in savepoint.pairs(*State)}
+
+
+def fill() -> None:
+    with opened() as savepoint:
+        savepoint.save_now([pair_of(1, State.DONE, requested_at=1.0)])
+        shutil.copy(str(SAVEPOINT), "old-savepoint.db")
+        shutil.copy(str(SAVEPOINT_COPY), "old-copy.db")
+        savepoint.save_now([pair_of(2, State.MERGED, requested_at=2.0)])
+        savepoint.write({}, {"20250131_120000": {"reported": True}})
+        savepoint.save_now([pair_of(3, State.FAILED)])
+
+
+@pytest.mark.parametrize(
+    "happen",
+    [
+        lambda: SAVEPOINT.unlink(),
+        lambda: SAVEPOINT_COPY.unlink(),
+        lambda: shutil.copy("old-savepoint.db", str(SAVEPOINT)),
+        lambda: shutil.copy("old-copy.db", str(SAVEPOINT_COPY)),
+        lambda: (shutil.copy(str(SAVEPOINT_COPY), "aside"), shutil.copy(str(SAVEPOINT), str(SAVEPOINT_COPY)),
+                 shutil.copy("aside", str(SAVEPOINT))),
+        lambda: SAVEPOINT.write_bytes(b""),
+        lambda: SAVEPOINT_COPY.write_bytes(b""),
+        lambda: (SAVEPOINT.unlink(), sqlite3.connect(str(SAVEPOINT)).execute("PRAGMA user_version = 0")),
+        lambda: None,
+    ],
+    ids=["deleted", "copy deleted", "old", "copy old", "swapped", "empty", "copy empty", "without tables", "nothing"],
+)  # fmt: skip
+@pytest.mark.parametrize("readonly", [False, True])
+def test_a_file_that_is_lost_or_old_loses_nothing(folder: Path, happen: Callable[[], Any], readonly: bool) -> None:
+    fill()
+    happen()
+    before = {path: path.read_bytes() for path in (SAVEPOINT, SAVEPOINT_COPY) if path.exists()}
+    with opened("20250131_130000", readonly) as savepoint:
+        assert states(savepoint) == {"person1": "done", "person2": "merged", "person3": "failed"}
+        assert list(savepoint.runs()) == ["20250131_120000"]
+        assert savepoint.warnings == []
+    if readonly:
+        assert before == {path: path.read_bytes() for path in (SAVEPOINT, SAVEPOINT_COPY) if path.exists()}
+    else:
+        assert rows_of(SAVEPOINT) == rows_of(SAVEPOINT_COPY) and len(rows_of(SAVEPOINT)) == 4
+
+
+def test_rows_that_disagree_at_one_revision_are_named_and_the_one_that_says_more_is_taken(folder: Path) -> None:
+    with opened() as savepoint:
+        savepoint.save_now([pair_of(1, State.DONE, requested_at=1.0), pair_of(2, State.REQUESTED, requested_at=1.0)])
+    document = json.dumps(pair_of(1, State.UNDONE, requested_at=1.0).to_json())
+    with contextlib.closing(sqlite3.connect(str(SAVEPOINT_COPY))) as db:
+        db.execute("UPDATE pairs SET state = 'undone', document = ? WHERE primary_id LIKE '%P1'", [document])
+        db.commit()
+    with opened("20250131_130000") as savepoint:
+        assert states(savepoint) == {"person1": "undone", "person2": "requested"}
+        (warning,) = savepoint.warnings
+        assert "person1@example.com" in warning and "undone" in warning
+    assert rows_of(SAVEPOINT) == rows_of(SAVEPOINT_COPY)
+
+
+def test_a_write_stands_in_both_files_before_it_returns_and_rows_know_their_run(folder: Path) -> None:
+    with opened() as savepoint:
+        asyncio.run(savepoint.save(pair_of(1, State.REQUESTED, requested_at=1.0)))
+        for path in (SAVEPOINT, SAVEPOINT_COPY):
+            shutil.copy(str(path), "aside.db")
+            ((_, duplicate, organisation, email, state, _, run, revision, _),) = rows_of(Path("aside.db"))
+            assert (duplicate, organisation, email) == (
+                f"{ORGANISATION}D1",
+                "dvrv-us-1:devo/ACME",
+                "person1@example.com",
+            )
+            assert (state, run, revision) == ("requested", "20250131_120000", savepoint.write_number)
+
+
+def test_rows_of_another_organisation_are_neither_read_nor_lost(folder: Path) -> None:
+    other = "don:identity:dvrv-us-1:devo/OTHER:revu/"
+    with opened() as savepoint:
+        savepoint.save_now([pair_of(1, State.MERGED, requested_at=1.0)])
+        savepoint.save_now([pair_of(2, State.MERGED, organisation=other, requested_at=1.0)])
+        savepoint.organisation = "dvrv-us-1:devo/ACME"
+        assert [pair.email for pair in savepoint.unfinished()] == ["person1@example.com"]
+        assert savepoint.other_organisations() == 1
+    with opened("20250131_130000") as savepoint:
+        assert len(savepoint.unfinished()) == 2
+
+
+# -- a request that was never sent --------------------------------------------------------------------
+
+
+def intend(savepoint: SavePoint, **fields: Any) -> None:
+    savepoint.save_now([pair_of(1, State.REQUESTED, requested_at=200.0, first_requested_at=200.0, **fields)])
+
+
+def set_meta(path: Path, name: str, value: str) -> None:
+    with contextlib.closing(sqlite3.connect(str(path))) as db:
+        db.execute("UPDATE meta SET value = ? WHERE name = ?", [value, name])
+        db.commit()
+
+
+def another_pair(savepoint: SavePoint) -> None:
+    savepoint.save_now([pair_of(2, State.DONE, requested_at=1.0)])
+
+
+@pytest.mark.parametrize(
+    "before, after, aftermath, state",
+    [
+        # One ahead, in the same run, with the intent in its last write: the copy was not written, nothing was sent.
+        (None, None, "restore copy", "planned"),
+        # A batch holds the intents of others, too.
+        (None, another_pair, "restore copy", "requested"),  # two ahead
+        (another_pair, None, "restore copy", "planned"),
+        (None, None, "nothing", "requested"),
+        (None, None, "delete copy", "requested"),
+        (None, None, "empty copy", "requested"),
+        (None, None, "restore main", "requested"),  # the copy is ahead
+        (None, None, "delete main", "requested"),
+        (None, None, "restore copy of another run", "requested"),
+        (None, None, "restore older copy", "requested"),
+    ],
+)
+def test_an_intent_was_never_sent_only_where_the_copy_is_one_write_behind_in_the_same_run(
+    folder: Path, before: Optional[Any], after: Optional[Any], aftermath: str, state: str
+) -> None:
+    with opened() as savepoint:
+        shutil.copy(str(SAVEPOINT_COPY), "older.db")
+        savepoint.save_now([pair_of(1)])
+        if before:
+            before(savepoint)
+        shutil.copy(str(SAVEPOINT_COPY), "copy.db")
+        shutil.copy(str(SAVEPOINT), "main.db")
+        intend(savepoint)
+        if after:
+            after(savepoint)
+    if "main" in aftermath:
+        SAVEPOINT.unlink()
+    elif aftermath != "nothing":
+        SAVEPOINT_COPY.unlink()
+    if aftermath.startswith("restore"):
+        name, path = {
+            "restore main": ("main.db", SAVEPOINT),
+            "restore older copy": ("older.db", SAVEPOINT_COPY),
+        }.get(aftermath, ("copy.db", SAVEPOINT_COPY))
+        shutil.copy(name, str(path))
+    if aftermath.endswith("another run"):
+        set_meta(SAVEPOINT_COPY, "last_run", "20250131_110000")
+    if aftermath.startswith("empty"):
+        SAVEPOINT_COPY.write_bytes(b"")
+    for readonly in (True, False):
+        with opened("20250131_130000", readonly) as savepoint:
+            assert states(savepoint)["person1"] == state
+    assert rows_of(SAVEPOINT) == rows_of(SAVEPOINT_COPY)
+    # What was found is known from then on, also where a file is lost next.
+    SAVEPOINT.unlink()
+    with opened("20250131_140000") as savepoint:
+        assert states(savepoint)["person1"] == state
+
+
+def test_a_second_request_that_was_never_sent_leaves_the_first_one_as_it_was(folder: Path) -> None:
+    with opened() as savepoint:
+        savepoint.save_now([pair_of(1, State.ACKNOWLEDGED, requested_at=100.0, first_requested_at=100.0)])
+        shutil.copy(str(SAVEPOINT_COPY), "copy.db")
+        savepoint.save_now(
+            [pair_of(1, State.REQUESTED, requested_at=200.0, previous_request_at=100.0, first_requested_at=100.0)]
+        )
+    shutil.copy("copy.db", str(SAVEPOINT_COPY))
+    with opened("20250131_130000") as savepoint:
+        (pair,) = savepoint.unfinished()
+        assert (pair.state, pair.requested_at, pair.first_requested_at) == (State.REQUESTED, 100.0, 100.0)
+        assert pair.rejected
+
+
+# -- files that can't be used -------------------------------------------------------------------------
+
+
+def refusal() -> FatalError:
+    with pytest.raises(FatalError) as refused, opened("20250131_130000"):
+        pass
+    return refused.value
+
+
+@pytest.mark.parametrize("path, other", [(SAVEPOINT, SAVEPOINT_COPY), (SAVEPOINT_COPY, SAVEPOINT)])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"not a database at all" * 50,
+        lambda data: data[:5000],
+        lambda data: data[:50],
+        lambda data: data[:4096] + os.urandom(4096) + data[8192:],
+    ],
+)
+def test_a_damaged_file_is_left_as_it_is_and_the_other_named(
+    folder: Path, path: Path, other: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    fill()
+    path.write_bytes(damage(path.read_bytes()))
+    before = {one: one.read_bytes() for one in (path, other)}
+    stop = refusal()
+    assert stop.exit_code == 2 and f"{path} is damaged" in str(stop) and f"{other} has everything" in str(stop)
+    assert before == {one: one.read_bytes() for one in (path, other)}
+    path.unlink()
+    with opened("20250131_130000") as savepoint:
+        assert len(states(savepoint)) == 3
+
+
+@pytest.mark.parametrize("version", [1, 2, 4])
+def test_state_of_another_format_is_refused(folder: Path, version: int) -> None:
+    with contextlib.closing(sqlite3.connect(str(SAVEPOINT))) as db:
+        db.execute("CREATE TABLE pairs (email TEXT)")
+        db.execute("PRAGMA application_id = 0x4D434F4E")
+        db.execute(f"PRAGMA user_version = {version}")
+    before = SAVEPOINT.read_bytes()
+    stop = refusal()
+    assert stop.exit_code == 2 and f"format {version}" in str(stop) and "savepoint.db" in str(stop)
+    assert SAVEPOINT.read_bytes() == before
+
+
+def test_another_programs_database_is_refused(folder: Path) -> None:
+    with contextlib.closing(sqlite3.connect(str(SAVEPOINT))) as db:
+        db.execute("CREATE TABLE recipes (name TEXT)")
+    assert refusal().exit_code == 2
+
+
+def test_a_run_id_that_a_run_has_already_is_not_given_again(folder: Path) -> None:
+    fill()
+    with opened("20250131_120000") as savepoint:
+        assert savepoint.run != "20250131_120000"
+
+
+# -- through the front door ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def made_readonly(path: Path) -> Iterator[None]:
+    """Nobody can write to a file; root only where this machine lets us mount it so."""
+    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    if is_root:
+        if not sys.platform.startswith("linux") or subprocess.call(["mount", "--bind", str(path), str(path)]):
+            pytest.skip("a file can't be mounted here")
+        subprocess.check_call(["mount", "-o", "remount,ro,bind", str(path)])
+    else:
+        path.chmod(0o400)
+    try:
+        yield
+    finally:
+        if is_root:
+            subprocess.check_call(["umount", str(path)])
+        else:
+            path.chmod(0o600)
+
+
+def reports_of(place: Workplace) -> List[Dict[str, Any]]:
+    paths = sorted((place.folder / "reports").glob("*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def assert_each_in_one_report(place: Workplace, pairs: List[Tuple[str, str]]) -> None:
+    entries = [entry for report in reports_of(place) for entry in report["successful_merges"]]
+    assert sorted((one["primary"]["id"], one["duplicate"]["id"]) for one in entries) == sorted(pairs)
+
+
+@posix
+@pytest.mark.parametrize("number, stage, sent", [(1, "before", False), (1, "after", False), (2, "after", True)])
+def test_a_kill_between_the_two_commits_means_that_nothing_was_sent(
+    place: Workplace, number: int, stage: str, sent: bool
+) -> None:
+    """The second commit is the copy's; only after it the request may have been sent, and has to be polled for."""
+    organisation, pairs = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        first = place.run(sandbox, python=[*odd_machine, f"kill={number}:{stage}"])
+        assert first.code == -signal.SIGKILL and not organisation.merges
+        place.run(sandbox, "--merge-timeout", "4", check=0)
+        assert sandbox.count("rev-users.merge") == 1
+    log = place.logs()
+    assert ("was never sent" in log) == ((number, stage) == (1, "after"))
+    before, _, _ = log.partition("requesting the merge of")
+    assert ("rev-users.get for D1 -> 200" in before) == sent
+    assert_merged(organisation, pairs)
+    assert_each_in_one_report(place, pairs)
+
+
+@pytest.mark.parametrize("path, other", [("savepoint.db", "backups/savepoint-copy.db")] * 1)
+def test_a_damaged_savepoint_is_exit_2_before_the_first_request(place: Workplace, path: str, other: str) -> None:
+    organisation, _ = organisation_of_pairs(2)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, "--limit", "1", check=0)
+        data = (place.folder / path).read_bytes()
+        (place.folder / path).write_bytes(data[:4096] + os.urandom(len(data) - 4096))
+        requests = len(sandbox.requests)
+        result = place.run(sandbox, check=2)
+        assert f"{path} is damaged" in result.err and other in result.err
+        assert len(sandbox.requests) == requests
+
+
+@posix
+@pytest.mark.parametrize("path", ["savepoint.db", "backups/savepoint-copy.db"])
+def test_a_file_that_can_not_be_written_is_exit_3_before_the_first_request_and_can_be_read(
+    place: Workplace, path: str
+) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, "--limit", "1", check=0)
+        requests = len(sandbox.requests)
+        with made_readonly(place.folder / path):
+            assert path in place.run(sandbox, check=3).err
+            assert len(sandbox.requests) == requests
+            assert "1 merged and verified" in place.run(None, "--status", check=0).out
+            assert place.run(None, "--preview", check=0).out.splitlines()[-1].startswith("1 pair to merge")
+        place.run(sandbox, check=0)
+    assert_merged(organisation, pairs)
+
+
+@pytest.mark.parametrize("path", ["savepoint.db", "savepoint-copy.db"])
+def test_where_one_file_can_not_be_written_any_more_nothing_more_is_requested_and_the_rest_is_finished(
+    place: Workplace, path: str
+) -> None:
+    organisation, pairs = organisation_of_pairs(6)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        # Opening and the run's row are a write each, then come the intents.
+        result = place.run(sandbox, python=[*odd_machine, f"disk={path}:5"], check=3)
+        requested = sandbox.count("rev-users.merge")
+        assert 0 < requested < 6 and "can't be written any more" in result.err
+        for primary, _ in organisation.merges:
+            assert organisation.contacts[primary]["external_ref"].startswith("user_")
+        place.run(sandbox, "--merge-timeout", "4", check=0)
+    assert_merged(organisation, pairs)
+    assert_each_in_one_report(place, pairs)
+
+
+def test_a_second_run_in_the_folder_is_told_who_holds_it_and_status_and_preview_work_meanwhile(
+    place: Workplace,
+) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    place.export(organisation)
+    with Sandbox(organisation, faults=[Fault("hang", "works.list", times=1, detail=30)]) as sandbox:
+        first = place.start(sandbox)
+        while not sandbox.count("works.list"):
+            time.sleep(0.01)
+        assert f"process {first.pid}" in place.run(sandbox, check=11).err
+        out = place.run(None, "--status", check=0).out
+        assert f"a run is in progress: process {first.pid}" in out and "merge of 2 pairs: 0 ended" in out
+        assert json.loads(place.run(None, "--status", "--json", check=0).out)["running"] is True
+        assert place.run(None, "--preview", check=0).out.splitlines()[-1].startswith("2 pairs to merge")
+        first.kill()
+        first.communicate()
+        out = place.run(None, "--status", check=0).out
+        assert "no run is in progress" in out and "was killed" in out
+        place.run(None, "--preview", check=0)
+        place.run(sandbox, check=0)
+    assert_merged(organisation, pairs)
+
+
+def test_rows_of_another_organisation_stay_and_one_line_says_so(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation, faults=[Fault("merge-never", "rev-users.merge")]) as sandbox:
+        place.run(sandbox, "--merge-timeout", "0.5", check=1)
+        sandbox.faults.clear()
+        swap(place, "SANDBOX1", "SANDBOX2")
+        result = place.run(sandbox, "--merge-timeout", "0.5", check=0)
+        assert "1 pair of another organisation" in result.err
+    assert_merged(organisation, pairs)
+    with contextlib.closing(sqlite3.connect(str(place.folder / "savepoint.db"))) as db:
+        assert sorted(db.execute("SELECT organisation, state FROM pairs")) == [
+            ("dvrv-us-1:devo/SANDBOX1", "done"), ("dvrv-us-1:devo/SANDBOX2", "acknowledged"),
+        ]  # fmt: skip
+
+
+def swap(place: Workplace, organisation: str, other: str) -> None:
+    """Let the stored pairs belong to another organisation."""
+    for path in (place.folder / "savepoint.db", place.folder / "backups" / "savepoint-copy.db"):
+        with contextlib.closing(sqlite3.connect(str(path))) as db:
+            for column in ("primary_id", "duplicate_id", "organisation", "document"):
+                db.execute(f"UPDATE pairs SET {column} = replace({column}, ?, ?)", [organisation, other])
+            db.commit()
+
+
+@pytest.mark.parametrize("offset", [-86400, 86400])
+def test_a_clock_that_was_set_is_no_reason_to_wait_longer_than_the_merge_timeout(place: Workplace, offset: int) -> None:
+    """The first run is a day ahead or behind: its request lies in the future of the second run, or in its past."""
+    organisation, pairs = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation, faults=[Fault("merge-never", "rev-users.merge", times=1)]) as sandbox:
+        place.run(sandbox, "--merge-timeout", "1", python=[*odd_machine, f"clock={offset}"], check=1)
+        result = place.run(sandbox, "--merge-timeout", "2", check=0, timeout=30)
+    assert_merged(organisation, pairs)
+    assert 0 <= result.report["successful_merges"][0]["seconds"] < 30
+    assert_each_in_one_report(place, pairs)
+
+
+def test_a_savepoint_that_is_lost_with_its_copy_is_not_taken_for_a_new_folder(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, "--limit", "1", check=0)
+        kept = [place.folder / "savepoint.db", place.folder / "backups" / "savepoint-copy.db"]
+        older = [path.read_bytes() for path in kept]
+        place.run(sandbox, check=0)
+        report = max((place.folder / "reports").glob("*.json"))
+        for contents in (older, [None, None]):
+            for path, content in zip(kept, contents):
+                path.unlink()
+                if content:
+                    path.write_bytes(content)
+            requests = len(sandbox.requests)
+            result = place.run(sandbox, check=2)
+            assert "put back from an older copy" in result.err and len(sandbox.requests) == requests
+            named = report if contents is older else sorted((place.folder / "reports").glob("*.json"))[0]
+            assert f"reports/{named.name}" in result.err.replace("\\", "/")
+        # Who knows better moves the reports away.
+        for path in (place.folder / "reports").glob("*.json"):
+            path.unlink()
+        assert place.run(sandbox).code in (0, 1)
+    assert_merged(organisation, pairs)
+
+
+# -- a report for each run ----------------------------------------------------------------------------
+
+
+@posix
+def test_a_killed_run_gets_its_report_from_the_next_and_each_pair_stands_in_one(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(4)
+    place.export(organisation)
+    process: List[Any] = []
+    with Sandbox(organisation) as sandbox:
+
+        def kill(stage: str, request: Request) -> None:
+            if (
+                stage == "before"
+                and request.endpoint == "rev-users.merge"
+                and sandbox.count("rev-users.merge") >= 3
+                and process
+            ):
+                process.pop().kill()
+
+        sandbox.on_request = kill
+        process.append(place.start(sandbox, "--workers", "1"))
+        killed = process[0]
+        killed.communicate(timeout=60)
+        assert killed.returncode == -signal.SIGKILL and not reports_of(place)
+        place.run(sandbox, "--merge-timeout", "8", check=0)
+        first, second = reports_of(place)
+        assert (first["run"]["exit_code"], first["run"]["stopped"], first["run"]["end"]) == (None, "killed", None)
+        assert first["run"]["plan_id"] == second["run"]["plan_id"]
+        assert (
+            first["run"]["csv"] == second["run"]["csv"] and first["run"]["token_owner"] == second["run"]["token_owner"]
+        )
+        assert [first[name] for name in ("skipped", "look_alikes", "invalid_rows")] == [None, None, None]
+        assert first["summary"]["pairs_planned"] is None and first["summary"]["left"] is None
+        assert {entry["in_csv"] for entry in first["successful_merges"]} <= {None}
+        assert second["run"]["exit_code"] == 0 and second["schema"] == first["schema"]
+        assert len(list((place.folder / "reports").glob("*.csv"))) == 2
+        assert len(list((place.folder / "reports").glob("*.html"))) == 2
+        assert_each_in_one_report(place, pairs)
+        # A report that the user has deleted is not written again.
+        for path in list((place.folder / "reports").iterdir()):
+            path.unlink()
+        place.run(sandbox, check=0)
+        (third,) = reports_of(place)
+        assert third["summary"]["already_merged"] == 4 and third["successful_merges"] == []
+    assert_merged(organisation, pairs)
+
+
+@posix
+@pytest.mark.parametrize("writes_before_the_end", [1, 3, 5, 7, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", ["before", "after"])
+def test_a_kill_while_the_report_is_written_leaves_each_pair_in_one_report(
+    place: Workplace, writes_before_the_end: int, stage: str
+) -> None:
+    organisation, pairs = organisation_of_pairs(1)
+    place.export(organisation)
+    killer = [sys.executable, str(ROOT / "tests" / "killer.py")]
+    counted = Workplace(place.folder / "counted")
+    counted.folder.mkdir()
+    twin, _ = organisation_of_pairs(1)
+    counted.export(twin)
+    with Sandbox(twin) as sandbox:
+        writes = int(counted.run(sandbox, python=[*killer, "0", "-"], check=0).err.rpartition(": ")[2])
+    with Sandbox(organisation) as sandbox:
+        number = str(writes + 1 - writes_before_the_end)
+        assert place.run(sandbox, python=[*killer, number, stage]).code == -signal.SIGKILL
+        place.run(sandbox, "--merge-timeout", "8", check=0)
+        assert_each_in_one_report(place, pairs)
+        assert [report["run"]["kind"] for report in reports_of(place)] == ["merge", "merge"]
+        assert len(list((place.folder / "reports").glob("*.csv"))) == 2
+    assert_merged(organisation, pairs)
