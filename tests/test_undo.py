@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -14,6 +15,7 @@ from typing import Any, Dict, List, Mapping, Tuple
 
 import pytest
 
+from merge_contacts import COLUMNS, Contact, Pair, plan_fields, plan_restore
 from tests.sandbox import Fault, Organisation, Request, Sandbox
 from tests.support import ROOT, Result, Workplace, diagonal, roles_of, the_rest_is_slow
 from tests.test_terminal import Terminal
@@ -487,6 +489,210 @@ def test_lists_that_lag_are_waited_for(place: Workplace) -> None:
         assert_undone(organisation, before, place.run(sandbox, "--yes", "--undo", path, check=0))
 
 
+def interrupt_at(sandbox: Sandbox, process: "subprocess.Popen[str]", endpoint: str, stage: str) -> None:
+    """Send Ctrl-C while the first such request is under way, and answer it once that has surely been noticed."""
+
+    def hook(at: str, request: Request) -> None:
+        if at == stage and request.endpoint == endpoint:
+            sandbox.on_request = None
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.7)
+
+    sandbox.on_request = hook
+
+
+@posix
+@pytest.mark.parametrize("endpoint, stage", [("rev-users.update", "after"), ("rev-users.create", "before")])
+def test_an_interruption_between_reference_and_contact_leaves_the_reference_on_a_contact(
+    place: Workplace, endpoint: str, stage: str
+) -> None:
+    organisation, pairs = seeded(2)
+    before = truth(organisation)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        process = place.start(sandbox, "--yes", "--undo", path)
+        interrupt_at(sandbox, process, endpoint, stage)
+        process.communicate(timeout=60)
+        assert process.returncode == 130
+        holders = [one for one, user in truth(organisation)["users"].items() if user["external_ref"] == "user_1"]
+        assert len(holders) == 1 and holders[0] not in pairs[0] and sandbox.count("rev-users.create") == 1
+        assert_undone(organisation, before, place.run(sandbox, "--yes", "--undo", path, check=0))
+
+
+def test_an_interruption_waits_for_a_hanging_contact_no_longer_than_ten_seconds(place: Workplace) -> None:
+    organisation, pairs = seeded(1)
+    before = truth(organisation)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        sandbox.faults.append(Fault("hang-after", "rev-users.create", times=1))
+        process = place.start(sandbox, "--yes", "--undo", path, DEVREV_TIMEOUT="60")
+        interrupt_at(sandbox, process, "rev-users.create", "before")
+        process.communicate(timeout=40)
+        assert process.returncode == 130
+        assert_undone(organisation, before, place.run(sandbox, "--yes", "--undo", path, check=0))
+
+
+def test_what_a_merge_carried_to_the_primary_is_removed_and_what_people_wrote_stays(place: Workplace) -> None:
+    organisation, pairs = seeded(3)
+    for n, (primary, _) in enumerate(pairs, 1):
+        organisation.change(organisation.contacts[primary], phone_numbers=[f"+4940{n}"])
+    before = truth(organisation)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, "--yes", "--carry-fields", check=0)
+        (path,) = (place.folder / "reports").glob("merge_report_*.json")
+        first, second, third = (organisation.contacts[primary] for primary, _ in pairs)
+        assert first["description"] == "The account of 1." and len(first["phone_numbers"]) == 2
+        organisation.change(
+            second, description="Written by an agent.", phone_numbers=[*second["phone_numbers"], "+4950"]
+        )
+        # The fields of the third are refused in one update with the reference, one by one afterwards, or for good.
+        sandbox.faults.append(Fault("400", "rev-users.update", match=lambda body: len(body) > 2 and "P3" in body["id"]))
+        sandbox.faults.append(
+            Fault("403", "rev-users.update", match=lambda body: "description" in body and "P3" in body["id"])
+        )
+        result = place.run(sandbox, "--yes", "--undo", str(path), check=0)
+    entries = {entry["email"]: entry for entry in result.report["undone"]}
+    left = {email: [item["field"] for item in entry["fields_left"]] for email, entry in entries.items()}
+    assert left == {
+        "person1@example.com": [], "person2@example.com": ["description"], "person3@example.com": ["description"],
+    }  # fmt: skip
+    assert "403" in entries["person3@example.com"]["fields_left"][0]["why"]
+    assert first["phone_numbers"] == third["phone_numbers"][:0] + ["+49401"] and not first["description"]
+    assert second["phone_numbers"] == ["+49402", "+4950"] and second["description"] == "Written by an agent."
+    assert third["phone_numbers"] == ["+49403"] and third["description"] == "The account of 3."
+    names = {entry["contact"]["id"]: entry["duplicate"]["id"] for entry in entries.values()}
+    after = truth(organisation, names)
+    assert after["people"] == before["people"]
+    assert {one: user["external_ref"] for one, user in after["users"].items()} == {
+        one: user["external_ref"] for one, user in before["users"].items()
+    }
+
+
+def test_the_fields_come_back_with_the_reference_where_no_contact_can_be_created(place: Workplace) -> None:
+    organisation, pairs = seeded(1)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, "--yes", "--carry-fields", check=0)
+        (path,) = (place.folder / "reports").glob("merge_report_*.json")
+        after = truth(organisation)
+        sandbox.unique_emails = True
+        place.run(sandbox, "--yes", "--undo", str(path), "--merge-timeout", "4", check=1)
+        assert truth(organisation) == after
+
+
+def test_an_unverified_contact_is_verified_when_it_is_created_again(place: Workplace) -> None:
+    organisation = Organisation()
+    organisation.add_contact("P1", "person1@example.com", verified=False)
+    organisation.add_contact("D1", "person1@example.com", "user_1", verified=False)
+    with Sandbox(organisation, verified_shown="shown") as sandbox:
+        path, _ = merged(place, sandbox)
+        (entry,) = place.run(sandbox, "--yes", "--undo", path, check=0).report["undone"]
+    lost = {item["what"]: item["why"] for item in entry["not_restored"]}
+    assert "verified" in lost["verification"] and "is_verified" not in lost
+
+
+def test_one_restricted_object_keeps_no_other_group_from_being_undone(place: Workplace) -> None:
+    organisation, pairs = seeded(3)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        mine = sorted(set().union(*roles_of(organisation, pairs[0][0]).values()))
+        sandbox.restricted_writes = mine
+        result = place.run(sandbox, "--yes", "--undo", path, check=1)
+        assert [one["email"] for one in result.report["undone"]] == ["person2@example.com", "person3@example.com"]
+        (entry,) = result.report["failed"]
+        assert entry["code"] == "forbidden" and organisation.contacts[pairs[0][0]]["external_ref"] == "user_1"
+        sandbox.restricted_writes = [one for one in mine if ":ticket/" in one][:1]
+        (entry,) = place.run(sandbox, "--yes", "--undo", path, check=1).report["unfinished"]
+        assert entry["code"] == "not_restored" and len({item["id"] for item in entry["left"]}) == 1
+        # A group that can't be finished has a way out.
+        place.run(sandbox, "--yes", "--settle", "person1@example.com", check=0)
+        again = place.run(sandbox, "--yes", "--undo", path, check=0)
+        assert [one["code"] for one in again.report["skipped"]] == ["undo_settled"]
+
+
+def test_a_merge_whose_polls_give_no_usable_answer_is_undone_too(place: Workplace) -> None:
+    """Lists decide whether the duplicate still exists."""
+    organisation, _ = seeded(1)
+    before = truth(organisation)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        for gone in ("410", "404-other"):
+            sandbox.gone = gone
+            assert "0 refused" not in place.run(sandbox, "--undo", path, "--preview", check=0).out
+        assert_undone(organisation, before, place.run(sandbox, "--yes", "--undo", path, check=0))
+
+
+def test_an_undo_of_merges_that_moved_no_reference(place: Workplace) -> None:
+    organisation, pairs = seeded(2)
+    before = truth(organisation)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, "--yes", "--primary", "user", check=0)
+        (path,) = (place.folder / "reports").glob("merge_report_*.json")
+        assert {into for into, _ in organisation.merges} == {duplicate for _, duplicate in pairs}
+        asked = len(sandbox.requests)
+        assert_undone(organisation, before, place.run(sandbox, "--yes", "--undo", str(path), check=0))
+        assert "rev-users.update" not in {one.endpoint for one in sandbox.requests[asked:]}
+
+
+# --------------------------------------------------------------------------------------------------
+# What is planned
+# --------------------------------------------------------------------------------------------------
+
+
+def people(*ids: str) -> List[Dict[str, str]]:
+    return [{"id": one} for one in ids]
+
+
+@pytest.mark.parametrize(
+    "now, stays, expected, why",
+    [
+        (("p",), False, ["new"], ""),
+        (("p",), True, ["p", "new"], ""),
+        (("a", "p", "b"), False, ["a", "new", "b"], ""),
+        (("a", "old", "p"), False, ["a", "new", "p"], ""),  # the merge has left the old id
+        (("a", "gone", "p"), False, ["a", "again", "new"], ""),  # another contact that was created again
+        (("new", "p"), False, None, ""),  # an undo that was killed has written it
+        (("a", "b"), False, None, "given to others"),
+        ((), True, None, "given to others"),
+        (None, True, None, "deleted"),
+    ],
+)
+def test_what_is_written_to_an_object(now: Any, stays: bool, expected: Any, why: str) -> None:
+    thing = None if now is None else {"id": "thing", "members": people(*now)}
+    kept = {("thing", "members")} if stays else {("thing", "owned_by"), ("other", "members")}
+    changes, left = plan_restore(thing, ["members"], "p", "new", {"old": "new", "gone": "again"}, kept)
+    assert changes == ({"members": expected} if expected else {})
+    assert [(item["role"], item["why"]) for item in left] == ([("members", why)] if why else [])
+
+
+@pytest.mark.parametrize(
+    "carried, before, live, update, left",
+    [
+        ({"description": "d"}, {}, {"description": "d"}, {"description": ""}, []),
+        ({"description": "d"}, {"description": ""}, {"description": "new"}, {}, ["description"]),
+        ({"description": "d"}, {"description": ""}, {"description": ""}, {}, []),  # removed already, or never carried
+        ({"display_name": "Ana"}, {"display_name": "REVU-1"}, {"display_name": "Ana"}, {"display_name": "REVU-1"}, []),
+        ({"phone_numbers": ["1", "2"]}, {"phone_numbers": ["1"]}, {"phone_numbers": ["1", "2"]},
+         {"phone_numbers": ["1"]}, []),
+        ({"phone_numbers": ["1", "2"]}, {"phone_numbers": ["1"]}, {"phone_numbers": ["3", "2", "1"]},
+         {"phone_numbers": ["3", "1"]}, []),
+        ({"phone_numbers": ["2"]}, {}, {"phone_numbers": ["2"]}, {"phone_numbers": []}, []),
+        ({"phone_numbers": ["2"]}, {}, {"phone_numbers": ["3"]}, {}, []),
+        ({"phone_numbers": ["2"]}, {}, {}, {}, []),
+        ({}, {}, {"description": "d", "phone_numbers": ["1"]}, {}, []),
+    ],
+)  # fmt: skip
+def test_what_a_merge_has_added_to_the_primary(
+    carried: Dict[str, Any], before: Dict[str, Any], live: Dict[str, Any], update: Dict[str, Any], left: List[str]
+) -> None:
+    contact = Contact.from_json({**dict.fromkeys(COLUMNS, ""), "tickets": 0})
+    pair = Pair(contact, contact, None, fields_to_carry=carried, fields_before=before)
+    found, stays = plan_fields(pair, live)
+    assert found == update and [item["field"] for item in stays] == left
+
+
 # --------------------------------------------------------------------------------------------------
 # Killed
 # --------------------------------------------------------------------------------------------------
@@ -763,8 +969,17 @@ def chain(place: Workplace, sandbox: Sandbox) -> List[str]:
     return [f"reports/{path.name}" for path in sorted((place.folder / "reports").glob("merge_report_*.json"))]
 
 
-@pytest.mark.parametrize("refused, gone", [(False, "404"), (True, "404"), (False, "301"), (False, "primary")])
-def test_a_chain_is_undone_last_merge_first(place: Workplace, refused: bool, gone: str) -> None:
+@pytest.mark.parametrize(
+    "together, refused, gone",
+    [
+        (False, False, "404"),
+        (True, False, "404"),
+        (False, True, "404"),
+        (True, False, "301"),
+        (False, False, "primary"),
+    ],
+)
+def test_a_chain_is_undone_last_merge_first(place: Workplace, together: bool, refused: bool, gone: str) -> None:
     """DevRev may refuse the `REVU-` reference of an old id to the contact that is created again."""
     organisation, pairs = seeded(1)
     with_a_third(organisation, pairs)
@@ -779,8 +994,16 @@ def test_a_chain_is_undone_last_merge_first(place: Workplace, refused: bool, gon
         result = place.run(sandbox, "--yes", "--undo", first, check=1)
         (entry,) = result.report["failed"]
         assert entry["code"] == "merged_onward" and last in entry["error"] and truth(organisation) == merged_twice
-        (middle,) = place.run(sandbox, "--yes", "--undo", last, check=0).report["undone"]
-        (made,) = place.run(sandbox, "--yes", "--undo", first, check=0).report["undone"]
+        if together:
+            both = {**read(place.folder / first)}
+            both["successful_merges"] += read(place.folder / last)["successful_merges"]
+            (place.folder / "reports" / "both.json").write_text(json.dumps(both))
+            made, middle = place.run(sandbox, "--yes", "--undo", "reports/both.json", check=0).report["undone"]
+            if made["duplicate"]["id"] == pairs[0][0]:
+                made, middle = middle, made
+        else:
+            (middle,) = place.run(sandbox, "--yes", "--undo", last, check=0).report["undone"]
+            (made,) = place.run(sandbox, "--yes", "--undo", first, check=0).report["undone"]
         names = {one["contact"]["id"]: one["duplicate"]["id"] for one in (middle, made)}
         after = truth(organisation, names)
         if refused:
