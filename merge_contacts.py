@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     import requests
 
 __version__ = "2.0.0"
+SCHEMA = 3  # of every JSON document
 
 SIGNALS = [one for one in signal.Signals if one.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_HELD = 0, 1, 2, 3, 11
@@ -1172,6 +1173,7 @@ class Plan:
     id: str = ""  # of `plan_id`
     left_alone: Dict[str, str] = field(default_factory=dict)  # email -> why there is nothing to merge
     overruled: Set[Tuple[str, str]] = field(default_factory=set)  # pairs of earlier runs that contradict it
+    look_alikes: List[Json] = field(default_factory=list)
     revived: List[Pair] = field(default_factory=list)  # were cancelled, and are named with --email now
     left_out: List[Pair] = field(default_factory=list)  # by the live check, while others of their group went on
 
@@ -4071,6 +4073,11 @@ class ContactExporter:
         )
 
 
+def guard_cell(cell: str) -> str:
+    """Return a cell that no spreadsheet takes for a formula; `cell_text` reads it back."""
+    return f"'{cell}" if re.match(r"'*[=+\-@\t\r]", cell) else cell
+
+
 def csv_chunks(contacts: Iterable[Contact]) -> Iterator[bytes]:
     """A CSV of contacts, line by line."""
     for cells in chain([COLUMNS.values()], ([getattr(contact, name) for name in COLUMNS] for contact in contacts)):
@@ -4943,7 +4950,6 @@ def lost_for_good(user: Json, entry: Json, left_out: Mapping[str, str]) -> List[
 
 
 REPORTS, LOGS = Path("reports"), Path("logs")
-SCHEMA = 3  # of every JSON document that is written or printed
 
 
 class Code(NamedTuple):
@@ -5220,9 +5226,10 @@ def merge_entry(pair: Pair, planned: Optional[Collection[Ids]]) -> Json:
     for name in ("deleted", "accepted", "reference_not_set", "onward", "after_cancel"):
         if getattr(pair, name):
             entry[name] = getattr(pair, name)
+    code = CODES.get(pair.code or ("after_cancel" if pair.after_cancel else ""))
     if pair.state is not State.DONE or pair.code:
-        code = CODES.get(pair.code)
         entry.update(code=pair.code, error=pair.error, left_behind=pair.left_behind)
+    if pair.state is not State.DONE or code:
         entry.update(reason=code.meaning if code else None, advice=code.advice if code else None)
     return {**entry, **progress_of(pair)}
 
@@ -5324,6 +5331,7 @@ def beside_pairs(plan: Plan) -> Dict[str, Iterable[Json]]:
     return {
         "choices": [choice(group) for group in plan.chosen],
         "skipped": chain(map(entry, plan.skipped), map(left_out, plan.left_out)),
+        "look_alikes": plan.look_alikes,
         "invalid_rows": (row._asdict() for row in plan.invalid_rows),
     }
 
@@ -5496,12 +5504,7 @@ def pair_rows(savepoint: SavePoint, run_id: str) -> Iterator[bytes]:
                 primary.external_ref, moved or primary.external_ref, str(duplicate.tickets), str(primary.tickets),
                 pair.backup,
             )  # fmt: skip
-            yield (csv_line(*map(spreadsheet_cell, cells)) + "\r\n").encode("utf-8", "backslashreplace")
-
-
-def spreadsheet_cell(text: str) -> str:
-    """Put an apostrophe before what a spreadsheet would take for a formula."""
-    return "'" + text if re.match(r"'*[=+\-@\t\r]", text) else text
+            yield (csv_line(*map(guard_cell, cells)) + "\r\n").encode("utf-8", "backslashreplace")
 
 
 def undo_lists(savepoint: SavePoint, run_id: str) -> Dict[str, List[Pair]]:
@@ -6728,6 +6731,10 @@ def _report(
         run.console.error(stop)
     lists = merge_lists(savepoint, run.run_id)
     failures = [*lists["failed_merges"], *lists["unfinished_merges"]]
+    for pair in lists["successful_merges"]:
+        if pair.after_cancel:
+            pair.code = "after_cancel"
+            failures.append(pair)
     run.console.print()
     is_complete = not (failures or summary["left"] or summary["cancelled"])
     run.console.print(document["headline"], "good" if is_complete else "bold")
