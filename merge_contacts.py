@@ -13,6 +13,27 @@ everything that was done is in the savepoint before the next thing is tried. Fro
 be taken back (`--undo`). `--help` has the options.
 """
 
+import os
+import sys
+
+if __name__ == "__main__":
+    # The script's folder comes first in sys.path: a queue.py in it would be imported in place of Python's own.
+    _library = os.__file__.rpartition(os.sep)[0]
+    sys.path.append(sys.path.pop(0))
+    sys.path.sort(key=lambda place: "packages" in place or not place.startswith((_library, sys.base_prefix + "\\DLLs")))
+
+    def _fail_in_one_line(kind, error, _traceback):  # type: ignore[no-untyped-def]
+        """Say in one line what ends the program before `main` starts; a traceback tells a user nothing."""
+        interrupted = issubclass(kind, KeyboardInterrupt)
+        name = getattr(error, "name", None) or ""
+        file = getattr(sys.modules.get(name), "__file__", None)
+        why = f"{name + ': ' if name else ''}{error}{f' (found in {file})' if file else ''}"
+        sys.stderr.write("interrupted\n" if interrupted else f"error: this Python can't import {why}; use another\n")
+        sys.stderr.flush()
+        os._exit(130 if interrupted else 2)
+
+    sys.excepthook = _fail_in_one_line
+
 import argparse
 import asyncio
 import bisect
@@ -20,46 +41,51 @@ import collections
 import contextlib
 import csv
 import difflib
+import errno
 import functools
 import gc
+import gzip
 import hashlib
+import importlib
 import io
 import json
 import logging
 import math
-import os
 import queue
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
 import sqlite3
 import stat
-import sys
 import tempfile
 import textwrap
 import threading
 import time
+import unicodedata
+import zlib
 from array import array
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from enum import Enum
+from enum import Enum, IntEnum
 from itertools import chain, compress
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import (
-    TYPE_CHECKING,
     Any,
     AsyncIterator,
     Awaitable,
     BinaryIO,
     Callable,
+    ClassVar,
     Collection,
     Coroutine,
     Deque,
     Dict,
+    FrozenSet,
     Iterable,
     Iterator,
     List,
@@ -76,14 +102,12 @@ from typing import (
 )
 from urllib.parse import quote, unquote, urlsplit
 
-if TYPE_CHECKING:
-    import requests
-
 __version__ = "2.0.0"
 SCHEMA = 3  # of every JSON document
 
 SIGNALS = [one for one in signal.Signals if one.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_HELD = 0, 1, 2, 3, 11
+SAVEPOINT = Path("savepoint.db")  # in the current folder, as everything that a run writes
 
 Json = Dict[str, Any]
 T = TypeVar("T")
@@ -99,7 +123,7 @@ class FatalError(Exception):
     """The run can't go on. `exit_code` is one of EXIT_… ."""
 
     def __init__(self, exit_code: int, message: str) -> None:
-        super().__init__(message)
+        super().__init__(encodable(message))
         self.exit_code = exit_code
 
 
@@ -118,7 +142,7 @@ class PairError(Exception):
     """One group or pair is refused or failed. Scripts branch on `code`, one of CODES."""
 
     def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(encodable(message))
         self.code = code
 
 
@@ -160,7 +184,7 @@ class NoUsableResponse(PairError):
 
 
 def escape_unprintable(text: str) -> str:
-    """Return `text` with everything a terminal could act on (controls, line breaks, bidi marks) escaped."""
+    """Return `text` with everything escaped that a terminal could act on (controls, line breaks, bidi marks)."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
@@ -182,18 +206,16 @@ def duration(seconds: float) -> str:
 
 
 def some(words: Sequence[str], most: int = 5) -> List[str]:
-    """The first few, and in words how many more there are."""
+    """Return the first `most` words, and how many more there are."""
     return [*words[:most], *([f"and {len(words) - most:,} more"] if len(words) > most else [])]
 
 
 def subject(body: Json) -> str:
-    """Whom or what a request is about, in a few words."""
-    lists = [value if isinstance(value, list) else [value] for name, value in body.items() if name not in UNTOLD]
+    """Name the contacts or objects that a request is for, in a few words."""
+    values = [value for name, value in body.items() if name not in ("limit", "cursor", "type")]
+    lists = [value if isinstance(value, list) else [value] for value in values]
     named = [str(one).rpartition("/")[2] for one in chain.from_iterable(lists) if not isinstance(one, dict)]
     return f"for {', '.join(some(named, 3))}" if named else ""
-
-
-UNTOLD = ("limit", "cursor", "type")  # of a request's body
 
 
 def iso(epoch: float) -> str:
@@ -209,7 +231,7 @@ def safe_name(text: str) -> str:
     """Turn any text into one path component that means the same on Linux, macOS and Windows.
 
     Everything but letters, digits and `@ . _ + -` of ASCII is percent-encoded, so that two texts never
-    share a name; what Windows reserves is encoded too, and long names end in a hash of the whole.
+    share a name. Names that Windows reserves are encoded too, and long names end in a hash of the full text.
     """
     name = "".join(
         c
@@ -227,6 +249,11 @@ def safe_name(text: str) -> str:
     return name or "%"
 
 
+def encodable(text: str) -> str:
+    """Escape lone surrogates in `text`: they can come in any answer, and no file, log or database can hold them."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def to_json(value: Any, indent: Optional[int] = None) -> bytes:
     """Encode as UTF-8 JSON; a lone surrogate, which JSON can hold and UTF-8 can't, stays an escape."""
     return json.dumps(value, ensure_ascii=False, indent=indent).encode("utf-8", "backslashreplace")
@@ -238,20 +265,21 @@ def to_json(value: Any, indent: Optional[int] = None) -> bytes:
 
 
 class Timestamp(NamedTuple):
-    """A point in time on two clocks: a laptop that sleeps stops the steady one, somebody may set the other."""
+    """A point in time on two clocks: sleep stops the monotonic one, and a user may set the other."""
 
     wall: float  # epoch seconds
     monotonic: float  # monotonic seconds
 
 
 class HttpResponse(NamedTuple):
-    """What came of one request. `data` is the JSON object in the body, None where there is no whole one."""
+    """The outcome of one request. `data` is the JSON object in the body, None where there is no complete one."""
 
     status: Optional[int]  # None: no answer
     headers: Mapping[str, str]
     data: Optional[Json]
     problem: str = ""  # in words
     sent: bool = True  # whether the request may have reached DevRev
+    setup_error: str = ""  # in words, where a setting of this machine (proxy, certificates) is at fault
 
 
 class Environment:
@@ -265,6 +293,7 @@ class Environment:
         self.random = random.Random()
         self._threads_pool = DaemonThreadPool()
         self._transport: Optional[HttpTransport] = None
+        self._warned: Set[str] = set()  # what `tolerate` has said
 
     def now(self) -> Timestamp:
         return Timestamp(time.time(), time.monotonic())
@@ -283,30 +312,26 @@ class Environment:
         """Run an event loop until the work is done."""
         return asyncio.run(work)
 
-    async def post(self, endpoint: str, body: Json) -> HttpResponse:
-        """POST one request. Its whole answer has ten times the time that silence has; then the connection is shut."""
+    async def post(self, endpoint: str, body: Json, deadline: Optional[float] = None) -> HttpResponse:
+        """POST one request, and return within `deadline` seconds (by default ten times the time for silence), complete
+        answer or not. A thread that still waits for the answer then is left alone. Raises FatalError where the proxy or
+        the CA bundle that the environment names can't be used."""
         self._transport = self._transport or HttpTransport(self.settings)
-        watch = OpenConnection()
-        answer = self._threads_pool.submit(self._transport.post, endpoint, body, watch)
-        limit = 10 * self.settings.timeout
-
-        def give_up() -> None:
-            watch.shut()
-            if not answer.done():
-                answer.set_result(HttpResponse(None, {}, None, f"no whole answer within {limit:g} s"))
-
-        timer = asyncio.get_event_loop().call_later(limit, give_up)
-        try:
-            return await answer
-        finally:
-            timer.cancel()
+        limit = min(deadline or math.inf, 10 * self.settings.timeout)
+        answer = self._threads_pool.submit(self._transport.post, endpoint, body, limit)
+        await asyncio.wait({answer}, timeout=limit)
+        if answer.done():
+            return answer.result()
+        answer.cancel()
+        log.debug("%s -> no complete answer in %g s", endpoint, limit)
+        return HttpResponse(None, {}, None, f"no complete answer within {limit:g} s")
 
     async def run_in_thread(self, job: Callable[..., T], *args: Any) -> T:
         """Have a thread do what blocks."""
         return await self._threads_pool.submit(job, *args)
 
     def create_file(self, path: Path, chunks: Iterable[bytes]) -> Tuple[int, str]:
-        """Create `path` (0600) from `chunks` and flush it to the disk; return its bytes and SHA-256."""
+        """Create `path` (0600) from `chunks` and flush it to the disk; return its size and SHA-256."""
         size, digest = 0, hashlib.sha256()
         handle = os.open(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
         with open(handle, "wb") as file:
@@ -318,7 +343,7 @@ class Environment:
         return size, digest.hexdigest()
 
     def append_lines(self, path: Path, lines: bytes) -> None:
-        """Add lines to `path` and flush them to the disk; one that a crash has torn before them stays alone."""
+        """Append lines to `path` and flush them to the disk; a line that a crash has cut off stays apart."""
         handle = os.open(str(path), os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
         with open(handle, "r+b") as file:
             end = file.seek(0, os.SEEK_END)
@@ -331,21 +356,23 @@ class Environment:
             self.fsync_dir(path.parent)
 
     def rename_into_place(self, aside: Path, final: Path) -> None:
-        """Give what was written aside its final name, in one step that survives a power cut."""
-        for patience in (0.1, 0.4, 1.6, 0.0):
+        """Rename `aside` to `final`, in one step that survives a power cut."""
+        for pause in (0.1, 0.4, 1.6, 0.0):
             try:
                 os.replace(str(aside), str(final))
                 break
             except PermissionError:
                 # A virus scanner on Windows may hold a new file for a moment.
-                if os.name != "nt" or not patience:
+                if os.name != "nt" or not pause:
                     raise
-                time.sleep(patience)
+                time.sleep(pause)
         self.fsync_dir(final.parent)
 
     def write_atomically(self, path: Path, chunks: Iterable[bytes], before: Callable[[], None] = lambda: None) -> None:
-        """Write a whole file aside, call `before`, and give it its name. Raises OSError, and leaves nothing, where the
-        disk refuses."""
+        """Write a temporary file, call `before`, and rename the file to `path`.
+
+        Raises OSError on a disk error, and leaves no temporary file.
+        """
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with contextlib.suppress(FileNotFoundError):
@@ -366,17 +393,23 @@ class Environment:
         os.fsync(file.fileno())
 
     def fsync_dir(self, folder: Path) -> None:
-        """Make a rename or a new name in `folder` survive a power cut (Windows does so by itself)."""
+        """Make a rename or a new name in `folder` survive a power cut (Windows does so by itself).
+
+        SMB, FUSE and WSL mounts can't flush a folder; their files are flushed all the same, so one warning is enough.
+        """
         if os.name == "nt":
             return
-        handle = os.open(str(folder), os.O_RDONLY)
         try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            handle = os.open(str(folder), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            self.tolerate(error, f"{folder}: this file system can't flush a folder", "a power cut may lose new names")
 
     def make_private_dir(self, path: Path) -> Path:
-        """Create `path` and what is missing above it, open to its owner alone."""
+        """Create `path` and its missing parents, open to their owner alone."""
         for folder in [*reversed(path.parents), path]:
             if not folder.exists():
                 with contextlib.suppress(FileExistsError):
@@ -386,9 +419,63 @@ class Environment:
             raise NotADirectoryError(f"{path} is not a folder")
         return path
 
+    def restrict_dir(self, folder: Path) -> None:
+        """Let only the owner read `folder`, which may have come with more; one of another user, or vfat, can't be
+        changed, and is used as it is."""
+        try:
+            if stat.S_IMODE(folder.stat().st_mode) != 0o700:
+                folder.chmod(0o700)
+        except OSError as error:
+            self.tolerate(error, f"{folder}: its permissions can't be set", "other users may be able to read it")
+
+    def tolerate(self, error: OSError, what: str, result: str) -> None:
+        """Warn once that the file system can't do something that it need not be able to do. Raise any other error."""
+        if error.errno not in NOT_SUPPORTED:
+            raise error
+        if result not in self._warned:
+            self._warned.add(result)
+            log.warning("%s (%s), so %s", what, error.strerror, result)
+
+
+# What a file system answers that has no such operation, or that has it for the owner alone.
+NOT_SUPPORTED = (
+    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF, errno.EISDIR, errno.EACCES,
+    errno.EPERM, errno.EROFS,
+)  # fmt: skip
+
+
+def locks_work(path: Path) -> bool:
+    """Try whether files beside `path` can be locked. A database on a file system without locks looks held or damaged.
+
+    The lock is tried on a new file, which no other process has. Where none can be created, nothing is known: True.
+    """
+    try:
+        file = tempfile.NamedTemporaryFile(prefix=".lock_trial.", dir=str(path.resolve().parent))  # noqa: SIM115
+    except OSError:
+        return True
+    with file:
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(file, fcntl.LOCK_UN)
+        except OSError as error:
+            log.info("%s: a trial lock failed: %s", path, error)
+            return False
+    return True
+
+
+NO_LOCKS = "this file system has no working locks; run in a folder on a local disk"
+
 
 class DaemonThreadPool:
-    """Daemon threads that do what blocks; there are always enough of them, and one that hangs holds up no exit."""
+    """Daemon threads for blocking calls: as many as are needed, and one that hangs delays no exit."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Tuple[asyncio.Future[Any], Callable[..., Any], Tuple[Any, ...]]] = (
@@ -428,61 +515,46 @@ class DaemonThreadPool:
             future.set_exception(error)
 
 
-class OpenConnection:
-    """Knows the connection that a request uses, so that it can be shut from another thread."""
-
-    current = threading.local()
-
-    def __init__(self) -> None:
-        self.connection: Any = None
-
-    def shut(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            self.connection.sock.shutdown(socket.SHUT_RDWR)
+def named_variable(*names: str) -> str:
+    """The first of these environment variables, in either case, that is set; the first name where none is."""
+    return next((one for name in names for one in (name.lower(), name) if os.environ.get(one)), names[0])
 
 
-def observed_pool(pool: Any) -> Any:
-    """A connection pool of urllib3's that tells the watch of its thread which connection it has handed out."""
-
-    class ObservedPool(pool):  # type: ignore[misc]
-        def _get_conn(self, timeout: Optional[float] = None) -> Any:
-            connection = super()._get_conn(timeout)
-            OpenConnection.current.watch.connection = connection
-            return connection
-
-    return ObservedPool
+def parse_body(status: int, content: bytes, settings: "ApiSettings") -> Tuple[Optional[Json], str]:
+    """Return the JSON object in a body, and in words what is wrong. HTML of a gateway is no answer of DevRev's."""
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError):
+        return None, f"{status} with a body that is not complete JSON"
+    if not isinstance(data, dict):
+        return None, f"{status} with JSON that is not an object"
+    if 200 <= status < 300:
+        return data, ""
+    words = " ".join(str(data[name]) for name in ("message", "detail") if data.get(name))
+    return data, settings.mask(encodable(words))[:500] or f"status {status}"
 
 
 class HttpTransport:
-    """HTTPS to DevRev over kept connections; blocks, and may be used by many threads."""
+    """HTTPS to DevRev over persistent connections; blocks, and may be used by many threads."""
+
+    MAX_BODY = 256 << 20  # bytes; a list of a hundred objects has some hundred thousand
+    CHUNK = 1 << 16
 
     def __init__(self, settings: "ApiSettings") -> None:
         import requests
         from requests.adapters import HTTPAdapter
 
-        class Adapter(HTTPAdapter):
-            def init_poolmanager(self, *args: Any, **options: Any) -> None:
-                super().init_poolmanager(*args, **options)
-                self._watch(self.poolmanager)
-
-            def proxy_manager_for(self, *args: Any, **options: Any) -> Any:
-                return self._watch(super().proxy_manager_for(*args, **options))
-
-            @staticmethod
-            def _watch(manager: Any) -> Any:
-                if not hasattr(manager, "watched"):
-                    classes = manager.pool_classes_by_scheme
-                    manager.pool_classes_by_scheme = {scheme: observed_pool(pool) for scheme, pool in classes.items()}
-                    manager.observed_pool = True
-                return manager
-
         self.settings = settings
         self.session = session = requests.Session()
-        session.mount(settings.base_url, Adapter(pool_connections=1, pool_maxsize=settings.workers + 4, max_retries=0))
+        adapter = HTTPAdapter(pool_connections=1, pool_maxsize=settings.workers + 4, max_retries=0)
+        session.mount(settings.base_url, adapter)
         # The environment's proxies and CA bundle, looked up once; never a proxy for plain http on loopback.
         if settings.base_url.startswith("https:"):
             found = session.merge_environment_settings(settings.base_url, {}, None, None, None)
             session.proxies, session.verify = found["proxies"], found["verify"]
+            self._check_proxy(adapter, session.proxies.get("https") or session.proxies.get("all") or "")
+            if isinstance(session.verify, str):
+                self._check_ca_bundle(session.verify)
         session.trust_env = False  # no credentials from ~/.netrc either
         self._headers = {
             "Authorization": f"Bearer {settings.token}",
@@ -491,57 +563,104 @@ class HttpTransport:
             "Content-Type": "application/json",
         }
 
-    def post(self, endpoint: str, body: Json, watch: OpenConnection) -> HttpResponse:
-        """POST once, follow no redirect, and read the whole answer."""
+    @staticmethod
+    def _check_proxy(adapter: Any, proxy: str) -> None:
+        """Raise FatalError where requests can't use the proxy. The address may hold a password, so it is not shown."""
+        if not proxy:
+            return
+        try:
+            adapter.proxy_manager_for(proxy if "://" in proxy else f"http://{proxy}")
+        except ValueError:  # of requests and of urllib3, for an unknown scheme, no host, no support of SOCKS
+            name = named_variable("HTTPS_PROXY", "ALL_PROXY")
+            fix = "set it to http://host:port, or unset it"
+            if proxy.lower().startswith("socks"):
+                raise FatalError(
+                    EXIT_USAGE,
+                    f"{name} names a SOCKS proxy, and the package PySocks is missing; pip install PySocks, or {fix}",
+                ) from None
+            raise FatalError(EXIT_USAGE, f"{name} is not the address of an HTTP proxy; {fix}") from None
+
+    @staticmethod
+    def _check_ca_bundle(path: str) -> None:
+        """Raise FatalError where no certificates can be read from `path`."""
+        import ssl
+
+        try:
+            if not Path(path).is_dir():
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+        except OSError as error:  # ssl.SSLError is one
+            name = named_variable("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+            why = "does not exist" if isinstance(error, FileNotFoundError) else "holds no certificates that can be read"
+            fix = "set it to a file of CA certificates in PEM format, or unset it"
+            raise FatalError(EXIT_USAGE, f"{name} names {path}, which {why}; {fix}") from None
+
+    def post(self, endpoint: str, body: Json, limit: float) -> HttpResponse:
+        """POST once, follow no redirect, and read the answer until it is complete or `limit` seconds are over."""
         import requests
 
-        OpenConnection.current.watch = watch
         begun = time.monotonic()
-        status: Optional[int] = None
-        headers: Mapping[str, str] = {}
-        data: Optional[Json] = None
-        problem, sent = "", True
+        silence = min(self.settings.timeout, limit)
+        response = HttpResponse(None, {}, None)
         try:
             url = f"{self.settings.base_url}/{endpoint}"
             # Prepared without the session, which would look for cookies, hooks and credentials each time.
             request = requests.Request("POST", url, data=to_json(body), headers=self._headers).prepare()
-            timeout = (min(10.0, self.settings.timeout), self.settings.timeout)
-            answer = self.session.send(request, timeout=timeout, allow_redirects=False)
-            status, headers = answer.status_code, answer.headers
-            data, problem = self._read(answer)
-        except requests.exceptions.SSLError as error:
-            sent = "CERTIFICATE_VERIFY_FAILED" not in repr(error) and "CertificateError" not in repr(error)
-            problem = "the TLS connection broke" if sent else "the server's certificate can't be verified"
-        except requests.exceptions.Timeout as error:
-            sent = not isinstance(error, requests.exceptions.ConnectTimeout)
-            problem = f"no answer within {self.settings.timeout:g} s"
-        except requests.exceptions.ConnectionError as error:
-            sent = "NewConnectionError" not in repr(error) and "NameResolutionError" not in repr(error)
-            problem = "the connection broke" if sent else f"no connection to {urlsplit(self.settings.base_url).netloc}"
+            timeouts = (min(10.0, silence), silence)
+            with self.session.send(request, timeout=timeouts, allow_redirects=False, stream=True) as answer:
+                response = HttpResponse(answer.status_code, answer.headers, None)
+                content = bytearray()
+                # A body in small pieces is never silent, and one without an end would fill the memory.
+                for chunk in answer.iter_content(self.CHUNK):
+                    content += chunk
+                    if len(content) > self.MAX_BODY or time.monotonic() > begun + limit:
+                        problem = f"its body has no end within {self.MAX_BODY >> 20} MiB and {limit:g} s"
+                        response = response._replace(problem=problem)
+                        break
+                else:
+                    data, problem = parse_body(answer.status_code, bytes(content), self.settings)
+                    response = response._replace(data=data, problem=problem)
         except requests.exceptions.RequestException as error:
-            problem = type(error).__name__
-        tail = f" ({problem})" if problem else ""
-        took = time.monotonic() - begun
-        whom = subject(body)
-        log.debug("%s%s -> %s in %.3f s%s", endpoint, whom and f" {whom}", status or "no answer", took, tail)
-        return HttpResponse(status, headers, data, problem, sent)
+            response = self._explained(response, error, silence)
+        tail = f" ({response.problem})" if response.problem else ""
+        took, whom = time.monotonic() - begun, subject(body)
+        status = response.status or "no answer"
+        log.debug("%s%s -> %s in %.3f s%s", endpoint, whom and f" {whom}", status, took, tail)
+        return response
 
-    def _read(self, answer: "requests.Response") -> Tuple[Optional[Json], str]:
-        """Parse a body: the JSON object, and in words what is wrong. A gateway's HTML is no word of DevRev's."""
-        try:
-            data = json.loads(answer.content)
-        except (ValueError, RecursionError):
-            return None, f"{answer.status_code} with a body that is not whole JSON"
-        if not isinstance(data, dict):
-            return None, f"{answer.status_code} with JSON that is not an object"
-        if 200 <= answer.status_code < 300:
-            return data, ""
-        words = " ".join(str(data[name]) for name in ("message", "detail") if data.get(name))
-        return data, self.settings.mask(words)[:500] or f"status {answer.status_code}"
+    def _explained(self, response: HttpResponse, error: Exception, silence: float) -> HttpResponse:
+        """Say what an exception of requests means, and whether the request may have reached DevRev."""
+        from requests import exceptions
+
+        host, text = urlsplit(self.settings.base_url).netloc, repr(error)
+        proxy = f"the proxy that {named_variable('HTTPS_PROXY', 'ALL_PROXY')} names"
+        sent, setup_error = False, ""
+        if isinstance(error, exceptions.ProxyError):
+            refused = re.search(r"Tunnel connection failed: (\d+[ \w-]*)", text)
+            problem = f"{proxy} answered {refused.group(1)}" if refused else f"no connection to {proxy}"
+            if refused and refused.group(1).startswith("407"):
+                setup_error = (
+                    f"{proxy} wants a user name and a password (407); set it to http://user:password@host:port"
+                )
+        elif isinstance(error, exceptions.SSLError) and ("CERTIFICATE_VERIFY" in text or "CertificateError" in text):
+            problem = f"the certificate of {host} can't be verified"
+            setup_error = (
+                f"{problem}; where a company inspects TLS, set REQUESTS_CA_BUNDLE to the file of its CA certificates"
+            )
+        elif isinstance(error, exceptions.SSLError):
+            problem, sent = "the TLS connection broke", True
+        elif isinstance(error, exceptions.ConnectTimeout) or "NewConnectionError" in text or "NameResolution" in text:
+            problem = f"no connection to {host}"
+        elif isinstance(error, exceptions.Timeout) or "ReadTimeoutError" in text:
+            problem, sent = f"no answer within {silence:g} s", True
+        elif isinstance(error, exceptions.ConnectionError):
+            problem, sent = "the connection broke", True
+        else:
+            problem, sent = type(error).__name__, True
+        return response._replace(problem=problem, sent=sent or response.status is not None, setup_error=setup_error)
 
 
 class CancelToken:
-    """Ends a run: once it is pulled, all that waits, and all that would, raises Interrupted, and nothing leaves."""
+    """Ends a run: once it is cancelled, all that waits or would wait raises Cancelled, and no request leaves."""
 
     SHIELDED = 10.0  # seconds that an interruption waits at most
 
@@ -552,7 +671,7 @@ class CancelToken:
         self._waiting: Dict[asyncio.Future[Any], None] = {}  # in the order in which they came
 
     def cancel(self, stop: FatalError) -> None:
-        """Stop for this reason; the first reason counts, but that it was interrupted explains less than another."""
+        """Stop for this reason. The first one counts, but an interruption explains less than any other reason."""
         if self._is_shielded and isinstance(stop, Cancelled):
             self._deferred = True
             asyncio.get_event_loop().call_later(self.SHIELDED, self._end_shield)
@@ -586,7 +705,7 @@ class CancelToken:
             raise Cancelled()
 
     def future(self) -> "asyncio.Future[Any]":
-        """Something to wait for, which the brake ends."""
+        """A future to wait for, which a cancellation ends."""
         self.raise_if_cancelled()
         future: asyncio.Future[Any] = asyncio.get_event_loop().create_future()
         self._waiting[future] = None
@@ -594,7 +713,7 @@ class CancelToken:
         return future
 
     async def wait(self, work: Awaitable[Any]) -> None:
-        """Wait for something, unless the brake ends it."""
+        """Wait for `work`; a cancellation ends the wait, and `work` with it."""
         task = asyncio.ensure_future(work)
         stopped = self.future()
         await asyncio.wait({stopped, task}, return_when=asyncio.FIRST_COMPLETED)
@@ -609,7 +728,7 @@ class CancelToken:
 
 
 async def together(*works: Awaitable[Any]) -> List[Any]:
-    """The results of all. A failure is raised once all have ended, so that nothing outlives who waits for it."""
+    """Return the results of all. A failure is raised once all have ended, so that no task outlives its caller."""
     results = await asyncio.gather(*works, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
@@ -631,14 +750,76 @@ COLUMNS = {
     "created": "CREATED_AT",
     "updated": "UPDATED_AT",
 }
-_COUNT = re.compile(r"\s*(\d{1,9})(?:\.0+)?\s*")  # `4.0` is what a spreadsheet makes of 4
+MAX_CELL = 64 << 20
+# `4.0` is what a spreadsheet makes of 4. Three zeros may be thousands: `1.000` is not guessed.
+_COUNT = re.compile(r"[0-9]{1,18}(?:\.0{1,2})?")
+_GUARDED = re.compile(r"'+[=+\-@\t\r]")  # what a formula-like cell becomes in an export, so that it is no formula
+# Of the commonest letters alone: other addresses are checked character by character.
+_LETTERS = r"!#-+\--:=?A-Z\[-~\u00c0-\u052f\u3041-\u30ff\u4e00-\u9fff\uac00-\ud7a3"
+_PLAIN_ADDRESS = re.compile(f"(?!')[{_LETTERS}]+@[{_LETTERS}]+")
+_NO_ADDRESS = re.compile(r"[,;<>\"\s]")
+# Invisible beside the categories Cc, Cf, Zs, Zl and Zp: blank letters and variation selectors.
+_BLANK = re.compile("[ \u115f\u1160\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+_ASCII_LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
+_NULL_WORDS = frozenset(("", "\\n", "null", "(null)", "nan", "none", "n/a", "na", "nil", "<na>", "-", "#n/a"))
 
 
 @functools.lru_cache(maxsize=10_000)
 def parse_count(cell: str) -> Optional[int]:
-    """The count that a cell holds, None where it holds none."""
-    match = _COUNT.fullmatch(cell)
-    return int(match.group(1)) if match else None
+    """Return the count that a cell holds, None where it holds none or where that is a guess."""
+    text = cell.strip()
+    return int(text.partition(".")[0]) if _COUNT.fullmatch(text) else None
+
+
+def cell_text(cell: str) -> str:
+    """Return a cell without the apostrophe that an export puts before what a spreadsheet would take for a formula."""
+    return cell[1:] if cell[:1] == "'" and _GUARDED.match(cell) else cell
+
+
+def trimmed_text(cell: str) -> str:
+    """Return `cell_text` without white space around it, in whichever order they came."""
+    text = cell.strip()
+    return cell_text(text).strip() if text[:1] == "'" else text
+
+
+def email_key(text: str) -> str:
+    """Return what emails are compared by: trimmed, with the ASCII letters lower-cased and nothing else folded.
+
+    `straße@` and `strasse@` are two mailboxes, though every kind of case folding makes them one.
+    """
+    text = text.strip()
+    return text.lower() if text.isascii() else text.translate(_ASCII_LOWER)
+
+
+def loose_key(text: str) -> str:
+    """Return what look-alikes of an email have in common: normalised, case-folded, without punycode and without
+    invisible characters. It only ever leaves contacts out; it never joins any."""
+    key = text.strip().lower()
+    if key.isascii() and key.isprintable() and " " not in key and "xn--" not in key:
+        return key
+    key = _fold(text)
+    local, at, domain = key.rpartition("@")
+    if at and "xn--" in domain:
+        labels = domain.split(".")
+        for index, label in enumerate(labels):
+            # No domain has longer labels, and decoding takes time that grows with the square of the length.
+            if label.startswith("xn--") and len(label) < 100:
+                with contextlib.suppress(ValueError, OverflowError):
+                    labels[index] = label[4:].encode("ascii").decode("punycode")
+        key = _fold(f"{local}@{'.'.join(labels)}")
+    return key
+
+
+def _fold(text: str) -> str:
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return folded if is_visible(folded) else "".join(filter(is_visible, folded))
+
+
+def is_visible(text: str) -> bool:
+    """Whether `text` holds no white space and no control or invisible character."""
+    if _BLANK.search(text):
+        return False
+    return text.isprintable() or not any(unicodedata.category(c) in ("Cc", "Cf", "Zs", "Zl", "Zp") for c in text)
 
 
 @dataclass
@@ -651,6 +832,9 @@ class Contact:
 
     __slots__ = ("created", "display_name", "email", "external_ref", "full_name", "id", "tickets", "updated")
 
+    SYSTEM_PREFIX: ClassVar[str] = "REVU-"
+    user_prefix: ClassVar[str] = "user_"  # what references of the user's own application begin with: a setting
+
     id: str
     display_name: str
     email: str
@@ -661,40 +845,54 @@ class Contact:
     updated: str
 
     @staticmethod
-    def cells_error(identity: str, email: str, external_ref: str, tickets: str) -> str:
-        """Say why cells of a row make no contact, `""` if they do: who it is has to be there, and a count."""
-        if not (identity.strip() and email.strip() and external_ref.strip()):
+    def cells_error(identity: str, email: str, external_ref: str, tickets: str) -> Tuple[str, str]:
+        """Return the code and the words for why trimmed cells make no contact, two empty texts where they do."""
+        if not (identity and email and external_ref):
             names = {"id": identity, "email": email, "external_ref": external_ref}
-            return "empty " + next(COLUMNS[name] for name, value in names.items() if not value.strip())
-        return f"{COLUMNS['tickets']} is not a count: {tickets.strip()[:40]}" if parse_count(tickets) is None else ""
+            return "empty", "empty " + next(COLUMNS[name] for name, value in names.items() if not value)
+        local, _, domain = email.partition("@")
+        if not (local and domain) or "@" in domain or _NO_ADDRESS.search(email) or not is_visible(email):
+            return "email", f"{COLUMNS['email']} is not one plain address: {email[:80]}"
+        if parse_count(tickets) is None:
+            return "count", f"{COLUMNS['tickets']} is not a count: {tickets.strip()[:40]}"
+        return "", ""
 
     @classmethod
     def from_cells(cls, cells: Sequence[str]) -> "Contact":
-        """Make a contact of cells without a flaw, in the order of COLUMNS."""
+        """Make a contact of cells without an error, in the order of COLUMNS."""
         identity, display_name, email, external_ref, full_name, tickets, created, updated = cells
-        return cls(identity, display_name, email, external_ref, full_name, parse_count(tickets) or 0, created, updated)
+        return cls(
+            id=trimmed_text(identity),
+            display_name=cell_text(display_name),
+            email=trimmed_text(email),
+            external_ref=trimmed_text(external_ref),
+            full_name=cell_text(full_name),
+            tickets=parse_count(tickets) or 0,
+            created=trimmed_text(created),
+            updated=cell_text(updated),
+        )
 
     def to_json(self) -> Json:
         return {name: getattr(self, name) for name in COLUMNS}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Contact":
-        """Read `to_json` of a contact back, also one of version 1.0.0, which had other columns."""
+        """Read `to_json` of a contact back; a report's entry lacks some of its fields."""
         return cls(**{name: row.get(name, 0 if name == "tickets" else "") for name in COLUMNS})
 
     @property
     def is_user(self) -> bool:
         """Whether the application made the contact, and knows the person by its reference."""
-        return self.external_ref.startswith("user_")
+        return self.external_ref.startswith(self.user_prefix)
 
     @property
     def is_system(self) -> bool:
         """Whether DevRev made the contact, from an email."""
-        return self.external_ref.startswith("REVU-")
+        return self.external_ref.startswith(self.SYSTEM_PREFIX)
 
     @property
     def key(self) -> str:
-        """What contacts are grouped by: the email, trimmed and case-folded."""
+        """What contacts are grouped by."""
         return email_key(self.email)
 
     @property
@@ -712,9 +910,16 @@ class Contact:
         return organisation_of(self.id)
 
 
-def email_key(text: str) -> str:
-    """What emails are compared by: trimmed, and without regard to case."""
-    return text.strip().casefold()
+def check_user_prefix(text: str) -> str:
+    """Return the prefix that a setting names, the default where it is empty. Raises FatalError(2) where a reference
+    could be of both kinds."""
+    prefix = text.strip() or "user_"
+    if prefix.startswith(Contact.SYSTEM_PREFIX) or Contact.SYSTEM_PREFIX.startswith(prefix):
+        words = (
+            f"DEVREV_USER_REF_PREFIX {prefix} overlaps with {Contact.SYSTEM_PREFIX}: name the application's own prefix"
+        )
+        raise FatalError(EXIT_USAGE, words)
+    return prefix
 
 
 def email_of(user: Json) -> str:
@@ -740,23 +945,63 @@ def organisation_of(don: str) -> str:
 
 
 class InvalidRow(NamedTuple):
+    """A row that is left out. `code` groups the reasons: one of INVALID_ROWS."""
+
+    file: str
     line: int
+    code: str
     reason: str
     email: Optional[str]
 
 
+INVALID_ROWS = {
+    "fields": "the number of fields differs from the header's",
+    "nul": "a NUL character",
+    "stray_quote": "a quoted field holds other rows",
+    "empty": "an empty id, address or reference",
+    "email": "not one plain address",
+    "count": "not a count",
+    "conflict": "one id with different data",
+}
+# What a file probably is whose invalid rows nearly all have one reason.
+INVALID_FILES = {
+    "fields": "this looks like unquoted commas or line breaks in names: export with quoted fields",
+    "nul": "this looks like a damaged file: export again",
+    "stray_quote": "this looks like quotes that are not doubled: export with quoted fields",
+    "empty": "this looks like an export with contacts that have no email or reference: leave them out of it",
+    "email": "this looks like a column that holds something else than addresses",
+    "null_words": "this looks like an unload that writes a word for NULL: leave out contacts without an email",
+    "count": "this looks like numbers that a spreadsheet or a locale has formatted: export plain whole numbers",
+    "conflict": "this looks like a history table, with a row for each state: export each contact's current state",
+}
+
+
+def looks_like(rows: Sequence[InvalidRow]) -> str:
+    """Say what a file probably is, where at least nine of ten invalid rows have one reason; else return `""`."""
+    if len(rows) < 3:
+        return ""
+    ((code, count),) = collections.Counter(row.code for row in rows).most_common(1)
+    if count < 0.9 * len(rows):
+        return ""
+    words = sum((row.email or "").casefold() in _NULL_WORDS for row in rows)
+    return INVALID_FILES["null_words" if code == "email" and words > count / 2 else code]
+
+
 @dataclass
 class CsvContents:
-    """What a CSV holds that matters: only rows whose email or id recurs, or whose email was asked for, are kept."""
+    """What a CSV holds that matters: only rows whose email or id recurs, or whose email was requested, are stored."""
 
     contacts: List[Contact] = field(default_factory=list)  # each row once, conflicting ones included
     contacts_read: int = 0
-    invalid_rows: List[InvalidRow] = field(default_factory=list)  # by line
-    emails_in_invalid_rows: Set[str] = field(default_factory=set)  # emails of groups that are no longer known whole
+    invalid_rows: List[InvalidRow] = field(default_factory=list)  # by file and line
+    emails_in_invalid_rows: Set[str] = field(default_factory=set)  # loose keys of groups that may not be complete
+    look_alikes: List[Json] = field(default_factory=list)
+    other_refs: int = 0  # contacts whose reference is neither the system's nor the application's
+    other_ref: str = ""  # the first of these references in alphabetical order
 
 
 _NUL_MARK = "\ufdd0"  # a noncharacter: the csv module of Python 3.8 to 3.10 can't read a NUL
-_ADDRESS = re.compile(r"[^\s,;\"<>()]+@[^\s,;\"<>()]+")
+_AT_SIGNS = ("@", "\uff20", "\ufe6b")  # and what a loose comparison takes for one
 
 
 class _Bytes(io.BufferedReader):
@@ -771,57 +1016,91 @@ class _Bytes(io.BufferedReader):
 
 
 class CsvTable:
-    """A CSV that is read as far as its header; yields its rows, each with the number of its last line."""
+    """A CSV, plain or gzip, read as far as its header; yields its rows, each with the number of its last line."""
 
-    def __init__(self, raw: BinaryIO, wanted: Iterable[str]) -> None:
-        os.lseek(raw.fileno(), 0, os.SEEK_SET)
-        self.bytes = _Bytes(io.FileIO(raw.fileno(), closefd=False))
+    def __init__(self, raw: io.FileIO, wanted: Iterable[str]) -> None:
+        source: Any = raw
+        head = raw.read(1 << 16)
+        raw.seek(0)
+        if head.startswith(b"\x1f\x8b"):
+            source = gzip.GzipFile(fileobj=raw)
+            head = source.read(1 << 16)
+            source.seek(0)
+        problem = not_our_csv_reason(head)
+        if problem:
+            raise FatalError(EXIT_USAGE, ("in the gzip file: " if source is not raw else "") + problem)
+        self.bytes = _Bytes(source)
         self.lines = io.TextIOWrapper(self.bytes, encoding="utf-8-sig", newline="")
-        self.rows = csv.reader(self.lines, strict=True)
+        # Where each comma of the header has a blank behind it, the blank is no part of a cell, nor before a quote.
+        first = head.partition(b"\n")[0]
+        self.skips_blanks = 0 < first.count(b",") == first.count(b", ")
+        self.rows = self.parse(self.lines)
         header = next((row for _, row in self if row), None)
         if header is None:
             raise FatalError(EXIT_USAGE, "the file is empty")
         self.width = len(header)
         self.places = locate_columns(header, wanted)
 
-    def __iter__(self) -> Iterator[Tuple[int, List[str]]]:
-        try:
-            for row in self.rows:
-                yield self.rows.line_num, row
-        except csv.Error as error:
-            raise csv.Error(f"line {self.rows.line_num}: {error}") from None
+    def parse(self, lines: Iterable[str]) -> Any:
+        return csv.reader(lines, strict=True, skipinitialspace=self.skips_blanks)
 
-    def shape_error(self, row: Sequence[str]) -> str:
-        """Say why the fields of a row can't be told apart for sure, `""` if they can."""
+    def __iter__(self) -> Iterator[Tuple[int, List[str]]]:
+        rows = self.rows
+        try:
+            for row in rows:
+                yield rows.line_num, row
+        except csv.Error as error:
+            words = str(error) if "field limit" not in str(error) else "a cell of more than 64 MiB (an open quote?)"
+            raise csv.Error(f"line {self.rows.line_num}: {words}") from None
+
+    def shape_error(self, row: Sequence[str]) -> Tuple[str, str]:
+        """Return the code and the words for why the fields of a row are in doubt, two empty texts where none is."""
         if len(row) != self.width:
-            return f"{plural(len(row), 'field')} instead of {self.width}"
+            return "fields", f"{plural(len(row), 'field')} instead of {self.width}"
         if any(_NUL_MARK in value for value in row):
-            return "a NUL character"
+            return "nul", "a NUL character"
         if any(value.count(",") >= self.width - 1 and ("\n" in value or "\r" in value) for value in row):
-            return "a quoted field that holds other rows (a stray quote?)"
-        return ""
+            return "stray_quote", "a quoted field that holds other rows (a stray quote?)"
+        return "", ""
+
+
+FileIdentity = Tuple[int, ...]
 
 
 @contextlib.contextmanager
-def csv_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a CSV; whatever goes wrong inside becomes Stop(2) with one line that names the file."""
-    csv.field_size_limit(1 << 20)
+def open_table(
+    path: Path, wanted: Iterable[str], before: Optional[FileIdentity] = None
+) -> Iterator[Tuple[CsvTable, FileIdentity]]:
+    """Open a CSV with the `wanted` columns. Whatever goes wrong inside becomes FatalError(2), one line with the path.
+
+    `before` is the file's identity at an earlier reading, if there was one.
+    """
+    csv.field_size_limit(MAX_CELL)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise FatalError(EXIT_USAGE, "not a regular file")
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            what = "a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file, and it has to be read twice"
+            raise FatalError(EXIT_USAGE, what)
         with open(path, "rb", buffering=0) as raw:
-            before = os.fstat(raw.fileno())
-            problem = not_our_csv_reason(raw.read(1 << 16))
-            if problem:
-                raise FatalError(EXIT_USAGE, problem)
+
+            def identity() -> FileIdentity:
+                found = os.fstat(raw.fileno())
+                return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+            opened = identity()
+            changed = FatalError(EXIT_USAGE, "changed while it was being read; wait for the export to finish")
+            if before and opened != before:
+                raise changed
             try:
-                yield raw
+                yield CsvTable(io.FileIO(raw.fileno(), closefd=False), wanted), opened
             finally:
-                after = os.fstat(raw.fileno())
-                if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-                    raise FatalError(EXIT_USAGE, "changed while it was being read; wait for the export to finish")
+                if identity() != opened:
+                    raise changed
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        words = f"{path}: the gzip file is cut off or damaged; fetch it again"
+        raise FatalError(EXIT_USAGE, words) from None
     except OSError as error:
-        raise FatalError(EXIT_USAGE, f"{path}: can't be read: {error.strerror}") from None
+        raise FatalError(EXIT_USAGE, f"{path}: can't be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise FatalError(EXIT_USAGE, f"{path}: not UTF-8 ({error.reason}); export the CSV as UTF-8") from None
     except csv.Error as error:
@@ -830,84 +1109,172 @@ def csv_file(path: Path) -> Iterator[BinaryIO]:
         raise FatalError(stop.exit_code, f"{path}: {stop}") from None
 
 
+_SAVE_AS = "not a CSV; save it as «CSV UTF-8 (comma delimited)»"
+_UNPACK = "not a CSV; unpack it first"
+_EXPORT = "not a CSV; export the table as CSV"
+FOREIGN_FILES = (
+    (rb"PK\x03\x04.{26}(\[Content_Types\]\.xml|_rels/|xl/|docProps/)", f"an Excel workbook, {_SAVE_AS}"),
+    (rb"PK\x03\x04.{26}mimetypeapplication/vnd\.oasis", f"an OpenDocument spreadsheet, {_SAVE_AS}"),
+    (rb"PK(\x03\x04|\x05\x06|\x07\x08)", f"a ZIP archive, {_UNPACK}"),
+    (rb"\xd0\xcf\x11\xe0", f"an old Excel workbook, {_SAVE_AS}"),
+    (rb"\x1f\x8b", f"gzip inside gzip, {_UNPACK}"),
+    (rb"BZh[1-9]1AY", f"a bzip2 archive, {_UNPACK}"),
+    (rb"\xfd7zXZ\0", f"an xz archive, {_UNPACK}"),
+    (rb"\x28\xb5\x2f\xfd", f"a Zstandard archive, {_UNPACK}"),
+    (rb"7z\xbc\xaf\x27\x1c", f"a 7-Zip archive, {_UNPACK}"),
+    (rb"Rar!\x1a\x07", f"a RAR archive, {_UNPACK}"),
+    (rb"\x04\x22\x4d\x18", f"an LZ4 archive, {_UNPACK}"),
+    (rb"\x1f[\x9d\xa0]", f"a compress archive, {_UNPACK}"),
+    (rb"\xff\x06\0\0sNaPpY", f"a Snappy archive, {_UNPACK}"),
+    (rb".{257}ustar", f"a tar archive, {_UNPACK}"),
+    (rb"PAR1", f"a Parquet file, {_EXPORT}"),
+    (rb"ORC[^\w,\"; \t]", f"an ORC file, {_EXPORT}"),
+    (rb"Obj\x01", f"an Avro file, {_EXPORT}"),
+    (rb"ARROW1|FEA1", f"an Arrow file, {_EXPORT}"),
+    (rb"SQLite format 3\0", f"an SQLite database, {_EXPORT}"),
+    (rb"%PDF-", f"a PDF, {_EXPORT}"),
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff|\0\0\0[^\0]|[^\0]\0\0\0", "UTF-32; export the CSV as UTF-8"),
+    (rb"\xff\xfe|\xfe\xff|\0[^\0]\0|[^\0]\0[^\0]\0", "UTF-16; export the CSV as UTF-8"),
+    (rb".{0,3}\0", "a binary file, not a CSV"),
+    (rb"(\xef\xbb\xbf)?\s*(<!doctype html|<html)", "a web page (HTML), not a CSV; was the download a login page?"),
+    (rb"(\xef\xbb\xbf)?\s*<", f"XML, {_EXPORT}"),
+    (rb"(\xef\xbb\xbf)?\s*[\[{]", f"JSON, {_EXPORT}"),
+)
+
+
 def not_our_csv_reason(head: bytes) -> str:
     """Say what it is that begins like no CSV of ours, `""` where it may be one."""
-    if head.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
-        return "an Excel workbook, not a CSV; save it as «CSV UTF-8 (comma delimited)»"
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
-        return "UTF-16, or no text at all; export the CSV as UTF-8"
+    for pattern, what in FOREIGN_FILES:
+        if re.match(pattern, head, re.DOTALL | re.IGNORECASE if b"html" in pattern else re.DOTALL):
+            return what
     (first, *_) = head.lstrip(b"\xef\xbb\xbf \r\n").splitlines() or [b""]
     if first.lower().startswith(b"sep="):
         return "the first line is `sep=`, a note for Excel alone; delete it"
-    if b"," not in first and (b";" in first or b"\t" in first):
-        return f"separated by {'semicolons' if b';' in first else 'tabs'}; export the CSV with commas"
+    for mark, name in ((b";", "semicolons"), (b"\t", "tabs"), (b"|", "vertical bars")):
+        if b"," not in first and mark in first:
+            return f"separated by {name}; export the CSV with commas"
     return ""
 
 
 def locate_columns(header: Sequence[str], wanted: Iterable[str]) -> List[int]:
-    """Return the places of the wanted columns in a header; raises Stop(2) naming what is missing or doubled."""
+    """Return the places of the wanted columns in a header. Raises FatalError(2) naming what is missing or doubled."""
     names = [name.strip().upper() for name in header]
     if any("," in name for name in names if "\n" in name or "\r" in name):
         raise FatalError(EXIT_USAGE, "the header holds other rows (a stray quote?)")
     missing = [name for name in wanted if name not in names]
     if missing:
         found = textwrap.shorten(", ".join(names), 300, placeholder=" ...") or "none"
-        raise FatalError(EXIT_USAGE, f"missing column{'s' * (len(missing) > 1)} {', '.join(missing)} (found: {found})")
+        data = any("@" in name or name.startswith("DON:") for name in names)
+        hint = "; its first line is a contact: each file needs a header of its own" if data else ""
+        which = f"column{'s' * (len(missing) > 1)} {', '.join(missing)}"
+        raise FatalError(EXIT_USAGE, f"missing {which} (found: {found}){hint}")
     doubled = [name for name in wanted if names.count(name) > 1]
     if doubled:
         raise FatalError(EXIT_USAGE, f"the column {doubled[0]} is there twice")
     return [names.index(name) for name in wanted]
 
 
-def read_contacts(path: Path, emails: Iterable[str] = ()) -> CsvContents:
-    """Read the export; of `emails` (keys) every row is kept, of others those that recur.
+class CsvPart(NamedTuple):
+    """One file of an export after the first reading."""
 
-    The file is read twice, to hold few of very many rows. Raises Stop(2) where it can't be read, is no UTF-8 CSV,
-    lacks a column or has no usable row.
+    path: Path
+    identity: FileIdentity
+    rows: int
+    header_line: int
+    rows_are_lines: bool  # so that the lines of other rows need not be parsed again
+
+
+def read_contacts(paths: Sequence[Path], emails: Iterable[str] = ()) -> CsvContents:
+    """Read the parts of an export as one; of `emails` every row is stored, of others those that recur.
+
+    Each file is read twice, to hold few of very many rows. Raises FatalError(2) where one can't be read, is no UTF-8
+    CSV or lacks a column, and where there are invalid rows and no other.
     """
     contents = CsvContents()
-    with csv_file(path) as raw:
-        table = CsvTable(raw, COLUMNS.values())
-        header_line = table.rows.line_num
-        wanted = select_rows(table, contents, emails)
-        rows_are_lines = table.rows.line_num - header_line == len(wanted)
-        table = CsvTable(raw, COLUMNS.values())
-        rows: Iterable[Tuple[int, List[str]]] = compress(table, wanted)
-        if rows_are_lines:  # so that the lines of the others need not be taken apart again
-            numbers = compress(range(header_line + 1, header_line + 1 + len(wanted)), wanted)
-            rows = zip(numbers, csv.reader(compress(table.lines, wanted), strict=True))
-        pick = itemgetter(*table.places)
-        _keep_rows(((line, Contact.from_cells(pick(row))) for line, row in rows), contents)
-        invalid = contents.invalid_rows
-        invalid.sort(key=attrgetter("line"))
-        if not contents.contacts_read:
-            why = "; ".join(some([f"line {row.line}: {row.reason}" for row in invalid], 3))
-            problem = f"no usable row, {plural(len(invalid), 'invalid one')} ({why})"
-            raise FatalError(EXIT_USAGE, problem if invalid else "no row but the header")
+    odd: Dict[int, List[InvalidRow]] = {}  # hashes of loose keys that differ from the key, with the invalid rows
+    parts, wanted = select_rows(paths, contents, odd, emails)
+    _store_rows(_wanted_rows(parts, wanted), contents, odd)
+    order = {str(path): index for index, path in enumerate(paths)}
+    contents.invalid_rows.sort(key=lambda row: (order[row.file], row.line))
+    invalid = contents.invalid_rows
+    if invalid and not contents.contacts_read:
+        hint = looks_like(invalid)
+        why = "; ".join(some([f"{place_of(row, len(paths))}: {row.reason}" for row in invalid], 3))
+        words = f"no usable row, {plural(len(invalid), 'invalid one')} ({why})" + (f"; {hint}" if hint else "")
+        raise FatalError(EXIT_USAGE, f"{', '.join(some(list(order), 3))}: {words}")
     return contents
 
 
-def select_rows(table: CsvTable, contents: CsvContents, emails: Iterable[str]) -> bytes:
-    """Check every row, and say of each whether it is to be kept: its email or id recurs, or the email is wanted.
+def place_of(row: InvalidRow, files: int = 1) -> str:
+    return f"{row.file}, line {row.line}" if files > 1 else f"line {row.line}"
+
+
+def select_rows(
+    paths: Sequence[Path], contents: CsvContents, odd: Dict[int, List[InvalidRow]], emails: Iterable[str]
+) -> Tuple[List[CsvPart], bytes]:
+    """Check every row, and tell for each whether it is stored: its email or id recurs, or the email is requested.
 
     A hash stands for a value, so a million rows cost tens of megabytes; two values of one hash do no harm.
     """
+    parts: List[CsvPart] = []
+    keys, ids = array("q"), array("q")  # -1, which no hash is, for a row that is left out
+    for path in paths:
+        with open_table(path, COLUMNS.values()) as (table, identity):
+            header_line, start = table.rows.line_num, len(keys)
+            _survey_rows(table, str(path), contents, keys, ids, odd)
+            count = len(keys) - start
+            parts.append(CsvPart(path, identity, count, header_line, table.rows.line_num - header_line == count))
+    contents.contacts_read = len(keys) - keys.count(-1)
+    named = map(loose_key, emails)
+    wanted_keys = repeated(keys).union(map(hash, chain(named, contents.emails_in_invalid_rows))) - {-1}
+    wanted_ids = repeated(ids) - {-1}
+    return parts, bytes(key in wanted_keys or one in wanted_ids for key, one in zip(keys, ids))
+
+
+def _survey_rows(
+    table: CsvTable,
+    file: str,
+    contents: CsvContents,
+    keys: "array[int]",
+    ids: "array[int]",
+    odd: Dict[int, List[InvalidRow]],
+) -> None:
+    """Check the rows of a file; append the hashes of each row's loose key and id."""
     places = dict(zip(COLUMNS, table.places))
     pick = itemgetter(*(places[name] for name in ("id", "email", "external_ref", "tickets")))
-    keys, ids = array("q"), array("q")  # -1, which no hash is, for a row that is left out
-    line = table.rows.line_num
+    prefixes = (Contact.SYSTEM_PREFIX, Contact.user_prefix)
+    is_plain, is_normalized, width = _PLAIN_ADDRESS.fullmatch, unicodedata.is_normalized, table.width
+    line, problem, data = table.rows.line_num, ("", ""), table.bytes
     for last_line, row in table:
         line, lines = last_line, last_line - line
-        odd = len(row) != table.width or lines > 1 or table.bytes.has_nul
-        problem = (odd and table.shape_error(row)) or Contact.cells_error(*pick(row))
-        if problem:
-            _add_invalid_row(contents, line, row, places["email"], problem)
-        keys.append(-1 if problem else hash(row[places["email"]].strip().casefold()))
-        ids.append(-1 if problem else hash(row[places["id"]]))
-    contents.contacts_read = len(keys) - keys.count(-1)
-    wanted_keys = repeated(keys).union(map(hash, chain(emails, contents.emails_in_invalid_rows))) - {-1}
-    wanted_ids = repeated(ids) - {-1}
-    return bytes(key in wanted_keys or one in wanted_ids for key, one in zip(keys, ids))
+        if len(row) != width or lines > 1 or data.has_nul:
+            problem = table.shape_error(row)
+        if not problem[0]:
+            identity, email, reference, tickets = pick(row)
+            identity, reference, key = identity.strip(), reference.strip(), email.lower()
+            if not (
+                is_plain(email)
+                and (email.isascii() or (key == email == key.casefold() and is_normalized("NFKC", key)))
+                and "xn--" not in key
+                and identity and reference and identity[0] != "'" != reference[0]
+                and parse_count(tickets) is not None
+            ):  # fmt: skip
+                identity, email, reference = map(trimmed_text, (identity, email, reference))
+                problem = Contact.cells_error(identity, email, reference, tickets)
+                key = loose_key(email)
+                if not problem[0] and key != email_key(email):
+                    odd.setdefault(hash(key), [])
+        if problem[0]:
+            _add_invalid_row(contents, file, line, row, places["email"], problem, odd)
+            keys.append(-1)
+            ids.append(-1)
+            problem = ("", "")
+            continue
+        keys.append(hash(key))
+        ids.append(hash(identity))
+        if not reference.startswith(prefixes):
+            contents.other_refs += 1
+            contents.other_ref = min(contents.other_ref or reference, reference)
 
 
 def repeated(values: "array[int]") -> Set[int]:
@@ -920,35 +1287,79 @@ def repeated(values: "array[int]") -> Set[int]:
     return found
 
 
-def _add_invalid_row(contents: CsvContents, line: int, row: Sequence[str], place: int, reason: str) -> None:
+def _add_invalid_row(
+    contents: CsvContents,
+    file: str,
+    line: int,
+    row: Sequence[str],
+    place: int,
+    problem: Tuple[str, str],
+    odd: Dict[int, List[InvalidRow]],
+) -> None:
     """Leave a row out, and with it all groups whose email stands in any of its fields; a blank row is nothing."""
     if not row:
         return
-    email = row[place].strip() if place < len(row) else ""
-    contents.invalid_rows.append(InvalidRow(line, reason, email[:320] or None))
-    cells = {*row, *(value.replace(_NUL_MARK, "") for value in row)}
-    text = ",".join(cells)
-    words = {*cells, *re.split(r"[,\r\n]", text), *_ADDRESS.findall(text)}
-    contents.emails_in_invalid_rows.update(word.strip().casefold() for word in words)
+    email = trimmed_text(row[place]).replace(_NUL_MARK, "") if place < len(row) else ""
+    invalid = InvalidRow(file, line, *problem, email[:320] or None)
+    contents.invalid_rows.append(invalid)
+    words: Set[str] = set()
+    for cell in row:
+        if any(sign in cell for sign in _AT_SIGNS):
+            text = cell.replace(_NUL_MARK, "")
+            words.update((text, trimmed_text(text), *re.split(r"[,\r\n]", text), *re.split(r"[\s,;<>\"]+", text)))
+            words.update(re.findall(r"[^\s,;\"<>()\[\]{}:|]+", text))
+    contents.emails_in_invalid_rows.update(map(loose_key, words))
+    if "@" in email:
+        odd.setdefault(hash(loose_key(email)), []).append(invalid)
 
 
-def _keep_rows(rows: Iterable[Tuple[int, Contact]], contents: CsvContents) -> None:
-    """Take each row once; rows of one id that differ are invalid."""
-    by_id: Dict[str, List[Tuple[int, Contact]]] = {}
-    for line, contact in rows:
+def _wanted_rows(parts: Sequence[CsvPart], wanted: bytes) -> Iterator[Tuple[str, int, Contact]]:
+    """Read the files again, as far as they have rows that are wanted; yields file, line and contact."""
+    start = 0
+    for part in parts:
+        mine = wanted[start : start + part.rows]
+        start += part.rows
+        with open_table(part.path, COLUMNS.values(), part.identity) as (table, _):
+            pick, first = itemgetter(*table.places), part.header_line + 1
+            rows: Iterable[Tuple[int, List[str]]] = compress(table, mine)
+            if part.rows_are_lines:
+                rows = zip(compress(range(first, first + part.rows), mine), table.parse(compress(table.lines, mine)))
+            for line, row in rows:
+                yield str(part.path), line, Contact.from_cells(pick(row))
+
+
+def _store_rows(
+    rows: Iterable[Tuple[str, int, Contact]], contents: CsvContents, odd: Mapping[int, Sequence[InvalidRow]]
+) -> None:
+    """Take each row once; rows of one id that differ are invalid. Find the look-alikes among all of them."""
+    by_id: Dict[str, List[Tuple[str, int, Contact]]] = {}
+    similar: Dict[str, List[Tuple[str, str, int]]] = {}  # loose key -> email, file and line
+    for invalid in chain.from_iterable(odd.values()):
+        email = str(invalid.email)
+        similar.setdefault(loose_key(email), []).append((email, invalid.file, invalid.line))
+    for file, line, contact in rows:
         variants = by_id.setdefault(contact.id, [])
-        if any(contact == other for _, other in variants):
+        if odd and (contact.is_user or contact.is_system) and hash(loose_key(contact.email)) in odd:
+            similar.setdefault(loose_key(contact.email), []).append((contact.email, file, line))
+        if any(contact == other for _, _, other in variants):
             contents.contacts_read -= 1
+            contents.other_refs -= not (contact.is_user or contact.is_system)
         else:
-            variants.append((line, contact))
+            variants.append((file, line, contact))
             contents.contacts.append(contact)
     for variants in by_id.values():
-        for line, contact in variants if len(variants) > 1 else ():
-            other_line, other = next(variant for variant in variants if variant[0] != line)
+        for file, line, contact in variants if len(variants) > 1 else ():
+            other_file, other_line, other = next(one for one in variants if one[:2] != (file, line))
             differing = [COLUMNS[name] for name in COLUMNS if getattr(contact, name) != getattr(other, name)]
-            reason = f"the {COLUMNS['id']} of line {other_line} with another {', '.join(differing)}"
-            contents.invalid_rows.append(InvalidRow(line, reason, contact.email.strip()[:320]))
-            contents.emails_in_invalid_rows.add(contact.key)
+            where = f"line {other_line}" if other_file == file else f"{other_file}, line {other_line},"
+            reason = f"the {COLUMNS['id']} of {where} with another {', '.join(differing)}"
+            contents.invalid_rows.append(InvalidRow(file, line, "conflict", reason, contact.email[:320]))
+            contents.emails_in_invalid_rows.add(loose_key(contact.email))
+    for _, found in sorted(similar.items()):
+        emails = sorted({email_key(email) for email, _, _ in found})
+        if len(emails) > 1:
+            lines = [{"email": email, "file": file, "line": line} for email, file, line in sorted(set(found))]
+            contents.look_alikes.append({"emails": emails, "lines": lines})
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1094,15 +1505,22 @@ class Group:
     pairs: List[Pair]
     requesting: Optional[Pair] = None  # the pair that is being asked for
     chosen: str = ""  # the reference that --choices names for the email
+    age_undecided: bool = False  # which contact is the oldest could not be read from the CSV
+    dropped: Tuple["Dropped", ...] = ()  # pairs that the live check has found to be no pairs any more
 
     @property
     def primary(self) -> Contact:
         return self.pairs[0].primary
 
     def contacts(self) -> List[Contact]:
-        """The primary, the duplicate that is being asked for, and every other that has not been asked to go yet."""
-        duplicates = (pair.duplicate for pair in self.pairs if pair.state is State.PLANNED or pair is self.requesting)
-        return [self.primary, *duplicates]
+        """The primary, the duplicate whose merge is being requested, and every other whose merge is still planned."""
+        return [self.primary, *(pair.duplicate for pair in self.pending())]
+
+    def pending(self) -> List[Pair]:
+        """The pairs that are still to be merged."""
+        dropped = {one.pair.ids for one in self.dropped}
+        planned = (pair for pair in self.pairs if pair.state is State.PLANNED or pair is self.requesting)
+        return [pair for pair in planned if pair.ids not in dropped]
 
     def all_contacts(self) -> List[Contact]:
         return [self.primary, *(pair.duplicate for pair in self.pairs)]
@@ -1110,6 +1528,7 @@ class Group:
     def primary_ref(self) -> str:
         """The reference that the primary has now, as far as this tool has moved one to it."""
         moved = [pair.new_ref for pair in self.pairs if pair.new_ref and pair.state in (State.VERIFYING, State.DONE)]
+        moved += [one.pair.new_ref for one in self.dropped if one.code == "already_merged" and one.pair.new_ref]
         return moved[0] if moved else self.primary.external_ref
 
     def has_absorbed(self) -> bool:
@@ -1131,16 +1550,63 @@ class Group:
             return pair.new_ref != self.final_ref()
         return pair.duplicate.external_ref == self.final_ref()
 
-    def warnings(self) -> List[str]:
-        """What speaks for a shared mailbox rather than a person, in a group that a choice joins."""
-        if not self.chosen:
-            return []
-        all_contacts = self.all_contacts()
-        names = {one.name.casefold(): one.name for one in all_contacts if one.name != one.short_id}
-        found = [f"joins {len(all_contacts)} contacts"] if len(all_contacts) > 3 else []
-        if len(names) > 1:
-            found.append(f"joins different names: {', '.join(sorted(names.values()))}")
+    def warnings(self) -> List[Tuple[str, str]]:
+        """Codes and words of what a person should know before the group is merged."""
+        contacts = self.all_contacts()
+        found: List[Tuple[str, str]] = []
+        if self.chosen and len(contacts) > mailbox_limit(self.email):
+            found.append(("shared_mailbox", f"joins {len(contacts)} contacts of what looks like a shared mailbox"))
+        names = different_names(self.email, contacts)
+        if names:
+            found.append(("names_differ", f"joins different names: {', '.join(some(names, 6))}"))
+        if self.age_undecided:
+            words = f"age could not decide which contact is the primary: the smallest id did ({self.primary.short_id})"
+            found.append(("age_undecided", words))
         return found
+
+
+def different_names(email: str, contacts: Iterable[Contact]) -> List[str]:
+    """Return the names of contacts that may not be one person's, none where they may.
+
+    Case does not count, nor does a name that is the address, its local part or the short id, nor a name all of whose
+    words are in the other.
+    """
+    contacts = list(contacts)
+    if len({contact.display_name.casefold() for contact in contacts}) == 1 and contacts[0].display_name.strip():
+        return []
+    names: Dict[FrozenSet[str], str] = {}
+    for contact in contacts:
+        for name in (contact.display_name.strip(), contact.full_name.strip()):
+            folded = name.casefold()
+            if folded and folded not in (
+                email.casefold(),
+                email.rpartition("@")[0].casefold(),
+                contact.short_id.casefold(),
+            ):
+                names.setdefault(frozenset(re.findall(r"\w+", unicodedata.normalize("NFKC", folded))), name)
+                break
+    keys = list(names)
+    differ = any(not (one <= other or other <= one) for index, one in enumerate(keys) for other in keys[:index])
+    return sorted(names.values()) if differ else []
+
+
+# The whole local part of an address, before any `+`.
+ROLE_ADDRESSES = frozenset((
+    "info", "support", "help", "helpdesk", "service", "sales", "contact", "hello", "office", "team", "admin",
+    "administrator", "billing", "accounts", "accounting", "finance", "hr", "jobs", "careers", "marketing", "press",
+    "media", "legal", "privacy", "security", "abuse", "postmaster", "hostmaster", "webmaster", "root", "mail", "email",
+    "reception", "orders", "booking", "bookings", "customerservice", "customer-service", "customercare", "feedback",
+))  # fmt: skip
+PLACEHOLDER_ADDRESSES = frozenset((
+    "noreply", "no-reply", "no_reply", "donotreply", "do-not-reply", "none", "null", "nobody", "unknown", "anonymous",
+    "test", "na", "n-a", "noemail", "no-email", "invalid",
+))  # fmt: skip
+
+
+def mailbox_limit(email: str) -> int:
+    """Return with how many contacts an address is still taken for one person's."""
+    local = email.strip().rpartition("@")[0].partition("+")[0].lower()
+    return 1 if local in PLACEHOLDER_ADDRESSES else 2 if local in ROLE_ADDRESSES else 3
 
 
 class SkippedGroup(NamedTuple):
@@ -1149,6 +1615,10 @@ class SkippedGroup(NamedTuple):
     email: str
     code: str
     contacts: List[Contact]
+    details: str = ""  # the reason, where it is not the one of all groups with this code
+
+    def reason(self) -> str:
+        return self.details or skip_words(self.code)[0]
 
     def choice_lines(self) -> Dict[str, Contact]:
         """The lines of CSV of which --choices may take one, each with the contact whose reference it keeps."""
@@ -1156,6 +1626,12 @@ class SkippedGroup(NamedTuple):
             return {}
         users = [contact for contact in self.contacts if contact.is_user]
         return {csv_line(self.email, contact.external_ref): contact for contact in users or self.contacts}
+
+
+def skip_words(code: str) -> Tuple[str, str]:
+    """Return what a skip's code means and what to do, with the prefix of the user's own application."""
+    meaning, advice = (text.replace("user_", Contact.user_prefix) for text in CODES[code][:2])
+    return meaning, advice
 
 
 @dataclass
@@ -1174,8 +1650,28 @@ class Plan:
     left_alone: Dict[str, str] = field(default_factory=dict)  # email -> why there is nothing to merge
     overruled: Set[Tuple[str, str]] = field(default_factory=set)  # pairs of earlier runs that contradict it
     look_alikes: List[Json] = field(default_factory=list)
+    other_refs: int = 0  # contacts that take no part
+    other_ref: str = ""  # an example
     revived: List[Pair] = field(default_factory=list)  # were cancelled, and are named with --email now
     left_out: List[Pair] = field(default_factory=list)  # by the live check, while others of their group went on
+    refused: List[Pair] = field(default_factory=list)  # being undone, of which the savepoint keeps the row
+    warned: List[Json] = field(default_factory=list)  # `warnings`, as they were before the run
+
+    def others_line(self) -> str:
+        """Say how many contacts take no part because of their reference, `""` where all do."""
+        if not self.other_refs:
+            return ""
+        with_refs = f"{plural(self.other_refs, 'contact')} with other references, for example {self.other_ref[:60]},"
+        return f"{with_refs} take{'s' * (self.other_refs == 1)} no part"
+
+    def warnings(self) -> List[Json]:
+        """What a person should know of the groups that are still to be merged, one entry for each group and code."""
+        groups = (group for group in self.groups if any(pair.state not in ENDED for pair in group.pairs))
+        return [
+            {"email": group.email, "code": code, "warning": words}
+            for group in groups
+            for code, words in group.warnings()
+        ]
 
     def pairs(self) -> Iterator[Pair]:
         return (pair for group in self.groups for pair in group.pairs if pair.state not in ENDED)
@@ -1184,11 +1680,11 @@ class Plan:
         return sum(1 for _ in self.pairs())
 
 
-def plan_id(groups: Iterable[Group], count_policy: str, timelines: bool) -> str:
-    """Name what all groups of a CSV come to: who is merged into whom with which reference, and on what backup."""
+def plan_id(groups: Iterable[Group], **options: Any) -> str:
+    """Name what all groups of a CSV come to: what is merged into what with which reference, and by which `options`."""
     pairs = sorted(json.dumps([*pair.ids, pair.new_ref]) for group in groups for pair in group.pairs)
-    whole = "\n".join([count_policy, str(timelines), *pairs])
-    return hashlib.sha256(whole.encode("ascii")).hexdigest()[:12]
+    lines = "\n".join([json.dumps(options, sort_keys=True), *pairs])
+    return hashlib.sha256(lines.encode("ascii")).hexdigest()[:12]
 
 
 def csv_line(*cells: str) -> str:
@@ -1200,44 +1696,162 @@ def csv_line(*cells: str) -> str:
 def read_choices(path: Path) -> Dict[str, str]:
     """Read which contact of an email is the one to keep: a CSV of EMAIL and EXTERNAL_REF, as key -> reference.
 
-    Raises Stop(2) where the file can't be read, lacks a column, or has a row that is no choice or a second one.
+    Raises FatalError(2) where the file can't be read, lacks a column, or has a row that is no choice or a second one.
     """
     choices: Dict[str, str] = {}
     lines: Dict[str, int] = {}
-    with csv_file(path) as raw:
-        table = CsvTable(raw, ("EMAIL", "EXTERNAL_REF"))
+    with open_table(path, ("EMAIL", "EXTERNAL_REF")) as (table, _):
         for line, row in table:
             if not row:
                 continue
             if len(row) != table.width:
                 raise FatalError(EXIT_USAGE, f"line {line}: {plural(len(row), 'field')} instead of {table.width}")
-            email, reference = (row[place].strip() for place in table.places)
-            key = email.casefold()
+            email, reference = (trimmed_text(row[place]) for place in table.places)
+            key = email_key(email)
             if not key or not reference:
                 raise FatalError(EXIT_USAGE, f"line {line}: empty {'EXTERNAL_REF' if key else 'EMAIL'}")
             if key in choices:
-                raise FatalError(EXIT_USAGE, f"line {line}: a second choice for {key} (the first: line {lines[key]})")
+                words = (
+                    f"a second choice for {key} (the first: line {lines[key]}); cut the file down to one line a group"
+                )
+                raise FatalError(EXIT_USAGE, f"line {line}: {words}")
             choices[key], lines[key] = reference, line
     return choices
 
 
-def detect(contents: CsvContents, choices: Mapping[str, str] = {}) -> Plan:
+def choices_template(skipped: Iterable[SkippedGroup]) -> Iterator[bytes]:
+    """Yield the lines of a file for --choices, a line for each contact that may be kept of the skipped groups.
+
+    The further columns are there to decide by, and are ignored when it is read.
+    """
+    columns = ("EMAIL", "EXTERNAL_REF", "DISPLAY_NAME", "TICKET_COUNT", "CREATED_AT", "REV_USER_ID", "CONTACTS")
+    yield ("\ufeff" + csv_line(*columns) + "\n").encode("utf-8")
+    for group in skipped:
+        for contact in group.choice_lines().values():
+            cells = (
+                group.email, contact.external_ref, contact.name, str(contact.tickets), contact.created, contact.id,
+                str(len(group.contacts)),
+            )  # fmt: skip
+            yield (csv_line(*map(guard_cell, cells)) + "\n").encode("utf-8", "backslashreplace")
+
+
+_CLOCK = (
+    r"(?:(?:\s*,\s*|\s+at\s+|\s+|T)(?P<hour>\d{1,2})[:.](?P<minute>\d\d)(?:[:.](?P<second>\d\d)(?:[.,](?P<part>\d+))?)?"
+    r"(?:\s*(?P<half>[ap])\.?m\.?)?)?"
+)
+_ZONE = (
+    r"\s*(?:Z|UTC|GMT)?\s*(?:(?P<sign>[+-])(?P<east>\d{1,2})(?::?(?P<odd>\d\d))?)?\s*(?:Z|UTC|GMT)?(?:\s*\([^)]*\))?"
+)
+_WEEKDAY = r"(?:[a-z]{3,9}\.?,?\s+)?"
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_DATES = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"(?P<year>\d{4})(?P<mark>[-/.])(?P<month>\d{1,2})(?P=mark)(?P<day>\d{1,2})" + _CLOCK + _ZONE,
+        r"(?P<year>\d{4})(?P<month>\d\d)(?P<day>\d\d)(?:T?(?P<hour>\d\d):?(?P<minute>\d\d)(?::?(?P<second>\d\d))?)?"
+        + _ZONE,
+        _WEEKDAY + r"(?P<day>\d{1,2})[-\s./]+(?P<name>[a-z]{3,9})\.?[-\s,./]+(?P<year>\d{4}|\d\d)" + _CLOCK + _ZONE,
+        _WEEKDAY + r"(?P<name>[a-z]{3,9})\.?\s+(?P<day>\d{1,2})(?:st|nd|rd|th)?,?\s+(?P<year>\d{4})" + _CLOCK + _ZONE,
+        _WEEKDAY + r"(?P<name>[a-z]{3,9})\s+(?P<day>\d{1,2})" + _CLOCK + _ZONE + r"\s+(?P<year>\d{4})",
+        r"(?P<first>\d{1,2})(?P<mark>[-/.])(?P<other>\d{1,2})(?P=mark)(?P<year>\d{4})" + _CLOCK + _ZONE,
+        r"(?P<first>\d{1,2})(?P<mark>[/.])(?P<other>\d{1,2})(?P=mark)(?P<year>\d\d)" + _CLOCK + _ZONE,
+    )
+)
+_EPOCHS = {9: 9, 10: 9, 12: 6, 13: 6, 15: 3, 16: 3, 18: 0, 19: 0}  # digits of an epoch time -> zeros to nanoseconds
+_DAY = 86_400 * 10**9
+
+
+def parse_instants(text: str) -> Tuple[Optional[int], Optional[int]]:
+    """Return the time that a cell holds, in nanoseconds since 1970, read as month/day/year and as day/month/year.
+
+    The two differ only for dates such as 1/2/2024; None where a reading makes no date. A time without a zone is UTC;
+    zones by other names than UTC and GMT are not known.
+    """
+    text = text.strip()
+    number = re.fullmatch(r"(\d{5}|\d{9,10}|\d{12,13}|\d{15,16}|\d{18,19})(?:\.(\d{1,9})\d*)?", text)
+    if number:
+        whole, part = number.group(1), int((number.group(2) or "0").ljust(9, "0"))
+        if len(whole) in _EPOCHS:
+            found = int(whole) * 10 ** _EPOCHS[len(whole)] + (part if len(whole) < 12 else 0)
+        else:  # the days of a spreadsheet since the end of 1899
+            found = (int(whole) - 25_569) * _DAY + part * 86_400
+        return found, found
+    match = next(filter(None, (one.fullmatch(text) for one in _DATES)), None) if len(text) < 100 else None
+    if not match:
+        return None, None
+    cells = match.groupdict()
+    year, name = int(cells["year"]), (cells.get("name") or "")[:3].lower()
+    year += 0 if len(cells["year"]) == 4 else 2000 if year < 69 else 1900
+    if "first" in cells:
+        first, other = int(cells["first"]), int(cells["other"])
+        readings = [(other, first)] * 2 if cells["mark"] == "." else [(first, other), (other, first)]
+    else:
+        month = int(cells.get("month") or 0) or (_MONTHS.index(name) + 1 if name in _MONTHS else 0)
+        readings = [(month, int(cells["day"]))] * 2
+    hour, minute, second = (int(cells.get(part) or 0) for part in ("hour", "minute", "second"))
+    if cells.get("half"):
+        hour = -1 if not 1 <= hour <= 12 else hour % 12 + 12 * (cells["half"].lower() == "p")
+    offset = (int(cells["east"] or 0) * 60 + int(cells["odd"] or 0)) * (-60 if cells["sign"] == "-" else 60)
+    part = int((cells.get("part") or "0")[:9].ljust(9, "0"))
+    found_instants: List[Optional[int]] = []
+    for month, day in readings:
+        try:
+            when = datetime(year, month, day, hour, minute, second) - datetime(1970, 1, 1)
+            found_instants.append((when.days * 86_400 + when.seconds - offset) * 10**9 + part)
+        except ValueError:
+            found_instants.append(None)
+    return found_instants[0], found_instants[1]
+
+
+def rank(contacts: Iterable[Contact]) -> Tuple[List[Contact], bool]:
+    """Order contacts of one kind: most tickets first, then the oldest, then the smallest id. Return them, and whether
+    age could not decide which is first.
+
+    Where one of the tied dates can't be read, or the first depends on whether 1/2/2024 is in January, the id decides.
+    """
+    by_id = sorted(contacts, key=attrgetter("id"))
+    if len(by_id) < 2:
+        return by_id, False
+    tied: Dict[int, List[Contact]] = {}
+    for contact in by_id:
+        tied.setdefault(contact.tickets, []).append(contact)
+    ranked: List[Contact] = []
+    undecided = False
+    for tickets in sorted(tied, reverse=True):
+        equal = tied[tickets]
+        if len(equal) > 1:
+            instants = [parse_instants(contact.created) for contact in equal]
+            orders = [
+                [contact for _, contact in sorted(zip(column, equal), key=itemgetter(0))]
+                for column in zip(*instants)
+                if None not in column
+            ]
+            if orders and all(order[0] is orders[0][0] for order in orders):
+                equal = orders[0]
+            else:
+                undecided = undecided or not ranked
+        ranked += equal
+    return ranked, undecided
+
+
+def detect(contents: CsvContents, choices: Mapping[str, str] = {}, primary: str = "revu") -> Plan:
     """Find the groups to merge and the groups to skip, ordered by email; `choices` as `read_choices` gives them.
 
-    Raises Stop(2) where a choice can't be followed, unless its group is not known whole and is skipped anyway.
+    Raises FatalError(2) where a choice can't be followed, unless its group may not be complete and is skipped anyway.
     """
-    by_email: Dict[str, List[Contact]] = {
-        email: [] for email in choices if email not in contents.emails_in_invalid_rows
-    }
+    broken = contents.emails_in_invalid_rows
+    by_email: Dict[str, List[Contact]] = {email: [] for email in choices if loose_key(email) not in broken}
     for contact in contents.contacts:
         by_email.setdefault(contact.key, []).append(contact)
-    plan = Plan([], [], contents.invalid_rows, contents.contacts_read)
+    plan = Plan(
+        [], [], contents.invalid_rows, contents.contacts_read, look_alikes=contents.look_alikes,
+        other_refs=contents.other_refs, other_ref=contents.other_ref,
+    )  # fmt: skip
     problems: List[str] = []
     for email in sorted(by_email):
+        is_broken = bool(broken) and loose_key(email) in broken
         try:
-            found = classify_group(
-                email, by_email[email], email in contents.emails_in_invalid_rows, choices.get(email, "")
-            )
+            found = classify_group(email, by_email[email], is_broken, choices.get(email, ""), primary)
         except PairError as error:
             problems.append(str(error))
             continue
@@ -1247,26 +1861,30 @@ def detect(contents: CsvContents, choices: Mapping[str, str] = {}) -> Plan:
             plan.skipped.append(found)
         else:
             taking_part = sum(contact.is_user or contact.is_system for contact in by_email[email])
-            plan.left_alone[email] = f"{plural(taking_part, 'contact')} with a REVU- or user_ reference, none to merge"
+            kinds = f"{Contact.SYSTEM_PREFIX} or {Contact.user_prefix}"
+            plan.left_alone[email] = f"{plural(taking_part, 'contact')} with a {kinds} reference, none to merge"
     if problems:
         raise FatalError(EXIT_USAGE, f"choices that can't be followed: {'; '.join(some(problems, 3))}")
     return plan
 
 
 def classify_group(
-    email: str, contacts: Iterable[Contact], broken: bool = False, choice: str = ""
+    email: str, contacts: Iterable[Contact], broken: bool = False, choice: str = "", primary: str = "revu"
 ) -> Union[Group, SkippedGroup, None]:
     """Decide what becomes of the contacts of one email: a group to merge, a skip with its reason, or nothing.
 
-    Raises PairError where `choice`, a reference, is not that of one contact that may be kept.
+    `primary` says which contact remains where there is one of each kind, the system-made `revu` or the application's
+    `user`. Raises PairError where `choice`, a reference, is not that of one contact that may be kept.
     """
-    ranked = sorted(contacts, key=lambda c: (-c.tickets, c.created or "~", c.id))
-    users = [contact for contact in ranked if contact.is_user]
-    system = [contact for contact in ranked if contact.is_system]
+    contacts = list(contacts)
+    users, _ = rank(contact for contact in contacts if contact.is_user)
+    system, undecided = rank(contact for contact in contacts if contact.is_system)
     if broken:
         return SkippedGroup(email, "invalid_row", users + system) if users or system else None
     if choice:
         kept = resolve_choice(email, users, system, choice)
+    elif len(users) + len(system) > mailbox_limit(email):
+        return SkippedGroup(email, "shared_mailbox", users + system)
     elif len(users) > 1:
         return SkippedGroup(email, "several_user_refs", users + system)
     elif len(system) > 1 and not users:
@@ -1275,11 +1893,11 @@ def classify_group(
         (kept,) = users
     else:
         return None
-    primary = system[0] if kept.is_user and system else kept
-    others = [contact for contact in (*users, *system) if contact is not primary and contact is not kept]
-    pairs = [] if kept is primary else [Pair(primary, kept, kept.external_ref)]
-    pairs += [Pair(primary, other, None) for other in others]
-    return Group(email, pairs, chosen=choice) if pairs else None
+    remaining = system[0] if kept.is_user and system and primary == "revu" else kept
+    others = [contact for contact in (*users, *system) if contact is not remaining and contact is not kept]
+    pairs = [] if kept is remaining else [Pair(remaining, kept, kept.external_ref)]
+    pairs += [Pair(remaining, other, None) for other in others]
+    return Group(email, pairs, chosen=choice, age_undecided=undecided and remaining is not kept) if pairs else None
 
 
 def resolve_choice(email: str, users: Sequence[Contact], system: Sequence[Contact], choice: str) -> Contact:
@@ -1290,11 +1908,55 @@ def resolve_choice(email: str, users: Sequence[Contact], system: Sequence[Contac
     if found:
         why = f"{len(found)} contacts have it"
     elif any(contact.external_ref.strip() == choice for contact in system):
-        why = "the application knows this person by a user_ reference, which has to stay"
+        why = f"the application knows this person by a {Contact.user_prefix} reference, which has to stay"
     else:
         why = "no contact of this email has it"
-    there = ", ".join(contact.external_ref for contact in candidates) or "nothing"
+    there = ", ".join(some([contact.external_ref for contact in candidates], 10)) or "nothing"
     raise PairError("bad_choice", f"{choice} for {email}: {why} (to choose from: {there})")
+
+
+class HistoryRow(NamedTuple):
+    """A merge of an earlier run that is not to be repeated unasked. `new_id` is the contact that an undo created."""
+
+    email: str
+    ids: Tuple[str, str]  # primary and duplicate
+    code: str  # `undone` or `cancelled`
+    new_id: str = ""
+
+
+def blocked_by_history(groups: Iterable[Group], rows: Iterable[HistoryRow]) -> Dict[str, str]:
+    """Return the emails of groups that repeat a merge which was undone or cancelled, each with the code.
+
+    A group repeats it that has its address, or two of its contacts in whatever role. A contact that an undo created
+    stands for its old id, also where that one had been created so.
+    """
+    rows = list(rows)
+    old_ids = {row.new_id: row.ids[1] for row in rows if row.new_id}
+
+    def original(identity: str) -> str:
+        seen = {identity}
+        while old_ids.get(identity, identity) not in seen:
+            identity = old_ids[identity]
+            seen.add(identity)
+        return identity
+
+    codes: Dict[str, str] = {}  # by email
+    by_pair: Dict[FrozenSet[str], str] = {}
+    partners: Dict[str, Set[str]] = {}
+    for row in sorted(rows, key=lambda row: row.code != "undone"):
+        codes.setdefault(row.email, row.code)
+        one, other = map(original, row.ids)
+        by_pair.setdefault(frozenset((one, other)), row.code)
+        partners.setdefault(one, set()).add(other)
+        partners.setdefault(other, set()).add(one)
+    blocked: Dict[str, str] = {}
+    for group in groups if rows else ():
+        ids = {original(contact.id) for contact in group.all_contacts()}
+        found = [codes[group.email]] if group.email in codes else []
+        found += [by_pair[frozenset((one, other))] for one in ids for other in partners.get(one, set()) & ids]
+        if found:
+            blocked[group.email] = max(found)  # `undone` before `cancelled`
+    return blocked
 
 
 def live_contact_error(contact: Contact, live: Optional[Json], external_ref: str) -> Optional[PairError]:
@@ -1304,48 +1966,147 @@ def live_contact_error(contact: Contact, live: Optional[Json], external_ref: str
     """
     name = contact.short_id
     if live is None:
-        return PairError("not_found", f"{name} is not in DevRev any more")
+        return PairError("not_found", f"{name} is not in DevRev any more; leave its row out of the export")
     state, reference = live.get("state"), live.get("external_ref")
-    if state != "active":
-        return PairError("not_active", f"{name} is {state or 'of unknown state'}, not active")
+    if state != "active" or live.get("primary_identity"):
+        what = "merged into another contact" if live.get("primary_identity") else state or "of unknown state"
+        hint = "; leave its row out of the export" if is_gone(live) else ""
+        return PairError("not_active", f"{name} is {what}, not active{hint}")
     if email_of(live) != contact.key:
         return PairError("email_changed", f"{name} has another email now: {live.get('email') or 'none'}")
     if reference != external_ref:
         return PairError("external_ref_changed", f"{name} has another reference now: {reference or 'none'}")
+    own = {external_ref, contact.short_id, None, ""}
+    refs = live.get("external_refs")
+    more = [str(one) for one in refs if one not in own] if isinstance(refs, list) else []
+    if more:
+        words = f"{name} has several references ({', '.join(some([external_ref, *more], 4))})"
+        return PairError("several_external_refs", f"{words}, and what setting one does to the others is not known")
     return None
+
+
+def is_gone(live: Optional[Json]) -> bool:
+    """Whether DevRev has no such contact any more: not found, deleted, or merged into another."""
+    return live is None or live.get("state") == "deleted" or bool(live.get("primary_identity"))
 
 
 def rev_org_id(user: Json) -> Optional[str]:
     rev_org = user.get("rev_org")
-    return str(rev_org.get("id")) if isinstance(rev_org, dict) else None
+    identity = rev_org.get("id") if isinstance(rev_org, dict) else rev_org
+    return str(identity) if identity else None
 
 
-def live_group_error(group: Group, live: Mapping[str, Json], namesakes: Iterable[Json]) -> Optional[PairError]:
-    """The first reason why a group must not be merged as DevRev has its contacts now; None if there is none.
+class Dropped(NamedTuple):
+    """A pair that the live check takes out of its group, while the others go on."""
 
-    `live` maps ids to rev_users, `namesakes` are all rev_users that DevRev lists for the group's email.
+    pair: Pair
+    code: str  # `already_gone`, `already_merged` or `different_rev_org`
+    reason: str
+
+
+class LiveCheck(NamedTuple):
+    """What DevRev says of a group now: the error that refuses it, if any, else the pairs that are dropped from it."""
+
+    error: Optional[PairError] = None
+    dropped: Tuple[Dropped, ...] = ()
+
+    @property
+    def already_merged(self) -> bool:
+        """Whether the reference has moved already, by a run that this savepoint does not know."""
+        return any(one.code == "already_merged" for one in self.dropped)
+
+
+LIVE_CODES = (
+    "not_found", "not_active", "email_changed", "external_ref_changed", "several_external_refs", "shared_mailbox",
+    "several_user_refs", "group_changed", "unverified", "different_rev_org",
+)  # fmt: skip
+
+
+def check_live(
+    group: Group,
+    live: Mapping[str, Optional[Json]],
+    listed: Iterable[Json],
+    unverified: Optional[Collection[str]] = None,
+    across_workspaces: bool = False,
+    try_unverified: bool = False,
+) -> LiveCheck:
+    """Compare a group with DevRev as it is now. Of several errors the first in the order of LIVE_CODES counts.
+
+    `live` maps the ids of the group's contacts to rev_users, `listed` are the rev_users that DevRev lists for its
+    addresses, `unverified` the ids that are known to be unverified (None where nothing is known).
     """
-    contacts = group.contacts()
-    for contact in contacts:
-        expected = group.primary_ref() if contact is group.primary else contact.external_ref
-        problem = live_contact_error(contact, live.get(contact.id), expected)
-        if problem:
-            return problem
-    orgs = {rev_org_id(live[contact.id]) for contact in contacts}
-    if len(orgs) > 1:
-        words = f"the contacts belong to different rev orgs: {', '.join(sorted(map(str, orgs)))}"
-        return PairError("different_rev_org", words)
+    primary, dropped = group.primary, dropped_pairs(group, live, across_workspaces)
+    gone = {one.pair.ids for one in dropped}
+    pairs = [pair for pair in group.pending() if pair.ids not in gone]
+    moved = [one.pair.new_ref for one in dropped if one.code == "already_merged"]
+    expected = (moved and moved[0]) or group.primary_ref()
+    errors = [live_contact_error(primary, live.get(primary.id), expected)]
+    for pair in pairs:
+        duplicate = live.get(pair.duplicate.id)
+        errors.append(live_contact_error(pair.duplicate, duplicate, pair.duplicate.external_ref))
+        if duplicate and pair.new_ref and not across_workspaces and orgs_differ(live.get(primary.id), duplicate):
+            words = (
+                f"{into(pair)}: they belong to different workspaces (rev orgs), and {pair.new_ref} would have to move"
+            )
+            errors.append(PairError("different_rev_org", words))
+        ids = {identity: known_unverified(live.get(identity), identity, unverified) for identity in pair.ids}
+        if ids[pair.duplicate.id] and not ids[primary.id] and not try_unverified:
+            words = f"{into(pair)}: DevRev does not merge an unverified contact into a verified one"
+            errors.append(PairError("unverified", f"{words} (--try-unverified requests it all the same)"))
+    errors.append(live_group_error(group, live, listed) if pairs else None)
+    found = sorted((error for error in errors if error), key=lambda error: LIVE_CODES.index(error.code))
+    return LiveCheck(found[0]) if found else LiveCheck(None, tuple(dropped))
+
+
+def dropped_pairs(group: Group, live: Mapping[str, Optional[Json]], across_workspaces: bool) -> List[Dropped]:
+    """The pairs of a group that are none any more and keep the others from nothing."""
+    dropped: List[Dropped] = []
+    primary = live.get(group.primary.id)
+    for pair in group.pending():
+        duplicate = live.get(pair.duplicate.id)
+        name, never_requested = pair.duplicate.short_id, pair.state is State.PLANNED and not pair.first_requested_at
+        if is_gone(duplicate) and never_requested:
+            if not pair.new_ref:
+                dropped.append(Dropped(pair, "already_gone", f"{name} no longer exists in DevRev"))
+            elif primary and not is_gone(primary) and primary.get("external_ref") == pair.new_ref:
+                words = f"{into(pair)} looks merged already, by a run in another folder? The primary has {pair.new_ref}"
+                dropped.append(Dropped(pair, "already_merged", words))
+        elif never_requested and not pair.new_ref and not across_workspaces and orgs_differ(primary, duplicate):
+            words = f"{name} belongs to another workspace (rev org) than {pair.primary.short_id}"
+            dropped.append(Dropped(pair, "different_rev_org", words))
+    return dropped
+
+
+def orgs_differ(one: Optional[Json], other: Optional[Json]) -> bool:
+    """Whether two contacts belong to different rev orgs; one without a rev org conflicts with nothing."""
+    orgs = {rev_org_id(user) for user in (one, other) if user}
+    return len(orgs - {None}) > 1
+
+
+def known_unverified(live: Optional[Json], identity: str, unverified: Optional[Collection[str]]) -> bool:
+    """Whether a contact is known to be unverified: its own answer counts, else the list of those that are."""
+    verified = (live or {}).get("is_verified")
+    return verified is False if isinstance(verified, bool) else identity in (unverified or ())
+
+
+def live_group_error(group: Group, live: Mapping[str, Optional[Json]], listed: Iterable[Json]) -> Optional[PairError]:
+    """Count the contacts of an address again, by what DevRev lists for it; None where the group is still known."""
+    merged = {pair.duplicate.id for pair in group.pairs if pair.state in (*UNFINISHED, *ENDED)}
     known = {contact.id for contact in group.all_contacts()}
-    for other in namesakes:
-        stranger = contact_of(other)
-        is_new = stranger.id not in known and stranger.key == group.email
-        if is_new and stranger.is_user and other.get("state") == "active":
-            words = f"DevRev has another user_ contact of this email by now: {stranger.external_ref}"
+    users = {user["id"]: user for user in (*listed, *filter(None, live.values())) if user["id"] not in merged}
+    there = [contact_of(user) for user in users.values() if not is_gone(user)]
+    there = [one for one in there if one.key == group.email and (one.is_user or one.is_system)]
+    new = sorted((one for one in there if one.id not in known), key=attrgetter("external_ref", "id"))
+    if not group.chosen and len(there) > mailbox_limit(group.email):
+        words = f"DevRev has {plural(len(there), 'contact')} of this email, more than one person has: a shared mailbox?"
+        return PairError("shared_mailbox", words)
+    for stranger in new:
+        if stranger.is_user:
+            words = f"DevRev has another {Contact.user_prefix} contact of this email by now: {stranger.external_ref}"
             return PairError("several_user_refs", words)
-        takes_part = stranger.is_user or stranger.is_system
-        if is_new and group.chosen and takes_part and other.get("state") in ("active", "locked", "deactivated"):
-            words = f"DevRev has another contact of this email by now, so choose again: {stranger.external_ref}"
-            return PairError("group_changed", words)
+    if new and group.chosen:
+        words = f"DevRev has another contact of this email by now, so choose again: {new[0].external_ref}"
+        return PairError("group_changed", words)
     return None
 
 
@@ -1362,310 +2123,474 @@ def count_error(contact: Contact, greatest: int, policy: str) -> Optional[PairEr
 # API: quota
 # ---------------------------------------------------------------------------------------------------
 
-FINISH, RESUME, MERGE, VERIFY, PREPARE = range(5)  # how urgent a request is: finishing comes before beginning
+
+class Priority(IntEnum):
+    """How urgent a request is: what finishes a merge goes before what begins one."""
+
+    FINISH = 0
+    RESUME = 1
+    MERGE = 2
+    VERIFY = 3
+    PREPARE = 4
+
+
+FINISH, RESUME, MERGE, VERIFY, PREPARE = Priority
 
 
 @dataclass
 class Reservation:
-    """Units of quota that are kept for the requests which finish one merge."""
+    """Units of quota that are reserved for the requests which finish one merge."""
 
     units: int = 0
 
 
 class RequestOptions(NamedTuple):
-    """How a request waits for its turn."""
+    """How a request is queued."""
 
     priority: int = PREPARE
-    reservation: Optional[Reservation] = None  # units that were kept for it, and from now on for what has to follow
-    reserve: int = 0  # units that this has to have, once it has left
+    reservation: Optional[Reservation] = None  # units that were reserved for it, and then for what has to follow
+    reserve: int = 0  # units to reserve once it has left
 
 
 ANY_OPTIONS = RequestOptions()
 
 
 class QueuedRequest(NamedTuple):
+    """A request in the queue: ordered by priority, then by arrival."""
+
     priority: int
     serial: int
     options: RequestOptions
     future: "asyncio.Future[bool]"
 
 
-class RequestScheduler:
-    """Decides which request may leave next, and when; owned by the event loop.
+def announced_quota(headers: Mapping[str, str]) -> Optional[Tuple[int, int, float]]:
+    """Return limit, remaining and reset (epoch seconds) of the X-Ratelimit headers; None where one is missing or odd.
 
-    Four things hold a request back: how many are under way, the server's quota (X-Ratelimit headers), the tool's own
-    ceiling (`ratelimit`), and trouble: after a 429 or failures in a row one request at a time finds out whether
-    things are well again, as it does where a new window's budget is not known yet. Units that are kept for finishing
-    a merge are spent by nothing else, and kept anew with each look that it takes. Times are steady seconds.
+    Gateways send -1 or texts for "none", and a number of 400 digits must not become a float.
+    """
+    limit, remaining, reset = (
+        str(headers.get(f"X-Ratelimit-{name}", "")).strip() for name in ("Limit", "Remaining", "Reset")
+    )
+    counts = re.fullmatch(r"0*[1-9][0-9]{0,8}", limit) and re.fullmatch(r"[0-9]{1,9}", remaining)
+    if not counts or not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", reset):
+        return None
+    return int(limit), min(int(remaining), int(limit)), float(reset)
+
+
+def retry_after(response: HttpResponse, server_time: float) -> Optional[float]:
+    """Return the seconds to wait that a 429 names, in its header or, which gateways drop, in its body."""
+    text = str(response.headers.get("Retry-After", "")).strip()
+    for value in (text, str((response.data or {}).get("retry_after", ""))):
+        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
+            return float(value)
+        with contextlib.suppress(TypeError, ValueError, IndexError, OverflowError):
+            return parsedate_to_datetime(value).timestamp() - server_time
+    return None
+
+
+class QuotaWindow:
+    """DevRev's quota, as its answers announce it.
+
+    A fixed window has all its units again at its reset. A rolling one has each unit again a window after the request
+    that has spent it; one knows it by a reset that moves on with the clock. Times are monotonic seconds.
     """
 
-    FAILURE_THRESHOLD = 3  # failures in a row
+    LONGEST = 600.0  # seconds; a clock that is off must not stop a run for longer
+    MARGIN = 0.01  # seconds
+
+    def __init__(self) -> None:
+        self.limit: Optional[int] = None  # None: none was announced
+        self.remaining: Optional[int] = None  # None: not known, until a probe has been answered
+        self.length = 0.0  # seconds, the longest that was seen
+        self.rolling = False
+        self.resets_at = 0.0
+        self._reset = self._first_reset = 0.0  # epoch seconds, by the server: the newest, the first of this window
+        self._reset_seen_at = self._updated_at = 0.0
+        self._shortest = 0.0  # length of a rolling window, at least
+        self._spent: Deque[Tuple[float, float]] = collections.deque(maxlen=100_000)  # sent, answered
+
+    def on_response(self, response: HttpResponse, sent: float, now: float, server_time: float) -> None:
+        """Learn from the headers of an answer to a request that was sent at `sent`."""
+        self._return_units(now)
+        if response.status not in (None, 429):
+            self._spent.append((sent, now))
+        announced = announced_quota(response.headers)
+        if announced is None or announced[2] < server_time - 2:  # seconds from now, perhaps: no window is known by that
+            return
+        self.limit, remaining, reset = announced
+        wait = max(0.0, min(self.LONGEST, reset - server_time))
+        grain = 1.0 if reset == int(reset) else 0.1  # whole seconds may be rounded up or down
+        moved = reset - self._first_reset
+        # Where a fixed window ends, its reset moves by no less than the window.
+        if 1.5 * grain < moved < 0.75 * (self.length - grain):
+            self.rolling = True
+        elif reset == self._reset and sent > self._reset_seen_at + 3 * grain:
+            self.rolling = False
+        if self.rolling and reset >= self._reset:
+            known = self.remaining if reset == self._reset and self.remaining is not None else remaining
+            self.remaining, self.resets_at = min(known, remaining), now + wait + self.MARGIN
+            self.length, self._shortest = max(self.length, wait), min(self._shortest or wait, wait)
+            self._updated_at = now
+        elif not self.rolling and moved > 1.5 * grain:
+            self._first_reset, self.remaining, self.resets_at = reset, remaining, now + wait + self.MARGIN
+            self.length, self._shortest = max(self.length, wait), wait
+        elif not self.rolling and moved >= -grain:
+            # Answers arrive in another order than requests do; and by this clock the window may have ended too soon.
+            if self.remaining is None:
+                self.resets_at = now + wait + self.MARGIN
+            self.remaining = min(remaining if self.remaining is None else self.remaining, remaining)
+        if reset > self._reset:
+            self._reset, self._reset_seen_at = reset, now
+
+    def _return_units(self, now: float) -> None:
+        """Count the units of a rolling window that are a window old, unless the last answer may have counted them."""
+        while self._spent and self._spent[0][1] + self.length + self.MARGIN <= now:
+            sent, _ = self._spent.popleft()
+            is_new = self.rolling and sent + self._shortest > self._updated_at
+            if is_new and self.remaining is not None and self.limit is not None:
+                self.remaining = min(self.limit, self.remaining + 1)
+
+    def has_expired(self, in_flight: int, now: float) -> bool:
+        """Whether what was known of the window is over; from then on `remaining` is None."""
+        self._return_units(now)
+        if self.remaining is None or now < self.resets_at or (self.rolling and self.remaining > in_flight):
+            return False
+        self.remaining = None
+        return True
+
+    def room(self, in_flight: int) -> float:
+        """Units that are left, none counted twice: requests in flight may not have been counted by the server yet."""
+        return math.inf if self.remaining is None else self.remaining - in_flight
+
+    def seconds_until_room(self, now: float) -> float:
+        """Seconds until more units are there, or may be."""
+        returns = self._spent[0][1] + self.length + self.MARGIN if self.rolling and self._spent else math.inf
+        return max(0.001, min(self.resets_at, returns) - now)
+
+
+class ClientLimit:
+    """The client-side rate limit: so many calls in each period, counted by the package `ratelimit`."""
+
+    def __init__(self, calls: int, period: float, clock: Callable[[], float]) -> None:
+        from ratelimit.decorators import RateLimitDecorator
+
+        self.calls, self.period, self._clock = calls, period, clock
+        self._limit: Any = RateLimitDecorator(calls, period, clock=clock)
+        self.count: Callable[[], None] = self._limit(lambda: None)  # one more call
+
+    def room(self) -> float:
+        """Calls that are left in this period."""
+        return float(self.calls - (0 if self.seconds_left() <= 0 else self._limit.num_calls))
+
+    def seconds_left(self) -> float:
+        return float(self._limit.last_reset + self.period - self._clock())
+
+
+class CircuitBreaker:
+    """Holds requests back after a 429 or failures in a row.
+
+    Closed: all may leave. Open: none, until `open_until`. Half-open: one probe at a time, until one is answered well.
+    """
+
+    THRESHOLD = 3  # failures in a row
+    PROBE = 60.0  # seconds after which the queue is gone through again; the probe's answer comes first
+
+    def __init__(self, retries: int) -> None:
+        self.retries = retries
+        self.open_until = 0.0
+        self.half_open = False
+        self.failures_in_a_row = self.over_quota_in_a_row = 0
+        self._probe_in_flight = False
+        self._failed_probes = 0
+
+    def seconds_blocked(self, now: float) -> float:
+        """Seconds for which nothing may leave."""
+        if now < self.open_until:
+            return self.open_until - now
+        return self.PROBE if self.half_open and self._probe_in_flight else 0.0
+
+    def expect_probe(self) -> None:
+        """Let one request find out what nothing is known of, such as a new window's quota."""
+        self.half_open, self._probe_in_flight = True, False
+
+    def on_sent(self) -> bool:
+        """Note a request that leaves, and return whether it is a probe."""
+        self._probe_in_flight = self._probe_in_flight or self.half_open
+        return self.half_open
+
+    def on_given_back(self, is_probe: bool) -> None:
+        self._probe_in_flight = self._probe_in_flight and not is_probe
+
+    def on_response(self, is_probe: bool, status: Optional[int], pause: float, now: float) -> None:
+        """Note an answer (`status` None: none, or none of use); after a 429 nothing leaves for `pause` seconds."""
+        self.on_given_back(is_probe)
+        failed = status is None or status >= 500
+        self.over_quota_in_a_row = self.over_quota_in_a_row + 1 if status == 429 else 0
+        self.failures_in_a_row = self.failures_in_a_row + 1 if failed else 0
+        if status == 429:
+            least = min(30.0, 0.05 * 2.0 ** min(self.over_quota_in_a_row, 10))
+            self._open(now + max(least, min(3600.0, pause)))
+        elif self.keeps_failing:
+            self._failed_probes += is_probe
+            self._open(now + min(10.0, 0.5 * 2**self._failed_probes))
+        elif not failed:
+            self._failed_probes = 0
+            self.half_open = self.half_open and not is_probe
+
+    def _open(self, until: float) -> None:
+        self.open_until = max(self.open_until, until)
+        self.half_open = True
+
+    @property
+    def keeps_failing(self) -> bool:
+        return self.failures_in_a_row >= self.THRESHOLD
+
+    def gave_up(self) -> str:
+        """Return why no more probes are worth sending, "" where they are."""
+        if self._failed_probes > self.retries:
+            return "can't be reached or keeps failing (is DEVREV_BASE_URL right?)"
+        if self.over_quota_in_a_row > 10 + 5 * self.retries:
+            return "keeps answering 429 (over quota), however long one waits"
+        return ""
+
+
+class RequestScheduler:
+    """Decides which request leaves next, and when; owned by the event loop.
+
+    A request waits for one of the workers, for DevRev's quota, for the client-side rate limit, and for the circuit
+    breaker. Units that are reserved for finishing a merge are spent by no other request, and reserved again with each
+    poll. Times are monotonic seconds.
+    """
+
     SLOW_REQUEST = 0.5  # seconds; requests that take longer leave a worker to what finishes a merge
-    SHARE, LEAST = 4, 3  # of a window no more than this part is kept for one merge, but so many units at least
-    LONGEST_WINDOW = 600.0  # seconds; DevRev's quota resets every five minutes
+    SHARE, LEAST = 4, 3  # no more than this part of a window is reserved for one merge, but so many units at least
+    OTHERS = 5  # this part of the quota is left to others where no client-side limit is set
+    UNANNOUNCED = 200, 60.0  # calls in seconds, until DevRev has announced a quota
 
     def __init__(self, environment: Environment, cancel_token: CancelToken, settings: "ApiSettings") -> None:
         self.environment = environment
         self.cancel_token = cancel_token
         self.workers = settings.workers
-        self.retries = settings.retries
         self.host = urlsplit(settings.base_url).netloc
-        self.limit: Optional[int] = None
-        self.remaining: Optional[int] = None  # as the server last said, for this window
+        self.quota = QuotaWindow()
+        self.breaker = CircuitBreaker(settings.retries)
         self.waits: List[Tuple[float, float]] = []  # epoch seconds
-        self._client_limit = self._make_client_limit(settings.calls, settings.period)
+        self.waiting_for = ""
+        self.leaves_a_share = settings.calls is None
+        calls, period = self.UNANNOUNCED if settings.calls is None else (settings.calls, settings.period)
+        self._client_limit = ClientLimit(calls, period, self._now) if calls > 0 else None
         self._queue: List[QueuedRequest] = []
         self._serial = self._in_flight = self._reserved = 0
         self._timer: Optional[asyncio.TimerHandle] = None
-        self._window = self._window_length = self._resets_at = self._open_until = 0.0
-        self._half_open = self._probe_in_flight = False
-        self._consecutive_failures = self._consecutive_429 = self._failed_probes = 0
         self._longest = 0.0  # seconds that a request has taken lately
-        self._waiting_for, self._waiting_since = "", 0.0
-
-    def _make_client_limit(self, calls: int, period: float) -> Any:
-        if calls <= 0:
-            return None
-        from ratelimit.decorators import RateLimitDecorator
-
-        ceiling = RateLimitDecorator(calls, period, clock=self._now)
-        self._count = ceiling(lambda: None)
-        return ceiling
+        self._waiting_since = 0.0
 
     def _now(self) -> float:
         return self.environment.now().monotonic
 
+    @property
+    def client_limit(self) -> Optional[ClientLimit]:
+        """The client-side limit that holds now: where none is set, DevRev's announced quota takes its place."""
+        return None if self.leaves_a_share and self.quota.limit is not None else self._client_limit
+
+    def quota_seen(self) -> Optional[Json]:
+        """The quota that DevRev has announced, None where it has not."""
+        limit, seconds = self.quota.limit, self.quota.length
+        if limit is None:
+            return None
+        return {"limit": limit, "window_seconds": round(seconds) if seconds >= 30 else round(seconds, 1)}
+
+    # -- the queue ----------------------------------------------------------------------------------
+
     async def acquire(self, options: RequestOptions) -> bool:
-        """Wait until a request may leave; returns whether it goes ahead as a scout. Raises Interrupted."""
+        """Wait until a request may leave, and return whether it is a probe. Raises Cancelled."""
         self._serial += 1
-        waiting = QueuedRequest(options.priority, self._serial, options, self.cancel_token.future())
-        bisect.insort(self._queue, waiting)
+        queued = QueuedRequest(options.priority, self._serial, options, self.cancel_token.future())
+        bisect.insort(self._queue, queued)
         self._dispatch()
-        return await waiting.future
+        return await queued.future
 
     def _dispatch(self) -> None:
-        """Let all through that may go, the most urgent first; look again when the next thing changes."""
+        """Release all requests that may leave, the most urgent first; try again when the next thing changes."""
         if self._timer:
             self._timer.cancel()
         wait, reason = 0.0, ""
         while self._queue and self._has_slot(self._queue[0].priority):
-            wait, reason = self._seconds_open()
+            wait, reason = self._seconds_blocked()
             able = (each for each in self._queue if self._has_slot(each.priority) and self._has_quota_for(each.options))
             first = None if wait else next(able, None)
             if first is None:
                 break
             self._queue.remove(first)
-            if not first.future.done():  # by the brake
-                self._send_now(first)
+            if not first.future.done():  # by a cancellation
+                self._release(first)
         else:
             wait, reason = 0.0, ""
         if self._queue and self._has_slot(self._queue[0].priority) and not wait:
-            wait, reason = self._seconds_until_room()
+            wait, reason = self.seconds_until_room()
         self._note_wait(reason)
         if wait:
             self._timer = asyncio.get_event_loop().call_later(max(0.001, wait), self._dispatch)
 
+    def _release(self, queued: QueuedRequest) -> None:
+        options = queued.options
+        if options.reservation:
+            units = min(self._units_to_reserve(options), self._spare(options) - 1)
+            self._reserve(options.reservation, int(max(0, units)))
+        self._in_flight += 1
+        if self.client_limit:
+            self.client_limit.count()
+        queued.future.set_result(self.breaker.on_sent())
+
     def _has_slot(self, priority: int) -> bool:
-        """Whether another request may be under way; after a failure fewer, until one is answered well. While a merge is
-        on its way, lists and timelines that take long leave a worker to what finishes it."""
+        """Whether another request may be in flight; after a failure fewer, until one is answered well. While a merge is
+        in progress, lists and timelines that take long leave a worker to what finishes it."""
         spared = self.workers > 1 and self._reserved > 0 and priority == PREPARE and self._longest > self.SLOW_REQUEST
-        return self._in_flight < max(1, self.workers >> min(self._consecutive_failures, 4)) - spared
+        return self._in_flight < max(1, self.workers >> min(self.breaker.failures_in_a_row, 4)) - spared
 
-    def _seconds_open(self) -> Tuple[float, str]:
-        """Seconds for which nothing at all may leave, and what for."""
+    def _seconds_blocked(self) -> Tuple[float, str]:
+        """Seconds for which nothing at all may leave, and why."""
         now = self._now()
-        if now < self._open_until:
-            return self._open_until - now, "quota" if self._consecutive_429 else "DevRev fails"
-        if self.remaining is not None and now >= self._resets_at:
-            self.remaining, self._half_open, self._probe_in_flight = None, True, False
-        return (60.0 if self._half_open and self._probe_in_flight else 0.0), ""
+        if now >= self.breaker.open_until and self.quota.has_expired(self._in_flight, now):
+            self.breaker.expect_probe()
+        wait = self.breaker.seconds_blocked(now)
+        reason = "quota" if self.breaker.over_quota_in_a_row else "DevRev fails"
+        return wait, reason if now < self.breaker.open_until else ""
 
-    def _server_room(self) -> float:
-        return float("inf") if self.remaining is None else self.remaining - self._in_flight
+    # -- quota and reservations ---------------------------------------------------------------------
 
-    def _client_limit_room(self) -> float:
-        if self._client_limit is None:
-            return float("inf")
-        over = self._now() - self._client_limit.last_reset >= self._client_limit.period
-        return float(self._client_limit.clamped_calls - (0 if over else self._client_limit.num_calls))
+    def room(self) -> float:
+        """Units that may be spent now."""
+        return min(self.quota.room(self._in_flight), self.client_limit.room() if self.client_limit else math.inf)
+
+    def share_of_others(self) -> float:
+        """Units of the quota that only the requests which finish a merge may spend."""
+        return (self.quota.limit or 0) / self.OTHERS if self.leaves_a_share else 0.0
+
+    def window_size(self) -> float:
+        return min(self.quota.limit or math.inf, self.client_limit.calls if self.client_limit else math.inf)
 
     def _has_quota_for(self, options: RequestOptions) -> bool:
-        """Whether the window has room for a request, and for as much of what is to be kept as it can hold."""
+        """Whether there is room for a request, and for as much of what it is to reserve as a window can hold."""
+        reserved = options.reservation is not None and options.reservation.units > 0
         if options.priority == FINISH:  # takes what there is
-            return self._room() >= 1 if options.reservation and options.reservation.units else self._spare(options) >= 1
-        return self._spare(options) >= min(1 + self._units_to_reserve(options), self._window_size())
-
-    def _room(self) -> float:
-        """Units that are left in this window."""
-        return min(self._server_room(), self._client_limit_room())
+            return self.room() >= 1 if reserved else self._spare(options) >= 1
+        if not reserved and self.quota.room(self._in_flight) <= self.share_of_others():
+            return False
+        return self._spare(options) >= min(1 + self._units_to_reserve(options), self.window_size())
 
     def _spare(self, options: RequestOptions) -> float:
-        """Units of them that are kept for nobody else."""
-        return self._room() - self._reserved + (options.reservation.units if options.reservation else 0)
-
-    def _window_size(self) -> float:
-        return min(self.limit or float("inf"), self._client_limit.clamped_calls if self._client_limit else float("inf"))
+        """Units that are reserved for no other merge."""
+        return self.room() - self._reserved + (options.reservation.units if options.reservation else 0)
 
     def _units_to_reserve(self, options: RequestOptions) -> float:
-        return min(options.reserve, max(self.LEAST, self._window_size() // self.SHARE))
-
-    def _seconds_until_room(self) -> Tuple[float, str]:
-        now = self._now()
-        if self._server_room() <= self._client_limit_room():
-            return max(0.001, self._resets_at - now), "quota"
-        left = self._client_limit.last_reset + self._client_limit.period - now
-        # Where a whole window has not room enough, it is because of what is kept: its release is heard of.
-        return (max(0.001, left), "the tool's own ceiling") if left > 0 else (self._client_limit.period, "")
-
-    def _send_now(self, waiting: QueuedRequest) -> None:
-        options = waiting.options
-        if options.reservation:
-            self._reserve(
-                options.reservation, int(max(0, min(self._units_to_reserve(options), self._spare(options) - 1)))
-            )
-        self._in_flight += 1
-        self._probe_in_flight = self._probe_in_flight or self._half_open
-        if self._client_limit:
-            self._count()
-        waiting.future.set_result(self._half_open)
+        return min(options.reserve, max(self.LEAST, self.window_size() // self.SHARE))
 
     def _reserve(self, reservation: Reservation, units: int) -> None:
         self._reserved += units - reservation.units
         reservation.units = units
 
     def release(self, reservation: Reservation) -> None:
-        """Give back what was kept and is not needed."""
+        """Return units that are not needed any more."""
         self._reserve(reservation, 0)
         self._dispatch()
 
+    def seconds_until_room(self) -> Tuple[float, str]:
+        """Seconds until more units may be spent, and what limits them now."""
+        now, limit = self._now(), self.client_limit
+        if limit is None or self.quota.room(self._in_flight) - self.share_of_others() <= limit.room():
+            return self.quota.seconds_until_room(now), "quota"
+        left = limit.seconds_left()
+        # Where a complete period has not room enough, units are reserved; their release is noticed.
+        return (max(0.001, left), "client-side rate limit") if left > 0 else (limit.period, "")
+
     def cancel_waiting(self, priority: int) -> None:
-        """Send away what waits and is not more urgent than this."""
-        for waiting in self._queue:
-            if waiting.priority >= priority and not waiting.future.done():
-                waiting.future.set_exception(Cancelled())
+        """Cancel the requests in the queue that are not more urgent than this."""
+        for queued in self._queue:
+            if queued.priority >= priority and not queued.future.done():
+                queued.future.set_exception(Cancelled())
+
+    # -- answers ------------------------------------------------------------------------------------
 
     def give_back(self, is_probe: bool) -> None:
-        """Give back the turn of a request that is not sent after all."""
+        """Return the slot of a request that is not sent after all."""
         self._in_flight -= 1
-        self._probe_in_flight = self._probe_in_flight and not is_probe
+        self.breaker.on_given_back(is_probe)
         self._dispatch()
 
-    def on_response(self, is_probe: bool, status: Optional[int], headers: Mapping[str, str], seconds: float) -> None:
-        """Take note of an answer (`status` None: none came, or none of use), and of how long it took."""
+    def on_response(self, is_probe: bool, response: HttpResponse, seconds: float, usable: bool) -> None:
+        """Note an answer, how long it took, and whether it is of any use where its status is good."""
+        now, server_time = self._now(), self._server_time(response.headers)
         self._in_flight -= 1
         self._longest = max(seconds, 0.95 * self._longest)
-        self._probe_in_flight = self._probe_in_flight and not is_probe
-        self._consecutive_429 = self._consecutive_429 + 1 if status == 429 else 0
-        failed = status is None or status >= 500
-        self._consecutive_failures = self._consecutive_failures + 1 if failed else 0
-        self._update_quota(headers)
-        if status == 429:
-            self._open_circuit(self._retry_after(headers))
-        elif self._consecutive_failures >= self.FAILURE_THRESHOLD:
-            self._failed_probes += is_probe
-            self._open_circuit(min(10.0, 0.5 * 2**self._failed_probes))
-        elif not failed:
-            self._failed_probes = 0
-            self._half_open = self._half_open and not is_probe
-        if self._failed_probes > self.retries:
-            self.cancel_token.cancel(
-                FatalError(
-                    EXIT_STOPPED, f"DevRev at {self.host} can't be reached or keeps failing (is DEVREV_BASE_URL right?)"
-                )
-            )
-        if self._consecutive_429 > 10 + 5 * self.retries:
-            self.cancel_token.cancel(
-                FatalError(EXIT_STOPPED, "DevRev keeps answering 429 (over quota), however long it is waited")
-            )
+        self.quota.on_response(response, now - seconds, now, server_time)
+        good = response.status is not None and 200 <= response.status < 300
+        pause = retry_after(response, server_time) if response.status == 429 else None
+        if pause is None:
+            is_spent = self.quota.remaining is not None and self.quota.remaining <= 0
+            pause = self.quota.resets_at - now if is_spent else 0.5
+        self.breaker.on_response(is_probe, None if good and not usable else response.status, pause, now)
+        words = self.breaker.gave_up()
+        if words:
+            self.cancel_token.cancel(FatalError(EXIT_STOPPED, f"DevRev at {self.host} {words}"))
         self._dispatch()
 
-    def _open_circuit(self, seconds: float) -> None:
-        self._open_until = max(self._open_until, self._now() + seconds)
-        self._half_open = True
-
-    def _retry_after(self, headers: Mapping[str, str]) -> float:
-        least = min(30.0, 0.05 * 2.0 ** min(self._consecutive_429, 10))
-        text = headers.get("Retry-After", "")
-        wait = 0.5
-        try:
-            wait = float(text)
-        except ValueError:
-            with contextlib.suppress(TypeError, ValueError, IndexError):
-                wait = parsedate_to_datetime(text).timestamp() - self._server_time(headers)
-            if not text and self.remaining is not None and self.remaining <= 0:
-                wait = self._resets_at - self._now()
-        return max(least, min(3600.0, wait if wait == wait else 0.5))
-
-    def _update_quota(self, headers: Mapping[str, str]) -> None:
-        try:
-            remaining, window = int(headers["X-Ratelimit-Remaining"]), float(headers["X-Ratelimit-Reset"])
-            self.limit = int(headers.get("X-Ratelimit-Limit", remaining))
-        except (KeyError, ValueError):
-            return
-        if window > self._window + 1:
-            self._window, self.remaining = window, remaining
-            # A clock that is off must not stop a run: past the longest window that makes sense, a scout finds out.
-            wait = min(self.LONGEST_WINDOW, window - self._server_time(headers))
-            self._resets_at = self._now() + wait + 0.01
-            self._window_length = max(self._window_length, wait)
-        elif window >= self._window - 1 and self.remaining is not None:
-            self.remaining = min(self.remaining, remaining)
-
     def _server_time(self, headers: Mapping[str, str]) -> float:
-        """The server's clock, in epoch seconds; its Date header has whole seconds, so small differences are noise."""
+        """The server's clock, in epoch seconds. Its Date header has whole seconds, so small differences are noise."""
         now = self.environment.now().wall
-        with contextlib.suppress(KeyError, TypeError, ValueError, IndexError):
+        with contextlib.suppress(KeyError, TypeError, ValueError, IndexError, OverflowError):
             skew = parsedate_to_datetime(headers["Date"]).timestamp() + 0.5 - now
             return now + skew if abs(skew) > 2 else now
         return now
 
     def _note_wait(self, reason: str) -> None:
-        """Keep account of the time in which requests wait for quota or ceiling, and of what is waited for."""
+        """Record the time in which requests wait, and what they wait for."""
         now = self.environment.now().wall
-        if bool(reason) != bool(self._waiting_for):
+        if bool(reason) != bool(self.waiting_for):
             if reason:
                 self._waiting_since = now
             else:
                 self.waits.append((self._waiting_since, max(now, self._waiting_since)))
-        self._waiting_for = reason
-
-    def requests_per_minute(self) -> float:
-        """Requests that may be sent in the next minute or so."""
-        server = float(self.limit) if self.limit is not None and self._window_length > 30 else float("inf")
-        ceiling = (
-            self._client_limit.clamped_calls * max(1.0, 60 / self._client_limit.period)
-            if self._client_limit
-            else float("inf")
-        )
-        return min(server, ceiling, 1e6)
-
-    def minimum_seconds(self, requests: float) -> float:
-        """Seconds that so many more requests take at least, under the server's quota and the tool's own ceiling."""
-        now, least = self._now(), 0.0
-        if self._client_limit:
-            ceiling = self._client_limit
-            wait = ceiling.last_reset + ceiling.period - now
-            least = seconds_in_windows(requests, self._client_limit_room(), wait, ceiling.clamped_calls, ceiling.period)
-        if self.remaining is not None and self.limit:
-            wait = self._resets_at - now
-            least = max(least, seconds_in_windows(requests, self._server_room(), wait, self.limit, self._window_length))
-        return least
-
-    def describe_wait(self) -> str:
-        """What is waited for, in words, or how much quota is left; empty where neither is known."""
-        now = self._now()
-        if self._waiting_for:
-            wait = self._open_until - now if now < self._open_until else self._seconds_until_room()[0]
-            why = {"quota": f"quota {self.limit:,} of DevRev's" if self.limit else "quota of DevRev's"}
-            if self._client_limit:
-                why["the tool's own ceiling"] = (
-                    f"ceiling {self._client_limit.clamped_calls} in {self._client_limit.period:g} s"
-                )
-            return f"waiting {duration(wait)} ({why.get(self._waiting_for, self._waiting_for)})" if wait > 0.5 else ""
-        return f"{self.remaining} of {self.limit} units left" if self.remaining is not None else ""
+        self.waiting_for = reason
 
 
-def seconds_in_windows(requests: float, room: float, wait: float, limit: int, window: float) -> float:
+# Forecasts, for people and for the size of batches.
+
+
+def requests_per_minute(scheduler: RequestScheduler) -> float:
+    """Requests that may be sent in the next minute or so."""
+    quota, limit = scheduler.quota, scheduler.client_limit
+    announced = quota.limit - scheduler.share_of_others() if quota.limit and quota.length > 30 else math.inf
+    return min(announced, limit.calls * max(1.0, 60 / limit.period) if limit else math.inf, 1e6)
+
+
+def minimum_seconds(scheduler: RequestScheduler, requests: float) -> float:
+    """Seconds that so many more requests take at least, under DevRev's quota and the client-side rate limit."""
+    quota, limit, least = scheduler.quota, scheduler.client_limit, 0.0
+    if limit:
+        least = seconds_in_windows(requests, limit.room(), limit.seconds_left(), limit.calls, limit.period)
+    if quota.limit and quota.remaining is not None:
+        others, wait = scheduler.share_of_others(), quota.resets_at - scheduler.environment.now().monotonic
+        room = max(0.0, quota.remaining - others)
+        least = max(least, seconds_in_windows(requests, room, wait, quota.limit - others, quota.length))
+    return least
+
+
+def describe_wait(scheduler: RequestScheduler) -> str:
+    """Say what requests wait for, or how much quota is left; "" where neither is known."""
+    quota, limit = scheduler.quota, scheduler.client_limit
+    if not scheduler.waiting_for:
+        return f"{quota.remaining} of {quota.limit} units left" if quota.remaining is not None else ""
+    blocked = scheduler.breaker.open_until - scheduler.environment.now().monotonic
+    wait = blocked if blocked > 0 else scheduler.seconds_until_room()[0]
+    why = {"quota": f"quota {quota.limit:,} of DevRev's" if quota.limit else "quota of DevRev's"}
+    if limit:
+        why["client-side rate limit"] = f"rate limit {limit.calls} in {limit.period:g} s"
+    return f"waiting {duration(wait)} ({why.get(scheduler.waiting_for, scheduler.waiting_for)})" if wait > 0.5 else ""
+
+
+def seconds_in_windows(requests: float, room: float, wait: float, limit: float, window: float) -> float:
     """Seconds until so many requests have left, of which `room` may leave now, and `limit` in each window from `wait`
     seconds on."""
     over = requests - room
@@ -1676,40 +2601,49 @@ def seconds_in_windows(requests: float, room: float, wait: float, limit: int, wi
 # API: requests
 # ---------------------------------------------------------------------------------------------------
 
-SCOPES = {
-    "rev-users.merge": "rev_user:all (to merge contacts)",
-    "rev-users.update": "rev_user:all (to set a contact's reference)",
-    "rev-users.create": "rev_user:all (to make a contact again)",
-    "works.update": "ticket:all and issue:all (to hand tickets and issues back)",
-    "conversations.update": "conversation:all (to hand conversations back)",
-    "rev-users.": "rev_user:read (to read contacts)",
-    "works.": "ticket:read and issue:read (to back up tickets and issues)",
-    "conversations.": "conversation:read (to back up conversations)",
-    "timeline-entries.": "timeline:read (to back up comments)",
-}
 PAGE = 100
 ROLES = {"owned": "owned_by", "created": "created_by", "reported": "reported_by"}
+TICKETS_AND_ISSUES = ("ticket", "issue")
+OTHER_WORKS = ("task", "incident", "opportunity")  # DevRev's description does not promise that lists take them
+DEAD_TOKENS = {
+    "token_expired": "the token has expired",
+    "token_revoked": "the token was revoked",
+    "dev_org_deactivated": "the token's organisation is deactivated",
+}
 
 
 @dataclass
 class ApiSettings:
-    """What a client is made from. `calls` in `period` seconds is its own ceiling (0: none); `timeout` in seconds."""
+    """What a client is made from. `calls` in `period` seconds is the client-side rate limit: 0 is none at all, None
+    follows the quota that DevRev announces. `timeout` is in seconds."""
 
     token: str = field(repr=False)
     base_url: str = "https://api.devrev.ai"
-    calls: int = 200
+    calls: Optional[int] = None
     period: float = 60.0
     timeout: float = 30.0
     retries: int = 5
     workers: int = 8
+    user_ref_prefix: str = "user_"  # of the references of the user's own application
 
     def mask(self, text: str) -> str:
         """`text` without the token; one of a few characters is none, and would stand in every other word."""
         return text.replace(self.token, "[token]") if len(self.token) >= 8 else text
 
 
-def scope_of(endpoint: str) -> str:
-    return next((scope for start, scope in SCOPES.items() if endpoint.startswith(start)), "of this endpoint")
+def scopes_needed(endpoint: str, body: Json) -> str:
+    """Name the scopes that a request needs, such as `ticket:read`. A timeline takes the scope of its object."""
+    family, _, verb = endpoint.partition(".")
+    access = {"merge": "all", "update": "write", "create": "write"}.get(verb, "read")
+    kinds: Sequence[str] = {"rev-users": ["rev_user"], "conversations": ["conversation"]}.get(family, [])
+    if family in ("works", "timeline-entries"):
+        kinds = body.get("type") or [kind_of(str(body.get("id") or body.get("object")))]
+    return " and ".join(f"{kind}:{access}" for kind in ([kinds] if isinstance(kinds, str) else kinds))
+
+
+def kind_of(identity: str) -> str:
+    """Return the kind that an id names: `ticket` of `don:core:dvrv-us-1:devo/ORG:ticket/7`."""
+    return identity.rpartition(":")[2].partition("/")[0]
 
 
 def user_ids(value: Any) -> Set[str]:
@@ -1718,22 +2652,47 @@ def user_ids(value: Any) -> Set[str]:
     return {user["id"] for user in users if isinstance(user, dict) and isinstance(user.get("id"), str)}
 
 
+def unstorable_field(record: Json) -> Optional[str]:
+    """Name the first field of a record whose text has half of a character (a lone surrogate); None where none has.
+
+    Services that count in UTF-16 cut texts in the middle of an emoji. No file, log or database can hold what is left.
+    """
+    values: List[Tuple[str, Any]] = list(record.items())
+    while values:
+        name, value = values.pop()
+        if isinstance(value, dict):
+            values.extend((f"{name}.{key}", one) for key, one in value.items())
+        elif isinstance(value, list):
+            values.extend((name, one) for one in value)
+        elif encodable(name) != name or (isinstance(value, str) and encodable(value) != value):
+            return encodable(name)
+    return None
+
+
+def check_storable(user: Json) -> None:
+    """Raise PairError where a contact's data can't be stored as text."""
+    name = unstorable_field(user)
+    if name:
+        words = f"the {name} of {user['id'].rpartition('/')[2]} in DevRev holds half of a character (a lone surrogate)"
+        raise PairError("api_error", f"{words}; correct it there")
+
+
 class ApiResponse(NamedTuple):
-    """An answer's JSON object, and the moment at which its request left: it is as old as that."""
+    """An answer's JSON object, and when its request was sent: it is as old as that."""
 
     data: Json
     since: Timestamp
 
 
 class ListResult(NamedTuple):
-    """Items of a list, once each, in order; `since` is when the request for its first page left."""
+    """Items of a list, once each, in order; `since` is when the request for its first page was sent."""
 
     items: List[Json]
     since: Timestamp
 
 
 class DuplicateStatus(Enum):
-    """What a look at a duplicate shows."""
+    """What a poll of a duplicate shows."""
 
     THERE = "there"
     GONE = "gone"  # deleted, or not found
@@ -1741,12 +2700,12 @@ class DuplicateStatus(Enum):
 
 
 def duplicate_status(user: Json, primary: str, duplicate: str) -> DuplicateStatus:
-    """What a `rev_user` that DevRev answers with for the duplicate says. `locked` or `deactivated` is still there.
+    """Interpret a `rev_user` that DevRev answers with for the duplicate. `locked` or `deactivated` still exists.
 
-    Raises PairError(merged_into_another) where it names somebody else than the primary.
+    Raises PairError(merged_into_another) where it names another contact than the primary.
     """
     identity = user.get("primary_identity")
-    named = {user["id"], identity.get("id") if isinstance(identity, dict) else None} - {None, duplicate}
+    named = {user["id"], identity.get("id") if isinstance(identity, dict) else identity} - {None, "", duplicate}
     if named - {primary}:
         raise PairError("merged_into_another", f"{duplicate} has become {named.pop()}, not the primary")
     if named:
@@ -1754,14 +2713,19 @@ def duplicate_status(user: Json, primary: str, duplicate: str) -> DuplicateStatu
     return DuplicateStatus.GONE if user.get("state") == "deleted" else DuplicateStatus.THERE
 
 
-class DevRevAPI:
-    """The part of DevRev's REST API (version 2024-01-24) that a merge needs, over POST with JSON bodies.
+WRITES = ("rev-users.merge", "rev-users.update", "rev-users.create", "works.update", "conversations.update")
 
-    Every method raises ApiRefused (a definite no), ApiUnanswered (no usable answer after the retries), Denied
-    (token or scope) or Interrupted (the run stops; the request has not left).
+
+class DevRevAPI:
+    """The part of DevRev's REST API that a merge needs, over POST with JSON bodies.
+
+    Every method raises ApiError (a definite no), NoUsableResponse (none after the retries), PermissionDenied (the
+    token is not accepted), Cancelled (the run stops, and the request was not sent), or FatalError (no proxy, no
+    certificates).
     """
 
-    STALE_PAGES = 3  # pages that bring nothing new before a list is given up
+    STALE_PAGES = 3  # in a row, of items that were all seen before, end a list with an error
+    EMPTY_PAGES = 100  # in a row
 
     def __init__(self, settings: ApiSettings, environment: Environment, cancel_token: CancelToken) -> None:
         self.settings = settings
@@ -1769,12 +2733,22 @@ class DevRevAPI:
         self.cancel_token = cancel_token
         self.scheduler = RequestScheduler(environment, cancel_token, settings)
         self.requests: Dict[str, int] = collections.Counter()
-        self.changed = False  # a request that may have changed DevRev was sent
+        self._writes = 0  # requests that may have changed DevRev
+        self.work_kinds: Tuple[str, ...] = (*TICKETS_AND_ISSUES, *OTHER_WORKS)  # that lists of works name
+        self._work_kinds_lock = asyncio.Lock()
+        self._work_kinds_known = False
+        self._verified_filter_refused = False
         self._answered: Set[str] = set()
-        self._forbidden: Dict[str, Set[bytes]] = collections.defaultdict(set)  # bodies that were answered with 403
-        self.emails = BatchLoader(self._list_emails, cancel_token, lambda user: {email_of(user)}, email_key)
-        # By whom they name: a work's role, or a conversation's members.
+        self.emails = BatchLoader(self._list_by("email"), cancel_token, lambda user: {email_of(user)}, email_key)
+        self.unverified = BatchLoader(self._list_unverified, cancel_token, lambda user: {email_of(user)}, email_key)
+        self.references = BatchLoader(self._list_by("external_ref"), cancel_token, references_of)
+        # By the field that names contacts: a work's role, or a conversation's members.
         self.objects = {name: self._batch_loader(name) for name in (*ROLES.values(), "members")}
+
+    @property
+    def changed(self) -> bool:
+        """Whether a request was sent that may have changed DevRev."""
+        return self._writes > 0
 
     # -- the one place that sends -------------------------------------------------------------------
 
@@ -1784,76 +2758,86 @@ class DevRevAPI:
         body: Json,
         key: str = "",
         options: RequestOptions = ANY_OPTIONS,
+        *,
         repeatable: bool = True,
+        deadline: Optional[float] = None,
         before: Optional[Callable[[], Awaitable[None]]] = None,
-        telling: bool = False,
     ) -> ApiResponse:
-        """POST, and return the answer's JSON object, which holds `key`. `before` is awaited when the request's turn has
-        come, and what it raises keeps the request from leaving. `telling`: a 403 says what the token may.
+        """POST, and return the answer's JSON object, which holds `key`. Without `key` any 2xx will do.
 
-        What is safe to repeat is repeated with growing, jittered pauses. A request that is not `repeatable` is sent
-        again only where it can't have been acted on: no connection was made, or it was over quota.
+        `before` is awaited when the request may be sent, and what it raises keeps it from being sent.
+        Where it is safe, a request is repeated with growing, jittered pauses. One that is not `repeatable`, or has a `deadline` of its own (in seconds, after which its caller repeats it), is sent again only
+        where it can't have been acted on: no connection was made, or it was over quota.
         """
         attempt = 0
         while True:
             is_probe = await self.scheduler.acquire(options)
             try:
                 self.cancel_token.raise_if_cancelled()
+                if is_probe and self.scheduler.breaker.keeps_failing:
+                    # One object's requests may fail for good: whether DevRev is down shows a request that names none.
+                    answer = await self.environment.post("dev-users.self", {})
+                    self.requests["dev-users.self"] += 1
+                    self.scheduler.on_response(True, answer, 0.0, answer.data is not None)
+                    continue
                 if before:
                     await before()
+                self.requests[endpoint] += 1
+                is_write = endpoint in WRITES and not body.keys() <= {"id", "type"}
+                self._writes += is_write
+                since = self.environment.now()
+                answer = await self.environment.post(endpoint, body, deadline)
             except BaseException:
                 self.scheduler.give_back(is_probe)
                 raise
-            self.requests[endpoint] += 1
-            self.changed = self.changed or endpoint in ("rev-users.merge", "rev-users.update", "rev-users.create")
-            since = self.environment.now()
-            answer = await self.environment.post(endpoint, body)
-            status, data, problem = answer.status, answer.data, answer.problem
-            good = status is not None and 200 <= status < 300
-            took = self.environment.elapsed(since)
-            self.scheduler.on_response(is_probe, None if good and data is None else status, answer.headers, took)
-            if good and data is not None and (not key or key in data):
+            if is_write and (not answer.sent or answer.status in (401, 403, 429)):
+                self._writes -= 1
+            data, problem = answer.data, answer.problem
+            good = answer.status is not None and 200 <= answer.status < 300
+            self.scheduler.on_response(is_probe, answer, self.environment.elapsed(since), not key or data is not None)
+            if good and (not key or (data is not None and key in data)):
                 self._answered.add(endpoint)
-                return ApiResponse(data, since)
+                return ApiResponse(data or {}, since)
             if good and data is not None:
                 problem = f"no {key} in the answer"
-            self._judge(endpoint, body, answer, telling, final=False)
-            if status != 429:
-                attempt += 1
-                if attempt > self.settings.retries or (answer.sent and not repeatable):
-                    self._judge(endpoint, body, answer, telling, final=True)
-                    raise NoUsableResponse(endpoint, problem)
+            if answer.setup_error and not self._answered:
+                self._stop(FatalError(EXIT_USAGE, answer.setup_error))
+            attempt += answer.status != 429
+            once = answer.sent and (not repeatable or deadline is not None)
+            final = answer.status != 429 and (attempt > self.settings.retries or once)
+            self._raise_refusal(endpoint, body, answer, final)
+            if final:
+                raise NoUsableResponse(endpoint, problem)
+            if answer.status != 429:
                 await self.cancel_token.sleep(self.environment.random.uniform(0.5, 1.0) * min(8.0, 0.1 * 2**attempt))
 
-    def _judge(self, endpoint: str, body: Json, answer: HttpResponse, telling: bool, final: bool) -> None:
-        """Raise what a definite no means. A gateway's HTML is one for 401 and 403 alone, and only after the retries."""
-        status = answer.status or 0
-        if status in (401, 403) and (final or answer.data is not None):
-            self._deny(endpoint, status, answer.problem, body, telling)
+    def _raise_refusal(self, endpoint: str, body: Json, answer: HttpResponse, final: bool) -> None:
+        """Raise what a definite no means. HTML of a gateway is none but for 401 (after the retries) and 413."""
+        status, data, words = answer.status or 0, answer.data or {}, answer.problem
+        if status == 401 and (final or answer.data is not None):
+            kind = DEAD_TOKENS.get(str(data.get("type")), "DevRev does not accept the token")
+            advice = "create a new one in DevRev and set DEVREV_API_TOKEN to it"
+            self._stop(PermissionDenied(EXIT_STOPPED, f"{kind} (401: {words.rstrip('.')}); {advice}"))
         if 300 <= status < 400:
-            location = self.settings.mask(answer.headers.get("Location", ""))
+            location = encodable(self.settings.mask(str(answer.headers.get("Location", ""))))
             raise ApiError(endpoint, status, f"redirected to {location or 'nowhere'}", location=location)
-        if 400 <= status < 500 and status not in (408, 429) and answer.data is not None:
-            words = f"{answer.problem} (scope {scope_of(endpoint)})" if status == 403 else answer.problem
-            raise ApiError(endpoint, status, words, data=answer.data)
-
-    def _deny(self, endpoint: str, status: int, message: str, body: Json, telling: bool) -> None:
-        """Send nothing more with a token that is not accepted, or that lacks a scope which it never had.
-
-        One object that it may not see or change says nothing of its scopes: a second has to be refused. Who may not
-        make a contact has a reference to put back first.
-        """
-        if status == 401:
-            words = f"{message.rstrip('.')}. Is DEVREV_API_TOKEN right, and not expired?"
-            code, text = EXIT_STOPPED, f"DevRev does not accept the token (401): {words}"
-        else:
+        if not 400 <= status < 500 or status in (408, 429) or (answer.data is None and status != 413):
             return
-        denied = PermissionDenied(code, text)
-        self.cancel_token.cancel(denied)
-        raise denied
+        if status == 403:
+            ids = data.get("object_ids")
+            names = [str(one).rpartition("/")[2] for one in ids] if isinstance(ids, list) else []
+            scopes = scopes_needed(endpoint, body)
+            words += f" ({', '.join(some(names))})" if names else ""
+            words += f"; the token needs the scope {scopes}, and its owner access" if scopes else ""
+        raise ApiError(endpoint, status, words, data=data)
+
+    def _stop(self, error: FatalError) -> NoReturn:
+        """End the run: nothing more is sent."""
+        self.cancel_token.cancel(error)
+        raise error
 
     async def pages(self, endpoint: str, key: str, body: Json, options: RequestOptions = ANY_OPTIONS) -> ListResult:
-        """All items of a cursor-paged list."""
+        """Return all items of a cursor-paged list."""
         items: Dict[str, Json] = {}
         since: Optional[Timestamp] = None
         async for page in self.each_page(endpoint, key, body, options):
@@ -1864,27 +2848,30 @@ class DevRevAPI:
     async def each_page(
         self, endpoint: str, key: str, body: Json, options: RequestOptions = ANY_OPTIONS
     ) -> AsyncIterator[ListResult]:
-        """The pages of a list, one after the other; an item that moves meanwhile may stand on two of them."""
+        """Yield the pages of a list until one names no next. Pages may be empty although more follow, and an item that
+        changes meanwhile may be on two of them. Raises NoUsableResponse where a list goes round in circles."""
         known: Set[int] = set()  # hashes of ids
         cursors: Set[str] = set()
-        stale = 0
+        stale = empty = 0
         page = dict(body, limit=PAGE)
         while True:
             reply = await self._call(endpoint, page, key, options)
-            before = len(known)
-            items = reply.data[key] or []
-            try:
-                known.update(hash(item["id"]) for item in items)
-            except (TypeError, KeyError):
-                raise NoUsableResponse(endpoint, f"{key} holds something without an id") from None
-            cursor = reply.data.get("next_cursor") or ""
+            items, cursor, before = reply.data[key], reply.data.get("next_cursor") or "", len(known)
+            if not isinstance(items, list) or not all(map(has_id, items)):
+                raise NoUsableResponse(endpoint, f"{key} is not a list of objects with an id")
             if not isinstance(cursor, str):
                 raise NoUsableResponse(endpoint, "next_cursor is no text")
             yield ListResult(items, reply.since)
             if not cursor:
                 return
-            stale = stale + 1 if len(known) == before else 0
-            if cursor in cursors or stale >= self.STALE_PAGES:
+            known.update(hash(item["id"]) for item in items)
+            if len(known) > before:
+                stale = empty = 0
+            elif items:
+                stale += 1
+            else:
+                empty += 1
+            if cursor in cursors or stale >= self.STALE_PAGES or empty >= self.EMPTY_PAGES:
                 raise NoUsableResponse(endpoint, "its pages go on without bringing anything new")
             cursors.add(cursor)
             page["cursor"] = cursor
@@ -1892,61 +2879,124 @@ class DevRevAPI:
     async def _user(
         self, endpoint: str, body: Json, key: str = "rev_user", options: RequestOptions = ANY_OPTIONS, **how: Any
     ) -> Json:
-        """The user that an endpoint answers with. ApiUnanswered where it is none."""
+        """Return the user that an endpoint answers with. Raises NoUsableResponse where it is none."""
         user = (await self._call(endpoint, body, key, options, **how)).data[key]
-        if not (isinstance(user, dict) and isinstance(user.get("id"), str)):
+        if not has_id(user):
             raise NoUsableResponse(endpoint, f"{key} holds no user")
-        return user
+        found: Json = user
+        return found
 
-    # -- endpoints ----------------------------------------------------------------------------------
+    # -- contacts -----------------------------------------------------------------------------------
 
     async def whoami(self) -> Json:
-        """The token's owner (`dev_user`)."""
-        return await self._user("dev-users.self", {}, "dev_user", telling=True)
+        """Return the token's owner (`dev_user`)."""
+        return await self._user("dev-users.self", {}, "dev_user")
 
-    async def contact(self, identity: str, options: RequestOptions = ANY_OPTIONS) -> Optional[Json]:
-        """The rev user of this id, None where there is none (404), or where it has moved to another id (301)."""
+    async def _get_contact(self, identity: str, options: RequestOptions, deadline: Optional[float]) -> Optional[Json]:
+        """Return what DevRev has at this id: the contact, or only `{"id": …}` of the one that it has become (301), None
+        where there is none (an object's 404)."""
         try:
-            user = await self._user("rev-users.get", {"id": identity}, options=options)
+            return await self._user("rev-users.get", {"id": identity}, options=options, deadline=deadline)
         except ApiError as api_error:
-            if api_error.missing or 300 <= api_error.status < 400:
+            if api_error.missing:
                 return None
-            raise
-        return user if user["id"] == identity else None
+            if api_error.status == 404:
+                raise NoUsableResponse("rev-users.get", f"404 of a route, not of {identity}") from None
+            if not 300 <= api_error.status < 400:
+                raise
+            match = re.search(r"don:identity:[^&?#\s]+:revu/[^&?#/\s]+", unquote(api_error.location))
+            if not match or match.group(0) == identity:
+                raise NoUsableResponse("rev-users.get", f"{api_error.status} that names no other contact") from None
+            return {"id": match.group(0)}
 
-    async def merge(
-        self, primary: str, duplicate: str, options: RequestOptions, before: Callable[[], Awaitable[None]]
-    ) -> None:
-        """Ask for a merge. DevRev only acknowledges it and carries it out later; it is never repeated blindly."""
-        body = {"primary_user": primary, "secondary_user": duplicate}
-        await self._call("rev-users.merge", body, options=options, repeatable=False, before=before)
+    async def contact(
+        self, identity: str, options: RequestOptions = ANY_OPTIONS, deadline: Optional[float] = None
+    ) -> Optional[Json]:
+        """Return the rev user of this id, None where there is none, or where it has become another."""
+        user = await self._get_contact(identity, options, deadline)
+        return user if user and user["id"] == identity else None
 
     async def poll_duplicate(
         self, primary: str, duplicate: str, options: RequestOptions, deadline: Optional[float] = None
     ) -> "DuplicateStatus":
-        """What has become of the duplicate. Raises PairError(merged_into_another) where DevRev names somebody else than
-        the primary."""
-        try:
-            user = await self._user("rev-users.get", {"id": duplicate}, options=options)
-        except ApiError as api_error:
-            if api_error.missing:
-                return DuplicateStatus.GONE
-            if not 300 <= api_error.status < 400:
-                raise
-            match = re.search(r"don:identity:[^&?#\s]+:revu/[^&?#/\s]+", unquote(api_error.location))
-            user = {"id": match.group(0) if match else duplicate, "state": "moved"}
-        if not isinstance(user.get("state"), str):
+        """Return what has become of the duplicate. With a `deadline` one request is sent, and its caller repeats it.
+
+        Raises PairError(merged_into_another) where DevRev names another contact than the primary.
+        """
+        user = await self._get_contact(duplicate, options, deadline)
+        if user is None:
+            return DuplicateStatus.GONE
+        if user["id"] == duplicate and not isinstance(user.get("state"), str):
             raise NoUsableResponse("rev-users.get", "the user has no state")
         return duplicate_status(user, primary, duplicate)
 
+    async def contacts_by_email(
+        self, emails: Iterable[str], priority: int = PREPARE, linger: Optional[float] = None
+    ) -> ListResult:
+        """Return the contacts that DevRev lists for these emails. Raises PairError where the text of one can't be
+        stored."""
+        found = await self._load_all(self.emails, emails, priority, linger)
+        for user in found.items:
+            check_storable(user)
+        return found
+
+    async def contacts_by_reference(
+        self, references: Iterable[str], priority: int = PREPARE, linger: Optional[float] = None
+    ) -> ListResult:
+        """Return the contacts that DevRev lists for these references."""
+        return await self._load_all(self.references, references, priority, linger)
+
+    async def unverified_ids(
+        self, emails: Iterable[str], priority: int = PREPARE, linger: Optional[float] = None
+    ) -> Optional[Set[str]]:
+        """Return the ids of the unverified contacts of these emails, None where DevRev refuses the filter.
+
+        It is for organisations whose answers do not show `is_verified`. A list that shows verified contacts all the
+        same has ignored the filter.
+        """
+        if self._verified_filter_refused:
+            return None
+        found = await self._load_all(self.unverified, emails, priority, linger)
+        ignored = any(user.get("is_verified") is True for user in found.items)
+        return None if ignored or self._verified_filter_refused else {user["id"] for user in found.items}
+
+    async def _load_all(
+        self, loader: "BatchLoader", keys: Iterable[str], priority: int, linger: Optional[float]
+    ) -> ListResult:
+        pause = loader.LINGER if linger is None else linger
+        lists = await together(*(loader.load(key, 1, priority, pause) for key in sorted(set(keys))))
+        users = {user["id"]: user for one in lists for user in one.items}
+        since = min((one.since for one in lists), key=lambda since: since.monotonic, default=self.environment.now())
+        return ListResult(list(users.values()), since)
+
+    async def holders_of(self, external_ref: str, options: RequestOptions) -> List[Json]:
+        """Return the rev users that DevRev lists for a reference, without waiting for others to join."""
+        return (await self.pages("rev-users.list", "rev_users", {"external_ref": [external_ref]}, options)).items
+
+    async def merge(
+        self, primary: str, duplicate: str, options: RequestOptions, before: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Request a merge. DevRev only acknowledges it and carries it out later; it is never repeated blindly."""
+        body = {"primary_user": primary, "secondary_user": duplicate}
+        await self._call("rev-users.merge", body, options=options, repeatable=False, before=before)
+
     async def update_contact(
-        self, identity: str, fields: Json, options: RequestOptions, deadline: Optional[float] = None
+        self,
+        identity: str,
+        fields: Json,
+        options: RequestOptions,
+        deadline: Optional[float] = None,
     ) -> Json:
-        """Set fields of a contact and return it. ApiError with status 409 while another contact holds the reference."""
-        return await self._user("rev-users.update", {"id": identity, **fields}, options=options, repeatable=False)
+        """Set fields of a contact, and return the contact as DevRev has it then. Raises ApiError with status 409 while
+        another contact holds its `external_ref`. With a `deadline` one request is sent."""
+        body = {"id": identity, **fields}
+        user = await self._user("rev-users.update", body, options=options, deadline=deadline)
+        if user["id"] != identity:
+            raise NoUsableResponse("rev-users.update", f"the answer is about {user['id']}, not {identity}")
+        return user
 
     async def create_contact(self, fields: Json, options: RequestOptions) -> Json:
-        """Make a contact and return it. It is never repeated blindly: a lost answer is for the caller to look into."""
+        """Create a contact and return it. It is never repeated blindly: the caller finds out what a lost answer did."""
         return await self._user("rev-users.create", fields, options=options, repeatable=False)
 
     async def set_people(self, obj: Json, roles: Mapping[str, Sequence[str]], options: RequestOptions) -> Json:
@@ -1958,62 +3008,116 @@ class DevRevAPI:
         endpoint, key = "conversations.update", "conversation"
         if ":conversation/" not in obj["id"]:
             endpoint, key, body["type"] = "works.update", "work", obj["type"]
-        found: Json = (await self._call(endpoint, body, key, options, repeatable=False)).data[key]
+        found: Json = (await self._call(endpoint, body, key, options, repeatable=not roles)).data[key]
         return found
 
-    async def holders_of(self, external_ref: str, options: RequestOptions) -> List[Json]:
-        """The rev users that DevRev lists for a reference."""
-        return (await self.pages("rev-users.list", "rev_users", {"external_ref": [external_ref]}, options)).items
-
     def dispatch(self) -> None:
-        """Let every list call leave that waits for others to join."""
-        for batch_loader in (self.emails, *self.objects.values()):
+        """Send every list call that waits for others to join."""
+        for batch_loader in (self.emails, self.unverified, self.references, *self.objects.values()):
             batch_loader.dispatch()
 
     async def read_one(self, endpoint: str, key: str, body: Json) -> List[Json]:
-        """One item of a list, to see whether the token may read it."""
-        items: List[Json] = (await self._call(endpoint, dict(body, limit=1), key)).data[key]
+        """Return one item of a list, to find out whether the token may read it."""
+        items = (await self._call(endpoint, dict(body, limit=1), key)).data[key]
+        if not isinstance(items, list) or not all(map(has_id, items)):
+            raise NoUsableResponse(endpoint, f"{key} is not a list of objects with an id")
         return items
 
     async def timeline(self, object_id: str) -> List[Json]:
-        """Everything that was said on a ticket, issue or conversation."""
+        """Return all comments on a ticket, issue or conversation."""
         return (await self.pages("timeline-entries.list", "timeline_entries", {"object": object_id})).items
 
     async def get_object(self, object_id: str, options: RequestOptions) -> Optional[Json]:
-        """A ticket, an issue or a conversation; None where there is none of that id."""
-        endpoint, key = (
-            ("conversations.get", "conversation") if ":conversation/" in object_id else ("works.get", "work")
-        )
+        """Return a work or a conversation, None where there is none of that id."""
+        endpoint, key = ("works.get", "work")
+        if kind_of(object_id) == "conversation":
+            endpoint, key = "conversations.get", "conversation"
         try:
-            found: Json = (await self._call(endpoint, {"id": object_id}, key, options)).data[key]
+            found = (await self._call(endpoint, {"id": object_id}, key, options)).data[key]
         except ApiError as api_error:
             if api_error.missing:
                 return None
             raise
-        return found
+        if not has_id(found):
+            raise NoUsableResponse(endpoint, f"{key} holds no object")
+        return dict(found)
 
-    async def _list_emails(self, emails: Sequence[str], options: RequestOptions) -> ListResult:
-        return await self.pages("rev-users.list", "rev_users", {"email": list(emails)}, options)
+    # -- what the batch loaders call ----------------------------------------------------------------
+
+    def _list_by(self, name: str) -> "Lister":
+        async def users(keys: Sequence[str], options: RequestOptions) -> ListResult:
+            return await self.pages("rev-users.list", "rev_users", {name: list(keys)}, options)
+
+        return users
+
+    async def _list_unverified(self, emails: Sequence[str], options: RequestOptions) -> ListResult:
+        """List with the filter; where that is refused for a single email, too, DevRev does not know the filter."""
+        for part in (emails, emails[:1]):
+            try:
+                body = {"email": list(part), "is_verified": False}
+                found = await self.pages("rev-users.list", "rev_users", body, options)
+            except ApiError as api_error:
+                if api_error.status not in (400, 403):
+                    raise
+                refusal = api_error
+            else:
+                if len(part) == len(emails):
+                    return found
+                raise refusal  # of so many emails
+        self._verified_filter_refused = True
+        return ListResult([], self.environment.now())
 
     def _batch_loader(self, name: str) -> "BatchLoader":
-        key, body = ("conversations", {}) if name == "members" else ("works", {"type": ["ticket", "issue"]})
+        async def conversations(ids: Sequence[str], options: RequestOptions) -> ListResult:
+            return await self.pages("conversations.list", "conversations", {name: list(ids)}, options)
 
-        async def objects(ids: Sequence[str], options: RequestOptions) -> ListResult:
-            return await self.pages(f"{key}.list", key, {**body, name: list(ids)}, options)
+        async def works(ids: Sequence[str], options: RequestOptions) -> ListResult:
+            return await self._list_works({name: list(ids)}, options)
 
-        return BatchLoader(objects, self.cancel_token, lambda item: user_ids(item.get(name)))
+        lister = conversations if name == "members" else works
+        return BatchLoader(lister, self.cancel_token, lambda item: user_ids(item.get(name)))
+
+    async def _list_works(self, filters: Json, options: RequestOptions) -> ListResult:
+        """List works of every kind; where DevRev does not take the other kinds, tickets and issues from then on."""
+        async with contextlib.AsyncExitStack() as stack:
+            if not self._work_kinds_known:
+                await stack.enter_async_context(self._work_kinds_lock)  # one list finds out for all
+            kinds = self.work_kinds
+            try:
+                found = await self.pages("works.list", "works", {"type": list(kinds), **filters}, options)
+            except ApiError as api_error:
+                if api_error.status != 400 or kinds == TICKETS_AND_ISSUES:
+                    raise
+                found = await self.pages("works.list", "works", {"type": list(TICKETS_AND_ISSUES), **filters}, options)
+                log.info("DevRev lists no works of other kinds than tickets and issues (%s)", api_error)
+                self.work_kinds = TICKETS_AND_ISSUES
+            self._work_kinds_known = True
+            return found
+
+
+def has_id(item: Any) -> bool:
+    """Whether an item of an answer is an object with an id that can be stored."""
+    return isinstance(item, dict) and isinstance(item.get("id"), str) and encodable(item["id"]) == item["id"] != ""
+
+
+def references_of(user: Json) -> Set[str]:
+    """The references by which a contact is listed; some organisations have several of one contact."""
+    several = user.get("external_refs")
+    names = [user.get("external_ref"), *(several if isinstance(several, list) else [])]
+    return {name for name in names if isinstance(name, str)}
 
 
 @contextlib.contextmanager
 def before_any_change(api: DevRevAPI) -> Iterator[None]:
-    """Turn what DevRev's API raises into the Stop that ends a run which has changed nothing."""
+    """Turn what DevRev's API raises into the FatalError that ends a run which has changed nothing."""
     try:
         yield
     except NoUsableResponse as error:
         hint = "Is the network there, and DEVREV_BASE_URL right?"
         raise FatalError(EXIT_STOPPED, f"DevRev at {api.scheduler.host} can't be reached: {error}. {hint}") from None
     except ApiError as error:
-        raise FatalError(EXIT_USAGE, f"{error} (is DEVREV_BASE_URL right?)") from None
+        hint = "" if error.status == 403 else " (is DEVREV_BASE_URL right?)"
+        raise FatalError(EXIT_USAGE, f"{error}{hint}") from None
     except FatalError as stop:
         reason = api.cancel_token.stop or stop
         raise (FatalError(EXIT_USAGE, str(reason)) if isinstance(reason, PermissionDenied) else reason) from None
@@ -2028,7 +3132,7 @@ Lister = Callable[[Sequence[str], RequestOptions], Awaitable[ListResult]]
 
 @dataclass
 class PendingKey:
-    """A key that waits to be listed for: `weight` items are expected."""
+    """A key that waits to be listed for; `weight` items are expected."""
 
     key: str
     weight: int
@@ -2037,11 +3141,11 @@ class PendingKey:
 
 
 class BatchLoader:
-    """Lists for many contacts with one call, though each asks for itself: who asks waits a moment for the others.
+    """Lists for many contacts with one call, though each is asked for by itself: a key lingers for others to join.
 
     A call names as many keys as fit on a few pages, so that a contact with a thousand tickets does not age what is read
-    for its neighbours. Where a call is refused, it is halved; where an item names none of the keys that were asked
-    for, each is asked for by itself.
+    for its neighbours. A call that fails is halved until the key that it fails for is found, and only that key fails;
+    where an item names none of the requested keys, each is listed by itself.
     """
 
     LINGER = 0.02  # seconds
@@ -2056,17 +3160,18 @@ class BatchLoader:
     ) -> None:
         self._lister = lister
         self._cancel_token = cancel_token
-        cancel_token.on_cancel.append(self.dispatch)  # who waits for others to join is to hear of it
+        cancel_token.on_cancel.append(self.dispatch)  # keys that linger have to learn of it
         self._owners = owners  # the names that an item belongs to
         self._name = name  # of a key
         self._pending: List[PendingKey] = []
         self._timer: Optional[asyncio.TimerHandle] = None
         self._dispatch_at = 0.0
         self._max_keys = PAGE  # keys a call
+        self._has_listed = False
         self._calls: Set[asyncio.Future[None]] = set()
 
     async def load(self, key: str, weight: int = 1, priority: int = PREPARE, linger: float = LINGER) -> ListResult:
-        """What the list holds of `key`. Raises what the call for it raises."""
+        """Return what the list holds of `key`. Raises what the call for it raises."""
         loop = asyncio.get_event_loop()
         self._cancel_token.raise_if_cancelled()
         pending = PendingKey(key, max(1, weight), priority, loop.create_future())
@@ -2081,7 +3186,7 @@ class BatchLoader:
         return await pending.future
 
     def dispatch(self) -> None:
-        """Let what waits leave now."""
+        """Send the calls for all keys that linger."""
         if self._timer:
             self._timer.cancel()
         self._timer, pendings, self._pending = None, self._pending, []
@@ -2100,13 +3205,15 @@ class BatchLoader:
 
     async def _fetch(self, pendings: Sequence[PendingKey]) -> None:
         keys = list(dict.fromkeys(pending.key for pending in pendings))
+        options = RequestOptions(min(pending.priority for pending in pendings))
         try:
-            listing = await self._lister(keys, RequestOptions(min(pending.priority for pending in pendings)))
+            listing = await self._lister(keys, options)
         except (ApiError, NoUsableResponse) as error:
             if isinstance(error, ApiError):
                 self._max_keys = min(self._max_keys, (len(keys) + 1) // 2)
             if len(keys) == 1:
                 self._max_keys = PAGE  # it was this key, not their number
+            if len(keys) == 1 or await self._is_forbidden(keys, options, error):
                 _fail_all(pendings, error)
             else:
                 half = (len(keys) + 1) // 2
@@ -2114,14 +3221,26 @@ class BatchLoader:
         except BaseException as error:
             _fail_all(pendings, error)
         else:
+            self._has_listed = True
             found = self._split_items(keys, listing.items)
             if found is None:
-                log.info("an item names none of those asked for; asking one by one")
+                log.info("an item names none of the requested keys; listing one by one")
                 await self._fetch_parts(pendings, [[key] for key in keys])
                 return
             for pending in pendings:
                 if not pending.future.done():
                     pending.future.set_result(ListResult(found[pending.key], listing.since))
+
+    async def _is_forbidden(self, keys: Sequence[str], options: RequestOptions, error: PairError) -> bool:
+        """Whether a 403 is about the token rather than a contact: no list was ever answered, and those of the first and
+        the last key are refused, too. Halving down to each of many contacts would cost two requests a contact."""
+        if self._has_listed or not (isinstance(error, ApiError) and error.status == 403):
+            return False
+        for key in (keys[0], keys[-1]):
+            with contextlib.suppress(ApiError, NoUsableResponse, FatalError):
+                await self._lister([key], options)
+                return False
+        return True
 
     async def _fetch_parts(self, pendings: Sequence[PendingKey], parts: Iterable[Sequence[str]]) -> None:
         await together(*(self._fetch([pending for pending in pendings if pending.key in part]) for part in parts))
@@ -2220,7 +3339,7 @@ class BackupStore:
         """
         environment = self.environment
         home = environment.make_private_dir(self.root / safe_name(email))
-        self.root.chmod(0o700)  # the names in it are addresses
+        environment.restrict_dir(self.root)  # emails are names in it
         if home.resolve().parent != self.root.resolve():
             raise OSError(f"{home} is a link that leads out of {self.root}; remove it")
         stamp = int(environment.now().wall)
@@ -2256,6 +3375,7 @@ class BackupStore:
 
 
 def timestamp_name(epoch: float) -> str:
+    """Name a moment in UTC: local names would sort backwards in the hour that autumn has twice."""
     return time.strftime("%Y%m%d_%H%M%S", time.gmtime(epoch))
 
 
@@ -2334,13 +3454,14 @@ def _contact_errors(entry: Json, files: Sequence[Any], timelines_wanted: bool) -
         yield f"{folder}: the files hold {counted}, the manifest says {entry['counts']}"
 
 
-def greatest_count(entry: Json) -> int:
-    """Return greatest(owned, created, reported) of a contact in a manifest: what the CSV calls TICKET_COUNT.
+def is_counted(identity: str) -> bool:
+    """Return whether the warehouse counts a work as a ticket: tickets and issues, no other kinds."""
+    return ":ticket/" in identity or ":issue/" in identity
 
-    The warehouse counts tickets and issues alone.
-    """
-    counted = (":ticket/", ":issue/")
-    return max(sum(any(kind in one for kind in counted) for one in set(entry["works"][role])) for role in ROLES)
+
+def greatest_count(entry: Json) -> int:
+    """Return greatest(owned, created, reported) of a contact in a manifest: what the CSV calls TICKET_COUNT."""
+    return max(sum(map(is_counted, set(entry["works"][role]))) for role in ROLES)
 
 
 def read_manifest(backup: str) -> Json:
@@ -2397,7 +3518,6 @@ def by_id(items: Iterable[Json]) -> Dict[str, Json]:
 # Savepoint: what was done, across crashes
 # ---------------------------------------------------------------------------------------------------
 
-SAVEPOINT = Path("savepoint.db")
 BACKUPS = Path("backups")
 SAVEPOINT_COPY = BACKUPS / "savepoint-copy.db"
 
@@ -2650,9 +3770,9 @@ class SavePoint:
 
     def _opening_error(self, file: SavePointFile, error: sqlite3.Error) -> FatalError:
         text = str(error)
-        if "locking protocol" in text:
-            why = "its file system has no working locks; use a local disk"
-            return FatalError(EXIT_USAGE, f"the savepoint {file.path} can't be locked: {why}")
+        suspect = any(word in text for word in ("locked", "busy", "disk I/O", "permission denied"))
+        if "locking protocol" in text or (suspect and not locks_work(file.path)):
+            return FatalError(EXIT_USAGE, f"the savepoint {file.path} can't be locked: {NO_LOCKS}")
         if "locked" in text or "busy" in text:
             return FatalError(EXIT_HELD, f"another run holds the savepoint {file.path}{self._describe_holder()}")
         if any(words in text for words in ("full", "disk I/O", "readonly", "unable to open", "read-only")):
@@ -2982,6 +4102,52 @@ class MergeContext(GroupContext):
     pending_verifications: PendingVerifications
 
 
+async def check_group(
+    api: DevRevAPI, group: Group, options: MergeOptions, priority: int
+) -> Tuple[Dict[str, Optional[Json]], LiveCheck, Timestamp]:
+    """Read a group's contacts and compare them with the plan: for a run, and for `--preview --live`.
+
+    Return the rev users by id (None: no longer exists), the result, and since when it is true.
+    """
+    contacts = group.contacts()
+    emails = sorted({contact.email.strip() for contact in contacts})
+    listings = await together(*(api.emails.load(email, 1, priority) for email in emails))
+    live: Dict[str, Optional[Json]] = {user["id"]: user for listing in listings for user in listing.items}
+    listed = [user for user in live.values() if user]
+    since = [listing.since for listing in listings]
+    for contact in contacts:
+        # Lists may lag behind what this tool has done to the primary.
+        if contact.id not in live or (contact is group.primary and group.has_absorbed()):
+            since.append(api.environment.now())
+            live[contact.id] = await api.contact(contact.id, RequestOptions(priority))
+    unverified: Optional[Set[str]] = None
+    if any(user and not isinstance(user.get("is_verified"), bool) for user in live.values()):
+        unverified = await api.unverified_ids(emails, priority)
+    check = check_live(group, live, listed, unverified, options.across_workspaces, options.try_unverified)
+    return {contact.id: live[contact.id] for contact in contacts}, check, oldest(since)
+
+
+async def foresee_group(api: DevRevAPI, group: Group, options: MergeOptions) -> Optional[PairError]:
+    """Return what a run would refuse the group with now, None where nothing; reads only."""
+    _, check, _ = await check_group(api, group, options, PREPARE)
+    dropped = {one.pair.duplicate.id for one in check.dropped}
+    if check.error:
+        return check.error
+    if len(dropped) == len(group.pending()):
+        return PairSkipped(check.dropped[0].code, check.dropped[0].reason)
+    for contact in group.contacts():
+        if contact.id not in dropped:
+            lists = await together(
+                *(api.objects[role].load(contact.id, contact.tickets, PREPARE) for role in ROLES.values())
+            )
+            greatest = max(sum(is_counted(work["id"]) for work in listing.items) for listing in lists)
+            policy = "at-least" if contact is group.primary and group.has_absorbed() else options.count_policy
+            problem = count_error(contact, greatest, policy)
+            if problem:
+                return problem
+    return None
+
+
 class Preconditions:
     """What the merges of a group rest on: the live check, the backup, and the integrity check from the disk.
 
@@ -3025,25 +4191,13 @@ class Preconditions:
 
     async def _check(self) -> None:
         """Compare the group with DevRev as it is now."""
-        api, contacts = self.context.api, self.group.contacts()
         priority = PREPARE if self._checked is None else MERGE
-        emails = sorted({contact.email.strip() for contact in contacts})
-        listings = await together(*(api.emails.load(email, 1, priority) for email in emails))
-        live = {user["id"]: user for listing in listings for user in listing.items}
-        listed = list(live.values())
-        since = [listing.since for listing in listings]
-        for contact in contacts:
-            # Lists may lag behind what this tool has done to the primary.
-            if contact.id not in live or (contact is self.group.primary and self.group.has_absorbed()):
-                since.append(self.context.environment.now())
-                live.pop(contact.id, None)
-                found = await api.contact(contact.id, RequestOptions(priority))
-                live.update({contact.id: found} if found else {})
-        problem = live_group_error(self.group, live, listed)
-        if problem:
-            raise problem
-        self.live, self._checked = live, oldest(since)
-        log.info("%s: the live check of %s has passed", self.group.email, plural(len(contacts), "contact"))
+        live, check, since = await check_group(self.context.api, self.group, self.context.options, priority)
+        if check.error:
+            raise check.error
+        self.group.dropped += check.dropped
+        self.live, self._checked = {one: user for one, user in live.items() if user}, since
+        log.info("%s: the live check of %s has passed", self.group.email, plural(len(live), "contact"))
 
     async def _back_up(self) -> None:
         """Read all that DevRev holds of the group, write it to the disk, and check what is there."""
@@ -3469,6 +4623,9 @@ class GroupMerge:
                     return self._confirmed(pair)
                 if problem:
                     raise problem
+                for one in self.group.dropped:
+                    if one.pair.ids == pair.ids:
+                        raise PairSkipped(one.code, one.reason)
                 try:
                     await self.context.first_merge.acquire(pair.ids)
                     await self.api.merge(*pair.ids, self._options(pair, MERGE), lambda: self._save_intent(pair))
@@ -3502,8 +4659,12 @@ class GroupMerge:
         pair.first_requested_at = pair.first_requested_at or pair.requested_at
         if context.options.carry_fields:
             live = self.preconditions.live
-            pair.fields_to_carry = fields_to_carry(live[pair.primary.id], live[pair.duplicate.id])
-            pair.fields_before = {name: live[pair.primary.id].get(name) for name in pair.fields_to_carry}
+            primary = dict(live[pair.primary.id])
+            for other in self.group.pairs:  # what was carried to the primary since it was read
+                if other.state in (State.MERGED, State.VERIFYING, State.DONE):
+                    primary.update(other.fields_to_carry)
+            pair.fields_to_carry = fields_to_carry(primary, live[pair.duplicate.id])
+            pair.fields_before = {name: primary.get(name) for name in pair.fields_to_carry}
         try:
             await context.savepoint.save(pair)
             # The disk may be slow, and the run may have been stopped meanwhile.
@@ -3564,11 +4725,12 @@ class GroupMerge:
                 # The 404 of a route says nothing of any object.
                 unusable += not (isinstance(error, ApiError) and error.status == 404 and not error.data.get("type"))
                 deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
-                if unusable >= 3 and await self.verifier.lists_show_merged(pair):
-                    return self._confirmed(pair)
+            waited, longest = self._waited(pair), confirmation_timeout(pair, context.options.merge_timeout)
+            # Where the wait is over, for a pair of an earlier run at once, there is no third poll.
+            if (unusable >= 3 or (unusable and waited >= longest)) and await self.verifier.lists_show_merged(pair):
+                return self._confirmed(pair)
             if merge.rejection:
                 raise merge.rejection
-            waited, longest = self._waited(pair), confirmation_timeout(pair, context.options.merge_timeout)
             if waited >= longest:
                 if problem:
                     raise problem
@@ -3614,6 +4776,8 @@ class GroupMerge:
             if body:
                 primary = await self.api.contact(pair.primary.id, self._options(pair))
                 check_reference(pair, primary)
+                reference = {name: value for name, value in body.items() if name == "external_ref"}
+                body = {**reference, **fields_to_carry(primary or {}, pair.fields_to_carry)}  # another user may edit
                 body = {name: value for name, value in body.items() if (primary or {}).get(name) != value}
         updates = [body] if body else []
         started, pause, deadline = context.environment.now(), 0.2, self.FIRST_DEADLINE
@@ -3863,7 +5027,11 @@ class ContactMerger:
         found = []
         for pair in list(self.savepoint.pairs(State.CANCELLED)):
             try:
-                status = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH))
+                try:
+                    status = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH))
+                except (ApiError, NoUsableResponse):
+                    merged = await TransferVerifier(self.context, RESUME).lists_show_merged(pair)
+                    status = DuplicateStatus.GONE if merged else DuplicateStatus.THERE
             except PairError as error:
                 log.info("%s: the cancelled merge of %s can't be polled: %s", pair.email, into(pair), error)
                 continue
@@ -3940,7 +5108,7 @@ class ContactMerger:
     def _room(self) -> int:
         """Return how many pairs may be in progress: under a small quota few, because checks and backups that wait for
         the next window would have to be read again then."""
-        return int(max(2, min(self.IN_PROGRESS, self.api.scheduler.requests_per_minute() // 4)))
+        return int(max(2, min(self.IN_PROGRESS, requests_per_minute(self.api.scheduler) // 4)))
 
     def _start(self, group_merge: GroupMerge) -> "asyncio.Future[None]":
         task = self.runner.start(group_merge.run(), group_merge.pairs)
@@ -4014,6 +5182,9 @@ def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) ->
 class ContactExporter:
     """Reads from DevRev what the CSV holds: all contacts, page by page, and the works of those whose email recurs.
 
+    An email recurs under the looser comparison, so that look-alikes are in the export. Deleted and merged contacts are
+    left out.
+
     `endings` are those of the wanted emails, such as `@example.com`. Contacts wait in `spool`, a file, until all are
     read and it is known which emails recur: only these are ever held in memory.
     """
@@ -4039,9 +5210,9 @@ class ContactExporter:
         """Spool every contact that takes part; returns the hashes of their emails, in the same order."""
         keys = array("q")
         async for page in self.api.each_page("rev-users.list", "rev_users", {}):
-            for contact in map(contact_of, page.items):
+            for contact in map(contact_of, (user for user in page.items if not is_gone(user))):
                 if (contact.is_user or contact.is_system) and contact.key and contact.key.endswith(self.endings):
-                    keys.append(hash(contact.key))
+                    keys.append(hash(loose_key(contact.email)))
                     self.spool.write(to_json(astuple(contact)) + b"\n")
             self.read += len(page.items)
         return keys
@@ -4051,8 +5222,8 @@ class ContactExporter:
         wanted = compress(self.spool, map(repeated(keys).__contains__, keys))
         # A contact that is changed while the list is read may stand in it twice.
         contacts = {contact.id: contact for contact in (Contact(*json.loads(line)) for line in wanted)}
-        times = collections.Counter(contact.key for contact in contacts.values())
-        rows = [contact for contact in contacts.values() if times[contact.key] > 1]
+        times = collections.Counter(loose_key(contact.email) for contact in contacts.values())
+        rows = [contact for contact in contacts.values() if times[loose_key(contact.email)] > 1]
         return sorted(rows, key=lambda contact: (contact.key, contact.id))
 
     async def _count(self, contact: Contact) -> None:
@@ -4067,9 +5238,7 @@ class ContactExporter:
         counted = f"tickets of {self.counted:,} of {len(self.rows):,} counted" if self.rows else ""
         requests = plural(sum(self.api.requests.values()), "request")
         return ", ".join(
-            filter(
-                None, [f"{plural(self.read, 'contact')} read", counted, requests, self.api.scheduler.describe_wait()]
-            )
+            filter(None, [f"{plural(self.read, 'contact')} read", counted, requests, describe_wait(self.api.scheduler)])
         )
 
 
@@ -4079,9 +5248,45 @@ def guard_cell(cell: str) -> str:
 
 
 def csv_chunks(contacts: Iterable[Contact]) -> Iterator[bytes]:
-    """A CSV of contacts, line by line."""
-    for cells in chain([COLUMNS.values()], ([getattr(contact, name) for name in COLUMNS] for contact in contacts)):
+    """A CSV of contacts, line by line, with a byte order mark, so that a spreadsheet shows it right."""
+    yield ("\ufeff" + csv_line(*COLUMNS.values()) + "\n").encode("utf-8")
+    for contact in contacts:
+        cells = (guard_cell(str(getattr(contact, name))) for name in COLUMNS)
         yield (csv_line(*cells) + "\n").encode("utf-8", "backslashreplace")
+
+
+def is_taken(path: Path) -> bool:
+    """Whether a file must not be written because its name is taken; an empty file is what a killed export leaves."""
+    return os.path.lexists(str(path)) and not (path.is_file() and not path.is_symlink() and path.stat().st_size == 0)
+
+
+def write_new_file(environment: Environment, path: Path, chunks: Iterable[bytes]) -> None:
+    """Write a file aside and give it its name in one step that fails where the name is taken.
+
+    A file system without hard links knows no such step: there the name is taken first, by an empty file. Raises
+    FileExistsError where another file has the name, OSError where the disk fails; then nothing is left.
+    """
+    aside = path.with_name(f".{path.name[:80]}.{os.getpid()}")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            aside.unlink()
+        environment.create_file(aside, chunks)
+        if is_taken(path):
+            raise FileExistsError(str(path))
+        if not os.path.lexists(str(path)):
+            try:
+                os.link(str(aside), str(path))
+                aside.unlink()
+                environment.fsync_dir(path.parent)
+                return
+            except FileExistsError:
+                raise
+            except (OSError, AttributeError, NotImplementedError):
+                path.touch(mode=0o600, exist_ok=False)
+        environment.rename_into_place(aside, path)
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -4178,19 +5383,13 @@ def locate_undo(path: Path, savepoint: SavePoint) -> Tuple[Path, List[Path]]:
     """Return the backup folder or report that `path` means, relative to the current folder, and the older backups.
 
     `backups/<email>` means the newest backup in it, by the savepoint's order, whose merge was carried out, undone since
-    or not. Raises FatalError(2) where `path` lies elsewhere: the history of its merges is there.
+    or not. Raises FatalError(2).
     """
-    found = path.resolve()
-    if not found.exists():
+    if not path.exists():
         raise FatalError(EXIT_USAGE, f"{path} does not exist")
-    roots = {Path(name).resolve(): Path(name) for name in ("backups", "reports")}
-    root = next((one for one in roots if one == found or one in found.parents), None)
-    if root is None:
-        home = next((one.parent for one in (found, *found.parents) if one.name in ("backups", "reports")), None)
-        if home is None:
-            raise FatalError(EXIT_USAGE, f"{path} is neither a backup below backups/ nor a report below reports/")
-        raise FatalError(EXIT_USAGE, f"{path} belongs to the folder {home}: run --undo there, where its history is")
-    located = roots[root] / found.relative_to(root)
+    found, roots = path.resolve(), {Path(name).resolve(): Path(name) for name in ("backups", "reports")}
+    root = next((one for one in roots if one in found.parents), None)
+    located = roots[root] / found.relative_to(root) if root else path
     if not located.is_dir() or (located / "manifest.json").exists():
         return located, []
     backups = sorted(one.parent for one in located.glob("[!.]*/manifest.json"))
@@ -4220,7 +5419,8 @@ def merges_named(path: Path) -> List[Pair]:
                 for one in duplicates
             ]
         report, pairs = json.loads(path.read_bytes()), []
-        for entry in chain(*(report[name] for name in ("successful_merges", "unfinished_merges", "settled"))):
+        others = (report.get(name) or () for name in ("unfinished_merges", "settled"))
+        for entry in chain(report["successful_merges"], *others):
             primary, duplicate = (
                 Contact.from_json({
                     **dict.fromkeys(COLUMNS, ""), "email": entry["email"], "id": entry[role]["id"],
@@ -4844,11 +6044,6 @@ def progress_of_undo(pair: Pair) -> UndoProgress:
     return pair.undo
 
 
-def kind_of(identity: str) -> str:
-    """Return the kind that an object's id names, such as `ticket`."""
-    return identity.rpartition(":")[2].partition("/")[0]
-
-
 class UndoRunner:
     """Carries out an undo, one group after the other. How it starts, stops and ends is as with merges."""
 
@@ -4869,15 +6064,17 @@ class UndoRunner:
         code = await self.runner.run(self._undo(plan))
         codes = {pair.code for pair in self.runner.outcomes.values()}
         if code in (EXIT_FAILED, EXIT_STOPPED) and codes == {"forbidden"} and not self.has_changed:
-            return EXIT_USAGE  # the token may not write, and all is as it was
+            return EXIT_USAGE  # the token may not write
         return code
 
     async def _undo(self, plan: UndoPlan) -> None:
         for group in plan.groups:
             self.runner.raise_if_draining()
             undo = GroupUndo(self.context, group, plan.path, self._writable_kinds)
-            await self.context.cancel_token.wait(self.runner.start(undo.run(), group.pairs))
-            self.has_changed = self.has_changed or undo.has_changed
+            try:
+                await self.context.cancel_token.wait(self.runner.start(undo.run(), group.pairs))
+            finally:
+                self.has_changed = self.has_changed or undo.has_changed
 
     async def _record_outcome(self, pair: Pair, problem: Optional[PairError] = None, counts: bool = True) -> None:
         """Record that a pair is undone, or what keeps it from that; the row of a refused pair stays as it is."""
@@ -5310,14 +6507,15 @@ def beside_pairs(plan: Plan) -> Dict[str, Iterable[Json]]:
 
     def choice(group: Group) -> Json:
         lost = [contact_entry(contact, "external_ref") for contact in group.lost_refs()]
-        return {"email": group.email, "kept": group.chosen, "lost": lost, "warnings": group.warnings()}
+        warnings = [words for _, words in group.warnings()]
+        return {"email": group.email, "kept": group.chosen, "lost": lost, "warnings": warnings}
 
     def entry(skipped_group: SkippedGroup) -> Json:
         return {
             "email": skipped_group.email,
             "code": skipped_group.code,
-            "reason": CODES[skipped_group.code].meaning,
-            "advice": CODES[skipped_group.code].advice,
+            "reason": skipped_group.reason(),
+            "advice": skip_words(skipped_group.code)[1],
             "contacts": [contact_entry(contact, "external_ref") for contact in skipped_group.contacts],
             "choices": [
                 {"line": line, "external_ref": contact.external_ref, "display_id": contact.short_id}
@@ -5332,6 +6530,7 @@ def beside_pairs(plan: Plan) -> Dict[str, Iterable[Json]]:
         "choices": [choice(group) for group in plan.chosen],
         "skipped": chain(map(entry, plan.skipped), map(left_out, plan.left_out)),
         "look_alikes": plan.look_alikes,
+        "warnings": plan.warned or plan.warnings(),
         "invalid_rows": (row._asdict() for row in plan.invalid_rows),
     }
 
@@ -5350,14 +6549,16 @@ def report_chunks(head: Json, lists: Mapping[str, Optional[Iterable[Json]]]) -> 
     yield b"\n}\n"
 
 
-def merge_lists(savepoint: SavePoint, run_id: str) -> Dict[str, Iterator[Pair]]:
+def merge_lists(savepoint: SavePoint, run_id: str, plan: Optional[Plan] = None) -> Dict[str, Iterator[Pair]]:
     """Return the pairs of a report's lists, read from the savepoint again with each call.
 
     A pair that has ended is in the report of the run that ended it, and in no other.
     """
     return {
         "successful_merges": savepoint.pairs(State.DONE, run=run_id),
-        "failed_merges": savepoint.pairs(State.FAILED, State.MERGED_ELSEWHERE, run=run_id),
+        "failed_merges": chain(
+            savepoint.pairs(State.FAILED, State.MERGED_ELSEWHERE, run=run_id), plan.refused if plan else ()
+        ),
         "unfinished_merges": savepoint.pairs(*UNFINISHED),
         "settled": savepoint.pairs(State.SETTLED, run=run_id),
         "cancelled": savepoint.pairs(State.CANCELLED, run=run_id),
@@ -5372,7 +6573,7 @@ def merge_summary(savepoint: SavePoint, run_id: str, plan: Optional[Plan]) -> Js
     """
     mine: Dict[str, int] = collections.Counter()
     others: Dict[str, int] = collections.Counter()
-    for name, pairs in merge_lists(savepoint, run_id).items():
+    for name, pairs in merge_lists(savepoint, run_id, plan).items():
         for pair in pairs:
             count = mine if plan is None or pair.ids in plan.ids else others
             count[name] += 1
@@ -5435,13 +6636,17 @@ def headline(summary: Json, document: Json) -> str:
     return ", ".join(words)
 
 
+BESIDE_PAIRS = ("choices", "skipped", "look_alikes", "warnings", "invalid_rows")
+
+
 def merge_report_lists(savepoint: SavePoint, run_id: str, plan: Optional[Plan]) -> Dict[str, Optional[Iterable[Json]]]:
     """Return the lists of a merge run's report; null is what only the plan could tell."""
     planned = plan.ids if plan else None
     lists: Dict[str, Optional[Iterable[Json]]] = {
-        name: (merge_entry(pair, planned) for pair in pairs) for name, pairs in merge_lists(savepoint, run_id).items()
+        name: (merge_entry(pair, planned) for pair in pairs)
+        for name, pairs in merge_lists(savepoint, run_id, plan).items()
     }
-    lists.update(beside_pairs(plan) if plan else dict.fromkeys(("choices", "skipped", "look_alikes", "invalid_rows")))
+    lists.update(beside_pairs(plan) if plan else dict.fromkeys(BESIDE_PAIRS))
     return lists
 
 
@@ -5578,13 +6783,14 @@ class Estimate(NamedTuple):
         return f"about {plural(self.requests, 'request')}, about {duration(self.seconds)}"
 
 
-def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimate:
-    """What a run costs: for each pair a merge and, at the pace of most merges, two looks, for some a reference; ten
-    list calls a batch and one a page; one timeline for each ticket, issue and conversation.
+def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool, quota: Optional[Json] = None) -> Estimate:
+    """Estimate what a run costs: for each pair a merge, at the pace of most merges a poll, and an update where a
+    reference moves; ten list calls a batch and one a page; one timeline for each work and conversation.
 
-    The export has the greatest of three counts, and no conversations: a third more tickets than that and one
-    conversation for every other contact are assumed. Seconds are what the requests take under the client's own
-    ceiling, or at 0.2 s each over the workers, whichever is more.
+    The export has the greatest of three counts, and no conversations: a third more works than that and one
+    conversation for every other contact are assumed. Seconds are what the requests take under the client-side rate
+    limit or, where none is set, four fifths of the `quota` that DevRev has announced, or at 0.2 s each over the
+    workers, whichever is more.
     """
     pairs = contacts = tickets = 0
     requests = 4 * sum(pair.state in UNFINISHED for pair in plan.pairs())  # their backups are made
@@ -5593,11 +6799,13 @@ def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimat
         pairs += len(left)
         contacts += len(left) + bool(left)
         tickets += sum(pair.duplicate.tickets for pair in left) + (group.primary.tickets if left else 0)
-        requests += sum(3 + bool(pair.new_ref) for pair in left)
-    requests += 10 * -(-pairs // ContactMerger.BATCH) + tickets // 20 + bool(pairs)
+        requests += sum(2 + bool(pair.new_ref) for pair in left)
+    requests += 10 * -(-pairs // ContactMerger.BATCH) + tickets // 20 + 2 * bool(pairs)
     if with_timelines:
         requests += tickets * 13 // 10 + contacts // 2
-    calls, period = settings.calls, settings.period
+    calls, period = float(settings.calls or 0), settings.period
+    if settings.calls is None and quota:
+        calls, period = quota["limit"] * 0.8, quota["window_seconds"]
     least = seconds_in_windows(requests, calls, period, calls, period) if calls else 0.0
     return Estimate(requests, max(least, requests * 0.2 / settings.workers))
 
@@ -5608,14 +6816,14 @@ def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimat
 
 
 class OutputThread:
-    """Writes to streams in the order of what it is given; once begun in a thread, so that a terminal that takes
-    nothing more holds up nobody.
+    """Writes to streams in the order of its calls, once begun in a thread: a terminal that takes nothing more delays
+    neither a merge nor a signal.
 
-    What can't be written is dropped; `failure` says why, unless it is that nobody reads it any more.
+    What can't be written is dropped; `failure` says why, unless it is that the reader has closed the pipe.
     """
 
-    PIECE = 1024  # bytes, so that a slow terminal is seen to take some
-    BACKLOG = 10_000  # lines, past which what is not a result is dropped
+    PIECE = 1024  # bytes at a time to a terminal, so that a slow one is seen to take some
+    BACKLOG = 10_000  # lines, beyond which lines that are not results are dropped
 
     def __init__(self) -> None:
         self.failure: Optional[OSError] = None
@@ -5639,7 +6847,7 @@ class OutputThread:
             self._write(stream, text, status)
 
     def consume(self, patience: Callable[[], float]) -> bool:
-        """Wait until all is written; False where nothing has been taken for `patience` seconds."""
+        """Wait until everything is written; return False where nothing has been taken for `patience` seconds."""
         done, seen, since = threading.Event(), self.written, time.monotonic()
         self._jobs.put(done)
         while self._begun and not done.wait(0.05):
@@ -5669,7 +6877,7 @@ class OutputThread:
             self.failure = self.failure or (error if isinstance(error, OSError) else OSError(str(error)))
 
     def _send(self, stream: TextIO, text: str) -> None:
-        """Write past Python's own buffers: what is stuck in one of them would hold up the exit."""
+        """Write past Python's own buffers: text that is stuck in one of them would delay the exit."""
         raw = getattr(getattr(stream, "buffer", None), "raw", None)
         if raw is None:
             stream.write(text)
@@ -5677,37 +6885,49 @@ class OutputThread:
         data = text.replace("\n", os.linesep).encode(stream.encoding or "utf-8", "backslashreplace")
         while data:
             taken = raw.write(data[: self.PIECE]) if stream.isatty() else raw.write(data)
-            if not taken:  # somebody has made it a stream that does not block
+            if not taken:  # another program has made it a stream that does not block
                 time.sleep(0.05)
             self.written += taken or 0
             data = data[taken or 0 :]
 
 
 class Console:
-    """What people see: results on stdout, the rest on stderr; plain where it is piped."""
+    """What the user sees: results on stdout (`out`), everything else on stderr (`err`); plain where it is piped.
+
+    JSON goes to `data`, which is `out` unless a run has its report printed: then all text goes to stderr.
+    """
 
     COLOURS: Mapping[str, str] = {"good": "32", "bad": "31", "bold": "1"}
     STUCK, STUCK_AFTER_SIGNAL = 10.0, 2.0  # seconds after which a terminal that takes nothing is given up
 
-    def __init__(self, quiet: bool = False, out: Optional[TextIO] = None, err: Optional[TextIO] = None) -> None:
+    def __init__(
+        self,
+        quiet: bool = False,
+        out: Optional[TextIO] = None,
+        err: Optional[TextIO] = None,
+        data: Optional[TextIO] = None,
+    ) -> None:
         self.quiet = quiet
         self.out: TextIO = out or sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         self.err: TextIO = err or sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        self.data = data or self.out
         self.mask: Callable[[str], str] = str
-        # Where one alone is a terminal, the other has a pen of its own: a frozen terminal holds up no file.
+        # A terminal and a file have a thread each: a frozen terminal delays no file.
         output = OutputThread()
-        self._outputs = {
-            self.err: output,
-            self.out: output if self.out.isatty() == self.err.isatty() else OutputThread(),
-        }
+        self._outputs = {self.err: output}
+        for stream in (self.out, self.data):
+            if stream not in self._outputs:
+                self._outputs[stream] = output if stream.isatty() == self.err.isatty() else OutputThread()
 
     def begin(self) -> None:
         """From now on write beside the work."""
+        if os.name == "nt" and self.err.isatty():
+            os.system("")  # makes the console of Windows 10 and later understand escape sequences
         for output in set(self._outputs.values()):
             output.begin()
 
     def end(self, signalled: Callable[[], bool]) -> Optional[OSError]:
-        """Wait until all is written, unless a terminal takes nothing more. Returns what kept results from it."""
+        """Wait until everything is written, unless a terminal takes nothing more. Return why results can't be."""
         for stream, output in self._outputs.items():
             is_terminal = stream.isatty()
 
@@ -5715,11 +6935,24 @@ class Console:
                 return self.STUCK_AFTER_SIGNAL if signalled() else self.STUCK if is_terminal else float("inf")
 
             output.consume(patience)
-        return self._outputs[self.out].failure
+        return self._outputs[self.data].failure
+
+    @staticmethod
+    def columns(stream: TextIO, otherwise: int) -> int:
+        """How wide the terminal of `stream` is: stdout may be a pipe where stderr is a terminal."""
+        columns = os.environ.get("COLUMNS", "")
+        with contextlib.suppress(OSError, ValueError):
+            return int(columns) if columns.isdecimal() else os.get_terminal_size(stream.fileno()).columns or otherwise
+        return otherwise
 
     @property
     def width(self) -> int:
-        return shutil.get_terminal_size((100, 24)).columns if self.out.isatty() else 10_000
+        return self.columns(self.out, 100) if self.out.isatty() else 10_000
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether a line can be rewritten in place."""
+        return self.err.isatty() and os.environ.get("TERM") != "dumb"
 
     def style_text(self, style: str, text: str, stream: Optional[TextIO] = None) -> str:
         plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb" or not (stream or self.out).isatty()
@@ -5727,49 +6960,62 @@ class Console:
 
     @property
     def arrow(self) -> str:
-        """Points from the duplicate to the primary, with what the output can show."""
+        """Points from the duplicate to the primary, in the characters that the output can show."""
         return "<-" if "\u2190".encode(self.out.encoding or "ascii", "ignore") == b"" else "\u2190"
 
     def sanitize(self, text: str) -> str:
         return escape_unprintable(self.mask(text))
 
     def print(self, text: str = "", style: str = "") -> None:
-        """A line of results, wrapped on a terminal; never raises because nobody reads it any more."""
+        """Print a line of results, wrapped on a terminal; a closed pipe raises nothing."""
         lines = self.wrap(self.sanitize(text))
         self._outputs[self.out].put(self.out, "".join(self.style_text(style, line) + "\n" for line in lines))
 
-    def wrap(self, text: str) -> List[str]:
-        if len(text) <= self.width:
+    def wrap(self, text: str, width: Optional[int] = None) -> List[str]:
+        width = width or self.width
+        if len(text) <= width:
             return [text]
         indent = " " * (len(text) - len(text.lstrip()) + 2)
-        return textwrap.wrap(text, self.width, subsequent_indent=indent, break_on_hyphens=False)
+        return textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False)
 
     def stream(self, text: str) -> None:
-        """A part of long results as it is; waits for what was given before, so that memory does not grow."""
-        output = self._outputs[self.out]
+        """Print a part of long results as it is; wait for earlier parts, so that memory does not grow."""
+        self._stream(self.out, text)
+
+    def _stream(self, stream: TextIO, text: str) -> None:
+        output = self._outputs[stream]
         while output.backlog() > 10:
             time.sleep(0.01)
-        output.put(self.out, text)
+        output.put(stream, text)
 
     def json(self, chunks: Iterable[bytes]) -> None:
-        """Results as JSON, in ASCII, which nothing on the way to a program spoils."""
+        """Print results as JSON, in ASCII, which nothing on the way to a program changes."""
         for chunk in chunks:
-            self.stream(re.sub(r"[^\x00-\x7e]", lambda c: json.dumps(c.group())[1:-1], chunk.decode("utf-8")))
+            text = re.sub(r"[^\x00-\x7e]", lambda c: json.dumps(c.group())[1:-1], chunk.decode("utf-8"))
+            self._stream(self.data, text)
 
     def print_err(self, text: str, style: str = "") -> None:
-        """A line beside the results."""
+        """Print a line that is no result, wrapped on a terminal."""
         output = self._outputs[self.err]
         if output.backlog() < output.BACKLOG:
-            output.put(self.err, self.style_text(style, self.sanitize(text), self.err) + "\n")
+            width = self.columns(self.err, 100) if self.err.isatty() else 10_000
+            lines = self.wrap(self.sanitize(text), width)
+            output.put(self.err, "".join(self.style_text(style, line, self.err) + "\n" for line in lines))
+
+    def suggest(self, words: str, command: str) -> None:
+        """Print a next step; its command is not wrapped, so that it can be copied."""
+        if not self.quiet:
+            self.print_err(f"next: {words}")
+            self._outputs[self.err].put(self.err, f"  {self.sanitize(command)}\n")
 
     def question_streams(self) -> Tuple[Callable[..., None], Callable[[str], None]]:
-        """What says lines, and what puts a question, where somebody is who can answer: not into a file or a pipe."""
+        """What prints facts, and what asks, on the stream that the user sees: not into a file or a pipe."""
         if self.out.isatty():
             return self.print, self.stream
         return self.print_err, lambda text: self._outputs[self.err].put(self.err, text)
 
     def print_last(self, text: str) -> None:
-        """Say a last word, if anybody listens, before the process ends at once."""
+        """Print a last line, if it can be written soon, before the process ends at once."""
         self.print_err(text, "bold")
         self._outputs[self.err].consume(lambda: 0.2)
 
@@ -5778,16 +7024,16 @@ class Console:
         self.print_err(f"error: {text}", "bad")
 
     def status(self, text: str) -> None:
-        """The one line that is rewritten in place on a terminal; `""` removes it."""
-        if not self.quiet and self.err.isatty() and not self._outputs[self.err].backlog():
-            room, line = shutil.get_terminal_size((80, 24)).columns - 1, self.sanitize(text)
-            if len(line) > room:
-                line = re.sub(r"\((\w+) [^)]*\)", r"(\1)", line)  # without details
+        """Show the one line that is rewritten in place on a terminal; `""` removes it."""
+        if not self.quiet and self.rewrites and not self._outputs[self.err].backlog():
+            room, line = self.columns(self.err, 80) - 1, self.sanitize(text)
+            for details, kept in ((r"\((\w+) [^)]*\)", r"(\1)"), (r" \([^)]*\)", "")):
+                line = re.sub(details, kept, line) if len(line) > room else line
             self._outputs[self.err].put(self.err, line if len(line) <= room else f"{line[: room - 3]}...", True)
 
 
 class PlainFormatter(logging.Formatter):
-    """One line a record, without the token and without anything that a terminal could act on."""
+    """Formats a record as one line, without the token and without anything that a terminal could act on."""
 
     def __init__(self, console: Console) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
@@ -5801,7 +7047,7 @@ class PlainFormatter(logging.Formatter):
 
 
 class ConsoleHandler(logging.Handler):
-    """Shows log records beside the work; errors the console has shown already."""
+    """Shows log records on stderr, except errors, which the console has shown already."""
 
     def __init__(self, console: Console, level: int) -> None:
         super().__init__(level)
@@ -5832,29 +7078,47 @@ def plan_summary(plan: Plan, cost: Estimate, earlier: Sequence[Pair]) -> Json:
         "already_merged": plan.already_merged,
         "left": len(plan.ids) - plan.already_merged - in_csv - new,
         "skipped_groups": len(plan.skipped),
+        "look_alikes": len(plan.look_alikes),
         "invalid_rows": len(plan.invalid_rows),
+        "other_references": plan.other_refs,
+        "other_reference_example": plan.other_ref or None,
         "estimated_requests": cost.requests,
         "estimated_seconds": round(cost.seconds),
     }
 
 
-def plan_chunks(plan: Plan, facts: Json, earlier: Sequence[Pair]) -> Iterator[bytes]:
-    """The plan as JSON, for `--preview --json`."""
+def plan_chunks(
+    plan: Plan, facts: Json, earlier: Sequence[Pair], live: Optional[Sequence[Json]] = None
+) -> Iterator[bytes]:
+    """Return the plan as JSON, for `--preview --json`."""
+
+    def entry(pair: Pair) -> Json:
+        return {
+            "email": pair.email,
+            "primary": contact_entry(pair.primary, "external_ref"),
+            "duplicate": contact_entry(pair.duplicate, "external_ref"),
+            "new_external_ref": pair.new_ref,
+        }
+
     lists: Dict[str, Iterable[Json]] = {
-        "pairs": (merge_entry(pair, plan.ids) for pair in plan.pairs() if pair.state is State.PLANNED),
+        "pairs": (entry(pair) for pair in plan.pairs() if pair.state is State.PLANNED),
         "to_finish": (merge_entry(pair, plan.ids) for pair in earlier),
     }
-    return report_chunks({"summary": facts}, {**lists, **beside_pairs(plan)})
+    lists.update({"live": live} if live is not None else {})
+    return report_chunks({"schema": SCHEMA, "summary": facts}, {**lists, **beside_pairs(plan)})
 
 
 def show_plan(plan: Plan, facts: Json, console: Console, cost: str, earlier: Sequence[Pair]) -> None:
-    """Print what a run would do, so that somebody can sign it."""
+    """Print what a run would do, so that a person can sign it."""
     if not console.quiet:
         _show_pairs(plan, console)
-        blocks = (earlier_lines(earlier), choice_lines(plan), invalid_lines(plan))
-        for lines in chain(blocks, (skip_lines(plan, code) for code in SKIP_REASONS)):
+        blocks = (earlier_lines(earlier), choice_lines(plan), warning_lines(plan), look_alike_lines(plan))
+        skips = (skip_lines(plan, code) for code in SKIP_REASONS)
+        for lines in chain(blocks, [invalid_lines(plan)], skips):
             print_lines(console, lines)
-    console.print(f"{plural(plan.contacts_read, 'contact')} read, {plural(len(plan.invalid_rows), 'invalid row')}")
+    counts = [f"{plural(plan.contacts_read, 'contact')} read", plural(len(plan.invalid_rows), "invalid row")]
+    counts += [f"{plural(len(plan.look_alikes), 'group')} of look-alikes"] if plan.look_alikes else []
+    console.print(", ".join(filter(None, [*counts, plan.others_line()])))
     if facts["already_merged"]:
         console.print(f"{plural(facts['already_merged'], 'pair')} of this export already merged (says the savepoint)")
     if facts["left"]:
@@ -5862,8 +7126,8 @@ def show_plan(plan: Plan, facts: Json, console: Console, cost: str, earlier: Seq
     console.print(cost)
     console.print(f"plan {plan.id}")
     more = f", {len(earlier):,} of earlier runs to finish first" if earlier else ""
-    counts = f"{plural(facts['pairs_to_merge'], 'pair')} to merge, {plural(len(plan.skipped), 'group')} skipped"
-    console.print(counts + more, "bold")
+    what = f"{plural(facts['pairs_to_merge'], 'pair')} to merge, {plural(len(plan.skipped), 'group')} skipped"
+    console.print(what + more, "bold")
 
 
 def print_lines(console: Console, lines: Iterable[str]) -> None:
@@ -5896,15 +7160,40 @@ def earlier_lines(pairs: Sequence[Pair]) -> Iterator[str]:
 
 
 def choice_lines(plan: Plan) -> Iterator[str]:
-    """What the choices come to: whose reference stays, which are lost, and where that looks wrong."""
+    """What the choices come to: which reference stays and which are lost."""
     if plan.chosen:
         yield f"CHOICES: {plural(len(plan.chosen), 'group')}"
     for group in plan.chosen:
         yield f"  {group.email} keeps {group.chosen}"
         for contact in group.lost_refs():
             yield f"    lost: {contact.external_ref} ({describe_contact(contact)}): its account has no contact then"
-        for warning in group.warnings():
-            yield f"    WARNING: {warning}: a shared mailbox is not a person; one would read the others' conversations"
+
+
+def warning_lines(plan: Plan) -> Iterator[str]:
+    """What a person should check before groups are merged, twenty lines of each kind at most."""
+    by_code: Dict[str, List[str]] = collections.defaultdict(list)
+    for one in plan.warnings():
+        by_code[one["code"]].append(f"{one['email']}: {one['warning']}")
+    for code, lines in sorted(by_code.items(), key=lambda item: item[0] != "shared_mailbox"):
+        yield f"WARNING {code}: {plural(len(lines), 'group')}"
+        if code != "age_undecided":
+            yield "  a shared mailbox is not a person: after the merge one would read the others' conversations"
+        yield from (f"  {words}" for words in some(lines, 20))
+
+
+def look_alike_lines(plan: Plan) -> Iterator[str]:
+    """Addresses that are probably one, but for how they are written; they are never joined."""
+    if plan.look_alikes:
+        yield f"LOOK ALIKE, and not joined: {plural(len(plan.look_alikes), 'group')} of addresses; fix them in DevRev"
+    files = {line["file"] for one in plan.look_alikes for line in one["lines"]}
+    for one in plan.look_alikes[:20]:
+        places: Dict[str, List[str]] = collections.defaultdict(list)
+        for line in one["lines"]:
+            where = f"{line['file']}, line {line['line']}" if len(files) > 1 else f"line {line['line']}"
+            places[ascii(line["email"])[1:-1]].append(where)
+        yield "  " + " and ".join(f"{email} ({', '.join(some(found))})" for email, found in places.items())
+    if len(plan.look_alikes) > 20:
+        yield f"  and {len(plan.look_alikes) - 20:,} more (--json has them all)"
 
 
 def describe_contact(contact: Contact) -> str:
@@ -5913,10 +7202,21 @@ def describe_contact(contact: Contact) -> str:
 
 
 def invalid_lines(plan: Plan) -> Iterator[str]:
-    if plan.invalid_rows:
-        yield f"LEFT OUT: {plural(len(plan.invalid_rows), 'invalid row')}"
+    """The rows that are left out, grouped by reason; twenty lines of each reason at most."""
+    if not plan.invalid_rows:
+        return
+    hint = looks_like(plan.invalid_rows)
+    yield f"LEFT OUT: {plural(len(plan.invalid_rows), 'invalid row')}" + (f"; {hint}" if hint else "")
+    files = len({row.file for row in plan.invalid_rows})
+    by_code: Dict[str, List[InvalidRow]] = collections.defaultdict(list)
     for row in plan.invalid_rows:
-        yield f"  line {row.line}: {row.reason}" + (f" ({row.email})" if row.email else "")
+        by_code[row.code].append(row)
+    for code, rows in sorted(by_code.items(), key=lambda item: -len(item[1])):
+        yield f"  {INVALID_ROWS[code]}: {plural(len(rows), 'row')}"
+        for row in rows[:20]:
+            yield f"    {place_of(row, files)}: {row.reason}" + (f" ({row.email})" if row.email else "")
+        if len(rows) > 20:
+            yield f"    and {len(rows) - 20:,} more (--json has them all)"
 
 
 def skip_lines(plan: Plan, code: str) -> Iterator[str]:
@@ -5925,7 +7225,7 @@ def skip_lines(plan: Plan, code: str) -> Iterator[str]:
     if not skips:
         return
     yield f"SKIPPED {code}: {plural(len(skips), 'group')}"
-    reason, advice = SKIP_REASONS[code]
+    reason, advice = skip_words(code)
     yield f"  why: {reason}"
     yield f"  what to do: {advice}"
     lines: Dict[str, List[str]] = collections.defaultdict(list)
@@ -5933,8 +7233,8 @@ def skip_lines(plan: Plan, code: str) -> Iterator[str]:
         lines[email_key(row.email or "")].append(str(row.line))
     for skipped_group in skips:
         choices = list(skipped_group.choice_lines().items())
+        size = plural(len(skipped_group.contacts), "contact")
         if choices:
-            size = plural(len(skipped_group.contacts), "contact")
             yield f"  {skipped_group.email}, {size}; a line for --choices (EMAIL,EXTERNAL_REF):"
             for line, contact in choices[:6]:
                 yield f"    {describe_contact(contact)}"
@@ -5942,32 +7242,44 @@ def skip_lines(plan: Plan, code: str) -> Iterator[str]:
             yield from [f"    and {len(choices) - 6:,} more"] if len(choices) > 6 else []
             continue
         names = some([f"{one.external_ref} ({plural(one.tickets, 'ticket')})" for one in skipped_group.contacts], 6)
-        numbers = lines[skipped_group.email] if code == "invalid_row" else []
+        numbers = some(lines[skipped_group.email], 20) if code == "invalid_row" else []
         where = f" (line{'s' * (len(numbers) > 1)} {', '.join(numbers)})" if numbers else ""
+        where = f", {size}" if code == "shared_mailbox" else where
         yield f"  {skipped_group.email}{where}: {', '.join(names)}"
 
 
 def _show_pairs(plan: Plan, console: Console) -> None:
-    """A table where it fits the terminal, else two lines a pair."""
+    """Print the pairs as a table; a row that is much longer than most, or does not fit the terminal, on lines of its
+    own."""
     head = ("EMAIL", "PRIMARY", "TICKETS", console.arrow, "DUPLICATE", "TICKETS", "REFERENCE", "NAME")
     rows = [_pair_cells(pair, console) for pair in plan.pairs() if pair.state is State.PLANNED]
     if not rows:
         return
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    # One long address must not take the table from all the others: a column is as wide as nine of ten cells need.
+    share = 1.0 if max(len("  ".join(row)) for row in rows) + 10 < console.width / 2 else 0.9
+    widths = [
+        max(len(title), sorted(map(len, column))[int(share * (len(rows) - 1))])
+        for title, column in zip(head, zip(*rows))
+    ]
     form = "%-{}s  %-{}s %{}s %{}s %-{}s %{}s  %-{}s  %s".format(*widths)
-    if sum(widths) + 10 > console.width:
-        form = "%s\n  %s (%s) %s %s (%s), %s\n  %s"
-    for line in (form % head).split("\n"):
+    lines = "%s\n  %s (%s) %s %s (%s), reference %s\n  %s"
+    room = console.width - 10 - sum(widths[:-1])
+    is_table = room >= len(head[-1])
+    for line in ((form if is_table else lines) % head).split("\n"):
         console.print(line, "bold")
     for start in range(0, len(rows), 1000):
-        console.stream("".join(form % row + "\n" for row in rows[start : start + 1000]))
+        text = ""
+        for row in rows[start : start + 1000]:
+            fits = is_table and len(row[-1]) <= room and all(map(int.__le__, map(len, row[:-1]), widths))
+            text += (form if fits else lines) % row + "\n"
+        console.stream(text)
     console.print()
 
 
 def _pair_cells(pair: Pair, console: Console) -> Tuple[str, ...]:
     cells = (
-        pair.email, pair.primary.short_id, str(pair.primary.tickets), console.arrow, pair.duplicate.short_id,
-        str(pair.duplicate.tickets), pair.new_ref or "unchanged", names_of(pair),
+        pair.email, pair.primary.external_ref, str(pair.primary.tickets), console.arrow, pair.duplicate.external_ref,
+        str(pair.duplicate.tickets), "moves" if pair.new_ref else "unchanged", names_of(pair),
     )  # fmt: skip
     return tuple(map(console.sanitize, cells))
 
@@ -5976,36 +7288,45 @@ def _pair_cells(pair: Pair, console: Console) -> Tuple[str, ...]:
 # Command line
 # ---------------------------------------------------------------------------------------------------
 
-DESCRIPTION = "Merge duplicate DevRev contacts that share an email: check, back up, merge, move the reference, prove."
-EPILOG = """\
-examples:
-  look at the plan (no request, no token needed):
-    merge_contacts.py --csv contacts.csv --preview
-  merge one customer first, then the rest:
-    merge_contacts.py --csv contacts.csv --email ana@example.com
-    merge_contacts.py --csv contacts.csv
-  after a crash or an interruption, the same command again goes on:
-    merge_contacts.py --csv contacts.csv
-  take back what a run has merged (ids, dates, creators and authors of comments can't be given back):
-    merge_contacts.py --undo reports/merge_report_20250131_120000.json --preview
-    merge_contacts.py --undo reports/merge_report_20250131_120000.json
-
-environment, or .env in this folder or beside the script:
-  DEVREV_API_TOKEN          needed for a real run
-  DEVREV_BASE_URL           default https://api.devrev.ai
-  DEVREV_RATE_LIMIT_CALLS, DEVREV_RATE_LIMIT_PERIOD
-                            the tool's own ceiling, default 200 calls in 60 seconds; 0 calls: none
-  DEVREV_TIMEOUT            seconds to wait for an answer, default 30
-  DEVREV_MAX_RETRIES        default 5
-
-exit codes:
-  0    all merged, or nothing to do
-  1    some failed, the rest are merged
-  2    bad option, CSV, token or permission: nothing was changed
-  3    stopped early: run again
-  11   another run holds the savepoint
-  130, 143, 129   interrupted (Ctrl-C, SIGTERM, SIGHUP): run again
+EXIT_CODES: Mapping[int, str] = {
+    EXIT_OK: "every planned pair is merged, or there was nothing to do",
+    EXIT_FAILED: "some pairs failed or are unfinished; the rest are merged",
+    EXIT_USAGE: "bad option, CSV, token or environment; nothing was changed",
+    EXIT_STOPPED: "stopped early (API, token, disk): run again to resume",
+    EXIT_HELD: "another run holds the savepoint",
+    130: "interrupted by Ctrl-C: run again to resume",
+    143: "interrupted by SIGTERM: run again to resume",
+    129: "interrupted by SIGHUP, a closed terminal: run again to resume",
+}
+DESCRIPTION = """\
+Merge duplicate DevRev contacts that share an email address. Each pair is
+checked, backed up, merged and verified; a report names every result.
 """
+EPILOG = """\
+A first time, step by step:
+  merge_contacts.py --export contacts.csv          read contacts from DevRev
+  merge_contacts.py --csv contacts.csv --preview   see what would be merged
+  merge_contacts.py --csv contacts.csv --check     see whether a run can start
+  merge_contacts.py --csv contacts.csv --limit 1   merge one pair, check it
+  merge_contacts.py --csv contacts.csv             merge the rest
+The same command in the same folder resumes a stopped run. To undo a run:
+  merge_contacts.py --undo reports/merge_report_20250131_120000.json
+
+Environment, or .env in the current folder or beside the script:
+  DEVREV_API_TOKEN          your token; --preview and --status need none
+  DEVREV_BASE_URL           (default: https://api.devrev.ai)
+  DEVREV_RATE_LIMIT_CALLS   requests; 0: no limit (default: DevRev's quota)
+  DEVREV_RATE_LIMIT_PERIOD  seconds for so many requests (default: 60)
+  DEVREV_TIMEOUT            seconds without an answer (default: 30)
+  DEVREV_MAX_RETRIES        repeats of a failed request (default: 5)
+  DEVREV_USER_REF_PREFIX    your application's references (default: user_)
+  HTTPS_PROXY, REQUESTS_CA_BUNDLE   as for other programs
+
+A run writes savepoint.db, logs/, backups/ and reports/ in the current folder.
+Times in file names are UTC.
+
+Exit codes:
+""" + "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
 
 
 def _positive_int(text: str) -> int:
@@ -6029,213 +7350,356 @@ def _seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{escape_unprintable(text)} is not a number of seconds above 0, up to 86400")
 
 
-class OptionParser(argparse.ArgumentParser):
-    """argparse, but a wrong option is told first, with what may have been meant, and can't act on the terminal."""
+class StoreOnce(argparse.Action):
+    """Stores one value; a second one is an error, because "the last one wins" hides a mistake."""
 
-    MEANT: Mapping[str, str] = {"--dry-run": "--preview", "--force": "--yes", "--resume": "the same command again"}
+    given = False
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Optional[str] = None
+    ) -> None:
+        if self.given:
+            parser.error(f"{option} is given twice; it takes one value")
+        self.given = True
+        setattr(namespace, self.dest, values)
+
+
+class OptionParser(argparse.ArgumentParser):
+    """Prints what is wrong with an option first, then what may have been meant."""
+
+    MEANT: Mapping[str, str] = {
+        "--dry-run": "--preview", "--force": "--yes", "--resume": "the same command again", "--rollback": "--undo",
+        "--input": "--csv", "--file": "--csv", "--output": "--export", "--threads": "--workers",
+    }  # fmt: skip
+    as_json = False  # whether a program reads the report of a run on stdout
 
     def error(self, message: str) -> NoReturn:
         _, _, unknown = message.partition("unrecognized arguments: ")
         hint = self._hint(unknown.split()[0]) if unknown.split() else ""
-        usage = "usage: merge_contacts.py --csv PATH [--preview] [option ...]   (--help tells them all)"
+        if self.as_json:
+            failure = {"schema": SCHEMA, "exit_code": EXIT_USAGE, "error": f"{message}{hint}"}
+            sys.stdout.write(json.dumps(failure) + "\n")
+        usage = "usage: merge_contacts.py --csv PATH [--preview] [option ...]   (--help lists the options)"
         self.exit(EXIT_USAGE, escape_unprintable(f"{self.prog}: error: {message}{hint}") + f"\n{usage}\n")
 
     def _hint(self, word: str) -> str:
         name = word.split("=")[0]
-        if word.lower().endswith(".csv"):
+        if word.lower().endswith((".csv", ".csv.gz")):
             return f"; did you mean --csv {word}?"
+        if name == "--savepoint":
+            return "; the savepoint is savepoint.db in the current folder"
         near = difflib.get_close_matches(name, list(self._option_string_actions), 1)
         meant = self.MEANT.get(name) or (near[0] if near else "")
         return f"; did you mean {meant}?" if meant else ""
 
 
-FLAG: Json = {"action": "store_true"}
-OPTIONS: Mapping[str, Mapping[str, Tuple[str, Json]]] = {
-    "what to work on": {
-        "--csv PATH": ("the export of contacts (README: how to make it)", {"type": Path}),
-        "--choices PATH": ("a CSV (EMAIL, EXTERNAL_REF): whom to keep of ambiguous groups", {"type": Path}),
-        "--email ADDRESS": ("only this address (may be repeated)", {"action": "append"}),
-        "--limit N": ("at most N pairs in this run: a canary", {"type": _positive_int}),
-        "--undo PATH": (
-            "take merges back: those of a backup folder, or of a merge report; with --preview: say what would be",
-            {"type": Path},
-        ),
-    },
-    "make the CSV": {
-        "--export PATH": ("read it from DevRev itself, with list calls alone", {"type": Path}),
-        "--domain D": ("only emails of this domain (may be repeated)", {"type": _domain, "action": "append"}),
-    },
-    "look, without changing anything": {
-        "--preview": ("print the plan; no request is made", FLAG),
-        "--check": ("say whether a real run could start (a few read requests)", FLAG),
-        "--status": ("print what the savepoint knows", FLAG),
-        "--verify-backups FOLDER": ("re-read every backup", {"nargs": "?", "type": Path, "const": Path("backups")}),
-        "--json": ("with one of these: the same as JSON", FLAG),
-    },
-    "how to work": {
-        "--count-policy": (
-            "a contact's backup must hold exactly the export's TICKET_COUNT (default), or at least that",
-            {"choices": ("exact", "at-least"), "default": "exact"},
-        ),
-        "--merge-timeout SECONDS": (
-            "how long to wait for DevRev to finish a merge (default 120)", {"type": _seconds, "default": 120.0},
-        ),
-        "--workers N": ("concurrent requests (default 8)", {"type": _positive_int, "default": 8}),
-        "--savepoint PATH": ("default savepoint.db", {"type": Path, "default": Path("savepoint.db")}),
-        "--no-timelines": ("leave the comments out of the backup (a request each); the manifest says so", FLAG),
-        "--settle ADDRESS": (
-            "accept what can't be mended of merged pairs that an earlier report has named as unfinished",
-            {"nargs": "+"},
-        ),
-        "--plan ID": ("only if the plan is still the one that a preview named so", {}),
-        "--yes": ("don't ask before the first change", FLAG),
-    },
-    "what to show": {
-        "-v --verbose": ("show each request", FLAG),
-        "-q --quiet": ("errors and the summary alone", FLAG),
-        "--version": ("", {"action": "version", "version": f"merge_contacts {__version__}"}),
-    },
-}  # fmt: skip
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OptionParser:
+    """Build the parser. An option without `action` takes one value, and takes it once."""
     parser = OptionParser(
-        prog="merge_contacts.py",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        prog="merge_contacts.py", usage="%(prog)s --csv PATH [--preview] [option ...]", description=DESCRIPTION,
+        epilog=EPILOG, allow_abbrev=False, add_help=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28),
+    )  # fmt: skip
+    parser.register("action", None, StoreOnce)
+
+    add = parser.add_argument_group("Input").add_argument
+    add("--csv", metavar="PATH", type=Path, nargs="+", action="extend", help="the export: one file, or all its parts")
+    add("--choices", metavar="PATH", type=Path, help="CSV (EMAIL, EXTERNAL_REF): which contact to keep")
+    add("--email", metavar="ADDRESS", action="append", help="only this address (may be repeated)")
+    add("--limit", metavar="N", type=_positive_int, help="at most N pairs in this run; 1 is a canary")
+    add("--plan", metavar="ID", help="only if the plan still has this ID")
+
+    add = parser.add_argument_group("Read-only modes").add_argument
+    add("--preview", action="store_true", help="print what a run, or --undo, would do")
+    add("--live", action="store_true", help="with --preview: compare the plan with DevRev")
+    add("--check", action="store_true", help="test whether a run can start")
+    add("--status", action="store_true", help="print what the savepoint knows")
+    backups = Path("backups")
+    add(
+        "--verify-backups", metavar="DIR", type=Path, nargs="?", const=backups,
+        help="read all backups again (default: backups)",
+    )  # fmt: skip
+
+    add = parser.add_argument_group("Other modes").add_argument
+    add("--undo", metavar="PATH", type=Path, help="undo the merges of a report or a backup folder")
+    add("--settle", metavar="ADDRESS", nargs="+", action="extend", help="close unfinished pairs that can't be finished")
+    add("--export", metavar="PATH", type=Path, help="write the CSV from DevRev; overwrites no file")
+    add(
+        "--domain", metavar="DOMAIN", type=_domain, action="append", help="with --export: only this domain (repeatable)"
     )
-    for title, options in OPTIONS.items():
-        group = parser.add_argument_group(title)
-        for names, (words, details) in options.items():
-            flags, metavar = re.findall(r"-[\w-]+", names), re.search(r" ([A-Z]+)$", names)
-            more: Json = {"metavar": metavar.group(1)} if metavar else {}
-            group.add_argument(*flags, help=words or None, **more, **details)
+    add("--choices-template", metavar="PATH", type=Path, help="write a CSV for --choices to be cut down")
+
+    add = parser.add_argument_group("Merge rules").add_argument
+    add("--primary", choices=("revu", "user"), default="revu", help="the contact that remains (default: revu)")
+    add(
+        "--count-policy", metavar="POLICY", choices=("exact", "at-least"), default="exact",
+        help="exact or at-least TICKET_COUNT (default: exact)",
+    )  # fmt: skip
+    add("--across-workspaces", action="store_true", help="also merge contacts of different rev orgs")
+    add("--try-unverified", action="store_true", help="also merge unverified into verified contacts")
+    add("--carry-fields", action="store_true", help="copy fields that only the duplicate has")
+    add("--no-timelines", action="store_true", help="leave comments out of the backup")
+    add(
+        "--merge-timeout", metavar="SECONDS", type=_seconds, default=120.0,
+        help="how long to wait for one merge (default: 120)",
+    )  # fmt: skip
+    add("--workers", metavar="N", type=_positive_int, default=8, help="concurrent requests (default: 8)")
+
+    add = parser.add_argument_group("Confirmation and output").add_argument
+    add("--yes", action="store_true", help="do not ask; needed where stdin is no terminal")
+    add("--json", action="store_true", help="print the result as JSON, all else on stderr")
+    add("-v", "--verbose", action="store_true", help="show each request")
+    add("-q", "--quiet", action="store_true", help="show only errors and the summary")
+    add("--version", action="version", version=f"merge_contacts {__version__}", help="print the version")
+    add("-h", "--help", action="help", help="print this help")
     return parser
 
 
+# Which options go only with which modes; `merge` is a run without another mode. The rest goes with all.
+GOES_WITH: Mapping[str, Tuple[str, ...]] = {
+    "live": ("preview",),
+    "choices": ("merge", "preview", "check"),
+    "plan": ("merge", "preview"),
+    "primary": ("merge", "preview", "check", "choices_template"),
+    "count_policy": ("merge", "preview", "check"),
+    "across_workspaces": ("merge", "preview", "check"),
+    "try_unverified": ("merge", "preview", "check"),
+    "carry_fields": ("merge", "preview", "check"),
+    "email": ("merge", "preview", "check", "undo"),
+    "limit": ("merge", "preview", "check", "undo"),
+    "csv": ("merge", "preview", "check", "choices_template", "undo", "settle", "status", "verify_backups"),
+    "domain": ("export",),
+    "json": ("merge", "preview", "check", "status", "verify_backups", "settle", "undo"),
+}
+
+
 def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    """Parse the command line, and refuse options that don't go together (exit 2)."""
     parser = build_parser()
-    options = parser.parse_args(argv)
-    given = {name for name, value in vars(options).items() if value not in (None, False)}
-    modes = [name for name in MODES if name != "undo" and name in given]
-    merges = modes in ([], ["preview"])
-    with_export = [name for name in ("csv", "choices", "plan", "email", "limit") if name in given]
-    wrong = {
-        f"--{' and --'.join(modes).replace('_', '-')} don't go together": len(modes) > 1,
-        "--json goes with --preview, --check, --status or --verify-backups": (
-            "json" in given and not given & {"preview", "check", "status", "verify_backups"}
-        ),
-        "--plan goes with --csv and a merge, or its --preview": (
-            "plan" in given and not ("csv" in given and merges and "undo" not in given)
-        ),
-        f"--export makes a CSV for a later run: --{' --'.join(with_export)} does not go with it": (
-            "export" in given and bool(with_export)
-        ),
-        "--domain goes with --export": "domain" in given and "export" not in given,
-        "--undo goes with --preview alone": "undo" in given and not merges,
-        "--csv PATH is needed (try --help)": merges and options.csv is None and options.undo is None,
-    }
-    for message, is_wrong in wrong.items():
-        if is_wrong:
-            parser.error(message)
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser.as_json = "--json" in words and not {"--preview", "--check", "--status", "--verify-backups"} & set(words)
+    options = parser.parse_args(words)
+    given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
+    modes = [name for name in MODES if name in given]
+    if "undo" in modes and "preview" in modes:
+        modes.remove("preview")
+
+    def option(name: str) -> str:
+        return {"merge": "a merge"}.get(name, f"--{name.replace('_', '-')}")
+
+    if len(modes) > 1:
+        parser.error(f"{' and '.join(map(option, modes))} don't go together: give one of them")
+    mode = modes[0] if modes else "merge"
+    for name, fits in GOES_WITH.items():
+        if name in given and mode not in fits:
+            *others, last = map(option, fits)
+            where = f"{', '.join(others)} or {last}" if others else last
+            parser.error(f"{option(name)} goes with {where}, not with {option(mode)}")
+    if mode in ("merge", "preview", "choices_template") and not options.csv:
+        with_undo = ", or --undo PATH" if mode == "preview" else ""
+        parser.error(f"--csv PATH is needed{with_undo} (--export PATH makes one; --help lists the options)")
+    options.mode = mode
     return options
 
 
 # -- settings ----------------------------------------------------------------------------------------
+
+# The run-time packages, each with a name that tells it from another package of that name.
+PACKAGES = {"requests": "Session", "dotenv": "dotenv_values", "ratelimit": "RateLimitException"}
+
+
+def import_package(name: str) -> Any:
+    """Import one of PACKAGES. Raises FatalError(2) that says what is missing, broken or in the way."""
+    install = "python -m pip install -r requirements.txt"
+    try:
+        package = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        needed = "" if error.name == name else f", which {name} needs,"
+        raise FatalError(EXIT_USAGE, f"the package {error.name}{needed} is missing: {install}") from None
+    except Exception as error:  # a broken package may raise anything
+        why = f"{type(error).__name__}: {error}"
+        again = install.replace("install ", "install --force-reinstall ")
+        raise FatalError(EXIT_USAGE, f"the package {name} is broken ({why}); install it again: {again}") from None
+    if not hasattr(package, PACKAGES[name]):
+        file = getattr(package, "__file__", None) or next(iter(getattr(package, "__path__", [])), "unknown")
+        why = f"another package or file named {name} is in the way: {file}"
+        raise FatalError(EXIT_USAGE, f"{why}; remove or rename it, then {install}")
+    return package
+
+
+def read_env_file(path: Path) -> str:
+    """Read `.env` once: a regular file, or a pipe, to which a password manager writes. Raises FatalError(2)."""
+    found: List[Any] = []
+
+    def read() -> None:
+        try:
+            found.append(path.read_bytes())
+        except OSError as error:
+            found.append(error)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(ENV_PIPE_NOTICE)
+    if reader.is_alive():
+        log.warning(
+            "%s is a pipe without data; waiting up to %g s for the program that writes to it", path, ENV_PIPE_WAIT
+        )
+        reader.join(ENV_PIPE_WAIT - ENV_PIPE_NOTICE)
+    if not found:
+        raise FatalError(EXIT_USAGE, f"{path} gave no data in {ENV_PIPE_WAIT:g} s; start the program that writes to it")
+    if isinstance(found[0], OSError):
+        raise FatalError(EXIT_USAGE, f"{path} can't be read: {found[0].strerror}")
+    try:
+        return str(found[0], "utf-8-sig")
+    except UnicodeDecodeError:
+        raise FatalError(EXIT_USAGE, f"{path} is not UTF-8 text; save it again as UTF-8") from None
+
+
+ENV_PIPE_NOTICE, ENV_PIPE_WAIT = 2.0, 60.0  # seconds
 
 
 def load_environment() -> Dict[str, str]:
     """The DEVREV_ settings: the environment, else `.env` in the current folder, else `.env` beside the script."""
     found: Dict[str, str] = {}
     for path in dict.fromkeys((Path.cwd() / ".env", Path(__file__).resolve().parent / ".env")):
-        if path.is_file():
-            from dotenv import dotenv_values
-
-            logging.getLogger("dotenv").setLevel(logging.ERROR)  # what is off in the file is told below
-            try:
-                values = dotenv_values(path, interpolate=False)
-                lines = path.read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError):
-                raise FatalError(EXIT_USAGE, f"{path} can't be read as UTF-8 text") from None
-            for number, line in enumerate(lines, 1):
-                if line.strip() and not re.match(r"\s*(#|(export\s+)?['\"]?[^=#\s]+\s*=)", line):
-                    log.warning("%s, line %d is no NAME=value and is left out", path, number)
-            found = {**{name: value for name, value in values.items() if value}, **found}
+        if not os.path.lexists(str(path)) or path.is_dir():
+            continue
+        text = read_env_file(path)
+        logging.getLogger("dotenv").setLevel(logging.ERROR)  # bad lines are named below
+        values = import_package("dotenv").dotenv_values(stream=io.StringIO(text), interpolate=False)
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip() and not re.match(r"\s*(#|(export\s+)?['\"]?[^=#\s]+\s*=)", line):
+                log.warning("%s, line %d is not NAME=value and is ignored", path, number)
+        found = {**{name: value for name, value in values.items() if value}, **found}
     return {**found, **{name: value for name, value in os.environ.items() if value}}
 
 
 def load_settings(environment: Mapping[str, str], workers: int) -> ApiSettings:
-    """Check the settings. Raises Stop(2) naming the variable that is off, never its value if that is the token."""
+    """Check the settings. Raises FatalError(2) that names the variable, and never shows the token."""
 
     def number(name: str, default: float, least: float) -> float:
-        text = environment.get(name, "")
+        text = environment.get(name, "").strip()
         with contextlib.suppress(ValueError):
             value = float(text) if text else default
             if least <= value <= 1e9:
                 return value
         raise FatalError(EXIT_USAGE, f"{name} is not a number of at least {least:g}: {text}")
 
-    base_url = environment.get("DEVREV_BASE_URL", ApiSettings.base_url).strip().rstrip("/")
+    base_url = environment.get("DEVREV_BASE_URL", "").strip().rstrip("/") or ApiSettings.base_url
+    limited = environment.get("DEVREV_RATE_LIMIT_CALLS", "").strip()
+    prefix = environment.get("DEVREV_USER_REF_PREFIX", "").strip() or ApiSettings.user_ref_prefix
+    if prefix.startswith("REVU-") or "REVU-".startswith(prefix):
+        why = "it overlaps with REVU-, which DevRev's own references begin with; set your application's prefix"
+        raise FatalError(EXIT_USAGE, f"DEVREV_USER_REF_PREFIX is {prefix}: {why}")
     return ApiSettings(
         token=environment.get("DEVREV_API_TOKEN", "").strip(),
         base_url=check_base_url(base_url),
-        calls=math.ceil(number("DEVREV_RATE_LIMIT_CALLS", 200, 0)),
+        calls=math.ceil(number("DEVREV_RATE_LIMIT_CALLS", 0, 0)) if limited else ApiSettings.calls,
         period=number("DEVREV_RATE_LIMIT_PERIOD", 60, 0.001),
         timeout=number("DEVREV_TIMEOUT", 30, 0.01),
         retries=int(number("DEVREV_MAX_RETRIES", 5, 0)),
         workers=workers,
+        user_ref_prefix=prefix,
     )
 
 
 def check_base_url(url: str) -> str:
-    """Refuse a base URL that the token must not be sent to. Raises Stop(2)."""
+    """Return `url`. Raises FatalError(2) where the token must not be sent to it."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname or "", parts.port
     except ValueError:
-        raise FatalError(EXIT_USAGE, "DEVREV_BASE_URL is not a URL") from None
+        raise FatalError(EXIT_USAGE, "DEVREV_BASE_URL is not a URL; set it to https://api.devrev.ai") from None
     if parts.username is not None or parts.query or parts.fragment:
-        raise FatalError(EXIT_USAGE, "DEVREV_BASE_URL holds more than a host and a path")
+        raise FatalError(EXIT_USAGE, "DEVREV_BASE_URL has more than a host and a path; remove the rest")
     loopback = host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host)
     if not host or parts.scheme not in ("http", "https"):
         raise FatalError(EXIT_USAGE, f"DEVREV_BASE_URL is not an https address: {url}")
     if parts.scheme == "http" and not loopback:
-        why = f"plain http would show the token to everybody between here and {host}; use https"
+        why = f"plain http would show the token to everyone between here and {host}; use https"
         raise FatalError(EXIT_USAGE, f"DEVREV_BASE_URL: {why}")
     return url
 
 
 def check_token(token: str) -> None:
+    """Refuse a token that can't be one, with what is wrong with it. Raises FatalError(2)."""
     if not token:
-        raise FatalError(
-            EXIT_USAGE, "DEVREV_API_TOKEN is not set; put it into .env (see .env.example) or the environment"
-        )
+        put = "put it into .env (see .env.example) or the environment"
+        raise FatalError(EXIT_USAGE, f"DEVREV_API_TOKEN is not set; {put}")
     if token[0] in "'\"\u2018\u2019\u201c\u201d":
-        raise FatalError(EXIT_USAGE, "DEVREV_API_TOKEN is in quotes, which are no part of it: take them away")
+        raise FatalError(EXIT_USAGE, "DEVREV_API_TOKEN is in quotes that are not part of it; remove them")
+    if re.match(r"(authorization\s*:\s*)?bearer\b", token, re.IGNORECASE):
+        why = 'begins with "Bearer", which is not part of the token; remove that word and the space after it'
+        raise FatalError(EXIT_USAGE, f"DEVREV_API_TOKEN {why}")
     if not re.fullmatch(r"[\x21-\x7e]+", token):
-        raise FatalError(EXIT_USAGE, "DEVREV_API_TOKEN holds a space, a line break or something that is not ASCII")
+        why = "contains a space, a line break or a character that is not ASCII; copy it again"
+        raise FatalError(EXIT_USAGE, f"DEVREV_API_TOKEN {why}")
 
 
 # -- one call ----------------------------------------------------------------------------------------
 
 
-class RunContext:
-    """One call of the tool: options, settings, console, log; named by its stamp."""
+class SignalHandler:
+    """The first Ctrl-C, SIGTERM or SIGHUP calls `act`; the second ends the process at once, with the same exit code.
 
-    TICK = 0.2  # seconds between looks at what the status line says
+    A closed terminal may send SIGHUP twice, from the kernel and from the shell: a repeated one is still the first.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.number = 0  # of the first signal
+        self._act: Callable[[], Any] = lambda: None
+
+    def install(self, act: Callable[[], Any]) -> None:
+        """From now on, let the first signal call `act`, in the main thread."""
+        self._act = act
+        for number in SIGNALS:
+            # A program started by nohup is to outlive the terminal.
+            if not (number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: Any) -> None:
+        if not self.number:
+            self.number = number
+            self._act()
+        elif not self.number == number == getattr(signal, "SIGHUP", None):
+            self.console.print_last("ended at once; run the same command again to resume")
+            os._exit(128 + self.number)
+
+
+def interrupt() -> NoReturn:
+    raise KeyboardInterrupt
+
+
+class RunContext:
+    """One call of the tool: options, settings, console, log and signals; named by the second in which it started."""
+
+    TICK = 0.2  # seconds between updates of the status line
 
     def __init__(self, options: argparse.Namespace, environment: Optional[Environment] = None) -> None:
         self.options = options
-        self.console = Console(options.quiet)
+        # With --json a run prints its report on stdout, and everything else on stderr.
+        self.reports_json = options.json and options.mode in CHANGING and not options.preview
+        self.console = (
+            Console(options.quiet, sys.stderr, sys.stderr, sys.stdout) if self.reports_json else Console(options.quiet)
+        )
+        self.signals = SignalHandler(self.console)
         self.environment = environment or Environment(ApiSettings(token=""))
         self.started = self.environment.now()
         self.run_id = free_run_id(self.started.wall)
         self.settings = self.environment.settings
         self.organisation = ""
         self.token_owner: Json = {}
-        self.signal = 0
+        self.error = ""  # what has ended it without a report
+
+    @property
+    def signal(self) -> int:
+        """The first signal that came, 0 where none did."""
+        return self.signals.number
+
+    @signal.setter
+    def signal(self, number: int) -> None:
+        self.signals.number = number
 
     @property
     def report_path(self) -> Path:
@@ -6246,45 +7710,33 @@ class RunContext:
         return Path("logs") / f"contact_merge_{self.run_id}.log"
 
     def on_signal(self, loop: asyncio.AbstractEventLoop, act: Callable[[], Any]) -> None:
-        """The first Ctrl-C, SIGTERM or SIGHUP acts, in the event loop; the second ends the process at once."""
+        """Let the first signal call `act` in the event loop."""
 
-        def handle(number: int, _frame: Any) -> None:
-            self.second_signal(number)
+        def handle() -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(act)
-            self.console.print_err("stopping: waiting for requests that are under way (again: stop at once) ...")
+            self.console.print_err("stopping: waiting up to 10 s for requests under way (again: stop at once) ...")
 
-        self.catch(handle)
-
-    def second_signal(self, number: int) -> None:
-        """Note the first signal; the second ends the process at once."""
-        if self.signal:
-            self.console.print_last("cut off; run the same command again to go on")
-            os._exit(128 + self.signal)
-        self.signal = number
-
-    def catch(self, handle: Callable[[int, Any], None]) -> None:
-        for number in SIGNALS:
-            # Whoever started it with nohup wants it to outlive the terminal.
-            if not (number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
-                signal.signal(number, handle)
+        self.signals.install(handle)
 
     def open_log(self) -> None:
-        """Log to a file and, with -v, to stderr. Raises Stop(3) where a real run can't log."""
+        """Log to a file and, with -v, to stderr. Raises FatalError(3) where a run that may change DevRev can't log."""
         logging.raiseExceptions = False
         log.setLevel(logging.DEBUG)
         log.propagate = False
         if not self.options.quiet:
-            self._add_handler(ConsoleHandler(self.console, logging.DEBUG if self.options.verbose else logging.WARNING))
-        if self.options.status:  # which somebody may call every few seconds
+            level = logging.DEBUG if self.options.verbose else logging.WARNING
+            self._add_handler(ConsoleHandler(self.console, level))
+        if self.options.status:  # which may be called every few seconds
             return
         try:
             self.environment.make_private_dir(self.log_path.parent)
             self._add_handler(logging.FileHandler(str(self.log_path), encoding="utf-8"))
         except OSError as error:
-            if not self.options.preview:
-                raise FatalError(EXIT_STOPPED, f"the log can't be written: {error}") from None
-            self.console.print_err(f"warning: the log can't be written: {error}")
+            words = f"the log {self.log_path} can't be written: {error.strerror or error}"
+            if self.options.mode in CHANGING and not self.options.preview:
+                raise FatalError(EXIT_STOPPED, f"{words}; run in a folder that can be written") from None
+            self.console.print_err(f"warning: {words}")
         log.info("merge_contacts %s, Python %s on %s", __version__, sys.version.split()[0], sys.platform)
 
     def _add_handler(self, handler: logging.Handler) -> None:
@@ -6292,17 +7744,68 @@ class RunContext:
         log.addHandler(handler)
 
     def load_settings(self) -> None:
-        self.settings = load_settings(load_environment(), self.options.workers)
+        """Load settings and the packages that this mode needs. Raises FatalError(2)."""
+        variables = load_environment()
+        Contact.user_prefix = check_user_prefix(variables.get("DEVREV_USER_REF_PREFIX", ""))
+        self.settings = load_settings(variables, self.options.workers)
         self.environment.settings = self.settings
         self.console.mask = self.settings.mask
+        if self.options.mode not in OFFLINE or self.options.live:
+            import_package("requests")
+            if self.settings.calls != 0:
+                import_package("ratelimit")
 
     def cost(self, plan: Plan) -> Estimate:
         return estimate(plan, self.settings, not self.options.no_timelines)
 
-    def ceiling(self) -> str:
+    def describe_rate(self) -> str:
+        """How fast requests may be sent, in words."""
+        if self.settings.calls is None:
+            return "at the rate that DevRev allows"
         if not self.settings.calls:
-            return "without a ceiling of the tool's own"
-        return f"at {self.settings.calls} calls in {self.settings.period:g} s"
+            return "without a client-side limit"
+        return f"at {self.settings.calls} requests in {self.settings.period:g} s"
+
+    def command(self, *words: str, without: Collection[str] = ()) -> str:
+        """The command that starts this script again with the options of this call, but for those in `without`, and with
+        more `words`."""
+        parser, given = build_parser(), []
+        for name, value in vars(self.options).items():
+            if name in ("mode", *without) or value == parser.get_default(name):
+                continue
+            option = f"--{name.replace('_', '-')}"
+            for one in value if isinstance(value, list) else [value]:
+                text = f"{one:g}" if isinstance(one, float) else str(one)
+                given += [option] if one is True else [f"{option}={text}"] if text[:1] == "-" else [option, text]
+        return command_line(*given, *words)
+
+
+def command_line(*words: str) -> str:
+    """A command that starts this script from the current folder, quoted for the shell."""
+    names = [name for name in ("python", "python3", "py") if shutil.which(name)]
+    mine = [name for name in names if Path(str(shutil.which(name))).parent == Path(sys.executable).parent]
+    script = sys.argv[0] if sys.argv[0].endswith(".py") else str(Path(__file__))
+    command = [mine[0] if mine else sys.executable or "python", script, *words]
+    if os.name == "nt":
+        return " ".join(f'"{word}"' if re.search(r"[^\w./\\:@+=-]", word) else word for word in command)
+    return " ".join(map(shlex.quote, command))
+
+
+CHANGING = ("merge", "undo", "settle", "export")  # modes that write more than a log
+OFFLINE = ("preview", "status", "verify_backups", "settle", "choices_template")  # modes that make no request
+
+
+def history_folder_error(path: Path) -> Optional[str]:
+    """Say why `path` can't be undone from the current folder: the savepoint that knows its merges is in another one."""
+    absolute = Path(os.path.abspath(str(path)))  # noqa: PTH100
+    for name in ("backups", "reports"):
+        for place in (absolute, absolute.resolve()):
+            if Path(name).resolve() in place.parents or Path.cwd() / name in place.parents:
+                return None
+    for parent in absolute.parents:
+        if parent.name in ("backups", "reports"):
+            return f"{path} belongs to another folder's history; run --undo in {parent.parent}, where its savepoint is"
+    return f"{path} is not below backups/ or reports/ of the current folder; name a merge report or a backup folder"
 
 
 # -- the plan ----------------------------------------------------------------------------------------
@@ -6315,12 +7818,20 @@ def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
     gc.disable()  # it would walk, again and again, through what is being built and holds no cycle
     try:
         choices = read_choices(options.choices) if options.choices else {}
-        plan = detect(read_contacts(options.csv, [*choices, *named]), choices)
+        plan = detect(read_contacts(options.csv, [*choices, *named]), choices, options.primary)
     finally:
         gc.enable()
-    plan.id = plan_id(plan.groups, options.count_policy, not options.no_timelines)
+    plan.id = plan_id(
+        plan.groups,
+        count_policy=options.count_policy,
+        timelines=not options.no_timelines,
+        primary=options.primary,
+        across_workspaces=options.across_workspaces,
+        try_unverified=options.try_unverified,
+        carry_fields=bool(getattr(options, "carry_fields", False)),
+    )
     if options.plan is not None and options.plan.strip().lower() != plan.id:
-        why = "CSV, choices, --count-policy or --no-timelines differ from what they were; look at the preview again"
+        why = "the CSV, the choices or an option of the merge differs from what it was; read the preview again"
         raise FatalError(EXIT_USAGE, f"the plan is {plan.id}, not {options.plan}: {why}")
     plan.wanted = {pair.ids: pair for group in plan.groups for pair in group.pairs}
     plan.ids = set(plan.wanted)
@@ -6332,7 +7843,7 @@ def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
         _apply_limit(plan, options.limit, run.console)
     plan.chosen = [group for group in plan.groups if group.chosen and any(p.state not in ENDED for p in group.pairs)]
     for row in plan.invalid_rows:
-        log.info("line %d left out: %s", row.line, row.reason)
+        log.info("%s, line %d left out: %s", row.file, row.line, row.reason)
     for skipped_group in plan.skipped:
         log.info("%s skipped: %s", skipped_group.email, skipped_group.code)
     return plan
@@ -6347,23 +7858,25 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str] = (
     if plan.wanted:
         savepoint.organisation = next(iter(plan.wanted.values())).primary.organisation
     known = {pair.ids: pair for pair in savepoint.pairs(*UNFINISHED, *ENDED)}
-    given_up = {pair.ids: pair for pair in savepoint.pairs(State.UNDONE, State.UNDO_SETTLED, State.CANCELLED)}
-    codes = {ids: "cancelled" if one.state is State.CANCELLED else "undone" for ids, one in given_up.items()}
-    by_email = {one.email: codes[ids] for ids, one in given_up.items()}
-    pairs_of_contact: Dict[str, Set[Ids]] = collections.defaultdict(set)
-    for ids, one in given_up.items():
-        for contact in (*ids, one.undo.contact if one.undo else ""):
-            pairs_of_contact[contact].add(ids)
+    cancelled = {pair.ids: pair for pair in savepoint.pairs(State.CANCELLED)}
+    history = [
+        HistoryRow(
+            pair.email, pair.ids, "cancelled" if pair.state is State.CANCELLED else "undone",
+            pair.undo.contact if pair.undo else "",
+        )
+        for pair in savepoint.pairs(State.UNDONE, State.UNDO_SETTLED, State.CANCELLED)
+    ]  # fmt: skip
+    undone = {
+        row.ids for row in history if row.code == "undone"
+    }  # an undo creates the duplicate again, with another id
+    blocked = {email: code for email, code in blocked_by_history(plan.groups, history).items() if email not in named}
     groups, plan.groups = plan.groups, []
     for group in groups:
         rows = [known.get(pair.ids) for pair in group.pairs]
-        found = [ids for contact in group.all_contacts() for ids in pairs_of_contact.get(contact.id, ())]
-        twice = next((codes[ids] for ids in found if found.count(ids) > 1), "")
-        code = by_email.get(group.email) or twice
-        # Contacts that an undo created again have new ids: an export with the old ones is older than the undo.
-        is_stale = any(codes.get(pair.ids) == "undone" for pair in group.pairs)
-        if is_stale or (code and not all(rows) and group.email not in named):
-            plan.skipped.append(SkippedGroup(group.email, "undone" if is_stale else code, group.all_contacts()))
+        # An export with an old id is older than the undo: it would merge what the undo has not created again.
+        is_stale = any(pair.ids in undone for pair in group.pairs)
+        if is_stale or (group.email in blocked and not all(rows)):
+            plan.skipped.append(SkippedGroup(group.email, blocked.get(group.email, "undone"), group.all_contacts()))
             for pair in group.pairs:
                 plan.ids.discard(pair.ids)
                 del plan.wanted[pair.ids]
@@ -6373,59 +7886,169 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str] = (
             if row:
                 pair.state = row.state
                 plan.already_merged += row.state in ENDED
-            elif pair.ids in given_up:
+            elif pair.ids in cancelled:
                 # It was requested once, and DevRev may still carry that out: it is polled first, like any other.
-                revived = given_up[pair.ids]
+                revived = cancelled[pair.ids]
                 revived.code = revived.error = revived.accepted = ""
                 pair.state = revived.state = State.REQUESTED
                 plan.revived.append(revived)
 
 
 def _apply_email_filter(plan: Plan, emails: Sequence[str], console: Console) -> None:
-    """Keep what was asked for, and say why there is nothing to merge. Raises Stop(2) for an email in no row."""
+    """Keep what was requested, and say why there is nothing to merge. Raises FatalError(2) for an email in no row."""
     wanted = {email_key(email) for email in emails}
+    known = [group.email for group in plan.groups] + [skipped_group.email for skipped_group in plan.skipped]
     plan.groups = [group for group in plan.groups if group.email in wanted]
     plan.skipped = [skipped_group for skipped_group in plan.skipped if skipped_group.email in wanted]
-    lines = {email_key(row.email): row for row in plan.invalid_rows if row.email}
+    plan.look_alikes = [one for one in plan.look_alikes if wanted & set(one["emails"])]
+    rows = {email_key(row.email): row for row in plan.invalid_rows if row.email}
     found = {group.email for group in plan.groups} | {skipped_group.email for skipped_group in plan.skipped}
-    unknown = sorted(wanted - found - plan.left_alone.keys() - lines.keys())
+    unknown = sorted(wanted - found - plan.left_alone.keys() - rows.keys())
     if unknown:
-        raise FatalError(EXIT_USAGE, f"--email: in no row of the CSV: {', '.join(unknown)}")
+        near = {email: difflib.get_close_matches(email, known, 2, 0.8) for email in unknown[:5]}
+        hints = [
+            f"{email} (did you mean {' or '.join(near[email])}?)" if near.get(email) else email for email in unknown
+        ]
+        raise FatalError(EXIT_USAGE, f"--email: in no row of the CSV: {', '.join(some(hints))}")
     for email in sorted(wanted - found):
-        row = lines.get(email)
-        why = f"line {row.line}: {row.reason}" if row else plan.left_alone[email]
+        row = rows.get(email)
+        why = f"{row.file}, line {row.line}: {row.reason}" if row else plan.left_alone[email]
         console.print_err(f"{email}: nothing to merge: {why}")
     for skipped_group in plan.skipped:
-        console.print_err(f"{skipped_group.email}: skipped: {SKIP_REASONS[skipped_group.code][0]}")
+        console.print_err(f"{skipped_group.email}: skipped: {skipped_group.reason()}")
     for group in plan.groups:
         if all(pair.state in ENDED for pair in group.pairs):
             console.print_err(f"{group.email}: nothing to merge: merged already, says the savepoint")
 
 
 def _apply_limit(plan: Plan, limit: int, console: Console) -> None:
-    """Keep whole groups with at most `limit` pairs in all; one that would not fit is passed over."""
-    kept: List[Group] = []
+    """Keep complete groups with at most `limit` pairs in all; one that would not fit is passed over."""
+    groups: List[Group] = []
     sizes = [sum(pair.state is State.PLANNED for pair in group.pairs) for group in plan.groups]
     if any(sizes) and min(filter(None, sizes)) > limit:
-        console.print_err(f"--limit {limit}: no group is so small, and groups are merged as wholes")
+        console.print_err(f"--limit {limit}: no group has so few pairs, and a group is merged as one")
     for group, size in zip(plan.groups, sizes):
-        if size <= limit:  # none: what an earlier run has begun
-            kept.append(group)
+        if size <= limit:  # 0 where an earlier run has requested all of them
+            groups.append(group)
             limit -= size
-    plan.groups = kept
+    plan.groups = groups
+
+
+def write_choices_template(run: RunContext) -> int:
+    """Write a file for --choices with every contact that could be kept; returns the exit code."""
+    path: Path = run.options.choices_template
+    plan = make_plan(run, open_savepoint(run, readonly=True))
+    groups = [group for group in plan.skipped if group.choice_lines()]
+    try:
+        if is_taken(path):
+            raise FileExistsError(str(path))
+        write_new_file(run.environment, path, choices_template(groups))
+    except FileExistsError:
+        words = f"{path} exists already, and is left as it is: name a file that does not exist yet"
+        raise FatalError(EXIT_USAGE, words) from None
+    except OSError as error:
+        raise FatalError(EXIT_USAGE, f"{path} can't be written: {error.strerror or error}") from None
+    lines = sum(len(group.choice_lines()) for group in groups)
+    run.console.print(f"{plural(lines, 'line')} of {plural(len(groups), 'group')} written to {path}", "good")
+    if groups:
+        run.console.print(f"next     cut it down to one line a group, then --choices {path} --preview")
+    shared = sum(group.code == "shared_mailbox" for group in plan.skipped)
+    if shared:
+        words = f"{plural(shared, 'group')} that may be a shared mailbox left out: write in by hand what is one person"
+        run.console.print(words)
+    return EXIT_OK
 
 
 def preview(run: RunContext) -> int:
+    """Print the plan, and with --live what DevRev says of each group; return the exit code."""
     known = open_savepoint(run, readonly=True)
     plan = make_plan(run, known)
     earlier = [*known.unfinished(), *plan.revived]
     cost = run.cost(plan)
     facts = plan_summary(plan, cost, earlier)
+    live: Optional[List[Json]] = None
+    if run.options.live:
+        check_token(run.settings.token)
+        live = run.environment.run_event_loop(preview_live(run, plan))
+        refused = collections.Counter(one["code"] for one in live if one["code"] and one["code"] not in LIVE_DONE)
+        done = sum(one["code"] in LIVE_DONE for one in live)
+        facts["live_ready"] = sum(one["code"] is None for one in live)
+        facts.update(live_done=done, live_refused=dict(sorted(refused.items())))
     if run.options.json:
-        run.console.json(plan_chunks(plan, facts, earlier))
-    else:
-        show_plan(plan, facts, run.console, f"{cost} {run.ceiling()}", earlier)
+        run.console.json(plan_chunks(plan, facts, earlier, live))
+        return EXIT_OK
+    if live is not None:
+        print_lines(run.console, live_lines(live))
+    show_plan(plan, facts, run.console, f"{cost} {run.describe_rate()}", earlier)
+    if live is None or not facts["live_refused"]:
+        suggest_after_preview(run, facts)
     return EXIT_OK
+
+
+LIVE_DONE = ("already_merged", "already_gone")  # what the live preview finds done
+
+
+async def preview_live(run: RunContext, plan: Plan) -> List[Json]:
+    """Compare each planned group with DevRev by read requests; return `{email, code, reason}`, code None where ready.
+
+    Raises FatalError(2) for the token or the organisation, FatalError(3) where DevRev can't be reached.
+    """
+    api = DevRevAPI(run.settings, run.environment, CancelToken())
+    names = ("count_policy", "across_workspaces", "try_unverified")
+    options = MergeOptions(**{name: getattr(run.options, name) for name in names})
+    groups = [group for group in plan.groups if any(pair.state is State.PLANNED for pair in group.pairs)]
+    found: List[Json] = []
+    progress = Progress(run)
+    ticking = asyncio.ensure_future(
+        progress.tick(lambda _now: f"{len(found):,} of {plural(len(groups), 'group')} compared with DevRev")
+    )
+
+    async def compare(group: Group) -> None:
+        try:
+            problem = await foresee_group(api, group, options)
+        except PairError as error:
+            problem = error
+        found.append(
+            {
+                "email": group.email,
+                "code": problem.code if problem else None,
+                "reason": str(problem) if problem else "ready",
+            }
+        )
+
+    try:
+        with before_any_change(api):
+            owner = await api.whoami()
+            check_organisation(organisation_of(str(owner.get("id"))), "CSV", plan.pairs())
+            for start in range(0, len(groups), ContactMerger.BATCH):
+                await together(*map(compare, groups[start : start + ContactMerger.BATCH]))
+    finally:
+        ticking.cancel()
+        run.console.status("")
+    return sorted(found, key=lambda one: str(one["email"]))
+
+
+def live_lines(live: Sequence[Json]) -> Iterator[str]:
+    """Say what a run would do with each group as DevRev has it now, with totals."""
+    yield f"COMPARED WITH DEVREV: {plural(len(live), 'group')}"
+    for one in live:
+        yield f"  {'ready' if one['code'] is None else one['code']}  {one['email']}" + (
+            f": {one['reason']}" if one["code"] else ""
+        )
+    counts = collections.Counter(one["code"] or "ready" for one in live)
+    yield f"  in all: {', '.join(f'{count:,} {code}' for code, count in sorted(counts.items())) or 'none'}"
+
+
+def suggest_after_preview(run: RunContext, facts: Json) -> None:
+    """Print what to do after a preview: a check, then one pair, then all."""
+    if not (facts["pairs_to_merge"] or facts["pairs_to_finish"]):
+        return
+    shown = ("preview", "live", "plan", "limit")
+    if run.settings.token:
+        run.console.suggest("merge one pair as a canary", run.command("--limit", "1", without=(*shown, "email")))
+    else:
+        words = "put a token into .env (see .env.example), then test it"
+        run.console.suggest(words, run.command("--check", without=shown))
 
 
 def _has_content(path: Path) -> bool:
@@ -6442,14 +8065,10 @@ def merge(run: RunContext) -> int:
         plan = make_plan(run, savepoint)
         document = run_facts(run, "merge", plan)
         document["organisation"] = savepoint.organisation
-        document["csv"] = [{"path": str(path), "sha256": _sha256(path)} for path in csv_paths(run.options.csv)]
+        document["csv"] = [{"path": str(path), "sha256": _sha256(path)} for path in run.options.csv]
         if not plan.count() and not any(savepoint.pairs(*UNFINISHED, State.CANCELLED)):
             return _report(run, savepoint, document, None, EXIT_OK, plan)
         return run.environment.run_event_loop(run_merge(run, plan, savepoint, document))
-
-
-def csv_paths(csv: Any) -> List[Path]:
-    return list(csv) if isinstance(csv, (list, tuple)) else [csv]
 
 
 def settle(run: RunContext) -> int:
@@ -6491,6 +8110,7 @@ def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
 
     Raises FatalError(2) where the savepoint is older than the reports, FatalError(3) where `reports/` can't be written.
     """
+    warn_of_savepoint_elsewhere()
     savepoint = SavePoint(run.environment, run.run_id, readonly)
     for warning in savepoint.warnings:
         run.console.print_err(f"warning: {warning}")
@@ -6499,7 +8119,8 @@ def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
         return savepoint
     run.run_id = savepoint.run
     try:
-        check_not_restored(savepoint)
+        if savepoint.runs() or not run.options.undo:  # what no file knows at all can be undone from its report
+            check_not_restored(savepoint)
         check_writable(REPORTS, run.environment)
         for path in report_killed_runs(run.environment, savepoint):
             run.console.print_err(f"an earlier run was killed before its report; it is {path}")
@@ -6514,15 +8135,26 @@ def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
     return savepoint
 
 
+def warn_of_savepoint_elsewhere() -> None:
+    """Warn where the current folder has no history but the script's folder has: cron starts in another folder."""
+    beside = Path(__file__).resolve().parent / SAVEPOINT
+    if not SAVEPOINT.exists() and beside.exists():
+        here = "no savepoint.db is in the current folder, and one is beside the script"
+        log.warning("%s: to use that history, run in %s", here, beside.parent)
+
+
 def check_writable(folder: Path, environment: Environment) -> None:
-    """Find out now whether a file can be made in a folder. Raises Stop(3)."""
+    """Find out, before anything is changed, whether a file can be created in `folder`. Raises FatalError(3)."""
     trial = folder / f".trial.{os.getpid()}"
     try:
         environment.make_private_dir(folder)
         trial.write_bytes(b"")
         trial.unlink()
     except OSError as error:
-        raise FatalError(EXIT_STOPPED, f"{folder} can't be written: {error}; nothing was changed") from None
+        why = error.strerror or error
+        raise FatalError(
+            EXIT_STOPPED, f"{folder} can't be written ({why}), so nothing was changed; make it writable"
+        ) from None
 
 
 async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint, document: Json) -> int:
@@ -6534,6 +8166,9 @@ async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint, document:
         count_policy=run.options.count_policy,
         merge_timeout=run.options.merge_timeout,
         timelines=not run.options.no_timelines,
+        across_workspaces=run.options.across_workspaces,
+        try_unverified=run.options.try_unverified,
+        carry_fields=run.options.carry_fields,
     )
     try:
         with before_any_change(api):
@@ -6550,9 +8185,10 @@ async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint, document:
     others = savepoint.other_organisations()
     if others:
         run.console.print_err(f"{plural(others, 'pair')} of another organisation stay in {SAVEPOINT} as they are")
+    plan.warned = plan.warnings()
     unfinished = [*savepoint.unfinished(), *plan.revived]
     document["pairs"] = plan.count() + sum(pair.ids not in plan.ids for pair in unfinished)
-    warning = "In DevRev a merge can't be undone; --undo takes back most of it."
+    warning = "DevRev can't undo a merge; --undo restores most of it from the backups."
     question = Question("merge", merge_facts(run, plan, unfinished), warning)
 
     async def work() -> int:
@@ -6571,14 +8207,13 @@ async def confirm_and_run(
     document: Json,
     work: Callable[[], Awaitable[int]],
 ) -> int:
-    """Ask, and do the work under a status line, which a signal ends; returns the exit code.
+    """Ask, and do the work under a status line until it ends or a signal comes; return the exit code.
 
     `document` is the run's. It is stored once the question is answered: from then on the run may change something, and
     has a report.
     """
-    ticking = asyncio.ensure_future(
-        progress.tick(lambda now: progress.line(merger, now))
-    )  # which also lets signals in, however quiet it is
+    # The ticking also lets signals in, however quiet the network is.
+    ticking = asyncio.ensure_future(progress.tick(lambda now: progress.line(merger, now)))
     await confirm(run, merger, question)
     if not run.options.preview:
         merger.runner.savepoint.write({}, {run.run_id: document})
@@ -6590,7 +8225,7 @@ async def confirm_and_run(
 
 
 class Question(NamedTuple):
-    """What one signs by typing `word`."""
+    """What the user confirms by typing `word`."""
 
     word: str
     facts: Dict[str, str]
@@ -6598,34 +8233,48 @@ class Question(NamedTuple):
 
 
 def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair]) -> Dict[str, str]:
-    """What one signs with a typed `merge`."""
+    """What the user confirms with a typed `merge`."""
     new = [pair for pair in plan.pairs() if pair.state is State.PLANNED]
-    modified = datetime.fromtimestamp(run.options.csv.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
-    facts = {"CSV": f"{run.options.csv} of {modified}", "plan": plan.id, "to merge": plural(len(new), "pair")}
-    facts.update({f"  {index}": words for index, words in enumerate(some([describe_pair(pair) for pair in new], 3), 1)})
+    facts: Dict[str, str] = {}
+    for path in run.options.csv:
+        modified = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        facts[f"CSV{' ' * len(facts)}"] = f"{path} of {modified}"
+    facts["plan"] = plan.id
     if unfinished:
         words = "; ".join(some([describe_pair(pair) for pair in unfinished], 3))
-        facts["first"] = f"{plural(len(unfinished), 'pair')} of earlier runs to finish: {words}"
+        others = ", in addition to --limit and --email" if run.options.limit or run.options.email else ""
+        facts["first"] = f"finish {plural(len(unfinished), 'pair')} of earlier runs{others}: {words}"
+    facts["to merge"] = plural(len(new), "pair")
+    facts.update({f"  {index}": words for index, words in enumerate(some([describe_pair(pair) for pair in new], 3), 1)})
     facts["left out"] = f"{plural(len(plan.skipped), 'group')} skipped, {plural(len(plan.invalid_rows), 'invalid row')}"
     left = plan_summary(plan, run.cost(plan), unfinished)["left"]
     facts.update({"left": f"{plural(left, 'pair')} for another run (--email, --limit)"} if left else {})
     lost = [f"{one.external_ref} ({describe_contact(one)})" for group in plan.chosen for one in group.lost_refs()]
-    warnings = [f"{group.email}: {warning}" for group in plan.chosen for warning in group.warnings()]
-    for name, found in (("choices lose", lost), ("WARNING", warnings)):
-        facts.update({name: "; ".join(some(found))} if found else {})
-    facts["cost"] = f"{run.cost(plan)} {run.ceiling()}"
+    facts.update({"choices lose": "; ".join(some(lost))} if lost else {})
+    warnings = sorted(plan.warnings(), key=lambda one: bool(one["code"] != "shared_mailbox"))
+    shared = sum(one["code"] == "shared_mailbox" for one in warnings)  # each of which is named
+    told = some([f"{one['email']}: {one['warning']}" for one in warnings], max(20, shared))
+    facts.update({f"WARNING {number}": line for number, line in enumerate(told, 1)})
+    facts.update({"take no part": plan.others_line()} if plan.other_refs else {})
+    facts["cost"] = f"{run.cost(plan)} {run.describe_rate()}"
     facts["backups in"] = str(Path("backups").resolve())
     return facts
 
 
 async def confirm(run: RunContext, merger: Runner, question: Question) -> None:
-    """On a terminal: say what is about to happen, and go on only where it is signed. Raises Stop(2) otherwise."""
+    """Print what is about to happen, and have it confirmed.
+
+    Raises FatalError(2) where it is not, and where no terminal can ask and --yes is missing.
+    """
     owner = run.token_owner
     who = str(owner.get("display_name") or owner.get("full_name") or owner.get("email") or owner.get("id"))
     log.info("organisation %s, token of %s (%s)", run.organisation, who, owner.get("id"))
-    if run.options.yes or run.options.preview or not (sys.stdin and sys.stdin.isatty()):
+    if run.options.yes or run.options.preview:
         return
     run.console.status("")
+    if not (sys.stdin and sys.stdin.isatty()):
+        what = f"there is something to {question.word}, and no terminal to confirm it on"
+        raise FatalError(EXIT_USAGE, f"{what}; nothing was changed. Add --yes to {question.word} without being asked")
     show, ask = run.console.question_streams()
     show(f"organisation  {run.organisation} at {run.settings.base_url}")
     show(f"token of      {who}" + (f" <{owner['email']}>" if owner.get("email") else ""))
@@ -6633,21 +8282,23 @@ async def confirm(run: RunContext, merger: Runner, question: Question) -> None:
         show(f"{name:<12}  {fact}")
     show(question.warning, "bold")
     ask(f"Type {question.word} to go on, anything else to leave: ")
-    # Read by a thread and past Python's own buffers, so that a signal is never kept waiting by the terminal.
+    # A thread reads, past Python's own buffers, so that a terminal never delays a signal.
     answer = await run.environment.run_in_thread(os.read, sys.stdin.fileno(), 1024)
     if answer.strip() != question.word.encode():
         raise FatalError(EXIT_USAGE, "not confirmed; nothing was changed")
 
 
 class Progress:
-    """Tells what a run is doing: a line a pair, a status line, or a log line now and then."""
+    """Prints what a run is doing: a line a pair, and a status line (without a terminal: a line now and then)."""
 
     EVERY = 30.0  # seconds between lines where there is no terminal
+    TO_MERGE = 4  # requests of a pair after its backup: the merge, two polls, the reference
 
     def __init__(self, run: RunContext, requests: int = 0) -> None:
         self.run = run
-        self.requests = requests  # that the whole run is expected to take
-        self.begun = self.describe_pair = run.environment.now().monotonic
+        self.requests = requests  # that the complete run is expected to take
+        self.begun = self.printed = self.ticked = run.environment.now().monotonic
+        self.waited = 0.0  # seconds without quota, which say nothing of how fast requests are
 
     def on_pair(self, pair: Pair) -> None:
         console, style = self.run.console, ""
@@ -6655,7 +8306,8 @@ class Progress:
         if pair.state in (State.DONE, State.SETTLED) and not pair.code:
             line = f"merged  {words}" + (f", now {pair.new_ref}" if pair.new_ref else "")
         elif pair.state is State.UNDONE and not pair.code:
-            line = f"undone  {pair.email}: {into(pair)}"
+            again = pair.undo.display_id if pair.undo else ""
+            line = f"undone  {pair.email}: {pair.duplicate.short_id} out of {pair.primary.short_id}, again as {again}"
         else:
             facts, style = progress_of(pair), "bad"
             word = "UNFINISHED" if facts or pair.state is State.UNDOING else "FAILED"
@@ -6666,48 +8318,59 @@ class Progress:
             console.print(line, style)
 
     async def tick(self, line_at: Callable[[float], str]) -> None:
-        """Say how far a run is for as long as it lasts; where there is no terminal, now and then."""
+        """Show how far a run is for as long as it lasts."""
         while True:
             await asyncio.sleep(self.run.TICK)
             now = self.run.environment.now().monotonic
             line = line_at(now)
             self.run.console.status(line)
-            if line and now - self.describe_pair >= self.EVERY:
-                self.describe_pair = now
+            if line and now - self.printed >= self.EVERY:
+                self.printed = now
                 log.info("%s", line)
-                if not self.run.options.quiet and not self.run.console.err.isatty():
+                if not self.run.options.quiet and not self.run.console.rewrites:
                     self.run.console.print_err(line)
 
     def line(self, merger: Runner, now: float) -> str:
-        """Phases, the end, and what is waited for."""
+        """How many pairs are how far, when the run will end, and what it waits for."""
         if not merger.runner.total:
             return ""
         pairs = list(merger.pairs())
-        gone = (*ENDED, State.MERGED, State.VERIFYING)
         phases = {
             "backed up": sum(bool(pair.backup) for pair in pairs),
-            "merged": sum(pair.state in gone for pair in pairs),
-            "proved": sum(pair.state in ENDED for pair in pairs),
+            "merged": sum(pair.state in (*ENDED, State.MERGED, State.VERIFYING) for pair in pairs),
+            "verified": sum(pair.state in ENDED for pair in pairs),
         }
         if isinstance(merger, UndoRunner):
             phases = {"undone": sum(pair.state is State.UNDONE for pair in pairs)}
         failed = sum(not merger.is_success(pair) for pair in merger.runner.outcomes.values())
+        waiting = describe_wait(merger.api.scheduler)
+        self.waited += now - self.ticked if waiting.startswith("waiting") else 0.0
+        self.ticked = now
         words = [f"{count:,} {what}" for what, count in phases.items()] + ([f"{failed:,} failed"] if failed else [])
         parts = [f"{plural(merger.runner.total, 'pair')}: {', '.join(words)}"]
         if self.run.signal:
-            return f"{parts[0]} \u00b7 stopping (requests under way are waited for)"
-        share = (sum(phases.values()) + len(phases) * failed) / (len(phases) * merger.runner.total)
-        if share < 1:
-            parts.append(f"{duration(self.left(merger, share, now))} left")
-        parts.extend(filter(None, [merger.api.scheduler.describe_wait()]))
-        return " \u00b7 ".join(parts)
+            return f"{parts[0]} \u00b7 stopping, waiting for requests under way"
+        if phases["verified"] + failed < merger.runner.total:
+            sent = sum(merger.api.requests.values())
+            to_send = requests_left(
+                self.requests, merger.runner.total, phases["backed up"] + failed, phases["verified"] + failed
+            )
+            pace = max(0.0, now - self.begun - self.waited) / sent if sent else 0.0
+            left = max(minimum_seconds(merger.api.scheduler, to_send), to_send * pace)
+            parts[0] += f", {duration(left)} left"
+        if not phases["merged"] and any(pair.state in REQUESTED_STATES for pair in pairs):
+            parts.append("waiting for the first merge, others follow it")
+        return " \u00b7 ".join([*parts, *([waiting] if waiting else [])])
 
-    def left(self, merger: Runner, share: float, now: float) -> float:
-        """Seconds to the end, at the pace so far; not less than quota and ceiling allow."""
-        api, known = merger.api, share > 0.05
-        sent = sum(api.requests.values())
-        wanted = sent / share * (1 - share) if known else max(0, self.requests - sent)
-        return max(api.scheduler.minimum_seconds(wanted), (now - self.begun) / share * (1 - share) if known else 0.0)
+
+def requests_left(expected: int, pairs: int, backed_up: int, ended: int) -> float:
+    """How many of the `expected` requests of a run are still to be sent.
+
+    Most of them are for backups, and backups come first: a share of all pairs or seconds would forecast far too many.
+    """
+    to_merge = min(expected, Progress.TO_MERGE * pairs)
+    not_backed_up, not_ended = max(0, pairs - backed_up), max(0, pairs - ended)
+    return (expected - to_merge) * not_backed_up / pairs + to_merge * not_ended / pairs
 
 
 def _report(
@@ -6720,8 +8383,11 @@ def _report(
 ) -> int:
     """Write the report and print the summary; a full disk here makes the exit code 3."""
     stop = stop_reason(merger, code)
-    if plan and merger:
-        plan.left_out = [pair for pair in merger.runner.outcomes.values() if pair.state is State.PLANNED and pair.code]
+    for pair in merger.runner.outcomes.values() if plan and merger else ():
+        if plan and pair.state is State.PLANNED and pair.code:
+            (plan.left_out if pair.code in SKIP_REASONS else plan.refused).append(pair)
+            if pair.code == "different_rev_org":
+                plan.ids.discard(pair.ids)
     document.update(end_facts(run, merger.api if merger else None, code, "interrupted" if run.signal else stop))
     summary = document["summary"] = merge_summary(savepoint, run.run_id, plan)
     document["headline"] = headline(summary, document)
@@ -6729,7 +8395,7 @@ def _report(
     code = written(run, lambda: write_report(run.environment, savepoint, run.run_id, document, entries), code)
     if stop and not run.signal:
         run.console.error(stop)
-    lists = merge_lists(savepoint, run.run_id)
+    lists = merge_lists(savepoint, run.run_id, plan)
     failures = [*lists["failed_merges"], *lists["unfinished_merges"]]
     for pair in lists["successful_merges"]:
         if pair.after_cancel:
@@ -6746,6 +8412,8 @@ def _report(
         spent = duration(run.environment.elapsed(run.started))
         run.console.print(f"cost     {plural(document['requests_total'], 'request')}, {spent}")
     print_report_paths(run)
+    if document["kind"] == "merge" and not run.signal:
+        suggest_next_step(run, summary)
     if code >= EXIT_STOPPED:
         run.console.print_err("Stopped early. Run the same command again to resume.", "bold")
     elif code == EXIT_USAGE:
@@ -6754,8 +8422,19 @@ def _report(
     return code
 
 
+def suggest_next_step(run: RunContext, summary: Json) -> None:
+    """Print what to do after a run, as a command that works where it is typed."""
+    if summary["failed_merges"] or summary["unfinished_merges"]:
+        run.console.suggest("fix what is named above, then run again", run.command())
+    elif summary["left"]:
+        if summary["successful_merges"]:
+            undo = command_line("--undo", str(run.report_path), "--preview")
+            run.console.suggest("look at the merged contacts in DevRev; to see what an undo would restore", undo)
+        run.console.suggest("merge the rest", run.command(without=("limit", "email")))
+
+
 def written(run: RunContext, write: Callable[[], None], code: int) -> int:
-    """Write a report; a disk that refuses makes the exit code 3, unless it says something worse."""
+    """Write a report, and return the exit code: 3 on a disk error, unless `code` is worse."""
     try:
         write()
     except (OSError, FatalError) as error:
@@ -6861,10 +8540,9 @@ def export(run: RunContext) -> int:
     """Write the CSV from DevRev itself; returns the exit code. What is wrong with the path is found out first."""
     check_token(run.settings.token)
     path: Path = run.options.export
-    if os.path.lexists(str(path)):
-        raise FatalError(
-            EXIT_USAGE, f"{path} is there already, and is left as it is: name a file that is not there yet"
-        )
+    if is_taken(path):
+        words = f"{path} exists already, and is left as it is: name a file that does not exist yet"
+        raise FatalError(EXIT_USAGE, words)
     try:
         spool = tempfile.TemporaryFile(dir=str(path.parent))  # noqa: SIM115
     except OSError as error:
@@ -6874,7 +8552,7 @@ def export(run: RunContext) -> int:
             return asyncio.run(_export(run, path, spool))
         except FileExistsError:
             raise FatalError(
-                EXIT_USAGE, f"{path} has been made by somebody else meanwhile, and is left as it is"
+                EXIT_USAGE, f"{path} was created by another program meanwhile, and is left as it is"
             ) from None
         except OSError as error:
             raise FatalError(EXIT_STOPPED, f"the disk refuses: {error}; nothing was written") from None
@@ -6897,7 +8575,7 @@ async def _export(run: RunContext, path: Path, spool: BinaryIO) -> int:
     finally:
         ticking.cancel()
         run.console.status("")
-    run.environment.write_atomically(path, csv_chunks(rows), lambda: path.touch(mode=0o600, exist_ok=False))
+    write_new_file(run.environment, path, csv_chunks(rows))
     print_exported(run, exporter, path)
     return EXIT_OK
 
@@ -6909,9 +8587,8 @@ def print_exported(run: RunContext, exporter: ContactExporter, path: Path) -> No
     show(f"exported {plural(rows, 'contact')} of {plural(emails, 'email')} that recur, to {path}", "good")
     show(f"read     {plural(exporter.read, 'contact')}")
     show(f"cost     {plural(requests, 'request')}, {duration(run.environment.elapsed(run.started))}")
-    if rows and not run.options.quiet:
-        name = f'"{path}"' if re.search(r"[^\w./\\:@+-]", str(path)) else str(path)
-        show(f"next     python merge_contacts.py --csv {name} --preview")
+    if rows:
+        run.console.suggest("see what would be merged", command_line("--csv", str(path), "--preview"))
     log.info("exported %d rows of %d emails to %s with %d requests", rows, emails, path, requests)
 
 
@@ -6922,10 +8599,16 @@ def undo(run: RunContext) -> int:
     """Undo merges, or with --preview print what would be restored; return the exit code."""
     check_token(run.settings.token)
     options = run.options
+    elsewhere = history_folder_error(options.undo)  # before this folder gets a history
+    if elsewhere:
+        raise FatalError(EXIT_USAGE, elsewhere)
     with contextlib.closing(open_savepoint(run, readonly=options.preview)) as savepoint:
         emails = {email_key(email) for email in options.email or ()}
         plan = plan_undo(options.undo, savepoint, emails, options.limit)
-        return run.environment.run_event_loop(run_undo(run, plan, savepoint))
+        code = run.environment.run_event_loop(run_undo(run, plan, savepoint))
+        if options.preview and code == EXIT_OK and plan.pairs():
+            run.console.suggest("undo it", run.command(without=("preview", "json")))
+        return code
 
 
 async def run_undo(run: RunContext, plan: UndoPlan, savepoint: SavePoint) -> int:
@@ -6964,7 +8647,9 @@ def undo_headline(counts: Json, before: int) -> str:
     counts = {name.replace("_", " "): count for name, count in counts.items()}
     if "undone" in counts:
         counts["undone"] -= before
-    words = [f"{count:,} {name}" for name, count in counts.items() if count] or ["nothing to undo"]
+    words = [f"{count:,} {name}" for name, count in counts.items() if count]
+    if not any(count for name, count in counts.items() if name != "skipped"):
+        words.insert(0, "nothing to undo")
     return ", ".join([*words, *([f"{before:,} undone before"] if before else [])])
 
 
@@ -7042,11 +8727,11 @@ def show_undo(run: RunContext, head: Json, lists: Mapping[str, Iterable[Json]]) 
 
 
 async def check(run: RunContext) -> int:
-    """Say whether a real run could start: token, organisation, read access, quota, disk, savepoint."""
+    """Print whether a real run could start: token, organisation, read access, quota, disk, savepoint."""
     api = DevRevAPI(run.settings, run.environment, CancelToken())
     checks: List[Json] = []
 
-    async def tell(name: str, work: Union[Callable[[], str], Awaitable[str]]) -> bool:
+    async def report(name: str, work: Union[Callable[[], str], Awaitable[str]]) -> bool:
         try:
             words, good = work() if callable(work) else await work, True
         except (FatalError, PairError, OSError) as error:
@@ -7057,19 +8742,19 @@ async def check(run: RunContext) -> int:
             run.console.print(f"{'ok     ' if good else 'FAILED '} {name}: {words}", "" if good else "bad")
         return good
 
-    known = await tell("token", _check_token(run, api))
+    known = await report("token", _check_token(run, api))
     if run.options.csv:
-        await tell("csv", lambda: _check_csv(run))
+        await report("csv", lambda: _check_csv(run))
     notes = []
     if known:
         seen: List[str] = []
         for name in READS:
-            await tell(name, _check_read(api, name, seen))
-        notes.append(f"quota: {api.scheduler.describe_wait() or 'the server says nothing meta it'}, {run.ceiling()}")
-    await tell("savepoint", lambda: _check_savepoint(run))
-    await tell("disk", _check_disk)
-    notes.append("the permission to merge (rev_user:all) can't be tried without merging: --limit 1 is the first proof")
-    notes.append("--undo also needs to write tickets, issues and conversations, which reading can't tell")
+            await report(name, _check_read(api, name, seen))
+        notes.append(f"quota: {describe_wait(api.scheduler) or 'DevRev has announced none'}, {run.describe_rate()}")
+    await report("savepoint", lambda: _check_savepoint(run))
+    await report("disk", _check_disk)
+    notes.append("only a merge shows whether the token may merge (rev_user:all): merge one pair first, --limit 1")
+    notes.append("--undo also writes tickets, issues and conversations; reading does not show whether it may")
     return _verdict(run, checks, notes)
 
 
@@ -7077,12 +8762,18 @@ def _verdict(run: RunContext, checks: Sequence[Json], notes: Sequence[str]) -> i
     problems = sum(not one["ok"] for one in checks)
     verdict = f"not ready: {plural(problems, 'problem')}" if problems else "ready"
     if run.options.json:
-        facts = {"verdict": verdict, "ready": not problems, "checks": checks, "notes": notes}
+        facts = {"schema": SCHEMA, "verdict": verdict, "ready": not problems, "checks": checks, "notes": notes}
         run.console.json([to_json(facts, indent=1) + b"\n"])
+        return EXIT_USAGE if problems else EXIT_OK
+    for note in notes:
+        run.console.print(f"note    {note}")
+    run.console.print(verdict, "bad" if problems else "good")
+    if problems:
+        run.console.suggest("fix what is marked FAILED, then check again", run.command())
+    elif run.options.csv:
+        run.console.suggest("merge one pair as a canary", run.command("--limit", "1", without=("check", "limit")))
     else:
-        for print_err in notes:
-            run.console.print(f"note    {print_err}")
-        run.console.print(verdict, "bad" if problems else "good")
+        run.console.suggest("read the contacts from DevRev", command_line("--export", "contacts.csv"))
     return EXIT_USAGE if problems else EXIT_OK
 
 
@@ -7095,10 +8786,10 @@ async def _check_token(run: RunContext, api: DevRevAPI) -> str:
 
 
 def _check_csv(run: RunContext) -> str:
-    """Also where the token's organisation is not known."""
+    """Read the CSV, also where the token's organisation is not known."""
     plan = make_plan(run, None)
     counts = [f"{plural(plan.count(), 'pair')} to merge", f"{plural(len(plan.skipped), 'group')} skipped"]
-    counts.append(plural(len(plan.invalid_rows), "invalid row"))
+    counts += filter(None, [plural(len(plan.invalid_rows), "invalid row"), plan.others_line()])
     if run.organisation:
         check_organisation(run.organisation, "CSV", plan.pairs())
         counts.append("of the token's organisation")
@@ -7114,11 +8805,11 @@ READS: Mapping[str, Tuple[str, str, Json]] = {
 
 
 async def _check_read(api: DevRevAPI, name: str, seen: List[str]) -> str:
-    """Ask one cheap request of what the backup reads; `seen` are objects that have a timeline."""
+    """Send one cheap request of the kind that a backup sends; `seen` collects objects that have a timeline."""
     endpoint, key, body = READS[name]
     if name == "timelines":
         if not seen:
-            return "nothing there to try it on"
+            return "not tried: there is no ticket or conversation yet"
         body = {"object": seen[0]}
     items = await api.read_one(endpoint, key, body)
     seen.extend(item["id"] for item in items if name != "contacts")
@@ -7126,23 +8817,28 @@ async def _check_read(api: DevRevAPI, name: str, seen: List[str]) -> str:
 
 
 def _check_savepoint(run: RunContext) -> str:
-    path = SAVEPOINT
-    if not path.exists():
-        if not os.access(str(path.resolve().parent), os.W_OK):
-            raise FatalError(EXIT_USAGE, f"its folder {path.parent} is not there, or can't be written to")
-        return f"{path} will be created"
+    folder = SAVEPOINT.resolve().parent
+    if not locks_work(SAVEPOINT):
+        raise FatalError(EXIT_USAGE, f"{folder} can't hold a savepoint: {NO_LOCKS}")
+    if not SAVEPOINT.exists():
+        if not os.access(str(folder), os.W_OK):
+            raise FatalError(EXIT_USAGE, f"{folder} can't be written; run in a folder that can")
+        return f"{SAVEPOINT} will be created"
     with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
         if savepoint.is_held():
-            raise FatalError(EXIT_HELD, f"a run goes on: process {savepoint.holder()['pid']} holds {path}")
-        if not os.access(str(path), os.W_OK):
-            raise FatalError(EXIT_USAGE, f"the savepoint {path} is read-only")
-        return f"{path} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
+            raise FatalError(EXIT_HELD, f"a run is in progress: process {savepoint.holder()['pid']} holds {SAVEPOINT}")
+        if not os.access(str(SAVEPOINT), os.W_OK):
+            raise FatalError(EXIT_USAGE, f"{SAVEPOINT} is read-only; make it writable")
+        return f"{SAVEPOINT} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
 
 
 def _check_disk() -> str:
+    for folder in (Path("logs"), Path("backups"), Path("reports")):
+        if folder.exists() and not os.access(str(folder), os.W_OK):
+            raise OSError(f"{folder} can't be written; make it writable")
     free = shutil.disk_usage(".").free
     if free < 100 << 20:
-        raise OSError(f"only {free >> 20} MiB free")
+        raise OSError(f"only {free >> 20} MiB free; make room for backups")
     return f"{free >> 20:,} MiB free"
 
 
@@ -7216,19 +8912,19 @@ def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair
 
 
 def verify_backups(run: RunContext) -> int:
-    """Re-read every backup below a folder against its manifest; 1 where one is damaged or missing."""
+    """Read every backup below a folder again, and compare it with its manifest; 1 where one is damaged or missing."""
     root: Path = run.options.verify_backups
     if not root.exists():
-        raise FatalError(EXIT_USAGE, f"{root} is not there (yet): no run has made a backup in it")
+        raise FatalError(EXIT_USAGE, f"{root} does not exist: no run has made a backup in it yet")
     if not root.is_dir():
-        raise FatalError(EXIT_USAGE, f"{root} is not a folder")
-    whole = 0
+        raise FatalError(EXIT_USAGE, f"{root} is not a folder; name the folder that holds the backups")
+    complete = 0
     damaged: List[str] = []
     for folder in sorted(_backup_folders(root)):
-        run.console.status(f"{whole + len(damaged)} backups read ...")
+        run.console.status(f"{complete + len(damaged)} backups read ...")
         try:
             verify_backup(folder)
-            whole += 1
+            complete += 1
         except PairError as error:
             damaged.append(str(error))
     run.console.status("")
@@ -7236,14 +8932,15 @@ def verify_backups(run: RunContext) -> int:
     found = {"damaged": damaged, "missing": _missing_backups(run, root), "begun": begun}
     bad = bool(damaged or found["missing"])
     if run.options.json:
-        run.console.json([to_json({"folder": str(root), "whole": whole, **found}, indent=1) + b"\n"])
+        facts = {"schema": SCHEMA, "folder": str(root), "whole": complete, **found}
+        run.console.json([to_json(facts, indent=1) + b"\n"])
         return EXIT_FAILED if bad else EXIT_OK
-    why = {"begun": ": begun and never finished by a run that was killed; may be deleted"}
+    why = {"begun": ": left by a run that was killed; may be deleted"}
     for name, lines in found.items():
         for line in lines:
             run.console.print(f"{name.upper():<8} {line}{why.get(name, '')}", "" if name in why else "bad")
     counts = f"{len(damaged)} damaged, {len(found['missing'])} missing"
-    run.console.print(f"{plural(whole, 'whole backup')}, {counts}", "bad" if bad else "good")
+    run.console.print(f"{plural(complete, 'complete backup')}, {counts}", "bad" if bad else "good")
     return EXIT_FAILED if bad else EXIT_OK
 
 
@@ -7267,56 +8964,64 @@ def _missing_backups(run: RunContext, root: Path) -> List[str]:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Parse the command line, do what it says, and return the exit code."""
+    """Parse the command line, run the command, and return the exit code."""
     options = parse_options(argv)
     os.umask(0o077)
     run = RunContext(options)
     run.console.begin()
-
-    def terminate(number: int, _frame: Any) -> None:
-        run.second_signal(number)
-        raise KeyboardInterrupt
-
-    run.catch(terminate)
+    run.signals.install(interrupt)
     code = run_command(run)
+    if run.reports_json:
+        print_report_json(run, code)
     before = run.signal
-    run.catch(lambda number, _frame: run.second_signal(number))
+    run.signals.install(lambda: None)
     failure = run.console.end(lambda: bool(run.signal))
     if failure and code < EXIT_USAGE:
-        run.console.error(f"the output could not be written: {failure.strerror or failure}")
+        run.console.error(f"the output can't be written: {failure.strerror or failure}")
         run.console.end(lambda: True)
         code = EXIT_STOPPED
     return 128 + run.signal if run.signal and not before else code
 
 
 def run_command(run: RunContext) -> int:
-    """Do what the options say; whatever ends it early becomes one line and an exit code."""
+    """Run the command; whatever ends it early becomes one line and an exit code."""
+    code, words = EXIT_STOPPED, ""
     try:
         run.open_log()
         run.load_settings()
-        work = next((work for name, work in MODES.items() if getattr(run.options, name)), merge)
-        return work(run)
+        return MODES.get(run.options.mode, merge)(run)
     except FatalError as stop:
-        run.console.status("")
-        run.console.error(str(stop))
-        return stop.exit_code
+        code, words = stop.exit_code, str(stop)
     except OSError as error:
-        run.console.status("")
-        run.console.error(f"the disk refuses: {error}")
-        return EXIT_STOPPED
+        words = f"disk error: {error}"
     except ImportError as error:
-        run.console.error(f"the package {error.name} is missing: python -m pip install -r requirements.txt")
-        return EXIT_USAGE
+        code, words = EXIT_USAGE, f"a package can't be imported: {error}; python -m pip install -r requirements.txt"
     except KeyboardInterrupt:
+        run.error = "interrupted; nothing was changed"
         run.console.status("")
-        run.console.print_err("interrupted; nothing was changed")
+        run.console.print_err(run.error)
         return 128 + (run.signal or signal.SIGINT)
+    run.error = words
+    run.console.status("")
+    run.console.error(words)
+    return code
+
+
+def print_report_json(run: RunContext, code: int) -> None:
+    """Print the report of a run or an undo as JSON, or what has ended it without one."""
+    try:
+        with open(run.report_path, "rb") as file:
+            run.console.json(file)
+    except OSError:
+        failure = {"schema": SCHEMA, "exit_code": code, "error": run.console.mask(run.error) or None}
+        run.console.json([to_json(failure) + b"\n"])
 
 
 MODES: Dict[str, Callable[[RunContext], int]] = {
     "export": export,
     "undo": undo,
     "preview": preview,
+    "choices_template": write_choices_template,
     "check": lambda run: asyncio.run(check(run)),
     "status": status,
     "verify_backups": verify_backups,
@@ -7324,6 +9029,7 @@ MODES: Dict[str, Callable[[RunContext], int]] = {
 }
 
 if __name__ == "__main__":
+    sys.excepthook = sys.__excepthook__
     exit_code = main()
     for ending in SIGNALS:
         # What is done is done: while Python ends, another signal would change the exit code and nothing else.

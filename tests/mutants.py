@@ -1,22 +1,27 @@
-"""The module with its safety lines taken out, one at a time: for each, some simulated life has to break an invariant.
+"""The module with its safety lines taken out, one at a time: for each, some scenario has to break an invariant.
 
-python -m tests.simulate --mutants [--jobs J]
+python -m tests.simulate --mutants [--jobs J]         the list below
+python -m tests.mutants --random N [--seed S]         N guards and durable writes of the merge core, drawn by its syntax
 """
 
+import argparse
+import ast
 import functools
 import multiprocessing
+import random
+import re
 import time
-from typing import NamedTuple, Optional
+from typing import List, NamedTuple, Optional, Sequence
 
 from tests.simulate import kept_seeds, play
 from tests.simulated import MODULE, load
 
-SEEDS = 500  # lives that a mutant may survive before it counts as alive
+SEEDS = 500  # scenarios that a mutant may survive before it counts as alive
 START = 10_000
 
 
 class Mutant(NamedTuple):
-    """A piece of the module's text, and what stands in its place; `covered` says why it may live."""
+    """A piece of the module's text, and what stands in its place; `covered` says why it may survive."""
 
     name: str
     old: str
@@ -24,102 +29,55 @@ class Mutant(NamedTuple):
     covered: str = ""
 
 
-def without(name: str, line: str, indent: int, covered: str = "", after: str = "") -> Mutant:
-    """A mutant that lacks one line (the one behind `after`, where it is there more than once)."""
-    old, new = " " * indent + line + "\n", " " * indent + "pass\n"
-    return Mutant(name, after + old, after + new, covered)
-
-
 MUTANTS = [
-    # What is recorded
-    Mutant("nothing is written to the journal", "            self.journal.add(lines)\n", "            pass\n"),
-    without(
-        "nothing is written to the savepoint",
-        "self.savepoint.record([entry.row for entry in entries], self.journal.size())",
-        8,
-    ),
-    without(
-        "the intent is not noted",
-        'await self.merger.state_writer.save(pair, "asked")',
-        8,
-        after="        pair.first_requested_at = pair.first_requested_at or pair.requested_at\n",
-    ),
-    without(
-        "noted: refused",
-        "await self.merger.state_writer.save(pair)",
-        12,
-        "the state on the disk is `requested` as before; a later run then waits for less before it requests_sent again, which the "
-        "look that comes first makes harmless",
-        after="        except ApiError as api_error:\n            pair.refused = self.merger.changed = True  # for it may be carried out all the same\n",
-    ),
-    without(
-        "noted: acknowledged",
-        "await self.merger.state_writer.save(pair)",
-        12,
-        "the same, and whatever is recorded next holds it",
-        after="            pair.state = State.ACKNOWLEDGED\n",
-    ),
-    without("noted: merged", 'await self.merger.state_writer.save(pair, "merged")', 8),
-    without(
-        "noted: still there after all",
-        'await self.merger.state_writer.save(pair, "asked")',
-        8,
-        "where it was believed gone, a verifier or a 409 contradicts it again",
-        after="        pair.state = State.REQUESTED if pair.refused else State.ACKNOWLEDGED\n",
-    ),
-    without(
-        "noted: the reference is set",
-        "await self.merger.state_writer.save(pair)",
-        8,
-        "the primary is polled at first, and has the reference",
-        after="        pair.state = State.PROVING\n",
-    ),
-    without("noted: how a pair has come to rest", "await self.state_writer.save(pair, event)", 8),
+    # The savepoint
+    Mutant("the copy is not written", "            for file in self.files:\n                if file.failure is None:", "            for file in self.files[:1]:\n                if file.failure is None:"),
+    Mutant("savepoint.db is not written", "            for file in self.files:\n                if file.failure is None:", "            for file in self.files[1:]:\n                if file.failure is None:"),
+    Mutant("a file learns nothing from the other", "news = {ids: row for ids, row in pairs.items() if mine.get(ids) != row}", "news: Dict[Ids, StoredPair] = {}"),
+    Mutant("the older row wins", "sorted((one, other), key=row_authority, reverse=True)", "sorted((one, other), key=row_authority)"),
+    Mutant("an intent that was never sent counts as sent", "            if one_ahead and is_intent:\n", "            if False:\n"),
+    Mutant("what stands in the last write counts as never sent", "        one_ahead = self.main.last_run == self.copy.last_run and", "        one_ahead = True or"),
+    Mutant("the copy is written first", "self.files = (self.main, self.copy)", "self.files = (self.copy, self.main)"),
     Mutant(
-        "the journal does not hear of ends",
-        'pair.report, event = "", StateWriter.EVENTS[pair.state]',
-        'pair.report = ""',
+        "the intent is not saved",
+        "            await context.savepoint.save(pair)\n            # The disk may be slow",
+        "            # The disk may be slow",
     ),
     Mutant(
-        "a new savepoint does not read the journal",
-        "        describe_pair = {pair.ids: pair for pair in self.journal.pairs(known)} if known < size else {}\n",
-        "        describe_pair: Dict[Any, Pair] = {}\n",
+        "requested although a file can't be written",
+        "            if context.savepoint.failure:\n                raise Cancelled()\n",
+        "",
     ),
-    Mutant("a report is not announced", "before=lambda: savepoint.announce_report(path.name)", "before=lambda: None"),
     Mutant(
-        "an announced report counts, whether it is there or not",
-        "savepoint.confirm_report(lambda name: (run.report_path.parent / name).exists())",
-        "savepoint.confirm_report(lambda name: True)",
+        "a withdrawal is not saved",
+        "            pair.withdrawn_at = withdrawn_at\n            await context.savepoint.save(pair)\n",
+        "            pair.withdrawn_at = withdrawn_at\n",
+        "the savepoint then says that the merge was requested, so that the next run polls and waits for nothing",
     ),
-    Mutant("unfinished pairs are forgotten", "return list(self.rows(*UNFINISHED))", "return []"),
+    Mutant("a transition is not saved", "        await self.context.savepoint.save(pair)\n        steps = {", "        steps = {"),
     Mutant(
-        "the state of a plan's pairs is forgotten", "                pair.state = row.state\n", "                pass\n"
+        "a rejection is not saved",
+        "        pair.rejected = True\n        await self.context.savepoint.save(pair)\n",
+        "        pair.rejected = True\n",
+        "the transition that follows saves it",
     ),
+    Mutant("an outcome is not saved", "            if not isinstance(problem, PairSkipped):\n                await self.savepoint.save(pair)\n", ""),
+    Mutant("unfinished pairs are forgotten", "return list(self.pairs(*UNFINISHED))", "return []"),
+    Mutant("an older savepoint is not noticed", "        check_not_restored(savepoint)\n", ""),
+    Mutant("killed runs get no report", "        for path in report_killed_runs(run.environment, savepoint):\n", "        for path in []:\n"),
+    Mutant("a report is written again and again", '    document["reported"] = True\n', "    pass\n"),
+    Mutant("pairs of all runs are in each report", "return self._select(f\"{condition} AND run = ?\", *values, run) if run else", "return"),
     # What a request rests on
     Mutant("checks are believed for ever", "FRESH = 60.0", "FRESH = 1e9"),
     Mutant("lists are believed for ever", "LISTED = 120.0", "LISTED = 1e9"),
     Mutant(
-        "age by the steady clock alone",
+        "age by the monotonic clock alone",
         "return max(now.wall - since.wall, now.monotonic - since.monotonic)",
         "return now.monotonic - since.monotonic",
     ),
-    Mutant(
-        "a list is as old as its last page",
-        "            since = since or page.since\n",
-        "            since = page.since\n",
-    ),
-    Mutant(
-        "freshness is not polled at as the request leaves",
-        "        self.preconditions.require_fresh()\n        self.merger.raise_if_draining()\n",
-        "        self.merger.raise_if_draining()\n",
-    ),
-    Mutant(
-        "no live check", "        problem = live_group_error(self.group, live, namesakes)\n", "        problem = None\n"
-    ),
+    Mutant("a list is as old as its last page", "            since = since or page.since\n", "            since = page.since\n"),
+    Mutant("nothing expires", "            raise PreconditionsExpired()\n", "            pass\n"),
     Mutant("any state will do", '    if state != "active":\n', "    if False:\n"),
-    Mutant("any email will do", "    if email_of(live) != contact.key:\n", "    if False:\n"),
-    Mutant("any reference will do", "    if reference != external_ref:\n", "    if False:\n"),
-    Mutant("any rev org will do", "    if len(orgs) > 1:\n", "    if False:\n"),
     Mutant("no count check", "                if problem:\n                    return str(folder), problem\n", ""),
     Mutant("fewer tickets will do, too", "if greatest == contact.tickets or (greatest >", "if True or (greatest >"),
     Mutant("only the first page", "            if not cursor:\n                return\n", "            return\n"),
@@ -130,13 +88,25 @@ MUTANTS = [
         "        problems: List[str] = []\n",
         "it guards against a disk that loses what it was given, which is not simulated; tests/test_survive.py does",
     ),
-    # Asking again
+    # The first merge, order, failures
+    Mutant("the first merge does not go alone", "                    await self.context.first_merge.acquire(pair.ids)\n", ""),
     Mutant(
-        "asked again without a look",
-        "        if not first and await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH)) is not DuplicateStatus.THERE:",
-        "        if False:",
+        "an acknowledgement confirms the first merge",
+        "                merge.waiting_since, merge.waited_before = self.context.environment.now(), 0.0\n                return State.ACKNOWLEDGED\n",
+        "                merge.waiting_since, merge.waited_before = self.context.environment.now(), 0.0\n                self.context.first_merge.confirm(pair.ids)\n                return State.ACKNOWLEDGED\n",
     ),
-    Mutant("asked again on the old backup", "        if not first:\n            self.preconditions.invalidate()\n", ""),
+    Mutant("failures in a row stop nothing", "if self._failures_in_a_row >= self.MAX_FAILURES_IN_A_ROW and not self.draining:", "if False:"),
+    # Requesting again
+    Mutant(
+        "requested again without a poll",
+        "                if again and await self._poll(pair, RequestOptions(FINISH)) is not DuplicateStatus.THERE:",
+        "                if False:",
+    ),
+    Mutant(
+        "requested again with the old backup",
+        "            self.preconditions.invalidate()\n        async with",
+        "        async with",
+    ),
     Mutant("no patience", "            if waited >= longest:\n", "            if True:\n"),
     Mutant(
         "patience of a lost answer for all",
@@ -144,19 +114,23 @@ MUTANTS = [
         "        pass\n    return min(10.0",
     ),
     Mutant(
-        "asked again after an acknowledgement, in one run",
-        "if self.requests_sent >= self.MAX_REQUESTS or (self.requests_sent and answered):",
-        "if self.requests_sent >= self.MAX_REQUESTS:",
-        "question_streams again in the same run, after a look and the whole patience, is what the contract allows",
+        "requested again whatever the plan says",
+        "            wanted = self.wanted.get(pair.ids)\n            if wanted is None or wanted.new_ref != pair.new_ref:\n",
+        "            wanted = self.wanted.get(pair.ids) or pair\n            if False:\n",
+    ),
+    Mutant(
+        "requested again after an acknowledgement, in one run",
+        "if merge.requests_sent >= self.MAX_REQUESTS or (merge.requests_sent and answered):",
+        "if merge.requests_sent >= self.MAX_REQUESTS:",
+        "again in the same run, after a poll and the complete wait, is allowed",
     ),
     Mutant(
         "time waited for by the wall clock",
         "return self.now().monotonic - since.monotonic",
         "return self.now().wall - since.wall",
     ),
-    Mutant("a merge is repeated like any other request", "repeatable=False, before=before", "before=before"),
     Mutant(
-        "what DevRev has not answered counts as gone",
+        "what DevRev has not answered counts as merged",
         'return DuplicateStatus.GONE if user.get("state") == "deleted" else DuplicateStatus.THERE',
         "return DuplicateStatus.GONE",
     ),
@@ -167,95 +141,73 @@ MUTANTS = [
     ),
     Mutant(
         "merged elsewhere counts as ours",
-        "                if api_error and api_error.missing and first and not self.merger.journal.asked_before(pair):\n                    await self._check_merged_elsewhere(pair)\n",
-        "",
+        "elif error.missing and first and await self.verifier.is_merged_elsewhere(pair, lambda s: self._pause(pair, s)):",
+        "elif False:",
     ),
-    # References, verifier
+    Mutant("three polls that tell nothing count as merged", "and await self.verifier.lists_show_merged(pair):", "and True:"),
+    Mutant("lists never decide", "and await self.verifier.lists_show_merged(pair):", "and False:"),
+    # References, verification, cancelled pairs
     Mutant(
-        "a reference that somebody has set is overwritten",
-        "    if reference not in (pair.new_ref, pair.primary.external_ref):\n",
+        "a reference that another user has set is overwritten",
+        "    if pair.new_ref and reference not in (pair.new_ref, pair.primary.external_ref):\n",
         "    if False:\n",
     ),
+    Mutant("the reference is not moved", "        updates = [body] if body else []\n", "        updates: List[Json] = []\n"),
     Mutant(
-        "the reference is not moved",
-        "            while not await set_reference(self.api, pair, pair.new_ref, self._request_options(pair)):\n",
-        "            while False:\n",
+        "a refused reference counts as set",
+        "                elif error.status != 409:\n                    code =",
+        "                elif error.status == 409:\n                    return State.VERIFYING\n                elif True:\n                    code =",
     ),
     Mutant(
-        "a reference that is snapshot counts as set",
-        "        if api_error.status == 409:\n            return False\n",
-        "        if api_error.status == 409:\n            return True\n",
+        "no verification",
+        "        missing, status = await self.verifier.wait(checked, expected, lambda seconds: self._pause(pair, seconds))\n",
+        "        missing, status = [], None\n",
     ),
-    Mutant(
-        "no verifier",
-        "        left, listed = await self.verifier.wait(pair, wanted)\n",
-        "        left, listed = [], None\n",
-    ),
+    Mutant("cancelled pairs are not polled", "        for pair in list(self.savepoint.pairs(State.CANCELLED)):\n", "        for pair in []:\n"),
     # Quota, stops
-    Mutant("no reserve", "2 if slow else self.merger.poll_history.polls() + bool(pair.new_ref)", "0"),
-    Mutant("what is kept is forgotten", "        self._reserved += units - reservation.units\n", ""),
-    Mutant("what is kept is never given back", "        self._reserve(reservation, 0)\n", ""),
+    Mutant("no reserve", "2 if slow else self.context.poll_history.polls() + bool(pair.new_ref)", "0"),
+    Mutant("what is reserved is forgotten", "        self._reserved += units - reservation.units\n", ""),
+    Mutant("what is reserved is never released", "        self._reserve(reservation, 0)\n", ""),
     Mutant(
         "the server's quota is ignored",
-        'float("inf") if self.remaining is None else self.remaining - self._in_flight',
-        'float("inf")',
+        "return math.inf if self.remaining is None else self.remaining - in_flight",
+        "return math.inf",
     ),
-    Mutant(
-        "requests leave after a stop",
-        "        self.raise_if_cancelled()\n        future: asyncio",
-        "        future: asyncio",
-    ),
-    Mutant(
-        "a stop wakes nobody",
-        "            if not future.done():\n                future.set_exception(Cancelled())\n",
-        "            pass\n",
-    ),
-    Mutant("lists without end", "if cursor in cursors or stale >= self.STALE_PAGES:", "if False:"),
-    Mutant(
-        "--limit is ignored", "        if size <= limit:  # none: what an earlier run has begun\n", "        if True:\n"
-    ),
+    Mutant("lists without end", "if cursor in cursors or stale >= self.STALE_PAGES or empty >= self.EMPTY_PAGES:", "if False:"),
+    Mutant("--limit is ignored", "        if size <= limit:  # none: what an earlier run has begun\n", "        if True:\n"),
     Mutant("--email is ignored", "    plan.groups = [group for group in plan.groups if group.email in wanted]\n", ""),
     # Undo
-    without(
-        "undo: a contact is recreated unnoted",
-        "await self.save(pair)",
-        8,
-        after="            [] if named else sorted(self._ids().union("
-        'user["id"] for user in await self._contacts_of_email(pair)))\n        )\n',
-    ),
-    Mutant("undo: the primary keeps the reference", "        if self.moved:\n", "        if False:\n"),
-    without("undo: no way back", "await self._restore_reference(problem)", 20),
     Mutant(
-        "undo: the primary leaves what is its own", "kept = [primary] if (identity, role) in stays else []", "kept = []"
-    ),
-    Mutant("undo: all_contacts else leaves", "people[at : at + 1] = [*kept,", "people[:] = [*kept,"),
-    Mutant(
-        "undo: what is written may be old",
-        "            if identity in written or environment.age(since) > limit:\n",
-        "            if False:\n",
-    ),
-    Mutant("undo: no verifier", "            if all(handled.get(one) for one in changes):\n", "            if True:\n"),
-    Mutant(
-        "undo: a second one begins anew",
-        "pairs = [pair for pair in group.pairs if pair.state is not State.UNDONE]\n        plan",
-        "pairs = list(group.pairs)\n        plan",
+        "undo: the primary's old reference is set before that is saved",
+        '        pair.state, pair.code, pair.error = State.UNDOING, "", ""\n        await self.savepoint.save(pair)\n',
+        '        pair.state, pair.code, pair.error = State.UNDOING, "", ""\n',
     ),
     Mutant(
-        "undo: a merge run does not wait for its end",
-        "            if ids & undoing.keys():\n",
-        "            if False:\n",
+        "undo: a contact is created before that is saved",
+        "            await self.savepoint.save(pair)\n            try:\n                await self._save_contact(",
+        "            try:\n                await self._save_contact(",
     ),
-    Mutant("undo: a api_error forgets it", "[begun.get(pair.ids, pair) for pair in pairs]", "pairs"),
+    Mutant("undo: the primary keeps the reference", "            if frees:\n", "            if False:\n"),
+    Mutant("undo: an interruption leaves the reference on no contact", "        with self.context.cancel_token.shield():\n", "        if True:\n"),
+    Mutant("undo: no way back", "                    await self._return_reference(pair, problem)\n", ""),
     Mutant(
-        "undo: an old export forgets it",
-        "        if stale or (group.email in undone and not all(rows)):\n",
-        "        if group.email in undone and not all(rows):\n",
+        "undo: the primary leaves what is its own",
+        "[primary, contact] if obj and (obj[\"id\"], role) in stays else [contact]",
+        "[contact]",
     ),
-]  # fmt: skipped_group
+    Mutant("undo: everyone else leaves", "people[at : at + 1] = [", "people[:] = ["),
+    Mutant(
+        "undo: a second one starts again",
+        "    if pair.state is not State.UNDOING:\n            pair.undo = self._new_progress(pair)",
+        "    if True:\n            pair.undo = self._new_progress(pair)",
+    ),
+    Mutant("undo: the end is not saved", 'State.UNDONE, "", ""\n        await self.savepoint.save(pair)\n', 'State.UNDONE, "", ""\n'),
+    Mutant("undo: a merge run does not wait for its end", "            if ids & undoing.keys():\n", "            if False:\n"),
+]  # fmt: skip
 
 
 class Fate(NamedTuple):
-    """What became of a mutant: the seed that went red, and the invariant."""
+    """What happened to a mutant: the seed that broke, and the invariant."""
 
     mutant: Mutant
     seed: Optional[int]
@@ -264,11 +216,15 @@ class Fate(NamedTuple):
 
 
 def hunt(mutant: Mutant, most: int) -> Fate:
-    """Play lives of a mutant until one breaks an invariant."""
+    """Play scenarios of a mutant until one breaks an invariant that the module itself keeps."""
     text = MODULE.read_text(encoding="utf-8")
     if mutant.old not in text:
         return Fate(mutant, None, "its line is not in the module any more", -1)
-    module = load(text.replace(mutant.old, mutant.new, 1), "merge_contacts_mutant")
+    return hunt_in(mutant, text.replace(mutant.old, mutant.new, 1), most)
+
+
+def hunt_in(mutant: Mutant, text: str, most: int) -> Fate:
+    module = load(text, "merge_contacts_mutant")
     seeds = [*range(START, START + most), *kept_seeds()]
     for number, seed in enumerate(seeds, 1):
         verdict = play(seed, module)
@@ -278,7 +234,7 @@ def hunt(mutant: Mutant, most: int) -> Fate:
 
 
 def table(jobs: int, wanted: str = "", most: int = SEEDS) -> int:
-    """Print a line a mutant; 1 where one lives that may not."""
+    """Print a line a mutant; return 1 where one survives that may not."""
     begun, alive = time.monotonic(), []  # type: float, List[str]
     chosen = [mutant for mutant in MUTANTS if wanted in mutant.name]
     if not chosen:
@@ -299,5 +255,81 @@ def line_of(fate: Fate) -> str:
     elif fate.played < 0:
         outcome = f"CAN'T BE MADE: {fate.invariant}"
     else:
-        outcome = f"lives, for: {fate.mutant.covered}" if fate.mutant.covered else f"ALIVE after {fate.played} lives"
+        covered = f"survives, because: {fate.mutant.covered}"
+        outcome = covered if fate.mutant.covered else f"ALIVE after {fate.played} scenarios"
     return f"{fate.mutant.name:58} {outcome}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Lines that are drawn
+# --------------------------------------------------------------------------------------------------
+
+CORE = ("\n# Merge\n", "\n# Export")  # the merge core begins and ends with these
+SAVES = ("save", "_transition", "record_outcome")
+
+
+def drawn_lines(text: str) -> List[Mutant]:
+    """Return a mutant for each guard (`if … raise`) and each durable write of the merge core, without that line."""
+    first, last = (text[: text.index(mark)].count("\n") + 1 for mark in CORE)
+    lines = text.splitlines(keepends=True)
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        line, end = getattr(node, "lineno", 0), getattr(node, "end_lineno", 0) or 0
+        if not first < line < last:
+            continue
+        is_guard = isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise) and not node.orelse
+        if is_guard or (isinstance(node, ast.Expr) and _is_save(node)):
+            found.append(_without(lines, line, end))
+    return sorted(set(found), key=lambda mutant: mutant.name)
+
+
+def _is_save(node: ast.Expr) -> bool:
+    """Return whether a statement awaits a durable write, and nothing else with it."""
+    call = node.value.value if isinstance(node.value, ast.Await) else None
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in SAVES):
+        return False
+    return not any(isinstance(one, ast.Await) for argument in call.args for one in ast.walk(argument))
+
+
+def _without(lines: Sequence[str], first: int, last: int) -> Mutant:
+    """Make the mutant without these lines; `old` and `new` are the complete text, because a line may occur twice."""
+    line = lines[first - 1]
+    indent = line[: len(line) - len(line.lstrip())]
+    # An `elif` needs its test to be there.
+    instead = re.sub(r"elif .*", "elif False:\n", line.lstrip()) if line.lstrip().startswith("elif") else "pass\n"
+    body = indent + "    pass\n" if instead.startswith("elif") else ""
+    text = "".join([*lines[: first - 1], indent + instead + body, *lines[last:]])
+    return Mutant(f"{first}: {line.strip()[:90]}", "".join(lines), text)
+
+
+def hunt_drawn(mutant: Mutant, most: int) -> Fate:
+    return hunt_in(mutant, mutant.new, most)
+
+
+def random_table(number: int, seed: int, jobs: int, most: int) -> int:
+    """Draw lines of the merge core, take each out, and count how many scenarios notice; 1 where it is under six of ten."""
+    lines = drawn_lines(MODULE.read_text(encoding="utf-8"))
+    chosen = random.Random(seed).sample(lines, min(number, len(lines)))
+    caught = 0
+    with multiprocessing.Pool(jobs, maxtasksperchild=1) as pool:
+        for fate in pool.imap(functools.partial(hunt_drawn, most=most), chosen, chunksize=1):
+            caught += fate.seed is not None
+            print(line_of(fate), flush=True)
+    print(f"{caught} of {len(chosen)} drawn lines are missed when they are gone (there are {len(lines)})")
+    return 0 if 10 * caught >= 6 * len(chosen) else 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument(
+        "--random", metavar="N", type=int, default=10, help="so many lines of the merge core (default 10)"
+    )
+    parser.add_argument("--seed", metavar="S", type=int, default=1, help="that draws them (default 1)")
+    parser.add_argument("--jobs", metavar="J", type=int, default=1, help="in so many processes")
+    parser.add_argument("--most", metavar="M", type=int, default=200, help="scenarios for each (default 200)")
+    options = parser.parse_args()
+    return random_table(options.random, options.seed, options.jobs, options.most)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

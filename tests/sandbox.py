@@ -486,7 +486,9 @@ class Demo:
         counted = sum(map(reported_merges, self.folder.glob("reports/*.json")))
         self._check("the reports count as many", counted == len(self.organisation.merges))
         say("\n" + ("All of that is true." if self.all_true else "NOT all of that is true."))
-        say(f"To look at: {max(self.folder.glob('reports/*.html'), key=os.path.getsize)}")
+        say(f"A report to open in a browser: {max(self.folder.glob('reports/*.html'), key=os.path.getsize)}")
+        say("\nnext: put your token into .env (see .env.example), then read your own contacts")
+        say(f"  {quoted(Path(sys.executable).name)} merge_contacts.py --export contacts.csv")
         return 0 if self.all_true else 1
 
     def _step(self, title: str, sandbox: Sandbox, *options: str) -> None:

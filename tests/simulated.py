@@ -1,7 +1,7 @@
-"""Simulated time, a simulated machine, and what lies between it and tests.fake_devrev: all that a run touches, from a seed.
+"""Simulated time, a simulated process, and the network between it and tests.fake_devrev, all drawn from a seed.
 
-Nothing here sleeps, flushes to a disk or goes through a socket. A run can be killed between any two things that it
-does outside its own memory, and in the middle of a durable write; what it had sent by then arrives all the same.
+Nothing here sleeps, flushes to a disk or opens a socket. A run can be killed between any two steps that it takes
+outside its own memory, and in the middle of a durable write; what it had sent by then arrives all the same.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import email.utils
 import importlib.util
 import io
 import json
+import math
 import os
 import random
 import sqlite3
@@ -23,15 +24,15 @@ from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping
 from tests import fake_devrev
 
 MODULE = Path(__file__).resolve().parent.parent / "merge_contacts.py"
-EPOCH = 1_750_000_000.0  # the wall clock at the beginning of a life
+EPOCH = 1_750_000_000.0  # the wall clock at the beginning of a scenario
 
 
 class Killed(KeyboardInterrupt):
-    """The process is no more. A KeyboardInterrupt, for asyncio lets that through at once, whatever waits."""
+    """The process was killed. A KeyboardInterrupt, because asyncio lets that through at once, whatever waits."""
 
 
 class InvariantBroken(KeyboardInterrupt):
-    """A invariant is broken; `invariant` says which, in the contract's words."""
+    """An invariant is broken; `invariant` names it, `what` says what broke it."""
 
     def __init__(self, invariant: str, what: str) -> None:
         super().__init__(invariant, what)
@@ -40,7 +41,7 @@ class InvariantBroken(KeyboardInterrupt):
 
 
 def load(source: Optional[str] = None, name: str = "merge_contacts_simulated") -> types.ModuleType:
-    """The module under a name of its own, from another source where one is given (a mutant)."""
+    """Load the module under a name of its own, from another source if one is given (a mutant)."""
     spec = importlib.util.spec_from_loader(name, loader=None)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
@@ -57,8 +58,8 @@ def load(source: Optional[str] = None, name: str = "merge_contacts_simulated") -
 
 
 class Clock:
-    """True time, and what the machine makes of it: a laptop that sleeps stops the steady clock, somebody sets the
-    other."""
+    """True time, and the two clocks of the machine: a laptop that sleeps stops the steady one, the wall clock can be
+    set."""
 
     def __init__(self) -> None:
         self.now = 0.0  # true seconds
@@ -79,7 +80,7 @@ class Clock:
         return self.fake_devrev.next_due() if self.fake_devrev else None
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, and the world do what it does meanwhile, each thing at its moment."""
+        """Let time pass, and DevRev do what is due meanwhile, each thing at its moment."""
         end = self.now + seconds
         while self.fake_devrev:
             due = self.fake_devrev.next_due()
@@ -97,7 +98,7 @@ class Clock:
 
 
 class Loop(asyncio.BaseEventLoop):
-    """An event loop that jumps to whatever comes next: a timer of its own, or something in the world."""
+    """An event loop that jumps to the next event: a timer of its own, or something that DevRev does."""
 
     LONGEST_SILENCE = 6 * 3600.0  # seconds without a request
     MOST_ROUNDS = 50_000  # without a request
@@ -114,14 +115,14 @@ class Loop(asyncio.BaseEventLoop):
         return self.clock.steady
 
     def select(self, timeout: Optional[float]) -> List[Any]:
-        """What a selector does: wait. Nothing is ever there, but time passes."""
+        """Wait, as a selector does. There is never an event, but time passes."""
         due = self.clock.next_due()
         if timeout is None and due is None:
-            raise InvariantBroken("a run ends", "it waits for something that will never come")
+            raise InvariantBroken("a run ends", "it waits for something that never happens")
         self._rounds = self._rounds + 1 if self.clock.last_progress == self._progress else 0
         self._progress = self.clock.last_progress
         if self._rounds > self.MOST_ROUNDS:
-            raise InvariantBroken("a run ends", "it goes round and round, and nothing comes of it")
+            raise InvariantBroken("a run ends", "the event loop spins without a request")
         if timeout is not None and timeout <= 0:
             return []
         waits = [timeout] if timeout is not None else []
@@ -140,7 +141,7 @@ class Loop(asyncio.BaseEventLoop):
 
 
 def run_to_the_end(loop: Loop, main: Any) -> Any:
-    """What asyncio.run does, on a loop of ours."""
+    """Do what asyncio.run does, on a simulated loop."""
     asyncio.set_event_loop(loop)
     try:
         result = loop.run_until_complete(main)
@@ -155,9 +156,9 @@ def run_to_the_end(loop: Loop, main: Any) -> Any:
 
 
 def bury(loop: Loop) -> None:
-    """Take away what a killed run leaves in memory, without letting it do anything more."""
+    """Discard what a killed run leaves in memory, without letting it do anything more."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    warnings.simplefilter("ignore", RuntimeWarning)  # of coroutines that nobody awaits any more
+    warnings.simplefilter("ignore", RuntimeWarning)  # of coroutines that are never awaited
     try:
         for task in asyncio.all_tasks(loop):
             task._log_destroy_pending = False  # type: ignore[attr-defined]
@@ -170,16 +171,16 @@ def bury(loop: Loop) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# The machine
+# The process
 # --------------------------------------------------------------------------------------------------
 
 
 class NetworkFaults(NamedTuple):
-    """What the network does to a request."""
+    """What the network does to one request."""
 
     there: float  # seconds until it arrives
     back: float
-    draws: str = ""  # "refused" (no connection), "lost", "unheard" (no answer), "late", "twice"
+    kind: str = ""  # "refused" (no connection), "lost", "unheard" (no answer), "late", "twice"
 
 
 class Sent(NamedTuple):
@@ -191,13 +192,13 @@ class Sent(NamedTuple):
 
 
 class SimulatedProcess:
-    """One run's process: it does things step by step, and is killed at one of them.
+    """The process of one run: it takes steps, and may be killed at any of them.
 
-    `observer` hears `asked(sent)` before a request leaves, `answered(sent, answer)` as one is handed over, `wrote()`
-    after each durable write; `weather(endpoint)` says what the network does.
+    `observer` is told `asked(sent)` before a request leaves, `answered(sent, answer)` as an answer is handed over, and
+    `wrote(connection)` after each commit; `network_faults(endpoint)` says what the network does.
     """
 
-    MOST_IDLE = 3000  # requests without anything that reaches the disk
+    MOST_IDLE = 3000  # requests without a durable write
 
     def __init__(self, module: Any, clock: Clock, its_devrev: fake_devrev.World, seed: int) -> None:
         self.module = module
@@ -210,16 +211,19 @@ class SimulatedProcess:
         self.tracing = False
         self.kill_at: Optional[int] = None
         self.kill_after_merge: Optional[Tuple[int, int]] = None  # so many steps after the n-th merge request
+        self.kill_between: Optional[int] = None  # at the n-th intent, when it is in the first file and not in the copy
         self.killed_at_report = False  # before a merge report gets its name
-        self.full_at: Optional[int] = None  # the disk is full at this step, once
-        self.steps = self.merges = self.travelling = 0
+        self.full_at: Optional[int] = None  # the disk is full at this step
+        self.full_for = ""  # and from then on for every write with these words in its name, if any
+        self.steps = self.merges = self.intents = self.travelling = 0
         self.dead = False
-        self.connection: Optional[Connection] = None
-        self.idle = 0  # requests since anything has reached the disk
+        self.connections: Dict[str, Connection] = {}  # by the file's name
+        self.hot_journal: Optional[Tuple[Path, bytes]] = None  # that a commit leaves which was killed in its middle
+        self.idle = 0  # requests since the last durable write
         self.units_unseen = 0  # requests whose answer's headers the run has never seen
 
     def step(self, what: str) -> None:
-        """Something that the run does outside its memory; where it may be killed."""
+        """Take a step outside the run's memory, at which it may be killed."""
         if self.dead:
             raise Killed
         self.steps += 1
@@ -235,52 +239,94 @@ class SimulatedProcess:
         raise Killed
 
     def durable(self, what: str) -> bool:
-        """Before a durable write: True where it is torn by a kill in its middle."""
+        """Take the step before a durable write. Return whether a kill tears it in its middle."""
         self.step(f"before {what}")
         self.idle = 0
         if self.killed_at_report and what.startswith("naming merge_report"):
             self.kill(f"before {what}")
-        if self.steps == self.full_at:
+        if self.full_at is not None and self.steps >= self.full_at and (self.full_for in what or not self.full_for):
+            self.full_at = self.full_at if self.full_for else None
             self.trace(f"the disk is full: {what}")
-            self.observer.disk_was_full = True
+            self.observer.disk_was_full = self.observer.full_now = True
             raise OSError(28, "No space left on device")
         self.steps += 1
         return self.steps == self.kill_at
 
+    def end(self) -> None:
+        """Close the files as the operating system does when a process ends, and leave what a torn commit leaves."""
+        self.dead = True
+        for connection in self.connections.values():
+            connection.close()
+        if self.hot_journal:
+            path, content = self.hot_journal
+            path.write_bytes(content)
+
 
 class Connection(sqlite3.Connection):
-    """A savepoint's connection: each COMMIT is a step; nothing is flushed."""
+    """A connection to one of the savepoint's two files: each COMMIT is a step; nothing is flushed."""
 
     process: SimulatedProcess
+    path: Path
+    pending: List[Any] = []  # rows of the open transaction
 
     def execute(self, statement: str, *values: Any) -> Any:
         if self.process.dead:
             raise Killed
-        if statement == "PRAGMA synchronous = EXTRA":
+        if statement.startswith("PRAGMA synchronous"):
             statement = "PRAGMA synchronous = OFF"
-        if statement != "COMMIT":
-            return super().execute(statement, *values)
+        if statement == "ROLLBACK":
+            self.pending = []
+        if statement == "COMMIT":
+            return self._commit()
+        return super().execute(statement, *values)
+
+    def _commit(self) -> Any:
+        process, name = self.process, f"the commit of {self.path.name}"
         try:
-            if self.process.durable("the savepoint's commit"):
-                self.process.kill("in the middle of the savepoint's commit")
+            torn = process.durable(name)
         except OSError:
             raise sqlite3.OperationalError("database or disk is full") from None
-        found = super().execute(statement)
-        self.process.step("after the savepoint's commit")
-        self.process.observer.wrote()
+        if torn:
+            self._tear(name)
+        found = super().execute("COMMIT")
+        rows, self.pending = self.pending, []
+        process.observer.wrote(self.path.name, rows)
+        if self.path.name == "savepoint.db" and any(row["state"] == "requested" for row in rows):
+            process.intents += 1
+            if process.intents == process.kill_between:
+                process.kill(f"after {name} and before the copy's")
+        process.step(f"after {name}")
         return found
+
+    def _tear(self, name: str) -> None:
+        """Be killed in the middle of a commit: SQLite's journal is left beside the file, of which all new pages or none
+        are written. Whoever opens it next has to roll it back."""
+        journal = self.path.with_name(self.path.name + "-journal")
+        content = journal.read_bytes() if journal.exists() else b""
+        if self.process.steps % 2:
+            super().execute("COMMIT")
+        self.process.hot_journal = (journal, content) if content else None
+        self.process.kill(f"in the middle of {name}")
 
     def executemany(self, statement: str, rows: Any) -> Any:
         if self.process.dead:
             raise Killed
         rows = list(rows)
-        if self.process.tracing and "INTO pairs" in statement:
-            places = [name.strip() for name in statement[statement.index("(") + 1 : statement.index(")")].split(",")]
-            for row in rows:
-                told = dict(zip(places, row))
-                state, code = told["state"], told["code"] and f" ({told['code']}: {told['error'][:100]})"
-                self.process.trace(f"  savepoint: {short(told['duplicate_id'])} is {state}{code}")
+        if "INTO pairs" in statement:
+            self.pending = self.pending + [stored_row(row) for row in rows]
+            for row in self.pending[-len(rows) :] if self.process.tracing and rows else ():
+                code = row["code"] and f" ({row['code']}: {row['error'][:100]})"
+                self.process.trace(f"  {self.path.name}: {short(row['duplicate_id'])} is {row['state']}{code}")
         return super().executemany(statement, rows)
+
+
+ROW = ("primary_id", "duplicate_id", "organisation", "email", "state", "new_ref", "run", "revision", "document")
+
+
+def stored_row(values: Any) -> Dict[str, Any]:
+    """Return a row of the table `pairs`: its columns, and what its document says besides."""
+    row = dict(zip(ROW, values))
+    return {**json.loads(row["document"]), **row}
 
 
 def short(don: str) -> str:
@@ -290,7 +336,7 @@ def short(don: str) -> str:
 
 
 def environment_of(module: Any, process: SimulatedProcess, settings: Any) -> Any:
-    """An Outside of this module which is the machine."""
+    """Make an Environment of this module that is the simulated process."""
 
     class Simulated(module.Environment):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -305,8 +351,11 @@ def environment_of(module: Any, process: SimulatedProcess, settings: Any) -> Any
         def now(self) -> Any:
             return module.Timestamp(process.clock.wall, process.clock.steady)
 
-        async def post(self, endpoint: str, body: Dict[str, Any]) -> Any:
-            return await exchange(module, process, settings, endpoint, body)
+        async def post(self, endpoint: str, body: Dict[str, Any], deadline: Optional[float] = None) -> Any:
+            try:
+                return await exchange(module, process, settings, endpoint, body, deadline)
+            except Exception as error:  # which the module would take for one of its own
+                raise InvariantBroken("the simulation itself works", f"{endpoint}: {error!r}") from error
 
         async def run_in_thread(self, job: Any, *args: Any) -> Any:
             await asyncio.sleep(0.001 + 0.02 * process.random.random())
@@ -321,19 +370,6 @@ def environment_of(module: Any, process: SimulatedProcess, settings: Any) -> Any
             process.step(f"after {name}")
             return found
 
-        def append_lines(self, path: Path, lines: bytes) -> None:
-            if process.durable("a line of the journal"):
-                with open(path, "ab+") as file:
-                    file.seek(max(0, file.tell() - 1))
-                    apart = b"" if file.read(1) in (b"\n", b"") else b"\n"
-                    file.write(apart + lines[: len(lines) // 2])
-                process.kill("in the middle of a line of the journal")
-            if process.tracing:
-                for told in map(json.loads, lines.splitlines()):
-                    process.trace(f"  journal: {told['event']} {short(told['duplicate']['id'])}")
-            super().append_lines(path, lines)
-            process.step("after a line of the journal")
-
         def rename_into_place(self, aside: Path, final: Path) -> None:
             name = f"naming {final.name}"
             if process.durable(name):
@@ -343,10 +379,12 @@ def environment_of(module: Any, process: SimulatedProcess, settings: Any) -> Any
             process.step(f"after {name}")
 
         def open_database(self, uri: str) -> Any:
-            process.step("opening the savepoint")
-            Connection.process = process
-            process.connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0, factory=Connection)
-            return process.connection
+            path = Path(uri[len("file:") :].partition("?")[0])
+            process.step(f"opening {path.name}")
+            connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0, factory=Connection)
+            connection.process, connection.path = process, path
+            process.connections[path.name] = connection
+            return connection
 
         def fsync_file(self, file: Any) -> None:
             file.flush()
@@ -358,13 +396,13 @@ def environment_of(module: Any, process: SimulatedProcess, settings: Any) -> Any
 
 
 def tear(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The first half of what was to be written."""
+    """Yield the first half of what was to be written."""
     whole = b"".join(chunks)
     yield whole[: len(whole) // 2]
 
 
 class SilentStream(io.StringIO):
-    """A console that nobody reads."""
+    """A console without a reader."""
 
     def write(self, text: str) -> int:
         return len(text)
@@ -374,19 +412,26 @@ class SilentStream(io.StringIO):
 
 
 # --------------------------------------------------------------------------------------------------
-# The wire
+# The network
 # --------------------------------------------------------------------------------------------------
 
 
-async def exchange(module: Any, process: SimulatedProcess, settings: Any, endpoint: str, body: Dict[str, Any]) -> Any:
-    """One request through the weather, and its answer as the real wire would hand it over."""
+async def exchange(
+    module: Any,
+    process: SimulatedProcess,
+    settings: Any,
+    endpoint: str,
+    body: Dict[str, Any],
+    deadline: Optional[float],
+) -> Any:
+    """Send one request through the network; return its answer as the real transport would hand it over."""
+    complete = min(10 * settings.timeout, deadline or math.inf)
+    silence = min(settings.timeout, complete)
     body = json.loads(module.to_json(body))
     process.step(f"sending {endpoint}")
     process.idle += 1
     if process.idle > process.MOST_IDLE:
-        raise InvariantBroken(
-            "a run gets somewhere", f"{process.idle} requests, and nothing of it has reached the disk"
-        )
+        raise InvariantBroken("a run makes progress", f"{process.idle} requests without a durable write")
     sent = Sent(endpoint, body, process.clock.now)
     process.observer.asked(sent)
     process.clock.last_progress = process.clock.now
@@ -400,16 +445,15 @@ async def exchange(module: Any, process: SimulatedProcess, settings: Any, endpoi
             future.set_result(answer)
 
     begin(module, process, settings, sent, network_faults, hand_over)
-    none = module.HttpResponse(None, {}, None, f"no answer within {settings.timeout:g} s")
-    timer = loop.call_later(settings.timeout, hand_over, none)
+    none = module.HttpResponse(None, {}, None, f"no answer within {silence:g} s")
+    timer = loop.call_later(silence, hand_over, none)
     try:
         answer = await future
     finally:
         timer.cancel()
     if answer is LONG:
-        limit = 9 * settings.timeout
-        await asyncio.sleep(limit)
-        answer = module.HttpResponse(None, {}, None, f"no whole answer within {10 * settings.timeout:g} s")
+        await asyncio.sleep(max(0.0, complete - 0.9 * settings.timeout))
+        answer = module.HttpResponse(None, {}, None, f"no complete answer within {complete:g} s")
     process.units_unseen += "X-Ratelimit-Remaining" not in answer.headers
     process.trace(f"  <- {endpoint} {describe(body)}: {answer.status or answer.problem} {told(answer.data)}")
     process.step(f"hearing of {endpoint}")
@@ -428,22 +472,22 @@ def begin(
     network_faults: NetworkFaults,
     hand_over: Callable[[Any], None],
 ) -> None:
-    """Let a request travel: it arrives whatever becomes of the process that has sent it."""
-    later, draws = process.fake_devrev.later, network_faults.draws
-    note = f" [{draws}]" if draws else ""
+    """Let a request travel: it arrives whatever happens to the process that has sent it."""
+    later, kind = process.fake_devrev.later, network_faults.kind
+    note = f" [{kind}]" if kind else ""
     process.trace(f"  -> {sent.endpoint} {describe(sent.body)}{note}")
-    if draws == "refused":
+    if kind == "refused":
         later(network_faults.there, lambda: hand_over(module.HttpResponse(None, {}, None, "no connection", sent=False)))
         return
-    if draws == "lost":
+    if kind == "lost":
         return
 
     def arrive() -> None:
         process.travelling -= 1
         answer = process.fake_devrev.respond(sent.endpoint, dict(sent.body), settings.token)
-        if draws == "twice":
+        if kind == "twice":
             process.fake_devrev.respond(sent.endpoint, dict(sent.body), process.fake_devrev.token)
-        if draws == "unheard":
+        if kind == "unheard":
             later(network_faults.back, lambda: hand_over(module.HttpResponse(None, {}, None, "the connection broke")))
             return
         parsed, seconds = parse(module, process, settings, answer)
@@ -451,13 +495,13 @@ def begin(
             later(network_faults.back + seconds, lambda: hand_over(parsed))
 
     process.travelling += 1
-    later(network_faults.there + (3 * settings.timeout if draws == "late" else 0.0), arrive)
+    later(network_faults.there + (3 * settings.timeout if kind == "late" else 0.0), arrive)
 
 
 def parse(
     module: Any, process: SimulatedProcess, settings: Any, answer: fake_devrev.Answer
 ) -> Tuple[Any, Optional[float]]:
-    """An answer of the world as module.HttpTransport would read it, and the seconds it takes; None where it never comes."""
+    """Return DevRev's answer as module.HttpTransport would read it, and the seconds that it takes; None: it never comes."""
     if answer.manner == "hang":
         return module.HttpResponse(None, {}, None, "the connection broke"), answer.seconds
     if answer.manner in ("reset", "cut"):
@@ -466,13 +510,12 @@ def parse(
         return LONG, settings.timeout * 0.9
     seconds = answer.seconds * (len(answer.payload) if answer.manner == "drip" else 1)
     headers = dict(answer.headers, Date=email.utils.formatdate(EPOCH + process.clock.now, usegmt=True))
-    whole = types.SimpleNamespace(content=answer.payload, status_code=answer.status)
-    data, problem = module.HttpTransport._read(types.SimpleNamespace(settings=settings), whole)
+    data, problem = module.parse_body(answer.status, answer.payload, settings)
     return module.HttpResponse(answer.status, Headers(headers), data, problem), min(seconds, 9.9 * settings.timeout)
 
 
 class Headers(Dict[str, str]):
-    """Headers, found whatever the case of their letters."""
+    """Headers, found in upper and lower case."""
 
     def __init__(self, headers: Mapping[str, str]) -> None:
         super().__init__({name.lower(): value for name, value in headers.items()})
@@ -488,7 +531,7 @@ class Headers(Dict[str, str]):
 
 
 def describe(body: Mapping[str, Any]) -> str:
-    """A request's body in a few words."""
+    """Describe a request's body in a few words."""
     return " ".join(f"{name}={words(value)}" for name, value in body.items() if name not in ("limit", "type"))
 
 
@@ -500,19 +543,20 @@ def words(value: Any) -> str:
 
 
 def told(data: Optional[Mapping[str, Any]]) -> str:
-    """What an answer says, in a few words."""
+    """Describe an answer in a few words."""
     if not data:
         return ""
     for name, value in data.items():
         if isinstance(value, list):
-            return f"{len(value)} {name}: " + ",".join(short(str(item.get("id"))) for item in value[:8])
+            ids = (short(str(item.get("id"))) for item in value[:8] if isinstance(item, dict))
+            return f"{len(value)} {name}: " + ",".join(ids)
         if isinstance(value, dict):
             return f"{short(str(value.get('id')))} {value.get('state', '')} {value.get('external_ref', '')}".strip()
     return str(data.get("message", ""))[:80]
 
 
 class Trace:
-    """The last events of a life, for people."""
+    """The last events of a scenario, for people."""
 
     def __init__(self, clock: Clock, most: Optional[int]) -> None:
         self.clock = clock

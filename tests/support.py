@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -54,6 +55,10 @@ class Result:
         return f"exit {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
 
 
+# Modes in which nothing is to be confirmed.
+UNCONFIRMED = {"--preview", "--check", "--status", "--verify-backups", "--export", "--settle", "--help", "--version"}
+
+
 class Workplace:
     """A scratch folder in which the script runs as a user would run it."""
 
@@ -68,8 +73,11 @@ class Workplace:
         return {**kept, **(sandbox.environment() if sandbox else {}), **extra}
 
     def command(self, *options: str, program: Sequence[str] = PROGRAM) -> List[str]:
-        csv_option = () if "--export" in options else ("--csv", str(self.csv))
-        return [*program, *csv_option, *options]
+        """The command line, with `--yes` where it merges or undoes: no terminal is there to confirm it on."""
+        names_files = any(option.partition("=")[0] in ("--csv", "--export") for option in options)
+        csv_option = () if names_files else ("--csv", str(self.csv))
+        confirmed = () if UNCONFIRMED & set(options) else ("--yes",)
+        return [*program, *csv_option, *confirmed, *options]
 
     def start(
         self, sandbox: Optional[Sandbox], *options: str, python: Sequence[str] = (), **extra: str
@@ -130,6 +138,54 @@ class Workplace:
 
     def files(self) -> List[Path]:
         return sorted(path for path in self.folder.rglob("*") if path.is_file())
+
+
+class Terminal:
+    """The script on a real (pseudo) terminal of some width; `stdout` may be a file."""
+
+    def __init__(
+        self, place: Workplace, sandbox: Any, *options: str, columns: int = 80, stdout: str = "", **extra: str
+    ) -> None:
+        import fcntl
+        import pty
+        import struct
+        import termios
+
+        self.text = ""
+        environment = {**place.environment(sandbox, {"TERM": "xterm", **extra})}
+        for name in ("NO_COLOR", "COLUMNS", "LINES"):
+            environment.pop(name, None)
+        environment.update(extra)
+        self.pid, self.handle = pty.fork()
+        if self.pid == 0:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup would have it ignore
+            os.chdir(str(place.folder))
+            if stdout:
+                os.dup2(os.open(stdout, os.O_WRONLY | os.O_CREAT, 0o600), 1)
+            os.execve(sys.executable, [*PROGRAM, *options], environment)
+        fcntl.ioctl(self.handle, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+
+    def read_until(self, wanted: str = "", seconds: float = 20) -> str:
+        """Read until `wanted` has come, or to the end."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not (wanted and wanted in self.text):
+            try:
+                data = os.read(self.handle, 65536)
+            except OSError:
+                break
+            if not data:
+                break
+            self.text += data.decode("utf-8")
+        return self.text
+
+    def type(self, text: str) -> None:
+        os.write(self.handle, text.encode("utf-8"))
+
+    def end(self) -> int:
+        self.read_until()
+        status = os.waitpid(self.pid, 0)[1]
+        os.close(self.handle)
+        return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
 
 
 def export_row(organisation: Organisation, contact: str) -> Row:

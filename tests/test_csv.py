@@ -1,13 +1,17 @@
 """Hostile CSVs through the front door: one clear line or a right plan, never a traceback, never a wrong pair."""
 
+import bz2
 import contextlib
 import csv
+import gzip
 import io
 import json
 import logging
+import lzma
 import os
 import re
 import unicodedata
+import zipfile
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
 
 import pytest
@@ -70,7 +74,7 @@ def refused(content: Union[str, bytes], says: str) -> Case:
 def spoilt(bad: str, *before: str, line: int = 2, email: str = "ada@example.com") -> Case:
     """A bad row in front of two groups: the one whose email it has is skipped, the other is merged."""
     own = ADA if email == "ada@example.com" else (row("1", email, "REVU-1"), row("2", email, "user_2"))
-    return Case(text(*before, bad, *own, *EVE), [EVE_PAIR], {email.strip().casefold(): "invalid_row"}, [line])
+    return Case(text(*before, bad, *own, *EVE), [EVE_PAIR], {email: "invalid_row"}, [line])
 
 
 def without(column: str, *more: str) -> str:
@@ -95,7 +99,29 @@ def named(name: str) -> str:
 def addressed(email: str) -> Case:
     """Both contacts of an odd email: it is an address like any other."""
     rows = text(row("1", email, "REVU-1"), row("2", email, "user_2"), *EVE)
-    return Case(rows, [(email.strip('"').strip().casefold(), "1", "2"), EVE_PAIR])
+    return Case(rows, [(email.strip('"').strip(), "1", "2"), EVE_PAIR])
+
+
+def zipped(name: str, content: str = "") -> bytes:
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as archive:
+        archive.writestr(name, content)
+    return whole.getvalue()
+
+
+def bad_email(cell: str) -> Case:
+    """A row whose EMAIL is no plain address, in a file that is good otherwise."""
+    return Case(text(row("7", f'"{cell}"', "user_7"), *ADA), [ADA_PAIR], {}, [2])
+
+
+def spoils_ada(cell: str) -> Case:
+    """A row with a bad count whose EMAIL is Ada's but for how it is written."""
+    return Case(
+        text(row("7", f'"{cell}"', "user_7", tickets="x"), *ADA, *EVE),
+        [EVE_PAIR],
+        {"ada@example.com": "invalid_row"},
+        [2],
+    )
 
 
 def swallowing(first: str, last: str) -> str:
@@ -118,8 +144,8 @@ FILES: Dict[str, Case] = {
     "nothing in it": refused("", "empty"),
     "only a BOM": refused(b"\xef\xbb\xbf", "empty"),
     "only blank lines": refused("\n\r\n\n", "empty"),
-    "header only": refused(HEADER, "no row but the header"),
-    "header and blank lines": refused(HEADER + "\n\n\n", "no row but the header"),
+    "header only": Case(HEADER),
+    "header and blank lines": Case(HEADER + "\n\n\n"),
     "one invalid row alone": refused(text(row("7", "ada@example.com", "user_7", tickets="x")), "line 2: TICKET_COUNT is not"),
     "invalid rows alone": refused(
         text(*(row(str(n), "ada@example.com", f"user_{n}", tickets="?") for n in range(55))), "55 invalid ones (line 2: "
@@ -134,15 +160,47 @@ FILES: Dict[str, Case] = {
             ("FULL_NAME", "DISPLAY_ID"),
         )
     },
-    "no header": refused("\n".join(ADA), "missing column"),
+    "no header": refused("\n".join(ADA), "its first line is a contact: each file needs a header of its own"),
     "semicolons": refused(text(*ADA).replace(",", ";"), "separated by semicolons"),
     "semicolons and quotes": refused('"' + text(*ADA).replace(",", '";"').replace("\n", '"\n"'), "separated by semicolons"),
     "semicolons behind a BOM": refused(b"\xef\xbb\xbf" + text(*ADA).replace(",", ";").encode(), "separated by semicolons"),
     "tabs": refused(text(*ADA).replace(",", "\t"), "separated by tabs"),
     "sep= before the header": refused("sep=,\r\n" + text(*ADA), "`sep=`"),
     "sep= of semicolons behind a BOM": refused(b"\xef\xbb\xbfSEP=;\n" + text(*ADA).replace(",", ";").encode(), "`sep=`"),
-    "an Excel workbook": refused(b"PK\x03\x04\x14\0\x06\0\x08\0" + bytes(range(256)), "Excel workbook"),
-    "an old Excel workbook": refused(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(512), "Excel workbook"),
+    "an Excel workbook": refused(zipped("[Content_Types].xml"), "an Excel workbook"),
+    "an Excel workbook of another program": refused(zipped("xl/workbook.xml"), "an Excel workbook"),
+    "an OpenDocument spreadsheet": refused(
+        zipped("mimetype", "application/vnd.oasis.opendocument.spreadsheet"), "an OpenDocument spreadsheet"
+    ),
+    "a ZIP": refused(zipped("contacts.csv", text(*ADA)), ": a ZIP archive"),
+    "an empty ZIP": refused(b"PK\x05\x06" + bytes(18), ": a ZIP archive"),
+    "a Parquet file": refused(b"PAR1\x15\x04\x15" + bytes(99) + b"PAR1", "Parquet"),
+    "an Avro file": refused(b"Obj\x01\x04\x14avro.codec", "Avro"),
+    "an ORC file": refused(b"ORC\x11\0\0" + bytes(99), "ORC"),
+    "an SQLite database": refused(b"SQLite format 3\0" + bytes(99), "SQLite"),
+    "a PDF": refused(b"%PDF-1.7\n", "PDF"),
+    "a bzip2 archive": refused(bz2.compress(text(*ADA).encode()), "bzip2"),
+    "an xz archive": refused(lzma.compress(text(*ADA).encode()), "xz"),
+    "a Zstandard archive": refused(b"\x28\xb5\x2f\xfd\x04\x58", "Zstandard"),
+    "gzip": good(gzip.compress(text(*ADA).encode())),
+    "gzip with a BOM": good(gzip.compress(b"\xef\xbb\xbf" + text(*ADA).encode())),
+    "gzip in two members": good(gzip.compress(text(ADA[0]).encode()) + gzip.compress((ADA[1] + "\n").encode())),
+    "gzip inside gzip": refused(gzip.compress(gzip.compress(text(*ADA).encode())), "gzip inside gzip"),
+    "a ZIP inside gzip": refused(gzip.compress(zipped("contacts.csv")), "in the gzip file: a ZIP archive"),
+    "a tar archive inside gzip": refused(gzip.compress(bytes([97] * 257) + b"ustar" + bytes(250)), "tar archive"),
+    "gzip of nothing": refused(gzip.compress(b""), "empty"),
+    **{
+        f"gzip that ends after {share:.0%}": refused(whole[: int(len(whole) * share)], "cut off or damaged")
+        for whole in [gzip.compress(text(*ADA, *(row(f"x{n}", f"x{n}@example.com", f"REVU-{n}") for n in range(9000))).encode())]
+        for share in (0.001, 0.5, 0.99, 0.99999)
+    },
+    "gzip with a wrong checksum": refused(gzip.compress(text(*ADA).encode())[:-8] + bytes(8), "cut off or damaged"),
+    "JSON": refused('[{"REV_USER_ID": "1", "EMAIL": "ada@example.com"}]', "JSON"),
+    "JSON lines": refused('{"REV_USER_ID": "1", "EMAIL": "ada@example.com"}\n', "JSON"),
+    "a web page": refused("<!DOCTYPE html>\n<html><head>", "a web page"),
+    "XML": refused('<?xml version="1.0"?>', "XML"),
+    "vertical bars": refused(text(*ADA).replace(",", "|"), "separated by vertical bars"),
+    "an old Excel workbook": refused(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(512), "old Excel workbook"),
     "a column twice": refused(text(*(line + ",x" for line in ADA), header=HEADER + ",EMAIL"), "EMAIL is there twice"),
     "a column twice, in another case": refused(text(*(line + ",x" for line in ADA), header=HEADER + ", email "), "EMAIL is"),
     "a stray quote in the header": refused(
@@ -151,6 +209,13 @@ FILES: Dict[str, Case] = {
     "columns in another order": good("\n".join(map(reordered, text(*ADA).splitlines()))),
     "columns in another case": good(text(*ADA, header=HEADER.lower())),
     "spaces around the columns": good(text(*ADA, header=HEADER.replace(",", " , "))),
+    "a comma and a blank between cells": good(text(*ADA).replace(",", ", ")),
+    "a comma and a blank before quotes": good(
+        text(row("1", "ada@example.com", "REVU-1", name='"Reyes, Ada"'), ADA[1]).replace(",", ", ").replace('", ', '",  ')
+    ),
+    "quoted cells behind a comma and a blank": good(
+        "\n".join(", ".join(f'"{cell}"' for cell in line.split(",")) for line in text(*ADA).splitlines())
+    ),
     "extra columns": good(text(*(f"x,{line},y" for line in ADA), header=f"NOTES,{HEADER},NOTES")),
     "extra columns that are called much like them": good(
         text(*(f"9,x,x@example.com,user_9,{line}" for line in ADA), header=f"ID,NAME,EMAIL_ADDRESS,EXTERNAL_REFERENCE,{HEADER}")
@@ -174,7 +239,10 @@ FILES: Dict[str, Case] = {
     "a quote that never ends": refused(text(row("7", "eve@example.com", "REVU-7", name='"Ann'), *ADA), "line "),
     "text behind a quoted field": refused(named('"Ada" Reyes'), "line 2"),
     "a name of 300 kB": good(named("x" * 300_000)),
-    "a name of 3 MB": refused(named("x" * 3_000_000), "line 2"),
+    "a name of 3 MB": good(named("x" * 3_000_000)),
+    "a name of 3 MB in a column that is not read": good(
+        text(f"{ADA[0]},{'x' * 3_000_000}", f"{ADA[1]},", header=HEADER + ",NOTES")
+    ),
     "a row of very many fields": spoilt("x," * 50_000 + "ada@example.com"),
     # rows
     "too few fields": spoilt("7,REVU-7,Ada,ada@example.com,user_7"),
@@ -182,8 +250,6 @@ FILES: Dict[str, Case] = {
     "one field": spoilt("ada@example.com"),
     "one field too many": spoilt(row("7", "ada@example.com", "user_7") + ",x"),
     "too few fields, of an address with an apostrophe": spoilt("7,x,x,o'dell@example.com", email="o'dell@example.com"),
-    "too few fields, of an address without @": spoilt("7,REVU-7,x,front desk,user_7", email="front desk"),
-    "an email like none": spoilt(row("7", "front desk", "user_7", tickets="x"), email="front desk"),
     "empty id": spoilt(row("", "ada@example.com", "user_7")),
     "blank id": spoilt(row("  ", "ada@example.com", "user_7")),
     "empty reference": spoilt(row("7", "ada@example.com", "")),
@@ -193,12 +259,13 @@ FILES: Dict[str, Case] = {
         f"a count like {count[:20]!r}": spoilt(row("7", "Ada@Example.com ", "user_7", tickets=count))
         for count in (
             "", "x", "-1", "+1", "1.5", "4.01", "4.", ".0", "4.0.0", "4 .0", "-0.0", "1e3", "0x1", "1_000", "NaN", "\u00b2", "NULL",
+            "1.000", "4.000", "0.000", "1 204", "1\u00a0204", "1\u202f204", "1'204", '"1,204"', '"4,0"', "\u0664", "4.0000",
             "9" * 40, "9" * 5000,
         )
     },
     **{
         f"a count like {count!r}": good(text(row("1", "ada@example.com", "REVU-1", tickets=count), ADA[1]))
-        for count in ("4.0", "4.00", "4", " 4 ", "007", "0.0", "123456789.000000")
+        for count in ("4.0", "4.00", "4", " 4 ", "4.0\t", "007", "0.0", "123456789.00")
     },
     "NUL in the name": spoilt(row("7", "ada@example.com", "user_7", name="A\0a")),
     "NUL in the email": spoilt(row("7", "a\0da@example.com", "user_7")),
@@ -219,14 +286,6 @@ FILES: Dict[str, Case] = {
         [],
         {"ada@example.com": "invalid_row", "eve@example.com": "invalid_row", "o'dell@example.com": "invalid_row"},
         [4],
-    ),
-    "a stray quote that swallows a row of an address without @": Case(
-        text(
-            row("7", "eve@example.com", "REVU-7", name='"Ann'), row("9", "front desk", "user_9"),
-            row("8", "eve@example.com", "user_8", name='Bob"'), *ADA,
-            row("1a", "front desk", "REVU-1"), row("2a", "front desk", "user_2"),
-        ),
-        [ADA_PAIR], {"front desk": "invalid_row"}, [4],
     ),
     "a stray quote that swallows a row into the last field": Case(
         text(*(line + ',"' for line in ADA), *(line + ",x" for line in EVE), header=HEADER + ",NOTES"),
@@ -275,19 +334,77 @@ FILES: Dict[str, Case] = {
     **{
         f"look-alike {reference!r}": Case(text(row("1", "ada@example.com", other), row("2", "ada@example.com", reference)))
         for other, reference in (
-            ("REVU-1", "userX2"), ("REVU-1", "User_2"), ("REVU-1", " user_2"), ("REVU-1", "user-2"), ("REVU-1", "\tuser_2"),
-            ("user_1", "revu-2"), ("user_1", "REVU_2"), ("user_1", " REVU-2"), ("REVU-1", "\u200buser_2"),
+            ("REVU-1", "userX2"), ("REVU-1", "User_2"), ("REVU-1", "user-2"), ("user_1", "revu-2"), ("user_1", "REVU_2"),
+            ("REVU-1", "\u200buser_2"),
         )
     },
+    # padding
+    **{
+        f"padded {column} {blank!r}": good(
+            text(
+                row("1", "ada@example.com", "REVU-1", tickets="0", **{column: f"{blank}{cell}{blank}"}),
+                row("2", "ada@example.com", "user_2", tickets="1"),
+            )
+        )
+        for column, cell in (
+            ("REV_USER_ID", "1"), ("EMAIL", "ada@example.com"), ("EXTERNAL_REF", "REVU-1"), ("TICKET_COUNT", "3"),
+            ("CREATED_AT", "2024-01-01"),
+        )
+        for blank in (" ", "\t", "\u00a0", "\u3000", "\x0b")
+    },
+    "one contact with and without a blank behind its id": good(text(*ADA, row("2 ", "ada@example.com", "user_2"))),
+    "one contact with and without a blank, and with two counts": Case(
+        text(*ADA, row("2 ", "ada@example.com", "user_2", tickets="9")), [], {"ada@example.com": "invalid_row"}, [3, 4],
+    ),
+    # words and addresses
+    **{
+        f"EMAIL is {word!r}": Case(
+            text(row("7", word, "REVU-7"), row("8", word, "user_8"), *ADA), [ADA_PAIR], {}, [2, 3],
+        )
+        for word in ("\\N", "NULL", "null", "nan", "None", "N/A", "-", "(null)", "<NA>")
+    },
+    **{
+        f"EMAIL is {cell!r}": bad_email(cell)
+        for cell in (
+            "eve@example.com, eve@example.org", "eve@example.com;fay@example.com", "Eve <eve@example.com>", "<eve@example.com>",
+            "eve@@example.com", "eve@", "@example.com", "eve@a@b", "eve example.com", "e ve@example.com", "eve@exam ple.com",
+            "eve\u00a0x@example.com", "e\u200bve@example.com", "eve@example.com\ufeff", "\u202eeve@example.com", "eve\x07@example.com",
+            "eve\u00ad@example.com", "eve\ufe0f@example.com", "eve\u115f@example.com", "eve\u1160@example.com", "eve\u3164@example.com",
+            "eve\uffa0@example.com", "eve\u2800@example.com", "eve\U000e0101@example.com", '""eve""@example.com',
+            "eve\uff20example.com", "eve\u180b@example.com",
+        )
+    },
+    **{
+        f"Ada's group is spoilt by {cell!r}": spoils_ada(cell)
+        for cell in (
+            "Ada <ADA@example.com>", "ada@example.com, eve@example.org", "a\u200bda@example.com", "ada\uff20example.com",
+            "\uff41da@example.com", "mailto:ada@example.com", "(ada@example.com)", "ada@example.com\ufeff", "x;ada@example.com",
+            "[ada@example.com]", "ada @example.com", "\u00a0ada@example.com",
+        )
+    },
+    "an address in another column of a bad row": spoilt(row("7", "", "user_7", FULL_NAME="write to ada@example.com or so")),
+    "two mailboxes that case folding makes one": Case(
+        text(row("1", "stra\u00dfe@example.com", "REVU-1"), row("2", "strasse@example.com", "user_2"))
+    ),
+    "a letter that is upper case and no ASCII": Case(
+        text(row("1", "\u00c9va@example.com", "REVU-1"), row("2", "\u00e9va@example.com", "user_2"))
+    ),
+    "a Kelvin sign": Case(text(row("1", "\u212aate@example.com", "REVU-1"), row("2", "kate@example.com", "user_2"))),
+    # spreadsheets
+    "an apostrophe before what looks like a formula": Case(
+        text(row("1", "'=ada@example.com", "REVU-1"), row("2", "=ada@example.com", "user_2")), [("=ada@example.com", "1", "2")]
+    ),
+    "an apostrophe that is part of a name": Case(
+        text(row("1", "'ada@example.com", "REVU-1"), row("2", "ada@example.com", "user_2"))
+    ),
     # addresses
-    "an email that is a path": addressed("../../../etc/passwd"),
+    "an email that is a path": addressed("../../../etc/passwd@example.com"),
     "an absolute path": addressed("/tmp/x@example.com"),
     "a path of Windows": addressed("..\\..\\c:\\x@example.com"),
-    "a device of Windows": addressed("nul"),
+    "a device of Windows": addressed("nul@example.com"),
     "a device with an extension": addressed("con.txt@example.com"),
     "an email of 300 characters": addressed("x" * 288 + "@example.com"),
-    "an email with a comma": addressed('"a,b@example.com"'),
-    "an email that looks like an option": addressed("--yes"),
+    "an email that looks like an option": addressed("--yes@example.com"),
     "an email that looks like a formula": addressed("=1+1@example.com"),
 }  # fmt: skip
 
@@ -307,7 +424,7 @@ HOSTILE = {
 # One of each kind: these go through a process of their own, all of them through `main` in the tests' own.
 OF_EACH_KIND = (
     "plain", "nothing in it", "without EMAIL", "semicolons", "an Excel workbook", "BOM", "UTF-16", "Latin-1", "not text at all",
-    "a name with line breaks", "a quote that never ends", "a name of 3 MB", "too few fields", "NUL alone in a line",
+    "a name with line breaks", "a quote that never ends", "a name of 3 MB", "too few fields", "NUL alone in a line", "gzip",
     "a stray quote that swallows whole rows", "one id with two emails", "several user_", "an email that is a path",
 )  # fmt: skip
 
@@ -351,17 +468,17 @@ def assert_as_said(case: Case, plan: Any, said: str) -> None:
 
 
 def hostile_rows(number: int, marks: str) -> Iterator[str]:
-    """A pair, a group with several user_ and one with a bad row, with the marks wherever text goes."""
+    """A pair, a group with several user_ and one with bad rows, with the marks wherever text goes."""
     odd = dict.fromkeys(("DISPLAY_NAME", "FULL_NAME", "CREATED_AT", "UPDATED_AT"), f'"{marks}"')
     for key, email, reference, tickets in (
         ("1", "pair", "REVU-1", "1"),
         ("2", "pair", "user_{}", "1"),
-        ("3{}", "users", "user_{}", "1"),
+        ("3{}x", "users", "user_{}", "1"),
         ("4", "users", "user_4{}", "1"),
         ("5", "bad", "REVU-{}", "{}"),
         ("6", "bad", "REVU-{}", "1"),
     ):
-        cells = (f"{number}{key}", f"{number}{email}{{}}@example.com", reference)
+        cells = (f"{number}{key}", f"{number}{email}{'{}' if email == 'bad' else ''}@example.com", reference)
         yield row(*(f'"{cell.format(marks)}"' for cell in cells), TICKET_COUNT=f'"{tickets.format(marks)}"', **odd)
 
 
@@ -369,7 +486,7 @@ def hostile_rows(number: int, marks: str) -> Iterator[str]:
 def test_nothing_that_acts_on_a_terminal_gets_through(place: Workplace, options: str) -> None:
     content = text(*(line for number, marks in enumerate(HOSTILE.values()) for line in hostile_rows(number, marks)))
     place.csv.write_bytes(content.encode("utf-8"))
-    emails = [f"{number}pair{marks}@example.com" for number, marks in enumerate(HOSTILE.values())]
+    emails = [f"{number}pair@example.com" for number in range(len(HOSTILE))]
     given_options = [f"--email={email}" for email in emails] if options == "--email" else options.split()
     result = place.run(None, "--preview", *given_options, check=0)
     assert_nothing_raw(result.out, result.err, logged(place))
@@ -381,9 +498,9 @@ def test_nothing_that_acts_on_a_terminal_gets_through(place: Workplace, options:
         assert not line.startswith(tuple(parts)), "data has begun a line of its own"
     if options == "--json":
         plan = json.loads(result.out)
-        keys = [email.casefold() for email in emails]
-        assert pairs_of(plan) == {(email, f"{number}1", f"{number}2") for number, email in enumerate(keys)}
-        assert {pair["new_external_ref"] for pair in plan["pairs"]} == {f"user_{marks}" for marks in HOSTILE.values()}
+        assert pairs_of(plan) == {(email, f"{number}1", f"{number}2") for number, email in enumerate(emails)}
+        references = {f"user_{marks}".strip() for marks in HOSTILE.values()}
+        assert {pair["new_external_ref"] for pair in plan["pairs"]} == references
 
 
 @pytest.mark.parametrize(
@@ -645,9 +762,9 @@ def assert_pairs_stand_in(content: bytes, plan: Optional[Dict[str, Any]]) -> Non
         for cells in rows
         if len(cells) == len(header) and not any(map(holds_rows, cells)) and "\0" not in str(cells)
     ]
-    stand = {(cells[email].strip().casefold(), cells[identity], cells[reference]) for cells in whole}
+    stand = {(ascii_lower(cells[email]), cells[identity].strip(), cells[reference].strip()) for cells in whole}
     broken = {
-        part.strip().casefold()
+        ascii_lower(part)
         for cells in rows
         if cells not in whole
         for cell in cells
@@ -656,8 +773,13 @@ def assert_pairs_stand_in(content: bytes, plan: Optional[Dict[str, Any]]) -> Non
     for pair in plan["pairs"]:
         assert pair["primary"]["id"] != pair["duplicate"]["id"]
         for one in (pair["primary"], pair["duplicate"]):
-            assert (pair["email"], one["id"], one["old_external_ref"]) in stand
+            assert (pair["email"], one["id"], one["external_ref"]) in stand
         assert pair["email"] not in broken
+
+
+def ascii_lower(cell: str) -> str:
+    """An address as groups compare it, without any of the tool's own code."""
+    return "".join(char.lower() if "A" <= char <= "Z" else char for char in cell.strip())
 
 
 def rows_of(content: bytes) -> List[List[str]]:
@@ -677,7 +799,7 @@ def test_the_reference_sees_what_a_stray_quote_swallows() -> None:
     assert tuple(header) == COLUMNS and len(swallowed) == len(COLUMNS) and any(map(holds_rows, swallowed))
     assert [cells[0] for cells in others] == ["3", "4"]
     with pytest.raises(AssertionError):
-        wrong = {"id": "7", "old_external_ref": "user_8"}, {"id": "3", "old_external_ref": "REVU-3"}
+        wrong = {"id": "7", "external_ref": "user_8"}, {"id": "3", "external_ref": "REVU-3"}
         assert_pairs_stand_in(
             TWO_QUOTES, {"pairs": [{"email": "eve@example.com", "primary": wrong[1], "duplicate": wrong[0]}]}
         )

@@ -507,7 +507,7 @@ def test_a_savepoint_that_a_kill_has_left_in_the_middle_of_a_write_is_not_called
         place.run(sandbox, "--limit", "1", check=0)
         hot_journal(path)
         for options in (["--status"], ["--preview"]):
-            assert place.run(None, *options, check=0).err == ""
+            assert place.run(None, *options, "-q", check=0).err == ""
         hot_journal(path)
         place.run(sandbox, check=0)
     assert_merged(organisation, pairs)
@@ -528,14 +528,6 @@ def hot_journal(path: Path) -> None:
     db.close()
     os.replace(str(copy), str(path))
     os.replace(str(hot), f"{path}-journal")
-
-
-def test_a_savepoint_in_a_folder_that_is_not_there_is_named(place: Workplace) -> None:
-    organisation, _ = organisation_of_pairs(1)
-    place.export(organisation)
-    with Sandbox(organisation) as sandbox:
-        result = place.run(sandbox, "--savepoint", "nowhere/savepoint.db", check=2)
-        assert "nowhere" in result.err and sandbox.requests == []
 
 
 def test_a_folder_for_reports_that_can_not_be_written_is_known_before_the_first_request(place: Workplace) -> None:
@@ -656,7 +648,9 @@ def test_what_was_asked_for_with_another_savepoint_is_not_forgotten(place: Workp
         place.run(sandbox, *QUICK, "--email", "person1@example.com", check=1)
         savepoint = place.folder / "savepoint.db"
         if how == "another":
-            place.run(sandbox, *QUICK, "--savepoint", "other.db", check=1)
+            shutil.move(str(savepoint), str(place.folder / "other.db"))
+            place.run(sandbox, *QUICK, check=1)
+            shutil.move(str(place.folder / "other.db"), str(savepoint))
         else:
             shutil.copy(str(savepoint), str(place.folder / "old.db"))
             place.run(sandbox, *QUICK, check=1)
@@ -738,5 +732,5 @@ def test_nothing_ends_in_a_traceback(place: Workplace) -> None:
         assert "the plan is" in place.run(sandbox, "--plan", "", check=2).err
         (place.folder / "backups" / "journal.jsonl").mkdir(parents=True)
         result = place.run(sandbox, check=3)
-        assert "the disk refuses" in result.err and "Traceback" not in result.err
+        assert "disk error" in result.err and "Traceback" not in result.err
         assert sandbox.count() == 0

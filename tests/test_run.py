@@ -253,9 +253,6 @@ def test_the_token_is_never_sent_where_others_could_read_it(place: Workplace, ur
     [
         ("401", "dev-users.self", "DEVREV_API_TOKEN", 2),
         ("403", "rev-users.merge", "rev_user:all", 2),
-        ("403", "rev-users.list", "rev_user:read", 1),
-        ("403", "timeline-entries.list", "timeline", 1),
-        ("403", "works.list", "ticket:read", 1),
     ],
 )
 def test_a_token_that_may_not_is_told_so_changes_nothing_and_has_a_report(
@@ -271,6 +268,30 @@ def test_a_token_that_may_not_is_told_so_changes_nothing_and_has_a_report(
         assert result.report["summary"]["pairs_planned"] == 3 and result.report["summary"]["successful_merges"] == 0
         # An attempt is a merge that was requested.
         assert result.report["summary"]["total_merges_attempted"] == (endpoint == "rev-users.merge")
+        sandbox.faults.clear()
+        place.run(sandbox, "--merge-timeout", "1", check=0)
+        assert len(organisation.merges) == 3
+
+
+@pytest.mark.parametrize(
+    "endpoint, scope",
+    [
+        ("rev-users.list", "rev_user:read"),
+        ("timeline-entries.list", "ticket:read"),
+        ("works.list", "ticket:read and issue:read"),
+        ("conversations.list", "conversation:read"),
+    ],
+)
+def test_what_the_token_may_not_read_fails_its_pairs_and_names_the_scope(
+    place: Workplace, endpoint: str, scope: str
+) -> None:
+    organisation, _ = organisation_of_pairs(3)
+    place.export(organisation)
+    with Sandbox(organisation, faults=[Fault("403", endpoint)]) as sandbox:
+        result = place.run(sandbox, check=1)
+        assert set(result.codes.values()) == {"forbidden"} and organisation.merges == []
+        assert all(scope in entry["error"] for entry in result.report["failed_merges"])
+        assert "timeline:" not in result.out + place.logs()
         sandbox.faults.clear()
         place.run(sandbox, "--merge-timeout", "1", check=0)
         assert len(organisation.merges) == 3

@@ -180,7 +180,7 @@ def test_an_interrupted_run_reports_and_is_resumed(place: Workplace, number: int
         process.append(started)
         _, err = started.communicate(timeout=30)
         assert started.returncode == code, err
-        assert "again to go on" in err
+        assert "again to resume" in err
         (report,) = (place.folder / "reports").glob("*.json")
         sandbox.on_request = None
         place.run(sandbox, check=0)
@@ -361,7 +361,7 @@ def test_an_api_that_goes_down_is_not_hammered_and_the_run_resumes(place: Workpl
 
         sandbox.on_request = look
         result = place.run(sandbox, check=3, DEVREV_MAX_RETRIES="1")
-        assert "again to go on" in result.err
+        assert "again to resume" in result.err
         assert len(sandbox.requests) - down[0] <= 8 + 5
         assert result.report["run"]["stopped"]
         sandbox.faults.clear()
@@ -471,7 +471,7 @@ def test_a_contact_that_changes_between_check_and_merge_is_not_merged(place: Wor
             time.sleep(0.4)
 
     with Sandbox(organisation, on_request=change) as sandbox:
-        command = [sys.executable, str(hurried), "--csv", str(place.csv)]
+        command = [sys.executable, str(hurried), "--csv", str(place.csv), "--yes"]
         process = subprocess.run(
             command, cwd=str(place.folder), env=place.environment(sandbox, {}), stdin=subprocess.DEVNULL, timeout=60
         )

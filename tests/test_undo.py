@@ -1,4 +1,4 @@
-"""Taking merges back: who has what before and after, whatever happens in between."""
+"""Undoing merges: who has what before and after, whatever happens in between."""
 
 import hashlib
 import json
@@ -71,7 +71,7 @@ def truth(organisation: Organisation, names: Mapping[str, str] = MappingProxyTyp
     return {"people": people, "users": users}
 
 
-def assert_taken_back(organisation: Organisation, before: Dict[str, Any], result: Result) -> Dict[str, str]:
+def assert_undone(organisation: Organisation, before: Dict[str, Any], result: Result) -> Dict[str, str]:
     """All is as it was but for the ids; nobody was made twice. Returns new id -> old id."""
     names = {entry["contact"]["id"]: entry["duplicate"]["id"] for entry in result.report["undone"]}
     assert truth(organisation, names) == before
@@ -83,7 +83,7 @@ runs: Dict[str, Tuple[Result, Pairs, Dict[str, str]]] = {}
 
 
 def merged(place: Workplace, sandbox: Sandbox) -> Tuple[str, Result]:
-    """Merge all; the path of the report, which is what is taken back.
+    """Merge all; the path of the report, which is what is undone.
 
     What a run has made of an organisation is the same for the next test that has the same one: it gets the files that the run has left,
     and its merges are carried out on the organisation.
@@ -106,12 +106,23 @@ def merged(place: Workplace, sandbox: Sandbox) -> Tuple[str, Result]:
             else:
                 shutil.copy2(str(path), str(place.folder / path.name))
     else:
-        result = place.run(sandbox, check=0)
+        result = place.run(sandbox, "--yes", check=0)
         references = {one: organisation.contacts[one]["external_ref"] for one, _ in organisation.merges}
         shutil.copytree(str(place.folder), str(kept))
         runs[key] = result, list(organisation.merges), references
     (path,) = (place.folder / "reports").glob("merge_report_*.json")
     return str(path.relative_to(place.folder)), result
+
+
+def read(path: Path) -> Dict[str, Any]:
+    found: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def forget(place: Workplace) -> None:
+    """Delete both files of the savepoint."""
+    (place.folder / "savepoint.db").unlink()
+    (place.folder / "backups" / "savepoint-copy.db").unlink()
 
 
 def no_writes(requests: List[Request]) -> bool:
@@ -124,43 +135,41 @@ def test_what_was_merged_is_as_before_and_a_second_undo_does_nothing(place: Work
     with Sandbox(organisation) as sandbox:
         path, _ = merged(place, sandbox)
         assert truth(organisation) != before
-        result = place.run(sandbox, "--undo", path, check=0)
-        assert_taken_back(organisation, before, result)
+        result = place.run(sandbox, "--yes", "--undo", path, check=0)
+        assert_undone(organisation, before, result)
         assert sandbox.count("rev-users.create") == 5
         assert result.report["summary"]["undone"] == 5
         entries = sorted(result.report["undone"], key=lambda entry: entry["email"])
         for entry, (_, duplicate) in zip(entries, pairs):
-            lost = {item["what"]: item["value"] for item in entry["not_given_back"]}
+            lost = {item["what"]: item["value"] for item in entry["not_restored"]}
             assert {"id", "full_name", "created_date", "created_by", "authors of comments"} <= set(lost)
             assert (entry["duplicate"]["id"], lost["full_name"]) == (
                 duplicate,
                 organisation.contacts[duplicate]["full_name"],
             )
-            assert {item["id"] for item in entry["given_back"]} and not entry["left"]
+            assert {item["id"] for item in entry["restored"]} and not entry["left"]
         page = next((place.folder / "reports").glob("undo_report_*.html")).read_text(encoding="utf-8")
-        assert '<p class="lead">5 taken back</p>' in page and page.count("<script") == 2
+        assert '<p class="lead">5 undone</p>' in page and page.count("<script") == 2
         asked = len(sandbox.requests)
-        again = place.run(sandbox, "--undo", path, check=0)
+        again = place.run(sandbox, "--yes", "--undo", path, check=0)
         assert no_writes(sandbox.requests[asked:]) and again.report["summary"]["undone_before"] == 5
 
 
-def test_one_backup_folder_takes_one_group_back_with_neither_savepoint_nor_journal(place: Workplace) -> None:
+def test_one_backup_folder_undoes_one_group_without_any_savepoint(place: Workplace) -> None:
     organisation, pairs = seeded(2)
     with Sandbox(organisation) as sandbox:
         _, result = merged(place, sandbox)
         first = truth(organisation)
         entry = next(one for one in result.report["successful_merges"] if one["email"] == "person2@example.com")
-        (place.folder / "savepoint.db").unlink()
-        (place.folder / "backups" / "journal.jsonl").unlink()
-        undone = place.run(sandbox, "--undo", entry["backup"], check=0)
+        forget(place)
+        undone = place.run(sandbox, "--yes", "--undo", entry["backup"], check=0)
         assert [one["duplicate"]["id"] for one in undone.report["undone"]] == [pairs[1][1]]
         assert organisation.contacts[pairs[1][0]]["external_ref"] == "REVU-P2"
         (made,) = (one for one in truth(organisation)["users"] if one not in first["users"])
         assert organisation.contacts[made]["external_ref"] == "user_2"
         assert organisation.contacts[pairs[0][0]]["external_ref"] == "user_1"
-        (place.folder / "savepoint.db").unlink()
-        (place.folder / "backups" / "journal.jsonl").unlink()
-        place.run(sandbox, "--undo", entry["backup"], check=0)
+        forget(place)
+        place.run(sandbox, "--yes", "--undo", entry["backup"], check=0)
         assert sandbox.count("rev-users.create") == 2 and len(truth(organisation)["users"]) == 3
 
 
@@ -174,24 +183,24 @@ def test_a_group_of_three_comes_apart_as_three(place: Workplace, gone: str) -> N
     with Sandbox(organisation, gone=gone) as sandbox:
         path, _ = merged(place, sandbox)
         assert len(organisation.merges) == 2
-        assert_taken_back(organisation, before, place.run(sandbox, "--undo", path, check=0))
+        assert_undone(organisation, before, place.run(sandbox, "--yes", "--undo", path, check=0))
 
 
-def test_preview_only_reads_and_tells_what_would_be_given_back(place: Workplace) -> None:
+def test_preview_only_reads_and_tells_what_would_be_restored(place: Workplace) -> None:
     organisation, pairs = seeded(2)
     given = organisation.add_work(reported_by=[pairs[0][1]], title="Given away")
     with Sandbox(organisation) as sandbox:
         path, _ = merged(place, sandbox)
         organisation.give(given, "reported_by", [pairs[1][0]])
         after, files, asked = truth(organisation), place.files(), len(sandbox.requests)
-        result = place.run(sandbox, "--undo", path, "--preview", check=0)
+        result = place.run(sandbox, "--yes", "--undo", path, "--preview", check=0)
         for word in ("person1@example.com", "REVU-P1", "REVU-D1", "user_1", "Given away", "full name", "created by"):
             assert word in result.out
-        plan = json.loads(place.run(sandbox, "--undo", path, "--preview", "--json", check=0).out)
+        plan = json.loads(place.run(sandbox, "--yes", "--undo", path, "--preview", "--json", check=0).out)
         assert [one["email"] for one in plan["to_undo"]] == ["person1@example.com", "person2@example.com"]
         assert [one["id"] for one in plan["to_undo"][0]["left"]] == [given]
         had = roles_of(organisation, pairs[0][0])
-        assert {one["id"] for one in plan["to_undo"][0]["given_back"]} <= set().union(*had.values())
+        assert {one["id"] for one in plan["to_undo"][0]["restored"]} <= set().union(*had.values())
         assert no_writes(sandbox.requests[asked:]) and truth(organisation) == after
         assert [one for one in place.files() if one.parent.name != "logs"] == [
             one for one in files if one.parent.name != "logs"
@@ -212,7 +221,7 @@ def test_live_data_wins(place: Workplace) -> None:
         organisation.delete_work(deleted)
         organisation.give(joined, "owned_by", [primary, agent])
         organisation.give(talk, "members", [agent, primary])
-        result = place.run(sandbox, "--undo", path, check=0)
+        result = place.run(sandbox, "--yes", "--undo", path, check=0)
     entry = next(one for one in result.report["undone"] if one["email"] == "person1@example.com")
     made = entry["contact"]["id"]
 
@@ -234,23 +243,23 @@ def test_the_same_csv_merges_nothing_that_was_undone_until_it_is_named(place: Wo
     organisation, pairs = seeded(2)
     with Sandbox(organisation) as sandbox:
         path, _ = merged(place, sandbox)
-        place.run(sandbox, "--undo", path, check=0)
+        place.run(sandbox, "--yes", "--undo", path, check=0)
         for fresh in (False, True):
             if fresh:
                 place.export(organisation, leave_out=[duplicate for _, duplicate in pairs])
-            again = place.run(sandbox, check=0)
+            again = place.run(sandbox, "--yes", check=0)
             assert len(organisation.merges) == 2
             assert {(one["email"], one["code"]) for one in again.report["skipped"]} == {
                 ("person1@example.com", "undone"), ("person2@example.com", "undone"),
             }  # fmt: skip
         (place.folder / "savepoint.db").unlink()
-        place.run(sandbox, check=0)
-        assert len(organisation.merges) == 2, "the journal knows it too"
-        named = place.run(sandbox, "--email", "person2@example.com", check=0)
+        place.run(sandbox, "--yes", check=0)
+        assert len(organisation.merges) == 2, "the copy knows it, too"
+        named = place.run(sandbox, "--yes", "--email", "person2@example.com", check=0)
         assert len(organisation.merges) == 3 and organisation.contacts[pairs[1][0]]["external_ref"] == "user_2"
         assert named.report["summary"]["successful_merges"] == 1
-        assert place.run(sandbox, check=0).report["summary"]["already_merged"] == 1
-        assert "2 taken back" in place.run(sandbox, "--status", check=0).out
+        assert place.run(sandbox, "--yes", check=0).report["summary"]["already_merged"] == 1
+        assert "2 undone" in place.run(sandbox, "--status", check=0).out
 
 
 def test_what_does_not_stand_as_the_merge_has_left_it_is_refused(place: Workplace) -> None:
@@ -264,25 +273,25 @@ def test_what_does_not_stand_as_the_merge_has_left_it_is_refused(place: Workplac
         backup = place.folder / last["backup"]
         (backup / "manifest.json").write_text("{}")
         asked = len(sandbox.requests)
-        result = place.run(sandbox, "--undo", path, check=1)
+        result = place.run(sandbox, "--yes", "--undo", path, check=1)
         assert [one["code"] for one in result.report["failed"]] == [
             "external_ref_changed", "not_active", "not_found", "backup_failed",
         ]  # fmt: skip
         assert no_writes(sandbox.requests[asked:])
-        assert place.run(sandbox, check=0).report["summary"]["already_merged"] == 4
+        assert place.run(sandbox, "--yes", check=0).report["summary"]["already_merged"] == 4
 
 
 def test_a_backup_of_contacts_that_were_never_merged_is_refused(place: Workplace) -> None:
     organisation, _ = seeded(1)
     place.export(organisation)
     with Sandbox(organisation, faults=[Fault("400", "rev-users.merge")]) as sandbox:
-        place.run(sandbox, "--merge-timeout", "1", check=1)
+        place.run(sandbox, "--yes", "--merge-timeout", "1", check=1)
         (folder,) = (place.folder / "backups").glob("*/*/")
         asked = len(sandbox.requests)
-        assert place.run(sandbox, "--undo", str(folder)).report["failed"][0]["code"] == "not_merged"
+        assert place.run(sandbox, "--yes", "--undo", str(folder)).report["failed"][0]["code"] == "not_merged"
         assert no_writes(sandbox.requests[asked:])
     for nothing in (place.csv, place.folder / "backups", place.folder / "nowhere"):
-        assert place.run(sandbox, "--undo", str(nothing), check=2).report == {}
+        assert place.run(sandbox, "--yes", "--undo", str(nothing), check=2).report == {}
 
 
 def test_a_field_that_is_refused_is_left_out_once_and_named(place: Workplace) -> None:
@@ -290,11 +299,11 @@ def test_a_field_that_is_refused_is_left_out_once_and_named(place: Workplace) ->
     with Sandbox(organisation) as sandbox:
         path, _ = merged(place, sandbox)
         sandbox.refused_fields = ("description", "phone_numbers")
-        (entry,) = place.run(sandbox, "--undo", path, check=0).report["undone"]
+        (entry,) = place.run(sandbox, "--yes", "--undo", path, check=0).report["undone"]
         assert sandbox.count("rev-users.create") == 3
     made = organisation.contacts[entry["contact"]["id"]]
     assert (made["external_ref"], made["display_name"]) == ("user_1", "P. 1") and "description" not in made
-    why = {item["what"]: item["why"] for item in entry["not_given_back"]}
+    why = {item["what"]: item["why"] for item in entry["not_restored"]}
     assert "not permitted" in why["description"] and "not permitted" in why["phone_numbers"]
 
 
@@ -322,17 +331,17 @@ def test_where_the_contact_is_refused_for_good_the_primary_gets_the_reference_ag
             sandbox.unique_emails = True
         else:
             sandbox.faults.append(Fault(trouble, "rev-users.create"))
-        result = place.run(sandbox, "--undo", path, "--merge-timeout", "4")
+        result = place.run(sandbox, "--yes", "--undo", path, "--merge-timeout", "4")
         assert result.code == (3 if trouble == "403" else 1), result
         assert truth(organisation) == after
         assert {one["code"] for one in result.report["failed"]} == {
             "forbidden" if trouble == "403" else "contact_refused"
         }
-        summary = place.run(sandbox, check=0).report["summary"]
+        summary = place.run(sandbox, "--yes", check=0).report["summary"]
         assert summary["already_merged"] == 2
         sandbox.faults.clear()
         sandbox.unique_emails = False
-        assert len(place.run(sandbox, "--undo", path, check=0).report["undone"]) == 2
+        assert len(place.run(sandbox, "--yes", "--undo", path, check=0).report["undone"]) == 2
 
 
 def test_a_reference_that_somebody_else_has_taken_is_not_taken_from_them(place: Workplace) -> None:
@@ -340,7 +349,7 @@ def test_a_reference_that_somebody_else_has_taken_is_not_taken_from_them(place: 
     with Sandbox(organisation) as sandbox:
         path, _ = merged(place, sandbox)
         held_by_another(sandbox)
-        result = place.run(sandbox, "--undo", path, check=1)
+        result = place.run(sandbox, "--yes", "--undo", path, check=1)
         assert [one["code"] for one in result.report["unfinished"]] == ["external_ref_conflict"]
         assert len(truth(organisation)["users"]) == 2
 
@@ -357,7 +366,7 @@ def test_the_application_may_have_made_the_contact_meanwhile(place: Workplace) -
                 sandbox.on_request = None
 
         sandbox.on_request = hook
-        result = place.run(sandbox, "--undo", path, check=0)
+        result = place.run(sandbox, "--yes", "--undo", path, check=0)
     names = {entry["contact"]["id"]: entry["duplicate"]["id"] for entry in result.report["undone"]}
     assert truth(organisation, names)["people"] == before["people"]
 
@@ -376,7 +385,7 @@ def test_lost_answers_make_no_contact_twice(place: Workplace, kind: str, endpoin
     with Sandbox(organisation) as sandbox:
         path, _ = merged(place, sandbox)
         sandbox.faults.append(Fault(kind, endpoint, times=2))
-        assert_taken_back(organisation, before, place.run(sandbox, "--undo", path, check=0))
+        assert_undone(organisation, before, place.run(sandbox, "--yes", "--undo", path, check=0))
 
 
 @pytest.mark.parametrize("kind", ["reset-before", "reset-after"])
@@ -395,11 +404,11 @@ def test_a_contact_without_its_reference_is_made_once_too(place: Workplace, kind
             Fault("409", "rev-users.create", match=is_system),
             Fault(kind, "rev-users.create", match=lambda body: "external_ref" not in body, times=1),
         ]
-        result = place.run(sandbox, "--undo", path, "--merge-timeout", "6")
+        result = place.run(sandbox, "--yes", "--undo", path, "--merge-timeout", "6")
         assert result.code == (0 if kind == "reset-after" else 1)
-        result = place.run(sandbox, "--undo", path, check=0)
+        result = place.run(sandbox, "--yes", "--undo", path, check=0)
     third = next(one for one in result.report["undone"] if one["duplicate"]["display_id"] == "REVU-E1")
-    assert "external_ref" in {item["what"] for item in third["not_given_back"]}
+    assert "external_ref" in {item["what"] for item in third["not_restored"]}
     names = {entry["contact"]["id"]: entry["duplicate"]["id"] for entry in result.report["undone"]}
     assert truth(organisation, names)["people"] == before["people"]
     assert len(truth(organisation)["users"]) == 3
@@ -413,14 +422,14 @@ def test_a_token_that_may_not_write_is_told_so_before_anything_is_changed(place:
         after = truth(organisation)
         for endpoint in ("works.update", "conversations.update"):
             sandbox.forbidden = (endpoint,)
-            result = place.run(sandbox, "--undo", path, check=2)
+            result = place.run(sandbox, "--yes", "--undo", path, check=2)
             assert truth(organisation) == after and f"may not call {endpoint}" in result.err
         sandbox.forbidden = ()
         sandbox.faults.append(Fault("403", "works.update", skip=2))  # tickets and issues are tried first
-        result = place.run(sandbox, "--undo", path)
+        result = place.run(sandbox, "--yes", "--undo", path)
         assert result.code == 1 and len(result.report["unfinished"]) == 2
         sandbox.faults.clear()
-        assert_taken_back(organisation, before, place.run(sandbox, "--undo", path, check=0))
+        assert_undone(organisation, before, place.run(sandbox, "--yes", "--undo", path, check=0))
 
 
 def test_a_merge_run_leaves_a_group_alone_whose_undo_is_not_finished(place: Workplace) -> None:
@@ -428,13 +437,13 @@ def test_a_merge_run_leaves_a_group_alone_whose_undo_is_not_finished(place: Work
     with Sandbox(organisation) as sandbox:
         path, _ = merged(place, sandbox)
         sandbox.faults.append(Fault("400", "works.update", skip=1))
-        place.run(sandbox, "--undo", path, check=1)
+        place.run(sandbox, "--yes", "--undo", path, check=1)
         place.export(organisation, leave_out=[pairs[0][1]])
-        result = place.run(sandbox, check=1)
+        result = place.run(sandbox, "--yes", check=1)
         assert result.codes == {"person1@example.com": "undo_unfinished"}
         assert f"--undo {path}" in result.report["failed_merges"][0]["error"]
         sandbox.faults.clear()
-        place.run(sandbox, "--undo", path, check=0)
+        place.run(sandbox, "--yes", "--undo", path, check=0)
     assert len(organisation.merges) == 1
 
 
@@ -444,8 +453,8 @@ def test_between_reference_and_contact_nothing_waits_for_quota(place: Workplace)
     with Sandbox(organisation) as sandbox:
         path, _ = merged(place, sandbox)
     with Sandbox(organisation, quota=(14, 1.0)) as sandbox:
-        result = place.run(sandbox, "--undo", path, check=0)
-        names = assert_taken_back(organisation, before, result)
+        result = place.run(sandbox, "--yes", "--undo", path, check=0)
+        names = assert_undone(organisation, before, result)
         calls = [request for request in sandbox.requests if request.status != 429]
         for made in names:
             reference = organisation.contacts[made]["external_ref"]
@@ -463,10 +472,10 @@ def test_an_unfinished_merge_is_taken_back_too(place: Workplace) -> None:
     before = truth(organisation)
     place.export(organisation)
     with Sandbox(organisation, faults=[Fault("400", "rev-users.update")]) as sandbox:
-        place.run(sandbox, "--merge-timeout", "1", check=1)
+        place.run(sandbox, "--yes", "--merge-timeout", "1", check=1)
         sandbox.faults.clear()
         (path,) = (place.folder / "reports").glob("merge_report_*.json")
-        assert_taken_back(organisation, before, place.run(sandbox, "--undo", str(path), check=0))
+        assert_undone(organisation, before, place.run(sandbox, "--yes", "--undo", str(path), check=0))
 
 
 def test_lists_that_lag_are_waited_for(place: Workplace) -> None:
@@ -475,7 +484,7 @@ def test_lists_that_lag_are_waited_for(place: Workplace) -> None:
     with Sandbox(organisation) as sandbox:
         path, _ = merged(place, sandbox)
         sandbox.list_lag = 1.5
-        assert_taken_back(organisation, before, place.run(sandbox, "--undo", path, check=0))
+        assert_undone(organisation, before, place.run(sandbox, "--yes", "--undo", path, check=0))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -502,15 +511,15 @@ def survive_kill(folder: Path, number: int, stage: str, lose: bool = False) -> b
                 process[0].wait()
 
         sandbox.on_request = hook
-        process.append(place.start(sandbox, "--undo", path))
+        process.append(place.start(sandbox, "--yes", "--undo", path))
         process[0].communicate(timeout=60)
         killed = process[0].returncode == -signal.SIGKILL
         sandbox.on_request = None
         sandbox.faults.clear()
         if lose and (place.folder / "savepoint.db").exists():
             (place.folder / "savepoint.db").unlink()
-        made = place.run(sandbox, "--undo", path, check=0)
-        assert_taken_back(organisation, before, made)
+        made = place.run(sandbox, "--yes", "--undo", path, check=0)
+        assert_undone(organisation, before, made)
         assert organisation.merges and len(truth(organisation)["users"]) == 5
     return killed
 
@@ -545,8 +554,8 @@ def survive_kill_at_write(folder: Path, number: int, stage: str) -> bool:
     with Sandbox(organisation, merge_delay=0.02) as sandbox:
         path, _ = merged(place, sandbox)
         killer = [sys.executable, str(ROOT / "tests" / "killer.py"), str(number), stage]
-        first = place.run(sandbox, "--undo", path, python=killer)
-        assert_taken_back(organisation, before, place.run(sandbox, "--undo", path, check=0))
+        first = place.run(sandbox, "--yes", "--undo", path, python=killer)
+        assert_undone(organisation, before, place.run(sandbox, "--yes", "--undo", path, check=0))
     return first.code == -signal.SIGKILL
 
 
@@ -576,7 +585,7 @@ def test_on_a_terminal_only_a_typed_undo_goes_on(place: Workplace, typed: str, c
         asked = len(sandbox.requests)
         terminal = Terminal(place, sandbox, "--undo", path)
         text = terminal.read_until("Type undo")
-        for fact in ("SANDBOX1", "Dana Developer", "2 merges", "can't be given back"):
+        for fact in ("SANDBOX1", "Dana Developer", "2 merges", "can't be restored"):
             assert fact in text
         assert no_writes(sandbox.requests[asked:])
         terminal.type(typed)
@@ -590,7 +599,7 @@ def test_an_interrupted_undo_reports_and_is_resumed(place: Workplace) -> None:
     before = truth(organisation)
     with Sandbox(organisation, latency=0.03) as sandbox:
         path, _ = merged(place, sandbox)
-        process = place.start(sandbox, "--undo", path)
+        process = place.start(sandbox, "--yes", "--undo", path)
         while not sandbox.count("rev-users.create"):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
@@ -601,31 +610,35 @@ def test_an_interrupted_undo_reports_and_is_resumed(place: Workplace) -> None:
         assert summary["unfinished"] and summary["left"] and sum(
             summary[name] for name in ("undone", "unfinished", "failed", "left")
         ) == summary["pairs"] == 4  # fmt: skip
-        assert_taken_back(organisation, before, place.run(sandbox, "--undo", path, "--limit", "4", check=0))
+        assert_undone(organisation, before, place.run(sandbox, "--yes", "--undo", path, "--limit", "4", check=0))
 
 
 def test_email_and_limit_take_back_some(place: Workplace) -> None:
     organisation, pairs = seeded(3)
     with Sandbox(organisation) as sandbox:
         path, _ = merged(place, sandbox)
-        place.run(sandbox, "--undo", path, "--email", "Person2@example.com", check=0)
+        place.run(sandbox, "--yes", "--undo", path, "--email", "Person2@example.com", check=0)
         assert organisation.contacts[pairs[1][0]]["external_ref"] == "REVU-P2"
-        result = place.run(sandbox, "--undo", path, "--limit", "1", check=0)
+        result = place.run(sandbox, "--yes", "--undo", path, "--limit", "1", check=0)
         assert (result.report["summary"]["undone"], result.report["summary"]["left"]) == (2, 1)
         assert sandbox.count("rev-users.create") == 2
 
 
-def test_a_report_may_be_moved_with_its_backups(place: Workplace) -> None:
+def test_an_undo_from_another_folder_is_refused_and_names_the_folder_that_has_the_history(place: Workplace) -> None:
+    """Unknown at home, the merge would be requested again by the next export."""
     organisation, _ = seeded(1)
-    before = truth(organisation)
     with Sandbox(organisation) as sandbox:
-        merged(place, sandbox)
-        other = place.folder / "kept"
-        other.mkdir()
-        for name in ("backups", "reports"):
-            shutil.move(str(place.folder / name), str(other / name))
-        (path,) = (other / "reports").glob("*.json")
-        assert_taken_back(organisation, before, place.run(sandbox, "--undo", str(path), check=0))
+        path, merge = merged(place, sandbox)
+        (place.folder / "elsewhere").mkdir()
+        elsewhere = Workplace(place.folder / "elsewhere")
+        asked = len(sandbox.requests)
+        for named in (path, merge.report["successful_merges"][0]["backup"]):
+            result = elsewhere.run(sandbox, "--yes", "--undo", str(place.folder / named), check=2)
+            assert f"run --undo in {place.folder}" in result.err and not result.report
+        shutil.copy(str(place.folder / path), str(elsewhere.folder / "report.json"))
+        assert "not below" in elsewhere.run(sandbox, "--yes", "--undo", "report.json", check=2).err
+        assert len(sandbox.requests) == asked
+        place.run(sandbox, "--yes", "--undo", str(place.folder / path), check=0)
 
 
 def test_groups_that_share_an_object_do_not_undo_each_other(place: Workplace) -> None:
@@ -642,8 +655,8 @@ def test_groups_that_share_an_object_do_not_undo_each_other(place: Workplace) ->
     with Sandbox(organisation) as sandbox:
         path, _ = merged(place, sandbox)
     with Sandbox(organisation, latency=0.03) as sandbox:
-        result = place.run(sandbox, "--undo", path, "--merge-timeout", "10", check=0)
-    assert_taken_back(organisation, before, result)
+        result = place.run(sandbox, "--yes", "--undo", path, "--merge-timeout", "10", check=0)
+    assert_undone(organisation, before, result)
     assert len(organisation.conversations[shared]["members"]) == 3
 
 
@@ -654,37 +667,184 @@ def test_who_joins_while_much_is_written_stays(place: Workplace) -> None:
     joined: List[str] = []
 
     def join(stage: str, request: Request) -> None:
-        if stage == "after" and request.endpoint == "rev-users.create":
-            joined.append("soon")
-        if joined == ["soon"] and stage == "before" and request.endpoint == "conversations.update":
+        """Once the first conversation is written, an agent joins all others."""
+        tried = request.endpoint == "conversations.update" and "members" not in request.body
+        if stage == "before" and request.endpoint == "conversations.update" and not (joined or tried):
             joined[:] = [one for one in things if one != request.body["id"]]
             for one in joined:
                 organisation.give(one, "members", [pairs[0][0], agent])
 
     with Sandbox(organisation) as sandbox:
         path, _ = merged(place, sandbox)
-    # The quota makes the writes last longer than a list is believed.
-    with Sandbox(organisation, quota=(12, 4.0), on_request=join) as sandbox:
-        place.run(sandbox, "--undo", path, check=0)
-    left = [one for one in joined if agent not in {who["id"] for who in organisation.conversations[one]["members"]}]
-    assert len(joined) == 29 and len(left) < 15, "those of the first seconds can't be known"
+    with Sandbox(organisation, on_request=join) as sandbox:
+        result = place.run(sandbox, "--yes", "--undo", path, check=0)
+    made = result.report["undone"][0]["contact"]["id"]
+    for one in joined:
+        assert {who["id"] for who in organisation.conversations[one]["members"]} == {agent, made}
+    assert len(joined) >= 29
 
 
-def test_a_primary_gives_all_back_whichever_report_is_named(place: Workplace) -> None:
+def is_write(body: Dict[str, Any]) -> bool:
+    """Whether an update sets anybody: what sets nothing only tries whether the token may."""
+    return any(role in body for role in PEOPLE)
+
+
+def test_an_update_whose_answer_shows_other_people_is_read_and_written_again(place: Workplace) -> None:
+    organisation, pairs = seeded(1)
+    before, agent = truth(organisation), organisation.dev_user["id"]
+    overwritten: List[str] = []
+
+    def overwrite(answer: Dict[str, Any]) -> Dict[str, Any]:
+        overwritten.append(answer["conversation"]["id"])
+        organisation.give(overwritten[0], "members", [pairs[0][0], agent])
+        return {"conversation": dict(organisation.conversations[overwritten[0]])}
+
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+    fault = Fault("changed", "conversations.update", match=is_write, times=1, detail=overwrite)
+    with Sandbox(organisation, faults=[fault]) as sandbox:
+        result = place.run(sandbox, "--yes", "--undo", path, check=0)
+        writes = [one.body["id"] for one in sandbox.requests if is_write(one.body)]
+    assert writes.count(overwritten[0]) == 2
+    assert_undone(organisation, before, result)
+
+
+def test_who_joins_after_a_write_whose_answer_is_lost_stays(place: Workplace) -> None:
+    """The object is read again before anything else is written to it."""
+    organisation, pairs = seeded(1)
+    joined: List[str] = []
+
+    def join(stage: str, request: Request) -> None:
+        if stage == "after" and request.endpoint == "conversations.update" and is_write(request.body) and not joined:
+            talk = organisation.conversations[request.body["id"]]
+            joined.append(talk["id"])
+            organisation.give(talk["id"], "members", [*(one["id"] for one in talk["members"]), visitor])
+
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+    visitor = organisation.add_contact("V", "visitor@example.com")
+    fault = Fault("reset-after", "conversations.update", match=is_write, times=1)
+    with Sandbox(organisation, faults=[fault], on_request=join) as sandbox:
+        place.run(sandbox, "--yes", "--undo", path, check=0)
+    assert visitor in {one["id"] for one in organisation.conversations[joined[0]]["members"]}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_exactly_the_merges_that_a_report_names_are_undone(place: Workplace, order: int) -> None:
+    """The third contact's merge is unfinished in the first report and ends in the second."""
     organisation, pairs = seeded(1)
     pairs = with_a_third(organisation, pairs)
     before = truth(organisation)
     place.export(organisation)
     third = Fault("400", "rev-users.merge", match=lambda body: body["secondary_user"] == pairs[1][1])
     with Sandbox(organisation, faults=[third]) as sandbox:
-        place.run(sandbox, "--merge-timeout", "1", check=1)
+        place.run(sandbox, "--yes", "--merge-timeout", "1", check=1)
         sandbox.faults.clear()
-        place.run(sandbox, "--merge-timeout", "1", check=0)
-        last = max((place.folder / "reports").glob("merge_report_*.json"))
-        assert_taken_back(organisation, before, place.run(sandbox, "--undo", str(last), check=0))
+        place.run(sandbox, "--yes", "--merge-timeout", "1", check=0)
+        names: Dict[str, str] = {}
+        undone = []
+        for report in sorted((place.folder / "reports").glob("merge_report_*.json"))[::order]:
+            result = place.run(sandbox, "--yes", "--undo", str(report), check=0)
+            made = {one["contact"]["id"]: one["duplicate"]["id"] for one in result.report["undone"]}
+            undone.append(sorted(set(made.values()) - set(names.values())))
+            names.update(made)
+        assert undone == ([[pairs[0][1], pairs[1][1]], []] if order == 1 else [[pairs[1][1]], [pairs[0][1]]])
+        assert truth(organisation, names) == before
 
 
-def test_a_merge_by_somebody_else_is_not_taken_back(place: Workplace) -> None:
+def chain(place: Workplace, sandbox: Sandbox) -> List[str]:
+    """Merge the first contact into the second, and in a later run the second into the third; return both reports."""
+    organisation = sandbox.organisation
+    place.export(organisation, leave_out=[organisation.don("identity", "revu", "E1")])
+    place.run(sandbox, "--yes", check=0)
+    place.export(organisation, leave_out=[organisation.don("identity", "revu", "D1")])
+    place.run(sandbox, "--yes", check=0)
+    assert [into.rpartition("/")[2] for into, _ in organisation.merges] == ["P1", "E1"]
+    return [f"reports/{path.name}" for path in sorted((place.folder / "reports").glob("merge_report_*.json"))]
+
+
+@pytest.mark.parametrize("refused, gone", [(False, "404"), (True, "404"), (False, "301"), (False, "primary")])
+def test_a_chain_is_undone_last_merge_first(place: Workplace, refused: bool, gone: str) -> None:
+    """DevRev may refuse the `REVU-` reference of an old id to the contact that is created again."""
+    organisation, pairs = seeded(1)
+    with_a_third(organisation, pairs)
+    before = truth(organisation)
+    with Sandbox(organisation, gone=gone) as sandbox:
+        first, last = chain(place, sandbox)
+        merged_twice = truth(organisation)
+        if refused:
+            sandbox.faults.append(
+                Fault("400", "rev-users.update", match=lambda body: body.get("external_ref") == "REVU-P1")
+            )
+        result = place.run(sandbox, "--yes", "--undo", first, check=1)
+        (entry,) = result.report["failed"]
+        assert entry["code"] == "merged_onward" and last in entry["error"] and truth(organisation) == merged_twice
+        (middle,) = place.run(sandbox, "--yes", "--undo", last, check=0).report["undone"]
+        (made,) = place.run(sandbox, "--yes", "--undo", first, check=0).report["undone"]
+        names = {one["contact"]["id"]: one["duplicate"]["id"] for one in (middle, made)}
+        after = truth(organisation, names)
+        if refused:
+            own = organisation.contacts[middle["contact"]["id"]]["display_id"]
+            assert after["users"][pairs[0][0]].pop("external_ref") == own
+            assert before["users"][pairs[0][0]].pop("external_ref") == "REVU-P1"
+        assert after == before
+
+
+def test_what_was_merged_again_on_purpose_is_not_undone_by_the_first_report(place: Workplace) -> None:
+    organisation, pairs = seeded(2)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        (undone, _) = place.run(sandbox, "--yes", "--undo", path, check=0).report["undone"]
+        place.export(organisation, leave_out=[duplicate for _, duplicate in pairs])
+        again = place.run(sandbox, "--yes", "--email", "person1@example.com", check=0)
+        after, asked = truth(organisation), len(sandbox.requests)
+        result = place.run(sandbox, "--yes", "--undo", path, check=0)
+        (skipped,) = result.report["skipped"]
+        later = max((place.folder / "reports").glob("merge_report_*.json"))
+        assert skipped["code"] == "merged_again" and f"reports/{later.name}" in skipped["error"]
+        assert skipped["email"] == "person1@example.com" and len(result.report["undone"]) == 1
+        assert truth(organisation) == after and no_writes(sandbox.requests[asked:])
+        assert again.report["successful_merges"][0]["duplicate"]["id"] == undone["contact"]["id"]
+        # Its own report undoes it; the first one has nothing to do then, either.
+        assert place.run(sandbox, "--yes", "--undo", str(later), check=0).report["summary"]["undone"] == 1
+        assert not place.run(sandbox, "--yes", "--undo", path, check=0).report["skipped"]
+
+
+def test_a_folder_of_an_email_stands_for_its_newest_backup_that_was_merged(place: Workplace) -> None:
+    organisation, pairs = seeded(1)
+    folder = place.folder / "backups" / "person1@example.com"
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        place.run(sandbox, "--yes", "--undo", path, check=0)
+        place.export(organisation, leave_out=[pairs[0][1]])
+        merge = place.run(sandbox, "--yes", "--email", "person1@example.com", check=0)
+        # A later backup whose merge was never requested, and names that sort before the one that counts.
+        unmerged = folder / "20991231_000000"
+        shutil.copytree(str(place.folder / merge.report["successful_merges"][0]["backup"]), str(unmerged))
+        preview = place.run(sandbox, "--undo", str(folder), "--preview", "--json", check=0)
+        (entry,) = json.loads(preview.out)["to_undo"]
+        assert entry["backup"] == merge.report["successful_merges"][0]["backup"]
+        for count in (3, 3):  # undone since or not: never the older one instead
+            result = place.run(sandbox, "--yes", "--undo", str(folder), check=0)
+            assert result.report["run"]["undo"] == entry["backup"] and result.report["summary"]["undone"] == 1
+            assert len(truth(organisation)["users"]) == count - 1
+        forget(place)
+        assert "name one of its backups" in place.run(sandbox, "--yes", "--undo", str(folder), check=2).err
+
+
+def test_a_merge_that_the_savepoint_does_not_know_is_undone_from_its_report(place: Workplace) -> None:
+    organisation, _ = seeded(2)
+    before = truth(organisation)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        forget(place)
+        assert_undone(organisation, before, place.run(sandbox, "--yes", "--undo", path, check=0))
+        place.export(organisation, leave_out=[duplicate for _, duplicate in organisation.merges])
+        again = place.run(sandbox, "--yes", check=0)
+        assert {one["code"] for one in again.report["skipped"]} == {"undone"}, "its rows were created"
+
+
+def test_a_merge_by_another_user_is_not_undone(place: Workplace) -> None:
     organisation, pairs = seeded(1)
     place.export(organisation)
 
@@ -693,8 +853,10 @@ def test_a_merge_by_somebody_else_is_not_taken_back(place: Workplace) -> None:
             organisation.delete_contact(pairs[0][1])
 
     with Sandbox(organisation, on_request=delete) as sandbox:
-        assert place.run(sandbox, "--merge-timeout", "1", check=1).codes == {"person1@example.com": "merged_elsewhere"}
+        assert place.run(sandbox, "--yes", "--merge-timeout", "1", check=1).codes == {
+            "person1@example.com": "merged_elsewhere"
+        }
         sandbox.on_request = None
         (backup,) = (place.folder / "backups" / "person1@example.com").iterdir()
-        assert "nothing to take back" in place.run(sandbox, "--undo", str(backup), check=0).out
+        assert "nothing to undo" in place.run(sandbox, "--yes", "--undo", str(backup), check=0).out
         assert not sandbox.count("rev-users.create")

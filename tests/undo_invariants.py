@@ -1,76 +1,138 @@
-"""What `--undo` invariants, held against what is true in tests.fake_devrev, by a second opinion as in tests.invariants."""
+"""The invariants of `--undo`, held against what is true in tests.fake_devrev, by a second opinion as in tests.invariants."""
 
 import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, DefaultDict, Dict, List, Mapping, Optional, Set, Tuple
 
+from tests.expected import COPY, MAIN, ROLES, Ids, email_key, name_of
 from tests.fake_devrev import USER_LISTS, Request, Table, Thing
 from tests.simulated import InvariantBroken, Sent, short
 
-Ids = Tuple[str, str]  # primary, duplicate
 WRITES = ("rev-users.create", "rev-users.update", "rev-users.merge", "works.update", "conversations.update")
-OLDEST = 60.0  # seconds that a work may be older than what is written to it
+OF_OBJECTS = WRITES[-2:]
+OLDEST = 60.0  # seconds that an object may be older than what is written to it
 TRAVEL = 100.0  # seconds that a request may be on its way
-TWO = "never two contacts made for one pair"
-STAYS = "an undo moves nobody but whom the merge has moved"
-TRUE = "a finished undo is true in the world"
+TWO = "never two contacts are created for one pair"
+STAYS = "an undo moves no one but whom the merge has moved"
+TRUE = "a finished undo is true in DevRev"
+DURABLE = "a step of an undo is in both files before its request leaves"
 
 
-class Made:
-    """A contact that an undo has made."""
+class Created:
+    """A contact that an undo has created."""
 
     def __init__(self, identity: str, email: str, reference: Optional[str], at: float) -> None:
         self.id, self.email, self.reference, self.at = identity, email, reference, at
 
 
-def handed_on(entry: Mapping[str, Any]) -> List[Tuple[str, str]]:
-    """What of a contact in a manifest a merge hands on: object id and role."""
-    items = [(one, "owned_by") for one in entry["works"]["owned"]]
-    items += [(one, "reported_by") for one in entry["works"]["reported"]]
+def transferred(entry: Mapping[str, Any]) -> List[Tuple[str, str]]:
+    """Return what a merge transfers of a contact in a manifest: object id and role."""
+    items = [(one, ROLES[role]) for role in ("owned", "reported") for one in entry["works"][role]]
     return items + [(one, "members") for one in entry["conversations"]]
 
 
+def manifest_entry(backup: str, contact: str) -> Tuple[Any, Any]:
+    """Return a contact's entry in the manifest of a backup, and its contact.json."""
+    folder = Path(backup)
+    (entry,) = (
+        one for one in json.loads((folder / "manifest.json").read_bytes())["contacts"] if one["csv"]["id"] == contact
+    )
+    return entry, json.loads((folder / entry["folder"] / "contact.json").read_bytes())
+
+
 class UndoChecker:
-    """The undos of a life. `books` are those of its merges."""
+    """The undos of a scenario. `checker` has its merges."""
 
     def __init__(self, checker: Any) -> None:
         self.checker = checker
         self.organisation = checker.organisation
-        self.active = self.preview = False  # of the run that goes on
-        self.made: List[Made] = []
+        self.active = self.preview = False  # of the run in progress
+        self.created: List[Created] = []
         self.began = 0.0
-        self.was: Dict[str, Dict[str, List[str]]] = {}  # before the write that is being carried out
+        self.begun: Set[Ids] = set()  # pairs whose undo has begun at any time
+        self.was: Dict[str, Dict[str, List[str]]] = {}  # an object before the write that is being carried out
         self.contacts_before: Set[str] = set()
         self.true: Set[Ids] = set()  # undone pairs that were judged
         self.reports: Dict[str, Any] = {}
         self.last: Optional[Dict[str, Any]] = None
+        self.in_flight: List[Sent] = []  # writes of this run without an answer
+        self.read_at: Dict[str, float] = {}  # when DevRev last answered a read of an object
+        self.rests_on: DefaultDict[str, List[float]] = defaultdict(list)  # the reads that its writes rest on
 
     def begin(self, options: Any) -> None:
         self.active, self.preview = bool(options.undo), bool(options.undo and options.preview)
-        self.began = self.checker.clock.now
+        self.began, self.in_flight = self.checker.clock.now, []
 
-    def events(self, ids: Ids) -> List[str]:
-        return [event for event, _ in self.checker.journal[ids]]
+    def wrote(self, ids: Ids, row: Mapping[str, Any]) -> None:
+        if row["state"] in ("undoing", "undone", "undo_settled"):
+            self.begun.add(ids)
+
+    def forget(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
+        """Forget the undos that neither file knows any more."""
+        known = {ids for ids, row in rows.items() if row["state"] in ("undoing", "undone", "undo_settled")}
+        self.begun &= known
+        self.true &= known
 
     def open(self) -> Set[Ids]:
-        """Pairs whose undo has begun and is not finished, by the journal."""
-        return {ids for ids in list(self.checker.journal) if self.events(ids)[-1:] == ["undo begun"]}
+        """Return the pairs whose undo has begun and is not finished."""
+        return {ids for ids, row in self.checker.latest.items() if row["state"] == "undoing"}
+
+    def is_open(self, contacts: Set[str]) -> bool:
+        return any(set(ids) & contacts for ids in self.open())
+
+    def stand_in(self, contact: str) -> str:
+        """Return the contact that undos have created in place of one, or the contact itself."""
+        created = {}
+        for (_, duplicate), row in sorted(self.checker.latest.items(), key=lambda one: one[1]["revision"]):
+            if row["state"] in ("undoing", "undone", "undo_settled") and row["undo"] and row["undo"]["contact"]:
+                created[duplicate] = row["undo"]["contact"]
+        seen = set()
+        while contact in created and contact not in seen:
+            seen.add(contact)
+            contact = created[contact]
+        return contact
 
     # ----- requests --------------------------------------------------------------------------------
+
+    def may_finish(self, sent: Sent) -> bool:
+        """Whether a request may leave although the run was told to stop: a reference must not be left on no contact."""
+        if not self.active or not sent.endpoint.startswith("rev-users."):
+            return False
+        return any(not self.latest_undo(ids)["contact"] for ids in self.open())
+
+    def lacks_reference(self, ids: Ids) -> bool:
+        """Whether the undo of a pair has left its reference on no contact, so that the undo has to be finished first."""
+        row = self.checker.latest[ids]
+        found = self.organisation.contacts.find([("external_ref", [row["new_ref"]])]) if row["new_ref"] else []
+        return row["state"] == "undoing" and not any(self.organisation.alive(one["id"]) for one in found)
+
+    def latest_undo(self, ids: Ids) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.checker.latest[ids]["undo"]
+        return found
 
     def asked(self, sent: Sent) -> None:
         """A request leaves."""
         if self.preview and sent.endpoint in WRITES:
             raise InvariantBroken("a preview only reads", sent.endpoint)
-        if not self.active and sent.endpoint in WRITES[-2:]:
+        if not self.active and sent.endpoint in OF_OBJECTS:
             raise InvariantBroken("a merge run changes contacts alone", sent.endpoint)
+        if self.active and sent.endpoint in WRITES:
+            if self.in_flight:
+                what = f"{sent.endpoint} leaves before the answer to {self.in_flight[0].endpoint}"
+                raise InvariantBroken("an undo writes one object after the other", what)
+            self.in_flight.append(sent)
         if sent.endpoint == "rev-users.create":
             self._judge_create(sent)
         elif self.active and sent.endpoint == "rev-users.update":
             self._judge_update(sent)
-        elif sent.body.get("owned_by", {}) == {"set": []}:
-            raise InvariantBroken("owned_by is never emptied", short(sent.body["id"]))
+        elif sent.endpoint in OF_OBJECTS:
+            if sent.body.get("owned_by", {}) == {"set": []}:
+                raise InvariantBroken("owned_by is never emptied", short(sent.body["id"]))
+            self.rests_on[sent.body["id"]].append(self.read_at.get(sent.body["id"], self.began))
+
+    def answered(self, sent: Sent, _answer: Any) -> None:
+        self.in_flight = [one for one in self.in_flight if one is not sent]
 
     def judge_merge(self, ids: Ids) -> None:
         for other in self.open():
@@ -78,49 +140,54 @@ class UndoChecker:
                 what = f"{short(ids[1])} into {short(ids[0])}, and the undo of {short(other[1])} is not finished"
                 raise InvariantBroken("a merge run refuses a group whose undo is not finished", what)
 
+    def _saved(self, ids: Ids) -> List[Mapping[str, Any]]:
+        """Return the undo of a pair as each of the two files has it."""
+        rows = (self.checker.committed[path.name].get(ids) for path in (MAIN, COPY))
+        return [row["undo"] for row in rows if row and row["state"] == "undoing"]
+
     def _judge_create(self, sent: Sent) -> None:
         email, reference = str(sent.body.get("email")), sent.body.get("external_ref")
-        self.checker.read_journal()
-        rows = self.checker.rows_now()
-        begun = [ids for ids in self.open() if rows.get(ids, {}).get("state") == "undoing"]
-        mine = [ids for ids in begun if "asked" in json.loads(rows[ids]["details"])["undo"]]
-        mine = [ids for ids in mine if rows[ids]["email"] == email.strip().casefold()]
-        if not self.active or not mine:
-            raise InvariantBroken(
-                "a step of an undo is durable before its request leaves", f"{email} {reference} is made"
-            )
-        given = {json.loads(row["details"]).get("undo", {}).get("contact") for row in rows.values()}
-        for one in self.made:
+        mine = [ids for ids in self.open() if email_key(email) in self._emails(ids)]
+        noted = [
+            ids for ids in mine if [one["contacts_before"] is not None for one in self._saved(ids)] == [True, True]
+        ]
+        if not self.active or not noted:
+            raise InvariantBroken(DURABLE, f"{email} {reference} is created")
+        given = {row["undo"]["contact"] for row in self.checker.latest.values() if row["undo"]}
+        for one in self.created:
             if one.id in given:
-                continue  # made for another pair
+                continue  # created for another pair
             now = self.organisation.contacts.get(one.id)
-            there = now is not None and self.organisation.alive(one.id) and one.email == now.get("email")
-            same = there and one.email == email and one.reference == reference == (now or {}).get("external_ref")
-            # Where it has a reference, DevRev makes no second one.
-            if (
-                same
-                and reference is None
-                and self.checker.clock.now > one.at + self.checker.lag + 1
-                and not self.checker.lies
-            ):
-                raise InvariantBroken(TWO, f"{short(one.id)} is there already, with {email} and {reference}")
+            exists = now is not None and self.organisation.alive(one.id) and one.email == now.get("email")
+            same = exists and one.email == email and one.reference == reference == (now or {}).get("external_ref")
+            # Where it has a reference, DevRev creates no second one.
+            seen = self.checker.clock.now > one.at + self.checker.lag + 1 and not self.checker.lies
+            if same and reference is None and seen:
+                raise InvariantBroken(TWO, f"{short(one.id)} exists already, with {email} and {reference}")
+
+    def _emails(self, ids: Ids) -> Set[str]:
+        """Return the emails that the duplicate of a pair had, by its backup and its row."""
+        found = {email_key(self.checker.latest[ids]["email"])}
+        with_backup = Path(self.checker.latest[ids]["backup"] or "nowhere") / "manifest.json"
+        if with_backup.exists():
+            found.add(email_key(str(manifest_entry(self.checker.latest[ids]["backup"], ids[1])[1].get("email"))))
+        return found
 
     def _judge_update(self, sent: Sent) -> None:
-        self.checker.read_journal()
-        mine = [ids for ids in self.open() if ids[0] == sent.body["id"]]
-        if not mine:
-            raise InvariantBroken(
-                "a step of an undo is durable before its request leaves", f"update of {short(sent.body['id'])}"
-            )
-        rows = self.checker.known
-        allowed = {row for ids, wanted in rows.items() if ids[0] == sent.body["id"] for one in wanted
-                   for row in (one.primary.ref, one.duplicate.ref)}  # fmt: skip
+        primary = sent.body["id"]
+        mine = [ids for ids in self.open() if primary in (ids[0], self.stand_in(ids[0]))]
+        if not mine or any(len(self._saved(ids)) != 2 for ids in mine):
+            raise InvariantBroken(DURABLE, f"update of {short(primary)}")
+        if "external_ref" not in sent.body:
+            return
+        known = self.checker.known
+        allowed = {row.ref for ids in mine for one in known[ids] for row in (one.primary, one.duplicate)}
+        allowed |= {"REVU-" + one.rpartition("/")[2] for one in (primary, *(ids[0] for ids in mine))}
         if sent.body["external_ref"] not in allowed:
-            raise InvariantBroken(
-                "an undo gives references back", f"{sent.body['external_ref']} to {short(sent.body['id'])}"
-            )
+            what = f"{sent.body['external_ref']} to {short(primary)}"
+            raise InvariantBroken("an undo restores references", what)
 
-    # ----- what is carried out ---------------------------------------------------------------------
+    # ----- what DevRev carries out -----------------------------------------------------------------
 
     def heard(self, stage: str, request: Request) -> None:
         """DevRev carries a request out: `before` and `after`."""
@@ -129,8 +196,10 @@ class UndoChecker:
                 self.contacts_before = set(self.organisation.contacts)
             for one in set(self.organisation.contacts) - self.contacts_before if stage == "after" else ():
                 email, reference = str(request.body.get("email")), request.body.get("external_ref")
-                self.made.append(Made(one, email, reference, self.organisation.now()))
-        elif request.endpoint in ("works.update", "conversations.update"):
+                self.created.append(Created(one, email, reference, self.organisation.now()))
+        elif request.endpoint in ("works.get", "conversations.get") and stage == "after":
+            self.read_at[request.body.get("id", "")] = self.organisation.now()
+        elif request.endpoint in OF_OBJECTS:
             table = self.table(request.body["id"])
             thing = table.get(request.body["id"])
             now = {role: [one["id"] for one in (thing or {}).get(role, ())] for role in USER_LISTS}
@@ -140,67 +209,64 @@ class UndoChecker:
                 self._judge_write(table, thing, self.was[request.body["id"]], now)
 
     def _own(self, primary: str) -> Set[Tuple[str, str]]:
-        """What a primary had before its first merge, by the backup that this rests on."""
-        asked = [backup for ids, lines in list(self.checker.journal.items()) if ids[0] == primary
-                 for event, backup in lines if event == "asked"]  # fmt: skip
-        first = min(asked, key=lambda backup: Path(backup).name)
-        manifest = json.loads((Path(first) / "manifest.json").read_bytes())
-        (entry,) = (one for one in manifest["contacts"] if one["csv"]["id"] == primary)
-        return set(handed_on(entry))
+        """Return what a primary had before its first merge, by the backup that this rests on."""
+        backups = [one for ids, found in list(self.checker.backups.items()) if ids[0] == primary for one in found]
+        if not backups:
+            return set()
+        first = min(backups, key=lambda backup: Path(backup).name)
+        return set(transferred(manifest_entry(first, primary)[0]))
 
     def contacts_of(self, groups: Set[str]) -> Set[str]:
-        """Whom undos have made, and who came by himself and has had a reference that a duplicate had."""
-        references = {one.duplicate.ref for ids, all_wanted in self.checker.known.items() for one in all_wanted
-                      if ids[1] in groups}  # fmt: skip
+        """Return whom undos have created, and who came since and has had a reference that a duplicate had."""
+        references = {
+            one.duplicate.ref for ids, wanted in self.checker.known.items() for one in wanted if ids[1] in groups
+        }
         times = self.organisation.reference_times
         came = {one for one in times if one not in groups and any(ref in references for _, ref in times[one])}
-        return came.union(one.id for one in self.made)
+        return came.union(one.id for one in self.created)
 
     def table(self, identity: str) -> Table:
         found: Table = self.organisation.conversations if ":conversation/" in identity else self.organisation.works
         return found
 
     def _judge_write(self, table: Table, thing: Thing, was: Dict[str, List[str]], now: Dict[str, List[str]]) -> None:
-        groups = {one for ids in self.checker.journal if "undo begun" in self.events(ids) for one in ids}
+        groups = {one for ids in self.begun for one in ids}
+        groups |= {self.stand_in(one) for one in groups}
         mine = self.contacts_of(groups)
-        since = self.checker.clock.now - OLDEST - TRAVEL - self.checker.lag
+        since = min(self.rests_on[thing["id"]], default=self.checker.clock.now - OLDEST - TRAVEL) - 0.001
+        lately = self.checker.clock.now - OLDEST - TRAVEL - self.checker.lag
         for role in USER_LISTS:
             if was[role] and not now[role]:
                 raise InvariantBroken("owned_by is never emptied", f"{role} of {short(thing['id'])}")
             for person in {*was[role]} - {*now[role]} - groups - mine:
-                if not self._came_lately(table, thing["id"], role, person, since):
+                if not self._came_since(table, thing["id"], role, person, since):
                     raise InvariantBroken(STAYS, f"{short(person)} leaves {role} of {short(thing['id'])}")
             for primary in {ids[0] for ids in self.open()} & ({*was[role]} - {*now[role]}):
                 if (thing["id"], role) in self._own(primary):
                     raise InvariantBroken(STAYS, f"{short(primary)} leaves its own {role} of {short(thing['id'])}")
             for person in {*now[role]} - {*was[role]} - mine:
-                if not self._was_there(table, thing["id"], role, person, since):
+                if not self._was_there(table, thing["id"], role, person, lately):
                     raise InvariantBroken(STAYS, f"{short(person)} gets {role} of {short(thing['id'])}")
 
-    def _came_lately(self, table: Table, identity: str, role: str, person: str, since: float) -> bool:
+    def _came_since(self, table: Table, identity: str, role: str, person: str, since: float) -> bool:
         versions = self.checker.versions(table, identity, since)[1:]
         return not all(self.checker.held(one, role, person) for one in versions)
 
     def _was_there(self, table: Table, identity: str, role: str, person: str, since: float) -> bool:
         return any(self.checker.held(one, role, person) for one in self.checker.versions(table, identity, since)[1:])
 
-    # ----- what a run has left -------------------------------------------------------------------------
+    # ----- what a run has left ---------------------------------------------------------------------
 
-    def after_run(self, rows: Mapping[Ids, Mapping[str, Any]], path: Optional[Path], code: Optional[int]) -> None:
+    def after_run(self, rows: Mapping[Ids, Mapping[str, Any]], path: Path, code: Optional[int], needed: bool) -> None:
         for ids, row in rows.items():
-            event = {"undoing": "undo begun", "undone": "undone"}.get(row["state"])
-            known = event == "undo begun" and (self.checker.disk_was_full or self.events(ids)[-1:] == ["undone"])
-            if event and self.events(ids)[-1:] != [event] and not known:
-                raise InvariantBroken(
-                    "the journal knows how far an undo is", f"{short(ids[1])} is {row['state']}, not {event}"
-                )
             if row["state"] == "undone" and ids not in self.true:
                 self.true.add(ids)
                 self._judge_undone(ids, row)
-        if not self.active or self.preview or path is None:
+        if not self.active or self.preview or not needed:
             return
         if not path.exists():
             raise InvariantBroken("the report is written, also when the run stops early", f"{path.name} is not there")
+        self._judge_interrupted(rows)
         self.last = report = json.loads(path.read_bytes())
         if "(a bug" in str(report["run"].get("stopped")):
             raise InvariantBroken("no run ends with a bug", report["run"]["stopped"])
@@ -209,36 +275,51 @@ class UndoChecker:
             for entry in report[title]:
                 ids = entry["primary"]["id"], entry["duplicate"]["id"]
                 if ids in rows and rows[ids]["state"] != state:
-                    raise InvariantBroken(
-                        "a report says what is true", f"{short(ids[1])} is {rows[ids]['state']}, not {state}"
-                    )
+                    what = f"{short(ids[1])} is {rows[ids]['state']}, not {state}"
+                    raise InvariantBroken("a report says what is true", what)
         bad = len(report["failed"]) + len(report["unfinished"])
         if code in (0, 1) and (code == 0) != (bad == 0):
             raise InvariantBroken("the exit code says how it went", f"{code}, and {bad} failed or unfinished")
 
+    def _judge_interrupted(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
+        """An interruption leaves no reference on no contact, where the network is undisturbed."""
+        if not self.checker.stopped or self.checker.slowest() is None or self.checker.full_now:
+            return
+        for ids in self.open():
+            for one in self.checker.known[ids]:
+                found = self.organisation.contacts.find([("external_ref", [one.duplicate.ref])])
+                if one.new_ref and not any(self.organisation.alive(holder["id"]) for holder in found):
+                    what = f"{one.new_ref} of {name_of(ids)}"
+                    raise InvariantBroken("an interruption leaves no reference on no contact", what)
+
     def _judge_undone(self, ids: Ids, row: Mapping[str, Any]) -> None:
-        undo = json.loads(row["details"])["undo"]
-        contact = undo.get("contact")
+        undo = row["undo"]
+        contact = undo["contact"]
         if contact in ids or contact not in self.contacts_of(set(ids)):
-            raise InvariantBroken(TRUE, f"{short(ids[1])} is undone, and {contact} was never made")
-        folder = Path(row["backup"])
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        (entry,) = (one for one in manifest["contacts"] if one["csv"]["id"] == ids[1])
-        reference = json.loads((folder / entry["folder"] / "contact.json").read_bytes())["external_ref"]
+            raise InvariantBroken(TRUE, f"{short(ids[1])} is undone, and {contact} was never created")
+        if not Path(row["backup"] or "nowhere").exists():
+            return
+        entry, record = manifest_entry(row["backup"], ids[1])
+        reference = record["external_ref"]
         had = [one for _, one in self.organisation.reference_times[contact]]
         if reference not in had and "external_ref" not in undo["left_out"]:
             raise InvariantBroken(TRUE, f"{short(contact)} never had the reference {reference}")
-        left = {(item["id"], item["role"]) for item in undo.get("left", ())}
-        for identity, role in handed_on(entry):
+        left = {(item["id"], item["role"]) for item in undo["left"]}
+        primary = self.stand_in(ids[0])
+        for identity, role in transferred(entry):
             table = self.table(identity)
             versions = self.checker.versions(table, identity, self.began)
             if self.checker.lies or any(self.checker.held(one, role, contact) for one in versions):
                 continue
-            primary = all(self.checker.held(one, role, ids[0]) for one in versions)
-            if (identity, role) not in left or primary:
+            still = any(all(self.checker.held(one, role, who) for one in versions) for who in (primary, ids[0]))
+            if (identity, role) not in left or (still and self._may_be_written(identity)):
                 raise InvariantBroken(TRUE, f"{short(contact)} has not got {role} of {short(identity)} back")
 
-    # ----- a life ends -----------------------------------------------------------------------------
+    def _may_be_written(self, identity: str) -> bool:
+        world = self.checker.fake_devrev
+        return identity not in world.restricted and identity not in world.restricted_writes
+
+    # ----- a scenario ends -------------------------------------------------------------------------
 
     def after_life(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
         named: DefaultDict[str, List[str]] = defaultdict(list)  # reference -> codes
@@ -247,9 +328,7 @@ class UndoChecker:
             for entry in (*report["failed"], *report["unfinished"]):
                 named[entry["duplicate"]["old_external_ref"]].append(entry["code"])
                 last[entry["primary"]["id"], entry["duplicate"]["id"]] = entry
-        for ids in list(self.checker.journal):
-            if "undo begun" not in self.events(ids):
-                continue
+        for ids in self.begun:
             state = rows[ids]["state"] if ids in rows else "nothing"
             if state == "undoing" and not (ids in last and self._is_true(ids, last[ids])):
                 why = last[ids]["code"] + ": " + last[ids]["error"] if ids in last else "nothing is said of it"
@@ -257,45 +336,44 @@ class UndoChecker:
             for one in self.checker.known[ids]:
                 reference = one.duplicate.ref
                 times = self.organisation.reference_times
-                moved = any(ref == reference for _, ref in times[ids[0]][1:]) and self.events(ids)[-1:] != ["undone"]
+                moved = any(ref == reference for _, ref in times[ids[0]][1:]) and state != "undone"
                 ever = moved or any(ref == reference for c in times if c not in ids for _, ref in times[c])
                 if reference.startswith("user_") and not named[reference] and not ever:
-                    raise InvariantBroken(
-                        "no reference is left on nobody that no report names", f"{reference}, after an undo"
-                    )
-
-    @staticmethod
-    def is_open(rows: Mapping[Ids, Mapping[str, Any]], contacts: Set[str]) -> bool:
-        """Whether the undo of one of these contacts has begun and is not finished."""
-        return any(set(ids) & contacts and row["state"] == "undoing" for ids, row in rows.items())
+                    invariant = "no reference is left on no contact that no report names"
+                    raise InvariantBroken(invariant, f"{reference}, after an undo")
 
     def _is_true(self, ids: Ids, entry: Mapping[str, Any]) -> bool:
-        """Whether the reason for which an undo can't be finished is so in the world."""
+        """Return whether the reason for which an undo can't be finished is so."""
         organisation, code = self.organisation, entry["code"]
-        primary = organisation.contacts.get(ids[0]) if organisation.alive(ids[0]) else None
+        identity = self.stand_in(ids[0])
+        primary = organisation.contacts.get(identity) if organisation.alive(identity) else None
         reference = entry["duplicate"]["old_external_ref"]
         if code == "not_found":
             return primary is None
-        if code == "merged_into_another":
-            return bool(organisation.survivor(ids[1]) != ids[0])
+        if code in ("merged_into_another", "merged_onward"):
+            return bool(organisation.survivor(ids[1]) != ids[0]) or primary is None
         if code == "not_active":
             return primary is not None and primary["state"] != "active"
         if code == "external_ref_changed":
-            known = {row for one in self.checker.known[ids] for row in (one.primary.ref, one.duplicate.ref)}
+            known = {row.ref for one in self.checker.known[ids] for row in (one.primary, one.duplicate)}
             return primary is not None and primary["external_ref"] not in known
         if code in ("external_ref_conflict", "contact_refused"):
-            # A group is refused as a whole, for any of its references, or where nobody may have an email twice.
+            # A group is refused as a whole, for any of its references, or where an email may occur once only.
             refs = {
                 one.duplicate.ref
-                for other in self.checker.known
+                for other, wanted in self.checker.known.items()
                 if other[0] == ids[0]
-                for one in self.checker.known[other]
+                for one in wanted
             }
             holders = organisation.contacts.find([("external_ref", sorted({reference, *refs}))])
-            stuck = not organisation.stuck_references.isdisjoint(refs) or self.checker.fake_devrev.unique_emails
-            return stuck or any(one["id"] not in ids for one in holders)
+            world = self.checker.fake_devrev
+            stuck = not organisation.stuck_references.isdisjoint(refs) or world.unique_emails or world.refused_fields
+            return (
+                bool(stuck) or any(one["id"] not in ids for one in holders) or organisation.unverified_keep_references
+            )
         if code == "not_handed_back":
             things = [self.table(item["id"]).get(item["id"]) for item in entry["left"]]
             people = [one["id"] for thing in things if thing for role in USER_LISTS for one in thing.get(role, ())]
-            return any(":revu/" in one and not organisation.alive(one) for one in people)
-        return False
+            written = all(map(self._may_be_written, (item["id"] for item in entry["left"])))
+            return not written or any(":revu/" in one and not organisation.alive(one) for one in people)
+        return code in ("forbidden", "api_error") and bool({*ids, identity} & self.checker.reasons.trouble)

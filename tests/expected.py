@@ -1,0 +1,211 @@
+"""A second opinion, without the module: what an export asks for, and what the savepoint's two files know together."""
+
+import contextlib
+import datetime
+import json
+import re
+import shutil
+import sqlite3
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Callable, DefaultDict, Dict, Iterable, List, Mapping, NamedTuple, Optional, Set, Tuple
+
+from tests.fake_devrev import Organisation
+from tests.simulated import ROW, short, stored_row
+
+Ids = Tuple[str, str]  # primary, duplicate
+ROLES = {"owned": "owned_by", "created": "created_by", "reported": "reported_by"}
+MAIN, COPY = Path("savepoint.db"), Path("backups") / "savepoint-copy.db"
+UNFINISHED = ("requested", "acknowledged", "merged", "proving")
+ENDED = ("done", "merged_elsewhere", "settled")
+UNDONE = ("undone", "undo_settled")
+TERMINAL = (*ENDED, "cancelled", *UNDONE)
+AUTHORITY = ("planned", "failed", *UNFINISHED, *ENDED, "undoing", "cancelled", "undo_settled", "undone")
+STOPPING = ("cancelled", *UNDONE)  # a pair in such a state is merged again only where it is named
+ROLE_ADDRESSES = (
+    "info support help helpdesk service sales contact hello office team admin administrator billing accounts accounting"
+    " finance hr jobs careers marketing press media legal privacy security abuse postmaster hostmaster webmaster root"
+    " mail email reception orders booking bookings customerservice customer-service customercare feedback"
+)
+PLACEHOLDERS = (
+    "noreply no-reply no_reply donotreply do-not-reply none null nobody unknown anonymous test na n-a noemail no-email"
+    " invalid"
+)
+
+
+def name_of(ids: Ids) -> str:
+    return f"{short(ids[0])} <- {short(ids[1])}"
+
+
+# --------------------------------------------------------------------------------------------------
+# The plan
+# --------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One contact of an export."""
+
+    id: str
+    email: str
+    ref: str
+    tickets: int
+    created: str
+
+    @property
+    def key(self) -> str:
+        return email_key(self.email)
+
+    @property
+    def takes_part(self) -> bool:
+        return takes_part(self.ref)
+
+
+class Wanted(NamedTuple):
+    """One merge that an export asks for."""
+
+    primary: Row
+    duplicate: Row
+    new_ref: Optional[str]
+
+    @property
+    def ids(self) -> Ids:
+        return self.primary.id, self.duplicate.id
+
+
+def email_key(text: str) -> str:
+    """Lower-case the ASCII letters of an address, and nothing else."""
+    return re.sub("[A-Z]+", lambda found: found.group().lower(), text.strip())
+
+
+def takes_part(reference: Any) -> bool:
+    return str(reference).startswith(("REVU-", "user_"))
+
+
+def most_contacts(email: str) -> int:
+    """Return how many contacts of one address are believed to be one person."""
+    local = email_key(email).partition("@")[0].partition("+")[0].lower()
+    return 1 if local in PLACEHOLDERS.split() else 2 if local in ROLE_ADDRESSES.split() else 3
+
+
+def instant(created: str) -> float:
+    """Return a date as epoch seconds; without a zone it is in UTC."""
+    found = re.fullmatch(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.\d+)? ?(Z|[+-]\d\d:?\d\d)?", created.strip())
+    assert found, created
+    moment = datetime.datetime.strptime(f"{found.group(1)} {found.group(2)}", "%Y-%m-%d %H:%M:%S")
+    zone = (found.group(3) or "Z").replace(":", "")
+    offset = 0 if zone == "Z" else int(zone[0] + "1") * (60 * int(zone[1:3]) + int(zone[3:5]))
+    return (moment - datetime.datetime(1970, 1, 1)).total_seconds() - 60 * offset
+
+
+def groups_of(rows: Iterable[Row]) -> Dict[str, List[Row]]:
+    """Return the contacts of each address that take part."""
+    groups: DefaultDict[str, List[Row]] = defaultdict(list)
+    for row in rows:
+        if row.takes_part:
+            groups[row.key].append(row)
+    return groups
+
+
+def plan_of(rows: Iterable[Row], choices: Mapping[str, str], primary_kind: str = "revu") -> Dict[Ids, Wanted]:
+    """Return the merges that an export asks for."""
+    found: Dict[Ids, Wanted] = {}
+    for email, group in groups_of(rows).items():
+        ranked = sorted(group, key=lambda row: (-row.tickets, instant(row.created), row.id))
+        users = [row for row in ranked if row.ref.startswith("user_")]
+        system = [row for row in ranked if row.ref.startswith("REVU-")]
+        kept = next((row for row in users or system if row.ref == choices.get(email)), None)
+        if kept is None and len(group) <= most_contacts(email) and len(users) == 1 and system:
+            kept = users[0]
+        if kept is None:
+            continue
+        primary = system[0] if kept in users and system and primary_kind == "revu" else kept
+        for row in (*users, *system):
+            if row is not primary:
+                wanted = Wanted(primary, row, row.ref if row is kept else None)
+                found[wanted.ids] = wanted
+    return found
+
+
+def export_of(organisation: Organisation) -> List[Row]:
+    """Return what the query of the warehouse would give now."""
+    rows = []
+    for contact in organisation.contacts.values():
+        if organisation.alive(contact["id"]) and contact.get("email") and contact.get("external_ref"):
+            row = Row(contact["id"], contact["email"], contact["external_ref"], 0, contact["created_date"])
+            rows.append(row._replace(tickets=greatest(organisation, contact["id"])))
+    return rows
+
+
+def greatest(organisation: Organisation, contact: str) -> int:
+    """Return a contact's TICKET_COUNT: tickets and issues, in the role in which it has most."""
+    kinds = [("type", ("ticket", "issue"))]
+    return max(len(organisation.works.find([*kinds, (role, [contact])])) for role in ROLES.values())
+
+
+# --------------------------------------------------------------------------------------------------
+# The savepoint
+# --------------------------------------------------------------------------------------------------
+
+
+class StoredFile(NamedTuple):
+    """What one of the savepoint's files holds."""
+
+    rows: Dict[Ids, Dict[str, Any]]
+    runs: Dict[str, Dict[str, Any]]
+    last_write: int
+    last_run: str
+
+
+def read_file(path: Path) -> Optional[StoredFile]:
+    """Read a file of the savepoint as whoever opens it next finds it; None where it is missing, empty or has no tables.
+
+    It is read in a copy, because SQLite rolls back what a killed run has left in the file that it opens.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return None
+    with tempfile.TemporaryDirectory(dir=str(Path.cwd())) as folder:
+        for tail in ("", "-journal"):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copy(f"{path}{tail}", f"{folder}/{path.name}{tail}")
+        with contextlib.closing(sqlite3.connect(f"{folder}/{path.name}")) as db:
+            if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                return None
+            return read_tables(db.execute)
+
+
+def read_tables(execute: Callable[[str], Any]) -> StoredFile:
+    rows = map(stored_row, execute(f"SELECT {', '.join(ROW)} FROM pairs").fetchall())
+    meta = dict(execute("SELECT name, value FROM meta").fetchall())
+    return StoredFile(
+        {(row["primary_id"], row["duplicate_id"]): row for row in rows},
+        {run: json.loads(document) for run, document in execute("SELECT id, document FROM runs").fetchall()},
+        int(meta.get("last_write", 0)),
+        str(meta.get("last_run", "")),
+    )
+
+
+def joined(main: Optional[StoredFile], copy: Optional[StoredFile]) -> Dict[Ids, Dict[str, Any]]:
+    """Return the rows that both files know together: of each pair, the one that was written last."""
+    found: Dict[Ids, Dict[str, Any]] = {}
+    for file in (main, copy):
+        for ids, row in file.rows.items() if file else ():
+            if ids not in found or authority(row) > authority(found[ids]):
+                found[ids] = row
+    return found
+
+
+def authority(row: Mapping[str, Any]) -> Tuple[int, int, float]:
+    return row["revision"], AUTHORITY.index(row["state"]), row["requested_at"]
+
+
+def never_sent(main: Optional[StoredFile], copy: Optional[StoredFile]) -> Set[Ids]:
+    """Return the pairs whose intent stands in the first file's last write alone: the request can't have left."""
+    if main is None or copy is None or (main.last_run, main.last_write) != (copy.last_run, copy.last_write + 1):
+        return set()
+    found = set()
+    for ids, row in main.rows.items():
+        before = copy.rows[ids]["requested_at"] if ids in copy.rows else None
+        if row["revision"] == main.last_write and row["state"] == "requested" and row["requested_at"] != before:
+            found.add(ids)
+    return found

@@ -1,0 +1,218 @@
+"""Organisations to play scenarios in, and the ways in which DevRev serves them, drawn from a seed."""
+
+import math
+import random
+from typing import Any, Dict, List, Optional, Sequence, Set
+
+from tests import fake_devrev
+from tests.invariants import LISTED
+
+
+class Draws:
+    """Draws, of which each kind is on or off for a whole scenario, so that scenarios differ."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.calm = self.random.random() < 0.1
+        self._on: Dict[str, bool] = {}
+
+    def has(self, kind: str, chance: float = 0.3) -> bool:
+        """Return whether this scenario knows such things."""
+        if kind not in self._on:
+            drawn = self.random.random() < chance
+            self._on[kind] = drawn and not self.calm
+        return self._on[kind]
+
+    def drawn(self) -> List[str]:
+        return [kind for kind, on in self._on.items() if on]
+
+    def somewhen(self, least: float, most: float) -> float:
+        """Draw seconds, as often short as long."""
+        return float(least * (most / least) ** self.random.random())
+
+
+SHAPES = (  # references of the contacts of one email: R is DevRev's, u the application's, - none of the two
+    ("Ru", 12), ("RRu", 3), ("RRRu", 1), ("RRRRu", 1), ("Ruu", 2), ("RRuu", 1), ("RR", 2), ("uu", 1), ("R", 1),
+    ("u", 1), ("Ru-", 1),
+)  # fmt: skip
+SHARED = ("support", "Info+berlin", "noreply", "sales", "test", "billing", "N-A")
+
+
+class OrganisationBuilder:
+    """Makes an organisation."""
+
+    HUGE = 600  # tickets at most: some pages, and more than fit into a call for many contacts
+
+    def __init__(self, draws: Draws) -> None:
+        self.draws = draws
+        self.chance = draws.random
+        self.organisation = fake_devrev.Organisation()
+        self.keys = iter(range(1, 1 << 20))
+        self.huge = draws.has("huge", 0.02)
+        self.kinds = fake_devrev.ALL_WORK_KINDS if draws.has("works of other kinds", 0.1) else fake_devrev.WORK_KINDS
+        self.half = fake_devrev.HALF_EMOJI if draws.has("half emojis", 0.1) else ""
+
+    def build(self) -> fake_devrev.Organisation:
+        organisation, draws, chance = self.organisation, self.draws, self.chance
+        if draws.has("references unique in the organisation", 0.15):
+            organisation.unique_references = "organisation"
+        if draws.has("merges join phone numbers", 0.2):
+            organisation.merge_joins = ("phone_numbers",)
+        organisation.unverified_keep_references = draws.has("unverified contacts keep references", 0.02)
+        organisation.visitors_verified = not draws.has("visitors are unverified", 0.1)
+        shapes, weights = zip(*SHAPES)
+        contacts: List[str] = []
+        for number in range(chance.randint(3, 12)):
+            (shape,) = chance.choices(shapes, weights)
+            local = f"person{number}"
+            if draws.has("shared mailboxes", 0.15) and chance.random() < 0.3:
+                local = chance.choice(SHARED)
+            contacts += self._group(f"{local}@{number}.example.com", shape)
+        for _ in range(chance.randint(0, len(contacts))):
+            self._shared(chance.sample(contacts, min(len(contacts), chance.randint(1, 3))))
+        return organisation
+
+    def _group(self, email: str, shape: str) -> List[str]:
+        draws, chance = self.draws, self.chance
+        two_orgs = draws.has("two rev orgs", 0.1) and chance.random() < 0.3
+        people = []
+        for place, letter in enumerate(shape):
+            key = str(next(self.keys))
+            reference = {"R": None, "u": f"user_{key}", "-": f"crm-{key}"}[letter]
+            written = email.title() if chance.random() < 0.1 else email
+            org: Optional[str] = "OTHER" if two_orgs and place else "ACME"
+            if draws.has("no rev org", 0.06) and chance.random() < 0.2:
+                org = None
+            state = chance.choice(("locked", "deactivated")) if chance.random() < 0.02 else "active"
+            day = f"2024-01-{chance.randint(1, 28):02d}T{chance.randint(0, 23):02d}:00:00.000Z"
+            people.append(
+                self.organisation.add_contact(
+                    key, written, reference, None, org, state, day, self._is_verified(letter), **self._fields(key)
+                )
+            )
+            self._works(people[-1])
+        return people
+
+    def _is_verified(self, letter: str) -> bool:
+        return not (
+            self.draws.has("unverified contacts", 0.2) and self.chance.random() < (0.3 if letter == "R" else 0.1)
+        )
+
+    def _fields(self, key: str) -> Dict[str, Any]:
+        """Draw what a contact has besides."""
+        chance, found = self.chance, {}  # type: Any, Dict[str, Any]
+        if self.draws.has("fields", 0.4):
+            if chance.random() < 0.5:
+                found["phone_numbers"] = [f"+4930{int(key):07}", *(["+49301234567"] if chance.random() < 0.3 else [])]
+            if chance.random() < 0.4:
+                found["description"] = f"Customer {key}.{self.half}"
+            if chance.random() < 0.3:
+                found["full_name"] = f"Person {key}{self.half}"
+        if self.draws.has("several references", 0.05) and chance.random() < 0.1:
+            found["external_refs"] = [f"other-{key}"]
+        return found
+
+    def _works(self, contact: str) -> None:
+        most = self.HUGE if self.huge else self.chance.choice((0, 0, 1, 2, 5))
+        self.huge = False
+        for _ in range(self.chance.randint(most // 2, most)):
+            roles = self.chance.choices(("owned_by", "created_by", "reported_by"), k=self.chance.randint(1, 3))
+            people: Dict[str, Any] = {role: contact if role == "created_by" else [contact] for role in roles}
+            comments = self.chance.choice((0, 0, 1, 3)) if most < 100 else 0
+            title = f"A title{self.half}" if self.half else None
+            self.organisation.add_work(kind=self.chance.choice(self.kinds), comments=comments, title=title, **people)
+        if self.chance.random() < 0.3:
+            self.organisation.add_conversation([contact, self.organisation.dev_user["id"]], comments=1)
+
+    def _shared(self, people: Sequence[str]) -> None:
+        if self.chance.random() < 0.3:
+            self.organisation.add_conversation(people, comments=self.chance.randint(0, 2))
+        else:
+            role = self.chance.choice(("owned_by", "reported_by"))
+            self.organisation.add_work(**{role: people}, comments=self.chance.randint(0, 2))  # type: ignore[arg-type]
+
+
+def quota_of(draws: Draws) -> Any:
+    """Draw a quota of DevRev's: calls, and the seconds of a window; None for none."""
+    chance = draws.random
+    if chance.random() >= 0.4:
+        return None
+    calls, window = chance.choice((1, 2, 3, 5, 8, 20, 60, 200, 1000)), chance.choice((6.0, 30.0, 60.0, 300.0))
+    least = 1 if draws.has("tiny quota", 0.03) else math.ceil(window * 16 / LISTED)
+    return max(calls, least), window
+
+
+def set_switches(world: fake_devrev.World, draws: Draws) -> Set[str]:
+    """Draw how DevRev behaves for as long as the scenario lasts.
+
+    Return the contacts that the token has trouble with for good.
+    """
+    chance, organisation = draws.random, world.organisation
+    world.in_progress = chance.choice((200, 200, 400, 409))
+    world.unique_emails = draws.has("unique emails", 0.04)
+    if draws.has("few ids a filter", 0.1):
+        world.max_ids = chance.choice((1, 3, 10))
+    if draws.has("others spend quota", 0.15) and world.quota:
+        world.quota.others = world.quota.limit // 3
+    if draws.has("windows roll", 0.1):
+        world.quota_rolls = True
+    if draws.has("no quota headers", 0.04):
+        world.quota_headers = False
+    if draws.has("waits told elsewhere", 0.1):
+        world.retry_after = chance.choice(("header", "body", "neither"))
+    if draws.has("other acknowledgements", 0.15):
+        world.merge_answer = chance.choice(("200-empty", "200-other", "200-list", "202", "202-empty", "204"))
+    if draws.has("polls that tell nothing", 0.12):
+        odd = [one for one in world.ODD if one not in ("locked", "stale")]
+        if chance.random() < 0.6:
+            world.gone = chance.choice(odd)
+        else:
+            world.gone_of = {one: chance.choice(odd) for one in organisation.contacts if chance.random() < 0.3}
+    elif draws.has("polls that show it as before", 0.03):
+        world.gone_of = {
+            one: chance.choice(("locked", "stale")) for one in organisation.contacts if chance.random() < 0.2
+        }
+    if draws.has("unverified contacts", 0.2):
+        world.verified_shown = chance.choice(("hidden", "shown", "null", "mixed"))
+        world.verified_filter = chance.choice(("accepted", "accepted", "400", "403"))
+        world.unverified_merge = chance.choice(("works", "works", "never", "400", "403", "409"))
+        if chance.random() < 0.2:
+            world.verified_merge = chance.choice(("never", "400", "403", "409"))
+    if draws.has("empty pages", 0.08):
+        world.thin_lists, world.empty_pages = ("*",), chance.randint(1, 3)
+    if draws.has("short pages", 0.08):
+        world.largest_page, world.trailing_page = chance.choice((1, 3, 10)), chance.random() < 0.5
+    world.long_work_types = draws.has("works of other kinds", 0.1) and chance.random() < 0.6
+    if draws.has("kinds that are hidden", 0.03):
+        world.hidden_kinds, world.hidden_kinds_answer = ("issue",), chance.choice(("403", "left out"))
+    world.email_ignores_case = draws.has("emails in any case", 0.3)
+    world.deleted_listed = draws.has("deleted contacts are listed", 0.1)
+    world.deleted_contacts = "state" if draws.has("deleted contacts have a state", 0.2) else "404"
+    if draws.has("fields that are hidden", 0.05):
+        world.hidden_fields = chance.choice((("phone_numbers",), ("external_refs", "description"), ("full_name",)))
+    if draws.has("fields that can't be set", 0.06):
+        world.refused_fields = chance.choice((("phone_numbers",), ("description",), ("display_name",)))
+        world.refused_status = chance.choice((400, 403, 409))
+    return restrict(world, draws)
+
+
+def restrict(world: fake_devrev.World, draws: Draws) -> Set[str]:
+    """Draw single objects that the token may not read or write; return the contacts that have to do with them."""
+    chance, organisation = draws.random, world.organisation
+    trouble: Set[str] = set()
+    if draws.has("contacts that are forbidden", 0.06):
+        trouble.update(chance.sample(sorted(organisation.contacts), chance.randint(1, 2)))
+        world.restricted = set(trouble)
+    elif draws.has("objects that are forbidden", 0.08):
+        things = [*organisation.works.values(), *organisation.conversations.values()]
+        chosen = chance.sample(things, min(len(things), chance.randint(1, 2)))
+        ids = {str(one["id"]) for one in chosen}
+        kind = chance.choice(("restricted", "restricted_timelines", "restricted_writes"))
+        setattr(world, kind, ids)
+        if kind != "restricted_writes":
+            roles = ("owned_by", "reported_by", "members")
+            trouble.update(one["id"] for thing in chosen for role in roles for one in thing.get(role, ()))
+            trouble.update(thing["created_by"]["id"] for thing in chosen)
+    world.restricted_in_lists = chance.choice(("shown", "shown", "left out", "403")) if world.restricted else "shown"
+    world.names_object_ids = chance.random() < 0.7
+    return trouble

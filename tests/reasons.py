@@ -1,0 +1,231 @@
+"""What a pair that has not been merged may say in the end: whether its reason is so in tests.fake_devrev."""
+
+from typing import Any, Callable, Dict, Mapping, Optional, Set
+
+from tests.expected import STOPPING, TERMINAL, Ids, most_contacts, name_of, takes_part
+from tests.fake_devrev import OTHER_WORK_KINDS, Thing, kind_of, org_id_of
+from tests.report_invariants import ids_of
+from tests.simulated import InvariantBroken
+
+LISTED = 120.0
+ALL_ENDED = "a scenario that is left in peace ends with every pair done or refused"
+TRUE = "every pair is done, or refused for a reason that is true"
+
+
+class ReasonChecker:
+    """The reasons that reports give, held against the truth.
+
+    `trouble`: contacts that the token has trouble with for good; it may cost their own groups alone.
+    """
+
+    def __init__(self, checker: Any) -> None:
+        self.checker = checker
+        self.organisation = checker.organisation
+        self.trouble: Set[str] = set()
+
+    # ----- what DevRev shows -----------------------------------------------------------------------
+
+    def shows_verified(self, ids: Ids) -> bool:
+        """Whether answers or lists tell for sure that the duplicate is not verified, and that the primary is."""
+        world, numbers = self.checker.fake_devrev, self.organisation.contacts.numbers
+        if self.checker.lies:
+            return False
+        form = world.verified_shown
+        if form == "mixed":
+            form = ("shown", "hidden", "null")[numbers[ids[1]] % 3]
+        return bool(form == "shown" or (world.verified_filter == "accepted" and not self.checker.blind_lists))
+
+    def is_listed(self, object_id: str) -> bool:
+        """Whether lists show a work or a conversation to the token."""
+        world, kind = self.checker.fake_devrev, kind_of(object_id)
+        if kind in world.hidden_kinds or (kind in OTHER_WORK_KINDS and not world.long_work_types):
+            return False
+        return not (world.restricted_in_lists == "left out" and object_id in world.restricted)
+
+    def find_trouble(self) -> None:
+        """Add the contacts that have had to do with a forbidden object at any time."""
+        world, roles = self.checker.fake_devrev, ("owned_by", "created_by", "reported_by", "members")
+        if world.restricted_in_lists == "left out":
+            return
+        for object_id in {*world.restricted, *world.restricted_timelines}:
+            for table in (self.organisation.works, self.organisation.conversations):
+                for thing in self.checker.versions(table, object_id, -1e9) if object_id in table.numbers else ():
+                    for role in roles:
+                        people = (thing or {}).get(role) or ()
+                        self.trouble.update(one["id"] for one in ([people] if role == "created_by" else people))
+
+    # ----- a scenario ends -------------------------------------------------------------------------
+
+    def judge(self, rows: Mapping[Ids, Mapping[str, Any]], stuck: Set[str]) -> None:
+        checker = self.checker
+        self.find_trouble()
+        last = checker.reports.last
+        resting = {ids_of(entry): entry for entry in (*last["failed_merges"], *last["unfinished_merges"])}
+        gone = {one["code"] for one in last.get("skipped") or ()} & {"already_gone", "already_merged"}
+        for ids in {*checker.plan, *(ids for ids, asks in checker.asks.items() if asks)}:
+            state = rows[ids]["state"] if ids in rows else "nothing"
+            if state in (*TERMINAL, "undoing"):
+                self._judge_ended(ids, state)
+                continue
+            if ids not in resting and self._is_too_small() and checker.reports.last_code == 3:
+                continue
+            if ids not in resting and state == "nothing" and gone and not self.organisation.alive(ids[1]):
+                continue
+            if ids not in resting and self._is_skipped(ids, last):
+                continue
+            if ids not in resting:
+                raise InvariantBroken(ALL_ENDED, f"{name_of(ids)} ({state}): nothing is said of it")
+            entry = resting[ids]
+            if not self.is_true(ids, entry, resting, stuck):
+                what = f"{name_of(ids)} is {entry['state']}, {entry['code']}: {entry['error']}"
+                raise InvariantBroken(TRUE, what)
+        self._judge_references(rows)
+
+    def _judge_ended(self, ids: Ids, state: str) -> None:
+        if state == "cancelled" and self.checker.into(ids) and not self.checker.lies and not self._is_hidden(ids):
+            raise InvariantBroken("a cancelled merge that DevRev has carried out is finished", name_of(ids))
+
+    def _is_hidden(self, ids: Ids) -> bool:
+        return self.is_odd(ids[1]) or self._cannot_be_told(ids)
+
+    def _is_skipped(self, ids: Ids, report: Mapping[str, Any]) -> bool:
+        """Whether the report says, truly, why the live check has left a duplicate out."""
+        codes: Dict[str, Callable[[], bool]] = {
+            "different_rev_org": lambda: self._orgs_differ(ids),
+            "already_gone": lambda: not self.organisation.alive(ids[1]),
+            "already_merged": lambda: not self.organisation.alive(ids[1]),
+        }
+        email = self.checker.plan[ids].primary.key if ids in self.checker.plan else ""
+        entries = [one for one in report.get("skipped") or () if one["email"] == email]
+        return any(one["code"] in codes and codes[one["code"]]() for one in entries)
+
+    def _orgs_differ(self, ids: Ids) -> bool:
+        orgs = [org_id_of(self.organisation.contacts[one]) for one in ids if one in self.organisation.contacts]
+        return len({*orgs} - {None}) > 1
+
+    def _judge_references(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
+        """No reference is left on no contact without a report that names it."""
+        checker, organisation = self.checker, self.organisation
+        named = {
+            str(entry["new_external_ref"])
+            for report in checker.reports.reports.values()
+            for name in ("failed_merges", "unfinished_merges", "settled", "cancelled")
+            for entry in report.get(name) or ()
+        }
+        for ids, asks in checker.asks.items():
+            reference = rows[ids]["new_ref"] if ids in rows else None
+            if ids in rows and rows[ids]["state"] in STOPPING:
+                continue  # it was restored, and others may have taken it since
+            if asks and reference and checker.into(ids):
+                had = any(ref == reference for _, ref in organisation.reference_times[ids[0]])
+                holder = organisation.holder(org_id_of(organisation.contacts[ids[1]]), reference)
+                if not had and reference not in named and not (holder and organisation.alive(holder)):
+                    invariant = "no reference is left on no contact that no report names"
+                    raise InvariantBroken(invariant, f"{reference} of {name_of(ids)}")
+
+    # ----- reasons ---------------------------------------------------------------------------------
+
+    def is_true(self, ids: Ids, entry: Mapping[str, Any], resting: Mapping[Ids, Any], stuck: Set[str]) -> bool:
+        """Return whether the reason that the last report gives for a pair is so."""
+        code, group = entry["code"], self.group_of(ids)
+        world = self.checker.fake_devrev
+        if code in ("forbidden", "api_error", "backup_failed", "merge_refused") and group & self.trouble:
+            return True
+        if code == "forbidden" and world.hidden_kinds and world.hidden_kinds_answer == "403":
+            return True
+        for codes, reason in self._reasons(ids, entry, resting, stuck).items():
+            if code in codes.split():
+                return bool(reason())
+        return False
+
+    def _reasons(
+        self, ids: Ids, entry: Mapping[str, Any], resting: Mapping[Ids, Any], stuck: Set[str]
+    ) -> Dict[str, Callable[[], Any]]:
+        organisation, checker, reference = self.organisation, self.checker, entry["new_external_ref"]
+        primary, duplicate = (organisation.contacts.get(one) if organisation.alive(one) else None for one in ids)
+        group = self.group_of(ids)
+        all_contacts = [organisation.contacts.get(one) if organisation.alive(one) else None for one in group]
+        left = entry.get("left_behind") or ()
+        return {
+            "plan_changed": lambda: ids not in checker.plan or checker.plan[ids].new_ref != reference,
+            "not_found": lambda: None in all_contacts,
+            "not_active": lambda: any(one is None or one["state"] != "active" for one in all_contacts),
+            # A fresh export has the row as it is, but for what is no longer exported as a pair.
+            "email_changed external_ref_changed count_mismatch": lambda: (
+                ids not in checker.plan or (primary is not None and primary["external_ref"] not in (reference, None))
+            ),
+            "different_rev_org": lambda: len({org_id_of(one) for one in all_contacts if one} - {None}) > 1,
+            "several_user_refs": lambda: True,
+            "shared_mailbox group_changed": lambda: self._has_too_many(ids),
+            "several_external_refs": lambda: any(one and one.get("external_refs") for one in all_contacts),
+            "unverified": lambda: self._has_unverified(ids, group),
+            "external_ref_conflict": lambda: (
+                reference in stuck or not self._can_be_freed(ids, reference, primary, resting)
+            ),
+            "left_behind": lambda: any(not checker.belongs_to(one["id"], one["role"], ids[0]) for one in left),
+            "merged_into_another": lambda: organisation.survivor(ids[1]) != ids[0],
+            "backup_failed": lambda: checker.backups_lost,
+            "stale": self._is_too_small,
+            "group_incomplete": lambda: any(set(other) & group for other in resting if other != ids),
+            "undo_unfinished": lambda: checker.undo.is_open(group),
+            "merge_refused merge_not_confirmed forbidden api_error": lambda: (
+                (duplicate is not None and (checker.lies or self._is_never_merged(ids))) or self._is_hidden(ids)
+            ),
+        }
+
+    def _has_too_many(self, ids: Ids) -> bool:
+        email = self.checker.plan[ids].primary.key if ids in self.checker.plan else ""
+        chosen = email in self.checker.choices
+        rows = [row for row in self.checker.rows if row.key == email and row.takes_part]
+        spellings = sorted({row.email for row in self.checker.rows if row.key == email})
+        found = [
+            one for one in self.organisation.contacts.find([("email", spellings)]) if takes_part(one["external_ref"])
+        ]
+        return chosen or len(found) > min(len(rows), most_contacts(email) if email else 0)
+
+    def _has_unverified(self, ids: Ids, group: Set[str]) -> bool:
+        """Return whether a duplicate is not verified, and the primary is, or may be for all that is shown."""
+        unverified = self.organisation.unverified
+        return bool((group - {ids[0]}) & unverified) and not (ids[0] in unverified and self.shows_verified(ids[::-1]))
+
+    def _is_never_merged(self, ids: Ids) -> bool:
+        """Whether DevRev merges no contact that is not verified into one that is, or the other way round."""
+        world, unverified = self.checker.fake_devrev, self.organisation.unverified
+        manners = {(False, True): world.unverified_merge, (True, False): world.verified_merge}
+        return manners.get((ids[0] in unverified, ids[1] in unverified), "works") != "works"
+
+    def is_odd(self, contact: str) -> bool:
+        """Whether reading a merged contact shows it as before, for good."""
+        world = self.checker.fake_devrev
+        form = world.gone_of.get(contact, world.gone)
+        return not self.organisation.alive(contact) and form in ("locked", "stale", "404-route")
+
+    def _cannot_be_told(self, ids: Ids) -> bool:
+        """Return whether polls tell nothing of a merged duplicate, and lists don't either: not all of it was moved."""
+        world = self.checker.fake_devrev
+        odd = not self.organisation.alive(ids[1]) and world.gone_of.get(ids[1], world.gone) in world.ODD
+        return odd and bool(self.checker.left_behind(ids))
+
+    def _is_too_small(self) -> bool:
+        """Return whether the quota lets too little through for lists to be fresh at their merge."""
+        quota, world = self.checker.fake_devrev.quota, self.checker.fake_devrev
+        pages = 0
+        for contact in {one for pair in (*self.checker.plan, *self.checker.asks) for one in pair}:
+            pages += len(self.organisation.works.find([("anyone", [contact])])) // (world.largest_page or 100)
+        apart = 40 if world.max_ids else 0  # where a list has to be read contact by contact
+        apart += 40 if world.empty_pages or world.trailing_page else 0
+        return quota is not None and quota.limit * LISTED / quota.window < 20 + 8 * pages + apart
+
+    def group_of(self, ids: Ids) -> Set[str]:
+        return {one for pair in (*self.checker.plan, *self.checker.asks) if pair[0] == ids[0] for one in pair} | set(
+            ids
+        )
+
+    def _can_be_freed(self, ids: Ids, reference: str, primary: Optional[Thing], resting: Mapping[Ids, Any]) -> bool:
+        """Return whether exporting and running again would have given the reference to the primary; not where its
+        holder can't be merged, for a reason of its own."""
+        if primary is None or primary["state"] != "active":
+            return False
+        holder = self.organisation.holder(org_id_of(primary), reference)
+        pairs = {(holder or "", ids[0]), (ids[0], holder or "")}
+        return holder is None or any(pair in self.checker.plan and pair not in resting for pair in pairs)

@@ -1,0 +1,149 @@
+"""The invariants of merge reports: each ended pair in exactly one, sums that add up, and nothing that is not true."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, DefaultDict, Dict, Iterator, List, Mapping, Optional, Set
+
+from tests.expected import ENDED, UNFINISHED, Ids, name_of
+from tests.simulated import InvariantBroken
+
+ONCE = "each ended pair is in exactly one report, that of the run in which it ended"
+TRUE = "savepoint and reports say what is true"
+SUMS = "the sums of a report"
+
+
+class ReportChecker:
+    """The merge reports of a scenario."""
+
+    def __init__(self, checker: Any) -> None:
+        self.checker = checker
+        self.reports: Dict[str, Any] = {}  # by file name
+        self.lost: Set[str] = set()  # reports that were deleted, or moved away
+        self.owed: Set[str] = set()  # reports of runs that were killed, or could not write them
+        self.forgotten: Set[Ids] = set()  # pairs whose report was lost
+        self.last_name, self.last_code = "", None  # type: str, Optional[int]
+
+    @property
+    def last(self) -> Mapping[str, Any]:
+        """The last report of a run over an export."""
+        found: Mapping[str, Any] = self.reports.get(self.last_name, {})
+        return found
+
+    def after_run(
+        self, rows: Mapping[Ids, Mapping[str, Any]], mine: Optional[Path], code: Optional[int], needed: bool
+    ) -> None:
+        """Judge the reports after a run. `mine` is the run's own, None for an undo; `needed`: it has to be there."""
+        self.owed.update([mine.name] if mine else [])
+        there = {path.name: path for path in sorted(Path("reports").glob("merge_report_*.json"))}
+        for name, path in there.items():
+            if name not in self.reports:
+                self._read(name, path, is_mine=mine is not None and path.name == mine.name)
+        where: DefaultDict[Ids, List[str]] = defaultdict(list)
+        for name, report in self.reports.items():
+            for entry in ended_entries(report):
+                where[ids_of(entry)].append(name)
+        for ids, names in where.items():
+            if len(names) > 1 and ids not in self.checker.cancelled:
+                raise InvariantBroken(ONCE, f"{name_of(ids)} is in {', '.join(names)}")
+        if mine is None or not needed:
+            return
+        if mine.name not in there:
+            raise InvariantBroken("the report is written, also when the run stops early", f"{mine.name} is not there")
+        for ids, row in rows.items():
+            if row["state"] in ENDED and ids not in self.forgotten:
+                self._judge_place(ids, row, where[ids])
+        report = self.reports[mine.name]
+        listed = {ids_of(entry) for entry in report["unfinished_merges"]}
+        for ids, row in rows.items():
+            if row["state"] in UNFINISHED and ids not in listed:
+                raise InvariantBroken(TRUE, f"{name_of(ids)} is unfinished, and not reported")
+        self._judge_code(report, rows, code)
+        if self.checker.options.csv:
+            self.last_name, self.last_code = mine.name, code
+
+    def _judge_place(self, ids: Ids, row: Mapping[str, Any], names: List[str]) -> None:
+        # A merge that could not be undone stands as it was, in the report of old.
+        undone_in_vain = ids in self.checker.undo.begun and len(names) == 1
+        if names != [f"merge_report_{row['run']}.json"] and not undone_in_vain:
+            what = f"{name_of(ids)} became {row['state']} in {row['run']}, and is in {', '.join(names) or 'none'}"
+            raise InvariantBroken(ONCE, what)
+
+    def _judge_code(self, report: Mapping[str, Any], rows: Mapping[Ids, Any], code: Optional[int]) -> None:
+        invariant = "the exit code says how it went"
+        settled = getattr(self.checker.options, "settle", None)
+        if settled:
+            if code == 0 and any(row["email"] in settled and row["state"] in UNFINISHED for row in rows.values()):
+                raise InvariantBroken(invariant, f"0, and not all of {', '.join(settled)} has ended")
+            return
+        after_cancel = [entry for entry in report["successful_merges"] if entry.get("after_cancel")]
+        failed = len(report["failed_merges"]) + len(report["unfinished_merges"]) + len(after_cancel)
+        if (code == 0) != (failed == 0) and code in (0, 1):
+            raise InvariantBroken(invariant, f"{code}, and {failed} failed, unfinished or carried out after a cancel")
+
+    def _read(self, name: str, path: Path, is_mine: bool) -> None:
+        if name in self.lost:
+            raise InvariantBroken("a report that was deleted is not written again", name)
+        try:
+            report = self.reports[name] = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise InvariantBroken("a report is written atomically", f"{name}: {error}") from None
+        stopped = str(report["run"].get("stopped"))
+        if "(a bug" in stopped:
+            raise InvariantBroken("no run ends with a bug", stopped)
+        if is_mine:
+            self._judge_sums(name, report["summary"])
+        elif name not in self.owed:
+            raise InvariantBroken(TRUE, f"{name} is neither of this run nor of one that was killed")
+        for entry in report["successful_merges"]:
+            if entry["state"] == "done":
+                self.checker.judge_done(ids_of(entry), entry["new_external_ref"], entry["backup"])
+        undo = self.checker.undo
+        for entry in report["failed_merges"] if is_mine else ():
+            ids = ids_of(entry)
+            refused = entry["code"] == "undo_unfinished" and ids in undo.open()
+            if entry["state"] not in ("merged_elsewhere", "cancelled") and self.checker.asks[ids] and not refused:
+                raise InvariantBroken(TRUE, f"{name}: {name_of(ids)} is called failed, and was requested")
+
+    def _judge_sums(self, name: str, summary: Mapping[str, Any]) -> None:
+        if not self.checker.options.csv:
+            return
+        parts = [summary[one] for one in ("already_merged", "successful_merges", "failed_merges", "unfinished_merges")]
+        if summary["pairs_planned"] != sum(parts) + summary["left"] or summary["left"] < 0:
+            raise InvariantBroken(SUMS, f"{name}: {summary}")
+        if summary["pairs_planned"] != len(self.checker.plan):
+            raise InvariantBroken(SUMS, f"{name}: {len(self.checker.plan)} pairs are planned, it says {summary}")
+
+    @staticmethod
+    def on_disk() -> List[str]:
+        return [path.name for path in sorted(Path("reports").glob("*_report_*.json"))]
+
+    def standing(self, rows: Mapping[Ids, Mapping[str, Any]]) -> str:
+        """Return how things stand after a run: where two runs leave the same, and neither has requested anything, a
+        third one does nothing new."""
+        parts = [self.last.get(one) for one in ("failed_merges", "unfinished_merges")]
+        resting = [[ids_of(one), one["state"], one["code"]] for entries in parts for one in entries or ()]
+        asks = sum(map(len, self.checker.asks.values()))
+        organisation = self.checker.organisation
+        contacts = [[one["id"], one["state"], one["external_ref"]] for one in organisation.contacts.values()]
+        states = sorted((ids, row["state"]) for ids, row in rows.items())
+        return json.dumps([self.last_code, sorted(resting), asks, len(organisation.merges), contacts, states])
+
+    def lose(self, name: str = "") -> None:
+        """Delete one report, or all."""
+        for path in list(Path("reports").glob(name or "merge_report_*.json")):
+            for one in (path, path.with_suffix(".html"), path.with_suffix(".csv")):
+                if one.exists():
+                    one.unlink()
+            self.lost.add(path.name)
+            self.forgotten.update(ids_of(entry) for entry in ended_entries(self.reports.pop(path.name, {})))
+
+
+def ended_entries(report: Mapping[str, Any]) -> Iterator[Any]:
+    yield from report.get("successful_merges") or ()
+    yield from report.get("settled") or ()
+    yield from (entry for entry in report.get("failed_merges") or () if entry["state"] == "merged_elsewhere")
+
+
+def ids_of(entry: Mapping[str, Any]) -> Ids:
+    return entry["primary"]["id"], entry["duplicate"]["id"]

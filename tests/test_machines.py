@@ -1,0 +1,612 @@
+"""The machines that people have: shares and foreign folders, broken packages, pipes, cron, closed terminals, programs."""
+
+import contextlib
+import datetime
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+
+import merge_contacts as tool
+from tests.sandbox import Fault, Sandbox
+from tests.support import ROOT, SCRIPT, Terminal, Workplace, assert_merged, organisation_of_pairs
+
+posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
+
+
+def machine(folder: Path, code: str) -> Dict[str, str]:
+    """The environment of a machine on which `code` runs before any program does."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text("import errno, os, stat, sys\n" + code, encoding="utf-8")
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+
+def exactly(place: Workplace, sandbox: Any, *options: str, **extra: str) -> "subprocess.CompletedProcess[str]":
+    """Run exactly these options, with nothing on stdin."""
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *options], cwd=str(place.folder), env=place.environment(sandbox, extra),
+        stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=60,
+        check=False,
+    )  # fmt: skip
+
+
+def reports(place: Workplace, kind: str = "merge") -> List[Path]:
+    return sorted((place.folder / "reports").glob(f"{kind}_report_*.json"))
+
+
+# ----- nothing is changed without being asked ------------------------------------------------------
+
+
+def test_without_a_terminal_nothing_is_merged_or_undone_unless_yes_is_given(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        done = exactly(place, sandbox, "--csv", "contacts.csv")
+        assert done.returncode == 2 and "Add --yes" in done.stderr and "2 pairs to merge" in done.stderr
+        assert organisation.merges == []
+        assert exactly(place, sandbox, "--csv", "contacts.csv", "--yes").returncode == 0
+        assert_merged(organisation, pairs)
+        assert exactly(place, sandbox, "--csv", "contacts.csv").returncode == 0, "nothing is left to be confirmed"
+        report, before = f"reports/{reports(place)[0].name}", len(sandbox.requests)
+        done = exactly(place, sandbox, "--undo", report)
+        assert done.returncode == 2 and "2 pairs to undo" in done.stderr
+        assert {one.endpoint for one in sandbox.requests[before:]} == {"dev-users.self"}
+        assert exactly(place, sandbox, "--undo", report, "--yes").returncode == 0
+        assert exactly(place, sandbox, "--undo", report).returncode == 0, "a second undo does nothing"
+
+
+# ----- programs that read JSON ---------------------------------------------------------------------
+
+
+def test_json_of_a_run_and_an_undo_is_their_report_and_nothing_else_is_on_stdout(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(2)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        done = exactly(place, sandbox, "--csv", "contacts.csv", "--yes", "--json")
+        (path,) = reports(place)
+        assert done.returncode == 0 and json.loads(done.stdout) == json.loads(path.read_bytes())
+        assert json.loads(done.stdout)["schema"] == tool.SCHEMA and json.loads(done.stdout)["run"]["exit_code"] == 0
+        assert "merged  person1@" in done.stderr and "2 of 2 pairs merged" in done.stderr
+        done = exactly(place, sandbox, "--undo", f"reports/{path.name}", "--yes", "--json")
+        assert done.returncode == 0 and json.loads(done.stdout)["summary"]["undone"] == 2
+        assert "undone  person1@" in done.stderr
+
+
+NO_REPORT = {
+    "--csv contacts.csv": "Add --yes",
+    "--csv contacts.csv --yes --email persn1@example.com": "did you mean person1@example.com?",
+    "--csv nowhere.csv --yes": "nowhere.csv",
+    "--csv contacts.csv --undo reports/none.json --limit x": "is not a whole number",
+    "--csv contacts.csv --no-such-option": "unrecognized arguments",
+}
+
+
+@pytest.mark.parametrize("options, says", NO_REPORT.items())
+def test_json_of_a_run_without_a_report_says_why(place: Workplace, options: str, says: str) -> None:
+    organisation, _ = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        done = exactly(place, sandbox, "--json", *options.split())
+    found = json.loads(done.stdout)
+    assert done.returncode == 2 and set(found) == {"schema", "exit_code", "error"} and found["exit_code"] == 2
+    assert says in found["error"] and says in done.stderr
+
+
+@posix
+def test_with_json_the_question_is_on_the_terminal_and_the_report_in_the_file(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        out = str(place.folder / "out.json")
+        terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--json", stdout=out)
+        terminal.read_until("Type merge")
+        terminal.type("merge\n")
+        assert terminal.end() == 0
+    assert_merged(organisation, pairs)
+    assert json.loads(Path(out).read_bytes())["summary"]["successful_merges"] == 1
+
+
+def test_every_json_document_has_a_schema_number(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, check=0)
+        for mode in ("--preview", "--check", "--status", "--verify-backups"):
+            assert json.loads(place.run(sandbox, mode, "--json", check=0).out)["schema"] == tool.SCHEMA
+        found = place.run(sandbox, "--undo", f"reports/{reports(place)[0].name}", "--preview", "--json", check=0)
+        assert json.loads(found.out)["schema"] == tool.SCHEMA
+
+
+# ----- options -------------------------------------------------------------------------------------
+
+TWICE = ["--limit 1 --limit 2", "--workers 8 --workers 9", "--plan a --plan b", "--count-policy exact --count-policy exact",
+         "--primary revu --primary user", "--merge-timeout 120 --merge-timeout 5", "--choices a --choices b"]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", TWICE)
+def test_an_option_with_one_value_is_not_given_twice(
+    place: Workplace, options: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tool.parse_options(["--csv", "contacts.csv", *options.split()])
+    assert ended.value.code == 2 and f"{options.split()[0]} is given twice" in capsys.readouterr().err
+
+
+def test_options_that_take_several_values_may_be_repeated() -> None:
+    options = tool.parse_options(
+        ["--csv", "a.csv", "b.csv.gz", "--csv", "c.csv", "--email", "x@example.com", "--email", "y@example.com"]
+    )
+    assert options.csv == [Path("a.csv"), Path("b.csv.gz"), Path("c.csv")]
+    assert options.email == ["x@example.com", "y@example.com"] and options.mode == "merge" and options.primary == "revu"
+    options = tool.parse_options(["--settle", "a@example.com", "b@example.com", "--settle", "c@example.com"])
+    assert options.settle == ["a@example.com", "b@example.com", "c@example.com"] and options.mode == "settle"
+    options = tool.parse_options(["--undo", "backups/x", "--preview"])
+    assert options.mode == "undo" and options.preview
+
+
+def test_help_is_two_screens_of_80_columns_and_names_every_exit_code() -> None:
+    environment = {**os.environ, "COLUMNS": "80"}
+    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], env=environment, stdout=subprocess.PIPE, check=True)
+    lines = done.stdout.decode("ascii").splitlines()
+    assert len(lines) <= 80 and max(map(len, lines)) < 80
+    for code in tool.EXIT_CODES:
+        assert any(re.match(rf"  {code} +\w", line) for line in lines), code
+    assert any("Times in file names are UTC" in line for line in lines)
+
+
+def test_a_mistyped_address_gets_its_near_match(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(3)
+    place.export(organisation)
+    err = place.run(None, "--preview", "--email", "preson2@example.com", check=2).err
+    assert "preson2@example.com (did you mean person2@example.com" in err
+
+
+# ----- disks ---------------------------------------------------------------------------------------
+
+NO_FOLDER_FLUSH = """
+flush = os.fsync
+def fsync(handle):
+    if stat.S_ISDIR(os.fstat(handle).st_mode):
+        raise OSError(errno.{name}, "as this file system says")
+    flush(handle)
+os.fsync = fsync
+"""
+NO_PERMISSIONS = """
+def chmod(*args, **kwargs):
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+os.chmod = chmod
+"""
+NO_FILE_FLUSH = """
+flush = os.fsync
+def fsync(handle):
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        raise OSError(errno.EINVAL, "Invalid argument")
+    flush(handle)
+os.fsync = fsync
+"""
+
+
+@posix
+@pytest.mark.parametrize("name", ["EINVAL", "ENOTSUP"])
+def test_a_folder_that_can_not_be_flushed_is_warned_of_once(place: Workplace, name: str) -> None:
+    organisation, pairs = organisation_of_pairs(3)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        extra = machine(place.folder / "site", NO_FOLDER_FLUSH.format(name=name))
+        result = place.run(sandbox, check=0, **extra)
+    assert_merged(organisation, pairs)
+    assert result.err.count("warning: ") == result.err.count("can't flush a folder") == 1
+    assert "a power cut may lose new names" in result.err
+
+
+@posix
+def test_a_folder_of_another_user_is_used_as_it_is(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(3)
+    place.export(organisation)
+    (place.folder / "backups").mkdir(mode=0o755)
+    with Sandbox(organisation) as sandbox:
+        result = place.run(sandbox, check=0, **machine(place.folder / "site", NO_PERMISSIONS))
+    assert_merged(organisation, pairs)
+    assert result.err.count("warning: ") == result.err.count("its permissions can't be set") == 1
+
+
+@posix
+def test_backups_that_others_could_read_are_closed_to_them(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(1)
+    place.export(organisation)
+    (place.folder / "backups").mkdir()
+    (place.folder / "backups").chmod(0o755)
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, check=0)
+    assert (place.folder / "backups").stat().st_mode & 0o777 == 0o700
+
+
+@posix
+def test_a_file_that_can_not_be_flushed_is_an_error_before_any_merge(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(2)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, check=3, **machine(place.folder / "site", NO_FILE_FLUSH))
+    assert organisation.merges == []
+
+
+NO_LOCKS = """
+import fcntl
+def lockf(*args, **kwargs):
+    raise OSError(errno.{name}, "as this file system says")
+fcntl.lockf = lockf
+"""
+LOCKING_PROTOCOL = """
+import sqlite3
+def connect(*args, **kwargs):
+    raise sqlite3.OperationalError("locking protocol")
+sqlite3.connect = connect
+"""
+
+
+@posix
+@pytest.mark.parametrize("name", ["EAGAIN", "ENOLCK", ""])
+def test_a_file_system_without_locks_is_named_and_another_run_is_not(place: Workplace, name: str) -> None:
+    organisation, _ = organisation_of_pairs(1)
+    place.export(organisation)
+    extra = machine(place.folder / "site", NO_LOCKS.format(name=name)) if name else {}
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, "--limit", "1", check=0)
+        with contextlib.closing(sqlite3.connect(str(place.folder / "savepoint.db"), isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            result = place.run(sandbox, check=2 if name else 11, **extra)
+            assert ("no working locks" in result.err) is bool(name)
+            assert ("another run holds" in result.err) is not bool(name)
+        if name:
+            assert "no working locks" in place.run(sandbox, "--check", check=2, **extra).out
+    assert not list(place.folder.glob(".lock_trial*"))
+
+
+@posix
+def test_a_locking_protocol_error_is_not_called_damage(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        result = place.run(sandbox, check=2, **machine(place.folder / "site", LOCKING_PROTOCOL))
+    assert "no working locks" in result.err and "local disk" in result.err and "damaged" not in result.err
+
+
+def test_locks_work_here(tmp_path: Path) -> None:
+    assert tool.locks_work(tmp_path / "savepoint.db") and tool.locks_work(tmp_path / "nowhere" / "savepoint.db")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ----- .env ----------------------------------------------------------------------------------------
+
+
+@posix
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("is_pipe", [False, True])
+def test_settings_come_from_a_file_or_a_pipe_with_or_without_a_byte_order_mark(
+    place: Workplace, mark: bytes, is_pipe: bool
+) -> None:
+    organisation, pairs = organisation_of_pairs(1)
+    place.export(organisation)
+    path = place.folder / ".env"
+    with Sandbox(organisation) as sandbox:
+        lines = mark + "".join(f"{name}={value}\n" for name, value in sandbox.environment().items()).encode("ascii")
+        if is_pipe:
+            os.mkfifo(str(path))
+            threading.Thread(target=path.write_bytes, args=(lines,), daemon=True).start()
+        else:
+            path.write_bytes(lines)
+        place.run(None, check=0)
+    assert_merged(organisation, pairs)
+
+
+@posix
+def test_a_pipe_that_gives_nothing_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool, "ENV_PIPE_NOTICE", 0.05)
+    monkeypatch.setattr(tool, "ENV_PIPE_WAIT", 0.1)
+    os.mkfifo(str(tmp_path / ".env"))
+    with pytest.raises(tool.FatalError, match=r"\.env gave no data in 0\.1 s") as stopped:
+        tool.read_env_file(tmp_path / ".env")
+    assert stopped.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "token, says",
+    [
+        ("Bearer abc.def", '"Bearer", which is not part of the token'),
+        ("bearer  abc", '"Bearer", which is not part of the token'),
+        ("Authorization: Bearer abc", '"Bearer", which is not part of the token'),
+        ("'abc'", "in quotes"),
+        ("abc def", "contains a space"),
+        ("", "is not set"),
+    ],
+)
+def test_a_token_that_can_not_be_one_gets_the_exact_hint(token: str, says: str) -> None:
+    with pytest.raises(tool.FatalError, match=says) as stopped:
+        tool.check_token(token)
+    assert stopped.value.exit_code == 2 and "abc" not in str(stopped.value)
+    tool.check_token("bearerABC.def")  # a token that only begins like it
+
+
+def test_an_env_file_of_another_encoding_is_named(place: Workplace) -> None:
+    (place.folder / ".env").write_bytes("DEVREV_API_TOKEN=abc\n".encode("utf-16"))
+    place.export(organisation_of_pairs(1)[0])
+    assert ".env is not UTF-8 text; save it again as UTF-8" in place.run(None, "--preview", check=2).err
+
+
+PREFIXES = {"": "user_", "  ": "user_", "usr_": "usr_", "REVU": None, "REVU-x": None, "R": None, "revu-": "revu-"}
+
+
+@pytest.mark.parametrize("text, prefix", PREFIXES.items())
+def test_the_prefix_of_the_application_must_not_overlap_with_devrevs(text: str, prefix: Any) -> None:
+    with contextlib.nullcontext() if prefix else pytest.raises(tool.FatalError, match="DEVREV_USER_REF_PREFIX"):
+        assert tool.load_settings({"DEVREV_USER_REF_PREFIX": text}, 8).user_ref_prefix == prefix
+
+
+def test_an_empty_limit_is_no_limit_that_was_set() -> None:
+    assert tool.load_settings({"DEVREV_RATE_LIMIT_CALLS": " "}, 8).calls == tool.ApiSettings.calls
+    assert tool.load_settings({"DEVREV_RATE_LIMIT_CALLS": "0"}, 8).calls == 0
+    assert tool.load_settings({"DEVREV_RATE_LIMIT_CALLS": "7"}, 8).calls == 7
+
+
+# ----- packages ------------------------------------------------------------------------------------
+
+PACKAGES = {
+    "ratelimit is another package": ("ratelimit.py", "LIMIT = 1\n", "another package or file named ratelimit is in the way:"),
+    "requests is another package": ("requests/__init__.py", "", "another package or file named requests is in the way:"),
+    "requests is broken": ("requests.py", "raise RuntimeError('half installed')\n", "requests is broken (RuntimeError: half"),
+    "requests needs a package": ("requests.py", "import no_such_package\n", "no_such_package, which requests needs, is missing"),
+    "requests is missing": ("sitecustomize.py", "import sys\nsys.modules['requests'] = None\n", "requests is missing: python"),
+    "dotenv is missing": ("sitecustomize.py", "import sys\nsys.modules['dotenv'] = None\n", "dotenv is missing: python"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PACKAGES)
+def test_a_package_that_can_not_be_used_is_named_in_one_line(place: Workplace, case: str) -> None:
+    name, content, says = PACKAGES[case]
+    organisation, _ = organisation_of_pairs(1)
+    place.export(organisation)
+    (place.folder / ".env").write_text("DEVREV_TIMEOUT=30\n", encoding="utf-8")
+    path = place.folder / "site" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(content, encoding="utf-8")
+    extra = {"PYTHONPATH": f"{place.folder / 'site'}{os.pathsep}{ROOT}", "DEVREV_RATE_LIMIT_CALLS": "100"}
+    with Sandbox(organisation) as sandbox:
+        result = place.run(sandbox, check=2, **extra)
+        assert [line for line in result.err.splitlines() if says in line and line.startswith("error: ")], result
+        assert len(result.err.splitlines()) == 1 and sandbox.requests == []
+
+
+def test_a_preview_needs_no_package_for_requests(place: Workplace) -> None:
+    place.export(organisation_of_pairs(1)[0])
+    code = "sys.modules['requests'] = sys.modules['ratelimit'] = None\n"
+    assert "1 pair to merge" in place.run(None, "--preview", check=0, **machine(place.folder / "site", code)).out
+
+
+@pytest.mark.parametrize("name", ["queue.py", "random.py", "select.py", "typing.py"])
+def test_a_file_named_like_a_module_of_pythons_does_no_harm(place: Workplace, name: str) -> None:
+    place.export(organisation_of_pairs(1)[0])
+    script = place.folder / "here" / SCRIPT.name
+    script.parent.mkdir()
+    shutil.copy(str(SCRIPT), str(script))
+    for folder in (script.parent, place.folder / "path"):
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text("raise RuntimeError('not the one that is meant')\n", encoding="utf-8")
+    command = [sys.executable, str(script), "--csv", "contacts.csv", "--preview"]
+    environment = place.environment(None, {"PYTHONPATH": ""})
+    done = subprocess.run(command, cwd=str(place.folder), env=environment, stdout=subprocess.PIPE, check=True)
+    assert b"1 pair to merge" in done.stdout
+
+
+def test_a_python_without_a_module_is_told_in_one_line(place: Workplace) -> None:
+    extra = machine(place.folder / "site", "sys.modules['sqlite3'] = None\n")
+    done = exactly(place, None, "--help", **extra)
+    assert done.returncode == 2 and "sqlite3" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+# ----- signals and terminals -----------------------------------------------------------------------
+
+
+@posix
+def test_a_closed_terminal_loses_no_report_though_two_signals_come(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(3)
+    place.export(organisation)
+    never = Fault("merge-never", "rev-users.merge", match=lambda body: body["secondary_user"] == pairs[-1][1])
+    with Sandbox(organisation, faults=[never]) as sandbox:
+        terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--yes")
+        terminal.read_until("merged  person1@")
+        os.close(terminal.handle)  # for which the kernel sends one
+        with contextlib.suppress(ProcessLookupError):
+            for _ in range(3):
+                os.kill(terminal.pid, signal.SIGHUP)
+                time.sleep(0.01)
+        status = os.waitpid(terminal.pid, 0)[1]
+    assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 129
+    (path,) = reports(place)
+    assert json.loads(path.read_bytes())["run"]["exit_code"] == 129
+
+
+@posix
+def test_nothing_is_rewritten_on_a_dumb_terminal(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(3)
+    place.export(organisation)
+    with Sandbox(organisation, latency=0.05) as sandbox:
+        terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--yes", TERM="dumb")
+        assert terminal.end() == 0
+    assert_merged(organisation, pairs)
+    assert "\x1b" not in terminal.text and "\r" not in terminal.text.replace("\r\n", "\n")
+
+
+# ----- cron, other folders, clocks -----------------------------------------------------------------
+
+
+def test_a_savepoint_beside_the_script_is_named_where_the_current_folder_has_none(place: Workplace) -> None:
+    place.export(organisation_of_pairs(1)[0])
+    script = place.folder / "tool" / SCRIPT.name
+    script.parent.mkdir()
+    shutil.copy(str(SCRIPT), str(script))
+    (script.parent / "savepoint.db").touch()
+    for options in (["--csv", "contacts.csv", "--preview"], ["--status"]):
+        done = subprocess.run(
+            [sys.executable, str(script), *options], cwd=str(place.folder), env=place.environment(None, {}),
+            capture_output=True, encoding="utf-8", check=True,
+        )  # fmt: skip
+        assert f"one is beside the script: to use that history, run in {script.parent}" in done.stderr
+
+
+def test_names_of_files_are_in_utc(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        before = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d_%H%M%S")
+        place.run(sandbox, check=0, TZ="Etc/GMT+7")
+        after = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d_%H%M%S")
+    (backup,) = (place.folder / "backups").glob("*/[0-9]*")
+    assert before <= reports(place)[0].stem[-15:] <= after and before <= backup.name <= after
+
+
+def test_names_sort_also_in_the_hour_that_autumn_has_twice() -> None:
+    hour = 1761438600  # 2025-10-26 00:30 UTC, the first 02:30 in Berlin
+    names = [tool.timestamp_name(hour + step) for step in (0, 1800, 3600, 5400)]
+    assert names == sorted(names) and names[0] == "20251026_003000"
+
+
+def test_history_of_another_folder_is_refused_with_the_folder_to_run_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, other = tmp_path / "here", tmp_path / "other"
+    for folder in (here, other):
+        (folder / "backups" / "a@example.com" / "20250101_000000").mkdir(parents=True)
+        (folder / "reports").mkdir()
+    monkeypatch.chdir(here)
+    fine = [
+        "backups/a@example.com",
+        "backups/a@example.com/20250101_000000",
+        "reports/x.json",
+        "./reports/../reports/x.json",
+    ]
+    for path in [*fine, str(here / "reports" / "x.json")]:
+        assert tool.history_folder_error(Path(path)) is None, path
+    for path in ["../other/reports/x.json", str(other / "backups" / "a@example.com")]:
+        assert f"run --undo in {other}" in str(tool.history_folder_error(Path(path))), path
+    for path in ["x.json", "backups", "../x.json", "savepoint.db"]:
+        assert tool.history_folder_error(Path(path)), path
+
+
+@posix
+def test_backups_on_another_disk_are_this_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk" / "a@example.com").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("backups").symlink_to(tmp_path / "disk")
+    assert tool.history_folder_error(Path("backups/a@example.com")) is None
+    assert tool.history_folder_error(tmp_path / "disk" / "a@example.com") is None
+
+
+def test_an_undo_from_another_folder_is_refused_before_any_request(place: Workplace, tmp_path: Path) -> None:
+    organisation, _ = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, check=0)
+        before, report = len(sandbox.requests), reports(place)[0]
+        (tmp_path / "elsewhere").mkdir()
+        elsewhere = Workplace(tmp_path / "elsewhere")
+        done = exactly(elsewhere, sandbox, "--undo", str(report), "--yes")
+        assert done.returncode == 2 and f"run --undo in {place.folder}" in done.stderr
+        assert len(sandbox.requests) == before
+
+
+# ----- forecasts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "expected, pairs, backed_up, ended, left",
+    [
+        (280, 17, 0, 0, 280),
+        (280, 17, 17, 0, 68),  # only the merges: backups are most of a run
+        (280, 17, 17, 17, 0),
+        (280, 17, 20, 20, 0),  # also pairs of earlier runs
+        (40, 17, 17, 0, 40),  # where everything is backed up already
+    ],
+)
+def test_a_forecast_counts_the_requests_that_are_left(
+    expected: int, pairs: int, backed_up: int, ended: int, left: int
+) -> None:
+    assert tool.requests_left(expected, pairs, backed_up, ended) == left
+
+
+def test_the_forecast_near_the_end_of_a_window_is_the_rest_of_that_window(place: Workplace) -> None:
+    """The backups have used the window up; what is left fits into the next one."""
+    window = dict(requests=68, room=0, wait=3.0, limit=200, window=60.0)
+    assert tool.seconds_in_windows(**window) == 3.0
+
+
+def test_status_knows_how_many_pairs_a_run_has_and_when_it_may_end() -> None:
+    started = {"pairs": 10, "since": "2025-01-01T00:00:00.000+00:00"}
+    updates = ["2024-12-31T23:59:59.000+00:00", *["2025-01-01T00:00:10.000+00:00"] * 4]
+    found = tool.run_progress(
+        started, updates, datetime.datetime(2025, 1, 1, 0, 0, 20, tzinfo=datetime.timezone.utc).timestamp()
+    )
+    assert (found["ended"], found["left"], found["seconds_left"]) == (4, 6, 30)
+    assert tool.run_progress(started, [], 1735689620.0)["seconds_left"] is None
+
+
+# ----- what a new user reads -----------------------------------------------------------------------
+
+
+def test_each_step_names_the_next_one_as_it_would_be_typed(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(3)
+    script = os.path.relpath(str(SCRIPT), str(place.folder))
+
+    def step(*options: str) -> List[str]:
+        done = subprocess.run(
+            [sys.executable, script, *options], cwd=str(place.folder), env=place.environment(sandbox, {}),
+            stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", check=True,
+        )  # fmt: skip
+        lines = done.stderr.splitlines()
+        return [lines[index + 1].strip() for index, line in enumerate(lines) if line.startswith("next: ")]
+
+    with Sandbox(organisation) as sandbox:
+        (preview,) = step("--export", "my contacts.csv")
+        assert preview.endswith(f"{script} --csv 'my contacts.csv' --preview") or os.name == "nt"
+        (canary,) = step("--csv", "my contacts.csv", "--preview", "--count-policy", "at-least")
+        assert canary.endswith("--count-policy at-least --limit 1")
+        (also_canary,) = step("--csv", "my contacts.csv", "--check")
+        assert also_canary.endswith("--limit 1") and "--check" not in also_canary
+        undo, rest = step("--csv", "my contacts.csv", "--limit", "1", "--yes")
+        assert re.search(r"--undo reports.merge_report_\w+\.json --preview$", undo)
+        assert "--limit" not in rest and "--csv" in rest
+        (really,) = step(*undo.split(script)[1].split())
+        assert really.endswith(".json") and "--undo" in really
+        assert step("--csv", "my contacts.csv", "--yes") == []
+
+
+@posix
+def test_a_canary_says_in_the_question_that_earlier_pairs_come_first(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    place.export(organisation)
+    never = Fault("merge-never", match=lambda body: body["secondary_user"] == pairs[0][1])
+    with Sandbox(organisation, faults=[never]) as sandbox:
+        place.run(sandbox, "--limit", "1", "--merge-timeout", "1", check=1)
+        terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--limit", "1", columns=200)
+        question = terminal.read_until("Type merge")
+        assert "first         finish 1 pair of earlier runs, in addition to --limit and --email: " in question
+        terminal.type("no\n")
+        assert terminal.end() == 2
+
+
+def test_after_a_declined_question_the_organisation_is_known(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        assert exactly(place, sandbox, "--csv", "contacts.csv").returncode == 2
+    assert "SANDBOX1" in place.run(None, "--status", check=0).out

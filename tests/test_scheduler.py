@@ -1,0 +1,351 @@
+"""The request scheduler against servers that count their quota in different ways, in simulated time."""
+
+import asyncio
+import math
+import random
+from collections import deque
+from email.utils import formatdate
+from typing import Any, Deque, Dict, List, Optional, Tuple
+
+import pytest
+
+import merge_contacts as tool
+from tests.simulated import EPOCH, Clock, Headers, Loop, run_to_the_end
+
+HEADERS = ("X-Ratelimit-Limit", "X-Ratelimit-Remaining", "X-Ratelimit-Reset")
+
+
+class Server:
+    """Grants `limit` requests in each window. A rolling one counts each request for the length of a window.
+
+    `whole`: times in its headers are whole seconds, rounded up. `skew`: how far its clock is off. `others`: what other
+    clients spend at the start of each window.
+    """
+
+    def __init__(
+        self, clock: Clock, limit: int, window: float, rolling: bool, whole: bool, skew: float = 0.0, others: int = 0
+    ) -> None:
+        self.clock, self.limit, self.window, self.rolling, self.whole = clock, limit, window, rolling, whole
+        self.skew, self.others = skew, others
+        self.spent: Deque[float] = deque()
+        self.start = -math.inf
+        self.granted: List[float] = []
+        self.least_remaining = math.inf
+        self.refused = 0
+
+    def answer(self) -> "tool.HttpResponse":
+        now = self.clock.now
+        if self.rolling:
+            while self.spent and self.spent[0] + self.window <= now:
+                self.spent.popleft()
+            reset = now + self.window
+        else:
+            if now >= self.start + self.window:
+                self.start = now if self.start < 0 else self.start + (now - self.start) // self.window * self.window
+                self.spent = deque([now] * self.others)
+            reset = self.start + self.window
+        granted = len(self.spent) < self.limit
+        if granted:
+            self.least_remaining = min(self.least_remaining, self.limit - len(self.spent))
+            self.spent.append(now)
+            self.granted.append(now)
+        self.refused += not granted
+        wall = EPOCH + reset + self.skew
+        texts = (
+            str(self.limit),
+            str(self.limit - len(self.spent)),
+            str(math.ceil(wall)) if self.whole else f"{wall:.3f}",
+        )
+        headers = dict(zip(HEADERS, texts), Date=formatdate(EPOCH + now + self.skew, usegmt=True))
+        return tool.HttpResponse(200 if granted else 429, Headers(headers), {} if granted else None)
+
+
+class World:
+    """A scheduler in simulated time."""
+
+    def __init__(self, calls: Optional[int] = 0, workers: int = 8, period: float = 60.0) -> None:
+        self.clock = Clock()
+        self.loop = Loop(self.clock)
+        asyncio.set_event_loop(self.loop)
+        settings = tool.ApiSettings("token", calls=calls, workers=workers, period=period)
+        environment = tool.Environment(settings)
+        environment.now = lambda: tool.Timestamp(self.clock.wall, self.clock.steady)  # type: ignore[method-assign]
+        self.token = tool.CancelToken()
+        self.scheduler = tool.RequestScheduler(environment, self.token, settings)
+        self.random = random.Random(1)
+
+    def run(self, main: Any) -> Any:
+        return run_to_the_end(self.loop, main)
+
+    async def request(
+        self, server: Any, options: "tool.RequestOptions" = tool.ANY_OPTIONS, latency: float = 0.02
+    ) -> Any:
+        """Send one request when its turn has come; the server counts it somewhere on its way."""
+        is_probe = await self.scheduler.acquire(options)
+        self.clock.last_progress = self.clock.now
+        sent = self.clock.steady
+        await asyncio.sleep(latency * self.random.random())
+        response = server.answer()
+        await asyncio.sleep(latency * self.random.random())
+        self.scheduler.on_response(is_probe, response, self.clock.steady - sent, response.status == 200)
+        return response
+
+    def send(self, server: Any, count: int, latency: float = 0.02) -> float:
+        """Send so many requests, and return the seconds that they took."""
+
+        async def all_of_them() -> None:
+            await self.request(server)
+            await asyncio.gather(*(self.request(server, latency=latency) for _ in range(count - 1)))
+
+        self.run(all_of_them())
+        return self.clock.now
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["exact", "whole seconds"])
+@pytest.mark.parametrize("rolling", [False, True], ids=["fixed", "rolling"])
+@pytest.mark.parametrize(
+    "limit, window, latency", [(40, 4.0, 0.02), (40, 4.0, 0.5), (100, 10.0, 0.05), (800, 60.0, 0.01), (6, 2.0, 0.01)]
+)
+def test_a_window_is_used_fully_and_never_overdrawn(
+    limit: int, window: float, latency: float, rolling: bool, whole: bool
+) -> None:
+    world = World()
+    server = Server(world.clock, limit, window, rolling, whole)
+    count = limit * 3 if limit > 100 else limit * 6
+    seconds = world.send(server, count, latency)
+    assert server.refused == 0
+    floor = (count / limit - 1) * window
+    each = 4 * latency + 0.1 + (1.0 if whole else 0.0)  # seconds that a window may be longer
+    share = 1.1 if limit > 10 else 1.25
+    assert seconds <= share * floor + count / limit * each + 8 * latency
+
+
+@pytest.mark.parametrize("skew", [-3600.0, -30.0, 30.0, 7200.0])
+@pytest.mark.parametrize("rolling", [False, True])
+def test_a_clock_that_is_off_costs_seconds_at_most(rolling: bool, skew: float) -> None:
+    world = World()
+    server = Server(world.clock, 40, 10.0, rolling, True, skew)
+    assert world.send(server, 200) < 40 + 5 * 3
+    assert server.refused <= 8
+
+
+def test_the_kind_of_window_is_recognised() -> None:
+    for rolling in (False, True):
+        for whole in (False, True):
+            world = World(workers=2)
+            server = Server(world.clock, 40, 4.0, rolling, whole)
+            world.send(server, 100, 0.2)
+            assert world.scheduler.quota.rolling is rolling
+            seen = world.scheduler.quota_seen()
+            assert seen and seen["limit"] == 40 and 4 <= seen["window_seconds"] <= 5.1
+
+
+@pytest.mark.parametrize("rolling", [False, True])
+def test_what_others_spend_is_not_spent_again(rolling: bool) -> None:
+    world = World()
+    server = Server(world.clock, 40, 4.0, rolling, False, others=30)
+    if rolling:
+        server.spent = deque([0.0] * 30)
+    world.send(server, 100)
+    assert server.refused <= 1
+
+
+ODD = ["-1", "", "none", "1" + "0" * 400, "1e400", "nan", "\u0663", "0x10", "12.5.1", "-" + "9" * 400]
+
+
+@pytest.mark.parametrize("text", ODD)
+@pytest.mark.parametrize("name", HEADERS)
+def test_odd_headers_are_ignored(name: str, text: str) -> None:
+    world = World()
+    headers = {**dict(zip(HEADERS, ("1000", "999", str(EPOCH + 60)))), name: text}
+
+    class Odd:
+        def answer(self) -> "tool.HttpResponse":
+            return tool.HttpResponse(200, Headers(headers), {})
+
+    assert world.send(Odd(), 50) < 1.0
+    assert world.scheduler.quota_seen() is None and world.scheduler.room() == math.inf
+
+
+def test_a_reset_that_is_no_time_of_day_does_not_make_requests_go_one_by_one() -> None:
+    """Some gateways send seconds from now. Nothing is known of the window then, and a 429 says when to wait."""
+    world = World()
+
+    class Relative:
+        def answer(self) -> "tool.HttpResponse":
+            return tool.HttpResponse(200, Headers(dict(zip(HEADERS, ("1000", "999", "60")))), {})
+
+    assert world.send(Relative(), 80, 0.1) < 1.5
+
+
+class Counted:
+    """A server without a quota, which notes when requests arrive."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.arrived: List[float] = []
+
+    def answer(self) -> "tool.HttpResponse":
+        self.arrived.append(self.clock.now)
+        return tool.HttpResponse(200, {}, {})
+
+
+@pytest.mark.parametrize("calls, period, expected", [(None, 60.0, (200, 60.0)), (10, 2.0, (10, 2.0)), (0, 60.0, None)])
+def test_the_client_side_limit_holds_where_no_quota_is_announced(
+    calls: Optional[int], period: float, expected: Optional[Tuple[int, float]]
+) -> None:
+    world = World(calls, period=period)
+    server = Counted(world.clock)
+    seconds = world.send(server, 450)
+    if expected is None:
+        assert seconds < 3
+    else:
+        limit, period = expected
+        assert period * (math.ceil(450 / limit) - 1) <= seconds + 0.1
+
+
+def test_with_nothing_set_the_announced_quota_is_followed_and_a_fifth_left_to_others() -> None:
+    world = World(None)
+    server = Server(world.clock, 4000, 60.0, False, True)
+    assert world.send(server, 3000) < 20, "not held to 200 a minute"
+    world = World(None)
+    server = Server(world.clock, 50, 5.0, False, False)
+    world.send(server, 200)
+    assert server.refused == 0 and server.least_remaining == 11
+
+
+def test_only_what_finishes_a_merge_goes_into_the_share_of_others() -> None:
+    world = World(None, workers=1)
+    server = Server(world.clock, 50, 100.0, False, True)
+
+    async def main() -> Dict[str, float]:
+        reservation = tool.Reservation()
+        await asyncio.gather(*(world.request(server) for _ in range(39)))
+        await world.request(server, tool.RequestOptions(tool.MERGE, reservation, 4))
+        held = asyncio.ensure_future(world.request(server))
+        begun = world.clock.now
+        for _ in range(3):
+            await world.request(server, tool.RequestOptions(tool.FINISH, reservation))
+        await world.request(server, tool.RequestOptions(tool.Priority.FINISH))
+        finished = world.clock.now - begun
+        await held
+        return {"finished": finished, "held": world.clock.now - begun}
+
+    seconds = world.run(main())
+    assert seconds["finished"] < 1 and seconds["held"] > 90
+
+
+def test_reserved_units_are_spent_by_no_other_request() -> None:
+    world = World(0, workers=1)
+    server = Server(world.clock, 10, 50.0, False, False)
+
+    async def main() -> float:
+        reservation = tool.Reservation()
+        await asyncio.gather(*(world.request(server) for _ in range(5)))
+        await world.request(server, tool.RequestOptions(tool.MERGE, reservation, 4))
+        others = [asyncio.ensure_future(world.request(server)) for _ in range(5)]
+        begun = world.clock.now
+        for left in (3, 2, 1, 0):
+            await world.request(server, tool.RequestOptions(tool.FINISH, reservation, left))
+        finished = world.clock.now - begun
+        world.scheduler.release(reservation)
+        await asyncio.gather(*others)
+        return finished
+
+    assert world.run(main()) < 1 and server.refused == 0
+
+
+def test_the_more_urgent_request_goes_first() -> None:
+    world = World(0, workers=1)
+    order: List[int] = []
+
+    async def one(priority: int) -> None:
+        await world.request(Counted(world.clock), tool.RequestOptions(priority))
+        order.append(priority)
+
+    async def main() -> None:
+        await asyncio.gather(*map(one, (4, 3, 4, 2, 0, 1, 0)))
+
+    world.run(main())
+    assert order == [4, 0, 0, 1, 2, 3, 4]  # the first had left before the others came
+
+
+class Troubled:
+    """A server that answers as it is told, then well."""
+
+    def __init__(self, clock: Clock, *answers: Tuple[Optional[int], Dict[str, str], Optional[Dict[str, Any]]]) -> None:
+        self.clock, self.answers = clock, deque(answers)
+        self.arrived: List[float] = []
+
+    def answer(self) -> "tool.HttpResponse":
+        self.arrived.append(self.clock.now)
+        status, headers, data = self.answers.popleft() if self.answers else (200, {}, {})
+        return tool.HttpResponse(status, headers, data)
+
+
+@pytest.mark.parametrize(
+    "headers, data, least, most",
+    [
+        ({"Retry-After": "7"}, None, 7, 7.5),
+        ({}, {"retry_after": 7}, 7, 7.5),
+        ({"Retry-After": "soon"}, {"retry_after": 7}, 7, 7.5),
+        ({"Retry-After": "7"}, {"retry_after": 70}, 7, 7.5),
+        ({"Retry-After": formatdate(EPOCH + 9, usegmt=True)}, None, 7, 9.5),
+        ({"Retry-After": "-5"}, {"retry_after": -5}, 0.1, 1),
+        ({"Retry-After": "1" + "0" * 400}, {"retry_after": 10**400}, 0.1, 1),
+        ({}, {"retry_after": {"seconds": 7}}, 0.1, 1),
+        ({}, None, 0.1, 1),
+    ],
+)
+def test_a_429_says_how_long_to_wait(headers: Dict[str, str], data: Any, least: float, most: float) -> None:
+    world = World(0)
+    server = Troubled(world.clock, (429, headers, data))
+    world.send(server, 3)
+    assert least <= server.arrived[1] - server.arrived[0] <= most
+
+
+def test_after_failures_in_a_row_one_probe_at_a_time_finds_out() -> None:
+    world = World(0)
+    server = Troubled(world.clock, *[(503, {}, None)] * 10)
+    world.send(server, 40)
+    assert world.token.stop is None
+    gaps = [later - earlier for earlier, later in zip(server.arrived[7:10], server.arrived[8:11])]
+    assert all(gap >= 0.5 for gap in gaps), gaps
+
+
+@pytest.mark.parametrize("answer, word", [((503, {}, None), "keeps failing"), ((429, {}, None), "429")])
+def test_a_server_that_is_down_for_good_ends_the_run(answer: Any, word: str) -> None:
+    world = World(0)
+
+    class Down:
+        count = 0
+
+        def answer(self) -> "tool.HttpResponse":
+            Down.count += 1
+            return tool.HttpResponse(*answer)
+
+    with pytest.raises(tool.Cancelled):
+        world.send(Down(), 200)
+    assert world.token.stop and word in str(world.token.stop) and Down.count < 60
+
+
+def test_a_request_that_is_not_sent_gives_its_slot_back() -> None:
+    world = World(0, workers=1)
+
+    async def main() -> None:
+        for _ in range(20):
+            world.scheduler.give_back(await world.scheduler.acquire(tool.ANY_OPTIONS))
+        await world.request(Counted(world.clock))
+
+    world.run(main())
+
+
+def test_forecasts_are_those_of_the_windows() -> None:
+    world = World(None)
+    server = Server(world.clock, 1000, 100.0, False, True)
+    world.send(server, 300)
+    assert tool.requests_per_minute(world.scheduler) == 800
+    assert tool.describe_wait(world.scheduler) == "700 of 1000 units left"
+    assert tool.minimum_seconds(world.scheduler, 500) == 0
+    assert 90 <= tool.minimum_seconds(world.scheduler, 1000) <= 101
+    assert 190 <= tool.minimum_seconds(world.scheduler, 2000) <= 202
