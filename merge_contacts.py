@@ -108,7 +108,6 @@ SCHEMA = 3  # of every JSON document
 SIGNALS = [one for one in signal.Signals if one.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_HELD = 0, 1, 2, 3, 11
 SAVEPOINT = Path("savepoint.db")  # in the current folder, as everything that a run writes
-SCHEMA = 1  # of every JSON document that is printed or written as a report
 
 Json = Dict[str, Any]
 T = TypeVar("T")
@@ -1653,6 +1652,10 @@ class Plan:
     look_alikes: List[Json] = field(default_factory=list)
     other_refs: int = 0  # contacts that take no part
     other_ref: str = ""  # an example
+    revived: List[Pair] = field(default_factory=list)  # were cancelled, and are named with --email now
+    left_out: List[Pair] = field(default_factory=list)  # by the live check, while others of their group went on
+    refused: List[Pair] = field(default_factory=list)  # being undone, of which the savepoint keeps the row
+    warned: List[Json] = field(default_factory=list)  # `warnings`, as they were before the run
 
     def others_line(self) -> str:
         """Say how many contacts take no part because of their reference, `""` where all do."""
@@ -1669,9 +1672,6 @@ class Plan:
             for group in groups
             for code, words in group.warnings()
         ]
-
-    revived: List[Pair] = field(default_factory=list)  # were cancelled, and are named with --email now
-    left_out: List[Pair] = field(default_factory=list)  # by the live check, while others of their group went on
 
     def pairs(self) -> Iterator[Pair]:
         return (pair for group in self.groups for pair in group.pairs if pair.state not in ENDED)
@@ -3519,7 +3519,6 @@ def by_id(items: Iterable[Json]) -> Dict[str, Json]:
 # Savepoint: what was done, across crashes
 # ---------------------------------------------------------------------------------------------------
 
-SAVEPOINT = Path("savepoint.db")
 BACKUPS = Path("backups")
 SAVEPOINT_COPY = BACKUPS / "savepoint-copy.db"
 
@@ -6149,7 +6148,6 @@ def lost_for_good(user: Json, entry: Json, left_out: Mapping[str, str]) -> List[
 
 
 REPORTS, LOGS = Path("reports"), Path("logs")
-SCHEMA = 3  # of every JSON document that is written or printed
 
 
 class Code(NamedTuple):
@@ -6426,9 +6424,10 @@ def merge_entry(pair: Pair, planned: Optional[Collection[Ids]]) -> Json:
     for name in ("deleted", "accepted", "reference_not_set", "onward", "after_cancel"):
         if getattr(pair, name):
             entry[name] = getattr(pair, name)
+    code = CODES.get(pair.code or ("after_cancel" if pair.after_cancel else ""))
     if pair.state is not State.DONE or pair.code:
-        code = CODES.get(pair.code)
         entry.update(code=pair.code, error=pair.error, left_behind=pair.left_behind)
+    if pair.state is not State.DONE or code:
         entry.update(reason=code.meaning if code else None, advice=code.advice if code else None)
     return {**entry, **progress_of(pair)}
 
@@ -6532,7 +6531,7 @@ def beside_pairs(plan: Plan) -> Dict[str, Iterable[Json]]:
         "choices": [choice(group) for group in plan.chosen],
         "skipped": chain(map(entry, plan.skipped), map(left_out, plan.left_out)),
         "look_alikes": plan.look_alikes,
-        "warnings": plan.warnings(),
+        "warnings": plan.warned or plan.warnings(),
         "invalid_rows": (row._asdict() for row in plan.invalid_rows),
     }
 
@@ -6551,14 +6550,16 @@ def report_chunks(head: Json, lists: Mapping[str, Optional[Iterable[Json]]]) -> 
     yield b"\n}\n"
 
 
-def merge_lists(savepoint: SavePoint, run_id: str) -> Dict[str, Iterator[Pair]]:
+def merge_lists(savepoint: SavePoint, run_id: str, plan: Optional[Plan] = None) -> Dict[str, Iterator[Pair]]:
     """Return the pairs of a report's lists, read from the savepoint again with each call.
 
     A pair that has ended is in the report of the run that ended it, and in no other.
     """
     return {
         "successful_merges": savepoint.pairs(State.DONE, run=run_id),
-        "failed_merges": savepoint.pairs(State.FAILED, State.MERGED_ELSEWHERE, run=run_id),
+        "failed_merges": chain(
+            savepoint.pairs(State.FAILED, State.MERGED_ELSEWHERE, run=run_id), plan.refused if plan else ()
+        ),
         "unfinished_merges": savepoint.pairs(*UNFINISHED),
         "settled": savepoint.pairs(State.SETTLED, run=run_id),
         "cancelled": savepoint.pairs(State.CANCELLED, run=run_id),
@@ -6573,7 +6574,7 @@ def merge_summary(savepoint: SavePoint, run_id: str, plan: Optional[Plan]) -> Js
     """
     mine: Dict[str, int] = collections.Counter()
     others: Dict[str, int] = collections.Counter()
-    for name, pairs in merge_lists(savepoint, run_id).items():
+    for name, pairs in merge_lists(savepoint, run_id, plan).items():
         for pair in pairs:
             count = mine if plan is None or pair.ids in plan.ids else others
             count[name] += 1
@@ -6636,13 +6637,17 @@ def headline(summary: Json, document: Json) -> str:
     return ", ".join(words)
 
 
+BESIDE_PAIRS = ("choices", "skipped", "look_alikes", "warnings", "invalid_rows")
+
+
 def merge_report_lists(savepoint: SavePoint, run_id: str, plan: Optional[Plan]) -> Dict[str, Optional[Iterable[Json]]]:
     """Return the lists of a merge run's report; null is what only the plan could tell."""
     planned = plan.ids if plan else None
     lists: Dict[str, Optional[Iterable[Json]]] = {
-        name: (merge_entry(pair, planned) for pair in pairs) for name, pairs in merge_lists(savepoint, run_id).items()
+        name: (merge_entry(pair, planned) for pair in pairs)
+        for name, pairs in merge_lists(savepoint, run_id, plan).items()
     }
-    lists.update(beside_pairs(plan) if plan else dict.fromkeys(("choices", "skipped", "look_alikes", "invalid_rows")))
+    lists.update(beside_pairs(plan) if plan else dict.fromkeys(BESIDE_PAIRS))
     return lists
 
 
@@ -6705,12 +6710,7 @@ def pair_rows(savepoint: SavePoint, run_id: str) -> Iterator[bytes]:
                 primary.external_ref, moved or primary.external_ref, str(duplicate.tickets), str(primary.tickets),
                 pair.backup,
             )  # fmt: skip
-            yield (csv_line(*map(spreadsheet_cell, cells)) + "\r\n").encode("utf-8", "backslashreplace")
-
-
-def spreadsheet_cell(text: str) -> str:
-    """Put an apostrophe before what a spreadsheet would take for a formula."""
-    return "'" + text if re.match(r"'*[=+\-@\t\r]", text) else text
+            yield (csv_line(*map(guard_cell, cells)) + "\r\n").encode("utf-8", "backslashreplace")
 
 
 def undo_lists(savepoint: SavePoint, run_id: str) -> Dict[str, List[Pair]]:
@@ -8066,14 +8066,10 @@ def merge(run: RunContext) -> int:
         plan = make_plan(run, savepoint)
         document = run_facts(run, "merge", plan)
         document["organisation"] = savepoint.organisation
-        document["csv"] = [{"path": str(path), "sha256": _sha256(path)} for path in csv_paths(run.options.csv)]
+        document["csv"] = [{"path": str(path), "sha256": _sha256(path)} for path in run.options.csv]
         if not plan.count() and not any(savepoint.pairs(*UNFINISHED, State.CANCELLED)):
             return _report(run, savepoint, document, None, EXIT_OK, plan)
         return run.environment.run_event_loop(run_merge(run, plan, savepoint, document))
-
-
-def csv_paths(csv: Any) -> List[Path]:
-    return list(csv) if isinstance(csv, (list, tuple)) else [csv]
 
 
 def settle(run: RunContext) -> int:
@@ -8190,6 +8186,7 @@ async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint, document:
     others = savepoint.other_organisations()
     if others:
         run.console.print_err(f"{plural(others, 'pair')} of another organisation stay in {SAVEPOINT} as they are")
+    plan.warned = plan.warnings()
     unfinished = [*savepoint.unfinished(), *plan.revived]
     document["pairs"] = plan.count() + sum(pair.ids not in plan.ids for pair in unfinished)
     warning = "DevRev can't undo a merge; --undo restores most of it from the backups."
@@ -8387,8 +8384,11 @@ def _report(
 ) -> int:
     """Write the report and print the summary; a full disk here makes the exit code 3."""
     stop = stop_reason(merger, code)
-    if plan and merger:
-        plan.left_out = [pair for pair in merger.runner.outcomes.values() if pair.state is State.PLANNED and pair.code]
+    for pair in merger.runner.outcomes.values() if plan and merger else ():
+        if plan and pair.state is State.PLANNED and pair.code:
+            (plan.left_out if pair.code in SKIP_REASONS else plan.refused).append(pair)
+            if pair.code == "different_rev_org":
+                plan.ids.discard(pair.ids)
     document.update(end_facts(run, merger.api if merger else None, code, "interrupted" if run.signal else stop))
     summary = document["summary"] = merge_summary(savepoint, run.run_id, plan)
     document["headline"] = headline(summary, document)
@@ -8396,8 +8396,12 @@ def _report(
     code = written(run, lambda: write_report(run.environment, savepoint, run.run_id, document, entries), code)
     if stop and not run.signal:
         run.console.error(stop)
-    lists = merge_lists(savepoint, run.run_id)
+    lists = merge_lists(savepoint, run.run_id, plan)
     failures = [*lists["failed_merges"], *lists["unfinished_merges"]]
+    for pair in lists["successful_merges"]:
+        if pair.after_cancel:
+            pair.code = "after_cancel"
+            failures.append(pair)
     run.console.print()
     is_complete = not (failures or summary["left"] or summary["cancelled"])
     run.console.print(document["headline"], "good" if is_complete else "bold")
