@@ -2254,7 +2254,8 @@ class QuotaWindow:
     def has_expired(self, in_flight: int, now: float) -> bool:
         """Whether what was known of the window is over; from then on `remaining` is None."""
         self._return_units(now)
-        if self.remaining is None or now < self.resets_at or (self.rolling and self.remaining > in_flight):
+        is_known = self.rolling and self._spent and self.remaining is not None and self.remaining > in_flight
+        if self.remaining is None or now < self.resets_at or is_known:
             return False
         self.remaining = None
         return True
