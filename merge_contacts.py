@@ -2285,7 +2285,8 @@ class ClientLimit:
         return float(self.calls - (0 if self.seconds_left() <= 0 else self._limit.num_calls))
 
     def seconds_left(self) -> float:
-        return float(self._limit.last_reset + self.period - self._clock())
+        # The package rounds in the same way: it raises where it takes a period for not yet over.
+        return float(self.period - (self._clock() - self._limit.last_reset))
 
 
 class CircuitBreaker:
