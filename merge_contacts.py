@@ -3241,6 +3241,7 @@ class BatchLoader:
         for key in (keys[0], keys[-1]):
             with contextlib.suppress(ApiError, NoUsableResponse, FatalError):
                 await self._lister([key], options)
+                self._has_listed = True
                 return False
         return True
 

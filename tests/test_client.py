@@ -1,0 +1,656 @@
+"""The client of DevRev's API against a server on loopback that answers what a test tells it to."""
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Callable, Coroutine, Dict, Iterator, List, Optional, Tuple, TypeVar
+
+import pytest
+
+import merge_contacts as tool
+from tests.sandbox import Fault, Organisation, Sandbox
+from tests.support import ROOT, Workplace, assert_merged, organisation_of_pairs
+
+T = TypeVar("T")
+Answer = Tuple[int, Any]  # status, JSON or raw bytes
+ORG = "don:identity:dvrv-us-1:devo/TEST"
+ONE, TWO, THREE = (f"{ORG}:revu/{key}" for key in ("ONE", "TWO", "THREE"))
+OPTIONS = tool.RequestOptions(tool.FINISH)
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: "Server"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        endpoint = self.path.lstrip("/")
+        with self.server.lock:
+            self.server.requests.append((endpoint, body))
+        status, content, *headers = self.server.respond(endpoint, body)
+        payload = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in headers[0].items() if headers else ():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        if status != 204:
+            self.wfile.write(payload)
+
+
+class Server(ThreadingHTTPServer):
+    """Answers each request with what `respond(endpoint, body)` returns."""
+
+    daemon_threads = True
+
+    def __init__(self, respond: Callable[[str, Dict[str, Any]], Any]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.respond = respond
+        self.requests: List[Tuple[str, Dict[str, Any]]] = []
+        self.lock = threading.Lock()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def __exit__(self, *_: Any) -> None:
+        self.shutdown()
+        self.server_close()
+
+    @property
+    def counts(self) -> Dict[str, int]:
+        return Counter(endpoint for endpoint, _ in self.requests)
+
+
+def call(
+    url: str, work: Callable[["tool.DevRevAPI"], Coroutine[Any, Any, T]], retries: int = 1, timeout: float = 20.0
+) -> T:
+    """Do some work with a client of this server."""
+
+    async def main() -> T:
+        settings = tool.ApiSettings("a-token-of-some-length", url, 0, timeout=timeout, retries=retries)
+        return await work(tool.DevRevAPI(settings, tool.Environment(settings), tool.CancelToken()))
+
+    return asyncio.run(main())
+
+
+def ask(
+    respond: Callable[[str, Dict[str, Any]], Any], work: Callable[["tool.DevRevAPI"], Coroutine[Any, Any, T]]
+) -> Tuple[T, Server]:
+    with Server(respond) as server:
+        return call(f"http://127.0.0.1:{server.server_port}", work), server
+
+
+def answering(*answer: Any) -> Callable[[str, Dict[str, Any]], Any]:
+    return lambda _endpoint, _body: answer
+
+
+def user(identity: str = ONE, **fields: Any) -> Dict[str, Any]:
+    return {"id": identity, "state": "active", "email": "ada@example.com", "external_ref": "REVU-1", **fields}
+
+
+# -- a deadline for the complete answer --------------------------------------------------------------
+
+
+def raw_server(first: bytes, piece: bytes, pause: float) -> Tuple[str, socket.socket]:
+    """A server that says `first`, and then a piece again and again, without an end."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve(connection: socket.socket) -> None:
+        try:
+            connection.recv(65536)
+            connection.sendall(first)
+            while piece:
+                connection.sendall(piece)
+                time.sleep(pause)
+            time.sleep(600)
+        except OSError:
+            pass
+
+    def accept() -> None:
+        try:
+            while True:
+                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+        except OSError:
+            pass
+
+    threading.Thread(target=accept, daemon=True).start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}", listener
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+ENDLESS = {
+    "silence": (b"", b"", 0.0),
+    "dripping headers": (HEAD, b"X-Padding: x\r\n", 0.1),
+    "one endless header": (HEAD + b"X: ", b"x", 0.1),
+    "a dripping body": (HEAD + b"Content-Length: 1000000\r\n\r\n", b" ", 0.1),
+    "a body without an end": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1000\r\n" + b" " * 4096 + b"\r\n", 0.001),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+@pytest.mark.parametrize("deadline", [None, 0.4])
+def test_an_answer_without_an_end_ends_at_the_deadline(name: str, deadline: Optional[float]) -> None:
+    url, listener = raw_server(*ENDLESS[name])
+    settings = tool.ApiSettings("token", url, timeout=0.3)
+    begun = time.monotonic()
+    with listener:
+        response = asyncio.run(tool.Environment(settings).post("rev-users.get", {"id": ONE}, deadline))
+    assert response.data is None and response.problem and response.sent
+    assert time.monotonic() - begun < 60, "nothing but the deadline would have ended it"
+
+
+def test_a_body_that_would_fill_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool.HttpTransport, "MAX_BODY", 1 << 20)
+    url, listener = raw_server(HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"10000\r\n" + b" " * 65536 + b"\r\n", 0)
+    settings = tool.ApiSettings("token", url, timeout=120)
+    with listener:
+        response = asyncio.run(tool.Environment(settings).post("works.list", {}))
+    assert response.status == 200 and "1 MiB" in response.problem
+
+
+def test_a_thread_that_hangs_delays_no_exit() -> None:
+    url, listener = raw_server(*ENDLESS["dripping headers"])
+    program = (
+        "import asyncio, sys, merge_contacts as tool\n"
+        "settings = tool.ApiSettings('token', sys.argv[1], timeout=300)\n"
+        "print(asyncio.run(tool.Environment(settings).post('x', {}, 0.3)).problem)\n"
+    )
+    with listener:
+        done = subprocess.run(
+            [sys.executable, "-c", program, url], cwd=str(ROOT), stdout=subprocess.PIPE, timeout=60, check=True
+        )
+    assert b"within 0.3 s" in done.stdout
+
+
+def test_an_answer_that_breaks_off_after_its_status_still_acknowledges_a_merge() -> None:
+    url, listener = raw_server(HEAD + b"Content-Length: 1000\r\n\r\n{", b"", 0.0)
+    with listener:
+        call(url, merge, timeout=0.2)
+
+
+def test_a_request_with_a_deadline_is_sent_once() -> None:
+    url, listener = raw_server(*ENDLESS["silence"])
+
+    async def poll(api: "tool.DevRevAPI") -> int:
+        with pytest.raises(tool.NoUsableResponse):
+            await api.poll_duplicate(ONE, TWO, OPTIONS, 0.2)
+        with pytest.raises(tool.NoUsableResponse):
+            await api.update_contact(ONE, {"external_ref": "user_1"}, OPTIONS, 0.2)
+        return sum(api.requests.values())
+
+    with listener:
+        assert call(url, poll) == 2
+
+
+# -- what acknowledges a merge -----------------------------------------------------------------------
+
+
+async def merge(api: "tool.DevRevAPI") -> None:
+    async def before() -> None:
+        pass
+
+    await api.merge(ONE, TWO, OPTIONS, before, telling=True)
+
+
+@pytest.mark.parametrize(
+    "answer", [(200, {}), (204, b""), (200, b""), (202, b"[]"), (200, b"OK"), (201, {"merge": 1}), (200, b"{")]
+)
+def test_any_2xx_acknowledges_a_merge(answer: Answer) -> None:
+    _, server = ask(answering(*answer), merge)
+    assert server.counts == {"rev-users.merge": 1}
+
+
+@pytest.mark.parametrize("answer", [(204, b""), (200, b""), (200, b"[]"), (200, {}), (200, {"rev_user": None})])
+def test_other_endpoints_need_their_object(answer: Answer) -> None:
+    with pytest.raises(tool.NoUsableResponse):
+        ask(answering(*answer), lambda api: api.update_contact(ONE, {"external_ref": "user_1"}, OPTIONS))
+
+
+# -- lists -------------------------------------------------------------------------------------------
+
+
+def pages_of(*pages: Any) -> Callable[[str, Dict[str, Any]], Any]:
+    """Pages of timeline entries, each a list of keys, under the cursors 1, 2, …; the last has none."""
+
+    def respond(_endpoint: str, body: Dict[str, Any]) -> Answer:
+        number = int(body.get("cursor", 0))
+        found = {"timeline_entries": [{"id": str(key)} for key in pages[number]]}
+        return 200, {**found, "next_cursor": str(number + 1)} if number + 1 < len(pages) else found
+
+    return respond
+
+
+@pytest.mark.parametrize(
+    "pages, ids",
+    [
+        ([[1, 2], [3]], "123"),
+        ([[], [], [], [], [1], [], [2]], "12"),
+        ([[1], [1], [1], [2]], "12"),
+        ([[], []], ""),
+        ([[1], *[[]] * 99, [2], *[[]] * 99, [3]], "123"),
+        ([[1], [1], [], [2], [2], [1], [3]], "123"),
+    ],
+)
+def test_only_the_absence_of_a_cursor_ends_a_list(pages: Any, ids: str) -> None:
+    items, server = ask(pages_of(*pages), lambda api: api.timeline("don:core:x:ticket/1"))
+    assert "".join(item["id"] for item in items) == ids and len(server.requests) == len(pages)
+
+
+@pytest.mark.parametrize(
+    "pages, most",
+    [([[1], *[[]] * 300], 101), ([[1], [2], *[[1]] * 300], 5), ([[1], *[[1], []] * 150], 6)],
+    ids=["a hundred empty", "three seen before", "both by turns"],
+)
+def test_a_list_that_never_ends_is_an_error(pages: Any, most: int) -> None:
+    with Server(pages_of(*pages)) as server:
+        with pytest.raises(tool.NoUsableResponse, match="without bringing anything new"):
+            call(f"http://127.0.0.1:{server.server_port}", lambda api: api.timeline("don:core:x:ticket/1"))
+        assert len(server.requests) == most
+
+
+def test_a_cursor_that_repeats_is_an_error() -> None:
+    keys = iter(range(1000))
+    with pytest.raises(tool.NoUsableResponse):
+        ask(
+            lambda _e, _b: (200, {"timeline_entries": [{"id": str(next(keys))}], "next_cursor": "same"}),
+            lambda api: api.timeline("don:core:x:ticket/1"),
+        )
+
+
+SHAPES = [None, {}, "x", 7, ["x"], [{}], [{"id": None}], [{"id": 7}], [{"id": ""}], [{"id": "\ud83d"}], [None]]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=repr)
+def test_a_list_of_another_shape_fails_its_request_alone(shape: Any) -> None:
+    with pytest.raises(tool.NoUsableResponse):
+        ask(answering(200, {"timeline_entries": shape}), lambda api: api.timeline("don:core:x:ticket/1"))
+
+
+# -- polls -------------------------------------------------------------------------------------------
+
+THERE, GONE, IN_PRIMARY = tool.DuplicateStatus
+MOVED = f"https://api.example.com/rev-users.get?id={TWO}"
+POLLS = [
+    ((404, {"type": "not_found", "message": "no such user"}), GONE),
+    ((404, {"message": "route not found"}), tool.NoUsableResponse),
+    ((404, {"type": "gone_fishing", "message": "?"}), tool.NoUsableResponse),
+    ((404, b"<html>"), tool.NoUsableResponse),
+    ((301, {}, {"Location": MOVED}), IN_PRIMARY),
+    ((301, {}, {"Location": MOVED.replace(":", "%3A").replace("/", "%2F")}), IN_PRIMARY),
+    ((301, {}, {"Location": MOVED.replace("TWO", "THREE")}), tool.PairError),
+    ((301, {}, {"Location": MOVED.replace("TWO", "ONE")}), tool.NoUsableResponse),
+    ((301, {}, {"Location": "::not a URL%%%"}), tool.NoUsableResponse),
+    ((302, {}, {"Location": "https://login.example.com/"}), tool.NoUsableResponse),
+    ((301, {}), tool.NoUsableResponse),
+    ((200, {"rev_user": user(state="deleted")}), GONE),
+    ((200, {"rev_user": user()}), THERE),
+    ((200, {"rev_user": user(state="locked")}), THERE),
+    ((200, {"rev_user": user(state="deactivated")}), THERE),
+    ((200, {"rev_user": user(state="shadow")}), THERE),
+    ((200, {"rev_user": user(state="shadow", primary_identity={"id": TWO})}), IN_PRIMARY),
+    ((200, {"rev_user": user(state="shadow", primary_identity={"id": THREE})}), tool.PairError),
+    ((200, {"rev_user": user(TWO)}), IN_PRIMARY),
+    ((200, {"rev_user": user(THREE)}), tool.PairError),
+    ((200, {"rev_user": user(state="active", display_name="\ud83d")}), THERE),
+    ((200, {"rev_user": user(state=7)}), tool.NoUsableResponse),
+    ((200, {"rev_user": user(state=None)}), tool.NoUsableResponse),
+    ((200, {"rev_user": {"id": 7, "state": "active"}}), tool.NoUsableResponse),
+    ((200, {"rev_user": []}), tool.NoUsableResponse),
+    ((200, b"<html>"), tool.NoUsableResponse),
+    ((200, b"[" * 100_000), tool.NoUsableResponse),
+    ((400, {"type": "bad_request", "message": "?"}), tool.ApiError),
+    ((403, {"type": "forbidden", "message": "?"}), tool.ApiError),
+    ((410, {"type": "gone", "message": "?"}), tool.ApiError),
+    ((403, b"<html>"), tool.NoUsableResponse),
+    ((500, {"type": "internal_error", "message": "?"}), tool.NoUsableResponse),
+]
+
+
+@pytest.mark.parametrize("answer, expected", POLLS, ids=lambda value: str(value)[:60])
+def test_a_poll_shows_what_has_become_of_the_duplicate_or_nothing(answer: Any, expected: Any) -> None:
+    def poll(api: "tool.DevRevAPI") -> Any:
+        return api.poll_duplicate(TWO, ONE, OPTIONS)
+
+    if isinstance(expected, tool.DuplicateStatus):
+        assert ask(answering(*answer), poll)[0] is expected
+    else:
+        with pytest.raises(expected) as raised:
+            ask(answering(*answer), poll)
+        assert type(raised.value) is expected
+
+
+def test_contact_is_none_where_there_is_none_or_another() -> None:
+    def contact(api: "tool.DevRevAPI") -> Any:
+        return api.contact(ONE)
+
+    assert ask(answering(404, {"type": "not_found", "message": "?"}), contact)[0] is None
+    assert ask(answering(301, {}, {"Location": MOVED}), contact)[0] is None
+    assert ask(answering(200, {"rev_user": user(TWO)}), contact)[0] is None
+    assert ask(answering(200, {"rev_user": user(state="deleted")}), contact)[0]["state"] == "deleted"
+
+
+# -- refusals ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("token_expired", "expired"), ("token_revoked", "revoked"), ("dev_org_deactivated", "deactivated"),
+        ("unauthenticated", "does not accept"), (["x"], "does not accept"),
+    ],
+)  # fmt: skip
+def test_a_dead_token_says_what_is_wrong_and_asks_for_a_new_one(kind: Any, words: str) -> None:
+    with pytest.raises(tool.PermissionDenied) as raised:
+        ask(answering(401, {"type": kind, "message": "No."}), lambda api: api.contact(ONE))
+    text = str(raised.value)
+    assert words in text and "create a new one" in text and "DEVREV_API_TOKEN" in text and "scope" not in text
+
+
+SCOPES = [
+    ("rev-users.merge", {"primary_user": ONE, "secondary_user": TWO}, "rev_user:all"),
+    ("rev-users.update", {"id": ONE}, "rev_user:write"),
+    ("rev-users.create", {}, "rev_user:write"),
+    ("rev-users.get", {"id": ONE}, "rev_user:read"),
+    ("rev-users.list", {}, "rev_user:read"),
+    ("works.list", {"type": ["ticket", "issue"]}, "ticket:read and issue:read"),
+    ("works.get", {"id": "don:core:dvrv-us-1:devo/TEST:task/7"}, "task:read"),
+    ("works.update", {"id": "don:core:dvrv-us-1:devo/TEST:issue/7", "type": "issue"}, "issue:write"),
+    ("conversations.list", {"members": [ONE]}, "conversation:read"),
+    ("conversations.update", {"id": "don:core:dvrv-us-1:devo/TEST:conversation/7"}, "conversation:write"),
+    ("timeline-entries.list", {"object": "don:core:dvrv-us-1:devo/TEST:ticket/7"}, "ticket:read"),
+    ("timeline-entries.list", {"object": "don:core:dvrv-us-1:devo/TEST:conversation/7"}, "conversation:read"),
+    ("dev-users.self", {}, ""),
+]
+
+
+@pytest.mark.parametrize("endpoint, body, scopes", SCOPES)
+def test_the_scope_is_the_one_that_the_request_needs(endpoint: str, body: Any, scopes: str) -> None:
+    assert tool.scopes_needed(endpoint, body) == scopes
+
+
+@pytest.mark.parametrize("ids", [["don:core:dvrv-us-1:devo/TEST:ticket/77"], "x", None, [None]])
+def test_a_403_names_the_objects_and_the_scope_and_does_not_end_the_run(ids: Any) -> None:
+    async def twice(api: "tool.DevRevAPI") -> str:
+        for _ in range(2):
+            with pytest.raises(tool.ApiError) as raised:
+                await api.timeline("don:core:dvrv-us-1:devo/TEST:ticket/77")
+        assert api.cancel_token.stop is None
+        return str(raised.value)
+
+    text, _ = ask(answering(403, {"type": "forbidden", "message": "No.", "object_ids": ids}), twice)
+    assert "ticket:read" in text and ("(77)" in text) is (isinstance(ids, list) and ids[0] is not None)
+
+
+@pytest.mark.parametrize(
+    "text", ["half an emoji: \ud83d", ["\ud83d"], {"a": "\ud83d"}, 10**400, "x" * 10_000, "a\nb\x1b[31m"], ids=repr
+)
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 500])
+def test_every_message_of_an_error_can_be_stored(status: int, text: Any) -> None:
+    content = json.dumps({"type": text, "message": text, "detail": text, "object_ids": [text]}).encode()
+    with pytest.raises((tool.PairError, tool.FatalError)) as raised:
+        ask(answering(status, content), lambda api: api.holders_of("user_1", OPTIONS))
+    assert len(str(raised.value).encode("utf-8")) < 12_000
+
+
+# -- one call for many contacts ----------------------------------------------------------------------
+
+
+def people(count: int) -> Dict[str, Dict[str, Any]]:
+    emails = [f"person{number}@example.com" for number in range(count)]
+    return {email: user(f"{ORG}:revu/{number}", email=email) for number, email in enumerate(emails)}
+
+
+async def load_each(api: "tool.DevRevAPI", emails: Any) -> Dict[str, Any]:
+    found = await asyncio.gather(*(api.contacts_by_email([email]) for email in emails), return_exceptions=True)
+    return dict(zip(emails, found))
+
+
+@pytest.mark.parametrize("status, kind", [(400, "bad_request"), (403, "forbidden"), (413, "request_entity_too_large")])
+def test_a_refused_list_is_halved_until_the_contact_is_found(status: int, kind: str) -> None:
+    everybody = people(32)
+    bad = "person20@example.com"
+
+    def respond(_endpoint: str, body: Dict[str, Any]) -> Answer:
+        if bad in body["email"]:
+            return status, {"type": kind, "message": "No.", "max_bytes": 7}
+        return 200, {"rev_users": [everybody[email] for email in body["email"]]}
+
+    found, server = ask(respond, lambda api: load_each(api, everybody))
+    assert [email for email, one in found.items() if isinstance(one, Exception)] == [bad]
+    assert isinstance(found[bad], tool.ApiError) and found[bad].status == status
+    assert all(found[email].items == [everybody[email]] for email in everybody if email != bad)
+    assert len(server.requests) <= 2 * 5 + 1 + 1
+
+
+def test_a_missing_scope_costs_few_requests() -> None:
+    found, server = ask(answering(403, {"type": "forbidden", "message": "No."}), lambda api: load_each(api, people(60)))
+    assert all(isinstance(one, tool.ApiError) and "rev_user:read" in str(one) for one in found.values())
+    assert len(server.requests) <= 3
+
+
+def test_a_413_of_a_gateway_halves_a_list_too() -> None:
+    everybody = people(8)
+
+    def respond(_endpoint: str, body: Dict[str, Any]) -> Answer:
+        if len(body["email"]) > 2:
+            return 413, b"<html>"
+        return 200, {"rev_users": [everybody[email] for email in body["email"]]}
+
+    found, server = ask(respond, lambda api: load_each(api, everybody))
+    assert all(found[email].items == [everybody[email]] for email in everybody)
+    assert len(server.requests) == 1 + 2 + 4
+
+
+FIELDS = {
+    "display_name": "half \ud83d",
+    "external_ref": "\udc00",
+    "phone_numbers": ["+49", "\ud83d"],
+    "rev_org": {"id": "x", "display_name": "\ud83d"},
+    "custom_fields": {"tnt__a": {"b": ["\ud83d"]}},
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_text_that_can_not_be_stored_fails_its_contact_alone_and_is_named(name: str) -> None:
+    everybody = people(4)
+    bad = "person2@example.com"
+    everybody[bad][name] = FIELDS[name]
+    found, _ = ask(
+        lambda _e, body: (200, {"rev_users": [everybody[email] for email in body["email"]]}),
+        lambda api: load_each(api, everybody),
+    )
+    assert [email for email, one in found.items() if isinstance(one, Exception)] == [bad]
+    assert found[bad].code == "api_error" and name in str(found[bad])
+
+
+def test_contacts_are_found_by_any_of_their_references() -> None:
+    def respond(_endpoint: str, body: Dict[str, Any]) -> Answer:
+        assert sorted(body["external_ref"]) == ["REVU-2", "user_1"]
+        return 200, {"rev_users": [user(ONE, external_refs=["user_1"]), user(TWO, external_ref="REVU-2")]}
+
+    found, server = ask(respond, lambda api: api.contacts_by_reference(["user_1", "REVU-2"]))
+    assert [one["id"] for one in found.items] == [TWO, ONE] and len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [400, 403])
+def test_a_refused_filter_tells_nothing_and_is_not_tried_again(status: int) -> None:
+    async def twice(api: "tool.DevRevAPI") -> Any:
+        many = [f"person{number}@example.com" for number in range(20)]
+        return [await api.unverified_ids(many), await api.unverified_ids(many)]
+
+    found, server = ask(answering(status, {"type": "bad_request", "message": "No."}), twice)
+    assert found == [None, None] and len(server.requests) == 2
+
+
+def test_unverified_contacts_are_those_that_the_filter_lists() -> None:
+    everybody = people(6)
+
+    def respond(_endpoint: str, body: Dict[str, Any]) -> Answer:
+        assert body["is_verified"] is False
+        if len(body["email"]) > 3:
+            return 400, {"type": "bad_request", "message": "too many"}
+        return 200, {"rev_users": [everybody[one] for one in body["email"] if one < "person3"]}
+
+    found, _ = ask(respond, lambda api: api.unverified_ids(everybody))
+    assert found == {everybody[f"person{number}@example.com"]["id"] for number in range(3)}
+
+
+def test_a_filter_that_is_ignored_tells_nothing() -> None:
+    everybody = people(2)
+    shown = [dict(one, is_verified=True) for one in everybody.values()]
+    assert ask(answering(200, {"rev_users": shown}), lambda api: api.unverified_ids(everybody))[0] is None
+
+
+def works_of(kinds: Any, most: int = 100) -> Callable[[str, Dict[str, Any]], Answer]:
+    def respond(_endpoint: str, body: Dict[str, Any]) -> Answer:
+        (ids,) = (value for name, value in body.items() if name in tool.ROLES.values())
+        if not set(body["type"]) <= set(kinds) or len(ids) > most:
+            return 400, {"type": "invalid_enum_value", "message": "No."}
+        return 200, {
+            "works": [{"id": f"{one}:work", **{role: [{"id": one}] for role in tool.ROLES.values()}} for one in ids]
+        }
+
+    return respond
+
+
+EVERY_KIND = ("ticket", "issue", "task", "incident", "opportunity")
+
+
+@pytest.mark.parametrize("kinds, extra", [(EVERY_KIND, 0), (("ticket", "issue"), 1)])
+def test_works_of_every_kind_are_listed_where_devrev_takes_them(kinds: Any, extra: int) -> None:
+    async def load(api: "tool.DevRevAPI") -> Any:
+        await asyncio.gather(*(api.objects[role].load(ONE) for role in tool.ROLES.values()))
+        await api.objects["owned_by"].load(TWO)
+        return api.work_kinds
+
+    found, server = ask(works_of(kinds), load)
+    assert found == kinds and len(server.requests) == 4 + extra
+
+
+def test_a_list_of_too_many_contacts_does_not_hide_the_other_kinds() -> None:
+    async def load(api: "tool.DevRevAPI") -> Any:
+        found = await asyncio.gather(*(api.objects["owned_by"].load(f"{ORG}:revu/{number}") for number in range(8)))
+        assert all(len(one.items) == 1 for one in found)
+        return api.work_kinds
+
+    assert ask(works_of(EVERY_KIND, 2), load)[0] == EVERY_KIND
+
+
+# -- this machine's settings -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def organisation(place: Workplace) -> Organisation:
+    found, _ = organisation_of_pairs(1)
+    place.export(found)
+    return found
+
+
+def run_with(place: Workplace, url: str, **environment: str) -> Any:
+    names = (
+        "NO_PROXY",
+        "no_proxy",
+        "HTTPS_PROXY",
+        "https_proxy",
+        "ALL_PROXY",
+        "all_proxy",
+        "CURL_CA_BUNDLE",
+        "REQUESTS_CA_BUNDLE",
+    )
+    cleared = {name: "" for name in names if name in os.environ}  # an empty https_proxy hides HTTPS_PROXY
+    settings = {"DEVREV_API_TOKEN": "sandbox-token", "DEVREV_BASE_URL": url, "DEVREV_MAX_RETRIES": "1"}
+    result = place.run(None, "--yes", **{**cleared, **settings, **environment})
+    assert "bug" not in result.err and not (place.folder / "savepoint.db-journal").exists()
+    return result
+
+
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        ({"REQUESTS_CA_BUNDLE": "nowhere.pem"}, "REQUESTS_CA_BUNDLE names nowhere.pem, which does not exist"),
+        ({"REQUESTS_CA_BUNDLE": "contacts.csv"}, "REQUESTS_CA_BUNDLE names contacts.csv, which holds no certificates"),
+        ({"CURL_CA_BUNDLE": "nowhere.pem"}, "CURL_CA_BUNDLE names nowhere.pem"),
+        ({"HTTPS_PROXY": "socks5://127.0.0.1:9"}, "HTTPS_PROXY names a SOCKS proxy"),
+        ({"HTTPS_PROXY": "ftp://127.0.0.1:9"}, "HTTPS_PROXY is not the address of an HTTP proxy"),
+        ({"all_proxy": "ftp://name:secret@127.0.0.1:9"}, "all_proxy is not the address of an HTTP proxy"),
+    ],
+)
+def test_a_setting_of_this_machine_that_can_not_be_used_is_named(
+    place: Workplace, organisation: Organisation, environment: Dict[str, str], words: str
+) -> None:
+    try:
+        import socks  # noqa: F401
+
+        if "SOCKS" in words:
+            pytest.skip("this Python knows SOCKS")
+    except ImportError:
+        pass
+    result = run_with(place, "https://127.0.0.1:9", **environment)
+    assert result.code == 2 and words in result.err, result
+    assert "secret" not in result.err + place.logs()
+
+
+@pytest.mark.parametrize("status, code", [("407 Proxy Authentication Required", 2), ("403 Forbidden", 3)])
+def test_a_proxy_that_refuses_is_named(place: Workplace, organisation: Organisation, status: str, code: int) -> None:
+    url, listener = raw_server(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n".encode(), b"", 0.0)
+    with listener:
+        result = run_with(place, "https://api.example.com", HTTPS_PROXY=url)
+    assert result.code == code and "HTTPS_PROXY" in result.err and status[:3] in result.err, result
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Iterator[Path]:
+    """A certificate that nobody else knows, and its key, in one file."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl")
+    path = tmp_path / "own.pem"
+    subprocess.run(
+        [
+            "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1",
+            "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(tmp_path / "key.pem"), "-out", str(path),
+        ],
+        check=True, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    yield path
+
+
+def test_a_company_that_inspects_tls_is_told_of_its_bundle(
+    place: Workplace, organisation: Organisation, certificate: Path
+) -> None:
+    with Sandbox(organisation) as sandbox:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(str(certificate), str(certificate.with_name("key.pem")))
+        sandbox._server.socket = context.wrap_socket(sandbox._server.socket, server_side=True)
+        url = sandbox.url.replace("http:", "https:")
+        result = run_with(place, url)
+        assert result.code == 2 and "REQUESTS_CA_BUNDLE" in result.err and "inspects TLS" in result.err, result
+        assert sandbox.requests == []
+        assert run_with(place, url, REQUESTS_CA_BUNDLE=str(certificate)).code == 0
+    assert_merged(
+        organisation, [(organisation.don("identity", "revu", "P1"), organisation.don("identity", "revu", "D1"))]
+    )
+
+
+# -- through the front door --------------------------------------------------------------------------
+
+
+def test_with_nothing_set_a_large_quota_is_used_and_seen(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(30)
+    place.export(organisation)
+    with Sandbox(organisation, quota=(4000, 60), merge_delay=0.05) as sandbox:
+        begun = time.monotonic()
+        place.run(sandbox, "--yes", check=0, DEVREV_RATE_LIMIT_CALLS="")
+        assert len(sandbox.requests) > 220 and sandbox.over_quota == 0
+        assert time.monotonic() - begun < 60, "200 in 60 seconds would take longer"
+    assert_merged(organisation, pairs)
