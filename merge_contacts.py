@@ -2254,7 +2254,8 @@ class QuotaWindow:
     def has_expired(self, in_flight: int, now: float) -> bool:
         """Whether what was known of the window is over; from then on `remaining` is None."""
         self._return_units(now)
-        if self.remaining is None or now < self.resets_at or (self.rolling and self.remaining > in_flight):
+        is_known = self.rolling and self._spent and self.remaining is not None and self.remaining > in_flight
+        if self.remaining is None or now < self.resets_at or is_known:
             return False
         self.remaining = None
         return True
@@ -2284,7 +2285,8 @@ class ClientLimit:
         return float(self.calls - (0 if self.seconds_left() <= 0 else self._limit.num_calls))
 
     def seconds_left(self) -> float:
-        return float(self._limit.last_reset + self.period - self._clock())
+        # The package rounds in the same way: it raises where it takes a period for not yet over.
+        return float(self.period - (self._clock() - self._limit.last_reset))
 
 
 class CircuitBreaker:
