@@ -1499,6 +1499,7 @@ class Plan:
     look_alikes: List[Json] = field(default_factory=list)
     other_refs: int = 0  # contacts that take no part
     other_ref: str = ""  # an example
+    warnings: List[Json] = field(default_factory=list)  # of `find_warnings`, before the groups are consumed
 
     def others_line(self) -> str:
         """Say how many contacts take no part because of their reference, `""` where all do."""
@@ -1507,7 +1508,7 @@ class Plan:
         with_refs = f"{plural(self.other_refs, 'contact')} with other references, for example {self.other_ref[:60]},"
         return f"{with_refs} take{'s' * (self.other_refs == 1)} no part"
 
-    def warnings(self) -> List[Json]:
+    def find_warnings(self) -> List[Json]:
         """What a person should know of the groups that are still to be merged, one entry for each group and code."""
         groups = (group for group in self.groups if any(pair.state not in ENDED for pair in group.pairs))
         return [
@@ -5390,7 +5391,7 @@ def beside_pairs(plan: Plan) -> Dict[str, Iterable[Json]]:
         "choices": [choice(group) for group in plan.chosen],
         "skipped": map(entry, plan.skipped),
         "look_alikes": plan.look_alikes,
-        "warnings": plan.warnings(),
+        "warnings": plan.warnings,
         "invalid_rows": (row._asdict() for row in plan.invalid_rows),
     }
 
@@ -5846,7 +5847,7 @@ def choice_lines(plan: Plan) -> Iterator[str]:
 def warning_lines(plan: Plan) -> Iterator[str]:
     """What a person should check before groups are merged, twenty lines of each kind at most."""
     by_code: Dict[str, List[str]] = collections.defaultdict(list)
-    for one in plan.warnings():
+    for one in plan.warnings:
         by_code[one["code"]].append(f"{one['email']}: {one['warning']}")
     for code, lines in sorted(by_code.items(), key=lambda item: item[0] != "shared_mailbox"):
         yield f"WARNING {code}: {plural(len(lines), 'group')}"
@@ -6347,6 +6348,7 @@ def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
     if options.limit:
         _apply_limit(plan, options.limit, run.console)
     plan.chosen = [group for group in plan.groups if group.chosen and any(p.state not in ENDED for p in group.pairs)]
+    plan.warnings = plan.find_warnings()
     for row in plan.invalid_rows:
         log.info("%s, line %d left out: %s", row.file, row.line, row.reason)
     for skipped_group in plan.skipped:
@@ -6597,7 +6599,7 @@ def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair]) -> Dict
     facts.update({"left": f"{plural(left, 'pair')} for another run (--email, --limit)"} if left else {})
     lost = [f"{one.external_ref} ({describe_contact(one)})" for group in plan.chosen for one in group.lost_refs()]
     facts.update({"choices lose": "; ".join(some(lost))} if lost else {})
-    warnings = sorted(plan.warnings(), key=lambda one: bool(one["code"] != "shared_mailbox"))
+    warnings = sorted(plan.warnings, key=lambda one: bool(one["code"] != "shared_mailbox"))
     shared = sum(one["code"] == "shared_mailbox" for one in warnings)  # each of which is named
     told = some([f"{one['email']}: {one['warning']}" for one in warnings], max(20, shared))
     facts.update({f"WARNING {number}": line for number, line in enumerate(told, 1)})
