@@ -675,7 +675,7 @@ def test_the_preview_shows_both_references_and_one_long_name_stays_on_its_own_li
     place.csv.write_text(text(*pairs), encoding="utf-8")
     lines = place.run(None, "--preview", check=0).out.splitlines()
     for n in range(20):
-        assert any(re.match(rf"p{n}@example\.com +REVU-{n} .* user_{n} .*moves", line) for line in lines)
+        assert any(re.match(rf"p{n}@example\.com +REVU-{n} .* user_{n} REVU-U{n} .*moves", line) for line in lines)
     assert re.fullmatch(r"plan [0-9a-f]{12}", lines[-2]) and lines[-1] == "20 pairs to merge, 0 groups skipped"
 
 

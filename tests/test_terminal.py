@@ -111,7 +111,7 @@ def test_the_preview_fits_the_terminal(place: Workplace, columns: int, colour: b
     assert ("\x1b[" in terminal.text) is colour
     plain = re.sub(r"\x1b\[[0-9;]*m", "", terminal.text)
     assert max(map(len, plain.splitlines())) <= columns
-    for word in ("REVU-P1", "user_1", "3 pairs to merge, 1 group skipped"):
+    for word in ("REVU-P1", "REVU-D1", "user_1", "3 pairs to merge, 1 group skipped"):
         assert word in plain
 
 
