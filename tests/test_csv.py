@@ -679,18 +679,18 @@ def test_the_preview_shows_both_references_and_one_long_name_stays_on_its_own_li
     assert re.fullmatch(r"plan [0-9a-f]{12}", lines[-2]) and lines[-1] == "20 pairs to merge, 0 groups skipped"
 
 
-def test_what_takes_no_table_row_takes_lines_of_its_own() -> None:
-    people = [(f"p{n}@example.com", "x" * (300 if n == 7 else 4)) for n in range(30)]
-    rows = [tool.Contact(f"{kind}{n}", name, email, f"{kind}{n}", "", 1, "", "") for n, (email, name) in enumerate(people)
-            for kind in ("REVU-", "user_")]  # fmt: skip
-    plan = tool.detect(tool.CsvContents(rows))
+class NarrowConsole(tool.Console):
+    width = 90  # type: ignore[assignment]
+
+
+def test_a_row_that_does_not_fit_takes_lines_of_its_own() -> None:
+    rows = [
+        tool.Contact(f"{kind}{n}", "x" * (300 if n == 7 else 4), f"p{n}@example.com", f"{prefix}{n}", "", 1, "", "")
+        for n in range(30)
+        for kind, prefix in (("R", "REVU-R"), ("U", "user_"))
+    ]
     out = io.StringIO()
-    console = tool.Console(out=out, err=io.StringIO())
-    type(console).width, before = property(lambda _: 90), type(console).width
-    try:
-        tool._show_pairs(plan, console)
-    finally:
-        type(console).width = before
+    tool._show_pairs(tool.detect(tool.CsvContents(rows)), NarrowConsole(out=out, err=io.StringIO()))
     lines = out.getvalue().splitlines()
     assert len(lines) == 1 + 29 + 3 + 1 and max(len(line) for line in lines if "x" * 9 not in line) <= 90
 
