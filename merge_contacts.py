@@ -996,6 +996,7 @@ class CsvContents:
     invalid_rows: List[InvalidRow] = field(default_factory=list)  # by file and line
     emails_in_invalid_rows: Set[str] = field(default_factory=set)  # loose keys of groups that may not be complete
     look_alikes: List[Json] = field(default_factory=list)
+    files: int = 1
     other_refs: int = 0  # contacts whose reference is neither the system's nor the application's
     other_ref: str = ""  # the first of these references in alphabetical order
 
@@ -1190,7 +1191,7 @@ def read_contacts(paths: Sequence[Path], emails: Iterable[str] = ()) -> CsvConte
     Each file is read twice, to hold few of very many rows. Raises FatalError(2) where one can't be read, is no UTF-8
     CSV or lacks a column, and where there are invalid rows and no other.
     """
-    contents = CsvContents()
+    contents = CsvContents(files=len(paths))
     odd: Dict[int, List[InvalidRow]] = {}  # hashes of loose keys that differ from the key, with the invalid rows
     parts, wanted = select_rows(paths, contents, odd, emails)
     _store_rows(_wanted_rows(parts, wanted), contents, odd)
@@ -1199,14 +1200,14 @@ def read_contacts(paths: Sequence[Path], emails: Iterable[str] = ()) -> CsvConte
     invalid = contents.invalid_rows
     if invalid and not contents.contacts_read:
         hint = looks_like(invalid)
-        why = "; ".join(some([f"{place_of(row, len(paths))}: {row.reason}" for row in invalid], 3))
+        why = "; ".join(some([f"{place_of(row.file, row.line, len(paths))}: {row.reason}" for row in invalid], 3))
         words = f"no usable row, {plural(len(invalid), 'invalid one')} ({why})" + (f"; {hint}" if hint else "")
         raise FatalError(EXIT_USAGE, f"{', '.join(some(list(order), 3))}: {words}")
     return contents
 
 
-def place_of(row: InvalidRow, files: int = 1) -> str:
-    return f"{row.file}, line {row.line}" if files > 1 else f"line {row.line}"
+def place_of(file: str, line: int, files: int) -> str:
+    return f"{file}, line {line}" if files > 1 else f"line {line}"
 
 
 def select_rows(
@@ -1650,12 +1651,13 @@ class Plan:
     left_alone: Dict[str, str] = field(default_factory=dict)  # email -> why there is nothing to merge
     overruled: Set[Tuple[str, str]] = field(default_factory=set)  # pairs of earlier runs that contradict it
     look_alikes: List[Json] = field(default_factory=list)
+    files: int = 1  # that the CSV has come in
     other_refs: int = 0  # contacts that take no part
     other_ref: str = ""  # an example
     revived: List[Pair] = field(default_factory=list)  # were cancelled, and are named with --email now
     left_out: List[Pair] = field(default_factory=list)  # by the live check, while others of their group went on
     refused: List[Pair] = field(default_factory=list)  # being undone, of which the savepoint keeps the row
-    warned: List[Json] = field(default_factory=list)  # `warnings`, as they were before the run
+    warnings: List[Json] = field(default_factory=list)  # of `find_warnings`, before the groups are consumed
 
     def others_line(self) -> str:
         """Say how many contacts take no part because of their reference, `""` where all do."""
@@ -1664,7 +1666,7 @@ class Plan:
         with_refs = f"{plural(self.other_refs, 'contact')} with other references, for example {self.other_ref[:60]},"
         return f"{with_refs} take{'s' * (self.other_refs == 1)} no part"
 
-    def warnings(self) -> List[Json]:
+    def find_warnings(self) -> List[Json]:
         """What a person should know of the groups that are still to be merged, one entry for each group and code."""
         groups = (group for group in self.groups if any(pair.state not in ENDED for pair in group.pairs))
         return [
@@ -1844,7 +1846,7 @@ def detect(contents: CsvContents, choices: Mapping[str, str] = {}, primary: str 
     for contact in contents.contacts:
         by_email.setdefault(contact.key, []).append(contact)
     plan = Plan(
-        [], [], contents.invalid_rows, contents.contacts_read, look_alikes=contents.look_alikes,
+        [], [], contents.invalid_rows, contents.contacts_read, look_alikes=contents.look_alikes, files=contents.files,
         other_refs=contents.other_refs, other_ref=contents.other_ref,
     )  # fmt: skip
     problems: List[str] = []
@@ -6533,7 +6535,7 @@ def beside_pairs(plan: Plan) -> Dict[str, Iterable[Json]]:
         "choices": [choice(group) for group in plan.chosen],
         "skipped": chain(map(entry, plan.skipped), map(left_out, plan.left_out)),
         "look_alikes": plan.look_alikes,
-        "warnings": plan.warned or plan.warnings(),
+        "warnings": plan.warnings,
         "invalid_rows": (row._asdict() for row in plan.invalid_rows),
     }
 
@@ -7175,7 +7177,7 @@ def choice_lines(plan: Plan) -> Iterator[str]:
 def warning_lines(plan: Plan) -> Iterator[str]:
     """What a person should check before groups are merged, twenty lines of each kind at most."""
     by_code: Dict[str, List[str]] = collections.defaultdict(list)
-    for one in plan.warnings():
+    for one in plan.warnings:
         by_code[one["code"]].append(f"{one['email']}: {one['warning']}")
     for code, lines in sorted(by_code.items(), key=lambda item: item[0] != "shared_mailbox"):
         yield f"WARNING {code}: {plural(len(lines), 'group')}"
@@ -7188,12 +7190,10 @@ def look_alike_lines(plan: Plan) -> Iterator[str]:
     """Addresses that are probably one, but for how they are written; they are never joined."""
     if plan.look_alikes:
         yield f"LOOK ALIKE, and not joined: {plural(len(plan.look_alikes), 'group')} of addresses; fix them in DevRev"
-    files = {line["file"] for one in plan.look_alikes for line in one["lines"]}
     for one in plan.look_alikes[:20]:
         places: Dict[str, List[str]] = collections.defaultdict(list)
         for line in one["lines"]:
-            where = f"{line['file']}, line {line['line']}" if len(files) > 1 else f"line {line['line']}"
-            places[ascii(line["email"])[1:-1]].append(where)
+            places[ascii(line["email"])[1:-1]].append(place_of(line["file"], line["line"], plan.files))
         yield "  " + " and ".join(f"{email} ({', '.join(some(found))})" for email, found in places.items())
     if len(plan.look_alikes) > 20:
         yield f"  and {len(plan.look_alikes) - 20:,} more (--json has them all)"
@@ -7210,14 +7210,15 @@ def invalid_lines(plan: Plan) -> Iterator[str]:
         return
     hint = looks_like(plan.invalid_rows)
     yield f"LEFT OUT: {plural(len(plan.invalid_rows), 'invalid row')}" + (f"; {hint}" if hint else "")
-    files = len({row.file for row in plan.invalid_rows})
     by_code: Dict[str, List[InvalidRow]] = collections.defaultdict(list)
     for row in plan.invalid_rows:
         by_code[row.code].append(row)
     for code, rows in sorted(by_code.items(), key=lambda item: -len(item[1])):
         yield f"  {INVALID_ROWS[code]}: {plural(len(rows), 'row')}"
         for row in rows[:20]:
-            yield f"    {place_of(row, files)}: {row.reason}" + (f" ({row.email})" if row.email else "")
+            yield f"    {place_of(row.file, row.line, plan.files)}: {row.reason}" + (
+                f" ({row.email})" if row.email else ""
+            )
         if len(rows) > 20:
             yield f"    and {len(rows) - 20:,} more (--json has them all)"
 
@@ -7232,8 +7233,9 @@ def skip_lines(plan: Plan, code: str) -> Iterator[str]:
     yield f"  why: {reason}"
     yield f"  what to do: {advice}"
     lines: Dict[str, List[str]] = collections.defaultdict(list)
-    for row in plan.invalid_rows:
-        lines[email_key(row.email or "")].append(str(row.line))
+    for row in plan.invalid_rows if code == "invalid_row" else ():
+        where = str(row.line) if plan.files == 1 else place_of(row.file, row.line, plan.files)
+        lines[email_key(row.email or "")].append(where)
     for skipped_group in skips:
         choices = list(skipped_group.choice_lines().items())
         size = plural(len(skipped_group.contacts), "contact")
@@ -7245,8 +7247,9 @@ def skip_lines(plan: Plan, code: str) -> Iterator[str]:
             yield from [f"    and {len(choices) - 6:,} more"] if len(choices) > 6 else []
             continue
         names = some([f"{one.external_ref} ({plural(one.tickets, 'ticket')})" for one in skipped_group.contacts], 6)
-        numbers = some(lines[skipped_group.email], 20) if code == "invalid_row" else []
-        where = f" (line{'s' * (len(numbers) > 1)} {', '.join(numbers)})" if numbers else ""
+        places = some(lines[skipped_group.email], 20) if code == "invalid_row" else []
+        word = f"line{'s' * (len(places) > 1)} " if plan.files == 1 else ""
+        where = f" ({word}{', '.join(places)})" if places else ""
         where = f", {size}" if code == "shared_mailbox" else where
         yield f"  {skipped_group.email}{where}: {', '.join(names)}"
 
@@ -7265,7 +7268,7 @@ def _show_pairs(plan: Plan, console: Console) -> None:
         for title, column in zip(head, zip(*rows))
     ]
     form = "%-{}s  %-{}s %{}s %{}s %-{}s %{}s  %-{}s  %s".format(*widths)
-    lines = "%s\n  %s (%s) %s %s (%s), reference %s\n  %s"
+    lines = "%s\n  %s (%s) %s %s (%s), %s\n  %s"
     room = console.width - 10 - sum(widths[:-1])
     is_table = room >= len(head[-1])
     for line in ((form if is_table else lines) % head).split("\n"):
@@ -7280,9 +7283,13 @@ def _show_pairs(plan: Plan, console: Console) -> None:
 
 
 def _pair_cells(pair: Pair, console: Console) -> Tuple[str, ...]:
+    # The reference tells which contact it is; the id, where it is another, is what DevRev is searched by.
+    primary, duplicate = (
+        " ".join(dict.fromkeys((one.external_ref, one.short_id))) for one in (pair.primary, pair.duplicate)
+    )
     cells = (
-        pair.email, pair.primary.external_ref, str(pair.primary.tickets), console.arrow, pair.duplicate.external_ref,
-        str(pair.duplicate.tickets), "moves" if pair.new_ref else "unchanged", names_of(pair),
+        pair.email, primary, str(pair.primary.tickets), console.arrow, duplicate, str(pair.duplicate.tickets),
+        "moves" if pair.new_ref else "unchanged", names_of(pair),
     )  # fmt: skip
     return tuple(map(console.sanitize, cells))
 
@@ -7845,6 +7852,7 @@ def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
     if options.limit:
         _apply_limit(plan, options.limit, run.console)
     plan.chosen = [group for group in plan.groups if group.chosen and any(p.state not in ENDED for p in group.pairs)]
+    plan.warnings = plan.find_warnings()
     for row in plan.invalid_rows:
         log.info("%s, line %d left out: %s", row.file, row.line, row.reason)
     for skipped_group in plan.skipped:
@@ -8188,7 +8196,6 @@ async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint, document:
     others = savepoint.other_organisations()
     if others:
         run.console.print_err(f"{plural(others, 'pair')} of another organisation stay in {SAVEPOINT} as they are")
-    plan.warned = plan.warnings()
     unfinished = [*savepoint.unfinished(), *plan.revived]
     document["pairs"] = plan.count() + sum(pair.ids not in plan.ids for pair in unfinished)
     warning = "DevRev can't undo a merge; --undo restores most of it from the backups."
@@ -8254,7 +8261,7 @@ def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair]) -> Dict
     facts.update({"left": f"{plural(left, 'pair')} for another run (--email, --limit)"} if left else {})
     lost = [f"{one.external_ref} ({describe_contact(one)})" for group in plan.chosen for one in group.lost_refs()]
     facts.update({"choices lose": "; ".join(some(lost))} if lost else {})
-    warnings = sorted(plan.warnings(), key=lambda one: bool(one["code"] != "shared_mailbox"))
+    warnings = sorted(plan.warnings, key=lambda one: bool(one["code"] != "shared_mailbox"))
     shared = sum(one["code"] == "shared_mailbox" for one in warnings)  # each of which is named
     told = some([f"{one['email']}: {one['warning']}" for one in warnings], max(20, shared))
     facts.update({f"WARNING {number}": line for number, line in enumerate(told, 1)})
