@@ -5055,11 +5055,9 @@ class Console:
         indent = " " * (len(text) - len(text.lstrip()) + 2)
         return textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False)
 
-    def stream(self, text: str) -> None:
+    def stream(self, text: str, to: Optional[TextIO] = None) -> None:
         """Print a part of long results as it is; wait for earlier parts, so that memory does not grow."""
-        self._stream(self.out, text)
-
-    def _stream(self, stream: TextIO, text: str) -> None:
+        stream = to or self.out
         output = self._outputs[stream]
         while output.backlog() > 10:
             time.sleep(0.01)
@@ -5069,7 +5067,7 @@ class Console:
         """Print results as JSON, in ASCII, which nothing on the way to a program changes."""
         for chunk in chunks:
             text = re.sub(r"[^\x00-\x7e]", lambda c: json.dumps(c.group())[1:-1], chunk.decode("utf-8"))
-            self._stream(self.data, text)
+            self.stream(text, self.data)
 
     def print_err(self, text: str, style: str = "") -> None:
         """Print a line that is no result, wrapped on a terminal."""
@@ -5417,7 +5415,7 @@ def build_parser() -> OptionParser:
     add("--csv", metavar="PATH", type=Path, nargs="+", action="extend", help="the export: one file, or all its parts")
     add("--choices", metavar="PATH", type=Path, help="CSV (EMAIL, EXTERNAL_REF): which contact to keep")
     add("--email", metavar="ADDRESS", action="append", help="only this address (may be repeated)")
-    add("--limit", metavar="N", type=_positive_int, help="at most N pairs in this run; 1 is a canary")
+    add("--limit", metavar="N", type=_positive_int, help="at most N pairs in this run, such as 1 to try")
     add("--plan", metavar="ID", help="only if the plan still has this ID")
 
     add = parser.add_argument_group("Read-only modes").add_argument
@@ -5943,7 +5941,7 @@ def suggest_after_preview(run: RunContext, facts: Json) -> None:
         return
     shown = ("preview", "live", "plan", "limit")
     if run.settings.token:
-        run.console.suggest("merge one pair as a canary", run.command("--limit", "1", without=(*shown, "email")))
+        run.console.suggest("merge one pair first", run.command("--limit", "1", without=(*shown, "email")))
     else:
         words = "put a token into .env (see .env.example), then test it"
         run.console.suggest(words, run.command("--check", without=shown))
@@ -6336,7 +6334,9 @@ def show_summary(
 def print_report_paths(run: RunContext) -> None:
     page = run.report_path.with_suffix(".html")
     if run.report_path.exists():
-        run.console.print(f"report   {run.report_path}" + (f", to read: {page}" if page.exists() else ""))
+        run.console.print(f"report   {run.report_path}")
+    if page.exists():
+        run.console.print(f"page     {page}")
 
 
 def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
@@ -6565,7 +6565,7 @@ def _verdict(run: RunContext, checks: Sequence[Json], notes: Sequence[str]) -> i
     if problems:
         run.console.suggest("fix what is marked FAILED, then check again", run.command())
     elif run.options.csv:
-        run.console.suggest("merge one pair as a canary", run.command("--limit", "1", without=("check", "limit")))
+        run.console.suggest("merge one pair first", run.command("--limit", "1", without=("check", "limit")))
     else:
         run.console.suggest("read the contacts from DevRev", command_line("--export", "contacts.csv"))
     return EXIT_USAGE if problems else EXIT_OK
@@ -6682,12 +6682,17 @@ def run_progress(started: Json, updates: Iterable[str], now: float) -> Json:
     return {**started, "ended": ended, "left": left, "seconds_left": round(spent / ended * left) if ended else None}
 
 
+def moment(text: str) -> str:
+    """Render a time as `iso` writes it, to the second, for people."""
+    return f"{text[:10]} {text[11:19]} UTC"
+
+
 def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair]]) -> None:
     holder, running, progress = facts["last_opened"], facts["running"], facts.get("run")
     who = f"process {holder['pid']} on {holder['host']}"
     console.print(f"{facts['savepoint']}: organisation {facts['organisation'] or 'unknown'}")
     now = f"a run is in progress: {who}, since" if running else f"no run is in progress; the last one: {who}, started"
-    console.print(f"{now} {holder['since']}")
+    console.print(f"{now} {moment(holder['since'])}")
     if progress:
         words = f"{progress['ended']:,} of {plural(progress['pairs'], 'pair')} ended, {progress['left']:,} left"
         if running and progress["left"]:
@@ -6703,7 +6708,7 @@ def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair
         word = "working on" if running and title == "unfinished" else title
         for pair in pairs[:20]:
             why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS.get(pair.state, pair.state.value)
-            console.print(f"{word}  {pair.email}: {into(pair)}, last {pair.updated}: {why}")
+            console.print(f"{word}  {pair.email}: {into(pair)}, {moment(pair.updated)}: {why}")
         if len(pairs) > 20:
             console.print(f"{title}  and {len(pairs) - 20:,} more (--status --json has them all)")
 
