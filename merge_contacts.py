@@ -5102,7 +5102,7 @@ class Console:
         """Show the one line that is rewritten in place on a terminal; `""` removes it."""
         if not self.quiet and self.rewrites and not self._outputs[self.err].backlog():
             room, line = self.columns(self.err, 80) - 1, self.sanitize(text)
-            for details, kept in ((r"\((\w+) [^)]*\)", r"(\1)"), (r" \([^)]*\)", "")):
+            for details, kept in ((r"\(([^()\d]+) \d[^)]*\)", r"(\1)"), (r" \([^)]*\)", "")):
                 line = re.sub(details, kept, line) if len(line) > room else line
             self._outputs[self.err].put(self.err, line if len(line) <= room else f"{line[: room - 3]}...", True)
 
