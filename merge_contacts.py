@@ -6983,11 +6983,9 @@ class Console:
         indent = " " * (len(text) - len(text.lstrip()) + 2)
         return textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False)
 
-    def stream(self, text: str) -> None:
+    def stream(self, text: str, to: Optional[TextIO] = None) -> None:
         """Print a part of long results as it is; wait for earlier parts, so that memory does not grow."""
-        self._stream(self.out, text)
-
-    def _stream(self, stream: TextIO, text: str) -> None:
+        stream = to or self.out
         output = self._outputs[stream]
         while output.backlog() > 10:
             time.sleep(0.01)
@@ -6997,7 +6995,7 @@ class Console:
         """Print results as JSON, in ASCII, which nothing on the way to a program changes."""
         for chunk in chunks:
             text = re.sub(r"[^\x00-\x7e]", lambda c: json.dumps(c.group())[1:-1], chunk.decode("utf-8"))
-            self._stream(self.data, text)
+            self.stream(text, self.data)
 
     def print_err(self, text: str, style: str = "") -> None:
         """Print a line that is no result, wrapped on a terminal."""
@@ -7032,7 +7030,7 @@ class Console:
         """Show the one line that is rewritten in place on a terminal; `""` removes it."""
         if not self.quiet and self.rewrites and not self._outputs[self.err].backlog():
             room, line = self.columns(self.err, 80) - 1, self.sanitize(text)
-            for details, kept in ((r"\((\w+) [^)]*\)", r"(\1)"), (r" \([^)]*\)", "")):
+            for details, kept in ((r"\(([^()\d]+) \d[^)]*\)", r"(\1)"), (r" \([^)]*\)", "")):
                 line = re.sub(details, kept, line) if len(line) > room else line
             self._outputs[self.err].put(self.err, line if len(line) <= room else f"{line[: room - 3]}...", True)
 
@@ -7416,7 +7414,7 @@ def build_parser() -> OptionParser:
     add("--csv", metavar="PATH", type=Path, nargs="+", action="extend", help="the export: one file, or all its parts")
     add("--choices", metavar="PATH", type=Path, help="CSV (EMAIL, EXTERNAL_REF): which contact to keep")
     add("--email", metavar="ADDRESS", action="append", help="only this address (may be repeated)")
-    add("--limit", metavar="N", type=_positive_int, help="at most N pairs in this run; 1 is a canary")
+    add("--limit", metavar="N", type=_positive_int, help="at most N pairs in this run, such as 1 to try")
     add("--plan", metavar="ID", help="only if the plan still has this ID")
 
     add = parser.add_argument_group("Read-only modes").add_argument
@@ -8056,7 +8054,7 @@ def suggest_after_preview(run: RunContext, facts: Json) -> None:
         return
     shown = ("preview", "live", "plan", "limit")
     if run.settings.token:
-        run.console.suggest("merge one pair as a canary", run.command("--limit", "1", without=(*shown, "email")))
+        run.console.suggest("merge one pair first", run.command("--limit", "1", without=(*shown, "email")))
     else:
         words = "put a token into .env (see .env.example), then test it"
         run.console.suggest(words, run.command("--check", without=shown))
@@ -8523,14 +8521,11 @@ def _sha256(path: Path) -> Optional[str]:
 
 
 def print_report_paths(run: RunContext) -> None:
-    """Name the report and what lies beside it; with --json print the report itself."""
+    """Name the report and what lies beside it."""
     path = run.report_path
-    if run.options.json and path.exists():
-        with open(path, "rb") as lines:
-            run.console.json(lines)
-    elif path.exists():
-        beside = [str(one) for one in (path.with_suffix(".html"), path.with_suffix(".csv")) if one.exists()]
-        run.console.print(f"report   {path}" + (f", to read: {' and '.join(beside)}" if beside else ""))
+    for name, one in (("report", path), ("page", path.with_suffix(".html")), ("table", path.with_suffix(".csv"))):
+        if one.exists():
+            run.console.print(f"{name:<8} {one}")
 
 
 def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
@@ -8781,7 +8776,7 @@ def _verdict(run: RunContext, checks: Sequence[Json], notes: Sequence[str]) -> i
     if problems:
         run.console.suggest("fix what is marked FAILED, then check again", run.command())
     elif run.options.csv:
-        run.console.suggest("merge one pair as a canary", run.command("--limit", "1", without=("check", "limit")))
+        run.console.suggest("merge one pair first", run.command("--limit", "1", without=("check", "limit")))
     else:
         run.console.suggest("read the contacts from DevRev", command_line("--export", "contacts.csv"))
     return EXIT_USAGE if problems else EXIT_OK
@@ -8890,6 +8885,11 @@ def status_facts(savepoint: SavePoint, environment: Environment) -> Json:
         if facts["running"] and ended and (last["pairs"] or 0) > ended and spent > 0:
             facts["last_run"]["expected_end"] = iso(environment.now().wall + spent / ended * (last["pairs"] - ended))
     return facts
+
+
+def moment(text: str) -> str:
+    """Render a time as `iso` writes it, to the second, for people."""
+    return f"{text[:10]} {text[11:19]} UTC"
 
 
 def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair]]) -> None:
