@@ -2677,7 +2677,8 @@ def check_storable(user: Json) -> None:
     """Raise PairError where a contact's data can't be stored as text."""
     name = unstorable_field(user)
     if name:
-        words = f"the {name} of {user['id'].rpartition('/')[2]} in DevRev holds half of a character (a lone surrogate)"
+        key = user["id"].rpartition("/")[2]
+        words = f"the {name} of REVU-{key} in DevRev holds half of a character (a lone surrogate)"
         raise PairError("api_error", f"{words}; correct it there")
 
 
@@ -2742,7 +2743,7 @@ class DevRevAPI:
         self._work_kinds_lock = asyncio.Lock()
         self._work_kinds_known = False
         self._verified_filter_refused = False
-        self._answered: Set[str] = set()
+        self._has_answered = False
         self.emails = BatchLoader(self._list_by("email"), cancel_token, lambda user: {email_of(user)}, email_key)
         self.unverified = BatchLoader(self._list_unverified, cancel_token, lambda user: {email_of(user)}, email_key)
         self.references = BatchLoader(self._list_by("external_ref"), cancel_token, references_of)
@@ -2769,9 +2770,10 @@ class DevRevAPI:
     ) -> ApiResponse:
         """POST, and return the answer's JSON object, which holds `key`. Without `key` any 2xx will do.
 
-        `before` is awaited when the request may be sent, and what it raises keeps it from being sent.
-        Where it is safe, a request is repeated with growing, jittered pauses. One that is not `repeatable`, or has a `deadline` of its own (in seconds, after which its caller repeats it), is sent again only
-        where it can't have been acted on: no connection was made, or it was over quota.
+        `before` is awaited when the request may be sent, and what it raises keeps it from being sent. Where it is safe,
+        a request is repeated with growing, jittered pauses. One that is not `repeatable`, or has a `deadline` of its
+        own (in seconds, after which its caller repeats it), is sent again only where it can't have been acted on: no
+        connection was made, or it was over quota.
         """
         attempt = 0
         while True:
@@ -2800,11 +2802,11 @@ class DevRevAPI:
             good = answer.status is not None and 200 <= answer.status < 300
             self.scheduler.on_response(is_probe, answer, self.environment.elapsed(since), not key or data is not None)
             if good and (not key or (data is not None and key in data)):
-                self._answered.add(endpoint)
+                self._has_answered = True
                 return ApiResponse(data or {}, since)
             if good and data is not None:
                 problem = f"no {key} in the answer"
-            if answer.setup_error and not self._answered:
+            if answer.setup_error and not self._has_answered:
                 self._stop(FatalError(EXIT_USAGE, answer.setup_error))
             attempt += answer.status != 429
             once = answer.sent and (not repeatable or deadline is not None)
@@ -4116,15 +4118,16 @@ async def check_group(
     """
     contacts = group.contacts()
     emails = sorted({contact.email.strip() for contact in contacts})
-    listings = await together(*(api.emails.load(email, 1, priority) for email in emails))
-    live: Dict[str, Optional[Json]] = {user["id"]: user for listing in listings for user in listing.items}
-    listed = [user for user in live.values() if user]
-    since = [listing.since for listing in listings]
+    listing = await api.contacts_by_email(emails, priority)
+    live: Dict[str, Optional[Json]] = {user["id"]: user for user in listing.items}
+    listed, since = listing.items, [listing.since]
     for contact in contacts:
         # Lists may lag behind what this tool has done to the primary.
         if contact.id not in live or (contact is group.primary and group.has_absorbed()):
             since.append(api.environment.now())
-            live[contact.id] = await api.contact(contact.id, RequestOptions(priority))
+            live[contact.id] = user = await api.contact(contact.id, RequestOptions(priority))
+            if user:
+                check_storable(user)
     unverified: Optional[Set[str]] = None
     if any(user and not isinstance(user.get("is_verified"), bool) for user in live.values()):
         unverified = await api.unverified_ids(emails, priority)
