@@ -3539,7 +3539,8 @@ class Preconditions:
         self.merger.raise_if_draining()
         if not self.folder or self._is_old(self._listed, self.LISTED):
             await self._check()
-            await self._back_up()
+            if self.group.pending():
+                await self._back_up()
         elif self._is_old(self._checked, self.FRESH):
             await self._check()
 
@@ -5435,7 +5436,7 @@ def summary_of(plan: Plan, savepoint: SavePoint) -> Json:
         "total_merges_attempted": attempted,
         **mine,
         "left": len(plan.ids) - plan.already_merged - attempted,
-        "skipped_groups": len(plan.skipped),
+        "skipped_groups": sum(one.code not in ("already_gone", "already_merged") for one in plan.skipped),
         **({"earlier_runs": others} if any(others.values()) else {}),
     }
 
@@ -6559,7 +6560,10 @@ async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint) -> int:
     question = Question("merge", merge_facts(run, plan, unfinished), warning)
     code = await confirm_and_run(run, merger, progress, question, lambda: merger.run(plan.groups, unfinished))
     for one in merger.dropped.values():
-        plan.ids.discard(one.pair.ids)
+        if one.code == "different_rev_org":
+            plan.ids.discard(one.pair.ids)
+        else:
+            plan.already_merged += 1
         plan.skipped.append(SkippedGroup(one.pair.email, one.code, [one.pair.duplicate, one.pair.primary], one.reason))
     return _report(run, plan, merger, savepoint, code)
 

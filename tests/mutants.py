@@ -113,10 +113,8 @@ MUTANTS = [
         "        self.preconditions.require_fresh()\n        self.merger.raise_if_draining()\n",
         "        self.merger.raise_if_draining()\n",
     ),
-    Mutant(
-        "no live check", "        problem = live_group_error(self.group, live, namesakes)\n", "        problem = None\n"
-    ),
-    Mutant("any state will do", '    if state != "active":\n', "    if False:\n"),
+    Mutant("no live check", "        if found_now.error:\n            raise found_now.error\n", "        pass\n"),
+    Mutant("any state will do", '    if state != "active" or live.get("primary_identity"):\n', "    if False:\n"),
     Mutant("any email will do", "    if email_of(live) != contact.key:\n", "    if False:\n"),
     Mutant("any reference will do", "    if reference != external_ref:\n", "    if False:\n"),
     Mutant("any rev org will do", "    if len(orgs) > 1:\n", "    if False:\n"),
