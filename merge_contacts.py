@@ -4190,7 +4190,8 @@ class Preconditions:
         self.context.raise_if_draining()
         if not self.folder or self._is_older(self._listed, self.LISTED):
             await self._check()
-            await self._back_up()
+            if self.group.pending():
+                await self._back_up()
         elif self._is_older(self._checked, self.FRESH):
             await self._check()
 

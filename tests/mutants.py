@@ -77,7 +77,7 @@ MUTANTS = [
     ),
     Mutant("a list is as old as its last page", "            since = since or page.since\n", "            since = page.since\n"),
     Mutant("nothing expires", "            raise PreconditionsExpired()\n", "            pass\n"),
-    Mutant("any state will do", '    if state != "active":\n', "    if False:\n"),
+    Mutant("any state will do", '    if state != "active" or live.get("primary_identity"):\n', "    if False:\n"),
     Mutant("no count check", "                if problem:\n                    return str(folder), problem\n", ""),
     Mutant("fewer tickets will do, too", "if greatest == contact.tickets or (greatest >", "if True or (greatest >"),
     Mutant("only the first page", "            if not cursor:\n                return\n", "            return\n"),
