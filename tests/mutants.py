@@ -117,7 +117,7 @@ MUTANTS = [
     Mutant("any state will do", '    if state != "active" or live.get("primary_identity"):\n', "    if False:\n"),
     Mutant("any email will do", "    if email_of(live) != contact.key:\n", "    if False:\n"),
     Mutant("any reference will do", "    if reference != external_ref:\n", "    if False:\n"),
-    Mutant("any rev org will do", "    if len(orgs) > 1:\n", "    if False:\n"),
+    Mutant("any rev org will do", "    return len(orgs - {None}) > 1\n", "    return False\n"),
     Mutant("no count check", "                if problem:\n                    return str(folder), problem\n", ""),
     Mutant("fewer tickets will do, too", "if greatest == contact.tickets or (greatest >", "if True or (greatest >"),
     Mutant("only the first page", "            if not cursor:\n                return\n", "            return\n"),
@@ -210,7 +210,9 @@ MUTANTS = [
     ),
     Mutant("lists without end", "if cursor in cursors or stale >= self.STALE_PAGES:", "if False:"),
     Mutant(
-        "--limit is ignored", "        if size <= limit:  # none: what an earlier run has begun\n", "        if True:\n"
+        "--limit is ignored",
+        "        if size <= limit:  # 0 where an earlier run has requested all of them\n",
+        "        if True:\n",
     ),
     Mutant("--email is ignored", "    plan.groups = [group for group in plan.groups if group.email in wanted]\n", ""),
     # Undo
@@ -246,8 +248,8 @@ MUTANTS = [
     Mutant("undo: a api_error forgets it", "[begun.get(pair.ids, pair) for pair in pairs]", "pairs"),
     Mutant(
         "undo: an old export forgets it",
-        "        if stale or (group.email in undone and not all(rows)):\n",
-        "        if group.email in undone and not all(rows):\n",
+        "        if stale or (group.email in blocked and not all(rows)):\n",
+        "        if group.email in blocked and not all(rows):\n",
     ),
 ]  # fmt: skipped_group
 
