@@ -174,7 +174,7 @@ MUTANTS = [
         "return math.inf",
     ),
     Mutant("lists without end", "if cursor in cursors or stale >= self.STALE_PAGES or empty >= self.EMPTY_PAGES:", "if False:"),
-    Mutant("--limit is ignored", "        if size <= limit:  # none: what an earlier run has begun\n", "        if True:\n"),
+    Mutant("--limit is ignored", "        if size <= limit:  # 0 where an earlier run has requested all of them\n", "        if True:\n"),
     Mutant("--email is ignored", "    plan.groups = [group for group in plan.groups if group.email in wanted]\n", ""),
     # Undo
     Mutant(
