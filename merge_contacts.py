@@ -4093,12 +4093,12 @@ class PendingVerifications:
 
     def __init__(self, api: DevRevAPI) -> None:
         self._api = api
-        self._groups: Set["GroupMerge"] = set()
+        self._groups: Set[Group] = set()
 
-    def add(self, group: "GroupMerge") -> None:
+    def add(self, group: Group) -> None:
         self._groups.add(group)
 
-    def discard(self, group: "GroupMerge") -> None:
+    def discard(self, group: Group) -> None:
         """A group is at its verification, or won't be soon: after the last one nobody is waited for."""
         self._groups.discard(group)
         if not self._groups and not self._api.cancel_token.stop:
@@ -4189,6 +4189,11 @@ class Preconditions:
     def invalidate(self) -> None:
         """Forget them; timelines of objects that have not changed need not be read again."""
         self.folder, self._checked, self._listed = "", None, None
+
+    def clear(self) -> None:
+        """Free the memory: what is verified is read from the disk."""
+        self.invalidate()
+        self.live, self._timelines = {}, {}
 
     async def ensure_fresh(self) -> None:
         """Check and back up again what is too old, or was never read. Raises PairError with the first problem."""
@@ -4464,24 +4469,24 @@ class TransferVerifier:
 
 
 @dataclass
+class GroupState:
+    """What the merges of one group share."""
+
+    group: Group
+    wanted: Mapping[Ids, Pair]  # the pairs of this run's CSV: no other is requested
+    resumed: bool  # an earlier run left the group's pairs
+    preconditions: Preconditions
+    verifier: TransferVerifier
+    reservation: Reservation = field(default_factory=Reservation)
+    request_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    attempted: asyncio.Event = field(default_factory=asyncio.Event)  # each pair was tried, or has to wait
+
+
 class PairMerge:
-    """What this run knows of a merge beyond the pair's state."""
+    """One merge: request, wait, set the reference, verify. A pair that an earlier run left enters at its state.
 
-    requests_sent: int = 0
-    waiting_since: Optional[Timestamp] = None
-    waited_before: float = 0.0  # seconds that earlier runs had waited
-    polled: bool = False  # since the last request
-    rejection: Optional[PairError] = None  # DevRev's answer to the last request, where it was a clear refusal
-    contradictions: int = 0  # times that the duplicate seemed to be merged and existed after all
-    was_forbidden: bool = False  # an earlier request for it was answered with 403
-    updated: bool = False  # the primary, in this run
-
-
-class GroupMerge:
-    """One group: check, back up, request, wait, set the reference, verify.
-
-    A pair that an earlier run left enters at its state. What keeps a pair from its end is raised as PairError and
-    recorded as its outcome; what stops the run passes through.
+    Each phase takes the pair at a recovery point and returns the next one. What keeps the pair from its end is raised
+    as PairError and recorded as its outcome; what stops the run passes through.
     """
 
     MAX_REQUESTS = 3  # times that a run requests one merge
@@ -4489,38 +4494,24 @@ class GroupMerge:
     SLOW = 3.0  # seconds after which no other pair waits for this one
     FIRST_DEADLINE = 5.0  # seconds for the first poll and the first update; each repeat has twice as long
 
-    def __init__(
-        self, context: MergeContext, group: Group, pairs: Sequence[Pair], wanted: Mapping[Ids, Pair], resumed: bool
-    ) -> None:
-        self.context = context
-        self.api = context.api
-        self.group = group
-        self.pairs = pairs
-        self.wanted = wanted  # the pairs of this run's CSV: no other is requested
-        self.resumed = resumed
-        self.attempted = asyncio.Event()  # each pair was tried, or has to wait
-        self.preconditions = Preconditions(context, group)
-        self.verifier = TransferVerifier(context, RESUME if resumed else VERIFY)
-        self.reservation = Reservation()
-        self.merges: Dict[Ids, PairMerge] = collections.defaultdict(PairMerge)
-        self._request_lock = asyncio.Lock()
-        self._ended: Set[Ids] = set()  # pairs with an outcome
+    def __init__(self, context: MergeContext, pair: Pair, shared: GroupState) -> None:
+        self.context, self.api, self.pair, self.shared = context, context.api, pair, shared
+        self.group, self.resumed = shared.group, shared.resumed
+        self.preconditions, self.verifier = shared.preconditions, shared.verifier
+        self.reservation = shared.reservation
+        self.has_outcome = False
+        self.requests_sent = 0  # in this run
+        self.waiting_since: Optional[Timestamp] = None
+        self.waited_before = 0.0  # seconds that earlier runs had waited
+        self.polled = False  # since the last request
+        self.rejection: Optional[PairError] = None  # DevRev's answer to the last request, where it was a clear refusal
+        self.contradictions = 0  # times that the duplicate seemed to be merged and existed after all
+        self.was_forbidden = pair.code == "forbidden"  # an earlier request for it was answered with 403
+        self.updated = False  # the primary, in this run
 
-    async def run(self) -> None:
-        """Merge the pairs one after the other, then verify them together."""
-        try:
-            for index, pair in enumerate(self.pairs):
-                if not await self._advance(pair, until=State.VERIFYING):
-                    await self._refuse_rest(pair, self.pairs[index + 1 :])
-                    break
-            self.preconditions = Preconditions(self.context, self.group)  # frees memory; verifying reads the disk
-            await together(*(self._advance(pair) for pair in self.pairs))
-        finally:
-            self.api.scheduler.release(self.reservation)
-            self.attempted.set()
-
-    async def _advance(self, pair: Pair, until: Optional[State] = None) -> bool:
-        """Take a pair from one recovery point to the next, up to `until` or its end. Return whether it got there."""
+    async def advance(self, until: Optional[State] = None) -> bool:
+        """Take the pair from one recovery point to the next, up to `until` or its end. Return whether it got there."""
+        pair = self.pair
         phases = {
             State.PLANNED: self._request,
             State.REQUESTED: self._wait,
@@ -4528,14 +4519,14 @@ class GroupMerge:
             State.MERGED: self._set_reference,
             State.VERIFYING: self._verify,
         }
-        if pair.ids in self._ended:
+        if self.has_outcome:
             return False
         try:
             while pair.state in phases and pair.state is not until:
-                await self._transition(pair, await phases[pair.state](pair))
+                await self._transition(await phases[pair.state]())
         except PairError as problem:
-            self._ended.add(pair.ids)
-            await self.context.record_outcome(pair, problem, self._counts(pair))
+            self.has_outcome = True
+            await self.context.record_outcome(pair, problem, self._counts())
             return isinstance(problem, PairSkipped)
         except PermissionDenied as denied:
             if pair.state in UNFINISHED:
@@ -4544,20 +4535,21 @@ class GroupMerge:
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             # Whatever one contact's answers look like, the others go on.
             log.exception("%s: unexpected", pair.email)
-            self._ended.add(pair.ids)
+            self.has_outcome = True
             words = f"an answer could not be understood ({type(error).__name__}: {error})"
-            await self.context.record_outcome(pair, PairError("api_error", words), self._counts(pair))
+            await self.context.record_outcome(pair, PairError("api_error", words), self._counts())
             return False
         finally:
             self.api.scheduler.release(self.reservation)
             self.context.first_merge.release(pair.ids)
         if pair.state in TERMINAL:
-            self._ended.add(pair.ids)
+            self.has_outcome = True
             await self.context.record_outcome(pair)
         return True
 
-    async def _transition(self, pair: Pair, state: State) -> None:
+    async def _transition(self, state: State) -> None:
         """Move a pair to a state, durably: the one place where it happens, but for the intent to request a merge."""
+        pair = self.pair
         pair.state = state
         if pair.requested_at:
             pair.seconds = max(0.0, self.context.environment.now().wall - pair.requested_at)
@@ -4572,57 +4564,53 @@ class GroupMerge:
         }
         log.info("%s: %s", pair.email, steps[state])
 
-    async def _refuse_rest(self, first: Pair, pairs: Sequence[Pair]) -> None:
-        """Refuse the pairs behind one that failed: what refuses a group refuses all of it, and what was requested has
-        to be finished first."""
-        problem = PairError("group_incomplete", "another merge into the same contact has to be finished first")
-        if first.state is State.FAILED:
-            problem = PairError(first.code, first.error)
-        for pair in pairs:
-            if pair.state is State.PLANNED:
-                self._ended.add(pair.ids)
-                await self.context.record_outcome(pair, problem, self._counts(pair))
+    async def refuse(self, problem: PairError) -> None:
+        """Record why a pair was not requested, if it was not."""
+        if self.pair.state is State.PLANNED:
+            self.has_outcome = True
+            await self.context.record_outcome(self.pair, problem, self._counts())
 
-    def _counts(self, pair: Pair) -> bool:
+    def _counts(self) -> bool:
         """Return whether a failure says something of the run: not where an earlier run has failed at the pair, too."""
+        pair = self.pair
         return not (self.resumed or pair.tried_before or pair.state is State.VERIFYING)
 
-    def _options(self, pair: Pair, priority: int = FINISH) -> RequestOptions:
+    def _options(self, priority: int = FINISH) -> RequestOptions:
         """Return how a request waits that belongs to a merge in progress, with what it reserves for those to follow."""
-        slow = self._waited(pair) > 10  # others may spend the quota meanwhile
+        pair = self.pair
+        slow = self._waited() > 10  # others may spend the quota meanwhile
         reserve = 2 if slow else self.context.poll_history.polls() + bool(pair.new_ref)
         return RequestOptions(priority, self.reservation, reserve)
 
-    def _waited(self, pair: Pair) -> float:
+    def _waited(self) -> float:
         """Return the seconds since the merge was requested."""
-        merge = self.merges[pair.ids]
-        elapsed = self.context.environment.elapsed(merge.waiting_since) if merge.waiting_since else 0.0
-        return merge.waited_before + elapsed
+        elapsed = self.context.environment.elapsed(self.waiting_since) if self.waiting_since else 0.0
+        return self.waited_before + elapsed
 
-    async def _pause(self, pair: Pair, seconds: float) -> None:
+    async def _pause(self, seconds: float) -> None:
         """Wait for DevRev; new work need not wait for this pair meanwhile."""
         if seconds > 0:
-            self.attempted.set()
-            if self._waited(pair) > self.SLOW:
-                self.context.pending_verifications.discard(self)
+            self.shared.attempted.set()
+            if self._waited() > self.SLOW:
+                self.context.pending_verifications.discard(self.group)
             await self.context.cancel_token.sleep(seconds)
 
-    # -- the phases: each takes a pair at a recovery point and returns the next one -------------------
+    # -- the phases --------------------------------------------------------------------------------
 
-    async def _request(self, pair: Pair) -> State:
+    async def _request(self) -> State:
         """Request the merge, resting on preconditions that are fresh at the moment when the request is sent.
 
         A pair that was requested before is polled first whatever the preconditions say: it may be merged by now.
         """
-        again, merge = bool(pair.requested_at), self.merges[pair.ids]
+        pair, again = self.pair, bool(self.pair.requested_at)
         if again:
-            wanted = self.wanted.get(pair.ids)
+            wanted = self.shared.wanted.get(pair.ids)
             if wanted is None or wanted.new_ref != pair.new_ref:
                 words = f"the merge of {into(pair)} was requested, and is not in this plan with the same reference"
                 raise PairError("plan_changed", words)
             pair.primary, pair.duplicate = wanted.primary, wanted.duplicate
             self.preconditions.invalidate()
-        async with self._request_lock:  # the pairs of a group rest on the same preconditions
+        async with self.shared.request_lock:  # the pairs of a group rest on the same preconditions
             self.group.requesting = pair
             for _ in range(self.MAX_REFRESHES):
                 # Reserved units would keep others waiting while the preconditions are read.
@@ -4633,8 +4621,8 @@ class GroupMerge:
                 except PairError as error:
                     problem = error
                 # This poll reserves nothing: pairs that wait to be requested would wait for each other's units.
-                if again and await self._poll(pair, RequestOptions(FINISH)) is not DuplicateStatus.THERE:
-                    return self._confirmed(pair)
+                if again and await self._poll(RequestOptions(FINISH)) is not DuplicateStatus.THERE:
+                    return self._confirmed()
                 if problem:
                     raise problem
                 for one in self.group.dropped:
@@ -4642,31 +4630,31 @@ class GroupMerge:
                         raise PairSkipped(one.code, one.reason)
                 try:
                     await self.context.first_merge.acquire(pair.ids)
-                    await self.api.merge(*pair.ids, self._options(pair, MERGE), lambda: self._save_intent(pair))
+                    await self.api.merge(*pair.ids, self._options(MERGE), self._save_intent)
                 except PreconditionsExpired:
                     log.info("%s: the check or the backup is too old by now; reading it again", pair.email)
                     continue
                 except ApiError as error:
-                    merge.waiting_since, merge.waited_before = self.context.environment.now(), 0.0
-                    return await self._rejected(pair, error, first=not again)
+                    self.waiting_since, self.waited_before = self.context.environment.now(), 0.0
+                    return await self._rejected(error, first=not again)
                 except NoUsableResponse as error:
                     log.info("%s: the answer to the merge request was lost (%s)", pair.email, error)
-                    merge.waiting_since, merge.waited_before = self.context.environment.now(), 0.0
+                    self.waiting_since, self.waited_before = self.context.environment.now(), 0.0
                     return State.REQUESTED
-                merge.waiting_since, merge.waited_before = self.context.environment.now(), 0.0
+                self.waiting_since, self.waited_before = self.context.environment.now(), 0.0
                 return State.ACKNOWLEDGED
         words = "checks and backups become too old before the merge can be requested; the quota is too small"
         raise PairError("stale", words)
 
-    async def _save_intent(self, pair: Pair) -> None:
+    async def _save_intent(self) -> None:
         """Save that the merge is requested, at the last moment before the request is sent.
 
         Raises PreconditionsExpired or Cancelled where it must not be sent; then the savepoint says that it was not.
         """
-        context, merge, before = self.context, self.merges[pair.ids], dict(vars(pair))
+        context, pair, before = self.context, self.pair, dict(vars(self.pair))
         self.preconditions.require_fresh()
         context.raise_if_draining()
-        merge.polled, merge.rejection = False, None
+        self.polled, self.rejection = False, None
         pair.state, pair.code, pair.error, pair.rejected = State.REQUESTED, "", "", False
         pair.backup, pair.backed_up = self.preconditions.folder, self.preconditions.counts
         pair.previous_request_at, pair.requested_at = pair.requested_at, context.environment.now().wall
@@ -4692,103 +4680,105 @@ class GroupMerge:
             pair.withdrawn_at = withdrawn_at
             await context.savepoint.save(pair)
             raise
-        merge.requests_sent += 1
+        self.requests_sent += 1
         context.first_merge.requests += 1
         log.info("%s: requesting the merge of %s", pair.email, into(pair))
 
-    async def _rejected(self, pair: Pair, error: ApiError, first: bool) -> State:
+    async def _rejected(self, error: ApiError, first: bool) -> State:
         """Take note of a refusal; DevRev may carry the merge out all the same."""
-        merge = self.merges[pair.ids]
+        pair = self.pair
         pair.rejected = True
         await self.context.savepoint.save(pair)
         if error.status == 403:
             # The first request of a run shows whether the token may merge at all.
-            if self.context.first_merge.requests == 1 and not merge.was_forbidden:
+            if self.context.first_merge.requests == 1 and not self.was_forbidden:
                 raise PermissionDenied(EXIT_USAGE, f"the token may not merge contacts: {error}")
-            merge.rejection = PairError("forbidden", str(error))
-        elif error.missing and first and await self.verifier.is_merged_elsewhere(pair, lambda s: self._pause(pair, s)):
+            self.rejection = PairError("forbidden", str(error))
+        elif error.missing and first and await self.verifier.is_merged_elsewhere(pair, self._pause):
             pair.code = "merged_elsewhere"
             pair.error = f"another user merged or deleted {pair.duplicate.short_id} before the merge was requested"
             if pair.new_ref:
                 pair.error += f"; its reference {pair.new_ref} was not moved"
             return State.MERGED_ELSEWHERE
         elif error.status != 409:  # a 409 may say that it is being merged
-            merge.rejection = PairError("merge_refused", str(error))
+            self.rejection = PairError("merge_refused", str(error))
         return State.REQUESTED
 
-    async def _wait(self, pair: Pair) -> State:
+    async def _wait(self) -> State:
         """Poll until the duplicate no longer exists, or until the merge has to be requested again."""
-        context, merge = self.context, self.merges[pair.ids]
-        if merge.waiting_since is None:  # an earlier run requested it: poll at once
-            merge.waiting_since = context.environment.now()
-            merge.waited_before = max(0.0, merge.waiting_since.wall - pair.requested_at)
-        elif not (merge.rejection or merge.polled):
-            await self._pause(pair, context.poll_history.first_poll() - self._waited(pair))
-        merge.polled, polls, unusable, deadline = True, 0, 0, self.FIRST_DEADLINE
+        context, pair = self.context, self.pair
+        if self.waiting_since is None:  # an earlier run requested it: poll at once
+            self.waiting_since = context.environment.now()
+            self.waited_before = max(0.0, self.waiting_since.wall - pair.requested_at)
+        elif not (self.rejection or self.polled):
+            await self._pause(context.poll_history.first_poll() - self._waited())
+        self.polled, polls, unusable, deadline = True, 0, 0, self.FIRST_DEADLINE
         while True:
             problem: Optional[PairError] = None
-            polls, before = polls + 1, self._waited(pair)
+            polls, before = polls + 1, self._waited()
             try:
-                if await self._poll(pair, self._options(pair), deadline) is not DuplicateStatus.THERE:
-                    if merge.requests_sent:
+                if await self._poll(self._options(), deadline) is not DuplicateStatus.THERE:
+                    if self.requests_sent:
                         context.poll_history.record(before, polls)
-                    return self._confirmed(pair)
+                    return self._confirmed()
                 unusable, deadline = 0, self.FIRST_DEADLINE
             except (ApiError, NoUsableResponse) as error:
                 problem = PairError(error.code, f"the merge can't be confirmed: {error}")
                 # The 404 of a route says nothing of any object.
                 unusable += not (isinstance(error, ApiError) and error.status == 404 and not error.data.get("type"))
                 deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
-            waited, longest = self._waited(pair), confirmation_timeout(pair, context.options.merge_timeout)
+            waited, longest = self._waited(), confirmation_timeout(pair, context.options.merge_timeout)
             # Where the wait is over, for a pair of an earlier run at once, there is no third poll.
             if (unusable >= 3 or (unusable and waited >= longest)) and await self.verifier.lists_show_merged(pair):
-                return self._confirmed(pair)
-            if merge.rejection:
-                raise merge.rejection
+                return self._confirmed()
+            if self.rejection:
+                raise self.rejection
             if waited >= longest:
                 if problem:
                     raise problem
                 answered = pair.state is State.ACKNOWLEDGED or pair.rejected
-                if merge.requests_sent >= self.MAX_REQUESTS or (merge.requests_sent and answered):
+                if self.requests_sent >= self.MAX_REQUESTS or (self.requests_sent and answered):
                     words = f"{pair.duplicate.short_id} still exists {duration(waited)} after its merge was requested"
                     raise PairError("merge_not_confirmed", words)
-                return await self._request(pair)
+                return await self._request()
             pause = min(0.1 + 0.5 * waited, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
-            await self._pause(pair, min(pause, longest - waited))
+            await self._pause(min(pause, longest - waited))
 
-    async def _poll(self, pair: Pair, options: RequestOptions, deadline: Optional[float] = None) -> DuplicateStatus:
+    async def _poll(self, options: RequestOptions, deadline: Optional[float] = None) -> DuplicateStatus:
+        pair = self.pair
         return await self.api.poll_duplicate(*pair.ids, options, deadline)
 
-    def _confirmed(self, pair: Pair) -> State:
+    def _confirmed(self) -> State:
+        pair = self.pair
         self.context.first_merge.confirm(pair.ids)
         pair.code, pair.error = "", ""
         return State.MERGED
 
-    def _still_exists(self, pair: Pair) -> State:
+    def _still_exists(self) -> State:
         """Return to polling: the duplicate seemed to be merged until something contradicted it."""
-        merge = self.merges[pair.ids]
-        merge.contradictions += 1
+        pair = self.pair
+        self.contradictions += 1
         log.info("%s: %s still exists after all", pair.email, pair.duplicate.short_id)
-        if merge.contradictions > 20:
+        if self.contradictions > 20:
             pair.state = State.REQUESTED
             raise PairError("merge_not_confirmed", f"{pair.duplicate.short_id} seemed to be merged again and again")
         return State.REQUESTED if pair.rejected else State.ACKNOWLEDGED
 
-    async def _set_reference(self, pair: Pair) -> State:
+    async def _set_reference(self) -> State:
         """Give the primary the duplicate's reference, and what is carried with it.
 
         Between the merge and this update the reference is on no contact, so nothing but the update itself is waited
         for: a refused field never holds it up.
         """
-        context, merge = self.context, self.merges[pair.ids]
+        context, pair = self.context, self.pair
         body = {**({"external_ref": pair.new_ref} if pair.new_ref else {}), **pair.fields_to_carry}
-        if self.resumed and not merge.requests_sent:
+        if self.resumed and not self.requests_sent:
             onward = context.savepoint.merged_onward(pair.primary.id, pair.new_ref)
             if onward:
                 pair.onward = onward.primary.short_id
                 return State.VERIFYING
             if body:
-                primary = await self.api.contact(pair.primary.id, self._options(pair))
+                primary = await self.api.contact(pair.primary.id, self._options())
                 check_reference(pair, primary)
                 reference = {name: value for name, value in body.items() if name == "external_ref"}
                 body = {**reference, **fields_to_carry(primary or {}, pair.fields_to_carry)}  # another user may edit
@@ -4798,7 +4788,7 @@ class GroupMerge:
         while updates:
             body, over = updates[0], context.environment.elapsed(started) > context.options.merge_timeout
             try:
-                user = await self.api.update_contact(pair.primary.id, body, self._options(pair), deadline)
+                user = await self.api.update_contact(pair.primary.id, body, self._options(), deadline)
             except ApiError as error:
                 if "external_ref" not in body:
                     log.info("%s: %s can't be carried: %s", pair.email, ", ".join(body), error)
@@ -4810,55 +4800,91 @@ class GroupMerge:
                     code = "not_found" if error.missing else error.code
                     raise PairError(code, f"the reference {pair.new_ref} could not be set: {error}") from None
                 else:
-                    await self._pause(pair, pause)
+                    await self._pause(pause)
                     pause = min(10.0, 1.6 * pause)
-                    if await self._poll(pair, self._options(pair)) is DuplicateStatus.THERE:
-                        return self._still_exists(pair)
-                    check_holders(pair, await self.api.holders_of(str(pair.new_ref), self._options(pair)), over)
+                    if await self._poll(self._options()) is DuplicateStatus.THERE:
+                        return self._still_exists()
+                    check_holders(pair, await self.api.holders_of(str(pair.new_ref), self._options()), over)
                 continue
             except NoUsableResponse as error:
                 # It may have been made: the primary is read before the update is sent again.
                 if over:
                     raise PairError(error.code, f"{pair.primary.short_id} could not be updated: {error}") from None
                 deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
-                found = await self.api.contact(pair.primary.id, self._options(pair))
+                found = await self.api.contact(pair.primary.id, self._options())
                 check_reference(pair, found)
                 user = found or {}
                 if any(user.get(name) != value for name, value in body.items()):
-                    await self._pause(pair, pause)
+                    await self._pause(pause)
                     pause = min(10.0, 1.6 * pause)
                     continue
             if user.get("external_ref") != body.get("external_ref", user.get("external_ref")):
                 words = f"DevRev answered the update with the reference {user.get('external_ref')}"
                 raise PairError("external_ref_not_set", words)
             updates.pop(0)
-            merge.updated = True
+            self.updated = True
             pair.fields_lost = lost_fields(backed_up_contact(pair.backup, pair.duplicate.id), user)
         return State.VERIFYING
 
-    async def _verify(self, pair: Pair) -> State:
+    async def _verify(self) -> State:
         """Check that everything the duplicate had belongs to the primary, and that it is listed no more."""
-        self.context.pending_verifications.discard(self)
+        pair = self.pair
+        self.context.pending_verifications.discard(self.group)
         expected = objects_to_transfer(pair.backup, pair.duplicate.id)
         checked = pair
         onward = self.context.savepoint.merged_onward(pair.primary.id, pair.new_ref) if self.resumed else None
         if onward:  # a later merge took the primary, and everything with it, to another contact
             pair.onward, checked = onward.primary.short_id, replace(pair, primary=onward.primary)
-        missing, status = await self.verifier.wait(checked, expected, lambda seconds: self._pause(pair, seconds))
+        missing, status = await self.verifier.wait(checked, expected, self._pause)
         pair.deleted = checked.deleted
         if status is DuplicateStatus.THERE and not onward:
-            return self._still_exists(pair)
+            return self._still_exists()
         if missing:
             pair.left_behind = describe(pair.backup, missing)
             names = ", ".join(dict.fromkeys(item["display_id"] for item in pair.left_behind))
             raise PairError("left_behind", f"merged, but these do not belong to the primary: {names}")
         if status and not onward:
             raise PairError("still_listed", f"merged, but DevRev still lists {pair.duplicate.short_id} for its email")
-        if self.verifier.primary.get("id") == pair.primary.id and not self.merges[pair.ids].updated:
+        if self.verifier.primary.get("id") == pair.primary.id and not self.updated:
             pair.fields_lost = lost_fields(backed_up_contact(pair.backup, pair.duplicate.id), self.verifier.primary)
         pair.code, pair.error, pair.left_behind = "", "", []
         pair.proved = len({item["id"] for item in expected}.difference(pair.deleted))
         return State.DONE
+
+
+class GroupMerge:
+    """One group: merge its pairs one after the other, then verify them together."""
+
+    def __init__(
+        self, context: MergeContext, group: Group, pairs: Sequence[Pair], wanted: Mapping[Ids, Pair], resumed: bool
+    ) -> None:
+        verifier = TransferVerifier(context, RESUME if resumed else VERIFY)
+        self.context, self.group, self.pairs = context, group, pairs
+        self.shared = GroupState(group, wanted, resumed, Preconditions(context, group), verifier)
+        self.merges = [PairMerge(context, pair, self.shared) for pair in pairs]
+
+    async def run(self) -> None:
+        try:
+            for index, merge in enumerate(self.merges):
+                if not await merge.advance(until=State.VERIFYING):
+                    await self._refuse_rest(merge.pair, self.merges[index + 1 :])
+                    break
+            self.shared.preconditions.clear()
+            await together(*(merge.advance() for merge in self.merges))
+        finally:
+            self.context.api.scheduler.release(self.shared.reservation)
+            self.shared.attempted.set()
+
+    async def _refuse_rest(self, first: Pair, rest: Sequence[PairMerge]) -> None:
+        """Refuse the pairs behind one that failed.
+
+        What refuses a group refuses all of it, and what was requested has to be finished before the next request.
+        """
+        problem = PairError("group_incomplete", "another merge into the same contact has to be finished first")
+        if first.state is State.FAILED:
+            problem = PairError(first.code, first.error)
+        for merge in rest:
+            await merge.refuse(problem)
 
 
 def check_holders(pair: Pair, listed: Iterable[Json], over: bool) -> None:
@@ -5025,7 +5051,7 @@ class ContactMerger:
             unfinished.append(pair)
         resumed = self._resume(plan, unfinished)
         for group_merge in resumed:
-            await self.context.cancel_token.wait(group_merge.attempted.wait())
+            await self.context.cancel_token.wait(group_merge.shared.attempted.wait())
         await self._start_new(plan, unfinished)
         await self.runner.wait_all()
         # The contact that held a pair's reference may have been merged meanwhile, and the reference be free.
@@ -5069,7 +5095,6 @@ class ContactMerger:
                 self.context, Group(pairs[0].email, [*pairs, *siblings]), pairs, plan.wanted, resumed=True
             )
             for pair in pairs:
-                group_merge.merges[pair.ids].was_forbidden = pair.code == "forbidden"
                 pair.code, pair.error = "", ""
             self._resumed[self._start(group_merge)] = group_merge
             group_merges.append(group_merge)
@@ -5126,7 +5151,7 @@ class ContactMerger:
 
     def _start(self, group_merge: GroupMerge) -> "asyncio.Future[None]":
         task = self.runner.start(group_merge.run(), group_merge.pairs)
-        task.add_done_callback(lambda _: self.pending_verifications.discard(group_merge))
+        task.add_done_callback(lambda _: self.pending_verifications.discard(group_merge.group))
         return task
 
     async def _start_batch(self, batch: List[GroupMerge]) -> None:
@@ -5137,7 +5162,7 @@ class ContactMerger:
                 continue
             self.runner.raise_if_draining()
             for group_merge in batch:
-                self.pending_verifications.add(group_merge)
+                self.pending_verifications.add(group_merge.group)
                 self._start(group_merge)
             batch.clear()
 
@@ -5809,7 +5834,7 @@ class GroupUndo:
         bodies = [{"external_ref": old[0], **update}] if update else []
         bodies += [{"external_ref": reference} for reference in old]
         problem: PairError = PairError("external_ref_not_set", "DevRev answered with another reference")
-        started, options, deadline = self.environment.now(), self._options(MERGE), GroupMerge.FIRST_DEADLINE
+        started, options, deadline = self.environment.now(), self._options(MERGE), PairMerge.FIRST_DEADLINE
         while bodies:
             try:
                 user = await self.api.update_contact(primary, bodies[0], options, deadline)
