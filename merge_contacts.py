@@ -1369,7 +1369,7 @@ def _store_rows(
 
 
 class State(str, Enum):
-    """How far a pair is. From REQUESTED to VERIFYING it is unfinished; only a state of TERMINAL ends a requested pair."""
+    """How far a pair is. REQUESTED to VERIFYING are unfinished; only a state of TERMINAL ends a requested pair."""
 
     PLANNED = "planned"
     FAILED = "failed"  # refused, or failed before its merge was requested: the next run tries it again
@@ -3801,8 +3801,8 @@ class SavePoint:
         """Give each file the rows of the other that are newer, and find the requests that were never sent."""
         pairs, changed = self._join_pairs()
         stored = [file.stored_runs() for file in self.files]
-        runs = {one: row for rows in stored for one, row in rows.items()}
-        for one, row in runs.items():
+        runs: Dict[str, StoredRun] = {}
+        for one in {**stored[0], **stored[1]}:
             runs[one] = max((rows[one] for rows in stored if one in rows), key=lambda found: found.revision)
             changed = changed or any(rows.get(one) != runs[one] for rows in stored)
         meta = {**self.copy.meta(), **self.main.meta()}
