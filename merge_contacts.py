@@ -987,6 +987,7 @@ class CsvContents:
     invalid_rows: List[InvalidRow] = field(default_factory=list)  # by file and line
     emails_in_invalid_rows: Set[str] = field(default_factory=set)  # loose keys of groups that may not be complete
     look_alikes: List[Json] = field(default_factory=list)
+    files: int = 1
     other_refs: int = 0  # contacts whose reference is neither the system's nor the application's
     other_ref: str = ""  # the first of these references in alphabetical order
 
@@ -1181,7 +1182,7 @@ def read_contacts(paths: Sequence[Path], emails: Iterable[str] = ()) -> CsvConte
     Each file is read twice, to hold few of very many rows. Raises FatalError(2) where one can't be read, is no UTF-8
     CSV or lacks a column, and where there are invalid rows and no other.
     """
-    contents = CsvContents()
+    contents = CsvContents(files=len(paths))
     odd: Dict[int, List[InvalidRow]] = {}  # hashes of loose keys that differ from the key, with the invalid rows
     parts, wanted = select_rows(paths, contents, odd, emails)
     _store_rows(_wanted_rows(parts, wanted), contents, odd)
@@ -1190,14 +1191,14 @@ def read_contacts(paths: Sequence[Path], emails: Iterable[str] = ()) -> CsvConte
     invalid = contents.invalid_rows
     if invalid and not contents.contacts_read:
         hint = looks_like(invalid)
-        why = "; ".join(some([f"{place_of(row, len(paths))}: {row.reason}" for row in invalid], 3))
+        why = "; ".join(some([f"{place_of(row.file, row.line, len(paths))}: {row.reason}" for row in invalid], 3))
         words = f"no usable row, {plural(len(invalid), 'invalid one')} ({why})" + (f"; {hint}" if hint else "")
         raise FatalError(EXIT_USAGE, f"{', '.join(some(list(order), 3))}: {words}")
     return contents
 
 
-def place_of(row: InvalidRow, files: int = 1) -> str:
-    return f"{row.file}, line {row.line}" if files > 1 else f"line {row.line}"
+def place_of(file: str, line: int, files: int) -> str:
+    return f"{file}, line {line}" if files > 1 else f"line {line}"
 
 
 def select_rows(
@@ -1641,12 +1642,13 @@ class Plan:
     left_alone: Dict[str, str] = field(default_factory=dict)  # email -> why there is nothing to merge
     overruled: Set[Tuple[str, str]] = field(default_factory=set)  # pairs of earlier runs that contradict it
     look_alikes: List[Json] = field(default_factory=list)
+    files: int = 1  # that the CSV has come in
     other_refs: int = 0  # contacts that take no part
     other_ref: str = ""  # an example
     revived: List[Pair] = field(default_factory=list)  # were cancelled, and are named with --email now
     left_out: List[Pair] = field(default_factory=list)  # by the live check, while others of their group went on
     refused: List[Pair] = field(default_factory=list)  # being undone, of which the savepoint keeps the row
-    warned: List[Json] = field(default_factory=list)  # `warnings`, as they were before the run
+    warnings: List[Json] = field(default_factory=list)  # of `find_warnings`, before the groups are consumed
 
     def others_line(self) -> str:
         """Say how many contacts take no part because of their reference, `""` where all do."""
@@ -1655,7 +1657,7 @@ class Plan:
         with_refs = f"{plural(self.other_refs, 'contact')} with other references, for example {self.other_ref[:60]},"
         return f"{with_refs} take{'s' * (self.other_refs == 1)} no part"
 
-    def warnings(self) -> List[Json]:
+    def find_warnings(self) -> List[Json]:
         """What a person should know of the groups that are still to be merged, one entry for each group and code."""
         groups = (group for group in self.groups if any(pair.state not in ENDED for pair in group.pairs))
         return [
@@ -1835,7 +1837,7 @@ def detect(contents: CsvContents, choices: Mapping[str, str] = {}, primary: str 
     for contact in contents.contacts:
         by_email.setdefault(contact.key, []).append(contact)
     plan = Plan(
-        [], [], contents.invalid_rows, contents.contacts_read, look_alikes=contents.look_alikes,
+        [], [], contents.invalid_rows, contents.contacts_read, look_alikes=contents.look_alikes, files=contents.files,
         other_refs=contents.other_refs, other_ref=contents.other_ref,
     )  # fmt: skip
     problems: List[str] = []
@@ -2666,7 +2668,8 @@ def check_storable(user: Json) -> None:
     """Raise PairError where a contact's data can't be stored as text."""
     name = unstorable_field(user)
     if name:
-        words = f"the {name} of {user['id'].rpartition('/')[2]} in DevRev holds half of a character (a lone surrogate)"
+        key = user["id"].rpartition("/")[2]
+        words = f"the {name} of REVU-{key} in DevRev holds half of a character (a lone surrogate)"
         raise PairError("api_error", f"{words}; correct it there")
 
 
@@ -2709,8 +2712,8 @@ def duplicate_status(user: Json, primary: str, duplicate: str) -> DuplicateStatu
 WRITES = ("rev-users.merge", "rev-users.update", "rev-users.create", "works.update", "conversations.update")
 
 
-class DevRevAPI:
-    """The part of DevRev's REST API that a merge needs, over POST with JSON bodies.
+class ApiClient:
+    """Sends requests to DevRev's API: when the scheduler lets them, again where that is safe, lists page by page.
 
     Every method raises ApiError (a definite no), NoUsableResponse (none after the retries), PermissionDenied (the
     token is not accepted), Cancelled (the run stops, and the request was not sent), or FatalError (no proxy, no
@@ -2727,23 +2730,12 @@ class DevRevAPI:
         self.scheduler = RequestScheduler(environment, cancel_token, settings)
         self.requests: Dict[str, int] = collections.Counter()
         self._writes = 0  # requests that may have changed DevRev
-        self.work_kinds: Tuple[str, ...] = (*TICKETS_AND_ISSUES, *OTHER_WORKS)  # that lists of works name
-        self._work_kinds_lock = asyncio.Lock()
-        self._work_kinds_known = False
-        self._verified_filter_refused = False
-        self._answered: Set[str] = set()
-        self.emails = BatchLoader(self._list_by("email"), cancel_token, lambda user: {email_of(user)}, email_key)
-        self.unverified = BatchLoader(self._list_unverified, cancel_token, lambda user: {email_of(user)}, email_key)
-        self.references = BatchLoader(self._list_by("external_ref"), cancel_token, references_of)
-        # By the field that names contacts: a work's role, or a conversation's members.
-        self.objects = {name: self._batch_loader(name) for name in (*ROLES.values(), "members")}
+        self._has_answered = False
 
     @property
     def changed(self) -> bool:
         """Whether a request was sent that may have changed DevRev."""
         return self._writes > 0
-
-    # -- the one place that sends -------------------------------------------------------------------
 
     async def _call(
         self,
@@ -2758,9 +2750,10 @@ class DevRevAPI:
     ) -> ApiResponse:
         """POST, and return the answer's JSON object, which holds `key`. Without `key` any 2xx will do.
 
-        `before` is awaited when the request may be sent, and what it raises keeps it from being sent.
-        Where it is safe, a request is repeated with growing, jittered pauses. One that is not `repeatable`, or has a `deadline` of its own (in seconds, after which its caller repeats it), is sent again only
-        where it can't have been acted on: no connection was made, or it was over quota.
+        `before` is awaited when the request may be sent, and what it raises keeps it from being sent. Where it is safe,
+        a request is repeated with growing, jittered pauses. One that is not `repeatable`, or has a `deadline` of its
+        own (in seconds, after which its caller repeats it), is sent again only where it can't have been acted on: no
+        connection was made, or it was over quota.
         """
         attempt = 0
         while True:
@@ -2789,11 +2782,11 @@ class DevRevAPI:
             good = answer.status is not None and 200 <= answer.status < 300
             self.scheduler.on_response(is_probe, answer, self.environment.elapsed(since), not key or data is not None)
             if good and (not key or (data is not None and key in data)):
-                self._answered.add(endpoint)
+                self._has_answered = True
                 return ApiResponse(data or {}, since)
             if good and data is not None:
                 problem = f"no {key} in the answer"
-            if answer.setup_error and not self._answered:
+            if answer.setup_error and not self._has_answered:
                 self._stop(FatalError(EXIT_USAGE, answer.setup_error))
             attempt += answer.status != 429
             once = answer.sent and (not repeatable or deadline is not None)
@@ -2878,6 +2871,22 @@ class DevRevAPI:
             raise NoUsableResponse(endpoint, f"{key} holds no user")
         found: Json = user
         return found
+
+
+class DevRevAPI(ApiClient):
+    """The part of DevRev's REST API that a merge needs, over POST with JSON bodies."""
+
+    def __init__(self, settings: ApiSettings, environment: Environment, cancel_token: CancelToken) -> None:
+        super().__init__(settings, environment, cancel_token)
+        self.work_kinds: Tuple[str, ...] = (*TICKETS_AND_ISSUES, *OTHER_WORKS)  # that lists of works name
+        self._work_kinds_lock = asyncio.Lock()
+        self._work_kinds_known = False
+        self._verified_filter_refused = False
+        self.emails = BatchLoader(self._list_by("email"), cancel_token, lambda user: {email_of(user)}, email_key)
+        self.unverified = BatchLoader(self._list_unverified, cancel_token, lambda user: {email_of(user)}, email_key)
+        self.references = BatchLoader(self._list_by("external_ref"), cancel_token, references_of)
+        # By the field that names contacts: a work's role, or a conversation's members.
+        self.objects = {name: self._batch_loader(name) for name in (*ROLES.values(), "members")}
 
     # -- contacts -----------------------------------------------------------------------------------
 
@@ -4105,15 +4114,16 @@ async def check_group(
     """
     contacts = group.contacts()
     emails = sorted({contact.email.strip() for contact in contacts})
-    listings = await together(*(api.emails.load(email, 1, priority) for email in emails))
-    live: Dict[str, Optional[Json]] = {user["id"]: user for listing in listings for user in listing.items}
-    listed = [user for user in live.values() if user]
-    since = [listing.since for listing in listings]
+    listing = await api.contacts_by_email(emails, priority)
+    live: Dict[str, Optional[Json]] = {user["id"]: user for user in listing.items}
+    listed, since = listing.items, [listing.since]
     for contact in contacts:
         # Lists may lag behind what this tool has done to the primary.
         if contact.id not in live or (contact is group.primary and group.has_absorbed()):
             since.append(api.environment.now())
-            live[contact.id] = await api.contact(contact.id, RequestOptions(priority))
+            live[contact.id] = user = await api.contact(contact.id, RequestOptions(priority))
+            if user:
+                check_storable(user)
     unverified: Optional[Set[str]] = None
     if any(user and not isinstance(user.get("is_verified"), bool) for user in live.values()):
         unverified = await api.unverified_ids(emails, priority)
@@ -4176,7 +4186,8 @@ class Preconditions:
         self.context.raise_if_draining()
         if not self.folder or self._is_older(self._listed, self.LISTED):
             await self._check()
-            await self._back_up()
+            if self.group.pending():
+                await self._back_up()
         elif self._is_older(self._checked, self.FRESH):
             await self._check()
 
@@ -6558,7 +6569,7 @@ def beside_pairs(plan: Plan) -> Dict[str, Iterable[Json]]:
         "choices": [choice(group) for group in plan.chosen],
         "skipped": chain(map(entry, plan.skipped), map(left_out, plan.left_out)),
         "look_alikes": plan.look_alikes,
-        "warnings": plan.warned or plan.warnings(),
+        "warnings": plan.warnings,
         "invalid_rows": (row._asdict() for row in plan.invalid_rows),
     }
 
@@ -7006,11 +7017,9 @@ class Console:
         indent = " " * (len(text) - len(text.lstrip()) + 2)
         return textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False)
 
-    def stream(self, text: str) -> None:
+    def stream(self, text: str, to: Optional[TextIO] = None) -> None:
         """Print a part of long results as it is; wait for earlier parts, so that memory does not grow."""
-        self._stream(self.out, text)
-
-    def _stream(self, stream: TextIO, text: str) -> None:
+        stream = to or self.out
         output = self._outputs[stream]
         while output.backlog() > 10:
             time.sleep(0.01)
@@ -7020,7 +7029,7 @@ class Console:
         """Print results as JSON, in ASCII, which nothing on the way to a program changes."""
         for chunk in chunks:
             text = re.sub(r"[^\x00-\x7e]", lambda c: json.dumps(c.group())[1:-1], chunk.decode("utf-8"))
-            self._stream(self.data, text)
+            self.stream(text, self.data)
 
     def print_err(self, text: str, style: str = "") -> None:
         """Print a line that is no result, wrapped on a terminal."""
@@ -7055,7 +7064,7 @@ class Console:
         """Show the one line that is rewritten in place on a terminal; `""` removes it."""
         if not self.quiet and self.rewrites and not self._outputs[self.err].backlog():
             room, line = self.columns(self.err, 80) - 1, self.sanitize(text)
-            for details, kept in ((r"\((\w+) [^)]*\)", r"(\1)"), (r" \([^)]*\)", "")):
+            for details, kept in ((r"\(([^()\d]+) \d[^)]*\)", r"(\1)"), (r" \([^)]*\)", "")):
                 line = re.sub(details, kept, line) if len(line) > room else line
             self._outputs[self.err].put(self.err, line if len(line) <= room else f"{line[: room - 3]}...", True)
 
@@ -7200,7 +7209,7 @@ def choice_lines(plan: Plan) -> Iterator[str]:
 def warning_lines(plan: Plan) -> Iterator[str]:
     """What a person should check before groups are merged, twenty lines of each kind at most."""
     by_code: Dict[str, List[str]] = collections.defaultdict(list)
-    for one in plan.warnings():
+    for one in plan.warnings:
         by_code[one["code"]].append(f"{one['email']}: {one['warning']}")
     for code, lines in sorted(by_code.items(), key=lambda item: item[0] != "shared_mailbox"):
         yield f"WARNING {code}: {plural(len(lines), 'group')}"
@@ -7213,12 +7222,10 @@ def look_alike_lines(plan: Plan) -> Iterator[str]:
     """Addresses that are probably one, but for how they are written; they are never joined."""
     if plan.look_alikes:
         yield f"LOOK ALIKE, and not joined: {plural(len(plan.look_alikes), 'group')} of addresses; fix them in DevRev"
-    files = {line["file"] for one in plan.look_alikes for line in one["lines"]}
     for one in plan.look_alikes[:20]:
         places: Dict[str, List[str]] = collections.defaultdict(list)
         for line in one["lines"]:
-            where = f"{line['file']}, line {line['line']}" if len(files) > 1 else f"line {line['line']}"
-            places[ascii(line["email"])[1:-1]].append(where)
+            places[ascii(line["email"])[1:-1]].append(place_of(line["file"], line["line"], plan.files))
         yield "  " + " and ".join(f"{email} ({', '.join(some(found))})" for email, found in places.items())
     if len(plan.look_alikes) > 20:
         yield f"  and {len(plan.look_alikes) - 20:,} more (--json has them all)"
@@ -7235,14 +7242,15 @@ def invalid_lines(plan: Plan) -> Iterator[str]:
         return
     hint = looks_like(plan.invalid_rows)
     yield f"LEFT OUT: {plural(len(plan.invalid_rows), 'invalid row')}" + (f"; {hint}" if hint else "")
-    files = len({row.file for row in plan.invalid_rows})
     by_code: Dict[str, List[InvalidRow]] = collections.defaultdict(list)
     for row in plan.invalid_rows:
         by_code[row.code].append(row)
     for code, rows in sorted(by_code.items(), key=lambda item: -len(item[1])):
         yield f"  {INVALID_ROWS[code]}: {plural(len(rows), 'row')}"
         for row in rows[:20]:
-            yield f"    {place_of(row, files)}: {row.reason}" + (f" ({row.email})" if row.email else "")
+            yield f"    {place_of(row.file, row.line, plan.files)}: {row.reason}" + (
+                f" ({row.email})" if row.email else ""
+            )
         if len(rows) > 20:
             yield f"    and {len(rows) - 20:,} more (--json has them all)"
 
@@ -7257,8 +7265,9 @@ def skip_lines(plan: Plan, code: str) -> Iterator[str]:
     yield f"  why: {reason}"
     yield f"  what to do: {advice}"
     lines: Dict[str, List[str]] = collections.defaultdict(list)
-    for row in plan.invalid_rows:
-        lines[email_key(row.email or "")].append(str(row.line))
+    for row in plan.invalid_rows if code == "invalid_row" else ():
+        where = str(row.line) if plan.files == 1 else place_of(row.file, row.line, plan.files)
+        lines[email_key(row.email or "")].append(where)
     for skipped_group in skips:
         choices = list(skipped_group.choice_lines().items())
         size = plural(len(skipped_group.contacts), "contact")
@@ -7270,8 +7279,9 @@ def skip_lines(plan: Plan, code: str) -> Iterator[str]:
             yield from [f"    and {len(choices) - 6:,} more"] if len(choices) > 6 else []
             continue
         names = some([f"{one.external_ref} ({plural(one.tickets, 'ticket')})" for one in skipped_group.contacts], 6)
-        numbers = some(lines[skipped_group.email], 20) if code == "invalid_row" else []
-        where = f" (line{'s' * (len(numbers) > 1)} {', '.join(numbers)})" if numbers else ""
+        places = some(lines[skipped_group.email], 20) if code == "invalid_row" else []
+        word = f"line{'s' * (len(places) > 1)} " if plan.files == 1 else ""
+        where = f" ({word}{', '.join(places)})" if places else ""
         where = f", {size}" if code == "shared_mailbox" else where
         yield f"  {skipped_group.email}{where}: {', '.join(names)}"
 
@@ -7290,7 +7300,7 @@ def _show_pairs(plan: Plan, console: Console) -> None:
         for title, column in zip(head, zip(*rows))
     ]
     form = "%-{}s  %-{}s %{}s %{}s %-{}s %{}s  %-{}s  %s".format(*widths)
-    lines = "%s\n  %s (%s) %s %s (%s), reference %s\n  %s"
+    lines = "%s\n  %s (%s) %s %s (%s), %s\n  %s"
     room = console.width - 10 - sum(widths[:-1])
     is_table = room >= len(head[-1])
     for line in ((form if is_table else lines) % head).split("\n"):
@@ -7305,9 +7315,13 @@ def _show_pairs(plan: Plan, console: Console) -> None:
 
 
 def _pair_cells(pair: Pair, console: Console) -> Tuple[str, ...]:
+    # The reference tells which contact it is; the id, where it is another, is what DevRev is searched by.
+    primary, duplicate = (
+        " ".join(dict.fromkeys((one.external_ref, one.short_id))) for one in (pair.primary, pair.duplicate)
+    )
     cells = (
-        pair.email, pair.primary.external_ref, str(pair.primary.tickets), console.arrow, pair.duplicate.external_ref,
-        str(pair.duplicate.tickets), "moves" if pair.new_ref else "unchanged", names_of(pair),
+        pair.email, primary, str(pair.primary.tickets), console.arrow, duplicate, str(pair.duplicate.tickets),
+        "moves" if pair.new_ref else "unchanged", names_of(pair),
     )  # fmt: skip
     return tuple(map(console.sanitize, cells))
 
@@ -7434,7 +7448,7 @@ def build_parser() -> OptionParser:
     add("--csv", metavar="PATH", type=Path, nargs="+", action="extend", help="the export: one file, or all its parts")
     add("--choices", metavar="PATH", type=Path, help="CSV (EMAIL, EXTERNAL_REF): which contact to keep")
     add("--email", metavar="ADDRESS", action="append", help="only this address (may be repeated)")
-    add("--limit", metavar="N", type=_positive_int, help="at most N pairs in this run; 1 is a canary")
+    add("--limit", metavar="N", type=_positive_int, help="at most N pairs in this run, such as 1 to try")
     add("--plan", metavar="ID", help="only if the plan still has this ID")
 
     add = parser.add_argument_group("Read-only modes").add_argument
@@ -7870,6 +7884,7 @@ def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
     if options.limit:
         _apply_limit(plan, options.limit, run.console)
     plan.chosen = [group for group in plan.groups if group.chosen and any(p.state not in ENDED for p in group.pairs)]
+    plan.warnings = plan.find_warnings()
     for row in plan.invalid_rows:
         log.info("%s, line %d left out: %s", row.file, row.line, row.reason)
     for skipped_group in plan.skipped:
@@ -8073,7 +8088,7 @@ def suggest_after_preview(run: RunContext, facts: Json) -> None:
         return
     shown = ("preview", "live", "plan", "limit")
     if run.settings.token:
-        run.console.suggest("merge one pair as a canary", run.command("--limit", "1", without=(*shown, "email")))
+        run.console.suggest("merge one pair first", run.command("--limit", "1", without=(*shown, "email")))
     else:
         words = "put a token into .env (see .env.example), then test it"
         run.console.suggest(words, run.command("--check", without=shown))
@@ -8213,7 +8228,6 @@ async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint, document:
     others = savepoint.other_organisations()
     if others:
         run.console.print_err(f"{plural(others, 'pair')} of another organisation stay in {SAVEPOINT} as they are")
-    plan.warned = plan.warnings()
     unfinished = [*savepoint.unfinished(), *plan.revived]
     document["pairs"] = plan.count() + sum(pair.ids not in plan.ids for pair in unfinished)
     warning = "DevRev can't undo a merge; --undo restores most of it from the backups."
@@ -8279,7 +8293,7 @@ def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair]) -> Dict
     facts.update({"left": f"{plural(left, 'pair')} for another run (--email, --limit)"} if left else {})
     lost = [f"{one.external_ref} ({describe_contact(one)})" for group in plan.chosen for one in group.lost_refs()]
     facts.update({"choices lose": "; ".join(some(lost))} if lost else {})
-    warnings = sorted(plan.warnings(), key=lambda one: bool(one["code"] != "shared_mailbox"))
+    warnings = sorted(plan.warnings, key=lambda one: bool(one["code"] != "shared_mailbox"))
     shared = sum(one["code"] == "shared_mailbox" for one in warnings)  # each of which is named
     told = some([f"{one['email']}: {one['warning']}" for one in warnings], max(20, shared))
     facts.update({f"WARNING {number}": line for number, line in enumerate(told, 1)})
@@ -8541,14 +8555,11 @@ def _sha256(path: Path) -> Optional[str]:
 
 
 def print_report_paths(run: RunContext) -> None:
-    """Name the report and what lies beside it; with --json print the report itself."""
+    """Name the report and what lies beside it."""
     path = run.report_path
-    if run.options.json and path.exists():
-        with open(path, "rb") as lines:
-            run.console.json(lines)
-    elif path.exists():
-        beside = [str(one) for one in (path.with_suffix(".html"), path.with_suffix(".csv")) if one.exists()]
-        run.console.print(f"report   {path}" + (f", to read: {' and '.join(beside)}" if beside else ""))
+    for name, one in (("report", path), ("page", path.with_suffix(".html")), ("table", path.with_suffix(".csv"))):
+        if one.exists():
+            run.console.print(f"{name:<8} {one}")
 
 
 def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
@@ -8799,7 +8810,7 @@ def _verdict(run: RunContext, checks: Sequence[Json], notes: Sequence[str]) -> i
     if problems:
         run.console.suggest("fix what is marked FAILED, then check again", run.command())
     elif run.options.csv:
-        run.console.suggest("merge one pair as a canary", run.command("--limit", "1", without=("check", "limit")))
+        run.console.suggest("merge one pair first", run.command("--limit", "1", without=("check", "limit")))
     else:
         run.console.suggest("read the contacts from DevRev", command_line("--export", "contacts.csv"))
     return EXIT_USAGE if problems else EXIT_OK
@@ -8908,6 +8919,11 @@ def status_facts(savepoint: SavePoint, environment: Environment) -> Json:
         if facts["running"] and ended and (last["pairs"] or 0) > ended and spent > 0:
             facts["last_run"]["expected_end"] = iso(environment.now().wall + spent / ended * (last["pairs"] - ended))
     return facts
+
+
+def moment(text: str) -> str:
+    """Render a time as `iso` writes it, to the second, for people."""
+    return f"{text[:10]} {text[11:19]} UTC"
 
 
 def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair]]) -> None:

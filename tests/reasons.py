@@ -1,9 +1,10 @@
 """What a pair that has not been merged may say in the end: whether its reason is so in tests.fake_devrev."""
 
+import json
 from typing import Any, Callable, Dict, Mapping, Optional, Set
 
 from tests.expected import STOPPING, TERMINAL, Ids, most_contacts, name_of, takes_part
-from tests.fake_devrev import OTHER_WORK_KINDS, Thing, kind_of, org_id_of
+from tests.fake_devrev import HALF_EMOJI, OTHER_WORK_KINDS, Thing, kind_of, org_id_of
 from tests.report_invariants import ids_of
 from tests.simulated import InvariantBroken
 
@@ -43,8 +44,11 @@ class ReasonChecker:
         return not (world.restricted_in_lists == "left out" and object_id in world.restricted)
 
     def find_trouble(self) -> None:
-        """Add the contacts that have had to do with a forbidden object at any time."""
+        """Add the contacts that have had to do with a forbidden object at any time, or hold half an emoji."""
         world, roles = self.checker.fake_devrev, ("owned_by", "created_by", "reported_by", "members")
+        for identity, contact in self.organisation.contacts.items():
+            if HALF_EMOJI in json.dumps(contact, ensure_ascii=False):
+                self.trouble.add(identity)
         if world.restricted_in_lists == "left out":
             return
         for object_id in {*world.restricted, *world.restricted_timelines}:

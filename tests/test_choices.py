@@ -1,7 +1,7 @@
 """Choices through the front door: a chosen group becomes the one contact that was chosen, all others stay as they are."""
 
 import json
-from typing import Dict, List, Set, Tuple
+from typing import Any, Dict, List, Set, Tuple
 
 import pytest
 
@@ -93,6 +93,146 @@ def test_a_choice_is_bound_to_its_group(place: Workplace, organisation: Organisa
     assert keys(organisation) == {("T2", "T1"), ("P1", "P2")}
     codes = {entry["duplicate"]["old_external_ref"]: entry["code"] for entry in result.report["failed_merges"]}
     assert set(codes) == {"user_k2", "user_k3", "user_k4"} and codes["user_k3"] == "several_user_refs"
+
+
+def test_a_template_has_a_line_for_each_contact_that_could_be_kept(
+    place: Workplace, organisation: Organisation
+) -> None:
+    for number in range(5):
+        organisation.add_contact(f"S{number}", "shared@example.com", f"user_s{number}")
+    organisation.add_contact("F1", "=formula@example.com", "user_f1", display_name="=1+1")
+    organisation.add_contact("F2", "=formula@example.com", "user_f2", display_name="-")
+    place.export(organisation)
+    result = place.run(None, "--choices-template", "new.csv", check=0)
+    assert (
+        result.out.startswith("6 lines of 3 groups written to new.csv")
+        and "3 groups that may be a shared mailbox" in result.out
+    )
+    content = (place.folder / "new.csv").read_bytes()
+    lines = content.decode("utf-8-sig").splitlines()
+    assert content.startswith(b"\xef\xbb\xbf") and lines[0].startswith("EMAIL,EXTERNAL_REF,")
+    kept = [line.split(",")[:2] for line in lines[1:]]
+    assert sorted(kept) == sorted(
+        [
+            ["'=formula@example.com", "user_f1"], ["'=formula@example.com", "user_f2"],
+            ["undecided@example.com", "user_u2"], ["undecided@example.com", "user_u3"],
+            ["twins@example.com", "REVU-T1"], ["twins@example.com", "REVU-T2"],
+        ]
+    )  # fmt: skip
+    uncut = place.run(None, "--choices", "new.csv", "--preview", check=2).err
+    assert "a second choice for" in uncut and "cut the file down to one line a group" in uncut
+    assert "exists already" in place.run(None, "--choices-template", "new.csv", check=2).err
+    assert (place.folder / "new.csv").read_bytes() == content
+    (place.folder / "new.csv").write_text("\n".join([lines[0], *lines[1::2]]), encoding="utf-8-sig")
+    plan = json.loads(place.run(None, "--choices", "new.csv", "--preview", "--json", check=0).out)
+    assert {skip["code"] for skip in plan["skipped"]} == {"shared_mailbox"} and len(plan["pairs"]) == 1 + 1 + 2 + 1
+    assert [path.name for path in place.files() if path.suffix == ".csv"] == ["contacts.csv", "new.csv"]
+
+
+def shared(size: int, email: str = "noreply@example.com") -> Organisation:
+    made = Organisation()
+    for number in range(size):
+        made.add_contact(
+            f"S{number}",
+            email,
+            "user_s0" if number == 0 else None,
+            display_name=f"Person {'ABCDE'[number % 5]}{number}",
+        )
+    made.add_contact("P1", "pair@example.com")
+    made.add_contact("P2", "pair@example.com", "user_p2")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("size", "email", "in_csv"),
+    [
+        (41, "noreply@example.com", 41),
+        (6, "ada@example.com", 2),
+        (2, "noreply@example.com", 2),
+        (3, "info@example.com", 2),
+    ],
+)
+def test_a_shared_mailbox_is_left_alone_by_what_the_csv_or_devrev_has(
+    place: Workplace, size: int, email: str, in_csv: int
+) -> None:
+    made = shared(size, email)
+    place.export(made, leave_out=[made.don("identity", "revu", f"S{number}") for number in range(in_csv, size)])
+    by_csv = in_csv == size
+    with Sandbox(made, merge_delay=0.05) as sandbox:
+        report = place.run(sandbox, "--yes", check=0 if by_csv else 1).report
+    assert keys(made) == {("P1", "P2")}
+    if by_csv:
+        assert [(skip["email"], skip["code"]) for skip in report["skipped"]] == [(email, "shared_mailbox")]
+    else:
+        assert {entry["email"]: entry["code"] for entry in report["failed_merges"]} == {email: "shared_mailbox"}
+
+
+def test_a_shared_mailbox_that_is_chosen_is_merged_and_named(place: Workplace) -> None:
+    made = shared(5)
+    place.export(made)
+    choices = choose(place, "noreply@example.com,user_s0")
+    with Sandbox(made, merge_delay=0.05) as sandbox:
+        report = place.run(sandbox, "--choices", choices, "--yes", check=0).report
+        (entry,) = report["choices"]
+        assert "joins 5 contacts" in entry["warnings"][0] and "names_differ" in {
+            one["code"] for one in report["warnings"]
+        }
+    assert len(made.merges) == 5
+
+
+def test_with_the_user_as_primary_nothing_is_updated(place: Workplace) -> None:
+    made = shared(3, "ada@example.com")
+    place.export(made)
+    with Sandbox(made, merge_delay=0.05) as sandbox:
+        report = place.run(sandbox, "--primary", "user", "--yes", check=0).report
+        assert sandbox.count("rev-users.update") == 0
+    assert keys(made) == {("S0", "S1"), ("S0", "S2"), ("P2", "P1")}
+    assert {entry["new_external_ref"] for entry in report["successful_merges"]} == {None}
+    assert made.contacts[made.don("identity", "revu", "S0")]["external_ref"] == "user_s0"
+
+
+def test_a_third_contact_that_no_longer_exists_or_is_of_another_workspace_keeps_a_pair_from_nothing(
+    place: Workplace,
+) -> None:
+    made = Organisation()
+    for number, fields in enumerate(
+        ({"state": "deleted"}, {"rev_org": "NORTH"}, {"description": "without a workspace"})
+    ):
+        made.add_contact(f"P{number}", f"p{number}@example.com")
+        made.add_contact(f"U{number}", f"p{number}@example.com", f"user_{number}")
+        made.add_contact(f"T{number}", f"p{number}@example.com", **fields)
+    place.export(made)
+
+    def without_workspace(content: Any) -> Any:
+        return {
+            **content,
+            "rev_users": [
+                {name: value for name, value in user.items() if name != "rev_org" or "description" not in user}
+                for user in content["rev_users"]
+            ],
+        }
+
+    faults = [Fault("changed", "rev-users.list", detail=without_workspace)]
+    with Sandbox(made, merge_delay=0.05, faults=faults) as sandbox:
+        report = place.run(sandbox, "--yes", check=0).report
+    assert keys(made) == {("P0", "U0"), ("P1", "U1"), ("P2", "U2"), ("P2", "T2")}
+    assert {skip["email"]: skip["code"] for skip in report["skipped"]} == {
+        "p0@example.com": "already_gone", "p1@example.com": "different_rev_org",
+    }  # fmt: skip
+
+
+def test_a_pair_that_another_folder_has_merged_is_no_failure(place: Workplace) -> None:
+    made = shared(3, "ada@example.com")
+    place.export(made)
+    csv = place.csv.read_bytes()
+    with Sandbox(made, merge_delay=0.05) as sandbox:
+        other = Workplace(place.folder / "other")
+        other.folder.mkdir()
+        other.csv.write_bytes(csv)
+        other.run(sandbox, "--yes", check=0)
+        report = place.run(sandbox, "--yes", check=0).report
+    assert {skip["code"] for skip in report["skipped"]} == {"already_merged", "already_gone"}
+    assert len(made.merges) == 3 and report["failed_merges"] == []
 
 
 CANNOT = [

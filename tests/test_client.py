@@ -200,7 +200,7 @@ async def merge(api: "tool.DevRevAPI") -> None:
     async def before() -> None:
         pass
 
-    await api.merge(ONE, TWO, OPTIONS, before, telling=True)
+    await api.merge(ONE, TWO, OPTIONS, before)
 
 
 @pytest.mark.parametrize(
@@ -654,3 +654,23 @@ def test_with_nothing_set_a_large_quota_is_used_and_seen(place: Workplace) -> No
         assert len(sandbox.requests) > 220 and sandbox.over_quota == 0
         assert time.monotonic() - begun < 60, "200 in 60 seconds would take longer"
     assert_merged(organisation, pairs)
+
+
+@pytest.mark.parametrize("field", ["display_name", "description", "external_ref"])
+def test_half_an_emoji_costs_its_own_group_alone(place: Workplace, field: str) -> None:
+    organisation, pairs = organisation_of_pairs(4)
+    place.export(organisation)
+
+    def cut(answer: Dict[str, Any]) -> Dict[str, Any]:
+        bad = pairs[1][1]
+        return {
+            **answer,
+            "rev_users": [{**one, field: "x\ud83d"} if one["id"] == bad else one for one in answer["rev_users"]],
+        }
+
+    with Sandbox(organisation, faults=[Fault("changed", "rev-users.list", detail=cut)]) as sandbox:
+        result = place.run(sandbox, "--yes", "--merge-timeout", "2", check=1)
+        assert (
+            result.codes == {"person2@example.com": "api_error"} and field in result.report["failed_merges"][0]["error"]
+        )
+    assert_merged(organisation, [one for one in pairs if one != pairs[1]])

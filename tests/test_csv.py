@@ -579,6 +579,122 @@ def test_the_preview_can_be_narrowed(place: Workplace) -> None:
     assert pairs("--limit", "3") == pairs("--limit", "99999") == {ADA_PAIR, *eve}
 
 
+def test_an_export_in_parts_is_read_as_one(place: Workplace) -> None:
+    parts = (
+        text(ADA[0], EVE[1]),
+        text(EVE[0], header=HEADER.lower()),
+        text(ADA[1], row("9", "x@example.com", "crm")),
+        HEADER,
+    )
+    for number, part in enumerate(parts):
+        content = part.encode()
+        (place.folder / f"part_{number}.csv").write_bytes(gzip.compress(content) if number % 2 else content)
+    names = [f"part_{number}.csv" for number in range(len(parts))]
+    for options in (
+        ["--csv", *names],
+        ["--csv", *names[::-1]],
+        [f"--csv={name}" for name in names],
+        ["--csv", *names[:2], "--csv", *names[2:], "--csv", names[0]],
+    ):
+        plan = json.loads(place.run(None, *options, "--preview", "--json", check=0).out)
+        assert pairs_of(plan) == {ADA_PAIR, EVE_PAIR} and plan["summary"]["contacts_read"] == 5
+        assert plan["summary"]["other_references"] == 1 and plan["schema"] == tool.SCHEMA
+    (place.folder / "part_4.csv").write_text(
+        text(row("7", "ada@example.com", "user_7", tickets="1,2")), encoding="utf-8"
+    )
+    result = place.run(None, "--csv", *names, "part_4.csv", "--preview", check=0)
+    assert "part_4.csv, line 2: 9 fields instead of 8" in result.out and "1 pair to merge" in result.out
+    (place.folder / "part_5.csv").write_text("\n".join(ADA), encoding="utf-8")
+    assert "part_5.csv: missing columns" in place.run(None, "--csv", *names, "part_5.csv", "--preview", check=2).err
+
+
+HINTS = {
+    "a history table": (
+        [row("1", "ada@example.com", "REVU-1", UPDATED_AT=str(n)) for n in range(30)],
+        "a history table",
+        30,
+    ),
+    "words for NULL": ([row(f"x{n}", "\\N", f"REVU-x{n}") for n in range(30)], "a word for NULL", 30),
+    "counts of a locale": (
+        [row(f"x{n}", f"x{n}@x", f"REVU-x{n}", tickets="1.000") for n in range(30)],
+        "plain whole numbers",
+        30,
+    ),
+    "names with commas": (
+        [row(f"x{n}", f"x{n}@x", f"REVU-x{n}", name="Reyes, Ada") for n in range(30)],
+        "quoted fields",
+        30,
+    ),
+    "no email": ([row(f"x{n}", "", f"REVU-x{n}") for n in range(30)], "no email or reference", 30),
+}
+
+
+@pytest.mark.parametrize(("rows", "says", "count"), HINTS.values(), ids=list(HINTS))
+def test_invalid_rows_are_grouped_by_reason_and_explained(
+    place: Workplace, rows: List[str], says: str, count: int
+) -> None:
+    place.csv.write_text(text(*EVE, *rows, row("7", "fay@example.com", "REVU-7", tickets="x")), encoding="utf-8")
+    result = place.run(None, "--preview", check=0)
+    (left_out,) = (line for line in result.out.splitlines() if line.startswith("LEFT OUT"))
+    assert f"{count + 1} invalid rows; this looks like" in left_out and says in left_out
+    assert len(re.findall(r"^    line \d+: ", result.out, re.MULTILINE)) == (
+        20 if says == "plain whole numbers" else 21
+    )
+    assert "more (--json has them all)" in result.out and "1 pair to merge" in result.out
+    plan = json.loads(place.run(None, "--preview", "--json", check=0).out)
+    assert len(plan["invalid_rows"]) == count + 1
+    assert {(bad["file"], bad["line"]) for bad in plan["invalid_rows"]} == {
+        (str(place.csv), n + 4) for n in range(count + 1)
+    }
+    if says != "a history table":
+        place.csv.write_text(text(*rows), encoding="utf-8")
+        error = place.run(None, "--preview", check=2).err
+        assert "no usable row" in error and says in error
+
+
+def test_the_prefix_of_references_is_read_from_a_file_too(place: Workplace) -> None:
+    place.csv.write_text(text(ADA[0], row("2", "ada@example.com", "usr_2")), encoding="utf-8")
+    result = place.run(None, "--preview", check=0)
+    assert "1 contact with other references, for example usr_2, takes no part" in result.out
+    (place.folder / ".env").write_text("DEVREV_USER_REF_PREFIX=usr_\n", encoding="utf-8")
+    plan = json.loads(place.run(None, "--preview", "--json", check=0).out)
+    assert pairs_of(plan) == {ADA_PAIR} and plan["pairs"][0]["new_external_ref"] == "usr_2"
+    assert (
+        pairs_of(json.loads(place.run(None, "--preview", "--json", check=0, DEVREV_USER_REF_PREFIX="user_").out))
+        == set()
+    )
+    assert "overlaps with REVU-" in place.run(None, "--preview", check=2, DEVREV_USER_REF_PREFIX="REVU").err
+
+
+def test_the_preview_shows_both_references_and_one_long_name_stays_on_its_own_lines(place: Workplace) -> None:
+    pairs = [
+        row(f"{kind}{n}", f"p{n}@example.com", f"{reference}{n}", name="Ada " * (500 if n == 3 else 1))
+        for n in range(20)
+        for kind, reference in (("R", "REVU-"), ("U", "user_"))
+    ]
+    place.csv.write_text(text(*pairs), encoding="utf-8")
+    lines = place.run(None, "--preview", check=0).out.splitlines()
+    for n in range(20):
+        assert any(re.match(rf"p{n}@example\.com +REVU-{n} .* user_{n} REVU-U{n} .*moves", line) for line in lines)
+    assert re.fullmatch(r"plan [0-9a-f]{12}", lines[-2]) and lines[-1] == "20 pairs to merge, 0 groups skipped"
+
+
+class NarrowConsole(tool.Console):
+    width = 90  # type: ignore[assignment]
+
+
+def test_a_row_that_does_not_fit_takes_lines_of_its_own() -> None:
+    rows = [
+        tool.Contact(f"{kind}{n}", "x" * (300 if n == 7 else 4), f"p{n}@example.com", f"{prefix}{n}", "", 1, "", "")
+        for n in range(30)
+        for kind, prefix in (("R", "REVU-R"), ("U", "user_"))
+    ]
+    out = io.StringIO()
+    tool._show_pairs(tool.detect(tool.CsvContents(rows)), NarrowConsole(out=out, err=io.StringIO()))
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 1 + 29 + 3 + 1 and max(len(line) for line in lines if "x" * 9 not in line) <= 90
+
+
 def test_without_rights_to_write_the_preview_still_shows_the_plan(place: Workplace) -> None:
     place.csv.write_text(text(*ADA), encoding="utf-8")
     (place.folder / "logs").write_text("in the way", encoding="utf-8")

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -368,14 +368,14 @@ def test_different_names_are_warned_of_and_merged_all_the_same(one: str, other: 
     for order in (people, people[::-1]):
         plan = plan_of(order)
         assert pairs_of(plan) == [("1", "2", "user_2")]
-        assert [warning["code"] for warning in plan.warnings()] == ([] if fits else ["names_differ"])
-        for warning in plan.warnings():
+        assert [warning["code"] for warning in plan.find_warnings()] == ([] if fits else ["names_differ"])
+        for warning in plan.find_warnings():
             assert warning["email"] == "ada@example.com" and one in warning["warning"] and other in warning["warning"]
 
 
 def test_where_a_display_name_says_nothing_the_full_name_is_compared() -> None:
     people = [replace(SYSTEM, display_name="ada@example.com", full_name="Eve"), replace(USER, display_name="Bob")]
-    assert [warning["code"] for warning in plan_of(people).warnings()] == ["names_differ"]
+    assert [warning["code"] for warning in plan_of(people).find_warnings()] == ["names_differ"]
 
 
 def test_a_chosen_group_of_many_is_warned_of() -> None:
@@ -386,15 +386,70 @@ def test_a_chosen_group_of_many_is_warned_of() -> None:
     ):
         people = [contact(str(number), f"user_{number}", email=email) for number in range(size)]
         plan = plan_of(people, choices={email: "user_1"})
-        assert [warning["code"] for warning in plan.warnings()] == ["shared_mailbox"] * warned
-        assert not warned or f"joins {size} contacts" in plan.warnings()[0]["warning"]
+        assert [warning["code"] for warning in plan.find_warnings()] == ["shared_mailbox"] * warned
+        assert not warned or f"joins {size} contacts" in plan.find_warnings()[0]["warning"]
 
 
-ROLES = """info support help helpdesk service sales contact hello office team admin administrator billing accounts accounting
-finance hr jobs careers marketing press media legal privacy security abuse postmaster hostmaster webmaster root mail email
-reception orders booking bookings customerservice customer-service customercare feedback""".split()
-PLACEHOLDERS = """noreply no-reply no_reply donotreply do-not-reply none null nobody unknown anonymous test na n-a noemail
-no-email invalid""".split()
+ROLES = [
+    "info",
+    "support",
+    "help",
+    "helpdesk",
+    "service",
+    "sales",
+    "contact",
+    "hello",
+    "office",
+    "team",
+    "admin",
+    "administrator",
+    "billing",
+    "accounts",
+    "accounting",
+    "finance",
+    "hr",
+    "jobs",
+    "careers",
+    "marketing",
+    "press",
+    "media",
+    "legal",
+    "privacy",
+    "security",
+    "abuse",
+    "postmaster",
+    "hostmaster",
+    "webmaster",
+    "root",
+    "mail",
+    "email",
+    "reception",
+    "orders",
+    "booking",
+    "bookings",
+    "customerservice",
+    "customer-service",
+    "customercare",
+    "feedback",
+]
+PLACEHOLDERS = [
+    "noreply",
+    "no-reply",
+    "no_reply",
+    "donotreply",
+    "do-not-reply",
+    "none",
+    "null",
+    "nobody",
+    "unknown",
+    "anonymous",
+    "test",
+    "na",
+    "n-a",
+    "noemail",
+    "no-email",
+    "invalid",
+]
 LIMITS = {
     **dict.fromkeys(("ada", "information", "info.ada", "ada+info", "noreplyx", "xtest", "", "test.er"), 3),
     **dict.fromkeys((*ROLES, "INFO", "Support", "info+ada", "info+a+b"), 2),
@@ -511,7 +566,7 @@ def test_of_contacts_with_as_many_tickets_the_oldest_remains(dates: List[str], p
     ranked, unknown = tool.rank(system[::-1])
     assert (key_of(ranked[0]), unknown) == (primary, undecided)
     plan = plan_of([*system[:2], USER])
-    assert [warning["code"] for warning in plan.warnings()] == (
+    assert [warning["code"] for warning in plan.find_warnings()] == (
         ["age_undecided"] if undecided and len(dates) < 3 else []
     )
 
@@ -939,6 +994,56 @@ def test_the_order_of_the_rows_makes_no_difference(rows: List[Cells], seed: Any)
     other = list(rows)
     seed.shuffle(other)
     assert outcome_of(other) == outcome_of(rows)
+
+
+@examples(150)
+@given(rows=files(), cuts=st.lists(st.integers(0, 14), max_size=4), packed=st.booleans())
+def test_the_split_into_files_makes_no_difference(rows: List[Cells], cuts: List[int], packed: bool) -> None:
+    places = [0, *sorted(cuts), len(rows)]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = []
+        for number, (start, end) in enumerate(zip(places, places[1:])):
+            paths.append(Path(folder) / f"part_{number}")
+            write(paths[-1], rows[start:end], PLAIN._replace(columns=range(len(COLUMNS))[:: 1 - 2 * (number % 2)]))
+            if packed:
+                paths[-1].write_bytes(gzip.compress(paths[-1].read_bytes()))
+        plan = tool.detect(tool.read_contacts(paths))
+    other = plan_of_file(rows)
+    assert pairs_of(plan) == pairs_of(other) and plan.contacts_read == other.contacts_read
+    assert [(skip.email, skip.code) for skip in plan.skipped] == [(skip.email, skip.code) for skip in other.skipped]
+    assert sorted(row.code for row in plan.invalid_rows) == sorted(row.code for row in other.invalid_rows)
+    assert [one["emails"] for one in plan.look_alikes] == [one["emails"] for one in other.look_alikes]
+    assert tool.plan_id(plan.groups) == tool.plan_id(other.groups)
+
+
+SPELLINGS: Sequence[Callable[[str], str]] = (
+    str, str, str.upper, str.title, " {}\t".format, "\u00a0{}".format, "{}\u200b".format, "\ufeff{}".format, "x{}".format,
+    lambda text: text.replace("a", "\u0430"), lambda text: text.replace("k", "\u212a"), lambda text: text.replace("ss", "\u00df"),
+    lambda text: text.replace("fi", "\ufb01"), lambda text: text.replace("e", "e\u0301"), lambda text: text.replace("e", "\u00c9"),
+    lambda text: text.replace("a", "\uff41"), lambda text: text.replace("i", "\u0130"), lambda text: text.replace("s", "\u017f"),
+    lambda text: text.replace("@", "\uff20"), lambda text: text.replace(".", "\u3002"), lambda text: text.replace("a", "a\u00ad"),
+)  # fmt: skip
+spelled = st.tuples(
+    st.one_of(
+        st.sampled_from(["kassie.fink@example.com", "ada@strasse.example"]),
+        st.text(min_size=1, max_size=3).map("{}@x".format),
+    ),
+    st.sampled_from(SPELLINGS),
+    st.sampled_from(SPELLINGS),
+).map(lambda one: one[2](one[1](one[0])))
+
+
+@examples(300)
+@given(st.lists(st.tuples(spelled, st.sampled_from(["REVU-", "user_"])), min_size=2, max_size=6))
+def test_no_pair_joins_addresses_that_differ_in_more_than_blanks_and_ascii_case(people: List[Tuple[str, str]]) -> None:
+    rows = [contact(str(n), f"{kind}{n}", email=email.replace("\0", "")) for n, (email, kind) in enumerate(people)]
+    plan = plan_of_file([SOMEONE, *map(cells_of, rows)])
+    for pair in plan.pairs():
+        mine = [one for one in rows if one.id in (pair.primary.id, pair.duplicate.id)]
+        assert len(mine) == 2 and len({normal(one.email) for one in mine}) == 1
+        assert {normal(one.email) for one in (pair.primary, pair.duplicate)} == {normal(mine[0].email)}
+    for one in plan.look_alikes:
+        assert len(set(one["emails"])) > 1
 
 
 @examples(400)

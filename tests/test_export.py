@@ -1,15 +1,20 @@
 """The CSV made from DevRev itself: it is what the warehouse would give, it costs little, and it leaves nothing half done."""
 
 import csv
+import io
+import json
 import os
 import random
 import re
 import signal
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import merge_contacts as tool
 from tests.sandbox import Fault, Organisation, Sandbox
@@ -167,6 +172,83 @@ def test_whatever_a_contact_is_called_comes_back_from_the_file(place: Workplace)
         assert found >= set(names) - {"\ud800 alone"} and len(found) == len(names)
         place.run(sandbox, "--yes", check=0)
     assert len(organisation.merges) == len(names)
+
+
+cells = st.text(
+    st.one_of(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), st.sampled_from("'=+-@\t\r\n\"")),
+    max_size=6,
+)
+people = st.builds(
+    tool.Contact,
+    id=st.integers(0, 99).map("don:identity:dvrv-us-1:devo/SANDBOX1:revu/{}".format),
+    display_name=cells,
+    email=st.sampled_from(
+        ["ada@example.com", "=1@example.com", "-ada@example.com", "'=x@example.com", "stra\u00dfe@x"]
+    ),
+    external_ref=st.sampled_from(["REVU-1", "user_1", "=cmd", "'+1", "@x"]),
+    full_name=cells,
+    tickets=st.integers(0, 10**9),
+    created=st.sampled_from(["2024-01-01T00:00:00.000Z", "", "-"]),
+    updated=cells,
+)
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(st.lists(people, min_size=1, max_size=5, unique_by=lambda one: one.id))
+def test_what_an_export_writes_reads_back_as_it_was(rows: List[tool.Contact]) -> None:
+    content = b"".join(tool.csv_chunks(rows))
+    assert content.startswith(b"\xef\xbb\xbf")
+    for line in csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")):
+        assert not any(cell.startswith(tuple("=+-@\t\r")) for cell in line), "a spreadsheet takes it for a formula"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "contacts.csv"
+        path.write_bytes(content)
+        contents = tool.read_contacts([path], [one.email for one in rows])
+    assert contents.contacts == rows and contents.invalid_rows == []
+
+
+def test_deleted_and_merged_contacts_are_left_out_and_look_alikes_are_not(place: Workplace) -> None:
+    made = Organisation()
+    for key, email, fields in (
+        ("A1", "ada@example.com", {}), ("A2", "Ada@Example.com", {}), ("A3", "ada@example.com", {"state": "deleted"}),
+        ("E1", "eve@example.com", {}), ("E2", "eve@example.com", {"state": "deleted"}),
+        ("F1", "fay@example.com", {}), ("F2", "fay@example.com", {"primary_identity": {"id": "x"}}),
+        ("S1", "stra\u00dfe@example.com", {}), ("S2", "strasse@example.com", {}), ("L1", "ada@example.com", {"state": "locked"}),
+    ):  # fmt: skip
+        made.add_contact(key, email, **fields)
+    with Sandbox(made) as sandbox:
+        place.run(sandbox, "--export", "contacts.csv", check=0)
+    assert sorted(row["REV_USER_ID"].rpartition("/")[2] for row in rows_of(place.csv)) == ["A1", "A2", "L1", "S1", "S2"]
+    plan = json.loads(place.run(None, "--preview", "--json", check=0).out)
+    (found,) = plan["look_alikes"]
+    assert found["emails"] == ["strasse@example.com", "stra\u00dfe@example.com"] and len(found["lines"]) == 2
+
+
+def test_an_empty_file_that_a_kill_has_left_is_replaced(place: Workplace, seeded: Organisation) -> None:
+    place.csv.write_bytes(b"")
+    with Sandbox(seeded) as sandbox:
+        place.run(sandbox, "--export", "contacts.csv", check=0)
+        assert len(rows_of(place.csv)) == 88 and set(left(place)) == {"contacts.csv"}
+        place.run(sandbox, "--export", "contacts.csv", check=2)
+
+
+@pytest.mark.parametrize("error", [PermissionError(1, "x"), OSError(95, "x"), NotImplementedError(), None])
+def test_a_new_file_never_takes_the_place_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any
+) -> None:
+    def link(*_: Any) -> None:
+        raise error
+
+    if error:
+        monkeypatch.setattr(os, "link", link)
+    environment, path = tool.Environment(tool.ApiSettings(token="")), tmp_path / ("x" * 250)
+    tool.write_new_file(environment, path, [b"one"])
+    with pytest.raises(FileExistsError):
+        tool.write_new_file(environment, path, [b"two"])
+    assert path.read_bytes() == b"one" and list(tmp_path.iterdir()) == [path]
+    path.write_bytes(b"")
+    tool.write_new_file(environment, path, [b"three"])
+    assert path.read_bytes() == b"three" and list(tmp_path.iterdir()) == [path]
 
 
 def in_the_way(place: Workplace, what: str) -> str:

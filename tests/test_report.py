@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
@@ -18,13 +19,13 @@ from merge_contacts import (
     State,
     codes_markdown,
     free_run_id,
+    guard_cell,
     settle_error,
     settle_pair,
-    guard_cell,
 )
 from tests.sandbox import Fault, Organisation, Sandbox
 from tests.support import ROOT, Result, Workplace, assert_merged, organisation_of_pairs
-from tests.test_savepoint import pair_of
+from tests.test_savepoint import pair_of, posix
 
 SOURCE = (ROOT / "merge_contacts.py").read_text(encoding="utf-8")
 # Of a file of choices, which is refused before there is a run; no pair ever has it.
@@ -298,3 +299,55 @@ def test_pairs_of_earlier_runs_that_are_not_in_the_csv_are_marked_and_outside_th
         assert result.report["summary"]["earlier_runs"]["successful_merges"] == 1
         assert "of earlier runs, not in this CSV: 1 finished" in result.out
         assert result.report["summary"]["pairs_planned"] == 0
+
+
+def test_what_the_live_check_leaves_out_is_skipped_and_the_sum_holds(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    gone, elsewhere = (organisation.add_contact(key, "person1@example.com") for key in ("G1", "W1"))
+    organisation.contacts[elsewhere]["rev_org"] = {"id": "don:identity:dvrv-us-1:devo/SANDBOX1:revo/9"}
+    organisation.contacts[pairs[0][0]]["rev_org"] = {"id": "don:identity:dvrv-us-1:devo/SANDBOX1:revo/1"}
+    organisation.contacts[pairs[0][1]]["rev_org"] = {"id": "don:identity:dvrv-us-1:devo/SANDBOX1:revo/1"}
+    choices = place.folder / "choices.csv"
+    choices.write_text("EMAIL,EXTERNAL_REF\nperson1@example.com,user_1\n", encoding="utf-8")
+    place.export(organisation)
+    del organisation.contacts[gone]
+    with Sandbox(organisation) as sandbox:
+        result = place.run(sandbox, "--choices", str(choices), check=0)
+    assert {(one["email"], one["code"]) for one in result.report["skipped"]} == {
+        ("person1@example.com", "already_gone"), ("person1@example.com", "different_rev_org"),
+    }  # fmt: skip
+    assert_sum(result.report)
+    summary = result.report["summary"]
+    assert (summary["pairs_planned"], summary["already_merged"], summary["successful_merges"]) == (3, 1, 2)
+    assert (summary["skipped_groups"], summary["left"]) == (1, 0)
+    assert_merged(organisation, pairs)
+
+
+@posix
+def test_a_killed_undo_gets_its_report_from_the_next_run_and_refuses_its_group_meanwhile(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    place.export(organisation)
+    process: List[Any] = []
+    with Sandbox(organisation) as sandbox:
+        merged = place.run(sandbox, "--email", "person1@example.com", check=0)
+        path = f"reports/merge_report_{merged.report['run']['id']}.json"
+
+        def kill(stage: str, request: Any) -> None:
+            if stage == "before" and request.endpoint == "rev-users.create" and process:
+                process.pop().kill()
+
+        sandbox.on_request = kill
+        process.append(place.start(sandbox, "--undo", path, "--yes"))
+        process[0].communicate(timeout=60)
+        result = place.run(sandbox, check=1)
+        (report,) = (place.folder / "reports").glob("undo_report_*.json")
+        undone = json.loads(report.read_text(encoding="utf-8"))
+        assert (undone["run"]["kind"], undone["run"]["stopped"], undone["run"]["exit_code"]) == ("undo", "killed", None)
+        assert [one["email"] for one in undone["unfinished"]] == ["person1@example.com"]
+        newest = max((place.folder / "reports").glob("merge_report_*.json"))
+        result.report = json.loads(newest.read_text(encoding="utf-8"))
+        assert result.codes == {"person1@example.com": "undo_unfinished"}
+        assert entries_of(result, "successful_merges") == ["person2@example.com"]
+        assert_sum(result.report)
+        place.run(sandbox, "--undo", path, "--yes", check=0)
+        assert len(list((place.folder / "reports").glob("undo_report_*.json"))) == 2

@@ -319,7 +319,7 @@ OPEN_ALL = "document.querySelectorAll('summary, .tog').forEach(e => e.click()), 
 MERGED = "[...document.querySelectorAll('#merged tbody tr:not(.det)')]"
 
 
-UNDO_CODES = {"merged_again", "not_merged", "contact_refused", "contact_not_confirmed", "not_handed_back"}
+UNDO_CODES = {"merged_again", "not_merged", "contact_refused", "contact_not_confirmed", "not_restored", "merged_onward"}
 
 
 def test_template_is_self_contained_and_strict():

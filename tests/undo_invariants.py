@@ -70,7 +70,7 @@ class UndoChecker:
 
     def forget(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
         """Forget the undos that neither file knows any more."""
-        known = {ids for ids, row in rows.items() if row["state"] in ("undoing", "undone", "undo_settled")}
+        known = {ids for ids, row in rows.items() if row["undo"]}  # also of one that could not be carried out
         self.begun &= known
         self.true &= known
 
