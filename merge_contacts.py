@@ -662,53 +662,44 @@ class HttpTransport:
 class CancelToken:
     """Ends a run: once it is cancelled, all that waits or would wait raises Cancelled, and no request leaves."""
 
-    SHIELDED = 10.0  # seconds that an interruption waits at most
-
     def __init__(self) -> None:
         self.stop: Optional[FatalError] = None
         self.on_cancel: List[Callable[[], None]] = []
-        self._is_shielded, self._deferred = False, False
-        self._waiting: Dict[asyncio.Future[Any], None] = {}  # in the order in which they came
+        self._shielded: Optional[asyncio.Future[Any]] = None  # the task that an interruption does not end
+        self._waiting: Dict[asyncio.Future[Any], bool] = {}  # in the order in which they came, and whether shielded
 
     def cancel(self, stop: FatalError) -> None:
         """Stop for this reason. The first one counts, but an interruption explains less than any other reason."""
-        if self._is_shielded and isinstance(stop, Cancelled):
-            self._deferred = True
-            asyncio.get_event_loop().call_later(self.SHIELDED, self._end_shield)
-            return
         if self.stop is None or isinstance(self.stop, Cancelled):
             self.stop = stop
-        for future in list(self._waiting):
-            if not future.done():
+        for future, is_shielded in list(self._waiting.items()):
+            if not future.done() and not (is_shielded and isinstance(self.stop, Cancelled)):
                 future.set_exception(Cancelled())
         for act in self.on_cancel:
             act()
 
     @contextlib.contextmanager
     def shield(self) -> Iterator[None]:
-        """Let an interruption wait until the block has ended, for SHIELDED seconds at most."""
+        """Let what the current task does in the block go on in spite of an interruption; other stops end it, too."""
         self.raise_if_cancelled()
-        self._is_shielded = True
+        self._shielded = asyncio.current_task()
         try:
             yield
         finally:
-            self._end_shield()
+            self._shielded = None
 
-    def _end_shield(self) -> None:
-        self._is_shielded = False
-        if self._deferred:
-            self._deferred = False
-            self.cancel(Cancelled())
+    def _is_shielded(self) -> bool:
+        return self._shielded is not None and self._shielded is asyncio.current_task()
 
     def raise_if_cancelled(self) -> None:
-        if self.stop:
+        if self.stop and not (isinstance(self.stop, Cancelled) and self._is_shielded()):
             raise Cancelled()
 
     def future(self) -> "asyncio.Future[Any]":
         """A future to wait for, which a cancellation ends."""
         self.raise_if_cancelled()
         future: asyncio.Future[Any] = asyncio.get_event_loop().create_future()
-        self._waiting[future] = None
+        self._waiting[future] = self._is_shielded()
         future.add_done_callback(self._waiting.pop)
         return future
 
@@ -5610,15 +5601,229 @@ def plan_fields(pair: Pair, live: Json) -> Tuple[Json, List[Json]]:
 # -- the run -----------------------------------------------------------------------------------------
 
 
+class ContactRestorer:
+    """Takes the moved reference from the primary and creates the undone contact again, or gives the reference back.
+
+    Between the freed reference and the new contact nothing waits or interrupts. `primary` is the contact as DevRev has
+    it, `user` the undone one as its backup has it, `group_ids` are contacts that it is not, `old` the reference that
+    the primary gets (and what may stand in for it), `moved` the one that the merge gave it, if any.
+    """
+
+    FIELDS = ("display_name", "email", "external_ref", "description", "phone_numbers", "display_picture", "rev_org")
+    UNITS = 8  # of quota for what follows the freed reference: the contact, perhaps with fewer fields, or the way back
+    PATIENCE = 10.0  # seconds for which a contact that may have been created is looked for at most
+
+    def __init__(
+        self, context: GroupContext, pair: Pair, primary: Json, user: Json, group_ids: Set[str], old: Sequence[str],
+        moved: Optional[str],
+    ) -> None:  # fmt: skip
+        self.context = context
+        self.api = context.api
+        self.pair, self.undo = pair, progress_of_undo(pair)
+        self.primary, self.user, self.group_ids = primary, user, group_ids
+        self.old, self.moved = old, moved
+        self.has_changed = False  # whether DevRev may have acted on a request
+        self.request_options = RequestOptions(FINISH, Reservation(), self.UNITS)
+
+    async def run(self, fields: Json) -> None:
+        """Restore the contact; `fields` are set on the primary together with its old reference."""
+        try:
+            with self.context.cancel_token.shield():
+                if self.undo.reference_free and self.primary.get("external_ref") == self.moved:
+                    await self._free_reference(fields)
+                try:
+                    await self._create()
+                except PairError as problem:
+                    if problem.code in ("contact_refused", "forbidden"):
+                        self.undo.forbidden = problem.code == "forbidden"
+                        await self._return_reference(problem)
+                    raise
+        finally:
+            if self.request_options.reservation:
+                self.api.scheduler.release(self.request_options.reservation)
+
+    async def _free_reference(self, fields: Json) -> None:
+        """Give the primary its old reference, and in the same update its old values of carried fields.
+
+        Whatever of it is refused, the reference goes alone at once. After a lost answer the primary is read before the
+        update is sent again.
+        """
+        primary, old = self.primary["id"], self.old[0]
+        bodies = [{"external_ref": old, **fields}] if fields else []
+        bodies += [{"external_ref": reference} for reference in self.old]
+        problem: PairError = PairError("external_ref_not_set", "DevRev answered with another reference")
+        started, deadline = self.context.environment.now(), PairMerge.FIRST_DEADLINE
+        options = self.request_options._replace(priority=MERGE)
+        while bodies:
+            try:
+                user = await self.api.update_contact(primary, bodies[0], options, deadline)
+            except ApiError as api_error:
+                problem, user = api_error, self.primary
+            except NoUsableResponse as error:
+                problem, self.has_changed = error, True
+                user = await self.api.contact(primary, self.request_options) or {}
+                deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
+                waited = self.context.environment.elapsed(started)
+                if user.get("external_ref") == self.moved and waited < self.PATIENCE:
+                    continue
+            if user.get("external_ref") in self.old:
+                self.primary, self.has_changed = user, True
+                return
+            if user.get("external_ref") != self.moved:
+                break  # another user's
+            options = self.request_options
+            bodies.pop(0)
+        live = await self.api.contact(primary, self.request_options)
+        if live and live.get("external_ref") == self.moved:
+            await self._save_as_before()
+        raise PairError(problem.code, f"the primary did not get its old reference {old}: {problem}")
+
+    async def _return_reference(self, problem: PairError) -> None:
+        """Give the primary the moved reference again, and what was removed of its fields: no contact can be created."""
+        if not self.undo.reference_free:
+            await self._save_as_before()
+            return
+        error: PairError = problem
+        alone = {"external_ref": self.moved}
+        for body in ({**alone, **self.undo.fields_removed}, alone, alone):
+            try:
+                self.primary = await self.api.update_contact(self.primary["id"], body, self.request_options)
+            except PairError as refused:
+                error = refused
+                continue
+            if self.primary.get("external_ref") == self.moved:
+                await self._save_as_before()
+                return
+        words = f"{problem}; {self.moved} could not be set on {self.pair.primary.short_id} again: {error}"
+        raise PairError(problem.code, words)
+
+    async def _save_as_before(self) -> None:
+        """Note that the merge stands as it was. The progress stays for what it says of the merge."""
+        undo = self.undo
+        undo.reference_free, undo.contacts_before, undo.left_out = False, None, {}
+        self.pair.state = State(undo.state_before)
+        await self.context.savepoint.save(self.pair)
+
+    async def _create(self) -> None:
+        """Create the contact with the fields that DevRev takes, and save its id.
+
+        DevRev makes no second contact with the same reference, so one with its reference is simply requested again; one
+        without is looked for first. Raises PairError: contact_refused, forbidden, external_ref_conflict,
+        contact_not_confirmed.
+        """
+        undo, environment, pause = self.undo, self.context.environment, 0.2
+        since, merge_timeout = environment.now(), self.context.options.merge_timeout
+        requested_before, lost, why = undo.contacts_before is not None, False, ""
+        while not undo.contact:
+            fields = self._fields()
+            reference, name = fields.get("external_ref"), self.pair.duplicate.short_id
+            is_vital = reference is not None and self.pair.duplicate.is_user  # the application knows the person by it
+            if undo.contacts_before is not None:
+                found = await self._find(fields)
+                if found:
+                    await self._save(found)
+                    return
+                may_exist = lost or requested_before
+                if why or (may_exist and reference is None):
+                    limit = merge_timeout if lost and not is_vital else min(self.PATIENCE, merge_timeout / 4)
+                    if (is_vital or may_exist) and environment.elapsed(since) < limit:  # lists may lag
+                        await self.context.cancel_token.sleep(pause)
+                        pause = min(self.PATIENCE, 1.6 * pause)
+                        if reference is None:
+                            continue
+                    elif is_vital:
+                        raise PairError("contact_refused", f"{name} could not be created again: {why}")
+                    elif reference is not None:
+                        undo.left_out["external_ref"], undo.contacts_before = why, None
+                        requested_before, lost, why, since = False, False, "", environment.now()
+                        continue
+                    elif lost:
+                        words = f"it is not known whether {name} was created again; undo again, which looks for it"
+                        raise PairError("contact_not_confirmed", words)
+            listed = [] if reference else await self._listed()
+            undo.contacts_before = [] if reference else sorted({*(user["id"] for user in listed), *self.group_ids})
+            await self.context.savepoint.save(self.pair)
+            try:
+                await self._save(await self.api.create_contact(fields, self.request_options))
+            except NoUsableResponse as error:
+                lost, why, self.has_changed = True, str(error), True
+            except ApiError as api_error:
+                why = str(api_error)
+                refused = refused_fields(api_error, fields, is_vital)
+                if refused:
+                    undo.left_out.update(dict.fromkeys(refused, why))
+                    undo.contacts_before, why = None, ""
+                elif api_error.status != 409 or reference is None:
+                    code = "forbidden" if api_error.status == 403 else "contact_refused"
+                    raise PairError(code, f"{name} could not be created again: {why}") from None
+
+    def _fields(self) -> Json:
+        """Return what the contact is created with."""
+        picture = self.user.get("display_picture")
+        known = {
+            **self.user,
+            "display_picture": picture.get("id") if isinstance(picture, dict) else None,
+            "rev_org": rev_org_id(self.user),
+        }
+        return {name: known[name] for name in self.FIELDS if known.get(name) and name not in self.undo.left_out}
+
+    async def _find(self, fields: Json) -> Optional[Json]:
+        """Return the contact that was requested, if it exists. A reference is looked up in the whole organisation.
+
+        Raises PairError(external_ref_conflict) where the reference belongs to another contact.
+        """
+        undo, reference = self.undo, fields.get("external_ref")
+        if reference is None:
+            known = set(undo.contacts_before or ())
+            listed = await self._listed()
+            new = (user for user in listed if user["id"] not in known)
+            return next((user for user in new if user.get("external_ref") in (None, "", user.get("display_id"))), None)
+        other: Optional[Json] = None
+        for holder in await self.api.holders_of(reference, self.request_options):
+            # Lists lag behind contacts that no longer exist, or no longer have the reference.
+            is_mine = holder["id"] in self.group_ids
+            user = None if is_mine else await self.api.contact(holder["id"], self.request_options)
+            if user is None or user.get("external_ref") != reference or user.get("state") == "deleted":
+                continue
+            is_here = rev_org_id(user) in (None, fields.get("rev_org")) or "rev_org" not in fields
+            if is_here and email_of(user) == email_key(fields["email"]):
+                return user
+            other = user
+        if other:
+            undo.reference_free = False
+            words = (
+                f"{other.get('display_id')} <{other.get('email')}>, another contact, has the reference {reference} now"
+            )
+            raise PairError("external_ref_conflict", words)
+        return None
+
+    async def _listed(self) -> List[Json]:
+        body = {"email": [self.pair.duplicate.email.strip()]}
+        return (await self.api.pages("rev-users.list", "rev_users", body, self.request_options)).items
+
+    async def _save(self, user: Json) -> None:
+        undo = self.undo
+        undo.contact, undo.display_id, undo.reference_free = user["id"], str(user.get("display_id")), False
+        self.has_changed = True
+        await self.context.savepoint.save(self.pair)
+
+
+def refused_fields(error: ApiError, fields: Json, is_vital: bool) -> List[str]:
+    """Return which fields to leave out after a 400: the one that it names, else all that say little of a person."""
+    if error.status != 400:
+        return []
+    named = re.split(r"\W", str(error.data.get("field_name")))[0]
+    if named in fields:
+        return [] if named == "email" or (named == "external_ref" and is_vital) else [named]
+    return [name for name in ("description", "phone_numbers", "display_picture") if name in fields]
+
+
 class GroupUndo:
     """The undo of merges into one primary: check, then each pair: old reference, contact, objects, undone.
 
     Nothing runs beside it. What keeps a pair from its end is recorded with it; what stops the run passes through.
     """
 
-    FIELDS = ("display_name", "email", "external_ref", "description", "phone_numbers", "display_picture", "rev_org")
-    UNITS = 8  # of quota for what follows the freed reference: the contact, perhaps with fewer fields, or the way back
-    PATIENCE = 10.0  # seconds for which a contact that may have been created is looked for at most
     ATTEMPTS = 6  # times that an object is read and written before it is given up
     KINDS = ("ticket", "issue", "conversation")
 
@@ -5629,7 +5834,6 @@ class GroupUndo:
         self.path = path
         self.writable_kinds = writable_kinds  # kinds of objects that the token is known to be allowed to write
         self.has_changed = False  # whether this undo may have changed the group in DevRev
-        self.reservation = Reservation()
         self.before = StateBeforeMerge()
         self.siblings: List[Pair] = []  # other pairs of the primary
         self.primary: Json = {}  # as DevRev has it now
@@ -5649,7 +5853,6 @@ class GroupUndo:
         for pair in pairs:
             was_forbidden = bool(pair.undo and pair.undo.forbidden)
             problem = await self._attempt(self._preview(pair) if self.context.options.preview else self._undo(pair))
-            self.api.scheduler.release(self.reservation)
             await self.context.record_outcome(pair, problem)
             is_stop = problem is not None and pair.undo is not None and pair.undo.forbidden and not was_forbidden
             if is_stop and "contact" not in self.writable_kinds:
@@ -5713,7 +5916,8 @@ class GroupUndo:
         except (ApiError, NoUsableResponse) as error:
             log.info("%s: lists decide whether %s still exists: %s", pair.email, pair.duplicate.short_id, error)
             reference = str(self.before.contacts[duplicate].get("external_ref"))
-            listed = [*await self._listed(pair), *await self.api.holders_of(reference, ANY_OPTIONS)]
+            listed = (await self.api.contacts_by_email([pair.duplicate.email.strip()], linger=0.0)).items
+            listed += await self.api.holders_of(reference, ANY_OPTIONS)
             there = (one for one in listed if one["id"] == duplicate and one.get("state") != "deleted")
             return all(isinstance(one.get("primary_identity"), dict) for one in there)
         except PairError as problem:
@@ -5787,27 +5991,27 @@ class GroupUndo:
     # -- one pair -----------------------------------------------------------------------------------
 
     async def _undo(self, pair: Pair) -> None:
-        """Undo one merge. Between the primary's old reference and the new contact nothing waits or interrupts."""
+        """Undo one merge: the primary's old reference, the contact, the primary's fields, then object after object."""
         if pair.state is not State.UNDOING:
             pair.undo = self._new_progress(pair)
         undo = progress_of_undo(pair)
         moved = self._moved_reference(pair)
         update, undo.fields_left = plan_fields(pair, self.primary)
         undo.fields_removed = {**{name: self.primary.get(name) for name in update}, **undo.fields_removed}
-        frees = moved is not None and self.primary.get("external_ref") == moved
+        frees = moved is not None and self.primary.get("external_ref") == moved and not undo.contact
         undo.reference_free = undo.reference_free or frees
         pair.state, pair.code, pair.error = State.UNDOING, "", ""
         await self.savepoint.save(pair)
-        with self.context.cancel_token.shield():
-            if frees:
-                await self._free_reference(pair, update)
-            try:
-                await self._create_contact(pair)
-            except PairError as problem:
-                if problem.code in ("contact_refused", "forbidden"):
-                    undo.forbidden = problem.code == "forbidden"
-                    await self._return_reference(pair, problem)
-                raise
+        user = self.before.contacts[pair.duplicate.id]
+        restorer = ContactRestorer(
+            self.context, pair, self.primary, user, self._group_ids(), self._old_references(pair), moved
+        )
+        try:
+            await restorer.run(update)
+            self.writable_kinds.add("contact")
+        finally:
+            self.primary = restorer.primary
+            self.has_changed = self.has_changed or restorer.has_changed
         self.aliases[pair.duplicate.id] = undo.contact
         await self._remove_fields(pair)
         await self._restore_objects(pair)
@@ -5820,183 +6024,6 @@ class GroupUndo:
         run = earlier.merge_run if earlier else pair.run
         revision = earlier.merge_revision if earlier else self.savepoint.revision(pair.ids)
         return UndoProgress(str(self.path), pair.state.value, run, revision, bool(earlier and earlier.forbidden))
-
-    def _options(self, priority: int = FINISH) -> RequestOptions:
-        return RequestOptions(priority, self.reservation, self.UNITS)
-
-    async def _free_reference(self, pair: Pair, update: Json) -> None:
-        """Give the primary its old reference, and in the same update its old values of carried fields.
-
-        Whatever of it is refused, the reference goes alone at once. After a lost answer the primary is read before the
-        update is sent again.
-        """
-        old, moved, primary = self._old_references(pair), self._moved_reference(pair), self.primary["id"]
-        bodies = [{"external_ref": old[0], **update}] if update else []
-        bodies += [{"external_ref": reference} for reference in old]
-        problem: PairError = PairError("external_ref_not_set", "DevRev answered with another reference")
-        started, options, deadline = self.environment.now(), self._options(MERGE), PairMerge.FIRST_DEADLINE
-        while bodies:
-            try:
-                user = await self.api.update_contact(primary, bodies[0], options, deadline)
-            except ApiError as api_error:
-                problem, user = api_error, self.primary
-            except NoUsableResponse as error:
-                problem, self.has_changed = error, True
-                user = await self.api.contact(primary, self._options()) or {}
-                deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
-                if user.get("external_ref") == moved and self.environment.elapsed(started) < self.PATIENCE:
-                    continue
-            if user.get("external_ref") in old:
-                self.primary, self.has_changed = user, True
-                return
-            options = self._options()
-            bodies.pop(0)
-        live = await self.api.contact(primary, self._options())
-        if live and live.get("external_ref") == moved:
-            await self._save_as_before(pair)
-        raise PairError(problem.code, f"the primary did not get its old reference {old[0]}: {problem}")
-
-    async def _return_reference(self, pair: Pair, problem: PairError) -> None:
-        """Give the primary the moved reference again, and what was removed of its fields: no contact can be created."""
-        undo, reference = progress_of_undo(pair), self._moved_reference(pair)
-        if not undo.reference_free:
-            await self._save_as_before(pair)
-            return
-        error: PairError = problem
-        alone = {"external_ref": reference}
-        for body in ({**alone, **undo.fields_removed}, alone, alone):
-            try:
-                self.primary = await self.api.update_contact(self.primary["id"], body, self._options())
-            except PairError as refused:
-                error = refused
-                continue
-            if self.primary.get("external_ref") == reference:
-                await self._save_as_before(pair)
-                return
-        words = f"{problem}; {reference} could not be set on {self.group.primary.short_id} again: {error}"
-        raise PairError(problem.code, words)
-
-    async def _save_as_before(self, pair: Pair) -> None:
-        """Note that the merge stands as it was. The progress stays for what it says of the merge."""
-        undo = progress_of_undo(pair)
-        undo.reference_free, undo.contacts_before, undo.left_out = False, None, {}
-        pair.state = State(undo.state_before)
-        await self.savepoint.save(pair)
-
-    # -- the contact --------------------------------------------------------------------------------
-
-    async def _create_contact(self, pair: Pair) -> None:
-        """Create the contact once, with the fields that DevRev takes, whatever becomes of the answers.
-
-        DevRev makes no second contact with the same reference, so one with its reference is simply requested again; one
-        without is looked for first. Raises PairError: contact_refused, forbidden, external_ref_conflict,
-        contact_not_confirmed.
-        """
-        undo, since, pause = progress_of_undo(pair), self.environment.now(), 0.2
-        merge_timeout = self.context.options.merge_timeout
-        requested_before, lost, why = undo.contacts_before is not None, False, ""
-        while not undo.contact:
-            fields = self._fields(pair)
-            reference, name = fields.get("external_ref"), pair.duplicate.short_id
-            is_vital = reference is not None and pair.duplicate.is_user  # the application knows the person by it
-            if undo.contacts_before is not None:
-                found = await self._find_contact(pair, fields)
-                if found:
-                    await self._save_contact(pair, found)
-                    return
-                may_exist = lost or requested_before
-                if why or (may_exist and reference is None):
-                    limit = merge_timeout if lost and not is_vital else min(self.PATIENCE, merge_timeout / 4)
-                    if (is_vital or may_exist) and self.environment.elapsed(since) < limit:  # lists may lag
-                        await self.context.cancel_token.sleep(pause)
-                        pause = min(self.PATIENCE, 1.6 * pause)
-                        if reference is None:
-                            continue
-                    elif is_vital:
-                        raise PairError("contact_refused", f"{name} could not be created again: {why}")
-                    elif reference is not None:
-                        undo.left_out["external_ref"], undo.contacts_before = why, None
-                        requested_before, lost, why, since = False, False, "", self.environment.now()
-                        continue
-                    elif lost:
-                        words = f"it is not known whether {name} was created again; undo again, which looks for it"
-                        raise PairError("contact_not_confirmed", words)
-            listed = [] if reference else [user["id"] for user in await self._listed(pair)]
-            undo.contacts_before = sorted({*listed, *self._group_ids()}) if reference is None else []
-            await self.savepoint.save(pair)
-            try:
-                await self._save_contact(pair, await self.api.create_contact(fields, self._options()))
-            except NoUsableResponse as error:
-                lost, why, self.has_changed = True, str(error), True
-            except ApiError as api_error:
-                why = str(api_error)
-                refused = self._refused_fields(api_error, fields, is_vital)
-                if refused:
-                    undo.left_out.update(dict.fromkeys(refused, why))
-                    undo.contacts_before, why = None, ""
-                elif api_error.status != 409 or reference is None:
-                    code = "forbidden" if api_error.status == 403 else "contact_refused"
-                    raise PairError(code, f"{name} could not be created again: {why}") from None
-
-    def _fields(self, pair: Pair) -> Json:
-        """Return what the contact is created with, from its backup."""
-        user, left_out = self.before.contacts[pair.duplicate.id], progress_of_undo(pair).left_out
-        picture = user.get("display_picture")
-        known = {
-            **user,
-            "display_picture": picture.get("id") if isinstance(picture, dict) else None,
-            "rev_org": rev_org_id(user),
-        }
-        return {name: known[name] for name in self.FIELDS if known.get(name) and name not in left_out}
-
-    def _refused_fields(self, error: ApiError, fields: Json, is_vital: bool) -> List[str]:
-        """Return which fields to leave out after a 400: the one that it names, else all that say little of a person."""
-        if error.status != 400:
-            return []
-        named = re.split(r"\W", str(error.data.get("field_name")))[0]
-        if named in fields:
-            return [] if named == "email" or (named == "external_ref" and is_vital) else [named]
-        return [name for name in ("description", "phone_numbers", "display_picture") if name in fields]
-
-    async def _find_contact(self, pair: Pair, fields: Json) -> Optional[Json]:
-        """Return the contact that was requested, if it exists. A reference is looked up in the whole organisation.
-
-        Raises PairError(external_ref_conflict) where the reference belongs to another contact.
-        """
-        undo, reference = progress_of_undo(pair), fields.get("external_ref")
-        if reference is None:
-            known = set(undo.contacts_before or ())
-            new = (user for user in await self._listed(pair) if user["id"] not in known)
-            return next((user for user in new if user.get("external_ref") in (None, "", user.get("display_id"))), None)
-        other: Optional[Json] = None
-        for listed in await self.api.holders_of(reference, self._options()):
-            # Lists lag behind contacts that no longer exist, or no longer have the reference.
-            is_mine = listed["id"] in self._group_ids()
-            user = None if is_mine else await self.api.contact(listed["id"], self._options())
-            if user is None or user.get("external_ref") != reference or user.get("state") == "deleted":
-                continue
-            is_here = rev_org_id(user) in (None, fields.get("rev_org")) or "rev_org" not in fields
-            if is_here and email_of(user) == email_key(fields["email"]):
-                return user
-            other = user
-        if other:
-            undo.reference_free = False
-            words = (
-                f"{other.get('display_id')} <{other.get('email')}>, another contact, has the reference {reference} now"
-            )
-            raise PairError("external_ref_conflict", words)
-        return None
-
-    async def _save_contact(self, pair: Pair, user: Json) -> None:
-        undo = progress_of_undo(pair)
-        undo.contact, undo.display_id, undo.reference_free = user["id"], str(user.get("display_id")), False
-        self.has_changed = True
-        self.writable_kinds.add("contact")
-        await self.savepoint.save(pair)
-
-    async def _listed(self, pair: Pair) -> List[Json]:
-        body = {"email": [pair.duplicate.email.strip()]}
-        return (await self.api.pages("rev-users.list", "rev_users", body, self._options())).items
 
     def _group_ids(self) -> Set[str]:
         """Return the ids of the group: as it was, and as far as it was created again for other pairs."""
@@ -6056,11 +6083,8 @@ class GroupUndo:
         """Write one object, and return what of it is left. Only who joins between read and write can be missed."""
         if kind_of(identity) not in self.KINDS:
             return [{"id": identity, "role": role, "why": "works of this kind are not restored"} for role in roles]
-        contact, options, problem = (
-            progress_of_undo(pair).contact,
-            RequestOptions(RESUME),
-            "it answers with other people",
-        )
+        contact, options = progress_of_undo(pair).contact, RequestOptions(RESUME)
+        problem = "it answers with other people"
         for attempt in range(self.ATTEMPTS):
             obj = await self.api.get_object(identity, options)
             changes, left = plan_restore(obj, roles, self.primary["id"], contact, self.aliases, self._stays(pair))
@@ -6111,7 +6135,8 @@ class UndoRunner:
             self.runner.raise_if_draining()
             undo = GroupUndo(self.context, group, plan.path, self._writable_kinds)
             try:
-                await self.context.cancel_token.wait(self.runner.start(undo.run(), group.pairs))
+                task = self.runner.start(undo.run(), group.pairs)
+                await self.context.cancel_token.wait(asyncio.wait({task}))
             finally:
                 self.has_changed = self.has_changed or undo.has_changed
 
@@ -6165,7 +6190,7 @@ def undo_entry(pair: Pair) -> Json:
 
 def lost_for_good(user: Json, entry: Json, left_out: Mapping[str, str]) -> List[Json]:
     """Return `{what, value, why}` of what can't be restored of a contact: `user` and its `entry` in the manifest."""
-    settable = (*GroupUndo.FIELDS, "state", "is_verified")
+    settable = (*ContactRestorer.FIELDS, "state", "is_verified")
     lost = [
         {"what": name, "value": value, "why": "DevRev does not let it be set"}
         for name, value in user.items()
