@@ -2451,7 +2451,7 @@ class RequestScheduler:
         """Whether another request may be in flight; after a failure fewer, until one is answered well. While a merge is
         in progress, lists and timelines that take long leave a worker to what finishes it."""
         spared = self.workers > 1 and self._reserved > 0 and priority == PREPARE and self._longest > self.SLOW_REQUEST
-        return self._in_flight < max(1, self.workers >> min(self.breaker.failures_in_a_row, 4)) - spared
+        return self._in_flight < max(1, (self.workers >> min(self.breaker.failures_in_a_row, 4)) - spared)
 
     def _seconds_blocked(self) -> Tuple[float, str]:
         """Seconds for which nothing at all may leave, and why."""
