@@ -3238,11 +3238,11 @@ class BatchLoader:
                     pending.future.set_result(ListResult(found[pending.key], listing.since))
 
     async def _is_forbidden(self, keys: Sequence[str], options: RequestOptions, error: PairError) -> bool:
-        """Whether a 403 is about the token rather than a contact: no list was ever answered, and those of the first and
-        the last key are refused, too. Halving down to each of many contacts would cost two requests a contact."""
+        """Whether a 403 is about the token rather than a contact: no list was ever answered, and those of some keys are
+        all refused, too. Halving down to each of many contacts would cost two requests a contact."""
         if self._has_listed or not (isinstance(error, ApiError) and error.status == 403):
             return False
-        for key in (keys[0], keys[-1]):
+        for key in keys[:: max(1, len(keys) // 4)]:
             with contextlib.suppress(ApiError, NoUsableResponse, FatalError):
                 await self._lister([key], options)
                 self._has_listed = True
