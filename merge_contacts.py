@@ -2721,8 +2721,8 @@ def duplicate_status(user: Json, primary: str, duplicate: str) -> DuplicateStatu
 WRITES = ("rev-users.merge", "rev-users.update", "rev-users.create", "works.update", "conversations.update")
 
 
-class DevRevAPI:
-    """The part of DevRev's REST API that a merge needs, over POST with JSON bodies.
+class ApiClient:
+    """Sends requests to DevRev's API: when the scheduler lets them, again where that is safe, lists page by page.
 
     Every method raises ApiError (a definite no), NoUsableResponse (none after the retries), PermissionDenied (the
     token is not accepted), Cancelled (the run stops, and the request was not sent), or FatalError (no proxy, no
@@ -2739,23 +2739,12 @@ class DevRevAPI:
         self.scheduler = RequestScheduler(environment, cancel_token, settings)
         self.requests: Dict[str, int] = collections.Counter()
         self._writes = 0  # requests that may have changed DevRev
-        self.work_kinds: Tuple[str, ...] = (*TICKETS_AND_ISSUES, *OTHER_WORKS)  # that lists of works name
-        self._work_kinds_lock = asyncio.Lock()
-        self._work_kinds_known = False
-        self._verified_filter_refused = False
         self._has_answered = False
-        self.emails = BatchLoader(self._list_by("email"), cancel_token, lambda user: {email_of(user)}, email_key)
-        self.unverified = BatchLoader(self._list_unverified, cancel_token, lambda user: {email_of(user)}, email_key)
-        self.references = BatchLoader(self._list_by("external_ref"), cancel_token, references_of)
-        # By the field that names contacts: a work's role, or a conversation's members.
-        self.objects = {name: self._batch_loader(name) for name in (*ROLES.values(), "members")}
 
     @property
     def changed(self) -> bool:
         """Whether a request was sent that may have changed DevRev."""
         return self._writes > 0
-
-    # -- the one place that sends -------------------------------------------------------------------
 
     async def _call(
         self,
@@ -2891,6 +2880,22 @@ class DevRevAPI:
             raise NoUsableResponse(endpoint, f"{key} holds no user")
         found: Json = user
         return found
+
+
+class DevRevAPI(ApiClient):
+    """The part of DevRev's REST API that a merge needs, over POST with JSON bodies."""
+
+    def __init__(self, settings: ApiSettings, environment: Environment, cancel_token: CancelToken) -> None:
+        super().__init__(settings, environment, cancel_token)
+        self.work_kinds: Tuple[str, ...] = (*TICKETS_AND_ISSUES, *OTHER_WORKS)  # that lists of works name
+        self._work_kinds_lock = asyncio.Lock()
+        self._work_kinds_known = False
+        self._verified_filter_refused = False
+        self.emails = BatchLoader(self._list_by("email"), cancel_token, lambda user: {email_of(user)}, email_key)
+        self.unverified = BatchLoader(self._list_unverified, cancel_token, lambda user: {email_of(user)}, email_key)
+        self.references = BatchLoader(self._list_by("external_ref"), cancel_token, references_of)
+        # By the field that names contacts: a work's role, or a conversation's members.
+        self.objects = {name: self._batch_loader(name) for name in (*ROLES.values(), "members")}
 
     # -- contacts -----------------------------------------------------------------------------------
 
@@ -4190,7 +4195,8 @@ class Preconditions:
         self.context.raise_if_draining()
         if not self.folder or self._is_older(self._listed, self.LISTED):
             await self._check()
-            await self._back_up()
+            if self.group.pending():
+                await self._back_up()
         elif self._is_older(self._checked, self.FRESH):
             await self._check()
 

@@ -77,7 +77,7 @@ MUTANTS = [
     ),
     Mutant("a list is as old as its last page", "            since = since or page.since\n", "            since = page.since\n"),
     Mutant("nothing expires", "            raise PreconditionsExpired()\n", "            pass\n"),
-    Mutant("any state will do", '    if state != "active":\n', "    if False:\n"),
+    Mutant("any state will do", '    if state != "active" or live.get("primary_identity"):\n', "    if False:\n"),
     Mutant("no count check", "                if problem:\n                    return str(folder), problem\n", ""),
     Mutant("fewer tickets will do, too", "if greatest == contact.tickets or (greatest >", "if True or (greatest >"),
     Mutant("only the first page", "            if not cursor:\n                return\n", "            return\n"),
@@ -174,7 +174,7 @@ MUTANTS = [
         "return math.inf",
     ),
     Mutant("lists without end", "if cursor in cursors or stale >= self.STALE_PAGES or empty >= self.EMPTY_PAGES:", "if False:"),
-    Mutant("--limit is ignored", "        if size <= limit:  # none: what an earlier run has begun\n", "        if True:\n"),
+    Mutant("--limit is ignored", "        if size <= limit:  # 0 where an earlier run has requested all of them\n", "        if True:\n"),
     Mutant("--email is ignored", "    plan.groups = [group for group in plan.groups if group.email in wanted]\n", ""),
     # Undo
     Mutant(
