@@ -2442,7 +2442,7 @@ class RequestScheduler:
         """Whether another request may be in flight; after a failure fewer, until one is answered well. While a merge is
         in progress, lists and timelines that take long leave a worker to what finishes it."""
         spared = self.workers > 1 and self._reserved > 0 and priority == PREPARE and self._longest > self.SLOW_REQUEST
-        return self._in_flight < max(1, self.workers >> min(self.breaker.failures_in_a_row, 4)) - spared
+        return self._in_flight < max(1, (self.workers >> min(self.breaker.failures_in_a_row, 4)) - spared)
 
     def _seconds_blocked(self) -> Tuple[float, str]:
         """Seconds for which nothing at all may leave, and why."""
@@ -3234,11 +3234,11 @@ class BatchLoader:
                     pending.future.set_result(ListResult(found[pending.key], listing.since))
 
     async def _is_forbidden(self, keys: Sequence[str], options: RequestOptions, error: PairError) -> bool:
-        """Whether a 403 is about the token rather than a contact: no list was ever answered, and those of the first and
-        the last key are refused, too. Halving down to each of many contacts would cost two requests a contact."""
+        """Whether a 403 is about the token rather than a contact: no list was ever answered, and those of some keys are
+        all refused, too. Halving down to each of many contacts would cost two requests a contact."""
         if self._has_listed or not (isinstance(error, ApiError) and error.status == 403):
             return False
-        for key in (keys[0], keys[-1]):
+        for key in keys[:: max(1, len(keys) // 4)]:
             with contextlib.suppress(ApiError, NoUsableResponse, FatalError):
                 await self._lister([key], options)
                 self._has_listed = True
