@@ -171,7 +171,9 @@ def test_one_command_sets_up_and_runs_the_tests_and_one_the_demo() -> None:
 def test_the_demo_ends_in_a_summary_and_the_next_step() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, "-m", "tests.sandbox"]
-    done = subprocess.run(command, cwd=str(ROOT), env=environment, stdout=subprocess.PIPE, encoding="utf-8", check=False)
+    done = subprocess.run(
+        command, cwd=str(ROOT), env=environment, stdout=subprocess.PIPE, encoding="utf-8", check=False
+    )
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) < 60 and "[NO]" not in done.stdout, done.stdout
     assert "--- Summary ---" in lines[-15:] and lines[-1].endswith("merge_contacts.py --export contacts.csv")
