@@ -6,11 +6,31 @@
 """Merge duplicate DevRev contacts, safely.
 
 contacts.csv -> pairs that share an email -> live check -> backup -> integrity check from the disk
--> merge -> external_ref -> proof that nothing was left behind -> JSON report
+-> merge -> external_ref -> verification -> JSON report
 
-A merge in DevRev is asynchronous and can't be undone there, so every step refuses rather than guesses, and
-everything that was done is in the savepoint before the next thing is tried. From its backups most of a merge can
-be taken back (`--undo`). `--help` has the options.
+A merge in DevRev is asynchronous and can't be undone there. So every step refuses rather than guesses, and is in the
+savepoint before its request is sent. `--undo` restores most of a merge from its backup. `--help` has the options.
+
+Map of this file; everything stands above what uses it:
+
+    Errors        FatalError, PairError             what ends a run, what fails a pair
+    Text          sanitizing, file names, JSON
+    Environment   Environment, CancelToken          clocks, disk, threads, network: what a simulation replaces
+    CSV           Contact, CsvTable, read_contacts  which rows are contacts
+    Detection     classify_group, check_live        which contact is primary, and by what rule; the live check
+                  State, Pair                       what is known of one merge
+    Quota         RequestScheduler                  quota window, circuit breaker, reservations: where a 429 is handled
+    Requests      DevRevAPI                         one method for each endpoint; refusals and retries
+    Batches       BatchLoader                       one list call for many contacts
+    Backup        BackupStore, contact_files        where to add a field to the backup
+    Savepoint     SavePoint                         two files with one content; what a crash leaves
+    Merge         PairMerge                         a pair's state machine: no answer to a merge, how a pair resumes
+                  GroupMerge, ContactMerger         the order of pairs, groups and earlier runs
+    Export        ContactExporter                   the CSV from DevRev itself
+    Undo          GroupUndo, UndoRunner             what comes back
+    Report        CODES, merge_entry                what each code means; where to add a field to the report
+    Estimate, Console, Preview                      what people see before and meanwhile
+    Command line  RunContext, main                  options, settings, signals, one function for each mode
 """
 
 import os
@@ -102,7 +122,7 @@ from typing import (
 )
 from urllib.parse import quote, unquote, urlsplit
 
-__version__ = "2.0.0"
+__version__ = "3.0.0"
 SCHEMA = 3  # of every JSON document
 
 SIGNALS = [one for one in signal.Signals if one.name in ("SIGINT", "SIGTERM", "SIGHUP")]
@@ -8157,6 +8177,10 @@ def settle(run: RunContext) -> int:
         pairs = [pair for email in sorted(wanted) for pair in by_email[email]]
         errors = {pair.ids: error for pair, error in ((pair, settle_error(pair)) for pair in pairs) if error}
         ending = [pair for pair in pairs if pair.ids not in errors and pair.state not in TERMINAL]
+        ended = {pair.email for pair in ending}
+        # A pair that was never requested has nothing to settle: it is no failure beside one that has.
+        pairs = [pair for pair in pairs if not (pair.state is State.FAILED and pair.email in ended)]
+        errors = {pair.ids: errors[pair.ids] for pair in pairs if pair.ids in errors}
         document = run_facts(run, "settle")
         document["organisation"] = savepoint.organisation = organisation_of(pairs[0].primary.id)
         savepoint.write({}, {run.run_id: document})
