@@ -455,22 +455,14 @@ def start_thread(job: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
     loop = asyncio.get_event_loop()
     future: asyncio.Future[T] = loop.create_future()
 
-    def settle(result: Any, error: Optional[BaseException]) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
-
     def work() -> None:
-        result, error = None, None
+        outcome: Callable[[], Any]
         try:
-            result = job(*args)
-        except BaseException as raised:
-            error = raised
+            outcome = functools.partial(future.set_result, job(*args))
+        except BaseException as error:
+            outcome = functools.partial(future.set_exception, error)
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(settle, result, error)
+            loop.call_soon_threadsafe(lambda: future.done() or outcome())
 
     threading.Thread(target=work, daemon=True).start()
     return future
@@ -541,11 +533,11 @@ class HttpTransport:
             if proxy:
                 adapter.proxy_manager_for(proxy if "://" in proxy else f"http://{proxy}")
         except ValueError:  # of requests and of urllib3, for an unknown scheme, no host, no support of SOCKS
-            words = f"{named_variable('HTTPS_PROXY', 'ALL_PROXY')} is not the address of an HTTP proxy; "
+            what = "is not the address of an HTTP proxy;"
             if proxy.lower().startswith("socks"):
-                missing = "names a SOCKS proxy, and the package PySocks is missing; pip install PySocks, or "
-                words = words.replace("is not the address of an HTTP proxy; ", missing)
-            words += "set it to http://host:port, or unset it"
+                what = "names a SOCKS proxy, and the package PySocks is missing; pip install PySocks, or"
+            name = named_variable("HTTPS_PROXY", "ALL_PROXY")
+            words = f"{name} {what} set it to http://host:port, or unset it"
         if words:
             raise FatalError(EXIT_USAGE, words)
 
@@ -2229,7 +2221,6 @@ class CircuitBreaker:
     """
 
     THRESHOLD = 3  # failures in a row
-    PROBE = 60.0  # seconds after which the queue is gone through again; the probe's answer comes first
 
     def __init__(self, retries: int) -> None:
         self.retries = retries
@@ -2334,8 +2325,7 @@ class RequestScheduler:
             if self.quota.has_expired(self._in_flight, now):
                 breaker.half_open, breaker.probe_in_flight = True, False  # one request finds out the new window's
             if breaker.half_open and breaker.probe_in_flight:
-                wait = breaker.PROBE
-                break
+                break  # its answer dispatches again
             able = (one for one in self._queue if self._has_slot(one[0]) and self._has_quota_for(one[2]))
             first = next(able, None)
             if first is None:
@@ -2655,8 +2645,7 @@ class ApiClient:
             except BaseException:
                 self.scheduler.give_back(is_probe)
                 raise
-            if is_write and (not answer.sent or answer.status in (401, 403, 429)):
-                self.writes -= 1
+            self.writes -= is_write and (not answer.sent or answer.status in (401, 403, 429))
             data, problem = answer.data, answer.problem
             good = answer.status is not None and 200 <= answer.status < 300
             self.scheduler.on_response(is_probe, answer, self.environment.elapsed(since), not key or data is not None)
@@ -2756,13 +2745,12 @@ class DevRevAPI(ApiClient):
         self._work_kinds_lock = asyncio.Lock()
         self._work_kinds_known = False
         self._verified_filter_refused = False
-        self.emails = BatchLoader(self._list_contacts, cancel_token, lambda user: {email_of(user)}, email_key)
+        by_email = functools.partial(self._list_by, "email")
+        self.emails = BatchLoader(by_email, cancel_token, lambda user: {email_of(user)}, email_key)
         self.unverified = BatchLoader(self._list_unverified, cancel_token, lambda user: {email_of(user)}, email_key)
         # By the field that names contacts: a work's role, or a conversation's members.
         self.objects = {
-            name: BatchLoader(
-                functools.partial(self._list_objects, name), cancel_token, functools.partial(user_ids, name)
-            )
+            name: BatchLoader(functools.partial(self._list_by, name), cancel_token, functools.partial(user_ids, name))
             for name in (*ROLES.values(), "members")
         }
 
@@ -2772,7 +2760,9 @@ class DevRevAPI(ApiClient):
         """Return the token's owner (`dev_user`)."""
         return await self._object("dev-users.self", {}, "dev_user")
 
-    async def _get_contact(self, identity: str, options: RequestOptions, deadline: Optional[float]) -> Optional[Json]:
+    async def _get_contact(
+        self, identity: str, options: RequestOptions, deadline: Optional[float] = None
+    ) -> Optional[Json]:
         """Return what DevRev has at this id: the contact, or only `{"id": …}` of the one that it has become (301), None
         where there is none (an object's 404)."""
         try:
@@ -2789,11 +2779,9 @@ class DevRevAPI(ApiClient):
                 raise NoUsableResponse("rev-users.get", f"{api_error.status} that names no other contact") from None
             return {"id": match.group(0)}
 
-    async def contact(
-        self, identity: str, options: RequestOptions = ANY_OPTIONS, deadline: Optional[float] = None
-    ) -> Optional[Json]:
+    async def contact(self, identity: str, options: RequestOptions = ANY_OPTIONS) -> Optional[Json]:
         """Return the rev user of this id, None where there is none, or where it has become another."""
-        user = await self._get_contact(identity, options, deadline)
+        user = await self._get_contact(identity, options)
         return user if user and user["id"] == identity else None
 
     async def poll_duplicate(
@@ -2902,9 +2890,6 @@ class DevRevAPI(ApiClient):
 
     # -- what the batch loaders call ----------------------------------------------------------------
 
-    async def _list_contacts(self, emails: Sequence[str], options: RequestOptions) -> ListResult:
-        return await self.pages("rev-users.list", "rev_users", {"email": list(emails)}, options)
-
     async def _list_unverified(self, emails: Sequence[str], options: RequestOptions) -> ListResult:
         """List with the filter; where that is refused for a single email, too, DevRev does not know the filter."""
         for part in (emails, emails[:1]):
@@ -2922,10 +2907,12 @@ class DevRevAPI(ApiClient):
         self._verified_filter_refused = True
         return ListResult([], self.environment.now())
 
-    async def _list_objects(self, name: str, ids: Sequence[str], options: RequestOptions) -> ListResult:
-        """List conversations, or works of every kind; where DevRev does not take the other kinds, tickets and issues
-        from then on."""
-        filters = {name: list(ids)}
+    async def _list_by(self, name: str, keys: Sequence[str], options: RequestOptions) -> ListResult:
+        """List contacts by `email`, conversations by `members`, or works of every kind by a role; where DevRev does not
+        take the other kinds, tickets and issues from then on."""
+        filters = {name: list(keys)}
+        if name == "email":
+            return await self.pages("rev-users.list", "rev_users", filters, options)
         if name == "members":
             return await self.pages("conversations.list", "conversations", filters, options)
         async with contextlib.AsyncExitStack() as stack:
@@ -3069,7 +3056,14 @@ class BatchLoader:
                 self._max_keys = min(self._max_keys, (len(keys) + 1) // 2)
             if len(keys) == 1:
                 self._max_keys = PAGE  # it was this key, not their number
-            if len(keys) == 1 or await self._is_forbidden(keys, options, error):
+            forbidden = isinstance(error, ApiError) and error.status == 403 and not self._has_listed
+            # Where lists of the first and the last key are refused, too, the token is at fault: nothing is halved.
+            for key in (keys[0], keys[-1]) if forbidden and len(keys) > 1 else ():
+                with contextlib.suppress(ApiError, NoUsableResponse, FatalError):
+                    await self._lister([key], options)
+                    self._has_listed, forbidden = True, False
+                    break
+            if forbidden or len(keys) == 1:
                 failure = error
             else:
                 half = (len(keys) + 1) // 2
@@ -3083,18 +3077,6 @@ class BatchLoader:
                 pending.future.set_exception(failure)
             elif pending.key in results and not pending.future.done():
                 pending.future.set_result(results[pending.key])
-
-    async def _is_forbidden(self, keys: Sequence[str], options: RequestOptions, error: PairError) -> bool:
-        """Whether a 403 is about the token rather than a contact: no list was ever answered, and those of the first and
-        the last key are refused, too. Halving down to each of many contacts would cost two requests a contact."""
-        if self._has_listed or not (isinstance(error, ApiError) and error.status == 403):
-            return False
-        for key in (keys[0], keys[-1]):
-            with contextlib.suppress(ApiError, NoUsableResponse, FatalError):
-                await self._lister([key], options)
-                self._has_listed = True
-                return False
-        return True
 
     def _split_items(self, keys: Sequence[str], items: Sequence[Json]) -> Optional[Dict[str, List[Json]]]:
         """The items by key; None where one names none of several keys."""
@@ -3253,7 +3235,7 @@ def _backup_errors(folder: Path, manifest: Json) -> Iterator[str]:
             yield f"{name}: not JSON"
     for entry in manifest["contacts"]:
         names = ("contact", "works", "conversations", "timelines")
-        files = [contents.get(f"{entry['folder']}/{name}.json") for name in names]
+        files: List[Any] = [contents.get(f"{entry['folder']}/{name}.json") for name in names]
         if any(file is None for file in files):
             yield f"{entry['folder']}: not all of its files are complete"
             continue
@@ -3279,11 +3261,6 @@ def _backup_errors(folder: Path, manifest: Json) -> Iterator[str]:
 def is_counted(identity: str) -> bool:
     """Return whether the warehouse counts a work as a ticket: tickets and issues, no other kinds."""
     return ":ticket/" in identity or ":issue/" in identity
-
-
-def greatest_count(entry: Json) -> int:
-    """Return greatest(owned, created, reported) of a contact in a manifest: what the CSV calls TICKET_COUNT."""
-    return max(sum(map(is_counted, set(entry["works"][role]))) for role in ROLES)
 
 
 def read_manifest(backup: str) -> Json:
@@ -4090,7 +4067,8 @@ class Preconditions:
             for entry in verify_backup(folder)["contacts"]:
                 grown = entry["role"] == "primary" and self.group.has_absorbed()
                 policy = "at-least" if grown else options.count_policy
-                problem = count_error(Contact.from_json(entry["csv"]), greatest_count(entry), policy)
+                greatest = max(sum(map(is_counted, set(ids))) for ids in entry["works"].values())
+                problem = count_error(Contact.from_json(entry["csv"]), greatest, policy)
                 if problem:
                     return str(folder), problem
         except PairError as error:
