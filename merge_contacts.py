@@ -588,16 +588,16 @@ class HttpTransport:
             problem = f"the certificate of {host} can't be verified"
             fix = "where a company inspects TLS, set REQUESTS_CA_BUNDLE to the file of its CA certificates"
             setup_error = f"{problem}; {fix}"
-        elif isinstance(error, exceptions.SSLError):
-            problem, sent = "the TLS connection broke", True
         elif isinstance(error, exceptions.ConnectTimeout) or "NewConnectionError" in text or "NameResolution" in text:
             problem = f"no connection to {host}"
-        elif isinstance(error, exceptions.Timeout) or "ReadTimeoutError" in text:
-            problem, sent = f"no answer within {silence:g} s", True
-        elif isinstance(error, exceptions.ConnectionError):
-            problem, sent = "the connection broke", True
         else:
-            problem, sent = type(error).__name__, True
+            sent, problem = True, type(error).__name__
+            if isinstance(error, exceptions.SSLError):
+                problem = "the TLS connection broke"
+            elif isinstance(error, exceptions.Timeout) or "ReadTimeoutError" in text:
+                problem = f"no answer within {silence:g} s"
+            elif isinstance(error, exceptions.ConnectionError):
+                problem = "the connection broke"
         return response._replace(problem=problem, sent=sent or response.status is not None, setup_error=setup_error)
 
 
@@ -659,9 +659,8 @@ class CancelToken:
         task = asyncio.ensure_future(work)
         stopped = self.future()
         await asyncio.wait({stopped, task}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            task.cancel()
         if stopped.done():
+            task.cancel()
             stopped.result()
         stopped.cancel()
 
@@ -2985,15 +2984,11 @@ class BatchLoader:
     MAX_ITEMS = 250  # items that are expected
 
     def __init__(
-        self,
-        lister: Lister,
-        cancel_token: CancelToken,
-        owners: Callable[[Json], Set[str]],
-        name: Callable[[str], str] = lambda key: key,
+        self, lister: Lister, token: CancelToken, owners: Callable[[Json], Set[str]], name: Callable[[str], str] = str
     ) -> None:
         self._lister = lister
-        self._cancel_token = cancel_token
-        cancel_token.on_cancel.append(self.dispatch)  # keys that linger have to learn of it
+        self._cancel_token = token
+        token.on_cancel.append(self.dispatch)  # keys that linger have to learn of it
         self._owners = owners  # the names that an item belongs to
         self._name = name  # of a key
         self._pending: List[PendingKey] = []
@@ -3026,11 +3021,9 @@ class BatchLoader:
         pendings.sort(key=lambda pending: pending.weight)
         while pendings:
             part = [pendings.pop(0)]
-            while (
-                pendings
-                and len(part) < self._max_keys
-                and sum(each.weight for each in [*part, pendings[0]]) <= self.MAX_ITEMS
-            ):
+            weight = part[0].weight
+            while pendings and len(part) < self._max_keys and weight + pendings[0].weight <= self.MAX_ITEMS:
+                weight += pendings[0].weight
                 part.append(pendings.pop(0))
             call = asyncio.ensure_future(self._fetch(part))
             self._calls.add(call)
@@ -3122,22 +3115,18 @@ INCOMPLETE_BACKUP = ".incomplete_"
 
 
 def write_backup(
-    environment: Environment,
-    root: Path,
-    email: str,
-    facts: Json,
-    snapshots: Sequence[ContactSnapshot],
-    timelines: Timelines,
+    environment: Environment, home: Path, facts: Json, snapshots: Sequence[ContactSnapshot], timelines: Timelines
 ) -> Path:
-    """Back up a group as `<root>/<email>/<YYYYmmdd_HHMMSS>/` (UTC); the first of `snapshots` is the primary.
+    """Back up a group as `<home>/<YYYYmmdd_HHMMSS>/` (UTC), `home` being the folder of its email in `backups/`. The
+    first of `snapshots` is the primary; `facts` stand in the manifest, too.
 
-    `facts` stand in the manifest, too. Files are written to a temporary folder and flushed, and the folder is renamed:
+    Files are written to a temporary folder and flushed, and the folder is renamed:
     a kill leaves no half backup. Raises OSError.
     """
-    home = environment.make_private_dir(root / safe_name(email))
-    environment.restrict_dir(root)  # emails are names in it
-    if home.resolve().parent != root.resolve():
-        raise OSError(f"{home} is a link that leads out of {root}; remove it")
+    environment.make_private_dir(home)
+    environment.restrict_dir(home.parent)  # emails are names in it
+    if home.resolve().parent != home.parent.resolve():
+        raise OSError(f"{home} is a link that leads out of {home.parent}; remove it")
     stamp = int(environment.now().wall)
     while (home / timestamp_name(stamp)).exists():
         stamp += 1
@@ -3147,15 +3136,7 @@ def write_backup(
         shutil.rmtree(str(aside))
     aside.mkdir(mode=0o700)
     created, tool = iso(environment.now().wall), f"merge_contacts {__version__}"
-    manifest: Json = {
-        "format": 1,
-        "tool": tool,
-        "created": created,
-        "email": email,
-        **facts,
-        "contacts": [],
-        "files": {},
-    }
+    manifest: Json = {"format": 1, "tool": tool, "created": created, **facts, "contacts": [], "files": {}}
     folders: Set[str] = set()
     for index, snapshot in enumerate(snapshots):
         role = "duplicate" if index else "primary"
@@ -3180,13 +3161,10 @@ def snapshot_entry(snapshot: ContactSnapshot, timelines: Timelines) -> Tuple[Jso
     """Return what the manifest says of one contact, and its files by name."""
     read = {identity: timelines[identity] for identity in snapshot.objects() if identity in timelines}
     counts = {name: len(works) for name, works in snapshot.roles.items()}
+    counts.update(conversations=len(snapshot.conversations), timeline_entries=sum(map(len, read.values())))
     entry = {
         "csv": snapshot.contact.to_json(),
-        "counts": {
-            **counts,
-            "conversations": len(snapshot.conversations),
-            "timeline_entries": sum(map(len, read.values())),
-        },
+        "counts": counts,
         "works": {name: list(works) for name, works in snapshot.roles.items()},
         "conversations": list(snapshot.conversations),
     }
@@ -3240,19 +3218,15 @@ def _backup_errors(folder: Path, manifest: Json) -> Iterator[str]:
             yield f"{entry['folder']}: not all of its files are complete"
             continue
         live, works, conversations, timelines = files
-        work_ids, conversation_ids = set(by_id(works)), set(by_id(conversations))
-        counted = {name: len(set(ids)) for name, ids in entry["works"].items()}
-        counted["conversations"] = len(conversation_ids)
-        counted["timeline_entries"] = sum(map(len, timelines.values()))
+        ids, talks = set(by_id(works)), set(by_id(conversations))
+        counted = {name: len(set(listed)) for name, listed in entry["works"].items()}
+        counted.update(conversations=len(talks), timeline_entries=sum(map(len, timelines.values())))
+        with_timelines = ids | talks if manifest["timelines"] else set(timelines)
         differences = {
             "contact.json is another contact's": live["id"] != entry["csv"]["id"],
-            "works.json does not hold the works of the manifest": set(chain(*entry["works"].values())) != work_ids,
-            "conversations.json does not hold the conversations of the manifest": (
-                set(entry["conversations"]) != conversation_ids
-            ),
-            "timelines.json does not hold a timeline for each object": (
-                manifest["timelines"] and set(timelines) != work_ids | conversation_ids
-            ),
+            "works.json does not hold the works of the manifest": ids != set(chain(*entry["works"].values())),
+            "conversations.json does not hold the conversations of the manifest": talks != set(entry["conversations"]),
+            "timelines.json does not hold a timeline for each object": with_timelines != set(timelines),
             f"the files hold {counted}, the manifest says {entry['counts']}": counted != entry["counts"],
         }
         yield from (f"{entry['folder']}: {words}" for words, differs in differences.items() if differs)
@@ -4058,9 +4032,10 @@ class Preconditions:
     ) -> Tuple[str, Optional[PairError]]:
         """Write the backup (in a thread), and check from the disk that it is complete and holds what the CSV counts."""
         options = self.context.options
-        facts = {"organisation": options.organisation, "timelines": options.timelines}
+        email, environment = self.group.email, self.context.environment
+        facts = {"email": email, "organisation": options.organisation, "timelines": options.timelines}
         try:
-            folder = write_backup(self.context.environment, BACKUPS, self.group.email, facts, snapshots, timelines)
+            folder = write_backup(environment, BACKUPS / safe_name(email), facts, snapshots, timelines)
         except RecursionError:
             raise PairError("backup_failed", "DevRev answered with something that is nested too deep") from None
         try:
