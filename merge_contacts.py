@@ -308,20 +308,33 @@ class Environment:
 
     async def post(self, endpoint: str, body: Json, deadline: Optional[float] = None) -> HttpResponse:
         """POST one request, and return within `deadline` seconds (by default ten times `timeout`), complete answer or
-        not. A thread that still waits for the answer then is left alone. Raises FatalError where the proxy or the CA
-        bundle that the environment names can't be used."""
+        not. Raises FatalError where the proxy or the CA bundle that the environment names can't be used."""
         self._transport = self._transport or HttpTransport(self.settings)
         limit = min(deadline or math.inf, 10 * self.settings.timeout)
-        answer = start_thread(self._transport.post, endpoint, body, limit)
+        answer = asyncio.ensure_future(self.run_in_thread(self._transport.post, endpoint, body, limit))
         await asyncio.wait({answer}, timeout=limit)
         if answer.done():
             return answer.result()
-        answer.cancel()
+        answer.cancel()  # and leave its thread alone
         log.debug("%s -> no complete answer in %g s", endpoint, limit)
         return HttpResponse(None, {}, None, f"no complete answer within {limit:g} s")
 
     async def run_in_thread(self, job: Callable[..., T], *args: Any) -> T:
-        return await start_thread(job, *args)
+        """Have a daemon thread of its own do what blocks: one that hangs delays neither others nor the exit."""
+        loop = asyncio.get_event_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def work() -> None:
+            outcome: Callable[[], Any]
+            try:
+                outcome = functools.partial(future.set_result, job(*args))
+            except BaseException as error:
+                outcome = functools.partial(future.set_exception, error)
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(lambda: future.done() or outcome())
+
+        threading.Thread(target=work, daemon=True).start()
+        return await future
 
     def create_file(self, path: Path, chunks: Iterable[bytes]) -> Tuple[int, str]:
         """Create `path` (0600) from `chunks` and flush it to the disk; return its size and SHA-256."""
@@ -448,24 +461,6 @@ def locks_work(path: Path) -> bool:
 
 
 NO_LOCKS = "this file system has no working locks; run in a folder on a local disk"
-
-
-def start_thread(job: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
-    """Start a blocking call in a daemon thread of its own: one that hangs delays neither others nor the exit."""
-    loop = asyncio.get_event_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def work() -> None:
-        outcome: Callable[[], Any]
-        try:
-            outcome = functools.partial(future.set_result, job(*args))
-        except BaseException as error:
-            outcome = functools.partial(future.set_exception, error)
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(lambda: future.done() or outcome())
-
-    threading.Thread(target=work, daemon=True).start()
-    return future
 
 
 def named_variable(*names: str) -> str:
