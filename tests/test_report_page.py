@@ -542,16 +542,18 @@ def test_the_page_of_an_undo_shows_what_came_back_and_runs_nothing(show):
     thing = {"id": "1", "display_id": "TKT-1", "title": HOSTILE[0], "role": "owned_by", "why": HOSTILE[4]}
     entry = {
         "email": "a@example.com", "primary": contact(1, "REVU-1"), "duplicate": contact(2, "user_2"), "code": "", "error": "",
-        "contact": {"id": "3", "display_id": "REVU-3"}, "backup": HOSTILE[12], "given_back": [thing], "left": [thing],
-        "not_given_back": [{"what": "created_by", "value": ["x"], "why": "the primary stays their creator"}],
+        "contact": {"id": "3", "display_id": "REVU-3"}, "backup": HOSTILE[12], "restored": [thing], "left": [thing],
+        "fields_left": [{"field": "description", "value": HOSTILE[0], "why": "it was changed since the merge"}],
+        "not_restored": [{"what": "created_by", "value": ["x"], "why": "the primary stays their creator"}],
     }  # fmt: skip
     undo = {"run": {"undo": "backups/x"}, "summary": {}, "undone": [entry], "unfinished": [], "failed": []}
     page = show(embed(undo, template.read_text(encoding="ascii")), "undo_report_20250131_120000.html")
     text = page.text()
     for words in (
-        "Taken back (1)",
+        "Undone (1)",
         "again as REVU-3",
-        "Given back (1)",
+        "Restored (1)",
+        "description: it was changed",
         "TKT-1, " + HOSTILE[0],
         "created_by: the primary",
         "\\u{202e}",
