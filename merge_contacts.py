@@ -90,7 +90,7 @@ from array import array
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from enum import Enum, IntEnum
+from enum import Enum
 from itertools import chain, compress
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -280,7 +280,7 @@ def to_json(value: Any, indent: Optional[int] = None) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Outside: clocks, disk, threads, the wire
+# Environment: clocks, disk, threads, network
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -303,15 +303,11 @@ class HttpResponse(NamedTuple):
 
 
 class Environment:
-    """All that a run touches beyond its own memory: two clocks, the disk, threads for what blocks, and the wire.
-
-    The event loop owns every decision and meets the world only here, so that a simulation can stand in its place.
-    """
+    """All that a run touches beyond its own memory, so that a simulation can stand in its place."""
 
     def __init__(self, settings: "ApiSettings") -> None:
         self.settings = settings
         self.random = random.Random()
-        self._threads_pool = DaemonThreadPool()
         self._transport: Optional[HttpTransport] = None
         self._warned: Set[str] = set()  # what `tolerate` has said
 
@@ -324,31 +320,41 @@ class Environment:
         return max(now.wall - since.wall, now.monotonic - since.monotonic)
 
     def elapsed(self, since: Timestamp) -> float:
-        """Seconds since then, at least: how long something has surely been waited for. Not by the wall clock, for where
-        somebody sets that back by hours, it would be waited for as long."""
+        """Seconds since then, at least: a wall clock that is set back by hours would make a wait as long."""
         return self.now().monotonic - since.monotonic
 
     def run_event_loop(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run an event loop until the work is done."""
         return asyncio.run(work)
 
     async def post(self, endpoint: str, body: Json, deadline: Optional[float] = None) -> HttpResponse:
-        """POST one request, and return within `deadline` seconds (by default ten times the time for silence), complete
-        answer or not. A thread that still waits for the answer then is left alone. Raises FatalError where the proxy or
-        the CA bundle that the environment names can't be used."""
+        """POST one request, and return within `deadline` seconds (by default ten times `timeout`), complete answer or
+        not. Raises FatalError where the proxy or the CA bundle that the environment names can't be used."""
         self._transport = self._transport or HttpTransport(self.settings)
         limit = min(deadline or math.inf, 10 * self.settings.timeout)
-        answer = self._threads_pool.submit(self._transport.post, endpoint, body, limit)
+        answer = asyncio.ensure_future(self.run_in_thread(self._transport.post, endpoint, body, limit))
         await asyncio.wait({answer}, timeout=limit)
         if answer.done():
             return answer.result()
-        answer.cancel()
+        answer.cancel()  # and leave its thread alone
         log.debug("%s -> no complete answer in %g s", endpoint, limit)
         return HttpResponse(None, {}, None, f"no complete answer within {limit:g} s")
 
     async def run_in_thread(self, job: Callable[..., T], *args: Any) -> T:
-        """Have a thread do what blocks."""
-        return await self._threads_pool.submit(job, *args)
+        """Have a daemon thread of its own do what blocks: one that hangs delays neither others nor the exit."""
+        loop = asyncio.get_event_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def work() -> None:
+            outcome: Callable[[], Any]
+            try:
+                outcome = functools.partial(future.set_result, job(*args))
+            except BaseException as error:
+                outcome = functools.partial(future.set_exception, error)
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(lambda: future.done() or outcome())
+
+        threading.Thread(target=work, daemon=True).start()
+        return await future
 
     def create_file(self, path: Path, chunks: Iterable[bytes]) -> Tuple[int, str]:
         """Create `path` (0600) from `chunks` and flush it to the disk; return its size and SHA-256."""
@@ -361,19 +367,6 @@ class Environment:
                 size += len(chunk)
             self.fsync_file(file)
         return size, digest.hexdigest()
-
-    def append_lines(self, path: Path, lines: bytes) -> None:
-        """Append lines to `path` and flush them to the disk; a line that a crash has cut off stays apart."""
-        handle = os.open(str(path), os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
-        with open(handle, "r+b") as file:
-            end = file.seek(0, os.SEEK_END)
-            if end:
-                file.seek(end - 1)
-                lines = lines if file.read(1) == b"\n" else b"\n" + lines
-            file.write(lines + b"\n")
-            self.fsync_file(file)
-        if not end:
-            self.fsync_dir(path.parent)
 
     def rename_into_place(self, aside: Path, final: Path) -> None:
         """Rename `aside` to `final`, in one step that survives a power cut."""
@@ -388,17 +381,13 @@ class Environment:
                 time.sleep(pause)
         self.fsync_dir(final.parent)
 
-    def write_atomically(self, path: Path, chunks: Iterable[bytes], before: Callable[[], None] = lambda: None) -> None:
-        """Write a temporary file, call `before`, and rename the file to `path`.
-
-        Raises OSError on a disk error, and leaves no temporary file.
-        """
+    def write_atomically(self, path: Path, chunks: Iterable[bytes]) -> None:
+        """Write a temporary file and rename it to `path`. Raises OSError on a disk error, and leaves nothing then."""
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with contextlib.suppress(FileNotFoundError):
                 aside.unlink()
             self.create_file(aside, chunks)
-            before()
             self.rename_into_place(aside, path)
         except (OSError, FatalError):
             with contextlib.suppress(OSError):
@@ -494,47 +483,6 @@ def locks_work(path: Path) -> bool:
 NO_LOCKS = "this file system has no working locks; run in a folder on a local disk"
 
 
-class DaemonThreadPool:
-    """Daemon threads for blocking calls: as many as are needed, and one that hangs delays no exit."""
-
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Tuple[asyncio.Future[Any], Callable[..., Any], Tuple[Any, ...]]] = (
-            queue.SimpleQueue()
-        )
-        self._threads = self._busy = 0  # counted by the event loop alone
-
-    def submit(self, job: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
-        loop = asyncio.get_event_loop()
-        future: asyncio.Future[T] = loop.create_future()
-        self._busy += 1
-        if self._busy > self._threads:
-            self._threads += 1
-            threading.Thread(target=self._serve, args=(loop,), daemon=True).start()
-        self._jobs.put((future, job, args))
-        return future
-
-    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
-        while True:
-            future, job, args = self._jobs.get()
-            result, error = None, None
-            try:
-                result = job(*args)
-            except BaseException as raised:
-                error = raised
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
-                loop.call_soon_threadsafe(self._settle, future, result, error)
-            del future, job, args, result, error
-
-    def _settle(self, future: "asyncio.Future[Any]", result: Any, error: Optional[BaseException]) -> None:
-        self._busy -= 1
-        if future.done():
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
-
-
 def named_variable(*names: str) -> str:
     """The first of these environment variables, in either case, that is set; the first name where none is."""
     return next((one for name in names for one in (name.lower(), name) if os.environ.get(one)), names[0])
@@ -572,9 +520,8 @@ class HttpTransport:
         if settings.base_url.startswith("https:"):
             found = session.merge_environment_settings(settings.base_url, {}, None, None, None)
             session.proxies, session.verify = found["proxies"], found["verify"]
-            self._check_proxy(adapter, session.proxies.get("https") or session.proxies.get("all") or "")
-            if isinstance(session.verify, str):
-                self._check_ca_bundle(session.verify)
+            proxy = session.proxies.get("https") or session.proxies.get("all") or ""
+            self._check_settings(adapter, proxy, session.verify)
         session.trust_env = False  # no credentials from ~/.netrc either
         self._headers = {
             "Authorization": f"Bearer {settings.token}",
@@ -584,35 +531,30 @@ class HttpTransport:
         }
 
     @staticmethod
-    def _check_proxy(adapter: Any, proxy: str) -> None:
-        """Raise FatalError where requests can't use the proxy. The address may hold a password, so it is not shown."""
-        if not proxy:
-            return
-        try:
-            adapter.proxy_manager_for(proxy if "://" in proxy else f"http://{proxy}")
-        except ValueError:  # of requests and of urllib3, for an unknown scheme, no host, no support of SOCKS
-            name = named_variable("HTTPS_PROXY", "ALL_PROXY")
-            fix = "set it to http://host:port, or unset it"
-            if proxy.lower().startswith("socks"):
-                raise FatalError(
-                    EXIT_USAGE,
-                    f"{name} names a SOCKS proxy, and the package PySocks is missing; pip install PySocks, or {fix}",
-                ) from None
-            raise FatalError(EXIT_USAGE, f"{name} is not the address of an HTTP proxy; {fix}") from None
-
-    @staticmethod
-    def _check_ca_bundle(path: str) -> None:
-        """Raise FatalError where no certificates can be read from `path`."""
+    def _check_settings(adapter: Any, proxy: str, bundle: Any) -> None:
+        """Raise FatalError where the proxy or the CA bundle can't be used. A proxy's address may hold a password."""
         import ssl
 
+        words = ""
         try:
-            if not Path(path).is_dir():
-                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+            if isinstance(bundle, str) and not Path(bundle).is_dir():
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(bundle)
         except OSError as error:  # ssl.SSLError is one
             name = named_variable("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
             why = "does not exist" if isinstance(error, FileNotFoundError) else "holds no certificates that can be read"
             fix = "set it to a file of CA certificates in PEM format, or unset it"
-            raise FatalError(EXIT_USAGE, f"{name} names {path}, which {why}; {fix}") from None
+            words = f"{name} names {bundle}, which {why}; {fix}"
+        try:
+            if proxy:
+                adapter.proxy_manager_for(proxy if "://" in proxy else f"http://{proxy}")
+        except ValueError:  # of requests and of urllib3, for an unknown scheme, no host, no support of SOCKS
+            what = "is not the address of an HTTP proxy;"
+            if proxy.lower().startswith("socks"):
+                what = "names a SOCKS proxy, and the package PySocks is missing; pip install PySocks, or"
+            name = named_variable("HTTPS_PROXY", "ALL_PROXY")
+            words = f"{name} {what} set it to http://host:port, or unset it"
+        if words:
+            raise FatalError(EXIT_USAGE, words)
 
     def post(self, endpoint: str, body: Json, limit: float) -> HttpResponse:
         """POST once, follow no redirect, and read the answer until it is complete or `limit` seconds are over."""
@@ -641,10 +583,8 @@ class HttpTransport:
                     response = response._replace(data=data, problem=problem)
         except requests.exceptions.RequestException as error:
             response = self._explained(response, error, silence)
-        tail = f" ({response.problem})" if response.problem else ""
-        took, whom = time.monotonic() - begun, subject(body)
-        status = response.status or "no answer"
-        log.debug("%s%s -> %s in %.3f s%s", endpoint, whom and f" {whom}", status, took, tail)
+        took, status = time.monotonic() - begun, response.status or "no answer"
+        log.debug("%s %s -> %s in %.3f s %s", endpoint, subject(body), status, took, response.problem)
         return response
 
     def _explained(self, response: HttpResponse, error: Exception, silence: float) -> HttpResponse:
@@ -658,24 +598,21 @@ class HttpTransport:
             refused = re.search(r"Tunnel connection failed: (\d+[ \w-]*)", text)
             problem = f"{proxy} answered {refused.group(1)}" if refused else f"no connection to {proxy}"
             if refused and refused.group(1).startswith("407"):
-                setup_error = (
-                    f"{proxy} wants a user name and a password (407); set it to http://user:password@host:port"
-                )
+                setup_error = f"{proxy} wants a name and a password (407); set it to http://user:password@host:port"
         elif isinstance(error, exceptions.SSLError) and ("CERTIFICATE_VERIFY" in text or "CertificateError" in text):
             problem = f"the certificate of {host} can't be verified"
-            setup_error = (
-                f"{problem}; where a company inspects TLS, set REQUESTS_CA_BUNDLE to the file of its CA certificates"
-            )
-        elif isinstance(error, exceptions.SSLError):
-            problem, sent = "the TLS connection broke", True
+            fix = "where a company inspects TLS, set REQUESTS_CA_BUNDLE to the file of its CA certificates"
+            setup_error = f"{problem}; {fix}"
         elif isinstance(error, exceptions.ConnectTimeout) or "NewConnectionError" in text or "NameResolution" in text:
             problem = f"no connection to {host}"
-        elif isinstance(error, exceptions.Timeout) or "ReadTimeoutError" in text:
-            problem, sent = f"no answer within {silence:g} s", True
-        elif isinstance(error, exceptions.ConnectionError):
-            problem, sent = "the connection broke", True
         else:
-            problem, sent = type(error).__name__, True
+            sent, problem = True, type(error).__name__
+            if isinstance(error, exceptions.SSLError):
+                problem = "the TLS connection broke"
+            elif isinstance(error, exceptions.Timeout) or "ReadTimeoutError" in text:
+                problem = f"no answer within {silence:g} s"
+            elif isinstance(error, exceptions.ConnectionError):
+                problem = "the connection broke"
         return response._replace(problem=problem, sent=sent or response.status is not None, setup_error=setup_error)
 
 
@@ -728,9 +665,8 @@ class CancelToken:
         task = asyncio.ensure_future(work)
         stopped = self.future()
         await asyncio.wait({stopped, task}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            task.cancel()
         if stopped.done():
+            task.cancel()
             stopped.result()
         stopped.cancel()
 
@@ -2148,17 +2084,8 @@ def count_error(contact: Contact, greatest: int, policy: str) -> Optional[PairEr
 # ---------------------------------------------------------------------------------------------------
 
 
-class Priority(IntEnum):
-    """How urgent a request is: what finishes a merge goes before what begins one."""
-
-    FINISH = 0
-    RESUME = 1
-    MERGE = 2
-    VERIFY = 3
-    PREPARE = 4
-
-
-FINISH, RESUME, MERGE, VERIFY, PREPARE = Priority
+# How urgent a request is: what finishes a merge goes before what begins one.
+FINISH, RESUME, MERGE, VERIFY, PREPARE = range(5)
 
 
 @dataclass
@@ -2177,15 +2104,6 @@ class RequestOptions(NamedTuple):
 
 
 ANY_OPTIONS = RequestOptions()
-
-
-class QueuedRequest(NamedTuple):
-    """A request in the queue: ordered by priority, then by arrival."""
-
-    priority: int
-    serial: int
-    options: RequestOptions
-    future: "asyncio.Future[bool]"
 
 
 def announced_quota(headers: Mapping[str, str]) -> Optional[Tuple[int, int, float]]:
@@ -2305,7 +2223,6 @@ class ClientLimit:
         self.count: Callable[[], None] = self._limit(lambda: None)  # one more call
 
     def room(self) -> float:
-        """Calls that are left in this period."""
         return float(self.calls - (0 if self.seconds_left() <= 0 else self._limit.num_calls))
 
     def seconds_left(self) -> float:
@@ -2320,60 +2237,33 @@ class CircuitBreaker:
     """
 
     THRESHOLD = 3  # failures in a row
-    PROBE = 60.0  # seconds after which the queue is gone through again; the probe's answer comes first
 
     def __init__(self, retries: int) -> None:
         self.retries = retries
         self.open_until = 0.0
-        self.half_open = False
-        self.failures_in_a_row = self.over_quota_in_a_row = 0
-        self._probe_in_flight = False
-        self._failed_probes = 0
+        self.half_open = self.probe_in_flight = False
+        self.failures_in_a_row = self.over_quota_in_a_row = self._failed_probes = 0
 
-    def seconds_blocked(self, now: float) -> float:
-        """Seconds for which nothing may leave."""
-        if now < self.open_until:
-            return self.open_until - now
-        return self.PROBE if self.half_open and self._probe_in_flight else 0.0
+    def on_response(self, is_probe: bool, status: Optional[int], pause: float, now: float) -> str:
+        """Note an answer (`status` None: none, or none of use); after a 429 nothing leaves for `pause` seconds.
 
-    def expect_probe(self) -> None:
-        """Let one request find out what nothing is known of, such as a new window's quota."""
-        self.half_open, self._probe_in_flight = True, False
-
-    def on_sent(self) -> bool:
-        """Note a request that leaves, and return whether it is a probe."""
-        self._probe_in_flight = self._probe_in_flight or self.half_open
-        return self.half_open
-
-    def on_given_back(self, is_probe: bool) -> None:
-        self._probe_in_flight = self._probe_in_flight and not is_probe
-
-    def on_response(self, is_probe: bool, status: Optional[int], pause: float, now: float) -> None:
-        """Note an answer (`status` None: none, or none of use); after a 429 nothing leaves for `pause` seconds."""
-        self.on_given_back(is_probe)
-        failed = status is None or status >= 500
+        Return why no more probes are worth sending, "" where they are.
+        """
+        self.probe_in_flight = self.probe_in_flight and not is_probe
+        failed, until = status is None or status >= 500, 0.0
         self.over_quota_in_a_row = self.over_quota_in_a_row + 1 if status == 429 else 0
         self.failures_in_a_row = self.failures_in_a_row + 1 if failed else 0
         if status == 429:
             least = min(30.0, 0.05 * 2.0 ** min(self.over_quota_in_a_row, 10))
-            self._open(now + max(least, min(3600.0, pause)))
-        elif self.keeps_failing:
+            until = now + max(least, min(3600.0, pause))
+        elif self.failures_in_a_row >= self.THRESHOLD:
             self._failed_probes += is_probe
-            self._open(now + min(10.0, 0.5 * 2**self._failed_probes))
+            until = now + min(10.0, 0.5 * 2**self._failed_probes)
         elif not failed:
             self._failed_probes = 0
             self.half_open = self.half_open and not is_probe
-
-    def _open(self, until: float) -> None:
-        self.open_until = max(self.open_until, until)
-        self.half_open = True
-
-    @property
-    def keeps_failing(self) -> bool:
-        return self.failures_in_a_row >= self.THRESHOLD
-
-    def gave_up(self) -> str:
-        """Return why no more probes are worth sending, "" where they are."""
+        if until:
+            self.open_until, self.half_open = max(self.open_until, until), True
         if self._failed_probes > self.retries:
             return "can't be reached or keeps failing (is DEVREV_BASE_URL right?)"
         if self.over_quota_in_a_row > 10 + 5 * self.retries:
@@ -2406,7 +2296,8 @@ class RequestScheduler:
         self.leaves_a_share = settings.calls is None
         calls, period = self.UNANNOUNCED if settings.calls is None else (settings.calls, settings.period)
         self._client_limit = ClientLimit(calls, period, self._now) if calls > 0 else None
-        self._queue: List[QueuedRequest] = []
+        # By priority, then by arrival.
+        self._queue: List[Tuple[int, int, RequestOptions, asyncio.Future[bool]]] = []
         self._serial = self._in_flight = self._reserved = 0
         self._timer: Optional[asyncio.TimerHandle] = None
         self._longest = 0.0  # seconds that a request has taken lately
@@ -2432,57 +2323,55 @@ class RequestScheduler:
     async def acquire(self, options: RequestOptions) -> bool:
         """Wait until a request may leave, and return whether it is a probe. Raises Cancelled."""
         self._serial += 1
-        queued = QueuedRequest(options.priority, self._serial, options, self.cancel_token.future())
-        bisect.insort(self._queue, queued)
+        future = self.cancel_token.future()
+        bisect.insort(self._queue, (options.priority, self._serial, options, future))
         self._dispatch()
-        return await queued.future
+        return bool(await future)
 
     def _dispatch(self) -> None:
         """Release all requests that may leave, the most urgent first; try again when the next thing changes."""
         if self._timer:
             self._timer.cancel()
-        wait, reason = 0.0, ""
-        while self._queue and self._has_slot(self._queue[0].priority):
-            wait, reason = self._seconds_blocked()
-            able = (each for each in self._queue if self._has_slot(each.priority) and self._has_quota_for(each.options))
-            first = None if wait else next(able, None)
+        breaker, wait, reason = self.breaker, 0.0, ""
+        while self._queue and self._has_slot(self._queue[0][0]):
+            now = self._now()
+            if now < breaker.open_until:
+                wait, reason = breaker.open_until - now, "quota" if breaker.over_quota_in_a_row else "DevRev fails"
+                break
+            if self.quota.has_expired(self._in_flight, now):
+                breaker.half_open, breaker.probe_in_flight = True, False  # one request finds out the new window's
+            if breaker.half_open and breaker.probe_in_flight:
+                break  # its answer dispatches again
+            able = (one for one in self._queue if self._has_slot(one[0]) and self._has_quota_for(one[2]))
+            first = next(able, None)
             if first is None:
+                wait, reason = self.seconds_until_room()
                 break
             self._queue.remove(first)
-            if not first.future.done():  # by a cancellation
-                self._release(first)
-        else:
-            wait, reason = 0.0, ""
-        if self._queue and self._has_slot(self._queue[0].priority) and not wait:
-            wait, reason = self.seconds_until_room()
-        self._note_wait(reason)
+            _, _, options, future = first
+            if future.done():  # by a cancellation
+                continue
+            if options.reservation:
+                self._reserve(options.reservation, int(max(0, min(self._units_for(options)) - 1)))
+            self._in_flight += 1
+            if self.client_limit:
+                self.client_limit.count()
+            breaker.probe_in_flight = breaker.probe_in_flight or breaker.half_open
+            future.set_result(breaker.half_open)
+        wall = self.environment.now().wall
+        if reason and not self.waiting_for:
+            self._waiting_since = wall
+        elif self.waiting_for and not reason:
+            self.waits.append((self._waiting_since, max(wall, self._waiting_since)))
+        self.waiting_for = reason
         if wait:
             self._timer = asyncio.get_event_loop().call_later(max(0.001, wait), self._dispatch)
-
-    def _release(self, queued: QueuedRequest) -> None:
-        options = queued.options
-        if options.reservation:
-            units = min(self._units_to_reserve(options), self._spare(options) - 1)
-            self._reserve(options.reservation, int(max(0, units)))
-        self._in_flight += 1
-        if self.client_limit:
-            self.client_limit.count()
-        queued.future.set_result(self.breaker.on_sent())
 
     def _has_slot(self, priority: int) -> bool:
         """Whether another request may be in flight; after a failure fewer, until one is answered well. While a merge is
         in progress, lists and timelines that take long leave a worker to what finishes it."""
         spared = self.workers > 1 and self._reserved > 0 and priority == PREPARE and self._longest > self.SLOW_REQUEST
         return self._in_flight < max(1, (self.workers >> min(self.breaker.failures_in_a_row, 4)) - spared)
-
-    def _seconds_blocked(self) -> Tuple[float, str]:
-        """Seconds for which nothing at all may leave, and why."""
-        now = self._now()
-        if now >= self.breaker.open_until and self.quota.has_expired(self._in_flight, now):
-            self.breaker.expect_probe()
-        wait = self.breaker.seconds_blocked(now)
-        reason = "quota" if self.breaker.over_quota_in_a_row else "DevRev fails"
-        return wait, reason if now < self.breaker.open_until else ""
 
     # -- quota and reservations ---------------------------------------------------------------------
 
@@ -2494,24 +2383,22 @@ class RequestScheduler:
         """Units of the quota that only the requests which finish a merge may spend."""
         return (self.quota.limit or 0) / self.OTHERS if self.leaves_a_share else 0.0
 
-    def window_size(self) -> float:
-        return min(self.quota.limit or math.inf, self.client_limit.calls if self.client_limit else math.inf)
+    def _units_for(self, options: RequestOptions) -> Tuple[float, float]:
+        """Return the units that a request may spend, which are reserved for no other merge, and those that it needs:
+        one, and as much of what it is to reserve as a window can hold."""
+        own = options.reservation.units if options.reservation else 0
+        window = min(self.quota.limit or 1e9, self.client_limit.calls if self.client_limit else 1e9)
+        units = min(options.reserve, max(self.LEAST, window // self.SHARE))
+        return self.room() - self._reserved + own, min(1 + units, window)
 
     def _has_quota_for(self, options: RequestOptions) -> bool:
-        """Whether there is room for a request, and for as much of what it is to reserve as a window can hold."""
+        spare, needed = self._units_for(options)
         reserved = options.reservation is not None and options.reservation.units > 0
         if options.priority == FINISH:  # takes what there is
-            return self.room() >= 1 if reserved else self._spare(options) >= 1
+            return self.room() >= 1 if reserved else spare >= 1
         if not reserved and self.quota.room(self._in_flight) <= self.share_of_others():
             return False
-        return self._spare(options) >= min(1 + self._units_to_reserve(options), self.window_size())
-
-    def _spare(self, options: RequestOptions) -> float:
-        """Units that are reserved for no other merge."""
-        return self.room() - self._reserved + (options.reservation.units if options.reservation else 0)
-
-    def _units_to_reserve(self, options: RequestOptions) -> float:
-        return min(options.reserve, max(self.LEAST, self.window_size() // self.SHARE))
+        return spare >= needed
 
     def _reserve(self, reservation: Reservation, units: int) -> None:
         self._reserved += units - reservation.units
@@ -2533,52 +2420,38 @@ class RequestScheduler:
 
     def cancel_waiting(self, priority: int) -> None:
         """Cancel the requests in the queue that are not more urgent than this."""
-        for queued in self._queue:
-            if queued.priority >= priority and not queued.future.done():
-                queued.future.set_exception(Cancelled())
+        for urgency, _, _, future in self._queue:
+            if urgency >= priority and not future.done():
+                future.set_exception(Cancelled())
 
     # -- answers ------------------------------------------------------------------------------------
 
     def give_back(self, is_probe: bool) -> None:
         """Return the slot of a request that is not sent after all."""
         self._in_flight -= 1
-        self.breaker.on_given_back(is_probe)
+        self.breaker.probe_in_flight = self.breaker.probe_in_flight and not is_probe
         self._dispatch()
 
     def on_response(self, is_probe: bool, response: HttpResponse, seconds: float, usable: bool) -> None:
         """Note an answer, how long it took, and whether it is of any use where its status is good."""
-        now, server_time = self._now(), self._server_time(response.headers)
+        now, status = self._now(), response.status
+        server_time = wall = self.environment.now().wall
+        with contextlib.suppress(KeyError, TypeError, ValueError, IndexError, OverflowError):
+            # The Date header has whole seconds, so small differences are noise.
+            skew = parsedate_to_datetime(response.headers["Date"]).timestamp() + 0.5 - wall
+            server_time = wall + skew if abs(skew) > 2 else wall
         self._in_flight -= 1
         self._longest = max(seconds, 0.95 * self._longest)
         self.quota.on_response(response, now - seconds, now, server_time)
-        good = response.status is not None and 200 <= response.status < 300
-        pause = retry_after(response, server_time) if response.status == 429 else None
+        pause = retry_after(response, server_time) if status == 429 else None
         if pause is None:
             is_spent = self.quota.remaining is not None and self.quota.remaining <= 0
             pause = self.quota.resets_at - now if is_spent else 0.5
-        self.breaker.on_response(is_probe, None if good and not usable else response.status, pause, now)
-        words = self.breaker.gave_up()
+        useless = status is not None and 200 <= status < 300 and not usable
+        words = self.breaker.on_response(is_probe, None if useless else status, pause, now)
         if words:
             self.cancel_token.cancel(FatalError(EXIT_STOPPED, f"DevRev at {self.host} {words}"))
         self._dispatch()
-
-    def _server_time(self, headers: Mapping[str, str]) -> float:
-        """The server's clock, in epoch seconds. Its Date header has whole seconds, so small differences are noise."""
-        now = self.environment.now().wall
-        with contextlib.suppress(KeyError, TypeError, ValueError, IndexError, OverflowError):
-            skew = parsedate_to_datetime(headers["Date"]).timestamp() + 0.5 - now
-            return now + skew if abs(skew) > 2 else now
-        return now
-
-    def _note_wait(self, reason: str) -> None:
-        """Record the time in which requests wait, and what they wait for."""
-        now = self.environment.now().wall
-        if bool(reason) != bool(self.waiting_for):
-            if reason:
-                self._waiting_since = now
-            else:
-                self.waits.append((self._waiting_since, max(now, self._waiting_since)))
-        self.waiting_for = reason
 
 
 # Forecasts, for people and for the size of batches.
@@ -2672,18 +2545,19 @@ def kind_of(identity: str) -> str:
     return identity.rpartition(":")[2].partition("/")[0]
 
 
-def user_ids(value: Any) -> Set[str]:
+def user_ids(name: str, obj: Json) -> Set[str]:
     """The ids in a work's `owned_by`, `reported_by` (lists), `created_by` (one) or a conversation's `members`."""
+    value = obj.get(name)
     users = value if isinstance(value, list) else [value]
     return {user["id"] for user in users if isinstance(user, dict) and isinstance(user.get("id"), str)}
 
 
-def unstorable_field(record: Json) -> Optional[str]:
-    """Name the first field of a record whose text has half of a character (a lone surrogate); None where none has.
+def check_storable(user: Json) -> None:
+    """Raise PairError where a text of a contact has half of a character (a lone surrogate), and name its field.
 
     Services that count in UTF-16 cut texts in the middle of an emoji. No file, log or database can hold what is left.
     """
-    values: List[Tuple[str, Any]] = list(record.items())
+    values: List[Tuple[str, Any]] = list(user.items())
     while values:
         name, value = values.pop()
         if isinstance(value, dict):
@@ -2691,24 +2565,8 @@ def unstorable_field(record: Json) -> Optional[str]:
         elif isinstance(value, list):
             values.extend((name, one) for one in value)
         elif encodable(name) != name or (isinstance(value, str) and encodable(value) != value):
-            return encodable(name)
-    return None
-
-
-def check_storable(user: Json) -> None:
-    """Raise PairError where a contact's data can't be stored as text."""
-    name = unstorable_field(user)
-    if name:
-        key = user["id"].rpartition("/")[2]
-        words = f"the {name} of REVU-{key} in DevRev holds half of a character (a lone surrogate)"
-        raise PairError("api_error", f"{words}; correct it there")
-
-
-class ApiResponse(NamedTuple):
-    """An answer's JSON object, and when its request was sent: it is as old as that."""
-
-    data: Json
-    since: Timestamp
+            where = f"the {name} of REVU-{user['id'].rpartition('/')[2]} in DevRev"
+            raise PairError("api_error", f"{where} holds half of a character (a lone surrogate); correct it there")
 
 
 class ListResult(NamedTuple):
@@ -2721,7 +2579,7 @@ class ListResult(NamedTuple):
 class DuplicateStatus(Enum):
     """What a poll of a duplicate shows."""
 
-    THERE = "there"
+    EXISTS = "exists"
     GONE = "gone"  # deleted, or not found
     IN_PRIMARY = "in primary"  # DevRev names the primary in its place
 
@@ -2737,7 +2595,7 @@ def duplicate_status(user: Json, primary: str, duplicate: str) -> DuplicateStatu
         raise PairError("merged_into_another", f"{duplicate} has become {named.pop()}, not the primary")
     if named:
         return DuplicateStatus.IN_PRIMARY
-    return DuplicateStatus.GONE if user.get("state") == "deleted" else DuplicateStatus.THERE
+    return DuplicateStatus.GONE if user.get("state") == "deleted" else DuplicateStatus.EXISTS
 
 
 WRITES = ("rev-users.merge", "rev-users.update", "rev-users.create", "works.update", "conversations.update")
@@ -2760,13 +2618,8 @@ class ApiClient:
         self.cancel_token = cancel_token
         self.scheduler = RequestScheduler(environment, cancel_token, settings)
         self.requests: Dict[str, int] = collections.Counter()
-        self._writes = 0  # requests that may have changed DevRev
+        self.writes = 0  # requests that may have changed DevRev
         self._has_answered = False
-
-    @property
-    def changed(self) -> bool:
-        """Whether a request was sent that may have changed DevRev."""
-        return self._writes > 0
 
     async def _call(
         self,
@@ -2778,8 +2631,9 @@ class ApiClient:
         repeatable: bool = True,
         deadline: Optional[float] = None,
         before: Optional[Callable[[], Awaitable[None]]] = None,
-    ) -> ApiResponse:
-        """POST, and return the answer's JSON object, which holds `key`. Without `key` any 2xx will do.
+    ) -> Tuple[Json, Timestamp]:
+        """POST, and return the answer's JSON object, which holds `key`, and when its request was sent: it is as old as
+        that. Without `key` any 2xx will do.
 
         `before` is awaited when the request may be sent, and what it raises keeps it from being sent. Where it is safe,
         a request is repeated with growing, jittered pauses. One that is not `repeatable`, or has a `deadline` of its
@@ -2791,7 +2645,7 @@ class ApiClient:
             is_probe = await self.scheduler.acquire(options)
             try:
                 self.cancel_token.raise_if_cancelled()
-                if is_probe and self.scheduler.breaker.keeps_failing:
+                if is_probe and self.scheduler.breaker.failures_in_a_row >= CircuitBreaker.THRESHOLD:
                     # One object's requests may fail for good: whether DevRev is down shows a request that names none.
                     answer = await self.environment.post("dev-users.self", {})
                     self.requests["dev-users.self"] += 1
@@ -2801,24 +2655,21 @@ class ApiClient:
                     await before()
                 self.requests[endpoint] += 1
                 is_write = endpoint in WRITES and not body.keys() <= {"id", "type"}
-                self._writes += is_write
+                self.writes += is_write
                 since = self.environment.now()
                 answer = await self.environment.post(endpoint, body, deadline)
             except BaseException:
                 self.scheduler.give_back(is_probe)
                 raise
-            if is_write and (not answer.sent or answer.status in (401, 403, 429)):
-                self._writes -= 1
+            self.writes -= is_write and (not answer.sent or answer.status in (401, 403, 429))
             data, problem = answer.data, answer.problem
             good = answer.status is not None and 200 <= answer.status < 300
             self.scheduler.on_response(is_probe, answer, self.environment.elapsed(since), not key or data is not None)
             if good and (not key or (data is not None and key in data)):
                 self._has_answered = True
-                return ApiResponse(data or {}, since)
+                return data or {}, since
             if good and data is not None:
                 problem = f"no {key} in the answer"
-            if answer.setup_error and not self._has_answered:
-                self._stop(FatalError(EXIT_USAGE, answer.setup_error))
             attempt += answer.status != 429
             once = answer.sent and (not repeatable or deadline is not None)
             final = answer.status != 429 and (attempt > self.settings.retries or once)
@@ -2829,12 +2680,21 @@ class ApiClient:
                 await self.cancel_token.sleep(self.environment.random.uniform(0.5, 1.0) * min(8.0, 0.1 * 2**attempt))
 
     def _raise_refusal(self, endpoint: str, body: Json, answer: HttpResponse, final: bool) -> None:
-        """Raise what a definite no means. HTML of a gateway is none but for 401 (after the retries) and 413."""
+        """Raise what a definite no means. HTML of a gateway is none but for 401 (after the retries) and 413.
+
+        A FatalError stops the run: nothing more is sent.
+        """
         status, data, words = answer.status or 0, answer.data or {}, answer.problem
-        if status == 401 and (final or answer.data is not None):
+        fatal: Optional[FatalError] = None
+        if answer.setup_error and not self._has_answered:
+            fatal = FatalError(EXIT_USAGE, answer.setup_error)
+        elif status == 401 and (final or answer.data is not None):
             kind = DEAD_TOKENS.get(str(data.get("type")), "DevRev does not accept the token")
             advice = "create a new one in DevRev and set DEVREV_API_TOKEN to it"
-            self._stop(PermissionDenied(EXIT_STOPPED, f"{kind} (401: {words.rstrip('.')}); {advice}"))
+            fatal = PermissionDenied(EXIT_STOPPED, f"{kind} (401: {words.rstrip('.')}); {advice}")
+        if fatal:
+            self.cancel_token.cancel(fatal)
+            raise fatal
         if 300 <= status < 400:
             location = encodable(self.settings.mask(str(answer.headers.get("Location", ""))))
             raise ApiError(endpoint, status, f"redirected to {location or 'nowhere'}", location=location)
@@ -2847,11 +2707,6 @@ class ApiClient:
             words += f" ({', '.join(some(names))})" if names else ""
             words += f"; the token needs the scope {scopes}, and its owner access" if scopes else ""
         raise ApiError(endpoint, status, words, data=data)
-
-    def _stop(self, error: FatalError) -> NoReturn:
-        """End the run: nothing more is sent."""
-        self.cancel_token.cancel(error)
-        raise error
 
     async def pages(self, endpoint: str, key: str, body: Json, options: RequestOptions = ANY_OPTIONS) -> ListResult:
         """Return all items of a cursor-paged list."""
@@ -2872,36 +2727,29 @@ class ApiClient:
         stale = empty = 0
         page = dict(body, limit=PAGE)
         while True:
-            reply = await self._call(endpoint, page, key, options)
-            items, cursor, before = reply.data[key], reply.data.get("next_cursor") or "", len(known)
-            if not isinstance(items, list) or not all(map(has_id, items)):
-                raise NoUsableResponse(endpoint, f"{key} is not a list of objects with an id")
+            reply, since = await self._call(endpoint, page, key, options)
+            items, cursor, before = objects_in(reply[key], endpoint, key), reply.get("next_cursor") or "", len(known)
             if not isinstance(cursor, str):
                 raise NoUsableResponse(endpoint, "next_cursor is no text")
-            yield ListResult(items, reply.since)
+            yield ListResult(items, since)
             if not cursor:
                 return
             known.update(hash(item["id"]) for item in items)
             if len(known) > before:
                 stale = empty = 0
-            elif items:
-                stale += 1
-            else:
-                empty += 1
+            stale += bool(items) and len(known) == before
+            empty += not items
             if cursor in cursors or stale >= self.STALE_PAGES or empty >= self.EMPTY_PAGES:
                 raise NoUsableResponse(endpoint, "its pages go on without bringing anything new")
             cursors.add(cursor)
             page["cursor"] = cursor
 
-    async def _user(
+    async def _object(
         self, endpoint: str, body: Json, key: str = "rev_user", options: RequestOptions = ANY_OPTIONS, **how: Any
     ) -> Json:
-        """Return the user that an endpoint answers with. Raises NoUsableResponse where it is none."""
-        user = (await self._call(endpoint, body, key, options, **how)).data[key]
-        if not has_id(user):
-            raise NoUsableResponse(endpoint, f"{key} holds no user")
-        found: Json = user
-        return found
+        """Return the one object that an endpoint answers with. Raises NoUsableResponse where it is none."""
+        found, _ = await self._call(endpoint, body, key, options, **how)
+        return objects_in([found[key]], endpoint, key)[0]
 
 
 class DevRevAPI(ApiClient):
@@ -2913,23 +2761,28 @@ class DevRevAPI(ApiClient):
         self._work_kinds_lock = asyncio.Lock()
         self._work_kinds_known = False
         self._verified_filter_refused = False
-        self.emails = BatchLoader(self._list_by("email"), cancel_token, lambda user: {email_of(user)}, email_key)
+        by_email = functools.partial(self._list_by, "email")
+        self.emails = BatchLoader(by_email, cancel_token, lambda user: {email_of(user)}, email_key)
         self.unverified = BatchLoader(self._list_unverified, cancel_token, lambda user: {email_of(user)}, email_key)
-        self.references = BatchLoader(self._list_by("external_ref"), cancel_token, references_of)
         # By the field that names contacts: a work's role, or a conversation's members.
-        self.objects = {name: self._batch_loader(name) for name in (*ROLES.values(), "members")}
+        self.objects = {
+            name: BatchLoader(functools.partial(self._list_by, name), cancel_token, functools.partial(user_ids, name))
+            for name in (*ROLES.values(), "members")
+        }
 
     # -- contacts -----------------------------------------------------------------------------------
 
     async def whoami(self) -> Json:
         """Return the token's owner (`dev_user`)."""
-        return await self._user("dev-users.self", {}, "dev_user")
+        return await self._object("dev-users.self", {}, "dev_user")
 
-    async def _get_contact(self, identity: str, options: RequestOptions, deadline: Optional[float]) -> Optional[Json]:
+    async def _get_contact(
+        self, identity: str, options: RequestOptions, deadline: Optional[float] = None
+    ) -> Optional[Json]:
         """Return what DevRev has at this id: the contact, or only `{"id": …}` of the one that it has become (301), None
         where there is none (an object's 404)."""
         try:
-            return await self._user("rev-users.get", {"id": identity}, options=options, deadline=deadline)
+            return await self._object("rev-users.get", {"id": identity}, options=options, deadline=deadline)
         except ApiError as api_error:
             if api_error.missing:
                 return None
@@ -2942,11 +2795,9 @@ class DevRevAPI(ApiClient):
                 raise NoUsableResponse("rev-users.get", f"{api_error.status} that names no other contact") from None
             return {"id": match.group(0)}
 
-    async def contact(
-        self, identity: str, options: RequestOptions = ANY_OPTIONS, deadline: Optional[float] = None
-    ) -> Optional[Json]:
+    async def contact(self, identity: str, options: RequestOptions = ANY_OPTIONS) -> Optional[Json]:
         """Return the rev user of this id, None where there is none, or where it has become another."""
-        user = await self._get_contact(identity, options, deadline)
+        user = await self._get_contact(identity, options)
         return user if user and user["id"] == identity else None
 
     async def poll_duplicate(
@@ -2963,25 +2814,15 @@ class DevRevAPI(ApiClient):
             raise NoUsableResponse("rev-users.get", "the user has no state")
         return duplicate_status(user, primary, duplicate)
 
-    async def contacts_by_email(
-        self, emails: Iterable[str], priority: int = PREPARE, linger: Optional[float] = None
-    ) -> ListResult:
+    async def contacts_by_email(self, emails: Iterable[str], priority: int = PREPARE) -> ListResult:
         """Return the contacts that DevRev lists for these emails. Raises PairError where the text of one can't be
         stored."""
-        found = await self._load_all(self.emails, emails, priority, linger)
+        found = await self._load_all(self.emails, emails, priority)
         for user in found.items:
             check_storable(user)
         return found
 
-    async def contacts_by_reference(
-        self, references: Iterable[str], priority: int = PREPARE, linger: Optional[float] = None
-    ) -> ListResult:
-        """Return the contacts that DevRev lists for these references."""
-        return await self._load_all(self.references, references, priority, linger)
-
-    async def unverified_ids(
-        self, emails: Iterable[str], priority: int = PREPARE, linger: Optional[float] = None
-    ) -> Optional[Set[str]]:
+    async def unverified_ids(self, emails: Iterable[str], priority: int = PREPARE) -> Optional[Set[str]]:
         """Return the ids of the unverified contacts of these emails, None where DevRev refuses the filter.
 
         It is for organisations whose answers do not show `is_verified`. A list that shows verified contacts all the
@@ -2989,15 +2830,12 @@ class DevRevAPI(ApiClient):
         """
         if self._verified_filter_refused:
             return None
-        found = await self._load_all(self.unverified, emails, priority, linger)
+        found = await self._load_all(self.unverified, emails, priority)
         ignored = any(user.get("is_verified") is True for user in found.items)
         return None if ignored or self._verified_filter_refused else {user["id"] for user in found.items}
 
-    async def _load_all(
-        self, loader: "BatchLoader", keys: Iterable[str], priority: int, linger: Optional[float]
-    ) -> ListResult:
-        pause = loader.LINGER if linger is None else linger
-        lists = await together(*(loader.load(key, 1, priority, pause) for key in sorted(set(keys))))
+    async def _load_all(self, loader: "BatchLoader", emails: Iterable[str], priority: int) -> ListResult:
+        lists = await together(*(loader.load(email, 1, priority) for email in sorted(set(emails))))
         users = {user["id"]: user for one in lists for user in one.items}
         since = min((one.since for one in lists), key=lambda since: since.monotonic, default=self.environment.now())
         return ListResult(list(users.values()), since)
@@ -3014,23 +2852,19 @@ class DevRevAPI(ApiClient):
         await self._call("rev-users.merge", body, options=options, repeatable=False, before=before)
 
     async def update_contact(
-        self,
-        identity: str,
-        fields: Json,
-        options: RequestOptions,
-        deadline: Optional[float] = None,
+        self, identity: str, fields: Json, options: RequestOptions, deadline: Optional[float] = None
     ) -> Json:
         """Set fields of a contact, and return the contact as DevRev has it then. Raises ApiError with status 409 while
         another contact holds its `external_ref`. With a `deadline` one request is sent."""
         body = {"id": identity, **fields}
-        user = await self._user("rev-users.update", body, options=options, deadline=deadline)
+        user = await self._object("rev-users.update", body, options=options, deadline=deadline)
         if user["id"] != identity:
             raise NoUsableResponse("rev-users.update", f"the answer is about {user['id']}, not {identity}")
         return user
 
     async def create_contact(self, fields: Json, options: RequestOptions) -> Json:
         """Create a contact and return it. It is never repeated blindly: the caller finds out what a lost answer did."""
-        return await self._user("rev-users.create", fields, options=options, repeatable=False)
+        return await self._object("rev-users.create", fields, options=options, repeatable=False)
 
     async def set_people(self, obj: Json, roles: Mapping[str, Sequence[str]], options: RequestOptions) -> Json:
         """Replace the lists of a work's or a conversation's people, by role (none: try whether one may), and return it.
@@ -3041,20 +2875,18 @@ class DevRevAPI(ApiClient):
         endpoint, key = "conversations.update", "conversation"
         if ":conversation/" not in obj["id"]:
             endpoint, key, body["type"] = "works.update", "work", obj["type"]
-        found: Json = (await self._call(endpoint, body, key, options, repeatable=not roles)).data[key]
+        found: Json = (await self._call(endpoint, body, key, options, repeatable=not roles))[0][key]
         return found
 
     def dispatch(self) -> None:
         """Send every list call that waits for others to join."""
-        for batch_loader in (self.emails, self.unverified, self.references, *self.objects.values()):
+        for batch_loader in (self.emails, self.unverified, *self.objects.values()):
             batch_loader.dispatch()
 
     async def read_one(self, endpoint: str, key: str, body: Json) -> List[Json]:
         """Return one item of a list, to find out whether the token may read it."""
-        items = (await self._call(endpoint, dict(body, limit=1), key)).data[key]
-        if not isinstance(items, list) or not all(map(has_id, items)):
-            raise NoUsableResponse(endpoint, f"{key} is not a list of objects with an id")
-        return items
+        found, _ = await self._call(endpoint, dict(body, limit=1), key)
+        return objects_in(found[key], endpoint, key)
 
     async def timeline(self, object_id: str) -> List[Json]:
         """Return all comments on a ticket, issue or conversation."""
@@ -3062,26 +2894,17 @@ class DevRevAPI(ApiClient):
 
     async def get_object(self, object_id: str, options: RequestOptions) -> Optional[Json]:
         """Return a work or a conversation, None where there is none of that id."""
-        endpoint, key = ("works.get", "work")
+        endpoint, key = "works.get", "work"
         if kind_of(object_id) == "conversation":
             endpoint, key = "conversations.get", "conversation"
         try:
-            found = (await self._call(endpoint, {"id": object_id}, key, options)).data[key]
+            return await self._object(endpoint, {"id": object_id}, key, options)
         except ApiError as api_error:
             if api_error.missing:
                 return None
             raise
-        if not has_id(found):
-            raise NoUsableResponse(endpoint, f"{key} holds no object")
-        return dict(found)
 
     # -- what the batch loaders call ----------------------------------------------------------------
-
-    def _list_by(self, name: str) -> "Lister":
-        async def users(keys: Sequence[str], options: RequestOptions) -> ListResult:
-            return await self.pages("rev-users.list", "rev_users", {name: list(keys)}, options)
-
-        return users
 
     async def _list_unverified(self, emails: Sequence[str], options: RequestOptions) -> ListResult:
         """List with the filter; where that is refused for a single email, too, DevRev does not know the filter."""
@@ -3100,18 +2923,14 @@ class DevRevAPI(ApiClient):
         self._verified_filter_refused = True
         return ListResult([], self.environment.now())
 
-    def _batch_loader(self, name: str) -> "BatchLoader":
-        async def conversations(ids: Sequence[str], options: RequestOptions) -> ListResult:
-            return await self.pages("conversations.list", "conversations", {name: list(ids)}, options)
-
-        async def works(ids: Sequence[str], options: RequestOptions) -> ListResult:
-            return await self._list_works({name: list(ids)}, options)
-
-        lister = conversations if name == "members" else works
-        return BatchLoader(lister, self.cancel_token, lambda item: user_ids(item.get(name)))
-
-    async def _list_works(self, filters: Json, options: RequestOptions) -> ListResult:
-        """List works of every kind; where DevRev does not take the other kinds, tickets and issues from then on."""
+    async def _list_by(self, name: str, keys: Sequence[str], options: RequestOptions) -> ListResult:
+        """List contacts by `email`, conversations by `members`, or works of every kind by a role; where DevRev does not
+        take the other kinds, tickets and issues from then on."""
+        filters = {name: list(keys)}
+        if name == "email":
+            return await self.pages("rev-users.list", "rev_users", filters, options)
+        if name == "members":
+            return await self.pages("conversations.list", "conversations", filters, options)
         async with contextlib.AsyncExitStack() as stack:
             if not self._work_kinds_known:
                 await stack.enter_async_context(self._work_kinds_lock)  # one list finds out for all
@@ -3128,16 +2947,13 @@ class DevRevAPI(ApiClient):
             return found
 
 
-def has_id(item: Any) -> bool:
-    """Whether an item of an answer is an object with an id that can be stored."""
-    return isinstance(item, dict) and isinstance(item.get("id"), str) and encodable(item["id"]) == item["id"] != ""
-
-
-def references_of(user: Json) -> Set[str]:
-    """The references by which a contact is listed; some organisations have several of one contact."""
-    several = user.get("external_refs")
-    names = [user.get("external_ref"), *(several if isinstance(several, list) else [])]
-    return {name for name in names if isinstance(name, str)}
+def objects_in(items: Any, endpoint: str, key: str) -> List[Json]:
+    """Return `items` of an answer. Raises NoUsableResponse where they are no list of objects with a storable id."""
+    if isinstance(items, list):
+        ids = [item.get("id") if isinstance(item, dict) else None for item in items]
+        if all(isinstance(one, str) and encodable(one) == one != "" for one in ids):
+            return items
+    raise NoUsableResponse(endpoint, f"{key} is not made of objects with an id")
 
 
 @contextlib.contextmanager
@@ -3185,15 +3001,11 @@ class BatchLoader:
     MAX_ITEMS = 250  # items that are expected
 
     def __init__(
-        self,
-        lister: Lister,
-        cancel_token: CancelToken,
-        owners: Callable[[Json], Set[str]],
-        name: Callable[[str], str] = lambda key: key,
+        self, lister: Lister, token: CancelToken, owners: Callable[[Json], Set[str]], name: Callable[[str], str] = str
     ) -> None:
         self._lister = lister
-        self._cancel_token = cancel_token
-        cancel_token.on_cancel.append(self.dispatch)  # keys that linger have to learn of it
+        self._cancel_token = token
+        token.on_cancel.append(self.dispatch)  # keys that linger have to learn of it
         self._owners = owners  # the names that an item belongs to
         self._name = name  # of a key
         self._pending: List[PendingKey] = []
@@ -3226,11 +3038,9 @@ class BatchLoader:
         pendings.sort(key=lambda pending: pending.weight)
         while pendings:
             part = [pendings.pop(0)]
-            while (
-                pendings
-                and len(part) < self._max_keys
-                and sum(each.weight for each in [*part, pendings[0]]) <= self.MAX_ITEMS
-            ):
+            weight = part[0].weight
+            while pendings and len(part) < self._max_keys and weight + pendings[0].weight <= self.MAX_ITEMS:
+                weight += pendings[0].weight
                 part.append(pendings.pop(0))
             call = asyncio.ensure_future(self._fetch(part))
             self._calls.add(call)
@@ -3239,45 +3049,45 @@ class BatchLoader:
     async def _fetch(self, pendings: Sequence[PendingKey]) -> None:
         keys = list(dict.fromkeys(pending.key for pending in pendings))
         options = RequestOptions(min(pending.priority for pending in pendings))
+        parts: List[List[str]] = []  # that are listed separately instead
+        results: Dict[str, ListResult] = {}
+        failure: Optional[BaseException] = None
         try:
             listing = await self._lister(keys, options)
+            self._has_listed = True
+            found = self._split_items(keys, listing.items)
+            if found is None:
+                log.info("an item names none of the requested keys; listing one by one")
+                parts = [[key] for key in keys]
+            else:
+                results = {key: ListResult(items, listing.since) for key, items in found.items()}
         except (ApiError, NoUsableResponse) as error:
             if isinstance(error, ApiError):
                 self._max_keys = min(self._max_keys, (len(keys) + 1) // 2)
             if len(keys) == 1:
                 self._max_keys = PAGE  # it was this key, not their number
-            if len(keys) == 1 or await self._is_forbidden(keys, options, error):
-                _fail_all(pendings, error)
+            forbidden = isinstance(error, ApiError) and error.status == 403 and not self._has_listed
+            # Where lists of some single keys are all refused, too, the token is at fault: halving down to each of many
+            # contacts would cost two requests a contact.
+            for key in keys[:: max(1, len(keys) // 4)] if forbidden and len(keys) > 1 else ():
+                with contextlib.suppress(ApiError, NoUsableResponse, FatalError):
+                    await self._lister([key], options)
+                    self._has_listed, forbidden = True, False
+                    break
+            if forbidden or len(keys) == 1:
+                failure = error
             else:
                 half = (len(keys) + 1) // 2
-                await self._fetch_parts(pendings, [keys[:half], keys[half:]])
+                parts = [keys[:half], keys[half:]]
         except BaseException as error:
-            _fail_all(pendings, error)
-        else:
-            self._has_listed = True
-            found = self._split_items(keys, listing.items)
-            if found is None:
-                log.info("an item names none of the requested keys; listing one by one")
-                await self._fetch_parts(pendings, [[key] for key in keys])
-                return
-            for pending in pendings:
-                if not pending.future.done():
-                    pending.future.set_result(ListResult(found[pending.key], listing.since))
-
-    async def _is_forbidden(self, keys: Sequence[str], options: RequestOptions, error: PairError) -> bool:
-        """Whether a 403 is about the token rather than a contact: no list was ever answered, and those of some keys are
-        all refused, too. Halving down to each of many contacts would cost two requests a contact."""
-        if self._has_listed or not (isinstance(error, ApiError) and error.status == 403):
-            return False
-        for key in keys[:: max(1, len(keys) // 4)]:
-            with contextlib.suppress(ApiError, NoUsableResponse, FatalError):
-                await self._lister([key], options)
-                self._has_listed = True
-                return False
-        return True
-
-    async def _fetch_parts(self, pendings: Sequence[PendingKey], parts: Iterable[Sequence[str]]) -> None:
-        await together(*(self._fetch([pending for pending in pendings if pending.key in part]) for part in parts))
+            failure = error
+        if parts:
+            await together(*(self._fetch([pending for pending in pendings if pending.key in part]) for part in parts))
+        for pending in pendings:
+            if failure and not pending.future.done():
+                pending.future.set_exception(failure)
+            elif pending.key in results and not pending.future.done():
+                pending.future.set_result(results[pending.key])
 
     def _split_items(self, keys: Sequence[str], items: Sequence[Json]) -> Optional[Dict[str, List[Json]]]:
         """The items by key; None where one names none of several keys."""
@@ -3296,12 +3106,6 @@ class BatchLoader:
         return found
 
 
-def _fail_all(pendings: Iterable[PendingKey], error: BaseException) -> None:
-    for pending in pendings:
-        if not pending.future.done():
-            pending.future.set_exception(error)
-
-
 # ---------------------------------------------------------------------------------------------------
 # Backup: what DevRev holds of a group, on the disk
 # ---------------------------------------------------------------------------------------------------
@@ -3316,112 +3120,83 @@ class ContactSnapshot:
     roles: Dict[str, Dict[str, Json]]  # a role of ROLES -> works
     conversations: Dict[str, Json]
 
+    def works(self) -> Dict[str, Json]:
+        return {identity: work for works in self.roles.values() for identity, work in works.items()}
+
     def objects(self) -> Dict[str, Json]:
         """Return everything that has a timeline, by id."""
         return {**self.works(), **self.conversations}
 
-    def works(self) -> Dict[str, Json]:
-        return {identity: work for works in self.roles.values() for identity, work in works.items()}
-
 
 Timelines = Mapping[str, List[Json]]
+INCOMPLETE_BACKUP = ".incomplete_"
 
 
-def contact_files(snapshot: ContactSnapshot, timelines: Timelines) -> Dict[str, Any]:
-    """Return the files of one contact's folder, by name."""
-    return {
-        "contact.json": snapshot.live,
-        "works.json": list(snapshot.works().values()),
-        "conversations.json": list(snapshot.conversations.values()),
-        "timelines.json": {identity: timelines[identity] for identity in snapshot.objects() if identity in timelines},
-    }
+def write_backup(
+    environment: Environment, home: Path, facts: Json, snapshots: Sequence[ContactSnapshot], timelines: Timelines
+) -> Path:
+    """Back up a group as `<home>/<YYYYmmdd_HHMMSS>/` (UTC), `home` being the folder of its email in `backups/`. The
+    first of `snapshots` is the primary; `facts` stand in the manifest, too.
+
+    Files are written to a temporary folder and flushed, and the folder is renamed:
+    a kill leaves no half backup. Raises OSError.
+    """
+    environment.make_private_dir(home)
+    environment.restrict_dir(home.parent)  # emails are names in it
+    if home.resolve().parent != home.parent.resolve():
+        raise OSError(f"{home} is a link that leads out of {home.parent}; remove it")
+    stamp = int(environment.now().wall)
+    while (home / timestamp_name(stamp)).exists():
+        stamp += 1
+    final = home / timestamp_name(stamp)
+    aside = home / f"{INCOMPLETE_BACKUP}{os.getpid()}_{final.name}"
+    if aside.exists():
+        shutil.rmtree(str(aside))
+    aside.mkdir(mode=0o700)
+    created, tool = iso(environment.now().wall), f"merge_contacts {__version__}"
+    manifest: Json = {"format": 1, "tool": tool, "created": created, **facts, "contacts": [], "files": {}}
+    folders: Set[str] = set()
+    for index, snapshot in enumerate(snapshots):
+        role = "duplicate" if index else "primary"
+        folder = f"{role}_{safe_name(str(snapshot.live.get('display_id') or snapshot.contact.short_id))}"
+        if folder.casefold() in folders:  # where a file system ignores case, they are one
+            folder += f"_{index}"
+        folders.add(folder.casefold())
+        (aside / folder).mkdir(mode=0o700)
+        entry, files = snapshot_entry(snapshot, timelines)
+        manifest["contacts"].append({"folder": folder, "role": role, **entry})
+        for name, content in files.items():
+            size, digest = environment.create_file(aside / folder / name, [to_json(content, indent=1)])
+            manifest["files"][f"{folder}/{name}"] = {"bytes": size, "sha256": digest}
+        environment.fsync_dir(aside / folder)
+    environment.create_file(aside / "manifest.json", [to_json(manifest, indent=1)])
+    environment.fsync_dir(aside)
+    environment.rename_into_place(aside, final)
+    return final
 
 
-def contact_manifest(folder: str, role: str, snapshot: ContactSnapshot, timelines: Timelines) -> Json:
-    """Return what the manifest says of one contact: its row, its counts, and its objects by role."""
-    return {
-        "folder": folder,
-        "role": role,
+def snapshot_entry(snapshot: ContactSnapshot, timelines: Timelines) -> Tuple[Json, Json]:
+    """Return what the manifest says of one contact, and its files by name."""
+    read = {identity: timelines[identity] for identity in snapshot.objects() if identity in timelines}
+    counts = {name: len(works) for name, works in snapshot.roles.items()}
+    counts.update(conversations=len(snapshot.conversations), timeline_entries=sum(map(len, read.values())))
+    entry = {
         "csv": snapshot.contact.to_json(),
-        "counts": {
-            **{name: len(works) for name, works in snapshot.roles.items()},
-            "conversations": len(snapshot.conversations),
-            "timeline_entries": sum(len(timelines.get(identity, ())) for identity in snapshot.objects()),
-        },
+        "counts": counts,
         "works": {name: list(works) for name, works in snapshot.roles.items()},
         "conversations": list(snapshot.conversations),
     }
-
-
-class BackupStore:
-    """The folder `backups/`. A backup is a folder `<email>/<YYYYmmdd_HHMMSS>/` (UTC) in it, complete or absent.
-
-    Methods raise OSError.
-    """
-
-    INCOMPLETE = ".incomplete_"
-
-    def __init__(self, root: Path, environment: Environment, with_timelines: bool = True) -> None:
-        self.root = root
-        self.environment = environment
-        self.with_timelines = with_timelines
-
-    def create(self, email: str, organisation: str, snapshots: Sequence[ContactSnapshot], timelines: Timelines) -> Path:
-        """Back up a group; the first of `snapshots` is the primary.
-
-        Files are written to a temporary folder and flushed, and the folder is renamed: a kill leaves no half backup.
-        """
-        environment = self.environment
-        home = environment.make_private_dir(self.root / safe_name(email))
-        environment.restrict_dir(self.root)  # emails are names in it
-        if home.resolve().parent != self.root.resolve():
-            raise OSError(f"{home} is a link that leads out of {self.root}; remove it")
-        stamp = int(environment.now().wall)
-        while (home / timestamp_name(stamp)).exists():
-            stamp += 1
-        final = home / timestamp_name(stamp)
-        aside = home / f"{self.INCOMPLETE}{os.getpid()}_{timestamp_name(stamp)}"
-        if aside.exists():
-            shutil.rmtree(str(aside))
-        aside.mkdir(mode=0o700)
-        manifest: Json = {
-            "format": 1,
-            "tool": f"merge_contacts {__version__}",
-            "created": iso(environment.now().wall),
-            "email": email,
-            "organisation": organisation,
-            "timelines": self.with_timelines,
-            "contacts": [],
-            "files": {},
-        }
-        for index, (folder, snapshot) in enumerate(zip(_folder_names(snapshots), snapshots)):
-            (aside / folder).mkdir(mode=0o700)
-            for name, content in contact_files(snapshot, timelines).items():
-                size, digest = environment.create_file(aside / folder / name, [to_json(content, indent=1)])
-                manifest["files"][f"{folder}/{name}"] = {"bytes": size, "sha256": digest}
-            environment.fsync_dir(aside / folder)
-            role = "duplicate" if index else "primary"
-            manifest["contacts"].append(contact_manifest(folder, role, snapshot, timelines))
-        environment.create_file(aside / "manifest.json", [to_json(manifest, indent=1)])
-        environment.fsync_dir(aside)
-        environment.rename_into_place(aside, final)
-        return final
+    return entry, {
+        "contact.json": snapshot.live,
+        "works.json": list(snapshot.works().values()),
+        "conversations.json": list(snapshot.conversations.values()),
+        "timelines.json": read,
+    }
 
 
 def timestamp_name(epoch: float) -> str:
     """Name a moment in UTC: local names would sort backwards in the hour that autumn has twice."""
     return time.strftime("%Y%m%d_%H%M%S", time.gmtime(epoch))
-
-
-def _folder_names(snapshots: Sequence[ContactSnapshot]) -> List[str]:
-    """Return `primary_REVU-…`, `duplicate_REVU-…`; distinct also where a file system ignores case."""
-    names: List[str] = []
-    for index, snapshot in enumerate(snapshots):
-        shown = str(snapshot.live.get("display_id") or snapshot.contact.short_id)
-        name = f"{'duplicate' if index else 'primary'}_{safe_name(shown)}"
-        taken = [other.casefold() for other in names]
-        names.append(f"{name}_{index}" if name.casefold() in taken else name)
-    return names
 
 
 def verify_backup(folder: Path) -> Json:
@@ -3433,9 +3208,7 @@ def verify_backup(folder: Path) -> Json:
     try:
         problems = list(_backup_errors(folder, manifest))
     except (KeyError, TypeError, AttributeError) as error:
-        raise PairError(
-            "backup_failed", f"{folder}: manifest.json is not a manifest: {type(error).__name__} {error}"
-        ) from None
+        problems = [f"manifest.json is not a manifest: {type(error).__name__} {error}"]
     if problems:
         raise PairError("backup_failed", f"{folder}: " + "; ".join(problems))
     return manifest
@@ -3457,45 +3230,29 @@ def _backup_errors(folder: Path, manifest: Json) -> Iterator[str]:
         except ValueError:
             yield f"{name}: not JSON"
     for entry in manifest["contacts"]:
-        files = [
-            contents.get(f"{entry['folder']}/{name}.json")
-            for name in ("contact", "works", "conversations", "timelines")
-        ]
+        names = ("contact", "works", "conversations", "timelines")
+        files: List[Any] = [contents.get(f"{entry['folder']}/{name}.json") for name in names]
         if any(file is None for file in files):
             yield f"{entry['folder']}: not all of its files are complete"
-        else:
-            yield from _contact_errors(entry, files, manifest["timelines"])
-
-
-def _contact_errors(entry: Json, files: Sequence[Any], timelines_wanted: bool) -> Iterator[str]:
-    """Count what is in one contact's files again, and compare it with the manifest."""
-    folder = entry["folder"]
-    live, works, conversations, timelines = files
-    work_ids = {work["id"] for work in works}
-    conversation_ids = {conversation["id"] for conversation in conversations}
-    if live["id"] != entry["csv"]["id"]:
-        yield f"{folder}: contact.json is another contact's"
-    if set(chain.from_iterable(entry["works"].values())) != work_ids:
-        yield f"{folder}: works.json does not hold the works of the manifest"
-    if set(entry["conversations"]) != conversation_ids:
-        yield f"{folder}: conversations.json does not hold the conversations of the manifest"
-    if timelines_wanted and set(timelines) != work_ids | conversation_ids:
-        yield f"{folder}: timelines.json does not hold a timeline for each object"
-    counted = {name: len(set(ids)) for name, ids in entry["works"].items()}
-    counted["conversations"] = len(conversation_ids)
-    counted["timeline_entries"] = sum(map(len, timelines.values()))
-    if counted != entry["counts"]:
-        yield f"{folder}: the files hold {counted}, the manifest says {entry['counts']}"
+            continue
+        live, works, conversations, timelines = files
+        ids, talks = set(by_id(works)), set(by_id(conversations))
+        counted = {name: len(set(listed)) for name, listed in entry["works"].items()}
+        counted.update(conversations=len(talks), timeline_entries=sum(map(len, timelines.values())))
+        with_timelines = ids | talks if manifest["timelines"] else set(timelines)
+        differences = {
+            "contact.json is another contact's": live["id"] != entry["csv"]["id"],
+            "works.json does not hold the works of the manifest": ids != set(chain(*entry["works"].values())),
+            "conversations.json does not hold the conversations of the manifest": talks != set(entry["conversations"]),
+            "timelines.json does not hold a timeline for each object": with_timelines != set(timelines),
+            f"the files hold {counted}, the manifest says {entry['counts']}": counted != entry["counts"],
+        }
+        yield from (f"{entry['folder']}: {words}" for words, differs in differences.items() if differs)
 
 
 def is_counted(identity: str) -> bool:
     """Return whether the warehouse counts a work as a ticket: tickets and issues, no other kinds."""
     return ":ticket/" in identity or ":issue/" in identity
-
-
-def greatest_count(entry: Json) -> int:
-    """Return greatest(owned, created, reported) of a contact in a manifest: what the CSV calls TICKET_COUNT."""
-    return max(sum(map(is_counted, set(entry["works"][role]))) for role in ROLES)
 
 
 def read_manifest(backup: str) -> Json:
@@ -3533,15 +3290,12 @@ def describe(backup: str, items: Iterable[Json]) -> List[Json]:
     for path in (*Path(backup).glob("*/works.json"), *Path(backup).glob("*/conversations.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             known.update(by_id(json.loads(path.read_bytes())))
-    return [
-        {
-            **item,
-            "display_id": known.get(item["id"], {}).get("display_id") or item["id"],
-            "kind": known.get(item["id"], {}).get("type") or item["id"].split(":")[-1].split("/")[0],
-            "title": known.get(item["id"], {}).get("title") or "",
-        }
-        for item in items
-    ]
+    found = []
+    for item in items:
+        obj, kind = known.get(item["id"], {}), kind_of(item["id"])
+        shown = {"display_id": obj.get("display_id") or item["id"], "kind": obj.get("type") or kind}
+        found.append({**item, **shown, "title": obj.get("title") or ""})
+    return found
 
 
 def by_id(items: Iterable[Json]) -> Dict[str, Json]:
@@ -4301,16 +4055,18 @@ class Preconditions:
     ) -> Tuple[str, Optional[PairError]]:
         """Write the backup (in a thread), and check from the disk that it is complete and holds what the CSV counts."""
         options = self.context.options
-        store = BackupStore(BACKUPS, self.context.environment, options.timelines)
+        email, environment = self.group.email, self.context.environment
+        facts = {"email": email, "organisation": options.organisation, "timelines": options.timelines}
         try:
-            folder = store.create(self.group.email, options.organisation, snapshots, timelines)
+            folder = write_backup(environment, BACKUPS / safe_name(email), facts, snapshots, timelines)
         except RecursionError:
             raise PairError("backup_failed", "DevRev answered with something that is nested too deep") from None
         try:
             for entry in verify_backup(folder)["contacts"]:
                 grown = entry["role"] == "primary" and self.group.has_absorbed()
                 policy = "at-least" if grown else options.count_policy
-                problem = count_error(Contact.from_json(entry["csv"]), greatest_count(entry), policy)
+                greatest = max(sum(map(is_counted, set(ids))) for ids in entry["works"].values())
+                problem = count_error(Contact.from_json(entry["csv"]), greatest, policy)
                 if problem:
                     return str(folder), problem
         except PairError as error:
@@ -4424,7 +4180,7 @@ class TransferVerifier:
                 examined.update(few)
                 pair.deleted = sorted(gone.union(pair.deleted))
                 expected, missing = ([one for one in items if one["id"] not in gone] for items in (expected, missing))
-            if over or status is DuplicateStatus.THERE or not (missing or status):
+            if over or status is DuplicateStatus.EXISTS or not (missing or status):
                 return missing, status
             await pause(min(20.0, 0.5 + waited / 2, timeout - waited))
 
@@ -4482,7 +4238,7 @@ class TransferVerifier:
         listing = await lists.load(key.strip(), 1, self.priority, linger)
         self.primary = next((user for user in listing.items if user["id"] == pair.primary.id), self.primary)
         shown = (user for user in listing.items if user["id"] == pair.duplicate.id)
-        return any(duplicate_status(user, *pair.ids) is DuplicateStatus.THERE for user in shown)
+        return any(duplicate_status(user, *pair.ids) is DuplicateStatus.EXISTS for user in shown)
 
     async def _is_deleted(self, identity: str) -> bool:
         with contextlib.suppress(ApiError, NoUsableResponse):
@@ -4643,7 +4399,7 @@ class PairMerge:
                 except PairError as error:
                     problem = error
                 # This poll reserves nothing: pairs that wait to be requested would wait for each other's units.
-                if again and await self._poll(RequestOptions(FINISH)) is not DuplicateStatus.THERE:
+                if again and await self._poll(RequestOptions(FINISH)) is not DuplicateStatus.EXISTS:
                     return self._confirmed()
                 if problem:
                     raise problem
@@ -4739,7 +4495,7 @@ class PairMerge:
             problem: Optional[PairError] = None
             polls, before = polls + 1, self._waited()
             try:
-                if await self._poll(self._options(), deadline) is not DuplicateStatus.THERE:
+                if await self._poll(self._options(), deadline) is not DuplicateStatus.EXISTS:
                     if self.requests_sent:
                         context.poll_history.record(before, polls)
                     return self._confirmed()
@@ -4824,7 +4580,7 @@ class PairMerge:
                 else:
                     await self._pause(pause)
                     pause = min(10.0, 1.6 * pause)
-                    if await self._poll(self._options()) is DuplicateStatus.THERE:
+                    if await self._poll(self._options()) is DuplicateStatus.EXISTS:
                         return self._still_exists()
                     check_holders(pair, await self.api.holders_of(str(pair.new_ref), self._options()), over)
                 continue
@@ -4859,7 +4615,7 @@ class PairMerge:
             pair.onward, checked = onward.primary.short_id, replace(pair, primary=onward.primary)
         missing, status = await self.verifier.wait(checked, expected, self._pause)
         pair.deleted = checked.deleted
-        if status is DuplicateStatus.THERE and not onward:
+        if status is DuplicateStatus.EXISTS and not onward:
             return self._still_exists()
         if missing:
             pair.left_behind = describe(pair.backup, missing)
@@ -5023,7 +4779,7 @@ class TaskRunner:
         stop = self.stop
         if stop and (stop is not self.draining or len(self.outcomes) < self.total):
             # Exit 2 promises that nothing was changed.
-            return EXIT_STOPPED if stop.exit_code == EXIT_USAGE and self.api.changed else stop.exit_code
+            return EXIT_STOPPED if stop.exit_code == EXIT_USAGE and self.api.writes else stop.exit_code
         if len(self.outcomes) < self.total:
             self.draining = FatalError(EXIT_STOPPED, "pairs have no outcome (a bug; run again)")
             return EXIT_STOPPED
@@ -5093,11 +4849,11 @@ class ContactMerger:
                     status = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH))
                 except (ApiError, NoUsableResponse):
                     merged = await TransferVerifier(self.context, RESUME).lists_show_merged(pair)
-                    status = DuplicateStatus.GONE if merged else DuplicateStatus.THERE
+                    status = DuplicateStatus.GONE if merged else DuplicateStatus.EXISTS
             except PairError as error:
                 log.info("%s: the cancelled merge of %s can't be polled: %s", pair.email, into(pair), error)
                 continue
-            if status is not DuplicateStatus.THERE:
+            if status is not DuplicateStatus.EXISTS:
                 pair.state, pair.after_cancel, pair.code, pair.error = State.MERGED, True, "", ""
                 await self.savepoint.save(pair)
                 log.warning("%s: DevRev has carried out the cancelled merge of %s", pair.email, into(pair))
@@ -5943,11 +5699,11 @@ class GroupUndo:
         """Return whether the duplicate no longer exists. Where polls give no usable answer for good, lists decide."""
         primary, duplicate = self.primary["id"], pair.duplicate.id
         try:
-            return await self.api.poll_duplicate(primary, duplicate, ANY_OPTIONS) is not DuplicateStatus.THERE
+            return await self.api.poll_duplicate(primary, duplicate, ANY_OPTIONS) is not DuplicateStatus.EXISTS
         except (ApiError, NoUsableResponse) as error:
             log.info("%s: lists decide whether %s still exists: %s", pair.email, pair.duplicate.short_id, error)
             reference = str(self.before.contacts[duplicate].get("external_ref"))
-            listed = (await self.api.contacts_by_email([pair.duplicate.email.strip()], linger=0.0)).items
+            listed = (await self.api.contacts_by_email([pair.duplicate.email.strip()])).items
             listed += await self.api.holders_of(reference, ANY_OPTIONS)
             there = (one for one in listed if one["id"] == duplicate and one.get("state") != "deleted")
             return all(isinstance(one.get("primary_identity"), dict) for one in there)
@@ -6127,7 +5883,7 @@ class GroupUndo:
             except NoUsableResponse as error:
                 problem = str(error)
             else:
-                if all(set(people) <= user_ids(answer.get(role)) for role, people in changes.items()):
+                if all(set(people) <= user_ids(role, answer) for role, people in changes.items()):
                     return found
             await self.context.cancel_token.sleep(0.1 * 2**attempt)
         raise NoUsableResponse(f"an update of {identity}", problem)
@@ -6878,14 +6634,13 @@ class Estimate(NamedTuple):
         return f"about {plural(self.requests, 'request')}, about {duration(self.seconds)}"
 
 
-def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool, quota: Optional[Json] = None) -> Estimate:
+def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimate:
     """Estimate what a run costs: for each pair a merge, at the pace of most merges a poll, and an update where a
     reference moves; ten list calls a batch and one a page; one timeline for each work and conversation.
 
     The export has the greatest of three counts, and no conversations: a third more works than that and one
     conversation for every other contact are assumed. Seconds are what the requests take under the client-side rate
-    limit or, where none is set, four fifths of the `quota` that DevRev has announced, or at 0.2 s each over the
-    workers, whichever is more.
+    limit or at 0.2 s each over the workers, whichever is more.
     """
     pairs = contacts = tickets = 0
     requests = 4 * sum(pair.state in UNFINISHED for pair in plan.pairs())  # their backups are made
@@ -6898,9 +6653,7 @@ def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool, quota: Opt
     requests += 10 * -(-pairs // ContactMerger.BATCH) + tickets // 20 + 2 * bool(pairs)
     if with_timelines:
         requests += tickets * 13 // 10 + contacts // 2
-    calls, period = float(settings.calls or 0), settings.period
-    if settings.calls is None and quota:
-        calls, period = quota["limit"] * 0.8, quota["window_seconds"]
+    calls, period = settings.calls or 0, settings.period
     least = seconds_in_windows(requests, calls, period, calls, period) if calls else 0.0
     return Estimate(requests, max(least, requests * 0.2 / settings.workers))
 
@@ -9032,7 +8785,7 @@ def verify_backups(run: RunContext) -> int:
         except PairError as error:
             damaged.append(str(error))
     run.console.status("")
-    begun = [str(left) for left in sorted(root.glob(f"**/{BackupStore.INCOMPLETE}*"))]
+    begun = [str(left) for left in sorted(root.glob(f"**/{INCOMPLETE_BACKUP}*"))]
     found = {"damaged": damaged, "missing": _missing_backups(run, root), "begun": begun}
     bad = bool(damaged or found["missing"])
     if run.options.json:
@@ -9052,7 +8805,7 @@ def _backup_folders(root: Path) -> Iterator[Path]:
     """Every folder named like a backup, and `root` itself where it is one."""
     if re.fullmatch(r"\d{8}_\d{6}", root.name) or (root / "manifest.json").exists():
         yield root
-    elif not root.name.startswith(BackupStore.INCOMPLETE):
+    elif not root.name.startswith(INCOMPLETE_BACKUP):
         for folder in root.iterdir():
             yield from _backup_folders(folder) if folder.is_dir() and not folder.is_symlink() else ()
 

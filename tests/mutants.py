@@ -99,7 +99,7 @@ MUTANTS = [
     # Requesting again
     Mutant(
         "requested again without a poll",
-        "                if again and await self._poll(RequestOptions(FINISH)) is not DuplicateStatus.THERE:",
+        "                if again and await self._poll(RequestOptions(FINISH)) is not DuplicateStatus.EXISTS:",
         "                if False:",
     ),
     Mutant(
@@ -131,7 +131,7 @@ MUTANTS = [
     ),
     Mutant(
         "what DevRev has not answered counts as merged",
-        'return DuplicateStatus.GONE if user.get("state") == "deleted" else DuplicateStatus.THERE',
+        'return DuplicateStatus.GONE if user.get("state") == "deleted" else DuplicateStatus.EXISTS',
         "return DuplicateStatus.GONE",
     ),
     Mutant(
