@@ -7394,35 +7394,27 @@ def build_parser() -> OptionParser:
     add("--live", action="store_true", help="with --preview: compare the plan with DevRev")
     add("--check", action="store_true", help="test whether a run can start")
     add("--status", action="store_true", help="print what the savepoint knows")
-    backups = Path("backups")
-    add(
-        "--verify-backups", metavar="DIR", type=Path, nargs="?", const=backups,
-        help="read all backups again (default: backups)",
-    )  # fmt: skip
+    words, backups = "read all backups again (default: backups)", Path("backups")
+    add("--verify-backups", metavar="DIR", type=Path, nargs="?", const=backups, help=words)
 
     add = parser.add_argument_group("Other modes").add_argument
     add("--undo", metavar="PATH", type=Path, help="undo the merges of a report or a backup folder")
     add("--settle", metavar="ADDRESS", nargs="+", action="extend", help="close unfinished pairs that can't be finished")
     add("--export", metavar="PATH", type=Path, help="write the CSV from DevRev; overwrites no file")
-    add(
-        "--domain", metavar="DOMAIN", type=_domain, action="append", help="with --export: only this domain (repeatable)"
-    )
+    words = "with --export: only this domain (repeatable)"
+    add("--domain", metavar="DOMAIN", type=_domain, action="append", help=words)
     add("--choices-template", metavar="PATH", type=Path, help="write a CSV for --choices to be cut down")
 
     add = parser.add_argument_group("Merge rules").add_argument
     add("--primary", choices=("revu", "user"), default="revu", help="the contact that remains (default: revu)")
-    add(
-        "--count-policy", metavar="POLICY", choices=("exact", "at-least"), default="exact",
-        help="exact or at-least TICKET_COUNT (default: exact)",
-    )  # fmt: skip
+    policies, words = ("exact", "at-least"), "exact or at-least TICKET_COUNT (default: exact)"
+    add("--count-policy", metavar="POLICY", choices=policies, default="exact", help=words)
     add("--across-workspaces", action="store_true", help="also merge contacts of different rev orgs")
     add("--try-unverified", action="store_true", help="also merge unverified into verified contacts")
     add("--carry-fields", action="store_true", help="copy fields that only the duplicate has")
     add("--no-timelines", action="store_true", help="leave comments out of the backup")
-    add(
-        "--merge-timeout", metavar="SECONDS", type=_seconds, default=120.0,
-        help="how long to wait for one merge (default: 120)",
-    )  # fmt: skip
+    words = "how long to wait for one merge (default: 120)"
+    add("--merge-timeout", metavar="SECONDS", type=_seconds, default=120.0, help=words)
     add("--workers", metavar="N", type=_positive_int, default=8, help="concurrent requests (default: 8)")
 
     add = parser.add_argument_group("Confirmation and output").add_argument
@@ -7551,24 +7543,24 @@ def load_environment() -> Dict[str, str]:
 
 def load_settings(environment: Mapping[str, str], workers: int) -> ApiSettings:
     """Check the settings. Raises FatalError(2) that names the variable, and never shows the token."""
+    texts = {name: text.strip() for name, text in environment.items()}
 
     def number(name: str, default: float, least: float) -> float:
-        text = environment.get(name, "").strip()
+        text = texts.get(name, "")
         with contextlib.suppress(ValueError):
             value = float(text) if text else default
             if least <= value <= 1e9:
                 return value
         raise FatalError(EXIT_USAGE, f"{name} is not a number of at least {least:g}: {text}")
 
-    base_url = environment.get("DEVREV_BASE_URL", "").strip().rstrip("/") or ApiSettings.base_url
-    limited = environment.get("DEVREV_RATE_LIMIT_CALLS", "").strip()
-    prefix = environment.get("DEVREV_USER_REF_PREFIX", "").strip() or ApiSettings.user_ref_prefix
+    prefix = texts.get("DEVREV_USER_REF_PREFIX") or ApiSettings.user_ref_prefix
     if prefix.startswith("REVU-") or "REVU-".startswith(prefix):
         why = "it overlaps with REVU-, which DevRev's own references begin with; set your application's prefix"
         raise FatalError(EXIT_USAGE, f"DEVREV_USER_REF_PREFIX is {prefix}: {why}")
+    limited = texts.get("DEVREV_RATE_LIMIT_CALLS")
     return ApiSettings(
-        token=environment.get("DEVREV_API_TOKEN", "").strip(),
-        base_url=check_base_url(base_url),
+        token=texts.get("DEVREV_API_TOKEN", ""),
+        base_url=check_base_url(texts.get("DEVREV_BASE_URL", "").rstrip("/") or ApiSettings.base_url),
         calls=math.ceil(number("DEVREV_RATE_LIMIT_CALLS", 0, 0)) if limited else ApiSettings.calls,
         period=number("DEVREV_RATE_LIMIT_PERIOD", 60, 0.001),
         timeout=number("DEVREV_TIMEOUT", 30, 0.01),
@@ -7585,14 +7577,16 @@ def check_base_url(url: str) -> str:
         host, _ = parts.hostname or "", parts.port
     except ValueError:
         raise FatalError(EXIT_USAGE, "DEVREV_BASE_URL is not a URL; set it to https://api.devrev.ai") from None
-    if parts.username is not None or parts.query or parts.fragment:
-        raise FatalError(EXIT_USAGE, "DEVREV_BASE_URL has more than a host and a path; remove the rest")
     loopback = host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host)
-    if not host or parts.scheme not in ("http", "https"):
-        raise FatalError(EXIT_USAGE, f"DEVREV_BASE_URL is not an https address: {url}")
-    if parts.scheme == "http" and not loopback:
-        why = f"plain http would show the token to everyone between here and {host}; use https"
-        raise FatalError(EXIT_USAGE, f"DEVREV_BASE_URL: {why}")
+    problem = ""
+    if parts.username is not None or parts.query or parts.fragment:
+        problem = " has more than a host and a path; remove the rest"
+    elif not host or parts.scheme not in ("http", "https"):
+        problem = f" is not an https address: {url}"
+    elif parts.scheme == "http" and not loopback:
+        problem = f": plain http would show the token to everyone between here and {host}; use https"
+    if problem:
+        raise FatalError(EXIT_USAGE, f"DEVREV_BASE_URL{problem}")
     return url
 
 
@@ -7884,25 +7878,23 @@ def _apply_limit(plan: Plan, limit: int, console: Console) -> None:
 
 def write_choices_template(run: RunContext) -> int:
     """Write a file for --choices with every contact that could be kept; returns the exit code."""
-    path: Path = run.options.choices_template
+    path, show = run.options.choices_template, run.console.print
     plan = make_plan(run, open_savepoint(run, readonly=True))
     groups = [group for group in plan.skipped if group.choice_lines()]
     try:
         if is_taken(path):
             raise FileExistsError(str(path))
         write_new_file(run.environment, path, choices_template(groups))
-    except FileExistsError:
-        raise FatalError(EXIT_USAGE, f"{path} {TAKEN}") from None
     except OSError as error:
-        raise FatalError(EXIT_USAGE, f"{path} can't be written: {error.strerror or error}") from None
+        why = TAKEN if isinstance(error, FileExistsError) else f"can't be written: {error.strerror or error}"
+        raise FatalError(EXIT_USAGE, f"{path} {why}") from None
     lines = sum(len(group.choice_lines()) for group in groups)
-    run.console.print(f"{plural(lines, 'line')} of {plural(len(groups), 'group')} written to {path}", "good")
+    show(f"{plural(lines, 'line')} of {plural(len(groups), 'group')} written to {path}", "good")
     if groups:
-        run.console.print(f"next     cut it down to one line a group, then --choices {path} --preview")
+        show(f"next     cut it down to one line a group, then --choices {path} --preview")
     shared = sum(group.code == "shared_mailbox" for group in plan.skipped)
     if shared:
-        words = f"{plural(shared, 'group')} that may be a shared mailbox left out: write in by hand what is one person"
-        run.console.print(words)
+        show(f"{plural(shared, 'group')} that may be a shared mailbox left out: write in by hand what is one person")
     return EXIT_OK
 
 
@@ -8629,29 +8621,31 @@ async def _check_read(api: DevRevAPI, name: str, seen: List[str]) -> str:
 
 
 def _check_savepoint(run: RunContext) -> str:
-    folder = SAVEPOINT.resolve().parent
+    folder, problem = SAVEPOINT.resolve().parent, ""
     if not locks_work(SAVEPOINT):
-        raise FatalError(EXIT_USAGE, f"{folder} can't hold a savepoint: {NO_LOCKS}")
-    if not SAVEPOINT.exists():
-        if not os.access(str(folder), os.W_OK):
-            raise FatalError(EXIT_USAGE, f"{folder} can't be written; run in a folder that can")
+        problem = f"{folder} can't hold a savepoint: {NO_LOCKS}"
+    elif not SAVEPOINT.exists() and not os.access(str(folder), os.W_OK):
+        problem = f"{folder} can't be written; run in a folder that can"
+    elif not SAVEPOINT.exists():
         return f"{SAVEPOINT} will be created"
+    elif not os.access(str(SAVEPOINT), os.W_OK):
+        problem = f"{SAVEPOINT} is read-only; make it writable"
+    if problem:
+        raise FatalError(EXIT_USAGE, problem)
     with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
         if savepoint.is_held():
             raise FatalError(EXIT_HELD, f"a run is in progress: process {savepoint.holder()['pid']} holds {SAVEPOINT}")
-        if not os.access(str(SAVEPOINT), os.W_OK):
-            raise FatalError(EXIT_USAGE, f"{SAVEPOINT} is read-only; make it writable")
         return f"{SAVEPOINT} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
 
 
 def _check_disk() -> str:
-    for folder in (Path("logs"), Path("backups"), Path("reports")):
-        if folder.exists() and not os.access(str(folder), os.W_OK):
-            raise OSError(f"{folder} can't be written; make it writable")
-    free = shutil.disk_usage(".").free
-    if free < 100 << 20:
-        raise OSError(f"only {free >> 20} MiB free; make room for backups")
-    return f"{free >> 20:,} MiB free"
+    for name in ("logs", "backups", "reports"):
+        if os.path.exists(name) and not os.access(name, os.W_OK):  # noqa: PTH110
+            raise OSError(f"{name} can't be written; make it writable")
+    free = shutil.disk_usage(".").free >> 20
+    if free < 100:
+        raise OSError(f"only {free} MiB free; make room for backups")
+    return f"{free:,} MiB free"
 
 
 def status(run: RunContext) -> int:
