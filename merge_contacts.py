@@ -6675,39 +6675,31 @@ class OutputThread:
 
     def __init__(self) -> None:
         self.failure: Optional[OSError] = None
-        self.written = 0  # bytes
+        self.begun = False
+        self.jobs: queue.SimpleQueue[Union[Tuple[TextIO, str, bool], threading.Event]] = queue.SimpleQueue()
+        self._written = 0  # bytes
         self._status: Optional[TextIO] = None  # where a status line is shown
-        self._jobs: queue.SimpleQueue[Union[Tuple[TextIO, str, bool], threading.Event]] = queue.SimpleQueue()
-        self._begun = False
-
-    def begin(self) -> None:
-        self._begun = True
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def backlog(self) -> int:
-        return self._jobs.qsize()
 
     def put(self, stream: TextIO, text: str, status: bool = False) -> None:
         """Take a piece of text; safe in a signal handler too."""
-        if self._begun:
-            self._jobs.put((stream, text, status))
+        if self.begun:
+            self.jobs.put((stream, text, status))
         else:
             self._write(stream, text, status)
 
-    def consume(self, patience: Callable[[], float]) -> bool:
-        """Wait until everything is written; return False where nothing has been taken for `patience` seconds."""
-        done, seen, since = threading.Event(), self.written, time.monotonic()
-        self._jobs.put(done)
-        while self._begun and not done.wait(0.05):
-            if self.written != seen:
-                seen, since = self.written, time.monotonic()
+    def consume(self, patience: Callable[[], float]) -> None:
+        """Wait until everything is written, or nothing has been taken for `patience` seconds."""
+        done, seen, since = threading.Event(), self._written, time.monotonic()
+        self.jobs.put(done)
+        while self.begun and not done.wait(0.05):
+            if self._written != seen:
+                seen, since = self._written, time.monotonic()
             elif time.monotonic() - since > patience():
-                return False
-        return True
+                return
 
-    def _serve(self) -> None:
+    def serve(self) -> None:
         while True:
-            job = self._jobs.get()
+            job = self.jobs.get()
             if isinstance(job, threading.Event):
                 job.set()
             else:
@@ -6732,11 +6724,11 @@ class OutputThread:
             return
         data = text.replace("\n", os.linesep).encode(stream.encoding or "utf-8", "backslashreplace")
         while data:
-            taken = raw.write(data[: self.PIECE]) if stream.isatty() else raw.write(data)
+            taken = raw.write(data[: self.PIECE] if stream.isatty() else data) or 0
             if not taken:  # another program has made it a stream that does not block
                 time.sleep(0.05)
-            self.written += taken or 0
-            data = data[taken or 0 :]
+            self._written += taken
+            data = data[taken:]
 
 
 class Console:
@@ -6748,17 +6740,11 @@ class Console:
     COLOURS: Mapping[str, str] = {"good": "32", "bad": "31", "bold": "1"}
     STUCK, STUCK_AFTER_SIGNAL = 10.0, 2.0  # seconds after which a terminal that takes nothing is given up
 
-    def __init__(
-        self,
-        quiet: bool = False,
-        out: Optional[TextIO] = None,
-        err: Optional[TextIO] = None,
-        data: Optional[TextIO] = None,
-    ) -> None:
+    def __init__(self, quiet: bool = False, out: Optional[TextIO] = None, err: Optional[TextIO] = None) -> None:
         self.quiet = quiet
-        self.out: TextIO = out or sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        self.data: TextIO = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         self.err: TextIO = err or sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-        self.data = data or self.out
+        self.out = out or self.data
         self.mask: Callable[[str], str] = str
         # A terminal and a file have a thread each: a frozen terminal delays no file.
         output = OutputThread()
@@ -6772,39 +6758,34 @@ class Console:
         if os.name == "nt" and self.err.isatty():
             os.system("")  # makes the console of Windows 10 and later understand escape sequences
         for output in set(self._outputs.values()):
-            output.begin()
+            output.begun = True
+            threading.Thread(target=output.serve, daemon=True).start()
 
     def end(self, signalled: Callable[[], bool]) -> Optional[OSError]:
         """Wait until everything is written, unless a terminal takes nothing more. Return why results can't be."""
         for stream, output in self._outputs.items():
-            is_terminal = stream.isatty()
-
-            def patience(is_terminal: bool = is_terminal) -> float:
-                return self.STUCK_AFTER_SIGNAL if signalled() else self.STUCK if is_terminal else float("inf")
-
-            output.consume(patience)
+            longest = self.STUCK if stream.isatty() else math.inf
+            output.consume(lambda longest=longest: self.STUCK_AFTER_SIGNAL if signalled() else longest)  # type: ignore[misc]
         return self._outputs[self.data].failure
 
     @staticmethod
-    def columns(stream: TextIO, otherwise: int) -> int:
+    def columns(stream: TextIO, otherwise: int = 100) -> int:
         """How wide the terminal of `stream` is: stdout may be a pipe where stderr is a terminal."""
         columns = os.environ.get("COLUMNS", "")
+        if not stream.isatty():
+            return 10_000
         with contextlib.suppress(OSError, ValueError):
             return int(columns) if columns.isdecimal() else os.get_terminal_size(stream.fileno()).columns or otherwise
         return otherwise
 
     @property
     def width(self) -> int:
-        return self.columns(self.out, 100) if self.out.isatty() else 10_000
+        return self.columns(self.out)
 
     @property
     def rewrites(self) -> bool:
         """Whether a line can be rewritten in place."""
         return self.err.isatty() and os.environ.get("TERM") != "dumb"
-
-    def style_text(self, style: str, text: str, stream: Optional[TextIO] = None) -> str:
-        plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb" or not (stream or self.out).isatty()
-        return text if plain or not style else f"\x1b[{self.COLOURS[style]}m{text}\x1b[0m"
 
     @property
     def arrow(self) -> str:
@@ -6814,23 +6795,22 @@ class Console:
     def sanitize(self, text: str) -> str:
         return escape_unprintable(self.mask(text))
 
-    def print(self, text: str = "", style: str = "") -> None:
-        """Print a line of results, wrapped on a terminal; a closed pipe raises nothing."""
-        lines = self.wrap(self.sanitize(text))
-        self._outputs[self.out].put(self.out, "".join(self.style_text(style, line) + "\n" for line in lines))
-
-    def wrap(self, text: str, width: Optional[int] = None) -> List[str]:
-        width = width or self.width
-        if len(text) <= width:
-            return [text]
-        indent = " " * (len(text) - len(text.lstrip()) + 2)
-        return textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False)
+    def print(self, text: str = "", style: str = "", to: Optional[TextIO] = None) -> None:
+        """Print a line, by default of results, wrapped on a terminal; a closed pipe raises nothing."""
+        stream, text = to or self.out, self.sanitize(text)
+        width, lines = self.columns(stream), [text]
+        if len(text) > width:
+            indent = " " * (len(text) - len(text.lstrip()) + 2)
+            lines = textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False)
+        if style and stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
+            lines = [f"\x1b[{self.COLOURS[style]}m{line}\x1b[0m" for line in lines]
+        self._outputs[stream].put(stream, "".join(f"{line}\n" for line in lines))
 
     def stream(self, text: str, to: Optional[TextIO] = None) -> None:
         """Print a part of long results as it is; wait for earlier parts, so that memory does not grow."""
         stream = to or self.out
         output = self._outputs[stream]
-        while output.backlog() > 10:
+        while output.jobs.qsize() > 10:
             time.sleep(0.01)
         output.put(stream, text)
 
@@ -6841,24 +6821,15 @@ class Console:
             self.stream(text, self.data)
 
     def print_err(self, text: str, style: str = "") -> None:
-        """Print a line that is no result, wrapped on a terminal."""
-        output = self._outputs[self.err]
-        if output.backlog() < output.BACKLOG:
-            width = self.columns(self.err, 100) if self.err.isatty() else 10_000
-            lines = self.wrap(self.sanitize(text), width)
-            output.put(self.err, "".join(self.style_text(style, line, self.err) + "\n" for line in lines))
+        """Print a line that is no result."""
+        if self._outputs[self.err].jobs.qsize() < OutputThread.BACKLOG:
+            self.print(text, style, self.err)
 
     def suggest(self, words: str, command: str) -> None:
         """Print a next step; its command is not wrapped, so that it can be copied."""
         if not self.quiet:
             self.print_err(f"next: {words}")
             self._outputs[self.err].put(self.err, f"  {self.sanitize(command)}\n")
-
-    def question_streams(self) -> Tuple[Callable[..., None], Callable[[str], None]]:
-        """What prints facts, and what asks, on the stream that the user sees: not into a file or a pipe."""
-        if self.out.isatty():
-            return self.print, self.stream
-        return self.print_err, lambda text: self._outputs[self.err].put(self.err, text)
 
     def print_last(self, text: str) -> None:
         """Print a last line, if it can be written soon, before the process ends at once."""
@@ -6871,7 +6842,7 @@ class Console:
 
     def status(self, text: str) -> None:
         """Show the one line that is rewritten in place on a terminal; `""` removes it."""
-        if not self.quiet and self.rewrites and not self._outputs[self.err].backlog():
+        if not self.quiet and self.rewrites and not self._outputs[self.err].jobs.qsize():
             room, line = self.columns(self.err, 80) - 1, self.sanitize(text)
             for details, kept in ((r"\(([^()\d]+) \d[^)]*\)", r"(\1)"), (r" \([^)]*\)", "")):
                 line = re.sub(details, kept, line) if len(line) > room else line
@@ -6882,14 +6853,11 @@ class PlainFormatter(logging.Formatter):
     """Formats a record as one line, without the token and without anything that a terminal could act on."""
 
     def __init__(self, console: Console) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        super().__init__("%(levelname)s %(message)s")
         self.console = console
 
-    def formatTime(self, record: logging.LogRecord, datefmt: Optional[str] = None) -> str:  # noqa: ARG002
-        return iso(record.created)
-
     def format(self, record: logging.LogRecord) -> str:
-        return self.console.sanitize(super().format(record))
+        return self.console.sanitize(f"{iso(record.created)} {super().format(record)}")
 
 
 class ConsoleHandler(logging.Handler):
@@ -7225,23 +7193,18 @@ class OptionParser(argparse.ArgumentParser):
     as_json = False  # whether a program reads the report of a run on stdout
 
     def error(self, message: str) -> NoReturn:
-        _, _, unknown = message.partition("unrecognized arguments: ")
-        hint = self._hint(unknown.split()[0]) if unknown.split() else ""
-        if self.as_json:
-            failure = {"schema": SCHEMA, "exit_code": EXIT_USAGE, "error": f"{message}{hint}"}
-            sys.stdout.write(json.dumps(failure) + "\n")
-        usage = "usage: merge_contacts.py --csv PATH [--preview] [option ...]   (--help lists the options)"
-        self.exit(EXIT_USAGE, escape_unprintable(f"{self.prog}: error: {message}{hint}") + f"\n{usage}\n")
-
-    def _hint(self, word: str) -> str:
+        word = (message.partition("unrecognized arguments: ")[2].split() or [""])[0]
         name = word.split("=")[0]
-        if word.lower().endswith((".csv", ".csv.gz")):
-            return f"; did you mean --csv {word}?"
-        if name == "--savepoint":
-            return "; the savepoint is savepoint.db in the current folder"
         near = difflib.get_close_matches(name, list(self._option_string_actions), 1)
-        meant = self.MEANT.get(name) or (near[0] if near else "")
-        return f"; did you mean {meant}?" if meant else ""
+        meant = f"--csv {word}" if word.lower().endswith((".csv", ".csv.gz")) else self.MEANT.get(name, "".join(near))
+        if name == "--savepoint":
+            message += "; the savepoint is savepoint.db in the current folder"
+        elif meant:
+            message += f"; did you mean {meant}?"
+        if self.as_json:
+            sys.stdout.write(json.dumps({"schema": SCHEMA, "exit_code": EXIT_USAGE, "error": message}) + "\n")
+        usage = "usage: merge_contacts.py --csv PATH [--preview] [option ...]   (--help lists the options)"
+        self.exit(EXIT_USAGE, escape_unprintable(f"{self.prog}: error: {message}") + f"\n{usage}\n")
 
 
 def build_parser() -> OptionParser:
@@ -7265,35 +7228,27 @@ def build_parser() -> OptionParser:
     add("--live", action="store_true", help="with --preview: compare the plan with DevRev")
     add("--check", action="store_true", help="test whether a run can start")
     add("--status", action="store_true", help="print what the savepoint knows")
-    backups = Path("backups")
-    add(
-        "--verify-backups", metavar="DIR", type=Path, nargs="?", const=backups,
-        help="read all backups again (default: backups)",
-    )  # fmt: skip
+    words, backups = "read all backups again (default: backups)", Path("backups")
+    add("--verify-backups", metavar="DIR", type=Path, nargs="?", const=backups, help=words)
 
     add = parser.add_argument_group("Other modes").add_argument
     add("--undo", metavar="PATH", type=Path, help="undo the merges of a report or a backup folder")
     add("--settle", metavar="ADDRESS", nargs="+", action="extend", help="close unfinished pairs that can't be finished")
     add("--export", metavar="PATH", type=Path, help="write the CSV from DevRev; overwrites no file")
-    add(
-        "--domain", metavar="DOMAIN", type=_domain, action="append", help="with --export: only this domain (repeatable)"
-    )
+    words = "with --export: only this domain (repeatable)"
+    add("--domain", metavar="DOMAIN", type=_domain, action="append", help=words)
     add("--choices-template", metavar="PATH", type=Path, help="write a CSV for --choices to be cut down")
 
     add = parser.add_argument_group("Merge rules").add_argument
     add("--primary", choices=("revu", "user"), default="revu", help="the contact that remains (default: revu)")
-    add(
-        "--count-policy", metavar="POLICY", choices=("exact", "at-least"), default="exact",
-        help="exact or at-least TICKET_COUNT (default: exact)",
-    )  # fmt: skip
+    policies, words = ("exact", "at-least"), "exact or at-least TICKET_COUNT (default: exact)"
+    add("--count-policy", metavar="POLICY", choices=policies, default="exact", help=words)
     add("--across-workspaces", action="store_true", help="also merge contacts of different rev orgs")
     add("--try-unverified", action="store_true", help="also merge unverified into verified contacts")
     add("--carry-fields", action="store_true", help="copy fields that only the duplicate has")
     add("--no-timelines", action="store_true", help="leave comments out of the backup")
-    add(
-        "--merge-timeout", metavar="SECONDS", type=_seconds, default=120.0,
-        help="how long to wait for one merge (default: 120)",
-    )  # fmt: skip
+    words = "how long to wait for one merge (default: 120)"
+    add("--merge-timeout", metavar="SECONDS", type=_seconds, default=120.0, help=words)
     add("--workers", metavar="N", type=_positive_int, default=8, help="concurrent requests (default: 8)")
 
     add = parser.add_argument_group("Confirmation and output").add_argument
@@ -7307,19 +7262,15 @@ def build_parser() -> OptionParser:
 
 
 # Which options go only with which modes; `merge` is a run without another mode. The rest goes with all.
+MERGE_RULES = ("count_policy", "across_workspaces", "try_unverified", "carry_fields")
 GOES_WITH: Mapping[str, Tuple[str, ...]] = {
-    "live": ("preview",),
-    "choices": ("merge", "preview", "check"),
-    "plan": ("merge", "preview"),
+    **dict.fromkeys(("choices", *MERGE_RULES), ("merge", "preview", "check")),
+    **dict.fromkeys(("email", "limit"), ("merge", "preview", "check", "undo")),
     "primary": ("merge", "preview", "check", "choices_template"),
-    "count_policy": ("merge", "preview", "check"),
-    "across_workspaces": ("merge", "preview", "check"),
-    "try_unverified": ("merge", "preview", "check"),
-    "carry_fields": ("merge", "preview", "check"),
-    "email": ("merge", "preview", "check", "undo"),
-    "limit": ("merge", "preview", "check", "undo"),
-    "csv": ("merge", "preview", "check", "choices_template", "undo", "settle", "status", "verify_backups"),
+    "plan": ("merge", "preview"),
+    "live": ("preview",),
     "domain": ("export",),
+    "csv": ("merge", "preview", "check", "choices_template", "undo", "settle", "status", "verify_backups"),
     "json": ("merge", "preview", "check", "status", "verify_backups", "settle", "undo"),
 }
 
@@ -7380,30 +7331,29 @@ def import_package(name: str) -> Any:
 
 def read_env_file(path: Path) -> str:
     """Read `.env` once: a regular file, or a pipe, to which a password manager writes. Raises FatalError(2)."""
-    found: List[Any] = []
+    found: List[bytes] = []
+    problem = f"gave no data in {ENV_PIPE_WAIT:g} s; start the program that writes to it"
 
     def read() -> None:
+        nonlocal problem
         try:
             found.append(path.read_bytes())
         except OSError as error:
-            found.append(error)
+            problem = f"can't be read: {error.strerror}"
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     reader.join(ENV_PIPE_NOTICE)
     if reader.is_alive():
-        log.warning(
-            "%s is a pipe without data; waiting up to %g s for the program that writes to it", path, ENV_PIPE_WAIT
-        )
+        words = "%s is a pipe without data; waiting up to %g s for the program that writes to it"
+        log.warning(words, path, ENV_PIPE_WAIT)
         reader.join(ENV_PIPE_WAIT - ENV_PIPE_NOTICE)
-    if not found:
-        raise FatalError(EXIT_USAGE, f"{path} gave no data in {ENV_PIPE_WAIT:g} s; start the program that writes to it")
-    if isinstance(found[0], OSError):
-        raise FatalError(EXIT_USAGE, f"{path} can't be read: {found[0].strerror}")
     try:
-        return str(found[0], "utf-8-sig")
+        if found:
+            return str(found[0], "utf-8-sig")
     except UnicodeDecodeError:
-        raise FatalError(EXIT_USAGE, f"{path} is not UTF-8 text; save it again as UTF-8") from None
+        problem = "is not UTF-8 text; save it again as UTF-8"
+    raise FatalError(EXIT_USAGE, f"{path} {problem}")
 
 
 ENV_PIPE_NOTICE, ENV_PIPE_WAIT = 2.0, 60.0  # seconds
@@ -7427,24 +7377,24 @@ def load_environment() -> Dict[str, str]:
 
 def load_settings(environment: Mapping[str, str], workers: int) -> ApiSettings:
     """Check the settings. Raises FatalError(2) that names the variable, and never shows the token."""
+    texts = {name: text.strip() for name, text in environment.items()}
 
     def number(name: str, default: float, least: float) -> float:
-        text = environment.get(name, "").strip()
+        text = texts.get(name, "")
         with contextlib.suppress(ValueError):
             value = float(text) if text else default
             if least <= value <= 1e9:
                 return value
         raise FatalError(EXIT_USAGE, f"{name} is not a number of at least {least:g}: {text}")
 
-    base_url = environment.get("DEVREV_BASE_URL", "").strip().rstrip("/") or ApiSettings.base_url
-    limited = environment.get("DEVREV_RATE_LIMIT_CALLS", "").strip()
-    prefix = environment.get("DEVREV_USER_REF_PREFIX", "").strip() or ApiSettings.user_ref_prefix
+    prefix = texts.get("DEVREV_USER_REF_PREFIX") or ApiSettings.user_ref_prefix
     if prefix.startswith("REVU-") or "REVU-".startswith(prefix):
         why = "it overlaps with REVU-, which DevRev's own references begin with; set your application's prefix"
         raise FatalError(EXIT_USAGE, f"DEVREV_USER_REF_PREFIX is {prefix}: {why}")
+    limited = texts.get("DEVREV_RATE_LIMIT_CALLS")
     return ApiSettings(
-        token=environment.get("DEVREV_API_TOKEN", "").strip(),
-        base_url=check_base_url(base_url),
+        token=texts.get("DEVREV_API_TOKEN", ""),
+        base_url=check_base_url(texts.get("DEVREV_BASE_URL", "").rstrip("/") or ApiSettings.base_url),
         calls=math.ceil(number("DEVREV_RATE_LIMIT_CALLS", 0, 0)) if limited else ApiSettings.calls,
         period=number("DEVREV_RATE_LIMIT_PERIOD", 60, 0.001),
         timeout=number("DEVREV_TIMEOUT", 30, 0.01),
@@ -7461,65 +7411,34 @@ def check_base_url(url: str) -> str:
         host, _ = parts.hostname or "", parts.port
     except ValueError:
         raise FatalError(EXIT_USAGE, "DEVREV_BASE_URL is not a URL; set it to https://api.devrev.ai") from None
-    if parts.username is not None or parts.query or parts.fragment:
-        raise FatalError(EXIT_USAGE, "DEVREV_BASE_URL has more than a host and a path; remove the rest")
     loopback = host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host)
-    if not host or parts.scheme not in ("http", "https"):
-        raise FatalError(EXIT_USAGE, f"DEVREV_BASE_URL is not an https address: {url}")
-    if parts.scheme == "http" and not loopback:
-        why = f"plain http would show the token to everyone between here and {host}; use https"
-        raise FatalError(EXIT_USAGE, f"DEVREV_BASE_URL: {why}")
+    problem = ""
+    if parts.username is not None or parts.query or parts.fragment:
+        problem = " has more than a host and a path; remove the rest"
+    elif not host or parts.scheme not in ("http", "https"):
+        problem = f" is not an https address: {url}"
+    elif parts.scheme == "http" and not loopback:
+        problem = f": plain http would show the token to everyone between here and {host}; use https"
+    if problem:
+        raise FatalError(EXIT_USAGE, f"DEVREV_BASE_URL{problem}")
     return url
 
 
 def check_token(token: str) -> None:
     """Refuse a token that can't be one, with what is wrong with it. Raises FatalError(2)."""
-    if not token:
-        put = "put it into .env (see .env.example) or the environment"
-        raise FatalError(EXIT_USAGE, f"DEVREV_API_TOKEN is not set; {put}")
-    if token[0] in "'\"\u2018\u2019\u201c\u201d":
-        raise FatalError(EXIT_USAGE, "DEVREV_API_TOKEN is in quotes that are not part of it; remove them")
-    if re.match(r"(authorization\s*:\s*)?bearer\b", token, re.IGNORECASE):
-        why = 'begins with "Bearer", which is not part of the token; remove that word and the space after it'
-        raise FatalError(EXIT_USAGE, f"DEVREV_API_TOKEN {why}")
-    if not re.fullmatch(r"[\x21-\x7e]+", token):
-        why = "contains a space, a line break or a character that is not ASCII; copy it again"
-        raise FatalError(EXIT_USAGE, f"DEVREV_API_TOKEN {why}")
+    bearer = 'begins with "Bearer", which is not part of the token; remove that word and the space after it'
+    problems = (
+        (r"$", "is not set; put it into .env (see .env.example) or the environment"),
+        ("['\"\u2018\u2019\u201c\u201d]", "is in quotes that are not part of it; remove them"),
+        (r"(?i)(authorization\s*:\s*)?bearer\b", bearer),
+        (r"[\x21-\x7e]*[^\x21-\x7e]", "contains a space, a line break or a character that is not ASCII; copy it again"),
+    )
+    for pattern, problem in problems:
+        if re.match(pattern, token):
+            raise FatalError(EXIT_USAGE, f"DEVREV_API_TOKEN {problem}")
 
 
 # -- one call ----------------------------------------------------------------------------------------
-
-
-class SignalHandler:
-    """The first Ctrl-C, SIGTERM or SIGHUP calls `act`; the second ends the process at once, with the same exit code.
-
-    A closed terminal may send SIGHUP twice, from the kernel and from the shell: a repeated one is still the first.
-    """
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.number = 0  # of the first signal
-        self._act: Callable[[], Any] = lambda: None
-
-    def install(self, act: Callable[[], Any]) -> None:
-        """From now on, let the first signal call `act`, in the main thread."""
-        self._act = act
-        for number in SIGNALS:
-            # A program started by nohup is to outlive the terminal.
-            if not (number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
-                signal.signal(number, self._handle)
-
-    def _handle(self, number: int, _frame: Any) -> None:
-        if not self.number:
-            self.number = number
-            self._act()
-        elif not self.number == number == getattr(signal, "SIGHUP", None):
-            self.console.print_last("ended at once; run the same command again to resume")
-            os._exit(128 + self.number)
-
-
-def interrupt() -> NoReturn:
-    raise KeyboardInterrupt
 
 
 class RunContext:
@@ -7531,26 +7450,16 @@ class RunContext:
         self.options = options
         # With --json a run prints its report on stdout, and everything else on stderr.
         self.reports_json = options.json and options.mode in CHANGING and not options.preview
-        self.console = (
-            Console(options.quiet, sys.stderr, sys.stderr, sys.stdout) if self.reports_json else Console(options.quiet)
-        )
-        self.signals = SignalHandler(self.console)
+        self.console = Console(options.quiet, sys.stderr if self.reports_json else None)
         self.environment = environment or Environment(ApiSettings(token=""))
         self.started = self.environment.now()
         self.run_id = free_run_id(self.started.wall)
         self.settings = self.environment.settings
+        self.signal = 0  # the first signal that came
         self.organisation = ""
         self.token_owner: Json = {}
+        self.document: Json = {}  # the report's `run`
         self.error = ""  # what has ended it without a report
-
-    @property
-    def signal(self) -> int:
-        """The first signal that came, 0 where none did."""
-        return self.signals.number
-
-    @signal.setter
-    def signal(self, number: int) -> None:
-        self.signals.number = number
 
     @property
     def report_path(self) -> Path:
@@ -7560,6 +7469,26 @@ class RunContext:
     def log_path(self) -> Path:
         return Path("logs") / f"contact_merge_{self.run_id}.log"
 
+    def handle_signals(self, act: Callable[[], Any]) -> None:
+        """Let the first Ctrl-C, SIGTERM or SIGHUP call `act` in the main thread; the second ends the process at once,
+        with the same exit code.
+
+        A closed terminal may send SIGHUP twice, from the kernel and from the shell: a repeated one is still the first.
+        """
+
+        def handle(number: int, _frame: Any) -> None:
+            if not self.signal:
+                self.signal = number
+                act()
+            elif not self.signal == number == getattr(signal, "SIGHUP", None):
+                self.console.print_last("ended at once; run the same command again to resume")
+                os._exit(128 + self.signal)
+
+        for number in SIGNALS:
+            # A program started by nohup is to outlive the terminal.
+            if not (number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                signal.signal(number, handle)
+
     def on_signal(self, loop: asyncio.AbstractEventLoop, act: Callable[[], Any]) -> None:
         """Let the first signal call `act` in the event loop."""
 
@@ -7568,7 +7497,7 @@ class RunContext:
                 loop.call_soon_threadsafe(act)
             self.console.print_err("stopping: waiting up to 10 s for requests under way (again: stop at once) ...")
 
-        self.signals.install(handle)
+        self.handle_signals(handle)
 
     def open_log(self) -> None:
         """Log to a file and, with -v, to stderr. Raises FatalError(3) where a run that may change DevRev can't log."""
@@ -7576,13 +7505,14 @@ class RunContext:
         log.setLevel(logging.DEBUG)
         log.propagate = False
         if not self.options.quiet:
-            level = logging.DEBUG if self.options.verbose else logging.WARNING
-            self._add_handler(ConsoleHandler(self.console, level))
+            log.addHandler(ConsoleHandler(self.console, logging.DEBUG if self.options.verbose else logging.WARNING))
         if self.options.status:  # which may be called every few seconds
             return
         try:
             self.environment.make_private_dir(self.log_path.parent)
-            self._add_handler(logging.FileHandler(str(self.log_path), encoding="utf-8"))
+            handler = logging.FileHandler(str(self.log_path), encoding="utf-8")
+            handler.setFormatter(PlainFormatter(self.console))
+            log.addHandler(handler)
         except OSError as error:
             words = f"the log {self.log_path} can't be written: {error.strerror or error}"
             if self.options.mode in CHANGING and not self.options.preview:
@@ -7590,24 +7520,31 @@ class RunContext:
             self.console.print_err(f"warning: {words}")
         log.info("merge_contacts %s, Python %s on %s", __version__, sys.version.split()[0], sys.platform)
 
-    def _add_handler(self, handler: logging.Handler) -> None:
-        handler.setFormatter(PlainFormatter(self.console))
-        log.addHandler(handler)
-
     def load_settings(self) -> None:
         """Load settings and the packages that this mode needs. Raises FatalError(2)."""
         variables = load_environment()
         Contact.user_prefix = check_user_prefix(variables.get("DEVREV_USER_REF_PREFIX", ""))
-        self.settings = load_settings(variables, self.options.workers)
-        self.environment.settings = self.settings
+        self.settings = self.environment.settings = load_settings(variables, self.options.workers)
         self.console.mask = self.settings.mask
         if self.options.mode not in OFFLINE or self.options.live:
             import_package("requests")
             if self.settings.calls != 0:
                 import_package("ratelimit")
 
-    def cost(self, plan: Plan) -> Estimate:
-        return estimate(plan, self.settings, not self.options.no_timelines)
+    async def identify(self, api: DevRevAPI, origin: str = "", pairs: Iterable[Pair] = ()) -> str:
+        """Find out whose token it is, and say so. Raises FatalError, also for `pairs` of another organisation."""
+        check_token(self.settings.token)
+        with before_any_change(api):
+            owner = self.token_owner = await api.whoami()
+        self.organisation = organisation_of(str(owner.get("id")))
+        self.document["token_owner"] = {name: owner.get(name) for name in ("id", "display_name", "email")}
+        self.document["organisation"] = self.organisation
+        check_organisation(self.organisation, origin, pairs)
+        return f"of {owner.get('display_name') or owner.get('id')}, organisation {self.organisation or 'unknown'}"
+
+    def merge_options(self) -> MergeOptions:
+        rules = {name: getattr(self.options, name) for name in (*MERGE_RULES, "merge_timeout", "preview")}
+        return MergeOptions(organisation=self.organisation, timelines=not self.options.no_timelines, **rules)
 
     def describe_rate(self) -> str:
         """How fast requests may be sent, in words."""
@@ -7672,15 +7609,8 @@ def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
         plan = detect(read_contacts(options.csv, [*choices, *named]), choices, options.primary)
     finally:
         gc.enable()
-    plan.id = plan_id(
-        plan.groups,
-        count_policy=options.count_policy,
-        timelines=not options.no_timelines,
-        primary=options.primary,
-        across_workspaces=options.across_workspaces,
-        try_unverified=options.try_unverified,
-        carry_fields=bool(getattr(options, "carry_fields", False)),
-    )
+    rules = {name: getattr(options, name) for name in (*MERGE_RULES, "primary")}
+    plan.id = plan_id(plan.groups, timelines=not options.no_timelines, **rules)
     if options.plan is not None and options.plan.strip().lower() != plan.id:
         why = "the CSV, the choices or an option of the merge differs from what it was; read the preview again"
         raise FatalError(EXIT_USAGE, f"the plan is {plan.id}, not {options.plan}: {why}")
@@ -7689,7 +7619,7 @@ def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
     if savepoint:
         apply_savepoint(plan, savepoint, named)
     if options.email:
-        _apply_email_filter(plan, options.email, run.console)
+        _apply_email_filter(plan, named, run.console)
     if options.limit:
         _apply_limit(plan, options.limit, run.console)
     plan.chosen = [group for group in plan.groups if group.chosen and any(p.state not in ENDED for p in group.pairs)]
@@ -7701,7 +7631,7 @@ def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
     return plan
 
 
-def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str] = ()) -> None:
+def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str]) -> None:
     """Bring what the savepoint knows into a plan: what has ended or was requested, and what is not to be merged again.
 
     A group is skipped that has the address of, or two contacts of, a pair that was undone or cancelled, until it is
@@ -7711,16 +7641,12 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str] = (
         savepoint.organisation = next(iter(plan.wanted.values())).primary.organisation
     known = {pair.ids: pair for pair in savepoint.pairs(*UNFINISHED, *ENDED)}
     cancelled = {pair.ids: pair for pair in savepoint.pairs(State.CANCELLED)}
+    # An undo creates the duplicate again, with another id.
+    undone = {pair.ids: pair for pair in savepoint.pairs(State.UNDONE, State.UNDO_SETTLED)}
     history = [
-        HistoryRow(
-            pair.email, pair.ids, "cancelled" if pair.state is State.CANCELLED else "undone",
-            pair.undo.contact if pair.undo else "",
-        )
-        for pair in savepoint.pairs(State.UNDONE, State.UNDO_SETTLED, State.CANCELLED)
-    ]  # fmt: skip
-    undone = {
-        row.ids for row in history if row.code == "undone"
-    }  # an undo creates the duplicate again, with another id
+        HistoryRow(one.email, ids, "undone", one.undo.contact if one.undo else "") for ids, one in undone.items()
+    ]
+    history += [HistoryRow(one.email, ids, "cancelled", "") for ids, one in cancelled.items()]
     blocked = {email: code for email, code in blocked_by_history(plan.groups, history).items() if email not in named}
     groups, plan.groups = plan.groups, []
     for group in groups:
@@ -7746,28 +7672,26 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str] = (
                 plan.revived.append(revived)
 
 
-def _apply_email_filter(plan: Plan, emails: Sequence[str], console: Console) -> None:
+def _apply_email_filter(plan: Plan, wanted: Set[str], console: Console) -> None:
     """Keep what was requested, and say why there is nothing to merge. Raises FatalError(2) for an email in no row."""
-    wanted = {email_key(email) for email in emails}
-    known = [group.email for group in plan.groups] + [skipped_group.email for skipped_group in plan.skipped]
+    known = [group.email for group in plan.groups] + [skip.email for skip in plan.skipped]
     plan.groups = [group for group in plan.groups if group.email in wanted]
-    plan.skipped = [skipped_group for skipped_group in plan.skipped if skipped_group.email in wanted]
+    plan.skipped = [skip for skip in plan.skipped if skip.email in wanted]
     plan.look_alikes = [one for one in plan.look_alikes if wanted & set(one["emails"])]
     rows = {email_key(row.email): row for row in plan.invalid_rows if row.email}
-    found = {group.email for group in plan.groups} | {skipped_group.email for skipped_group in plan.skipped}
-    unknown = sorted(wanted - found - plan.left_alone.keys() - rows.keys())
+    missing = sorted(wanted.difference(known))
+    unknown = [email for email in missing if email not in plan.left_alone and email not in rows]
+    for index, email in enumerate(unknown[:5]):
+        near = difflib.get_close_matches(email, known, 2, 0.8)
+        unknown[index] += f" (did you mean {' or '.join(near)}?)" if near else ""
     if unknown:
-        near = {email: difflib.get_close_matches(email, known, 2, 0.8) for email in unknown[:5]}
-        hints = [
-            f"{email} (did you mean {' or '.join(near[email])}?)" if near.get(email) else email for email in unknown
-        ]
-        raise FatalError(EXIT_USAGE, f"--email: in no row of the CSV: {', '.join(some(hints))}")
-    for email in sorted(wanted - found):
+        raise FatalError(EXIT_USAGE, f"--email: in no row of the CSV: {', '.join(some(unknown))}")
+    for email in missing:
         row = rows.get(email)
         why = f"{row.file}, line {row.line}: {row.reason}" if row else plan.left_alone[email]
         console.print_err(f"{email}: nothing to merge: {why}")
-    for skipped_group in plan.skipped:
-        console.print_err(f"{skipped_group.email}: skipped: {skipped_group.reason()}")
+    for skip in plan.skipped:
+        console.print_err(f"{skip.email}: skipped: {skip.reason()}")
     for group in plan.groups:
         if all(pair.state in ENDED for pair in group.pairs):
             console.print_err(f"{group.email}: nothing to merge: merged already, says the savepoint")
@@ -7788,26 +7712,23 @@ def _apply_limit(plan: Plan, limit: int, console: Console) -> None:
 
 def write_choices_template(run: RunContext) -> int:
     """Write a file for --choices with every contact that could be kept; returns the exit code."""
-    path: Path = run.options.choices_template
+    path, show = run.options.choices_template, run.console.print
     plan = make_plan(run, open_savepoint(run, readonly=True))
     groups = [group for group in plan.skipped if group.choice_lines()]
     try:
         if is_taken(path):
             raise FileExistsError(str(path))
         write_new_file(run.environment, path, choices_template(groups))
-    except FileExistsError:
-        words = f"{path} exists already, and is left as it is: name a file that does not exist yet"
-        raise FatalError(EXIT_USAGE, words) from None
     except OSError as error:
-        raise FatalError(EXIT_USAGE, f"{path} can't be written: {error.strerror or error}") from None
+        why = TAKEN if isinstance(error, FileExistsError) else f"can't be written: {error.strerror or error}"
+        raise FatalError(EXIT_USAGE, f"{path} {why}") from None
     lines = sum(len(group.choice_lines()) for group in groups)
-    run.console.print(f"{plural(lines, 'line')} of {plural(len(groups), 'group')} written to {path}", "good")
+    show(f"{plural(lines, 'line')} of {plural(len(groups), 'group')} written to {path}", "good")
     if groups:
-        run.console.print(f"next     cut it down to one line a group, then --choices {path} --preview")
+        show(f"next     cut it down to one line a group, then --choices {path} --preview")
     shared = sum(group.code == "shared_mailbox" for group in plan.skipped)
     if shared:
-        words = f"{plural(shared, 'group')} that may be a shared mailbox left out: write in by hand what is one person"
-        run.console.print(words)
+        show(f"{plural(shared, 'group')} that may be a shared mailbox left out: write in by hand what is one person")
     return EXIT_OK
 
 
@@ -7816,24 +7737,34 @@ def preview(run: RunContext) -> int:
     known = open_savepoint(run, readonly=True)
     plan = make_plan(run, known)
     earlier = [*known.unfinished(), *plan.revived]
-    cost = run.cost(plan)
+    cost = estimate(plan, run.settings, not run.options.no_timelines)
     facts = plan_summary(plan, cost, earlier)
     live: Optional[List[Json]] = None
     if run.options.live:
-        check_token(run.settings.token)
         live = run.environment.run_event_loop(preview_live(run, plan))
-        refused = collections.Counter(one["code"] for one in live if one["code"] and one["code"] not in LIVE_DONE)
-        done = sum(one["code"] in LIVE_DONE for one in live)
-        facts["live_ready"] = sum(one["code"] is None for one in live)
-        facts.update(live_done=done, live_refused=dict(sorted(refused.items())))
+        counts = collections.Counter(one["code"] or "ready" for one in live)
+        refused = {code: count for code, count in sorted(counts.items()) if code not in (*LIVE_DONE, "ready")}
+        done = sum(counts[code] for code in LIVE_DONE)
+        facts.update(live_ready=counts["ready"], live_done=done, live_refused=refused)
     if run.options.json:
         run.console.json(plan_chunks(plan, facts, earlier, live))
         return EXIT_OK
     if live is not None:
-        print_lines(run.console, live_lines(live))
+        lines = [
+            f"  {one['code'] or 'ready'}  {one['email']}" + f": {one['reason']}" * bool(one["code"]) for one in live
+        ]
+        total = ", ".join(f"{count:,} {code}" for code, count in sorted(counts.items())) or "none"
+        head = f"COMPARED WITH DEVREV: {plural(len(live), 'group')}"
+        print_lines(run.console, [head, *lines, f"  in all: {total}"])
     show_plan(plan, facts, run.console, f"{cost} {run.describe_rate()}", earlier)
-    if live is None or not facts["live_refused"]:
-        suggest_after_preview(run, facts)
+    if not (facts["pairs_to_merge"] or facts["pairs_to_finish"]) or facts.get("live_refused"):
+        return EXIT_OK
+    shown = ("preview", "live", "plan", "limit")
+    if run.settings.token:
+        run.console.suggest("merge one pair first", run.command("--limit", "1", without=(*shown, "email")))
+    else:
+        words = "put a token into .env (see .env.example), then test it"
+        run.console.suggest(words, run.command("--check", without=shown))
     return EXIT_OK
 
 
@@ -7846,65 +7777,28 @@ async def preview_live(run: RunContext, plan: Plan) -> List[Json]:
     Raises FatalError(2) for the token or the organisation, FatalError(3) where DevRev can't be reached.
     """
     api = DevRevAPI(run.settings, run.environment, CancelToken())
-    names = ("count_policy", "across_workspaces", "try_unverified")
-    options = MergeOptions(**{name: getattr(run.options, name) for name in names})
     groups = [group for group in plan.groups if any(pair.state is State.PLANNED for pair in group.pairs)]
     found: List[Json] = []
-    progress = Progress(run)
-    ticking = asyncio.ensure_future(
-        progress.tick(lambda _now: f"{len(found):,} of {plural(len(groups), 'group')} compared with DevRev")
-    )
+    line = "{:,} of {} compared with DevRev"
+    ticking = asyncio.ensure_future(Progress(run).tick(lambda _: line.format(len(found), plural(len(groups), "group"))))
 
     async def compare(group: Group) -> None:
         try:
-            problem = await foresee_group(api, group, options)
+            problem = await foresee_group(api, group, run.merge_options())
         except PairError as error:
             problem = error
-        found.append(
-            {
-                "email": group.email,
-                "code": problem.code if problem else None,
-                "reason": str(problem) if problem else "ready",
-            }
-        )
+        code = problem.code if problem else None
+        found.append({"email": group.email, "code": code, "reason": str(problem or "ready")})
 
     try:
+        await run.identify(api, "CSV", plan.pairs())
         with before_any_change(api):
-            owner = await api.whoami()
-            check_organisation(organisation_of(str(owner.get("id"))), "CSV", plan.pairs())
             for start in range(0, len(groups), ContactMerger.BATCH):
                 await together(*map(compare, groups[start : start + ContactMerger.BATCH]))
     finally:
         ticking.cancel()
         run.console.status("")
     return sorted(found, key=lambda one: str(one["email"]))
-
-
-def live_lines(live: Sequence[Json]) -> Iterator[str]:
-    """Say what a run would do with each group as DevRev has it now, with totals."""
-    yield f"COMPARED WITH DEVREV: {plural(len(live), 'group')}"
-    for one in live:
-        yield f"  {'ready' if one['code'] is None else one['code']}  {one['email']}" + (
-            f": {one['reason']}" if one["code"] else ""
-        )
-    counts = collections.Counter(one["code"] or "ready" for one in live)
-    yield f"  in all: {', '.join(f'{count:,} {code}' for code, count in sorted(counts.items())) or 'none'}"
-
-
-def suggest_after_preview(run: RunContext, facts: Json) -> None:
-    """Print what to do after a preview: a check, then one pair, then all."""
-    if not (facts["pairs_to_merge"] or facts["pairs_to_finish"]):
-        return
-    shown = ("preview", "live", "plan", "limit")
-    if run.settings.token:
-        run.console.suggest("merge one pair first", run.command("--limit", "1", without=(*shown, "email")))
-    else:
-        words = "put a token into .env (see .env.example), then test it"
-        run.console.suggest(words, run.command("--check", without=shown))
-
-
-def _has_content(path: Path) -> bool:
-    return path.exists() and not (path.is_file() and path.stat().st_size == 0)
 
 
 # -- the real run ------------------------------------------------------------------------------------
@@ -7915,12 +7809,12 @@ def merge(run: RunContext) -> int:
     check_token(run.settings.token)
     with contextlib.closing(open_savepoint(run)) as savepoint:
         plan = make_plan(run, savepoint)
-        document = run_facts(run, "merge", plan)
-        document["organisation"] = savepoint.organisation
-        document["csv"] = [{"path": str(path), "sha256": _sha256(path)} for path in run.options.csv]
+        start_document(run, "merge", plan)
+        run.document["organisation"] = savepoint.organisation
+        run.document["csv"] = [{"path": str(path), "sha256": _sha256(path)} for path in run.options.csv]
         if not plan.count() and not any(savepoint.pairs(*UNFINISHED, State.CANCELLED)):
-            return _report(run, savepoint, document, None, EXIT_OK, plan)
-        return run.environment.run_event_loop(run_merge(run, plan, savepoint, document))
+            return _report(run, savepoint, None, EXIT_OK, plan)
+        return run.environment.run_event_loop(run_merge(run, plan, savepoint))
 
 
 def settle(run: RunContext) -> int:
@@ -7939,26 +7833,26 @@ def settle(run: RunContext) -> int:
             hint = f"; did you mean {near[0]}?" if near else "; --status lists the unfinished pairs"
             raise FatalError(EXIT_USAGE, f"--settle: {email} has no pair in {SAVEPOINT}{hint}")
         pairs = [pair for email in sorted(wanted) for pair in by_email[email]]
-        errors = {pair.ids: error for pair, error in ((pair, settle_error(pair)) for pair in pairs) if error}
-        ending = [pair for pair in pairs if pair.ids not in errors and pair.state not in TERMINAL]
-        ended = {pair.email for pair in ending}
-        # A pair that was never requested has nothing to settle: it is no failure beside one that has.
-        pairs = [pair for pair in pairs if not (pair.state is State.FAILED and pair.email in ended)]
-        errors = {pair.ids: errors[pair.ids] for pair in pairs if pair.ids in errors}
-        document = run_facts(run, "settle")
-        document["organisation"] = savepoint.organisation = organisation_of(pairs[0].primary.id)
-        savepoint.write({}, {run.run_id: document})
+        # A pair that was never requested has nothing to settle, and is no failure beside one that has.
+        settled = {pair.email for pair in pairs if pair.state not in TERMINAL and not settle_error(pair)}
+        pairs = [pair for pair in pairs if pair.state is not State.FAILED or pair.email not in settled]
+        start_document(run, "settle")
+        run.document["organisation"] = savepoint.organisation = organisation_of(pairs[0].primary.id)
+        savepoint.write({}, {run.run_id: run.document})
+        code, ending = EXIT_OK, []
         for pair in pairs:
-            words = f"{pair.email}: {into(pair)}"
-            if pair.ids in errors:
-                show(f"NOT SETTLED  {words}: {errors[pair.ids]}", "bad")
+            words, error = f"{pair.email}: {into(pair)}", settle_error(pair)
+            if error:
+                code = EXIT_FAILED
+                show(f"NOT SETTLED  {words}: {error}", "bad")
             elif pair.state in TERMINAL:
                 show(f"nothing to settle  {words}: {STATE_WORDS[pair.state]}")
             else:
                 settle_pair(pair)
+                ending.append(pair)
                 show(f"{pair.state.value.replace('_', ' ')}  {words}: {STATE_WORDS[pair.state]} ({pair.accepted})")
         savepoint.save_now(ending)
-        return _report(run, savepoint, document, None, EXIT_FAILED if errors else EXIT_OK)
+        return _report(run, savepoint, None, code)
 
 
 def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
@@ -7966,7 +7860,10 @@ def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
 
     Raises FatalError(2) where the savepoint is older than the reports, FatalError(3) where `reports/` can't be written.
     """
-    warn_of_savepoint_elsewhere()
+    beside = Path(__file__).resolve().parent / SAVEPOINT
+    if not SAVEPOINT.exists() and beside.exists():  # cron starts in another folder
+        here = "no savepoint.db is in the current folder, and one is beside the script"
+        log.warning("%s: to use that history, run in %s", here, beside.parent)
     savepoint = SavePoint(run.environment, run.run_id, readonly)
     for warning in savepoint.warnings:
         run.console.print_err(f"warning: {warning}")
@@ -7977,117 +7874,95 @@ def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
     try:
         if savepoint.runs() or not run.options.undo:  # what no file knows at all can be undone from its report
             check_not_restored(savepoint)
-        check_writable(REPORTS, run.environment)
+        trial = run.environment.make_private_dir(REPORTS) / f".trial.{os.getpid()}"
+        trial.write_bytes(b"")
+        trial.unlink()
         for path in report_killed_runs(run.environment, savepoint):
             run.console.print_err(f"an earlier run was killed before its report; it is {path}")
-    except OSError as error:
-        savepoint.close()
-        raise FatalError(
-            EXIT_STOPPED, f"a report can't be written to {REPORTS}: {error}; nothing was changed"
-        ) from None
     except FatalError:
         savepoint.close()
         raise
+    except OSError as error:
+        savepoint.close()
+        words = f"{REPORTS} can't be written ({error.strerror or error}), so nothing was changed; make it writable"
+        raise FatalError(EXIT_STOPPED, words) from None
     return savepoint
 
 
-def warn_of_savepoint_elsewhere() -> None:
-    """Warn where the current folder has no history but the script's folder has: cron starts in another folder."""
-    beside = Path(__file__).resolve().parent / SAVEPOINT
-    if not SAVEPOINT.exists() and beside.exists():
-        here = "no savepoint.db is in the current folder, and one is beside the script"
-        log.warning("%s: to use that history, run in %s", here, beside.parent)
-
-
-def check_writable(folder: Path, environment: Environment) -> None:
-    """Find out, before anything is changed, whether a file can be created in `folder`. Raises FatalError(3)."""
-    trial = folder / f".trial.{os.getpid()}"
-    try:
-        environment.make_private_dir(folder)
-        trial.write_bytes(b"")
-        trial.unlink()
-    except OSError as error:
-        why = error.strerror or error
-        raise FatalError(
-            EXIT_STOPPED, f"{folder} can't be written ({why}), so nothing was changed; make it writable"
-        ) from None
-
-
-async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint, document: Json) -> int:
+async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint) -> int:
     """Find out whose token it is, ask, merge, report; returns the exit code."""
     run.console.status("connecting to DevRev ...")
     api = DevRevAPI(run.settings, run.environment, CancelToken())
-    progress = Progress(run, run.cost(plan).requests)
-    options = MergeOptions(
-        count_policy=run.options.count_policy,
-        merge_timeout=run.options.merge_timeout,
-        timelines=not run.options.no_timelines,
-        across_workspaces=run.options.across_workspaces,
-        try_unverified=run.options.try_unverified,
-        carry_fields=run.options.carry_fields,
-    )
+    cost = estimate(plan, run.settings, not run.options.no_timelines)
+    progress = Progress(run, cost.requests)
     try:
-        with before_any_change(api):
-            run.token_owner = await api.whoami()
-        run.organisation = savepoint.organisation = organisation_of(str(run.token_owner.get("id")))
-        document["token_owner"] = {name: run.token_owner.get(name) for name in ("id", "display_name", "email")}
-        document["organisation"] = run.organisation
-        check_organisation(run.organisation, "CSV", plan.pairs())
+        await run.identify(api, "CSV", plan.pairs())
     except FatalError as stop:
         api.cancel_token.cancel(stop)
-        merger = ContactMerger(api, savepoint, options)
-        return _report(run, savepoint, document, merger, stop.exit_code, plan)
-    merger = ContactMerger(api, savepoint, replace(options, organisation=run.organisation), progress.on_pair)
+        savepoint.organisation = run.organisation or savepoint.organisation
+        return _report(run, savepoint, ContactMerger(api, savepoint, run.merge_options()), stop.exit_code, plan)
+    savepoint.organisation = run.organisation
+    merger = ContactMerger(api, savepoint, run.merge_options(), progress.on_pair)
     others = savepoint.other_organisations()
     if others:
         run.console.print_err(f"{plural(others, 'pair')} of another organisation stay in {SAVEPOINT} as they are")
     unfinished = [*savepoint.unfinished(), *plan.revived]
-    document["pairs"] = plan.count() + sum(pair.ids not in plan.ids for pair in unfinished)
+    run.document["pairs"] = plan.count() + sum(pair.ids not in plan.ids for pair in unfinished)
     warning = "DevRev can't undo a merge; --undo restores most of it from the backups."
-    question = Question("merge", merge_facts(run, plan, unfinished), warning)
+    facts = merge_facts(run, plan, unfinished, cost)
 
     async def work() -> int:
         savepoint.save_now(plan.revived)
         return await merger.run(plan, unfinished)
 
-    code = await confirm_and_run(run, merger, progress, question, document, work)
-    return _report(run, savepoint, document, merger, code, plan)
+    code = await confirm_and_run(run, merger, progress, "merge", {**facts, "": warning}, work)
+    return _report(run, savepoint, merger, code, plan)
 
 
 async def confirm_and_run(
     run: RunContext,
     merger: Runner,
     progress: "Progress",
-    question: "Question",
-    document: Json,
+    word: str,
+    facts: Mapping[str, str],
     work: Callable[[], Awaitable[int]],
 ) -> int:
-    """Ask, and do the work under a status line until it ends or a signal comes; return the exit code.
+    """Print the `facts`, have them confirmed by a typed `word`, and do the work under a status line until it ends or a
+    signal comes; return the exit code. The last fact, the warning, has no name.
 
-    `document` is the run's. It is stored once the question is answered: from then on the run may change something, and
-    has a report.
+    Once that is confirmed the run may change something: its document is stored, and it has a report. Raises
+    FatalError(2) where it is not, and where no terminal can ask and --yes is missing.
     """
     # The ticking also lets signals in, however quiet the network is.
     ticking = asyncio.ensure_future(progress.tick(lambda now: progress.line(merger, now)))
-    await confirm(run, merger, question)
+    owner, console = run.token_owner, run.console
+    who = str(owner.get("display_name") or owner.get("full_name") or owner.get("email") or owner.get("id"))
+    log.info("organisation %s, token of %s (%s)", run.organisation, who, owner.get("id"))
+    if not (run.options.yes or run.options.preview):
+        console.status("")
+        if not (sys.stdin and sys.stdin.isatty()):
+            what = f"there is something to {word}, and no terminal to confirm it on"
+            raise FatalError(EXIT_USAGE, f"{what}; nothing was changed. Add --yes to {word} without being asked")
+        to = console.out if console.out.isatty() else console.err  # what the user sees: no file and no pipe
+        console.print(f"organisation  {run.organisation} at {run.settings.base_url}", to=to)
+        console.print(f"token of      {who}" + (f" <{owner['email']}>" if owner.get("email") else ""), to=to)
+        for name, fact in facts.items():
+            console.print(f"{name:<12}  {fact}" if name else fact, "" if name else "bold", to)
+        console.stream(f"Type {word} to go on, anything else to leave: ", to)
+        # A thread reads, past Python's own buffers, so that a terminal never delays a signal.
+        answer = await run.environment.run_in_thread(os.read, sys.stdin.fileno(), 1024)
+        if answer.strip() != word.encode():
+            raise FatalError(EXIT_USAGE, "not confirmed; nothing was changed")
     if not run.options.preview:
-        merger.runner.savepoint.write({}, {run.run_id: document})
+        merger.runner.savepoint.write({}, {run.run_id: run.document})
     run.on_signal(asyncio.get_event_loop(), lambda: merger.api.cancel_token.cancel(Cancelled()))
     code = await work()
     ticking.cancel()
-    run.console.status("")
+    console.status("")
     return run.signal + 128 if run.signal else code
 
 
-class Question(NamedTuple):
-    """What the user confirms by typing `word`."""
-
-    word: str
-    facts: Dict[str, str]
-    warning: str
-
-
-def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair]) -> Dict[str, str]:
+def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair], cost: Estimate) -> Dict[str, str]:
     """What the user confirms with a typed `merge`."""
     new = [pair for pair in plan.pairs() if pair.state is State.PLANNED]
     facts: Dict[str, str] = {}
@@ -8102,45 +7977,18 @@ def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair]) -> Dict
     facts["to merge"] = plural(len(new), "pair")
     facts.update({f"  {index}": words for index, words in enumerate(some([describe_pair(pair) for pair in new], 3), 1)})
     facts["left out"] = f"{plural(len(plan.skipped), 'group')} skipped, {plural(len(plan.invalid_rows), 'invalid row')}"
-    left = plan_summary(plan, run.cost(plan), unfinished)["left"]
-    facts.update({"left": f"{plural(left, 'pair')} for another run (--email, --limit)"} if left else {})
+    left = plan_summary(plan, cost, unfinished)["left"]
     lost = [f"{one.external_ref} ({describe_contact(one)})" for group in plan.chosen for one in group.lost_refs()]
-    facts.update({"choices lose": "; ".join(some(lost))} if lost else {})
+    facts["left"] = f"{plural(left, 'pair')} for another run (--email, --limit)" if left else ""
+    facts["choices lose"] = "; ".join(some(lost))
     warnings = sorted(plan.warnings, key=lambda one: bool(one["code"] != "shared_mailbox"))
     shared = sum(one["code"] == "shared_mailbox" for one in warnings)  # each of which is named
     told = some([f"{one['email']}: {one['warning']}" for one in warnings], max(20, shared))
     facts.update({f"WARNING {number}": line for number, line in enumerate(told, 1)})
-    facts.update({"take no part": plan.others_line()} if plan.other_refs else {})
-    facts["cost"] = f"{run.cost(plan)} {run.describe_rate()}"
+    facts["take no part"] = plan.others_line() if plan.other_refs else ""
+    facts["cost"] = f"{cost} {run.describe_rate()}"
     facts["backups in"] = str(Path("backups").resolve())
-    return facts
-
-
-async def confirm(run: RunContext, merger: Runner, question: Question) -> None:
-    """Print what is about to happen, and have it confirmed.
-
-    Raises FatalError(2) where it is not, and where no terminal can ask and --yes is missing.
-    """
-    owner = run.token_owner
-    who = str(owner.get("display_name") or owner.get("full_name") or owner.get("email") or owner.get("id"))
-    log.info("organisation %s, token of %s (%s)", run.organisation, who, owner.get("id"))
-    if run.options.yes or run.options.preview:
-        return
-    run.console.status("")
-    if not (sys.stdin and sys.stdin.isatty()):
-        what = f"there is something to {question.word}, and no terminal to confirm it on"
-        raise FatalError(EXIT_USAGE, f"{what}; nothing was changed. Add --yes to {question.word} without being asked")
-    show, ask = run.console.question_streams()
-    show(f"organisation  {run.organisation} at {run.settings.base_url}")
-    show(f"token of      {who}" + (f" <{owner['email']}>" if owner.get("email") else ""))
-    for name, fact in question.facts.items():
-        show(f"{name:<12}  {fact}")
-    show(question.warning, "bold")
-    ask(f"Type {question.word} to go on, anything else to leave: ")
-    # A thread reads, past Python's own buffers, so that a terminal never delays a signal.
-    answer = await run.environment.run_in_thread(os.read, sys.stdin.fileno(), 1024)
-    if answer.strip() != question.word.encode():
-        raise FatalError(EXIT_USAGE, "not confirmed; nothing was changed")
+    return {name: fact for name, fact in facts.items() if fact}
 
 
 class Progress:
@@ -8187,35 +8035,31 @@ class Progress:
 
     def line(self, merger: Runner, now: float) -> str:
         """How many pairs are how far, when the run will end, and what it waits for."""
-        if not merger.runner.total:
+        pairs, total, scheduler = list(merger.pairs()), merger.runner.total, merger.api.scheduler
+        if not total:
             return ""
-        pairs = list(merger.pairs())
-        phases = {
-            "backed up": sum(bool(pair.backup) for pair in pairs),
-            "merged": sum(pair.state in (*ENDED, State.MERGED, State.VERIFYING) for pair in pairs),
-            "verified": sum(pair.state in ENDED for pair in pairs),
-        }
-        if isinstance(merger, UndoRunner):
-            phases = {"undone": sum(pair.state is State.UNDONE for pair in pairs)}
+        backed_up = sum(bool(pair.backup) for pair in pairs)
+        merged = sum(pair.state in (*ENDED, State.MERGED, State.VERIFYING) for pair in pairs)
+        verified = sum(pair.state in ENDED for pair in pairs)
+        undone = sum(pair.state is State.UNDONE for pair in pairs)
         failed = sum(not merger.is_success(pair) for pair in merger.runner.outcomes.values())
-        waiting = describe_wait(merger.api.scheduler)
+        waiting = describe_wait(scheduler)
         self.waited += now - self.ticked if waiting.startswith("waiting") else 0.0
         self.ticked = now
-        words = [f"{count:,} {what}" for what, count in phases.items()] + ([f"{failed:,} failed"] if failed else [])
-        parts = [f"{plural(merger.runner.total, 'pair')}: {', '.join(words)}"]
+        words = f"{backed_up:,} backed up, {merged:,} merged, {verified:,} verified"
+        words = f"{undone:,} undone" if isinstance(merger, UndoRunner) else words
+        line = f"{plural(total, 'pair')}: {words}" + (f", {failed:,} failed" if failed else "")
         if self.run.signal:
-            return f"{parts[0]} \u00b7 stopping, waiting for requests under way"
-        if phases["verified"] + failed < merger.runner.total:
+            return f"{line} \u00b7 stopping, waiting for requests under way"
+        ended = failed + (undone if isinstance(merger, UndoRunner) else verified)
+        if ended < total:
             sent = sum(merger.api.requests.values())
-            to_send = requests_left(
-                self.requests, merger.runner.total, phases["backed up"] + failed, phases["verified"] + failed
-            )
+            to_send = requests_left(self.requests, total, backed_up + failed, ended)
             pace = max(0.0, now - self.begun - self.waited) / sent if sent else 0.0
-            left = max(minimum_seconds(merger.api.scheduler, to_send), to_send * pace)
-            parts[0] += f", {duration(left)} left"
-        if not phases["merged"] and any(pair.state in REQUESTED_STATES for pair in pairs):
-            parts.append("waiting for the first merge, others follow it")
-        return " \u00b7 ".join([*parts, *([waiting] if waiting else [])])
+            line += f", {duration(max(minimum_seconds(scheduler, to_send), to_send * pace))} left"
+        if not merged and any(pair.state in REQUESTED_STATES for pair in pairs):
+            line += " \u00b7 waiting for the first merge, others follow it"
+        return f"{line} \u00b7 {waiting}" if waiting else line
 
 
 def requests_left(expected: int, pairs: int, backed_up: int, ended: int) -> float:
@@ -8229,77 +8073,61 @@ def requests_left(expected: int, pairs: int, backed_up: int, ended: int) -> floa
 
 
 def _report(
-    run: RunContext,
-    savepoint: SavePoint,
-    document: Json,
-    merger: Optional[Runner],
-    code: int,
-    plan: Optional[Plan] = None,
+    run: RunContext, savepoint: SavePoint, merger: Optional[Runner], code: int, plan: Optional[Plan] = None
 ) -> int:
     """Write the report and print the summary; a full disk here makes the exit code 3."""
-    stop = stop_reason(merger, code)
+    console, document = run.console, run.document
     for pair in merger.runner.outcomes.values() if plan and merger else ():
         if plan and pair.state is State.PLANNED and pair.code:
             (plan.left_out if pair.code in SKIP_REASONS else plan.refused).append(pair)
             if pair.code == "different_rev_org":
                 plan.ids.discard(pair.ids)
-    document.update(end_facts(run, merger.api if merger else None, code, "interrupted" if run.signal else stop))
+    stop = end_document(run, merger, code)
     summary = document["summary"] = merge_summary(savepoint, run.run_id, plan)
     document["headline"] = headline(summary, document)
-    entries = merge_report_lists(savepoint, run.run_id, plan)
-    code = written(run, lambda: write_report(run.environment, savepoint, run.run_id, document, entries), code)
-    if stop and not run.signal:
-        run.console.error(stop)
+    code = write_run(run, savepoint, merge_report_lists(savepoint, run.run_id, plan), code)
+    if stop:
+        console.error(stop)
     lists = merge_lists(savepoint, run.run_id, plan)
     failures = [*lists["failed_merges"], *lists["unfinished_merges"]]
     for pair in lists["successful_merges"]:
         if pair.after_cancel:
             pair.code = "after_cancel"
             failures.append(pair)
-    run.console.print()
+    console.print()
     is_complete = not (failures or summary["left"] or summary["cancelled"])
-    run.console.print(document["headline"], "good" if is_complete else "bold")
-    if failures and document["kind"] == "merge":
-        _show_failures(run.console, failures)
+    console.print(document["headline"], "good" if is_complete else "bold")
+    is_merge = document["kind"] == "merge"
+    _show_failures(console, failures if is_merge else [])
     if summary["skipped_groups"]:
-        run.console.print("         --preview says why groups are skipped")
+        console.print("         --preview says why groups are skipped")
     if merger:
         spent = duration(run.environment.elapsed(run.started))
-        run.console.print(f"cost     {plural(document['requests_total'], 'request')}, {spent}")
+        console.print(f"cost     {plural(document['requests_total'], 'request')}, {spent}")
     print_report_paths(run)
-    if document["kind"] == "merge" and not run.signal:
-        suggest_next_step(run, summary)
+    if is_merge and not run.signal and (summary["failed_merges"] or summary["unfinished_merges"]):
+        console.suggest("fix what is named above, then run again", run.command())
+    elif is_merge and not run.signal and summary["left"]:
+        if summary["successful_merges"]:
+            undo = command_line("--undo", str(run.report_path), "--preview")
+            console.suggest("look at the merged contacts in DevRev; to see what an undo would restore", undo)
+        console.suggest("merge the rest", run.command(without=("limit", "email")))
     if code >= EXIT_STOPPED:
-        run.console.print_err("Stopped early. Run the same command again to resume.", "bold")
+        console.print_err("Stopped early. Run the same command again to resume.", "bold")
     elif code == EXIT_USAGE:
-        run.console.print_err("Nothing was changed in DevRev.")
+        console.print_err("Nothing was changed in DevRev.")
     log.info("exit code %d", code)
     return code
 
 
-def suggest_next_step(run: RunContext, summary: Json) -> None:
-    """Print what to do after a run, as a command that works where it is typed."""
-    if summary["failed_merges"] or summary["unfinished_merges"]:
-        run.console.suggest("fix what is named above, then run again", run.command())
-    elif summary["left"]:
-        if summary["successful_merges"]:
-            undo = command_line("--undo", str(run.report_path), "--preview")
-            run.console.suggest("look at the merged contacts in DevRev; to see what an undo would restore", undo)
-        run.console.suggest("merge the rest", run.command(without=("limit", "email")))
-
-
-def written(run: RunContext, write: Callable[[], None], code: int) -> int:
-    """Write a report, and return the exit code: 3 on a disk error, unless `code` is worse."""
+def write_run(run: RunContext, savepoint: SavePoint, lists: Mapping[str, Optional[Iterable[Json]]], code: int) -> int:
+    """Write the report of a run, and return the exit code: 3 on a disk error, unless `code` is worse."""
     try:
-        write()
+        write_report(run.environment, savepoint, run.run_id, run.document, lists)
     except (OSError, FatalError) as error:
         run.console.error(f"the report can't be written: {error}")
         return code if code >= EXIT_USAGE else EXIT_STOPPED
     return code
-
-
-def stop_reason(merger: Optional[Runner], code: int) -> Optional[str]:
-    return str(merger.runner.stop) if merger and merger.runner.stop and code >= EXIT_USAGE else None
 
 
 # Options that say nothing of what a run did.
@@ -8309,53 +8137,48 @@ NOT_REPORTED = frozenset((
 ))  # fmt: skip
 
 
-def run_facts(run: RunContext, kind: str, plan: Optional[Plan] = None) -> Json:
-    """Return the document of a run (the report's `run`) as it is at the run's start; `kind` names its report."""
+def start_document(run: RunContext, kind: str, plan: Optional[Plan] = None) -> None:
+    """Begin the document of a run (the report's `run`); `kind` names its report."""
     options = {name: value for name, value in vars(run.options).items() if name not in NOT_REPORTED}
-    return {
-        "id": run.run_id,
-        "kind": kind,
-        "version": __version__,
-        "headline": "",
-        "csv": None,
-        "plan_id": plan.id if plan else None,
-        "pairs": plan.count() if plan else None,
-        "base_url": run.settings.base_url,
-        "organisation": "",
-        "token_owner": None,
-        "options": {
+    run.document.update(
+        id=run.run_id,
+        kind=kind,
+        version=__version__,
+        headline="",
+        csv=None,
+        plan_id=plan.id if plan else None,
+        pairs=plan.count() if plan else None,
+        base_url=run.settings.base_url,
+        organisation="",
+        token_owner=None,
+        options={
             **{name: str(value) if isinstance(value, Path) else value for name, value in options.items()},
             "rate_limit": [run.settings.calls, run.settings.period],
         },
-        "start": iso(run.started.wall),
-        "end": None,
-        "exit_code": None,
-        "stopped": None,
-        "requests": None,
-        "requests_total": None,
-        "quota": None,
-        "quota_wait_seconds": None,
-        "quota_waits": None,
-        "log": str(run.log_path),
-        "reported": False,
-    }
+        start=iso(run.started.wall),
+        log=str(run.log_path),
+        reported=False,
+    )
+    at_end = "end exit_code stopped requests requests_total quota quota_wait_seconds quota_waits"
+    run.document.update(dict.fromkeys(at_end.split()))
 
 
-def end_facts(run: RunContext, api: Optional[DevRevAPI], code: int, stopped: Optional[str]) -> Json:
-    """Return what a run's document learns at its end."""
-    requests = dict(sorted(api.requests.items())) if api else {}
-    waits = api.scheduler.waits if api else []
-    quota_seen = getattr(api.scheduler, "quota_seen", None) if api else None
-    return {
-        "end": iso(run.environment.now().wall),
-        "exit_code": code,
-        "stopped": stopped,
-        "requests": requests,
-        "requests_total": sum(requests.values()),
-        "quota": quota_seen() if quota_seen else None,
-        "quota_wait_seconds": round(sum(end - start for start, end in waits), 3),
-        "quota_waits": [{"start": iso(start), "end": iso(end)} for start, end in waits if end - start > 0.5],
-    }
+def end_document(run: RunContext, merger: Optional[Runner], code: int) -> str:
+    """Complete the document of a run but for its summary; return what has stopped it, except a signal."""
+    stop = str(merger.runner.stop or "") if merger and code >= EXIT_USAGE else ""
+    requests = dict(sorted(merger.api.requests.items())) if merger else {}
+    waits = merger.api.scheduler.waits if merger else []
+    run.document.update(
+        end=iso(run.environment.now().wall),
+        exit_code=code,
+        stopped="interrupted" if run.signal else stop or None,
+        requests=requests,
+        requests_total=sum(requests.values()),
+        quota=merger.api.scheduler.quota_seen() if merger else None,
+        quota_wait_seconds=round(sum(end - start for start, end in waits), 3),
+        quota_waits=[{"start": iso(start), "end": iso(end)} for start, end in waits if end - start > 0.5],
+    )
+    return "" if run.signal else stop
 
 
 def _sha256(path: Path) -> Optional[str]:
@@ -8393,8 +8216,7 @@ def export(run: RunContext) -> int:
     check_token(run.settings.token)
     path: Path = run.options.export
     if is_taken(path):
-        words = f"{path} exists already, and is left as it is: name a file that does not exist yet"
-        raise FatalError(EXIT_USAGE, words)
+        raise FatalError(EXIT_USAGE, f"{path} {TAKEN}")
     try:
         spool = tempfile.TemporaryFile(dir=str(path.parent))  # noqa: SIM115
     except OSError as error:
@@ -8403,45 +8225,40 @@ def export(run: RunContext) -> int:
         try:
             return asyncio.run(_export(run, path, spool))
         except FileExistsError:
-            raise FatalError(
-                EXIT_USAGE, f"{path} was created by another program meanwhile, and is left as it is"
-            ) from None
+            words = f"{path} was created by another program meanwhile, and is left as it is"
+            raise FatalError(EXIT_USAGE, words) from None
         except OSError as error:
             raise FatalError(EXIT_STOPPED, f"the disk refuses: {error}; nothing was written") from None
 
 
+TAKEN = "exists already, and is left as it is: name a file that does not exist yet"
+
+
 async def _export(run: RunContext, path: Path, spool: BinaryIO) -> int:
-    api = DevRevAPI(run.settings, run.environment, CancelToken())
+    console, api = run.console, DevRevAPI(run.settings, run.environment, CancelToken())
     exporter = ContactExporter(api, [f"@{domain}" for domain in run.options.domain or ()], spool)
     work = asyncio.ensure_future(exporter.run())
     run.on_signal(asyncio.get_event_loop(), work.cancel)
-    ticking = asyncio.ensure_future(
-        Progress(run).tick(lambda _now: exporter.progress())
-    )  # which also lets signals in, however quiet it is
+    # The ticking also lets signals in, however quiet the network is.
+    ticking = asyncio.ensure_future(Progress(run).tick(lambda _now: exporter.progress()))
     try:
         with before_any_change(api):
-            rows = await work
+            contacts = await work
     except asyncio.CancelledError:
-        run.console.print_err("interrupted; nothing was written")
+        console.print_err("interrupted; nothing was written")
         return 128 + run.signal
     finally:
         ticking.cancel()
-        run.console.status("")
-    write_new_file(run.environment, path, csv_chunks(rows))
-    print_exported(run, exporter, path)
-    return EXIT_OK
-
-
-def print_exported(run: RunContext, exporter: ContactExporter, path: Path) -> None:
-    emails = len({contact.key for contact in exporter.rows})
-    rows, requests = len(exporter.rows), sum(exporter.api.requests.values())
-    show = run.console.print
-    show(f"exported {plural(rows, 'contact')} of {plural(emails, 'email')} that recur, to {path}", "good")
-    show(f"read     {plural(exporter.read, 'contact')}")
-    show(f"cost     {plural(requests, 'request')}, {duration(run.environment.elapsed(run.started))}")
+        console.status("")
+    write_new_file(run.environment, path, csv_chunks(contacts))
+    emails, rows, requests = len({one.key for one in exporter.rows}), len(exporter.rows), sum(api.requests.values())
+    console.print(f"exported {plural(rows, 'contact')} of {plural(emails, 'email')} that recur, to {path}", "good")
+    console.print(f"read     {plural(exporter.read, 'contact')}")
+    console.print(f"cost     {plural(requests, 'request')}, {duration(run.environment.elapsed(run.started))}")
     if rows:
-        run.console.suggest("see what would be merged", command_line("--csv", str(path), "--preview"))
+        console.suggest("see what would be merged", command_line("--csv", str(path), "--preview"))
     log.info("exported %d rows of %d emails to %s with %d requests", rows, emails, path, requests)
+    return EXIT_OK
 
 
 # -- undo --------------------------------------------------------------------------------------------
@@ -8466,19 +8283,14 @@ def undo(run: RunContext) -> int:
 async def run_undo(run: RunContext, plan: UndoPlan, savepoint: SavePoint) -> int:
     """Find out whose token it is, ask, undo, report; return the exit code."""
     api, progress = DevRevAPI(run.settings, run.environment, CancelToken()), Progress(run)
-    code, pairs, document = EXIT_OK, plan.pairs(), run_facts(run, "undo")
-    document.update(undo=str(plan.path), pairs=len(pairs))
+    code, pairs = EXIT_OK, plan.pairs()
+    start_document(run, "undo")
+    run.document.update(undo=str(plan.path), pairs=len(pairs))
     if pairs:
-        with before_any_change(api):
-            run.token_owner = await api.whoami()
-        run.organisation = savepoint.organisation = organisation_of(str(run.token_owner.get("id")))
-        check_organisation(run.organisation, "backup", pairs)
-        document["token_owner"] = {name: run.token_owner.get(name) for name in ("id", "display_name", "email")}
-        document["organisation"] = run.organisation
-    options = MergeOptions(
-        organisation=run.organisation, merge_timeout=run.options.merge_timeout, preview=run.options.preview
-    )
-    undo_runner = UndoRunner(api, savepoint, options, (lambda _pair: None) if options.preview else progress.on_pair)
+        await run.identify(api, "backup", pairs)
+        savepoint.organisation = run.organisation
+    on_pair = (lambda _pair: None) if run.options.preview else progress.on_pair
+    undo_runner = UndoRunner(api, savepoint, run.merge_options(), on_pair)
     if pairs:
         facts = {
             "to undo": plural(len(pairs), "merge"),
@@ -8489,90 +8301,80 @@ async def run_undo(run: RunContext, plan: UndoPlan, savepoint: SavePoint) -> int
         facts.update({f"  {index}": words for index, words in enumerate(merges, 1)})
         if plan.older:
             facts["left alone"] = f"older backups: {', '.join(some([str(path) for path in plan.older]))}"
-        question = Question("undo", facts, "Ids, dates, creators and authors of comments can't be restored.")
-        code = await confirm_and_run(run, undo_runner, progress, question, document, lambda: undo_runner.run(plan))
-    return report_undo(run, plan, undo_runner, document, code)
+        facts[""] = "Ids, dates, creators and authors of comments can't be restored."
+        code = await confirm_and_run(run, undo_runner, progress, "undo", facts, lambda: undo_runner.run(plan))
+    return report_undo(run, plan, undo_runner, code)
 
 
 def undo_headline(counts: Json, before: int) -> str:
     """Say in one line what an undo has done, or would do; `before` were undone by an earlier one."""
-    counts = {name.replace("_", " "): count for name, count in counts.items()}
-    if "undone" in counts:
-        counts["undone"] -= before
-    words = [f"{count:,} {name}" for name, count in counts.items() if count]
+    counts = {**counts, "undone": counts.get("undone", before) - before}
+    words = [f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count]
     if not any(count for name, count in counts.items() if name != "skipped"):
         words.insert(0, "nothing to undo")
     return ", ".join([*words, *([f"{before:,} undone before"] if before else [])])
 
 
-def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, document: Json, code: int) -> int:
+def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, code: int) -> int:
     """Write the report (with --preview: print it), and say what has come of each pair."""
-    stop = stop_reason(undo_runner, code)
-    pairs, outcomes = plan.pairs(), undo_runner.runner.outcomes
+    console, before, outcomes = run.console, len(plan.undone), undo_runner.runner.outcomes
+    pairs = plan.pairs()
+    ended = [pair for pair in pairs if pair.ids in outcomes]
     if run.options.preview:
-        lists = {
-            "to_undo": [pair for pair in pairs if pair.ids in outcomes and not pair.code],
-            "refused": [pair for pair in pairs if pair.ids in outcomes and pair.code],
-        }
+        lists = {"to_undo": [pair for pair in ended if not pair.code], "refused": [pair for pair in ended if pair.code]}
     else:
-        failed = [pair for pair in pairs if pair.ids in outcomes and pair.state not in UNDO_STATES]
         lists = {
             # Those of a run that was killed may be in no report.
             "undone": [*plan.undone, *(pair for pair in pairs if pair.state is State.UNDONE)],
             "unfinished": [pair for pair in pairs if pair.state is State.UNDOING],
-            "failed": failed,
+            "failed": [pair for pair in ended if pair.state not in UNDO_STATES],
         }
     lists["skipped"] = plan.skipped
     summary = {name: len(found) for name, found in lists.items()}
-    total = len(pairs) + plan.left + len(plan.skipped) + (0 if run.options.preview else len(plan.undone))
+    total = len(pairs) + plan.left + len(plan.skipped) + (0 if run.options.preview else before)
     left = total - sum(summary.values())
-    words = undo_headline({**summary, "left": left}, len(plan.undone))
-    summary.update(pairs=total, undone_before=len(plan.undone), left=left)
-    document.update(end_facts(run, undo_runner.api, code, "interrupted" if run.signal else stop))
-    document.update(summary=summary, headline=words)
+    words = undo_headline({**summary, "left": left}, before)
+    summary.update(pairs=total, undone_before=before, left=left)
+    stop = end_document(run, undo_runner, code)
+    run.document.update(summary=summary, headline=words)
     if run.options.preview:
-        show_undo(run, report_head(document), {name: map(undo_entry, found) for name, found in lists.items()})
+        show_undo(run, {name: map(undo_entry, found) for name, found in lists.items()})
     else:
-        entries = undo_report_lists(lists, plan.skipped)
-        savepoint = undo_runner.context.savepoint
-        code = written(run, lambda: write_report(run.environment, savepoint, run.run_id, document, entries), code)
+        code = write_run(run, undo_runner.context.savepoint, undo_report_lists(lists, plan.skipped), code)
         print_report_paths(run)
         for pair in plan.skipped:
-            run.console.print(f"skipped  {pair.email}: {into(pair)}: {pair.code}: {pair.error}")
-        run.console.print(words, "bold")
-        _show_failures(run.console, [*lists["failed"], *lists["unfinished"]])
-    if code == EXIT_USAGE and not stop:
-        run.console.error(next(pair.error for pair in lists["failed"]))
-    if stop and not run.signal:
-        run.console.error(stop)
+            console.print(f"skipped  {pair.email}: {into(pair)}: {pair.code}: {pair.error}")
+        console.print(words, "bold")
+        _show_failures(console, [*lists["failed"], *lists["unfinished"]])
+    if stop or (code == EXIT_USAGE and not run.signal):
+        console.error(stop or next(pair.error for pair in lists["failed"]))
     log.info("exit code %d", code)
     return code
 
 
-def show_undo(run: RunContext, head: Json, lists: Mapping[str, Iterable[Json]]) -> None:
+def show_undo(run: RunContext, lists: Mapping[str, Iterable[Json]]) -> None:
     """Print what an undo would restore."""
     if run.options.json:
-        run.console.json(report_chunks(head, lists))
+        run.console.json(report_chunks(report_head(run.document), lists))
         return
     show, objects = run.console.print, set()
-    for name, entries in lists.items():
-        for entry in entries:
-            names = f"{entry['duplicate']['display_id']} out of {entry['primary']['display_id']}"
-            if name != "to_undo":
-                show(f"{name:<8} {entry['email']}: {names}: {entry['code']}: {entry['error']}", "bad")
-                continue
-            mine = {item["id"] for item in entry["restored"]}
-            objects |= mine
-            reference = entry["duplicate"]["old_external_ref"]
-            show(f"undo     {entry['email']}: {names}, {reference}, {len(mine)} tickets, issues and conversations")
-            for item in entry["left"]:
-                show(f"           stays: {item['display_id']} {item['title']}: {item['why']}")
-            for item in entry["fields_left"]:
-                show(f"           stays with the primary: {item['field']}: {item['why']}")
-            never = dict.fromkeys(item["what"].replace("_", " ") for item in entry["not_restored"])
-            show(f"           can't be restored: {', '.join(never)}")
+    for name, entry in ((name, entry) for name, entries in lists.items() for entry in entries):
+        names = f"{entry['duplicate']['display_id']} out of {entry['primary']['display_id']}"
+        if name != "to_undo":
+            show(f"{name:<8} {entry['email']}: {names}: {entry['code']}: {entry['error']}", "bad")
+            continue
+        mine = {item["id"] for item in entry["restored"]}
+        objects |= mine
+        reference = entry["duplicate"]["old_external_ref"]
+        show(f"undo     {entry['email']}: {names}, {reference}, {len(mine)} tickets, issues and conversations")
+        for item in entry["left"]:
+            show(f"           stays: {item['display_id']} {item['title']}: {item['why']}")
+        for item in entry["fields_left"]:
+            show(f"           stays with the primary: {item['field']}: {item['why']}")
+        never = dict.fromkeys(item["what"].replace("_", " ") for item in entry["not_restored"])
+        show(f"           can't be restored: {', '.join(never)}")
     show(f"updates  {len(objects):,} tickets, issues and conversations; automations and webhooks may react to each")
-    show(head["run"]["headline"], "bold")
+    show(run.document["headline"], "bold")
 
 
 # -- check, status, verify ---------------------------------------------------------------------------
@@ -8580,7 +8382,7 @@ def show_undo(run: RunContext, head: Json, lists: Mapping[str, Iterable[Json]]) 
 
 async def check(run: RunContext) -> int:
     """Print whether a real run could start: token, organisation, read access, quota, disk, savepoint."""
-    api = DevRevAPI(run.settings, run.environment, CancelToken())
+    api, console = DevRevAPI(run.settings, run.environment, CancelToken()), run.console
     checks: List[Json] = []
 
     async def report(name: str, work: Union[Callable[[], str], Awaitable[str]]) -> bool:
@@ -8591,15 +8393,14 @@ async def check(run: RunContext) -> int:
             log.info("check of %s: %s", name, words)
         checks.append({"check": name, "ok": good, "says": words})
         if not run.options.json:
-            run.console.print(f"{'ok     ' if good else 'FAILED '} {name}: {words}", "" if good else "bad")
+            console.print(f"{'ok     ' if good else 'FAILED '} {name}: {words}", "" if good else "bad")
         return good
 
-    known = await report("token", _check_token(run, api))
+    known = await report("token", run.identify(api))
     if run.options.csv:
         await report("csv", lambda: _check_csv(run))
-    notes = []
+    notes, seen = [], []  # type: Tuple[List[str], List[str]]
     if known:
-        seen: List[str] = []
         for name in READS:
             await report(name, _check_read(api, name, seen))
         notes.append(f"quota: {describe_wait(api.scheduler) or 'DevRev has announced none'}, {run.describe_rate()}")
@@ -8607,34 +8408,22 @@ async def check(run: RunContext) -> int:
     await report("disk", _check_disk)
     notes.append("only a merge shows whether the token may merge (rev_user:all): merge one pair first, --limit 1")
     notes.append("--undo also writes tickets, issues and conversations; reading does not show whether it may")
-    return _verdict(run, checks, notes)
-
-
-def _verdict(run: RunContext, checks: Sequence[Json], notes: Sequence[str]) -> int:
     problems = sum(not one["ok"] for one in checks)
     verdict = f"not ready: {plural(problems, 'problem')}" if problems else "ready"
     if run.options.json:
         facts = {"schema": SCHEMA, "verdict": verdict, "ready": not problems, "checks": checks, "notes": notes}
-        run.console.json([to_json(facts, indent=1) + b"\n"])
+        console.json([to_json(facts, indent=1) + b"\n"])
         return EXIT_USAGE if problems else EXIT_OK
     for note in notes:
-        run.console.print(f"note    {note}")
-    run.console.print(verdict, "bad" if problems else "good")
+        console.print(f"note    {note}")
+    console.print(verdict, "bad" if problems else "good")
     if problems:
-        run.console.suggest("fix what is marked FAILED, then check again", run.command())
+        console.suggest("fix what is marked FAILED, then check again", run.command())
     elif run.options.csv:
-        run.console.suggest("merge one pair first", run.command("--limit", "1", without=("check", "limit")))
+        console.suggest("merge one pair first", run.command("--limit", "1", without=("check", "limit")))
     else:
-        run.console.suggest("read the contacts from DevRev", command_line("--export", "contacts.csv"))
+        console.suggest("read the contacts from DevRev", command_line("--export", "contacts.csv"))
     return EXIT_USAGE if problems else EXIT_OK
-
-
-async def _check_token(run: RunContext, api: DevRevAPI) -> str:
-    check_token(run.settings.token)
-    with before_any_change(api):
-        owner = await api.whoami()
-    run.organisation = organisation_of(str(owner.get("id")))
-    return f"of {owner.get('display_name') or owner.get('id')}, organisation {run.organisation or 'unknown'}"
 
 
 def _check_csv(run: RunContext) -> str:
@@ -8669,103 +8458,93 @@ async def _check_read(api: DevRevAPI, name: str, seen: List[str]) -> str:
 
 
 def _check_savepoint(run: RunContext) -> str:
-    folder = SAVEPOINT.resolve().parent
+    folder, problem = SAVEPOINT.resolve().parent, ""
     if not locks_work(SAVEPOINT):
-        raise FatalError(EXIT_USAGE, f"{folder} can't hold a savepoint: {NO_LOCKS}")
-    if not SAVEPOINT.exists():
-        if not os.access(str(folder), os.W_OK):
-            raise FatalError(EXIT_USAGE, f"{folder} can't be written; run in a folder that can")
+        problem = f"{folder} can't hold a savepoint: {NO_LOCKS}"
+    elif not SAVEPOINT.exists() and not os.access(str(folder), os.W_OK):
+        problem = f"{folder} can't be written; run in a folder that can"
+    elif not SAVEPOINT.exists():
         return f"{SAVEPOINT} will be created"
+    elif not os.access(str(SAVEPOINT), os.W_OK):
+        problem = f"{SAVEPOINT} is read-only; make it writable"
+    if problem:
+        raise FatalError(EXIT_USAGE, problem)
     with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
         if savepoint.is_held():
             raise FatalError(EXIT_HELD, f"a run is in progress: process {savepoint.holder()['pid']} holds {SAVEPOINT}")
-        if not os.access(str(SAVEPOINT), os.W_OK):
-            raise FatalError(EXIT_USAGE, f"{SAVEPOINT} is read-only; make it writable")
         return f"{SAVEPOINT} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
 
 
 def _check_disk() -> str:
-    for folder in (Path("logs"), Path("backups"), Path("reports")):
-        if folder.exists() and not os.access(str(folder), os.W_OK):
-            raise OSError(f"{folder} can't be written; make it writable")
-    free = shutil.disk_usage(".").free
-    if free < 100 << 20:
-        raise OSError(f"only {free >> 20} MiB free; make room for backups")
-    return f"{free >> 20:,} MiB free"
+    for name in ("logs", "backups", "reports"):
+        if os.path.exists(name) and not os.access(name, os.W_OK):  # noqa: PTH110
+            raise OSError(f"{name} can't be written; make it writable")
+    free = shutil.disk_usage(".").free >> 20
+    if free < 100:
+        raise OSError(f"only {free} MiB free; make room for backups")
+    return f"{free:,} MiB free"
 
 
 def status(run: RunContext) -> int:
-    """Print what the savepoint knows, also while a run is in progress."""
+    """Print what the savepoint knows, also while a run is in progress: pairs by state, and how far the last run is."""
     with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
-        facts = status_facts(savepoint, run.environment)
-        names = {"unfinished": (*UNFINISHED, State.UNDOING), "failed": (State.FAILED,), "cancelled": (State.CANCELLED,)}
-        lists = {name: list(savepoint.pairs(*states)) for name, states in names.items()}
+        runs = savepoint.runs()
+        organisations = [runs[one]["organisation"] for one in sorted(runs) if runs[one]["organisation"]]
+        facts: Json = {
+            "savepoint": str(SAVEPOINT),
+            "running": savepoint.is_held(),
+            "last_opened": savepoint.holder() or None,
+            "organisation": organisations[-1] if organisations else None,
+            "counts": {State(name).value: count for name, count in savepoint.counts().items()},
+            "last_run": None,
+        }
+        if runs:
+            names = ("id", "kind", "plan_id", "pairs", "start", "end", "exit_code", "stopped", "headline", "reported")
+            last = facts["last_run"] = {name: runs[max(runs)][name] for name in names}
+            last["report"] = str(report_path(last["id"], last["kind"]))
+            ended = last["pairs_ended"] = sum(1 for _ in savepoint.pairs(State.FAILED, *TERMINAL, run=last["id"]))
+            now = run.environment.now().wall
+            spent = now - datetime.fromisoformat(last["start"]).timestamp()
+            if facts["running"] and ended and (last["pairs"] or 0) > ended and spent > 0:
+                last["expected_end"] = iso(now + spent / ended * (last["pairs"] - ended))
+        states = {
+            "unfinished": (*UNFINISHED, State.UNDOING),
+            "failed": (State.FAILED,),
+            "cancelled": (State.CANCELLED,),
+        }
+        lists = {name: list(savepoint.pairs(*wanted)) for name, wanted in states.items()}
     if run.options.json:
-        run.console.json(
-            report_chunks(facts, {name: [merge_entry(pair, None) for pair in found] for name, found in lists.items()})
-        )
+        entries = {name: [merge_entry(pair, None) for pair in found] for name, found in lists.items()}
+        run.console.json(report_chunks(facts, entries))
     else:
         show_status(run.console, facts, lists)
     return EXIT_OK
 
 
-def status_facts(savepoint: SavePoint, environment: Environment) -> Json:
-    """Return what --status says besides the lists: whose pairs, how many in which state, how far the last run is."""
-    runs, counts = savepoint.runs(), {State(name).value: count for name, count in savepoint.counts().items()}
-    last = runs[max(runs)] if runs else None
-    facts: Json = {
-        "savepoint": str(SAVEPOINT),
-        "running": savepoint.is_held(),
-        "last_opened": savepoint.holder() or None,
-    }
-    organisations = [runs[one]["organisation"] for one in sorted(runs) if runs[one]["organisation"]]
-    facts["organisation"] = organisations[-1] if organisations else None
-    facts["counts"] = counts
-    facts["last_run"] = None
-    if last:
-        names = ("id", "kind", "plan_id", "pairs", "start", "end", "exit_code", "stopped", "headline", "reported")
-        facts["last_run"] = {name: last[name] for name in names}
-        facts["last_run"]["report"] = str(report_path(last["id"], last["kind"]))
-        ended = sum(1 for _ in savepoint.pairs(State.FAILED, *TERMINAL, run=last["id"]))
-        facts["last_run"]["pairs_ended"] = ended
-        spent = environment.now().wall - datetime.fromisoformat(last["start"]).timestamp()
-        if facts["running"] and ended and (last["pairs"] or 0) > ended and spent > 0:
-            facts["last_run"]["expected_end"] = iso(environment.now().wall + spent / ended * (last["pairs"] - ended))
-    return facts
-
-
-def moment(text: str) -> str:
-    """Render a time as `iso` writes it, to the second, for people."""
-    return f"{text[:10]} {text[11:19]} UTC"
-
-
 def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair]]) -> None:
-    holder, running, last = facts["last_opened"], facts["running"], facts["last_run"]
+    holder, running, last, show = facts["last_opened"], facts["running"], facts["last_run"], console.print
     if not (holder or last):
-        console.print(f"{facts['savepoint']}: no run has used this folder yet")
+        show(f"{facts['savepoint']}: no run has used this folder yet")
         return
-    console.print(
-        f"{facts['savepoint']}: organisation {facts['organisation'] or 'not known yet, no run has merged here'}"
-    )
+    show(f"{facts['savepoint']}: organisation {facts['organisation'] or 'not known yet, no run has merged here'}")
     if holder:
-        who = f"process {holder['pid']} on {holder['host']}"
         now = "a run is in progress" if running else "no run is in progress; the last one"
-        console.print(f"{now}: {who}, since {holder['since']}")
+        show(f"{now}: process {holder['pid']} on {holder['host']}, since {holder['since']}")
     if running and last and last["end"] is None:
         end = f", expected to end at {last['expected_end'][:16]} (UTC)" if "expected_end" in last else ""
-        console.print(f"{last['kind']} of {plural(last['pairs'] or 0, 'pair')}: {last['pairs_ended']:,} ended{end}")
+        show(f"{last['kind']} of {plural(last['pairs'] or 0, 'pair')}: {last['pairs_ended']:,} ended{end}")
     elif last and not running:
         how = "was killed; the next run writes its report" if last["end"] is None else last["headline"]
-        console.print(f"last {last['kind']}: {how}")
+        show(f"last {last['kind']}: {how}")
     for name, count in facts["counts"].items():
-        console.print(f"{count:>7,} {STATE_WORDS[State(name)]}")
+        show(f"{count:>7,} {STATE_WORDS[State(name)]}")
     for title, pairs in lists.items():
         word = "in progress" if running and title == "unfinished" else title
         for pair in pairs[:20]:
             why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS[pair.state]
-            console.print(f"{word}  {pair.email}: {into(pair)}, last {pair.updated}: {why}")
+            show(f"{word}  {pair.email}: {into(pair)}, last {pair.updated}: {why}")
         if len(pairs) > 20:
-            console.print(f"{title}  and {len(pairs) - 20:,} more (--status --json has them all)")
+            show(f"{title}  and {len(pairs) - 20:,} more (--status --json has them all)")
 
 
 def verify_backups(run: RunContext) -> int:
@@ -8775,8 +8554,7 @@ def verify_backups(run: RunContext) -> int:
         raise FatalError(EXIT_USAGE, f"{root} does not exist: no run has made a backup in it yet")
     if not root.is_dir():
         raise FatalError(EXIT_USAGE, f"{root} is not a folder; name the folder that holds the backups")
-    complete = 0
-    damaged: List[str] = []
+    complete, damaged, missing = 0, [], []  # type: Tuple[int, List[str], List[str]]
     for folder in sorted(_backup_folders(root)):
         run.console.status(f"{complete + len(damaged)} backups read ...")
         try:
@@ -8785,20 +8563,24 @@ def verify_backups(run: RunContext) -> int:
         except PairError as error:
             damaged.append(str(error))
     run.console.status("")
+    if root == Path("backups") and SAVEPOINT.exists() and SAVEPOINT.stat().st_size:
+        with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
+            backups = {pair.backup for pair in savepoint.pairs(*State) if pair.backup}
+            missing = sorted(backup for backup in backups if not Path(backup).is_dir())
     begun = [str(left) for left in sorted(root.glob(f"**/{INCOMPLETE_BACKUP}*"))]
-    found = {"damaged": damaged, "missing": _missing_backups(run, root), "begun": begun}
-    bad = bool(damaged or found["missing"])
+    is_bad = bool(damaged or missing)
     if run.options.json:
-        facts = {"schema": SCHEMA, "folder": str(root), "whole": complete, **found}
+        facts = {"schema": SCHEMA, "folder": str(root), "whole": complete}
+        facts.update(damaged=damaged, missing=missing, begun=begun)
         run.console.json([to_json(facts, indent=1) + b"\n"])
-        return EXIT_FAILED if bad else EXIT_OK
-    why = {"begun": ": left by a run that was killed; may be deleted"}
-    for name, lines in found.items():
-        for line in lines:
-            run.console.print(f"{name.upper():<8} {line}{why.get(name, '')}", "" if name in why else "bad")
-    counts = f"{len(damaged)} damaged, {len(found['missing'])} missing"
-    run.console.print(f"{plural(complete, 'complete backup')}, {counts}", "bad" if bad else "good")
-    return EXIT_FAILED if bad else EXIT_OK
+        return EXIT_FAILED if is_bad else EXIT_OK
+    for line in (*(f"DAMAGED  {one}" for one in damaged), *(f"MISSING  {one}" for one in missing)):
+        run.console.print(line, "bad")
+    for one in begun:
+        run.console.print(f"BEGUN    {one}: left by a run that was killed; may be deleted")
+    counts = f"{plural(complete, 'complete backup')}, {len(damaged)} damaged, {len(missing)} missing"
+    run.console.print(counts, "bad" if is_bad else "good")
+    return EXIT_FAILED if is_bad else EXIT_OK
 
 
 def _backup_folders(root: Path) -> Iterator[Path]:
@@ -8810,31 +8592,26 @@ def _backup_folders(root: Path) -> Iterator[Path]:
             yield from _backup_folders(folder) if folder.is_dir() and not folder.is_symlink() else ()
 
 
-def _missing_backups(run: RunContext, root: Path) -> List[str]:
-    """Backups that the savepoint knows of and that are not below `root` any more."""
-    path = SAVEPOINT
-    if root != Path("backups") or not _has_content(path):
-        return []
-    with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
-        backups = {pair.backup for pair in savepoint.pairs(*State) if pair.backup}
-        return sorted(backup for backup in backups if not Path(backup).is_dir())
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Parse the command line, run the command, and return the exit code."""
     options = parse_options(argv)
     os.umask(0o077)
     run = RunContext(options)
     run.console.begin()
-    run.signals.install(interrupt)
+    run.handle_signals(functools.partial(signal.default_int_handler, signal.SIGINT, None))
     code = run_command(run)
     if run.reports_json:
-        print_report_json(run, code)
+        try:
+            with open(run.report_path, "rb") as file:
+                run.console.json(file)
+        except OSError:  # it has ended without a report
+            failure = {"schema": SCHEMA, "exit_code": code, "error": run.console.mask(run.error) or None}
+            run.console.json([to_json(failure) + b"\n"])
     before = run.signal
-    run.signals.install(lambda: None)
-    failure = run.console.end(lambda: bool(run.signal))
-    if failure and code < EXIT_USAGE:
-        run.console.error(f"the output can't be written: {failure.strerror or failure}")
+    run.handle_signals(lambda: None)
+    failure_to_write = run.console.end(lambda: bool(run.signal))
+    if failure_to_write and code < EXIT_USAGE:
+        run.console.error(f"the output can't be written: {failure_to_write.strerror or failure_to_write}")
         run.console.end(lambda: True)
         code = EXIT_STOPPED
     return 128 + run.signal if run.signal and not before else code
@@ -8842,36 +8619,25 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def run_command(run: RunContext) -> int:
     """Run the command; whatever ends it early becomes one line and an exit code."""
-    code, words = EXIT_STOPPED, ""
     try:
         run.open_log()
         run.load_settings()
         return MODES.get(run.options.mode, merge)(run)
     except FatalError as stop:
-        code, words = stop.exit_code, str(stop)
+        code, run.error = stop.exit_code, str(stop)
     except OSError as error:
-        words = f"disk error: {error}"
+        code, run.error = EXIT_STOPPED, f"disk error: {error}"
     except ImportError as error:
-        code, words = EXIT_USAGE, f"a package can't be imported: {error}; python -m pip install -r requirements.txt"
+        run.error = f"a package can't be imported: {error}; python -m pip install -r requirements.txt"
+        code = EXIT_USAGE
     except KeyboardInterrupt:
-        run.error = "interrupted; nothing was changed"
-        run.console.status("")
-        run.console.print_err(run.error)
-        return 128 + (run.signal or signal.SIGINT)
-    run.error = words
+        code, run.error = 128 + (run.signal or signal.SIGINT), "interrupted; nothing was changed"
     run.console.status("")
-    run.console.error(words)
+    if code > 128:
+        run.console.print_err(run.error)
+    else:
+        run.console.error(run.error)
     return code
-
-
-def print_report_json(run: RunContext, code: int) -> None:
-    """Print the report of a run or an undo as JSON, or what has ended it without one."""
-    try:
-        with open(run.report_path, "rb") as file:
-            run.console.json(file)
-    except OSError:
-        failure = {"schema": SCHEMA, "exit_code": code, "error": run.console.mask(run.error) or None}
-        run.console.json([to_json(failure) + b"\n"])
 
 
 MODES: Dict[str, Callable[[RunContext], int]] = {
