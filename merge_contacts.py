@@ -4415,7 +4415,8 @@ class TransferVerifier:
             if await self.is_listed(pair, self.api.emails, pair.duplicate.email, True):
                 return False
             holders = await self.api.holders_of(pair.duplicate.external_ref, RequestOptions(FINISH))
-            if any(user["id"] == pair.duplicate.id for user in holders):
+            shown = (user for user in holders if user["id"] == pair.duplicate.id)
+            if any(duplicate_status(user, *pair.ids) is DuplicateStatus.THERE for user in shown):
                 return False
         return not await self.missing(pair, expected, True)
 
@@ -4812,7 +4813,10 @@ class GroupMerge:
                 else:
                     await self._pause(pair, pause)
                     pause = min(10.0, 1.6 * pause)
-                    if await self._poll(pair, self._options(pair)) is DuplicateStatus.THERE:
+                    status: Optional[DuplicateStatus] = None
+                    with contextlib.suppress(ApiError, NoUsableResponse):  # where polls tell nothing, lists have decided
+                        status = await self._poll(pair, self._options(pair))
+                    if status is DuplicateStatus.THERE:
                         return self._still_exists(pair)
                     check_holders(pair, await self.api.holders_of(str(pair.new_ref), self._options(pair)), over)
                 continue
