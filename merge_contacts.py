@@ -4198,7 +4198,8 @@ class TransferVerifier:
             if await self.is_listed(pair, self.api.emails, pair.duplicate.email, True):
                 return False
             holders = await self.api.holders_of(pair.duplicate.external_ref, RequestOptions(FINISH))
-            if any(user["id"] == pair.duplicate.id for user in holders):
+            shown = (user for user in holders if user["id"] == pair.duplicate.id)
+            if any(duplicate_status(user, *pair.ids) is DuplicateStatus.EXISTS for user in shown):
                 return False
         return not await self.missing(pair, expected, True)
 
@@ -4580,7 +4581,12 @@ class PairMerge:
                 else:
                     await self._pause(pause)
                     pause = min(10.0, 1.6 * pause)
-                    if await self._poll(self._options()) is DuplicateStatus.EXISTS:
+                    status: Optional[DuplicateStatus] = None
+                    with contextlib.suppress(
+                        ApiError, NoUsableResponse
+                    ):  # where polls tell nothing, lists have decided
+                        status = await self._poll(self._options())
+                    if status is DuplicateStatus.EXISTS:
                         return self._still_exists()
                     check_holders(pair, await self.api.holders_of(str(pair.new_ref), self._options()), over)
                 continue

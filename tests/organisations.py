@@ -203,11 +203,11 @@ def restrict(world: fake_devrev.World, draws: Draws) -> Set[str]:
     trouble: Set[str] = set()
     if draws.has("contacts that are forbidden", 0.06):
         trouble.update(chance.sample(sorted(organisation.contacts), chance.randint(1, 2)))
-        world.restricted = set(trouble)
+        world.restricted = sorted(trouble)
     elif draws.has("objects that are forbidden", 0.08):
         things = [*organisation.works.values(), *organisation.conversations.values()]
         chosen = chance.sample(things, min(len(things), chance.randint(1, 2)))
-        ids = {str(one["id"]) for one in chosen}
+        ids = sorted(str(one["id"]) for one in chosen)
         kind = chance.choice(("restricted", "restricted_timelines", "restricted_writes"))
         setattr(world, kind, ids)
         if kind != "restricted_writes":
