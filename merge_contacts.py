@@ -4923,7 +4923,7 @@ class ContactMerger:
             if sum(len(one.pairs) for one in batch) >= min(self.BATCH, max(1, self._room() // 2)):
                 await self._start_batch(batch)
         await self._start_batch(batch)
-        await together(*(self._start_deferred(group, pairs, plan, unfinished, failed) for group, pairs in deferred))
+        await together(*(self._start_deferred(group, pairs, plan, unfinished) for group, pairs in deferred))
 
     def _group_merge(self, group: Group, pairs: Sequence[Pair], plan: Plan) -> GroupMerge:
         return GroupMerge(self.context, group, pairs, plan.wanted, resumed=False)
@@ -4951,7 +4951,7 @@ class ContactMerger:
             batch.clear()
 
     async def _start_deferred(
-        self, group: Group, pairs: Sequence[Pair], plan: Plan, unfinished: Sequence[Pair], failed: Mapping[Ids, str]
+        self, group: Group, pairs: Sequence[Pair], plan: Plan, unfinished: Sequence[Pair]
     ) -> None:
         """Start a group that shares a contact with an unfinished pair, once that pair is past its request.
 
