@@ -315,7 +315,7 @@ class Environment:
         return Timestamp(time.time(), time.monotonic())
 
     def age(self, since: Timestamp) -> float:
-        """Seconds since then by the clock that has gone further: what a check or a backup must not be believed past."""
+        """Seconds since then by the clock that advanced further: how old a check or a backup may be at most."""
         now = self.now()
         return max(now.wall - since.wall, now.monotonic - since.monotonic)
 
@@ -560,7 +560,7 @@ class HttpTransport:
         """POST once, follow no redirect, and read the answer until it is complete or `limit` seconds are over."""
         import requests
 
-        begun = time.monotonic()
+        started = time.monotonic()
         silence = min(self.settings.timeout, limit)
         response = HttpResponse(None, {}, None)
         try:
@@ -574,7 +574,7 @@ class HttpTransport:
                 # A body in small pieces is never silent, and one without an end would fill the memory.
                 for chunk in answer.iter_content(self.CHUNK):
                     content += chunk
-                    if len(content) > self.MAX_BODY or time.monotonic() > begun + limit:
+                    if len(content) > self.MAX_BODY or time.monotonic() > started + limit:
                         problem = f"its body has no end within {self.MAX_BODY >> 20} MiB and {limit:g} s"
                         response = response._replace(problem=problem)
                         break
@@ -583,7 +583,7 @@ class HttpTransport:
                     response = response._replace(data=data, problem=problem)
         except requests.exceptions.RequestException as error:
             response = self._explained(response, error, silence)
-        took, status = time.monotonic() - begun, response.status or "no answer"
+        took, status = time.monotonic() - started, response.status or "no answer"
         log.debug("%s %s -> %s in %.3f s %s", endpoint, subject(body), status, took, response.problem)
         return response
 
@@ -1462,7 +1462,7 @@ class Group:
 
     email: str
     pairs: List[Pair]
-    requesting: Optional[Pair] = None  # the pair that is being asked for
+    requesting: Optional[Pair] = None  # the pair that is being requested
     chosen: str = ""  # the reference that --choices names for the email
     age_undecided: bool = False  # which contact is the oldest could not be read from the CSV
     dropped: Tuple["Dropped", ...] = ()  # pairs that the live check has found to be no pairs any more
@@ -1491,7 +1491,7 @@ class Group:
         return moved[0] if moved else self.primary.external_ref
 
     def has_absorbed(self) -> bool:
-        """Whether this tool has asked for a merge into the primary since the export."""
+        """Return whether this tool has requested a merge into the primary since the export."""
         return any(pair.state in (*UNFINISHED, *ENDED) for pair in self.pairs)
 
     def final_ref(self) -> str:
@@ -1499,15 +1499,9 @@ class Group:
         return next((pair.new_ref for pair in self.pairs if pair.new_ref), self.primary.external_ref)
 
     def lost_refs(self) -> List[Contact]:
-        """Duplicates whose `user_` reference nobody has in the end: the application's accounts lose their contact."""
+        """Return the duplicates whose `user_` reference no contact keeps: the application's accounts lose their contact."""
         duplicates, kept = (pair.duplicate for pair in self.pairs), self.final_ref()
         return [one for one in duplicates if one.is_user and one.external_ref != kept]
-
-    def overrules(self, pair: Pair) -> bool:
-        """Whether a merge of its contacts, asked for by an earlier run, would leave another reference than it keeps."""
-        if pair.new_ref:
-            return pair.new_ref != self.final_ref()
-        return pair.duplicate.external_ref == self.final_ref()
 
     def warnings(self) -> List[Tuple[str, str]]:
         """Codes and words of what a person should know before the group is merged."""
@@ -2990,7 +2984,7 @@ class PendingKey:
 
 
 class BatchLoader:
-    """Lists for many contacts with one call, though each is asked for by itself: a key lingers for others to join.
+    """Lists for many contacts with one call, though each key is loaded by itself: a key lingers for others to join.
 
     A call names as many keys as fit on a few pages, so that a contact with a thousand tickets does not age what is read
     for its neighbours. A call that fails is halved until the key that it fails for is found, and only that key fails;
@@ -3875,7 +3869,7 @@ class PendingVerifications:
         self._groups.add(group)
 
     def discard(self, group: Group) -> None:
-        """A group is at its verification, or won't be soon: after the last one nobody is waited for."""
+        """A group is at its verification, or won't be soon: after the last one, who verifies waits for no other."""
         self._groups.discard(group)
         if not self._groups and not self._api.cancel_token.stop:
             asyncio.get_event_loop().call_later(BatchLoader.LINGER, self._api.dispatch)
@@ -6460,7 +6454,7 @@ def merge_summary(savepoint: SavePoint, run_id: str, plan: Optional[Plan]) -> Js
 
 
 def headline(summary: Json, document: Json) -> str:
-    """Return what a run has come to, in one line: nobody may read "all" where some remain."""
+    """Return what a run has come to, in one line. It never says "all" where some remain."""
     others, planned = summary.get("earlier_runs", {}), summary["pairs_planned"]
     unfinished, merged = summary["unfinished_merges"], summary["successful_merges"]
     verb = "finished" if unfinished else "merged"
@@ -6670,7 +6664,7 @@ def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimat
 
 
 class OutputThread:
-    """Writes to streams in the order of its calls, once begun in a thread: a terminal that takes nothing more delays
+    """Writes to streams in the order of its calls, once started in a thread: a terminal that takes nothing more delays
     neither a merge nor a signal.
 
     What can't be written is dropped; `failure` says why, unless it is that the reader has closed the pipe.
@@ -6681,14 +6675,14 @@ class OutputThread:
 
     def __init__(self) -> None:
         self.failure: Optional[OSError] = None
-        self.begun = False
+        self.started = False
         self.jobs: queue.SimpleQueue[Union[Tuple[TextIO, str, bool], threading.Event]] = queue.SimpleQueue()
         self._written = 0  # bytes
         self._status: Optional[TextIO] = None  # where a status line is shown
 
     def put(self, stream: TextIO, text: str, status: bool = False) -> None:
         """Take a piece of text; safe in a signal handler too."""
-        if self.begun:
+        if self.started:
             self.jobs.put((stream, text, status))
         else:
             self._write(stream, text, status)
@@ -6697,7 +6691,7 @@ class OutputThread:
         """Wait until everything is written, or nothing has been taken for `patience` seconds."""
         done, seen, since = threading.Event(), self._written, time.monotonic()
         self.jobs.put(done)
-        while self.begun and not done.wait(0.05):
+        while self.started and not done.wait(0.05):
             if self._written != seen:
                 seen, since = self._written, time.monotonic()
             elif time.monotonic() - since > patience():
@@ -6764,7 +6758,7 @@ class Console:
         if os.name == "nt" and self.err.isatty():
             os.system("")  # makes the console of Windows 10 and later understand escape sequences
         for output in set(self._outputs.values()):
-            output.begun = True
+            output.started = True
             threading.Thread(target=output.serve, daemon=True).start()
 
     def end(self, signalled: Callable[[], bool]) -> Optional[OSError]:
@@ -8006,7 +8000,7 @@ class Progress:
     def __init__(self, run: RunContext, requests: int = 0) -> None:
         self.run = run
         self.requests = requests  # that the complete run is expected to take
-        self.begun = self.printed = self.ticked = run.environment.now().monotonic
+        self.started = self.printed = self.ticked = run.environment.now().monotonic
         self.waited = 0.0  # seconds without quota, which say nothing of how fast requests are
 
     def on_pair(self, pair: Pair) -> None:
@@ -8061,7 +8055,7 @@ class Progress:
         if ended < total:
             sent = sum(merger.api.requests.values())
             to_send = requests_left(self.requests, total, backed_up + failed, ended)
-            pace = max(0.0, now - self.begun - self.waited) / sent if sent else 0.0
+            pace = max(0.0, now - self.started - self.waited) / sent if sent else 0.0
             line += f", {duration(max(minimum_seconds(scheduler, to_send), to_send * pace))} left"
         if not merged and any(pair.state in REQUESTED_STATES for pair in pairs):
             line += " \u00b7 waiting for the first merge, others follow it"
@@ -8234,7 +8228,7 @@ def export(run: RunContext) -> int:
             words = f"{path} was created by another program meanwhile, and is left as it is"
             raise FatalError(EXIT_USAGE, words) from None
         except OSError as error:
-            raise FatalError(EXIT_STOPPED, f"the disk refuses: {error}; nothing was written") from None
+            raise FatalError(EXIT_STOPPED, f"disk error: {error}; nothing was written") from None
 
 
 TAKEN = "exists already, and is left as it is: name a file that does not exist yet"
@@ -8573,17 +8567,17 @@ def verify_backups(run: RunContext) -> int:
         with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
             backups = {pair.backup for pair in savepoint.pairs(*State) if pair.backup}
             missing = sorted(backup for backup in backups if not Path(backup).is_dir())
-    begun = [str(left) for left in sorted(root.glob(f"**/{INCOMPLETE_BACKUP}*"))]
+    partial = [str(left) for left in sorted(root.glob(f"**/{INCOMPLETE_BACKUP}*"))]
     is_bad = bool(damaged or missing)
     if run.options.json:
         facts = {"schema": SCHEMA, "folder": str(root), "whole": complete}
-        facts.update(damaged=damaged, missing=missing, begun=begun)
+        facts.update(damaged=damaged, missing=missing, partial=partial)
         run.console.json([to_json(facts, indent=1) + b"\n"])
         return EXIT_FAILED if is_bad else EXIT_OK
     for line in (*(f"DAMAGED  {one}" for one in damaged), *(f"MISSING  {one}" for one in missing)):
         run.console.print(line, "bad")
-    for one in begun:
-        run.console.print(f"BEGUN    {one}: left by a run that was killed; may be deleted")
+    for one in partial:
+        run.console.print(f"partial  {one}: left by a run that was killed; may be deleted")
     counts = f"{plural(complete, 'complete backup')}, {len(damaged)} damaged, {len(missing)} missing"
     run.console.print(counts, "bad" if is_bad else "good")
     return EXIT_FAILED if is_bad else EXIT_OK
