@@ -191,7 +191,8 @@ class InvariantChecker:
         self.expected, self.unsent = joined(main, copy), never_sent(main, copy)
         self.latest = dict(self.expected)
         self.runs_before = self._runs_of(main, copy)
-        self.intended = {ids for ids, row in self.expected.items() if row["state"] in UNFINISHED} - self.unsent
+        unsent = {ids for ids in self.unsent if not self.expected[ids]["previous_request_at"]}
+        self.intended = {ids for ids, row in self.expected.items() if row["state"] in UNFINISHED} - unsent
         self.tried = {ids for ids, row in self.expected.items() if row["state"] == "failed"}
         self.undo.begin(options)
         named = {email_key(email) for email in options.email or ()}

@@ -101,13 +101,14 @@ class OrganisationBuilder:
     def _fields(self, key: str) -> Dict[str, Any]:
         """Draw what a contact has besides."""
         chance, found = self.chance, {}  # type: Any, Dict[str, Any]
+        half = self.half if chance.random() < 0.2 else ""
         if self.draws.has("fields", 0.4):
             if chance.random() < 0.5:
                 found["phone_numbers"] = [f"+4930{int(key):07}", *(["+49301234567"] if chance.random() < 0.3 else [])]
             if chance.random() < 0.4:
-                found["description"] = f"Customer {key}.{self.half}"
+                found["description"] = f"Customer {key}.{half}"
             if chance.random() < 0.3:
-                found["full_name"] = f"Person {key}{self.half}"
+                found["full_name"] = f"Person {key}{half}"
         if self.draws.has("several references", 0.05) and chance.random() < 0.1:
             found["external_refs"] = [f"other-{key}"]
         return found

@@ -132,6 +132,7 @@ class ReasonChecker:
     def is_true(self, ids: Ids, entry: Mapping[str, Any], resting: Mapping[Ids, Any], stuck: Set[str]) -> bool:
         """Return whether the reason that the last report gives for a pair is so."""
         code, group = entry["code"], self.group_of(ids)
+        group |= {row.id for row in self.checker.rows if row.key == entry["email"]}
         world = self.checker.fake_devrev
         if code in ("forbidden", "api_error", "backup_failed", "merge_refused") and group & self.trouble:
             return True

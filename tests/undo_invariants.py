@@ -231,8 +231,8 @@ class UndoChecker:
 
     def _judge_write(self, table: Table, thing: Thing, was: Dict[str, List[str]], now: Dict[str, List[str]]) -> None:
         groups = {one for ids in self.begun for one in ids}
-        groups |= {self.stand_in(one) for one in groups}
         mine = self.contacts_of(groups)
+        groups |= {self.stand_in(one) for one in groups}
         since = min(self.rests_on[thing["id"]], default=self.checker.clock.now - OLDEST - TRAVEL) - 0.001
         lately = self.checker.clock.now - OLDEST - TRAVEL - self.checker.lag
         for role in USER_LISTS:
