@@ -7941,7 +7941,7 @@ async def confirm_and_run(
     if not (run.options.yes or run.options.preview):
         console.status("")
         if not (sys.stdin and sys.stdin.isatty()):
-            what = f"there is something to {word}, and no terminal to confirm it on"
+            what = f"{plural(run.document['pairs'], 'pair')} to {word}, and no terminal to confirm it on"
             raise FatalError(EXIT_USAGE, f"{what}; nothing was changed. Add --yes to {word} without being asked")
         to = console.out if console.out.isatty() else console.err  # what the user sees: no file and no pipe
         console.print(f"organisation  {run.organisation} at {run.settings.base_url}", to=to)
