@@ -19,10 +19,10 @@ Map of this file; everything stands above what uses it:
     CSV           Contact, CsvTable, read_contacts  which rows are contacts
     Detection     classify_group, check_live        which contact is primary, and by what rule; the live check
                   State, Pair                       what is known of one merge
-    Quota         RequestScheduler                  quota window, circuit breaker, reservations: where a 429 is handled
+    Quota         RequestScheduler.on_response      quota window, circuit breaker, reservations: where a 429 is handled
     Requests      DevRevAPI                         one method for each endpoint; refusals and retries
     Batches       BatchLoader                       one list call for many contacts
-    Backup        BackupStore, contact_files        where to add a field to the backup
+    Backup        write_backup, snapshot_entry      where to add a field to the backup
     Savepoint     SavePoint                         two files with one content; what a crash leaves
     Merge         PairMerge                         a pair's state machine: no answer to a merge, how a pair resumes
                   GroupMerge, ContactMerger         the order of pairs, groups and earlier runs
@@ -1412,8 +1412,6 @@ class Pair:
     run: str = ""  # that wrote it last
     updated: str = ""
     # Known to this run only:
-    exported: Optional["Pair"] = None  # of an unfinished pair: the same as this run's CSV has it
-    is_overruled: bool = False  # of an unfinished pair: the plan keeps another reference than it would leave
     tried_before: bool = False  # of a planned pair: an earlier run refused or failed it
 
     @property
@@ -1449,7 +1447,7 @@ class Pair:
             self.state, self.first_requested_at, self.rejected = State.PLANNED, 0.0, False
 
 
-NOT_STORED = ("run", "exported", "is_overruled", "tried_before")
+NOT_STORED = ("run", "tried_before")
 
 
 def into(pair: Pair) -> str:
@@ -1499,7 +1497,7 @@ class Group:
         return next((pair.new_ref for pair in self.pairs if pair.new_ref), self.primary.external_ref)
 
     def lost_refs(self) -> List[Contact]:
-        """Return the duplicates whose `user_` reference no contact keeps: the application's accounts lose their contact."""
+        """Return the duplicates whose `user_` reference no contact keeps: their accounts lose their contact."""
         duplicates, kept = (pair.duplicate for pair in self.pairs), self.final_ref()
         return [one for one in duplicates if one.is_user and one.external_ref != kept]
 
@@ -1601,7 +1599,6 @@ class Plan:
     chosen: List[Group] = field(default_factory=list)  # by --choices, and still to be merged
     id: str = ""  # of `plan_id`
     left_alone: Dict[str, str] = field(default_factory=dict)  # email -> why there is nothing to merge
-    overruled: Set[Tuple[str, str]] = field(default_factory=set)  # pairs of earlier runs that contradict it
     look_alikes: List[Json] = field(default_factory=list)
     files: int = 1  # that the CSV has come in
     other_refs: int = 0  # contacts that take no part
@@ -2781,7 +2778,9 @@ class DevRevAPI(ApiClient):
             if api_error.missing:
                 return None
             if api_error.status == 404:
-                raise NoUsableResponse("rev-users.get", f"404 of a route, not of {identity}") from None
+                if not api_error.data.get("type"):
+                    raise  # a route's, which says nothing of any object
+                raise NoUsableResponse("rev-users.get", f"404 of another type, not of {identity}") from None
             if not 300 <= api_error.status < 400:
                 raise
             match = re.search(r"don:identity:[^&?#\s]+:revu/[^&?#/\s]+", unquote(api_error.location))
@@ -2993,6 +2992,7 @@ class BatchLoader:
 
     LINGER = 0.02  # seconds
     MAX_ITEMS = 250  # items that are expected
+    MAX_UNANSWERED = 6  # calls in a row after which it is no single key's fault
 
     def __init__(
         self, lister: Lister, token: CancelToken, owners: Callable[[Json], Set[str]], name: Callable[[str], str] = str
@@ -3007,6 +3007,7 @@ class BatchLoader:
         self._dispatch_at = 0.0
         self._max_keys = PAGE  # keys a call
         self._has_listed = False
+        self._unanswered = 0  # calls in a row without a usable answer
         self._calls: Set[asyncio.Future[None]] = set()
 
     async def load(self, key: str, weight: int = 1, priority: int = PREPARE, linger: float = LINGER) -> ListResult:
@@ -3048,7 +3049,7 @@ class BatchLoader:
         failure: Optional[BaseException] = None
         try:
             listing = await self._lister(keys, options)
-            self._has_listed = True
+            self._has_listed, self._unanswered = True, 0
             found = self._split_items(keys, listing.items)
             if found is None:
                 log.info("an item names none of the requested keys; listing one by one")
@@ -3056,6 +3057,7 @@ class BatchLoader:
             else:
                 results = {key: ListResult(items, listing.since) for key, items in found.items()}
         except (ApiError, NoUsableResponse) as error:
+            self._unanswered = 0 if isinstance(error, ApiError) else self._unanswered + 1
             if isinstance(error, ApiError):
                 self._max_keys = min(self._max_keys, (len(keys) + 1) // 2)
             if len(keys) == 1:
@@ -3068,7 +3070,7 @@ class BatchLoader:
                     await self._lister([key], options)
                     self._has_listed, forbidden = True, False
                     break
-            if forbidden or len(keys) == 1:
+            if forbidden or len(keys) == 1 or self._unanswered > self.MAX_UNANSWERED:
                 failure = error
             else:
                 half = (len(keys) + 1) // 2
@@ -3518,6 +3520,9 @@ class SavePoint:
         self._writing: Optional[asyncio.Future[None]] = None
         for file in self.files:
             file.check_header()
+            if not readonly and file.path.exists() and not file.path.stat().st_mode & 0o222:
+                words = f"the savepoint {file.path} is read-only, so nothing was changed; make it writable"
+                raise FatalError(EXIT_STOPPED, words)
         for file in self.files:
             try:
                 if readonly:
@@ -3569,12 +3574,11 @@ class SavePoint:
 
     def _join(self) -> None:
         """Give each file the rows of the other that are newer, and find the requests that were never sent."""
-        pairs, changed = self._join_pairs()
+        pairs = self._join_pairs()
         stored = [file.stored_runs() for file in self.files]
         runs: Dict[str, StoredRun] = {}
         for one in {**stored[0], **stored[1]}:
             runs[one] = max((rows[one] for rows in stored if one in rows), key=lambda found: found.revision)
-            changed = changed or any(rows.get(one) != runs[one] for rows in stored)
         meta = {**self.copy.meta(), **self.main.meta()}
         for name in ("last_write", "last_run"):
             meta.pop(name, None)
@@ -3595,8 +3599,8 @@ class SavePoint:
                 self.close()
                 raise self._opening_error(file, error) from None
 
-    def _join_pairs(self) -> Tuple[Dict[Ids, StoredPair], bool]:
-        """Return all rows as both files together know them, and whether a file has to learn something."""
+    def _join_pairs(self) -> Dict[Ids, StoredPair]:
+        """Return all rows as both files together know them."""
         ours, theirs = self.main.stored_pairs(), self.copy.stored_pairs()
         # The copy is written second: an intent that stands in the file's last write alone has not been sent.
         one_ahead = self.main.last_run == self.copy.last_run and self.main.last_write == self.copy.last_write + 1
@@ -3618,7 +3622,7 @@ class SavePoint:
                 row = StoredPair(self.write_number + 1, self.run, pair.to_json())
                 log.info("%s: the merge was never sent by the run that was killed", pair.email)
             joined[ids] = row
-        return joined, any(rows != joined for rows in (ours, theirs))
+        return joined
 
     def close(self) -> None:
         for file in self.files:
@@ -3701,7 +3705,7 @@ class SavePoint:
             raise FatalError(EXIT_STOPPED, f"the savepoint {file.path} can't be read ({error})") from None
 
     def _select(self, condition: str, *values: Any) -> Iterator[Pair]:
-        mine = "AND organisation = ?" if self.organisation else ""
+        mine = "AND organisation IN (?, '')" if self.organisation else ""  # an id may name none
         values = (*values, self.organisation) if self.organisation else values
         query = f"SELECT run, document FROM pairs WHERE {condition} {mine} ORDER BY revision, email"
         for run, document in self._query(query, *values):
@@ -4274,6 +4278,7 @@ class PairMerge:
         self.reservation = shared.reservation
         self.has_outcome = False
         self.requests_sent = 0  # in this run
+        self._before_request: Dict[str, Any] = {}  # the pair's fields
         self.waiting_since: Optional[Timestamp] = None
         self.waited_before = 0.0  # seconds that earlier runs had waited
         self.polled = False  # since the last request
@@ -4401,6 +4406,7 @@ class PairMerge:
                 for one in self.group.dropped:
                     if one.pair.ids == pair.ids:
                         raise PairSkipped(one.code, one.reason)
+                self._before_request = dict(vars(pair))
                 try:
                     await self.context.first_merge.acquire(pair.ids)
                     await self.api.merge(*pair.ids, self._options(MERGE), self._save_intent)
@@ -4408,29 +4414,37 @@ class PairMerge:
                     log.info("%s: the check or the backup is too old by now; reading it again", pair.email)
                     continue
                 except ApiError as error:
-                    self.waiting_since, self.waited_before = self.context.environment.now(), 0.0
+                    self._count_request()
                     return await self._rejected(error, first=not again)
                 except NoUsableResponse as error:
                     log.info("%s: the answer to the merge request was lost (%s)", pair.email, error)
-                    self.waiting_since, self.waited_before = self.context.environment.now(), 0.0
+                    self._count_request()
                     return State.REQUESTED
-                self.waiting_since, self.waited_before = self.context.environment.now(), 0.0
+                self._count_request()
                 return State.ACKNOWLEDGED
         words = "checks and backups become too old before the merge can be requested; the quota is too small"
         raise PairError("stale", words)
+
+    def _count_request(self) -> None:
+        """Take note that a request was sent; the wait for its merge starts now."""
+        self.requests_sent += 1
+        # A pair that had a 403 before says nothing of what the token may do.
+        self.context.first_merge.requests += not self.was_forbidden
+        self.waiting_since, self.waited_before = self.context.environment.now(), 0.0
 
     async def _save_intent(self) -> None:
         """Save that the merge is requested, at the last moment before the request is sent.
 
         Raises PreconditionsExpired or Cancelled where it must not be sent; then the savepoint says that it was not.
         """
-        context, pair, before = self.context, self.pair, dict(vars(self.pair))
+        context, pair, before = self.context, self.pair, self._before_request
         self.preconditions.require_fresh()
         context.raise_if_draining()
         self.polled, self.rejection = False, None
         pair.state, pair.code, pair.error, pair.rejected = State.REQUESTED, "", "", False
         pair.backup, pair.backed_up = self.preconditions.folder, self.preconditions.counts
-        pair.previous_request_at, pair.requested_at = pair.requested_at, context.environment.now().wall
+        # Where the same request waits for quota and is saved again, what counts is what was before its first attempt.
+        pair.previous_request_at, pair.requested_at = before["requested_at"], context.environment.now().wall
         pair.first_requested_at = pair.first_requested_at or pair.requested_at
         if context.options.carry_fields:
             live = self.preconditions.live
@@ -4453,8 +4467,6 @@ class PairMerge:
             pair.withdrawn_at = withdrawn_at
             await context.savepoint.save(pair)
             raise
-        self.requests_sent += 1
-        context.first_merge.requests += 1
         log.info("%s: requesting the merge of %s", pair.email, into(pair))
 
     async def _rejected(self, error: ApiError, first: bool) -> State:
@@ -4570,7 +4582,8 @@ class PairMerge:
                     carried = {name: value for name, value in body.items() if name != "external_ref"}
                     updates = [{"external_ref": pair.new_ref}, carried]
                 elif error.status != 409:
-                    code = "not_found" if error.missing else error.code
+                    code = "not_found" if error.missing else "external_ref_not_set"
+                    code = error.code if error.status == 403 else code
                     raise PairError(code, f"the reference {pair.new_ref} could not be set: {error}") from None
                 else:
                     await self._pause(pause)
@@ -4582,7 +4595,10 @@ class PairMerge:
                         status = await self._poll(self._options())
                     if status is DuplicateStatus.EXISTS:
                         return self._still_exists()
-                    check_holders(pair, await self.api.holders_of(str(pair.new_ref), self._options()), over)
+                    holders: List[Json] = []
+                    with contextlib.suppress(ApiError, NoUsableResponse):
+                        holders = await self.api.holders_of(str(pair.new_ref), self._options())
+                    check_holders(pair, holders, over)
                 continue
             except NoUsableResponse as error:
                 # It may have been made: the primary is read before the update is sent again.
@@ -4601,7 +4617,8 @@ class PairMerge:
                 raise PairError("external_ref_not_set", words)
             updates.pop(0)
             self.updated = True
-            pair.fields_lost = lost_fields(backed_up_contact(pair.backup, pair.duplicate.id), user)
+            with contextlib.suppress(PairError):  # the verification names a damaged backup
+                pair.fields_lost = lost_fields(backed_up_contact(pair.backup, pair.duplicate.id), user)
         return State.VERIFYING
 
     async def _verify(self) -> State:
@@ -4843,14 +4860,20 @@ class ContactMerger:
     async def _poll_cancelled(self) -> List[Pair]:
         """Poll each cancelled pair once: return those that DevRev has carried out after all, as unfinished pairs."""
         found = []
+        verifier = TransferVerifier(self.context, RESUME)
         for pair in list(self.savepoint.pairs(State.CANCELLED)):
             try:
                 try:
                     status = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH))
                 except (ApiError, NoUsableResponse):
-                    merged = await TransferVerifier(self.context, RESUME).lists_show_merged(pair)
+                    merged = await verifier.lists_show_merged(pair)
                     status = DuplicateStatus.GONE if merged else DuplicateStatus.EXISTS
-            except PairError as error:
+                expected = objects_to_transfer(pair.backup, pair.duplicate.id)
+                if status is DuplicateStatus.GONE and expected:
+                    # It may have been deleted instead: then nothing of it belongs to the primary.
+                    deleted = len(await verifier.missing(pair, expected, True)) == len(expected)
+                    status = DuplicateStatus.EXISTS if deleted else status
+            except (PairError, LookupError, TypeError, ValueError, AttributeError) as error:
                 log.info("%s: the cancelled merge of %s can't be polled: %s", pair.email, into(pair), error)
                 continue
             if status is not DuplicateStatus.EXISTS:
@@ -4869,9 +4892,12 @@ class ContactMerger:
         for primary, pairs in by_primary.items():
             mine = {pair.ids for pair in pairs}
             siblings = [pair for pair in self.savepoint.pairs_of_primary(primary).values() if pair.ids not in mine]
-            group_merge = GroupMerge(
-                self.context, Group(pairs[0].email, [*pairs, *siblings]), pairs, plan.wanted, resumed=True
-            )
+            # The plan knows the rest of the group, and what was chosen for it.
+            planned = next((group for group in plan.groups if group.primary.id == primary), None)
+            known = mine.union(pair.ids for pair in siblings)
+            siblings += [pair for pair in planned.pairs if pair.ids not in known] if planned else []
+            group = Group(pairs[0].email, [*pairs, *siblings], chosen=planned.chosen if planned else "")
+            group_merge = GroupMerge(self.context, group, pairs, plan.wanted, resumed=True)
             for pair in pairs:
                 pair.code, pair.error = "", ""
             self._resumed[self._start(group_merge)] = group_merge
@@ -6292,7 +6318,8 @@ def settle_error(pair: Pair) -> str:
         return (
             f"its merge was not requested ({pair.code}), so there is nothing to settle; leave its rows out of the CSV"
         )
-    if pair.code in CODES and CODES[pair.code].settles:
+    is_merged = pair.state in (State.MERGED, State.VERIFYING)
+    if pair.code in CODES and CODES[pair.code].settles and not (is_merged and pair.code == "api_error"):
         return ""
     return (
         f"it is unfinished ({pair.code or SO_FAR[pair.state]}), and no report has named a problem that stays; run again"
@@ -7668,6 +7695,7 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str]) ->
                 # It was requested once, and DevRev may still carry that out: it is polled first, like any other.
                 revived = cancelled[pair.ids]
                 revived.code = revived.error = revived.accepted = ""
+                revived.new_ref = pair.new_ref  # what was cancelled does not bind the new plan
                 pair.state = revived.state = State.REQUESTED
                 plan.revived.append(revived)
 
@@ -7938,6 +7966,8 @@ async def confirm_and_run(
     owner, console = run.token_owner, run.console
     who = str(owner.get("display_name") or owner.get("full_name") or owner.get("email") or owner.get("id"))
     log.info("organisation %s, token of %s (%s)", run.organisation, who, owner.get("id"))
+    if not run.options.preview:
+        merger.runner.savepoint.write({}, organisation=run.organisation)
     if not (run.options.yes or run.options.preview):
         console.status("")
         if not (sys.stdin and sys.stdin.isatty()):
@@ -8498,6 +8528,7 @@ def status(run: RunContext) -> int:
             "counts": {State(name).value: count for name, count in savepoint.counts().items()},
             "last_run": None,
         }
+        facts["organisation"] = facts["organisation"] or savepoint.meta("organisation") or None
         if runs:
             names = ("id", "kind", "plan_id", "pairs", "start", "end", "exit_code", "stopped", "headline", "reported")
             last = facts["last_run"] = {name: runs[max(runs)][name] for name in names}

@@ -99,8 +99,8 @@ MUTANTS = [
     Mutant("the first merge does not go alone", "                    await self.context.first_merge.acquire(pair.ids)\n", ""),
     Mutant(
         "an acknowledgement confirms the first merge",
-        "                self.waiting_since, self.waited_before = self.context.environment.now(), 0.0\n                return State.ACKNOWLEDGED\n",
-        "                self.waiting_since, self.waited_before = self.context.environment.now(), 0.0\n                self.context.first_merge.confirm(pair.ids)\n                return State.ACKNOWLEDGED\n",
+        "                self._count_request()\n                return State.ACKNOWLEDGED\n",
+        "                self._count_request()\n                self.context.first_merge.confirm(pair.ids)\n                return State.ACKNOWLEDGED\n",
     ),
     Mutant("failures in a row stop nothing", "if self._failures_in_a_row >= self.MAX_FAILURES_IN_A_ROW and not self.draining:", "if False:"),
     # Requesting again

@@ -436,7 +436,7 @@ def test_a_refused_list_is_halved_until_the_contact_is_found(status: int, kind: 
 def test_a_missing_scope_costs_few_requests() -> None:
     found, server = ask(answering(403, {"type": "forbidden", "message": "No."}), lambda api: load_each(api, people(60)))
     assert all(isinstance(one, tool.ApiError) and "rev_user:read" in str(one) for one in found.values())
-    assert len(server.requests) <= 3
+    assert len(server.requests) <= 5  # the list, and four of its sixty contacts
 
 
 def test_a_413_of_a_gateway_halves_a_list_too() -> None:

@@ -325,7 +325,11 @@ def test_an_interrupted_export_leaves_nothing(place: Workplace, seeded: Organisa
         ([Fault("503", skip=3)], 3, "can't be reached"),
         ([Fault("reset-before", "works.list")], 3, "can't be reached"),
         ([Fault("endless", "rev-users.list")], 3, "without bringing anything new"),
-        ([Fault("changed", "rev-users.list", detail=lambda _: {"rev_users": [{"email": "x"}]})], 3, "without an id"),
+        (
+            [Fault("changed", "rev-users.list", detail=lambda _: {"rev_users": [{"email": "x"}]})],
+            3,
+            "objects with an id",
+        ),
     ],
 )
 def test_an_export_that_can_not_be_read_to_its_end_leaves_nothing(
