@@ -583,8 +583,8 @@ class HttpTransport:
                     response = response._replace(data=data, problem=problem)
         except requests.exceptions.RequestException as error:
             response = self._explained(response, error, silence)
-        took, status = time.monotonic() - started, response.status or "no answer"
-        log.debug("%s %s -> %s in %.3f s %s", endpoint, subject(body), status, took, response.problem)
+        what, tail = f"{endpoint} {subject(body)}".rstrip(), response.problem and f" ({response.problem})"
+        log.debug("%s -> %s in %.3f s%s", what, response.status or "no answer", time.monotonic() - started, tail)
         return response
 
     def _explained(self, response: HttpResponse, error: Exception, silence: float) -> HttpResponse:
