@@ -662,53 +662,44 @@ class HttpTransport:
 class CancelToken:
     """Ends a run: once it is cancelled, all that waits or would wait raises Cancelled, and no request leaves."""
 
-    SHIELDED = 10.0  # seconds that an interruption waits at most
-
     def __init__(self) -> None:
         self.stop: Optional[FatalError] = None
         self.on_cancel: List[Callable[[], None]] = []
-        self._is_shielded, self._deferred = False, False
-        self._waiting: Dict[asyncio.Future[Any], None] = {}  # in the order in which they came
+        self._shielded: Optional[asyncio.Future[Any]] = None  # the task that an interruption does not end
+        self._waiting: Dict[asyncio.Future[Any], bool] = {}  # in the order in which they came, and whether shielded
 
     def cancel(self, stop: FatalError) -> None:
         """Stop for this reason. The first one counts, but an interruption explains less than any other reason."""
-        if self._is_shielded and isinstance(stop, Cancelled):
-            self._deferred = True
-            asyncio.get_event_loop().call_later(self.SHIELDED, self._end_shield)
-            return
         if self.stop is None or isinstance(self.stop, Cancelled):
             self.stop = stop
-        for future in list(self._waiting):
-            if not future.done():
+        for future, is_shielded in list(self._waiting.items()):
+            if not future.done() and not (is_shielded and isinstance(self.stop, Cancelled)):
                 future.set_exception(Cancelled())
         for act in self.on_cancel:
             act()
 
     @contextlib.contextmanager
     def shield(self) -> Iterator[None]:
-        """Let an interruption wait until the block has ended, for SHIELDED seconds at most."""
+        """Let what the current task does in the block go on in spite of an interruption; other stops end it, too."""
         self.raise_if_cancelled()
-        self._is_shielded = True
+        self._shielded = asyncio.current_task()
         try:
             yield
         finally:
-            self._end_shield()
+            self._shielded = None
 
-    def _end_shield(self) -> None:
-        self._is_shielded = False
-        if self._deferred:
-            self._deferred = False
-            self.cancel(Cancelled())
+    def _is_shielded(self) -> bool:
+        return self._shielded is not None and self._shielded is asyncio.current_task()
 
     def raise_if_cancelled(self) -> None:
-        if self.stop:
+        if self.stop and not (isinstance(self.stop, Cancelled) and self._is_shielded()):
             raise Cancelled()
 
     def future(self) -> "asyncio.Future[Any]":
         """A future to wait for, which a cancellation ends."""
         self.raise_if_cancelled()
         future: asyncio.Future[Any] = asyncio.get_event_loop().create_future()
-        self._waiting[future] = None
+        self._waiting[future] = self._is_shielded()
         future.add_done_callback(self._waiting.pop)
         return future
 
@@ -1369,7 +1360,7 @@ def _store_rows(
 
 
 class State(str, Enum):
-    """How far a pair is. From REQUESTED to VERIFYING it is unfinished; only a state of TERMINAL ends a requested pair."""
+    """How far a pair is. REQUESTED to VERIFYING are unfinished; only a state of TERMINAL ends a requested pair."""
 
     PLANNED = "planned"
     FAILED = "failed"  # refused, or failed before its merge was requested: the next run tries it again
@@ -3801,8 +3792,8 @@ class SavePoint:
         """Give each file the rows of the other that are newer, and find the requests that were never sent."""
         pairs, changed = self._join_pairs()
         stored = [file.stored_runs() for file in self.files]
-        runs = {one: row for rows in stored for one, row in rows.items()}
-        for one, row in runs.items():
+        runs: Dict[str, StoredRun] = {}
+        for one in {**stored[0], **stored[1]}:
             runs[one] = max((rows[one] for rows in stored if one in rows), key=lambda found: found.revision)
             changed = changed or any(rows.get(one) != runs[one] for rows in stored)
         meta = {**self.copy.meta(), **self.main.meta()}
@@ -4093,12 +4084,12 @@ class PendingVerifications:
 
     def __init__(self, api: DevRevAPI) -> None:
         self._api = api
-        self._groups: Set["GroupMerge"] = set()
+        self._groups: Set[Group] = set()
 
-    def add(self, group: "GroupMerge") -> None:
+    def add(self, group: Group) -> None:
         self._groups.add(group)
 
-    def discard(self, group: "GroupMerge") -> None:
+    def discard(self, group: Group) -> None:
         """A group is at its verification, or won't be soon: after the last one nobody is waited for."""
         self._groups.discard(group)
         if not self._groups and not self._api.cancel_token.stop:
@@ -4189,6 +4180,11 @@ class Preconditions:
     def invalidate(self) -> None:
         """Forget them; timelines of objects that have not changed need not be read again."""
         self.folder, self._checked, self._listed = "", None, None
+
+    def clear(self) -> None:
+        """Free the memory: what is verified is read from the disk."""
+        self.invalidate()
+        self.live, self._timelines = {}, {}
 
     async def ensure_fresh(self) -> None:
         """Check and back up again what is too old, or was never read. Raises PairError with the first problem."""
@@ -4465,24 +4461,24 @@ class TransferVerifier:
 
 
 @dataclass
+class GroupState:
+    """What the merges of one group share."""
+
+    group: Group
+    wanted: Mapping[Ids, Pair]  # the pairs of this run's CSV: no other is requested
+    resumed: bool  # an earlier run left the group's pairs
+    preconditions: Preconditions
+    verifier: TransferVerifier
+    reservation: Reservation = field(default_factory=Reservation)
+    request_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    attempted: asyncio.Event = field(default_factory=asyncio.Event)  # each pair was tried, or has to wait
+
+
 class PairMerge:
-    """What this run knows of a merge beyond the pair's state."""
+    """One merge: request, wait, set the reference, verify. A pair that an earlier run left enters at its state.
 
-    requests_sent: int = 0
-    waiting_since: Optional[Timestamp] = None
-    waited_before: float = 0.0  # seconds that earlier runs had waited
-    polled: bool = False  # since the last request
-    rejection: Optional[PairError] = None  # DevRev's answer to the last request, where it was a clear refusal
-    contradictions: int = 0  # times that the duplicate seemed to be merged and existed after all
-    was_forbidden: bool = False  # an earlier request for it was answered with 403
-    updated: bool = False  # the primary, in this run
-
-
-class GroupMerge:
-    """One group: check, back up, request, wait, set the reference, verify.
-
-    A pair that an earlier run left enters at its state. What keeps a pair from its end is raised as PairError and
-    recorded as its outcome; what stops the run passes through.
+    Each phase takes the pair at a recovery point and returns the next one. What keeps the pair from its end is raised
+    as PairError and recorded as its outcome; what stops the run passes through.
     """
 
     MAX_REQUESTS = 3  # times that a run requests one merge
@@ -4490,38 +4486,24 @@ class GroupMerge:
     SLOW = 3.0  # seconds after which no other pair waits for this one
     FIRST_DEADLINE = 5.0  # seconds for the first poll and the first update; each repeat has twice as long
 
-    def __init__(
-        self, context: MergeContext, group: Group, pairs: Sequence[Pair], wanted: Mapping[Ids, Pair], resumed: bool
-    ) -> None:
-        self.context = context
-        self.api = context.api
-        self.group = group
-        self.pairs = pairs
-        self.wanted = wanted  # the pairs of this run's CSV: no other is requested
-        self.resumed = resumed
-        self.attempted = asyncio.Event()  # each pair was tried, or has to wait
-        self.preconditions = Preconditions(context, group)
-        self.verifier = TransferVerifier(context, RESUME if resumed else VERIFY)
-        self.reservation = Reservation()
-        self.merges: Dict[Ids, PairMerge] = collections.defaultdict(PairMerge)
-        self._request_lock = asyncio.Lock()
-        self._ended: Set[Ids] = set()  # pairs with an outcome
+    def __init__(self, context: MergeContext, pair: Pair, shared: GroupState) -> None:
+        self.context, self.api, self.pair, self.shared = context, context.api, pair, shared
+        self.group, self.resumed = shared.group, shared.resumed
+        self.preconditions, self.verifier = shared.preconditions, shared.verifier
+        self.reservation = shared.reservation
+        self.has_outcome = False
+        self.requests_sent = 0  # in this run
+        self.waiting_since: Optional[Timestamp] = None
+        self.waited_before = 0.0  # seconds that earlier runs had waited
+        self.polled = False  # since the last request
+        self.rejection: Optional[PairError] = None  # DevRev's answer to the last request, where it was a clear refusal
+        self.contradictions = 0  # times that the duplicate seemed to be merged and existed after all
+        self.was_forbidden = pair.code == "forbidden"  # an earlier request for it was answered with 403
+        self.updated = False  # the primary, in this run
 
-    async def run(self) -> None:
-        """Merge the pairs one after the other, then verify them together."""
-        try:
-            for index, pair in enumerate(self.pairs):
-                if not await self._advance(pair, until=State.VERIFYING):
-                    await self._refuse_rest(pair, self.pairs[index + 1 :])
-                    break
-            self.preconditions = Preconditions(self.context, self.group)  # frees memory; verifying reads the disk
-            await together(*(self._advance(pair) for pair in self.pairs))
-        finally:
-            self.api.scheduler.release(self.reservation)
-            self.attempted.set()
-
-    async def _advance(self, pair: Pair, until: Optional[State] = None) -> bool:
-        """Take a pair from one recovery point to the next, up to `until` or its end. Return whether it got there."""
+    async def advance(self, until: Optional[State] = None) -> bool:
+        """Take the pair from one recovery point to the next, up to `until` or its end. Return whether it got there."""
+        pair = self.pair
         phases = {
             State.PLANNED: self._request,
             State.REQUESTED: self._wait,
@@ -4529,14 +4511,14 @@ class GroupMerge:
             State.MERGED: self._set_reference,
             State.VERIFYING: self._verify,
         }
-        if pair.ids in self._ended:
+        if self.has_outcome:
             return False
         try:
             while pair.state in phases and pair.state is not until:
-                await self._transition(pair, await phases[pair.state](pair))
+                await self._transition(await phases[pair.state]())
         except PairError as problem:
-            self._ended.add(pair.ids)
-            await self.context.record_outcome(pair, problem, self._counts(pair))
+            self.has_outcome = True
+            await self.context.record_outcome(pair, problem, self._counts())
             return isinstance(problem, PairSkipped)
         except PermissionDenied as denied:
             if pair.state in UNFINISHED:
@@ -4545,20 +4527,21 @@ class GroupMerge:
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             # Whatever one contact's answers look like, the others go on.
             log.exception("%s: unexpected", pair.email)
-            self._ended.add(pair.ids)
+            self.has_outcome = True
             words = f"an answer could not be understood ({type(error).__name__}: {error})"
-            await self.context.record_outcome(pair, PairError("api_error", words), self._counts(pair))
+            await self.context.record_outcome(pair, PairError("api_error", words), self._counts())
             return False
         finally:
             self.api.scheduler.release(self.reservation)
             self.context.first_merge.release(pair.ids)
         if pair.state in TERMINAL:
-            self._ended.add(pair.ids)
+            self.has_outcome = True
             await self.context.record_outcome(pair)
         return True
 
-    async def _transition(self, pair: Pair, state: State) -> None:
+    async def _transition(self, state: State) -> None:
         """Move a pair to a state, durably: the one place where it happens, but for the intent to request a merge."""
+        pair = self.pair
         pair.state = state
         if pair.requested_at:
             pair.seconds = max(0.0, self.context.environment.now().wall - pair.requested_at)
@@ -4573,57 +4556,53 @@ class GroupMerge:
         }
         log.info("%s: %s", pair.email, steps[state])
 
-    async def _refuse_rest(self, first: Pair, pairs: Sequence[Pair]) -> None:
-        """Refuse the pairs behind one that failed: what refuses a group refuses all of it, and what was requested has
-        to be finished first."""
-        problem = PairError("group_incomplete", "another merge into the same contact has to be finished first")
-        if first.state is State.FAILED:
-            problem = PairError(first.code, first.error)
-        for pair in pairs:
-            if pair.state is State.PLANNED:
-                self._ended.add(pair.ids)
-                await self.context.record_outcome(pair, problem, self._counts(pair))
+    async def refuse(self, problem: PairError) -> None:
+        """Record why a pair was not requested, if it was not."""
+        if self.pair.state is State.PLANNED:
+            self.has_outcome = True
+            await self.context.record_outcome(self.pair, problem, self._counts())
 
-    def _counts(self, pair: Pair) -> bool:
+    def _counts(self) -> bool:
         """Return whether a failure says something of the run: not where an earlier run has failed at the pair, too."""
+        pair = self.pair
         return not (self.resumed or pair.tried_before or pair.state is State.VERIFYING)
 
-    def _options(self, pair: Pair, priority: int = FINISH) -> RequestOptions:
+    def _options(self, priority: int = FINISH) -> RequestOptions:
         """Return how a request waits that belongs to a merge in progress, with what it reserves for those to follow."""
-        slow = self._waited(pair) > 10  # others may spend the quota meanwhile
+        pair = self.pair
+        slow = self._waited() > 10  # others may spend the quota meanwhile
         reserve = 2 if slow else self.context.poll_history.polls() + bool(pair.new_ref)
         return RequestOptions(priority, self.reservation, reserve)
 
-    def _waited(self, pair: Pair) -> float:
+    def _waited(self) -> float:
         """Return the seconds since the merge was requested."""
-        merge = self.merges[pair.ids]
-        elapsed = self.context.environment.elapsed(merge.waiting_since) if merge.waiting_since else 0.0
-        return merge.waited_before + elapsed
+        elapsed = self.context.environment.elapsed(self.waiting_since) if self.waiting_since else 0.0
+        return self.waited_before + elapsed
 
-    async def _pause(self, pair: Pair, seconds: float) -> None:
+    async def _pause(self, seconds: float) -> None:
         """Wait for DevRev; new work need not wait for this pair meanwhile."""
         if seconds > 0:
-            self.attempted.set()
-            if self._waited(pair) > self.SLOW:
-                self.context.pending_verifications.discard(self)
+            self.shared.attempted.set()
+            if self._waited() > self.SLOW:
+                self.context.pending_verifications.discard(self.group)
             await self.context.cancel_token.sleep(seconds)
 
-    # -- the phases: each takes a pair at a recovery point and returns the next one -------------------
+    # -- the phases --------------------------------------------------------------------------------
 
-    async def _request(self, pair: Pair) -> State:
+    async def _request(self) -> State:
         """Request the merge, resting on preconditions that are fresh at the moment when the request is sent.
 
         A pair that was requested before is polled first whatever the preconditions say: it may be merged by now.
         """
-        again, merge = bool(pair.requested_at), self.merges[pair.ids]
+        pair, again = self.pair, bool(self.pair.requested_at)
         if again:
-            wanted = self.wanted.get(pair.ids)
+            wanted = self.shared.wanted.get(pair.ids)
             if wanted is None or wanted.new_ref != pair.new_ref:
                 words = f"the merge of {into(pair)} was requested, and is not in this plan with the same reference"
                 raise PairError("plan_changed", words)
             pair.primary, pair.duplicate = wanted.primary, wanted.duplicate
             self.preconditions.invalidate()
-        async with self._request_lock:  # the pairs of a group rest on the same preconditions
+        async with self.shared.request_lock:  # the pairs of a group rest on the same preconditions
             self.group.requesting = pair
             for _ in range(self.MAX_REFRESHES):
                 # Reserved units would keep others waiting while the preconditions are read.
@@ -4634,8 +4613,8 @@ class GroupMerge:
                 except PairError as error:
                     problem = error
                 # This poll reserves nothing: pairs that wait to be requested would wait for each other's units.
-                if again and await self._poll(pair, RequestOptions(FINISH)) is not DuplicateStatus.THERE:
-                    return self._confirmed(pair)
+                if again and await self._poll(RequestOptions(FINISH)) is not DuplicateStatus.THERE:
+                    return self._confirmed()
                 if problem:
                     raise problem
                 for one in self.group.dropped:
@@ -4643,31 +4622,31 @@ class GroupMerge:
                         raise PairSkipped(one.code, one.reason)
                 try:
                     await self.context.first_merge.acquire(pair.ids)
-                    await self.api.merge(*pair.ids, self._options(pair, MERGE), lambda: self._save_intent(pair))
+                    await self.api.merge(*pair.ids, self._options(MERGE), self._save_intent)
                 except PreconditionsExpired:
                     log.info("%s: the check or the backup is too old by now; reading it again", pair.email)
                     continue
                 except ApiError as error:
-                    merge.waiting_since, merge.waited_before = self.context.environment.now(), 0.0
-                    return await self._rejected(pair, error, first=not again)
+                    self.waiting_since, self.waited_before = self.context.environment.now(), 0.0
+                    return await self._rejected(error, first=not again)
                 except NoUsableResponse as error:
                     log.info("%s: the answer to the merge request was lost (%s)", pair.email, error)
-                    merge.waiting_since, merge.waited_before = self.context.environment.now(), 0.0
+                    self.waiting_since, self.waited_before = self.context.environment.now(), 0.0
                     return State.REQUESTED
-                merge.waiting_since, merge.waited_before = self.context.environment.now(), 0.0
+                self.waiting_since, self.waited_before = self.context.environment.now(), 0.0
                 return State.ACKNOWLEDGED
         words = "checks and backups become too old before the merge can be requested; the quota is too small"
         raise PairError("stale", words)
 
-    async def _save_intent(self, pair: Pair) -> None:
+    async def _save_intent(self) -> None:
         """Save that the merge is requested, at the last moment before the request is sent.
 
         Raises PreconditionsExpired or Cancelled where it must not be sent; then the savepoint says that it was not.
         """
-        context, merge, before = self.context, self.merges[pair.ids], dict(vars(pair))
+        context, pair, before = self.context, self.pair, dict(vars(self.pair))
         self.preconditions.require_fresh()
         context.raise_if_draining()
-        merge.polled, merge.rejection = False, None
+        self.polled, self.rejection = False, None
         pair.state, pair.code, pair.error, pair.rejected = State.REQUESTED, "", "", False
         pair.backup, pair.backed_up = self.preconditions.folder, self.preconditions.counts
         pair.previous_request_at, pair.requested_at = pair.requested_at, context.environment.now().wall
@@ -4693,103 +4672,105 @@ class GroupMerge:
             pair.withdrawn_at = withdrawn_at
             await context.savepoint.save(pair)
             raise
-        merge.requests_sent += 1
+        self.requests_sent += 1
         context.first_merge.requests += 1
         log.info("%s: requesting the merge of %s", pair.email, into(pair))
 
-    async def _rejected(self, pair: Pair, error: ApiError, first: bool) -> State:
+    async def _rejected(self, error: ApiError, first: bool) -> State:
         """Take note of a refusal; DevRev may carry the merge out all the same."""
-        merge = self.merges[pair.ids]
+        pair = self.pair
         pair.rejected = True
         await self.context.savepoint.save(pair)
         if error.status == 403:
             # The first request of a run shows whether the token may merge at all.
-            if self.context.first_merge.requests == 1 and not merge.was_forbidden:
+            if self.context.first_merge.requests == 1 and not self.was_forbidden:
                 raise PermissionDenied(EXIT_USAGE, f"the token may not merge contacts: {error}")
-            merge.rejection = PairError("forbidden", str(error))
-        elif error.missing and first and await self.verifier.is_merged_elsewhere(pair, lambda s: self._pause(pair, s)):
+            self.rejection = PairError("forbidden", str(error))
+        elif error.missing and first and await self.verifier.is_merged_elsewhere(pair, self._pause):
             pair.code = "merged_elsewhere"
             pair.error = f"another user merged or deleted {pair.duplicate.short_id} before the merge was requested"
             if pair.new_ref:
                 pair.error += f"; its reference {pair.new_ref} was not moved"
             return State.MERGED_ELSEWHERE
         elif error.status != 409:  # a 409 may say that it is being merged
-            merge.rejection = PairError("merge_refused", str(error))
+            self.rejection = PairError("merge_refused", str(error))
         return State.REQUESTED
 
-    async def _wait(self, pair: Pair) -> State:
+    async def _wait(self) -> State:
         """Poll until the duplicate no longer exists, or until the merge has to be requested again."""
-        context, merge = self.context, self.merges[pair.ids]
-        if merge.waiting_since is None:  # an earlier run requested it: poll at once
-            merge.waiting_since = context.environment.now()
-            merge.waited_before = max(0.0, merge.waiting_since.wall - pair.requested_at)
-        elif not (merge.rejection or merge.polled):
-            await self._pause(pair, context.poll_history.first_poll() - self._waited(pair))
-        merge.polled, polls, unusable, deadline = True, 0, 0, self.FIRST_DEADLINE
+        context, pair = self.context, self.pair
+        if self.waiting_since is None:  # an earlier run requested it: poll at once
+            self.waiting_since = context.environment.now()
+            self.waited_before = max(0.0, self.waiting_since.wall - pair.requested_at)
+        elif not (self.rejection or self.polled):
+            await self._pause(context.poll_history.first_poll() - self._waited())
+        self.polled, polls, unusable, deadline = True, 0, 0, self.FIRST_DEADLINE
         while True:
             problem: Optional[PairError] = None
-            polls, before = polls + 1, self._waited(pair)
+            polls, before = polls + 1, self._waited()
             try:
-                if await self._poll(pair, self._options(pair), deadline) is not DuplicateStatus.THERE:
-                    if merge.requests_sent:
+                if await self._poll(self._options(), deadline) is not DuplicateStatus.THERE:
+                    if self.requests_sent:
                         context.poll_history.record(before, polls)
-                    return self._confirmed(pair)
+                    return self._confirmed()
                 unusable, deadline = 0, self.FIRST_DEADLINE
             except (ApiError, NoUsableResponse) as error:
                 problem = PairError(error.code, f"the merge can't be confirmed: {error}")
                 # The 404 of a route says nothing of any object.
                 unusable += not (isinstance(error, ApiError) and error.status == 404 and not error.data.get("type"))
                 deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
-            waited, longest = self._waited(pair), confirmation_timeout(pair, context.options.merge_timeout)
+            waited, longest = self._waited(), confirmation_timeout(pair, context.options.merge_timeout)
             # Where the wait is over, for a pair of an earlier run at once, there is no third poll.
             if (unusable >= 3 or (unusable and waited >= longest)) and await self.verifier.lists_show_merged(pair):
-                return self._confirmed(pair)
-            if merge.rejection:
-                raise merge.rejection
+                return self._confirmed()
+            if self.rejection:
+                raise self.rejection
             if waited >= longest:
                 if problem:
                     raise problem
                 answered = pair.state is State.ACKNOWLEDGED or pair.rejected
-                if merge.requests_sent >= self.MAX_REQUESTS or (merge.requests_sent and answered):
+                if self.requests_sent >= self.MAX_REQUESTS or (self.requests_sent and answered):
                     words = f"{pair.duplicate.short_id} still exists {duration(waited)} after its merge was requested"
                     raise PairError("merge_not_confirmed", words)
-                return await self._request(pair)
+                return await self._request()
             pause = min(0.1 + 0.5 * waited, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
-            await self._pause(pair, min(pause, longest - waited))
+            await self._pause(min(pause, longest - waited))
 
-    async def _poll(self, pair: Pair, options: RequestOptions, deadline: Optional[float] = None) -> DuplicateStatus:
+    async def _poll(self, options: RequestOptions, deadline: Optional[float] = None) -> DuplicateStatus:
+        pair = self.pair
         return await self.api.poll_duplicate(*pair.ids, options, deadline)
 
-    def _confirmed(self, pair: Pair) -> State:
+    def _confirmed(self) -> State:
+        pair = self.pair
         self.context.first_merge.confirm(pair.ids)
         pair.code, pair.error = "", ""
         return State.MERGED
 
-    def _still_exists(self, pair: Pair) -> State:
+    def _still_exists(self) -> State:
         """Return to polling: the duplicate seemed to be merged until something contradicted it."""
-        merge = self.merges[pair.ids]
-        merge.contradictions += 1
+        pair = self.pair
+        self.contradictions += 1
         log.info("%s: %s still exists after all", pair.email, pair.duplicate.short_id)
-        if merge.contradictions > 20:
+        if self.contradictions > 20:
             pair.state = State.REQUESTED
             raise PairError("merge_not_confirmed", f"{pair.duplicate.short_id} seemed to be merged again and again")
         return State.REQUESTED if pair.rejected else State.ACKNOWLEDGED
 
-    async def _set_reference(self, pair: Pair) -> State:
+    async def _set_reference(self) -> State:
         """Give the primary the duplicate's reference, and what is carried with it.
 
         Between the merge and this update the reference is on no contact, so nothing but the update itself is waited
         for: a refused field never holds it up.
         """
-        context, merge = self.context, self.merges[pair.ids]
+        context, pair = self.context, self.pair
         body = {**({"external_ref": pair.new_ref} if pair.new_ref else {}), **pair.fields_to_carry}
-        if self.resumed and not merge.requests_sent:
+        if self.resumed and not self.requests_sent:
             onward = context.savepoint.merged_onward(pair.primary.id, pair.new_ref)
             if onward:
                 pair.onward = onward.primary.short_id
                 return State.VERIFYING
             if body:
-                primary = await self.api.contact(pair.primary.id, self._options(pair))
+                primary = await self.api.contact(pair.primary.id, self._options())
                 check_reference(pair, primary)
                 reference = {name: value for name, value in body.items() if name == "external_ref"}
                 body = {**reference, **fields_to_carry(primary or {}, pair.fields_to_carry)}  # another user may edit
@@ -4799,7 +4780,7 @@ class GroupMerge:
         while updates:
             body, over = updates[0], context.environment.elapsed(started) > context.options.merge_timeout
             try:
-                user = await self.api.update_contact(pair.primary.id, body, self._options(pair), deadline)
+                user = await self.api.update_contact(pair.primary.id, body, self._options(), deadline)
             except ApiError as error:
                 if "external_ref" not in body:
                     log.info("%s: %s can't be carried: %s", pair.email, ", ".join(body), error)
@@ -4811,58 +4792,94 @@ class GroupMerge:
                     code = "not_found" if error.missing else error.code
                     raise PairError(code, f"the reference {pair.new_ref} could not be set: {error}") from None
                 else:
-                    await self._pause(pair, pause)
+                    await self._pause(pause)
                     pause = min(10.0, 1.6 * pause)
                     status: Optional[DuplicateStatus] = None
                     with contextlib.suppress(ApiError, NoUsableResponse):  # where polls tell nothing, lists have decided
-                        status = await self._poll(pair, self._options(pair))
+                        status = await self._poll(self._options())
                     if status is DuplicateStatus.THERE:
-                        return self._still_exists(pair)
-                    check_holders(pair, await self.api.holders_of(str(pair.new_ref), self._options(pair)), over)
+                        return self._still_exists()
+                    check_holders(pair, await self.api.holders_of(str(pair.new_ref), self._options()), over)
                 continue
             except NoUsableResponse as error:
                 # It may have been made: the primary is read before the update is sent again.
                 if over:
                     raise PairError(error.code, f"{pair.primary.short_id} could not be updated: {error}") from None
                 deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
-                found = await self.api.contact(pair.primary.id, self._options(pair))
+                found = await self.api.contact(pair.primary.id, self._options())
                 check_reference(pair, found)
                 user = found or {}
                 if any(user.get(name) != value for name, value in body.items()):
-                    await self._pause(pair, pause)
+                    await self._pause(pause)
                     pause = min(10.0, 1.6 * pause)
                     continue
             if user.get("external_ref") != body.get("external_ref", user.get("external_ref")):
                 words = f"DevRev answered the update with the reference {user.get('external_ref')}"
                 raise PairError("external_ref_not_set", words)
             updates.pop(0)
-            merge.updated = True
+            self.updated = True
             pair.fields_lost = lost_fields(backed_up_contact(pair.backup, pair.duplicate.id), user)
         return State.VERIFYING
 
-    async def _verify(self, pair: Pair) -> State:
+    async def _verify(self) -> State:
         """Check that everything the duplicate had belongs to the primary, and that it is listed no more."""
-        self.context.pending_verifications.discard(self)
+        pair = self.pair
+        self.context.pending_verifications.discard(self.group)
         expected = objects_to_transfer(pair.backup, pair.duplicate.id)
         checked = pair
         onward = self.context.savepoint.merged_onward(pair.primary.id, pair.new_ref) if self.resumed else None
         if onward:  # a later merge took the primary, and everything with it, to another contact
             pair.onward, checked = onward.primary.short_id, replace(pair, primary=onward.primary)
-        missing, status = await self.verifier.wait(checked, expected, lambda seconds: self._pause(pair, seconds))
+        missing, status = await self.verifier.wait(checked, expected, self._pause)
         pair.deleted = checked.deleted
         if status is DuplicateStatus.THERE and not onward:
-            return self._still_exists(pair)
+            return self._still_exists()
         if missing:
             pair.left_behind = describe(pair.backup, missing)
             names = ", ".join(dict.fromkeys(item["display_id"] for item in pair.left_behind))
             raise PairError("left_behind", f"merged, but these do not belong to the primary: {names}")
         if status and not onward:
             raise PairError("still_listed", f"merged, but DevRev still lists {pair.duplicate.short_id} for its email")
-        if self.verifier.primary.get("id") == pair.primary.id and not self.merges[pair.ids].updated:
+        if self.verifier.primary.get("id") == pair.primary.id and not self.updated:
             pair.fields_lost = lost_fields(backed_up_contact(pair.backup, pair.duplicate.id), self.verifier.primary)
         pair.code, pair.error, pair.left_behind = "", "", []
         pair.proved = len({item["id"] for item in expected}.difference(pair.deleted))
         return State.DONE
+
+
+class GroupMerge:
+    """One group: merge its pairs one after the other, then verify them together."""
+
+    def __init__(
+        self, context: MergeContext, group: Group, pairs: Sequence[Pair], wanted: Mapping[Ids, Pair], resumed: bool
+    ) -> None:
+        verifier = TransferVerifier(context, RESUME if resumed else VERIFY)
+        self.context, self.group, self.pairs = context, group, pairs
+        self.shared = GroupState(group, wanted, resumed, Preconditions(context, group), verifier)
+        self.merges = [PairMerge(context, pair, self.shared) for pair in pairs]
+
+    async def run(self) -> None:
+        try:
+            for index, merge in enumerate(self.merges):
+                if not await merge.advance(until=State.VERIFYING):
+                    await self._refuse_rest(merge.pair, self.merges[index + 1 :])
+                    break
+            self.shared.preconditions.clear()
+            await together(*(merge.advance() for merge in self.merges))
+        finally:
+            self.context.api.scheduler.release(self.shared.reservation)
+            self.shared.attempted.set()
+
+    async def _refuse_rest(self, first: Pair, rest: Sequence[PairMerge]) -> None:
+        """Refuse the pairs behind one that failed.
+
+        What refuses a group refuses all of it, and what was requested has to be finished before the next request.
+        """
+        problem = PairError("group_incomplete", "another merge into the same contact has to be finished first")
+        if first.state is State.FAILED:
+            problem = PairError(first.code, first.error)
+        for merge in rest:
+            await merge.refuse(problem)
 
 
 def check_holders(pair: Pair, listed: Iterable[Json], over: bool) -> None:
@@ -5029,7 +5046,7 @@ class ContactMerger:
             unfinished.append(pair)
         resumed = self._resume(plan, unfinished)
         for group_merge in resumed:
-            await self.context.cancel_token.wait(group_merge.attempted.wait())
+            await self.context.cancel_token.wait(group_merge.shared.attempted.wait())
         await self._start_new(plan, unfinished)
         await self.runner.wait_all()
         # The contact that held a pair's reference may have been merged meanwhile, and the reference be free.
@@ -5073,7 +5090,6 @@ class ContactMerger:
                 self.context, Group(pairs[0].email, [*pairs, *siblings]), pairs, plan.wanted, resumed=True
             )
             for pair in pairs:
-                group_merge.merges[pair.ids].was_forbidden = pair.code == "forbidden"
                 pair.code, pair.error = "", ""
             self._resumed[self._start(group_merge)] = group_merge
             group_merges.append(group_merge)
@@ -5130,7 +5146,7 @@ class ContactMerger:
 
     def _start(self, group_merge: GroupMerge) -> "asyncio.Future[None]":
         task = self.runner.start(group_merge.run(), group_merge.pairs)
-        task.add_done_callback(lambda _: self.pending_verifications.discard(group_merge))
+        task.add_done_callback(lambda _: self.pending_verifications.discard(group_merge.group))
         return task
 
     async def _start_batch(self, batch: List[GroupMerge]) -> None:
@@ -5141,7 +5157,7 @@ class ContactMerger:
                 continue
             self.runner.raise_if_draining()
             for group_merge in batch:
-                self.pending_verifications.add(group_merge)
+                self.pending_verifications.add(group_merge.group)
                 self._start(group_merge)
             batch.clear()
 
@@ -5589,15 +5605,229 @@ def plan_fields(pair: Pair, live: Json) -> Tuple[Json, List[Json]]:
 # -- the run -----------------------------------------------------------------------------------------
 
 
+class ContactRestorer:
+    """Takes the moved reference from the primary and creates the undone contact again, or gives the reference back.
+
+    Between the freed reference and the new contact nothing waits or interrupts. `primary` is the contact as DevRev has
+    it, `user` the undone one as its backup has it, `group_ids` are contacts that it is not, `old` the reference that
+    the primary gets (and what may stand in for it), `moved` the one that the merge gave it, if any.
+    """
+
+    FIELDS = ("display_name", "email", "external_ref", "description", "phone_numbers", "display_picture", "rev_org")
+    UNITS = 8  # of quota for what follows the freed reference: the contact, perhaps with fewer fields, or the way back
+    PATIENCE = 10.0  # seconds for which a contact that may have been created is looked for at most
+
+    def __init__(
+        self, context: GroupContext, pair: Pair, primary: Json, user: Json, group_ids: Set[str], old: Sequence[str],
+        moved: Optional[str],
+    ) -> None:  # fmt: skip
+        self.context = context
+        self.api = context.api
+        self.pair, self.undo = pair, progress_of_undo(pair)
+        self.primary, self.user, self.group_ids = primary, user, group_ids
+        self.old, self.moved = old, moved
+        self.has_changed = False  # whether DevRev may have acted on a request
+        self.request_options = RequestOptions(FINISH, Reservation(), self.UNITS)
+
+    async def run(self, fields: Json) -> None:
+        """Restore the contact; `fields` are set on the primary together with its old reference."""
+        try:
+            with self.context.cancel_token.shield():
+                if self.undo.reference_free and self.primary.get("external_ref") == self.moved:
+                    await self._free_reference(fields)
+                try:
+                    await self._create()
+                except PairError as problem:
+                    if problem.code in ("contact_refused", "forbidden"):
+                        self.undo.forbidden = problem.code == "forbidden"
+                        await self._return_reference(problem)
+                    raise
+        finally:
+            if self.request_options.reservation:
+                self.api.scheduler.release(self.request_options.reservation)
+
+    async def _free_reference(self, fields: Json) -> None:
+        """Give the primary its old reference, and in the same update its old values of carried fields.
+
+        Whatever of it is refused, the reference goes alone at once. After a lost answer the primary is read before the
+        update is sent again.
+        """
+        primary, old = self.primary["id"], self.old[0]
+        bodies = [{"external_ref": old, **fields}] if fields else []
+        bodies += [{"external_ref": reference} for reference in self.old]
+        problem: PairError = PairError("external_ref_not_set", "DevRev answered with another reference")
+        started, deadline = self.context.environment.now(), PairMerge.FIRST_DEADLINE
+        options = self.request_options._replace(priority=MERGE)
+        while bodies:
+            try:
+                user = await self.api.update_contact(primary, bodies[0], options, deadline)
+            except ApiError as api_error:
+                problem, user = api_error, self.primary
+            except NoUsableResponse as error:
+                problem, self.has_changed = error, True
+                user = await self.api.contact(primary, self.request_options) or {}
+                deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
+                waited = self.context.environment.elapsed(started)
+                if user.get("external_ref") == self.moved and waited < self.PATIENCE:
+                    continue
+            if user.get("external_ref") in self.old:
+                self.primary, self.has_changed = user, True
+                return
+            if user.get("external_ref") != self.moved:
+                break  # another user's
+            options = self.request_options
+            bodies.pop(0)
+        live = await self.api.contact(primary, self.request_options)
+        if live and live.get("external_ref") == self.moved:
+            await self._save_as_before()
+        raise PairError(problem.code, f"the primary did not get its old reference {old}: {problem}")
+
+    async def _return_reference(self, problem: PairError) -> None:
+        """Give the primary the moved reference again, and what was removed of its fields: no contact can be created."""
+        if not self.undo.reference_free:
+            await self._save_as_before()
+            return
+        error: PairError = problem
+        alone = {"external_ref": self.moved}
+        for body in ({**alone, **self.undo.fields_removed}, alone, alone):
+            try:
+                self.primary = await self.api.update_contact(self.primary["id"], body, self.request_options)
+            except PairError as refused:
+                error = refused
+                continue
+            if self.primary.get("external_ref") == self.moved:
+                await self._save_as_before()
+                return
+        words = f"{problem}; {self.moved} could not be set on {self.pair.primary.short_id} again: {error}"
+        raise PairError(problem.code, words)
+
+    async def _save_as_before(self) -> None:
+        """Note that the merge stands as it was. The progress stays for what it says of the merge."""
+        undo = self.undo
+        undo.reference_free, undo.contacts_before, undo.left_out = False, None, {}
+        self.pair.state = State(undo.state_before)
+        await self.context.savepoint.save(self.pair)
+
+    async def _create(self) -> None:
+        """Create the contact with the fields that DevRev takes, and save its id.
+
+        DevRev makes no second contact with the same reference, so one with its reference is simply requested again; one
+        without is looked for first. Raises PairError: contact_refused, forbidden, external_ref_conflict,
+        contact_not_confirmed.
+        """
+        undo, environment, pause = self.undo, self.context.environment, 0.2
+        since, merge_timeout = environment.now(), self.context.options.merge_timeout
+        requested_before, lost, why = undo.contacts_before is not None, False, ""
+        while not undo.contact:
+            fields = self._fields()
+            reference, name = fields.get("external_ref"), self.pair.duplicate.short_id
+            is_vital = reference is not None and self.pair.duplicate.is_user  # the application knows the person by it
+            if undo.contacts_before is not None:
+                found = await self._find(fields)
+                if found:
+                    await self._save(found)
+                    return
+                may_exist = lost or requested_before
+                if why or (may_exist and reference is None):
+                    limit = merge_timeout if lost and not is_vital else min(self.PATIENCE, merge_timeout / 4)
+                    if (is_vital or may_exist) and environment.elapsed(since) < limit:  # lists may lag
+                        await self.context.cancel_token.sleep(pause)
+                        pause = min(self.PATIENCE, 1.6 * pause)
+                        if reference is None:
+                            continue
+                    elif is_vital:
+                        raise PairError("contact_refused", f"{name} could not be created again: {why}")
+                    elif reference is not None:
+                        undo.left_out["external_ref"], undo.contacts_before = why, None
+                        requested_before, lost, why, since = False, False, "", environment.now()
+                        continue
+                    elif lost:
+                        words = f"it is not known whether {name} was created again; undo again, which looks for it"
+                        raise PairError("contact_not_confirmed", words)
+            listed = [] if reference else await self._listed()
+            undo.contacts_before = [] if reference else sorted({*(user["id"] for user in listed), *self.group_ids})
+            await self.context.savepoint.save(self.pair)
+            try:
+                await self._save(await self.api.create_contact(fields, self.request_options))
+            except NoUsableResponse as error:
+                lost, why, self.has_changed = True, str(error), True
+            except ApiError as api_error:
+                why = str(api_error)
+                refused = refused_fields(api_error, fields, is_vital)
+                if refused:
+                    undo.left_out.update(dict.fromkeys(refused, why))
+                    undo.contacts_before, why = None, ""
+                elif api_error.status != 409 or reference is None:
+                    code = "forbidden" if api_error.status == 403 else "contact_refused"
+                    raise PairError(code, f"{name} could not be created again: {why}") from None
+
+    def _fields(self) -> Json:
+        """Return what the contact is created with."""
+        picture = self.user.get("display_picture")
+        known = {
+            **self.user,
+            "display_picture": picture.get("id") if isinstance(picture, dict) else None,
+            "rev_org": rev_org_id(self.user),
+        }
+        return {name: known[name] for name in self.FIELDS if known.get(name) and name not in self.undo.left_out}
+
+    async def _find(self, fields: Json) -> Optional[Json]:
+        """Return the contact that was requested, if it exists. A reference is looked up in the whole organisation.
+
+        Raises PairError(external_ref_conflict) where the reference belongs to another contact.
+        """
+        undo, reference = self.undo, fields.get("external_ref")
+        if reference is None:
+            known = set(undo.contacts_before or ())
+            listed = await self._listed()
+            new = (user for user in listed if user["id"] not in known)
+            return next((user for user in new if user.get("external_ref") in (None, "", user.get("display_id"))), None)
+        other: Optional[Json] = None
+        for holder in await self.api.holders_of(reference, self.request_options):
+            # Lists lag behind contacts that no longer exist, or no longer have the reference.
+            is_mine = holder["id"] in self.group_ids
+            user = None if is_mine else await self.api.contact(holder["id"], self.request_options)
+            if user is None or user.get("external_ref") != reference or user.get("state") == "deleted":
+                continue
+            is_here = rev_org_id(user) in (None, fields.get("rev_org")) or "rev_org" not in fields
+            if is_here and email_of(user) == email_key(fields["email"]):
+                return user
+            other = user
+        if other:
+            undo.reference_free = False
+            words = (
+                f"{other.get('display_id')} <{other.get('email')}>, another contact, has the reference {reference} now"
+            )
+            raise PairError("external_ref_conflict", words)
+        return None
+
+    async def _listed(self) -> List[Json]:
+        body = {"email": [self.pair.duplicate.email.strip()]}
+        return (await self.api.pages("rev-users.list", "rev_users", body, self.request_options)).items
+
+    async def _save(self, user: Json) -> None:
+        undo = self.undo
+        undo.contact, undo.display_id, undo.reference_free = user["id"], str(user.get("display_id")), False
+        self.has_changed = True
+        await self.context.savepoint.save(self.pair)
+
+
+def refused_fields(error: ApiError, fields: Json, is_vital: bool) -> List[str]:
+    """Return which fields to leave out after a 400: the one that it names, else all that say little of a person."""
+    if error.status != 400:
+        return []
+    named = re.split(r"\W", str(error.data.get("field_name")))[0]
+    if named in fields:
+        return [] if named == "email" or (named == "external_ref" and is_vital) else [named]
+    return [name for name in ("description", "phone_numbers", "display_picture") if name in fields]
+
+
 class GroupUndo:
     """The undo of merges into one primary: check, then each pair: old reference, contact, objects, undone.
 
     Nothing runs beside it. What keeps a pair from its end is recorded with it; what stops the run passes through.
     """
 
-    FIELDS = ("display_name", "email", "external_ref", "description", "phone_numbers", "display_picture", "rev_org")
-    UNITS = 8  # of quota for what follows the freed reference: the contact, perhaps with fewer fields, or the way back
-    PATIENCE = 10.0  # seconds for which a contact that may have been created is looked for at most
     ATTEMPTS = 6  # times that an object is read and written before it is given up
     KINDS = ("ticket", "issue", "conversation")
 
@@ -5608,7 +5838,6 @@ class GroupUndo:
         self.path = path
         self.writable_kinds = writable_kinds  # kinds of objects that the token is known to be allowed to write
         self.has_changed = False  # whether this undo may have changed the group in DevRev
-        self.reservation = Reservation()
         self.before = StateBeforeMerge()
         self.siblings: List[Pair] = []  # other pairs of the primary
         self.primary: Json = {}  # as DevRev has it now
@@ -5628,7 +5857,6 @@ class GroupUndo:
         for pair in pairs:
             was_forbidden = bool(pair.undo and pair.undo.forbidden)
             problem = await self._attempt(self._preview(pair) if self.context.options.preview else self._undo(pair))
-            self.api.scheduler.release(self.reservation)
             await self.context.record_outcome(pair, problem)
             is_stop = problem is not None and pair.undo is not None and pair.undo.forbidden and not was_forbidden
             if is_stop and "contact" not in self.writable_kinds:
@@ -5692,7 +5920,8 @@ class GroupUndo:
         except (ApiError, NoUsableResponse) as error:
             log.info("%s: lists decide whether %s still exists: %s", pair.email, pair.duplicate.short_id, error)
             reference = str(self.before.contacts[duplicate].get("external_ref"))
-            listed = [*await self._listed(pair), *await self.api.holders_of(reference, ANY_OPTIONS)]
+            listed = (await self.api.contacts_by_email([pair.duplicate.email.strip()], linger=0.0)).items
+            listed += await self.api.holders_of(reference, ANY_OPTIONS)
             there = (one for one in listed if one["id"] == duplicate and one.get("state") != "deleted")
             return all(isinstance(one.get("primary_identity"), dict) for one in there)
         except PairError as problem:
@@ -5766,27 +5995,27 @@ class GroupUndo:
     # -- one pair -----------------------------------------------------------------------------------
 
     async def _undo(self, pair: Pair) -> None:
-        """Undo one merge. Between the primary's old reference and the new contact nothing waits or interrupts."""
+        """Undo one merge: the primary's old reference, the contact, the primary's fields, then object after object."""
         if pair.state is not State.UNDOING:
             pair.undo = self._new_progress(pair)
         undo = progress_of_undo(pair)
         moved = self._moved_reference(pair)
         update, undo.fields_left = plan_fields(pair, self.primary)
         undo.fields_removed = {**{name: self.primary.get(name) for name in update}, **undo.fields_removed}
-        frees = moved is not None and self.primary.get("external_ref") == moved
+        frees = moved is not None and self.primary.get("external_ref") == moved and not undo.contact
         undo.reference_free = undo.reference_free or frees
         pair.state, pair.code, pair.error = State.UNDOING, "", ""
         await self.savepoint.save(pair)
-        with self.context.cancel_token.shield():
-            if frees:
-                await self._free_reference(pair, update)
-            try:
-                await self._create_contact(pair)
-            except PairError as problem:
-                if problem.code in ("contact_refused", "forbidden"):
-                    undo.forbidden = problem.code == "forbidden"
-                    await self._return_reference(pair, problem)
-                raise
+        user = self.before.contacts[pair.duplicate.id]
+        restorer = ContactRestorer(
+            self.context, pair, self.primary, user, self._group_ids(), self._old_references(pair), moved
+        )
+        try:
+            await restorer.run(update)
+            self.writable_kinds.add("contact")
+        finally:
+            self.primary = restorer.primary
+            self.has_changed = self.has_changed or restorer.has_changed
         self.aliases[pair.duplicate.id] = undo.contact
         await self._remove_fields(pair)
         await self._restore_objects(pair)
@@ -5799,183 +6028,6 @@ class GroupUndo:
         run = earlier.merge_run if earlier else pair.run
         revision = earlier.merge_revision if earlier else self.savepoint.revision(pair.ids)
         return UndoProgress(str(self.path), pair.state.value, run, revision, bool(earlier and earlier.forbidden))
-
-    def _options(self, priority: int = FINISH) -> RequestOptions:
-        return RequestOptions(priority, self.reservation, self.UNITS)
-
-    async def _free_reference(self, pair: Pair, update: Json) -> None:
-        """Give the primary its old reference, and in the same update its old values of carried fields.
-
-        Whatever of it is refused, the reference goes alone at once. After a lost answer the primary is read before the
-        update is sent again.
-        """
-        old, moved, primary = self._old_references(pair), self._moved_reference(pair), self.primary["id"]
-        bodies = [{"external_ref": old[0], **update}] if update else []
-        bodies += [{"external_ref": reference} for reference in old]
-        problem: PairError = PairError("external_ref_not_set", "DevRev answered with another reference")
-        started, options, deadline = self.environment.now(), self._options(MERGE), GroupMerge.FIRST_DEADLINE
-        while bodies:
-            try:
-                user = await self.api.update_contact(primary, bodies[0], options, deadline)
-            except ApiError as api_error:
-                problem, user = api_error, self.primary
-            except NoUsableResponse as error:
-                problem, self.has_changed = error, True
-                user = await self.api.contact(primary, self._options()) or {}
-                deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
-                if user.get("external_ref") == moved and self.environment.elapsed(started) < self.PATIENCE:
-                    continue
-            if user.get("external_ref") in old:
-                self.primary, self.has_changed = user, True
-                return
-            options = self._options()
-            bodies.pop(0)
-        live = await self.api.contact(primary, self._options())
-        if live and live.get("external_ref") == moved:
-            await self._save_as_before(pair)
-        raise PairError(problem.code, f"the primary did not get its old reference {old[0]}: {problem}")
-
-    async def _return_reference(self, pair: Pair, problem: PairError) -> None:
-        """Give the primary the moved reference again, and what was removed of its fields: no contact can be created."""
-        undo, reference = progress_of_undo(pair), self._moved_reference(pair)
-        if not undo.reference_free:
-            await self._save_as_before(pair)
-            return
-        error: PairError = problem
-        alone = {"external_ref": reference}
-        for body in ({**alone, **undo.fields_removed}, alone, alone):
-            try:
-                self.primary = await self.api.update_contact(self.primary["id"], body, self._options())
-            except PairError as refused:
-                error = refused
-                continue
-            if self.primary.get("external_ref") == reference:
-                await self._save_as_before(pair)
-                return
-        words = f"{problem}; {reference} could not be set on {self.group.primary.short_id} again: {error}"
-        raise PairError(problem.code, words)
-
-    async def _save_as_before(self, pair: Pair) -> None:
-        """Note that the merge stands as it was. The progress stays for what it says of the merge."""
-        undo = progress_of_undo(pair)
-        undo.reference_free, undo.contacts_before, undo.left_out = False, None, {}
-        pair.state = State(undo.state_before)
-        await self.savepoint.save(pair)
-
-    # -- the contact --------------------------------------------------------------------------------
-
-    async def _create_contact(self, pair: Pair) -> None:
-        """Create the contact once, with the fields that DevRev takes, whatever becomes of the answers.
-
-        DevRev makes no second contact with the same reference, so one with its reference is simply requested again; one
-        without is looked for first. Raises PairError: contact_refused, forbidden, external_ref_conflict,
-        contact_not_confirmed.
-        """
-        undo, since, pause = progress_of_undo(pair), self.environment.now(), 0.2
-        merge_timeout = self.context.options.merge_timeout
-        requested_before, lost, why = undo.contacts_before is not None, False, ""
-        while not undo.contact:
-            fields = self._fields(pair)
-            reference, name = fields.get("external_ref"), pair.duplicate.short_id
-            is_vital = reference is not None and pair.duplicate.is_user  # the application knows the person by it
-            if undo.contacts_before is not None:
-                found = await self._find_contact(pair, fields)
-                if found:
-                    await self._save_contact(pair, found)
-                    return
-                may_exist = lost or requested_before
-                if why or (may_exist and reference is None):
-                    limit = merge_timeout if lost and not is_vital else min(self.PATIENCE, merge_timeout / 4)
-                    if (is_vital or may_exist) and self.environment.elapsed(since) < limit:  # lists may lag
-                        await self.context.cancel_token.sleep(pause)
-                        pause = min(self.PATIENCE, 1.6 * pause)
-                        if reference is None:
-                            continue
-                    elif is_vital:
-                        raise PairError("contact_refused", f"{name} could not be created again: {why}")
-                    elif reference is not None:
-                        undo.left_out["external_ref"], undo.contacts_before = why, None
-                        requested_before, lost, why, since = False, False, "", self.environment.now()
-                        continue
-                    elif lost:
-                        words = f"it is not known whether {name} was created again; undo again, which looks for it"
-                        raise PairError("contact_not_confirmed", words)
-            listed = [] if reference else [user["id"] for user in await self._listed(pair)]
-            undo.contacts_before = sorted({*listed, *self._group_ids()}) if reference is None else []
-            await self.savepoint.save(pair)
-            try:
-                await self._save_contact(pair, await self.api.create_contact(fields, self._options()))
-            except NoUsableResponse as error:
-                lost, why, self.has_changed = True, str(error), True
-            except ApiError as api_error:
-                why = str(api_error)
-                refused = self._refused_fields(api_error, fields, is_vital)
-                if refused:
-                    undo.left_out.update(dict.fromkeys(refused, why))
-                    undo.contacts_before, why = None, ""
-                elif api_error.status != 409 or reference is None:
-                    code = "forbidden" if api_error.status == 403 else "contact_refused"
-                    raise PairError(code, f"{name} could not be created again: {why}") from None
-
-    def _fields(self, pair: Pair) -> Json:
-        """Return what the contact is created with, from its backup."""
-        user, left_out = self.before.contacts[pair.duplicate.id], progress_of_undo(pair).left_out
-        picture = user.get("display_picture")
-        known = {
-            **user,
-            "display_picture": picture.get("id") if isinstance(picture, dict) else None,
-            "rev_org": rev_org_id(user),
-        }
-        return {name: known[name] for name in self.FIELDS if known.get(name) and name not in left_out}
-
-    def _refused_fields(self, error: ApiError, fields: Json, is_vital: bool) -> List[str]:
-        """Return which fields to leave out after a 400: the one that it names, else all that say little of a person."""
-        if error.status != 400:
-            return []
-        named = re.split(r"\W", str(error.data.get("field_name")))[0]
-        if named in fields:
-            return [] if named == "email" or (named == "external_ref" and is_vital) else [named]
-        return [name for name in ("description", "phone_numbers", "display_picture") if name in fields]
-
-    async def _find_contact(self, pair: Pair, fields: Json) -> Optional[Json]:
-        """Return the contact that was requested, if it exists. A reference is looked up in the whole organisation.
-
-        Raises PairError(external_ref_conflict) where the reference belongs to another contact.
-        """
-        undo, reference = progress_of_undo(pair), fields.get("external_ref")
-        if reference is None:
-            known = set(undo.contacts_before or ())
-            new = (user for user in await self._listed(pair) if user["id"] not in known)
-            return next((user for user in new if user.get("external_ref") in (None, "", user.get("display_id"))), None)
-        other: Optional[Json] = None
-        for listed in await self.api.holders_of(reference, self._options()):
-            # Lists lag behind contacts that no longer exist, or no longer have the reference.
-            is_mine = listed["id"] in self._group_ids()
-            user = None if is_mine else await self.api.contact(listed["id"], self._options())
-            if user is None or user.get("external_ref") != reference or user.get("state") == "deleted":
-                continue
-            is_here = rev_org_id(user) in (None, fields.get("rev_org")) or "rev_org" not in fields
-            if is_here and email_of(user) == email_key(fields["email"]):
-                return user
-            other = user
-        if other:
-            undo.reference_free = False
-            words = (
-                f"{other.get('display_id')} <{other.get('email')}>, another contact, has the reference {reference} now"
-            )
-            raise PairError("external_ref_conflict", words)
-        return None
-
-    async def _save_contact(self, pair: Pair, user: Json) -> None:
-        undo = progress_of_undo(pair)
-        undo.contact, undo.display_id, undo.reference_free = user["id"], str(user.get("display_id")), False
-        self.has_changed = True
-        self.writable_kinds.add("contact")
-        await self.savepoint.save(pair)
-
-    async def _listed(self, pair: Pair) -> List[Json]:
-        body = {"email": [pair.duplicate.email.strip()]}
-        return (await self.api.pages("rev-users.list", "rev_users", body, self._options())).items
 
     def _group_ids(self) -> Set[str]:
         """Return the ids of the group: as it was, and as far as it was created again for other pairs."""
@@ -6035,11 +6087,8 @@ class GroupUndo:
         """Write one object, and return what of it is left. Only who joins between read and write can be missed."""
         if kind_of(identity) not in self.KINDS:
             return [{"id": identity, "role": role, "why": "works of this kind are not restored"} for role in roles]
-        contact, options, problem = (
-            progress_of_undo(pair).contact,
-            RequestOptions(RESUME),
-            "it answers with other people",
-        )
+        contact, options = progress_of_undo(pair).contact, RequestOptions(RESUME)
+        problem = "it answers with other people"
         for attempt in range(self.ATTEMPTS):
             obj = await self.api.get_object(identity, options)
             changes, left = plan_restore(obj, roles, self.primary["id"], contact, self.aliases, self._stays(pair))
@@ -6090,7 +6139,8 @@ class UndoRunner:
             self.runner.raise_if_draining()
             undo = GroupUndo(self.context, group, plan.path, self._writable_kinds)
             try:
-                await self.context.cancel_token.wait(self.runner.start(undo.run(), group.pairs))
+                task = self.runner.start(undo.run(), group.pairs)
+                await self.context.cancel_token.wait(asyncio.wait({task}))
             finally:
                 self.has_changed = self.has_changed or undo.has_changed
 
@@ -6144,7 +6194,7 @@ def undo_entry(pair: Pair) -> Json:
 
 def lost_for_good(user: Json, entry: Json, left_out: Mapping[str, str]) -> List[Json]:
     """Return `{what, value, why}` of what can't be restored of a contact: `user` and its `entry` in the manifest."""
-    settable = (*GroupUndo.FIELDS, "state", "is_verified")
+    settable = (*ContactRestorer.FIELDS, "state", "is_verified")
     lost = [
         {"what": name, "value": value, "why": "DevRev does not let it be set"}
         for name, value in user.items()

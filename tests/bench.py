@@ -414,7 +414,7 @@ def bench_export(options: argparse.Namespace, findings: Findings) -> None:
     with tempfile.TemporaryDirectory() as folder, Sandbox(organisation) as sandbox:
         environment = dict(sandbox.environment(), DEVREV_RATE_LIMIT_CALLS="0")
         command = [sys.executable, str(SCRIPT), "--export", "contacts.csv"]
-        use = use_of(command, folder, "next", environment)
+        use = use_of(command, folder, "cost", environment)
         seen = Counter(request.endpoint for request in sandbox.requests)
     each = seen["works.list"] / (2 * pairs) * 100
     memory = f"{use.megabytes:.0f} MB" if use.megabytes else "unknown here"

@@ -99,14 +99,14 @@ MUTANTS = [
     Mutant("the first merge does not go alone", "                    await self.context.first_merge.acquire(pair.ids)\n", ""),
     Mutant(
         "an acknowledgement confirms the first merge",
-        "                merge.waiting_since, merge.waited_before = self.context.environment.now(), 0.0\n                return State.ACKNOWLEDGED\n",
-        "                merge.waiting_since, merge.waited_before = self.context.environment.now(), 0.0\n                self.context.first_merge.confirm(pair.ids)\n                return State.ACKNOWLEDGED\n",
+        "                self.waiting_since, self.waited_before = self.context.environment.now(), 0.0\n                return State.ACKNOWLEDGED\n",
+        "                self.waiting_since, self.waited_before = self.context.environment.now(), 0.0\n                self.context.first_merge.confirm(pair.ids)\n                return State.ACKNOWLEDGED\n",
     ),
     Mutant("failures in a row stop nothing", "if self._failures_in_a_row >= self.MAX_FAILURES_IN_A_ROW and not self.draining:", "if False:"),
     # Requesting again
     Mutant(
         "requested again without a poll",
-        "                if again and await self._poll(pair, RequestOptions(FINISH)) is not DuplicateStatus.THERE:",
+        "                if again and await self._poll(RequestOptions(FINISH)) is not DuplicateStatus.THERE:",
         "                if False:",
     ),
     Mutant(
@@ -122,13 +122,13 @@ MUTANTS = [
     ),
     Mutant(
         "requested again whatever the plan says",
-        "            wanted = self.wanted.get(pair.ids)\n            if wanted is None or wanted.new_ref != pair.new_ref:\n",
-        "            wanted = self.wanted.get(pair.ids) or pair\n            if False:\n",
+        "            wanted = self.shared.wanted.get(pair.ids)\n            if wanted is None or wanted.new_ref != pair.new_ref:\n",
+        "            wanted = self.shared.wanted.get(pair.ids) or pair\n            if False:\n",
     ),
     Mutant(
         "requested again after an acknowledgement, in one run",
-        "if merge.requests_sent >= self.MAX_REQUESTS or (merge.requests_sent and answered):",
-        "if merge.requests_sent >= self.MAX_REQUESTS:",
+        "if self.requests_sent >= self.MAX_REQUESTS or (self.requests_sent and answered):",
+        "if self.requests_sent >= self.MAX_REQUESTS:",
         "again in the same run, after a poll and the complete wait, is allowed",
     ),
     Mutant(
@@ -148,7 +148,7 @@ MUTANTS = [
     ),
     Mutant(
         "merged elsewhere counts as ours",
-        "elif error.missing and first and await self.verifier.is_merged_elsewhere(pair, lambda s: self._pause(pair, s)):",
+        "elif error.missing and first and await self.verifier.is_merged_elsewhere(pair, self._pause):",
         "elif False:",
     ),
     Mutant("three polls that tell nothing count as merged", "and await self.verifier.lists_show_merged(pair):", "and True:"),
@@ -167,7 +167,7 @@ MUTANTS = [
     ),
     Mutant(
         "no verification",
-        "        missing, status = await self.verifier.wait(checked, expected, lambda seconds: self._pause(pair, seconds))\n",
+        "        missing, status = await self.verifier.wait(checked, expected, self._pause)\n",
         "        missing, status = [], None\n",
     ),
     Mutant("cancelled pairs are not polled", "        for pair in list(self.savepoint.pairs(State.CANCELLED)):\n", "        for pair in []:\n"),

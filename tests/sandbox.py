@@ -460,77 +460,70 @@ class Demo:
         self.all_true = True
 
     def run(self) -> int:
-        """Export, preview, merge, merge again, choose; then look."""
-        say(f"Working in {self.folder}")
+        """Export, preview, merge, merge again and choose; then check what the organisation and the disk hold."""
+        say(f"An invented DevRev organisation on this machine. Working in {self.folder}")
         with Sandbox(self.organisation) as sandbox:
-            self._step("The export: reads alone", sandbox, "--export", "contacts.csv")
+            self._step("Export: only reads", sandbox, "--export", "contacts.csv", head=1)
             reads = sandbox.count()
-            self._check(f"the export made {reads} requests, all of lists", reads == count_lists(sandbox))
-            self._step("A preview: no request, nothing changed", sandbox, *self.CSV, "--preview")
-            self._check("the preview made no request", sandbox.count() == reads)
-            self._step("The run", sandbox, *self.CSV, "--yes")
+            self._check(f"{reads} requests, all of them for lists", reads == count_lists(sandbox))
+            self._step("Preview: no request", sandbox, *self.CSV, "--preview", head=4, tail=2)
+            self._check("no request was made", sandbox.count() == reads)
+            self._step("Merge", sandbox, *self.CSV, "--yes", head=3, tail=6)
             first = sandbox.count("rev-users.merge")
-            self._step("The same run again", sandbox, *self.CSV, "--yes")
+            self._step("The same command again: nothing is merged twice", sandbox, *self.CSV, "--yes", head=1)
             again = sandbox.count("rev-users.merge") - first
+            self._check("no merge was requested", again == 0)
             (self.folder / "choices.csv").write_text(f"EMAIL,EXTERNAL_REF\n{','.join(self.CHOICE)}\n", encoding="utf-8")
-            self._step(
-                "A group that was skipped, with a choice", sandbox, *self.CSV, "--choices", "choices.csv", "--yes"
-            )
-            chosen = sandbox.count("rev-users.merge") - first - again
-        self._title("What happened, from the organisation's point of view")
-        self._show_merges()
-        self._show_files()
-        self._check("the second run made no merge request", again == 0)
-        self._check("the choice made one more", chosen == 1)
-        self._check("one merge request for each merge", first + chosen == len(self.organisation.merges))
-        counted = sum(map(reported_merges, self.folder.glob("reports/*.json")))
-        self._check("the reports count as many", counted == len(self.organisation.merges))
-        say("\n" + ("All of that is true." if self.all_true else "NOT all of that is true."))
-        say(f"A report to open in a browser: {max(self.folder.glob('reports/*.html'), key=os.path.getsize)}")
-        say("\nnext: put your token into .env (see .env.example), then read your own contacts")
-        say(f"  {quoted(Path(sys.executable).name)} merge_contacts.py --export contacts.csv")
+            chosen = ("--choices", "choices.csv")
+            self._step("A skipped group, with a choice", sandbox, *self.CSV, *chosen, "--yes", head=2)
+            requested = sandbox.count("rev-users.merge")
+            self._check("one more merge was requested", requested == first + again + 1)
+        say("\n--- Summary ---")
+        self._check_result(requested)
+        pages = self.folder.glob("reports/*.html")
+        say(
+            f"\n{'All of that is true.' if self.all_true else 'NOT all of that is true.'} A report to open in a browser:"
+        )
+        say(f"  {max(pages, key=os.path.getsize)}")
+        say("Next: copy .env.example to .env, put your token into it, and read your own contacts:")
+        say(f"  {typed(sys.executable)} merge_contacts.py --export contacts.csv")
         return 0 if self.all_true else 1
 
-    def _step(self, title: str, sandbox: Sandbox, *options: str) -> None:
-        script = str(REPOSITORY / "merge_contacts.py")
-        command = [sys.executable, script, *options]
-        self._title(title)
-        say("$ " + " ".join(quoted(part) for part in command))
+    def _step(self, title: str, sandbox: Sandbox, *options: str, head: int, tail: int = 0) -> None:
+        """Run the tool; show the first `head` and the last `tail` lines of its output, or all where it fails."""
+        say(f"\n--- {title} ---")
+        say("$ " + " ".join(["python", "merge_contacts.py", *options]))
         environment = dict(os.environ, **sandbox.environment())
-        environment.update(DEVREV_RATE_LIMIT_CALLS="100000", no_proxy="127.0.0.1")
-        done = subprocess.run(command, cwd=str(self.folder), env=environment, stdin=subprocess.DEVNULL, check=False)
-        self._check("it ended with exit code 0", done.returncode == 0)
+        environment.update(DEVREV_RATE_LIMIT_CALLS="0", no_proxy="127.0.0.1", PYTHONIOENCODING="utf-8", COLUMNS="100")
+        done = subprocess.run(
+            [sys.executable, str(REPOSITORY / "merge_contacts.py"), *options],
+            cwd=str(self.folder), env=environment, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8",
+            check=False,
+        )  # fmt: skip
+        lines = [line for line in done.stdout.splitlines() if line]
+        left_out = len(lines) - head - tail
+        if done.returncode:
+            say(done.stdout + done.stderr)
+            self._check(f"exit code 0, not {done.returncode}", False)
+            return
+        shown = lines[:head] + [f"  [{left_out} more lines]"] * (left_out > 0) + lines[max(head, len(lines) - tail) :]
+        say("\n".join(shown))
 
-    def _show_merges(self) -> None:
+    def _check_result(self, requested: int) -> None:
         merges = self.organisation.merges
-        for primary, secondary in merges:
-            one, other = self.organisation.contacts[primary], self.organisation.contacts[secondary]
-            say("  {:<28} {} into {}".format(one["email"], other["display_id"], one["display_id"]))
-        self._check(f"{len(merges)} contacts were merged", bool(merges))
+        self._check(f"{len(merges)} contacts were merged, each with one request", 0 < len(merges) == requested)
+        wrong = []
         for primary in dict.fromkeys(primary for primary, _ in merges):
             group = [primary] + [other for one, other in merges if one == primary]
             wanted = [ref for ref in map(self.references.get, group) if is_user(ref)] or [self.references[primary]]
-            reference = self.organisation.contacts[primary]["external_ref"]
-            name = self.organisation.contacts[primary]["display_id"]
-            self._check(f"{name} now holds {reference}", wanted == [reference])
-
-    def _show_files(self) -> None:
-        backups = sorted(self.folder.glob("backups/*/*"))
-        say()
-        for name, found in (
-            ("reports", sorted(self.folder.glob("reports/*.json"))),
-            ("logs", sorted(self.folder.glob("logs/*.log"))),
-            ("backups", backups),
-        ):
-            self._check(f"{len(found)} in {self.folder / name}", bool(found))
-        if backups:
-            say(f"\nOne backup, {backups[0]}:")
-            for file in sorted(path for path in backups[0].rglob("*") if path.is_file()):
-                place = file.relative_to(backups[0])
-                say(f"  {file.stat().st_size:>9,} bytes  {place.as_posix()}")
-
-    def _title(self, text: str) -> None:
-        say(f"\n--- {text} ---")
+            if wanted != [self.organisation.contacts[primary]["external_ref"]]:
+                wrong.append(self.organisation.contacts[primary]["display_id"])
+        self._check(" ".join(["each primary has the reference that it should have", *wrong]), not wrong)
+        reported = sum(map(reported_merges, self.folder.glob("reports/*.json")))
+        self._check(f"the reports name {reported} merges", reported == len(merges))
+        backups = len(list(self.folder.glob("backups/*/*/manifest.json")))
+        emails = len({primary for primary, _ in merges})
+        self._check(f"{backups} backups, one for each address", backups == emails)
 
     def _check(self, claim: str, true: bool) -> None:
         self.all_true = self.all_true and true
@@ -556,9 +549,11 @@ def reported_merges(report: Path) -> int:
         return 0
 
 
-def quoted(text: str) -> str:
-    """A word of a command line, as one would type it."""
-    return f'"{text}"' if " " in text else text
+def typed(path: str) -> str:
+    """A path as one would type it in the current folder."""
+    with contextlib.suppress(ValueError):
+        path = str(Path(path).relative_to(Path.cwd()))
+    return f'"{path}"' if " " in path else path
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -17,7 +17,6 @@ from merge_contacts import (
     TERMINAL,
     UNFINISHED,
     State,
-    codes_markdown,
     free_run_id,
     guard_cell,
     settle_error,
@@ -55,13 +54,6 @@ def test_the_table_says_in_sentences_what_a_code_means_and_what_to_do() -> None:
             assert text[0].isupper() and text.endswith(".") and "  " not in text, code
     assert SKIP_REASONS.keys() == {code for code, one in CODES.items() if one.skips}
     assert set(STATE_WORDS) == set(State)
-
-
-def test_the_readme_has_the_table() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    if "| code | what it means | what to do |" not in readme:
-        pytest.skip("the README has another table yet")
-    assert codes_markdown() in readme
 
 
 # -- small things by tables ---------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from merge_contacts import CODES, plural
+from merge_contacts import CODES, Contact, Pair, plural, undo_entry
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "reports" / "template.html"
 TOKEN = "__REPORT_JSON__"
@@ -528,7 +528,7 @@ def test_what_a_killed_run_could_not_tell_is_said_to_be_unknown(show):
     report["summary"].update(contacts_read=None, invalid_rows=None, pairs_planned=None, skipped_groups=None, left=None)
     page = show(report)
     text = page.text()
-    assert "What only the CSV could tell is not known" in text and "The run stopped early: killed." in text
+    assert "What only the CSV shows is not known" in text and "The run stopped early: killed." in text
     assert not re.search(r"undefined|NaN|null|contradicts", text)
     assert page.noise() == []
 
@@ -542,22 +542,30 @@ def test_the_page_of_an_undo_shows_what_came_back_and_runs_nothing(show):
     thing = {"id": "1", "display_id": "TKT-1", "title": HOSTILE[0], "role": "owned_by", "why": HOSTILE[4]}
     entry = {
         "email": "a@example.com", "primary": contact(1, "REVU-1"), "duplicate": contact(2, "user_2"), "code": "", "error": "",
-        "contact": {"id": "3", "display_id": "REVU-3"}, "backup": HOSTILE[12], "given_back": [thing], "left": [thing],
-        "not_given_back": [{"what": "created_by", "value": ["x"], "why": "the primary stays their creator"}],
+        "contact": {"id": "3", "display_id": "REVU-3"}, "backup": HOSTILE[12], "restored": [thing], "left": [thing],
+        "fields_left": [{"field": "phone_numbers", "value": [], "why": "changed since"}],
+        "not_restored": [{"what": "created_by", "value": ["x"], "why": "the primary stays the creator"}],
     }  # fmt: skip
     undo = {"run": {"undo": "backups/x"}, "summary": {}, "undone": [entry], "unfinished": [], "failed": []}
     page = show(embed(undo, template.read_text(encoding="ascii")), "undo_report_20250131_120000.html")
     text = page.text()
     for words in (
-        "Taken back (1)",
-        "again as REVU-3",
-        "Given back (1)",
+        "Undone (1)",
+        "Created again as REVU-3",
+        "Restored (1)",
         "TKT-1, " + HOSTILE[0],
         "created_by: the primary",
+        "phone_numbers: changed since",
         "\\u{202e}",
     ):
         assert words in text, words
     assert page.noise() == []
+
+
+def test_the_page_of_an_undo_reads_fields_that_an_undo_report_has():
+    script = TEMPLATE.with_name("undo_template.html").read_text(encoding="ascii")
+    someone = Contact("id", "", "a@example.com", "REVU-1", "", 0, "", "")
+    assert set(re.findall(r"\be\.(\w+)", script)) <= undo_entry(Pair(someone, someone, None)).keys()
 
 
 @needs_browser

@@ -219,6 +219,7 @@ def another_pair(savepoint: SavePoint) -> None:
         (None, None, "delete main", "requested"),
         (None, None, "restore copy of another run", "requested"),
         (None, None, "restore older copy", "requested"),
+        (None, another_pair, "restore older copy, one behind", "requested"),  # the last write holds another pair
     ],
 )
 def test_an_intent_was_never_sent_only_where_the_copy_is_one_write_behind_in_the_same_run(
@@ -234,6 +235,7 @@ def test_an_intent_was_never_sent_only_where_the_copy_is_one_write_behind_in_the
         intend(savepoint)
         if after:
             after(savepoint)
+        last_write = savepoint.write_number
     if "main" in aftermath:
         SAVEPOINT.unlink()
     elif aftermath != "nothing":
@@ -242,8 +244,11 @@ def test_an_intent_was_never_sent_only_where_the_copy_is_one_write_behind_in_the
         name, path = {
             "restore main": ("main.db", SAVEPOINT),
             "restore older copy": ("older.db", SAVEPOINT_COPY),
+            "restore older copy, one behind": ("older.db", SAVEPOINT_COPY),
         }.get(aftermath, ("copy.db", SAVEPOINT_COPY))
         shutil.copy(name, str(path))
+    if aftermath.endswith("one behind"):
+        set_meta(SAVEPOINT_COPY, "last_write", str(last_write - 1))
     if aftermath.endswith("another run"):
         set_meta(SAVEPOINT_COPY, "last_run", "20250131_110000")
     if aftermath.startswith("empty"):
@@ -289,6 +294,8 @@ def refusal() -> FatalError:
         lambda data: data[:5000],
         lambda data: data[:50],
         lambda data: data[:4096] + os.urandom(4096) + data[8192:],
+        # Only a check of all pages finds one that belongs to nothing.
+        lambda data: data[:28] + (int.from_bytes(data[28:32], "big") + 1).to_bytes(4, "big") + data[32:] + bytes(4096),
     ],
 )
 def test_a_damaged_file_is_left_as_it_is_and_the_other_named(
