@@ -5085,7 +5085,9 @@ class ContactMerger:
         group_merges = []
         for primary, pairs in by_primary.items():
             mine = {pair.ids for pair in pairs}
-            siblings = [pair for pair in self.savepoint.pairs_of_primary(primary).values() if pair.ids not in mine]
+            # One that is only planned (its request was never sent) is the plan's, if it still is in it.
+            known = self.savepoint.pairs_of_primary(primary).values()
+            siblings = [pair for pair in known if pair.ids not in mine and pair.state is not State.PLANNED]
             group_merge = GroupMerge(
                 self.context, Group(pairs[0].email, [*pairs, *siblings]), pairs, plan.wanted, resumed=True
             )
