@@ -431,7 +431,7 @@ class InvariantChecker:
             for other, row in self.latest.items()
             if other in mine or other in self.intended
         )
-        if not confirmed:
+        if not confirmed and not self.lies:  # a poll may have confirmed what was contradicted since
             for other in mine:
                 row, last = self.latest[other], self.asks[other][-1]
                 waiting = row["state"] in ("requested", "acknowledged") and not row["code"]
