@@ -4589,9 +4589,8 @@ class PairMerge:
                     await self._pause(pause)
                     pause = min(10.0, 1.6 * pause)
                     status: Optional[DuplicateStatus] = None
-                    with contextlib.suppress(
-                        ApiError, NoUsableResponse
-                    ):  # where polls tell nothing, lists have decided
+                    # Where polls tell nothing, lists have decided.
+                    with contextlib.suppress(ApiError, NoUsableResponse):
                         status = await self._poll(self._options())
                     if status is DuplicateStatus.EXISTS:
                         return self._still_exists()
@@ -4891,8 +4890,10 @@ class ContactMerger:
         group_merges = []
         for primary, pairs in by_primary.items():
             mine = {pair.ids for pair in pairs}
-            siblings = [pair for pair in self.savepoint.pairs_of_primary(primary).values() if pair.ids not in mine]
-            # The plan knows the rest of the group, and what was chosen for it.
+            # One that is only planned (its request was never sent) is the plan's, if it still is in it. The plan also
+            # knows the rest of the group, and what was chosen for it.
+            stored = self.savepoint.pairs_of_primary(primary).values()
+            siblings = [pair for pair in stored if pair.ids not in mine and pair.state is not State.PLANNED]
             planned = next((group for group in plan.groups if group.primary.id == primary), None)
             known = mine.union(pair.ids for pair in siblings)
             siblings += [pair for pair in planned.pairs if pair.ids not in known] if planned else []

@@ -431,7 +431,7 @@ class InvariantChecker:
             for other, row in self.latest.items()
             if other in mine or other in self.intended
         )
-        if not confirmed:
+        if not confirmed and not self.lies:  # a poll may have confirmed what was contradicted since
             for other in mine:
                 row, last = self.latest[other], self.asks[other][-1]
                 waiting = row["state"] in ("requested", "acknowledged") and not row["code"]
@@ -826,10 +826,11 @@ class InvariantChecker:
 
     def forget(self) -> None:
         """Forget what neither file knows any more: both were lost, or put back from an older backup."""
-        rows = joined(read_file(MAIN), read_file(COPY))
+        main, copy = read_file(MAIN), read_file(COPY)
+        rows, unsent = joined(main, copy), never_sent(main, copy)
         for ids in list(self.asks):
             row = rows.get(ids)
-            if self.asks[ids] and (row is None or row["state"] in ("planned", "failed")):
+            if self.asks[ids] and (row is None or row["state"] in ("planned", "failed") or ids in unsent):
                 del self.asks[ids]
                 self.ever_intended.discard(ids)
         self.latest = dict(rows)

@@ -190,13 +190,21 @@ MUTANTS = [
         '        pair.state, pair.code, pair.error = State.UNDOING, "", ""\n',
     ),
     Mutant(
-        "undo: a contact is created before that is saved",
-        "            await self.context.savepoint.save(self.pair)\n            try:\n                await self._save(",
-        "            try:\n                await self._save(",
+        'undo: a contact is created before that is saved',
+        '            await self.context.savepoint.save(self.pair)\n            try:\n                await self._save(',
+        '            try:\n                await self._save(',
     ),
-    Mutant("undo: the primary keeps the reference", "                    await self._free_reference(fields)\n", "                    pass\n"),
+    Mutant(
+        'undo: the primary keeps the reference',
+        '                if self.undo.reference_free and self.primary.get("external_ref") == self.moved:\n',
+        '                if False:\n',
+    ),
     Mutant("undo: an interruption leaves the reference on no contact", "        with self.context.cancel_token.shield():\n", "        if True:\n"),
-    Mutant("undo: no way back", "                        await self._return_reference(problem)\n", ""),
+    Mutant(
+        'undo: no way back',
+        '                        await self._return_reference(problem)\n',
+        '',
+    ),
     Mutant(
         "undo: the primary leaves what is its own",
         "[primary, contact] if obj and (obj[\"id\"], role) in stays else [contact]",
