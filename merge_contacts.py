@@ -800,6 +800,8 @@ class Contact:
         local, _, domain = email.partition("@")
         if not (local and domain) or "@" in domain or _NO_ADDRESS.search(email) or not is_visible(email):
             return "email", f"{COLUMNS['email']} is not one plain address: {email[:80]}"
+        if ":revu/" not in identity:
+            return "id", f"{COLUMNS['id']} is not a contact's id: {identity[:80]}"
         if parse_count(tickets) is None:
             return "count", f"{COLUMNS['tickets']} is not a count: {tickets.strip()[:40]}"
         return "", ""
@@ -1549,7 +1551,7 @@ ROLE_ADDRESSES = frozenset((
     "reception", "orders", "booking", "bookings", "customerservice", "customer-service", "customercare", "feedback",
 ))  # fmt: skip
 PLACEHOLDER_ADDRESSES = frozenset((
-    "noreply", "no-reply", "no_reply", "donotreply", "do-not-reply", "none", "null", "nobody", "unknown", "anonymous",
+    "noreply", "no-reply", "no_reply", "no.reply", "donotreply", "do-not-reply", "do_not_reply", "mailer-daemon", "none", "null", "nobody", "unknown", "anonymous",
     "test", "na", "n-a", "noemail", "no-email", "invalid",
 ))  # fmt: skip
 
@@ -7786,7 +7788,11 @@ def preview(run: RunContext) -> int:
         head = f"COMPARED WITH DEVREV: {plural(len(live), 'group')}"
         print_lines(run.console, [head, *lines, f"  in all: {total}"])
     show_plan(plan, facts, run.console, f"{cost} {run.describe_rate()}", earlier)
-    if not (facts["pairs_to_merge"] or facts["pairs_to_finish"]) or facts.get("live_refused"):
+    if (
+        not (facts["pairs_to_merge"] or facts["pairs_to_finish"])
+        or facts.get("live_refused")
+        or facts.get("live_ready") == 0
+    ):
         return EXIT_OK
     shown = ("preview", "live", "plan", "limit")
     if run.settings.token:
@@ -8042,6 +8048,8 @@ class Progress:
         elif pair.state is State.UNDONE and not pair.code:
             again = pair.undo.display_id if pair.undo else ""
             line = f"undone  {pair.email}: {pair.duplicate.short_id} out of {pair.primary.short_id}, again as {again}"
+        elif pair.state is State.PLANNED and pair.code in SKIP_REASONS:
+            line = f"skipped  {words}: {pair.code}: {pair.error}"
         else:
             facts, style = progress_of(pair), "bad"
             word = "UNFINISHED" if facts or pair.state is State.UNDOING else "FAILED"
@@ -8494,15 +8502,16 @@ def _check_savepoint(run: RunContext) -> str:
         problem = f"{folder} can't hold a savepoint: {NO_LOCKS}"
     elif not SAVEPOINT.exists() and not os.access(str(folder), os.W_OK):
         problem = f"{folder} can't be written; run in a folder that can"
-    elif not SAVEPOINT.exists():
-        return f"{SAVEPOINT} will be created"
-    elif not os.access(str(SAVEPOINT), os.W_OK):
+    elif SAVEPOINT.exists() and not os.access(str(SAVEPOINT), os.W_OK):
         problem = f"{SAVEPOINT} is read-only; make it writable"
     if problem:
         raise FatalError(EXIT_USAGE, problem)
     with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
         if savepoint.is_held():
             raise FatalError(EXIT_HELD, f"a run is in progress: process {savepoint.holder()['pid']} holds {SAVEPOINT}")
+        check_not_restored(savepoint)
+        if not SAVEPOINT.exists():
+            return f"{SAVEPOINT} will be created"
         return f"{SAVEPOINT} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
 
 
@@ -8574,6 +8583,8 @@ def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair
         word = "in progress" if running and title == "unfinished" else title
         for pair in pairs[:20]:
             why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS[pair.state]
+            if pair.state is State.UNDOING and pair.undo and not running:
+                why += f"; {command_line('--undo', pair.undo.path)} finishes it"
             show(f"{word}  {pair.email}: {into(pair)}, last {pair.updated}: {why}")
         if len(pairs) > 20:
             show(f"{title}  and {len(pairs) - 20:,} more (--status --json has them all)")
