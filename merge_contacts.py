@@ -8527,7 +8527,7 @@ def _check_disk() -> str:
 
 def status(run: RunContext) -> int:
     """Print what the savepoint knows, also while a run is in progress: pairs by state, and how far the last run is."""
-    with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
+    with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
         runs = savepoint.runs()
         organisations = [runs[one]["organisation"] for one in sorted(runs) if runs[one]["organisation"]]
         facts: Json = {

@@ -283,7 +283,7 @@ EXISTS, GONE, IN_PRIMARY = tool.DuplicateStatus
 MOVED = f"https://api.example.com/rev-users.get?id={TWO}"
 POLLS = [
     ((404, {"type": "not_found", "message": "no such user"}), GONE),
-    ((404, {"message": "route not found"}), tool.NoUsableResponse),
+    ((404, {"message": "route not found"}), tool.ApiError),  # which says nothing of any contact
     ((404, {"type": "gone_fishing", "message": "?"}), tool.NoUsableResponse),
     ((404, b"<html>"), tool.NoUsableResponse),
     ((301, {}, {"Location": MOVED}), IN_PRIMARY),

@@ -550,14 +550,13 @@ def test_the_forecast_near_the_end_of_a_window_is_the_rest_of_that_window(place:
     assert tool.seconds_in_windows(**window) == 3.0
 
 
-def test_status_knows_how_many_pairs_a_run_has_and_when_it_may_end() -> None:
-    started = {"pairs": 10, "since": "2025-01-01T00:00:00.000+00:00"}
-    updates = ["2024-12-31T23:59:59.000+00:00", *["2025-01-01T00:00:10.000+00:00"] * 4]
-    found = tool.run_progress(
-        started, updates, datetime.datetime(2025, 1, 1, 0, 0, 20, tzinfo=datetime.timezone.utc).timestamp()
-    )
-    assert (found["ended"], found["left"], found["seconds_left"]) == (4, 6, 30)
-    assert tool.run_progress(started, [], 1735689620.0)["seconds_left"] is None
+def test_status_knows_how_many_pairs_a_run_has_and_how_many_have_ended(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(3)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, check=0)
+    last = json.loads(place.run(None, "--status", "--json", check=0).out)["last_run"]
+    assert (last["pairs"], last["pairs_ended"], last["exit_code"]) == (3, 3, 0)
 
 
 # ----- what a new user reads -----------------------------------------------------------------------

@@ -94,7 +94,9 @@ def test_no_cell_is_a_formula(cell: str, safe: str) -> None:
 def test_what_can_be_settled(state: State, code: str) -> None:
     pair = pair_of(1, state, code=code, error="why")
     error = settle_error(pair)
-    named = code in ("left_behind", "merge_not_confirmed", "api_error")
+    # What DevRev did not answer may be fixed by another run, where the duplicate no longer exists.
+    can_be_fixed = code == "api_error" and state in (State.MERGED, State.VERIFYING)
+    named = code in ("left_behind", "merge_not_confirmed", "api_error") and not can_be_fixed
     assert (not error) == (state in TERMINAL or state is State.UNDOING or (state in UNFINISHED and named))
     if not error:
         settle_pair(pair)
