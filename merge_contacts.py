@@ -6,11 +6,31 @@
 """Merge duplicate DevRev contacts, safely.
 
 contacts.csv -> pairs that share an email -> live check -> backup -> integrity check from the disk
--> merge -> external_ref -> proof that nothing was left behind -> JSON report
+-> merge -> external_ref -> verification -> JSON report
 
-A merge in DevRev is asynchronous and can't be undone there, so every step refuses rather than guesses, and
-everything that was done is in the savepoint before the next thing is tried. From its backups most of a merge can
-be taken back (`--undo`). `--help` has the options.
+A merge in DevRev is asynchronous and can't be undone there. So every step refuses rather than guesses, and is in the
+savepoint before its request is sent. `--undo` restores most of a merge from its backup. `--help` has the options.
+
+Map of this file; everything stands above what uses it:
+
+    Errors        FatalError, PairError             what ends a run, what fails a pair
+    Text          sanitizing, file names, JSON
+    Environment   Environment, CancelToken          clocks, disk, threads, network: what a simulation replaces
+    CSV           Contact, CsvTable, read_contacts  which rows are contacts
+    Detection     classify_group, check_live        which contact is primary, and by what rule; the live check
+                  State, Pair                       what is known of one merge
+    Quota         RequestScheduler.on_response      quota window, circuit breaker, reservations: where a 429 is handled
+    Requests      DevRevAPI                         one method for each endpoint; refusals and retries
+    Batches       BatchLoader                       one list call for many contacts
+    Backup        write_backup, snapshot_entry      where to add a field to the backup
+    Savepoint     SavePoint                         two files with one content; what a crash leaves
+    Merge         PairMerge                         a pair's state machine: no answer to a merge, how a pair resumes
+                  GroupMerge, ContactMerger         the order of pairs, groups and earlier runs
+    Export        ContactExporter                   the CSV from DevRev itself
+    Undo          GroupUndo, UndoRunner             what comes back
+    Report        CODES, merge_entry                what each code means; where to add a field to the report
+    Estimate, Console, Preview                      what people see before and meanwhile
+    Command line  RunContext, main                  options, settings, signals, one function for each mode
 """
 
 import os
@@ -70,7 +90,7 @@ from array import array
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from enum import Enum, IntEnum
+from enum import Enum
 from itertools import chain, compress
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -102,7 +122,7 @@ from typing import (
 )
 from urllib.parse import quote, unquote, urlsplit
 
-__version__ = "2.0.0"
+__version__ = "3.0.0"
 SCHEMA = 3  # of every JSON document
 
 SIGNALS = [one for one in signal.Signals if one.name in ("SIGINT", "SIGTERM", "SIGHUP")]
@@ -260,7 +280,7 @@ def to_json(value: Any, indent: Optional[int] = None) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Outside: clocks, disk, threads, the wire
+# Environment: clocks, disk, threads, network
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -283,15 +303,11 @@ class HttpResponse(NamedTuple):
 
 
 class Environment:
-    """All that a run touches beyond its own memory: two clocks, the disk, threads for what blocks, and the wire.
-
-    The event loop owns every decision and meets the world only here, so that a simulation can stand in its place.
-    """
+    """All that a run touches beyond its own memory, so that a simulation can stand in its place."""
 
     def __init__(self, settings: "ApiSettings") -> None:
         self.settings = settings
         self.random = random.Random()
-        self._threads_pool = DaemonThreadPool()
         self._transport: Optional[HttpTransport] = None
         self._warned: Set[str] = set()  # what `tolerate` has said
 
@@ -299,36 +315,46 @@ class Environment:
         return Timestamp(time.time(), time.monotonic())
 
     def age(self, since: Timestamp) -> float:
-        """Seconds since then by the clock that has gone further: what a check or a backup must not be believed past."""
+        """Seconds since then by the clock that advanced further: how old a check or a backup may be at most."""
         now = self.now()
         return max(now.wall - since.wall, now.monotonic - since.monotonic)
 
     def elapsed(self, since: Timestamp) -> float:
-        """Seconds since then, at least: how long something has surely been waited for. Not by the wall clock, for where
-        somebody sets that back by hours, it would be waited for as long."""
+        """Seconds since then, at least: a wall clock that is set back by hours would make a wait as long."""
         return self.now().monotonic - since.monotonic
 
     def run_event_loop(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run an event loop until the work is done."""
         return asyncio.run(work)
 
     async def post(self, endpoint: str, body: Json, deadline: Optional[float] = None) -> HttpResponse:
-        """POST one request, and return within `deadline` seconds (by default ten times the time for silence), complete
-        answer or not. A thread that still waits for the answer then is left alone. Raises FatalError where the proxy or
-        the CA bundle that the environment names can't be used."""
+        """POST one request, and return within `deadline` seconds (by default ten times `timeout`), complete answer or
+        not. Raises FatalError where the proxy or the CA bundle that the environment names can't be used."""
         self._transport = self._transport or HttpTransport(self.settings)
         limit = min(deadline or math.inf, 10 * self.settings.timeout)
-        answer = self._threads_pool.submit(self._transport.post, endpoint, body, limit)
+        answer = asyncio.ensure_future(self.run_in_thread(self._transport.post, endpoint, body, limit))
         await asyncio.wait({answer}, timeout=limit)
         if answer.done():
             return answer.result()
-        answer.cancel()
+        answer.cancel()  # and leave its thread alone
         log.debug("%s -> no complete answer in %g s", endpoint, limit)
         return HttpResponse(None, {}, None, f"no complete answer within {limit:g} s")
 
     async def run_in_thread(self, job: Callable[..., T], *args: Any) -> T:
-        """Have a thread do what blocks."""
-        return await self._threads_pool.submit(job, *args)
+        """Have a daemon thread of its own do what blocks: one that hangs delays neither others nor the exit."""
+        loop = asyncio.get_event_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def work() -> None:
+            outcome: Callable[[], Any]
+            try:
+                outcome = functools.partial(future.set_result, job(*args))
+            except BaseException as error:
+                outcome = functools.partial(future.set_exception, error)
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(lambda: future.done() or outcome())
+
+        threading.Thread(target=work, daemon=True).start()
+        return await future
 
     def create_file(self, path: Path, chunks: Iterable[bytes]) -> Tuple[int, str]:
         """Create `path` (0600) from `chunks` and flush it to the disk; return its size and SHA-256."""
@@ -341,19 +367,6 @@ class Environment:
                 size += len(chunk)
             self.fsync_file(file)
         return size, digest.hexdigest()
-
-    def append_lines(self, path: Path, lines: bytes) -> None:
-        """Append lines to `path` and flush them to the disk; a line that a crash has cut off stays apart."""
-        handle = os.open(str(path), os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
-        with open(handle, "r+b") as file:
-            end = file.seek(0, os.SEEK_END)
-            if end:
-                file.seek(end - 1)
-                lines = lines if file.read(1) == b"\n" else b"\n" + lines
-            file.write(lines + b"\n")
-            self.fsync_file(file)
-        if not end:
-            self.fsync_dir(path.parent)
 
     def rename_into_place(self, aside: Path, final: Path) -> None:
         """Rename `aside` to `final`, in one step that survives a power cut."""
@@ -368,17 +381,13 @@ class Environment:
                 time.sleep(pause)
         self.fsync_dir(final.parent)
 
-    def write_atomically(self, path: Path, chunks: Iterable[bytes], before: Callable[[], None] = lambda: None) -> None:
-        """Write a temporary file, call `before`, and rename the file to `path`.
-
-        Raises OSError on a disk error, and leaves no temporary file.
-        """
+    def write_atomically(self, path: Path, chunks: Iterable[bytes]) -> None:
+        """Write a temporary file and rename it to `path`. Raises OSError on a disk error, and leaves nothing then."""
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with contextlib.suppress(FileNotFoundError):
                 aside.unlink()
             self.create_file(aside, chunks)
-            before()
             self.rename_into_place(aside, path)
         except (OSError, FatalError):
             with contextlib.suppress(OSError):
@@ -474,47 +483,6 @@ def locks_work(path: Path) -> bool:
 NO_LOCKS = "this file system has no working locks; run in a folder on a local disk"
 
 
-class DaemonThreadPool:
-    """Daemon threads for blocking calls: as many as are needed, and one that hangs delays no exit."""
-
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Tuple[asyncio.Future[Any], Callable[..., Any], Tuple[Any, ...]]] = (
-            queue.SimpleQueue()
-        )
-        self._threads = self._busy = 0  # counted by the event loop alone
-
-    def submit(self, job: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
-        loop = asyncio.get_event_loop()
-        future: asyncio.Future[T] = loop.create_future()
-        self._busy += 1
-        if self._busy > self._threads:
-            self._threads += 1
-            threading.Thread(target=self._serve, args=(loop,), daemon=True).start()
-        self._jobs.put((future, job, args))
-        return future
-
-    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
-        while True:
-            future, job, args = self._jobs.get()
-            result, error = None, None
-            try:
-                result = job(*args)
-            except BaseException as raised:
-                error = raised
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
-                loop.call_soon_threadsafe(self._settle, future, result, error)
-            del future, job, args, result, error
-
-    def _settle(self, future: "asyncio.Future[Any]", result: Any, error: Optional[BaseException]) -> None:
-        self._busy -= 1
-        if future.done():
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
-
-
 def named_variable(*names: str) -> str:
     """The first of these environment variables, in either case, that is set; the first name where none is."""
     return next((one for name in names for one in (name.lower(), name) if os.environ.get(one)), names[0])
@@ -552,9 +520,8 @@ class HttpTransport:
         if settings.base_url.startswith("https:"):
             found = session.merge_environment_settings(settings.base_url, {}, None, None, None)
             session.proxies, session.verify = found["proxies"], found["verify"]
-            self._check_proxy(adapter, session.proxies.get("https") or session.proxies.get("all") or "")
-            if isinstance(session.verify, str):
-                self._check_ca_bundle(session.verify)
+            proxy = session.proxies.get("https") or session.proxies.get("all") or ""
+            self._check_settings(adapter, proxy, session.verify)
         session.trust_env = False  # no credentials from ~/.netrc either
         self._headers = {
             "Authorization": f"Bearer {settings.token}",
@@ -564,41 +531,36 @@ class HttpTransport:
         }
 
     @staticmethod
-    def _check_proxy(adapter: Any, proxy: str) -> None:
-        """Raise FatalError where requests can't use the proxy. The address may hold a password, so it is not shown."""
-        if not proxy:
-            return
-        try:
-            adapter.proxy_manager_for(proxy if "://" in proxy else f"http://{proxy}")
-        except ValueError:  # of requests and of urllib3, for an unknown scheme, no host, no support of SOCKS
-            name = named_variable("HTTPS_PROXY", "ALL_PROXY")
-            fix = "set it to http://host:port, or unset it"
-            if proxy.lower().startswith("socks"):
-                raise FatalError(
-                    EXIT_USAGE,
-                    f"{name} names a SOCKS proxy, and the package PySocks is missing; pip install PySocks, or {fix}",
-                ) from None
-            raise FatalError(EXIT_USAGE, f"{name} is not the address of an HTTP proxy; {fix}") from None
-
-    @staticmethod
-    def _check_ca_bundle(path: str) -> None:
-        """Raise FatalError where no certificates can be read from `path`."""
+    def _check_settings(adapter: Any, proxy: str, bundle: Any) -> None:
+        """Raise FatalError where the proxy or the CA bundle can't be used. A proxy's address may hold a password."""
         import ssl
 
+        words = ""
         try:
-            if not Path(path).is_dir():
-                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+            if isinstance(bundle, str) and not Path(bundle).is_dir():
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(bundle)
         except OSError as error:  # ssl.SSLError is one
             name = named_variable("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
             why = "does not exist" if isinstance(error, FileNotFoundError) else "holds no certificates that can be read"
             fix = "set it to a file of CA certificates in PEM format, or unset it"
-            raise FatalError(EXIT_USAGE, f"{name} names {path}, which {why}; {fix}") from None
+            words = f"{name} names {bundle}, which {why}; {fix}"
+        try:
+            if proxy:
+                adapter.proxy_manager_for(proxy if "://" in proxy else f"http://{proxy}")
+        except ValueError:  # of requests and of urllib3, for an unknown scheme, no host, no support of SOCKS
+            what = "is not the address of an HTTP proxy;"
+            if proxy.lower().startswith("socks"):
+                what = "names a SOCKS proxy, and the package PySocks is missing; pip install PySocks, or"
+            name = named_variable("HTTPS_PROXY", "ALL_PROXY")
+            words = f"{name} {what} set it to http://host:port, or unset it"
+        if words:
+            raise FatalError(EXIT_USAGE, words)
 
     def post(self, endpoint: str, body: Json, limit: float) -> HttpResponse:
         """POST once, follow no redirect, and read the answer until it is complete or `limit` seconds are over."""
         import requests
 
-        begun = time.monotonic()
+        started = time.monotonic()
         silence = min(self.settings.timeout, limit)
         response = HttpResponse(None, {}, None)
         try:
@@ -612,7 +574,7 @@ class HttpTransport:
                 # A body in small pieces is never silent, and one without an end would fill the memory.
                 for chunk in answer.iter_content(self.CHUNK):
                     content += chunk
-                    if len(content) > self.MAX_BODY or time.monotonic() > begun + limit:
+                    if len(content) > self.MAX_BODY or time.monotonic() > started + limit:
                         problem = f"its body has no end within {self.MAX_BODY >> 20} MiB and {limit:g} s"
                         response = response._replace(problem=problem)
                         break
@@ -621,10 +583,8 @@ class HttpTransport:
                     response = response._replace(data=data, problem=problem)
         except requests.exceptions.RequestException as error:
             response = self._explained(response, error, silence)
-        tail = f" ({response.problem})" if response.problem else ""
-        took, whom = time.monotonic() - begun, subject(body)
-        status = response.status or "no answer"
-        log.debug("%s%s -> %s in %.3f s%s", endpoint, whom and f" {whom}", status, took, tail)
+        took, status = time.monotonic() - started, response.status or "no answer"
+        log.debug("%s %s -> %s in %.3f s %s", endpoint, subject(body), status, took, response.problem)
         return response
 
     def _explained(self, response: HttpResponse, error: Exception, silence: float) -> HttpResponse:
@@ -638,24 +598,21 @@ class HttpTransport:
             refused = re.search(r"Tunnel connection failed: (\d+[ \w-]*)", text)
             problem = f"{proxy} answered {refused.group(1)}" if refused else f"no connection to {proxy}"
             if refused and refused.group(1).startswith("407"):
-                setup_error = (
-                    f"{proxy} wants a user name and a password (407); set it to http://user:password@host:port"
-                )
+                setup_error = f"{proxy} wants a name and a password (407); set it to http://user:password@host:port"
         elif isinstance(error, exceptions.SSLError) and ("CERTIFICATE_VERIFY" in text or "CertificateError" in text):
             problem = f"the certificate of {host} can't be verified"
-            setup_error = (
-                f"{problem}; where a company inspects TLS, set REQUESTS_CA_BUNDLE to the file of its CA certificates"
-            )
-        elif isinstance(error, exceptions.SSLError):
-            problem, sent = "the TLS connection broke", True
+            fix = "where a company inspects TLS, set REQUESTS_CA_BUNDLE to the file of its CA certificates"
+            setup_error = f"{problem}; {fix}"
         elif isinstance(error, exceptions.ConnectTimeout) or "NewConnectionError" in text or "NameResolution" in text:
             problem = f"no connection to {host}"
-        elif isinstance(error, exceptions.Timeout) or "ReadTimeoutError" in text:
-            problem, sent = f"no answer within {silence:g} s", True
-        elif isinstance(error, exceptions.ConnectionError):
-            problem, sent = "the connection broke", True
         else:
-            problem, sent = type(error).__name__, True
+            sent, problem = True, type(error).__name__
+            if isinstance(error, exceptions.SSLError):
+                problem = "the TLS connection broke"
+            elif isinstance(error, exceptions.Timeout) or "ReadTimeoutError" in text:
+                problem = f"no answer within {silence:g} s"
+            elif isinstance(error, exceptions.ConnectionError):
+                problem = "the connection broke"
         return response._replace(problem=problem, sent=sent or response.status is not None, setup_error=setup_error)
 
 
@@ -708,9 +665,8 @@ class CancelToken:
         task = asyncio.ensure_future(work)
         stopped = self.future()
         await asyncio.wait({stopped, task}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            task.cancel()
         if stopped.done():
+            task.cancel()
             stopped.result()
         stopped.cancel()
 
@@ -1042,8 +998,11 @@ class CsvTable:
             for row in rows:
                 yield rows.line_num, row
         except csv.Error as error:
-            words = str(error) if "field limit" not in str(error) else "a cell of more than 64 MiB (an open quote?)"
-            raise csv.Error(f"line {self.rows.line_num}: {words}") from None
+            raise self.located(error) from None
+
+    def located(self, error: csv.Error) -> csv.Error:
+        words = str(error) if "field limit" not in str(error) else "a cell of more than 64 MiB (an open quote?)"
+        return csv.Error(f"line {self.rows.line_num}: {words}")
 
     def shape_error(self, row: Sequence[str]) -> Tuple[str, str]:
         """Return the code and the words for why the fields of a row are in doubt, two empty texts where none is."""
@@ -1220,6 +1179,8 @@ def select_rows(
     named = map(loose_key, emails)
     wanted_keys = repeated(keys).union(map(hash, chain(named, contents.emails_in_invalid_rows))) - {-1}
     wanted_ids = repeated(ids) - {-1}
+    if not wanted_ids:
+        return parts, bytes(map(wanted_keys.__contains__, keys))
     return parts, bytes(key in wanted_keys or one in wanted_ids for key, one in zip(keys, ids))
 
 
@@ -1231,42 +1192,48 @@ def _survey_rows(
     ids: "array[int]",
     odd: Dict[int, List[InvalidRow]],
 ) -> None:
-    """Check the rows of a file; append the hashes of each row's loose key and id."""
+    """Check the rows of a file; append the hashes of each row's loose key and id.
+
+    Most rows are plain and take the short way; with a million of them it is half of a preview's time.
+    """
     places = dict(zip(COLUMNS, table.places))
     pick = itemgetter(*(places[name] for name in ("id", "email", "external_ref", "tickets")))
     prefixes = (Contact.SYSTEM_PREFIX, Contact.user_prefix)
-    is_plain, is_normalized, width = _PLAIN_ADDRESS.fullmatch, unicodedata.is_normalized, table.width
-    line, problem, data = table.rows.line_num, ("", ""), table.bytes
-    for last_line, row in table:
-        line, lines = last_line, last_line - line
-        if len(row) != width or lines > 1 or data.has_nul:
-            problem = table.shape_error(row)
-        if not problem[0]:
-            identity, email, reference, tickets = pick(row)
-            identity, reference, key = identity.strip(), reference.strip(), email.lower()
-            if not (
-                is_plain(email)
-                and (email.isascii() or (key == email == key.casefold() and is_normalized("NFKC", key)))
-                and "xn--" not in key
-                and identity and reference and identity[0] != "'" != reference[0]
-                and parse_count(tickets) is not None
-            ):  # fmt: skip
-                identity, email, reference = map(trimmed_text, (identity, email, reference))
-                problem = Contact.cells_error(identity, email, reference, tickets)
-                key = loose_key(email)
-                if not problem[0] and key != email_key(email):
-                    odd.setdefault(hash(key), [])
-        if problem[0]:
-            _add_invalid_row(contents, file, line, row, places["email"], problem, odd)
-            keys.append(-1)
-            ids.append(-1)
-            problem = ("", "")
-            continue
-        keys.append(hash(key))
-        ids.append(hash(identity))
-        if not reference.startswith(prefixes):
-            contents.other_refs += 1
-            contents.other_ref = min(contents.other_ref or reference, reference)
+    is_plain, is_normalized = _PLAIN_ADDRESS.fullmatch, unicodedata.is_normalized
+    add_key, add_id = keys.append, ids.append
+    rows, width, data, line = table.rows, table.width, table.bytes, table.rows.line_num
+    try:
+        for row in rows:
+            line, lines, problem = rows.line_num, rows.line_num - line, ("", "")
+            if len(row) != width or lines > 1 or data.has_nul:
+                problem = table.shape_error(row)
+            if not problem[0]:
+                identity, email, reference, tickets = pick(row)
+                identity, reference, key = identity.strip(), reference.strip(), email.lower()
+                if not (
+                    is_plain(email)
+                    and (email.isascii() or (key == email == key.casefold() and is_normalized("NFKC", key)))
+                    and "xn--" not in key
+                    and identity and reference
+                    and parse_count(tickets) is not None
+                ):  # fmt: skip
+                    identity, email, reference = map(trimmed_text, (identity, email, reference))
+                    problem = Contact.cells_error(identity, email, reference, tickets)
+                    key = loose_key(email)
+                    if not problem[0] and key != email_key(email):
+                        odd.setdefault(hash(key), [])
+            if problem[0]:
+                _add_invalid_row(contents, file, line, row, places["email"], problem, odd)
+                add_key(-1)
+                add_id(-1)
+                continue
+            add_key(hash(key))
+            add_id(hash(identity))
+            if not reference.startswith(prefixes):
+                contents.other_refs += 1
+                contents.other_ref = min(contents.other_ref or reference, reference)
+    except csv.Error as error:
+        raise table.located(error) from None
 
 
 def repeated(values: "array[int]") -> Set[int]:
@@ -1445,8 +1412,6 @@ class Pair:
     run: str = ""  # that wrote it last
     updated: str = ""
     # Known to this run only:
-    exported: Optional["Pair"] = None  # of an unfinished pair: the same as this run's CSV has it
-    is_overruled: bool = False  # of an unfinished pair: the plan keeps another reference than it would leave
     tried_before: bool = False  # of a planned pair: an earlier run refused or failed it
 
     @property
@@ -1482,7 +1447,7 @@ class Pair:
             self.state, self.first_requested_at, self.rejected = State.PLANNED, 0.0, False
 
 
-NOT_STORED = ("run", "exported", "is_overruled", "tried_before")
+NOT_STORED = ("run", "tried_before")
 
 
 def into(pair: Pair) -> str:
@@ -1495,7 +1460,7 @@ class Group:
 
     email: str
     pairs: List[Pair]
-    requesting: Optional[Pair] = None  # the pair that is being asked for
+    requesting: Optional[Pair] = None  # the pair that is being requested
     chosen: str = ""  # the reference that --choices names for the email
     age_undecided: bool = False  # which contact is the oldest could not be read from the CSV
     dropped: Tuple["Dropped", ...] = ()  # pairs that the live check has found to be no pairs any more
@@ -1524,7 +1489,7 @@ class Group:
         return moved[0] if moved else self.primary.external_ref
 
     def has_absorbed(self) -> bool:
-        """Whether this tool has asked for a merge into the primary since the export."""
+        """Return whether this tool has requested a merge into the primary since the export."""
         return any(pair.state in (*UNFINISHED, *ENDED) for pair in self.pairs)
 
     def final_ref(self) -> str:
@@ -1532,15 +1497,9 @@ class Group:
         return next((pair.new_ref for pair in self.pairs if pair.new_ref), self.primary.external_ref)
 
     def lost_refs(self) -> List[Contact]:
-        """Duplicates whose `user_` reference nobody has in the end: the application's accounts lose their contact."""
+        """Return the duplicates whose `user_` reference no contact keeps: their accounts lose their contact."""
         duplicates, kept = (pair.duplicate for pair in self.pairs), self.final_ref()
         return [one for one in duplicates if one.is_user and one.external_ref != kept]
-
-    def overrules(self, pair: Pair) -> bool:
-        """Whether a merge of its contacts, asked for by an earlier run, would leave another reference than it keeps."""
-        if pair.new_ref:
-            return pair.new_ref != self.final_ref()
-        return pair.duplicate.external_ref == self.final_ref()
 
     def warnings(self) -> List[Tuple[str, str]]:
         """Codes and words of what a person should know before the group is merged."""
@@ -1557,14 +1516,14 @@ class Group:
         return found
 
 
-def different_names(email: str, contacts: Iterable[Contact]) -> List[str]:
+def different_names(email: str, contacts: Sequence[Contact]) -> List[str]:
     """Return the names of contacts that may not be one person's, none where they may.
 
     Case does not count, nor does a name that is the address, its local part or the short id, nor a name all of whose
     words are in the other.
     """
-    contacts = list(contacts)
-    if len({contact.display_name.casefold() for contact in contacts}) == 1 and contacts[0].display_name.strip():
+    shown = {contact.display_name for contact in contacts}
+    if len(shown) == 1 and "" not in shown:
         return []
     names: Dict[FrozenSet[str], str] = {}
     for contact in contacts:
@@ -1640,7 +1599,6 @@ class Plan:
     chosen: List[Group] = field(default_factory=list)  # by --choices, and still to be merged
     id: str = ""  # of `plan_id`
     left_alone: Dict[str, str] = field(default_factory=dict)  # email -> why there is nothing to merge
-    overruled: Set[Tuple[str, str]] = field(default_factory=set)  # pairs of earlier runs that contradict it
     look_alikes: List[Json] = field(default_factory=list)
     files: int = 1  # that the CSV has come in
     other_refs: int = 0  # contacts that take no part
@@ -1659,11 +1617,11 @@ class Plan:
 
     def find_warnings(self) -> List[Json]:
         """What a person should know of the groups that are still to be merged, one entry for each group and code."""
-        groups = (group for group in self.groups if any(pair.state not in ENDED for pair in group.pairs))
         return [
             {"email": group.email, "code": code, "warning": words}
-            for group in groups
+            for group in self.groups
             for code, words in group.warnings()
+            if any(pair.state not in ENDED for pair in group.pairs)
         ]
 
     def pairs(self) -> Iterator[Pair]:
@@ -1796,15 +1754,15 @@ def parse_instants(text: str) -> Tuple[Optional[int], Optional[int]]:
     return found_instants[0], found_instants[1]
 
 
-def rank(contacts: Iterable[Contact]) -> Tuple[List[Contact], bool]:
+def rank(contacts: List[Contact]) -> Tuple[List[Contact], bool]:
     """Order contacts of one kind: most tickets first, then the oldest, then the smallest id. Return them, and whether
     age could not decide which is first.
 
     Where one of the tied dates can't be read, or the first depends on whether 1/2/2024 is in January, the id decides.
     """
+    if len(contacts) < 2:
+        return contacts, False
     by_id = sorted(contacts, key=attrgetter("id"))
-    if len(by_id) < 2:
-        return by_id, False
     tied: Dict[int, List[Contact]] = {}
     for contact in by_id:
         tied.setdefault(contact.tickets, []).append(contact)
@@ -1870,8 +1828,8 @@ def classify_group(
     `user`. Raises PairError where `choice`, a reference, is not that of one contact that may be kept.
     """
     contacts = list(contacts)
-    users, _ = rank(contact for contact in contacts if contact.is_user)
-    system, undecided = rank(contact for contact in contacts if contact.is_system)
+    users, _ = rank([contact for contact in contacts if contact.is_user])
+    system, undecided = rank([contact for contact in contacts if contact.is_system])
     if broken:
         return SkippedGroup(email, "invalid_row", users + system) if users or system else None
     if choice:
@@ -2117,17 +2075,8 @@ def count_error(contact: Contact, greatest: int, policy: str) -> Optional[PairEr
 # ---------------------------------------------------------------------------------------------------
 
 
-class Priority(IntEnum):
-    """How urgent a request is: what finishes a merge goes before what begins one."""
-
-    FINISH = 0
-    RESUME = 1
-    MERGE = 2
-    VERIFY = 3
-    PREPARE = 4
-
-
-FINISH, RESUME, MERGE, VERIFY, PREPARE = Priority
+# How urgent a request is: what finishes a merge goes before what begins one.
+FINISH, RESUME, MERGE, VERIFY, PREPARE = range(5)
 
 
 @dataclass
@@ -2146,15 +2095,6 @@ class RequestOptions(NamedTuple):
 
 
 ANY_OPTIONS = RequestOptions()
-
-
-class QueuedRequest(NamedTuple):
-    """A request in the queue: ordered by priority, then by arrival."""
-
-    priority: int
-    serial: int
-    options: RequestOptions
-    future: "asyncio.Future[bool]"
 
 
 def announced_quota(headers: Mapping[str, str]) -> Optional[Tuple[int, int, float]]:
@@ -2274,7 +2214,6 @@ class ClientLimit:
         self.count: Callable[[], None] = self._limit(lambda: None)  # one more call
 
     def room(self) -> float:
-        """Calls that are left in this period."""
         return float(self.calls - (0 if self.seconds_left() <= 0 else self._limit.num_calls))
 
     def seconds_left(self) -> float:
@@ -2289,60 +2228,33 @@ class CircuitBreaker:
     """
 
     THRESHOLD = 3  # failures in a row
-    PROBE = 60.0  # seconds after which the queue is gone through again; the probe's answer comes first
 
     def __init__(self, retries: int) -> None:
         self.retries = retries
         self.open_until = 0.0
-        self.half_open = False
-        self.failures_in_a_row = self.over_quota_in_a_row = 0
-        self._probe_in_flight = False
-        self._failed_probes = 0
+        self.half_open = self.probe_in_flight = False
+        self.failures_in_a_row = self.over_quota_in_a_row = self._failed_probes = 0
 
-    def seconds_blocked(self, now: float) -> float:
-        """Seconds for which nothing may leave."""
-        if now < self.open_until:
-            return self.open_until - now
-        return self.PROBE if self.half_open and self._probe_in_flight else 0.0
+    def on_response(self, is_probe: bool, status: Optional[int], pause: float, now: float) -> str:
+        """Note an answer (`status` None: none, or none of use); after a 429 nothing leaves for `pause` seconds.
 
-    def expect_probe(self) -> None:
-        """Let one request find out what nothing is known of, such as a new window's quota."""
-        self.half_open, self._probe_in_flight = True, False
-
-    def on_sent(self) -> bool:
-        """Note a request that leaves, and return whether it is a probe."""
-        self._probe_in_flight = self._probe_in_flight or self.half_open
-        return self.half_open
-
-    def on_given_back(self, is_probe: bool) -> None:
-        self._probe_in_flight = self._probe_in_flight and not is_probe
-
-    def on_response(self, is_probe: bool, status: Optional[int], pause: float, now: float) -> None:
-        """Note an answer (`status` None: none, or none of use); after a 429 nothing leaves for `pause` seconds."""
-        self.on_given_back(is_probe)
-        failed = status is None or status >= 500
+        Return why no more probes are worth sending, "" where they are.
+        """
+        self.probe_in_flight = self.probe_in_flight and not is_probe
+        failed, until = status is None or status >= 500, 0.0
         self.over_quota_in_a_row = self.over_quota_in_a_row + 1 if status == 429 else 0
         self.failures_in_a_row = self.failures_in_a_row + 1 if failed else 0
         if status == 429:
             least = min(30.0, 0.05 * 2.0 ** min(self.over_quota_in_a_row, 10))
-            self._open(now + max(least, min(3600.0, pause)))
-        elif self.keeps_failing:
+            until = now + max(least, min(3600.0, pause))
+        elif self.failures_in_a_row >= self.THRESHOLD:
             self._failed_probes += is_probe
-            self._open(now + min(10.0, 0.5 * 2**self._failed_probes))
+            until = now + min(10.0, 0.5 * 2**self._failed_probes)
         elif not failed:
             self._failed_probes = 0
             self.half_open = self.half_open and not is_probe
-
-    def _open(self, until: float) -> None:
-        self.open_until = max(self.open_until, until)
-        self.half_open = True
-
-    @property
-    def keeps_failing(self) -> bool:
-        return self.failures_in_a_row >= self.THRESHOLD
-
-    def gave_up(self) -> str:
-        """Return why no more probes are worth sending, "" where they are."""
+        if until:
+            self.open_until, self.half_open = max(self.open_until, until), True
         if self._failed_probes > self.retries:
             return "can't be reached or keeps failing (is DEVREV_BASE_URL right?)"
         if self.over_quota_in_a_row > 10 + 5 * self.retries:
@@ -2375,7 +2287,8 @@ class RequestScheduler:
         self.leaves_a_share = settings.calls is None
         calls, period = self.UNANNOUNCED if settings.calls is None else (settings.calls, settings.period)
         self._client_limit = ClientLimit(calls, period, self._now) if calls > 0 else None
-        self._queue: List[QueuedRequest] = []
+        # By priority, then by arrival.
+        self._queue: List[Tuple[int, int, RequestOptions, asyncio.Future[bool]]] = []
         self._serial = self._in_flight = self._reserved = 0
         self._timer: Optional[asyncio.TimerHandle] = None
         self._longest = 0.0  # seconds that a request has taken lately
@@ -2401,57 +2314,55 @@ class RequestScheduler:
     async def acquire(self, options: RequestOptions) -> bool:
         """Wait until a request may leave, and return whether it is a probe. Raises Cancelled."""
         self._serial += 1
-        queued = QueuedRequest(options.priority, self._serial, options, self.cancel_token.future())
-        bisect.insort(self._queue, queued)
+        future = self.cancel_token.future()
+        bisect.insort(self._queue, (options.priority, self._serial, options, future))
         self._dispatch()
-        return await queued.future
+        return bool(await future)
 
     def _dispatch(self) -> None:
         """Release all requests that may leave, the most urgent first; try again when the next thing changes."""
         if self._timer:
             self._timer.cancel()
-        wait, reason = 0.0, ""
-        while self._queue and self._has_slot(self._queue[0].priority):
-            wait, reason = self._seconds_blocked()
-            able = (each for each in self._queue if self._has_slot(each.priority) and self._has_quota_for(each.options))
-            first = None if wait else next(able, None)
+        breaker, wait, reason = self.breaker, 0.0, ""
+        while self._queue and self._has_slot(self._queue[0][0]):
+            now = self._now()
+            if now < breaker.open_until:
+                wait, reason = breaker.open_until - now, "quota" if breaker.over_quota_in_a_row else "DevRev fails"
+                break
+            if self.quota.has_expired(self._in_flight, now):
+                breaker.half_open, breaker.probe_in_flight = True, False  # one request finds out the new window's
+            if breaker.half_open and breaker.probe_in_flight:
+                break  # its answer dispatches again
+            able = (one for one in self._queue if self._has_slot(one[0]) and self._has_quota_for(one[2]))
+            first = next(able, None)
             if first is None:
+                wait, reason = self.seconds_until_room()
                 break
             self._queue.remove(first)
-            if not first.future.done():  # by a cancellation
-                self._release(first)
-        else:
-            wait, reason = 0.0, ""
-        if self._queue and self._has_slot(self._queue[0].priority) and not wait:
-            wait, reason = self.seconds_until_room()
-        self._note_wait(reason)
+            _, _, options, future = first
+            if future.done():  # by a cancellation
+                continue
+            if options.reservation:
+                self._reserve(options.reservation, int(max(0, min(self._units_for(options)) - 1)))
+            self._in_flight += 1
+            if self.client_limit:
+                self.client_limit.count()
+            breaker.probe_in_flight = breaker.probe_in_flight or breaker.half_open
+            future.set_result(breaker.half_open)
+        wall = self.environment.now().wall
+        if reason and not self.waiting_for:
+            self._waiting_since = wall
+        elif self.waiting_for and not reason:
+            self.waits.append((self._waiting_since, max(wall, self._waiting_since)))
+        self.waiting_for = reason
         if wait:
             self._timer = asyncio.get_event_loop().call_later(max(0.001, wait), self._dispatch)
-
-    def _release(self, queued: QueuedRequest) -> None:
-        options = queued.options
-        if options.reservation:
-            units = min(self._units_to_reserve(options), self._spare(options) - 1)
-            self._reserve(options.reservation, int(max(0, units)))
-        self._in_flight += 1
-        if self.client_limit:
-            self.client_limit.count()
-        queued.future.set_result(self.breaker.on_sent())
 
     def _has_slot(self, priority: int) -> bool:
         """Whether another request may be in flight; after a failure fewer, until one is answered well. While a merge is
         in progress, lists and timelines that take long leave a worker to what finishes it."""
         spared = self.workers > 1 and self._reserved > 0 and priority == PREPARE and self._longest > self.SLOW_REQUEST
         return self._in_flight < max(1, (self.workers >> min(self.breaker.failures_in_a_row, 4)) - spared)
-
-    def _seconds_blocked(self) -> Tuple[float, str]:
-        """Seconds for which nothing at all may leave, and why."""
-        now = self._now()
-        if now >= self.breaker.open_until and self.quota.has_expired(self._in_flight, now):
-            self.breaker.expect_probe()
-        wait = self.breaker.seconds_blocked(now)
-        reason = "quota" if self.breaker.over_quota_in_a_row else "DevRev fails"
-        return wait, reason if now < self.breaker.open_until else ""
 
     # -- quota and reservations ---------------------------------------------------------------------
 
@@ -2463,24 +2374,22 @@ class RequestScheduler:
         """Units of the quota that only the requests which finish a merge may spend."""
         return (self.quota.limit or 0) / self.OTHERS if self.leaves_a_share else 0.0
 
-    def window_size(self) -> float:
-        return min(self.quota.limit or math.inf, self.client_limit.calls if self.client_limit else math.inf)
+    def _units_for(self, options: RequestOptions) -> Tuple[float, float]:
+        """Return the units that a request may spend, which are reserved for no other merge, and those that it needs:
+        one, and as much of what it is to reserve as a window can hold."""
+        own = options.reservation.units if options.reservation else 0
+        window = min(self.quota.limit or 1e9, self.client_limit.calls if self.client_limit else 1e9)
+        units = min(options.reserve, max(self.LEAST, window // self.SHARE))
+        return self.room() - self._reserved + own, min(1 + units, window)
 
     def _has_quota_for(self, options: RequestOptions) -> bool:
-        """Whether there is room for a request, and for as much of what it is to reserve as a window can hold."""
+        spare, needed = self._units_for(options)
         reserved = options.reservation is not None and options.reservation.units > 0
         if options.priority == FINISH:  # takes what there is
-            return self.room() >= 1 if reserved else self._spare(options) >= 1
+            return self.room() >= 1 if reserved else spare >= 1
         if not reserved and self.quota.room(self._in_flight) <= self.share_of_others():
             return False
-        return self._spare(options) >= min(1 + self._units_to_reserve(options), self.window_size())
-
-    def _spare(self, options: RequestOptions) -> float:
-        """Units that are reserved for no other merge."""
-        return self.room() - self._reserved + (options.reservation.units if options.reservation else 0)
-
-    def _units_to_reserve(self, options: RequestOptions) -> float:
-        return min(options.reserve, max(self.LEAST, self.window_size() // self.SHARE))
+        return spare >= needed
 
     def _reserve(self, reservation: Reservation, units: int) -> None:
         self._reserved += units - reservation.units
@@ -2502,52 +2411,38 @@ class RequestScheduler:
 
     def cancel_waiting(self, priority: int) -> None:
         """Cancel the requests in the queue that are not more urgent than this."""
-        for queued in self._queue:
-            if queued.priority >= priority and not queued.future.done():
-                queued.future.set_exception(Cancelled())
+        for urgency, _, _, future in self._queue:
+            if urgency >= priority and not future.done():
+                future.set_exception(Cancelled())
 
     # -- answers ------------------------------------------------------------------------------------
 
     def give_back(self, is_probe: bool) -> None:
         """Return the slot of a request that is not sent after all."""
         self._in_flight -= 1
-        self.breaker.on_given_back(is_probe)
+        self.breaker.probe_in_flight = self.breaker.probe_in_flight and not is_probe
         self._dispatch()
 
     def on_response(self, is_probe: bool, response: HttpResponse, seconds: float, usable: bool) -> None:
         """Note an answer, how long it took, and whether it is of any use where its status is good."""
-        now, server_time = self._now(), self._server_time(response.headers)
+        now, status = self._now(), response.status
+        server_time = wall = self.environment.now().wall
+        with contextlib.suppress(KeyError, TypeError, ValueError, IndexError, OverflowError):
+            # The Date header has whole seconds, so small differences are noise.
+            skew = parsedate_to_datetime(response.headers["Date"]).timestamp() + 0.5 - wall
+            server_time = wall + skew if abs(skew) > 2 else wall
         self._in_flight -= 1
         self._longest = max(seconds, 0.95 * self._longest)
         self.quota.on_response(response, now - seconds, now, server_time)
-        good = response.status is not None and 200 <= response.status < 300
-        pause = retry_after(response, server_time) if response.status == 429 else None
+        pause = retry_after(response, server_time) if status == 429 else None
         if pause is None:
             is_spent = self.quota.remaining is not None and self.quota.remaining <= 0
             pause = self.quota.resets_at - now if is_spent else 0.5
-        self.breaker.on_response(is_probe, None if good and not usable else response.status, pause, now)
-        words = self.breaker.gave_up()
+        useless = status is not None and 200 <= status < 300 and not usable
+        words = self.breaker.on_response(is_probe, None if useless else status, pause, now)
         if words:
             self.cancel_token.cancel(FatalError(EXIT_STOPPED, f"DevRev at {self.host} {words}"))
         self._dispatch()
-
-    def _server_time(self, headers: Mapping[str, str]) -> float:
-        """The server's clock, in epoch seconds. Its Date header has whole seconds, so small differences are noise."""
-        now = self.environment.now().wall
-        with contextlib.suppress(KeyError, TypeError, ValueError, IndexError, OverflowError):
-            skew = parsedate_to_datetime(headers["Date"]).timestamp() + 0.5 - now
-            return now + skew if abs(skew) > 2 else now
-        return now
-
-    def _note_wait(self, reason: str) -> None:
-        """Record the time in which requests wait, and what they wait for."""
-        now = self.environment.now().wall
-        if bool(reason) != bool(self.waiting_for):
-            if reason:
-                self._waiting_since = now
-            else:
-                self.waits.append((self._waiting_since, max(now, self._waiting_since)))
-        self.waiting_for = reason
 
 
 # Forecasts, for people and for the size of batches.
@@ -2641,18 +2536,19 @@ def kind_of(identity: str) -> str:
     return identity.rpartition(":")[2].partition("/")[0]
 
 
-def user_ids(value: Any) -> Set[str]:
+def user_ids(name: str, obj: Json) -> Set[str]:
     """The ids in a work's `owned_by`, `reported_by` (lists), `created_by` (one) or a conversation's `members`."""
+    value = obj.get(name)
     users = value if isinstance(value, list) else [value]
     return {user["id"] for user in users if isinstance(user, dict) and isinstance(user.get("id"), str)}
 
 
-def unstorable_field(record: Json) -> Optional[str]:
-    """Name the first field of a record whose text has half of a character (a lone surrogate); None where none has.
+def check_storable(user: Json) -> None:
+    """Raise PairError where a text of a contact has half of a character (a lone surrogate), and name its field.
 
     Services that count in UTF-16 cut texts in the middle of an emoji. No file, log or database can hold what is left.
     """
-    values: List[Tuple[str, Any]] = list(record.items())
+    values: List[Tuple[str, Any]] = list(user.items())
     while values:
         name, value = values.pop()
         if isinstance(value, dict):
@@ -2660,24 +2556,8 @@ def unstorable_field(record: Json) -> Optional[str]:
         elif isinstance(value, list):
             values.extend((name, one) for one in value)
         elif encodable(name) != name or (isinstance(value, str) and encodable(value) != value):
-            return encodable(name)
-    return None
-
-
-def check_storable(user: Json) -> None:
-    """Raise PairError where a contact's data can't be stored as text."""
-    name = unstorable_field(user)
-    if name:
-        key = user["id"].rpartition("/")[2]
-        words = f"the {name} of REVU-{key} in DevRev holds half of a character (a lone surrogate)"
-        raise PairError("api_error", f"{words}; correct it there")
-
-
-class ApiResponse(NamedTuple):
-    """An answer's JSON object, and when its request was sent: it is as old as that."""
-
-    data: Json
-    since: Timestamp
+            where = f"the {name} of REVU-{user['id'].rpartition('/')[2]} in DevRev"
+            raise PairError("api_error", f"{where} holds half of a character (a lone surrogate); correct it there")
 
 
 class ListResult(NamedTuple):
@@ -2690,7 +2570,7 @@ class ListResult(NamedTuple):
 class DuplicateStatus(Enum):
     """What a poll of a duplicate shows."""
 
-    THERE = "there"
+    EXISTS = "exists"
     GONE = "gone"  # deleted, or not found
     IN_PRIMARY = "in primary"  # DevRev names the primary in its place
 
@@ -2706,7 +2586,7 @@ def duplicate_status(user: Json, primary: str, duplicate: str) -> DuplicateStatu
         raise PairError("merged_into_another", f"{duplicate} has become {named.pop()}, not the primary")
     if named:
         return DuplicateStatus.IN_PRIMARY
-    return DuplicateStatus.GONE if user.get("state") == "deleted" else DuplicateStatus.THERE
+    return DuplicateStatus.GONE if user.get("state") == "deleted" else DuplicateStatus.EXISTS
 
 
 WRITES = ("rev-users.merge", "rev-users.update", "rev-users.create", "works.update", "conversations.update")
@@ -2729,13 +2609,8 @@ class ApiClient:
         self.cancel_token = cancel_token
         self.scheduler = RequestScheduler(environment, cancel_token, settings)
         self.requests: Dict[str, int] = collections.Counter()
-        self._writes = 0  # requests that may have changed DevRev
+        self.writes = 0  # requests that may have changed DevRev
         self._has_answered = False
-
-    @property
-    def changed(self) -> bool:
-        """Whether a request was sent that may have changed DevRev."""
-        return self._writes > 0
 
     async def _call(
         self,
@@ -2747,8 +2622,9 @@ class ApiClient:
         repeatable: bool = True,
         deadline: Optional[float] = None,
         before: Optional[Callable[[], Awaitable[None]]] = None,
-    ) -> ApiResponse:
-        """POST, and return the answer's JSON object, which holds `key`. Without `key` any 2xx will do.
+    ) -> Tuple[Json, Timestamp]:
+        """POST, and return the answer's JSON object, which holds `key`, and when its request was sent: it is as old as
+        that. Without `key` any 2xx will do.
 
         `before` is awaited when the request may be sent, and what it raises keeps it from being sent. Where it is safe,
         a request is repeated with growing, jittered pauses. One that is not `repeatable`, or has a `deadline` of its
@@ -2760,7 +2636,7 @@ class ApiClient:
             is_probe = await self.scheduler.acquire(options)
             try:
                 self.cancel_token.raise_if_cancelled()
-                if is_probe and self.scheduler.breaker.keeps_failing:
+                if is_probe and self.scheduler.breaker.failures_in_a_row >= CircuitBreaker.THRESHOLD:
                     # One object's requests may fail for good: whether DevRev is down shows a request that names none.
                     answer = await self.environment.post("dev-users.self", {})
                     self.requests["dev-users.self"] += 1
@@ -2770,24 +2646,21 @@ class ApiClient:
                     await before()
                 self.requests[endpoint] += 1
                 is_write = endpoint in WRITES and not body.keys() <= {"id", "type"}
-                self._writes += is_write
+                self.writes += is_write
                 since = self.environment.now()
                 answer = await self.environment.post(endpoint, body, deadline)
             except BaseException:
                 self.scheduler.give_back(is_probe)
                 raise
-            if is_write and (not answer.sent or answer.status in (401, 403, 429)):
-                self._writes -= 1
+            self.writes -= is_write and (not answer.sent or answer.status in (401, 403, 429))
             data, problem = answer.data, answer.problem
             good = answer.status is not None and 200 <= answer.status < 300
             self.scheduler.on_response(is_probe, answer, self.environment.elapsed(since), not key or data is not None)
             if good and (not key or (data is not None and key in data)):
                 self._has_answered = True
-                return ApiResponse(data or {}, since)
+                return data or {}, since
             if good and data is not None:
                 problem = f"no {key} in the answer"
-            if answer.setup_error and not self._has_answered:
-                self._stop(FatalError(EXIT_USAGE, answer.setup_error))
             attempt += answer.status != 429
             once = answer.sent and (not repeatable or deadline is not None)
             final = answer.status != 429 and (attempt > self.settings.retries or once)
@@ -2798,12 +2671,21 @@ class ApiClient:
                 await self.cancel_token.sleep(self.environment.random.uniform(0.5, 1.0) * min(8.0, 0.1 * 2**attempt))
 
     def _raise_refusal(self, endpoint: str, body: Json, answer: HttpResponse, final: bool) -> None:
-        """Raise what a definite no means. HTML of a gateway is none but for 401 (after the retries) and 413."""
+        """Raise what a definite no means. HTML of a gateway is none but for 401 (after the retries) and 413.
+
+        A FatalError stops the run: nothing more is sent.
+        """
         status, data, words = answer.status or 0, answer.data or {}, answer.problem
-        if status == 401 and (final or answer.data is not None):
+        fatal: Optional[FatalError] = None
+        if answer.setup_error and not self._has_answered:
+            fatal = FatalError(EXIT_USAGE, answer.setup_error)
+        elif status == 401 and (final or answer.data is not None):
             kind = DEAD_TOKENS.get(str(data.get("type")), "DevRev does not accept the token")
             advice = "create a new one in DevRev and set DEVREV_API_TOKEN to it"
-            self._stop(PermissionDenied(EXIT_STOPPED, f"{kind} (401: {words.rstrip('.')}); {advice}"))
+            fatal = PermissionDenied(EXIT_STOPPED, f"{kind} (401: {words.rstrip('.')}); {advice}")
+        if fatal:
+            self.cancel_token.cancel(fatal)
+            raise fatal
         if 300 <= status < 400:
             location = encodable(self.settings.mask(str(answer.headers.get("Location", ""))))
             raise ApiError(endpoint, status, f"redirected to {location or 'nowhere'}", location=location)
@@ -2816,11 +2698,6 @@ class ApiClient:
             words += f" ({', '.join(some(names))})" if names else ""
             words += f"; the token needs the scope {scopes}, and its owner access" if scopes else ""
         raise ApiError(endpoint, status, words, data=data)
-
-    def _stop(self, error: FatalError) -> NoReturn:
-        """End the run: nothing more is sent."""
-        self.cancel_token.cancel(error)
-        raise error
 
     async def pages(self, endpoint: str, key: str, body: Json, options: RequestOptions = ANY_OPTIONS) -> ListResult:
         """Return all items of a cursor-paged list."""
@@ -2841,36 +2718,29 @@ class ApiClient:
         stale = empty = 0
         page = dict(body, limit=PAGE)
         while True:
-            reply = await self._call(endpoint, page, key, options)
-            items, cursor, before = reply.data[key], reply.data.get("next_cursor") or "", len(known)
-            if not isinstance(items, list) or not all(map(has_id, items)):
-                raise NoUsableResponse(endpoint, f"{key} is not a list of objects with an id")
+            reply, since = await self._call(endpoint, page, key, options)
+            items, cursor, before = objects_in(reply[key], endpoint, key), reply.get("next_cursor") or "", len(known)
             if not isinstance(cursor, str):
                 raise NoUsableResponse(endpoint, "next_cursor is no text")
-            yield ListResult(items, reply.since)
+            yield ListResult(items, since)
             if not cursor:
                 return
             known.update(hash(item["id"]) for item in items)
             if len(known) > before:
                 stale = empty = 0
-            elif items:
-                stale += 1
-            else:
-                empty += 1
+            stale += bool(items) and len(known) == before
+            empty += not items
             if cursor in cursors or stale >= self.STALE_PAGES or empty >= self.EMPTY_PAGES:
                 raise NoUsableResponse(endpoint, "its pages go on without bringing anything new")
             cursors.add(cursor)
             page["cursor"] = cursor
 
-    async def _user(
+    async def _object(
         self, endpoint: str, body: Json, key: str = "rev_user", options: RequestOptions = ANY_OPTIONS, **how: Any
     ) -> Json:
-        """Return the user that an endpoint answers with. Raises NoUsableResponse where it is none."""
-        user = (await self._call(endpoint, body, key, options, **how)).data[key]
-        if not has_id(user):
-            raise NoUsableResponse(endpoint, f"{key} holds no user")
-        found: Json = user
-        return found
+        """Return the one object that an endpoint answers with. Raises NoUsableResponse where it is none."""
+        found, _ = await self._call(endpoint, body, key, options, **how)
+        return objects_in([found[key]], endpoint, key)[0]
 
 
 class DevRevAPI(ApiClient):
@@ -2882,28 +2752,35 @@ class DevRevAPI(ApiClient):
         self._work_kinds_lock = asyncio.Lock()
         self._work_kinds_known = False
         self._verified_filter_refused = False
-        self.emails = BatchLoader(self._list_by("email"), cancel_token, lambda user: {email_of(user)}, email_key)
+        by_email = functools.partial(self._list_by, "email")
+        self.emails = BatchLoader(by_email, cancel_token, lambda user: {email_of(user)}, email_key)
         self.unverified = BatchLoader(self._list_unverified, cancel_token, lambda user: {email_of(user)}, email_key)
-        self.references = BatchLoader(self._list_by("external_ref"), cancel_token, references_of)
         # By the field that names contacts: a work's role, or a conversation's members.
-        self.objects = {name: self._batch_loader(name) for name in (*ROLES.values(), "members")}
+        self.objects = {
+            name: BatchLoader(functools.partial(self._list_by, name), cancel_token, functools.partial(user_ids, name))
+            for name in (*ROLES.values(), "members")
+        }
 
     # -- contacts -----------------------------------------------------------------------------------
 
     async def whoami(self) -> Json:
         """Return the token's owner (`dev_user`)."""
-        return await self._user("dev-users.self", {}, "dev_user")
+        return await self._object("dev-users.self", {}, "dev_user")
 
-    async def _get_contact(self, identity: str, options: RequestOptions, deadline: Optional[float]) -> Optional[Json]:
+    async def _get_contact(
+        self, identity: str, options: RequestOptions, deadline: Optional[float] = None
+    ) -> Optional[Json]:
         """Return what DevRev has at this id: the contact, or only `{"id": …}` of the one that it has become (301), None
         where there is none (an object's 404)."""
         try:
-            return await self._user("rev-users.get", {"id": identity}, options=options, deadline=deadline)
+            return await self._object("rev-users.get", {"id": identity}, options=options, deadline=deadline)
         except ApiError as api_error:
             if api_error.missing:
                 return None
             if api_error.status == 404:
-                raise NoUsableResponse("rev-users.get", f"404 of a route, not of {identity}") from None
+                if not api_error.data.get("type"):
+                    raise  # a route's, which says nothing of any object
+                raise NoUsableResponse("rev-users.get", f"404 of another type, not of {identity}") from None
             if not 300 <= api_error.status < 400:
                 raise
             match = re.search(r"don:identity:[^&?#\s]+:revu/[^&?#/\s]+", unquote(api_error.location))
@@ -2911,11 +2788,9 @@ class DevRevAPI(ApiClient):
                 raise NoUsableResponse("rev-users.get", f"{api_error.status} that names no other contact") from None
             return {"id": match.group(0)}
 
-    async def contact(
-        self, identity: str, options: RequestOptions = ANY_OPTIONS, deadline: Optional[float] = None
-    ) -> Optional[Json]:
+    async def contact(self, identity: str, options: RequestOptions = ANY_OPTIONS) -> Optional[Json]:
         """Return the rev user of this id, None where there is none, or where it has become another."""
-        user = await self._get_contact(identity, options, deadline)
+        user = await self._get_contact(identity, options)
         return user if user and user["id"] == identity else None
 
     async def poll_duplicate(
@@ -2932,25 +2807,15 @@ class DevRevAPI(ApiClient):
             raise NoUsableResponse("rev-users.get", "the user has no state")
         return duplicate_status(user, primary, duplicate)
 
-    async def contacts_by_email(
-        self, emails: Iterable[str], priority: int = PREPARE, linger: Optional[float] = None
-    ) -> ListResult:
+    async def contacts_by_email(self, emails: Iterable[str], priority: int = PREPARE) -> ListResult:
         """Return the contacts that DevRev lists for these emails. Raises PairError where the text of one can't be
         stored."""
-        found = await self._load_all(self.emails, emails, priority, linger)
+        found = await self._load_all(self.emails, emails, priority)
         for user in found.items:
             check_storable(user)
         return found
 
-    async def contacts_by_reference(
-        self, references: Iterable[str], priority: int = PREPARE, linger: Optional[float] = None
-    ) -> ListResult:
-        """Return the contacts that DevRev lists for these references."""
-        return await self._load_all(self.references, references, priority, linger)
-
-    async def unverified_ids(
-        self, emails: Iterable[str], priority: int = PREPARE, linger: Optional[float] = None
-    ) -> Optional[Set[str]]:
+    async def unverified_ids(self, emails: Iterable[str], priority: int = PREPARE) -> Optional[Set[str]]:
         """Return the ids of the unverified contacts of these emails, None where DevRev refuses the filter.
 
         It is for organisations whose answers do not show `is_verified`. A list that shows verified contacts all the
@@ -2958,15 +2823,12 @@ class DevRevAPI(ApiClient):
         """
         if self._verified_filter_refused:
             return None
-        found = await self._load_all(self.unverified, emails, priority, linger)
+        found = await self._load_all(self.unverified, emails, priority)
         ignored = any(user.get("is_verified") is True for user in found.items)
         return None if ignored or self._verified_filter_refused else {user["id"] for user in found.items}
 
-    async def _load_all(
-        self, loader: "BatchLoader", keys: Iterable[str], priority: int, linger: Optional[float]
-    ) -> ListResult:
-        pause = loader.LINGER if linger is None else linger
-        lists = await together(*(loader.load(key, 1, priority, pause) for key in sorted(set(keys))))
+    async def _load_all(self, loader: "BatchLoader", emails: Iterable[str], priority: int) -> ListResult:
+        lists = await together(*(loader.load(email, 1, priority) for email in sorted(set(emails))))
         users = {user["id"]: user for one in lists for user in one.items}
         since = min((one.since for one in lists), key=lambda since: since.monotonic, default=self.environment.now())
         return ListResult(list(users.values()), since)
@@ -2983,23 +2845,19 @@ class DevRevAPI(ApiClient):
         await self._call("rev-users.merge", body, options=options, repeatable=False, before=before)
 
     async def update_contact(
-        self,
-        identity: str,
-        fields: Json,
-        options: RequestOptions,
-        deadline: Optional[float] = None,
+        self, identity: str, fields: Json, options: RequestOptions, deadline: Optional[float] = None
     ) -> Json:
         """Set fields of a contact, and return the contact as DevRev has it then. Raises ApiError with status 409 while
         another contact holds its `external_ref`. With a `deadline` one request is sent."""
         body = {"id": identity, **fields}
-        user = await self._user("rev-users.update", body, options=options, deadline=deadline)
+        user = await self._object("rev-users.update", body, options=options, deadline=deadline)
         if user["id"] != identity:
             raise NoUsableResponse("rev-users.update", f"the answer is about {user['id']}, not {identity}")
         return user
 
     async def create_contact(self, fields: Json, options: RequestOptions) -> Json:
         """Create a contact and return it. It is never repeated blindly: the caller finds out what a lost answer did."""
-        return await self._user("rev-users.create", fields, options=options, repeatable=False)
+        return await self._object("rev-users.create", fields, options=options, repeatable=False)
 
     async def set_people(self, obj: Json, roles: Mapping[str, Sequence[str]], options: RequestOptions) -> Json:
         """Replace the lists of a work's or a conversation's people, by role (none: try whether one may), and return it.
@@ -3010,20 +2868,18 @@ class DevRevAPI(ApiClient):
         endpoint, key = "conversations.update", "conversation"
         if ":conversation/" not in obj["id"]:
             endpoint, key, body["type"] = "works.update", "work", obj["type"]
-        found: Json = (await self._call(endpoint, body, key, options, repeatable=not roles)).data[key]
+        found: Json = (await self._call(endpoint, body, key, options, repeatable=not roles))[0][key]
         return found
 
     def dispatch(self) -> None:
         """Send every list call that waits for others to join."""
-        for batch_loader in (self.emails, self.unverified, self.references, *self.objects.values()):
+        for batch_loader in (self.emails, self.unverified, *self.objects.values()):
             batch_loader.dispatch()
 
     async def read_one(self, endpoint: str, key: str, body: Json) -> List[Json]:
         """Return one item of a list, to find out whether the token may read it."""
-        items = (await self._call(endpoint, dict(body, limit=1), key)).data[key]
-        if not isinstance(items, list) or not all(map(has_id, items)):
-            raise NoUsableResponse(endpoint, f"{key} is not a list of objects with an id")
-        return items
+        found, _ = await self._call(endpoint, dict(body, limit=1), key)
+        return objects_in(found[key], endpoint, key)
 
     async def timeline(self, object_id: str) -> List[Json]:
         """Return all comments on a ticket, issue or conversation."""
@@ -3031,26 +2887,17 @@ class DevRevAPI(ApiClient):
 
     async def get_object(self, object_id: str, options: RequestOptions) -> Optional[Json]:
         """Return a work or a conversation, None where there is none of that id."""
-        endpoint, key = ("works.get", "work")
+        endpoint, key = "works.get", "work"
         if kind_of(object_id) == "conversation":
             endpoint, key = "conversations.get", "conversation"
         try:
-            found = (await self._call(endpoint, {"id": object_id}, key, options)).data[key]
+            return await self._object(endpoint, {"id": object_id}, key, options)
         except ApiError as api_error:
             if api_error.missing:
                 return None
             raise
-        if not has_id(found):
-            raise NoUsableResponse(endpoint, f"{key} holds no object")
-        return dict(found)
 
     # -- what the batch loaders call ----------------------------------------------------------------
-
-    def _list_by(self, name: str) -> "Lister":
-        async def users(keys: Sequence[str], options: RequestOptions) -> ListResult:
-            return await self.pages("rev-users.list", "rev_users", {name: list(keys)}, options)
-
-        return users
 
     async def _list_unverified(self, emails: Sequence[str], options: RequestOptions) -> ListResult:
         """List with the filter; where that is refused for a single email, too, DevRev does not know the filter."""
@@ -3069,18 +2916,14 @@ class DevRevAPI(ApiClient):
         self._verified_filter_refused = True
         return ListResult([], self.environment.now())
 
-    def _batch_loader(self, name: str) -> "BatchLoader":
-        async def conversations(ids: Sequence[str], options: RequestOptions) -> ListResult:
-            return await self.pages("conversations.list", "conversations", {name: list(ids)}, options)
-
-        async def works(ids: Sequence[str], options: RequestOptions) -> ListResult:
-            return await self._list_works({name: list(ids)}, options)
-
-        lister = conversations if name == "members" else works
-        return BatchLoader(lister, self.cancel_token, lambda item: user_ids(item.get(name)))
-
-    async def _list_works(self, filters: Json, options: RequestOptions) -> ListResult:
-        """List works of every kind; where DevRev does not take the other kinds, tickets and issues from then on."""
+    async def _list_by(self, name: str, keys: Sequence[str], options: RequestOptions) -> ListResult:
+        """List contacts by `email`, conversations by `members`, or works of every kind by a role; where DevRev does not
+        take the other kinds, tickets and issues from then on."""
+        filters = {name: list(keys)}
+        if name == "email":
+            return await self.pages("rev-users.list", "rev_users", filters, options)
+        if name == "members":
+            return await self.pages("conversations.list", "conversations", filters, options)
         async with contextlib.AsyncExitStack() as stack:
             if not self._work_kinds_known:
                 await stack.enter_async_context(self._work_kinds_lock)  # one list finds out for all
@@ -3097,16 +2940,13 @@ class DevRevAPI(ApiClient):
             return found
 
 
-def has_id(item: Any) -> bool:
-    """Whether an item of an answer is an object with an id that can be stored."""
-    return isinstance(item, dict) and isinstance(item.get("id"), str) and encodable(item["id"]) == item["id"] != ""
-
-
-def references_of(user: Json) -> Set[str]:
-    """The references by which a contact is listed; some organisations have several of one contact."""
-    several = user.get("external_refs")
-    names = [user.get("external_ref"), *(several if isinstance(several, list) else [])]
-    return {name for name in names if isinstance(name, str)}
+def objects_in(items: Any, endpoint: str, key: str) -> List[Json]:
+    """Return `items` of an answer. Raises NoUsableResponse where they are no list of objects with a storable id."""
+    if isinstance(items, list):
+        ids = [item.get("id") if isinstance(item, dict) else None for item in items]
+        if all(isinstance(one, str) and encodable(one) == one != "" for one in ids):
+            return items
+    raise NoUsableResponse(endpoint, f"{key} is not made of objects with an id")
 
 
 @contextlib.contextmanager
@@ -3143,7 +2983,7 @@ class PendingKey:
 
 
 class BatchLoader:
-    """Lists for many contacts with one call, though each is asked for by itself: a key lingers for others to join.
+    """Lists for many contacts with one call, though each key is loaded by itself: a key lingers for others to join.
 
     A call names as many keys as fit on a few pages, so that a contact with a thousand tickets does not age what is read
     for its neighbours. A call that fails is halved until the key that it fails for is found, and only that key fails;
@@ -3152,17 +2992,14 @@ class BatchLoader:
 
     LINGER = 0.02  # seconds
     MAX_ITEMS = 250  # items that are expected
+    MAX_UNANSWERED = 6  # calls in a row after which it is no single key's fault
 
     def __init__(
-        self,
-        lister: Lister,
-        cancel_token: CancelToken,
-        owners: Callable[[Json], Set[str]],
-        name: Callable[[str], str] = lambda key: key,
+        self, lister: Lister, token: CancelToken, owners: Callable[[Json], Set[str]], name: Callable[[str], str] = str
     ) -> None:
         self._lister = lister
-        self._cancel_token = cancel_token
-        cancel_token.on_cancel.append(self.dispatch)  # keys that linger have to learn of it
+        self._cancel_token = token
+        token.on_cancel.append(self.dispatch)  # keys that linger have to learn of it
         self._owners = owners  # the names that an item belongs to
         self._name = name  # of a key
         self._pending: List[PendingKey] = []
@@ -3170,6 +3007,7 @@ class BatchLoader:
         self._dispatch_at = 0.0
         self._max_keys = PAGE  # keys a call
         self._has_listed = False
+        self._unanswered = 0  # calls in a row without a usable answer
         self._calls: Set[asyncio.Future[None]] = set()
 
     async def load(self, key: str, weight: int = 1, priority: int = PREPARE, linger: float = LINGER) -> ListResult:
@@ -3195,11 +3033,9 @@ class BatchLoader:
         pendings.sort(key=lambda pending: pending.weight)
         while pendings:
             part = [pendings.pop(0)]
-            while (
-                pendings
-                and len(part) < self._max_keys
-                and sum(each.weight for each in [*part, pendings[0]]) <= self.MAX_ITEMS
-            ):
+            weight = part[0].weight
+            while pendings and len(part) < self._max_keys and weight + pendings[0].weight <= self.MAX_ITEMS:
+                weight += pendings[0].weight
                 part.append(pendings.pop(0))
             call = asyncio.ensure_future(self._fetch(part))
             self._calls.add(call)
@@ -3208,45 +3044,46 @@ class BatchLoader:
     async def _fetch(self, pendings: Sequence[PendingKey]) -> None:
         keys = list(dict.fromkeys(pending.key for pending in pendings))
         options = RequestOptions(min(pending.priority for pending in pendings))
+        parts: List[List[str]] = []  # that are listed separately instead
+        results: Dict[str, ListResult] = {}
+        failure: Optional[BaseException] = None
         try:
             listing = await self._lister(keys, options)
+            self._has_listed, self._unanswered = True, 0
+            found = self._split_items(keys, listing.items)
+            if found is None:
+                log.info("an item names none of the requested keys; listing one by one")
+                parts = [[key] for key in keys]
+            else:
+                results = {key: ListResult(items, listing.since) for key, items in found.items()}
         except (ApiError, NoUsableResponse) as error:
+            self._unanswered = 0 if isinstance(error, ApiError) else self._unanswered + 1
             if isinstance(error, ApiError):
                 self._max_keys = min(self._max_keys, (len(keys) + 1) // 2)
             if len(keys) == 1:
                 self._max_keys = PAGE  # it was this key, not their number
-            if len(keys) == 1 or await self._is_forbidden(keys, options, error):
-                _fail_all(pendings, error)
+            forbidden = isinstance(error, ApiError) and error.status == 403 and not self._has_listed
+            # Where lists of some single keys are all refused, too, the token is at fault: halving down to each of many
+            # contacts would cost two requests a contact.
+            for key in keys[:: max(1, len(keys) // 4)] if forbidden and len(keys) > 1 else ():
+                with contextlib.suppress(ApiError, NoUsableResponse, FatalError):
+                    await self._lister([key], options)
+                    self._has_listed, forbidden = True, False
+                    break
+            if forbidden or len(keys) == 1 or self._unanswered > self.MAX_UNANSWERED:
+                failure = error
             else:
                 half = (len(keys) + 1) // 2
-                await self._fetch_parts(pendings, [keys[:half], keys[half:]])
+                parts = [keys[:half], keys[half:]]
         except BaseException as error:
-            _fail_all(pendings, error)
-        else:
-            self._has_listed = True
-            found = self._split_items(keys, listing.items)
-            if found is None:
-                log.info("an item names none of the requested keys; listing one by one")
-                await self._fetch_parts(pendings, [[key] for key in keys])
-                return
-            for pending in pendings:
-                if not pending.future.done():
-                    pending.future.set_result(ListResult(found[pending.key], listing.since))
-
-    async def _is_forbidden(self, keys: Sequence[str], options: RequestOptions, error: PairError) -> bool:
-        """Whether a 403 is about the token rather than a contact: no list was ever answered, and those of some keys are
-        all refused, too. Halving down to each of many contacts would cost two requests a contact."""
-        if self._has_listed or not (isinstance(error, ApiError) and error.status == 403):
-            return False
-        for key in keys[:: max(1, len(keys) // 4)]:
-            with contextlib.suppress(ApiError, NoUsableResponse, FatalError):
-                await self._lister([key], options)
-                self._has_listed = True
-                return False
-        return True
-
-    async def _fetch_parts(self, pendings: Sequence[PendingKey], parts: Iterable[Sequence[str]]) -> None:
-        await together(*(self._fetch([pending for pending in pendings if pending.key in part]) for part in parts))
+            failure = error
+        if parts:
+            await together(*(self._fetch([pending for pending in pendings if pending.key in part]) for part in parts))
+        for pending in pendings:
+            if failure and not pending.future.done():
+                pending.future.set_exception(failure)
+            elif pending.key in results and not pending.future.done():
+                pending.future.set_result(results[pending.key])
 
     def _split_items(self, keys: Sequence[str], items: Sequence[Json]) -> Optional[Dict[str, List[Json]]]:
         """The items by key; None where one names none of several keys."""
@@ -3265,12 +3102,6 @@ class BatchLoader:
         return found
 
 
-def _fail_all(pendings: Iterable[PendingKey], error: BaseException) -> None:
-    for pending in pendings:
-        if not pending.future.done():
-            pending.future.set_exception(error)
-
-
 # ---------------------------------------------------------------------------------------------------
 # Backup: what DevRev holds of a group, on the disk
 # ---------------------------------------------------------------------------------------------------
@@ -3285,112 +3116,83 @@ class ContactSnapshot:
     roles: Dict[str, Dict[str, Json]]  # a role of ROLES -> works
     conversations: Dict[str, Json]
 
+    def works(self) -> Dict[str, Json]:
+        return {identity: work for works in self.roles.values() for identity, work in works.items()}
+
     def objects(self) -> Dict[str, Json]:
         """Return everything that has a timeline, by id."""
         return {**self.works(), **self.conversations}
 
-    def works(self) -> Dict[str, Json]:
-        return {identity: work for works in self.roles.values() for identity, work in works.items()}
-
 
 Timelines = Mapping[str, List[Json]]
+INCOMPLETE_BACKUP = ".incomplete_"
 
 
-def contact_files(snapshot: ContactSnapshot, timelines: Timelines) -> Dict[str, Any]:
-    """Return the files of one contact's folder, by name."""
-    return {
-        "contact.json": snapshot.live,
-        "works.json": list(snapshot.works().values()),
-        "conversations.json": list(snapshot.conversations.values()),
-        "timelines.json": {identity: timelines[identity] for identity in snapshot.objects() if identity in timelines},
-    }
+def write_backup(
+    environment: Environment, home: Path, facts: Json, snapshots: Sequence[ContactSnapshot], timelines: Timelines
+) -> Path:
+    """Back up a group as `<home>/<YYYYmmdd_HHMMSS>/` (UTC), `home` being the folder of its email in `backups/`. The
+    first of `snapshots` is the primary; `facts` stand in the manifest, too.
+
+    Files are written to a temporary folder and flushed, and the folder is renamed:
+    a kill leaves no half backup. Raises OSError.
+    """
+    environment.make_private_dir(home)
+    environment.restrict_dir(home.parent)  # emails are names in it
+    if home.resolve().parent != home.parent.resolve():
+        raise OSError(f"{home} is a link that leads out of {home.parent}; remove it")
+    stamp = int(environment.now().wall)
+    while (home / timestamp_name(stamp)).exists():
+        stamp += 1
+    final = home / timestamp_name(stamp)
+    aside = home / f"{INCOMPLETE_BACKUP}{os.getpid()}_{final.name}"
+    if aside.exists():
+        shutil.rmtree(str(aside))
+    aside.mkdir(mode=0o700)
+    created, tool = iso(environment.now().wall), f"merge_contacts {__version__}"
+    manifest: Json = {"format": 1, "tool": tool, "created": created, **facts, "contacts": [], "files": {}}
+    folders: Set[str] = set()
+    for index, snapshot in enumerate(snapshots):
+        role = "duplicate" if index else "primary"
+        folder = f"{role}_{safe_name(str(snapshot.live.get('display_id') or snapshot.contact.short_id))}"
+        if folder.casefold() in folders:  # where a file system ignores case, they are one
+            folder += f"_{index}"
+        folders.add(folder.casefold())
+        (aside / folder).mkdir(mode=0o700)
+        entry, files = snapshot_entry(snapshot, timelines)
+        manifest["contacts"].append({"folder": folder, "role": role, **entry})
+        for name, content in files.items():
+            size, digest = environment.create_file(aside / folder / name, [to_json(content, indent=1)])
+            manifest["files"][f"{folder}/{name}"] = {"bytes": size, "sha256": digest}
+        environment.fsync_dir(aside / folder)
+    environment.create_file(aside / "manifest.json", [to_json(manifest, indent=1)])
+    environment.fsync_dir(aside)
+    environment.rename_into_place(aside, final)
+    return final
 
 
-def contact_manifest(folder: str, role: str, snapshot: ContactSnapshot, timelines: Timelines) -> Json:
-    """Return what the manifest says of one contact: its row, its counts, and its objects by role."""
-    return {
-        "folder": folder,
-        "role": role,
+def snapshot_entry(snapshot: ContactSnapshot, timelines: Timelines) -> Tuple[Json, Json]:
+    """Return what the manifest says of one contact, and its files by name."""
+    read = {identity: timelines[identity] for identity in snapshot.objects() if identity in timelines}
+    counts = {name: len(works) for name, works in snapshot.roles.items()}
+    counts.update(conversations=len(snapshot.conversations), timeline_entries=sum(map(len, read.values())))
+    entry = {
         "csv": snapshot.contact.to_json(),
-        "counts": {
-            **{name: len(works) for name, works in snapshot.roles.items()},
-            "conversations": len(snapshot.conversations),
-            "timeline_entries": sum(len(timelines.get(identity, ())) for identity in snapshot.objects()),
-        },
+        "counts": counts,
         "works": {name: list(works) for name, works in snapshot.roles.items()},
         "conversations": list(snapshot.conversations),
     }
-
-
-class BackupStore:
-    """The folder `backups/`. A backup is a folder `<email>/<YYYYmmdd_HHMMSS>/` (UTC) in it, complete or absent.
-
-    Methods raise OSError.
-    """
-
-    INCOMPLETE = ".incomplete_"
-
-    def __init__(self, root: Path, environment: Environment, with_timelines: bool = True) -> None:
-        self.root = root
-        self.environment = environment
-        self.with_timelines = with_timelines
-
-    def create(self, email: str, organisation: str, snapshots: Sequence[ContactSnapshot], timelines: Timelines) -> Path:
-        """Back up a group; the first of `snapshots` is the primary.
-
-        Files are written to a temporary folder and flushed, and the folder is renamed: a kill leaves no half backup.
-        """
-        environment = self.environment
-        home = environment.make_private_dir(self.root / safe_name(email))
-        environment.restrict_dir(self.root)  # emails are names in it
-        if home.resolve().parent != self.root.resolve():
-            raise OSError(f"{home} is a link that leads out of {self.root}; remove it")
-        stamp = int(environment.now().wall)
-        while (home / timestamp_name(stamp)).exists():
-            stamp += 1
-        final = home / timestamp_name(stamp)
-        aside = home / f"{self.INCOMPLETE}{os.getpid()}_{timestamp_name(stamp)}"
-        if aside.exists():
-            shutil.rmtree(str(aside))
-        aside.mkdir(mode=0o700)
-        manifest: Json = {
-            "format": 1,
-            "tool": f"merge_contacts {__version__}",
-            "created": iso(environment.now().wall),
-            "email": email,
-            "organisation": organisation,
-            "timelines": self.with_timelines,
-            "contacts": [],
-            "files": {},
-        }
-        for index, (folder, snapshot) in enumerate(zip(_folder_names(snapshots), snapshots)):
-            (aside / folder).mkdir(mode=0o700)
-            for name, content in contact_files(snapshot, timelines).items():
-                size, digest = environment.create_file(aside / folder / name, [to_json(content, indent=1)])
-                manifest["files"][f"{folder}/{name}"] = {"bytes": size, "sha256": digest}
-            environment.fsync_dir(aside / folder)
-            role = "duplicate" if index else "primary"
-            manifest["contacts"].append(contact_manifest(folder, role, snapshot, timelines))
-        environment.create_file(aside / "manifest.json", [to_json(manifest, indent=1)])
-        environment.fsync_dir(aside)
-        environment.rename_into_place(aside, final)
-        return final
+    return entry, {
+        "contact.json": snapshot.live,
+        "works.json": list(snapshot.works().values()),
+        "conversations.json": list(snapshot.conversations.values()),
+        "timelines.json": read,
+    }
 
 
 def timestamp_name(epoch: float) -> str:
     """Name a moment in UTC: local names would sort backwards in the hour that autumn has twice."""
     return time.strftime("%Y%m%d_%H%M%S", time.gmtime(epoch))
-
-
-def _folder_names(snapshots: Sequence[ContactSnapshot]) -> List[str]:
-    """Return `primary_REVU-…`, `duplicate_REVU-…`; distinct also where a file system ignores case."""
-    names: List[str] = []
-    for index, snapshot in enumerate(snapshots):
-        shown = str(snapshot.live.get("display_id") or snapshot.contact.short_id)
-        name = f"{'duplicate' if index else 'primary'}_{safe_name(shown)}"
-        taken = [other.casefold() for other in names]
-        names.append(f"{name}_{index}" if name.casefold() in taken else name)
-    return names
 
 
 def verify_backup(folder: Path) -> Json:
@@ -3402,9 +3204,7 @@ def verify_backup(folder: Path) -> Json:
     try:
         problems = list(_backup_errors(folder, manifest))
     except (KeyError, TypeError, AttributeError) as error:
-        raise PairError(
-            "backup_failed", f"{folder}: manifest.json is not a manifest: {type(error).__name__} {error}"
-        ) from None
+        problems = [f"manifest.json is not a manifest: {type(error).__name__} {error}"]
     if problems:
         raise PairError("backup_failed", f"{folder}: " + "; ".join(problems))
     return manifest
@@ -3426,45 +3226,29 @@ def _backup_errors(folder: Path, manifest: Json) -> Iterator[str]:
         except ValueError:
             yield f"{name}: not JSON"
     for entry in manifest["contacts"]:
-        files = [
-            contents.get(f"{entry['folder']}/{name}.json")
-            for name in ("contact", "works", "conversations", "timelines")
-        ]
+        names = ("contact", "works", "conversations", "timelines")
+        files: List[Any] = [contents.get(f"{entry['folder']}/{name}.json") for name in names]
         if any(file is None for file in files):
             yield f"{entry['folder']}: not all of its files are complete"
-        else:
-            yield from _contact_errors(entry, files, manifest["timelines"])
-
-
-def _contact_errors(entry: Json, files: Sequence[Any], timelines_wanted: bool) -> Iterator[str]:
-    """Count what is in one contact's files again, and compare it with the manifest."""
-    folder = entry["folder"]
-    live, works, conversations, timelines = files
-    work_ids = {work["id"] for work in works}
-    conversation_ids = {conversation["id"] for conversation in conversations}
-    if live["id"] != entry["csv"]["id"]:
-        yield f"{folder}: contact.json is another contact's"
-    if set(chain.from_iterable(entry["works"].values())) != work_ids:
-        yield f"{folder}: works.json does not hold the works of the manifest"
-    if set(entry["conversations"]) != conversation_ids:
-        yield f"{folder}: conversations.json does not hold the conversations of the manifest"
-    if timelines_wanted and set(timelines) != work_ids | conversation_ids:
-        yield f"{folder}: timelines.json does not hold a timeline for each object"
-    counted = {name: len(set(ids)) for name, ids in entry["works"].items()}
-    counted["conversations"] = len(conversation_ids)
-    counted["timeline_entries"] = sum(map(len, timelines.values()))
-    if counted != entry["counts"]:
-        yield f"{folder}: the files hold {counted}, the manifest says {entry['counts']}"
+            continue
+        live, works, conversations, timelines = files
+        ids, talks = set(by_id(works)), set(by_id(conversations))
+        counted = {name: len(set(listed)) for name, listed in entry["works"].items()}
+        counted.update(conversations=len(talks), timeline_entries=sum(map(len, timelines.values())))
+        with_timelines = ids | talks if manifest["timelines"] else set(timelines)
+        differences = {
+            "contact.json is another contact's": live["id"] != entry["csv"]["id"],
+            "works.json does not hold the works of the manifest": ids != set(chain(*entry["works"].values())),
+            "conversations.json does not hold the conversations of the manifest": talks != set(entry["conversations"]),
+            "timelines.json does not hold a timeline for each object": with_timelines != set(timelines),
+            f"the files hold {counted}, the manifest says {entry['counts']}": counted != entry["counts"],
+        }
+        yield from (f"{entry['folder']}: {words}" for words, differs in differences.items() if differs)
 
 
 def is_counted(identity: str) -> bool:
     """Return whether the warehouse counts a work as a ticket: tickets and issues, no other kinds."""
     return ":ticket/" in identity or ":issue/" in identity
-
-
-def greatest_count(entry: Json) -> int:
-    """Return greatest(owned, created, reported) of a contact in a manifest: what the CSV calls TICKET_COUNT."""
-    return max(sum(map(is_counted, set(entry["works"][role]))) for role in ROLES)
 
 
 def read_manifest(backup: str) -> Json:
@@ -3502,15 +3286,12 @@ def describe(backup: str, items: Iterable[Json]) -> List[Json]:
     for path in (*Path(backup).glob("*/works.json"), *Path(backup).glob("*/conversations.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             known.update(by_id(json.loads(path.read_bytes())))
-    return [
-        {
-            **item,
-            "display_id": known.get(item["id"], {}).get("display_id") or item["id"],
-            "kind": known.get(item["id"], {}).get("type") or item["id"].split(":")[-1].split("/")[0],
-            "title": known.get(item["id"], {}).get("title") or "",
-        }
-        for item in items
-    ]
+    found = []
+    for item in items:
+        obj, kind = known.get(item["id"], {}), kind_of(item["id"])
+        shown = {"display_id": obj.get("display_id") or item["id"], "kind": obj.get("type") or kind}
+        found.append({**item, **shown, "title": obj.get("title") or ""})
+    return found
 
 
 def by_id(items: Iterable[Json]) -> Dict[str, Json]:
@@ -3739,6 +3520,9 @@ class SavePoint:
         self._writing: Optional[asyncio.Future[None]] = None
         for file in self.files:
             file.check_header()
+            if not readonly and file.path.exists() and not file.path.stat().st_mode & 0o222:
+                words = f"the savepoint {file.path} is read-only, so nothing was changed; make it writable"
+                raise FatalError(EXIT_STOPPED, words)
         for file in self.files:
             try:
                 if readonly:
@@ -3790,12 +3574,11 @@ class SavePoint:
 
     def _join(self) -> None:
         """Give each file the rows of the other that are newer, and find the requests that were never sent."""
-        pairs, changed = self._join_pairs()
+        pairs = self._join_pairs()
         stored = [file.stored_runs() for file in self.files]
         runs: Dict[str, StoredRun] = {}
         for one in {**stored[0], **stored[1]}:
             runs[one] = max((rows[one] for rows in stored if one in rows), key=lambda found: found.revision)
-            changed = changed or any(rows.get(one) != runs[one] for rows in stored)
         meta = {**self.copy.meta(), **self.main.meta()}
         for name in ("last_write", "last_run"):
             meta.pop(name, None)
@@ -3816,8 +3599,8 @@ class SavePoint:
                 self.close()
                 raise self._opening_error(file, error) from None
 
-    def _join_pairs(self) -> Tuple[Dict[Ids, StoredPair], bool]:
-        """Return all rows as both files together know them, and whether a file has to learn something."""
+    def _join_pairs(self) -> Dict[Ids, StoredPair]:
+        """Return all rows as both files together know them."""
         ours, theirs = self.main.stored_pairs(), self.copy.stored_pairs()
         # The copy is written second: an intent that stands in the file's last write alone has not been sent.
         one_ahead = self.main.last_run == self.copy.last_run and self.main.last_write == self.copy.last_write + 1
@@ -3839,7 +3622,7 @@ class SavePoint:
                 row = StoredPair(self.write_number + 1, self.run, pair.to_json())
                 log.info("%s: the merge was never sent by the run that was killed", pair.email)
             joined[ids] = row
-        return joined, any(rows != joined for rows in (ours, theirs))
+        return joined
 
     def close(self) -> None:
         for file in self.files:
@@ -3922,7 +3705,7 @@ class SavePoint:
             raise FatalError(EXIT_STOPPED, f"the savepoint {file.path} can't be read ({error})") from None
 
     def _select(self, condition: str, *values: Any) -> Iterator[Pair]:
-        mine = "AND organisation = ?" if self.organisation else ""
+        mine = "AND organisation IN (?, '')" if self.organisation else ""  # an id may name none
         values = (*values, self.organisation) if self.organisation else values
         query = f"SELECT run, document FROM pairs WHERE {condition} {mine} ORDER BY revision, email"
         for run, document in self._query(query, *values):
@@ -4090,7 +3873,7 @@ class PendingVerifications:
         self._groups.add(group)
 
     def discard(self, group: Group) -> None:
-        """A group is at its verification, or won't be soon: after the last one nobody is waited for."""
+        """A group is at its verification, or won't be soon: after the last one, who verifies waits for no other."""
         self._groups.discard(group)
         if not self._groups and not self._api.cancel_token.stop:
             asyncio.get_event_loop().call_later(BatchLoader.LINGER, self._api.dispatch)
@@ -4270,16 +4053,18 @@ class Preconditions:
     ) -> Tuple[str, Optional[PairError]]:
         """Write the backup (in a thread), and check from the disk that it is complete and holds what the CSV counts."""
         options = self.context.options
-        store = BackupStore(BACKUPS, self.context.environment, options.timelines)
+        email, environment = self.group.email, self.context.environment
+        facts = {"email": email, "organisation": options.organisation, "timelines": options.timelines}
         try:
-            folder = store.create(self.group.email, options.organisation, snapshots, timelines)
+            folder = write_backup(environment, BACKUPS / safe_name(email), facts, snapshots, timelines)
         except RecursionError:
             raise PairError("backup_failed", "DevRev answered with something that is nested too deep") from None
         try:
             for entry in verify_backup(folder)["contacts"]:
                 grown = entry["role"] == "primary" and self.group.has_absorbed()
                 policy = "at-least" if grown else options.count_policy
-                problem = count_error(Contact.from_json(entry["csv"]), greatest_count(entry), policy)
+                greatest = max(sum(map(is_counted, set(ids))) for ids in entry["works"].values())
+                problem = count_error(Contact.from_json(entry["csv"]), greatest, policy)
                 if problem:
                     return str(folder), problem
         except PairError as error:
@@ -4393,7 +4178,7 @@ class TransferVerifier:
                 examined.update(few)
                 pair.deleted = sorted(gone.union(pair.deleted))
                 expected, missing = ([one for one in items if one["id"] not in gone] for items in (expected, missing))
-            if over or status is DuplicateStatus.THERE or not (missing or status):
+            if over or status is DuplicateStatus.EXISTS or not (missing or status):
                 return missing, status
             await pause(min(20.0, 0.5 + waited / 2, timeout - waited))
 
@@ -4412,7 +4197,7 @@ class TransferVerifier:
                 return False
             holders = await self.api.holders_of(pair.duplicate.external_ref, RequestOptions(FINISH))
             shown = (user for user in holders if user["id"] == pair.duplicate.id)
-            if any(duplicate_status(user, *pair.ids) is DuplicateStatus.THERE for user in shown):
+            if any(duplicate_status(user, *pair.ids) is DuplicateStatus.EXISTS for user in shown):
                 return False
         return not await self.missing(pair, expected, True)
 
@@ -4452,7 +4237,7 @@ class TransferVerifier:
         listing = await lists.load(key.strip(), 1, self.priority, linger)
         self.primary = next((user for user in listing.items if user["id"] == pair.primary.id), self.primary)
         shown = (user for user in listing.items if user["id"] == pair.duplicate.id)
-        return any(duplicate_status(user, *pair.ids) is DuplicateStatus.THERE for user in shown)
+        return any(duplicate_status(user, *pair.ids) is DuplicateStatus.EXISTS for user in shown)
 
     async def _is_deleted(self, identity: str) -> bool:
         with contextlib.suppress(ApiError, NoUsableResponse):
@@ -4493,6 +4278,7 @@ class PairMerge:
         self.reservation = shared.reservation
         self.has_outcome = False
         self.requests_sent = 0  # in this run
+        self._before_request: Dict[str, Any] = {}  # the pair's fields
         self.waiting_since: Optional[Timestamp] = None
         self.waited_before = 0.0  # seconds that earlier runs had waited
         self.polled = False  # since the last request
@@ -4613,13 +4399,14 @@ class PairMerge:
                 except PairError as error:
                     problem = error
                 # This poll reserves nothing: pairs that wait to be requested would wait for each other's units.
-                if again and await self._poll(RequestOptions(FINISH)) is not DuplicateStatus.THERE:
+                if again and await self._poll(RequestOptions(FINISH)) is not DuplicateStatus.EXISTS:
                     return self._confirmed()
                 if problem:
                     raise problem
                 for one in self.group.dropped:
                     if one.pair.ids == pair.ids:
                         raise PairSkipped(one.code, one.reason)
+                self._before_request = dict(vars(pair))
                 try:
                     await self.context.first_merge.acquire(pair.ids)
                     await self.api.merge(*pair.ids, self._options(MERGE), self._save_intent)
@@ -4627,29 +4414,37 @@ class PairMerge:
                     log.info("%s: the check or the backup is too old by now; reading it again", pair.email)
                     continue
                 except ApiError as error:
-                    self.waiting_since, self.waited_before = self.context.environment.now(), 0.0
+                    self._count_request()
                     return await self._rejected(error, first=not again)
                 except NoUsableResponse as error:
                     log.info("%s: the answer to the merge request was lost (%s)", pair.email, error)
-                    self.waiting_since, self.waited_before = self.context.environment.now(), 0.0
+                    self._count_request()
                     return State.REQUESTED
-                self.waiting_since, self.waited_before = self.context.environment.now(), 0.0
+                self._count_request()
                 return State.ACKNOWLEDGED
         words = "checks and backups become too old before the merge can be requested; the quota is too small"
         raise PairError("stale", words)
+
+    def _count_request(self) -> None:
+        """Take note that a request was sent; the wait for its merge starts now."""
+        self.requests_sent += 1
+        # A pair that had a 403 before says nothing of what the token may do.
+        self.context.first_merge.requests += not self.was_forbidden
+        self.waiting_since, self.waited_before = self.context.environment.now(), 0.0
 
     async def _save_intent(self) -> None:
         """Save that the merge is requested, at the last moment before the request is sent.
 
         Raises PreconditionsExpired or Cancelled where it must not be sent; then the savepoint says that it was not.
         """
-        context, pair, before = self.context, self.pair, dict(vars(self.pair))
+        context, pair, before = self.context, self.pair, self._before_request
         self.preconditions.require_fresh()
         context.raise_if_draining()
         self.polled, self.rejection = False, None
         pair.state, pair.code, pair.error, pair.rejected = State.REQUESTED, "", "", False
         pair.backup, pair.backed_up = self.preconditions.folder, self.preconditions.counts
-        pair.previous_request_at, pair.requested_at = pair.requested_at, context.environment.now().wall
+        # Where the same request waits for quota and is saved again, what counts is what was before its first attempt.
+        pair.previous_request_at, pair.requested_at = before["requested_at"], context.environment.now().wall
         pair.first_requested_at = pair.first_requested_at or pair.requested_at
         if context.options.carry_fields:
             live = self.preconditions.live
@@ -4672,8 +4467,6 @@ class PairMerge:
             pair.withdrawn_at = withdrawn_at
             await context.savepoint.save(pair)
             raise
-        self.requests_sent += 1
-        context.first_merge.requests += 1
         log.info("%s: requesting the merge of %s", pair.email, into(pair))
 
     async def _rejected(self, error: ApiError, first: bool) -> State:
@@ -4709,7 +4502,7 @@ class PairMerge:
             problem: Optional[PairError] = None
             polls, before = polls + 1, self._waited()
             try:
-                if await self._poll(self._options(), deadline) is not DuplicateStatus.THERE:
+                if await self._poll(self._options(), deadline) is not DuplicateStatus.EXISTS:
                     if self.requests_sent:
                         context.poll_history.record(before, polls)
                     return self._confirmed()
@@ -4789,7 +4582,8 @@ class PairMerge:
                     carried = {name: value for name, value in body.items() if name != "external_ref"}
                     updates = [{"external_ref": pair.new_ref}, carried]
                 elif error.status != 409:
-                    code = "not_found" if error.missing else error.code
+                    code = "not_found" if error.missing else "external_ref_not_set"
+                    code = error.code if error.status == 403 else code
                     raise PairError(code, f"the reference {pair.new_ref} could not be set: {error}") from None
                 else:
                     await self._pause(pause)
@@ -4797,9 +4591,12 @@ class PairMerge:
                     status: Optional[DuplicateStatus] = None
                     with contextlib.suppress(ApiError, NoUsableResponse):  # where polls tell nothing, lists have decided
                         status = await self._poll(self._options())
-                    if status is DuplicateStatus.THERE:
+                    if status is DuplicateStatus.EXISTS:
                         return self._still_exists()
-                    check_holders(pair, await self.api.holders_of(str(pair.new_ref), self._options()), over)
+                    holders: List[Json] = []
+                    with contextlib.suppress(ApiError, NoUsableResponse):
+                        holders = await self.api.holders_of(str(pair.new_ref), self._options())
+                    check_holders(pair, holders, over)
                 continue
             except NoUsableResponse as error:
                 # It may have been made: the primary is read before the update is sent again.
@@ -4818,7 +4615,8 @@ class PairMerge:
                 raise PairError("external_ref_not_set", words)
             updates.pop(0)
             self.updated = True
-            pair.fields_lost = lost_fields(backed_up_contact(pair.backup, pair.duplicate.id), user)
+            with contextlib.suppress(PairError):  # the verification names a damaged backup
+                pair.fields_lost = lost_fields(backed_up_contact(pair.backup, pair.duplicate.id), user)
         return State.VERIFYING
 
     async def _verify(self) -> State:
@@ -4832,7 +4630,7 @@ class PairMerge:
             pair.onward, checked = onward.primary.short_id, replace(pair, primary=onward.primary)
         missing, status = await self.verifier.wait(checked, expected, self._pause)
         pair.deleted = checked.deleted
-        if status is DuplicateStatus.THERE and not onward:
+        if status is DuplicateStatus.EXISTS and not onward:
             return self._still_exists()
         if missing:
             pair.left_behind = describe(pair.backup, missing)
@@ -4996,7 +4794,7 @@ class TaskRunner:
         stop = self.stop
         if stop and (stop is not self.draining or len(self.outcomes) < self.total):
             # Exit 2 promises that nothing was changed.
-            return EXIT_STOPPED if stop.exit_code == EXIT_USAGE and self.api.changed else stop.exit_code
+            return EXIT_STOPPED if stop.exit_code == EXIT_USAGE and self.api.writes else stop.exit_code
         if len(self.outcomes) < self.total:
             self.draining = FatalError(EXIT_STOPPED, "pairs have no outcome (a bug; run again)")
             return EXIT_STOPPED
@@ -5060,17 +4858,23 @@ class ContactMerger:
     async def _poll_cancelled(self) -> List[Pair]:
         """Poll each cancelled pair once: return those that DevRev has carried out after all, as unfinished pairs."""
         found = []
+        verifier = TransferVerifier(self.context, RESUME)
         for pair in list(self.savepoint.pairs(State.CANCELLED)):
             try:
                 try:
                     status = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH))
                 except (ApiError, NoUsableResponse):
-                    merged = await TransferVerifier(self.context, RESUME).lists_show_merged(pair)
-                    status = DuplicateStatus.GONE if merged else DuplicateStatus.THERE
-            except PairError as error:
+                    merged = await verifier.lists_show_merged(pair)
+                    status = DuplicateStatus.GONE if merged else DuplicateStatus.EXISTS
+                expected = objects_to_transfer(pair.backup, pair.duplicate.id)
+                if status is DuplicateStatus.GONE and expected:
+                    # It may have been deleted instead: then nothing of it belongs to the primary.
+                    deleted = len(await verifier.missing(pair, expected, True)) == len(expected)
+                    status = DuplicateStatus.EXISTS if deleted else status
+            except (PairError, LookupError, TypeError, ValueError, AttributeError) as error:
                 log.info("%s: the cancelled merge of %s can't be polled: %s", pair.email, into(pair), error)
                 continue
-            if status is not DuplicateStatus.THERE:
+            if status is not DuplicateStatus.EXISTS:
                 pair.state, pair.after_cancel, pair.code, pair.error = State.MERGED, True, "", ""
                 await self.savepoint.save(pair)
                 log.warning("%s: DevRev has carried out the cancelled merge of %s", pair.email, into(pair))
@@ -5086,11 +4890,14 @@ class ContactMerger:
         for primary, pairs in by_primary.items():
             mine = {pair.ids for pair in pairs}
             # One that is only planned (its request was never sent) is the plan's, if it still is in it.
-            known = self.savepoint.pairs_of_primary(primary).values()
-            siblings = [pair for pair in known if pair.ids not in mine and pair.state is not State.PLANNED]
-            group_merge = GroupMerge(
-                self.context, Group(pairs[0].email, [*pairs, *siblings]), pairs, plan.wanted, resumed=True
-            )
+            rows = self.savepoint.pairs_of_primary(primary).values()
+            siblings = [pair for pair in rows if pair.ids not in mine and pair.state is not State.PLANNED]
+            # The plan knows the rest of the group, and what was chosen for it.
+            planned = next((group for group in plan.groups if group.primary.id == primary), None)
+            known = mine.union(pair.ids for pair in siblings)
+            siblings += [pair for pair in planned.pairs if pair.ids not in known] if planned else []
+            group = Group(pairs[0].email, [*pairs, *siblings], chosen=planned.chosen if planned else "")
+            group_merge = GroupMerge(self.context, group, pairs, plan.wanted, resumed=True)
             for pair in pairs:
                 pair.code, pair.error = "", ""
             self._resumed[self._start(group_merge)] = group_merge
@@ -5136,7 +4943,7 @@ class ContactMerger:
             if sum(len(one.pairs) for one in batch) >= min(self.BATCH, max(1, self._room() // 2)):
                 await self._start_batch(batch)
         await self._start_batch(batch)
-        await together(*(self._start_deferred(group, pairs, plan, unfinished, failed) for group, pairs in deferred))
+        await together(*(self._start_deferred(group, pairs, plan, unfinished) for group, pairs in deferred))
 
     def _group_merge(self, group: Group, pairs: Sequence[Pair], plan: Plan) -> GroupMerge:
         return GroupMerge(self.context, group, pairs, plan.wanted, resumed=False)
@@ -5164,7 +4971,7 @@ class ContactMerger:
             batch.clear()
 
     async def _start_deferred(
-        self, group: Group, pairs: Sequence[Pair], plan: Plan, unfinished: Sequence[Pair], failed: Mapping[Ids, str]
+        self, group: Group, pairs: Sequence[Pair], plan: Plan, unfinished: Sequence[Pair]
     ) -> None:
         """Start a group that shares a contact with an unfinished pair, once that pair is past its request.
 
@@ -5918,11 +5725,11 @@ class GroupUndo:
         """Return whether the duplicate no longer exists. Where polls give no usable answer for good, lists decide."""
         primary, duplicate = self.primary["id"], pair.duplicate.id
         try:
-            return await self.api.poll_duplicate(primary, duplicate, ANY_OPTIONS) is not DuplicateStatus.THERE
+            return await self.api.poll_duplicate(primary, duplicate, ANY_OPTIONS) is not DuplicateStatus.EXISTS
         except (ApiError, NoUsableResponse) as error:
             log.info("%s: lists decide whether %s still exists: %s", pair.email, pair.duplicate.short_id, error)
             reference = str(self.before.contacts[duplicate].get("external_ref"))
-            listed = (await self.api.contacts_by_email([pair.duplicate.email.strip()], linger=0.0)).items
+            listed = (await self.api.contacts_by_email([pair.duplicate.email.strip()])).items
             listed += await self.api.holders_of(reference, ANY_OPTIONS)
             there = (one for one in listed if one["id"] == duplicate and one.get("state") != "deleted")
             return all(isinstance(one.get("primary_identity"), dict) for one in there)
@@ -6102,7 +5909,7 @@ class GroupUndo:
             except NoUsableResponse as error:
                 problem = str(error)
             else:
-                if all(set(people) <= user_ids(answer.get(role)) for role, people in changes.items()):
+                if all(set(people) <= user_ids(role, answer) for role, people in changes.items()):
                     return found
             await self.context.cancel_token.sleep(0.1 * 2**attempt)
         raise NoUsableResponse(f"an update of {identity}", problem)
@@ -6511,7 +6318,8 @@ def settle_error(pair: Pair) -> str:
         return (
             f"its merge was not requested ({pair.code}), so there is nothing to settle; leave its rows out of the CSV"
         )
-    if pair.code in CODES and CODES[pair.code].settles:
+    is_merged = pair.state in (State.MERGED, State.VERIFYING)
+    if pair.code in CODES and CODES[pair.code].settles and not (is_merged and pair.code == "api_error"):
         return ""
     return (
         f"it is unfinished ({pair.code or SO_FAR[pair.state]}), and no report has named a problem that stays; run again"
@@ -6673,7 +6481,7 @@ def merge_summary(savepoint: SavePoint, run_id: str, plan: Optional[Plan]) -> Js
 
 
 def headline(summary: Json, document: Json) -> str:
-    """Return what a run has come to, in one line: nobody may read "all" where some remain."""
+    """Return what a run has come to, in one line. It never says "all" where some remain."""
     others, planned = summary.get("earlier_runs", {}), summary["pairs_planned"]
     unfinished, merged = summary["unfinished_merges"], summary["successful_merges"]
     verb = "finished" if unfinished else "merged"
@@ -6853,14 +6661,13 @@ class Estimate(NamedTuple):
         return f"about {plural(self.requests, 'request')}, about {duration(self.seconds)}"
 
 
-def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool, quota: Optional[Json] = None) -> Estimate:
+def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimate:
     """Estimate what a run costs: for each pair a merge, at the pace of most merges a poll, and an update where a
     reference moves; ten list calls a batch and one a page; one timeline for each work and conversation.
 
     The export has the greatest of three counts, and no conversations: a third more works than that and one
     conversation for every other contact are assumed. Seconds are what the requests take under the client-side rate
-    limit or, where none is set, four fifths of the `quota` that DevRev has announced, or at 0.2 s each over the
-    workers, whichever is more.
+    limit or at 0.2 s each over the workers, whichever is more.
     """
     pairs = contacts = tickets = 0
     requests = 4 * sum(pair.state in UNFINISHED for pair in plan.pairs())  # their backups are made
@@ -6873,9 +6680,7 @@ def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool, quota: Opt
     requests += 10 * -(-pairs // ContactMerger.BATCH) + tickets // 20 + 2 * bool(pairs)
     if with_timelines:
         requests += tickets * 13 // 10 + contacts // 2
-    calls, period = float(settings.calls or 0), settings.period
-    if settings.calls is None and quota:
-        calls, period = quota["limit"] * 0.8, quota["window_seconds"]
+    calls, period = settings.calls or 0, settings.period
     least = seconds_in_windows(requests, calls, period, calls, period) if calls else 0.0
     return Estimate(requests, max(least, requests * 0.2 / settings.workers))
 
@@ -6886,7 +6691,7 @@ def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool, quota: Opt
 
 
 class OutputThread:
-    """Writes to streams in the order of its calls, once begun in a thread: a terminal that takes nothing more delays
+    """Writes to streams in the order of its calls, once started in a thread: a terminal that takes nothing more delays
     neither a merge nor a signal.
 
     What can't be written is dropped; `failure` says why, unless it is that the reader has closed the pipe.
@@ -6897,39 +6702,31 @@ class OutputThread:
 
     def __init__(self) -> None:
         self.failure: Optional[OSError] = None
-        self.written = 0  # bytes
+        self.started = False
+        self.jobs: queue.SimpleQueue[Union[Tuple[TextIO, str, bool], threading.Event]] = queue.SimpleQueue()
+        self._written = 0  # bytes
         self._status: Optional[TextIO] = None  # where a status line is shown
-        self._jobs: queue.SimpleQueue[Union[Tuple[TextIO, str, bool], threading.Event]] = queue.SimpleQueue()
-        self._begun = False
-
-    def begin(self) -> None:
-        self._begun = True
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def backlog(self) -> int:
-        return self._jobs.qsize()
 
     def put(self, stream: TextIO, text: str, status: bool = False) -> None:
         """Take a piece of text; safe in a signal handler too."""
-        if self._begun:
-            self._jobs.put((stream, text, status))
+        if self.started:
+            self.jobs.put((stream, text, status))
         else:
             self._write(stream, text, status)
 
-    def consume(self, patience: Callable[[], float]) -> bool:
-        """Wait until everything is written; return False where nothing has been taken for `patience` seconds."""
-        done, seen, since = threading.Event(), self.written, time.monotonic()
-        self._jobs.put(done)
-        while self._begun and not done.wait(0.05):
-            if self.written != seen:
-                seen, since = self.written, time.monotonic()
+    def consume(self, patience: Callable[[], float]) -> None:
+        """Wait until everything is written, or nothing has been taken for `patience` seconds."""
+        done, seen, since = threading.Event(), self._written, time.monotonic()
+        self.jobs.put(done)
+        while self.started and not done.wait(0.05):
+            if self._written != seen:
+                seen, since = self._written, time.monotonic()
             elif time.monotonic() - since > patience():
-                return False
-        return True
+                return
 
-    def _serve(self) -> None:
+    def serve(self) -> None:
         while True:
-            job = self._jobs.get()
+            job = self.jobs.get()
             if isinstance(job, threading.Event):
                 job.set()
             else:
@@ -6954,11 +6751,11 @@ class OutputThread:
             return
         data = text.replace("\n", os.linesep).encode(stream.encoding or "utf-8", "backslashreplace")
         while data:
-            taken = raw.write(data[: self.PIECE]) if stream.isatty() else raw.write(data)
+            taken = raw.write(data[: self.PIECE] if stream.isatty() else data) or 0
             if not taken:  # another program has made it a stream that does not block
                 time.sleep(0.05)
-            self.written += taken or 0
-            data = data[taken or 0 :]
+            self._written += taken
+            data = data[taken:]
 
 
 class Console:
@@ -6970,17 +6767,11 @@ class Console:
     COLOURS: Mapping[str, str] = {"good": "32", "bad": "31", "bold": "1"}
     STUCK, STUCK_AFTER_SIGNAL = 10.0, 2.0  # seconds after which a terminal that takes nothing is given up
 
-    def __init__(
-        self,
-        quiet: bool = False,
-        out: Optional[TextIO] = None,
-        err: Optional[TextIO] = None,
-        data: Optional[TextIO] = None,
-    ) -> None:
+    def __init__(self, quiet: bool = False, out: Optional[TextIO] = None, err: Optional[TextIO] = None) -> None:
         self.quiet = quiet
-        self.out: TextIO = out or sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        self.data: TextIO = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         self.err: TextIO = err or sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-        self.data = data or self.out
+        self.out = out or self.data
         self.mask: Callable[[str], str] = str
         # A terminal and a file have a thread each: a frozen terminal delays no file.
         output = OutputThread()
@@ -6994,39 +6785,34 @@ class Console:
         if os.name == "nt" and self.err.isatty():
             os.system("")  # makes the console of Windows 10 and later understand escape sequences
         for output in set(self._outputs.values()):
-            output.begin()
+            output.started = True
+            threading.Thread(target=output.serve, daemon=True).start()
 
     def end(self, signalled: Callable[[], bool]) -> Optional[OSError]:
         """Wait until everything is written, unless a terminal takes nothing more. Return why results can't be."""
         for stream, output in self._outputs.items():
-            is_terminal = stream.isatty()
-
-            def patience(is_terminal: bool = is_terminal) -> float:
-                return self.STUCK_AFTER_SIGNAL if signalled() else self.STUCK if is_terminal else float("inf")
-
-            output.consume(patience)
+            longest = self.STUCK if stream.isatty() else math.inf
+            output.consume(lambda longest=longest: self.STUCK_AFTER_SIGNAL if signalled() else longest)  # type: ignore[misc]
         return self._outputs[self.data].failure
 
     @staticmethod
-    def columns(stream: TextIO, otherwise: int) -> int:
+    def columns(stream: TextIO, otherwise: int = 100) -> int:
         """How wide the terminal of `stream` is: stdout may be a pipe where stderr is a terminal."""
         columns = os.environ.get("COLUMNS", "")
+        if not stream.isatty():
+            return 10_000
         with contextlib.suppress(OSError, ValueError):
             return int(columns) if columns.isdecimal() else os.get_terminal_size(stream.fileno()).columns or otherwise
         return otherwise
 
     @property
     def width(self) -> int:
-        return self.columns(self.out, 100) if self.out.isatty() else 10_000
+        return self.columns(self.out)
 
     @property
     def rewrites(self) -> bool:
         """Whether a line can be rewritten in place."""
         return self.err.isatty() and os.environ.get("TERM") != "dumb"
-
-    def style_text(self, style: str, text: str, stream: Optional[TextIO] = None) -> str:
-        plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb" or not (stream or self.out).isatty()
-        return text if plain or not style else f"\x1b[{self.COLOURS[style]}m{text}\x1b[0m"
 
     @property
     def arrow(self) -> str:
@@ -7036,23 +6822,22 @@ class Console:
     def sanitize(self, text: str) -> str:
         return escape_unprintable(self.mask(text))
 
-    def print(self, text: str = "", style: str = "") -> None:
-        """Print a line of results, wrapped on a terminal; a closed pipe raises nothing."""
-        lines = self.wrap(self.sanitize(text))
-        self._outputs[self.out].put(self.out, "".join(self.style_text(style, line) + "\n" for line in lines))
-
-    def wrap(self, text: str, width: Optional[int] = None) -> List[str]:
-        width = width or self.width
-        if len(text) <= width:
-            return [text]
-        indent = " " * (len(text) - len(text.lstrip()) + 2)
-        return textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False)
+    def print(self, text: str = "", style: str = "", to: Optional[TextIO] = None) -> None:
+        """Print a line, by default of results, wrapped on a terminal; a closed pipe raises nothing."""
+        stream, text = to or self.out, self.sanitize(text)
+        width, lines = self.columns(stream), [text]
+        if len(text) > width:
+            indent = " " * (len(text) - len(text.lstrip()) + 2)
+            lines = textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False)
+        if style and stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
+            lines = [f"\x1b[{self.COLOURS[style]}m{line}\x1b[0m" for line in lines]
+        self._outputs[stream].put(stream, "".join(f"{line}\n" for line in lines))
 
     def stream(self, text: str, to: Optional[TextIO] = None) -> None:
         """Print a part of long results as it is; wait for earlier parts, so that memory does not grow."""
         stream = to or self.out
         output = self._outputs[stream]
-        while output.backlog() > 10:
+        while output.jobs.qsize() > 10:
             time.sleep(0.01)
         output.put(stream, text)
 
@@ -7063,24 +6848,15 @@ class Console:
             self.stream(text, self.data)
 
     def print_err(self, text: str, style: str = "") -> None:
-        """Print a line that is no result, wrapped on a terminal."""
-        output = self._outputs[self.err]
-        if output.backlog() < output.BACKLOG:
-            width = self.columns(self.err, 100) if self.err.isatty() else 10_000
-            lines = self.wrap(self.sanitize(text), width)
-            output.put(self.err, "".join(self.style_text(style, line, self.err) + "\n" for line in lines))
+        """Print a line that is no result."""
+        if self._outputs[self.err].jobs.qsize() < OutputThread.BACKLOG:
+            self.print(text, style, self.err)
 
     def suggest(self, words: str, command: str) -> None:
         """Print a next step; its command is not wrapped, so that it can be copied."""
         if not self.quiet:
             self.print_err(f"next: {words}")
             self._outputs[self.err].put(self.err, f"  {self.sanitize(command)}\n")
-
-    def question_streams(self) -> Tuple[Callable[..., None], Callable[[str], None]]:
-        """What prints facts, and what asks, on the stream that the user sees: not into a file or a pipe."""
-        if self.out.isatty():
-            return self.print, self.stream
-        return self.print_err, lambda text: self._outputs[self.err].put(self.err, text)
 
     def print_last(self, text: str) -> None:
         """Print a last line, if it can be written soon, before the process ends at once."""
@@ -7093,7 +6869,7 @@ class Console:
 
     def status(self, text: str) -> None:
         """Show the one line that is rewritten in place on a terminal; `""` removes it."""
-        if not self.quiet and self.rewrites and not self._outputs[self.err].backlog():
+        if not self.quiet and self.rewrites and not self._outputs[self.err].jobs.qsize():
             room, line = self.columns(self.err, 80) - 1, self.sanitize(text)
             for details, kept in ((r"\(([^()\d]+) \d[^)]*\)", r"(\1)"), (r" \([^)]*\)", "")):
                 line = re.sub(details, kept, line) if len(line) > room else line
@@ -7104,14 +6880,11 @@ class PlainFormatter(logging.Formatter):
     """Formats a record as one line, without the token and without anything that a terminal could act on."""
 
     def __init__(self, console: Console) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        super().__init__("%(levelname)s %(message)s")
         self.console = console
 
-    def formatTime(self, record: logging.LogRecord, datefmt: Optional[str] = None) -> str:  # noqa: ARG002
-        return iso(record.created)
-
     def format(self, record: logging.LogRecord) -> str:
-        return self.console.sanitize(super().format(record))
+        return self.console.sanitize(f"{iso(record.created)} {super().format(record)}")
 
 
 class ConsoleHandler(logging.Handler):
@@ -7447,23 +7220,18 @@ class OptionParser(argparse.ArgumentParser):
     as_json = False  # whether a program reads the report of a run on stdout
 
     def error(self, message: str) -> NoReturn:
-        _, _, unknown = message.partition("unrecognized arguments: ")
-        hint = self._hint(unknown.split()[0]) if unknown.split() else ""
-        if self.as_json:
-            failure = {"schema": SCHEMA, "exit_code": EXIT_USAGE, "error": f"{message}{hint}"}
-            sys.stdout.write(json.dumps(failure) + "\n")
-        usage = "usage: merge_contacts.py --csv PATH [--preview] [option ...]   (--help lists the options)"
-        self.exit(EXIT_USAGE, escape_unprintable(f"{self.prog}: error: {message}{hint}") + f"\n{usage}\n")
-
-    def _hint(self, word: str) -> str:
+        word = (message.partition("unrecognized arguments: ")[2].split() or [""])[0]
         name = word.split("=")[0]
-        if word.lower().endswith((".csv", ".csv.gz")):
-            return f"; did you mean --csv {word}?"
-        if name == "--savepoint":
-            return "; the savepoint is savepoint.db in the current folder"
         near = difflib.get_close_matches(name, list(self._option_string_actions), 1)
-        meant = self.MEANT.get(name) or (near[0] if near else "")
-        return f"; did you mean {meant}?" if meant else ""
+        meant = f"--csv {word}" if word.lower().endswith((".csv", ".csv.gz")) else self.MEANT.get(name, "".join(near))
+        if name == "--savepoint":
+            message += "; the savepoint is savepoint.db in the current folder"
+        elif meant:
+            message += f"; did you mean {meant}?"
+        if self.as_json:
+            sys.stdout.write(json.dumps({"schema": SCHEMA, "exit_code": EXIT_USAGE, "error": message}) + "\n")
+        usage = "usage: merge_contacts.py --csv PATH [--preview] [option ...]   (--help lists the options)"
+        self.exit(EXIT_USAGE, escape_unprintable(f"{self.prog}: error: {message}") + f"\n{usage}\n")
 
 
 def build_parser() -> OptionParser:
@@ -7487,35 +7255,27 @@ def build_parser() -> OptionParser:
     add("--live", action="store_true", help="with --preview: compare the plan with DevRev")
     add("--check", action="store_true", help="test whether a run can start")
     add("--status", action="store_true", help="print what the savepoint knows")
-    backups = Path("backups")
-    add(
-        "--verify-backups", metavar="DIR", type=Path, nargs="?", const=backups,
-        help="read all backups again (default: backups)",
-    )  # fmt: skip
+    words, backups = "read all backups again (default: backups)", Path("backups")
+    add("--verify-backups", metavar="DIR", type=Path, nargs="?", const=backups, help=words)
 
     add = parser.add_argument_group("Other modes").add_argument
     add("--undo", metavar="PATH", type=Path, help="undo the merges of a report or a backup folder")
     add("--settle", metavar="ADDRESS", nargs="+", action="extend", help="close unfinished pairs that can't be finished")
     add("--export", metavar="PATH", type=Path, help="write the CSV from DevRev; overwrites no file")
-    add(
-        "--domain", metavar="DOMAIN", type=_domain, action="append", help="with --export: only this domain (repeatable)"
-    )
+    words = "with --export: only this domain (repeatable)"
+    add("--domain", metavar="DOMAIN", type=_domain, action="append", help=words)
     add("--choices-template", metavar="PATH", type=Path, help="write a CSV for --choices to be cut down")
 
     add = parser.add_argument_group("Merge rules").add_argument
     add("--primary", choices=("revu", "user"), default="revu", help="the contact that remains (default: revu)")
-    add(
-        "--count-policy", metavar="POLICY", choices=("exact", "at-least"), default="exact",
-        help="exact or at-least TICKET_COUNT (default: exact)",
-    )  # fmt: skip
+    policies, words = ("exact", "at-least"), "exact or at-least TICKET_COUNT (default: exact)"
+    add("--count-policy", metavar="POLICY", choices=policies, default="exact", help=words)
     add("--across-workspaces", action="store_true", help="also merge contacts of different rev orgs")
     add("--try-unverified", action="store_true", help="also merge unverified into verified contacts")
     add("--carry-fields", action="store_true", help="copy fields that only the duplicate has")
     add("--no-timelines", action="store_true", help="leave comments out of the backup")
-    add(
-        "--merge-timeout", metavar="SECONDS", type=_seconds, default=120.0,
-        help="how long to wait for one merge (default: 120)",
-    )  # fmt: skip
+    words = "how long to wait for one merge (default: 120)"
+    add("--merge-timeout", metavar="SECONDS", type=_seconds, default=120.0, help=words)
     add("--workers", metavar="N", type=_positive_int, default=8, help="concurrent requests (default: 8)")
 
     add = parser.add_argument_group("Confirmation and output").add_argument
@@ -7529,19 +7289,15 @@ def build_parser() -> OptionParser:
 
 
 # Which options go only with which modes; `merge` is a run without another mode. The rest goes with all.
+MERGE_RULES = ("count_policy", "across_workspaces", "try_unverified", "carry_fields")
 GOES_WITH: Mapping[str, Tuple[str, ...]] = {
-    "live": ("preview",),
-    "choices": ("merge", "preview", "check"),
-    "plan": ("merge", "preview"),
+    **dict.fromkeys(("choices", *MERGE_RULES), ("merge", "preview", "check")),
+    **dict.fromkeys(("email", "limit"), ("merge", "preview", "check", "undo")),
     "primary": ("merge", "preview", "check", "choices_template"),
-    "count_policy": ("merge", "preview", "check"),
-    "across_workspaces": ("merge", "preview", "check"),
-    "try_unverified": ("merge", "preview", "check"),
-    "carry_fields": ("merge", "preview", "check"),
-    "email": ("merge", "preview", "check", "undo"),
-    "limit": ("merge", "preview", "check", "undo"),
-    "csv": ("merge", "preview", "check", "choices_template", "undo", "settle", "status", "verify_backups"),
+    "plan": ("merge", "preview"),
+    "live": ("preview",),
     "domain": ("export",),
+    "csv": ("merge", "preview", "check", "choices_template", "undo", "settle", "status", "verify_backups"),
     "json": ("merge", "preview", "check", "status", "verify_backups", "settle", "undo"),
 }
 
@@ -7602,30 +7358,29 @@ def import_package(name: str) -> Any:
 
 def read_env_file(path: Path) -> str:
     """Read `.env` once: a regular file, or a pipe, to which a password manager writes. Raises FatalError(2)."""
-    found: List[Any] = []
+    found: List[bytes] = []
+    problem = f"gave no data in {ENV_PIPE_WAIT:g} s; start the program that writes to it"
 
     def read() -> None:
+        nonlocal problem
         try:
             found.append(path.read_bytes())
         except OSError as error:
-            found.append(error)
+            problem = f"can't be read: {error.strerror}"
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     reader.join(ENV_PIPE_NOTICE)
     if reader.is_alive():
-        log.warning(
-            "%s is a pipe without data; waiting up to %g s for the program that writes to it", path, ENV_PIPE_WAIT
-        )
+        words = "%s is a pipe without data; waiting up to %g s for the program that writes to it"
+        log.warning(words, path, ENV_PIPE_WAIT)
         reader.join(ENV_PIPE_WAIT - ENV_PIPE_NOTICE)
-    if not found:
-        raise FatalError(EXIT_USAGE, f"{path} gave no data in {ENV_PIPE_WAIT:g} s; start the program that writes to it")
-    if isinstance(found[0], OSError):
-        raise FatalError(EXIT_USAGE, f"{path} can't be read: {found[0].strerror}")
     try:
-        return str(found[0], "utf-8-sig")
+        if found:
+            return str(found[0], "utf-8-sig")
     except UnicodeDecodeError:
-        raise FatalError(EXIT_USAGE, f"{path} is not UTF-8 text; save it again as UTF-8") from None
+        problem = "is not UTF-8 text; save it again as UTF-8"
+    raise FatalError(EXIT_USAGE, f"{path} {problem}")
 
 
 ENV_PIPE_NOTICE, ENV_PIPE_WAIT = 2.0, 60.0  # seconds
@@ -7649,24 +7404,24 @@ def load_environment() -> Dict[str, str]:
 
 def load_settings(environment: Mapping[str, str], workers: int) -> ApiSettings:
     """Check the settings. Raises FatalError(2) that names the variable, and never shows the token."""
+    texts = {name: text.strip() for name, text in environment.items()}
 
     def number(name: str, default: float, least: float) -> float:
-        text = environment.get(name, "").strip()
+        text = texts.get(name, "")
         with contextlib.suppress(ValueError):
             value = float(text) if text else default
             if least <= value <= 1e9:
                 return value
         raise FatalError(EXIT_USAGE, f"{name} is not a number of at least {least:g}: {text}")
 
-    base_url = environment.get("DEVREV_BASE_URL", "").strip().rstrip("/") or ApiSettings.base_url
-    limited = environment.get("DEVREV_RATE_LIMIT_CALLS", "").strip()
-    prefix = environment.get("DEVREV_USER_REF_PREFIX", "").strip() or ApiSettings.user_ref_prefix
+    prefix = texts.get("DEVREV_USER_REF_PREFIX") or ApiSettings.user_ref_prefix
     if prefix.startswith("REVU-") or "REVU-".startswith(prefix):
         why = "it overlaps with REVU-, which DevRev's own references begin with; set your application's prefix"
         raise FatalError(EXIT_USAGE, f"DEVREV_USER_REF_PREFIX is {prefix}: {why}")
+    limited = texts.get("DEVREV_RATE_LIMIT_CALLS")
     return ApiSettings(
-        token=environment.get("DEVREV_API_TOKEN", "").strip(),
-        base_url=check_base_url(base_url),
+        token=texts.get("DEVREV_API_TOKEN", ""),
+        base_url=check_base_url(texts.get("DEVREV_BASE_URL", "").rstrip("/") or ApiSettings.base_url),
         calls=math.ceil(number("DEVREV_RATE_LIMIT_CALLS", 0, 0)) if limited else ApiSettings.calls,
         period=number("DEVREV_RATE_LIMIT_PERIOD", 60, 0.001),
         timeout=number("DEVREV_TIMEOUT", 30, 0.01),
@@ -7683,65 +7438,34 @@ def check_base_url(url: str) -> str:
         host, _ = parts.hostname or "", parts.port
     except ValueError:
         raise FatalError(EXIT_USAGE, "DEVREV_BASE_URL is not a URL; set it to https://api.devrev.ai") from None
-    if parts.username is not None or parts.query or parts.fragment:
-        raise FatalError(EXIT_USAGE, "DEVREV_BASE_URL has more than a host and a path; remove the rest")
     loopback = host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host)
-    if not host or parts.scheme not in ("http", "https"):
-        raise FatalError(EXIT_USAGE, f"DEVREV_BASE_URL is not an https address: {url}")
-    if parts.scheme == "http" and not loopback:
-        why = f"plain http would show the token to everyone between here and {host}; use https"
-        raise FatalError(EXIT_USAGE, f"DEVREV_BASE_URL: {why}")
+    problem = ""
+    if parts.username is not None or parts.query or parts.fragment:
+        problem = " has more than a host and a path; remove the rest"
+    elif not host or parts.scheme not in ("http", "https"):
+        problem = f" is not an https address: {url}"
+    elif parts.scheme == "http" and not loopback:
+        problem = f": plain http would show the token to everyone between here and {host}; use https"
+    if problem:
+        raise FatalError(EXIT_USAGE, f"DEVREV_BASE_URL{problem}")
     return url
 
 
 def check_token(token: str) -> None:
     """Refuse a token that can't be one, with what is wrong with it. Raises FatalError(2)."""
-    if not token:
-        put = "put it into .env (see .env.example) or the environment"
-        raise FatalError(EXIT_USAGE, f"DEVREV_API_TOKEN is not set; {put}")
-    if token[0] in "'\"\u2018\u2019\u201c\u201d":
-        raise FatalError(EXIT_USAGE, "DEVREV_API_TOKEN is in quotes that are not part of it; remove them")
-    if re.match(r"(authorization\s*:\s*)?bearer\b", token, re.IGNORECASE):
-        why = 'begins with "Bearer", which is not part of the token; remove that word and the space after it'
-        raise FatalError(EXIT_USAGE, f"DEVREV_API_TOKEN {why}")
-    if not re.fullmatch(r"[\x21-\x7e]+", token):
-        why = "contains a space, a line break or a character that is not ASCII; copy it again"
-        raise FatalError(EXIT_USAGE, f"DEVREV_API_TOKEN {why}")
+    bearer = 'begins with "Bearer", which is not part of the token; remove that word and the space after it'
+    problems = (
+        (r"$", "is not set; put it into .env (see .env.example) or the environment"),
+        ("['\"\u2018\u2019\u201c\u201d]", "is in quotes that are not part of it; remove them"),
+        (r"(?i)(authorization\s*:\s*)?bearer\b", bearer),
+        (r"[\x21-\x7e]*[^\x21-\x7e]", "contains a space, a line break or a character that is not ASCII; copy it again"),
+    )
+    for pattern, problem in problems:
+        if re.match(pattern, token):
+            raise FatalError(EXIT_USAGE, f"DEVREV_API_TOKEN {problem}")
 
 
 # -- one call ----------------------------------------------------------------------------------------
-
-
-class SignalHandler:
-    """The first Ctrl-C, SIGTERM or SIGHUP calls `act`; the second ends the process at once, with the same exit code.
-
-    A closed terminal may send SIGHUP twice, from the kernel and from the shell: a repeated one is still the first.
-    """
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.number = 0  # of the first signal
-        self._act: Callable[[], Any] = lambda: None
-
-    def install(self, act: Callable[[], Any]) -> None:
-        """From now on, let the first signal call `act`, in the main thread."""
-        self._act = act
-        for number in SIGNALS:
-            # A program started by nohup is to outlive the terminal.
-            if not (number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
-                signal.signal(number, self._handle)
-
-    def _handle(self, number: int, _frame: Any) -> None:
-        if not self.number:
-            self.number = number
-            self._act()
-        elif not self.number == number == getattr(signal, "SIGHUP", None):
-            self.console.print_last("ended at once; run the same command again to resume")
-            os._exit(128 + self.number)
-
-
-def interrupt() -> NoReturn:
-    raise KeyboardInterrupt
 
 
 class RunContext:
@@ -7753,26 +7477,16 @@ class RunContext:
         self.options = options
         # With --json a run prints its report on stdout, and everything else on stderr.
         self.reports_json = options.json and options.mode in CHANGING and not options.preview
-        self.console = (
-            Console(options.quiet, sys.stderr, sys.stderr, sys.stdout) if self.reports_json else Console(options.quiet)
-        )
-        self.signals = SignalHandler(self.console)
+        self.console = Console(options.quiet, sys.stderr if self.reports_json else None)
         self.environment = environment or Environment(ApiSettings(token=""))
         self.started = self.environment.now()
         self.run_id = free_run_id(self.started.wall)
         self.settings = self.environment.settings
+        self.signal = 0  # the first signal that came
         self.organisation = ""
         self.token_owner: Json = {}
+        self.document: Json = {}  # the report's `run`
         self.error = ""  # what has ended it without a report
-
-    @property
-    def signal(self) -> int:
-        """The first signal that came, 0 where none did."""
-        return self.signals.number
-
-    @signal.setter
-    def signal(self, number: int) -> None:
-        self.signals.number = number
 
     @property
     def report_path(self) -> Path:
@@ -7782,6 +7496,26 @@ class RunContext:
     def log_path(self) -> Path:
         return Path("logs") / f"contact_merge_{self.run_id}.log"
 
+    def handle_signals(self, act: Callable[[], Any]) -> None:
+        """Let the first Ctrl-C, SIGTERM or SIGHUP call `act` in the main thread; the second ends the process at once,
+        with the same exit code.
+
+        A closed terminal may send SIGHUP twice, from the kernel and from the shell: a repeated one is still the first.
+        """
+
+        def handle(number: int, _frame: Any) -> None:
+            if not self.signal:
+                self.signal = number
+                act()
+            elif not self.signal == number == getattr(signal, "SIGHUP", None):
+                self.console.print_last("ended at once; run the same command again to resume")
+                os._exit(128 + self.signal)
+
+        for number in SIGNALS:
+            # A program started by nohup is to outlive the terminal.
+            if not (number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                signal.signal(number, handle)
+
     def on_signal(self, loop: asyncio.AbstractEventLoop, act: Callable[[], Any]) -> None:
         """Let the first signal call `act` in the event loop."""
 
@@ -7790,7 +7524,7 @@ class RunContext:
                 loop.call_soon_threadsafe(act)
             self.console.print_err("stopping: waiting up to 10 s for requests under way (again: stop at once) ...")
 
-        self.signals.install(handle)
+        self.handle_signals(handle)
 
     def open_log(self) -> None:
         """Log to a file and, with -v, to stderr. Raises FatalError(3) where a run that may change DevRev can't log."""
@@ -7798,13 +7532,14 @@ class RunContext:
         log.setLevel(logging.DEBUG)
         log.propagate = False
         if not self.options.quiet:
-            level = logging.DEBUG if self.options.verbose else logging.WARNING
-            self._add_handler(ConsoleHandler(self.console, level))
+            log.addHandler(ConsoleHandler(self.console, logging.DEBUG if self.options.verbose else logging.WARNING))
         if self.options.status:  # which may be called every few seconds
             return
         try:
             self.environment.make_private_dir(self.log_path.parent)
-            self._add_handler(logging.FileHandler(str(self.log_path), encoding="utf-8"))
+            handler = logging.FileHandler(str(self.log_path), encoding="utf-8")
+            handler.setFormatter(PlainFormatter(self.console))
+            log.addHandler(handler)
         except OSError as error:
             words = f"the log {self.log_path} can't be written: {error.strerror or error}"
             if self.options.mode in CHANGING and not self.options.preview:
@@ -7812,24 +7547,31 @@ class RunContext:
             self.console.print_err(f"warning: {words}")
         log.info("merge_contacts %s, Python %s on %s", __version__, sys.version.split()[0], sys.platform)
 
-    def _add_handler(self, handler: logging.Handler) -> None:
-        handler.setFormatter(PlainFormatter(self.console))
-        log.addHandler(handler)
-
     def load_settings(self) -> None:
         """Load settings and the packages that this mode needs. Raises FatalError(2)."""
         variables = load_environment()
         Contact.user_prefix = check_user_prefix(variables.get("DEVREV_USER_REF_PREFIX", ""))
-        self.settings = load_settings(variables, self.options.workers)
-        self.environment.settings = self.settings
+        self.settings = self.environment.settings = load_settings(variables, self.options.workers)
         self.console.mask = self.settings.mask
         if self.options.mode not in OFFLINE or self.options.live:
             import_package("requests")
             if self.settings.calls != 0:
                 import_package("ratelimit")
 
-    def cost(self, plan: Plan) -> Estimate:
-        return estimate(plan, self.settings, not self.options.no_timelines)
+    async def identify(self, api: DevRevAPI, origin: str = "", pairs: Iterable[Pair] = ()) -> str:
+        """Find out whose token it is, and say so. Raises FatalError, also for `pairs` of another organisation."""
+        check_token(self.settings.token)
+        with before_any_change(api):
+            owner = self.token_owner = await api.whoami()
+        self.organisation = organisation_of(str(owner.get("id")))
+        self.document["token_owner"] = {name: owner.get(name) for name in ("id", "display_name", "email")}
+        self.document["organisation"] = self.organisation
+        check_organisation(self.organisation, origin, pairs)
+        return f"of {owner.get('display_name') or owner.get('id')}, organisation {self.organisation or 'unknown'}"
+
+    def merge_options(self) -> MergeOptions:
+        rules = {name: getattr(self.options, name) for name in (*MERGE_RULES, "merge_timeout", "preview")}
+        return MergeOptions(organisation=self.organisation, timelines=not self.options.no_timelines, **rules)
 
     def describe_rate(self) -> str:
         """How fast requests may be sent, in words."""
@@ -7894,15 +7636,8 @@ def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
         plan = detect(read_contacts(options.csv, [*choices, *named]), choices, options.primary)
     finally:
         gc.enable()
-    plan.id = plan_id(
-        plan.groups,
-        count_policy=options.count_policy,
-        timelines=not options.no_timelines,
-        primary=options.primary,
-        across_workspaces=options.across_workspaces,
-        try_unverified=options.try_unverified,
-        carry_fields=bool(getattr(options, "carry_fields", False)),
-    )
+    rules = {name: getattr(options, name) for name in (*MERGE_RULES, "primary")}
+    plan.id = plan_id(plan.groups, timelines=not options.no_timelines, **rules)
     if options.plan is not None and options.plan.strip().lower() != plan.id:
         why = "the CSV, the choices or an option of the merge differs from what it was; read the preview again"
         raise FatalError(EXIT_USAGE, f"the plan is {plan.id}, not {options.plan}: {why}")
@@ -7911,7 +7646,7 @@ def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
     if savepoint:
         apply_savepoint(plan, savepoint, named)
     if options.email:
-        _apply_email_filter(plan, options.email, run.console)
+        _apply_email_filter(plan, named, run.console)
     if options.limit:
         _apply_limit(plan, options.limit, run.console)
     plan.chosen = [group for group in plan.groups if group.chosen and any(p.state not in ENDED for p in group.pairs)]
@@ -7923,7 +7658,7 @@ def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
     return plan
 
 
-def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str] = ()) -> None:
+def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str]) -> None:
     """Bring what the savepoint knows into a plan: what has ended or was requested, and what is not to be merged again.
 
     A group is skipped that has the address of, or two contacts of, a pair that was undone or cancelled, until it is
@@ -7933,16 +7668,12 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str] = (
         savepoint.organisation = next(iter(plan.wanted.values())).primary.organisation
     known = {pair.ids: pair for pair in savepoint.pairs(*UNFINISHED, *ENDED)}
     cancelled = {pair.ids: pair for pair in savepoint.pairs(State.CANCELLED)}
+    # An undo creates the duplicate again, with another id.
+    undone = {pair.ids: pair for pair in savepoint.pairs(State.UNDONE, State.UNDO_SETTLED)}
     history = [
-        HistoryRow(
-            pair.email, pair.ids, "cancelled" if pair.state is State.CANCELLED else "undone",
-            pair.undo.contact if pair.undo else "",
-        )
-        for pair in savepoint.pairs(State.UNDONE, State.UNDO_SETTLED, State.CANCELLED)
-    ]  # fmt: skip
-    undone = {
-        row.ids for row in history if row.code == "undone"
-    }  # an undo creates the duplicate again, with another id
+        HistoryRow(one.email, ids, "undone", one.undo.contact if one.undo else "") for ids, one in undone.items()
+    ]
+    history += [HistoryRow(one.email, ids, "cancelled", "") for ids, one in cancelled.items()]
     blocked = {email: code for email, code in blocked_by_history(plan.groups, history).items() if email not in named}
     groups, plan.groups = plan.groups, []
     for group in groups:
@@ -7964,32 +7695,31 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str] = (
                 # It was requested once, and DevRev may still carry that out: it is polled first, like any other.
                 revived = cancelled[pair.ids]
                 revived.code = revived.error = revived.accepted = ""
+                revived.new_ref = pair.new_ref  # what was cancelled does not bind the new plan
                 pair.state = revived.state = State.REQUESTED
                 plan.revived.append(revived)
 
 
-def _apply_email_filter(plan: Plan, emails: Sequence[str], console: Console) -> None:
+def _apply_email_filter(plan: Plan, wanted: Set[str], console: Console) -> None:
     """Keep what was requested, and say why there is nothing to merge. Raises FatalError(2) for an email in no row."""
-    wanted = {email_key(email) for email in emails}
-    known = [group.email for group in plan.groups] + [skipped_group.email for skipped_group in plan.skipped]
+    known = [group.email for group in plan.groups] + [skip.email for skip in plan.skipped]
     plan.groups = [group for group in plan.groups if group.email in wanted]
-    plan.skipped = [skipped_group for skipped_group in plan.skipped if skipped_group.email in wanted]
+    plan.skipped = [skip for skip in plan.skipped if skip.email in wanted]
     plan.look_alikes = [one for one in plan.look_alikes if wanted & set(one["emails"])]
     rows = {email_key(row.email): row for row in plan.invalid_rows if row.email}
-    found = {group.email for group in plan.groups} | {skipped_group.email for skipped_group in plan.skipped}
-    unknown = sorted(wanted - found - plan.left_alone.keys() - rows.keys())
+    missing = sorted(wanted.difference(known))
+    unknown = [email for email in missing if email not in plan.left_alone and email not in rows]
+    for index, email in enumerate(unknown[:5]):
+        near = difflib.get_close_matches(email, known, 2, 0.8)
+        unknown[index] += f" (did you mean {' or '.join(near)}?)" if near else ""
     if unknown:
-        near = {email: difflib.get_close_matches(email, known, 2, 0.8) for email in unknown[:5]}
-        hints = [
-            f"{email} (did you mean {' or '.join(near[email])}?)" if near.get(email) else email for email in unknown
-        ]
-        raise FatalError(EXIT_USAGE, f"--email: in no row of the CSV: {', '.join(some(hints))}")
-    for email in sorted(wanted - found):
+        raise FatalError(EXIT_USAGE, f"--email: in no row of the CSV: {', '.join(some(unknown))}")
+    for email in missing:
         row = rows.get(email)
         why = f"{row.file}, line {row.line}: {row.reason}" if row else plan.left_alone[email]
         console.print_err(f"{email}: nothing to merge: {why}")
-    for skipped_group in plan.skipped:
-        console.print_err(f"{skipped_group.email}: skipped: {skipped_group.reason()}")
+    for skip in plan.skipped:
+        console.print_err(f"{skip.email}: skipped: {skip.reason()}")
     for group in plan.groups:
         if all(pair.state in ENDED for pair in group.pairs):
             console.print_err(f"{group.email}: nothing to merge: merged already, says the savepoint")
@@ -8010,26 +7740,23 @@ def _apply_limit(plan: Plan, limit: int, console: Console) -> None:
 
 def write_choices_template(run: RunContext) -> int:
     """Write a file for --choices with every contact that could be kept; returns the exit code."""
-    path: Path = run.options.choices_template
+    path, show = run.options.choices_template, run.console.print
     plan = make_plan(run, open_savepoint(run, readonly=True))
     groups = [group for group in plan.skipped if group.choice_lines()]
     try:
         if is_taken(path):
             raise FileExistsError(str(path))
         write_new_file(run.environment, path, choices_template(groups))
-    except FileExistsError:
-        words = f"{path} exists already, and is left as it is: name a file that does not exist yet"
-        raise FatalError(EXIT_USAGE, words) from None
     except OSError as error:
-        raise FatalError(EXIT_USAGE, f"{path} can't be written: {error.strerror or error}") from None
+        why = TAKEN if isinstance(error, FileExistsError) else f"can't be written: {error.strerror or error}"
+        raise FatalError(EXIT_USAGE, f"{path} {why}") from None
     lines = sum(len(group.choice_lines()) for group in groups)
-    run.console.print(f"{plural(lines, 'line')} of {plural(len(groups), 'group')} written to {path}", "good")
+    show(f"{plural(lines, 'line')} of {plural(len(groups), 'group')} written to {path}", "good")
     if groups:
-        run.console.print(f"next     cut it down to one line a group, then --choices {path} --preview")
+        show(f"next     cut it down to one line a group, then --choices {path} --preview")
     shared = sum(group.code == "shared_mailbox" for group in plan.skipped)
     if shared:
-        words = f"{plural(shared, 'group')} that may be a shared mailbox left out: write in by hand what is one person"
-        run.console.print(words)
+        show(f"{plural(shared, 'group')} that may be a shared mailbox left out: write in by hand what is one person")
     return EXIT_OK
 
 
@@ -8038,24 +7765,34 @@ def preview(run: RunContext) -> int:
     known = open_savepoint(run, readonly=True)
     plan = make_plan(run, known)
     earlier = [*known.unfinished(), *plan.revived]
-    cost = run.cost(plan)
+    cost = estimate(plan, run.settings, not run.options.no_timelines)
     facts = plan_summary(plan, cost, earlier)
     live: Optional[List[Json]] = None
     if run.options.live:
-        check_token(run.settings.token)
         live = run.environment.run_event_loop(preview_live(run, plan))
-        refused = collections.Counter(one["code"] for one in live if one["code"] and one["code"] not in LIVE_DONE)
-        done = sum(one["code"] in LIVE_DONE for one in live)
-        facts["live_ready"] = sum(one["code"] is None for one in live)
-        facts.update(live_done=done, live_refused=dict(sorted(refused.items())))
+        counts = collections.Counter(one["code"] or "ready" for one in live)
+        refused = {code: count for code, count in sorted(counts.items()) if code not in (*LIVE_DONE, "ready")}
+        done = sum(counts[code] for code in LIVE_DONE)
+        facts.update(live_ready=counts["ready"], live_done=done, live_refused=refused)
     if run.options.json:
         run.console.json(plan_chunks(plan, facts, earlier, live))
         return EXIT_OK
     if live is not None:
-        print_lines(run.console, live_lines(live))
+        lines = [
+            f"  {one['code'] or 'ready'}  {one['email']}" + f": {one['reason']}" * bool(one["code"]) for one in live
+        ]
+        total = ", ".join(f"{count:,} {code}" for code, count in sorted(counts.items())) or "none"
+        head = f"COMPARED WITH DEVREV: {plural(len(live), 'group')}"
+        print_lines(run.console, [head, *lines, f"  in all: {total}"])
     show_plan(plan, facts, run.console, f"{cost} {run.describe_rate()}", earlier)
-    if live is None or not facts["live_refused"]:
-        suggest_after_preview(run, facts)
+    if not (facts["pairs_to_merge"] or facts["pairs_to_finish"]) or facts.get("live_refused"):
+        return EXIT_OK
+    shown = ("preview", "live", "plan", "limit")
+    if run.settings.token:
+        run.console.suggest("merge one pair first", run.command("--limit", "1", without=(*shown, "email")))
+    else:
+        words = "put a token into .env (see .env.example), then test it"
+        run.console.suggest(words, run.command("--check", without=shown))
     return EXIT_OK
 
 
@@ -8068,65 +7805,28 @@ async def preview_live(run: RunContext, plan: Plan) -> List[Json]:
     Raises FatalError(2) for the token or the organisation, FatalError(3) where DevRev can't be reached.
     """
     api = DevRevAPI(run.settings, run.environment, CancelToken())
-    names = ("count_policy", "across_workspaces", "try_unverified")
-    options = MergeOptions(**{name: getattr(run.options, name) for name in names})
     groups = [group for group in plan.groups if any(pair.state is State.PLANNED for pair in group.pairs)]
     found: List[Json] = []
-    progress = Progress(run)
-    ticking = asyncio.ensure_future(
-        progress.tick(lambda _now: f"{len(found):,} of {plural(len(groups), 'group')} compared with DevRev")
-    )
+    line = "{:,} of {} compared with DevRev"
+    ticking = asyncio.ensure_future(Progress(run).tick(lambda _: line.format(len(found), plural(len(groups), "group"))))
 
     async def compare(group: Group) -> None:
         try:
-            problem = await foresee_group(api, group, options)
+            problem = await foresee_group(api, group, run.merge_options())
         except PairError as error:
             problem = error
-        found.append(
-            {
-                "email": group.email,
-                "code": problem.code if problem else None,
-                "reason": str(problem) if problem else "ready",
-            }
-        )
+        code = problem.code if problem else None
+        found.append({"email": group.email, "code": code, "reason": str(problem or "ready")})
 
     try:
+        await run.identify(api, "CSV", plan.pairs())
         with before_any_change(api):
-            owner = await api.whoami()
-            check_organisation(organisation_of(str(owner.get("id"))), "CSV", plan.pairs())
             for start in range(0, len(groups), ContactMerger.BATCH):
                 await together(*map(compare, groups[start : start + ContactMerger.BATCH]))
     finally:
         ticking.cancel()
         run.console.status("")
     return sorted(found, key=lambda one: str(one["email"]))
-
-
-def live_lines(live: Sequence[Json]) -> Iterator[str]:
-    """Say what a run would do with each group as DevRev has it now, with totals."""
-    yield f"COMPARED WITH DEVREV: {plural(len(live), 'group')}"
-    for one in live:
-        yield f"  {'ready' if one['code'] is None else one['code']}  {one['email']}" + (
-            f": {one['reason']}" if one["code"] else ""
-        )
-    counts = collections.Counter(one["code"] or "ready" for one in live)
-    yield f"  in all: {', '.join(f'{count:,} {code}' for code, count in sorted(counts.items())) or 'none'}"
-
-
-def suggest_after_preview(run: RunContext, facts: Json) -> None:
-    """Print what to do after a preview: a check, then one pair, then all."""
-    if not (facts["pairs_to_merge"] or facts["pairs_to_finish"]):
-        return
-    shown = ("preview", "live", "plan", "limit")
-    if run.settings.token:
-        run.console.suggest("merge one pair first", run.command("--limit", "1", without=(*shown, "email")))
-    else:
-        words = "put a token into .env (see .env.example), then test it"
-        run.console.suggest(words, run.command("--check", without=shown))
-
-
-def _has_content(path: Path) -> bool:
-    return path.exists() and not (path.is_file() and path.stat().st_size == 0)
 
 
 # -- the real run ------------------------------------------------------------------------------------
@@ -8137,12 +7837,12 @@ def merge(run: RunContext) -> int:
     check_token(run.settings.token)
     with contextlib.closing(open_savepoint(run)) as savepoint:
         plan = make_plan(run, savepoint)
-        document = run_facts(run, "merge", plan)
-        document["organisation"] = savepoint.organisation
-        document["csv"] = [{"path": str(path), "sha256": _sha256(path)} for path in run.options.csv]
+        start_document(run, "merge", plan)
+        run.document["organisation"] = savepoint.organisation
+        run.document["csv"] = [{"path": str(path), "sha256": _sha256(path)} for path in run.options.csv]
         if not plan.count() and not any(savepoint.pairs(*UNFINISHED, State.CANCELLED)):
-            return _report(run, savepoint, document, None, EXIT_OK, plan)
-        return run.environment.run_event_loop(run_merge(run, plan, savepoint, document))
+            return _report(run, savepoint, None, EXIT_OK, plan)
+        return run.environment.run_event_loop(run_merge(run, plan, savepoint))
 
 
 def settle(run: RunContext) -> int:
@@ -8161,22 +7861,26 @@ def settle(run: RunContext) -> int:
             hint = f"; did you mean {near[0]}?" if near else "; --status lists the unfinished pairs"
             raise FatalError(EXIT_USAGE, f"--settle: {email} has no pair in {SAVEPOINT}{hint}")
         pairs = [pair for email in sorted(wanted) for pair in by_email[email]]
-        errors = {pair.ids: error for pair, error in ((pair, settle_error(pair)) for pair in pairs) if error}
-        ending = [pair for pair in pairs if pair.ids not in errors and pair.state not in TERMINAL]
-        document = run_facts(run, "settle")
-        document["organisation"] = savepoint.organisation = organisation_of(pairs[0].primary.id)
-        savepoint.write({}, {run.run_id: document})
+        # A pair that was never requested has nothing to settle, and is no failure beside one that has.
+        settled = {pair.email for pair in pairs if pair.state not in TERMINAL and not settle_error(pair)}
+        pairs = [pair for pair in pairs if pair.state is not State.FAILED or pair.email not in settled]
+        start_document(run, "settle")
+        run.document["organisation"] = savepoint.organisation = organisation_of(pairs[0].primary.id)
+        savepoint.write({}, {run.run_id: run.document})
+        code, ending = EXIT_OK, []
         for pair in pairs:
-            words = f"{pair.email}: {into(pair)}"
-            if pair.ids in errors:
-                show(f"NOT SETTLED  {words}: {errors[pair.ids]}", "bad")
+            words, error = f"{pair.email}: {into(pair)}", settle_error(pair)
+            if error:
+                code = EXIT_FAILED
+                show(f"NOT SETTLED  {words}: {error}", "bad")
             elif pair.state in TERMINAL:
                 show(f"nothing to settle  {words}: {STATE_WORDS[pair.state]}")
             else:
                 settle_pair(pair)
+                ending.append(pair)
                 show(f"{pair.state.value.replace('_', ' ')}  {words}: {STATE_WORDS[pair.state]} ({pair.accepted})")
         savepoint.save_now(ending)
-        return _report(run, savepoint, document, None, EXIT_FAILED if errors else EXIT_OK)
+        return _report(run, savepoint, None, code)
 
 
 def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
@@ -8184,7 +7888,10 @@ def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
 
     Raises FatalError(2) where the savepoint is older than the reports, FatalError(3) where `reports/` can't be written.
     """
-    warn_of_savepoint_elsewhere()
+    beside = Path(__file__).resolve().parent / SAVEPOINT
+    if not SAVEPOINT.exists() and beside.exists():  # cron starts in another folder
+        here = "no savepoint.db is in the current folder, and one is beside the script"
+        log.warning("%s: to use that history, run in %s", here, beside.parent)
     savepoint = SavePoint(run.environment, run.run_id, readonly)
     for warning in savepoint.warnings:
         run.console.print_err(f"warning: {warning}")
@@ -8195,117 +7902,97 @@ def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
     try:
         if savepoint.runs() or not run.options.undo:  # what no file knows at all can be undone from its report
             check_not_restored(savepoint)
-        check_writable(REPORTS, run.environment)
+        trial = run.environment.make_private_dir(REPORTS) / f".trial.{os.getpid()}"
+        trial.write_bytes(b"")
+        trial.unlink()
         for path in report_killed_runs(run.environment, savepoint):
             run.console.print_err(f"an earlier run was killed before its report; it is {path}")
-    except OSError as error:
-        savepoint.close()
-        raise FatalError(
-            EXIT_STOPPED, f"a report can't be written to {REPORTS}: {error}; nothing was changed"
-        ) from None
     except FatalError:
         savepoint.close()
         raise
+    except OSError as error:
+        savepoint.close()
+        words = f"{REPORTS} can't be written ({error.strerror or error}), so nothing was changed; make it writable"
+        raise FatalError(EXIT_STOPPED, words) from None
     return savepoint
 
 
-def warn_of_savepoint_elsewhere() -> None:
-    """Warn where the current folder has no history but the script's folder has: cron starts in another folder."""
-    beside = Path(__file__).resolve().parent / SAVEPOINT
-    if not SAVEPOINT.exists() and beside.exists():
-        here = "no savepoint.db is in the current folder, and one is beside the script"
-        log.warning("%s: to use that history, run in %s", here, beside.parent)
-
-
-def check_writable(folder: Path, environment: Environment) -> None:
-    """Find out, before anything is changed, whether a file can be created in `folder`. Raises FatalError(3)."""
-    trial = folder / f".trial.{os.getpid()}"
-    try:
-        environment.make_private_dir(folder)
-        trial.write_bytes(b"")
-        trial.unlink()
-    except OSError as error:
-        why = error.strerror or error
-        raise FatalError(
-            EXIT_STOPPED, f"{folder} can't be written ({why}), so nothing was changed; make it writable"
-        ) from None
-
-
-async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint, document: Json) -> int:
+async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint) -> int:
     """Find out whose token it is, ask, merge, report; returns the exit code."""
     run.console.status("connecting to DevRev ...")
     api = DevRevAPI(run.settings, run.environment, CancelToken())
-    progress = Progress(run, run.cost(plan).requests)
-    options = MergeOptions(
-        count_policy=run.options.count_policy,
-        merge_timeout=run.options.merge_timeout,
-        timelines=not run.options.no_timelines,
-        across_workspaces=run.options.across_workspaces,
-        try_unverified=run.options.try_unverified,
-        carry_fields=run.options.carry_fields,
-    )
+    cost = estimate(plan, run.settings, not run.options.no_timelines)
+    progress = Progress(run, cost.requests)
     try:
-        with before_any_change(api):
-            run.token_owner = await api.whoami()
-        run.organisation = savepoint.organisation = organisation_of(str(run.token_owner.get("id")))
-        document["token_owner"] = {name: run.token_owner.get(name) for name in ("id", "display_name", "email")}
-        document["organisation"] = run.organisation
-        check_organisation(run.organisation, "CSV", plan.pairs())
+        await run.identify(api, "CSV", plan.pairs())
     except FatalError as stop:
         api.cancel_token.cancel(stop)
-        merger = ContactMerger(api, savepoint, options)
-        return _report(run, savepoint, document, merger, stop.exit_code, plan)
-    merger = ContactMerger(api, savepoint, replace(options, organisation=run.organisation), progress.on_pair)
+        savepoint.organisation = run.organisation or savepoint.organisation
+        return _report(run, savepoint, ContactMerger(api, savepoint, run.merge_options()), stop.exit_code, plan)
+    savepoint.organisation = run.organisation
+    merger = ContactMerger(api, savepoint, run.merge_options(), progress.on_pair)
     others = savepoint.other_organisations()
     if others:
         run.console.print_err(f"{plural(others, 'pair')} of another organisation stay in {SAVEPOINT} as they are")
     unfinished = [*savepoint.unfinished(), *plan.revived]
-    document["pairs"] = plan.count() + sum(pair.ids not in plan.ids for pair in unfinished)
+    run.document["pairs"] = plan.count() + sum(pair.ids not in plan.ids for pair in unfinished)
     warning = "DevRev can't undo a merge; --undo restores most of it from the backups."
-    question = Question("merge", merge_facts(run, plan, unfinished), warning)
+    facts = merge_facts(run, plan, unfinished, cost)
 
     async def work() -> int:
         savepoint.save_now(plan.revived)
         return await merger.run(plan, unfinished)
 
-    code = await confirm_and_run(run, merger, progress, question, document, work)
-    return _report(run, savepoint, document, merger, code, plan)
+    code = await confirm_and_run(run, merger, progress, "merge", {**facts, "": warning}, work)
+    return _report(run, savepoint, merger, code, plan)
 
 
 async def confirm_and_run(
     run: RunContext,
     merger: Runner,
     progress: "Progress",
-    question: "Question",
-    document: Json,
+    word: str,
+    facts: Mapping[str, str],
     work: Callable[[], Awaitable[int]],
 ) -> int:
-    """Ask, and do the work under a status line until it ends or a signal comes; return the exit code.
+    """Print the `facts`, have them confirmed by a typed `word`, and do the work under a status line until it ends or a
+    signal comes; return the exit code. The last fact, the warning, has no name.
 
-    `document` is the run's. It is stored once the question is answered: from then on the run may change something, and
-    has a report.
+    Once that is confirmed the run may change something: its document is stored, and it has a report. Raises
+    FatalError(2) where it is not, and where no terminal can ask and --yes is missing.
     """
     # The ticking also lets signals in, however quiet the network is.
     ticking = asyncio.ensure_future(progress.tick(lambda now: progress.line(merger, now)))
-    await confirm(run, merger, question)
+    owner, console = run.token_owner, run.console
+    who = str(owner.get("display_name") or owner.get("full_name") or owner.get("email") or owner.get("id"))
+    log.info("organisation %s, token of %s (%s)", run.organisation, who, owner.get("id"))
     if not run.options.preview:
-        merger.runner.savepoint.write({}, {run.run_id: document})
+        merger.runner.savepoint.write({}, organisation=run.organisation)
+    if not (run.options.yes or run.options.preview):
+        console.status("")
+        if not (sys.stdin and sys.stdin.isatty()):
+            what = f"{plural(run.document['pairs'], 'pair')} to {word}, and no terminal to confirm it on"
+            raise FatalError(EXIT_USAGE, f"{what}; nothing was changed. Add --yes to {word} without being asked")
+        to = console.out if console.out.isatty() else console.err  # what the user sees: no file and no pipe
+        console.print(f"organisation  {run.organisation} at {run.settings.base_url}", to=to)
+        console.print(f"token of      {who}" + (f" <{owner['email']}>" if owner.get("email") else ""), to=to)
+        for name, fact in facts.items():
+            console.print(f"{name:<12}  {fact}" if name else fact, "" if name else "bold", to)
+        console.stream(f"Type {word} to go on, anything else to leave: ", to)
+        # A thread reads, past Python's own buffers, so that a terminal never delays a signal.
+        answer = await run.environment.run_in_thread(os.read, sys.stdin.fileno(), 1024)
+        if answer.strip() != word.encode():
+            raise FatalError(EXIT_USAGE, "not confirmed; nothing was changed")
+    if not run.options.preview:
+        merger.runner.savepoint.write({}, {run.run_id: run.document})
     run.on_signal(asyncio.get_event_loop(), lambda: merger.api.cancel_token.cancel(Cancelled()))
     code = await work()
     ticking.cancel()
-    run.console.status("")
+    console.status("")
     return run.signal + 128 if run.signal else code
 
 
-class Question(NamedTuple):
-    """What the user confirms by typing `word`."""
-
-    word: str
-    facts: Dict[str, str]
-    warning: str
-
-
-def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair]) -> Dict[str, str]:
+def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair], cost: Estimate) -> Dict[str, str]:
     """What the user confirms with a typed `merge`."""
     new = [pair for pair in plan.pairs() if pair.state is State.PLANNED]
     facts: Dict[str, str] = {}
@@ -8320,45 +8007,18 @@ def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair]) -> Dict
     facts["to merge"] = plural(len(new), "pair")
     facts.update({f"  {index}": words for index, words in enumerate(some([describe_pair(pair) for pair in new], 3), 1)})
     facts["left out"] = f"{plural(len(plan.skipped), 'group')} skipped, {plural(len(plan.invalid_rows), 'invalid row')}"
-    left = plan_summary(plan, run.cost(plan), unfinished)["left"]
-    facts.update({"left": f"{plural(left, 'pair')} for another run (--email, --limit)"} if left else {})
+    left = plan_summary(plan, cost, unfinished)["left"]
     lost = [f"{one.external_ref} ({describe_contact(one)})" for group in plan.chosen for one in group.lost_refs()]
-    facts.update({"choices lose": "; ".join(some(lost))} if lost else {})
+    facts["left"] = f"{plural(left, 'pair')} for another run (--email, --limit)" if left else ""
+    facts["choices lose"] = "; ".join(some(lost))
     warnings = sorted(plan.warnings, key=lambda one: bool(one["code"] != "shared_mailbox"))
     shared = sum(one["code"] == "shared_mailbox" for one in warnings)  # each of which is named
     told = some([f"{one['email']}: {one['warning']}" for one in warnings], max(20, shared))
     facts.update({f"WARNING {number}": line for number, line in enumerate(told, 1)})
-    facts.update({"take no part": plan.others_line()} if plan.other_refs else {})
-    facts["cost"] = f"{run.cost(plan)} {run.describe_rate()}"
+    facts["take no part"] = plan.others_line() if plan.other_refs else ""
+    facts["cost"] = f"{cost} {run.describe_rate()}"
     facts["backups in"] = str(Path("backups").resolve())
-    return facts
-
-
-async def confirm(run: RunContext, merger: Runner, question: Question) -> None:
-    """Print what is about to happen, and have it confirmed.
-
-    Raises FatalError(2) where it is not, and where no terminal can ask and --yes is missing.
-    """
-    owner = run.token_owner
-    who = str(owner.get("display_name") or owner.get("full_name") or owner.get("email") or owner.get("id"))
-    log.info("organisation %s, token of %s (%s)", run.organisation, who, owner.get("id"))
-    if run.options.yes or run.options.preview:
-        return
-    run.console.status("")
-    if not (sys.stdin and sys.stdin.isatty()):
-        what = f"there is something to {question.word}, and no terminal to confirm it on"
-        raise FatalError(EXIT_USAGE, f"{what}; nothing was changed. Add --yes to {question.word} without being asked")
-    show, ask = run.console.question_streams()
-    show(f"organisation  {run.organisation} at {run.settings.base_url}")
-    show(f"token of      {who}" + (f" <{owner['email']}>" if owner.get("email") else ""))
-    for name, fact in question.facts.items():
-        show(f"{name:<12}  {fact}")
-    show(question.warning, "bold")
-    ask(f"Type {question.word} to go on, anything else to leave: ")
-    # A thread reads, past Python's own buffers, so that a terminal never delays a signal.
-    answer = await run.environment.run_in_thread(os.read, sys.stdin.fileno(), 1024)
-    if answer.strip() != question.word.encode():
-        raise FatalError(EXIT_USAGE, "not confirmed; nothing was changed")
+    return {name: fact for name, fact in facts.items() if fact}
 
 
 class Progress:
@@ -8370,7 +8030,7 @@ class Progress:
     def __init__(self, run: RunContext, requests: int = 0) -> None:
         self.run = run
         self.requests = requests  # that the complete run is expected to take
-        self.begun = self.printed = self.ticked = run.environment.now().monotonic
+        self.started = self.printed = self.ticked = run.environment.now().monotonic
         self.waited = 0.0  # seconds without quota, which say nothing of how fast requests are
 
     def on_pair(self, pair: Pair) -> None:
@@ -8405,35 +8065,31 @@ class Progress:
 
     def line(self, merger: Runner, now: float) -> str:
         """How many pairs are how far, when the run will end, and what it waits for."""
-        if not merger.runner.total:
+        pairs, total, scheduler = list(merger.pairs()), merger.runner.total, merger.api.scheduler
+        if not total:
             return ""
-        pairs = list(merger.pairs())
-        phases = {
-            "backed up": sum(bool(pair.backup) for pair in pairs),
-            "merged": sum(pair.state in (*ENDED, State.MERGED, State.VERIFYING) for pair in pairs),
-            "verified": sum(pair.state in ENDED for pair in pairs),
-        }
-        if isinstance(merger, UndoRunner):
-            phases = {"undone": sum(pair.state is State.UNDONE for pair in pairs)}
+        backed_up = sum(bool(pair.backup) for pair in pairs)
+        merged = sum(pair.state in (*ENDED, State.MERGED, State.VERIFYING) for pair in pairs)
+        verified = sum(pair.state in ENDED for pair in pairs)
+        undone = sum(pair.state is State.UNDONE for pair in pairs)
         failed = sum(not merger.is_success(pair) for pair in merger.runner.outcomes.values())
-        waiting = describe_wait(merger.api.scheduler)
+        waiting = describe_wait(scheduler)
         self.waited += now - self.ticked if waiting.startswith("waiting") else 0.0
         self.ticked = now
-        words = [f"{count:,} {what}" for what, count in phases.items()] + ([f"{failed:,} failed"] if failed else [])
-        parts = [f"{plural(merger.runner.total, 'pair')}: {', '.join(words)}"]
+        words = f"{backed_up:,} backed up, {merged:,} merged, {verified:,} verified"
+        words = f"{undone:,} undone" if isinstance(merger, UndoRunner) else words
+        line = f"{plural(total, 'pair')}: {words}" + (f", {failed:,} failed" if failed else "")
         if self.run.signal:
-            return f"{parts[0]} \u00b7 stopping, waiting for requests under way"
-        if phases["verified"] + failed < merger.runner.total:
+            return f"{line} \u00b7 stopping, waiting for requests under way"
+        ended = failed + (undone if isinstance(merger, UndoRunner) else verified)
+        if ended < total:
             sent = sum(merger.api.requests.values())
-            to_send = requests_left(
-                self.requests, merger.runner.total, phases["backed up"] + failed, phases["verified"] + failed
-            )
-            pace = max(0.0, now - self.begun - self.waited) / sent if sent else 0.0
-            left = max(minimum_seconds(merger.api.scheduler, to_send), to_send * pace)
-            parts[0] += f", {duration(left)} left"
-        if not phases["merged"] and any(pair.state in REQUESTED_STATES for pair in pairs):
-            parts.append("waiting for the first merge, others follow it")
-        return " \u00b7 ".join([*parts, *([waiting] if waiting else [])])
+            to_send = requests_left(self.requests, total, backed_up + failed, ended)
+            pace = max(0.0, now - self.started - self.waited) / sent if sent else 0.0
+            line += f", {duration(max(minimum_seconds(scheduler, to_send), to_send * pace))} left"
+        if not merged and any(pair.state in REQUESTED_STATES for pair in pairs):
+            line += " \u00b7 waiting for the first merge, others follow it"
+        return f"{line} \u00b7 {waiting}" if waiting else line
 
 
 def requests_left(expected: int, pairs: int, backed_up: int, ended: int) -> float:
@@ -8447,77 +8103,61 @@ def requests_left(expected: int, pairs: int, backed_up: int, ended: int) -> floa
 
 
 def _report(
-    run: RunContext,
-    savepoint: SavePoint,
-    document: Json,
-    merger: Optional[Runner],
-    code: int,
-    plan: Optional[Plan] = None,
+    run: RunContext, savepoint: SavePoint, merger: Optional[Runner], code: int, plan: Optional[Plan] = None
 ) -> int:
     """Write the report and print the summary; a full disk here makes the exit code 3."""
-    stop = stop_reason(merger, code)
+    console, document = run.console, run.document
     for pair in merger.runner.outcomes.values() if plan and merger else ():
         if plan and pair.state is State.PLANNED and pair.code:
             (plan.left_out if pair.code in SKIP_REASONS else plan.refused).append(pair)
             if pair.code == "different_rev_org":
                 plan.ids.discard(pair.ids)
-    document.update(end_facts(run, merger.api if merger else None, code, "interrupted" if run.signal else stop))
+    stop = end_document(run, merger, code)
     summary = document["summary"] = merge_summary(savepoint, run.run_id, plan)
     document["headline"] = headline(summary, document)
-    entries = merge_report_lists(savepoint, run.run_id, plan)
-    code = written(run, lambda: write_report(run.environment, savepoint, run.run_id, document, entries), code)
-    if stop and not run.signal:
-        run.console.error(stop)
+    code = write_run(run, savepoint, merge_report_lists(savepoint, run.run_id, plan), code)
+    if stop:
+        console.error(stop)
     lists = merge_lists(savepoint, run.run_id, plan)
     failures = [*lists["failed_merges"], *lists["unfinished_merges"]]
     for pair in lists["successful_merges"]:
         if pair.after_cancel:
             pair.code = "after_cancel"
             failures.append(pair)
-    run.console.print()
+    console.print()
     is_complete = not (failures or summary["left"] or summary["cancelled"])
-    run.console.print(document["headline"], "good" if is_complete else "bold")
-    if failures and document["kind"] == "merge":
-        _show_failures(run.console, failures)
+    console.print(document["headline"], "good" if is_complete else "bold")
+    is_merge = document["kind"] == "merge"
+    _show_failures(console, failures if is_merge else [])
     if summary["skipped_groups"]:
-        run.console.print("         --preview says why groups are skipped")
+        console.print("         --preview says why groups are skipped")
     if merger:
         spent = duration(run.environment.elapsed(run.started))
-        run.console.print(f"cost     {plural(document['requests_total'], 'request')}, {spent}")
+        console.print(f"cost     {plural(document['requests_total'], 'request')}, {spent}")
     print_report_paths(run)
-    if document["kind"] == "merge" and not run.signal:
-        suggest_next_step(run, summary)
+    if is_merge and not run.signal and (summary["failed_merges"] or summary["unfinished_merges"]):
+        console.suggest("fix what is named above, then run again", run.command())
+    elif is_merge and not run.signal and summary["left"]:
+        if summary["successful_merges"]:
+            undo = command_line("--undo", str(run.report_path), "--preview")
+            console.suggest("look at the merged contacts in DevRev; to see what an undo would restore", undo)
+        console.suggest("merge the rest", run.command(without=("limit", "email")))
     if code >= EXIT_STOPPED:
-        run.console.print_err("Stopped early. Run the same command again to resume.", "bold")
+        console.print_err("Stopped early. Run the same command again to resume.", "bold")
     elif code == EXIT_USAGE:
-        run.console.print_err("Nothing was changed in DevRev.")
+        console.print_err("Nothing was changed in DevRev.")
     log.info("exit code %d", code)
     return code
 
 
-def suggest_next_step(run: RunContext, summary: Json) -> None:
-    """Print what to do after a run, as a command that works where it is typed."""
-    if summary["failed_merges"] or summary["unfinished_merges"]:
-        run.console.suggest("fix what is named above, then run again", run.command())
-    elif summary["left"]:
-        if summary["successful_merges"]:
-            undo = command_line("--undo", str(run.report_path), "--preview")
-            run.console.suggest("look at the merged contacts in DevRev; to see what an undo would restore", undo)
-        run.console.suggest("merge the rest", run.command(without=("limit", "email")))
-
-
-def written(run: RunContext, write: Callable[[], None], code: int) -> int:
-    """Write a report, and return the exit code: 3 on a disk error, unless `code` is worse."""
+def write_run(run: RunContext, savepoint: SavePoint, lists: Mapping[str, Optional[Iterable[Json]]], code: int) -> int:
+    """Write the report of a run, and return the exit code: 3 on a disk error, unless `code` is worse."""
     try:
-        write()
+        write_report(run.environment, savepoint, run.run_id, run.document, lists)
     except (OSError, FatalError) as error:
         run.console.error(f"the report can't be written: {error}")
         return code if code >= EXIT_USAGE else EXIT_STOPPED
     return code
-
-
-def stop_reason(merger: Optional[Runner], code: int) -> Optional[str]:
-    return str(merger.runner.stop) if merger and merger.runner.stop and code >= EXIT_USAGE else None
 
 
 # Options that say nothing of what a run did.
@@ -8527,53 +8167,48 @@ NOT_REPORTED = frozenset((
 ))  # fmt: skip
 
 
-def run_facts(run: RunContext, kind: str, plan: Optional[Plan] = None) -> Json:
-    """Return the document of a run (the report's `run`) as it is at the run's start; `kind` names its report."""
+def start_document(run: RunContext, kind: str, plan: Optional[Plan] = None) -> None:
+    """Begin the document of a run (the report's `run`); `kind` names its report."""
     options = {name: value for name, value in vars(run.options).items() if name not in NOT_REPORTED}
-    return {
-        "id": run.run_id,
-        "kind": kind,
-        "version": __version__,
-        "headline": "",
-        "csv": None,
-        "plan_id": plan.id if plan else None,
-        "pairs": plan.count() if plan else None,
-        "base_url": run.settings.base_url,
-        "organisation": "",
-        "token_owner": None,
-        "options": {
+    run.document.update(
+        id=run.run_id,
+        kind=kind,
+        version=__version__,
+        headline="",
+        csv=None,
+        plan_id=plan.id if plan else None,
+        pairs=plan.count() if plan else None,
+        base_url=run.settings.base_url,
+        organisation="",
+        token_owner=None,
+        options={
             **{name: str(value) if isinstance(value, Path) else value for name, value in options.items()},
             "rate_limit": [run.settings.calls, run.settings.period],
         },
-        "start": iso(run.started.wall),
-        "end": None,
-        "exit_code": None,
-        "stopped": None,
-        "requests": None,
-        "requests_total": None,
-        "quota": None,
-        "quota_wait_seconds": None,
-        "quota_waits": None,
-        "log": str(run.log_path),
-        "reported": False,
-    }
+        start=iso(run.started.wall),
+        log=str(run.log_path),
+        reported=False,
+    )
+    at_end = "end exit_code stopped requests requests_total quota quota_wait_seconds quota_waits"
+    run.document.update(dict.fromkeys(at_end.split()))
 
 
-def end_facts(run: RunContext, api: Optional[DevRevAPI], code: int, stopped: Optional[str]) -> Json:
-    """Return what a run's document learns at its end."""
-    requests = dict(sorted(api.requests.items())) if api else {}
-    waits = api.scheduler.waits if api else []
-    quota_seen = getattr(api.scheduler, "quota_seen", None) if api else None
-    return {
-        "end": iso(run.environment.now().wall),
-        "exit_code": code,
-        "stopped": stopped,
-        "requests": requests,
-        "requests_total": sum(requests.values()),
-        "quota": quota_seen() if quota_seen else None,
-        "quota_wait_seconds": round(sum(end - start for start, end in waits), 3),
-        "quota_waits": [{"start": iso(start), "end": iso(end)} for start, end in waits if end - start > 0.5],
-    }
+def end_document(run: RunContext, merger: Optional[Runner], code: int) -> str:
+    """Complete the document of a run but for its summary; return what has stopped it, except a signal."""
+    stop = str(merger.runner.stop or "") if merger and code >= EXIT_USAGE else ""
+    requests = dict(sorted(merger.api.requests.items())) if merger else {}
+    waits = merger.api.scheduler.waits if merger else []
+    run.document.update(
+        end=iso(run.environment.now().wall),
+        exit_code=code,
+        stopped="interrupted" if run.signal else stop or None,
+        requests=requests,
+        requests_total=sum(requests.values()),
+        quota=merger.api.scheduler.quota_seen() if merger else None,
+        quota_wait_seconds=round(sum(end - start for start, end in waits), 3),
+        quota_waits=[{"start": iso(start), "end": iso(end)} for start, end in waits if end - start > 0.5],
+    )
+    return "" if run.signal else stop
 
 
 def _sha256(path: Path) -> Optional[str]:
@@ -8611,8 +8246,7 @@ def export(run: RunContext) -> int:
     check_token(run.settings.token)
     path: Path = run.options.export
     if is_taken(path):
-        words = f"{path} exists already, and is left as it is: name a file that does not exist yet"
-        raise FatalError(EXIT_USAGE, words)
+        raise FatalError(EXIT_USAGE, f"{path} {TAKEN}")
     try:
         spool = tempfile.TemporaryFile(dir=str(path.parent))  # noqa: SIM115
     except OSError as error:
@@ -8621,45 +8255,40 @@ def export(run: RunContext) -> int:
         try:
             return asyncio.run(_export(run, path, spool))
         except FileExistsError:
-            raise FatalError(
-                EXIT_USAGE, f"{path} was created by another program meanwhile, and is left as it is"
-            ) from None
+            words = f"{path} was created by another program meanwhile, and is left as it is"
+            raise FatalError(EXIT_USAGE, words) from None
         except OSError as error:
-            raise FatalError(EXIT_STOPPED, f"the disk refuses: {error}; nothing was written") from None
+            raise FatalError(EXIT_STOPPED, f"disk error: {error}; nothing was written") from None
+
+
+TAKEN = "exists already, and is left as it is: name a file that does not exist yet"
 
 
 async def _export(run: RunContext, path: Path, spool: BinaryIO) -> int:
-    api = DevRevAPI(run.settings, run.environment, CancelToken())
+    console, api = run.console, DevRevAPI(run.settings, run.environment, CancelToken())
     exporter = ContactExporter(api, [f"@{domain}" for domain in run.options.domain or ()], spool)
     work = asyncio.ensure_future(exporter.run())
     run.on_signal(asyncio.get_event_loop(), work.cancel)
-    ticking = asyncio.ensure_future(
-        Progress(run).tick(lambda _now: exporter.progress())
-    )  # which also lets signals in, however quiet it is
+    # The ticking also lets signals in, however quiet the network is.
+    ticking = asyncio.ensure_future(Progress(run).tick(lambda _now: exporter.progress()))
     try:
         with before_any_change(api):
-            rows = await work
+            contacts = await work
     except asyncio.CancelledError:
-        run.console.print_err("interrupted; nothing was written")
+        console.print_err("interrupted; nothing was written")
         return 128 + run.signal
     finally:
         ticking.cancel()
-        run.console.status("")
-    write_new_file(run.environment, path, csv_chunks(rows))
-    print_exported(run, exporter, path)
-    return EXIT_OK
-
-
-def print_exported(run: RunContext, exporter: ContactExporter, path: Path) -> None:
-    emails = len({contact.key for contact in exporter.rows})
-    rows, requests = len(exporter.rows), sum(exporter.api.requests.values())
-    show = run.console.print
-    show(f"exported {plural(rows, 'contact')} of {plural(emails, 'email')} that recur, to {path}", "good")
-    show(f"read     {plural(exporter.read, 'contact')}")
-    show(f"cost     {plural(requests, 'request')}, {duration(run.environment.elapsed(run.started))}")
+        console.status("")
+    write_new_file(run.environment, path, csv_chunks(contacts))
+    emails, rows, requests = len({one.key for one in exporter.rows}), len(exporter.rows), sum(api.requests.values())
+    console.print(f"exported {plural(rows, 'contact')} of {plural(emails, 'email')} that recur, to {path}", "good")
+    console.print(f"read     {plural(exporter.read, 'contact')}")
+    console.print(f"cost     {plural(requests, 'request')}, {duration(run.environment.elapsed(run.started))}")
     if rows:
-        run.console.suggest("see what would be merged", command_line("--csv", str(path), "--preview"))
+        console.suggest("see what would be merged", command_line("--csv", str(path), "--preview"))
     log.info("exported %d rows of %d emails to %s with %d requests", rows, emails, path, requests)
+    return EXIT_OK
 
 
 # -- undo --------------------------------------------------------------------------------------------
@@ -8684,19 +8313,14 @@ def undo(run: RunContext) -> int:
 async def run_undo(run: RunContext, plan: UndoPlan, savepoint: SavePoint) -> int:
     """Find out whose token it is, ask, undo, report; return the exit code."""
     api, progress = DevRevAPI(run.settings, run.environment, CancelToken()), Progress(run)
-    code, pairs, document = EXIT_OK, plan.pairs(), run_facts(run, "undo")
-    document.update(undo=str(plan.path), pairs=len(pairs))
+    code, pairs = EXIT_OK, plan.pairs()
+    start_document(run, "undo")
+    run.document.update(undo=str(plan.path), pairs=len(pairs))
     if pairs:
-        with before_any_change(api):
-            run.token_owner = await api.whoami()
-        run.organisation = savepoint.organisation = organisation_of(str(run.token_owner.get("id")))
-        check_organisation(run.organisation, "backup", pairs)
-        document["token_owner"] = {name: run.token_owner.get(name) for name in ("id", "display_name", "email")}
-        document["organisation"] = run.organisation
-    options = MergeOptions(
-        organisation=run.organisation, merge_timeout=run.options.merge_timeout, preview=run.options.preview
-    )
-    undo_runner = UndoRunner(api, savepoint, options, (lambda _pair: None) if options.preview else progress.on_pair)
+        await run.identify(api, "backup", pairs)
+        savepoint.organisation = run.organisation
+    on_pair = (lambda _pair: None) if run.options.preview else progress.on_pair
+    undo_runner = UndoRunner(api, savepoint, run.merge_options(), on_pair)
     if pairs:
         facts = {
             "to undo": plural(len(pairs), "merge"),
@@ -8707,90 +8331,80 @@ async def run_undo(run: RunContext, plan: UndoPlan, savepoint: SavePoint) -> int
         facts.update({f"  {index}": words for index, words in enumerate(merges, 1)})
         if plan.older:
             facts["left alone"] = f"older backups: {', '.join(some([str(path) for path in plan.older]))}"
-        question = Question("undo", facts, "Ids, dates, creators and authors of comments can't be restored.")
-        code = await confirm_and_run(run, undo_runner, progress, question, document, lambda: undo_runner.run(plan))
-    return report_undo(run, plan, undo_runner, document, code)
+        facts[""] = "Ids, dates, creators and authors of comments can't be restored."
+        code = await confirm_and_run(run, undo_runner, progress, "undo", facts, lambda: undo_runner.run(plan))
+    return report_undo(run, plan, undo_runner, code)
 
 
 def undo_headline(counts: Json, before: int) -> str:
     """Say in one line what an undo has done, or would do; `before` were undone by an earlier one."""
-    counts = {name.replace("_", " "): count for name, count in counts.items()}
-    if "undone" in counts:
-        counts["undone"] -= before
-    words = [f"{count:,} {name}" for name, count in counts.items() if count]
+    counts = {**counts, "undone": counts.get("undone", before) - before}
+    words = [f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count]
     if not any(count for name, count in counts.items() if name != "skipped"):
         words.insert(0, "nothing to undo")
     return ", ".join([*words, *([f"{before:,} undone before"] if before else [])])
 
 
-def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, document: Json, code: int) -> int:
+def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, code: int) -> int:
     """Write the report (with --preview: print it), and say what has come of each pair."""
-    stop = stop_reason(undo_runner, code)
-    pairs, outcomes = plan.pairs(), undo_runner.runner.outcomes
+    console, before, outcomes = run.console, len(plan.undone), undo_runner.runner.outcomes
+    pairs = plan.pairs()
+    ended = [pair for pair in pairs if pair.ids in outcomes]
     if run.options.preview:
-        lists = {
-            "to_undo": [pair for pair in pairs if pair.ids in outcomes and not pair.code],
-            "refused": [pair for pair in pairs if pair.ids in outcomes and pair.code],
-        }
+        lists = {"to_undo": [pair for pair in ended if not pair.code], "refused": [pair for pair in ended if pair.code]}
     else:
-        failed = [pair for pair in pairs if pair.ids in outcomes and pair.state not in UNDO_STATES]
         lists = {
             # Those of a run that was killed may be in no report.
             "undone": [*plan.undone, *(pair for pair in pairs if pair.state is State.UNDONE)],
             "unfinished": [pair for pair in pairs if pair.state is State.UNDOING],
-            "failed": failed,
+            "failed": [pair for pair in ended if pair.state not in UNDO_STATES],
         }
     lists["skipped"] = plan.skipped
     summary = {name: len(found) for name, found in lists.items()}
-    total = len(pairs) + plan.left + len(plan.skipped) + (0 if run.options.preview else len(plan.undone))
+    total = len(pairs) + plan.left + len(plan.skipped) + (0 if run.options.preview else before)
     left = total - sum(summary.values())
-    words = undo_headline({**summary, "left": left}, len(plan.undone))
-    summary.update(pairs=total, undone_before=len(plan.undone), left=left)
-    document.update(end_facts(run, undo_runner.api, code, "interrupted" if run.signal else stop))
-    document.update(summary=summary, headline=words)
+    words = undo_headline({**summary, "left": left}, before)
+    summary.update(pairs=total, undone_before=before, left=left)
+    stop = end_document(run, undo_runner, code)
+    run.document.update(summary=summary, headline=words)
     if run.options.preview:
-        show_undo(run, report_head(document), {name: map(undo_entry, found) for name, found in lists.items()})
+        show_undo(run, {name: map(undo_entry, found) for name, found in lists.items()})
     else:
-        entries = undo_report_lists(lists, plan.skipped)
-        savepoint = undo_runner.context.savepoint
-        code = written(run, lambda: write_report(run.environment, savepoint, run.run_id, document, entries), code)
+        code = write_run(run, undo_runner.context.savepoint, undo_report_lists(lists, plan.skipped), code)
         print_report_paths(run)
         for pair in plan.skipped:
-            run.console.print(f"skipped  {pair.email}: {into(pair)}: {pair.code}: {pair.error}")
-        run.console.print(words, "bold")
-        _show_failures(run.console, [*lists["failed"], *lists["unfinished"]])
-    if code == EXIT_USAGE and not stop:
-        run.console.error(next(pair.error for pair in lists["failed"]))
-    if stop and not run.signal:
-        run.console.error(stop)
+            console.print(f"skipped  {pair.email}: {into(pair)}: {pair.code}: {pair.error}")
+        console.print(words, "bold")
+        _show_failures(console, [*lists["failed"], *lists["unfinished"]])
+    if stop or (code == EXIT_USAGE and not run.signal):
+        console.error(stop or next(pair.error for pair in lists["failed"]))
     log.info("exit code %d", code)
     return code
 
 
-def show_undo(run: RunContext, head: Json, lists: Mapping[str, Iterable[Json]]) -> None:
+def show_undo(run: RunContext, lists: Mapping[str, Iterable[Json]]) -> None:
     """Print what an undo would restore."""
     if run.options.json:
-        run.console.json(report_chunks(head, lists))
+        run.console.json(report_chunks(report_head(run.document), lists))
         return
     show, objects = run.console.print, set()
-    for name, entries in lists.items():
-        for entry in entries:
-            names = f"{entry['duplicate']['display_id']} out of {entry['primary']['display_id']}"
-            if name != "to_undo":
-                show(f"{name:<8} {entry['email']}: {names}: {entry['code']}: {entry['error']}", "bad")
-                continue
-            mine = {item["id"] for item in entry["restored"]}
-            objects |= mine
-            reference = entry["duplicate"]["old_external_ref"]
-            show(f"undo     {entry['email']}: {names}, {reference}, {len(mine)} tickets, issues and conversations")
-            for item in entry["left"]:
-                show(f"           stays: {item['display_id']} {item['title']}: {item['why']}")
-            for item in entry["fields_left"]:
-                show(f"           stays with the primary: {item['field']}: {item['why']}")
-            never = dict.fromkeys(item["what"].replace("_", " ") for item in entry["not_restored"])
-            show(f"           can't be restored: {', '.join(never)}")
+    for name, entry in ((name, entry) for name, entries in lists.items() for entry in entries):
+        names = f"{entry['duplicate']['display_id']} out of {entry['primary']['display_id']}"
+        if name != "to_undo":
+            show(f"{name:<8} {entry['email']}: {names}: {entry['code']}: {entry['error']}", "bad")
+            continue
+        mine = {item["id"] for item in entry["restored"]}
+        objects |= mine
+        reference = entry["duplicate"]["old_external_ref"]
+        show(f"undo     {entry['email']}: {names}, {reference}, {len(mine)} tickets, issues and conversations")
+        for item in entry["left"]:
+            show(f"           stays: {item['display_id']} {item['title']}: {item['why']}")
+        for item in entry["fields_left"]:
+            show(f"           stays with the primary: {item['field']}: {item['why']}")
+        never = dict.fromkeys(item["what"].replace("_", " ") for item in entry["not_restored"])
+        show(f"           can't be restored: {', '.join(never)}")
     show(f"updates  {len(objects):,} tickets, issues and conversations; automations and webhooks may react to each")
-    show(head["run"]["headline"], "bold")
+    show(run.document["headline"], "bold")
 
 
 # -- check, status, verify ---------------------------------------------------------------------------
@@ -8798,7 +8412,7 @@ def show_undo(run: RunContext, head: Json, lists: Mapping[str, Iterable[Json]]) 
 
 async def check(run: RunContext) -> int:
     """Print whether a real run could start: token, organisation, read access, quota, disk, savepoint."""
-    api = DevRevAPI(run.settings, run.environment, CancelToken())
+    api, console = DevRevAPI(run.settings, run.environment, CancelToken()), run.console
     checks: List[Json] = []
 
     async def report(name: str, work: Union[Callable[[], str], Awaitable[str]]) -> bool:
@@ -8809,15 +8423,14 @@ async def check(run: RunContext) -> int:
             log.info("check of %s: %s", name, words)
         checks.append({"check": name, "ok": good, "says": words})
         if not run.options.json:
-            run.console.print(f"{'ok     ' if good else 'FAILED '} {name}: {words}", "" if good else "bad")
+            console.print(f"{'ok     ' if good else 'FAILED '} {name}: {words}", "" if good else "bad")
         return good
 
-    known = await report("token", _check_token(run, api))
+    known = await report("token", run.identify(api))
     if run.options.csv:
         await report("csv", lambda: _check_csv(run))
-    notes = []
+    notes, seen = [], []  # type: Tuple[List[str], List[str]]
     if known:
-        seen: List[str] = []
         for name in READS:
             await report(name, _check_read(api, name, seen))
         notes.append(f"quota: {describe_wait(api.scheduler) or 'DevRev has announced none'}, {run.describe_rate()}")
@@ -8825,34 +8438,22 @@ async def check(run: RunContext) -> int:
     await report("disk", _check_disk)
     notes.append("only a merge shows whether the token may merge (rev_user:all): merge one pair first, --limit 1")
     notes.append("--undo also writes tickets, issues and conversations; reading does not show whether it may")
-    return _verdict(run, checks, notes)
-
-
-def _verdict(run: RunContext, checks: Sequence[Json], notes: Sequence[str]) -> int:
     problems = sum(not one["ok"] for one in checks)
     verdict = f"not ready: {plural(problems, 'problem')}" if problems else "ready"
     if run.options.json:
         facts = {"schema": SCHEMA, "verdict": verdict, "ready": not problems, "checks": checks, "notes": notes}
-        run.console.json([to_json(facts, indent=1) + b"\n"])
+        console.json([to_json(facts, indent=1) + b"\n"])
         return EXIT_USAGE if problems else EXIT_OK
     for note in notes:
-        run.console.print(f"note    {note}")
-    run.console.print(verdict, "bad" if problems else "good")
+        console.print(f"note    {note}")
+    console.print(verdict, "bad" if problems else "good")
     if problems:
-        run.console.suggest("fix what is marked FAILED, then check again", run.command())
+        console.suggest("fix what is marked FAILED, then check again", run.command())
     elif run.options.csv:
-        run.console.suggest("merge one pair first", run.command("--limit", "1", without=("check", "limit")))
+        console.suggest("merge one pair first", run.command("--limit", "1", without=("check", "limit")))
     else:
-        run.console.suggest("read the contacts from DevRev", command_line("--export", "contacts.csv"))
+        console.suggest("read the contacts from DevRev", command_line("--export", "contacts.csv"))
     return EXIT_USAGE if problems else EXIT_OK
-
-
-async def _check_token(run: RunContext, api: DevRevAPI) -> str:
-    check_token(run.settings.token)
-    with before_any_change(api):
-        owner = await api.whoami()
-    run.organisation = organisation_of(str(owner.get("id")))
-    return f"of {owner.get('display_name') or owner.get('id')}, organisation {run.organisation or 'unknown'}"
 
 
 def _check_csv(run: RunContext) -> str:
@@ -8887,103 +8488,94 @@ async def _check_read(api: DevRevAPI, name: str, seen: List[str]) -> str:
 
 
 def _check_savepoint(run: RunContext) -> str:
-    folder = SAVEPOINT.resolve().parent
+    folder, problem = SAVEPOINT.resolve().parent, ""
     if not locks_work(SAVEPOINT):
-        raise FatalError(EXIT_USAGE, f"{folder} can't hold a savepoint: {NO_LOCKS}")
-    if not SAVEPOINT.exists():
-        if not os.access(str(folder), os.W_OK):
-            raise FatalError(EXIT_USAGE, f"{folder} can't be written; run in a folder that can")
+        problem = f"{folder} can't hold a savepoint: {NO_LOCKS}"
+    elif not SAVEPOINT.exists() and not os.access(str(folder), os.W_OK):
+        problem = f"{folder} can't be written; run in a folder that can"
+    elif not SAVEPOINT.exists():
         return f"{SAVEPOINT} will be created"
+    elif not os.access(str(SAVEPOINT), os.W_OK):
+        problem = f"{SAVEPOINT} is read-only; make it writable"
+    if problem:
+        raise FatalError(EXIT_USAGE, problem)
     with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
         if savepoint.is_held():
             raise FatalError(EXIT_HELD, f"a run is in progress: process {savepoint.holder()['pid']} holds {SAVEPOINT}")
-        if not os.access(str(SAVEPOINT), os.W_OK):
-            raise FatalError(EXIT_USAGE, f"{SAVEPOINT} is read-only; make it writable")
         return f"{SAVEPOINT} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
 
 
 def _check_disk() -> str:
-    for folder in (Path("logs"), Path("backups"), Path("reports")):
-        if folder.exists() and not os.access(str(folder), os.W_OK):
-            raise OSError(f"{folder} can't be written; make it writable")
-    free = shutil.disk_usage(".").free
-    if free < 100 << 20:
-        raise OSError(f"only {free >> 20} MiB free; make room for backups")
-    return f"{free >> 20:,} MiB free"
+    for name in ("logs", "backups", "reports"):
+        if os.path.exists(name) and not os.access(name, os.W_OK):  # noqa: PTH110
+            raise OSError(f"{name} can't be written; make it writable")
+    free = shutil.disk_usage(".").free >> 20
+    if free < 100:
+        raise OSError(f"only {free} MiB free; make room for backups")
+    return f"{free:,} MiB free"
 
 
 def status(run: RunContext) -> int:
-    """Print what the savepoint knows, also while a run is in progress."""
+    """Print what the savepoint knows, also while a run is in progress: pairs by state, and how far the last run is."""
     with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
-        facts = status_facts(savepoint, run.environment)
-        names = {"unfinished": (*UNFINISHED, State.UNDOING), "failed": (State.FAILED,), "cancelled": (State.CANCELLED,)}
-        lists = {name: list(savepoint.pairs(*states)) for name, states in names.items()}
+        runs = savepoint.runs()
+        organisations = [runs[one]["organisation"] for one in sorted(runs) if runs[one]["organisation"]]
+        facts: Json = {
+            "savepoint": str(SAVEPOINT),
+            "running": savepoint.is_held(),
+            "last_opened": savepoint.holder() or None,
+            "organisation": organisations[-1] if organisations else None,
+            "counts": {State(name).value: count for name, count in savepoint.counts().items()},
+            "last_run": None,
+        }
+        facts["organisation"] = facts["organisation"] or savepoint.meta("organisation") or None
+        if runs:
+            names = ("id", "kind", "plan_id", "pairs", "start", "end", "exit_code", "stopped", "headline", "reported")
+            last = facts["last_run"] = {name: runs[max(runs)][name] for name in names}
+            last["report"] = str(report_path(last["id"], last["kind"]))
+            ended = last["pairs_ended"] = sum(1 for _ in savepoint.pairs(State.FAILED, *TERMINAL, run=last["id"]))
+            now = run.environment.now().wall
+            spent = now - datetime.fromisoformat(last["start"]).timestamp()
+            if facts["running"] and ended and (last["pairs"] or 0) > ended and spent > 0:
+                last["expected_end"] = iso(now + spent / ended * (last["pairs"] - ended))
+        states = {
+            "unfinished": (*UNFINISHED, State.UNDOING),
+            "failed": (State.FAILED,),
+            "cancelled": (State.CANCELLED,),
+        }
+        lists = {name: list(savepoint.pairs(*wanted)) for name, wanted in states.items()}
     if run.options.json:
-        run.console.json(
-            report_chunks(facts, {name: [merge_entry(pair, None) for pair in found] for name, found in lists.items()})
-        )
+        entries = {name: [merge_entry(pair, None) for pair in found] for name, found in lists.items()}
+        run.console.json(report_chunks(facts, entries))
     else:
         show_status(run.console, facts, lists)
     return EXIT_OK
 
 
-def status_facts(savepoint: SavePoint, environment: Environment) -> Json:
-    """Return what --status says besides the lists: whose pairs, how many in which state, how far the last run is."""
-    runs, counts = savepoint.runs(), {State(name).value: count for name, count in savepoint.counts().items()}
-    last = runs[max(runs)] if runs else None
-    facts: Json = {
-        "savepoint": str(SAVEPOINT),
-        "running": savepoint.is_held(),
-        "last_opened": savepoint.holder() or None,
-    }
-    organisations = [runs[one]["organisation"] for one in sorted(runs) if runs[one]["organisation"]]
-    facts["organisation"] = organisations[-1] if organisations else None
-    facts["counts"] = counts
-    facts["last_run"] = None
-    if last:
-        names = ("id", "kind", "plan_id", "pairs", "start", "end", "exit_code", "stopped", "headline", "reported")
-        facts["last_run"] = {name: last[name] for name in names}
-        facts["last_run"]["report"] = str(report_path(last["id"], last["kind"]))
-        ended = sum(1 for _ in savepoint.pairs(State.FAILED, *TERMINAL, run=last["id"]))
-        facts["last_run"]["pairs_ended"] = ended
-        spent = environment.now().wall - datetime.fromisoformat(last["start"]).timestamp()
-        if facts["running"] and ended and (last["pairs"] or 0) > ended and spent > 0:
-            facts["last_run"]["expected_end"] = iso(environment.now().wall + spent / ended * (last["pairs"] - ended))
-    return facts
-
-
-def moment(text: str) -> str:
-    """Render a time as `iso` writes it, to the second, for people."""
-    return f"{text[:10]} {text[11:19]} UTC"
-
-
 def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair]]) -> None:
-    holder, running, last = facts["last_opened"], facts["running"], facts["last_run"]
+    holder, running, last, show = facts["last_opened"], facts["running"], facts["last_run"], console.print
     if not (holder or last):
-        console.print(f"{facts['savepoint']}: no run has used this folder yet")
+        show(f"{facts['savepoint']}: no run has used this folder yet")
         return
-    console.print(
-        f"{facts['savepoint']}: organisation {facts['organisation'] or 'not known yet, no run has merged here'}"
-    )
+    show(f"{facts['savepoint']}: organisation {facts['organisation'] or 'not known yet, no run has merged here'}")
     if holder:
-        who = f"process {holder['pid']} on {holder['host']}"
         now = "a run is in progress" if running else "no run is in progress; the last one"
-        console.print(f"{now}: {who}, since {holder['since']}")
+        show(f"{now}: process {holder['pid']} on {holder['host']}, since {holder['since']}")
     if running and last and last["end"] is None:
         end = f", expected to end at {last['expected_end'][:16]} (UTC)" if "expected_end" in last else ""
-        console.print(f"{last['kind']} of {plural(last['pairs'] or 0, 'pair')}: {last['pairs_ended']:,} ended{end}")
+        show(f"{last['kind']} of {plural(last['pairs'] or 0, 'pair')}: {last['pairs_ended']:,} ended{end}")
     elif last and not running:
         how = "was killed; the next run writes its report" if last["end"] is None else last["headline"]
-        console.print(f"last {last['kind']}: {how}")
+        show(f"last {last['kind']}: {how}")
     for name, count in facts["counts"].items():
-        console.print(f"{count:>7,} {STATE_WORDS[State(name)]}")
+        show(f"{count:>7,} {STATE_WORDS[State(name)]}")
     for title, pairs in lists.items():
         word = "in progress" if running and title == "unfinished" else title
         for pair in pairs[:20]:
             why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS[pair.state]
-            console.print(f"{word}  {pair.email}: {into(pair)}, last {pair.updated}: {why}")
+            show(f"{word}  {pair.email}: {into(pair)}, last {pair.updated}: {why}")
         if len(pairs) > 20:
-            console.print(f"{title}  and {len(pairs) - 20:,} more (--status --json has them all)")
+            show(f"{title}  and {len(pairs) - 20:,} more (--status --json has them all)")
 
 
 def verify_backups(run: RunContext) -> int:
@@ -8993,8 +8585,7 @@ def verify_backups(run: RunContext) -> int:
         raise FatalError(EXIT_USAGE, f"{root} does not exist: no run has made a backup in it yet")
     if not root.is_dir():
         raise FatalError(EXIT_USAGE, f"{root} is not a folder; name the folder that holds the backups")
-    complete = 0
-    damaged: List[str] = []
+    complete, damaged, missing = 0, [], []  # type: Tuple[int, List[str], List[str]]
     for folder in sorted(_backup_folders(root)):
         run.console.status(f"{complete + len(damaged)} backups read ...")
         try:
@@ -9003,39 +8594,33 @@ def verify_backups(run: RunContext) -> int:
         except PairError as error:
             damaged.append(str(error))
     run.console.status("")
-    begun = [str(left) for left in sorted(root.glob(f"**/{BackupStore.INCOMPLETE}*"))]
-    found = {"damaged": damaged, "missing": _missing_backups(run, root), "begun": begun}
-    bad = bool(damaged or found["missing"])
+    if root == Path("backups") and SAVEPOINT.exists() and SAVEPOINT.stat().st_size:
+        with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
+            backups = {pair.backup for pair in savepoint.pairs(*State) if pair.backup}
+            missing = sorted(backup for backup in backups if not Path(backup).is_dir())
+    partial = [str(left) for left in sorted(root.glob(f"**/{INCOMPLETE_BACKUP}*"))]
+    is_bad = bool(damaged or missing)
     if run.options.json:
-        facts = {"schema": SCHEMA, "folder": str(root), "whole": complete, **found}
+        facts = {"schema": SCHEMA, "folder": str(root), "whole": complete}
+        facts.update(damaged=damaged, missing=missing, partial=partial)
         run.console.json([to_json(facts, indent=1) + b"\n"])
-        return EXIT_FAILED if bad else EXIT_OK
-    why = {"begun": ": left by a run that was killed; may be deleted"}
-    for name, lines in found.items():
-        for line in lines:
-            run.console.print(f"{name.upper():<8} {line}{why.get(name, '')}", "" if name in why else "bad")
-    counts = f"{len(damaged)} damaged, {len(found['missing'])} missing"
-    run.console.print(f"{plural(complete, 'complete backup')}, {counts}", "bad" if bad else "good")
-    return EXIT_FAILED if bad else EXIT_OK
+        return EXIT_FAILED if is_bad else EXIT_OK
+    for line in (*(f"DAMAGED  {one}" for one in damaged), *(f"MISSING  {one}" for one in missing)):
+        run.console.print(line, "bad")
+    for one in partial:
+        run.console.print(f"partial  {one}: left by a run that was killed; may be deleted")
+    counts = f"{plural(complete, 'complete backup')}, {len(damaged)} damaged, {len(missing)} missing"
+    run.console.print(counts, "bad" if is_bad else "good")
+    return EXIT_FAILED if is_bad else EXIT_OK
 
 
 def _backup_folders(root: Path) -> Iterator[Path]:
     """Every folder named like a backup, and `root` itself where it is one."""
     if re.fullmatch(r"\d{8}_\d{6}", root.name) or (root / "manifest.json").exists():
         yield root
-    elif not root.name.startswith(BackupStore.INCOMPLETE):
+    elif not root.name.startswith(INCOMPLETE_BACKUP):
         for folder in root.iterdir():
             yield from _backup_folders(folder) if folder.is_dir() and not folder.is_symlink() else ()
-
-
-def _missing_backups(run: RunContext, root: Path) -> List[str]:
-    """Backups that the savepoint knows of and that are not below `root` any more."""
-    path = SAVEPOINT
-    if root != Path("backups") or not _has_content(path):
-        return []
-    with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
-        backups = {pair.backup for pair in savepoint.pairs(*State) if pair.backup}
-        return sorted(backup for backup in backups if not Path(backup).is_dir())
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -9044,15 +8629,20 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     os.umask(0o077)
     run = RunContext(options)
     run.console.begin()
-    run.signals.install(interrupt)
+    run.handle_signals(functools.partial(signal.default_int_handler, signal.SIGINT, None))
     code = run_command(run)
     if run.reports_json:
-        print_report_json(run, code)
+        try:
+            with open(run.report_path, "rb") as file:
+                run.console.json(file)
+        except OSError:  # it has ended without a report
+            failure = {"schema": SCHEMA, "exit_code": code, "error": run.console.mask(run.error) or None}
+            run.console.json([to_json(failure) + b"\n"])
     before = run.signal
-    run.signals.install(lambda: None)
-    failure = run.console.end(lambda: bool(run.signal))
-    if failure and code < EXIT_USAGE:
-        run.console.error(f"the output can't be written: {failure.strerror or failure}")
+    run.handle_signals(lambda: None)
+    failure_to_write = run.console.end(lambda: bool(run.signal))
+    if failure_to_write and code < EXIT_USAGE:
+        run.console.error(f"the output can't be written: {failure_to_write.strerror or failure_to_write}")
         run.console.end(lambda: True)
         code = EXIT_STOPPED
     return 128 + run.signal if run.signal and not before else code
@@ -9060,36 +8650,25 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def run_command(run: RunContext) -> int:
     """Run the command; whatever ends it early becomes one line and an exit code."""
-    code, words = EXIT_STOPPED, ""
     try:
         run.open_log()
         run.load_settings()
         return MODES.get(run.options.mode, merge)(run)
     except FatalError as stop:
-        code, words = stop.exit_code, str(stop)
+        code, run.error = stop.exit_code, str(stop)
     except OSError as error:
-        words = f"disk error: {error}"
+        code, run.error = EXIT_STOPPED, f"disk error: {error}"
     except ImportError as error:
-        code, words = EXIT_USAGE, f"a package can't be imported: {error}; python -m pip install -r requirements.txt"
+        run.error = f"a package can't be imported: {error}; python -m pip install -r requirements.txt"
+        code = EXIT_USAGE
     except KeyboardInterrupt:
-        run.error = "interrupted; nothing was changed"
-        run.console.status("")
-        run.console.print_err(run.error)
-        return 128 + (run.signal or signal.SIGINT)
-    run.error = words
+        code, run.error = 128 + (run.signal or signal.SIGINT), "interrupted; nothing was changed"
     run.console.status("")
-    run.console.error(words)
+    if code > 128:
+        run.console.print_err(run.error)
+    else:
+        run.console.error(run.error)
     return code
-
-
-def print_report_json(run: RunContext, code: int) -> None:
-    """Print the report of a run or an undo as JSON, or what has ended it without one."""
-    try:
-        with open(run.report_path, "rb") as file:
-            run.console.json(file)
-    except OSError:
-        failure = {"schema": SCHEMA, "exit_code": code, "error": run.console.mask(run.error) or None}
-        run.console.json([to_json(failure) + b"\n"])
 
 
 MODES: Dict[str, Callable[[RunContext], int]] = {

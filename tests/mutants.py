@@ -99,14 +99,14 @@ MUTANTS = [
     Mutant("the first merge does not go alone", "                    await self.context.first_merge.acquire(pair.ids)\n", ""),
     Mutant(
         "an acknowledgement confirms the first merge",
-        "                self.waiting_since, self.waited_before = self.context.environment.now(), 0.0\n                return State.ACKNOWLEDGED\n",
-        "                self.waiting_since, self.waited_before = self.context.environment.now(), 0.0\n                self.context.first_merge.confirm(pair.ids)\n                return State.ACKNOWLEDGED\n",
+        "                self._count_request()\n                return State.ACKNOWLEDGED\n",
+        "                self._count_request()\n                self.context.first_merge.confirm(pair.ids)\n                return State.ACKNOWLEDGED\n",
     ),
     Mutant("failures in a row stop nothing", "if self._failures_in_a_row >= self.MAX_FAILURES_IN_A_ROW and not self.draining:", "if False:"),
     # Requesting again
     Mutant(
         "requested again without a poll",
-        "                if again and await self._poll(RequestOptions(FINISH)) is not DuplicateStatus.THERE:",
+        "                if again and await self._poll(RequestOptions(FINISH)) is not DuplicateStatus.EXISTS:",
         "                if False:",
     ),
     Mutant(
@@ -138,7 +138,7 @@ MUTANTS = [
     ),
     Mutant(
         "what DevRev has not answered counts as merged",
-        'return DuplicateStatus.GONE if user.get("state") == "deleted" else DuplicateStatus.THERE',
+        'return DuplicateStatus.GONE if user.get("state") == "deleted" else DuplicateStatus.EXISTS',
         "return DuplicateStatus.GONE",
     ),
     Mutant(
@@ -190,21 +190,13 @@ MUTANTS = [
         '        pair.state, pair.code, pair.error = State.UNDOING, "", ""\n',
     ),
     Mutant(
-        'undo: a contact is created before that is saved',
-        '            await self.context.savepoint.save(self.pair)\n            try:\n                await self._save(',
-        '            try:\n                await self._save(',
+        "undo: a contact is created before that is saved",
+        "            await self.context.savepoint.save(self.pair)\n            try:\n                await self._save(",
+        "            try:\n                await self._save(",
     ),
-    Mutant(
-        'undo: the primary keeps the reference',
-        '                if self.undo.reference_free and self.primary.get("external_ref") == self.moved:\n',
-        '                if False:\n',
-    ),
+    Mutant("undo: the primary keeps the reference", "                    await self._free_reference(fields)\n", "                    pass\n"),
     Mutant("undo: an interruption leaves the reference on no contact", "        with self.context.cancel_token.shield():\n", "        if True:\n"),
-    Mutant(
-        'undo: no way back',
-        '                        await self._return_reference(problem)\n',
-        '',
-    ),
+    Mutant("undo: no way back", "                        await self._return_reference(problem)\n", ""),
     Mutant(
         "undo: the primary leaves what is its own",
         "[primary, contact] if obj and (obj[\"id\"], role) in stays else [contact]",

@@ -109,7 +109,7 @@ def test_only_emails_of_the_domains_are_exported(place: Workplace, seeded: Organ
         result = place.run(sandbox, "--export", "contacts.csv", *options, check=0)
     expected = warehouse(seeded, domains)
     assert by_id(rows_of(place.csv)) == by_id(expected)
-    assert ("--preview" in result.out) == bool(expected)
+    assert ("--preview" in result.err) == bool(expected)
     assert place.csv.read_bytes().splitlines()[0] == b"\xef\xbb\xbf" + ",".join(COLUMNS).encode()
 
 
@@ -170,8 +170,9 @@ def test_whatever_a_contact_is_called_comes_back_from_the_file(place: Workplace)
         place.run(sandbox, "--export", "contacts.csv", check=0)
         found = {row["FULL_NAME"] for row in rows_of(place.csv)}
         assert found >= set(names) - {"\ud800 alone"} and len(found) == len(names)
-        place.run(sandbox, "--yes", check=0)
-    assert len(organisation.merges) == len(names)
+        # Half a character can't be stored as it is: that contact has to be corrected, the others are merged.
+        assert set(place.run(sandbox, check=1).codes) == {"person13@example.com"}
+    assert len(organisation.merges) == len(names) - 1
 
 
 cells = st.text(
@@ -324,7 +325,11 @@ def test_an_interrupted_export_leaves_nothing(place: Workplace, seeded: Organisa
         ([Fault("503", skip=3)], 3, "can't be reached"),
         ([Fault("reset-before", "works.list")], 3, "can't be reached"),
         ([Fault("endless", "rev-users.list")], 3, "without bringing anything new"),
-        ([Fault("changed", "rev-users.list", detail=lambda _: {"rev_users": [{"email": "x"}]})], 3, "without an id"),
+        (
+            [Fault("changed", "rev-users.list", detail=lambda _: {"rev_users": [{"email": "x"}]})],
+            3,
+            "objects with an id",
+        ),
     ],
 )
 def test_an_export_that_can_not_be_read_to_its_end_leaves_nothing(

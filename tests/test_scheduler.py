@@ -226,7 +226,7 @@ def test_only_what_finishes_a_merge_goes_into_the_share_of_others() -> None:
         begun = world.clock.now
         for _ in range(3):
             await world.request(server, tool.RequestOptions(tool.FINISH, reservation))
-        await world.request(server, tool.RequestOptions(tool.Priority.FINISH))
+        await world.request(server, tool.RequestOptions(tool.FINISH))
         finished = world.clock.now - begun
         await held
         return {"finished": finished, "held": world.clock.now - begun}

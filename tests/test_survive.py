@@ -218,12 +218,14 @@ MISBEHAVIOUR = [
 def test_every_pair_is_merged_once_whatever_happens_to_a_merge_answer(place: Workplace, kind: str) -> None:
     organisation, pairs = organisation_of_pairs(3)
     place.export(organisation)
-    faults = [Fault(kind, "rev-users.merge", times=2), Fault(kind, "rev-users.update", times=2)]
+    faults = [Fault(kind, "rev-users.update", times=2)]
+    if kind != "html-200":  # any 2xx acknowledges a merge, whatever its body
+        faults.append(Fault(kind, "rev-users.merge", times=2))
     with Sandbox(organisation, faults=faults, merge_delay=0.1) as sandbox:
         findings = watch_merges(sandbox, place.folder)
         place.run(sandbox, "--merge-timeout", "8", check=0, DEVREV_TIMEOUT="0.5")
         assert set(findings) == {None}
-        lost_before_the_act = kind in ("reset-before", "hang", "html-200", "500", "502", "503", "429", "429-bare")
+        lost_before_the_act = kind in ("reset-before", "hang", "500", "502", "503", "429", "429-bare")
         assert sandbox.count("rev-users.merge") == (5 if lost_before_the_act else 3)
     assert_merged(organisation, pairs)
 
@@ -522,7 +524,7 @@ def _foreign(path: Path) -> None:
         (lambda path: path.write_bytes(b"not a database at all" * 50), "not a savepoint"),
         (lambda path: path.write_bytes(path.read_bytes()[:5000]), "damaged"),
         (_torn, "damaged"),
-        (_newer, "newer version"),
+        (_newer, "format 99"),
         (_foreign, "damaged"),
         (lambda path: path.chmod(0o400), "read-only"),
     ],
@@ -540,7 +542,7 @@ def test_a_savepoint_that_can_not_be_trusted_is_left_as_it_is(
         for options in ([], ["--preview"]):
             result = place.run(sandbox, *options)
             if not (options and word in ("read-only", "damaged")):
-                assert result.code == 2 and word in result.err, result
+                assert result.code == (3 if word == "read-only" else 2) and word in result.err, result
             assert path.read_bytes() == before
             assert len(sandbox.requests) == requests and len(organisation.merges) == 1
 
@@ -626,7 +628,7 @@ def test_nothing_is_written_outside_backups_whatever_the_email_says(place: Workp
     emails = [
         "../../x@example.com",
         "/etc/passwd@example.com",
-        "nul",
+        "nul@example.com",
         "a\\b@example.com",
         "c:@example.com",
         "x" * 300 + "@example.com",

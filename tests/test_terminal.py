@@ -111,7 +111,7 @@ def test_failures_are_grouped_with_what_to_do_next(place: Workplace) -> None:
     with Sandbox(organisation) as sandbox:
         result = place.run(sandbox, check=1)
     assert "2 count_mismatch: person1@example.com, person2@example.com" in result.out
-    assert "what to do: export again" in result.out
+    assert "what to do: Export again" in result.out
 
 
 @pytest.mark.parametrize("readable", [True, False])
@@ -143,7 +143,7 @@ def test_check_names_a_token_that_is_not_accepted_and_a_csv_of_another_organisat
 def test_status_tells_what_the_savepoint_knows(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(3)
     place.export(organisation, {pairs[0][0]: {"TICKET_COUNT": 9}})
-    assert "nothing was merged from here yet" in place.run(None, "--status", check=0).out
+    assert "no run has used this folder yet" in place.run(None, "--status", check=0).out
     never = Fault("merge-never", "rev-users.merge", match=lambda body: body["secondary_user"] == pairs[1][1])
     with Sandbox(organisation, faults=[never]) as sandbox:
         place.run(sandbox, "--merge-timeout", "1", check=1)
