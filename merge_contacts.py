@@ -4589,7 +4589,7 @@ class PairMerge:
                     await self._pause(pause)
                     pause = min(10.0, 1.6 * pause)
                     status: Optional[DuplicateStatus] = None
-                    with contextlib.suppress(ApiError, NoUsableResponse):  # where polls tell nothing, lists have decided
+                    with contextlib.suppress(ApiError, NoUsableResponse):  # lists have decided where polls tell nothing
                         status = await self._poll(self._options())
                     if status is DuplicateStatus.EXISTS:
                         return self._still_exists()
