@@ -646,8 +646,19 @@ class InvariantChecker:
         if not self.lies and all(self.organisation.alive(duplicate) for _, duplicate in mine):
             what = f"{reference}, and {short(mine[0][1])} still exists"
             raise InvariantBroken("a reference is moved after the merge", what)
+        if not any(self.asks[ids] and self.asks[ids][-1].run == self.run for ids in mine):
+            self._judge_overwritten(primary, mine)
         for ids in mine:
             self._judge_gap(ids)
+
+    def _judge_overwritten(self, primary: str, mine: Sequence[Ids]) -> None:
+        """A resumed pair reads the primary first, and leaves a reference that another user has set."""
+        known = {ref for ids in self.known if ids in mine or ids[0] == primary for one in self.known[ids]
+                 for ref in (one.primary.ref, one.new_ref)}  # fmt: skip
+        been = versions(self.organisation.contacts, primary, self.began[0])
+        if been and all(was is not None and was.get("external_ref") not in known for was in been):
+            what = f"{(been[0] or {}).get('external_ref')} of {short(primary)}"
+            raise InvariantBroken("a reference that another user has set is not overwritten", what)
 
     def _judge_fields(self, sent: Sent, mine: Sequence[Ids]) -> None:
         """Fields are carried only where that was asked for, and only what the duplicates had."""
