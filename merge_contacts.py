@@ -1551,8 +1551,8 @@ ROLE_ADDRESSES = frozenset((
     "reception", "orders", "booking", "bookings", "customerservice", "customer-service", "customercare", "feedback",
 ))  # fmt: skip
 PLACEHOLDER_ADDRESSES = frozenset((
-    "noreply", "no-reply", "no_reply", "no.reply", "donotreply", "do-not-reply", "do_not_reply", "mailer-daemon", "none", "null", "nobody", "unknown", "anonymous",
-    "test", "na", "n-a", "noemail", "no-email", "invalid",
+    "noreply", "no-reply", "no_reply", "no.reply", "donotreply", "do-not-reply", "do_not_reply", "mailer-daemon",
+    "none", "null", "nobody", "unknown", "anonymous", "test", "na", "n-a", "noemail", "no-email", "invalid",
 ))  # fmt: skip
 
 
