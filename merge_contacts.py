@@ -6244,7 +6244,7 @@ SO_FAR: Mapping[State, str] = {
 }
 STATE_WORDS: Mapping[State, str] = {
     State.PLANNED: "planned",
-    State.FAILED: "failed, nothing merged",
+    State.FAILED: "failed, not merged",
     **SO_FAR,
     State.DONE: "merged and verified",
     State.SETTLED: "merged, and the rest accepted with --settle",
@@ -8579,6 +8579,7 @@ def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair
         show(f"last {last['kind']}: {how}")
     for name, count in facts["counts"].items():
         show(f"{count:>7,} {STATE_WORDS[State(name)]}")
+    show(f"{sum(facts['counts'].values()):>7,} in all")
     for title, pairs in lists.items():
         word = "in progress" if running and title == "unfinished" else title
         for pair in pairs[:20]:

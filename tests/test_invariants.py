@@ -635,7 +635,8 @@ def test_nothing_ends_in_a_traceback(place: Workplace) -> None:
     place.export(organisation)
     with Sandbox(organisation) as sandbox:
         assert "the plan is" in place.run(sandbox, "--plan", "", check=2).err
-        (place.folder / "backups" / "savepoint-copy.db").mkdir(parents=True)
+        (place.folder / "backups" / "savepoint-copy.db").unlink()
+        (place.folder / "backups" / "savepoint-copy.db").mkdir()
         result = place.run(sandbox, check=3)
         assert "savepoint-copy.db" in result.err and "Traceback" not in result.err
         assert sandbox.count() == 0

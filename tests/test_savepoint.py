@@ -429,8 +429,8 @@ def test_where_one_file_can_not_be_written_any_more_nothing_more_is_requested_an
     organisation, pairs = organisation_of_pairs(6)
     place.export(organisation)
     with Sandbox(organisation) as sandbox:
-        # Opening and the run's row are a write each, then come the intents.
-        result = place.run(sandbox, python=[*odd_machine, f"disk={path}:5"], check=3)
+        # Opening, the organisation and the run's row are a write each, then come the intents.
+        result = place.run(sandbox, python=[*odd_machine, f"disk={path}:6"], check=3)
         requested = sandbox.count("rev-users.merge")
         assert 0 < requested < 6 and "can't be written any more" in result.err
         for primary, _ in organisation.merges:
