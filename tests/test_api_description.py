@@ -134,7 +134,7 @@ def test_every_request_is_one_that_the_description_knows(description: Descriptio
         assert description.flaws(description.request(request.endpoint), request.body) == [], request
     assert {request.endpoint for request in requests} == {
         "dev-users.self", "rev-users.list", "rev-users.get", "rev-users.merge", "rev-users.update", "rev-users.create",
-        "works.list", "works.update", "conversations.list", "conversations.update", "timeline-entries.list",
+        "works.list", "works.get", "works.update", "conversations.list", "conversations.get", "conversations.update", "timeline-entries.list",
     }  # fmt: skip
     assert any("cursor" in request.body for request in requests), "no list was long enough to be paged"
 
