@@ -460,7 +460,9 @@ class Scenario:
             else:
                 process.kill_between = int(draws.somewhen(1, 8))
         process.killed_at_report = draws.has("killed at its report", 0.1) and chance.random() < 0.4
-        if draws.has("a full disk", 0.08):
+        if draws.has("a full disk", 0.1) and chance.random() < 0.4:
+            process.full_intent = chance.choice((MAIN.name, COPY.name)), int(draws.somewhen(1, 6))
+        elif draws.has("a full disk", 0.1):
             process.full_at = int(draws.somewhen(1, 1000))
             process.full_for = chance.choice(("", "", "of savepoint.db", "savepoint-copy.db", "commit", "of"))
         return process
