@@ -4869,8 +4869,10 @@ class ContactMerger:
                 except (ApiError, NoUsableResponse):
                     merged = await verifier.lists_show_merged(pair)
                     status = DuplicateStatus.GONE if merged else DuplicateStatus.EXISTS
-                expected = objects_to_transfer(pair.backup, pair.duplicate.id)
-                if status is DuplicateStatus.GONE and expected:
+                expected: List[Json] = []
+                if status is DuplicateStatus.GONE and Path(pair.backup).exists():
+                    expected = objects_to_transfer(pair.backup, pair.duplicate.id)
+                if expected:
                     # It may have been deleted instead: then nothing of it belongs to the primary.
                     deleted = len(await verifier.missing(pair, expected, True)) == len(expected)
                     status = DuplicateStatus.EXISTS if deleted else status
