@@ -19,6 +19,7 @@ class ReportChecker:
     def __init__(self, checker: Any) -> None:
         self.checker = checker
         self.reports: Dict[str, Any] = {}  # by file name
+        self.named: Set[str] = set()  # references of pairs that are not done, in any report
         self.lost: Set[str] = set()  # reports that were deleted, or moved away
         self.owed: Set[str] = set()  # reports of runs that were killed, or could not write them
         self.forgotten: Set[Ids] = set()  # pairs whose report was lost
@@ -95,6 +96,9 @@ class ReportChecker:
             self._judge_sums(name, report)
         elif name not in self.owed:
             raise InvariantBroken(TRUE, f"{name} is neither of this run nor of one that was killed")
+        for title in ("failed_merges", "unfinished_merges", "settled", "cancelled"):
+            for entry in report.get(title) or ():
+                self.named |= {str(entry.get("new_external_ref")), str(entry.get("reference_not_set"))}
         for entry in report["successful_merges"]:
             if entry["state"] == "done":
                 self.checker.judge_done(ids_of(entry), entry["new_external_ref"], entry["backup"])
