@@ -221,7 +221,8 @@ class Scenario:
         """Answer an update with 200 and the reference as it was, because it was not made."""
         user = content.get("rev_user")
         times = self.organisation.reference_times[user["id"]] if isinstance(user, dict) else []
-        if len(times) > 1 and user["id"] in self.organisation.contacts:
+        just_now = len(times) > 1 and times[-1][0] == self.organisation.now()
+        if just_now and user["id"] in self.organisation.contacts:
             old = times[-2][1]
             self.organisation.change(self.organisation.contacts[user["id"]], external_ref=old)
             del times[-2:]
