@@ -821,6 +821,7 @@ class InvariantChecker:
                 shutil.copy(f"{put_back}{tail}", str(target))
         file = read_file(path)
         self.committed[path.name] = dict(file.rows) if file else {}
+        self.reports.put_back(file)
         for asks in self.asks.values():
             if asks:
                 asks[-1].answer = "lost"  # for all that the tool can know
@@ -850,6 +851,8 @@ class InvariantChecker:
             if self.asks[ids] and (row is None or row["state"] in ("planned", "failed") or ids in unsent):
                 del self.asks[ids]
                 self.ever_intended.discard(ids)
+        ended = {ids for ids, row in self.latest.items() if row["state"] in ENDED}
+        self.reports.reopened |= {ids for ids in ended if ids not in rows or rows[ids]["state"] not in ENDED}
         self.latest = dict(rows)
         self.judged = {ids for ids in self.judged if ids in rows}
         self.undo.forget(rows)

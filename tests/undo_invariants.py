@@ -373,7 +373,7 @@ class UndoChecker:
             return (
                 bool(stuck) or any(one["id"] not in ids for one in holders) or organisation.unverified_keep_references
             )
-        if code == "not_handed_back":
+        if code == "not_restored":
             things = [self.table(item["id"]).get(item["id"]) for item in entry["left"]]
             people = [one["id"] for thing in things if thing for role in USER_LISTS for one in thing.get(role, ())]
             written = all(map(self._may_be_written, (item["id"] for item in entry["left"])))
