@@ -1399,6 +1399,7 @@ class Pair:
     previous_request_at: float = 0.0  # the request before the last one
     withdrawn_at: float = 0.0  # `requested_at` of a request that is known not to have been sent
     rejected: bool = False  # DevRev answered the last request with a refusal, and may have carried it out all the same
+    forbidden: bool = False  # DevRev answered a request for the merge with 403
     seconds: float = 0.0
     left_behind: List[Json] = field(default_factory=list)
     deleted: List[str] = field(default_factory=list)  # objects of the backup that no longer exist
@@ -4286,7 +4287,7 @@ class PairMerge:
         self.polled = False  # since the last request
         self.rejection: Optional[PairError] = None  # DevRev's answer to the last request, where it was a clear refusal
         self.contradictions = 0  # times that the duplicate seemed to be merged and existed after all
-        self.was_forbidden = pair.code == "forbidden"  # an earlier request for it was answered with 403
+        self.was_forbidden = pair.forbidden  # an earlier run's request for it was answered with 403
         self.updated = False  # the primary, in this run
 
     async def advance(self, until: Optional[State] = None) -> bool:
@@ -4474,7 +4475,7 @@ class PairMerge:
     async def _rejected(self, error: ApiError, first: bool) -> State:
         """Take note of a refusal; DevRev may carry the merge out all the same."""
         pair = self.pair
-        pair.rejected = True
+        pair.rejected, pair.forbidden = True, pair.forbidden or error.status == 403
         await self.context.savepoint.save(pair)
         if error.status == 403:
             # The first request of a run shows whether the token may merge at all.
@@ -4869,8 +4870,10 @@ class ContactMerger:
                 except (ApiError, NoUsableResponse):
                     merged = await verifier.lists_show_merged(pair)
                     status = DuplicateStatus.GONE if merged else DuplicateStatus.EXISTS
-                expected = objects_to_transfer(pair.backup, pair.duplicate.id)
-                if status is DuplicateStatus.GONE and expected:
+                expected: List[Json] = []
+                if status is DuplicateStatus.GONE and Path(pair.backup).exists():
+                    expected = objects_to_transfer(pair.backup, pair.duplicate.id)
+                if expected:
                     # It may have been deleted instead: then nothing of it belongs to the primary.
                     deleted = len(await verifier.missing(pair, expected, True)) == len(expected)
                     status = DuplicateStatus.EXISTS if deleted else status

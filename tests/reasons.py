@@ -110,12 +110,7 @@ class ReasonChecker:
     def _judge_references(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
         """No reference is left on no contact without a report that names it."""
         checker, organisation = self.checker, self.organisation
-        named = {
-            str(entry["new_external_ref"])
-            for report in checker.reports.reports.values()
-            for name in ("failed_merges", "unfinished_merges", "settled", "cancelled")
-            for entry in report.get(name) or ()
-        }
+        named = checker.reports.named
         for ids, asks in checker.asks.items():
             reference = rows[ids]["new_ref"] if ids in rows else None
             if ids in rows and rows[ids]["state"] in STOPPING:

@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, DefaultDict, Dict, Iterator, List, Mapping, Optional, Set
 
-from tests.expected import ENDED, UNFINISHED, Ids, name_of
+from tests.expected import ENDED, UNFINISHED, Ids, StoredFile, name_of
 from tests.simulated import InvariantBroken
 
 ONCE = "each ended pair is in exactly one report, that of the run in which it ended"
@@ -19,6 +19,8 @@ class ReportChecker:
     def __init__(self, checker: Any) -> None:
         self.checker = checker
         self.reports: Dict[str, Any] = {}  # by file name
+        self.named: Set[str] = set()  # references of pairs that are not done, in any report
+        self.reopened: Set[Ids] = set()  # ended pairs of which neither file knows the end any more
         self.lost: Set[str] = set()  # reports that were deleted, or moved away
         self.owed: Set[str] = set()  # reports of runs that were killed, or could not write them
         self.forgotten: Set[Ids] = set()  # pairs whose report was lost
@@ -44,7 +46,7 @@ class ReportChecker:
             for entry in ended_entries(report):
                 where[ids_of(entry)].append(name)
         for ids, names in where.items():
-            if len(names) > 1 and ids not in self.checker.cancelled:
+            if len(names) > 1 and ids not in self.checker.cancelled | self.reopened:
                 raise InvariantBroken(ONCE, f"{name_of(ids)} is in {', '.join(names)}")
         if mine is None or not needed:
             return
@@ -64,6 +66,8 @@ class ReportChecker:
 
     def _judge_place(self, ids: Ids, row: Mapping[str, Any], names: List[str]) -> None:
         # A merge that could not be undone stands as it was, in the report of old.
+        if ids in self.reopened:
+            return
         undone_in_vain = ids in self.checker.undo.begun and len(names) == 1
         if names != [f"merge_report_{row['run']}.json"] and not undone_in_vain:
             what = f"{name_of(ids)} became {row['state']} in {row['run']}, and is in {', '.join(names) or 'none'}"
@@ -95,6 +99,9 @@ class ReportChecker:
             self._judge_sums(name, report)
         elif name not in self.owed:
             raise InvariantBroken(TRUE, f"{name} is neither of this run nor of one that was killed")
+        for title in ("failed_merges", "unfinished_merges", "settled", "cancelled"):
+            for entry in report.get(title) or ():
+                self.named |= {str(entry.get("new_external_ref")), str(entry.get("reference_not_set"))}
         for entry in report["successful_merges"]:
             if entry["state"] == "done":
                 self.checker.judge_done(ids_of(entry), entry["new_external_ref"], entry["backup"])
@@ -121,6 +128,13 @@ class ReportChecker:
     @staticmethod
     def on_disk() -> List[str]:
         return [path.name for path in sorted(Path("reports").glob("*_report_*.json"))]
+
+    def put_back(self, file: Optional[StoredFile]) -> None:
+        """An older file may know a run, and not that its report was written."""
+        for run, document in file.runs.items() if file else ():
+            if not document["reported"]:
+                self.lost -= {f"merge_report_{run}.json", f"undo_report_{run}.json"}
+                self.owed.add(f"merge_report_{run}.json")
 
     def standing(self, rows: Mapping[Ids, Mapping[str, Any]]) -> str:
         """Return how things stand after a run: where two runs leave the same, and neither has requested anything, a

@@ -221,7 +221,8 @@ class Scenario:
         """Answer an update with 200 and the reference as it was, because it was not made."""
         user = content.get("rev_user")
         times = self.organisation.reference_times[user["id"]] if isinstance(user, dict) else []
-        if len(times) > 1 and user["id"] in self.organisation.contacts:
+        just_now = len(times) > 1 and times[-1][0] == self.organisation.now()
+        if just_now and user["id"] in self.organisation.contacts:
             old = times[-2][1]
             self.organisation.change(self.organisation.contacts[user["id"]], external_ref=old)
             del times[-2:]
@@ -460,7 +461,9 @@ class Scenario:
             else:
                 process.kill_between = int(draws.somewhen(1, 8))
         process.killed_at_report = draws.has("killed at its report", 0.1) and chance.random() < 0.4
-        if draws.has("a full disk", 0.08):
+        if draws.has("a full disk", 0.1) and chance.random() < 0.4:
+            process.full_intent = chance.choice((MAIN.name, COPY.name)), int(draws.somewhen(1, 6))
+        elif draws.has("a full disk", 0.1):
             process.full_at = int(draws.somewhen(1, 1000))
             process.full_for = chance.choice(("", "", "of savepoint.db", "savepoint-copy.db", "commit", "of"))
         return process

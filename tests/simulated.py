@@ -215,6 +215,7 @@ class SimulatedProcess:
         self.killed_at_report = False  # before a merge report gets its name
         self.full_at: Optional[int] = None  # the disk is full at this step
         self.full_for = ""  # and from then on for every write with these words in its name, if any
+        self.full_intent: Optional[Tuple[str, int]] = None  # a file that can't take its n-th intent, nor anything after
         self.steps = self.merges = self.intents = self.travelling = 0
         self.dead = False
         self.connections: Dict[str, Connection] = {}  # by the file's name
@@ -252,6 +253,13 @@ class SimulatedProcess:
         self.steps += 1
         return self.steps == self.kill_at
 
+    def count_intent(self, name: str) -> None:
+        """Count an intent that a file is about to commit; the disk may be full for that file from here on."""
+        if self.full_intent and self.full_intent[0] == name:
+            self.full_intent = name, self.full_intent[1] - 1
+            if not self.full_intent[1]:
+                self.full_at, self.full_for = self.steps, f"of {name}"
+
     def end(self) -> None:
         """Close the files as the operating system does when a process ends, and leave what a torn commit leaves."""
         self.dead = True
@@ -282,6 +290,8 @@ class Connection(sqlite3.Connection):
 
     def _commit(self) -> Any:
         process, name = self.process, f"the commit of {self.path.name}"
+        if any(row["state"] == "requested" for row in self.pending):
+            process.count_intent(self.path.name)
         try:
             torn = process.durable(name)
         except OSError:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, DefaultDict, Dict, List, Mapping, Optional, Set, Tuple
 
 from tests.expected import COPY, MAIN, ROLES, Ids, email_key, name_of
-from tests.fake_devrev import USER_LISTS, Request, Table, Thing
+from tests.fake_devrev import USER_LISTS, Request, Table, Thing, kind_of
 from tests.simulated import InvariantBroken, Sent, short
 
 WRITES = ("rev-users.create", "rev-users.update", "rev-users.merge", "works.update", "conversations.update")
@@ -316,8 +316,10 @@ class UndoChecker:
                 raise InvariantBroken(TRUE, f"{short(contact)} has not got {role} of {short(identity)} back")
 
     def _may_be_written(self, identity: str) -> bool:
+        """Return whether an undo can give an object back: it is of a kind that DevRev documents, and not forbidden."""
         world = self.checker.fake_devrev
-        return identity not in world.restricted and identity not in world.restricted_writes
+        hidden = (*world.restricted, *world.restricted_writes)
+        return kind_of(identity) in ("ticket", "issue", "conversation") and identity not in hidden
 
     # ----- a scenario ends -------------------------------------------------------------------------
 
@@ -371,7 +373,7 @@ class UndoChecker:
             return (
                 bool(stuck) or any(one["id"] not in ids for one in holders) or organisation.unverified_keep_references
             )
-        if code == "not_handed_back":
+        if code == "not_restored":
             things = [self.table(item["id"]).get(item["id"]) for item in entry["left"]]
             people = [one["id"] for thing in things if thing for role in USER_LISTS for one in thing.get(role, ())]
             written = all(map(self._may_be_written, (item["id"] for item in entry["left"])))
