@@ -241,6 +241,9 @@ def test_every_pair_is_merged_once_with_twelve_percent_of_all_answers_gone_wrong
     place.export(organisation)
     share = 1 - (1 - 0.12) ** (1 / len(MISBEHAVIOUR))
     faults = [Fault(kind, chance=share, detail=0.05 if kind == "429" else None) for kind in MISBEHAVIOUR]
+    for fault in faults:
+        if fault.kind == "html-200":  # any 2xx acknowledges a merge, whatever its body
+            fault.match = lambda body: "secondary_user" not in body
     with Sandbox(organisation, faults=faults, seed=seed, gone=gone, merge_delay=0.1) as sandbox:
         findings = watch_merges(sandbox, place.folder)
         place.run(sandbox, "--merge-timeout", "8", check=0, DEVREV_TIMEOUT="0.5")
