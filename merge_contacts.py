@@ -2644,6 +2644,8 @@ class ApiClient:
                     answer = await self.environment.post("dev-users.self", {})
                     self.requests["dev-users.self"] += 1
                     self.scheduler.on_response(True, answer, 0.0, answer.data is not None)
+                    with contextlib.suppress(ApiError, FatalError):  # a dead token stops the run
+                        self._raise_refusal("dev-users.self", {}, answer, final=False)
                     continue
                 if before:
                     await before()

@@ -57,8 +57,8 @@ MUTANTS = [
     Mutant("a transition is not saved", "        await self.context.savepoint.save(pair)\n        steps = {", "        steps = {"),
     Mutant(
         "a rejection is not saved",
-        "        pair.rejected = True\n        await self.context.savepoint.save(pair)\n",
-        "        pair.rejected = True\n",
+        "        pair.rejected, pair.forbidden = True, pair.forbidden or error.status == 403\n        await self.context.savepoint.save(pair)\n",
+        "        pair.rejected, pair.forbidden = True, pair.forbidden or error.status == 403\n",
         "the transition that follows saves it",
     ),
     Mutant("an outcome is not saved", "            if not isinstance(problem, PairSkipped):\n                await self.savepoint.save(pair)\n", ""),
