@@ -401,7 +401,10 @@ PLAIN_WORDS = {
         0,
         "single@example.com: nothing to merge: 1 contact with a REVU- or user_ reference",
     ),
-    "--preview --email two@example.com": (0, "two@example.com: skipped: several contacts have a user_ reference"),
+    "--preview --email two@example.com": (
+        0,
+        "two@example.com: skipped: Several contacts have a user_ reference. The export can't tell",
+    ),
     "--check": (2, "warning: {folder}/.env, line 2 is not NAME=value and is ignored"),
 }
 
