@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
+from tests.forked import can_fork
+from tests.forked import run as run_forked
 from tests.sandbox import Organisation, Sandbox
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,12 +38,8 @@ Row = Dict[str, Any]
 class Result:
     """What one call of the script left: exit code, output, and the reports and logs it wrote."""
 
-    def __init__(
-        self, process: "subprocess.CompletedProcess[str]", folder: Path, reports_before: Iterable[Path]
-    ) -> None:
-        self.code = process.returncode
-        self.out = process.stdout
-        self.err = process.stderr
+    def __init__(self, code: int, out: str, err: str, folder: Path, reports_before: Iterable[Path]) -> None:
+        self.code, self.out, self.err = code, out, err
         new = sorted(set((folder / "reports").glob("*.json")) - set(reports_before))
         self.report: Dict[str, Any] = json.loads(new[-1].read_text(encoding="utf-8")) if new else {}
 
@@ -103,14 +101,21 @@ class Workplace:
     ) -> Result:
         """Run the script to its end; `check` is the exit code that is expected."""
         before = list((self.folder / "reports").glob("*.json"))
-        process = self.start(sandbox, *options, python=python, **extra)
-        try:
-            out, err = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGABRT if os.name != "nt" else signal.SIGTERM)
-            out, err = process.communicate()
-            raise AssertionError(f"still running after {timeout} s\n{out}\n{err}\n{self.logs()}") from None
-        result = Result(subprocess.CompletedProcess(process.args, process.returncode, out, err), self.folder, before)
+        command = self.command(*options, program=[*python, str(SCRIPT)] if python else PROGRAM)
+        if command[0] == sys.executable and len(python) != 1 and can_fork(extra):
+            code, out, err, late = run_forked(command[1:], str(self.folder), self.environment(sandbox, extra), timeout)
+        else:
+            process, late = self.start(sandbox, *options, python=python, **extra), False
+            try:
+                out, err = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                late = True
+                process.send_signal(signal.SIGABRT if os.name != "nt" else signal.SIGTERM)
+                out, err = process.communicate()
+            code = process.returncode
+        if late:
+            raise AssertionError(f"still running after {timeout} s\n{out}\n{err}\n{self.logs()}")
+        result = Result(code, out, err, self.folder, before)
         assert "Traceback" not in err, result
         assert check is None or result.code == check, f"{result}\n{self.logs()}"
         return result

@@ -18,7 +18,7 @@ import pytest
 import merge_contacts as tool
 from tests.fake_devrev import ALL_WORK_KINDS, OTHER_WORK_KINDS, World
 from tests.sandbox import SHAPES, Fault, Organisation, Sandbox
-from tests.support import ROOT, SAMPLE, Workplace
+from tests.support import ROOT, SAMPLE, Workplace, the_rest_is_slow
 
 jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
 
@@ -288,30 +288,33 @@ def public(value: Any) -> Any:
     return found
 
 
+SWITCHES: List[Dict[str, Any]] = [
+    *({"verified_shown": form} for form in World.CHOICES["verified_shown"]),
+    *({"verified_filter": form} for form in World.CHOICES["verified_filter"]),
+    {"hidden_fields": ("phone_numbers", "description")},
+    {"refused_fields": ("rev-users.update.phone_numbers", "display_name"), "refused_status": 400},
+    {"refused_fields": ("phone_numbers",), "refused_status": 409},
+    {"account_rev_orgs": True},
+    {"unique_emails": True, "email_ignores_case": True},
+    *({"deleted_listed": True, "deleted_contacts": "state", "gone": gone} for gone in World.GONE if gone != "301"),
+    {"thin_lists": ("*",), "empty_pages": 2, "largest_page": 3, "trailing_page": True},
+    {"long_work_types": True},
+    *({"hidden_kinds": ("issue", "conversation"), "hidden_kinds_answer": form} for form in ("403", "left out")),
+    *({"restricted_in_lists": form} for form in World.CHOICES["restricted_in_lists"]),
+    {"bad_token": "token_revoked"},
+    *({"quota": (20, 60), "retry_after": form} for form in World.CHOICES["retry_after"]),
+    {"quota": (20, 4.0), "quota_rolls": True},
+    *({"unverified_merge": form} for form in World.CHOICES["unverified_merge"] if form != "409"),
+    {"unverified_keep_references": True},
+    {"unique_references": "organisation"},
+    {"merge_joins": ("phone_numbers", "tags", "external_refs")},
+    {"visitors_verified": False},
+]
+
+
 @pytest.mark.parametrize(
     "switches",
-    [
-        *({"verified_shown": form} for form in World.CHOICES["verified_shown"]),
-        *({"verified_filter": form} for form in World.CHOICES["verified_filter"]),
-        {"hidden_fields": ("phone_numbers", "description")},
-        {"refused_fields": ("rev-users.update.phone_numbers", "display_name"), "refused_status": 400},
-        {"refused_fields": ("phone_numbers",), "refused_status": 409},
-        {"account_rev_orgs": True},
-        {"unique_emails": True, "email_ignores_case": True},
-        *({"deleted_listed": True, "deleted_contacts": "state", "gone": gone} for gone in World.GONE if gone != "301"),
-        {"thin_lists": ("*",), "empty_pages": 2, "largest_page": 3, "trailing_page": True},
-        {"long_work_types": True},
-        *({"hidden_kinds": ("issue", "conversation"), "hidden_kinds_answer": form} for form in ("403", "left out")),
-        *({"restricted_in_lists": form} for form in World.CHOICES["restricted_in_lists"]),
-        {"bad_token": "token_revoked"},
-        *({"quota": (20, 60), "retry_after": form} for form in World.CHOICES["retry_after"]),
-        {"quota": (20, 4.0), "quota_rolls": True},
-        *({"unverified_merge": form} for form in World.CHOICES["unverified_merge"] if form != "409"),
-        {"unverified_keep_references": True},
-        {"unique_references": "organisation"},
-        {"merge_joins": ("phone_numbers", "tags", "external_refs")},
-        {"visitors_verified": False},
-    ],
+    the_rest_is_slow(SWITCHES, *SWITCHES[::4]),
     ids=lambda switches: " ".join(f"{name}={value}" for name, value in switches.items()),
 )
 def test_no_switch_makes_an_answer_that_the_description_does_not_know(
