@@ -173,13 +173,10 @@ class PairSkipped(PairError):
 class ApiError(PairError):
     """DevRev understood the request and refused it (3xx, 4xx). A merge may be carried out all the same."""
 
-    def __init__(
-        self, endpoint: str, status: int, message: str, location: str = "", data: Optional[Json] = None
-    ) -> None:
+    def __init__(self, endpoint: str, status: int, message: str, data: Json) -> None:
         super().__init__("forbidden" if status == 403 else "api_error", f"{endpoint} answered {status}: {message}")
         self.status = status
-        self.location = location
-        self.data = data or {}
+        self.data = data  # of the body
 
     @property
     def missing(self) -> bool:
@@ -253,12 +250,7 @@ def safe_name(text: str) -> str:
     Everything but letters, digits and `@ . _ + -` of ASCII is percent-encoded, so that two texts never
     share a name. Names that Windows reserves are encoded too, and long names end in a hash of the full text.
     """
-    name = "".join(
-        c
-        if (c.isascii() and c.isalnum()) or c in "@._+-"
-        else "".join(f"%{b:02X}" for b in c.encode("utf-8", "surrogatepass"))
-        for c in text
-    )
+    name = quote(text, safe="@+", errors="surrogatepass").replace("~", "%7E")
     if name.startswith((".", "-")) or _RESERVED.match(name.split(".")[0]):
         name = f"%{ord(name[0]):02X}{name[1:]}"
     if name.endswith("."):
@@ -408,14 +400,12 @@ class Environment:
         """
         if os.name == "nt":
             return
-        try:
+        with self.tolerate(f"{folder}: this file system can't flush a folder", "a power cut may lose new names"):
             handle = os.open(str(folder), os.O_RDONLY)
             try:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-        except OSError as error:
-            self.tolerate(error, f"{folder}: this file system can't flush a folder", "a power cut may lose new names")
 
     def make_private_dir(self, path: Path) -> Path:
         """Create `path` and its missing parents, open to their owner alone."""
@@ -428,22 +418,17 @@ class Environment:
             raise NotADirectoryError(f"{path} is not a folder")
         return path
 
-    def restrict_dir(self, folder: Path) -> None:
-        """Let only the owner read `folder`, which may have come with more; one of another user, or vfat, can't be
-        changed, and is used as it is."""
+    @contextlib.contextmanager
+    def tolerate(self, what: str, result: str) -> Iterator[None]:
+        """Warn once of what a file system can't do and need not be able to do. Any other error is raised."""
         try:
-            if stat.S_IMODE(folder.stat().st_mode) != 0o700:
-                folder.chmod(0o700)
+            yield
         except OSError as error:
-            self.tolerate(error, f"{folder}: its permissions can't be set", "other users may be able to read it")
-
-    def tolerate(self, error: OSError, what: str, result: str) -> None:
-        """Warn once that the file system can't do something that it need not be able to do. Raise any other error."""
-        if error.errno not in NOT_SUPPORTED:
-            raise error
-        if result not in self._warned:
-            self._warned.add(result)
-            log.warning("%s (%s), so %s", what, error.strerror, result)
+            if error.errno not in NOT_SUPPORTED:
+                raise
+            if result not in self._warned:
+                self._warned.add(result)
+                log.warning("%s (%s), so %s", what, error.strerror, result)
 
 
 # What a file system answers that has no such operation, or that has it for the owner alone.
@@ -456,27 +441,18 @@ NOT_SUPPORTED = (
 def locks_work(path: Path) -> bool:
     """Try whether files beside `path` can be locked. A database on a file system without locks looks held or damaged.
 
-    The lock is tried on a new file, which no other process has. Where none can be created, nothing is known: True.
+    SQLite tries it on a new file, which no other process has. Where none can be created, nothing is known: True.
     """
+    trial = path.resolve().with_name(f".lock_trial.{os.getpid()}")
     try:
-        file = tempfile.NamedTemporaryFile(prefix=".lock_trial.", dir=str(path.resolve().parent))  # noqa: SIM115
-    except OSError:
-        return True
-    with file:
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-                msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                fcntl.lockf(file, fcntl.LOCK_UN)
-        except OSError as error:
-            log.info("%s: a trial lock failed: %s", path, error)
-            return False
+        with contextlib.closing(sqlite3.connect(str(trial), timeout=0)) as database:
+            database.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:
+        log.info("%s: a trial lock failed: %s", path, error)
+        return "unable to open" in str(error)
+    finally:
+        with contextlib.suppress(OSError):
+            trial.unlink()
     return True
 
 
@@ -509,6 +485,9 @@ class HttpTransport:
     CHUNK = 1 << 16
 
     def __init__(self, settings: "ApiSettings") -> None:
+        """Raise FatalError where the proxy or the CA bundle of the environment can't be used."""
+        import ssl
+
         import requests
         from requests.adapters import HTTPAdapter
 
@@ -516,35 +495,20 @@ class HttpTransport:
         self.session = session = requests.Session()
         adapter = HTTPAdapter(pool_connections=1, pool_maxsize=settings.workers + 4, max_retries=0)
         session.mount(settings.base_url, adapter)
-        # The environment's proxies and CA bundle, looked up once; never a proxy for plain http on loopback.
-        if settings.base_url.startswith("https:"):
-            found = session.merge_environment_settings(settings.base_url, {}, None, None, None)
-            session.proxies, session.verify = found["proxies"], found["verify"]
-            proxy = session.proxies.get("https") or session.proxies.get("all") or ""
-            self._check_settings(adapter, proxy, session.verify)
-        session.trust_env = False  # no credentials from ~/.netrc either
         self._headers = {
             "Authorization": f"Bearer {settings.token}",
             "User-Agent": f"merge_contacts/{__version__}",
             "Accept": "application/json",
             "Content-Type": "application/json",
         }
-
-    @staticmethod
-    def _check_settings(adapter: Any, proxy: str, bundle: Any) -> None:
-        """Raise FatalError where the proxy or the CA bundle can't be used. A proxy's address may hold a password."""
-        import ssl
-
-        words = ""
+        session.trust_env = settings.base_url.startswith("https:")  # never a proxy for plain http on loopback
+        found = session.merge_environment_settings(settings.base_url, {}, None, None, None)
+        session.proxies, session.verify, bundle = found["proxies"], found["verify"], found["verify"]
+        session.trust_env = False  # it was asked once, and there are no credentials to take from ~/.netrc
+        proxy = session.proxies.get("https") or session.proxies.get("all") or ""  # its address may hold a password
         try:
             if isinstance(bundle, str) and not Path(bundle).is_dir():
                 ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(bundle)
-        except OSError as error:  # ssl.SSLError is one
-            name = named_variable("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-            why = "does not exist" if isinstance(error, FileNotFoundError) else "holds no certificates that can be read"
-            fix = "set it to a file of CA certificates in PEM format, or unset it"
-            words = f"{name} names {bundle}, which {why}; {fix}"
-        try:
             if proxy:
                 adapter.proxy_manager_for(proxy if "://" in proxy else f"http://{proxy}")
         except ValueError:  # of requests and of urllib3, for an unknown scheme, no host, no support of SOCKS
@@ -552,9 +516,12 @@ class HttpTransport:
             if proxy.lower().startswith("socks"):
                 what = "names a SOCKS proxy, and the package PySocks is missing; pip install PySocks, or"
             name = named_variable("HTTPS_PROXY", "ALL_PROXY")
-            words = f"{name} {what} set it to http://host:port, or unset it"
-        if words:
-            raise FatalError(EXIT_USAGE, words)
+            raise FatalError(EXIT_USAGE, f"{name} {what} set it to http://host:port, or unset it") from None
+        except OSError as error:  # ssl.SSLError is one
+            name = named_variable("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+            why = "does not exist" if isinstance(error, FileNotFoundError) else "holds no certificates that can be read"
+            fix = "set it to a file of CA certificates in PEM format, or unset it"
+            raise FatalError(EXIT_USAGE, f"{name} names {bundle}, which {why}; {fix}") from None
 
     def post(self, endpoint: str, body: Json, limit: float) -> HttpResponse:
         """POST once, follow no redirect, and read the answer until it is complete or `limit` seconds are over."""
@@ -593,7 +560,7 @@ class HttpTransport:
 
         host, text = urlsplit(self.settings.base_url).netloc, repr(error)
         proxy = f"the proxy that {named_variable('HTTPS_PROXY', 'ALL_PROXY')} names"
-        sent, setup_error = False, ""
+        sent, problem, setup_error = False, "the connection broke", ""
         if isinstance(error, exceptions.ProxyError):
             refused = re.search(r"Tunnel connection failed: (\d+[ \w-]*)", text)
             problem = f"{proxy} answered {refused.group(1)}" if refused else f"no connection to {proxy}"
@@ -606,13 +573,13 @@ class HttpTransport:
         elif isinstance(error, exceptions.ConnectTimeout) or "NewConnectionError" in text or "NameResolution" in text:
             problem = f"no connection to {host}"
         else:
-            sent, problem = True, type(error).__name__
+            sent = True
             if isinstance(error, exceptions.SSLError):
                 problem = "the TLS connection broke"
             elif isinstance(error, exceptions.Timeout) or "ReadTimeoutError" in text:
                 problem = f"no answer within {silence:g} s"
-            elif isinstance(error, exceptions.ConnectionError):
-                problem = "the connection broke"
+            elif not isinstance(error, exceptions.ConnectionError):
+                problem = type(error).__name__
         return response._replace(problem=problem, sent=sent or response.status is not None, setup_error=setup_error)
 
 
@@ -621,7 +588,6 @@ class CancelToken:
 
     def __init__(self) -> None:
         self.stop: Optional[FatalError] = None
-        self.on_cancel: List[Callable[[], None]] = []
         self._shielded: Optional[asyncio.Future[Any]] = None  # the task that an interruption does not end
         self._waiting: Dict[asyncio.Future[Any], bool] = {}  # in the order in which they came, and whether shielded
 
@@ -632,8 +598,6 @@ class CancelToken:
         for future, is_shielded in list(self._waiting.items()):
             if not future.done() and not (is_shielded and isinstance(self.stop, Cancelled)):
                 future.set_exception(Cancelled())
-        for act in self.on_cancel:
-            act()
 
     @contextlib.contextmanager
     def shield(self) -> Iterator[None]:
@@ -2312,8 +2276,6 @@ class RequestScheduler:
             return None
         return {"limit": limit, "window_seconds": round(seconds) if seconds >= 30 else round(seconds, 1)}
 
-    # -- the queue ----------------------------------------------------------------------------------
-
     async def acquire(self, options: RequestOptions) -> bool:
         """Wait until a request may leave, and return whether it is a probe. Raises Cancelled."""
         self._serial += 1
@@ -2336,17 +2298,19 @@ class RequestScheduler:
                 breaker.half_open, breaker.probe_in_flight = True, False  # one request finds out the new window's
             if breaker.half_open and breaker.probe_in_flight:
                 break  # its answer dispatches again
-            able = (one for one in self._queue if self._has_slot(one[0]) and self._has_quota_for(one[2]))
-            first = next(able, None)
-            if first is None:
+            for entry in self._queue:
+                _, _, options, future = entry
+                units = self._units_to_reserve(options)
+                if units is not None:
+                    break
+            else:
                 wait, reason = self.seconds_until_room()
                 break
-            self._queue.remove(first)
-            _, _, options, future = first
+            self._queue.remove(entry)
             if future.done():  # by a cancellation
                 continue
             if options.reservation:
-                self._reserve(options.reservation, int(max(0, min(self._units_for(options)) - 1)))
+                self._reserve(options.reservation, units)
             self._in_flight += 1
             if self.client_limit:
                 self.client_limit.count()
@@ -2367,32 +2331,23 @@ class RequestScheduler:
         spared = self.workers > 1 and self._reserved > 0 and priority == PREPARE and self._longest > self.SLOW_REQUEST
         return self._in_flight < max(1, (self.workers >> min(self.breaker.failures_in_a_row, 4)) - spared)
 
-    # -- quota and reservations ---------------------------------------------------------------------
+    def _units_to_reserve(self, options: RequestOptions) -> Optional[int]:
+        """Return the units that a request has reserved once it has left, None where it may not leave now.
 
-    def room(self) -> float:
-        """Units that may be spent now."""
-        return min(self.quota.room(self._in_flight), self.client_limit.room() if self.client_limit else math.inf)
-
-    def share_of_others(self) -> float:
-        """Units of the quota that only the requests which finish a merge may spend."""
-        return (self.quota.limit or 0) / self.OTHERS if self.leaves_a_share else 0.0
-
-    def _units_for(self, options: RequestOptions) -> Tuple[float, float]:
-        """Return the units that a request may spend, which are reserved for no other merge, and those that it needs:
-        one, and as much of what it is to reserve as a window can hold."""
+        It needs one unit, and as much of what it is to reserve as a window can hold; none of them may be reserved for
+        another merge, and only what finishes a merge may spend the share of others.
+        """
+        left, limit = self.quota.room(self._in_flight), self.client_limit
+        room = min(left, limit.room() if limit else math.inf)
         own = options.reservation.units if options.reservation else 0
-        window = min(self.quota.limit or 1e9, self.client_limit.calls if self.client_limit else 1e9)
-        units = min(options.reserve, max(self.LEAST, window // self.SHARE))
-        return self.room() - self._reserved + own, min(1 + units, window)
-
-    def _has_quota_for(self, options: RequestOptions) -> bool:
-        spare, needed = self._units_for(options)
-        reserved = options.reservation is not None and options.reservation.units > 0
+        spare = room - self._reserved + own
+        window = min(self.quota.limit or 1e9, limit.calls if limit else 1e9)
+        needed = min(1 + min(options.reserve, max(self.LEAST, window // self.SHARE)), window)
         if options.priority == FINISH:  # takes what there is
-            return self.room() >= 1 if reserved else spare >= 1
-        if not reserved and self.quota.room(self._in_flight) <= self.share_of_others():
-            return False
-        return spare >= needed
+            may_leave = (room if own else spare) >= 1
+        else:
+            may_leave = spare >= needed and (own > 0 or left > self.share_of_others())
+        return int(max(0, min(spare, needed) - 1)) if may_leave and self._has_slot(options.priority) else None
 
     def _reserve(self, reservation: Reservation, units: int) -> None:
         self._reserved += units - reservation.units
@@ -2403,6 +2358,22 @@ class RequestScheduler:
         self._reserve(reservation, 0)
         self._dispatch()
 
+    def give_back(self, is_probe: bool) -> None:
+        """Return the slot of a request that is not sent after all."""
+        self._in_flight -= 1
+        self.breaker.probe_in_flight = self.breaker.probe_in_flight and not is_probe
+        self._dispatch()
+
+    def cancel_preparations(self) -> None:
+        """Cancel the requests in the queue that no merge in progress needs."""
+        for priority, _, _, future in self._queue:
+            if priority == PREPARE and not future.done():
+                future.set_exception(Cancelled())
+
+    def share_of_others(self) -> float:
+        """Units of the quota that only the requests which finish a merge may spend."""
+        return (self.quota.limit or 0) / self.OTHERS if self.leaves_a_share else 0.0
+
     def seconds_until_room(self) -> Tuple[float, str]:
         """Seconds until more units may be spent, and what limits them now."""
         now, limit = self._now(), self.client_limit
@@ -2411,20 +2382,6 @@ class RequestScheduler:
         left = limit.seconds_left()
         # Where a complete period has not room enough, units are reserved; their release is noticed.
         return (max(0.001, left), "client-side rate limit") if left > 0 else (limit.period, "")
-
-    def cancel_waiting(self, priority: int) -> None:
-        """Cancel the requests in the queue that are not more urgent than this."""
-        for urgency, _, _, future in self._queue:
-            if urgency >= priority and not future.done():
-                future.set_exception(Cancelled())
-
-    # -- answers ------------------------------------------------------------------------------------
-
-    def give_back(self, is_probe: bool) -> None:
-        """Return the slot of a request that is not sent after all."""
-        self._in_flight -= 1
-        self.breaker.probe_in_flight = self.breaker.probe_in_flight and not is_probe
-        self._dispatch()
 
     def on_response(self, is_probe: bool, response: HttpResponse, seconds: float, usable: bool) -> None:
         """Note an answer, how long it took, and whether it is of any use where its status is good."""
@@ -2551,14 +2508,9 @@ def check_storable(user: Json) -> None:
 
     Services that count in UTF-16 cut texts in the middle of an emoji. No file, log or database can hold what is left.
     """
-    values: List[Tuple[str, Any]] = list(user.items())
-    while values:
-        name, value = values.pop()
-        if isinstance(value, dict):
-            values.extend((f"{name}.{key}", one) for key, one in value.items())
-        elif isinstance(value, list):
-            values.extend((name, one) for one in value)
-        elif encodable(name) != name or (isinstance(value, str) and encodable(value) != value):
+    for name, value in user.items():
+        text = json.dumps([name, value], ensure_ascii=False)
+        if encodable(text) != text:
             where = f"the {name} of REVU-{user['id'].rpartition('/')[2]} in DevRev"
             raise PairError("api_error", f"{where} holds half of a character (a lone surrogate); correct it there")
 
@@ -2595,8 +2547,9 @@ def duplicate_status(user: Json, primary: str, duplicate: str) -> DuplicateStatu
 WRITES = ("rev-users.merge", "rev-users.update", "rev-users.create", "works.update", "conversations.update")
 
 
-class ApiClient:
-    """Sends requests to DevRev's API: when the scheduler lets them, again where that is safe, lists page by page.
+class DevRevAPI:
+    """The part of DevRev's REST API that a merge needs, over POST with JSON bodies: requests leave when the scheduler
+    lets them, and again where that is safe; lists are read page by page.
 
     Every method raises ApiError (a definite no), NoUsableResponse (none after the retries), PermissionDenied (the
     token is not accepted), Cancelled (the run stops, and the request was not sent), or FatalError (no proxy, no
@@ -2614,6 +2567,20 @@ class ApiClient:
         self.requests: Dict[str, int] = collections.Counter()
         self.writes = 0  # requests that may have changed DevRev
         self._has_answered = False
+        self.work_kinds: Tuple[str, ...] = (*TICKETS_AND_ISSUES, *OTHER_WORKS)  # that lists of works name
+        self._work_kinds_lock = asyncio.Lock()
+        self._work_kinds_known = False
+        self._verified_filter_refused = False
+        by_email = functools.partial(self._list_by, "email")
+        self.emails = BatchLoader(by_email, cancel_token, lambda user: {email_of(user)}, email_key)
+        self.unverified = BatchLoader(self._list_unverified, cancel_token, lambda user: {email_of(user)}, email_key)
+        # By the field that names contacts: a work's role, or a conversation's members.
+        self.objects = {
+            name: BatchLoader(functools.partial(self._list_by, name), cancel_token, functools.partial(user_ids, name))
+            for name in (*ROLES.values(), "members")
+        }
+
+    # -- requests and lists -------------------------------------------------------------------------
 
     async def _call(
         self,
@@ -2692,8 +2659,8 @@ class ApiClient:
             self.cancel_token.cancel(fatal)
             raise fatal
         if 300 <= status < 400:
-            location = encodable(self.settings.mask(str(answer.headers.get("Location", ""))))
-            raise ApiError(endpoint, status, f"redirected to {location or 'nowhere'}", location=location)
+            location = self.settings.mask(str(answer.headers.get("Location", "")))
+            raise ApiError(endpoint, status, f"redirected to {location or 'nowhere'}", {"location": location})
         if not 400 <= status < 500 or status in (408, 429) or (answer.data is None and status != 413):
             return
         if status == 403:
@@ -2702,7 +2669,7 @@ class ApiClient:
             scopes = scopes_needed(endpoint, body)
             words += f" ({', '.join(some(names))})" if names else ""
             words += f"; the token needs the scope {scopes}, and its owner access" if scopes else ""
-        raise ApiError(endpoint, status, words, data=data)
+        raise ApiError(endpoint, status, words, data)
 
     async def pages(self, endpoint: str, key: str, body: Json, options: RequestOptions = ANY_OPTIONS) -> ListResult:
         """Return all items of a cursor-paged list."""
@@ -2721,7 +2688,7 @@ class ApiClient:
         known: Set[int] = set()  # hashes of ids
         cursors: Set[str] = set()
         stale = empty = 0
-        page = dict(body, limit=PAGE)
+        page = {"limit": PAGE, **body}
         while True:
             reply, since = await self._call(endpoint, page, key, options)
             items, cursor, before = objects_in(reply[key], endpoint, key), reply.get("next_cursor") or "", len(known)
@@ -2747,25 +2714,6 @@ class ApiClient:
         found, _ = await self._call(endpoint, body, key, options, **how)
         return objects_in([found[key]], endpoint, key)[0]
 
-
-class DevRevAPI(ApiClient):
-    """The part of DevRev's REST API that a merge needs, over POST with JSON bodies."""
-
-    def __init__(self, settings: ApiSettings, environment: Environment, cancel_token: CancelToken) -> None:
-        super().__init__(settings, environment, cancel_token)
-        self.work_kinds: Tuple[str, ...] = (*TICKETS_AND_ISSUES, *OTHER_WORKS)  # that lists of works name
-        self._work_kinds_lock = asyncio.Lock()
-        self._work_kinds_known = False
-        self._verified_filter_refused = False
-        by_email = functools.partial(self._list_by, "email")
-        self.emails = BatchLoader(by_email, cancel_token, lambda user: {email_of(user)}, email_key)
-        self.unverified = BatchLoader(self._list_unverified, cancel_token, lambda user: {email_of(user)}, email_key)
-        # By the field that names contacts: a work's role, or a conversation's members.
-        self.objects = {
-            name: BatchLoader(functools.partial(self._list_by, name), cancel_token, functools.partial(user_ids, name))
-            for name in (*ROLES.values(), "members")
-        }
-
     # -- contacts -----------------------------------------------------------------------------------
 
     async def whoami(self) -> Json:
@@ -2777,20 +2725,19 @@ class DevRevAPI(ApiClient):
     ) -> Optional[Json]:
         """Return what DevRev has at this id: the contact, or only `{"id": …}` of the one that it has become (301), None
         where there is none (an object's 404)."""
+        endpoint = "rev-users.get"
         try:
-            return await self._object("rev-users.get", {"id": identity}, options=options, deadline=deadline)
-        except ApiError as api_error:
-            if api_error.missing:
+            return await self._object(endpoint, {"id": identity}, options=options, deadline=deadline)
+        except ApiError as error:
+            if error.missing:
                 return None
-            if api_error.status == 404:
-                if not api_error.data.get("type"):
-                    raise  # a route's, which says nothing of any object
-                raise NoUsableResponse("rev-users.get", f"404 of another type, not of {identity}") from None
-            if not 300 <= api_error.status < 400:
+            if error.status == 404 and error.data.get("type"):  # a route's has none, and says nothing of any object
+                raise NoUsableResponse(endpoint, f"404 of another type, not of {identity}") from None
+            if not 300 <= error.status < 400:
                 raise
-            match = re.search(r"don:identity:[^&?#\s]+:revu/[^&?#/\s]+", unquote(api_error.location))
+            match = re.search(r"don:identity:[^&?#\s]+:revu/[^&?#/\s]+", unquote(error.data["location"]))
             if not match or match.group(0) == identity:
-                raise NoUsableResponse("rev-users.get", f"{api_error.status} that names no other contact") from None
+                raise NoUsableResponse(endpoint, f"{error.status} that names no other contact") from None
             return {"id": match.group(0)}
 
     async def contact(self, identity: str, options: RequestOptions = ANY_OPTIONS) -> Optional[Json]:
@@ -2815,10 +2762,11 @@ class DevRevAPI(ApiClient):
     async def contacts_by_email(self, emails: Iterable[str], priority: int = PREPARE) -> ListResult:
         """Return the contacts that DevRev lists for these emails. Raises PairError where the text of one can't be
         stored."""
-        found = await self._load_all(self.emails, emails, priority)
-        for user in found.items:
+        lists = await together(*(self.emails.load(email, 1, priority) for email in sorted(set(emails))))
+        users = by_id(user for one in lists for user in one.items)
+        for user in users.values():
             check_storable(user)
-        return found
+        return ListResult(list(users.values()), oldest(one.since for one in lists))
 
     async def unverified_ids(self, emails: Iterable[str], priority: int = PREPARE) -> Optional[Set[str]]:
         """Return the ids of the unverified contacts of these emails, None where DevRev refuses the filter.
@@ -2826,17 +2774,11 @@ class DevRevAPI(ApiClient):
         It is for organisations whose answers do not show `is_verified`. A list that shows verified contacts all the
         same has ignored the filter.
         """
-        if self._verified_filter_refused:
-            return None
-        found = await self._load_all(self.unverified, emails, priority)
-        ignored = any(user.get("is_verified") is True for user in found.items)
-        return None if ignored or self._verified_filter_refused else {user["id"] for user in found.items}
-
-    async def _load_all(self, loader: "BatchLoader", emails: Iterable[str], priority: int) -> ListResult:
-        lists = await together(*(loader.load(email, 1, priority) for email in sorted(set(emails))))
-        users = {user["id"]: user for one in lists for user in one.items}
-        since = min((one.since for one in lists), key=lambda since: since.monotonic, default=self.environment.now())
-        return ListResult(list(users.values()), since)
+        if not self._verified_filter_refused:
+            lists = await together(*(self.unverified.load(email, 1, priority) for email in sorted(set(emails))))
+            users = [user for one in lists for user in one.items]
+            ignored = any(user.get("is_verified") is True for user in users)
+        return None if self._verified_filter_refused or ignored else {user["id"] for user in users}
 
     async def holders_of(self, external_ref: str, options: RequestOptions) -> List[Json]:
         """Return the rev users that DevRev lists for a reference, without waiting for others to join."""
@@ -2873,18 +2815,12 @@ class DevRevAPI(ApiClient):
         endpoint, key = "conversations.update", "conversation"
         if ":conversation/" not in obj["id"]:
             endpoint, key, body["type"] = "works.update", "work", obj["type"]
-        found: Json = (await self._call(endpoint, body, key, options, repeatable=not roles))[0][key]
-        return found
+        return await self._object(endpoint, body, key, options, repeatable=not roles)
 
     def dispatch(self) -> None:
         """Send every list call that waits for others to join."""
         for batch_loader in (self.emails, self.unverified, *self.objects.values()):
             batch_loader.dispatch()
-
-    async def read_one(self, endpoint: str, key: str, body: Json) -> List[Json]:
-        """Return one item of a list, to find out whether the token may read it."""
-        found, _ = await self._call(endpoint, dict(body, limit=1), key)
-        return objects_in(found[key], endpoint, key)
 
     async def timeline(self, object_id: str) -> List[Json]:
         """Return all comments on a ticket, issue or conversation."""
@@ -2906,40 +2842,38 @@ class DevRevAPI(ApiClient):
 
     async def _list_unverified(self, emails: Sequence[str], options: RequestOptions) -> ListResult:
         """List with the filter; where that is refused for a single email, too, DevRev does not know the filter."""
-        for part in (emails, emails[:1]):
-            try:
-                body = {"email": list(part), "is_verified": False}
-                found = await self.pages("rev-users.list", "rev_users", body, options)
-            except ApiError as api_error:
-                if api_error.status not in (400, 403):
-                    raise
-                refusal = api_error
-            else:
-                if len(part) == len(emails):
-                    return found
-                raise refusal  # of so many emails
-        self._verified_filter_refused = True
-        return ListResult([], self.environment.now())
+        body = {"email": list(emails), "is_verified": False}
+        try:
+            return await self.pages("rev-users.list", "rev_users", body, options)
+        except ApiError as error:
+            if error.status not in (400, 403):
+                raise
+            if len(emails) > 1:
+                await self._list_unverified(emails[:1], options)
+                if not self._verified_filter_refused:
+                    raise  # of so many emails
+            self._verified_filter_refused = True
+            return ListResult([], self.environment.now())
 
     async def _list_by(self, name: str, keys: Sequence[str], options: RequestOptions) -> ListResult:
         """List contacts by `email`, conversations by `members`, or works of every kind by a role; where DevRev does not
         take the other kinds, tickets and issues from then on."""
-        filters = {name: list(keys)}
+        body: Json = {name: list(keys)}
         if name == "email":
-            return await self.pages("rev-users.list", "rev_users", filters, options)
+            return await self.pages("rev-users.list", "rev_users", body, options)
         if name == "members":
-            return await self.pages("conversations.list", "conversations", filters, options)
+            return await self.pages("conversations.list", "conversations", body, options)
         async with contextlib.AsyncExitStack() as stack:
             if not self._work_kinds_known:
                 await stack.enter_async_context(self._work_kinds_lock)  # one list finds out for all
             kinds = self.work_kinds
             try:
-                found = await self.pages("works.list", "works", {"type": list(kinds), **filters}, options)
-            except ApiError as api_error:
-                if api_error.status != 400 or kinds == TICKETS_AND_ISSUES:
+                found = await self.pages("works.list", "works", {"type": list(kinds), **body}, options)
+            except ApiError as error:
+                if error.status != 400 or kinds == TICKETS_AND_ISSUES:
                     raise
-                found = await self.pages("works.list", "works", {"type": list(TICKETS_AND_ISSUES), **filters}, options)
-                log.info("DevRev lists no works of other kinds than tickets and issues (%s)", api_error)
+                found = await self.pages("works.list", "works", {"type": list(TICKETS_AND_ISSUES), **body}, options)
+                log.info("DevRev lists no works of other kinds than tickets and issues (%s)", error)
                 self.work_kinds = TICKETS_AND_ISSUES
             self._work_kinds_known = True
             return found
@@ -3004,7 +2938,6 @@ class BatchLoader:
     ) -> None:
         self._lister = lister
         self._cancel_token = token
-        token.on_cancel.append(self.dispatch)  # keys that linger have to learn of it
         self._owners = owners  # the names that an item belongs to
         self._name = name  # of a key
         self._pending: List[PendingKey] = []
@@ -3018,8 +2951,7 @@ class BatchLoader:
     async def load(self, key: str, weight: int = 1, priority: int = PREPARE, linger: float = LINGER) -> ListResult:
         """Return what the list holds of `key`. Raises what the call for it raises."""
         loop = asyncio.get_event_loop()
-        self._cancel_token.raise_if_cancelled()
-        pending = PendingKey(key, max(1, weight), priority, loop.create_future())
+        pending = PendingKey(key, max(1, weight), priority, self._cancel_token.future())
         self._pending.append(pending)
         if self._timer is None or loop.time() + linger < self._dispatch_at:
             if self._timer:
@@ -3143,7 +3075,10 @@ def write_backup(
     a kill leaves no half backup. Raises OSError.
     """
     environment.make_private_dir(home)
-    environment.restrict_dir(home.parent)  # emails are names in it
+    # Emails are names in it. It may have come with more rights, and of another user, or on vfat, it is used as it is.
+    with environment.tolerate(f"{home.parent}: its permissions can't be set", "other users may be able to read it"):
+        if stat.S_IMODE(home.parent.stat().st_mode) != 0o700:
+            home.parent.chmod(0o700)
     if home.resolve().parent != home.parent.resolve():
         raise OSError(f"{home} is a link that leads out of {home.parent}; remove it")
     stamp = int(environment.now().wall)
@@ -4794,7 +4729,7 @@ class TaskRunner:
                 advice = " (--merge-timeout sets how long a merge may take)" * (problem.code == "merge_not_confirmed")
                 words = f"{self._failures_in_a_row} failures in a row, the last: {problem}{advice}"
                 self.draining = FatalError(EXIT_STOPPED, words)
-                self.api.scheduler.cancel_waiting(PREPARE)
+                self.api.scheduler.cancel_preparations()
 
     def _exit_code(self) -> int:
         stop = self.stop
@@ -8496,8 +8431,8 @@ async def _check_read(api: DevRevAPI, name: str, seen: List[str]) -> str:
         if not seen:
             return "not tried: there is no ticket or conversation yet"
         body = {"object": seen[0]}
-    items = await api.read_one(endpoint, key, body)
-    seen.extend(item["id"] for item in items if name != "contacts")
+    page = await api.each_page(endpoint, key, dict(body, limit=1)).__anext__()
+    seen.extend(item["id"] for item in page.items if name != "contacts")
     return "readable"
 
 
