@@ -91,7 +91,7 @@ from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
-from itertools import chain, compress
+from itertools import accumulate, chain, compress
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import (
@@ -337,7 +337,6 @@ class Environment:
         future: asyncio.Future[T] = loop.create_future()
 
         def work() -> None:
-            outcome: Callable[[], Any]
             try:
                 outcome = functools.partial(future.set_result, job(*args))
             except BaseException as error:
@@ -495,6 +494,7 @@ class HttpTransport:
         self.session = session = requests.Session()
         adapter = HTTPAdapter(pool_connections=1, pool_maxsize=settings.workers + 4, max_retries=0)
         session.mount(settings.base_url, adapter)
+        self._has_answered = False  # then no setting of this machine is at fault
         self._headers = {
             "Authorization": f"Bearer {settings.token}",
             "User-Agent": f"merge_contacts/{__version__}",
@@ -536,7 +536,7 @@ class HttpTransport:
             request = requests.Request("POST", url, data=to_json(body), headers=self._headers).prepare()
             timeouts = (min(10.0, silence), silence)
             with self.session.send(request, timeout=timeouts, allow_redirects=False, stream=True) as answer:
-                response = HttpResponse(answer.status_code, answer.headers, None)
+                self._has_answered, response = True, HttpResponse(answer.status_code, answer.headers, None)
                 content = bytearray()
                 # A body in small pieces is never silent, and one without an end would fill the memory.
                 for chunk in answer.iter_content(self.CHUNK):
@@ -580,6 +580,7 @@ class HttpTransport:
                 problem = f"no answer within {silence:g} s"
             elif not isinstance(error, exceptions.ConnectionError):
                 problem = type(error).__name__
+        setup_error = "" if self._has_answered else setup_error
         return response._replace(problem=problem, sent=sent or response.status is not None, setup_error=setup_error)
 
 
@@ -2127,19 +2128,19 @@ class QuotaWindow:
             self.rolling = True
         elif reset == self._reset and sent > self._reset_seen_at + 3 * grain:
             self.rolling = False
-        if self.rolling and reset >= self._reset:
-            known = self.remaining if reset == self._reset and self.remaining is not None else remaining
-            self.remaining, self.resets_at = min(known, remaining), now + wait + self.MARGIN
-            self.length, self._shortest = max(self.length, wait), min(self._shortest or wait, wait)
-            self._updated_at = now
-        elif not self.rolling and moved > 1.5 * grain:
-            self._first_reset, self.remaining, self.resets_at = reset, remaining, now + wait + self.MARGIN
-            self.length, self._shortest = max(self.length, wait), wait
-        elif not self.rolling and moved >= -grain:
+        is_new = reset > self._reset if self.rolling else moved > 1.5 * grain
+        if is_new or (reset == self._reset if self.rolling else moved >= -grain):
             # Answers arrive in another order than requests do; and by this clock the window may have ended too soon.
-            if self.remaining is None:
+            if is_new or self.rolling or self.remaining is None:
                 self.resets_at = now + wait + self.MARGIN
-            self.remaining = min(remaining if self.remaining is None else self.remaining, remaining)
+            self.remaining = remaining if is_new or self.remaining is None else min(self.remaining, remaining)
+            if is_new or self.rolling:
+                self.length = max(self.length, wait)
+                self._shortest = min(self._shortest or wait, wait) if self.rolling else wait
+            if self.rolling:
+                self._updated_at = now
+            elif is_new:
+                self._first_reset = reset
         if reset > self._reset:
             self._reset, self._reset_seen_at = reset, now
 
@@ -2566,7 +2567,6 @@ class DevRevAPI:
         self.scheduler = RequestScheduler(environment, cancel_token, settings)
         self.requests: Dict[str, int] = collections.Counter()
         self.writes = 0  # requests that may have changed DevRev
-        self._has_answered = False
         self.work_kinds: Tuple[str, ...] = (*TICKETS_AND_ISSUES, *OTHER_WORKS)  # that lists of works name
         self._work_kinds_lock = asyncio.Lock()
         self._work_kinds_known = False
@@ -2611,8 +2611,9 @@ class DevRevAPI:
                     answer = await self.environment.post("dev-users.self", {})
                     self.requests["dev-users.self"] += 1
                     self.scheduler.on_response(True, answer, 0.0, answer.data is not None)
-                    with contextlib.suppress(ApiError, FatalError):  # a dead token stops the run
-                        self._raise_refusal("dev-users.self", {}, answer, final=False)
+                    refusal = refusal_of("dev-users.self", {}, answer, self.settings)
+                    if isinstance(refusal, FatalError):
+                        self.cancel_token.cancel(refusal)
                     continue
                 if before:
                     await before()
@@ -2625,51 +2626,23 @@ class DevRevAPI:
                 self.scheduler.give_back(is_probe)
                 raise
             self.writes -= is_write and (not answer.sent or answer.status in (401, 403, 429))
-            data, problem = answer.data, answer.problem
+            data, over_quota = answer.data, answer.status == 429
             good = answer.status is not None and 200 <= answer.status < 300
             self.scheduler.on_response(is_probe, answer, self.environment.elapsed(since), not key or data is not None)
             if good and (not key or (data is not None and key in data)):
-                self._has_answered = True
                 return data or {}, since
-            if good and data is not None:
-                problem = f"no {key} in the answer"
-            attempt += answer.status != 429
-            once = answer.sent and (not repeatable or deadline is not None)
-            final = answer.status != 429 and (attempt > self.settings.retries or once)
-            self._raise_refusal(endpoint, body, answer, final)
+            attempt += not over_quota
+            is_once = not repeatable or deadline is not None
+            final = not over_quota and (attempt > self.settings.retries or (is_once and answer.sent))
+            refusal = refusal_of(endpoint, body, answer, self.settings, final)
+            if isinstance(refusal, FatalError):
+                self.cancel_token.cancel(refusal)  # nothing more is sent
+            if refusal:
+                raise refusal
             if final:
-                raise NoUsableResponse(endpoint, problem)
-            if answer.status != 429:
+                raise NoUsableResponse(endpoint, answer.problem or f"no {key} in the answer")
+            if not over_quota:
                 await self.cancel_token.sleep(self.environment.random.uniform(0.5, 1.0) * min(8.0, 0.1 * 2**attempt))
-
-    def _raise_refusal(self, endpoint: str, body: Json, answer: HttpResponse, final: bool) -> None:
-        """Raise what a definite no means. HTML of a gateway is none but for 401 (after the retries) and 413.
-
-        A FatalError stops the run: nothing more is sent.
-        """
-        status, data, words = answer.status or 0, answer.data or {}, answer.problem
-        fatal: Optional[FatalError] = None
-        if answer.setup_error and not self._has_answered:
-            fatal = FatalError(EXIT_USAGE, answer.setup_error)
-        elif status == 401 and (final or answer.data is not None):
-            kind = DEAD_TOKENS.get(str(data.get("type")), "DevRev does not accept the token")
-            advice = "create a new one in DevRev and set DEVREV_API_TOKEN to it"
-            fatal = PermissionDenied(EXIT_STOPPED, f"{kind} (401: {words.rstrip('.')}); {advice}")
-        if fatal:
-            self.cancel_token.cancel(fatal)
-            raise fatal
-        if 300 <= status < 400:
-            location = self.settings.mask(str(answer.headers.get("Location", "")))
-            raise ApiError(endpoint, status, f"redirected to {location or 'nowhere'}", {"location": location})
-        if not 400 <= status < 500 or status in (408, 429) or (answer.data is None and status != 413):
-            return
-        if status == 403:
-            ids = data.get("object_ids")
-            names = [str(one).rpartition("/")[2] for one in ids] if isinstance(ids, list) else []
-            scopes = scopes_needed(endpoint, body)
-            words += f" ({', '.join(some(names))})" if names else ""
-            words += f"; the token needs the scope {scopes}, and its owner access" if scopes else ""
-        raise ApiError(endpoint, status, words, data)
 
     async def pages(self, endpoint: str, key: str, body: Json, options: RequestOptions = ANY_OPTIONS) -> ListResult:
         """Return all items of a cursor-paged list."""
@@ -2707,7 +2680,7 @@ class DevRevAPI:
             cursors.add(cursor)
             page["cursor"] = cursor
 
-    async def _object(
+    async def get_one(
         self, endpoint: str, body: Json, key: str = "rev_user", options: RequestOptions = ANY_OPTIONS, **how: Any
     ) -> Json:
         """Return the one object that an endpoint answers with. Raises NoUsableResponse where it is none."""
@@ -2716,10 +2689,6 @@ class DevRevAPI:
 
     # -- contacts -----------------------------------------------------------------------------------
 
-    async def whoami(self) -> Json:
-        """Return the token's owner (`dev_user`)."""
-        return await self._object("dev-users.self", {}, "dev_user")
-
     async def _get_contact(
         self, identity: str, options: RequestOptions, deadline: Optional[float] = None
     ) -> Optional[Json]:
@@ -2727,7 +2696,7 @@ class DevRevAPI:
         where there is none (an object's 404)."""
         endpoint = "rev-users.get"
         try:
-            return await self._object(endpoint, {"id": identity}, options=options, deadline=deadline)
+            return await self.get_one(endpoint, {"id": identity}, options=options, deadline=deadline)
         except ApiError as error:
             if error.missing:
                 return None
@@ -2797,14 +2766,14 @@ class DevRevAPI:
         """Set fields of a contact, and return the contact as DevRev has it then. Raises ApiError with status 409 while
         another contact holds its `external_ref`. With a `deadline` one request is sent."""
         body = {"id": identity, **fields}
-        user = await self._object("rev-users.update", body, options=options, deadline=deadline)
+        user = await self.get_one("rev-users.update", body, options=options, deadline=deadline)
         if user["id"] != identity:
             raise NoUsableResponse("rev-users.update", f"the answer is about {user['id']}, not {identity}")
         return user
 
     async def create_contact(self, fields: Json, options: RequestOptions) -> Json:
         """Create a contact and return it. It is never repeated blindly: the caller finds out what a lost answer did."""
-        return await self._object("rev-users.create", fields, options=options, repeatable=False)
+        return await self.get_one("rev-users.create", fields, options=options, repeatable=False)
 
     async def set_people(self, obj: Json, roles: Mapping[str, Sequence[str]], options: RequestOptions) -> Json:
         """Replace the lists of a work's or a conversation's people, by role (none: try whether one may), and return it.
@@ -2815,7 +2784,7 @@ class DevRevAPI:
         endpoint, key = "conversations.update", "conversation"
         if ":conversation/" not in obj["id"]:
             endpoint, key, body["type"] = "works.update", "work", obj["type"]
-        return await self._object(endpoint, body, key, options, repeatable=not roles)
+        return await self.get_one(endpoint, body, key, options, repeatable=not roles)
 
     def dispatch(self) -> None:
         """Send every list call that waits for others to join."""
@@ -2832,7 +2801,7 @@ class DevRevAPI:
         if kind_of(object_id) == "conversation":
             endpoint, key = "conversations.get", "conversation"
         try:
-            return await self._object(endpoint, {"id": object_id}, key, options)
+            return await self.get_one(endpoint, {"id": object_id}, key, options)
         except ApiError as api_error:
             if api_error.missing:
                 return None
@@ -2879,6 +2848,33 @@ class DevRevAPI:
             return found
 
 
+def refusal_of(
+    endpoint: str, body: Json, answer: HttpResponse, settings: ApiSettings, final: bool = False
+) -> Optional[Exception]:
+    """Return what an answer refuses: a FatalError where it would refuse every request, else ApiError; None where it is
+    no definite no. HTML of a gateway is none but for 401 (after the retries: `final`) and 413."""
+    status, data, words = answer.status or 0, answer.data or {}, answer.problem
+    if answer.setup_error:
+        return FatalError(EXIT_USAGE, answer.setup_error)
+    if 300 <= status < 400:
+        location = settings.mask(str(answer.headers.get("Location", "")))
+        return ApiError(endpoint, status, f"redirected to {location or 'nowhere'}", {"location": location})
+    is_html = answer.data is None and status != 413 and not (status == 401 and final)
+    if not 400 <= status < 500 or status in (408, 429) or is_html:
+        return None
+    if status == 401:
+        kind = DEAD_TOKENS.get(str(data.get("type")), "DevRev does not accept the token")
+        advice = "create a new one in DevRev and set DEVREV_API_TOKEN to it"
+        return PermissionDenied(EXIT_STOPPED, f"{kind} (401: {words.rstrip('.')}); {advice}")
+    if status == 403:
+        ids = data.get("object_ids")
+        names = [str(one).rpartition("/")[2] for one in ids] if isinstance(ids, list) else []
+        scopes = scopes_needed(endpoint, body)
+        words += f" ({', '.join(some(names))})" if names else ""
+        words += f"; the token needs the scope {scopes}, and its owner access" if scopes else ""
+    return ApiError(endpoint, status, words, data)
+
+
 def objects_in(items: Any, endpoint: str, key: str) -> List[Json]:
     """Return `items` of an answer. Raises NoUsableResponse where they are no list of objects with a storable id."""
     if isinstance(items, list):
@@ -2911,12 +2907,11 @@ def before_any_change(api: DevRevAPI) -> Iterator[None]:
 Lister = Callable[[Sequence[str], RequestOptions], Awaitable[ListResult]]
 
 
-@dataclass
-class PendingKey:
-    """A key that waits to be listed for; `weight` items are expected."""
+class PendingKey(NamedTuple):
+    """A key that waits to be listed for."""
 
     key: str
-    weight: int
+    weight: int  # items that are expected
     priority: int
     future: "asyncio.Future[ListResult]"
 
@@ -2942,100 +2937,93 @@ class BatchLoader:
         self._name = name  # of a key
         self._pending: List[PendingKey] = []
         self._timer: Optional[asyncio.TimerHandle] = None
-        self._dispatch_at = 0.0
         self._max_keys = PAGE  # keys a call
         self._has_listed = False
         self._unanswered = 0  # calls in a row without a usable answer
         self._calls: Set[asyncio.Future[None]] = set()
 
     async def load(self, key: str, weight: int = 1, priority: int = PREPARE, linger: float = LINGER) -> ListResult:
-        """Return what the list holds of `key`. Raises what the call for it raises."""
-        loop = asyncio.get_event_loop()
-        pending = PendingKey(key, max(1, weight), priority, self._cancel_token.future())
-        self._pending.append(pending)
-        if self._timer is None or loop.time() + linger < self._dispatch_at:
-            if self._timer:
-                self._timer.cancel()
-            self._dispatch_at = loop.time() + linger
-            self._timer = loop.call_later(linger, self.dispatch)
+        """Return what the list holds of `key`, of which `weight` items are expected. Raises what the call raises."""
+        loop, future = asyncio.get_event_loop(), self._cancel_token.future()
+        self._pending.append(PendingKey(key, max(1, weight), priority, future))
         if len(self._pending) >= self._max_keys or sum(each.weight for each in self._pending) >= self.MAX_ITEMS:
             self.dispatch()
-        return await pending.future
+        elif self._timer is None or loop.time() + linger < self._timer.when():
+            if self._timer:
+                self._timer.cancel()
+            self._timer = loop.call_later(linger, self.dispatch)
+        found: ListResult = await future
+        return found
 
     def dispatch(self) -> None:
-        """Send the calls for all keys that linger."""
+        """Send the calls for all keys that linger, the light ones together."""
         if self._timer:
             self._timer.cancel()
-        self._timer, pendings, self._pending = None, self._pending, []
-        pendings.sort(key=lambda pending: pending.weight)
-        while pendings:
-            part = [pendings.pop(0)]
-            weight = part[0].weight
-            while pendings and len(part) < self._max_keys and weight + pendings[0].weight <= self.MAX_ITEMS:
-                weight += pendings[0].weight
-                part.append(pendings.pop(0))
-            call = asyncio.ensure_future(self._fetch(part))
+        pending = sorted(self._pending, key=attrgetter("weight"))
+        self._timer, self._pending = None, []
+        while pending:
+            weights = list(accumulate(each.weight for each in pending))
+            count = min(self._max_keys, max(1, bisect.bisect_right(weights, self.MAX_ITEMS)))
+            call = asyncio.ensure_future(self._fetch(pending[:count]))
             self._calls.add(call)
             call.add_done_callback(self._calls.discard)
+            pending = pending[count:]
 
-    async def _fetch(self, pendings: Sequence[PendingKey]) -> None:
-        keys = list(dict.fromkeys(pending.key for pending in pendings))
-        options = RequestOptions(min(pending.priority for pending in pendings))
-        parts: List[List[str]] = []  # that are listed separately instead
-        results: Dict[str, ListResult] = {}
+    async def _fetch(self, pending: Sequence[PendingKey]) -> None:
+        """List for these keys with one call, or part by part where that fails, and give each what was found."""
+        keys = list(dict.fromkeys(each.key for each in pending))
+        options = RequestOptions(min(each.priority for each in pending))
+        found: Optional[Dict[str, ListResult]] = {}
         failure: Optional[BaseException] = None
+        parts: List[List[str]] = []  # that are listed separately instead
         try:
-            listing = await self._lister(keys, options)
+            found = self._by_key(keys, await self._lister(keys, options))
             self._has_listed, self._unanswered = True, 0
-            found = self._split_items(keys, listing.items)
             if found is None:
                 log.info("an item names none of the requested keys; listing one by one")
                 parts = [[key] for key in keys]
-            else:
-                results = {key: ListResult(items, listing.since) for key, items in found.items()}
         except (ApiError, NoUsableResponse) as error:
-            self._unanswered = 0 if isinstance(error, ApiError) else self._unanswered + 1
-            if isinstance(error, ApiError):
-                self._max_keys = min(self._max_keys, (len(keys) + 1) // 2)
+            half, is_refused = (len(keys) + 1) // 2, isinstance(error, ApiError)
+            self._unanswered = 0 if is_refused else self._unanswered + 1
             if len(keys) == 1:
                 self._max_keys = PAGE  # it was this key, not their number
-            forbidden = isinstance(error, ApiError) and error.status == 403 and not self._has_listed
+            elif is_refused:
+                self._max_keys = min(self._max_keys, half)
+            is_forbidden = isinstance(error, ApiError) and error.status == 403 and not self._has_listed
             # Where lists of some single keys are all refused, too, the token is at fault: halving down to each of many
             # contacts would cost two requests a contact.
-            for key in keys[:: max(1, len(keys) // 4)] if forbidden and len(keys) > 1 else ():
+            for key in keys[:: max(1, len(keys) // 4)] if is_forbidden and len(keys) > 1 else ():
                 with contextlib.suppress(ApiError, NoUsableResponse, FatalError):
                     await self._lister([key], options)
-                    self._has_listed, forbidden = True, False
+                    self._has_listed, is_forbidden = True, False
                     break
-            if forbidden or len(keys) == 1 or self._unanswered > self.MAX_UNANSWERED:
+            if is_forbidden or len(keys) == 1 or self._unanswered > self.MAX_UNANSWERED:
                 failure = error
             else:
-                half = (len(keys) + 1) // 2
                 parts = [keys[:half], keys[half:]]
         except BaseException as error:
             failure = error
         if parts:
-            await together(*(self._fetch([pending for pending in pendings if pending.key in part]) for part in parts))
-        for pending in pendings:
-            if failure and not pending.future.done():
-                pending.future.set_exception(failure)
-            elif pending.key in results and not pending.future.done():
-                pending.future.set_result(results[pending.key])
+            await together(*(self._fetch([each for each in pending if each.key in part]) for part in parts))
+        for each in pending:
+            if failure and not each.future.done():
+                each.future.set_exception(failure)
+            elif found and not each.future.done():
+                each.future.set_result(found[each.key])
 
-    def _split_items(self, keys: Sequence[str], items: Sequence[Json]) -> Optional[Dict[str, List[Json]]]:
-        """The items by key; None where one names none of several keys."""
+    def _by_key(self, keys: Sequence[str], listing: ListResult) -> Optional[Dict[str, ListResult]]:
+        """Return what was listed of each key, None where an item names none of several keys."""
         if len(keys) == 1:
-            return {keys[0]: list(items)}
-        found: Dict[str, List[Json]] = {key: [] for key in keys}
-        named: Dict[str, List[str]] = collections.defaultdict(list)
-        for key in keys:
-            named[self._name(key)].append(key)
-        for item in items:
-            mine = [key for name in self._owners(item) & named.keys() for key in named[name]]
+            return {keys[0]: listing}
+        found = {key: ListResult([], listing.since) for key in keys}
+        names = [(key, self._name(key)) for key in keys]
+        for item in listing.items:
+            owners = self._owners(item)
+            mine = [key for key, name in names if name in owners]
             if not mine:
                 return None
             for key in mine:
-                found[key].append(item)
+                found[key].items.append(item)
         return found
 
 
@@ -7505,7 +7493,7 @@ class RunContext:
         """Find out whose token it is, and say so. Raises FatalError, also for `pairs` of another organisation."""
         check_token(self.settings.token)
         with before_any_change(api):
-            owner = self.token_owner = await api.whoami()
+            owner = self.token_owner = await api.get_one("dev-users.self", {}, "dev_user")
         self.organisation = organisation_of(str(owner.get("id")))
         self.document["token_owner"] = {name: owner.get(name) for name in ("id", "display_name", "email")}
         self.document["organisation"] = self.organisation
