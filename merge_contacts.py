@@ -2254,16 +2254,13 @@ class RequestScheduler:
         self.waiting_for = ""
         self.leaves_a_share = settings.calls is None
         calls, period = self.UNANNOUNCED if settings.calls is None else (settings.calls, settings.period)
-        self._client_limit = ClientLimit(calls, period, self._now) if calls > 0 else None
+        self._client_limit = ClientLimit(calls, period, lambda: environment.now().monotonic) if calls > 0 else None
         # By priority, then by arrival.
         self._queue: List[Tuple[int, int, RequestOptions, asyncio.Future[bool]]] = []
         self._serial = self._in_flight = self._reserved = 0
         self._timer: Optional[asyncio.TimerHandle] = None
         self._longest = 0.0  # seconds that a request has taken lately
         self._waiting_since = 0.0
-
-    def _now(self) -> float:
-        return self.environment.now().monotonic
 
     @property
     def client_limit(self) -> Optional[ClientLimit]:
@@ -2291,7 +2288,7 @@ class RequestScheduler:
             self._timer.cancel()
         breaker, wait, reason = self.breaker, 0.0, ""
         while self._queue and self._has_slot(self._queue[0][0]):
-            now = self._now()
+            now = self.environment.now().monotonic
             if now < breaker.open_until:
                 wait, reason = breaker.open_until - now, "quota" if breaker.over_quota_in_a_row else "DevRev fails"
                 break
@@ -2311,7 +2308,8 @@ class RequestScheduler:
             if future.done():  # by a cancellation
                 continue
             if options.reservation:
-                self._reserve(options.reservation, units)
+                self._reserved += units - options.reservation.units
+                options.reservation.units = units
             self._in_flight += 1
             if self.client_limit:
                 self.client_limit.count()
@@ -2350,13 +2348,9 @@ class RequestScheduler:
             may_leave = spare >= needed and (own > 0 or left > self.share_of_others())
         return int(max(0, min(spare, needed) - 1)) if may_leave and self._has_slot(options.priority) else None
 
-    def _reserve(self, reservation: Reservation, units: int) -> None:
-        self._reserved += units - reservation.units
-        reservation.units = units
-
     def release(self, reservation: Reservation) -> None:
         """Return units that are not needed any more."""
-        self._reserve(reservation, 0)
+        self._reserved, reservation.units = self._reserved - reservation.units, 0
         self._dispatch()
 
     def give_back(self, is_probe: bool) -> None:
@@ -2377,7 +2371,7 @@ class RequestScheduler:
 
     def seconds_until_room(self) -> Tuple[float, str]:
         """Seconds until more units may be spent, and what limits them now."""
-        now, limit = self._now(), self.client_limit
+        now, limit = self.environment.now().monotonic, self.client_limit
         if limit is None or self.quota.room(self._in_flight) - self.share_of_others() <= limit.room():
             return self.quota.seconds_until_room(now), "quota"
         left = limit.seconds_left()
@@ -2386,7 +2380,7 @@ class RequestScheduler:
 
     def on_response(self, is_probe: bool, response: HttpResponse, seconds: float, usable: bool) -> None:
         """Note an answer, how long it took, and whether it is of any use where its status is good."""
-        now, status = self._now(), response.status
+        now, status = self.environment.now().monotonic, response.status
         server_time = wall = self.environment.now().wall
         with contextlib.suppress(KeyError, TypeError, ValueError, IndexError, OverflowError):
             # The Date header has whole seconds, so small differences are noise.
@@ -2545,7 +2539,12 @@ def duplicate_status(user: Json, primary: str, duplicate: str) -> DuplicateStatu
     return DuplicateStatus.GONE if user.get("state") == "deleted" else DuplicateStatus.EXISTS
 
 
-WRITES = ("rev-users.merge", "rev-users.update", "rev-users.create", "works.update", "conversations.update")
+# What changes DevRev, and whether it may be repeated where its answer is lost: the people of an object may be others by
+# then, and only a later read can tell what became of a merge or a new contact.
+WRITES = {
+    "rev-users.update": True, "rev-users.merge": False, "rev-users.create": False, "works.update": False,
+    "conversations.update": False,
+}  # fmt: skip
 
 
 class DevRevAPI:
@@ -2588,8 +2587,6 @@ class DevRevAPI:
         body: Json,
         key: str = "",
         options: RequestOptions = ANY_OPTIONS,
-        *,
-        repeatable: bool = True,
         deadline: Optional[float] = None,
         before: Optional[Callable[[], Awaitable[None]]] = None,
     ) -> Tuple[Json, Timestamp]:
@@ -2597,9 +2594,9 @@ class DevRevAPI:
         that. Without `key` any 2xx will do.
 
         `before` is awaited when the request may be sent, and what it raises keeps it from being sent. Where it is safe,
-        a request is repeated with growing, jittered pauses. One that is not `repeatable`, or has a `deadline` of its
-        own (in seconds, after which its caller repeats it), is sent again only where it can't have been acted on: no
-        connection was made, or it was over quota.
+        a request is repeated with growing, jittered pauses. A write that is not repeatable, or a request with a
+        `deadline` of its own (in seconds, after which its caller repeats it), is sent again only where it can't have
+        been acted on: no connection was made, or it was over quota.
         """
         attempt = 0
         while True:
@@ -2632,7 +2629,7 @@ class DevRevAPI:
             if good and (not key or (data is not None and key in data)):
                 return data or {}, since
             attempt += not over_quota
-            is_once = not repeatable or deadline is not None
+            is_once = deadline is not None or (is_write and not WRITES[endpoint])
             final = not over_quota and (attempt > self.settings.retries or (is_once and answer.sent))
             refusal = refusal_of(endpoint, body, answer, self.settings, final)
             if isinstance(refusal, FatalError):
@@ -2671,20 +2668,18 @@ class DevRevAPI:
             if not cursor:
                 return
             known.update(hash(item["id"]) for item in items)
-            if len(known) > before:
-                stale = empty = 0
-            stale += bool(items) and len(known) == before
-            empty += not items
+            is_new = len(known) > before
+            stale, empty = (0, 0) if is_new else (stale + bool(items), empty + (not items))
             if cursor in cursors or stale >= self.STALE_PAGES or empty >= self.EMPTY_PAGES:
                 raise NoUsableResponse(endpoint, "its pages go on without bringing anything new")
             cursors.add(cursor)
             page["cursor"] = cursor
 
     async def get_one(
-        self, endpoint: str, body: Json, key: str = "rev_user", options: RequestOptions = ANY_OPTIONS, **how: Any
+        self, endpoint: str, body: Json, key: str, options: RequestOptions, deadline: Optional[float] = None
     ) -> Json:
         """Return the one object that an endpoint answers with. Raises NoUsableResponse where it is none."""
-        found, _ = await self._call(endpoint, body, key, options, **how)
+        found, _ = await self._call(endpoint, body, key, options, deadline)
         return objects_in([found[key]], endpoint, key)[0]
 
     # -- contacts -----------------------------------------------------------------------------------
@@ -2696,7 +2691,7 @@ class DevRevAPI:
         where there is none (an object's 404)."""
         endpoint = "rev-users.get"
         try:
-            return await self.get_one(endpoint, {"id": identity}, options=options, deadline=deadline)
+            return await self.get_one(endpoint, {"id": identity}, "rev_user", options, deadline)
         except ApiError as error:
             if error.missing:
                 return None
@@ -2756,35 +2751,31 @@ class DevRevAPI:
     async def merge(
         self, primary: str, duplicate: str, options: RequestOptions, before: Callable[[], Awaitable[None]]
     ) -> None:
-        """Request a merge. DevRev only acknowledges it and carries it out later; it is never repeated blindly."""
+        """Request a merge. DevRev only acknowledges it and carries it out later."""
         body = {"primary_user": primary, "secondary_user": duplicate}
-        await self._call("rev-users.merge", body, options=options, repeatable=False, before=before)
+        await self._call("rev-users.merge", body, options=options, before=before)
 
     async def update_contact(
         self, identity: str, fields: Json, options: RequestOptions, deadline: Optional[float] = None
     ) -> Json:
         """Set fields of a contact, and return the contact as DevRev has it then. Raises ApiError with status 409 while
         another contact holds its `external_ref`. With a `deadline` one request is sent."""
-        body = {"id": identity, **fields}
-        user = await self.get_one("rev-users.update", body, options=options, deadline=deadline)
+        user = await self.get_one("rev-users.update", {"id": identity, **fields}, "rev_user", options, deadline)
         if user["id"] != identity:
             raise NoUsableResponse("rev-users.update", f"the answer is about {user['id']}, not {identity}")
         return user
 
     async def create_contact(self, fields: Json, options: RequestOptions) -> Json:
-        """Create a contact and return it. It is never repeated blindly: the caller finds out what a lost answer did."""
-        return await self.get_one("rev-users.create", fields, options=options, repeatable=False)
+        """Create a contact and return it. The caller finds out what a request did whose answer is lost."""
+        return await self.get_one("rev-users.create", fields, "rev_user", options)
 
     async def set_people(self, obj: Json, roles: Mapping[str, Sequence[str]], options: RequestOptions) -> Json:
-        """Replace the lists of a work's or a conversation's people, by role (none: try whether one may), and return it.
-
-        It is never repeated blindly: who joined meanwhile would be removed.
-        """
+        """Replace the lists of a work's or a conversation's people, by role (none: try whether one may), and return
+        it."""
         body: Json = {"id": obj["id"], **{role: {"set": list(ids)} for role, ids in roles.items()}}
-        endpoint, key = "conversations.update", "conversation"
-        if ":conversation/" not in obj["id"]:
-            endpoint, key, body["type"] = "works.update", "work", obj["type"]
-        return await self.get_one(endpoint, body, key, options, repeatable=not roles)
+        if kind_of(obj["id"]) == "conversation":
+            return await self.get_one("conversations.update", body, "conversation", options)
+        return await self.get_one("works.update", {"type": obj["type"], **body}, "work", options)
 
     def dispatch(self) -> None:
         """Send every list call that waits for others to join."""
@@ -2797,9 +2788,8 @@ class DevRevAPI:
 
     async def get_object(self, object_id: str, options: RequestOptions) -> Optional[Json]:
         """Return a work or a conversation, None where there is none of that id."""
-        endpoint, key = "works.get", "work"
-        if kind_of(object_id) == "conversation":
-            endpoint, key = "conversations.get", "conversation"
+        is_conversation = kind_of(object_id) == "conversation"
+        endpoint, key = ("conversations.get", "conversation") if is_conversation else ("works.get", "work")
         try:
             return await self.get_one(endpoint, {"id": object_id}, key, options)
         except ApiError as api_error:
@@ -7493,7 +7483,7 @@ class RunContext:
         """Find out whose token it is, and say so. Raises FatalError, also for `pairs` of another organisation."""
         check_token(self.settings.token)
         with before_any_change(api):
-            owner = self.token_owner = await api.get_one("dev-users.self", {}, "dev_user")
+            owner = self.token_owner = await api.get_one("dev-users.self", {}, "dev_user", ANY_OPTIONS)
         self.organisation = organisation_of(str(owner.get("id")))
         self.document["token_owner"] = {name: owner.get(name) for name in ("id", "display_name", "email")}
         self.document["organisation"] = self.organisation
