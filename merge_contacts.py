@@ -241,7 +241,6 @@ def iso(epoch: float) -> str:
 
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])$", re.IGNORECASE)
-_NAME_LIMIT = 80
 
 
 def safe_name(text: str) -> str:
@@ -255,9 +254,8 @@ def safe_name(text: str) -> str:
         name = f"%{ord(name[0]):02X}{name[1:]}"
     if name.endswith("."):
         name = name[:-1] + "%2E"
-    if len(name) > _NAME_LIMIT:
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-        name = f"{name[: _NAME_LIMIT - 17]}~{digest}"
+    if len(name) > 80:
+        name = f"{name[:63]}~{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
     return name or "%"
 
 
@@ -2269,10 +2267,8 @@ class RequestScheduler:
 
     def quota_seen(self) -> Optional[Json]:
         """The quota that DevRev has announced, None where it has not."""
-        limit, seconds = self.quota.limit, self.quota.length
-        if limit is None:
-            return None
-        return {"limit": limit, "window_seconds": round(seconds) if seconds >= 30 else round(seconds, 1)}
+        seconds = round(self.quota.length, None if self.quota.length >= 30 else 1)
+        return None if self.quota.limit is None else {"limit": self.quota.limit, "window_seconds": seconds}
 
     async def acquire(self, options: RequestOptions) -> bool:
         """Wait until a request may leave, and return whether it is a probe. Raises Cancelled."""
@@ -2567,8 +2563,7 @@ class DevRevAPI:
         self.requests: Dict[str, int] = collections.Counter()
         self.writes = 0  # requests that may have changed DevRev
         self.work_kinds: Tuple[str, ...] = (*TICKETS_AND_ISSUES, *OTHER_WORKS)  # that lists of works name
-        self._work_kinds_lock = asyncio.Lock()
-        self._work_kinds_known = False
+        self._finding_work_kinds: Optional[asyncio.Lock] = asyncio.Lock()  # None: they are known
         self._verified_filter_refused = False
         by_email = functools.partial(self._list_by, "email")
         self.emails = BatchLoader(by_email, cancel_token, lambda user: {email_of(user)}, email_key)
@@ -2822,9 +2817,7 @@ class DevRevAPI:
             return await self.pages("rev-users.list", "rev_users", body, options)
         if name == "members":
             return await self.pages("conversations.list", "conversations", body, options)
-        async with contextlib.AsyncExitStack() as stack:
-            if not self._work_kinds_known:
-                await stack.enter_async_context(self._work_kinds_lock)  # one list finds out for all
+        async with self._finding_work_kinds or contextlib.AsyncExitStack():  # one list finds out for all
             kinds = self.work_kinds
             try:
                 found = await self.pages("works.list", "works", {"type": list(kinds), **body}, options)
@@ -2834,7 +2827,7 @@ class DevRevAPI:
                 found = await self.pages("works.list", "works", {"type": list(TICKETS_AND_ISSUES), **body}, options)
                 log.info("DevRev lists no works of other kinds than tickets and issues (%s)", error)
                 self.work_kinds = TICKETS_AND_ISSUES
-            self._work_kinds_known = True
+            self._finding_work_kinds = None
             return found
 
 
