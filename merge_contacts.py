@@ -91,7 +91,7 @@ from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
-from itertools import chain, compress
+from itertools import accumulate, chain, compress
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import (
@@ -173,13 +173,10 @@ class PairSkipped(PairError):
 class ApiError(PairError):
     """DevRev understood the request and refused it (3xx, 4xx). A merge may be carried out all the same."""
 
-    def __init__(
-        self, endpoint: str, status: int, message: str, location: str = "", data: Optional[Json] = None
-    ) -> None:
+    def __init__(self, endpoint: str, status: int, message: str, data: Json) -> None:
         super().__init__("forbidden" if status == 403 else "api_error", f"{endpoint} answered {status}: {message}")
         self.status = status
-        self.location = location
-        self.data = data or {}
+        self.data = data  # of the body
 
     @property
     def missing(self) -> bool:
@@ -244,7 +241,6 @@ def iso(epoch: float) -> str:
 
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])$", re.IGNORECASE)
-_NAME_LIMIT = 80
 
 
 def safe_name(text: str) -> str:
@@ -253,19 +249,13 @@ def safe_name(text: str) -> str:
     Everything but letters, digits and `@ . _ + -` of ASCII is percent-encoded, so that two texts never
     share a name. Names that Windows reserves are encoded too, and long names end in a hash of the full text.
     """
-    name = "".join(
-        c
-        if (c.isascii() and c.isalnum()) or c in "@._+-"
-        else "".join(f"%{b:02X}" for b in c.encode("utf-8", "surrogatepass"))
-        for c in text
-    )
+    name = quote(text, safe="@+", errors="surrogatepass").replace("~", "%7E")
     if name.startswith((".", "-")) or _RESERVED.match(name.split(".")[0]):
         name = f"%{ord(name[0]):02X}{name[1:]}"
     if name.endswith("."):
         name = name[:-1] + "%2E"
-    if len(name) > _NAME_LIMIT:
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-        name = f"{name[: _NAME_LIMIT - 17]}~{digest}"
+    if len(name) > 80:
+        name = f"{name[:63]}~{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
     return name or "%"
 
 
@@ -345,7 +335,6 @@ class Environment:
         future: asyncio.Future[T] = loop.create_future()
 
         def work() -> None:
-            outcome: Callable[[], Any]
             try:
                 outcome = functools.partial(future.set_result, job(*args))
             except BaseException as error:
@@ -408,14 +397,12 @@ class Environment:
         """
         if os.name == "nt":
             return
-        try:
+        with self.tolerate(f"{folder}: this file system can't flush a folder", "a power cut may lose new names"):
             handle = os.open(str(folder), os.O_RDONLY)
             try:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-        except OSError as error:
-            self.tolerate(error, f"{folder}: this file system can't flush a folder", "a power cut may lose new names")
 
     def make_private_dir(self, path: Path) -> Path:
         """Create `path` and its missing parents, open to their owner alone."""
@@ -428,22 +415,17 @@ class Environment:
             raise NotADirectoryError(f"{path} is not a folder")
         return path
 
-    def restrict_dir(self, folder: Path) -> None:
-        """Let only the owner read `folder`, which may have come with more; one of another user, or vfat, can't be
-        changed, and is used as it is."""
+    @contextlib.contextmanager
+    def tolerate(self, what: str, result: str) -> Iterator[None]:
+        """Warn once of what a file system can't do and need not be able to do. Any other error is raised."""
         try:
-            if stat.S_IMODE(folder.stat().st_mode) != 0o700:
-                folder.chmod(0o700)
+            yield
         except OSError as error:
-            self.tolerate(error, f"{folder}: its permissions can't be set", "other users may be able to read it")
-
-    def tolerate(self, error: OSError, what: str, result: str) -> None:
-        """Warn once that the file system can't do something that it need not be able to do. Raise any other error."""
-        if error.errno not in NOT_SUPPORTED:
-            raise error
-        if result not in self._warned:
-            self._warned.add(result)
-            log.warning("%s (%s), so %s", what, error.strerror, result)
+            if error.errno not in NOT_SUPPORTED:
+                raise
+            if result not in self._warned:
+                self._warned.add(result)
+                log.warning("%s (%s), so %s", what, error.strerror, result)
 
 
 # What a file system answers that has no such operation, or that has it for the owner alone.
@@ -456,27 +438,18 @@ NOT_SUPPORTED = (
 def locks_work(path: Path) -> bool:
     """Try whether files beside `path` can be locked. A database on a file system without locks looks held or damaged.
 
-    The lock is tried on a new file, which no other process has. Where none can be created, nothing is known: True.
+    SQLite tries it on a new file, which no other process has. Where none can be created, nothing is known: True.
     """
+    trial = path.resolve().with_name(f".lock_trial.{os.getpid()}")
     try:
-        file = tempfile.NamedTemporaryFile(prefix=".lock_trial.", dir=str(path.resolve().parent))  # noqa: SIM115
-    except OSError:
-        return True
-    with file:
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-                msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                fcntl.lockf(file, fcntl.LOCK_UN)
-        except OSError as error:
-            log.info("%s: a trial lock failed: %s", path, error)
-            return False
+        with contextlib.closing(sqlite3.connect(str(trial), timeout=0)) as database:
+            database.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:
+        log.info("%s: a trial lock failed: %s", path, error)
+        return "unable to open" in str(error)
+    finally:
+        with contextlib.suppress(OSError):
+            trial.unlink()
     return True
 
 
@@ -509,6 +482,9 @@ class HttpTransport:
     CHUNK = 1 << 16
 
     def __init__(self, settings: "ApiSettings") -> None:
+        """Raise FatalError where the proxy or the CA bundle of the environment can't be used."""
+        import ssl
+
         import requests
         from requests.adapters import HTTPAdapter
 
@@ -516,35 +492,21 @@ class HttpTransport:
         self.session = session = requests.Session()
         adapter = HTTPAdapter(pool_connections=1, pool_maxsize=settings.workers + 4, max_retries=0)
         session.mount(settings.base_url, adapter)
-        # The environment's proxies and CA bundle, looked up once; never a proxy for plain http on loopback.
-        if settings.base_url.startswith("https:"):
-            found = session.merge_environment_settings(settings.base_url, {}, None, None, None)
-            session.proxies, session.verify = found["proxies"], found["verify"]
-            proxy = session.proxies.get("https") or session.proxies.get("all") or ""
-            self._check_settings(adapter, proxy, session.verify)
-        session.trust_env = False  # no credentials from ~/.netrc either
+        self._has_answered = False  # then no setting of this machine is at fault
         self._headers = {
             "Authorization": f"Bearer {settings.token}",
             "User-Agent": f"merge_contacts/{__version__}",
             "Accept": "application/json",
             "Content-Type": "application/json",
         }
-
-    @staticmethod
-    def _check_settings(adapter: Any, proxy: str, bundle: Any) -> None:
-        """Raise FatalError where the proxy or the CA bundle can't be used. A proxy's address may hold a password."""
-        import ssl
-
-        words = ""
+        session.trust_env = settings.base_url.startswith("https:")  # never a proxy for plain http on loopback
+        found = session.merge_environment_settings(settings.base_url, {}, None, None, None)
+        session.proxies, session.verify, bundle = found["proxies"], found["verify"], found["verify"]
+        session.trust_env = False  # it was asked once, and there are no credentials to take from ~/.netrc
+        proxy = session.proxies.get("https") or session.proxies.get("all") or ""  # its address may hold a password
         try:
             if isinstance(bundle, str) and not Path(bundle).is_dir():
                 ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(bundle)
-        except OSError as error:  # ssl.SSLError is one
-            name = named_variable("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-            why = "does not exist" if isinstance(error, FileNotFoundError) else "holds no certificates that can be read"
-            fix = "set it to a file of CA certificates in PEM format, or unset it"
-            words = f"{name} names {bundle}, which {why}; {fix}"
-        try:
             if proxy:
                 adapter.proxy_manager_for(proxy if "://" in proxy else f"http://{proxy}")
         except ValueError:  # of requests and of urllib3, for an unknown scheme, no host, no support of SOCKS
@@ -552,9 +514,12 @@ class HttpTransport:
             if proxy.lower().startswith("socks"):
                 what = "names a SOCKS proxy, and the package PySocks is missing; pip install PySocks, or"
             name = named_variable("HTTPS_PROXY", "ALL_PROXY")
-            words = f"{name} {what} set it to http://host:port, or unset it"
-        if words:
-            raise FatalError(EXIT_USAGE, words)
+            raise FatalError(EXIT_USAGE, f"{name} {what} set it to http://host:port, or unset it") from None
+        except OSError as error:  # ssl.SSLError is one
+            name = named_variable("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+            why = "does not exist" if isinstance(error, FileNotFoundError) else "holds no certificates that can be read"
+            fix = "set it to a file of CA certificates in PEM format, or unset it"
+            raise FatalError(EXIT_USAGE, f"{name} names {bundle}, which {why}; {fix}") from None
 
     def post(self, endpoint: str, body: Json, limit: float) -> HttpResponse:
         """POST once, follow no redirect, and read the answer until it is complete or `limit` seconds are over."""
@@ -569,7 +534,7 @@ class HttpTransport:
             request = requests.Request("POST", url, data=to_json(body), headers=self._headers).prepare()
             timeouts = (min(10.0, silence), silence)
             with self.session.send(request, timeout=timeouts, allow_redirects=False, stream=True) as answer:
-                response = HttpResponse(answer.status_code, answer.headers, None)
+                self._has_answered, response = True, HttpResponse(answer.status_code, answer.headers, None)
                 content = bytearray()
                 # A body in small pieces is never silent, and one without an end would fill the memory.
                 for chunk in answer.iter_content(self.CHUNK):
@@ -593,7 +558,7 @@ class HttpTransport:
 
         host, text = urlsplit(self.settings.base_url).netloc, repr(error)
         proxy = f"the proxy that {named_variable('HTTPS_PROXY', 'ALL_PROXY')} names"
-        sent, setup_error = False, ""
+        sent, problem, setup_error = False, "the connection broke", ""
         if isinstance(error, exceptions.ProxyError):
             refused = re.search(r"Tunnel connection failed: (\d+[ \w-]*)", text)
             problem = f"{proxy} answered {refused.group(1)}" if refused else f"no connection to {proxy}"
@@ -606,13 +571,14 @@ class HttpTransport:
         elif isinstance(error, exceptions.ConnectTimeout) or "NewConnectionError" in text or "NameResolution" in text:
             problem = f"no connection to {host}"
         else:
-            sent, problem = True, type(error).__name__
+            sent = True
             if isinstance(error, exceptions.SSLError):
                 problem = "the TLS connection broke"
             elif isinstance(error, exceptions.Timeout) or "ReadTimeoutError" in text:
                 problem = f"no answer within {silence:g} s"
-            elif isinstance(error, exceptions.ConnectionError):
-                problem = "the connection broke"
+            elif not isinstance(error, exceptions.ConnectionError):
+                problem = type(error).__name__
+        setup_error = "" if self._has_answered else setup_error
         return response._replace(problem=problem, sent=sent or response.status is not None, setup_error=setup_error)
 
 
@@ -621,7 +587,6 @@ class CancelToken:
 
     def __init__(self) -> None:
         self.stop: Optional[FatalError] = None
-        self.on_cancel: List[Callable[[], None]] = []
         self._shielded: Optional[asyncio.Future[Any]] = None  # the task that an interruption does not end
         self._waiting: Dict[asyncio.Future[Any], bool] = {}  # in the order in which they came, and whether shielded
 
@@ -632,8 +597,6 @@ class CancelToken:
         for future, is_shielded in list(self._waiting.items()):
             if not future.done() and not (is_shielded and isinstance(self.stop, Cancelled)):
                 future.set_exception(Cancelled())
-        for act in self.on_cancel:
-            act()
 
     @contextlib.contextmanager
     def shield(self) -> Iterator[None]:
@@ -2163,19 +2126,19 @@ class QuotaWindow:
             self.rolling = True
         elif reset == self._reset and sent > self._reset_seen_at + 3 * grain:
             self.rolling = False
-        if self.rolling and reset >= self._reset:
-            known = self.remaining if reset == self._reset and self.remaining is not None else remaining
-            self.remaining, self.resets_at = min(known, remaining), now + wait + self.MARGIN
-            self.length, self._shortest = max(self.length, wait), min(self._shortest or wait, wait)
-            self._updated_at = now
-        elif not self.rolling and moved > 1.5 * grain:
-            self._first_reset, self.remaining, self.resets_at = reset, remaining, now + wait + self.MARGIN
-            self.length, self._shortest = max(self.length, wait), wait
-        elif not self.rolling and moved >= -grain:
+        is_new = reset > self._reset if self.rolling else moved > 1.5 * grain
+        if is_new or (reset == self._reset if self.rolling else moved >= -grain):
             # Answers arrive in another order than requests do; and by this clock the window may have ended too soon.
-            if self.remaining is None:
+            if is_new or self.rolling or self.remaining is None:
                 self.resets_at = now + wait + self.MARGIN
-            self.remaining = min(remaining if self.remaining is None else self.remaining, remaining)
+            self.remaining = remaining if is_new or self.remaining is None else min(self.remaining, remaining)
+            if is_new or self.rolling:
+                self.length = max(self.length, wait)
+                self._shortest = min(self._shortest or wait, wait) if self.rolling else wait
+            if self.rolling:
+                self._updated_at = now
+            elif is_new:
+                self._first_reset = reset
         if reset > self._reset:
             self._reset, self._reset_seen_at = reset, now
 
@@ -2289,16 +2252,13 @@ class RequestScheduler:
         self.waiting_for = ""
         self.leaves_a_share = settings.calls is None
         calls, period = self.UNANNOUNCED if settings.calls is None else (settings.calls, settings.period)
-        self._client_limit = ClientLimit(calls, period, self._now) if calls > 0 else None
+        self._client_limit = ClientLimit(calls, period, lambda: environment.now().monotonic) if calls > 0 else None
         # By priority, then by arrival.
         self._queue: List[Tuple[int, int, RequestOptions, asyncio.Future[bool]]] = []
         self._serial = self._in_flight = self._reserved = 0
         self._timer: Optional[asyncio.TimerHandle] = None
         self._longest = 0.0  # seconds that a request has taken lately
         self._waiting_since = 0.0
-
-    def _now(self) -> float:
-        return self.environment.now().monotonic
 
     @property
     def client_limit(self) -> Optional[ClientLimit]:
@@ -2307,12 +2267,8 @@ class RequestScheduler:
 
     def quota_seen(self) -> Optional[Json]:
         """The quota that DevRev has announced, None where it has not."""
-        limit, seconds = self.quota.limit, self.quota.length
-        if limit is None:
-            return None
-        return {"limit": limit, "window_seconds": round(seconds) if seconds >= 30 else round(seconds, 1)}
-
-    # -- the queue ----------------------------------------------------------------------------------
+        seconds = round(self.quota.length, None if self.quota.length >= 30 else 1)
+        return None if self.quota.limit is None else {"limit": self.quota.limit, "window_seconds": seconds}
 
     async def acquire(self, options: RequestOptions) -> bool:
         """Wait until a request may leave, and return whether it is a probe. Raises Cancelled."""
@@ -2328,7 +2284,7 @@ class RequestScheduler:
             self._timer.cancel()
         breaker, wait, reason = self.breaker, 0.0, ""
         while self._queue and self._has_slot(self._queue[0][0]):
-            now = self._now()
+            now = self.environment.now().monotonic
             if now < breaker.open_until:
                 wait, reason = breaker.open_until - now, "quota" if breaker.over_quota_in_a_row else "DevRev fails"
                 break
@@ -2336,17 +2292,20 @@ class RequestScheduler:
                 breaker.half_open, breaker.probe_in_flight = True, False  # one request finds out the new window's
             if breaker.half_open and breaker.probe_in_flight:
                 break  # its answer dispatches again
-            able = (one for one in self._queue if self._has_slot(one[0]) and self._has_quota_for(one[2]))
-            first = next(able, None)
-            if first is None:
+            for entry in self._queue:
+                _, _, options, future = entry
+                units = self._units_to_reserve(options)
+                if units is not None:
+                    break
+            else:
                 wait, reason = self.seconds_until_room()
                 break
-            self._queue.remove(first)
-            _, _, options, future = first
+            self._queue.remove(entry)
             if future.done():  # by a cancellation
                 continue
             if options.reservation:
-                self._reserve(options.reservation, int(max(0, min(self._units_for(options)) - 1)))
+                self._reserved += units - options.reservation.units
+                options.reservation.units = units
             self._in_flight += 1
             if self.client_limit:
                 self.client_limit.count()
@@ -2367,58 +2326,28 @@ class RequestScheduler:
         spared = self.workers > 1 and self._reserved > 0 and priority == PREPARE and self._longest > self.SLOW_REQUEST
         return self._in_flight < max(1, (self.workers >> min(self.breaker.failures_in_a_row, 4)) - spared)
 
-    # -- quota and reservations ---------------------------------------------------------------------
+    def _units_to_reserve(self, options: RequestOptions) -> Optional[int]:
+        """Return the units that a request has reserved once it has left, None where it may not leave now.
 
-    def room(self) -> float:
-        """Units that may be spent now."""
-        return min(self.quota.room(self._in_flight), self.client_limit.room() if self.client_limit else math.inf)
-
-    def share_of_others(self) -> float:
-        """Units of the quota that only the requests which finish a merge may spend."""
-        return (self.quota.limit or 0) / self.OTHERS if self.leaves_a_share else 0.0
-
-    def _units_for(self, options: RequestOptions) -> Tuple[float, float]:
-        """Return the units that a request may spend, which are reserved for no other merge, and those that it needs:
-        one, and as much of what it is to reserve as a window can hold."""
+        It needs one unit, and as much of what it is to reserve as a window can hold; none of them may be reserved for
+        another merge, and only what finishes a merge may spend the share of others.
+        """
+        left, limit = self.quota.room(self._in_flight), self.client_limit
+        room = min(left, limit.room() if limit else math.inf)
         own = options.reservation.units if options.reservation else 0
-        window = min(self.quota.limit or 1e9, self.client_limit.calls if self.client_limit else 1e9)
-        units = min(options.reserve, max(self.LEAST, window // self.SHARE))
-        return self.room() - self._reserved + own, min(1 + units, window)
-
-    def _has_quota_for(self, options: RequestOptions) -> bool:
-        spare, needed = self._units_for(options)
-        reserved = options.reservation is not None and options.reservation.units > 0
+        spare = room - self._reserved + own
+        window = min(self.quota.limit or 1e9, limit.calls if limit else 1e9)
+        needed = min(1 + min(options.reserve, max(self.LEAST, window // self.SHARE)), window)
         if options.priority == FINISH:  # takes what there is
-            return self.room() >= 1 if reserved else spare >= 1
-        if not reserved and self.quota.room(self._in_flight) <= self.share_of_others():
-            return False
-        return spare >= needed
-
-    def _reserve(self, reservation: Reservation, units: int) -> None:
-        self._reserved += units - reservation.units
-        reservation.units = units
+            may_leave = (room if own else spare) >= 1
+        else:
+            may_leave = spare >= needed and (own > 0 or left > self.share_of_others())
+        return int(max(0, min(spare, needed) - 1)) if may_leave and self._has_slot(options.priority) else None
 
     def release(self, reservation: Reservation) -> None:
         """Return units that are not needed any more."""
-        self._reserve(reservation, 0)
+        self._reserved, reservation.units = self._reserved - reservation.units, 0
         self._dispatch()
-
-    def seconds_until_room(self) -> Tuple[float, str]:
-        """Seconds until more units may be spent, and what limits them now."""
-        now, limit = self._now(), self.client_limit
-        if limit is None or self.quota.room(self._in_flight) - self.share_of_others() <= limit.room():
-            return self.quota.seconds_until_room(now), "quota"
-        left = limit.seconds_left()
-        # Where a complete period has not room enough, units are reserved; their release is noticed.
-        return (max(0.001, left), "client-side rate limit") if left > 0 else (limit.period, "")
-
-    def cancel_waiting(self, priority: int) -> None:
-        """Cancel the requests in the queue that are not more urgent than this."""
-        for urgency, _, _, future in self._queue:
-            if urgency >= priority and not future.done():
-                future.set_exception(Cancelled())
-
-    # -- answers ------------------------------------------------------------------------------------
 
     def give_back(self, is_probe: bool) -> None:
         """Return the slot of a request that is not sent after all."""
@@ -2426,9 +2355,28 @@ class RequestScheduler:
         self.breaker.probe_in_flight = self.breaker.probe_in_flight and not is_probe
         self._dispatch()
 
+    def cancel_preparations(self) -> None:
+        """Cancel the requests in the queue that no merge in progress needs."""
+        for priority, _, _, future in self._queue:
+            if priority == PREPARE and not future.done():
+                future.set_exception(Cancelled())
+
+    def share_of_others(self) -> float:
+        """Units of the quota that only the requests which finish a merge may spend."""
+        return (self.quota.limit or 0) / self.OTHERS if self.leaves_a_share else 0.0
+
+    def seconds_until_room(self) -> Tuple[float, str]:
+        """Seconds until more units may be spent, and what limits them now."""
+        now, limit = self.environment.now().monotonic, self.client_limit
+        if limit is None or self.quota.room(self._in_flight) - self.share_of_others() <= limit.room():
+            return self.quota.seconds_until_room(now), "quota"
+        left = limit.seconds_left()
+        # Where a complete period has not room enough, units are reserved; their release is noticed.
+        return (max(0.001, left), "client-side rate limit") if left > 0 else (limit.period, "")
+
     def on_response(self, is_probe: bool, response: HttpResponse, seconds: float, usable: bool) -> None:
         """Note an answer, how long it took, and whether it is of any use where its status is good."""
-        now, status = self._now(), response.status
+        now, status = self.environment.now().monotonic, response.status
         server_time = wall = self.environment.now().wall
         with contextlib.suppress(KeyError, TypeError, ValueError, IndexError, OverflowError):
             # The Date header has whole seconds, so small differences are noise.
@@ -2551,14 +2499,9 @@ def check_storable(user: Json) -> None:
 
     Services that count in UTF-16 cut texts in the middle of an emoji. No file, log or database can hold what is left.
     """
-    values: List[Tuple[str, Any]] = list(user.items())
-    while values:
-        name, value = values.pop()
-        if isinstance(value, dict):
-            values.extend((f"{name}.{key}", one) for key, one in value.items())
-        elif isinstance(value, list):
-            values.extend((name, one) for one in value)
-        elif encodable(name) != name or (isinstance(value, str) and encodable(value) != value):
+    for name, value in user.items():
+        text = json.dumps([name, value], ensure_ascii=False)
+        if encodable(text) != text:
             where = f"the {name} of REVU-{user['id'].rpartition('/')[2]} in DevRev"
             raise PairError("api_error", f"{where} holds half of a character (a lone surrogate); correct it there")
 
@@ -2592,11 +2535,17 @@ def duplicate_status(user: Json, primary: str, duplicate: str) -> DuplicateStatu
     return DuplicateStatus.GONE if user.get("state") == "deleted" else DuplicateStatus.EXISTS
 
 
-WRITES = ("rev-users.merge", "rev-users.update", "rev-users.create", "works.update", "conversations.update")
+# What changes DevRev, and whether it may be repeated where its answer is lost: the people of an object may be others by
+# then, and only a later read can tell what became of a merge or a new contact.
+WRITES = {
+    "rev-users.update": True, "rev-users.merge": False, "rev-users.create": False, "works.update": False,
+    "conversations.update": False,
+}  # fmt: skip
 
 
-class ApiClient:
-    """Sends requests to DevRev's API: when the scheduler lets them, again where that is safe, lists page by page.
+class DevRevAPI:
+    """The part of DevRev's REST API that a merge needs, over POST with JSON bodies: requests leave when the scheduler
+    lets them, and again where that is safe; lists are read page by page.
 
     Every method raises ApiError (a definite no), NoUsableResponse (none after the retries), PermissionDenied (the
     token is not accepted), Cancelled (the run stops, and the request was not sent), or FatalError (no proxy, no
@@ -2613,7 +2562,19 @@ class ApiClient:
         self.scheduler = RequestScheduler(environment, cancel_token, settings)
         self.requests: Dict[str, int] = collections.Counter()
         self.writes = 0  # requests that may have changed DevRev
-        self._has_answered = False
+        self.work_kinds: Tuple[str, ...] = (*TICKETS_AND_ISSUES, *OTHER_WORKS)  # that lists of works name
+        self._finding_work_kinds: Optional[asyncio.Lock] = asyncio.Lock()  # None: they are known
+        self._verified_filter_refused = False
+        by_email = functools.partial(self._list_by, "email")
+        self.emails = BatchLoader(by_email, cancel_token, lambda user: {email_of(user)}, email_key)
+        self.unverified = BatchLoader(self._list_unverified, cancel_token, lambda user: {email_of(user)}, email_key)
+        # By the field that names contacts: a work's role, or a conversation's members.
+        self.objects = {
+            name: BatchLoader(functools.partial(self._list_by, name), cancel_token, functools.partial(user_ids, name))
+            for name in (*ROLES.values(), "members")
+        }
+
+    # -- requests and lists -------------------------------------------------------------------------
 
     async def _call(
         self,
@@ -2621,8 +2582,6 @@ class ApiClient:
         body: Json,
         key: str = "",
         options: RequestOptions = ANY_OPTIONS,
-        *,
-        repeatable: bool = True,
         deadline: Optional[float] = None,
         before: Optional[Callable[[], Awaitable[None]]] = None,
     ) -> Tuple[Json, Timestamp]:
@@ -2630,9 +2589,9 @@ class ApiClient:
         that. Without `key` any 2xx will do.
 
         `before` is awaited when the request may be sent, and what it raises keeps it from being sent. Where it is safe,
-        a request is repeated with growing, jittered pauses. One that is not `repeatable`, or has a `deadline` of its
-        own (in seconds, after which its caller repeats it), is sent again only where it can't have been acted on: no
-        connection was made, or it was over quota.
+        a request is repeated with growing, jittered pauses. A write that is not repeatable, or a request with a
+        `deadline` of its own (in seconds, after which its caller repeats it), is sent again only where it can't have
+        been acted on: no connection was made, or it was over quota.
         """
         attempt = 0
         while True:
@@ -2644,8 +2603,9 @@ class ApiClient:
                     answer = await self.environment.post("dev-users.self", {})
                     self.requests["dev-users.self"] += 1
                     self.scheduler.on_response(True, answer, 0.0, answer.data is not None)
-                    with contextlib.suppress(ApiError, FatalError):  # a dead token stops the run
-                        self._raise_refusal("dev-users.self", {}, answer, final=False)
+                    refusal = refusal_of("dev-users.self", {}, answer, self.settings)
+                    if isinstance(refusal, FatalError):
+                        self.cancel_token.cancel(refusal)
                     continue
                 if before:
                     await before()
@@ -2658,51 +2618,23 @@ class ApiClient:
                 self.scheduler.give_back(is_probe)
                 raise
             self.writes -= is_write and (not answer.sent or answer.status in (401, 403, 429))
-            data, problem = answer.data, answer.problem
+            data, over_quota = answer.data, answer.status == 429
             good = answer.status is not None and 200 <= answer.status < 300
             self.scheduler.on_response(is_probe, answer, self.environment.elapsed(since), not key or data is not None)
             if good and (not key or (data is not None and key in data)):
-                self._has_answered = True
                 return data or {}, since
-            if good and data is not None:
-                problem = f"no {key} in the answer"
-            attempt += answer.status != 429
-            once = answer.sent and (not repeatable or deadline is not None)
-            final = answer.status != 429 and (attempt > self.settings.retries or once)
-            self._raise_refusal(endpoint, body, answer, final)
+            attempt += not over_quota
+            is_once = deadline is not None or (is_write and not WRITES[endpoint])
+            final = not over_quota and (attempt > self.settings.retries or (is_once and answer.sent))
+            refusal = refusal_of(endpoint, body, answer, self.settings, final)
+            if isinstance(refusal, FatalError):
+                self.cancel_token.cancel(refusal)  # nothing more is sent
+            if refusal:
+                raise refusal
             if final:
-                raise NoUsableResponse(endpoint, problem)
-            if answer.status != 429:
+                raise NoUsableResponse(endpoint, answer.problem or f"no {key} in the answer")
+            if not over_quota:
                 await self.cancel_token.sleep(self.environment.random.uniform(0.5, 1.0) * min(8.0, 0.1 * 2**attempt))
-
-    def _raise_refusal(self, endpoint: str, body: Json, answer: HttpResponse, final: bool) -> None:
-        """Raise what a definite no means. HTML of a gateway is none but for 401 (after the retries) and 413.
-
-        A FatalError stops the run: nothing more is sent.
-        """
-        status, data, words = answer.status or 0, answer.data or {}, answer.problem
-        fatal: Optional[FatalError] = None
-        if answer.setup_error and not self._has_answered:
-            fatal = FatalError(EXIT_USAGE, answer.setup_error)
-        elif status == 401 and (final or answer.data is not None):
-            kind = DEAD_TOKENS.get(str(data.get("type")), "DevRev does not accept the token")
-            advice = "create a new one in DevRev and set DEVREV_API_TOKEN to it"
-            fatal = PermissionDenied(EXIT_STOPPED, f"{kind} (401: {words.rstrip('.')}); {advice}")
-        if fatal:
-            self.cancel_token.cancel(fatal)
-            raise fatal
-        if 300 <= status < 400:
-            location = encodable(self.settings.mask(str(answer.headers.get("Location", ""))))
-            raise ApiError(endpoint, status, f"redirected to {location or 'nowhere'}", location=location)
-        if not 400 <= status < 500 or status in (408, 429) or (answer.data is None and status != 413):
-            return
-        if status == 403:
-            ids = data.get("object_ids")
-            names = [str(one).rpartition("/")[2] for one in ids] if isinstance(ids, list) else []
-            scopes = scopes_needed(endpoint, body)
-            words += f" ({', '.join(some(names))})" if names else ""
-            words += f"; the token needs the scope {scopes}, and its owner access" if scopes else ""
-        raise ApiError(endpoint, status, words, data=data)
 
     async def pages(self, endpoint: str, key: str, body: Json, options: RequestOptions = ANY_OPTIONS) -> ListResult:
         """Return all items of a cursor-paged list."""
@@ -2721,7 +2653,7 @@ class ApiClient:
         known: Set[int] = set()  # hashes of ids
         cursors: Set[str] = set()
         stale = empty = 0
-        page = dict(body, limit=PAGE)
+        page = {"limit": PAGE, **body}
         while True:
             reply, since = await self._call(endpoint, page, key, options)
             items, cursor, before = objects_in(reply[key], endpoint, key), reply.get("next_cursor") or "", len(known)
@@ -2731,66 +2663,40 @@ class ApiClient:
             if not cursor:
                 return
             known.update(hash(item["id"]) for item in items)
-            if len(known) > before:
-                stale = empty = 0
-            stale += bool(items) and len(known) == before
-            empty += not items
+            is_new = len(known) > before
+            stale, empty = (0, 0) if is_new else (stale + bool(items), empty + (not items))
             if cursor in cursors or stale >= self.STALE_PAGES or empty >= self.EMPTY_PAGES:
                 raise NoUsableResponse(endpoint, "its pages go on without bringing anything new")
             cursors.add(cursor)
             page["cursor"] = cursor
 
-    async def _object(
-        self, endpoint: str, body: Json, key: str = "rev_user", options: RequestOptions = ANY_OPTIONS, **how: Any
+    async def get_one(
+        self, endpoint: str, body: Json, key: str, options: RequestOptions, deadline: Optional[float] = None
     ) -> Json:
         """Return the one object that an endpoint answers with. Raises NoUsableResponse where it is none."""
-        found, _ = await self._call(endpoint, body, key, options, **how)
+        found, _ = await self._call(endpoint, body, key, options, deadline)
         return objects_in([found[key]], endpoint, key)[0]
 
-
-class DevRevAPI(ApiClient):
-    """The part of DevRev's REST API that a merge needs, over POST with JSON bodies."""
-
-    def __init__(self, settings: ApiSettings, environment: Environment, cancel_token: CancelToken) -> None:
-        super().__init__(settings, environment, cancel_token)
-        self.work_kinds: Tuple[str, ...] = (*TICKETS_AND_ISSUES, *OTHER_WORKS)  # that lists of works name
-        self._work_kinds_lock = asyncio.Lock()
-        self._work_kinds_known = False
-        self._verified_filter_refused = False
-        by_email = functools.partial(self._list_by, "email")
-        self.emails = BatchLoader(by_email, cancel_token, lambda user: {email_of(user)}, email_key)
-        self.unverified = BatchLoader(self._list_unverified, cancel_token, lambda user: {email_of(user)}, email_key)
-        # By the field that names contacts: a work's role, or a conversation's members.
-        self.objects = {
-            name: BatchLoader(functools.partial(self._list_by, name), cancel_token, functools.partial(user_ids, name))
-            for name in (*ROLES.values(), "members")
-        }
-
     # -- contacts -----------------------------------------------------------------------------------
-
-    async def whoami(self) -> Json:
-        """Return the token's owner (`dev_user`)."""
-        return await self._object("dev-users.self", {}, "dev_user")
 
     async def _get_contact(
         self, identity: str, options: RequestOptions, deadline: Optional[float] = None
     ) -> Optional[Json]:
         """Return what DevRev has at this id: the contact, or only `{"id": …}` of the one that it has become (301), None
         where there is none (an object's 404)."""
+        endpoint = "rev-users.get"
         try:
-            return await self._object("rev-users.get", {"id": identity}, options=options, deadline=deadline)
-        except ApiError as api_error:
-            if api_error.missing:
+            return await self.get_one(endpoint, {"id": identity}, "rev_user", options, deadline)
+        except ApiError as error:
+            if error.missing:
                 return None
-            if api_error.status == 404:
-                if not api_error.data.get("type"):
-                    raise  # a route's, which says nothing of any object
-                raise NoUsableResponse("rev-users.get", f"404 of another type, not of {identity}") from None
-            if not 300 <= api_error.status < 400:
+            if error.status == 404 and error.data.get("type"):  # a route's has none, and says nothing of any object
+                raise NoUsableResponse(endpoint, f"404 of another type, not of {identity}") from None
+            if not 300 <= error.status < 400:
                 raise
-            match = re.search(r"don:identity:[^&?#\s]+:revu/[^&?#/\s]+", unquote(api_error.location))
+            match = re.search(r"don:identity:[^&?#\s]+:revu/[^&?#/\s]+", unquote(error.data["location"]))
             if not match or match.group(0) == identity:
-                raise NoUsableResponse("rev-users.get", f"{api_error.status} that names no other contact") from None
+                raise NoUsableResponse(endpoint, f"{error.status} that names no other contact") from None
             return {"id": match.group(0)}
 
     async def contact(self, identity: str, options: RequestOptions = ANY_OPTIONS) -> Optional[Json]:
@@ -2815,10 +2721,11 @@ class DevRevAPI(ApiClient):
     async def contacts_by_email(self, emails: Iterable[str], priority: int = PREPARE) -> ListResult:
         """Return the contacts that DevRev lists for these emails. Raises PairError where the text of one can't be
         stored."""
-        found = await self._load_all(self.emails, emails, priority)
-        for user in found.items:
+        lists = await together(*(self.emails.load(email, 1, priority) for email in sorted(set(emails))))
+        users = by_id(user for one in lists for user in one.items)
+        for user in users.values():
             check_storable(user)
-        return found
+        return ListResult(list(users.values()), oldest(one.since for one in lists))
 
     async def unverified_ids(self, emails: Iterable[str], priority: int = PREPARE) -> Optional[Set[str]]:
         """Return the ids of the unverified contacts of these emails, None where DevRev refuses the filter.
@@ -2826,17 +2733,11 @@ class DevRevAPI(ApiClient):
         It is for organisations whose answers do not show `is_verified`. A list that shows verified contacts all the
         same has ignored the filter.
         """
-        if self._verified_filter_refused:
-            return None
-        found = await self._load_all(self.unverified, emails, priority)
-        ignored = any(user.get("is_verified") is True for user in found.items)
-        return None if ignored or self._verified_filter_refused else {user["id"] for user in found.items}
-
-    async def _load_all(self, loader: "BatchLoader", emails: Iterable[str], priority: int) -> ListResult:
-        lists = await together(*(loader.load(email, 1, priority) for email in sorted(set(emails))))
-        users = {user["id"]: user for one in lists for user in one.items}
-        since = min((one.since for one in lists), key=lambda since: since.monotonic, default=self.environment.now())
-        return ListResult(list(users.values()), since)
+        if not self._verified_filter_refused:
+            lists = await together(*(self.unverified.load(email, 1, priority) for email in sorted(set(emails))))
+            users = [user for one in lists for user in one.items]
+            ignored = any(user.get("is_verified") is True for user in users)
+        return None if self._verified_filter_refused or ignored else {user["id"] for user in users}
 
     async def holders_of(self, external_ref: str, options: RequestOptions) -> List[Json]:
         """Return the rev users that DevRev lists for a reference, without waiting for others to join."""
@@ -2845,46 +2746,36 @@ class DevRevAPI(ApiClient):
     async def merge(
         self, primary: str, duplicate: str, options: RequestOptions, before: Callable[[], Awaitable[None]]
     ) -> None:
-        """Request a merge. DevRev only acknowledges it and carries it out later; it is never repeated blindly."""
+        """Request a merge. DevRev only acknowledges it and carries it out later."""
         body = {"primary_user": primary, "secondary_user": duplicate}
-        await self._call("rev-users.merge", body, options=options, repeatable=False, before=before)
+        await self._call("rev-users.merge", body, options=options, before=before)
 
     async def update_contact(
         self, identity: str, fields: Json, options: RequestOptions, deadline: Optional[float] = None
     ) -> Json:
         """Set fields of a contact, and return the contact as DevRev has it then. Raises ApiError with status 409 while
         another contact holds its `external_ref`. With a `deadline` one request is sent."""
-        body = {"id": identity, **fields}
-        user = await self._object("rev-users.update", body, options=options, deadline=deadline)
+        user = await self.get_one("rev-users.update", {"id": identity, **fields}, "rev_user", options, deadline)
         if user["id"] != identity:
             raise NoUsableResponse("rev-users.update", f"the answer is about {user['id']}, not {identity}")
         return user
 
     async def create_contact(self, fields: Json, options: RequestOptions) -> Json:
-        """Create a contact and return it. It is never repeated blindly: the caller finds out what a lost answer did."""
-        return await self._object("rev-users.create", fields, options=options, repeatable=False)
+        """Create a contact and return it. The caller finds out what a request did whose answer is lost."""
+        return await self.get_one("rev-users.create", fields, "rev_user", options)
 
     async def set_people(self, obj: Json, roles: Mapping[str, Sequence[str]], options: RequestOptions) -> Json:
-        """Replace the lists of a work's or a conversation's people, by role (none: try whether one may), and return it.
-
-        It is never repeated blindly: who joined meanwhile would be removed.
-        """
+        """Replace the lists of a work's or a conversation's people, by role (none: try whether one may), and return
+        it."""
         body: Json = {"id": obj["id"], **{role: {"set": list(ids)} for role, ids in roles.items()}}
-        endpoint, key = "conversations.update", "conversation"
-        if ":conversation/" not in obj["id"]:
-            endpoint, key, body["type"] = "works.update", "work", obj["type"]
-        found: Json = (await self._call(endpoint, body, key, options, repeatable=not roles))[0][key]
-        return found
+        if kind_of(obj["id"]) == "conversation":
+            return await self.get_one("conversations.update", body, "conversation", options)
+        return await self.get_one("works.update", {"type": obj["type"], **body}, "work", options)
 
     def dispatch(self) -> None:
         """Send every list call that waits for others to join."""
         for batch_loader in (self.emails, self.unverified, *self.objects.values()):
             batch_loader.dispatch()
-
-    async def read_one(self, endpoint: str, key: str, body: Json) -> List[Json]:
-        """Return one item of a list, to find out whether the token may read it."""
-        found, _ = await self._call(endpoint, dict(body, limit=1), key)
-        return objects_in(found[key], endpoint, key)
 
     async def timeline(self, object_id: str) -> List[Json]:
         """Return all comments on a ticket, issue or conversation."""
@@ -2892,11 +2783,10 @@ class DevRevAPI(ApiClient):
 
     async def get_object(self, object_id: str, options: RequestOptions) -> Optional[Json]:
         """Return a work or a conversation, None where there is none of that id."""
-        endpoint, key = "works.get", "work"
-        if kind_of(object_id) == "conversation":
-            endpoint, key = "conversations.get", "conversation"
+        is_conversation = kind_of(object_id) == "conversation"
+        endpoint, key = ("conversations.get", "conversation") if is_conversation else ("works.get", "work")
         try:
-            return await self._object(endpoint, {"id": object_id}, key, options)
+            return await self.get_one(endpoint, {"id": object_id}, key, options)
         except ApiError as api_error:
             if api_error.missing:
                 return None
@@ -2906,43 +2796,66 @@ class DevRevAPI(ApiClient):
 
     async def _list_unverified(self, emails: Sequence[str], options: RequestOptions) -> ListResult:
         """List with the filter; where that is refused for a single email, too, DevRev does not know the filter."""
-        for part in (emails, emails[:1]):
-            try:
-                body = {"email": list(part), "is_verified": False}
-                found = await self.pages("rev-users.list", "rev_users", body, options)
-            except ApiError as api_error:
-                if api_error.status not in (400, 403):
-                    raise
-                refusal = api_error
-            else:
-                if len(part) == len(emails):
-                    return found
-                raise refusal  # of so many emails
-        self._verified_filter_refused = True
-        return ListResult([], self.environment.now())
+        body = {"email": list(emails), "is_verified": False}
+        try:
+            return await self.pages("rev-users.list", "rev_users", body, options)
+        except ApiError as error:
+            if error.status not in (400, 403):
+                raise
+            if len(emails) > 1:
+                await self._list_unverified(emails[:1], options)
+                if not self._verified_filter_refused:
+                    raise  # of so many emails
+            self._verified_filter_refused = True
+            return ListResult([], self.environment.now())
 
     async def _list_by(self, name: str, keys: Sequence[str], options: RequestOptions) -> ListResult:
         """List contacts by `email`, conversations by `members`, or works of every kind by a role; where DevRev does not
         take the other kinds, tickets and issues from then on."""
-        filters = {name: list(keys)}
+        body: Json = {name: list(keys)}
         if name == "email":
-            return await self.pages("rev-users.list", "rev_users", filters, options)
+            return await self.pages("rev-users.list", "rev_users", body, options)
         if name == "members":
-            return await self.pages("conversations.list", "conversations", filters, options)
-        async with contextlib.AsyncExitStack() as stack:
-            if not self._work_kinds_known:
-                await stack.enter_async_context(self._work_kinds_lock)  # one list finds out for all
+            return await self.pages("conversations.list", "conversations", body, options)
+        async with self._finding_work_kinds or contextlib.AsyncExitStack():  # one list finds out for all
             kinds = self.work_kinds
             try:
-                found = await self.pages("works.list", "works", {"type": list(kinds), **filters}, options)
-            except ApiError as api_error:
-                if api_error.status != 400 or kinds == TICKETS_AND_ISSUES:
+                found = await self.pages("works.list", "works", {"type": list(kinds), **body}, options)
+            except ApiError as error:
+                if error.status != 400 or kinds == TICKETS_AND_ISSUES:
                     raise
-                found = await self.pages("works.list", "works", {"type": list(TICKETS_AND_ISSUES), **filters}, options)
-                log.info("DevRev lists no works of other kinds than tickets and issues (%s)", api_error)
+                found = await self.pages("works.list", "works", {"type": list(TICKETS_AND_ISSUES), **body}, options)
+                log.info("DevRev lists no works of other kinds than tickets and issues (%s)", error)
                 self.work_kinds = TICKETS_AND_ISSUES
-            self._work_kinds_known = True
+            self._finding_work_kinds = None
             return found
+
+
+def refusal_of(
+    endpoint: str, body: Json, answer: HttpResponse, settings: ApiSettings, final: bool = False
+) -> Optional[Exception]:
+    """Return what an answer refuses: a FatalError where it would refuse every request, else ApiError; None where it is
+    no definite no. HTML of a gateway is none but for 401 (after the retries: `final`) and 413."""
+    status, data, words = answer.status or 0, answer.data or {}, answer.problem
+    if answer.setup_error:
+        return FatalError(EXIT_USAGE, answer.setup_error)
+    if 300 <= status < 400:
+        location = settings.mask(str(answer.headers.get("Location", "")))
+        return ApiError(endpoint, status, f"redirected to {location or 'nowhere'}", {"location": location})
+    is_html = answer.data is None and status != 413 and not (status == 401 and final)
+    if not 400 <= status < 500 or status in (408, 429) or is_html:
+        return None
+    if status == 401:
+        kind = DEAD_TOKENS.get(str(data.get("type")), "DevRev does not accept the token")
+        advice = "create a new one in DevRev and set DEVREV_API_TOKEN to it"
+        return PermissionDenied(EXIT_STOPPED, f"{kind} (401: {words.rstrip('.')}); {advice}")
+    if status == 403:
+        ids = data.get("object_ids")
+        names = [str(one).rpartition("/")[2] for one in ids] if isinstance(ids, list) else []
+        scopes = scopes_needed(endpoint, body)
+        words += f" ({', '.join(some(names))})" if names else ""
+        words += f"; the token needs the scope {scopes}, and its owner access" if scopes else ""
+    return ApiError(endpoint, status, words, data)
 
 
 def objects_in(items: Any, endpoint: str, key: str) -> List[Json]:
@@ -2977,12 +2890,11 @@ def before_any_change(api: DevRevAPI) -> Iterator[None]:
 Lister = Callable[[Sequence[str], RequestOptions], Awaitable[ListResult]]
 
 
-@dataclass
-class PendingKey:
-    """A key that waits to be listed for; `weight` items are expected."""
+class PendingKey(NamedTuple):
+    """A key that waits to be listed for."""
 
     key: str
-    weight: int
+    weight: int  # items that are expected
     priority: int
     future: "asyncio.Future[ListResult]"
 
@@ -3004,106 +2916,97 @@ class BatchLoader:
     ) -> None:
         self._lister = lister
         self._cancel_token = token
-        token.on_cancel.append(self.dispatch)  # keys that linger have to learn of it
         self._owners = owners  # the names that an item belongs to
         self._name = name  # of a key
         self._pending: List[PendingKey] = []
         self._timer: Optional[asyncio.TimerHandle] = None
-        self._dispatch_at = 0.0
         self._max_keys = PAGE  # keys a call
         self._has_listed = False
         self._unanswered = 0  # calls in a row without a usable answer
         self._calls: Set[asyncio.Future[None]] = set()
 
     async def load(self, key: str, weight: int = 1, priority: int = PREPARE, linger: float = LINGER) -> ListResult:
-        """Return what the list holds of `key`. Raises what the call for it raises."""
-        loop = asyncio.get_event_loop()
-        self._cancel_token.raise_if_cancelled()
-        pending = PendingKey(key, max(1, weight), priority, loop.create_future())
-        self._pending.append(pending)
-        if self._timer is None or loop.time() + linger < self._dispatch_at:
-            if self._timer:
-                self._timer.cancel()
-            self._dispatch_at = loop.time() + linger
-            self._timer = loop.call_later(linger, self.dispatch)
+        """Return what the list holds of `key`, of which `weight` items are expected. Raises what the call raises."""
+        loop, future = asyncio.get_event_loop(), self._cancel_token.future()
+        self._pending.append(PendingKey(key, max(1, weight), priority, future))
         if len(self._pending) >= self._max_keys or sum(each.weight for each in self._pending) >= self.MAX_ITEMS:
             self.dispatch()
-        return await pending.future
+        elif self._timer is None or loop.time() + linger < self._timer.when():
+            if self._timer:
+                self._timer.cancel()
+            self._timer = loop.call_later(linger, self.dispatch)
+        found: ListResult = await future
+        return found
 
     def dispatch(self) -> None:
-        """Send the calls for all keys that linger."""
+        """Send the calls for all keys that linger, the light ones together."""
         if self._timer:
             self._timer.cancel()
-        self._timer, pendings, self._pending = None, self._pending, []
-        pendings.sort(key=lambda pending: pending.weight)
-        while pendings:
-            part = [pendings.pop(0)]
-            weight = part[0].weight
-            while pendings and len(part) < self._max_keys and weight + pendings[0].weight <= self.MAX_ITEMS:
-                weight += pendings[0].weight
-                part.append(pendings.pop(0))
-            call = asyncio.ensure_future(self._fetch(part))
+        pending = sorted(self._pending, key=attrgetter("weight"))
+        self._timer, self._pending = None, []
+        while pending:
+            weights = list(accumulate(each.weight for each in pending))
+            count = min(self._max_keys, max(1, bisect.bisect_right(weights, self.MAX_ITEMS)))
+            call = asyncio.ensure_future(self._fetch(pending[:count]))
             self._calls.add(call)
             call.add_done_callback(self._calls.discard)
+            pending = pending[count:]
 
-    async def _fetch(self, pendings: Sequence[PendingKey]) -> None:
-        keys = list(dict.fromkeys(pending.key for pending in pendings))
-        options = RequestOptions(min(pending.priority for pending in pendings))
-        parts: List[List[str]] = []  # that are listed separately instead
-        results: Dict[str, ListResult] = {}
+    async def _fetch(self, pending: Sequence[PendingKey]) -> None:
+        """List for these keys with one call, or part by part where that fails, and give each what was found."""
+        keys = list(dict.fromkeys(each.key for each in pending))
+        options = RequestOptions(min(each.priority for each in pending))
+        found: Optional[Dict[str, ListResult]] = {}
         failure: Optional[BaseException] = None
+        parts: List[List[str]] = []  # that are listed separately instead
         try:
-            listing = await self._lister(keys, options)
+            found = self._by_key(keys, await self._lister(keys, options))
             self._has_listed, self._unanswered = True, 0
-            found = self._split_items(keys, listing.items)
             if found is None:
                 log.info("an item names none of the requested keys; listing one by one")
                 parts = [[key] for key in keys]
-            else:
-                results = {key: ListResult(items, listing.since) for key, items in found.items()}
         except (ApiError, NoUsableResponse) as error:
-            self._unanswered = 0 if isinstance(error, ApiError) else self._unanswered + 1
-            if isinstance(error, ApiError):
-                self._max_keys = min(self._max_keys, (len(keys) + 1) // 2)
+            half, is_refused = (len(keys) + 1) // 2, isinstance(error, ApiError)
+            self._unanswered = 0 if is_refused else self._unanswered + 1
             if len(keys) == 1:
                 self._max_keys = PAGE  # it was this key, not their number
-            forbidden = isinstance(error, ApiError) and error.status == 403 and not self._has_listed
+            elif is_refused:
+                self._max_keys = min(self._max_keys, half)
+            is_forbidden = isinstance(error, ApiError) and error.status == 403 and not self._has_listed
             # Where lists of some single keys are all refused, too, the token is at fault: halving down to each of many
             # contacts would cost two requests a contact.
-            for key in keys[:: max(1, len(keys) // 4)] if forbidden and len(keys) > 1 else ():
+            for key in keys[:: max(1, len(keys) // 4)] if is_forbidden and len(keys) > 1 else ():
                 with contextlib.suppress(ApiError, NoUsableResponse, FatalError):
                     await self._lister([key], options)
-                    self._has_listed, forbidden = True, False
+                    self._has_listed, is_forbidden = True, False
                     break
-            if forbidden or len(keys) == 1 or self._unanswered > self.MAX_UNANSWERED:
+            if is_forbidden or len(keys) == 1 or self._unanswered > self.MAX_UNANSWERED:
                 failure = error
             else:
-                half = (len(keys) + 1) // 2
                 parts = [keys[:half], keys[half:]]
         except BaseException as error:
             failure = error
         if parts:
-            await together(*(self._fetch([pending for pending in pendings if pending.key in part]) for part in parts))
-        for pending in pendings:
-            if failure and not pending.future.done():
-                pending.future.set_exception(failure)
-            elif pending.key in results and not pending.future.done():
-                pending.future.set_result(results[pending.key])
+            await together(*(self._fetch([each for each in pending if each.key in part]) for part in parts))
+        for each in pending:
+            if failure and not each.future.done():
+                each.future.set_exception(failure)
+            elif found and not each.future.done():
+                each.future.set_result(found[each.key])
 
-    def _split_items(self, keys: Sequence[str], items: Sequence[Json]) -> Optional[Dict[str, List[Json]]]:
-        """The items by key; None where one names none of several keys."""
+    def _by_key(self, keys: Sequence[str], listing: ListResult) -> Optional[Dict[str, ListResult]]:
+        """Return what was listed of each key, None where an item names none of several keys."""
         if len(keys) == 1:
-            return {keys[0]: list(items)}
-        found: Dict[str, List[Json]] = {key: [] for key in keys}
-        named: Dict[str, List[str]] = collections.defaultdict(list)
-        for key in keys:
-            named[self._name(key)].append(key)
-        for item in items:
-            mine = [key for name in self._owners(item) & named.keys() for key in named[name]]
+            return {keys[0]: listing}
+        found = {key: ListResult([], listing.since) for key in keys}
+        names = [(key, self._name(key)) for key in keys]
+        for item in listing.items:
+            owners = self._owners(item)
+            mine = [key for key, name in names if name in owners]
             if not mine:
                 return None
             for key in mine:
-                found[key].append(item)
+                found[key].items.append(item)
         return found
 
 
@@ -3143,7 +3046,10 @@ def write_backup(
     a kill leaves no half backup. Raises OSError.
     """
     environment.make_private_dir(home)
-    environment.restrict_dir(home.parent)  # emails are names in it
+    # Emails are names in it. It may have come with more rights, and of another user, or on vfat, it is used as it is.
+    with environment.tolerate(f"{home.parent}: its permissions can't be set", "other users may be able to read it"):
+        if stat.S_IMODE(home.parent.stat().st_mode) != 0o700:
+            home.parent.chmod(0o700)
     if home.resolve().parent != home.parent.resolve():
         raise OSError(f"{home} is a link that leads out of {home.parent}; remove it")
     stamp = int(environment.now().wall)
@@ -4794,7 +4700,7 @@ class TaskRunner:
                 advice = " (--merge-timeout sets how long a merge may take)" * (problem.code == "merge_not_confirmed")
                 words = f"{self._failures_in_a_row} failures in a row, the last: {problem}{advice}"
                 self.draining = FatalError(EXIT_STOPPED, words)
-                self.api.scheduler.cancel_waiting(PREPARE)
+                self.api.scheduler.cancel_preparations()
 
     def _exit_code(self) -> int:
         stop = self.stop
@@ -7570,7 +7476,7 @@ class RunContext:
         """Find out whose token it is, and say so. Raises FatalError, also for `pairs` of another organisation."""
         check_token(self.settings.token)
         with before_any_change(api):
-            owner = self.token_owner = await api.whoami()
+            owner = self.token_owner = await api.get_one("dev-users.self", {}, "dev_user", ANY_OPTIONS)
         self.organisation = organisation_of(str(owner.get("id")))
         self.document["token_owner"] = {name: owner.get(name) for name in ("id", "display_name", "email")}
         self.document["organisation"] = self.organisation
@@ -8496,8 +8402,8 @@ async def _check_read(api: DevRevAPI, name: str, seen: List[str]) -> str:
         if not seen:
             return "not tried: there is no ticket or conversation yet"
         body = {"object": seen[0]}
-    items = await api.read_one(endpoint, key, body)
-    seen.extend(item["id"] for item in items if name != "contacts")
+    page = await api.each_page(endpoint, key, dict(body, limit=1)).__anext__()
+    seen.extend(item["id"] for item in page.items if name != "contacts")
     return "readable"
 
 

@@ -173,8 +173,8 @@ MUTANTS = [
     Mutant("cancelled pairs are not polled", "        for pair in list(self.savepoint.pairs(State.CANCELLED)):\n", "        for pair in []:\n"),
     # Quota, stops
     Mutant("no reserve", "2 if slow else self.context.poll_history.polls() + bool(pair.new_ref)", "0"),
-    Mutant("what is reserved is forgotten", "        self._reserved += units - reservation.units\n", ""),
-    Mutant("what is reserved is never released", "        self._reserve(reservation, 0)\n", ""),
+    Mutant("what is reserved is forgotten", "                self._reserved += units - options.reservation.units\n", ""),
+    Mutant("what is reserved is never released", "        self._reserved, reservation.units = self._reserved - reservation.units, 0\n", ""),
     Mutant(
         "the server's quota is ignored",
         "return math.inf if self.remaining is None else self.remaining - in_flight",

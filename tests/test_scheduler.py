@@ -164,7 +164,7 @@ def test_odd_headers_are_ignored(name: str, text: str) -> None:
             return tool.HttpResponse(200, Headers(headers), {})
 
     assert world.send(Odd(), 50) < 1.0
-    assert world.scheduler.quota_seen() is None and world.scheduler.room() == math.inf
+    assert world.scheduler.quota_seen() is None and world.scheduler.quota.room(0) == math.inf
 
 
 def test_a_reset_that_is_no_time_of_day_does_not_make_requests_go_one_by_one() -> None:
