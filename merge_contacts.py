@@ -6711,16 +6711,15 @@ class OutputThread:
     def __init__(self) -> None:
         self.failure: Optional[OSError] = None
         self.started = False
-        self.jobs: queue.SimpleQueue[Union[Tuple[TextIO, str, bool], threading.Event]] = queue.SimpleQueue()
+        self.jobs: queue.SimpleQueue[Union[Tuple[TextIO, str], threading.Event]] = queue.SimpleQueue()
         self._written = 0  # bytes
-        self._status: Optional[TextIO] = None  # where a status line is shown
 
-    def put(self, stream: TextIO, text: str, status: bool = False) -> None:
+    def put(self, stream: TextIO, text: str) -> None:
         """Take a piece of text; safe in a signal handler too."""
         if self.started:
-            self.jobs.put((stream, text, status))
+            self.jobs.put((stream, text))
         else:
-            self._write(stream, text, status)
+            self._write(stream, text)
 
     def wait(self, longest: float, patience: Callable[[], float]) -> None:
         """Wait until everything is written, or nothing has been taken for the smaller number of seconds."""
@@ -6740,30 +6739,24 @@ class OutputThread:
             else:
                 self._write(*job)
 
-    def _write(self, stream: TextIO, text: str, status: bool) -> None:
-        shown, self._status = self._status, stream if status and text else None
+    def _write(self, stream: TextIO, text: str) -> None:
+        """Write past Python's own buffers: text that is stuck in one of them would delay the exit."""
+        raw = getattr(getattr(stream, "buffer", None), "raw", None)
         try:
-            if shown:
-                self._send(shown, "\r\x1b[K")
-            self._send(stream, text)
+            if raw is None:
+                stream.write(text)
+                return
+            data = text.replace("\n", os.linesep).encode(stream.encoding or "utf-8", "backslashreplace")
+            while data:
+                taken = raw.write(data[: self.PIECE] if stream.isatty() else data) or 0
+                if not taken:  # another program has made it a stream that does not block
+                    time.sleep(0.05)
+                self._written += taken
+                data = data[taken:]
         except BrokenPipeError:
             pass
         except (OSError, ValueError) as error:
             self.failure = self.failure or (error if isinstance(error, OSError) else OSError(str(error)))
-
-    def _send(self, stream: TextIO, text: str) -> None:
-        """Write past Python's own buffers: text that is stuck in one of them would delay the exit."""
-        raw = getattr(getattr(stream, "buffer", None), "raw", None)
-        if raw is None:
-            stream.write(text)
-            return
-        data = text.replace("\n", os.linesep).encode(stream.encoding or "utf-8", "backslashreplace")
-        while data:
-            taken = raw.write(data[: self.PIECE] if stream.isatty() else data) or 0
-            if not taken:  # another program has made it a stream that does not block
-                time.sleep(0.05)
-            self._written += taken
-            data = data[taken:]
 
 
 class Console:
@@ -6780,6 +6773,7 @@ class Console:
         self.err: TextIO = err or sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         self.out = out or self.data
         self.mask: Callable[[str], str] = str
+        self._has_status = False  # whether a status line is shown
         self.is_smart = os.environ.get("TERM") != "dumb"  # whether a terminal knows escape sequences
         self.rewrites = self.err.isatty() and self.is_smart  # whether a line can be rewritten in place
         # Points from the duplicate to the primary, in the characters that the output can show.
@@ -6832,15 +6826,20 @@ class Console:
             lines = textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False)
         if style and stream.isatty() and self.is_smart and "NO_COLOR" not in os.environ:
             lines = [f"\x1b[{self.COLOURS[style]}m{line}\x1b[0m" for line in lines]
-        self._outputs[stream].put(stream, "".join(f"{line}\n" for line in lines))
+        self._put(stream, "".join(f"{line}\n" for line in lines))
+
+    def _put(self, stream: TextIO, text: str) -> None:
+        if self._has_status:
+            self._has_status = False
+            self._outputs[self.err].put(self.err, "\r\x1b[K")
+        self._outputs[stream].put(stream, text)
 
     def stream(self, text: str, to: Optional[TextIO] = None) -> None:
         """Print a part of long results as it is; wait for earlier parts, so that memory does not grow."""
         stream = to or self.out
-        output = self._outputs[stream]
-        while output.jobs.qsize() > 10:
+        while self._outputs[stream].jobs.qsize() > 10:
             time.sleep(0.01)
-        output.put(stream, text)
+        self._put(stream, text)
 
     def json(self, chunks: Iterable[bytes]) -> None:
         """Print results as JSON, in ASCII, which nothing on the way to a program changes."""
@@ -6857,7 +6856,7 @@ class Console:
         """Print a next step; its command is not wrapped, so that it can be copied."""
         if not self.quiet:
             self.print_err(f"next: {words}")
-            self._outputs[self.err].put(self.err, f"  {self.sanitize(command)}\n")
+            self._put(self.err, f"  {self.sanitize(command)}\n")
 
     def error(self, text: str) -> None:
         log.error("%s", text)
@@ -6869,7 +6868,8 @@ class Console:
             room, line = self.columns(self.err) - 1, self.sanitize(text)
             for details, kept in ((r"\(([^()\d]+) \d[^)]*\)", r"(\1)"), (r" \([^)]*\)", "")):
                 line = re.sub(details, kept, line) if len(line) > room else line
-            self._outputs[self.err].put(self.err, line if len(line) <= room else f"{line[: room - 3]}...", True)
+            self._put(self.err, line if len(line) <= room else f"{line[: room - 3]}...")
+            self._has_status = bool(line)
 
 
 class LogHandler(logging.Handler):
@@ -7166,24 +7166,17 @@ Exit codes:
 """ + "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
 
 
-def _positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{escape_unprintable(text)} is not a whole number of at least 1")
-    return int(text)
+def checked(convert: Callable[[str], T], is_good: Callable[[T], Any], what: str) -> Callable[[str], T]:
+    """Return a type for argparse: it refuses what is not `what`."""
 
+    def read(text: str) -> T:
+        with contextlib.suppress(ValueError):
+            value = convert(text)
+            if is_good(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{escape_unprintable(text)} is not {what}")
 
-def _domain(text: str) -> str:
-    domain = re.sub("^@", "", email_key(text))
-    if not re.fullmatch(r"[^\s@,;]+", domain):
-        raise argparse.ArgumentTypeError(f"{escape_unprintable(text)} is not a domain such as example.com")
-    return domain
-
-
-def _seconds(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) <= 86400:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{escape_unprintable(text)} is not a number of seconds above 0, up to 86400")
+    return read
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -7218,11 +7211,17 @@ def build_parser() -> OptionParser:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28),
     )  # fmt: skip
 
+    count = checked(int, lambda number: number >= 1, "a whole number of at least 1")
+    seconds = checked(float, lambda number: 0 < number <= 86400, "a number of seconds above 0, up to 86400")
+    domain = checked(
+        lambda text: re.sub("^@", "", email_key(text)), re.compile(r"[^\s@,;]+$").match, "a domain such as example.com"
+    )
+
     add = parser.add_argument_group("Input").add_argument
     add("--csv", metavar="PATH", type=Path, nargs="+", action="extend", help="the export: one file, or all its parts")
     add("--choices", metavar="PATH", type=Path, help="CSV (EMAIL, EXTERNAL_REF): which contact to keep")
     add("--email", metavar="ADDRESS", action="append", help="only this address (may be repeated)")
-    add("--limit", metavar="N", type=_positive_int, help="at most N pairs in this run, such as 1 to try")
+    add("--limit", metavar="N", type=count, help="at most N pairs in this run, such as 1 to try")
     add("--plan", metavar="ID", help="only if the plan still has this ID")
 
     add = parser.add_argument_group("Read-only modes").add_argument
@@ -7238,7 +7237,7 @@ def build_parser() -> OptionParser:
     add("--settle", metavar="ADDRESS", nargs="+", action="extend", help="close unfinished pairs that can't be finished")
     add("--export", metavar="PATH", type=Path, help="write the CSV from DevRev; overwrites no file")
     words = "with --export: only this domain (may be repeated)"
-    add("--domain", metavar="DOMAIN", type=_domain, action="append", help=words)
+    add("--domain", metavar="DOMAIN", type=domain, action="append", help=words)
     add("--choices-template", metavar="PATH", type=Path, help="write a CSV for --choices, to be cut down")
 
     add = parser.add_argument_group("Merge rules").add_argument
@@ -7250,8 +7249,8 @@ def build_parser() -> OptionParser:
     add("--carry-fields", action="store_true", help="copy fields that only the duplicate has")
     add("--no-timelines", action="store_true", help="leave comments out of the backup")
     words = "how long to wait for one merge (default: 120)"
-    add("--merge-timeout", metavar="SECONDS", type=_seconds, default=120.0, help=words)
-    add("--workers", metavar="N", type=_positive_int, default=8, help="concurrent requests (default: 8)")
+    add("--merge-timeout", metavar="SECONDS", type=seconds, default=120.0, help=words)
+    add("--workers", metavar="N", type=count, default=8, help="concurrent requests (default: 8)")
 
     add = parser.add_argument_group("Confirmation and output").add_argument
     add("--yes", action="store_true", help="do not ask; needed where stdin is no terminal")
@@ -7497,7 +7496,7 @@ class RunContext:
                 signal.signal(number, handle)
 
     def open_log(self) -> None:
-        """Log to a file and to stderr. Raises FatalError(3) where a run that may change something can't log."""
+        """Log to a file and to stderr. Raises OSError where a run that may change something can't log."""
         log.setLevel(logging.DEBUG)
         log.propagate = False
         shown = logging.DEBUG if self.options.verbose else logging.WARNING
@@ -7509,10 +7508,9 @@ class RunContext:
             self.environment.make_private_dir(self.log_path.parent)
             handler.file = open(self.log_path, "a", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
-            words = f"the log {self.log_path} can't be written: {error.strerror or error}"
             if self.may_write:
-                raise FatalError(EXIT_STOPPED, f"{words}; run in a folder that can be written") from None
-            self.console.print_err(f"warning: {words}")
+                raise
+            self.console.print_err(f"warning: the log {self.log_path} can't be written: {error.strerror or error}")
         log.info("merge_contacts %s, Python %s on %s", __version__, sys.version.split()[0], sys.platform)
 
     async def identify(self, api: DevRevAPI, origin: str = "", pairs: Iterable[Pair] = ()) -> str:
@@ -7565,10 +7563,9 @@ def command_line(*words: str) -> str:
 def history_folder_error(path: Path) -> Optional[str]:
     """Say why `path` can't be undone from the current folder: the savepoint that knows its merges is in another one."""
     absolute = Path(os.path.abspath(str(path)))  # noqa: PTH100
-    for name in ("backups", "reports"):
-        for place in (absolute, absolute.resolve()):
-            if Path(name).resolve() in place.parents or Path.cwd() / name in place.parents:
-                return None
+    roots = [root for name in ("backups", "reports") for root in (Path.cwd() / name, Path(name).resolve())]
+    if any(root in place.parents for place in (absolute, absolute.resolve()) for root in roots):
+        return None
     for parent in absolute.parents:
         if parent.name in ("backups", "reports"):
             return f"{path} belongs to another folder's history; run --undo in {parent.parent}, where its savepoint is"
@@ -7795,7 +7792,10 @@ async def merge(run: RunContext) -> int:
         plan = make_plan(run, savepoint)
         start_document(run, "merge", plan)
         run.document["organisation"] = savepoint.organisation
-        run.document["csv"] = [{"path": str(path), "sha256": _sha256(path)} for path in run.options.csv]
+        files = run.options.csv
+        run.document["csv"] = [
+            {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in files
+        ]
         if not plan.count() and not any(savepoint.pairs(*UNFINISHED, State.CANCELLED)):
             return _report(run, savepoint, None, EXIT_OK, plan)
         run.console.status("connecting to DevRev ...")
@@ -8097,10 +8097,12 @@ def _report(
         console.print_err("Nothing was changed in DevRev.")
     if plan and (summary["failed_merges"] or summary["unfinished_merges"]):
         console.suggest("fix what is named above, then run again", run.command())
+    elif code == EXIT_USAGE:
+        console.suggest("fix what is named above, then check", run.command("--check", without=("yes", "json", "plan")))
     elif plan and summary["left"]:
         if summary["successful_merges"]:
             undo = command_line("--undo", str(run.report_path), "--preview")
-            console.suggest("check the merged contacts in DevRev; to see what an undo would restore", undo)
+            console.suggest("check the merged contacts in DevRev; this shows what an undo would restore", undo)
         console.suggest("merge the rest", run.command(without=("limit", "email")))
     return code
 
@@ -8166,15 +8168,6 @@ def end_document(run: RunContext, merger: Optional[Runner], code: int) -> str:
     return "" if run.signal else stop
 
 
-def _sha256(path: Path) -> Optional[str]:
-    digest = hashlib.sha256()
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        for chunk in iter(lambda: file.read(1 << 20), b""):
-            digest.update(chunk)
-        return digest.hexdigest()
-    return None
-
-
 def print_report_paths(run: RunContext) -> None:
     """Name the report and what lies beside it."""
     path = run.report_path
@@ -8207,7 +8200,8 @@ async def export(run: RunContext) -> int:
     try:
         spool = tempfile.TemporaryFile(dir=str(path.parent))  # noqa: SIM115
     except OSError as error:
-        raise FatalError(EXIT_USAGE, f"{path} can't be written: {error.strerror}") from None
+        words = f"{path} can't be written: {error.strerror}; name a file in a folder that can be written"
+        raise FatalError(EXIT_USAGE, words) from None
     exporter = ContactExporter(api, [f"@{domain}" for domain in run.options.domain or ()], spool)
     work = asyncio.ensure_future(exporter.run())
     run.on_signal(work.cancel, asyncio.get_event_loop())
@@ -8225,7 +8219,7 @@ async def export(run: RunContext) -> int:
         words = f"{path} was created by another program meanwhile, and is left as it is; name another file"
         raise FatalError(EXIT_USAGE, words) from None
     except OSError as error:
-        raise FatalError(EXIT_STOPPED, f"disk error: {error}; nothing was written. Free the disk, run again") from None
+        raise FatalError(EXIT_STOPPED, f"disk error: {error}; nothing was written") from None
     finally:
         ticking.cancel()
         console.status("")
@@ -8399,11 +8393,13 @@ async def check(run: RunContext) -> int:
         checks.append({"check": name, "ok": good, "says": words})
         if not run.options.json:
             console.print(f"{'ok     ' if good else 'FAILED '} {name}: {words}", "" if good else "bad")
-    quota = f"quota: {describe_wait(api.scheduler) or 'DevRev has announced none'}, {run.describe_rate()}"
+    quota = (
+        f"quota: {describe_wait(api.scheduler) or 'DevRev has announced none'}; requests are sent {run.describe_rate()}"
+    )
     notes = [
         *([quota] if checks[0]["ok"] else []),
-        "only a merge shows whether the token may merge (rev_user:all): merge one pair first, --limit 1",
-        "--undo also writes tickets, issues and conversations; reading does not show whether it may",
+        "only a merge shows whether the token may merge (rev_user:all): try one pair with --limit 1",
+        "--undo also updates tickets, issues and conversations; only an undo shows whether the token may",
     ]
     problems = sum(not one["ok"] for one in checks)
     code, verdict = (EXIT_USAGE, f"not ready: {plural(problems, 'problem')}") if problems else (EXIT_OK, "ready")
@@ -8435,15 +8431,8 @@ def _check_csv(run: RunContext) -> str:
 
 
 def _check_savepoint(run: RunContext) -> str:
-    folder, problem = SAVEPOINT.resolve().parent, ""
     if not locks_work(SAVEPOINT):
-        problem = f"{folder} can't hold a savepoint: {NO_LOCKS}"
-    elif not SAVEPOINT.exists() and not os.access(str(folder), os.W_OK):
-        problem = f"{folder} can't be written; run in a folder that can"
-    elif SAVEPOINT.exists() and not os.access(str(SAVEPOINT), os.W_OK):
-        problem = f"{SAVEPOINT} is read-only; make it writable"
-    if problem:
-        raise FatalError(EXIT_USAGE, problem)
+        raise FatalError(EXIT_USAGE, f"{SAVEPOINT.resolve().parent} can't hold a savepoint: {NO_LOCKS}")
     with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
         if savepoint.is_held():
             raise FatalError(EXIT_HELD, f"a run is in progress: process {savepoint.holder()['pid']} holds {SAVEPOINT}")
@@ -8454,9 +8443,9 @@ def _check_savepoint(run: RunContext) -> str:
 
 
 def _check_disk() -> str:
-    for name in ("logs", "backups", "reports"):
-        if os.path.exists(name) and not os.access(name, os.W_OK):  # noqa: PTH110
-            raise OSError(f"{name} can't be written; make it writable")
+    for path in (Path.cwd(), SAVEPOINT, SAVEPOINT_COPY, LOGS, Path("backups"), REPORTS):
+        if path.exists() and not os.access(str(path), os.W_OK):
+            raise OSError(f"{path} can't be written; make it writable")
     free = shutil.disk_usage(".").free >> 20
     if free < 100:
         raise OSError(f"only {free} MiB free; make room for backups")
@@ -8531,7 +8520,9 @@ def verify_backups(run: RunContext) -> int:
     """Read every backup below a folder again, and compare it with its manifest; 1 where one is damaged or missing."""
     root, console = run.options.verify_backups, run.console
     if not root.exists():
-        raise FatalError(EXIT_USAGE, f"{root} does not exist: no run has made a backup in it yet")
+        raise FatalError(
+            EXIT_USAGE, f"{root} does not exist: no run has made a backup in it yet; name the folder that holds backups"
+        )
     if not root.is_dir():
         raise FatalError(EXIT_USAGE, f"{root} is not a folder; name the folder that holds the backups")
     complete, damaged, missing, partial = 0, [], [], []  # type: Tuple[int, List[str], List[str], List[str]]
@@ -8616,8 +8607,12 @@ def run_command(run: RunContext) -> int:
     run.console.status("")
     if code > 128:
         run.console.print_err(run.error)
-    else:
-        run.console.error(run.error)
+        return code
+    run.console.error(run.error)
+    if code == EXIT_STOPPED:
+        run.console.print_err("Fix that, then run the same command again.", "bold")
+    elif code == EXIT_HELD:
+        run.console.suggest("wait until that run has ended; this shows how far it is", command_line("--status"))
     return code
 
 
