@@ -5021,7 +5021,8 @@ def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) ->
                 raise FatalError(
                     EXIT_USAGE,
                     f"the {origin} is of another organisation than the token: {contact.short_id} belongs to "
-                    f"{contact.organisation}, the token to {organisation or 'an unknown one'}",
+                    f"{contact.organisation}, the token to {organisation or 'an unknown one'}; use a token of "
+                    f"{contact.organisation}",
                 )
 
 
@@ -7229,8 +7230,8 @@ def build_parser() -> OptionParser:
     add("--live", action="store_true", help="with --preview: compare the plan with DevRev")
     add("--check", action="store_true", help="test whether a run can start")
     add("--status", action="store_true", help="print what the savepoint knows")
-    words, backups = "read all backups again (default: backups)", Path("backups")
-    add("--verify-backups", metavar="DIR", type=Path, nargs="?", const=backups, help=words)
+    words = "read all backups again (default: backups)"
+    add("--verify-backups", metavar="DIR", type=Path, nargs="?", const=BACKUPS, help=words)
 
     add = parser.add_argument_group("Other modes").add_argument
     add("--undo", metavar="PATH", type=Path, help="undo the merges of a report or a backup folder")
@@ -7287,7 +7288,7 @@ def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     words = list(sys.argv[1:] if argv is None else argv)
     parser.as_json = "--json" in words and not {"--preview", "--check", "--status", "--verify-backups"} & set(words)
     options = parser.parse_args(words)
-    given = {name: value for name, value in vars(options).items() if value != parser.get_default(name)}
+    given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
     typed = collections.Counter(word.partition("=")[0] for word in words)
     for name, value in vars(options).items():
         # "The last one wins" would hide a mistake.
@@ -7942,35 +7943,33 @@ async def confirm_and_run(
 
 def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair], cost: Estimate) -> Dict[str, str]:
     """What the user confirms with a typed `merge`."""
-
-    def first(pairs: Iterable[Pair]) -> List[str]:
-        return some([describe_pair(pair) for pair in pairs], 3)
-
-    new = [pair for pair in plan.pairs() if pair.state is State.PLANNED]
+    new = [describe_pair(pair) for pair in plan.pairs() if pair.state is State.PLANNED]
+    earlier = "; ".join(some([describe_pair(pair) for pair in unfinished], 3))
     others = ", in addition to --limit and --email" if run.options.limit or run.options.email else ""
     left = plan_summary(plan, cost, unfinished)["left"]
     lost = [f"{one.external_ref} ({describe_contact(one)})" for group in plan.chosen for one in group.lost_refs()]
     warnings = sorted(plan.warnings, key=lambda one: bool(one["code"] != "shared_mailbox"))
     shared = sum(one["code"] == "shared_mailbox" for one in warnings)  # each of which is named
     told = some([f"{one['email']}: {one['warning']}" for one in warnings], max(20, shared))
-    facts: Dict[str, str] = {}
-    for path in run.options.csv:
-        modified = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-        facts[f"CSV{' ' * len(facts)}"] = f"{path} of {modified}"
-    facts["plan"] = plan.id
-    if unfinished:
-        words = "; ".join(first(unfinished))
-        facts["first"] = f"finish {plural(len(unfinished), 'pair')} of earlier runs{others}: {words}"
-    facts["to merge"] = plural(len(new), "pair")
-    facts.update({f"  {number}": words for number, words in enumerate(first(new), 1)})
-    facts["left out"] = f"{plural(len(plan.skipped), 'group')} skipped, {plural(len(plan.invalid_rows), 'invalid row')}"
-    facts["left"] = f"{plural(left, 'pair')} for another run (--email, --limit)" if left else ""
-    facts["choices lose"] = "; ".join(some(lost))
-    facts.update({f"WARNING {number}": line for number, line in enumerate(told, 1)})
-    facts["take no part"] = plan.others_line() if plan.other_refs else ""
-    facts["cost"] = f"{cost} {run.describe_rate()}"
-    facts["backups in"] = str(Path("backups").resolve())
-    facts[""] = "DevRev can't undo a merge; --undo restores most of it from the backups."
+    files = [(path, datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)) for path in run.options.csv]
+    facts = {
+        **{
+            f"CSV{' ' * index}": f"{path} of {modified:%Y-%m-%d %H:%M} UTC"
+            for index, (path, modified) in enumerate(files)
+        },
+        "plan": plan.id,
+        "first": f"finish {plural(len(unfinished), 'pair')} of earlier runs{others}: {earlier}" if unfinished else "",
+        "to merge": plural(len(new), "pair"),
+        **{f"  {number}": words for number, words in enumerate(some(new, 3), 1)},
+        "left out": f"{plural(len(plan.skipped), 'group')} skipped, {plural(len(plan.invalid_rows), 'invalid row')}",
+        "left": f"{plural(left, 'pair')} for another run (--email, --limit)" if left else "",
+        "choices lose": "; ".join(some(lost)),
+        **{f"WARNING {number}": line for number, line in enumerate(told, 1)},
+        "take no part": plan.others_line() if plan.other_refs else "",
+        "cost": f"{cost} {run.describe_rate()}",
+        "backups in": str(BACKUPS.resolve()),
+        "": "DevRev can't undo a merge; --undo restores most of it from the backups.",
+    }
     return {name: fact for name, fact in facts.items() if fact}
 
 
@@ -8443,7 +8442,7 @@ def _check_savepoint(run: RunContext) -> str:
 
 
 def _check_disk() -> str:
-    for path in (Path.cwd(), SAVEPOINT, SAVEPOINT_COPY, LOGS, Path("backups"), REPORTS):
+    for path in (Path.cwd(), SAVEPOINT, SAVEPOINT_COPY, LOGS, BACKUPS, REPORTS):
         if path.exists() and not os.access(str(path), os.W_OK):
             raise OSError(f"{path} can't be written; make it writable")
     free = shutil.disk_usage(".").free >> 20
@@ -8541,7 +8540,7 @@ def verify_backups(run: RunContext) -> int:
                 damaged.append(str(error))
         folders.sort()
     console.status("")
-    if root == Path("backups") and SAVEPOINT.exists() and SAVEPOINT.stat().st_size:
+    if root == BACKUPS and SAVEPOINT.exists() and SAVEPOINT.stat().st_size:
         with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
             backups = {pair.backup for pair in savepoint.pairs(*State) if pair.backup}
             missing = sorted(backup for backup in backups if not Path(backup).is_dir())
