@@ -6707,7 +6707,6 @@ class OutputThread:
     """
 
     PIECE = 1024  # bytes at a time to a terminal, so that a slow one is seen to take some
-    BACKLOG = 10_000  # lines, beyond which lines that are not results are dropped
 
     def __init__(self) -> None:
         self.failure: Optional[OSError] = None
@@ -6850,8 +6849,7 @@ class Console:
 
     def print_err(self, text: str, style: str = "") -> None:
         """Print a line that is no result."""
-        if self._outputs[self.err].jobs.qsize() < OutputThread.BACKLOG:
-            self.print(text, style, self.err)
+        self.print(text, style, self.err)
 
     def suggest(self, words: str, command: str) -> None:
         """Print a next step; its command is not wrapped, so that it can be copied."""
@@ -7153,11 +7151,13 @@ The same command in the same folder resumes a stopped run. To undo a run:
 Environment, or .env in the current folder or beside the script:
   DEVREV_API_TOKEN          your token; --preview and --status need none
   DEVREV_BASE_URL           (default: https://api.devrev.ai)
-  DEVREV_RATE_LIMIT_CALLS   requests; 0: no limit (default: DevRev's quota)
-  DEVREV_RATE_LIMIT_PERIOD  seconds for so many requests (default: 60)
-  DEVREV_TIMEOUT            seconds without an answer (default: 30)
+  DEVREV_RATE_LIMIT_CALLS   send at most this many requests; 0: no limit
+                            (default: as many as DevRev's quota allows)
+  DEVREV_RATE_LIMIT_PERIOD  ... in this many seconds (default: 60)
+  DEVREV_TIMEOUT            seconds to wait for an answer (default: 30)
   DEVREV_MAX_RETRIES        repeats of a failed request (default: 5)
-  DEVREV_USER_REF_PREFIX    your application's references (default: user_)
+  DEVREV_USER_REF_PREFIX    how the references of your application begin
+                            (default: user_)
   HTTPS_PROXY, REQUESTS_CA_BUNDLE   as for other programs
 
 A run writes savepoint.db, logs/, backups/ and reports/ in the current folder.
@@ -7223,7 +7223,7 @@ def build_parser() -> OptionParser:
     add("--choices", metavar="PATH", type=Path, help="CSV (EMAIL, EXTERNAL_REF): which contact to keep")
     add("--email", metavar="ADDRESS", action="append", help="only this address (may be repeated)")
     add("--limit", metavar="N", type=count, help="at most N pairs in this run, such as 1 to try")
-    add("--plan", metavar="ID", help="only if the plan still has this ID")
+    add("--plan", metavar="ID", help="merge only if the plan still has this ID")
 
     add = parser.add_argument_group("Read-only modes").add_argument
     add("--preview", action="store_true", help="print what a run, or --undo, would do")
@@ -7243,7 +7243,7 @@ def build_parser() -> OptionParser:
 
     add = parser.add_argument_group("Merge rules").add_argument
     add("--primary", choices=("revu", "user"), default="revu", help="the contact that remains (default: revu)")
-    policies, words = ("exact", "at-least"), "exact or at-least TICKET_COUNT (default: exact)"
+    policies, words = ("exact", "at-least"), "exact: TICKET_COUNT tickets; at-least: or more (default: exact)"
     add("--count-policy", metavar="POLICY", choices=policies, default="exact", help=words)
     add("--across-workspaces", action="store_true", help="also merge contacts of different rev orgs")
     add("--try-unverified", action="store_true", help="also merge unverified into verified contacts")
@@ -7793,10 +7793,8 @@ async def merge(run: RunContext) -> int:
         plan = make_plan(run, savepoint)
         start_document(run, "merge", plan)
         run.document["organisation"] = savepoint.organisation
-        files = run.options.csv
-        run.document["csv"] = [
-            {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in files
-        ]
+        digests = [(str(path), hashlib.sha256(path.read_bytes()).hexdigest()) for path in run.options.csv]
+        run.document["csv"] = [{"path": path, "sha256": digest} for path, digest in digests]
         if not plan.count() and not any(savepoint.pairs(*UNFINISHED, State.CANCELLED)):
             return _report(run, savepoint, None, EXIT_OK, plan)
         run.console.status("connecting to DevRev ...")
@@ -7834,14 +7832,11 @@ def settle(run: RunContext) -> int:
     """
     with contextlib.closing(open_savepoint(run)) as savepoint:
         wanted = {email_key(email) for email in run.options.settle}
-        by_email: Dict[str, List[Pair]] = collections.defaultdict(list)
-        for pair in savepoint.pairs(*State):
-            by_email[pair.email].append(pair)
-        for email in sorted(wanted - by_email.keys()):
-            near = difflib.get_close_matches(email, list(by_email), 1)
-            hint = f"; did you mean {near[0]}?" if near else "; --status lists the unfinished pairs"
-            raise FatalError(EXIT_USAGE, f"--settle: {email} has no pair in {SAVEPOINT}{hint}")
-        pairs = [pair for email in sorted(wanted) for pair in by_email[email]]
+        pairs = sorted((pair for pair in savepoint.pairs(*State) if pair.email in wanted), key=attrgetter("email"))
+        unknown = ", ".join(sorted(wanted.difference(pair.email for pair in pairs)))
+        if unknown:
+            words = f"--settle: {unknown}: no pair of it is in {SAVEPOINT}; --status lists the unfinished pairs"
+            raise FatalError(EXIT_USAGE, words)
         # A pair that was never requested has nothing to settle, and is no failure beside one that has.
         settled = {pair.email for pair in pairs if pair.state not in TERMINAL and not settle_error(pair)}
         pairs = [pair for pair in pairs if pair.state is not State.FAILED or pair.email not in settled]
@@ -8223,7 +8218,7 @@ async def export(run: RunContext) -> int:
         ticking.cancel()
         console.status("")
     emails, rows, requests = len({one.key for one in exporter.rows}), len(exporter.rows), sum(api.requests.values())
-    console.print(f"exported {plural(rows, 'contact')} of {plural(emails, 'email')} that recur, to {path}", "good")
+    console.print(f"exported {plural(rows, 'contact')} that share {plural(emails, 'email')} to {path}", "good")
     console.print(f"read     {plural(exporter.read, 'contact')}")
     console.print(f"cost     {plural(requests, 'request')}, {duration(run.environment.elapsed(run.started))}")
     if rows:
@@ -8518,12 +8513,9 @@ def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair
 def verify_backups(run: RunContext) -> int:
     """Read every backup below a folder again, and compare it with its manifest; 1 where one is damaged or missing."""
     root, console = run.options.verify_backups, run.console
-    if not root.exists():
-        raise FatalError(
-            EXIT_USAGE, f"{root} does not exist: no run has made a backup in it yet; name the folder that holds backups"
-        )
     if not root.is_dir():
-        raise FatalError(EXIT_USAGE, f"{root} is not a folder; name the folder that holds the backups")
+        why = "is not a folder" if root.exists() else "does not exist: no run has made a backup in it yet"
+        raise FatalError(EXIT_USAGE, f"{root} {why}; name the folder that holds the backups")
     complete, damaged, missing, partial = 0, [], [], []  # type: Tuple[int, List[str], List[str], List[str]]
     for name, folders, files in os.walk(str(root), onerror=lambda error: damaged.append(str(error))):
         folder = Path(name)
