@@ -7955,7 +7955,7 @@ def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair], cost: E
         "plan": plan.id,
         "first": f"finish {plural(len(unfinished), 'pair')} of earlier runs{others}: {earlier}" if unfinished else "",
         "to merge": plural(len(new), "pair"),
-        **{f"  {number}": words for number, words in enumerate(some(new, 3), 1)},
+        **{f"  {number if number < 4 else ' '}": words for number, words in enumerate(some(new, 3), 1)},
         "left out": f"{plural(len(plan.skipped), 'group')} skipped, {plural(len(plan.invalid_rows), 'invalid row')}",
         "left": f"{plural(left, 'pair')} for another run (--email, --limit)" if left else "",
         "choices lose": "; ".join(some(lost)),
@@ -8488,8 +8488,9 @@ def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair
         return
     show(f"{facts['savepoint']}: organisation {facts['organisation'] or 'not known yet, no run has merged here'}")
     if holder:
-        now = "a run is in progress" if running else "no run is in progress; the last one"
-        show(f"{now}: process {holder['pid']} on {holder['host']}, since {holder['since']}")
+        process, since = f"process {holder['pid']} on {holder['host']}", f"{holder['since'][:16].replace('T', ' ')} UTC"
+        now = f"a run is in progress: {process}, since {since}"
+        show(now if running else f"no run is in progress; the last one began at {since} ({process})")
     if running and last and last["end"] is None:
         end = f", expected to end at {last['expected_end'][:16]} (UTC)" if "expected_end" in last else ""
         show(f"{last['kind']} of {plural(last['pairs'] or 0, 'pair')}: {last['pairs_ended']:,} ended{end}")
