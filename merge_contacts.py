@@ -7832,11 +7832,12 @@ def settle(run: RunContext) -> int:
     """
     with contextlib.closing(open_savepoint(run)) as savepoint:
         wanted = {email_key(email) for email in run.options.settle}
-        pairs = sorted((pair for pair in savepoint.pairs(*State) if pair.email in wanted), key=attrgetter("email"))
-        unknown = ", ".join(sorted(wanted.difference(pair.email for pair in pairs)))
-        if unknown:
-            words = f"--settle: {unknown}: no pair of it is in {SAVEPOINT}; --status lists the unfinished pairs"
-            raise FatalError(EXIT_USAGE, words)
+        known = sorted(savepoint.pairs(*State), key=attrgetter("email"))
+        pairs = [pair for pair in known if pair.email in wanted]
+        for email in sorted(wanted.difference(pair.email for pair in pairs)):
+            near = difflib.get_close_matches(email, [pair.email for pair in known], 1, 0.8)
+            hint = f"did you mean {near[0]}?" if near else "--status lists the unfinished pairs"
+            raise FatalError(EXIT_USAGE, f"--settle: {email} has no pair in {SAVEPOINT}; {hint}")
         # A pair that was never requested has nothing to settle, and is no failure beside one that has.
         settled = {pair.email for pair in pairs if pair.state not in TERMINAL and not settle_error(pair)}
         pairs = [pair for pair in pairs if pair.state is not State.FAILED or pair.email not in settled]
