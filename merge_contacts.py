@@ -4927,7 +4927,8 @@ def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) ->
                 raise FatalError(
                     EXIT_USAGE,
                     f"the {origin} is of another organisation than the token: {contact.short_id} belongs to "
-                    f"{contact.organisation}, the token to {organisation or 'an unknown one'}",
+                    f"{contact.organisation}, the token to {organisation or 'an unknown one'}; use a token of "
+                    f"{contact.organisation}",
                 )
 
 
@@ -6612,30 +6613,28 @@ class OutputThread:
     """
 
     PIECE = 1024  # bytes at a time to a terminal, so that a slow one is seen to take some
-    BACKLOG = 10_000  # lines, beyond which lines that are not results are dropped
 
     def __init__(self) -> None:
         self.failure: Optional[OSError] = None
         self.started = False
-        self.jobs: queue.SimpleQueue[Union[Tuple[TextIO, str, bool], threading.Event]] = queue.SimpleQueue()
+        self.jobs: queue.SimpleQueue[Union[Tuple[TextIO, str], threading.Event]] = queue.SimpleQueue()
         self._written = 0  # bytes
-        self._status: Optional[TextIO] = None  # where a status line is shown
 
-    def put(self, stream: TextIO, text: str, status: bool = False) -> None:
+    def put(self, stream: TextIO, text: str) -> None:
         """Take a piece of text; safe in a signal handler too."""
         if self.started:
-            self.jobs.put((stream, text, status))
+            self.jobs.put((stream, text))
         else:
-            self._write(stream, text, status)
+            self._write(stream, text)
 
-    def consume(self, patience: Callable[[], float]) -> None:
-        """Wait until everything is written, or nothing has been taken for `patience` seconds."""
+    def wait(self, longest: float, patience: Callable[[], float]) -> None:
+        """Wait until everything is written, or nothing has been taken for the smaller number of seconds."""
         done, seen, since = threading.Event(), self._written, time.monotonic()
         self.jobs.put(done)
         while self.started and not done.wait(0.05):
             if self._written != seen:
                 seen, since = self._written, time.monotonic()
-            elif time.monotonic() - since > patience():
+            elif time.monotonic() - since > min(longest, patience()):
                 return
 
     def serve(self) -> None:
@@ -6646,30 +6645,24 @@ class OutputThread:
             else:
                 self._write(*job)
 
-    def _write(self, stream: TextIO, text: str, status: bool) -> None:
-        shown, self._status = self._status, stream if status and text else None
+    def _write(self, stream: TextIO, text: str) -> None:
+        """Write past Python's own buffers: text that is stuck in one of them would delay the exit."""
+        raw = getattr(getattr(stream, "buffer", None), "raw", None)
         try:
-            if shown:
-                self._send(shown, "\r\x1b[K")
-            self._send(stream, text)
+            if raw is None:
+                stream.write(text)
+                return
+            data = text.replace("\n", os.linesep).encode(stream.encoding or "utf-8", "backslashreplace")
+            while data:
+                taken = raw.write(data[: self.PIECE] if stream.isatty() else data) or 0
+                if not taken:  # another program has made it a stream that does not block
+                    time.sleep(0.05)
+                self._written += taken
+                data = data[taken:]
         except BrokenPipeError:
             pass
         except (OSError, ValueError) as error:
             self.failure = self.failure or (error if isinstance(error, OSError) else OSError(str(error)))
-
-    def _send(self, stream: TextIO, text: str) -> None:
-        """Write past Python's own buffers: text that is stuck in one of them would delay the exit."""
-        raw = getattr(getattr(stream, "buffer", None), "raw", None)
-        if raw is None:
-            stream.write(text)
-            return
-        data = text.replace("\n", os.linesep).encode(stream.encoding or "utf-8", "backslashreplace")
-        while data:
-            taken = raw.write(data[: self.PIECE] if stream.isatty() else data) or 0
-            if not taken:  # another program has made it a stream that does not block
-                time.sleep(0.05)
-            self._written += taken
-            data = data[taken:]
 
 
 class Console:
@@ -6679,7 +6672,6 @@ class Console:
     """
 
     COLOURS: Mapping[str, str] = {"good": "32", "bad": "31", "bold": "1"}
-    STUCK, STUCK_AFTER_SIGNAL = 10.0, 2.0  # seconds after which a terminal that takes nothing is given up
 
     def __init__(self, quiet: bool = False, out: Optional[TextIO] = None, err: Optional[TextIO] = None) -> None:
         self.quiet = quiet
@@ -6687,6 +6679,11 @@ class Console:
         self.err: TextIO = err or sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         self.out = out or self.data
         self.mask: Callable[[str], str] = str
+        self._has_status = False  # whether a status line is shown
+        self.is_smart = os.environ.get("TERM") != "dumb"  # whether a terminal knows escape sequences
+        self.rewrites = self.err.isatty() and self.is_smart  # whether a line can be rewritten in place
+        # Points from the duplicate to the primary, in the characters that the output can show.
+        self.arrow = "\u2190" if "\u2190".encode(self.out.encoding or "ascii", "ignore") else "<-"
         # A terminal and a file have a thread each: a frozen terminal delays no file.
         output = OutputThread()
         self._outputs = {self.err: output}
@@ -6702,36 +6699,26 @@ class Console:
             output.started = True
             threading.Thread(target=output.serve, daemon=True).start()
 
-    def end(self, signalled: Callable[[], bool]) -> Optional[OSError]:
-        """Wait until everything is written, unless a terminal takes nothing more. Return why results can't be."""
+    def end(self, patience: Callable[[], float]) -> Optional[OSError]:
+        """Wait until everything is written, but for no terminal that takes nothing for 10 s, and for no output that
+        takes nothing for `patience()` seconds. Return why results can't be written."""
         for stream, output in self._outputs.items():
-            longest = self.STUCK if stream.isatty() else math.inf
-            output.consume(lambda longest=longest: self.STUCK_AFTER_SIGNAL if signalled() else longest)  # type: ignore[misc]
+            output.wait(10.0 if stream.isatty() else math.inf, patience)
         return self._outputs[self.data].failure
 
     @staticmethod
-    def columns(stream: TextIO, otherwise: int = 100) -> int:
+    def columns(stream: TextIO) -> int:
         """How wide the terminal of `stream` is: stdout may be a pipe where stderr is a terminal."""
         columns = os.environ.get("COLUMNS", "")
         if not stream.isatty():
             return 10_000
         with contextlib.suppress(OSError, ValueError):
-            return int(columns) if columns.isdecimal() else os.get_terminal_size(stream.fileno()).columns or otherwise
-        return otherwise
+            return int(columns) if columns.isdecimal() else os.get_terminal_size(stream.fileno()).columns or 80
+        return 80
 
     @property
     def width(self) -> int:
         return self.columns(self.out)
-
-    @property
-    def rewrites(self) -> bool:
-        """Whether a line can be rewritten in place."""
-        return self.err.isatty() and os.environ.get("TERM") != "dumb"
-
-    @property
-    def arrow(self) -> str:
-        """Points from the duplicate to the primary, in the characters that the output can show."""
-        return "<-" if "\u2190".encode(self.out.encoding or "ascii", "ignore") == b"" else "\u2190"
 
     def sanitize(self, text: str) -> str:
         return escape_unprintable(self.mask(text))
@@ -6743,17 +6730,22 @@ class Console:
         if len(text) > width:
             indent = " " * (len(text) - len(text.lstrip()) + 2)
             lines = textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False)
-        if style and stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
+        if style and stream.isatty() and self.is_smart and "NO_COLOR" not in os.environ:
             lines = [f"\x1b[{self.COLOURS[style]}m{line}\x1b[0m" for line in lines]
-        self._outputs[stream].put(stream, "".join(f"{line}\n" for line in lines))
+        self._put(stream, "".join(f"{line}\n" for line in lines))
+
+    def _put(self, stream: TextIO, text: str) -> None:
+        if self._has_status:
+            self._has_status = False
+            self._outputs[self.err].put(self.err, "\r\x1b[K")
+        self._outputs[stream].put(stream, text)
 
     def stream(self, text: str, to: Optional[TextIO] = None) -> None:
         """Print a part of long results as it is; wait for earlier parts, so that memory does not grow."""
         stream = to or self.out
-        output = self._outputs[stream]
-        while output.jobs.qsize() > 10:
+        while self._outputs[stream].jobs.qsize() > 10:
             time.sleep(0.01)
-        output.put(stream, text)
+        self._put(stream, text)
 
     def json(self, chunks: Iterable[bytes]) -> None:
         """Print results as JSON, in ASCII, which nothing on the way to a program changes."""
@@ -6763,19 +6755,13 @@ class Console:
 
     def print_err(self, text: str, style: str = "") -> None:
         """Print a line that is no result."""
-        if self._outputs[self.err].jobs.qsize() < OutputThread.BACKLOG:
-            self.print(text, style, self.err)
+        self.print(text, style, self.err)
 
     def suggest(self, words: str, command: str) -> None:
         """Print a next step; its command is not wrapped, so that it can be copied."""
         if not self.quiet:
             self.print_err(f"next: {words}")
-            self._outputs[self.err].put(self.err, f"  {self.sanitize(command)}\n")
-
-    def print_last(self, text: str) -> None:
-        """Print a last line, if it can be written soon, before the process ends at once."""
-        self.print_err(text, "bold")
-        self._outputs[self.err].consume(lambda: 0.2)
+            self._put(self.err, f"  {self.sanitize(command)}\n")
 
     def error(self, text: str) -> None:
         log.error("%s", text)
@@ -6784,35 +6770,31 @@ class Console:
     def status(self, text: str) -> None:
         """Show the one line that is rewritten in place on a terminal; `""` removes it."""
         if not self.quiet and self.rewrites and not self._outputs[self.err].jobs.qsize():
-            room, line = self.columns(self.err, 80) - 1, self.sanitize(text)
+            room, line = self.columns(self.err) - 1, self.sanitize(text)
             for details, kept in ((r"\(([^()\d]+) \d[^)]*\)", r"(\1)"), (r" \([^)]*\)", "")):
                 line = re.sub(details, kept, line) if len(line) > room else line
-            self._outputs[self.err].put(self.err, line if len(line) <= room else f"{line[: room - 3]}...", True)
+            self._put(self.err, line if len(line) <= room else f"{line[: room - 3]}...")
+            self._has_status = bool(line)
 
 
-class PlainFormatter(logging.Formatter):
-    """Formats a record as one line, without the token and without anything that a terminal could act on."""
+class LogHandler(logging.Handler):
+    """Writes records to the log file, and shows those of at least `shown` on stderr: each as one line, without the
+    token and without anything that a terminal could act on. Errors are not shown again: the console has shown them."""
 
-    def __init__(self, console: Console) -> None:
-        super().__init__("%(levelname)s %(message)s")
-        self.console = console
-
-    def format(self, record: logging.LogRecord) -> str:
-        return self.console.sanitize(f"{iso(record.created)} {super().format(record)}")
-
-
-class ConsoleHandler(logging.Handler):
-    """Shows log records on stderr, except errors, which the console has shown already."""
-
-    def __init__(self, console: Console, level: int) -> None:
-        super().__init__(level)
-        self.console = console
+    def __init__(self, console: Console, shown: int) -> None:
+        super().__init__()
+        self.console, self.shown = console, shown
+        self.file: Optional[TextIO] = None
+        self.formatter = logging.Formatter("%(levelname)s %(message)s")
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno == logging.WARNING:
-            self.console.print_err(f"warning: {record.getMessage()}")
-        elif record.levelno != logging.ERROR:
-            self.console.print_err(self.format(record))
+        with contextlib.suppress(Exception):  # a log that can't be written stops nothing
+            if record.levelno >= self.shown and record.levelno != logging.ERROR:
+                warning = "warning: " * (record.levelno == logging.WARNING)
+                self.console.print_err(f"{warning}{record.getMessage()}")
+            if self.file:
+                self.file.write(self.console.sanitize(f"{iso(record.created)} {self.format(record)}") + "\n")
+                self.file.flush()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -7075,11 +7057,13 @@ The same command in the same folder resumes a stopped run. To undo a run:
 Environment, or .env in the current folder or beside the script:
   DEVREV_API_TOKEN          your token; --preview and --status need none
   DEVREV_BASE_URL           (default: https://api.devrev.ai)
-  DEVREV_RATE_LIMIT_CALLS   requests; 0: no limit (default: DevRev's quota)
-  DEVREV_RATE_LIMIT_PERIOD  seconds for so many requests (default: 60)
-  DEVREV_TIMEOUT            seconds without an answer (default: 30)
+  DEVREV_RATE_LIMIT_CALLS   send at most this many requests; 0: no limit
+                            (default: as many as DevRev's quota allows)
+  DEVREV_RATE_LIMIT_PERIOD  ... in this many seconds (default: 60)
+  DEVREV_TIMEOUT            seconds to wait for an answer (default: 30)
   DEVREV_MAX_RETRIES        repeats of a failed request (default: 5)
-  DEVREV_USER_REF_PREFIX    your application's references (default: user_)
+  DEVREV_USER_REF_PREFIX    how the references of your application begin
+                            (default: user_)
   HTTPS_PROXY, REQUESTS_CA_BUNDLE   as for other programs
 
 A run writes savepoint.db, logs/, backups/ and reports/ in the current folder.
@@ -7089,39 +7073,17 @@ Exit codes:
 """ + "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
 
 
-def _positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{escape_unprintable(text)} is not a whole number of at least 1")
-    return int(text)
+def checked(convert: Callable[[str], T], is_good: Callable[[T], Any], what: str) -> Callable[[str], T]:
+    """Return a type for argparse: it refuses what is not `what`."""
 
+    def read(text: str) -> T:
+        with contextlib.suppress(ValueError):
+            value = convert(text)
+            if is_good(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{escape_unprintable(text)} is not {what}")
 
-def _domain(text: str) -> str:
-    domain = email_key(text)
-    domain = domain[1:] if domain.startswith("@") else domain
-    if not re.fullmatch(r"[^\s@,;]+", domain):
-        raise argparse.ArgumentTypeError(f"{escape_unprintable(text)} is not a domain such as example.com")
-    return domain
-
-
-def _seconds(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) <= 86400:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{escape_unprintable(text)} is not a number of seconds above 0, up to 86400")
-
-
-class StoreOnce(argparse.Action):
-    """Stores one value; a second one is an error, because "the last one wins" hides a mistake."""
-
-    given = False
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Optional[str] = None
-    ) -> None:
-        if self.given:
-            parser.error(f"{option} is given twice; it takes one value")
-        self.given = True
-        setattr(namespace, self.dest, values)
+    return read
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -7149,48 +7111,53 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def build_parser() -> OptionParser:
-    """Build the parser. An option without `action` takes one value, and takes it once."""
+    """Build the parser; parse_options refuses an option of one value that is given twice."""
     parser = OptionParser(
         prog="merge_contacts.py", usage="%(prog)s --csv PATH [--preview] [option ...]", description=DESCRIPTION,
         epilog=EPILOG, allow_abbrev=False, add_help=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28),
     )  # fmt: skip
-    parser.register("action", None, StoreOnce)
+
+    count = checked(int, lambda number: number >= 1, "a whole number of at least 1")
+    seconds = checked(float, lambda number: 0 < number <= 86400, "a number of seconds above 0, up to 86400")
+    domain = checked(
+        lambda text: re.sub("^@", "", email_key(text)), re.compile(r"[^\s@,;]+$").match, "a domain such as example.com"
+    )
 
     add = parser.add_argument_group("Input").add_argument
     add("--csv", metavar="PATH", type=Path, nargs="+", action="extend", help="the export: one file, or all its parts")
     add("--choices", metavar="PATH", type=Path, help="CSV (EMAIL, EXTERNAL_REF): which contact to keep")
     add("--email", metavar="ADDRESS", action="append", help="only this address (may be repeated)")
-    add("--limit", metavar="N", type=_positive_int, help="at most N pairs in this run, such as 1 to try")
-    add("--plan", metavar="ID", help="only if the plan still has this ID")
+    add("--limit", metavar="N", type=count, help="at most N pairs in this run, such as 1 to try")
+    add("--plan", metavar="ID", help="merge only if the plan still has this ID")
 
     add = parser.add_argument_group("Read-only modes").add_argument
     add("--preview", action="store_true", help="print what a run, or --undo, would do")
     add("--live", action="store_true", help="with --preview: compare the plan with DevRev")
     add("--check", action="store_true", help="test whether a run can start")
     add("--status", action="store_true", help="print what the savepoint knows")
-    words, backups = "read all backups again (default: backups)", Path("backups")
-    add("--verify-backups", metavar="DIR", type=Path, nargs="?", const=backups, help=words)
+    words = "read all backups again (default: backups)"
+    add("--verify-backups", metavar="DIR", type=Path, nargs="?", const=BACKUPS, help=words)
 
     add = parser.add_argument_group("Other modes").add_argument
     add("--undo", metavar="PATH", type=Path, help="undo the merges of a report or a backup folder")
     add("--settle", metavar="ADDRESS", nargs="+", action="extend", help="close unfinished pairs that can't be finished")
     add("--export", metavar="PATH", type=Path, help="write the CSV from DevRev; overwrites no file")
-    words = "with --export: only this domain (repeatable)"
-    add("--domain", metavar="DOMAIN", type=_domain, action="append", help=words)
-    add("--choices-template", metavar="PATH", type=Path, help="write a CSV for --choices to be cut down")
+    words = "with --export: only this domain (may be repeated)"
+    add("--domain", metavar="DOMAIN", type=domain, action="append", help=words)
+    add("--choices-template", metavar="PATH", type=Path, help="write a CSV for --choices, to be cut down")
 
     add = parser.add_argument_group("Merge rules").add_argument
     add("--primary", choices=("revu", "user"), default="revu", help="the contact that remains (default: revu)")
-    policies, words = ("exact", "at-least"), "exact or at-least TICKET_COUNT (default: exact)"
+    policies, words = ("exact", "at-least"), "exact: TICKET_COUNT tickets; at-least: or more (default: exact)"
     add("--count-policy", metavar="POLICY", choices=policies, default="exact", help=words)
     add("--across-workspaces", action="store_true", help="also merge contacts of different rev orgs")
     add("--try-unverified", action="store_true", help="also merge unverified into verified contacts")
     add("--carry-fields", action="store_true", help="copy fields that only the duplicate has")
     add("--no-timelines", action="store_true", help="leave comments out of the backup")
     words = "how long to wait for one merge (default: 120)"
-    add("--merge-timeout", metavar="SECONDS", type=_seconds, default=120.0, help=words)
-    add("--workers", metavar="N", type=_positive_int, default=8, help="concurrent requests (default: 8)")
+    add("--merge-timeout", metavar="SECONDS", type=seconds, default=120.0, help=words)
+    add("--workers", metavar="N", type=count, default=8, help="concurrent requests (default: 8)")
 
     add = parser.add_argument_group("Confirmation and output").add_argument
     add("--yes", action="store_true", help="do not ask; needed where stdin is no terminal")
@@ -7216,32 +7183,37 @@ GOES_WITH: Mapping[str, Tuple[str, ...]] = {
 }
 
 
+def option_name(name: str) -> str:
+    """Return an option as it is typed, from its name in the parsed options."""
+    return f"--{name.replace('_', '-')}"
+
+
 def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """Parse the command line, and refuse options that don't go together (exit 2)."""
     parser = build_parser()
     words = list(sys.argv[1:] if argv is None else argv)
     parser.as_json = "--json" in words and not {"--preview", "--check", "--status", "--verify-backups"} & set(words)
     options = parser.parse_args(words)
-    given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
+    given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
+    typed = collections.Counter(word.partition("=")[0] for word in words)
+    for name, value in vars(options).items():
+        # "The last one wins" would hide a mistake.
+        if typed[option_name(name)] > 1 and not isinstance(value, (bool, list)):
+            parser.error(f"{option_name(name)} is given twice; it takes one value")
     modes = [name for name in MODES if name in given]
     if "undo" in modes and "preview" in modes:
         modes.remove("preview")
-
-    def option(name: str) -> str:
-        return {"merge": "a merge"}.get(name, f"--{name.replace('_', '-')}")
-
     if len(modes) > 1:
-        parser.error(f"{' and '.join(map(option, modes))} don't go together: give one of them")
-    mode = modes[0] if modes else "merge"
+        parser.error(f"{' and '.join(map(option_name, modes))} don't go together: give one of them")
+    mode = options.mode = modes[0] if modes else "merge"
     for name, fits in GOES_WITH.items():
         if name in given and mode not in fits:
-            *others, last = map(option, fits)
+            *others, last, its = ["a merge" if fit == "merge" else option_name(fit) for fit in (*fits, mode)]
             where = f"{', '.join(others)} or {last}" if others else last
-            parser.error(f"{option(name)} goes with {where}, not with {option(mode)}")
+            parser.error(f"{option_name(name)} goes with {where}, not with {its}")
     if mode in ("merge", "preview", "choices_template") and not options.csv:
         with_undo = ", or --undo PATH" if mode == "preview" else ""
         parser.error(f"--csv PATH is needed{with_undo} (--export PATH makes one; --help lists the options)")
-    options.mode = mode
     return options
 
 
@@ -7256,18 +7228,20 @@ def import_package(name: str) -> Any:
     install = "python -m pip install -r requirements.txt"
     try:
         package = importlib.import_module(name)
+        if hasattr(package, PACKAGES[name]):
+            return package
+        file = getattr(package, "__file__", None) or next(iter(getattr(package, "__path__", [])), "unknown")
+        why = f"another package or file named {name} is in the way: {file}; remove or rename it, then {install}"
     except ModuleNotFoundError as error:
         needed = "" if error.name == name else f", which {name} needs,"
-        raise FatalError(EXIT_USAGE, f"the package {error.name}{needed} is missing: {install}") from None
+        why = f"the package {error.name}{needed} is missing: {install}"
     except Exception as error:  # a broken package may raise anything
-        why = f"{type(error).__name__}: {error}"
         again = install.replace("install ", "install --force-reinstall ")
-        raise FatalError(EXIT_USAGE, f"the package {name} is broken ({why}); install it again: {again}") from None
-    if not hasattr(package, PACKAGES[name]):
-        file = getattr(package, "__file__", None) or next(iter(getattr(package, "__path__", [])), "unknown")
-        why = f"another package or file named {name} is in the way: {file}"
-        raise FatalError(EXIT_USAGE, f"{why}; remove or rename it, then {install}")
-    return package
+        why = f"the package {name} is broken ({type(error).__name__}: {error}); install it again: {again}"
+    raise FatalError(EXIT_USAGE, why)
+
+
+ENV_PIPE_NOTICE, ENV_PIPE_WAIT = 2.0, 60.0  # seconds
 
 
 def read_env_file(path: Path) -> str:
@@ -7297,12 +7271,9 @@ def read_env_file(path: Path) -> str:
     raise FatalError(EXIT_USAGE, f"{path} {problem}")
 
 
-ENV_PIPE_NOTICE, ENV_PIPE_WAIT = 2.0, 60.0  # seconds
-
-
 def load_environment() -> Dict[str, str]:
     """The DEVREV_ settings: the environment, else `.env` in the current folder, else `.env` beside the script."""
-    found: Dict[str, str] = {}
+    found = {name: value for name, value in os.environ.items() if value}
     for path in dict.fromkeys((Path.cwd() / ".env", Path(__file__).resolve().parent / ".env")):
         if not os.path.lexists(str(path)) or path.is_dir():
             continue
@@ -7313,7 +7284,7 @@ def load_environment() -> Dict[str, str]:
             if line.strip() and not re.match(r"\s*(#|(export\s+)?['\"]?[^=#\s]+\s*=)", line):
                 log.warning("%s, line %d is not NAME=value and is ignored", path, number)
         found = {**{name: value for name, value in values.items() if value}, **found}
-    return {**found, **{name: value for name, value in os.environ.items() if value}}
+    return found
 
 
 def load_settings(environment: Mapping[str, str], workers: int) -> ApiSettings:
@@ -7328,10 +7299,6 @@ def load_settings(environment: Mapping[str, str], workers: int) -> ApiSettings:
                 return value
         raise FatalError(EXIT_USAGE, f"{name} is not a number of at least {least:g}: {text}")
 
-    prefix = texts.get("DEVREV_USER_REF_PREFIX") or ApiSettings.user_ref_prefix
-    if prefix.startswith("REVU-") or "REVU-".startswith(prefix):
-        why = "it overlaps with REVU-, which DevRev's own references begin with; set your application's prefix"
-        raise FatalError(EXIT_USAGE, f"DEVREV_USER_REF_PREFIX is {prefix}: {why}")
     limited = texts.get("DEVREV_RATE_LIMIT_CALLS")
     return ApiSettings(
         token=texts.get("DEVREV_API_TOKEN", ""),
@@ -7341,7 +7308,7 @@ def load_settings(environment: Mapping[str, str], workers: int) -> ApiSettings:
         timeout=number("DEVREV_TIMEOUT", 30, 0.01),
         retries=int(number("DEVREV_MAX_RETRIES", 5, 0)),
         workers=workers,
-        user_ref_prefix=prefix,
+        user_ref_prefix=check_user_prefix(texts.get("DEVREV_USER_REF_PREFIX", "")),
     )
 
 
@@ -7389,16 +7356,18 @@ class RunContext:
 
     def __init__(self, options: argparse.Namespace, environment: Optional[Environment] = None) -> None:
         self.options = options
+        # Whether it may write more than a log.
+        self.may_write = options.mode in ("merge", "undo", "settle", "export") and not options.preview
         # With --json a run prints its report on stdout, and everything else on stderr.
-        self.reports_json = options.json and options.mode in CHANGING and not options.preview
+        self.reports_json = options.json and self.may_write
         self.console = Console(options.quiet, sys.stderr if self.reports_json else None)
         self.environment = environment or Environment(ApiSettings(token=""))
         self.started = self.environment.now()
         self.run_id = free_run_id(self.started.wall)
+        self.log_path = LOGS / f"contact_merge_{self.run_id}.log"
         self.settings = self.environment.settings
         self.signal = 0  # the first signal that came
         self.organisation = ""
-        self.token_owner: Json = {}
         self.document: Json = {}  # the report's `run`
         self.error = ""  # what has ended it without a report
 
@@ -7406,80 +7375,58 @@ class RunContext:
     def report_path(self) -> Path:
         return report_path(self.run_id, "undo" if self.options.undo else "merge")
 
-    @property
-    def log_path(self) -> Path:
-        return Path("logs") / f"contact_merge_{self.run_id}.log"
-
-    def handle_signals(self, act: Callable[[], Any]) -> None:
-        """Let the first Ctrl-C, SIGTERM or SIGHUP call `act` in the main thread; the second ends the process at once,
-        with the same exit code.
+    def on_signal(self, act: Callable[[], Any], loop: Optional[asyncio.AbstractEventLoop] = None) -> None:
+        """Let the first Ctrl-C, SIGTERM or SIGHUP call `act`, in the `loop` if there is one; the second ends the
+        process at once, with the same exit code.
 
         A closed terminal may send SIGHUP twice, from the kernel and from the shell: a repeated one is still the first.
         """
 
         def handle(number: int, _frame: Any) -> None:
-            if not self.signal:
-                self.signal = number
-                act()
-            elif not self.signal == number == getattr(signal, "SIGHUP", None):
-                self.console.print_last("ended at once; run the same command again to resume")
+            if self.signal == number == getattr(signal, "SIGHUP", None):
+                return
+            if self.signal:
+                self.console.print_err("ended at once; run the same command again to resume", "bold")
+                self.console.end(lambda: 0.2)
                 os._exit(128 + self.signal)
+            self.signal = number
+            if not loop:
+                act()
+                return
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(act)
+            self.console.print_err("stopping: waiting up to 10 s for requests under way (again: stop at once) ...")
 
         for number in SIGNALS:
             # A program started by nohup is to outlive the terminal.
             if not (number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
                 signal.signal(number, handle)
 
-    def on_signal(self, loop: asyncio.AbstractEventLoop, act: Callable[[], Any]) -> None:
-        """Let the first signal call `act` in the event loop."""
-
-        def handle() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(act)
-            self.console.print_err("stopping: waiting up to 10 s for requests under way (again: stop at once) ...")
-
-        self.handle_signals(handle)
-
     def open_log(self) -> None:
-        """Log to a file and, with -v, to stderr. Raises FatalError(3) where a run that may change DevRev can't log."""
-        logging.raiseExceptions = False
+        """Log to a file and to stderr. Raises OSError where a run that may change something can't log."""
         log.setLevel(logging.DEBUG)
         log.propagate = False
-        if not self.options.quiet:
-            log.addHandler(ConsoleHandler(self.console, logging.DEBUG if self.options.verbose else logging.WARNING))
+        shown = logging.DEBUG if self.options.verbose else logging.WARNING
+        handler = LogHandler(self.console, logging.CRITICAL if self.options.quiet else shown)
+        log.addHandler(handler)
         if self.options.status:  # which may be called every few seconds
             return
         try:
             self.environment.make_private_dir(self.log_path.parent)
-            handler = logging.FileHandler(str(self.log_path), encoding="utf-8")
-            handler.setFormatter(PlainFormatter(self.console))
-            log.addHandler(handler)
+            handler.file = open(self.log_path, "a", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
-            words = f"the log {self.log_path} can't be written: {error.strerror or error}"
-            if self.options.mode in CHANGING and not self.options.preview:
-                raise FatalError(EXIT_STOPPED, f"{words}; run in a folder that can be written") from None
-            self.console.print_err(f"warning: {words}")
+            if self.may_write:
+                raise
+            self.console.print_err(f"warning: the log {self.log_path} can't be written: {error.strerror or error}")
         log.info("merge_contacts %s, Python %s on %s", __version__, sys.version.split()[0], sys.platform)
-
-    def load_settings(self) -> None:
-        """Load settings and the packages that this mode needs. Raises FatalError(2)."""
-        variables = load_environment()
-        Contact.user_prefix = check_user_prefix(variables.get("DEVREV_USER_REF_PREFIX", ""))
-        self.settings = self.environment.settings = load_settings(variables, self.options.workers)
-        self.console.mask = self.settings.mask
-        if self.options.mode not in OFFLINE or self.options.live:
-            import_package("requests")
-            if self.settings.calls != 0:
-                import_package("ratelimit")
 
     async def identify(self, api: DevRevAPI, origin: str = "", pairs: Iterable[Pair] = ()) -> str:
         """Find out whose token it is, and say so. Raises FatalError, also for `pairs` of another organisation."""
         check_token(self.settings.token)
         with before_any_change(api):
-            owner = self.token_owner = await api.get_one("dev-users.self", {}, "dev_user", ANY_OPTIONS)
-        self.organisation = organisation_of(str(owner.get("id")))
+            owner = await api.get_one("dev-users.self", {}, "dev_user", ANY_OPTIONS)
+        self.organisation = self.document["organisation"] = organisation_of(str(owner.get("id")))
         self.document["token_owner"] = {name: owner.get(name) for name in ("id", "display_name", "email")}
-        self.document["organisation"] = self.organisation
         check_organisation(self.organisation, origin, pairs)
         return f"of {owner.get('display_name') or owner.get('id')}, organisation {self.organisation or 'unknown'}"
 
@@ -7502,7 +7449,7 @@ class RunContext:
         for name, value in vars(self.options).items():
             if name in ("mode", *without) or value == parser.get_default(name):
                 continue
-            option = f"--{name.replace('_', '-')}"
+            option = option_name(name)
             for one in value if isinstance(value, list) else [value]:
                 text = f"{one:g}" if isinstance(one, float) else str(one)
                 given += [option] if one is True else [f"{option}={text}"] if text[:1] == "-" else [option, text]
@@ -7520,17 +7467,12 @@ def command_line(*words: str) -> str:
     return " ".join(map(shlex.quote, command))
 
 
-CHANGING = ("merge", "undo", "settle", "export")  # modes that write more than a log
-OFFLINE = ("preview", "status", "verify_backups", "settle", "choices_template")  # modes that make no request
-
-
 def history_folder_error(path: Path) -> Optional[str]:
     """Say why `path` can't be undone from the current folder: the savepoint that knows its merges is in another one."""
     absolute = Path(os.path.abspath(str(path)))  # noqa: PTH100
-    for name in ("backups", "reports"):
-        for place in (absolute, absolute.resolve()):
-            if Path(name).resolve() in place.parents or Path.cwd() / name in place.parents:
-                return None
+    roots = [root for name in ("backups", "reports") for root in (Path.cwd() / name, Path(name).resolve())]
+    if any(root in place.parents for place in (absolute, absolute.resolve()) for root in roots):
+        return None
     for parent in absolute.parents:
         if parent.name in ("backups", "reports"):
             return f"{path} belongs to another folder's history; run --undo in {parent.parent}, where its savepoint is"
@@ -7750,17 +7692,43 @@ async def preview_live(run: RunContext, plan: Plan) -> List[Json]:
 # -- the real run ------------------------------------------------------------------------------------
 
 
-def merge(run: RunContext) -> int:
-    """Carry the plan out and report it; returns the exit code."""
+async def merge(run: RunContext) -> int:
+    """Plan, find out whose token it is, ask, merge, report; return the exit code."""
     check_token(run.settings.token)
     with contextlib.closing(open_savepoint(run)) as savepoint:
         plan = make_plan(run, savepoint)
         start_document(run, "merge", plan)
         run.document["organisation"] = savepoint.organisation
-        run.document["csv"] = [{"path": str(path), "sha256": _sha256(path)} for path in run.options.csv]
+        digests = [(str(path), hashlib.sha256(path.read_bytes()).hexdigest()) for path in run.options.csv]
+        run.document["csv"] = [{"path": path, "sha256": digest} for path, digest in digests]
         if not plan.count() and not any(savepoint.pairs(*UNFINISHED, State.CANCELLED)):
             return _report(run, savepoint, None, EXIT_OK, plan)
-        return run.environment.run_event_loop(run_merge(run, plan, savepoint))
+        run.console.status("connecting to DevRev ...")
+        api = DevRevAPI(run.settings, run.environment, CancelToken())
+        cost = estimate(plan, run.settings, not run.options.no_timelines)
+        progress, code = Progress(run, cost.requests), EXIT_OK
+        try:
+            await run.identify(api, "CSV", plan.pairs())
+        except FatalError as stop:
+            api.cancel_token.cancel(stop)
+            code = stop.exit_code
+        savepoint.organisation = run.organisation or savepoint.organisation
+        merger = ContactMerger(api, savepoint, run.merge_options(), progress.on_pair)
+        if code:
+            return _report(run, savepoint, merger, code, plan)
+        others = savepoint.other_organisations()
+        if others:
+            run.console.print_err(f"{plural(others, 'pair')} of another organisation stay in {SAVEPOINT} as they are")
+        unfinished = [*savepoint.unfinished(), *plan.revived]
+        run.document["pairs"] = plan.count() + sum(pair.ids not in plan.ids for pair in unfinished)
+        facts = merge_facts(run, plan, unfinished, cost)
+
+        async def work() -> int:
+            savepoint.save_now(plan.revived)
+            return await merger.run(plan, unfinished)
+
+        code = await confirm_and_run(run, merger, progress, "merge", facts, work)
+        return _report(run, savepoint, merger, code, plan)
 
 
 def settle(run: RunContext) -> int:
@@ -7768,35 +7736,32 @@ def settle(run: RunContext) -> int:
 
     Returns the exit code. Raises FatalError(2) where an address is unknown.
     """
-    show = run.console.print
     with contextlib.closing(open_savepoint(run)) as savepoint:
         wanted = {email_key(email) for email in run.options.settle}
-        by_email: Dict[str, List[Pair]] = collections.defaultdict(list)
-        for pair in savepoint.pairs(*State):
-            by_email[pair.email].append(pair)
-        for email in sorted(wanted - by_email.keys()):
-            near = difflib.get_close_matches(email, list(by_email), 1)
-            hint = f"; did you mean {near[0]}?" if near else "; --status lists the unfinished pairs"
-            raise FatalError(EXIT_USAGE, f"--settle: {email} has no pair in {SAVEPOINT}{hint}")
-        pairs = [pair for email in sorted(wanted) for pair in by_email[email]]
+        known = sorted(savepoint.pairs(*State), key=attrgetter("email"))
+        pairs = [pair for pair in known if pair.email in wanted]
+        for email in sorted(wanted.difference(pair.email for pair in pairs)):
+            near = difflib.get_close_matches(email, [pair.email for pair in known], 1, 0.8)
+            hint = f"did you mean {near[0]}?" if near else "--status lists the unfinished pairs"
+            raise FatalError(EXIT_USAGE, f"--settle: {email} has no pair in {SAVEPOINT}; {hint}")
         # A pair that was never requested has nothing to settle, and is no failure beside one that has.
         settled = {pair.email for pair in pairs if pair.state not in TERMINAL and not settle_error(pair)}
         pairs = [pair for pair in pairs if pair.state is not State.FAILED or pair.email not in settled]
         start_document(run, "settle")
-        run.document["organisation"] = savepoint.organisation = organisation_of(pairs[0].primary.id)
+        organisations = {organisation_of(pair.primary.id) for pair in pairs}
+        if len(organisations) == 1:  # else the report is of all of them
+            run.document["organisation"] = savepoint.organisation = organisations.pop()
         savepoint.write({}, {run.run_id: run.document})
         code, ending = EXIT_OK, []
         for pair in pairs:
-            words, error = f"{pair.email}: {into(pair)}", settle_error(pair)
+            error, style, word, why = settle_error(pair), "", "nothing to settle", ""
             if error:
-                code = EXIT_FAILED
-                show(f"NOT SETTLED  {words}: {error}", "bad")
-            elif pair.state in TERMINAL:
-                show(f"nothing to settle  {words}: {STATE_WORDS[pair.state]}")
-            else:
+                code, style, word, why = EXIT_FAILED, "bad", "NOT SETTLED", error
+            elif pair.state not in TERMINAL:
                 settle_pair(pair)
                 ending.append(pair)
-                show(f"{pair.state.value.replace('_', ' ')}  {words}: {STATE_WORDS[pair.state]} ({pair.accepted})")
+                word, why = pair.state.value.replace("_", " "), f"{STATE_WORDS[pair.state]} ({pair.accepted})"
+            run.console.print(f"{word}  {pair.email}: {into(pair)}: {why or STATE_WORDS[pair.state]}", style)
         savepoint.save_now(ending)
         return _report(run, savepoint, None, code)
 
@@ -7812,8 +7777,7 @@ def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
         log.warning("%s: to use that history, run in %s", here, beside.parent)
     savepoint = SavePoint(run.environment, run.run_id, readonly)
     for warning in savepoint.warnings:
-        run.console.print_err(f"warning: {warning}")
-        log.info("warning: %s", warning)
+        log.warning("%s", warning)
     if readonly:
         return savepoint
     run.run_id = savepoint.run
@@ -7835,36 +7799,6 @@ def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
     return savepoint
 
 
-async def run_merge(run: RunContext, plan: Plan, savepoint: SavePoint) -> int:
-    """Find out whose token it is, ask, merge, report; returns the exit code."""
-    run.console.status("connecting to DevRev ...")
-    api = DevRevAPI(run.settings, run.environment, CancelToken())
-    cost = estimate(plan, run.settings, not run.options.no_timelines)
-    progress = Progress(run, cost.requests)
-    try:
-        await run.identify(api, "CSV", plan.pairs())
-    except FatalError as stop:
-        api.cancel_token.cancel(stop)
-        savepoint.organisation = run.organisation or savepoint.organisation
-        return _report(run, savepoint, ContactMerger(api, savepoint, run.merge_options()), stop.exit_code, plan)
-    savepoint.organisation = run.organisation
-    merger = ContactMerger(api, savepoint, run.merge_options(), progress.on_pair)
-    others = savepoint.other_organisations()
-    if others:
-        run.console.print_err(f"{plural(others, 'pair')} of another organisation stay in {SAVEPOINT} as they are")
-    unfinished = [*savepoint.unfinished(), *plan.revived]
-    run.document["pairs"] = plan.count() + sum(pair.ids not in plan.ids for pair in unfinished)
-    warning = "DevRev can't undo a merge; --undo restores most of it from the backups."
-    facts = merge_facts(run, plan, unfinished, cost)
-
-    async def work() -> int:
-        savepoint.save_now(plan.revived)
-        return await merger.run(plan, unfinished)
-
-    code = await confirm_and_run(run, merger, progress, "merge", {**facts, "": warning}, work)
-    return _report(run, savepoint, merger, code, plan)
-
-
 async def confirm_and_run(
     run: RunContext,
     merger: Runner,
@@ -7881,29 +7815,28 @@ async def confirm_and_run(
     """
     # The ticking also lets signals in, however quiet the network is.
     ticking = asyncio.ensure_future(progress.tick(lambda now: progress.line(merger, now)))
-    owner, console = run.token_owner, run.console
-    who = str(owner.get("display_name") or owner.get("full_name") or owner.get("email") or owner.get("id"))
-    log.info("organisation %s, token of %s (%s)", run.organisation, who, owner.get("id"))
+    owner, console, savepoint = run.document["token_owner"], run.console, merger.runner.savepoint
+    who = owner["display_name"] or owner["email"] or owner["id"]
+    log.info("organisation %s, token of %s (%s)", run.organisation, who, owner["id"])
     if not run.options.preview:
-        merger.runner.savepoint.write({}, organisation=run.organisation)
-    if not (run.options.yes or run.options.preview):
-        console.status("")
-        if not (sys.stdin and sys.stdin.isatty()):
-            what = f"{plural(run.document['pairs'], 'pair')} to {word}, and no terminal to confirm it on"
-            raise FatalError(EXIT_USAGE, f"{what}; nothing was changed. Add --yes to {word} without being asked")
-        to = console.out if console.out.isatty() else console.err  # what the user sees: no file and no pipe
-        console.print(f"organisation  {run.organisation} at {run.settings.base_url}", to=to)
-        console.print(f"token of      {who}" + (f" <{owner['email']}>" if owner.get("email") else ""), to=to)
-        for name, fact in facts.items():
-            console.print(f"{name:<12}  {fact}" if name else fact, "" if name else "bold", to)
-        console.stream(f"Type {word} to go on, anything else to leave: ", to)
-        # A thread reads, past Python's own buffers, so that a terminal never delays a signal.
-        answer = await run.environment.run_in_thread(os.read, sys.stdin.fileno(), 1024)
-        if answer.strip() != word.encode():
-            raise FatalError(EXIT_USAGE, "not confirmed; nothing was changed")
-    if not run.options.preview:
-        merger.runner.savepoint.write({}, {run.run_id: run.document})
-    run.on_signal(asyncio.get_event_loop(), lambda: merger.api.cancel_token.cancel(Cancelled()))
+        savepoint.write({}, organisation=run.organisation)
+        if not run.options.yes:
+            console.status("")
+            if not (sys.stdin and sys.stdin.isatty()):
+                what = f"{plural(run.document['pairs'], 'pair')} to {word}, and no terminal to confirm it on"
+                raise FatalError(EXIT_USAGE, f"{what}; nothing was changed. Add --yes to {word} without being asked")
+            to = console.out if console.out.isatty() else console.err  # what the user sees: no file and no pipe
+            console.print(f"organisation  {run.organisation} at {run.settings.base_url}", to=to)
+            console.print(f"token of      {who}" + (f" <{owner['email']}>" if owner["email"] else ""), to=to)
+            for name, fact in facts.items():
+                console.print(f"{name:<12}  {fact}" if name else fact, "" if name else "bold", to)
+            console.stream(f"Type {word} to continue, anything else to leave: ", to)
+            # A thread reads, past Python's own buffers, so that a terminal never delays a signal.
+            answer = await run.environment.run_in_thread(os.read, sys.stdin.fileno(), 1024)
+            if answer.strip() != word.encode():
+                raise FatalError(EXIT_USAGE, f"not confirmed; nothing was changed. Run again and type {word}")
+        savepoint.write({}, {run.run_id: run.document})
+    run.on_signal(lambda: merger.api.cancel_token.cancel(Cancelled()), asyncio.get_event_loop())
     code = await work()
     ticking.cancel()
     console.status("")
@@ -7912,30 +7845,33 @@ async def confirm_and_run(
 
 def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair], cost: Estimate) -> Dict[str, str]:
     """What the user confirms with a typed `merge`."""
-    new = [pair for pair in plan.pairs() if pair.state is State.PLANNED]
-    facts: Dict[str, str] = {}
-    for path in run.options.csv:
-        modified = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-        facts[f"CSV{' ' * len(facts)}"] = f"{path} of {modified}"
-    facts["plan"] = plan.id
-    if unfinished:
-        words = "; ".join(some([describe_pair(pair) for pair in unfinished], 3))
-        others = ", in addition to --limit and --email" if run.options.limit or run.options.email else ""
-        facts["first"] = f"finish {plural(len(unfinished), 'pair')} of earlier runs{others}: {words}"
-    facts["to merge"] = plural(len(new), "pair")
-    facts.update({f"  {index}": words for index, words in enumerate(some([describe_pair(pair) for pair in new], 3), 1)})
-    facts["left out"] = f"{plural(len(plan.skipped), 'group')} skipped, {plural(len(plan.invalid_rows), 'invalid row')}"
+    new = [describe_pair(pair) for pair in plan.pairs() if pair.state is State.PLANNED]
+    earlier = "; ".join(some([describe_pair(pair) for pair in unfinished], 3))
+    others = ", in addition to --limit and --email" if run.options.limit or run.options.email else ""
     left = plan_summary(plan, cost, unfinished)["left"]
     lost = [f"{one.external_ref} ({describe_contact(one)})" for group in plan.chosen for one in group.lost_refs()]
-    facts["left"] = f"{plural(left, 'pair')} for another run (--email, --limit)" if left else ""
-    facts["choices lose"] = "; ".join(some(lost))
     warnings = sorted(plan.warnings, key=lambda one: bool(one["code"] != "shared_mailbox"))
     shared = sum(one["code"] == "shared_mailbox" for one in warnings)  # each of which is named
     told = some([f"{one['email']}: {one['warning']}" for one in warnings], max(20, shared))
-    facts.update({f"WARNING {number}": line for number, line in enumerate(told, 1)})
-    facts["take no part"] = plan.others_line() if plan.other_refs else ""
-    facts["cost"] = f"{cost} {run.describe_rate()}"
-    facts["backups in"] = str(Path("backups").resolve())
+    files = [(path, datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)) for path in run.options.csv]
+    facts = {
+        **{
+            f"CSV{' ' * index}": f"{path} of {modified:%Y-%m-%d %H:%M} UTC"
+            for index, (path, modified) in enumerate(files)
+        },
+        "plan": plan.id,
+        "first": f"finish {plural(len(unfinished), 'pair')} of earlier runs{others}: {earlier}" if unfinished else "",
+        "to merge": plural(len(new), "pair"),
+        **{f"  {number if number < 4 else ' '}": words for number, words in enumerate(some(new, 3), 1)},
+        "left out": f"{plural(len(plan.skipped), 'group')} skipped, {plural(len(plan.invalid_rows), 'invalid row')}",
+        "left": f"{plural(left, 'pair')} for another run (--email, --limit)" if left else "",
+        "choices lose": "; ".join(some(lost)),
+        **{f"WARNING {number}": line for number, line in enumerate(told, 1)},
+        "take no part": plan.others_line() if plan.other_refs else "",
+        "cost": f"{cost} {run.describe_rate()}",
+        "backups in": str(BACKUPS.resolve()),
+        "": "DevRev can't undo a merge; --undo restores most of it from the backups.",
+    }
     return {name: fact for name, fact in facts.items() if fact}
 
 
@@ -7988,23 +7924,23 @@ class Progress:
         pairs, total, scheduler = list(merger.pairs()), merger.runner.total, merger.api.scheduler
         if not total:
             return ""
+        failed = sum(not merger.is_success(pair) for pair in merger.runner.outcomes.values())
         backed_up = sum(bool(pair.backup) for pair in pairs)
         merged = sum(pair.state in (*ENDED, State.MERGED, State.VERIFYING) for pair in pairs)
-        verified = sum(pair.state in ENDED for pair in pairs)
-        undone = sum(pair.state is State.UNDONE for pair in pairs)
-        failed = sum(not merger.is_success(pair) for pair in merger.runner.outcomes.values())
-        waiting = describe_wait(scheduler)
-        self.waited += now - self.ticked if waiting.startswith("waiting") else 0.0
-        self.ticked = now
-        words = f"{backed_up:,} backed up, {merged:,} merged, {verified:,} verified"
-        words = f"{undone:,} undone" if isinstance(merger, UndoRunner) else words
+        ended = sum(pair.state in ENDED for pair in pairs)
+        words = f"{backed_up:,} backed up, {merged:,} merged, {ended:,} verified"
+        if isinstance(merger, UndoRunner):
+            ended = sum(pair.state is State.UNDONE for pair in pairs)
+            words = f"{ended:,} undone"
         line = f"{plural(total, 'pair')}: {words}" + (f", {failed:,} failed" if failed else "")
         if self.run.signal:
             return f"{line} \u00b7 stopping, waiting for requests under way"
-        ended = failed + (undone if isinstance(merger, UndoRunner) else verified)
-        if ended < total:
+        waiting = describe_wait(scheduler)
+        self.waited += now - self.ticked if waiting.startswith("waiting") else 0.0
+        self.ticked = now
+        if failed + ended < total:
             sent = sum(merger.api.requests.values())
-            to_send = requests_left(self.requests, total, backed_up + failed, ended)
+            to_send = requests_left(self.requests, total, backed_up + failed, failed + ended)
             pace = max(0.0, now - self.started - self.waited) / sent if sent else 0.0
             line += f", {duration(max(minimum_seconds(scheduler, to_send), to_send * pace))} left"
         if not merged and any(pair.state in REQUESTED_STATES for pair in pairs):
@@ -8039,34 +7975,36 @@ def _report(
     if stop:
         console.error(stop)
     lists = merge_lists(savepoint, run.run_id, plan)
-    failures = [*lists["failed_merges"], *lists["unfinished_merges"]]
+    failures = [*lists["failed_merges"], *lists["unfinished_merges"]] if plan else []
     for pair in lists["successful_merges"]:
         if pair.after_cancel:
             pair.code = "after_cancel"
             failures.append(pair)
     console.print()
-    is_complete = not (failures or summary["left"] or summary["cancelled"])
+    is_complete = not (code or summary["left"] or summary["cancelled"])
     console.print(document["headline"], "good" if is_complete else "bold")
-    is_merge = document["kind"] == "merge"
-    _show_failures(console, failures if is_merge else [])
+    _show_failures(console, failures)
     if summary["skipped_groups"]:
         console.print("         --preview says why groups are skipped")
     if merger:
         spent = duration(run.environment.elapsed(run.started))
         console.print(f"cost     {plural(document['requests_total'], 'request')}, {spent}")
     print_report_paths(run)
-    if is_merge and not run.signal and (summary["failed_merges"] or summary["unfinished_merges"]):
-        console.suggest("fix what is named above, then run again", run.command())
-    elif is_merge and not run.signal and summary["left"]:
-        if summary["successful_merges"]:
-            undo = command_line("--undo", str(run.report_path), "--preview")
-            console.suggest("look at the merged contacts in DevRev; to see what an undo would restore", undo)
-        console.suggest("merge the rest", run.command(without=("limit", "email")))
+    log.info("exit code %d", code)
     if code >= EXIT_STOPPED:
         console.print_err("Stopped early. Run the same command again to resume.", "bold")
-    elif code == EXIT_USAGE:
+        return code
+    if code == EXIT_USAGE:
         console.print_err("Nothing was changed in DevRev.")
-    log.info("exit code %d", code)
+    if plan and (summary["failed_merges"] or summary["unfinished_merges"]):
+        console.suggest("fix what is named above, then run again", run.command())
+    elif code == EXIT_USAGE:
+        console.suggest("fix what is named above, then check", run.command("--check", without=("yes", "json", "plan")))
+    elif plan and summary["left"]:
+        if summary["successful_merges"]:
+            undo = command_line("--undo", str(run.report_path), "--preview")
+            console.suggest("check the merged contacts in DevRev; this shows what an undo would restore", undo)
+        console.suggest("merge the rest", run.command(without=("limit", "email")))
     return code
 
 
@@ -8131,15 +8069,6 @@ def end_document(run: RunContext, merger: Optional[Runner], code: int) -> str:
     return "" if run.signal else stop
 
 
-def _sha256(path: Path) -> Optional[str]:
-    digest = hashlib.sha256()
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        for chunk in iter(lambda: file.read(1 << 20), b""):
-            digest.update(chunk)
-        return digest.hexdigest()
-    return None
-
-
 def print_report_paths(run: RunContext) -> None:
     """Name the report and what lies beside it."""
     path = run.report_path
@@ -8160,49 +8089,43 @@ def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
 
 # -- export ------------------------------------------------------------------------------------------
 
+TAKEN = "exists already, and is left as it is: name a file that does not exist yet"
 
-def export(run: RunContext) -> int:
-    """Write the CSV from DevRev itself; returns the exit code. What is wrong with the path is found out first."""
+
+async def export(run: RunContext) -> int:
+    """Write the CSV from DevRev itself; return the exit code. What is wrong with the path is found out first."""
     check_token(run.settings.token)
-    path: Path = run.options.export
+    path, console, api = run.options.export, run.console, DevRevAPI(run.settings, run.environment, CancelToken())
     if is_taken(path):
         raise FatalError(EXIT_USAGE, f"{path} {TAKEN}")
     try:
         spool = tempfile.TemporaryFile(dir=str(path.parent))  # noqa: SIM115
     except OSError as error:
-        raise FatalError(EXIT_USAGE, f"{path} can't be written: {error.strerror}") from None
-    with spool:
-        try:
-            return asyncio.run(_export(run, path, spool))
-        except FileExistsError:
-            words = f"{path} was created by another program meanwhile, and is left as it is"
-            raise FatalError(EXIT_USAGE, words) from None
-        except OSError as error:
-            raise FatalError(EXIT_STOPPED, f"disk error: {error}; nothing was written") from None
-
-
-TAKEN = "exists already, and is left as it is: name a file that does not exist yet"
-
-
-async def _export(run: RunContext, path: Path, spool: BinaryIO) -> int:
-    console, api = run.console, DevRevAPI(run.settings, run.environment, CancelToken())
+        words = f"{path} can't be written: {error.strerror}; name a file in a folder that can be written"
+        raise FatalError(EXIT_USAGE, words) from None
     exporter = ContactExporter(api, [f"@{domain}" for domain in run.options.domain or ()], spool)
     work = asyncio.ensure_future(exporter.run())
-    run.on_signal(asyncio.get_event_loop(), work.cancel)
+    run.on_signal(work.cancel, asyncio.get_event_loop())
     # The ticking also lets signals in, however quiet the network is.
     ticking = asyncio.ensure_future(Progress(run).tick(lambda _now: exporter.progress()))
     try:
-        with before_any_change(api):
+        with spool, before_any_change(api):
             contacts = await work
+            console.status("")
+            write_new_file(run.environment, path, csv_chunks(contacts))
     except asyncio.CancelledError:
         console.print_err("interrupted; nothing was written")
         return 128 + run.signal
+    except FileExistsError:
+        words = f"{path} was created by another program meanwhile, and is left as it is; name another file"
+        raise FatalError(EXIT_USAGE, words) from None
+    except OSError as error:
+        raise FatalError(EXIT_STOPPED, f"disk error: {error}; nothing was written") from None
     finally:
         ticking.cancel()
         console.status("")
-    write_new_file(run.environment, path, csv_chunks(contacts))
     emails, rows, requests = len({one.key for one in exporter.rows}), len(exporter.rows), sum(api.requests.values())
-    console.print(f"exported {plural(rows, 'contact')} of {plural(emails, 'email')} that recur, to {path}", "good")
+    console.print(f"exported {plural(rows, 'contact')} that share {plural(emails, 'email')} to {path}", "good")
     console.print(f"read     {plural(exporter.read, 'contact')}")
     console.print(f"cost     {plural(requests, 'request')}, {duration(run.environment.elapsed(run.started))}")
     if rows:
@@ -8329,41 +8252,63 @@ def show_undo(run: RunContext, lists: Mapping[str, Iterable[Json]]) -> None:
 
 # -- check, status, verify ---------------------------------------------------------------------------
 
+READS: Mapping[str, Tuple[str, str, Json]] = {
+    "contacts": ("rev-users.list", "rev_users", {}),
+    "works": ("works.list", "works", {"type": ["ticket", "issue"]}),
+    "conversations": ("conversations.list", "conversations", {}),
+    "timelines": ("timeline-entries.list", "timeline_entries", {}),
+}
+
 
 async def check(run: RunContext) -> int:
     """Print whether a real run could start: token, organisation, read access, quota, disk, savepoint."""
     api, console = DevRevAPI(run.settings, run.environment, CancelToken()), run.console
     checks: List[Json] = []
+    seen: List[str] = []  # objects that have a timeline
 
-    async def report(name: str, work: Union[Callable[[], str], Awaitable[str]]) -> bool:
+    async def read(name: str) -> str:
+        """Send one cheap request of the kind that a backup sends."""
+        endpoint, key, body = READS[name]
+        if name == "timelines" and not seen:
+            return "not tried: there is no ticket or conversation yet"
+        body = {"object": seen[0]} if name == "timelines" else body
+        page = await api.each_page(endpoint, key, dict(body, limit=1)).__anext__()
+        seen.extend(item["id"] for item in page.items if name != "contacts")
+        return "readable"
+
+    works: Dict[str, Callable[[], Union[str, Awaitable[str]]]] = {
+        "token": lambda: run.identify(api),
+        "csv": lambda: _check_csv(run),
+        **{name: functools.partial(read, name) for name in READS},
+        "savepoint": lambda: _check_savepoint(run),
+        "disk": _check_disk,
+    }
+    for name, work in works.items():
+        if (name == "csv" and not run.options.csv) or (name in READS and not checks[0]["ok"]):
+            continue
         try:
-            words, good = work() if callable(work) else await work, True
+            found = work()
+            words, good = found if isinstance(found, str) else await found, True
         except (FatalError, PairError, OSError) as error:
             words, good = str(api.cancel_token.stop or error if isinstance(error, Cancelled) else error), False
             log.info("check of %s: %s", name, words)
         checks.append({"check": name, "ok": good, "says": words})
         if not run.options.json:
             console.print(f"{'ok     ' if good else 'FAILED '} {name}: {words}", "" if good else "bad")
-        return good
-
-    known = await report("token", run.identify(api))
-    if run.options.csv:
-        await report("csv", lambda: _check_csv(run))
-    notes, seen = [], []  # type: Tuple[List[str], List[str]]
-    if known:
-        for name in READS:
-            await report(name, _check_read(api, name, seen))
-        notes.append(f"quota: {describe_wait(api.scheduler) or 'DevRev has announced none'}, {run.describe_rate()}")
-    await report("savepoint", lambda: _check_savepoint(run))
-    await report("disk", _check_disk)
-    notes.append("only a merge shows whether the token may merge (rev_user:all): merge one pair first, --limit 1")
-    notes.append("--undo also writes tickets, issues and conversations; reading does not show whether it may")
+    quota = (
+        f"quota: {describe_wait(api.scheduler) or 'DevRev has announced none'}; requests are sent {run.describe_rate()}"
+    )
+    notes = [
+        *([quota] if checks[0]["ok"] else []),
+        "only a merge shows whether the token may merge (rev_user:all): try one pair with --limit 1",
+        "--undo also updates tickets, issues and conversations; only an undo shows whether the token may",
+    ]
     problems = sum(not one["ok"] for one in checks)
-    verdict = f"not ready: {plural(problems, 'problem')}" if problems else "ready"
+    code, verdict = (EXIT_USAGE, f"not ready: {plural(problems, 'problem')}") if problems else (EXIT_OK, "ready")
     if run.options.json:
-        facts = {"schema": SCHEMA, "verdict": verdict, "ready": not problems, "checks": checks, "notes": notes}
-        console.json([to_json(facts, indent=1) + b"\n"])
-        return EXIT_USAGE if problems else EXIT_OK
+        facts = {"verdict": verdict, "ready": not problems, "checks": checks, "notes": notes}
+        console.json(report_chunks(facts, {}))
+        return code
     for note in notes:
         console.print(f"note    {note}")
     console.print(verdict, "bad" if problems else "good")
@@ -8373,7 +8318,7 @@ async def check(run: RunContext) -> int:
         console.suggest("merge one pair first", run.command("--limit", "1", without=("check", "limit")))
     else:
         console.suggest("read the contacts from DevRev", command_line("--export", "contacts.csv"))
-    return EXIT_USAGE if problems else EXIT_OK
+    return code
 
 
 def _check_csv(run: RunContext) -> str:
@@ -8387,36 +8332,9 @@ def _check_csv(run: RunContext) -> str:
     return ", ".join(counts)
 
 
-READS: Mapping[str, Tuple[str, str, Json]] = {
-    "contacts": ("rev-users.list", "rev_users", {}),
-    "works": ("works.list", "works", {"type": ["ticket", "issue"]}),
-    "conversations": ("conversations.list", "conversations", {}),
-    "timelines": ("timeline-entries.list", "timeline_entries", {}),
-}
-
-
-async def _check_read(api: DevRevAPI, name: str, seen: List[str]) -> str:
-    """Send one cheap request of the kind that a backup sends; `seen` collects objects that have a timeline."""
-    endpoint, key, body = READS[name]
-    if name == "timelines":
-        if not seen:
-            return "not tried: there is no ticket or conversation yet"
-        body = {"object": seen[0]}
-    page = await api.each_page(endpoint, key, dict(body, limit=1)).__anext__()
-    seen.extend(item["id"] for item in page.items if name != "contacts")
-    return "readable"
-
-
 def _check_savepoint(run: RunContext) -> str:
-    folder, problem = SAVEPOINT.resolve().parent, ""
     if not locks_work(SAVEPOINT):
-        problem = f"{folder} can't hold a savepoint: {NO_LOCKS}"
-    elif not SAVEPOINT.exists() and not os.access(str(folder), os.W_OK):
-        problem = f"{folder} can't be written; run in a folder that can"
-    elif SAVEPOINT.exists() and not os.access(str(SAVEPOINT), os.W_OK):
-        problem = f"{SAVEPOINT} is read-only; make it writable"
-    if problem:
-        raise FatalError(EXIT_USAGE, problem)
+        raise FatalError(EXIT_USAGE, f"{SAVEPOINT.resolve().parent} can't hold a savepoint: {NO_LOCKS}")
     with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
         if savepoint.is_held():
             raise FatalError(EXIT_HELD, f"a run is in progress: process {savepoint.holder()['pid']} holds {SAVEPOINT}")
@@ -8427,9 +8345,9 @@ def _check_savepoint(run: RunContext) -> str:
 
 
 def _check_disk() -> str:
-    for name in ("logs", "backups", "reports"):
-        if os.path.exists(name) and not os.access(name, os.W_OK):  # noqa: PTH110
-            raise OSError(f"{name} can't be written; make it writable")
+    for path in (Path.cwd(), SAVEPOINT, SAVEPOINT_COPY, LOGS, BACKUPS, REPORTS):
+        if path.exists() and not os.access(str(path), os.W_OK):
+            raise OSError(f"{path} can't be written; make it writable")
     free = shutil.disk_usage(".").free >> 20
     if free < 100:
         raise OSError(f"only {free} MiB free; make room for backups")
@@ -8440,16 +8358,15 @@ def status(run: RunContext) -> int:
     """Print what the savepoint knows, also while a run is in progress: pairs by state, and how far the last run is."""
     with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
         runs = savepoint.runs()
-        organisations = [runs[one]["organisation"] for one in sorted(runs) if runs[one]["organisation"]]
+        organisations = [savepoint.meta("organisation"), *(one["organisation"] for one in runs.values())]
         facts: Json = {
             "savepoint": str(SAVEPOINT),
             "running": savepoint.is_held(),
             "last_opened": savepoint.holder() or None,
-            "organisation": organisations[-1] if organisations else None,
+            "organisation": next(filter(None, reversed(organisations)), None),
             "counts": {State(name).value: count for name, count in savepoint.counts().items()},
             "last_run": None,
         }
-        facts["organisation"] = facts["organisation"] or savepoint.meta("organisation") or None
         if runs:
             names = ("id", "kind", "plan_id", "pairs", "start", "end", "exit_code", "stopped", "headline", "reported")
             last = facts["last_run"] = {name: runs[max(runs)][name] for name in names}
@@ -8459,12 +8376,11 @@ def status(run: RunContext) -> int:
             spent = now - datetime.fromisoformat(last["start"]).timestamp()
             if facts["running"] and ended and (last["pairs"] or 0) > ended and spent > 0:
                 last["expected_end"] = iso(now + spent / ended * (last["pairs"] - ended))
-        states = {
-            "unfinished": (*UNFINISHED, State.UNDOING),
-            "failed": (State.FAILED,),
-            "cancelled": (State.CANCELLED,),
+        lists = {
+            "unfinished": list(savepoint.pairs(*UNFINISHED, State.UNDOING)),
+            "failed": list(savepoint.pairs(State.FAILED)),
+            "cancelled": list(savepoint.pairs(State.CANCELLED)),
         }
-        lists = {name: list(savepoint.pairs(*wanted)) for name, wanted in states.items()}
     if run.options.json:
         entries = {name: [merge_entry(pair, None) for pair in found] for name, found in lists.items()}
         run.console.json(report_chunks(facts, entries))
@@ -8480,8 +8396,9 @@ def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair
         return
     show(f"{facts['savepoint']}: organisation {facts['organisation'] or 'not known yet, no run has merged here'}")
     if holder:
-        now = "a run is in progress" if running else "no run is in progress; the last one"
-        show(f"{now}: process {holder['pid']} on {holder['host']}, since {holder['since']}")
+        process, since = f"process {holder['pid']} on {holder['host']}", f"{holder['since'][:16].replace('T', ' ')} UTC"
+        now = f"a run is in progress: {process}, since {since}"
+        show(now if running else f"no run is in progress; the last one began at {since} ({process})")
     if running and last and last["end"] is None:
         end = f", expected to end at {last['expected_end'][:16]} (UTC)" if "expected_end" in last else ""
         show(f"{last['kind']} of {plural(last['pairs'] or 0, 'pair')}: {last['pairs_ended']:,} ended{end}")
@@ -8504,80 +8421,80 @@ def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair
 
 def verify_backups(run: RunContext) -> int:
     """Read every backup below a folder again, and compare it with its manifest; 1 where one is damaged or missing."""
-    root: Path = run.options.verify_backups
-    if not root.exists():
-        raise FatalError(EXIT_USAGE, f"{root} does not exist: no run has made a backup in it yet")
+    root, console = run.options.verify_backups, run.console
     if not root.is_dir():
-        raise FatalError(EXIT_USAGE, f"{root} is not a folder; name the folder that holds the backups")
-    complete, damaged, missing = 0, [], []  # type: Tuple[int, List[str], List[str]]
-    for folder in sorted(_backup_folders(root)):
-        run.console.status(f"{complete + len(damaged)} backups read ...")
-        try:
-            verify_backup(folder)
-            complete += 1
-        except PairError as error:
-            damaged.append(str(error))
-    run.console.status("")
-    if root == Path("backups") and SAVEPOINT.exists() and SAVEPOINT.stat().st_size:
+        why = "is not a folder" if root.exists() else "does not exist: no run has made a backup in it yet"
+        raise FatalError(EXIT_USAGE, f"{root} {why}; name the folder that holds the backups")
+    complete, damaged, missing, partial = 0, [], [], []  # type: Tuple[int, List[str], List[str], List[str]]
+    for name, folders, files in os.walk(str(root), onerror=lambda error: damaged.append(str(error))):
+        folder = Path(name)
+        if folder.name.startswith(INCOMPLETE_BACKUP):
+            partial.append(name)
+            folders.clear()
+        elif re.fullmatch(r"\d{8}_\d{6}", folder.name) or "manifest.json" in files:
+            console.status(f"{complete + len(damaged)} backups read ...")
+            folders.clear()
+            try:
+                verify_backup(folder)
+                complete += 1
+            except PairError as error:
+                damaged.append(str(error))
+        folders.sort()
+    console.status("")
+    if root == BACKUPS and SAVEPOINT.exists() and SAVEPOINT.stat().st_size:
         with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
             backups = {pair.backup for pair in savepoint.pairs(*State) if pair.backup}
             missing = sorted(backup for backup in backups if not Path(backup).is_dir())
-    partial = [str(left) for left in sorted(root.glob(f"**/{INCOMPLETE_BACKUP}*"))]
-    is_bad = bool(damaged or missing)
+    code = EXIT_FAILED if damaged or missing else EXIT_OK
     if run.options.json:
-        facts = {"schema": SCHEMA, "folder": str(root), "whole": complete}
-        facts.update(damaged=damaged, missing=missing, partial=partial)
-        run.console.json([to_json(facts, indent=1) + b"\n"])
-        return EXIT_FAILED if is_bad else EXIT_OK
+        facts = {"folder": str(root), "whole": complete, "damaged": damaged, "missing": missing, "partial": partial}
+        console.json(report_chunks(facts, {}))
+        return code
     for line in (*(f"DAMAGED  {one}" for one in damaged), *(f"MISSING  {one}" for one in missing)):
-        run.console.print(line, "bad")
+        console.print(line, "bad")
     for one in partial:
-        run.console.print(f"partial  {one}: left by a run that was killed; may be deleted")
+        console.print(f"partial  {one}: left by a run that was killed; may be deleted")
     counts = f"{plural(complete, 'complete backup')}, {len(damaged)} damaged, {len(missing)} missing"
-    run.console.print(counts, "bad" if is_bad else "good")
-    return EXIT_FAILED if is_bad else EXIT_OK
-
-
-def _backup_folders(root: Path) -> Iterator[Path]:
-    """Every folder named like a backup, and `root` itself where it is one."""
-    if re.fullmatch(r"\d{8}_\d{6}", root.name) or (root / "manifest.json").exists():
-        yield root
-    elif not root.name.startswith(INCOMPLETE_BACKUP):
-        for folder in root.iterdir():
-            yield from _backup_folders(folder) if folder.is_dir() and not folder.is_symlink() else ()
+    console.print(counts, "bad" if code else "good")
+    return code
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Parse the command line, run the command, and return the exit code."""
-    options = parse_options(argv)
+    run = RunContext(parse_options(argv))
     os.umask(0o077)
-    run = RunContext(options)
     run.console.begin()
-    run.handle_signals(functools.partial(signal.default_int_handler, signal.SIGINT, None))
+    run.on_signal(functools.partial(signal.default_int_handler, signal.SIGINT, None))
     code = run_command(run)
     if run.reports_json:
         try:
             with open(run.report_path, "rb") as file:
                 run.console.json(file)
         except OSError:  # it has ended without a report
-            failure = {"schema": SCHEMA, "exit_code": code, "error": run.console.mask(run.error) or None}
-            run.console.json([to_json(failure) + b"\n"])
+            run.console.json(report_chunks({"exit_code": code, "error": run.console.mask(run.error) or None}, {}))
     before = run.signal
-    run.handle_signals(lambda: None)
-    failure_to_write = run.console.end(lambda: bool(run.signal))
-    if failure_to_write and code < EXIT_USAGE:
-        run.console.error(f"the output can't be written: {failure_to_write.strerror or failure_to_write}")
-        run.console.end(lambda: True)
+    run.on_signal(lambda: None)
+    unwritten = run.console.end(lambda: 2.0 if run.signal else math.inf)
+    if unwritten and code < EXIT_USAGE:
+        run.console.error(f"the output can't be written: {unwritten.strerror or unwritten}")
+        run.console.end(lambda: 2.0)
         code = EXIT_STOPPED
     return 128 + run.signal if run.signal and not before else code
 
 
 def run_command(run: RunContext) -> int:
     """Run the command; whatever ends it early becomes one line and an exit code."""
+    options = run.options
     try:
         run.open_log()
-        run.load_settings()
-        return MODES.get(run.options.mode, merge)(run)
+        run.settings = run.environment.settings = load_settings(load_environment(), options.workers)
+        Contact.user_prefix, run.console.mask = run.settings.user_ref_prefix, run.settings.mask
+        if options.live or options.mode in ("merge", "undo", "export", "check"):  # which make requests
+            import_package("requests")
+            if run.settings.calls != 0:
+                import_package("ratelimit")
+        outcome = MODES[options.mode](run)
+        return outcome if isinstance(outcome, int) else run.environment.run_event_loop(outcome)
     except FatalError as stop:
         code, run.error = stop.exit_code, str(stop)
     except OSError as error:
@@ -8590,21 +8507,27 @@ def run_command(run: RunContext) -> int:
     run.console.status("")
     if code > 128:
         run.console.print_err(run.error)
-    else:
-        run.console.error(run.error)
+        return code
+    run.console.error(run.error)
+    if code == EXIT_STOPPED:
+        run.console.print_err("Fix that, then run the same command again.", "bold")
+    elif code == EXIT_HELD:
+        run.console.suggest("wait until that run has ended; this shows how far it is", command_line("--status"))
     return code
 
 
-MODES: Dict[str, Callable[[RunContext], int]] = {
+MODES: Dict[str, Callable[[RunContext], Union[int, Coroutine[Any, Any, int]]]] = {
     "export": export,
     "undo": undo,
     "preview": preview,
     "choices_template": write_choices_template,
-    "check": lambda run: asyncio.run(check(run)),
+    "check": check,
     "status": status,
     "verify_backups": verify_backups,
     "settle": settle,
+    "merge": merge,
 }
+
 
 if __name__ == "__main__":
     sys.excepthook = sys.__excepthook__

@@ -510,7 +510,7 @@ class Scenario:
         class Quiet(module.RunContext):  # type: ignore[misc, name-defined]
             TICK = 3600.0
 
-            def on_signal(self, loop: Any, act: Callable[[], None]) -> None:
+            def on_signal(self, act: Callable[[], None], loop: Any = None) -> None:
                 scenario.signal(self, loop, act)
 
         run = Quiet(options, environment)
@@ -529,8 +529,8 @@ class Scenario:
             run.console = module.Console(True, SilentStream(), SilentStream())
             run.settings = settings
             run.log_path.touch()
-            work = module.undo if options.undo else module.settle if options.settle else module.merge
-            code = work(run)
+            outcome = module.MODES[options.mode](run)
+            code = outcome if isinstance(outcome, int) else environment.run_event_loop(outcome)
         except Killed:
             self.counts["kills"] += 1
             killed = True

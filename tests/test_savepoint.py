@@ -479,6 +479,18 @@ def test_rows_of_another_organisation_stay_and_one_line_says_so(place: Workplace
         ]  # fmt: skip
 
 
+def test_settling_pairs_of_two_organisations_reports_both(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(2)
+    place.export(organisation)
+    with Sandbox(organisation, faults=[Fault("merge-never", "rev-users.merge")]) as sandbox:
+        place.run(sandbox, "--merge-timeout", "0.5", "--email", "person1@example.com", check=1)
+        swap(place, "SANDBOX1", "SANDBOX2")
+        place.run(sandbox, "--merge-timeout", "0.5", "--email", "person2@example.com", check=1)
+        result = place.run(sandbox, "--settle", "person1@example.com", "person2@example.com", check=0)
+    assert sorted(one["email"] for one in result.report["cancelled"]) == ["person1@example.com", "person2@example.com"]
+    assert result.report["summary"]["cancelled"] == 2 and result.report["unfinished_merges"] == []
+
+
 def swap(place: Workplace, organisation: str, other: str) -> None:
     """Let the stored pairs belong to another organisation."""
     for path in (place.folder / "savepoint.db", place.folder / "backups" / "savepoint-copy.db"):
