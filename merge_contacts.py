@@ -791,21 +791,6 @@ class Contact:
     created: str
     updated: str
 
-    @staticmethod
-    def cells_error(identity: str, email: str, external_ref: str, tickets: str) -> Tuple[str, str]:
-        """Return the code and the words for why trimmed cells make no contact, two empty texts where they do."""
-        if not (identity and email and external_ref):
-            names = {"id": identity, "email": email, "external_ref": external_ref}
-            return "empty", "empty " + next(COLUMNS[name] for name, value in names.items() if not value)
-        local, _, domain = email.partition("@")
-        if not (local and domain) or "@" in domain or _NO_ADDRESS.search(email) or not is_visible(email):
-            return "email", f"{COLUMNS['email']} is not one plain address: {email[:80]}"
-        if identity.lower() in ("null", "\\n", "nan", "none"):  # what a warehouse writes for nothing
-            return "id", f"{COLUMNS['id']} is not a contact's id: {identity}"
-        if parse_count(tickets) is None:
-            return "count", f"{COLUMNS['tickets']} is not a count: {tickets.strip()[:40]}"
-        return "", ""
-
     @classmethod
     def from_cells(cls, cells: Sequence[str]) -> "Contact":
         """Make a contact of cells without an error, in the order of COLUMNS."""
@@ -903,37 +888,41 @@ class InvalidRow(NamedTuple):
     email: Optional[str]
 
 
+# What is wrong with a row, and what a file probably is whose invalid rows nearly all have that reason.
 INVALID_ROWS = {
-    "fields": "the number of fields differs from the header's",
-    "nul": "a NUL character",
-    "stray_quote": "a quoted field holds other rows",
-    "empty": "an empty id, address or reference",
-    "email": "not one plain address",
-    "count": "not a count",
-    "conflict": "one id with different data",
-}
-# What a file probably is whose invalid rows nearly all have one reason.
-INVALID_FILES = {
-    "fields": "this looks like unquoted commas or line breaks in names: export with quoted fields",
-    "nul": "this looks like a damaged file: export again",
-    "stray_quote": "this looks like quotes that are not doubled: export with quoted fields",
-    "empty": "this looks like an export with contacts that have no email or reference: leave them out of it",
-    "email": "this looks like a column that holds something else than addresses",
-    "null_words": "this looks like an unload that writes a word for NULL: leave out contacts without an email",
-    "count": "this looks like numbers that a spreadsheet or a locale has formatted: export plain whole numbers",
-    "conflict": "this looks like a history table, with a row for each state: export each contact's current state",
+    "fields": (
+        "the number of fields differs from the header's",
+        "this looks like unquoted commas or line breaks in names: export with quoted fields",
+    ),
+    "nul": ("a NUL character", "this looks like a damaged file: export again"),
+    "stray_quote": (
+        "a quoted field holds other rows",
+        "this looks like quotes that are not doubled: export with quoted fields",
+    ),
+    "empty": (
+        "an empty id, address or reference",
+        "this looks like an export with contacts that have no email or reference: leave them out of it",
+    ),
+    "email": ("not one plain address", "this looks like a column that holds something else than addresses"),
+    "count": (
+        "not a count",
+        "this looks like numbers that a spreadsheet or a locale has formatted: export plain whole numbers",
+    ),
+    "conflict": (
+        "one id with different data",
+        "this looks like a history table, with a row for each state: export each contact's current state",
+    ),
 }
 
 
 def looks_like(rows: Sequence[InvalidRow]) -> str:
     """Say what a file probably is, where at least nine of ten invalid rows have one reason; else return `""`."""
-    if len(rows) < 3:
+    ((code, count),) = collections.Counter(row.code for row in rows).most_common(1) or [("", 0)]
+    if len(rows) < 3 or count < 0.9 * len(rows):
         return ""
-    ((code, count),) = collections.Counter(row.code for row in rows).most_common(1)
-    if count < 0.9 * len(rows):
-        return ""
-    words = sum((row.email or "").casefold() in _NULL_WORDS for row in rows)
-    return INVALID_FILES["null_words" if code == "email" and words > count / 2 else code]
+    if code == "email" and sum((row.email or "").casefold() in _NULL_WORDS for row in rows) > count / 2:
+        return "this looks like an unload that writes a word for NULL: leave out contacts without an email"
+    return INVALID_ROWS[code][1]
 
 
 @dataclass
@@ -965,10 +954,17 @@ class _Bytes(io.BufferedReader):
         return data.replace(b"\0", _NUL_MARK.encode()) if self.has_nul else data
 
 
-class CsvTable:
-    """A CSV, plain or gzip, read as far as its header; yields its rows, each with the number of its last line."""
+FileIdentity = Tuple[int, ...]
 
-    def __init__(self, raw: io.FileIO, wanted: Iterable[str]) -> None:
+
+class CsvTable:
+    """A CSV, plain or gzip, that yields its rows, each with the number of its last line."""
+
+    width = 0  # fields of the header
+    places: Sequence[int] = ()  # of the wanted columns
+
+    def __init__(self, raw: io.FileIO, identity: FileIdentity) -> None:
+        self.identity = identity
         source: Any = raw
         head = raw.read(1 << 16)
         raw.seek(0)
@@ -985,50 +981,42 @@ class CsvTable:
         first = head.partition(b"\n")[0]
         self.skips_blanks = 0 < first.count(b",") == first.count(b", ")
         self.rows = self.parse(self.lines)
-        header = next((row for _, row in self if row), None)
-        if header is None:
-            raise FatalError(EXIT_USAGE, "the file is empty")
-        self.width = len(header)
-        self.places = locate_columns(header, wanted)
 
     def parse(self, lines: Iterable[str]) -> Any:
         return csv.reader(lines, strict=True, skipinitialspace=self.skips_blanks)
 
     def __iter__(self) -> Iterator[Tuple[int, List[str]]]:
-        rows = self.rows
-        try:
-            for row in rows:
-                yield rows.line_num, row
-        except csv.Error as error:
-            raise self.located(error) from None
+        return ((self.rows.line_num, row) for row in self.rows)
 
-    def located(self, error: csv.Error) -> csv.Error:
-        words = str(error) if "field limit" not in str(error) else "a cell of more than 64 MiB (an open quote?)"
-        return csv.Error(f"line {self.rows.line_num}: {words}")
-
-    def shape_error(self, row: Sequence[str]) -> Tuple[str, str]:
-        """Return the code and the words for why the fields of a row are in doubt, two empty texts where none is."""
-        if len(row) != self.width:
-            return "fields", f"{plural(len(row), 'field')} instead of {self.width}"
-        if any(_NUL_MARK in value for value in row):
-            return "nul", "a NUL character"
-        if any(value.count(",") >= self.width - 1 and ("\n" in value or "\r" in value) for value in row):
-            return "stray_quote", "a quoted field that holds other rows (a stray quote?)"
-        return "", ""
-
-
-FileIdentity = Tuple[int, ...]
+    def read_header(self, wanted: Iterable[str]) -> None:
+        """Find the wanted columns. Raises FatalError(2) naming what is missing or doubled."""
+        header = next(filter(None, self.rows), None)
+        if header is None:
+            raise FatalError(EXIT_USAGE, "the file is empty")
+        names = [name.strip().upper() for name in header]
+        if any("," in name for name in names if "\n" in name or "\r" in name):
+            raise FatalError(EXIT_USAGE, "the header holds other rows (a stray quote?)")
+        missing = [name for name in wanted if name not in names]
+        if missing:
+            found = textwrap.shorten(", ".join(names), 300, placeholder=" ...") or "none"
+            data = any("@" in name or name.startswith("DON:") for name in names)
+            hint = "; its first line is a contact: each file needs a header of its own" if data else ""
+            which = f"column{'s' * (len(missing) > 1)} {', '.join(missing)}"
+            raise FatalError(EXIT_USAGE, f"missing {which} (found: {found}){hint}")
+        doubled = [name for name in wanted if names.count(name) > 1]
+        if doubled:
+            raise FatalError(EXIT_USAGE, f"the column {doubled[0]} is there twice")
+        self.width, self.places = len(header), [names.index(name) for name in wanted]
 
 
 @contextlib.contextmanager
-def open_table(
-    path: Path, wanted: Iterable[str], before: Optional[FileIdentity] = None
-) -> Iterator[Tuple[CsvTable, FileIdentity]]:
+def open_table(path: Path, wanted: Iterable[str], before: Optional[FileIdentity] = None) -> Iterator[CsvTable]:
     """Open a CSV with the `wanted` columns. Whatever goes wrong inside becomes FatalError(2), one line with the path.
 
-    `before` is the file's identity at an earlier reading, if there was one.
+    `before` is the table's identity at an earlier reading, if there was one.
     """
     csv.field_size_limit(MAX_CELL)
+    table: Optional[CsvTable] = None
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
@@ -1045,19 +1033,22 @@ def open_table(
             if before and opened != before:
                 raise changed
             try:
-                yield CsvTable(io.FileIO(raw.fileno(), closefd=False), wanted), opened
+                table = CsvTable(io.FileIO(raw.fileno(), closefd=False), opened)
+                table.read_header(wanted)
+                yield table
             finally:
                 if identity() != opened:
                     raise changed
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        words = f"{path}: the gzip file is cut off or damaged; fetch it again"
-        raise FatalError(EXIT_USAGE, words) from None
+        raise FatalError(EXIT_USAGE, f"{path}: the gzip file is cut off or damaged; fetch it again") from None
     except OSError as error:
         raise FatalError(EXIT_USAGE, f"{path}: can't be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise FatalError(EXIT_USAGE, f"{path}: not UTF-8 ({error.reason}); export the CSV as UTF-8") from None
     except csv.Error as error:
-        raise FatalError(EXIT_USAGE, f"{path}: not a well-formed CSV: {error}") from None
+        words = str(error) if "field limit" not in str(error) else "a cell of more than 64 MiB (an open quote?)"
+        line = table.rows.line_num if table else 0
+        raise FatalError(EXIT_USAGE, f"{path}: not a well-formed CSV: line {line}: {words}") from None
     except FatalError as stop:
         raise FatalError(stop.exit_code, f"{path}: {stop}") from None
 
@@ -1076,9 +1067,6 @@ FOREIGN_FILES = (
     (rb"\x28\xb5\x2f\xfd", f"a Zstandard archive, {_UNPACK}"),
     (rb"7z\xbc\xaf\x27\x1c", f"a 7-Zip archive, {_UNPACK}"),
     (rb"Rar!\x1a\x07", f"a RAR archive, {_UNPACK}"),
-    (rb"\x04\x22\x4d\x18", f"an LZ4 archive, {_UNPACK}"),
-    (rb"\x1f[\x9d\xa0]", f"a compress archive, {_UNPACK}"),
-    (rb"\xff\x06\0\0sNaPpY", f"a Snappy archive, {_UNPACK}"),
     (rb".{257}ustar", f"a tar archive, {_UNPACK}"),
     (rb"PAR1", f"a Parquet file, {_EXPORT}"),
     (rb"ORC[^\w,\"; \t]", f"an ORC file, {_EXPORT}"),
@@ -1109,52 +1097,50 @@ def not_our_csv_reason(head: bytes) -> str:
     return ""
 
 
-def locate_columns(header: Sequence[str], wanted: Iterable[str]) -> List[int]:
-    """Return the places of the wanted columns in a header. Raises FatalError(2) naming what is missing or doubled."""
-    names = [name.strip().upper() for name in header]
-    if any("," in name for name in names if "\n" in name or "\r" in name):
-        raise FatalError(EXIT_USAGE, "the header holds other rows (a stray quote?)")
-    missing = [name for name in wanted if name not in names]
-    if missing:
-        found = textwrap.shorten(", ".join(names), 300, placeholder=" ...") or "none"
-        data = any("@" in name or name.startswith("DON:") for name in names)
-        hint = "; its first line is a contact: each file needs a header of its own" if data else ""
-        which = f"column{'s' * (len(missing) > 1)} {', '.join(missing)}"
-        raise FatalError(EXIT_USAGE, f"missing {which} (found: {found}){hint}")
-    doubled = [name for name in wanted if names.count(name) > 1]
-    if doubled:
-        raise FatalError(EXIT_USAGE, f"the column {doubled[0]} is there twice")
-    return [names.index(name) for name in wanted]
-
-
-class CsvPart(NamedTuple):
-    """One file of an export after the first reading."""
-
-    path: Path
-    identity: FileIdentity
-    rows: int
-    header_line: int
-    rows_are_lines: bool  # so that the lines of other rows need not be parsed again
-
-
 def read_contacts(paths: Sequence[Path], emails: Iterable[str] = ()) -> CsvContents:
     """Read the parts of an export as one; of `emails` every row is stored, of others those that recur.
 
-    Each file is read twice, to hold few of very many rows. Raises FatalError(2) where one can't be read, is no UTF-8
-    CSV or lacks a column, and where there are invalid rows and no other.
+    Each file is read twice, to hold few of very many rows; in between a hash stands for a value, so that a million rows
+    cost tens of megabytes, and two values of one hash do no harm. Raises FatalError(2) where a file can't be read, is
+    no UTF-8 CSV or lacks a column, and where there are invalid rows and no other.
     """
     contents = CsvContents(files=len(paths))
-    odd: Dict[int, List[InvalidRow]] = {}  # hashes of loose keys that differ from the key, with the invalid rows
-    parts, wanted = select_rows(paths, contents, odd, emails)
-    _store_rows(_wanted_rows(parts, wanted), contents, odd)
+    odd: Set[str] = set()
+    keys, ids = array("q"), array("q")  # of each row; -1, which no hash is, where it is left out
+    parts: List[Tuple[FileIdentity, int, bool]] = []
+    for path in paths:
+        with open_table(path, COLUMNS.values()) as table:
+            header_line, start = table.rows.line_num, len(keys)
+            _check_rows(table, str(path), contents, keys, ids, odd)
+            count = len(keys) - start
+            parts.append((table.identity, count, table.rows.line_num - header_line == count))
+    contents.contacts_read = len(keys) - keys.count(-1)
+    requested = chain(map(loose_key, emails), contents.emails_in_invalid_rows)
+    wanted_keys, wanted_ids = repeated(keys).union(map(hash, requested)) - {-1}, repeated(ids) - {-1}
+    wanted = bytes(key in wanted_keys or one in wanted_ids for key, one in zip(keys, ids))
+
+    def stored_rows() -> Iterator[Tuple[str, int, Contact]]:
+        start = 0
+        for path, (identity, count, rows_are_lines) in zip(paths, parts):
+            mine = wanted[start : start + count]
+            start += count
+            with open_table(path, COLUMNS.values(), identity) as table:
+                pick, first = itemgetter(*table.places), table.rows.line_num + 1
+                rows: Iterable[Tuple[int, List[str]]] = compress(table, mine)
+                if rows_are_lines:  # the others need not be parsed again
+                    rows = zip(compress(range(first, first + count), mine), table.parse(compress(table.lines, mine)))
+                for line, row in rows:
+                    yield str(path), line, Contact.from_cells(pick(row))
+
+    _store_rows(stored_rows(), contents, odd)
     order = {str(path): index for index, path in enumerate(paths)}
-    contents.invalid_rows.sort(key=lambda row: (order[row.file], row.line))
     invalid = contents.invalid_rows
+    invalid.sort(key=lambda row: (order[row.file], row.line))
     if invalid and not contents.contacts_read:
-        hint = looks_like(invalid)
         why = "; ".join(some([f"{place_of(row.file, row.line, len(paths))}: {row.reason}" for row in invalid], 3))
-        words = f"no usable row, {plural(len(invalid), 'invalid one')} ({why})" + (f"; {hint}" if hint else "")
-        raise FatalError(EXIT_USAGE, f"{', '.join(some(list(order), 3))}: {words}")
+        words = f"no usable row, {plural(len(invalid), 'invalid one')} ({why})"
+        hint = looks_like(invalid)
+        raise FatalError(EXIT_USAGE, f"{', '.join(some(list(order), 3))}: {words}" + (f"; {hint}" if hint else ""))
     return contents
 
 
@@ -1162,39 +1148,11 @@ def place_of(file: str, line: int, files: int) -> str:
     return f"{file}, line {line}" if files > 1 else f"line {line}"
 
 
-def select_rows(
-    paths: Sequence[Path], contents: CsvContents, odd: Dict[int, List[InvalidRow]], emails: Iterable[str]
-) -> Tuple[List[CsvPart], bytes]:
-    """Check every row, and tell for each whether it is stored: its email or id recurs, or the email is requested.
-
-    A hash stands for a value, so a million rows cost tens of megabytes; two values of one hash do no harm.
-    """
-    parts: List[CsvPart] = []
-    keys, ids = array("q"), array("q")  # -1, which no hash is, for a row that is left out
-    for path in paths:
-        with open_table(path, COLUMNS.values()) as (table, identity):
-            header_line, start = table.rows.line_num, len(keys)
-            _survey_rows(table, str(path), contents, keys, ids, odd)
-            count = len(keys) - start
-            parts.append(CsvPart(path, identity, count, header_line, table.rows.line_num - header_line == count))
-    contents.contacts_read = len(keys) - keys.count(-1)
-    named = map(loose_key, emails)
-    wanted_keys = repeated(keys).union(map(hash, chain(named, contents.emails_in_invalid_rows))) - {-1}
-    wanted_ids = repeated(ids) - {-1}
-    if not wanted_ids:
-        return parts, bytes(map(wanted_keys.__contains__, keys))
-    return parts, bytes(key in wanted_keys or one in wanted_ids for key, one in zip(keys, ids))
-
-
-def _survey_rows(
-    table: CsvTable,
-    file: str,
-    contents: CsvContents,
-    keys: "array[int]",
-    ids: "array[int]",
-    odd: Dict[int, List[InvalidRow]],
+def _check_rows(
+    table: CsvTable, file: str, contents: CsvContents, keys: "array[int]", ids: "array[int]", odd: Set[str]
 ) -> None:
-    """Check the rows of a file; append the hashes of each row's loose key and id.
+    """Check the rows of a file; append the hashes of each row's loose key and id, and collect loose keys that differ
+    from the key.
 
     Most rows are plain and take the short way; with a million of them it is half of a preview's time.
     """
@@ -1204,38 +1162,72 @@ def _survey_rows(
     is_plain, is_normalized = _PLAIN_ADDRESS.fullmatch, unicodedata.is_normalized
     add_key, add_id = keys.append, ids.append
     rows, width, data, line = table.rows, table.width, table.bytes, table.rows.line_num
-    try:
-        for row in rows:
-            line, lines, problem = rows.line_num, rows.line_num - line, ("", "")
-            if len(row) != width or lines > 1 or data.has_nul:
-                problem = table.shape_error(row)
-            if not problem[0]:
-                identity, email, reference, tickets = pick(row)
-                identity, reference, key = identity.strip(), reference.strip(), email.lower()
-                if not (
-                    is_plain(email)
-                    and (email.isascii() or (key == email == key.casefold() and is_normalized("NFKC", key)))
-                    and "xn--" not in key
-                    and identity and reference
-                    and parse_count(tickets) is not None
-                ):  # fmt: skip
-                    identity, email, reference = map(trimmed_text, (identity, email, reference))
-                    problem = Contact.cells_error(identity, email, reference, tickets)
-                    key = loose_key(email)
-                    if not problem[0] and key != email_key(email):
-                        odd.setdefault(hash(key), [])
-            if problem[0]:
-                _add_invalid_row(contents, file, line, row, places["email"], problem, odd)
+    for row in rows:
+        line, lines = rows.line_num, rows.line_num - line
+        is_one_line = len(row) == width and lines == 1 and not data.has_nul
+        if is_one_line:
+            identity, email, reference, tickets = pick(row)
+            identity, reference, key = identity.strip(), reference.strip(), email.lower()
+        if not (
+            is_one_line
+            and is_plain(email)
+            and (email.isascii() or (key == email == key.casefold() and is_normalized("NFKC", key)))
+            and "xn--" not in key
+            and identity and reference
+            and parse_count(tickets) is not None
+        ):  # fmt: skip
+            code, reason = row_error(row, width, places)
+            if code:
+                _leave_out(row, InvalidRow(file, line, code, reason, None), places["email"], contents)
                 add_key(-1)
                 add_id(-1)
                 continue
-            add_key(hash(key))
-            add_id(hash(identity))
-            if not reference.startswith(prefixes):
-                contents.other_refs += 1
-                contents.other_ref = min(contents.other_ref or reference, reference)
-    except csv.Error as error:
-        raise table.located(error) from None
+            identity, email, reference = map(trimmed_text, pick(row)[:3])
+            key = loose_key(email)
+            if key != email_key(email):
+                odd.add(key)
+        add_key(hash(key))
+        add_id(hash(identity))
+        if not reference.startswith(prefixes):
+            contents.other_refs += 1
+            contents.other_ref = min(contents.other_ref or reference, reference)
+
+
+def row_error(row: Sequence[str], width: int, places: Mapping[str, int]) -> Tuple[str, str]:
+    """Return the code and the words for why a row is no contact, two empty texts where it is one."""
+    if len(row) != width:
+        return "fields", f"{plural(len(row), 'field')} instead of {width}"
+    if any(_NUL_MARK in value for value in row):
+        return "nul", "a NUL character"
+    if any(value.count(",") >= width - 1 and ("\n" in value or "\r" in value) for value in row):
+        return "stray_quote", "a quoted field that holds other rows (a stray quote?)"
+    identity, email, reference, tickets = (
+        trimmed_text(row[places[name]]) for name in ("id", "email", "external_ref", "tickets")
+    )
+    for name, value in (("id", identity), ("email", email), ("external_ref", reference)):
+        if not value:
+            return "empty", f"empty {COLUMNS[name]}"
+    local, _, domain = email.partition("@")
+    if not (local and domain) or "@" in domain or _NO_ADDRESS.search(email) or not is_visible(email):
+        return "email", f"{COLUMNS['email']} is not one plain address: {email[:80]}"
+    if parse_count(tickets) is None:
+        return "count", f"{COLUMNS['tickets']} is not a count: {tickets[:40]}"
+    return "", ""
+
+
+def _leave_out(row: Sequence[str], invalid: InvalidRow, place: int, contents: CsvContents) -> None:
+    """Leave a row out, and with it all groups whose email stands in any of its fields; a blank row is nothing."""
+    if not row:
+        return
+    email = trimmed_text(row[place]).replace(_NUL_MARK, "") if place < len(row) else ""
+    contents.invalid_rows.append(invalid._replace(email=email[:320] or None))
+    words: Set[str] = set()
+    for cell in row:
+        if any(sign in cell for sign in _AT_SIGNS):
+            text = cell.replace(_NUL_MARK, "")
+            words.update((text, trimmed_text(text), *re.split(r"[,\r\n]", text), *re.split(r"[\s,;<>\"]+", text)))
+            words.update(re.findall(r"[^\s,;\"<>()\[\]{}:|]+", text))
+    contents.emails_in_invalid_rows.update(map(loose_key, words))
 
 
 def repeated(values: "array[int]") -> Set[int]:
@@ -1248,60 +1240,21 @@ def repeated(values: "array[int]") -> Set[int]:
     return found
 
 
-def _add_invalid_row(
-    contents: CsvContents,
-    file: str,
-    line: int,
-    row: Sequence[str],
-    place: int,
-    problem: Tuple[str, str],
-    odd: Dict[int, List[InvalidRow]],
-) -> None:
-    """Leave a row out, and with it all groups whose email stands in any of its fields; a blank row is nothing."""
-    if not row:
-        return
-    email = trimmed_text(row[place]).replace(_NUL_MARK, "") if place < len(row) else ""
-    invalid = InvalidRow(file, line, *problem, email[:320] or None)
-    contents.invalid_rows.append(invalid)
-    words: Set[str] = set()
-    for cell in row:
-        if any(sign in cell for sign in _AT_SIGNS):
-            text = cell.replace(_NUL_MARK, "")
-            words.update((text, trimmed_text(text), *re.split(r"[,\r\n]", text), *re.split(r"[\s,;<>\"]+", text)))
-            words.update(re.findall(r"[^\s,;\"<>()\[\]{}:|]+", text))
-    contents.emails_in_invalid_rows.update(map(loose_key, words))
-    if "@" in email:
-        odd.setdefault(hash(loose_key(email)), []).append(invalid)
+def _store_rows(rows: Iterable[Tuple[str, int, Contact]], contents: CsvContents, odd: Set[str]) -> None:
+    """Take each row once; rows of one id that differ are invalid. Find the look-alikes among all of them.
 
-
-def _wanted_rows(parts: Sequence[CsvPart], wanted: bytes) -> Iterator[Tuple[str, int, Contact]]:
-    """Read the files again, as far as they have rows that are wanted; yields file, line and contact."""
-    start = 0
-    for part in parts:
-        mine = wanted[start : start + part.rows]
-        start += part.rows
-        with open_table(part.path, COLUMNS.values(), part.identity) as (table, _):
-            pick, first = itemgetter(*table.places), part.header_line + 1
-            rows: Iterable[Tuple[int, List[str]]] = compress(table, mine)
-            if part.rows_are_lines:
-                rows = zip(compress(range(first, first + part.rows), mine), table.parse(compress(table.lines, mine)))
-            for line, row in rows:
-                yield str(part.path), line, Contact.from_cells(pick(row))
-
-
-def _store_rows(
-    rows: Iterable[Tuple[str, int, Contact]], contents: CsvContents, odd: Mapping[int, Sequence[InvalidRow]]
-) -> None:
-    """Take each row once; rows of one id that differ are invalid. Find the look-alikes among all of them."""
+    `odd` are the loose keys of rows that differ from the key.
+    """
     by_id: Dict[str, List[Tuple[str, int, Contact]]] = {}
-    similar: Dict[str, List[Tuple[str, str, int]]] = {}  # loose key -> email, file and line
-    for invalid in chain.from_iterable(odd.values()):
-        email = str(invalid.email)
-        similar.setdefault(loose_key(email), []).append((email, invalid.file, invalid.line))
+    similar: Dict[str, Set[Tuple[str, str, int]]] = collections.defaultdict(set)  # loose key -> email, file and line
+    for row in contents.invalid_rows:
+        if row.email and "@" in row.email:
+            similar[loose_key(row.email)].add((row.email, row.file, row.line))
+    odd.update(similar)
     for file, line, contact in rows:
         variants = by_id.setdefault(contact.id, [])
-        if odd and (contact.is_user or contact.is_system) and hash(loose_key(contact.email)) in odd:
-            similar.setdefault(loose_key(contact.email), []).append((contact.email, file, line))
+        if odd and (contact.is_user or contact.is_system) and loose_key(contact.email) in odd:
+            similar[loose_key(contact.email)].add((contact.email, file, line))
         if any(contact == other for _, _, other in variants):
             contents.contacts_read -= 1
             contents.other_refs -= not (contact.is_user or contact.is_system)
@@ -1319,7 +1272,7 @@ def _store_rows(
     for _, found in sorted(similar.items()):
         emails = sorted({email_key(email) for email, _, _ in found})
         if len(emails) > 1:
-            lines = [{"email": email, "file": file, "line": line} for email, file, line in sorted(set(found))]
+            lines = [{"email": email, "file": file, "line": line} for email, file, line in sorted(found)]
             contents.look_alikes.append({"emails": emails, "lines": lines})
 
 
@@ -1654,7 +1607,7 @@ def read_choices(path: Path) -> Dict[str, str]:
     """
     choices: Dict[str, str] = {}
     lines: Dict[str, int] = {}
-    with open_table(path, ("EMAIL", "EXTERNAL_REF")) as (table, _):
+    with open_table(path, ("EMAIL", "EXTERNAL_REF")) as table:
         for line, row in table:
             if not row:
                 continue
@@ -7058,7 +7011,7 @@ def invalid_lines(plan: Plan) -> Iterator[str]:
     for row in plan.invalid_rows:
         by_code[row.code].append(row)
     for code, rows in sorted(by_code.items(), key=lambda item: -len(item[1])):
-        yield f"  {INVALID_ROWS[code]}: {plural(len(rows), 'row')}"
+        yield f"  {INVALID_ROWS[code][0]}: {plural(len(rows), 'row')}"
         for row in rows[:20]:
             yield f"    {place_of(row.file, row.line, plan.files)}: {row.reason}" + (
                 f" ({row.email})" if row.email else ""
