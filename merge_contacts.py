@@ -91,7 +91,7 @@ from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
-from itertools import chain, compress
+from itertools import chain, combinations, compress
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import (
@@ -1448,14 +1448,10 @@ class Group:
         """Return whether this tool has requested a merge into the primary since the export."""
         return any(pair.state in (*UNFINISHED, *ENDED) for pair in self.pairs)
 
-    def final_ref(self) -> str:
-        """The reference that the one remaining contact has in the end."""
-        return next((pair.new_ref for pair in self.pairs if pair.new_ref), self.primary.external_ref)
-
     def lost_refs(self) -> List[Contact]:
         """Return the duplicates whose `user_` reference no contact keeps: their accounts lose their contact."""
-        duplicates, kept = (pair.duplicate for pair in self.pairs), self.final_ref()
-        return [one for one in duplicates if one.is_user and one.external_ref != kept]
+        kept = next((pair.new_ref for pair in self.pairs if pair.new_ref), self.primary.external_ref)
+        return [pair.duplicate for pair in self.pairs if pair.duplicate.is_user and pair.duplicate.external_ref != kept]
 
     def warnings(self) -> List[Tuple[str, str]]:
         """Codes and words of what a person should know before the group is merged."""
@@ -1522,10 +1518,6 @@ class SkippedGroup(NamedTuple):
     email: str
     code: str
     contacts: List[Contact]
-    details: str = ""  # the reason, where it is not the one of all groups with this code
-
-    def reason(self) -> str:
-        return self.details or skip_words(self.code)[0]
 
     def choice_lines(self) -> Dict[str, Contact]:
         """The lines of CSV of which --choices may take one, each with the contact whose reference it keeps."""
@@ -1711,34 +1703,21 @@ def parse_instants(text: str) -> Tuple[Optional[int], Optional[int]]:
 
 
 def rank(contacts: List[Contact]) -> Tuple[List[Contact], bool]:
-    """Order contacts of one kind: most tickets first, then the oldest, then the smallest id. Return them, and whether
-    age could not decide which is first.
+    """Order contacts of one kind: most tickets first, of those the oldest, then the smallest id. Return them, and
+    whether age could not decide which is first.
 
     Where one of the tied dates can't be read, or the first depends on whether 1/2/2024 is in January, the id decides.
     """
-    if len(contacts) < 2:
-        return contacts, False
-    by_id = sorted(contacts, key=attrgetter("id"))
-    tied: Dict[int, List[Contact]] = {}
-    for contact in by_id:
-        tied.setdefault(contact.tickets, []).append(contact)
-    ranked: List[Contact] = []
-    undecided = False
-    for tickets in sorted(tied, reverse=True):
-        equal = tied[tickets]
-        if len(equal) > 1:
-            instants = [parse_instants(contact.created) for contact in equal]
-            orders = [
-                [contact for _, contact in sorted(zip(column, equal), key=itemgetter(0))]
-                for column in zip(*instants)
-                if None not in column
-            ]
-            if orders and all(order[0] is orders[0][0] for order in orders):
-                equal = orders[0]
-            else:
-                undecided = undecided or not ranked
-        ranked += equal
-    return ranked, undecided
+    ranked = sorted(contacts, key=lambda one: (-one.tickets, one.id)) if len(contacts) > 1 else contacts
+    tied = [one for one in ranked if one.tickets == ranked[0].tickets]
+    if len(tied) < 2:
+        return ranked, False
+    readings = [column for column in zip(*(parse_instants(one.created) for one in tied)) if None not in column]
+    oldest = {column.index(min(column)) for column in readings}
+    if len(oldest) != 1:
+        return ranked, True
+    first = tied[oldest.pop()]
+    return [first, *(one for one in ranked if one is not first)], False
 
 
 def detect(contents: CsvContents, choices: Mapping[str, str] = {}, primary: str = "revu") -> Plan:
@@ -1822,23 +1801,16 @@ def resolve_choice(email: str, users: Sequence[Contact], system: Sequence[Contac
     raise PairError("bad_choice", f"{choice} for {email}: {why} (to choose from: {there})")
 
 
-class HistoryRow(NamedTuple):
-    """A merge of an earlier run that is not to be repeated unasked. `new_id` is the contact that an undo created."""
-
-    email: str
-    ids: Tuple[str, str]  # primary and duplicate
-    code: str  # `undone` or `cancelled`
-    new_id: str = ""
-
-
-def blocked_by_history(groups: Iterable[Group], rows: Iterable[HistoryRow]) -> Dict[str, str]:
+def blocked_by_history(groups: Iterable[Group], ended: Iterable[Pair]) -> Dict[str, str]:
     """Return the emails of groups that repeat a merge which was undone or cancelled, each with the code.
 
     A group repeats it that has its address, or two of its contacts in whatever role. A contact that an undo created
     stands for its old id, also where that one had been created so.
     """
-    rows = list(rows)
-    old_ids = {row.new_id: row.ids[1] for row in rows if row.new_id}
+    undone, cancelled = [], []  # type: Tuple[List[Pair], List[Pair]]
+    for pair in ended:
+        (cancelled if pair.state is State.CANCELLED else undone).append(pair)
+    old_ids = {pair.undo.contact: pair.duplicate.id for pair in undone if pair.undo and pair.undo.contact}
 
     def original(identity: str) -> str:
         seen = {identity}
@@ -1847,22 +1819,17 @@ def blocked_by_history(groups: Iterable[Group], rows: Iterable[HistoryRow]) -> D
             seen.add(identity)
         return identity
 
-    codes: Dict[str, str] = {}  # by email
-    by_pair: Dict[FrozenSet[str], str] = {}
-    partners: Dict[str, Set[str]] = {}
-    for row in sorted(rows, key=lambda row: row.code != "undone"):
-        codes.setdefault(row.email, row.code)
-        one, other = map(original, row.ids)
-        by_pair.setdefault(frozenset((one, other)), row.code)
-        partners.setdefault(one, set()).add(other)
-        partners.setdefault(other, set()).add(one)
+    by_email: Dict[str, str] = {}
+    by_ids: Dict[FrozenSet[str], str] = {}
+    for code, pairs in (("cancelled", cancelled), ("undone", undone)):  # `undone` counts where both are true
+        by_email.update({pair.email: code for pair in pairs})
+        by_ids.update({frozenset(map(original, pair.ids)): code for pair in pairs})
     blocked: Dict[str, str] = {}
-    for group in groups if rows else ():
+    for group in groups if by_email else ():
         ids = {original(contact.id) for contact in group.all_contacts()}
-        found = [codes[group.email]] if group.email in codes else []
-        found += [by_pair[frozenset((one, other))] for one in ids for other in partners.get(one, set()) & ids]
+        found = {by_email.get(group.email), *(by_ids.get(frozenset(two)) for two in combinations(ids, 2))} - {None}
         if found:
-            blocked[group.email] = max(found)  # `undone` before `cancelled`
+            blocked[group.email] = "undone" if "undone" in found else "cancelled"
     return blocked
 
 
@@ -1917,11 +1884,6 @@ class LiveCheck(NamedTuple):
     error: Optional[PairError] = None
     dropped: Tuple[Dropped, ...] = ()
 
-    @property
-    def already_merged(self) -> bool:
-        """Whether the reference has moved already, by a run that this savepoint does not know."""
-        return any(one.code == "already_merged" for one in self.dropped)
-
 
 LIVE_CODES = (
     "not_found", "not_active", "email_changed", "external_ref_changed", "several_external_refs", "shared_mailbox",
@@ -1946,18 +1908,18 @@ def check_live(
     gone = {one.pair.ids for one in dropped}
     pairs = [pair for pair in group.pending() if pair.ids not in gone]
     moved = [one.pair.new_ref for one in dropped if one.code == "already_merged"]
-    expected = (moved and moved[0]) or group.primary_ref()
-    errors = [live_contact_error(primary, live.get(primary.id), expected)]
+    errors = [live_contact_error(primary, live.get(primary.id), (moved and moved[0]) or group.primary_ref())]
+    # A contact's own answer counts; where it does not say, the list of those that are unverified does.
+    verified = {identity: (user or {}).get("is_verified") for identity, user in live.items()}
+    verified.update({one: False for one in unverified or () if not isinstance(verified.get(one), bool)})
     for pair in pairs:
         duplicate = live.get(pair.duplicate.id)
         errors.append(live_contact_error(pair.duplicate, duplicate, pair.duplicate.external_ref))
         if duplicate and pair.new_ref and not across_workspaces and orgs_differ(live.get(primary.id), duplicate):
-            words = (
-                f"{into(pair)}: they belong to different workspaces (rev orgs), and {pair.new_ref} would have to move"
-            )
+            words = f"{into(pair)}: they belong to different workspaces (rev orgs), and {pair.new_ref} has to move"
             errors.append(PairError("different_rev_org", words))
-        ids = {identity: known_unverified(live.get(identity), identity, unverified) for identity in pair.ids}
-        if ids[pair.duplicate.id] and not ids[primary.id] and not try_unverified:
+        is_unverified = {identity: verified.get(identity) is False for identity in pair.ids}
+        if is_unverified[pair.duplicate.id] and not is_unverified[primary.id] and not try_unverified:
             words = f"{into(pair)}: DevRev does not merge an unverified contact into a verified one"
             errors.append(PairError("unverified", f"{words} (--try-unverified requests it all the same)"))
     errors.append(live_group_error(group, live, listed) if pairs else None)
@@ -1990,12 +1952,6 @@ def orgs_differ(one: Optional[Json], other: Optional[Json]) -> bool:
     return len(orgs - {None}) > 1
 
 
-def known_unverified(live: Optional[Json], identity: str, unverified: Optional[Collection[str]]) -> bool:
-    """Whether a contact is known to be unverified: its own answer counts, else the list of those that are."""
-    verified = (live or {}).get("is_verified")
-    return verified is False if isinstance(verified, bool) else identity in (unverified or ())
-
-
 def live_group_error(group: Group, live: Mapping[str, Optional[Json]], listed: Iterable[Json]) -> Optional[PairError]:
     """Count the contacts of an address again, by what DevRev lists for it; None where the group is still known."""
     merged = {pair.duplicate.id for pair in group.pairs if pair.state in (*UNFINISHED, *ENDED)}
@@ -2003,17 +1959,16 @@ def live_group_error(group: Group, live: Mapping[str, Optional[Json]], listed: I
     users = {user["id"]: user for user in (*listed, *filter(None, live.values())) if user["id"] not in merged}
     there = [contact_of(user) for user in users.values() if not is_gone(user)]
     there = [one for one in there if one.key == group.email and (one.is_user or one.is_system)]
-    new = sorted((one for one in there if one.id not in known), key=attrgetter("external_ref", "id"))
     if not group.chosen and len(there) > mailbox_limit(group.email):
         words = f"DevRev has {plural(len(there), 'contact')} of this email, more than one person has: a shared mailbox?"
         return PairError("shared_mailbox", words)
-    for stranger in new:
-        if stranger.is_user:
-            words = f"DevRev has another {Contact.user_prefix} contact of this email by now: {stranger.external_ref}"
-            return PairError("several_user_refs", words)
+    new = sorted(one.external_ref for one in there if one.id not in known)
+    new_users = [reference for reference in new if reference.startswith(Contact.user_prefix)]
+    if new_users:
+        words = f"DevRev has another {Contact.user_prefix} contact of this email by now: {new_users[0]}"
+        return PairError("several_user_refs", words)
     if new and group.chosen:
-        words = f"DevRev has another contact of this email by now, so choose again: {new[0].external_ref}"
-        return PairError("group_changed", words)
+        return PairError("group_changed", f"DevRev has another contact of this email by now, so choose again: {new[0]}")
     return None
 
 
@@ -6353,7 +6308,7 @@ def beside_pairs(plan: Plan) -> Dict[str, Iterable[Json]]:
         return {
             "email": skipped_group.email,
             "code": skipped_group.code,
-            "reason": skipped_group.reason(),
+            "reason": skip_words(skipped_group.code)[0],
             "advice": skip_words(skipped_group.code)[1],
             "contacts": [contact_entry(contact, "external_ref") for contact in skipped_group.contacts],
             "choices": [
@@ -7631,11 +7586,8 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str]) ->
     cancelled = {pair.ids: pair for pair in savepoint.pairs(State.CANCELLED)}
     # An undo creates the duplicate again, with another id.
     undone = {pair.ids: pair for pair in savepoint.pairs(State.UNDONE, State.UNDO_SETTLED)}
-    history = [
-        HistoryRow(one.email, ids, "undone", one.undo.contact if one.undo else "") for ids, one in undone.items()
-    ]
-    history += [HistoryRow(one.email, ids, "cancelled", "") for ids, one in cancelled.items()]
-    blocked = {email: code for email, code in blocked_by_history(plan.groups, history).items() if email not in named}
+    blocked = blocked_by_history(plan.groups, [*undone.values(), *cancelled.values()])
+    blocked = {email: code for email, code in blocked.items() if email not in named}
     groups, plan.groups = plan.groups, []
     for group in groups:
         rows = [known.get(pair.ids) for pair in group.pairs]
@@ -7680,7 +7632,7 @@ def _apply_email_filter(plan: Plan, wanted: Set[str], console: Console) -> None:
         why = f"{row.file}, line {row.line}: {row.reason}" if row else plan.left_alone[email]
         console.print_err(f"{email}: nothing to merge: {why}")
     for skip in plan.skipped:
-        console.print_err(f"{skip.email}: skipped: {skip.reason()}")
+        console.print_err(f"{skip.email}: skipped: {skip_words(skip.code)[0]}")
     for group in plan.groups:
         if all(pair.state in ENDED for pair in group.pairs):
             console.print_err(f"{group.email}: nothing to merge: merged already, says the savepoint")
