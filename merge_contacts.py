@@ -92,7 +92,7 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
 from itertools import chain, combinations, compress
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from pathlib import Path
 from typing import (
     Any,
@@ -1276,6 +1276,24 @@ def _store_rows(rows: Iterable[Tuple[str, int, Contact]], contents: CsvContents,
             contents.look_alikes.append({"emails": emails, "lines": lines})
 
 
+def csv_line(*cells: str) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\r\n").writerow(cells)  # of which no character stays unquoted in a cell
+    return line.getvalue()[:-2]
+
+
+def guard_cell(cell: str) -> str:
+    """Return a cell that no spreadsheet takes for a formula; `cell_text` reads it back."""
+    return f"'{cell}" if re.match(r"'*[=+\-@\t\r]", cell) else cell
+
+
+def csv_chunks(header: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[bytes]:
+    """A CSV, line by line, with a byte order mark, so that a spreadsheet shows it right, and without formulas."""
+    yield ("\ufeff" + csv_line(*header) + "\n").encode("utf-8")
+    for cells in rows:
+        yield (csv_line(*map(guard_cell, cells)) + "\n").encode("utf-8", "backslashreplace")
+
+
 # ---------------------------------------------------------------------------------------------------
 # Detection: which contacts are one person
 # ---------------------------------------------------------------------------------------------------
@@ -1379,7 +1397,9 @@ class Pair:
         return self.primary.id, self.duplicate.id
 
     def to_json(self) -> Json:
-        document = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in NOT_STORED}
+        document = {
+            one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("run", "tried_before")
+        }
         document.update(primary=self.primary.to_json(), duplicate=self.duplicate.to_json(), state=self.state.value)
         document["undo"] = asdict(self.undo) if self.undo else None
         return document
@@ -1401,9 +1421,6 @@ class Pair:
             self.state, self.rejected = State.REQUESTED, True
         else:
             self.state, self.first_requested_at, self.rejected = State.PLANNED, 0.0, False
-
-
-NOT_STORED = ("run", "tried_before")
 
 
 def into(pair: Pair) -> str:
@@ -1523,8 +1540,10 @@ class SkippedGroup(NamedTuple):
         """The lines of CSV of which --choices may take one, each with the contact whose reference it keeps."""
         if self.code not in ("several_user_refs", "no_user_ref"):
             return {}
-        users = [contact for contact in self.contacts if contact.is_user]
-        return {csv_line(self.email, contact.external_ref): contact for contact in users or self.contacts}
+        lines: Dict[str, Contact] = {}
+        for contact in [one for one in self.contacts if one.is_user] or self.contacts:
+            lines.setdefault(csv_line(self.email, contact.external_ref), contact)
+        return lines
 
 
 def skip_words(code: str) -> Tuple[str, str]:
@@ -1586,12 +1605,6 @@ def plan_id(groups: Iterable[Group], **options: Any) -> str:
     return hashlib.sha256(lines.encode("ascii")).hexdigest()[:12]
 
 
-def csv_line(*cells: str) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\r\n").writerow(cells)  # of which no character stays unquoted in a cell
-    return line.getvalue()[:-2]
-
-
 def read_choices(path: Path) -> Dict[str, str]:
     """Read which contact of an email is the one to keep: a CSV of EMAIL and EXTERNAL_REF, as key -> reference.
 
@@ -1616,22 +1629,6 @@ def read_choices(path: Path) -> Dict[str, str]:
                 raise FatalError(EXIT_USAGE, f"line {line}: {words}")
             choices[key], lines[key] = reference, line
     return choices
-
-
-def choices_template(skipped: Iterable[SkippedGroup]) -> Iterator[bytes]:
-    """Yield the lines of a file for --choices, a line for each contact that may be kept of the skipped groups.
-
-    The further columns are there to decide by, and are ignored when it is read.
-    """
-    columns = ("EMAIL", "EXTERNAL_REF", "DISPLAY_NAME", "TICKET_COUNT", "CREATED_AT", "REV_USER_ID", "CONTACTS")
-    yield ("\ufeff" + csv_line(*columns) + "\n").encode("utf-8")
-    for group in skipped:
-        for contact in group.choice_lines().values():
-            cells = (
-                group.email, contact.external_ref, contact.name, str(contact.tickets), contact.created, contact.id,
-                str(len(group.contacts)),
-            )  # fmt: skip
-            yield (csv_line(*map(guard_cell, cells)) + "\n").encode("utf-8", "backslashreplace")
 
 
 _CLOCK = (
@@ -4959,35 +4956,27 @@ class ContactExporter:
 
     async def run(self) -> List[Contact]:
         """All rows, ordered by email. Raises what a list call does, and OSError where the spool's disk refuses."""
-        self.rows = self._recurring(await self._list())
-        log.info("%s read, %s with an email that recurs", plural(self.read, "contact"), len(self.rows))
-        for start in range(0, len(self.rows), self.WAVE):
-            await together(*map(self._count, self.rows[start : start + self.WAVE]))
-        return self.rows
-
-    async def _list(self) -> "array[int]":
-        """Spool every contact that takes part; returns the hashes of their emails, in the same order."""
-        keys = array("q")
+        keys = array("q")  # hashes of the spooled contacts' emails
         async for page in self.api.each_page("rev-users.list", "rev_users", {}):
             for contact in map(contact_of, (user for user in page.items if not is_gone(user))):
                 if (contact.is_user or contact.is_system) and contact.key and contact.key.endswith(self.endings):
                     keys.append(hash(loose_key(contact.email)))
                     self.spool.write(to_json(astuple(contact)) + b"\n")
             self.read += len(page.items)
-        return keys
-
-    def _recurring(self, keys: "array[int]") -> List[Contact]:
         self.spool.seek(0)
         wanted = compress(self.spool, map(repeated(keys).__contains__, keys))
         # A contact that is changed while the list is read may stand in it twice.
         contacts = {contact.id: contact for contact in (Contact(*json.loads(line)) for line in wanted)}
         times = collections.Counter(loose_key(contact.email) for contact in contacts.values())
         rows = [contact for contact in contacts.values() if times[loose_key(contact.email)] > 1]
-        return sorted(rows, key=lambda contact: (contact.key, contact.id))
+        self.rows = sorted(rows, key=lambda contact: (contact.key, contact.id))
+        log.info("%s read, %s with an email that recurs", plural(self.read, "contact"), len(rows))
+        for start in range(0, len(rows), self.WAVE):
+            await together(*map(self._count, self.rows[start : start + self.WAVE]))
+        return self.rows
 
     async def _count(self, contact: Contact) -> None:
         """TICKET_COUNT, as the README's query has it: the greatest of owned, created and reported works."""
-
         listings = await together(*(self.api.objects[name].load(contact.id) for name in ROLES.values()))
         contact.tickets = max(len(listing.items) for listing in listings)
         self.counted += 1
@@ -4996,22 +4985,8 @@ class ContactExporter:
         """How far it is, what it has cost, and what it waits for."""
         counted = f"tickets of {self.counted:,} of {len(self.rows):,} counted" if self.rows else ""
         requests = plural(sum(self.api.requests.values()), "request")
-        return ", ".join(
-            filter(None, [f"{plural(self.read, 'contact')} read", counted, requests, describe_wait(self.api.scheduler)])
-        )
-
-
-def guard_cell(cell: str) -> str:
-    """Return a cell that no spreadsheet takes for a formula; `cell_text` reads it back."""
-    return f"'{cell}" if re.match(r"'*[=+\-@\t\r]", cell) else cell
-
-
-def csv_chunks(contacts: Iterable[Contact]) -> Iterator[bytes]:
-    """A CSV of contacts, line by line, with a byte order mark, so that a spreadsheet shows it right."""
-    yield ("\ufeff" + csv_line(*COLUMNS.values()) + "\n").encode("utf-8")
-    for contact in contacts:
-        cells = (guard_cell(str(getattr(contact, name))) for name in COLUMNS)
-        yield (csv_line(*cells) + "\n").encode("utf-8", "backslashreplace")
+        words = (f"{plural(self.read, 'contact')} read", counted, requests, describe_wait(self.api.scheduler))
+        return ", ".join(filter(None, words))
 
 
 def is_taken(path: Path) -> bool:
@@ -6583,7 +6558,8 @@ def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimat
 
     The export has the greatest of three counts, and no conversations: a third more works than that and one
     conversation for every other contact are assumed. Seconds are what the requests take under the client-side rate
-    limit or at 0.2 s each over the workers, whichever is more.
+    limit, where none is set under the one that holds until DevRev announces a quota, or at 0.2 s each over the workers,
+    whichever is more.
     """
     pairs = contacts = tickets = 0
     requests = 4 * sum(pair.state in UNFINISHED for pair in plan.pairs())  # their backups are made
@@ -6596,7 +6572,8 @@ def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimat
     requests += 10 * -(-pairs // ContactMerger.BATCH) + tickets // 20 + 2 * bool(pairs)
     if with_timelines:
         requests += tickets * 13 // 10 + contacts // 2
-    calls, period = settings.calls or 0, settings.period
+    unannounced = settings.calls is None
+    calls, period = RequestScheduler.UNANNOUNCED if unannounced else (settings.calls or 0, settings.period)
     least = seconds_in_windows(requests, calls, period, calls, period) if calls else 0.0
     return Estimate(requests, max(least, requests * 0.2 / settings.workers))
 
@@ -6848,19 +6825,17 @@ def plan_chunks(
     plan: Plan, facts: Json, earlier: Sequence[Pair], live: Optional[Sequence[Json]] = None
 ) -> Iterator[bytes]:
     """Return the plan as JSON, for `--preview --json`."""
-
-    def entry(pair: Pair) -> Json:
-        return {
+    pairs = (
+        {
             "email": pair.email,
             "primary": contact_entry(pair.primary, "external_ref"),
             "duplicate": contact_entry(pair.duplicate, "external_ref"),
             "new_external_ref": pair.new_ref,
         }
-
-    lists: Dict[str, Iterable[Json]] = {
-        "pairs": (entry(pair) for pair in plan.pairs() if pair.state is State.PLANNED),
-        "to_finish": (merge_entry(pair, plan.ids) for pair in earlier),
-    }
+        for pair in plan.pairs()
+        if pair.state is State.PLANNED
+    )
+    lists: Dict[str, Iterable[Json]] = {"pairs": pairs, "to_finish": (merge_entry(one, plan.ids) for one in earlier)}
     lists.update({"live": live} if live is not None else {})
     return report_chunks({"schema": SCHEMA, "summary": facts}, {**lists, **beside_pairs(plan)})
 
@@ -6869,10 +6844,8 @@ def show_plan(plan: Plan, facts: Json, console: Console, cost: str, earlier: Seq
     """Print what a run would do, so that a person can sign it."""
     if not console.quiet:
         _show_pairs(plan, console)
-        blocks = (earlier_lines(earlier), choice_lines(plan), warning_lines(plan), look_alike_lines(plan))
-        skips = (skip_lines(plan, code) for code in SKIP_REASONS)
-        for lines in chain(blocks, [invalid_lines(plan)], skips):
-            print_lines(console, lines)
+        for title, lines in chain(_plan_lists(plan, earlier), (_skip_list(plan, code) for code in SKIP_REASONS)):
+            print_list(console, title, lines)
     counts = [f"{plural(plan.contacts_read, 'contact')} read", plural(len(plan.invalid_rows), "invalid row")]
     counts += [f"{plural(len(plan.look_alikes), 'group')} of look-alikes"] if plan.look_alikes else []
     console.print(", ".join(filter(None, [*counts, plan.others_line()])))
@@ -6887,14 +6860,18 @@ def show_plan(plan: Plan, facts: Json, console: Console, cost: str, earlier: Seq
     console.print(what + more, "bold")
 
 
-def print_lines(console: Console, lines: Iterable[str]) -> None:
-    """A block: its first line stands out, an empty one follows."""
-    style = "bold"
-    for line in lines:
-        console.print(line, style)
-        style = ""
-    if not style:
+def print_list(console: Console, title: str, lines: Sequence[str]) -> None:
+    """Print a title that stands out, the lines under it, and an empty line; nothing where there are no lines."""
+    if lines:
+        console.print(title, "bold")
+        for line in lines:
+            console.print(f"  {line}")
         console.print()
+
+
+def first_twenty(lines: Sequence[str]) -> List[str]:
+    more = len(lines) - 20
+    return [*lines[:20], f"and {more:,} more (--json has them all)"] if more > 0 else list(lines)
 
 
 def names_of(pair: Pair) -> str:
@@ -6908,47 +6885,38 @@ def describe_pair(pair: Pair) -> str:
     return f"{names_of(pair)} <{pair.email}>: {into(pair)}{becomes}"
 
 
-def earlier_lines(pairs: Sequence[Pair]) -> Iterator[str]:
-    """What a run takes over from earlier runs, beside the plan."""
-    if pairs:
-        yield f"TO FINISH FIRST, from earlier runs: {plural(len(pairs), 'pair')}"
-    for words in some([f"{describe_pair(pair)} ({SO_FAR[pair.state]})" for pair in pairs], 20):
-        yield f"  {words}"
-
-
-def choice_lines(plan: Plan) -> Iterator[str]:
-    """What the choices come to: which reference stays and which are lost."""
-    if plan.chosen:
-        yield f"CHOICES: {plural(len(plan.chosen), 'group')}"
+def _plan_lists(plan: Plan, earlier: Sequence[Pair]) -> Iterator[Tuple[str, List[str]]]:
+    """What a person should read beside the pairs and the skipped groups: titles with their lines."""
+    title = f"TO FINISH FIRST, from earlier runs: {plural(len(earlier), 'pair')}"
+    yield title, first_twenty([f"{describe_pair(pair)} ({SO_FAR[pair.state]})" for pair in earlier])
+    choices: List[str] = []
     for group in plan.chosen:
-        yield f"  {group.email} keeps {group.chosen}"
-        for contact in group.lost_refs():
-            yield f"    lost: {contact.external_ref} ({describe_contact(contact)}): its account has no contact then"
-
-
-def warning_lines(plan: Plan) -> Iterator[str]:
-    """What a person should check before groups are merged, twenty lines of each kind at most."""
-    by_code: Dict[str, List[str]] = collections.defaultdict(list)
-    for one in plan.warnings:
-        by_code[one["code"]].append(f"{one['email']}: {one['warning']}")
-    for code, lines in sorted(by_code.items(), key=lambda item: item[0] != "shared_mailbox"):
-        yield f"WARNING {code}: {plural(len(lines), 'group')}"
-        if code != "age_undecided":
-            yield "  a shared mailbox is not a person: after the merge one would read the others' conversations"
-        yield from (f"  {words}" for words in some(lines, 20))
-
-
-def look_alike_lines(plan: Plan) -> Iterator[str]:
-    """Addresses that are probably one, but for how they are written; they are never joined."""
-    if plan.look_alikes:
-        yield f"LOOK ALIKE, and not joined: {plural(len(plan.look_alikes), 'group')} of addresses; fix them in DevRev"
-    for one in plan.look_alikes[:20]:
+        choices.append(f"{group.email} keeps {group.chosen}")
+        for one in group.lost_refs():
+            choices.append(f"  lost: {one.external_ref} ({describe_contact(one)}): its account has no contact then")
+    yield f"CHOICES: {plural(len(plan.chosen), 'group')}", choices
+    for code in ("shared_mailbox", "names_differ", "age_undecided"):
+        lines = [f"{one['email']}: {one['warning']}" for one in plan.warnings if one["code"] == code]
+        why = ["a shared mailbox is not a person: after the merge one would read the others' conversations"]
+        why = why if lines and code != "age_undecided" else []
+        yield f"WARNING {code}: {plural(len(lines), 'group')}", [*why, *first_twenty(lines)]
+    alike: List[str] = []
+    for entry in plan.look_alikes:
         places: Dict[str, List[str]] = collections.defaultdict(list)
-        for line in one["lines"]:
+        for line in entry["lines"]:
             places[ascii(line["email"])[1:-1]].append(place_of(line["file"], line["line"], plan.files))
-        yield "  " + " and ".join(f"{email} ({', '.join(some(found))})" for email, found in places.items())
-    if len(plan.look_alikes) > 20:
-        yield f"  and {len(plan.look_alikes) - 20:,} more (--json has them all)"
+        alike.append(" and ".join(f"{email} ({', '.join(some(found))})" for email, found in places.items()))
+    title = f"LOOK ALIKE, and not joined: {plural(len(alike), 'group')} of addresses; fix them in DevRev"
+    yield title, first_twenty(alike)
+    by_code: Dict[str, List[str]] = collections.defaultdict(list)
+    for row in plan.invalid_rows:
+        email = f" ({row.email})" if row.email else ""
+        by_code[row.code].append(f"  {place_of(row.file, row.line, plan.files)}: {row.reason}{email}")
+    invalid: List[str] = []
+    for code, reasons in sorted(by_code.items(), key=lambda item: -len(item[1])):
+        invalid += [f"{INVALID_ROWS[code][0]}: {plural(len(reasons), 'row')}", *first_twenty(reasons)]
+    hint = looks_like(plan.invalid_rows)
+    yield f"LEFT OUT: {plural(len(plan.invalid_rows), 'invalid row')}" + (f"; {hint}" if hint else ""), invalid
 
 
 def describe_contact(contact: Contact) -> str:
@@ -6956,61 +6924,48 @@ def describe_contact(contact: Contact) -> str:
     return f"{contact.name}, {contact.short_id}, {plural(contact.tickets, 'ticket')}{since}"
 
 
-def invalid_lines(plan: Plan) -> Iterator[str]:
-    """The rows that are left out, grouped by reason; twenty lines of each reason at most."""
-    if not plan.invalid_rows:
-        return
-    hint = looks_like(plan.invalid_rows)
-    yield f"LEFT OUT: {plural(len(plan.invalid_rows), 'invalid row')}" + (f"; {hint}" if hint else "")
-    by_code: Dict[str, List[InvalidRow]] = collections.defaultdict(list)
-    for row in plan.invalid_rows:
-        by_code[row.code].append(row)
-    for code, rows in sorted(by_code.items(), key=lambda item: -len(item[1])):
-        yield f"  {INVALID_ROWS[code][0]}: {plural(len(rows), 'row')}"
-        for row in rows[:20]:
-            yield f"    {place_of(row.file, row.line, plan.files)}: {row.reason}" + (
-                f" ({row.email})" if row.email else ""
-            )
-        if len(rows) > 20:
-            yield f"    and {len(rows) - 20:,} more (--json has them all)"
-
-
-def skip_lines(plan: Plan, code: str) -> Iterator[str]:
+def _skip_list(plan: Plan, code: str) -> Tuple[str, List[str]]:
     """The groups that are skipped for one reason, with the lines of which one would go into a file of choices."""
-    skips = [skipped_group for skipped_group in plan.skipped if skipped_group.code == code]
-    if not skips:
-        return
-    yield f"SKIPPED {code}: {plural(len(skips), 'group')}"
-    reason, advice = skip_words(code)
-    yield f"  why: {reason}"
-    yield f"  what to do: {advice}"
-    lines: Dict[str, List[str]] = collections.defaultdict(list)
+    skips = [skip for skip in plan.skipped if skip.code == code]
+    meaning, advice = skip_words(code)
+    lines = [f"why: {meaning}", f"what to do: {advice}"] if skips else []
+    places: Dict[str, List[str]] = collections.defaultdict(list)
     for row in plan.invalid_rows if code == "invalid_row" else ():
         where = str(row.line) if plan.files == 1 else place_of(row.file, row.line, plan.files)
-        lines[email_key(row.email or "")].append(where)
-    for skipped_group in skips:
-        choices = list(skipped_group.choice_lines().items())
-        size = plural(len(skipped_group.contacts), "contact")
+        places[email_key(row.email or "")].append(where)
+    for skip in skips:
+        size, choices = plural(len(skip.contacts), "contact"), list(skip.choice_lines().items())
         if choices:
-            yield f"  {skipped_group.email}, {size}; a line for --choices (EMAIL,EXTERNAL_REF):"
+            lines.append(f"{skip.email}, {size}; a line for --choices (EMAIL,EXTERNAL_REF):")
             for line, contact in choices[:6]:
-                yield f"    {describe_contact(contact)}"
-                yield f"      {line}"
-            yield from [f"    and {len(choices) - 6:,} more"] if len(choices) > 6 else []
+                lines += [f"  {describe_contact(contact)}", f"    {line}"]
+            lines += [f"  and {len(choices) - 6:,} more"] if len(choices) > 6 else []
             continue
-        names = some([f"{one.external_ref} ({plural(one.tickets, 'ticket')})" for one in skipped_group.contacts], 6)
-        places = some(lines[skipped_group.email], 20) if code == "invalid_row" else []
-        word = f"line{'s' * (len(places) > 1)} " if plan.files == 1 else ""
-        where = f" ({word}{', '.join(places)})" if places else ""
-        where = f", {size}" if code == "shared_mailbox" else where
-        yield f"  {skipped_group.email}{where}: {', '.join(names)}"
+        ranked = sorted(skip.contacts, key=lambda one: -one.tickets)
+        names = some([f"{one.external_ref} ({plural(one.tickets, 'ticket')})" for one in ranked], 6)
+        rows = some(places[skip.email], 20) if code == "invalid_row" else []
+        word = f"line{'s' * (len(rows) > 1)} " if plan.files == 1 else ""
+        where = f" ({word}{', '.join(rows)})" if rows else f", {size}" if code == "shared_mailbox" else ""
+        lines.append(f"{skip.email}{where}: {', '.join(names)}")
+    return f"SKIPPED {code}: {plural(len(skips), 'group')}", lines
 
 
 def _show_pairs(plan: Plan, console: Console) -> None:
     """Print the pairs as a table; a row that is much longer than most, or does not fit the terminal, on lines of its
     own."""
     head = ("EMAIL", "PRIMARY", "TICKETS", console.arrow, "DUPLICATE", "TICKETS", "REFERENCE", "NAME")
-    rows = [_pair_cells(pair, console) for pair in plan.pairs() if pair.state is State.PLANNED]
+    rows: List[Tuple[str, ...]] = []
+    for pair in plan.pairs():
+        if pair.state is State.PLANNED:
+            # The reference tells which contact it is; the id, where it is another, is what DevRev is searched by.
+            primary, duplicate = (
+                " ".join(dict.fromkeys((one.external_ref, one.short_id))) for one in (pair.primary, pair.duplicate)
+            )
+            cells = (
+                pair.email, primary, str(pair.primary.tickets), console.arrow, duplicate, str(pair.duplicate.tickets),
+                "moves" if pair.new_ref else "unchanged", names_of(pair),
+            )  # fmt: skip
+            rows.append(tuple(map(console.sanitize, cells)))
     if not rows:
         return
     # One long address must not take the table from all the others: a column is as wide as nine of ten cells need.
@@ -7032,18 +6987,6 @@ def _show_pairs(plan: Plan, console: Console) -> None:
             text += (form if fits else lines) % row + "\n"
         console.stream(text)
     console.print()
-
-
-def _pair_cells(pair: Pair, console: Console) -> Tuple[str, ...]:
-    # The reference tells which contact it is; the id, where it is another, is what DevRev is searched by.
-    primary, duplicate = (
-        " ".join(dict.fromkeys((one.external_ref, one.short_id))) for one in (pair.primary, pair.duplicate)
-    )
-    cells = (
-        pair.email, primary, str(pair.primary.tickets), console.arrow, duplicate, str(pair.duplicate.tickets),
-        "moves" if pair.new_ref else "unchanged", names_of(pair),
-    )  # fmt: skip
-    return tuple(map(console.sanitize, cells))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -7652,19 +7595,27 @@ def _apply_limit(plan: Plan, limit: int, console: Console) -> None:
 
 
 def write_choices_template(run: RunContext) -> int:
-    """Write a file for --choices with every contact that could be kept; returns the exit code."""
+    """Write a file for --choices, a line for each contact that may be kept of the skipped groups; return the exit code.
+
+    The further columns are there to decide by, and are ignored when it is read.
+    """
     path, show = run.options.choices_template, run.console.print
     plan = make_plan(run, open_savepoint(run, readonly=True))
     groups = [group for group in plan.skipped if group.choice_lines()]
+    columns = ("EMAIL", "EXTERNAL_REF", "DISPLAY_NAME", "TICKET_COUNT", "CREATED_AT", "REV_USER_ID", "CONTACTS")
+    rows = [
+        (group.email, one.external_ref, one.name, str(one.tickets), one.created, one.id, str(len(group.contacts)))
+        for group in groups
+        for one in group.choice_lines().values()
+    ]
     try:
         if is_taken(path):
             raise FileExistsError(str(path))
-        write_new_file(run.environment, path, choices_template(groups))
+        write_new_file(run.environment, path, csv_chunks(columns, rows))
     except OSError as error:
         why = TAKEN if isinstance(error, FileExistsError) else f"can't be written: {error.strerror or error}"
         raise FatalError(EXIT_USAGE, f"{path} {why}") from None
-    lines = sum(len(group.choice_lines()) for group in groups)
-    show(f"{plural(lines, 'line')} of {plural(len(groups), 'group')} written to {path}", "good")
+    show(f"{plural(len(rows), 'line')} of {plural(len(groups), 'group')} written to {path}", "good")
     if groups:
         show(f"next     cut it down to one line a group, then --choices {path} --preview")
     shared = sum(group.code == "shared_mailbox" for group in plan.skipped)
@@ -7691,12 +7642,9 @@ def preview(run: RunContext) -> int:
         run.console.json(plan_chunks(plan, facts, earlier, live))
         return EXIT_OK
     if live is not None:
-        lines = [
-            f"  {one['code'] or 'ready'}  {one['email']}" + f": {one['reason']}" * bool(one["code"]) for one in live
-        ]
+        lines = [f"{one['code'] or 'ready'}  {one['email']}" + f": {one['reason']}" * bool(one["code"]) for one in live]
         total = ", ".join(f"{count:,} {code}" for code, count in sorted(counts.items())) or "none"
-        head = f"COMPARED WITH DEVREV: {plural(len(live), 'group')}"
-        print_lines(run.console, [head, *lines, f"  in all: {total}"])
+        print_list(run.console, f"COMPARED WITH DEVREV: {plural(len(live), 'group')}", [*lines, f"in all: {total}"])
     show_plan(plan, facts, run.console, f"{cost} {run.describe_rate()}", earlier)
     if (
         not (facts["pairs_to_merge"] or facts["pairs_to_finish"])
@@ -8199,7 +8147,7 @@ async def _export(run: RunContext, path: Path, spool: BinaryIO) -> int:
     finally:
         ticking.cancel()
         console.status("")
-    write_new_file(run.environment, path, csv_chunks(contacts))
+    write_new_file(run.environment, path, csv_chunks(COLUMNS.values(), (map(str, astuple(one)) for one in contacts)))
     emails, rows, requests = len({one.key for one in exporter.rows}), len(exporter.rows), sum(api.requests.values())
     console.print(f"exported {plural(rows, 'contact')} of {plural(emails, 'email')} that recur, to {path}", "good")
     console.print(f"read     {plural(exporter.read, 'contact')}")
