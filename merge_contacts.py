@@ -7435,7 +7435,8 @@ class RunContext:
     def describe_rate(self) -> str:
         """How fast requests may be sent, in words."""
         if self.settings.calls is None:
-            return "at the rate that DevRev allows"
+            calls, period = RequestScheduler.UNANNOUNCED
+            return f"at {calls} requests in {period:g} s until DevRev announces a quota"
         if not self.settings.calls:
             return "without a client-side limit"
         return f"at {self.settings.calls} requests in {self.settings.period:g} s"
@@ -8300,7 +8301,10 @@ async def check(run: RunContext) -> int:
     if known:
         for name in READS:
             await report(name, _check_read(api, name, seen))
-        notes.append(f"quota: {describe_wait(api.scheduler) or 'DevRev has announced none'}, {run.describe_rate()}")
+        limit, left = api.scheduler.client_limit, describe_wait(api.scheduler)
+        words = f"the client-side rate limit is {limit.calls} requests in {limit.period:g} s" if limit else ""
+        words = words or "there is no client-side rate limit"
+        notes.append(f"quota: {left or 'DevRev has not announced one yet'}; {words}")
     await report("savepoint", lambda: _check_savepoint(run))
     await report("disk", _check_disk)
     notes.append("only a merge shows whether the token may merge (rev_user:all): merge one pair first, --limit 1")
