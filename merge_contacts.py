@@ -849,10 +849,8 @@ def check_user_prefix(text: str) -> str:
     could be of both kinds."""
     prefix = text.strip() or "user_"
     if prefix.startswith(Contact.SYSTEM_PREFIX) or Contact.SYSTEM_PREFIX.startswith(prefix):
-        words = (
-            f"DEVREV_USER_REF_PREFIX {prefix} overlaps with {Contact.SYSTEM_PREFIX}: name the application's own prefix"
-        )
-        raise FatalError(EXIT_USAGE, words)
+        words = f"DEVREV_USER_REF_PREFIX {prefix} overlaps with {Contact.SYSTEM_PREFIX}"
+        raise FatalError(EXIT_USAGE, f"{words}: name the application's own prefix")
     return prefix
 
 
@@ -1496,14 +1494,11 @@ def different_names(email: str, contacts: Sequence[Contact]) -> List[str]:
         return []
     names: Dict[FrozenSet[str], str] = {}
     for contact in contacts:
+        useless = {"", email.casefold(), email.rpartition("@")[0].casefold(), contact.short_id.casefold()}
         for name in (contact.display_name.strip(), contact.full_name.strip()):
-            folded = name.casefold()
-            if folded and folded not in (
-                email.casefold(),
-                email.rpartition("@")[0].casefold(),
-                contact.short_id.casefold(),
-            ):
-                names.setdefault(frozenset(re.findall(r"\w+", unicodedata.normalize("NFKC", folded))), name)
+            if name.casefold() not in useless:
+                words = re.findall(r"\w+", unicodedata.normalize("NFKC", name.casefold()))
+                names.setdefault(frozenset(words), name)
                 break
     keys = list(names)
     differ = any(not (one <= other or other <= one) for index, one in enumerate(keys) for other in keys[:index])
@@ -1901,52 +1896,44 @@ def check_live(
     `live` maps the ids of the group's contacts to rev_users, `listed` are the rev_users that DevRev lists for its
     addresses, `unverified` the ids that are known to be unverified (None where nothing is known).
     """
-    primary, dropped = group.primary, dropped_pairs(group, live, across_workspaces)
-    gone = {one.pair.ids for one in dropped}
-    pairs = [pair for pair in group.pending() if pair.ids not in gone]
-    moved = [one.pair.new_ref for one in dropped if one.code == "already_merged"]
-    errors = [live_contact_error(primary, live.get(primary.id), (moved and moved[0]) or group.primary_ref())]
+    primary, there = group.primary, live.get(group.primary.id)
     # A contact's own answer counts; where it does not say, the list of those that are unverified does.
     verified = {identity: (user or {}).get("is_verified") for identity, user in live.items()}
     verified.update({one: False for one in unverified or () if not isinstance(verified.get(one), bool)})
-    for pair in pairs:
-        duplicate = live.get(pair.duplicate.id)
+    errors: List[Optional[PairError]] = []
+    dropped: List[Dropped] = []
+    for pair in group.pending():
+        duplicate, name = live.get(pair.duplicate.id), pair.duplicate.short_id
+        orgs = {rev_org_id(user) for user in (there, duplicate) if user} - {None}  # one without conflicts with nothing
+        orgs_differ = len(orgs) > 1 and not across_workspaces
+        if pair.state is State.PLANNED and not pair.first_requested_at:
+            # What was never requested may leave the group, if the others can go on without it.
+            code, words = "", ""
+            if is_gone(duplicate) and not pair.new_ref:
+                code, words = "already_gone", f"{name} no longer exists in DevRev"
+            elif is_gone(duplicate) and there and not is_gone(there) and there.get("external_ref") == pair.new_ref:
+                why = f"by a run in another folder? The primary has {pair.new_ref}"
+                code, words = "already_merged", f"{into(pair)} looks merged already, {why}"
+            elif orgs_differ and not pair.new_ref:
+                why = f"belongs to another workspace (rev org) than {primary.short_id}"
+                code, words = "different_rev_org", f"{name} {why}"
+            if code:
+                dropped.append(Dropped(pair, code, words))
+                continue
         errors.append(live_contact_error(pair.duplicate, duplicate, pair.duplicate.external_ref))
-        if duplicate and pair.new_ref and not across_workspaces and orgs_differ(live.get(primary.id), duplicate):
+        if orgs_differ and pair.new_ref:
             words = f"{into(pair)}: they belong to different workspaces (rev orgs), and {pair.new_ref} has to move"
             errors.append(PairError("different_rev_org", words))
         is_unverified = {identity: verified.get(identity) is False for identity in pair.ids}
         if is_unverified[pair.duplicate.id] and not is_unverified[primary.id] and not try_unverified:
             words = f"{into(pair)}: DevRev does not merge an unverified contact into a verified one"
             errors.append(PairError("unverified", f"{words} (--try-unverified requests it all the same)"))
-    errors.append(live_group_error(group, live, listed) if pairs else None)
+    if errors:
+        errors.append(live_group_error(group, live, listed))
+    moved = next((one.pair.new_ref for one in dropped if one.code == "already_merged"), None)
+    errors.insert(0, live_contact_error(primary, there, moved or group.primary_ref()))
     found = sorted((error for error in errors if error), key=lambda error: LIVE_CODES.index(error.code))
     return LiveCheck(found[0]) if found else LiveCheck(None, tuple(dropped))
-
-
-def dropped_pairs(group: Group, live: Mapping[str, Optional[Json]], across_workspaces: bool) -> List[Dropped]:
-    """The pairs of a group that are none any more and keep the others from nothing."""
-    dropped: List[Dropped] = []
-    primary = live.get(group.primary.id)
-    for pair in group.pending():
-        duplicate = live.get(pair.duplicate.id)
-        name, never_requested = pair.duplicate.short_id, pair.state is State.PLANNED and not pair.first_requested_at
-        if is_gone(duplicate) and never_requested:
-            if not pair.new_ref:
-                dropped.append(Dropped(pair, "already_gone", f"{name} no longer exists in DevRev"))
-            elif primary and not is_gone(primary) and primary.get("external_ref") == pair.new_ref:
-                words = f"{into(pair)} looks merged already, by a run in another folder? The primary has {pair.new_ref}"
-                dropped.append(Dropped(pair, "already_merged", words))
-        elif never_requested and not pair.new_ref and not across_workspaces and orgs_differ(primary, duplicate):
-            words = f"{name} belongs to another workspace (rev org) than {pair.primary.short_id}"
-            dropped.append(Dropped(pair, "different_rev_org", words))
-    return dropped
-
-
-def orgs_differ(one: Optional[Json], other: Optional[Json]) -> bool:
-    """Whether two contacts belong to different rev orgs; one without a rev org conflicts with nothing."""
-    orgs = {rev_org_id(user) for user in (one, other) if user}
-    return len(orgs - {None}) > 1
 
 
 def live_group_error(group: Group, live: Mapping[str, Optional[Json]], listed: Iterable[Json]) -> Optional[PairError]:
