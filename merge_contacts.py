@@ -795,16 +795,9 @@ class Contact:
     def from_cells(cls, cells: Sequence[str]) -> "Contact":
         """Make a contact of cells without an error, in the order of COLUMNS."""
         identity, display_name, email, external_ref, full_name, tickets, created, updated = cells
-        return cls(
-            id=trimmed_text(identity),
-            display_name=cell_text(display_name),
-            email=trimmed_text(email),
-            external_ref=trimmed_text(external_ref),
-            full_name=cell_text(full_name),
-            tickets=parse_count(tickets) or 0,
-            created=trimmed_text(created),
-            updated=cell_text(updated),
-        )
+        identity, email, external_ref, created = map(trimmed_text, (identity, email, external_ref, created))
+        display_name, full_name, updated = map(cell_text, (display_name, full_name, updated))
+        return cls(identity, display_name, email, external_ref, full_name, parse_count(tickets) or 0, created, updated)
 
     def to_json(self) -> Json:
         return {name: getattr(self, name) for name in COLUMNS}
@@ -886,30 +879,15 @@ class InvalidRow(NamedTuple):
     email: Optional[str]
 
 
-# What is wrong with a row, and what a file probably is whose invalid rows nearly all have that reason.
+# What is wrong with a row, and what a file looks like whose invalid rows nearly all have that reason.
 INVALID_ROWS = {
-    "fields": (
-        "the number of fields differs from the header's",
-        "this looks like unquoted commas or line breaks in names: export with quoted fields",
-    ),
-    "nul": ("a NUL character", "this looks like a damaged file: export again"),
-    "stray_quote": (
-        "a quoted field holds other rows",
-        "this looks like quotes that are not doubled: export with quoted fields",
-    ),
-    "empty": (
-        "an empty id, address or reference",
-        "this looks like an export with contacts that have no email or reference: leave them out of it",
-    ),
-    "email": ("not one plain address", "this looks like a column that holds something else than addresses"),
-    "count": (
-        "not a count",
-        "this looks like numbers that a spreadsheet or a locale has formatted: export plain whole numbers",
-    ),
-    "conflict": (
-        "one id with different data",
-        "this looks like a history table, with a row for each state: export each contact's current state",
-    ),
+    "fields": ("not as many fields as the header", "names with commas and no quotes: export with quoted fields"),
+    "nul": ("a NUL character", "a damaged file: export again"),
+    "stray_quote": ("a quoted field holds other rows", "quotes that are not doubled: export with quoted fields"),
+    "empty": ("an empty id, address or reference", "contacts that have no email or reference: leave them out"),
+    "email": ("not one plain address", "a column that holds something else than addresses"),
+    "count": ("not a count", "numbers that a spreadsheet or a locale has formatted: export plain whole numbers"),
+    "conflict": ("one id with different data", "a history table: export each contact once, in its current state"),
 }
 
 
@@ -920,7 +898,7 @@ def looks_like(rows: Sequence[InvalidRow]) -> str:
         return ""
     if code == "email" and sum((row.email or "").casefold() in _NULL_WORDS for row in rows) > count / 2:
         return "this looks like an unload that writes a word for NULL: leave out contacts without an email"
-    return INVALID_ROWS[code][1]
+    return f"this looks like {INVALID_ROWS[code][1]}"
 
 
 @dataclass
@@ -1063,18 +1041,15 @@ FOREIGN_FILES = (
     (rb"BZh[1-9]1AY", f"a bzip2 archive, {_UNPACK}"),
     (rb"\xfd7zXZ\0", f"an xz archive, {_UNPACK}"),
     (rb"\x28\xb5\x2f\xfd", f"a Zstandard archive, {_UNPACK}"),
-    (rb"7z\xbc\xaf\x27\x1c", f"a 7-Zip archive, {_UNPACK}"),
-    (rb"Rar!\x1a\x07", f"a RAR archive, {_UNPACK}"),
     (rb".{257}ustar", f"a tar archive, {_UNPACK}"),
     (rb"PAR1", f"a Parquet file, {_EXPORT}"),
     (rb"ORC[^\w,\"; \t]", f"an ORC file, {_EXPORT}"),
     (rb"Obj\x01", f"an Avro file, {_EXPORT}"),
-    (rb"ARROW1|FEA1", f"an Arrow file, {_EXPORT}"),
     (rb"SQLite format 3\0", f"an SQLite database, {_EXPORT}"),
     (rb"%PDF-", f"a PDF, {_EXPORT}"),
     (rb"\xff\xfe\0\0|\0\0\xfe\xff|\0\0\0[^\0]|[^\0]\0\0\0", "UTF-32; export the CSV as UTF-8"),
     (rb"\xff\xfe|\xfe\xff|\0[^\0]\0|[^\0]\0[^\0]\0", "UTF-16; export the CSV as UTF-8"),
-    (rb".{0,3}\0", "a binary file, not a CSV"),
+    (rb".{0,7}\0", "a binary file, not a CSV"),
     (rb"(\xef\xbb\xbf)?\s*(<!doctype html|<html)", "a web page (HTML), not a CSV; was the download a login page?"),
     (rb"(\xef\xbb\xbf)?\s*<", f"XML, {_EXPORT}"),
     (rb"(\xef\xbb\xbf)?\s*[\[{]", f"JSON, {_EXPORT}"),
@@ -1618,10 +1593,8 @@ def read_choices(path: Path) -> Dict[str, str]:
             if not key or not reference:
                 raise FatalError(EXIT_USAGE, f"line {line}: empty {'EXTERNAL_REF' if key else 'EMAIL'}")
             if key in choices:
-                words = (
-                    f"a second choice for {key} (the first: line {lines[key]}); cut the file down to one line a group"
-                )
-                raise FatalError(EXIT_USAGE, f"line {line}: {words}")
+                words = f"a second choice for {key} (the first: line {lines[key]})"
+                raise FatalError(EXIT_USAGE, f"line {line}: {words}; cut the file down to one line a group")
             choices[key], lines[key] = reference, line
     return choices
 
@@ -6548,15 +6521,13 @@ def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimat
     limit, where none is set under the one that holds until DevRev announces a quota, or at 0.2 s each over the workers,
     whichever is more.
     """
-    pairs = contacts = tickets = 0
-    requests = 4 * sum(pair.state in UNFINISHED for pair in plan.pairs())  # their backups are made
-    for group in plan.groups:
-        left = [pair for pair in group.pairs if pair.state is State.PLANNED]
-        pairs += len(left)
-        contacts += len(left) + bool(left)
-        tickets += sum(pair.duplicate.tickets for pair in left) + (group.primary.tickets if left else 0)
-        requests += sum(2 + bool(pair.new_ref) for pair in left)
-    requests += 10 * -(-pairs // ContactMerger.BATCH) + tickets // 20 + 2 * bool(pairs)
+    left = [pair for pair in plan.pairs() if pair.state is State.PLANNED]
+    primaries = {pair.primary.id: pair.primary.tickets for pair in left}
+    contacts = len(left) + len(primaries)
+    tickets = sum(pair.duplicate.tickets for pair in left) + sum(primaries.values())
+    requests = sum(2 + bool(pair.new_ref) for pair in left) + 10 * -(-len(left) // ContactMerger.BATCH)
+    requests += 4 * sum(pair.state in UNFINISHED for pair in plan.pairs())  # their backups are made
+    requests += tickets // 20 + 2 * bool(left)
     if with_timelines:
         requests += tickets * 13 // 10 + contacts // 2
     unannounced = settings.calls is None
@@ -7597,8 +7568,6 @@ def write_choices_template(run: RunContext) -> int:
         for one in group.choice_lines().values()
     ]
     try:
-        if is_taken(path):
-            raise FileExistsError(str(path))
         write_new_file(run.environment, path, csv_chunks(columns, rows))
     except OSError as error:
         why = TAKEN if isinstance(error, FileExistsError) else f"can't be written: {error.strerror or error}"
