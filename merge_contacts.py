@@ -92,7 +92,7 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
 from itertools import chain, combinations, compress
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import (
     Any,
@@ -998,13 +998,9 @@ def open_table(path: Path, wanted: Iterable[str], before: Optional[FileIdentity]
         if not stat.S_ISREG(mode):
             what = "a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file, and it has to be read twice"
             raise FatalError(EXIT_USAGE, what)
+        identity = attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns")
         with open(path, "rb", buffering=0) as raw:
-
-            def identity() -> FileIdentity:
-                found = os.fstat(raw.fileno())
-                return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-            opened = identity()
+            opened = identity(os.fstat(raw.fileno()))
             changed = FatalError(EXIT_USAGE, "changed while it was being read; wait for the export to finish")
             if before and opened != before:
                 raise changed
@@ -1013,7 +1009,7 @@ def open_table(path: Path, wanted: Iterable[str], before: Optional[FileIdentity]
                 table.read_header(wanted)
                 yield table
             finally:
-                if identity() != opened:
+                if identity(os.fstat(raw.fileno())) != opened:
                     raise changed
     except (EOFError, zlib.error, gzip.BadGzipFile):
         raise FatalError(EXIT_USAGE, f"{path}: the gzip file is cut off or damaged; fetch it again") from None
@@ -1720,14 +1716,13 @@ def detect(contents: CsvContents, choices: Mapping[str, str] = {}, primary: str 
 
 
 def classify_group(
-    email: str, contacts: Iterable[Contact], broken: bool = False, choice: str = "", primary: str = "revu"
+    email: str, contacts: Sequence[Contact], broken: bool = False, choice: str = "", primary: str = "revu"
 ) -> Union[Group, SkippedGroup, None]:
     """Decide what becomes of the contacts of one email: a group to merge, a skip with its reason, or nothing.
 
     `primary` says which contact remains where there is one of each kind, the system-made `revu` or the application's
     `user`. Raises PairError where `choice`, a reference, is not that of one contact that may be kept.
     """
-    contacts = list(contacts)
     users, _ = rank([contact for contact in contacts if contact.is_user])
     system, undecided = rank([contact for contact in contacts if contact.is_system])
     if broken:
@@ -7603,11 +7598,8 @@ def preview(run: RunContext) -> int:
         total = ", ".join(f"{count:,} {code}" for code, count in sorted(counts.items())) or "none"
         print_list(run.console, f"COMPARED WITH DEVREV: {plural(len(live), 'group')}", [*lines, f"in all: {total}"])
     show_plan(plan, facts, run.console, f"{cost} {run.describe_rate()}", earlier)
-    if (
-        not (facts["pairs_to_merge"] or facts["pairs_to_finish"])
-        or facts.get("live_refused")
-        or facts.get("live_ready") == 0
-    ):
+    has_work = facts["pairs_to_merge"] or facts["pairs_to_finish"]
+    if not has_work or facts.get("live_refused") or facts.get("live_ready") == 0:
         return EXIT_OK
     shown = ("preview", "live", "plan", "limit")
     if run.settings.token:
