@@ -881,7 +881,7 @@ class InvalidRow(NamedTuple):
 
 # What is wrong with a row, and what a file looks like whose invalid rows nearly all have that reason.
 INVALID_ROWS = {
-    "fields": ("not as many fields as the header", "names with commas and no quotes: export with quoted fields"),
+    "fields": ("not as many fields as the header", "commas or line breaks without quotes: export with quoted fields"),
     "nul": ("a NUL character", "a damaged file: export again"),
     "stray_quote": ("a quoted field holds other rows", "quotes that are not doubled: export with quoted fields"),
     "empty": ("an empty id, address or reference", "contacts that have no email or reference: leave them out"),
@@ -1147,7 +1147,11 @@ def _check_rows(
         ):  # fmt: skip
             code, reason = row_error(row, width, places)
             if code:
-                _leave_out(row, InvalidRow(file, line, code, reason, None), places["email"], contents)
+                if row:  # a blank line is nothing
+                    email = trimmed_text(row[places["email"]]) if places["email"] < len(row) else ""
+                    email = email.replace(_NUL_MARK, "")[:320]
+                    contents.invalid_rows.append(InvalidRow(file, line, code, reason, email or None))
+                    contents.emails_in_invalid_rows.update(loose_keys_in(row))
                 add_key(-1)
                 add_id(-1)
                 continue
@@ -1184,19 +1188,13 @@ def row_error(row: Sequence[str], width: int, places: Mapping[str, int]) -> Tupl
     return "", ""
 
 
-def _leave_out(row: Sequence[str], invalid: InvalidRow, place: int, contents: CsvContents) -> None:
-    """Leave a row out, and with it all groups whose email stands in any of its fields; a blank row is nothing."""
-    if not row:
-        return
-    email = trimmed_text(row[place]).replace(_NUL_MARK, "") if place < len(row) else ""
-    contents.invalid_rows.append(invalid._replace(email=email[:320] or None))
-    words: Set[str] = set()
+def loose_keys_in(row: Sequence[str]) -> Iterator[str]:
+    """The loose keys of whatever may be an address in any cell of an invalid row, whose fields may be shifted."""
     for cell in row:
         if any(sign in cell for sign in _AT_SIGNS):
             text = cell.replace(_NUL_MARK, "")
-            words.update((text, trimmed_text(text), *re.split(r"[,\r\n]", text), *re.split(r"[\s,;<>\"]+", text)))
-            words.update(re.findall(r"[^\s,;\"<>()\[\]{}:|]+", text))
-    contents.emails_in_invalid_rows.update(map(loose_key, words))
+            words = {text, trimmed_text(text), *re.split(r"[,\r\n]", text), *re.split(r"[\s,;<>\"]+", text)}
+            yield from map(loose_key, words.union(re.findall(r"[^\s,;\"<>()\[\]{}:|]+", text)))
 
 
 def repeated(values: "array[int]") -> Set[int]:
