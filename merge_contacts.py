@@ -1086,7 +1086,9 @@ def read_contacts(paths: Sequence[Path], emails: Iterable[str] = ()) -> CsvConte
     contents.contacts_read = len(keys) - keys.count(-1)
     requested = chain(map(loose_key, emails), contents.emails_in_invalid_rows)
     wanted_keys, wanted_ids = repeated(keys).union(map(hash, requested)) - {-1}, repeated(ids) - {-1}
-    wanted = bytes(key in wanted_keys or one in wanted_ids for key, one in zip(keys, ids))
+    wanted = bytes(map(wanted_keys.__contains__, keys))
+    if wanted_ids:
+        wanted = bytes(key in wanted_keys or one in wanted_ids for key, one in zip(keys, ids))
     del keys, ids, wanted_keys, wanted_ids  # which are large where there are many rows
 
     def stored_rows() -> Iterator[Tuple[str, int, Contact]]:
