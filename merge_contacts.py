@@ -91,7 +91,7 @@ from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
-from itertools import accumulate, chain, compress
+from itertools import accumulate, chain, combinations, compress
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import (
@@ -754,35 +754,13 @@ class Contact:
     created: str
     updated: str
 
-    @staticmethod
-    def cells_error(identity: str, email: str, external_ref: str, tickets: str) -> Tuple[str, str]:
-        """Return the code and the words for why trimmed cells make no contact, two empty texts where they do."""
-        if not (identity and email and external_ref):
-            names = {"id": identity, "email": email, "external_ref": external_ref}
-            return "empty", "empty " + next(COLUMNS[name] for name, value in names.items() if not value)
-        local, _, domain = email.partition("@")
-        if not (local and domain) or "@" in domain or _NO_ADDRESS.search(email) or not is_visible(email):
-            return "email", f"{COLUMNS['email']} is not one plain address: {email[:80]}"
-        if identity.lower() in ("null", "\\n", "nan", "none"):  # what a warehouse writes for nothing
-            return "id", f"{COLUMNS['id']} is not a contact's id: {identity}"
-        if parse_count(tickets) is None:
-            return "count", f"{COLUMNS['tickets']} is not a count: {tickets.strip()[:40]}"
-        return "", ""
-
     @classmethod
     def from_cells(cls, cells: Sequence[str]) -> "Contact":
         """Make a contact of cells without an error, in the order of COLUMNS."""
         identity, display_name, email, external_ref, full_name, tickets, created, updated = cells
-        return cls(
-            id=trimmed_text(identity),
-            display_name=cell_text(display_name),
-            email=trimmed_text(email),
-            external_ref=trimmed_text(external_ref),
-            full_name=cell_text(full_name),
-            tickets=parse_count(tickets) or 0,
-            created=trimmed_text(created),
-            updated=cell_text(updated),
-        )
+        identity, email, external_ref, created = map(trimmed_text, (identity, email, external_ref, created))
+        display_name, full_name, updated = map(cell_text, (display_name, full_name, updated))
+        return cls(identity, display_name, email, external_ref, full_name, parse_count(tickets) or 0, created, updated)
 
     def to_json(self) -> Json:
         return {name: getattr(self, name) for name in COLUMNS}
@@ -827,10 +805,8 @@ def check_user_prefix(text: str) -> str:
     could be of both kinds."""
     prefix = text.strip() or "user_"
     if prefix.startswith(Contact.SYSTEM_PREFIX) or Contact.SYSTEM_PREFIX.startswith(prefix):
-        words = (
-            f"DEVREV_USER_REF_PREFIX {prefix} overlaps with {Contact.SYSTEM_PREFIX}: name the application's own prefix"
-        )
-        raise FatalError(EXIT_USAGE, words)
+        words = f"DEVREV_USER_REF_PREFIX {prefix} overlaps with {Contact.SYSTEM_PREFIX}"
+        raise FatalError(EXIT_USAGE, f"{words}: name the application's own prefix")
     return prefix
 
 
@@ -866,37 +842,26 @@ class InvalidRow(NamedTuple):
     email: Optional[str]
 
 
+# What is wrong with a row, and what a file looks like whose invalid rows nearly all have that reason.
 INVALID_ROWS = {
-    "fields": "the number of fields differs from the header's",
-    "nul": "a NUL character",
-    "stray_quote": "a quoted field holds other rows",
-    "empty": "an empty id, address or reference",
-    "email": "not one plain address",
-    "count": "not a count",
-    "conflict": "one id with different data",
-}
-# What a file probably is whose invalid rows nearly all have one reason.
-INVALID_FILES = {
-    "fields": "this looks like unquoted commas or line breaks in names: export with quoted fields",
-    "nul": "this looks like a damaged file: export again",
-    "stray_quote": "this looks like quotes that are not doubled: export with quoted fields",
-    "empty": "this looks like an export with contacts that have no email or reference: leave them out of it",
-    "email": "this looks like a column that holds something else than addresses",
-    "null_words": "this looks like an unload that writes a word for NULL: leave out contacts without an email",
-    "count": "this looks like numbers that a spreadsheet or a locale has formatted: export plain whole numbers",
-    "conflict": "this looks like a history table, with a row for each state: export each contact's current state",
+    "fields": ("not as many fields as the header", "commas or line breaks without quotes: export with quoted fields"),
+    "nul": ("a NUL character", "a damaged file: export again"),
+    "stray_quote": ("a quoted field holds other rows", "quotes that are not doubled: export with quoted fields"),
+    "empty": ("an empty id, address or reference", "contacts that have no email or reference: leave them out"),
+    "email": ("not one plain address", "a column that holds something else than addresses"),
+    "count": ("not a count", "numbers that a spreadsheet or a locale has formatted: export plain whole numbers"),
+    "conflict": ("one id with different data", "a history table: export each contact once, in its current state"),
 }
 
 
 def looks_like(rows: Sequence[InvalidRow]) -> str:
     """Say what a file probably is, where at least nine of ten invalid rows have one reason; else return `""`."""
-    if len(rows) < 3:
+    ((code, count),) = collections.Counter(row.code for row in rows).most_common(1) or [("", 0)]
+    if len(rows) < 3 or count < 0.9 * len(rows):
         return ""
-    ((code, count),) = collections.Counter(row.code for row in rows).most_common(1)
-    if count < 0.9 * len(rows):
-        return ""
-    words = sum((row.email or "").casefold() in _NULL_WORDS for row in rows)
-    return INVALID_FILES["null_words" if code == "email" and words > count / 2 else code]
+    if code == "email" and sum((row.email or "").casefold() in _NULL_WORDS for row in rows) > count / 2:
+        return "this looks like an unload that writes a word for NULL: leave out contacts without an email"
+    return f"this looks like {INVALID_ROWS[code][1]}"
 
 
 @dataclass
@@ -928,10 +893,17 @@ class _Bytes(io.BufferedReader):
         return data.replace(b"\0", _NUL_MARK.encode()) if self.has_nul else data
 
 
-class CsvTable:
-    """A CSV, plain or gzip, read as far as its header; yields its rows, each with the number of its last line."""
+FileIdentity = Tuple[int, ...]
 
-    def __init__(self, raw: io.FileIO, wanted: Iterable[str]) -> None:
+
+class CsvTable:
+    """A CSV, plain or gzip, that yields its rows, each with the number of its last line."""
+
+    width = 0  # fields of the header
+    places: Sequence[int] = ()  # of the wanted columns
+
+    def __init__(self, raw: io.FileIO, identity: FileIdentity) -> None:
+        self.identity = identity
         source: Any = raw
         head = raw.read(1 << 16)
         raw.seek(0)
@@ -948,79 +920,70 @@ class CsvTable:
         first = head.partition(b"\n")[0]
         self.skips_blanks = 0 < first.count(b",") == first.count(b", ")
         self.rows = self.parse(self.lines)
-        header = next((row for _, row in self if row), None)
-        if header is None:
-            raise FatalError(EXIT_USAGE, "the file is empty")
-        self.width = len(header)
-        self.places = locate_columns(header, wanted)
 
     def parse(self, lines: Iterable[str]) -> Any:
         return csv.reader(lines, strict=True, skipinitialspace=self.skips_blanks)
 
     def __iter__(self) -> Iterator[Tuple[int, List[str]]]:
-        rows = self.rows
-        try:
-            for row in rows:
-                yield rows.line_num, row
-        except csv.Error as error:
-            raise self.located(error) from None
+        return ((self.rows.line_num, row) for row in self.rows)
 
-    def located(self, error: csv.Error) -> csv.Error:
-        words = str(error) if "field limit" not in str(error) else "a cell of more than 64 MiB (an open quote?)"
-        return csv.Error(f"line {self.rows.line_num}: {words}")
-
-    def shape_error(self, row: Sequence[str]) -> Tuple[str, str]:
-        """Return the code and the words for why the fields of a row are in doubt, two empty texts where none is."""
-        if len(row) != self.width:
-            return "fields", f"{plural(len(row), 'field')} instead of {self.width}"
-        if any(_NUL_MARK in value for value in row):
-            return "nul", "a NUL character"
-        if any(value.count(",") >= self.width - 1 and ("\n" in value or "\r" in value) for value in row):
-            return "stray_quote", "a quoted field that holds other rows (a stray quote?)"
-        return "", ""
-
-
-FileIdentity = Tuple[int, ...]
+    def read_header(self, wanted: Iterable[str]) -> None:
+        """Find the wanted columns. Raises FatalError(2) naming what is missing or doubled."""
+        header = next(filter(None, self.rows), None)
+        if header is None:
+            raise FatalError(EXIT_USAGE, "the file is empty")
+        names = [name.strip().upper() for name in header]
+        if any("," in name for name in names if "\n" in name or "\r" in name):
+            raise FatalError(EXIT_USAGE, "the header holds other rows (a stray quote?)")
+        missing = [name for name in wanted if name not in names]
+        if missing:
+            found = textwrap.shorten(", ".join(names), 300, placeholder=" ...") or "none"
+            data = any("@" in name or name.startswith("DON:") for name in names)
+            hint = "; its first line is a contact: each file needs a header of its own" if data else ""
+            which = f"column{'s' * (len(missing) > 1)} {', '.join(missing)}"
+            raise FatalError(EXIT_USAGE, f"missing {which} (found: {found}){hint}")
+        doubled = [name for name in wanted if names.count(name) > 1]
+        if doubled:
+            raise FatalError(EXIT_USAGE, f"the column {doubled[0]} is there twice")
+        self.width, self.places = len(header), [names.index(name) for name in wanted]
 
 
 @contextlib.contextmanager
-def open_table(
-    path: Path, wanted: Iterable[str], before: Optional[FileIdentity] = None
-) -> Iterator[Tuple[CsvTable, FileIdentity]]:
+def open_table(path: Path, wanted: Iterable[str], before: Optional[FileIdentity] = None) -> Iterator[CsvTable]:
     """Open a CSV with the `wanted` columns. Whatever goes wrong inside becomes FatalError(2), one line with the path.
 
-    `before` is the file's identity at an earlier reading, if there was one.
+    `before` is the table's identity at an earlier reading, if there was one.
     """
     csv.field_size_limit(MAX_CELL)
+    table: Optional[CsvTable] = None
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
             what = "a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file, and it has to be read twice"
             raise FatalError(EXIT_USAGE, what)
+        identity = attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns")
         with open(path, "rb", buffering=0) as raw:
-
-            def identity() -> FileIdentity:
-                found = os.fstat(raw.fileno())
-                return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-            opened = identity()
+            opened = identity(os.fstat(raw.fileno()))
             changed = FatalError(EXIT_USAGE, "changed while it was being read; wait for the export to finish")
             if before and opened != before:
                 raise changed
             try:
-                yield CsvTable(io.FileIO(raw.fileno(), closefd=False), wanted), opened
+                table = CsvTable(io.FileIO(raw.fileno(), closefd=False), opened)
+                table.read_header(wanted)
+                yield table
             finally:
-                if identity() != opened:
+                if identity(os.fstat(raw.fileno())) != opened:
                     raise changed
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        words = f"{path}: the gzip file is cut off or damaged; fetch it again"
-        raise FatalError(EXIT_USAGE, words) from None
+        raise FatalError(EXIT_USAGE, f"{path}: the gzip file is cut off or damaged; fetch it again") from None
     except OSError as error:
         raise FatalError(EXIT_USAGE, f"{path}: can't be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise FatalError(EXIT_USAGE, f"{path}: not UTF-8 ({error.reason}); export the CSV as UTF-8") from None
     except csv.Error as error:
-        raise FatalError(EXIT_USAGE, f"{path}: not a well-formed CSV: {error}") from None
+        words = str(error) if "field limit" not in str(error) else "a cell of more than 64 MiB (an open quote?)"
+        line = table.rows.line_num if table else 0
+        raise FatalError(EXIT_USAGE, f"{path}: not a well-formed CSV: line {line}: {words}") from None
     except FatalError as stop:
         raise FatalError(stop.exit_code, f"{path}: {stop}") from None
 
@@ -1041,7 +1004,6 @@ FOREIGN_FILES = (
     (rb"Rar!\x1a\x07", f"a RAR archive, {_UNPACK}"),
     (rb"\x04\x22\x4d\x18", f"an LZ4 archive, {_UNPACK}"),
     (rb"\x1f[\x9d\xa0]", f"a compress archive, {_UNPACK}"),
-    (rb"\xff\x06\0\0sNaPpY", f"a Snappy archive, {_UNPACK}"),
     (rb".{257}ustar", f"a tar archive, {_UNPACK}"),
     (rb"PAR1", f"a Parquet file, {_EXPORT}"),
     (rb"ORC[^\w,\"; \t]", f"an ORC file, {_EXPORT}"),
@@ -1051,7 +1013,7 @@ FOREIGN_FILES = (
     (rb"%PDF-", f"a PDF, {_EXPORT}"),
     (rb"\xff\xfe\0\0|\0\0\xfe\xff|\0\0\0[^\0]|[^\0]\0\0\0", "UTF-32; export the CSV as UTF-8"),
     (rb"\xff\xfe|\xfe\xff|\0[^\0]\0|[^\0]\0[^\0]\0", "UTF-16; export the CSV as UTF-8"),
-    (rb".{0,3}\0", "a binary file, not a CSV"),
+    (rb".{0,7}\0", "a binary file, not a CSV"),
     (rb"(\xef\xbb\xbf)?\s*(<!doctype html|<html)", "a web page (HTML), not a CSV; was the download a login page?"),
     (rb"(\xef\xbb\xbf)?\s*<", f"XML, {_EXPORT}"),
     (rb"(\xef\xbb\xbf)?\s*[\[{]", f"JSON, {_EXPORT}"),
@@ -1072,52 +1034,53 @@ def not_our_csv_reason(head: bytes) -> str:
     return ""
 
 
-def locate_columns(header: Sequence[str], wanted: Iterable[str]) -> List[int]:
-    """Return the places of the wanted columns in a header. Raises FatalError(2) naming what is missing or doubled."""
-    names = [name.strip().upper() for name in header]
-    if any("," in name for name in names if "\n" in name or "\r" in name):
-        raise FatalError(EXIT_USAGE, "the header holds other rows (a stray quote?)")
-    missing = [name for name in wanted if name not in names]
-    if missing:
-        found = textwrap.shorten(", ".join(names), 300, placeholder=" ...") or "none"
-        data = any("@" in name or name.startswith("DON:") for name in names)
-        hint = "; its first line is a contact: each file needs a header of its own" if data else ""
-        which = f"column{'s' * (len(missing) > 1)} {', '.join(missing)}"
-        raise FatalError(EXIT_USAGE, f"missing {which} (found: {found}){hint}")
-    doubled = [name for name in wanted if names.count(name) > 1]
-    if doubled:
-        raise FatalError(EXIT_USAGE, f"the column {doubled[0]} is there twice")
-    return [names.index(name) for name in wanted]
-
-
-class CsvPart(NamedTuple):
-    """One file of an export after the first reading."""
-
-    path: Path
-    identity: FileIdentity
-    rows: int
-    header_line: int
-    rows_are_lines: bool  # so that the lines of other rows need not be parsed again
-
-
 def read_contacts(paths: Sequence[Path], emails: Iterable[str] = ()) -> CsvContents:
     """Read the parts of an export as one; of `emails` every row is stored, of others those that recur.
 
-    Each file is read twice, to hold few of very many rows. Raises FatalError(2) where one can't be read, is no UTF-8
-    CSV or lacks a column, and where there are invalid rows and no other.
+    Each file is read twice, to hold few of very many rows; in between a hash stands for a value, so that a million rows
+    cost tens of megabytes, and two values of one hash do no harm. Raises FatalError(2) where a file can't be read, is
+    no UTF-8 CSV or lacks a column, and where there are invalid rows and no other.
     """
     contents = CsvContents(files=len(paths))
-    odd: Dict[int, List[InvalidRow]] = {}  # hashes of loose keys that differ from the key, with the invalid rows
-    parts, wanted = select_rows(paths, contents, odd, emails)
-    _store_rows(_wanted_rows(parts, wanted), contents, odd)
+    odd: Set[str] = set()
+    keys, ids = array("q"), array("q")  # of each row; -1, which no hash is, where it is left out
+    parts: List[Tuple[FileIdentity, int, bool]] = []
+    for path in paths:
+        with open_table(path, COLUMNS.values()) as table:
+            header_line, start = table.rows.line_num, len(keys)
+            _check_rows(table, str(path), contents, keys, ids, odd)
+            count = len(keys) - start
+            parts.append((table.identity, count, table.rows.line_num - header_line == count))
+    contents.contacts_read = len(keys) - keys.count(-1)
+    requested = chain(map(loose_key, emails), contents.emails_in_invalid_rows)
+    wanted_keys, wanted_ids = repeated(keys).union(map(hash, requested)) - {-1}, repeated(ids) - {-1}
+    wanted = bytes(map(wanted_keys.__contains__, keys))
+    if wanted_ids:
+        wanted = bytes(key in wanted_keys or one in wanted_ids for key, one in zip(keys, ids))
+    del keys, ids, wanted_keys, wanted_ids  # which are large where there are many rows
+
+    def stored_rows() -> Iterator[Tuple[str, int, Contact]]:
+        start = 0
+        for path, (identity, count, rows_are_lines) in zip(paths, parts):
+            mine = wanted[start : start + count]
+            start += count
+            with open_table(path, COLUMNS.values(), identity) as table:
+                pick, first = itemgetter(*table.places), table.rows.line_num + 1
+                rows: Iterable[Tuple[int, List[str]]] = compress(table, mine)
+                if rows_are_lines:  # the others need not be parsed again
+                    rows = zip(compress(range(first, first + count), mine), table.parse(compress(table.lines, mine)))
+                for line, row in rows:
+                    yield str(path), line, Contact.from_cells(pick(row))
+
+    _store_rows(stored_rows(), contents, odd)
     order = {str(path): index for index, path in enumerate(paths)}
-    contents.invalid_rows.sort(key=lambda row: (order[row.file], row.line))
     invalid = contents.invalid_rows
+    invalid.sort(key=lambda row: (order[row.file], row.line))
     if invalid and not contents.contacts_read:
-        hint = looks_like(invalid)
         why = "; ".join(some([f"{place_of(row.file, row.line, len(paths))}: {row.reason}" for row in invalid], 3))
-        words = f"no usable row, {plural(len(invalid), 'invalid one')} ({why})" + (f"; {hint}" if hint else "")
-        raise FatalError(EXIT_USAGE, f"{', '.join(some(list(order), 3))}: {words}")
+        words = f"no usable row, {plural(len(invalid), 'invalid one')} ({why})"
+        hint = looks_like(invalid)
+        raise FatalError(EXIT_USAGE, f"{', '.join(some(list(order), 3))}: {words}" + (f"; {hint}" if hint else ""))
     return contents
 
 
@@ -1125,39 +1088,11 @@ def place_of(file: str, line: int, files: int) -> str:
     return f"{file}, line {line}" if files > 1 else f"line {line}"
 
 
-def select_rows(
-    paths: Sequence[Path], contents: CsvContents, odd: Dict[int, List[InvalidRow]], emails: Iterable[str]
-) -> Tuple[List[CsvPart], bytes]:
-    """Check every row, and tell for each whether it is stored: its email or id recurs, or the email is requested.
-
-    A hash stands for a value, so a million rows cost tens of megabytes; two values of one hash do no harm.
-    """
-    parts: List[CsvPart] = []
-    keys, ids = array("q"), array("q")  # -1, which no hash is, for a row that is left out
-    for path in paths:
-        with open_table(path, COLUMNS.values()) as (table, identity):
-            header_line, start = table.rows.line_num, len(keys)
-            _survey_rows(table, str(path), contents, keys, ids, odd)
-            count = len(keys) - start
-            parts.append(CsvPart(path, identity, count, header_line, table.rows.line_num - header_line == count))
-    contents.contacts_read = len(keys) - keys.count(-1)
-    named = map(loose_key, emails)
-    wanted_keys = repeated(keys).union(map(hash, chain(named, contents.emails_in_invalid_rows))) - {-1}
-    wanted_ids = repeated(ids) - {-1}
-    if not wanted_ids:
-        return parts, bytes(map(wanted_keys.__contains__, keys))
-    return parts, bytes(key in wanted_keys or one in wanted_ids for key, one in zip(keys, ids))
-
-
-def _survey_rows(
-    table: CsvTable,
-    file: str,
-    contents: CsvContents,
-    keys: "array[int]",
-    ids: "array[int]",
-    odd: Dict[int, List[InvalidRow]],
+def _check_rows(
+    table: CsvTable, file: str, contents: CsvContents, keys: "array[int]", ids: "array[int]", odd: Set[str]
 ) -> None:
-    """Check the rows of a file; append the hashes of each row's loose key and id.
+    """Check the rows of a file; append the hashes of each row's loose key and id, and collect loose keys that differ
+    from the key.
 
     Most rows are plain and take the short way; with a million of them it is half of a preview's time.
     """
@@ -1167,38 +1102,70 @@ def _survey_rows(
     is_plain, is_normalized = _PLAIN_ADDRESS.fullmatch, unicodedata.is_normalized
     add_key, add_id = keys.append, ids.append
     rows, width, data, line = table.rows, table.width, table.bytes, table.rows.line_num
-    try:
-        for row in rows:
-            line, lines, problem = rows.line_num, rows.line_num - line, ("", "")
-            if len(row) != width or lines > 1 or data.has_nul:
-                problem = table.shape_error(row)
-            if not problem[0]:
-                identity, email, reference, tickets = pick(row)
-                identity, reference, key = identity.strip(), reference.strip(), email.lower()
-                if not (
-                    is_plain(email)
-                    and (email.isascii() or (key == email == key.casefold() and is_normalized("NFKC", key)))
-                    and "xn--" not in key
-                    and identity and reference
-                    and parse_count(tickets) is not None
-                ):  # fmt: skip
-                    identity, email, reference = map(trimmed_text, (identity, email, reference))
-                    problem = Contact.cells_error(identity, email, reference, tickets)
-                    key = loose_key(email)
-                    if not problem[0] and key != email_key(email):
-                        odd.setdefault(hash(key), [])
-            if problem[0]:
-                _add_invalid_row(contents, file, line, row, places["email"], problem, odd)
+    for row in rows:
+        line, lines = rows.line_num, rows.line_num - line
+        is_one_line = len(row) == width and lines == 1 and not data.has_nul
+        if is_one_line:
+            identity, email, reference, tickets = pick(row)
+            identity, reference, key = identity.strip(), reference.strip(), email.lower()
+        if not (
+            is_one_line
+            and is_plain(email)
+            and (email.isascii() or (key == email == key.casefold() and is_normalized("NFKC", key)))
+            and "xn--" not in key
+            and identity and reference
+            and parse_count(tickets) is not None
+        ):  # fmt: skip
+            code, reason = row_error(row, width, places)
+            if code:
+                if row:  # a blank line is nothing
+                    email = trimmed_text(row[places["email"]]) if places["email"] < len(row) else ""
+                    email = email.replace(_NUL_MARK, "")[:320]
+                    contents.invalid_rows.append(InvalidRow(file, line, code, reason, email or None))
+                    contents.emails_in_invalid_rows.update(loose_keys_in(row))
                 add_key(-1)
                 add_id(-1)
                 continue
-            add_key(hash(key))
-            add_id(hash(identity))
-            if not reference.startswith(prefixes):
-                contents.other_refs += 1
-                contents.other_ref = min(contents.other_ref or reference, reference)
-    except csv.Error as error:
-        raise table.located(error) from None
+            identity, email, reference = map(trimmed_text, pick(row)[:3])
+            key = loose_key(email)
+            if key != email_key(email):
+                odd.add(key)
+        add_key(hash(key))
+        add_id(hash(identity))
+        if not reference.startswith(prefixes):
+            contents.other_refs += 1
+            contents.other_ref = min(contents.other_ref or reference, reference)
+
+
+def row_error(row: Sequence[str], width: int, places: Mapping[str, int]) -> Tuple[str, str]:
+    """Return the code and the words for why a row is no contact, two empty texts where it is one."""
+    if len(row) != width:
+        return "fields", f"{plural(len(row), 'field')} instead of {width}"
+    if any(_NUL_MARK in value for value in row):
+        return "nul", "a NUL character"
+    if any(value.count(",") >= width - 1 and ("\n" in value or "\r" in value) for value in row):
+        return "stray_quote", "a quoted field that holds other rows (a stray quote?)"
+    identity, email, reference, tickets = (
+        trimmed_text(row[places[name]]) for name in ("id", "email", "external_ref", "tickets")
+    )
+    for name, value in (("id", identity), ("email", email), ("external_ref", reference)):
+        if not value:
+            return "empty", f"empty {COLUMNS[name]}"
+    local, _, domain = email.partition("@")
+    if not (local and domain) or "@" in domain or _NO_ADDRESS.search(email) or not is_visible(email):
+        return "email", f"{COLUMNS['email']} is not one plain address: {email[:80]}"
+    if parse_count(tickets) is None:
+        return "count", f"{COLUMNS['tickets']} is not a count: {tickets[:40]}"
+    return "", ""
+
+
+def loose_keys_in(row: Sequence[str]) -> Iterator[str]:
+    """The loose keys of whatever may be an address in any cell of an invalid row, whose fields may be shifted."""
+    for cell in row:
+        if any(sign in cell for sign in _AT_SIGNS):
+            text = cell.replace(_NUL_MARK, "")
+            words = {text, trimmed_text(text), *re.split(r"[,\r\n]", text), *re.split(r"[\s,;<>\"]+", text)}
+            yield from map(loose_key, words.union(re.findall(r"[^\s,;\"<>()\[\]{}:|]+", text)))
 
 
 def repeated(values: "array[int]") -> Set[int]:
@@ -1211,60 +1178,21 @@ def repeated(values: "array[int]") -> Set[int]:
     return found
 
 
-def _add_invalid_row(
-    contents: CsvContents,
-    file: str,
-    line: int,
-    row: Sequence[str],
-    place: int,
-    problem: Tuple[str, str],
-    odd: Dict[int, List[InvalidRow]],
-) -> None:
-    """Leave a row out, and with it all groups whose email stands in any of its fields; a blank row is nothing."""
-    if not row:
-        return
-    email = trimmed_text(row[place]).replace(_NUL_MARK, "") if place < len(row) else ""
-    invalid = InvalidRow(file, line, *problem, email[:320] or None)
-    contents.invalid_rows.append(invalid)
-    words: Set[str] = set()
-    for cell in row:
-        if any(sign in cell for sign in _AT_SIGNS):
-            text = cell.replace(_NUL_MARK, "")
-            words.update((text, trimmed_text(text), *re.split(r"[,\r\n]", text), *re.split(r"[\s,;<>\"]+", text)))
-            words.update(re.findall(r"[^\s,;\"<>()\[\]{}:|]+", text))
-    contents.emails_in_invalid_rows.update(map(loose_key, words))
-    if "@" in email:
-        odd.setdefault(hash(loose_key(email)), []).append(invalid)
+def _store_rows(rows: Iterable[Tuple[str, int, Contact]], contents: CsvContents, odd: Set[str]) -> None:
+    """Take each row once; rows of one id that differ are invalid. Find the look-alikes among all of them.
 
-
-def _wanted_rows(parts: Sequence[CsvPart], wanted: bytes) -> Iterator[Tuple[str, int, Contact]]:
-    """Read the files again, as far as they have rows that are wanted; yields file, line and contact."""
-    start = 0
-    for part in parts:
-        mine = wanted[start : start + part.rows]
-        start += part.rows
-        with open_table(part.path, COLUMNS.values(), part.identity) as (table, _):
-            pick, first = itemgetter(*table.places), part.header_line + 1
-            rows: Iterable[Tuple[int, List[str]]] = compress(table, mine)
-            if part.rows_are_lines:
-                rows = zip(compress(range(first, first + part.rows), mine), table.parse(compress(table.lines, mine)))
-            for line, row in rows:
-                yield str(part.path), line, Contact.from_cells(pick(row))
-
-
-def _store_rows(
-    rows: Iterable[Tuple[str, int, Contact]], contents: CsvContents, odd: Mapping[int, Sequence[InvalidRow]]
-) -> None:
-    """Take each row once; rows of one id that differ are invalid. Find the look-alikes among all of them."""
+    `odd` are the loose keys of rows that differ from the key.
+    """
     by_id: Dict[str, List[Tuple[str, int, Contact]]] = {}
-    similar: Dict[str, List[Tuple[str, str, int]]] = {}  # loose key -> email, file and line
-    for invalid in chain.from_iterable(odd.values()):
-        email = str(invalid.email)
-        similar.setdefault(loose_key(email), []).append((email, invalid.file, invalid.line))
+    similar: Dict[str, Set[Tuple[str, str, int]]] = collections.defaultdict(set)  # loose key -> email, file and line
+    for row in contents.invalid_rows:
+        if row.email and "@" in row.email:
+            similar[loose_key(row.email)].add((row.email, row.file, row.line))
+    odd.update(similar)
     for file, line, contact in rows:
         variants = by_id.setdefault(contact.id, [])
-        if odd and (contact.is_user or contact.is_system) and hash(loose_key(contact.email)) in odd:
-            similar.setdefault(loose_key(contact.email), []).append((contact.email, file, line))
+        if odd and (contact.is_user or contact.is_system) and loose_key(contact.email) in odd:
+            similar[loose_key(contact.email)].add((contact.email, file, line))
         if any(contact == other for _, _, other in variants):
             contents.contacts_read -= 1
             contents.other_refs -= not (contact.is_user or contact.is_system)
@@ -1282,8 +1210,26 @@ def _store_rows(
     for _, found in sorted(similar.items()):
         emails = sorted({email_key(email) for email, _, _ in found})
         if len(emails) > 1:
-            lines = [{"email": email, "file": file, "line": line} for email, file, line in sorted(set(found))]
+            lines = [{"email": email, "file": file, "line": line} for email, file, line in sorted(found)]
             contents.look_alikes.append({"emails": emails, "lines": lines})
+
+
+def csv_line(*cells: str) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\r\n").writerow(cells)  # of which no character stays unquoted in a cell
+    return line.getvalue()[:-2]
+
+
+def guard_cell(cell: str) -> str:
+    """Return a cell that no spreadsheet takes for a formula; `cell_text` reads it back."""
+    return f"'{cell}" if re.match(r"'*[=+\-@\t\r]", cell) else cell
+
+
+def csv_chunks(header: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[bytes]:
+    """A CSV, line by line, with a byte order mark, so that a spreadsheet shows it right, and without formulas."""
+    yield ("\ufeff" + csv_line(*header) + "\n").encode("utf-8")
+    for cells in rows:
+        yield (csv_line(*map(guard_cell, cells)) + "\n").encode("utf-8", "backslashreplace")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1389,7 +1335,9 @@ class Pair:
         return self.primary.id, self.duplicate.id
 
     def to_json(self) -> Json:
-        document = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in NOT_STORED}
+        document = {
+            one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("run", "tried_before")
+        }
         document.update(primary=self.primary.to_json(), duplicate=self.duplicate.to_json(), state=self.state.value)
         document["undo"] = asdict(self.undo) if self.undo else None
         return document
@@ -1411,9 +1359,6 @@ class Pair:
             self.state, self.rejected = State.REQUESTED, True
         else:
             self.state, self.first_requested_at, self.rejected = State.PLANNED, 0.0, False
-
-
-NOT_STORED = ("run", "tried_before")
 
 
 def into(pair: Pair) -> str:
@@ -1458,14 +1403,10 @@ class Group:
         """Return whether this tool has requested a merge into the primary since the export."""
         return any(pair.state in (*UNFINISHED, *ENDED) for pair in self.pairs)
 
-    def final_ref(self) -> str:
-        """The reference that the one remaining contact has in the end."""
-        return next((pair.new_ref for pair in self.pairs if pair.new_ref), self.primary.external_ref)
-
     def lost_refs(self) -> List[Contact]:
         """Return the duplicates whose `user_` reference no contact keeps: their accounts lose their contact."""
-        duplicates, kept = (pair.duplicate for pair in self.pairs), self.final_ref()
-        return [one for one in duplicates if one.is_user and one.external_ref != kept]
+        kept = next((pair.new_ref for pair in self.pairs if pair.new_ref), self.primary.external_ref)
+        return [pair.duplicate for pair in self.pairs if pair.duplicate.is_user and pair.duplicate.external_ref != kept]
 
     def warnings(self) -> List[Tuple[str, str]]:
         """Codes and words of what a person should know before the group is merged."""
@@ -1493,14 +1434,11 @@ def different_names(email: str, contacts: Sequence[Contact]) -> List[str]:
         return []
     names: Dict[FrozenSet[str], str] = {}
     for contact in contacts:
+        useless = {"", email.casefold(), email.rpartition("@")[0].casefold(), contact.short_id.casefold()}
         for name in (contact.display_name.strip(), contact.full_name.strip()):
-            folded = name.casefold()
-            if folded and folded not in (
-                email.casefold(),
-                email.rpartition("@")[0].casefold(),
-                contact.short_id.casefold(),
-            ):
-                names.setdefault(frozenset(re.findall(r"\w+", unicodedata.normalize("NFKC", folded))), name)
+            if name.casefold() not in useless:
+                words = re.findall(r"\w+", unicodedata.normalize("NFKC", name.casefold()))
+                names.setdefault(frozenset(words), name)
                 break
     keys = list(names)
     differ = any(not (one <= other or other <= one) for index, one in enumerate(keys) for other in keys[:index])
@@ -1532,17 +1470,15 @@ class SkippedGroup(NamedTuple):
     email: str
     code: str
     contacts: List[Contact]
-    details: str = ""  # the reason, where it is not the one of all groups with this code
-
-    def reason(self) -> str:
-        return self.details or skip_words(self.code)[0]
 
     def choice_lines(self) -> Dict[str, Contact]:
         """The lines of CSV of which --choices may take one, each with the contact whose reference it keeps."""
         if self.code not in ("several_user_refs", "no_user_ref"):
             return {}
-        users = [contact for contact in self.contacts if contact.is_user]
-        return {csv_line(self.email, contact.external_ref): contact for contact in users or self.contacts}
+        lines: Dict[str, Contact] = {}
+        for contact in [one for one in self.contacts if one.is_user] or self.contacts:
+            lines.setdefault(csv_line(self.email, contact.external_ref), contact)
+        return lines
 
 
 def skip_words(code: str) -> Tuple[str, str]:
@@ -1604,12 +1540,6 @@ def plan_id(groups: Iterable[Group], **options: Any) -> str:
     return hashlib.sha256(lines.encode("ascii")).hexdigest()[:12]
 
 
-def csv_line(*cells: str) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\r\n").writerow(cells)  # of which no character stays unquoted in a cell
-    return line.getvalue()[:-2]
-
-
 def read_choices(path: Path) -> Dict[str, str]:
     """Read which contact of an email is the one to keep: a CSV of EMAIL and EXTERNAL_REF, as key -> reference.
 
@@ -1617,7 +1547,7 @@ def read_choices(path: Path) -> Dict[str, str]:
     """
     choices: Dict[str, str] = {}
     lines: Dict[str, int] = {}
-    with open_table(path, ("EMAIL", "EXTERNAL_REF")) as (table, _):
+    with open_table(path, ("EMAIL", "EXTERNAL_REF")) as table:
         for line, row in table:
             if not row:
                 continue
@@ -1628,28 +1558,10 @@ def read_choices(path: Path) -> Dict[str, str]:
             if not key or not reference:
                 raise FatalError(EXIT_USAGE, f"line {line}: empty {'EXTERNAL_REF' if key else 'EMAIL'}")
             if key in choices:
-                words = (
-                    f"a second choice for {key} (the first: line {lines[key]}); cut the file down to one line a group"
-                )
-                raise FatalError(EXIT_USAGE, f"line {line}: {words}")
+                words = f"a second choice for {key} (the first: line {lines[key]})"
+                raise FatalError(EXIT_USAGE, f"line {line}: {words}; cut the file down to one line a group")
             choices[key], lines[key] = reference, line
     return choices
-
-
-def choices_template(skipped: Iterable[SkippedGroup]) -> Iterator[bytes]:
-    """Yield the lines of a file for --choices, a line for each contact that may be kept of the skipped groups.
-
-    The further columns are there to decide by, and are ignored when it is read.
-    """
-    columns = ("EMAIL", "EXTERNAL_REF", "DISPLAY_NAME", "TICKET_COUNT", "CREATED_AT", "REV_USER_ID", "CONTACTS")
-    yield ("\ufeff" + csv_line(*columns) + "\n").encode("utf-8")
-    for group in skipped:
-        for contact in group.choice_lines().values():
-            cells = (
-                group.email, contact.external_ref, contact.name, str(contact.tickets), contact.created, contact.id,
-                str(len(group.contacts)),
-            )  # fmt: skip
-            yield (csv_line(*map(guard_cell, cells)) + "\n").encode("utf-8", "backslashreplace")
 
 
 _CLOCK = (
@@ -1721,34 +1633,21 @@ def parse_instants(text: str) -> Tuple[Optional[int], Optional[int]]:
 
 
 def rank(contacts: List[Contact]) -> Tuple[List[Contact], bool]:
-    """Order contacts of one kind: most tickets first, then the oldest, then the smallest id. Return them, and whether
-    age could not decide which is first.
+    """Order contacts of one kind: most tickets first, of those the oldest, then the smallest id. Return them, and
+    whether age could not decide which is first.
 
     Where one of the tied dates can't be read, or the first depends on whether 1/2/2024 is in January, the id decides.
     """
-    if len(contacts) < 2:
-        return contacts, False
-    by_id = sorted(contacts, key=attrgetter("id"))
-    tied: Dict[int, List[Contact]] = {}
-    for contact in by_id:
-        tied.setdefault(contact.tickets, []).append(contact)
-    ranked: List[Contact] = []
-    undecided = False
-    for tickets in sorted(tied, reverse=True):
-        equal = tied[tickets]
-        if len(equal) > 1:
-            instants = [parse_instants(contact.created) for contact in equal]
-            orders = [
-                [contact for _, contact in sorted(zip(column, equal), key=itemgetter(0))]
-                for column in zip(*instants)
-                if None not in column
-            ]
-            if orders and all(order[0] is orders[0][0] for order in orders):
-                equal = orders[0]
-            else:
-                undecided = undecided or not ranked
-        ranked += equal
-    return ranked, undecided
+    ranked = sorted(contacts, key=lambda one: (-one.tickets, one.id)) if len(contacts) > 1 else contacts
+    tied = [one for one in ranked if one.tickets == ranked[0].tickets]
+    if len(tied) < 2:
+        return ranked, False
+    readings = [column for column in zip(*(parse_instants(one.created) for one in tied)) if None not in column]
+    oldest = {column.index(min(column)) for column in readings}
+    if len(oldest) != 1:
+        return ranked, True
+    first = tied[oldest.pop()]
+    return [first, *(one for one in ranked if one is not first)], False
 
 
 def detect(contents: CsvContents, choices: Mapping[str, str] = {}, primary: str = "revu") -> Plan:
@@ -1786,14 +1685,13 @@ def detect(contents: CsvContents, choices: Mapping[str, str] = {}, primary: str 
 
 
 def classify_group(
-    email: str, contacts: Iterable[Contact], broken: bool = False, choice: str = "", primary: str = "revu"
+    email: str, contacts: Sequence[Contact], broken: bool = False, choice: str = "", primary: str = "revu"
 ) -> Union[Group, SkippedGroup, None]:
     """Decide what becomes of the contacts of one email: a group to merge, a skip with its reason, or nothing.
 
     `primary` says which contact remains where there is one of each kind, the system-made `revu` or the application's
     `user`. Raises PairError where `choice`, a reference, is not that of one contact that may be kept.
     """
-    contacts = list(contacts)
     users, _ = rank([contact for contact in contacts if contact.is_user])
     system, undecided = rank([contact for contact in contacts if contact.is_system])
     if broken:
@@ -1832,23 +1730,16 @@ def resolve_choice(email: str, users: Sequence[Contact], system: Sequence[Contac
     raise PairError("bad_choice", f"{choice} for {email}: {why} (to choose from: {there})")
 
 
-class HistoryRow(NamedTuple):
-    """A merge of an earlier run that is not to be repeated unasked. `new_id` is the contact that an undo created."""
-
-    email: str
-    ids: Tuple[str, str]  # primary and duplicate
-    code: str  # `undone` or `cancelled`
-    new_id: str = ""
-
-
-def blocked_by_history(groups: Iterable[Group], rows: Iterable[HistoryRow]) -> Dict[str, str]:
+def blocked_by_history(groups: Iterable[Group], ended: Iterable[Pair]) -> Dict[str, str]:
     """Return the emails of groups that repeat a merge which was undone or cancelled, each with the code.
 
     A group repeats it that has its address, or two of its contacts in whatever role. A contact that an undo created
     stands for its old id, also where that one had been created so.
     """
-    rows = list(rows)
-    old_ids = {row.new_id: row.ids[1] for row in rows if row.new_id}
+    undone, cancelled = [], []  # type: Tuple[List[Pair], List[Pair]]
+    for pair in ended:
+        (cancelled if pair.state is State.CANCELLED else undone).append(pair)
+    old_ids = {pair.undo.contact: pair.duplicate.id for pair in undone if pair.undo and pair.undo.contact}
 
     def original(identity: str) -> str:
         seen = {identity}
@@ -1857,22 +1748,17 @@ def blocked_by_history(groups: Iterable[Group], rows: Iterable[HistoryRow]) -> D
             seen.add(identity)
         return identity
 
-    codes: Dict[str, str] = {}  # by email
-    by_pair: Dict[FrozenSet[str], str] = {}
-    partners: Dict[str, Set[str]] = {}
-    for row in sorted(rows, key=lambda row: row.code != "undone"):
-        codes.setdefault(row.email, row.code)
-        one, other = map(original, row.ids)
-        by_pair.setdefault(frozenset((one, other)), row.code)
-        partners.setdefault(one, set()).add(other)
-        partners.setdefault(other, set()).add(one)
+    by_email: Dict[str, str] = {}
+    by_ids: Dict[FrozenSet[str], str] = {}
+    for code, pairs in (("cancelled", cancelled), ("undone", undone)):  # `undone` counts where both are true
+        by_email.update({pair.email: code for pair in pairs})
+        by_ids.update({frozenset(map(original, pair.ids)): code for pair in pairs})
     blocked: Dict[str, str] = {}
-    for group in groups if rows else ():
+    for group in groups if by_email else ():
         ids = {original(contact.id) for contact in group.all_contacts()}
-        found = [codes[group.email]] if group.email in codes else []
-        found += [by_pair[frozenset((one, other))] for one in ids for other in partners.get(one, set()) & ids]
+        found = {by_email.get(group.email), *(by_ids.get(frozenset(two)) for two in combinations(ids, 2))} - {None}
         if found:
-            blocked[group.email] = max(found)  # `undone` before `cancelled`
+            blocked[group.email] = "undone" if "undone" in found else "cancelled"
     return blocked
 
 
@@ -1927,11 +1813,6 @@ class LiveCheck(NamedTuple):
     error: Optional[PairError] = None
     dropped: Tuple[Dropped, ...] = ()
 
-    @property
-    def already_merged(self) -> bool:
-        """Whether the reference has moved already, by a run that this savepoint does not know."""
-        return any(one.code == "already_merged" for one in self.dropped)
-
 
 LIVE_CODES = (
     "not_found", "not_active", "email_changed", "external_ref_changed", "several_external_refs", "shared_mailbox",
@@ -1952,58 +1833,44 @@ def check_live(
     `live` maps the ids of the group's contacts to rev_users, `listed` are the rev_users that DevRev lists for its
     addresses, `unverified` the ids that are known to be unverified (None where nothing is known).
     """
-    primary, dropped = group.primary, dropped_pairs(group, live, across_workspaces)
-    gone = {one.pair.ids for one in dropped}
-    pairs = [pair for pair in group.pending() if pair.ids not in gone]
-    moved = [one.pair.new_ref for one in dropped if one.code == "already_merged"]
-    expected = (moved and moved[0]) or group.primary_ref()
-    errors = [live_contact_error(primary, live.get(primary.id), expected)]
-    for pair in pairs:
-        duplicate = live.get(pair.duplicate.id)
+    primary, there = group.primary, live.get(group.primary.id)
+    # A contact's own answer counts; where it does not say, the list of those that are unverified does.
+    verified = {identity: (user or {}).get("is_verified") for identity, user in live.items()}
+    verified.update({one: False for one in unverified or () if not isinstance(verified.get(one), bool)})
+    errors: List[Optional[PairError]] = []
+    dropped: List[Dropped] = []
+    for pair in group.pending():
+        duplicate, name = live.get(pair.duplicate.id), pair.duplicate.short_id
+        orgs = {rev_org_id(user) for user in (there, duplicate) if user} - {None}  # one without conflicts with nothing
+        orgs_differ = len(orgs) > 1 and not across_workspaces
+        if pair.state is State.PLANNED and not pair.first_requested_at:
+            # What was never requested may leave the group, if the others can go on without it.
+            code, words = "", ""
+            if is_gone(duplicate) and not pair.new_ref:
+                code, words = "already_gone", f"{name} no longer exists in DevRev"
+            elif is_gone(duplicate) and there and not is_gone(there) and there.get("external_ref") == pair.new_ref:
+                why = f"by a run in another folder? The primary has {pair.new_ref}"
+                code, words = "already_merged", f"{into(pair)} looks merged already, {why}"
+            elif orgs_differ and not pair.new_ref:
+                why = f"belongs to another workspace (rev org) than {primary.short_id}"
+                code, words = "different_rev_org", f"{name} {why}"
+            if code:
+                dropped.append(Dropped(pair, code, words))
+                continue
         errors.append(live_contact_error(pair.duplicate, duplicate, pair.duplicate.external_ref))
-        if duplicate and pair.new_ref and not across_workspaces and orgs_differ(live.get(primary.id), duplicate):
-            words = (
-                f"{into(pair)}: they belong to different workspaces (rev orgs), and {pair.new_ref} would have to move"
-            )
+        if orgs_differ and pair.new_ref:
+            words = f"{into(pair)}: they belong to different workspaces (rev orgs), and {pair.new_ref} has to move"
             errors.append(PairError("different_rev_org", words))
-        ids = {identity: known_unverified(live.get(identity), identity, unverified) for identity in pair.ids}
-        if ids[pair.duplicate.id] and not ids[primary.id] and not try_unverified:
+        is_unverified = {identity: verified.get(identity) is False for identity in pair.ids}
+        if is_unverified[pair.duplicate.id] and not is_unverified[primary.id] and not try_unverified:
             words = f"{into(pair)}: DevRev does not merge an unverified contact into a verified one"
             errors.append(PairError("unverified", f"{words} (--try-unverified requests it all the same)"))
-    errors.append(live_group_error(group, live, listed) if pairs else None)
+    if errors:
+        errors.append(live_group_error(group, live, listed))
+    moved = next((one.pair.new_ref for one in dropped if one.code == "already_merged"), None)
+    errors.insert(0, live_contact_error(primary, there, moved or group.primary_ref()))
     found = sorted((error for error in errors if error), key=lambda error: LIVE_CODES.index(error.code))
     return LiveCheck(found[0]) if found else LiveCheck(None, tuple(dropped))
-
-
-def dropped_pairs(group: Group, live: Mapping[str, Optional[Json]], across_workspaces: bool) -> List[Dropped]:
-    """The pairs of a group that are none any more and keep the others from nothing."""
-    dropped: List[Dropped] = []
-    primary = live.get(group.primary.id)
-    for pair in group.pending():
-        duplicate = live.get(pair.duplicate.id)
-        name, never_requested = pair.duplicate.short_id, pair.state is State.PLANNED and not pair.first_requested_at
-        if is_gone(duplicate) and never_requested:
-            if not pair.new_ref:
-                dropped.append(Dropped(pair, "already_gone", f"{name} no longer exists in DevRev"))
-            elif primary and not is_gone(primary) and primary.get("external_ref") == pair.new_ref:
-                words = f"{into(pair)} looks merged already, by a run in another folder? The primary has {pair.new_ref}"
-                dropped.append(Dropped(pair, "already_merged", words))
-        elif never_requested and not pair.new_ref and not across_workspaces and orgs_differ(primary, duplicate):
-            words = f"{name} belongs to another workspace (rev org) than {pair.primary.short_id}"
-            dropped.append(Dropped(pair, "different_rev_org", words))
-    return dropped
-
-
-def orgs_differ(one: Optional[Json], other: Optional[Json]) -> bool:
-    """Whether two contacts belong to different rev orgs; one without a rev org conflicts with nothing."""
-    orgs = {rev_org_id(user) for user in (one, other) if user}
-    return len(orgs - {None}) > 1
-
-
-def known_unverified(live: Optional[Json], identity: str, unverified: Optional[Collection[str]]) -> bool:
-    """Whether a contact is known to be unverified: its own answer counts, else the list of those that are."""
-    verified = (live or {}).get("is_verified")
-    return verified is False if isinstance(verified, bool) else identity in (unverified or ())
 
 
 def live_group_error(group: Group, live: Mapping[str, Optional[Json]], listed: Iterable[Json]) -> Optional[PairError]:
@@ -2013,17 +1880,16 @@ def live_group_error(group: Group, live: Mapping[str, Optional[Json]], listed: I
     users = {user["id"]: user for user in (*listed, *filter(None, live.values())) if user["id"] not in merged}
     there = [contact_of(user) for user in users.values() if not is_gone(user)]
     there = [one for one in there if one.key == group.email and (one.is_user or one.is_system)]
-    new = sorted((one for one in there if one.id not in known), key=attrgetter("external_ref", "id"))
     if not group.chosen and len(there) > mailbox_limit(group.email):
         words = f"DevRev has {plural(len(there), 'contact')} of this email, more than one person has: a shared mailbox?"
         return PairError("shared_mailbox", words)
-    for stranger in new:
-        if stranger.is_user:
-            words = f"DevRev has another {Contact.user_prefix} contact of this email by now: {stranger.external_ref}"
-            return PairError("several_user_refs", words)
+    new = sorted(one.external_ref for one in there if one.id not in known)
+    new_users = [reference for reference in new if reference.startswith(Contact.user_prefix)]
+    if new_users:
+        words = f"DevRev has another {Contact.user_prefix} contact of this email by now: {new_users[0]}"
+        return PairError("several_user_refs", words)
     if new and group.chosen:
-        words = f"DevRev has another contact of this email by now, so choose again: {new[0].external_ref}"
-        return PairError("group_changed", words)
+        return PairError("group_changed", f"DevRev has another contact of this email by now, so choose again: {new[0]}")
     return None
 
 
@@ -4958,35 +4824,27 @@ class ContactExporter:
 
     async def run(self) -> List[Contact]:
         """All rows, ordered by email. Raises what a list call does, and OSError where the spool's disk refuses."""
-        self.rows = self._recurring(await self._list())
-        log.info("%s read, %s with an email that recurs", plural(self.read, "contact"), len(self.rows))
-        for start in range(0, len(self.rows), self.WAVE):
-            await together(*map(self._count, self.rows[start : start + self.WAVE]))
-        return self.rows
-
-    async def _list(self) -> "array[int]":
-        """Spool every contact that takes part; returns the hashes of their emails, in the same order."""
-        keys = array("q")
+        keys = array("q")  # hashes of the spooled contacts' emails
         async for page in self.api.each_page("rev-users.list", "rev_users", {}):
             for contact in map(contact_of, (user for user in page.items if not is_gone(user))):
                 if (contact.is_user or contact.is_system) and contact.key and contact.key.endswith(self.endings):
                     keys.append(hash(loose_key(contact.email)))
                     self.spool.write(to_json(astuple(contact)) + b"\n")
             self.read += len(page.items)
-        return keys
-
-    def _recurring(self, keys: "array[int]") -> List[Contact]:
         self.spool.seek(0)
         wanted = compress(self.spool, map(repeated(keys).__contains__, keys))
         # A contact that is changed while the list is read may stand in it twice.
         contacts = {contact.id: contact for contact in (Contact(*json.loads(line)) for line in wanted)}
         times = collections.Counter(loose_key(contact.email) for contact in contacts.values())
         rows = [contact for contact in contacts.values() if times[loose_key(contact.email)] > 1]
-        return sorted(rows, key=lambda contact: (contact.key, contact.id))
+        self.rows = sorted(rows, key=lambda contact: (contact.key, contact.id))
+        log.info("%s read, %s with an email that recurs", plural(self.read, "contact"), len(rows))
+        for start in range(0, len(rows), self.WAVE):
+            await together(*map(self._count, self.rows[start : start + self.WAVE]))
+        return self.rows
 
     async def _count(self, contact: Contact) -> None:
         """TICKET_COUNT, as the README's query has it: the greatest of owned, created and reported works."""
-
         listings = await together(*(self.api.objects[name].load(contact.id) for name in ROLES.values()))
         contact.tickets = max(len(listing.items) for listing in listings)
         self.counted += 1
@@ -4995,22 +4853,8 @@ class ContactExporter:
         """How far it is, what it has cost, and what it waits for."""
         counted = f"tickets of {self.counted:,} of {len(self.rows):,} counted" if self.rows else ""
         requests = plural(sum(self.api.requests.values()), "request")
-        return ", ".join(
-            filter(None, [f"{plural(self.read, 'contact')} read", counted, requests, describe_wait(self.api.scheduler)])
-        )
-
-
-def guard_cell(cell: str) -> str:
-    """Return a cell that no spreadsheet takes for a formula; `cell_text` reads it back."""
-    return f"'{cell}" if re.match(r"'*[=+\-@\t\r]", cell) else cell
-
-
-def csv_chunks(contacts: Iterable[Contact]) -> Iterator[bytes]:
-    """A CSV of contacts, line by line, with a byte order mark, so that a spreadsheet shows it right."""
-    yield ("\ufeff" + csv_line(*COLUMNS.values()) + "\n").encode("utf-8")
-    for contact in contacts:
-        cells = (guard_cell(str(getattr(contact, name))) for name in COLUMNS)
-        yield (csv_line(*cells) + "\n").encode("utf-8", "backslashreplace")
+        words = (f"{plural(self.read, 'contact')} read", counted, requests, describe_wait(self.api.scheduler))
+        return ", ".join(filter(None, words))
 
 
 def is_taken(path: Path) -> bool:
@@ -6307,7 +6151,7 @@ def beside_pairs(plan: Plan) -> Dict[str, Iterable[Json]]:
         return {
             "email": skipped_group.email,
             "code": skipped_group.code,
-            "reason": skipped_group.reason(),
+            "reason": skip_words(skipped_group.code)[0],
             "advice": skip_words(skipped_group.code)[1],
             "contacts": [contact_entry(contact, "external_ref") for contact in skipped_group.contacts],
             "choices": [
@@ -6582,20 +6426,20 @@ def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimat
 
     The export has the greatest of three counts, and no conversations: a third more works than that and one
     conversation for every other contact are assumed. Seconds are what the requests take under the client-side rate
-    limit or at 0.2 s each over the workers, whichever is more.
+    limit, where none is set under the one that holds until DevRev announces a quota, or at 0.2 s each over the workers,
+    whichever is more.
     """
-    pairs = contacts = tickets = 0
-    requests = 4 * sum(pair.state in UNFINISHED for pair in plan.pairs())  # their backups are made
-    for group in plan.groups:
-        left = [pair for pair in group.pairs if pair.state is State.PLANNED]
-        pairs += len(left)
-        contacts += len(left) + bool(left)
-        tickets += sum(pair.duplicate.tickets for pair in left) + (group.primary.tickets if left else 0)
-        requests += sum(2 + bool(pair.new_ref) for pair in left)
-    requests += 10 * -(-pairs // ContactMerger.BATCH) + tickets // 20 + 2 * bool(pairs)
+    left = [pair for pair in plan.pairs() if pair.state is State.PLANNED]
+    primaries = {pair.primary.id: pair.primary.tickets for pair in left}
+    contacts = len(left) + len(primaries)
+    tickets = sum(pair.duplicate.tickets for pair in left) + sum(primaries.values())
+    requests = sum(2 + bool(pair.new_ref) for pair in left) + 10 * -(-len(left) // ContactMerger.BATCH)
+    requests += 4 * sum(pair.state in UNFINISHED for pair in plan.pairs())  # their backups are made
+    requests += tickets // 20 + 2 * bool(left)
     if with_timelines:
         requests += tickets * 13 // 10 + contacts // 2
-    calls, period = settings.calls or 0, settings.period
+    unannounced = settings.calls is None
+    calls, period = RequestScheduler.UNANNOUNCED if unannounced else (settings.calls or 0, settings.period)
     least = seconds_in_windows(requests, calls, period, calls, period) if calls else 0.0
     return Estimate(requests, max(least, requests * 0.2 / settings.workers))
 
@@ -6828,19 +6672,17 @@ def plan_chunks(
     plan: Plan, facts: Json, earlier: Sequence[Pair], live: Optional[Sequence[Json]] = None
 ) -> Iterator[bytes]:
     """Return the plan as JSON, for `--preview --json`."""
-
-    def entry(pair: Pair) -> Json:
-        return {
+    pairs = (
+        {
             "email": pair.email,
             "primary": contact_entry(pair.primary, "external_ref"),
             "duplicate": contact_entry(pair.duplicate, "external_ref"),
             "new_external_ref": pair.new_ref,
         }
-
-    lists: Dict[str, Iterable[Json]] = {
-        "pairs": (entry(pair) for pair in plan.pairs() if pair.state is State.PLANNED),
-        "to_finish": (merge_entry(pair, plan.ids) for pair in earlier),
-    }
+        for pair in plan.pairs()
+        if pair.state is State.PLANNED
+    )
+    lists: Dict[str, Iterable[Json]] = {"pairs": pairs, "to_finish": (merge_entry(one, plan.ids) for one in earlier)}
     lists.update({"live": live} if live is not None else {})
     return report_chunks({"schema": SCHEMA, "summary": facts}, {**lists, **beside_pairs(plan)})
 
@@ -6849,10 +6691,8 @@ def show_plan(plan: Plan, facts: Json, console: Console, cost: str, earlier: Seq
     """Print what a run would do, so that a person can sign it."""
     if not console.quiet:
         _show_pairs(plan, console)
-        blocks = (earlier_lines(earlier), choice_lines(plan), warning_lines(plan), look_alike_lines(plan))
-        skips = (skip_lines(plan, code) for code in SKIP_REASONS)
-        for lines in chain(blocks, [invalid_lines(plan)], skips):
-            print_lines(console, lines)
+        for title, lines in chain(_plan_lists(plan, earlier), (_skip_list(plan, code) for code in SKIP_REASONS)):
+            print_list(console, title, lines)
     counts = [f"{plural(plan.contacts_read, 'contact')} read", plural(len(plan.invalid_rows), "invalid row")]
     counts += [f"{plural(len(plan.look_alikes), 'group')} of look-alikes"] if plan.look_alikes else []
     console.print(", ".join(filter(None, [*counts, plan.others_line()])))
@@ -6867,14 +6707,18 @@ def show_plan(plan: Plan, facts: Json, console: Console, cost: str, earlier: Seq
     console.print(what + more, "bold")
 
 
-def print_lines(console: Console, lines: Iterable[str]) -> None:
-    """A block: its first line stands out, an empty one follows."""
-    style = "bold"
-    for line in lines:
-        console.print(line, style)
-        style = ""
-    if not style:
+def print_list(console: Console, title: str, lines: Sequence[str]) -> None:
+    """Print a title that stands out, the lines under it, and an empty line; nothing where there are no lines."""
+    if lines:
+        console.print(title, "bold")
+        for line in lines:
+            console.print(f"  {line}")
         console.print()
+
+
+def first_twenty(lines: Sequence[str]) -> List[str]:
+    more = len(lines) - 20
+    return [*lines[:20], f"and {more:,} more (--json has them all)"] if more > 0 else list(lines)
 
 
 def names_of(pair: Pair) -> str:
@@ -6888,47 +6732,38 @@ def describe_pair(pair: Pair) -> str:
     return f"{names_of(pair)} <{pair.email}>: {into(pair)}{becomes}"
 
 
-def earlier_lines(pairs: Sequence[Pair]) -> Iterator[str]:
-    """What a run takes over from earlier runs, beside the plan."""
-    if pairs:
-        yield f"TO FINISH FIRST, from earlier runs: {plural(len(pairs), 'pair')}"
-    for words in some([f"{describe_pair(pair)} ({SO_FAR[pair.state]})" for pair in pairs], 20):
-        yield f"  {words}"
-
-
-def choice_lines(plan: Plan) -> Iterator[str]:
-    """What the choices come to: which reference stays and which are lost."""
-    if plan.chosen:
-        yield f"CHOICES: {plural(len(plan.chosen), 'group')}"
+def _plan_lists(plan: Plan, earlier: Sequence[Pair]) -> Iterator[Tuple[str, List[str]]]:
+    """What a person should read beside the pairs and the skipped groups: titles with their lines."""
+    title = f"TO FINISH FIRST, from earlier runs: {plural(len(earlier), 'pair')}"
+    yield title, first_twenty([f"{describe_pair(pair)} ({SO_FAR[pair.state]})" for pair in earlier])
+    choices: List[str] = []
     for group in plan.chosen:
-        yield f"  {group.email} keeps {group.chosen}"
-        for contact in group.lost_refs():
-            yield f"    lost: {contact.external_ref} ({describe_contact(contact)}): its account has no contact then"
-
-
-def warning_lines(plan: Plan) -> Iterator[str]:
-    """What a person should check before groups are merged, twenty lines of each kind at most."""
-    by_code: Dict[str, List[str]] = collections.defaultdict(list)
-    for one in plan.warnings:
-        by_code[one["code"]].append(f"{one['email']}: {one['warning']}")
-    for code, lines in sorted(by_code.items(), key=lambda item: item[0] != "shared_mailbox"):
-        yield f"WARNING {code}: {plural(len(lines), 'group')}"
-        if code != "age_undecided":
-            yield "  a shared mailbox is not a person: after the merge one would read the others' conversations"
-        yield from (f"  {words}" for words in some(lines, 20))
-
-
-def look_alike_lines(plan: Plan) -> Iterator[str]:
-    """Addresses that are probably one, but for how they are written; they are never joined."""
-    if plan.look_alikes:
-        yield f"LOOK ALIKE, and not joined: {plural(len(plan.look_alikes), 'group')} of addresses; fix them in DevRev"
-    for one in plan.look_alikes[:20]:
+        choices.append(f"{group.email} keeps {group.chosen}")
+        for one in group.lost_refs():
+            choices.append(f"  lost: {one.external_ref} ({describe_contact(one)}): its account has no contact then")
+    yield f"CHOICES: {plural(len(plan.chosen), 'group')}", choices
+    for code in ("shared_mailbox", "names_differ", "age_undecided"):
+        lines = [f"{one['email']}: {one['warning']}" for one in plan.warnings if one["code"] == code]
+        why = ["a shared mailbox is not a person: after the merge one would read the others' conversations"]
+        why = why if lines and code != "age_undecided" else []
+        yield f"WARNING {code}: {plural(len(lines), 'group')}", [*why, *first_twenty(lines)]
+    alike: List[str] = []
+    for entry in plan.look_alikes:
         places: Dict[str, List[str]] = collections.defaultdict(list)
-        for line in one["lines"]:
+        for line in entry["lines"]:
             places[ascii(line["email"])[1:-1]].append(place_of(line["file"], line["line"], plan.files))
-        yield "  " + " and ".join(f"{email} ({', '.join(some(found))})" for email, found in places.items())
-    if len(plan.look_alikes) > 20:
-        yield f"  and {len(plan.look_alikes) - 20:,} more (--json has them all)"
+        alike.append(" and ".join(f"{email} ({', '.join(some(found))})" for email, found in places.items()))
+    title = f"LOOK ALIKE, and not joined: {plural(len(alike), 'group')} of addresses; fix them in DevRev"
+    yield title, first_twenty(alike)
+    by_code: Dict[str, List[str]] = collections.defaultdict(list)
+    for row in plan.invalid_rows:
+        email = f" ({row.email})" if row.email else ""
+        by_code[row.code].append(f"  {place_of(row.file, row.line, plan.files)}: {row.reason}{email}")
+    invalid: List[str] = []
+    for code, reasons in sorted(by_code.items(), key=lambda item: -len(item[1])):
+        invalid += [f"{INVALID_ROWS[code][0]}: {plural(len(reasons), 'row')}", *first_twenty(reasons)]
+    hint = looks_like(plan.invalid_rows)
+    yield f"LEFT OUT: {plural(len(plan.invalid_rows), 'invalid row')}" + (f"; {hint}" if hint else ""), invalid
 
 
 def describe_contact(contact: Contact) -> str:
@@ -6936,61 +6771,48 @@ def describe_contact(contact: Contact) -> str:
     return f"{contact.name}, {contact.short_id}, {plural(contact.tickets, 'ticket')}{since}"
 
 
-def invalid_lines(plan: Plan) -> Iterator[str]:
-    """The rows that are left out, grouped by reason; twenty lines of each reason at most."""
-    if not plan.invalid_rows:
-        return
-    hint = looks_like(plan.invalid_rows)
-    yield f"LEFT OUT: {plural(len(plan.invalid_rows), 'invalid row')}" + (f"; {hint}" if hint else "")
-    by_code: Dict[str, List[InvalidRow]] = collections.defaultdict(list)
-    for row in plan.invalid_rows:
-        by_code[row.code].append(row)
-    for code, rows in sorted(by_code.items(), key=lambda item: -len(item[1])):
-        yield f"  {INVALID_ROWS[code]}: {plural(len(rows), 'row')}"
-        for row in rows[:20]:
-            yield f"    {place_of(row.file, row.line, plan.files)}: {row.reason}" + (
-                f" ({row.email})" if row.email else ""
-            )
-        if len(rows) > 20:
-            yield f"    and {len(rows) - 20:,} more (--json has them all)"
-
-
-def skip_lines(plan: Plan, code: str) -> Iterator[str]:
+def _skip_list(plan: Plan, code: str) -> Tuple[str, List[str]]:
     """The groups that are skipped for one reason, with the lines of which one would go into a file of choices."""
-    skips = [skipped_group for skipped_group in plan.skipped if skipped_group.code == code]
-    if not skips:
-        return
-    yield f"SKIPPED {code}: {plural(len(skips), 'group')}"
-    reason, advice = skip_words(code)
-    yield f"  why: {reason}"
-    yield f"  what to do: {advice}"
-    lines: Dict[str, List[str]] = collections.defaultdict(list)
+    skips = [skip for skip in plan.skipped if skip.code == code]
+    meaning, advice = skip_words(code)
+    lines = [f"why: {meaning}", f"what to do: {advice}"] if skips else []
+    places: Dict[str, List[str]] = collections.defaultdict(list)
     for row in plan.invalid_rows if code == "invalid_row" else ():
         where = str(row.line) if plan.files == 1 else place_of(row.file, row.line, plan.files)
-        lines[email_key(row.email or "")].append(where)
-    for skipped_group in skips:
-        choices = list(skipped_group.choice_lines().items())
-        size = plural(len(skipped_group.contacts), "contact")
+        places[email_key(row.email or "")].append(where)
+    for skip in skips:
+        size, choices = plural(len(skip.contacts), "contact"), list(skip.choice_lines().items())
         if choices:
-            yield f"  {skipped_group.email}, {size}; a line for --choices (EMAIL,EXTERNAL_REF):"
+            lines.append(f"{skip.email}, {size}; a line for --choices (EMAIL,EXTERNAL_REF):")
             for line, contact in choices[:6]:
-                yield f"    {describe_contact(contact)}"
-                yield f"      {line}"
-            yield from [f"    and {len(choices) - 6:,} more"] if len(choices) > 6 else []
+                lines += [f"  {describe_contact(contact)}", f"    {line}"]
+            lines += [f"  and {len(choices) - 6:,} more"] if len(choices) > 6 else []
             continue
-        names = some([f"{one.external_ref} ({plural(one.tickets, 'ticket')})" for one in skipped_group.contacts], 6)
-        places = some(lines[skipped_group.email], 20) if code == "invalid_row" else []
-        word = f"line{'s' * (len(places) > 1)} " if plan.files == 1 else ""
-        where = f" ({word}{', '.join(places)})" if places else ""
-        where = f", {size}" if code == "shared_mailbox" else where
-        yield f"  {skipped_group.email}{where}: {', '.join(names)}"
+        ranked = sorted(skip.contacts, key=lambda one: -one.tickets)
+        names = some([f"{one.external_ref} ({plural(one.tickets, 'ticket')})" for one in ranked], 6)
+        rows = some(places[skip.email], 20) if code == "invalid_row" else []
+        word = f"line{'s' * (len(rows) > 1)} " if plan.files == 1 else ""
+        where = f" ({word}{', '.join(rows)})" if rows else f", {size}" if code == "shared_mailbox" else ""
+        lines.append(f"{skip.email}{where}: {', '.join(names)}")
+    return f"SKIPPED {code}: {plural(len(skips), 'group')}", lines
 
 
 def _show_pairs(plan: Plan, console: Console) -> None:
     """Print the pairs as a table; a row that is much longer than most, or does not fit the terminal, on lines of its
     own."""
     head = ("EMAIL", "PRIMARY", "TICKETS", console.arrow, "DUPLICATE", "TICKETS", "REFERENCE", "NAME")
-    rows = [_pair_cells(pair, console) for pair in plan.pairs() if pair.state is State.PLANNED]
+    rows: List[Tuple[str, ...]] = []
+    for pair in plan.pairs():
+        if pair.state is State.PLANNED:
+            # The reference tells which contact it is; the id, where it is another, is what DevRev is searched by.
+            primary, duplicate = (
+                " ".join(dict.fromkeys((one.external_ref, one.short_id))) for one in (pair.primary, pair.duplicate)
+            )
+            cells = (
+                pair.email, primary, str(pair.primary.tickets), console.arrow, duplicate, str(pair.duplicate.tickets),
+                "moves" if pair.new_ref else "unchanged", names_of(pair),
+            )  # fmt: skip
+            rows.append(tuple(map(console.sanitize, cells)))
     if not rows:
         return
     # One long address must not take the table from all the others: a column is as wide as nine of ten cells need.
@@ -7012,18 +6834,6 @@ def _show_pairs(plan: Plan, console: Console) -> None:
             text += (form if fits else lines) % row + "\n"
         console.stream(text)
     console.print()
-
-
-def _pair_cells(pair: Pair, console: Console) -> Tuple[str, ...]:
-    # The reference tells which contact it is; the id, where it is another, is what DevRev is searched by.
-    primary, duplicate = (
-        " ".join(dict.fromkeys((one.external_ref, one.short_id))) for one in (pair.primary, pair.duplicate)
-    )
-    cells = (
-        pair.email, primary, str(pair.primary.tickets), console.arrow, duplicate, str(pair.duplicate.tickets),
-        "moves" if pair.new_ref else "unchanged", names_of(pair),
-    )  # fmt: skip
-    return tuple(map(console.sanitize, cells))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -7437,7 +7247,8 @@ class RunContext:
     def describe_rate(self) -> str:
         """How fast requests may be sent, in words."""
         if self.settings.calls is None:
-            return "at the rate that DevRev allows"
+            calls, period = RequestScheduler.UNANNOUNCED
+            return f"at {calls} requests in {period:g} s until DevRev announces a quota"
         if not self.settings.calls:
             return "without a client-side limit"
         return f"at {self.settings.calls} requests in {self.settings.period:g} s"
@@ -7526,11 +7337,8 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str]) ->
     cancelled = {pair.ids: pair for pair in savepoint.pairs(State.CANCELLED)}
     # An undo creates the duplicate again, with another id.
     undone = {pair.ids: pair for pair in savepoint.pairs(State.UNDONE, State.UNDO_SETTLED)}
-    history = [
-        HistoryRow(one.email, ids, "undone", one.undo.contact if one.undo else "") for ids, one in undone.items()
-    ]
-    history += [HistoryRow(one.email, ids, "cancelled", "") for ids, one in cancelled.items()]
-    blocked = {email: code for email, code in blocked_by_history(plan.groups, history).items() if email not in named}
+    blocked = blocked_by_history(plan.groups, [*undone.values(), *cancelled.values()])
+    blocked = {email: code for email, code in blocked.items() if email not in named}
     groups, plan.groups = plan.groups, []
     for group in groups:
         rows = [known.get(pair.ids) for pair in group.pairs]
@@ -7575,7 +7383,7 @@ def _apply_email_filter(plan: Plan, wanted: Set[str], console: Console) -> None:
         why = f"{row.file}, line {row.line}: {row.reason}" if row else plan.left_alone[email]
         console.print_err(f"{email}: nothing to merge: {why}")
     for skip in plan.skipped:
-        console.print_err(f"{skip.email}: skipped: {skip.reason()}")
+        console.print_err(f"{skip.email}: skipped: {skip_words(skip.code)[0]}")
     for group in plan.groups:
         if all(pair.state in ENDED for pair in group.pairs):
             console.print_err(f"{group.email}: nothing to merge: merged already, says the savepoint")
@@ -7595,19 +7403,25 @@ def _apply_limit(plan: Plan, limit: int, console: Console) -> None:
 
 
 def write_choices_template(run: RunContext) -> int:
-    """Write a file for --choices with every contact that could be kept; returns the exit code."""
+    """Write a file for --choices, a line for each contact that may be kept of the skipped groups; return the exit code.
+
+    The further columns are there to decide by, and are ignored when it is read.
+    """
     path, show = run.options.choices_template, run.console.print
     plan = make_plan(run, open_savepoint(run, readonly=True))
     groups = [group for group in plan.skipped if group.choice_lines()]
+    columns = ("EMAIL", "EXTERNAL_REF", "DISPLAY_NAME", "TICKET_COUNT", "CREATED_AT", "REV_USER_ID", "CONTACTS")
+    rows = [
+        (group.email, one.external_ref, one.name, str(one.tickets), one.created, one.id, str(len(group.contacts)))
+        for group in groups
+        for one in group.choice_lines().values()
+    ]
     try:
-        if is_taken(path):
-            raise FileExistsError(str(path))
-        write_new_file(run.environment, path, choices_template(groups))
+        write_new_file(run.environment, path, csv_chunks(columns, rows))
     except OSError as error:
         why = TAKEN if isinstance(error, FileExistsError) else f"can't be written: {error.strerror or error}"
         raise FatalError(EXIT_USAGE, f"{path} {why}") from None
-    lines = sum(len(group.choice_lines()) for group in groups)
-    show(f"{plural(lines, 'line')} of {plural(len(groups), 'group')} written to {path}", "good")
+    show(f"{plural(len(rows), 'line')} of {plural(len(groups), 'group')} written to {path}", "good")
     if groups:
         show(f"next     cut it down to one line a group, then --choices {path} --preview")
     shared = sum(group.code == "shared_mailbox" for group in plan.skipped)
@@ -7634,18 +7448,12 @@ def preview(run: RunContext) -> int:
         run.console.json(plan_chunks(plan, facts, earlier, live))
         return EXIT_OK
     if live is not None:
-        lines = [
-            f"  {one['code'] or 'ready'}  {one['email']}" + f": {one['reason']}" * bool(one["code"]) for one in live
-        ]
+        lines = [f"{one['code'] or 'ready'}  {one['email']}" + f": {one['reason']}" * bool(one["code"]) for one in live]
         total = ", ".join(f"{count:,} {code}" for code, count in sorted(counts.items())) or "none"
-        head = f"COMPARED WITH DEVREV: {plural(len(live), 'group')}"
-        print_lines(run.console, [head, *lines, f"  in all: {total}"])
+        print_list(run.console, f"COMPARED WITH DEVREV: {plural(len(live), 'group')}", [*lines, f"in all: {total}"])
     show_plan(plan, facts, run.console, f"{cost} {run.describe_rate()}", earlier)
-    if (
-        not (facts["pairs_to_merge"] or facts["pairs_to_finish"])
-        or facts.get("live_refused")
-        or facts.get("live_ready") == 0
-    ):
+    has_work = facts["pairs_to_merge"] or facts["pairs_to_finish"]
+    if not has_work or facts.get("live_refused") or facts.get("live_ready") == 0:
         return EXIT_OK
     shown = ("preview", "live", "plan", "limit")
     if run.settings.token:
@@ -8112,7 +7920,8 @@ async def export(run: RunContext) -> int:
         with spool, before_any_change(api):
             contacts = await work
             console.status("")
-            write_new_file(run.environment, path, csv_chunks(contacts))
+            cells = (map(str, astuple(one)) for one in contacts)
+            write_new_file(run.environment, path, csv_chunks(COLUMNS.values(), cells))
     except asyncio.CancelledError:
         console.print_err("interrupted; nothing was written")
         return 128 + run.signal
@@ -8295,14 +8104,15 @@ async def check(run: RunContext) -> int:
         checks.append({"check": name, "ok": good, "says": words})
         if not run.options.json:
             console.print(f"{'ok     ' if good else 'FAILED '} {name}: {words}", "" if good else "bad")
-    quota = (
-        f"quota: {describe_wait(api.scheduler) or 'DevRev has announced none'}; requests are sent {run.describe_rate()}"
-    )
     notes = [
-        *([quota] if checks[0]["ok"] else []),
         "only a merge shows whether the token may merge (rev_user:all): try one pair with --limit 1",
         "--undo also updates tickets, issues and conversations; only an undo shows whether the token may",
     ]
+    if checks[0]["ok"]:
+        limit, left = api.scheduler.client_limit, describe_wait(api.scheduler)
+        words = f"the client-side rate limit is {limit.calls} requests in {limit.period:g} s" if limit else ""
+        words = words or "there is no client-side rate limit"
+        notes.insert(0, f"quota: {left or 'DevRev has not announced one yet'}; {words}")
     problems = sum(not one["ok"] for one in checks)
     code, verdict = (EXIT_USAGE, f"not ready: {plural(problems, 'problem')}") if problems else (EXIT_OK, "ready")
     if run.options.json:

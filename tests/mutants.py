@@ -83,7 +83,7 @@ MUTANTS = [
         "    if False:\n",
     ),
     Mutant("any email will do", "    if email_of(live) != contact.key:\n", "    if False:\n"),
-    Mutant("unverified contacts are merged", "if ids[pair.duplicate.id] and not ids[primary.id] and not try_unverified:", "if False:"),
+    Mutant("unverified contacts are merged", "if is_unverified[pair.duplicate.id] and not is_unverified[primary.id] and not try_unverified:", "if False:"),
     Mutant("an undone or cancelled group is merged again", "if is_stale or (group.email in blocked and not all(rows)):", "if False:"),
     Mutant("no count check", "                if problem:\n                    return str(folder), problem\n", ""),
     Mutant("fewer tickets will do, too", "if greatest == contact.tickets or (greatest >", "if True or (greatest >"),

@@ -679,6 +679,16 @@ def test_the_preview_shows_both_references_and_one_long_name_stays_on_its_own_li
     assert re.fullmatch(r"plan [0-9a-f]{12}", lines[-2]) and lines[-1] == "20 pairs to merge, 0 groups skipped"
 
 
+def test_the_contact_with_the_most_tickets_is_listed_first(place: Workplace) -> None:
+    shared = [row(f"U{n}", "info@example.com", f"user_{n}", tickets="0") for n in range(7)]
+    several = [row(f"V{n}", "eve@example.com", "user_v", tickets=str(n)) for n in (0, 9)]
+    busiest = row("R1", "info@example.com", "REVU-1", tickets="99")
+    place.csv.write_text(text(*shared, busiest, *several), encoding="utf-8")
+    out = place.run(None, "--preview", check=0).out
+    assert re.search(r"^  info@example\.com, 8 contacts: REVU-1 \(99 tickets\), .*, and 2 more$", out, re.MULTILINE)
+    assert "Ada, REVU-V9, 9 tickets" in out and "REVU-V0" not in out, "one line for both: they have one reference"
+
+
 class NarrowConsole(tool.Console):
     width = 90  # type: ignore[assignment]
 

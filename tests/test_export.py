@@ -9,6 +9,7 @@ import re
 import signal
 import tempfile
 from collections import Counter
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
@@ -197,7 +198,7 @@ people = st.builds(
 @settings(max_examples=150, deadline=None, database=None)
 @given(st.lists(people, min_size=1, max_size=5, unique_by=lambda one: one.id))
 def test_what_an_export_writes_reads_back_as_it_was(rows: List[tool.Contact]) -> None:
-    content = b"".join(tool.csv_chunks(rows))
+    content = b"".join(tool.csv_chunks(COLUMNS, (map(str, astuple(one)) for one in rows)))
     assert content.startswith(b"\xef\xbb\xbf")
     for line in csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")):
         assert not any(cell.startswith(tuple("=+-@\t\r")) for cell in line), "a spreadsheet takes it for a formula"

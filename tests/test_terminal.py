@@ -130,6 +130,23 @@ def test_check_says_whether_a_run_could_start_and_changes_nothing(place: Workpla
     assert not (place.folder / "savepoint.db").exists()
 
 
+def test_check_and_preview_name_the_limit_that_holds_until_devrev_announces_a_quota(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(90)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        for calls, limit in (
+            ("", "the client-side rate limit is 200 requests in 60 s"),
+            ("0", "there is no client-side rate limit"),
+        ):
+            out = place.run(sandbox, "--check", check=0, DEVREV_RATE_LIMIT_CALLS=calls).out
+            assert f"note    quota: DevRev has not announced one yet; {limit}" in out
+    out = place.run(None, "--preview", check=0, DEVREV_RATE_LIMIT_CALLS="").out
+    (cost,) = re.findall(r"^about .*", out, re.MULTILINE)
+    found = re.fullmatch(r"about (\d+) requests, about (\d+) (s|min) at 200 requests in 60 s until DevRev .*", cost)
+    assert found, cost
+    assert int(found[2]) * (60 if found[3] == "min" else 1) >= (int(found[1]) - 1) // 200 * 60 > 0
+
+
 def test_check_names_a_token_that_is_not_accepted_and_a_csv_of_another_organisation(place: Workplace) -> None:
     organisation, _ = organisation_of_pairs(1)
     place.export(
