@@ -183,7 +183,7 @@ def test_a_merge_that_devrev_never_carries_out_can_be_cancelled_and_is_then_left
         requests = len(sandbox.requests)
         result = place.run(sandbox, "--settle", " Person2@EXAMPLE.com", check=0)
         assert len(sandbox.requests) == requests  # nothing is requested, nothing is changed
-        assert "cancelled" in result.out and "not in this CSV" not in result.out
+        assert "cancelled" in result.out and "not in this plan" not in result.out
         (entry,) = result.report["cancelled"]
         assert (entry["email"], entry["state"], entry["code"]) == (
             "person2@example.com",
@@ -291,7 +291,7 @@ def test_pairs_of_earlier_runs_that_are_not_in_the_csv_are_marked_and_outside_th
         assert result.report["successful_merges"][0]["in_csv"] is False
         assert_sum(result.report)
         assert result.report["summary"]["earlier_runs"]["successful_merges"] == 1
-        assert "of earlier runs, not in this CSV: 1 finished" in result.out
+        assert "of earlier runs, not in this plan: 1 finished" in result.out
         assert result.report["summary"]["pairs_planned"] == 0
 
 
