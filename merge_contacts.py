@@ -6406,8 +6406,9 @@ def write_report(
         before, _, after = text.partition(b"__REPORT_JSON__")
         with open(path, "rb") as lines:
             environment.write_atomically(path.with_suffix(".html"), chain([before], map(for_script, lines), [after]))
-    if undo_pairs is None:
-        environment.write_atomically(path.with_suffix(".csv"), pair_rows(savepoint, run_id, plan))
+    table = path.with_suffix(".csv")
+    if undo_pairs is None and not table.exists():
+        environment.write_atomically(table, pair_rows(savepoint, run_id, plan))
     document["reported"] = True
     savepoint.write({}, {run_id: document})
 
