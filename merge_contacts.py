@@ -5544,11 +5544,11 @@ class PairUndo:
         self.context, self.api, self.savepoint = context, context.api, context.savepoint
         self.group, self.pair = group, pair
         self.old, self.moved = group.references(pair)
-        # None has started, or one was refused, so that the merge stands as it was.
-        was = pair.undo or UndoProgress("", "", pair.run, self.savepoint.revision(pair.ids))
-        self.undo = UndoProgress(str(path), pair.state.value, was.merge_run, was.merge_revision, was.forbidden)
         if pair.undo and pair.state is State.UNDOING:
             self.undo = pair.undo
+        else:  # none has started, or one was refused, so that the merge stands as it was
+            was = pair.undo or UndoProgress("", "", pair.run, self.savepoint.revision(pair.ids))
+            self.undo = UndoProgress(str(path), pair.state.value, was.merge_run, was.merge_revision, was.forbidden)
         self.reservation = Reservation()
         self.options = RequestOptions(FINISH, self.reservation, self.UNITS)
 
@@ -5891,9 +5891,24 @@ Runner = Union[ContactMerger, UndoRunner]
 
 def undo_entry(pair: Pair) -> Json:
     """Return what an undo has restored, or would restore, of a pair, what is left to others, and what is lost."""
-    undo = pair.undo
+    undo, restored, lost = pair.undo, [], []  # type: Optional[UndoProgress], List[Json], List[Json]
     left = undo.left if undo and undo.left is not None else []
-    entry: Json = {
+    with contextlib.suppress(PairError, OSError, ValueError, KeyError, TypeError):
+        (mine,) = (one for one in read_manifest(pair.backup)["contacts"] if one["csv"]["id"] == pair.duplicate.id)
+        user = backed_up_contact(pair.backup, pair.duplicate.id)
+        if undo and undo.left is not None:
+            others = {(item["id"], item["role"]) for item in left}
+            restored = [item for item in transferred_objects(mine) if (item["id"], item["role"]) not in others]
+        settable, why = (*PairUndo.FIELDS, "state", "is_verified"), "DevRev does not let it be set"
+        never = [(name, value, why) for name, value in user.items() if name not in settable]
+        never += [(name, user.get(name), why) for name, why in (undo.left_out.items() if undo else ())]
+        if user.get("is_verified") is False:
+            never.append(("verification", False, "a contact created through the API is verified"))
+        if mine["works"]["created"]:
+            never.append(("created_by", mine["works"]["created"], "the primary stays the creator"))
+        never.append(("authors of comments", None, "DevRev does not let them be set"))
+        lost = [dict(zip(("what", "value", "why"), one)) for one in never]
+    return {
         "email": pair.email,
         "primary": contact_entry(pair.primary),
         "duplicate": contact_entry(pair.duplicate),
@@ -5902,36 +5917,11 @@ def undo_entry(pair: Pair) -> Json:
         "backup": pair.backup,
         "code": pair.code,
         "error": pair.error,
-        "restored": [],
+        "restored": describe(pair.backup, restored),
         "left": describe(pair.backup, left),
         "fields_left": undo.fields_left if undo else [],
-        "not_restored": [],
+        "not_restored": lost,
     }
-    with contextlib.suppress(PairError, OSError, ValueError, KeyError, TypeError):
-        (mine,) = (one for one in read_manifest(pair.backup)["contacts"] if one["csv"]["id"] == pair.duplicate.id)
-        user = backed_up_contact(pair.backup, pair.duplicate.id)
-        others = {(item["id"], item["role"]) for item in left}
-        restored = [item for item in transferred_objects(mine) if (item["id"], item["role"]) not in others]
-        entry["restored"] = describe(pair.backup, restored) if undo and undo.left is not None else []
-        entry["not_restored"] = lost_for_good(user, mine, undo.left_out if undo else {})
-    return entry
-
-
-def lost_for_good(user: Json, entry: Json, left_out: Mapping[str, str]) -> List[Json]:
-    """Return `{what, value, why}` of what can't be restored of a contact: `user` and its `entry` in the manifest."""
-    settable = (*PairUndo.FIELDS, "state", "is_verified")
-    lost = [
-        {"what": name, "value": value, "why": "DevRev does not let it be set"}
-        for name, value in user.items()
-        if name not in settable
-    ]
-    lost += [{"what": name, "value": user.get(name), "why": why} for name, why in left_out.items()]
-    if user.get("is_verified") is False:
-        lost.append({"what": "verification", "value": False, "why": "a contact created through the API is verified"})
-    if entry["works"]["created"]:
-        lost.append({"what": "created_by", "value": entry["works"]["created"], "why": "the primary stays the creator"})
-    lost.append({"what": "authors of comments", "value": None, "why": "DevRev does not let them be set"})
-    return lost
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -6353,13 +6343,13 @@ def headline(summary: Json, document: Json) -> str:
         words.append(f"{unfinished:,} unfinished ({summary['unfinished_but_merged']:,} of them merged in DevRev)")
     failed = summary["failed_merges"] - summary["cancelled"]
     words += [f"{failed:,} failed"] if failed else []
-    counts = {
+    said = {
         "cancelled": "cancelled",
         "undo_settled": "undo given up",
         "left": "left",
         "already_merged": "merged before",
     }
-    words += [f"{summary[name]:,} {what}" for name, what in counts.items() if summary.get(name)]
+    words += [f"{summary[name]:,} {what}" for name, what in said.items() if summary.get(name)]
     words += [f"{plural(summary['skipped_groups'], 'group')} skipped"] if summary["skipped_groups"] else []
     words += [plural(summary["invalid_rows"], "invalid row")] if summary["contacts_read"] else []
     ends = {"successful_merges": "finished", "unfinished_merges": "unfinished", "failed_merges": "failed"}
@@ -8162,11 +8152,7 @@ async def run_undo(run: RunContext, plan: UndoPlan, savepoint: SavePoint) -> int
         with contextlib.suppress(PairError):
             objects.update(item["id"] for item in objects_to_transfer(pair.backup, pair.duplicate.id))
     facts = {"to undo": plural(len(pairs), "merge"), "of": str(plan.path)}
-    merges = [
-        f"{names_of(pair)} <{pair.email}>: {pair.duplicate.short_id} is created again, out of {pair.primary.short_id}, "
-        f"with the reference {pair.duplicate.external_ref}"
-        for pair in pairs
-    ]
+    merges = [f"{names_of(pair)} <{pair.email}>: {created_again(pair)}" for pair in pairs]
     facts.update({f"  {index}": words for index, words in enumerate(some(merges, 3), 1)})
     facts["updates"] = f"Up to {len(objects):,} {UPDATES}"
     if plan.older:
@@ -8179,6 +8165,11 @@ async def run_undo(run: RunContext, plan: UndoPlan, savepoint: SavePoint) -> int
 UPDATES = (
     "tickets, issues and conversations are updated; automations and webhooks of your organisation may react to each."
 )
+
+
+def created_again(pair: Pair) -> str:
+    contacts = f"{pair.duplicate.short_id} is created again, out of {pair.primary.short_id}"
+    return f"{contacts}, with the reference {pair.duplicate.external_ref}."
 
 
 def undo_headline(counts: Json, before: int) -> str:
@@ -8232,22 +8223,22 @@ def show_undo(run: RunContext, lists: Mapping[str, Sequence[Pair]]) -> None:
         run.console.json(report_chunks(report_head(run.document), entries))
         return
     show, objects = run.console.print, set()
-    for name, entry in ((name, undo_entry(pair)) for name, pairs in lists.items() for pair in pairs):
-        names = f"{entry['duplicate']['display_id']} out of {entry['primary']['display_id']}"
+    for name, pair in ((name, pair) for name, pairs in lists.items() for pair in pairs):
         if name != "to_undo":
-            show(f"{name:<8} {entry['email']}: {names}: {entry['code']}: {entry['error']}", "bad")
+            names = f"{pair.duplicate.short_id} out of {pair.primary.short_id}"
+            show(f"{name:<8} {pair.email}: {names}: {pair.code}: {pair.error}", "bad")
             continue
+        entry = undo_entry(pair)
         mine = {item["id"] for item in entry["restored"]}
         objects |= mine
-        show(f"undo     {entry['email']}: {names}")
-        show(f"           is created again with the reference {entry['duplicate']['old_external_ref']}")
-        show(f"           gets {len(mine):,} tickets, issues and conversations")
+        show(f"undo     {pair.email}: {created_again(pair)}")
+        show(f"           It gets {len(mine):,} tickets, issues and conversations again.")
         for item in entry["left"]:
-            show(f"           does not get {item['display_id']} {item['title']}: {item['why']}")
+            show(f"           {item['display_id']} {item['title']} stays as it is: {item['why']}.")
         for item in entry["fields_left"]:
-            show(f"           leaves the primary its {item['field']}: {item['why']}")
+            show(f"           The primary keeps its {item['field']}: {item['why']}.")
         never = dict.fromkeys(item["what"].replace("_", " ") for item in entry["not_restored"])
-        show(f"           can't be restored: {', '.join(never)}")
+        show(f"           Can't be restored: {', '.join(never)}.")
     show(f"{len(objects):,} {UPDATES}")
     show(run.document["headline"], "bold")
 
