@@ -8211,7 +8211,7 @@ def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, code: 
         console.print(words, "bold")
         _show_failures(console, [*lists["failed"], *lists["unfinished"]])
     if stop or (code == EXIT_USAGE and not run.signal):
-        console.error(stop or next(pair.error for pair in lists["failed"]))
+        console.error(stop or next(pair.error for pair in ended if pair.code))
     log.info("exit code %d", code)
     return code
 
