@@ -27,7 +27,7 @@ Map of this file; everything stands above what uses it:
     Merge         PairMerge                         a pair's state machine: no answer to a merge, how a pair resumes
                   GroupMerge, ContactMerger         the order of pairs, groups and earlier runs
     Export        ContactExporter                   the CSV from DevRev itself
-    Undo          GroupUndo, UndoRunner             what comes back
+    Undo          PairUndo, UndoRunner              what comes back
     Report        CODES, merge_entry                what each code means; where to add a field to the report
     Estimate, Console, Preview                      what people see before and meanwhile
     Command line  RunContext, main                  options, settings, signals, one function for each mode
@@ -4918,14 +4918,6 @@ class UndoPlan:
     def pairs(self) -> List[Pair]:
         return [pair for group in self.groups for pair in group.pairs]
 
-    def count_objects(self) -> int:
-        """Count the works and conversations that the undo updates at most, as the backups have them."""
-        found: Set[str] = set()
-        for pair in self.pairs():
-            with contextlib.suppress(PairError):
-                found.update(item["id"] for item in objects_to_transfer(pair.backup, pair.duplicate.id))
-        return len(found)
-
 
 def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: Optional[int]) -> UndoPlan:
     """Plan the undo of exactly the merges that `path` names, as the savepoint knows them, else as `path` tells.
@@ -5065,37 +5057,57 @@ def report_of(pair: Pair) -> str:
     return f"reports/merge_report_{pair.undo.merge_run if pair.undo else pair.run}.json"
 
 
-def undo_settle_error(pair: Pair) -> str:
-    """Say why the rest of a pair's undo must not be given up, `""` where it may: a reference would be on no contact."""
-    if pair.undo is None or not pair.undo.reference_free:
-        return ""
-    return (
-        f"the reference {pair.duplicate.external_ref} may be on no contact; "
-        f"finish the undo first: merge_contacts.py --undo {pair.undo.path}"
-    )
-
-
 # -- what was before, and what follows from it -------------------------------------------------------
 
 Role = Tuple[str, str]  # object id, and `owned_by`, `reported_by` or `members`
+RESTORED_KINDS = ("ticket", "issue", "conversation")
 
 
 @dataclass
-class StateBeforeMerge:
-    """What the contacts of a group were before their merges, from the backups."""
+class UndoGroup:
+    """Merges into one primary that are to be undone: what the contacts were, from the backups, and what they are."""
 
+    pairs: Sequence[Pair]
+    siblings: Sequence[Pair]  # other pairs of the primary
     contacts: Dict[str, Json] = field(default_factory=dict)  # duplicates as DevRev had them, by id
-    references: Dict[str, str] = field(default_factory=dict)  # duplicate's id -> the primary's before that merge
-    roles: Dict[str, Set[Role]] = field(default_factory=dict)  # of duplicates, by id
-    primary_roles: Set[Role] = field(default_factory=set)
+    old_refs: Dict[str, str] = field(default_factory=dict)  # duplicate's id -> the primary's before that merge
+    roles: Dict[str, Set[Role]] = field(default_factory=dict)  # of duplicates before the merges, by id
+    primary_roles: Set[Role] = field(default_factory=set)  # before the merges
+    primary: Json = field(default_factory=dict)  # as DevRev has it now
+    aliases: Dict[str, str] = field(default_factory=dict)  # id that no longer exists -> of the contact in its place
+    is_recreated: bool = False  # whether the primary itself was created by an earlier undo
+
+    def ids(self) -> Set[str]:
+        """Return the ids of the group: as it was, and as far as it was created again for other pairs."""
+        return {self.primary["id"], *self.aliases, *(one for pair in (*self.pairs, *self.siblings) for one in pair.ids)}
+
+    def references(self, pair: Pair) -> Tuple[List[str], Optional[str]]:
+        """Return the primary's reference before the merge with what may stand in for it, and the one that moved to it.
+
+        DevRev may refuse the `REVU-` reference of an old id to a contact that was created again.
+        """
+        old, own = self.old_refs[pair.duplicate.id], str(self.primary.get("display_id"))
+        moved = str(self.contacts[pair.duplicate.id].get("external_ref"))
+        stand_in = [own] if self.is_recreated and old.startswith("REVU-") and own != old else []
+        return [old, *stand_in], moved if pair.new_ref and moved != old else None
+
+    def staying_roles(self, pair: Pair) -> Set[Role]:
+        """Return where the primary stays: where it, or another duplicate that is still merged, had the role itself."""
+        others = (one for one in (*self.pairs, *self.siblings) if one is not pair)
+        merged = (
+            one.duplicate.id
+            for one in others
+            if one.state in MERGED_STATES or (one.state is State.UNDOING and one.undo and not one.undo.contact)
+        )
+        return self.primary_roles.union(*(self.roles.get(one, ()) for one in merged))
 
 
-def read_state_before(pairs: Sequence[Pair], siblings: Sequence[Pair]) -> StateBeforeMerge:
+def read_backups(pairs: Sequence[Pair], siblings: Sequence[Pair]) -> UndoGroup:
     """Read and check the backups of the pairs to undo, and of all other pairs with the same primary.
 
     Raises PairError(backup_failed). The backups of siblings that were undone may be missing.
     """
-    before, known = StateBeforeMerge(), [*pairs, *siblings]
+    before, known = UndoGroup(pairs, siblings), [*pairs, *siblings]
     primaries = {pair.primary.id for pair in known}
     needed = {pair.backup for pair in known if pair not in siblings or pair.state in (*MERGED_STATES, State.UNDOING)}
     manifests = []
@@ -5115,11 +5127,11 @@ def read_state_before(pairs: Sequence[Pair], siblings: Sequence[Pair]) -> StateB
             if identity in primaries:
                 before.primary_roles |= roles.difference(*gone)
                 mine = (pair.duplicate.id for pair in known if pair.backup == folder)
-                before.references.update((one, str(user.get("external_ref"))) for one in mine)
+                before.old_refs.update((one, str(user.get("external_ref"))) for one in mine)
             else:
                 before.contacts[identity], before.roles[identity] = user, roles
     for pair in pairs:
-        if pair.duplicate.id not in before.contacts or pair.duplicate.id not in before.references:
+        if pair.duplicate.id not in before.contacts or pair.duplicate.id not in before.old_refs:
             raise PairError("backup_failed", f"the backup {pair.backup} does not hold {into(pair)}")
     return before
 
@@ -5170,111 +5182,194 @@ def plan_fields(pair: Pair, live: Json) -> Tuple[Json, List[Json]]:
     return update, left
 
 
+# -- the check ---------------------------------------------------------------------------------------
+
+
+async def check_group_to_undo(context: GroupContext, group: Group, writable_kinds: Set[str]) -> UndoGroup:
+    """Find a group as its merges have left it, or as an undo that was not finished has.
+
+    `writable_kinds` learns which kinds of objects the token may write. Raises PairError.
+    """
+    api, savepoint, pairs, name = context.api, context.savepoint, group.pairs, group.primary.short_id
+    ids, mine = current_ids(group.primary.id, savepoint), {pair.ids for pair in group.pairs}
+    siblings = [row for one in ids for row in savepoint.pairs_of_primary(one).values() if row.ids not in mine]
+    found = await context.environment.run_in_thread(read_backups, pairs, siblings)
+    found.is_recreated, found.aliases = len(ids) > 1, dict.fromkeys(ids[:-1], ids[-1])
+    for pair in (*pairs, *siblings):
+        if pair.undo and pair.undo.contact:
+            found.aliases[pair.duplicate.id] = pair.undo.contact
+    primary = await api.contact(ids[-1])
+    if primary is None:
+        later = (row for row in savepoint.pairs_of_contact(ids[-1]) if row.duplicate.id == ids[-1])
+        onward = next((row for row in later if row.state in (*UNFINISHED, *MERGED_STATES, State.UNDOING)), None)
+        if onward:
+            words = f"{name} was merged into {onward.primary.short_id} later; undo {report_of(onward)} first"
+            raise PairError("merged_onward", words)
+        raise PairError("not_found", f"the primary {name} no longer exists in DevRev")
+    if primary.get("state") != "active":
+        raise PairError("not_active", f"the primary {name} is {primary.get('state')}, not active")
+    found.primary = primary
+    there = [pair.duplicate.short_id for pair in pairs if not await no_longer_exists(api, found, pair)]
+    if there:
+        raise PairError("not_merged", f"not merged, or not yet, because still there: {', '.join(there)}")
+    for pair in pairs:
+        check_moved_reference(found, pair)
+    if not context.options.preview:
+        objects = {identity for pair in pairs for identity, _ in found.roles[pair.duplicate.id]}
+        await check_write_access(api, sorted(objects), writable_kinds)
+    return found
+
+
+async def no_longer_exists(api: DevRevAPI, group: UndoGroup, pair: Pair) -> bool:
+    """Return whether the duplicate no longer exists. Where polls give no usable answer for good, lists decide."""
+    duplicate = pair.duplicate.id
+    try:
+        return await api.poll_duplicate(group.primary["id"], duplicate, ANY_OPTIONS) is not DuplicateStatus.EXISTS
+    except (ApiError, NoUsableResponse) as error:
+        log.info("%s: lists decide whether %s still exists: %s", pair.email, pair.duplicate.short_id, error)
+        listed = (await api.contacts_by_email([pair.duplicate.email.strip()])).items
+        listed += await api.holders_of(str(group.contacts[duplicate].get("external_ref")), ANY_OPTIONS)
+        there = (one for one in listed if one["id"] == duplicate and one.get("state") != "deleted")
+        return all(isinstance(one.get("primary_identity"), dict) for one in there)
+    except PairError as problem:
+        # DevRev may name the contact that the primary was merged into before it was created again.
+        if problem.code == "merged_into_another" and group.is_recreated:
+            return True
+        raise
+
+
+def check_moved_reference(group: UndoGroup, pair: Pair) -> None:
+    """Check that the primary has the reference that the merge gave it, or its old one where that may be."""
+    reference, (old, moved) = group.primary.get("external_ref"), group.references(pair)
+    if moved and reference == moved:
+        return
+    others = {row.new_ref for row in (*group.siblings, *group.pairs) if row is not pair and row.new_ref}
+    if moved is None and reference in (*old, *others, *group.old_refs.values()):
+        return
+    # An undo may have started, a merge may have ended before its reference moved, and two may have had the same.
+    is_open = pair.state is State.UNDOING or pair.state in (*UNFINISHED, State.SETTLED) or not pair.run
+    if reference in old and ((is_open and pair.state is not State.VERIFYING) or moved in others):
+        return
+    name, right = pair.primary.short_id, moved or old[0]
+    words = f"another user gave {name} the reference {reference or 'none'}; set {right} again, undo again"
+    raise PairError("external_ref_changed", words)
+
+
+async def check_write_access(api: DevRevAPI, objects: Iterable[str], writable_kinds: Set[str]) -> None:
+    """Set nothing on an object of each kind: a token that may not write is refused while all is as it was."""
+    refused: Dict[str, ApiError] = {}
+    for identity in objects:
+        kind = kind_of(identity)
+        if kind not in RESTORED_KINDS or kind in writable_kinds:
+            continue
+        try:
+            obj = await api.get_object(identity, ANY_OPTIONS)
+            if obj is None:
+                continue
+            await api.set_people(obj, {}, ANY_OPTIONS)
+        except ApiError as api_error:
+            if api_error.status == 403:
+                refused[kind] = api_error  # which may concern this one object alone
+                continue
+        writable_kinds.add(kind)
+    for kind in refused.keys() - writable_kinds:
+        endpoint = "conversations.update" if kind == "conversation" else "works.update"
+        raise PairError("forbidden", f"the token may not call {endpoint} (403): {refused[kind]}")
+
+
 # -- the run -----------------------------------------------------------------------------------------
 
 
-class ContactRestorer:
-    """Takes the moved reference from the primary and creates the undone contact again, or gives the reference back.
+class PairUndo:
+    """The undo of one merge: the primary's old reference, the contact, the primary's fields, then object after object.
 
-    Between the freed reference and the new contact nothing waits or interrupts. `primary` is the contact as DevRev has
-    it, `user` the undone one as its backup has it, `group_ids` are contacts that it is not, `old` the reference that
-    the primary gets (and what may stand in for it), `moved` the one that the merge gave it, if any.
+    Nothing runs beside it, and between the freed reference and the new contact nothing waits or interrupts.
     """
 
     FIELDS = ("display_name", "email", "external_ref", "description", "phone_numbers", "display_picture", "rev_org")
     UNITS = 8  # of quota for what follows the freed reference: the contact, perhaps with fewer fields, or the way back
     PATIENCE = 10.0  # seconds for which a contact that may have been created is looked for at most
+    ATTEMPTS = 6  # times that an object is read and written before it is given up
 
-    def __init__(
-        self, context: GroupContext, pair: Pair, primary: Json, user: Json, group_ids: Set[str], old: Sequence[str],
-        moved: Optional[str],
-    ) -> None:  # fmt: skip
-        self.context = context
-        self.api = context.api
-        self.pair, self.undo = pair, progress_of_undo(pair)
-        self.primary, self.user, self.group_ids = primary, user, group_ids
-        self.old, self.moved = old, moved
-        self.has_changed = False  # whether DevRev may have acted on a request
-        self.request_options = RequestOptions(FINISH, Reservation(), self.UNITS)
+    def __init__(self, context: GroupContext, group: UndoGroup, pair: Pair, path: Path) -> None:
+        self.context, self.api, self.savepoint = context, context.api, context.savepoint
+        self.group, self.pair = group, pair
+        self.old, self.moved = group.references(pair)
+        if pair.undo and pair.state is State.UNDOING:
+            self.undo = pair.undo
+        else:  # none has started, or one was refused, so that the merge stands as it was
+            was = pair.undo or UndoProgress("", "", pair.run, self.savepoint.revision(pair.ids))
+            self.undo = UndoProgress(str(path), pair.state.value, was.merge_run, was.merge_revision, was.forbidden)
+        self.reservation = Reservation()
+        self.options = RequestOptions(FINISH, self.reservation, self.UNITS)
 
-    async def run(self, fields: Json) -> None:
-        """Restore the contact; `fields` are set on the primary together with its old reference."""
+    async def run(self) -> None:
+        """Undo the merge; in a preview only find out what would be left to others."""
+        pair, undo, primary = self.pair, self.undo, self.group.primary
+        pair.undo = undo
+        update, undo.fields_left = plan_fields(pair, primary)
+        if self.context.options.preview:
+            await self._restore_objects()
+            return
+        undo.fields_removed = {**{name: primary.get(name) for name in update}, **undo.fields_removed}
+        has_moved = self.moved is not None and primary.get("external_ref") == self.moved
+        undo.reference_free = undo.reference_free or (has_moved and not undo.contact)
+        pair.state, pair.code, pair.error = State.UNDOING, "", ""
+        await self.savepoint.save(pair)
         try:
             with self.context.cancel_token.shield():
-                if self.undo.reference_free and self.primary.get("external_ref") == self.moved:
-                    await self._free_reference(fields)
+                if undo.reference_free and has_moved:
+                    await self._free_reference(update)
                 try:
                     await self._create()
                 except PairError as problem:
                     if problem.code in ("contact_refused", "forbidden"):
-                        self.undo.forbidden = problem.code == "forbidden"
+                        undo.forbidden = problem.code == "forbidden"
                         await self._return_reference(problem)
                     raise
         finally:
-            if self.request_options.reservation:
-                self.api.scheduler.release(self.request_options.reservation)
+            self.api.scheduler.release(self.reservation)
+        self.group.aliases[pair.duplicate.id] = undo.contact
+        await self._remove_fields()
+        await self._restore_objects()
+        pair.state, pair.code, pair.error = State.UNDONE, "", ""
+        await self.savepoint.save(pair)
+        log.info("%s: undone, %s is %s now", pair.email, pair.duplicate.short_id, undo.display_id)
 
     async def _free_reference(self, fields: Json) -> None:
-        """Give the primary its old reference, and in the same update its old values of carried fields.
+        """Give the primary its old reference, and in the same update its old values of carried `fields`.
 
         Whatever of it is refused, the reference goes alone at once. After a lost answer the primary is read before the
         update is sent again.
         """
-        primary, old = self.primary["id"], self.old[0]
-        bodies = [{"external_ref": old, **fields}] if fields else []
-        bodies += [{"external_ref": reference} for reference in self.old]
+        primary, old, moved = self.group.primary["id"], self.old, self.moved
+        bodies = [{"external_ref": old[0], **fields}] if fields else []
+        bodies += [{"external_ref": reference} for reference in old]
         problem: PairError = PairError("external_ref_not_set", "DevRev answered with another reference")
         started, deadline = self.context.environment.now(), PairMerge.FIRST_DEADLINE
-        options = self.request_options._replace(priority=MERGE)
+        options = self.options._replace(priority=MERGE)
         while bodies:
             try:
                 user = await self.api.update_contact(primary, bodies[0], options, deadline)
             except ApiError as api_error:
-                problem, user = api_error, self.primary
+                problem, user = api_error, self.group.primary
             except NoUsableResponse as error:
-                problem, self.has_changed = error, True
-                user = await self.api.contact(primary, self.request_options) or {}
+                problem, user = error, await self.api.contact(primary, self.options) or {}
                 deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
                 waited = self.context.environment.elapsed(started)
-                if user.get("external_ref") == self.moved and waited < self.PATIENCE:
+                if user.get("external_ref") == moved and waited < self.PATIENCE:
                     continue
-            if user.get("external_ref") in self.old:
-                self.primary, self.has_changed = user, True
+            if user.get("external_ref") in old:
+                self.group.primary = user
                 return
-            if user.get("external_ref") != self.moved:
+            if user.get("external_ref") != moved:
                 break  # another user's
-            options = self.request_options
+            options = self.options
             bodies.pop(0)
-        live = await self.api.contact(primary, self.request_options)
-        if live and live.get("external_ref") == self.moved:
+        live = await self.api.contact(primary, self.options)
+        if live and live.get("external_ref") == moved:
             await self._save_as_before()
-        raise PairError(problem.code, f"the primary did not get its old reference {old}: {problem}")
-
-    async def _return_reference(self, problem: PairError) -> None:
-        """Give the primary the moved reference again, and what was removed of its fields: no contact can be created."""
-        if not self.undo.reference_free:
-            await self._save_as_before()
-            return
-        error: PairError = problem
-        alone = {"external_ref": self.moved}
-        for body in ({**alone, **self.undo.fields_removed}, alone, alone):
-            try:
-                self.primary = await self.api.update_contact(self.primary["id"], body, self.request_options)
-            except PairError as refused:
-                error = refused
-                continue
-            if self.primary.get("external_ref") == self.moved:
-                await self._save_as_before()
-                return
-        words = f"{problem}; {self.moved} could not be set on {self.pair.primary.short_id} again: {error}"
-        raise PairError(problem.code, words)
-
-    async def _save_as_before(self) -> None:
-        """Note that the merge stands as it was. The progress stays for what it says of the merge."""
-        undo = self.undo
-        undo.reference_free, undo.contacts_before, undo.left_out = False, None, {}
-        self.pair.state = State(undo.state_before)
-        await self.context.savepoint.save(self.pair)
+        raise PairError(problem.code, f"the primary did not get its old reference {old[0]}: {problem}")
 
     async def _create(self) -> None:
         """Create the contact with the fields that DevRev takes, and save its id.
@@ -5283,22 +5378,24 @@ class ContactRestorer:
         without is looked for first. Raises PairError: contact_refused, forbidden, external_ref_conflict,
         contact_not_confirmed.
         """
-        undo, environment, pause = self.undo, self.context.environment, 0.2
-        since, merge_timeout = environment.now(), self.context.options.merge_timeout
-        requested_before, lost, why = undo.contacts_before is not None, False, ""
-        while not undo.contact:
-            fields = self._fields()
-            reference, name = fields.get("external_ref"), self.pair.duplicate.short_id
-            is_vital = reference is not None and self.pair.duplicate.is_user  # the application knows the person by it
+        pair, undo = self.pair, self.undo
+        if undo.contact:  # by an undo that was not finished
+            return
+        now, merge_timeout = self.context.environment.now, self.context.options.merge_timeout
+        known, name = creation_fields(self.group.contacts[pair.duplicate.id]), pair.duplicate.short_id
+        since, pause, may_exist, lost, why = now(), 0.2, undo.contacts_before is not None, False, ""
+        user: Optional[Json] = None
+        while user is None:
+            fields = {one: value for one, value in known.items() if one not in undo.left_out}
+            reference = fields.get("external_ref")
+            is_vital = reference is not None and pair.duplicate.is_user  # the application knows the person by it
             if undo.contacts_before is not None:
-                found = await self._find(fields)
-                if found:
-                    await self._save(found)
-                    return
-                may_exist = lost or requested_before
+                user = await self._find(fields)
+                if user:
+                    break
                 if why or (may_exist and reference is None):
                     limit = merge_timeout if lost and not is_vital else min(self.PATIENCE, merge_timeout / 4)
-                    if (is_vital or may_exist) and environment.elapsed(since) < limit:  # lists may lag
+                    if (is_vital or may_exist) and self.context.environment.elapsed(since) < limit:  # lists may lag
                         await self.context.cancel_token.sleep(pause)
                         pause = min(self.PATIENCE, 1.6 * pause)
                         if reference is None:
@@ -5307,18 +5404,18 @@ class ContactRestorer:
                         raise PairError("contact_refused", f"{name} could not be created again: {why}")
                     elif reference is not None:
                         undo.left_out["external_ref"], undo.contacts_before = why, None
-                        requested_before, lost, why, since = False, False, "", environment.now()
+                        since, may_exist, lost, why = now(), False, False, ""
                         continue
                     elif lost:
                         words = f"it is not known whether {name} was created again; undo again, which looks for it"
                         raise PairError("contact_not_confirmed", words)
             listed = [] if reference else await self._listed()
-            undo.contacts_before = [] if reference else sorted({*(user["id"] for user in listed), *self.group_ids})
-            await self.context.savepoint.save(self.pair)
+            undo.contacts_before = [] if reference else sorted({*(one["id"] for one in listed), *self.group.ids()})
+            await self.savepoint.save(pair)
             try:
-                await self._save(await self.api.create_contact(fields, self.request_options))
+                user = await self.api.create_contact(fields, self.options)
             except NoUsableResponse as error:
-                lost, why, self.has_changed = True, str(error), True
+                lost, may_exist, why = True, True, str(error)
             except ApiError as api_error:
                 why = str(api_error)
                 refused = refused_fields(api_error, fields, is_vital)
@@ -5328,33 +5425,22 @@ class ContactRestorer:
                 elif api_error.status != 409 or reference is None:
                     code = "forbidden" if api_error.status == 403 else "contact_refused"
                     raise PairError(code, f"{name} could not be created again: {why}") from None
-
-    def _fields(self) -> Json:
-        """Return what the contact is created with."""
-        picture = self.user.get("display_picture")
-        known = {
-            **self.user,
-            "display_picture": picture.get("id") if isinstance(picture, dict) else None,
-            "rev_org": rev_org_id(self.user),
-        }
-        return {name: known[name] for name in self.FIELDS if known.get(name) and name not in self.undo.left_out}
+        undo.contact, undo.display_id, undo.reference_free = user["id"], str(user.get("display_id")), False
+        await self.savepoint.save(pair)
 
     async def _find(self, fields: Json) -> Optional[Json]:
         """Return the contact that was requested, if it exists. A reference is looked up in the whole organisation.
 
         Raises PairError(external_ref_conflict) where the reference belongs to another contact.
         """
-        undo, reference = self.undo, fields.get("external_ref")
+        reference, other = fields.get("external_ref"), None  # type: Optional[str], Optional[Json]
         if reference is None:
-            known = set(undo.contacts_before or ())
-            listed = await self._listed()
-            new = (user for user in listed if user["id"] not in known)
+            new = (user for user in await self._listed() if user["id"] not in (self.undo.contacts_before or ()))
             return next((user for user in new if user.get("external_ref") in (None, "", user.get("display_id"))), None)
-        other: Optional[Json] = None
-        for holder in await self.api.holders_of(reference, self.request_options):
+        for holder in await self.api.holders_of(reference, self.options):
             # Lists lag behind contacts that no longer exist, or no longer have the reference.
-            is_mine = holder["id"] in self.group_ids
-            user = None if is_mine else await self.api.contact(holder["id"], self.request_options)
+            is_old = holder["id"] in self.group.ids()
+            user = None if is_old else await self.api.contact(holder["id"], self.options)
             if user is None or user.get("external_ref") != reference or user.get("state") == "deleted":
                 continue
             is_here = rev_org_id(user) in (None, fields.get("rev_org")) or "rev_org" not in fields
@@ -5362,22 +5448,104 @@ class ContactRestorer:
                 return user
             other = user
         if other:
-            undo.reference_free = False
-            words = (
-                f"{other.get('display_id')} <{other.get('email')}>, another contact, has the reference {reference} now"
-            )
-            raise PairError("external_ref_conflict", words)
+            self.undo.reference_free = False
+            who = f"{other.get('display_id')} <{other.get('email')}>, another contact,"
+            raise PairError("external_ref_conflict", f"{who} has the reference {reference} now")
         return None
 
     async def _listed(self) -> List[Json]:
         body = {"email": [self.pair.duplicate.email.strip()]}
-        return (await self.api.pages("rev-users.list", "rev_users", body, self.request_options)).items
+        return (await self.api.pages("rev-users.list", "rev_users", body, self.options)).items
 
-    async def _save(self, user: Json) -> None:
+    async def _return_reference(self, problem: PairError) -> None:
+        """Give the primary the moved reference again, and what was removed of its fields: no contact can be created."""
+        if not self.undo.reference_free:
+            await self._save_as_before()
+            return
+        moved, error = self.moved, problem
+        for body in ({"external_ref": moved, **self.undo.fields_removed}, *2 * [{"external_ref": moved}]):
+            try:
+                self.group.primary = await self.api.update_contact(self.group.primary["id"], body, self.options)
+            except PairError as refused:
+                error = refused
+                continue
+            if self.group.primary.get("external_ref") == moved:
+                await self._save_as_before()
+                return
+        words = f"{problem}; {moved} could not be set on {self.pair.primary.short_id} again: {error}"
+        raise PairError(problem.code, words)
+
+    async def _save_as_before(self) -> None:
+        """Save that the merge stands as it was. The progress stays for what it says of the merge."""
         undo = self.undo
-        undo.contact, undo.display_id, undo.reference_free = user["id"], str(user.get("display_id")), False
-        self.has_changed = True
-        await self.context.savepoint.save(self.pair)
+        undo.reference_free, undo.contacts_before, undo.left_out = False, None, {}
+        self.pair.state = State(undo.state_before)
+        await self.savepoint.save(self.pair)
+
+    async def _remove_fields(self) -> None:
+        """Remove from the primary what the merge carried to it and is still there; what DevRev refuses is named."""
+        primary, options = self.group.primary, RequestOptions(RESUME)
+        update, left = plan_fields(self.pair, primary)
+        for body in [update, *({name: value} for name, value in update.items())] if update else []:
+            try:
+                self.group.primary = await self.api.update_contact(primary["id"], body, options)
+                if body is update:
+                    break
+            except (ApiError, NoUsableResponse) as error:
+                if body is not update:
+                    left += [{"field": name, "value": primary.get(name), "why": str(error)} for name in body]
+        self.undo.fields_left = left
+
+    async def _restore_objects(self) -> None:
+        """Give the contact its works and conversations, one after the other: read, write, verify the answer.
+
+        What was deleted or given to others since is left and named. Raises PairError(not_restored) where DevRev refuses
+        an update, or in a preview a read.
+        """
+        pair, undo = self.pair, self.undo
+        roles: Dict[str, List[str]] = collections.defaultdict(list)
+        for identity, role in sorted(self.group.roles[pair.duplicate.id]):
+            roles[identity].append(role)
+        stays = self.group.staying_roles(pair)
+        left, failed = [], []  # type: List[Json], List[Json]
+        for identity, mine in roles.items():
+            try:
+                left += await self._restore_object(identity, mine, undo.contact or pair.duplicate.id, stays)
+            except (ApiError, NoUsableResponse, LookupError, TypeError, AttributeError) as error:
+                failed += [{"id": identity, "role": role, "why": str(error)} for role in mine]
+        undo.left = [*left, *failed]
+        if failed:
+            names = ", ".join(some(list(dict.fromkeys(item["display_id"] for item in describe(pair.backup, failed)))))
+            created = f"created again as {undo.display_id}, but " * bool(undo.contact)
+            raise PairError("not_restored", f"{created}not restored: {names}")
+
+    async def _restore_object(self, identity: str, roles: List[str], contact: str, stays: Set[Role]) -> List[Json]:
+        """Write one object, and return what of it is left. Only who joins between read and write can be missed."""
+        if kind_of(identity) not in RESTORED_KINDS:
+            return [{"id": identity, "role": role, "why": "works of this kind are not restored"} for role in roles]
+        options, problem = RequestOptions(RESUME), "it answers with other people"
+        for attempt in range(self.ATTEMPTS):
+            obj = await self.api.get_object(identity, options)
+            changes, left = plan_restore(obj, roles, self.group.primary["id"], contact, self.group.aliases, stays)
+            if obj is None or not changes or self.context.options.preview:
+                return [{"id": identity, **one} for one in left]
+            try:
+                answer = await self.api.set_people(obj, changes, options)
+            except NoUsableResponse as error:
+                problem = str(error)
+            else:
+                if all(set(people) <= user_ids(role, answer) for role, people in changes.items()):
+                    return [{"id": identity, **one} for one in left]
+            await self.context.cancel_token.sleep(0.1 * 2**attempt)
+        raise NoUsableResponse(f"an update of {identity}", problem)
+
+
+def creation_fields(user: Json) -> Json:
+    """Return what a contact is created again with: the fields that can be set, of `user` as its backup has it."""
+    picture = user.get("display_picture")
+    picture_id = picture.get("id") if isinstance(picture, dict) else None
+    known = {**user, "display_picture": picture_id, "rev_org": rev_org_id(user)}
+    return {name: known[name] for name in PairUndo.FIELDS if known.get(name)}
 
 
 def refused_fields(error: ApiError, fields: Json, is_vital: bool) -> List[str]:
@@ -5388,295 +5556,6 @@ def refused_fields(error: ApiError, fields: Json, is_vital: bool) -> List[str]:
     if named in fields:
         return [] if named == "email" or (named == "external_ref" and is_vital) else [named]
     return [name for name in ("description", "phone_numbers", "display_picture") if name in fields]
-
-
-class GroupUndo:
-    """The undo of merges into one primary: check, then each pair: old reference, contact, objects, undone.
-
-    Nothing runs beside it. What keeps a pair from its end is recorded with it; what stops the run passes through.
-    """
-
-    ATTEMPTS = 6  # times that an object is read and written before it is given up
-    KINDS = ("ticket", "issue", "conversation")
-
-    def __init__(self, context: GroupContext, group: Group, path: Path, writable_kinds: Set[str]) -> None:
-        self.context = context
-        self.api, self.environment, self.savepoint = context.api, context.environment, context.savepoint
-        self.group = group
-        self.path = path
-        self.writable_kinds = writable_kinds  # kinds of objects that the token is known to be allowed to write
-        self.has_changed = False  # whether this undo may have changed the group in DevRev
-        self.before = StateBeforeMerge()
-        self.siblings: List[Pair] = []  # other pairs of the primary
-        self.primary: Json = {}  # as DevRev has it now
-        self.aliases: Dict[str, str] = {}  # id of a contact that no longer exists -> of the one created in its place
-        self._is_recreated = False  # whether the primary itself was created by an earlier undo
-
-    async def run(self) -> None:
-        """Undo the pairs one after the other, once the whole group is as its merges have left it."""
-        pairs = self.group.pairs
-        problem = await self._attempt(self._check())
-        if problem is None and not self.context.options.preview:
-            problem = await self._attempt(self._check_write_access())
-        if problem:
-            for pair in pairs:
-                await self.context.record_outcome(pair, problem)
-            return
-        for pair in pairs:
-            was_forbidden = bool(pair.undo and pair.undo.forbidden)
-            problem = await self._attempt(self._preview(pair) if self.context.options.preview else self._undo(pair))
-            await self.context.record_outcome(pair, problem)
-            is_stop = problem is not None and pair.undo is not None and pair.undo.forbidden and not was_forbidden
-            if is_stop and "contact" not in self.writable_kinds:
-                # A token that may not create contacts would take the reference from each primary for a moment.
-                raise FatalError(EXIT_STOPPED if self.has_changed else EXIT_USAGE, str(problem))
-
-    async def _attempt(self, work: Coroutine[Any, Any, None]) -> Optional[PairError]:
-        """Do the work and return what keeps the pairs from their end, if anything. Raises what stops the run."""
-        try:
-            self.context.raise_if_draining()
-            await work
-        except PairError as problem:
-            return problem
-        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            # Whatever one contact's answers look like, the other groups go on.
-            log.exception("%s: unexpected", self.group.email)
-            return PairError("api_error", f"an answer could not be understood ({type(error).__name__}: {error})")
-        finally:
-            work.close()
-        return None
-
-    # -- check --------------------------------------------------------------------------------------
-
-    async def _check(self) -> None:
-        """Find the group as its merges have left it, or as an undo that was not finished has."""
-        pairs, old = self.group.pairs, self.group.primary
-        ids = current_ids(old.id, self.savepoint)
-        mine = {pair.ids for pair in pairs}
-        rows = [row for one in ids for row in self.savepoint.pairs_of_primary(one).values()]
-        self.siblings = [row for row in rows if row.ids not in mine]
-        self.before = await self.environment.run_in_thread(read_state_before, pairs, self.siblings)
-        self._is_recreated = len(ids) > 1
-        self.aliases = dict.fromkeys(ids[:-1], ids[-1])
-        for pair in (*pairs, *self.siblings):
-            if pair.undo and pair.undo.contact:
-                self.aliases[pair.duplicate.id] = pair.undo.contact
-        primary = await self.api.contact(ids[-1])
-        if primary is None:
-            later = (row for row in self.savepoint.pairs_of_contact(ids[-1]) if row.duplicate.id == ids[-1])
-            onward = next((row for row in later if row.state in (*UNFINISHED, *MERGED_STATES, State.UNDOING)), None)
-            if onward:
-                words = (
-                    f"{old.short_id} was merged into {onward.primary.short_id} later; undo {report_of(onward)} first"
-                )
-                raise PairError("merged_onward", words)
-            raise PairError("not_found", f"the primary {old.short_id} no longer exists in DevRev")
-        if primary.get("state") != "active":
-            raise PairError("not_active", f"the primary {old.short_id} is {primary.get('state')}, not active")
-        self.primary = primary
-        there = [pair.duplicate.short_id for pair in pairs if not await self._is_gone(pair)]
-        if there:
-            raise PairError("not_merged", f"not merged, or not yet, because still there: {', '.join(there)}")
-        for pair in pairs:
-            self._check_reference(pair)
-
-    async def _is_gone(self, pair: Pair) -> bool:
-        """Return whether the duplicate no longer exists. Where polls give no usable answer for good, lists decide."""
-        primary, duplicate = self.primary["id"], pair.duplicate.id
-        try:
-            return await self.api.poll_duplicate(primary, duplicate, ANY_OPTIONS) is not DuplicateStatus.EXISTS
-        except (ApiError, NoUsableResponse) as error:
-            log.info("%s: lists decide whether %s still exists: %s", pair.email, pair.duplicate.short_id, error)
-            reference = str(self.before.contacts[duplicate].get("external_ref"))
-            listed = (await self.api.contacts_by_email([pair.duplicate.email.strip()])).items
-            listed += await self.api.holders_of(reference, ANY_OPTIONS)
-            there = (one for one in listed if one["id"] == duplicate and one.get("state") != "deleted")
-            return all(isinstance(one.get("primary_identity"), dict) for one in there)
-        except PairError as problem:
-            # DevRev may name the contact that the primary was merged into before it was created again.
-            if problem.code == "merged_into_another" and self._is_recreated:
-                return True
-            raise
-
-    def _check_reference(self, pair: Pair) -> None:
-        """Check that the primary has the reference that the merge gave it, or its old one where that may be."""
-        reference, name = self.primary.get("external_ref"), self.group.primary.short_id
-        old, moved = self._old_references(pair), self._moved_reference(pair)
-        if moved and reference == moved:
-            return
-        others = {row.new_ref: row for row in (*self.siblings, *self.group.pairs) if row is not pair and row.new_ref}
-        if moved is None and reference in (*old, *others, *self.before.references.values()):
-            return
-        # An undo may have started, a merge may have ended before its reference moved, and two may have had the same.
-        is_open = pair.state is State.UNDOING or pair.state in (*UNFINISHED, State.SETTLED) or not pair.run
-        if reference in old and ((is_open and pair.state is not State.VERIFYING) or moved in others):
-            return
-        words = f"another user gave {name} the reference {reference or 'none'}; set {moved or old[0]} again, undo again"
-        raise PairError("external_ref_changed", words)
-
-    def _old_references(self, pair: Pair) -> List[str]:
-        """Return the reference that the primary had before the merge; after it, what may stand in for it.
-
-        DevRev may refuse the `REVU-` reference of an old id to a contact that was created again.
-        """
-        old = self.before.references[pair.duplicate.id]
-        own = str(self.primary.get("display_id"))
-        return [old, own] if self._is_recreated and old.startswith("REVU-") and own != old else [old]
-
-    def _moved_reference(self, pair: Pair) -> Optional[str]:
-        """Return the duplicate's reference where the merge gave it, or may have given it, to the primary."""
-        reference = str(self.before.contacts[pair.duplicate.id].get("external_ref"))
-        return reference if pair.new_ref and reference != self.before.references[pair.duplicate.id] else None
-
-    async def _check_write_access(self) -> None:
-        """Set nothing on an object of each kind: a token that may not write is refused while all is as it was."""
-        refused: Dict[str, ApiError] = {}
-        wanted = sorted({one for pair in self.group.pairs for one, _ in self.before.roles[pair.duplicate.id]})
-        for identity in wanted:
-            kind = kind_of(identity)
-            if kind not in self.KINDS or kind in self.writable_kinds:
-                continue
-            try:
-                obj = await self.api.get_object(identity, ANY_OPTIONS)
-                if obj is None:
-                    continue
-                await self.api.set_people(obj, {}, ANY_OPTIONS)
-            except ApiError as api_error:
-                if api_error.status == 403:
-                    refused[kind] = api_error  # which may concern this one object alone
-                    continue
-            self.writable_kinds.add(kind)
-        for kind in refused.keys() - self.writable_kinds:
-            endpoint = "conversations.update" if kind == "conversation" else "works.update"
-            raise PairError("forbidden", f"the token may not call {endpoint} (403): {refused[kind]}")
-
-    async def _preview(self, pair: Pair) -> None:
-        """Find out what an undo would leave to others."""
-        undo = pair.undo if pair.undo and pair.state is State.UNDOING else self._new_progress(pair)
-        contact, undo.left = undo.contact or pair.duplicate.id, []
-        for identity, roles in self._objects(pair):
-            obj = await self.api.get_object(identity, ANY_OPTIONS)
-            left = plan_restore(obj, roles, self.primary["id"], contact, self.aliases, self._stays(pair))[1]
-            undo.left += [{"id": identity, **one} for one in left]
-        undo.fields_left, pair.undo = plan_fields(pair, self.primary)[1], undo
-
-    # -- one pair -----------------------------------------------------------------------------------
-
-    async def _undo(self, pair: Pair) -> None:
-        """Undo one merge: the primary's old reference, the contact, the primary's fields, then object after object."""
-        if pair.state is not State.UNDOING:
-            pair.undo = self._new_progress(pair)
-        undo = progress_of_undo(pair)
-        moved = self._moved_reference(pair)
-        update, undo.fields_left = plan_fields(pair, self.primary)
-        undo.fields_removed = {**{name: self.primary.get(name) for name in update}, **undo.fields_removed}
-        frees = moved is not None and self.primary.get("external_ref") == moved and not undo.contact
-        undo.reference_free = undo.reference_free or frees
-        pair.state, pair.code, pair.error = State.UNDOING, "", ""
-        await self.savepoint.save(pair)
-        user = self.before.contacts[pair.duplicate.id]
-        restorer = ContactRestorer(
-            self.context, pair, self.primary, user, self._group_ids(), self._old_references(pair), moved
-        )
-        try:
-            await restorer.run(update)
-            self.writable_kinds.add("contact")
-        finally:
-            self.primary = restorer.primary
-            self.has_changed = self.has_changed or restorer.has_changed
-        self.aliases[pair.duplicate.id] = undo.contact
-        await self._remove_fields(pair)
-        await self._restore_objects(pair)
-        pair.state, pair.code, pair.error = State.UNDONE, "", ""
-        await self.savepoint.save(pair)
-        log.info("%s: undone, %s is %s now", pair.email, pair.duplicate.short_id, undo.display_id)
-
-    def _new_progress(self, pair: Pair) -> UndoProgress:
-        earlier = pair.undo  # refused, so that the merge stands as it was
-        run = earlier.merge_run if earlier else pair.run
-        revision = earlier.merge_revision if earlier else self.savepoint.revision(pair.ids)
-        return UndoProgress(str(self.path), pair.state.value, run, revision, bool(earlier and earlier.forbidden))
-
-    def _group_ids(self) -> Set[str]:
-        """Return the ids of the group: as it was, and as far as it was created again for other pairs."""
-        known = (contact for pair in (*self.group.pairs, *self.siblings) for contact in pair.ids)
-        return {self.primary["id"], *known, *self.aliases}
-
-    # -- what it had --------------------------------------------------------------------------------
-
-    async def _remove_fields(self, pair: Pair) -> None:
-        """Remove from the primary what the merge carried to it and is still there; what DevRev refuses is named."""
-        undo = progress_of_undo(pair)
-        update, undo.fields_left = plan_fields(pair, self.primary)
-        for body in [update, *({name: value} for name, value in update.items())] if update else []:
-            try:
-                self.primary = await self.api.update_contact(self.primary["id"], body, RequestOptions(RESUME))
-                if body == update:
-                    return
-            except (ApiError, NoUsableResponse) as error:
-                if body is not update:
-                    (name,) = body
-                    undo.fields_left.append({"field": name, "value": self.primary.get(name), "why": str(error)})
-
-    def _objects(self, pair: Pair) -> List[Tuple[str, List[str]]]:
-        """Return the objects that the duplicate had a role in, each with its roles."""
-        roles: Dict[str, List[str]] = collections.defaultdict(list)
-        for identity, role in sorted(self.before.roles[pair.duplicate.id]):
-            roles[identity].append(role)
-        return list(roles.items())
-
-    def _stays(self, pair: Pair) -> Set[Role]:
-        """Return where the primary stays: where it, or another duplicate that is still merged, had the role itself."""
-        others = (one for one in (*self.group.pairs, *self.siblings) if one is not pair)
-        merged = (
-            one for one in others
-            if one.state in MERGED_STATES or (one.state is State.UNDOING and not progress_of_undo(one).contact)
-        )  # fmt: skip
-        return self.before.primary_roles.union(*(self.before.roles.get(one.duplicate.id, set()) for one in merged))
-
-    async def _restore_objects(self, pair: Pair) -> None:
-        """Give the contact its works and conversations, one after the other: read, write, verify the answer.
-
-        What was deleted or given to others since is left and named. Raises PairError(not_restored) where DevRev refuses
-        an update.
-        """
-        undo, left, failed = progress_of_undo(pair), [], []
-        for identity, roles in self._objects(pair):
-            try:
-                left += await self._restore_object(pair, identity, roles)
-            except (ApiError, NoUsableResponse, LookupError, TypeError, AttributeError) as error:
-                failed += [{"id": identity, "role": role, "why": str(error)} for role in roles]
-        undo.left = [*left, *failed]
-        if failed:
-            names = ", ".join(some(list(dict.fromkeys(item["display_id"] for item in describe(pair.backup, failed)))))
-            raise PairError("not_restored", f"created again as {undo.display_id}, but not restored: {names}")
-
-    async def _restore_object(self, pair: Pair, identity: str, roles: List[str]) -> List[Json]:
-        """Write one object, and return what of it is left. Only who joins between read and write can be missed."""
-        if kind_of(identity) not in self.KINDS:
-            return [{"id": identity, "role": role, "why": "works of this kind are not restored"} for role in roles]
-        contact, options = progress_of_undo(pair).contact, RequestOptions(RESUME)
-        problem = "it answers with other people"
-        for attempt in range(self.ATTEMPTS):
-            obj = await self.api.get_object(identity, options)
-            changes, left = plan_restore(obj, roles, self.primary["id"], contact, self.aliases, self._stays(pair))
-            found = [{"id": identity, **one} for one in left]
-            if obj is None or not changes:
-                return found
-            try:
-                answer = await self.api.set_people(obj, changes, options)
-            except NoUsableResponse as error:
-                problem = str(error)
-            else:
-                if all(set(people) <= user_ids(role, answer) for role, people in changes.items()):
-                    return found
-            await self.context.cancel_token.sleep(0.1 * 2**attempt)
-        raise NoUsableResponse(f"an update of {identity}", problem)
-
-
-def progress_of_undo(pair: Pair) -> UndoProgress:
-    assert pair.undo is not None
-    return pair.undo
 
 
 class UndoRunner:
@@ -5690,27 +5569,60 @@ class UndoRunner:
         self.context = GroupContext(
             api, api.environment, savepoint, api.cancel_token, options, self._record_outcome, runner.raise_if_draining
         )
-        self.has_changed = False
-        self._writable_kinds: Set[str] = set()
+        self.writable_kinds: Set[str] = set()  # kinds of objects that the token is known to be allowed to write
+
+    @staticmethod
+    def is_success(pair: Pair) -> bool:
+        return not pair.code
 
     async def run(self, plan: UndoPlan) -> int:
         """Carry out the plan and return the exit code; nothing is raised."""
         self.runner.total = len(plan.pairs())
-        code = await self.runner.run(self._undo(plan))
+        code = await self.runner.run(self._work(plan))
         codes = {pair.code for pair in self.runner.outcomes.values()}
-        if code in (EXIT_FAILED, EXIT_STOPPED) and codes == {"forbidden"} and not self.has_changed:
+        if code in (EXIT_FAILED, EXIT_STOPPED) and codes == {"forbidden"} and not self.api.writes:
             return EXIT_USAGE  # the token may not write
         return code
 
-    async def _undo(self, plan: UndoPlan) -> None:
+    async def _work(self, plan: UndoPlan) -> None:
         for group in plan.groups:
             self.runner.raise_if_draining()
-            undo = GroupUndo(self.context, group, plan.path, self._writable_kinds)
-            try:
-                task = self.runner.start(undo.run(), group.pairs)
-                await self.context.cancel_token.wait(asyncio.wait({task}))
-            finally:
-                self.has_changed = self.has_changed or undo.has_changed
+            task = self.runner.start(self._undo_group(group, plan.path), group.pairs)
+            await self.context.cancel_token.wait(asyncio.wait({task}))
+
+    async def _undo_group(self, group: Group, path: Path) -> None:
+        """Undo the pairs one after the other, once the whole group is as its merges have left it.
+
+        What keeps a pair from its end is recorded with it; what stops the run passes through.
+        """
+        checked = await self._attempt(group, check_group_to_undo(self.context, group, self.writable_kinds))
+        for pair in group.pairs:
+            was_forbidden = bool(pair.undo and pair.undo.forbidden)
+            problem: Optional[PairError]
+            if isinstance(checked, PairError):
+                problem = checked
+            else:
+                problem = await self._attempt(group, PairUndo(self.context, checked, pair, path).run())
+            await self.context.record_outcome(pair, problem)
+            if pair.undo and pair.undo.contact:
+                self.writable_kinds.add("contact")
+            elif pair.undo and pair.undo.forbidden and not was_forbidden and "contact" not in self.writable_kinds:
+                # A token that may not create contacts would take the reference from each primary for a moment.
+                raise FatalError(EXIT_USAGE, str(problem))
+
+    async def _attempt(self, group: Group, work: Coroutine[Any, Any, T]) -> Union[T, PairError]:
+        """Do the work; return its result, or what keeps the pairs from their end. Raises what stops the run."""
+        try:
+            self.context.raise_if_draining()
+            return await work
+        except PairError as problem:
+            return problem
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            # Whatever one contact's answers look like, the other groups go on.
+            log.exception("%s: unexpected", group.email)
+            return PairError("api_error", f"an answer could not be understood ({type(error).__name__}: {error})")
+        finally:
+            work.close()
 
     async def _record_outcome(self, pair: Pair, problem: Optional[PairError] = None, counts: bool = True) -> None:
         """Record that a pair is undone, or what keeps it from that; the row of a refused pair stays as it is."""
@@ -5724,19 +5636,30 @@ class UndoRunner:
         """Yield the pairs that have an outcome."""
         yield from self.runner.outcomes.values()
 
-    @staticmethod
-    def is_success(pair: Pair) -> bool:
-        return not pair.code
-
 
 Runner = Union[ContactMerger, UndoRunner]
 
 
 def undo_entry(pair: Pair) -> Json:
     """Return what an undo has restored, or would restore, of a pair, what is left to others, and what is lost."""
-    undo = pair.undo
+    undo, restored, lost = pair.undo, [], []  # type: Optional[UndoProgress], List[Json], List[Json]
     left = undo.left if undo and undo.left is not None else []
-    entry: Json = {
+    with contextlib.suppress(PairError, OSError, ValueError, KeyError, TypeError):
+        (mine,) = (one for one in read_manifest(pair.backup)["contacts"] if one["csv"]["id"] == pair.duplicate.id)
+        user = backed_up_contact(pair.backup, pair.duplicate.id)
+        if undo and undo.left is not None:
+            others = {(item["id"], item["role"]) for item in left}
+            restored = [item for item in transferred_objects(mine) if (item["id"], item["role"]) not in others]
+        settable, why = (*PairUndo.FIELDS, "state", "is_verified"), "DevRev does not let it be set"
+        never = [(name, value, why) for name, value in user.items() if name not in settable]
+        never += [(name, user.get(name), why) for name, why in (undo.left_out.items() if undo else ())]
+        if user.get("is_verified") is False:
+            never.append(("verification", False, "a contact created through the API is verified"))
+        if mine["works"]["created"]:
+            never.append(("created_by", mine["works"]["created"], "the primary stays the creator"))
+        never.append(("authors of comments", None, "DevRev does not let them be set"))
+        lost = [dict(zip(("what", "value", "why"), one)) for one in never]
+    return {
         "email": pair.email,
         "primary": contact_entry(pair.primary),
         "duplicate": contact_entry(pair.duplicate),
@@ -5745,36 +5668,11 @@ def undo_entry(pair: Pair) -> Json:
         "backup": pair.backup,
         "code": pair.code,
         "error": pair.error,
-        "restored": [],
+        "restored": describe(pair.backup, restored),
         "left": describe(pair.backup, left),
         "fields_left": undo.fields_left if undo else [],
-        "not_restored": [],
+        "not_restored": lost,
     }
-    with contextlib.suppress(PairError, OSError, ValueError, KeyError, TypeError):
-        (mine,) = (one for one in read_manifest(pair.backup)["contacts"] if one["csv"]["id"] == pair.duplicate.id)
-        user = backed_up_contact(pair.backup, pair.duplicate.id)
-        others = {(item["id"], item["role"]) for item in left}
-        restored = [item for item in transferred_objects(mine) if (item["id"], item["role"]) not in others]
-        entry["restored"] = describe(pair.backup, restored) if undo and undo.left is not None else []
-        entry["not_restored"] = lost_for_good(user, mine, undo.left_out if undo else {})
-    return entry
-
-
-def lost_for_good(user: Json, entry: Json, left_out: Mapping[str, str]) -> List[Json]:
-    """Return `{what, value, why}` of what can't be restored of a contact: `user` and its `entry` in the manifest."""
-    settable = (*ContactRestorer.FIELDS, "state", "is_verified")
-    lost = [
-        {"what": name, "value": value, "why": "DevRev does not let it be set"}
-        for name, value in user.items()
-        if name not in settable
-    ]
-    lost += [{"what": name, "value": user.get(name), "why": why} for name, why in left_out.items()]
-    if user.get("is_verified") is False:
-        lost.append({"what": "verification", "value": False, "why": "a contact created through the API is verified"})
-    if entry["works"]["created"]:
-        lost.append({"what": "created_by", "value": entry["works"]["created"], "why": "the primary stays the creator"})
-    lost.append({"what": "authors of comments", "value": None, "why": "DevRev does not let them be set"})
-    return lost
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -5799,199 +5697,129 @@ CODES: Dict[str, Code] = {
     # Skipped by detection, or by the live check.
     "several_user_refs": Code(
         "Several contacts have a user_ reference. The export can't tell which one the application uses.",
-        "Find out which user_ reference the application uses, and name it with --choices.",
-        settles=True, skips=True,
-    ),
+        "Find out which user_ reference the application uses, and name it with --choices.", settles=True, skips=True),
     "no_user_ref": Code(
         "There are several REVU- contacts and none with a user_ reference: the application knows none of them.",
-        "Nothing to do for the application. If you want one contact, name the one to keep with --choices.",
-        skips=True,
-    ),
+        "Nothing to do for the application. If you want one contact, name the one to keep with --choices.", skips=True),
     "shared_mailbox": Code(
         "The address probably belongs to several people, who would see each other's conversations.",
-        "If it is one person, name the contact to keep with --choices.",
-        settles=True, skips=True,
-    ),
+        "If it is one person, name the contact to keep with --choices.", settles=True, skips=True),
     "invalid_row": Code(
         "A row of this email is bad or conflicts with another, so the group may not be complete.",
-        "Fix the rows, which are named with their lines, and run again.",
-        skips=True,
-    ),
+        "Fix the rows, which are named with their lines, and run again.", skips=True),
     "undone": Code(
         "A merge of this email was undone.",
-        "To merge it again, export again and name the address with --email.",
-        skips=True,
-    ),
+        "To merge it again, export again and name the address with --email.", skips=True),
     "cancelled": Code(
         "A merge of this email was cancelled with --settle.",
-        "To merge it after all, name the address with --email.",
-        skips=True,
-    ),
+        "To merge it after all, name the address with --email.", skips=True),
     "already_gone": Code(
         "The duplicate no longer exists, and its reference is not needed.",
-        "Nothing to do.",
-        skips=True,
-    ),
+        "Nothing to do.", skips=True),
     "already_merged": Code(
         "It looks merged already: the primary has the reference, and the duplicate no longer exists.",
         "Nothing to do. If another folder merged it, keep using that folder, because the history is there.",
-        skips=True,
-    ),
+        skips=True),
     "different_rev_org": Code(
         "The contacts belong to different rev orgs.",
-        "Check both contacts in DevRev. --across-workspaces merges them all the same.",
-        settles=True, skips=True,
-    ),
+        "Check both contacts in DevRev. --across-workspaces merges them all the same.", settles=True, skips=True),
     # Refused by the live check or the integrity check: nothing was requested.
     "not_found": Code(
         "DevRev has no such contact any more.",
-        "Export again, or leave the row out. If the pair is merged, --settle accepts it as it is.",
-        settles=True,
-    ),
+        "Export again, or leave the row out. If the pair is merged, --settle accepts it as it is.", settles=True),
     "not_active": Code(
         "The contact is locked, deactivated or deleted. Such a contact is not merged.",
-        "Check the contact in DevRev. If it no longer exists, leave its row out.",
-        settles=True,
-    ),
+        "Check the contact in DevRev. If it no longer exists, leave its row out.", settles=True),
     "email_changed": Code(
-        "A contact has another email in DevRev than in the CSV. They may be two people.", "Export again.", settles=True
-    ),
+        "A contact has another email in DevRev than in the CSV. They may be two people.",
+        "Export again.", settles=True),
     "external_ref_changed": Code(
         "A contact has another reference in DevRev than in the CSV, or than the merge gave it.",
-        "Export again. If the pair is merged, --settle accepts the reference that it has now.",
-        settles=True,
-    ),
+        "Export again. If the pair is merged, --settle accepts the reference that it has now.", settles=True),
     "several_external_refs": Code(
         "The contact has several external references. What setting one does to the others is not documented.",
-        "Leave its row out, or have DevRev reduce it to one reference.",
-        settles=True,
-    ),
+        "Leave its row out, or have DevRev reduce it to one reference.", settles=True),
     "unverified": Code(
         "The duplicate is unverified and the primary is not. DevRev documents that such a merge is refused.",
-        "Leave its row out, or try it with --try-unverified.",
-        settles=True,
-    ),
+        "Leave its row out, or try it with --try-unverified.", settles=True),
     "group_changed": Code(
         "DevRev lists more contacts for this email than the CSV that you chose from.",
-        "Export again, and choose again.",
-        settles=True,
-    ),
+        "Export again, and choose again.", settles=True),
     "count_mismatch": Code(
         "The backup has another number of tickets than the CSV.",
-        "Export again, or accept a backup with more tickets with --count-policy at-least.",
-        settles=True,
-    ),
+        "Export again, or accept a backup with more tickets with --count-policy at-least.", settles=True),
     "backup_failed": Code(
         "The backup could not be written, or was not read back as it was written.",
-        "Check the named file or ticket, then run again.",
-        systemic=True, settles=True,
-    ),
+        "Check the named file or ticket, then run again.", systemic=True, settles=True),
     "stale": Code(
         "The check and the backup became too old before there was quota for the merge.",
-        "Raise DEVREV_RATE_LIMIT_CALLS, or ask DevRev for a larger quota.",
-        systemic=True,
-    ),
+        "Raise DEVREV_RATE_LIMIT_CALLS, or ask DevRev for a larger quota.", systemic=True),
     "undo_unfinished": Code(
-        "An undo of this email has started and not finished.", "Finish the undo with the command in the message first."
-    ),
+        "An undo of this email has started and not finished.",
+        "Finish the undo with the command in the message first."),
     "group_incomplete": Code("Another merge of one of its contacts has to finish first.", "Run again."),
     "interrupted": Code("The run stopped first.", "Run the same command again. It finishes this pair first."),
     # DevRev's answers.
     "api_error": Code(
         "A request failed or got no usable answer, also when it was repeated.",
-        "Run again. If it stays, send the message and the log to DevRev's support.",
-        systemic=True, settles=True,
-    ),
+        "Run again. If it stays, send the message and the log to DevRev's support.", systemic=True, settles=True),
     "forbidden": Code(
         "DevRev refused a request: the token may not do this, or not for this contact.",
         "Give the token the scope that the message names, or access to the named object, then run again.",
-        systemic=True, settles=True,
-    ),
+        systemic=True, settles=True),
     "merge_refused": Code(
         "DevRev refused to merge these contacts.",
-        "Check both contacts in DevRev, then run again. --settle cancels the merge.",
-        systemic=True, settles=True,
-    ),
+        "Check both contacts in DevRev, then run again. --settle cancels the merge.", systemic=True, settles=True),
     "merge_not_confirmed": Code(
         "DevRev did not finish the merge in time.",
         "Run again later: it polls before anything else. --merge-timeout waits longer, --settle cancels the merge.",
-        systemic=True, settles=True,
-    ),
+        systemic=True, settles=True),
     "plan_changed": Code(
         "The merge was requested, and the CSV or a choice no longer has it with the same reference.",
-        "Run with the CSV that has it, or cancel the merge with --settle.",
-        settles=True,
-    ),
+        "Run with the CSV that has it, or cancel the merge with --settle.", settles=True),
     "merged_elsewhere": Code(
         "Another user merged or deleted the duplicate. No reference was moved.",
-        "Check the reference that the message names, and export again.",
-        systemic=True,
-    ),
+        "Check the reference that the message names, and export again.", systemic=True),
     "merged_into_another": Code(
         "DevRev names another contact than the primary.",
-        "Check both contacts in DevRev. --settle accepts it as it is.",
-        settles=True,
-    ),
+        "Check both contacts in DevRev. --settle accepts it as it is.", settles=True),
     "after_cancel": Code(
         "DevRev carried out a merge that had been cancelled.",
-        "If the contacts are two people, undo the merge with --undo and this report.",
-    ),
+        "If the contacts are two people, undo the merge with --undo and this report."),
     # Merged, and not finished.
     "external_ref_conflict": Code(
         "Another contact holds the reference. Until the primary has it, the application may not recognise this person.",
-        "Export and run again. If it stays, free the reference from the contact that the message names.",
-        settles=True,
-    ),
+        "Export and run again. If it stays, free the reference from the contact that the message names.", settles=True),
     "external_ref_not_set": Code(
         "DevRev did not take the reference. Until the primary has it, the application may not recognise this person.",
-        "Run again. If it stays, set the reference by hand in DevRev, then use --settle.",
-        systemic=True, settles=True,
-    ),
+        "Run again. If it stays, set the reference by hand in DevRev, then use --settle.", systemic=True, settles=True),
     "left_behind": Code(
         "What is named here was the duplicate's and does not belong to the primary. The backup holds it.",
         "Run again later, because DevRev may still be moving it, or move it by hand. --settle accepts what stays.",
-        settles=True,
-    ),
+        settles=True),
     "still_listed": Code(
         "The contacts are merged, but DevRev still lists the duplicate for its email.",
-        "Run again later. --settle accepts it as it is.",
-        settles=True,
-    ),
+        "Run again later. --settle accepts it as it is.", settles=True),
     # Undo.
     "merged_again": Code(
         "The pair was undone, and deliberately merged again later.",
-        "To undo the later merge, use the report that the message names.",
-        skips=True,
-    ),
+        "To undo the later merge, use the report that the message names.", skips=True),
     "not_merged": Code("There is no merge to undo.", "If the merge is unfinished, finish it first."),
     "contact_refused": Code(
         "DevRev refused to create the contact again. The primary has its reference again.",
         "Check DevRev's answer in the message, then run the same --undo again. --settle gives the rest up.",
-        systemic=True,
-    ),
+        systemic=True),
     "contact_not_confirmed": Code(
         "Whether the contact was created is not known.",
-        "Run the same --undo again: it looks the contact up first.",
-        systemic=True,
-    ),
+        "Run the same --undo again: it looks the contact up first.", systemic=True),
     "not_restored": Code(
         "Some objects still belong to the primary.",
-        "Run the same --undo again, or set the people in DevRev. --settle gives the rest up.",
-    ),
+        "Run the same --undo again, or set the people in DevRev. --settle gives the rest up."),
     "merged_onward": Code(
         "The primary was merged into another contact later.",
-        "Undo the later merge first, with the report that the message names.",
-    ),
+        "Undo the later merge first, with the report that the message names."),
 }  # fmt: skip
 SKIP_REASONS = {code: (one.meaning, one.advice) for code, one in CODES.items() if one.skips}
-
-
-def codes_markdown() -> str:
-    """Return the table of codes for the README."""
-    rows = (f"| `{code}` | {one.meaning} | {one.advice} |" for code, one in CODES.items())
-    return "\n".join(["| code | what it means | what to do |", "|---|---|---|", *rows])
-
-
 SO_FAR: Mapping[State, str] = {
     State.REQUESTED: "requested, and not merged yet",
     State.ACKNOWLEDGED: "DevRev has accepted the merge",
@@ -6072,17 +5900,18 @@ def settle_error(pair: Pair) -> str:
     if pair.state in TERMINAL:
         return ""
     if pair.state is State.UNDOING:
-        return undo_settle_error(pair)
+        if pair.undo is None or not pair.undo.reference_free:
+            return ""
+        words = f"the reference {pair.duplicate.external_ref} may be on no contact"
+        return f"{words}; finish the undo first: merge_contacts.py --undo {pair.undo.path}"
     if pair.state not in UNFINISHED:
-        return (
-            f"its merge was not requested ({pair.code}), so there is nothing to settle; leave its rows out of the CSV"
-        )
+        words = f"its merge was not requested ({pair.code}), so there is nothing to settle"
+        return f"{words}; leave its rows out of the CSV"
     is_merged = pair.state in (State.MERGED, State.VERIFYING)
     if pair.code in CODES and CODES[pair.code].settles and not (is_merged and pair.code == "api_error"):
         return ""
-    return (
-        f"it is unfinished ({pair.code or SO_FAR[pair.state]}), and no report has named a problem that stays; run again"
-    )
+    why = pair.code or SO_FAR[pair.state]
+    return f"it is unfinished ({why}), and no report has named a problem that stays; run again"
 
 
 def settle_pair(pair: Pair) -> None:
@@ -6135,37 +5964,41 @@ def check_not_restored(savepoint: SavePoint) -> None:
             raise FatalError(EXIT_USAGE, f"the savepoint was put back from an older copy: {why}. {fix}")
 
 
-def beside_pairs(plan: Plan) -> Dict[str, Iterable[Json]]:
-    """Return what a report and a preview list besides pairs.
+BESIDE_PAIRS = ("choices", "skipped", "look_alikes", "warnings", "invalid_rows")
+
+
+def beside_pairs(plan: Optional[Plan]) -> Dict[str, Optional[Iterable[Json]]]:
+    """Return what a report and a preview list besides pairs; null is what only a plan could tell.
 
     These are the choices with the references that each loses, the skipped groups with the lines of which --choices may
-    take one, the look-alikes and the invalid rows.
+    take one, the look-alikes, the warnings and the invalid rows.
     """
+    if plan is None:
+        return dict.fromkeys(BESIDE_PAIRS)
 
     def choice(group: Group) -> Json:
         lost = [contact_entry(contact, "external_ref") for contact in group.lost_refs()]
         warnings = [words for _, words in group.warnings()]
         return {"email": group.email, "kept": group.chosen, "lost": lost, "warnings": warnings}
 
-    def entry(skipped_group: SkippedGroup) -> Json:
+    def skipped(group: SkippedGroup, error: str = "") -> Json:
         return {
-            "email": skipped_group.email,
-            "code": skipped_group.code,
-            "reason": skip_words(skipped_group.code)[0],
-            "advice": skip_words(skipped_group.code)[1],
-            "contacts": [contact_entry(contact, "external_ref") for contact in skipped_group.contacts],
+            "email": group.email,
+            "code": group.code,
+            "reason": skip_words(group.code)[0],
+            "advice": skip_words(group.code)[1],
+            "contacts": [contact_entry(contact, "external_ref") for contact in group.contacts],
             "choices": [
                 {"line": line, "external_ref": contact.external_ref, "display_id": contact.short_id}
-                for line, contact in skipped_group.choice_lines().items()
+                for line, contact in group.choice_lines().items()
             ],
+            **({"error": error} if error else {}),
         }
 
-    def left_out(pair: Pair) -> Json:
-        return {**entry(SkippedGroup(pair.email, pair.code, [pair.duplicate])), "error": pair.error}
-
+    left_out = (skipped(SkippedGroup(one.email, one.code, [one.duplicate]), one.error) for one in plan.left_out)
     return {
-        "choices": [choice(group) for group in plan.chosen],
-        "skipped": chain(map(entry, plan.skipped), map(left_out, plan.left_out)),
+        "choices": map(choice, plan.chosen),
+        "skipped": chain(map(skipped, plan.skipped), left_out),
         "look_alikes": plan.look_alikes,
         "warnings": plan.warnings,
         "invalid_rows": (row._asdict() for row in plan.invalid_rows),
@@ -6186,16 +6019,15 @@ def report_chunks(head: Json, lists: Mapping[str, Optional[Iterable[Json]]]) -> 
     yield b"\n}\n"
 
 
-def merge_lists(savepoint: SavePoint, run_id: str, plan: Optional[Plan] = None) -> Dict[str, Iterator[Pair]]:
+def merge_lists(savepoint: SavePoint, run_id: str, plan: Optional[Plan]) -> Dict[str, Iterator[Pair]]:
     """Return the pairs of a report's lists, read from the savepoint again with each call.
 
     A pair that has ended is in the report of the run that ended it, and in no other.
     """
+    failed = savepoint.pairs(State.FAILED, State.MERGED_ELSEWHERE, run=run_id)
     return {
         "successful_merges": savepoint.pairs(State.DONE, run=run_id),
-        "failed_merges": chain(
-            savepoint.pairs(State.FAILED, State.MERGED_ELSEWHERE, run=run_id), plan.refused if plan else ()
-        ),
+        "failed_merges": chain(failed, plan.refused if plan else ()),
         "unfinished_merges": savepoint.pairs(*UNFINISHED),
         "settled": savepoint.pairs(State.SETTLED, run=run_id),
         "cancelled": savepoint.pairs(State.CANCELLED, run=run_id),
@@ -6208,30 +6040,34 @@ def merge_summary(savepoint: SavePoint, run_id: str, plan: Optional[Plan]) -> Js
 
     Without a plan nothing is known of the CSV, and all pairs are counted.
     """
-    mine: Dict[str, int] = collections.Counter()
-    others: Dict[str, int] = collections.Counter()
+    mine, others = collections.Counter(), collections.Counter()  # type: Dict[str, int], Dict[str, int]
     for name, pairs in merge_lists(savepoint, run_id, plan).items():
         for pair in pairs:
             count = mine if plan is None or pair.ids in plan.ids else others
             count[name] += 1
+            count["successful_merges"] += name == "settled"
+            count["failed_merges"] += name == "cancelled"
             count["attempted"] += bool(pair.first_requested_at)
             count["unfinished_but_merged"] += pair.state in (State.MERGED, State.VERIFYING)
-    for count in (mine, others):
-        count["successful_merges"] += count["settled"]
-        count["failed_merges"] += count["cancelled"]
-    summary: Json = dict.fromkeys(("contacts_read", "invalid_rows", "pairs_planned", "already_merged"))
+    parts = ("successful_merges", "failed_merges", "unfinished_merges")
+    names = (*parts, "unfinished_but_merged", "settled", "cancelled")
+    summary: Json = {
+        **dict.fromkeys(("contacts_read", "invalid_rows", "pairs_planned", "already_merged")),
+        "total_merges_attempted": mine["attempted"],
+        **{name: mine[name] for name in names},
+        **dict.fromkeys(("left", "skipped_groups")),
+    }
     if plan:
         gone = sum(pair.code in ("already_gone", "already_merged") for pair in plan.left_out)
-        summary.update(contacts_read=plan.contacts_read, invalid_rows=len(plan.invalid_rows))
-        summary.update(pairs_planned=len(plan.ids), already_merged=plan.already_merged + gone)
-    summary["total_merges_attempted"] = mine["attempted"]
-    names = ("successful_merges", "failed_merges", "unfinished_merges", "unfinished_but_merged", "settled", "cancelled")
-    summary.update({name: mine[name] for name in names})
-    summary.update(left=None, skipped_groups=None)
-    if plan:
-        ended = summary["successful_merges"] + summary["failed_merges"] + summary["unfinished_merges"]
-        summary["left"] = len(plan.ids) - summary["already_merged"] - ended
-        summary["skipped_groups"] = len(plan.skipped) + len(plan.left_out) - gone
+        before = plan.already_merged + gone
+        summary.update(
+            contacts_read=plan.contacts_read,
+            invalid_rows=len(plan.invalid_rows),
+            pairs_planned=len(plan.ids),
+            already_merged=before,
+            left=len(plan.ids) - before - sum(mine[part] for part in parts),
+            skipped_groups=len(plan.skipped) + len(plan.left_out) - gone,
+        )
     if mine["undo_settled"]:
         summary["undo_settled"] = mine["undo_settled"]
     if any(others.values()):
@@ -6258,33 +6094,19 @@ def headline(summary: Json, document: Json) -> str:
         words.append(f"{unfinished:,} unfinished ({summary['unfinished_but_merged']:,} of them merged in DevRev)")
     failed = summary["failed_merges"] - summary["cancelled"]
     words += [f"{failed:,} failed"] if failed else []
-    counts = {
+    said = {
         "cancelled": "cancelled",
-        "undo given up": "undo_settled",
+        "undo_settled": "undo given up",
         "left": "left",
-        "merged before": "already_merged",
+        "already_merged": "merged before",
     }
-    words += [f"{summary[name]:,} {what}" for what, name in counts.items() if summary.get(name)]
+    words += [f"{summary[name]:,} {what}" for name, what in said.items() if summary.get(name)]
     words += [f"{plural(summary['skipped_groups'], 'group')} skipped"] if summary["skipped_groups"] else []
     words += [plural(summary["invalid_rows"], "invalid row")] if summary["contacts_read"] else []
     ends = {"successful_merges": "finished", "unfinished_merges": "unfinished", "failed_merges": "failed"}
     more = [f"{others[name]:,} {what}" for name, what in ends.items() if others.get(name)]
-    words += [f"of earlier runs, not in this CSV: {', '.join(more)}"] if more else []
+    words += [f"of earlier runs, not in this plan: {', '.join(more)}"] if more else []
     return ", ".join(words)
-
-
-BESIDE_PAIRS = ("choices", "skipped", "look_alikes", "warnings", "invalid_rows")
-
-
-def merge_report_lists(savepoint: SavePoint, run_id: str, plan: Optional[Plan]) -> Dict[str, Optional[Iterable[Json]]]:
-    """Return the lists of a merge run's report; null is what only the plan could tell."""
-    planned = plan.ids if plan else None
-    lists: Dict[str, Optional[Iterable[Json]]] = {
-        name: (merge_entry(pair, planned) for pair in pairs)
-        for name, pairs in merge_lists(savepoint, run_id, plan).items()
-    }
-    lists.update(beside_pairs(plan) if plan else dict.fromkeys(BESIDE_PAIRS))
-    return lists
 
 
 def report_head(document: Json) -> Json:
@@ -6295,33 +6117,49 @@ def report_head(document: Json) -> Json:
 def write_report(
     environment: Environment,
     savepoint: SavePoint,
-    run_id: str,
     document: Json,
-    lists: Mapping[str, Optional[Iterable[Json]]],
+    plan: Optional[Plan] = None,
+    undo_pairs: Optional[Mapping[str, Optional[Iterable[Pair]]]] = None,
 ) -> None:
     """Write the report of a run: the JSON, and beside it the page and, of merges, the CSV that show the same.
 
     The savepoint learns the end, which is in `document`, before the file is written, and that it was written
-    afterwards, so that the next run can write what a kill has prevented. Raises OSError, and FatalError(3) where the
-    savepoint can't be written.
+    afterwards, so that the next run can write what a kill has prevented. `plan` is the one of a merge run that was not
+    killed, `undo_pairs` are the lists of an undo. Raises OSError, and FatalError(3) where the savepoint can't be
+    written.
     """
-    path = report_path(run_id, document["kind"])
+    run_id, path = document["id"], report_path(document["id"], document["kind"])
     savepoint.write({}, {run_id: document})
     environment.make_private_dir(path.parent)
     if not path.exists():  # else the run itself, which knew more, has written it before it was killed
+        lists: Dict[str, Optional[Iterable[Json]]] = {}
+        if undo_pairs is not None:
+            lists = {name: None if pairs is None else map(undo_entry, pairs) for name, pairs in undo_pairs.items()}
+        else:
+            entry = functools.partial(merge_entry, planned=plan.ids if plan else None)
+            lists = {name: map(entry, pairs) for name, pairs in merge_lists(savepoint, run_id, plan).items()}
+            lists.update(beside_pairs(plan))
         environment.write_atomically(path, report_chunks(report_head(document), lists))
-    is_undo = document["kind"] == "undo"
-    write_page(path, "undo_template.html" if is_undo else "template.html", document["headline"], environment)
-    if not is_undo:
-        environment.write_atomically(path.with_suffix(".csv"), pair_rows(savepoint, run_id))
+    template = "template.html" if undo_pairs is None else "undo_template.html"
+    page = Path(__file__).resolve().parent / "reports" / template
+    if page.is_file():  # the headline in the page itself is seen where no script runs
+        text = page.read_bytes().replace(b"__REPORT_HEADLINE__", document["headline"].encode("ascii"))
+        before, _, after = text.partition(b"__REPORT_JSON__")
+        with open(path, "rb") as lines:
+            environment.write_atomically(path.with_suffix(".html"), chain([before], map(for_script, lines), [after]))
+    table = path.with_suffix(".csv")
+    if undo_pairs is None and not table.exists():
+        environment.write_atomically(table, csv_chunks(ROW_HEADER, pair_rows(savepoint, run_id, plan)))
     document["reported"] = True
     savepoint.write({}, {run_id: document})
 
 
-OUTCOMES = {
-    "successful_merges": "merged", "failed_merges": "failed", "unfinished_merges": "unfinished", "settled": "settled",
-    "cancelled": "cancelled", "undo_settled": "undo_settled",
-}  # fmt: skip
+def for_script(text: bytes) -> bytes:
+    """Escape JSON so that nothing in it can end the <script> element that holds it."""
+    return re.sub(rb"[<>&]|\xe2\x80[\xa8\xa9]", lambda found: rb"\u%04x" % ord(found.group().decode("utf-8")), text)
+
+
+OUTCOMES = {"successful_merges": "merged", "failed_merges": "failed", "unfinished_merges": "unfinished"}
 ROW_HEADER = (
     "email", "outcome", "code", "duplicate_id", "duplicate_display_id", "duplicate_external_ref", "primary_id",
     "primary_display_id", "primary_old_external_ref", "primary_new_external_ref", "duplicate_tickets",
@@ -6329,39 +6167,24 @@ ROW_HEADER = (
 )  # fmt: skip
 
 
-def pair_rows(savepoint: SavePoint, run_id: str) -> Iterator[bytes]:
-    """Return a CSV with a line a pair, for systems that have stored the duplicate's id.
+def pair_rows(savepoint: SavePoint, run_id: str, plan: Optional[Plan]) -> Iterator[Sequence[str]]:
+    """Yield a row of ROW_HEADER for each pair, for systems that have stored the duplicate's id.
 
-    It begins with a byte order mark, and no cell is a formula to a spreadsheet.
+    A group that the plan skips has no pairs: its row has no ids.
     """
-    yield b"\xef\xbb\xbf" + (csv_line(*ROW_HEADER) + "\r\n").encode("ascii")
-    for name, pairs in merge_lists(savepoint, run_id).items():
+    lists = {**merge_lists(savepoint, run_id, plan), "skipped": iter(plan.left_out if plan else ())}
+    for name, pairs in lists.items():
         for pair in pairs:
             primary, duplicate = pair.primary, pair.duplicate
             has_moved = pair.state in (State.VERIFYING, State.DONE, State.SETTLED) and not pair.reference_not_set
-            moved = pair.new_ref if has_moved else None
-            cells = (
-                pair.email, State.MERGED_ELSEWHERE.value if pair.state is State.MERGED_ELSEWHERE else OUTCOMES[name],
-                pair.code, duplicate.id, duplicate.short_id, duplicate.external_ref, primary.id, primary.short_id,
-                primary.external_ref, moved or primary.external_ref, str(duplicate.tickets), str(primary.tickets),
-                pair.backup,
+            outcome = pair.state.value if pair.state is State.MERGED_ELSEWHERE else OUTCOMES.get(name, name)
+            yield (
+                pair.email, outcome, pair.code, duplicate.id, duplicate.short_id, duplicate.external_ref, primary.id,
+                primary.short_id, primary.external_ref, (has_moved and pair.new_ref) or primary.external_ref,
+                str(duplicate.tickets), str(primary.tickets), pair.backup,
             )  # fmt: skip
-            yield (csv_line(*map(guard_cell, cells)) + "\r\n").encode("utf-8", "backslashreplace")
-
-
-def undo_lists(savepoint: SavePoint, run_id: str) -> Dict[str, List[Pair]]:
-    """Return the pairs of an undo's report, as the savepoint knows them."""
-    failed = [state for state in State if state not in (State.UNDONE, State.UNDOING)]
-    lists = {"undone": (State.UNDONE,), "unfinished": (State.UNDOING,), "failed": failed}
-    return {name: list(savepoint.pairs(*states, run=run_id)) for name, states in lists.items()}
-
-
-def undo_report_lists(
-    pairs: Mapping[str, Sequence[Pair]], skipped: Optional[Sequence[Pair]]
-) -> Dict[str, Optional[Iterable[Json]]]:
-    lists: Dict[str, Optional[Iterable[Json]]] = {name: map(undo_entry, found) for name, found in pairs.items()}
-    lists["skipped"] = None if skipped is None else map(undo_entry, skipped)
-    return lists
+    for group in plan.skipped if plan else ():
+        yield group.email, "skipped", group.code, *[""] * (len(ROW_HEADER) - 3)
 
 
 def report_killed_runs(environment: Environment, savepoint: SavePoint) -> List[Path]:
@@ -6376,35 +6199,24 @@ def report_killed_runs(environment: Environment, savepoint: SavePoint) -> List[P
         savepoint.organisation = document["organisation"]
         if document["end"] is None:
             document["stopped"] = "killed"
+        undo_pairs: Optional[Dict[str, Optional[List[Pair]]]] = None
         if document["kind"] == "undo":
-            pairs = undo_lists(savepoint, run_id)
-            lists = undo_report_lists(pairs, None)
-            document.setdefault("summary", {name: len(found) for name, found in pairs.items()})
+            failed = [state for state in State if state not in (State.UNDONE, State.UNDOING)]
+            found = {
+                "undone": list(savepoint.pairs(State.UNDONE, run=run_id)),
+                "unfinished": list(savepoint.pairs(State.UNDOING, run=run_id)),
+                "failed": list(savepoint.pairs(*failed, run=run_id)),
+            }
+            undo_pairs = {**found, "skipped": None}
+            document.setdefault("summary", {name: len(pairs) for name, pairs in found.items()})
             document["headline"] = document["headline"] or undo_headline(document["summary"], 0)
-        else:
-            lists = merge_report_lists(savepoint, run_id, None)
-            if "summary" not in document:
-                document["summary"] = merge_summary(savepoint, run_id, None)
-                document["headline"] = headline(document["summary"], document)
-        write_report(environment, savepoint, run_id, document, lists)
+        elif "summary" not in document:
+            document["summary"] = merge_summary(savepoint, run_id, None)
+            document["headline"] = headline(document["summary"], document)
+        write_report(environment, savepoint, document, None, undo_pairs)
         paths.append(report_path(run_id, document["kind"]))
     savepoint.organisation = ""
     return paths
-
-
-def write_page(report: Path, template: str, headline: str, environment: Environment) -> None:
-    """Write the page that shows a report, beside it. What stands in the page itself is seen where no script runs."""
-    path = Path(__file__).resolve().parent / "reports" / template
-    if path.is_file():
-        page = path.read_bytes().replace(b"__REPORT_HEADLINE__", headline.encode("ascii"))
-        before, _, after = page.partition(b"__REPORT_JSON__")
-        with open(report, "rb") as lines:
-            environment.write_atomically(report.with_suffix(".html"), chain([before], map(for_script, lines), [after]))
-
-
-def for_script(text: bytes) -> bytes:
-    """Escape JSON so that nothing in it can end the <script> element that holds it."""
-    return re.sub(rb"[<>&]|\xe2\x80[\xa8\xa9]", lambda found: rb"\u%04x" % ord(found.group().decode("utf-8")), text)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -7779,7 +7591,7 @@ def _report(
     stop = end_document(run, merger, code)
     summary = document["summary"] = merge_summary(savepoint, run.run_id, plan)
     document["headline"] = headline(summary, document)
-    code = write_run(run, savepoint, merge_report_lists(savepoint, run.run_id, plan), code)
+    code = write_run(run, savepoint, code, plan)
     if stop:
         console.error(stop)
     lists = merge_lists(savepoint, run.run_id, plan)
@@ -7816,10 +7628,16 @@ def _report(
     return code
 
 
-def write_run(run: RunContext, savepoint: SavePoint, lists: Mapping[str, Optional[Iterable[Json]]], code: int) -> int:
+def write_run(
+    run: RunContext,
+    savepoint: SavePoint,
+    code: int,
+    plan: Optional[Plan] = None,
+    undo_pairs: Optional[Mapping[str, Iterable[Pair]]] = None,
+) -> int:
     """Write the report of a run, and return the exit code: 3 on a disk error, unless `code` is worse."""
     try:
-        write_report(run.environment, savepoint, run.run_id, run.document, lists)
+        write_report(run.environment, savepoint, run.document, plan, undo_pairs)
     except (OSError, FatalError) as error:
         run.console.error(f"the report can't be written: {error}")
         return code if code >= EXIT_USAGE else EXIT_STOPPED
@@ -7836,27 +7654,15 @@ NOT_REPORTED = frozenset((
 def start_document(run: RunContext, kind: str, plan: Optional[Plan] = None) -> None:
     """Begin the document of a run (the report's `run`); `kind` names its report."""
     options = {name: value for name, value in vars(run.options).items() if name not in NOT_REPORTED}
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     run.document.update(
-        id=run.run_id,
-        kind=kind,
-        version=__version__,
-        headline="",
-        csv=None,
-        plan_id=plan.id if plan else None,
-        pairs=plan.count() if plan else None,
-        base_url=run.settings.base_url,
-        organisation="",
-        token_owner=None,
-        options={
-            **{name: str(value) if isinstance(value, Path) else value for name, value in options.items()},
-            "rate_limit": [run.settings.calls, run.settings.period],
-        },
-        start=iso(run.started.wall),
-        log=str(run.log_path),
-        reported=False,
-    )
-    at_end = "end exit_code stopped requests requests_total quota quota_wait_seconds quota_waits"
-    run.document.update(dict.fromkeys(at_end.split()))
+        id=run.run_id, kind=kind, version=__version__, headline="", csv=None,
+        plan_id=plan.id if plan else None, pairs=plan.count() if plan else None,
+        base_url=run.settings.base_url, organisation="", token_owner=None,
+        options={**options, "rate_limit": [run.settings.calls, run.settings.period]},
+        start=iso(run.started.wall), end=None, exit_code=None, stopped=None, log=str(run.log_path), reported=False,
+        requests=None, requests_total=None, quota=None, quota_wait_seconds=None, quota_waits=None,
+    )  # fmt: skip
 
 
 def end_document(run: RunContext, merger: Optional[Runner], code: int) -> str:
@@ -7964,28 +7770,38 @@ def undo(run: RunContext) -> int:
 
 async def run_undo(run: RunContext, plan: UndoPlan, savepoint: SavePoint) -> int:
     """Find out whose token it is, ask, undo, report; return the exit code."""
-    api, progress = DevRevAPI(run.settings, run.environment, CancelToken()), Progress(run)
-    code, pairs = EXIT_OK, plan.pairs()
+    api, progress, pairs = DevRevAPI(run.settings, run.environment, CancelToken()), Progress(run), plan.pairs()
     start_document(run, "undo")
     run.document.update(undo=str(plan.path), pairs=len(pairs))
-    if pairs:
-        await run.identify(api, "backup", pairs)
-        savepoint.organisation = run.organisation
     on_pair = (lambda _pair: None) if run.options.preview else progress.on_pair
+    if not pairs:
+        return report_undo(run, plan, UndoRunner(api, savepoint, run.merge_options(), on_pair), EXIT_OK)
+    await run.identify(api, "backup", pairs)
+    savepoint.organisation = run.organisation
     undo_runner = UndoRunner(api, savepoint, run.merge_options(), on_pair)
-    if pairs:
-        facts = {
-            "to undo": plural(len(pairs), "merge"),
-            "of": str(plan.path),
-            "updates": f"up to {plan.count_objects():,} tickets, issues and conversations; automations may react to it",
-        }
-        merges = some([f"{names_of(pair)} <{pair.email}>: {into(pair)}" for pair in pairs], 3)
-        facts.update({f"  {index}": words for index, words in enumerate(merges, 1)})
-        if plan.older:
-            facts["left alone"] = f"older backups: {', '.join(some([str(path) for path in plan.older]))}"
-        facts[""] = "Ids, dates, creators and authors of comments can't be restored."
-        code = await confirm_and_run(run, undo_runner, progress, "undo", facts, lambda: undo_runner.run(plan))
+    objects: Set[str] = set()
+    for pair in pairs:
+        with contextlib.suppress(PairError):
+            objects.update(item["id"] for item in objects_to_transfer(pair.backup, pair.duplicate.id))
+    facts = {"to undo": plural(len(pairs), "merge"), "of": str(plan.path)}
+    merges = [f"{names_of(pair)} <{pair.email}>: {created_again(pair)}" for pair in pairs]
+    facts.update({f"  {index}": words for index, words in enumerate(some(merges, 3), 1)})
+    facts["updates"] = f"Up to {len(objects):,} {UPDATES}"
+    if plan.older:
+        facts["left alone"] = f"older backups: {', '.join(some([str(path) for path in plan.older]))}"
+    facts[""] = "Ids, dates, creators and authors of comments can't be restored."
+    code = await confirm_and_run(run, undo_runner, progress, "undo", facts, lambda: undo_runner.run(plan))
     return report_undo(run, plan, undo_runner, code)
+
+
+UPDATES = (
+    "tickets, issues and conversations are updated; automations and webhooks of your organisation may react to each."
+)
+
+
+def created_again(pair: Pair) -> str:
+    contacts = f"{pair.duplicate.short_id} is created again, out of {pair.primary.short_id}"
+    return f"{contacts}, with the reference {pair.duplicate.external_ref}."
 
 
 def undo_headline(counts: Json, before: int) -> str:
@@ -7999,10 +7815,9 @@ def undo_headline(counts: Json, before: int) -> str:
 
 def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, code: int) -> int:
     """Write the report (with --preview: print it), and say what has come of each pair."""
-    console, before, outcomes = run.console, len(plan.undone), undo_runner.runner.outcomes
-    pairs = plan.pairs()
-    ended = [pair for pair in pairs if pair.ids in outcomes]
-    if run.options.preview:
+    console, before, preview, pairs = run.console, len(plan.undone), run.options.preview, plan.pairs()
+    ended = [pair for pair in pairs if pair.ids in undo_runner.runner.outcomes]
+    if preview:
         lists = {"to_undo": [pair for pair in ended if not pair.code], "refused": [pair for pair in ended if pair.code]}
     else:
         lists = {
@@ -8013,49 +7828,50 @@ def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, code: 
         }
     lists["skipped"] = plan.skipped
     summary = {name: len(found) for name, found in lists.items()}
-    total = len(pairs) + plan.left + len(plan.skipped) + (0 if run.options.preview else before)
-    left = total - sum(summary.values())
+    left = len(pairs) + plan.left + len(plan.skipped) + (0 if preview else before) - sum(summary.values())
     words = undo_headline({**summary, "left": left}, before)
-    summary.update(pairs=total, undone_before=before, left=left)
     stop = end_document(run, undo_runner, code)
-    run.document.update(summary=summary, headline=words)
-    if run.options.preview:
-        show_undo(run, {name: map(undo_entry, found) for name, found in lists.items()})
+    total = left + sum(summary.values())
+    run.document.update(summary={**summary, "pairs": total, "undone_before": before, "left": left}, headline=words)
+    if preview:
+        show_undo(run, lists)
     else:
-        code = write_run(run, undo_runner.context.savepoint, undo_report_lists(lists, plan.skipped), code)
+        code = write_run(run, undo_runner.context.savepoint, code, undo_pairs=lists)
         print_report_paths(run)
         for pair in plan.skipped:
             console.print(f"skipped  {pair.email}: {into(pair)}: {pair.code}: {pair.error}")
         console.print(words, "bold")
         _show_failures(console, [*lists["failed"], *lists["unfinished"]])
     if stop or (code == EXIT_USAGE and not run.signal):
-        console.error(stop or next(pair.error for pair in lists["failed"]))
+        console.error(stop or next(pair.error for pair in ended if pair.code))
     log.info("exit code %d", code)
     return code
 
 
-def show_undo(run: RunContext, lists: Mapping[str, Iterable[Json]]) -> None:
+def show_undo(run: RunContext, lists: Mapping[str, Sequence[Pair]]) -> None:
     """Print what an undo would restore."""
     if run.options.json:
-        run.console.json(report_chunks(report_head(run.document), lists))
+        entries = {name: map(undo_entry, pairs) for name, pairs in lists.items()}
+        run.console.json(report_chunks(report_head(run.document), entries))
         return
     show, objects = run.console.print, set()
-    for name, entry in ((name, entry) for name, entries in lists.items() for entry in entries):
-        names = f"{entry['duplicate']['display_id']} out of {entry['primary']['display_id']}"
+    for name, pair in ((name, pair) for name, pairs in lists.items() for pair in pairs):
         if name != "to_undo":
-            show(f"{name:<8} {entry['email']}: {names}: {entry['code']}: {entry['error']}", "bad")
+            names = f"{pair.duplicate.short_id} out of {pair.primary.short_id}"
+            show(f"{name:<8} {pair.email}: {names}: {pair.code}: {pair.error}", "bad")
             continue
+        entry = undo_entry(pair)
         mine = {item["id"] for item in entry["restored"]}
         objects |= mine
-        reference = entry["duplicate"]["old_external_ref"]
-        show(f"undo     {entry['email']}: {names}, {reference}, {len(mine)} tickets, issues and conversations")
+        show(f"undo     {pair.email}: {created_again(pair)}")
+        show(f"           It gets {len(mine):,} tickets, issues and conversations again.")
         for item in entry["left"]:
-            show(f"           stays: {item['display_id']} {item['title']}: {item['why']}")
+            show(f"           {item['display_id']} {item['title']} stays as it is: {item['why']}.")
         for item in entry["fields_left"]:
-            show(f"           stays with the primary: {item['field']}: {item['why']}")
+            show(f"           The primary keeps its {item['field']}: {item['why']}.")
         never = dict.fromkeys(item["what"].replace("_", " ") for item in entry["not_restored"])
-        show(f"           can't be restored: {', '.join(never)}")
-    show(f"updates  {len(objects):,} tickets, issues and conversations; automations and webhooks may react to each")
+        show(f"           Can't be restored: {', '.join(never)}.")
+    show(f"{len(objects):,} {UPDATES}")
     show(run.document["headline"], "bold")
 
 

@@ -191,12 +191,12 @@ MUTANTS = [
     ),
     Mutant(
         'undo: a contact is created before that is saved',
-        '            await self.context.savepoint.save(self.pair)\n            try:\n                await self._save(',
-        '            try:\n                await self._save(',
+        '            await self.savepoint.save(pair)\n            try:\n                user = await self.api.create_contact(',
+        '            try:\n                user = await self.api.create_contact(',
     ),
     Mutant(
         'undo: the primary keeps the reference',
-        '                if self.undo.reference_free and self.primary.get("external_ref") == self.moved:\n',
+        '                if undo.reference_free and has_moved:\n',
         '                if False:\n',
     ),
     Mutant("undo: an interruption leaves the reference on no contact", "        with self.context.cancel_token.shield():\n", "        if True:\n"),
@@ -213,8 +213,8 @@ MUTANTS = [
     Mutant("undo: everyone else leaves", "people[at : at + 1] = [", "people[:] = ["),
     Mutant(
         "undo: a second one starts again",
-        "    if pair.state is not State.UNDOING:\n            pair.undo = self._new_progress(pair)",
-        "    if True:\n            pair.undo = self._new_progress(pair)",
+        "        if pair.undo and pair.state is State.UNDOING:\n            self.undo = pair.undo",
+        "        if False:\n            self.undo = pair.undo",
     ),
     Mutant("undo: the end is not saved", 'State.UNDONE, "", ""\n        await self.savepoint.save(pair)\n', 'State.UNDONE, "", ""\n'),
     Mutant("undo: a merge run does not wait for its end", "            if ids & undoing.keys():\n", "            if False:\n"),

@@ -126,6 +126,13 @@ def assert_sum(report: Dict[str, Any]) -> None:
     assert (summary["settled"], summary["cancelled"]) == (len(mine["settled"]), len(mine["cancelled"]))
 
 
+def table_of(place: Workplace, result: Result) -> List[Dict[str, str]]:
+    """Return the rows of the CSV beside a report."""
+    raw = (place.folder / "reports" / f"merge_report_{result.report['run']['id']}.csv").read_bytes()
+    assert raw.startswith(b"\xef\xbb\xbf")
+    return list(csv.DictReader(io.StringIO(raw.decode("utf-8-sig"))))
+
+
 LISTS = ("successful_merges", "failed_merges", "unfinished_merges", "settled", "cancelled")
 
 
@@ -145,10 +152,7 @@ def test_the_parts_are_the_sum_and_the_csv_has_a_line_a_pair(place: Workplace) -
     assert (summary["already_merged"], summary["successful_merges"], summary["left"]) == (1, 1, 1)
     assert summary["failed_merges"] == summary["unfinished_merges"] == 1
     assert summary["total_merges_attempted"] == 2  # of the others none was requested
-    (path,) = [one for one in (place.folder / "reports").glob("*.csv") if result.report["run"]["id"] in one.name]
-    raw = path.read_bytes()
-    assert raw.startswith(b"\xef\xbb\xbf")
-    rows = {row["email"]: row for row in csv.DictReader(io.StringIO(raw.decode("utf-8-sig")))}
+    rows = {row["email"]: row for row in table_of(place, result)}
     assert {email[6]: row["outcome"] for email, row in rows.items()} == {
         "1": "merged",
         "2": "failed",
@@ -183,7 +187,7 @@ def test_a_merge_that_devrev_never_carries_out_can_be_cancelled_and_is_then_left
         requests = len(sandbox.requests)
         result = place.run(sandbox, "--settle", " Person2@EXAMPLE.com", check=0)
         assert len(sandbox.requests) == requests  # nothing is requested, nothing is changed
-        assert "cancelled" in result.out and "not in this CSV" not in result.out
+        assert "cancelled" in result.out and "not in this plan" not in result.out
         (entry,) = result.report["cancelled"]
         assert (entry["email"], entry["state"], entry["code"]) == (
             "person2@example.com",
@@ -198,6 +202,9 @@ def test_a_merge_that_devrev_never_carries_out_can_be_cancelled_and_is_then_left
         merges = sandbox.count("rev-users.merge")
         again = place.run(sandbox, check=0)
         assert [one["code"] for one in again.report["skipped"]] == ["cancelled"] and again.report["cancelled"] == []
+        (row,) = table_of(place, again)
+        assert (row["email"], row["outcome"], row["code"]) == ("person2@example.com", "skipped", "cancelled")
+        assert set(row.values()) == {"person2@example.com", "skipped", "cancelled", ""}  # it has no pairs
         assert_sum(again.report)
         assert sandbox.count("rev-users.merge") == merges
         # To settle it once more changes nothing.
@@ -221,6 +228,8 @@ def test_a_cancelled_merge_that_devrev_carries_out_after_all_is_finished_and_mar
         (entry,) = result.report["successful_merges"]
         assert entry["email"] == "person2@example.com" and entry["after_cancel"] is True
         assert "1 after_cancel: person2@example.com" in result.out and "--undo" in result.out
+        # The CSV has the pair, and the plan has not: its group is skipped.
+        assert "of earlier runs, not in this plan: 1 finished" in result.report["run"]["headline"]
         assert place.run(sandbox, check=0).report["successful_merges"] == []
     assert_merged(organisation, pairs)
 
@@ -291,7 +300,7 @@ def test_pairs_of_earlier_runs_that_are_not_in_the_csv_are_marked_and_outside_th
         assert result.report["successful_merges"][0]["in_csv"] is False
         assert_sum(result.report)
         assert result.report["summary"]["earlier_runs"]["successful_merges"] == 1
-        assert "of earlier runs, not in this CSV: 1 finished" in result.out
+        assert "of earlier runs, not in this plan: 1 finished" in result.out
         assert result.report["summary"]["pairs_planned"] == 0
 
 
@@ -311,6 +320,11 @@ def test_what_the_live_check_leaves_out_is_skipped_and_the_sum_holds(place: Work
         ("person1@example.com", "already_gone"), ("person1@example.com", "different_rev_org"),
     }  # fmt: skip
     assert_sum(result.report)
+    rows = [row for row in table_of(place, result) if row["outcome"] == "skipped"]
+    assert {(row["duplicate_id"], row["code"]) for row in rows} == {
+        (gone, "already_gone"), (elsewhere, "different_rev_org"),
+    }  # fmt: skip
+    assert {row["primary_id"] for row in rows} == {pairs[0][0]}
     summary = result.report["summary"]
     assert (summary["pairs_planned"], summary["already_merged"], summary["successful_merges"]) == (3, 1, 2)
     assert (summary["skipped_groups"], summary["left"]) == (1, 0)

@@ -434,15 +434,29 @@ def test_content_and_order(show):
             "warnings": ["joins 4 contacts"],
         }
     ]
+    names = "joins different names: Ada, Bo"
+    report["warnings"] = [
+        {"email": "three@example.com", "code": "shared_mailbox", "warning": "joins 4 contacts"},
+        {"email": "four@example.com", "code": "names_differ", "warning": names},
+    ]
     page = show(report)
     text = page.text()
     assert verdict in text and "c0ffee123456" in text
-    for words in ("three@example.com keeps user_5", "Lost: user_6", "joins 4 contacts"):
+    for words in ("three@example.com keeps user_5", "Lost: user_6", "joins 4 contacts", f"four@example.com {names}"):
         assert words in text
     assert page.js("document.title") == "Contact merge report 2025-01-31: " + verdict
     assert "The run stopped early: The token was revoked." in text
     order = ["Contact merge report", verdict, "Contacts read"]
-    order += ["Failed pairs", "Merged pairs", "Choices", "Skipped groups", "Invalid rows", "Progress", "Run details"]
+    order += [
+        "Failed pairs",
+        "Merged pairs",
+        "Warnings",
+        "Choices",
+        "Skipped groups",
+        "Invalid rows",
+        "Progress",
+        "Run details",
+    ]
     headings = page.js("[...document.querySelectorAll('h1, .lead, .cards, h2')].map(e => e.textContent)")
     assert [want in have for want, have in zip(order, headings)] == [True] * len(order), headings
     groups = page.js("[...document.querySelectorAll('#failed h3')].map(e => e.textContent)")
@@ -523,7 +537,7 @@ def test_settled_and_cancelled_pairs_lost_fields_and_look_alikes_have_their_plac
 @needs_browser
 def test_what_a_killed_run_could_not_tell_is_said_to_be_unknown(show):
     report = sample(2)
-    report.update(skipped=None, look_alikes=None, invalid_rows=None, choices=None)
+    report.update(skipped=None, look_alikes=None, warnings=None, invalid_rows=None, choices=None)
     report["run"].update(end=None, exit_code=None, stopped="killed", requests=None, quota_waits=None)
     report["summary"].update(contacts_read=None, invalid_rows=None, pairs_planned=None, skipped_groups=None, left=None)
     page = show(report)

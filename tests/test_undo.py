@@ -209,6 +209,15 @@ def test_preview_only_reads_and_tells_what_would_be_restored(place: Workplace) -
         ]
 
 
+def test_a_preview_that_may_not_read_says_so(place: Workplace) -> None:
+    organisation, pairs = seeded(1)
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        sandbox.forbidden = ["rev-users.get"]
+        result = place.run(sandbox, "--undo", path, "--preview", check=2)
+        assert "refused  person1@example.com" in result.out and "403" in result.err
+
+
 def test_live_data_wins(place: Workplace) -> None:
     """New tickets stay with the primary; what was given to others or deleted is left and named; who joined stays."""
     organisation, pairs = seeded(2)
