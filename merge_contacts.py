@@ -140,7 +140,7 @@ log = logging.getLogger("merge_contacts")
 
 
 class FatalError(Exception):
-    """The run can't go on. `exit_code` is one of EXIT_… ."""
+    """The run can't continue. `exit_code` is one of EXIT_… ."""
 
     def __init__(self, exit_code: int, message: str) -> None:
         super().__init__(encodable(message))
@@ -167,7 +167,7 @@ class PairError(Exception):
 
 
 class PairSkipped(PairError):
-    """A pair is left out of its group, whose other pairs go on; it is no failure."""
+    """A pair is left out of its group, whose other pairs continue; it is no failure."""
 
 
 class ApiError(PairError):
@@ -1800,7 +1800,7 @@ def rev_org_id(user: Json) -> Optional[str]:
 
 
 class Dropped(NamedTuple):
-    """A pair that the live check takes out of its group, while the others go on."""
+    """A pair that the live check takes out of its group, while the others continue."""
 
     pair: Pair
     code: str  # `already_gone`, `already_merged` or `different_rev_org`
@@ -4088,7 +4088,7 @@ class PairMerge:
                 await self.context.record_outcome(pair, PairError("forbidden", str(denied)), False)
             raise
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            # Whatever one contact's answers look like, the others go on.
+            # Whatever one contact's answers look like, the others continue.
             log.exception("%s: unexpected", pair.email)
             self.has_outcome = True
             words = f"an answer could not be understood ({type(error).__name__}: {error})"
@@ -5618,7 +5618,7 @@ class UndoRunner:
         except PairError as problem:
             return problem
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            # Whatever one contact's answers look like, the other groups go on.
+            # Whatever one contact's answers look like, the other groups continue.
             log.exception("%s: unexpected", group.email)
             return PairError("api_error", f"an answer could not be understood ({type(error).__name__}: {error})")
         finally:
@@ -8073,7 +8073,7 @@ def verify_backups(run: RunContext) -> int:
             missing = sorted(backup for backup in backups if not Path(backup).is_dir())
     code = EXIT_FAILED if damaged or missing else EXIT_OK
     if run.options.json:
-        facts = {"folder": str(root), "whole": complete, "damaged": damaged, "missing": missing, "partial": partial}
+        facts = {"folder": str(root), "complete": complete, "damaged": damaged, "missing": missing, "partial": partial}
         console.json(report_chunks(facts, {}))
         return code
     for line in (*(f"DAMAGED  {one}" for one in damaged), *(f"MISSING  {one}" for one in missing)):

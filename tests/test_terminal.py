@@ -354,7 +354,7 @@ def test_check_status_and_verify_say_the_same_as_json(place: Workplace, mode: st
         assert found["counts"] == {"done": 1, "failed": 1} and found["running"] is False
         assert [one["code"] for one in found["failed"]] == ["count_mismatch"] and found["unfinished"] == []
     else:
-        assert (found["whole"], found["damaged"], found["missing"], found["partial"]) == (2, [], [], [])
+        assert (found["complete"], found["damaged"], found["missing"], found["partial"]) == (2, [], [], [])
 
 
 def test_check_ends_in_a_verdict_and_looks_at_the_csv_even_where_nobody_answers(place: Workplace) -> None:
