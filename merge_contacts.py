@@ -1426,10 +1426,20 @@ class Pair:
         return self.primary.id, self.duplicate.id
 
     def to_json(self) -> Json:
-        document = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in NOT_STORED}
+        document = {name: getattr(self, name) for name in PAIR_FIELDS}
         document.update(primary=self.primary.to_json(), duplicate=self.duplicate.to_json(), state=self.state.value)
         document["undo"] = asdict(self.undo) if self.undo else None
         return document
+
+    @staticmethod
+    def check_document(document: Json) -> None:
+        """Raise ValueError where a document is not one of `to_json`: another version has other fields, or states."""
+        undo = document.get("undo") or UNDO_FIELDS
+        odd = [*(document.keys() ^ PAIR_FIELDS.keys()), *(undo.keys() ^ UNDO_FIELDS.keys())]
+        if odd:
+            raise ValueError(f"pairs with other fields: {', '.join(sorted(odd))}")
+        if document["state"] not in AUTHORITY:
+            raise ValueError(f"a pair in the state «{document['state']}»")
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "Pair":
@@ -1451,6 +1461,8 @@ class Pair:
 
 
 NOT_STORED = ("run", "tried_before")
+PAIR_FIELDS = {one.name: one for one in fields(Pair) if one.name not in NOT_STORED}
+UNDO_FIELDS = {one.name: one for one in fields(UndoProgress)}
 
 
 def into(pair: Pair) -> str:
@@ -3319,11 +3331,7 @@ class StoredPair(NamedTuple):
     document: Json
 
 
-class StoredRun(NamedTuple):
-    """A row of the table `runs`. The document is the report's `run`, and `reported`: whether its report was written."""
-
-    revision: int
-    document: Json
+StoredRun = Tuple[int, Json]  # revision; the report's `run`, and `reported`: whether its report was written
 
 
 def winning_row(one: StoredPair, other: StoredPair) -> StoredPair:
@@ -3386,56 +3394,99 @@ class SavePointFile:
             return
         version, application = (int.from_bytes(head[at : at + 4], "big") for at in (60, 68))
         if not head.startswith(b"SQLite format 3\0") or len(head) < 100 or application not in (0, self.APPLICATION):
-            raise self.damaged("it is not a savepoint")
+            raise self._damaged("it is not a savepoint")
         if application and version != self.FORMAT:
-            why = f"it has format {version}, and this version reads format {self.FORMAT} alone"
-            raise FatalError(EXIT_USAGE, f"{self.path} was left as it is: {why}. Move it, and its copy, away.")
+            raise self._other_format(f"it has format {version}, and this version reads format {self.FORMAT} alone")
 
-    def damaged(self, why: str) -> FatalError:
+    def _damaged(self, why: str) -> FatalError:
         other = SAVEPOINT_COPY if self.path == SAVEPOINT else SAVEPOINT
         fix = f"Move it away and run again: {other} has everything that it had." if other.exists() else ""
         return FatalError(EXIT_USAGE, f"{self.path} is damaged and was left as it is ({why}). {fix}".rstrip())
+
+    def _other_format(self, why: str) -> FatalError:
+        return FatalError(EXIT_USAGE, f"{self.path} was left as it is: {why}. Move it, and its copy, away.")
+
+    @contextlib.contextmanager
+    def opening(self) -> Iterator[None]:
+        """Turn what keeps the file from being opened into the FatalError that says so."""
+        try:
+            yield
+        except OSError as error:
+            raise FatalError(EXIT_STOPPED, f"the savepoint {self.path} can't be used: {error.strerror}") from None
+        except sqlite3.Error as error:
+            text, held = str(error), f"another run holds the savepoint {self.path}"
+            suspect = any(word in text for word in ("locked", "busy", "disk I/O", "permission denied"))
+            if "locking protocol" in text or (suspect and not locks_work(self.path)):
+                raise FatalError(EXIT_USAGE, f"the savepoint {self.path} can't be locked: {NO_LOCKS}") from None
+            if "locked" in text or "busy" in text:
+                with contextlib.suppress(sqlite3.Error, KeyError, FatalError):
+                    holder = SavePoint(self.environment, readonly=True).holder
+                    held += f": process {holder['pid']} on {holder['host']}, since {holder['since']}"
+                raise FatalError(EXIT_HELD, held) from None
+            if any(words in text for words in ("full", "disk I/O", "readonly", "unable to open", "read-only")):
+                words = f"the savepoint {self.path} can't be written: {text}; nothing was changed"
+                raise FatalError(EXIT_STOPPED, words) from None
+            raise self._damaged(text) from None
 
     def connect(self, mode: str) -> sqlite3.Connection:
         path = (Path.cwd() / self.path).as_posix()  # as_uri() makes of a network share what SQLite does not take
         uri = f"file:{'' if path.startswith('/') else '/'}{quote(path, safe='/:')}?{mode}"
         return self.environment.open_database(uri)
 
-    def open(self, mode: str = "mode=rwc") -> None:
-        """Lock the file for as long as it is open, and begin its first transaction."""
+    def open(self) -> str:
+        """Lock the file for as long as it is open, and begin its first transaction. Return a warning, if any.
+
+        The lock of savepoint.db is the run's; its copy is used without one where the file system has none.
+        """
+        if self.path == SAVEPOINT_COPY:
+            self.environment.make_private_dir(self.path.parent)
+        try:
+            self._begin("mode=rwc")
+        except sqlite3.OperationalError as error:
+            if self.path == SAVEPOINT or "locking protocol" not in str(error):
+                raise
+            self._begin("mode=rwc&nolock=1")
+            return f"{self.path} is on a file system without working locks and is used without one"
+        return ""
+
+    def _begin(self, mode: str) -> None:
         self.db = self.connect(mode)
         self.db.execute("PRAGMA busy_timeout = 1000")  # who only reads releases the file in a moment
         self.db.execute("PRAGMA locking_mode = EXCLUSIVE")
         self.db.execute("PRAGMA synchronous = EXTRA")
         self.db.execute("BEGIN EXCLUSIVE")
-        self.load(self.db)
 
-    def load(self, db: sqlite3.Connection) -> None:
-        """Create the tables where there are none (a run may have been killed in its first transaction), and check."""
-        self.db = db
-        if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+    def content(self) -> Tuple[Dict[Ids, StoredPair], Dict[str, StoredRun], Dict[str, str]]:
+        """Check what the file holds, and return it: pairs, runs, meta. Where there are no tables (it is new, or a run
+        was killed in its first transaction) create them.
+
+        Raises FatalError(2) where another version wrote a row.
+        """
+        if not self.db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             for statement in self.SCHEMA.split(";"):
-                db.execute(statement)
-            db.execute(f"PRAGMA application_id = {self.APPLICATION}")
-            db.execute(f"PRAGMA user_version = {self.FORMAT}")
-        if db.execute("PRAGMA user_version").fetchone()[0] != self.FORMAT:
+                self.db.execute(statement)
+            self.db.execute(f"PRAGMA application_id = {self.APPLICATION}")
+            self.db.execute(f"PRAGMA user_version = {self.FORMAT}")
+        if self.db.execute("PRAGMA user_version").fetchone()[0] != self.FORMAT:
             raise sqlite3.DatabaseError("it is another program's database")
-        problem = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        problem = self.db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if problem != "ok":
             raise sqlite3.DatabaseError(problem)
-        meta = self.meta()
-        self.last_write, self.last_run = int(meta.get("last_write", 0)), meta.get("last_run", "")
-
-    def meta(self) -> Dict[str, str]:
-        return dict(self.db.execute("SELECT name, value FROM meta"))
-
-    def stored_pairs(self) -> Dict[Ids, StoredPair]:
-        rows = self.db.execute("SELECT primary_id, duplicate_id, revision, run, document FROM pairs")
-        return {(row[0], row[1]): StoredPair(row[2], row[3], json.loads(row[4])) for row in rows}
-
-    def stored_runs(self) -> Dict[str, StoredRun]:
-        rows = self.db.execute("SELECT id, revision, document FROM runs ORDER BY id")
-        return {row[0]: StoredRun(row[1], json.loads(row[2])) for row in rows}
+        meta = dict(self.db.execute("SELECT name, value FROM meta"))
+        self.last_write, self.last_run = int(meta.pop("last_write", 0)), meta.pop("last_run", "")
+        pairs: Dict[Ids, StoredPair] = {}
+        runs: Dict[str, StoredRun] = {}
+        try:
+            for run, revision, text in self.db.execute("SELECT id, revision, document FROM runs ORDER BY id"):
+                runs[run] = revision, json.loads(text)
+            rows = self.db.execute("SELECT primary_id, duplicate_id, revision, run, document FROM pairs")
+            for primary, duplicate, revision, run, text in rows:
+                document = json.loads(text)
+                Pair.check_document(document)
+                pairs[primary, duplicate] = StoredPair(revision, run, document)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise self._other_format(f"another version has written it ({error})") from None
+        return pairs, runs, meta
 
     def put(self, pairs: Mapping[Ids, StoredPair], runs: Mapping[str, StoredRun], meta: Mapping[str, str]) -> None:
         """Store rows within the open transaction."""
@@ -3446,7 +3497,7 @@ class SavePointFile:
             )
             for ids, row in pairs.items()
         ]  # fmt: skip
-        told = [(one, row.revision, to_json(row.document).decode("utf-8")) for one, row in runs.items()]
+        told = [(one, revision, to_json(document).decode("utf-8")) for one, (revision, document) in runs.items()]
         self.db.executemany(f"INSERT OR REPLACE INTO pairs VALUES ({', '.join('?' * 9)})", rows)
         self.db.executemany("INSERT OR REPLACE INTO runs VALUES (?, ?, ?)", told)
         self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(meta.items()))
@@ -3496,7 +3547,7 @@ class SavePointFile:
                             raise
                         continue
             break
-        self.load(memory)
+        self.db = memory
 
 
 class SavePoint:
@@ -3515,98 +3566,60 @@ class SavePoint:
     def __init__(self, environment: Environment, run: str = "", readonly: bool = False) -> None:
         self.environment = environment
         self.run = run
-        self.readonly = readonly
         self.organisation = ""
         self.warnings: List[str] = []
         self.main, self.copy = SavePointFile(SAVEPOINT, environment), SavePointFile(SAVEPOINT_COPY, environment)
         self.files = (self.main, self.copy)
+        self.meta: Dict[str, str] = {}
+        self.holder: Json = {}  # who opened the savepoint last: `pid`, `host`, `since`
         self._lock = threading.Lock()  # one thread at a time uses the connections
-        self._pending: List[Tuple[Ids, Json, asyncio.Future[None]]] = []
-        self._writing: Optional[asyncio.Future[None]] = None
+        self._pending: Dict[Ids, Json] = {}
+        self._writing: Optional[asyncio.Lock] = None  # of the loop that saves
         for file in self.files:
             file.check_header()
             if not readonly and file.path.exists() and not file.path.stat().st_mode & 0o222:
                 words = f"the savepoint {file.path} is read-only, so nothing was changed; make it writable"
                 raise FatalError(EXIT_STOPPED, words)
+        try:
+            self._open(readonly)
+        except FatalError:
+            self.close()
+            raise
+
+    def _open(self, readonly: bool) -> None:
+        """Give each file the rows of the other that are newer, and find the requests that were never sent."""
+        contents = []
         for file in self.files:
-            try:
+            with file.opening():
                 if readonly:
                     file.read_snapshot()
                 else:
-                    self._open(file)
-            except sqlite3.Error as error:
-                self.close()
-                raise self._opening_error(file, error) from None
-            except OSError as error:
-                self.close()
-                raise FatalError(EXIT_STOPPED, f"the savepoint {file.path} can't be used: {error.strerror}") from None
-        known = set(chain.from_iterable(file.stored_runs() for file in self.files))
-        if run in known:  # the clock was set back, or a run that began in the same second has ended already
-            self.run = free_run_id(environment.now().wall, known)
+                    self.warnings += filter(None, [file.open()])
+                contents.append(file.content())
         self.write_number = max(file.last_write for file in self.files)
-        self._join()
-
-    # -- opening ------------------------------------------------------------------------------------
-
-    def _open(self, file: SavePointFile) -> None:
-        if file is self.copy:
-            self.environment.make_private_dir(file.path.parent)
-        try:
-            file.open()
-        except sqlite3.OperationalError as error:
-            # The lock of savepoint.db is the run's; its copy is used without one where the file system has none.
-            if file is self.main or "locking protocol" not in str(error):
-                raise
-            self.warnings.append(f"{file.path} is on a file system without working locks and is used without one")
-            file.open("mode=rwc&nolock=1")
-
-    def _opening_error(self, file: SavePointFile, error: sqlite3.Error) -> FatalError:
-        text = str(error)
-        suspect = any(word in text for word in ("locked", "busy", "disk I/O", "permission denied"))
-        if "locking protocol" in text or (suspect and not locks_work(file.path)):
-            return FatalError(EXIT_USAGE, f"the savepoint {file.path} can't be locked: {NO_LOCKS}")
-        if "locked" in text or "busy" in text:
-            return FatalError(EXIT_HELD, f"another run holds the savepoint {file.path}{self._describe_holder()}")
-        if any(words in text for words in ("full", "disk I/O", "readonly", "unable to open", "read-only")):
-            return FatalError(EXIT_STOPPED, f"the savepoint {file.path} can't be written: {text}; nothing was changed")
-        return file.damaged(text)
-
-    def _describe_holder(self) -> str:
-        with contextlib.suppress(sqlite3.Error, ValueError, TypeError, KeyError, FatalError, OSError):
-            holder = SavePoint(self.environment, readonly=True).holder()
-            return f": process {holder['pid']} on {holder['host']}, since {holder['since']}"
-        return ""
-
-    def _join(self) -> None:
-        """Give each file the rows of the other that are newer, and find the requests that were never sent."""
-        pairs = self._join_pairs()
-        stored = [file.stored_runs() for file in self.files]
-        runs: Dict[str, StoredRun] = {}
-        for one in {**stored[0], **stored[1]}:
-            runs[one] = max((rows[one] for rows in stored if one in rows), key=lambda found: found.revision)
-        meta = {**self.copy.meta(), **self.main.meta()}
-        for name in ("last_write", "last_run"):
-            meta.pop(name, None)
-        if self.readonly:
-            self.main.put(pairs, runs, meta)
+        (ours, my_runs, my_meta), (theirs, their_runs, their_meta) = contents
+        if self.run in {**my_runs, **their_runs}:
+            # The clock was set back, or a run that began in the same second has ended already.
+            self.run = free_run_id(self.environment.now().wall, {**my_runs, **their_runs})
+        pairs = self._join_pairs(ours, theirs)
+        runs = {**their_runs, **my_runs}
+        runs.update((one, run) for one, run in their_runs.items() if run[0] > runs[one][0])
+        self.meta = {**their_meta, **my_meta}
+        self.holder = json.loads(self.meta.get("holder", "{}"))
+        if readonly:
+            self.main.put(pairs, runs, self.meta)
             return
         self.write_number += 1
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": iso(self.environment.now().wall)}
-        meta["holder"] = json.dumps(holder)
-        for file in self.files:
-            mine, my_runs = file.stored_pairs(), file.stored_runs()
+        self.holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": iso(self.environment.now().wall)}
+        self.meta["holder"] = json.dumps(self.holder)
+        for file, (mine, known_runs, _) in zip(self.files, contents):
             news = {ids: row for ids, row in pairs.items() if mine.get(ids) != row}
-            try:
-                file.write(
-                    self.write_number, self.run, news, {k: v for k, v in runs.items() if my_runs.get(k) != v}, **meta
-                )
-            except sqlite3.Error as error:
-                self.close()
-                raise self._opening_error(file, error) from None
+            new_runs = {one: run for one, run in runs.items() if known_runs.get(one) != run}
+            with file.opening():
+                file.write(self.write_number, self.run, news, new_runs, **self.meta)
 
-    def _join_pairs(self) -> Dict[Ids, StoredPair]:
+    def _join_pairs(self, ours: Mapping[Ids, StoredPair], theirs: Mapping[Ids, StoredPair]) -> Dict[Ids, StoredPair]:
         """Return all rows as both files together know them."""
-        ours, theirs = self.main.stored_pairs(), self.copy.stored_pairs()
         # The copy is written second: an intent that stands in the file's last write alone has not been sent.
         one_ahead = self.main.last_run == self.copy.last_run and self.main.last_write == self.copy.last_write + 1
         joined: Dict[Ids, StoredPair] = {}
@@ -3617,11 +3630,9 @@ class SavePoint:
             if mine and other and mine.revision == other.revision and mine.document != other.document:
                 email, state = row.document["primary"]["email"], row.document["state"]
                 self.warnings.append(f"{email}: {SAVEPOINT} and its copy disagree; «{state}» is taken, and is checked")
-            is_intent = (
-                row is mine and row.document["state"] == State.REQUESTED and row.revision == self.main.last_write
-            )
-            is_intent = is_intent and (other is None or other.document["requested_at"] != row.document["requested_at"])
-            if one_ahead and is_intent:
+            is_last = row is mine and row.revision == self.main.last_write
+            is_new = other is None or other.document["requested_at"] != row.document["requested_at"]
+            if one_ahead and is_last and is_new and row.document["state"] == State.REQUESTED:
                 pair = Pair.from_json(row.document)
                 pair.withdraw_request()
                 row = StoredPair(self.write_number + 1, self.run, pair.to_json())
@@ -3644,52 +3655,40 @@ class SavePoint:
     async def save(self, pair: Pair) -> None:
         """Store a pair; when it returns, it is on the disk in each file that can be written.
 
-        Raises FatalError(3) where neither can. What is saved meanwhile shares a transaction.
+        Raises FatalError(3) where neither can. What is saved while another write lasts shares the next transaction.
         """
-        pair.run, pair.updated = self.run, iso(self.environment.now().wall)
-        saved: asyncio.Future[None] = asyncio.get_event_loop().create_future()
-        self._pending.append((pair.ids, pair.to_json(), saved))
-        if self._writing is None:
-            self._writing = asyncio.ensure_future(self._write_pending())
-        await saved
-
-    async def _write_pending(self) -> None:
-        while self._pending:
-            batch, self._pending = self._pending, []
-            failure: Optional[Exception] = None
-            try:
-                await self.environment.run_in_thread(self.write, {ids: document for ids, document, _ in batch})
-            except Exception as error:
-                failure = error
-            for _, _, saved in batch:
-                if failure and not saved.done():
-                    saved.set_exception(failure)
-                elif not saved.done():
-                    saved.set_result(None)
-        self._writing = None
+        self._pending[pair.ids] = self._document(pair)
+        self._writing = self._writing or asyncio.Lock()
+        async with self._writing:
+            batch, self._pending = self._pending, {}
+            if batch:  # otherwise a write for another pair had this one in its batch
+                try:
+                    await self.environment.run_in_thread(self.write, batch)
+                except BaseException:
+                    self._pending = {**batch, **self._pending}  # none of it is written: the others have to learn so
+                    raise
 
     def save_now(self, pairs: Iterable[Pair]) -> None:
         """Store pairs without an event loop."""
-        changed = list(pairs)
-        for pair in changed:
-            pair.run, pair.updated = self.run, iso(self.environment.now().wall)
-        self.write({pair.ids: pair.to_json() for pair in changed})
+        self.write({pair.ids: self._document(pair) for pair in pairs})
+
+    def _document(self, pair: Pair) -> Json:
+        pair.run, pair.updated = self.run, iso(self.environment.now().wall)
+        return pair.to_json()
 
     def write(self, pairs: Mapping[Ids, Json], runs: Mapping[str, Json] = {}, **meta: str) -> None:
         """Write documents to the file, then to its copy. Raises FatalError(3) where neither can be written."""
         with self._lock:
             self.write_number += 1
             rows = {ids: StoredPair(self.write_number, self.run, document) for ids, document in pairs.items()}
-            told = {one: StoredRun(self.write_number, document) for one, document in runs.items()}
+            told = {one: (self.write_number, document) for one, document in runs.items()}
             for file in self.files:
                 if file.failure is None:
                     try:
                         file.write(self.write_number, self.run, rows, told, **meta)
                     except sqlite3.Error as error:
-                        words = (
-                            f"the savepoint {file.path} can't be written any more ({error}); free the disk, run again"
-                        )
-                        file.failure = FatalError(EXIT_STOPPED, words)
+                        words = f"the savepoint {file.path} can't be written any more ({error})"
+                        file.failure = FatalError(EXIT_STOPPED, f"{words}; free the disk, run again")
                         log.warning("%s", file.failure)
             if all(file.failure for file in self.files):
                 raise FatalError(EXIT_STOPPED, str(self.main.failure))
@@ -3709,31 +3708,31 @@ class SavePoint:
         except sqlite3.Error as error:
             raise FatalError(EXIT_STOPPED, f"the savepoint {file.path} can't be read ({error})") from None
 
-    def _select(self, condition: str, *values: Any) -> Iterator[Pair]:
-        mine = "AND organisation IN (?, '')" if self.organisation else ""  # an id may name none
-        values = (*values, self.organisation) if self.organisation else values
-        query = f"SELECT run, document FROM pairs WHERE {condition} {mine} ORDER BY revision, email"
+    def pairs(self, *states: State, **columns: str) -> Iterator[Pair]:
+        """Yield the pairs in these states (in whatever state, where none is named) that have these values in columns of
+        the table, such as `run`; those that changed last come last."""
+        conditions, values = ["1"], [state.value for state in states]
+        if states:
+            conditions.append(f"state IN ({', '.join('?' * len(states))})")
+        for name, value in columns.items():
+            conditions.append(f"{name} = ?")
+            values.append(value)
+        if self.organisation:
+            conditions.append("organisation IN (?, '')")  # an id may name none
+            values.append(self.organisation)
+        query = f"SELECT run, document FROM pairs WHERE {' AND '.join(conditions)} ORDER BY revision, email"
         for run, document in self._query(query, *values):
             pair = Pair.from_json(json.loads(document))
             pair.run = run
             yield pair
 
-    def pairs(self, *states: State, run: str = "") -> Iterator[Pair]:
-        """Return the pairs in these states, written last by `run` if given; those that changed last come last."""
-        condition, values = f"state IN ({', '.join('?' * len(states))})", [state.value for state in states]
-        return self._select(f"{condition} AND run = ?", *values, run) if run else self._select(condition, *values)
+    def pair(self, ids: Ids) -> Optional[Pair]:
+        """Return what is known of a pair."""
+        return next(self.pairs(primary_id=ids[0], duplicate_id=ids[1]), None)
 
     def unfinished(self) -> List[Pair]:
         """Return the pairs that a run left between the merge request and their end."""
         return list(self.pairs(*UNFINISHED))
-
-    def pairs_of_primary(self, primary: str) -> Dict[str, Pair]:
-        """Return what is known of the pairs with this primary, by the duplicate's id."""
-        return {pair.duplicate.id: pair for pair in self._select("primary_id = ?", primary)}
-
-    def pairs_of_contact(self, contact: str) -> List[Pair]:
-        """Return the pairs that have this contact, in whatever role."""
-        return list(self._select("(primary_id = ? OR duplicate_id = ?)", contact, contact))
 
     def revision(self, ids: Ids) -> int:
         """Return the number of the write that stored a pair, 0 where it is not known."""
@@ -3742,9 +3741,9 @@ class SavePoint:
 
     def merged_onward(self, contact: str, reference: Optional[str]) -> Optional[Pair]:
         """Return the finished pair that merged this contact into another one that now has `reference` (if any)."""
-        for pair in self._select("duplicate_id = ? AND state = ?", contact, State.DONE.value):
-            others = self.pairs_of_primary(pair.primary.id).values()
-            if reference is None or reference in [one.new_ref for one in others if one.state is State.DONE]:
+        for pair in self.pairs(State.DONE, duplicate_id=contact):
+            others = self.pairs(State.DONE, primary_id=pair.primary.id)
+            if reference is None or reference in [one.new_ref for one in others]:
                 return pair
         return None
 
@@ -3754,14 +3753,6 @@ class SavePoint:
     def other_organisations(self) -> int:
         """Return how many pairs belong to another organisation than this run's."""
         return int(next(self._query("SELECT count(*) FROM pairs WHERE organisation != ?", self.organisation))[0])
-
-    def meta(self, name: str) -> str:
-        return next((value for (value,) in self._query("SELECT value FROM meta WHERE name = ?", name)), "")
-
-    def holder(self) -> Json:
-        """Return who opened the savepoint last: `pid`, `host`, `since`."""
-        found: Json = json.loads(self.meta("holder") or "{}")
-        return found
 
     def runs(self) -> Dict[str, Json]:
         """Return the documents of all runs, by the run's id."""
@@ -4899,7 +4890,7 @@ class ContactMerger:
             mine = {pair.ids for pair in pairs}
             # One that is only planned (its request was never sent) is the plan's, if it still is in it. The plan also
             # knows the rest of the group, and what was chosen for it.
-            stored = self.savepoint.pairs_of_primary(primary).values()
+            stored = self.savepoint.pairs(primary_id=primary)
             siblings = [pair for pair in stored if pair.ids not in mine and pair.state is not State.PLANNED]
             planned = next((group for group in plan.groups if group.primary.id == primary), None)
             known = mine.union(pair.ids for pair in siblings)
@@ -5187,7 +5178,7 @@ def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: 
     groups: Dict[str, Group] = {}
     seen: Set[str] = set()
     for named in merges_named(located):
-        pair = savepoint.pairs_of_primary(named.primary.id).get(named.duplicate.id, named)
+        pair = savepoint.pair(named.ids) or named
         seen.add(pair.email)
         if emails and pair.email not in emails:
             continue
@@ -5247,7 +5238,7 @@ def locate_undo(path: Path, savepoint: SavePoint) -> Tuple[Path, List[Path]]:
     merged: Dict[Path, int] = {}
     for backup in backups:
         for named in merges_named(backup):
-            pair = savepoint.pairs_of_primary(named.primary.id).get(named.duplicate.id)
+            pair = savepoint.pair(named.ids)
             if pair and pair.state in (*MERGED_STATES, *UNDO_STATES) and Path(pair.backup) == backup:
                 revision = pair.undo.merge_revision if pair.undo else savepoint.revision(pair.ids)
                 merged[backup] = max(revision, merged.get(backup, 0))
@@ -5293,7 +5284,7 @@ def current_ids(contact: str, savepoint: SavePoint) -> List[str]:
     """Return a contact's id, and those of the contacts that undos created again in its place; the last one exists."""
     ids = [contact]
     while True:
-        rows = (row for row in savepoint.pairs_of_contact(ids[-1]) if row.duplicate.id == ids[-1])
+        rows = savepoint.pairs(duplicate_id=ids[-1])
         again = next((row.undo.contact for row in rows if row.undo and row.state in UNDO_STATES), "")
         if not again or again in ids:
             return ids
@@ -5305,8 +5296,9 @@ def merged_again(pair: Pair, savepoint: SavePoint) -> Optional[Pair]:
     if pair.undo is None or pair.state not in UNDO_STATES or not pair.undo.contact:
         return None
     duplicates = {pair.undo.contact, *current_ids(pair.primary.id, savepoint)}
-    rows = (row for row in savepoint.pairs_of_contact(pair.undo.contact) if row.duplicate.id in duplicates)
-    return next((row for row in rows if row.state in (*UNFINISHED, State.DONE, State.SETTLED)), None)
+    rows = [*savepoint.pairs(primary_id=pair.undo.contact), *savepoint.pairs(duplicate_id=pair.undo.contact)]
+    again = (*UNFINISHED, State.DONE, State.SETTLED)
+    return next((row for row in rows if row.duplicate.id in duplicates and row.state in again), None)
 
 
 def report_of(pair: Pair) -> str:
@@ -5702,7 +5694,7 @@ class GroupUndo:
         pairs, old = self.group.pairs, self.group.primary
         ids = current_ids(old.id, self.savepoint)
         mine = {pair.ids for pair in pairs}
-        rows = [row for one in ids for row in self.savepoint.pairs_of_primary(one).values()]
+        rows = [row for one in ids for row in self.savepoint.pairs(primary_id=one)]
         self.siblings = [row for row in rows if row.ids not in mine]
         self.before = await self.environment.run_in_thread(read_state_before, pairs, self.siblings)
         self._is_recreated = len(ids) > 1
@@ -5712,7 +5704,7 @@ class GroupUndo:
                 self.aliases[pair.duplicate.id] = pair.undo.contact
         primary = await self.api.contact(ids[-1])
         if primary is None:
-            later = (row for row in self.savepoint.pairs_of_contact(ids[-1]) if row.duplicate.id == ids[-1])
+            later = self.savepoint.pairs(duplicate_id=ids[-1])
             onward = next((row for row in later if row.state in (*UNFINISHED, *MERGED_STATES, State.UNDOING)), None)
             if onward:
                 words = (
@@ -8513,7 +8505,7 @@ def _check_savepoint(run: RunContext) -> str:
         raise FatalError(EXIT_USAGE, problem)
     with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
         if savepoint.is_held():
-            raise FatalError(EXIT_HELD, f"a run is in progress: process {savepoint.holder()['pid']} holds {SAVEPOINT}")
+            raise FatalError(EXIT_HELD, f"a run is in progress: process {savepoint.holder['pid']} holds {SAVEPOINT}")
         check_not_restored(savepoint)
         if not SAVEPOINT.exists():
             return f"{SAVEPOINT} will be created"
@@ -8538,12 +8530,12 @@ def status(run: RunContext) -> int:
         facts: Json = {
             "savepoint": str(SAVEPOINT),
             "running": savepoint.is_held(),
-            "last_opened": savepoint.holder() or None,
+            "last_opened": savepoint.holder or None,
             "organisation": organisations[-1] if organisations else None,
             "counts": {State(name).value: count for name, count in savepoint.counts().items()},
             "last_run": None,
         }
-        facts["organisation"] = facts["organisation"] or savepoint.meta("organisation") or None
+        facts["organisation"] = facts["organisation"] or savepoint.meta.get("organisation") or None
         if runs:
             names = ("id", "kind", "plan_id", "pairs", "start", "end", "exit_code", "stopped", "headline", "reported")
             last = facts["last_run"] = {name: runs[max(runs)][name] for name in names}

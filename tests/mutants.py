@@ -35,7 +35,7 @@ MUTANTS = [
     Mutant("savepoint.db is not written", "            for file in self.files:\n                if file.failure is None:", "            for file in self.files[1:]:\n                if file.failure is None:"),
     Mutant("a file learns nothing from the other", "news = {ids: row for ids, row in pairs.items() if mine.get(ids) != row}", "news: Dict[Ids, StoredPair] = {}"),
     Mutant("the older row wins", "sorted((one, other), key=row_authority, reverse=True)", "sorted((one, other), key=row_authority)"),
-    Mutant("an intent that was never sent counts as sent", "            if one_ahead and is_intent:\n", "            if False:\n"),
+    Mutant("an intent that was never sent counts as sent", "            if one_ahead and is_last and is_new and", "            if False and"),
     Mutant("what stands in the last write counts as never sent", "        one_ahead = self.main.last_run == self.copy.last_run and", "        one_ahead = True or"),
     Mutant("the copy is written first", "self.files = (self.main, self.copy)", "self.files = (self.copy, self.main)"),
     Mutant(
@@ -66,7 +66,7 @@ MUTANTS = [
     Mutant("an older savepoint is not noticed", "        check_not_restored(savepoint)\n", ""),
     Mutant("killed runs get no report", "        for path in report_killed_runs(run.environment, savepoint):\n", "        for path in []:\n"),
     Mutant("a report is written again and again", '    document["reported"] = True\n', "    pass\n"),
-    Mutant("pairs of all runs are in each report", "return self._select(f\"{condition} AND run = ?\", *values, run) if run else", "return"),
+    Mutant("pairs of all runs are in each report", "        for name, value in columns.items():\n", "        columns.pop(\"run\", None)\n        for name, value in columns.items():\n"),
     # What a request rests on
     Mutant("checks are believed for ever", "FRESH = 60.0", "FRESH = 1e9"),
     Mutant("lists are believed for ever", "LISTED = 120.0", "LISTED = 1e9"),
