@@ -622,7 +622,7 @@ class CancelToken:
     def __init__(self) -> None:
         self.stop: Optional[FatalError] = None
         self.on_cancel: List[Callable[[], None]] = []
-        self._shielded: Optional[asyncio.Future[Any]] = None  # the task that an interruption does not end
+        self._shielded: Set[Optional[asyncio.Future[Any]]] = set()  # tasks that an interruption does not end
         self._waiting: Dict[asyncio.Future[Any], bool] = {}  # in the order in which they came, and whether shielded
 
     def cancel(self, stop: FatalError) -> None:
@@ -638,15 +638,16 @@ class CancelToken:
     @contextlib.contextmanager
     def shield(self) -> Iterator[None]:
         """Let what the current task does in the block go on in spite of an interruption; other stops end it, too."""
-        self.raise_if_cancelled()
-        self._shielded = asyncio.current_task()
+        task = asyncio.current_task()
+        self._shielded.add(task)
         try:
+            self.raise_if_cancelled()
             yield
         finally:
-            self._shielded = None
+            self._shielded.discard(task)
 
     def _is_shielded(self) -> bool:
-        return self._shielded is not None and self._shielded is asyncio.current_task()
+        return bool(self._shielded) and asyncio.current_task() in self._shielded
 
     def raise_if_cancelled(self) -> None:
         if self.stop and not (isinstance(self.stop, Cancelled) and self._is_shielded()):
@@ -3803,27 +3804,6 @@ class GroupContext:
     raise_if_draining: Callable[[], None]
 
 
-class PollHistory:
-    """How long merges have taken lately, by the poll that found them done."""
-
-    SOONEST, LATEST = 0.25, 0.75  # seconds to the first poll: where nothing is known, and whatever is known
-    MOST = 16  # polls in the first ten seconds after a merge was requested
-
-    def __init__(self) -> None:
-        self._merges: Deque[Tuple[float, int]] = collections.deque(maxlen=20)  # seconds, polls
-
-    def record(self, seconds: float, polls: int) -> None:
-        self._merges.append((0.95 * seconds, polls))  # the next one is tried a little sooner
-
-    def first_poll(self) -> float:
-        """Seconds after an answer at which a merge is usually done."""
-        return min(self.LATEST, max((seconds for seconds, _ in self._merges), default=self.SOONEST))
-
-    def polls(self) -> int:
-        """Polls to reserve for a merge: as many as lately, and one more, since a poll may come too early."""
-        return min(self.MOST, 1 + max((polls for _, polls in self._merges), default=self.MOST))
-
-
 class FirstMerge:
     """Let merges go one at a time until one is confirmed.
 
@@ -3841,10 +3821,9 @@ class FirstMerge:
         """Wait until no other pair's merge is unconfirmed. Raises Cancelled."""
         if not self.confirmed and self._holder != ids:
             await self._cancel_token.wait(self._lock.acquire())
+            self._holder = ids
             if self.confirmed:
-                self._lock.release()
-            else:
-                self._holder = ids
+                self.release(ids)
 
     def release(self, ids: Ids) -> None:
         if self._holder == ids:
@@ -3856,32 +3835,19 @@ class FirstMerge:
         self.release(ids)
 
 
-class PendingVerifications:
-    """Groups that will verify soon. Who verifies waits for them a moment, so that one list call serves many."""
-
-    LINGER = 10.0  # seconds
-
-    def __init__(self, api: DevRevAPI) -> None:
-        self._api = api
-        self._groups: Set[Group] = set()
-
-    def add(self, group: Group) -> None:
-        self._groups.add(group)
-
-    def discard(self, group: Group) -> None:
-        """A group is at its verification, or won't be soon: after the last one, who verifies waits for no other."""
-        self._groups.discard(group)
-        if not self._groups and not self._api.cancel_token.stop:
-            asyncio.get_event_loop().call_later(BatchLoader.LINGER, self._api.dispatch)
-
-
 @dataclass(frozen=True)
 class MergeContext(GroupContext):
     """A GroupContext, and what the groups of a merge run share."""
 
-    poll_history: PollHistory
     first_merge: FirstMerge
-    pending_verifications: PendingVerifications
+    recent_merges: Deque[Tuple[float, int]]  # how long the last ones took: seconds, and polls
+    before_verification: Set[Group]  # that will verify soon: who verifies lingers, so that one list call serves many
+
+    def at_verification(self, group: Group) -> None:
+        """Note that a group verifies, or won't soon; after the last one, who verifies lingers for no other."""
+        self.before_verification.discard(group)
+        if not self.before_verification and not self.cancel_token.stop:
+            asyncio.get_event_loop().call_later(BatchLoader.LINGER, self.api.dispatch)
 
 
 async def check_group(
@@ -3964,6 +3930,15 @@ class Preconditions:
         """Free the memory: what is verified is read from the disk."""
         self.invalidate()
         self.live, self._timelines = {}, {}
+
+    def plan_carrying(self, pair: Pair) -> None:
+        """Note in a pair which fields of its duplicate the primary is to get, and what it has there before."""
+        primary = dict(self.live[pair.primary.id])
+        for other in self.group.pairs:  # what was carried to the primary since it was read
+            if other.state in (State.MERGED, State.VERIFYING, State.DONE):
+                primary.update(other.fields_to_carry)
+        pair.fields_to_carry = fields_to_carry(primary, self.live[pair.duplicate.id])
+        pair.fields_before = {name: primary.get(name) for name in pair.fields_to_carry}
 
     async def ensure_fresh(self) -> None:
         """Check and back up again what is too old, or was never read. Raises PairError with the first problem."""
@@ -4116,8 +4091,9 @@ def backed_up_contact(backup: str, identity: str) -> Json:
     return user
 
 
-def check_reference(pair: Pair, primary: Optional[Json]) -> None:
-    """Raise PairError where another user gave the primary a reference that is neither the old nor the new one."""
+def check_reference(pair: Pair, primary: Optional[Json]) -> Json:
+    """Return the primary as it was read. Raises PairError where it no longer exists, or where another user gave it a
+    reference that is neither the old nor the new one."""
     name = pair.primary.short_id
     if primary is None:
         raise PairError("not_found", f"the primary {name} no longer exists")
@@ -4125,6 +4101,7 @@ def check_reference(pair: Pair, primary: Optional[Json]) -> None:
     if pair.new_ref and reference not in (pair.new_ref, pair.primary.external_ref):
         words = f"another user gave {name} the reference {reference or 'none'}; {pair.new_ref} was not set"
         raise PairError("external_ref_changed", words)
+    return primary
 
 
 def confirmation_timeout(pair: Pair, merge_timeout: float) -> float:
@@ -4140,6 +4117,7 @@ def confirmation_timeout(pair: Pair, merge_timeout: float) -> float:
 class TransferVerifier:
     """Checks whether what a duplicate had belongs to its primary, for as long as DevRev's lists may lag behind."""
 
+    LINGER = 10.0  # seconds for which the first lists linger, while other groups will verify soon
     EXAMINED = 25  # objects that are read one by one, in each round before the time is over
 
     def __init__(self, context: MergeContext, priority: int) -> None:
@@ -4160,10 +4138,8 @@ class TransferVerifier:
         started, rounds = environment.now(), 0
         examined: Set[str] = set()
         while True:
-            again = rounds > 0
-            missing, listed = await together(
-                self.missing(pair, expected, again), self.is_listed(pair, self.api.emails, pair.duplicate.email, again)
-            )
+            linger = BatchLoader.LINGER if rounds or self.priority == RESUME else self.LINGER
+            missing, listed = await together(self.missing(pair, expected, linger), self.is_listed(pair, linger))
             status = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH)) if listed else None
             waited, rounds = environment.elapsed(started), rounds + 1
             over = waited >= timeout
@@ -4189,13 +4165,13 @@ class TransferVerifier:
         for pause in (0.0,) if expected else (0.0, min(10.0, timeout / 4)):
             if pause:
                 await self.context.cancel_token.sleep(pause)
-            if await self.is_listed(pair, self.api.emails, pair.duplicate.email, True):
+            if await self.is_listed(pair):
                 return False
             holders = await self.api.holders_of(pair.duplicate.external_ref, RequestOptions(FINISH))
             shown = (user for user in holders if user["id"] == pair.duplicate.id)
             if any(duplicate_status(user, *pair.ids) is DuplicateStatus.EXISTS for user in shown):
                 return False
-        return not await self.missing(pair, expected, True)
+        return not await self.missing(pair, expected)
 
     async def is_merged_elsewhere(self, pair: Pair, pause: Callable[[float], Awaitable[None]]) -> bool:
         """Return whether the duplicate no longer exists and was not merged into the primary.
@@ -4216,21 +4192,19 @@ class TransferVerifier:
             raise
         return bool(missing) or all(item["id"] in pair.deleted for item in expected)
 
-    async def missing(self, pair: Pair, expected: Sequence[Json], again: bool) -> List[Json]:
+    async def missing(self, pair: Pair, expected: Sequence[Json], linger: float = BatchLoader.LINGER) -> List[Json]:
         """Return which of the expected objects the lists don't show with the primary."""
         weight = pair.primary.tickets + pair.duplicate.tickets
         roles = sorted({item["role"] for item in expected})
-        linger = BatchLoader.LINGER if again or self.priority == RESUME else PendingVerifications.LINGER
         listings = await together(
             *(self.api.objects[role].load(pair.primary.id, weight, self.priority, linger) for role in roles)
         )
         there = {(role, item["id"]) for role, listing in zip(roles, listings) for item in listing.items}
         return [item for item in expected if (item["role"], item["id"]) not in there]
 
-    async def is_listed(self, pair: Pair, lists: BatchLoader, key: str, again: bool) -> bool:
-        """Return whether a list shows the duplicate as a contact of its own."""
-        linger = BatchLoader.LINGER if again or self.priority == RESUME else PendingVerifications.LINGER
-        listing = await lists.load(key.strip(), 1, self.priority, linger)
+    async def is_listed(self, pair: Pair, linger: float = BatchLoader.LINGER) -> bool:
+        """Return whether the list of its email shows the duplicate as a contact of its own."""
+        listing = await self.api.emails.load(pair.duplicate.email.strip(), 1, self.priority, linger)
         self.primary = next((user for user in listing.items if user["id"] == pair.primary.id), self.primary)
         shown = (user for user in listing.items if user["id"] == pair.duplicate.id)
         return any(duplicate_status(user, *pair.ids) is DuplicateStatus.EXISTS for user in shown)
@@ -4241,18 +4215,153 @@ class TransferVerifier:
         return False
 
 
-@dataclass
 class GroupState:
-    """What the merges of one group share."""
+    """What the merges of one group share. `wanted` are the pairs of this run's CSV: no other is requested."""
 
-    group: Group
-    wanted: Mapping[Ids, Pair]  # the pairs of this run's CSV: no other is requested
-    resumed: bool  # an earlier run left the group's pairs
-    preconditions: Preconditions
-    verifier: TransferVerifier
-    reservation: Reservation = field(default_factory=Reservation)
-    request_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    attempted: asyncio.Event = field(default_factory=asyncio.Event)  # each pair was tried, or has to wait
+    def __init__(
+        self, context: MergeContext, group: Group, pairs: Sequence[Pair], wanted: Mapping[Ids, Pair], resumed: bool
+    ) -> None:
+        self.group, self.pairs, self.wanted = group, pairs, wanted
+        self.resumed = resumed  # an earlier run left the group's pairs
+        self.preconditions = Preconditions(context, group)
+        self.verifier = TransferVerifier(context, RESUME if resumed else VERIFY)
+        self.reservation = Reservation()
+        self.request_lock = asyncio.Lock()
+        self.attempted = asyncio.Event()  # each pair was tried, or has to wait
+
+
+FIRST_DEADLINE = 5.0  # seconds for the first poll and the first update; each repeat has twice as long
+
+
+class MergeTimer:
+    """Knows how long DevRev has had for a merge, and so what its requests reserve and whether others wait for it."""
+
+    SLOW = 3.0  # seconds after which no other pair waits for this one
+    MOST_POLLS = 16  # in the first ten seconds after a merge was requested
+
+    def __init__(self, context: MergeContext, pair: Pair, shared: GroupState) -> None:
+        self.context, self.pair, self.shared = context, pair, shared
+        self.started: Optional[Timestamp] = None  # when this run began to wait
+        self._waited_before = 0.0  # seconds that earlier runs had waited
+
+    def start(self, waited_before: float = 0.0) -> None:
+        self.started, self._waited_before = self.context.environment.now(), waited_before
+
+    def waited(self) -> float:
+        """Return the seconds since the merge was requested."""
+        return self._waited_before + (self.context.environment.elapsed(self.started) if self.started else 0.0)
+
+    def request_options(self, priority: int = FINISH) -> RequestOptions:
+        """Return how a request waits that belongs to a merge in progress, with what it reserves for those to follow."""
+        reserve = 2
+        if self.waited() <= 10:  # later others may spend the quota meanwhile
+            # As many polls as merges took lately, and one more, since a poll may come too early.
+            polls = 1 + max((polls for _, polls in self.context.recent_merges), default=self.MOST_POLLS)
+            reserve = min(self.MOST_POLLS, polls) + bool(self.pair.new_ref)
+        return RequestOptions(priority, self.shared.reservation, reserve)
+
+    async def pause(self, seconds: float) -> None:
+        """Wait for DevRev; new work need not wait for this pair meanwhile."""
+        if seconds > 0:
+            self.shared.attempted.set()
+            if self.waited() > self.SLOW:
+                self.context.at_verification(self.shared.group)
+            await self.context.cancel_token.sleep(seconds)
+
+
+class PrimaryUpdate:
+    """Gives the primary the duplicate's reference and what is carried with it, once the duplicate no longer exists.
+
+    Between the merge and this update the reference is on no contact, so nothing but the update itself is waited for: a
+    refused field never holds it up.
+    """
+
+    def __init__(self, context: MergeContext, pair: Pair, timer: MergeTimer) -> None:
+        self.context, self.api, self.pair, self.timer = context, context.api, pair, timer
+        self.answer: Json = {}  # the primary, as an update's answer has shown it
+        self._pause = 0.2  # seconds before the next attempt
+
+    async def run(self, is_new: bool) -> bool:
+        """Update the primary; one whose merge `is_new` in this run need not be read first.
+
+        Return False where polls show that the duplicate still exists. Raises PairError.
+        """
+        pair, environment = self.pair, self.context.environment
+        body = await self._plan(is_new)
+        updates = [body] if body else []
+        started, deadline = environment.now(), FIRST_DEADLINE
+        while updates:
+            body, over = updates[0], environment.elapsed(started) > self.context.options.merge_timeout
+            try:
+                user = await self.api.update_contact(pair.primary.id, body, self.timer.request_options(), deadline)
+            except ApiError as error:
+                if "external_ref" not in body:
+                    log.info("%s: %s can't be carried: %s", pair.email, ", ".join(body), error)
+                    updates.pop(0)
+                elif len(body) > 1:  # whatever was refused, the reference goes alone at once
+                    carried = {name: value for name, value in body.items() if name != "external_ref"}
+                    updates = [{"external_ref": pair.new_ref}, carried]
+                elif error.status != 409:
+                    code = "not_found" if error.missing else "external_ref_not_set"
+                    code = error.code if error.status == 403 else code
+                    raise PairError(code, f"the reference {pair.new_ref} could not be set: {error}") from None
+                elif await self._wait_for_release(over) is DuplicateStatus.EXISTS:
+                    return False
+                continue
+            except NoUsableResponse as error:
+                # It may have been made: the primary is read before the update is sent again.
+                if over:
+                    raise PairError(error.code, f"{pair.primary.short_id} could not be updated: {error}") from None
+                deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
+                user = check_reference(pair, await self.api.contact(pair.primary.id, self.timer.request_options()))
+                if any(user.get(name) != value for name, value in body.items()):
+                    await self._sleep()
+                    continue
+            if user.get("external_ref") != body.get("external_ref", user.get("external_ref")):
+                words = f"DevRev answered the update with the reference {user.get('external_ref')}"
+                raise PairError("external_ref_not_set", words)
+            updates.pop(0)
+            self.answer = user
+            with contextlib.suppress(PairError):  # the verification names a damaged backup
+                pair.fields_lost = lost_fields(backed_up_contact(pair.backup, pair.duplicate.id), user)
+        return True
+
+    async def _plan(self, is_new: bool) -> Json:
+        """Return the fields to set. Where another run requested the merge, other users may have edited the primary."""
+        pair = self.pair
+        reference = {"external_ref": pair.new_ref} if pair.new_ref else {}
+        body = {**reference, **pair.fields_to_carry}
+        if is_new or not body:
+            return body
+        primary = check_reference(pair, await self.api.contact(pair.primary.id, self.timer.request_options()))
+        body = {**reference, **fields_to_carry(primary, pair.fields_to_carry)}
+        return {name: value for name, value in body.items() if primary.get(name) != value}
+
+    async def _wait_for_release(self, over: bool) -> Optional[DuplicateStatus]:
+        """Wait while the duplicate, which no longer exists, holds the reference. Return its status, if a poll tells.
+
+        Raises PairError where another contact holds it, or the time for that is `over`.
+        """
+        await self._sleep()
+        pair, status = self.pair, None
+        holders: List[str] = []
+        # Where polls tell nothing, lists have decided.
+        with contextlib.suppress(ApiError, NoUsableResponse):
+            status = await self.api.poll_duplicate(*pair.ids, self.timer.request_options())
+        if status is DuplicateStatus.EXISTS:
+            return status
+        with contextlib.suppress(ApiError, NoUsableResponse):
+            listed = await self.api.holders_of(str(pair.new_ref), self.timer.request_options())
+            holders = [str(user.get("display_id") or user["id"]) for user in listed if user["id"] not in pair.ids]
+        if holders or over:
+            unknown = f"{pair.duplicate.short_id}, which no longer exists, or a contact that the token can't see"
+            who = ", ".join(holders) or unknown
+            raise PairError("external_ref_conflict", f"the reference {pair.new_ref} is held by {who}")
+        return status
+
+    async def _sleep(self) -> None:
+        await self.timer.pause(self._pause)
+        self._pause = min(10.0, 1.6 * self._pause)
 
 
 class PairMerge:
@@ -4264,24 +4373,19 @@ class PairMerge:
 
     MAX_REQUESTS = 3  # times that a run requests one merge
     MAX_REFRESHES = 12  # times that preconditions are read again before a pair is given up
-    SLOW = 3.0  # seconds after which no other pair waits for this one
-    FIRST_DEADLINE = 5.0  # seconds for the first poll and the first update; each repeat has twice as long
 
     def __init__(self, context: MergeContext, pair: Pair, shared: GroupState) -> None:
         self.context, self.api, self.pair, self.shared = context, context.api, pair, shared
-        self.group, self.resumed = shared.group, shared.resumed
         self.preconditions, self.verifier = shared.preconditions, shared.verifier
-        self.reservation = shared.reservation
+        self.timer = MergeTimer(context, pair, shared)
+        self.update = PrimaryUpdate(context, pair, self.timer)
         self.has_outcome = False
         self.requests_sent = 0  # in this run
         self._before_request: Dict[str, Any] = {}  # the pair's fields
-        self.waiting_since: Optional[Timestamp] = None
-        self.waited_before = 0.0  # seconds that earlier runs had waited
         self.polled = False  # since the last request
         self.rejection: Optional[PairError] = None  # DevRev's answer to the last request, where it was a clear refusal
         self.contradictions = 0  # times that the duplicate seemed to be merged and existed after all
         self.was_forbidden = pair.forbidden  # an earlier run's request for it was answered with 403
-        self.updated = False  # the primary, in this run
 
     async def advance(self, until: Optional[State] = None) -> bool:
         """Take the pair from one recovery point to the next, up to `until` or its end. Return whether it got there."""
@@ -4299,8 +4403,7 @@ class PairMerge:
             while pair.state in phases and pair.state is not until:
                 await self._transition(await phases[pair.state]())
         except PairError as problem:
-            self.has_outcome = True
-            await self.context.record_outcome(pair, problem, self._counts())
+            await self.end(problem)
             return isinstance(problem, PairSkipped)
         except PermissionDenied as denied:
             if pair.state in UNFINISHED:
@@ -4309,16 +4412,15 @@ class PairMerge:
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             # Whatever one contact's answers look like, the others go on.
             log.exception("%s: unexpected", pair.email)
-            self.has_outcome = True
-            words = f"an answer could not be understood ({type(error).__name__}: {error})"
-            await self.context.record_outcome(pair, PairError("api_error", words), self._counts())
+            await self.end(
+                PairError("api_error", f"an answer could not be understood ({type(error).__name__}: {error})")
+            )
             return False
         finally:
-            self.api.scheduler.release(self.reservation)
+            self.api.scheduler.release(self.shared.reservation)
             self.context.first_merge.release(pair.ids)
         if pair.state in TERMINAL:
-            self.has_outcome = True
-            await self.context.record_outcome(pair)
+            await self.end()
         return True
 
     async def _transition(self, state: State) -> None:
@@ -4338,36 +4440,14 @@ class PairMerge:
         }
         log.info("%s: %s", pair.email, steps[state])
 
-    async def refuse(self, problem: PairError) -> None:
-        """Record why a pair was not requested, if it was not."""
-        if self.pair.state is State.PLANNED:
-            self.has_outcome = True
-            await self.context.record_outcome(self.pair, problem, self._counts())
+    async def end(self, problem: Optional[PairError] = None) -> None:
+        """Record that the pair has ended, or what keeps it from its end in this run.
 
-    def _counts(self) -> bool:
-        """Return whether a failure says something of the run: not where an earlier run has failed at the pair, too."""
-        pair = self.pair
-        return not (self.resumed or pair.tried_before or pair.state is State.VERIFYING)
-
-    def _options(self, priority: int = FINISH) -> RequestOptions:
-        """Return how a request waits that belongs to a merge in progress, with what it reserves for those to follow."""
-        pair = self.pair
-        slow = self._waited() > 10  # others may spend the quota meanwhile
-        reserve = 2 if slow else self.context.poll_history.polls() + bool(pair.new_ref)
-        return RequestOptions(priority, self.reservation, reserve)
-
-    def _waited(self) -> float:
-        """Return the seconds since the merge was requested."""
-        elapsed = self.context.environment.elapsed(self.waiting_since) if self.waiting_since else 0.0
-        return self.waited_before + elapsed
-
-    async def _pause(self, seconds: float) -> None:
-        """Wait for DevRev; new work need not wait for this pair meanwhile."""
-        if seconds > 0:
-            self.shared.attempted.set()
-            if self._waited() > self.SLOW:
-                self.context.pending_verifications.discard(self.group)
-            await self.context.cancel_token.sleep(seconds)
+        A failure says something of the run but where an earlier run has failed at the pair, too.
+        """
+        pair, self.has_outcome = self.pair, True
+        counts = not (self.shared.resumed or pair.tried_before or pair.state is State.VERIFYING)
+        await self.context.record_outcome(pair, problem, counts)
 
     # -- the phases --------------------------------------------------------------------------------
 
@@ -4376,7 +4456,7 @@ class PairMerge:
 
         A pair that was requested before is polled first whatever the preconditions say: it may be merged by now.
         """
-        pair, again = self.pair, bool(self.pair.requested_at)
+        pair, group, again = self.pair, self.shared.group, bool(self.pair.requested_at)
         if again:
             wanted = self.shared.wanted.get(pair.ids)
             if wanted is None or wanted.new_ref != pair.new_ref:
@@ -4385,10 +4465,10 @@ class PairMerge:
             pair.primary, pair.duplicate = wanted.primary, wanted.duplicate
             self.preconditions.invalidate()
         async with self.shared.request_lock:  # the pairs of a group rest on the same preconditions
-            self.group.requesting = pair
+            group.requesting = pair
             for _ in range(self.MAX_REFRESHES):
                 # Reserved units would keep others waiting while the preconditions are read.
-                self.api.scheduler.release(self.reservation)
+                self.api.scheduler.release(self.shared.reservation)
                 problem: Optional[PairError] = None
                 try:
                     await self.preconditions.ensure_fresh()
@@ -4399,13 +4479,13 @@ class PairMerge:
                     return self._confirmed()
                 if problem:
                     raise problem
-                for one in self.group.dropped:
+                for one in group.dropped:
                     if one.pair.ids == pair.ids:
                         raise PairSkipped(one.code, one.reason)
                 self._before_request = dict(vars(pair))
                 try:
                     await self.context.first_merge.acquire(pair.ids)
-                    await self.api.merge(*pair.ids, self._options(MERGE), self._save_intent)
+                    await self.api.merge(*pair.ids, self.timer.request_options(MERGE), self._save_intent)
                 except PreconditionsExpired:
                     log.info("%s: the check or the backup is too old by now; reading it again", pair.email)
                     continue
@@ -4426,7 +4506,7 @@ class PairMerge:
         self.requests_sent += 1
         # A pair that had a 403 before says nothing of what the token may do.
         self.context.first_merge.requests += not self.was_forbidden
-        self.waiting_since, self.waited_before = self.context.environment.now(), 0.0
+        self.timer.start()
 
     async def _save_intent(self) -> None:
         """Save that the merge is requested, at the last moment before the request is sent.
@@ -4443,13 +4523,7 @@ class PairMerge:
         pair.previous_request_at, pair.requested_at = before["requested_at"], context.environment.now().wall
         pair.first_requested_at = pair.first_requested_at or pair.requested_at
         if context.options.carry_fields:
-            live = self.preconditions.live
-            primary = dict(live[pair.primary.id])
-            for other in self.group.pairs:  # what was carried to the primary since it was read
-                if other.state in (State.MERGED, State.VERIFYING, State.DONE):
-                    primary.update(other.fields_to_carry)
-            pair.fields_to_carry = fields_to_carry(primary, live[pair.duplicate.id])
-            pair.fields_before = {name: primary.get(name) for name in pair.fields_to_carry}
+            self.preconditions.plan_carrying(pair)
         try:
             await context.savepoint.save(pair)
             # The disk may be slow, and the run may have been stopped meanwhile.
@@ -4475,7 +4549,7 @@ class PairMerge:
             if self.context.first_merge.requests == 1 and not self.was_forbidden:
                 raise PermissionDenied(EXIT_USAGE, f"the token may not merge contacts: {error}")
             self.rejection = PairError("forbidden", str(error))
-        elif error.missing and first and await self.verifier.is_merged_elsewhere(pair, self._pause):
+        elif error.missing and first and await self.verifier.is_merged_elsewhere(pair, self.timer.pause):
             pair.code = "merged_elsewhere"
             pair.error = f"another user merged or deleted {pair.duplicate.short_id} before the merge was requested"
             if pair.new_ref:
@@ -4487,28 +4561,28 @@ class PairMerge:
 
     async def _wait(self) -> State:
         """Poll until the duplicate no longer exists, or until the merge has to be requested again."""
-        context, pair = self.context, self.pair
-        if self.waiting_since is None:  # an earlier run requested it: poll at once
-            self.waiting_since = context.environment.now()
-            self.waited_before = max(0.0, self.waiting_since.wall - pair.requested_at)
+        context, pair, timer = self.context, self.pair, self.timer
+        if timer.started is None:  # an earlier run requested it: poll at once
+            timer.start(max(0.0, context.environment.now().wall - pair.requested_at))
         elif not (self.rejection or self.polled):
-            await self._pause(context.poll_history.first_poll() - self._waited())
-        self.polled, polls, unusable, deadline = True, 0, 0, self.FIRST_DEADLINE
+            usual = max((seconds for seconds, _ in context.recent_merges), default=0.25)
+            await timer.pause(min(usual, 0.75) - timer.waited())
+        self.polled, polls, unusable, deadline = True, 0, 0, FIRST_DEADLINE
         while True:
             problem: Optional[PairError] = None
-            polls, before = polls + 1, self._waited()
+            polls, before = polls + 1, timer.waited()
             try:
-                if await self._poll(self._options(), deadline) is not DuplicateStatus.EXISTS:
+                if await self._poll(timer.request_options(), deadline) is not DuplicateStatus.EXISTS:
                     if self.requests_sent:
-                        context.poll_history.record(before, polls)
+                        context.recent_merges.append((0.95 * before, polls))  # the next one is tried a little sooner
                     return self._confirmed()
-                unusable, deadline = 0, self.FIRST_DEADLINE
+                unusable, deadline = 0, FIRST_DEADLINE
             except (ApiError, NoUsableResponse) as error:
                 problem = PairError(error.code, f"the merge can't be confirmed: {error}")
                 # The 404 of a route says nothing of any object.
                 unusable += not (isinstance(error, ApiError) and error.status == 404 and not error.data.get("type"))
                 deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
-            waited, longest = self._waited(), confirmation_timeout(pair, context.options.merge_timeout)
+            waited, longest = timer.waited(), confirmation_timeout(pair, context.options.merge_timeout)
             # Where the wait is over, for a pair of an earlier run at once, there is no third poll.
             if (unusable >= 3 or (unusable and waited >= longest)) and await self.verifier.lists_show_merged(pair):
                 return self._confirmed()
@@ -4523,11 +4597,10 @@ class PairMerge:
                     raise PairError("merge_not_confirmed", words)
                 return await self._request()
             pause = min(0.1 + 0.5 * waited, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
-            await self._pause(min(pause, longest - waited))
+            await timer.pause(min(pause, longest - waited))
 
     async def _poll(self, options: RequestOptions, deadline: Optional[float] = None) -> DuplicateStatus:
-        pair = self.pair
-        return await self.api.poll_duplicate(*pair.ids, options, deadline)
+        return await self.api.poll_duplicate(*self.pair.ids, options, deadline)
 
     def _confirmed(self) -> State:
         pair = self.pair
@@ -4546,86 +4619,26 @@ class PairMerge:
         return State.REQUESTED if pair.rejected else State.ACKNOWLEDGED
 
     async def _set_reference(self) -> State:
-        """Give the primary the duplicate's reference, and what is carried with it.
-
-        Between the merge and this update the reference is on no contact, so nothing but the update itself is waited
-        for: a refused field never holds it up.
-        """
-        context, pair = self.context, self.pair
-        body = {**({"external_ref": pair.new_ref} if pair.new_ref else {}), **pair.fields_to_carry}
-        if self.resumed and not self.requests_sent:
-            onward = context.savepoint.merged_onward(pair.primary.id, pair.new_ref)
-            if onward:
-                pair.onward = onward.primary.short_id
-                return State.VERIFYING
-            if body:
-                primary = await self.api.contact(pair.primary.id, self._options())
-                check_reference(pair, primary)
-                reference = {name: value for name, value in body.items() if name == "external_ref"}
-                body = {**reference, **fields_to_carry(primary or {}, pair.fields_to_carry)}  # another user may edit
-                body = {name: value for name, value in body.items() if (primary or {}).get(name) != value}
-        updates = [body] if body else []
-        started, pause, deadline = context.environment.now(), 0.2, self.FIRST_DEADLINE
-        while updates:
-            body, over = updates[0], context.environment.elapsed(started) > context.options.merge_timeout
-            try:
-                user = await self.api.update_contact(pair.primary.id, body, self._options(), deadline)
-            except ApiError as error:
-                if "external_ref" not in body:
-                    log.info("%s: %s can't be carried: %s", pair.email, ", ".join(body), error)
-                    updates.pop(0)
-                elif len(body) > 1:  # whatever was refused, the reference goes alone at once
-                    carried = {name: value for name, value in body.items() if name != "external_ref"}
-                    updates = [{"external_ref": pair.new_ref}, carried]
-                elif error.status != 409:
-                    code = "not_found" if error.missing else "external_ref_not_set"
-                    code = error.code if error.status == 403 else code
-                    raise PairError(code, f"the reference {pair.new_ref} could not be set: {error}") from None
-                else:
-                    await self._pause(pause)
-                    pause = min(10.0, 1.6 * pause)
-                    status: Optional[DuplicateStatus] = None
-                    # Where polls tell nothing, lists have decided.
-                    with contextlib.suppress(ApiError, NoUsableResponse):
-                        status = await self._poll(self._options())
-                    if status is DuplicateStatus.EXISTS:
-                        return self._still_exists()
-                    holders: List[Json] = []
-                    with contextlib.suppress(ApiError, NoUsableResponse):
-                        holders = await self.api.holders_of(str(pair.new_ref), self._options())
-                    check_holders(pair, holders, over)
-                continue
-            except NoUsableResponse as error:
-                # It may have been made: the primary is read before the update is sent again.
-                if over:
-                    raise PairError(error.code, f"{pair.primary.short_id} could not be updated: {error}") from None
-                deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
-                found = await self.api.contact(pair.primary.id, self._options())
-                check_reference(pair, found)
-                user = found or {}
-                if any(user.get(name) != value for name, value in body.items()):
-                    await self._pause(pause)
-                    pause = min(10.0, 1.6 * pause)
-                    continue
-            if user.get("external_ref") != body.get("external_ref", user.get("external_ref")):
-                words = f"DevRev answered the update with the reference {user.get('external_ref')}"
-                raise PairError("external_ref_not_set", words)
-            updates.pop(0)
-            self.updated = True
-            with contextlib.suppress(PairError):  # the verification names a damaged backup
-                pair.fields_lost = lost_fields(backed_up_contact(pair.backup, pair.duplicate.id), user)
-        return State.VERIFYING
+        """Give the primary the duplicate's reference. The time of grace after an interruption is for this above all:
+        until it is set, the application finds no contact for the person."""
+        pair, is_new = self.pair, self.requests_sent > 0 or not self.shared.resumed
+        onward = None if is_new else self.context.savepoint.merged_onward(pair.primary.id, pair.new_ref)
+        if onward:
+            pair.onward = onward.primary.short_id
+            return State.VERIFYING
+        with self.context.cancel_token.shield() if pair.new_ref else contextlib.nullcontext():
+            return State.VERIFYING if await self.update.run(is_new) else self._still_exists()
 
     async def _verify(self) -> State:
         """Check that everything the duplicate had belongs to the primary, and that it is listed no more."""
-        pair = self.pair
-        self.context.pending_verifications.discard(self.group)
+        pair, checked = self.pair, self.pair
+        self.context.at_verification(self.shared.group)
         expected = objects_to_transfer(pair.backup, pair.duplicate.id)
-        checked = pair
-        onward = self.context.savepoint.merged_onward(pair.primary.id, pair.new_ref) if self.resumed else None
+        resumed = self.shared.resumed
+        onward = self.context.savepoint.merged_onward(pair.primary.id, pair.new_ref) if resumed else None
         if onward:  # a later merge took the primary, and everything with it, to another contact
             pair.onward, checked = onward.primary.short_id, replace(pair, primary=onward.primary)
-        missing, status = await self.verifier.wait(checked, expected, self._pause)
+        missing, status = await self.verifier.wait(checked, expected, self.timer.pause)
         pair.deleted = checked.deleted
         if status is DuplicateStatus.EXISTS and not onward:
             return self._still_exists()
@@ -4635,55 +4648,32 @@ class PairMerge:
             raise PairError("left_behind", f"merged, but these do not belong to the primary: {names}")
         if status and not onward:
             raise PairError("still_listed", f"merged, but DevRev still lists {pair.duplicate.short_id} for its email")
-        if self.verifier.primary.get("id") == pair.primary.id and not self.updated:
+        if self.verifier.primary.get("id") == pair.primary.id and not self.update.answer:
             pair.fields_lost = lost_fields(backed_up_contact(pair.backup, pair.duplicate.id), self.verifier.primary)
         pair.code, pair.error, pair.left_behind = "", "", []
         pair.proved = len({item["id"] for item in expected}.difference(pair.deleted))
         return State.DONE
 
 
-class GroupMerge:
-    """One group: merge its pairs one after the other, then verify them together."""
-
-    def __init__(
-        self, context: MergeContext, group: Group, pairs: Sequence[Pair], wanted: Mapping[Ids, Pair], resumed: bool
-    ) -> None:
-        verifier = TransferVerifier(context, RESUME if resumed else VERIFY)
-        self.context, self.group, self.pairs = context, group, pairs
-        self.shared = GroupState(group, wanted, resumed, Preconditions(context, group), verifier)
-        self.merges = [PairMerge(context, pair, self.shared) for pair in pairs]
-
-    async def run(self) -> None:
-        try:
-            for index, merge in enumerate(self.merges):
-                if not await merge.advance(until=State.VERIFYING):
-                    await self._refuse_rest(merge.pair, self.merges[index + 1 :])
-                    break
-            self.shared.preconditions.clear()
-            await together(*(merge.advance() for merge in self.merges))
-        finally:
-            self.context.api.scheduler.release(self.shared.reservation)
-            self.shared.attempted.set()
-
-    async def _refuse_rest(self, first: Pair, rest: Sequence[PairMerge]) -> None:
-        """Refuse the pairs behind one that failed.
-
-        What refuses a group refuses all of it, and what was requested has to be finished before the next request.
-        """
-        problem = PairError("group_incomplete", "another merge into the same contact has to be finished first")
-        if first.state is State.FAILED:
-            problem = PairError(first.code, first.error)
-        for merge in rest:
-            await merge.refuse(problem)
-
-
-def check_holders(pair: Pair, listed: Iterable[Json], over: bool) -> None:
-    """Raise PairError where another contact holds the pair's new reference, or where no contact releases it in time."""
-    holders = [str(user.get("display_id") or user["id"]) for user in listed if user["id"] not in pair.ids]
-    if holders or over:
-        unknown = f"{pair.duplicate.short_id}, which no longer exists, or a contact that the token can't see"
-        who = ", ".join(holders) or unknown
-        raise PairError("external_ref_conflict", f"the reference {pair.new_ref} is held by {who}")
+async def merge_group(context: MergeContext, shared: GroupState) -> None:
+    """Merge the pairs of a group one after the other, then verify them together."""
+    merges = [PairMerge(context, pair, shared) for pair in shared.pairs]
+    try:
+        for index, merge in enumerate(merges):
+            if not await merge.advance(until=State.VERIFYING):
+                # What refuses a group refuses all of it; what was requested has to be finished before the next request.
+                problem = PairError("group_incomplete", "another merge into the same contact has to be finished first")
+                if merge.pair.state is State.FAILED:
+                    problem = PairError(merge.pair.code, merge.pair.error)
+                for other in merges[index + 1 :]:
+                    if other.pair.state is State.PLANNED:
+                        await other.end(problem)
+                break
+        shared.preconditions.clear()
+        await together(*(merge.advance() for merge in merges))
+    finally:
+        context.api.scheduler.release(shared.reservation)
+        shared.attempted.set()
 
 
 class TaskRunner:
@@ -4811,15 +4801,13 @@ class ContactMerger:
         options: MergeOptions,
         on_outcome: Callable[[Pair], None] = lambda _pair: None,
     ) -> None:
-        self.api, self.savepoint, self.options = api, savepoint, options
+        self.api, self.savepoint = api, savepoint
         self.runner = TaskRunner(api, savepoint, on_outcome, self.is_success)
-        self.first_merge = FirstMerge(api.cancel_token)
-        self.pending_verifications = PendingVerifications(api)
         self.context = MergeContext(
             api, api.environment, savepoint, api.cancel_token, options, self.runner.record_outcome,
-            self.runner.raise_if_draining, PollHistory(), self.first_merge, self.pending_verifications,
+            self.runner.raise_if_draining, FirstMerge(api.cancel_token), collections.deque(maxlen=20), set(),
         )  # fmt: skip
-        self._resumed: Dict[asyncio.Future[None], GroupMerge] = {}
+        self._resumed: Dict[asyncio.Future[None], GroupState] = {}
 
     @staticmethod
     def is_success(pair: Pair) -> bool:
@@ -4831,17 +4819,15 @@ class ContactMerger:
 
         Raises nothing: what stops the run is in `runner.stop`.
         """
-        planned = {pair.ids for pair in plan.pairs()}
-        self.runner.total = len(planned.union(pair.ids for pair in unfinished))
         return await self.runner.run(self._work(plan, list(unfinished)))
 
     async def _work(self, plan: Plan, unfinished: List[Pair]) -> None:
-        for pair in await self._poll_cancelled():
-            self.runner.total += pair.ids not in {one.ids for one in plan.pairs()}
-            unfinished.append(pair)
-        resumed = self._resume(plan, unfinished)
-        for group_merge in resumed:
-            await self.context.cancel_token.wait(group_merge.shared.attempted.wait())
+        self.runner.total = len({pair.ids for pair in chain(plan.pairs(), unfinished)})
+        unfinished += await self._poll_cancelled()
+        self.runner.total = len({pair.ids for pair in chain(plan.pairs(), unfinished)})
+        self._resume(plan, unfinished)
+        for shared in list(self._resumed.values()):
+            await self.context.cancel_token.wait(shared.attempted.wait())
         await self._start_new(plan, unfinished)
         await self.runner.wait_all()
         # The contact that held a pair's reference may have been merged meanwhile, and the reference be free.
@@ -4849,7 +4835,7 @@ class ContactMerger:
         for pair in unfinished:
             if pair.state is State.MERGED and pair.code == "external_ref_conflict" and pair.new_ref in moved:
                 del self.runner.outcomes[pair.ids]
-                self._start(GroupMerge(self.context, Group(pair.email, [pair]), [pair], plan.wanted, True))
+                self._start(GroupState(self.context, Group(pair.email, [pair]), [pair], plan.wanted, True))
         await self.runner.wait_all()
 
     async def _poll_cancelled(self) -> List[Pair]:
@@ -4863,13 +4849,11 @@ class ContactMerger:
                 except (ApiError, NoUsableResponse):
                     merged = await verifier.lists_show_merged(pair)
                     status = DuplicateStatus.GONE if merged else DuplicateStatus.EXISTS
-                expected: List[Json] = []
                 if status is DuplicateStatus.GONE and Path(pair.backup).exists():
-                    expected = objects_to_transfer(pair.backup, pair.duplicate.id)
-                if expected:
                     # It may have been deleted instead: then nothing of it belongs to the primary.
-                    deleted = len(await verifier.missing(pair, expected, True)) == len(expected)
-                    status = DuplicateStatus.EXISTS if deleted else status
+                    expected = objects_to_transfer(pair.backup, pair.duplicate.id)
+                    if expected and len(await verifier.missing(pair, expected)) == len(expected):
+                        status = DuplicateStatus.EXISTS
             except (PairError, LookupError, TypeError, ValueError, AttributeError) as error:
                 log.info("%s: the cancelled merge of %s can't be polled: %s", pair.email, into(pair), error)
                 continue
@@ -4880,28 +4864,25 @@ class ContactMerger:
                 found.append(pair)
         return found
 
-    def _resume(self, plan: Plan, unfinished: Sequence[Pair]) -> List[GroupMerge]:
+    def _resume(self, plan: Plan, unfinished: Sequence[Pair]) -> None:
         """Start a group for each primary of unfinished pairs, with what else is known of that primary."""
         by_primary: Dict[str, List[Pair]] = collections.defaultdict(list)
         for pair in unfinished:
             by_primary[pair.primary.id].append(pair)
-        group_merges = []
         for primary, pairs in by_primary.items():
-            mine = {pair.ids for pair in pairs}
+            known = {pair.ids for pair in pairs}
             # One that is only planned (its request was never sent) is the plan's, if it still is in it. The plan also
             # knows the rest of the group, and what was chosen for it.
             stored = self.savepoint.pairs(primary_id=primary)
-            siblings = [pair for pair in stored if pair.ids not in mine and pair.state is not State.PLANNED]
+            siblings = [pair for pair in stored if pair.ids not in known and pair.state is not State.PLANNED]
             planned = next((group for group in plan.groups if group.primary.id == primary), None)
-            known = mine.union(pair.ids for pair in siblings)
+            known.update(pair.ids for pair in siblings)
             siblings += [pair for pair in planned.pairs if pair.ids not in known] if planned else []
             group = Group(pairs[0].email, [*pairs, *siblings], chosen=planned.chosen if planned else "")
-            group_merge = GroupMerge(self.context, group, pairs, plan.wanted, resumed=True)
+            shared = GroupState(self.context, group, pairs, plan.wanted, resumed=True)
             for pair in pairs:
                 pair.code, pair.error = "", ""
-            self._resumed[self._start(group_merge)] = group_merge
-            group_merges.append(group_merge)
-        return group_merges
+            self._resumed[self._start(shared)] = shared
 
     async def _start_new(self, plan: Plan, unfinished: Sequence[Pair]) -> None:
         """Start the groups of the plan, a batch at a time while there is room.
@@ -4912,96 +4893,78 @@ class ContactMerger:
         known = {pair.ids: pair for pair in unfinished}
         blocked = {identity for pair in unfinished for identity in pair.ids}
         undoing = {one: pair for pair in self.savepoint.pairs(State.UNDOING) for one in pair.ids}
-        failed = {pair.ids: pair.code for pair in self.savepoint.pairs(State.FAILED)}
+        failed = {pair.ids for pair in self.savepoint.pairs(State.FAILED)}
         groups, plan.groups = plan.groups, []
-        groups.sort(key=lambda group: not failed.keys().isdisjoint(pair.ids for pair in group.pairs))
-        deferred, batch = [], []  # type: List[Tuple[Group, List[Pair]]], List[GroupMerge]
-        for group in consume(groups):
+        groups.sort(key=lambda group: not failed.isdisjoint(pair.ids for pair in group.pairs))
+        groups.reverse()
+        deferred: List[GroupState] = []
+        batch: List[GroupState] = []
+        while groups:
+            group = groups.pop()  # and forget it: memory does not grow with what is done
             group.pairs = [known.get(pair.ids, pair) for pair in group.pairs]
             pairs = [pair for pair in group.pairs if pair.state is State.PLANNED]
             ids = {contact.id for contact in group.all_contacts()}
+            undoes = next((undoing[one] for one in sorted(ids) if one in undoing), None)
             for pair in pairs:
                 pair.tried_before = pair.ids in failed
-            if not pairs:
-                continue
-            if ids & undoing.keys():
-                undo = next(undoing[one].undo for one in ids if one in undoing)
-                path = undo.path if undo else "…"
-                words = f"its undo is not finished; finish it first: merge_contacts.py --undo {path}"
-                for pair in pairs:
-                    if pair.ids not in {one.ids for one in undoing.values()}:
-                        await self.runner.record_outcome(pair, PairError("undo_unfinished", words), False)
-                    else:  # the row says that it is being undone, and must go on saying so
-                        pair.code, pair.error = "undo_unfinished", words
-                        self.runner.outcomes[pair.ids] = pair
-                        self.runner.on_outcome(pair)
-            elif ids & blocked:
-                deferred.append((group, pairs))
-            else:
-                batch.append(self._group_merge(group, pairs, plan))
+                if undoes:  # a row may say that it is being undone, and must go on saying so
+                    path = progress_of_undo(undoes).path
+                    words = f"its undo is not finished; finish it first: merge_contacts.py --undo {path}"
+                    await self.runner.record_outcome(pair, PairSkipped("undo_unfinished", words))
+            if pairs and not undoes:
+                shared = GroupState(self.context, group, pairs, plan.wanted, resumed=False)
+                (deferred if ids & blocked else batch).append(shared)
             if sum(len(one.pairs) for one in batch) >= min(self.BATCH, max(1, self._room() // 2)):
                 await self._start_batch(batch)
         await self._start_batch(batch)
-        await together(*(self._start_deferred(group, pairs, plan, unfinished) for group, pairs in deferred))
-
-    def _group_merge(self, group: Group, pairs: Sequence[Pair], plan: Plan) -> GroupMerge:
-        return GroupMerge(self.context, group, pairs, plan.wanted, resumed=False)
+        await together(*(self._start_deferred(shared, unfinished) for shared in deferred))
 
     def _room(self) -> int:
         """Return how many pairs may be in progress: under a small quota few, because checks and backups that wait for
         the next window would have to be read again then."""
         return int(max(2, min(self.IN_PROGRESS, requests_per_minute(self.api.scheduler) // 4)))
 
-    def _start(self, group_merge: GroupMerge) -> "asyncio.Future[None]":
-        task = self.runner.start(group_merge.run(), group_merge.pairs)
-        task.add_done_callback(lambda _: self.pending_verifications.discard(group_merge.group))
+    def _start(self, shared: GroupState) -> "asyncio.Future[None]":
+        task = self.runner.start(merge_group(self.context, shared), shared.pairs)
+        task.add_done_callback(lambda _: self.context.at_verification(shared.group))
         return task
 
-    async def _start_batch(self, batch: List[GroupMerge]) -> None:
+    async def _start_batch(self, batch: List[GroupState]) -> None:
         while batch:
             in_progress = sum(map(len, self.runner.tasks.values()))
-            if in_progress and in_progress + len(batch) > self._room():
+            if in_progress and in_progress + sum(len(one.pairs) for one in batch) > self._room():
                 await self.runner.wait_any()
                 continue
             self.runner.raise_if_draining()
-            for group_merge in batch:
-                self.pending_verifications.add(group_merge.group)
-                self._start(group_merge)
+            for shared in batch:
+                self.context.before_verification.add(shared.group)
+                self._start(shared)
             batch.clear()
 
-    async def _start_deferred(
-        self, group: Group, pairs: Sequence[Pair], plan: Plan, unfinished: Sequence[Pair]
-    ) -> None:
+    async def _start_deferred(self, shared: GroupState, unfinished: Sequence[Pair]) -> None:
         """Start a group that shares a contact with an unfinished pair, once that pair is past its request.
 
         A group with the contact that holds that pair's reference goes first: the reference follows it.
         """
-        ids = {contact.id for contact in group.all_contacts()}
-        refs = {pair.new_ref for pair in pairs if pair.new_ref}
-        for task, group_merge in list(self._resumed.items()):
-            if not task.done() and any(ids & set(pair.ids) for pair in group_merge.pairs):
+        ids = {contact.id for contact in shared.group.all_contacts()}
+        refs = {pair.new_ref for pair in shared.pairs if pair.new_ref}
+        for task, resumed in list(self._resumed.items()):
+            if not task.done() and any(ids & set(pair.ids) for pair in resumed.pairs):
                 await self.context.cancel_token.wait(asyncio.wait({task}))
         problem = PairError("group_incomplete", "another merge of one of its contacts has to be finished first")
         for other in unfinished:
             frees = other.state is State.MERGED and other.new_ref in refs
             if ids & set(other.ids) and other.state in (*REQUESTED_STATES, State.MERGED) and not frees:
-                for pair in pairs:
+                for pair in shared.pairs:
                     await self.runner.record_outcome(pair, problem, False)
                 return
-        await self._start_batch([self._group_merge(group, pairs, plan)])
+        await self._start_batch([shared])
 
     def pairs(self) -> Iterator[Pair]:
         """Yield the pairs that have an outcome or are in progress."""
         yield from self.runner.outcomes.values()
         for pairs in self.runner.tasks.values():
             yield from (pair for pair in pairs if pair.ids not in self.runner.outcomes)
-
-
-def consume(items: List[T]) -> Iterator[T]:
-    """Yield the items in order and forget them, so that memory does not grow with what is done."""
-    items.reverse()
-    while items:
-        yield items.pop()
 
 
 def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) -> None:
@@ -5441,6 +5404,7 @@ class ContactRestorer:
     async def run(self, fields: Json) -> None:
         """Restore the contact; `fields` are set on the primary together with its old reference."""
         try:
+            self.context.cancel_token.raise_if_cancelled()  # what has not started is not shielded
             with self.context.cancel_token.shield():
                 if self.undo.reference_free and self.primary.get("external_ref") == self.moved:
                     await self._free_reference(fields)
@@ -5465,7 +5429,7 @@ class ContactRestorer:
         bodies = [{"external_ref": old, **fields}] if fields else []
         bodies += [{"external_ref": reference} for reference in self.old]
         problem: PairError = PairError("external_ref_not_set", "DevRev answered with another reference")
-        started, deadline = self.context.environment.now(), PairMerge.FIRST_DEADLINE
+        started, deadline = self.context.environment.now(), FIRST_DEADLINE
         options = self.request_options._replace(priority=MERGE)
         while bodies:
             try:
