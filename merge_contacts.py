@@ -6029,7 +6029,7 @@ CODES: Dict[str, Code] = {
     ),
     "cancelled": Code(
         "A merge of this email was cancelled with --settle.",
-        "To merge it after all, name the address with --email.",
+        "DevRev may still carry it out: every run polls for it. To merge it after all, name the address with --email.",
         skips=True,
     ),
     "already_gone": Code(
@@ -6130,7 +6130,6 @@ CODES: Dict[str, Code] = {
     "merged_elsewhere": Code(
         "Another user merged or deleted the duplicate. No reference was moved.",
         "Check the reference that the message names, and export again.",
-        systemic=True,
     ),
     "merged_into_another": Code(
         "DevRev names another contact than the primary.",
@@ -6268,7 +6267,8 @@ def merge_entry(pair: Pair, planned: Optional[Collection[Ids]]) -> Json:
     if pair.state is not State.DONE or pair.code:
         entry.update(code=pair.code, error=pair.error, left_behind=pair.left_behind)
     if pair.state is not State.DONE or code:
-        entry.update(reason=code.meaning if code else None, advice=code.advice if code else None)
+        helps = CODES["cancelled"] if pair.state is State.CANCELLED else code
+        entry.update(reason=code.meaning if code else None, advice=helps.advice if helps else None)
     return {**entry, **progress_of(pair)}
 
 
@@ -7848,6 +7848,8 @@ def settle(run: RunContext) -> int:
                 ending.append(pair)
                 show(f"{pair.state.value.replace('_', ' ')}  {words}: {STATE_WORDS[pair.state]} ({pair.accepted})")
         savepoint.save_now(ending)
+        if any(pair.state is State.CANCELLED for pair in ending):
+            show("DevRev may still carry out a cancelled merge: every run polls for it, and finishes it then")
         return _report(run, savepoint, None, code)
 
 
