@@ -3219,8 +3219,39 @@ def verify_backup(folder: Path) -> Json:
     Raises PairError(backup_failed) naming everything that is missing, damaged or does not add up.
     """
     manifest = read_manifest(str(folder))
+    problems: List[str] = []
+    contents: Dict[str, Any] = {}
     try:
-        problems = list(_backup_errors(folder, manifest))
+        for name, expected in manifest["files"].items():
+            try:
+                data = (folder / name).read_bytes()
+                if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
+                    problems.append(f"{name}: differs from what was written")
+                else:
+                    contents[name] = json.loads(data)
+            except OSError as error:
+                problems.append(f"{name}: {error.strerror}")
+            except ValueError:
+                problems.append(f"{name}: not JSON")
+        for entry in manifest["contacts"]:
+            names = ("contact", "works", "conversations", "timelines")
+            files: List[Any] = [contents.get(f"{entry['folder']}/{name}.json") for name in names]
+            if any(file is None for file in files):
+                problems.append(f"{entry['folder']}: not all of its files are complete")
+                continue
+            live, works, conversations, timelines = files
+            ids, talks = set(by_id(works)), set(by_id(conversations))
+            counted = {name: len(set(listed)) for name, listed in entry["works"].items()}
+            counted.update(conversations=len(talks), timeline_entries=sum(map(len, timelines.values())))
+            with_timelines = ids | talks if manifest["timelines"] else set(timelines)
+            differences = {
+                "contact.json is another contact's": live["id"] != entry["csv"]["id"],
+                "works.json does not hold the works of the manifest": ids != set(chain(*entry["works"].values())),
+                "conversations.json does not hold those of the manifest": talks != set(entry["conversations"]),
+                "timelines.json does not hold a timeline for each object": with_timelines != set(timelines),
+                f"the files hold {counted}, the manifest says {entry['counts']}": counted != entry["counts"],
+            }
+            problems += [f"{entry['folder']}: {words}" for words, differs in differences.items() if differs]
     except (KeyError, TypeError, AttributeError) as error:
         problems = [f"manifest.json is not a manifest: {type(error).__name__} {error}"]
     if problems:
@@ -3228,45 +3259,9 @@ def verify_backup(folder: Path) -> Json:
     return manifest
 
 
-def _backup_errors(folder: Path, manifest: Json) -> Iterator[str]:
-    contents: Dict[str, Any] = {}
-    for name, expected in manifest["files"].items():
-        try:
-            data = (folder / name).read_bytes()
-        except OSError as error:
-            yield f"{name}: {error.strerror}"
-            continue
-        if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
-            yield f"{name}: differs from what was written"
-            continue
-        try:
-            contents[name] = json.loads(data)
-        except ValueError:
-            yield f"{name}: not JSON"
-    for entry in manifest["contacts"]:
-        names = ("contact", "works", "conversations", "timelines")
-        files: List[Any] = [contents.get(f"{entry['folder']}/{name}.json") for name in names]
-        if any(file is None for file in files):
-            yield f"{entry['folder']}: not all of its files are complete"
-            continue
-        live, works, conversations, timelines = files
-        ids, talks = set(by_id(works)), set(by_id(conversations))
-        counted = {name: len(set(listed)) for name, listed in entry["works"].items()}
-        counted.update(conversations=len(talks), timeline_entries=sum(map(len, timelines.values())))
-        with_timelines = ids | talks if manifest["timelines"] else set(timelines)
-        differences = {
-            "contact.json is another contact's": live["id"] != entry["csv"]["id"],
-            "works.json does not hold the works of the manifest": ids != set(chain(*entry["works"].values())),
-            "conversations.json does not hold the conversations of the manifest": talks != set(entry["conversations"]),
-            "timelines.json does not hold a timeline for each object": with_timelines != set(timelines),
-            f"the files hold {counted}, the manifest says {entry['counts']}": counted != entry["counts"],
-        }
-        yield from (f"{entry['folder']}: {words}" for words, differs in differences.items() if differs)
-
-
-def is_counted(identity: str) -> bool:
-    """Return whether the warehouse counts a work as a ticket: tickets and issues, no other kinds."""
-    return ":ticket/" in identity or ":issue/" in identity
+def ticket_count(works: Iterable[Iterable[str]]) -> int:
+    """Return the greatest number of ids in one of several lists, counting as the warehouse does: tickets and issues."""
+    return max(sum(kind_of(identity) in TICKETS_AND_ISSUES for identity in set(ids)) for ids in works)
 
 
 def read_manifest(backup: str) -> Json:
@@ -3489,8 +3484,10 @@ class SavePointFile:
             raise self._other_format(f"another version has written it ({error})") from None
         return pairs, runs, meta
 
-    def put(self, pairs: Mapping[Ids, StoredPair], runs: Mapping[str, StoredRun], meta: Mapping[str, str]) -> None:
-        """Store rows within the open transaction."""
+    def write(
+        self, number: int, run: str, pairs: Mapping[Ids, StoredPair], runs: Mapping[str, StoredRun], **meta: str
+    ) -> None:
+        """Store rows in one transaction, the write of this number; when it returns they are on the disk."""
         rows = [
             (
                 *ids, organisation_of(ids[0]), row.document["primary"]["email"], row.document["state"],
@@ -3499,18 +3496,13 @@ class SavePointFile:
             for ids, row in pairs.items()
         ]  # fmt: skip
         told = [(one, revision, to_json(document).decode("utf-8")) for one, (revision, document) in runs.items()]
-        self.db.executemany(f"INSERT OR REPLACE INTO pairs VALUES ({', '.join('?' * 9)})", rows)
-        self.db.executemany("INSERT OR REPLACE INTO runs VALUES (?, ?, ?)", told)
-        self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(meta.items()))
-
-    def write(
-        self, number: int, run: str, pairs: Mapping[Ids, StoredPair], runs: Mapping[str, StoredRun], **meta: str
-    ) -> None:
-        """Store rows in one transaction, the write of this number; when it returns they are on the disk."""
+        meta.update(last_write=str(number), last_run=run)
         try:
             if not self.db.in_transaction:
                 self.db.execute("BEGIN IMMEDIATE")
-            self.put(pairs, runs, {**meta, "last_write": str(number), "last_run": run})
+            self.db.executemany(f"INSERT OR REPLACE INTO pairs VALUES ({', '.join('?' * 9)})", rows)
+            self.db.executemany("INSERT OR REPLACE INTO runs VALUES (?, ?, ?)", told)
+            self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(meta.items()))
             self.db.execute("COMMIT")
         except sqlite3.Error:
             with contextlib.suppress(sqlite3.Error):
@@ -3608,7 +3600,7 @@ class SavePoint:
         self.meta = {**their_meta, **my_meta}
         self.holder = json.loads(self.meta.get("holder", "{}"))
         if readonly:
-            self.main.put(pairs, runs, self.meta)
+            self.main.write(self.write_number, self.run, pairs, runs, **self.meta)
             return
         self.write_number += 1
         self.holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": iso(self.environment.now().wall)}
@@ -3889,7 +3881,7 @@ async def foresee_group(api: DevRevAPI, group: Group, options: MergeOptions) -> 
             lists = await together(
                 *(api.objects[role].load(contact.id, contact.tickets, PREPARE) for role in ROLES.values())
             )
-            greatest = max(sum(is_counted(work["id"]) for work in listing.items) for listing in lists)
+            greatest = ticket_count([work["id"] for work in listing.items] for listing in lists)
             policy = "at-least" if contact is group.primary and group.has_absorbed() else options.count_policy
             problem = count_error(contact, greatest, policy)
             if problem:
@@ -3967,8 +3959,19 @@ class Preconditions:
         """Read all that DevRev holds of the group, write it to the disk, and check what is there."""
         contacts = self.group.contacts()
         priority = PREPARE if self._listed is None else MERGE
-        read = await together(*(self._snapshot(contact, priority) for contact in contacts))
-        snapshots, since = [one for one, _ in read], oldest(moment for _, moment in read)
+        loaders = [(self.context.api.objects[name], 1) for name in ROLES.values()]
+        loaders.append((self.context.api.objects["members"], 4))  # of four tickets about one has a conversation
+        lists: List[ListResult] = await together(
+            *(
+                loader.load(contact.id, contact.tickets // tickets_per_item, priority)
+                for contact in contacts
+                for loader, tickets_per_item in loaders
+            )
+        )
+        since, snapshots = oldest(listing.since for listing in lists), []
+        for contact in contacts:
+            *roles, talks = (by_id(lists.pop(0).items) for _ in loaders)
+            snapshots.append(ContactSnapshot(contact, self.live[contact.id], dict(zip(ROLES, roles)), talks))
         objects = {identity: obj for one in snapshots for identity, obj in one.objects().items()}
         if self.context.options.timelines:
             await self._read_timelines(objects)
@@ -3986,17 +3989,6 @@ class Preconditions:
             raise problem
         log.info("%s: the integrity check of %s has passed", self.group.email, folder)
         self.folder, self._listed = folder, since
-
-    async def _snapshot(self, contact: Contact, priority: int) -> Tuple[ContactSnapshot, Timestamp]:
-        """Return everything but the timelines of one contact."""
-        objects = self.context.api.objects
-        lists = await together(
-            *(objects[name].load(contact.id, contact.tickets, priority) for name in ROLES.values()),
-            objects["members"].load(contact.id, 1 + contact.tickets // 4, priority),
-        )
-        roles = {role: by_id(listing.items) for role, listing in zip(ROLES, lists)}
-        snapshot = ContactSnapshot(contact, self.live[contact.id], roles, by_id(lists[-1].items))
-        return snapshot, oldest(listing.since for listing in lists)
 
     async def _read_timelines(self, objects: Mapping[str, Json]) -> None:
         """Read the timelines that are not known yet, and those of objects that have changed; a few at a time."""
@@ -4034,8 +4026,7 @@ class Preconditions:
             for entry in verify_backup(folder)["contacts"]:
                 grown = entry["role"] == "primary" and self.group.has_absorbed()
                 policy = "at-least" if grown else options.count_policy
-                greatest = max(sum(map(is_counted, set(ids))) for ids in entry["works"].values())
-                problem = count_error(Contact.from_json(entry["csv"]), greatest, policy)
+                problem = count_error(Contact.from_json(entry["csv"]), ticket_count(entry["works"].values()), policy)
                 if problem:
                     return str(folder), problem
         except PairError as error:
@@ -4456,7 +4447,8 @@ class PairMerge:
 
         A pair that was requested before is polled first whatever the preconditions say: it may be merged by now.
         """
-        pair, group, again = self.pair, self.shared.group, bool(self.pair.requested_at)
+        pair, group, poll = self.pair, self.shared.group, self.api.poll_duplicate
+        again = bool(pair.requested_at)
         if again:
             wanted = self.shared.wanted.get(pair.ids)
             if wanted is None or wanted.new_ref != pair.new_ref:
@@ -4475,14 +4467,14 @@ class PairMerge:
                 except PairError as error:
                     problem = error
                 # This poll reserves nothing: pairs that wait to be requested would wait for each other's units.
-                if again and await self._poll(RequestOptions(FINISH)) is not DuplicateStatus.EXISTS:
+                if again and await poll(*pair.ids, RequestOptions(FINISH)) is not DuplicateStatus.EXISTS:
                     return self._confirmed()
                 if problem:
                     raise problem
                 for one in group.dropped:
                     if one.pair.ids == pair.ids:
                         raise PairSkipped(one.code, one.reason)
-                self._before_request = dict(vars(pair))
+                self._before_request, refusal, state = dict(vars(pair)), None, State.ACKNOWLEDGED
                 try:
                     await self.context.first_merge.acquire(pair.ids)
                     await self.api.merge(*pair.ids, self.timer.request_options(MERGE), self._save_intent)
@@ -4490,23 +4482,18 @@ class PairMerge:
                     log.info("%s: the check or the backup is too old by now; reading it again", pair.email)
                     continue
                 except ApiError as error:
-                    self._count_request()
-                    return await self._rejected(error, first=not again)
+                    refusal = error
                 except NoUsableResponse as error:
                     log.info("%s: the answer to the merge request was lost (%s)", pair.email, error)
-                    self._count_request()
-                    return State.REQUESTED
-                self._count_request()
-                return State.ACKNOWLEDGED
+                    state = State.REQUESTED
+                # The request was sent; the wait for its merge starts now.
+                self.timer.start()
+                self.requests_sent += 1
+                # A pair that had a 403 before says nothing of what the token may do.
+                self.context.first_merge.requests += not self.was_forbidden
+                return await self._rejected(refusal, first=not again) if refusal else state
         words = "checks and backups become too old before the merge can be requested; the quota is too small"
         raise PairError("stale", words)
-
-    def _count_request(self) -> None:
-        """Take note that a request was sent; the wait for its merge starts now."""
-        self.requests_sent += 1
-        # A pair that had a 403 before says nothing of what the token may do.
-        self.context.first_merge.requests += not self.was_forbidden
-        self.timer.start()
 
     async def _save_intent(self) -> None:
         """Save that the merge is requested, at the last moment before the request is sent.
@@ -4572,7 +4559,8 @@ class PairMerge:
             problem: Optional[PairError] = None
             polls, before = polls + 1, timer.waited()
             try:
-                if await self._poll(timer.request_options(), deadline) is not DuplicateStatus.EXISTS:
+                status = await self.api.poll_duplicate(*pair.ids, timer.request_options(), deadline)
+                if status is not DuplicateStatus.EXISTS:
                     if self.requests_sent:
                         context.recent_merges.append((0.95 * before, polls))  # the next one is tried a little sooner
                     return self._confirmed()
@@ -4598,9 +4586,6 @@ class PairMerge:
                 return await self._request()
             pause = min(0.1 + 0.5 * waited, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
             await timer.pause(min(pause, longest - waited))
-
-    async def _poll(self, options: RequestOptions, deadline: Optional[float] = None) -> DuplicateStatus:
-        return await self.api.poll_duplicate(*self.pair.ids, options, deadline)
 
     def _confirmed(self) -> State:
         pair = self.pair
@@ -4715,7 +4700,14 @@ class TaskRunner:
             await asyncio.wait(set(self.tasks), timeout=self.GRACE)
         for pairs in list(self.tasks.values()):
             await self._record_interrupted(pairs)
-        return self._exit_code()
+        stop, is_complete = self.stop, len(self.outcomes) >= self.total
+        if stop and not (is_complete and stop is self.draining):
+            # Exit 2 promises that nothing was changed.
+            return EXIT_STOPPED if stop.exit_code == EXIT_USAGE and self.api.writes else stop.exit_code
+        if not is_complete:
+            self.draining = FatalError(EXIT_STOPPED, "pairs have no outcome (a bug; run again)")
+            return EXIT_STOPPED
+        return EXIT_OK if all(map(self.is_success, self.outcomes.values())) else EXIT_FAILED
 
     def start(self, work: Awaitable[None], pairs: Sequence[Pair]) -> "asyncio.Future[None]":
         task = asyncio.ensure_future(self._guard(work, pairs))
@@ -4776,16 +4768,6 @@ class TaskRunner:
                 words = f"{self._failures_in_a_row} failures in a row, the last: {problem}{advice}"
                 self.draining = FatalError(EXIT_STOPPED, words)
                 self.api.scheduler.cancel_waiting(PREPARE)
-
-    def _exit_code(self) -> int:
-        stop = self.stop
-        if stop and (stop is not self.draining or len(self.outcomes) < self.total):
-            # Exit 2 promises that nothing was changed.
-            return EXIT_STOPPED if stop.exit_code == EXIT_USAGE and self.api.writes else stop.exit_code
-        if len(self.outcomes) < self.total:
-            self.draining = FatalError(EXIT_STOPPED, "pairs have no outcome (a bug; run again)")
-            return EXIT_STOPPED
-        return EXIT_OK if all(map(self.is_success, self.outcomes.values())) else EXIT_FAILED
 
 
 class ContactMerger:

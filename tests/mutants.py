@@ -91,22 +91,22 @@ MUTANTS = [
     Mutant("timelines of what has changed are not read again", '!= obj.get("modified_date")]', "is known]"),
     Mutant(
         "a backup is not checked from the disk",
-        "        problems = list(_backup_errors(folder, manifest))\n",
-        "        problems: List[str] = []\n",
+        "    if problems:\n        raise PairError(\"backup_failed\", f\"{folder}: \"",
+        "    if False:\n        raise PairError(\"backup_failed\", f\"{folder}: \"",
         "it guards against a disk that loses what it was given, which is not simulated; tests/test_survive.py does",
     ),
     # The first merge, order, failures
     Mutant("the first merge does not go alone", "                    await self.context.first_merge.acquire(pair.ids)\n", ""),
     Mutant(
         "an acknowledgement confirms the first merge",
-        "                self._count_request()\n                return State.ACKNOWLEDGED\n",
-        "                self._count_request()\n                self.context.first_merge.confirm(pair.ids)\n                return State.ACKNOWLEDGED\n",
+        "                self.timer.start()\n",
+        "                self.timer.start()\n                self.context.first_merge.confirm(pair.ids)\n",
     ),
     Mutant("failures in a row stop nothing", "if self._failures_in_a_row >= self.MAX_FAILURES_IN_A_ROW and not self.draining:", "if False:"),
     # Requesting again
     Mutant(
         "requested again without a poll",
-        "                if again and await self._poll(RequestOptions(FINISH)) is not DuplicateStatus.EXISTS:",
+        "                if again and await poll(*pair.ids, RequestOptions(FINISH)) is not DuplicateStatus.EXISTS:",
         "                if False:",
     ),
     Mutant(
