@@ -3957,8 +3957,8 @@ class Preconditions:
 
     async def _back_up(self) -> None:
         """Read all that DevRev holds of the group, write it to the disk, and check what is there."""
-        contacts = self.group.contacts()
-        priority = PREPARE if self._listed is None else MERGE
+        environment, options, email = self.context.environment, self.context.options, self.group.email
+        contacts, priority = self.group.contacts(), PREPARE if self._listed is None else MERGE
         loaders = [(self.context.api.objects[name], 1) for name in ROLES.values()]
         loaders.append((self.context.api.objects["members"], 4))  # of four tickets about one has a conversation
         lists: List[ListResult] = await together(
@@ -3973,22 +3973,23 @@ class Preconditions:
             *roles, talks = (by_id(lists.pop(0).items) for _ in loaders)
             snapshots.append(ContactSnapshot(contact, self.live[contact.id], dict(zip(ROLES, roles)), talks))
         objects = {identity: obj for one in snapshots for identity, obj in one.objects().items()}
-        if self.context.options.timelines:
+        if options.timelines:
             await self._read_timelines(objects)
         timelines = {identity: self._timelines[identity][1] for identity in objects if identity in self._timelines}
-        folder, problem = await self.context.environment.run_in_thread(self._write_backup, snapshots, timelines)
+        facts = {"email": email, "organisation": options.organisation, "timelines": options.timelines}
+        home = BACKUPS / safe_name(email)
+        folder = await environment.run_in_thread(write_backup, environment, home, facts, snapshots, timelines)
         works = {work for one in snapshots for work in one.works()}
         entries = sum(map(len, timelines.values()))
         self.counts = {"works": len(works), "conversations": len(objects) - len(works), "timeline_entries": entries}
         counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.counts.items())
-        log.info("%s: backed up in %s: %s", self.group.email, folder, counts)
+        log.info("%s: backed up in %s: %s", email, folder, counts)
         for pair in self.group.pairs:
             if pair.state is State.PLANNED:
-                pair.backup, pair.backed_up = folder, self.counts
-        if problem:
-            raise problem
-        log.info("%s: the integrity check of %s has passed", self.group.email, folder)
-        self.folder, self._listed = folder, since
+                pair.backup, pair.backed_up = str(folder), self.counts
+        await environment.run_in_thread(self._check_backup, folder)
+        log.info("%s: the integrity check of %s has passed", email, folder)
+        self.folder, self._listed = str(folder), since
 
     async def _read_timelines(self, objects: Mapping[str, Json]) -> None:
         """Read the timelines that are not known yet, and those of objects that have changed; a few at a time."""
@@ -4011,27 +4012,14 @@ class Preconditions:
 
         await together(*(read() for _ in range(min(self.AHEAD, len(wanted)))))
 
-    def _write_backup(
-        self, snapshots: Sequence[ContactSnapshot], timelines: Timelines
-    ) -> Tuple[str, Optional[PairError]]:
-        """Write the backup (in a thread), and check from the disk that it is complete and holds what the CSV counts."""
-        options = self.context.options
-        email, environment = self.group.email, self.context.environment
-        facts = {"email": email, "organisation": options.organisation, "timelines": options.timelines}
-        try:
-            folder = write_backup(environment, BACKUPS / safe_name(email), facts, snapshots, timelines)
-        except RecursionError:
-            raise PairError("backup_failed", "DevRev answered with something that is nested too deep") from None
-        try:
-            for entry in verify_backup(folder)["contacts"]:
-                grown = entry["role"] == "primary" and self.group.has_absorbed()
-                policy = "at-least" if grown else options.count_policy
-                problem = count_error(Contact.from_json(entry["csv"]), ticket_count(entry["works"].values()), policy)
-                if problem:
-                    return str(folder), problem
-        except PairError as error:
-            return str(folder), error
-        return str(folder), None
+    def _check_backup(self, folder: Path) -> None:
+        """Raise PairError where the backup is, on the disk, not complete or does not hold what the CSV counts."""
+        for entry in verify_backup(folder)["contacts"]:
+            grown = entry["role"] == "primary" and self.group.has_absorbed()
+            policy = "at-least" if grown else self.context.options.count_policy
+            problem = count_error(Contact.from_json(entry["csv"]), ticket_count(entry["works"].values()), policy)
+            if problem:
+                raise problem
 
 
 def oldest(moments: Iterable[Timestamp]) -> Timestamp:

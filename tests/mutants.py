@@ -85,7 +85,7 @@ MUTANTS = [
     Mutant("any email will do", "    if email_of(live) != contact.key:\n", "    if False:\n"),
     Mutant("unverified contacts are merged", "if ids[pair.duplicate.id] and not ids[primary.id] and not try_unverified:", "if False:"),
     Mutant("an undone or cancelled group is merged again", "if is_stale or (group.email in blocked and not all(rows)):", "if False:"),
-    Mutant("no count check", "                if problem:\n                    return str(folder), problem\n", ""),
+    Mutant("no count check", "            if problem:\n                raise problem\n\n\ndef oldest", "\n\ndef oldest"),
     Mutant("fewer tickets will do, too", "if greatest == contact.tickets or (greatest >", "if True or (greatest >"),
     Mutant("only the first page", "            if not cursor:\n                return\n", "            return\n"),
     Mutant("timelines of what has changed are not read again", '!= obj.get("modified_date")]', "is known]"),
