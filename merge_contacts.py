@@ -25,7 +25,8 @@ Map of this file; everything stands above what uses it:
     Backup        write_backup, snapshot_entry      where to add a field to the backup
     Savepoint     SavePoint                         two files with one content; what a crash leaves
     Merge         PairMerge                         a pair's state machine: no answer to a merge, how a pair resumes
-                  GroupMerge, ContactMerger         the order of pairs, groups and earlier runs
+                  PrimaryUpdate                     how the reference and carried fields get to the primary
+                  merge_group, ContactMerger        the order of pairs, groups and earlier runs
     Export        ContactExporter                   the CSV from DevRev itself
     Undo          GroupUndo, UndoRunner             what comes back
     Report        CODES, merge_entry                what each code means; where to add a field to the report
@@ -3336,16 +3337,16 @@ def winning_row(one: StoredPair, other: StoredPair) -> StoredPair:
     The higher revision wins, for clocks can be set; at equal revisions the state that says more was done. A row that
     records a request never loses to one that doesn't, unless that one records that the request was never sent.
     """
-    winner, loser = sorted((one, other), key=row_authority, reverse=True)
+
+    def authority(row: StoredPair) -> Tuple[int, int, float]:
+        return row.revision, AUTHORITY.index(State(row.document["state"])), row.document["requested_at"]
+
+    winner, loser = sorted((one, other), key=authority, reverse=True)
     requested = loser.document["requested_at"]
     forgets = requested and not winner.document["requested_at"] and winner.document["withdrawn_at"] != requested
     if forgets and State(winner.document["state"]) in (State.PLANNED, State.FAILED):
         return loser._replace(revision=winner.revision)
     return winner
-
-
-def row_authority(row: StoredPair) -> Tuple[int, int, float]:
-    return row.revision, AUTHORITY.index(State(row.document["state"])), row.document["requested_at"]
 
 
 class SavePointFile:
@@ -3822,10 +3823,6 @@ class FirstMerge:
             self._holder = None
             self._lock.release()
 
-    def confirm(self, ids: Ids) -> None:
-        self.confirmed = True
-        self.release(ids)
-
 
 @dataclass(frozen=True)
 class MergeContext(GroupContext):
@@ -4125,7 +4122,11 @@ class TransferVerifier:
             if missing and rounds > 2:
                 few = [item["id"] for item in missing if over or item["id"] not in examined]
                 few = few if over else few[: self.EXAMINED]
-                gone = {one for one in few if await self._is_deleted(one)}
+                gone: Set[str] = set()
+                for one in few:
+                    with contextlib.suppress(ApiError, NoUsableResponse):
+                        if await self.api.get_object(one, RequestOptions(self.priority)) is None:
+                            gone.add(one)
                 examined.update(few)
                 pair.deleted = sorted(gone.union(pair.deleted))
                 expected, missing = ([one for one in items if one["id"] not in gone] for items in (expected, missing))
@@ -4187,11 +4188,6 @@ class TransferVerifier:
         self.primary = next((user for user in listing.items if user["id"] == pair.primary.id), self.primary)
         shown = (user for user in listing.items if user["id"] == pair.duplicate.id)
         return any(duplicate_status(user, *pair.ids) is DuplicateStatus.EXISTS for user in shown)
-
-    async def _is_deleted(self, identity: str) -> bool:
-        with contextlib.suppress(ApiError, NoUsableResponse):
-            return await self.api.get_object(identity, RequestOptions(self.priority)) is None
-        return False
 
 
 class GroupState:
@@ -4577,7 +4573,8 @@ class PairMerge:
 
     def _confirmed(self) -> State:
         pair = self.pair
-        self.context.first_merge.confirm(pair.ids)
+        self.context.first_merge.confirmed = True
+        self.context.first_merge.release(pair.ids)
         pair.code, pair.error = "", ""
         return State.MERGED
 

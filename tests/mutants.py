@@ -34,7 +34,7 @@ MUTANTS = [
     Mutant("the copy is not written", "            for file in self.files:\n                if file.failure is None:", "            for file in self.files[:1]:\n                if file.failure is None:"),
     Mutant("savepoint.db is not written", "            for file in self.files:\n                if file.failure is None:", "            for file in self.files[1:]:\n                if file.failure is None:"),
     Mutant("a file learns nothing from the other", "news = {ids: row for ids, row in pairs.items() if mine.get(ids) != row}", "news: Dict[Ids, StoredPair] = {}"),
-    Mutant("the older row wins", "sorted((one, other), key=row_authority, reverse=True)", "sorted((one, other), key=row_authority)"),
+    Mutant("the older row wins", "sorted((one, other), key=authority, reverse=True)", "sorted((one, other), key=authority)"),
     Mutant("an intent that was never sent counts as sent", "            if one_ahead and is_last and is_new and", "            if False and"),
     Mutant("what stands in the last write counts as never sent", "        one_ahead = self.main.last_run == self.copy.last_run and", "        one_ahead = True or"),
     Mutant("the copy is written first", "self.files = (self.main, self.copy)", "self.files = (self.copy, self.main)"),
@@ -100,7 +100,7 @@ MUTANTS = [
     Mutant(
         "an acknowledgement confirms the first merge",
         "                self.timer.start()\n",
-        "                self.timer.start()\n                self.context.first_merge.confirm(pair.ids)\n",
+        "                self.timer.start()\n                self.context.first_merge.confirmed = True\n",
     ),
     Mutant("failures in a row stop nothing", "if self._failures_in_a_row >= self.MAX_FAILURES_IN_A_ROW and not self.draining:", "if False:"),
     # Requesting again
