@@ -4458,7 +4458,8 @@ class PairMerge:
                 for one in group.dropped:
                     if one.pair.ids == pair.ids:
                         raise PairSkipped(one.code, one.reason)
-                self._before_request, refusal, state = dict(vars(pair)), None, State.ACKNOWLEDGED
+                self._before_request = dict(vars(pair))
+                state, refusal = State.ACKNOWLEDGED, None
                 try:
                     await self.context.first_merge.acquire(pair.ids)
                     await self.api.merge(*pair.ids, self.timer.request_options(MERGE), self._save_intent)
