@@ -3470,10 +3470,10 @@ class SavePointFile:
         if problem != "ok":
             raise sqlite3.DatabaseError(problem)
         meta = dict(self.db.execute("SELECT name, value FROM meta"))
-        self.last_write, self.last_run = int(meta.pop("last_write", 0)), meta.pop("last_run", "")
         pairs: Dict[Ids, StoredPair] = {}
         runs: Dict[str, StoredRun] = {}
         try:
+            self.last_write, self.last_run = int(meta.pop("last_write", 0)), meta.pop("last_run", "")
             for run, revision, text in self.db.execute("SELECT id, revision, document FROM runs ORDER BY id"):
                 runs[run] = revision, json.loads(text)
             rows = self.db.execute("SELECT primary_id, duplicate_id, revision, run, document FROM pairs")
@@ -3649,11 +3649,12 @@ class SavePoint:
     async def save(self, pair: Pair) -> None:
         """Store a pair; when it returns, it is on the disk in each file that can be written.
 
-        Raises FatalError(3) where neither can. What is saved while another write lasts shares the next transaction.
+        Raises FatalError(3) where neither can. What is saved at the same time shares a transaction.
         """
         self._pending[pair.ids] = self._document(pair)
         self._writing = self._writing or asyncio.Lock()
         async with self._writing:
+            await asyncio.sleep(0)  # other tasks may save in this moment, too
             batch, self._pending = self._pending, {}
             if batch:  # otherwise a write for another pair had this one in its batch
                 try:
