@@ -25,7 +25,8 @@ Map of this file; everything stands above what uses it:
     Backup        write_backup, snapshot_entry      where to add a field to the backup
     Savepoint     SavePoint                         two files with one content; what a crash leaves
     Merge         PairMerge                         a pair's state machine: no answer to a merge, how a pair resumes
-                  GroupMerge, ContactMerger         the order of pairs, groups and earlier runs
+                  PrimaryUpdate                     how the reference and carried fields get to the primary
+                  merge_group, ContactMerger        the order of pairs, groups and earlier runs
     Export        ContactExporter                   the CSV from DevRev itself
     Undo          PairUndo, UndoRunner              what comes back
     Report        CODES, merge_entry                what each code means; where to add a field to the report
@@ -587,7 +588,7 @@ class CancelToken:
 
     def __init__(self) -> None:
         self.stop: Optional[FatalError] = None
-        self._shielded: Optional[asyncio.Future[Any]] = None  # the task that an interruption does not end
+        self._shielded: Set[Optional[asyncio.Future[Any]]] = set()  # tasks that an interruption does not end
         self._waiting: Dict[asyncio.Future[Any], bool] = {}  # in the order in which they came, and whether shielded
 
     def cancel(self, stop: FatalError) -> None:
@@ -601,15 +602,16 @@ class CancelToken:
     @contextlib.contextmanager
     def shield(self) -> Iterator[None]:
         """Let what the current task does in the block go on in spite of an interruption; other stops end it, too."""
-        self.raise_if_cancelled()
-        self._shielded = asyncio.current_task()
+        task = asyncio.current_task()
+        self._shielded.add(task)
         try:
+            self.raise_if_cancelled()
             yield
         finally:
-            self._shielded = None
+            self._shielded.discard(task)
 
     def _is_shielded(self) -> bool:
-        return self._shielded is not None and self._shielded is asyncio.current_task()
+        return bool(self._shielded) and asyncio.current_task() in self._shielded
 
     def raise_if_cancelled(self) -> None:
         if self.stop and not (isinstance(self.stop, Cancelled) and self._is_shielded()):
@@ -1335,12 +1337,20 @@ class Pair:
         return self.primary.id, self.duplicate.id
 
     def to_json(self) -> Json:
-        document = {
-            one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("run", "tried_before")
-        }
+        document = {name: getattr(self, name) for name in PAIR_FIELDS}
         document.update(primary=self.primary.to_json(), duplicate=self.duplicate.to_json(), state=self.state.value)
         document["undo"] = asdict(self.undo) if self.undo else None
         return document
+
+    @staticmethod
+    def check_document(document: Json) -> None:
+        """Raise ValueError where a document is not one of `to_json`: another version has other fields, or states."""
+        undo = document.get("undo") or UNDO_FIELDS
+        odd = [*(document.keys() ^ PAIR_FIELDS.keys()), *(undo.keys() ^ UNDO_FIELDS.keys())]
+        if odd:
+            raise ValueError(f"pairs with other fields: {', '.join(sorted(odd))}")
+        if document["state"] not in AUTHORITY:
+            raise ValueError(f"a pair in the state «{document['state']}»")
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "Pair":
@@ -1359,6 +1369,11 @@ class Pair:
             self.state, self.rejected = State.REQUESTED, True
         else:
             self.state, self.first_requested_at, self.rejected = State.PLANNED, 0.0, False
+
+
+NOT_STORED = ("run", "tried_before")
+PAIR_FIELDS = {one.name: one for one in fields(Pair) if one.name not in NOT_STORED}
+UNDO_FIELDS = {one.name: one for one in fields(UndoProgress)}
 
 
 def into(pair: Pair) -> str:
@@ -2978,8 +2993,39 @@ def verify_backup(folder: Path) -> Json:
     Raises PairError(backup_failed) naming everything that is missing, damaged or does not add up.
     """
     manifest = read_manifest(str(folder))
+    problems: List[str] = []
+    contents: Dict[str, Any] = {}
     try:
-        problems = list(_backup_errors(folder, manifest))
+        for name, expected in manifest["files"].items():
+            try:
+                data = (folder / name).read_bytes()
+                if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
+                    problems.append(f"{name}: differs from what was written")
+                else:
+                    contents[name] = json.loads(data)
+            except OSError as error:
+                problems.append(f"{name}: {error.strerror}")
+            except ValueError:
+                problems.append(f"{name}: not JSON")
+        for entry in manifest["contacts"]:
+            names = ("contact", "works", "conversations", "timelines")
+            files: List[Any] = [contents.get(f"{entry['folder']}/{name}.json") for name in names]
+            if any(file is None for file in files):
+                problems.append(f"{entry['folder']}: not all of its files are complete")
+                continue
+            live, works, conversations, timelines = files
+            ids, talks = set(by_id(works)), set(by_id(conversations))
+            counted = {name: len(set(listed)) for name, listed in entry["works"].items()}
+            counted.update(conversations=len(talks), timeline_entries=sum(map(len, timelines.values())))
+            with_timelines = ids | talks if manifest["timelines"] else set(timelines)
+            differences = {
+                "contact.json is another contact's": live["id"] != entry["csv"]["id"],
+                "works.json does not hold the works of the manifest": ids != set(chain(*entry["works"].values())),
+                "conversations.json does not hold those of the manifest": talks != set(entry["conversations"]),
+                "timelines.json does not hold a timeline for each object": with_timelines != set(timelines),
+                f"the files hold {counted}, the manifest says {entry['counts']}": counted != entry["counts"],
+            }
+            problems += [f"{entry['folder']}: {words}" for words, differs in differences.items() if differs]
     except (KeyError, TypeError, AttributeError) as error:
         problems = [f"manifest.json is not a manifest: {type(error).__name__} {error}"]
     if problems:
@@ -2987,45 +3033,9 @@ def verify_backup(folder: Path) -> Json:
     return manifest
 
 
-def _backup_errors(folder: Path, manifest: Json) -> Iterator[str]:
-    contents: Dict[str, Any] = {}
-    for name, expected in manifest["files"].items():
-        try:
-            data = (folder / name).read_bytes()
-        except OSError as error:
-            yield f"{name}: {error.strerror}"
-            continue
-        if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
-            yield f"{name}: differs from what was written"
-            continue
-        try:
-            contents[name] = json.loads(data)
-        except ValueError:
-            yield f"{name}: not JSON"
-    for entry in manifest["contacts"]:
-        names = ("contact", "works", "conversations", "timelines")
-        files: List[Any] = [contents.get(f"{entry['folder']}/{name}.json") for name in names]
-        if any(file is None for file in files):
-            yield f"{entry['folder']}: not all of its files are complete"
-            continue
-        live, works, conversations, timelines = files
-        ids, talks = set(by_id(works)), set(by_id(conversations))
-        counted = {name: len(set(listed)) for name, listed in entry["works"].items()}
-        counted.update(conversations=len(talks), timeline_entries=sum(map(len, timelines.values())))
-        with_timelines = ids | talks if manifest["timelines"] else set(timelines)
-        differences = {
-            "contact.json is another contact's": live["id"] != entry["csv"]["id"],
-            "works.json does not hold the works of the manifest": ids != set(chain(*entry["works"].values())),
-            "conversations.json does not hold the conversations of the manifest": talks != set(entry["conversations"]),
-            "timelines.json does not hold a timeline for each object": with_timelines != set(timelines),
-            f"the files hold {counted}, the manifest says {entry['counts']}": counted != entry["counts"],
-        }
-        yield from (f"{entry['folder']}: {words}" for words, differs in differences.items() if differs)
-
-
-def is_counted(identity: str) -> bool:
-    """Return whether the warehouse counts a work as a ticket: tickets and issues, no other kinds."""
-    return ":ticket/" in identity or ":issue/" in identity
+def ticket_count(works: Iterable[Iterable[str]]) -> int:
+    """Return the greatest number of ids in one of several lists, counting as the warehouse does: tickets and issues."""
+    return max(sum(kind_of(identity) in TICKETS_AND_ISSUES for identity in set(ids)) for ids in works)
 
 
 def read_manifest(backup: str) -> Json:
@@ -3091,11 +3101,7 @@ class StoredPair(NamedTuple):
     document: Json
 
 
-class StoredRun(NamedTuple):
-    """A row of the table `runs`. The document is the report's `run`, and `reported`: whether its report was written."""
-
-    revision: int
-    document: Json
+StoredRun = Tuple[int, Json]  # revision; the report's `run`, and `reported`: whether its report was written
 
 
 def winning_row(one: StoredPair, other: StoredPair) -> StoredPair:
@@ -3104,16 +3110,16 @@ def winning_row(one: StoredPair, other: StoredPair) -> StoredPair:
     The higher revision wins, for clocks can be set; at equal revisions the state that says more was done. A row that
     records a request never loses to one that doesn't, unless that one records that the request was never sent.
     """
-    winner, loser = sorted((one, other), key=row_authority, reverse=True)
+
+    def authority(row: StoredPair) -> Tuple[int, int, float]:
+        return row.revision, AUTHORITY.index(State(row.document["state"])), row.document["requested_at"]
+
+    winner, loser = sorted((one, other), key=authority, reverse=True)
     requested = loser.document["requested_at"]
     forgets = requested and not winner.document["requested_at"] and winner.document["withdrawn_at"] != requested
     if forgets and State(winner.document["state"]) in (State.PLANNED, State.FAILED):
         return loser._replace(revision=winner.revision)
     return winner
-
-
-def row_authority(row: StoredPair) -> Tuple[int, int, float]:
-    return row.revision, AUTHORITY.index(State(row.document["state"])), row.document["requested_at"]
 
 
 class SavePointFile:
@@ -3158,59 +3164,104 @@ class SavePointFile:
             return
         version, application = (int.from_bytes(head[at : at + 4], "big") for at in (60, 68))
         if not head.startswith(b"SQLite format 3\0") or len(head) < 100 or application not in (0, self.APPLICATION):
-            raise self.damaged("it is not a savepoint")
+            raise self._damaged("it is not a savepoint")
         if application and version != self.FORMAT:
-            why = f"it has format {version}, and this version reads format {self.FORMAT} alone"
-            raise FatalError(EXIT_USAGE, f"{self.path} was left as it is: {why}. Move it, and its copy, away.")
+            raise self._other_format(f"it has format {version}, and this version reads format {self.FORMAT} alone")
 
-    def damaged(self, why: str) -> FatalError:
+    def _damaged(self, why: str) -> FatalError:
         other = SAVEPOINT_COPY if self.path == SAVEPOINT else SAVEPOINT
         fix = f"Move it away and run again: {other} has everything that it had." if other.exists() else ""
         return FatalError(EXIT_USAGE, f"{self.path} is damaged and was left as it is ({why}). {fix}".rstrip())
+
+    def _other_format(self, why: str) -> FatalError:
+        return FatalError(EXIT_USAGE, f"{self.path} was left as it is: {why}. Move it, and its copy, away.")
+
+    @contextlib.contextmanager
+    def opening(self) -> Iterator[None]:
+        """Turn what keeps the file from being opened into the FatalError that says so."""
+        try:
+            yield
+        except OSError as error:
+            raise FatalError(EXIT_STOPPED, f"the savepoint {self.path} can't be used: {error.strerror}") from None
+        except sqlite3.Error as error:
+            text, held = str(error), f"another run holds the savepoint {self.path}"
+            suspect = any(word in text for word in ("locked", "busy", "disk I/O", "permission denied"))
+            if "locking protocol" in text or (suspect and not locks_work(self.path)):
+                raise FatalError(EXIT_USAGE, f"the savepoint {self.path} can't be locked: {NO_LOCKS}") from None
+            if "locked" in text or "busy" in text:
+                with contextlib.suppress(sqlite3.Error, KeyError, FatalError):
+                    holder = SavePoint(self.environment, readonly=True).holder
+                    held += f": process {holder['pid']} on {holder['host']}, since {holder['since']}"
+                raise FatalError(EXIT_HELD, held) from None
+            if any(words in text for words in ("full", "disk I/O", "readonly", "unable to open", "read-only")):
+                words = f"the savepoint {self.path} can't be written: {text}; nothing was changed"
+                raise FatalError(EXIT_STOPPED, words) from None
+            raise self._damaged(text) from None
 
     def connect(self, mode: str) -> sqlite3.Connection:
         path = (Path.cwd() / self.path).as_posix()  # as_uri() makes of a network share what SQLite does not take
         uri = f"file:{'' if path.startswith('/') else '/'}{quote(path, safe='/:')}?{mode}"
         return self.environment.open_database(uri)
 
-    def open(self, mode: str = "mode=rwc") -> None:
-        """Lock the file for as long as it is open, and begin its first transaction."""
+    def open(self) -> str:
+        """Lock the file for as long as it is open, and begin its first transaction. Return a warning, if any.
+
+        The lock of savepoint.db is the run's; its copy is used without one where the file system has none.
+        """
+        if self.path == SAVEPOINT_COPY:
+            self.environment.make_private_dir(self.path.parent)
+        try:
+            self._begin("mode=rwc")
+        except sqlite3.OperationalError as error:
+            if self.path == SAVEPOINT or "locking protocol" not in str(error):
+                raise
+            self._begin("mode=rwc&nolock=1")
+            return f"{self.path} is on a file system without working locks and is used without one"
+        return ""
+
+    def _begin(self, mode: str) -> None:
         self.db = self.connect(mode)
         self.db.execute("PRAGMA busy_timeout = 1000")  # who only reads releases the file in a moment
         self.db.execute("PRAGMA locking_mode = EXCLUSIVE")
         self.db.execute("PRAGMA synchronous = EXTRA")
         self.db.execute("BEGIN EXCLUSIVE")
-        self.load(self.db)
 
-    def load(self, db: sqlite3.Connection) -> None:
-        """Create the tables where there are none (a run may have been killed in its first transaction), and check."""
-        self.db = db
-        if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+    def content(self) -> Tuple[Dict[Ids, StoredPair], Dict[str, StoredRun], Dict[str, str]]:
+        """Check what the file holds, and return it: pairs, runs, meta. Where there are no tables (it is new, or a run
+        was killed in its first transaction) create them.
+
+        Raises FatalError(2) where another version wrote a row.
+        """
+        if not self.db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             for statement in self.SCHEMA.split(";"):
-                db.execute(statement)
-            db.execute(f"PRAGMA application_id = {self.APPLICATION}")
-            db.execute(f"PRAGMA user_version = {self.FORMAT}")
-        if db.execute("PRAGMA user_version").fetchone()[0] != self.FORMAT:
+                self.db.execute(statement)
+            self.db.execute(f"PRAGMA application_id = {self.APPLICATION}")
+            self.db.execute(f"PRAGMA user_version = {self.FORMAT}")
+        if self.db.execute("PRAGMA user_version").fetchone()[0] != self.FORMAT:
             raise sqlite3.DatabaseError("it is another program's database")
-        problem = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        problem = self.db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if problem != "ok":
             raise sqlite3.DatabaseError(problem)
-        meta = self.meta()
-        self.last_write, self.last_run = int(meta.get("last_write", 0)), meta.get("last_run", "")
+        meta = dict(self.db.execute("SELECT name, value FROM meta"))
+        pairs: Dict[Ids, StoredPair] = {}
+        runs: Dict[str, StoredRun] = {}
+        try:
+            self.last_write, self.last_run = int(meta.pop("last_write", 0)), meta.pop("last_run", "")
+            for run, revision, text in self.db.execute("SELECT id, revision, document FROM runs ORDER BY id"):
+                runs[run] = revision, json.loads(text)
+            rows = self.db.execute("SELECT primary_id, duplicate_id, revision, run, document FROM pairs")
+            for primary, duplicate, revision, run, text in rows:
+                document = json.loads(text)
+                Pair.check_document(document)
+                pairs[primary, duplicate] = StoredPair(revision, run, document)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise self._other_format(f"another version has written it ({error})") from None
+        return pairs, runs, meta
 
-    def meta(self) -> Dict[str, str]:
-        return dict(self.db.execute("SELECT name, value FROM meta"))
-
-    def stored_pairs(self) -> Dict[Ids, StoredPair]:
-        rows = self.db.execute("SELECT primary_id, duplicate_id, revision, run, document FROM pairs")
-        return {(row[0], row[1]): StoredPair(row[2], row[3], json.loads(row[4])) for row in rows}
-
-    def stored_runs(self) -> Dict[str, StoredRun]:
-        rows = self.db.execute("SELECT id, revision, document FROM runs ORDER BY id")
-        return {row[0]: StoredRun(row[1], json.loads(row[2])) for row in rows}
-
-    def put(self, pairs: Mapping[Ids, StoredPair], runs: Mapping[str, StoredRun], meta: Mapping[str, str]) -> None:
-        """Store rows within the open transaction."""
+    def write(
+        self, number: int, run: str, pairs: Mapping[Ids, StoredPair], runs: Mapping[str, StoredRun], **meta: str
+    ) -> None:
+        """Store rows in one transaction, the write of this number; when it returns they are on the disk."""
         rows = [
             (
                 *ids, organisation_of(ids[0]), row.document["primary"]["email"], row.document["state"],
@@ -3218,19 +3269,14 @@ class SavePointFile:
             )
             for ids, row in pairs.items()
         ]  # fmt: skip
-        told = [(one, row.revision, to_json(row.document).decode("utf-8")) for one, row in runs.items()]
-        self.db.executemany(f"INSERT OR REPLACE INTO pairs VALUES ({', '.join('?' * 9)})", rows)
-        self.db.executemany("INSERT OR REPLACE INTO runs VALUES (?, ?, ?)", told)
-        self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(meta.items()))
-
-    def write(
-        self, number: int, run: str, pairs: Mapping[Ids, StoredPair], runs: Mapping[str, StoredRun], **meta: str
-    ) -> None:
-        """Store rows in one transaction, the write of this number; when it returns they are on the disk."""
+        told = [(one, revision, to_json(document).decode("utf-8")) for one, (revision, document) in runs.items()]
+        meta.update(last_write=str(number), last_run=run)
         try:
             if not self.db.in_transaction:
                 self.db.execute("BEGIN IMMEDIATE")
-            self.put(pairs, runs, {**meta, "last_write": str(number), "last_run": run})
+            self.db.executemany(f"INSERT OR REPLACE INTO pairs VALUES ({', '.join('?' * 9)})", rows)
+            self.db.executemany("INSERT OR REPLACE INTO runs VALUES (?, ?, ?)", told)
+            self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(meta.items()))
             self.db.execute("COMMIT")
         except sqlite3.Error:
             with contextlib.suppress(sqlite3.Error):
@@ -3268,7 +3314,7 @@ class SavePointFile:
                             raise
                         continue
             break
-        self.load(memory)
+        self.db = memory
 
 
 class SavePoint:
@@ -3287,98 +3333,60 @@ class SavePoint:
     def __init__(self, environment: Environment, run: str = "", readonly: bool = False) -> None:
         self.environment = environment
         self.run = run
-        self.readonly = readonly
         self.organisation = ""
         self.warnings: List[str] = []
         self.main, self.copy = SavePointFile(SAVEPOINT, environment), SavePointFile(SAVEPOINT_COPY, environment)
         self.files = (self.main, self.copy)
+        self.meta: Dict[str, str] = {}
+        self.holder: Json = {}  # who opened the savepoint last: `pid`, `host`, `since`
         self._lock = threading.Lock()  # one thread at a time uses the connections
-        self._pending: List[Tuple[Ids, Json, asyncio.Future[None]]] = []
-        self._writing: Optional[asyncio.Future[None]] = None
+        self._pending: Dict[Ids, Json] = {}
+        self._writing: Optional[asyncio.Lock] = None  # of the loop that saves
         for file in self.files:
             file.check_header()
             if not readonly and file.path.exists() and not file.path.stat().st_mode & 0o222:
                 words = f"the savepoint {file.path} is read-only, so nothing was changed; make it writable"
                 raise FatalError(EXIT_STOPPED, words)
+        try:
+            self._open(readonly)
+        except FatalError:
+            self.close()
+            raise
+
+    def _open(self, readonly: bool) -> None:
+        """Give each file the rows of the other that are newer, and find the requests that were never sent."""
+        contents = []
         for file in self.files:
-            try:
+            with file.opening():
                 if readonly:
                     file.read_snapshot()
                 else:
-                    self._open(file)
-            except sqlite3.Error as error:
-                self.close()
-                raise self._opening_error(file, error) from None
-            except OSError as error:
-                self.close()
-                raise FatalError(EXIT_STOPPED, f"the savepoint {file.path} can't be used: {error.strerror}") from None
-        known = set(chain.from_iterable(file.stored_runs() for file in self.files))
-        if run in known:  # the clock was set back, or a run that began in the same second has ended already
-            self.run = free_run_id(environment.now().wall, known)
+                    self.warnings += filter(None, [file.open()])
+                contents.append(file.content())
         self.write_number = max(file.last_write for file in self.files)
-        self._join()
-
-    # -- opening ------------------------------------------------------------------------------------
-
-    def _open(self, file: SavePointFile) -> None:
-        if file is self.copy:
-            self.environment.make_private_dir(file.path.parent)
-        try:
-            file.open()
-        except sqlite3.OperationalError as error:
-            # The lock of savepoint.db is the run's; its copy is used without one where the file system has none.
-            if file is self.main or "locking protocol" not in str(error):
-                raise
-            self.warnings.append(f"{file.path} is on a file system without working locks and is used without one")
-            file.open("mode=rwc&nolock=1")
-
-    def _opening_error(self, file: SavePointFile, error: sqlite3.Error) -> FatalError:
-        text = str(error)
-        suspect = any(word in text for word in ("locked", "busy", "disk I/O", "permission denied"))
-        if "locking protocol" in text or (suspect and not locks_work(file.path)):
-            return FatalError(EXIT_USAGE, f"the savepoint {file.path} can't be locked: {NO_LOCKS}")
-        if "locked" in text or "busy" in text:
-            return FatalError(EXIT_HELD, f"another run holds the savepoint {file.path}{self._describe_holder()}")
-        if any(words in text for words in ("full", "disk I/O", "readonly", "unable to open", "read-only")):
-            return FatalError(EXIT_STOPPED, f"the savepoint {file.path} can't be written: {text}; nothing was changed")
-        return file.damaged(text)
-
-    def _describe_holder(self) -> str:
-        with contextlib.suppress(sqlite3.Error, ValueError, TypeError, KeyError, FatalError, OSError):
-            holder = SavePoint(self.environment, readonly=True).holder()
-            return f": process {holder['pid']} on {holder['host']}, since {holder['since']}"
-        return ""
-
-    def _join(self) -> None:
-        """Give each file the rows of the other that are newer, and find the requests that were never sent."""
-        pairs = self._join_pairs()
-        stored = [file.stored_runs() for file in self.files]
-        runs: Dict[str, StoredRun] = {}
-        for one in {**stored[0], **stored[1]}:
-            runs[one] = max((rows[one] for rows in stored if one in rows), key=lambda found: found.revision)
-        meta = {**self.copy.meta(), **self.main.meta()}
-        for name in ("last_write", "last_run"):
-            meta.pop(name, None)
-        if self.readonly:
-            self.main.put(pairs, runs, meta)
+        (ours, my_runs, my_meta), (theirs, their_runs, their_meta) = contents
+        if self.run in {**my_runs, **their_runs}:
+            # The clock was set back, or a run that began in the same second has ended already.
+            self.run = free_run_id(self.environment.now().wall, {**my_runs, **their_runs})
+        pairs = self._join_pairs(ours, theirs)
+        runs = {**their_runs, **my_runs}
+        runs.update((one, run) for one, run in their_runs.items() if run[0] > runs[one][0])
+        self.meta = {**their_meta, **my_meta}
+        self.holder = json.loads(self.meta.get("holder", "{}"))
+        if readonly:
+            self.main.write(self.write_number, self.run, pairs, runs, **self.meta)
             return
         self.write_number += 1
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": iso(self.environment.now().wall)}
-        meta["holder"] = json.dumps(holder)
-        for file in self.files:
-            mine, my_runs = file.stored_pairs(), file.stored_runs()
+        self.holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": iso(self.environment.now().wall)}
+        self.meta["holder"] = json.dumps(self.holder)
+        for file, (mine, known_runs, _) in zip(self.files, contents):
             news = {ids: row for ids, row in pairs.items() if mine.get(ids) != row}
-            try:
-                file.write(
-                    self.write_number, self.run, news, {k: v for k, v in runs.items() if my_runs.get(k) != v}, **meta
-                )
-            except sqlite3.Error as error:
-                self.close()
-                raise self._opening_error(file, error) from None
+            new_runs = {one: run for one, run in runs.items() if known_runs.get(one) != run}
+            with file.opening():
+                file.write(self.write_number, self.run, news, new_runs, **self.meta)
 
-    def _join_pairs(self) -> Dict[Ids, StoredPair]:
+    def _join_pairs(self, ours: Mapping[Ids, StoredPair], theirs: Mapping[Ids, StoredPair]) -> Dict[Ids, StoredPair]:
         """Return all rows as both files together know them."""
-        ours, theirs = self.main.stored_pairs(), self.copy.stored_pairs()
         # The copy is written second: an intent that stands in the file's last write alone has not been sent.
         one_ahead = self.main.last_run == self.copy.last_run and self.main.last_write == self.copy.last_write + 1
         joined: Dict[Ids, StoredPair] = {}
@@ -3389,11 +3397,9 @@ class SavePoint:
             if mine and other and mine.revision == other.revision and mine.document != other.document:
                 email, state = row.document["primary"]["email"], row.document["state"]
                 self.warnings.append(f"{email}: {SAVEPOINT} and its copy disagree; «{state}» is taken, and is checked")
-            is_intent = (
-                row is mine and row.document["state"] == State.REQUESTED and row.revision == self.main.last_write
-            )
-            is_intent = is_intent and (other is None or other.document["requested_at"] != row.document["requested_at"])
-            if one_ahead and is_intent:
+            is_last = row is mine and row.revision == self.main.last_write
+            is_new = other is None or other.document["requested_at"] != row.document["requested_at"]
+            if one_ahead and is_last and is_new and row.document["state"] == State.REQUESTED:
                 pair = Pair.from_json(row.document)
                 pair.withdraw_request()
                 row = StoredPair(self.write_number + 1, self.run, pair.to_json())
@@ -3416,52 +3422,41 @@ class SavePoint:
     async def save(self, pair: Pair) -> None:
         """Store a pair; when it returns, it is on the disk in each file that can be written.
 
-        Raises FatalError(3) where neither can. What is saved meanwhile shares a transaction.
+        Raises FatalError(3) where neither can. What is saved at the same time shares a transaction.
         """
-        pair.run, pair.updated = self.run, iso(self.environment.now().wall)
-        saved: asyncio.Future[None] = asyncio.get_event_loop().create_future()
-        self._pending.append((pair.ids, pair.to_json(), saved))
-        if self._writing is None:
-            self._writing = asyncio.ensure_future(self._write_pending())
-        await saved
-
-    async def _write_pending(self) -> None:
-        while self._pending:
-            batch, self._pending = self._pending, []
-            failure: Optional[Exception] = None
-            try:
-                await self.environment.run_in_thread(self.write, {ids: document for ids, document, _ in batch})
-            except Exception as error:
-                failure = error
-            for _, _, saved in batch:
-                if failure and not saved.done():
-                    saved.set_exception(failure)
-                elif not saved.done():
-                    saved.set_result(None)
-        self._writing = None
+        self._pending[pair.ids] = self._document(pair)
+        self._writing = self._writing or asyncio.Lock()
+        async with self._writing:
+            await asyncio.sleep(0)  # other tasks may save in this moment, too
+            batch, self._pending = self._pending, {}
+            if batch:  # otherwise a write for another pair had this one in its batch
+                try:
+                    await self.environment.run_in_thread(self.write, batch)
+                except BaseException:
+                    self._pending = {**batch, **self._pending}  # none of it is written: the others have to learn so
+                    raise
 
     def save_now(self, pairs: Iterable[Pair]) -> None:
         """Store pairs without an event loop."""
-        changed = list(pairs)
-        for pair in changed:
-            pair.run, pair.updated = self.run, iso(self.environment.now().wall)
-        self.write({pair.ids: pair.to_json() for pair in changed})
+        self.write({pair.ids: self._document(pair) for pair in pairs})
+
+    def _document(self, pair: Pair) -> Json:
+        pair.run, pair.updated = self.run, iso(self.environment.now().wall)
+        return pair.to_json()
 
     def write(self, pairs: Mapping[Ids, Json], runs: Mapping[str, Json] = {}, **meta: str) -> None:
         """Write documents to the file, then to its copy. Raises FatalError(3) where neither can be written."""
         with self._lock:
             self.write_number += 1
             rows = {ids: StoredPair(self.write_number, self.run, document) for ids, document in pairs.items()}
-            told = {one: StoredRun(self.write_number, document) for one, document in runs.items()}
+            told = {one: (self.write_number, document) for one, document in runs.items()}
             for file in self.files:
                 if file.failure is None:
                     try:
                         file.write(self.write_number, self.run, rows, told, **meta)
                     except sqlite3.Error as error:
-                        words = (
-                            f"the savepoint {file.path} can't be written any more ({error}); free the disk, run again"
-                        )
-                        file.failure = FatalError(EXIT_STOPPED, words)
+                        words = f"the savepoint {file.path} can't be written any more ({error})"
+                        file.failure = FatalError(EXIT_STOPPED, f"{words}; free the disk, run again")
                         log.warning("%s", file.failure)
             if all(file.failure for file in self.files):
                 raise FatalError(EXIT_STOPPED, str(self.main.failure))
@@ -3481,31 +3476,31 @@ class SavePoint:
         except sqlite3.Error as error:
             raise FatalError(EXIT_STOPPED, f"the savepoint {file.path} can't be read ({error})") from None
 
-    def _select(self, condition: str, *values: Any) -> Iterator[Pair]:
-        mine = "AND organisation IN (?, '')" if self.organisation else ""  # an id may name none
-        values = (*values, self.organisation) if self.organisation else values
-        query = f"SELECT run, document FROM pairs WHERE {condition} {mine} ORDER BY revision, email"
+    def pairs(self, *states: State, **columns: str) -> Iterator[Pair]:
+        """Yield the pairs in these states (in whatever state, where none is named) that have these values in columns of
+        the table, such as `run`; those that changed last come last."""
+        conditions, values = ["1"], [state.value for state in states]
+        if states:
+            conditions.append(f"state IN ({', '.join('?' * len(states))})")
+        for name, value in columns.items():
+            conditions.append(f"{name} = ?")
+            values.append(value)
+        if self.organisation:
+            conditions.append("organisation IN (?, '')")  # an id may name none
+            values.append(self.organisation)
+        query = f"SELECT run, document FROM pairs WHERE {' AND '.join(conditions)} ORDER BY revision, email"
         for run, document in self._query(query, *values):
             pair = Pair.from_json(json.loads(document))
             pair.run = run
             yield pair
 
-    def pairs(self, *states: State, run: str = "") -> Iterator[Pair]:
-        """Return the pairs in these states, written last by `run` if given; those that changed last come last."""
-        condition, values = f"state IN ({', '.join('?' * len(states))})", [state.value for state in states]
-        return self._select(f"{condition} AND run = ?", *values, run) if run else self._select(condition, *values)
+    def pair(self, ids: Ids) -> Optional[Pair]:
+        """Return what is known of a pair."""
+        return next(self.pairs(primary_id=ids[0], duplicate_id=ids[1]), None)
 
     def unfinished(self) -> List[Pair]:
         """Return the pairs that a run left between the merge request and their end."""
         return list(self.pairs(*UNFINISHED))
-
-    def pairs_of_primary(self, primary: str) -> Dict[str, Pair]:
-        """Return what is known of the pairs with this primary, by the duplicate's id."""
-        return {pair.duplicate.id: pair for pair in self._select("primary_id = ?", primary)}
-
-    def pairs_of_contact(self, contact: str) -> List[Pair]:
-        """Return the pairs that have this contact, in whatever role."""
-        return list(self._select("(primary_id = ? OR duplicate_id = ?)", contact, contact))
 
     def revision(self, ids: Ids) -> int:
         """Return the number of the write that stored a pair, 0 where it is not known."""
@@ -3514,9 +3509,9 @@ class SavePoint:
 
     def merged_onward(self, contact: str, reference: Optional[str]) -> Optional[Pair]:
         """Return the finished pair that merged this contact into another one that now has `reference` (if any)."""
-        for pair in self._select("duplicate_id = ? AND state = ?", contact, State.DONE.value):
-            others = self.pairs_of_primary(pair.primary.id).values()
-            if reference is None or reference in [one.new_ref for one in others if one.state is State.DONE]:
+        for pair in self.pairs(State.DONE, duplicate_id=contact):
+            others = self.pairs(State.DONE, primary_id=pair.primary.id)
+            if reference is None or reference in [one.new_ref for one in others]:
                 return pair
         return None
 
@@ -3526,14 +3521,6 @@ class SavePoint:
     def other_organisations(self) -> int:
         """Return how many pairs belong to another organisation than this run's."""
         return int(next(self._query("SELECT count(*) FROM pairs WHERE organisation != ?", self.organisation))[0])
-
-    def meta(self, name: str) -> str:
-        return next((value for (value,) in self._query("SELECT value FROM meta WHERE name = ?", name)), "")
-
-    def holder(self) -> Json:
-        """Return who opened the savepoint last: `pid`, `host`, `since`."""
-        found: Json = json.loads(self.meta("holder") or "{}")
-        return found
 
     def runs(self) -> Dict[str, Json]:
         """Return the documents of all runs, by the run's id."""
@@ -3584,27 +3571,6 @@ class GroupContext:
     raise_if_draining: Callable[[], None]
 
 
-class PollHistory:
-    """How long merges have taken lately, by the poll that found them done."""
-
-    SOONEST, LATEST = 0.25, 0.75  # seconds to the first poll: where nothing is known, and whatever is known
-    MOST = 16  # polls in the first ten seconds after a merge was requested
-
-    def __init__(self) -> None:
-        self._merges: Deque[Tuple[float, int]] = collections.deque(maxlen=20)  # seconds, polls
-
-    def record(self, seconds: float, polls: int) -> None:
-        self._merges.append((0.95 * seconds, polls))  # the next one is tried a little sooner
-
-    def first_poll(self) -> float:
-        """Seconds after an answer at which a merge is usually done."""
-        return min(self.LATEST, max((seconds for seconds, _ in self._merges), default=self.SOONEST))
-
-    def polls(self) -> int:
-        """Polls to reserve for a merge: as many as lately, and one more, since a poll may come too early."""
-        return min(self.MOST, 1 + max((polls for _, polls in self._merges), default=self.MOST))
-
-
 class FirstMerge:
     """Let merges go one at a time until one is confirmed.
 
@@ -3622,47 +3588,29 @@ class FirstMerge:
         """Wait until no other pair's merge is unconfirmed. Raises Cancelled."""
         if not self.confirmed and self._holder != ids:
             await self._cancel_token.wait(self._lock.acquire())
+            self._holder = ids
             if self.confirmed:
-                self._lock.release()
-            else:
-                self._holder = ids
+                self.release(ids)
 
     def release(self, ids: Ids) -> None:
         if self._holder == ids:
             self._holder = None
             self._lock.release()
 
-    def confirm(self, ids: Ids) -> None:
-        self.confirmed = True
-        self.release(ids)
-
-
-class PendingVerifications:
-    """Groups that will verify soon. Who verifies waits for them a moment, so that one list call serves many."""
-
-    LINGER = 10.0  # seconds
-
-    def __init__(self, api: DevRevAPI) -> None:
-        self._api = api
-        self._groups: Set[Group] = set()
-
-    def add(self, group: Group) -> None:
-        self._groups.add(group)
-
-    def discard(self, group: Group) -> None:
-        """A group is at its verification, or won't be soon: after the last one, who verifies waits for no other."""
-        self._groups.discard(group)
-        if not self._groups and not self._api.cancel_token.stop:
-            asyncio.get_event_loop().call_later(BatchLoader.LINGER, self._api.dispatch)
-
 
 @dataclass(frozen=True)
 class MergeContext(GroupContext):
     """A GroupContext, and what the groups of a merge run share."""
 
-    poll_history: PollHistory
     first_merge: FirstMerge
-    pending_verifications: PendingVerifications
+    recent_merges: Deque[Tuple[float, int]]  # how long the last ones took: seconds, and polls
+    before_verification: Set[Group]  # that will verify soon: who verifies lingers, so that one list call serves many
+
+    def at_verification(self, group: Group) -> None:
+        """Note that a group verifies, or won't soon; after the last one, who verifies lingers for no other."""
+        self.before_verification.discard(group)
+        if not self.before_verification and not self.cancel_token.stop:
+            asyncio.get_event_loop().call_later(BatchLoader.LINGER, self.api.dispatch)
 
 
 async def check_group(
@@ -3704,7 +3652,7 @@ async def foresee_group(api: DevRevAPI, group: Group, options: MergeOptions) -> 
             lists = await together(
                 *(api.objects[role].load(contact.id, contact.tickets, PREPARE) for role in ROLES.values())
             )
-            greatest = max(sum(is_counted(work["id"]) for work in listing.items) for listing in lists)
+            greatest = ticket_count([work["id"] for work in listing.items] for listing in lists)
             policy = "at-least" if contact is group.primary and group.has_absorbed() else options.count_policy
             problem = count_error(contact, greatest, policy)
             if problem:
@@ -3746,6 +3694,15 @@ class Preconditions:
         self.invalidate()
         self.live, self._timelines = {}, {}
 
+    def plan_carrying(self, pair: Pair) -> None:
+        """Note in a pair which fields of its duplicate the primary is to get, and what it has there before."""
+        primary = dict(self.live[pair.primary.id])
+        for other in self.group.pairs:  # what was carried to the primary since it was read
+            if other.state in (State.MERGED, State.VERIFYING, State.DONE):
+                primary.update(other.fields_to_carry)
+        pair.fields_to_carry = fields_to_carry(primary, self.live[pair.duplicate.id])
+        pair.fields_before = {name: primary.get(name) for name in pair.fields_to_carry}
+
     async def ensure_fresh(self) -> None:
         """Check and back up again what is too old, or was never read. Raises PairError with the first problem."""
         self.context.raise_if_draining()
@@ -3771,38 +3728,39 @@ class Preconditions:
 
     async def _back_up(self) -> None:
         """Read all that DevRev holds of the group, write it to the disk, and check what is there."""
-        contacts = self.group.contacts()
-        priority = PREPARE if self._listed is None else MERGE
-        read = await together(*(self._snapshot(contact, priority) for contact in contacts))
-        snapshots, since = [one for one, _ in read], oldest(moment for _, moment in read)
+        environment, options, email = self.context.environment, self.context.options, self.group.email
+        contacts, priority = self.group.contacts(), PREPARE if self._listed is None else MERGE
+        loaders = [(self.context.api.objects[name], 1) for name in ROLES.values()]
+        loaders.append((self.context.api.objects["members"], 4))  # of four tickets about one has a conversation
+        lists: List[ListResult] = await together(
+            *(
+                loader.load(contact.id, contact.tickets // tickets_per_item, priority)
+                for contact in contacts
+                for loader, tickets_per_item in loaders
+            )
+        )
+        since, snapshots = oldest(listing.since for listing in lists), []
+        for contact in contacts:
+            *roles, talks = (by_id(lists.pop(0).items) for _ in loaders)
+            snapshots.append(ContactSnapshot(contact, self.live[contact.id], dict(zip(ROLES, roles)), talks))
         objects = {identity: obj for one in snapshots for identity, obj in one.objects().items()}
-        if self.context.options.timelines:
+        if options.timelines:
             await self._read_timelines(objects)
         timelines = {identity: self._timelines[identity][1] for identity in objects if identity in self._timelines}
-        folder, problem = await self.context.environment.run_in_thread(self._write_backup, snapshots, timelines)
+        facts = {"email": email, "organisation": options.organisation, "timelines": options.timelines}
+        home = BACKUPS / safe_name(email)
+        folder = await environment.run_in_thread(write_backup, environment, home, facts, snapshots, timelines)
         works = {work for one in snapshots for work in one.works()}
         entries = sum(map(len, timelines.values()))
         self.counts = {"works": len(works), "conversations": len(objects) - len(works), "timeline_entries": entries}
         counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.counts.items())
-        log.info("%s: backed up in %s: %s", self.group.email, folder, counts)
+        log.info("%s: backed up in %s: %s", email, folder, counts)
         for pair in self.group.pairs:
             if pair.state is State.PLANNED:
-                pair.backup, pair.backed_up = folder, self.counts
-        if problem:
-            raise problem
-        log.info("%s: the integrity check of %s has passed", self.group.email, folder)
-        self.folder, self._listed = folder, since
-
-    async def _snapshot(self, contact: Contact, priority: int) -> Tuple[ContactSnapshot, Timestamp]:
-        """Return everything but the timelines of one contact."""
-        objects = self.context.api.objects
-        lists = await together(
-            *(objects[name].load(contact.id, contact.tickets, priority) for name in ROLES.values()),
-            objects["members"].load(contact.id, 1 + contact.tickets // 4, priority),
-        )
-        roles = {role: by_id(listing.items) for role, listing in zip(ROLES, lists)}
-        snapshot = ContactSnapshot(contact, self.live[contact.id], roles, by_id(lists[-1].items))
-        return snapshot, oldest(listing.since for listing in lists)
+                pair.backup, pair.backed_up = str(folder), self.counts
+        await environment.run_in_thread(self._check_backup, folder)
+        log.info("%s: the integrity check of %s has passed", email, folder)
+        self.folder, self._listed = str(folder), since
 
     async def _read_timelines(self, objects: Mapping[str, Json]) -> None:
         """Read the timelines that are not known yet, and those of objects that have changed; a few at a time."""
@@ -3825,28 +3783,14 @@ class Preconditions:
 
         await together(*(read() for _ in range(min(self.AHEAD, len(wanted)))))
 
-    def _write_backup(
-        self, snapshots: Sequence[ContactSnapshot], timelines: Timelines
-    ) -> Tuple[str, Optional[PairError]]:
-        """Write the backup (in a thread), and check from the disk that it is complete and holds what the CSV counts."""
-        options = self.context.options
-        email, environment = self.group.email, self.context.environment
-        facts = {"email": email, "organisation": options.organisation, "timelines": options.timelines}
-        try:
-            folder = write_backup(environment, BACKUPS / safe_name(email), facts, snapshots, timelines)
-        except RecursionError:
-            raise PairError("backup_failed", "DevRev answered with something that is nested too deep") from None
-        try:
-            for entry in verify_backup(folder)["contacts"]:
-                grown = entry["role"] == "primary" and self.group.has_absorbed()
-                policy = "at-least" if grown else options.count_policy
-                greatest = max(sum(map(is_counted, set(ids))) for ids in entry["works"].values())
-                problem = count_error(Contact.from_json(entry["csv"]), greatest, policy)
-                if problem:
-                    return str(folder), problem
-        except PairError as error:
-            return str(folder), error
-        return str(folder), None
+    def _check_backup(self, folder: Path) -> None:
+        """Raise PairError where the backup is, on the disk, not complete or does not hold what the CSV counts."""
+        for entry in verify_backup(folder)["contacts"]:
+            grown = entry["role"] == "primary" and self.group.has_absorbed()
+            policy = "at-least" if grown else self.context.options.count_policy
+            problem = count_error(Contact.from_json(entry["csv"]), ticket_count(entry["works"].values()), policy)
+            if problem:
+                raise problem
 
 
 def oldest(moments: Iterable[Timestamp]) -> Timestamp:
@@ -3897,8 +3841,9 @@ def backed_up_contact(backup: str, identity: str) -> Json:
     return user
 
 
-def check_reference(pair: Pair, primary: Optional[Json]) -> None:
-    """Raise PairError where another user gave the primary a reference that is neither the old nor the new one."""
+def check_reference(pair: Pair, primary: Optional[Json]) -> Json:
+    """Return the primary as it was read. Raises PairError where it no longer exists, or where another user gave it a
+    reference that is neither the old nor the new one."""
     name = pair.primary.short_id
     if primary is None:
         raise PairError("not_found", f"the primary {name} no longer exists")
@@ -3906,6 +3851,7 @@ def check_reference(pair: Pair, primary: Optional[Json]) -> None:
     if pair.new_ref and reference not in (pair.new_ref, pair.primary.external_ref):
         words = f"another user gave {name} the reference {reference or 'none'}; {pair.new_ref} was not set"
         raise PairError("external_ref_changed", words)
+    return primary
 
 
 def confirmation_timeout(pair: Pair, merge_timeout: float) -> float:
@@ -3921,6 +3867,7 @@ def confirmation_timeout(pair: Pair, merge_timeout: float) -> float:
 class TransferVerifier:
     """Checks whether what a duplicate had belongs to its primary, for as long as DevRev's lists may lag behind."""
 
+    LINGER = 10.0  # seconds for which the first lists linger, while other groups will verify soon
     EXAMINED = 25  # objects that are read one by one, in each round before the time is over
 
     def __init__(self, context: MergeContext, priority: int) -> None:
@@ -3941,17 +3888,19 @@ class TransferVerifier:
         started, rounds = environment.now(), 0
         examined: Set[str] = set()
         while True:
-            again = rounds > 0
-            missing, listed = await together(
-                self.missing(pair, expected, again), self.is_listed(pair, self.api.emails, pair.duplicate.email, again)
-            )
+            linger = BatchLoader.LINGER if rounds or self.priority == RESUME else self.LINGER
+            missing, listed = await together(self.missing(pair, expected, linger), self.is_listed(pair, linger))
             status = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH)) if listed else None
             waited, rounds = environment.elapsed(started), rounds + 1
             over = waited >= timeout
             if missing and rounds > 2:
                 few = [item["id"] for item in missing if over or item["id"] not in examined]
                 few = few if over else few[: self.EXAMINED]
-                gone = {one for one in few if await self._is_deleted(one)}
+                gone: Set[str] = set()
+                for one in few:
+                    with contextlib.suppress(ApiError, NoUsableResponse):
+                        if await self.api.get_object(one, RequestOptions(self.priority)) is None:
+                            gone.add(one)
                 examined.update(few)
                 pair.deleted = sorted(gone.union(pair.deleted))
                 expected, missing = ([one for one in items if one["id"] not in gone] for items in (expected, missing))
@@ -3970,13 +3919,13 @@ class TransferVerifier:
         for pause in (0.0,) if expected else (0.0, min(10.0, timeout / 4)):
             if pause:
                 await self.context.cancel_token.sleep(pause)
-            if await self.is_listed(pair, self.api.emails, pair.duplicate.email, True):
+            if await self.is_listed(pair):
                 return False
             holders = await self.api.holders_of(pair.duplicate.external_ref, RequestOptions(FINISH))
             shown = (user for user in holders if user["id"] == pair.duplicate.id)
             if any(duplicate_status(user, *pair.ids) is DuplicateStatus.EXISTS for user in shown):
                 return False
-        return not await self.missing(pair, expected, True)
+        return not await self.missing(pair, expected)
 
     async def is_merged_elsewhere(self, pair: Pair, pause: Callable[[float], Awaitable[None]]) -> bool:
         """Return whether the duplicate no longer exists and was not merged into the primary.
@@ -3997,43 +3946,171 @@ class TransferVerifier:
             raise
         return bool(missing) or all(item["id"] in pair.deleted for item in expected)
 
-    async def missing(self, pair: Pair, expected: Sequence[Json], again: bool) -> List[Json]:
+    async def missing(self, pair: Pair, expected: Sequence[Json], linger: float = BatchLoader.LINGER) -> List[Json]:
         """Return which of the expected objects the lists don't show with the primary."""
         weight = pair.primary.tickets + pair.duplicate.tickets
         roles = sorted({item["role"] for item in expected})
-        linger = BatchLoader.LINGER if again or self.priority == RESUME else PendingVerifications.LINGER
         listings = await together(
             *(self.api.objects[role].load(pair.primary.id, weight, self.priority, linger) for role in roles)
         )
         there = {(role, item["id"]) for role, listing in zip(roles, listings) for item in listing.items}
         return [item for item in expected if (item["role"], item["id"]) not in there]
 
-    async def is_listed(self, pair: Pair, lists: BatchLoader, key: str, again: bool) -> bool:
-        """Return whether a list shows the duplicate as a contact of its own."""
-        linger = BatchLoader.LINGER if again or self.priority == RESUME else PendingVerifications.LINGER
-        listing = await lists.load(key.strip(), 1, self.priority, linger)
+    async def is_listed(self, pair: Pair, linger: float = BatchLoader.LINGER) -> bool:
+        """Return whether the list of its email shows the duplicate as a contact of its own."""
+        listing = await self.api.emails.load(pair.duplicate.email.strip(), 1, self.priority, linger)
         self.primary = next((user for user in listing.items if user["id"] == pair.primary.id), self.primary)
         shown = (user for user in listing.items if user["id"] == pair.duplicate.id)
         return any(duplicate_status(user, *pair.ids) is DuplicateStatus.EXISTS for user in shown)
 
-    async def _is_deleted(self, identity: str) -> bool:
-        with contextlib.suppress(ApiError, NoUsableResponse):
-            return await self.api.get_object(identity, RequestOptions(self.priority)) is None
-        return False
 
-
-@dataclass
 class GroupState:
-    """What the merges of one group share."""
+    """What the merges of one group share. `wanted` are the pairs of this run's CSV: no other is requested."""
 
-    group: Group
-    wanted: Mapping[Ids, Pair]  # the pairs of this run's CSV: no other is requested
-    resumed: bool  # an earlier run left the group's pairs
-    preconditions: Preconditions
-    verifier: TransferVerifier
-    reservation: Reservation = field(default_factory=Reservation)
-    request_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    attempted: asyncio.Event = field(default_factory=asyncio.Event)  # each pair was tried, or has to wait
+    def __init__(
+        self, context: MergeContext, group: Group, pairs: Sequence[Pair], wanted: Mapping[Ids, Pair], resumed: bool
+    ) -> None:
+        self.group, self.pairs, self.wanted = group, pairs, wanted
+        self.resumed = resumed  # an earlier run left the group's pairs
+        self.preconditions = Preconditions(context, group)
+        self.verifier = TransferVerifier(context, RESUME if resumed else VERIFY)
+        self.reservation = Reservation()
+        self.request_lock = asyncio.Lock()
+        self.attempted = asyncio.Event()  # each pair was tried, or has to wait
+
+
+FIRST_DEADLINE = 5.0  # seconds for the first poll and the first update; each repeat has twice as long
+
+
+class MergeTimer:
+    """Knows how long DevRev has had for a merge, and so what its requests reserve and whether others wait for it."""
+
+    SLOW = 3.0  # seconds after which no other pair waits for this one
+    MOST_POLLS = 16  # in the first ten seconds after a merge was requested
+
+    def __init__(self, context: MergeContext, pair: Pair, shared: GroupState) -> None:
+        self.context, self.pair, self.shared = context, pair, shared
+        self.started: Optional[Timestamp] = None  # when this run began to wait
+        self._waited_before = 0.0  # seconds that earlier runs had waited
+
+    def start(self, waited_before: float = 0.0) -> None:
+        self.started, self._waited_before = self.context.environment.now(), waited_before
+
+    def waited(self) -> float:
+        """Return the seconds since the merge was requested."""
+        return self._waited_before + (self.context.environment.elapsed(self.started) if self.started else 0.0)
+
+    def request_options(self, priority: int = FINISH) -> RequestOptions:
+        """Return how a request waits that belongs to a merge in progress, with what it reserves for those to follow."""
+        reserve = 2
+        if self.waited() <= 10:  # later others may spend the quota meanwhile
+            # As many polls as merges took lately, and one more, since a poll may come too early.
+            polls = 1 + max((polls for _, polls in self.context.recent_merges), default=self.MOST_POLLS)
+            reserve = min(self.MOST_POLLS, polls) + bool(self.pair.new_ref)
+        return RequestOptions(priority, self.shared.reservation, reserve)
+
+    async def pause(self, seconds: float) -> None:
+        """Wait for DevRev; new work need not wait for this pair meanwhile."""
+        if seconds > 0:
+            self.shared.attempted.set()
+            if self.waited() > self.SLOW:
+                self.context.at_verification(self.shared.group)
+            await self.context.cancel_token.sleep(seconds)
+
+
+class PrimaryUpdate:
+    """Gives the primary the duplicate's reference and what is carried with it, once the duplicate no longer exists.
+
+    Between the merge and this update the reference is on no contact, so nothing but the update itself is waited for: a
+    refused field never holds it up.
+    """
+
+    def __init__(self, context: MergeContext, pair: Pair, timer: MergeTimer) -> None:
+        self.context, self.api, self.pair, self.timer = context, context.api, pair, timer
+        self.answer: Json = {}  # the primary, as an update's answer has shown it
+        self._pause = 0.2  # seconds before the next attempt
+
+    async def run(self, is_new: bool) -> bool:
+        """Update the primary; one whose merge `is_new` in this run need not be read first.
+
+        Return False where polls show that the duplicate still exists. Raises PairError.
+        """
+        pair, environment = self.pair, self.context.environment
+        body = await self._plan(is_new)
+        updates = [body] if body else []
+        started, deadline = environment.now(), FIRST_DEADLINE
+        while updates:
+            body, over = updates[0], environment.elapsed(started) > self.context.options.merge_timeout
+            try:
+                user = await self.api.update_contact(pair.primary.id, body, self.timer.request_options(), deadline)
+            except ApiError as error:
+                if "external_ref" not in body:
+                    log.info("%s: %s can't be carried: %s", pair.email, ", ".join(body), error)
+                    updates.pop(0)
+                elif len(body) > 1:  # whatever was refused, the reference goes alone at once
+                    carried = {name: value for name, value in body.items() if name != "external_ref"}
+                    updates = [{"external_ref": pair.new_ref}, carried]
+                elif error.status != 409:
+                    code = "not_found" if error.missing else "external_ref_not_set"
+                    code = error.code if error.status == 403 else code
+                    raise PairError(code, f"the reference {pair.new_ref} could not be set: {error}") from None
+                elif await self._wait_for_release(over) is DuplicateStatus.EXISTS:
+                    return False
+                continue
+            except NoUsableResponse as error:
+                # It may have been made: the primary is read before the update is sent again.
+                if over:
+                    raise PairError(error.code, f"{pair.primary.short_id} could not be updated: {error}") from None
+                deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
+                user = check_reference(pair, await self.api.contact(pair.primary.id, self.timer.request_options()))
+                if any(user.get(name) != value for name, value in body.items()):
+                    await self._sleep()
+                    continue
+            if user.get("external_ref") != body.get("external_ref", user.get("external_ref")):
+                words = f"DevRev answered the update with the reference {user.get('external_ref')}"
+                raise PairError("external_ref_not_set", words)
+            updates.pop(0)
+            self.answer = user
+            with contextlib.suppress(PairError):  # the verification names a damaged backup
+                pair.fields_lost = lost_fields(backed_up_contact(pair.backup, pair.duplicate.id), user)
+        return True
+
+    async def _plan(self, is_new: bool) -> Json:
+        """Return the fields to set. Where another run requested the merge, other users may have edited the primary."""
+        pair = self.pair
+        reference = {"external_ref": pair.new_ref} if pair.new_ref else {}
+        body = {**reference, **pair.fields_to_carry}
+        if is_new or not body:
+            return body
+        primary = check_reference(pair, await self.api.contact(pair.primary.id, self.timer.request_options()))
+        body = {**reference, **fields_to_carry(primary, pair.fields_to_carry)}
+        return {name: value for name, value in body.items() if primary.get(name) != value}
+
+    async def _wait_for_release(self, over: bool) -> Optional[DuplicateStatus]:
+        """Wait while the duplicate, which no longer exists, holds the reference. Return its status, if a poll tells.
+
+        Raises PairError where another contact holds it, or the time for that is `over`.
+        """
+        await self._sleep()
+        pair, status = self.pair, None
+        holders: List[str] = []
+        # Where polls tell nothing, lists have decided.
+        with contextlib.suppress(ApiError, NoUsableResponse):
+            status = await self.api.poll_duplicate(*pair.ids, self.timer.request_options())
+        if status is DuplicateStatus.EXISTS:
+            return status
+        with contextlib.suppress(ApiError, NoUsableResponse):
+            listed = await self.api.holders_of(str(pair.new_ref), self.timer.request_options())
+            holders = [str(user.get("display_id") or user["id"]) for user in listed if user["id"] not in pair.ids]
+        if holders or over:
+            unknown = f"{pair.duplicate.short_id}, which no longer exists, or a contact that the token can't see"
+            who = ", ".join(holders) or unknown
+            raise PairError("external_ref_conflict", f"the reference {pair.new_ref} is held by {who}")
+        return status
+
+    async def _sleep(self) -> None:
+        await self.timer.pause(self._pause)
+        self._pause = min(10.0, 1.6 * self._pause)
 
 
 class PairMerge:
@@ -4045,24 +4122,19 @@ class PairMerge:
 
     MAX_REQUESTS = 3  # times that a run requests one merge
     MAX_REFRESHES = 12  # times that preconditions are read again before a pair is given up
-    SLOW = 3.0  # seconds after which no other pair waits for this one
-    FIRST_DEADLINE = 5.0  # seconds for the first poll and the first update; each repeat has twice as long
 
     def __init__(self, context: MergeContext, pair: Pair, shared: GroupState) -> None:
         self.context, self.api, self.pair, self.shared = context, context.api, pair, shared
-        self.group, self.resumed = shared.group, shared.resumed
         self.preconditions, self.verifier = shared.preconditions, shared.verifier
-        self.reservation = shared.reservation
+        self.timer = MergeTimer(context, pair, shared)
+        self.update = PrimaryUpdate(context, pair, self.timer)
         self.has_outcome = False
         self.requests_sent = 0  # in this run
         self._before_request: Dict[str, Any] = {}  # the pair's fields
-        self.waiting_since: Optional[Timestamp] = None
-        self.waited_before = 0.0  # seconds that earlier runs had waited
         self.polled = False  # since the last request
         self.rejection: Optional[PairError] = None  # DevRev's answer to the last request, where it was a clear refusal
         self.contradictions = 0  # times that the duplicate seemed to be merged and existed after all
         self.was_forbidden = pair.forbidden  # an earlier run's request for it was answered with 403
-        self.updated = False  # the primary, in this run
 
     async def advance(self, until: Optional[State] = None) -> bool:
         """Take the pair from one recovery point to the next, up to `until` or its end. Return whether it got there."""
@@ -4080,8 +4152,7 @@ class PairMerge:
             while pair.state in phases and pair.state is not until:
                 await self._transition(await phases[pair.state]())
         except PairError as problem:
-            self.has_outcome = True
-            await self.context.record_outcome(pair, problem, self._counts())
+            await self.end(problem)
             return isinstance(problem, PairSkipped)
         except PermissionDenied as denied:
             if pair.state in UNFINISHED:
@@ -4090,16 +4161,15 @@ class PairMerge:
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             # Whatever one contact's answers look like, the others continue.
             log.exception("%s: unexpected", pair.email)
-            self.has_outcome = True
-            words = f"an answer could not be understood ({type(error).__name__}: {error})"
-            await self.context.record_outcome(pair, PairError("api_error", words), self._counts())
+            await self.end(
+                PairError("api_error", f"an answer could not be understood ({type(error).__name__}: {error})")
+            )
             return False
         finally:
-            self.api.scheduler.release(self.reservation)
+            self.api.scheduler.release(self.shared.reservation)
             self.context.first_merge.release(pair.ids)
         if pair.state in TERMINAL:
-            self.has_outcome = True
-            await self.context.record_outcome(pair)
+            await self.end()
         return True
 
     async def _transition(self, state: State) -> None:
@@ -4119,36 +4189,14 @@ class PairMerge:
         }
         log.info("%s: %s", pair.email, steps[state])
 
-    async def refuse(self, problem: PairError) -> None:
-        """Record why a pair was not requested, if it was not."""
-        if self.pair.state is State.PLANNED:
-            self.has_outcome = True
-            await self.context.record_outcome(self.pair, problem, self._counts())
+    async def end(self, problem: Optional[PairError] = None) -> None:
+        """Record that the pair has ended, or what keeps it from its end in this run.
 
-    def _counts(self) -> bool:
-        """Return whether a failure says something of the run: not where an earlier run has failed at the pair, too."""
-        pair = self.pair
-        return not (self.resumed or pair.tried_before or pair.state is State.VERIFYING)
-
-    def _options(self, priority: int = FINISH) -> RequestOptions:
-        """Return how a request waits that belongs to a merge in progress, with what it reserves for those to follow."""
-        pair = self.pair
-        slow = self._waited() > 10  # others may spend the quota meanwhile
-        reserve = 2 if slow else self.context.poll_history.polls() + bool(pair.new_ref)
-        return RequestOptions(priority, self.reservation, reserve)
-
-    def _waited(self) -> float:
-        """Return the seconds since the merge was requested."""
-        elapsed = self.context.environment.elapsed(self.waiting_since) if self.waiting_since else 0.0
-        return self.waited_before + elapsed
-
-    async def _pause(self, seconds: float) -> None:
-        """Wait for DevRev; new work need not wait for this pair meanwhile."""
-        if seconds > 0:
-            self.shared.attempted.set()
-            if self._waited() > self.SLOW:
-                self.context.pending_verifications.discard(self.group)
-            await self.context.cancel_token.sleep(seconds)
+        A failure says something of the run but where an earlier run has failed at the pair, too.
+        """
+        pair, self.has_outcome = self.pair, True
+        counts = not (self.shared.resumed or pair.tried_before or pair.state is State.VERIFYING)
+        await self.context.record_outcome(pair, problem, counts)
 
     # -- the phases --------------------------------------------------------------------------------
 
@@ -4157,7 +4205,8 @@ class PairMerge:
 
         A pair that was requested before is polled first whatever the preconditions say: it may be merged by now.
         """
-        pair, again = self.pair, bool(self.pair.requested_at)
+        pair, group, poll = self.pair, self.shared.group, self.api.poll_duplicate
+        again = bool(pair.requested_at)
         if again:
             wanted = self.shared.wanted.get(pair.ids)
             if wanted is None or wanted.new_ref != pair.new_ref:
@@ -4166,48 +4215,44 @@ class PairMerge:
             pair.primary, pair.duplicate = wanted.primary, wanted.duplicate
             self.preconditions.invalidate()
         async with self.shared.request_lock:  # the pairs of a group rest on the same preconditions
-            self.group.requesting = pair
+            group.requesting = pair
             for _ in range(self.MAX_REFRESHES):
                 # Reserved units would keep others waiting while the preconditions are read.
-                self.api.scheduler.release(self.reservation)
+                self.api.scheduler.release(self.shared.reservation)
                 problem: Optional[PairError] = None
                 try:
                     await self.preconditions.ensure_fresh()
                 except PairError as error:
                     problem = error
                 # This poll reserves nothing: pairs that wait to be requested would wait for each other's units.
-                if again and await self._poll(RequestOptions(FINISH)) is not DuplicateStatus.EXISTS:
+                if again and await poll(*pair.ids, RequestOptions(FINISH)) is not DuplicateStatus.EXISTS:
                     return self._confirmed()
                 if problem:
                     raise problem
-                for one in self.group.dropped:
+                for one in group.dropped:
                     if one.pair.ids == pair.ids:
                         raise PairSkipped(one.code, one.reason)
                 self._before_request = dict(vars(pair))
+                state, refusal = State.ACKNOWLEDGED, None
                 try:
                     await self.context.first_merge.acquire(pair.ids)
-                    await self.api.merge(*pair.ids, self._options(MERGE), self._save_intent)
+                    await self.api.merge(*pair.ids, self.timer.request_options(MERGE), self._save_intent)
                 except PreconditionsExpired:
                     log.info("%s: the check or the backup is too old by now; reading it again", pair.email)
                     continue
                 except ApiError as error:
-                    self._count_request()
-                    return await self._rejected(error, first=not again)
+                    refusal = error
                 except NoUsableResponse as error:
                     log.info("%s: the answer to the merge request was lost (%s)", pair.email, error)
-                    self._count_request()
-                    return State.REQUESTED
-                self._count_request()
-                return State.ACKNOWLEDGED
+                    state = State.REQUESTED
+                # The request was sent; the wait for its merge starts now.
+                self.timer.start()
+                self.requests_sent += 1
+                # A pair that had a 403 before says nothing of what the token may do.
+                self.context.first_merge.requests += not self.was_forbidden
+                return await self._rejected(refusal, first=not again) if refusal else state
         words = "checks and backups become too old before the merge can be requested; the quota is too small"
         raise PairError("stale", words)
-
-    def _count_request(self) -> None:
-        """Take note that a request was sent; the wait for its merge starts now."""
-        self.requests_sent += 1
-        # A pair that had a 403 before says nothing of what the token may do.
-        self.context.first_merge.requests += not self.was_forbidden
-        self.waiting_since, self.waited_before = self.context.environment.now(), 0.0
 
     async def _save_intent(self) -> None:
         """Save that the merge is requested, at the last moment before the request is sent.
@@ -4224,13 +4269,7 @@ class PairMerge:
         pair.previous_request_at, pair.requested_at = before["requested_at"], context.environment.now().wall
         pair.first_requested_at = pair.first_requested_at or pair.requested_at
         if context.options.carry_fields:
-            live = self.preconditions.live
-            primary = dict(live[pair.primary.id])
-            for other in self.group.pairs:  # what was carried to the primary since it was read
-                if other.state in (State.MERGED, State.VERIFYING, State.DONE):
-                    primary.update(other.fields_to_carry)
-            pair.fields_to_carry = fields_to_carry(primary, live[pair.duplicate.id])
-            pair.fields_before = {name: primary.get(name) for name in pair.fields_to_carry}
+            self.preconditions.plan_carrying(pair)
         try:
             await context.savepoint.save(pair)
             # The disk may be slow, and the run may have been stopped meanwhile.
@@ -4256,7 +4295,7 @@ class PairMerge:
             if self.context.first_merge.requests == 1 and not self.was_forbidden:
                 raise PermissionDenied(EXIT_USAGE, f"the token may not merge contacts: {error}")
             self.rejection = PairError("forbidden", str(error))
-        elif error.missing and first and await self.verifier.is_merged_elsewhere(pair, self._pause):
+        elif error.missing and first and await self.verifier.is_merged_elsewhere(pair, self.timer.pause):
             pair.code = "merged_elsewhere"
             pair.error = f"another user merged or deleted {pair.duplicate.short_id} before the merge was requested"
             if pair.new_ref:
@@ -4268,28 +4307,29 @@ class PairMerge:
 
     async def _wait(self) -> State:
         """Poll until the duplicate no longer exists, or until the merge has to be requested again."""
-        context, pair = self.context, self.pair
-        if self.waiting_since is None:  # an earlier run requested it: poll at once
-            self.waiting_since = context.environment.now()
-            self.waited_before = max(0.0, self.waiting_since.wall - pair.requested_at)
+        context, pair, timer = self.context, self.pair, self.timer
+        if timer.started is None:  # an earlier run requested it: poll at once
+            timer.start(max(0.0, context.environment.now().wall - pair.requested_at))
         elif not (self.rejection or self.polled):
-            await self._pause(context.poll_history.first_poll() - self._waited())
-        self.polled, polls, unusable, deadline = True, 0, 0, self.FIRST_DEADLINE
+            usual = max((seconds for seconds, _ in context.recent_merges), default=0.25)
+            await timer.pause(min(usual, 0.75) - timer.waited())
+        self.polled, polls, unusable, deadline = True, 0, 0, FIRST_DEADLINE
         while True:
             problem: Optional[PairError] = None
-            polls, before = polls + 1, self._waited()
+            polls, before = polls + 1, timer.waited()
             try:
-                if await self._poll(self._options(), deadline) is not DuplicateStatus.EXISTS:
+                status = await self.api.poll_duplicate(*pair.ids, timer.request_options(), deadline)
+                if status is not DuplicateStatus.EXISTS:
                     if self.requests_sent:
-                        context.poll_history.record(before, polls)
+                        context.recent_merges.append((0.95 * before, polls))  # the next one is tried a little sooner
                     return self._confirmed()
-                unusable, deadline = 0, self.FIRST_DEADLINE
+                unusable, deadline = 0, FIRST_DEADLINE
             except (ApiError, NoUsableResponse) as error:
                 problem = PairError(error.code, f"the merge can't be confirmed: {error}")
                 # The 404 of a route says nothing of any object.
                 unusable += not (isinstance(error, ApiError) and error.status == 404 and not error.data.get("type"))
                 deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
-            waited, longest = self._waited(), confirmation_timeout(pair, context.options.merge_timeout)
+            waited, longest = timer.waited(), confirmation_timeout(pair, context.options.merge_timeout)
             # Where the wait is over, for a pair of an earlier run at once, there is no third poll.
             if (unusable >= 3 or (unusable and waited >= longest)) and await self.verifier.lists_show_merged(pair):
                 return self._confirmed()
@@ -4304,15 +4344,12 @@ class PairMerge:
                     raise PairError("merge_not_confirmed", words)
                 return await self._request()
             pause = min(0.1 + 0.5 * waited, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
-            await self._pause(min(pause, longest - waited))
-
-    async def _poll(self, options: RequestOptions, deadline: Optional[float] = None) -> DuplicateStatus:
-        pair = self.pair
-        return await self.api.poll_duplicate(*pair.ids, options, deadline)
+            await timer.pause(min(pause, longest - waited))
 
     def _confirmed(self) -> State:
         pair = self.pair
-        self.context.first_merge.confirm(pair.ids)
+        self.context.first_merge.confirmed = True
+        self.context.first_merge.release(pair.ids)
         pair.code, pair.error = "", ""
         return State.MERGED
 
@@ -4327,86 +4364,26 @@ class PairMerge:
         return State.REQUESTED if pair.rejected else State.ACKNOWLEDGED
 
     async def _set_reference(self) -> State:
-        """Give the primary the duplicate's reference, and what is carried with it.
-
-        Between the merge and this update the reference is on no contact, so nothing but the update itself is waited
-        for: a refused field never holds it up.
-        """
-        context, pair = self.context, self.pair
-        body = {**({"external_ref": pair.new_ref} if pair.new_ref else {}), **pair.fields_to_carry}
-        if self.resumed and not self.requests_sent:
-            onward = context.savepoint.merged_onward(pair.primary.id, pair.new_ref)
-            if onward:
-                pair.onward = onward.primary.short_id
-                return State.VERIFYING
-            if body:
-                primary = await self.api.contact(pair.primary.id, self._options())
-                check_reference(pair, primary)
-                reference = {name: value for name, value in body.items() if name == "external_ref"}
-                body = {**reference, **fields_to_carry(primary or {}, pair.fields_to_carry)}  # another user may edit
-                body = {name: value for name, value in body.items() if (primary or {}).get(name) != value}
-        updates = [body] if body else []
-        started, pause, deadline = context.environment.now(), 0.2, self.FIRST_DEADLINE
-        while updates:
-            body, over = updates[0], context.environment.elapsed(started) > context.options.merge_timeout
-            try:
-                user = await self.api.update_contact(pair.primary.id, body, self._options(), deadline)
-            except ApiError as error:
-                if "external_ref" not in body:
-                    log.info("%s: %s can't be carried: %s", pair.email, ", ".join(body), error)
-                    updates.pop(0)
-                elif len(body) > 1:  # whatever was refused, the reference goes alone at once
-                    carried = {name: value for name, value in body.items() if name != "external_ref"}
-                    updates = [{"external_ref": pair.new_ref}, carried]
-                elif error.status != 409:
-                    code = "not_found" if error.missing else "external_ref_not_set"
-                    code = error.code if error.status == 403 else code
-                    raise PairError(code, f"the reference {pair.new_ref} could not be set: {error}") from None
-                else:
-                    await self._pause(pause)
-                    pause = min(10.0, 1.6 * pause)
-                    status: Optional[DuplicateStatus] = None
-                    # Where polls tell nothing, lists have decided.
-                    with contextlib.suppress(ApiError, NoUsableResponse):
-                        status = await self._poll(self._options())
-                    if status is DuplicateStatus.EXISTS:
-                        return self._still_exists()
-                    holders: List[Json] = []
-                    with contextlib.suppress(ApiError, NoUsableResponse):
-                        holders = await self.api.holders_of(str(pair.new_ref), self._options())
-                    check_holders(pair, holders, over)
-                continue
-            except NoUsableResponse as error:
-                # It may have been made: the primary is read before the update is sent again.
-                if over:
-                    raise PairError(error.code, f"{pair.primary.short_id} could not be updated: {error}") from None
-                deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
-                found = await self.api.contact(pair.primary.id, self._options())
-                check_reference(pair, found)
-                user = found or {}
-                if any(user.get(name) != value for name, value in body.items()):
-                    await self._pause(pause)
-                    pause = min(10.0, 1.6 * pause)
-                    continue
-            if user.get("external_ref") != body.get("external_ref", user.get("external_ref")):
-                words = f"DevRev answered the update with the reference {user.get('external_ref')}"
-                raise PairError("external_ref_not_set", words)
-            updates.pop(0)
-            self.updated = True
-            with contextlib.suppress(PairError):  # the verification names a damaged backup
-                pair.fields_lost = lost_fields(backed_up_contact(pair.backup, pair.duplicate.id), user)
-        return State.VERIFYING
+        """Give the primary the duplicate's reference. The time of grace after an interruption is for this above all:
+        until it is set, the application finds no contact for the person."""
+        pair, is_new = self.pair, self.requests_sent > 0 or not self.shared.resumed
+        onward = None if is_new else self.context.savepoint.merged_onward(pair.primary.id, pair.new_ref)
+        if onward:
+            pair.onward = onward.primary.short_id
+            return State.VERIFYING
+        with self.context.cancel_token.shield() if pair.new_ref else contextlib.nullcontext():
+            return State.VERIFYING if await self.update.run(is_new) else self._still_exists()
 
     async def _verify(self) -> State:
         """Check that everything the duplicate had belongs to the primary, and that it is listed no more."""
-        pair = self.pair
-        self.context.pending_verifications.discard(self.group)
+        pair, checked = self.pair, self.pair
+        self.context.at_verification(self.shared.group)
         expected = objects_to_transfer(pair.backup, pair.duplicate.id)
-        checked = pair
-        onward = self.context.savepoint.merged_onward(pair.primary.id, pair.new_ref) if self.resumed else None
+        resumed = self.shared.resumed
+        onward = self.context.savepoint.merged_onward(pair.primary.id, pair.new_ref) if resumed else None
         if onward:  # a later merge took the primary, and everything with it, to another contact
             pair.onward, checked = onward.primary.short_id, replace(pair, primary=onward.primary)
-        missing, status = await self.verifier.wait(checked, expected, self._pause)
+        missing, status = await self.verifier.wait(checked, expected, self.timer.pause)
         pair.deleted = checked.deleted
         if status is DuplicateStatus.EXISTS and not onward:
             return self._still_exists()
@@ -4416,55 +4393,32 @@ class PairMerge:
             raise PairError("left_behind", f"merged, but these do not belong to the primary: {names}")
         if status and not onward:
             raise PairError("still_listed", f"merged, but DevRev still lists {pair.duplicate.short_id} for its email")
-        if self.verifier.primary.get("id") == pair.primary.id and not self.updated:
+        if self.verifier.primary.get("id") == pair.primary.id and not self.update.answer:
             pair.fields_lost = lost_fields(backed_up_contact(pair.backup, pair.duplicate.id), self.verifier.primary)
         pair.code, pair.error, pair.left_behind = "", "", []
         pair.proved = len({item["id"] for item in expected}.difference(pair.deleted))
         return State.DONE
 
 
-class GroupMerge:
-    """One group: merge its pairs one after the other, then verify them together."""
-
-    def __init__(
-        self, context: MergeContext, group: Group, pairs: Sequence[Pair], wanted: Mapping[Ids, Pair], resumed: bool
-    ) -> None:
-        verifier = TransferVerifier(context, RESUME if resumed else VERIFY)
-        self.context, self.group, self.pairs = context, group, pairs
-        self.shared = GroupState(group, wanted, resumed, Preconditions(context, group), verifier)
-        self.merges = [PairMerge(context, pair, self.shared) for pair in pairs]
-
-    async def run(self) -> None:
-        try:
-            for index, merge in enumerate(self.merges):
-                if not await merge.advance(until=State.VERIFYING):
-                    await self._refuse_rest(merge.pair, self.merges[index + 1 :])
-                    break
-            self.shared.preconditions.clear()
-            await together(*(merge.advance() for merge in self.merges))
-        finally:
-            self.context.api.scheduler.release(self.shared.reservation)
-            self.shared.attempted.set()
-
-    async def _refuse_rest(self, first: Pair, rest: Sequence[PairMerge]) -> None:
-        """Refuse the pairs behind one that failed.
-
-        What refuses a group refuses all of it, and what was requested has to be finished before the next request.
-        """
-        problem = PairError("group_incomplete", "another merge into the same contact has to be finished first")
-        if first.state is State.FAILED:
-            problem = PairError(first.code, first.error)
-        for merge in rest:
-            await merge.refuse(problem)
-
-
-def check_holders(pair: Pair, listed: Iterable[Json], over: bool) -> None:
-    """Raise PairError where another contact holds the pair's new reference, or where no contact releases it in time."""
-    holders = [str(user.get("display_id") or user["id"]) for user in listed if user["id"] not in pair.ids]
-    if holders or over:
-        unknown = f"{pair.duplicate.short_id}, which no longer exists, or a contact that the token can't see"
-        who = ", ".join(holders) or unknown
-        raise PairError("external_ref_conflict", f"the reference {pair.new_ref} is held by {who}")
+async def merge_group(context: MergeContext, shared: GroupState) -> None:
+    """Merge the pairs of a group one after the other, then verify them together."""
+    merges = [PairMerge(context, pair, shared) for pair in shared.pairs]
+    try:
+        for index, merge in enumerate(merges):
+            if not await merge.advance(until=State.VERIFYING):
+                # What refuses a group refuses all of it; what was requested has to be finished before the next request.
+                problem = PairError("group_incomplete", "another merge into the same contact has to be finished first")
+                if merge.pair.state is State.FAILED:
+                    problem = PairError(merge.pair.code, merge.pair.error)
+                for other in merges[index + 1 :]:
+                    if other.pair.state is State.PLANNED:
+                        await other.end(problem)
+                break
+        shared.preconditions.clear()
+        await together(*(merge.advance() for merge in merges))
+    finally:
+        context.api.scheduler.release(shared.reservation)
+        shared.attempted.set()
 
 
 class TaskRunner:
@@ -4506,7 +4460,14 @@ class TaskRunner:
             await asyncio.wait(set(self.tasks), timeout=self.GRACE)
         for pairs in list(self.tasks.values()):
             await self._record_interrupted(pairs)
-        return self._exit_code()
+        stop, is_complete = self.stop, len(self.outcomes) >= self.total
+        if stop and not (is_complete and stop is self.draining):
+            # Exit 2 promises that nothing was changed.
+            return EXIT_STOPPED if stop.exit_code == EXIT_USAGE and self.api.writes else stop.exit_code
+        if not is_complete:
+            self.draining = FatalError(EXIT_STOPPED, "pairs have no outcome (a bug; run again)")
+            return EXIT_STOPPED
+        return EXIT_OK if all(map(self.is_success, self.outcomes.values())) else EXIT_FAILED
 
     def start(self, work: Awaitable[None], pairs: Sequence[Pair]) -> "asyncio.Future[None]":
         task = asyncio.ensure_future(self._guard(work, pairs))
@@ -4568,16 +4529,6 @@ class TaskRunner:
                 self.draining = FatalError(EXIT_STOPPED, words)
                 self.api.scheduler.cancel_preparations()
 
-    def _exit_code(self) -> int:
-        stop = self.stop
-        if stop and (stop is not self.draining or len(self.outcomes) < self.total):
-            # Exit 2 promises that nothing was changed.
-            return EXIT_STOPPED if stop.exit_code == EXIT_USAGE and self.api.writes else stop.exit_code
-        if len(self.outcomes) < self.total:
-            self.draining = FatalError(EXIT_STOPPED, "pairs have no outcome (a bug; run again)")
-            return EXIT_STOPPED
-        return EXIT_OK if all(map(self.is_success, self.outcomes.values())) else EXIT_FAILED
-
 
 class ContactMerger:
     """Carries out a plan: finishes what earlier runs left, then merges group after group."""
@@ -4592,15 +4543,13 @@ class ContactMerger:
         options: MergeOptions,
         on_outcome: Callable[[Pair], None] = lambda _pair: None,
     ) -> None:
-        self.api, self.savepoint, self.options = api, savepoint, options
+        self.api, self.savepoint = api, savepoint
         self.runner = TaskRunner(api, savepoint, on_outcome, self.is_success)
-        self.first_merge = FirstMerge(api.cancel_token)
-        self.pending_verifications = PendingVerifications(api)
         self.context = MergeContext(
             api, api.environment, savepoint, api.cancel_token, options, self.runner.record_outcome,
-            self.runner.raise_if_draining, PollHistory(), self.first_merge, self.pending_verifications,
+            self.runner.raise_if_draining, FirstMerge(api.cancel_token), collections.deque(maxlen=20), set(),
         )  # fmt: skip
-        self._resumed: Dict[asyncio.Future[None], GroupMerge] = {}
+        self._resumed: Dict[asyncio.Future[None], GroupState] = {}
 
     @staticmethod
     def is_success(pair: Pair) -> bool:
@@ -4612,17 +4561,15 @@ class ContactMerger:
 
         Raises nothing: what stops the run is in `runner.stop`.
         """
-        planned = {pair.ids for pair in plan.pairs()}
-        self.runner.total = len(planned.union(pair.ids for pair in unfinished))
         return await self.runner.run(self._work(plan, list(unfinished)))
 
     async def _work(self, plan: Plan, unfinished: List[Pair]) -> None:
-        for pair in await self._poll_cancelled():
-            self.runner.total += pair.ids not in {one.ids for one in plan.pairs()}
-            unfinished.append(pair)
-        resumed = self._resume(plan, unfinished)
-        for group_merge in resumed:
-            await self.context.cancel_token.wait(group_merge.shared.attempted.wait())
+        self.runner.total = len({pair.ids for pair in chain(plan.pairs(), unfinished)})
+        unfinished += await self._poll_cancelled()
+        self.runner.total = len({pair.ids for pair in chain(plan.pairs(), unfinished)})
+        self._resume(plan, unfinished)
+        for shared in list(self._resumed.values()):
+            await self.context.cancel_token.wait(shared.attempted.wait())
         await self._start_new(plan, unfinished)
         await self.runner.wait_all()
         # The contact that held a pair's reference may have been merged meanwhile, and the reference be free.
@@ -4630,7 +4577,7 @@ class ContactMerger:
         for pair in unfinished:
             if pair.state is State.MERGED and pair.code == "external_ref_conflict" and pair.new_ref in moved:
                 del self.runner.outcomes[pair.ids]
-                self._start(GroupMerge(self.context, Group(pair.email, [pair]), [pair], plan.wanted, True))
+                self._start(GroupState(self.context, Group(pair.email, [pair]), [pair], plan.wanted, True))
         await self.runner.wait_all()
 
     async def _poll_cancelled(self) -> List[Pair]:
@@ -4644,13 +4591,11 @@ class ContactMerger:
                 except (ApiError, NoUsableResponse):
                     merged = await verifier.lists_show_merged(pair)
                     status = DuplicateStatus.GONE if merged else DuplicateStatus.EXISTS
-                expected: List[Json] = []
                 if status is DuplicateStatus.GONE and Path(pair.backup).exists():
-                    expected = objects_to_transfer(pair.backup, pair.duplicate.id)
-                if expected:
                     # It may have been deleted instead: then nothing of it belongs to the primary.
-                    deleted = len(await verifier.missing(pair, expected, True)) == len(expected)
-                    status = DuplicateStatus.EXISTS if deleted else status
+                    expected = objects_to_transfer(pair.backup, pair.duplicate.id)
+                    if expected and len(await verifier.missing(pair, expected)) == len(expected):
+                        status = DuplicateStatus.EXISTS
             except (PairError, LookupError, TypeError, ValueError, AttributeError) as error:
                 log.info("%s: the cancelled merge of %s can't be polled: %s", pair.email, into(pair), error)
                 continue
@@ -4661,28 +4606,25 @@ class ContactMerger:
                 found.append(pair)
         return found
 
-    def _resume(self, plan: Plan, unfinished: Sequence[Pair]) -> List[GroupMerge]:
+    def _resume(self, plan: Plan, unfinished: Sequence[Pair]) -> None:
         """Start a group for each primary of unfinished pairs, with what else is known of that primary."""
         by_primary: Dict[str, List[Pair]] = collections.defaultdict(list)
         for pair in unfinished:
             by_primary[pair.primary.id].append(pair)
-        group_merges = []
         for primary, pairs in by_primary.items():
-            mine = {pair.ids for pair in pairs}
+            known = {pair.ids for pair in pairs}
             # One that is only planned (its request was never sent) is the plan's, if it still is in it. The plan also
             # knows the rest of the group, and what was chosen for it.
-            stored = self.savepoint.pairs_of_primary(primary).values()
-            siblings = [pair for pair in stored if pair.ids not in mine and pair.state is not State.PLANNED]
+            stored = self.savepoint.pairs(primary_id=primary)
+            siblings = [pair for pair in stored if pair.ids not in known and pair.state is not State.PLANNED]
             planned = next((group for group in plan.groups if group.primary.id == primary), None)
-            known = mine.union(pair.ids for pair in siblings)
+            known.update(pair.ids for pair in siblings)
             siblings += [pair for pair in planned.pairs if pair.ids not in known] if planned else []
             group = Group(pairs[0].email, [*pairs, *siblings], chosen=planned.chosen if planned else "")
-            group_merge = GroupMerge(self.context, group, pairs, plan.wanted, resumed=True)
+            shared = GroupState(self.context, group, pairs, plan.wanted, resumed=True)
             for pair in pairs:
                 pair.code, pair.error = "", ""
-            self._resumed[self._start(group_merge)] = group_merge
-            group_merges.append(group_merge)
-        return group_merges
+            self._resumed[self._start(shared)] = shared
 
     async def _start_new(self, plan: Plan, unfinished: Sequence[Pair]) -> None:
         """Start the groups of the plan, a batch at a time while there is room.
@@ -4693,96 +4635,77 @@ class ContactMerger:
         known = {pair.ids: pair for pair in unfinished}
         blocked = {identity for pair in unfinished for identity in pair.ids}
         undoing = {one: pair for pair in self.savepoint.pairs(State.UNDOING) for one in pair.ids}
-        failed = {pair.ids: pair.code for pair in self.savepoint.pairs(State.FAILED)}
+        failed = {pair.ids for pair in self.savepoint.pairs(State.FAILED)}
         groups, plan.groups = plan.groups, []
-        groups.sort(key=lambda group: not failed.keys().isdisjoint(pair.ids for pair in group.pairs))
-        deferred, batch = [], []  # type: List[Tuple[Group, List[Pair]]], List[GroupMerge]
-        for group in consume(groups):
+        groups.sort(key=lambda group: not failed.isdisjoint(pair.ids for pair in group.pairs))
+        groups.reverse()
+        deferred: List[GroupState] = []
+        batch: List[GroupState] = []
+        while groups:
+            group = groups.pop()  # and forget it: memory does not grow with what is done
             group.pairs = [known.get(pair.ids, pair) for pair in group.pairs]
             pairs = [pair for pair in group.pairs if pair.state is State.PLANNED]
             ids = {contact.id for contact in group.all_contacts()}
+            undoes = next((undoing[one] for one in sorted(ids) if one in undoing), None)
             for pair in pairs:
                 pair.tried_before = pair.ids in failed
-            if not pairs:
-                continue
-            if ids & undoing.keys():
-                undo = next(undoing[one].undo for one in ids if one in undoing)
-                path = undo.path if undo else "…"
-                words = f"its undo is not finished; finish it first: merge_contacts.py --undo {path}"
-                for pair in pairs:
-                    if pair.ids not in {one.ids for one in undoing.values()}:
-                        await self.runner.record_outcome(pair, PairError("undo_unfinished", words), False)
-                    else:  # the row says that it is being undone, and must go on saying so
-                        pair.code, pair.error = "undo_unfinished", words
-                        self.runner.outcomes[pair.ids] = pair
-                        self.runner.on_outcome(pair)
-            elif ids & blocked:
-                deferred.append((group, pairs))
-            else:
-                batch.append(self._group_merge(group, pairs, plan))
+                if undoes and undoes.undo:  # a row may say that it is being undone, and has to stay so
+                    words = f"its undo is not finished; finish it first: merge_contacts.py --undo {undoes.undo.path}"
+                    await self.runner.record_outcome(pair, PairSkipped("undo_unfinished", words))
+            if pairs and not undoes:
+                shared = GroupState(self.context, group, pairs, plan.wanted, resumed=False)
+                (deferred if ids & blocked else batch).append(shared)
             if sum(len(one.pairs) for one in batch) >= min(self.BATCH, max(1, self._room() // 2)):
                 await self._start_batch(batch)
         await self._start_batch(batch)
-        await together(*(self._start_deferred(group, pairs, plan, unfinished) for group, pairs in deferred))
-
-    def _group_merge(self, group: Group, pairs: Sequence[Pair], plan: Plan) -> GroupMerge:
-        return GroupMerge(self.context, group, pairs, plan.wanted, resumed=False)
+        await together(*(self._start_deferred(shared, unfinished) for shared in deferred))
 
     def _room(self) -> int:
         """Return how many pairs may be in progress: under a small quota few, because checks and backups that wait for
         the next window would have to be read again then."""
         return int(max(2, min(self.IN_PROGRESS, requests_per_minute(self.api.scheduler) // 4)))
 
-    def _start(self, group_merge: GroupMerge) -> "asyncio.Future[None]":
-        task = self.runner.start(group_merge.run(), group_merge.pairs)
-        task.add_done_callback(lambda _: self.pending_verifications.discard(group_merge.group))
+    def _start(self, shared: GroupState) -> "asyncio.Future[None]":
+        task = self.runner.start(merge_group(self.context, shared), shared.pairs)
+        task.add_done_callback(lambda _: self.context.at_verification(shared.group))
         return task
 
-    async def _start_batch(self, batch: List[GroupMerge]) -> None:
+    async def _start_batch(self, batch: List[GroupState]) -> None:
         while batch:
             in_progress = sum(map(len, self.runner.tasks.values()))
-            if in_progress and in_progress + len(batch) > self._room():
+            if in_progress and in_progress + sum(len(one.pairs) for one in batch) > self._room():
                 await self.runner.wait_any()
                 continue
             self.runner.raise_if_draining()
-            for group_merge in batch:
-                self.pending_verifications.add(group_merge.group)
-                self._start(group_merge)
+            for shared in batch:
+                self.context.before_verification.add(shared.group)
+                self._start(shared)
             batch.clear()
 
-    async def _start_deferred(
-        self, group: Group, pairs: Sequence[Pair], plan: Plan, unfinished: Sequence[Pair]
-    ) -> None:
+    async def _start_deferred(self, shared: GroupState, unfinished: Sequence[Pair]) -> None:
         """Start a group that shares a contact with an unfinished pair, once that pair is past its request.
 
         A group with the contact that holds that pair's reference goes first: the reference follows it.
         """
-        ids = {contact.id for contact in group.all_contacts()}
-        refs = {pair.new_ref for pair in pairs if pair.new_ref}
-        for task, group_merge in list(self._resumed.items()):
-            if not task.done() and any(ids & set(pair.ids) for pair in group_merge.pairs):
+        ids = {contact.id for contact in shared.group.all_contacts()}
+        refs = {pair.new_ref for pair in shared.pairs if pair.new_ref}
+        for task, resumed in list(self._resumed.items()):
+            if not task.done() and any(ids & set(pair.ids) for pair in resumed.pairs):
                 await self.context.cancel_token.wait(asyncio.wait({task}))
         problem = PairError("group_incomplete", "another merge of one of its contacts has to be finished first")
         for other in unfinished:
             frees = other.state is State.MERGED and other.new_ref in refs
             if ids & set(other.ids) and other.state in (*REQUESTED_STATES, State.MERGED) and not frees:
-                for pair in pairs:
+                for pair in shared.pairs:
                     await self.runner.record_outcome(pair, problem, False)
                 return
-        await self._start_batch([self._group_merge(group, pairs, plan)])
+        await self._start_batch([shared])
 
     def pairs(self) -> Iterator[Pair]:
         """Yield the pairs that have an outcome or are in progress."""
         yield from self.runner.outcomes.values()
         for pairs in self.runner.tasks.values():
             yield from (pair for pair in pairs if pair.ids not in self.runner.outcomes)
-
-
-def consume(items: List[T]) -> Iterator[T]:
-    """Yield the items in order and forget them, so that memory does not grow with what is done."""
-    items.reverse()
-    while items:
-        yield items.pop()
 
 
 def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) -> None:
@@ -4930,7 +4853,7 @@ def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: 
     groups: Dict[str, Group] = {}
     seen: Set[str] = set()
     for named in merges_named(located):
-        pair = savepoint.pairs_of_primary(named.primary.id).get(named.duplicate.id, named)
+        pair = savepoint.pair(named.ids) or named
         seen.add(pair.email)
         if emails and pair.email not in emails:
             continue
@@ -4990,7 +4913,7 @@ def locate_undo(path: Path, savepoint: SavePoint) -> Tuple[Path, List[Path]]:
     merged: Dict[Path, int] = {}
     for backup in backups:
         for named in merges_named(backup):
-            pair = savepoint.pairs_of_primary(named.primary.id).get(named.duplicate.id)
+            pair = savepoint.pair(named.ids)
             if pair and pair.state in (*MERGED_STATES, *UNDO_STATES) and Path(pair.backup) == backup:
                 revision = pair.undo.merge_revision if pair.undo else savepoint.revision(pair.ids)
                 merged[backup] = max(revision, merged.get(backup, 0))
@@ -5036,7 +4959,7 @@ def current_ids(contact: str, savepoint: SavePoint) -> List[str]:
     """Return a contact's id, and those of the contacts that undos created again in its place; the last one exists."""
     ids = [contact]
     while True:
-        rows = (row for row in savepoint.pairs_of_contact(ids[-1]) if row.duplicate.id == ids[-1])
+        rows = savepoint.pairs(duplicate_id=ids[-1])
         again = next((row.undo.contact for row in rows if row.undo and row.state in UNDO_STATES), "")
         if not again or again in ids:
             return ids
@@ -5048,8 +4971,9 @@ def merged_again(pair: Pair, savepoint: SavePoint) -> Optional[Pair]:
     if pair.undo is None or pair.state not in UNDO_STATES or not pair.undo.contact:
         return None
     duplicates = {pair.undo.contact, *current_ids(pair.primary.id, savepoint)}
-    rows = (row for row in savepoint.pairs_of_contact(pair.undo.contact) if row.duplicate.id in duplicates)
-    return next((row for row in rows if row.state in (*UNFINISHED, State.DONE, State.SETTLED)), None)
+    rows = [*savepoint.pairs(primary_id=pair.undo.contact), *savepoint.pairs(duplicate_id=pair.undo.contact)]
+    again = (*UNFINISHED, State.DONE, State.SETTLED)
+    return next((row for row in rows if row.duplicate.id in duplicates and row.state in again), None)
 
 
 def report_of(pair: Pair) -> str:
@@ -5192,7 +5116,7 @@ async def check_group_to_undo(context: GroupContext, group: Group, writable_kind
     """
     api, savepoint, pairs, name = context.api, context.savepoint, group.pairs, group.primary.short_id
     ids, mine = current_ids(group.primary.id, savepoint), {pair.ids for pair in group.pairs}
-    siblings = [row for one in ids for row in savepoint.pairs_of_primary(one).values() if row.ids not in mine]
+    siblings = [row for one in ids for row in savepoint.pairs(primary_id=one) if row.ids not in mine]
     found = await context.environment.run_in_thread(read_backups, pairs, siblings)
     found.is_recreated, found.aliases = len(ids) > 1, dict.fromkeys(ids[:-1], ids[-1])
     for pair in (*pairs, *siblings):
@@ -5200,7 +5124,7 @@ async def check_group_to_undo(context: GroupContext, group: Group, writable_kind
             found.aliases[pair.duplicate.id] = pair.undo.contact
     primary = await api.contact(ids[-1])
     if primary is None:
-        later = (row for row in savepoint.pairs_of_contact(ids[-1]) if row.duplicate.id == ids[-1])
+        later = savepoint.pairs(duplicate_id=ids[-1])
         onward = next((row for row in later if row.state in (*UNFINISHED, *MERGED_STATES, State.UNDOING)), None)
         if onward:
             words = f"{name} was merged into {onward.primary.short_id} later; undo {report_of(onward)} first"
@@ -5317,6 +5241,7 @@ class PairUndo:
         pair.state, pair.code, pair.error = State.UNDOING, "", ""
         await self.savepoint.save(pair)
         try:
+            self.context.cancel_token.raise_if_cancelled()  # what has not started is not shielded
             with self.context.cancel_token.shield():
                 if undo.reference_free and has_moved:
                     await self._free_reference(update)
@@ -5346,7 +5271,7 @@ class PairUndo:
         bodies = [{"external_ref": old[0], **fields}] if fields else []
         bodies += [{"external_ref": reference} for reference in old]
         problem: PairError = PairError("external_ref_not_set", "DevRev answered with another reference")
-        started, deadline = self.context.environment.now(), PairMerge.FIRST_DEADLINE
+        started, deadline = self.context.environment.now(), FIRST_DEADLINE
         options = self.options._replace(priority=MERGE)
         while bodies:
             try:
@@ -5712,7 +5637,8 @@ CODES: Dict[str, Code] = {
         "To merge it again, export again and name the address with --email.", skips=True),
     "cancelled": Code(
         "A merge of this email was cancelled with --settle.",
-        "To merge it after all, name the address with --email.", skips=True),
+        "DevRev may still carry it out: every run polls for it. To merge it after all, name the address with --email.",
+        skips=True),
     "already_gone": Code(
         "The duplicate no longer exists, and its reference is not needed.",
         "Nothing to do.", skips=True),
@@ -5779,7 +5705,7 @@ CODES: Dict[str, Code] = {
         "Run with the CSV that has it, or cancel the merge with --settle.", settles=True),
     "merged_elsewhere": Code(
         "Another user merged or deleted the duplicate. No reference was moved.",
-        "Check the reference that the message names, and export again.", systemic=True),
+        "Check the reference that the message names, and export again."),
     "merged_into_another": Code(
         "DevRev names another contact than the primary.",
         "Check both contacts in DevRev. --settle accepts it as it is.", settles=True),
@@ -5891,7 +5817,8 @@ def merge_entry(pair: Pair, planned: Optional[Collection[Ids]]) -> Json:
     if pair.state is not State.DONE or pair.code:
         entry.update(code=pair.code, error=pair.error, left_behind=pair.left_behind)
     if pair.state is not State.DONE or code:
-        entry.update(reason=code.meaning if code else None, advice=code.advice if code else None)
+        helps = CODES["cancelled"] if pair.state is State.CANCELLED else code
+        entry.update(reason=code.meaning if code else None, advice=helps.advice if helps else None)
     return {**entry, **progress_of(pair)}
 
 
@@ -7383,6 +7310,9 @@ def settle(run: RunContext) -> int:
                 word, why = pair.state.value.replace("_", " "), f"{STATE_WORDS[pair.state]} ({pair.accepted})"
             run.console.print(f"{word}  {pair.email}: {into(pair)}: {why or STATE_WORDS[pair.state]}", style)
         savepoint.save_now(ending)
+        if any(pair.state is State.CANCELLED for pair in ending):
+            words = "DevRev may still carry out a cancelled merge: every run polls for it, and finishes it then"
+            run.console.print(words)
         return _report(run, savepoint, None, code)
 
 
@@ -7963,7 +7893,7 @@ def _check_savepoint(run: RunContext) -> str:
         raise FatalError(EXIT_USAGE, f"{SAVEPOINT.resolve().parent} can't hold a savepoint: {NO_LOCKS}")
     with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
         if savepoint.is_held():
-            raise FatalError(EXIT_HELD, f"a run is in progress: process {savepoint.holder()['pid']} holds {SAVEPOINT}")
+            raise FatalError(EXIT_HELD, f"a run is in progress: process {savepoint.holder['pid']} holds {SAVEPOINT}")
         check_not_restored(savepoint)
         if not SAVEPOINT.exists():
             return f"{SAVEPOINT} will be created"
@@ -7984,11 +7914,11 @@ def status(run: RunContext) -> int:
     """Print what the savepoint knows, also while a run is in progress: pairs by state, and how far the last run is."""
     with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
         runs = savepoint.runs()
-        organisations = [savepoint.meta("organisation"), *(one["organisation"] for one in runs.values())]
+        organisations = [savepoint.meta.get("organisation"), *(one["organisation"] for one in runs.values())]
         facts: Json = {
             "savepoint": str(SAVEPOINT),
             "running": savepoint.is_held(),
-            "last_opened": savepoint.holder() or None,
+            "last_opened": savepoint.holder or None,
             "organisation": next(filter(None, reversed(organisations)), None),
             "counts": {State(name).value: count for name, count in savepoint.counts().items()},
             "last_run": None,

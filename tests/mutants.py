@@ -34,8 +34,8 @@ MUTANTS = [
     Mutant("the copy is not written", "            for file in self.files:\n                if file.failure is None:", "            for file in self.files[:1]:\n                if file.failure is None:"),
     Mutant("savepoint.db is not written", "            for file in self.files:\n                if file.failure is None:", "            for file in self.files[1:]:\n                if file.failure is None:"),
     Mutant("a file learns nothing from the other", "news = {ids: row for ids, row in pairs.items() if mine.get(ids) != row}", "news: Dict[Ids, StoredPair] = {}"),
-    Mutant("the older row wins", "sorted((one, other), key=row_authority, reverse=True)", "sorted((one, other), key=row_authority)"),
-    Mutant("an intent that was never sent counts as sent", "            if one_ahead and is_intent:\n", "            if False:\n"),
+    Mutant("the older row wins", "sorted((one, other), key=authority, reverse=True)", "sorted((one, other), key=authority)"),
+    Mutant("an intent that was never sent counts as sent", "            if one_ahead and is_last and is_new and", "            if False and"),
     Mutant("what stands in the last write counts as never sent", "        one_ahead = self.main.last_run == self.copy.last_run and", "        one_ahead = True or"),
     Mutant("the copy is written first", "self.files = (self.main, self.copy)", "self.files = (self.copy, self.main)"),
     Mutant(
@@ -66,7 +66,7 @@ MUTANTS = [
     Mutant("an older savepoint is not noticed", "        check_not_restored(savepoint)\n", ""),
     Mutant("killed runs get no report", "        for path in report_killed_runs(run.environment, savepoint):\n", "        for path in []:\n"),
     Mutant("a report is written again and again", '    document["reported"] = True\n', "    pass\n"),
-    Mutant("pairs of all runs are in each report", "return self._select(f\"{condition} AND run = ?\", *values, run) if run else", "return"),
+    Mutant("pairs of all runs are in each report", "        for name, value in columns.items():\n", "        columns.pop(\"run\", None)\n        for name, value in columns.items():\n"),
     # What a request rests on
     Mutant("checks are believed for ever", "FRESH = 60.0", "FRESH = 1e9"),
     Mutant("lists are believed for ever", "LISTED = 120.0", "LISTED = 1e9"),
@@ -85,28 +85,28 @@ MUTANTS = [
     Mutant("any email will do", "    if email_of(live) != contact.key:\n", "    if False:\n"),
     Mutant("unverified contacts are merged", "if is_unverified[pair.duplicate.id] and not is_unverified[primary.id] and not try_unverified:", "if False:"),
     Mutant("an undone or cancelled group is merged again", "if is_stale or (group.email in blocked and not all(rows)):", "if False:"),
-    Mutant("no count check", "                if problem:\n                    return str(folder), problem\n", ""),
+    Mutant("no count check", "            if problem:\n                raise problem\n\n\ndef oldest", "\n\ndef oldest"),
     Mutant("fewer tickets will do, too", "if greatest == contact.tickets or (greatest >", "if True or (greatest >"),
     Mutant("only the first page", "            if not cursor:\n                return\n", "            return\n"),
     Mutant("timelines of what has changed are not read again", '!= obj.get("modified_date")]', "is known]"),
     Mutant(
         "a backup is not checked from the disk",
-        "        problems = list(_backup_errors(folder, manifest))\n",
-        "        problems: List[str] = []\n",
+        "    if problems:\n        raise PairError(\"backup_failed\", f\"{folder}: \"",
+        "    if False:\n        raise PairError(\"backup_failed\", f\"{folder}: \"",
         "it guards against a disk that loses what it was given, which is not simulated; tests/test_survive.py does",
     ),
     # The first merge, order, failures
     Mutant("the first merge does not go alone", "                    await self.context.first_merge.acquire(pair.ids)\n", ""),
     Mutant(
         "an acknowledgement confirms the first merge",
-        "                self._count_request()\n                return State.ACKNOWLEDGED\n",
-        "                self._count_request()\n                self.context.first_merge.confirm(pair.ids)\n                return State.ACKNOWLEDGED\n",
+        "                self.timer.start()\n",
+        "                self.timer.start()\n                self.context.first_merge.confirmed = True\n",
     ),
     Mutant("failures in a row stop nothing", "if self._failures_in_a_row >= self.MAX_FAILURES_IN_A_ROW and not self.draining:", "if False:"),
     # Requesting again
     Mutant(
         "requested again without a poll",
-        "                if again and await self._poll(RequestOptions(FINISH)) is not DuplicateStatus.EXISTS:",
+        "                if again and await poll(*pair.ids, RequestOptions(FINISH)) is not DuplicateStatus.EXISTS:",
         "                if False:",
     ),
     Mutant(
@@ -148,7 +148,7 @@ MUTANTS = [
     ),
     Mutant(
         "merged elsewhere counts as ours",
-        "elif error.missing and first and await self.verifier.is_merged_elsewhere(pair, self._pause):",
+        "elif error.missing and first and await self.verifier.is_merged_elsewhere(pair, self.timer.pause):",
         "elif False:",
     ),
     Mutant("three polls that tell nothing count as merged", "and await self.verifier.lists_show_merged(pair):", "and True:"),
@@ -163,16 +163,16 @@ MUTANTS = [
     Mutant(
         "a refused reference counts as set",
         "                elif error.status != 409:\n                    code =",
-        "                elif error.status == 409:\n                    return State.VERIFYING\n                elif True:\n                    code =",
+        "                elif error.status == 409:\n                    return True\n                elif True:\n                    code =",
     ),
     Mutant(
         "no verification",
-        "        missing, status = await self.verifier.wait(checked, expected, self._pause)\n",
+        "        missing, status = await self.verifier.wait(checked, expected, self.timer.pause)\n",
         "        missing, status = [], None\n",
     ),
     Mutant("cancelled pairs are not polled", "        for pair in list(self.savepoint.pairs(State.CANCELLED)):\n", "        for pair in []:\n"),
     # Quota, stops
-    Mutant("no reserve", "2 if slow else self.context.poll_history.polls() + bool(pair.new_ref)", "0"),
+    Mutant("no reserve", "        return RequestOptions(priority, self.shared.reservation, reserve)", "        return RequestOptions(priority, self.shared.reservation, 0)"),
     Mutant("what is reserved is forgotten", "                self._reserved += units - options.reservation.units\n", ""),
     Mutant("what is reserved is never released", "        self._reserved, reservation.units = self._reserved - reservation.units, 0\n", ""),
     Mutant(
@@ -217,7 +217,7 @@ MUTANTS = [
         "        if False:\n            self.undo = pair.undo",
     ),
     Mutant("undo: the end is not saved", 'State.UNDONE, "", ""\n        await self.savepoint.save(pair)\n', 'State.UNDONE, "", ""\n'),
-    Mutant("undo: a merge run does not wait for its end", "            if ids & undoing.keys():\n", "            if False:\n"),
+    Mutant("undo: a merge run does not wait for its end", "for one in sorted(ids) if one in undoing), None)", "for one in () if one in undoing), None)"),
 ]  # fmt: skip
 
 

@@ -553,7 +553,8 @@ class Scenario:
                 self.trace("Ctrl-C")
                 run.signal = 2
                 act()
-                self.checker.stopped = True
+                if not self.checker.stopped:
+                    self.checker.stopped, self.checker.interrupted = True, self.clock.now
 
             loop.call_later(self.draws.somewhen(0.05, 100.0), arrive)
 

@@ -252,6 +252,26 @@ def test_a_duplicate_that_somebody_else_has_merged_or_deleted_is_not_called_ours
         place.run(sandbox, *QUICK, check=0)
 
 
+@pytest.mark.parametrize("gone", ["301", "primary"])
+def test_a_duplicate_without_objects_is_ours_where_devrev_names_the_primary_in_its_place(
+    place: Workplace, gone: str
+) -> None:
+    """A colleague merges the same pair just before: the merge request finds no such contact."""
+    organisation, _ = organisation_of_pairs(0)
+    bare = pair(organisation, 1, (0, 0))
+    place.export(organisation)
+
+    def merge_first(stage: str, request: Request) -> None:
+        if stage == "before" and request.endpoint == "rev-users.merge" and organisation.alive(bare[1]):
+            organisation.merge(*bare)
+
+    fault = Fault("404", "rev-users.merge")
+    with Sandbox(organisation, gone=gone, on_request=merge_first, faults=[fault]) as sandbox:
+        result = place.run(sandbox, *QUICK, check=0)
+        assert [entry["email"] for entry in result.report["successful_merges"]] == ["person1@example.com"]
+    assert_merged(organisation, [bare])
+
+
 def test_one_false_not_found_while_the_merge_is_pending_does_no_harm(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(2)
     place.export(organisation)

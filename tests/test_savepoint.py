@@ -609,3 +609,31 @@ def test_a_kill_while_the_report_is_written_leaves_each_pair_in_one_report(
         assert [report["run"]["kind"] for report in reports_of(place)] == ["merge", "merge"]
         assert len(list((place.folder / "reports").glob("*.csv"))) == 2
     assert_merged(organisation, pairs)
+
+
+@pytest.mark.parametrize("readonly", [False, True])
+@pytest.mark.parametrize("path", [SAVEPOINT, SAVEPOINT_COPY])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"state": "paused"}, "«paused»"),
+        ({"mood": "good"}, "mood"),
+        ({"undo": {"mood": "good"}}, "mood"),
+        ([], "list"),
+    ],
+    ids=["state", "field", "field of an undo", "no object"],
+)
+def test_what_another_version_has_written_is_refused_and_left_as_it_is(
+    folder: Path, change: Any, word: str, path: Path, readonly: bool
+) -> None:
+    fill()
+    with contextlib.closing(sqlite3.connect(str(path), isolation_level=None)) as db:
+        ((document,),) = db.execute("SELECT document FROM pairs WHERE state = 'done'").fetchall()
+        changed = {**json.loads(document), **change} if change else change
+        db.execute("UPDATE pairs SET document = ? WHERE state = 'done'", (json.dumps(changed),))
+    before = [file.read_bytes() for file in (SAVEPOINT, SAVEPOINT_COPY)]
+    with pytest.raises(FatalError) as refused, opened("20250131_120001", readonly):
+        pass
+    assert refused.value.exit_code == 2
+    assert word in str(refused.value) and f"{path} was left as it is" in str(refused.value)
+    assert [file.read_bytes() for file in (SAVEPOINT, SAVEPOINT_COPY)] == before

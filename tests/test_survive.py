@@ -188,6 +188,37 @@ def test_an_interrupted_run_reports_and_is_resumed(place: Workplace, number: int
 
 
 @posix
+@pytest.mark.parametrize("refusals", [0, 2])
+def test_an_interruption_after_the_merge_leaves_the_reference_on_no_contact_for_a_moment_only(
+    place: Workplace, refusals: int
+) -> None:
+    """The poll that finds the duplicate merged is under way when Ctrl-C comes; the update is made all the same."""
+    organisation, pairs = organisation_of_pairs(3)
+    place.export(organisation)
+    held = Fault("409", "rev-users.update", times=refusals)
+    with Sandbox(organisation, merge_delay=0.0, faults=[held] if refusals else []) as sandbox:
+        process: List[Any] = []
+
+        def interrupt(stage: str, request: Request) -> None:
+            if stage == "after" and request.endpoint == "rev-users.get" and process:
+                process.pop().send_signal(signal.SIGINT)
+                time.sleep(0.7)  # the answer comes once that has surely been noticed
+
+        sandbox.on_request = interrupt
+        started = place.start(sandbox)
+        process.append(started)
+        started.communicate(timeout=30)
+        assert started.returncode == 130
+        ((primary, duplicate),) = [one for one in pairs if not organisation.alive(one[1])]
+        assert organisation.contacts[primary]["external_ref"] == f"user_{pairs.index((primary, duplicate)) + 1}"
+        # Nothing else was begun or finished after the signal.
+        assert sandbox.count("rev-users.merge") == 1 and sandbox.requests[-1].endpoint == "rev-users.update"
+        sandbox.on_request = None
+        place.run(sandbox, check=0)
+    assert_merged(organisation, pairs)
+
+
+@posix
 def test_a_second_interruption_stops_at_once(place: Workplace) -> None:
     organisation, _ = organisation_of_pairs(2)
     place.export(organisation)

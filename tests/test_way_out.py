@@ -59,9 +59,12 @@ def test_a_poll_that_hangs_is_given_up_soon_and_a_slow_organisation_is_served_al
 def cancelled(place: Workplace, sandbox: Sandbox) -> Dict[str, Any]:
     """Have a merge acknowledged and not carried out, and give it up."""
     assert place.run(sandbox, *QUICK, check=1).codes == {"person1@example.com": "merge_not_confirmed"}
-    report = place.run(None, "--settle", "person1@example.com", check=0).report
+    settled = place.run(None, "--settle", "person1@example.com", check=0)
+    assert "DevRev may still carry out a cancelled merge: every run polls for it" in settled.out
+    report = settled.report
     (entry,) = report["cancelled"]
     assert entry["email"] == "person1@example.com" and report["summary"]["failed_merges"] == 1
+    assert "DevRev may still carry it out: every run polls for it" in entry["advice"]
     assert report["successful_merges"] == []
     return report
 
