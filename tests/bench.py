@@ -18,8 +18,8 @@ quota       The server grants so many requests a window. The last of n requests 
 latency     With nothing in short supply but time, n requests of one latency each over w workers can't take less than
             n * latency / w. Starting Python and one merge's delay are subtracted, since no order of requests saves
             them.
-gap         Between DevRev's merge and the new reference the customer's application knows nobody by it. The yardstick is
-            the window of the quota, or of the tool's own ceiling: what a request may have to wait for.
+gap         Between DevRev's merge and the new reference the customer's application has no contact for it. The yardstick is
+            the window of the quota, or of the client-side rate limit: what a request may have to wait for.
 cpu         Processor time a request, of the whole process. The yardstick is a loop that sends as many requests of the
             same kind with `requests`, parses the answers, and does nothing else.
 csv         `--preview` of a big export against pandas, which reads the same file and counts the two kinds of

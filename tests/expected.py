@@ -1,4 +1,4 @@
-"""A second opinion, without the module: what an export asks for, and what the savepoint's two files know together."""
+"""A second opinion, without the module: what an export gives, and what the savepoint's two files know together."""
 
 import contextlib
 import datetime

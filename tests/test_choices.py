@@ -71,7 +71,7 @@ def test_a_chosen_group_is_merged_as_chosen_and_groups_without_a_choice_stay(
     assert report["summary"]["successful_merges"] == 5
 
 
-def test_where_nobody_has_a_revu_reference_the_chosen_contact_itself_remains(place: Workplace) -> None:
+def test_where_no_contact_has_a_revu_reference_the_chosen_contact_itself_remains(place: Workplace) -> None:
     organisation = Organisation()
     for number in range(1, 4):
         one = organisation.add_contact(f"A{number}", DESK, f"user_a{number}", display_name="Desk")
@@ -261,7 +261,7 @@ def test_a_choice_that_can_not_be_followed_changes_nothing(
     assert says in result.err
 
 
-def test_a_corrected_choice_is_not_overruled_by_what_was_asked_for_before(
+def test_a_corrected_choice_is_not_overruled_by_what_was_requested_before(
     place: Workplace, organisation: Organisation
 ) -> None:
     place.export(organisation)

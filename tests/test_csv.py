@@ -22,7 +22,7 @@ import merge_contacts as tool
 from tests.support import COLUMNS, Workplace
 
 HEADER = ",".join(COLUMNS)
-NOWHERE = "http://127.0.0.1:9"  # a preview asks nobody; if it did, nobody would answer
+NOWHERE = "http://127.0.0.1:9"  # a preview sends nothing; if it did, no server would answer
 INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, bidi marks and the like, lone surrogates, line ends
 PairIds = Tuple[str, str, str]  # email, primary, duplicate
 

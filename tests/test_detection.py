@@ -334,7 +334,7 @@ def test_choices_that_can_not_be_followed_are_counted() -> None:
     assert str(stopped.value).count("user_1 for ") == 3 and "1,497 more" in str(stopped.value)
 
 
-def test_a_group_that_is_not_known_whole_is_skipped_whatever_is_chosen() -> None:
+def test_a_group_that_is_not_completely_known_is_skipped_whatever_is_chosen() -> None:
     for choice in ("user_3", "user_9", "REVU-1"):
         plan = plan_of([contact(*row) for row in TWO_USERS], ["ada@example.com"], {"ada@example.com": choice})
         assert [(skip.email, skip.code) for skip in plan.skipped] == [("ada@example.com", "invalid_row")]
@@ -1094,7 +1094,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
         assert stopped.value.exit_code == 2 and "changed while it was being read" in str(stopped.value)
 
 
-def test_of_an_email_that_is_asked_for_every_row_is_kept(tmp_path: Path) -> None:
+def test_of_an_email_that_is_requested_every_row_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "contacts.csv"
     write(path, map(cells_of, [SYSTEM, contact("7", "user_7", email=EVE), contact("8", "crm", email=" F@x")]), PLAIN)
     assert tool.read_contacts([path]).contacts == []
@@ -1438,7 +1438,7 @@ HISTORY: List[Tuple[List[Tuple[Any, ...]], Optional[str]]] = [
 
 
 @pytest.mark.parametrize(("rows", "code"), HISTORY)
-def test_what_was_undone_or_cancelled_is_not_repeated_unasked(rows: List[Tuple[Any, ...]], code: Optional[str]) -> None:
+def test_what_was_undone_or_cancelled_is_not_repeated_unnamed(rows: List[Tuple[Any, ...]], code: Optional[str]) -> None:
     def don(key: str) -> str:
         return contact(key, "").id if key else ""
 

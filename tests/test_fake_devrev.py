@@ -182,7 +182,7 @@ def test_a_list_is_found_whatever_way_an_object_was_changed(played: Played) -> N
     assert played.listed() == [played.primary] and played.ask("rev-users.get", id=played.duplicate)[0] == 404
 
 
-def test_pages_go_on_where_they_were_while_objects_come_and_go() -> None:
+def test_pages_continue_where_they_were_while_objects_come_and_go() -> None:
     played = Played()
     people = [played.organisation.add_contact(f"X{n}", f"x{n}@example.com") for n in range(30)]
     seen: List[str] = []
@@ -197,7 +197,7 @@ def test_pages_go_on_where_they_were_while_objects_come_and_go() -> None:
     assert seen == [played.primary, played.duplicate, *people]
 
 
-def test_the_application_makes_a_contact_only_where_nobody_holds_the_reference(played: Played) -> None:
+def test_the_application_makes_a_contact_only_where_no_contact_holds_the_reference(played: Played) -> None:
     organisation = played.organisation
     assert organisation.visit("person1@example.com", DUPLICATE_REFERENCE) == played.duplicate
     played.merge()
@@ -371,7 +371,7 @@ def test_an_unverified_contact_may_not_be_merged_into_a_verified_one(manner: str
     assert played.organisation.merges == ([(played.primary, played.duplicate)] if free else [])
 
 
-def test_what_an_unverified_contact_was_known_by_may_be_nobody_elses() -> None:
+def test_what_an_unverified_contact_was_known_by_may_be_no_other_contacts() -> None:
     played = Played()
     organisation = played.organisation
     organisation.unverified = {played.duplicate}

@@ -1,4 +1,4 @@
-"""Scenes in which knowledge is older or weaker than it looks: what was asked for is never forgotten, what is called done
+"""Scenes in which knowledge is older or weaker than it looks: what was requested is never forgotten, what is called done
 is done, and nothing waits for ever."""
 
 import contextlib
@@ -66,7 +66,7 @@ def test_a_merge_that_was_refused_and_comes_all_the_same_is_finished(place: Work
     assert_merged(organisation, pairs)
 
 
-def test_a_pair_that_was_asked_for_days_ago_needs_one_look_and_is_then_asked_again(place: Workplace) -> None:
+def test_a_pair_that_was_requested_days_ago_needs_one_poll_and_is_then_requested_again(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(1)
     place.export(organisation)
     with Sandbox(organisation, faults=[Fault("merge-never", times=1)]) as sandbox:
@@ -83,7 +83,7 @@ def test_a_pair_that_was_asked_for_days_ago_needs_one_look_and_is_then_asked_aga
     assert_merged(organisation, pairs)
 
 
-def test_a_lost_savepoint_loses_nothing_that_was_asked_for_or_has_ended(place: Workplace) -> None:
+def test_a_lost_savepoint_loses_nothing_that_was_requested_or_has_ended(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(4)
     place.export(organisation)
     never = Fault("merge-never", match=lambda body: body["secondary_user"] == pairs[3][1])
@@ -101,7 +101,7 @@ def test_a_lost_savepoint_loses_nothing_that_was_asked_for_or_has_ended(place: W
     assert {row["state"] for row in stored(place).values()} == {"done"}
 
 
-def test_a_backup_alone_is_no_proof_that_somebody_was_asked_for(place: Workplace) -> None:
+def test_a_backup_alone_is_no_proof_that_a_merge_was_requested(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(2)
     place.export(organisation, {pairs[0][0]: {"TICKET_COUNT": 9}})
     with Sandbox(organisation) as sandbox:
@@ -114,7 +114,7 @@ def test_a_backup_alone_is_no_proof_that_somebody_was_asked_for(place: Workplace
 
 
 @posix
-def test_what_was_not_sent_before_a_stop_was_not_asked_for(place: Workplace) -> None:
+def test_what_was_not_sent_before_a_stop_was_not_requested(place: Workplace) -> None:
     organisation, _ = organisation_of_pairs(40, (0, 0))
     place.export(organisation)
     with Sandbox(organisation, latency=0.02) as sandbox:
@@ -186,7 +186,7 @@ def test_a_laptop_that_sleeps_between_check_and_merge_checks_again(place: Workpl
     assert organisation.merges == []
 
 
-def test_lists_that_have_become_too_old_are_made_anew_with_the_timelines_of_what_has_changed(place: Workplace) -> None:
+def test_lists_that_have_become_too_old_are_read_again_with_the_timelines_of_what_has_changed(place: Workplace) -> None:
     """The clocks run a hundred times faster after the first timeline, so that everything is old by the merge."""
     organisation, pairs = organisation_of_pairs(1, (2, 2))
     place.export(organisation)
@@ -229,7 +229,7 @@ def test_lists_that_have_become_too_old_are_made_anew_with_the_timelines_of_what
 
 
 @pytest.mark.parametrize("deleted", [True, False])
-def test_a_duplicate_that_somebody_else_has_merged_or_deleted_is_not_called_ours(
+def test_a_duplicate_that_another_user_has_merged_or_deleted_is_not_called_ours(
     place: Workplace, deleted: bool
 ) -> None:
     organisation, pairs = organisation_of_pairs(2)
@@ -309,7 +309,7 @@ def test_the_404_of_a_route_says_nothing_of_a_contact(place: Workplace) -> None:
     assert_merged(organisation, pairs)
 
 
-def test_a_reference_that_somebody_has_set_by_hand_meanwhile_is_left(place: Workplace) -> None:
+def test_a_reference_that_another_user_has_set_by_hand_meanwhile_is_left(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(1)
     place.export(organisation)
     with Sandbox(organisation, faults=[Fault("500", "rev-users.update")]) as sandbox:
@@ -401,7 +401,7 @@ def test_a_contact_that_the_application_makes_again_in_the_gap_is_healed_by_expo
     assert len(result.report["successful_merges"]) == 2
 
 
-def test_what_was_begun_is_referenced_and_proved_before_anything_new_is_backed_up(place: Workplace) -> None:
+def test_what_was_started_is_referenced_and_proved_before_anything_new_is_backed_up(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(8)
     place.export(organisation)
     with Sandbox(organisation, faults=[Fault("500", "rev-users.update")]) as sandbox:
@@ -613,7 +613,7 @@ def test_what_an_old_copy_of_the_savepoint_does_not_know_is_not_forgotten(place:
 
 
 @pytest.mark.parametrize("gone", ["301", "primary", "shadow"])
-def test_a_duplicate_that_went_into_somebody_else_is_merged_elsewhere(place: Workplace, gone: str) -> None:
+def test_a_duplicate_that_went_into_another_user_is_merged_elsewhere(place: Workplace, gone: str) -> None:
     organisation, pairs = organisation_of_pairs(2)
     other = organisation.add_contact("X", "x@example.com")
     place.export(organisation)
@@ -629,7 +629,7 @@ def test_a_duplicate_that_went_into_somebody_else_is_merged_elsewhere(place: Wor
     assert reference_of(organisation, pairs[1][0]) == "REVU-P2"
 
 
-def test_a_primary_that_goes_on_into_another_takes_its_unfinished_pair_along(place: Workplace) -> None:
+def test_a_primary_that_is_merged_into_another_takes_its_unfinished_pair_along(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(1)
     third = organisation.add_contact("P2", "person1@example.com", display_name="Person 1")
     place.export(organisation)

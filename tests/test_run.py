@@ -181,7 +181,7 @@ def without_names(answer: Dict[str, Any]) -> Dict[str, Any]:
     return answer
 
 
-def test_items_that_name_none_of_the_contacts_are_asked_for_contact_by_contact(place: Workplace) -> None:
+def test_items_that_name_none_of_the_contacts_are_requested_contact_by_contact(place: Workplace) -> None:
     """An API may leave out who a work belongs to; the filter still knows."""
     organisation, pairs = organisation_of_pairs(3)
     place.export(organisation)
@@ -354,7 +354,7 @@ def test_the_log_tells_every_step_with_the_address_and_each_request_with_whom_it
     assert [line for line in lines if "rev-users.update for P1, user_1 -> 200" in line]
 
 
-def test_an_interrupted_run_tells_the_unfinished_from_what_was_not_begun_and_a_canary_from_all(
+def test_an_interrupted_run_tells_the_unfinished_from_what_was_not_started_and_a_canary_from_all(
     place: Workplace,
 ) -> None:
     organisation, pairs = organisation_of_pairs(4)

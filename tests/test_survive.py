@@ -136,7 +136,7 @@ def test_a_run_killed_at_some_durable_writes_is_finished_by_the_next(tmp_path: P
     assert survive_kill_at_write(tmp_path, number, ("before", "after")[number % 2], GONE[number % 4])
 
 
-def test_a_merge_is_never_asked_for_before_its_intent_is_in_the_savepoint(place: Workplace) -> None:
+def test_a_merge_is_never_requested_before_its_intent_is_in_the_savepoint(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(6)
     place.export(organisation)
     seen = []
@@ -222,9 +222,9 @@ def test_an_interruption_after_the_merge_leaves_the_reference_on_no_contact_for_
 def test_a_second_interruption_stops_at_once(place: Workplace) -> None:
     organisation, _ = organisation_of_pairs(2)
     place.export(organisation)
-    with Sandbox(organisation, faults=[Fault("hang", "works.list", detail=30)]) as sandbox:
+    with Sandbox(organisation, faults=[Fault("hang", "rev-users.merge", detail=30)]) as sandbox:
         process = place.start(sandbox)
-        while not sandbox.count("works.list"):
+        while not sandbox.count("rev-users.merge"):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
@@ -290,7 +290,7 @@ def only(contact: str) -> Callable[[Dict[str, Any]], bool]:
     return lambda body: contact in (body.get("secondary_user"), body.get("id"))
 
 
-def test_a_merge_that_never_finishes_holds_up_nobody_and_is_looked_at_first_thing_in_the_next_run(
+def test_a_merge_that_never_finishes_holds_up_no_other_and_is_polled_first_in_the_next_run(
     place: Workplace,
 ) -> None:
     organisation, pairs = organisation_of_pairs(5)
@@ -310,7 +310,7 @@ def test_a_merge_that_never_finishes_holds_up_nobody_and_is_looked_at_first_thin
     assert_merged(organisation, pairs)
 
 
-def test_an_acknowledged_merge_that_devrev_has_dropped_is_asked_for_again_by_the_next_run(place: Workplace) -> None:
+def test_an_acknowledged_merge_that_devrev_has_dropped_is_requested_again_by_the_next_run(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(2)
     place.export(organisation)
     with Sandbox(organisation, faults=[Fault("merge-never", "rev-users.merge", times=1)]) as sandbox:
@@ -346,7 +346,7 @@ def test_what_a_merge_leaves_behind_is_named_and_proved_again_by_the_next_run(pl
         assert sandbox.count("rev-users.merge") == 3
 
 
-def test_a_reference_held_by_somebody_else_is_a_conflict_that_stays_resumable(place: Workplace) -> None:
+def test_a_reference_held_by_another_user_is_a_conflict_that_stays_resumable(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(3)
     place.export(organisation)
     thief: List[str] = []
@@ -415,7 +415,7 @@ def test_nothing_listening_is_said_and_changes_nothing(place: Workplace) -> None
     assert "can't be reached" in result.err
 
 
-def test_five_failures_in_a_row_stop_the_run_before_more_is_begun(place: Workplace) -> None:
+def test_five_failures_in_a_row_stop_the_run_before_more_is_started(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(60, (0, 0))
     place.export(organisation)
     with Sandbox(organisation, faults=[Fault("400", "rev-users.merge")]) as sandbox:
@@ -729,7 +729,7 @@ def test_a_damaged_backup_is_never_merged_on(place: Workplace) -> None:
     assert_merged(organisation, pairs)
 
 
-def test_a_pair_that_was_asked_for_is_never_forgotten_whatever_the_next_look_says(place: Workplace) -> None:
+def test_a_pair_that_was_requested_is_never_forgotten_whatever_the_next_poll_says(place: Workplace) -> None:
     """The merge takes long, its answer is lost, and half of it is done when the pair is checked anew."""
     organisation, pairs = organisation_of_pairs(1, (1, 3))
     place.export(organisation)
@@ -799,7 +799,7 @@ def test_a_refused_merge_is_not_taken_for_a_merge_because_the_contact_is_locked(
     assert_merged(organisation, pairs[1:])
 
 
-def test_a_pair_that_waits_to_be_asked_again_is_not_given_up_when_the_run_is_interrupted(place: Workplace) -> None:
+def test_a_pair_that_waits_to_be_requested_again_is_not_given_up_when_the_run_is_interrupted(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(1)
     place.export(organisation)
     faults = [Fault("reset-after", "rev-users.merge", times=1), Fault("429", "rev-users.merge", detail=60)]

@@ -22,7 +22,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX terminal")
 @pytest.mark.parametrize(
     "typed, code, merged", [("merge\n", 0, 2), ("yes\n", 2, 0), ("\n", 2, 0), ("\x04", 2, 0), ("\x03", 130, 0)]
 )
-def test_on_a_terminal_only_a_typed_merge_goes_on(place: Workplace, typed: str, code: int, merged: int) -> None:
+def test_on_a_terminal_only_a_typed_merge_continues(place: Workplace, typed: str, code: int, merged: int) -> None:
     organisation, pairs = organisation_of_pairs(2)
     place.export(organisation)
     with Sandbox(organisation) as sandbox:
@@ -225,7 +225,7 @@ def test_help_and_version_write_nothing(place: Workplace, options: List[str], wo
     assert place.files() == []
 
 
-def test_output_that_nobody_reads_any_more_does_not_stop_a_run(place: Workplace) -> None:
+def test_output_that_is_not_read_any_more_does_not_stop_a_run(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(2)
     place.export(organisation)
     with Sandbox(organisation, latency=0.02) as sandbox:
@@ -240,7 +240,7 @@ def test_output_that_nobody_reads_any_more_does_not_stop_a_run(place: Workplace)
 
 @posix
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
-def test_the_first_signal_says_what_it_waits_for_and_the_second_how_to_go_on(
+def test_the_first_signal_says_what_it_waits_for_and_the_second_how_to_continue(
     place: Workplace, name: str, code: int
 ) -> None:
     organisation, _ = organisation_of_pairs(1)
@@ -357,7 +357,7 @@ def test_check_status_and_verify_say_the_same_as_json(place: Workplace, mode: st
         assert (found["complete"], found["damaged"], found["missing"], found["partial"]) == (2, [], [], [])
 
 
-def test_check_ends_in_a_verdict_and_looks_at_the_csv_even_where_nobody_answers(place: Workplace) -> None:
+def test_check_ends_in_a_verdict_and_reads_the_csv_even_where_no_server_answers(place: Workplace) -> None:
     place.csv.write_text("REV_USER_ID\n", encoding="utf-8")
     nowhere = {"DEVREV_API_TOKEN": "sandbox-token", "DEVREV_BASE_URL": "http://127.0.0.1:9", "DEVREV_MAX_RETRIES": "0"}
     out = place.run(None, "--check", check=2, **nowhere).out
@@ -365,7 +365,7 @@ def test_check_ends_in_a_verdict_and_looks_at_the_csv_even_where_nobody_answers(
     assert "missing columns DISPLAY_NAME" in out and out.splitlines()[-1] == "not ready: 2 problems"
 
 
-def test_status_while_a_run_goes_on_says_what_is_worked_on_and_leaves_no_log(place: Workplace) -> None:
+def test_status_while_a_run_is_in_progress_says_what_is_worked_on_and_leaves_no_log(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(23)
     place.export(organisation)
     with Sandbox(organisation, faults=[Fault("merge-never", skip=1)]) as sandbox:

@@ -355,7 +355,7 @@ def test_where_the_contact_is_refused_for_good_the_primary_gets_the_reference_ag
         assert len(place.run(sandbox, "--yes", "--undo", path, check=0).report["undone"]) == 2
 
 
-def test_a_reference_that_somebody_else_has_taken_is_not_taken_from_them(place: Workplace) -> None:
+def test_a_reference_that_another_user_has_taken_is_not_taken_from_them(place: Workplace) -> None:
     organisation, pairs = seeded(1)
     with Sandbox(organisation) as sandbox:
         path, _ = merged(place, sandbox)
@@ -478,7 +478,7 @@ def test_between_reference_and_contact_nothing_waits_for_quota(place: Workplace)
             assert len(between) <= 8 and created.started - freed.started < 0.9, between
 
 
-def test_an_unfinished_merge_is_taken_back_too(place: Workplace) -> None:
+def test_an_unfinished_merge_is_undone_too(place: Workplace) -> None:
     organisation, pairs = seeded(2)
     before = truth(organisation)
     place.export(organisation)
@@ -793,7 +793,7 @@ def test_an_undo_killed_at_any_durable_write_is_finished_by_the_same_command(tmp
 
 @posix
 @pytest.mark.parametrize("typed, code", [("undo\n", 0), ("merge\n", 2), ("\x03", 130)])
-def test_on_a_terminal_only_a_typed_undo_goes_on(place: Workplace, typed: str, code: int) -> None:
+def test_on_a_terminal_only_a_typed_undo_continues(place: Workplace, typed: str, code: int) -> None:
     organisation, _ = seeded(2)
     with Sandbox(organisation) as sandbox:
         path, _ = merged(place, sandbox)
