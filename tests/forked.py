@@ -26,6 +26,7 @@ IMPORTED = [
     "ratelimit",
 ]
 IMPORTED += ["requests", "sqlite3", "ssl", "subprocess", "unicodedata"]
+IMPORTED += ["merge_contacts"]  # for the patterns that it compiles; what runs is executed again
 # What Python reads before any program starts can't be set in a fork.
 READ_AT_START = ("PYTHON", "LC_", "LANG", "TZ")
 
