@@ -108,6 +108,7 @@ MUTANTS = [
         "requested again without a poll",
         "                if again and await poll(*pair.ids, RequestOptions(FINISH)) is not DuplicateStatus.EXISTS:",
         "                if False:",
+        "the merge has to come within that moment, which test_invariants.py chooses",
     ),
     Mutant(
         "requested again with the old backup",
@@ -198,6 +199,7 @@ MUTANTS = [
         'undo: the primary keeps the reference',
         '                if undo.reference_free and has_moved:\n',
         '                if False:\n',
+        "DevRev then refuses the contact, as it may; test_undo.py sees it",
     ),
     Mutant("undo: an interruption leaves the reference on no contact", "        with self.context.cancel_token.shield():\n", "        if True:\n"),
     Mutant(

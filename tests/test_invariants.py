@@ -225,6 +225,18 @@ def test_lists_that_have_become_too_old_are_read_again_with_the_timelines_of_wha
     assert_merged(organisation, pairs)
 
 
+def test_a_merge_that_comes_while_it_is_about_to_be_requested_again_is_finished(place: Workplace) -> None:
+    """The next run has polled it, waited, and read the backup again: the poll right before the request sees it."""
+    organisation, pairs = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation, faults=[Fault("merge-never", "rev-users.merge", times=1)]) as sandbox:
+        place.run(sandbox, "--merge-timeout", "1", check=1)
+        sandbox.on_request = after("timeline-entries.list", lambda _: organisation.merge(*pairs[0]))
+        place.run(sandbox, "--merge-timeout", "1", check=0)
+        assert sandbox.count("rev-users.merge") == 1
+    assert_merged(organisation, pairs)
+
+
 # -- called done, and isn't --------------------------------------------------------------------------
 
 
