@@ -11,7 +11,7 @@ contacts.csv -> pairs that share an email -> live check -> backup -> integrity c
 A merge in DevRev is asynchronous and can't be undone there. So every step refuses rather than guesses, and is in the
 savepoint before its request is sent. `--undo` restores most of a merge from its backup. `--help` has the options.
 
-Map of this file; everything stands above what uses it:
+Map of this file, roughly bottom-up:
 
     Errors        FatalError, PairError             what ends a run, what fails a pair
     Text          sanitizing, file names, JSON
@@ -20,16 +20,19 @@ Map of this file; everything stands above what uses it:
     Detection     classify_group, check_live        which contact is primary, and by what rule; the live check
                   State, Pair                       what is known of one merge
     Quota         RequestScheduler.on_response      quota window, circuit breaker, reservations: where a 429 is handled
-    Requests      DevRevAPI                         one method for each endpoint; refusals and retries
+    Requests      DevRevAPI._call                   retries, also after a 429; one method for each endpoint
     Batches       BatchLoader                       one list call for many contacts
-    Backup        write_backup, snapshot_entry      where to add a field to the backup
+    Backup        write_backup, snapshot_entry      where to add a field to the backup of a contact
     Savepoint     SavePoint                         two files with one content; what a crash leaves
     Merge         PairMerge                         a pair's state machine: no answer to a merge, how a pair resumes
                   PrimaryUpdate                     how the reference and carried fields get to the primary
-                  merge_group, ContactMerger        the order of pairs, groups and earlier runs
+                  merge_group                       the order of a group's pairs
+                  TaskRunner                        what makes a run stop early: failures in a row, signals, disk
+                  ContactMerger                     the order of groups; what earlier runs left; cancelled pairs
     Export        ContactExporter                   the CSV from DevRev itself
     Undo          PairUndo, UndoRunner              what comes back
-    Report        CODES, merge_entry                what each code means; where to add a field to the report
+    Report        CODES                             what each code means; whether it stops a run, or can be settled
+                  merge_entry, pair_rows            where to add a field to the report: JSON (and page), CSV
     Estimate, Console, Preview                      what people see before and meanwhile
     Command line  RunContext, main                  options, settings, signals, one function for each mode
 """
@@ -196,6 +199,16 @@ class NoUsableResponse(PairError):
         super().__init__("api_error", f"{endpoint} gave no usable answer: {message}")
 
 
+# What reading an answer of another shape raises. One contact's answer fails its own pair or group; the others continue.
+ODD_ANSWER = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
+
+
+def odd_answer(email: str, error: Exception) -> PairError:
+    """Log where an answer could not be understood, and return the problem of its group. Call it in the handler."""
+    log.exception("%s: unexpected", email)
+    return PairError("api_error", f"an answer could not be understood ({type(error).__name__}: {error})")
+
+
 # ---------------------------------------------------------------------------------------------------
 # Text
 # ---------------------------------------------------------------------------------------------------
@@ -311,7 +324,7 @@ class Environment:
         return max(now.wall - since.wall, now.monotonic - since.monotonic)
 
     def elapsed(self, since: Timestamp) -> float:
-        """Seconds since then, at least: a wall clock that is set back by hours would make a wait as long."""
+        """Monotonic seconds since then. A wall clock that is set back by hours would make a wait as long."""
         return self.now().monotonic - since.monotonic
 
     def run_event_loop(self, work: Coroutine[Any, Any, T]) -> T:
@@ -601,7 +614,7 @@ class CancelToken:
 
     @contextlib.contextmanager
     def shield(self) -> Iterator[None]:
-        """Let what the current task does in the block go on in spite of an interruption; other stops end it, too."""
+        """Let the current task finish the block in spite of an interruption; other stops end it, too."""
         task = asyncio.current_task()
         self._shielded.add(task)
         try:
@@ -1361,7 +1374,7 @@ class Pair:
         return pair
 
     def withdraw_request(self) -> None:
-        """Take back the last request, which was saved and never sent: the one before it, if any, counts again."""
+        """Withdraw the last request, which was saved and never sent: the one before it, if any, counts again."""
         self.withdrawn_at, self.requested_at = self.requested_at, self.previous_request_at
         self.previous_request_at = 0.0
         if self.requested_at:
@@ -1460,7 +1473,7 @@ def different_names(email: str, contacts: Sequence[Contact]) -> List[str]:
     return sorted(names.values()) if differ else []
 
 
-# The whole local part of an address, before any `+`.
+# Local parts, compared as a whole, without what follows a `+`.
 ROLE_ADDRESSES = frozenset((
     "info", "support", "help", "helpdesk", "service", "sales", "contact", "hello", "office", "team", "admin",
     "administrator", "billing", "accounts", "accounting", "finance", "hr", "jobs", "careers", "marketing", "press",
@@ -1468,7 +1481,7 @@ ROLE_ADDRESSES = frozenset((
     "reception", "orders", "booking", "bookings", "customerservice", "customer-service", "customercare", "feedback",
 ))  # fmt: skip
 PLACEHOLDER_ADDRESSES = frozenset((
-    "noreply", "no-reply", "no_reply", "no.reply", "donotreply", "do-not-reply", "do_not_reply", "mailer-daemon",
+    "noreply", "no-reply", "no_reply", "donotreply", "do-not-reply",
     "none", "null", "nobody", "unknown", "anonymous", "test", "na", "n-a", "noemail", "no-email", "invalid",
 ))  # fmt: skip
 
@@ -1521,8 +1534,8 @@ class Plan:
     other_refs: int = 0  # contacts that take no part
     other_ref: str = ""  # an example
     revived: List[Pair] = field(default_factory=list)  # were cancelled, and are named with --email now
-    left_out: List[Pair] = field(default_factory=list)  # by the live check, while others of their group went on
-    refused: List[Pair] = field(default_factory=list)  # being undone, of which the savepoint keeps the row
+    left_out: List[Pair] = field(default_factory=list)  # by the live check, while others of their group were merged
+    refused: List[Pair] = field(default_factory=list)  # left alone, because their undo is unfinished: their rows stay
     warnings: List[Json] = field(default_factory=list)  # of `find_warnings`, before the groups are consumed
 
     def others_line(self) -> str:
@@ -1859,7 +1872,7 @@ def check_live(
         orgs = {rev_org_id(user) for user in (there, duplicate) if user} - {None}  # one without conflicts with nothing
         orgs_differ = len(orgs) > 1 and not across_workspaces
         if pair.state is State.PLANNED and not pair.first_requested_at:
-            # What was never requested may leave the group, if the others can go on without it.
+            # What was never requested may leave the group, if the others can be merged without it.
             code, words = "", ""
             if is_gone(duplicate) and not pair.new_ref:
                 code, words = "already_gone", f"{name} no longer exists in DevRev"
@@ -2547,7 +2560,7 @@ class DevRevAPI:
             is_new = len(known) > before
             stale, empty = (0, 0) if is_new else (stale + bool(items), empty + (not items))
             if cursor in cursors or stale >= self.STALE_PAGES or empty >= self.EMPTY_PAGES:
-                raise NoUsableResponse(endpoint, "its pages go on without bringing anything new")
+                raise NoUsableResponse(endpoint, "its pages bring nothing new")
             cursors.add(cursor)
             page["cursor"] = cursor
 
@@ -3125,7 +3138,7 @@ def winning_row(one: StoredPair, other: StoredPair) -> StoredPair:
 class SavePointFile:
     """One of the savepoint's two SQLite files; each is complete, and knows nothing of the other.
 
-    `last_write` and `last_run` say which write reached it last, and whose. Methods raise sqlite3.Error.
+    `last_write` and `last_run` say which write reached it last, and whose. Reads and writes raise sqlite3.Error.
     """
 
     FORMAT = 3
@@ -3157,7 +3170,8 @@ class SavePointFile:
         read.
         """
         try:
-            head = self.path.read_bytes()[:100] if self.path.exists() else b""
+            with contextlib.ExitStack() as stack:
+                head = stack.enter_context(open(self.path, "rb")).read(100) if self.path.exists() else b""
         except OSError as error:
             raise FatalError(EXIT_STOPPED, f"the savepoint {self.path} can't be read: {error.strerror}") from None
         if not head:
@@ -3560,7 +3574,7 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class GroupContext:
-    """What a group needs of its run: the world, and two callbacks."""
+    """What a group needs of its run, and two callbacks."""
 
     api: DevRevAPI
     environment: Environment
@@ -3604,10 +3618,10 @@ class MergeContext(GroupContext):
 
     first_merge: FirstMerge
     recent_merges: Deque[Tuple[float, int]]  # how long the last ones took: seconds, and polls
-    before_verification: Set[Group]  # that will verify soon: who verifies lingers, so that one list call serves many
+    before_verification: Set[Group]  # that will verify soon: lists wait for them (LINGER), so that one call serves many
 
     def at_verification(self, group: Group) -> None:
-        """Note that a group verifies, or won't soon; after the last one, who verifies lingers for no other."""
+        """Note that a group verifies, or won't soon. After the last one, send the list calls that wait."""
         self.before_verification.discard(group)
         if not self.before_verification and not self.cancel_token.stop:
             asyncio.get_event_loop().call_later(BatchLoader.LINGER, self.api.dispatch)
@@ -3668,7 +3682,7 @@ class Preconditions:
 
     FRESH = 60.0  # seconds for which a live check may be relied on
     LISTED = 120.0  # seconds for which the lists in a backup may be relied on
-    AHEAD = 50  # timelines that are requested at once, so that groups which started earlier are read first
+    AHEAD = 50  # timelines a group requests at once: with all of them queued, later groups would come before its rest
 
     def __init__(self, context: MergeContext, group: Group) -> None:
         self.context = context
@@ -3748,6 +3762,7 @@ class Preconditions:
             await self._read_timelines(objects)
         timelines = {identity: self._timelines[identity][1] for identity in objects if identity in self._timelines}
         facts = {"email": email, "organisation": options.organisation, "timelines": options.timelines}
+        facts["work_kinds"] = list(self.context.api.work_kinds)  # that DevRev lists for the token
         home = BACKUPS / safe_name(email)
         folder = await environment.run_in_thread(write_backup, environment, home, facts, snapshots, timelines)
         works = {work for one in snapshots for work in one.works()}
@@ -3964,7 +3979,7 @@ class TransferVerifier:
         return any(duplicate_status(user, *pair.ids) is DuplicateStatus.EXISTS for user in shown)
 
 
-class GroupState:
+class GroupMerge:
     """What the merges of one group share. `wanted` are the pairs of this run's CSV: no other is requested."""
 
     def __init__(
@@ -3988,7 +4003,7 @@ class MergeTimer:
     SLOW = 3.0  # seconds after which no other pair waits for this one
     MOST_POLLS = 16  # in the first ten seconds after a merge was requested
 
-    def __init__(self, context: MergeContext, pair: Pair, shared: GroupState) -> None:
+    def __init__(self, context: MergeContext, pair: Pair, shared: GroupMerge) -> None:
         self.context, self.pair, self.shared = context, pair, shared
         self.started: Optional[Timestamp] = None  # when this run began to wait
         self._waited_before = 0.0  # seconds that earlier runs had waited
@@ -4010,7 +4025,7 @@ class MergeTimer:
         return RequestOptions(priority, self.shared.reservation, reserve)
 
     async def pause(self, seconds: float) -> None:
-        """Wait for DevRev; new work need not wait for this pair meanwhile."""
+        """Sleep until DevRev may have got further. From now on, new work and other groups do not wait for this pair."""
         if seconds > 0:
             self.shared.attempted.set()
             if self.waited() > self.SLOW:
@@ -4116,14 +4131,14 @@ class PrimaryUpdate:
 class PairMerge:
     """One merge: request, wait, set the reference, verify. A pair that an earlier run left enters at its state.
 
-    Each phase takes the pair at a recovery point and returns the next one. What keeps the pair from its end is raised
-    as PairError and recorded as its outcome; what stops the run passes through.
+    Each phase takes the pair at a recovery point and returns the next one; a wait may request the merge again. What
+    keeps the pair from its end is raised as PairError and recorded as its outcome; what stops the run passes through.
     """
 
     MAX_REQUESTS = 3  # times that a run requests one merge
     MAX_REFRESHES = 12  # times that preconditions are read again before a pair is given up
 
-    def __init__(self, context: MergeContext, pair: Pair, shared: GroupState) -> None:
+    def __init__(self, context: MergeContext, pair: Pair, shared: GroupMerge) -> None:
         self.context, self.api, self.pair, self.shared = context, context.api, pair, shared
         self.preconditions, self.verifier = shared.preconditions, shared.verifier
         self.timer = MergeTimer(context, pair, shared)
@@ -4158,12 +4173,8 @@ class PairMerge:
             if pair.state in UNFINISHED:
                 await self.context.record_outcome(pair, PairError("forbidden", str(denied)), False)
             raise
-        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            # Whatever one contact's answers look like, the others continue.
-            log.exception("%s: unexpected", pair.email)
-            await self.end(
-                PairError("api_error", f"an answer could not be understood ({type(error).__name__}: {error})")
-            )
+        except ODD_ANSWER as error:
+            await self.end(odd_answer(pair.email, error))
             return False
         finally:
             self.api.scheduler.release(self.shared.reservation)
@@ -4173,7 +4184,7 @@ class PairMerge:
         return True
 
     async def _transition(self, state: State) -> None:
-        """Move a pair to a state, durably: the one place where it happens, but for the intent to request a merge."""
+        """Move a pair to its next state, durably. Only the intent to request a merge is saved elsewhere."""
         pair = self.pair
         pair.state = state
         if pair.requested_at:
@@ -4192,7 +4203,8 @@ class PairMerge:
     async def end(self, problem: Optional[PairError] = None) -> None:
         """Record that the pair has ended, or what keeps it from its end in this run.
 
-        A failure says something of the run but where an earlier run has failed at the pair, too.
+        A failure counts among the failures in a row, unless an earlier run left the pair or failed at it too, or only
+        its verification is open.
         """
         pair, self.has_outcome = self.pair, True
         counts = not (self.shared.resumed or pair.tried_before or pair.state is State.VERIFYING)
@@ -4400,7 +4412,7 @@ class PairMerge:
         return State.DONE
 
 
-async def merge_group(context: MergeContext, shared: GroupState) -> None:
+async def merge_group(context: MergeContext, shared: GroupMerge) -> None:
     """Merge the pairs of a group one after the other, then verify them together."""
     merges = [PairMerge(context, pair, shared) for pair in shared.pairs]
     try:
@@ -4549,7 +4561,7 @@ class ContactMerger:
             api, api.environment, savepoint, api.cancel_token, options, self.runner.record_outcome,
             self.runner.raise_if_draining, FirstMerge(api.cancel_token), collections.deque(maxlen=20), set(),
         )  # fmt: skip
-        self._resumed: Dict[asyncio.Future[None], GroupState] = {}
+        self._resumed: Dict[asyncio.Future[None], GroupMerge] = {}
 
     @staticmethod
     def is_success(pair: Pair) -> bool:
@@ -4577,7 +4589,7 @@ class ContactMerger:
         for pair in unfinished:
             if pair.state is State.MERGED and pair.code == "external_ref_conflict" and pair.new_ref in moved:
                 del self.runner.outcomes[pair.ids]
-                self._start(GroupState(self.context, Group(pair.email, [pair]), [pair], plan.wanted, True))
+                self._start(GroupMerge(self.context, Group(pair.email, [pair]), [pair], plan.wanted, True))
         await self.runner.wait_all()
 
     async def _poll_cancelled(self) -> List[Pair]:
@@ -4621,7 +4633,7 @@ class ContactMerger:
             known.update(pair.ids for pair in siblings)
             siblings += [pair for pair in planned.pairs if pair.ids not in known] if planned else []
             group = Group(pairs[0].email, [*pairs, *siblings], chosen=planned.chosen if planned else "")
-            shared = GroupState(self.context, group, pairs, plan.wanted, resumed=True)
+            shared = GroupMerge(self.context, group, pairs, plan.wanted, resumed=True)
             for pair in pairs:
                 pair.code, pair.error = "", ""
             self._resumed[self._start(shared)] = shared
@@ -4639,8 +4651,8 @@ class ContactMerger:
         groups, plan.groups = plan.groups, []
         groups.sort(key=lambda group: not failed.isdisjoint(pair.ids for pair in group.pairs))
         groups.reverse()
-        deferred: List[GroupState] = []
-        batch: List[GroupState] = []
+        deferred: List[GroupMerge] = []
+        batch: List[GroupMerge] = []
         while groups:
             group = groups.pop()  # and forget it: memory does not grow with what is done
             group.pairs = [known.get(pair.ids, pair) for pair in group.pairs]
@@ -4653,7 +4665,7 @@ class ContactMerger:
                     words = f"its undo is not finished; finish it first: merge_contacts.py --undo {undoes.undo.path}"
                     await self.runner.record_outcome(pair, PairSkipped("undo_unfinished", words))
             if pairs and not undoes:
-                shared = GroupState(self.context, group, pairs, plan.wanted, resumed=False)
+                shared = GroupMerge(self.context, group, pairs, plan.wanted, resumed=False)
                 (deferred if ids & blocked else batch).append(shared)
             if sum(len(one.pairs) for one in batch) >= min(self.BATCH, max(1, self._room() // 2)):
                 await self._start_batch(batch)
@@ -4665,12 +4677,12 @@ class ContactMerger:
         the next window would have to be read again then."""
         return int(max(2, min(self.IN_PROGRESS, requests_per_minute(self.api.scheduler) // 4)))
 
-    def _start(self, shared: GroupState) -> "asyncio.Future[None]":
+    def _start(self, shared: GroupMerge) -> "asyncio.Future[None]":
         task = self.runner.start(merge_group(self.context, shared), shared.pairs)
         task.add_done_callback(lambda _: self.context.at_verification(shared.group))
         return task
 
-    async def _start_batch(self, batch: List[GroupState]) -> None:
+    async def _start_batch(self, batch: List[GroupMerge]) -> None:
         while batch:
             in_progress = sum(map(len, self.runner.tasks.values()))
             if in_progress and in_progress + sum(len(one.pairs) for one in batch) > self._room():
@@ -4682,7 +4694,7 @@ class ContactMerger:
                 self._start(shared)
             batch.clear()
 
-    async def _start_deferred(self, shared: GroupState, unfinished: Sequence[Pair]) -> None:
+    async def _start_deferred(self, shared: GroupMerge, unfinished: Sequence[Pair]) -> None:
         """Start a group that shares a contact with an unfinished pair, once that pair is past its request.
 
         A group with the contact that holds that pair's reference goes first: the reference follows it.
@@ -4746,7 +4758,7 @@ class ContactExporter:
         self.rows: List[Contact] = []
 
     async def run(self) -> List[Contact]:
-        """All rows, ordered by email. Raises what a list call does, and OSError where the spool's disk refuses."""
+        """All rows, ordered by email. Raises what a list call does, and OSError for the disk of the spool."""
         keys = array("q")  # hashes of the spooled contacts' emails
         async for page in self.api.each_page("rev-users.list", "rev_users", {}):
             for contact in map(contact_of, (user for user in page.items if not is_gone(user))):
@@ -4767,9 +4779,9 @@ class ContactExporter:
         return self.rows
 
     async def _count(self, contact: Contact) -> None:
-        """TICKET_COUNT, as the README's query has it: the greatest of owned, created and reported works."""
+        """TICKET_COUNT, as the README's query has it: the most tickets and issues owned, created or reported."""
         listings = await together(*(self.api.objects[name].load(contact.id) for name in ROLES.values()))
-        contact.tickets = max(len(listing.items) for listing in listings)
+        contact.tickets = ticket_count([work["id"] for work in listing.items] for listing in listings)
         self.counted += 1
 
     def progress(self) -> str:
@@ -5542,10 +5554,8 @@ class UndoRunner:
             return await work
         except PairError as problem:
             return problem
-        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            # Whatever one contact's answers look like, the other groups continue.
-            log.exception("%s: unexpected", group.email)
-            return PairError("api_error", f"an answer could not be understood ({type(error).__name__}: {error})")
+        except ODD_ANSWER as error:
+            return odd_answer(group.email, error)
         finally:
             work.close()
 
@@ -5679,7 +5689,7 @@ CODES: Dict[str, Code] = {
         "Check the named file or ticket, then run again.", systemic=True, settles=True),
     "stale": Code(
         "The check and the backup became too old before there was quota for the merge.",
-        "Raise DEVREV_RATE_LIMIT_CALLS, or ask DevRev for a larger quota.", systemic=True),
+        "Raise DEVREV_RATE_LIMIT_CALLS, or ask DevRev for a larger quota.", systemic=True, settles=True),
     "undo_unfinished": Code(
         "An undo of this email has started and not finished.",
         "Finish the undo with the command in the message first."),
@@ -7068,20 +7078,19 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str]) ->
     """Bring what the savepoint knows into a plan: what has ended or was requested, and what is not to be merged again.
 
     A group is skipped that has the address of, or two contacts of, a pair that was undone or cancelled, until it is
-    `named`. A contact that an undo created stands for its old id.
+    `named`; an export from before an undo also then. A contact that an undo created stands for its old id.
     """
     if plan.wanted:
         savepoint.organisation = next(iter(plan.wanted.values())).primary.organisation
     known = {pair.ids: pair for pair in savepoint.pairs(*UNFINISHED, *ENDED)}
     cancelled = {pair.ids: pair for pair in savepoint.pairs(State.CANCELLED)}
-    # An undo creates the duplicate again, with another id.
     undone = {pair.ids: pair for pair in savepoint.pairs(State.UNDONE, State.UNDO_SETTLED)}
     blocked = blocked_by_history(plan.groups, [*undone.values(), *cancelled.values()])
     blocked = {email: code for email, code in blocked.items() if email not in named}
     groups, plan.groups = plan.groups, []
     for group in groups:
         rows = [known.get(pair.ids) for pair in group.pairs]
-        # An export with an old id is older than the undo: it would merge what the undo has not created again.
+        # The undo created the duplicate again with another id: an export with the old one is older than the undo.
         is_stale = any(pair.ids in undone for pair in group.pairs)
         if is_stale or (group.email in blocked and not all(rows)):
             plan.skipped.append(SkippedGroup(group.email, blocked.get(group.email, "undone"), group.all_contacts()))
@@ -7222,6 +7231,8 @@ async def preview_live(run: RunContext, plan: Plan) -> List[Json]:
             problem = await foresee_group(api, group, run.merge_options())
         except PairError as error:
             problem = error
+        except ODD_ANSWER as error:
+            problem = odd_answer(group.email, error)
         code = problem.code if problem else None
         found.append({"email": group.email, "code": code, "reason": str(problem or "ready")})
 

@@ -29,7 +29,7 @@ ROLE_ADDRESSES = (
     " mail email reception orders booking bookings customerservice customer-service customercare feedback"
 )
 PLACEHOLDERS = (
-    "noreply no-reply no_reply no.reply donotreply do-not-reply do_not_reply mailer-daemon none null"
+    "noreply no-reply no_reply donotreply do-not-reply none null"
     " nobody unknown anonymous test na n-a noemail no-email invalid"
 )
 

@@ -63,7 +63,7 @@ MUTANTS = [
     ),
     Mutant("an outcome is not saved", "            if not isinstance(problem, PairSkipped):\n                await self.savepoint.save(pair)\n", ""),
     Mutant("unfinished pairs are forgotten", "return list(self.pairs(*UNFINISHED))", "return []"),
-    Mutant("an older savepoint is not noticed", "        check_not_restored(savepoint)\n", ""),
+    Mutant("an older savepoint is not noticed", "            check_not_restored(savepoint)\n        trial", "            pass\n        trial"),
     Mutant("killed runs get no report", "        for path in report_killed_runs(run.environment, savepoint):\n", "        for path in []:\n"),
     Mutant("a report is written again and again", '    document["reported"] = True\n', "    pass\n"),
     Mutant("pairs of all runs are in each report", "        for name, value in columns.items():\n", "        columns.pop(\"run\", None)\n        for name, value in columns.items():\n"),

@@ -226,6 +226,21 @@ def test_deleted_and_merged_contacts_are_left_out_and_look_alikes_are_not(place:
     assert found["emails"] == ["strasse@example.com", "stra\u00dfe@example.com"] and len(found["lines"]) == 2
 
 
+def test_an_export_counts_what_the_integrity_check_counts(place: Workplace) -> None:
+    """Tasks and the like are in the backup, and TICKET_COUNT leaves them out; the manifest names the kinds."""
+    organisation = Organisation()
+    both = pair(organisation, 1, (2, 1))
+    for _ in range(5):
+        organisation.add_work([both[0]], kind="task")
+    with Sandbox(organisation, long_work_types=True) as sandbox:
+        place.run(sandbox, "--export", "contacts.csv", check=0)
+        assert sorted(row["TICKET_COUNT"] for row in rows_of(place.csv)) == ["1", "2"]
+        (entry,) = place.run(sandbox, check=0).report["successful_merges"]
+    manifest = json.loads((place.folder / entry["backup"] / "manifest.json").read_text(encoding="utf-8"))
+    assert {"ticket", "issue", "task"} <= set(manifest["work_kinds"])
+    assert_merged(organisation, [both])
+
+
 def test_an_empty_file_that_a_kill_has_left_is_replaced(place: Workplace, seeded: Organisation) -> None:
     place.csv.write_bytes(b"")
     with Sandbox(seeded) as sandbox:
