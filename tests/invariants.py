@@ -168,7 +168,10 @@ class InvariantChecker:
         self.client_limit = (0, 60.0)  # calls in seconds, of this run
         self.sent_at: List[float] = []  # steady seconds, of the last requests
         self.flying = 0  # merge requests without an answer
-        self.first_trouble: Set[Ids] = set()  # pairs whose first request was answered with 403
+        self.forbidden: Set[Ids] = set()  # pairs of which a merge request was answered with 403
+        self.merge_answers = 0  # in this run, to pairs that had no 403 before
+        self.is_forbidden = False  # the first of them was a 403
+        self.is_foreign = False  # the CSV is of another organisation
 
     versions = staticmethod(versions)
     held = staticmethod(held)
@@ -193,6 +196,9 @@ class InvariantChecker:
         self.began = self.clock.now, self.clock.wall
         self.flying, self.sent_at, self.polled, self.joined = 0, [], set(), set()
         self.written = set()
+        self.merge_answers, self.is_forbidden = 0, False
+        mine = self.organisation.dev_user["id"].partition(":devo/")[2].partition(":")[0]
+        self.is_foreign = any(row.id.partition(":devo/")[2].partition(":")[0] != mine for row in rows)
         main, copy = self._read_files()
         self.expected, self.unsent = joined(main, copy), never_sent(main, copy)
         self.latest = dict(self.expected)
@@ -307,6 +313,8 @@ class InvariantChecker:
             self._judge_join()
         if self.stopped and not (self.undo.may_finish(sent) or self._gives_reference(sent)):
             raise InvariantBroken("no request after a stop", f"{sent.endpoint} leaves")
+        if self.is_foreign and sent.endpoint != "dev-users.self":
+            raise InvariantBroken("a CSV of another organisation stops everything", f"{sent.endpoint} leaves")
         if getattr(self.options, "settle", None) and sent.endpoint in WRITES:
             raise InvariantBroken("settling changes nothing in DevRev", sent.endpoint)
         self._judge_client_limit()
@@ -342,6 +350,11 @@ class InvariantChecker:
             if answer.status == 429 or not answer.sent:
                 asks.pop()  # it can't have been acted on
                 return
+            ids = sent.body["primary_user"], sent.body["secondary_user"]
+            self.merge_answers += ids not in self.forbidden
+            if answer.status == 403 and answer.data is not None:
+                self.is_forbidden = self.is_forbidden or (self.merge_answers == 1 and ids not in self.forbidden)
+                self.forbidden.add(ids)
             ask = asks[-1]
             ask.ended = self.clock.now
             if answer.status is not None and 200 <= answer.status < 300:
@@ -387,6 +400,8 @@ class InvariantChecker:
 
     def _judge_merge(self, ids: Ids, sent: Sent) -> None:
         earlier = self.asks[ids]
+        if self.is_forbidden:
+            raise InvariantBroken("a 403 to the first merge request of a run ends it", f"{name_of(ids)} is requested")
         row = self._judge_intent(ids)
         self._judge_plan(ids, row)
         self._judge_turn(ids)

@@ -12,6 +12,7 @@ import csv
 import logging
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import sys
@@ -95,6 +96,8 @@ class Scenario:
         self.rows: Dict[Ids, Dict[str, Any]] = {}  # of the savepoint, after the last run
         self.choices: Dict[str, str] = {}
         self.refusal = ""  # why the last run did nothing
+        self.rare = random.Random(seed + 2)  # of its own, so that kept seeds stay the scenarios that they were
+        self.may_not_merge, self.has_foreign_exports = (self.rare.random() < 0.06 and not draws.calm for _ in range(2))
         self._describe()
 
     def trace(self, what: str) -> None:
@@ -237,6 +240,7 @@ class Scenario:
         """Draw what the coming run meets on DevRev's side."""
         chance, world = self.chance, self.fake_devrev
         world.faults = self.faults()
+        world.forbidden = ("rev-users.merge",) if self.may_not_merge and self.rare.random() < 0.5 else ()
         world.list_lag = self.draws.somewhen(0.5, 30.0) if self.draws.has("lists lag", 0.15) else 0.0
         self.checker.lag = max(self.checker.lag, world.list_lag)
         held = self.draws.has("references held", 0.1)
@@ -323,6 +327,8 @@ class Scenario:
         if not self.exports or chance.random() < 0.4:
             self._export()
         rows = self.exports[-1] if chance.random() < 0.8 else chance.choice(self.exports)
+        if self.has_foreign_exports and self.rare.random() < 0.3:
+            rows = [row._replace(id=row.id.replace(":devo/", ":devo/OTHER")) for row in rows]
         self._write_csv(rows)
         options = ["--csv", "contacts.csv", "--yes", "--quiet", "--workers", str(chance.choice((1, 2, 8, 8, 32)))]
         options += ["--merge-timeout", f"{draws.somewhen(2.0, 300.0):.1f}"]
@@ -622,7 +628,7 @@ class Scenario:
         """No more faults, edits or kills: after some runs everything has ended."""
         self.trace("FROM HERE ON IN PEACE")
         self.in_peace = True
-        self.fake_devrev.faults, self.fake_devrev.list_lag = [], 0.0
+        self.fake_devrev.faults, self.fake_devrev.list_lag, self.fake_devrev.forbidden = [], 0.0, ()
         self.organisation.ref_release = 0.0
         if self.fake_devrev.quota:
             self.fake_devrev.quota.others = 0
