@@ -1555,6 +1555,7 @@ class Plan:
         ]
 
     def pairs(self) -> Iterator[Pair]:
+        """Return the pairs of which the merge has not ended."""
         return (pair for group in self.groups for pair in group.pairs if pair.state not in ENDED)
 
     def count(self) -> int:
