@@ -3587,9 +3587,10 @@ class GroupContext:
 
 
 class FirstMerge:
-    """Let merges go one at a time until one is confirmed.
+    """Let merges go one at a time until one is confirmed, and DevRev takes updates of references.
 
-    The first merge of a run shows whether the token may merge, and whether this organisation answers as expected.
+    The first merge of a run shows whether the token may, and whether this organisation answers as expected. Where it
+    does not, one reference is on no contact.
     """
 
     def __init__(self, cancel_token: CancelToken) -> None:
@@ -3611,6 +3612,10 @@ class FirstMerge:
         if self._holder == ids:
             self._holder = None
             self._lock.release()
+
+    def confirm(self, ids: Ids) -> None:
+        self.confirmed = True
+        self.release(ids)
 
 
 @dataclass(frozen=True)
@@ -4070,8 +4075,10 @@ class PrimaryUpdate:
                     code = "not_found" if error.missing else "external_ref_not_set"
                     code = error.code if error.status == 403 else code
                     raise PairError(code, f"the reference {pair.new_ref} could not be set: {error}") from None
-                elif await self._wait_for_release(over) is DuplicateStatus.EXISTS:
-                    return False
+                else:
+                    self.context.first_merge.confirm(pair.ids)  # a conflict is this pair's alone
+                    if await self._wait_for_release(over) is DuplicateStatus.EXISTS:
+                        return False
                 continue
             except NoUsableResponse as error:
                 # It may have been made: the primary is read before the update is sent again.
@@ -4089,6 +4096,7 @@ class PrimaryUpdate:
             self.answer = user
             with contextlib.suppress(PairError):  # the verification names a damaged backup
                 pair.fields_lost = lost_fields(backed_up_contact(pair.backup, pair.duplicate.id), user)
+        self.context.first_merge.confirm(pair.ids)
         return True
 
     async def _plan(self, is_new: bool) -> Json:
@@ -4157,8 +4165,8 @@ class PairMerge:
         pair = self.pair
         phases = {
             State.PLANNED: self._request,
-            State.REQUESTED: self._wait,
-            State.ACKNOWLEDGED: self._wait,
+            State.REQUESTED: self._wait_shielded,
+            State.ACKNOWLEDGED: self._wait_shielded,
             State.MERGED: self._set_reference,
             State.VERIFYING: self._verify,
         }
@@ -4318,6 +4326,14 @@ class PairMerge:
             self.rejection = PairError("merge_refused", str(error))
         return State.REQUESTED
 
+    async def _wait_shielded(self) -> State:
+        """Wait for a merge that this run requested also in the time of grace after an interruption: once DevRev has
+        carried it out, its reference is on no contact until it is set."""
+        with (
+            self.context.cancel_token.shield() if self.requests_sent and self.pair.new_ref else contextlib.nullcontext()
+        ):
+            return await self._wait()
+
     async def _wait(self) -> State:
         """Poll until the duplicate no longer exists, or until the merge has to be requested again."""
         context, pair, timer = self.context, self.pair, self.timer
@@ -4361,8 +4377,8 @@ class PairMerge:
 
     def _confirmed(self) -> State:
         pair = self.pair
-        self.context.first_merge.confirmed = True
-        self.context.first_merge.release(pair.ids)
+        if not pair.new_ref:
+            self.context.first_merge.confirm(pair.ids)
         pair.code, pair.error = "", ""
         return State.MERGED
 
@@ -5029,14 +5045,16 @@ class UndoGroup:
         return [old, *stand_in], moved if pair.new_ref and moved != old else None
 
     def staying_roles(self, pair: Pair) -> Set[Role]:
-        """Return where the primary stays: where it, or another duplicate that is still merged, had the role itself."""
-        others = (one for one in (*self.pairs, *self.siblings) if one is not pair)
-        merged = (
-            one.duplicate.id
-            for one in others
-            if one.state in MERGED_STATES or (one.state is State.UNDOING and one.undo and not one.undo.contact)
-        )
-        return self.primary_roles.union(*(self.roles.get(one, ()) for one in merged))
+        """Return where the primary stays: where it had the role itself, or stands for another duplicate."""
+        stays = set(self.primary_roles)
+        for one in (*self.pairs, *self.siblings):
+            roles, undo = self.roles.get(one.duplicate.id, set()), one.undo
+            if one is pair or one.state not in (*MERGED_STATES, State.UNDOING):
+                continue
+            if one.state is State.UNDOING and undo and undo.contact and undo.left is not None:
+                roles = roles & {(item["id"], item["role"]) for item in undo.left}  # what it has not got again yet
+            stays |= roles
+        return stays
 
 
 def read_backups(pairs: Sequence[Pair], siblings: Sequence[Pair]) -> UndoGroup:

@@ -172,6 +172,7 @@ class InvariantChecker:
         self.merge_answers = 0  # in this run, to pairs that had no 403 before
         self.is_forbidden = False  # the first of them was a 403
         self.is_foreign = False  # the CSV is of another organisation
+        self.takes_updates = False  # an update of this run was carried out, or refused for a reason of its own
 
     versions = staticmethod(versions)
     held = staticmethod(held)
@@ -196,7 +197,7 @@ class InvariantChecker:
         self.began = self.clock.now, self.clock.wall
         self.flying, self.sent_at, self.polled, self.joined = 0, [], set(), set()
         self.written = set()
-        self.merge_answers, self.is_forbidden = 0, False
+        self.merge_answers, self.is_forbidden, self.takes_updates = 0, False, False
         mine = self.organisation.dev_user["id"].partition(":devo/")[2].partition(":")[0]
         self.is_foreign = any(row.id.partition(":devo/")[2].partition(":")[0] != mine for row in rows)
         main, copy = self._read_files()
@@ -336,6 +337,10 @@ class InvariantChecker:
                 is_probe = sent.endpoint == "dev-users.self"  # goes first where requests have failed in a row
                 if is_probe or sent.body.get("id") in mine or sent.body.get("external_ref") == [row["new_ref"]]:
                     return True
+            # What this run has requested may still be carried out: it is polled, or looked up in lists.
+            is_awaited = row["state"] in ("requested", "acknowledged") and row["new_ref"] and row["run"] == self.run_id
+            if is_awaited and sent.endpoint not in WRITES:
+                return True
         return False
 
     def answered(self, sent: Sent, answer: Any) -> None:
@@ -344,6 +349,8 @@ class InvariantChecker:
         self.undo.answered(sent, answer)
         if answer.status == 401 and answer.data is not None:
             self.stopped, self.interrupted = True, math.inf
+        if sent.endpoint == "rev-users.update":
+            self.takes_updates = self.takes_updates or answer.status in (200, 409)
         if sent.endpoint == "rev-users.merge":
             self.flying -= 1
             asks = self.asks[sent.body["primary_user"], sent.body["secondary_user"]]
@@ -478,6 +485,11 @@ class InvariantChecker:
             if len(fresh) >= 5 and ids not in self.tried:
                 what = f"{name_of(ids)}, after {len(fresh)} merges that were not confirmed"
                 raise InvariantBroken("five failures in a row stop a run", what)
+        for other in () if self.takes_updates or self.lies else mine:
+            row = self.latest[other]
+            if row["state"] == "merged" and row["new_ref"] and not row["code"]:
+                what = f"{name_of(ids)}, and the reference of {name_of(other)} is not set"
+                raise InvariantBroken("no more merges before the first reference is set", what)
         self.flying += 1
         for other in mine:
             there = all(self.organisation.alive(one) for one in other) and not self.lies

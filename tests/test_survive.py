@@ -219,6 +219,35 @@ def test_an_interruption_after_the_merge_leaves_the_reference_on_no_contact_for_
 
 
 @posix
+def test_a_merge_that_is_carried_out_within_the_time_of_grace_gets_its_reference(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(3)
+    place.export(organisation)
+    with Sandbox(organisation, merge_delay=1.5) as sandbox:
+        process = place.start(sandbox)
+        while not sandbox.count("rev-users.merge"):
+            time.sleep(0.01)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+        assert process.returncode == 130 and sandbox.count("rev-users.merge") == 1
+        ((primary, duplicate),) = [one for one in pairs if not organisation.alive(one[1])]
+        assert organisation.contacts[primary]["external_ref"] == f"user_{pairs.index((primary, duplicate)) + 1}"
+        place.run(sandbox, check=0)
+    assert_merged(organisation, pairs)
+
+
+def test_where_no_reference_can_be_set_no_more_than_five_are_on_no_contact(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(12)
+    place.export(organisation)
+    with Sandbox(organisation, forbidden=["rev-users.update"]) as sandbox:
+        place.run(sandbox, "--merge-timeout", "5", check=3)
+        assert len(organisation.merges) <= 5
+        sandbox.forbidden = []
+        place.run(sandbox, check=0)
+    assert_merged(organisation, pairs)
+
+
+@posix
 def test_a_second_interruption_stops_at_once(place: Workplace) -> None:
     organisation, _ = organisation_of_pairs(2)
     place.export(organisation)

@@ -601,6 +601,27 @@ def test_an_unverified_contact_is_verified_when_it_is_created_again(place: Workp
     assert "verified" in lost["verification"] and "is_verified" not in lost
 
 
+def test_duplicates_that_shared_a_ticket_get_it_again_after_a_refusal(place: Workplace) -> None:
+    organisation = Organisation()
+    keys = (("A", "user_1"), ("B", None), ("C", None))
+    one, other, primary = (organisation.add_contact(key, "ada@example.com", reference) for key, reference in keys)
+    for _ in range(2):
+        organisation.add_work(owned_by=[primary], reported_by=[primary])
+    organisation.add_work(owned_by=[one], reported_by=[one])
+    shared = organisation.add_work(owned_by=[one, other], reported_by=[one])
+    place.export(organisation)
+    with Sandbox(organisation, merge_delay=0.05) as sandbox:
+        place.run(sandbox, check=0)
+        (report,) = (place.folder / "reports").glob("merge*.json")
+        sandbox.restricted_writes = [shared]
+        place.run(sandbox, "--undo", str(report), check=1)
+        sandbox.restricted_writes = ()
+        undone = place.run(sandbox, "--undo", str(report), check=0).report["undone"]
+    again = {entry["duplicate"]["id"]: entry["contact"]["id"] for entry in undone}
+    assert {user["id"] for user in organisation.works[shared]["owned_by"]} == {again[one], again[other]}
+    assert [user["id"] for user in organisation.works[shared]["reported_by"]] == [again[one]]
+
+
 def test_one_restricted_object_keeps_no_other_group_from_being_undone(place: Workplace) -> None:
     organisation, pairs = seeded(3)
     with Sandbox(organisation) as sandbox:
