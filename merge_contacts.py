@@ -687,6 +687,7 @@ _NO_ADDRESS = re.compile(r"[,;<>\"\s]")
 _BLANK = re.compile("[ \u115f\u1160\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 _ASCII_LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
 _NULL_WORDS = frozenset(("", "\\n", "null", "(null)", "nan", "none", "n/a", "na", "nil", "<na>", "-", "#n/a"))
+_NULL_IDS = frozenset(("\\N", "NULL", "null", "nan", "NaN", "None", "none"))
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -1128,7 +1129,7 @@ def _check_rows(
             and is_plain(email)
             and (email.isascii() or (key == email == key.casefold() and is_normalized("NFKC", key)))
             and "xn--" not in key
-            and identity and reference
+            and identity and reference and identity not in _NULL_IDS
             and parse_count(tickets) is not None
         ):  # fmt: skip
             code, reason = row_error(row, width, places)
@@ -1164,8 +1165,8 @@ def row_error(row: Sequence[str], width: int, places: Mapping[str, int]) -> Tupl
         trimmed_text(row[places[name]]) for name in ("id", "email", "external_ref", "tickets")
     )
     for name, value in (("id", identity), ("email", email), ("external_ref", reference)):
-        if not value:
-            return "empty", f"empty {COLUMNS[name]}"
+        if not value or (name == "id" and value in _NULL_IDS):
+            return "empty", f"empty {COLUMNS[name]}" + f" ({value})" * bool(value)
     local, _, domain = email.partition("@")
     if not (local and domain) or "@" in domain or _NO_ADDRESS.search(email) or not is_visible(email):
         return "email", f"{COLUMNS['email']} is not one plain address: {email[:80]}"
@@ -4975,6 +4976,9 @@ def merges_named(path: Path) -> List[Pair]:
                 })
                 for role in ("primary", "duplicate")
             )  # fmt: skip
+            texts = [getattr(one, name) for one in (primary, duplicate) for name in ("id", "email", "external_ref")]
+            if not all(isinstance(text, str) for text in (*texts, entry["backup"] or "")):
+                raise TypeError("another shape")
             state = State(entry["state"])
             pairs.append(Pair(primary, duplicate, entry["new_external_ref"], state, backup=entry["backup"] or ""))
         return pairs

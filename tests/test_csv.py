@@ -252,6 +252,7 @@ FILES: Dict[str, Case] = {
     "too few fields, of an address with an apostrophe": spoilt("7,x,x,o'dell@example.com", email="o'dell@example.com"),
     "empty id": spoilt(row("", "ada@example.com", "user_7")),
     "blank id": spoilt(row("  ", "ada@example.com", "user_7")),
+    **{f"an id like {word}": spoilt(row(word, "ada@example.com", "user_7")) for word in ("NULL", "\\N", " null ", "NaN")},
     "empty reference": spoilt(row("7", "ada@example.com", "")),
     "empty email": Case(text(row("7", " ", "user_7"), *ADA), [ADA_PAIR], bad_lines=[2]),
     "a bad row of somebody else": Case(text(*ADA, row("7", "x@example.com", "user_7", tickets="?")), [ADA_PAIR], {}, [4]),

@@ -17,7 +17,7 @@ import pytest
 
 from merge_contacts import COLUMNS, Contact, Pair, plan_fields, plan_restore
 from tests.sandbox import Fault, Organisation, Request, Sandbox
-from tests.support import ROOT, Result, Workplace, diagonal, roles_of, the_rest_is_slow
+from tests.support import ROOT, Result, Workplace, diagonal, organisation_of_pairs, roles_of, the_rest_is_slow
 from tests.test_terminal import Terminal
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
@@ -599,6 +599,21 @@ def test_an_unverified_contact_is_verified_when_it_is_created_again(place: Workp
         (entry,) = place.run(sandbox, "--yes", "--undo", path, check=0).report["undone"]
     lost = {item["what"]: item["why"] for item in entry["not_restored"]}
     assert "verified" in lost["verification"] and "is_verified" not in lost
+
+
+@pytest.mark.parametrize("broken", [("primary", "id", 5), ("duplicate", "old_external_ref", []), ("backup", None, 12)])
+def test_a_report_of_another_shape_is_refused(place: Workplace, broken: Any) -> None:
+    organisation, _ = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, check=0)
+        (path,) = (place.folder / "reports").glob("merge*.json")
+        report = json.loads(path.read_text(encoding="utf-8"))
+        (entry,), (role, name, value) = report["successful_merges"], broken
+        entry.update({role: {**entry[role], name: value} if name else value})
+        path.write_text(json.dumps(report), encoding="utf-8")
+        result = place.run(sandbox, "--undo", str(path), check=2)
+    assert "is neither a backup folder nor a merge report" in result.err
 
 
 def test_duplicates_that_shared_a_ticket_get_it_again_after_a_refusal(place: Workplace) -> None:
