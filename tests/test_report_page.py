@@ -468,8 +468,8 @@ def test_content_and_order(show):
     for want in (
         "TKT-12 A title, ticket, owned by",
         "Merged; not everything is verified to belong to the primary.",
-        "--count-policy at-least",
-        "said for pair 200. Nothing was merged.",
+        "Export again.",
+        "Said for pair 200. Nothing was merged.",
         "It has user_1 and user_2.",
         "1017",
         "TICKET_COUNT is not a number",
@@ -496,7 +496,7 @@ def test_what_was_backed_up_and_proved_and_what_is_left_stands_there(show):
     page = show(report)
     page.js(OPEN_ALL)
     text = page.text()
-    for words in ("41 works, 43 timeline entries", "37 objects", "merged, for good; still to do: set the reference"):
+    for words in ("41 works, 43 timeline entries", "37 objects", "Merged, for good; still to do: set the reference"):
         assert words in text
     assert page.js("[...document.querySelectorAll('.cards dt')].map(e => e.textContent)").count("Left") == 1
     assert page.js("document.querySelectorAll('#progress').length") == 1
@@ -568,7 +568,7 @@ def test_the_page_of_an_undo_shows_what_came_back_and_runs_nothing(show):
         "Created again as REVU-3",
         "Restored (1)",
         "TKT-1, " + HOSTILE[0],
-        "created_by: the primary",
+        "because the primary stays the creator: created by",
         "phone_numbers: changed since",
         "\\u{202e}",
     ):
