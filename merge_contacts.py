@@ -7753,7 +7753,8 @@ UPDATES = (
 
 
 def created_again(pair: Pair) -> str:
-    return f"{pair.duplicate.short_id} is created again with the reference {pair.duplicate.external_ref}."
+    contact = f"{pair.duplicate.short_id}, merged into {pair.primary.short_id},"
+    return f"{contact} is created again with the reference {pair.duplicate.external_ref}."
 
 
 def undo_headline(counts: Json, before: int) -> str:

@@ -535,6 +535,25 @@ def test_settled_and_cancelled_pairs_lost_fields_and_look_alikes_have_their_plac
 
 
 @needs_browser
+def test_what_is_left_is_what_the_report_says_and_what_does_not_apply_is_left_out(show):
+    cards = "[...document.querySelectorAll('.cards dt')].map(e => e.textContent)"
+    report = sample(2, [failure(3, "count_mismatch")])
+    report["run"]["options"]["rate_limit"] = [None, 60]
+    report["summary"].update(total_merges_attempted=2, left=0)  # one failed before its request
+    page = show(report)
+    assert "Left" not in page.js(cards) and "DevRev's quota" in page.text()
+    assert page.js("document.querySelectorAll('.bar span').length") == 2
+    report.update(dict.fromkeys(("skipped", "look_alikes", "warnings", "invalid_rows", "choices")))
+    report["run"]["kind"] = "settle"
+    report["summary"].update(
+        dict.fromkeys(("contacts_read", "invalid_rows", "pairs_planned", "skipped_groups", "left"))
+    )
+    page = show(report)
+    assert page.js(cards) == ["Merged", "Failed"] and "Every row of the CSV" not in page.text()
+    assert not page.js("[...document.querySelectorAll('#skipped, #invalid')].length") and page.noise() == []
+
+
+@needs_browser
 def test_what_a_killed_run_could_not_tell_is_said_to_be_unknown(show):
     report = sample(2)
     report.update(skipped=None, look_alikes=None, warnings=None, invalid_rows=None, choices=None)
@@ -573,6 +592,9 @@ def test_the_page_of_an_undo_shows_what_came_back_and_runs_nothing(show):
         "\\u{202e}",
     ):
         assert words in text, words
+    undo["summary"] = {"undone_before": 1}
+    again = show(embed(undo, template.read_text(encoding="ascii")), "undo_report_20250131_120001.html").text()
+    assert "Undone before (1)" in again and "Undone (" not in again
     assert page.noise() == []
 
 

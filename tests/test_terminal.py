@@ -112,6 +112,7 @@ def test_failures_are_grouped_with_what_to_do_next(place: Workplace) -> None:
         result = place.run(sandbox, check=1)
     assert "2 count_mismatch: person1@example.com, person2@example.com" in result.out
     assert "what to do: Export again" in result.out
+    assert re.search(r"next: export again.*\n.* --export contacts_\w+\.csv$", result.err, re.MULTILINE)
 
 
 @pytest.mark.parametrize("readable", [True, False])
