@@ -5594,7 +5594,7 @@ def undo_entry(pair: Pair) -> Json:
         if user.get("is_verified") is False:
             never.append(("verification", False, "a contact created through the API is verified"))
         if mine["works"]["created"]:
-            never.append(("creator of works", mine["works"]["created"], "the primary stays it"))
+            never.append(("creator of works", mine["works"]["created"], "the primary stays the creator"))
         never.append(("authors of comments", None, why))
         lost = [dict(zip(("what", "value", "why"), one)) for one in never]
     return {
@@ -7039,7 +7039,7 @@ def history_folder_error(path: Path) -> Optional[str]:
     for parent in absolute.parents:
         if parent.name in ("backups", "reports"):
             return f"{path} belongs to another folder's history; run --undo in {parent.parent}, where its savepoint is"
-    return f"{path} is no report in reports/ and no backup in backups/ of the current folder; name one of these"
+    return f"{path} is not below backups/ or reports/ of the current folder; name one report or backup in them"
 
 
 # -- the plan ----------------------------------------------------------------------------------------
@@ -7542,7 +7542,9 @@ def _report(
         if pair.after_cancel:
             pair.code = "after_cancel"
             failures.append(pair)
-    if stop and (run.options.quiet or all(pair.error != stop for pair in failures)):  # else it stands with a pair
+    # On a terminal it stands with its pair already; a program reads it on stderr.
+    is_told = console.out.isatty() and not run.options.quiet and any(pair.error == stop for pair in failures)
+    if stop and not is_told:
         console.error(stop)
     console.print()
     is_complete = not (code or summary["left"] or summary["cancelled"])
@@ -7795,11 +7797,8 @@ def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, code: 
         console.print(words, "bold")
         _show_failures(console, [*lists["failed"], *lists["unfinished"]])
         print_report_paths(run)
-    refused = [pair.error for pair in ended if pair.code]
-    if (stop or (code == EXIT_USAGE and not run.signal)) and (
-        preview or run.options.quiet or stop not in ("", *refused)
-    ):
-        console.error(stop or refused[0])
+    if stop or (code == EXIT_USAGE and not run.signal):
+        console.error(stop or next(pair.error for pair in ended if pair.code))
     log.info("exit code %d", code)
     still_open = [*lists.get("failed", ()), *lists.get("unfinished", ())]
     if not preview and (left or still_open):

@@ -227,7 +227,7 @@ def test_an_undo_is_told_which_file_to_name_and_finds_a_folder_by_the_address(pl
         path, _ = merged(place, sandbox)
         page = Path(path).with_suffix(".html")
         assert f"name {Path(path)}" in place.run(sandbox, "--undo", str(page), check=2).err
-        assert "name one of these" in place.run(sandbox, "--undo", "reports", check=2).err
+        assert "name one report or backup in them" in place.run(sandbox, "--undo", "reports", check=2).err
         contact = next(place.folder.glob("backups/o%27dell@example.com/*/*/contact.json"))
         as_written = contact.read_bytes()
         contact.write_bytes(as_written + b"\n")
