@@ -7741,7 +7741,8 @@ async def run_undo(run: RunContext, plan: UndoPlan, savepoint: SavePoint) -> int
     facts = {"to undo": plural(len(pairs), "merge"), "of": str(plan.path)}
     merges = [f"{names_of(pair)} <{pair.email}>: {created_again(pair)}" for pair in pairs]
     facts.update({f"  {index}": words for index, words in enumerate(some(merges, 3), 1)})
-    facts["updates"] = f"Up to {len(objects):,} {UPDATES}"
+    if objects:
+        facts["updates"] = f"Up to {len(objects):,} {UPDATES}"
     if plan.older:
         facts["left alone"] = f"older backups: {', '.join(some([str(path) for path in plan.older]))}"
     facts[""] = "Ids, dates, creators and authors of comments can't be restored."
