@@ -1923,12 +1923,12 @@ def live_group_error(group: Group, live: Mapping[str, Optional[Json]], listed: I
     return None
 
 
-def count_error(contact: Contact, greatest: int, policy: str) -> Optional[PairError]:
-    """Compare the backup's greatest(owned, created, reported) with the export's TICKET_COUNT."""
+def count_error(contact: Contact, greatest: int, policy: str, who: str = "the backup") -> Optional[PairError]:
+    """Compare the greatest(owned, created, reported) that `who` has with the export's TICKET_COUNT."""
     if greatest == contact.tickets or (greatest > contact.tickets and policy == "at-least"):
         return None
-    hint = "" if greatest < contact.tickets else " (export again, or let more through with --count-policy at-least)"
-    words = f"{contact.short_id}: the backup has {plural(greatest, 'ticket')}, the CSV says {contact.tickets}{hint}"
+    hint = "" if greatest < contact.tickets else " (--count-policy at-least accepts more)"
+    words = f"{contact.short_id}: {who} has {plural(greatest, 'ticket')}, the CSV says {contact.tickets}{hint}"
     return PairError("count_mismatch", words)
 
 
@@ -3675,7 +3675,7 @@ async def foresee_group(api: DevRevAPI, group: Group, options: MergeOptions) -> 
             )
             greatest = ticket_count([work["id"] for work in listing.items] for listing in lists)
             policy = "at-least" if contact is group.primary and group.has_absorbed() else options.count_policy
-            problem = count_error(contact, greatest, policy)
+            problem = count_error(contact, greatest, policy, "DevRev")
             if problem:
                 return problem
     return None
@@ -4932,8 +4932,9 @@ def locate_undo(path: Path, savepoint: SavePoint) -> Tuple[Path, List[Path]]:
     `backups/<email>` means the newest backup in it, by the savepoint's order, whose merge was carried out, undone since
     or not. Raises FatalError(2).
     """
-    if not path.exists():
+    if not path.exists() and not path.with_name(safe_name(path.name)).exists():
         raise FatalError(EXIT_USAGE, f"{path} does not exist")
+    path = path if path.exists() else path.with_name(safe_name(path.name))  # an address as it is
     found, roots = path.resolve(), {Path(name).resolve(): Path(name) for name in ("backups", "reports")}
     root = next((one for one in roots if one in found.parents), None)
     located = roots[root] / found.relative_to(root) if root else path
@@ -4985,7 +4986,9 @@ def merges_named(path: Path) -> List[Pair]:
     except PairError as error:
         raise FatalError(EXIT_USAGE, str(error)) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise FatalError(EXIT_USAGE, f"{path} is neither a backup folder nor a merge report") from None
+        beside = path.with_suffix(".json")
+        hint = f"; name {beside}" if beside != path and beside.is_file() else ""
+        raise FatalError(EXIT_USAGE, f"{path} is neither a backup folder nor a merge report{hint}") from None
 
 
 def current_ids(contact: str, savepoint: SavePoint) -> List[str]:
@@ -5608,14 +5611,14 @@ def undo_entry(pair: Pair) -> Json:
         if undo and undo.left is not None:
             others = {(item["id"], item["role"]) for item in left}
             restored = [item for item in transferred_objects(mine) if (item["id"], item["role"]) not in others]
-        settable, why = (*PairUndo.FIELDS, "state", "is_verified"), "DevRev does not let it be set"
+        settable, why = (*PairUndo.FIELDS, "state", "is_verified"), "DevRev does not allow it to be set"
         never = [(name, value, why) for name, value in user.items() if name not in settable]
         never += [(name, user.get(name), why) for name, why in (undo.left_out.items() if undo else ())]
         if user.get("is_verified") is False:
             never.append(("verification", False, "a contact created through the API is verified"))
         if mine["works"]["created"]:
-            never.append(("created_by", mine["works"]["created"], "the primary stays the creator"))
-        never.append(("authors of comments", None, "DevRev does not let them be set"))
+            never.append(("creator of works", mine["works"]["created"], "the primary stays the creator"))
+        never.append(("authors of comments", None, why))
         lost = [dict(zip(("what", "value", "why"), one)) for one in never]
     return {
         "email": pair.email,
@@ -5658,7 +5661,7 @@ CODES: Dict[str, Code] = {
         "Find out which user_ reference the application uses, and name it with --choices.", settles=True, skips=True),
     "no_user_ref": Code(
         "There are several REVU- contacts and none with a user_ reference: the application knows none of them.",
-        "Nothing to do for the application. If you want one contact, name the one to keep with --choices.", skips=True),
+        "Nothing needs to be done. To have one contact, name the one to keep with --choices.", skips=True),
     "shared_mailbox": Code(
         "The address probably belongs to several people, who would see each other's conversations.",
         "If it is one person, name the contact to keep with --choices.", settles=True, skips=True),
@@ -5705,11 +5708,12 @@ CODES: Dict[str, Code] = {
         "DevRev lists more contacts for this email than the CSV that you chose from.",
         "Export again, and choose again.", settles=True),
     "count_mismatch": Code(
-        "The backup has another number of tickets than the CSV.",
-        "Export again, or accept a backup with more tickets with --count-policy at-least.", settles=True),
+        "The backup and the CSV have different numbers of tickets.",
+        "Export again.", settles=True),
     "backup_failed": Code(
         "The backup could not be written, or was not read back as it was written.",
-        "Check the named file or ticket, then run again.", systemic=True, settles=True),
+        "Check the named file or ticket, then run again. An undo needs the backup as it was written.",
+        systemic=True, settles=True),
     "stale": Code(
         "The check and the backup became too old before there was quota for the merge.",
         "Raise DEVREV_RATE_LIMIT_CALLS, or ask DevRev for a larger quota.", systemic=True, settles=True),
@@ -5717,7 +5721,7 @@ CODES: Dict[str, Code] = {
         "An undo of this email has started and not finished.",
         "Finish the undo with the command in the message first."),
     "group_incomplete": Code("Another merge of one of its contacts has to finish first.", "Run again."),
-    "interrupted": Code("The run stopped first.", "Run the same command again. It finishes this pair first."),
+    "interrupted": Code("The run stopped first.", "Run the same command again. It finishes unfinished pairs first."),
     # DevRev's answers.
     "api_error": Code(
         "A request failed or got no usable answer, also when it was repeated.",
@@ -5731,11 +5735,11 @@ CODES: Dict[str, Code] = {
         "Check both contacts in DevRev, then run again. --settle cancels the merge.", systemic=True, settles=True),
     "merge_not_confirmed": Code(
         "DevRev did not finish the merge in time.",
-        "Run again later: it polls before anything else. --merge-timeout waits longer, --settle cancels the merge.",
-        systemic=True, settles=True),
+        "Run again later; the run first asks DevRev whether the merge is done. --merge-timeout waits longer; "
+        "--settle stops waiting for it.", systemic=True, settles=True),
     "plan_changed": Code(
         "The merge was requested, and the CSV or a choice no longer has it with the same reference.",
-        "Run with the CSV that has it, or cancel the merge with --settle.", settles=True),
+        "Use the CSV that has it, or cancel the merge with --settle.", settles=True),
     "merged_elsewhere": Code(
         "Another user merged or deleted the duplicate. No reference was moved.",
         "Check the reference that the message names, and export again."),
@@ -5770,7 +5774,7 @@ CODES: Dict[str, Code] = {
         systemic=True),
     "contact_not_confirmed": Code(
         "Whether the contact was created is not known.",
-        "Run the same --undo again: it looks the contact up first.", systemic=True),
+        "Run the same --undo again; it looks the contact up first.", systemic=True),
     "not_restored": Code(
         "Some objects still belong to the primary.",
         "Run the same --undo again, or set the people in DevRev. --settle gives the rest up."),
@@ -5781,7 +5785,7 @@ CODES: Dict[str, Code] = {
 SKIP_REASONS = {code: (one.meaning, one.advice) for code, one in CODES.items() if one.skips}
 SO_FAR: Mapping[State, str] = {
     State.REQUESTED: "requested, and not merged yet",
-    State.ACKNOWLEDGED: "DevRev has accepted the merge",
+    State.ACKNOWLEDGED: "accepted by DevRev, not yet confirmed",
     State.MERGED: "merged in DevRev",
     State.VERIFYING: "merged in DevRev, and the reference is in place",
 }
@@ -6042,27 +6046,25 @@ def headline(summary: Json, document: Json) -> str:
     verb = "finished" if unfinished else "merged"
     words = []
     if document["kind"] == "settle":
-        words.append(f"{plural(summary['settled'], 'pair')} settled")
-        merged = 0
-    elif planned is None:
+        ended = {"settled": "settled", "cancelled": "cancelled", "undo_settled": "left partly undone"}
+        words = [f"{plural(summary[name], 'pair')} {what}" for name, what in ended.items() if summary.get(name)]
+        rest = f"; {plural(unfinished, 'other pair' if words else 'pair')} still unfinished" if unfinished else ""
+        return (", ".join(words) or "nothing settled") + rest
+    if planned is None:
         words.append(f"the run was killed: {plural(merged, 'pair')} {verb}")
     elif planned - summary["already_merged"]:
         words.append(f"{merged:,} of {plural(planned - summary['already_merged'], 'pair')} {verb}")
     elif not others:
         words.append("nothing to merge")
     if unfinished:
-        words.append(f"{unfinished:,} unfinished ({summary['unfinished_but_merged']:,} of them merged in DevRev)")
+        these = f" ({summary['unfinished_but_merged']:,} of them merged in DevRev)"
+        words.append(f"{unfinished:,} unfinished" + these * bool(summary["unfinished_but_merged"]))
     failed = summary["failed_merges"] - summary["cancelled"]
     words += [f"{failed:,} failed"] if failed else []
-    said = {
-        "cancelled": "cancelled",
-        "undo_settled": "undo given up",
-        "left": "left",
-        "already_merged": "merged before",
-    }
+    said = {"cancelled": "cancelled", "left": "left", "already_merged": "merged before"}
     words += [f"{summary[name]:,} {what}" for name, what in said.items() if summary.get(name)]
     words += [f"{plural(summary['skipped_groups'], 'group')} skipped"] if summary["skipped_groups"] else []
-    words += [plural(summary["invalid_rows"], "invalid row")] if summary["contacts_read"] else []
+    words += [plural(summary["invalid_rows"], "invalid row")] if summary["invalid_rows"] else []
     ends = {"successful_merges": "finished", "unfinished_merges": "unfinished", "failed_merges": "failed"}
     more = [f"{others[name]:,} {what}" for name, what in ends.items() if others.get(name)]
     words += [f"of earlier runs, not in this plan: {', '.join(more)}"] if more else []
@@ -6512,7 +6514,8 @@ def _plan_lists(plan: Plan, earlier: Sequence[Pair]) -> Iterator[Tuple[str, List
     for group in plan.chosen:
         choices.append(f"{group.email} keeps {group.chosen}")
         for one in group.lost_refs():
-            choices.append(f"  lost: {one.external_ref} ({describe_contact(one)}): its account has no contact then")
+            what = f"{one.external_ref} ({describe_contact(one)})"
+            choices.append(f"  lost: {what}: its account will then have no contact")
     yield f"CHOICES: {plural(len(plan.chosen), 'group')}", choices
     for code in ("shared_mailbox", "names_differ", "age_undecided"):
         lines = [f"{one['email']}: {one['warning']}" for one in plan.warnings if one["code"] == code]
@@ -7059,7 +7062,7 @@ def history_folder_error(path: Path) -> Optional[str]:
     for parent in absolute.parents:
         if parent.name in ("backups", "reports"):
             return f"{path} belongs to another folder's history; run --undo in {parent.parent}, where its savepoint is"
-    return f"{path} is not below backups/ or reports/ of the current folder; name a merge report or a backup folder"
+    return f"{path} is not below backups/ or reports/ of the current folder; name one report or backup in them"
 
 
 # -- the plan ----------------------------------------------------------------------------------------
@@ -7478,7 +7481,7 @@ class Progress:
             line = f"merged  {words}" + (f", now {pair.new_ref}" if pair.new_ref else "")
         elif pair.state is State.UNDONE and not pair.code:
             again = pair.undo.display_id if pair.undo else ""
-            line = f"undone  {pair.email}: {pair.duplicate.short_id} out of {pair.primary.short_id}, again as {again}"
+            line = f"undone  {pair.email}: {pair.duplicate.short_id} was created again as {again}"
         elif pair.state is State.PLANNED and pair.code in SKIP_REASONS:
             line = f"skipped  {words}: {pair.code}: {pair.error}"
         else:
@@ -7556,14 +7559,16 @@ def _report(
     summary = document["summary"] = merge_summary(savepoint, run.run_id, plan)
     document["headline"] = headline(summary, document)
     code = write_run(run, savepoint, code, plan)
-    if stop:
-        console.error(stop)
     lists = merge_lists(savepoint, run.run_id, plan)
     failures = [*lists["failed_merges"], *lists["unfinished_merges"]] if plan else []
     for pair in lists["successful_merges"]:
         if pair.after_cancel:
             pair.code = "after_cancel"
             failures.append(pair)
+    # On a terminal it stands with its pair already; a program reads it on stderr.
+    is_told = console.out.isatty() and not run.options.quiet and any(pair.error == stop for pair in failures)
+    if stop and not is_told:
+        console.error(stop)
     console.print()
     is_complete = not (code or summary["left"] or summary["cancelled"])
     console.print(document["headline"], "good" if is_complete else "bold")
@@ -7576,18 +7581,26 @@ def _report(
     print_report_paths(run)
     log.info("exit code %d", code)
     if code >= EXIT_STOPPED:
-        console.print_err("Stopped early. Run the same command again to resume.", "bold")
+        console.print_err("Stopped early.", "bold")
+        console.suggest("run the same command again to resume", run.command())
         return code
     if code == EXIT_USAGE:
         console.print_err("Nothing was changed in DevRev.")
-    if plan and (summary["failed_merges"] or summary["unfinished_merges"]):
+    # The advice of the codes tells whether the user has anything to fix before the next run.
+    advice = {CODES[pair.code].advice if pair.code in CODES else "" for pair in failures}
+    if plan and failures and all(one.startswith("Export again") for one in advice):
+        command = command_line("--export", f"contacts_{run.run_id}.csv")
+        console.suggest("export again, then run with the new file", command)
+    elif plan and failures and all(one.startswith("Run again") for one in advice):
+        console.suggest("run again later", run.command())
+    elif plan and (summary["failed_merges"] or summary["unfinished_merges"]):
         console.suggest("fix what is named above, then run again", run.command())
     elif code == EXIT_USAGE:
         console.suggest("fix what is named above, then check", run.command("--check", without=("yes", "json", "plan")))
     elif plan and summary["left"]:
         if summary["successful_merges"]:
             undo = command_line("--undo", str(run.report_path), "--preview")
-            console.suggest("check the merged contacts in DevRev; this shows what an undo would restore", undo)
+            console.suggest("check the merged contacts in DevRev. To see what an undo would restore:", undo)
         console.suggest("merge the rest", run.command(without=("limit", "email")))
     return code
 
@@ -7662,7 +7675,8 @@ def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
     for code, emails in sorted(by_code.items()):
         emails.sort()
         console.print(f"  {len(emails)} {code}: {', '.join(some(emails))}")
-        console.print(f"    what to do: {CODES[code].advice if code in CODES else 'see the report'}")
+        if code != "interrupted":  # the last line says it
+            console.print(f"    what to do: {CODES[code].advice if code in CODES else 'see the report'}")
 
 
 # -- export ------------------------------------------------------------------------------------------
@@ -7750,7 +7764,8 @@ async def run_undo(run: RunContext, plan: UndoPlan, savepoint: SavePoint) -> int
     facts = {"to undo": plural(len(pairs), "merge"), "of": str(plan.path)}
     merges = [f"{names_of(pair)} <{pair.email}>: {created_again(pair)}" for pair in pairs]
     facts.update({f"  {index}": words for index, words in enumerate(some(merges, 3), 1)})
-    facts["updates"] = f"Up to {len(objects):,} {UPDATES}"
+    if objects:
+        facts["updates"] = f"Up to {len(objects):,} {UPDATES}"
     if plan.older:
         facts["left alone"] = f"older backups: {', '.join(some([str(path) for path in plan.older]))}"
     facts[""] = "Ids, dates, creators and authors of comments can't be restored."
@@ -7764,8 +7779,8 @@ UPDATES = (
 
 
 def created_again(pair: Pair) -> str:
-    contacts = f"{pair.duplicate.short_id} is created again, out of {pair.primary.short_id}"
-    return f"{contacts}, with the reference {pair.duplicate.external_ref}."
+    contact = f"{pair.duplicate.short_id}, merged into {pair.primary.short_id},"
+    return f"{contact} is created again with the reference {pair.duplicate.external_ref}."
 
 
 def undo_headline(counts: Json, before: int) -> str:
@@ -7801,14 +7816,21 @@ def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, code: 
         show_undo(run, lists)
     else:
         code = write_run(run, undo_runner.context.savepoint, code, undo_pairs=lists)
-        print_report_paths(run)
         for pair in plan.skipped:
             console.print(f"skipped  {pair.email}: {into(pair)}: {pair.code}: {pair.error}")
         console.print(words, "bold")
         _show_failures(console, [*lists["failed"], *lists["unfinished"]])
+        print_report_paths(run)
     if stop or (code == EXIT_USAGE and not run.signal):
         console.error(stop or next(pair.error for pair in ended if pair.code))
     log.info("exit code %d", code)
+    still_open = [*lists.get("failed", ()), *lists.get("unfinished", ())]
+    if not preview and (left or still_open):
+        words = "fix what is named above, then undo the rest" if still_open and not run.signal else "undo the rest"
+        console.suggest(words, run.command(without=("limit",)))
+    elif len(lists.get("undone", ())) > before:
+        words = "check the contacts in DevRev; before the next merge, export again"
+        console.suggest(words, command_line("--export", f"contacts_{run.run_id}.csv"))
     return code
 
 
@@ -7818,24 +7840,26 @@ def show_undo(run: RunContext, lists: Mapping[str, Sequence[Pair]]) -> None:
         entries = {name: map(undo_entry, pairs) for name, pairs in lists.items()}
         run.console.json(report_chunks(report_head(run.document), entries))
         return
-    show, objects = run.console.print, set()
+    show, objects, never = run.console.print, set(), {}  # type: Any, Set[str], Dict[str, None]
     for name, pair in ((name, pair) for name, pairs in lists.items() for pair in pairs):
         if name != "to_undo":
-            names = f"{pair.duplicate.short_id} out of {pair.primary.short_id}"
-            show(f"{name:<8} {pair.email}: {names}: {pair.code}: {pair.error}", "bad")
+            show(f"{name:<8} {pair.email}: {into(pair)}: {pair.code}: {pair.error}", "bad")
             continue
         entry = undo_entry(pair)
         mine = {item["id"] for item in entry["restored"]}
         objects |= mine
         show(f"undo     {pair.email}: {created_again(pair)}")
-        show(f"           It gets {len(mine):,} tickets, issues and conversations again.")
+        what = "ticket, issue or conversation goes" if len(mine) == 1 else "tickets, issues and conversations go"
+        show(f"           {len(mine):,} {what} back to it.")
         for item in entry["left"]:
             show(f"           {item['display_id']} {item['title']} stays as it is: {item['why']}.")
         for item in entry["fields_left"]:
             show(f"           The primary keeps its {item['field']}: {item['why']}.")
-        never = dict.fromkeys(item["what"].replace("_", " ") for item in entry["not_restored"])
-        show(f"           Can't be restored: {', '.join(never)}.")
-    show(f"{len(objects):,} {UPDATES}")
+        never.update(dict.fromkeys(item["what"].replace("_", " ") for item in entry["not_restored"]))
+    if never:
+        show(f"Can't be restored: {', '.join(never)}.")
+    if objects:
+        show(f"{len(objects):,} {UPDATES}")
     show(run.document["headline"], "bold")
 
 

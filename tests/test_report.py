@@ -240,7 +240,7 @@ def test_what_can_not_be_fixed_of_a_merged_pair_is_settled_and_no_plain_success(
     left = {one for one, work in organisation.works.items() if pairs[1][1] in [u["id"] for u in work["reported_by"]]}
     fault = Fault("merge-leaves", "rev-users.merge", match=only(pairs[1][1]), detail=left)
     with Sandbox(organisation, faults=[fault]) as sandbox:
-        place.run(sandbox, "--merge-timeout", "1", check=1)
+        assert "next: run again later" in place.run(sandbox, "--merge-timeout", "1", check=1).err
         result = place.run(sandbox, "--settle", "person2@example.com", check=0)
         (entry,) = result.report["settled"]
         assert entry["accepted"].startswith("left_behind: ") and entry["state"] == "settled"
@@ -263,9 +263,11 @@ def test_settle_says_the_truth_of_every_address(place: Workplace) -> None:
         assert unknown.report == {}
         done = place.run(sandbox, "--settle", "person1@example.com", check=0)
         assert "nothing to settle  person1@example.com" in done.out and "merged and verified" in done.out
+        assert done.report["run"]["headline"] == "nothing settled; 1 pair still unfinished"
         failed = place.run(sandbox, "--settle", "person2@example.com", "person3@example.com", check=1)
         assert re.search(r"NOT SETTLED  person2@.* was not requested \(count_mismatch\)", failed.out)
         assert [one["email"] for one in failed.report["cancelled"]] == ["person3@example.com"]
+        assert failed.report["run"]["headline"] == "1 pair cancelled"
         assert before != (place.folder / "savepoint.db").read_bytes()
 
 

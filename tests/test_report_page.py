@@ -468,8 +468,8 @@ def test_content_and_order(show):
     for want in (
         "TKT-12 A title, ticket, owned by",
         "Merged; not everything is verified to belong to the primary.",
-        "--count-policy at-least",
-        "said for pair 200. Nothing was merged.",
+        "Export again.",
+        "Said for pair 200. Nothing was merged.",
         "It has user_1 and user_2.",
         "1017",
         "TICKET_COUNT is not a number",
@@ -496,7 +496,7 @@ def test_what_was_backed_up_and_proved_and_what_is_left_stands_there(show):
     page = show(report)
     page.js(OPEN_ALL)
     text = page.text()
-    for words in ("41 works, 43 timeline entries", "37 objects", "merged, for good; still to do: set the reference"):
+    for words in ("41 works, 43 timeline entries", "37 objects", "Merged, for good; still to do: set the reference"):
         assert words in text
     assert page.js("[...document.querySelectorAll('.cards dt')].map(e => e.textContent)").count("Left") == 1
     assert page.js("document.querySelectorAll('#progress').length") == 1
@@ -535,6 +535,25 @@ def test_settled_and_cancelled_pairs_lost_fields_and_look_alikes_have_their_plac
 
 
 @needs_browser
+def test_what_is_left_is_what_the_report_says_and_what_does_not_apply_is_left_out(show):
+    cards = "[...document.querySelectorAll('.cards dt')].map(e => e.textContent)"
+    report = sample(2, [failure(3, "count_mismatch")])
+    report["run"]["options"]["rate_limit"] = [None, 60]
+    report["summary"].update(total_merges_attempted=2, left=0)  # one failed before its request
+    page = show(report)
+    assert "Left" not in page.js(cards) and "DevRev's quota" in page.text()
+    assert page.js("document.querySelectorAll('.bar span').length") == 2
+    report.update(dict.fromkeys(("skipped", "look_alikes", "warnings", "invalid_rows", "choices")))
+    report["run"]["kind"] = "settle"
+    report["summary"].update(
+        dict.fromkeys(("contacts_read", "invalid_rows", "pairs_planned", "skipped_groups", "left"))
+    )
+    page = show(report)
+    assert page.js(cards) == ["Merged", "Failed"] and "Every row of the CSV" not in page.text()
+    assert not page.js("[...document.querySelectorAll('#skipped, #invalid')].length") and page.noise() == []
+
+
+@needs_browser
 def test_what_a_killed_run_could_not_tell_is_said_to_be_unknown(show):
     report = sample(2)
     report.update(skipped=None, look_alikes=None, warnings=None, invalid_rows=None, choices=None)
@@ -568,11 +587,14 @@ def test_the_page_of_an_undo_shows_what_came_back_and_runs_nothing(show):
         "Created again as REVU-3",
         "Restored (1)",
         "TKT-1, " + HOSTILE[0],
-        "created_by: the primary",
+        "because the primary stays the creator: created by",
         "phone_numbers: changed since",
         "\\u{202e}",
     ):
         assert words in text, words
+    undo["summary"] = {"undone_before": 1}
+    again = show(embed(undo, template.read_text(encoding="ascii")), "undo_report_20250131_120001.html").text()
+    assert "Undone before (1)" in again and "Undone (" not in again
     assert page.noise() == []
 
 

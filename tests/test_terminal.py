@@ -112,6 +112,7 @@ def test_failures_are_grouped_with_what_to_do_next(place: Workplace) -> None:
         result = place.run(sandbox, check=1)
     assert "2 count_mismatch: person1@example.com, person2@example.com" in result.out
     assert "what to do: Export again" in result.out
+    assert re.search(r"next: export again.*\n.* --export contacts_\w+\.csv$", result.err, re.MULTILINE)
 
 
 @pytest.mark.parametrize("readable", [True, False])
@@ -169,7 +170,7 @@ def test_status_tells_what_the_savepoint_knows(place: Workplace) -> None:
         "1 merged and verified" in out
         and "1 failed, not merged" in out
         and "3 in all" in out
-        and "1 DevRev has accepted the merge" in out
+        and "1 accepted by DevRev, not yet confirmed" in out
     )
     assert re.search(r"unfinished +person2@.* merge_not_confirmed", out)
     assert re.search(r"failed +person1@.* count_mismatch", out)
@@ -380,7 +381,9 @@ def test_status_while_a_run_is_in_progress_says_what_is_worked_on_and_leaves_no_
         assert process.communicate(timeout=30) and process.returncode == 143
     assert f"a run is in progress: process {process.pid} on " in out
     assert "merge of 23 pairs: " in out and " ended" in out
-    assert len(re.findall(r"^in progress +person\d+@.* DevRev has accepted the merge$", out, re.MULTILINE)) >= 18
+    assert (
+        len(re.findall(r"^in progress +person\d+@.* accepted by DevRev, not yet confirmed$", out, re.MULTILINE)) >= 18
+    )
     assert "more (--status --json has them all)" in out
 
 
@@ -402,7 +405,7 @@ def test_what_a_run_takes_over_is_listed_beside_the_plan(place: Workplace) -> No
     with Sandbox(organisation, faults=[never]) as sandbox:
         place.run(sandbox, "--merge-timeout", "1", check=1)
         out = place.run(None, "--preview", check=0).out
-        assert "TO FINISH FIRST, from earlier runs: 1 pair" in out and "(DevRev has accepted the merge)" in out
+        assert "TO FINISH FIRST, from earlier runs: 1 pair" in out and "(accepted by DevRev, not yet confirmed)" in out
         assert out.splitlines()[-1] == "0 pairs to merge, 0 groups skipped, 1 of earlier runs to finish first"
         if os.name != "nt":
             terminal = Terminal(place, sandbox, "--csv", "contacts.csv", columns=200)

@@ -198,6 +198,7 @@ def test_preview_only_reads_and_tells_what_would_be_restored(place: Workplace) -
         result = place.run(sandbox, "--yes", "--undo", path, "--preview", check=0)
         for word in ("person1@example.com", "REVU-P1", "REVU-D1", "user_1", "Given away", "full name", "created by"):
             assert word in result.out
+        assert result.out.count("Can't be restored") == 1
         plan = json.loads(place.run(sandbox, "--yes", "--undo", path, "--preview", "--json", check=0).out)
         assert [one["email"] for one in plan["to_undo"]] == ["person1@example.com", "person2@example.com"]
         assert [one["id"] for one in plan["to_undo"][0]["left"]] == [given]
@@ -216,6 +217,28 @@ def test_a_preview_that_may_not_read_says_so(place: Workplace) -> None:
         sandbox.forbidden = ["rev-users.get"]
         result = place.run(sandbox, "--undo", path, "--preview", check=2)
         assert "refused  person1@example.com" in result.out and "403" in result.err
+
+
+def test_an_undo_is_told_which_file_to_name_and_finds_a_folder_by_the_address(place: Workplace) -> None:
+    organisation = Organisation()
+    organisation.add_contact("P1", "o'dell@example.com")
+    organisation.add_contact("D1", "o'dell@example.com", "user_1")
+    with Sandbox(organisation) as sandbox:
+        path, _ = merged(place, sandbox)
+        page = Path(path).with_suffix(".html")
+        assert f"name {Path(path)}" in place.run(sandbox, "--undo", str(page), check=2).err
+        assert "name one report or backup in them" in place.run(sandbox, "--undo", "reports", check=2).err
+        contact = next(place.folder.glob("backups/o%27dell@example.com/*/*/contact.json"))
+        as_written = contact.read_bytes()
+        contact.write_bytes(as_written + b"\n")
+        refused = place.run(sandbox, "--yes", "--undo", path, check=1)
+        assert "backup_failed" in refused.out and "An undo needs the backup as it was written." in refused.out
+        assert "next: fix what is named above, then undo the rest" in refused.err
+        contact.write_bytes(as_written)
+        done = place.run(sandbox, "--yes", "--undo", "backups/o'dell@example.com", check=0)
+        assert done.report["summary"]["undone"] == 1 and " --export " in done.err.splitlines()[-1]
+        assert done.out.index("1 undone") < done.out.index("report  ")
+        assert "next:" not in place.run(sandbox, "--yes", "--undo", path, check=0).err
 
 
 def test_live_data_wins(place: Workplace) -> None:
