@@ -5728,7 +5728,7 @@ CODES: Dict[str, Code] = {
         "Run again. If it stays, send the message and the log to DevRev's support.", systemic=True, settles=True),
     "forbidden": Code(
         "DevRev refused a request: the token may not do this, or not for this contact.",
-        "Give the token the scope that the message names, or access to the named object, then run again.",
+        "Follow the message: give the token the scope, give it access to the object, or create a new token. Then run again.",
         systemic=True, settles=True),
     "merge_refused": Code(
         "DevRev refused to merge these contacts.",
