@@ -121,7 +121,7 @@ def test_a_template_has_a_line_for_each_contact_that_could_be_kept(
     )  # fmt: skip
     uncut = place.run(None, "--choices", "new.csv", "--preview", check=2).err
     assert "a second choice for" in uncut and "cut the file down to one line a group" in uncut
-    assert "exists already" in place.run(None, "--choices-template", "new.csv", check=2).err
+    assert "already exists" in place.run(None, "--choices-template", "new.csv", check=2).err
     assert (place.folder / "new.csv").read_bytes() == content
     (place.folder / "new.csv").write_text("\n".join([lines[0], *lines[1::2]]), encoding="utf-8-sig")
     plan = json.loads(place.run(None, "--choices", "new.csv", "--preview", "--json", check=0).out)

@@ -369,7 +369,7 @@ def test_an_export_goes_with_no_other_mode(
         tool.main(["--export", "new.csv", *options.split()])
     _, err = capsys.readouterr()
     assert end.value.code == 2 and "Traceback" not in err
-    assert re.search(r"^merge_contacts.py: error: .*\S$", err, re.MULTILINE)
+    assert re.search(r"^error: .*\S$", err, re.MULTILINE)
     assert place.files() == []
 
 

@@ -269,7 +269,7 @@ def test_a_file_system_without_locks_is_named_and_another_run_is_not(place: Work
             other.execute("BEGIN EXCLUSIVE")
             result = place.run(sandbox, check=2 if words else 11, **extra)
             assert ("no working locks" in result.err) is bool(words)
-            assert ("another run holds" in result.err) is not bool(words)
+            assert ("another run is using" in result.err) is not bool(words)
         if words:
             assert "no working locks" in place.run(sandbox, "--check", check=2, **extra).out
     assert not list(place.folder.glob(".lock_trial*"))
@@ -579,14 +579,19 @@ def test_each_step_names_the_next_one_as_it_would_be_typed(place: Workplace) -> 
 
     with Sandbox(organisation) as sandbox:
         (preview,) = step("--export", "my contacts.csv")
-        assert preview.endswith(f"{script} --csv 'my contacts.csv' --preview") or os.name == "nt"
-        (canary,) = step("--csv", "my contacts.csv", "--preview", "--count-policy", "at-least")
+        assert preview.endswith(f"{script} --csv 'my contacts.csv' --preview --live") or os.name == "nt"
+        (live,) = step("--csv", "my contacts.csv", "--preview", "--count-policy", "at-least")
+        assert live.endswith("--preview --count-policy at-least --live")
+        (canary,) = step("--csv", "my contacts.csv", "--preview", "--live", "--count-policy", "at-least")
         assert canary.endswith("--count-policy at-least --limit 1")
         (also_canary,) = step("--csv", "my contacts.csv", "--check")
         assert also_canary.endswith("--limit 1") and "--check" not in also_canary
         undo, rest = step("--csv", "my contacts.csv", "--limit", "1", "--yes")
         assert re.search(r"--undo reports.merge_report_\w+\.json --preview$", undo)
         assert "--limit" not in rest and "--csv" in rest
+        for mode in (["--preview"], ["--preview", "--live"], ["--check"]):  # the canary is merged
+            (also_rest,) = step("--csv", "my contacts.csv", *mode)
+            assert also_rest == rest.replace(" --yes", "")
         (really,) = step(*undo.split(script)[1].split())
         assert really.endswith(".json") and "--undo" in really
         assert step("--csv", "my contacts.csv", "--yes") == []
@@ -595,7 +600,7 @@ def test_each_step_names_the_next_one_as_it_would_be_typed(place: Workplace) -> 
 NEXT_STEPS = {
     "the CSV of another organisation": (2, "use a token of dvrv-us-1:devo/OTHER", "next: fix what is named above", "--check"),
     "no network": (3, "can't be reached", "Fix that, then run the same command again.", ""),
-    "a held savepoint": (11, "another run holds", "next: wait until that run has ended", "--status"),
+    "a held savepoint": (11, "another run is using", "next: wait until that run has ended", "--status"),
 }  # fmt: skip
 
 
