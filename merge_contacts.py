@@ -7108,7 +7108,8 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str]) ->
     """Bring what the savepoint knows into a plan: what has ended or was requested, and what is not to be merged again.
 
     A group is skipped that has the address of, or two contacts of, a pair that was undone or cancelled, until it is
-    `named`; an export from before an undo also then. A contact that an undo created stands for its old id.
+    `named`; an export from before an undo also then. A contact that an undo created stands for its old id. A group that
+    a choice has made one contact is skipped no longer.
     """
     if plan.wanted:
         savepoint.organisation = next(iter(plan.wanted.values())).primary.organisation
@@ -7117,6 +7118,14 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str]) ->
     undone = {pair.ids: pair for pair in savepoint.pairs(State.UNDONE, State.UNDO_SETTLED)}
     blocked = blocked_by_history(plan.groups, [*undone.values(), *cancelled.values()])
     blocked = {email: code for email, code in blocked.items() if email not in named}
+    duplicates = {pair.duplicate.id for pair in known.values() if pair.state in ENDED}
+    skipped, plan.skipped = plan.skipped, []
+    for skip in skipped:  # --choices is not given in each run
+        is_one = len(skip.contacts) > 1 and sum(contact.id not in duplicates for contact in skip.contacts) == 1
+        if is_one and skip.code in ("several_user_refs", "no_user_ref", "shared_mailbox"):
+            plan.left_alone[skip.email] = "it was merged by an earlier run"
+        else:
+            plan.skipped.append(skip)
     groups, plan.groups = plan.groups, []
     for group in groups:
         rows = [known.get(pair.ids) for pair in group.pairs]

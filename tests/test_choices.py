@@ -69,6 +69,8 @@ def test_a_chosen_group_is_merged_as_chosen_and_groups_without_a_choice_stay(
     assert {one: organisation.contacts[one] for one in others} == others
     assert {skip["email"] for skip in report["skipped"]} == {UNDECIDED, "nobody@example.com"}
     assert report["summary"]["successful_merges"] == 5
+    plan = json.loads(place.run(None, "--preview", "--json", check=0).out)  # what was chosen before stays merged
+    assert {skip["email"] for skip in plan["skipped"]} == {UNDECIDED, "nobody@example.com"} and plan["pairs"] == []
 
 
 def test_where_no_contact_has_a_revu_reference_the_chosen_contact_itself_remains(place: Workplace) -> None:

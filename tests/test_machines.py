@@ -346,6 +346,20 @@ def test_an_env_file_of_another_encoding_is_named(place: Workplace) -> None:
     assert ".env is not UTF-8 text; save it again as UTF-8" in place.run(None, "--preview", check=2).err
 
 
+def test_a_quote_that_is_not_closed_and_the_file_of_the_token_are_named(place: Workplace) -> None:
+    path, organisation = place.folder / ".env", organisation_of_pairs(1)[0]
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        path.write_text('# ours\nDEVREV_API_TOKEN="sandbox-token\n', encoding="utf-8")
+        result = place.run(sandbox, "--check", check=2, DEVREV_API_TOKEN="")
+        assert ".env, line 2 is ignored: the quote is not closed" in result.err
+        assert "only a merge shows" not in result.out
+        path.write_text('DEVREV_API_TOKEN="sandbox-token"\n', encoding="utf-8")
+        result = place.run(sandbox, "--check", check=0, DEVREV_API_TOKEN="")
+        assert f"(from {path})" in result.out and "not closed" not in result.err
+        assert "(from the environment)" in place.run(sandbox, "--check", check=0).out
+
+
 PREFIXES = {"": "user_", "  ": "user_", "usr_": "usr_", "REVU": None, "REVU-x": None, "R": None, "revu-": "revu-"}
 
 
@@ -464,6 +478,22 @@ def test_a_savepoint_beside_the_script_is_named_where_the_current_folder_has_non
             capture_output=True, encoding="utf-8", check=True,
         )  # fmt: skip
         assert f"one is beside the script: to use that history, run in {script.parent}" in done.stderr
+
+
+def test_a_savepoint_without_pairs_does_not_hide_the_one_beside_the_script(place: Workplace) -> None:
+    place.export(organisation_of_pairs(1)[0])
+    script = place.folder / "tool" / SCRIPT.name
+    script.parent.mkdir()
+    shutil.copy(str(SCRIPT), str(script))
+    (script.parent / "savepoint.db").touch()
+    with Sandbox(organisation_of_pairs(1)[0]) as sandbox:
+        for options in (["--csv", "no file.csv"], ["--csv", "contacts.csv", "--preview"]):
+            done = subprocess.run(
+                [sys.executable, str(script), *options], cwd=str(place.folder), env=place.environment(sandbox, {}),
+                capture_output=True, encoding="utf-8",
+            )  # fmt: skip
+            assert f"one is beside the script: to use that history, run in {script.parent}" in done.stderr
+    assert (place.folder / "savepoint.db").exists()
 
 
 def test_names_of_files_are_in_utc(place: Workplace) -> None:

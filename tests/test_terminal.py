@@ -12,6 +12,7 @@ from typing import Any, Dict, List
 
 import pytest
 
+import merge_contacts as tool
 from tests.sandbox import Fault, Sandbox
 from tests.support import SAMPLE, SCRIPT, Terminal, Workplace, assert_merged, diagonal, organisation_of_pairs
 
@@ -218,6 +219,25 @@ def test_verify_backups_names_what_is_damaged_or_missing(place: Workplace, damag
     damage(next((place.folder / "backups" / "person2@example.com").iterdir()))
     result = place.run(None, "--verify-backups", check=0 if damage is damage_nothing else 1)
     assert word in result.out
+
+
+def test_verify_backups_of_a_folder_without_backups_is_a_mistake(place: Workplace) -> None:
+    (place.folder / "reports").mkdir()
+    assert "reports holds no backup" in place.run(None, "--verify-backups", "reports", check=2).err
+
+
+@pytest.mark.parametrize(
+    "created, says",
+    [
+        ("2023-02-09T08:30:00Z", ", since 2023-02-09"),
+        ("2023-02-09 08:30:00", ", since 2023-02-09"),
+        ("2/9/2023 08:30:00", ", since 2/9/2023 08:30:00"),
+        ("", "1 ticket"),
+    ],
+)
+def test_only_dates_of_iso_lose_their_time(created: str, says: str) -> None:
+    contact = tool.Contact("id", "Ada", "ada@example.com", "REVU-1", "", 1, created, "")
+    assert tool.describe_contact(contact).endswith(says)
 
 
 @pytest.mark.parametrize("options, word", [(["--help"], "Exit codes:"), (["--version"], "merge_contacts ")])
