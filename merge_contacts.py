@@ -7170,7 +7170,7 @@ def _apply_email_filter(plan: Plan, wanted: Set[str], console: Console) -> None:
         why = f"{row.file}, line {row.line}: {row.reason}" if row else plan.left_alone[email]
         console.print_err(f"{email}: nothing to merge: {why}")
     for skip in plan.skipped:
-        console.print_err(f"{skip.email}: skipped: {skip_words(skip.code)[0]}")
+        console.print_err(f"{skip.email}: skipped: {' '.join(skip_words(skip.code))}")
     for group in plan.groups:
         if all(pair.state in ENDED for pair in group.pairs):
             console.print_err(f"{group.email}: nothing to merge: it was merged by an earlier run")
@@ -8066,7 +8066,8 @@ def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair
         show(f"last {last['kind']}: {how}")
     for name, count in facts["counts"].items():
         show(f"{count:>7,} {STATE_WORDS[State(name)]}")
-    show(f"{sum(facts['counts'].values()):>7,} pairs in all")
+    total = sum(facts["counts"].values())
+    show(f"{total:>7,} pair{'s' * (total != 1)} in all")
     for title, pairs in lists.items():
         word = "in progress" if running and title == "unfinished" else title
         for pair in pairs[:20]:

@@ -1,6 +1,7 @@
 """Choices through the front door: a chosen group becomes the one contact that was chosen, all others stay as they are."""
 
 import json
+import re
 from typing import Any, Dict, List, Set, Tuple
 
 import pytest
@@ -109,6 +110,9 @@ def test_a_template_has_a_line_for_each_contact_that_could_be_kept(
     assert (
         result.out.startswith("6 lines of 3 groups written to new.csv")
         and "3 groups that may be a shared mailbox" in result.out
+    )
+    assert re.search(
+        r"^next: keep one line per address in new\.csv, then\n .*--choices new\.csv --preview$", result.err, re.M
     )
     content = (place.folder / "new.csv").read_bytes()
     lines = content.decode("utf-8-sig").splitlines()

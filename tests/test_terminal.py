@@ -167,7 +167,9 @@ def test_status_tells_what_the_savepoint_knows(place: Workplace) -> None:
     never = Fault("merge-never", "rev-users.merge", match=lambda body: body["secondary_user"] == pairs[1][1])
     with Sandbox(organisation, faults=[never]) as sandbox:
         place.run(sandbox, "--merge-timeout", "1", check=1)
-    out = place.run(None, "--status", check=0).out
+    result = place.run(None, "--status", check=0)
+    out = result.out
+    assert "next: finish these pairs" in result.err and result.err.rstrip().endswith("contacts.csv")
     assert (
         "1 merged and verified" in out
         and "1 failed, not merged" in out
