@@ -249,6 +249,11 @@ def subject(body: Json) -> str:
     return f"for {', '.join(some(named, 3))}" if named else ""
 
 
+def minute(instant: str) -> str:
+    """Return an instant of `iso` as a person reads it."""
+    return f"{instant[:16].replace('T', ' ')} UTC"
+
+
 def iso(epoch: float) -> str:
     """Epoch seconds as UTC, `2025-01-31T12:00:00.000+00:00`."""
     return datetime.fromtimestamp(epoch, timezone.utc).isoformat(timespec="milliseconds")
@@ -954,10 +959,13 @@ class CsvTable:
         missing = [name for name in wanted if name not in names]
         if missing:
             found = textwrap.shorten(", ".join(names), 300, placeholder=" ...") or "none"
-            data = any("@" in name or name.startswith("DON:") for name in names)
-            hint = "; its first line is a contact: each file needs a header of its own" if data else ""
+            hint = f" (found: {found})"
+            if any("@" in name or name.startswith("DON:") for name in names):
+                hint = "; its first line is a contact: each file needs a header of its own"
+            elif len(list(filter(None, names))) < 2:
+                hint += "; the first line must be the header"
             which = f"column{'s' * (len(missing) > 1)} {', '.join(missing)}"
-            raise FatalError(EXIT_USAGE, f"missing {which} (found: {found}){hint}")
+            raise FatalError(EXIT_USAGE, f"missing {which}{hint}")
         doubled = [name for name in wanted if names.count(name) > 1]
         if doubled:
             raise FatalError(EXIT_USAGE, f"the column {doubled[0]} is there twice")
@@ -1445,7 +1453,7 @@ class Group:
             found.append(("shared_mailbox", f"joins {len(contacts)} contacts of what looks like a shared mailbox"))
         names = different_names(self.email, contacts)
         if names:
-            found.append(("names_differ", f"joins different names: {', '.join(some(names, 6))}"))
+            found.append(("names_differ", f"these contacts have different names: {', '.join(some(names, 6))}"))
         if self.age_undecided:
             words = f"age could not decide which contact is the primary: the smallest id did ({self.primary.short_id})"
             found.append(("age_undecided", words))
@@ -2323,7 +2331,7 @@ def describe_wait(scheduler: RequestScheduler) -> str:
     wait = blocked if blocked > 0 else scheduler.seconds_until_room()[0]
     why = {"quota": f"quota {quota.limit:,} of DevRev's" if quota.limit else "quota of DevRev's"}
     if limit:
-        why["client-side rate limit"] = f"rate limit {limit.calls} in {limit.period:g} s"
+        why["client-side rate limit"] = f"client-side rate limit {limit.calls} in {limit.period:g} s"
     return f"waiting {duration(wait)} ({why.get(scheduler.waiting_for, scheduler.waiting_for)})" if wait > 0.5 else ""
 
 
@@ -2362,6 +2370,7 @@ class ApiSettings:
     retries: int = 5
     workers: int = 8
     user_ref_prefix: str = "user_"  # of the references of the user's own application
+    token_file: str = ""  # the .env that the token is from; "" where it is from the environment
 
     def mask(self, text: str) -> str:
         """`text` without the token; one of a few characters is none, and would stand in every other word."""
@@ -2769,7 +2778,7 @@ def before_any_change(api: DevRevAPI) -> Iterator[None]:
     try:
         yield
     except NoUsableResponse as error:
-        hint = "Is the network there, and DEVREV_BASE_URL right?"
+        hint = "Check the network and DEVREV_BASE_URL."
         raise FatalError(EXIT_STOPPED, f"DevRev at {api.scheduler.host} can't be reached: {error}. {hint}") from None
     except ApiError as error:
         hint = "" if error.status == 403 else " (is DEVREV_BASE_URL right?)"
@@ -3200,14 +3209,14 @@ class SavePointFile:
         except OSError as error:
             raise FatalError(EXIT_STOPPED, f"the savepoint {self.path} can't be used: {error.strerror}") from None
         except sqlite3.Error as error:
-            text, held = str(error), f"another run holds the savepoint {self.path}"
+            text, held = str(error), f"another run is using {self.path}"
             suspect = any(word in text for word in ("locked", "busy", "disk I/O", "permission denied"))
             if "locking protocol" in text or (suspect and not locks_work(self.path)):
                 raise FatalError(EXIT_USAGE, f"the savepoint {self.path} can't be locked: {NO_LOCKS}") from None
             if "locked" in text or "busy" in text:
                 with contextlib.suppress(sqlite3.Error, KeyError, FatalError):
                     holder = SavePoint(self.environment, readonly=True).holder
-                    held += f": process {holder['pid']} on {holder['host']}, since {holder['since']}"
+                    held += f": process {holder['pid']} on {holder['host']}, since {minute(holder['since'])}"
                 raise FatalError(EXIT_HELD, held) from None
             if any(words in text for words in ("full", "disk I/O", "readonly", "unable to open", "read-only")):
                 words = f"the savepoint {self.path} can't be written: {text}; nothing was changed"
@@ -6190,9 +6199,6 @@ class Estimate(NamedTuple):
     requests: int
     seconds: float
 
-    def __str__(self) -> str:
-        return f"about {plural(self.requests, 'request')}, about {duration(self.seconds)}"
-
 
 def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimate:
     """Estimate what a run costs: for each pair a merge, at the pace of most merges a poll, and an update where a
@@ -6389,8 +6395,7 @@ class Console:
         """Show the one line that is rewritten in place on a terminal; `""` removes it."""
         if not self.quiet and self.rewrites and not self._outputs[self.err].jobs.qsize():
             room, line = self.columns(self.err) - 1, self.sanitize(text)
-            for details, kept in ((r"\(([^()\d]+) \d[^)]*\)", r"(\1)"), (r" \([^)]*\)", "")):
-                line = re.sub(details, kept, line) if len(line) > room else line
+            line = re.sub(r"\(([^()\d]+) \d[^)]*\)", r"(\1)", line) if len(line) > room else line
             self._put(self.err, line if len(line) <= room else f"{line[: room - 3]}...")
             self._has_status = bool(line)
 
@@ -6467,18 +6472,21 @@ def show_plan(plan: Plan, facts: Json, console: Console, cost: str, earlier: Seq
         _show_pairs(plan, console)
         for title, lines in chain(_plan_lists(plan, earlier), (_skip_list(plan, code) for code in SKIP_REASONS)):
             print_list(console, title, lines)
-    counts = [f"{plural(plan.contacts_read, 'contact')} read", plural(len(plan.invalid_rows), "invalid row")]
+    counts = [f"{plural(plan.contacts_read, 'contact')} read"]
+    counts += [plural(len(plan.invalid_rows), "invalid row")] if plan.invalid_rows else []
     counts += [f"{plural(len(plan.look_alikes), 'group')} of look-alikes"] if plan.look_alikes else []
     console.print(", ".join(filter(None, [*counts, plan.others_line()])))
     if facts["already_merged"]:
-        console.print(f"{plural(facts['already_merged'], 'pair')} of this export already merged (says the savepoint)")
+        were = "was" if facts["already_merged"] == 1 else "were"
+        console.print(f"{plural(facts['already_merged'], 'pair')} of this export {were} merged by an earlier run")
     if facts["left"]:
-        console.print(f"{plural(facts['left'], 'pair')} left for another run (--email, --limit)")
+        console.print(f"{plural(facts['left'], 'pair')} remaining for another run (--email, --limit)")
     console.print(cost)
     console.print(f"plan {plan.id}")
-    more = f", {len(earlier):,} of earlier runs to finish first" if earlier else ""
-    what = f"{plural(facts['pairs_to_merge'], 'pair')} to merge, {plural(len(plan.skipped), 'group')} skipped"
-    console.print(what + more, "bold")
+    what = [f"{plural(facts['pairs_to_merge'], 'pair')} to merge"]
+    what += [f"{plural(len(plan.skipped), 'group')} skipped"] if plan.skipped else []
+    what += [f"{len(earlier):,} of earlier runs to finish first"] if earlier else []
+    console.print(", ".join(what), "bold")
 
 
 def print_list(console: Console, title: str, lines: Sequence[str]) -> None:
@@ -6502,7 +6510,7 @@ def names_of(pair: Pair) -> str:
 
 
 def describe_pair(pair: Pair) -> str:
-    becomes = f", which becomes {pair.new_ref}" if pair.new_ref else ""
+    becomes = f", which gets the reference {pair.new_ref}" if pair.new_ref else ""
     return f"{names_of(pair)} <{pair.email}>: {into(pair)}{becomes}"
 
 
@@ -6519,7 +6527,7 @@ def _plan_lists(plan: Plan, earlier: Sequence[Pair]) -> Iterator[Tuple[str, List
     yield f"CHOICES: {plural(len(plan.chosen), 'group')}", choices
     for code in ("shared_mailbox", "names_differ", "age_undecided"):
         lines = [f"{one['email']}: {one['warning']}" for one in plan.warnings if one["code"] == code]
-        why = ["a shared mailbox is not a person: after the merge one would read the others' conversations"]
+        why = ["If several people share this mailbox, each could read the others' conversations after the merge."]
         why = why if lines and code != "age_undecided" else []
         yield f"WARNING {code}: {plural(len(lines), 'group')}", [*why, *first_twenty(lines)]
     alike: List[str] = []
@@ -6542,7 +6550,11 @@ def _plan_lists(plan: Plan, earlier: Sequence[Pair]) -> Iterator[Tuple[str, List
 
 
 def describe_contact(contact: Contact) -> str:
-    since = f", since {contact.created[:10]}" if contact.created else ""
+    created = contact.created
+    day = (
+        created[:10] if re.match(r"\d{4}-\d\d-\d\d\D", created) else created
+    )  # a spreadsheet's dates are of any length
+    since = f", since {day}" if created else ""
     return f"{contact.name}, {contact.short_id}, {plural(contact.tickets, 'ticket')}{since}"
 
 
@@ -6558,7 +6570,7 @@ def _skip_list(plan: Plan, code: str) -> Tuple[str, List[str]]:
     for skip in skips:
         size, choices = plural(len(skip.contacts), "contact"), list(skip.choice_lines().items())
         if choices:
-            lines.append(f"{skip.email}, {size}; a line for --choices (EMAIL,EXTERNAL_REF):")
+            lines.append(f"{skip.email}, {size}; copy one of these lines into the --choices file:")
             for line, contact in choices[:6]:
                 lines += [f"  {describe_contact(contact)}", f"    {line}"]
             lines += [f"  and {len(choices) - 6:,} more"] if len(choices) > 6 else []
@@ -6620,7 +6632,7 @@ EXIT_CODES: Mapping[int, str] = {
     EXIT_FAILED: "some pairs failed or are unfinished; the rest are merged",
     EXIT_USAGE: "bad option, CSV, token or environment; nothing was changed",
     EXIT_STOPPED: "stopped early (API, token, disk): run again to resume",
-    EXIT_HELD: "another run holds the savepoint",
+    EXIT_HELD: "another run is using the savepoint",
     130: "interrupted by Ctrl-C: run again to resume",
     143: "interrupted by SIGTERM: run again to resume",
     129: "interrupted by SIGHUP, a closed terminal: run again to resume",
@@ -6631,11 +6643,10 @@ checked, backed up, merged and verified; a report names every result.
 """
 EPILOG = """\
 A first time, step by step:
-  merge_contacts.py --export contacts.csv          read contacts from DevRev
-  merge_contacts.py --csv contacts.csv --preview   see what would be merged
-  merge_contacts.py --csv contacts.csv --check     see whether a run can start
-  merge_contacts.py --csv contacts.csv --limit 1   merge one pair, check it
-  merge_contacts.py --csv contacts.csv             merge the rest
+  merge_contacts.py --export contacts.csv                 read contacts
+  merge_contacts.py --csv contacts.csv --preview --live   see what it would do
+  merge_contacts.py --csv contacts.csv --limit 1          merge one, check it
+  merge_contacts.py --csv contacts.csv                    merge the rest
 The same command in the same folder resumes a stopped run. To undo a run:
   merge_contacts.py --undo reports/merge_report_20250131_120000.json
 
@@ -6691,8 +6702,11 @@ class OptionParser(argparse.ArgumentParser):
             message += f"; did you mean {meant}?"
         if self.as_json:
             sys.stdout.write(json.dumps({"schema": SCHEMA, "exit_code": EXIT_USAGE, "error": message}) + "\n")
-        usage = "usage: merge_contacts.py --csv PATH [--preview] [option ...]   (--help lists the options)"
-        self.exit(EXIT_USAGE, escape_unprintable(f"{self.prog}: error: {message}") + f"\n{usage}\n")
+        text = escape_unprintable(f"error: {message}")
+        if sys.stderr and sys.stderr.isatty():
+            text = textwrap.fill(text, Console.columns(sys.stderr), subsequent_indent="  ", break_on_hyphens=False)
+        usage = "usage: merge_contacts.py --csv PATH [option ...]   (--help lists the options)"
+        self.exit(EXIT_USAGE, f"{text}\n{usage}\n")
 
 
 def build_parser() -> OptionParser:
@@ -6856,6 +6870,9 @@ def read_env_file(path: Path) -> str:
     raise FatalError(EXIT_USAGE, f"{path} {problem}")
 
 
+TOKEN_FILE = "file of the token"  # no name of a variable
+
+
 def load_environment() -> Dict[str, str]:
     """The DEVREV_ settings: the environment, else `.env` in the current folder, else `.env` beside the script."""
     found = {name: value for name, value in os.environ.items() if value}
@@ -6866,9 +6883,15 @@ def load_environment() -> Dict[str, str]:
         logging.getLogger("dotenv").setLevel(logging.ERROR)  # bad lines are named below
         values = import_package("dotenv").dotenv_values(stream=io.StringIO(text), interpolate=False)
         for number, line in enumerate(text.splitlines(), 1):
+            quoted = re.match(r"\s*(?:export\s+)?(\w+)\s*=\s*['\"]", line)
+            if quoted and quoted[1] not in values:
+                log.warning("%s, line %d is ignored: the quote is not closed", path, number)
             if line.strip() and not re.match(r"\s*(#|(export\s+)?['\"]?[^=#\s]+\s*=)", line):
                 log.warning("%s, line %d is not NAME=value and is ignored", path, number)
-        found = {**{name: value for name, value in values.items() if value}, **found}
+        here = {name: value for name, value in values.items() if value}
+        if "DEVREV_API_TOKEN" in here and "DEVREV_API_TOKEN" not in found:
+            here[TOKEN_FILE] = str(path)
+        found = {**here, **found}
     return found
 
 
@@ -6887,6 +6910,7 @@ def load_settings(environment: Mapping[str, str], workers: int) -> ApiSettings:
     limited = texts.get("DEVREV_RATE_LIMIT_CALLS")
     return ApiSettings(
         token=texts.get("DEVREV_API_TOKEN", ""),
+        token_file=texts.get(TOKEN_FILE, ""),
         base_url=check_base_url(texts.get("DEVREV_BASE_URL", "").rstrip("/") or ApiSettings.base_url),
         calls=math.ceil(number("DEVREV_RATE_LIMIT_CALLS", 0, 0)) if limited else ApiSettings.calls,
         period=number("DEVREV_RATE_LIMIT_PERIOD", 60, 0.001),
@@ -7013,20 +7037,24 @@ class RunContext:
         self.organisation = self.document["organisation"] = organisation_of(str(owner.get("id")))
         self.document["token_owner"] = {name: owner.get(name) for name in ("id", "display_name", "email")}
         check_organisation(self.organisation, origin, pairs)
-        return f"of {owner.get('display_name') or owner.get('id')}, organisation {self.organisation or 'unknown'}"
+        return (
+            f"belongs to {owner.get('display_name') or owner.get('id')}, organisation {self.organisation or 'unknown'}"
+        )
 
     def merge_options(self) -> MergeOptions:
         rules = {name: getattr(self.options, name) for name in (*MERGE_RULES, "merge_timeout", "preview")}
         return MergeOptions(organisation=self.organisation, timelines=not self.options.no_timelines, **rules)
 
-    def describe_rate(self) -> str:
-        """How fast requests may be sent, in words."""
+    def describe_cost(self, cost: Estimate) -> str:
+        """What a run costs, and how fast requests may be sent, in words."""
+        requests, spent = f"about {plural(cost.requests, 'request')}", duration(cost.seconds)
         if self.settings.calls is None:
             calls, period = RequestScheduler.UNANNOUNCED
-            return f"at {calls} requests in {period:g} s until DevRev announces a quota"
+            rate = f"only {calls} in {period:g} s are sent until DevRev announces a quota"
+            return f"{requests}, at least {spent}: {rate}"
         if not self.settings.calls:
-            return "without a client-side limit"
-        return f"at {self.settings.calls} requests in {self.settings.period:g} s"
+            return f"{requests}, about {spent} without a client-side rate limit"
+        return f"{requests}, about {spent} at {self.settings.calls} requests in {self.settings.period:g} s"
 
     def command(self, *words: str, without: Collection[str] = ()) -> str:
         """The command that starts this script again with the options of this call, but for those in `without`, and with
@@ -7034,6 +7062,8 @@ class RunContext:
         parser, given = build_parser(), []
         for name, value in vars(self.options).items():
             if name in ("mode", *without) or value == parser.get_default(name):
+                continue
+            if name == "yes" and sys.stdin and sys.stdin.isatty():  # who copies the command is asked
                 continue
             option = option_name(name)
             for one in value if isinstance(value, list) else [value]:
@@ -7104,7 +7134,8 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str]) ->
     """Bring what the savepoint knows into a plan: what has ended or was requested, and what is not to be merged again.
 
     A group is skipped that has the address of, or two contacts of, a pair that was undone or cancelled, until it is
-    `named`; an export from before an undo also then. A contact that an undo created stands for its old id.
+    `named`; an export from before an undo also then. A contact that an undo created stands for its old id. A group that
+    a choice has made one contact is skipped no longer.
     """
     if plan.wanted:
         savepoint.organisation = next(iter(plan.wanted.values())).primary.organisation
@@ -7113,6 +7144,14 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str]) ->
     undone = {pair.ids: pair for pair in savepoint.pairs(State.UNDONE, State.UNDO_SETTLED)}
     blocked = blocked_by_history(plan.groups, [*undone.values(), *cancelled.values()])
     blocked = {email: code for email, code in blocked.items() if email not in named}
+    duplicates = {pair.duplicate.id for pair in known.values() if pair.state in ENDED}
+    skipped, plan.skipped = plan.skipped, []
+    for skip in skipped:  # --choices is not given in each run
+        is_one = len(skip.contacts) > 1 and sum(contact.id not in duplicates for contact in skip.contacts) == 1
+        if is_one and skip.code in ("several_user_refs", "no_user_ref", "shared_mailbox"):
+            plan.left_alone[skip.email] = "it was merged by an earlier run"
+        else:
+            plan.skipped.append(skip)
     groups, plan.groups = plan.groups, []
     for group in groups:
         rows = [known.get(pair.ids) for pair in group.pairs]
@@ -7157,10 +7196,10 @@ def _apply_email_filter(plan: Plan, wanted: Set[str], console: Console) -> None:
         why = f"{row.file}, line {row.line}: {row.reason}" if row else plan.left_alone[email]
         console.print_err(f"{email}: nothing to merge: {why}")
     for skip in plan.skipped:
-        console.print_err(f"{skip.email}: skipped: {skip_words(skip.code)[0]}")
+        console.print_err(f"{skip.email}: skipped: {' '.join(skip_words(skip.code))}")
     for group in plan.groups:
         if all(pair.state in ENDED for pair in group.pairs):
-            console.print_err(f"{group.email}: nothing to merge: merged already, says the savepoint")
+            console.print_err(f"{group.email}: nothing to merge: it was merged by an earlier run")
 
 
 def _apply_limit(plan: Plan, limit: int, console: Console) -> None:
@@ -7197,7 +7236,8 @@ def write_choices_template(run: RunContext) -> int:
         raise FatalError(EXIT_USAGE, f"{path} {why}") from None
     show(f"{plural(len(rows), 'line')} of {plural(len(groups), 'group')} written to {path}", "good")
     if groups:
-        show(f"next     cut it down to one line a group, then --choices {path} --preview")
+        command = run.command("--choices", str(path), "--preview", without=("choices_template",))
+        run.console.suggest(f"keep one line per address in {path}, then", command)
     shared = sum(group.code == "shared_mailbox" for group in plan.skipped)
     if shared:
         show(f"{plural(shared, 'group')} that may be a shared mailbox left out: write in by hand what is one person")
@@ -7225,17 +7265,36 @@ def preview(run: RunContext) -> int:
         lines = [f"{one['code'] or 'ready'}  {one['email']}" + f": {one['reason']}" * bool(one["code"]) for one in live]
         total = ", ".join(f"{count:,} {code}" for code, count in sorted(counts.items())) or "none"
         print_list(run.console, f"COMPARED WITH DEVREV: {plural(len(live), 'group')}", [*lines, f"in all: {total}"])
-    show_plan(plan, facts, run.console, f"{cost} {run.describe_rate()}", earlier)
-    has_work = facts["pairs_to_merge"] or facts["pairs_to_finish"]
-    if not has_work or facts.get("live_refused") or facts.get("live_ready") == 0:
-        return EXIT_OK
-    shown = ("preview", "live", "plan", "limit")
-    if run.settings.token:
-        run.console.suggest("merge one pair first", run.command("--limit", "1", without=(*shown, "email")))
-    else:
-        words = "put a token into .env (see .env.example), then test it"
-        run.console.suggest(words, run.command("--check", without=shown))
+    show_plan(plan, facts, run.console, run.describe_cost(cost), earlier)
+    ready: int = facts["pairs_to_merge"] if live is None else facts["live_ready"]
+    steps = next_step(run, ready, len(earlier), known)
+    if facts.get("live_refused"):
+        stale = all(CODES[code].advice.startswith("Export again") for code in facts["live_refused"])
+        command = command_line("--export", f"contacts_{run.run_id}.csv")
+        steps = [("export again, then preview the new file", command)] if stale and not ready else []
+    for words, command in steps:
+        run.console.suggest(words, command)
     return EXIT_OK
+
+
+def next_step(run: RunContext, ready: int, to_finish: int, known: Optional[SavePoint]) -> List[Tuple[str, str]]:
+    """Return what comes after a plan was read, in words and as a command; nothing where no pair is left.
+
+    The order is the same everywhere: a preview with --live, one pair, the rest.
+    """
+    shown = ("preview", "live", "check", "plan", "limit")
+    if not ready and not to_finish:
+        return []
+    if not run.settings.token:
+        words = "put a token into .env (see .env.example), then test it"
+        return [(words, run.command("--check", without=shown))]
+    if not ready:
+        return [("finish the pairs of earlier runs", run.command(without=shown))]
+    if known and any(known.pairs(State.DONE)):
+        return [("merge these pairs" if run.options.email else "merge the rest", run.command(without=shown))]
+    if run.options.preview and not run.options.live:
+        return [("compare the plan with DevRev", run.command("--live", without=("plan", "limit", "yes")))]
+    return [("merge one pair first", run.command("--limit", "1", without=(*shown, "email")))]
 
 
 LIVE_DONE = ("already_merged", "already_gone")  # what the live preview finds done
@@ -7358,11 +7417,11 @@ def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
 
     Raises FatalError(2) where the savepoint is older than the reports, FatalError(3) where `reports/` can't be written.
     """
-    beside = Path(__file__).resolve().parent / SAVEPOINT
-    if not SAVEPOINT.exists() and beside.exists():  # cron starts in another folder
-        here = "no savepoint.db is in the current folder, and one is beside the script"
-        log.warning("%s: to use that history, run in %s", here, beside.parent)
     savepoint = SavePoint(run.environment, run.run_id, readonly)
+    beside = Path(__file__).resolve().parent / SAVEPOINT
+    if beside.exists() and Path.cwd() != beside.parent and not savepoint.counts():  # cron starts in another folder
+        here = "no savepoint with pairs is in the current folder, and one is beside the script"
+        log.warning("%s: to use that history, run in %s", here, beside.parent)
     for warning in savepoint.warnings:
         log.warning("%s", warning)
     if readonly:
@@ -7414,7 +7473,7 @@ async def confirm_and_run(
                 raise FatalError(EXIT_USAGE, f"{what}; nothing was changed. Add --yes to {word} without being asked")
             to = console.out if console.out.isatty() else console.err  # what the user sees: no file and no pipe
             console.print(f"organisation  {run.organisation} at {run.settings.base_url}", to=to)
-            console.print(f"token of      {who}" + (f" <{owner['email']}>" if owner["email"] else ""), to=to)
+            console.print(f"token owner   {who}" + (f" <{owner['email']}>" if owner["email"] else ""), to=to)
             for name, fact in facts.items():
                 console.print(f"{name:<12}  {fact}" if name else fact, "" if name else "bold", to)
             console.stream(f"Type {word} to continue, anything else to leave: ", to)
@@ -7450,12 +7509,13 @@ def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair], cost: E
         "first": f"finish {plural(len(unfinished), 'pair')} of earlier runs{others}: {earlier}" if unfinished else "",
         "to merge": plural(len(new), "pair"),
         **{f"  {number if number < 4 else ' '}": words for number, words in enumerate(some(new, 3), 1)},
-        "left out": f"{plural(len(plan.skipped), 'group')} skipped, {plural(len(plan.invalid_rows), 'invalid row')}",
-        "left": f"{plural(left, 'pair')} for another run (--email, --limit)" if left else "",
+        "skipped": plural(len(plan.skipped), "group") if plan.skipped else "",
+        "invalid": plural(len(plan.invalid_rows), "row") if plan.invalid_rows else "",
+        "remaining": f"{plural(left, 'pair')} for another run (--email, --limit)" if left else "",
         "choices lose": "; ".join(some(lost)),
         **{f"WARNING {number}": line for number, line in enumerate(told, 1)},
         "take no part": plan.others_line() if plan.other_refs else "",
-        "cost": f"{cost} {run.describe_rate()}",
+        "cost": run.describe_cost(cost),
         "backups in": str(BACKUPS.resolve()),
         "": "DevRev can't undo a merge; --undo restores most of it from the backups.",
     }
@@ -7529,9 +7589,12 @@ class Progress:
             sent = sum(merger.api.requests.values())
             to_send = requests_left(self.requests, total, backed_up + failed, failed + ended)
             pace = max(0.0, now - self.started - self.waited) / sent if sent else 0.0
-            line += f", {duration(max(minimum_seconds(scheduler, to_send), to_send * pace))} left"
+            line = f"{duration(max(minimum_seconds(scheduler, to_send), to_send * pace))} left \u00b7 {line}"
+        # A narrow terminal cuts the end of the line: what it waits for comes first.
         if not merged and any(pair.state in REQUESTED_STATES for pair in pairs):
-            line += " \u00b7 waiting for the first merge, others follow it"
+            line = f"waiting for the first merge \u00b7 {line}"
+        if waiting.startswith("waiting"):
+            return f"{waiting} \u00b7 {line}"
         return f"{line} \u00b7 {waiting}" if waiting else line
 
 
@@ -7681,7 +7744,7 @@ def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
 
 # -- export ------------------------------------------------------------------------------------------
 
-TAKEN = "exists already, and is left as it is: name a file that does not exist yet"
+TAKEN = "already exists and was not changed; name a file that does not exist yet"
 
 
 async def export(run: RunContext) -> int:
@@ -7710,7 +7773,7 @@ async def export(run: RunContext) -> int:
         console.print_err("interrupted; nothing was written")
         return 128 + run.signal
     except FileExistsError:
-        words = f"{path} was created by another program meanwhile, and is left as it is; name another file"
+        words = f"{path} was created by another program meanwhile and was not changed; name another file"
         raise FatalError(EXIT_USAGE, words) from None
     except OSError as error:
         raise FatalError(EXIT_STOPPED, f"disk error: {error}; nothing was written") from None
@@ -7722,7 +7785,10 @@ async def export(run: RunContext) -> int:
     console.print(f"read     {plural(exporter.read, 'contact')}")
     console.print(f"cost     {plural(requests, 'request')}, {duration(run.environment.elapsed(run.started))}")
     if rows:
-        console.suggest("see what would be merged", command_line("--csv", str(path), "--preview"))
+        console.suggest("see what would be merged", command_line("--csv", str(path), "--preview", "--live"))
+    else:
+        where = "these domains" if run.options.domain else "the organisation"
+        console.print(f"no two contacts of {where} share an email: there is nothing to merge")
     log.info("exported %d rows of %d emails to %s with %d requests", rows, emails, path, requests)
     return EXIT_OK
 
@@ -7878,6 +7944,7 @@ async def check(run: RunContext) -> int:
     api, console = DevRevAPI(run.settings, run.environment, CancelToken()), run.console
     checks: List[Json] = []
     seen: List[str] = []  # objects that have a timeline
+    steps: List[Tuple[str, str]] = []  # what the CSV is ready for
 
     async def read(name: str) -> str:
         """Send one cheap request of the kind that a backup sends."""
@@ -7891,7 +7958,7 @@ async def check(run: RunContext) -> int:
 
     works: Dict[str, Callable[[], Union[str, Awaitable[str]]]] = {
         "token": lambda: run.identify(api),
-        "csv": lambda: _check_csv(run),
+        "csv": lambda: _check_csv(run, steps),
         **{name: functools.partial(read, name) for name in READS},
         "savepoint": lambda: _check_savepoint(run),
         "disk": _check_disk,
@@ -7902,21 +7969,24 @@ async def check(run: RunContext) -> int:
         try:
             found = work()
             words, good = found if isinstance(found, str) else await found, True
+            words += f" (from {run.settings.token_file or 'the environment'})" if name == "token" else ""
         except (FatalError, PairError, OSError) as error:
             words, good = str(api.cancel_token.stop or error if isinstance(error, Cancelled) else error), False
             log.info("check of %s: %s", name, words)
         checks.append({"check": name, "ok": good, "says": words})
         if not run.options.json:
             console.print(f"{'ok     ' if good else 'FAILED '} {name}: {words}", "" if good else "bad")
-    notes = [
-        "only a merge shows whether the token may merge (rev_user:all): try one pair with --limit 1",
-        "--undo also updates tickets, issues and conversations; only an undo shows whether the token may",
-    ]
+    notes: List[str] = []
     if checks[0]["ok"]:
         limit, left = api.scheduler.client_limit, describe_wait(api.scheduler)
         words = f"the client-side rate limit is {limit.calls} requests in {limit.period:g} s" if limit else ""
         words = words or "there is no client-side rate limit"
-        notes.insert(0, f"quota: {left or 'DevRev has not announced one yet'}; {words}")
+        notes = [
+            f"quota: {left or 'DevRev has not announced one yet'}; {words}",
+            "only a merge shows whether the token may merge (rev_user:all): try one pair with --limit 1",
+            "--undo also updates tickets, issues and conversations; whether the token is allowed to do this only shows "
+            "during an undo",
+        ]
     problems = sum(not one["ok"] for one in checks)
     code, verdict = (EXIT_USAGE, f"not ready: {plural(problems, 'problem')}") if problems else (EXIT_OK, "ready")
     if run.options.json:
@@ -7928,18 +7998,27 @@ async def check(run: RunContext) -> int:
     console.print(verdict, "bad" if problems else "good")
     if problems:
         console.suggest("fix what is marked FAILED, then check again", run.command())
-    elif run.options.csv:
-        console.suggest("merge one pair first", run.command("--limit", "1", without=("check", "limit")))
-    else:
+    elif steps:
+        console.suggest(*steps[0])
+    elif not run.options.csv:
         console.suggest("read the contacts from DevRev", command_line("--export", "contacts.csv"))
     return code
 
 
-def _check_csv(run: RunContext) -> str:
-    """Read the CSV, also where the token's organisation is not known."""
-    plan = make_plan(run, None)
-    counts = [f"{plural(plan.count(), 'pair')} to merge", f"{plural(len(plan.skipped), 'group')} skipped"]
-    counts += filter(None, [plural(len(plan.invalid_rows), "invalid row"), plan.others_line()])
+def _check_csv(run: RunContext, steps: List[Tuple[str, str]]) -> str:
+    """Read the CSV, also where the token's organisation is not known, and add the next step to `steps`."""
+    known: Optional[SavePoint] = None
+    with contextlib.suppress(FatalError):  # what is wrong with it is a check of its own
+        known = SavePoint(run.environment, readonly=True)
+    plan = make_plan(run, known)
+    new = sum(pair.state is State.PLANNED for pair in plan.pairs())
+    earlier = [*known.unfinished(), *plan.revived] if known else []
+    steps += next_step(run, new, len(earlier), known)
+    counts = [f"{plural(new, 'pair')} to merge"]
+    counts += [f"{len(earlier):,} of earlier runs to finish first"] if earlier else []
+    counts += [f"{plural(len(plan.skipped), 'group')} skipped"] if plan.skipped else []
+    counts += [plural(len(plan.invalid_rows), "invalid row")] if plan.invalid_rows else []
+    counts += filter(None, [plan.others_line()])
     if run.organisation:
         check_organisation(run.organisation, "CSV", plan.pairs())
         counts.append("of the token's organisation")
@@ -7982,7 +8061,19 @@ def status(run: RunContext) -> int:
             "last_run": None,
         }
         if runs:
-            names = ("id", "kind", "plan_id", "pairs", "start", "end", "exit_code", "stopped", "headline", "reported")
+            names = (
+                "id",
+                "kind",
+                "csv",
+                "plan_id",
+                "pairs",
+                "start",
+                "end",
+                "exit_code",
+                "stopped",
+                "headline",
+                "reported",
+            )
             last = facts["last_run"] = {name: runs[max(runs)][name] for name in names}
             last["report"] = str(report_path(last["id"], last["kind"]))
             ended = last["pairs_ended"] = sum(1 for _ in savepoint.pairs(State.FAILED, *TERMINAL, run=last["id"]))
@@ -8010,27 +8101,31 @@ def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair
         return
     show(f"{facts['savepoint']}: organisation {facts['organisation'] or 'not known yet, no run has merged here'}")
     if holder:
-        process, since = f"process {holder['pid']} on {holder['host']}", f"{holder['since'][:16].replace('T', ' ')} UTC"
-        now = f"a run is in progress: {process}, since {since}"
-        show(now if running else f"no run is in progress; the last one began at {since} ({process})")
+        since = minute(holder["since"])
+        now = f"a run is in progress: process {holder['pid']} on {holder['host']}, since {since}"
+        show(now if running else f"no run is in progress; the last one began at {since}")
     if running and last and last["end"] is None:
-        end = f", expected to end at {last['expected_end'][:16]} (UTC)" if "expected_end" in last else ""
+        end = f", expected to end at {minute(last['expected_end'])}" if "expected_end" in last else ""
         show(f"{last['kind']} of {plural(last['pairs'] or 0, 'pair')}: {last['pairs_ended']:,} ended{end}")
     elif last and not running:
         how = "was killed; the next run writes its report" if last["end"] is None else last["headline"]
         show(f"last {last['kind']}: {how}")
     for name, count in facts["counts"].items():
         show(f"{count:>7,} {STATE_WORDS[State(name)]}")
-    show(f"{sum(facts['counts'].values()):>7,} in all")
+    total = sum(facts["counts"].values())
+    show(f"{total:>7,} pair{'s' * (total != 1)} in all")
     for title, pairs in lists.items():
         word = "in progress" if running and title == "unfinished" else title
         for pair in pairs[:20]:
             why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS[pair.state]
             if pair.state is State.UNDOING and pair.undo and not running:
                 why += f"; {command_line('--undo', pair.undo.path)} finishes it"
-            show(f"{word}  {pair.email}: {into(pair)}, last {pair.updated}: {why}")
+            show(f"{word}  {pair.email}: {into(pair)}, last {minute(pair.updated)}: {why}")
         if len(pairs) > 20:
             show(f"{title}  and {len(pairs) - 20:,} more (--status --json has them all)")
+    if last and last["csv"] and not running and any(pair.state in UNFINISHED for pair in lists["unfinished"]):
+        files = [file["path"] for file in last["csv"]]
+        console.suggest("finish these pairs, with the options of the last run", command_line("--csv", *files))
 
 
 def verify_backups(run: RunContext) -> int:
@@ -8059,6 +8154,8 @@ def verify_backups(run: RunContext) -> int:
         with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
             backups = {pair.backup for pair in savepoint.pairs(*State) if pair.backup}
             missing = sorted(backup for backup in backups if not Path(backup).is_dir())
+    if root != BACKUPS and not (complete or damaged or missing or partial):
+        raise FatalError(EXIT_USAGE, f"{root} holds no backup; name the folder that holds the backups")
     code = EXIT_FAILED if damaged or missing else EXIT_OK
     if run.options.json:
         facts = {"folder": str(root), "complete": complete, "damaged": damaged, "missing": missing, "partial": partial}
@@ -8068,6 +8165,8 @@ def verify_backups(run: RunContext) -> int:
         console.print(line, "bad")
     for one in partial:
         console.print(f"partial  {one}: left by a run that was killed; may be deleted")
+    if damaged or missing:
+        console.print("These merges can't be undone completely. Restore the folders from a copy, then verify again.")
     counts = f"{plural(complete, 'complete backup')}, {len(damaged)} damaged, {len(missing)} missing"
     console.print(counts, "bad" if code else "good")
     return code
@@ -8126,7 +8225,7 @@ def run_command(run: RunContext) -> int:
     if code == EXIT_STOPPED:
         run.console.print_err("Fix that, then run the same command again.", "bold")
     elif code == EXIT_HELD:
-        run.console.suggest("wait until that run has ended; this shows how far it is", command_line("--status"))
+        run.console.suggest("wait until that run has ended; to see its progress:", command_line("--status"))
     return code
 
 

@@ -1,6 +1,7 @@
 """Choices through the front door: a chosen group becomes the one contact that was chosen, all others stay as they are."""
 
 import json
+import re
 from typing import Any, Dict, List, Set, Tuple
 
 import pytest
@@ -69,6 +70,8 @@ def test_a_chosen_group_is_merged_as_chosen_and_groups_without_a_choice_stay(
     assert {one: organisation.contacts[one] for one in others} == others
     assert {skip["email"] for skip in report["skipped"]} == {UNDECIDED, "nobody@example.com"}
     assert report["summary"]["successful_merges"] == 5
+    plan = json.loads(place.run(None, "--preview", "--json", check=0).out)  # what was chosen before stays merged
+    assert {skip["email"] for skip in plan["skipped"]} == {UNDECIDED, "nobody@example.com"} and plan["pairs"] == []
 
 
 def test_where_no_contact_has_a_revu_reference_the_chosen_contact_itself_remains(place: Workplace) -> None:
@@ -108,6 +111,9 @@ def test_a_template_has_a_line_for_each_contact_that_could_be_kept(
         result.out.startswith("6 lines of 3 groups written to new.csv")
         and "3 groups that may be a shared mailbox" in result.out
     )
+    assert re.search(
+        r"^next: keep one line per address in new\.csv, then\n .*--choices new\.csv --preview$", result.err, re.M
+    )
     content = (place.folder / "new.csv").read_bytes()
     lines = content.decode("utf-8-sig").splitlines()
     assert content.startswith(b"\xef\xbb\xbf") and lines[0].startswith("EMAIL,EXTERNAL_REF,")
@@ -121,7 +127,7 @@ def test_a_template_has_a_line_for_each_contact_that_could_be_kept(
     )  # fmt: skip
     uncut = place.run(None, "--choices", "new.csv", "--preview", check=2).err
     assert "a second choice for" in uncut and "cut the file down to one line a group" in uncut
-    assert "exists already" in place.run(None, "--choices-template", "new.csv", check=2).err
+    assert "already exists" in place.run(None, "--choices-template", "new.csv", check=2).err
     assert (place.folder / "new.csv").read_bytes() == content
     (place.folder / "new.csv").write_text("\n".join([lines[0], *lines[1::2]]), encoding="utf-8-sig")
     plan = json.loads(place.run(None, "--choices", "new.csv", "--preview", "--json", check=0).out)

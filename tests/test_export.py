@@ -340,7 +340,7 @@ def test_an_interrupted_export_leaves_nothing(place: Workplace, seeded: Organisa
         ([Fault("route-404")], 2, "DEVREV_BASE_URL"),
         ([Fault("503", skip=3)], 3, "can't be reached"),
         ([Fault("reset-before", "works.list")], 3, "can't be reached"),
-        ([Fault("endless", "rev-users.list")], 3, "without bringing anything new"),
+        ([Fault("endless", "rev-users.list")], 3, "bring nothing new"),
         (
             [Fault("changed", "rev-users.list", detail=lambda _: {"rev_users": [{"email": "x"}]})],
             3,
@@ -369,7 +369,7 @@ def test_an_export_goes_with_no_other_mode(
         tool.main(["--export", "new.csv", *options.split()])
     _, err = capsys.readouterr()
     assert end.value.code == 2 and "Traceback" not in err
-    assert re.search(r"^merge_contacts.py: error: .*\S$", err, re.MULTILINE)
+    assert re.search(r"^error: .*\S$", err, re.MULTILINE)
     assert place.files() == []
 
 

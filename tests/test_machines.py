@@ -269,7 +269,7 @@ def test_a_file_system_without_locks_is_named_and_another_run_is_not(place: Work
             other.execute("BEGIN EXCLUSIVE")
             result = place.run(sandbox, check=2 if words else 11, **extra)
             assert ("no working locks" in result.err) is bool(words)
-            assert ("another run holds" in result.err) is not bool(words)
+            assert ("another run is using" in result.err) is not bool(words)
         if words:
             assert "no working locks" in place.run(sandbox, "--check", check=2, **extra).out
     assert not list(place.folder.glob(".lock_trial*"))
@@ -344,6 +344,20 @@ def test_an_env_file_of_another_encoding_is_named(place: Workplace) -> None:
     (place.folder / ".env").write_bytes("DEVREV_API_TOKEN=abc\n".encode("utf-16"))
     place.export(organisation_of_pairs(1)[0])
     assert ".env is not UTF-8 text; save it again as UTF-8" in place.run(None, "--preview", check=2).err
+
+
+def test_a_quote_that_is_not_closed_and_the_file_of_the_token_are_named(place: Workplace) -> None:
+    path, organisation = place.folder / ".env", organisation_of_pairs(1)[0]
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        path.write_text('# ours\nDEVREV_API_TOKEN="sandbox-token\n', encoding="utf-8")
+        result = place.run(sandbox, "--check", check=2, DEVREV_API_TOKEN="")
+        assert ".env, line 2 is ignored: the quote is not closed" in result.err
+        assert "only a merge shows" not in result.out
+        path.write_text('DEVREV_API_TOKEN="sandbox-token"\n', encoding="utf-8")
+        result = place.run(sandbox, "--check", check=0, DEVREV_API_TOKEN="")
+        assert f"(from {path})" in result.out and "not closed" not in result.err
+        assert "(from the environment)" in place.run(sandbox, "--check", check=0).out
 
 
 PREFIXES = {"": "user_", "  ": "user_", "usr_": "usr_", "REVU": None, "REVU-x": None, "R": None, "revu-": "revu-"}
@@ -466,6 +480,22 @@ def test_a_savepoint_beside_the_script_is_named_where_the_current_folder_has_non
         assert f"one is beside the script: to use that history, run in {script.parent}" in done.stderr
 
 
+def test_a_savepoint_without_pairs_does_not_hide_the_one_beside_the_script(place: Workplace) -> None:
+    place.export(organisation_of_pairs(1)[0])
+    script = place.folder / "tool" / SCRIPT.name
+    script.parent.mkdir()
+    shutil.copy(str(SCRIPT), str(script))
+    (script.parent / "savepoint.db").touch()
+    with Sandbox(organisation_of_pairs(1)[0]) as sandbox:
+        for options in (["--csv", "no file.csv"], ["--csv", "contacts.csv", "--preview"]):
+            done = subprocess.run(
+                [sys.executable, str(script), *options], cwd=str(place.folder), env=place.environment(sandbox, {}),
+                capture_output=True, encoding="utf-8",
+            )  # fmt: skip
+            assert f"one is beside the script: to use that history, run in {script.parent}" in done.stderr
+    assert (place.folder / "savepoint.db").exists()
+
+
 def test_names_of_files_are_in_utc(place: Workplace) -> None:
     organisation, _ = organisation_of_pairs(1)
     place.export(organisation)
@@ -579,14 +609,19 @@ def test_each_step_names_the_next_one_as_it_would_be_typed(place: Workplace) -> 
 
     with Sandbox(organisation) as sandbox:
         (preview,) = step("--export", "my contacts.csv")
-        assert preview.endswith(f"{script} --csv 'my contacts.csv' --preview") or os.name == "nt"
-        (canary,) = step("--csv", "my contacts.csv", "--preview", "--count-policy", "at-least")
+        assert preview.endswith(f"{script} --csv 'my contacts.csv' --preview --live") or os.name == "nt"
+        (live,) = step("--csv", "my contacts.csv", "--preview", "--count-policy", "at-least")
+        assert live.endswith("--preview --count-policy at-least --live")
+        (canary,) = step("--csv", "my contacts.csv", "--preview", "--live", "--count-policy", "at-least")
         assert canary.endswith("--count-policy at-least --limit 1")
         (also_canary,) = step("--csv", "my contacts.csv", "--check")
         assert also_canary.endswith("--limit 1") and "--check" not in also_canary
         undo, rest = step("--csv", "my contacts.csv", "--limit", "1", "--yes")
         assert re.search(r"--undo reports.merge_report_\w+\.json --preview$", undo)
         assert "--limit" not in rest and "--csv" in rest
+        for mode in (["--preview"], ["--preview", "--live"], ["--check"]):  # the canary is merged
+            (also_rest,) = step("--csv", "my contacts.csv", *mode)
+            assert also_rest == rest.replace(" --yes", "")
         (really,) = step(*undo.split(script)[1].split())
         assert really.endswith(".json") and "--undo" in really
         assert step("--csv", "my contacts.csv", "--yes") == []
@@ -595,7 +630,7 @@ def test_each_step_names_the_next_one_as_it_would_be_typed(place: Workplace) -> 
 NEXT_STEPS = {
     "the CSV of another organisation": (2, "use a token of dvrv-us-1:devo/OTHER", "next: fix what is named above", "--check"),
     "no network": (3, "can't be reached", "Fix that, then run the same command again.", ""),
-    "a held savepoint": (11, "another run holds", "next: wait until that run has ended", "--status"),
+    "a held savepoint": (11, "another run is using", "next: wait until that run has ended", "--status"),
 }  # fmt: skip
 
 

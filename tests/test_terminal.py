@@ -12,6 +12,7 @@ from typing import Any, Dict, List
 
 import pytest
 
+import merge_contacts as tool
 from tests.sandbox import Fault, Sandbox
 from tests.support import SAMPLE, SCRIPT, Terminal, Workplace, assert_merged, diagonal, organisation_of_pairs
 
@@ -31,7 +32,7 @@ def test_on_a_terminal_only_a_typed_merge_continues(place: Workplace, typed: str
         plan = place.run(None, "--preview", "-q", check=0).out.splitlines()[-2]
         for fact in (
             "SANDBOX1", "Dana Developer", "contacts.csv of 20", plan.partition(" ")[2], "2 pairs", "Person 1 / P. 1", "REVU-D1",
-            "0 groups skipped, 0 invalid rows", "requests, about", "DevRev can't undo a merge", "backups",
+            "token owner", "requests, about", "DevRev can't undo a merge", "backups",
         ):  # fmt: skip
             assert fact in text
         assert sandbox.count("rev-users.merge") == 0
@@ -90,8 +91,8 @@ def test_the_preview_knows_what_is_done_already(place: Workplace) -> None:
     with Sandbox(organisation) as sandbox:
         place.run(sandbox, "--limit", "2", check=0)
     lines = place.run(None, "--preview", check=0).out.splitlines()
-    assert lines[-1] == "1 pair to merge, 0 groups skipped"
-    assert "2 pairs of this export already merged (says the savepoint)" in lines
+    assert lines[-1] == "1 pair to merge"
+    assert "2 pairs of this export were merged by an earlier run" in lines
 
 
 def test_quiet_says_only_errors_and_the_summary_and_verbose_each_request(place: Workplace) -> None:
@@ -143,7 +144,9 @@ def test_check_and_preview_name_the_limit_that_holds_until_devrev_announces_a_qu
             assert f"note    quota: DevRev has not announced one yet; {limit}" in out
     out = place.run(None, "--preview", check=0, DEVREV_RATE_LIMIT_CALLS="").out
     (cost,) = re.findall(r"^about .*", out, re.MULTILINE)
-    found = re.fullmatch(r"about (\d+) requests, about (\d+) (s|min) at 200 requests in 60 s until DevRev .*", cost)
+    found = re.fullmatch(
+        r"about (\d+) requests, at least (\d+) (s|min): only 200 in 60 s are sent until DevRev .*", cost
+    )
     assert found, cost
     assert int(found[2]) * (60 if found[3] == "min" else 1) >= (int(found[1]) - 1) // 200 * 60 > 0
 
@@ -165,11 +168,13 @@ def test_status_tells_what_the_savepoint_knows(place: Workplace) -> None:
     never = Fault("merge-never", "rev-users.merge", match=lambda body: body["secondary_user"] == pairs[1][1])
     with Sandbox(organisation, faults=[never]) as sandbox:
         place.run(sandbox, "--merge-timeout", "1", check=1)
-    out = place.run(None, "--status", check=0).out
+    result = place.run(None, "--status", check=0)
+    out = result.out
+    assert "next: finish these pairs" in result.err and result.err.rstrip().endswith("contacts.csv")
     assert (
         "1 merged and verified" in out
         and "1 failed, not merged" in out
-        and "3 in all" in out
+        and "3 pairs in all" in out
         and "1 accepted by DevRev, not yet confirmed" in out
     )
     assert re.search(r"unfinished +person2@.* merge_not_confirmed", out)
@@ -217,6 +222,25 @@ def test_verify_backups_names_what_is_damaged_or_missing(place: Workplace, damag
     damage(next((place.folder / "backups" / "person2@example.com").iterdir()))
     result = place.run(None, "--verify-backups", check=0 if damage is damage_nothing else 1)
     assert word in result.out
+
+
+def test_verify_backups_of_a_folder_without_backups_is_a_mistake(place: Workplace) -> None:
+    (place.folder / "reports").mkdir()
+    assert "reports holds no backup" in place.run(None, "--verify-backups", "reports", check=2).err
+
+
+@pytest.mark.parametrize(
+    "created, says",
+    [
+        ("2023-02-09T08:30:00Z", ", since 2023-02-09"),
+        ("2023-02-09 08:30:00", ", since 2023-02-09"),
+        ("2/9/2023 08:30:00", ", since 2/9/2023 08:30:00"),
+        ("", "1 ticket"),
+    ],
+)
+def test_only_dates_of_iso_lose_their_time(created: str, says: str) -> None:
+    contact = tool.Contact("id", "Ada", "ada@example.com", "REVU-1", "", 1, created, "")
+    assert tool.describe_contact(contact).endswith(says)
 
 
 @pytest.mark.parametrize("options, word", [(["--help"], "Exit codes:"), (["--version"], "merge_contacts ")])
@@ -306,9 +330,9 @@ def test_the_status_line_has_an_end_that_the_ceiling_allows(place: Workplace, co
         text = terminal.read_until("waiting")
         os.kill(terminal.pid, signal.SIGTERM)
         assert terminal.end() == 143
-    line = r"6 pairs: \d backed up, 0 merged, 0 verified, (\d+) (s|min) left \u00b7 waiting (\d+) s"
+    line = r"waiting (\d+) s \(client-side rate limit[^)]*\) \u00b7 (\d+) (s|min) left \u00b7 6 pairs: \d backed up"
     assert re.findall(line, text), text[-600:]
-    left, unit, waiting = re.findall(line, text)[-1]
+    waiting, left, unit = re.findall(line, text)[-1]
     seconds = int(left) * (60 if unit == "min" else 1)
     assert seconds >= int(waiting) + 30, "more than 40 requests are left for windows of 20"
 
@@ -338,7 +362,7 @@ def test_a_usage_error_says_what_is_wrong_first_and_what_was_meant(place: Workpl
     command = [sys.executable, str(SCRIPT), *options.split()]
     done = subprocess.run(command, cwd=str(place.folder), stderr=subprocess.PIPE, encoding="utf-8")
     first, *others = done.stderr.splitlines()
-    assert done.returncode == 2 and first.startswith("merge_contacts.py: error: ") and says in first
+    assert done.returncode == 2 and first.startswith("error: ") and says in first
     assert len(others) <= 1 and place.files() == []
 
 
@@ -406,7 +430,7 @@ def test_what_a_run_takes_over_is_listed_beside_the_plan(place: Workplace) -> No
         place.run(sandbox, "--merge-timeout", "1", check=1)
         out = place.run(None, "--preview", check=0).out
         assert "TO FINISH FIRST, from earlier runs: 1 pair" in out and "(accepted by DevRev, not yet confirmed)" in out
-        assert out.splitlines()[-1] == "0 pairs to merge, 0 groups skipped, 1 of earlier runs to finish first"
+        assert out.splitlines()[-1] == "0 pairs to merge, 1 of earlier runs to finish first"
         if os.name != "nt":
             terminal = Terminal(place, sandbox, "--csv", "contacts.csv", columns=200)
             question = terminal.read_until("Type merge")
