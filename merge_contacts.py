@@ -1140,7 +1140,7 @@ def _check_rows(
             and identity and reference and identity not in _NULL_IDS
             and parse_count(tickets) is not None
         ):  # fmt: skip
-            code, reason = row_error(row, width, places)
+            code, reason = row_error(row, width, places, data.has_nul)
             if code:
                 if row:  # a blank line is nothing
                     email = trimmed_text(row[places["email"]]) if places["email"] < len(row) else ""
@@ -1161,11 +1161,11 @@ def _check_rows(
             contents.other_ref = min(contents.other_ref or reference, reference)
 
 
-def row_error(row: Sequence[str], width: int, places: Mapping[str, int]) -> Tuple[str, str]:
+def row_error(row: Sequence[str], width: int, places: Mapping[str, int], has_nul: bool) -> Tuple[str, str]:
     """Return the code and the words for why a row is no contact, two empty texts where it is one."""
     if len(row) != width:
         return "fields", f"{plural(len(row), 'field')} instead of {width}"
-    if any(_NUL_MARK in value for value in row):
+    if has_nul and any(_NUL_MARK in value for value in row):
         return "nul", "a NUL character"
     if any(value.count(",") >= width - 1 and ("\n" in value or "\r" in value) for value in row):
         return "stray_quote", "a quoted field that holds other rows (a stray quote?)"
@@ -5737,7 +5737,7 @@ CODES: Dict[str, Code] = {
         "Run again. If it stays, send the message and the log to DevRev's support.", systemic=True, settles=True),
     "forbidden": Code(
         "DevRev refused a request: the token may not do this, or not for this contact.",
-        "Follow the message: give the token the scope, give it access to the object, or create a new token. Then run again.",
+        "Do what the message says (another scope, access to the object, or a new token), then run again.",
         systemic=True, settles=True),
     "merge_refused": Code(
         "DevRev refused to merge these contacts.",
@@ -7978,11 +7978,8 @@ async def check(run: RunContext) -> int:
             console.print(f"{'ok     ' if good else 'FAILED '} {name}: {words}", "" if good else "bad")
     notes: List[str] = []
     if checks[0]["ok"]:
-        limit, left = api.scheduler.client_limit, describe_wait(api.scheduler)
-        words = f"the client-side rate limit is {limit.calls} requests in {limit.period:g} s" if limit else ""
-        words = words or "there is no client-side rate limit"
         notes = [
-            f"quota: {left or 'DevRev has not announced one yet'}; {words}",
+            describe_quota(api.scheduler),
             "only a merge shows whether the token may merge (rev_user:all): try one pair with --limit 1",
             "--undo also updates tickets, issues and conversations; whether the token is allowed to do this only shows "
             "during an undo",
@@ -8003,6 +8000,13 @@ async def check(run: RunContext) -> int:
     elif not run.options.csv:
         console.suggest("read the contacts from DevRev", command_line("--export", "contacts.csv"))
     return code
+
+
+def describe_quota(scheduler: RequestScheduler) -> str:
+    """Say which quota DevRev has announced, and which limit holds besides."""
+    limit, left = scheduler.client_limit, describe_wait(scheduler) or "DevRev has not announced one yet"
+    words = f"the client-side rate limit is {limit.calls} requests in {limit.period:g} s" if limit else ""
+    return f"quota: {left}; {words or 'there is no client-side rate limit'}"
 
 
 def _check_csv(run: RunContext, steps: List[Tuple[str, str]]) -> str:
