@@ -7981,8 +7981,7 @@ async def check(run: RunContext) -> int:
         notes = [
             describe_quota(api.scheduler),
             "only a merge shows whether the token may merge (rev_user:all): try one pair with --limit 1",
-            "--undo also updates tickets, issues and conversations; whether the token is allowed to do this only shows "
-            "during an undo",
+            "--undo also updates tickets, issues and conversations; only an undo shows whether the token may do this",
         ]
     problems = sum(not one["ok"] for one in checks)
     code, verdict = (EXIT_USAGE, f"not ready: {plural(problems, 'problem')}") if problems else (EXIT_OK, "ready")
