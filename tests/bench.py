@@ -141,7 +141,7 @@ def organisation_of(pairs: int, tickets: Tuple[int, int], seed: int) -> Organisa
 def run_tool(organisation: Organisation, environment: Optional[Dict[str, str]] = None, **conditions: Any) -> Outcome:
     """Let the tool merge a whole organisation, with its defaults but for its own ceiling, of which there is none."""
     with tempfile.TemporaryDirectory() as folder:
-        place = Workplace(Path(folder))
+        place = Workplace(Path(folder), forks=False)
         place.export(organisation)
         with Sandbox(organisation, **conditions) as sandbox:
             begun = time.monotonic()
