@@ -2727,7 +2727,7 @@ class DevRevAPI:
             try:
                 found = await self.pages("works.list", "works", {"type": list(kinds), **body}, options)
             except ApiError as error:
-                if error.status != 400 or kinds == TICKETS_AND_ISSUES:
+                if error.status != 400 or self._finding_work_kinds is None:  # they were accepted before
                     raise
                 found = await self.pages("works.list", "works", {"type": list(TICKETS_AND_ISSUES), **body}, options)
                 log.info("DevRev lists no works of other kinds than tickets and issues (%s)", error)
@@ -3606,6 +3606,7 @@ class FirstMerge:
     def __init__(self, cancel_token: CancelToken) -> None:
         self.confirmed = False
         self.requests = 0  # merge requests of the run
+        self.seen: Set[Ids] = set()  # pairs of which a poll of this run has shown that they are merged
         self._cancel_token = cancel_token
         self._lock = asyncio.Lock()
         self._holder: Optional[Ids] = None
@@ -3624,8 +3625,10 @@ class FirstMerge:
             self._lock.release()
 
     def confirm(self, ids: Ids) -> None:
-        self.confirmed = True
-        self.release(ids)
+        """Let the others go, where this run has seen the merge carried out, and its reference set or in conflict."""
+        if ids in self.seen:
+            self.confirmed = True
+            self.release(ids)
 
 
 @dataclass(frozen=True)
@@ -4106,7 +4109,6 @@ class PrimaryUpdate:
             self.answer = user
             with contextlib.suppress(PairError):  # the verification names a damaged backup
                 pair.fields_lost = lost_fields(backed_up_contact(pair.backup, pair.duplicate.id), user)
-        self.context.first_merge.confirm(pair.ids)
         return True
 
     async def _plan(self, is_new: bool) -> Json:
@@ -4209,6 +4211,8 @@ class PairMerge:
         if pair.requested_at:
             pair.seconds = max(0.0, self.context.environment.now().wall - pair.requested_at)
         await self.context.savepoint.save(pair)
+        if state is State.VERIFYING:
+            self.context.first_merge.confirm(pair.ids)
         steps = {
             State.REQUESTED: "the merge is requested, and not confirmed yet",
             State.ACKNOWLEDGED: "DevRev has acknowledged the merge",
@@ -4387,8 +4391,7 @@ class PairMerge:
 
     def _confirmed(self) -> State:
         pair = self.pair
-        if not pair.new_ref:
-            self.context.first_merge.confirm(pair.ids)
+        self.context.first_merge.seen.add(pair.ids)
         pair.code, pair.error = "", ""
         return State.MERGED
 

@@ -54,7 +54,7 @@ MUTANTS = [
         "            pair.withdrawn_at = withdrawn_at\n",
         "the savepoint then says that the merge was requested, so that the next run polls and waits for nothing",
     ),
-    Mutant("a transition is not saved", "        await self.context.savepoint.save(pair)\n        steps = {", "        steps = {"),
+    Mutant("a transition is not saved", "        await self.context.savepoint.save(pair)\n        if state is State.VERIFYING:", "        if state is State.VERIFYING:"),
     Mutant(
         "a rejection is not saved",
         "        pair.rejected, pair.forbidden = True, pair.forbidden or error.status == 403\n        await self.context.savepoint.save(pair)\n",

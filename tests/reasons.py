@@ -169,7 +169,9 @@ class ReasonChecker:
             "group_incomplete": lambda: any(set(other) & group for other in resting if other != ids),
             "undo_unfinished": lambda: checker.undo.is_open(group),
             "merge_refused merge_not_confirmed forbidden api_error": lambda: (
-                (duplicate is not None and (checker.lies or self._is_never_merged(ids))) or self._is_hidden(ids)
+                (duplicate is not None and (checker.lies or self._is_never_merged(ids)))
+                or self._is_hidden(ids)
+                or primary is None  # merged into another, and reading it may tell nothing
             ),
         }
 

@@ -794,6 +794,7 @@ def play_many(seeds: Sequence[int], jobs: int, keep_going: bool = False) -> int:
 
 
 def main() -> int:
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # half an emoji is no UTF-8
     parser = argparse.ArgumentParser(prog="python -m tests.simulate", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--seeds", metavar="N", type=int, help="play so many scenarios")
     parser.add_argument("--start", metavar="S", type=int, default=1, help="the first seed (default 1)")
