@@ -16,7 +16,7 @@ from tests.mutants import MUTANTS, SEEDS, drawn_lines, hunt, line_of
 from tests.simulate import kept_seeds, play
 from tests.simulated import MODULE, Clock, Connection, Killed, SimulatedProcess, load
 
-FEW = 12  # CI plays two hundred more, others with each commit
+FEW = 12  # CI plays sixty more, others with each commit
 
 
 @pytest.fixture(scope="module")
