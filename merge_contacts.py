@@ -4098,7 +4098,7 @@ class PrimaryUpdate:
                 if over:
                     raise PairError(error.code, f"{pair.primary.short_id} could not be updated: {error}") from None
                 deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
-                user = check_reference(pair, await self.api.contact(pair.primary.id, self.timer.request_options()))
+                user = await self._read_primary()
                 if any(user.get(name) != value for name, value in body.items()):
                     await self._sleep()
                     continue
@@ -4118,9 +4118,27 @@ class PrimaryUpdate:
         body = {**reference, **pair.fields_to_carry}
         if is_new or not body:
             return body
-        primary = check_reference(pair, await self.api.contact(pair.primary.id, self.timer.request_options()))
+        primary = await self._read_primary()
         body = {**reference, **fields_to_carry(primary, pair.fields_to_carry)}
         return {name: value for name, value in body.items() if primary.get(name) != value}
+
+    async def _read_primary(self) -> Json:
+        """Return the primary. Where DevRev refuses to read it, the list of its email decides: it may have been merged.
+
+        Raises PairError, also where another user gave it a reference.
+        """
+        contact = self.pair.primary
+        try:
+            primary = await self.api.contact(contact.id, self.timer.request_options())
+        except ApiError as error:
+            if error.status == 403:
+                raise
+            listed = (await self.api.contacts_by_email([contact.email.strip()], FINISH)).items
+            primary = next((user for user in listed if user["id"] == contact.id and not is_gone(user)), None)
+            if primary is None:
+                words = f"the primary {contact.short_id} can't be read, and no list shows it: {error}"
+                raise PairError("not_found", words) from None
+        return check_reference(self.pair, primary)
 
     async def _wait_for_release(self, over: bool) -> Optional[DuplicateStatus]:
         """Wait while the duplicate, which no longer exists, holds the reference. Return its status, if a poll tells.
@@ -4634,10 +4652,14 @@ class ContactMerger:
                     merged = await verifier.lists_show_merged(pair)
                     status = DuplicateStatus.GONE if merged else DuplicateStatus.EXISTS
                 if status is DuplicateStatus.GONE and Path(pair.backup).exists():
-                    # It may have been deleted instead: then nothing of it belongs to the primary.
+                    # It may have been deleted instead: then nothing of it belongs to the primary, and objects name it.
                     expected = objects_to_transfer(pair.backup, pair.duplicate.id)
                     if expected and len(await verifier.missing(pair, expected)) == len(expected):
-                        status = DuplicateStatus.EXISTS
+                        for item in expected[: verifier.EXAMINED]:
+                            obj = await self.api.get_object(item["id"], RequestOptions(RESUME))
+                            if obj and pair.duplicate.id in user_ids(item["role"], obj):
+                                status = DuplicateStatus.EXISTS
+                                break
             except (PairError, LookupError, TypeError, ValueError, AttributeError) as error:
                 log.info("%s: the cancelled merge of %s can't be polled: %s", pair.email, into(pair), error)
                 continue

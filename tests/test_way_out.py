@@ -113,6 +113,39 @@ def test_a_merge_that_devrev_carries_out_after_it_was_given_up_is_finished_and_s
     assert_merged(organisation, pairs)
 
 
+def test_a_pair_whose_primary_was_merged_onward_and_can_not_be_read_can_be_settled(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(1)
+    primary, _ = pairs[0]
+    place.export(organisation)
+    with Sandbox(organisation, faults=[Fault("500", "rev-users.update")]) as sandbox:
+        place.run(sandbox, *QUICK, check=1, DEVREV_MAX_RETRIES="0")
+        sandbox.faults.clear()
+        sandbox.gone_of = {primary: "400"}
+        organisation.merge(organisation.add_contact("Z", "another@example.com"), primary)
+        assert place.run(sandbox, *QUICK, check=1).codes == {"person1@example.com": "not_found"}
+        place.run(None, "--settle", "person1@example.com", check=0)
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_cancelled_merge_is_told_from_a_deletion_by_what_its_objects_name(place: Workplace, deleted: bool) -> None:
+    """Carried out after all, and its objects given to others before any run could poll it; or deleted by a person."""
+    organisation, pairs = organisation_of_pairs(1, (0, 1))
+    other = organisation.add_contact("Z", "another@example.com")
+    place.export(organisation)
+    with Sandbox(organisation, faults=[Fault("merge-never")]) as sandbox:
+        cancelled(place, sandbox)
+        if deleted:
+            organisation.delete_contact(pairs[0][1])
+        else:
+            organisation.merge(*pairs[0])
+            for one in [*organisation.works, *organisation.conversations]:
+                roles = ("owned_by", "reported_by") if one in organisation.works else ("members",)
+                for role in roles:
+                    organisation.give(one, role, [other])
+        report = place.run(sandbox, *QUICK, "--email", "another@example.com").report
+    assert bool([*report["unfinished_merges"], *report["successful_merges"]]) is not deleted
+
+
 # -- one contact's trouble ---------------------------------------------------------------------------
 
 
