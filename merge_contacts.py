@@ -37,6 +37,8 @@ Map of this file, roughly bottom-up:
     Command line  RunContext, main                  options, settings, signals, one function for each mode
 """
 
+from __future__ import annotations
+
 import os
 import sys
 
@@ -44,7 +46,11 @@ if __name__ == "__main__":
     # The script's folder comes first in sys.path: a queue.py in it would be imported in place of Python's own.
     _library = os.__file__.rpartition(os.sep)[0]
     sys.path.append(sys.path.pop(0))
-    sys.path.sort(key=lambda place: "packages" in place or not place.startswith((_library, sys.base_prefix + "\\DLLs")))
+    sys.path.sort(
+        key=lambda place: (
+            "packages" in place or not place.startswith((_library, sys.base_prefix + "\\DLLs"))
+        )
+    )
 
     def _fail_in_one_line(kind, error, _traceback):  # type: ignore[no-untyped-def]
         """Say in one line what ends the program before `main` starts; a traceback tells a user nothing."""
@@ -52,7 +58,11 @@ if __name__ == "__main__":
         name = getattr(error, "name", None) or ""
         file = getattr(sys.modules.get(name), "__file__", None)
         why = f"{name + ': ' if name else ''}{error}{f' (found in {file})' if file else ''}"
-        sys.stderr.write("interrupted\n" if interrupted else f"error: this Python can't import {why}; use another\n")
+        sys.stderr.write(
+            "interrupted\n"
+            if interrupted
+            else f"error: this Python can't import {why}; use another\n"
+        )
         sys.stderr.flush()
         os._exit(130 if interrupted else 2)
 
@@ -107,18 +117,14 @@ from typing import (
     ClassVar,
     Collection,
     Coroutine,
-    Deque,
     Dict,
-    FrozenSet,
     Iterable,
     Iterator,
     List,
     Mapping,
     NamedTuple,
     NoReturn,
-    Optional,
     Sequence,
-    Set,
     TextIO,
     Tuple,
     TypeVar,
@@ -178,7 +184,10 @@ class ApiError(PairError):
     """DevRev understood the request and refused it (3xx, 4xx). A merge may be carried out all the same."""
 
     def __init__(self, endpoint: str, status: int, message: str, data: Json) -> None:
-        super().__init__("forbidden" if status == 403 else "api_error", f"{endpoint} answered {status}: {message}")
+        super().__init__(
+            "forbidden" if status == 403 else "api_error",
+            f"{endpoint} answered {status}: {message}",
+        )
         self.status = status
         self.data = data  # of the body
 
@@ -206,7 +215,9 @@ ODD_ANSWER = (LookupError, TypeError, ValueError, AttributeError, RecursionError
 def odd_answer(email: str, error: Exception) -> PairError:
     """Log where an answer could not be understood, and return the problem of its group. Call it in the handler."""
     log.exception("%s: unexpected", email)
-    return PairError("api_error", f"an answer could not be understood ({type(error).__name__}: {error})")
+    return PairError(
+        "api_error", f"an answer could not be understood ({type(error).__name__}: {error})"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -218,7 +229,9 @@ def escape_unprintable(text: str) -> str:
     """Return `text` with everything escaped that a terminal could act on (controls, line breaks, bidi marks)."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 def plural(count: int, noun: str) -> str:
@@ -236,7 +249,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-def some(words: Sequence[str], most: int = 5) -> List[str]:
+def some(words: Sequence[str], most: int = 5) -> list[str]:
     """Return the first `most` words, and how many more there are."""
     return [*words[:most], *([f"and {len(words) - most:,} more"] if len(words) > most else [])]
 
@@ -245,7 +258,11 @@ def subject(body: Json) -> str:
     """Name the contacts or objects that a request is for, in a few words."""
     values = [value for name, value in body.items() if name not in ("limit", "cursor", "type")]
     lists = [value if isinstance(value, list) else [value] for value in values]
-    named = [str(one).rpartition("/")[2] for one in chain.from_iterable(lists) if not isinstance(one, dict)]
+    named = [
+        str(one).rpartition("/")[2]
+        for one in chain.from_iterable(lists)
+        if not isinstance(one, dict)
+    ]
     return f"for {', '.join(some(named, 3))}" if named else ""
 
 
@@ -274,7 +291,9 @@ def safe_name(text: str) -> str:
     if name.endswith("."):
         name = name[:-1] + "%2E"
     if len(name) > 80:
-        name = f"{name[:63]}~{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+        name = (
+            f"{name[:63]}~{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+        )
     return name or "%"
 
 
@@ -283,7 +302,7 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def to_json(value: Any, indent: Optional[int] = None) -> bytes:
+def to_json(value: Any, indent: int | None = None) -> bytes:
     """Encode as UTF-8 JSON; a lone surrogate, which JSON can hold and UTF-8 can't, stays an escape."""
     return json.dumps(value, ensure_ascii=False, indent=indent).encode("utf-8", "backslashreplace")
 
@@ -303,22 +322,24 @@ class Timestamp(NamedTuple):
 class HttpResponse(NamedTuple):
     """The outcome of one request. `data` is the JSON object in the body, None where there is no complete one."""
 
-    status: Optional[int]  # None: no answer
+    status: int | None  # None: no answer
     headers: Mapping[str, str]
-    data: Optional[Json]
+    data: Json | None
     problem: str = ""  # in words
     sent: bool = True  # whether the request may have reached DevRev
-    setup_error: str = ""  # in words, where a setting of this machine (proxy, certificates) is at fault
+    setup_error: str = (
+        ""  # in words, where a setting of this machine (proxy, certificates) is at fault
+    )
 
 
 class Environment:
     """All that a run touches beyond its own memory, so that a simulation can stand in its place."""
 
-    def __init__(self, settings: "ApiSettings") -> None:
+    def __init__(self, settings: ApiSettings) -> None:
         self.settings = settings
         self.random = random.Random()
-        self._transport: Optional[HttpTransport] = None
-        self._warned: Set[str] = set()  # what `tolerate` has said
+        self._transport: HttpTransport | None = None
+        self._warned: set[str] = set()  # what `tolerate` has said
 
     def now(self) -> Timestamp:
         return Timestamp(time.time(), time.monotonic())
@@ -335,12 +356,14 @@ class Environment:
     def run_event_loop(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(work)
 
-    async def post(self, endpoint: str, body: Json, deadline: Optional[float] = None) -> HttpResponse:
+    async def post(self, endpoint: str, body: Json, deadline: float | None = None) -> HttpResponse:
         """POST one request, and return within `deadline` seconds (by default ten times `timeout`), complete answer or
         not. Raises FatalError where the proxy or the CA bundle that the environment names can't be used."""
         self._transport = self._transport or HttpTransport(self.settings)
         limit = min(deadline or math.inf, 10 * self.settings.timeout)
-        answer = asyncio.ensure_future(self.run_in_thread(self._transport.post, endpoint, body, limit))
+        answer = asyncio.ensure_future(
+            self.run_in_thread(self._transport.post, endpoint, body, limit)
+        )
         await asyncio.wait({answer}, timeout=limit)
         if answer.done():
             return answer.result()
@@ -364,10 +387,12 @@ class Environment:
         threading.Thread(target=work, daemon=True).start()
         return await future
 
-    def create_file(self, path: Path, chunks: Iterable[bytes]) -> Tuple[int, str]:
+    def create_file(self, path: Path, chunks: Iterable[bytes]) -> tuple[int, str]:
         """Create `path` (0600) from `chunks` and flush it to the disk; return its size and SHA-256."""
         size, digest = 0, hashlib.sha256()
-        handle = os.open(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
+        handle = os.open(
+            str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600
+        )
         with open(handle, "wb") as file:
             for chunk in chunks:
                 file.write(chunk)
@@ -403,7 +428,9 @@ class Environment:
             raise
 
     def open_database(self, uri: str) -> sqlite3.Connection:
-        return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0, check_same_thread=False)
+        return sqlite3.connect(
+            uri, uri=True, isolation_level=None, timeout=0, check_same_thread=False
+        )
 
     def fsync_file(self, file: Any) -> None:
         file.flush()
@@ -416,7 +443,9 @@ class Environment:
         """
         if os.name == "nt":
             return
-        with self.tolerate(f"{folder}: this file system can't flush a folder", "a power cut may lose new names"):
+        with self.tolerate(
+            f"{folder}: this file system can't flush a folder", "a power cut may lose new names"
+        ):
             handle = os.open(str(folder), os.O_RDONLY)
             try:
                 os.fsync(handle)
@@ -477,10 +506,12 @@ NO_LOCKS = "this file system has no working locks; run in a folder on a local di
 
 def named_variable(*names: str) -> str:
     """The first of these environment variables, in either case, that is set; the first name where none is."""
-    return next((one for name in names for one in (name.lower(), name) if os.environ.get(one)), names[0])
+    return next(
+        (one for name in names for one in (name.lower(), name) if os.environ.get(one)), names[0]
+    )
 
 
-def parse_body(status: int, content: bytes, settings: "ApiSettings") -> Tuple[Optional[Json], str]:
+def parse_body(status: int, content: bytes, settings: ApiSettings) -> tuple[Json | None, str]:
     """Return the JSON object in a body, and in words what is wrong. HTML of a gateway is no answer of DevRev's."""
     try:
         data = json.loads(content)
@@ -500,7 +531,7 @@ class HttpTransport:
     MAX_BODY = 256 << 20  # bytes; a list of a hundred objects has some hundred thousand
     CHUNK = 1 << 16
 
-    def __init__(self, settings: "ApiSettings") -> None:
+    def __init__(self, settings: ApiSettings) -> None:
         """Raise FatalError where the proxy or the CA bundle of the environment can't be used."""
         import ssl
 
@@ -518,25 +549,39 @@ class HttpTransport:
             "Accept": "application/json",
             "Content-Type": "application/json",
         }
-        session.trust_env = settings.base_url.startswith("https:")  # never a proxy for plain http on loopback
+        session.trust_env = settings.base_url.startswith(
+            "https:"
+        )  # never a proxy for plain http on loopback
         found = session.merge_environment_settings(settings.base_url, {}, None, None, None)
         session.proxies, session.verify, bundle = found["proxies"], found["verify"], found["verify"]
-        session.trust_env = False  # it was asked once, and there are no credentials to take from ~/.netrc
-        proxy = session.proxies.get("https") or session.proxies.get("all") or ""  # its address may hold a password
+        session.trust_env = (
+            False  # it was asked once, and there are no credentials to take from ~/.netrc
+        )
+        proxy = (
+            session.proxies.get("https") or session.proxies.get("all") or ""
+        )  # its address may hold a password
         try:
             if isinstance(bundle, str) and not Path(bundle).is_dir():
                 ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(bundle)
             if proxy:
                 adapter.proxy_manager_for(proxy if "://" in proxy else f"http://{proxy}")
-        except ValueError:  # of requests and of urllib3, for an unknown scheme, no host, no support of SOCKS
+        except (
+            ValueError
+        ):  # of requests and of urllib3, for an unknown scheme, no host, no support of SOCKS
             what = "is not the address of an HTTP proxy;"
             if proxy.lower().startswith("socks"):
                 what = "names a SOCKS proxy, and the package PySocks is missing; pip install PySocks, or"
             name = named_variable("HTTPS_PROXY", "ALL_PROXY")
-            raise FatalError(EXIT_USAGE, f"{name} {what} set it to http://host:port, or unset it") from None
+            raise FatalError(
+                EXIT_USAGE, f"{name} {what} set it to http://host:port, or unset it"
+            ) from None
         except OSError as error:  # ssl.SSLError is one
             name = named_variable("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-            why = "does not exist" if isinstance(error, FileNotFoundError) else "holds no certificates that can be read"
+            why = (
+                "does not exist"
+                if isinstance(error, FileNotFoundError)
+                else "holds no certificates that can be read"
+            )
             fix = "set it to a file of CA certificates in PEM format, or unset it"
             raise FatalError(EXIT_USAGE, f"{name} names {bundle}, which {why}; {fix}") from None
 
@@ -550,16 +595,25 @@ class HttpTransport:
         try:
             url = f"{self.settings.base_url}/{endpoint}"
             # Prepared without the session, which would look for cookies, hooks and credentials each time.
-            request = requests.Request("POST", url, data=to_json(body), headers=self._headers).prepare()
+            request = requests.Request(
+                "POST", url, data=to_json(body), headers=self._headers
+            ).prepare()
             timeouts = (min(10.0, silence), silence)
-            with self.session.send(request, timeout=timeouts, allow_redirects=False, stream=True) as answer:
-                self._has_answered, response = True, HttpResponse(answer.status_code, answer.headers, None)
+            with self.session.send(
+                request, timeout=timeouts, allow_redirects=False, stream=True
+            ) as answer:
+                self._has_answered, response = (
+                    True,
+                    HttpResponse(answer.status_code, answer.headers, None),
+                )
                 content = bytearray()
                 # A body in small pieces is never silent, and one without an end would fill the memory.
                 for chunk in answer.iter_content(self.CHUNK):
                     content += chunk
                     if len(content) > self.MAX_BODY or time.monotonic() > started + limit:
-                        problem = f"its body has no end within {self.MAX_BODY >> 20} MiB and {limit:g} s"
+                        problem = (
+                            f"its body has no end within {self.MAX_BODY >> 20} MiB and {limit:g} s"
+                        )
                         response = response._replace(problem=problem)
                         break
                 else:
@@ -567,8 +621,17 @@ class HttpTransport:
                     response = response._replace(data=data, problem=problem)
         except requests.exceptions.RequestException as error:
             response = self._explained(response, error, silence)
-        what, tail = f"{endpoint} {subject(body)}".rstrip(), response.problem and f" ({response.problem})"
-        log.debug("%s -> %s in %.3f s%s", what, response.status or "no answer", time.monotonic() - started, tail)
+        what, tail = (
+            f"{endpoint} {subject(body)}".rstrip(),
+            response.problem and f" ({response.problem})",
+        )
+        log.debug(
+            "%s -> %s in %.3f s%s",
+            what,
+            response.status or "no answer",
+            time.monotonic() - started,
+            tail,
+        )
         return response
 
     def _explained(self, response: HttpResponse, error: Exception, silence: float) -> HttpResponse:
@@ -580,14 +643,22 @@ class HttpTransport:
         sent, problem, setup_error = False, "the connection broke", ""
         if isinstance(error, exceptions.ProxyError):
             refused = re.search(r"Tunnel connection failed: (\d+[ \w-]*)", text)
-            problem = f"{proxy} answered {refused.group(1)}" if refused else f"no connection to {proxy}"
+            problem = (
+                f"{proxy} answered {refused.group(1)}" if refused else f"no connection to {proxy}"
+            )
             if refused and refused.group(1).startswith("407"):
                 setup_error = f"{proxy} wants a name and a password (407); set it to http://user:password@host:port"
-        elif isinstance(error, exceptions.SSLError) and ("CERTIFICATE_VERIFY" in text or "CertificateError" in text):
+        elif isinstance(error, exceptions.SSLError) and (
+            "CERTIFICATE_VERIFY" in text or "CertificateError" in text
+        ):
             problem = f"the certificate of {host} can't be verified"
             fix = "where a company inspects TLS, set REQUESTS_CA_BUNDLE to the file of its CA certificates"
             setup_error = f"{problem}; {fix}"
-        elif isinstance(error, exceptions.ConnectTimeout) or "NewConnectionError" in text or "NameResolution" in text:
+        elif (
+            isinstance(error, exceptions.ConnectTimeout)
+            or "NewConnectionError" in text
+            or "NameResolution" in text
+        ):
             problem = f"no connection to {host}"
         else:
             sent = True
@@ -598,16 +669,22 @@ class HttpTransport:
             elif not isinstance(error, exceptions.ConnectionError):
                 problem = type(error).__name__
         setup_error = "" if self._has_answered else setup_error
-        return response._replace(problem=problem, sent=sent or response.status is not None, setup_error=setup_error)
+        return response._replace(
+            problem=problem, sent=sent or response.status is not None, setup_error=setup_error
+        )
 
 
 class CancelToken:
     """Ends a run: once it is cancelled, all that waits or would wait raises Cancelled, and no request leaves."""
 
     def __init__(self) -> None:
-        self.stop: Optional[FatalError] = None
-        self._shielded: Set[Optional[asyncio.Future[Any]]] = set()  # tasks that an interruption does not end
-        self._waiting: Dict[asyncio.Future[Any], bool] = {}  # in the order in which they came, and whether shielded
+        self.stop: FatalError | None = None
+        self._shielded: set[asyncio.Future[Any] | None] = (
+            set()
+        )  # tasks that an interruption does not end
+        self._waiting: dict[
+            asyncio.Future[Any], bool
+        ] = {}  # in the order in which they came, and whether shielded
 
     def cancel(self, stop: FatalError) -> None:
         """Stop for this reason. The first one counts, but an interruption explains less than any other reason."""
@@ -635,7 +712,7 @@ class CancelToken:
         if self.stop and not (isinstance(self.stop, Cancelled) and self._is_shielded()):
             raise Cancelled()
 
-    def future(self) -> "asyncio.Future[Any]":
+    def future(self) -> asyncio.Future[Any]:
         """A future to wait for, which a cancellation ends."""
         self.raise_if_cancelled()
         future: asyncio.Future[Any] = asyncio.get_event_loop().create_future()
@@ -657,7 +734,7 @@ class CancelToken:
         await self.wait(asyncio.sleep(max(0.0, seconds)))
 
 
-async def together(*works: Awaitable[Any]) -> List[Any]:
+async def together(*works: Awaitable[Any]) -> list[Any]:
     """Return the results of all. A failure is raised once all have ended, so that no task outlives its caller."""
     results = await asyncio.gather(*works, return_exceptions=True)
     for result in results:
@@ -683,20 +760,26 @@ COLUMNS = {
 MAX_CELL = 64 << 20
 # `4.0` is what a spreadsheet makes of 4. Three zeros may be thousands: `1.000` is not guessed.
 _COUNT = re.compile(r"[0-9]{1,18}(?:\.0{1,2})?")
-_GUARDED = re.compile(r"'+[=+\-@\t\r]")  # what a formula-like cell becomes in an export, so that it is no formula
+_GUARDED = re.compile(
+    r"'+[=+\-@\t\r]"
+)  # what a formula-like cell becomes in an export, so that it is no formula
 # Of the commonest letters alone: other addresses are checked character by character.
 _LETTERS = r"!#-+\--:=?A-Z\[-~\u00c0-\u052f\u3041-\u30ff\u4e00-\u9fff\uac00-\ud7a3"
 _PLAIN_ADDRESS = re.compile(f"(?!')[{_LETTERS}]+@[{_LETTERS}]+")
 _NO_ADDRESS = re.compile(r"[,;<>\"\s]")
 # Invisible beside the categories Cc, Cf, Zs, Zl and Zp: blank letters and variation selectors.
-_BLANK = re.compile("[ \u115f\u1160\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+_BLANK = re.compile(
+    "[ \u115f\u1160\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
 _ASCII_LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
-_NULL_WORDS = frozenset(("", "\\n", "null", "(null)", "nan", "none", "n/a", "na", "nil", "<na>", "-", "#n/a"))
+_NULL_WORDS = frozenset(
+    ("", "\\n", "null", "(null)", "nan", "none", "n/a", "na", "nil", "<na>", "-", "#n/a")
+)
 _NULL_IDS = frozenset(("\\N", "NULL", "null", "nan", "NaN", "None", "none"))
 
 
 @functools.lru_cache(maxsize=10_000)
-def parse_count(cell: str) -> Optional[int]:
+def parse_count(cell: str) -> int | None:
     """Return the count that a cell holds, None where it holds none or where that is a guess."""
     text = cell.strip()
     return int(text.partition(".")[0]) if _COUNT.fullmatch(text) else None
@@ -750,7 +833,9 @@ def is_visible(text: str) -> bool:
     """Whether `text` holds no white space and no control or invisible character."""
     if _BLANK.search(text):
         return False
-    return text.isprintable() or not any(unicodedata.category(c) in ("Cc", "Cf", "Zs", "Zl", "Zp") for c in text)
+    return text.isprintable() or not any(
+        unicodedata.category(c) in ("Cc", "Cf", "Zs", "Zl", "Zp") for c in text
+    )
 
 
 @dataclass
@@ -761,10 +846,21 @@ class Contact:
     the greatest of the tickets and issues that the contact owns, has created and has reported.
     """
 
-    __slots__ = ("created", "display_name", "email", "external_ref", "full_name", "id", "tickets", "updated")
+    __slots__ = (
+        "created",
+        "display_name",
+        "email",
+        "external_ref",
+        "full_name",
+        "id",
+        "tickets",
+        "updated",
+    )
 
     SYSTEM_PREFIX: ClassVar[str] = "REVU-"
-    user_prefix: ClassVar[str] = "user_"  # what references of the user's own application begin with: a setting
+    user_prefix: ClassVar[str] = (
+        "user_"  # what references of the user's own application begin with: a setting
+    )
 
     id: str
     display_name: str
@@ -776,18 +872,29 @@ class Contact:
     updated: str
 
     @classmethod
-    def from_cells(cls, cells: Sequence[str]) -> "Contact":
+    def from_cells(cls, cells: Sequence[str]) -> Contact:
         """Make a contact of cells without an error, in the order of COLUMNS."""
         identity, display_name, email, external_ref, full_name, tickets, created, updated = cells
-        identity, email, external_ref, created = map(trimmed_text, (identity, email, external_ref, created))
+        identity, email, external_ref, created = map(
+            trimmed_text, (identity, email, external_ref, created)
+        )
         display_name, full_name, updated = map(cell_text, (display_name, full_name, updated))
-        return cls(identity, display_name, email, external_ref, full_name, parse_count(tickets) or 0, created, updated)
+        return cls(
+            identity,
+            display_name,
+            email,
+            external_ref,
+            full_name,
+            parse_count(tickets) or 0,
+            created,
+            updated,
+        )
 
     def to_json(self) -> Json:
         return {name: getattr(self, name) for name in COLUMNS}
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "Contact":
+    def from_json(cls, row: Mapping[str, Any]) -> Contact:
         """Read `to_json` of a contact back; a report's entry lacks some of its fields."""
         return cls(**{name: row.get(name, 0 if name == "tickets" else "") for name in COLUMNS})
 
@@ -837,7 +944,15 @@ def email_of(user: Json) -> str:
 
 def contact_of(user: Json) -> Contact:
     """The row of a `rev_user`; its tickets are not counted yet."""
-    names = ("id", "display_name", "email", "external_ref", "full_name", "created_date", "modified_date")
+    names = (
+        "id",
+        "display_name",
+        "email",
+        "external_ref",
+        "full_name",
+        "created_date",
+        "modified_date",
+    )
     identity, display_name, email, external_ref, full_name, created, updated = (
         str(user.get(name) or "") for name in names
     )
@@ -860,18 +975,33 @@ class InvalidRow(NamedTuple):
     line: int
     code: str
     reason: str
-    email: Optional[str]
+    email: str | None
 
 
 # What is wrong with a row, and what a file looks like whose invalid rows nearly all have that reason.
 INVALID_ROWS = {
-    "fields": ("not as many fields as the header", "commas or line breaks without quotes: export with quoted fields"),
+    "fields": (
+        "not as many fields as the header",
+        "commas or line breaks without quotes: export with quoted fields",
+    ),
     "nul": ("a NUL character", "a damaged file: export again"),
-    "stray_quote": ("a quoted field holds other rows", "quotes that are not doubled: export with quoted fields"),
-    "empty": ("an empty id, address or reference", "contacts that have no email or reference: leave them out"),
+    "stray_quote": (
+        "a quoted field holds other rows",
+        "quotes that are not doubled: export with quoted fields",
+    ),
+    "empty": (
+        "an empty id, address or reference",
+        "contacts that have no email or reference: leave them out",
+    ),
     "email": ("not one plain address", "a column that holds something else than addresses"),
-    "count": ("not a count", "numbers that a spreadsheet or a locale has formatted: export plain whole numbers"),
-    "conflict": ("one id with different data", "a history table: export each contact once, in its current state"),
+    "count": (
+        "not a count",
+        "numbers that a spreadsheet or a locale has formatted: export plain whole numbers",
+    ),
+    "conflict": (
+        "one id with different data",
+        "a history table: export each contact once, in its current state",
+    ),
 }
 
 
@@ -880,7 +1010,10 @@ def looks_like(rows: Sequence[InvalidRow]) -> str:
     ((code, count),) = collections.Counter(row.code for row in rows).most_common(1) or [("", 0)]
     if len(rows) < 3 or count < 0.9 * len(rows):
         return ""
-    if code == "email" and sum((row.email or "").casefold() in _NULL_WORDS for row in rows) > count / 2:
+    if (
+        code == "email"
+        and sum((row.email or "").casefold() in _NULL_WORDS for row in rows) > count / 2
+    ):
         return "this looks like an unload that writes a word for NULL: leave out contacts without an email"
     return f"this looks like {INVALID_ROWS[code][1]}"
 
@@ -889,11 +1022,15 @@ def looks_like(rows: Sequence[InvalidRow]) -> str:
 class CsvContents:
     """What a CSV holds that matters: only rows whose email or id recurs, or whose email was requested, are stored."""
 
-    contacts: List[Contact] = field(default_factory=list)  # each row once, conflicting ones included
+    contacts: list[Contact] = field(
+        default_factory=list
+    )  # each row once, conflicting ones included
     contacts_read: int = 0
-    invalid_rows: List[InvalidRow] = field(default_factory=list)  # by file and line
-    emails_in_invalid_rows: Set[str] = field(default_factory=set)  # loose keys of groups that may not be complete
-    look_alikes: List[Json] = field(default_factory=list)
+    invalid_rows: list[InvalidRow] = field(default_factory=list)  # by file and line
+    emails_in_invalid_rows: set[str] = field(
+        default_factory=set
+    )  # loose keys of groups that may not be complete
+    look_alikes: list[Json] = field(default_factory=list)
     files: int = 1
     other_refs: int = 0  # contacts whose reference is neither the system's nor the application's
     other_ref: str = ""  # the first of these references in alphabetical order
@@ -934,7 +1071,9 @@ class CsvTable:
             source.seek(0)
         problem = not_our_csv_reason(head)
         if problem:
-            raise FatalError(EXIT_USAGE, ("in the gzip file: " if source is not raw else "") + problem)
+            raise FatalError(
+                EXIT_USAGE, ("in the gzip file: " if source is not raw else "") + problem
+            )
         self.bytes = _Bytes(source)
         self.lines = io.TextIOWrapper(self.bytes, encoding="utf-8-sig", newline="")
         # Where each comma of the header has a blank behind it, the blank is no part of a cell, nor before a quote.
@@ -945,7 +1084,7 @@ class CsvTable:
     def parse(self, lines: Iterable[str]) -> Any:
         return csv.reader(lines, strict=True, skipinitialspace=self.skips_blanks)
 
-    def __iter__(self) -> Iterator[Tuple[int, List[str]]]:
+    def __iter__(self) -> Iterator[tuple[int, list[str]]]:
         return ((self.rows.line_num, row) for row in self.rows)
 
     def read_header(self, wanted: Iterable[str]) -> None:
@@ -973,22 +1112,30 @@ class CsvTable:
 
 
 @contextlib.contextmanager
-def open_table(path: Path, wanted: Iterable[str], before: Optional[FileIdentity] = None) -> Iterator[CsvTable]:
+def open_table(
+    path: Path, wanted: Iterable[str], before: FileIdentity | None = None
+) -> Iterator[CsvTable]:
     """Open a CSV with the `wanted` columns. Whatever goes wrong inside becomes FatalError(2), one line with the path.
 
     `before` is the table's identity at an earlier reading, if there was one.
     """
     csv.field_size_limit(MAX_CELL)
-    table: Optional[CsvTable] = None
+    table: CsvTable | None = None
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
-            what = "a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file, and it has to be read twice"
+            what = (
+                "a folder, not a file"
+                if stat.S_ISDIR(mode)
+                else "not a regular file, and it has to be read twice"
+            )
             raise FatalError(EXIT_USAGE, what)
         identity = attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns")
         with open(path, "rb", buffering=0) as raw:
             opened = identity(os.fstat(raw.fileno()))
-            changed = FatalError(EXIT_USAGE, "changed while it was being read; wait for the export to finish")
+            changed = FatalError(
+                EXIT_USAGE, "changed while it was being read; wait for the export to finish"
+            )
             if before and opened != before:
                 raise changed
             try:
@@ -999,15 +1146,25 @@ def open_table(path: Path, wanted: Iterable[str], before: Optional[FileIdentity]
                 if identity(os.fstat(raw.fileno())) != opened:
                     raise changed
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise FatalError(EXIT_USAGE, f"{path}: the gzip file is cut off or damaged; fetch it again") from None
+        raise FatalError(
+            EXIT_USAGE, f"{path}: the gzip file is cut off or damaged; fetch it again"
+        ) from None
     except OSError as error:
         raise FatalError(EXIT_USAGE, f"{path}: can't be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise FatalError(EXIT_USAGE, f"{path}: not UTF-8 ({error.reason}); export the CSV as UTF-8") from None
+        raise FatalError(
+            EXIT_USAGE, f"{path}: not UTF-8 ({error.reason}); export the CSV as UTF-8"
+        ) from None
     except csv.Error as error:
-        words = str(error) if "field limit" not in str(error) else "a cell of more than 64 MiB (an open quote?)"
+        words = (
+            str(error)
+            if "field limit" not in str(error)
+            else "a cell of more than 64 MiB (an open quote?)"
+        )
         line = table.rows.line_num if table else 0
-        raise FatalError(EXIT_USAGE, f"{path}: not a well-formed CSV: line {line}: {words}") from None
+        raise FatalError(
+            EXIT_USAGE, f"{path}: not a well-formed CSV: line {line}: {words}"
+        ) from None
     except FatalError as stop:
         raise FatalError(stop.exit_code, f"{path}: {stop}") from None
 
@@ -1016,7 +1173,10 @@ _SAVE_AS = "not a CSV; save it as «CSV UTF-8 (comma delimited)»"
 _UNPACK = "not a CSV; unpack it first"
 _EXPORT = "not a CSV; export the table as CSV"
 FOREIGN_FILES = (
-    (rb"PK\x03\x04.{26}(\[Content_Types\]\.xml|_rels/|xl/|docProps/)", f"an Excel workbook, {_SAVE_AS}"),
+    (
+        rb"PK\x03\x04.{26}(\[Content_Types\]\.xml|_rels/|xl/|docProps/)",
+        f"an Excel workbook, {_SAVE_AS}",
+    ),
     (rb"PK\x03\x04.{26}mimetypeapplication/vnd\.oasis", f"an OpenDocument spreadsheet, {_SAVE_AS}"),
     (rb"PK(\x03\x04|\x05\x06|\x07\x08)", f"a ZIP archive, {_UNPACK}"),
     (rb"\xd0\xcf\x11\xe0", f"an old Excel workbook, {_SAVE_AS}"),
@@ -1038,7 +1198,10 @@ FOREIGN_FILES = (
     (rb"\xff\xfe\0\0|\0\0\xfe\xff|\0\0\0[^\0]|[^\0]\0\0\0", "UTF-32; export the CSV as UTF-8"),
     (rb"\xff\xfe|\xfe\xff|\0[^\0]\0|[^\0]\0[^\0]\0", "UTF-16; export the CSV as UTF-8"),
     (rb".{0,7}\0", "a binary file, not a CSV"),
-    (rb"(\xef\xbb\xbf)?\s*(<!doctype html|<html)", "a web page (HTML), not a CSV; was the download a login page?"),
+    (
+        rb"(\xef\xbb\xbf)?\s*(<!doctype html|<html)",
+        "a web page (HTML), not a CSV; was the download a login page?",
+    ),
     (rb"(\xef\xbb\xbf)?\s*<", f"XML, {_EXPORT}"),
     (rb"(\xef\xbb\xbf)?\s*[\[{]", f"JSON, {_EXPORT}"),
 )
@@ -1066,9 +1229,9 @@ def read_contacts(paths: Sequence[Path], emails: Iterable[str] = ()) -> CsvConte
     no UTF-8 CSV or lacks a column, and where there are invalid rows and no other.
     """
     contents = CsvContents(files=len(paths))
-    odd: Set[str] = set()
+    odd: set[str] = set()
     keys, ids = array("q"), array("q")  # of each row; -1, which no hash is, where it is left out
-    parts: List[Tuple[FileIdentity, int, bool]] = []
+    parts: list[tuple[FileIdentity, int, bool]] = []
     for path in paths:
         with open_table(path, COLUMNS.values()) as table:
             header_line, start = table.rows.line_num, len(keys)
@@ -1077,22 +1240,28 @@ def read_contacts(paths: Sequence[Path], emails: Iterable[str] = ()) -> CsvConte
             parts.append((table.identity, count, table.rows.line_num - header_line == count))
     contents.contacts_read = len(keys) - keys.count(-1)
     requested = chain(map(loose_key, emails), contents.emails_in_invalid_rows)
-    wanted_keys, wanted_ids = repeated(keys).union(map(hash, requested)) - {-1}, repeated(ids) - {-1}
+    wanted_keys, wanted_ids = (
+        repeated(keys).union(map(hash, requested)) - {-1},
+        repeated(ids) - {-1},
+    )
     wanted = bytes(map(wanted_keys.__contains__, keys))
     if wanted_ids:
         wanted = bytes(key in wanted_keys or one in wanted_ids for key, one in zip(keys, ids))
     del keys, ids, wanted_keys, wanted_ids  # which are large where there are many rows
 
-    def stored_rows() -> Iterator[Tuple[str, int, Contact]]:
+    def stored_rows() -> Iterator[tuple[str, int, Contact]]:
         start = 0
         for path, (identity, count, rows_are_lines) in zip(paths, parts):
             mine = wanted[start : start + count]
             start += count
             with open_table(path, COLUMNS.values(), identity) as table:
                 pick, first = itemgetter(*table.places), table.rows.line_num + 1
-                rows: Iterable[Tuple[int, List[str]]] = compress(table, mine)
+                rows: Iterable[tuple[int, list[str]]] = compress(table, mine)
                 if rows_are_lines:  # the others need not be parsed again
-                    rows = zip(compress(range(first, first + count), mine), table.parse(compress(table.lines, mine)))
+                    rows = zip(
+                        compress(range(first, first + count), mine),
+                        table.parse(compress(table.lines, mine)),
+                    )
                 for line, row in rows:
                     yield str(path), line, Contact.from_cells(pick(row))
 
@@ -1101,10 +1270,17 @@ def read_contacts(paths: Sequence[Path], emails: Iterable[str] = ()) -> CsvConte
     invalid = contents.invalid_rows
     invalid.sort(key=lambda row: (order[row.file], row.line))
     if invalid and not contents.contacts_read:
-        why = "; ".join(some([f"{place_of(row.file, row.line, len(paths))}: {row.reason}" for row in invalid], 3))
+        why = "; ".join(
+            some(
+                [f"{place_of(row.file, row.line, len(paths))}: {row.reason}" for row in invalid], 3
+            )
+        )
         words = f"no usable row, {plural(len(invalid), 'invalid one')} ({why})"
         hint = looks_like(invalid)
-        raise FatalError(EXIT_USAGE, f"{', '.join(some(list(order), 3))}: {words}" + (f"; {hint}" if hint else ""))
+        raise FatalError(
+            EXIT_USAGE,
+            f"{', '.join(some(list(order), 3))}: {words}" + (f"; {hint}" if hint else ""),
+        )
     return contents
 
 
@@ -1113,7 +1289,12 @@ def place_of(file: str, line: int, files: int) -> str:
 
 
 def _check_rows(
-    table: CsvTable, file: str, contents: CsvContents, keys: "array[int]", ids: "array[int]", odd: Set[str]
+    table: CsvTable,
+    file: str,
+    contents: CsvContents,
+    keys: array[int],
+    ids: array[int],
+    odd: set[str],
 ) -> None:
     """Check the rows of a file; append the hashes of each row's loose key and id, and collect loose keys that differ
     from the key.
@@ -1145,7 +1326,9 @@ def _check_rows(
                 if row:  # a blank line is nothing
                     email = trimmed_text(row[places["email"]]) if places["email"] < len(row) else ""
                     email = email.replace(_NUL_MARK, "")[:320]
-                    contents.invalid_rows.append(InvalidRow(file, line, code, reason, email or None))
+                    contents.invalid_rows.append(
+                        InvalidRow(file, line, code, reason, email or None)
+                    )
                     contents.emails_in_invalid_rows.update(loose_keys_in(row))
                 add_key(-1)
                 add_id(-1)
@@ -1161,7 +1344,9 @@ def _check_rows(
             contents.other_ref = min(contents.other_ref or reference, reference)
 
 
-def row_error(row: Sequence[str], width: int, places: Mapping[str, int], has_nul: bool) -> Tuple[str, str]:
+def row_error(
+    row: Sequence[str], width: int, places: Mapping[str, int], has_nul: bool
+) -> tuple[str, str]:
     """Return the code and the words for why a row is no contact, two empty texts where it is one."""
     if len(row) != width:
         return "fields", f"{plural(len(row), 'field')} instead of {width}"
@@ -1176,7 +1361,12 @@ def row_error(row: Sequence[str], width: int, places: Mapping[str, int], has_nul
         if not value or (name == "id" and value in _NULL_IDS):
             return "empty", f"empty {COLUMNS[name]}" + f" ({value})" * bool(value)
     local, _, domain = email.partition("@")
-    if not (local and domain) or "@" in domain or _NO_ADDRESS.search(email) or not is_visible(email):
+    if (
+        not (local and domain)
+        or "@" in domain
+        or _NO_ADDRESS.search(email)
+        or not is_visible(email)
+    ):
         return "email", f"{COLUMNS['email']} is not one plain address: {email[:80]}"
     if parse_count(tickets) is None:
         return "count", f"{COLUMNS['tickets']} is not a count: {tickets[:40]}"
@@ -1188,27 +1378,36 @@ def loose_keys_in(row: Sequence[str]) -> Iterator[str]:
     for cell in row:
         if any(sign in cell for sign in _AT_SIGNS):
             text = cell.replace(_NUL_MARK, "")
-            words = {text, trimmed_text(text), *re.split(r"[,\r\n]", text), *re.split(r"[\s,;<>\"]+", text)}
+            words = {
+                text,
+                trimmed_text(text),
+                *re.split(r"[,\r\n]", text),
+                *re.split(r"[\s,;<>\"]+", text),
+            }
             yield from map(loose_key, words.union(re.findall(r"[^\s,;\"<>()\[\]{}:|]+", text)))
 
 
-def repeated(values: "array[int]") -> Set[int]:
+def repeated(values: array[int]) -> set[int]:
     if len(set(values)) == len(values):
         return set()
-    seen: Set[int] = set()
-    found: Set[int] = set()
+    seen: set[int] = set()
+    found: set[int] = set()
     for value in values:
         (found if value in seen else seen).add(value)
     return found
 
 
-def _store_rows(rows: Iterable[Tuple[str, int, Contact]], contents: CsvContents, odd: Set[str]) -> None:
+def _store_rows(
+    rows: Iterable[tuple[str, int, Contact]], contents: CsvContents, odd: set[str]
+) -> None:
     """Take each row once; rows of one id that differ are invalid. Find the look-alikes among all of them.
 
     `odd` are the loose keys of rows that differ from the key.
     """
-    by_id: Dict[str, List[Tuple[str, int, Contact]]] = {}
-    similar: Dict[str, Set[Tuple[str, str, int]]] = collections.defaultdict(set)  # loose key -> email, file and line
+    by_id: dict[str, list[tuple[str, int, Contact]]] = {}
+    similar: dict[str, set[tuple[str, str, int]]] = collections.defaultdict(
+        set
+    )  # loose key -> email, file and line
     for row in contents.invalid_rows:
         if row.email and "@" in row.email:
             similar[loose_key(row.email)].add((row.email, row.file, row.line))
@@ -1226,21 +1425,31 @@ def _store_rows(rows: Iterable[Tuple[str, int, Contact]], contents: CsvContents,
     for variants in by_id.values():
         for file, line, contact in variants if len(variants) > 1 else ():
             other_file, other_line, other = next(one for one in variants if one[:2] != (file, line))
-            differing = [COLUMNS[name] for name in COLUMNS if getattr(contact, name) != getattr(other, name)]
-            where = f"line {other_line}" if other_file == file else f"{other_file}, line {other_line},"
+            differing = [
+                COLUMNS[name] for name in COLUMNS if getattr(contact, name) != getattr(other, name)
+            ]
+            where = (
+                f"line {other_line}" if other_file == file else f"{other_file}, line {other_line},"
+            )
             reason = f"the {COLUMNS['id']} of {where} with another {', '.join(differing)}"
-            contents.invalid_rows.append(InvalidRow(file, line, "conflict", reason, contact.email[:320]))
+            contents.invalid_rows.append(
+                InvalidRow(file, line, "conflict", reason, contact.email[:320])
+            )
             contents.emails_in_invalid_rows.add(loose_key(contact.email))
     for _, found in sorted(similar.items()):
         emails = sorted({email_key(email) for email, _, _ in found})
         if len(emails) > 1:
-            lines = [{"email": email, "file": file, "line": line} for email, file, line in sorted(found)]
+            lines = [
+                {"email": email, "file": file, "line": line} for email, file, line in sorted(found)
+            ]
             contents.look_alikes.append({"emails": emails, "lines": lines})
 
 
 def csv_line(*cells: str) -> str:
     line = io.StringIO()
-    csv.writer(line, lineterminator="\r\n").writerow(cells)  # of which no character stays unquoted in a cell
+    csv.writer(line, lineterminator="\r\n").writerow(
+        cells
+    )  # of which no character stays unquoted in a cell
     return line.getvalue()[:-2]
 
 
@@ -1265,7 +1474,9 @@ class State(str, Enum):
     """How far a pair is. REQUESTED to VERIFYING are unfinished; only a state of TERMINAL ends a requested pair."""
 
     PLANNED = "planned"
-    FAILED = "failed"  # refused, or failed before its merge was requested: the next run tries it again
+    FAILED = (
+        "failed"  # refused, or failed before its merge was requested: the next run tries it again
+    )
     REQUESTED = "requested"  # the request may have been sent
     ACKNOWLEDGED = "acknowledged"
     MERGED = "merged"  # the duplicate no longer exists
@@ -1303,13 +1514,21 @@ class UndoProgress:
     merge_revision: int  # of the pair's row before
     forbidden: bool = False  # the token was not allowed to create the contact
     reference_free: bool = False  # the reference that the merge had moved may be on no contact
-    left_out: Dict[str, str] = field(default_factory=dict)  # field of the contact -> why DevRev refused it
-    contacts_before: Optional[List[str]] = None  # ids of the email before the create request; None: not requested yet
+    left_out: dict[str, str] = field(
+        default_factory=dict
+    )  # field of the contact -> why DevRev refused it
+    contacts_before: list[str] | None = (
+        None  # ids of the email before the create request; None: not requested yet
+    )
     contact: str = ""  # id of the contact created again
     display_id: str = ""
-    fields_removed: Json = field(default_factory=dict)  # the primary's values of fields that the undo has changed
-    fields_left: List[Json] = field(default_factory=list)  # `{field, value, why}` of what stays with the primary
-    left: Optional[List[Json]] = None  # `{id, role, why}` of what is not restored; None: not known yet
+    fields_removed: Json = field(
+        default_factory=dict
+    )  # the primary's values of fields that the undo has changed
+    fields_left: list[Json] = field(
+        default_factory=list
+    )  # `{field, value, why}` of what stays with the primary
+    left: list[Json] | None = None  # `{id, role, why}` of what is not restored; None: not known yet
 
 
 @dataclass
@@ -1321,7 +1540,7 @@ class Pair:
 
     primary: Contact
     duplicate: Contact
-    new_ref: Optional[str]
+    new_ref: str | None
     state: State = State.PLANNED
     code: str = ""
     error: str = ""
@@ -1334,17 +1553,23 @@ class Pair:
     rejected: bool = False  # DevRev answered the last request with a refusal, and may have carried it out all the same
     forbidden: bool = False  # DevRev answered a request for the merge with 403
     seconds: float = 0.0
-    left_behind: List[Json] = field(default_factory=list)
-    deleted: List[str] = field(default_factory=list)  # objects of the backup that no longer exist
+    left_behind: list[Json] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)  # objects of the backup that no longer exist
     proved: int = 0  # objects that were found with the primary
-    fields_to_carry: Json = field(default_factory=dict)  # what the update of the reference sets besides
-    fields_before: Json = field(default_factory=dict)  # the primary's values of these fields before the update
-    fields_lost: List[Json] = field(default_factory=list)  # `{field, value}` of the duplicate that the primary lacks
+    fields_to_carry: Json = field(
+        default_factory=dict
+    )  # what the update of the reference sets besides
+    fields_before: Json = field(
+        default_factory=dict
+    )  # the primary's values of these fields before the update
+    fields_lost: list[Json] = field(
+        default_factory=list
+    )  # `{field, value}` of the duplicate that the primary lacks
     accepted: str = ""  # what a person accepted with --settle
     reference_not_set: str = ""
     onward: str = ""  # the contact that the primary was merged into by a later merge
     after_cancel: bool = False  # DevRev carried it out after it was cancelled
-    undo: Optional[UndoProgress] = None
+    undo: UndoProgress | None = None
     run: str = ""  # that wrote it last
     updated: str = ""
     # Known to this run only:
@@ -1355,12 +1580,16 @@ class Pair:
         return self.primary.key
 
     @property
-    def ids(self) -> Tuple[str, str]:
+    def ids(self) -> tuple[str, str]:
         return self.primary.id, self.duplicate.id
 
     def to_json(self) -> Json:
         document = {name: getattr(self, name) for name in PAIR_FIELDS}
-        document.update(primary=self.primary.to_json(), duplicate=self.duplicate.to_json(), state=self.state.value)
+        document.update(
+            primary=self.primary.to_json(),
+            duplicate=self.duplicate.to_json(),
+            state=self.state.value,
+        )
         document["undo"] = asdict(self.undo) if self.undo else None
         return document
 
@@ -1375,9 +1604,12 @@ class Pair:
             raise ValueError(f"a pair in the state «{document['state']}»")
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> "Pair":
+    def from_json(cls, document: Mapping[str, Any]) -> Pair:
         pair = cls(**document)
-        pair.primary, pair.duplicate = Contact.from_json(document["primary"]), Contact.from_json(document["duplicate"])
+        pair.primary, pair.duplicate = (
+            Contact.from_json(document["primary"]),
+            Contact.from_json(document["duplicate"]),
+        )
         pair.state = State(document["state"])
         pair.undo = UndoProgress(**document["undo"]) if document["undo"] else None
         return pair
@@ -1407,60 +1639,86 @@ class Group:
     """The contacts of one email: every pair has the same primary; the pair with the `user_` contact is first."""
 
     email: str
-    pairs: List[Pair]
-    requesting: Optional[Pair] = None  # the pair that is being requested
+    pairs: list[Pair]
+    requesting: Pair | None = None  # the pair that is being requested
     chosen: str = ""  # the reference that --choices names for the email
     age_undecided: bool = False  # which contact is the oldest could not be read from the CSV
-    dropped: Tuple["Dropped", ...] = ()  # pairs that the live check has found to be no pairs any more
+    dropped: tuple[Dropped, ...] = ()  # pairs that the live check has found to be no pairs any more
 
     @property
     def primary(self) -> Contact:
         return self.pairs[0].primary
 
-    def contacts(self) -> List[Contact]:
+    def contacts(self) -> list[Contact]:
         """The primary, the duplicate whose merge is being requested, and every other whose merge is still planned."""
         return [self.primary, *(pair.duplicate for pair in self.pending())]
 
-    def pending(self) -> List[Pair]:
+    def pending(self) -> list[Pair]:
         """The pairs that are still to be merged."""
         dropped = {one.pair.ids for one in self.dropped}
-        planned = (pair for pair in self.pairs if pair.state is State.PLANNED or pair is self.requesting)
+        planned = (
+            pair for pair in self.pairs if pair.state is State.PLANNED or pair is self.requesting
+        )
         return [pair for pair in planned if pair.ids not in dropped]
 
-    def all_contacts(self) -> List[Contact]:
+    def all_contacts(self) -> list[Contact]:
         return [self.primary, *(pair.duplicate for pair in self.pairs)]
 
     def primary_ref(self) -> str:
         """The reference that the primary has now, as far as this tool has moved one to it."""
-        moved = [pair.new_ref for pair in self.pairs if pair.new_ref and pair.state in (State.VERIFYING, State.DONE)]
-        moved += [one.pair.new_ref for one in self.dropped if one.code == "already_merged" and one.pair.new_ref]
+        moved = [
+            pair.new_ref
+            for pair in self.pairs
+            if pair.new_ref and pair.state in (State.VERIFYING, State.DONE)
+        ]
+        moved += [
+            one.pair.new_ref
+            for one in self.dropped
+            if one.code == "already_merged" and one.pair.new_ref
+        ]
         return moved[0] if moved else self.primary.external_ref
 
     def has_absorbed(self) -> bool:
         """Return whether this tool has requested a merge into the primary since the export."""
         return any(pair.state in (*UNFINISHED, *ENDED) for pair in self.pairs)
 
-    def lost_refs(self) -> List[Contact]:
+    def lost_refs(self) -> list[Contact]:
         """Return the duplicates whose `user_` reference no contact keeps: their accounts lose their contact."""
-        kept = next((pair.new_ref for pair in self.pairs if pair.new_ref), self.primary.external_ref)
-        return [pair.duplicate for pair in self.pairs if pair.duplicate.is_user and pair.duplicate.external_ref != kept]
+        kept = next(
+            (pair.new_ref for pair in self.pairs if pair.new_ref), self.primary.external_ref
+        )
+        return [
+            pair.duplicate
+            for pair in self.pairs
+            if pair.duplicate.is_user and pair.duplicate.external_ref != kept
+        ]
 
-    def warnings(self) -> List[Tuple[str, str]]:
+    def warnings(self) -> list[tuple[str, str]]:
         """Codes and words of what a person should know before the group is merged."""
         contacts = self.all_contacts()
-        found: List[Tuple[str, str]] = []
+        found: list[tuple[str, str]] = []
         if self.chosen and len(contacts) > mailbox_limit(self.email):
-            found.append(("shared_mailbox", f"joins {len(contacts)} contacts of what looks like a shared mailbox"))
+            found.append(
+                (
+                    "shared_mailbox",
+                    f"joins {len(contacts)} contacts of what looks like a shared mailbox",
+                )
+            )
         names = different_names(self.email, contacts)
         if names:
-            found.append(("names_differ", f"these contacts have different names: {', '.join(some(names, 6))}"))
+            found.append(
+                (
+                    "names_differ",
+                    f"these contacts have different names: {', '.join(some(names, 6))}",
+                )
+            )
         if self.age_undecided:
             words = f"age could not decide which contact is the primary: the smallest id did ({self.primary.short_id})"
             found.append(("age_undecided", words))
         return found
 
 
-def different_names(email: str, contacts: Sequence[Contact]) -> List[str]:
+def different_names(email: str, contacts: Sequence[Contact]) -> list[str]:
     """Return the names of contacts that may not be one person's, none where they may.
 
     Case does not count, nor does a name that is the address, its local part or the short id, nor a name all of whose
@@ -1469,16 +1727,25 @@ def different_names(email: str, contacts: Sequence[Contact]) -> List[str]:
     shown = {contact.display_name for contact in contacts}
     if len(shown) == 1 and "" not in shown:
         return []
-    names: Dict[FrozenSet[str], str] = {}
+    names: dict[frozenset[str], str] = {}
     for contact in contacts:
-        useless = {"", email.casefold(), email.rpartition("@")[0].casefold(), contact.short_id.casefold()}
+        useless = {
+            "",
+            email.casefold(),
+            email.rpartition("@")[0].casefold(),
+            contact.short_id.casefold(),
+        }
         for name in (contact.display_name.strip(), contact.full_name.strip()):
             if name.casefold() not in useless:
                 words = re.findall(r"\w+", unicodedata.normalize("NFKC", name.casefold()))
                 names.setdefault(frozenset(words), name)
                 break
     keys = list(names)
-    differ = any(not (one <= other or other <= one) for index, one in enumerate(keys) for other in keys[:index])
+    differ = any(
+        not (one <= other or other <= one)
+        for index, one in enumerate(keys)
+        for other in keys[:index]
+    )
     return sorted(names.values()) if differ else []
 
 
@@ -1506,19 +1773,19 @@ class SkippedGroup(NamedTuple):
 
     email: str
     code: str
-    contacts: List[Contact]
+    contacts: list[Contact]
 
-    def choice_lines(self) -> Dict[str, Contact]:
+    def choice_lines(self) -> dict[str, Contact]:
         """The lines of CSV of which --choices may take one, each with the contact whose reference it keeps."""
         if self.code not in ("several_user_refs", "no_user_ref"):
             return {}
-        lines: Dict[str, Contact] = {}
+        lines: dict[str, Contact] = {}
         for contact in [one for one in self.contacts if one.is_user] or self.contacts:
             lines.setdefault(csv_line(self.email, contact.external_ref), contact)
         return lines
 
 
-def skip_words(code: str) -> Tuple[str, str]:
+def skip_words(code: str) -> tuple[str, str]:
     """Return what a skip's code means and what to do, with the prefix of the user's own application."""
     meaning, advice = (text.replace("user_", Contact.user_prefix) for text in CODES[code][:2])
     return meaning, advice
@@ -1528,24 +1795,36 @@ def skip_words(code: str) -> Tuple[str, str]:
 class Plan:
     """What a run would do: the one object that the preview prints and the run carries out."""
 
-    groups: List[Group]
-    skipped: List[SkippedGroup]
-    invalid_rows: List[InvalidRow]
+    groups: list[Group]
+    skipped: list[SkippedGroup]
+    invalid_rows: list[InvalidRow]
     contacts_read: int
     already_merged: int = 0
-    ids: Set[Tuple[str, str]] = field(default_factory=set)  # of all pairs of the CSV
-    wanted: Dict[Ids, Pair] = field(default_factory=dict)  # all pairs of the CSV, --email and --limit apart
-    chosen: List[Group] = field(default_factory=list)  # by --choices, and still to be merged
+    ids: set[tuple[str, str]] = field(default_factory=set)  # of all pairs of the CSV
+    wanted: dict[Ids, Pair] = field(
+        default_factory=dict
+    )  # all pairs of the CSV, --email and --limit apart
+    chosen: list[Group] = field(default_factory=list)  # by --choices, and still to be merged
     id: str = ""  # of `plan_id`
-    left_alone: Dict[str, str] = field(default_factory=dict)  # email -> why there is nothing to merge
-    look_alikes: List[Json] = field(default_factory=list)
+    left_alone: dict[str, str] = field(
+        default_factory=dict
+    )  # email -> why there is nothing to merge
+    look_alikes: list[Json] = field(default_factory=list)
     files: int = 1  # that the CSV has come in
     other_refs: int = 0  # contacts that take no part
     other_ref: str = ""  # an example
-    revived: List[Pair] = field(default_factory=list)  # were cancelled, and are named with --email now
-    left_out: List[Pair] = field(default_factory=list)  # by the live check, while others of their group were merged
-    refused: List[Pair] = field(default_factory=list)  # left alone, because their undo is unfinished: their rows stay
-    warnings: List[Json] = field(default_factory=list)  # of `find_warnings`, before the groups are consumed
+    revived: list[Pair] = field(
+        default_factory=list
+    )  # were cancelled, and are named with --email now
+    left_out: list[Pair] = field(
+        default_factory=list
+    )  # by the live check, while others of their group were merged
+    refused: list[Pair] = field(
+        default_factory=list
+    )  # left alone, because their undo is unfinished: their rows stay
+    warnings: list[Json] = field(
+        default_factory=list
+    )  # of `find_warnings`, before the groups are consumed
 
     def others_line(self) -> str:
         """Say how many contacts take no part because of their reference, `""` where all do."""
@@ -1554,7 +1833,7 @@ class Plan:
         with_refs = f"{plural(self.other_refs, 'contact')} with other references, for example {self.other_ref[:60]},"
         return f"{with_refs} take{'s' * (self.other_refs == 1)} no part"
 
-    def find_warnings(self) -> List[Json]:
+    def find_warnings(self) -> list[Json]:
         """What a person should know of the groups that are still to be merged, one entry for each group and code."""
         return [
             {"email": group.email, "code": code, "warning": words}
@@ -1573,31 +1852,39 @@ class Plan:
 
 def plan_id(groups: Iterable[Group], **options: Any) -> str:
     """Name what all groups of a CSV come to: what is merged into what with which reference, and by which `options`."""
-    pairs = sorted(json.dumps([*pair.ids, pair.new_ref]) for group in groups for pair in group.pairs)
+    pairs = sorted(
+        json.dumps([*pair.ids, pair.new_ref]) for group in groups for pair in group.pairs
+    )
     lines = "\n".join([json.dumps(options, sort_keys=True), *pairs])
     return hashlib.sha256(lines.encode("ascii")).hexdigest()[:12]
 
 
-def read_choices(path: Path) -> Dict[str, str]:
+def read_choices(path: Path) -> dict[str, str]:
     """Read which contact of an email is the one to keep: a CSV of EMAIL and EXTERNAL_REF, as key -> reference.
 
     Raises FatalError(2) where the file can't be read, lacks a column, or has a row that is no choice or a second one.
     """
-    choices: Dict[str, str] = {}
-    lines: Dict[str, int] = {}
+    choices: dict[str, str] = {}
+    lines: dict[str, int] = {}
     with open_table(path, ("EMAIL", "EXTERNAL_REF")) as table:
         for line, row in table:
             if not row:
                 continue
             if len(row) != table.width:
-                raise FatalError(EXIT_USAGE, f"line {line}: {plural(len(row), 'field')} instead of {table.width}")
+                raise FatalError(
+                    EXIT_USAGE, f"line {line}: {plural(len(row), 'field')} instead of {table.width}"
+                )
             email, reference = (trimmed_text(row[place]) for place in table.places)
             key = email_key(email)
             if not key or not reference:
-                raise FatalError(EXIT_USAGE, f"line {line}: empty {'EXTERNAL_REF' if key else 'EMAIL'}")
+                raise FatalError(
+                    EXIT_USAGE, f"line {line}: empty {'EXTERNAL_REF' if key else 'EMAIL'}"
+                )
             if key in choices:
                 words = f"a second choice for {key} (the first: line {lines[key]})"
-                raise FatalError(EXIT_USAGE, f"line {line}: {words}; cut the file down to one line a group")
+                raise FatalError(
+                    EXIT_USAGE, f"line {line}: {words}; cut the file down to one line a group"
+                )
             choices[key], lines[key] = reference, line
     return choices
 
@@ -1606,36 +1893,61 @@ _CLOCK = (
     r"(?:(?:\s*,\s*|\s+at\s+|\s+|T)(?P<hour>\d{1,2})[:.](?P<minute>\d\d)(?:[:.](?P<second>\d\d)(?:[.,](?P<part>\d+))?)?"
     r"(?:\s*(?P<half>[ap])\.?m\.?)?)?"
 )
-_ZONE = (
-    r"\s*(?:Z|UTC|GMT)?\s*(?:(?P<sign>[+-])(?P<east>\d{1,2})(?::?(?P<odd>\d\d))?)?\s*(?:Z|UTC|GMT)?(?:\s*\([^)]*\))?"
-)
+_ZONE = r"\s*(?:Z|UTC|GMT)?\s*(?:(?P<sign>[+-])(?P<east>\d{1,2})(?::?(?P<odd>\d\d))?)?\s*(?:Z|UTC|GMT)?(?:\s*\([^)]*\))?"
 _WEEKDAY = r"(?:[a-z]{3,9}\.?,?\s+)?"
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _DATES = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
-        r"(?P<year>\d{4})(?P<mark>[-/.])(?P<month>\d{1,2})(?P=mark)(?P<day>\d{1,2})" + _CLOCK + _ZONE,
+        r"(?P<year>\d{4})(?P<mark>[-/.])(?P<month>\d{1,2})(?P=mark)(?P<day>\d{1,2})"
+        + _CLOCK
+        + _ZONE,
         r"(?P<year>\d{4})(?P<month>\d\d)(?P<day>\d\d)(?:T?(?P<hour>\d\d):?(?P<minute>\d\d)(?::?(?P<second>\d\d))?)?"
         + _ZONE,
-        _WEEKDAY + r"(?P<day>\d{1,2})[-\s./]+(?P<name>[a-z]{3,9})\.?[-\s,./]+(?P<year>\d{4}|\d\d)" + _CLOCK + _ZONE,
-        _WEEKDAY + r"(?P<name>[a-z]{3,9})\.?\s+(?P<day>\d{1,2})(?:st|nd|rd|th)?,?\s+(?P<year>\d{4})" + _CLOCK + _ZONE,
-        _WEEKDAY + r"(?P<name>[a-z]{3,9})\s+(?P<day>\d{1,2})" + _CLOCK + _ZONE + r"\s+(?P<year>\d{4})",
-        r"(?P<first>\d{1,2})(?P<mark>[-/.])(?P<other>\d{1,2})(?P=mark)(?P<year>\d{4})" + _CLOCK + _ZONE,
-        r"(?P<first>\d{1,2})(?P<mark>[/.])(?P<other>\d{1,2})(?P=mark)(?P<year>\d\d)" + _CLOCK + _ZONE,
+        _WEEKDAY
+        + r"(?P<day>\d{1,2})[-\s./]+(?P<name>[a-z]{3,9})\.?[-\s,./]+(?P<year>\d{4}|\d\d)"
+        + _CLOCK
+        + _ZONE,
+        _WEEKDAY
+        + r"(?P<name>[a-z]{3,9})\.?\s+(?P<day>\d{1,2})(?:st|nd|rd|th)?,?\s+(?P<year>\d{4})"
+        + _CLOCK
+        + _ZONE,
+        _WEEKDAY
+        + r"(?P<name>[a-z]{3,9})\s+(?P<day>\d{1,2})"
+        + _CLOCK
+        + _ZONE
+        + r"\s+(?P<year>\d{4})",
+        r"(?P<first>\d{1,2})(?P<mark>[-/.])(?P<other>\d{1,2})(?P=mark)(?P<year>\d{4})"
+        + _CLOCK
+        + _ZONE,
+        r"(?P<first>\d{1,2})(?P<mark>[/.])(?P<other>\d{1,2})(?P=mark)(?P<year>\d\d)"
+        + _CLOCK
+        + _ZONE,
     )
 )
-_EPOCHS = {9: 9, 10: 9, 12: 6, 13: 6, 15: 3, 16: 3, 18: 0, 19: 0}  # digits of an epoch time -> zeros to nanoseconds
+_EPOCHS = {
+    9: 9,
+    10: 9,
+    12: 6,
+    13: 6,
+    15: 3,
+    16: 3,
+    18: 0,
+    19: 0,
+}  # digits of an epoch time -> zeros to nanoseconds
 _DAY = 86_400 * 10**9
 
 
-def parse_instants(text: str) -> Tuple[Optional[int], Optional[int]]:
+def parse_instants(text: str) -> tuple[int | None, int | None]:
     """Return the time that a cell holds, in nanoseconds since 1970, read as month/day/year and as day/month/year.
 
     The two differ only for dates such as 1/2/2024; None where a reading makes no date. A time without a zone is UTC;
     zones by other names than UTC and GMT are not known.
     """
     text = text.strip()
-    number = re.fullmatch(r"(\d{5}|\d{9,10}|\d{12,13}|\d{15,16}|\d{18,19})(?:\.(\d{1,9})\d*)?", text)
+    number = re.fullmatch(
+        r"(\d{5}|\d{9,10}|\d{12,13}|\d{15,16}|\d{18,19})(?:\.(\d{1,9})\d*)?", text
+    )
     if number:
         whole, part = number.group(1), int((number.group(2) or "0").ljust(9, "0"))
         if len(whole) in _EPOCHS:
@@ -1643,7 +1955,11 @@ def parse_instants(text: str) -> Tuple[Optional[int], Optional[int]]:
         else:  # the days of a spreadsheet since the end of 1899
             found = (int(whole) - 25_569) * _DAY + part * 86_400
         return found, found
-    match = next(filter(None, (one.fullmatch(text) for one in _DATES)), None) if len(text) < 100 else None
+    match = (
+        next(filter(None, (one.fullmatch(text) for one in _DATES)), None)
+        if len(text) < 100
+        else None
+    )
     if not match:
         return None, None
     cells = match.groupdict()
@@ -1651,16 +1967,20 @@ def parse_instants(text: str) -> Tuple[Optional[int], Optional[int]]:
     year += 0 if len(cells["year"]) == 4 else 2000 if year < 69 else 1900
     if "first" in cells:
         first, other = int(cells["first"]), int(cells["other"])
-        readings = [(other, first)] * 2 if cells["mark"] == "." else [(first, other), (other, first)]
+        readings = (
+            [(other, first)] * 2 if cells["mark"] == "." else [(first, other), (other, first)]
+        )
     else:
         month = int(cells.get("month") or 0) or (_MONTHS.index(name) + 1 if name in _MONTHS else 0)
         readings = [(month, int(cells["day"]))] * 2
     hour, minute, second = (int(cells.get(part) or 0) for part in ("hour", "minute", "second"))
     if cells.get("half"):
         hour = -1 if not 1 <= hour <= 12 else hour % 12 + 12 * (cells["half"].lower() == "p")
-    offset = (int(cells["east"] or 0) * 60 + int(cells["odd"] or 0)) * (-60 if cells["sign"] == "-" else 60)
+    offset = (int(cells["east"] or 0) * 60 + int(cells["odd"] or 0)) * (
+        -60 if cells["sign"] == "-" else 60
+    )
     part = int((cells.get("part") or "0")[:9].ljust(9, "0"))
-    found_instants: List[Optional[int]] = []
+    found_instants: list[int | None] = []
     for month, day in readings:
         try:
             when = datetime(year, month, day, hour, minute, second) - datetime(1970, 1, 1)
@@ -1670,17 +1990,23 @@ def parse_instants(text: str) -> Tuple[Optional[int], Optional[int]]:
     return found_instants[0], found_instants[1]
 
 
-def rank(contacts: List[Contact]) -> Tuple[List[Contact], bool]:
+def rank(contacts: list[Contact]) -> tuple[list[Contact], bool]:
     """Order contacts of one kind: most tickets first, of those the oldest, then the smallest id. Return them, and
     whether age could not decide which is first.
 
     Where one of the tied dates can't be read, or the first depends on whether 1/2/2024 is in January, the id decides.
     """
-    ranked = sorted(contacts, key=lambda one: (-one.tickets, one.id)) if len(contacts) > 1 else contacts
+    ranked = (
+        sorted(contacts, key=lambda one: (-one.tickets, one.id)) if len(contacts) > 1 else contacts
+    )
     tied = [one for one in ranked if one.tickets == ranked[0].tickets]
     if len(tied) < 2:
         return ranked, False
-    readings = [column for column in zip(*(parse_instants(one.created) for one in tied)) if None not in column]
+    readings = [
+        column
+        for column in zip(*(parse_instants(one.created) for one in tied))
+        if None not in column
+    ]
     oldest = {column.index(min(column)) for column in readings}
     if len(oldest) != 1:
         return ranked, True
@@ -1694,18 +2020,22 @@ def detect(contents: CsvContents, choices: Mapping[str, str] = {}, primary: str 
     Raises FatalError(2) where a choice can't be followed, unless its group may not be complete and is skipped anyway.
     """
     broken = contents.emails_in_invalid_rows
-    by_email: Dict[str, List[Contact]] = {email: [] for email in choices if loose_key(email) not in broken}
+    by_email: dict[str, list[Contact]] = {
+        email: [] for email in choices if loose_key(email) not in broken
+    }
     for contact in contents.contacts:
         by_email.setdefault(contact.key, []).append(contact)
     plan = Plan(
         [], [], contents.invalid_rows, contents.contacts_read, look_alikes=contents.look_alikes, files=contents.files,
         other_refs=contents.other_refs, other_ref=contents.other_ref,
     )  # fmt: skip
-    problems: List[str] = []
+    problems: list[str] = []
     for email in sorted(by_email):
         is_broken = bool(broken) and loose_key(email) in broken
         try:
-            found = classify_group(email, by_email[email], is_broken, choices.get(email, ""), primary)
+            found = classify_group(
+                email, by_email[email], is_broken, choices.get(email, ""), primary
+            )
         except PairError as error:
             problems.append(str(error))
             continue
@@ -1716,15 +2046,23 @@ def detect(contents: CsvContents, choices: Mapping[str, str] = {}, primary: str 
         else:
             taking_part = sum(contact.is_user or contact.is_system for contact in by_email[email])
             kinds = f"{Contact.SYSTEM_PREFIX} or {Contact.user_prefix}"
-            plan.left_alone[email] = f"{plural(taking_part, 'contact')} with a {kinds} reference, none to merge"
+            plan.left_alone[email] = (
+                f"{plural(taking_part, 'contact')} with a {kinds} reference, none to merge"
+            )
     if problems:
-        raise FatalError(EXIT_USAGE, f"choices that can't be followed: {'; '.join(some(problems, 3))}")
+        raise FatalError(
+            EXIT_USAGE, f"choices that can't be followed: {'; '.join(some(problems, 3))}"
+        )
     return plan
 
 
 def classify_group(
-    email: str, contacts: Sequence[Contact], broken: bool = False, choice: str = "", primary: str = "revu"
-) -> Union[Group, SkippedGroup, None]:
+    email: str,
+    contacts: Sequence[Contact],
+    broken: bool = False,
+    choice: str = "",
+    primary: str = "revu",
+) -> Group | SkippedGroup | None:
     """Decide what becomes of the contacts of one email: a group to merge, a skip with its reason, or nothing.
 
     `primary` says which contact remains where there is one of each kind, the system-made `revu` or the application's
@@ -1747,13 +2085,21 @@ def classify_group(
     else:
         return None
     remaining = system[0] if kept.is_user and system and primary == "revu" else kept
-    others = [contact for contact in (*users, *system) if contact is not remaining and contact is not kept]
+    others = [
+        contact for contact in (*users, *system) if contact is not remaining and contact is not kept
+    ]
     pairs = [] if kept is remaining else [Pair(remaining, kept, kept.external_ref)]
     pairs += [Pair(remaining, other, None) for other in others]
-    return Group(email, pairs, chosen=choice, age_undecided=undecided and remaining is not kept) if pairs else None
+    return (
+        Group(email, pairs, chosen=choice, age_undecided=undecided and remaining is not kept)
+        if pairs
+        else None
+    )
 
 
-def resolve_choice(email: str, users: Sequence[Contact], system: Sequence[Contact], choice: str) -> Contact:
+def resolve_choice(
+    email: str, users: Sequence[Contact], system: Sequence[Contact], choice: str
+) -> Contact:
     candidates = users or system
     found = [contact for contact in candidates if contact.external_ref.strip() == choice]
     if len(found) == 1:
@@ -1768,7 +2114,7 @@ def resolve_choice(email: str, users: Sequence[Contact], system: Sequence[Contac
     raise PairError("bad_choice", f"{choice} for {email}: {why} (to choose from: {there})")
 
 
-def blocked_by_history(groups: Iterable[Group], ended: Iterable[Pair]) -> Dict[str, str]:
+def blocked_by_history(groups: Iterable[Group], ended: Iterable[Pair]) -> dict[str, str]:
     """Return the emails of groups that repeat a merge which was undone or cancelled, each with the code.
 
     A group repeats it that has its address, or two of its contacts in whatever role. A contact that an undo created
@@ -1777,7 +2123,9 @@ def blocked_by_history(groups: Iterable[Group], ended: Iterable[Pair]) -> Dict[s
     undone, cancelled = [], []  # type: Tuple[List[Pair], List[Pair]]
     for pair in ended:
         (cancelled if pair.state is State.CANCELLED else undone).append(pair)
-    old_ids = {pair.undo.contact: pair.duplicate.id for pair in undone if pair.undo and pair.undo.contact}
+    old_ids = {
+        pair.undo.contact: pair.duplicate.id for pair in undone if pair.undo and pair.undo.contact
+    }
 
     def original(identity: str) -> str:
         seen = {identity}
@@ -1786,52 +2134,71 @@ def blocked_by_history(groups: Iterable[Group], ended: Iterable[Pair]) -> Dict[s
             seen.add(identity)
         return identity
 
-    by_email: Dict[str, str] = {}
-    by_ids: Dict[FrozenSet[str], str] = {}
-    for code, pairs in (("cancelled", cancelled), ("undone", undone)):  # `undone` counts where both are true
+    by_email: dict[str, str] = {}
+    by_ids: dict[frozenset[str], str] = {}
+    for code, pairs in (
+        ("cancelled", cancelled),
+        ("undone", undone),
+    ):  # `undone` counts where both are true
         by_email.update({pair.email: code for pair in pairs})
         by_ids.update({frozenset(map(original, pair.ids)): code for pair in pairs})
-    blocked: Dict[str, str] = {}
+    blocked: dict[str, str] = {}
     for group in groups if by_email else ():
         ids = {original(contact.id) for contact in group.all_contacts()}
-        found = {by_email.get(group.email), *(by_ids.get(frozenset(two)) for two in combinations(ids, 2))} - {None}
+        found = {
+            by_email.get(group.email),
+            *(by_ids.get(frozenset(two)) for two in combinations(ids, 2)),
+        } - {None}
         if found:
             blocked[group.email] = "undone" if "undone" in found else "cancelled"
     return blocked
 
 
-def live_contact_error(contact: Contact, live: Optional[Json], external_ref: str) -> Optional[PairError]:
+def live_contact_error(contact: Contact, live: Json | None, external_ref: str) -> PairError | None:
     """Compare a row of the export with the contact as DevRev has it now; None where they agree.
 
     `live` is a `rev_user` of DevRev's API, None where there is none of that id.
     """
     name = contact.short_id
     if live is None:
-        return PairError("not_found", f"{name} is not in DevRev any more; leave its row out of the export")
+        return PairError(
+            "not_found", f"{name} is not in DevRev any more; leave its row out of the export"
+        )
     state, reference = live.get("state"), live.get("external_ref")
     if state != "active" or live.get("primary_identity"):
-        what = "merged into another contact" if live.get("primary_identity") else state or "of unknown state"
+        what = (
+            "merged into another contact"
+            if live.get("primary_identity")
+            else state or "of unknown state"
+        )
         hint = "; leave its row out of the export" if is_gone(live) else ""
         return PairError("not_active", f"{name} is {what}, not active{hint}")
     if email_of(live) != contact.key:
-        return PairError("email_changed", f"{name} has another email now: {live.get('email') or 'none'}")
+        return PairError(
+            "email_changed", f"{name} has another email now: {live.get('email') or 'none'}"
+        )
     if reference != external_ref:
-        return PairError("external_ref_changed", f"{name} has another reference now: {reference or 'none'}")
+        return PairError(
+            "external_ref_changed", f"{name} has another reference now: {reference or 'none'}"
+        )
     own = {external_ref, contact.short_id, None, ""}
     refs = live.get("external_refs")
     more = [str(one) for one in refs if one not in own] if isinstance(refs, list) else []
     if more:
         words = f"{name} has several references ({', '.join(some([external_ref, *more], 4))})"
-        return PairError("several_external_refs", f"{words}, and what setting one does to the others is not known")
+        return PairError(
+            "several_external_refs",
+            f"{words}, and what setting one does to the others is not known",
+        )
     return None
 
 
-def is_gone(live: Optional[Json]) -> bool:
+def is_gone(live: Json | None) -> bool:
     """Whether DevRev has no such contact any more: not found, deleted, or merged into another."""
     return live is None or live.get("state") == "deleted" or bool(live.get("primary_identity"))
 
 
-def rev_org_id(user: Json) -> Optional[str]:
+def rev_org_id(user: Json) -> str | None:
     rev_org = user.get("rev_org")
     identity = rev_org.get("id") if isinstance(rev_org, dict) else rev_org
     return str(identity) if identity else None
@@ -1848,8 +2215,8 @@ class Dropped(NamedTuple):
 class LiveCheck(NamedTuple):
     """What DevRev says of a group now: the error that refuses it, if any, else the pairs that are dropped from it."""
 
-    error: Optional[PairError] = None
-    dropped: Tuple[Dropped, ...] = ()
+    error: PairError | None = None
+    dropped: tuple[Dropped, ...] = ()
 
 
 LIVE_CODES = (
@@ -1860,9 +2227,9 @@ LIVE_CODES = (
 
 def check_live(
     group: Group,
-    live: Mapping[str, Optional[Json]],
+    live: Mapping[str, Json | None],
     listed: Iterable[Json],
-    unverified: Optional[Collection[str]] = None,
+    unverified: Collection[str] | None = None,
     across_workspaces: bool = False,
     try_unverified: bool = False,
 ) -> LiveCheck:
@@ -1874,19 +2241,28 @@ def check_live(
     primary, there = group.primary, live.get(group.primary.id)
     # A contact's own answer counts; where it does not say, the list of those that are unverified does.
     verified = {identity: (user or {}).get("is_verified") for identity, user in live.items()}
-    verified.update({one: False for one in unverified or () if not isinstance(verified.get(one), bool)})
-    errors: List[Optional[PairError]] = []
-    dropped: List[Dropped] = []
+    verified.update(
+        {one: False for one in unverified or () if not isinstance(verified.get(one), bool)}
+    )
+    errors: list[PairError | None] = []
+    dropped: list[Dropped] = []
     for pair in group.pending():
         duplicate, name = live.get(pair.duplicate.id), pair.duplicate.short_id
-        orgs = {rev_org_id(user) for user in (there, duplicate) if user} - {None}  # one without conflicts with nothing
+        orgs = {rev_org_id(user) for user in (there, duplicate) if user} - {
+            None
+        }  # one without conflicts with nothing
         orgs_differ = len(orgs) > 1 and not across_workspaces
         if pair.state is State.PLANNED and not pair.first_requested_at:
             # What was never requested may leave the group, if the others can be merged without it.
             code, words = "", ""
             if is_gone(duplicate) and not pair.new_ref:
                 code, words = "already_gone", f"{name} no longer exists in DevRev"
-            elif is_gone(duplicate) and there and not is_gone(there) and there.get("external_ref") == pair.new_ref:
+            elif (
+                is_gone(duplicate)
+                and there
+                and not is_gone(there)
+                and there.get("external_ref") == pair.new_ref
+            ):
                 why = f"by a run in another folder? The primary has {pair.new_ref}"
                 code, words = "already_merged", f"{into(pair)} looks merged already, {why}"
             elif orgs_differ and not pair.new_ref:
@@ -1900,22 +2276,36 @@ def check_live(
             words = f"{into(pair)}: they belong to different workspaces (rev orgs), and {pair.new_ref} has to move"
             errors.append(PairError("different_rev_org", words))
         is_unverified = {identity: verified.get(identity) is False for identity in pair.ids}
-        if is_unverified[pair.duplicate.id] and not is_unverified[primary.id] and not try_unverified:
+        if (
+            is_unverified[pair.duplicate.id]
+            and not is_unverified[primary.id]
+            and not try_unverified
+        ):
             words = f"{into(pair)}: DevRev does not merge an unverified contact into a verified one"
-            errors.append(PairError("unverified", f"{words} (--try-unverified requests it all the same)"))
+            errors.append(
+                PairError("unverified", f"{words} (--try-unverified requests it all the same)")
+            )
     if errors:
         errors.append(live_group_error(group, live, listed))
     moved = next((one.pair.new_ref for one in dropped if one.code == "already_merged"), None)
     errors.insert(0, live_contact_error(primary, there, moved or group.primary_ref()))
-    found = sorted((error for error in errors if error), key=lambda error: LIVE_CODES.index(error.code))
+    found = sorted(
+        (error for error in errors if error), key=lambda error: LIVE_CODES.index(error.code)
+    )
     return LiveCheck(found[0]) if found else LiveCheck(None, tuple(dropped))
 
 
-def live_group_error(group: Group, live: Mapping[str, Optional[Json]], listed: Iterable[Json]) -> Optional[PairError]:
+def live_group_error(
+    group: Group, live: Mapping[str, Json | None], listed: Iterable[Json]
+) -> PairError | None:
     """Count the contacts of an address again, by what DevRev lists for it; None where the group is still known."""
     merged = {pair.duplicate.id for pair in group.pairs if pair.state in (*UNFINISHED, *ENDED)}
     known = {contact.id for contact in group.all_contacts()}
-    users = {user["id"]: user for user in (*listed, *filter(None, live.values())) if user["id"] not in merged}
+    users = {
+        user["id"]: user
+        for user in (*listed, *filter(None, live.values()))
+        if user["id"] not in merged
+    }
     there = [contact_of(user) for user in users.values() if not is_gone(user)]
     there = [one for one in there if one.key == group.email and (one.is_user or one.is_system)]
     if not group.chosen and len(there) > mailbox_limit(group.email):
@@ -1924,14 +2314,21 @@ def live_group_error(group: Group, live: Mapping[str, Optional[Json]], listed: I
     new = sorted(one.external_ref for one in there if one.id not in known)
     new_users = [reference for reference in new if reference.startswith(Contact.user_prefix)]
     if new_users:
-        words = f"DevRev has another {Contact.user_prefix} contact of this email by now: {new_users[0]}"
+        words = (
+            f"DevRev has another {Contact.user_prefix} contact of this email by now: {new_users[0]}"
+        )
         return PairError("several_user_refs", words)
     if new and group.chosen:
-        return PairError("group_changed", f"DevRev has another contact of this email by now, so choose again: {new[0]}")
+        return PairError(
+            "group_changed",
+            f"DevRev has another contact of this email by now, so choose again: {new[0]}",
+        )
     return None
 
 
-def count_error(contact: Contact, greatest: int, policy: str, who: str = "the backup") -> Optional[PairError]:
+def count_error(
+    contact: Contact, greatest: int, policy: str, who: str = "the backup"
+) -> PairError | None:
     """Compare the greatest(owned, created, reported) that `who` has with the export's TICKET_COUNT."""
     if greatest == contact.tickets or (greatest > contact.tickets and policy == "at-least"):
         return None
@@ -1960,20 +2357,23 @@ class RequestOptions(NamedTuple):
     """How a request is queued."""
 
     priority: int = PREPARE
-    reservation: Optional[Reservation] = None  # units that were reserved for it, and then for what has to follow
+    reservation: Reservation | None = (
+        None  # units that were reserved for it, and then for what has to follow
+    )
     reserve: int = 0  # units to reserve once it has left
 
 
 ANY_OPTIONS = RequestOptions()
 
 
-def announced_quota(headers: Mapping[str, str]) -> Optional[Tuple[int, int, float]]:
+def announced_quota(headers: Mapping[str, str]) -> tuple[int, int, float] | None:
     """Return limit, remaining and reset (epoch seconds) of the X-Ratelimit headers; None where one is missing or odd.
 
     Gateways send -1 or texts for "none", and a number of 400 digits must not become a float.
     """
     limit, remaining, reset = (
-        str(headers.get(f"X-Ratelimit-{name}", "")).strip() for name in ("Limit", "Remaining", "Reset")
+        str(headers.get(f"X-Ratelimit-{name}", "")).strip()
+        for name in ("Limit", "Remaining", "Reset")
     )
     counts = re.fullmatch(r"0*[1-9][0-9]{0,8}", limit) and re.fullmatch(r"[0-9]{1,9}", remaining)
     if not counts or not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", reset):
@@ -1981,7 +2381,7 @@ def announced_quota(headers: Mapping[str, str]) -> Optional[Tuple[int, int, floa
     return int(limit), min(int(remaining), int(limit)), float(reset)
 
 
-def retry_after(response: HttpResponse, server_time: float) -> Optional[float]:
+def retry_after(response: HttpResponse, server_time: float) -> float | None:
     """Return the seconds to wait that a 429 names, in its header or, which gateways drop, in its body."""
     text = str(response.headers.get("Retry-After", "")).strip()
     for value in (text, str((response.data or {}).get("retry_after", ""))):
@@ -2003,23 +2403,31 @@ class QuotaWindow:
     MARGIN = 0.01  # seconds
 
     def __init__(self) -> None:
-        self.limit: Optional[int] = None  # None: none was announced
-        self.remaining: Optional[int] = None  # None: not known, until a probe has been answered
+        self.limit: int | None = None  # None: none was announced
+        self.remaining: int | None = None  # None: not known, until a probe has been answered
         self.length = 0.0  # seconds, the longest that was seen
         self.rolling = False
         self.resets_at = 0.0
-        self._reset = self._first_reset = 0.0  # epoch seconds, by the server: the newest, the first of this window
+        self._reset = self._first_reset = (
+            0.0  # epoch seconds, by the server: the newest, the first of this window
+        )
         self._reset_seen_at = self._updated_at = 0.0
         self._shortest = 0.0  # length of a rolling window, at least
-        self._spent: Deque[Tuple[float, float]] = collections.deque(maxlen=100_000)  # sent, answered
+        self._spent: collections.deque[tuple[float, float]] = collections.deque(
+            maxlen=100_000
+        )  # sent, answered
 
-    def on_response(self, response: HttpResponse, sent: float, now: float, server_time: float) -> None:
+    def on_response(
+        self, response: HttpResponse, sent: float, now: float, server_time: float
+    ) -> None:
         """Learn from the headers of an answer to a request that was sent at `sent`."""
         self._return_units(now)
         if response.status not in (None, 429):
             self._spent.append((sent, now))
         announced = announced_quota(response.headers)
-        if announced is None or announced[2] < server_time - 2:  # seconds from now, perhaps: no window is known by that
+        if (
+            announced is None or announced[2] < server_time - 2
+        ):  # seconds from now, perhaps: no window is known by that
             return
         self.limit, remaining, reset = announced
         wait = max(0.0, min(self.LONGEST, reset - server_time))
@@ -2035,7 +2443,9 @@ class QuotaWindow:
             # Answers arrive in another order than requests do; and by this clock the window may have ended too soon.
             if is_new or self.rolling or self.remaining is None:
                 self.resets_at = now + wait + self.MARGIN
-            self.remaining = remaining if is_new or self.remaining is None else min(self.remaining, remaining)
+            self.remaining = (
+                remaining if is_new or self.remaining is None else min(self.remaining, remaining)
+            )
             if is_new or self.rolling:
                 self.length = max(self.length, wait)
                 self._shortest = min(self._shortest or wait, wait) if self.rolling else wait
@@ -2057,7 +2467,12 @@ class QuotaWindow:
     def has_expired(self, in_flight: int, now: float) -> bool:
         """Whether what was known of the window is over; from then on `remaining` is None."""
         self._return_units(now)
-        is_known = self.rolling and self._spent and self.remaining is not None and self.remaining > in_flight
+        is_known = (
+            self.rolling
+            and self._spent
+            and self.remaining is not None
+            and self.remaining > in_flight
+        )
         if self.remaining is None or now < self.resets_at or is_known:
             return False
         self.remaining = None
@@ -2069,7 +2484,11 @@ class QuotaWindow:
 
     def seconds_until_room(self, now: float) -> float:
         """Seconds until more units are there, or may be."""
-        returns = self._spent[0][1] + self.length + self.MARGIN if self.rolling and self._spent else math.inf
+        returns = (
+            self._spent[0][1] + self.length + self.MARGIN
+            if self.rolling and self._spent
+            else math.inf
+        )
         return max(0.001, min(self.resets_at, returns) - now)
 
 
@@ -2105,7 +2524,7 @@ class CircuitBreaker:
         self.half_open = self.probe_in_flight = False
         self.failures_in_a_row = self.over_quota_in_a_row = self._failed_probes = 0
 
-    def on_response(self, is_probe: bool, status: Optional[int], pause: float, now: float) -> str:
+    def on_response(self, is_probe: bool, status: int | None, pause: float, now: float) -> str:
         """Note an answer (`status` None: none, or none of use); after a 429 nothing leaves for `pause` seconds.
 
         Return why no more probes are worth sending, "" where they are.
@@ -2141,38 +2560,51 @@ class RequestScheduler:
     """
 
     SLOW_REQUEST = 0.5  # seconds; requests that take longer leave a worker to what finishes a merge
-    SHARE, LEAST = 4, 3  # no more than this part of a window is reserved for one merge, but so many units at least
+    SHARE, LEAST = (
+        4,
+        3,
+    )  # no more than this part of a window is reserved for one merge, but so many units at least
     OTHERS = 5  # this part of the quota is left to others where no client-side limit is set
     UNANNOUNCED = 200, 60.0  # calls in seconds, until DevRev has announced a quota
 
-    def __init__(self, environment: Environment, cancel_token: CancelToken, settings: "ApiSettings") -> None:
+    def __init__(
+        self, environment: Environment, cancel_token: CancelToken, settings: ApiSettings
+    ) -> None:
         self.environment = environment
         self.cancel_token = cancel_token
         self.workers = settings.workers
         self.host = urlsplit(settings.base_url).netloc
         self.quota = QuotaWindow()
         self.breaker = CircuitBreaker(settings.retries)
-        self.waits: List[Tuple[float, float]] = []  # epoch seconds
+        self.waits: list[tuple[float, float]] = []  # epoch seconds
         self.waiting_for = ""
         self.leaves_a_share = settings.calls is None
-        calls, period = self.UNANNOUNCED if settings.calls is None else (settings.calls, settings.period)
-        self._client_limit = ClientLimit(calls, period, lambda: environment.now().monotonic) if calls > 0 else None
+        calls, period = (
+            self.UNANNOUNCED if settings.calls is None else (settings.calls, settings.period)
+        )
+        self._client_limit = (
+            ClientLimit(calls, period, lambda: environment.now().monotonic) if calls > 0 else None
+        )
         # By priority, then by arrival.
-        self._queue: List[Tuple[int, int, RequestOptions, asyncio.Future[bool]]] = []
+        self._queue: list[tuple[int, int, RequestOptions, asyncio.Future[bool]]] = []
         self._serial = self._in_flight = self._reserved = 0
-        self._timer: Optional[asyncio.TimerHandle] = None
+        self._timer: asyncio.TimerHandle | None = None
         self._longest = 0.0  # seconds that a request has taken lately
         self._waiting_since = 0.0
 
     @property
-    def client_limit(self) -> Optional[ClientLimit]:
+    def client_limit(self) -> ClientLimit | None:
         """The client-side limit that holds now: where none is set, DevRev's announced quota takes its place."""
         return None if self.leaves_a_share and self.quota.limit is not None else self._client_limit
 
-    def quota_seen(self) -> Optional[Json]:
+    def quota_seen(self) -> Json | None:
         """The quota that DevRev has announced, None where it has not."""
         seconds = round(self.quota.length, None if self.quota.length >= 30 else 1)
-        return None if self.quota.limit is None else {"limit": self.quota.limit, "window_seconds": seconds}
+        return (
+            None
+            if self.quota.limit is None
+            else {"limit": self.quota.limit, "window_seconds": seconds}
+        )
 
     async def acquire(self, options: RequestOptions) -> bool:
         """Wait until a request may leave, and return whether it is a probe. Raises Cancelled."""
@@ -2190,10 +2622,16 @@ class RequestScheduler:
         while self._queue and self._has_slot(self._queue[0][0]):
             now = self.environment.now().monotonic
             if now < breaker.open_until:
-                wait, reason = breaker.open_until - now, "quota" if breaker.over_quota_in_a_row else "DevRev fails"
+                wait, reason = (
+                    breaker.open_until - now,
+                    "quota" if breaker.over_quota_in_a_row else "DevRev fails",
+                )
                 break
             if self.quota.has_expired(self._in_flight, now):
-                breaker.half_open, breaker.probe_in_flight = True, False  # one request finds out the new window's
+                breaker.half_open, breaker.probe_in_flight = (
+                    True,
+                    False,
+                )  # one request finds out the new window's
             if breaker.half_open and breaker.probe_in_flight:
                 break  # its answer dispatches again
             for entry in self._queue:
@@ -2227,10 +2665,17 @@ class RequestScheduler:
     def _has_slot(self, priority: int) -> bool:
         """Whether another request may be in flight; after a failure fewer, until one is answered well. While a merge is
         in progress, lists and timelines that take long leave a worker to what finishes it."""
-        spared = self.workers > 1 and self._reserved > 0 and priority == PREPARE and self._longest > self.SLOW_REQUEST
-        return self._in_flight < max(1, (self.workers >> min(self.breaker.failures_in_a_row, 4)) - spared)
+        spared = (
+            self.workers > 1
+            and self._reserved > 0
+            and priority == PREPARE
+            and self._longest > self.SLOW_REQUEST
+        )
+        return self._in_flight < max(
+            1, (self.workers >> min(self.breaker.failures_in_a_row, 4)) - spared
+        )
 
-    def _units_to_reserve(self, options: RequestOptions) -> Optional[int]:
+    def _units_to_reserve(self, options: RequestOptions) -> int | None:
         """Return the units that a request has reserved once it has left, None where it may not leave now.
 
         It needs one unit, and as much of what it is to reserve as a window can hold; none of them may be reserved for
@@ -2246,7 +2691,11 @@ class RequestScheduler:
             may_leave = (room if own else spare) >= 1
         else:
             may_leave = spare >= needed and (own > 0 or left > self.share_of_others())
-        return int(max(0, min(spare, needed) - 1)) if may_leave and self._has_slot(options.priority) else None
+        return (
+            int(max(0, min(spare, needed) - 1))
+            if may_leave and self._has_slot(options.priority)
+            else None
+        )
 
     def release(self, reservation: Reservation) -> None:
         """Return units that are not needed any more."""
@@ -2269,16 +2718,21 @@ class RequestScheduler:
         """Units of the quota that only the requests which finish a merge may spend."""
         return (self.quota.limit or 0) / self.OTHERS if self.leaves_a_share else 0.0
 
-    def seconds_until_room(self) -> Tuple[float, str]:
+    def seconds_until_room(self) -> tuple[float, str]:
         """Seconds until more units may be spent, and what limits them now."""
         now, limit = self.environment.now().monotonic, self.client_limit
-        if limit is None or self.quota.room(self._in_flight) - self.share_of_others() <= limit.room():
+        if (
+            limit is None
+            or self.quota.room(self._in_flight) - self.share_of_others() <= limit.room()
+        ):
             return self.quota.seconds_until_room(now), "quota"
         left = limit.seconds_left()
         # Where a complete period has not room enough, units are reserved; their release is noticed.
         return (max(0.001, left), "client-side rate limit") if left > 0 else (limit.period, "")
 
-    def on_response(self, is_probe: bool, response: HttpResponse, seconds: float, usable: bool) -> None:
+    def on_response(
+        self, is_probe: bool, response: HttpResponse, seconds: float, usable: bool
+    ) -> None:
         """Note an answer, how long it took, and whether it is of any use where its status is good."""
         now, status = self.environment.now().monotonic, response.status
         server_time = wall = self.environment.now().wall
@@ -2306,7 +2760,9 @@ class RequestScheduler:
 def requests_per_minute(scheduler: RequestScheduler) -> float:
     """Requests that may be sent in the next minute or so."""
     quota, limit = scheduler.quota, scheduler.client_limit
-    announced = quota.limit - scheduler.share_of_others() if quota.limit and quota.length > 30 else math.inf
+    announced = (
+        quota.limit - scheduler.share_of_others() if quota.limit and quota.length > 30 else math.inf
+    )
     return min(announced, limit.calls * max(1.0, 60 / limit.period) if limit else math.inf, 1e6)
 
 
@@ -2314,11 +2770,18 @@ def minimum_seconds(scheduler: RequestScheduler, requests: float) -> float:
     """Seconds that so many more requests take at least, under DevRev's quota and the client-side rate limit."""
     quota, limit, least = scheduler.quota, scheduler.client_limit, 0.0
     if limit:
-        least = seconds_in_windows(requests, limit.room(), limit.seconds_left(), limit.calls, limit.period)
+        least = seconds_in_windows(
+            requests, limit.room(), limit.seconds_left(), limit.calls, limit.period
+        )
     if quota.limit and quota.remaining is not None:
-        others, wait = scheduler.share_of_others(), quota.resets_at - scheduler.environment.now().monotonic
+        others, wait = (
+            scheduler.share_of_others(),
+            quota.resets_at - scheduler.environment.now().monotonic,
+        )
         room = max(0.0, quota.remaining - others)
-        least = max(least, seconds_in_windows(requests, room, wait, quota.limit - others, quota.length))
+        least = max(
+            least, seconds_in_windows(requests, room, wait, quota.limit - others, quota.length)
+        )
     return least
 
 
@@ -2326,16 +2789,26 @@ def describe_wait(scheduler: RequestScheduler) -> str:
     """Say what requests wait for, or how much quota is left; "" where neither is known."""
     quota, limit = scheduler.quota, scheduler.client_limit
     if not scheduler.waiting_for:
-        return f"{quota.remaining} of {quota.limit} units left" if quota.remaining is not None else ""
+        return (
+            f"{quota.remaining} of {quota.limit} units left" if quota.remaining is not None else ""
+        )
     blocked = scheduler.breaker.open_until - scheduler.environment.now().monotonic
     wait = blocked if blocked > 0 else scheduler.seconds_until_room()[0]
     why = {"quota": f"quota {quota.limit:,} of DevRev's" if quota.limit else "quota of DevRev's"}
     if limit:
-        why["client-side rate limit"] = f"client-side rate limit {limit.calls} in {limit.period:g} s"
-    return f"waiting {duration(wait)} ({why.get(scheduler.waiting_for, scheduler.waiting_for)})" if wait > 0.5 else ""
+        why["client-side rate limit"] = (
+            f"client-side rate limit {limit.calls} in {limit.period:g} s"
+        )
+    return (
+        f"waiting {duration(wait)} ({why.get(scheduler.waiting_for, scheduler.waiting_for)})"
+        if wait > 0.5
+        else ""
+    )
 
 
-def seconds_in_windows(requests: float, room: float, wait: float, limit: float, window: float) -> float:
+def seconds_in_windows(
+    requests: float, room: float, wait: float, limit: float, window: float
+) -> float:
     """Seconds until so many requests have left, of which `room` may leave now, and `limit` in each window from `wait`
     seconds on."""
     over = requests - room
@@ -2349,7 +2822,11 @@ def seconds_in_windows(requests: float, room: float, wait: float, limit: float, 
 PAGE = 100
 ROLES = {"owned": "owned_by", "created": "created_by", "reported": "reported_by"}
 TICKETS_AND_ISSUES = ("ticket", "issue")
-OTHER_WORKS = ("task", "incident", "opportunity")  # DevRev's description does not promise that lists take them
+OTHER_WORKS = (
+    "task",
+    "incident",
+    "opportunity",
+)  # DevRev's description does not promise that lists take them
 DEAD_TOKENS = {
     "token_expired": "the token has expired",
     "token_revoked": "the token was revoked",
@@ -2364,7 +2841,7 @@ class ApiSettings:
 
     token: str = field(repr=False)
     base_url: str = "https://api.devrev.ai"
-    calls: Optional[int] = None
+    calls: int | None = None
     period: float = 60.0
     timeout: float = 30.0
     retries: int = 5
@@ -2381,10 +2858,14 @@ def scopes_needed(endpoint: str, body: Json) -> str:
     """Name the scopes that a request needs, such as `ticket:read`. A timeline takes the scope of its object."""
     family, _, verb = endpoint.partition(".")
     access = {"merge": "all", "update": "write", "create": "write"}.get(verb, "read")
-    kinds: Sequence[str] = {"rev-users": ["rev_user"], "conversations": ["conversation"]}.get(family, [])
+    kinds: Sequence[str] = {"rev-users": ["rev_user"], "conversations": ["conversation"]}.get(
+        family, []
+    )
     if family in ("works", "timeline-entries"):
         kinds = body.get("type") or [kind_of(str(body.get("id") or body.get("object")))]
-    return " and ".join(f"{kind}:{access}" for kind in ([kinds] if isinstance(kinds, str) else kinds))
+    return " and ".join(
+        f"{kind}:{access}" for kind in ([kinds] if isinstance(kinds, str) else kinds)
+    )
 
 
 def kind_of(identity: str) -> str:
@@ -2392,11 +2873,13 @@ def kind_of(identity: str) -> str:
     return identity.rpartition(":")[2].partition("/")[0]
 
 
-def user_ids(name: str, obj: Json) -> Set[str]:
+def user_ids(name: str, obj: Json) -> set[str]:
     """The ids in a work's `owned_by`, `reported_by` (lists), `created_by` (one) or a conversation's `members`."""
     value = obj.get(name)
     users = value if isinstance(value, list) else [value]
-    return {user["id"] for user in users if isinstance(user, dict) and isinstance(user.get("id"), str)}
+    return {
+        user["id"] for user in users if isinstance(user, dict) and isinstance(user.get("id"), str)
+    }
 
 
 def check_storable(user: Json) -> None:
@@ -2408,13 +2891,16 @@ def check_storable(user: Json) -> None:
         text = json.dumps([name, value], ensure_ascii=False)
         if encodable(text) != text:
             where = f"the {name} of REVU-{user['id'].rpartition('/')[2]} in DevRev"
-            raise PairError("api_error", f"{where} holds half of a character (a lone surrogate); correct it there")
+            raise PairError(
+                "api_error",
+                f"{where} holds half of a character (a lone surrogate); correct it there",
+            )
 
 
 class ListResult(NamedTuple):
     """Items of a list, once each, in order; `since` is when the request for its first page was sent."""
 
-    items: List[Json]
+    items: list[Json]
     since: Timestamp
 
 
@@ -2432,9 +2918,15 @@ def duplicate_status(user: Json, primary: str, duplicate: str) -> DuplicateStatu
     Raises PairError(merged_into_another) where it names another contact than the primary.
     """
     identity = user.get("primary_identity")
-    named = {user["id"], identity.get("id") if isinstance(identity, dict) else identity} - {None, "", duplicate}
+    named = {user["id"], identity.get("id") if isinstance(identity, dict) else identity} - {
+        None,
+        "",
+        duplicate,
+    }
     if named - {primary}:
-        raise PairError("merged_into_another", f"{duplicate} has become {named.pop()}, not the primary")
+        raise PairError(
+            "merged_into_another", f"{duplicate} has become {named.pop()}, not the primary"
+        )
     if named:
         return DuplicateStatus.IN_PRIMARY
     return DuplicateStatus.GONE if user.get("state") == "deleted" else DuplicateStatus.EXISTS
@@ -2460,22 +2952,33 @@ class DevRevAPI:
     STALE_PAGES = 3  # in a row, of items that were all seen before, end a list with an error
     EMPTY_PAGES = 100  # in a row
 
-    def __init__(self, settings: ApiSettings, environment: Environment, cancel_token: CancelToken) -> None:
+    def __init__(
+        self, settings: ApiSettings, environment: Environment, cancel_token: CancelToken
+    ) -> None:
         self.settings = settings
         self.environment = environment
         self.cancel_token = cancel_token
         self.scheduler = RequestScheduler(environment, cancel_token, settings)
-        self.requests: Dict[str, int] = collections.Counter()
+        self.requests: dict[str, int] = collections.Counter()
         self.writes = 0  # requests that may have changed DevRev
-        self.work_kinds: Tuple[str, ...] = (*TICKETS_AND_ISSUES, *OTHER_WORKS)  # that lists of works name
-        self._finding_work_kinds: Optional[asyncio.Lock] = asyncio.Lock()  # None: they are known
+        self.work_kinds: tuple[str, ...] = (
+            *TICKETS_AND_ISSUES,
+            *OTHER_WORKS,
+        )  # that lists of works name
+        self._finding_work_kinds: asyncio.Lock | None = asyncio.Lock()  # None: they are known
         self._verified_filter_refused = False
         by_email = functools.partial(self._list_by, "email")
         self.emails = BatchLoader(by_email, cancel_token, lambda user: {email_of(user)}, email_key)
-        self.unverified = BatchLoader(self._list_unverified, cancel_token, lambda user: {email_of(user)}, email_key)
+        self.unverified = BatchLoader(
+            self._list_unverified, cancel_token, lambda user: {email_of(user)}, email_key
+        )
         # By the field that names contacts: a work's role, or a conversation's members.
         self.objects = {
-            name: BatchLoader(functools.partial(self._list_by, name), cancel_token, functools.partial(user_ids, name))
+            name: BatchLoader(
+                functools.partial(self._list_by, name),
+                cancel_token,
+                functools.partial(user_ids, name),
+            )
             for name in (*ROLES.values(), "members")
         }
 
@@ -2487,9 +2990,9 @@ class DevRevAPI:
         body: Json,
         key: str = "",
         options: RequestOptions = ANY_OPTIONS,
-        deadline: Optional[float] = None,
-        before: Optional[Callable[[], Awaitable[None]]] = None,
-    ) -> Tuple[Json, Timestamp]:
+        deadline: float | None = None,
+        before: Callable[[], Awaitable[None]] | None = None,
+    ) -> tuple[Json, Timestamp]:
         """POST, and return the answer's JSON object, which holds `key`, and when its request was sent: it is as old as
         that. Without `key` any 2xx will do.
 
@@ -2503,7 +3006,10 @@ class DevRevAPI:
             is_probe = await self.scheduler.acquire(options)
             try:
                 self.cancel_token.raise_if_cancelled()
-                if is_probe and self.scheduler.breaker.failures_in_a_row >= CircuitBreaker.THRESHOLD:
+                if (
+                    is_probe
+                    and self.scheduler.breaker.failures_in_a_row >= CircuitBreaker.THRESHOLD
+                ):
                     # One object's requests may fail for good: whether DevRev is down shows a request that names none.
                     answer = await self.environment.post("dev-users.self", {})
                     self.requests["dev-users.self"] += 1
@@ -2525,12 +3031,16 @@ class DevRevAPI:
             self.writes -= is_write and (not answer.sent or answer.status in (401, 403, 429))
             data, over_quota = answer.data, answer.status == 429
             good = answer.status is not None and 200 <= answer.status < 300
-            self.scheduler.on_response(is_probe, answer, self.environment.elapsed(since), not key or data is not None)
+            self.scheduler.on_response(
+                is_probe, answer, self.environment.elapsed(since), not key or data is not None
+            )
             if good and (not key or (data is not None and key in data)):
                 return data or {}, since
             attempt += not over_quota
             is_once = deadline is not None or (is_write and not WRITES[endpoint])
-            final = not over_quota and (attempt > self.settings.retries or (is_once and answer.sent))
+            final = not over_quota and (
+                attempt > self.settings.retries or (is_once and answer.sent)
+            )
             refusal = refusal_of(endpoint, body, answer, self.settings, final)
             if isinstance(refusal, FatalError):
                 self.cancel_token.cancel(refusal)  # nothing more is sent
@@ -2539,12 +3049,16 @@ class DevRevAPI:
             if final:
                 raise NoUsableResponse(endpoint, answer.problem or f"no {key} in the answer")
             if not over_quota:
-                await self.cancel_token.sleep(self.environment.random.uniform(0.5, 1.0) * min(8.0, 0.1 * 2**attempt))
+                await self.cancel_token.sleep(
+                    self.environment.random.uniform(0.5, 1.0) * min(8.0, 0.1 * 2**attempt)
+                )
 
-    async def pages(self, endpoint: str, key: str, body: Json, options: RequestOptions = ANY_OPTIONS) -> ListResult:
+    async def pages(
+        self, endpoint: str, key: str, body: Json, options: RequestOptions = ANY_OPTIONS
+    ) -> ListResult:
         """Return all items of a cursor-paged list."""
-        items: Dict[str, Json] = {}
-        since: Optional[Timestamp] = None
+        items: dict[str, Json] = {}
+        since: Timestamp | None = None
         async for page in self.each_page(endpoint, key, body, options):
             since = since or page.since
             items.update((item["id"], item) for item in page.items)
@@ -2555,13 +3069,17 @@ class DevRevAPI:
     ) -> AsyncIterator[ListResult]:
         """Yield the pages of a list until one names no next. Pages may be empty although more follow, and an item that
         changes meanwhile may be on two of them. Raises NoUsableResponse where a list goes round in circles."""
-        known: Set[int] = set()  # hashes of ids
-        cursors: Set[str] = set()
+        known: set[int] = set()  # hashes of ids
+        cursors: set[str] = set()
         stale = empty = 0
         page = {"limit": PAGE, **body}
         while True:
             reply, since = await self._call(endpoint, page, key, options)
-            items, cursor, before = objects_in(reply[key], endpoint, key), reply.get("next_cursor") or "", len(known)
+            items, cursor, before = (
+                objects_in(reply[key], endpoint, key),
+                reply.get("next_cursor") or "",
+                len(known),
+            )
             if not isinstance(cursor, str):
                 raise NoUsableResponse(endpoint, "next_cursor is no text")
             yield ListResult(items, since)
@@ -2576,7 +3094,12 @@ class DevRevAPI:
             page["cursor"] = cursor
 
     async def get_one(
-        self, endpoint: str, body: Json, key: str, options: RequestOptions, deadline: Optional[float] = None
+        self,
+        endpoint: str,
+        body: Json,
+        key: str,
+        options: RequestOptions,
+        deadline: float | None = None,
     ) -> Json:
         """Return the one object that an endpoint answers with. Raises NoUsableResponse where it is none."""
         found, _ = await self._call(endpoint, body, key, options, deadline)
@@ -2585,8 +3108,8 @@ class DevRevAPI:
     # -- contacts -----------------------------------------------------------------------------------
 
     async def _get_contact(
-        self, identity: str, options: RequestOptions, deadline: Optional[float] = None
-    ) -> Optional[Json]:
+        self, identity: str, options: RequestOptions, deadline: float | None = None
+    ) -> Json | None:
         """Return what DevRev has at this id: the contact, or only `{"id": …}` of the one that it has become (301), None
         where there is none (an object's 404)."""
         endpoint = "rev-users.get"
@@ -2595,23 +3118,31 @@ class DevRevAPI:
         except ApiError as error:
             if error.missing:
                 return None
-            if error.status == 404 and error.data.get("type"):  # a route's has none, and says nothing of any object
-                raise NoUsableResponse(endpoint, f"404 of another type, not of {identity}") from None
+            if error.status == 404 and error.data.get(
+                "type"
+            ):  # a route's has none, and says nothing of any object
+                raise NoUsableResponse(
+                    endpoint, f"404 of another type, not of {identity}"
+                ) from None
             if not 300 <= error.status < 400:
                 raise
-            match = re.search(r"don:identity:[^&?#\s]+:revu/[^&?#/\s]+", unquote(error.data["location"]))
+            match = re.search(
+                r"don:identity:[^&?#\s]+:revu/[^&?#/\s]+", unquote(error.data["location"])
+            )
             if not match or match.group(0) == identity:
-                raise NoUsableResponse(endpoint, f"{error.status} that names no other contact") from None
+                raise NoUsableResponse(
+                    endpoint, f"{error.status} that names no other contact"
+                ) from None
             return {"id": match.group(0)}
 
-    async def contact(self, identity: str, options: RequestOptions = ANY_OPTIONS) -> Optional[Json]:
+    async def contact(self, identity: str, options: RequestOptions = ANY_OPTIONS) -> Json | None:
         """Return the rev user of this id, None where there is none, or where it has become another."""
         user = await self._get_contact(identity, options)
         return user if user and user["id"] == identity else None
 
     async def poll_duplicate(
-        self, primary: str, duplicate: str, options: RequestOptions, deadline: Optional[float] = None
-    ) -> "DuplicateStatus":
+        self, primary: str, duplicate: str, options: RequestOptions, deadline: float | None = None
+    ) -> DuplicateStatus:
         """Return what has become of the duplicate. With a `deadline` one request is sent, and its caller repeats it.
 
         Raises PairError(merged_into_another) where DevRev names another contact than the primary.
@@ -2626,50 +3157,70 @@ class DevRevAPI:
     async def contacts_by_email(self, emails: Iterable[str], priority: int = PREPARE) -> ListResult:
         """Return the contacts that DevRev lists for these emails. Raises PairError where the text of one can't be
         stored."""
-        lists = await together(*(self.emails.load(email, 1, priority) for email in sorted(set(emails))))
+        lists = await together(
+            *(self.emails.load(email, 1, priority) for email in sorted(set(emails)))
+        )
         users = by_id(user for one in lists for user in one.items)
         for user in users.values():
             check_storable(user)
         return ListResult(list(users.values()), oldest(one.since for one in lists))
 
-    async def unverified_ids(self, emails: Iterable[str], priority: int = PREPARE) -> Optional[Set[str]]:
+    async def unverified_ids(
+        self, emails: Iterable[str], priority: int = PREPARE
+    ) -> set[str] | None:
         """Return the ids of the unverified contacts of these emails, None where DevRev refuses the filter.
 
         It is for organisations whose answers do not show `is_verified`. A list that shows verified contacts all the
         same has ignored the filter.
         """
         if not self._verified_filter_refused:
-            lists = await together(*(self.unverified.load(email, 1, priority) for email in sorted(set(emails))))
+            lists = await together(
+                *(self.unverified.load(email, 1, priority) for email in sorted(set(emails)))
+            )
             users = [user for one in lists for user in one.items]
             ignored = any(user.get("is_verified") is True for user in users)
         return None if self._verified_filter_refused or ignored else {user["id"] for user in users}
 
-    async def holders_of(self, external_ref: str, options: RequestOptions) -> List[Json]:
+    async def holders_of(self, external_ref: str, options: RequestOptions) -> list[Json]:
         """Return the rev users that DevRev lists for a reference, without waiting for others to join."""
-        return (await self.pages("rev-users.list", "rev_users", {"external_ref": [external_ref]}, options)).items
+        return (
+            await self.pages(
+                "rev-users.list", "rev_users", {"external_ref": [external_ref]}, options
+            )
+        ).items
 
     async def merge(
-        self, primary: str, duplicate: str, options: RequestOptions, before: Callable[[], Awaitable[None]]
+        self,
+        primary: str,
+        duplicate: str,
+        options: RequestOptions,
+        before: Callable[[], Awaitable[None]],
     ) -> None:
         """Request a merge. DevRev only acknowledges it and carries it out later."""
         body = {"primary_user": primary, "secondary_user": duplicate}
         await self._call("rev-users.merge", body, options=options, before=before)
 
     async def update_contact(
-        self, identity: str, fields: Json, options: RequestOptions, deadline: Optional[float] = None
+        self, identity: str, fields: Json, options: RequestOptions, deadline: float | None = None
     ) -> Json:
         """Set fields of a contact, and return the contact as DevRev has it then. Raises ApiError with status 409 while
         another contact holds its `external_ref`. With a `deadline` one request is sent."""
-        user = await self.get_one("rev-users.update", {"id": identity, **fields}, "rev_user", options, deadline)
+        user = await self.get_one(
+            "rev-users.update", {"id": identity, **fields}, "rev_user", options, deadline
+        )
         if user["id"] != identity:
-            raise NoUsableResponse("rev-users.update", f"the answer is about {user['id']}, not {identity}")
+            raise NoUsableResponse(
+                "rev-users.update", f"the answer is about {user['id']}, not {identity}"
+            )
         return user
 
     async def create_contact(self, fields: Json, options: RequestOptions) -> Json:
         """Create a contact and return it. The caller finds out what a request did whose answer is lost."""
         return await self.get_one("rev-users.create", fields, "rev_user", options)
 
-    async def set_people(self, obj: Json, roles: Mapping[str, Sequence[str]], options: RequestOptions) -> Json:
+    async def set_people(
+        self, obj: Json, roles: Mapping[str, Sequence[str]], options: RequestOptions
+    ) -> Json:
         """Replace the lists of a work's or a conversation's people, by role (none: try whether one may), and return
         it."""
         body: Json = {"id": obj["id"], **{role: {"set": list(ids)} for role, ids in roles.items()}}
@@ -2682,14 +3233,18 @@ class DevRevAPI:
         for batch_loader in (self.emails, self.unverified, *self.objects.values()):
             batch_loader.dispatch()
 
-    async def timeline(self, object_id: str) -> List[Json]:
+    async def timeline(self, object_id: str) -> list[Json]:
         """Return all comments on a ticket, issue or conversation."""
-        return (await self.pages("timeline-entries.list", "timeline_entries", {"object": object_id})).items
+        return (
+            await self.pages("timeline-entries.list", "timeline_entries", {"object": object_id})
+        ).items
 
-    async def get_object(self, object_id: str, options: RequestOptions) -> Optional[Json]:
+    async def get_object(self, object_id: str, options: RequestOptions) -> Json | None:
         """Return a work or a conversation, None where there is none of that id."""
         is_conversation = kind_of(object_id) == "conversation"
-        endpoint, key = ("conversations.get", "conversation") if is_conversation else ("works.get", "work")
+        endpoint, key = (
+            ("conversations.get", "conversation") if is_conversation else ("works.get", "work")
+        )
         try:
             return await self.get_one(endpoint, {"id": object_id}, key, options)
         except ApiError as api_error:
@@ -2722,14 +3277,22 @@ class DevRevAPI:
             return await self.pages("rev-users.list", "rev_users", body, options)
         if name == "members":
             return await self.pages("conversations.list", "conversations", body, options)
-        async with self._finding_work_kinds or contextlib.AsyncExitStack():  # one list finds out for all
+        async with (
+            self._finding_work_kinds or contextlib.AsyncExitStack()
+        ):  # one list finds out for all
             kinds = self.work_kinds
             try:
-                found = await self.pages("works.list", "works", {"type": list(kinds), **body}, options)
+                found = await self.pages(
+                    "works.list", "works", {"type": list(kinds), **body}, options
+                )
             except ApiError as error:
-                if error.status != 400 or self._finding_work_kinds is None:  # they were accepted before
+                if (
+                    error.status != 400 or self._finding_work_kinds is None
+                ):  # they were accepted before
                     raise
-                found = await self.pages("works.list", "works", {"type": list(TICKETS_AND_ISSUES), **body}, options)
+                found = await self.pages(
+                    "works.list", "works", {"type": list(TICKETS_AND_ISSUES), **body}, options
+                )
                 log.info("DevRev lists no works of other kinds than tickets and issues (%s)", error)
                 self.work_kinds = TICKETS_AND_ISSUES
             self._finding_work_kinds = None
@@ -2738,7 +3301,7 @@ class DevRevAPI:
 
 def refusal_of(
     endpoint: str, body: Json, answer: HttpResponse, settings: ApiSettings, final: bool = False
-) -> Optional[Exception]:
+) -> Exception | None:
     """Return what an answer refuses: a FatalError where it would refuse every request, else ApiError; None where it is
     no definite no. HTML of a gateway is none but for 401 (after the retries: `final`) and 413."""
     status, data, words = answer.status or 0, answer.data or {}, answer.problem
@@ -2746,7 +3309,9 @@ def refusal_of(
         return FatalError(EXIT_USAGE, answer.setup_error)
     if 300 <= status < 400:
         location = settings.mask(str(answer.headers.get("Location", "")))
-        return ApiError(endpoint, status, f"redirected to {location or 'nowhere'}", {"location": location})
+        return ApiError(
+            endpoint, status, f"redirected to {location or 'nowhere'}", {"location": location}
+        )
     is_html = answer.data is None and status != 413 and not (status == 401 and final)
     if not 400 <= status < 500 or status in (408, 429) or is_html:
         return None
@@ -2763,7 +3328,7 @@ def refusal_of(
     return ApiError(endpoint, status, words, data)
 
 
-def objects_in(items: Any, endpoint: str, key: str) -> List[Json]:
+def objects_in(items: Any, endpoint: str, key: str) -> list[Json]:
     """Return `items` of an answer. Raises NoUsableResponse where they are no list of objects with a storable id."""
     if isinstance(items, list):
         ids = [item.get("id") if isinstance(item, dict) else None for item in items]
@@ -2779,13 +3344,17 @@ def before_any_change(api: DevRevAPI) -> Iterator[None]:
         yield
     except NoUsableResponse as error:
         hint = "Check the network and DEVREV_BASE_URL."
-        raise FatalError(EXIT_STOPPED, f"DevRev at {api.scheduler.host} can't be reached: {error}. {hint}") from None
+        raise FatalError(
+            EXIT_STOPPED, f"DevRev at {api.scheduler.host} can't be reached: {error}. {hint}"
+        ) from None
     except ApiError as error:
         hint = "" if error.status == 403 else " (is DEVREV_BASE_URL right?)"
         raise FatalError(EXIT_USAGE, f"{error}{hint}") from None
     except FatalError as stop:
         reason = api.cancel_token.stop or stop
-        raise (FatalError(EXIT_USAGE, str(reason)) if isinstance(reason, PermissionDenied) else reason) from None
+        raise (
+            FatalError(EXIT_USAGE, str(reason)) if isinstance(reason, PermissionDenied) else reason
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2801,7 +3370,7 @@ class PendingKey(NamedTuple):
     key: str
     weight: int  # items that are expected
     priority: int
-    future: "asyncio.Future[ListResult]"
+    future: asyncio.Future[ListResult]
 
 
 class BatchLoader:
@@ -2817,24 +3386,33 @@ class BatchLoader:
     MAX_UNANSWERED = 6  # calls in a row after which it is no single key's fault
 
     def __init__(
-        self, lister: Lister, token: CancelToken, owners: Callable[[Json], Set[str]], name: Callable[[str], str] = str
+        self,
+        lister: Lister,
+        token: CancelToken,
+        owners: Callable[[Json], set[str]],
+        name: Callable[[str], str] = str,
     ) -> None:
         self._lister = lister
         self._cancel_token = token
         self._owners = owners  # the names that an item belongs to
         self._name = name  # of a key
-        self._pending: List[PendingKey] = []
-        self._timer: Optional[asyncio.TimerHandle] = None
+        self._pending: list[PendingKey] = []
+        self._timer: asyncio.TimerHandle | None = None
         self._max_keys = PAGE  # keys a call
         self._has_listed = False
         self._unanswered = 0  # calls in a row without a usable answer
-        self._calls: Set[asyncio.Future[None]] = set()
+        self._calls: set[asyncio.Future[None]] = set()
 
-    async def load(self, key: str, weight: int = 1, priority: int = PREPARE, linger: float = LINGER) -> ListResult:
+    async def load(
+        self, key: str, weight: int = 1, priority: int = PREPARE, linger: float = LINGER
+    ) -> ListResult:
         """Return what the list holds of `key`, of which `weight` items are expected. Raises what the call raises."""
         loop, future = asyncio.get_event_loop(), self._cancel_token.future()
         self._pending.append(PendingKey(key, max(1, weight), priority, future))
-        if len(self._pending) >= self._max_keys or sum(each.weight for each in self._pending) >= self.MAX_ITEMS:
+        if (
+            len(self._pending) >= self._max_keys
+            or sum(each.weight for each in self._pending) >= self.MAX_ITEMS
+        ):
             self.dispatch()
         elif self._timer is None or loop.time() + linger < self._timer.when():
             if self._timer:
@@ -2861,9 +3439,9 @@ class BatchLoader:
         """List for these keys with one call, or part by part where that fails, and give each what was found."""
         keys = list(dict.fromkeys(each.key for each in pending))
         options = RequestOptions(min(each.priority for each in pending))
-        found: Optional[Dict[str, ListResult]] = {}
-        failure: Optional[BaseException] = None
-        parts: List[List[str]] = []  # that are listed separately instead
+        found: dict[str, ListResult] | None = {}
+        failure: BaseException | None = None
+        parts: list[list[str]] = []  # that are listed separately instead
         try:
             found = self._by_key(keys, await self._lister(keys, options))
             self._has_listed, self._unanswered = True, 0
@@ -2877,7 +3455,9 @@ class BatchLoader:
                 self._max_keys = PAGE  # it was this key, not their number
             elif is_refused:
                 self._max_keys = min(self._max_keys, half)
-            is_forbidden = isinstance(error, ApiError) and error.status == 403 and not self._has_listed
+            is_forbidden = (
+                isinstance(error, ApiError) and error.status == 403 and not self._has_listed
+            )
             # Where lists of some single keys are all refused, too, the token is at fault: halving down to each of many
             # contacts would cost two requests a contact.
             for key in keys[:: max(1, len(keys) // 4)] if is_forbidden and len(keys) > 1 else ():
@@ -2892,14 +3472,16 @@ class BatchLoader:
         except BaseException as error:
             failure = error
         if parts:
-            await together(*(self._fetch([each for each in pending if each.key in part]) for part in parts))
+            await together(
+                *(self._fetch([each for each in pending if each.key in part]) for part in parts)
+            )
         for each in pending:
             if failure and not each.future.done():
                 each.future.set_exception(failure)
             elif found and not each.future.done():
                 each.future.set_result(found[each.key])
 
-    def _by_key(self, keys: Sequence[str], listing: ListResult) -> Optional[Dict[str, ListResult]]:
+    def _by_key(self, keys: Sequence[str], listing: ListResult) -> dict[str, ListResult] | None:
         """Return what was listed of each key, None where an item names none of several keys."""
         if len(keys) == 1:
             return {keys[0]: listing}
@@ -2926,13 +3508,13 @@ class ContactSnapshot:
 
     contact: Contact
     live: Json
-    roles: Dict[str, Dict[str, Json]]  # a role of ROLES -> works
-    conversations: Dict[str, Json]
+    roles: dict[str, dict[str, Json]]  # a role of ROLES -> works
+    conversations: dict[str, Json]
 
-    def works(self) -> Dict[str, Json]:
+    def works(self) -> dict[str, Json]:
         return {identity: work for works in self.roles.values() for identity, work in works.items()}
 
-    def objects(self) -> Dict[str, Json]:
+    def objects(self) -> dict[str, Json]:
         """Return everything that has a timeline, by id."""
         return {**self.works(), **self.conversations}
 
@@ -2942,7 +3524,11 @@ INCOMPLETE_BACKUP = ".incomplete_"
 
 
 def write_backup(
-    environment: Environment, home: Path, facts: Json, snapshots: Sequence[ContactSnapshot], timelines: Timelines
+    environment: Environment,
+    home: Path,
+    facts: Json,
+    snapshots: Sequence[ContactSnapshot],
+    timelines: Timelines,
 ) -> Path:
     """Back up a group as `<home>/<YYYYmmdd_HHMMSS>/` (UTC), `home` being the folder of its email in `backups/`. The
     first of `snapshots` is the primary; `facts` stand in the manifest, too.
@@ -2952,7 +3538,9 @@ def write_backup(
     """
     environment.make_private_dir(home)
     # Emails are names in it. It may have come with more rights, and of another user, or on vfat, it is used as it is.
-    with environment.tolerate(f"{home.parent}: its permissions can't be set", "other users may be able to read it"):
+    with environment.tolerate(
+        f"{home.parent}: its permissions can't be set", "other users may be able to read it"
+    ):
         if stat.S_IMODE(home.parent.stat().st_mode) != 0o700:
             home.parent.chmod(0o700)
     if home.resolve().parent != home.parent.resolve():
@@ -2966,11 +3554,20 @@ def write_backup(
         shutil.rmtree(str(aside))
     aside.mkdir(mode=0o700)
     created, tool = iso(environment.now().wall), f"merge_contacts {__version__}"
-    manifest: Json = {"format": 1, "tool": tool, "created": created, **facts, "contacts": [], "files": {}}
-    folders: Set[str] = set()
+    manifest: Json = {
+        "format": 1,
+        "tool": tool,
+        "created": created,
+        **facts,
+        "contacts": [],
+        "files": {},
+    }
+    folders: set[str] = set()
     for index, snapshot in enumerate(snapshots):
         role = "duplicate" if index else "primary"
-        folder = f"{role}_{safe_name(str(snapshot.live.get('display_id') or snapshot.contact.short_id))}"
+        folder = (
+            f"{role}_{safe_name(str(snapshot.live.get('display_id') or snapshot.contact.short_id))}"
+        )
         if folder.casefold() in folders:  # where a file system ignores case, they are one
             folder += f"_{index}"
         folders.add(folder.casefold())
@@ -2978,7 +3575,9 @@ def write_backup(
         entry, files = snapshot_entry(snapshot, timelines)
         manifest["contacts"].append({"folder": folder, "role": role, **entry})
         for name, content in files.items():
-            size, digest = environment.create_file(aside / folder / name, [to_json(content, indent=1)])
+            size, digest = environment.create_file(
+                aside / folder / name, [to_json(content, indent=1)]
+            )
             manifest["files"][f"{folder}/{name}"] = {"bytes": size, "sha256": digest}
         environment.fsync_dir(aside / folder)
     environment.create_file(aside / "manifest.json", [to_json(manifest, indent=1)])
@@ -2987,11 +3586,15 @@ def write_backup(
     return final
 
 
-def snapshot_entry(snapshot: ContactSnapshot, timelines: Timelines) -> Tuple[Json, Json]:
+def snapshot_entry(snapshot: ContactSnapshot, timelines: Timelines) -> tuple[Json, Json]:
     """Return what the manifest says of one contact, and its files by name."""
-    read = {identity: timelines[identity] for identity in snapshot.objects() if identity in timelines}
+    read = {
+        identity: timelines[identity] for identity in snapshot.objects() if identity in timelines
+    }
     counts = {name: len(works) for name, works in snapshot.roles.items()}
-    counts.update(conversations=len(snapshot.conversations), timeline_entries=sum(map(len, read.values())))
+    counts.update(
+        conversations=len(snapshot.conversations), timeline_entries=sum(map(len, read.values()))
+    )
     entry = {
         "csv": snapshot.contact.to_json(),
         "counts": counts,
@@ -3017,13 +3620,16 @@ def verify_backup(folder: Path) -> Json:
     Raises PairError(backup_failed) naming everything that is missing, damaged or does not add up.
     """
     manifest = read_manifest(str(folder))
-    problems: List[str] = []
-    contents: Dict[str, Any] = {}
+    problems: list[str] = []
+    contents: dict[str, Any] = {}
     try:
         for name, expected in manifest["files"].items():
             try:
                 data = (folder / name).read_bytes()
-                if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
+                if (
+                    len(data) != expected["bytes"]
+                    or hashlib.sha256(data).hexdigest() != expected["sha256"]
+                ):
                     problems.append(f"{name}: differs from what was written")
                 else:
                     contents[name] = json.loads(data)
@@ -3033,23 +3639,31 @@ def verify_backup(folder: Path) -> Json:
                 problems.append(f"{name}: not JSON")
         for entry in manifest["contacts"]:
             names = ("contact", "works", "conversations", "timelines")
-            files: List[Any] = [contents.get(f"{entry['folder']}/{name}.json") for name in names]
+            files: list[Any] = [contents.get(f"{entry['folder']}/{name}.json") for name in names]
             if any(file is None for file in files):
                 problems.append(f"{entry['folder']}: not all of its files are complete")
                 continue
             live, works, conversations, timelines = files
             ids, talks = set(by_id(works)), set(by_id(conversations))
             counted = {name: len(set(listed)) for name, listed in entry["works"].items()}
-            counted.update(conversations=len(talks), timeline_entries=sum(map(len, timelines.values())))
+            counted.update(
+                conversations=len(talks), timeline_entries=sum(map(len, timelines.values()))
+            )
             with_timelines = ids | talks if manifest["timelines"] else set(timelines)
             differences = {
                 "contact.json is another contact's": live["id"] != entry["csv"]["id"],
-                "works.json does not hold the works of the manifest": ids != set(chain(*entry["works"].values())),
-                "conversations.json does not hold those of the manifest": talks != set(entry["conversations"]),
-                "timelines.json does not hold a timeline for each object": with_timelines != set(timelines),
-                f"the files hold {counted}, the manifest says {entry['counts']}": counted != entry["counts"],
+                "works.json does not hold the works of the manifest": ids
+                != set(chain(*entry["works"].values())),
+                "conversations.json does not hold those of the manifest": talks
+                != set(entry["conversations"]),
+                "timelines.json does not hold a timeline for each object": with_timelines
+                != set(timelines),
+                f"the files hold {counted}, the manifest says {entry['counts']}": counted
+                != entry["counts"],
             }
-            problems += [f"{entry['folder']}: {words}" for words, differs in differences.items() if differs]
+            problems += [
+                f"{entry['folder']}: {words}" for words, differs in differences.items() if differs
+            ]
     except (KeyError, TypeError, AttributeError) as error:
         problems = [f"manifest.json is not a manifest: {type(error).__name__} {error}"]
     if problems:
@@ -3059,7 +3673,9 @@ def verify_backup(folder: Path) -> Json:
 
 def ticket_count(works: Iterable[Iterable[str]]) -> int:
     """Return the greatest number of ids in one of several lists, counting as the warehouse does: tickets and issues."""
-    return max(sum(kind_of(identity) in TICKETS_AND_ISSUES for identity in set(ids)) for ids in works)
+    return max(
+        sum(kind_of(identity) in TICKETS_AND_ISSUES for identity in set(ids)) for ids in works
+    )
 
 
 def read_manifest(backup: str) -> Json:
@@ -3067,33 +3683,43 @@ def read_manifest(backup: str) -> Json:
     try:
         manifest: Json = json.loads((Path(backup) / "manifest.json").read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise PairError("backup_failed", f"{backup}: manifest.json can't be read ({type(error).__name__})") from None
+        raise PairError(
+            "backup_failed", f"{backup}: manifest.json can't be read ({type(error).__name__})"
+        ) from None
     return manifest
 
 
-def objects_to_transfer(backup: str, duplicate: str) -> List[Json]:
+def objects_to_transfer(backup: str, duplicate: str) -> list[Json]:
     """Return what has to belong to the primary after the merge, as `{id, role}`.
 
     `role` is `owned_by` or `reported_by` of a work, `members` of a conversation. Raises PairError(backup_failed).
     """
     try:
-        (entry,) = (one for one in read_manifest(backup)["contacts"] if one["csv"]["id"] == duplicate)
+        (entry,) = (
+            one for one in read_manifest(backup)["contacts"] if one["csv"]["id"] == duplicate
+        )
         return transferred_objects(entry)
     except (KeyError, TypeError, ValueError) as error:
-        raise PairError("backup_failed", f"the backup {backup} is not complete ({type(error).__name__})") from None
+        raise PairError(
+            "backup_failed", f"the backup {backup} is not complete ({type(error).__name__})"
+        ) from None
 
 
-def transferred_objects(entry: Json) -> List[Json]:
+def transferred_objects(entry: Json) -> list[Json]:
     """Return what a merge moves from a contact in a manifest to the primary, as `{id, role}`."""
     return [
-        *({"id": work, "role": ROLES[role]} for role in ("owned", "reported") for work in entry["works"][role]),
+        *(
+            {"id": work, "role": ROLES[role]}
+            for role in ("owned", "reported")
+            for work in entry["works"][role]
+        ),
         *({"id": conversation, "role": "members"} for conversation in entry["conversations"]),
     ]
 
 
-def describe(backup: str, items: Iterable[Json]) -> List[Json]:
+def describe(backup: str, items: Iterable[Json]) -> list[Json]:
     """Add display id, kind and title from a backup to objects (`{id, role, …}`)."""
-    known: Dict[str, Json] = {}
+    known: dict[str, Json] = {}
     for path in (*Path(backup).glob("*/works.json"), *Path(backup).glob("*/conversations.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             known.update(by_id(json.loads(path.read_bytes())))
@@ -3105,7 +3731,7 @@ def describe(backup: str, items: Iterable[Json]) -> List[Json]:
     return found
 
 
-def by_id(items: Iterable[Json]) -> Dict[str, Json]:
+def by_id(items: Iterable[Json]) -> dict[str, Json]:
     return {item["id"]: item for item in items}
 
 
@@ -3125,7 +3751,9 @@ class StoredPair(NamedTuple):
     document: Json
 
 
-StoredRun = Tuple[int, Json]  # revision; the report's `run`, and `reported`: whether its report was written
+StoredRun = Tuple[
+    int, Json
+]  # revision; the report's `run`, and `reported`: whether its report was written
 
 
 def winning_row(one: StoredPair, other: StoredPair) -> StoredPair:
@@ -3135,12 +3763,20 @@ def winning_row(one: StoredPair, other: StoredPair) -> StoredPair:
     records a request never loses to one that doesn't, unless that one records that the request was never sent.
     """
 
-    def authority(row: StoredPair) -> Tuple[int, int, float]:
-        return row.revision, AUTHORITY.index(State(row.document["state"])), row.document["requested_at"]
+    def authority(row: StoredPair) -> tuple[int, int, float]:
+        return (
+            row.revision,
+            AUTHORITY.index(State(row.document["state"])),
+            row.document["requested_at"],
+        )
 
     winner, loser = sorted((one, other), key=authority, reverse=True)
     requested = loser.document["requested_at"]
-    forgets = requested and not winner.document["requested_at"] and winner.document["withdrawn_at"] != requested
+    forgets = (
+        requested
+        and not winner.document["requested_at"]
+        and winner.document["withdrawn_at"] != requested
+    )
     if forgets and State(winner.document["state"]) in (State.PLANNED, State.FAILED):
         return loser._replace(revision=winner.revision)
     return winner
@@ -3171,7 +3807,7 @@ class SavePointFile:
     def __init__(self, path: Path, environment: Environment) -> None:
         self.path = path
         self.environment = environment
-        self.failure: Optional[FatalError] = None  # it can't be written any more
+        self.failure: FatalError | None = None  # it can't be written any more
         self.last_write, self.last_run = 0, ""
 
     def check_header(self) -> None:
@@ -3182,24 +3818,44 @@ class SavePointFile:
         """
         try:
             with contextlib.ExitStack() as stack:
-                head = stack.enter_context(open(self.path, "rb")).read(100) if self.path.exists() else b""
+                head = (
+                    stack.enter_context(open(self.path, "rb")).read(100)
+                    if self.path.exists()
+                    else b""
+                )
         except OSError as error:
-            raise FatalError(EXIT_STOPPED, f"the savepoint {self.path} can't be read: {error.strerror}") from None
+            raise FatalError(
+                EXIT_STOPPED, f"the savepoint {self.path} can't be read: {error.strerror}"
+            ) from None
         if not head:
             return
         version, application = (int.from_bytes(head[at : at + 4], "big") for at in (60, 68))
-        if not head.startswith(b"SQLite format 3\0") or len(head) < 100 or application not in (0, self.APPLICATION):
+        if (
+            not head.startswith(b"SQLite format 3\0")
+            or len(head) < 100
+            or application not in (0, self.APPLICATION)
+        ):
             raise self._damaged("it is not a savepoint")
         if application and version != self.FORMAT:
-            raise self._other_format(f"it has format {version}, and this version reads format {self.FORMAT} alone")
+            raise self._other_format(
+                f"it has format {version}, and this version reads format {self.FORMAT} alone"
+            )
 
     def _damaged(self, why: str) -> FatalError:
         other = SAVEPOINT_COPY if self.path == SAVEPOINT else SAVEPOINT
-        fix = f"Move it away and run again: {other} has everything that it had." if other.exists() else ""
-        return FatalError(EXIT_USAGE, f"{self.path} is damaged and was left as it is ({why}). {fix}".rstrip())
+        fix = (
+            f"Move it away and run again: {other} has everything that it had."
+            if other.exists()
+            else ""
+        )
+        return FatalError(
+            EXIT_USAGE, f"{self.path} is damaged and was left as it is ({why}). {fix}".rstrip()
+        )
 
     def _other_format(self, why: str) -> FatalError:
-        return FatalError(EXIT_USAGE, f"{self.path} was left as it is: {why}. Move it, and its copy, away.")
+        return FatalError(
+            EXIT_USAGE, f"{self.path} was left as it is: {why}. Move it, and its copy, away."
+        )
 
     @contextlib.contextmanager
     def opening(self) -> Iterator[None]:
@@ -3207,24 +3863,35 @@ class SavePointFile:
         try:
             yield
         except OSError as error:
-            raise FatalError(EXIT_STOPPED, f"the savepoint {self.path} can't be used: {error.strerror}") from None
+            raise FatalError(
+                EXIT_STOPPED, f"the savepoint {self.path} can't be used: {error.strerror}"
+            ) from None
         except sqlite3.Error as error:
             text, held = str(error), f"another run is using {self.path}"
-            suspect = any(word in text for word in ("locked", "busy", "disk I/O", "permission denied"))
+            suspect = any(
+                word in text for word in ("locked", "busy", "disk I/O", "permission denied")
+            )
             if "locking protocol" in text or (suspect and not locks_work(self.path)):
-                raise FatalError(EXIT_USAGE, f"the savepoint {self.path} can't be locked: {NO_LOCKS}") from None
+                raise FatalError(
+                    EXIT_USAGE, f"the savepoint {self.path} can't be locked: {NO_LOCKS}"
+                ) from None
             if "locked" in text or "busy" in text:
                 with contextlib.suppress(sqlite3.Error, KeyError, FatalError):
                     holder = SavePoint(self.environment, readonly=True).holder
                     held += f": process {holder['pid']} on {holder['host']}, since {minute(holder['since'])}"
                 raise FatalError(EXIT_HELD, held) from None
-            if any(words in text for words in ("full", "disk I/O", "readonly", "unable to open", "read-only")):
+            if any(
+                words in text
+                for words in ("full", "disk I/O", "readonly", "unable to open", "read-only")
+            ):
                 words = f"the savepoint {self.path} can't be written: {text}; nothing was changed"
                 raise FatalError(EXIT_STOPPED, words) from None
             raise self._damaged(text) from None
 
     def connect(self, mode: str) -> sqlite3.Connection:
-        path = (Path.cwd() / self.path).as_posix()  # as_uri() makes of a network share what SQLite does not take
+        path = (
+            Path.cwd() / self.path
+        ).as_posix()  # as_uri() makes of a network share what SQLite does not take
         uri = f"file:{'' if path.startswith('/') else '/'}{quote(path, safe='/:')}?{mode}"
         return self.environment.open_database(uri)
 
@@ -3246,12 +3913,14 @@ class SavePointFile:
 
     def _begin(self, mode: str) -> None:
         self.db = self.connect(mode)
-        self.db.execute("PRAGMA busy_timeout = 1000")  # who only reads releases the file in a moment
+        self.db.execute(
+            "PRAGMA busy_timeout = 1000"
+        )  # who only reads releases the file in a moment
         self.db.execute("PRAGMA locking_mode = EXCLUSIVE")
         self.db.execute("PRAGMA synchronous = EXTRA")
         self.db.execute("BEGIN EXCLUSIVE")
 
-    def content(self) -> Tuple[Dict[Ids, StoredPair], Dict[str, StoredRun], Dict[str, str]]:
+    def content(self) -> tuple[dict[Ids, StoredPair], dict[str, StoredRun], dict[str, str]]:
         """Check what the file holds, and return it: pairs, runs, meta. Where there are no tables (it is new, or a run
         was killed in its first transaction) create them.
 
@@ -3268,13 +3937,20 @@ class SavePointFile:
         if problem != "ok":
             raise sqlite3.DatabaseError(problem)
         meta = dict(self.db.execute("SELECT name, value FROM meta"))
-        pairs: Dict[Ids, StoredPair] = {}
-        runs: Dict[str, StoredRun] = {}
+        pairs: dict[Ids, StoredPair] = {}
+        runs: dict[str, StoredRun] = {}
         try:
-            self.last_write, self.last_run = int(meta.pop("last_write", 0)), meta.pop("last_run", "")
-            for run, revision, text in self.db.execute("SELECT id, revision, document FROM runs ORDER BY id"):
+            self.last_write, self.last_run = (
+                int(meta.pop("last_write", 0)),
+                meta.pop("last_run", ""),
+            )
+            for run, revision, text in self.db.execute(
+                "SELECT id, revision, document FROM runs ORDER BY id"
+            ):
                 runs[run] = revision, json.loads(text)
-            rows = self.db.execute("SELECT primary_id, duplicate_id, revision, run, document FROM pairs")
+            rows = self.db.execute(
+                "SELECT primary_id, duplicate_id, revision, run, document FROM pairs"
+            )
             for primary, duplicate, revision, run, text in rows:
                 document = json.loads(text)
                 Pair.check_document(document)
@@ -3284,7 +3960,12 @@ class SavePointFile:
         return pairs, runs, meta
 
     def write(
-        self, number: int, run: str, pairs: Mapping[Ids, StoredPair], runs: Mapping[str, StoredRun], **meta: str
+        self,
+        number: int,
+        run: str,
+        pairs: Mapping[Ids, StoredPair],
+        runs: Mapping[str, StoredRun],
+        **meta: str,
     ) -> None:
         """Store rows in one transaction, the write of this number; when it returns they are on the disk."""
         rows = [
@@ -3294,7 +3975,10 @@ class SavePointFile:
             )
             for ids, row in pairs.items()
         ]  # fmt: skip
-        told = [(one, revision, to_json(document).decode("utf-8")) for one, (revision, document) in runs.items()]
+        told = [
+            (one, revision, to_json(document).decode("utf-8"))
+            for one, (revision, document) in runs.items()
+        ]
         meta.update(last_write=str(number), last_run=run)
         try:
             if not self.db.in_transaction:
@@ -3359,14 +4043,17 @@ class SavePoint:
         self.environment = environment
         self.run = run
         self.organisation = ""
-        self.warnings: List[str] = []
-        self.main, self.copy = SavePointFile(SAVEPOINT, environment), SavePointFile(SAVEPOINT_COPY, environment)
+        self.warnings: list[str] = []
+        self.main, self.copy = (
+            SavePointFile(SAVEPOINT, environment),
+            SavePointFile(SAVEPOINT_COPY, environment),
+        )
         self.files = (self.main, self.copy)
-        self.meta: Dict[str, str] = {}
+        self.meta: dict[str, str] = {}
         self.holder: Json = {}  # who opened the savepoint last: `pid`, `host`, `since`
         self._lock = threading.Lock()  # one thread at a time uses the connections
-        self._pending: Dict[Ids, Json] = {}
-        self._writing: Optional[asyncio.Lock] = None  # of the loop that saves
+        self._pending: dict[Ids, Json] = {}
+        self._writing: asyncio.Lock | None = None  # of the loop that saves
         for file in self.files:
             file.check_header()
             if not readonly and file.path.exists() and not file.path.stat().st_mode & 0o222:
@@ -3402,7 +4089,11 @@ class SavePoint:
             self.main.write(self.write_number, self.run, pairs, runs, **self.meta)
             return
         self.write_number += 1
-        self.holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": iso(self.environment.now().wall)}
+        self.holder = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": iso(self.environment.now().wall),
+        }
         self.meta["holder"] = json.dumps(self.holder)
         for file, (mine, known_runs, _) in zip(self.files, contents):
             news = {ids: row for ids, row in pairs.items() if mine.get(ids) != row}
@@ -3410,18 +4101,30 @@ class SavePoint:
             with file.opening():
                 file.write(self.write_number, self.run, news, new_runs, **self.meta)
 
-    def _join_pairs(self, ours: Mapping[Ids, StoredPair], theirs: Mapping[Ids, StoredPair]) -> Dict[Ids, StoredPair]:
+    def _join_pairs(
+        self, ours: Mapping[Ids, StoredPair], theirs: Mapping[Ids, StoredPair]
+    ) -> dict[Ids, StoredPair]:
         """Return all rows as both files together know them."""
         # The copy is written second: an intent that stands in the file's last write alone has not been sent.
-        one_ahead = self.main.last_run == self.copy.last_run and self.main.last_write == self.copy.last_write + 1
-        joined: Dict[Ids, StoredPair] = {}
+        one_ahead = (
+            self.main.last_run == self.copy.last_run
+            and self.main.last_write == self.copy.last_write + 1
+        )
+        joined: dict[Ids, StoredPair] = {}
         for ids in {**ours, **theirs}:
             mine, other = ours.get(ids), theirs.get(ids)
             row = winning_row(mine, other) if mine and other else mine or other
             assert row is not None
-            if mine and other and mine.revision == other.revision and mine.document != other.document:
+            if (
+                mine
+                and other
+                and mine.revision == other.revision
+                and mine.document != other.document
+            ):
                 email, state = row.document["primary"]["email"], row.document["state"]
-                self.warnings.append(f"{email}: {SAVEPOINT} and its copy disagree; «{state}» is taken, and is checked")
+                self.warnings.append(
+                    f"{email}: {SAVEPOINT} and its copy disagree; «{state}» is taken, and is checked"
+                )
             is_last = row is mine and row.revision == self.main.last_write
             is_new = other is None or other.document["requested_at"] != row.document["requested_at"]
             if one_ahead and is_last and is_new and row.document["state"] == State.REQUESTED:
@@ -3440,7 +4143,7 @@ class SavePoint:
     # -- writing ------------------------------------------------------------------------------------
 
     @property
-    def failure(self) -> Optional[FatalError]:
+    def failure(self) -> FatalError | None:
         """Why one of the files can't be written any more: nothing more may be requested then."""
         return next((file.failure for file in self.files if file.failure), None)
 
@@ -3458,7 +4161,10 @@ class SavePoint:
                 try:
                     await self.environment.run_in_thread(self.write, batch)
                 except BaseException:
-                    self._pending = {**batch, **self._pending}  # none of it is written: the others have to learn so
+                    self._pending = {
+                        **batch,
+                        **self._pending,
+                    }  # none of it is written: the others have to learn so
                     raise
 
     def save_now(self, pairs: Iterable[Pair]) -> None:
@@ -3473,7 +4179,10 @@ class SavePoint:
         """Write documents to the file, then to its copy. Raises FatalError(3) where neither can be written."""
         with self._lock:
             self.write_number += 1
-            rows = {ids: StoredPair(self.write_number, self.run, document) for ids, document in pairs.items()}
+            rows = {
+                ids: StoredPair(self.write_number, self.run, document)
+                for ids, document in pairs.items()
+            }
             told = {one: (self.write_number, document) for one, document in runs.items()}
             for file in self.files:
                 if file.failure is None:
@@ -3481,14 +4190,16 @@ class SavePoint:
                         file.write(self.write_number, self.run, rows, told, **meta)
                     except sqlite3.Error as error:
                         words = f"the savepoint {file.path} can't be written any more ({error})"
-                        file.failure = FatalError(EXIT_STOPPED, f"{words}; free the disk, run again")
+                        file.failure = FatalError(
+                            EXIT_STOPPED, f"{words}; free the disk, run again"
+                        )
                         log.warning("%s", file.failure)
             if all(file.failure for file in self.files):
                 raise FatalError(EXIT_STOPPED, str(self.main.failure))
 
     # -- reading ------------------------------------------------------------------------------------
 
-    def _query(self, statement: str, *values: Any) -> Iterator[Tuple[Any, ...]]:
+    def _query(self, statement: str, *values: Any) -> Iterator[tuple[Any, ...]]:
         file = self.copy if self.main.failure else self.main
         try:
             with self._lock:
@@ -3499,7 +4210,9 @@ class SavePoint:
                 with self._lock:
                     found = cursor.fetchmany(1000)
         except sqlite3.Error as error:
-            raise FatalError(EXIT_STOPPED, f"the savepoint {file.path} can't be read ({error})") from None
+            raise FatalError(
+                EXIT_STOPPED, f"the savepoint {file.path} can't be read ({error})"
+            ) from None
 
     def pairs(self, *states: State, **columns: str) -> Iterator[Pair]:
         """Yield the pairs in these states (in whatever state, where none is named) that have these values in columns of
@@ -3519,11 +4232,11 @@ class SavePoint:
             pair.run = run
             yield pair
 
-    def pair(self, ids: Ids) -> Optional[Pair]:
+    def pair(self, ids: Ids) -> Pair | None:
         """Return what is known of a pair."""
         return next(self.pairs(primary_id=ids[0], duplicate_id=ids[1]), None)
 
-    def unfinished(self) -> List[Pair]:
+    def unfinished(self) -> list[Pair]:
         """Return the pairs that a run left between the merge request and their end."""
         return list(self.pairs(*UNFINISHED))
 
@@ -3532,7 +4245,7 @@ class SavePoint:
         query = "SELECT revision FROM pairs WHERE primary_id = ? AND duplicate_id = ?"
         return next((revision for (revision,) in self._query(query, *ids)), 0)
 
-    def merged_onward(self, contact: str, reference: Optional[str]) -> Optional[Pair]:
+    def merged_onward(self, contact: str, reference: str | None) -> Pair | None:
         """Return the finished pair that merged this contact into another one that now has `reference` (if any)."""
         for pair in self.pairs(State.DONE, duplicate_id=contact):
             others = self.pairs(State.DONE, primary_id=pair.primary.id)
@@ -3540,14 +4253,18 @@ class SavePoint:
                 return pair
         return None
 
-    def counts(self) -> Dict[str, int]:
+    def counts(self) -> dict[str, int]:
         return dict(self._query("SELECT state, count(*) FROM pairs GROUP BY state ORDER BY state"))
 
     def other_organisations(self) -> int:
         """Return how many pairs belong to another organisation than this run's."""
-        return int(next(self._query("SELECT count(*) FROM pairs WHERE organisation != ?", self.organisation))[0])
+        return int(
+            next(
+                self._query("SELECT count(*) FROM pairs WHERE organisation != ?", self.organisation)
+            )[0]
+        )
 
-    def runs(self) -> Dict[str, Json]:
+    def runs(self) -> dict[str, Json]:
         """Return the documents of all runs, by the run's id."""
         rows = self._query("SELECT id, document FROM runs ORDER BY id")
         return {run: json.loads(document) for run, document in rows}
@@ -3606,10 +4323,12 @@ class FirstMerge:
     def __init__(self, cancel_token: CancelToken) -> None:
         self.confirmed = False
         self.requests = 0  # merge requests of the run
-        self.seen: Set[Ids] = set()  # pairs of which a poll of this run has shown that they are merged
+        self.seen: set[Ids] = (
+            set()
+        )  # pairs of which a poll of this run has shown that they are merged
         self._cancel_token = cancel_token
         self._lock = asyncio.Lock()
-        self._holder: Optional[Ids] = None
+        self._holder: Ids | None = None
 
     async def acquire(self, ids: Ids) -> None:
         """Wait until no other pair's merge is unconfirmed. Raises Cancelled."""
@@ -3636,8 +4355,12 @@ class MergeContext(GroupContext):
     """A GroupContext, and what the groups of a merge run share."""
 
     first_merge: FirstMerge
-    recent_merges: Deque[Tuple[float, int]]  # how long the last ones took: seconds, and polls
-    before_verification: Set[Group]  # that will verify soon: lists wait for them (LINGER), so that one call serves many
+    recent_merges: collections.deque[
+        tuple[float, int]
+    ]  # how long the last ones took: seconds, and polls
+    before_verification: set[
+        Group
+    ]  # that will verify soon: lists wait for them (LINGER), so that one call serves many
 
     def at_verification(self, group: Group) -> None:
         """Note that a group verifies, or won't soon. After the last one, send the list calls that wait."""
@@ -3648,7 +4371,7 @@ class MergeContext(GroupContext):
 
 async def check_group(
     api: DevRevAPI, group: Group, options: MergeOptions, priority: int
-) -> Tuple[Dict[str, Optional[Json]], LiveCheck, Timestamp]:
+) -> tuple[dict[str, Json | None], LiveCheck, Timestamp]:
     """Read a group's contacts and compare them with the plan: for a run, and for `--preview --live`.
 
     Return the rev users by id (None: no longer exists), the result, and since when it is true.
@@ -3656,7 +4379,7 @@ async def check_group(
     contacts = group.contacts()
     emails = sorted({contact.email.strip() for contact in contacts})
     listing = await api.contacts_by_email(emails, priority)
-    live: Dict[str, Optional[Json]] = {user["id"]: user for user in listing.items}
+    live: dict[str, Json | None] = {user["id"]: user for user in listing.items}
     listed, since = listing.items, [listing.since]
     for contact in contacts:
         # Lists may lag behind what this tool has done to the primary.
@@ -3665,14 +4388,16 @@ async def check_group(
             live[contact.id] = user = await api.contact(contact.id, RequestOptions(priority))
             if user:
                 check_storable(user)
-    unverified: Optional[Set[str]] = None
+    unverified: set[str] | None = None
     if any(user and not isinstance(user.get("is_verified"), bool) for user in live.values()):
         unverified = await api.unverified_ids(emails, priority)
-    check = check_live(group, live, listed, unverified, options.across_workspaces, options.try_unverified)
+    check = check_live(
+        group, live, listed, unverified, options.across_workspaces, options.try_unverified
+    )
     return {contact.id: live[contact.id] for contact in contacts}, check, oldest(since)
 
 
-async def foresee_group(api: DevRevAPI, group: Group, options: MergeOptions) -> Optional[PairError]:
+async def foresee_group(api: DevRevAPI, group: Group, options: MergeOptions) -> PairError | None:
     """Return what a run would refuse the group with now, None where nothing; reads only."""
     _, check, _ = await check_group(api, group, options, PREPARE)
     dropped = {one.pair.duplicate.id for one in check.dropped}
@@ -3683,10 +4408,17 @@ async def foresee_group(api: DevRevAPI, group: Group, options: MergeOptions) -> 
     for contact in group.contacts():
         if contact.id not in dropped:
             lists = await together(
-                *(api.objects[role].load(contact.id, contact.tickets, PREPARE) for role in ROLES.values())
+                *(
+                    api.objects[role].load(contact.id, contact.tickets, PREPARE)
+                    for role in ROLES.values()
+                )
             )
             greatest = ticket_count([work["id"] for work in listing.items] for listing in lists)
-            policy = "at-least" if contact is group.primary and group.has_absorbed() else options.count_policy
+            policy = (
+                "at-least"
+                if contact is group.primary and group.has_absorbed()
+                else options.count_policy
+            )
             problem = count_error(contact, greatest, policy, "DevRev")
             if problem:
                 return problem
@@ -3708,10 +4440,12 @@ class Preconditions:
         self.group = group
         self.folder = ""  # of the backup, once the integrity check has passed
         self.counts: Json = {}  # of what the backup holds
-        self.live: Dict[str, Json] = {}  # rev users by id
-        self._checked: Optional[Timestamp] = None
-        self._listed: Optional[Timestamp] = None
-        self._timelines: Dict[str, Tuple[Any, List[Json]]] = {}  # object id -> modified_date, entries
+        self.live: dict[str, Json] = {}  # rev users by id
+        self._checked: Timestamp | None = None
+        self._listed: Timestamp | None = None
+        self._timelines: dict[
+            str, tuple[Any, list[Json]]
+        ] = {}  # object id -> modified_date, entries
 
     def require_fresh(self) -> None:
         """Raise PreconditionsExpired where a request must not rest on them any more."""
@@ -3746,26 +4480,36 @@ class Preconditions:
         elif self._is_older(self._checked, self.FRESH):
             await self._check()
 
-    def _is_older(self, since: Optional[Timestamp], limit: float) -> bool:
+    def _is_older(self, since: Timestamp | None, limit: float) -> bool:
         return since is None or self.context.environment.age(since) > limit
 
     async def _check(self) -> None:
         """Compare the group with DevRev as it is now."""
         priority = PREPARE if self._checked is None else MERGE
-        live, check, since = await check_group(self.context.api, self.group, self.context.options, priority)
+        live, check, since = await check_group(
+            self.context.api, self.group, self.context.options, priority
+        )
         if check.error:
             raise check.error
         self.group.dropped += check.dropped
         self.live, self._checked = {one: user for one, user in live.items() if user}, since
-        log.info("%s: the live check of %s has passed", self.group.email, plural(len(live), "contact"))
+        log.info(
+            "%s: the live check of %s has passed", self.group.email, plural(len(live), "contact")
+        )
 
     async def _back_up(self) -> None:
         """Read all that DevRev holds of the group, write it to the disk, and check what is there."""
-        environment, options, email = self.context.environment, self.context.options, self.group.email
+        environment, options, email = (
+            self.context.environment,
+            self.context.options,
+            self.group.email,
+        )
         contacts, priority = self.group.contacts(), PREPARE if self._listed is None else MERGE
         loaders = [(self.context.api.objects[name], 1) for name in ROLES.values()]
-        loaders.append((self.context.api.objects["members"], 4))  # of four tickets about one has a conversation
-        lists: List[ListResult] = await together(
+        loaders.append(
+            (self.context.api.objects["members"], 4)
+        )  # of four tickets about one has a conversation
+        lists: list[ListResult] = await together(
             *(
                 loader.load(contact.id, contact.tickets // tickets_per_item, priority)
                 for contact in contacts
@@ -3775,19 +4519,37 @@ class Preconditions:
         since, snapshots = oldest(listing.since for listing in lists), []
         for contact in contacts:
             *roles, talks = (by_id(lists.pop(0).items) for _ in loaders)
-            snapshots.append(ContactSnapshot(contact, self.live[contact.id], dict(zip(ROLES, roles)), talks))
+            snapshots.append(
+                ContactSnapshot(contact, self.live[contact.id], dict(zip(ROLES, roles)), talks)
+            )
         objects = {identity: obj for one in snapshots for identity, obj in one.objects().items()}
         if options.timelines:
             await self._read_timelines(objects)
-        timelines = {identity: self._timelines[identity][1] for identity in objects if identity in self._timelines}
-        facts = {"email": email, "organisation": options.organisation, "timelines": options.timelines}
+        timelines = {
+            identity: self._timelines[identity][1]
+            for identity in objects
+            if identity in self._timelines
+        }
+        facts = {
+            "email": email,
+            "organisation": options.organisation,
+            "timelines": options.timelines,
+        }
         facts["work_kinds"] = list(self.context.api.work_kinds)  # that DevRev lists for the token
         home = BACKUPS / safe_name(email)
-        folder = await environment.run_in_thread(write_backup, environment, home, facts, snapshots, timelines)
+        folder = await environment.run_in_thread(
+            write_backup, environment, home, facts, snapshots, timelines
+        )
         works = {work for one in snapshots for work in one.works()}
         entries = sum(map(len, timelines.values()))
-        self.counts = {"works": len(works), "conversations": len(objects) - len(works), "timeline_entries": entries}
-        counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.counts.items())
+        self.counts = {
+            "works": len(works),
+            "conversations": len(objects) - len(works),
+            "timeline_entries": entries,
+        }
+        counts = ", ".join(
+            f"{count} {name.replace('_', ' ')}" for name, count in self.counts.items()
+        )
         log.info("%s: backed up in %s: %s", email, folder, counts)
         for pair in self.group.pairs:
             if pair.state is State.PLANNED:
@@ -3799,7 +4561,11 @@ class Preconditions:
     async def _read_timelines(self, objects: Mapping[str, Json]) -> None:
         """Read the timelines that are not known yet, and those of objects that have changed; a few at a time."""
         known = self._timelines
-        wanted = [one for one, obj in objects.items() if known.get(one, (known,))[0] != obj.get("modified_date")]
+        wanted = [
+            one
+            for one, obj in objects.items()
+            if known.get(one, (known,))[0] != obj.get("modified_date")
+        ]
 
         async def read() -> None:
             while wanted:
@@ -3822,7 +4588,9 @@ class Preconditions:
         for entry in verify_backup(folder)["contacts"]:
             grown = entry["role"] == "primary" and self.group.has_absorbed()
             policy = "at-least" if grown else self.context.options.count_policy
-            problem = count_error(Contact.from_json(entry["csv"]), ticket_count(entry["works"].values()), policy)
+            problem = count_error(
+                Contact.from_json(entry["csv"]), ticket_count(entry["works"].values()), policy
+            )
             if problem:
                 raise problem
 
@@ -3844,22 +4612,39 @@ def fields_to_carry(primary: Mapping[str, Any], duplicate: Mapping[str, Any]) ->
     more = [number for number in duplicate.get("phone_numbers") or () if number not in numbers]
     if more:
         found["phone_numbers"] = numbers + more
-    nameless = ("", primary.get("email"), primary.get("id"), primary.get("display_id"), primary.get("external_ref"))
+    nameless = (
+        "",
+        primary.get("email"),
+        primary.get("id"),
+        primary.get("display_id"),
+        primary.get("external_ref"),
+    )
     if duplicate.get("display_name") and (primary.get("display_name") or "") in nameless:
         found["display_name"] = duplicate["display_name"]
     return found
 
 
-def lost_fields(duplicate: Mapping[str, Any], primary: Mapping[str, Any]) -> List[Json]:
+def lost_fields(duplicate: Mapping[str, Any], primary: Mapping[str, Any]) -> list[Json]:
     """Return `{field, value}` of what the duplicate had and the primary does not have, as far as answers show it."""
-    lost: List[Json] = []
-    for name in ("display_name", "full_name", "description", "phone_numbers", "tags", "custom_fields"):
+    lost: list[Json] = []
+    for name in (
+        "display_name",
+        "full_name",
+        "description",
+        "phone_numbers",
+        "tags",
+        "custom_fields",
+    ):
         value, kept = duplicate.get(name), primary.get(name)
         if isinstance(value, list):
             lost += [{"field": name, "value": one} for one in value if one not in (kept or ())]
         elif isinstance(value, dict):
             mine = kept if isinstance(kept, dict) else {}
-            lost += [{"field": f"{name}.{key}", "value": one} for key, one in value.items() if one != mine.get(key)]
+            lost += [
+                {"field": f"{name}.{key}", "value": one}
+                for key, one in value.items()
+                if one != mine.get(key)
+            ]
         elif value and value != kept:
             lost.append({"field": name, "value": value})
     return lost
@@ -3868,14 +4653,18 @@ def lost_fields(duplicate: Mapping[str, Any], primary: Mapping[str, Any]) -> Lis
 def backed_up_contact(backup: str, identity: str) -> Json:
     """Return the `rev_user` of a contact as a backup holds it. Raises PairError(backup_failed)."""
     try:
-        (entry,) = (one for one in read_manifest(backup)["contacts"] if one["csv"]["id"] == identity)
+        (entry,) = (
+            one for one in read_manifest(backup)["contacts"] if one["csv"]["id"] == identity
+        )
         user: Json = json.loads((Path(backup) / entry["folder"] / "contact.json").read_bytes())
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise PairError("backup_failed", f"the backup {backup} is not complete ({type(error).__name__})") from None
+        raise PairError(
+            "backup_failed", f"the backup {backup} is not complete ({type(error).__name__})"
+        ) from None
     return user
 
 
-def check_reference(pair: Pair, primary: Optional[Json]) -> Json:
+def check_reference(pair: Pair, primary: Json | None) -> Json:
     """Return the primary as it was read. Raises PairError where it no longer exists, or where another user gave it a
     reference that is neither the old nor the new one."""
     name = pair.primary.short_id
@@ -3912,7 +4701,7 @@ class TransferVerifier:
 
     async def wait(
         self, pair: Pair, expected: Sequence[Json], pause: Callable[[float], Awaitable[None]]
-    ) -> Tuple[List[Json], Optional[DuplicateStatus]]:
+    ) -> tuple[list[Json], DuplicateStatus | None]:
         """Poll until all `expected` objects (`{id, role}`) belong to the primary, or `merge_timeout` is over.
 
         Return the objects still missing, and the duplicate's status where the list of its email still shows it. Objects
@@ -3920,24 +4709,30 @@ class TransferVerifier:
         """
         environment, timeout = self.context.environment, self.context.options.merge_timeout
         started, rounds = environment.now(), 0
-        examined: Set[str] = set()
+        examined: set[str] = set()
         while True:
             linger = BatchLoader.LINGER if rounds or self.priority == RESUME else self.LINGER
-            missing, listed = await together(self.missing(pair, expected, linger), self.is_listed(pair, linger))
-            status = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH)) if listed else None
+            missing, listed = await together(
+                self.missing(pair, expected, linger), self.is_listed(pair, linger)
+            )
+            status = (
+                await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH)) if listed else None
+            )
             waited, rounds = environment.elapsed(started), rounds + 1
             over = waited >= timeout
             if missing and rounds > 2:
                 few = [item["id"] for item in missing if over or item["id"] not in examined]
                 few = few if over else few[: self.EXAMINED]
-                gone: Set[str] = set()
+                gone: set[str] = set()
                 for one in few:
                     with contextlib.suppress(ApiError, NoUsableResponse):
                         if await self.api.get_object(one, RequestOptions(self.priority)) is None:
                             gone.add(one)
                 examined.update(few)
                 pair.deleted = sorted(gone.union(pair.deleted))
-                expected, missing = ([one for one in items if one["id"] not in gone] for items in (expected, missing))
+                expected, missing = (
+                    [one for one in items if one["id"] not in gone] for items in (expected, missing)
+                )
             if over or status is DuplicateStatus.EXISTS or not (missing or status):
                 return missing, status
             await pause(min(20.0, 0.5 + waited / 2, timeout - waited))
@@ -3961,17 +4756,24 @@ class TransferVerifier:
                 return False
         return not await self.missing(pair, expected)
 
-    async def is_merged_elsewhere(self, pair: Pair, pause: Callable[[float], Awaitable[None]]) -> bool:
+    async def is_merged_elsewhere(
+        self, pair: Pair, pause: Callable[[float], Awaitable[None]]
+    ) -> bool:
         """Return whether the duplicate no longer exists and was not merged into the primary.
 
         Where what it had belongs to the primary, the two are merged, whoever requested it.
         """
         primary = await self.api.contact(pair.primary.id, RequestOptions(FINISH)) or {}
-        if primary.get("state") not in ("active", "locked", "deactivated") or primary.get("primary_identity"):
+        if primary.get("state") not in ("active", "locked", "deactivated") or primary.get(
+            "primary_identity"
+        ):
             return False
         expected = objects_to_transfer(pair.backup, pair.duplicate.id)
         try:
-            if await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH)) is not DuplicateStatus.GONE:
+            if (
+                await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH))
+                is not DuplicateStatus.GONE
+            ):
                 return False
             missing = (await self.wait(pair, expected, pause))[0] if expected else []
         except PairError as problem:
@@ -3980,20 +4782,29 @@ class TransferVerifier:
             raise
         return bool(missing) or all(item["id"] in pair.deleted for item in expected)
 
-    async def missing(self, pair: Pair, expected: Sequence[Json], linger: float = BatchLoader.LINGER) -> List[Json]:
+    async def missing(
+        self, pair: Pair, expected: Sequence[Json], linger: float = BatchLoader.LINGER
+    ) -> list[Json]:
         """Return which of the expected objects the lists don't show with the primary."""
         weight = pair.primary.tickets + pair.duplicate.tickets
         roles = sorted({item["role"] for item in expected})
         listings = await together(
-            *(self.api.objects[role].load(pair.primary.id, weight, self.priority, linger) for role in roles)
+            *(
+                self.api.objects[role].load(pair.primary.id, weight, self.priority, linger)
+                for role in roles
+            )
         )
-        there = {(role, item["id"]) for role, listing in zip(roles, listings) for item in listing.items}
+        there = {
+            (role, item["id"]) for role, listing in zip(roles, listings) for item in listing.items
+        }
         return [item for item in expected if (item["role"], item["id"]) not in there]
 
     async def is_listed(self, pair: Pair, linger: float = BatchLoader.LINGER) -> bool:
         """Return whether the list of its email shows the duplicate as a contact of its own."""
         listing = await self.api.emails.load(pair.duplicate.email.strip(), 1, self.priority, linger)
-        self.primary = next((user for user in listing.items if user["id"] == pair.primary.id), self.primary)
+        self.primary = next(
+            (user for user in listing.items if user["id"] == pair.primary.id), self.primary
+        )
         shown = (user for user in listing.items if user["id"] == pair.duplicate.id)
         return any(duplicate_status(user, *pair.ids) is DuplicateStatus.EXISTS for user in shown)
 
@@ -4002,7 +4813,12 @@ class GroupMerge:
     """What the merges of one group share. `wanted` are the pairs of this run's CSV: no other is requested."""
 
     def __init__(
-        self, context: MergeContext, group: Group, pairs: Sequence[Pair], wanted: Mapping[Ids, Pair], resumed: bool
+        self,
+        context: MergeContext,
+        group: Group,
+        pairs: Sequence[Pair],
+        wanted: Mapping[Ids, Pair],
+        resumed: bool,
     ) -> None:
         self.group, self.pairs, self.wanted = group, pairs, wanted
         self.resumed = resumed  # an earlier run left the group's pairs
@@ -4013,7 +4829,9 @@ class GroupMerge:
         self.attempted = asyncio.Event()  # each pair was tried, or has to wait
 
 
-FIRST_DEADLINE = 5.0  # seconds for the first poll and the first update; each repeat has twice as long
+FIRST_DEADLINE = (
+    5.0  # seconds for the first poll and the first update; each repeat has twice as long
+)
 
 
 class MergeTimer:
@@ -4024,7 +4842,7 @@ class MergeTimer:
 
     def __init__(self, context: MergeContext, pair: Pair, shared: GroupMerge) -> None:
         self.context, self.pair, self.shared = context, pair, shared
-        self.started: Optional[Timestamp] = None  # when this run began to wait
+        self.started: Timestamp | None = None  # when this run began to wait
         self._waited_before = 0.0  # seconds that earlier runs had waited
 
     def start(self, waited_before: float = 0.0) -> None:
@@ -4032,14 +4850,18 @@ class MergeTimer:
 
     def waited(self) -> float:
         """Return the seconds since the merge was requested."""
-        return self._waited_before + (self.context.environment.elapsed(self.started) if self.started else 0.0)
+        return self._waited_before + (
+            self.context.environment.elapsed(self.started) if self.started else 0.0
+        )
 
     def request_options(self, priority: int = FINISH) -> RequestOptions:
         """Return how a request waits that belongs to a merge in progress, with what it reserves for those to follow."""
         reserve = 2
         if self.waited() <= 10:  # later others may spend the quota meanwhile
             # As many polls as merges took lately, and one more, since a poll may come too early.
-            polls = 1 + max((polls for _, polls in self.context.recent_merges), default=self.MOST_POLLS)
+            polls = 1 + max(
+                (polls for _, polls in self.context.recent_merges), default=self.MOST_POLLS
+            )
             reserve = min(self.MOST_POLLS, polls) + bool(self.pair.new_ref)
         return RequestOptions(priority, self.shared.reservation, reserve)
 
@@ -4074,20 +4896,29 @@ class PrimaryUpdate:
         updates = [body] if body else []
         started, deadline = environment.now(), FIRST_DEADLINE
         while updates:
-            body, over = updates[0], environment.elapsed(started) > self.context.options.merge_timeout
+            body, over = (
+                updates[0],
+                environment.elapsed(started) > self.context.options.merge_timeout,
+            )
             try:
-                user = await self.api.update_contact(pair.primary.id, body, self.timer.request_options(), deadline)
+                user = await self.api.update_contact(
+                    pair.primary.id, body, self.timer.request_options(), deadline
+                )
             except ApiError as error:
                 if "external_ref" not in body:
                     log.info("%s: %s can't be carried: %s", pair.email, ", ".join(body), error)
                     updates.pop(0)
                 elif len(body) > 1:  # whatever was refused, the reference goes alone at once
-                    carried = {name: value for name, value in body.items() if name != "external_ref"}
+                    carried = {
+                        name: value for name, value in body.items() if name != "external_ref"
+                    }
                     updates = [{"external_ref": pair.new_ref}, carried]
                 elif error.status != 409:
                     code = "not_found" if error.missing else "external_ref_not_set"
                     code = error.code if error.status == 403 else code
-                    raise PairError(code, f"the reference {pair.new_ref} could not be set: {error}") from None
+                    raise PairError(
+                        code, f"the reference {pair.new_ref} could not be set: {error}"
+                    ) from None
                 else:
                     self.context.first_merge.confirm(pair.ids)  # a conflict is this pair's alone
                     if await self._wait_for_release(over) is DuplicateStatus.EXISTS:
@@ -4096,7 +4927,9 @@ class PrimaryUpdate:
             except NoUsableResponse as error:
                 # It may have been made: the primary is read before the update is sent again.
                 if over:
-                    raise PairError(error.code, f"{pair.primary.short_id} could not be updated: {error}") from None
+                    raise PairError(
+                        error.code, f"{pair.primary.short_id} could not be updated: {error}"
+                    ) from None
                 deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
                 user = await self._read_primary()
                 if any(user.get(name) != value for name, value in body.items()):
@@ -4108,7 +4941,9 @@ class PrimaryUpdate:
             updates.pop(0)
             self.answer = user
             with contextlib.suppress(PairError):  # the verification names a damaged backup
-                pair.fields_lost = lost_fields(backed_up_contact(pair.backup, pair.duplicate.id), user)
+                pair.fields_lost = lost_fields(
+                    backed_up_contact(pair.backup, pair.duplicate.id), user
+                )
         return True
 
     async def _plan(self, is_new: bool) -> Json:
@@ -4134,20 +4969,24 @@ class PrimaryUpdate:
             if error.status == 403:
                 raise
             listed = (await self.api.contacts_by_email([contact.email.strip()], FINISH)).items
-            primary = next((user for user in listed if user["id"] == contact.id and not is_gone(user)), None)
+            primary = next(
+                (user for user in listed if user["id"] == contact.id and not is_gone(user)), None
+            )
             if primary is None:
-                words = f"the primary {contact.short_id} can't be read, and no list shows it: {error}"
+                words = (
+                    f"the primary {contact.short_id} can't be read, and no list shows it: {error}"
+                )
                 raise PairError("not_found", words) from None
         return check_reference(self.pair, primary)
 
-    async def _wait_for_release(self, over: bool) -> Optional[DuplicateStatus]:
+    async def _wait_for_release(self, over: bool) -> DuplicateStatus | None:
         """Wait while the duplicate, which no longer exists, holds the reference. Return its status, if a poll tells.
 
         Raises PairError where another contact holds it, or the time for that is `over`.
         """
         await self._sleep()
         pair, status = self.pair, None
-        holders: List[str] = []
+        holders: list[str] = []
         # Where polls tell nothing, lists have decided.
         with contextlib.suppress(ApiError, NoUsableResponse):
             status = await self.api.poll_duplicate(*pair.ids, self.timer.request_options())
@@ -4155,11 +4994,17 @@ class PrimaryUpdate:
             return status
         with contextlib.suppress(ApiError, NoUsableResponse):
             listed = await self.api.holders_of(str(pair.new_ref), self.timer.request_options())
-            holders = [str(user.get("display_id") or user["id"]) for user in listed if user["id"] not in pair.ids]
+            holders = [
+                str(user.get("display_id") or user["id"])
+                for user in listed
+                if user["id"] not in pair.ids
+            ]
         if holders or over:
             unknown = f"{pair.duplicate.short_id}, which no longer exists, or a contact that the token can't see"
             who = ", ".join(holders) or unknown
-            raise PairError("external_ref_conflict", f"the reference {pair.new_ref} is held by {who}")
+            raise PairError(
+                "external_ref_conflict", f"the reference {pair.new_ref} is held by {who}"
+            )
         return status
 
     async def _sleep(self) -> None:
@@ -4184,13 +5029,17 @@ class PairMerge:
         self.update = PrimaryUpdate(context, pair, self.timer)
         self.has_outcome = False
         self.requests_sent = 0  # in this run
-        self._before_request: Dict[str, Any] = {}  # the pair's fields
+        self._before_request: dict[str, Any] = {}  # the pair's fields
         self.polled = False  # since the last request
-        self.rejection: Optional[PairError] = None  # DevRev's answer to the last request, where it was a clear refusal
-        self.contradictions = 0  # times that the duplicate seemed to be merged and existed after all
+        self.rejection: PairError | None = (
+            None  # DevRev's answer to the last request, where it was a clear refusal
+        )
+        self.contradictions = (
+            0  # times that the duplicate seemed to be merged and existed after all
+        )
         self.was_forbidden = pair.forbidden  # an earlier run's request for it was answered with 403
 
-    async def advance(self, until: Optional[State] = None) -> bool:
+    async def advance(self, until: State | None = None) -> bool:
         """Take the pair from one recovery point to the next, up to `until` or its end. Return whether it got there."""
         pair = self.pair
         phases = {
@@ -4241,7 +5090,7 @@ class PairMerge:
         }
         log.info("%s: %s", pair.email, steps[state])
 
-    async def end(self, problem: Optional[PairError] = None) -> None:
+    async def end(self, problem: PairError | None = None) -> None:
         """Record that the pair has ended, or what keeps it from its end in this run.
 
         A failure counts among the failures in a row, unless an earlier run left the pair or failed at it too, or only
@@ -4272,13 +5121,16 @@ class PairMerge:
             for _ in range(self.MAX_REFRESHES):
                 # Reserved units would keep others waiting while the preconditions are read.
                 self.api.scheduler.release(self.shared.reservation)
-                problem: Optional[PairError] = None
+                problem: PairError | None = None
                 try:
                     await self.preconditions.ensure_fresh()
                 except PairError as error:
                     problem = error
                 # This poll reserves nothing: pairs that wait to be requested would wait for each other's units.
-                if again and await poll(*pair.ids, RequestOptions(FINISH)) is not DuplicateStatus.EXISTS:
+                if (
+                    again
+                    and await poll(*pair.ids, RequestOptions(FINISH)) is not DuplicateStatus.EXISTS
+                ):
                     return self._confirmed()
                 if problem:
                     raise problem
@@ -4289,9 +5141,14 @@ class PairMerge:
                 state, refusal = State.ACKNOWLEDGED, None
                 try:
                     await self.context.first_merge.acquire(pair.ids)
-                    await self.api.merge(*pair.ids, self.timer.request_options(MERGE), self._save_intent)
+                    await self.api.merge(
+                        *pair.ids, self.timer.request_options(MERGE), self._save_intent
+                    )
                 except PreconditionsExpired:
-                    log.info("%s: the check or the backup is too old by now; reading it again", pair.email)
+                    log.info(
+                        "%s: the check or the backup is too old by now; reading it again",
+                        pair.email,
+                    )
                     continue
                 except ApiError as error:
                     refusal = error
@@ -4319,7 +5176,10 @@ class PairMerge:
         pair.state, pair.code, pair.error, pair.rejected = State.REQUESTED, "", "", False
         pair.backup, pair.backed_up = self.preconditions.folder, self.preconditions.counts
         # Where the same request waits for quota and is saved again, what counts is what was before its first attempt.
-        pair.previous_request_at, pair.requested_at = before["requested_at"], context.environment.now().wall
+        pair.previous_request_at, pair.requested_at = (
+            before["requested_at"],
+            context.environment.now().wall,
+        )
         pair.first_requested_at = pair.first_requested_at or pair.requested_at
         if context.options.carry_fields:
             self.preconditions.plan_carrying(pair)
@@ -4348,7 +5208,11 @@ class PairMerge:
             if self.context.first_merge.requests == 1 and not self.was_forbidden:
                 raise PermissionDenied(EXIT_USAGE, f"the token may not merge contacts: {error}")
             self.rejection = PairError("forbidden", str(error))
-        elif error.missing and first and await self.verifier.is_merged_elsewhere(pair, self.timer.pause):
+        elif (
+            error.missing
+            and first
+            and await self.verifier.is_merged_elsewhere(pair, self.timer.pause)
+        ):
             pair.code = "merged_elsewhere"
             pair.error = f"another user merged or deleted {pair.duplicate.short_id} before the merge was requested"
             if pair.new_ref:
@@ -4362,7 +5226,9 @@ class PairMerge:
         """Wait for a merge that this run requested also in the time of grace after an interruption: once DevRev has
         carried it out, its reference is on no contact until it is set."""
         with (
-            self.context.cancel_token.shield() if self.requests_sent and self.pair.new_ref else contextlib.nullcontext()
+            self.context.cancel_token.shield()
+            if self.requests_sent and self.pair.new_ref
+            else contextlib.nullcontext()
         ):
             return await self._wait()
 
@@ -4376,23 +5242,34 @@ class PairMerge:
             await timer.pause(min(usual, 0.75) - timer.waited())
         self.polled, polls, unusable, deadline = True, 0, 0, FIRST_DEADLINE
         while True:
-            problem: Optional[PairError] = None
+            problem: PairError | None = None
             polls, before = polls + 1, timer.waited()
             try:
                 status = await self.api.poll_duplicate(*pair.ids, timer.request_options(), deadline)
                 if status is not DuplicateStatus.EXISTS:
                     if self.requests_sent:
-                        context.recent_merges.append((0.95 * before, polls))  # the next one is tried a little sooner
+                        context.recent_merges.append(
+                            (0.95 * before, polls)
+                        )  # the next one is tried a little sooner
                     return self._confirmed()
                 unusable, deadline = 0, FIRST_DEADLINE
             except (ApiError, NoUsableResponse) as error:
                 problem = PairError(error.code, f"the merge can't be confirmed: {error}")
                 # The 404 of a route says nothing of any object.
-                unusable += not (isinstance(error, ApiError) and error.status == 404 and not error.data.get("type"))
+                unusable += not (
+                    isinstance(error, ApiError)
+                    and error.status == 404
+                    and not error.data.get("type")
+                )
                 deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
-            waited, longest = timer.waited(), confirmation_timeout(pair, context.options.merge_timeout)
+            waited, longest = (
+                timer.waited(),
+                confirmation_timeout(pair, context.options.merge_timeout),
+            )
             # Where the wait is over, for a pair of an earlier run at once, there is no third poll.
-            if (unusable >= 3 or (unusable and waited >= longest)) and await self.verifier.lists_show_merged(pair):
+            if (
+                unusable >= 3 or (unusable and waited >= longest)
+            ) and await self.verifier.lists_show_merged(pair):
                 return self._confirmed()
             if self.rejection:
                 raise self.rejection
@@ -4420,14 +5297,19 @@ class PairMerge:
         log.info("%s: %s still exists after all", pair.email, pair.duplicate.short_id)
         if self.contradictions > 20:
             pair.state = State.REQUESTED
-            raise PairError("merge_not_confirmed", f"{pair.duplicate.short_id} seemed to be merged again and again")
+            raise PairError(
+                "merge_not_confirmed",
+                f"{pair.duplicate.short_id} seemed to be merged again and again",
+            )
         return State.REQUESTED if pair.rejected else State.ACKNOWLEDGED
 
     async def _set_reference(self) -> State:
         """Give the primary the duplicate's reference. The time of grace after an interruption is for this above all:
         until it is set, the application finds no contact for the person."""
         pair, is_new = self.pair, self.requests_sent > 0 or not self.shared.resumed
-        onward = None if is_new else self.context.savepoint.merged_onward(pair.primary.id, pair.new_ref)
+        onward = (
+            None if is_new else self.context.savepoint.merged_onward(pair.primary.id, pair.new_ref)
+        )
         if onward:
             pair.onward = onward.primary.short_id
             return State.VERIFYING
@@ -4440,7 +5322,9 @@ class PairMerge:
         self.context.at_verification(self.shared.group)
         expected = objects_to_transfer(pair.backup, pair.duplicate.id)
         resumed = self.shared.resumed
-        onward = self.context.savepoint.merged_onward(pair.primary.id, pair.new_ref) if resumed else None
+        onward = (
+            self.context.savepoint.merged_onward(pair.primary.id, pair.new_ref) if resumed else None
+        )
         if onward:  # a later merge took the primary, and everything with it, to another contact
             pair.onward, checked = onward.primary.short_id, replace(pair, primary=onward.primary)
         missing, status = await self.verifier.wait(checked, expected, self.timer.pause)
@@ -4450,11 +5334,18 @@ class PairMerge:
         if missing:
             pair.left_behind = describe(pair.backup, missing)
             names = ", ".join(dict.fromkeys(item["display_id"] for item in pair.left_behind))
-            raise PairError("left_behind", f"merged, but these do not belong to the primary: {names}")
+            raise PairError(
+                "left_behind", f"merged, but these do not belong to the primary: {names}"
+            )
         if status and not onward:
-            raise PairError("still_listed", f"merged, but DevRev still lists {pair.duplicate.short_id} for its email")
+            raise PairError(
+                "still_listed",
+                f"merged, but DevRev still lists {pair.duplicate.short_id} for its email",
+            )
         if self.verifier.primary.get("id") == pair.primary.id and not self.update.answer:
-            pair.fields_lost = lost_fields(backed_up_contact(pair.backup, pair.duplicate.id), self.verifier.primary)
+            pair.fields_lost = lost_fields(
+                backed_up_contact(pair.backup, pair.duplicate.id), self.verifier.primary
+            )
         pair.code, pair.error, pair.left_behind = "", "", []
         pair.proved = len({item["id"] for item in expected}.difference(pair.deleted))
         return State.DONE
@@ -4467,7 +5358,10 @@ async def merge_group(context: MergeContext, shared: GroupMerge) -> None:
         for index, merge in enumerate(merges):
             if not await merge.advance(until=State.VERIFYING):
                 # What refuses a group refuses all of it; what was requested has to be finished before the next request.
-                problem = PairError("group_incomplete", "another merge into the same contact has to be finished first")
+                problem = PairError(
+                    "group_incomplete",
+                    "another merge into the same contact has to be finished first",
+                )
                 if merge.pair.state is State.FAILED:
                     problem = PairError(merge.pair.code, merge.pair.error)
                 for other in merges[index + 1 :]:
@@ -4497,14 +5391,14 @@ class TaskRunner:
         self.api, self.savepoint = api, savepoint
         self.cancel_token = api.cancel_token
         self.on_outcome, self.is_success = on_outcome, is_success
-        self.outcomes: Dict[Ids, Pair] = {}  # ended, refused, or given up for this run
-        self.draining: Optional[FatalError] = None  # finish what is in progress, start nothing
+        self.outcomes: dict[Ids, Pair] = {}  # ended, refused, or given up for this run
+        self.draining: FatalError | None = None  # finish what is in progress, start nothing
         self.total = 0
-        self.tasks: Dict[asyncio.Future[None], Sequence[Pair]] = {}
+        self.tasks: dict[asyncio.Future[None], Sequence[Pair]] = {}
         self._failures_in_a_row = 0
 
     @property
-    def stop(self) -> Optional[FatalError]:
+    def stop(self) -> FatalError | None:
         return self.cancel_token.stop or self.draining or self.savepoint.failure
 
     def raise_if_draining(self) -> None:
@@ -4515,7 +5409,9 @@ class TaskRunner:
     async def run(self, work: Awaitable[None]) -> int:
         """Do the work as far as it goes, and return the exit code. Raises nothing: `stop` says what ended it."""
         await self._guard(work, ())
-        await self._guard(self.wait_all(), ())  # where nothing more is started, what is in progress is finished
+        await self._guard(
+            self.wait_all(), ()
+        )  # where nothing more is started, what is in progress is finished
         if self.tasks:
             await asyncio.wait(set(self.tasks), timeout=self.GRACE)
         for pairs in list(self.tasks.values()):
@@ -4523,13 +5419,15 @@ class TaskRunner:
         stop, is_complete = self.stop, len(self.outcomes) >= self.total
         if stop and not (is_complete and stop is self.draining):
             # Exit 2 promises that nothing was changed.
-            return EXIT_STOPPED if stop.exit_code == EXIT_USAGE and self.api.writes else stop.exit_code
+            return (
+                EXIT_STOPPED if stop.exit_code == EXIT_USAGE and self.api.writes else stop.exit_code
+            )
         if not is_complete:
             self.draining = FatalError(EXIT_STOPPED, "pairs have no outcome (a bug; run again)")
             return EXIT_STOPPED
         return EXIT_OK if all(map(self.is_success, self.outcomes.values())) else EXIT_FAILED
 
-    def start(self, work: Awaitable[None], pairs: Sequence[Pair]) -> "asyncio.Future[None]":
+    def start(self, work: Awaitable[None], pairs: Sequence[Pair]) -> asyncio.Future[None]:
         task = asyncio.ensure_future(self._guard(work, pairs))
         self.tasks[task] = pairs
         task.add_done_callback(self.tasks.pop)
@@ -4537,7 +5435,9 @@ class TaskRunner:
 
     async def wait_any(self) -> None:
         """Wait until one task has ended. Raises Cancelled."""
-        await self.cancel_token.wait(asyncio.wait(set(self.tasks), return_when=asyncio.FIRST_COMPLETED))
+        await self.cancel_token.wait(
+            asyncio.wait(set(self.tasks), return_when=asyncio.FIRST_COMPLETED)
+        )
 
     async def wait_all(self) -> None:
         while self.tasks:
@@ -4566,7 +5466,9 @@ class TaskRunner:
                 with contextlib.suppress(FatalError, OSError):
                     await self.record_outcome(pair, problem, False)
 
-    async def record_outcome(self, pair: Pair, problem: Optional[PairError] = None, counts: bool = True) -> None:
+    async def record_outcome(
+        self, pair: Pair, problem: PairError | None = None, counts: bool = True
+    ) -> None:
         """Take note that a pair has ended (it is saved by then), or of what keeps it from its end.
 
         `counts`: whether the problem counts among the failures in a row that stop a run, if its code is systemic.
@@ -4584,7 +5486,9 @@ class TaskRunner:
         elif counts and CODES[problem.code].systemic:
             self._failures_in_a_row += 1
             if self._failures_in_a_row >= self.MAX_FAILURES_IN_A_ROW and not self.draining:
-                advice = " (--merge-timeout sets how long a merge may take)" * (problem.code == "merge_not_confirmed")
+                advice = " (--merge-timeout sets how long a merge may take)" * (
+                    problem.code == "merge_not_confirmed"
+                )
                 words = f"{self._failures_in_a_row} failures in a row, the last: {problem}{advice}"
                 self.draining = FatalError(EXIT_STOPPED, words)
                 self.api.scheduler.cancel_preparations()
@@ -4609,7 +5513,7 @@ class ContactMerger:
             api, api.environment, savepoint, api.cancel_token, options, self.runner.record_outcome,
             self.runner.raise_if_draining, FirstMerge(api.cancel_token), collections.deque(maxlen=20), set(),
         )  # fmt: skip
-        self._resumed: Dict[asyncio.Future[None], GroupMerge] = {}
+        self._resumed: dict[asyncio.Future[None], GroupMerge] = {}
 
     @staticmethod
     def is_success(pair: Pair) -> bool:
@@ -4623,7 +5527,7 @@ class ContactMerger:
         """
         return await self.runner.run(self._work(plan, list(unfinished)))
 
-    async def _work(self, plan: Plan, unfinished: List[Pair]) -> None:
+    async def _work(self, plan: Plan, unfinished: list[Pair]) -> None:
         self.runner.total = len({pair.ids for pair in chain(plan.pairs(), unfinished)})
         unfinished += await self._poll_cancelled()
         self.runner.total = len({pair.ids for pair in chain(plan.pairs(), unfinished)})
@@ -4635,12 +5539,18 @@ class ContactMerger:
         # The contact that held a pair's reference may have been merged meanwhile, and the reference be free.
         moved = {pair.new_ref for pair in self.runner.outcomes.values() if pair.state in ENDED}
         for pair in unfinished:
-            if pair.state is State.MERGED and pair.code == "external_ref_conflict" and pair.new_ref in moved:
+            if (
+                pair.state is State.MERGED
+                and pair.code == "external_ref_conflict"
+                and pair.new_ref in moved
+            ):
                 del self.runner.outcomes[pair.ids]
-                self._start(GroupMerge(self.context, Group(pair.email, [pair]), [pair], plan.wanted, True))
+                self._start(
+                    GroupMerge(self.context, Group(pair.email, [pair]), [pair], plan.wanted, True)
+                )
         await self.runner.wait_all()
 
-    async def _poll_cancelled(self) -> List[Pair]:
+    async def _poll_cancelled(self) -> list[Pair]:
         """Poll each cancelled pair once: return those that DevRev has carried out after all, as unfinished pairs."""
         found = []
         verifier = TransferVerifier(self.context, RESUME)
@@ -4661,18 +5571,25 @@ class ContactMerger:
                                 status = DuplicateStatus.EXISTS
                                 break
             except (PairError, LookupError, TypeError, ValueError, AttributeError) as error:
-                log.info("%s: the cancelled merge of %s can't be polled: %s", pair.email, into(pair), error)
+                log.info(
+                    "%s: the cancelled merge of %s can't be polled: %s",
+                    pair.email,
+                    into(pair),
+                    error,
+                )
                 continue
             if status is not DuplicateStatus.EXISTS:
                 pair.state, pair.after_cancel, pair.code, pair.error = State.MERGED, True, "", ""
                 await self.savepoint.save(pair)
-                log.warning("%s: DevRev has carried out the cancelled merge of %s", pair.email, into(pair))
+                log.warning(
+                    "%s: DevRev has carried out the cancelled merge of %s", pair.email, into(pair)
+                )
                 found.append(pair)
         return found
 
     def _resume(self, plan: Plan, unfinished: Sequence[Pair]) -> None:
         """Start a group for each primary of unfinished pairs, with what else is known of that primary."""
-        by_primary: Dict[str, List[Pair]] = collections.defaultdict(list)
+        by_primary: dict[str, list[Pair]] = collections.defaultdict(list)
         for pair in unfinished:
             by_primary[pair.primary.id].append(pair)
         for primary, pairs in by_primary.items():
@@ -4680,11 +5597,15 @@ class ContactMerger:
             # One that is only planned (its request was never sent) is the plan's, if it still is in it. The plan also
             # knows the rest of the group, and what was chosen for it.
             stored = self.savepoint.pairs(primary_id=primary)
-            siblings = [pair for pair in stored if pair.ids not in known and pair.state is not State.PLANNED]
+            siblings = [
+                pair for pair in stored if pair.ids not in known and pair.state is not State.PLANNED
+            ]
             planned = next((group for group in plan.groups if group.primary.id == primary), None)
             known.update(pair.ids for pair in siblings)
             siblings += [pair for pair in planned.pairs if pair.ids not in known] if planned else []
-            group = Group(pairs[0].email, [*pairs, *siblings], chosen=planned.chosen if planned else "")
+            group = Group(
+                pairs[0].email, [*pairs, *siblings], chosen=planned.chosen if planned else ""
+            )
             shared = GroupMerge(self.context, group, pairs, plan.wanted, resumed=True)
             for pair in pairs:
                 pair.code, pair.error = "", ""
@@ -4703,8 +5624,8 @@ class ContactMerger:
         groups, plan.groups = plan.groups, []
         groups.sort(key=lambda group: not failed.isdisjoint(pair.ids for pair in group.pairs))
         groups.reverse()
-        deferred: List[GroupMerge] = []
-        batch: List[GroupMerge] = []
+        deferred: list[GroupMerge] = []
+        batch: list[GroupMerge] = []
         while groups:
             group = groups.pop()  # and forget it: memory does not grow with what is done
             group.pairs = [known.get(pair.ids, pair) for pair in group.pairs]
@@ -4713,7 +5634,9 @@ class ContactMerger:
             undoes = next((undoing[one] for one in sorted(ids) if one in undoing), None)
             for pair in pairs:
                 pair.tried_before = pair.ids in failed
-                if undoes and undoes.undo:  # a row may say that it is being undone, and has to stay so
+                if (
+                    undoes and undoes.undo
+                ):  # a row may say that it is being undone, and has to stay so
                     words = f"its undo is not finished; finish it first: merge_contacts.py --undo {undoes.undo.path}"
                     await self.runner.record_outcome(pair, PairSkipped("undo_unfinished", words))
             if pairs and not undoes:
@@ -4729,12 +5652,12 @@ class ContactMerger:
         the next window would have to be read again then."""
         return int(max(2, min(self.IN_PROGRESS, requests_per_minute(self.api.scheduler) // 4)))
 
-    def _start(self, shared: GroupMerge) -> "asyncio.Future[None]":
+    def _start(self, shared: GroupMerge) -> asyncio.Future[None]:
         task = self.runner.start(merge_group(self.context, shared), shared.pairs)
         task.add_done_callback(lambda _: self.context.at_verification(shared.group))
         return task
 
-    async def _start_batch(self, batch: List[GroupMerge]) -> None:
+    async def _start_batch(self, batch: list[GroupMerge]) -> None:
         while batch:
             in_progress = sum(map(len, self.runner.tasks.values()))
             if in_progress and in_progress + sum(len(one.pairs) for one in batch) > self._room():
@@ -4756,10 +5679,16 @@ class ContactMerger:
         for task, resumed in list(self._resumed.items()):
             if not task.done() and any(ids & set(pair.ids) for pair in resumed.pairs):
                 await self.context.cancel_token.wait(asyncio.wait({task}))
-        problem = PairError("group_incomplete", "another merge of one of its contacts has to be finished first")
+        problem = PairError(
+            "group_incomplete", "another merge of one of its contacts has to be finished first"
+        )
         for other in unfinished:
             frees = other.state is State.MERGED and other.new_ref in refs
-            if ids & set(other.ids) and other.state in (*REQUESTED_STATES, State.MERGED) and not frees:
+            if (
+                ids & set(other.ids)
+                and other.state in (*REQUESTED_STATES, State.MERGED)
+                and not frees
+            ):
                 for pair in shared.pairs:
                     await self.runner.record_outcome(pair, problem, False)
                 return
@@ -4807,21 +5736,27 @@ class ContactExporter:
         self.endings = tuple(endings) or ("",)
         self.spool = spool
         self.read = self.counted = 0
-        self.rows: List[Contact] = []
+        self.rows: list[Contact] = []
 
-    async def run(self) -> List[Contact]:
+    async def run(self) -> list[Contact]:
         """All rows, ordered by email. Raises what a list call does, and OSError for the disk of the spool."""
         keys = array("q")  # hashes of the spooled contacts' emails
         async for page in self.api.each_page("rev-users.list", "rev_users", {}):
             for contact in map(contact_of, (user for user in page.items if not is_gone(user))):
-                if (contact.is_user or contact.is_system) and contact.key and contact.key.endswith(self.endings):
+                if (
+                    (contact.is_user or contact.is_system)
+                    and contact.key
+                    and contact.key.endswith(self.endings)
+                ):
                     keys.append(hash(loose_key(contact.email)))
                     self.spool.write(to_json(astuple(contact)) + b"\n")
             self.read += len(page.items)
         self.spool.seek(0)
         wanted = compress(self.spool, map(repeated(keys).__contains__, keys))
         # A contact that is changed while the list is read may stand in it twice.
-        contacts = {contact.id: contact for contact in (Contact(*json.loads(line)) for line in wanted)}
+        contacts = {
+            contact.id: contact for contact in (Contact(*json.loads(line)) for line in wanted)
+        }
         times = collections.Counter(loose_key(contact.email) for contact in contacts.values())
         rows = [contact for contact in contacts.values() if times[loose_key(contact.email)] > 1]
         self.rows = sorted(rows, key=lambda contact: (contact.key, contact.id))
@@ -4832,21 +5767,32 @@ class ContactExporter:
 
     async def _count(self, contact: Contact) -> None:
         """TICKET_COUNT, as the README's query has it: the most tickets and issues owned, created or reported."""
-        listings = await together(*(self.api.objects[name].load(contact.id) for name in ROLES.values()))
-        contact.tickets = ticket_count([work["id"] for work in listing.items] for listing in listings)
+        listings = await together(
+            *(self.api.objects[name].load(contact.id) for name in ROLES.values())
+        )
+        contact.tickets = ticket_count(
+            [work["id"] for work in listing.items] for listing in listings
+        )
         self.counted += 1
 
     def progress(self) -> str:
         """How far it is, what it has cost, and what it waits for."""
         counted = f"tickets of {self.counted:,} of {len(self.rows):,} counted" if self.rows else ""
         requests = plural(sum(self.api.requests.values()), "request")
-        words = (f"{plural(self.read, 'contact')} read", counted, requests, describe_wait(self.api.scheduler))
+        words = (
+            f"{plural(self.read, 'contact')} read",
+            counted,
+            requests,
+            describe_wait(self.api.scheduler),
+        )
         return ", ".join(filter(None, words))
 
 
 def is_taken(path: Path) -> bool:
     """Whether a file must not be written because its name is taken; an empty file is what a killed export leaves."""
-    return os.path.lexists(str(path)) and not (path.is_file() and not path.is_symlink() and path.stat().st_size == 0)
+    return os.path.lexists(str(path)) and not (
+        path.is_file() and not path.is_symlink() and path.stat().st_size == 0
+    )
 
 
 def write_new_file(environment: Environment, path: Path, chunks: Iterable[bytes]) -> None:
@@ -4884,9 +5830,12 @@ def write_new_file(environment: Environment, path: Path, chunks: Iterable[bytes]
 
 MERGED_STATES = (State.MERGED, State.VERIFYING, State.DONE, State.SETTLED)
 UNDO_STATES = (State.UNDOING, State.UNDONE, State.UNDO_SETTLED)
-NOT_UNDONE: Mapping[State, Tuple[str, str]] = {
+NOT_UNDONE: Mapping[State, tuple[str, str]] = {
     State.MERGED_ELSEWHERE: ("merged_elsewhere", "another user merged or deleted the duplicate"),
-    State.CANCELLED: ("cancelled", "it was cancelled, not merged; a merge run checks whether DevRev merged it later"),
+    State.CANCELLED: (
+        "cancelled",
+        "it was cancelled, not merged; a merge run checks whether DevRev merged it later",
+    ),
     State.UNDO_SETTLED: ("undo_settled", "the rest of its undo was given up with --settle"),
 }
 
@@ -4896,17 +5845,21 @@ class UndoPlan:
     """What an undo would do: complete groups, in the order in which they are undone."""
 
     path: Path  # relative to the current folder
-    groups: List[Group] = field(default_factory=list)
-    undone: List[Pair] = field(default_factory=list)  # by an earlier undo
-    skipped: List[Pair] = field(default_factory=list)  # with code and error
-    older: List[Path] = field(default_factory=list)  # backups of the same email, which are left alone
+    groups: list[Group] = field(default_factory=list)
+    undone: list[Pair] = field(default_factory=list)  # by an earlier undo
+    skipped: list[Pair] = field(default_factory=list)  # with code and error
+    older: list[Path] = field(
+        default_factory=list
+    )  # backups of the same email, which are left alone
     left: int = 0  # pairs that --limit leaves
 
-    def pairs(self) -> List[Pair]:
+    def pairs(self) -> list[Pair]:
         return [pair for group in self.groups for pair in group.pairs]
 
 
-def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: Optional[int]) -> UndoPlan:
+def plan_undo(
+    path: Path, savepoint: SavePoint, emails: Collection[str], limit: int | None
+) -> UndoPlan:
     """Plan the undo of exactly the merges that `path` names, as the savepoint knows them, else as `path` tells.
 
     What was undone and merged again later belongs to a later report, and is skipped. Of a chain (A into B, later B into
@@ -4914,8 +5867,8 @@ def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: 
     """
     located, older = locate_undo(path, savepoint)
     plan = UndoPlan(located, older=older)
-    groups: Dict[str, Group] = {}
-    seen: Set[str] = set()
+    groups: dict[str, Group] = {}
+    seen: set[str] = set()
     for named in merges_named(located):
         pair = savepoint.pair(named.ids) or named
         seen.add(pair.email)
@@ -4929,7 +5882,10 @@ def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: 
             pair.backup = named.backup
         again = merged_again(pair, savepoint)
         if again:
-            pair.code, pair.error = "merged_again", f"it was merged again later; that is undone with {report_of(again)}"
+            pair.code, pair.error = (
+                "merged_again",
+                f"it was merged again later; that is undone with {report_of(again)}",
+            )
             plan.skipped.append(pair)
         elif pair.state in NOT_UNDONE:
             pair.code, pair.error = NOT_UNDONE[pair.state]
@@ -4939,10 +5895,15 @@ def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: 
         else:
             groups.setdefault(pair.primary.id, Group(pair.email, [])).pairs.append(pair)
     if set(emails) - seen:
-        raise FatalError(EXIT_USAGE, f"--email: in no merge of {located}: {', '.join(sorted(set(emails) - seen))}")
-    merged_into = {pair.duplicate.id: primary for primary, group in groups.items() for pair in group.pairs}
+        raise FatalError(
+            EXIT_USAGE,
+            f"--email: in no merge of {located}: {', '.join(sorted(set(emails) - seen))}",
+        )
+    merged_into = {
+        pair.duplicate.id: primary for primary, group in groups.items() for pair in group.pairs
+    }
 
-    def order(group: Group) -> Tuple[bool, int, str]:
+    def order(group: Group) -> tuple[bool, int, str]:
         depth, primary = 0, group.primary.id
         while primary in merged_into and depth < len(merged_into):
             depth, primary = depth + 1, merged_into[primary]
@@ -4954,13 +5915,15 @@ def plan_undo(path: Path, savepoint: SavePoint, emails: Collection[str], limit: 
         if is_new and len(group.pairs) > room:
             plan.left += len(group.pairs)
             continue
-        group.pairs.sort(key=lambda pair: not pair.new_ref)  # the application's reference before anything else
+        group.pairs.sort(
+            key=lambda pair: not pair.new_ref
+        )  # the application's reference before anything else
         plan.groups.append(group)
         room -= len(group.pairs) if is_new else 0
     return plan
 
 
-def locate_undo(path: Path, savepoint: SavePoint) -> Tuple[Path, List[Path]]:
+def locate_undo(path: Path, savepoint: SavePoint) -> tuple[Path, list[Path]]:
     """Return the backup folder or report that `path` means, relative to the current folder, and the older backups.
 
     `backups/<email>` means the newest backup in it, by the savepoint's order, whose merge was carried out, undone since
@@ -4969,17 +5932,24 @@ def locate_undo(path: Path, savepoint: SavePoint) -> Tuple[Path, List[Path]]:
     if not path.exists() and not path.with_name(safe_name(path.name)).exists():
         raise FatalError(EXIT_USAGE, f"{path} does not exist")
     path = path if path.exists() else path.with_name(safe_name(path.name))  # an address as it is
-    found, roots = path.resolve(), {Path(name).resolve(): Path(name) for name in ("backups", "reports")}
+    found, roots = (
+        path.resolve(),
+        {Path(name).resolve(): Path(name) for name in ("backups", "reports")},
+    )
     root = next((one for one in roots if one in found.parents), None)
     located = roots[root] / found.relative_to(root) if root else path
     if not located.is_dir() or (located / "manifest.json").exists():
         return located, []
     backups = sorted(one.parent for one in located.glob("[!.]*/manifest.json"))
-    merged: Dict[Path, int] = {}
+    merged: dict[Path, int] = {}
     for backup in backups:
         for named in merges_named(backup):
             pair = savepoint.pair(named.ids)
-            if pair and pair.state in (*MERGED_STATES, *UNDO_STATES) and Path(pair.backup) == backup:
+            if (
+                pair
+                and pair.state in (*MERGED_STATES, *UNDO_STATES)
+                and Path(pair.backup) == backup
+            ):
                 revision = pair.undo.merge_revision if pair.undo else savepoint.revision(pair.ids)
                 merged[backup] = max(revision, merged.get(backup, 0))
     if not merged:
@@ -4990,14 +5960,22 @@ def locate_undo(path: Path, savepoint: SavePoint) -> Tuple[Path, List[Path]]:
     return newest, [backup for backup in merged if backup != newest]
 
 
-def merges_named(path: Path) -> List[Pair]:
+def merges_named(path: Path) -> list[Pair]:
     """Return the pairs of a backup folder, or those that a merge report calls merged. Raises FatalError(2)."""
     try:
         if path.is_dir():
-            primary, *duplicates = (Contact.from_json(entry["csv"]) for entry in read_manifest(str(path))["contacts"])
+            primary, *duplicates = (
+                Contact.from_json(entry["csv"]) for entry in read_manifest(str(path))["contacts"]
+            )
             moves = not primary.is_user
             return [
-                Pair(primary, one, one.external_ref if moves and one.is_user else None, State.DONE, backup=str(path))
+                Pair(
+                    primary,
+                    one,
+                    one.external_ref if moves and one.is_user else None,
+                    State.DONE,
+                    backup=str(path),
+                )
                 for one in duplicates
             ]
         report, pairs = json.loads(path.read_bytes()), []
@@ -5011,39 +5989,60 @@ def merges_named(path: Path) -> List[Pair]:
                 })
                 for role in ("primary", "duplicate")
             )  # fmt: skip
-            texts = [getattr(one, name) for one in (primary, duplicate) for name in ("id", "email", "external_ref")]
+            texts = [
+                getattr(one, name)
+                for one in (primary, duplicate)
+                for name in ("id", "email", "external_ref")
+            ]
             if not all(isinstance(text, str) for text in (*texts, entry["backup"] or "")):
                 raise TypeError("another shape")
             state = State(entry["state"])
-            pairs.append(Pair(primary, duplicate, entry["new_external_ref"], state, backup=entry["backup"] or ""))
+            pairs.append(
+                Pair(
+                    primary,
+                    duplicate,
+                    entry["new_external_ref"],
+                    state,
+                    backup=entry["backup"] or "",
+                )
+            )
         return pairs
     except PairError as error:
         raise FatalError(EXIT_USAGE, str(error)) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         beside = path.with_suffix(".json")
         hint = f"; name {beside}" if beside != path and beside.is_file() else ""
-        raise FatalError(EXIT_USAGE, f"{path} is neither a backup folder nor a merge report{hint}") from None
+        raise FatalError(
+            EXIT_USAGE, f"{path} is neither a backup folder nor a merge report{hint}"
+        ) from None
 
 
-def current_ids(contact: str, savepoint: SavePoint) -> List[str]:
+def current_ids(contact: str, savepoint: SavePoint) -> list[str]:
     """Return a contact's id, and those of the contacts that undos created again in its place; the last one exists."""
     ids = [contact]
     while True:
         rows = savepoint.pairs(duplicate_id=ids[-1])
-        again = next((row.undo.contact for row in rows if row.undo and row.state in UNDO_STATES), "")
+        again = next(
+            (row.undo.contact for row in rows if row.undo and row.state in UNDO_STATES), ""
+        )
         if not again or again in ids:
             return ids
         ids.append(again)
 
 
-def merged_again(pair: Pair, savepoint: SavePoint) -> Optional[Pair]:
+def merged_again(pair: Pair, savepoint: SavePoint) -> Pair | None:
     """Return the later merge of two contacts of which an undo had created one again, if there is one."""
     if pair.undo is None or pair.state not in UNDO_STATES or not pair.undo.contact:
         return None
     duplicates = {pair.undo.contact, *current_ids(pair.primary.id, savepoint)}
-    rows = [*savepoint.pairs(primary_id=pair.undo.contact), *savepoint.pairs(duplicate_id=pair.undo.contact)]
+    rows = [
+        *savepoint.pairs(primary_id=pair.undo.contact),
+        *savepoint.pairs(duplicate_id=pair.undo.contact),
+    ]
     again = (*UNFINISHED, State.DONE, State.SETTLED)
-    return next((row for row in rows if row.duplicate.id in duplicates and row.state in again), None)
+    return next(
+        (row for row in rows if row.duplicate.id in duplicates and row.state in again), None
+    )
 
 
 def report_of(pair: Pair) -> str:
@@ -5063,19 +6062,29 @@ class UndoGroup:
 
     pairs: Sequence[Pair]
     siblings: Sequence[Pair]  # other pairs of the primary
-    contacts: Dict[str, Json] = field(default_factory=dict)  # duplicates as DevRev had them, by id
-    old_refs: Dict[str, str] = field(default_factory=dict)  # duplicate's id -> the primary's before that merge
-    roles: Dict[str, Set[Role]] = field(default_factory=dict)  # of duplicates before the merges, by id
-    primary_roles: Set[Role] = field(default_factory=set)  # before the merges
+    contacts: dict[str, Json] = field(default_factory=dict)  # duplicates as DevRev had them, by id
+    old_refs: dict[str, str] = field(
+        default_factory=dict
+    )  # duplicate's id -> the primary's before that merge
+    roles: dict[str, set[Role]] = field(
+        default_factory=dict
+    )  # of duplicates before the merges, by id
+    primary_roles: set[Role] = field(default_factory=set)  # before the merges
     primary: Json = field(default_factory=dict)  # as DevRev has it now
-    aliases: Dict[str, str] = field(default_factory=dict)  # id that no longer exists -> of the contact in its place
+    aliases: dict[str, str] = field(
+        default_factory=dict
+    )  # id that no longer exists -> of the contact in its place
     is_recreated: bool = False  # whether the primary itself was created by an earlier undo
 
-    def ids(self) -> Set[str]:
+    def ids(self) -> set[str]:
         """Return the ids of the group: as it was, and as far as it was created again for other pairs."""
-        return {self.primary["id"], *self.aliases, *(one for pair in (*self.pairs, *self.siblings) for one in pair.ids)}
+        return {
+            self.primary["id"],
+            *self.aliases,
+            *(one for pair in (*self.pairs, *self.siblings) for one in pair.ids),
+        }
 
-    def references(self, pair: Pair) -> Tuple[List[str], Optional[str]]:
+    def references(self, pair: Pair) -> tuple[list[str], str | None]:
         """Return the primary's reference before the merge with what may stand in for it, and the one that moved to it.
 
         DevRev may refuse the `REVU-` reference of an old id to a contact that was created again.
@@ -5085,7 +6094,7 @@ class UndoGroup:
         stand_in = [own] if self.is_recreated and old.startswith("REVU-") and own != old else []
         return [old, *stand_in], moved if pair.new_ref and moved != old else None
 
-    def staying_roles(self, pair: Pair) -> Set[Role]:
+    def staying_roles(self, pair: Pair) -> set[Role]:
         """Return where the primary stays: where it had the role itself, or stands for another duplicate."""
         stays = set(self.primary_roles)
         for one in (*self.pairs, *self.siblings):
@@ -5093,7 +6102,9 @@ class UndoGroup:
             if one is pair or one.state not in (*MERGED_STATES, State.UNDOING):
                 continue
             if one.state is State.UNDOING and undo and undo.contact and undo.left is not None:
-                roles = roles & {(item["id"], item["role"]) for item in undo.left}  # what it has not got again yet
+                roles = roles & {
+                    (item["id"], item["role"]) for item in undo.left
+                }  # what it has not got again yet
             stays |= roles
         return stays
 
@@ -5105,7 +6116,11 @@ def read_backups(pairs: Sequence[Pair], siblings: Sequence[Pair]) -> UndoGroup:
     """
     before, known = UndoGroup(pairs, siblings), [*pairs, *siblings]
     primaries = {pair.primary.id for pair in known}
-    needed = {pair.backup for pair in known if pair not in siblings or pair.state in (*MERGED_STATES, State.UNDOING)}
+    needed = {
+        pair.backup
+        for pair in known
+        if pair not in siblings or pair.state in (*MERGED_STATES, State.UNDOING)
+    }
     manifests = []
     for folder in sorted({pair.backup for pair in known}):
         try:
@@ -5116,7 +6131,11 @@ def read_backups(pairs: Sequence[Pair], siblings: Sequence[Pair]) -> UndoGroup:
     for manifest, folder in sorted(manifests, key=lambda one: str(one[0]["created"])):
         entries = {entry["csv"]["id"]: entry for entry in manifest["contacts"]}
         # What the primary has by then from a duplicate that no longer exists is not its own.
-        gone = [before.roles.get(pair.duplicate.id, set()) for pair in known if pair.duplicate.id not in entries]
+        gone = [
+            before.roles.get(pair.duplicate.id, set())
+            for pair in known
+            if pair.duplicate.id not in entries
+        ]
         for identity, entry in entries.items():
             user = json.loads((Path(folder) / entry["folder"] / "contact.json").read_bytes())
             roles = {(item["id"], item["role"]) for item in transferred_objects(entry)}
@@ -5133,30 +6152,39 @@ def read_backups(pairs: Sequence[Pair], siblings: Sequence[Pair]) -> UndoGroup:
 
 
 def plan_restore(
-    obj: Optional[Json], roles: Iterable[str], primary: str, contact: str, aliases: Mapping[str, str], stays: Set[Role]
-) -> Tuple[Dict[str, List[str]], List[Json]]:
+    obj: Json | None,
+    roles: Iterable[str],
+    primary: str,
+    contact: str,
+    aliases: Mapping[str, str],
+    stays: set[Role],
+) -> tuple[dict[str, list[str]], list[Json]]:
     """Plan what gives `contact` its `roles` on an object as it is now: role -> ids to set, and what is left to others.
 
     The contact replaces the primary, or joins it where the primary `stays`; everyone else stays. `aliases` are ids of
     contacts that no longer exist, and the ids of those that were created again in their place.
     """
-    changes: Dict[str, List[str]] = {}
+    changes: dict[str, list[str]] = {}
     left = []
     for role in sorted(roles):
         now = [person["id"] for person in (obj or {}).get(role) or ()]
-        people = list(dict.fromkeys(aliases.get(one, one) for one in now))  # a merge may have left the old id
+        people = list(
+            dict.fromkeys(aliases.get(one, one) for one in now)
+        )  # a merge may have left the old id
         if contact not in people:
             if primary not in people:
                 left.append({"role": role, "why": "deleted" if obj is None else "given to others"})
                 continue
             at = people.index(primary)
-            people[at : at + 1] = [primary, contact] if obj and (obj["id"], role) in stays else [contact]
+            people[at : at + 1] = (
+                [primary, contact] if obj and (obj["id"], role) in stays else [contact]
+            )
         if people != now:
             changes[role] = people
     return changes, left
 
 
-def plan_fields(pair: Pair, live: Json) -> Tuple[Json, List[Json]]:
+def plan_fields(pair: Pair, live: Json) -> tuple[Json, list[Json]]:
     """Plan what removes from the primary, as it is now, the fields that a merge carried to it.
 
     Of phone numbers the added ones go; any other field gets its old value if it still has the one that the merge wrote.
@@ -5181,14 +6209,23 @@ def plan_fields(pair: Pair, live: Json) -> Tuple[Json, List[Json]]:
 # -- the check ---------------------------------------------------------------------------------------
 
 
-async def check_group_to_undo(context: GroupContext, group: Group, writable_kinds: Set[str]) -> UndoGroup:
+async def check_group_to_undo(
+    context: GroupContext, group: Group, writable_kinds: set[str]
+) -> UndoGroup:
     """Find a group as its merges have left it, or as an undo that was not finished has.
 
     `writable_kinds` learns which kinds of objects the token may write. Raises PairError.
     """
-    api, savepoint, pairs, name = context.api, context.savepoint, group.pairs, group.primary.short_id
+    api, savepoint, pairs, name = (
+        context.api,
+        context.savepoint,
+        group.pairs,
+        group.primary.short_id,
+    )
     ids, mine = current_ids(group.primary.id, savepoint), {pair.ids for pair in group.pairs}
-    siblings = [row for one in ids for row in savepoint.pairs(primary_id=one) if row.ids not in mine]
+    siblings = [
+        row for one in ids for row in savepoint.pairs(primary_id=one) if row.ids not in mine
+    ]
     found = await context.environment.run_in_thread(read_backups, pairs, siblings)
     found.is_recreated, found.aliases = len(ids) > 1, dict.fromkeys(ids[:-1], ids[-1])
     for pair in (*pairs, *siblings):
@@ -5197,7 +6234,10 @@ async def check_group_to_undo(context: GroupContext, group: Group, writable_kind
     primary = await api.contact(ids[-1])
     if primary is None:
         later = savepoint.pairs(duplicate_id=ids[-1])
-        onward = next((row for row in later if row.state in (*UNFINISHED, *MERGED_STATES, State.UNDOING)), None)
+        onward = next(
+            (row for row in later if row.state in (*UNFINISHED, *MERGED_STATES, State.UNDOING)),
+            None,
+        )
         if onward:
             words = f"{name} was merged into {onward.primary.short_id} later; undo {report_of(onward)} first"
             raise PairError("merged_onward", words)
@@ -5205,9 +6245,13 @@ async def check_group_to_undo(context: GroupContext, group: Group, writable_kind
     if primary.get("state") != "active":
         raise PairError("not_active", f"the primary {name} is {primary.get('state')}, not active")
     found.primary = primary
-    there = [pair.duplicate.short_id for pair in pairs if not await no_longer_exists(api, found, pair)]
+    there = [
+        pair.duplicate.short_id for pair in pairs if not await no_longer_exists(api, found, pair)
+    ]
     if there:
-        raise PairError("not_merged", f"not merged, or not yet, because still there: {', '.join(there)}")
+        raise PairError(
+            "not_merged", f"not merged, or not yet, because still there: {', '.join(there)}"
+        )
     for pair in pairs:
         check_moved_reference(found, pair)
     if not context.options.preview:
@@ -5220,11 +6264,21 @@ async def no_longer_exists(api: DevRevAPI, group: UndoGroup, pair: Pair) -> bool
     """Return whether the duplicate no longer exists. Where polls give no usable answer for good, lists decide."""
     duplicate = pair.duplicate.id
     try:
-        return await api.poll_duplicate(group.primary["id"], duplicate, ANY_OPTIONS) is not DuplicateStatus.EXISTS
+        return (
+            await api.poll_duplicate(group.primary["id"], duplicate, ANY_OPTIONS)
+            is not DuplicateStatus.EXISTS
+        )
     except (ApiError, NoUsableResponse) as error:
-        log.info("%s: lists decide whether %s still exists: %s", pair.email, pair.duplicate.short_id, error)
+        log.info(
+            "%s: lists decide whether %s still exists: %s",
+            pair.email,
+            pair.duplicate.short_id,
+            error,
+        )
         listed = (await api.contacts_by_email([pair.duplicate.email.strip()])).items
-        listed += await api.holders_of(str(group.contacts[duplicate].get("external_ref")), ANY_OPTIONS)
+        listed += await api.holders_of(
+            str(group.contacts[duplicate].get("external_ref")), ANY_OPTIONS
+        )
         there = (one for one in listed if one["id"] == duplicate and one.get("state") != "deleted")
         return all(isinstance(one.get("primary_identity"), dict) for one in there)
     except PairError as problem:
@@ -5239,11 +6293,15 @@ def check_moved_reference(group: UndoGroup, pair: Pair) -> None:
     reference, (old, moved) = group.primary.get("external_ref"), group.references(pair)
     if moved and reference == moved:
         return
-    others = {row.new_ref for row in (*group.siblings, *group.pairs) if row is not pair and row.new_ref}
+    others = {
+        row.new_ref for row in (*group.siblings, *group.pairs) if row is not pair and row.new_ref
+    }
     if moved is None and reference in (*old, *others, *group.old_refs.values()):
         return
     # An undo may have started, a merge may have ended before its reference moved, and two may have had the same.
-    is_open = pair.state is State.UNDOING or pair.state in (*UNFINISHED, State.SETTLED) or not pair.run
+    is_open = (
+        pair.state is State.UNDOING or pair.state in (*UNFINISHED, State.SETTLED) or not pair.run
+    )
     if reference in old and ((is_open and pair.state is not State.VERIFYING) or moved in others):
         return
     name, right = pair.primary.short_id, moved or old[0]
@@ -5251,9 +6309,11 @@ def check_moved_reference(group: UndoGroup, pair: Pair) -> None:
     raise PairError("external_ref_changed", words)
 
 
-async def check_write_access(api: DevRevAPI, objects: Iterable[str], writable_kinds: Set[str]) -> None:
+async def check_write_access(
+    api: DevRevAPI, objects: Iterable[str], writable_kinds: set[str]
+) -> None:
     """Set nothing on an object of each kind: a token that may not write is refused while all is as it was."""
-    refused: Dict[str, ApiError] = {}
+    refused: dict[str, ApiError] = {}
     for identity in objects:
         kind = kind_of(identity)
         if kind not in RESTORED_KINDS or kind in writable_kinds:
@@ -5282,7 +6342,15 @@ class PairUndo:
     Nothing runs beside it, and between the freed reference and the new contact nothing waits or interrupts.
     """
 
-    FIELDS = ("display_name", "email", "external_ref", "description", "phone_numbers", "display_picture", "rev_org")
+    FIELDS = (
+        "display_name",
+        "email",
+        "external_ref",
+        "description",
+        "phone_numbers",
+        "display_picture",
+        "rev_org",
+    )
     UNITS = 8  # of quota for what follows the freed reference: the contact, perhaps with fewer fields, or the way back
     PATIENCE = 10.0  # seconds for which a contact that may have been created is looked for at most
     ATTEMPTS = 6  # times that an object is read and written before it is given up
@@ -5295,7 +6363,9 @@ class PairUndo:
             self.undo = pair.undo
         else:  # none has started, or one was refused, so that the merge stands as it was
             was = pair.undo or UndoProgress("", "", pair.run, self.savepoint.revision(pair.ids))
-            self.undo = UndoProgress(str(path), pair.state.value, was.merge_run, was.merge_revision, was.forbidden)
+            self.undo = UndoProgress(
+                str(path), pair.state.value, was.merge_run, was.merge_revision, was.forbidden
+            )
         self.reservation = Reservation()
         self.options = RequestOptions(FINISH, self.reservation, self.UNITS)
 
@@ -5307,7 +6377,10 @@ class PairUndo:
         if self.context.options.preview:
             await self._restore_objects()
             return
-        undo.fields_removed = {**{name: primary.get(name) for name in update}, **undo.fields_removed}
+        undo.fields_removed = {
+            **{name: primary.get(name) for name in update},
+            **undo.fields_removed,
+        }
         has_moved = self.moved is not None and primary.get("external_ref") == self.moved
         undo.reference_free = undo.reference_free or (has_moved and not undo.contact)
         pair.state, pair.code, pair.error = State.UNDOING, "", ""
@@ -5342,7 +6415,9 @@ class PairUndo:
         primary, old, moved = self.group.primary["id"], self.old, self.moved
         bodies = [{"external_ref": old[0], **fields}] if fields else []
         bodies += [{"external_ref": reference} for reference in old]
-        problem: PairError = PairError("external_ref_not_set", "DevRev answered with another reference")
+        problem: PairError = PairError(
+            "external_ref_not_set", "DevRev answered with another reference"
+        )
         started, deadline = self.context.environment.now(), FIRST_DEADLINE
         options = self.options._replace(priority=MERGE)
         while bodies:
@@ -5366,7 +6441,9 @@ class PairUndo:
         live = await self.api.contact(primary, self.options)
         if live and live.get("external_ref") == moved:
             await self._save_as_before()
-        raise PairError(problem.code, f"the primary did not get its old reference {old[0]}: {problem}")
+        raise PairError(
+            problem.code, f"the primary did not get its old reference {old[0]}: {problem}"
+        )
 
     async def _create(self) -> None:
         """Create the contact with the fields that DevRev takes, and save its id.
@@ -5379,26 +6456,39 @@ class PairUndo:
         if undo.contact:  # by an undo that was not finished
             return
         now, merge_timeout = self.context.environment.now, self.context.options.merge_timeout
-        known, name = creation_fields(self.group.contacts[pair.duplicate.id]), pair.duplicate.short_id
+        known, name = (
+            creation_fields(self.group.contacts[pair.duplicate.id]),
+            pair.duplicate.short_id,
+        )
         since, pause, may_exist, lost, why = now(), 0.2, undo.contacts_before is not None, False, ""
-        user: Optional[Json] = None
+        user: Json | None = None
         while user is None:
             fields = {one: value for one, value in known.items() if one not in undo.left_out}
             reference = fields.get("external_ref")
-            is_vital = reference is not None and pair.duplicate.is_user  # the application knows the person by it
+            is_vital = (
+                reference is not None and pair.duplicate.is_user
+            )  # the application knows the person by it
             if undo.contacts_before is not None:
                 user = await self._find(fields)
                 if user:
                     break
                 if why or (may_exist and reference is None):
-                    limit = merge_timeout if lost and not is_vital else min(self.PATIENCE, merge_timeout / 4)
-                    if (is_vital or may_exist) and self.context.environment.elapsed(since) < limit:  # lists may lag
+                    limit = (
+                        merge_timeout
+                        if lost and not is_vital
+                        else min(self.PATIENCE, merge_timeout / 4)
+                    )
+                    if (is_vital or may_exist) and self.context.environment.elapsed(
+                        since
+                    ) < limit:  # lists may lag
                         await self.context.cancel_token.sleep(pause)
                         pause = min(self.PATIENCE, 1.6 * pause)
                         if reference is None:
                             continue
                     elif is_vital:
-                        raise PairError("contact_refused", f"{name} could not be created again: {why}")
+                        raise PairError(
+                            "contact_refused", f"{name} could not be created again: {why}"
+                        )
                     elif reference is not None:
                         undo.left_out["external_ref"], undo.contacts_before = why, None
                         since, may_exist, lost, why = now(), False, False, ""
@@ -5407,7 +6497,9 @@ class PairUndo:
                         words = f"it is not known whether {name} was created again; undo again, which looks for it"
                         raise PairError("contact_not_confirmed", words)
             listed = [] if reference else await self._listed()
-            undo.contacts_before = [] if reference else sorted({*(one["id"] for one in listed), *self.group.ids()})
+            undo.contacts_before = (
+                [] if reference else sorted({*(one["id"] for one in listed), *self.group.ids()})
+            )
             await self.savepoint.save(pair)
             try:
                 user = await self.api.create_contact(fields, self.options)
@@ -5422,23 +6514,42 @@ class PairUndo:
                 elif api_error.status != 409 or reference is None:
                     code = "forbidden" if api_error.status == 403 else "contact_refused"
                     raise PairError(code, f"{name} could not be created again: {why}") from None
-        undo.contact, undo.display_id, undo.reference_free = user["id"], str(user.get("display_id")), False
+        undo.contact, undo.display_id, undo.reference_free = (
+            user["id"],
+            str(user.get("display_id")),
+            False,
+        )
         await self.savepoint.save(pair)
 
-    async def _find(self, fields: Json) -> Optional[Json]:
+    async def _find(self, fields: Json) -> Json | None:
         """Return the contact that was requested, if it exists. A reference is looked up in the whole organisation.
 
         Raises PairError(external_ref_conflict) where the reference belongs to another contact.
         """
         reference, other = fields.get("external_ref"), None  # type: Optional[str], Optional[Json]
         if reference is None:
-            new = (user for user in await self._listed() if user["id"] not in (self.undo.contacts_before or ()))
-            return next((user for user in new if user.get("external_ref") in (None, "", user.get("display_id"))), None)
+            new = (
+                user
+                for user in await self._listed()
+                if user["id"] not in (self.undo.contacts_before or ())
+            )
+            return next(
+                (
+                    user
+                    for user in new
+                    if user.get("external_ref") in (None, "", user.get("display_id"))
+                ),
+                None,
+            )
         for holder in await self.api.holders_of(reference, self.options):
             # Lists lag behind contacts that no longer exist, or no longer have the reference.
             is_old = holder["id"] in self.group.ids()
             user = None if is_old else await self.api.contact(holder["id"], self.options)
-            if user is None or user.get("external_ref") != reference or user.get("state") == "deleted":
+            if (
+                user is None
+                or user.get("external_ref") != reference
+                or user.get("state") == "deleted"
+            ):
                 continue
             is_here = rev_org_id(user) in (None, fields.get("rev_org")) or "rev_org" not in fields
             if is_here and email_of(user) == email_key(fields["email"]):
@@ -5450,7 +6561,7 @@ class PairUndo:
             raise PairError("external_ref_conflict", f"{who} has the reference {reference} now")
         return None
 
-    async def _listed(self) -> List[Json]:
+    async def _listed(self) -> list[Json]:
         body = {"email": [self.pair.duplicate.email.strip()]}
         return (await self.api.pages("rev-users.list", "rev_users", body, self.options)).items
 
@@ -5460,16 +6571,23 @@ class PairUndo:
             await self._save_as_before()
             return
         moved, error = self.moved, problem
-        for body in ({"external_ref": moved, **self.undo.fields_removed}, *2 * [{"external_ref": moved}]):
+        for body in (
+            {"external_ref": moved, **self.undo.fields_removed},
+            *2 * [{"external_ref": moved}],
+        ):
             try:
-                self.group.primary = await self.api.update_contact(self.group.primary["id"], body, self.options)
+                self.group.primary = await self.api.update_contact(
+                    self.group.primary["id"], body, self.options
+                )
             except PairError as refused:
                 error = refused
                 continue
             if self.group.primary.get("external_ref") == moved:
                 await self._save_as_before()
                 return
-        words = f"{problem}; {moved} could not be set on {self.pair.primary.short_id} again: {error}"
+        words = (
+            f"{problem}; {moved} could not be set on {self.pair.primary.short_id} again: {error}"
+        )
         raise PairError(problem.code, words)
 
     async def _save_as_before(self) -> None:
@@ -5490,7 +6608,10 @@ class PairUndo:
                     break
             except (ApiError, NoUsableResponse) as error:
                 if body is not update:
-                    left += [{"field": name, "value": primary.get(name), "why": str(error)} for name in body]
+                    left += [
+                        {"field": name, "value": primary.get(name), "why": str(error)}
+                        for name in body
+                    ]
         self.undo.fields_left = left
 
     async def _restore_objects(self) -> None:
@@ -5500,30 +6621,45 @@ class PairUndo:
         an update, or in a preview a read.
         """
         pair, undo = self.pair, self.undo
-        roles: Dict[str, List[str]] = collections.defaultdict(list)
+        roles: dict[str, list[str]] = collections.defaultdict(list)
         for identity, role in sorted(self.group.roles[pair.duplicate.id]):
             roles[identity].append(role)
         stays = self.group.staying_roles(pair)
         left, failed = [], []  # type: List[Json], List[Json]
         for identity, mine in roles.items():
             try:
-                left += await self._restore_object(identity, mine, undo.contact or pair.duplicate.id, stays)
+                left += await self._restore_object(
+                    identity, mine, undo.contact or pair.duplicate.id, stays
+                )
             except (ApiError, NoUsableResponse, LookupError, TypeError, AttributeError) as error:
                 failed += [{"id": identity, "role": role, "why": str(error)} for role in mine]
         undo.left = [*left, *failed]
         if failed:
-            names = ", ".join(some(list(dict.fromkeys(item["display_id"] for item in describe(pair.backup, failed)))))
+            names = ", ".join(
+                some(
+                    list(
+                        dict.fromkeys(item["display_id"] for item in describe(pair.backup, failed))
+                    )
+                )
+            )
             created = f"created again as {undo.display_id}, but " * bool(undo.contact)
             raise PairError("not_restored", f"{created}not restored: {names}")
 
-    async def _restore_object(self, identity: str, roles: List[str], contact: str, stays: Set[Role]) -> List[Json]:
+    async def _restore_object(
+        self, identity: str, roles: list[str], contact: str, stays: set[Role]
+    ) -> list[Json]:
         """Write one object, and return what of it is left. Only who joins between read and write can be missed."""
         if kind_of(identity) not in RESTORED_KINDS:
-            return [{"id": identity, "role": role, "why": "works of this kind are not restored"} for role in roles]
+            return [
+                {"id": identity, "role": role, "why": "works of this kind are not restored"}
+                for role in roles
+            ]
         options, problem = RequestOptions(RESUME), "it answers with other people"
         for attempt in range(self.ATTEMPTS):
             obj = await self.api.get_object(identity, options)
-            changes, left = plan_restore(obj, roles, self.group.primary["id"], contact, self.group.aliases, stays)
+            changes, left = plan_restore(
+                obj, roles, self.group.primary["id"], contact, self.group.aliases, stays
+            )
             if obj is None or not changes or self.context.options.preview:
                 return [{"id": identity, **one} for one in left]
             try:
@@ -5545,7 +6681,7 @@ def creation_fields(user: Json) -> Json:
     return {name: known[name] for name in PairUndo.FIELDS if known.get(name)}
 
 
-def refused_fields(error: ApiError, fields: Json, is_vital: bool) -> List[str]:
+def refused_fields(error: ApiError, fields: Json, is_vital: bool) -> list[str]:
     """Return which fields to leave out after a 400: the one that it names, else all that say little of a person."""
     if error.status != 400:
         return []
@@ -5559,14 +6695,26 @@ class UndoRunner:
     """Carries out an undo, one group after the other. How it starts, stops and ends is as with merges."""
 
     def __init__(
-        self, api: DevRevAPI, savepoint: SavePoint, options: MergeOptions, on_outcome: Callable[[Pair], None]
+        self,
+        api: DevRevAPI,
+        savepoint: SavePoint,
+        options: MergeOptions,
+        on_outcome: Callable[[Pair], None],
     ) -> None:
         self.api = api
         self.runner = runner = TaskRunner(api, savepoint, on_outcome, self.is_success)
         self.context = GroupContext(
-            api, api.environment, savepoint, api.cancel_token, options, self._record_outcome, runner.raise_if_draining
+            api,
+            api.environment,
+            savepoint,
+            api.cancel_token,
+            options,
+            self._record_outcome,
+            runner.raise_if_draining,
         )
-        self.writable_kinds: Set[str] = set()  # kinds of objects that the token is known to be allowed to write
+        self.writable_kinds: set[str] = (
+            set()
+        )  # kinds of objects that the token is known to be allowed to write
 
     @staticmethod
     def is_success(pair: Pair) -> bool:
@@ -5592,22 +6740,31 @@ class UndoRunner:
 
         What keeps a pair from its end is recorded with it; what stops the run passes through.
         """
-        checked = await self._attempt(group, check_group_to_undo(self.context, group, self.writable_kinds))
+        checked = await self._attempt(
+            group, check_group_to_undo(self.context, group, self.writable_kinds)
+        )
         for pair in group.pairs:
             was_forbidden = bool(pair.undo and pair.undo.forbidden)
-            problem: Optional[PairError]
+            problem: PairError | None
             if isinstance(checked, PairError):
                 problem = checked
             else:
-                problem = await self._attempt(group, PairUndo(self.context, checked, pair, path).run())
+                problem = await self._attempt(
+                    group, PairUndo(self.context, checked, pair, path).run()
+                )
             await self.context.record_outcome(pair, problem)
             if pair.undo and pair.undo.contact:
                 self.writable_kinds.add("contact")
-            elif pair.undo and pair.undo.forbidden and not was_forbidden and "contact" not in self.writable_kinds:
+            elif (
+                pair.undo
+                and pair.undo.forbidden
+                and not was_forbidden
+                and "contact" not in self.writable_kinds
+            ):
                 # A token that may not create contacts would take the reference from each primary for a moment.
                 raise FatalError(EXIT_USAGE, str(problem))
 
-    async def _attempt(self, group: Group, work: Coroutine[Any, Any, T]) -> Union[T, PairError]:
+    async def _attempt(self, group: Group, work: Coroutine[Any, Any, T]) -> T | PairError:
         """Do the work; return its result, or what keeps the pairs from their end. Raises what stops the run."""
         try:
             self.context.raise_if_draining()
@@ -5619,7 +6776,9 @@ class UndoRunner:
         finally:
             work.close()
 
-    async def _record_outcome(self, pair: Pair, problem: Optional[PairError] = None, counts: bool = True) -> None:
+    async def _record_outcome(
+        self, pair: Pair, problem: PairError | None = None, counts: bool = True
+    ) -> None:
         """Record that a pair is undone, or what keeps it from that; the row of a refused pair stays as it is."""
         if problem and (self.context.options.preview or pair.state not in UNDO_STATES):
             problem = PairSkipped(problem.code, str(problem))
@@ -5640,25 +6799,42 @@ def undo_entry(pair: Pair) -> Json:
     undo, restored, lost = pair.undo, [], []  # type: Optional[UndoProgress], List[Json], List[Json]
     left = undo.left if undo and undo.left is not None else []
     with contextlib.suppress(PairError, OSError, ValueError, KeyError, TypeError):
-        (mine,) = (one for one in read_manifest(pair.backup)["contacts"] if one["csv"]["id"] == pair.duplicate.id)
+        (mine,) = (
+            one
+            for one in read_manifest(pair.backup)["contacts"]
+            if one["csv"]["id"] == pair.duplicate.id
+        )
         user = backed_up_contact(pair.backup, pair.duplicate.id)
         if undo and undo.left is not None:
             others = {(item["id"], item["role"]) for item in left}
-            restored = [item for item in transferred_objects(mine) if (item["id"], item["role"]) not in others]
-        settable, why = (*PairUndo.FIELDS, "state", "is_verified"), "DevRev does not allow it to be set"
+            restored = [
+                item
+                for item in transferred_objects(mine)
+                if (item["id"], item["role"]) not in others
+            ]
+        settable, why = (
+            (*PairUndo.FIELDS, "state", "is_verified"),
+            "DevRev does not allow it to be set",
+        )
         never = [(name, value, why) for name, value in user.items() if name not in settable]
-        never += [(name, user.get(name), why) for name, why in (undo.left_out.items() if undo else ())]
+        never += [
+            (name, user.get(name), why) for name, why in (undo.left_out.items() if undo else ())
+        ]
         if user.get("is_verified") is False:
             never.append(("verification", False, "a contact created through the API is verified"))
         if mine["works"]["created"]:
-            never.append(("creator of works", mine["works"]["created"], "the primary stays the creator"))
+            never.append(
+                ("creator of works", mine["works"]["created"], "the primary stays the creator")
+            )
         never.append(("authors of comments", None, why))
         lost = [dict(zip(("what", "value", "why"), one)) for one in never]
     return {
         "email": pair.email,
         "primary": contact_entry(pair.primary),
         "duplicate": contact_entry(pair.duplicate),
-        "contact": {"id": undo.contact, "display_id": undo.display_id} if undo and undo.contact else None,
+        "contact": {"id": undo.contact, "display_id": undo.display_id}
+        if undo and undo.contact
+        else None,
         "state": pair.state.value,
         "backup": pair.backup,
         "code": pair.code,
@@ -5688,7 +6864,7 @@ class Code(NamedTuple):
     skips: bool = False  # groups are skipped for it
 
 
-CODES: Dict[str, Code] = {
+CODES: dict[str, Code] = {
     # Skipped by detection, or by the live check.
     "several_user_refs": Code(
         "Several contacts have a user_ reference. The export can't tell which one the application uses.",
@@ -5861,7 +7037,7 @@ def progress_of(pair: Pair) -> Json:
     return {"so_far": SO_FAR[pair.state], "to_do": ", ".join(steps)}
 
 
-def merge_entry(pair: Pair, planned: Optional[Collection[Ids]]) -> Json:
+def merge_entry(pair: Pair, planned: Collection[Ids] | None) -> Json:
     """Return a pair as the report's lists have it.
 
     `in_csv` says whether it is among `planned`, the pairs of the CSV; it is null where these are not known.
@@ -5906,7 +7082,11 @@ def settle_error(pair: Pair) -> str:
         words = f"its merge was not requested ({pair.code}), so there is nothing to settle"
         return f"{words}; leave its rows out of the CSV"
     is_merged = pair.state in (State.MERGED, State.VERIFYING)
-    if pair.code in CODES and CODES[pair.code].settles and not (is_merged and pair.code == "api_error"):
+    if (
+        pair.code in CODES
+        and CODES[pair.code].settles
+        and not (is_merged and pair.code == "api_error")
+    ):
         return ""
     why = pair.code or SO_FAR[pair.state]
     return f"it is unfinished ({why}), and no report has named a problem that stays; run again"
@@ -5941,7 +7121,11 @@ def free_run_id(start: float, known: Collection[str] = ()) -> str:
     """
     while True:
         run_id = timestamp_name(start)
-        files = (report_path(run_id, "merge"), report_path(run_id, "undo"), LOGS / f"contact_merge_{run_id}.log")
+        files = (
+            report_path(run_id, "merge"),
+            report_path(run_id, "undo"),
+            LOGS / f"contact_merge_{run_id}.log",
+        )
         if run_id not in known and not any(path.exists() for path in files):
             return run_id
         start += 1
@@ -5959,13 +7143,15 @@ def check_not_restored(savepoint: SavePoint) -> None:
         if found and found.group(1) not in known and found.group(1) > max(known, default=""):
             why = f"neither {SAVEPOINT} nor {SAVEPOINT_COPY} knows the run of {path}"
             fix = "Put the newest copy of both back. If you know that nothing is missing, move that report away."
-            raise FatalError(EXIT_USAGE, f"the savepoint was put back from an older copy: {why}. {fix}")
+            raise FatalError(
+                EXIT_USAGE, f"the savepoint was put back from an older copy: {why}. {fix}"
+            )
 
 
 BESIDE_PAIRS = ("choices", "skipped", "look_alikes", "warnings", "invalid_rows")
 
 
-def beside_pairs(plan: Optional[Plan]) -> Dict[str, Optional[Iterable[Json]]]:
+def beside_pairs(plan: Plan | None) -> dict[str, Iterable[Json] | None]:
     """Return what a report and a preview list besides pairs; null is what only a plan could tell.
 
     These are the choices with the references that each loses, the skipped groups with the lines of which --choices may
@@ -5993,7 +7179,10 @@ def beside_pairs(plan: Optional[Plan]) -> Dict[str, Optional[Iterable[Json]]]:
             **({"error": error} if error else {}),
         }
 
-    left_out = (skipped(SkippedGroup(one.email, one.code, [one.duplicate]), one.error) for one in plan.left_out)
+    left_out = (
+        skipped(SkippedGroup(one.email, one.code, [one.duplicate]), one.error)
+        for one in plan.left_out
+    )
     return {
         "choices": map(choice, plan.chosen),
         "skipped": chain(map(skipped, plan.skipped), left_out),
@@ -6003,7 +7192,7 @@ def beside_pairs(plan: Optional[Plan]) -> Dict[str, Optional[Iterable[Json]]]:
     }
 
 
-def report_chunks(head: Json, lists: Mapping[str, Optional[Iterable[Json]]]) -> Iterator[bytes]:
+def report_chunks(head: Json, lists: Mapping[str, Iterable[Json] | None]) -> Iterator[bytes]:
     """Return a JSON document of `head` and of lists that are too long to be held in memory; one not known is null."""
     yield to_json({"schema": SCHEMA, **head}, indent=1)[:-2]
     for name, items in lists.items():
@@ -6017,7 +7206,7 @@ def report_chunks(head: Json, lists: Mapping[str, Optional[Iterable[Json]]]) -> 
     yield b"\n}\n"
 
 
-def merge_lists(savepoint: SavePoint, run_id: str, plan: Optional[Plan]) -> Dict[str, Iterator[Pair]]:
+def merge_lists(savepoint: SavePoint, run_id: str, plan: Plan | None) -> dict[str, Iterator[Pair]]:
     """Return the pairs of a report's lists, read from the savepoint again with each call.
 
     A pair that has ended is in the report of the run that ended it, and in no other.
@@ -6033,7 +7222,7 @@ def merge_lists(savepoint: SavePoint, run_id: str, plan: Optional[Plan]) -> Dict
     }
 
 
-def merge_summary(savepoint: SavePoint, run_id: str, plan: Optional[Plan]) -> Json:
+def merge_summary(savepoint: SavePoint, run_id: str, plan: Plan | None) -> Json:
     """Return a run in numbers, which are those of the CSV's pairs; `earlier_runs` counts the other pairs in the lists.
 
     Without a plan nothing is known of the CSV, and all pairs are counted.
@@ -6080,9 +7269,21 @@ def headline(summary: Json, document: Json) -> str:
     verb = "finished" if unfinished else "merged"
     words = []
     if document["kind"] == "settle":
-        ended = {"settled": "settled", "cancelled": "cancelled", "undo_settled": "left partly undone"}
-        words = [f"{plural(summary[name], 'pair')} {what}" for name, what in ended.items() if summary.get(name)]
-        rest = f"; {plural(unfinished, 'other pair' if words else 'pair')} still unfinished" if unfinished else ""
+        ended = {
+            "settled": "settled",
+            "cancelled": "cancelled",
+            "undo_settled": "left partly undone",
+        }
+        words = [
+            f"{plural(summary[name], 'pair')} {what}"
+            for name, what in ended.items()
+            if summary.get(name)
+        ]
+        rest = (
+            f"; {plural(unfinished, 'other pair' if words else 'pair')} still unfinished"
+            if unfinished
+            else ""
+        )
         return (", ".join(words) or "nothing settled") + rest
     if planned is None:
         words.append(f"the run was killed: {plural(merged, 'pair')} {verb}")
@@ -6097,9 +7298,17 @@ def headline(summary: Json, document: Json) -> str:
     words += [f"{failed:,} failed"] if failed else []
     said = {"cancelled": "cancelled", "left": "left", "already_merged": "merged before"}
     words += [f"{summary[name]:,} {what}" for name, what in said.items() if summary.get(name)]
-    words += [f"{plural(summary['skipped_groups'], 'group')} skipped"] if summary["skipped_groups"] else []
+    words += (
+        [f"{plural(summary['skipped_groups'], 'group')} skipped"]
+        if summary["skipped_groups"]
+        else []
+    )
     words += [plural(summary["invalid_rows"], "invalid row")] if summary["invalid_rows"] else []
-    ends = {"successful_merges": "finished", "unfinished_merges": "unfinished", "failed_merges": "failed"}
+    ends = {
+        "successful_merges": "finished",
+        "unfinished_merges": "unfinished",
+        "failed_merges": "failed",
+    }
     more = [f"{others[name]:,} {what}" for name, what in ends.items() if others.get(name)]
     words += [f"of earlier runs, not in this plan: {', '.join(more)}"] if more else []
     return ", ".join(words)
@@ -6114,8 +7323,8 @@ def write_report(
     environment: Environment,
     savepoint: SavePoint,
     document: Json,
-    plan: Optional[Plan] = None,
-    undo_pairs: Optional[Mapping[str, Optional[Iterable[Pair]]]] = None,
+    plan: Plan | None = None,
+    undo_pairs: Mapping[str, Iterable[Pair] | None] | None = None,
 ) -> None:
     """Write the report of a run: the JSON, and beside it the page and, of merges, the CSV that show the same.
 
@@ -6127,35 +7336,57 @@ def write_report(
     run_id, path = document["id"], report_path(document["id"], document["kind"])
     savepoint.write({}, {run_id: document})
     environment.make_private_dir(path.parent)
-    if not path.exists():  # else the run itself, which knew more, has written it before it was killed
-        lists: Dict[str, Optional[Iterable[Json]]] = {}
+    if (
+        not path.exists()
+    ):  # else the run itself, which knew more, has written it before it was killed
+        lists: dict[str, Iterable[Json] | None] = {}
         if undo_pairs is not None:
-            lists = {name: None if pairs is None else map(undo_entry, pairs) for name, pairs in undo_pairs.items()}
+            lists = {
+                name: None if pairs is None else map(undo_entry, pairs)
+                for name, pairs in undo_pairs.items()
+            }
         else:
             entry = functools.partial(merge_entry, planned=plan.ids if plan else None)
-            lists = {name: map(entry, pairs) for name, pairs in merge_lists(savepoint, run_id, plan).items()}
+            lists = {
+                name: map(entry, pairs)
+                for name, pairs in merge_lists(savepoint, run_id, plan).items()
+            }
             lists.update(beside_pairs(plan))
         environment.write_atomically(path, report_chunks(report_head(document), lists))
     template = "template.html" if undo_pairs is None else "undo_template.html"
     page = Path(__file__).resolve().parent / "reports" / template
     if page.is_file():  # the headline in the page itself is seen where no script runs
-        text = page.read_bytes().replace(b"__REPORT_HEADLINE__", document["headline"].encode("ascii"))
+        text = page.read_bytes().replace(
+            b"__REPORT_HEADLINE__", document["headline"].encode("ascii")
+        )
         before, _, after = text.partition(b"__REPORT_JSON__")
         with open(path, "rb") as lines:
-            environment.write_atomically(path.with_suffix(".html"), chain([before], map(for_script, lines), [after]))
+            environment.write_atomically(
+                path.with_suffix(".html"), chain([before], map(for_script, lines), [after])
+            )
     table = path.with_suffix(".csv")
     if undo_pairs is None and not table.exists():
-        environment.write_atomically(table, csv_chunks(ROW_HEADER, pair_rows(savepoint, run_id, plan)))
+        environment.write_atomically(
+            table, csv_chunks(ROW_HEADER, pair_rows(savepoint, run_id, plan))
+        )
     document["reported"] = True
     savepoint.write({}, {run_id: document})
 
 
 def for_script(text: bytes) -> bytes:
     """Escape JSON so that nothing in it can end the <script> element that holds it."""
-    return re.sub(rb"[<>&]|\xe2\x80[\xa8\xa9]", lambda found: rb"\u%04x" % ord(found.group().decode("utf-8")), text)
+    return re.sub(
+        rb"[<>&]|\xe2\x80[\xa8\xa9]",
+        lambda found: rb"\u%04x" % ord(found.group().decode("utf-8")),
+        text,
+    )
 
 
-OUTCOMES = {"successful_merges": "merged", "failed_merges": "failed", "unfinished_merges": "unfinished"}
+OUTCOMES = {
+    "successful_merges": "merged",
+    "failed_merges": "failed",
+    "unfinished_merges": "unfinished",
+}
 ROW_HEADER = (
     "email", "outcome", "code", "duplicate_id", "duplicate_display_id", "duplicate_external_ref", "primary_id",
     "primary_display_id", "primary_old_external_ref", "primary_new_external_ref", "duplicate_tickets",
@@ -6163,7 +7394,7 @@ ROW_HEADER = (
 )  # fmt: skip
 
 
-def pair_rows(savepoint: SavePoint, run_id: str, plan: Optional[Plan]) -> Iterator[Sequence[str]]:
+def pair_rows(savepoint: SavePoint, run_id: str, plan: Plan | None) -> Iterator[Sequence[str]]:
     """Yield a row of ROW_HEADER for each pair, for systems that have stored the duplicate's id.
 
     A group that the plan skips has no pairs: its row has no ids.
@@ -6172,8 +7403,15 @@ def pair_rows(savepoint: SavePoint, run_id: str, plan: Optional[Plan]) -> Iterat
     for name, pairs in lists.items():
         for pair in pairs:
             primary, duplicate = pair.primary, pair.duplicate
-            has_moved = pair.state in (State.VERIFYING, State.DONE, State.SETTLED) and not pair.reference_not_set
-            outcome = pair.state.value if pair.state is State.MERGED_ELSEWHERE else OUTCOMES.get(name, name)
+            has_moved = (
+                pair.state in (State.VERIFYING, State.DONE, State.SETTLED)
+                and not pair.reference_not_set
+            )
+            outcome = (
+                pair.state.value
+                if pair.state is State.MERGED_ELSEWHERE
+                else OUTCOMES.get(name, name)
+            )
             yield (
                 pair.email, outcome, pair.code, duplicate.id, duplicate.short_id, duplicate.external_ref, primary.id,
                 primary.short_id, primary.external_ref, (has_moved and pair.new_ref) or primary.external_ref,
@@ -6183,7 +7421,7 @@ def pair_rows(savepoint: SavePoint, run_id: str, plan: Optional[Plan]) -> Iterat
         yield group.email, "skipped", group.code, *[""] * (len(ROW_HEADER) - 3)
 
 
-def report_killed_runs(environment: Environment, savepoint: SavePoint) -> List[Path]:
+def report_killed_runs(environment: Environment, savepoint: SavePoint) -> list[Path]:
     """Write the reports of runs that were killed before they could; return their paths.
 
     It comes before anything else of a run, because rows that change name the run that changed them.
@@ -6195,7 +7433,7 @@ def report_killed_runs(environment: Environment, savepoint: SavePoint) -> List[P
         savepoint.organisation = document["organisation"]
         if document["end"] is None:
             document["stopped"] = "killed"
-        undo_pairs: Optional[Dict[str, Optional[List[Pair]]]] = None
+        undo_pairs: dict[str, list[Pair] | None] | None = None
         if document["kind"] == "undo":
             failed = [state for state in State if state not in (State.UNDONE, State.UNDOING)]
             found = {
@@ -6238,13 +7476,17 @@ def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimat
     primaries = {pair.primary.id: pair.primary.tickets for pair in left}
     contacts = len(left) + len(primaries)
     tickets = sum(pair.duplicate.tickets for pair in left) + sum(primaries.values())
-    requests = sum(2 + bool(pair.new_ref) for pair in left) + 10 * -(-len(left) // ContactMerger.BATCH)
+    requests = sum(2 + bool(pair.new_ref) for pair in left) + 10 * -(
+        -len(left) // ContactMerger.BATCH
+    )
     requests += 4 * sum(pair.state in UNFINISHED for pair in plan.pairs())  # their backups are made
     requests += tickets // 20 + 2 * bool(left)
     if with_timelines:
         requests += tickets * 13 // 10 + contacts // 2
     unannounced = settings.calls is None
-    calls, period = RequestScheduler.UNANNOUNCED if unannounced else (settings.calls or 0, settings.period)
+    calls, period = (
+        RequestScheduler.UNANNOUNCED if unannounced else (settings.calls or 0, settings.period)
+    )
     least = seconds_in_windows(requests, calls, period, calls, period) if calls else 0.0
     return Estimate(requests, max(least, requests * 0.2 / settings.workers))
 
@@ -6264,9 +7506,9 @@ class OutputThread:
     PIECE = 1024  # bytes at a time to a terminal, so that a slow one is seen to take some
 
     def __init__(self) -> None:
-        self.failure: Optional[OSError] = None
+        self.failure: OSError | None = None
         self.started = False
-        self.jobs: queue.SimpleQueue[Union[Tuple[TextIO, str], threading.Event]] = queue.SimpleQueue()
+        self.jobs: queue.SimpleQueue[tuple[TextIO, str] | threading.Event] = queue.SimpleQueue()
         self._written = 0  # bytes
 
     def put(self, stream: TextIO, text: str) -> None:
@@ -6301,7 +7543,9 @@ class OutputThread:
             if raw is None:
                 stream.write(text)
                 return
-            data = text.replace("\n", os.linesep).encode(stream.encoding or "utf-8", "backslashreplace")
+            data = text.replace("\n", os.linesep).encode(
+                stream.encoding or "utf-8", "backslashreplace"
+            )
             while data:
                 taken = raw.write(data[: self.PIECE] if stream.isatty() else data) or 0
                 if not taken:  # another program has made it a stream that does not block
@@ -6311,7 +7555,9 @@ class OutputThread:
         except BrokenPipeError:
             pass
         except (OSError, ValueError) as error:
-            self.failure = self.failure or (error if isinstance(error, OSError) else OSError(str(error)))
+            self.failure = self.failure or (
+                error if isinstance(error, OSError) else OSError(str(error))
+            )
 
 
 class Console:
@@ -6322,15 +7568,21 @@ class Console:
 
     COLOURS: Mapping[str, str] = {"good": "32", "bad": "31", "bold": "1"}
 
-    def __init__(self, quiet: bool = False, out: Optional[TextIO] = None, err: Optional[TextIO] = None) -> None:
+    def __init__(
+        self, quiet: bool = False, out: TextIO | None = None, err: TextIO | None = None
+    ) -> None:
         self.quiet = quiet
         self.data: TextIO = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         self.err: TextIO = err or sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         self.out = out or self.data
         self.mask: Callable[[str], str] = str
         self._has_status = False  # whether a status line is shown
-        self.is_smart = os.environ.get("TERM") != "dumb"  # whether a terminal knows escape sequences
-        self.rewrites = self.err.isatty() and self.is_smart  # whether a line can be rewritten in place
+        self.is_smart = (
+            os.environ.get("TERM") != "dumb"
+        )  # whether a terminal knows escape sequences
+        self.rewrites = (
+            self.err.isatty() and self.is_smart
+        )  # whether a line can be rewritten in place
         # Points from the duplicate to the primary, in the characters that the output can show.
         self.arrow = "\u2190" if "\u2190".encode(self.out.encoding or "ascii", "ignore") else "<-"
         # A terminal and a file have a thread each: a frozen terminal delays no file.
@@ -6338,7 +7590,9 @@ class Console:
         self._outputs = {self.err: output}
         for stream in (self.out, self.data):
             if stream not in self._outputs:
-                self._outputs[stream] = output if stream.isatty() == self.err.isatty() else OutputThread()
+                self._outputs[stream] = (
+                    output if stream.isatty() == self.err.isatty() else OutputThread()
+                )
 
     def begin(self) -> None:
         """From now on write beside the work."""
@@ -6348,7 +7602,7 @@ class Console:
             output.started = True
             threading.Thread(target=output.serve, daemon=True).start()
 
-    def end(self, patience: Callable[[], float]) -> Optional[OSError]:
+    def end(self, patience: Callable[[], float]) -> OSError | None:
         """Wait until everything is written, but for no terminal that takes nothing for 10 s, and for no output that
         takes nothing for `patience()` seconds. Return why results can't be written."""
         for stream, output in self._outputs.items():
@@ -6362,7 +7616,11 @@ class Console:
         if not stream.isatty():
             return 10_000
         with contextlib.suppress(OSError, ValueError):
-            return int(columns) if columns.isdecimal() else os.get_terminal_size(stream.fileno()).columns or 80
+            return (
+                int(columns)
+                if columns.isdecimal()
+                else os.get_terminal_size(stream.fileno()).columns or 80
+            )
         return 80
 
     @property
@@ -6372,7 +7630,7 @@ class Console:
     def sanitize(self, text: str) -> str:
         return escape_unprintable(self.mask(text))
 
-    def print(self, text: str = "", style: str = "", to: Optional[TextIO] = None) -> None:
+    def print(self, text: str = "", style: str = "", to: TextIO | None = None) -> None:
         """Print a line, by default of results, wrapped on a terminal; a closed pipe raises nothing."""
         stream, text = to or self.out, self.sanitize(text)
         width, lines = self.columns(stream), [text]
@@ -6389,7 +7647,7 @@ class Console:
             self._outputs[self.err].put(self.err, "\r\x1b[K")
         self._outputs[stream].put(stream, text)
 
-    def stream(self, text: str, to: Optional[TextIO] = None) -> None:
+    def stream(self, text: str, to: TextIO | None = None) -> None:
         """Print a part of long results as it is; wait for earlier parts, so that memory does not grow."""
         stream = to or self.out
         while self._outputs[stream].jobs.qsize() > 10:
@@ -6399,7 +7657,9 @@ class Console:
     def json(self, chunks: Iterable[bytes]) -> None:
         """Print results as JSON, in ASCII, which nothing on the way to a program changes."""
         for chunk in chunks:
-            text = re.sub(r"[^\x00-\x7e]", lambda c: json.dumps(c.group())[1:-1], chunk.decode("utf-8"))
+            text = re.sub(
+                r"[^\x00-\x7e]", lambda c: json.dumps(c.group())[1:-1], chunk.decode("utf-8")
+            )
             self.stream(text, self.data)
 
     def print_err(self, text: str, style: str = "") -> None:
@@ -6432,7 +7692,7 @@ class LogHandler(logging.Handler):
     def __init__(self, console: Console, shown: int) -> None:
         super().__init__()
         self.console, self.shown = console, shown
-        self.file: Optional[TextIO] = None
+        self.file: TextIO | None = None
         self.formatter = logging.Formatter("%(levelname)s %(message)s")
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -6441,7 +7701,9 @@ class LogHandler(logging.Handler):
                 warning = "warning: " * (record.levelno == logging.WARNING)
                 self.console.print_err(f"{warning}{record.getMessage()}")
             if self.file:
-                self.file.write(self.console.sanitize(f"{iso(record.created)} {self.format(record)}") + "\n")
+                self.file.write(
+                    self.console.sanitize(f"{iso(record.created)} {self.format(record)}") + "\n"
+                )
                 self.file.flush()
 
 
@@ -6473,7 +7735,7 @@ def plan_summary(plan: Plan, cost: Estimate, earlier: Sequence[Pair]) -> Json:
 
 
 def plan_chunks(
-    plan: Plan, facts: Json, earlier: Sequence[Pair], live: Optional[Sequence[Json]] = None
+    plan: Plan, facts: Json, earlier: Sequence[Pair], live: Sequence[Json] | None = None
 ) -> Iterator[bytes]:
     """Return the plan as JSON, for `--preview --json`."""
     pairs = (
@@ -6486,26 +7748,39 @@ def plan_chunks(
         for pair in plan.pairs()
         if pair.state is State.PLANNED
     )
-    lists: Dict[str, Iterable[Json]] = {"pairs": pairs, "to_finish": (merge_entry(one, plan.ids) for one in earlier)}
+    lists: dict[str, Iterable[Json]] = {
+        "pairs": pairs,
+        "to_finish": (merge_entry(one, plan.ids) for one in earlier),
+    }
     lists.update({"live": live} if live is not None else {})
     return report_chunks({"schema": SCHEMA, "summary": facts}, {**lists, **beside_pairs(plan)})
 
 
-def show_plan(plan: Plan, facts: Json, console: Console, cost: str, earlier: Sequence[Pair]) -> None:
+def show_plan(
+    plan: Plan, facts: Json, console: Console, cost: str, earlier: Sequence[Pair]
+) -> None:
     """Print what a run would do, so that a person can sign it."""
     if not console.quiet:
         _show_pairs(plan, console)
-        for title, lines in chain(_plan_lists(plan, earlier), (_skip_list(plan, code) for code in SKIP_REASONS)):
+        for title, lines in chain(
+            _plan_lists(plan, earlier), (_skip_list(plan, code) for code in SKIP_REASONS)
+        ):
             print_list(console, title, lines)
     counts = [f"{plural(plan.contacts_read, 'contact')} read"]
     counts += [plural(len(plan.invalid_rows), "invalid row")] if plan.invalid_rows else []
-    counts += [f"{plural(len(plan.look_alikes), 'group')} of look-alikes"] if plan.look_alikes else []
+    counts += (
+        [f"{plural(len(plan.look_alikes), 'group')} of look-alikes"] if plan.look_alikes else []
+    )
     console.print(", ".join(filter(None, [*counts, plan.others_line()])))
     if facts["already_merged"]:
         were = "was" if facts["already_merged"] == 1 else "were"
-        console.print(f"{plural(facts['already_merged'], 'pair')} of this export {were} merged by an earlier run")
+        console.print(
+            f"{plural(facts['already_merged'], 'pair')} of this export {were} merged by an earlier run"
+        )
     if facts["left"]:
-        console.print(f"{plural(facts['left'], 'pair')} remaining for another run (--email, --limit)")
+        console.print(
+            f"{plural(facts['left'], 'pair')} remaining for another run (--email, --limit)"
+        )
     console.print(cost)
     console.print(f"plan {plan.id}")
     what = [f"{plural(facts['pairs_to_merge'], 'pair')} to merge"]
@@ -6523,7 +7798,7 @@ def print_list(console: Console, title: str, lines: Sequence[str]) -> None:
         console.print()
 
 
-def first_twenty(lines: Sequence[str]) -> List[str]:
+def first_twenty(lines: Sequence[str]) -> list[str]:
     more = len(lines) - 20
     return [*lines[:20], f"and {more:,} more (--json has them all)"] if more > 0 else list(lines)
 
@@ -6539,11 +7814,11 @@ def describe_pair(pair: Pair) -> str:
     return f"{names_of(pair)} <{pair.email}>: {into(pair)}{becomes}"
 
 
-def _plan_lists(plan: Plan, earlier: Sequence[Pair]) -> Iterator[Tuple[str, List[str]]]:
+def _plan_lists(plan: Plan, earlier: Sequence[Pair]) -> Iterator[tuple[str, list[str]]]:
     """What a person should read beside the pairs and the skipped groups: titles with their lines."""
     title = f"TO FINISH FIRST, from earlier runs: {plural(len(earlier), 'pair')}"
     yield title, first_twenty([f"{describe_pair(pair)} ({SO_FAR[pair.state]})" for pair in earlier])
-    choices: List[str] = []
+    choices: list[str] = []
     for group in plan.chosen:
         choices.append(f"{group.email} keeps {group.chosen}")
         for one in group.lost_refs():
@@ -6551,27 +7826,44 @@ def _plan_lists(plan: Plan, earlier: Sequence[Pair]) -> Iterator[Tuple[str, List
             choices.append(f"  lost: {what}: its account will then have no contact")
     yield f"CHOICES: {plural(len(plan.chosen), 'group')}", choices
     for code in ("shared_mailbox", "names_differ", "age_undecided"):
-        lines = [f"{one['email']}: {one['warning']}" for one in plan.warnings if one["code"] == code]
-        why = ["If several people share this mailbox, each could read the others' conversations after the merge."]
+        lines = [
+            f"{one['email']}: {one['warning']}" for one in plan.warnings if one["code"] == code
+        ]
+        why = [
+            "If several people share this mailbox, each could read the others' conversations after the merge."
+        ]
         why = why if lines and code != "age_undecided" else []
         yield f"WARNING {code}: {plural(len(lines), 'group')}", [*why, *first_twenty(lines)]
-    alike: List[str] = []
+    alike: list[str] = []
     for entry in plan.look_alikes:
-        places: Dict[str, List[str]] = collections.defaultdict(list)
+        places: dict[str, list[str]] = collections.defaultdict(list)
         for line in entry["lines"]:
-            places[ascii(line["email"])[1:-1]].append(place_of(line["file"], line["line"], plan.files))
-        alike.append(" and ".join(f"{email} ({', '.join(some(found))})" for email, found in places.items()))
+            places[ascii(line["email"])[1:-1]].append(
+                place_of(line["file"], line["line"], plan.files)
+            )
+        alike.append(
+            " and ".join(f"{email} ({', '.join(some(found))})" for email, found in places.items())
+        )
     title = f"LOOK ALIKE, and not joined: {plural(len(alike), 'group')} of addresses; fix them in DevRev"
     yield title, first_twenty(alike)
-    by_code: Dict[str, List[str]] = collections.defaultdict(list)
+    by_code: dict[str, list[str]] = collections.defaultdict(list)
     for row in plan.invalid_rows:
         email = f" ({row.email})" if row.email else ""
-        by_code[row.code].append(f"  {place_of(row.file, row.line, plan.files)}: {row.reason}{email}")
-    invalid: List[str] = []
+        by_code[row.code].append(
+            f"  {place_of(row.file, row.line, plan.files)}: {row.reason}{email}"
+        )
+    invalid: list[str] = []
     for code, reasons in sorted(by_code.items(), key=lambda item: -len(item[1])):
-        invalid += [f"{INVALID_ROWS[code][0]}: {plural(len(reasons), 'row')}", *first_twenty(reasons)]
+        invalid += [
+            f"{INVALID_ROWS[code][0]}: {plural(len(reasons), 'row')}",
+            *first_twenty(reasons),
+        ]
     hint = looks_like(plan.invalid_rows)
-    yield f"LEFT OUT: {plural(len(plan.invalid_rows), 'invalid row')}" + (f"; {hint}" if hint else ""), invalid
+    yield (
+        f"LEFT OUT: {plural(len(plan.invalid_rows), 'invalid row')}"
+        + (f"; {hint}" if hint else ""),
+        invalid,
+    )
 
 
 def describe_contact(contact: Contact) -> str:
@@ -6583,12 +7875,12 @@ def describe_contact(contact: Contact) -> str:
     return f"{contact.name}, {contact.short_id}, {plural(contact.tickets, 'ticket')}{since}"
 
 
-def _skip_list(plan: Plan, code: str) -> Tuple[str, List[str]]:
+def _skip_list(plan: Plan, code: str) -> tuple[str, list[str]]:
     """The groups that are skipped for one reason, with the lines of which one would go into a file of choices."""
     skips = [skip for skip in plan.skipped if skip.code == code]
     meaning, advice = skip_words(code)
     lines = [f"why: {meaning}", f"what to do: {advice}"] if skips else []
-    places: Dict[str, List[str]] = collections.defaultdict(list)
+    places: dict[str, list[str]] = collections.defaultdict(list)
     for row in plan.invalid_rows if code == "invalid_row" else ():
         where = str(row.line) if plan.files == 1 else place_of(row.file, row.line, plan.files)
         places[email_key(row.email or "")].append(where)
@@ -6604,7 +7896,13 @@ def _skip_list(plan: Plan, code: str) -> Tuple[str, List[str]]:
         names = some([f"{one.external_ref} ({plural(one.tickets, 'ticket')})" for one in ranked], 6)
         rows = some(places[skip.email], 20) if code == "invalid_row" else []
         word = f"line{'s' * (len(rows) > 1)} " if plan.files == 1 else ""
-        where = f" ({word}{', '.join(rows)})" if rows else f", {size}" if code == "shared_mailbox" else ""
+        where = (
+            f" ({word}{', '.join(rows)})"
+            if rows
+            else f", {size}"
+            if code == "shared_mailbox"
+            else ""
+        )
         lines.append(f"{skip.email}{where}: {', '.join(names)}")
     return f"SKIPPED {code}: {plural(len(skips), 'group')}", lines
 
@@ -6612,13 +7910,23 @@ def _skip_list(plan: Plan, code: str) -> Tuple[str, List[str]]:
 def _show_pairs(plan: Plan, console: Console) -> None:
     """Print the pairs as a table; a row that is much longer than most, or does not fit the terminal, on lines of its
     own."""
-    head = ("EMAIL", "PRIMARY", "TICKETS", console.arrow, "DUPLICATE", "TICKETS", "REFERENCE", "NAME")
-    rows: List[Tuple[str, ...]] = []
+    head = (
+        "EMAIL",
+        "PRIMARY",
+        "TICKETS",
+        console.arrow,
+        "DUPLICATE",
+        "TICKETS",
+        "REFERENCE",
+        "NAME",
+    )
+    rows: list[tuple[str, ...]] = []
     for pair in plan.pairs():
         if pair.state is State.PLANNED:
             # The reference tells which contact it is; the id, where it is another, is what DevRev is searched by.
             primary, duplicate = (
-                " ".join(dict.fromkeys((one.external_ref, one.short_id))) for one in (pair.primary, pair.duplicate)
+                " ".join(dict.fromkeys((one.external_ref, one.short_id)))
+                for one in (pair.primary, pair.duplicate)
             )
             cells = (
                 pair.email, primary, str(pair.primary.tickets), console.arrow, duplicate, str(pair.duplicate.tickets),
@@ -6642,7 +7950,11 @@ def _show_pairs(plan: Plan, console: Console) -> None:
     for start in range(0, len(rows), 1000):
         text = ""
         for row in rows[start : start + 1000]:
-            fits = is_table and len(row[-1]) <= room and all(map(int.__le__, map(len, row[:-1]), widths))
+            fits = (
+                is_table
+                and len(row[-1]) <= room
+                and all(map(int.__le__, map(len, row[:-1]), widths))
+            )
             text += (form if fits else lines) % row + "\n"
         console.stream(text)
     console.print()
@@ -6694,7 +8006,9 @@ Exit codes:
 """ + "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
 
 
-def checked(convert: Callable[[str], T], is_good: Callable[[T], Any], what: str) -> Callable[[str], T]:
+def checked(
+    convert: Callable[[str], T], is_good: Callable[[T], Any], what: str
+) -> Callable[[str], T]:
     """Return a type for argparse: it refuses what is not `what`."""
 
     def read(text: str) -> T:
@@ -6720,16 +8034,24 @@ class OptionParser(argparse.ArgumentParser):
         word = (message.partition("unrecognized arguments: ")[2].split() or [""])[0]
         name = word.split("=")[0]
         near = difflib.get_close_matches(name, list(self._option_string_actions), 1)
-        meant = f"--csv {word}" if word.lower().endswith((".csv", ".csv.gz")) else self.MEANT.get(name, "".join(near))
+        meant = (
+            f"--csv {word}"
+            if word.lower().endswith((".csv", ".csv.gz"))
+            else self.MEANT.get(name, "".join(near))
+        )
         if name == "--savepoint":
             message += "; the savepoint is savepoint.db in the current folder"
         elif meant:
             message += f"; did you mean {meant}?"
         if self.as_json:
-            sys.stdout.write(json.dumps({"schema": SCHEMA, "exit_code": EXIT_USAGE, "error": message}) + "\n")
+            sys.stdout.write(
+                json.dumps({"schema": SCHEMA, "exit_code": EXIT_USAGE, "error": message}) + "\n"
+            )
         text = escape_unprintable(f"error: {message}")
         if sys.stderr and sys.stderr.isatty():
-            text = textwrap.fill(text, Console.columns(sys.stderr), subsequent_indent="  ", break_on_hyphens=False)
+            text = textwrap.fill(
+                text, Console.columns(sys.stderr), subsequent_indent="  ", break_on_hyphens=False
+            )
         usage = "usage: merge_contacts.py --csv PATH [option ...]   (--help lists the options)"
         self.exit(EXIT_USAGE, f"{text}\n{usage}\n")
 
@@ -6743,14 +8065,30 @@ def build_parser() -> OptionParser:
     )  # fmt: skip
 
     count = checked(int, lambda number: number >= 1, "a whole number of at least 1")
-    seconds = checked(float, lambda number: 0 < number <= 86400, "a number of seconds above 0, up to 86400")
+    seconds = checked(
+        float, lambda number: 0 < number <= 86400, "a number of seconds above 0, up to 86400"
+    )
     domain = checked(
-        lambda text: re.sub("^@", "", email_key(text)), re.compile(r"[^\s@,;]+$").match, "a domain such as example.com"
+        lambda text: re.sub("^@", "", email_key(text)),
+        re.compile(r"[^\s@,;]+$").match,
+        "a domain such as example.com",
     )
 
     add = parser.add_argument_group("Input").add_argument
-    add("--csv", metavar="PATH", type=Path, nargs="+", action="extend", help="the export: one file, or all its parts")
-    add("--choices", metavar="PATH", type=Path, help="CSV (EMAIL, EXTERNAL_REF): which contact to keep")
+    add(
+        "--csv",
+        metavar="PATH",
+        type=Path,
+        nargs="+",
+        action="extend",
+        help="the export: one file, or all its parts",
+    )
+    add(
+        "--choices",
+        metavar="PATH",
+        type=Path,
+        help="CSV (EMAIL, EXTERNAL_REF): which contact to keep",
+    )
     add("--email", metavar="ADDRESS", action="append", help="only this address (may be repeated)")
     add("--limit", metavar="N", type=count, help="at most N pairs in this run, such as 1 to try")
     add("--plan", metavar="ID", help="merge only if the plan still has this ID")
@@ -6765,18 +8103,41 @@ def build_parser() -> OptionParser:
 
     add = parser.add_argument_group("Other modes").add_argument
     add("--undo", metavar="PATH", type=Path, help="undo the merges of a report or a backup folder")
-    add("--settle", metavar="ADDRESS", nargs="+", action="extend", help="close unfinished pairs that can't be finished")
+    add(
+        "--settle",
+        metavar="ADDRESS",
+        nargs="+",
+        action="extend",
+        help="close unfinished pairs that can't be finished",
+    )
     add("--export", metavar="PATH", type=Path, help="write the CSV from DevRev; overwrites no file")
     words = "with --export: only this domain (may be repeated)"
     add("--domain", metavar="DOMAIN", type=domain, action="append", help=words)
-    add("--choices-template", metavar="PATH", type=Path, help="write a CSV for --choices, to be cut down")
+    add(
+        "--choices-template",
+        metavar="PATH",
+        type=Path,
+        help="write a CSV for --choices, to be cut down",
+    )
 
     add = parser.add_argument_group("Merge rules").add_argument
-    add("--primary", choices=("revu", "user"), default="revu", help="the contact that remains (default: revu)")
-    policies, words = ("exact", "at-least"), "exact: TICKET_COUNT tickets; at-least: or more (default: exact)"
+    add(
+        "--primary",
+        choices=("revu", "user"),
+        default="revu",
+        help="the contact that remains (default: revu)",
+    )
+    policies, words = (
+        ("exact", "at-least"),
+        "exact: TICKET_COUNT tickets; at-least: or more (default: exact)",
+    )
     add("--count-policy", metavar="POLICY", choices=policies, default="exact", help=words)
-    add("--across-workspaces", action="store_true", help="also merge contacts of different rev orgs")
-    add("--try-unverified", action="store_true", help="also merge unverified into verified contacts")
+    add(
+        "--across-workspaces", action="store_true", help="also merge contacts of different rev orgs"
+    )
+    add(
+        "--try-unverified", action="store_true", help="also merge unverified into verified contacts"
+    )
     add("--carry-fields", action="store_true", help="copy fields that only the duplicate has")
     add("--no-timelines", action="store_true", help="leave comments out of the backup")
     words = "how long to wait for one merge (default: 120)"
@@ -6788,21 +8149,35 @@ def build_parser() -> OptionParser:
     add("--json", action="store_true", help="print the result as JSON, all else on stderr")
     add("-v", "--verbose", action="store_true", help="show each request")
     add("-q", "--quiet", action="store_true", help="show only errors and the summary")
-    add("--version", action="version", version=f"merge_contacts {__version__}", help="print the version")
+    add(
+        "--version",
+        action="version",
+        version=f"merge_contacts {__version__}",
+        help="print the version",
+    )
     add("-h", "--help", action="help", help="print this help")
     return parser
 
 
 # Which options go only with which modes; `merge` is a run without another mode. The rest goes with all.
 MERGE_RULES = ("count_policy", "across_workspaces", "try_unverified", "carry_fields")
-GOES_WITH: Mapping[str, Tuple[str, ...]] = {
+GOES_WITH: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("choices", *MERGE_RULES), ("merge", "preview", "check")),
     **dict.fromkeys(("email", "limit"), ("merge", "preview", "check", "undo")),
     "primary": ("merge", "preview", "check", "choices_template"),
     "plan": ("merge", "preview"),
     "live": ("preview",),
     "domain": ("export",),
-    "csv": ("merge", "preview", "check", "choices_template", "undo", "settle", "status", "verify_backups"),
+    "csv": (
+        "merge",
+        "preview",
+        "check",
+        "choices_template",
+        "undo",
+        "settle",
+        "status",
+        "verify_backups",
+    ),
     "json": ("merge", "preview", "check", "status", "verify_backups", "settle", "undo"),
 }
 
@@ -6812,11 +8187,16 @@ def option_name(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line, and refuse options that don't go together (exit 2)."""
     parser = build_parser()
     words = list(sys.argv[1:] if argv is None else argv)
-    parser.as_json = "--json" in words and not {"--preview", "--check", "--status", "--verify-backups"} & set(words)
+    parser.as_json = "--json" in words and not {
+        "--preview",
+        "--check",
+        "--status",
+        "--verify-backups",
+    } & set(words)
     options = parser.parse_args(words)
     given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
     typed = collections.Counter(word.partition("=")[0] for word in words)
@@ -6832,12 +8212,16 @@ def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     mode = options.mode = modes[0] if modes else "merge"
     for name, fits in GOES_WITH.items():
         if name in given and mode not in fits:
-            *others, last, its = ["a merge" if fit == "merge" else option_name(fit) for fit in (*fits, mode)]
+            *others, last, its = [
+                "a merge" if fit == "merge" else option_name(fit) for fit in (*fits, mode)
+            ]
             where = f"{', '.join(others)} or {last}" if others else last
             parser.error(f"{option_name(name)} goes with {where}, not with {its}")
     if mode in ("merge", "preview", "choices_template") and not options.csv:
         with_undo = ", or --undo PATH" if mode == "preview" else ""
-        parser.error(f"--csv PATH is needed{with_undo} (--export PATH makes one; --help lists the options)")
+        parser.error(
+            f"--csv PATH is needed{with_undo} (--export PATH makes one; --help lists the options)"
+        )
     return options
 
 
@@ -6854,7 +8238,9 @@ def import_package(name: str) -> Any:
         package = importlib.import_module(name)
         if hasattr(package, PACKAGES[name]):
             return package
-        file = getattr(package, "__file__", None) or next(iter(getattr(package, "__path__", [])), "unknown")
+        file = getattr(package, "__file__", None) or next(
+            iter(getattr(package, "__path__", [])), "unknown"
+        )
         why = f"another package or file named {name} is in the way: {file}; remove or rename it, then {install}"
     except ModuleNotFoundError as error:
         needed = "" if error.name == name else f", which {name} needs,"
@@ -6870,7 +8256,7 @@ ENV_PIPE_NOTICE, ENV_PIPE_WAIT = 2.0, 60.0  # seconds
 
 def read_env_file(path: Path) -> str:
     """Read `.env` once: a regular file, or a pipe, to which a password manager writes. Raises FatalError(2)."""
-    found: List[bytes] = []
+    found: list[bytes] = []
     problem = f"gave no data in {ENV_PIPE_WAIT:g} s; start the program that writes to it"
 
     def read() -> None:
@@ -6898,7 +8284,7 @@ def read_env_file(path: Path) -> str:
 TOKEN_FILE = "file of the token"  # no name of a variable
 
 
-def load_environment() -> Dict[str, str]:
+def load_environment() -> dict[str, str]:
     """The DEVREV_ settings: the environment, else `.env` in the current folder, else `.env` beside the script."""
     found = {name: value for name, value in os.environ.items() if value}
     for path in dict.fromkeys((Path.cwd() / ".env", Path(__file__).resolve().parent / ".env")):
@@ -6936,7 +8322,9 @@ def load_settings(environment: Mapping[str, str], workers: int) -> ApiSettings:
     return ApiSettings(
         token=texts.get("DEVREV_API_TOKEN", ""),
         token_file=texts.get(TOKEN_FILE, ""),
-        base_url=check_base_url(texts.get("DEVREV_BASE_URL", "").rstrip("/") or ApiSettings.base_url),
+        base_url=check_base_url(
+            texts.get("DEVREV_BASE_URL", "").rstrip("/") or ApiSettings.base_url
+        ),
         calls=math.ceil(number("DEVREV_RATE_LIMIT_CALLS", 0, 0)) if limited else ApiSettings.calls,
         period=number("DEVREV_RATE_LIMIT_PERIOD", 60, 0.001),
         timeout=number("DEVREV_TIMEOUT", 30, 0.01),
@@ -6952,7 +8340,9 @@ def check_base_url(url: str) -> str:
         parts = urlsplit(url)
         host, _ = parts.hostname or "", parts.port
     except ValueError:
-        raise FatalError(EXIT_USAGE, "DEVREV_BASE_URL is not a URL; set it to https://api.devrev.ai") from None
+        raise FatalError(
+            EXIT_USAGE, "DEVREV_BASE_URL is not a URL; set it to https://api.devrev.ai"
+        ) from None
     loopback = host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host)
     problem = ""
     if parts.username is not None or parts.query or parts.fragment:
@@ -6960,7 +8350,9 @@ def check_base_url(url: str) -> str:
     elif not host or parts.scheme not in ("http", "https"):
         problem = f" is not an https address: {url}"
     elif parts.scheme == "http" and not loopback:
-        problem = f": plain http would show the token to everyone between here and {host}; use https"
+        problem = (
+            f": plain http would show the token to everyone between here and {host}; use https"
+        )
     if problem:
         raise FatalError(EXIT_USAGE, f"DEVREV_BASE_URL{problem}")
     return url
@@ -6973,7 +8365,10 @@ def check_token(token: str) -> None:
         (r"$", "is not set; put it into .env (see .env.example) or the environment"),
         ("['\"\u2018\u2019\u201c\u201d]", "is in quotes that are not part of it; remove them"),
         (r"(?i)(authorization\s*:\s*)?bearer\b", bearer),
-        (r"[\x21-\x7e]*[^\x21-\x7e]", "contains a space, a line break or a character that is not ASCII; copy it again"),
+        (
+            r"[\x21-\x7e]*[^\x21-\x7e]",
+            "contains a space, a line break or a character that is not ASCII; copy it again",
+        ),
     )
     for pattern, problem in problems:
         if re.match(pattern, token):
@@ -6988,10 +8383,12 @@ class RunContext:
 
     TICK = 0.2  # seconds between updates of the status line
 
-    def __init__(self, options: argparse.Namespace, environment: Optional[Environment] = None) -> None:
+    def __init__(self, options: argparse.Namespace, environment: Environment | None = None) -> None:
         self.options = options
         # Whether it may write more than a log.
-        self.may_write = options.mode in ("merge", "undo", "settle", "export") and not options.preview
+        self.may_write = (
+            options.mode in ("merge", "undo", "settle", "export") and not options.preview
+        )
         # With --json a run prints its report on stdout, and everything else on stderr.
         self.reports_json = options.json and self.may_write
         self.console = Console(options.quiet, sys.stderr if self.reports_json else None)
@@ -7009,7 +8406,9 @@ class RunContext:
     def report_path(self) -> Path:
         return report_path(self.run_id, "undo" if self.options.undo else "merge")
 
-    def on_signal(self, act: Callable[[], Any], loop: Optional[asyncio.AbstractEventLoop] = None) -> None:
+    def on_signal(
+        self, act: Callable[[], Any], loop: asyncio.AbstractEventLoop | None = None
+    ) -> None:
         """Let the first Ctrl-C, SIGTERM or SIGHUP call `act`, in the `loop` if there is one; the second ends the
         process at once, with the same exit code.
 
@@ -7020,7 +8419,9 @@ class RunContext:
             if self.signal == number == getattr(signal, "SIGHUP", None):
                 return
             if self.signal:
-                self.console.print_err("ended at once; run the same command again to resume", "bold")
+                self.console.print_err(
+                    "ended at once; run the same command again to resume", "bold"
+                )
                 self.console.end(lambda: 0.2)
                 os._exit(128 + self.signal)
             self.signal = number
@@ -7029,7 +8430,9 @@ class RunContext:
                 return
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(act)
-            self.console.print_err("stopping: waiting up to 10 s for requests under way (again: stop at once) ...")
+            self.console.print_err(
+                "stopping: waiting up to 10 s for requests under way (again: stop at once) ..."
+            )
 
         for number in SIGNALS:
             # A program started by nohup is to outlive the terminal.
@@ -7051,8 +8454,12 @@ class RunContext:
         except OSError as error:
             if self.may_write:
                 raise
-            self.console.print_err(f"warning: the log {self.log_path} can't be written: {error.strerror or error}")
-        log.info("merge_contacts %s, Python %s on %s", __version__, sys.version.split()[0], sys.platform)
+            self.console.print_err(
+                f"warning: the log {self.log_path} can't be written: {error.strerror or error}"
+            )
+        log.info(
+            "merge_contacts %s, Python %s on %s", __version__, sys.version.split()[0], sys.platform
+        )
 
     async def identify(self, api: DevRevAPI, origin: str = "", pairs: Iterable[Pair] = ()) -> str:
         """Find out whose token it is, and say so. Raises FatalError, also for `pairs` of another organisation."""
@@ -7060,15 +8467,19 @@ class RunContext:
         with before_any_change(api):
             owner = await api.get_one("dev-users.self", {}, "dev_user", ANY_OPTIONS)
         self.organisation = self.document["organisation"] = organisation_of(str(owner.get("id")))
-        self.document["token_owner"] = {name: owner.get(name) for name in ("id", "display_name", "email")}
+        self.document["token_owner"] = {
+            name: owner.get(name) for name in ("id", "display_name", "email")
+        }
         check_organisation(self.organisation, origin, pairs)
-        return (
-            f"belongs to {owner.get('display_name') or owner.get('id')}, organisation {self.organisation or 'unknown'}"
-        )
+        return f"belongs to {owner.get('display_name') or owner.get('id')}, organisation {self.organisation or 'unknown'}"
 
     def merge_options(self) -> MergeOptions:
-        rules = {name: getattr(self.options, name) for name in (*MERGE_RULES, "merge_timeout", "preview")}
-        return MergeOptions(organisation=self.organisation, timelines=not self.options.no_timelines, **rules)
+        rules = {
+            name: getattr(self.options, name) for name in (*MERGE_RULES, "merge_timeout", "preview")
+        }
+        return MergeOptions(
+            organisation=self.organisation, timelines=not self.options.no_timelines, **rules
+        )
 
     def describe_cost(self, cost: Estimate) -> str:
         """What a run costs, and how fast requests may be sent, in words."""
@@ -7088,30 +8499,48 @@ class RunContext:
         for name, value in vars(self.options).items():
             if name in ("mode", *without) or value == parser.get_default(name):
                 continue
-            if name == "yes" and sys.stdin and sys.stdin.isatty():  # who copies the command is asked
+            if (
+                name == "yes" and sys.stdin and sys.stdin.isatty()
+            ):  # who copies the command is asked
                 continue
             option = option_name(name)
             for one in value if isinstance(value, list) else [value]:
                 text = f"{one:g}" if isinstance(one, float) else str(one)
-                given += [option] if one is True else [f"{option}={text}"] if text[:1] == "-" else [option, text]
+                given += (
+                    [option]
+                    if one is True
+                    else [f"{option}={text}"]
+                    if text[:1] == "-"
+                    else [option, text]
+                )
         return command_line(*given, *words)
 
 
 def command_line(*words: str) -> str:
     """A command that starts this script from the current folder, quoted for the shell."""
     names = [name for name in ("python", "python3", "py") if shutil.which(name)]
-    mine = [name for name in names if Path(str(shutil.which(name))).parent == Path(sys.executable).parent]
+    mine = [
+        name
+        for name in names
+        if Path(str(shutil.which(name))).parent == Path(sys.executable).parent
+    ]
     script = sys.argv[0] if sys.argv[0].endswith(".py") else str(Path(__file__))
     command = [mine[0] if mine else sys.executable or "python", script, *words]
     if os.name == "nt":
-        return " ".join(f'"{word}"' if re.search(r"[^\w./\\:@+=-]", word) else word for word in command)
+        return " ".join(
+            f'"{word}"' if re.search(r"[^\w./\\:@+=-]", word) else word for word in command
+        )
     return " ".join(map(shlex.quote, command))
 
 
-def history_folder_error(path: Path) -> Optional[str]:
+def history_folder_error(path: Path) -> str | None:
     """Say why `path` can't be undone from the current folder: the savepoint that knows its merges is in another one."""
     absolute = Path(os.path.abspath(str(path)))  # noqa: PTH100
-    roots = [root for name in ("backups", "reports") for root in (Path.cwd() / name, Path(name).resolve())]
+    roots = [
+        root
+        for name in ("backups", "reports")
+        for root in (Path.cwd() / name, Path(name).resolve())
+    ]
     if any(root in place.parents for place in (absolute, absolute.resolve()) for root in roots):
         return None
     for parent in absolute.parents:
@@ -7123,7 +8552,7 @@ def history_folder_error(path: Path) -> Optional[str]:
 # -- the plan ----------------------------------------------------------------------------------------
 
 
-def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
+def make_plan(run: RunContext, savepoint: SavePoint | None) -> Plan:
     """Read, detect, and leave out what is not wanted or has ended already."""
     options = run.options
     named = {email_key(email) for email in options.email or ()}
@@ -7146,7 +8575,11 @@ def make_plan(run: RunContext, savepoint: Optional[SavePoint]) -> Plan:
         _apply_email_filter(plan, named, run.console)
     if options.limit:
         _apply_limit(plan, options.limit, run.console)
-    plan.chosen = [group for group in plan.groups if group.chosen and any(p.state not in ENDED for p in group.pairs)]
+    plan.chosen = [
+        group
+        for group in plan.groups
+        if group.chosen and any(p.state not in ENDED for p in group.pairs)
+    ]
     plan.warnings = plan.find_warnings()
     for row in plan.invalid_rows:
         log.info("%s, line %d left out: %s", row.file, row.line, row.reason)
@@ -7172,7 +8605,10 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str]) ->
     duplicates = {pair.duplicate.id for pair in known.values() if pair.state in ENDED}
     skipped, plan.skipped = plan.skipped, []
     for skip in skipped:  # --choices is not given in each run
-        is_one = len(skip.contacts) > 1 and sum(contact.id not in duplicates for contact in skip.contacts) == 1
+        is_one = (
+            len(skip.contacts) > 1
+            and sum(contact.id not in duplicates for contact in skip.contacts) == 1
+        )
         if is_one and skip.code in ("several_user_refs", "no_user_ref", "shared_mailbox"):
             plan.left_alone[skip.email] = "it was merged by an earlier run"
         else:
@@ -7183,7 +8619,9 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str]) ->
         # The undo created the duplicate again with another id: an export with the old one is older than the undo.
         is_stale = any(pair.ids in undone for pair in group.pairs)
         if is_stale or (group.email in blocked and not all(rows)):
-            plan.skipped.append(SkippedGroup(group.email, blocked.get(group.email, "undone"), group.all_contacts()))
+            plan.skipped.append(
+                SkippedGroup(group.email, blocked.get(group.email, "undone"), group.all_contacts())
+            )
             for pair in group.pairs:
                 plan.ids.discard(pair.ids)
                 del plan.wanted[pair.ids]
@@ -7202,7 +8640,7 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str]) ->
                 plan.revived.append(revived)
 
 
-def _apply_email_filter(plan: Plan, wanted: Set[str], console: Console) -> None:
+def _apply_email_filter(plan: Plan, wanted: set[str], console: Console) -> None:
     """Keep what was requested, and say why there is nothing to merge. Raises FatalError(2) for an email in no row."""
     known = [group.email for group in plan.groups] + [skip.email for skip in plan.skipped]
     plan.groups = [group for group in plan.groups if group.email in wanted]
@@ -7229,10 +8667,12 @@ def _apply_email_filter(plan: Plan, wanted: Set[str], console: Console) -> None:
 
 def _apply_limit(plan: Plan, limit: int, console: Console) -> None:
     """Keep complete groups with at most `limit` pairs in all; one that would not fit is passed over."""
-    groups: List[Group] = []
+    groups: list[Group] = []
     sizes = [sum(pair.state is State.PLANNED for pair in group.pairs) for group in plan.groups]
     if any(sizes) and min(filter(None, sizes)) > limit:
-        console.print_err(f"--limit {limit}: no group has so few pairs, and a group is merged as one")
+        console.print_err(
+            f"--limit {limit}: no group has so few pairs, and a group is merged as one"
+        )
     for group, size in zip(plan.groups, sizes):
         if size <= limit:  # 0 where an earlier run has requested all of them
             groups.append(group)
@@ -7248,16 +8688,36 @@ def write_choices_template(run: RunContext) -> int:
     path, show = run.options.choices_template, run.console.print
     plan = make_plan(run, open_savepoint(run, readonly=True))
     groups = [group for group in plan.skipped if group.choice_lines()]
-    columns = ("EMAIL", "EXTERNAL_REF", "DISPLAY_NAME", "TICKET_COUNT", "CREATED_AT", "REV_USER_ID", "CONTACTS")
+    columns = (
+        "EMAIL",
+        "EXTERNAL_REF",
+        "DISPLAY_NAME",
+        "TICKET_COUNT",
+        "CREATED_AT",
+        "REV_USER_ID",
+        "CONTACTS",
+    )
     rows = [
-        (group.email, one.external_ref, one.name, str(one.tickets), one.created, one.id, str(len(group.contacts)))
+        (
+            group.email,
+            one.external_ref,
+            one.name,
+            str(one.tickets),
+            one.created,
+            one.id,
+            str(len(group.contacts)),
+        )
         for group in groups
         for one in group.choice_lines().values()
     ]
     try:
         write_new_file(run.environment, path, csv_chunks(columns, rows))
     except OSError as error:
-        why = TAKEN if isinstance(error, FileExistsError) else f"can't be written: {error.strerror or error}"
+        why = (
+            TAKEN
+            if isinstance(error, FileExistsError)
+            else f"can't be written: {error.strerror or error}"
+        )
         raise FatalError(EXIT_USAGE, f"{path} {why}") from None
     show(f"{plural(len(rows), 'line')} of {plural(len(groups), 'group')} written to {path}", "good")
     if groups:
@@ -7265,7 +8725,9 @@ def write_choices_template(run: RunContext) -> int:
         run.console.suggest(f"keep one line per address in {path}, then", command)
     shared = sum(group.code == "shared_mailbox" for group in plan.skipped)
     if shared:
-        show(f"{plural(shared, 'group')} that may be a shared mailbox left out: write in by hand what is one person")
+        show(
+            f"{plural(shared, 'group')} that may be a shared mailbox left out: write in by hand what is one person"
+        )
     return EXIT_OK
 
 
@@ -7276,33 +8738,48 @@ def preview(run: RunContext) -> int:
     earlier = [*known.unfinished(), *plan.revived]
     cost = estimate(plan, run.settings, not run.options.no_timelines)
     facts = plan_summary(plan, cost, earlier)
-    live: Optional[List[Json]] = None
+    live: list[Json] | None = None
     if run.options.live:
         live = run.environment.run_event_loop(preview_live(run, plan))
         counts = collections.Counter(one["code"] or "ready" for one in live)
-        refused = {code: count for code, count in sorted(counts.items()) if code not in (*LIVE_DONE, "ready")}
+        refused = {
+            code: count
+            for code, count in sorted(counts.items())
+            if code not in (*LIVE_DONE, "ready")
+        }
         done = sum(counts[code] for code in LIVE_DONE)
         facts.update(live_ready=counts["ready"], live_done=done, live_refused=refused)
     if run.options.json:
         run.console.json(plan_chunks(plan, facts, earlier, live))
         return EXIT_OK
     if live is not None:
-        lines = [f"{one['code'] or 'ready'}  {one['email']}" + f": {one['reason']}" * bool(one["code"]) for one in live]
+        lines = [
+            f"{one['code'] or 'ready'}  {one['email']}" + f": {one['reason']}" * bool(one["code"])
+            for one in live
+        ]
         total = ", ".join(f"{count:,} {code}" for code, count in sorted(counts.items())) or "none"
-        print_list(run.console, f"COMPARED WITH DEVREV: {plural(len(live), 'group')}", [*lines, f"in all: {total}"])
+        print_list(
+            run.console,
+            f"COMPARED WITH DEVREV: {plural(len(live), 'group')}",
+            [*lines, f"in all: {total}"],
+        )
     show_plan(plan, facts, run.console, run.describe_cost(cost), earlier)
     ready: int = facts["pairs_to_merge"] if live is None else facts["live_ready"]
     steps = next_step(run, ready, len(earlier), known)
     if facts.get("live_refused"):
         stale = all(CODES[code].advice.startswith("Export again") for code in facts["live_refused"])
         command = command_line("--export", f"contacts_{run.run_id}.csv")
-        steps = [("export again, then preview the new file", command)] if stale and not ready else []
+        steps = (
+            [("export again, then preview the new file", command)] if stale and not ready else []
+        )
     for words, command in steps:
         run.console.suggest(words, command)
     return EXIT_OK
 
 
-def next_step(run: RunContext, ready: int, to_finish: int, known: Optional[SavePoint]) -> List[Tuple[str, str]]:
+def next_step(
+    run: RunContext, ready: int, to_finish: int, known: SavePoint | None
+) -> list[tuple[str, str]]:
     """Return what comes after a plan was read, in words and as a command; nothing where no pair is left.
 
     The order is the same everywhere: a preview with --live, one pair, the rest.
@@ -7316,25 +8793,39 @@ def next_step(run: RunContext, ready: int, to_finish: int, known: Optional[SaveP
     if not ready:
         return [("finish the pairs of earlier runs", run.command(without=shown))]
     if known and any(known.pairs(State.DONE)):
-        return [("merge these pairs" if run.options.email else "merge the rest", run.command(without=shown))]
+        return [
+            (
+                "merge these pairs" if run.options.email else "merge the rest",
+                run.command(without=shown),
+            )
+        ]
     if run.options.preview and not run.options.live:
-        return [("compare the plan with DevRev", run.command("--live", without=("plan", "limit", "yes")))]
+        return [
+            (
+                "compare the plan with DevRev",
+                run.command("--live", without=("plan", "limit", "yes")),
+            )
+        ]
     return [("merge one pair first", run.command("--limit", "1", without=(*shown, "email")))]
 
 
 LIVE_DONE = ("already_merged", "already_gone")  # what the live preview finds done
 
 
-async def preview_live(run: RunContext, plan: Plan) -> List[Json]:
+async def preview_live(run: RunContext, plan: Plan) -> list[Json]:
     """Compare each planned group with DevRev by read requests; return `{email, code, reason}`, code None where ready.
 
     Raises FatalError(2) for the token or the organisation, FatalError(3) where DevRev can't be reached.
     """
     api = DevRevAPI(run.settings, run.environment, CancelToken())
-    groups = [group for group in plan.groups if any(pair.state is State.PLANNED for pair in group.pairs)]
-    found: List[Json] = []
+    groups = [
+        group for group in plan.groups if any(pair.state is State.PLANNED for pair in group.pairs)
+    ]
+    found: list[Json] = []
     line = "{:,} of {} compared with DevRev"
-    ticking = asyncio.ensure_future(Progress(run).tick(lambda _: line.format(len(found), plural(len(groups), "group"))))
+    ticking = asyncio.ensure_future(
+        Progress(run).tick(lambda _: line.format(len(found), plural(len(groups), "group")))
+    )
 
     async def compare(group: Group) -> None:
         try:
@@ -7367,7 +8858,9 @@ async def merge(run: RunContext) -> int:
         plan = make_plan(run, savepoint)
         start_document(run, "merge", plan)
         run.document["organisation"] = savepoint.organisation
-        digests = [(str(path), hashlib.sha256(path.read_bytes()).hexdigest()) for path in run.options.csv]
+        digests = [
+            (str(path), hashlib.sha256(path.read_bytes()).hexdigest()) for path in run.options.csv
+        ]
         run.document["csv"] = [{"path": path, "sha256": digest} for path, digest in digests]
         if not plan.count() and not any(savepoint.pairs(*UNFINISHED, State.CANCELLED)):
             return _report(run, savepoint, None, EXIT_OK, plan)
@@ -7386,7 +8879,9 @@ async def merge(run: RunContext) -> int:
             return _report(run, savepoint, merger, code, plan)
         others = savepoint.other_organisations()
         if others:
-            run.console.print_err(f"{plural(others, 'pair')} of another organisation stay in {SAVEPOINT} as they are")
+            run.console.print_err(
+                f"{plural(others, 'pair')} of another organisation stay in {SAVEPOINT} as they are"
+            )
         unfinished = [*savepoint.unfinished(), *plan.revived]
         run.document["pairs"] = plan.count() + sum(pair.ids not in plan.ids for pair in unfinished)
         facts = merge_facts(run, plan, unfinished, cost)
@@ -7413,8 +8908,12 @@ def settle(run: RunContext) -> int:
             hint = f"did you mean {near[0]}?" if near else "--status lists the unfinished pairs"
             raise FatalError(EXIT_USAGE, f"--settle: {email} has no pair in {SAVEPOINT}; {hint}")
         # A pair that was never requested has nothing to settle, and is no failure beside one that has.
-        settled = {pair.email for pair in pairs if pair.state not in TERMINAL and not settle_error(pair)}
-        pairs = [pair for pair in pairs if pair.state is not State.FAILED or pair.email not in settled]
+        settled = {
+            pair.email for pair in pairs if pair.state not in TERMINAL and not settle_error(pair)
+        }
+        pairs = [
+            pair for pair in pairs if pair.state is not State.FAILED or pair.email not in settled
+        ]
         start_document(run, "settle")
         organisations = {organisation_of(pair.primary.id) for pair in pairs}
         if len(organisations) == 1:  # else the report is of all of them
@@ -7428,8 +8927,13 @@ def settle(run: RunContext) -> int:
             elif pair.state not in TERMINAL:
                 settle_pair(pair)
                 ending.append(pair)
-                word, why = pair.state.value.replace("_", " "), f"{STATE_WORDS[pair.state]} ({pair.accepted})"
-            run.console.print(f"{word}  {pair.email}: {into(pair)}: {why or STATE_WORDS[pair.state]}", style)
+                word, why = (
+                    pair.state.value.replace("_", " "),
+                    f"{STATE_WORDS[pair.state]} ({pair.accepted})",
+                )
+            run.console.print(
+                f"{word}  {pair.email}: {into(pair)}: {why or STATE_WORDS[pair.state]}", style
+            )
         savepoint.save_now(ending)
         if any(pair.state is State.CANCELLED for pair in ending):
             words = "DevRev may still carry out a cancelled merge: every run polls for it, and finishes it then"
@@ -7444,7 +8948,9 @@ def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
     """
     savepoint = SavePoint(run.environment, run.run_id, readonly)
     beside = Path(__file__).resolve().parent / SAVEPOINT
-    if beside.exists() and Path.cwd() != beside.parent and not savepoint.counts():  # cron starts in another folder
+    if (
+        beside.exists() and Path.cwd() != beside.parent and not savepoint.counts()
+    ):  # cron starts in another folder
         here = "no savepoint with pairs is in the current folder, and one is beside the script"
         log.warning("%s: to use that history, run in %s", here, beside.parent)
     for warning in savepoint.warnings:
@@ -7453,7 +8959,9 @@ def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
         return savepoint
     run.run_id = savepoint.run
     try:
-        if savepoint.runs() or not run.options.undo:  # what no file knows at all can be undone from its report
+        if (
+            savepoint.runs() or not run.options.undo
+        ):  # what no file knows at all can be undone from its report
             check_not_restored(savepoint)
         trial = run.environment.make_private_dir(REPORTS) / f".trial.{os.getpid()}"
         trial.write_bytes(b"")
@@ -7473,7 +8981,7 @@ def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
 async def confirm_and_run(
     run: RunContext,
     merger: Runner,
-    progress: "Progress",
+    progress: Progress,
     word: str,
     facts: Mapping[str, str],
     work: Callable[[], Awaitable[int]],
@@ -7495,17 +9003,26 @@ async def confirm_and_run(
             console.status("")
             if not (sys.stdin and sys.stdin.isatty()):
                 what = f"{plural(run.document['pairs'], 'pair')} to {word}, and no terminal to confirm it on"
-                raise FatalError(EXIT_USAGE, f"{what}; nothing was changed. Add --yes to {word} without being asked")
-            to = console.out if console.out.isatty() else console.err  # what the user sees: no file and no pipe
+                raise FatalError(
+                    EXIT_USAGE,
+                    f"{what}; nothing was changed. Add --yes to {word} without being asked",
+                )
+            to = (
+                console.out if console.out.isatty() else console.err
+            )  # what the user sees: no file and no pipe
             console.print(f"organisation  {run.organisation} at {run.settings.base_url}", to=to)
-            console.print(f"token owner   {who}" + (f" <{owner['email']}>" if owner["email"] else ""), to=to)
+            console.print(
+                f"token owner   {who}" + (f" <{owner['email']}>" if owner["email"] else ""), to=to
+            )
             for name, fact in facts.items():
                 console.print(f"{name:<12}  {fact}" if name else fact, "" if name else "bold", to)
             console.stream(f"Type {word} to continue, anything else to leave: ", to)
             # A thread reads, past Python's own buffers, so that a terminal never delays a signal.
             answer = await run.environment.run_in_thread(os.read, sys.stdin.fileno(), 1024)
             if answer.strip() != word.encode():
-                raise FatalError(EXIT_USAGE, f"not confirmed; nothing was changed. Run again and type {word}")
+                raise FatalError(
+                    EXIT_USAGE, f"not confirmed; nothing was changed. Run again and type {word}"
+                )
         savepoint.write({}, {run.run_id: run.document})
     run.on_signal(lambda: merger.api.cancel_token.cancel(Cancelled()), asyncio.get_event_loop())
     code = await work()
@@ -7514,26 +9031,42 @@ async def confirm_and_run(
     return run.signal + 128 if run.signal else code
 
 
-def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair], cost: Estimate) -> Dict[str, str]:
+def merge_facts(
+    run: RunContext, plan: Plan, unfinished: Sequence[Pair], cost: Estimate
+) -> dict[str, str]:
     """What the user confirms with a typed `merge`."""
     new = [describe_pair(pair) for pair in plan.pairs() if pair.state is State.PLANNED]
     earlier = "; ".join(some([describe_pair(pair) for pair in unfinished], 3))
-    others = ", in addition to --limit and --email" if run.options.limit or run.options.email else ""
+    others = (
+        ", in addition to --limit and --email" if run.options.limit or run.options.email else ""
+    )
     left = plan_summary(plan, cost, unfinished)["left"]
-    lost = [f"{one.external_ref} ({describe_contact(one)})" for group in plan.chosen for one in group.lost_refs()]
+    lost = [
+        f"{one.external_ref} ({describe_contact(one)})"
+        for group in plan.chosen
+        for one in group.lost_refs()
+    ]
     warnings = sorted(plan.warnings, key=lambda one: bool(one["code"] != "shared_mailbox"))
     shared = sum(one["code"] == "shared_mailbox" for one in warnings)  # each of which is named
     told = some([f"{one['email']}: {one['warning']}" for one in warnings], max(20, shared))
-    files = [(path, datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)) for path in run.options.csv]
+    files = [
+        (path, datetime.fromtimestamp(path.stat().st_mtime, timezone.utc))
+        for path in run.options.csv
+    ]
     facts = {
         **{
             f"CSV{' ' * index}": f"{path} of {modified:%Y-%m-%d %H:%M} UTC"
             for index, (path, modified) in enumerate(files)
         },
         "plan": plan.id,
-        "first": f"finish {plural(len(unfinished), 'pair')} of earlier runs{others}: {earlier}" if unfinished else "",
+        "first": f"finish {plural(len(unfinished), 'pair')} of earlier runs{others}: {earlier}"
+        if unfinished
+        else "",
         "to merge": plural(len(new), "pair"),
-        **{f"  {number if number < 4 else ' '}": words for number, words in enumerate(some(new, 3), 1)},
+        **{
+            f"  {number if number < 4 else ' '}": words
+            for number, words in enumerate(some(new, 3), 1)
+        },
         "skipped": plural(len(plan.skipped), "group") if plan.skipped else "",
         "invalid": plural(len(plan.invalid_rows), "row") if plan.invalid_rows else "",
         "remaining": f"{plural(left, 'pair')} for another run (--email, --limit)" if left else "",
@@ -7634,7 +9167,11 @@ def requests_left(expected: int, pairs: int, backed_up: int, ended: int) -> floa
 
 
 def _report(
-    run: RunContext, savepoint: SavePoint, merger: Optional[Runner], code: int, plan: Optional[Plan] = None
+    run: RunContext,
+    savepoint: SavePoint,
+    merger: Runner | None,
+    code: int,
+    plan: Plan | None = None,
 ) -> int:
     """Write the report and print the summary; a full disk here makes the exit code 3."""
     console, document = run.console, run.document
@@ -7654,7 +9191,11 @@ def _report(
             pair.code = "after_cancel"
             failures.append(pair)
     # On a terminal it stands with its pair already; a program reads it on stderr.
-    is_told = console.out.isatty() and not run.options.quiet and any(pair.error == stop for pair in failures)
+    is_told = (
+        console.out.isatty()
+        and not run.options.quiet
+        and any(pair.error == stop for pair in failures)
+    )
     if stop and not is_told:
         console.error(stop)
     console.print()
@@ -7684,11 +9225,16 @@ def _report(
     elif plan and (summary["failed_merges"] or summary["unfinished_merges"]):
         console.suggest("fix what is named above, then run again", run.command())
     elif code == EXIT_USAGE:
-        console.suggest("fix what is named above, then check", run.command("--check", without=("yes", "json", "plan")))
+        console.suggest(
+            "fix what is named above, then check",
+            run.command("--check", without=("yes", "json", "plan")),
+        )
     elif plan and summary["left"]:
         if summary["successful_merges"]:
             undo = command_line("--undo", str(run.report_path), "--preview")
-            console.suggest("check the merged contacts in DevRev. To see what an undo would restore:", undo)
+            console.suggest(
+                "check the merged contacts in DevRev. To see what an undo would restore:", undo
+            )
         console.suggest("merge the rest", run.command(without=("limit", "email")))
     return code
 
@@ -7697,8 +9243,8 @@ def write_run(
     run: RunContext,
     savepoint: SavePoint,
     code: int,
-    plan: Optional[Plan] = None,
-    undo_pairs: Optional[Mapping[str, Iterable[Pair]]] = None,
+    plan: Plan | None = None,
+    undo_pairs: Mapping[str, Iterable[Pair]] | None = None,
 ) -> int:
     """Write the report of a run, and return the exit code: 3 on a disk error, unless `code` is worse."""
     try:
@@ -7716,10 +9262,12 @@ NOT_REPORTED = frozenset((
 ))  # fmt: skip
 
 
-def start_document(run: RunContext, kind: str, plan: Optional[Plan] = None) -> None:
+def start_document(run: RunContext, kind: str, plan: Plan | None = None) -> None:
     """Begin the document of a run (the report's `run`); `kind` names its report."""
     options = {name: value for name, value in vars(run.options).items() if name not in NOT_REPORTED}
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    options = {
+        name: str(value) if isinstance(value, Path) else value for name, value in options.items()
+    }
     run.document.update(
         id=run.run_id, kind=kind, version=__version__, headline="", csv=None,
         plan_id=plan.id if plan else None, pairs=plan.count() if plan else None,
@@ -7730,7 +9278,7 @@ def start_document(run: RunContext, kind: str, plan: Optional[Plan] = None) -> N
     )  # fmt: skip
 
 
-def end_document(run: RunContext, merger: Optional[Runner], code: int) -> str:
+def end_document(run: RunContext, merger: Runner | None, code: int) -> str:
     """Complete the document of a run but for its summary; return what has stopped it, except a signal."""
     stop = str(merger.runner.stop or "") if merger and code >= EXIT_USAGE else ""
     requests = dict(sorted(merger.api.requests.items())) if merger else {}
@@ -7743,7 +9291,9 @@ def end_document(run: RunContext, merger: Optional[Runner], code: int) -> str:
         requests_total=sum(requests.values()),
         quota=merger.api.scheduler.quota_seen() if merger else None,
         quota_wait_seconds=round(sum(end - start for start, end in waits), 3),
-        quota_waits=[{"start": iso(start), "end": iso(end)} for start, end in waits if end - start > 0.5],
+        quota_waits=[
+            {"start": iso(start), "end": iso(end)} for start, end in waits if end - start > 0.5
+        ],
     )
     return "" if run.signal else stop
 
@@ -7751,20 +9301,26 @@ def end_document(run: RunContext, merger: Optional[Runner], code: int) -> str:
 def print_report_paths(run: RunContext) -> None:
     """Name the report and what lies beside it."""
     path = run.report_path
-    for name, one in (("report", path), ("page", path.with_suffix(".html")), ("table", path.with_suffix(".csv"))):
+    for name, one in (
+        ("report", path),
+        ("page", path.with_suffix(".html")),
+        ("table", path.with_suffix(".csv")),
+    ):
         if one.exists():
             run.console.print(f"{name:<8} {one}")
 
 
 def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
-    by_code: Dict[str, List[str]] = collections.defaultdict(list)
+    by_code: dict[str, list[str]] = collections.defaultdict(list)
     for pair in pairs:
         by_code[pair.code].append(pair.email)
     for code, emails in sorted(by_code.items()):
         emails.sort()
         console.print(f"  {len(emails)} {code}: {', '.join(some(emails))}")
         if code != "interrupted":  # the last line says it
-            console.print(f"    what to do: {CODES[code].advice if code in CODES else 'see the report'}")
+            console.print(
+                f"    what to do: {CODES[code].advice if code in CODES else 'see the report'}"
+            )
 
 
 # -- export ------------------------------------------------------------------------------------------
@@ -7775,7 +9331,11 @@ TAKEN = "already exists and was not changed; name a file that does not exist yet
 async def export(run: RunContext) -> int:
     """Write the CSV from DevRev itself; return the exit code. What is wrong with the path is found out first."""
     check_token(run.settings.token)
-    path, console, api = run.options.export, run.console, DevRevAPI(run.settings, run.environment, CancelToken())
+    path, console, api = (
+        run.options.export,
+        run.console,
+        DevRevAPI(run.settings, run.environment, CancelToken()),
+    )
     if is_taken(path):
         raise FatalError(EXIT_USAGE, f"{path} {TAKEN}")
     try:
@@ -7805,12 +9365,22 @@ async def export(run: RunContext) -> int:
     finally:
         ticking.cancel()
         console.status("")
-    emails, rows, requests = len({one.key for one in exporter.rows}), len(exporter.rows), sum(api.requests.values())
-    console.print(f"exported {plural(rows, 'contact')} that share {plural(emails, 'email')} to {path}", "good")
+    emails, rows, requests = (
+        len({one.key for one in exporter.rows}),
+        len(exporter.rows),
+        sum(api.requests.values()),
+    )
+    console.print(
+        f"exported {plural(rows, 'contact')} that share {plural(emails, 'email')} to {path}", "good"
+    )
     console.print(f"read     {plural(exporter.read, 'contact')}")
-    console.print(f"cost     {plural(requests, 'request')}, {duration(run.environment.elapsed(run.started))}")
+    console.print(
+        f"cost     {plural(requests, 'request')}, {duration(run.environment.elapsed(run.started))}"
+    )
     if rows:
-        console.suggest("see what would be merged", command_line("--csv", str(path), "--preview", "--live"))
+        console.suggest(
+            "see what would be merged", command_line("--csv", str(path), "--preview", "--live")
+        )
     else:
         where = "these domains" if run.options.domain else "the organisation"
         console.print(f"no two contacts of {where} share an email: there is nothing to merge")
@@ -7839,34 +9409,44 @@ def undo(run: RunContext) -> int:
 
 async def run_undo(run: RunContext, plan: UndoPlan, savepoint: SavePoint) -> int:
     """Find out whose token it is, ask, undo, report; return the exit code."""
-    api, progress, pairs = DevRevAPI(run.settings, run.environment, CancelToken()), Progress(run), plan.pairs()
+    api, progress, pairs = (
+        DevRevAPI(run.settings, run.environment, CancelToken()),
+        Progress(run),
+        plan.pairs(),
+    )
     start_document(run, "undo")
     run.document.update(undo=str(plan.path), pairs=len(pairs))
     on_pair = (lambda _pair: None) if run.options.preview else progress.on_pair
     if not pairs:
-        return report_undo(run, plan, UndoRunner(api, savepoint, run.merge_options(), on_pair), EXIT_OK)
+        return report_undo(
+            run, plan, UndoRunner(api, savepoint, run.merge_options(), on_pair), EXIT_OK
+        )
     await run.identify(api, "backup", pairs)
     savepoint.organisation = run.organisation
     undo_runner = UndoRunner(api, savepoint, run.merge_options(), on_pair)
-    objects: Set[str] = set()
+    objects: set[str] = set()
     for pair in pairs:
         with contextlib.suppress(PairError):
-            objects.update(item["id"] for item in objects_to_transfer(pair.backup, pair.duplicate.id))
+            objects.update(
+                item["id"] for item in objects_to_transfer(pair.backup, pair.duplicate.id)
+            )
     facts = {"to undo": plural(len(pairs), "merge"), "of": str(plan.path)}
     merges = [f"{names_of(pair)} <{pair.email}>: {created_again(pair)}" for pair in pairs]
     facts.update({f"  {index}": words for index, words in enumerate(some(merges, 3), 1)})
     if objects:
         facts["updates"] = f"Up to {len(objects):,} {UPDATES}"
     if plan.older:
-        facts["left alone"] = f"older backups: {', '.join(some([str(path) for path in plan.older]))}"
+        facts["left alone"] = (
+            f"older backups: {', '.join(some([str(path) for path in plan.older]))}"
+        )
     facts[""] = "Ids, dates, creators and authors of comments can't be restored."
-    code = await confirm_and_run(run, undo_runner, progress, "undo", facts, lambda: undo_runner.run(plan))
+    code = await confirm_and_run(
+        run, undo_runner, progress, "undo", facts, lambda: undo_runner.run(plan)
+    )
     return report_undo(run, plan, undo_runner, code)
 
 
-UPDATES = (
-    "tickets, issues and conversations are updated; automations and webhooks of your organisation may react to each."
-)
+UPDATES = "tickets, issues and conversations are updated; automations and webhooks of your organisation may react to each."
 
 
 def created_again(pair: Pair) -> str:
@@ -7885,10 +9465,18 @@ def undo_headline(counts: Json, before: int) -> str:
 
 def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, code: int) -> int:
     """Write the report (with --preview: print it), and say what has come of each pair."""
-    console, before, preview, pairs = run.console, len(plan.undone), run.options.preview, plan.pairs()
+    console, before, preview, pairs = (
+        run.console,
+        len(plan.undone),
+        run.options.preview,
+        plan.pairs(),
+    )
     ended = [pair for pair in pairs if pair.ids in undo_runner.runner.outcomes]
     if preview:
-        lists = {"to_undo": [pair for pair in ended if not pair.code], "refused": [pair for pair in ended if pair.code]}
+        lists = {
+            "to_undo": [pair for pair in ended if not pair.code],
+            "refused": [pair for pair in ended if pair.code],
+        }
     else:
         lists = {
             # Those of a run that was killed may be in no report.
@@ -7898,11 +9486,19 @@ def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, code: 
         }
     lists["skipped"] = plan.skipped
     summary = {name: len(found) for name, found in lists.items()}
-    left = len(pairs) + plan.left + len(plan.skipped) + (0 if preview else before) - sum(summary.values())
+    left = (
+        len(pairs)
+        + plan.left
+        + len(plan.skipped)
+        + (0 if preview else before)
+        - sum(summary.values())
+    )
     words = undo_headline({**summary, "left": left}, before)
     stop = end_document(run, undo_runner, code)
     total = left + sum(summary.values())
-    run.document.update(summary={**summary, "pairs": total, "undone_before": before, "left": left}, headline=words)
+    run.document.update(
+        summary={**summary, "pairs": total, "undone_before": before, "left": left}, headline=words
+    )
     if preview:
         show_undo(run, lists)
     else:
@@ -7917,7 +9513,11 @@ def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, code: 
     log.info("exit code %d", code)
     still_open = [*lists.get("failed", ()), *lists.get("unfinished", ())]
     if not preview and (left or still_open):
-        words = "fix what is named above, then undo the rest" if still_open and not run.signal else "undo the rest"
+        words = (
+            "fix what is named above, then undo the rest"
+            if still_open and not run.signal
+            else "undo the rest"
+        )
         console.suggest(words, run.command(without=("limit",)))
     elif len(lists.get("undone", ())) > before:
         words = "check the contacts in DevRev; before the next merge, export again"
@@ -7940,13 +9540,19 @@ def show_undo(run: RunContext, lists: Mapping[str, Sequence[Pair]]) -> None:
         mine = {item["id"] for item in entry["restored"]}
         objects |= mine
         show(f"undo     {pair.email}: {created_again(pair)}")
-        what = "ticket, issue or conversation goes" if len(mine) == 1 else "tickets, issues and conversations go"
+        what = (
+            "ticket, issue or conversation goes"
+            if len(mine) == 1
+            else "tickets, issues and conversations go"
+        )
         show(f"           {len(mine):,} {what} back to it.")
         for item in entry["left"]:
             show(f"           {item['display_id']} {item['title']} stays as it is: {item['why']}.")
         for item in entry["fields_left"]:
             show(f"           The primary keeps its {item['field']}: {item['why']}.")
-        never.update(dict.fromkeys(item["what"].replace("_", " ") for item in entry["not_restored"]))
+        never.update(
+            dict.fromkeys(item["what"].replace("_", " ") for item in entry["not_restored"])
+        )
     if never:
         show(f"Can't be restored: {', '.join(never)}.")
     if objects:
@@ -7956,7 +9562,7 @@ def show_undo(run: RunContext, lists: Mapping[str, Sequence[Pair]]) -> None:
 
 # -- check, status, verify ---------------------------------------------------------------------------
 
-READS: Mapping[str, Tuple[str, str, Json]] = {
+READS: Mapping[str, tuple[str, str, Json]] = {
     "contacts": ("rev-users.list", "rev_users", {}),
     "works": ("works.list", "works", {"type": ["ticket", "issue"]}),
     "conversations": ("conversations.list", "conversations", {}),
@@ -7967,9 +9573,9 @@ READS: Mapping[str, Tuple[str, str, Json]] = {
 async def check(run: RunContext) -> int:
     """Print whether a real run could start: token, organisation, read access, quota, disk, savepoint."""
     api, console = DevRevAPI(run.settings, run.environment, CancelToken()), run.console
-    checks: List[Json] = []
-    seen: List[str] = []  # objects that have a timeline
-    steps: List[Tuple[str, str]] = []  # what the CSV is ready for
+    checks: list[Json] = []
+    seen: list[str] = []  # objects that have a timeline
+    steps: list[tuple[str, str]] = []  # what the CSV is ready for
 
     async def read(name: str) -> str:
         """Send one cheap request of the kind that a backup sends."""
@@ -7981,7 +9587,7 @@ async def check(run: RunContext) -> int:
         seen.extend(item["id"] for item in page.items if name != "contacts")
         return "readable"
 
-    works: Dict[str, Callable[[], Union[str, Awaitable[str]]]] = {
+    works: dict[str, Callable[[], str | Awaitable[str]]] = {
         "token": lambda: run.identify(api),
         "csv": lambda: _check_csv(run, steps),
         **{name: functools.partial(read, name) for name in READS},
@@ -7994,14 +9600,21 @@ async def check(run: RunContext) -> int:
         try:
             found = work()
             words, good = found if isinstance(found, str) else await found, True
-            words += f" (from {run.settings.token_file or 'the environment'})" if name == "token" else ""
+            words += (
+                f" (from {run.settings.token_file or 'the environment'})" if name == "token" else ""
+            )
         except (FatalError, PairError, OSError) as error:
-            words, good = str(api.cancel_token.stop or error if isinstance(error, Cancelled) else error), False
+            words, good = (
+                str(api.cancel_token.stop or error if isinstance(error, Cancelled) else error),
+                False,
+            )
             log.info("check of %s: %s", name, words)
         checks.append({"check": name, "ok": good, "says": words})
         if not run.options.json:
-            console.print(f"{'ok     ' if good else 'FAILED '} {name}: {words}", "" if good else "bad")
-    notes: List[str] = []
+            console.print(
+                f"{'ok     ' if good else 'FAILED '} {name}: {words}", "" if good else "bad"
+            )
+    notes: list[str] = []
     if checks[0]["ok"]:
         notes = [
             describe_quota(api.scheduler),
@@ -8009,7 +9622,11 @@ async def check(run: RunContext) -> int:
             "--undo also updates tickets, issues and conversations; only an undo shows whether the token may do this",
         ]
     problems = sum(not one["ok"] for one in checks)
-    code, verdict = (EXIT_USAGE, f"not ready: {plural(problems, 'problem')}") if problems else (EXIT_OK, "ready")
+    code, verdict = (
+        (EXIT_USAGE, f"not ready: {plural(problems, 'problem')}")
+        if problems
+        else (EXIT_OK, "ready")
+    )
     if run.options.json:
         facts = {"verdict": verdict, "ready": not problems, "checks": checks, "notes": notes}
         console.json(report_chunks(facts, {}))
@@ -8028,14 +9645,21 @@ async def check(run: RunContext) -> int:
 
 def describe_quota(scheduler: RequestScheduler) -> str:
     """Say which quota DevRev has announced, and which limit holds besides."""
-    limit, left = scheduler.client_limit, describe_wait(scheduler) or "DevRev has not announced one yet"
-    words = f"the client-side rate limit is {limit.calls} requests in {limit.period:g} s" if limit else ""
+    limit, left = (
+        scheduler.client_limit,
+        describe_wait(scheduler) or "DevRev has not announced one yet",
+    )
+    words = (
+        f"the client-side rate limit is {limit.calls} requests in {limit.period:g} s"
+        if limit
+        else ""
+    )
     return f"quota: {left}; {words or 'there is no client-side rate limit'}"
 
 
-def _check_csv(run: RunContext, steps: List[Tuple[str, str]]) -> str:
+def _check_csv(run: RunContext, steps: list[tuple[str, str]]) -> str:
     """Read the CSV, also where the token's organisation is not known, and add the next step to `steps`."""
-    known: Optional[SavePoint] = None
+    known: SavePoint | None = None
     with contextlib.suppress(FatalError):  # what is wrong with it is a check of its own
         known = SavePoint(run.environment, readonly=True)
     plan = make_plan(run, known)
@@ -8055,10 +9679,15 @@ def _check_csv(run: RunContext, steps: List[Tuple[str, str]]) -> str:
 
 def _check_savepoint(run: RunContext) -> str:
     if not locks_work(SAVEPOINT):
-        raise FatalError(EXIT_USAGE, f"{SAVEPOINT.resolve().parent} can't hold a savepoint: {NO_LOCKS}")
+        raise FatalError(
+            EXIT_USAGE, f"{SAVEPOINT.resolve().parent} can't hold a savepoint: {NO_LOCKS}"
+        )
     with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
         if savepoint.is_held():
-            raise FatalError(EXIT_HELD, f"a run is in progress: process {savepoint.holder['pid']} holds {SAVEPOINT}")
+            raise FatalError(
+                EXIT_HELD,
+                f"a run is in progress: process {savepoint.holder['pid']} holds {SAVEPOINT}",
+            )
         check_not_restored(savepoint)
         if not SAVEPOINT.exists():
             return f"{SAVEPOINT} will be created"
@@ -8079,7 +9708,10 @@ def status(run: RunContext) -> int:
     """Print what the savepoint knows, also while a run is in progress: pairs by state, and how far the last run is."""
     with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
         runs = savepoint.runs()
-        organisations = [savepoint.meta.get("organisation"), *(one["organisation"] for one in runs.values())]
+        organisations = [
+            savepoint.meta.get("organisation"),
+            *(one["organisation"] for one in runs.values()),
+        ]
         facts: Json = {
             "savepoint": str(SAVEPOINT),
             "running": savepoint.is_held(),
@@ -8104,7 +9736,9 @@ def status(run: RunContext) -> int:
             )
             last = facts["last_run"] = {name: runs[max(runs)][name] for name in names}
             last["report"] = str(report_path(last["id"], last["kind"]))
-            ended = last["pairs_ended"] = sum(1 for _ in savepoint.pairs(State.FAILED, *TERMINAL, run=last["id"]))
+            ended = last["pairs_ended"] = sum(
+                1 for _ in savepoint.pairs(State.FAILED, *TERMINAL, run=last["id"])
+            )
             now = run.environment.now().wall
             spent = now - datetime.fromisoformat(last["start"]).timestamp()
             if facts["running"] and ended and (last["pairs"] or 0) > ended and spent > 0:
@@ -8115,7 +9749,9 @@ def status(run: RunContext) -> int:
             "cancelled": list(savepoint.pairs(State.CANCELLED)),
         }
     if run.options.json:
-        entries = {name: [merge_entry(pair, None) for pair in found] for name, found in lists.items()}
+        entries = {
+            name: [merge_entry(pair, None) for pair in found] for name, found in lists.items()
+        }
         run.console.json(report_chunks(facts, entries))
     else:
         show_status(run.console, facts, lists)
@@ -8123,20 +9759,35 @@ def status(run: RunContext) -> int:
 
 
 def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair]]) -> None:
-    holder, running, last, show = facts["last_opened"], facts["running"], facts["last_run"], console.print
+    holder, running, last, show = (
+        facts["last_opened"],
+        facts["running"],
+        facts["last_run"],
+        console.print,
+    )
     if not (holder or last):
         show(f"{facts['savepoint']}: no run has used this folder yet")
         return
-    show(f"{facts['savepoint']}: organisation {facts['organisation'] or 'not known yet, no run has merged here'}")
+    show(
+        f"{facts['savepoint']}: organisation {facts['organisation'] or 'not known yet, no run has merged here'}"
+    )
     if holder:
         since = minute(holder["since"])
         now = f"a run is in progress: process {holder['pid']} on {holder['host']}, since {since}"
         show(now if running else f"no run is in progress; the last one began at {since}")
     if running and last and last["end"] is None:
-        end = f", expected to end at {minute(last['expected_end'])}" if "expected_end" in last else ""
-        show(f"{last['kind']} of {plural(last['pairs'] or 0, 'pair')}: {last['pairs_ended']:,} ended{end}")
+        end = (
+            f", expected to end at {minute(last['expected_end'])}" if "expected_end" in last else ""
+        )
+        show(
+            f"{last['kind']} of {plural(last['pairs'] or 0, 'pair')}: {last['pairs_ended']:,} ended{end}"
+        )
     elif last and not running:
-        how = "was killed; the next run writes its report" if last["end"] is None else last["headline"]
+        how = (
+            "was killed; the next run writes its report"
+            if last["end"] is None
+            else last["headline"]
+        )
         show(f"last {last['kind']}: {how}")
     for name, count in facts["counts"].items():
         show(f"{count:>7,} {STATE_WORDS[State(name)]}")
@@ -8151,19 +9802,32 @@ def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair
             show(f"{word}  {pair.email}: {into(pair)}, last {minute(pair.updated)}: {why}")
         if len(pairs) > 20:
             show(f"{title}  and {len(pairs) - 20:,} more (--status --json has them all)")
-    if last and last["csv"] and not running and any(pair.state in UNFINISHED for pair in lists["unfinished"]):
+    if (
+        last
+        and last["csv"]
+        and not running
+        and any(pair.state in UNFINISHED for pair in lists["unfinished"])
+    ):
         files = [file["path"] for file in last["csv"]]
-        console.suggest("finish these pairs, with the options of the last run", command_line("--csv", *files))
+        console.suggest(
+            "finish these pairs, with the options of the last run", command_line("--csv", *files)
+        )
 
 
 def verify_backups(run: RunContext) -> int:
     """Read every backup below a folder again, and compare it with its manifest; 1 where one is damaged or missing."""
     root, console = run.options.verify_backups, run.console
     if not root.is_dir():
-        why = "is not a folder" if root.exists() else "does not exist: no run has made a backup in it yet"
+        why = (
+            "is not a folder"
+            if root.exists()
+            else "does not exist: no run has made a backup in it yet"
+        )
         raise FatalError(EXIT_USAGE, f"{root} {why}; name the folder that holds the backups")
     complete, damaged, missing, partial = 0, [], [], []  # type: Tuple[int, List[str], List[str], List[str]]
-    for name, folders, files in os.walk(str(root), onerror=lambda error: damaged.append(str(error))):
+    for name, folders, files in os.walk(
+        str(root), onerror=lambda error: damaged.append(str(error))
+    ):
         folder = Path(name)
         if folder.name.startswith(INCOMPLETE_BACKUP):
             partial.append(name)
@@ -8183,10 +9847,18 @@ def verify_backups(run: RunContext) -> int:
             backups = {pair.backup for pair in savepoint.pairs(*State) if pair.backup}
             missing = sorted(backup for backup in backups if not Path(backup).is_dir())
     if root != BACKUPS and not (complete or damaged or missing or partial):
-        raise FatalError(EXIT_USAGE, f"{root} holds no backup; name the folder that holds the backups")
+        raise FatalError(
+            EXIT_USAGE, f"{root} holds no backup; name the folder that holds the backups"
+        )
     code = EXIT_FAILED if damaged or missing else EXIT_OK
     if run.options.json:
-        facts = {"folder": str(root), "complete": complete, "damaged": damaged, "missing": missing, "partial": partial}
+        facts = {
+            "folder": str(root),
+            "complete": complete,
+            "damaged": damaged,
+            "missing": missing,
+            "partial": partial,
+        }
         console.json(report_chunks(facts, {}))
         return code
     for line in (*(f"DAMAGED  {one}" for one in damaged), *(f"MISSING  {one}" for one in missing)):
@@ -8194,13 +9866,17 @@ def verify_backups(run: RunContext) -> int:
     for one in partial:
         console.print(f"partial  {one}: left by a run that was killed; may be deleted")
     if damaged or missing:
-        console.print("These merges can't be undone completely. Restore the folders from a copy, then verify again.")
-    counts = f"{plural(complete, 'complete backup')}, {len(damaged)} damaged, {len(missing)} missing"
+        console.print(
+            "These merges can't be undone completely. Restore the folders from a copy, then verify again."
+        )
+    counts = (
+        f"{plural(complete, 'complete backup')}, {len(damaged)} damaged, {len(missing)} missing"
+    )
     console.print(counts, "bad" if code else "good")
     return code
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run the command, and return the exit code."""
     run = RunContext(parse_options(argv))
     os.umask(0o077)
@@ -8212,7 +9888,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             with open(run.report_path, "rb") as file:
                 run.console.json(file)
         except OSError:  # it has ended without a report
-            run.console.json(report_chunks({"exit_code": code, "error": run.console.mask(run.error) or None}, {}))
+            run.console.json(
+                report_chunks({"exit_code": code, "error": run.console.mask(run.error) or None}, {})
+            )
     before = run.signal
     run.on_signal(lambda: None)
     unwritten = run.console.end(lambda: 2.0 if run.signal else math.inf)
@@ -8230,7 +9908,12 @@ def run_command(run: RunContext) -> int:
         run.open_log()
         run.settings = run.environment.settings = load_settings(load_environment(), options.workers)
         Contact.user_prefix, run.console.mask = run.settings.user_ref_prefix, run.settings.mask
-        if options.live or options.mode in ("merge", "undo", "export", "check"):  # which make requests
+        if options.live or options.mode in (
+            "merge",
+            "undo",
+            "export",
+            "check",
+        ):  # which make requests
             import_package("requests")
             if run.settings.calls != 0:
                 import_package("ratelimit")
@@ -8241,7 +9924,9 @@ def run_command(run: RunContext) -> int:
     except OSError as error:
         code, run.error = EXIT_STOPPED, f"disk error: {error}"
     except ImportError as error:
-        run.error = f"a package can't be imported: {error}; python -m pip install -r requirements.txt"
+        run.error = (
+            f"a package can't be imported: {error}; python -m pip install -r requirements.txt"
+        )
         code = EXIT_USAGE
     except KeyboardInterrupt:
         code, run.error = 128 + (run.signal or signal.SIGINT), "interrupted; nothing was changed"
@@ -8253,11 +9938,13 @@ def run_command(run: RunContext) -> int:
     if code == EXIT_STOPPED:
         run.console.print_err("Fix that, then run the same command again.", "bold")
     elif code == EXIT_HELD:
-        run.console.suggest("wait until that run has ended; to see its progress:", command_line("--status"))
+        run.console.suggest(
+            "wait until that run has ended; to see its progress:", command_line("--status")
+        )
     return code
 
 
-MODES: Dict[str, Callable[[RunContext], Union[int, Coroutine[Any, Any, int]]]] = {
+MODES: dict[str, Callable[[RunContext], int | Coroutine[Any, Any, int]]] = {
     "export": export,
     "undo": undo,
     "preview": preview,

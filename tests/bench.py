@@ -97,11 +97,16 @@ class Findings:
     def all_tables(self) -> List[Table]:
         """The main table, then those with the details."""
         head = ("what", "measured", "yardstick", "ratio", "target", "")
-        rows = [(*figure[:5], {True: "met", False: "MISSED", None: ""}[figure.met]) for figure in self.figures]
+        rows = [
+            (*figure[:5], {True: "met", False: "MISSED", None: ""}[figure.met])
+            for figure in self.figures
+        ]
         return [Table("Bench", head, rows), *self.tables]
 
 
-def at_most(name: str, value: float, limit: float, measured: str, yardstick: str = "", unit: str = "x") -> Figure:
+def at_most(
+    name: str, value: float, limit: float, measured: str, yardstick: str = "", unit: str = "x"
+) -> Figure:
     """A figure that is promised to be no more than `limit`."""
     scale = 100 if unit == "%" else 1
     said = f"{value * scale:.2f} {unit}".replace(" x", "x").strip()
@@ -138,7 +143,9 @@ def organisation_of(pairs: int, tickets: Tuple[int, int], seed: int) -> Organisa
     return organisation
 
 
-def run_tool(organisation: Organisation, environment: Optional[Dict[str, str]] = None, **conditions: Any) -> Outcome:
+def run_tool(
+    organisation: Organisation, environment: Optional[Dict[str, str]] = None, **conditions: Any
+) -> Outcome:
     """Let the tool merge a whole organisation, with its defaults but for its own ceiling, of which there is none."""
     with tempfile.TemporaryDirectory() as folder:
         place = Workplace(Path(folder), forks=False)
@@ -166,7 +173,9 @@ def outcome(sandbox: Sandbox, begun: float) -> Outcome:
     seconds = time.monotonic() - begun
     organisation = sandbox.organisation
     if 2 * len(organisation.merges) != len(organisation.contacts):
-        raise RuntimeError(f"only {len(organisation.merges)} pairs of {len(organisation.contacts) // 2} were merged")
+        raise RuntimeError(
+            f"only {len(organisation.merges)} pairs of {len(organisation.contacts) // 2} were merged"
+        )
     seen = Counter(request.endpoint for request in sandbox.requests)
     return Outcome(seconds, dict(seen), sandbox.connections, sandbox.over_quota)
 
@@ -206,7 +215,9 @@ class OneAtATime:
     def back_up(self, contact: str) -> Dict[str, Any]:
         """Fetch everything of one contact: itself, three lists of works, its conversations, each timeline."""
         user = (self.call("rev-users.get", id=contact) or {})["rev_user"]
-        works = {role: self.works(role, contact) for role in ("owned_by", "created_by", "reported_by")}
+        works = {
+            role: self.works(role, contact) for role in ("owned_by", "created_by", "reported_by")
+        }
         talks = self.conversations(contact)
         for one in set(talks).union(*works.values()):
             self.pages(TIMELINES, "timeline_entries", object=one)
@@ -258,8 +269,15 @@ def bench_requests(options: argparse.Namespace, findings: Findings) -> None:
     other = run_yardstick(organisation_of(pairs, tickets, options.seed), merge_delay=0.1)
     each, others = tool.besides_timelines / pairs, other.besides_timelines / pairs
     findings.add(
-        at_most(f"requests a pair, besides timelines ({pairs} pairs)", each, 3.6, f"{each:.2f}", unit=""),
-        Figure("  as the one-at-a-time client", f"{each:.2f}", f"{others:.2f}", f"{others / each:.1f}x fewer"),
+        at_most(
+            f"requests a pair, besides timelines ({pairs} pairs)", each, 3.6, f"{each:.2f}", unit=""
+        ),
+        Figure(
+            "  as the one-at-a-time client",
+            f"{each:.2f}",
+            f"{others:.2f}",
+            f"{others / each:.1f}x fewer",
+        ),
     )
     findings.tables.append(by_endpoint(tool, other, pairs))
     timelines = tool.requests.get(TIMELINES, 0) / pairs
@@ -268,10 +286,17 @@ def bench_requests(options: argparse.Namespace, findings: Findings) -> None:
 
 def by_endpoint(tool: Outcome, other: Outcome, pairs: int) -> Table:
     """Requests a pair of both clients, endpoint by endpoint."""
-    endpoints = sorted({*tool.requests, *other.requests}, key=lambda name: (name == TIMELINES, name))
-    rows = [[name, *(f"{run.requests.get(name, 0) / pairs:.2f}" for run in (tool, other))] for name in endpoints]
+    endpoints = sorted(
+        {*tool.requests, *other.requests}, key=lambda name: (name == TIMELINES, name)
+    )
+    rows = [
+        [name, *(f"{run.requests.get(name, 0) / pairs:.2f}" for run in (tool, other))]
+        for name in endpoints
+    ]
     rows.append(["all", f"{tool.total / pairs:.2f}", f"{other.total / pairs:.2f}"])
-    return Table("Requests a pair, by endpoint", ("endpoint", "merge_contacts", "one at a time"), rows)
+    return Table(
+        "Requests a pair, by endpoint", ("endpoint", "merge_contacts", "one at a time"), rows
+    )
 
 
 def bench_quota(options: argparse.Namespace, findings: Findings) -> None:
@@ -309,7 +334,10 @@ def bench_gap(options: argparse.Namespace, findings: Findings) -> None:
         median, worst = gaps[len(gaps) // 2], gaps[-1]
         findings.add(
             Figure(
-                f"reference gap under {name}, median", f"{median:.2f} s", f"{window:g} s", f"{median / window:.2f}x"
+                f"reference gap under {name}, median",
+                f"{median:.2f} s",
+                f"{window:g} s",
+                f"{median / window:.2f}x",
             ),
             at_most("  worst", worst / window, 1 / window, f"{worst:.2f} s", f"{window:g} s"),
         )
@@ -343,7 +371,9 @@ def bench_cpu(options: argparse.Namespace, findings: Findings) -> None:
     script = LOOP.replace("OBJECT", repr(next(iter(organisation.works))))
     with Sandbox(organisation) as sandbox:
         begun = spent()
-        subprocess.check_call([sys.executable, "-c", script, sandbox.url, sandbox.token, str(tool.total)])
+        subprocess.check_call(
+            [sys.executable, "-c", script, sandbox.url, sandbox.token, str(tool.total)]
+        )
     loop = (spent() - begun) / tool.total
     what = f"processor time a request ({tool.total} requests)"
     findings.add(at_most(what, each / loop, 2.0, f"{each * 1000:.2f} ms", f"{loop * 1000:.2f} ms"))
@@ -362,7 +392,9 @@ def bench_latency(options: argparse.Namespace, findings: Findings) -> None:
     slow = other.seconds / few * pairs
     what = f"{tool.total} requests of {conditions['latency'] * 1000:.0f} ms, {tool.requests[TIMELINES]} timelines"
     findings.add(
-        at_most(f"time under latency ({what})", busy / floor, 1.3, f"{busy:.2f} s", f"{floor:.2f} s"),
+        at_most(
+            f"time under latency ({what})", busy / floor, 1.3, f"{busy:.2f} s", f"{floor:.2f} s"
+        ),
         Figure(
             "  as the one-at-a-time client",
             f"{tool.seconds:.1f} s",
@@ -398,11 +430,18 @@ def csv_figures(rows: int, size: float, uses: "Sequence[Use]") -> List[Figure]:
         none = "no pandas"
         return [Figure(what, seconds, none), pace, Figure("  peak memory", memory, none)]
     other = uses[1]
-    figures = [at_most(what, tool.seconds / other.seconds, 1.0, seconds, f"{other.seconds:.2f} s"), pace]
+    figures = [
+        at_most(what, tool.seconds / other.seconds, 1.0, seconds, f"{other.seconds:.2f} s"),
+        pace,
+    ]
     if tool.megabytes and other.megabytes:
         ratio = tool.megabytes / other.megabytes
         figures.append(at_most("  peak memory", ratio, 1 / 3, memory, f"{other.megabytes:.0f} MB"))
-    return figures if rows >= 1_000_000 else [figure._replace(target="", met=None) for figure in figures]
+    return (
+        figures
+        if rows >= 1_000_000
+        else [figure._replace(target="", met=None) for figure in figures]
+    )
 
 
 def bench_export(options: argparse.Namespace, findings: Findings) -> None:
@@ -436,7 +475,9 @@ def export_projection(each: float) -> Table:
         for share in (0.1, 0.5):
             units = contacts / 100 + contacts * share / 100 * each
             hours = (units / 1_000 * 300 / 3600, units / 5_000 * 60 / 3600)
-            rows.append([f"{contacts:,}", f"{share:.0%}", f"{units:,.0f}", *map("{:,.2f}".format, hours)])
+            rows.append(
+                [f"{contacts:,}", f"{share:.0%}", f"{units:,.0f}", *map("{:,.2f}".format, hours)]
+            )
     return Table(
         "Projection of an export",
         ("contacts", "email recurs", "units", "hours at 1,000 in 5 min", "hours at 5,000 a min"),
@@ -450,11 +491,17 @@ def bench_start(options: argparse.Namespace, findings: Findings) -> None:
         path = Path(folder) / "contacts.csv"
         write_big_csv(path, 2, options.seed)
         tool = [sys.executable, str(SCRIPT)]
-        commands = [[sys.executable, "-c", "pass"], [*tool, "--help"], [*tool, "--csv", str(path), "--preview"]]
+        commands = [
+            [sys.executable, "-c", "pass"],
+            [*tool, "--help"],
+            [*tool, "--csv", str(path), "--preview"],
+        ]
         nothing, *times = fastest(commands, 5, folder)
     for name, seconds in zip(("--help", "preview of 2 rows"), times):
         ratio = f"{seconds / nothing:.1f}x"
-        findings.add(Figure(name, f"{seconds:.3f} s", f"{nothing:.3f} s", ratio, "< 0.25 s", seconds < 0.25))
+        findings.add(
+            Figure(name, f"{seconds:.3f} s", f"{nothing:.3f} s", ratio, "< 0.25 s", seconds < 0.25)
+        )
 
 
 PARTS: Dict[str, Callable[[argparse.Namespace, Findings], None]] = {
@@ -496,8 +543,35 @@ kinds = pandas.DataFrame({"user": reference.str.startswith("user_"), "system": r
 found = kinds.groupby(email).sum()
 print(((found["user"] == 1) & (found["system"] >= 1)).sum())
 """
-FIRST = ("Ana", "Ben", "Chloé", "Dmitri", "Elif", "Femi", "Grace", "Hiro", "Inés", "João", "Kavya", "Liam", "Maya")
-LAST = ("Abe", "Brandt", "Costa", "Eze", "Fischer", "García", "Haddad", "Ito", "López", "Müller", "Novak", "Patel")
+FIRST = (
+    "Ana",
+    "Ben",
+    "Chloé",
+    "Dmitri",
+    "Elif",
+    "Femi",
+    "Grace",
+    "Hiro",
+    "Inés",
+    "João",
+    "Kavya",
+    "Liam",
+    "Maya",
+)
+LAST = (
+    "Abe",
+    "Brandt",
+    "Costa",
+    "Eze",
+    "Fischer",
+    "García",
+    "Haddad",
+    "Ito",
+    "López",
+    "Müller",
+    "Novak",
+    "Patel",
+)
 DOMAINS = ("example.com", "mail.example.org", "corp.example.net", "example.co.uk")
 
 
@@ -558,7 +632,9 @@ print(json.dumps([failed, time.monotonic() - begun, peak / 1e6]))
 """
 
 
-def use_of(command: Sequence[str], folder: str, expected: str, settings: Mapping[str, str] = {}) -> Use:
+def use_of(
+    command: Sequence[str], folder: str, expected: str, settings: Mapping[str, str] = {}
+) -> Use:
     """Run a command once; RuntimeError where it fails or its last line of output is not what is expected."""
     out = Path(folder) / "output"
     done = subprocess.run(
@@ -574,17 +650,24 @@ def use_of(command: Sequence[str], folder: str, expected: str, settings: Mapping
     return Use(seconds, megabytes)
 
 
-def least_use(commands: Sequence[Sequence[str]], folder: str, expected: Sequence[str], rounds: int = 3) -> List[Use]:
+def least_use(
+    commands: Sequence[Sequence[str]], folder: str, expected: Sequence[str], rounds: int = 3
+) -> List[Use]:
     """The least time and the least memory of each command; they take turns, so that a busy machine hits all alike."""
     uses: List[List[Use]] = [[] for _ in commands]
     for turn in range(rounds):
         progress(f"round {turn + 1} of {rounds}")
         for found, command, line in zip(uses, commands, expected):
             found.append(use_of(command, folder, line))
-    return [Use(min(use.seconds for use in found), min(use.megabytes for use in found)) for found in uses]
+    return [
+        Use(min(use.seconds for use in found), min(use.megabytes for use in found))
+        for found in uses
+    ]
 
 
-def fastest(commands: Sequence[Sequence[str]], rounds: int, folder: Optional[str] = None) -> List[float]:
+def fastest(
+    commands: Sequence[Sequence[str]], rounds: int, folder: Optional[str] = None
+) -> List[float]:
     """The best time of each command; they take turns."""
     times: List[List[float]] = [[] for _ in commands]
     for _ in range(rounds):
@@ -629,11 +712,23 @@ def progress(text: str) -> None:
 
 def arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Measure what a run costs.")
-    parser.add_argument("--only", action="append", choices=PARTS, help="this part alone (may be repeated)")
-    parser.add_argument("--rows", type=int, default=1_000_000, metavar="N", help="of the big CSV (default 1,000,000)")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench", description="Measure what a run costs."
+    )
+    parser.add_argument(
+        "--only", action="append", choices=PARTS, help="this part alone (may be repeated)"
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=1_000_000,
+        metavar="N",
+        help="of the big CSV (default 1,000,000)",
+    )
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of everything random (default 1)")
+    parser.add_argument(
+        "--seed", type=int, default=1, metavar="N", help="of everything random (default 1)"
+    )
     options = parser.parse_args(argv)
     if options.rows < 2:
         parser.error("--rows: at least 2")

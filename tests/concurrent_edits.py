@@ -76,7 +76,11 @@ class ConcurrentEdits:
         return f"make {short(one['id'])} {one['state']}"
 
     def unlock(self) -> str:
-        shut = [one for one in self.organisation.contacts.values() if one["state"] in ("locked", "deactivated")]
+        shut = [
+            one
+            for one in self.organisation.contacts.values()
+            if one["state"] in ("locked", "deactivated")
+        ]
         for one in shut:
             self.organisation.change(one, state="active")
         return f"unlock {len(shut)} contacts" if shut else ""
@@ -123,7 +127,9 @@ class ConcurrentEdits:
         one = self.contact()
         if one is None:
             return ""
-        return f"open {short(self.organisation.add_work(owned_by=[one['id']]))} for {short(one['id'])}"
+        return (
+            f"open {short(self.organisation.add_work(owned_by=[one['id']]))} for {short(one['id'])}"
+        )
 
     def delete_ticket(self) -> str:
         work = self.work()

@@ -9,7 +9,19 @@ import sqlite3
 import tempfile
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Callable, DefaultDict, Dict, Iterable, List, Mapping, NamedTuple, Optional, Set, Tuple
+from typing import (
+    Any,
+    Callable,
+    DefaultDict,
+    Dict,
+    Iterable,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Set,
+    Tuple,
+)
 
 from tests.fake_devrev import Organisation
 from tests.simulated import ROW, short, stored_row
@@ -21,7 +33,16 @@ UNFINISHED = ("requested", "acknowledged", "merged", "proving")
 ENDED = ("done", "merged_elsewhere", "settled")
 UNDONE = ("undone", "undo_settled")
 TERMINAL = (*ENDED, "cancelled", *UNDONE)
-AUTHORITY = ("planned", "failed", *UNFINISHED, *ENDED, "undoing", "cancelled", "undo_settled", "undone")
+AUTHORITY = (
+    "planned",
+    "failed",
+    *UNFINISHED,
+    *ENDED,
+    "undoing",
+    "cancelled",
+    "undo_settled",
+    "undone",
+)
 STOPPING = ("cancelled", *UNDONE)  # a pair in such a state is merged again only where it is named
 ROLE_ADDRESSES = (
     "info support help helpdesk service sales contact hello office team admin administrator billing accounts accounting"
@@ -90,7 +111,9 @@ def most_contacts(email: str) -> int:
 
 def instant(created: str) -> float:
     """Return a date as epoch seconds; without a zone it is in UTC."""
-    found = re.fullmatch(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.\d+)? ?(Z|[+-]\d\d:?\d\d)?", created.strip())
+    found = re.fullmatch(
+        r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.\d+)? ?(Z|[+-]\d\d:?\d\d)?", created.strip()
+    )
     assert found, created
     moment = datetime.datetime.strptime(f"{found.group(1)} {found.group(2)}", "%Y-%m-%d %H:%M:%S")
     zone = (found.group(3) or "Z").replace(":", "")
@@ -107,7 +130,9 @@ def groups_of(rows: Iterable[Row]) -> Dict[str, List[Row]]:
     return groups
 
 
-def plan_of(rows: Iterable[Row], choices: Mapping[str, str], primary_kind: str = "revu") -> Dict[Ids, Wanted]:
+def plan_of(
+    rows: Iterable[Row], choices: Mapping[str, str], primary_kind: str = "revu"
+) -> Dict[Ids, Wanted]:
     """Return the merges that an export asks for."""
     found: Dict[Ids, Wanted] = {}
     for email, group in groups_of(rows).items():
@@ -131,8 +156,14 @@ def export_of(organisation: Organisation) -> List[Row]:
     """Return what the query of the warehouse would give now."""
     rows = []
     for contact in organisation.contacts.values():
-        if organisation.alive(contact["id"]) and contact.get("email") and contact.get("external_ref"):
-            row = Row(contact["id"], contact["email"], contact["external_ref"], 0, contact["created_date"])
+        if (
+            organisation.alive(contact["id"])
+            and contact.get("email")
+            and contact.get("external_ref")
+        ):
+            row = Row(
+                contact["id"], contact["email"], contact["external_ref"], 0, contact["created_date"]
+            )
             rows.append(row._replace(tickets=greatest(organisation, contact["id"])))
     return rows
 
@@ -179,7 +210,10 @@ def read_tables(execute: Callable[[str], Any]) -> StoredFile:
     meta = dict(execute("SELECT name, value FROM meta").fetchall())
     return StoredFile(
         {(row["primary_id"], row["duplicate_id"]): row for row in rows},
-        {run: json.loads(document) for run, document in execute("SELECT id, document FROM runs").fetchall()},
+        {
+            run: json.loads(document)
+            for run, document in execute("SELECT id, document FROM runs").fetchall()
+        },
         int(meta.get("last_write", 0)),
         str(meta.get("last_run", "")),
     )
@@ -201,11 +235,19 @@ def authority(row: Mapping[str, Any]) -> Tuple[int, int, float]:
 
 def never_sent(main: Optional[StoredFile], copy: Optional[StoredFile]) -> Set[Ids]:
     """Return the pairs whose intent stands in the first file's last write alone: the request can't have left."""
-    if main is None or copy is None or (main.last_run, main.last_write) != (copy.last_run, copy.last_write + 1):
+    if (
+        main is None
+        or copy is None
+        or (main.last_run, main.last_write) != (copy.last_run, copy.last_write + 1)
+    ):
         return set()
     found = set()
     for ids, row in main.rows.items():
         before = copy.rows[ids]["requested_at"] if ids in copy.rows else None
-        if row["revision"] == main.last_write and row["state"] == "requested" and row["requested_at"] != before:
+        if (
+            row["revision"] == main.last_write
+            and row["state"] == "requested"
+            and row["requested_at"] != before
+        ):
             found.add(ids)
     return found

@@ -228,7 +228,9 @@ class Table(Dict[str, Record]):
         before = self._before(self._now() - ago) if ago > 0 else {}
         wanted = [{(name, value) for value in values} for name, values in filters]
         found: List[Thing] = []
-        for object_id in sorted(self._candidates(wanted) | before.keys(), key=self.numbers.__getitem__):
+        for object_id in sorted(
+            self._candidates(wanted) | before.keys(), key=self.numbers.__getitem__
+        ):
             thing = before[object_id] if object_id in before else self[object_id]
             if thing is not None and not any(one.isdisjoint(self._keys(thing)) for one in wanted):
                 found.append(thing)
@@ -333,7 +335,9 @@ class Organisation(Rules):
         self.partition = partition
         self.lock = threading.RLock()
         self.clock: Callable[[], float] = lambda: LONG_AGO
-        self.moment: Optional[float] = None  # in place of the clock, for what is carried out belatedly
+        self.moment: Optional[float] = (
+            None  # in place of the clock, for what is carried out belatedly
+        )
         self.contacts = Table(self.lock, self.now, contact_keys, self._contact_changed)
         self.works = Table(self.lock, self.now, people_keys)
         self.conversations = Table(self.lock, self.now, people_keys)
@@ -342,13 +346,17 @@ class Organisation(Rules):
         self.merges: List[Tuple[str, str]] = []
         self.merged_into: Dict[str, str] = {}
         self.merge_times: Dict[str, float] = {}
-        self.reference_times: DefaultDict[str, List[Tuple[float, Optional[str]]]] = defaultdict(list)
+        self.reference_times: DefaultDict[str, List[Tuple[float, Optional[str]]]] = defaultdict(
+            list
+        )
         self._users_of: DefaultDict[str, Set[str]] = defaultdict(set)  # of a reference, at any time
         self.rev_orgs: Dict[str, Thing] = {}
         self._summaries: Dict[str, Thing] = {}
         self._numbers: Dict[str, int] = Counter()
         self._minutes = itertools.count()
-        self.dev_user = dev_user(self.don("identity", "devu", "1"), "Dana Developer", "dana.developer@example.com")
+        self.dev_user = dev_user(
+            self.don("identity", "devu", "1"), "Dana Developer", "dana.developer@example.com"
+        )
         self._summarise("dev_user", self.dev_user)
 
     @classmethod
@@ -406,13 +414,19 @@ class Organisation(Rules):
             return contact_id
 
     def new_contact(
-        self, email: Optional[str], reference: Optional[str], rev_org: Optional[str] = "ACME", **more: Any
+        self,
+        email: Optional[str],
+        reference: Optional[str],
+        rev_org: Optional[str] = "ACME",
+        **more: Any,
     ) -> str:
         """Add a contact with an id that DevRev chooses."""
         with self.lock:
             self._numbers["revu"] += 1
             more.setdefault("created", self._now())
-            return self.add_contact("N{}".format(self._numbers["revu"]), email, reference, rev_org=rev_org, **more)
+            return self.add_contact(
+                "N{}".format(self._numbers["revu"]), email, reference, rev_org=rev_org, **more
+            )
 
     def visit(self, email: str, reference: str, rev_org: Optional[str] = "ACME") -> str:
         """The application identifies somebody by a reference: who holds it, or a new contact that does."""
@@ -441,12 +455,16 @@ class Organisation(Rules):
             work["stage"] = {"name": "queued" if kind == "ticket" else "triage"}
             work["owned_by"] = self.people(owned_by) or self.people([self.dev_user["id"]])
             work["reported_by"] = self.people(reported_by)
-            work.update({"ticket": {"severity": "medium"}, "issue": {"priority": "p2"}}.get(kind, {}))
+            work.update(
+                {"ticket": {"severity": "medium"}, "issue": {"priority": "p2"}}.get(kind, {})
+            )
             self.works[work["id"]] = work  # type: ignore[assignment]
             self._add_comments(work, comments)
             return str(work["id"])
 
-    def add_conversation(self, members: Iterable[str] = (), title: Optional[str] = None, comments: int = 0) -> str:
+    def add_conversation(
+        self, members: Iterable[str] = (), title: Optional[str] = None, comments: int = 0
+    ) -> str:
         """Add a conversation, created by its first member, and return its id."""
         with self.lock:
             people = list(members)
@@ -495,7 +513,10 @@ class Organisation(Rules):
                     if thing["id"] not in leave_behind:
                         self._hand_over(thing, secondary, primary)
             if self.merge_joins:
-                self.change(self.contacts[primary], **self.joined(self.contacts[primary], self.contacts[secondary]))
+                self.change(
+                    self.contacts[primary],
+                    **self.joined(self.contacts[primary], self.contacts[secondary]),
+                )
             self.merged_into[secondary] = primary
             self.merge_times[secondary] = self.now()
             self.merges.append((primary, secondary))
@@ -508,7 +529,10 @@ class Organisation(Rules):
 
     def give(self, object_id: str, role: str, user_ids: Iterable[str]) -> None:
         """Give a work or a conversation to others: all that have a role in it."""
-        self.change(self.works.get(object_id) or self.conversations[object_id], **{role: self.people(user_ids)})
+        self.change(
+            self.works.get(object_id) or self.conversations[object_id],
+            **{role: self.people(user_ids)},
+        )
 
     def delete_contact(self, contact_id: str) -> None:
         """Delete a contact; what it had a role in goes on naming it."""
@@ -544,9 +568,16 @@ class Organisation(Rules):
             ids = [one["id"] for one in self.contacts.find([("external_ref", [reference])])]
             ids = [one for one in ids if self._holds_on(one, reference)]
             if self.unverified_keep_references:
-                ids += [one for one in self._users_of[reference] & self.unverified if one in self.contacts]
+                ids += [
+                    one
+                    for one in self._users_of[reference] & self.unverified
+                    if one in self.contacts
+                ]
             for contact_id in sorted(ids, key=self.contacts.numbers.__getitem__):
-                if self.unique_references == "organisation" or org_id_of(self.contacts[contact_id]) == rev_org_id:
+                if (
+                    self.unique_references == "organisation"
+                    or org_id_of(self.contacts[contact_id]) == rev_org_id
+                ):
                     return str(contact_id)
         return None
 
@@ -583,7 +614,16 @@ class Organisation(Rules):
         self.change(thing, **changes)
 
     def _summarise(self, kind: str, user: Mapping[str, Any]) -> None:
-        fields = ("id", "display_id", "display_name", "full_name", "email", "state", "external_ref", "rev_org")
+        fields = (
+            "id",
+            "display_id",
+            "display_name",
+            "full_name",
+            "email",
+            "state",
+            "external_ref",
+            "rev_org",
+        )
         summary = self._summaries.setdefault(user["id"], {"type": kind})
         summary.update({name: user[name] for name in fields if name in user})
 
@@ -688,7 +728,14 @@ def seed(organisation_type: Type[Organisation], path: Union[str, Path]) -> Organ
         }
         try:
             contact = organisation.add_contact(
-                row.key, row.email, row.reference, row.name, row.rev_org, created=row.created, **details, **row.more
+                row.key,
+                row.email,
+                row.reference,
+                row.name,
+                row.rev_org,
+                created=row.created,
+                **details,
+                **row.more,
             )
         except ValueError:
             continue
@@ -712,7 +759,11 @@ def read_export(path: Union[str, Path]) -> Iterable[ExportRow]:
 
 def usable(record: Dict[str, str]) -> Optional[ExportRow]:
     """The row, or None where an id, the email, the reference or the count is no good."""
-    values = {(name or "").strip().upper(): value.strip() for name, value in record.items() if isinstance(value, str)}
+    values = {
+        (name or "").strip().upper(): value.strip()
+        for name, value in record.items()
+        if isinstance(value, str)
+    }
     user = ID.fullmatch(values.get("REV_USER_ID", ""))
     org = ID.fullmatch(values.get("REV_ORG_ID", "don:identity:dvrv-us-1:devo/ANY:revo/ACME"))
     email, reference = values.get("EMAIL"), values.get("EXTERNAL_REF")
@@ -730,13 +781,19 @@ def usable(record: Dict[str, str]) -> Optional[ExportRow]:
     }
     more = {name: value for name, value in more.items() if value}
     name = values.get("DISPLAY_NAME", "")
-    return ExportRow(*where, name, email, reference, org.group("key"), api_time(created), tickets, more)
+    return ExportRow(
+        *where, name, email, reference, org.group("key"), api_time(created), tickets, more
+    )
 
 
 def api_time(text: str) -> str:
     """A warehouse's time as the API writes it; what is no time stays as it is."""
     found = re.match(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(\.\d{3})?", text, re.ASCII)
-    return "{}T{}{}Z".format(found.group(1), found.group(2), found.group(3) or ".000") if found else text
+    return (
+        "{}T{}{}Z".format(found.group(1), found.group(2), found.group(3) or ".000")
+        if found
+        else text
+    )
 
 
 class Seedling:
@@ -816,7 +873,15 @@ AFTER_THE_ACT = (
 OF_A_MERGE = ("merge-never", "merge-leaves", "merge-slow", "merge-refused-late", "merge-doubled")
 FAULTS = (*BEFORE_THE_ACT, *AFTER_THE_ACT, "doubled", *OF_A_MERGE)
 QUOTA_HEADERS = ("X-Ratelimit-Limit", "X-Ratelimit-Remaining", "X-Ratelimit-Reset")
-WRITTEN_BY_PEOPLE = ("display_name", "full_name", "title", "body", "description", "message", "detail")
+WRITTEN_BY_PEOPLE = (
+    "display_name",
+    "full_name",
+    "title",
+    "body",
+    "description",
+    "message",
+    "detail",
+)
 SECONDS = {"hang": 60.0, "hang-after": 60.0, "slow": 1.0, "drip": 0.5}
 
 
@@ -918,7 +983,9 @@ class Instead(Refused):
 
 def json_answer(status: int, content: Any) -> Answer:
     """An answer as the API itself gives it; half an emoji is written as the JSON escape that it was."""
-    return Answer(status, json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace"))
+    return Answer(
+        status, json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    )
 
 
 def html_answer(status: int) -> Answer:
@@ -946,7 +1013,11 @@ def struck_before(fault: Fault) -> Answer:
         status, kind = REFUSALS[fault.kind]
         content = {"message": HTTPStatus(status).phrase, "type": kind}
         if fault.detail is not None:
-            names = {"403": "object_ids"} if isinstance(fault.detail, (list, tuple)) else {"413": "max_bytes"}
+            names = (
+                {"403": "object_ids"}
+                if isinstance(fault.detail, (list, tuple))
+                else {"413": "max_bytes"}
+            )
             content[names.get(fault.kind, "message")] = fault.detail
         return json_answer(status, content)
     if fault.kind == "route-404":
@@ -960,7 +1031,9 @@ def struck_before(fault: Fault) -> Answer:
 
 def moved(place: str) -> Answer:
     """301: the object has another id now, and this is where it is."""
-    answer = json_answer(301, {"message": "The object has another id now.", "type": "moved_permanently"})
+    answer = json_answer(
+        301, {"message": "The object has another id now.", "type": "moved_permanently"}
+    )
     answer.headers["Location"] = place
     return answer
 
@@ -990,7 +1063,9 @@ def struck_after(fault: Fault, answer: Answer) -> Answer:
         return Answer(200, b'{"a":' * 100_000 + b"{}" + b"}" * 100_000)
     if fault.kind == "odd-quota":
         values = {} if fault.detail is None else fault.detail
-        answer.headers.update(values if isinstance(values, dict) else {name: str(values) for name in QUOTA_HEADERS})
+        answer.headers.update(
+            values if isinstance(values, dict) else {name: str(values) for name in QUOTA_HEADERS}
+        )
         return answer
     if fault.kind in ("changed", "endless", "half-emoji"):
         if not answer.payload or answer.content_type != "application/json":
@@ -1014,14 +1089,22 @@ def halved(content: Any, names: Collection[str]) -> Any:
     if not isinstance(content, dict):
         return content
     cut = {name for name in names if isinstance(content.get(name), str)}
-    return {name: value + HALF_EMOJI if name in cut else halved(value, names) for name, value in content.items()}
+    return {
+        name: value + HALF_EMOJI if name in cut else halved(value, names)
+        for name, value in content.items()
+    }
 
 
 def without_end(fault: Fault, content: Thing) -> Thing:
     """A page that claims that more comes, under a cursor never seen before (or always the same one)."""
     if fault.detail == "empty":
-        content = {name: [] if isinstance(value, list) else value for name, value in content.items()}
-    return {**content, "next_cursor": "more" if fault.detail == "repeated" else f"more-{fault.struck}"}
+        content = {
+            name: [] if isinstance(value, list) else value for name, value in content.items()
+        }
+    return {
+        **content,
+        "next_cursor": "more" if fault.detail == "repeated" else f"more-{fault.struck}",
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1038,7 +1121,15 @@ class Field(NamedTuple):
     nullable: bool = False
 
 
-JSON_TYPES = {"bool": bool, "id": str, "text": str, "enum": str, "int": int, "set": dict, "object": dict}
+JSON_TYPES = {
+    "bool": bool,
+    "id": str,
+    "text": str,
+    "enum": str,
+    "int": int,
+    "set": dict,
+    "object": dict,
+}
 JSON_NAMES = (
     (type(None), "null"),
     (bool, "bool"),
@@ -1067,7 +1158,12 @@ OF_A_CONTACT = {
     "custom_schema_spec": OBJECT,
 }
 PAGING = {"cursor": TEXT, "limit": Field("int"), "mode": Field("enum", ("after",))}
-OF_WORKS = {"type": Field("enums", WORK_KINDS), "owned_by": USERS, "created_by": USERS, "reported_by": USERS}
+OF_WORKS = {
+    "type": Field("enums", WORK_KINDS),
+    "owned_by": USERS,
+    "created_by": USERS,
+    "reported_by": USERS,
+}
 
 SHAPES: Dict[str, Dict[str, Field]] = {
     "dev-users.self": {},
@@ -1083,7 +1179,9 @@ SHAPES: Dict[str, Dict[str, Field]] = {
     ),
     "rev-users.scan": {"cursor": TEXT, "email": TEXTS, "external_ref": TEXTS},
     "rev-users.merge": {"primary_user": CONTACT, "secondary_user": CONTACT},
-    "rev-users.create": dict(OF_A_CONTACT, rev_org=Field("id", ("revo", "account")), custom_schema_fragments=TEXTS),
+    "rev-users.create": dict(
+        OF_A_CONTACT, rev_org=Field("id", ("revo", "account")), custom_schema_fragments=TEXTS
+    ),
     "rev-users.update": dict(
         OF_A_CONTACT,
         id=CONTACT,
@@ -1123,7 +1221,9 @@ LONG_SHAPES = {  # where works of every kind can be asked for
     for name in ("works.list", "works.count", "works.update")
 }
 CONTACT_FILTERS = ("email", "external_ref", "phone_numbers", "rev_org")
-POST_ONLY = tuple(name for name in SHAPES if name.endswith((".merge", ".create", ".update", ".delete")))
+POST_ONLY = tuple(
+    name for name in SHAPES if name.endswith((".merge", ".create", ".update", ".delete"))
+)
 
 
 def check_shape(shape: Dict[str, Field], body: Dict[str, Any], max_ids: Optional[int]) -> None:
@@ -1208,8 +1308,16 @@ class Restrictions:
     def _check_restricted(self, body: Thing) -> None:
         """Refuse a request that names what the token may not see, or may not see the timeline of, or change."""
         world = self.world
-        named = [body[name] for name in ("id", "object", "primary_user", "secondary_user") if name in body]
-        named += [one for name in ("owned_by", "created_by", "reported_by", "members") for one in body.get(name, ())]
+        named = [
+            body[name]
+            for name in ("id", "object", "primary_user", "secondary_user")
+            if name in body
+        ]
+        named += [
+            one
+            for name in ("owned_by", "created_by", "reported_by", "members")
+            for one in body.get(name, ())
+        ]
         hidden = set(world.restricted)
         if self._endpoint == "timeline-entries.list":
             hidden |= set(world.restricted_timelines)
@@ -1220,12 +1328,18 @@ class Restrictions:
         if self._endpoint.startswith("conversations."):
             kinds.append("conversation")
         if any(kind in world.hidden_kinds for kind in kinds):
-            self._forbid([one for name, one in body.items() if name in ("id", "object")], refused=True)
+            self._forbid(
+                [one for name, one in body.items() if name in ("id", "object")], refused=True
+            )
 
     def _forbid(self, ids: Sequence[str], refused: bool = False) -> None:
         """Refuse with 403, naming the objects where the world names them."""
         if ids or refused:
-            more = {"object_ids": list(dict.fromkeys(ids))} if ids and self.world.names_object_ids else {}
+            more = (
+                {"object_ids": list(dict.fromkeys(ids))}
+                if ids and self.world.names_object_ids
+                else {}
+            )
             raise Refused(403, "forbidden", "The token may not do that.", **more)
 
     def _page(self, name: str, things: Sequence[Tuple[int, Thing]], body: Thing) -> Thing:
@@ -1236,7 +1350,11 @@ class Restrictions:
         empty = 0
         if any(fnmatch.fnmatchcase(self._endpoint, pattern) for pattern in world.thin_lists):
             start = start_of(name, body)[0]
-            empty = world.empty_pages(self._endpoint, start) if callable(world.empty_pages) else world.empty_pages
+            empty = (
+                world.empty_pages(self._endpoint, start)
+                if callable(world.empty_pages)
+                else world.empty_pages
+            )
         found = page(name, things, body, empty, world.largest_page, world.trailing_page)
         if world.restricted_in_lists == "403":
             self._forbid([one["id"] for one in found[name] if one["id"] in world.restricted])
@@ -1273,9 +1391,16 @@ class Api(Restrictions):
         world = self.world
         try:
             if world.max_bytes is not None and len(json.dumps(body)) > world.max_bytes:
-                raise Refused(413, "request_entity_too_large", "The request is too large.", max_bytes=world.max_bytes)
+                raise Refused(
+                    413,
+                    "request_entity_too_large",
+                    "The request is too large.",
+                    max_bytes=world.max_bytes,
+                )
             check_shape(
-                (LONG_SHAPES if world.long_work_types else SHAPES).get(endpoint, SHAPES[endpoint]), body, world.max_ids
+                (LONG_SHAPES if world.long_work_types else SHAPES).get(endpoint, SHAPES[endpoint]),
+                body,
+                world.max_ids,
             )
             with self.organisation.lock:
                 self._endpoint, self._fault = endpoint, fault
@@ -1298,7 +1423,9 @@ class Api(Restrictions):
         if contact_id in organisation.contacts and not organisation.alive(contact_id):
             return {"rev_user": self._shown(self._merged_contact(contact_id))}
         if self.world.deleted_contacts == "state" and contact_id in organisation.deleted:
-            return {"rev_user": self._shown({**organisation.deleted[contact_id], "state": "deleted"})}
+            return {
+                "rev_user": self._shown({**organisation.deleted[contact_id], "state": "deleted"})
+            }
         return {"rev_user": self._shown(self._contact(contact_id))}
 
     def _merged_contact(self, contact_id: str) -> Thing:
@@ -1312,7 +1439,11 @@ class Api(Restrictions):
         if gone == "301":
             place = urllib.parse.quote(survivor, safe="")
             base = world.moved_to or world.url
-            raise Instead(moved(f"{base}/rev-users.get?id={place}" if world.location is None else world.location))
+            raise Instead(
+                moved(
+                    f"{base}/rev-users.get?id={place}" if world.location is None else world.location
+                )
+            )
         if gone == "primary":
             return contacts[survivor]
         return self._left_over(contact_id, gone)
@@ -1330,7 +1461,9 @@ class Api(Restrictions):
         if "is_verified" in body and world.verified_filter != "accepted":
             if world.verified_filter == "403":
                 self._forbid((), refused=True)
-            raise Refused(400, "invalid_field", "unknown property: is_verified", field_name="is_verified")
+            raise Refused(
+                400, "invalid_field", "unknown property: is_verified", field_name="is_verified"
+            )
         filters: List[Filter] = [(name, body[name]) for name in CONTACT_FILTERS if body.get(name)]
         if world.email_ignores_case and body.get("email"):
             filters[0] = ("email_lower", [one.lower() for one in body["email"]])
@@ -1341,7 +1474,10 @@ class Api(Restrictions):
             known = {one["id"] for one in contacts}
             for one in organisation.deleted.values():
                 keys = set(contact_keys(one))
-                fits = all(not keys.isdisjoint((name, value) for value in values) for name, values in filters)
+                fits = all(
+                    not keys.isdisjoint((name, value) for value in values)
+                    for name, values in filters
+                )
                 if fits and one["id"] not in known and kind_of(one["id"]) == "revu":
                     contacts.append({**one, "state": "deleted"})
         seen_at = organisation.now() - world.list_lag
@@ -1351,8 +1487,12 @@ class Api(Restrictions):
                 if not world.deleted_listed:
                     continue
                 gone = world.gone_of.get(contact["id"], world.gone)
-                contact = self._left_over(contact["id"], gone if gone in ("shadow", "unassigned") else "state")
-            if "is_verified" not in body or body["is_verified"] == (contact["id"] not in organisation.unverified):
+                contact = self._left_over(
+                    contact["id"], gone if gone in ("shadow", "unassigned") else "state"
+                )
+            if "is_verified" not in body or body["is_verified"] == (
+                contact["id"] not in organisation.unverified
+            ):
                 found.append((organisation.contacts.numbers[contact["id"]], contact))
         found.sort(key=lambda one: one[0])
         answer = self._page("rev_users", found, body)
@@ -1362,7 +1502,9 @@ class Api(Restrictions):
         """A contact as answers show it."""
         world, found = self.world, contact
         if world.hidden_fields:
-            found = {name: value for name, value in found.items() if name not in world.hidden_fields}
+            found = {
+                name: value for name, value in found.items() if name not in world.hidden_fields
+            }
         form, contact_id = world.verified_shown, contact["id"]
         if form == "mixed":
             form = ("shown", "hidden", "null")[self.organisation.contacts.numbers[contact_id] % 3]
@@ -1379,9 +1521,10 @@ class Api(Restrictions):
         for contact_id in (primary, secondary):
             self._contact(contact_id)
         unverified = [one in self.organisation.unverified for one in (primary, secondary)]
-        manner = {(False, True): self.world.unverified_merge, (True, False): self.world.verified_merge}.get(
-            (unverified[0], unverified[1]), "works"
-        )
+        manner = {
+            (False, True): self.world.unverified_merge,
+            (True, False): self.world.verified_merge,
+        }.get((unverified[0], unverified[1]), "works")
         if manner == "works":
             self.world.plan_merge(primary, secondary, self._fault)
         elif manner != "never":
@@ -1397,7 +1540,9 @@ class Api(Restrictions):
             message = "rev_org: the id of an account is not wanted here"
             raise Refused(400, "unexpected_id_type", message, field_name="rev_org", value=org_id)
         if "rev_org" in body and org_id not in self.organisation.rev_orgs:
-            raise Refused(400, "value_not_permitted", "there is no such rev org", field_name="rev_org")
+            raise Refused(
+                400, "value_not_permitted", "there is no such rev org", field_name="rev_org"
+            )
         if email is not None and self.world.unique_emails:
             contacts = self.organisation.contacts.find([("email", [email])])
             if any(self.organisation.alive(one["id"]) for one in contacts):
@@ -1416,7 +1561,10 @@ class Api(Restrictions):
         self._check_free(body.get("external_ref"), org_id_of(contact), contact["id"])
         changes = shown(body, (*OF_A_CONTACT, "custom_fields"))
         if "custom_fields" in changes:
-            changes["custom_fields"] = {**contact.get("custom_fields", {}), **changes["custom_fields"]}
+            changes["custom_fields"] = {
+                **contact.get("custom_fields", {}),
+                **changes["custom_fields"],
+            }
         if "external_ref" in changes and contact.get("external_refs"):
             old, new = contact["external_ref"], changes["external_ref"]
             changes["external_refs"] = list(
@@ -1444,12 +1592,19 @@ class Api(Restrictions):
                 if status == 400:
                     raise Refused(400, "value_not_permitted", message, field_name=name)
                 raise Refused(status, REFUSALS[str(status)][1], message)
-        if not all(re.fullmatch(r"\+[1-9][0-9]{1,14}", number) for number in body.get("phone_numbers", ())):
+        if not all(
+            re.fullmatch(r"\+[1-9][0-9]{1,14}", number) for number in body.get("phone_numbers", ())
+        ):
             message = "phone_numbers: this is not permitted"
             raise Refused(400, "value_not_permitted", message, field_name="phone_numbers")
 
-    def _check_free(self, reference: Optional[str], org_id: Optional[str], contact_id: Optional[str] = None) -> None:
-        if reference is not None and self.organisation.holder(org_id, reference) not in (None, contact_id):
+    def _check_free(
+        self, reference: Optional[str], org_id: Optional[str], contact_id: Optional[str] = None
+    ) -> None:
+        if reference is not None and self.organisation.holder(org_id, reference) not in (
+            None,
+            contact_id,
+        ):
             raise Refused(409, "conflict", f"{reference!r} is held by another contact")
 
     # ----- works, conversations, timelines ---------------------------------------------------------
@@ -1479,14 +1634,20 @@ class Api(Restrictions):
             message = "{} is no {}".format(work["display_id"], body["type"])
             raise Refused(400, "value_not_permitted", message, field_name="type")
         if body.get("owned_by", {}).get("set") == []:
-            raise Refused(400, "value_not_permitted", "owned_by.set: must not be empty", field_name="owned_by")
+            raise Refused(
+                400, "value_not_permitted", "owned_by.set: must not be empty", field_name="owned_by"
+            )
         if not 1 <= len(body.get("title", "as it was")) <= 256:
-            raise Refused(400, "value_not_permitted", "title: from 1 to 256 characters", field_name="title")
+            raise Refused(
+                400, "value_not_permitted", "title: from 1 to 256 characters", field_name="title"
+            )
         self._update_thing(work, body)
         return {"work": work}
 
     def _list_conversations(self, body: Thing) -> Thing:
-        return self._page("conversations", self._found(self.organisation.conversations, body, ("members",)), body)
+        return self._page(
+            "conversations", self._found(self.organisation.conversations, body, ("members",)), body
+        )
 
     def _get_conversation(self, body: Thing) -> Thing:
         return {"conversation": existing(self.organisation.conversations, body["id"])}
@@ -1505,7 +1666,9 @@ class Api(Restrictions):
         visible = set(body.get("visibility", ()))
         entries = enumerate(organisation.timelines.get(object_id, ()))
         return self._page(
-            "timeline_entries", [e for e in entries if not visible or e[1]["visibility"] in visible], body
+            "timeline_entries",
+            [e for e in entries if not visible or e[1]["visibility"] in visible],
+            body,
         )
 
     def _found(self, table: Table, body: Thing, names: Iterable[str]) -> List[Tuple[int, Thing]]:
@@ -1543,7 +1706,11 @@ def existing(table: Table, object_id: str) -> Record:
 
 def shown(body: Thing, names: Iterable[str]) -> Thing:
     """The fields of a request that the answers show, as they show them."""
-    fields = {name: body[name] for name in names if body.get(name) is not None and name != "custom_schema_spec"}
+    fields = {
+        name: body[name]
+        for name in names
+        if body.get(name) is not None and name != "custom_schema_spec"
+    }
     if "display_picture" in fields:
         fields["display_picture"] = {"id": fields["display_picture"]}
     return fields
@@ -1629,7 +1796,9 @@ def odd_poll(manner: str, seconds: Optional[float]) -> Answer:
     if manner == "404-route":
         return route_not_found()
     if manner == "404-other":
-        return json_answer(404, {"message": "There is nothing to see here.", "type": "object_hidden"})
+        return json_answer(
+            404, {"message": "There is nothing to see here.", "type": "object_hidden"}
+        )
     if manner == "shape":
         return json_answer(200, {"rev_user": {"id": 7, "state": ["deleted"]}})
     if manner == "empty":
@@ -1652,7 +1821,12 @@ class Quota:
     """
 
     def __init__(
-        self, limit: int, window: float, epoch: Callable[[], float], others: int = 0, rolls: bool = False
+        self,
+        limit: int,
+        window: float,
+        epoch: Callable[[], float],
+        others: int = 0,
+        rolls: bool = False,
     ) -> None:
         self.limit = limit
         self.window = window
@@ -1825,7 +1999,9 @@ class World:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.CHOICES and value not in self.CHOICES[name]:
-            raise ValueError(f"{name}: {value!r} is none of {', '.join(map(str, self.CHOICES[name]))}")
+            raise ValueError(
+                f"{name}: {value!r} is none of {', '.join(map(str, self.CHOICES[name]))}"
+            )
         super().__setattr__(name, value)
         if name in ("quota_rolls", "quota_whole_seconds") and self.quota:
             setattr(self.quota, name[len("quota_") :], value)
@@ -1840,12 +2016,16 @@ class World:
         """Enter a request into the books."""
         self.catch_up()
         with self.organisation.lock:
-            request = Request(len(self.requests) + 1, endpoint, body, self.clock() if started is None else started)
+            request = Request(
+                len(self.requests) + 1, endpoint, body, self.clock() if started is None else started
+            )
             self.requests.append(request)
         self._tell("before", request)
         return request
 
-    def answer(self, request: Request, token: Optional[str], problem: Optional[Refused] = None) -> Answer:
+    def answer(
+        self, request: Request, token: Optional[str], problem: Optional[Refused] = None
+    ) -> Answer:
         """Decide what comes back. The quota comes first, then faults, the token and the request."""
         self.catch_up()
         with self.organisation.lock:
@@ -1914,7 +2094,9 @@ class World:
     def later(self, seconds: float, action: Callable[[], Any]) -> None:
         """Let something happen at its time: a merge, or what others do."""
         with self.organisation.lock:
-            heapq.heappush(self._events, Event(self.organisation.now() + seconds, next(self._numbers), action))
+            heapq.heappush(
+                self._events, Event(self.organisation.now() + seconds, next(self._numbers), action)
+            )
 
     def next_due(self) -> Optional[float]:
         """When the next thing happens of which is known already that it will."""
@@ -1946,7 +2128,11 @@ class World:
             left = detail if kind == "merge-leaves" else ()
             self.later(delay, lambda: self._carry_out(primary, secondary, left))
         if status != 200 and (pending or kind == "merge-refused-late"):
-            message = "a merge of these contacts is in progress already" if pending else "this can't be merged"
+            message = (
+                "a merge of these contacts is in progress already"
+                if pending
+                else "this can't be merged"
+            )
             raise Refused(status, REFUSALS[str(status)][1], message)
 
     def _happen(self, moment: float) -> None:
@@ -1966,5 +2152,7 @@ class World:
 
 
 SWITCHES = frozenset(
-    name for name, value in vars(World).items() if name.islower() and name[0] != "_" and not callable(value)
+    name
+    for name, value in vars(World).items()
+    if name.islower() and name[0] != "_" and not callable(value)
 ) | {"gone_of"}

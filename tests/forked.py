@@ -66,7 +66,9 @@ def run(argv: Sequence[str], folder: str, environment: Mapping[str, str], timeou
         streams = [Path(scratch, name) for name in ("out", "err")]
         for path in streams:
             path.touch()
-        process = context.Process(target=_run, args=(list(argv), folder, dict(environment), *map(str, streams)))
+        process = context.Process(
+            target=_run, args=(list(argv), folder, dict(environment), *map(str, streams))
+        )
         process.start()
         process.join(timeout)
         late = process.exitcode is None

@@ -12,7 +12,19 @@ import shutil
 import sqlite3
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Callable, DefaultDict, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import (
+    Any,
+    Callable,
+    DefaultDict,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)
 
 from tests.expected import (
     COPY,
@@ -68,7 +80,10 @@ def changes(table: Table, since: float) -> Iterator[Tuple[str, Optional[Thing]]]
 
 def versions(table: Table, object_id: str, since: float) -> List[Optional[Thing]]:
     """Return what an object was at any time since a moment."""
-    return [table.get(object_id), *(was for changed, was in changes(table, since) if changed == object_id)]
+    return [
+        table.get(object_id),
+        *(was for changed, was in changes(table, since) if changed == object_id),
+    ]
 
 
 def held(thing: Optional[Thing], role: str, person: str) -> bool:
@@ -121,7 +136,11 @@ class InvariantChecker:
     """All merge requests of a scenario, and the invariants about them."""
 
     def __init__(self, fake_devrev: World, clock: Clock) -> None:
-        self.fake_devrev, self.clock, self.organisation = fake_devrev, clock, fake_devrev.organisation
+        self.fake_devrev, self.clock, self.organisation = (
+            fake_devrev,
+            clock,
+            fake_devrev.organisation,
+        )
         self.process: Optional[SimulatedProcess] = None
         self.options: Any = None
         self.run, self._run_id = 0, lambda: ""  # type: int, Callable[[], str]
@@ -134,7 +153,9 @@ class InvariantChecker:
         self.asks: DefaultDict[Ids, List[Ask]] = defaultdict(list)
         self.begun: Set[Ids] = set()  # in this run, never requested before
         self.tried: Set[Ids] = set()  # pairs that an earlier run refused or failed
-        self.intended: Set[Ids] = set()  # unfinished as this run began; it may have been killed before a request left
+        self.intended: Set[Ids] = (
+            set()
+        )  # unfinished as this run began; it may have been killed before a request left
         self.ever_intended: Set[Ids] = set()
         self.committed: Dict[str, Dict[Ids, Dict[str, Any]]] = {MAIN.name: {}, COPY.name: {}}
         self.latest: Dict[Ids, Dict[str, Any]] = {}  # the last row of each pair that was written
@@ -160,7 +181,9 @@ class InvariantChecker:
         self.undo = UndoChecker(self)
         self.reports = ReportChecker(self)
         self.reasons = ReasonChecker(self)
-        self.shown: Dict[str, float] = {}  # when the last request left whose answer has shown a contact
+        self.shown: Dict[
+            str, float
+        ] = {}  # when the last request left whose answer has shown a contact
         self.listed: Dict[Tuple[str, str], float] = {}  # the same of what a person has in a role
         self.first_pages: Dict[str, float] = {}  # when the first page of a list was requested
         self.polled: Set[str] = set()  # contacts that this run has read
@@ -172,7 +195,9 @@ class InvariantChecker:
         self.merge_answers = 0  # in this run, to pairs that had no 403 before
         self.is_forbidden = False  # the first of them was a 403
         self.is_foreign = False  # the CSV is of another organisation
-        self.takes_updates = False  # an update of this run was carried out, or refused for a reason of its own
+        self.takes_updates = (
+            False  # an update of this run was carried out, or refused for a reason of its own
+        )
 
     versions = staticmethod(versions)
     held = staticmethod(held)
@@ -199,20 +224,26 @@ class InvariantChecker:
         self.written = set()
         self.merge_answers, self.is_forbidden, self.takes_updates = 0, False, False
         mine = self.organisation.dev_user["id"].partition(":devo/")[2].partition(":")[0]
-        self.is_foreign = any(row.id.partition(":devo/")[2].partition(":")[0] != mine for row in rows)
+        self.is_foreign = any(
+            row.id.partition(":devo/")[2].partition(":")[0] != mine for row in rows
+        )
         main, copy = self._read_files()
         self.expected, self.unsent = joined(main, copy), never_sent(main, copy)
         self.latest = dict(self.expected)
         self.runs_before = self._runs_of(main, copy)
         unsent = {ids for ids in self.unsent if not self.expected[ids]["previous_request_at"]}
-        self.intended = {ids for ids, row in self.expected.items() if row["state"] in UNFINISHED} - unsent
+        self.intended = {
+            ids for ids, row in self.expected.items() if row["state"] in UNFINISHED
+        } - unsent
         self.tried = {ids for ids, row in self.expected.items() if row["state"] == "failed"}
         self.undo.begin(options)
         named = {email_key(email) for email in options.email or ()}
         self.rows, self.choices = list(rows), choices
         self.asked_for = plan_of(rows, choices, getattr(options, "primary", None) or "revu")
         self.plan = self._without_stopped(self.asked_for, named)
-        self.allowed = {ids for ids, wanted in self.plan.items() if not named or wanted.primary.key in named}
+        self.allowed = {
+            ids for ids, wanted in self.plan.items() if not named or wanted.primary.key in named
+        }
         self.begun = set()
         for ids, wanted in self.asked_for.items():
             if wanted not in self.known[ids]:
@@ -224,11 +255,14 @@ class InvariantChecker:
         for path, file in zip((MAIN, COPY), files):
             rows = {ids: row["document"] for ids, row in self.committed[path.name].items()}
             if (
-                (file is not None or rows) and rows != {ids: row["document"] for ids, row in file.rows.items()}
+                (file is not None or rows)
+                and rows != {ids: row["document"] for ids, row in file.rows.items()}
                 if file
                 else rows
             ):
-                raise InvariantBroken("what was committed is on the disk", f"{path} holds something else")
+                raise InvariantBroken(
+                    "what was committed is on the disk", f"{path} holds something else"
+                )
         return files
 
     def _without_stopped(self, plan: Dict[Ids, Wanted], named: Set[str]) -> Dict[Ids, Wanted]:
@@ -236,7 +270,9 @@ class InvariantChecker:
         groups = groups_of(self.rows)
         stopped = [(ids, row) for ids, row in self.expected.items() if row["state"] in STOPPING]
         known = {ids for ids, row in self.expected.items() if row["state"] in (*UNFINISHED, *ENDED)}
-        stale = {ids for ids, row in stopped if row["state"] != "cancelled"}  # the export is older than the undo
+        stale = {
+            ids for ids, row in stopped if row["state"] != "cancelled"
+        }  # the export is older than the undo
         left_out = {one.primary.key for ids, one in plan.items() if ids in stale}
         for email in {one.primary.key for ids, one in plan.items() if ids not in known} - named:
             members = {row.id for row in groups[email]}
@@ -272,20 +308,28 @@ class InvariantChecker:
         for name in self.reports.on_disk() if self.runs_before or not self.undo.active else ():
             run = name.rpartition(".")[0].partition("_report_")[2]
             if run not in self.runs_before and run > newest:
-                raise InvariantBroken("a savepoint that was put back from an older backup is refused", name)
+                raise InvariantBroken(
+                    "a savepoint that was put back from an older backup is refused", name
+                )
         for ids, before in self.expected.items():
             for name, rows in self.committed.items():
                 row = rows.get(ids)
                 if row is None:
-                    raise InvariantBroken(KNOWN, f"{name} does not know {name_of(ids)}, which is {before['state']}")
+                    raise InvariantBroken(
+                        KNOWN, f"{name} does not know {name_of(ids)}, which is {before['state']}"
+                    )
                 withdrawn = before["requested_at"] and row["withdrawn_at"] == before["requested_at"]
                 withdrawn = withdrawn and before["withdrawn_at"] != row["withdrawn_at"]
                 if withdrawn and ids not in self.unsent:
                     what = f"{name}: the request for {name_of(ids)}"
-                    raise InvariantBroken("a request that may have been sent does not count as never sent", what)
+                    raise InvariantBroken(
+                        "a request that may have been sent does not count as never sent", what
+                    )
                 if ids in self.unsent and not withdrawn:
                     what = f"{name}: the request for {name_of(ids)}"
-                    raise InvariantBroken("an intent that was never sent counts as never sent", what)
+                    raise InvariantBroken(
+                        "an intent that was never sent counts as never sent", what
+                    )
                 if not withdrawn and row["run"] != self.run_id and row["state"] != before["state"]:
                     what = f"{name}: {name_of(ids)} is {row['state']}, and both files said {before['state']}"
                     raise InvariantBroken(KNOWN, what)
@@ -298,12 +342,18 @@ class InvariantChecker:
         if main and copy and not self.full_now and self.joined is None and len(self.written) == 2:
             ahead = main.last_write - copy.last_write
             if ahead not in ((0, 1) if killed else (0,)):
-                raise InvariantBroken("the copy is at most one write behind", f"it is {ahead} writes behind")
+                raise InvariantBroken(
+                    "the copy is at most one write behind", f"it is {ahead} writes behind"
+                )
             for ids, row in rows.items():
                 late = killed and row["revision"] == main.last_write
                 for path, file in ((MAIN, main), (COPY, copy)):
-                    if not late and (ids not in file.rows or file.rows[ids]["revision"] != row["revision"]):
-                        raise InvariantBroken("each file alone knows everything", f"{path} and {name_of(ids)}")
+                    if not late and (
+                        ids not in file.rows or file.rows[ids]["revision"] != row["revision"]
+                    ):
+                        raise InvariantBroken(
+                            "each file alone knows everything", f"{path} and {name_of(ids)}"
+                        )
         return rows
 
     # ----- requests --------------------------------------------------------------------------------
@@ -315,7 +365,9 @@ class InvariantChecker:
         if self.stopped and not (self.undo.may_finish(sent) or self._gives_reference(sent)):
             raise InvariantBroken("no request after a stop", f"{sent.endpoint} leaves")
         if self.is_foreign and sent.endpoint != "dev-users.self":
-            raise InvariantBroken("a CSV of another organisation stops everything", f"{sent.endpoint} leaves")
+            raise InvariantBroken(
+                "a CSV of another organisation stops everything", f"{sent.endpoint} leaves"
+            )
         if getattr(self.options, "settle", None) and sent.endpoint in WRITES:
             raise InvariantBroken("settling changes nothing in DevRev", sent.endpoint)
         self._judge_client_limit()
@@ -335,11 +387,21 @@ class InvariantChecker:
         for ids, row in self.latest.items():
             if row["state"] == "merged" and row["new_ref"]:
                 mine = {"rev-users.update": ids[:1], "rev-users.get": ids}.get(sent.endpoint, ())
-                is_probe = sent.endpoint == "dev-users.self"  # goes first where requests have failed in a row
-                if is_probe or sent.body.get("id") in mine or sent.body.get("external_ref") == [row["new_ref"]]:
+                is_probe = (
+                    sent.endpoint == "dev-users.self"
+                )  # goes first where requests have failed in a row
+                if (
+                    is_probe
+                    or sent.body.get("id") in mine
+                    or sent.body.get("external_ref") == [row["new_ref"]]
+                ):
                     return True
             # What this run has requested may still be carried out: it is polled, or looked up in lists.
-            is_awaited = row["state"] in ("requested", "acknowledged") and row["new_ref"] and row["run"] == self.run_id
+            is_awaited = (
+                row["state"] in ("requested", "acknowledged")
+                and row["new_ref"]
+                and row["run"] == self.run_id
+            )
             if is_awaited and sent.endpoint not in WRITES:
                 return True
         return False
@@ -361,17 +423,25 @@ class InvariantChecker:
             ids = sent.body["primary_user"], sent.body["secondary_user"]
             self.merge_answers += ids not in self.forbidden
             if answer.status == 403 and answer.data is not None:
-                self.is_forbidden = self.is_forbidden or (self.merge_answers == 1 and ids not in self.forbidden)
+                self.is_forbidden = self.is_forbidden or (
+                    self.merge_answers == 1 and ids not in self.forbidden
+                )
                 self.forbidden.add(ids)
             ask = asks[-1]
             ask.ended = self.clock.now
             if answer.status is not None and 200 <= answer.status < 300:
                 ask.answer = "acknowledged"
-            elif answer.data is not None and answer.status is not None and 300 <= answer.status < 500:
+            elif (
+                answer.data is not None and answer.status is not None and 300 <= answer.status < 500
+            ):
                 ask.answer = "lost" if answer.status == 408 else "refused"
         elif sent.endpoint == "rev-users.get" and answer.status == 200 and answer.data:
             user = answer.data.get("rev_user")
-            exists = isinstance(user, dict) and user.get("id") == sent.body["id"] and user.get("state") != "deleted"
+            exists = (
+                isinstance(user, dict)
+                and user.get("id") == sent.body["id"]
+                and user.get("state") != "deleted"
+            )
             if exists and not user.get("primary_identity"):
                 for (_, duplicate), asks in self.asks.items():
                     if duplicate == sent.body["id"] and asks:
@@ -409,7 +479,9 @@ class InvariantChecker:
     def _judge_merge(self, ids: Ids, sent: Sent) -> None:
         earlier = self.asks[ids]
         if self.is_forbidden:
-            raise InvariantBroken("a 403 to the first merge request of a run ends it", f"{name_of(ids)} is requested")
+            raise InvariantBroken(
+                "a 403 to the first merge request of a run ends it", f"{name_of(ids)} is requested"
+            )
         row = self._judge_intent(ids)
         self._judge_plan(ids, row)
         self._judge_turn(ids)
@@ -431,10 +503,14 @@ class InvariantChecker:
             db = self.process.connections.get(path.name) if self.process else None
             if db is None or db.in_transaction:
                 raise InvariantBroken(invariant, f"{path} is not open, or its transaction is")
-            statement = f"SELECT {', '.join(ROW)} FROM pairs WHERE primary_id = ? AND duplicate_id = ?"
+            statement = (
+                f"SELECT {', '.join(ROW)} FROM pairs WHERE primary_id = ? AND duplicate_id = ?"
+            )
             values = sqlite3.Connection.execute(db, statement, ids).fetchone()
             row = stored_row(values) if values else {"state": "nothing", "requested_at": 0.0}
-            late = abs(row["requested_at"] - self.clock.wall) > 5 and not (self.clock.set_by or self.clock.slept)
+            late = abs(row["requested_at"] - self.clock.wall) > 5 and not (
+                self.clock.set_by or self.clock.slept
+            )
             if row["state"] != "requested" or late:
                 raise InvariantBroken(invariant, f"{path} says {row['state']} of {name_of(ids)}")
             found.append(row)
@@ -446,29 +522,45 @@ class InvariantChecker:
         invariant = "only what is in the plan is merged"
         wanted = self.asked_for.get(ids)
         if wanted is None or wanted.new_ref != row["new_ref"]:
-            what = f"{name_of(ids)} with the reference {row['new_ref']} is not in the plan of this run"
+            what = (
+                f"{name_of(ids)} with the reference {row['new_ref']} is not in the plan of this run"
+            )
             raise InvariantBroken(invariant, what)
         if ids in self.intended or (self.asks[ids] and self.asks[ids][-1].run == self.run):
             return
         if ids not in self.allowed:
             stopped = ids in self.asked_for and ids not in self.plan
-            why = "it was undone or cancelled, and is not named" if stopped else "--email does not name it"
+            why = (
+                "it was undone or cancelled, and is not named"
+                if stopped
+                else "--email does not name it"
+            )
             raise InvariantBroken(invariant, f"{name_of(ids)}: {why}")
         self.begun.add(ids)
         limit = self.options.limit
         if limit and len(self.begun) > limit:
-            raise InvariantBroken(invariant, f"--limit {limit}, and {len(self.begun)} new pairs are requested")
+            raise InvariantBroken(
+                invariant, f"--limit {limit}, and {len(self.begun)} new pairs are requested"
+            )
         sizes: DefaultDict[str, int] = defaultdict(int)
         for other in self.allowed - self.expected.keys():
             sizes[other[0]] += 1
-        fresh = [size for primary, size in sizes.items() if not any(one[0] == primary for one in self.expected)]
+        fresh = [
+            size
+            for primary, size in sizes.items()
+            if not any(one[0] == primary for one in self.expected)
+        ]
         if limit and ids in self.tried and sum(fresh) >= limit and set(fresh) == {1}:
             what = f"{name_of(ids)} failed before, and {sum(fresh)} pairs were never tried"
             raise InvariantBroken("what was never tried comes first", what)
 
     def _judge_turn(self, ids: Ids) -> None:
         """Until one merge is confirmed they go one at a time, and the pairs of a group always do."""
-        mine = [other for other, asks in self.asks.items() if other != ids and asks and asks[-1].run == self.run]
+        mine = [
+            other
+            for other, asks in self.asks.items()
+            if other != ids and asks and asks[-1].run == self.run
+        ]
         confirmed = any(
             row["run"] == self.run_id and row["state"] in ("merged", "proving", *ENDED)
             for other, row in self.latest.items()
@@ -480,15 +572,23 @@ class InvariantChecker:
                 waiting = row["state"] in ("requested", "acknowledged") and not row["code"]
                 if waiting and last.answer != "refused" and self.organisation.alive(other[1]):
                     what = f"{name_of(ids)}, and {name_of(other)} is not confirmed"
-                    raise InvariantBroken("the first merge of a run goes alone until it is confirmed", what)
-            failed = [other for other in mine if self.latest[other]["code"] == "merge_not_confirmed"]
-            fresh = [other for other in failed if other not in self.tried and other not in self.intended]
+                    raise InvariantBroken(
+                        "the first merge of a run goes alone until it is confirmed", what
+                    )
+            failed = [
+                other for other in mine if self.latest[other]["code"] == "merge_not_confirmed"
+            ]
+            fresh = [
+                other for other in failed if other not in self.tried and other not in self.intended
+            ]
             if len(fresh) >= 5 and ids not in self.tried:
                 what = f"{name_of(ids)}, after {len(fresh)} merges that were not confirmed"
                 raise InvariantBroken("five failures in a row stop a run", what)
         # A merge without a reference has nothing to set: it confirms the run alone.
         is_confirmed = any(
-            row["run"] == self.run_id and not row["new_ref"] and row["state"] in ("merged", "proving", *ENDED)
+            row["run"] == self.run_id
+            and not row["new_ref"]
+            and row["state"] in ("merged", "proving", *ENDED)
             for row in self.latest.values()
         )
         for other in () if self.takes_updates or is_confirmed or self.lies else mine:
@@ -509,19 +609,28 @@ class InvariantChecker:
         now, never = self.clock.now + JITTER, -1e9
         for contact in ids:
             if now - self.shown.get(contact, never) > FRESH + 2 * JITTER:
-                what = f"{short(contact)} was shown {now - self.shown.get(contact, never):.0f} s ago"
+                what = (
+                    f"{short(contact)} was shown {now - self.shown.get(contact, never):.0f} s ago"
+                )
                 raise InvariantBroken(FRESHNESS, what)
             for role in (*ROLES.values(), "members"):
                 age = now - self.listed.get((role, contact), never)
                 if age > LISTED + 2 * JITTER:
-                    raise InvariantBroken(BACKED_UP, f"{role} of {short(contact)} was listed {age:.0f} s ago")
+                    raise InvariantBroken(
+                        BACKED_UP, f"{role} of {short(contact)} was listed {age:.0f} s ago"
+                    )
 
     def _judge_check(self, ids: Ids) -> None:
         """Some moment of the last minute has to have shown each contact as the export has it."""
         since = self.clock.now - FRESH - self.lag - JITTER
         seen: List[List[Thing]] = []
         wanted = self.known[ids]
-        moved = {w.new_ref for pairs in self.known.values() for w in pairs if w.primary.id == ids[0] and w.new_ref}
+        moved = {
+            w.new_ref
+            for pairs in self.known.values()
+            for w in pairs
+            if w.primary.id == ids[0] and w.new_ref
+        }
         for contact, rows, more in (
             (ids[0], [one.primary for one in wanted], moved),
             (ids[1], [one.duplicate for one in wanted], set()),
@@ -536,7 +645,9 @@ class InvariantChecker:
             ]
             if not good:
                 now = self.organisation.contacts.get(contact) or {}
-                shown = ", ".join(f"{field} {now.get(field)}" for field in ("state", "email", "external_ref"))
+                shown = ", ".join(
+                    f"{field} {now.get(field)}" for field in ("state", "email", "external_ref")
+                )
                 what = f"{short(contact)} has been another for over {FRESH:g} s: {shown}"
                 raise InvariantBroken(FRESHNESS, what)
             seen.append(good)
@@ -549,15 +660,21 @@ class InvariantChecker:
         """What DevRev shows besides: contacts that are not verified, that have several references, and namesakes."""
         since, wanted = self.clock.now - FRESH - self.lag - JITTER, self.asked_for[ids]
         unverified = self.organisation.unverified
-        refused = ids[1] in unverified and ids[0] not in unverified and self.reasons.shows_verified(ids)
+        refused = (
+            ids[1] in unverified and ids[0] not in unverified and self.reasons.shows_verified(ids)
+        )
         if refused and not getattr(self.options, "try_unverified", False):
-            raise InvariantBroken("an unverified contact is not merged into a verified one", name_of(ids))
+            raise InvariantBroken(
+                "an unverified contact is not merged into a verified one", name_of(ids)
+            )
         for contact in ids:
             one = self.organisation.contacts.get(contact) or {}
             own = {one.get("external_ref"), "REVU-" + contact.rpartition("/")[2]}
             several = set(one.get("external_refs", ())) - own
             if several and "external_refs" not in self.fake_devrev.hidden_fields:
-                raise InvariantBroken("a contact with several references is not merged", short(contact))
+                raise InvariantBroken(
+                    "a contact with several references is not merged", short(contact)
+                )
         if self.lies or self.blind_lists:
             return
         group = [row for row in self.rows if row.key == wanted.primary.key]
@@ -566,13 +683,23 @@ class InvariantChecker:
         listed = set()
         for one in self.organisation.contacts.find([("email", sorted(spellings))]):
             been = versions(self.organisation.contacts, one["id"], since)
-            always = all(was and takes_part(was.get("external_ref")) and was["email"] in spellings for was in been)
+            always = all(
+                was and takes_part(was.get("external_ref")) and was["email"] in spellings
+                for was in been
+            )
             if always and self.organisation.alive(one["id"]):
                 listed.add(one["id"])
         chosen = wanted.primary.key in self.choices
-        users = {one for one in listed - members if self.organisation.contacts[one]["external_ref"].startswith("user_")}
+        users = {
+            one
+            for one in listed - members
+            if self.organisation.contacts[one]["external_ref"].startswith("user_")
+        }
         if chosen and listed - members:
-            raise InvariantBroken("a chosen group is as the choice has seen it", f"{len(listed - members)} have joined")
+            raise InvariantBroken(
+                "a chosen group is as the choice has seen it",
+                f"{len(listed - members)} have joined",
+            )
         if not chosen and (len(listed) > most_contacts(wanted.primary.key) or users):
             what = f"{wanted.primary.key} has {len(listed)} contacts, {len(users)} of them with another user_ reference"
             raise InvariantBroken("a shared mailbox is not merged without a choice", what)
@@ -589,17 +716,35 @@ class InvariantChecker:
                 raise InvariantBroken(BACKED_UP, f"{folder} does not hold {short(contact)}")
             entry, files = entries[contact], contents[entries[contact]["folder"]]
             if files["contact.json"]["id"] != contact:
-                raise InvariantBroken(BACKED_UP, f"{folder}: contact.json is not {short(contact)}'s")
+                raise InvariantBroken(
+                    BACKED_UP, f"{folder}: contact.json is not {short(contact)}'s"
+                )
             works = {work["id"]: work for work in files["works.json"]}
-            lists = [(role, self.organisation.works, entry["works"][key], works) for key, role in ROLES.items()]
+            lists = [
+                (role, self.organisation.works, entry["works"][key], works)
+                for key, role in ROLES.items()
+            ]
             talks = {talk["id"]: talk for talk in files["conversations.json"]}
-            lists.append(("members", self.organisation.conversations, entry["conversations"], talks))
+            lists.append(
+                ("members", self.organisation.conversations, entry["conversations"], talks)
+            )
             for role, table, listed, there in lists:
-                self._judge_list(f"{folder}: {role} of {short(contact)}", table, role, contact, listed, there, since)
+                self._judge_list(
+                    f"{folder}: {role} of {short(contact)}",
+                    table,
+                    role,
+                    contact,
+                    listed,
+                    there,
+                    since,
+                )
             if not self.options.no_timelines:
                 self._judge_timelines(folder, {**works, **talks}, files["timelines.json"])
             kinds = (":ticket/", ":issue/")
-            counts = [sum(any(kind in one for kind in kinds) for one in entry["works"][key]) for key in ROLES]
+            counts = [
+                sum(any(kind in one for kind in kinds) for one in entry["works"][key])
+                for key in ROLES
+            ]
             self._judge_count(ids, contact, max(counts))
 
     def _judge_list(
@@ -619,32 +764,54 @@ class InvariantChecker:
             return
         always = {one for one in always if self.reasons.is_listed(one)}
         if not always <= set(listed):
-            raise InvariantBroken(BACKED_UP, f"{what} lacks {', '.join(map(short, sorted(always - set(listed))))}")
+            raise InvariantBroken(
+                BACKED_UP, f"{what} lacks {', '.join(map(short, sorted(always - set(listed))))}"
+            )
         if not set(listed) <= ever:
             gone = ", ".join(map(short, sorted(set(listed) - ever)))
-            raise InvariantBroken(BACKED_UP, f"{what} names {gone}, which has not been so for {LISTED:g} s")
+            raise InvariantBroken(
+                BACKED_UP, f"{what} names {gone}, which has not been so for {LISTED:g} s"
+            )
 
-    def _judge_timelines(self, folder: Path, things: Mapping[str, Thing], timelines: Mapping[str, Any]) -> None:
+    def _judge_timelines(
+        self, folder: Path, things: Mapping[str, Thing], timelines: Mapping[str, Any]
+    ) -> None:
         for object_id, thing in things.items():
-            now = self.organisation.works.get(object_id) or self.organisation.conversations.get(object_id)
+            now = self.organisation.works.get(object_id) or self.organisation.conversations.get(
+                object_id
+            )
             if self.lies or now is None or now["modified_date"] != thing["modified_date"]:
                 continue
             truth = [entry["id"] for entry in self.organisation.timelines.get(object_id, ())]
             saved = [entry["id"] for entry in timelines.get(object_id, ())]
-            if object_id not in timelines or saved != truth[: len(saved)] or len(saved) < self._comments(object_id):
+            if (
+                object_id not in timelines
+                or saved != truth[: len(saved)]
+                or len(saved) < self._comments(object_id)
+            ):
                 what = f"{folder}: of {len(truth)} comments on {short(object_id)} it holds {len(saved)}"
                 raise InvariantBroken(BACKED_UP, what)
 
     def _comments(self, object_id: str) -> int:
         """Return how many comments there were before others edited anything."""
         return sum(
-            not entry.get("body", "").startswith("later") for entry in self.organisation.timelines.get(object_id, ())
+            not entry.get("body", "").startswith("later")
+            for entry in self.organisation.timelines.get(object_id, ())
         )
 
     def _judge_count(self, ids: Ids, contact: str, count: int) -> None:
-        rows = [row for one in self.known[ids] for row in (one.primary, one.duplicate) if row.id == contact]
-        grown = contact == ids[0] and any(pair[0] == ids[0] and asks for pair, asks in self.asks.items())
-        grown = grown or (contact == ids[0] and any(pair[0] == ids[0] for pair in self.ever_intended))
+        rows = [
+            row
+            for one in self.known[ids]
+            for row in (one.primary, one.duplicate)
+            if row.id == contact
+        ]
+        grown = contact == ids[0] and any(
+            pair[0] == ids[0] and asks for pair, asks in self.asks.items()
+        )
+        grown = grown or (
+            contact == ids[0] and any(pair[0] == ids[0] for pair in self.ever_intended)
+        )
         at_least = grown or self.options.count_policy == "at-least"
         if not any(row.tickets == count or (at_least and count > row.tickets) for row in rows):
             counts = sorted({row.tickets for row in rows})
@@ -654,23 +821,39 @@ class InvariantChecker:
     def _judge_patience(self, ids: Ids, last: Ask, backup: str) -> None:
         invariant = "nothing is requested again without a poll of the same run and the wait"
         if last.polled != self.run:
-            what = f"{name_of(ids)}: no poll of this run has shown it unmerged since it was requested"
+            what = (
+                f"{name_of(ids)}: no poll of this run has shown it unmerged since it was requested"
+            )
             raise InvariantBroken(invariant, what)
         waited = self.clock.now - last.ended
         if last.run != self.run:
-            now, wall = self.began  # by the wall clock until then, because no other one runs between two runs
-            waited = max(self.clock.now - last.at, self.clock.wall - last.wall, wall - last.wall + self.clock.now - now)
+            now, wall = (
+                self.began
+            )  # by the wall clock until then, because no other one runs between two runs
+            waited = max(
+                self.clock.now - last.at,
+                self.clock.wall - last.wall,
+                wall - last.wall + self.clock.now - now,
+            )
         patience = last.patience(self.options.merge_timeout)
         if waited < patience - JITTER:
             what = f"{name_of(ids)}: requested again {waited:.2f} s after it, the wait is {patience:g} s"
             raise InvariantBroken(invariant, what)
         if backup == last.backup:
-            raise InvariantBroken(invariant, f"{name_of(ids)}: requested again with the backup of the last time")
+            raise InvariantBroken(
+                invariant, f"{name_of(ids)}: requested again with the backup of the last time"
+            )
 
     def _judge_room(self, ids: Ids) -> None:
         """The window has room for the merge, and for what finishes it; what others spend can't be known."""
         quota, process = self.fake_devrev.quota, self.process
-        if quota is None or process is None or quota.others or self.others_spent or process.units_unseen:
+        if (
+            quota is None
+            or process is None
+            or quota.others
+            or self.others_spent
+            or process.units_unseen
+        ):
             return
         if quota.rolls and quota.limit < 10:
             return  # a request in flight, which nothing tells of yet, is a large part of it
@@ -688,7 +871,11 @@ class InvariantChecker:
     def _judge_update(self, sent: Sent) -> None:
         primary, fields = sent.body["id"], set(sent.body) - {"id", "external_ref"}
         # What was intended by a run that was killed before it sent the request counts as requested.
-        mine = [ids for ids in self.known if ids[0] == primary and (self.asks[ids] or ids in self.ever_intended)]
+        mine = [
+            ids
+            for ids in self.known
+            if ids[0] == primary and (self.asks[ids] or ids in self.ever_intended)
+        ]
         if fields:
             self._judge_fields(sent, mine)
         if "external_ref" not in sent.body:
@@ -718,11 +905,19 @@ class InvariantChecker:
     def _judge_fields(self, sent: Sent, mine: Sequence[Ids]) -> None:
         """Fields are carried only where that was asked for, and only what the duplicates had."""
         invariant = "only fields that the duplicate had are carried, and only with --carry-fields"
-        rows = [self.latest[ids] for ids in mine if ids in self.latest and self.latest[ids]["fields_to_carry"]]
+        rows = [
+            self.latest[ids]
+            for ids in mine
+            if ids in self.latest and self.latest[ids]["fields_to_carry"]
+        ]
         if not rows:
-            raise InvariantBroken(invariant, f"{', '.join(sorted(sent.body))} of {short(sent.body['id'])}")
+            raise InvariantBroken(
+                invariant, f"{', '.join(sorted(sent.body))} of {short(sent.body['id'])}"
+            )
         contacts = [self.organisation.contacts.get(one) or {} for ids in mine for one in ids]
-        contacts += [one for ids in mine for one in versions(self.organisation.contacts, ids[0], -1e9) if one]
+        contacts += [
+            one for ids in mine for one in versions(self.organisation.contacts, ids[0], -1e9) if one
+        ]
         for field in sorted(set(sent.body) - {"id", "external_ref"}):
             value = sent.body[field]
             if field == "phone_numbers":
@@ -730,24 +925,42 @@ class InvariantChecker:
                 now = set((self.organisation.contacts.get(sent.body["id"]) or {}).get(field, ()))
                 good = set(value) <= numbers and (now <= set(value) or self.lies)
             else:
-                good = field in ("description", "display_name") and any(one.get(field) == value for one in contacts)
+                good = field in ("description", "display_name") and any(
+                    one.get(field) == value for one in contacts
+                )
             if not good:
-                raise InvariantBroken(invariant, f"{field} of {short(sent.body['id'])} becomes {value!r}")
+                raise InvariantBroken(
+                    invariant, f"{field} of {short(sent.body['id'])} becomes {value!r}"
+                )
 
     def _judge_gap(self, ids: Ids) -> None:
         """Where nothing is disturbed, the reference is moved at the next poll, and that comes soon."""
-        merged, asks, slowest = self.organisation.merge_times.get(ids[1]), self.asks[ids], self.slowest()
-        if slowest is None or merged is None or len(asks) != 1 or asks[0].run != self.run or ids in self.moving:
+        merged, asks, slowest = (
+            self.organisation.merge_times.get(ids[1]),
+            self.asks[ids],
+            self.slowest(),
+        )
+        if (
+            slowest is None
+            or merged is None
+            or len(asks) != 1
+            or asks[0].run != self.run
+            or ids in self.moving
+        ):
             return
         self.moving.add(ids)
         gap, most = self.clock.now - merged, 1.0 + 0.1 * self.fake_devrev.merge_delay + 6 * slowest
         if gap > most:
             what = f"{gap:.1f} s from the merge of {name_of(ids)} to its reference"
-            raise InvariantBroken("between DevRev's merge and the new reference nothing waits", what)
+            raise InvariantBroken(
+                "between DevRev's merge and the new reference nothing waits", what
+            )
 
     # ----- a run ends ------------------------------------------------------------------------------
 
-    def after_run(self, report: Path, code: Optional[int], ended: bool, needed: bool) -> Dict[Ids, Dict[str, Any]]:
+    def after_run(
+        self, report: Path, code: Optional[int], ended: bool, needed: bool
+    ) -> Dict[Ids, Dict[str, Any]]:
         """Judge what a run has left on the disk; return the savepoint's rows.
 
         `report` is its own; `ended`: it was not killed; `needed`: it has to have written its report.
@@ -761,7 +974,11 @@ class InvariantChecker:
         self.reports.after_run(rows, None if self.undo.active else report, code, needed)
         for ids, asks in self.asks.items():
             row = rows.get(ids)
-            if asks and asks[-1].answer != "lost" and not (row and (row["rejected"] or row["state"] != "requested")):
+            if (
+                asks
+                and asks[-1].answer != "lost"
+                and not (row and (row["rejected"] or row["state"] != "requested"))
+            ):
                 asks[-1].answer = "lost"  # the run was killed before it could save the answer
         return rows
 
@@ -781,10 +998,14 @@ class InvariantChecker:
                 self._judge_elsewhere(ids)
             elif state == "done":
                 self.judge_done(ids, row["new_ref"], row["backup"])
-            elif state in ("merged", "proving") and not self.lies and self.organisation.alive(ids[1]):
+            elif (
+                state in ("merged", "proving") and not self.lies and self.organisation.alive(ids[1])
+            ):
                 raise InvariantBroken(TRUE, f"{name_of(ids)} is {state}, and is not merged")
             elif state == "settled" and not self.lies and self.organisation.alive(ids[1]):
-                raise InvariantBroken(TRUE, f"{name_of(ids)} is settled, and its duplicate still exists")
+                raise InvariantBroken(
+                    TRUE, f"{name_of(ids)} is settled, and its duplicate still exists"
+                )
             if row["after_cancel"] and ids not in self.cancelled:
                 raise InvariantBroken(TRUE, f"{name_of(ids)} was never cancelled")
 
@@ -793,18 +1014,27 @@ class InvariantChecker:
             return
         self.judged.add(ids)
         asks = self.asks[ids]
-        was_gone = bool(asks) and self.organisation.merge_times.get(ids[0], self.clock.now) < asks[0].at
+        was_gone = (
+            bool(asks) and self.organisation.merge_times.get(ids[0], self.clock.now) < asks[0].at
+        )
         if self.organisation.alive(ids[1]) or was_gone or len(asks) > 1:
             invariant = "merged_elsewhere is said only of what another user has merged or deleted"
-            raise InvariantBroken(invariant, f"{name_of(ids)} still exists, or was requested more than once")
+            raise InvariantBroken(
+                invariant, f"{name_of(ids)} still exists, or was requested more than once"
+            )
 
     def judge_done(self, ids: Ids, reference: Optional[str], backup: Optional[str]) -> None:
         if not self.into(ids) and not self._is_as_if_merged(ids, backup):
             raise InvariantBroken(TRUE, f"{name_of(ids)} is done, and was not merged")
-        holders = {ids[0], self.organisation.survivor(ids[0])}  # the primary may have been merged onward
+        holders = {
+            ids[0],
+            self.organisation.survivor(ids[0]),
+        }  # the primary may have been merged onward
         times = self.organisation.reference_times
         if reference and not any(reference == ref for one in holders for _, ref in times[one]):
-            raise InvariantBroken(TRUE, f"{name_of(ids)} is done, and the primary never got {reference}")
+            raise InvariantBroken(
+                TRUE, f"{name_of(ids)} is done, and the primary never got {reference}"
+            )
         self._judge_transfer(ids, backup)
 
     def _judge_transfer(self, ids: Ids, backup: Optional[str]) -> None:
@@ -813,13 +1043,24 @@ class InvariantChecker:
         if self.lies or ids in self.judged or not folder.exists() or not self.into(ids):
             return
         self.judged.add(ids)
-        manifest, since = json.loads((folder / "manifest.json").read_bytes()), self.organisation.merge_times[ids[1]]
+        manifest, since = (
+            json.loads((folder / "manifest.json").read_bytes()),
+            self.organisation.merge_times[ids[1]],
+        )
         for entry in (one for one in manifest["contacts"] if one["csv"]["id"] == ids[1]):
             for one, role in in_backup(entry):
-                table = self.organisation.conversations if role == "members" else self.organisation.works
+                table = (
+                    self.organisation.conversations
+                    if role == "members"
+                    else self.organisation.works
+                )
                 was = versions(table, one, since - self.lag - LISTED)
-                if table.get(one) is not None and not any(held(thing, role, ids[0]) for thing in was):
-                    invariant = "a pair is done only where all that was backed up belongs to the primary"
+                if table.get(one) is not None and not any(
+                    held(thing, role, ids[0]) for thing in was
+                ):
+                    invariant = (
+                        "a pair is done only where all that was backed up belongs to the primary"
+                    )
                     raise InvariantBroken(invariant, f"{role} of {short(one)}, {name_of(ids)}")
 
     def _is_as_if_merged(self, ids: Ids, backup: Optional[str]) -> bool:
@@ -844,7 +1085,9 @@ class InvariantChecker:
         items = [item for entry in entries for item in in_backup(entry)]
         tables = self.organisation.works, self.organisation.conversations
         there = {one for one, _ in items if any(one in table for table in tables)}
-        return [one for one, role in items if one not in there or not self.belongs_to(one, role, ids[0])]
+        return [
+            one for one, role in items if one not in there or not self.belongs_to(one, role, ids[0])
+        ]
 
     def into(self, ids: Ids) -> bool:
         """Whether the duplicate was merged into the primary."""
@@ -854,7 +1097,9 @@ class InvariantChecker:
         return one is not None
 
     def belongs_to(self, object_id: str, role: str, contact: str) -> bool:
-        thing = self.organisation.works.get(object_id) or self.organisation.conversations.get(object_id)
+        thing = self.organisation.works.get(object_id) or self.organisation.conversations.get(
+            object_id
+        )
         return thing is None or held(thing, role, contact)
 
     # ----- what gets lost between runs -------------------------------------------------------------
@@ -879,7 +1124,12 @@ class InvariantChecker:
 
     @staticmethod
     def _runs_of(*files: Optional[StoredFile]) -> Set[str]:
-        return {run for file in files if file for run in (*file.runs, *(row["run"] for row in file.rows.values()))}
+        return {
+            run
+            for file in files
+            if file
+            for run in (*file.runs, *(row["run"] for row in file.rows.values()))
+        }
 
     def known_runs(self) -> Set[str]:
         return self._runs_of(read_file(MAIN), read_file(COPY))
@@ -897,11 +1147,15 @@ class InvariantChecker:
         rows, unsent = joined(main, copy), never_sent(main, copy)
         for ids in list(self.asks):
             row = rows.get(ids)
-            if self.asks[ids] and (row is None or row["state"] in ("planned", "failed") or ids in unsent):
+            if self.asks[ids] and (
+                row is None or row["state"] in ("planned", "failed") or ids in unsent
+            ):
                 del self.asks[ids]
                 self.ever_intended.discard(ids)
         ended = {ids for ids, row in self.latest.items() if row["state"] in ENDED}
-        self.reports.reopened |= {ids for ids in ended if ids not in rows or rows[ids]["state"] not in ENDED}
+        self.reports.reopened |= {
+            ids for ids in ended if ids not in rows or rows[ids]["state"] not in ENDED
+        }
         self.latest = dict(rows)
         self.judged = {ids for ids in self.judged if ids in rows}
         self.undo.forget(rows)
@@ -916,7 +1170,9 @@ class InvariantChecker:
 
 def list_of(sent: Sent) -> str:
     """Return what the pages of one list have in common."""
-    return json.dumps([sent.endpoint, {name: value for name, value in sent.body.items() if name != "cursor"}])
+    return json.dumps(
+        [sent.endpoint, {name: value for name, value in sent.body.items() if name != "cursor"}]
+    )
 
 
 def read_backup(folder: Path) -> Tuple[Any, Dict[str, Dict[str, Any]]]:

@@ -262,7 +262,9 @@ def table(jobs: int, wanted: str = "", most: int = SEEDS) -> int:
             print(line_of(fate), flush=True)
             if fate.seed is None and (fate.played < 0 or not fate.mutant.covered):
                 alive.append(fate.mutant.name)
-    print(f"{len(chosen)} mutants, {len(alive)} alive that may not be, in {time.monotonic() - begun:.0f} s")
+    print(
+        f"{len(chosen)} mutants, {len(alive)} alive that may not be, in {time.monotonic() - begun:.0f} s"
+    )
     return 1 if alive else 0
 
 
@@ -294,7 +296,9 @@ def drawn_lines(text: str) -> List[Mutant]:
         line, end = getattr(node, "lineno", 0), getattr(node, "end_lineno", 0) or 0
         if not first < line < last:
             continue
-        is_guard = isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise) and not node.orelse
+        is_guard = (
+            isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise) and not node.orelse
+        )
         if is_guard or (isinstance(node, ast.Expr) and _is_save(node)):
             found.append(_without(lines, line, end))
     return sorted(set(found), key=lambda mutant: mutant.name)
@@ -303,9 +307,15 @@ def drawn_lines(text: str) -> List[Mutant]:
 def _is_save(node: ast.Expr) -> bool:
     """Return whether a statement awaits a durable write, and nothing else with it."""
     call = node.value.value if isinstance(node.value, ast.Await) else None
-    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in SAVES):
+    if not (
+        isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and call.func.attr in SAVES
+    ):
         return False
-    return not any(isinstance(one, ast.Await) for argument in call.args for one in ast.walk(argument))
+    return not any(
+        isinstance(one, ast.Await) for argument in call.args for one in ast.walk(argument)
+    )
 
 
 def _without(lines: Sequence[str], first: int, last: int) -> Mutant:
@@ -313,7 +323,11 @@ def _without(lines: Sequence[str], first: int, last: int) -> Mutant:
     line = lines[first - 1]
     indent = line[: len(line) - len(line.lstrip())]
     # An `elif` needs its test to be there.
-    instead = re.sub(r"elif .*", "elif False:\n", line.lstrip()) if line.lstrip().startswith("elif") else "pass\n"
+    instead = (
+        re.sub(r"elif .*", "elif False:\n", line.lstrip())
+        if line.lstrip().startswith("elif")
+        else "pass\n"
+    )
     body = indent + "    pass\n" if instead.startswith("elif") else ""
     text = "".join([*lines[: first - 1], indent + instead + body, *lines[last:]])
     return Mutant(f"{first}: {line.strip()[:90]}", "".join(lines), text)
@@ -332,18 +346,30 @@ def random_table(number: int, seed: int, jobs: int, most: int) -> int:
         for fate in pool.imap(functools.partial(hunt_drawn, most=most), chosen, chunksize=1):
             caught += fate.seed is not None
             print(line_of(fate), flush=True)
-    print(f"{caught} of {len(chosen)} drawn lines are missed when they are gone (there are {len(lines)})")
+    print(
+        f"{caught} of {len(chosen)} drawn lines are missed when they are gone (there are {len(lines)})"
+    )
     return 0 if 10 * caught >= 6 * len(chosen) else 1
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutants", description=__doc__.splitlines()[0]
+    )  # type: ignore[union-attr]
     parser.add_argument(
-        "--random", metavar="N", type=int, default=10, help="so many lines of the merge core (default 10)"
+        "--random",
+        metavar="N",
+        type=int,
+        default=10,
+        help="so many lines of the merge core (default 10)",
     )
-    parser.add_argument("--seed", metavar="S", type=int, default=1, help="that draws them (default 1)")
+    parser.add_argument(
+        "--seed", metavar="S", type=int, default=1, help="that draws them (default 1)"
+    )
     parser.add_argument("--jobs", metavar="J", type=int, default=1, help="in so many processes")
-    parser.add_argument("--most", metavar="M", type=int, default=200, help="scenarios for each (default 200)")
+    parser.add_argument(
+        "--most", metavar="M", type=int, default=200, help="scenarios for each (default 200)"
+    )
     options = parser.parse_args()
     return random_table(options.random, options.seed, options.jobs, options.most)
 

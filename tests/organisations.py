@@ -49,7 +49,11 @@ class OrganisationBuilder:
         self.organisation = fake_devrev.Organisation()
         self.keys = iter(range(1, 1 << 20))
         self.huge = draws.has("huge", 0.02)
-        self.kinds = fake_devrev.ALL_WORK_KINDS if draws.has("works of other kinds", 0.1) else fake_devrev.WORK_KINDS
+        self.kinds = (
+            fake_devrev.ALL_WORK_KINDS
+            if draws.has("works of other kinds", 0.1)
+            else fake_devrev.WORK_KINDS
+        )
         self.half = fake_devrev.HALF_EMOJI if draws.has("half emojis", 0.1) else ""
 
     def build(self) -> fake_devrev.Organisation:
@@ -58,7 +62,9 @@ class OrganisationBuilder:
             organisation.unique_references = "organisation"
         if draws.has("merges join phone numbers", 0.2):
             organisation.merge_joins = ("phone_numbers",)
-        organisation.unverified_keep_references = draws.has("unverified contacts keep references", 0.02)
+        organisation.unverified_keep_references = draws.has(
+            "unverified contacts keep references", 0.02
+        )
         organisation.visitors_verified = not draws.has("visitors are unverified", 0.1)
         shapes, weights = zip(*SHAPES)
         contacts: List[str] = []
@@ -87,7 +93,15 @@ class OrganisationBuilder:
             day = f"2024-01-{chance.randint(1, 28):02d}T{chance.randint(0, 23):02d}:00:00.000Z"
             people.append(
                 self.organisation.add_contact(
-                    key, written, reference, None, org, state, day, self._is_verified(letter), **self._fields(key)
+                    key,
+                    written,
+                    reference,
+                    None,
+                    org,
+                    state,
+                    day,
+                    self._is_verified(letter),
+                    **self._fields(key),
                 )
             )
             self._works(people[-1])
@@ -95,7 +109,8 @@ class OrganisationBuilder:
 
     def _is_verified(self, letter: str) -> bool:
         return not (
-            self.draws.has("unverified contacts", 0.2) and self.chance.random() < (0.3 if letter == "R" else 0.1)
+            self.draws.has("unverified contacts", 0.2)
+            and self.chance.random() < (0.3 if letter == "R" else 0.1)
         )
 
     def _fields(self, key: str) -> Dict[str, Any]:
@@ -104,7 +119,10 @@ class OrganisationBuilder:
         half = self.half if chance.random() < 0.2 else ""
         if self.draws.has("fields", 0.4):
             if chance.random() < 0.5:
-                found["phone_numbers"] = [f"+4930{int(key):07}", *(["+49301234567"] if chance.random() < 0.3 else [])]
+                found["phone_numbers"] = [
+                    f"+4930{int(key):07}",
+                    *(["+49301234567"] if chance.random() < 0.3 else []),
+                ]
             if chance.random() < 0.4:
                 found["description"] = f"Customer {key}.{half}"
             if chance.random() < 0.3:
@@ -117,13 +135,21 @@ class OrganisationBuilder:
         most = self.HUGE if self.huge else self.chance.choice((0, 0, 1, 2, 5))
         self.huge = False
         for _ in range(self.chance.randint(most // 2, most)):
-            roles = self.chance.choices(("owned_by", "created_by", "reported_by"), k=self.chance.randint(1, 3))
-            people: Dict[str, Any] = {role: contact if role == "created_by" else [contact] for role in roles}
+            roles = self.chance.choices(
+                ("owned_by", "created_by", "reported_by"), k=self.chance.randint(1, 3)
+            )
+            people: Dict[str, Any] = {
+                role: contact if role == "created_by" else [contact] for role in roles
+            }
             comments = self.chance.choice((0, 0, 1, 3)) if most < 100 else 0
             title = f"A title{self.half}" if self.half else None
-            self.organisation.add_work(kind=self.chance.choice(self.kinds), comments=comments, title=title, **people)
+            self.organisation.add_work(
+                kind=self.chance.choice(self.kinds), comments=comments, title=title, **people
+            )
         if self.chance.random() < 0.3:
-            self.organisation.add_conversation([contact, self.organisation.dev_user["id"]], comments=1)
+            self.organisation.add_conversation(
+                [contact, self.organisation.dev_user["id"]], comments=1
+            )
 
     def _shared(self, people: Sequence[str]) -> None:
         if self.chance.random() < 0.3:
@@ -138,7 +164,10 @@ def quota_of(draws: Draws) -> Any:
     chance = draws.random
     if chance.random() >= 0.4:
         return None
-    calls, window = chance.choice((1, 2, 3, 5, 8, 20, 60, 200, 1000)), chance.choice((6.0, 30.0, 60.0, 300.0))
+    calls, window = (
+        chance.choice((1, 2, 3, 5, 8, 20, 60, 200, 1000)),
+        chance.choice((6.0, 30.0, 60.0, 300.0)),
+    )
     least = 1 if draws.has("tiny quota", 0.03) else math.ceil(window * 16 / LISTED)
     return max(calls, least), window
 
@@ -162,16 +191,22 @@ def set_switches(world: fake_devrev.World, draws: Draws) -> Set[str]:
     if draws.has("waits told elsewhere", 0.1):
         world.retry_after = chance.choice(("header", "body", "neither"))
     if draws.has("other acknowledgements", 0.15):
-        world.merge_answer = chance.choice(("200-empty", "200-other", "200-list", "202", "202-empty", "204"))
+        world.merge_answer = chance.choice(
+            ("200-empty", "200-other", "200-list", "202", "202-empty", "204")
+        )
     if draws.has("polls that tell nothing", 0.12):
         odd = [one for one in world.ODD if one not in ("locked", "stale")]
         if chance.random() < 0.6:
             world.gone = chance.choice(odd)
         else:
-            world.gone_of = {one: chance.choice(odd) for one in organisation.contacts if chance.random() < 0.3}
+            world.gone_of = {
+                one: chance.choice(odd) for one in organisation.contacts if chance.random() < 0.3
+            }
     elif draws.has("polls that show it as before", 0.03):
         world.gone_of = {
-            one: chance.choice(("locked", "stale")) for one in organisation.contacts if chance.random() < 0.2
+            one: chance.choice(("locked", "stale"))
+            for one in organisation.contacts
+            if chance.random() < 0.2
         }
     if draws.has("unverified contacts", 0.2):
         world.verified_shown = chance.choice(("hidden", "shown", "null", "mixed"))
@@ -185,14 +220,21 @@ def set_switches(world: fake_devrev.World, draws: Draws) -> Set[str]:
         world.largest_page, world.trailing_page = chance.choice((1, 3, 10)), chance.random() < 0.5
     world.long_work_types = draws.has("works of other kinds", 0.1) and chance.random() < 0.6
     if draws.has("kinds that are hidden", 0.03):
-        world.hidden_kinds, world.hidden_kinds_answer = ("issue",), chance.choice(("403", "left out"))
+        world.hidden_kinds, world.hidden_kinds_answer = (
+            ("issue",),
+            chance.choice(("403", "left out")),
+        )
     world.email_ignores_case = draws.has("emails in any case", 0.3)
     world.deleted_listed = draws.has("deleted contacts are listed", 0.1)
     world.deleted_contacts = "state" if draws.has("deleted contacts have a state", 0.2) else "404"
     if draws.has("fields that are hidden", 0.05):
-        world.hidden_fields = chance.choice((("phone_numbers",), ("external_refs", "description"), ("full_name",)))
+        world.hidden_fields = chance.choice(
+            (("phone_numbers",), ("external_refs", "description"), ("full_name",))
+        )
     if draws.has("fields that can't be set", 0.06):
-        world.refused_fields = chance.choice((("phone_numbers",), ("description",), ("display_name",)))
+        world.refused_fields = chance.choice(
+            (("phone_numbers",), ("description",), ("display_name",))
+        )
         world.refused_status = chance.choice((400, 403, 409))
     return restrict(world, draws)
 
@@ -212,8 +254,12 @@ def restrict(world: fake_devrev.World, draws: Draws) -> Set[str]:
         setattr(world, kind, ids)
         if kind != "restricted_writes":
             roles = ("owned_by", "reported_by", "members")
-            trouble.update(one["id"] for thing in chosen for role in roles for one in thing.get(role, ()))
+            trouble.update(
+                one["id"] for thing in chosen for role in roles for one in thing.get(role, ())
+            )
             trouble.update(thing["created_by"]["id"] for thing in chosen)
-    world.restricted_in_lists = chance.choice(("shown", "shown", "left out", "403")) if world.restricted else "shown"
+    world.restricted_in_lists = (
+        chance.choice(("shown", "shown", "left out", "403")) if world.restricted else "shown"
+    )
     world.names_object_ids = chance.random() < 0.7
     return trouble

@@ -34,7 +34,10 @@ class ReasonChecker:
         form = world.verified_shown
         if form == "mixed":
             form = ("shown", "hidden", "null")[numbers[ids[1]] % 3]
-        return bool(form == "shown" or (world.verified_filter == "accepted" and not self.checker.blind_lists))
+        return bool(
+            form == "shown"
+            or (world.verified_filter == "accepted" and not self.checker.blind_lists)
+        )
 
     def is_listed(self, object_id: str) -> bool:
         """Whether lists show a work or a conversation to the token."""
@@ -45,7 +48,10 @@ class ReasonChecker:
 
     def find_trouble(self) -> None:
         """Add the contacts that have had to do with a forbidden object at any time, or hold half an emoji."""
-        world, roles = self.checker.fake_devrev, ("owned_by", "created_by", "reported_by", "members")
+        world, roles = (
+            self.checker.fake_devrev,
+            ("owned_by", "created_by", "reported_by", "members"),
+        )
         for identity, contact in self.organisation.contacts.items():
             if HALF_EMOJI in json.dumps(contact, ensure_ascii=False):
                 self.trouble.add(identity)
@@ -53,10 +59,16 @@ class ReasonChecker:
             return
         for object_id in {*world.restricted, *world.restricted_timelines}:
             for table in (self.organisation.works, self.organisation.conversations):
-                for thing in self.checker.versions(table, object_id, -1e9) if object_id in table.numbers else ():
+                for thing in (
+                    self.checker.versions(table, object_id, -1e9)
+                    if object_id in table.numbers
+                    else ()
+                ):
                     for role in roles:
                         people = (thing or {}).get(role) or ()
-                        self.trouble.update(one["id"] for one in ([people] if role == "created_by" else people))
+                        self.trouble.update(
+                            one["id"] for one in ([people] if role == "created_by" else people)
+                        )
 
     # ----- a scenario ends -------------------------------------------------------------------------
 
@@ -64,8 +76,13 @@ class ReasonChecker:
         checker = self.checker
         self.find_trouble()
         last = checker.reports.last
-        resting = {ids_of(entry): entry for entry in (*last["failed_merges"], *last["unfinished_merges"])}
-        gone = {one["code"] for one in last.get("skipped") or ()} & {"already_gone", "already_merged"}
+        resting = {
+            ids_of(entry): entry for entry in (*last["failed_merges"], *last["unfinished_merges"])
+        }
+        gone = {one["code"] for one in last.get("skipped") or ()} & {
+            "already_gone",
+            "already_merged",
+        }
         for ids in {*checker.plan, *(ids for ids, asks in checker.asks.items() if asks)}:
             state = rows[ids]["state"] if ids in rows else "nothing"
             if state in (*TERMINAL, "undoing"):
@@ -73,7 +90,12 @@ class ReasonChecker:
                 continue
             if ids not in resting and self._is_too_small() and checker.reports.last_code == 3:
                 continue
-            if ids not in resting and state == "nothing" and gone and not self.organisation.alive(ids[1]):
+            if (
+                ids not in resting
+                and state == "nothing"
+                and gone
+                and not self.organisation.alive(ids[1])
+            ):
                 continue
             if ids not in resting and self._is_skipped(ids, last):
                 continue
@@ -86,8 +108,15 @@ class ReasonChecker:
         self._judge_references(rows)
 
     def _judge_ended(self, ids: Ids, state: str) -> None:
-        if state == "cancelled" and self.checker.into(ids) and not self.checker.lies and not self._is_hidden(ids):
-            raise InvariantBroken("a cancelled merge that DevRev has carried out is finished", name_of(ids))
+        if (
+            state == "cancelled"
+            and self.checker.into(ids)
+            and not self.checker.lies
+            and not self._is_hidden(ids)
+        ):
+            raise InvariantBroken(
+                "a cancelled merge that DevRev has carried out is finished", name_of(ids)
+            )
 
     def _is_hidden(self, ids: Ids) -> bool:
         return self.is_odd(ids[1]) or self._cannot_be_told(ids)
@@ -104,7 +133,11 @@ class ReasonChecker:
         return any(one["code"] in codes and codes[one["code"]]() for one in entries)
 
     def _orgs_differ(self, ids: Ids) -> bool:
-        orgs = [org_id_of(self.organisation.contacts[one]) for one in ids if one in self.organisation.contacts]
+        orgs = [
+            org_id_of(self.organisation.contacts[one])
+            for one in ids
+            if one in self.organisation.contacts
+        ]
         return len({*orgs} - {None}) > 1
 
     def _judge_references(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
@@ -118,18 +151,27 @@ class ReasonChecker:
             if asks and reference and checker.into(ids):
                 had = any(ref == reference for _, ref in organisation.reference_times[ids[0]])
                 holder = organisation.holder(org_id_of(organisation.contacts[ids[1]]), reference)
-                if not had and reference not in named and not (holder and organisation.alive(holder)):
+                if (
+                    not had
+                    and reference not in named
+                    and not (holder and organisation.alive(holder))
+                ):
                     invariant = "no reference is left on no contact that no report names"
                     raise InvariantBroken(invariant, f"{reference} of {name_of(ids)}")
 
     # ----- reasons ---------------------------------------------------------------------------------
 
-    def is_true(self, ids: Ids, entry: Mapping[str, Any], resting: Mapping[Ids, Any], stuck: Set[str]) -> bool:
+    def is_true(
+        self, ids: Ids, entry: Mapping[str, Any], resting: Mapping[Ids, Any], stuck: Set[str]
+    ) -> bool:
         """Return whether the reason that the last report gives for a pair is so."""
         code, group = entry["code"], self.group_of(ids)
         group |= {row.id for row in self.checker.rows if row.key == entry["email"]}
         world = self.checker.fake_devrev
-        if code in ("forbidden", "api_error", "backup_failed", "merge_refused") and group & self.trouble:
+        if (
+            code in ("forbidden", "api_error", "backup_failed", "merge_refused")
+            and group & self.trouble
+        ):
             return True
         if code == "forbidden" and world.hidden_kinds and world.hidden_kinds_answer == "403":
             return True
@@ -141,32 +183,53 @@ class ReasonChecker:
     def _reasons(
         self, ids: Ids, entry: Mapping[str, Any], resting: Mapping[Ids, Any], stuck: Set[str]
     ) -> Dict[str, Callable[[], Any]]:
-        organisation, checker, reference = self.organisation, self.checker, entry["new_external_ref"]
-        primary, duplicate = (organisation.contacts.get(one) if organisation.alive(one) else None for one in ids)
+        organisation, checker, reference = (
+            self.organisation,
+            self.checker,
+            entry["new_external_ref"],
+        )
+        primary, duplicate = (
+            organisation.contacts.get(one) if organisation.alive(one) else None for one in ids
+        )
         group = self.group_of(ids)
-        all_contacts = [organisation.contacts.get(one) if organisation.alive(one) else None for one in group]
+        all_contacts = [
+            organisation.contacts.get(one) if organisation.alive(one) else None for one in group
+        ]
         left = entry.get("left_behind") or ()
         return {
-            "plan_changed": lambda: ids not in checker.plan or checker.plan[ids].new_ref != reference,
+            "plan_changed": lambda: (
+                ids not in checker.plan or checker.plan[ids].new_ref != reference
+            ),
             "not_found": lambda: None in all_contacts,
-            "not_active": lambda: any(one is None or one["state"] != "active" for one in all_contacts),
+            "not_active": lambda: any(
+                one is None or one["state"] != "active" for one in all_contacts
+            ),
             # A fresh export has the row as it is, but for what is no longer exported as a pair.
             "email_changed external_ref_changed count_mismatch": lambda: (
-                ids not in checker.plan or (primary is not None and primary["external_ref"] not in (reference, None))
+                ids not in checker.plan
+                or (primary is not None and primary["external_ref"] not in (reference, None))
             ),
-            "different_rev_org": lambda: len({org_id_of(one) for one in all_contacts if one} - {None}) > 1,
+            "different_rev_org": lambda: (
+                len({org_id_of(one) for one in all_contacts if one} - {None}) > 1
+            ),
             "several_user_refs": lambda: True,
             "shared_mailbox group_changed": lambda: self._has_too_many(ids),
-            "several_external_refs": lambda: any(one and one.get("external_refs") for one in all_contacts),
+            "several_external_refs": lambda: any(
+                one and one.get("external_refs") for one in all_contacts
+            ),
             "unverified": lambda: self._has_unverified(ids, group),
             "external_ref_conflict": lambda: (
                 reference in stuck or not self._can_be_freed(ids, reference, primary, resting)
             ),
-            "left_behind": lambda: any(not checker.belongs_to(one["id"], one["role"], ids[0]) for one in left),
+            "left_behind": lambda: any(
+                not checker.belongs_to(one["id"], one["role"], ids[0]) for one in left
+            ),
             "merged_into_another": lambda: organisation.survivor(ids[1]) != ids[0],
             "backup_failed": lambda: checker.backups_lost,
             "stale": self._is_too_small,
-            "group_incomplete": lambda: any(set(other) & group for other in resting if other != ids),
+            "group_incomplete": lambda: any(
+                set(other) & group for other in resting if other != ids
+            ),
             "undo_unfinished": lambda: checker.undo.is_open(group),
             "merge_refused merge_not_confirmed forbidden api_error": lambda: (
                 (duplicate is not None and (checker.lies or self._is_never_merged(ids)))
@@ -181,14 +244,18 @@ class ReasonChecker:
         rows = [row for row in self.checker.rows if row.key == email and row.takes_part]
         spellings = sorted({row.email for row in self.checker.rows if row.key == email})
         found = [
-            one for one in self.organisation.contacts.find([("email", spellings)]) if takes_part(one["external_ref"])
+            one
+            for one in self.organisation.contacts.find([("email", spellings)])
+            if takes_part(one["external_ref"])
         ]
         return chosen or len(found) > min(len(rows), most_contacts(email) if email else 0)
 
     def _has_unverified(self, ids: Ids, group: Set[str]) -> bool:
         """Return whether a duplicate is not verified, and the primary is, or may be for all that is shown."""
         unverified = self.organisation.unverified
-        return bool((group - {ids[0]}) & unverified) and not (ids[0] in unverified and self.shows_verified(ids[::-1]))
+        return bool((group - {ids[0]}) & unverified) and not (
+            ids[0] in unverified and self.shows_verified(ids[::-1])
+        )
 
     def _is_never_merged(self, ids: Ids) -> bool:
         """Whether DevRev merges no contact that is not verified into one that is, or the other way round."""
@@ -205,7 +272,10 @@ class ReasonChecker:
     def _cannot_be_told(self, ids: Ids) -> bool:
         """Return whether polls tell nothing of a merged duplicate, and lists don't either: not all of it was moved."""
         world = self.checker.fake_devrev
-        odd = not self.organisation.alive(ids[1]) and world.gone_of.get(ids[1], world.gone) in world.ODD
+        odd = (
+            not self.organisation.alive(ids[1])
+            and world.gone_of.get(ids[1], world.gone) in world.ODD
+        )
         return odd and bool(self.checker.left_behind(ids))
 
     def _is_too_small(self) -> bool:
@@ -213,21 +283,30 @@ class ReasonChecker:
         quota, world = self.checker.fake_devrev.quota, self.checker.fake_devrev
         pages = 0
         for contact in {one for pair in (*self.checker.plan, *self.checker.asks) for one in pair}:
-            pages += len(self.organisation.works.find([("anyone", [contact])])) // (world.largest_page or 100)
+            pages += len(self.organisation.works.find([("anyone", [contact])])) // (
+                world.largest_page or 100
+            )
         apart = 40 if world.max_ids else 0  # where a list has to be read contact by contact
         apart += 40 if world.empty_pages or world.trailing_page else 0
         return quota is not None and quota.limit * LISTED / quota.window < 20 + 8 * pages + apart
 
     def group_of(self, ids: Ids) -> Set[str]:
-        return {one for pair in (*self.checker.plan, *self.checker.asks) if pair[0] == ids[0] for one in pair} | set(
-            ids
-        )
+        return {
+            one
+            for pair in (*self.checker.plan, *self.checker.asks)
+            if pair[0] == ids[0]
+            for one in pair
+        } | set(ids)
 
-    def _can_be_freed(self, ids: Ids, reference: str, primary: Optional[Thing], resting: Mapping[Ids, Any]) -> bool:
+    def _can_be_freed(
+        self, ids: Ids, reference: str, primary: Optional[Thing], resting: Mapping[Ids, Any]
+    ) -> bool:
         """Return whether exporting and running again would have given the reference to the primary; not where its
         holder can't be merged, for a reason of its own."""
         if primary is None or primary["state"] != "active":
             return False
         holder = self.organisation.holder(org_id_of(primary), reference)
         pairs = {(holder or "", ids[0]), (ids[0], holder or "")}
-        return holder is None or any(pair in self.checker.plan and pair not in resting for pair in pairs)
+        return holder is None or any(
+            pair in self.checker.plan and pair not in resting for pair in pairs
+        )

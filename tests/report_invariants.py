@@ -33,7 +33,11 @@ class ReportChecker:
         return found
 
     def after_run(
-        self, rows: Mapping[Ids, Mapping[str, Any]], mine: Optional[Path], code: Optional[int], needed: bool
+        self,
+        rows: Mapping[Ids, Mapping[str, Any]],
+        mine: Optional[Path],
+        code: Optional[int],
+        needed: bool,
     ) -> None:
         """Judge the reports after a run. `mine` is the run's own, None for an undo; `needed`: it has to be there."""
         self.owed.update([mine.name] if mine else [])
@@ -51,7 +55,9 @@ class ReportChecker:
         if mine is None or not needed:
             return
         if mine.name not in there:
-            raise InvariantBroken("the report is written, also when the run stops early", f"{mine.name} is not there")
+            raise InvariantBroken(
+                "the report is written, also when the run stops early", f"{mine.name} is not there"
+            )
         for ids, row in rows.items():
             if row["state"] in ENDED and ids not in self.forgotten:
                 self._judge_place(ids, row, where[ids])
@@ -73,17 +79,25 @@ class ReportChecker:
             what = f"{name_of(ids)} became {row['state']} in {row['run']}, and is in {', '.join(names) or 'none'}"
             raise InvariantBroken(ONCE, what)
 
-    def _judge_code(self, report: Mapping[str, Any], rows: Mapping[Ids, Any], code: Optional[int]) -> None:
+    def _judge_code(
+        self, report: Mapping[str, Any], rows: Mapping[Ids, Any], code: Optional[int]
+    ) -> None:
         invariant = "the exit code says how it went"
         settled = getattr(self.checker.options, "settle", None)
         if settled:
-            if code == 0 and any(row["email"] in settled and row["state"] in UNFINISHED for row in rows.values()):
-                raise InvariantBroken(invariant, f"0, and not all of {', '.join(settled)} has ended")
+            if code == 0 and any(
+                row["email"] in settled and row["state"] in UNFINISHED for row in rows.values()
+            ):
+                raise InvariantBroken(
+                    invariant, f"0, and not all of {', '.join(settled)} has ended"
+                )
             return
         after_cancel = [entry for entry in report["successful_merges"] if entry.get("after_cancel")]
         failed = len(report["failed_merges"]) + len(report["unfinished_merges"]) + len(after_cancel)
         if (code == 0) != (failed == 0) and code in (0, 1):
-            raise InvariantBroken(invariant, f"{code}, and {failed} failed, unfinished or carried out after a cancel")
+            raise InvariantBroken(
+                invariant, f"{code}, and {failed} failed, unfinished or carried out after a cancel"
+            )
 
     def _read(self, name: str, path: Path, is_mine: bool) -> None:
         if name in self.lost:
@@ -101,7 +115,10 @@ class ReportChecker:
             raise InvariantBroken(TRUE, f"{name} is neither of this run nor of one that was killed")
         for title in ("failed_merges", "unfinished_merges", "settled", "cancelled"):
             for entry in report.get(title) or ():
-                self.named |= {str(entry.get("new_external_ref")), str(entry.get("reference_not_set"))}
+                self.named |= {
+                    str(entry.get("new_external_ref")),
+                    str(entry.get("reference_not_set")),
+                }
         for entry in report["successful_merges"]:
             if entry["state"] == "done":
                 self.checker.judge_done(ids_of(entry), entry["new_external_ref"], entry["backup"])
@@ -109,8 +126,14 @@ class ReportChecker:
         for entry in report["failed_merges"] if is_mine else ():
             ids = ids_of(entry)
             refused = entry["code"] == "undo_unfinished" and ids in undo.open()
-            if entry["state"] not in ("merged_elsewhere", "cancelled") and self.checker.asks[ids] and not refused:
-                raise InvariantBroken(TRUE, f"{name}: {name_of(ids)} is called failed, and was requested")
+            if (
+                entry["state"] not in ("merged_elsewhere", "cancelled")
+                and self.checker.asks[ids]
+                and not refused
+            ):
+                raise InvariantBroken(
+                    TRUE, f"{name}: {name_of(ids)} is called failed, and was requested"
+                )
 
     def _judge_sums(self, name: str, report: Mapping[str, Any]) -> None:
         summary = report["summary"]
@@ -119,7 +142,10 @@ class ReportChecker:
         # What the live check leaves out of a group is planned no more, but for what is merged or gone already.
         left_out = sum(one["code"] == "different_rev_org" for one in report["skipped"])
         planned = len(self.checker.plan) - left_out
-        parts = [summary[one] for one in ("already_merged", "successful_merges", "failed_merges", "unfinished_merges")]
+        parts = [
+            summary[one]
+            for one in ("already_merged", "successful_merges", "failed_merges", "unfinished_merges")
+        ]
         if summary["pairs_planned"] != sum(parts) + summary["left"] or summary["left"] < 0:
             raise InvariantBroken(SUMS, f"{name}: {summary}")
         if summary["pairs_planned"] != planned:
@@ -140,12 +166,18 @@ class ReportChecker:
         """Return how things stand after a run: where two runs leave the same, and neither has requested anything, a
         third one does nothing new."""
         parts = [self.last.get(one) for one in ("failed_merges", "unfinished_merges")]
-        resting = [[ids_of(one), one["state"], one["code"]] for entries in parts for one in entries or ()]
+        resting = [
+            [ids_of(one), one["state"], one["code"]] for entries in parts for one in entries or ()
+        ]
         asks = sum(map(len, self.checker.asks.values()))
         organisation = self.checker.organisation
-        contacts = [[one["id"], one["state"], one["external_ref"]] for one in organisation.contacts.values()]
+        contacts = [
+            [one["id"], one["state"], one["external_ref"]] for one in organisation.contacts.values()
+        ]
         states = sorted((ids, row["state"]) for ids, row in rows.items())
-        return json.dumps([self.last_code, sorted(resting), asks, len(organisation.merges), contacts, states])
+        return json.dumps(
+            [self.last_code, sorted(resting), asks, len(organisation.merges), contacts, states]
+        )
 
     def lose(self, name: str = "") -> None:
         """Delete one report, or all."""
@@ -154,13 +186,17 @@ class ReportChecker:
                 if one.exists():
                     one.unlink()
             self.lost.add(path.name)
-            self.forgotten.update(ids_of(entry) for entry in ended_entries(self.reports.pop(path.name, {})))
+            self.forgotten.update(
+                ids_of(entry) for entry in ended_entries(self.reports.pop(path.name, {}))
+            )
 
 
 def ended_entries(report: Mapping[str, Any]) -> Iterator[Any]:
     yield from report.get("successful_merges") or ()
     yield from report.get("settled") or ()
-    yield from (entry for entry in report.get("failed_merges") or () if entry["state"] == "merged_elsewhere")
+    yield from (
+        entry for entry in report.get("failed_merges") or () if entry["state"] == "merged_elsewhere"
+    )
 
 
 def ids_of(entry: Mapping[str, Any]) -> Ids:

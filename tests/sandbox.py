@@ -106,7 +106,9 @@ class Handler(BaseHTTPRequestHandler):
         answer = sandbox.answer(request, token if scheme == "Bearer" else None, problem)
         self._reply(request, answer)
 
-    def _read(self, method: str, endpoint: str, query: str) -> Tuple[Dict[str, Any], Optional[Refused]]:
+    def _read(
+        self, method: str, endpoint: str, query: str
+    ) -> Tuple[Dict[str, Any], Optional[Refused]]:
         try:
             length = int(self.headers.get("Content-Length") or 0)
         except ValueError:
@@ -121,7 +123,9 @@ class Handler(BaseHTTPRequestHandler):
             return from_query(SHAPES.get(endpoint, {}), query), None
         kind = self.headers.get_content_type() if raw and "Content-Type" in self.headers else ""
         if kind != "application/json":
-            return {}, Refused(400, "invalid_content_type", "the body must be application/json", value=kind)
+            return {}, Refused(
+                400, "invalid_content_type", "the body must be application/json", value=kind
+            )
         try:
             body = json.loads(raw.decode("utf-8"))
         except ValueError:
@@ -160,7 +164,10 @@ class Handler(BaseHTTPRequestHandler):
             "Date: " + self.date_time_string(),
         ]
         if answer.status != 204:
-            lines += ["Content-Type: " + answer.content_type, f"Content-Length: {len(answer.payload)}"]
+            lines += [
+                "Content-Type: " + answer.content_type,
+                f"Content-Length: {len(answer.payload)}",
+            ]
         lines += [f"{name}: {value}" for name, value in answer.headers.items()]
         if self.close_connection and answer.manner == "send":
             lines.append("Connection: close")
@@ -206,7 +213,9 @@ class Server(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Bind without asking a name server who 127.0.0.1 is."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(self.allow_reuse_address))
+        self.socket.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, int(self.allow_reuse_address)
+        )
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = "127.0.0.1", int(self.server_address[1])
@@ -261,7 +270,9 @@ class Sandbox(World):
     `latency` is how many seconds each request takes longer; it may be changed while it runs, as all that a World has.
     """
 
-    def __init__(self, organisation: Organisation, *, port: int = 0, latency: float = 0.0, **world: Any) -> None:
+    def __init__(
+        self, organisation: Organisation, *, port: int = 0, latency: float = 0.0, **world: Any
+    ) -> None:
         super().__init__(organisation, time.monotonic, time.time, **world)
         self.latency = latency
         self._port = port
@@ -270,7 +281,9 @@ class Sandbox(World):
         self._server = Server(self, self._port)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._threads = [
-            threading.Thread(target=self._server.serve_forever, args=(0.02,), name="sandbox", daemon=True),
+            threading.Thread(
+                target=self._server.serve_forever, args=(0.02,), name="sandbox", daemon=True
+            ),
             threading.Thread(target=self._keep_time, name="sandbox-time", daemon=True),
         ]
         for thread in self._threads:
@@ -344,7 +357,9 @@ def arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         epilog="Without a command, runs the demo: exports a sample organisation, merges it, and checks the result.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser("demo", help="export a sample, merge it, and show what happened (the default)")
+    commands.add_parser(
+        "demo", help="export a sample, merge it, and show what happened (the default)"
+    )
     serve_parser = commands.add_parser(
         "serve",
         help="stay up until Ctrl-C, to try the tool by hand",
@@ -361,13 +376,16 @@ def arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         metavar="S",
         help="seconds from a merge's acknowledgement until it is carried out (default: 0.3)",
     )
-    option("--latency", type=float, default=0.0, metavar="S", help="seconds each request takes longer")
+    option(
+        "--latency", type=float, default=0.0, metavar="S", help="seconds each request takes longer"
+    )
     option(
         "--gone",
         choices=(*Sandbox.GONE, *Sandbox.ODD),
         default="404",
         metavar="MANNER",
-        help="how a merged contact answers (default: 404): " + ", ".join((*Sandbox.GONE, *Sandbox.ODD)),
+        help="how a merged contact answers (default: 404): "
+        + ", ".join((*Sandbox.GONE, *Sandbox.ODD)),
     )
     option(
         "--set",
@@ -378,7 +396,9 @@ def arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         help="behave in another way that is known of DevRev, e.g. merge_answer=204 (may be repeated; tests/fake_devrev.py "
         "lists all)",
     )
-    option("--quota", type=quota_option, metavar="LIMIT/SECONDS", help="e.g. 1000/300; default: none")
+    option(
+        "--quota", type=quota_option, metavar="LIMIT/SECONDS", help="e.g. 1000/300; default: none"
+    )
     option(
         "--fault",
         type=fault_option,
@@ -454,7 +474,8 @@ class Demo:
     def __init__(self) -> None:
         self.organisation = Organisation.from_csv(SAMPLE_CSV)
         self.references = {
-            contact_id: contact["external_ref"] for contact_id, contact in self.organisation.contacts.items()
+            contact_id: contact["external_ref"]
+            for contact_id, contact in self.organisation.contacts.items()
         }
         self.folder = Path(tempfile.mkdtemp(prefix="merge-demo-"))
         self.all_true = True
@@ -470,12 +491,22 @@ class Demo:
             self._check("no request was made", sandbox.count() == reads)
             self._step("Merge", sandbox, *self.CSV, "--yes", head=3, tail=6)
             first = sandbox.count("rev-users.merge")
-            self._step("The same command again: nothing is merged twice", sandbox, *self.CSV, "--yes", head=1)
+            self._step(
+                "The same command again: nothing is merged twice",
+                sandbox,
+                *self.CSV,
+                "--yes",
+                head=1,
+            )
             again = sandbox.count("rev-users.merge") - first
             self._check("no merge was requested", again == 0)
-            (self.folder / "choices.csv").write_text(f"EMAIL,EXTERNAL_REF\n{','.join(self.CHOICE)}\n", encoding="utf-8")
+            (self.folder / "choices.csv").write_text(
+                f"EMAIL,EXTERNAL_REF\n{','.join(self.CHOICE)}\n", encoding="utf-8"
+            )
             chosen = ("--choices", "choices.csv")
-            self._step("A skipped group, with a choice", sandbox, *self.CSV, *chosen, "--yes", head=2)
+            self._step(
+                "A skipped group, with a choice", sandbox, *self.CSV, *chosen, "--yes", head=2
+            )
             requested = sandbox.count("rev-users.merge")
             self._check("one more merge was requested", requested == first + again + 1)
         say("\n--- Summary ---")
@@ -494,7 +525,12 @@ class Demo:
         say(f"\n--- {title} ---")
         say("$ " + " ".join(["python", "merge_contacts.py", *options]))
         environment = dict(os.environ, **sandbox.environment())
-        environment.update(DEVREV_RATE_LIMIT_CALLS="0", no_proxy="127.0.0.1", PYTHONIOENCODING="utf-8", COLUMNS="100")
+        environment.update(
+            DEVREV_RATE_LIMIT_CALLS="0",
+            no_proxy="127.0.0.1",
+            PYTHONIOENCODING="utf-8",
+            COLUMNS="100",
+        )
         done = subprocess.run(
             [sys.executable, str(REPOSITORY / "merge_contacts.py"), *options],
             cwd=str(self.folder), env=environment, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8",
@@ -506,19 +542,30 @@ class Demo:
             say(done.stdout + done.stderr)
             self._check(f"exit code 0, not {done.returncode}", False)
             return
-        shown = lines[:head] + [f"  [{left_out} more lines]"] * (left_out > 0) + lines[max(head, len(lines) - tail) :]
+        shown = (
+            lines[:head]
+            + [f"  [{left_out} more lines]"] * (left_out > 0)
+            + lines[max(head, len(lines) - tail) :]
+        )
         say("\n".join(shown))
 
     def _check_result(self, requested: int) -> None:
         merges = self.organisation.merges
-        self._check(f"{len(merges)} contacts were merged, each with one request", 0 < len(merges) == requested)
+        self._check(
+            f"{len(merges)} contacts were merged, each with one request",
+            0 < len(merges) == requested,
+        )
         wrong = []
         for primary in dict.fromkeys(primary for primary, _ in merges):
             group = [primary] + [other for one, other in merges if one == primary]
-            wanted = [ref for ref in map(self.references.get, group) if is_user(ref)] or [self.references[primary]]
+            wanted = [ref for ref in map(self.references.get, group) if is_user(ref)] or [
+                self.references[primary]
+            ]
             if wanted != [self.organisation.contacts[primary]["external_ref"]]:
                 wrong.append(self.organisation.contacts[primary]["display_id"])
-        self._check(" ".join(["each primary has the reference that it should have", *wrong]), not wrong)
+        self._check(
+            " ".join(["each primary has the reference that it should have", *wrong]), not wrong
+        )
         reported = sum(map(reported_merges, self.folder.glob("reports/*.json")))
         self._check(f"the reports name {reported} merges", reported == len(merges))
         backups = len(list(self.folder.glob("backups/*/*/manifest.json")))

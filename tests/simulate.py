@@ -96,8 +96,12 @@ class Scenario:
         self.rows: Dict[Ids, Dict[str, Any]] = {}  # of the savepoint, after the last run
         self.choices: Dict[str, str] = {}
         self.refusal = ""  # why the last run did nothing
-        self.rare = random.Random(seed + 2)  # of its own, so that kept seeds stay the scenarios that they were
-        self.may_not_merge, self.has_foreign_exports = (self.rare.random() < 0.06 and not draws.calm for _ in range(2))
+        self.rare = random.Random(
+            seed + 2
+        )  # of its own, so that kept seeds stay the scenarios that they were
+        self.may_not_merge, self.has_foreign_exports = (
+            self.rare.random() < 0.06 and not draws.calm for _ in range(2)
+        )
         self._describe()
 
     def trace(self, what: str) -> None:
@@ -106,7 +110,11 @@ class Scenario:
 
     def _make_world(self) -> fake_devrev.World:
         draws = self.draws
-        delay = draws.somewhen(0.5, 60.0) if draws.has("slow merges", 0.2) else draws.somewhen(0.02, 3.0)
+        delay = (
+            draws.somewhen(0.5, 60.0)
+            if draws.has("slow merges", 0.2)
+            else draws.somewhen(0.02, 3.0)
+        )
         return fake_devrev.World(
             self.organisation,
             lambda: self.clock.now,
@@ -121,13 +129,19 @@ class Scenario:
     def _describe(self) -> None:
         world, quota = self.fake_devrev, self.fake_devrev.quota
         shown = f"{quota.limit} in {quota.window:g} s" if quota else "none"
-        self.trace(f"merges take {world.merge_delay:.2f} s, quota {shown}, latency {self.latency:.3f} s")
+        self.trace(
+            f"merges take {world.merge_delay:.2f} s, quota {shown}, latency {self.latency:.3f} s"
+        )
         plain = fake_devrev.World
         for name in sorted(fake_devrev.SWITCHES - {"merge_delay"}):
             if getattr(world, name) != getattr(plain, name, {}):
                 self.trace(f"  {name}: {getattr(world, name)}")
         for one in self.organisation.contacts.values():
-            email, reference, org = one.get("email"), one["external_ref"], (fake_devrev.org_id_of(one) or "-")[-5:]
+            email, reference, org = (
+                one.get("email"),
+                one["external_ref"],
+                (fake_devrev.org_id_of(one) or "-")[-5:],
+            )
             unverified = " unverified" if one["id"] in self.organisation.unverified else ""
             self.trace(f"  {short(one['id'])} {email} {reference} {one['state']} {org}{unverified}")
 
@@ -171,7 +185,13 @@ class Scenario:
         there, back = (self.latency * self.chance.uniform(0.3, 1.0) for _ in range(2))
         if self.in_peace:
             return NetworkFaults(there, back)
-        for kind, chance in (("refused", 0.03), ("lost", 0.04), ("unheard", 0.05), ("late", 0.03), ("twice", 0.03)):
+        for kind, chance in (
+            ("refused", 0.03),
+            ("lost", 0.04),
+            ("unheard", 0.05),
+            ("late", 0.03),
+            ("twice", 0.03),
+        ):
             if self.draws.has(f"requests {kind}", 0.15) and self.chance.random() < chance:
                 self.counts[kind] += 1
                 self.checker.others_spent += kind in ("twice", "late")
@@ -179,7 +199,9 @@ class Scenario:
         rare = endpoint in ("rev-users.merge", "rev-users.create")
         if rare and self.draws.has("merges unheard", 0.15) and self.chance.random() < 0.3:
             self.counts["unheard"] += 1
-            return NetworkFaults(there, back, self.chance.choice(("unheard", "lost", "late", "twice")))
+            return NetworkFaults(
+                there, back, self.chance.choice(("unheard", "lost", "late", "twice"))
+            )
         return NetworkFaults(there, back)
 
     def faults(self) -> List[fake_devrev.Fault]:
@@ -193,7 +215,11 @@ class Scenario:
             ("409", 0.02), ("410", 0.01), ("413", 0.01), ("doubled", 0.03), ("half-emoji", 0.03), ("odd-quota", 0.03),
         ):  # fmt: skip
             if self.draws.has(f"answers: {kind}", 0.07):
-                detail = self.chance.choice(("email", "external_ref", "state", "id")) if kind == "half-emoji" else None
+                detail = (
+                    self.chance.choice(("email", "external_ref", "state", "id"))
+                    if kind == "half-emoji"
+                    else None
+                )
                 detail = (detail,) if detail and self.chance.random() < 0.3 else None
                 found.append(fake_devrev.Fault(kind, chance=chance, detail=detail))
         if self.draws.has("no merge is carried out", 0.04) and self.chance.random() < 0.6:
@@ -211,9 +237,17 @@ class Scenario:
             kind = self.chance.choice(("400", "403", "409", "500-after"))
             found.append(fake_devrev.Fault(kind, "rev-users.create", chance=0.5))
         doubled = self.draws.has("requests twice", 0.15) or self.draws.has("answers: doubled", 0.07)
-        if self.draws.has("answers: not so", 0.08) and not doubled:  # the second may be made all the same
-            found.append(fake_devrev.Fault("changed", "rev-users.update", chance=0.3, detail=self._forget_update))
-            found.append(fake_devrev.Fault("changed", "rev-users.get", chance=0.05, detail=self._garble))
+        if (
+            self.draws.has("answers: not so", 0.08) and not doubled
+        ):  # the second may be made all the same
+            found.append(
+                fake_devrev.Fault(
+                    "changed", "rev-users.update", chance=0.3, detail=self._forget_update
+                )
+            )
+            found.append(
+                fake_devrev.Fault("changed", "rev-users.get", chance=0.05, detail=self._garble)
+            )
         if self.draws.has("a poll finds nothing", 0.08):
             found.append(fake_devrev.Fault("404", "rev-users.get", chance=0.1))
             self.checker.lies = True
@@ -234,19 +268,31 @@ class Scenario:
 
     def _garble(self, content: Dict[str, Any]) -> Dict[str, Any]:
         identity = (content.get("rev_user") or {}).get("id")
-        return dict(self.chance.choice(({}, {"rev_user": None}, {"rev_user": {"id": identity}}, {"rev_user": {}})))
+        return dict(
+            self.chance.choice(
+                ({}, {"rev_user": None}, {"rev_user": {"id": identity}}, {"rev_user": {}})
+            )
+        )
 
     def _disturb(self) -> None:
         """Draw what the coming run meets on DevRev's side."""
         chance, world = self.chance, self.fake_devrev
         world.faults = self.faults()
-        world.forbidden = ("rev-users.merge",) if self.may_not_merge and self.rare.random() < 0.5 else ()
-        world.list_lag = self.draws.somewhen(0.5, 30.0) if self.draws.has("lists lag", 0.15) else 0.0
+        world.forbidden = (
+            ("rev-users.merge",) if self.may_not_merge and self.rare.random() < 0.5 else ()
+        )
+        world.list_lag = (
+            self.draws.somewhen(0.5, 30.0) if self.draws.has("lists lag", 0.15) else 0.0
+        )
         self.checker.lag = max(self.checker.lag, world.list_lag)
         held = self.draws.has("references held", 0.1)
         self.organisation.ref_release = self.draws.somewhen(0.1, 60.0) if held else 0.0
         if self.draws.has("stuck references", 0.05):
-            stuck = [one["external_ref"] for one in self.organisation.contacts.values() if chance.random() < 0.1]
+            stuck = [
+                one["external_ref"]
+                for one in self.organisation.contacts.values()
+                if chance.random() < 0.1
+            ]
             self.organisation.stuck_references.update(stuck)
             self.stuck.update(stuck)
         if world.quota and self.draws.has("others spend quota", 0.15):
@@ -319,7 +365,18 @@ class Scenario:
             writer = csv.writer(file)
             writer.writerow(HEADER)
             for row in rows:
-                writer.writerow((row.id, "A Name", row.email, row.ref, "", row.created, row.created, row.tickets))
+                writer.writerow(
+                    (
+                        row.id,
+                        "A Name",
+                        row.email,
+                        row.ref,
+                        "",
+                        row.created,
+                        row.created,
+                        row.tickets,
+                    )
+                )
 
     def _options(self) -> List[str]:
         """Draw the command line of a run, and write the files that it names."""
@@ -330,7 +387,14 @@ class Scenario:
         if self.has_foreign_exports and self.rare.random() < 0.3:
             rows = [row._replace(id=row.id.replace(":devo/", ":devo/OTHER")) for row in rows]
         self._write_csv(rows)
-        options = ["--csv", "contacts.csv", "--yes", "--quiet", "--workers", str(chance.choice((1, 2, 8, 8, 32)))]
+        options = [
+            "--csv",
+            "contacts.csv",
+            "--yes",
+            "--quiet",
+            "--workers",
+            str(chance.choice((1, 2, 8, 8, 32))),
+        ]
         options += ["--merge-timeout", f"{draws.somewhen(2.0, 300.0):.1f}"]
         if draws.has("--limit", 0.2) and chance.random() < 0.6:
             options += ["--limit", str(chance.randint(1, 4))]
@@ -352,8 +416,16 @@ class Scenario:
 
     def _manner(self) -> List[str]:
         """Return the options that stay the same for the whole scenario."""
-        options = ["--primary", "user"] if self._knows("--primary") and self.draws.has("--primary user", 0.15) else []
-        for name, chance in (("--carry-fields", 0.2), ("--across-workspaces", 0.1), ("--try-unverified", 0.1)):
+        options = (
+            ["--primary", "user"]
+            if self._knows("--primary") and self.draws.has("--primary user", 0.15)
+            else []
+        )
+        for name, chance in (
+            ("--carry-fields", 0.2),
+            ("--across-workspaces", 0.1),
+            ("--try-unverified", 0.1),
+        ):
             if self._knows(name) and self.draws.has(name, chance):
                 options.append(name)
         return options
@@ -380,7 +452,9 @@ class Scenario:
     def _settings(self, workers: int) -> Any:
         calls, period = 0, 60.0
         if self.chance.random() < 0.2:
-            calls, period = self.chance.choice(((3, 2.0), (10, 6.0), (60, 6.0), (200, 60.0), (30, 60.0)))
+            calls, period = self.chance.choice(
+                ((3, 2.0), (10, 6.0), (60, 6.0), (200, 60.0), (30, 60.0))
+            )
         timeout = self.chance.choice((2.0, 5.0, 30.0))
         return self.module.ApiSettings(
             token=self.fake_devrev.token,
@@ -412,7 +486,11 @@ class Scenario:
 
     def _undo(self) -> None:
         """Undo merges: those of a backup or of a report, an old one as well."""
-        found = [str(one) for one in sorted(Path("backups").glob("*/*/"))] if Path("backups").exists() else []
+        found = (
+            [str(one) for one in sorted(Path("backups").glob("*/*/"))]
+            if Path("backups").exists()
+            else []
+        )
         found += [str(one) for one in sorted(Path("reports").glob("merge_report_*.json"))]
         if not found:
             return
@@ -437,7 +515,9 @@ class Scenario:
             return
         self._run_settle(self.chance.sample(emails, self.chance.randint(1, len(emails))))
         for ids, row in self.rows.items():
-            if row["state"] == "cancelled" and self.draws.has("a cancelled merge is carried out", 0.6):
+            if row["state"] == "cancelled" and self.draws.has(
+                "a cancelled merge is carried out", 0.6
+            ):
                 when = self.draws.somewhen(0.1, 100_000.0)
                 self.fake_devrev.later(when, lambda ids=ids: self._carry_out(ids))
         self._between()
@@ -447,12 +527,16 @@ class Scenario:
 
     def _carry_out(self, ids: Ids) -> None:
         if all(map(self.organisation.alive, ids)):
-            self.trace(f"DevRev carries out the cancelled merge of {short(ids[1])} into {short(ids[0])}")
+            self.trace(
+                f"DevRev carries out the cancelled merge of {short(ids[1])} into {short(ids[0])}"
+            )
             self.organisation.merge(*ids)
 
     def _process(self) -> SimulatedProcess:
         """Make the process of a run, with what will befall it."""
-        process = SimulatedProcess(self.module, self.clock, self.fake_devrev, self.chance.randrange(1 << 32))
+        process = SimulatedProcess(
+            self.module, self.clock, self.fake_devrev, self.chance.randrange(1 << 32)
+        )
         process.network_faults, process.observer = self.network_faults, self.checker
         process.trace, process.tracing = self.trace, self.tracing
         if self.in_peace:
@@ -471,7 +555,9 @@ class Scenario:
             process.full_intent = chance.choice((MAIN.name, COPY.name)), int(draws.somewhen(1, 6))
         elif draws.has("a full disk", 0.1):
             process.full_at = int(draws.somewhen(1, 1000))
-            process.full_for = chance.choice(("", "", "of savepoint.db", "savepoint-copy.db", "commit", "of"))
+            process.full_for = chance.choice(
+                ("", "", "of savepoint.db", "savepoint-copy.db", "commit", "of")
+            )
         return process
 
     def _is_undisturbed(self, settings: Any) -> bool:
@@ -480,12 +566,18 @@ class Scenario:
         windows = [settings.calls] * bool(settings.calls)
         if self.fake_devrev.quota:
             windows.append(self.fake_devrev.quota.limit - 3 * self.fake_devrev.quota.others)
-        disturbed = any(kind.startswith(DISTURBING) for kind in self.draws.drawn()) and not self.in_peace
+        disturbed = (
+            any(kind.startswith(DISTURBING) for kind in self.draws.drawn()) and not self.in_peace
+        )
         odd = any(
-            kind.startswith(("polls that", "no quota", "windows", "empty", "short")) for kind in self.draws.drawn()
+            kind.startswith(("polls that", "no quota", "windows", "empty", "short"))
+            for kind in self.draws.drawn()
         )
         enough = 60 if self.fake_devrev.merge_delay < 3 else 1000  # for polls
-        return not (disturbed or odd or self.fake_devrev.faults) and min(windows, default=1000) >= enough
+        return (
+            not (disturbed or odd or self.fake_devrev.faults)
+            and min(windows, default=1000) >= enough
+        )
 
     def _run(self, argv: List[str], process: SimulatedProcess) -> Optional[int]:
         """Play one run; where it is refused because the savepoint was put back, move the named report away and go on."""
@@ -508,7 +600,10 @@ class Scenario:
         rows: List[Row] = []
         if options.csv:
             with open("contacts.csv", newline="", encoding="utf-8") as file:
-                rows = [Row(one[0], one[2], one[3], int(one[7]), one[5]) for one in list(csv.reader(file))[1:]]
+                rows = [
+                    Row(one[0], one[2], one[3], int(one[7]), one[5])
+                    for one in list(csv.reader(file))[1:]
+                ]
         settings = self._settings(options.workers)
         environment = environment_of(module, process, settings)
         scenario = self
@@ -569,7 +664,9 @@ class Scenario:
     def _between(self) -> None:
         """From one run to the next: time passes, and things get lost."""
         self.checker.process = None
-        self.clock.advance(self.draws.somewhen(0.5, 200_000.0 if self.chance.random() < 0.3 else 100.0))
+        self.clock.advance(
+            self.draws.somewhen(0.5, 200_000.0 if self.chance.random() < 0.3 else 100.0)
+        )
         keeps = self.draws.has("undo", 0.2)  # what an undo names
         lost = []
         if not keeps and self.draws.has("reports lost", 0.08) and self.chance.random() < 0.5:
@@ -647,8 +744,12 @@ class Scenario:
             if not self.exports[-1]:  # others have deleted all contacts
                 return bool(last)
             self._write_csv(self.exports[-1])
-            code = self._run(["--csv", "contacts.csv", "--yes", "--quiet", *self._manner()], self._process())
-            forbidden = code == 2 and "403" in "".join((self.refusal, str(self.checker.reports.last.get("run"))))
+            code = self._run(
+                ["--csv", "contacts.csv", "--yes", "--quiet", *self._manner()], self._process()
+            )
+            forbidden = code == 2 and "403" in "".join(
+                (self.refusal, str(self.checker.reports.last.get("run")))
+            )
             if code not in (0, 1, 3) and not forbidden:
                 what = f"a run ends with exit code {code}: {self.refusal}"
                 raise InvariantBroken("a scenario that is left in peace ends", what)
@@ -672,7 +773,9 @@ class Scenario:
                 raise InvariantBroken("a scenario that is left in peace ends", what)
             if code == before:
                 break
-        wrote = [one.endpoint for one in self.fake_devrev.requests[asked:] if one.endpoint in WRITES]
+        wrote = [
+            one.endpoint for one in self.fake_devrev.requests[asked:] if one.endpoint in WRITES
+        ]
         if code == 0 and wrote:
             raise InvariantBroken("a second undo does nothing", ", ".join(wrote))
 
@@ -682,9 +785,15 @@ class Scenario:
         if not emails:
             return
         code = self._run_settle(emails)
-        left = {ids: row for ids, row in self.rows.items() if row["state"] in (*UNFINISHED, "undoing")}
+        left = {
+            ids: row for ids, row in self.rows.items() if row["state"] in (*UNFINISHED, "undoing")
+        }
         for ids, row in left.items():
-            if row["code"] in ("stale", "group_incomplete", "interrupted") or self.checker.undo.lacks_reference(ids):
+            if row["code"] in (
+                "stale",
+                "group_incomplete",
+                "interrupted",
+            ) or self.checker.undo.lacks_reference(ids):
                 continue  # there is another way out: to run again, or to undo again
             what = f"{short(ids[1])} is {row['state']} ({row['code']}) after --settle, exit code {code}"
             raise InvariantBroken("every state has a way out", what)
@@ -692,7 +801,9 @@ class Scenario:
 
 def unfinished_emails(rows: Dict[Ids, Dict[str, Any]]) -> List[str]:
     """Return the addresses that a person may settle."""
-    return sorted({str(row["email"]) for row in rows.values() if row["state"] in (*UNFINISHED, "undoing")})
+    return sorted(
+        {str(row["email"]) for row in rows.values() if row["state"] in (*UNFINISHED, "undoing")}
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -705,7 +816,9 @@ def play(seed: int, module: Any, trace: bool = False, echo: bool = False) -> Ver
     logging.getLogger("merge_contacts").setLevel(logging.CRITICAL + 1)
     home = Path.cwd()
     room = Path("/dev/shm")
-    folder = tempfile.mkdtemp(prefix="scenario-", dir=str(room) if os.access(str(room), os.W_OK) else None)
+    folder = tempfile.mkdtemp(
+        prefix="scenario-", dir=str(room) if os.access(str(room), os.W_OK) else None
+    )
     os.chdir(folder)
     invariant, what = "", ""
     scenario = Scenario(seed, module, trace, echo)
@@ -726,7 +839,9 @@ def play(seed: int, module: Any, trace: bool = False, echo: bool = False) -> Ver
         scenario.counts[f"ended: {row['state']}"] += 1
     for kind in scenario.draws.drawn():
         scenario.counts[f"drawn: {kind}"] += 1
-    return Verdict(seed, invariant, what, tuple(scenario.events.lines), scenario.counts, scenario.clock.now)
+    return Verdict(
+        seed, invariant, what, tuple(scenario.events.lines), scenario.counts, scenario.clock.now
+    )
 
 
 _MODULE: Any = None
@@ -764,8 +879,12 @@ def explain(verdict: Verdict, module: Any) -> str:
 def summary(verdicts: int, seconds: float, counts: "Counter[str]", spent: float) -> str:
     parts = [f"{verdicts} scenarios", f"{seconds / 86400:.1f} simulated days"]
     parts += [f"{counts[name]} {name}" for name in ("runs", "requests", "merges", "kills", "edits")]
-    kinds = ", ".join(f"{kind[7:]} {n}" for kind, n in sorted(counts.items()) if kind.startswith("drawn: "))
-    states = ", ".join(f"{state[7:]} {n}" for state, n in sorted(counts.items()) if state.startswith("ended: "))
+    kinds = ", ".join(
+        f"{kind[7:]} {n}" for kind, n in sorted(counts.items()) if kind.startswith("drawn: ")
+    )
+    states = ", ".join(
+        f"{state[7:]} {n}" for state, n in sorted(counts.items()) if state.startswith("ended: ")
+    )
     return f"{', '.join(parts)} in {spent:.1f} s; pairs: {states}; drawn: {kinds}"
 
 
@@ -795,19 +914,30 @@ def play_many(seeds: Sequence[int], jobs: int, keep_going: bool = False) -> int:
 
 def main() -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # half an emoji is no UTF-8
-    parser = argparse.ArgumentParser(prog="python -m tests.simulate", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.simulate", description=__doc__.splitlines()[0]
+    )  # type: ignore[union-attr]
     parser.add_argument("--seeds", metavar="N", type=int, help="play so many scenarios")
-    parser.add_argument("--start", metavar="S", type=int, default=1, help="the first seed (default 1)")
+    parser.add_argument(
+        "--start", metavar="S", type=int, default=1, help="the first seed (default 1)"
+    )
     parser.add_argument("--jobs", metavar="J", type=int, default=1, help="in so many processes")
     parser.add_argument(
-        "--keep-going", action="store_true", help="a line for each scenario that fails, instead of stopping"
+        "--keep-going",
+        action="store_true",
+        help="a line for each scenario that fails, instead of stopping",
     )
     parser.add_argument("--seed", metavar="S", type=int, help="play one scenario")
     parser.add_argument("--trace", action="store_true", help="with --seed: show all of it")
     parser.add_argument("--kept", action="store_true", help="play the seeds that have failed once")
-    parser.add_argument("--mutants", action="store_true", help="take out the module's safety lines, one at a time")
     parser.add_argument(
-        "--only", metavar="WORDS", default="", help="with --mutants: those with these words in the name"
+        "--mutants", action="store_true", help="take out the module's safety lines, one at a time"
+    )
+    parser.add_argument(
+        "--only",
+        metavar="WORDS",
+        default="",
+        help="with --mutants: those with these words in the name",
     )
     options = parser.parse_args()
     if options.mutants:
@@ -822,7 +952,11 @@ def main() -> int:
             print("\n".join(verdict.events))
         print(summary(1, verdict.seconds, verdict.counts, 0.0))
         return 1 if verdict.invariant else 0
-    seeds = kept_seeds() if options.kept else range(options.start, options.start + (options.seeds or 100))
+    seeds = (
+        kept_seeds()
+        if options.kept
+        else range(options.start, options.start + (options.seeds or 100))
+    )
     return play_many(list(seeds), options.jobs, options.keep_going)
 
 

@@ -19,7 +19,19 @@ import types
 import warnings
 from collections import deque
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import (
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Tuple,
+)
 
 from tests import fake_devrev
 
@@ -45,7 +57,9 @@ def load(source: Optional[str] = None, name: str = "merge_contacts_simulated") -
     spec = importlib.util.spec_from_loader(name, loader=None)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    module.__file__ = str(MODULE.parent / "tests" / MODULE.name)  # where there is no template of a report's page
+    module.__file__ = str(
+        MODULE.parent / "tests" / MODULE.name
+    )  # where there is no template of a report's page
     sys.modules[name] = module
     text = MODULE.read_text(encoding="utf-8") if source is None else source
     exec(compile(text, str(MODULE), "exec"), module.__dict__)
@@ -205,21 +219,31 @@ class SimulatedProcess:
         self.clock = clock
         self.fake_devrev = its_devrev
         self.random = random.Random(seed)
-        self.network_faults: Callable[[str], NetworkFaults] = lambda _endpoint: NetworkFaults(0.05, 0.05)
+        self.network_faults: Callable[[str], NetworkFaults] = lambda _endpoint: NetworkFaults(
+            0.05, 0.05
+        )
         self.observer: Any = None
         self.trace: Callable[[str], None] = lambda _what: None
         self.tracing = False
         self.kill_at: Optional[int] = None
-        self.kill_after_merge: Optional[Tuple[int, int]] = None  # so many steps after the n-th merge request
-        self.kill_between: Optional[int] = None  # at the n-th intent, when it is in the first file and not in the copy
+        self.kill_after_merge: Optional[Tuple[int, int]] = (
+            None  # so many steps after the n-th merge request
+        )
+        self.kill_between: Optional[int] = (
+            None  # at the n-th intent, when it is in the first file and not in the copy
+        )
         self.killed_at_report = False  # before a merge report gets its name
         self.full_at: Optional[int] = None  # the disk is full at this step
         self.full_for = ""  # and from then on for every write with these words in its name, if any
-        self.full_intent: Optional[Tuple[str, int]] = None  # a file that can't take its n-th intent, nor anything after
+        self.full_intent: Optional[Tuple[str, int]] = (
+            None  # a file that can't take its n-th intent, nor anything after
+        )
         self.steps = self.merges = self.intents = self.travelling = 0
         self.dead = False
         self.connections: Dict[str, Connection] = {}  # by the file's name
-        self.hot_journal: Optional[Tuple[Path, bytes]] = None  # that a commit leaves which was killed in its middle
+        self.hot_journal: Optional[Tuple[Path, bytes]] = (
+            None  # that a commit leaves which was killed in its middle
+        )
         self.idle = 0  # requests since the last durable write
         self.units_unseen = 0  # requests whose answer's headers the run has never seen
 
@@ -245,7 +269,11 @@ class SimulatedProcess:
         self.idle = 0
         if self.killed_at_report and what.startswith("naming merge_report"):
             self.kill(f"before {what}")
-        if self.full_at is not None and self.steps >= self.full_at and (self.full_for in what or not self.full_for):
+        if (
+            self.full_at is not None
+            and self.steps >= self.full_at
+            and (self.full_for in what or not self.full_for)
+        ):
             self.full_at = self.full_at if self.full_for else None
             self.trace(f"the disk is full: {what}")
             self.observer.disk_was_full = self.observer.full_now = True
@@ -326,11 +354,23 @@ class Connection(sqlite3.Connection):
             self.pending = self.pending + [stored_row(row) for row in rows]
             for row in self.pending[-len(rows) :] if self.process.tracing and rows else ():
                 code = row["code"] and f" ({row['code']}: {row['error'][:100]})"
-                self.process.trace(f"  {self.path.name}: {short(row['duplicate_id'])} is {row['state']}{code}")
+                self.process.trace(
+                    f"  {self.path.name}: {short(row['duplicate_id'])} is {row['state']}{code}"
+                )
         return super().executemany(statement, rows)
 
 
-ROW = ("primary_id", "duplicate_id", "organisation", "email", "state", "new_ref", "run", "revision", "document")
+ROW = (
+    "primary_id",
+    "duplicate_id",
+    "organisation",
+    "email",
+    "state",
+    "new_ref",
+    "run",
+    "revision",
+    "document",
+)
 
 
 def stored_row(values: Any) -> Dict[str, Any]:
@@ -342,7 +382,9 @@ def stored_row(values: Any) -> Dict[str, Any]:
 def short(don: str) -> str:
     """`REVU-7`, `TKT-3` of an id."""
     kind, _, key = don.rpartition(":")[2].partition("/")
-    return {"revu": "REVU-", "ticket": "TKT-", "issue": "ISS-", "conversation": "CONV-"}.get(kind, kind) + key
+    return {"revu": "REVU-", "ticket": "TKT-", "issue": "ISS-", "conversation": "CONV-"}.get(
+        kind, kind
+    ) + key
 
 
 def environment_of(module: Any, process: SimulatedProcess, settings: Any) -> Any:
@@ -361,11 +403,15 @@ def environment_of(module: Any, process: SimulatedProcess, settings: Any) -> Any
         def now(self) -> Any:
             return module.Timestamp(process.clock.wall, process.clock.steady)
 
-        async def post(self, endpoint: str, body: Dict[str, Any], deadline: Optional[float] = None) -> Any:
+        async def post(
+            self, endpoint: str, body: Dict[str, Any], deadline: Optional[float] = None
+        ) -> Any:
             try:
                 return await exchange(module, process, settings, endpoint, body, deadline)
             except Exception as error:  # which the module would take for one of its own
-                raise InvariantBroken("the simulation itself works", f"{endpoint}: {error!r}") from error
+                raise InvariantBroken(
+                    "the simulation itself works", f"{endpoint}: {error!r}"
+                ) from error
 
         async def run_in_thread(self, job: Any, *args: Any) -> Any:
             await asyncio.sleep(0.001 + 0.02 * process.random.random())
@@ -391,7 +437,9 @@ def environment_of(module: Any, process: SimulatedProcess, settings: Any) -> Any
         def open_database(self, uri: str) -> Any:
             path = Path(uri[len("file:") :].partition("?")[0])
             process.step(f"opening {path.name}")
-            connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0, factory=Connection)
+            connection = sqlite3.connect(
+                uri, uri=True, isolation_level=None, timeout=0, factory=Connection
+            )
             connection.process, connection.path = process, path
             process.connections[path.name] = connection
             return connection
@@ -441,7 +489,9 @@ async def exchange(
     process.step(f"sending {endpoint}")
     process.idle += 1
     if process.idle > process.MOST_IDLE:
-        raise InvariantBroken("a run makes progress", f"{process.idle} requests without a durable write")
+        raise InvariantBroken(
+            "a run makes progress", f"{process.idle} requests without a durable write"
+        )
     sent = Sent(endpoint, body, process.clock.now)
     process.observer.asked(sent)
     process.clock.last_progress = process.clock.now
@@ -465,7 +515,9 @@ async def exchange(
         await asyncio.sleep(max(0.0, complete - 0.9 * settings.timeout))
         answer = module.HttpResponse(None, {}, None, f"no complete answer within {complete:g} s")
     process.units_unseen += "X-Ratelimit-Remaining" not in answer.headers
-    process.trace(f"  <- {endpoint} {describe(body)}: {answer.status or answer.problem} {told(answer.data)}")
+    process.trace(
+        f"  <- {endpoint} {describe(body)}: {answer.status or answer.problem} {told(answer.data)}"
+    )
     process.step(f"hearing of {endpoint}")
     process.observer.answered(sent, answer)
     return answer
@@ -487,7 +539,10 @@ def begin(
     note = f" [{kind}]" if kind else ""
     process.trace(f"  -> {sent.endpoint} {describe(sent.body)}{note}")
     if kind == "refused":
-        later(network_faults.there, lambda: hand_over(module.HttpResponse(None, {}, None, "no connection", sent=False)))
+        later(
+            network_faults.there,
+            lambda: hand_over(module.HttpResponse(None, {}, None, "no connection", sent=False)),
+        )
         return
     if kind == "lost":
         return
@@ -498,7 +553,10 @@ def begin(
         if kind == "twice":
             process.fake_devrev.respond(sent.endpoint, dict(sent.body), process.fake_devrev.token)
         if kind == "unheard":
-            later(network_faults.back, lambda: hand_over(module.HttpResponse(None, {}, None, "the connection broke")))
+            later(
+                network_faults.back,
+                lambda: hand_over(module.HttpResponse(None, {}, None, "the connection broke")),
+            )
             return
         parsed, seconds = parse(module, process, settings, answer)
         if seconds is not None:
@@ -519,9 +577,13 @@ def parse(
     if answer.manner == "drip" and answer.seconds * len(answer.payload) > 10 * settings.timeout:
         return LONG, settings.timeout * 0.9
     seconds = answer.seconds * (len(answer.payload) if answer.manner == "drip" else 1)
-    headers = dict(answer.headers, Date=email.utils.formatdate(EPOCH + process.clock.now, usegmt=True))
+    headers = dict(
+        answer.headers, Date=email.utils.formatdate(EPOCH + process.clock.now, usegmt=True)
+    )
     data, problem = module.parse_body(answer.status, answer.payload, settings)
-    return module.HttpResponse(answer.status, Headers(headers), data, problem), min(seconds, 9.9 * settings.timeout)
+    return module.HttpResponse(answer.status, Headers(headers), data, problem), min(
+        seconds, 9.9 * settings.timeout
+    )
 
 
 class Headers(Dict[str, str]):
@@ -542,7 +604,9 @@ class Headers(Dict[str, str]):
 
 def describe(body: Mapping[str, Any]) -> str:
     """Describe a request's body in a few words."""
-    return " ".join(f"{name}={words(value)}" for name, value in body.items() if name not in ("limit", "type"))
+    return " ".join(
+        f"{name}={words(value)}" for name, value in body.items() if name not in ("limit", "type")
+    )
 
 
 def words(value: Any) -> str:

@@ -38,7 +38,9 @@ Row = Dict[str, Any]
 class Result:
     """What one call of the script left: exit code, output, and the reports and logs it wrote."""
 
-    def __init__(self, code: int, out: str, err: str, folder: Path, reports_before: Iterable[Path]) -> None:
+    def __init__(
+        self, code: int, out: str, err: str, folder: Path, reports_before: Iterable[Path]
+    ) -> None:
         self.code, self.out, self.err = code, out, err
         new = sorted(set((folder / "reports").glob("*.json")) - set(reports_before))
         self.report: Dict[str, Any] = json.loads(new[-1].read_text(encoding="utf-8")) if new else {}
@@ -54,7 +56,16 @@ class Result:
 
 
 # Modes in which nothing is to be confirmed.
-UNCONFIRMED = {"--preview", "--check", "--status", "--verify-backups", "--export", "--settle", "--help", "--version"}
+UNCONFIRMED = {
+    "--preview",
+    "--check",
+    "--status",
+    "--verify-backups",
+    "--export",
+    "--settle",
+    "--help",
+    "--version",
+}
 
 
 class Workplace:
@@ -67,7 +78,9 @@ class Workplace:
 
     def environment(self, sandbox: Optional[Sandbox], extra: Mapping[str, str]) -> Dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("DEVREV_")}
-        kept.update(PYTHONDONTWRITEBYTECODE="1", DEVREV_RATE_LIMIT_CALLS="0", PYTHONIOENCODING="utf-8")
+        kept.update(
+            PYTHONDONTWRITEBYTECODE="1", DEVREV_RATE_LIMIT_CALLS="0", PYTHONIOENCODING="utf-8"
+        )
         kept["PYTHONPATH"] = str(ROOT)
         return {**kept, **(sandbox.environment() if sandbox else {}), **extra}
 
@@ -104,7 +117,9 @@ class Workplace:
         before = list((self.folder / "reports").glob("*.json"))
         command = self.command(*options, program=[*python, str(SCRIPT)] if python else PROGRAM)
         if self.forks and command[0] == sys.executable and len(python) != 1 and can_fork(extra):
-            code, out, err, late = run_forked(command[1:], str(self.folder), self.environment(sandbox, extra), timeout)
+            code, out, err, late = run_forked(
+                command[1:], str(self.folder), self.environment(sandbox, extra), timeout
+            )
         else:
             process, late = self.start(sandbox, *options, python=python, **extra), False
             try:
@@ -122,7 +137,10 @@ class Workplace:
         return result
 
     def export(
-        self, organisation: Organisation, changes: Mapping[str, Row] = {}, leave_out: Iterable[str] = ()
+        self,
+        organisation: Organisation,
+        changes: Mapping[str, Row] = {},
+        leave_out: Iterable[str] = (),
     ) -> Path:
         """Write the CSV that the warehouse would hold of an organisation; `changes` by contact id."""
         gone = set(leave_out)
@@ -140,7 +158,9 @@ class Workplace:
         return self.csv
 
     def logs(self) -> str:
-        return "\n".join(path.read_text(encoding="utf-8") for path in sorted((self.folder / "logs").glob("*")))[-6000:]
+        return "\n".join(
+            path.read_text(encoding="utf-8") for path in sorted((self.folder / "logs").glob("*"))
+        )[-6000:]
 
     def files(self) -> List[Path]:
         return sorted(path for path in self.folder.rglob("*") if path.is_file())
@@ -150,7 +170,13 @@ class Terminal:
     """The script on a real (pseudo) terminal of some width; `stdout` may be a file."""
 
     def __init__(
-        self, place: Workplace, sandbox: Any, *options: str, columns: int = 80, stdout: str = "", **extra: str
+        self,
+        place: Workplace,
+        sandbox: Any,
+        *options: str,
+        columns: int = 80,
+        stdout: str = "",
+        **extra: str,
     ) -> None:
         import fcntl
         import pty
@@ -219,7 +245,11 @@ def roles_of(organisation: Organisation, contact: str) -> Dict[str, set]:
         "owned": {one for one, work in works if contact in names(work["owned_by"])},
         "created": {one for one, work in works if contact in names(work.get("created_by"))},
         "reported": {one for one, work in works if contact in names(work.get("reported_by", []))},
-        "conversations": {one for one, talk in organisation.conversations.items() if contact in names(talk["members"])},
+        "conversations": {
+            one
+            for one, talk in organisation.conversations.items()
+            if contact in names(talk["members"])
+        },
     }
 
 
@@ -228,11 +258,17 @@ def ticket_count(organisation: Organisation, contact: str) -> int:
     return max(len(roles[role]) for role in ("owned", "created", "reported"))
 
 
-def pair(organisation: Organisation, number: int, tickets: Tuple[int, int] = (2, 1), **fields: Any) -> Tuple[str, str]:
+def pair(
+    organisation: Organisation, number: int, tickets: Tuple[int, int] = (2, 1), **fields: Any
+) -> Tuple[str, str]:
     """Add the two contacts of one person, with tickets, comments and a conversation; returns primary and duplicate."""
     email = f"person{number}@example.com"
-    primary = organisation.add_contact(f"P{number}", email, display_name=f"Person {number}", **fields)
-    duplicate = organisation.add_contact(f"D{number}", email, f"user_{number}", display_name=f"P. {number}", **fields)
+    primary = organisation.add_contact(
+        f"P{number}", email, display_name=f"Person {number}", **fields
+    )
+    duplicate = organisation.add_contact(
+        f"D{number}", email, f"user_{number}", display_name=f"P. {number}", **fields
+    )
     for contact, count in zip((primary, duplicate), tickets):
         for index in range(count):
             organisation.add_work(
@@ -247,7 +283,9 @@ def pair(organisation: Organisation, number: int, tickets: Tuple[int, int] = (2,
     return primary, duplicate
 
 
-def organisation_of_pairs(count: int, tickets: Tuple[int, int] = (2, 1)) -> Tuple[Organisation, List[Tuple[str, str]]]:
+def organisation_of_pairs(
+    count: int, tickets: Tuple[int, int] = (2, 1)
+) -> Tuple[Organisation, List[Tuple[str, str]]]:
     organisation = Organisation()
     return organisation, [pair(organisation, number, tickets) for number in range(1, count + 1)]
 
@@ -262,10 +300,16 @@ class Backup:
         self.contacts: Dict[str, Dict[str, Any]] = {}
         for name, facts in self.manifest["files"].items():
             data = (folder / name).read_bytes()
-            assert (len(data), hashlib.sha256(data).hexdigest()) == (facts["bytes"], facts["sha256"])
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (
+                facts["bytes"],
+                facts["sha256"],
+            )
         for part in folder.iterdir():
             if part.is_dir():
-                files = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in part.iterdir()}
+                files = {
+                    file.stem: json.loads(file.read_text(encoding="utf-8"))
+                    for file in part.iterdir()
+                }
                 self.contacts[files["contact"]["id"]] = files
 
 
@@ -277,18 +321,27 @@ def backups_of(folder: Path, contact: str) -> List[Backup]:
 
 def assert_backed_up(folder: Path, organisation: Organisation, contacts: Iterable[str]) -> None:
     """All that the organisation holds of these contacts right now lies in whole backups."""
-    held: Dict[str, set] = {"contacts": set(), "works": set(), "conversations": set(), "entries": set()}
+    held: Dict[str, set] = {
+        "contacts": set(),
+        "works": set(),
+        "conversations": set(),
+        "entries": set(),
+    }
     for path in (folder / "backups").glob("*/[0-9]*"):
         for contact, files in Backup(path).contacts.items():
             held["contacts"].add(contact)
             held["works"].update(work["id"] for work in files["works"])
             held["conversations"].update(talk["id"] for talk in files["conversations"])
-            held["entries"].update(entry["id"] for entries in files["timelines"].values() for entry in entries)
+            held["entries"].update(
+                entry["id"] for entries in files["timelines"].values() for entry in entries
+            )
     for contact in contacts:
         roles = roles_of(organisation, contact)
         talks = roles.pop("conversations")
         works = set().union(*roles.values())
-        entries = {entry["id"] for one in works | talks for entry in organisation.timelines.get(one, [])}
+        entries = {
+            entry["id"] for one in works | talks for entry in organisation.timelines.get(one, [])
+        }
         missing = (
             {contact} - held["contacts"]
             | works - held["works"]
@@ -303,7 +356,9 @@ def assert_merged(organisation: Organisation, pairs: Iterable[Tuple[str, str]]) 
     pairs = list(pairs)
     assert sorted(organisation.merges) == sorted(pairs)
     for primary, _ in pairs:
-        assert organisation.contacts[primary]["external_ref"].startswith("user_"), organisation.contacts[primary]
+        assert organisation.contacts[primary]["external_ref"].startswith("user_"), (
+            organisation.contacts[primary]
+        )
 
 
 def watch_merges(sandbox: Sandbox, folder: Path) -> List[Union[AssertionError, None]]:
@@ -341,7 +396,9 @@ def the_rest_is_slow(values: Iterable[Any], *fast: Any) -> List[Any]:
     """All of these, for `parametrize`; the fast run takes those that are named."""
     import pytest
 
-    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    return [
+        value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values
+    ]
 
 
 def shuffled(items: Iterable[Any], seed: int = 0) -> List[Any]:

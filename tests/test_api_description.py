@@ -22,9 +22,12 @@ from tests.support import ROOT, SAMPLE, Workplace, the_rest_is_slow
 
 jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
 
-DESCRIPTION = Path(os.environ.get("DEVREV_OPENAPI") or ROOT.parent / "shared" / "openapi" / "devrev-public.json")
+DESCRIPTION = Path(
+    os.environ.get("DEVREV_OPENAPI") or ROOT.parent / "shared" / "openapi" / "devrev-public.json"
+)
 pytestmark = pytest.mark.skipif(
-    not DESCRIPTION.is_file(), reason="DevRev's OpenAPI description is not at hand (DEVREV_OPENAPI names the file)"
+    not DESCRIPTION.is_file(),
+    reason="DevRev's OpenAPI description is not at hand (DEVREV_OPENAPI names the file)",
 )
 SCHEMA_KEYS = ("items", "additionalProperties")
 # Beta fields of a contact, and what DevRev's pages on errors have: they are not in the public description.
@@ -38,18 +41,25 @@ class Description:
         document = json.loads(path.read_text(encoding="utf-8"))
         self.paths = document["paths"]
         self.responses = document["components"].get("responses", {})
-        self.schemas = {name: opened(schema) for name, schema in document["components"]["schemas"].items()}
-        self._validators: Dict[int, Any] = {}  # by schema of the document, which stays as long as this
+        self.schemas = {
+            name: opened(schema) for name, schema in document["components"]["schemas"].items()
+        }
+        self._validators: Dict[
+            int, Any
+        ] = {}  # by schema of the document, which stays as long as this
         self.formats = jsonschema.FormatChecker(formats=())
         self.formats.checks("date-time")(
             lambda text: (
-                not isinstance(text, str) or bool(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", text))
+                not isinstance(text, str)
+                or bool(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", text))
             )
         )
 
     def request(self, endpoint: str) -> Any:
         """The schema of a POST's body."""
-        return self.paths[f"/{endpoint}"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        return self.paths[f"/{endpoint}"]["post"]["requestBody"]["content"]["application/json"][
+            "schema"
+        ]
 
     def answer(self, endpoint: str, status: int) -> Any:
         """The schema of an answer's body."""
@@ -61,9 +71,14 @@ class Description:
     def flaws(self, schema: Any, value: Any) -> List[str]:
         if id(schema) not in self._validators:
             whole = {**closed(copy.deepcopy(schema)), "components": {"schemas": self.schemas}}
-            self._validators[id(schema)] = jsonschema.Draft202012Validator(whole, format_checker=self.formats)
+            self._validators[id(schema)] = jsonschema.Draft202012Validator(
+                whole, format_checker=self.formats
+            )
         validator = self._validators[id(schema)]
-        return [f"{list(error.absolute_path)}: {error.message[:300]}" for error in validator.iter_errors(value)]
+        return [
+            f"{list(error.absolute_path)}: {error.message[:300]}"
+            for error in validator.iter_errors(value)
+        ]
 
 
 def closed(schema: Any) -> Any:
@@ -71,7 +86,12 @@ def closed(schema: Any) -> Any:
     found = opened(schema)
     if not isinstance(found, dict) or "unevaluatedProperties" in found:
         return found
-    free_form = found.get("type") == "object" and not {"properties", "allOf", "anyOf", "$ref"} & set(found)
+    free_form = found.get("type") == "object" and not {
+        "properties",
+        "allOf",
+        "anyOf",
+        "$ref",
+    } & set(found)
     return found if free_form else {**found, "unevaluatedProperties": False}
 
 
@@ -80,7 +100,9 @@ def opened(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     found = dict(schema)
-    if found.get("additionalProperties") is False:  # it is what is known of this part, and says nothing of the others
+    if (
+        found.get("additionalProperties") is False
+    ):  # it is what is known of this part, and says nothing of the others
         found["properties"] = found.get("properties", {})
         del found["additionalProperties"]
     if "properties" in found:
@@ -110,7 +132,9 @@ def description() -> Description:
     return Description(DESCRIPTION)
 
 
-def test_every_request_is_one_that_the_description_knows(description: Description, place: Workplace) -> None:
+def test_every_request_is_one_that_the_description_knows(
+    description: Description, place: Workplace
+) -> None:
     organisation = Organisation.from_csv(SAMPLE)
     place.csv.write_bytes(SAMPLE.read_bytes())
     with Sandbox(organisation, merge_delay=0.02) as sandbox:
@@ -121,22 +145,26 @@ def test_every_request_is_one_that_the_description_knows(description: Descriptio
         settings = tool.ApiSettings(token=sandbox.token, base_url=sandbox.url, calls=0)
 
         async def who_holds() -> None:
-            await tool.DevRevAPI(settings, tool.Environment(settings), tool.CancelToken()).holders_of(
-                "user_a102", tool.RequestOptions()
-            )
+            await tool.DevRevAPI(
+                settings, tool.Environment(settings), tool.CancelToken()
+            ).holders_of("user_a102", tool.RequestOptions())
 
         asyncio.run(who_holds())
         requests = list(sandbox.requests)
     assert len(organisation.merges) > 10
     for request in requests:
-        if request.endpoint == "works.list" and request.status == 400:  # tasks and the like, which it does not promise
+        if (
+            request.endpoint == "works.list" and request.status == 400
+        ):  # tasks and the like, which it does not promise
             continue
         assert description.flaws(description.request(request.endpoint), request.body) == [], request
     assert {request.endpoint for request in requests} == {
         "dev-users.self", "rev-users.list", "rev-users.get", "rev-users.merge", "rev-users.update", "rev-users.create",
         "works.list", "works.get", "works.update", "conversations.list", "conversations.get", "conversations.update", "timeline-entries.list",
     }  # fmt: skip
-    assert any("cursor" in request.body for request in requests), "no list was long enough to be paged"
+    assert any("cursor" in request.body for request in requests), (
+        "no list was long enough to be paged"
+    )
 
 
 class Asked(NamedTuple):
@@ -164,25 +192,39 @@ def asked(organisation: Organisation) -> Iterator[Asked]:
         Asked("rev-users.get", {"id": one}),
         Asked("rev-users.list", {}),
         Asked("rev-users.list", {"email": [organisation.contacts[one]["email"]], "limit": 1}),
-        Asked("rev-users.list", {"is_verified": False, "rev_org": [org], "phone_numbers": ["+4930123456"]}),
+        Asked(
+            "rev-users.list",
+            {"is_verified": False, "rev_org": [org], "phone_numbers": ["+4930123456"]},
+        ),
         Asked("rev-users.list", {"associations": [org], "is_verified": True, "limit": 1}),
         Asked("rev-users.scan", {"email": [organisation.contacts[one]["email"]]}),
         Asked(
-            "rev-users.update", {"id": third, "external_ref": "user_new", "display_name": "New", "phone_numbers": []}
+            "rev-users.update",
+            {"id": third, "external_ref": "user_new", "display_name": "New", "phone_numbers": []},
         ),
         Asked("rev-users.create", {}, 201),
         Asked(
             "rev-users.create",
             dict(
-                {"display_name": "Made", "email": "made@example.com", "external_ref": "user_made", "rev_org": org},
+                {
+                    "display_name": "Made",
+                    "email": "made@example.com",
+                    "external_ref": "user_made",
+                    "rev_org": org,
+                },
                 description="Text",
                 phone_numbers=["+4930123456"],
                 display_picture="ARTIFACT-1",
             ),
             201,
         ),
-        Asked("rev-users.update", {"id": third, "display_picture": "ARTIFACT-2", "custom_fields": {"tnt__a": 1}}),
-        Asked("rev-users.update", {"id": third, "display_picture": None, "email": "new@example.com"}),
+        Asked(
+            "rev-users.update",
+            {"id": third, "display_picture": "ARTIFACT-2", "custom_fields": {"tnt__a": 1}},
+        ),
+        Asked(
+            "rev-users.update", {"id": third, "display_picture": None, "email": "new@example.com"}
+        ),
         Asked("rev-users.delete", {"id": fourth}),
         Asked("rev-users.merge", {"primary_user": one, "secondary_user": other}),
         *(
@@ -196,13 +238,23 @@ def asked(organisation: Organisation) -> Iterator[Asked]:
         Asked("works.get", {"id": issue}),
         Asked(
             "works.update",
-            {"id": work, "type": "ticket", "owned_by": {"set": [third]}, "reported_by": {"set": [third]}},
+            {
+                "id": work,
+                "type": "ticket",
+                "owned_by": {"set": [third]},
+                "reported_by": {"set": [third]},
+            },
         ),
         Asked("works.update", {"id": issue, "type": "issue", "title": "Another", "body": "text"}),
         Asked("conversations.list", {}),
         Asked("conversations.get", {"id": talk}),
-        Asked("conversations.update", {"id": talk, "members": {"set": [third]}, "title": "Another"}),
-        *(Asked("timeline-entries.list", {"object": item, "limit": 1}) for item in (work, issue, talk)),
+        Asked(
+            "conversations.update", {"id": talk, "members": {"set": [third]}, "title": "Another"}
+        ),
+        *(
+            Asked("timeline-entries.list", {"object": item, "limit": 1})
+            for item in (work, issue, talk)
+        ),
     )
     # What is refused: 400 of every type, 404, 409.
     yield from (
@@ -225,7 +277,11 @@ def asked(organisation: Organisation) -> Iterator[Asked]:
         Asked("rev-users.create", {"phone_numbers": ["030 123456"]}, 400),
         Asked("rev-users.create", {"rev_org": organisation.don("identity", "revo", "NONE")}, 400),
         Asked("dev-users.self", {"who": "me"}, 400),
-        *(Asked(endpoint, {}, 400, raw=raw) for endpoint in SHAPES for raw in (b"", b"{", b"[]", b"\xff")),
+        *(
+            Asked(endpoint, {}, 400, raw=raw)
+            for endpoint in SHAPES
+            for raw in (b"", b"{", b"[]", b"\xff")
+        ),
         *(Asked(endpoint, {"nonsense": 1}, 400) for endpoint in SHAPES),
         Asked("rev-users.get", {"id": nobody}, 404),
         Asked("rev-users.merge", {"primary_user": one, "secondary_user": nobody}, 404),
@@ -235,8 +291,14 @@ def asked(organisation: Organisation) -> Iterator[Asked]:
         Asked("works.get", {"id": nothing}, 404),
         Asked("works.update", {"id": nothing, "type": "ticket"}, 404),
         Asked("timeline-entries.list", {"object": nothing}, 404),
-        Asked("rev-users.update", {"id": third, "external_ref": organisation.contacts[one]["external_ref"]}, 409),
-        Asked("rev-users.create", {"external_ref": organisation.contacts[one]["external_ref"]}, 409),
+        Asked(
+            "rev-users.update",
+            {"id": third, "external_ref": organisation.contacts[one]["external_ref"]},
+            409,
+        ),
+        Asked(
+            "rev-users.create", {"external_ref": organisation.contacts[one]["external_ref"]}, 409
+        ),
     )
     for endpoint in SHAPES:
         yield Asked(endpoint, {}, 401, token="another-token")
@@ -247,7 +309,9 @@ def asked(organisation: Organisation) -> Iterator[Asked]:
             yield Asked(endpoint, {}, int(kind[:3]), fault=kind)
 
 
-def test_every_answer_of_the_sandbox_is_one_that_the_description_knows(description: Description) -> None:
+def test_every_answer_of_the_sandbox_is_one_that_the_description_knows(
+    description: Description,
+) -> None:
     organisation = Organisation.from_csv(SAMPLE)
     seen = set()
     with Sandbox(organisation, merge_delay=60, hidden_fields=("custom_fields",)) as sandbox:
@@ -255,10 +319,14 @@ def test_every_answer_of_the_sandbox_is_one_that_the_description_knows(descripti
             sandbox.faults = [Fault(question.fault)] if question.fault else []
             status, answer = ask(sandbox, question)
             assert status == question.status, (question, answer)
-            assert description.flaws(description.answer(question.endpoint, status), answer) == [], question
+            assert description.flaws(description.answer(question.endpoint, status), answer) == [], (
+                question
+            )
             if status in (200, 201):
                 # What the sandbox takes, the description has to know: else the tool could pass here and fail there.
-                assert description.flaws(description.request(question.endpoint), question.body) == [], question
+                assert (
+                    description.flaws(description.request(question.endpoint), question.body) == []
+                ), question
             seen.add((question.endpoint, status, answer.get("type")))
         sandbox.faults = []
         sandbox.settle()
@@ -266,7 +334,10 @@ def test_every_answer_of_the_sandbox_is_one_that_the_description_knows(descripti
         for sandbox.gone in ("404", "state", "primary", "shadow", "unassigned"):
             expected = 404 if sandbox.gone == "404" else 200
             status, answer = ask(sandbox, Asked("rev-users.get", {"id": other}))
-            assert status == expected and description.flaws(description.answer("rev-users.get", status), answer) == []
+            assert (
+                status == expected
+                and description.flaws(description.answer("rev-users.get", status), answer) == []
+            )
     assert {endpoint for endpoint, status, _ in seen if status in (200, 201)} == set(SHAPES)
     assert {kind for _, status, kind in seen if status == 400} == {
         "bad_request", "invalid_content_type", "invalid_enum_value", "invalid_field", "invalid_id",
@@ -296,10 +367,17 @@ SWITCHES: List[Dict[str, Any]] = [
     {"refused_fields": ("phone_numbers",), "refused_status": 409},
     {"account_rev_orgs": True},
     {"unique_emails": True, "email_ignores_case": True},
-    *({"deleted_listed": True, "deleted_contacts": "state", "gone": gone} for gone in World.GONE if gone != "301"),
+    *(
+        {"deleted_listed": True, "deleted_contacts": "state", "gone": gone}
+        for gone in World.GONE
+        if gone != "301"
+    ),
     {"thin_lists": ("*",), "empty_pages": 2, "largest_page": 3, "trailing_page": True},
     {"long_work_types": True},
-    *({"hidden_kinds": ("issue", "conversation"), "hidden_kinds_answer": form} for form in ("403", "left out")),
+    *(
+        {"hidden_kinds": ("issue", "conversation"), "hidden_kinds_answer": form}
+        for form in ("403", "left out")
+    ),
     *({"restricted_in_lists": form} for form in World.CHOICES["restricted_in_lists"]),
     {"bad_token": "token_revoked"},
     *({"quota": (20, 60), "retry_after": form} for form in World.CHOICES["retry_after"]),
@@ -324,15 +402,21 @@ def test_no_switch_makes_an_answer_that_the_description_does_not_know(
     rules = {name: value for name, value in switches.items() if hasattr(organisation, name)}
     for name, value in rules.items():
         setattr(organisation, name, value)
-    one, other, third = (organisation.add_contact(key, "ada@example.com", f"user_{key}") for key in "123")
+    one, other, third = (
+        organisation.add_contact(key, "ada@example.com", f"user_{key}") for key in "123"
+    )
     talk = organisation.add_conversation([one, other], comments=2)
     org = organisation.contacts[one]["rev_org"]["id"]
     more = {
         "external_refs": ["user_m", "crm_m"], "tags": [{"tag": {"id": "TAG-1", "name": "vip"}}],
         "custom_fields": {"tnt__plan": "gold"}, "phone_numbers": ["+49301"], "description": "Text",
     }  # fmt: skip
-    full = organisation.add_contact("M", "m@example.com", "user_m", verified=False, rev_org=None, **more)
-    account = organisation.add_contact("N", "m@example.com", "user_n", rev_org="account/NORTH", state="locked")
+    full = organisation.add_contact(
+        "M", "m@example.com", "user_m", verified=False, rev_org=None, **more
+    )
+    account = organisation.add_contact(
+        "N", "m@example.com", "user_n", rev_org="account/NORTH", state="locked"
+    )
     organisation.visit("visitor@example.com", "user_visitor")
     works = [organisation.add_work([full], kind=kind, comments=2) for kind in ALL_WORK_KINDS]
     kinds = list(ALL_WORK_KINDS if "long_work_types" in switches else ("issue", "ticket"))
@@ -356,7 +440,9 @@ def test_no_switch_makes_an_answer_that_the_description_does_not_know(
         Asked("rev-users.delete", {"id": third}), Asked("rev-users.get", {"id": third}),
     ]  # fmt: skip
     settings = {name: value for name, value in switches.items() if name not in rules}
-    with Sandbox(organisation, merge_delay=60, restricted=(works[0], works[1]), **settings) as sandbox:
+    with Sandbox(
+        organisation, merge_delay=60, restricted=(works[0], works[1]), **settings
+    ) as sandbox:
         for question in questions:
             follow(description, sandbox, question)
         sandbox.settle()
@@ -373,10 +459,14 @@ def follow(description: Description, sandbox: Sandbox, question: Asked) -> None:
     body = dict(question.body)
     for _ in range(1000):
         status, answer = ask(sandbox, question._replace(body=body))
-        assert description.flaws(description.answer(question.endpoint, status), public(answer)) == [], (body, answer)
+        assert (
+            description.flaws(description.answer(question.endpoint, status), public(answer)) == []
+        ), (body, answer)
         if status in (200, 201):
             kinds = body.get("type")
-            if kinds in OTHER_WORK_KINDS or (isinstance(kinds, list) and not set(kinds).isdisjoint(OTHER_WORK_KINDS)):
+            if kinds in OTHER_WORK_KINDS or (
+                isinstance(kinds, list) and not set(kinds).isdisjoint(OTHER_WORK_KINDS)
+            ):
                 body = {**body, "type": "ticket" if isinstance(kinds, str) else ["ticket"]}
             assert description.flaws(description.request(question.endpoint), body) == [], body
         if "next_cursor" not in answer:
@@ -395,14 +485,21 @@ def test_an_answer_over_quota_says_how_long_to_wait(description: Description) ->
 
 def test_the_check_itself_sees_what_is_wrong(description: Description) -> None:
     """A validator that lets everything through would prove nothing."""
-    get, merge, works = (description.request(name) for name in ("rev-users.get", "rev-users.merge", "works.list"))
+    get, merge, works = (
+        description.request(name) for name in ("rev-users.get", "rev-users.merge", "works.list")
+    )
     assert description.flaws(get, {"id": "x"}) == []
     for schema, body in (
         (get, {}), (get, {"id": 1}), (get, {"id": "x", "ids": ["x"]}), (merge, {"primary": "x", "secondary_user": "y"}),
         (works, {"type": "ticket"}), (works, {"type": ["chore"]}), (works, {"ticket": {"nothing": 1}}), (works, {"members": []}),
     ):  # fmt: skip
         assert description.flaws(schema, body), body
-    user = {"id": "x", "state": "active", "external_ref": "y", "created_date": "2024-01-01T00:00:00.000Z"}
+    user = {
+        "id": "x",
+        "state": "active",
+        "external_ref": "y",
+        "created_date": "2024-01-01T00:00:00.000Z",
+    }
     answer = description.answer("rev-users.get", 200)
     assert description.flaws(answer, {"rev_user": user}) == []
     org = {"type": "rev_org", "id": "x", "nickname": "y"}
@@ -430,7 +527,10 @@ def ask(sandbox: Sandbox, question: Asked) -> Any:
     request = urllib.request.Request(
         f"{sandbox.url}/{question.endpoint}",
         data=json.dumps(question.body).encode() if question.raw is None else question.raw,
-        headers={"Authorization": f"Bearer {question.token or sandbox.token}", "Content-Type": "application/json"},
+        headers={
+            "Authorization": f"Bearer {question.token or sandbox.token}",
+            "Content-Type": "application/json",
+        },
     )
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
@@ -444,7 +544,9 @@ def ask(sandbox: Sandbox, question: Asked) -> Any:
 def test_which_answers_go_beyond_the_description(description: Description) -> None:
     """What DevRev's pages, or its users, tell of and the description doesn't: each has to be asked for."""
     organisation = Organisation()
-    primary = organisation.add_contact("1", "ada@example.com", verified=False, external_refs=["user_1", "crm_1"])
+    primary = organisation.add_contact(
+        "1", "ada@example.com", verified=False, external_refs=["user_1", "crm_1"]
+    )
     other = organisation.add_contact("2", "ada@example.com", "user_2")
     merge = Asked("rev-users.merge", {"primary_user": primary, "secondary_user": other})
     poll = Asked("rev-users.get", {"id": other})
@@ -453,15 +555,24 @@ def test_which_answers_go_beyond_the_description(description: Description) -> No
             status, answer = ask(sandbox, merge)
             known = (status, answer) == (200, {})
             assert known == (sandbox.merge_answer == "200"), sandbox.merge_answer
-            assert not known or description.flaws(description.answer(merge.endpoint, status), answer) == []
+            assert (
+                not known
+                or description.flaws(description.answer(merge.endpoint, status), answer) == []
+            )
         for sandbox.verified_shown in ("shown", "null"):
             status, answer = ask(sandbox, Asked("rev-users.get", {"id": primary}))
             flaws = description.flaws(description.answer("rev-users.get", status), answer)
-            assert flaws and description.flaws(description.answer("rev-users.get", status), public(answer)) == []
+            assert (
+                flaws
+                and description.flaws(description.answer("rev-users.get", status), public(answer))
+                == []
+            )
         sandbox.settle()
         for sandbox.gone in set(World.ODD) - {"hang", "drip", "502"}:
             status, answer = ask(sandbox, poll)
             documented = str(status) in description.paths["/rev-users.get"]["post"]["responses"]
-            flaws = documented and description.flaws(description.answer("rev-users.get", status), public(answer))
+            flaws = documented and description.flaws(
+                description.answer("rev-users.get", status), public(answer)
+            )
             odd = sandbox.gone in ("404-route", "404-other", "410", "shape", "empty")
             assert bool(flaws or not documented) == odd, (sandbox.gone, flaws)

@@ -39,7 +39,9 @@ def choose(place: Workplace, *lines: str, header: str = "EMAIL,EXTERNAL_REF") ->
 
 def keys(organisation: Organisation) -> Set[Tuple[str, str]]:
     """The merges as (primary, duplicate), by the keys of their ids."""
-    return {(one.rpartition("/")[2], other.rpartition("/")[2]) for one, other in organisation.merges}
+    return {
+        (one.rpartition("/")[2], other.rpartition("/")[2]) for one, other in organisation.merges
+    }
 
 
 def test_a_chosen_group_is_merged_as_chosen_and_groups_without_a_choice_stay(
@@ -49,19 +51,32 @@ def test_a_chosen_group_is_merged_as_chosen_and_groups_without_a_choice_stay(
         return organisation.don("identity", "revu", key)
 
     works = {
-        key: set().union(*roles_of(organisation, don(key)).values()) for key in ("K1", "K2", "K3", "K4", "T1", "T2")
+        key: set().union(*roles_of(organisation, don(key)).values())
+        for key in ("K1", "K2", "K3", "K4", "T1", "T2")
     }
-    others = {one: dict(user) for one, user in organisation.contacts.items() if user["display_id"][5] in "UN"}
+    others = {
+        one: dict(user)
+        for one, user in organisation.contacts.items()
+        if user["display_id"][5] in "UN"
+    }
     place.export(organisation)
     choices = choose(place, f"{DESK.upper()} , user_k3", f"{TWINS},REVU-T2")
     with Sandbox(organisation, merge_delay=0.05) as sandbox:
         findings = watch_merges(sandbox, place.folder)
         report = place.run(sandbox, "--choices", choices, "--yes", check=0).report
-        assert keys(organisation) == {("K1", "K3"), ("K1", "K2"), ("K1", "K4"), ("T2", "T1"), ("P1", "P2")}
+        assert keys(organisation) == {
+            ("K1", "K3"),
+            ("K1", "K2"),
+            ("K1", "K4"),
+            ("T2", "T1"),
+            ("P1", "P2"),
+        }
         assert findings == [None] * 5 and len(organisation.merges) == 5
         place.run(sandbox, "--choices", choices, "--yes", check=0)
     assert len(organisation.merges) == 5
-    references = {key: organisation.contacts[don(key)]["external_ref"] for key in ("K1", "T2", "P1")}
+    references = {
+        key: organisation.contacts[don(key)]["external_ref"] for key in ("K1", "T2", "P1")
+    }
     assert references == {"K1": "user_k3", "T2": "REVU-T2", "P1": "user_p2"}
     assert set().union(*roles_of(organisation, don("K1")).values()) == set().union(
         *(works[f"K{n}"] for n in range(1, 5))
@@ -70,11 +85,18 @@ def test_a_chosen_group_is_merged_as_chosen_and_groups_without_a_choice_stay(
     assert {one: organisation.contacts[one] for one in others} == others
     assert {skip["email"] for skip in report["skipped"]} == {UNDECIDED, "nobody@example.com"}
     assert report["summary"]["successful_merges"] == 5
-    plan = json.loads(place.run(None, "--preview", "--json", check=0).out)  # what was chosen before stays merged
-    assert {skip["email"] for skip in plan["skipped"]} == {UNDECIDED, "nobody@example.com"} and plan["pairs"] == []
+    plan = json.loads(
+        place.run(None, "--preview", "--json", check=0).out
+    )  # what was chosen before stays merged
+    assert {skip["email"] for skip in plan["skipped"]} == {
+        UNDECIDED,
+        "nobody@example.com",
+    } and plan["pairs"] == []
 
 
-def test_where_no_contact_has_a_revu_reference_the_chosen_contact_itself_remains(place: Workplace) -> None:
+def test_where_no_contact_has_a_revu_reference_the_chosen_contact_itself_remains(
+    place: Workplace,
+) -> None:
     organisation = Organisation()
     for number in range(1, 4):
         one = organisation.add_contact(f"A{number}", DESK, f"user_a{number}", display_name="Desk")
@@ -84,7 +106,10 @@ def test_where_no_contact_has_a_revu_reference_the_chosen_contact_itself_remains
         place.run(sandbox, "--choices", choose(place, f"{DESK},user_a2"), "--yes", check=0)
         assert_backed_up(place.folder, organisation, [organisation.don("identity", "revu", "A2")])
     assert keys(organisation) == {("A2", "A1"), ("A2", "A3")}
-    assert organisation.contacts[organisation.don("identity", "revu", "A2")]["external_ref"] == "user_a2"
+    assert (
+        organisation.contacts[organisation.don("identity", "revu", "A2")]["external_ref"]
+        == "user_a2"
+    )
 
 
 def test_a_choice_is_bound_to_its_group(place: Workplace, organisation: Organisation) -> None:
@@ -94,8 +119,13 @@ def test_a_choice_is_bound_to_its_group(place: Workplace, organisation: Organisa
     with Sandbox(organisation, merge_delay=0.05) as sandbox:
         result = place.run(sandbox, "--choices", choices, "--yes", check=1)
     assert keys(organisation) == {("T2", "T1"), ("P1", "P2")}
-    codes = {entry["duplicate"]["old_external_ref"]: entry["code"] for entry in result.report["failed_merges"]}
-    assert set(codes) == {"user_k2", "user_k3", "user_k4"} and codes["user_k3"] == "several_user_refs"
+    codes = {
+        entry["duplicate"]["old_external_ref"]: entry["code"]
+        for entry in result.report["failed_merges"]
+    }
+    assert (
+        set(codes) == {"user_k2", "user_k3", "user_k4"} and codes["user_k3"] == "several_user_refs"
+    )
 
 
 def test_a_template_has_a_line_for_each_contact_that_could_be_kept(
@@ -112,7 +142,9 @@ def test_a_template_has_a_line_for_each_contact_that_could_be_kept(
         and "3 groups that may be a shared mailbox" in result.out
     )
     assert re.search(
-        r"^next: keep one line per address in new\.csv, then\n .*--choices new\.csv --preview$", result.err, re.M
+        r"^next: keep one line per address in new\.csv, then\n .*--choices new\.csv --preview$",
+        result.err,
+        re.M,
     )
     content = (place.folder / "new.csv").read_bytes()
     lines = content.decode("utf-8-sig").splitlines()
@@ -131,8 +163,13 @@ def test_a_template_has_a_line_for_each_contact_that_could_be_kept(
     assert (place.folder / "new.csv").read_bytes() == content
     (place.folder / "new.csv").write_text("\n".join([lines[0], *lines[1::2]]), encoding="utf-8-sig")
     plan = json.loads(place.run(None, "--choices", "new.csv", "--preview", "--json", check=0).out)
-    assert {skip["code"] for skip in plan["skipped"]} == {"shared_mailbox"} and len(plan["pairs"]) == 1 + 1 + 2 + 1
-    assert [path.name for path in place.files() if path.suffix == ".csv"] == ["contacts.csv", "new.csv"]
+    assert {skip["code"] for skip in plan["skipped"]} == {"shared_mailbox"} and len(
+        plan["pairs"]
+    ) == 1 + 1 + 2 + 1
+    assert [path.name for path in place.files() if path.suffix == ".csv"] == [
+        "contacts.csv",
+        "new.csv",
+    ]
 
 
 def shared(size: int, email: str = "noreply@example.com") -> Organisation:
@@ -162,15 +199,22 @@ def test_a_shared_mailbox_is_left_alone_by_what_the_csv_or_devrev_has(
     place: Workplace, size: int, email: str, in_csv: int
 ) -> None:
     made = shared(size, email)
-    place.export(made, leave_out=[made.don("identity", "revu", f"S{number}") for number in range(in_csv, size)])
+    place.export(
+        made,
+        leave_out=[made.don("identity", "revu", f"S{number}") for number in range(in_csv, size)],
+    )
     by_csv = in_csv == size
     with Sandbox(made, merge_delay=0.05) as sandbox:
         report = place.run(sandbox, "--yes", check=0 if by_csv else 1).report
     assert keys(made) == {("P1", "P2")}
     if by_csv:
-        assert [(skip["email"], skip["code"]) for skip in report["skipped"]] == [(email, "shared_mailbox")]
+        assert [(skip["email"], skip["code"]) for skip in report["skipped"]] == [
+            (email, "shared_mailbox")
+        ]
     else:
-        assert {entry["email"]: entry["code"] for entry in report["failed_merges"]} == {email: "shared_mailbox"}
+        assert {entry["email"]: entry["code"] for entry in report["failed_merges"]} == {
+            email: "shared_mailbox"
+        }
 
 
 def test_a_shared_mailbox_that_is_chosen_is_merged_and_named(place: Workplace) -> None:
@@ -213,7 +257,11 @@ def test_a_third_contact_that_no_longer_exists_or_is_of_another_workspace_keeps_
         return {
             **content,
             "rev_users": [
-                {name: value for name, value in user.items() if name != "rev_org" or "description" not in user}
+                {
+                    name: value
+                    for name, value in user.items()
+                    if name != "rev_org" or "description" not in user
+                }
                 for user in content["rev_users"]
             ],
         }
@@ -249,7 +297,11 @@ CANNOT = [
     ),
     (["stranger@example.com,user_k3"], "EMAIL,EXTERNAL_REF", "user_k3 for stranger@example.com"),
     ([f"{DESK},REVU-K1"], "EMAIL,EXTERNAL_REF", "has to stay"),
-    ([f"{DESK},user_k3", f"{DESK},user_k4"], "EMAIL,EXTERNAL_REF", "a second choice for front.desk@example.com"),
+    (
+        [f"{DESK},user_k3", f"{DESK},user_k4"],
+        "EMAIL,EXTERNAL_REF",
+        "a second choice for front.desk@example.com",
+    ),
     ([f"{DESK},user_k3"], "EMAIL,REFERENCE", "missing column EXTERNAL_REF"),
     ([f"{DESK},"], "EMAIL,EXTERNAL_REF", "line 2: empty EXTERNAL_REF"),
 ]
@@ -262,7 +314,9 @@ def test_a_choice_that_can_not_be_followed_changes_nothing(
     lines, header, says = cannot
     place.export(organisation)
     with Sandbox(organisation) as sandbox:
-        result = place.run(sandbox, "--choices", choose(place, *lines, header=header), mode, check=2)
+        result = place.run(
+            sandbox, "--choices", choose(place, *lines, header=header), mode, check=2
+        )
         assert sandbox.requests == []
     assert says in result.err
 
@@ -277,11 +331,17 @@ def test_a_corrected_choice_is_not_overruled_by_what_was_requested_before(
         sandbox.faults.clear()
         right = choose(place, f"{UNDECIDED},user_u3")
         result = place.run(sandbox, "--choices", right, *only, check=1)
-        assert result.codes[UNDECIDED] in ("plan_changed", "group_incomplete") and not organisation.merges
+        assert (
+            result.codes[UNDECIDED] in ("plan_changed", "group_incomplete")
+            and not organisation.merges
+        )
         assert "plan_changed" in result.out
         place.run(None, "--settle", UNDECIDED, check=0)
         place.run(sandbox, "--choices", right, *only, check=0)
-    assert organisation.contacts[organisation.don("identity", "revu", "U1")]["external_ref"] == "user_u3"
+    assert (
+        organisation.contacts[organisation.don("identity", "revu", "U1")]["external_ref"]
+        == "user_u3"
+    )
 
 
 def test_confirmation_report_and_preview_name_the_references_that_a_choice_loses(
@@ -289,7 +349,9 @@ def test_confirmation_report_and_preview_name_the_references_that_a_choice_loses
 ) -> None:
     place.export(organisation)
     choices = choose(place, f"{DESK},user_k3")
-    seen = json.loads(place.run(None, "--choices", choices, "--preview", "--json", check=0).out)["choices"]
+    seen = json.loads(place.run(None, "--choices", choices, "--preview", "--json", check=0).out)[
+        "choices"
+    ]
     with Sandbox(organisation) as sandbox:
         report = place.run(sandbox, "--choices", choices, "--yes", check=0).report
     assert seen == report["choices"] and report["run"]["options"]["choices"] == choices
@@ -300,9 +362,19 @@ def test_confirmation_report_and_preview_name_the_references_that_a_choice_loses
     assert "joins 4 contacts" in entry["warnings"][0]
 
 
-def test_a_chosen_group_that_has_grown_by_any_contact_is_refused(place: Workplace, organisation: Organisation) -> None:
+def test_a_chosen_group_that_has_grown_by_any_contact_is_refused(
+    place: Workplace, organisation: Organisation
+) -> None:
     place.export(organisation)
     organisation.add_contact("T3", TWINS)
     with Sandbox(organisation) as sandbox:
-        result = place.run(sandbox, "--choices", choose(place, f"{TWINS},REVU-T2"), "--email", TWINS, "--yes", check=1)
+        result = place.run(
+            sandbox,
+            "--choices",
+            choose(place, f"{TWINS},REVU-T2"),
+            "--email",
+            TWINS,
+            "--yes",
+            check=1,
+        )
     assert result.codes == {TWINS: "group_changed"} and not organisation.merges

@@ -73,19 +73,25 @@ class Server(ThreadingHTTPServer):
 
 
 def call(
-    url: str, work: Callable[["tool.DevRevAPI"], Coroutine[Any, Any, T]], retries: int = 1, timeout: float = 20.0
+    url: str,
+    work: Callable[["tool.DevRevAPI"], Coroutine[Any, Any, T]],
+    retries: int = 1,
+    timeout: float = 20.0,
 ) -> T:
     """Do some work with a client of this server."""
 
     async def main() -> T:
-        settings = tool.ApiSettings("a-token-of-some-length", url, 0, timeout=timeout, retries=retries)
+        settings = tool.ApiSettings(
+            "a-token-of-some-length", url, 0, timeout=timeout, retries=retries
+        )
         return await work(tool.DevRevAPI(settings, tool.Environment(settings), tool.CancelToken()))
 
     return asyncio.run(main())
 
 
 def ask(
-    respond: Callable[[str, Dict[str, Any]], Any], work: Callable[["tool.DevRevAPI"], Coroutine[Any, Any, T]]
+    respond: Callable[[str, Dict[str, Any]], Any],
+    work: Callable[["tool.DevRevAPI"], Coroutine[Any, Any, T]],
 ) -> Tuple[T, Server]:
     with Server(respond) as server:
         return call(f"http://127.0.0.1:{server.server_port}", work), server
@@ -96,7 +102,13 @@ def answering(*answer: Any) -> Callable[[str, Dict[str, Any]], Any]:
 
 
 def user(identity: str = ONE, **fields: Any) -> Dict[str, Any]:
-    return {"id": identity, "state": "active", "email": "ada@example.com", "external_ref": "REVU-1", **fields}
+    return {
+        "id": identity,
+        "state": "active",
+        "email": "ada@example.com",
+        "external_ref": "REVU-1",
+        **fields,
+    }
 
 
 # -- a deadline for the complete answer --------------------------------------------------------------
@@ -134,25 +146,35 @@ ENDLESS = {
     "dripping headers": (HEAD, b"X-Padding: x\r\n", 0.1),
     "one endless header": (HEAD + b"X: ", b"x", 0.1),
     "a dripping body": (HEAD + b"Content-Length: 1000000\r\n\r\n", b" ", 0.1),
-    "a body without an end": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1000\r\n" + b" " * 4096 + b"\r\n", 0.001),
+    "a body without an end": (
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n",
+        b"1000\r\n" + b" " * 4096 + b"\r\n",
+        0.001,
+    ),
 }
 
 
 @pytest.mark.parametrize("name", ENDLESS)
 @pytest.mark.parametrize("deadline", [None, 0.4])
-def test_an_answer_without_an_end_ends_at_the_deadline(name: str, deadline: Optional[float]) -> None:
+def test_an_answer_without_an_end_ends_at_the_deadline(
+    name: str, deadline: Optional[float]
+) -> None:
     url, listener = raw_server(*ENDLESS[name])
     settings = tool.ApiSettings("token", url, timeout=0.3)
     begun = time.monotonic()
     with listener:
-        response = asyncio.run(tool.Environment(settings).post("rev-users.get", {"id": ONE}, deadline))
+        response = asyncio.run(
+            tool.Environment(settings).post("rev-users.get", {"id": ONE}, deadline)
+        )
     assert response.data is None and response.problem and response.sent
     assert time.monotonic() - begun < 60, "nothing but the deadline would have ended it"
 
 
 def test_a_body_that_would_fill_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tool.HttpTransport, "MAX_BODY", 1 << 20)
-    url, listener = raw_server(HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"10000\r\n" + b" " * 65536 + b"\r\n", 0)
+    url, listener = raw_server(
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"10000\r\n" + b" " * 65536 + b"\r\n", 0
+    )
     settings = tool.ApiSettings("token", url, timeout=120)
     with listener:
         response = asyncio.run(tool.Environment(settings).post("works.list", {}))
@@ -168,7 +190,11 @@ def test_a_thread_that_hangs_delays_no_exit() -> None:
     )
     with listener:
         done = subprocess.run(
-            [sys.executable, "-c", program, url], cwd=str(ROOT), stdout=subprocess.PIPE, timeout=60, check=True
+            [sys.executable, "-c", program, url],
+            cwd=str(ROOT),
+            stdout=subprocess.PIPE,
+            timeout=60,
+            check=True,
         )
     assert b"within 0.3 s" in done.stdout
 
@@ -204,17 +230,31 @@ async def merge(api: "tool.DevRevAPI") -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", [(200, {}), (204, b""), (200, b""), (202, b"[]"), (200, b"OK"), (201, {"merge": 1}), (200, b"{")]
+    "answer",
+    [
+        (200, {}),
+        (204, b""),
+        (200, b""),
+        (202, b"[]"),
+        (200, b"OK"),
+        (201, {"merge": 1}),
+        (200, b"{"),
+    ],
 )
 def test_any_2xx_acknowledges_a_merge(answer: Answer) -> None:
     _, server = ask(answering(*answer), merge)
     assert server.counts == {"rev-users.merge": 1}
 
 
-@pytest.mark.parametrize("answer", [(204, b""), (200, b""), (200, b"[]"), (200, {}), (200, {"rev_user": None})])
+@pytest.mark.parametrize(
+    "answer", [(204, b""), (200, b""), (200, b"[]"), (200, {}), (200, {"rev_user": None})]
+)
 def test_other_endpoints_need_their_object(answer: Answer) -> None:
     with pytest.raises(tool.NoUsableResponse):
-        ask(answering(*answer), lambda api: api.update_contact(ONE, {"external_ref": "user_1"}, OPTIONS))
+        ask(
+            answering(*answer),
+            lambda api: api.update_contact(ONE, {"external_ref": "user_1"}, OPTIONS),
+        )
 
 
 # -- lists -------------------------------------------------------------------------------------------
@@ -255,7 +295,10 @@ def test_only_the_absence_of_a_cursor_ends_a_list(pages: Any, ids: str) -> None:
 def test_a_list_that_never_ends_is_an_error(pages: Any, most: int) -> None:
     with Server(pages_of(*pages)) as server:
         with pytest.raises(tool.NoUsableResponse, match="bring nothing new"):
-            call(f"http://127.0.0.1:{server.server_port}", lambda api: api.timeline("don:core:x:ticket/1"))
+            call(
+                f"http://127.0.0.1:{server.server_port}",
+                lambda api: api.timeline("don:core:x:ticket/1"),
+            )
         assert len(server.requests) == most
 
 
@@ -263,18 +306,36 @@ def test_a_cursor_that_repeats_is_an_error() -> None:
     keys = iter(range(1000))
     with pytest.raises(tool.NoUsableResponse):
         ask(
-            lambda _e, _b: (200, {"timeline_entries": [{"id": str(next(keys))}], "next_cursor": "same"}),
+            lambda _e, _b: (
+                200,
+                {"timeline_entries": [{"id": str(next(keys))}], "next_cursor": "same"},
+            ),
             lambda api: api.timeline("don:core:x:ticket/1"),
         )
 
 
-SHAPES = [None, {}, "x", 7, ["x"], [{}], [{"id": None}], [{"id": 7}], [{"id": ""}], [{"id": "\ud83d"}], [None]]
+SHAPES = [
+    None,
+    {},
+    "x",
+    7,
+    ["x"],
+    [{}],
+    [{"id": None}],
+    [{"id": 7}],
+    [{"id": ""}],
+    [{"id": "\ud83d"}],
+    [None],
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=repr)
 def test_a_list_of_another_shape_fails_its_request_alone(shape: Any) -> None:
     with pytest.raises(tool.NoUsableResponse):
-        ask(answering(200, {"timeline_entries": shape}), lambda api: api.timeline("don:core:x:ticket/1"))
+        ask(
+            answering(200, {"timeline_entries": shape}),
+            lambda api: api.timeline("don:core:x:ticket/1"),
+        )
 
 
 # -- polls -------------------------------------------------------------------------------------------
@@ -318,7 +379,9 @@ POLLS = [
 
 
 @pytest.mark.parametrize("answer, expected", POLLS, ids=lambda value: str(value)[:60])
-def test_a_poll_shows_what_has_become_of_the_duplicate_or_nothing(answer: Any, expected: Any) -> None:
+def test_a_poll_shows_what_has_become_of_the_duplicate_or_nothing(
+    answer: Any, expected: Any
+) -> None:
     def poll(api: "tool.DevRevAPI") -> Any:
         return api.poll_duplicate(TWO, ONE, OPTIONS)
 
@@ -337,7 +400,9 @@ def test_contact_is_none_where_there_is_none_or_another() -> None:
     assert ask(answering(404, {"type": "not_found", "message": "?"}), contact)[0] is None
     assert ask(answering(301, {}, {"Location": MOVED}), contact)[0] is None
     assert ask(answering(200, {"rev_user": user(TWO)}), contact)[0] is None
-    assert ask(answering(200, {"rev_user": user(state="deleted")}), contact)[0]["state"] == "deleted"
+    assert (
+        ask(answering(200, {"rev_user": user(state="deleted")}), contact)[0]["state"] == "deleted"
+    )
 
 
 # -- refusals ----------------------------------------------------------------------------------------
@@ -354,7 +419,12 @@ def test_a_dead_token_says_what_is_wrong_and_asks_for_a_new_one(kind: Any, words
     with pytest.raises(tool.PermissionDenied) as raised:
         ask(answering(401, {"type": kind, "message": "No."}), lambda api: api.contact(ONE))
     text = str(raised.value)
-    assert words in text and "create a new one" in text and "DEVREV_API_TOKEN" in text and "scope" not in text
+    assert (
+        words in text
+        and "create a new one" in text
+        and "DEVREV_API_TOKEN" in text
+        and "scope" not in text
+    )
 
 
 SCOPES = [
@@ -365,11 +435,23 @@ SCOPES = [
     ("rev-users.list", {}, "rev_user:read"),
     ("works.list", {"type": ["ticket", "issue"]}, "ticket:read and issue:read"),
     ("works.get", {"id": "don:core:dvrv-us-1:devo/TEST:task/7"}, "task:read"),
-    ("works.update", {"id": "don:core:dvrv-us-1:devo/TEST:issue/7", "type": "issue"}, "issue:write"),
+    (
+        "works.update",
+        {"id": "don:core:dvrv-us-1:devo/TEST:issue/7", "type": "issue"},
+        "issue:write",
+    ),
     ("conversations.list", {"members": [ONE]}, "conversation:read"),
-    ("conversations.update", {"id": "don:core:dvrv-us-1:devo/TEST:conversation/7"}, "conversation:write"),
+    (
+        "conversations.update",
+        {"id": "don:core:dvrv-us-1:devo/TEST:conversation/7"},
+        "conversation:write",
+    ),
     ("timeline-entries.list", {"object": "don:core:dvrv-us-1:devo/TEST:ticket/7"}, "ticket:read"),
-    ("timeline-entries.list", {"object": "don:core:dvrv-us-1:devo/TEST:conversation/7"}, "conversation:read"),
+    (
+        "timeline-entries.list",
+        {"object": "don:core:dvrv-us-1:devo/TEST:conversation/7"},
+        "conversation:read",
+    ),
     ("dev-users.self", {}, ""),
 ]
 
@@ -389,15 +471,21 @@ def test_a_403_names_the_objects_and_the_scope_and_does_not_end_the_run(ids: Any
         return str(raised.value)
 
     text, _ = ask(answering(403, {"type": "forbidden", "message": "No.", "object_ids": ids}), twice)
-    assert "ticket:read" in text and ("(77)" in text) is (isinstance(ids, list) and ids[0] is not None)
+    assert "ticket:read" in text and ("(77)" in text) is (
+        isinstance(ids, list) and ids[0] is not None
+    )
 
 
 @pytest.mark.parametrize(
-    "text", ["half an emoji: \ud83d", ["\ud83d"], {"a": "\ud83d"}, 10**400, "x" * 10_000, "a\nb\x1b[31m"], ids=repr
+    "text",
+    ["half an emoji: \ud83d", ["\ud83d"], {"a": "\ud83d"}, 10**400, "x" * 10_000, "a\nb\x1b[31m"],
+    ids=repr,
 )
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 500])
 def test_every_message_of_an_error_can_be_stored(status: int, text: Any) -> None:
-    content = json.dumps({"type": text, "message": text, "detail": text, "object_ids": [text]}).encode()
+    content = json.dumps(
+        {"type": text, "message": text, "detail": text, "object_ids": [text]}
+    ).encode()
     with pytest.raises((tool.PairError, tool.FatalError)) as raised:
         ask(answering(status, content), lambda api: api.holders_of("user_1", OPTIONS))
     assert len(str(raised.value).encode("utf-8")) < 12_000
@@ -412,11 +500,15 @@ def people(count: int) -> Dict[str, Dict[str, Any]]:
 
 
 async def load_each(api: "tool.DevRevAPI", emails: Any) -> Dict[str, Any]:
-    found = await asyncio.gather(*(api.contacts_by_email([email]) for email in emails), return_exceptions=True)
+    found = await asyncio.gather(
+        *(api.contacts_by_email([email]) for email in emails), return_exceptions=True
+    )
     return dict(zip(emails, found))
 
 
-@pytest.mark.parametrize("status, kind", [(400, "bad_request"), (403, "forbidden"), (413, "request_entity_too_large")])
+@pytest.mark.parametrize(
+    "status, kind", [(400, "bad_request"), (403, "forbidden"), (413, "request_entity_too_large")]
+)
 def test_a_refused_list_is_halved_until_the_contact_is_found(status: int, kind: str) -> None:
     everybody = people(32)
     bad = "person20@example.com"
@@ -434,8 +526,13 @@ def test_a_refused_list_is_halved_until_the_contact_is_found(status: int, kind: 
 
 
 def test_a_missing_scope_costs_few_requests() -> None:
-    found, server = ask(answering(403, {"type": "forbidden", "message": "No."}), lambda api: load_each(api, people(60)))
-    assert all(isinstance(one, tool.ApiError) and "rev_user:read" in str(one) for one in found.values())
+    found, server = ask(
+        answering(403, {"type": "forbidden", "message": "No."}),
+        lambda api: load_each(api, people(60)),
+    )
+    assert all(
+        isinstance(one, tool.ApiError) and "rev_user:read" in str(one) for one in found.values()
+    )
     assert len(server.requests) <= 5  # the list, and four of its sixty contacts
 
 
@@ -500,7 +597,10 @@ def test_unverified_contacts_are_those_that_the_filter_lists() -> None:
 def test_a_filter_that_is_ignored_tells_nothing() -> None:
     everybody = people(2)
     shown = [dict(one, is_verified=True) for one in everybody.values()]
-    assert ask(answering(200, {"rev_users": shown}), lambda api: api.unverified_ids(everybody))[0] is None
+    assert (
+        ask(answering(200, {"rev_users": shown}), lambda api: api.unverified_ids(everybody))[0]
+        is None
+    )
 
 
 def works_of(kinds: Any, most: int = 100) -> Callable[[str, Dict[str, Any]], Answer]:
@@ -509,7 +609,10 @@ def works_of(kinds: Any, most: int = 100) -> Callable[[str, Dict[str, Any]], Ans
         if not set(body["type"]) <= set(kinds) or len(ids) > most:
             return 400, {"type": "invalid_enum_value", "message": "No."}
         return 200, {
-            "works": [{"id": f"{one}:work", **{role: [{"id": one}] for role in tool.ROLES.values()}} for one in ids]
+            "works": [
+                {"id": f"{one}:work", **{role: [{"id": one}] for role in tool.ROLES.values()}}
+                for one in ids
+            ]
         }
 
     return respond
@@ -531,7 +634,9 @@ def test_works_of_every_kind_are_listed_where_devrev_takes_them(kinds: Any, extr
 
 def test_a_list_of_too_many_contacts_does_not_hide_the_other_kinds() -> None:
     async def load(api: "tool.DevRevAPI") -> Any:
-        found = await asyncio.gather(*(api.objects["owned_by"].load(f"{ORG}:revu/{number}") for number in range(8)))
+        found = await asyncio.gather(
+            *(api.objects["owned_by"].load(f"{ORG}:revu/{number}") for number in range(8))
+        )
         assert all(len(one.items) == 1 for one in found)
         return api.work_kinds
 
@@ -559,8 +664,14 @@ def run_with(place: Workplace, url: str, **environment: str) -> Any:
         "CURL_CA_BUNDLE",
         "REQUESTS_CA_BUNDLE",
     )
-    cleared = {name: "" for name in names if name in os.environ}  # an empty https_proxy hides HTTPS_PROXY
-    settings = {"DEVREV_API_TOKEN": "sandbox-token", "DEVREV_BASE_URL": url, "DEVREV_MAX_RETRIES": "1"}
+    cleared = {
+        name: "" for name in names if name in os.environ
+    }  # an empty https_proxy hides HTTPS_PROXY
+    settings = {
+        "DEVREV_API_TOKEN": "sandbox-token",
+        "DEVREV_BASE_URL": url,
+        "DEVREV_MAX_RETRIES": "1",
+    }
     result = place.run(None, "--yes", **{**cleared, **settings, **environment})
     assert "bug" not in result.err and not (place.folder / "savepoint.db-journal").exists()
     return result
@@ -569,12 +680,21 @@ def run_with(place: Workplace, url: str, **environment: str) -> Any:
 @pytest.mark.parametrize(
     "environment, words",
     [
-        ({"REQUESTS_CA_BUNDLE": "nowhere.pem"}, "REQUESTS_CA_BUNDLE names nowhere.pem, which does not exist"),
-        ({"REQUESTS_CA_BUNDLE": "contacts.csv"}, "REQUESTS_CA_BUNDLE names contacts.csv, which holds no certificates"),
+        (
+            {"REQUESTS_CA_BUNDLE": "nowhere.pem"},
+            "REQUESTS_CA_BUNDLE names nowhere.pem, which does not exist",
+        ),
+        (
+            {"REQUESTS_CA_BUNDLE": "contacts.csv"},
+            "REQUESTS_CA_BUNDLE names contacts.csv, which holds no certificates",
+        ),
         ({"CURL_CA_BUNDLE": "nowhere.pem"}, "CURL_CA_BUNDLE names nowhere.pem"),
         ({"HTTPS_PROXY": "socks5://127.0.0.1:9"}, "HTTPS_PROXY names a SOCKS proxy"),
         ({"HTTPS_PROXY": "ftp://127.0.0.1:9"}, "HTTPS_PROXY is not the address of an HTTP proxy"),
-        ({"all_proxy": "ftp://name:secret@127.0.0.1:9"}, "all_proxy is not the address of an HTTP proxy"),
+        (
+            {"all_proxy": "ftp://name:secret@127.0.0.1:9"},
+            "all_proxy is not the address of an HTTP proxy",
+        ),
     ],
 )
 def test_a_setting_of_this_machine_that_can_not_be_used_is_named(
@@ -592,8 +712,12 @@ def test_a_setting_of_this_machine_that_can_not_be_used_is_named(
     assert "secret" not in result.err + place.logs()
 
 
-@pytest.mark.parametrize("status, code", [("407 Proxy Authentication Required", 2), ("403 Forbidden", 3)])
-def test_a_proxy_that_refuses_is_named(place: Workplace, organisation: Organisation, status: str, code: int) -> None:
+@pytest.mark.parametrize(
+    "status, code", [("407 Proxy Authentication Required", 2), ("403 Forbidden", 3)]
+)
+def test_a_proxy_that_refuses_is_named(
+    place: Workplace, organisation: Organisation, status: str, code: int
+) -> None:
     url, listener = raw_server(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n".encode(), b"", 0.0)
     with listener:
         result = run_with(place, "https://api.example.com", HTTPS_PROXY=url)
@@ -625,11 +749,14 @@ def test_a_company_that_inspects_tls_is_told_of_its_bundle(
         sandbox._server.socket = context.wrap_socket(sandbox._server.socket, server_side=True)
         url = sandbox.url.replace("http:", "https:")
         result = run_with(place, url)
-        assert result.code == 2 and "REQUESTS_CA_BUNDLE" in result.err and "inspects TLS" in result.err, result
+        assert (
+            result.code == 2 and "REQUESTS_CA_BUNDLE" in result.err and "inspects TLS" in result.err
+        ), result
         assert sandbox.requests == []
         assert run_with(place, url, REQUESTS_CA_BUNDLE=str(certificate)).code == 0
     assert_merged(
-        organisation, [(organisation.don("identity", "revu", "P1"), organisation.don("identity", "revu", "D1"))]
+        organisation,
+        [(organisation.don("identity", "revu", "P1"), organisation.don("identity", "revu", "D1"))],
     )
 
 
@@ -656,12 +783,16 @@ def test_half_an_emoji_costs_its_own_group_alone(place: Workplace, field: str) -
         bad = pairs[1][1]
         return {
             **answer,
-            "rev_users": [{**one, field: "x\ud83d"} if one["id"] == bad else one for one in answer["rev_users"]],
+            "rev_users": [
+                {**one, field: "x\ud83d"} if one["id"] == bad else one
+                for one in answer["rev_users"]
+            ],
         }
 
     with Sandbox(organisation, faults=[Fault("changed", "rev-users.list", detail=cut)]) as sandbox:
         result = place.run(sandbox, "--yes", "--merge-timeout", "2", check=1)
         assert (
-            result.codes == {"person2@example.com": "api_error"} and field in result.report["failed_merges"][0]["error"]
+            result.codes == {"person2@example.com": "api_error"}
+            and field in result.report["failed_merges"][0]["error"]
         )
     assert_merged(organisation, [one for one in pairs if one != pairs[1]])

@@ -23,11 +23,19 @@ from tests.support import COLUMNS, Workplace
 
 HEADER = ",".join(COLUMNS)
 NOWHERE = "http://127.0.0.1:9"  # a preview sends nothing; if it did, no server would answer
-INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, bidi marks and the like, lone surrogates, line ends
+INVISIBLE = {
+    "Cc",
+    "Cf",
+    "Cs",
+    "Zl",
+    "Zp",
+}  # controls, bidi marks and the like, lone surrogates, line ends
 PairIds = Tuple[str, str, str]  # email, primary, duplicate
 
 
-def row(key: str, email: str, reference: str, name: str = "Ada", tickets: str = "1", **cells: str) -> str:
+def row(
+    key: str, email: str, reference: str, name: str = "Ada", tickets: str = "1", **cells: str
+) -> str:
     """One line of a CSV, put together without the csv module: what is in a cell stands in the file as it is."""
     values = {
         "REV_USER_ID": key,
@@ -73,7 +81,11 @@ def refused(content: Union[str, bytes], says: str) -> Case:
 
 def spoilt(bad: str, *before: str, line: int = 2, email: str = "ada@example.com") -> Case:
     """A bad row in front of two groups: the one whose email it has is skipped, the other is merged."""
-    own = ADA if email == "ada@example.com" else (row("1", email, "REVU-1"), row("2", email, "user_2"))
+    own = (
+        ADA
+        if email == "ada@example.com"
+        else (row("1", email, "REVU-1"), row("2", email, "user_2"))
+    )
     return Case(text(*before, bad, *own, *EVE), [EVE_PAIR], {email: "invalid_row"}, [line])
 
 
@@ -444,7 +456,9 @@ def test_a_file_of_each_kind_gives_it_in_a_process_of_its_own(place: Workplace, 
 
 
 @pytest.mark.parametrize("case", FILES.values(), ids=list(FILES))
-def test_a_file_gives_the_right_plan_or_one_clear_line(front_door: Any, place: Workplace, case: Case) -> None:
+def test_a_file_gives_the_right_plan_or_one_clear_line(
+    front_door: Any, place: Workplace, case: Case
+) -> None:
     content = case.content.encode("utf-8") if isinstance(case.content, str) else case.content
     code, plan, said = front_door(content)
     assert code == case.code and place.csv.read_bytes() == content
@@ -479,34 +493,58 @@ def hostile_rows(number: int, marks: str) -> Iterator[str]:
         ("5", "bad", "REVU-{}", "{}"),
         ("6", "bad", "REVU-{}", "1"),
     ):
-        cells = (f"{number}{key}", f"{number}{email}{'{}' if email == 'bad' else ''}@example.com", reference)
-        yield row(*(f'"{cell.format(marks)}"' for cell in cells), TICKET_COUNT=f'"{tickets.format(marks)}"', **odd)
+        cells = (
+            f"{number}{key}",
+            f"{number}{email}{'{}' if email == 'bad' else ''}@example.com",
+            reference,
+        )
+        yield row(
+            *(f'"{cell.format(marks)}"' for cell in cells),
+            TICKET_COUNT=f'"{tickets.format(marks)}"',
+            **odd,
+        )
 
 
 @pytest.mark.parametrize("options", ["", "-v", "-q", "--json", "--email"])
 def test_nothing_that_acts_on_a_terminal_gets_through(place: Workplace, options: str) -> None:
-    content = text(*(line for number, marks in enumerate(HOSTILE.values()) for line in hostile_rows(number, marks)))
+    content = text(
+        *(
+            line
+            for number, marks in enumerate(HOSTILE.values())
+            for line in hostile_rows(number, marks)
+        )
+    )
     place.csv.write_bytes(content.encode("utf-8"))
     emails = [f"{number}pair@example.com" for number in range(len(HOSTILE))]
-    given_options = [f"--email={email}" for email in emails] if options == "--email" else options.split()
+    given_options = (
+        [f"--email={email}" for email in emails] if options == "--email" else options.split()
+    )
     result = place.run(None, "--preview", *given_options, check=0)
     assert_nothing_raw(result.out, result.err, logged(place))
     assert result.out.count("user_") >= len(HOSTILE) or options == "-q"
-    unknown = place.run(None, "--preview", *(f"--email={marks}" for marks in HOSTILE.values()), check=2)
+    unknown = place.run(
+        None, "--preview", *(f"--email={marks}" for marks in HOSTILE.values()), check=2
+    )
     assert_nothing_raw(unknown.out, unknown.err, logged(place))
     parts = {part for marks in HOSTILE.values() for part in re.split(r"[\r\n]", marks)[1:] if part}
     for line in (result.out + result.err + logged(place)).splitlines():
         assert not line.startswith(tuple(parts)), "data has begun a line of its own"
     if options == "--json":
         plan = json.loads(result.out)
-        assert pairs_of(plan) == {(email, f"{number}1", f"{number}2") for number, email in enumerate(emails)}
+        assert pairs_of(plan) == {
+            (email, f"{number}1", f"{number}2") for number, email in enumerate(emails)
+        }
         references = {f"user_{marks}".strip() for marks in HOSTILE.values()}
         assert {pair["new_external_ref"] for pair in plan["pairs"]} == references
 
 
 @pytest.mark.parametrize(
     ("header", "line"),
-    [("\x1b[31mNAME,\u202ex,\x9b1m", "x"), ("EMAIL,email,\u202e", "x"), (HEADER, '"\x1b[31m\u202e')],
+    [
+        ("\x1b[31mNAME,\u202ex,\x9b1m", "x"),
+        ("EMAIL,email,\u202e", "x"),
+        (HEADER, '"\x1b[31m\u202e'),
+    ],
     ids=["missing columns", "a doubled column", "not well-formed"],
 )
 def test_an_error_is_one_harmless_line(place: Workplace, header: str, line: str) -> None:
@@ -565,7 +603,9 @@ def test_an_option_that_makes_no_sense_ends_a_process_with_its_code(place: Workp
 
 def test_the_preview_can_be_narrowed(place: Workplace) -> None:
     third = row("5", "eve@example.com", "REVU-5")
-    place.csv.write_text(text(*ADA, *EVE, third, row("6", "fay@example.com", "user_6")), encoding="utf-8")
+    place.csv.write_text(
+        text(*ADA, *EVE, third, row("6", "fay@example.com", "user_6")), encoding="utf-8"
+    )
 
     def pairs(*options: str) -> Set[PairIds]:
         return pairs_of(json.loads(place.run(None, "--preview", "--json", *options, check=0).out))
@@ -574,7 +614,10 @@ def test_the_preview_can_be_narrowed(place: Workplace) -> None:
     assert pairs() == {ADA_PAIR, *eve}
     assert pairs("--email", " Ada@EXAMPLE.com") == {ADA_PAIR}
     assert pairs("--email", "eve@example.com", "--email", "fay@example.com") == eve
-    assert "nobody@example.com" in place.run(None, "--preview", "--email", "nobody@example.com", check=2).err
+    assert (
+        "nobody@example.com"
+        in place.run(None, "--preview", "--email", "nobody@example.com", check=2).err
+    )
     assert len(pairs("--limit", "1")) == 1
     assert len(pairs("--limit", "2")) <= 2
     assert pairs("--limit", "3") == pairs("--limit", "99999") == {ADA_PAIR, *eve}
@@ -589,7 +632,9 @@ def test_an_export_in_parts_is_read_as_one(place: Workplace) -> None:
     )
     for number, part in enumerate(parts):
         content = part.encode()
-        (place.folder / f"part_{number}.csv").write_bytes(gzip.compress(content) if number % 2 else content)
+        (place.folder / f"part_{number}.csv").write_bytes(
+            gzip.compress(content) if number % 2 else content
+        )
     names = [f"part_{number}.csv" for number in range(len(parts))]
     for options in (
         ["--csv", *names],
@@ -604,9 +649,15 @@ def test_an_export_in_parts_is_read_as_one(place: Workplace) -> None:
         text(row("7", "ada@example.com", "user_7", tickets="1,2")), encoding="utf-8"
     )
     result = place.run(None, "--csv", *names, "part_4.csv", "--preview", check=0)
-    assert "part_4.csv, line 2: 9 fields instead of 8" in result.out and "1 pair to merge" in result.out
+    assert (
+        "part_4.csv, line 2: 9 fields instead of 8" in result.out
+        and "1 pair to merge" in result.out
+    )
     (place.folder / "part_5.csv").write_text("\n".join(ADA), encoding="utf-8")
-    assert "part_5.csv: missing columns" in place.run(None, "--csv", *names, "part_5.csv", "--preview", check=2).err
+    assert (
+        "part_5.csv: missing columns"
+        in place.run(None, "--csv", *names, "part_5.csv", "--preview", check=2).err
+    )
 
 
 HINTS = {
@@ -615,7 +666,11 @@ HINTS = {
         "a history table",
         30,
     ),
-    "words for NULL": ([row(f"x{n}", "\\N", f"REVU-x{n}") for n in range(30)], "a word for NULL", 30),
+    "words for NULL": (
+        [row(f"x{n}", "\\N", f"REVU-x{n}") for n in range(30)],
+        "a word for NULL",
+        30,
+    ),
     "counts of a locale": (
         [row(f"x{n}", f"x{n}@x", f"REVU-x{n}", tickets="1.000") for n in range(30)],
         "plain whole numbers",
@@ -634,7 +689,9 @@ HINTS = {
 def test_invalid_rows_are_grouped_by_reason_and_explained(
     place: Workplace, rows: List[str], says: str, count: int
 ) -> None:
-    place.csv.write_text(text(*EVE, *rows, row("7", "fay@example.com", "REVU-7", tickets="x")), encoding="utf-8")
+    place.csv.write_text(
+        text(*EVE, *rows, row("7", "fay@example.com", "REVU-7", tickets="x")), encoding="utf-8"
+    )
     result = place.run(None, "--preview", check=0)
     (left_out,) = (line for line in result.out.splitlines() if line.startswith("LEFT OUT"))
     assert f"{count + 1} invalid rows; this looks like" in left_out and says in left_out
@@ -661,22 +718,39 @@ def test_the_prefix_of_references_is_read_from_a_file_too(place: Workplace) -> N
     plan = json.loads(place.run(None, "--preview", "--json", check=0).out)
     assert pairs_of(plan) == {ADA_PAIR} and plan["pairs"][0]["new_external_ref"] == "usr_2"
     assert (
-        pairs_of(json.loads(place.run(None, "--preview", "--json", check=0, DEVREV_USER_REF_PREFIX="user_").out))
+        pairs_of(
+            json.loads(
+                place.run(None, "--preview", "--json", check=0, DEVREV_USER_REF_PREFIX="user_").out
+            )
+        )
         == set()
     )
-    assert "overlaps with REVU-" in place.run(None, "--preview", check=2, DEVREV_USER_REF_PREFIX="REVU").err
+    assert (
+        "overlaps with REVU-"
+        in place.run(None, "--preview", check=2, DEVREV_USER_REF_PREFIX="REVU").err
+    )
 
 
-def test_the_preview_shows_both_references_and_one_long_name_stays_on_its_own_lines(place: Workplace) -> None:
+def test_the_preview_shows_both_references_and_one_long_name_stays_on_its_own_lines(
+    place: Workplace,
+) -> None:
     pairs = [
-        row(f"{kind}{n}", f"p{n}@example.com", f"{reference}{n}", name="Ada " * (500 if n == 3 else 1))
+        row(
+            f"{kind}{n}",
+            f"p{n}@example.com",
+            f"{reference}{n}",
+            name="Ada " * (500 if n == 3 else 1),
+        )
         for n in range(20)
         for kind, reference in (("R", "REVU-"), ("U", "user_"))
     ]
     place.csv.write_text(text(*pairs), encoding="utf-8")
     lines = place.run(None, "--preview", check=0).out.splitlines()
     for n in range(20):
-        assert any(re.match(rf"p{n}@example\.com +REVU-{n} .* user_{n} REVU-U{n} .*moves", line) for line in lines)
+        assert any(
+            re.match(rf"p{n}@example\.com +REVU-{n} .* user_{n} REVU-U{n} .*moves", line)
+            for line in lines
+        )
     assert re.fullmatch(r"plan [0-9a-f]{12}", lines[-2]) and lines[-1] == "20 pairs to merge"
 
 
@@ -686,8 +760,14 @@ def test_the_contact_with_the_most_tickets_is_listed_first(place: Workplace) -> 
     busiest = row("R1", "info@example.com", "REVU-1", tickets="99")
     place.csv.write_text(text(*shared, busiest, *several), encoding="utf-8")
     out = place.run(None, "--preview", check=0).out
-    assert re.search(r"^  info@example\.com, 8 contacts: REVU-1 \(99 tickets\), .*, and 2 more$", out, re.MULTILINE)
-    assert "Ada, REVU-V9, 9 tickets" in out and "REVU-V0" not in out, "one line for both: they have one reference"
+    assert re.search(
+        r"^  info@example\.com, 8 contacts: REVU-1 \(99 tickets\), .*, and 2 more$",
+        out,
+        re.MULTILINE,
+    )
+    assert "Ada, REVU-V9, 9 tickets" in out and "REVU-V0" not in out, (
+        "one line for both: they have one reference"
+    )
 
 
 class NarrowConsole(tool.Console):
@@ -696,14 +776,26 @@ class NarrowConsole(tool.Console):
 
 def test_a_row_that_does_not_fit_takes_lines_of_its_own() -> None:
     rows = [
-        tool.Contact(f"{kind}{n}", "x" * (300 if n == 7 else 4), f"p{n}@example.com", f"{prefix}{n}", "", 1, "", "")
+        tool.Contact(
+            f"{kind}{n}",
+            "x" * (300 if n == 7 else 4),
+            f"p{n}@example.com",
+            f"{prefix}{n}",
+            "",
+            1,
+            "",
+            "",
+        )
         for n in range(30)
         for kind, prefix in (("R", "REVU-R"), ("U", "user_"))
     ]
     out = io.StringIO()
     tool._show_pairs(tool.detect(tool.CsvContents(rows)), NarrowConsole(out=out, err=io.StringIO()))
     lines = out.getvalue().splitlines()
-    assert len(lines) == 1 + 29 + 3 + 1 and max(len(line) for line in lines if "x" * 9 not in line) <= 90
+    assert (
+        len(lines) == 1 + 29 + 3 + 1
+        and max(len(line) for line in lines if "x" * 9 not in line) <= 90
+    )
 
 
 def test_without_rights_to_write_the_preview_still_shows_the_plan(place: Workplace) -> None:
@@ -715,7 +807,9 @@ def test_without_rights_to_write_the_preview_still_shows_the_plan(place: Workpla
 
 
 def pairs_of(plan: Dict[str, Any]) -> Set[PairIds]:
-    found = [(pair["email"], pair["primary"]["id"], pair["duplicate"]["id"]) for pair in plan["pairs"]]
+    found = [
+        (pair["email"], pair["primary"]["id"], pair["duplicate"]["id"]) for pair in plan["pairs"]
+    ]
     assert len(found) == len(set(found))
     return set(found)
 
@@ -728,12 +822,16 @@ def assert_nothing_but_the_log(place: Workplace, content: bytes) -> None:
 
 
 def logged(place: Workplace) -> str:
-    return "".join(path.read_text(encoding="utf-8") for path in sorted((place.folder / "logs").iterdir()))
+    return "".join(
+        path.read_text(encoding="utf-8") for path in sorted((place.folder / "logs").iterdir())
+    )
 
 
 def assert_nothing_raw(*texts: str) -> None:
     for one in texts:
-        assert not {char for char in one if char != "\n" and unicodedata.category(char) in INVISIBLE}
+        assert not {
+            char for char in one if char != "\n" and unicodedata.category(char) in INVISIBLE
+        }
 
 
 # -- files that nobody thought of ------------------------------------------------------------------------
@@ -791,7 +889,12 @@ def close_log(place: Workplace) -> str:
 
 
 @examples(150)
-@given(st.one_of(st.binary(max_size=400), st.binary(max_size=200).map(lambda tail: text(*ADA).encode() + tail)))
+@given(
+    st.one_of(
+        st.binary(max_size=400),
+        st.binary(max_size=200).map(lambda tail: text(*ADA).encode() + tail),
+    )
+)
 def test_any_bytes_are_refused_or_planned(front_door: Any, content: bytes) -> None:
     code, plan, _ = front_door(content)
     assert code in (0, 2)
@@ -802,8 +905,12 @@ NAMES = ("Ada", "Okafor Chidi", "\u5c71\u7530", "O'Dell", "")
 people = st.lists(
     st.builds(
         row,
-        key=st.integers(1, 60).map(lambda number: f"don:identity:dvrv-us-1:devo/SANDBOX1:revu/{number}"),
-        email=st.sampled_from(["ada@example.com", "eve@example.com", "o'dell@example.com", "Ada@example.com"]),
+        key=st.integers(1, 60).map(
+            lambda number: f"don:identity:dvrv-us-1:devo/SANDBOX1:revu/{number}"
+        ),
+        email=st.sampled_from(
+            ["ada@example.com", "eve@example.com", "o'dell@example.com", "Ada@example.com"]
+        ),
         reference=st.sampled_from(["REVU-1", "REVU-2", "user_1", "user_2", "crm"]),
         name=st.sampled_from(NAMES),
         tickets=st.sampled_from(["0", "1", "12"]),
@@ -844,7 +951,11 @@ def mutated(draw: Any) -> bytes:
         cell = cells[place]
         piece = draw(st.sampled_from(PIECES))
         at = draw(st.sampled_from([0, len(cell), len(cell) // 2]))
-        change = draw(st.sampled_from(["insert", "insert", "insert", "replace", "cut", "remove", "again", "drop"]))
+        change = draw(
+            st.sampled_from(
+                ["insert", "insert", "insert", "replace", "cut", "remove", "again", "drop"]
+            )
+        )
         if change == "insert":
             cells[place] = cell[:at] + piece + cell[at:]
         elif change == "replace":
@@ -859,11 +970,15 @@ def mutated(draw: Any) -> bytes:
         elif change == "drop" and len(lines) > 2:
             del lines[number]
     content: bytes = draw(st.sampled_from(["\n", "\r\n"])).join(lines).encode("utf-8")
-    return content[: draw(st.integers(0, len(content)))] if draw(st.integers(0, 9)) == 0 else content
+    return (
+        content[: draw(st.integers(0, len(content)))] if draw(st.integers(0, 9)) == 0 else content
+    )
 
 
 TWO_QUOTES = text(
-    row("7", "ada@example.com", "REVU-7", name='"Ann'), row("8", "eve@example.com", "user_8", name='Bob"'), *EVE
+    row("7", "ada@example.com", "REVU-7", name='"Ann'),
+    row("8", "eve@example.com", "user_8", name='Bob"'),
+    *EVE,
 ).encode()
 
 
@@ -883,13 +998,18 @@ def assert_pairs_stand_in(content: bytes, plan: Optional[Dict[str, Any]]) -> Non
         return
     rows = rows_of(content)
     header = [name.strip().upper() for name in rows.pop(0)]
-    identity, email, reference = (header.index(name) for name in ("REV_USER_ID", "EMAIL", "EXTERNAL_REF"))
+    identity, email, reference = (
+        header.index(name) for name in ("REV_USER_ID", "EMAIL", "EXTERNAL_REF")
+    )
     whole = [
         cells
         for cells in rows
         if len(cells) == len(header) and not any(map(holds_rows, cells)) and "\0" not in str(cells)
     ]
-    stand = {(ascii_lower(cells[email]), cells[identity].strip(), cells[reference].strip()) for cells in whole}
+    stand = {
+        (ascii_lower(cells[email]), cells[identity].strip(), cells[reference].strip())
+        for cells in whole
+    }
     broken = {
         ascii_lower(part)
         for cells in rows
@@ -923,10 +1043,15 @@ def holds_rows(cell: str) -> bool:
 
 def test_the_reference_sees_what_a_stray_quote_swallows() -> None:
     header, swallowed, *others = rows_of(TWO_QUOTES)
-    assert tuple(header) == COLUMNS and len(swallowed) == len(COLUMNS) and any(map(holds_rows, swallowed))
+    assert (
+        tuple(header) == COLUMNS
+        and len(swallowed) == len(COLUMNS)
+        and any(map(holds_rows, swallowed))
+    )
     assert [cells[0] for cells in others] == ["3", "4"]
     with pytest.raises(AssertionError):
         wrong = {"id": "7", "external_ref": "user_8"}, {"id": "3", "external_ref": "REVU-3"}
         assert_pairs_stand_in(
-            TWO_QUOTES, {"pairs": [{"email": "eve@example.com", "primary": wrong[1], "duplicate": wrong[0]}]}
+            TWO_QUOTES,
+            {"pairs": [{"email": "eve@example.com", "primary": wrong[1], "duplicate": wrong[0]}]},
         )

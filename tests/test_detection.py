@@ -12,7 +12,20 @@ from collections import Counter
 from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -24,17 +37,32 @@ from tests.support import COLUMNS
 
 ORG = "don:identity:dvrv-us-1:devo/SANDBOX1:revo/ACME"
 Cells = Tuple[str, ...]
-INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, bidi marks and the like, lone surrogates, line ends
+INVISIBLE = {
+    "Cc",
+    "Cf",
+    "Cs",
+    "Zl",
+    "Zp",
+}  # controls, bidi marks and the like, lone surrogates, line ends
 
 
 def examples(count: int) -> settings:
     """So many in CI; fewer in the fast run (see conftest)."""
     count = count * settings.default.max_examples // 100
-    return settings(max_examples=count, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+    return settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
 
 
 def contact(
-    key: str, reference: str, tickets: int = 0, created: str = "2024-01-01", email: str = "ada@example.com"
+    key: str,
+    reference: str,
+    tickets: int = 0,
+    created: str = "2024-01-01",
+    email: str = "ada@example.com",
 ) -> Contact:
     return Contact(
         id=f"don:identity:dvrv-us-1:devo/SANDBOX1:revu/{key}",
@@ -53,16 +81,24 @@ def key_of(one: Contact) -> str:
 
 
 def plan_of(
-    contacts: Iterable[Contact], emails_in_invalid_rows: Iterable[str] = (), choices: Mapping[str, str] = {}
+    contacts: Iterable[Contact],
+    emails_in_invalid_rows: Iterable[str] = (),
+    choices: Mapping[str, str] = {},
 ) -> Plan:
     found = [replace(one) for one in contacts]  # reading makes every row an object of its own
     return tool.detect(
-        tool.CsvContents(contacts=found, contacts_read=len(found), emails_in_invalid_rows=set(emails_in_invalid_rows)),
+        tool.CsvContents(
+            contacts=found,
+            contacts_read=len(found),
+            emails_in_invalid_rows=set(emails_in_invalid_rows),
+        ),
         choices,
     )
 
 
-def plan_of_file(rows: Iterable[Cells], layout: Optional["Layout"] = None, choices: Mapping[str, str] = {}) -> Plan:
+def plan_of_file(
+    rows: Iterable[Cells], layout: Optional["Layout"] = None, choices: Mapping[str, str] = {}
+) -> Plan:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "contacts.csv"
         write(path, rows, layout or PLAIN)
@@ -86,7 +122,11 @@ TOGETHER = {
         [("2", "3", "user_3"), ("2", "1", None)],
     ),
     "then the oldest": (
-        [("1", "REVU-1", 5, "2024-03-01"), ("2", "REVU-2", 5, "2023-12-31"), ("3", "user_3", 0, "2020-01-01")],
+        [
+            ("1", "REVU-1", 5, "2024-03-01"),
+            ("2", "REVU-2", 5, "2023-12-31"),
+            ("3", "user_3", 0, "2020-01-01"),
+        ],
         [("2", "3", "user_3"), ("2", "1", None)],
     ),
     "the count goes before the age": (
@@ -102,7 +142,13 @@ TOGETHER = {
         [("1", "2", "user_")],
     ),
     "other references take no part": (
-        [("1", "REVU-1", 1), ("2", "user_2", 1), ("3", "crm-3", 99), ("4", "user-4", 99), ("5", "", 99)],
+        [
+            ("1", "REVU-1", 1),
+            ("2", "user_2", 1),
+            ("3", "crm-3", 99),
+            ("4", "user-4", 99),
+            ("5", "", 99),
+        ],
         [("1", "2", "user_2")],
     ),
 }
@@ -124,7 +170,10 @@ APART = {
     "two contacts of other references": ([("1", "crm-1"), ("2", "crm-2")], None),
     "a REVU- and another reference": ([("1", "REVU-1"), ("2", "crm-2")], None),
     "a user_ and another reference": ([("1", "user_1"), ("2", "crm-2")], None),
-    "several user_ and a REVU-": ([("1", "REVU-1"), ("2", "user_2"), ("3", "user_3")], "several_user_refs"),
+    "several user_ and a REVU-": (
+        [("1", "REVU-1"), ("2", "user_2"), ("3", "user_3")],
+        "several_user_refs",
+    ),
     "several user_ and no REVU-": ([("2", "user_2"), ("3", "user_3")], "several_user_refs"),
     "several REVU- and no user_": ([("1", "REVU-1"), ("2", "REVU-2")], "no_user_ref"),
     **{
@@ -143,7 +192,15 @@ APART = {
     },
     **{
         f"{reference!r} is no REVU- reference": ([("1", reference), ("2", "user_2")], None)
-        for reference in ("revu-1", "Revu-1", "REVU_1", "REVU1", "REVU\u20101", " REVU-1", "XREVU-1")
+        for reference in (
+            "revu-1",
+            "Revu-1",
+            "REVU_1",
+            "REVU1",
+            "REVU\u20101",
+            " REVU-1",
+            "XREVU-1",
+        )
     },
 }
 
@@ -153,13 +210,19 @@ def test_whatever_is_not_certain_is_not_merged(rows: Sequence[Any], code: Option
     contacts = [contact(*row) for row in rows]
     plan = plan_of(contacts)
     assert plan.groups == []
-    assert [(skip.email, skip.code) for skip in plan.skipped] == ([("ada@example.com", code)] if code else [])
+    assert [(skip.email, skip.code) for skip in plan.skipped] == (
+        [("ada@example.com", code)] if code else []
+    )
     if code:
         assert sorted(map(key_of, plan.skipped[0].contacts)) == sorted(map(key_of, contacts))
     # A group that is not known whole is skipped for that reason, whatever else may be wrong with it.
     takes_part = any(one.external_ref.startswith(("user_", "REVU-")) for one in contacts)
     broken = tool.classify_group("ada@example.com", contacts, broken=True)
-    assert (isinstance(broken, SkippedGroup) and broken.code == "invalid_row") if takes_part else broken is None
+    assert (
+        (isinstance(broken, SkippedGroup) and broken.code == "invalid_row")
+        if takes_part
+        else broken is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,7 +292,9 @@ CONFLICTS: Dict[str, Tuple[List[Contact], List[Any], Dict[str, str], int, List[C
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("rows", "pairs", "skips", "read", "named"), CONFLICTS.values(), ids=list(CONFLICTS))
+@pytest.mark.parametrize(
+    ("rows", "pairs", "skips", "read", "named"), CONFLICTS.values(), ids=list(CONFLICTS)
+)
 def test_one_id_with_different_data_spoils_its_groups(
     rows: List[Contact], pairs: List[Any], skips: Dict[str, str], read: int, named: List[Contact]
 ) -> None:
@@ -246,7 +311,9 @@ def test_one_id_with_different_data_spoils_its_groups(
 
 
 def test_a_conflict_says_what_differs() -> None:
-    (first, second) = plan_of_file(map(cells_of, [SYSTEM, replace(AGAIN, updated="2020")])).invalid_rows
+    (first, second) = plan_of_file(
+        map(cells_of, [SYSTEM, replace(AGAIN, updated="2020")])
+    ).invalid_rows
     assert first.reason == "the REV_USER_ID of line 3 with another TICKET_COUNT, UPDATED_AT"
     assert second.reason == "the REV_USER_ID of line 2 with another TICKET_COUNT, UPDATED_AT"
 
@@ -264,12 +331,20 @@ def test_a_bad_row_spoils_its_group_and_no_other() -> None:
     ]
     plan = plan_of(rows, emails_in_invalid_rows=["ada@example.com"])
     assert pairs_of(plan) == [("3", "4", "user_4")]
-    assert [(skip.email, skip.code) for skip in plan.skipped] == [("ada@example.com", "invalid_row")]
+    assert [(skip.email, skip.code) for skip in plan.skipped] == [
+        ("ada@example.com", "invalid_row")
+    ]
 
 
 # -- choices -------------------------------------------------------------------------------------------
 
-TWO_USERS = [("1", "REVU-1", 9), ("2", "REVU-2", 10), ("3", "user_3", 1), ("4", "user_4", 2), ("5", "crm-5", 99)]
+TWO_USERS = [
+    ("1", "REVU-1", 9),
+    ("2", "REVU-2", 10),
+    ("3", "user_3", 1),
+    ("4", "user_4", 2),
+    ("5", "crm-5", 99),
+]
 NO_SYSTEM = [("3", "user_3", 1), ("4", "user_4", 2), ("6", "user_6", 3)]
 NO_USER = [("1", "REVU-1", 9), ("2", "REVU-2", 10), ("6", "REVU-6", 10, "2020-01-01")]
 CHOSEN: Dict[str, Tuple[Sequence[Any], str, List[Any], List[str]]] = {
@@ -298,12 +373,18 @@ def test_a_chosen_reference_is_what_the_one_contact_has_in_the_end(
         assert pairs_of(plan) == expected and plan.skipped == []
         for group in plan.groups:
             assert list(map(key_of, group.lost_refs())) == lost
-            references = {pair.new_ref for pair in group.pairs if pair.new_ref} or {group.primary.external_ref}
+            references = {pair.new_ref for pair in group.pairs if pair.new_ref} or {
+                group.primary.external_ref
+            }
             assert references == {choice}
 
 
 FOLLOWED_NOT = {
-    "nobody's reference": (TWO_USERS, "user_9", "no contact of this email has it (to choose from: user_4, user_3)"),
+    "nobody's reference": (
+        TWO_USERS,
+        "user_9",
+        "no contact of this email has it (to choose from: user_4, user_3)",
+    ),
     "in another case": (TWO_USERS, "USER_3", "no contact"),
     "of a contact that takes no part": (TWO_USERS, "crm-5", "no contact"),
     "a REVU- beside a user_": (
@@ -312,14 +393,28 @@ FOLLOWED_NOT = {
         "user_ reference, which has to stay (to choose from: user_4, user_3)",
     ),
     "a REVU- of a plain group": ([("1", "REVU-1", 0), ("2", "user_2", 9)], "REVU-1", "has to stay"),
-    "a reference of two contacts": ([*NO_SYSTEM, ("7", "user_3", 0)], "user_3", "2 contacts have it"),
-    "a reference of two REVU- contacts": ([*NO_USER, ("7", "REVU-1", 0)], "REVU-1", "2 contacts have it"),
-    "an email with no contact": ([], "user_3", "no contact of this email has it (to choose from: nothing)"),
+    "a reference of two contacts": (
+        [*NO_SYSTEM, ("7", "user_3", 0)],
+        "user_3",
+        "2 contacts have it",
+    ),
+    "a reference of two REVU- contacts": (
+        [*NO_USER, ("7", "REVU-1", 0)],
+        "REVU-1",
+        "2 contacts have it",
+    ),
+    "an email with no contact": (
+        [],
+        "user_3",
+        "no contact of this email has it (to choose from: nothing)",
+    ),
 }
 
 
 @pytest.mark.parametrize(("rows", "choice", "says"), FOLLOWED_NOT.values(), ids=list(FOLLOWED_NOT))
-def test_a_choice_that_can_not_be_followed_stops_everything(rows: Sequence[Any], choice: str, says: str) -> None:
+def test_a_choice_that_can_not_be_followed_stops_everything(
+    rows: Sequence[Any], choice: str, says: str
+) -> None:
     others = [contact("11", "REVU-11", email=EVE), contact("12", "user_12", email=EVE)]
     with pytest.raises(tool.FatalError) as stopped:
         plan_of([*others, *(contact(*row) for row in rows)], choices={"ada@example.com": choice})
@@ -336,8 +431,12 @@ def test_choices_that_can_not_be_followed_are_counted() -> None:
 
 def test_a_group_that_is_not_completely_known_is_skipped_whatever_is_chosen() -> None:
     for choice in ("user_3", "user_9", "REVU-1"):
-        plan = plan_of([contact(*row) for row in TWO_USERS], ["ada@example.com"], {"ada@example.com": choice})
-        assert [(skip.email, skip.code) for skip in plan.skipped] == [("ada@example.com", "invalid_row")]
+        plan = plan_of(
+            [contact(*row) for row in TWO_USERS], ["ada@example.com"], {"ada@example.com": choice}
+        )
+        assert [(skip.email, skip.code) for skip in plan.skipped] == [
+            ("ada@example.com", "invalid_row")
+        ]
         assert plan.groups == [] and plan.skipped[0].choice_lines() == {}
     assert plan_of([SYSTEM, USER], ["x@example.com"], {"x@example.com": "user_1"}).count() == 1
 
@@ -363,18 +462,29 @@ NAMES: List[Tuple[str, str, bool]] = [
 
 
 @pytest.mark.parametrize(("one", "other", "fits"), NAMES)
-def test_different_names_are_warned_of_and_merged_all_the_same(one: str, other: str, fits: bool) -> None:
+def test_different_names_are_warned_of_and_merged_all_the_same(
+    one: str, other: str, fits: bool
+) -> None:
     people = [replace(SYSTEM, display_name=one), replace(USER, display_name=other)]
     for order in (people, people[::-1]):
         plan = plan_of(order)
         assert pairs_of(plan) == [("1", "2", "user_2")]
-        assert [warning["code"] for warning in plan.find_warnings()] == ([] if fits else ["names_differ"])
+        assert [warning["code"] for warning in plan.find_warnings()] == (
+            [] if fits else ["names_differ"]
+        )
         for warning in plan.find_warnings():
-            assert warning["email"] == "ada@example.com" and one in warning["warning"] and other in warning["warning"]
+            assert (
+                warning["email"] == "ada@example.com"
+                and one in warning["warning"]
+                and other in warning["warning"]
+            )
 
 
 def test_where_a_display_name_says_nothing_the_full_name_is_compared() -> None:
-    people = [replace(SYSTEM, display_name="ada@example.com", full_name="Eve"), replace(USER, display_name="Bob")]
+    people = [
+        replace(SYSTEM, display_name="ada@example.com", full_name="Eve"),
+        replace(USER, display_name="Bob"),
+    ]
     assert [warning["code"] for warning in plan_of(people).find_warnings()] == ["names_differ"]
 
 
@@ -451,14 +561,18 @@ PLACEHOLDERS = [
     "invalid",
 ]
 LIMITS = {
-    **dict.fromkeys(("ada", "information", "info.ada", "ada+info", "noreplyx", "xtest", "", "test.er"), 3),
+    **dict.fromkeys(
+        ("ada", "information", "info.ada", "ada+info", "noreplyx", "xtest", "", "test.er"), 3
+    ),
     **dict.fromkeys((*ROLES, "INFO", "Support", "info+ada", "info+a+b"), 2),
     **dict.fromkeys((*PLACEHOLDERS, "NoReply", "noreply+42", "None"), 1),
 }
 
 
 @pytest.mark.parametrize(("local", "limit"), LIMITS.items(), ids=list(LIMITS))
-def test_an_address_with_more_contacts_than_one_person_has_is_left_alone(local: str, limit: int) -> None:
+def test_an_address_with_more_contacts_than_one_person_has_is_left_alone(
+    local: str, limit: int
+) -> None:
     email = f"{local}@example.com"
     for kinds in ("RRRRR", "URRRR", "UUUUU", "UURRR"):
         people = [
@@ -471,12 +585,19 @@ def test_an_address_with_more_contacts_than_one_person_has_is_left_alone(local: 
             codes = [skip.code for skip in plan.skipped]
             assert (codes == ["shared_mailbox"]) == (size > limit), (kinds, size)
             assert size <= limit or (not plan.groups and plan.skipped[0].choice_lines() == {})
-            chosen = plan_of([*people[:size], *others], choices={email.lower(): people[0].external_ref})
-            assert [len(group.pairs) for group in chosen.groups] == [size - 1] and not chosen.skipped
+            chosen = plan_of(
+                [*people[:size], *others], choices={email.lower(): people[0].external_ref}
+            )
+            assert [len(group.pairs) for group in chosen.groups] == [
+                size - 1
+            ] and not chosen.skipped
 
 
 def test_other_references_are_counted_with_an_example() -> None:
-    others = [contact(str(number), reference) for number, reference in enumerate(("usr_b", "usr_a", "crm", "REVU-1"))]
+    others = [
+        contact(str(number), reference)
+        for number, reference in enumerate(("usr_b", "usr_a", "crm", "REVU-1"))
+    ]
     plan = plan_of_file(map(cells_of, [*others, others[0]]))
     assert (plan.other_refs, plan.other_ref) == (3, "crm")
     assert plan.others_line() == "3 contacts with other references, for example crm, take no part"
@@ -496,7 +617,10 @@ def test_another_prefix_takes_the_place_of_user_(prefix: None) -> None:
     Contact.user_prefix = tool.check_user_prefix(" usr_ ")
     assert pairs_of(plan_of(rows)) == [("1", "2", "usr_2")]
     two = plan_of([*rows, contact("4", "usr_4", email="ada@example.com")])
-    assert two.skipped[0].code == "several_user_refs" and "usr_ reference" in tool.skip_words("several_user_refs")[0]
+    assert (
+        two.skipped[0].code == "several_user_refs"
+        and "usr_ reference" in tool.skip_words("several_user_refs")[0]
+    )
 
 
 @pytest.mark.parametrize("text", ["REVU-", "REVU-x", "R", "REVU", " REV "])
@@ -527,7 +651,9 @@ SAME_TIME = [
 def test_dates_as_warehouses_and_spreadsheets_write_them_are_read(text: str) -> None:
     instants = set(tool.parse_instants(text))
     assert NOON * 10**9 in instants and instants <= {NOON * 10**9, None}
-    assert (None in instants) == bool(re.match(r"\d+/\d+/\d+ ", text) and not text.startswith("2024"))
+    assert (None in instants) == bool(
+        re.match(r"\d+/\d+/\d+ ", text) and not text.startswith("2024")
+    )
 
 
 @pytest.mark.parametrize(
@@ -548,7 +674,11 @@ AGES: List[Tuple[List[str], str, bool]] = [
     (["2024-1-5", "2024-01-10"], "1", False),
     (["Jan 5, 2024", "2023-12-31"], "2", False),
     (["1/2/2024", "2/1/2024"], "1", True),  # 2 January and 1 February, or the other way round
-    (["2/1/2024", "13/1/2024"], "1", False),  # the second can only be in January, so the first is, too
+    (
+        ["2/1/2024", "13/1/2024"],
+        "1",
+        False,
+    ),  # the second can only be in January, so the first is, too
     (["13/2/2024", "2/3/2024"], "1", False),
     (["2024-01-01", ""], "1", True),
     (["", "2024-01-01"], "1", True),
@@ -559,8 +689,12 @@ AGES: List[Tuple[List[str], str, bool]] = [
 
 
 @pytest.mark.parametrize(("dates", "primary", "undecided"), AGES)
-def test_of_contacts_with_as_many_tickets_the_oldest_remains(dates: List[str], primary: str, undecided: bool) -> None:
-    system = [contact(str(number), f"REVU-{number}", 5, date) for number, date in enumerate(dates, 1)]
+def test_of_contacts_with_as_many_tickets_the_oldest_remains(
+    dates: List[str], primary: str, undecided: bool
+) -> None:
+    system = [
+        contact(str(number), f"REVU-{number}", 5, date) for number, date in enumerate(dates, 1)
+    ]
     if len(system) < 3:
         system.append(contact("0", "REVU-0", 4, "?"))  # of another count: its date decides nothing
     ranked, unknown = tool.rank(system[::-1])
@@ -583,11 +717,17 @@ PRIMARY_USER: Dict[str, Tuple[Sequence[Any], Dict[str, str], List[Any]]] = {
         {"ada@example.com": "user_2"},
         [("2", "3", None), ("2", "1", None)],
     ),
-    "a chosen REVU-": ([("1", "REVU-1", 1), ("3", "REVU-3", 2)], {"ada@example.com": "REVU-1"}, [("1", "3", None)]),
+    "a chosen REVU-": (
+        [("1", "REVU-1", 1), ("3", "REVU-3", 2)],
+        {"ada@example.com": "REVU-1"},
+        [("1", "3", None)],
+    ),
 }
 
 
-@pytest.mark.parametrize(("rows", "choices", "pairs"), PRIMARY_USER.values(), ids=list(PRIMARY_USER))
+@pytest.mark.parametrize(
+    ("rows", "choices", "pairs"), PRIMARY_USER.values(), ids=list(PRIMARY_USER)
+)
 def test_with_the_user_as_primary_no_reference_moves(
     rows: Sequence[Any], choices: Dict[str, str], pairs: List[Any]
 ) -> None:
@@ -595,7 +735,9 @@ def test_with_the_user_as_primary_no_reference_moves(
     plan = tool.detect(contents, choices, "user")
     assert pairs_of(plan) == pairs
     for group in plan.groups:
-        assert {pair.new_ref for pair in group.pairs} == {None} and group.primary_ref() == group.primary.external_ref
+        assert {pair.new_ref for pair in group.pairs} == {
+            None
+        } and group.primary_ref() == group.primary.external_ref
 
 
 # -- look-alikes -----------------------------------------------------------------------------------------
@@ -639,7 +781,9 @@ def test_look_alikes_are_listed_with_their_lines_and_never_joined(one: str, othe
     assert pairs_of(plan) == [("3", "4", "user_4")]
     (found,) = plan.look_alikes
     assert found["emails"] == sorted(map(tool.email_key, (one, other)))
-    assert sorted((line["email"], line["line"]) for line in found["lines"]) == sorted([(one, 4), (other, 5)])
+    assert sorted((line["email"], line["line"]) for line in found["lines"]) == sorted(
+        [(one, 4), (other, 5)]
+    )
     assert not [skip for skip in plan.skipped if skip.code != "invalid_row"]
 
 
@@ -650,7 +794,10 @@ def test_what_no_comparison_joins_is_no_look_alike(one: str, other: str) -> None
         contact("2", "crm-2", email=other),
         contact("3", "crm-3", email="STRA\u00dfE@x"),
     ]
-    assert plan_of_file(map(cells_of, [*rows, contact("4", "crm-4", email="strasse@x")])).look_alikes == []
+    assert (
+        plan_of_file(map(cells_of, [*rows, contact("4", "crm-4", email="strasse@x")])).look_alikes
+        == []
+    )
 
 
 def test_every_group_that_a_bad_row_looks_like_is_left_alone() -> None:
@@ -683,7 +830,10 @@ CHOICES: Dict[str, Tuple[bytes, Any]] = {
         b"EMAIL,EXTERNAL_REF\nada@example.com,user_1\neve@example.com,user_1\n Ada@example.com,user_2\n",
         "line 4: a second choice for ada@example.com (the first: line 2)",
     ),
-    "the same choice twice": (b"EMAIL,EXTERNAL_REF\na,user_1\na,user_1\n", "line 3: a second choice for a"),
+    "the same choice twice": (
+        b"EMAIL,EXTERNAL_REF\na,user_1\na,user_1\n",
+        "line 3: a second choice for a",
+    ),
     "too few fields": (b"EMAIL,EXTERNAL_REF\nada@example.com\n", "line 2: 1 field instead of 2"),
     "too many fields": (b"EMAIL,EXTERNAL_REF\na,b,user_1\n", "line 2: 3 fields instead of 2"),
     "no email": (b"EMAIL,EXTERNAL_REF\n ,user_1\n", "line 2: empty EMAIL"),
@@ -696,17 +846,25 @@ CHOICES: Dict[str, Tuple[bytes, Any]] = {
 
 
 @pytest.mark.parametrize(("content", "expected"), CHOICES.values(), ids=list(CHOICES))
-def test_a_file_of_choices_is_read_or_refused(tmp_path: Path, content: bytes, expected: Any) -> None:
+def test_a_file_of_choices_is_read_or_refused(
+    tmp_path: Path, content: bytes, expected: Any
+) -> None:
     path = tmp_path / "choices.csv"
     path.write_bytes(content)
     if isinstance(expected, dict):
         assert tool.read_choices(path) == expected
         return
-    for where, says in ((path, expected), (tmp_path, "a folder, not a file"), (tmp_path / "missing", "can't be read")):
+    for where, says in (
+        (path, expected),
+        (tmp_path, "a folder, not a file"),
+        (tmp_path / "missing", "can't be read"),
+    ):
         with pytest.raises(tool.FatalError) as stopped:
             tool.read_choices(where)
         assert (
-            stopped.value.exit_code == 2 and str(stopped.value).startswith(f"{where}: ") and says in str(stopped.value)
+            stopped.value.exit_code == 2
+            and str(stopped.value).startswith(f"{where}: ")
+            and says in str(stopped.value)
         )
 
 
@@ -716,19 +874,28 @@ GROUP = [("1", "REVU-1", 9), ("2", "REVU-2", 8), ("3", "user_3", 1)]
 
 
 def id_of(contacts: Iterable[Contact], options: Mapping[str, Any] = {}, **choices: str) -> str:
-    plan = plan_of(contacts, choices={f"{name}@example.com": reference for name, reference in choices.items()})
+    plan = plan_of(
+        contacts, choices={f"{name}@example.com": reference for name, reference in choices.items()}
+    )
     return tool.plan_id(plan.groups, **{"count_policy": "exact", "timelines": True, **options})
 
 
 def test_the_id_of_a_plan_is_of_what_is_merged_and_of_nothing_else() -> None:
     contacts = [contact(*row) for row in GROUP]
-    eve = [contact("7", "user_7", email=EVE), contact("8", "user_8", email=EVE), contact("9", "REVU-9", email=EVE)]
+    eve = [
+        contact("7", "user_7", email=EVE),
+        contact("8", "user_8", email=EVE),
+        contact("9", "REVU-9", email=EVE),
+    ]
     known = id_of([*contacts, *eve])
     assert len(known) == 12 and int(known, 16) >= 0 and known == known.lower()
     same = [
         id_of([*eve, *contacts[::-1]]),
         id_of(contacts),  # what is skipped is not merged
-        id_of(replace(one, display_name="Renamed", full_name="x", updated="", created="2020") for one in contacts),
+        id_of(
+            replace(one, display_name="Renamed", full_name="x", updated="", created="2020")
+            for one in contacts
+        ),
         id_of(replace(one, tickets=one.tickets + 1) for one in contacts),
         id_of(contacts, ada="user_3"),
     ]
@@ -743,7 +910,9 @@ def test_the_id_of_a_plan_is_of_what_is_merged_and_of_nothing_else() -> None:
         id_of([*contacts, *eve], eve="user_8"),
     ]
     assert len({known, *other}) == len(other) + 1
-    assert known == "086547bf4ab5", "a preview and a later run of the same version have to agree, on every machine"
+    assert known == "086547bf4ab5", (
+        "a preview and a later run of the same version have to agree, on every machine"
+    )
 
 
 # -- contacts --------------------------------------------------------------------------------------------
@@ -758,13 +927,20 @@ def test_a_contact_is_read_back_as_it_was_written() -> None:
 
 @pytest.mark.parametrize(
     ("display_name", "full_name", "name"),
-    [("Ada", "Ada Reyes", "Ada"), (" ", "Ada Reyes", "Ada Reyes"), ("", "", "REVU-1"), (" Ada ", "", "Ada")],
+    [
+        ("Ada", "Ada Reyes", "Ada"),
+        (" ", "Ada Reyes", "Ada Reyes"),
+        ("", "", "REVU-1"),
+        (" Ada ", "", "Ada"),
+    ],
 )
 def test_what_a_contact_is_called(display_name: str, full_name: str, name: str) -> None:
     assert replace(SYSTEM, display_name=display_name, full_name=full_name).name == name
 
 
-@pytest.mark.parametrize("reference", ["REVU-1", "user_1", "crm", "User_1", "revu-1", " user_1", ""])
+@pytest.mark.parametrize(
+    "reference", ["REVU-1", "user_1", "crm", "User_1", "revu-1", " user_1", ""]
+)
 def test_of_which_kind_a_contact_is(reference: str) -> None:
     one = replace(SYSTEM, external_ref=reference)
     assert (one.is_system, one.is_user) == (reference[:5] == "REVU-", reference[:5] == "user_")
@@ -773,14 +949,17 @@ def test_of_which_kind_a_contact_is(reference: str) -> None:
 # -- reading and detection together, against a reference that holds everything in memory ----------------
 
 ID, EMAIL, REFERENCE, CREATED, COUNT = (
-    COLUMNS.index(name) for name in ("REV_USER_ID", "EMAIL", "EXTERNAL_REF", "CREATED_AT", "TICKET_COUNT")
+    COLUMNS.index(name)
+    for name in ("REV_USER_ID", "EMAIL", "EXTERNAL_REF", "CREATED_AT", "TICKET_COUNT")
 )
 
 
 class Outcome(NamedTuple):
     """What detection has to say of a file."""
 
-    pairs: Dict[str, Tuple[str, Set[Tuple[str, Optional[str]]]]]  # email -> primary, {(duplicate, new reference)}
+    pairs: Dict[
+        str, Tuple[str, Set[Tuple[str, Optional[str]]]]
+    ]  # email -> primary, {(duplicate, new reference)}
     skips: Dict[str, str]
     invalid_rows: int
     contacts_read: int
@@ -795,7 +974,10 @@ def reference_of(rows: Iterable[Cells], choices: Mapping[str, str] = {}) -> Opti
     rows = [row for row in rows if row]
     good = [row for row in rows if is_good(row)]
     bad = [row for row in rows if not is_good(row)]
-    trimmed = [tuple(cell if place in (1, 4, 7) else cell.strip() for place, cell in enumerate(row)) for row in good]
+    trimmed = [
+        tuple(cell if place in (1, 4, 7) else cell.strip() for place, cell in enumerate(row))
+        for row in good
+    ]
     distinct = {(*row[:COUNT], str(int(float(row[COUNT]))), *row[COUNT + 1 :]) for row in trimmed}
     conflicting = {one for one, times in Counter(row[ID] for row in distinct).items() if times > 1}
     invalid = len(bad) + sum(row[ID] in conflicting for row in distinct)
@@ -804,7 +986,9 @@ def reference_of(rows: Iterable[Cells], choices: Mapping[str, str] = {}) -> Opti
     spoilt_emails = {email for row in bad for email in addresses(row) if "@" in email}
     folded = {email.casefold() for email in spoilt_emails}
     conflicting_emails = {row[EMAIL].casefold() for row in distinct if row[ID] in conflicting}
-    for email in {normal(row[EMAIL]) for row in distinct} | {one for one in choices if one.casefold() not in folded}:
+    for email in {normal(row[EMAIL]) for row in distinct} | {
+        one for one in choices if one.casefold() not in folded
+    }:
         group = [row for row in distinct if normal(row[EMAIL]) == email]
         users = [row for row in group if row[REFERENCE].startswith("user_")]
         system = [row for row in group if row[REFERENCE].startswith("REVU-")]
@@ -817,7 +1001,9 @@ def reference_of(rows: Iterable[Cells], choices: Mapping[str, str] = {}) -> Opti
                 return None
             primary = first_of(system)[ID] if users and system else kept[0][ID]
             others = {
-                (row[ID], row[REFERENCE] if row == kept[0] else None) for row in users + system if row[ID] != primary
+                (row[ID], row[REFERENCE] if row == kept[0] else None)
+                for row in users + system
+                if row[ID] != primary
             }
             if others:
                 pairs[email] = primary, others
@@ -857,7 +1043,12 @@ def is_good(row: Cells) -> bool:
 def addresses(row: Cells) -> Set[str]:
     """Whose group a bad row may belong to; where cells are missing or too many, its email may be in any of them."""
     cells = row if len(row) != len(COLUMNS) else row[EMAIL : EMAIL + 1]
-    return {normal(part) for cell in cells for part in (cell, *cell.split(",")) for part in (part.replace("\0", ""),)}
+    return {
+        normal(part)
+        for cell in cells
+        for part in (cell, *cell.split(","))
+        for part in (part.replace("\0", ""),)
+    }
 
 
 COUNTS = ("0", "1", "7", "12", "007", "7.0", "12.00")
@@ -880,11 +1071,29 @@ REFERENCES = (
     "user_2 ",
     "crm",
 )
-BAD_COUNTS = ("", " ", "-1", "x", "1.5", "1e3", "0x1", "\u00b2", "nan", "1 2", "9" * 30, "1.000", "1,204")
+BAD_COUNTS = (
+    "",
+    " ",
+    "-1",
+    "x",
+    "1.5",
+    "1e3",
+    "0x1",
+    "\u00b2",
+    "nan",
+    "1 2",
+    "9" * 30,
+    "1.000",
+    "1,204",
+)
 
 contacts = st.tuples(
-    st.sampled_from([f"don:identity:dvrv-us-1:devo/SANDBOX1:revu/{number}" for number in range(1, 15)]),
-    st.sampled_from(["Ada", "Okafor, Chidi", 'Ben "B" Novak', "two\nlines", "\u5c71\u7530 \u592a\u90ce", ""]),
+    st.sampled_from(
+        [f"don:identity:dvrv-us-1:devo/SANDBOX1:revu/{number}" for number in range(1, 15)]
+    ),
+    st.sampled_from(
+        ["Ada", "Okafor, Chidi", 'Ben "B" Novak', "two\nlines", "\u5c71\u7530 \u592a\u90ce", ""]
+    ),
     st.sampled_from(EMAILS),
     st.sampled_from(REFERENCES),
     st.sampled_from(["", "Ada Reyes"]),
@@ -894,7 +1103,16 @@ contacts = st.tuples(
 )
 
 
-SOMEONE = ("don:identity:dvrv-us-1:devo/SANDBOX1:revu/99", "Eve", EVE, "REVU-99", "", "0", "2024-01-01", "")
+SOMEONE = (
+    "don:identity:dvrv-us-1:devo/SANDBOX1:revu/99",
+    "Eve",
+    EVE,
+    "REVU-99",
+    "",
+    "0",
+    "2024-01-01",
+    "",
+)
 
 
 @st.composite
@@ -902,7 +1120,11 @@ def files(draw: Any) -> List[Cells]:
     """Rows of contacts; some are there again, changed or spoilt, in any order, and lines may be blank."""
     people = draw(st.lists(contacts, min_size=1, max_size=10, unique_by=lambda row: row[ID]))
     again = st.sampled_from(people)
-    odd = draw(st.lists(st.one_of(again, again.flatmap(changed), again.flatmap(spoilt), st.just(())), max_size=3))
+    odd = draw(
+        st.lists(
+            st.one_of(again, again.flatmap(changed), again.flatmap(spoilt), st.just(())), max_size=3
+        )
+    )
     return draw(st.permutations([*people, *odd, SOMEONE]))  # type: ignore[no-any-return]
 
 
@@ -946,14 +1168,20 @@ PLAIN = Layout(range(len(COLUMNS)), "\n", False, False)
 def write(path: Path, rows: Iterable[Cells], layout: Layout) -> None:
     text = io.StringIO(newline="")
     writer = csv.writer(
-        text, lineterminator=layout.line_end, quoting=csv.QUOTE_ALL if layout.quote_all else csv.QUOTE_MINIMAL
+        text,
+        lineterminator=layout.line_end,
+        quoting=csv.QUOTE_ALL if layout.quote_all else csv.QUOTE_MINIMAL,
     )
     for row in (COLUMNS, *rows):
-        writer.writerow([row[place] for place in layout.columns] if len(row) == len(COLUMNS) else row)
+        writer.writerow(
+            [row[place] for place in layout.columns] if len(row) == len(COLUMNS) else row
+        )
     path.write_bytes(text.getvalue().encode("utf-8-sig" if layout.bom else "utf-8"))
 
 
-def outcome_of(rows: Sequence[Cells], layout: Layout = PLAIN, choices: Mapping[str, str] = {}) -> Outcome:
+def outcome_of(
+    rows: Sequence[Cells], layout: Layout = PLAIN, choices: Mapping[str, str] = {}
+) -> Outcome:
     plan = plan_of_file(rows, layout, choices)
     ids = Counter(one.id for group in plan.groups for one in group.contacts())
     assert not ids or max(ids.values()) == 1, "a contact is in two groups, or twice in one"
@@ -966,14 +1194,25 @@ def outcome_of(rows: Sequence[Cells], layout: Layout = PLAIN, choices: Mapping[s
         assert {normal(one.email) for one in skip.contacts} == {skip.email}
     for one in plan.look_alikes:
         assert len(one["emails"]) > 1
-    starts = list(accumulate((1 + "".join(row).count("\n") for row in (("",), *rows)), initial=1))[1:]
-    at = {line: row for first, last, row in zip(starts, starts[1:], rows) for line in range(first, last)}
+    starts = list(accumulate((1 + "".join(row).count("\n") for row in (("",), *rows)), initial=1))[
+        1:
+    ]
+    at = {
+        line: row
+        for first, last, row in zip(starts, starts[1:], rows)
+        for line in range(first, last)
+    }
     named = [at[bad.line] for bad in plan.invalid_rows]
-    assert [row for row in named if not is_good(row)] == [row for row in rows if row and not is_good(row)]
+    assert [row for row in named if not is_good(row)] == [
+        row for row in rows if row and not is_good(row)
+    ]
     assert [bad.line for bad in plan.invalid_rows] == sorted(bad.line for bad in plan.invalid_rows)
     return Outcome(
         {
-            group.email: (group.primary.id, {(pair.duplicate.id, pair.new_ref) for pair in group.pairs})
+            group.email: (
+                group.primary.id,
+                {(pair.duplicate.id, pair.new_ref) for pair in group.pairs},
+            )
             for group in plan.groups
         },
         {skip.email: skip.code for skip in plan.skipped},
@@ -998,21 +1237,33 @@ def test_the_order_of_the_rows_makes_no_difference(rows: List[Cells], seed: Any)
 
 @examples(150)
 @given(rows=files(), cuts=st.lists(st.integers(0, 14), max_size=4), packed=st.booleans())
-def test_the_split_into_files_makes_no_difference(rows: List[Cells], cuts: List[int], packed: bool) -> None:
+def test_the_split_into_files_makes_no_difference(
+    rows: List[Cells], cuts: List[int], packed: bool
+) -> None:
     places = [0, *sorted(cuts), len(rows)]
     with tempfile.TemporaryDirectory() as folder:
         paths = []
         for number, (start, end) in enumerate(zip(places, places[1:])):
             paths.append(Path(folder) / f"part_{number}")
-            write(paths[-1], rows[start:end], PLAIN._replace(columns=range(len(COLUMNS))[:: 1 - 2 * (number % 2)]))
+            write(
+                paths[-1],
+                rows[start:end],
+                PLAIN._replace(columns=range(len(COLUMNS))[:: 1 - 2 * (number % 2)]),
+            )
             if packed:
                 paths[-1].write_bytes(gzip.compress(paths[-1].read_bytes()))
         plan = tool.detect(tool.read_contacts(paths))
     other = plan_of_file(rows)
     assert pairs_of(plan) == pairs_of(other) and plan.contacts_read == other.contacts_read
-    assert [(skip.email, skip.code) for skip in plan.skipped] == [(skip.email, skip.code) for skip in other.skipped]
-    assert sorted(row.code for row in plan.invalid_rows) == sorted(row.code for row in other.invalid_rows)
-    assert [one["emails"] for one in plan.look_alikes] == [one["emails"] for one in other.look_alikes]
+    assert [(skip.email, skip.code) for skip in plan.skipped] == [
+        (skip.email, skip.code) for skip in other.skipped
+    ]
+    assert sorted(row.code for row in plan.invalid_rows) == sorted(
+        row.code for row in other.invalid_rows
+    )
+    assert [one["emails"] for one in plan.look_alikes] == [
+        one["emails"] for one in other.look_alikes
+    ]
     assert tool.plan_id(plan.groups) == tool.plan_id(other.groups)
 
 
@@ -1035,13 +1286,20 @@ spelled = st.tuples(
 
 @examples(300)
 @given(st.lists(st.tuples(spelled, st.sampled_from(["REVU-", "user_"])), min_size=2, max_size=6))
-def test_no_pair_joins_addresses_that_differ_in_more_than_blanks_and_ascii_case(people: List[Tuple[str, str]]) -> None:
-    rows = [contact(str(n), f"{kind}{n}", email=email.replace("\0", "")) for n, (email, kind) in enumerate(people)]
+def test_no_pair_joins_addresses_that_differ_in_more_than_blanks_and_ascii_case(
+    people: List[Tuple[str, str]],
+) -> None:
+    rows = [
+        contact(str(n), f"{kind}{n}", email=email.replace("\0", ""))
+        for n, (email, kind) in enumerate(people)
+    ]
     plan = plan_of_file([SOMEONE, *map(cells_of, rows)])
     for pair in plan.pairs():
         mine = [one for one in rows if one.id in (pair.primary.id, pair.duplicate.id)]
         assert len(mine) == 2 and len({normal(one.email) for one in mine}) == 1
-        assert {normal(one.email) for one in (pair.primary, pair.duplicate)} == {normal(mine[0].email)}
+        assert {normal(one.email) for one in (pair.primary, pair.duplicate)} == {
+            normal(mine[0].email)
+        }
     for one in plan.look_alikes:
         assert len(set(one["emails"])) > 1
 
@@ -1053,7 +1311,9 @@ def test_no_pair_joins_addresses_that_differ_in_more_than_blanks_and_ascii_case(
         st.sampled_from(EMAILS).map(normal), st.sampled_from(REFERENCES).map(str.strip), max_size=2
     ),
 )
-def test_every_choice_is_followed_or_refused_as_the_contract_says(rows: List[Cells], choices: Dict[str, str]) -> None:
+def test_every_choice_is_followed_or_refused_as_the_contract_says(
+    rows: List[Cells], choices: Dict[str, str]
+) -> None:
     expected = reference_of(rows, choices)
     if expected is not None:
         assert outcome_of(rows, PLAIN, choices) == expected
@@ -1068,11 +1328,19 @@ def test_every_choice_is_followed_or_refused_as_the_contract_says(rows: List[Cel
 def test_every_line_that_is_offered_as_a_choice_can_be_chosen(rows: List[Cells], pick: Any) -> None:
     skipped = [skip for skip in plan_of_file(rows).skipped if skip.choice_lines()]
     assert {skip.code for skip in skipped} <= {"several_user_refs", "no_user_ref"}
-    skipped = [skip for skip in skipped if len({one.external_ref for one in skip.contacts}) == len(skip.contacts)]
+    skipped = [
+        skip
+        for skip in skipped
+        if len({one.external_ref for one in skip.contacts}) == len(skip.contacts)
+    ]
     chosen = {skip.email: pick.choice(list(skip.choice_lines().items())) for skip in skipped}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "choices.csv"
-        path.write_bytes("\n".join(["EMAIL,EXTERNAL_REF", *(line for line, _ in chosen.values())]).encode("utf-8"))
+        path.write_bytes(
+            "\n".join(["EMAIL,EXTERNAL_REF", *(line for line, _ in chosen.values())]).encode(
+                "utf-8"
+            )
+        )
         choices = tool.read_choices(path)
     plan = plan_of_file(rows, choices=choices)
     assert choices == {email: one.external_ref for email, (_, one) in chosen.items()}
@@ -1091,12 +1359,20 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
 
         with pytest.raises(tool.FatalError) as stopped:
             tool.read_contacts([path], meddle())
-        assert stopped.value.exit_code == 2 and "changed while it was being read" in str(stopped.value)
+        assert stopped.value.exit_code == 2 and "changed while it was being read" in str(
+            stopped.value
+        )
 
 
 def test_of_an_email_that_is_requested_every_row_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "contacts.csv"
-    write(path, map(cells_of, [SYSTEM, contact("7", "user_7", email=EVE), contact("8", "crm", email=" F@x")]), PLAIN)
+    write(
+        path,
+        map(
+            cells_of, [SYSTEM, contact("7", "user_7", email=EVE), contact("8", "crm", email=" F@x")]
+        ),
+        PLAIN,
+    )
     assert tool.read_contacts([path]).contacts == []
     assert [one.email for one in tool.read_contacts([path], ["f@x", EVE]).contacts] == [EVE, "F@x"]
     plan = tool.detect(tool.read_contacts([path], ["f@x", EVE]))
@@ -1104,14 +1380,19 @@ def test_of_an_email_that_is_requested_every_row_is_kept(tmp_path: Path) -> None
 
 
 def test_many_contacts_are_found_among_very_many() -> None:
-    alone = [("x%d" % n, "", "x%d@example.com" % n, "REVU-%d" % n, "", "1", "2024", "") for n in range(70_000)]
+    alone = [
+        ("x%d" % n, "", "x%d@example.com" % n, "REVU-%d" % n, "", "1", "2024", "")
+        for n in range(70_000)
+    ]
     pairs = [
         ("%s%d" % (kind, n), "", "p%d@example.com" % n, "%s%d" % (kind, n), "", "1", "2024", "")
         for n in range(300)
         for kind in ("REVU-", "user_")
     ]
     found = outcome_of(pairs[:300] + alone + pairs[300:])
-    assert found.pairs == {"p%d@example.com" % n: ("REVU-%d" % n, {("user_%d" % n, "user_%d" % n)}) for n in range(300)}
+    assert found.pairs == {
+        "p%d@example.com" % n: ("REVU-%d" % n, {("user_%d" % n, "user_%d" % n)}) for n in range(300)
+    }
     assert (found.skips, found.invalid_rows, found.contacts_read) == ({}, 0, 70_600)
 
 
@@ -1190,7 +1471,9 @@ def users(**changes: Any) -> Users:
     return found
 
 
-def code_of(now: Users, listed: Iterable[Any] = (), of: Optional[Group] = None, **options: Any) -> str:
+def code_of(
+    now: Users, listed: Iterable[Any] = (), of: Optional[Group] = None, **options: Any
+) -> str:
     check = tool.check_live(of or group(), now, listed, **options)
     assert check.error is None or not check.dropped
     return check.error.code if check.error else ""
@@ -1237,10 +1520,14 @@ def test_a_second_user_contact_that_the_export_does_not_have_refuses_the_group(
         ("info@example.com", 2, "user_2", "group_changed"),
     ],
 )
-def test_the_contacts_that_devrev_lists_are_counted_again(email: str, strangers: int, chosen: str, code: str) -> None:
+def test_the_contacts_that_devrev_lists_are_counted_again(
+    email: str, strangers: int, chosen: str, code: str
+) -> None:
     ones = [contact("1", "REVU-1", email=email), contact("2", "user_2", email=email)]
     pair = Group(email, [Pair(ones[0], ones[1], "user_2")], chosen=chosen)
-    new = [live(contact(f"8{number}", f"REVU-8{number}", email=email)) for number in range(strangers)]
+    new = [
+        live(contact(f"8{number}", f"REVU-8{number}", email=email)) for number in range(strangers)
+    ]
     none = [
         {**live(contact("9", "REVU-9", email=email)), **fields}
         for fields in (
@@ -1282,23 +1569,34 @@ GONE: List[Optional[Dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("fields", GONE)
-def test_a_duplicate_that_no_longer_exists_and_is_not_needed_keeps_the_others_from_nothing(fields: Any) -> None:
+def test_a_duplicate_that_no_longer_exists_and_is_not_needed_keeps_the_others_from_nothing(
+    fields: Any,
+) -> None:
     assert dropped(users(_3=fields)) == {"3": "already_gone"}
     assert dropped(users(_3=fields), group("user")) == {"3": "already_gone"}
-    assert dropped(users(_3=fields, _1=fields), group("user")) == {"3": "already_gone", "1": "already_gone"}
+    assert dropped(users(_3=fields, _1=fields), group("user")) == {
+        "3": "already_gone",
+        "1": "already_gone",
+    }
     assert code_of(users(_3={"state": "locked"})) == "not_active"
     requested = group()
     requested.requesting = requested.pairs[1]
     requested.pairs[1].state = State.ACKNOWLEDGED
-    assert code_of(users(_3=fields), of=requested) in ("not_found", "not_active"), "it was requested: it is polled"
+    assert code_of(users(_3=fields), of=requested) in ("not_found", "not_active"), (
+        "it was requested: it is polled"
+    )
 
 
 @pytest.mark.parametrize("fields", GONE)
-def test_a_pair_that_another_folder_has_merged_is_dropped_and_its_reference_counts_as_moved(fields: Any) -> None:
+def test_a_pair_that_another_folder_has_merged_is_dropped_and_its_reference_counts_as_moved(
+    fields: Any,
+) -> None:
     merged = users(_1={"external_ref": "user_2"}, _2=fields)
     assert dropped(merged) == {"2": "already_merged"}
     assert dropped({**merged, THIRD.id: None}) == {"2": "already_merged", "3": "already_gone"}
-    assert code_of(users(_2=fields)) in ("not_found", "not_active"), "the reference is on no contact"
+    assert code_of(users(_2=fields)) in ("not_found", "not_active"), (
+        "the reference is on no contact"
+    )
     assert code_of(users(_1={"external_ref": "user_9"}, _2=fields)) in ("not_found", "not_active")
     assert code_of(users(_1={"external_ref": "user_2"})) == "external_ref_changed"
     one = group()
@@ -1380,23 +1678,44 @@ def test_an_unverified_contact_is_not_merged_into_one_that_may_be_verified(
 
 def test_the_first_code_in_a_fixed_order_counts() -> None:
     everything = users(
-        _1={"external_refs": ["crm"], "is_verified": True}, _2={"rev_org": OTHER_ORG, "is_verified": False}
+        _1={"external_refs": ["crm"], "is_verified": True},
+        _2={"rev_org": OTHER_ORG, "is_verified": False},
     )
     strangers = [live(STRANGER), live(contact("8", "user_8"))]
     steps: List[Tuple[str, Users, List[Any], str]] = [
-        ("not_found", {**everything, THIRD.id: live(THIRD, state="locked"), SYSTEM.id: None}, strangers, ""),
-        ("not_active", {**everything, THIRD.id: live(THIRD, state="locked", email="x")}, strangers, ""),
+        (
+            "not_found",
+            {**everything, THIRD.id: live(THIRD, state="locked"), SYSTEM.id: None},
+            strangers,
+            "",
+        ),
+        (
+            "not_active",
+            {**everything, THIRD.id: live(THIRD, state="locked", email="x")},
+            strangers,
+            "",
+        ),
         (
             "email_changed",
             {**everything, THIRD.id: live(THIRD, email="x"), USER.id: live(USER, external_ref="x")},
             strangers,
             "",
         ),
-        ("external_ref_changed", {**everything, THIRD.id: live(THIRD, external_ref="x")}, strangers, ""),
+        (
+            "external_ref_changed",
+            {**everything, THIRD.id: live(THIRD, external_ref="x")},
+            strangers,
+            "",
+        ),
         ("several_external_refs", everything, strangers, ""),
         ("shared_mailbox", {**everything, SYSTEM.id: live(SYSTEM)}, strangers, ""),
         ("several_user_refs", {**everything, SYSTEM.id: live(SYSTEM)}, strangers, "user_2"),
-        ("group_changed", {**everything, SYSTEM.id: live(SYSTEM)}, [live(contact("8", "REVU-8"))], "user_2"),
+        (
+            "group_changed",
+            {**everything, SYSTEM.id: live(SYSTEM)},
+            [live(contact("8", "REVU-8"))],
+            "user_2",
+        ),
         ("unverified", {**everything, SYSTEM.id: live(SYSTEM)}, [], ""),
         ("different_rev_org", users(_2={"rev_org": OTHER_ORG}), [], ""),
     ]
@@ -1429,27 +1748,59 @@ HISTORY: List[Tuple[List[Tuple[Any, ...]], Optional[str]]] = [
     ([("eve@example.com", ("1", "9"), "undone")], None),
     ([("eve@example.com", ("9", "1"), "undone"), ("eve@example.com", ("8", "2"), "undone")], None),
     ([("eve@example.com", ("1", "0"), "undone", "2")], "undone"),  # 2 was created by the undo
-    ([("eve@example.com", ("1", "00"), "undone", "0"), ("eve@example.com", ("1", "0"), "undone", "2")], "undone"),
-    ([("eve@example.com", ("7", "0"), "undone", "2"), ("eve@example.com", ("1", "0"), "cancelled")], "cancelled"),
-    ([("ada@example.com", ("1", "2"), "cancelled"), ("ada@example.com", ("1", "3"), "undone")], "undone"),
+    (
+        [
+            ("eve@example.com", ("1", "00"), "undone", "0"),
+            ("eve@example.com", ("1", "0"), "undone", "2"),
+        ],
+        "undone",
+    ),
+    (
+        [
+            ("eve@example.com", ("7", "0"), "undone", "2"),
+            ("eve@example.com", ("1", "0"), "cancelled"),
+        ],
+        "cancelled",
+    ),
+    (
+        [("ada@example.com", ("1", "2"), "cancelled"), ("ada@example.com", ("1", "3"), "undone")],
+        "undone",
+    ),
     ([("eve@example.com", ("1", "2"), "undone", "2")], "undone"),
-    ([("eve@example.com", ("1", "2"), "undone", "3"), ("eve@example.com", ("1", "3"), "undone", "2")], "undone"),
+    (
+        [
+            ("eve@example.com", ("1", "2"), "undone", "3"),
+            ("eve@example.com", ("1", "3"), "undone", "2"),
+        ],
+        "undone",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("rows", "code"), HISTORY)
-def test_what_was_undone_or_cancelled_is_not_repeated_unnamed(rows: List[Tuple[Any, ...]], code: Optional[str]) -> None:
+def test_what_was_undone_or_cancelled_is_not_repeated_unnamed(
+    rows: List[Tuple[Any, ...]], code: Optional[str]
+) -> None:
     def don(key: str) -> str:
         return contact(key, "").id if key else ""
 
     history = []
     for email, (primary, duplicate), what, *new in rows:
-        pair = Pair(contact(primary, "", email=email), contact(duplicate, "", email=email), None, State(what))
+        pair = Pair(
+            contact(primary, "", email=email),
+            contact(duplicate, "", email=email),
+            None,
+            State(what),
+        )
         if what == "undone":
-            pair.undo = tool.UndoProgress("backups", "done", "", 1, contact=don(new[0] if new else ""))
+            pair.undo = tool.UndoProgress(
+                "backups", "done", "", 1, contact=don(new[0] if new else "")
+            )
         history.append(pair)
     for order in (history, history[::-1]):
-        assert tool.blocked_by_history([group()], order) == ({"ada@example.com": code} if code else {})
+        assert tool.blocked_by_history([group()], order) == (
+            {"ada@example.com": code} if code else {}
+        )
 
 
 @pytest.mark.parametrize(
@@ -1463,13 +1814,17 @@ def test_what_was_undone_or_cancelled_is_not_repeated_unnamed(rows: List[Tuple[A
         (1, 0, False, False),
     ],
 )
-def test_counts_are_compared_as_the_policy_says(exported: int, found: int, exact: bool, at_least: bool) -> None:
+def test_counts_are_compared_as_the_policy_says(
+    exported: int, found: int, exact: bool, at_least: bool
+) -> None:
     one = contact("1", "REVU-1", exported)
     for policy, passes in (("exact", exact), ("at-least", at_least)):
         problem = tool.count_error(one, found, policy)
         assert (problem is None) == passes
         assert problem is None or (
-            problem.code == "count_mismatch" and str(found) in str(problem) and str(exported) in str(problem)
+            problem.code == "count_mismatch"
+            and str(found) in str(problem)
+            and str(exported) in str(problem)
         )
 
 
@@ -1504,7 +1859,13 @@ any_text = st.one_of(
         max_size=6,
     ).map("".join),
 )
-DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "lpt") for digit in range(10))}
+DEVICES = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{port}{digit}" for port in ("com", "lpt") for digit in range(10)),
+}
 
 
 @examples(400)
@@ -1562,7 +1923,11 @@ def test_an_ordinary_email_is_its_own_name() -> None:
 
 @examples(400)
 @given(any_text)
-@example("".join(map(chr, [*range(0x20), *range(0x7F, 0xA1), *range(0x200B, 0x2010), *range(0x2028, 0x202F)])))
+@example(
+    "".join(
+        map(chr, [*range(0x20), *range(0x7F, 0xA1), *range(0x200B, 0x2010), *range(0x2028, 0x202F)])
+    )
+)
 @example("\u2066\u2067\u2068\u2069\ufeff\u061c\ud800\udfff\U000e0041")
 def test_nothing_that_a_terminal_could_act_on_survives(text: str) -> None:
     shown = tool.escape_unprintable(text)
@@ -1576,8 +1941,12 @@ def test_nothing_that_a_terminal_could_act_on_survives(text: str) -> None:
 @given(any_text)
 @example("</script><script>alert(1)</script><!-- & \u2028\u2029")
 def test_json_in_a_page_stays_json_and_ends_no_script(text: str) -> None:
-    escaped = tool.for_script(json.dumps({text: text}, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-    assert not [mark for mark in ("<", ">", "&", "\u2028", "\u2029") if mark.encode("utf-8") in escaped]
+    escaped = tool.for_script(
+        json.dumps({text: text}, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    )
+    assert not [
+        mark for mark in ("<", ">", "&", "\u2028", "\u2029") if mark.encode("utf-8") in escaped
+    ]
     assert json.loads(escaped.decode("utf-8", "surrogatepass")) == {text: text}
 
 
@@ -1627,6 +1996,12 @@ def test_a_base_url_that_would_give_the_token_away_is_refused(url: str) -> None:
 
 
 def test_a_base_url_with_an_unlikely_host_never_raises_anything_else() -> None:
-    for url in ("https://\u2100.example.com", "https://a b", "https://exa\tmple.com", "https://[::1]]", "\ud800"):
+    for url in (
+        "https://\u2100.example.com",
+        "https://a b",
+        "https://exa\tmple.com",
+        "https://[::1]]",
+        "\ud800",
+    ):
         with contextlib.suppress(tool.FatalError):
             tool.check_base_url(url)

@@ -21,7 +21,9 @@ import merge_contacts as tool
 from tests.sandbox import Fault, Organisation, Sandbox
 from tests.support import COLUMNS, Row, Workplace, assert_merged, diagonal, export_row, pair
 
-posix = pytest.mark.skipif(os.name == "nt", reason="signals are not sent to Windows programs like this")
+posix = pytest.mark.skipif(
+    os.name == "nt", reason="signals are not sent to Windows programs like this"
+)
 ORG = "example.org"
 
 
@@ -38,9 +40,13 @@ def seeded() -> Organisation:
             organisation.add_contact(f"D{number}", email, f"user_{number}"),
         )
         for one in both * chance.randint(0, 2):
-            organisation.add_work(owned_by=[one], created_by=both[0], reported_by=both, kind="issue")
+            organisation.add_work(
+                owned_by=[one], created_by=both[0], reported_by=both, kind="issue"
+            )
     for index in range(120):  # more than a page, in one role
-        organisation.add_work(reported_by=[organisation.don("identity", "revu", "P7")], title=f"More {index}")
+        organisation.add_work(
+            reported_by=[organisation.don("identity", "revu", "P7")], title=f"More {index}"
+        )
     for number in range(6):
         organisation.add_contact(f"M{number}", "front.desk@example.com", f"user_m{number}")
     organisation.add_contact("L1", "gone@example.com", "user_l1", state="locked")
@@ -55,25 +61,38 @@ def seeded() -> Organisation:
     while len(organisation.contacts) < 388:
         number = len(organisation.contacts)
         domain = ORG if number % 3 else "example.com"
-        organisation.add_contact(f"S{number}", f"single{number}@{domain}", f"user_s{number}" if number % 2 else None)
+        organisation.add_contact(
+            f"S{number}", f"single{number}@{domain}", f"user_s{number}" if number % 2 else None
+        )
     return organisation
 
 
 def warehouse(organisation: Organisation, domains: Sequence[str] = ()) -> List[Row]:
     """What the README's query selects, of emails that recur among what it selects."""
-    rows = [export_row(organisation, one) for one, user in organisation.contacts.items() if user.get("email")]
+    rows = [
+        export_row(organisation, one)
+        for one, user in organisation.contacts.items()
+        if user.get("email")
+    ]
     endings = tuple(f"@{domain}" for domain in domains) or ("",)
     rows = [row for row in rows if row["EXTERNAL_REF"].startswith(("REVU-", "user_"))]
     rows = [row for row in rows if row["EMAIL"].lower().endswith(endings)]
     times = Counter(row["EMAIL"].lower() for row in rows)
-    return [{name: str(row[name]) for name in COLUMNS} for row in rows if times[row["EMAIL"].lower()] > 1]
+    return [
+        {name: str(row[name]) for name in COLUMNS}
+        for row in rows
+        if times[row["EMAIL"].lower()] > 1
+    ]
 
 
 def rows_of(path: Path) -> List[Dict[str, str]]:
     """What a spreadsheet shows of a file: the byte order mark and the apostrophe before a formula are not in the cells."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
-    return [{name: re.sub(r"^'(?='*[=+\-@\t\r])", "", cell) for name, cell in row.items()} for row in rows]
+    return [
+        {name: re.sub(r"^'(?='*[=+\-@\t\r])", "", cell) for name, cell in row.items()}
+        for row in rows
+    ]
 
 
 def by_id(rows: Sequence[Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
@@ -93,18 +112,28 @@ def test_an_export_is_what_the_warehouse_gives_and_a_run_on_it_merges_every_pair
         assert {one.endpoint for one in sandbox.requests} == {"rev-users.list", "works.list"}
         emails = [row["EMAIL"].lower() for row in rows_of(place.csv)]
         assert emails == sorted(emails)
-        assert {"388", "88", "42", str(len(sandbox.requests))} <= set(re.findall(r"\d+", result.out))
+        assert {"388", "88", "42", str(len(sandbox.requests))} <= set(
+            re.findall(r"\d+", result.out)
+        )
         assert "--csv contacts.csv --preview" in result.err
         if os.name != "nt":
             assert place.csv.stat().st_mode & 0o777 == 0o600
         report = place.run(sandbox, "--yes", check=0).report
     assert (report["summary"]["successful_merges"], report["summary"]["skipped_groups"]) == (40, 2)
     don = seeded.don
-    assert_merged(seeded, [(don("identity", "revu", f"P{n}"), don("identity", "revu", f"D{n}")) for n in range(1, 41)])
+    assert_merged(
+        seeded,
+        [
+            (don("identity", "revu", f"P{n}"), don("identity", "revu", f"D{n}"))
+            for n in range(1, 41)
+        ],
+    )
 
 
 @pytest.mark.parametrize("domains", [[], [ORG], ["example.com"], ["com"], ["nowhere.example"]])
-def test_only_emails_of_the_domains_are_exported(place: Workplace, seeded: Organisation, domains: List[str]) -> None:
+def test_only_emails_of_the_domains_are_exported(
+    place: Workplace, seeded: Organisation, domains: List[str]
+) -> None:
     options = [word for domain in domains for word in ("--domain", domain)]
     with Sandbox(seeded) as sandbox:
         result = place.run(sandbox, "--export", "contacts.csv", *options, check=0)
@@ -132,12 +161,17 @@ def test_an_export_is_the_same_whatever_it_has_to_go_through(
     assert by_id(rows_of(place.csv)) == by_id(warehouse(seeded))
 
 
-def test_a_contact_that_the_list_shows_twice_is_one_contact(place: Workplace, seeded: Organisation) -> None:
+def test_a_contact_that_the_list_shows_twice_is_one_contact(
+    place: Workplace, seeded: Organisation
+) -> None:
     def again(content: Any) -> Any:
         shown = content["rev_users"]
         return {
             **content,
-            "rev_users": [*shown, *({**user, "modified_date": "2026-01-01T00:00:00.000Z"} for user in shown)],
+            "rev_users": [
+                *shown,
+                *({**user, "modified_date": "2026-01-01T00:00:00.000Z"} for user in shown),
+            ],
         }
 
     expected = [{**row, "UPDATED_AT": "2026-01-01T00:00:00.000Z"} for row in warehouse(seeded)]
@@ -177,7 +211,10 @@ def test_whatever_a_contact_is_called_comes_back_from_the_file(place: Workplace)
 
 
 cells = st.text(
-    st.one_of(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), st.sampled_from("'=+-@\t\r\n\"")),
+    st.one_of(
+        st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]),
+        st.sampled_from("'=+-@\t\r\n\""),
+    ),
     max_size=6,
 )
 people = st.builds(
@@ -185,7 +222,13 @@ people = st.builds(
     id=st.integers(0, 99).map("don:identity:dvrv-us-1:devo/SANDBOX1:revu/{}".format),
     display_name=cells,
     email=st.sampled_from(
-        ["ada@example.com", "=1@example.com", "-ada@example.com", "'=x@example.com", "stra\u00dfe@x"]
+        [
+            "ada@example.com",
+            "=1@example.com",
+            "-ada@example.com",
+            "'=x@example.com",
+            "stra\u00dfe@x",
+        ]
     ),
     external_ref=st.sampled_from(["REVU-1", "user_1", "=cmd", "'+1", "@x"]),
     full_name=cells,
@@ -201,7 +244,9 @@ def test_what_an_export_writes_reads_back_as_it_was(rows: List[tool.Contact]) ->
     content = b"".join(tool.csv_chunks(COLUMNS, (map(str, astuple(one)) for one in rows)))
     assert content.startswith(b"\xef\xbb\xbf")
     for line in csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")):
-        assert not any(cell.startswith(tuple("=+-@\t\r")) for cell in line), "a spreadsheet takes it for a formula"
+        assert not any(cell.startswith(tuple("=+-@\t\r")) for cell in line), (
+            "a spreadsheet takes it for a formula"
+        )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "contacts.csv"
         path.write_bytes(content)
@@ -220,10 +265,19 @@ def test_deleted_and_merged_contacts_are_left_out_and_look_alikes_are_not(place:
         made.add_contact(key, email, **fields)
     with Sandbox(made) as sandbox:
         place.run(sandbox, "--export", "contacts.csv", check=0)
-    assert sorted(row["REV_USER_ID"].rpartition("/")[2] for row in rows_of(place.csv)) == ["A1", "A2", "L1", "S1", "S2"]
+    assert sorted(row["REV_USER_ID"].rpartition("/")[2] for row in rows_of(place.csv)) == [
+        "A1",
+        "A2",
+        "L1",
+        "S1",
+        "S2",
+    ]
     plan = json.loads(place.run(None, "--preview", "--json", check=0).out)
     (found,) = plan["look_alikes"]
-    assert found["emails"] == ["strasse@example.com", "stra\u00dfe@example.com"] and len(found["lines"]) == 2
+    assert (
+        found["emails"] == ["strasse@example.com", "stra\u00dfe@example.com"]
+        and len(found["lines"]) == 2
+    )
 
 
 def test_an_export_counts_what_the_integrity_check_counts(place: Workplace) -> None:
@@ -236,12 +290,16 @@ def test_an_export_counts_what_the_integrity_check_counts(place: Workplace) -> N
         place.run(sandbox, "--export", "contacts.csv", check=0)
         assert sorted(row["TICKET_COUNT"] for row in rows_of(place.csv)) == ["1", "2"]
         (entry,) = place.run(sandbox, check=0).report["successful_merges"]
-    manifest = json.loads((place.folder / entry["backup"] / "manifest.json").read_text(encoding="utf-8"))
+    manifest = json.loads(
+        (place.folder / entry["backup"] / "manifest.json").read_text(encoding="utf-8")
+    )
     assert {"ticket", "issue", "task"} <= set(manifest["work_kinds"])
     assert_merged(organisation, [both])
 
 
-def test_an_empty_file_that_a_kill_has_left_is_replaced(place: Workplace, seeded: Organisation) -> None:
+def test_an_empty_file_that_a_kill_has_left_is_replaced(
+    place: Workplace, seeded: Organisation
+) -> None:
     place.csv.write_bytes(b"")
     with Sandbox(seeded) as sandbox:
         place.run(sandbox, "--export", "contacts.csv", check=0)
@@ -249,7 +307,9 @@ def test_an_empty_file_that_a_kill_has_left_is_replaced(place: Workplace, seeded
         place.run(sandbox, "--export", "contacts.csv", check=2)
 
 
-@pytest.mark.parametrize("error", [PermissionError(1, "x"), OSError(95, "x"), NotImplementedError(), None])
+@pytest.mark.parametrize(
+    "error", [PermissionError(1, "x"), OSError(95, "x"), NotImplementedError(), None]
+)
 def test_a_new_file_never_takes_the_place_of_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any
 ) -> None:
@@ -280,7 +340,15 @@ def in_the_way(place: Workplace, what: str) -> str:
 
 @posix
 @pytest.mark.parametrize(
-    "path", ["taken/file.csv", "taken", "link", "missing/new.csv", "taken/file.csv/new.csv", "locked/new.csv"]
+    "path",
+    [
+        "taken/file.csv",
+        "taken",
+        "link",
+        "missing/new.csv",
+        "taken/file.csv/new.csv",
+        "locked/new.csv",
+    ],
 )
 def test_a_path_that_can_not_be_written_is_refused_before_any_request(
     place: Workplace, seeded: Organisation, path: str
@@ -297,10 +365,16 @@ def test_a_path_that_can_not_be_written_is_refused_before_any_request(
 def left(place: Workplace) -> Dict[str, str]:
     """All files but the logs."""
     files = {path.relative_to(place.folder).as_posix(): path for path in place.files()}
-    return {name: path.read_text(encoding="utf-8") for name, path in files.items() if not name.startswith("logs/")}
+    return {
+        name: path.read_text(encoding="utf-8")
+        for name, path in files.items()
+        if not name.startswith("logs/")
+    }
 
 
-def test_a_file_that_appears_meanwhile_is_left_as_it_is(place: Workplace, seeded: Organisation) -> None:
+def test_a_file_that_appears_meanwhile_is_left_as_it_is(
+    place: Workplace, seeded: Organisation
+) -> None:
     def look(stage: str, request: Any) -> None:
         if request.endpoint == "works.list":
             place.csv.write_text("somebody's", encoding="utf-8")
@@ -312,9 +386,12 @@ def test_a_file_that_appears_meanwhile_is_left_as_it_is(place: Workplace, seeded
 
 @posix
 @pytest.mark.parametrize(
-    "name, at", diagonal(("SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"), ("rev-users.list", "works.list"))
+    "name, at",
+    diagonal(("SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"), ("rev-users.list", "works.list")),
 )
-def test_an_interrupted_export_leaves_nothing(place: Workplace, seeded: Organisation, name: str, at: str) -> None:
+def test_an_interrupted_export_leaves_nothing(
+    place: Workplace, seeded: Organisation, name: str, at: str
+) -> None:
     code = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "SIGKILL": -9}[name]
     process: List[Any] = []
 
@@ -322,7 +399,9 @@ def test_an_interrupted_export_leaves_nothing(place: Workplace, seeded: Organisa
         if stage == "before" and request.endpoint == at and process:
             process.pop().send_signal(getattr(signal, name))
 
-    with Sandbox(seeded, on_request=look, latency=0.1, faults=[Fault("hang", at, skip=1, detail=30)]) as sandbox:
+    with Sandbox(
+        seeded, on_request=look, latency=0.1, faults=[Fault("hang", at, skip=1, detail=30)]
+    ) as sandbox:
         started = place.start(sandbox, "--export", "contacts.csv")
         process.append(started)
         _, err = started.communicate(timeout=20)
@@ -373,13 +452,20 @@ def test_an_export_goes_with_no_other_mode(
     assert place.files() == []
 
 
-def test_a_domain_without_an_export_and_an_export_without_a_token_do_nothing(place: Workplace) -> None:
+def test_a_domain_without_an_export_and_an_export_without_a_token_do_nothing(
+    place: Workplace,
+) -> None:
     assert "--domain goes with --export" in place.run(None, "--domain", "example.com", check=2).err
-    assert "DEVREV_API_TOKEN" in place.run(None, "--export", "new.csv", check=2, DEVREV_API_TOKEN="").err
+    assert (
+        "DEVREV_API_TOKEN"
+        in place.run(None, "--export", "new.csv", check=2, DEVREV_API_TOKEN="").err
+    )
     assert left(place) == {}
 
 
-def test_a_quiet_export_says_what_it_did_and_no_more(place: Workplace, seeded: Organisation) -> None:
+def test_a_quiet_export_says_what_it_did_and_no_more(
+    place: Workplace, seeded: Organisation
+) -> None:
     with Sandbox(seeded) as sandbox:
         result = place.run(sandbox, "--export", "contacts.csv", "--quiet", check=0)
     assert result.err == "" and "--preview" not in result.out and len(result.out.splitlines()) == 3

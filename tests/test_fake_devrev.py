@@ -57,7 +57,9 @@ class Played:
             body["cursor"] = content["next_cursor"]
 
     def merge(self) -> int:
-        return self.ask("rev-users.merge", primary_user=self.primary, secondary_user=self.duplicate)[0]
+        return self.ask(
+            "rev-users.merge", primary_user=self.primary, secondary_user=self.duplicate
+        )[0]
 
     def take_reference(self) -> int:
         return self.ask("rev-users.update", id=self.primary, external_ref=DUPLICATE_REFERENCE)[0]
@@ -79,8 +81,13 @@ def test_a_merge_happens_at_its_time_and_the_reference_is_free_from_then_on(play
     played.now += 4.75
     assert played.take_reference() == 200 and played.listed() == [played.primary]
     assert played.organisation.merge_times == {played.duplicate: 1000.3}
-    assert played.organisation.reference_times[played.primary] == [(LONG_AGO, "REVU-P1"), (1005.0, "user_1")]
-    assert [(request.started, request.status) for request in played.world.requests][-2:] == [(1005.0, 200)] * 2
+    assert played.organisation.reference_times[played.primary] == [
+        (LONG_AGO, "REVU-P1"),
+        (1005.0, "user_1"),
+    ]
+    assert [(request.started, request.status) for request in played.world.requests][-2:] == [
+        (1005.0, 200)
+    ] * 2
 
 
 def test_a_reference_may_be_let_go_late_or_never(played: Played) -> None:
@@ -119,7 +126,9 @@ def test_what_a_merge_request_is_told_and_what_becomes_of_it(
     played.world.faults = []
     played.now += 600
     played.world.catch_up()
-    assert played.organisation.merges == ([] if delay is None else [(played.primary, played.duplicate)])
+    assert played.organisation.merges == (
+        [] if delay is None else [(played.primary, played.duplicate)]
+    )
 
 
 def test_a_request_for_a_merge_that_is_pending_may_be_refused(played: Played) -> None:
@@ -146,12 +155,19 @@ def test_who_a_merged_contact_is(gone: str) -> None:
         assert (contact["id"], contact["state"]) == {
             "state": (played.duplicate, "deleted"), "primary": (played.primary, "active")
         }[gone]  # fmt: skip
-    assert played.ask("rev-users.merge", primary_user=played.primary, secondary_user=played.duplicate)[0] == 404
+    assert (
+        played.ask("rev-users.merge", primary_user=played.primary, secondary_user=played.duplicate)[
+            0
+        ]
+        == 404
+    )
 
 
 def test_lists_lag_behind_everything_that_changes(played: Played) -> None:
     organisation, world = played.organisation, played.world
-    owned = [work["id"] for work in played.ask("works.list", owned_by=[played.duplicate])[1]["works"]]
+    owned = [
+        work["id"] for work in played.ask("works.list", owned_by=[played.duplicate])[1]["works"]
+    ]
     talks = len(played.ask("conversations.list", members=[played.duplicate])[1]["conversations"])
     assert owned and talks == 1
     world.list_lag = 12
@@ -160,9 +176,17 @@ def test_lists_lag_behind_everything_that_changes(played: Played) -> None:
     organisation.delete_work(owned[0])
     new = organisation.visit("person1@example.com", DUPLICATE_REFERENCE)
     assert played.listed() == [played.primary, played.duplicate]
-    assert [work["id"] for work in played.ask("works.list", owned_by=[played.duplicate])[1]["works"]] == owned
-    assert len(played.ask("conversations.list", members=[played.duplicate])[1]["conversations"]) == talks
-    assert played.ask("works.get", id=owned[0])[0] == 404 and played.ask("rev-users.get", id=played.duplicate)[0] == 404
+    assert [
+        work["id"] for work in played.ask("works.list", owned_by=[played.duplicate])[1]["works"]
+    ] == owned
+    assert (
+        len(played.ask("conversations.list", members=[played.duplicate])[1]["conversations"])
+        == talks
+    )
+    assert (
+        played.ask("works.get", id=owned[0])[0] == 404
+        and played.ask("rev-users.get", id=played.duplicate)[0] == 404
+    )
     played.now += 12
     assert played.listed() == [played.primary, new]
     assert played.ask("works.list", owned_by=[played.duplicate])[1] == {"works": []}
@@ -179,7 +203,10 @@ def test_a_list_is_found_whatever_way_an_object_was_changed(played: Played) -> N
     assert played.listed() == [played.primary]
     del played.organisation.contacts[played.duplicate]
     contact["email"] = "person1@example.com"
-    assert played.listed() == [played.primary] and played.ask("rev-users.get", id=played.duplicate)[0] == 404
+    assert (
+        played.listed() == [played.primary]
+        and played.ask("rev-users.get", id=played.duplicate)[0] == 404
+    )
 
 
 def test_pages_continue_where_they_were_while_objects_come_and_go() -> None:
@@ -197,7 +224,9 @@ def test_pages_continue_where_they_were_while_objects_come_and_go() -> None:
     assert seen == [played.primary, played.duplicate, *people]
 
 
-def test_the_application_makes_a_contact_only_where_no_contact_holds_the_reference(played: Played) -> None:
+def test_the_application_makes_a_contact_only_where_no_contact_holds_the_reference(
+    played: Played,
+) -> None:
     organisation = played.organisation
     assert organisation.visit("person1@example.com", DUPLICATE_REFERENCE) == played.duplicate
     played.merge()
@@ -209,8 +238,14 @@ def test_the_application_makes_a_contact_only_where_no_contact_holds_the_referen
     assert organisation.visit("person1@example.com", DUPLICATE_REFERENCE) == new
 
 
-def test_a_contact_is_made_unless_its_reference_its_email_or_a_field_is_refused(played: Played) -> None:
-    given = {"email": "person1@example.com", "external_ref": "user_new", "phone_numbers": ["+4930123456"]}
+def test_a_contact_is_made_unless_its_reference_its_email_or_a_field_is_refused(
+    played: Played,
+) -> None:
+    given = {
+        "email": "person1@example.com",
+        "external_ref": "user_new",
+        "phone_numbers": ["+4930123456"],
+    }
     status, answer = played.ask("rev-users.create", **given)
     assert status == 201 and {**answer["rev_user"], **given} == answer["rev_user"]
     assert played.ask("rev-users.create", **given)[0] == 409
@@ -228,7 +263,10 @@ def test_a_token_may_not_do_everything() -> None:
     played = Played(forbidden=("*.update", "rev-users.create"))
     assert played.take_reference() == 403 and played.ask("rev-users.create")[0] == 403
     assert played.merge() == 200
-    assert played.world.respond("nothing.get", {}, played.world.token).payload == b'{"message": "route not found"}'
+    assert (
+        played.world.respond("nothing.get", {}, played.world.token).payload
+        == b'{"message": "route not found"}'
+    )
     assert played.world.respond("rev-users.list", {}, "another").status == 401
 
 
@@ -249,7 +287,9 @@ def test_lists_without_an_end_bring_nothing_new(played: Played) -> None:
     played.world.faults = [Fault("endless")]
     first = played.ask("rev-users.list")[1]
     second = played.ask("rev-users.list", cursor=first["next_cursor"])[1]
-    assert first["rev_users"] == second["rev_users"] and first["next_cursor"] != second["next_cursor"]
+    assert (
+        first["rev_users"] == second["rev_users"] and first["next_cursor"] != second["next_cursor"]
+    )
     played.world.faults = [Fault("endless", detail="empty")]
     assert played.ask("rev-users.list")[1]["rev_users"] == []
 
@@ -286,16 +326,23 @@ def test_answers_over_http_that_drip_come_late_or_lie_deep() -> None:
         ),
     ],
 )
-def test_an_organisation_grows_from_an_export_of_either_form(tmp_path: Any, header: str, values: str) -> None:
+def test_an_organisation_grows_from_an_export_of_either_form(
+    tmp_path: Any, header: str, values: str
+) -> None:
     path = tmp_path / "contacts.csv"
     path.write_text(f"{header}\n{values}\n", encoding="utf-8")
     organisation = Organisation.from_csv(path)
     (contact,) = organisation.contacts.values()
-    assert contact["id"] == "don:identity:dvrv-us-1:devo/ORG:revu/7" and contact["external_ref"] == "user_7"
+    assert (
+        contact["id"] == "don:identity:dvrv-us-1:devo/ORG:revu/7"
+        and contact["external_ref"] == "user_7"
+    )
     assert contact["created_date"] == "2023-01-09T09:30:00.000Z"
     assert contact["phone_numbers"] and contact["description"]
     if "FULL_NAME" in header:
-        assert contact["rev_org"]["display_id"] == "REV-ACME" and contact["full_name"] == "Ada Reyes"
+        assert (
+            contact["rev_org"]["display_id"] == "REV-ACME" and contact["full_name"] == "Ada Reyes"
+        )
         assert contact["modified_date"] == "2024-01-09T09:30:00.000Z"
     else:
         assert contact["rev_org"]["display_id"] == "REV-NORTH"
@@ -327,13 +374,20 @@ def test_switches_are_known_by_name_and_take_no_value_that_means_nothing(played:
             Played(**{name: "perhaps"})
 
 
-@pytest.mark.parametrize(("form", "is_verified"), [("hidden", ()), ("shown", (True, False)), ("null", (None, None))])
+@pytest.mark.parametrize(
+    ("form", "is_verified"), [("hidden", ()), ("shown", (True, False)), ("null", (None, None))]
+)
 def test_answers_show_who_is_verified_or_do_not(form: str, is_verified: Any) -> None:
     played = Played(verified_shown=form)
     played.organisation.unverified.add(played.duplicate)
     (listed,) = (played.ask("rev-users.list")[1]["rev_users"],)
-    got = [played.ask("rev-users.get", id=one)[1]["rev_user"] for one in (played.primary, played.duplicate)]
-    assert listed == got and [one["is_verified"] for one in got if "is_verified" in one] == list(is_verified)
+    got = [
+        played.ask("rev-users.get", id=one)[1]["rev_user"]
+        for one in (played.primary, played.duplicate)
+    ]
+    assert listed == got and [one["is_verified"] for one in got if "is_verified" in one] == list(
+        is_verified
+    )
     made = played.ask("rev-users.create", email="new@example.com")[1]["rev_user"]
     assert made.get("is_verified") is (True if form == "shown" else None)
     assert "is_verified" not in played.organisation.contacts[played.primary]
@@ -342,7 +396,9 @@ def test_answers_show_who_is_verified_or_do_not(form: str, is_verified: Any) -> 
 def test_answers_may_show_it_contact_by_contact() -> None:
     played = Played(verified_shown="mixed")
     played.organisation.add_contact("3", "three@example.com", verified=False)
-    shown = [one.get("is_verified", "hidden") for one in played.ask("rev-users.list")[1]["rev_users"]]
+    shown = [
+        one.get("is_verified", "hidden") for one in played.ask("rev-users.list")[1]["rev_users"]
+    ]
     assert shown == [True, "hidden", None]
 
 
@@ -350,7 +406,9 @@ def test_the_list_of_the_unverified(played: Played) -> None:
     widget = played.organisation.new_contact("person1@example.com", "user_w", verified=False)
     both = {True: [played.primary, played.duplicate], False: [widget]}
     for value, ids in both.items():
-        assert played.pages("rev-users.list", "rev_users", is_verified=value, limit=1) == [[one] for one in ids]
+        assert played.pages("rev-users.list", "rev_users", is_verified=value, limit=1) == [
+            [one] for one in ids
+        ]
     assert played.ask("rev-users.list", is_verified="no")[1]["type"] == "unexpected_json_type"
     for status in ("400", "403"):
         played.world.verified_filter = status
@@ -360,10 +418,14 @@ def test_the_list_of_the_unverified(played: Played) -> None:
 
 @pytest.mark.parametrize("manner", World.CHOICES["unverified_merge"])
 @pytest.mark.parametrize("unverified", ["neither", "duplicate", "primary", "both"])
-def test_an_unverified_contact_may_not_be_merged_into_a_verified_one(manner: str, unverified: str) -> None:
+def test_an_unverified_contact_may_not_be_merged_into_a_verified_one(
+    manner: str, unverified: str
+) -> None:
     played = Played(**{"verified_merge" if unverified == "primary" else "unverified_merge": manner})
     ids = {"primary": played.primary, "duplicate": played.duplicate}
-    played.organisation.unverified = {one for name, one in ids.items() if unverified in (name, "both")}
+    played.organisation.unverified = {
+        one for name, one in ids.items() if unverified in (name, "both")
+    }
     free = unverified in ("neither", "both") or manner == "works"
     assert played.merge() == (200 if free or manner == "never" else int(manner))
     played.now += 1000
@@ -406,7 +468,9 @@ def test_whom_the_application_makes_is_verified_or_not(played: Played) -> None:
 )  # fmt: skip
 def test_a_merge_is_acknowledged_in_several_forms(form: str, status: int, payload: bytes) -> None:
     played = Played(merge_answer=form)
-    answer = played.answer("rev-users.merge", primary_user=played.primary, secondary_user=played.duplicate)
+    answer = played.answer(
+        "rev-users.merge", primary_user=played.primary, secondary_user=played.duplicate
+    )
     assert (answer.status, answer.payload) == (status, payload)
     played.world.settle()
     assert len(played.organisation.merges) == 1
@@ -427,7 +491,9 @@ def test_a_poll_may_tell_nothing_for_good_while_lists_tell_the_truth(manner: str
         elif manner in ("hang", "drip"):
             assert answer.manner == manner and answer.seconds > 0
         else:
-            assert answer.status == {"shape": 200, "empty": 200}.get(manner) or answer.status == int(manner[:3])
+            assert answer.status == {"shape": 200, "empty": 200}.get(
+                manner
+            ) or answer.status == int(manner[:3])
             assert b"not_found" not in answer.payload
     assert played.ask("rev-users.get", id=played.primary)[0] == 200
     assert played.listed() == [played.primary] and played.take_reference() == 200
@@ -438,14 +504,19 @@ def test_each_merged_contact_may_answer_in_a_way_of_its_own(played: Played) -> N
     played.world.gone_of[played.duplicate] = "403"
     for one in (played.duplicate, other):
         played.organisation.merge(played.primary, one)
-    assert [played.answer("rev-users.get", id=one).status for one in (played.duplicate, other)] == [403, 404]
+    assert [played.answer("rev-users.get", id=one).status for one in (played.duplicate, other)] == [
+        403,
+        404,
+    ]
     assert set(ODD_POLLS) < set(World.ODD)
 
 
 def test_a_redirect_may_lead_nowhere() -> None:
     played = Played(gone="301", location="http://[nowhere")
     played.organisation.merge(played.primary, played.duplicate)
-    assert played.answer("rev-users.get", id=played.duplicate).headers["Location"] == "http://[nowhere"
+    assert (
+        played.answer("rev-users.get", id=played.duplicate).headers["Location"] == "http://[nowhere"
+    )
     played.world.faults = [Fault("redirect", detail="\\\\")]
     answer = played.answer("rev-users.get", id=played.primary)
     assert (answer.status, answer.headers["Location"]) == (301, "\\\\")
@@ -459,7 +530,10 @@ def test_pages_without_items_are_no_end(played: Played) -> None:
     played.world.empty_pages = 2
     assert played.pages(*ask, object=work, limit=3) == [[], [], entries[:3], [], [], entries[3:]]
     assert [] not in played.pages("works.list", "works", limit=1)
-    played.world.thin_lists, played.world.empty_pages = ("works.*",), lambda endpoint, position: position % 2
+    played.world.thin_lists, played.world.empty_pages = (
+        ("works.*",),
+        lambda endpoint, position: position % 2,
+    )
     works = list(played.organisation.works)
     assert played.pages(*ask, object=work) == [entries]
     pages = played.pages("works.list", "works", limit=1)
@@ -480,7 +554,9 @@ def test_pages_may_be_short_and_the_last_one_empty(played: Played) -> None:
 def test_a_list_without_an_end_may_have_one_cursor(played: Played) -> None:
     played.world.faults = [Fault("endless", detail="repeated")]
     first = played.ask("rev-users.list")[1]
-    assert first == played.ask("rev-users.list", cursor=first["next_cursor"])[1] and first["rev_users"]
+    assert (
+        first == played.ask("rev-users.list", cursor=first["next_cursor"])[1] and first["rev_users"]
+    )
 
 
 def test_a_rolling_window_announces_a_reset_that_is_always_a_window_away() -> None:
@@ -493,7 +569,10 @@ def test_a_rolling_window_announces_a_reset_that_is_always_a_window_away() -> No
     refused = played.answer("dev-users.self")
     assert refused.status == 429 and refused.headers["Retry-After"] == "2.000"
     played.now = 1004.0
-    assert played.answer("dev-users.self").status == 200 and played.answer("dev-users.self").status == 429
+    assert (
+        played.answer("dev-users.self").status == 200
+        and played.answer("dev-users.self").status == 429
+    )
     quota = played.world.quota
     assert quota is not None
     played.now, quota.others = 1050.0, 1
@@ -573,7 +652,10 @@ def test_a_request_may_be_too_large(played: Played) -> None:
 @pytest.mark.parametrize(("kind", "status"), PAGES.items())
 def test_gateways_answer_in_html(kind: str, status: int) -> None:
     answer = Played(faults=[Fault(kind)]).answer("dev-users.self")
-    assert (answer.status, answer.payload[:6]) == (status, b"<html>") and answer.content_type.startswith("text/html")
+    assert (answer.status, answer.payload[:6]) == (
+        status,
+        b"<html>",
+    ) and answer.content_type.startswith("text/html")
 
 
 def test_single_objects_may_be_out_of_reach(played: Played) -> None:
@@ -583,7 +665,11 @@ def test_single_objects_may_be_out_of_reach(played: Played) -> None:
         ("rev-users.get", {"id": played.duplicate}, played.duplicate),
         ("works.list", {"owned_by": [played.primary, played.duplicate]}, played.duplicate),
         ("conversations.list", {"members": [played.duplicate, played.primary]}, played.duplicate),
-        ("rev-users.merge", {"primary_user": played.primary, "secondary_user": played.duplicate}, played.duplicate),
+        (
+            "rev-users.merge",
+            {"primary_user": played.primary, "secondary_user": played.duplicate},
+            played.duplicate,
+        ),
         ("works.get", {"id": work}, work),
         ("timeline-entries.list", {"object": work}, work),
         ("conversations.update", {"id": talk, "title": "Another"}, talk),
@@ -596,7 +682,9 @@ def test_single_objects_may_be_out_of_reach(played: Played) -> None:
         assert "object_ids" not in played.ask(endpoint, **body)[1]
         played.world.names_object_ids, played.world.restricted = True, ()
         assert played.ask(endpoint, **body)[0] == 200
-    assert Played(faults=[Fault("403", detail=[work])]).ask("dev-users.self")[1]["object_ids"] == [work]
+    assert Played(faults=[Fault("403", detail=[work])]).ask("dev-users.self")[1]["object_ids"] == [
+        work
+    ]
 
 
 def test_lists_show_leave_out_or_fail_at_what_is_out_of_reach(played: Played) -> None:
@@ -616,7 +704,10 @@ def test_lists_show_leave_out_or_fail_at_what_is_out_of_reach(played: Played) ->
 def test_a_timeline_or_a_change_alone_may_be_out_of_reach(played: Played) -> None:
     work = next(iter(played.organisation.works))
     played.world.restricted_timelines, played.world.restricted_writes = {work}, {played.primary}
-    assert played.ask("works.get", id=work)[0] == 200 and played.ask("timeline-entries.list", object=work)[0] == 403
+    assert (
+        played.ask("works.get", id=work)[0] == 200
+        and played.ask("timeline-entries.list", object=work)[0] == 403
+    )
     assert played.ask("rev-users.get", id=played.primary)[0] == 200
     assert played.take_reference() == 403 and played.merge() == 403
 
@@ -630,13 +721,20 @@ def test_half_an_emoji_comes_as_it_was_cut(played: Played) -> None:
     work = organisation.add_work(title="T" + HALF_EMOJI, comments=1)
     organisation.add_comment(work, "C" + HALF_EMOJI)
     assert played.ask("works.get", id=work)[1]["work"]["title"] == "T" + HALF_EMOJI
-    assert played.ask("timeline-entries.list", object=work)[1]["timeline_entries"][1]["body"] == "C" + HALF_EMOJI
+    assert (
+        played.ask("timeline-entries.list", object=work)[1]["timeline_entries"][1]["body"]
+        == "C" + HALF_EMOJI
+    )
     odd = organisation.add_contact("X", f"x{HALF_EMOJI}@example.com", "user_x" + HALF_EMOJI)
-    found = played.pages("rev-users.list", "rev_users", external_ref=["user_x" + HALF_EMOJI], limit=1)
+    found = played.pages(
+        "rev-users.list", "rev_users", external_ref=["user_x" + HALF_EMOJI], limit=1
+    )
     assert found == [[odd]]
     assert played.ask("rev-users.get", id=HALF_EMOJI)[0] == 400
     played.world.faults = [Fault("half-emoji", "rev-users.get")]
-    assert played.ask("rev-users.get", id=played.duplicate)[1]["rev_user"]["display_name"].endswith(HALF_EMOJI)
+    assert played.ask("rev-users.get", id=played.duplicate)[1]["rev_user"]["display_name"].endswith(
+        HALF_EMOJI
+    )
     assert played.ask("rev-users.get", id="none")[1]["message"].endswith(HALF_EMOJI)
     played.world.faults = [Fault("half-emoji", detail=("email", "external_ref", "state"))]
     (first, *_) = played.ask("rev-users.list")[1]["rev_users"]
@@ -657,7 +755,9 @@ def test_contacts_have_more_fields_which_answers_may_hide(played: Played) -> Non
         assert played.pages("rev-users.list", "rev_users", external_ref=[reference]) == [[contact]]
         assert played.ask("rev-users.create", external_ref=reference)[0] == 409
     assert played.pages("rev-users.list", "rev_users", phone_numbers=["+49301"]) == [[contact]]
-    answer = played.ask("rev-users.update", id=contact, external_ref="user_n", phone_numbers=["+49302", "+49303"])[1]
+    answer = played.ask(
+        "rev-users.update", id=contact, external_ref="user_n", phone_numbers=["+49302", "+49303"]
+    )[1]
     assert answer["rev_user"]["external_refs"] == ["user_n", "crm_m"]
     assert answer["rev_user"]["phone_numbers"] == ["+49302", "+49303"]
     played.world.hidden_fields = ("external_refs", "tags", "custom_fields")
@@ -667,9 +767,13 @@ def test_contacts_have_more_fields_which_answers_may_hide(played: Played) -> Non
 
 @pytest.mark.parametrize("status", [400, 403, 409])
 def test_single_fields_may_be_refused(status: int) -> None:
-    played = Played(refused_fields=("rev-users.update.phone_numbers", "description"), refused_status=status)
+    played = Played(
+        refused_fields=("rev-users.update.phone_numbers", "description"), refused_status=status
+    )
     for name, value in (("phone_numbers", ["+49301"]), ("description", "Text")):
-        got, content = played.ask("rev-users.update", id=played.primary, external_ref="user_n", **{name: value})
+        got, content = played.ask(
+            "rev-users.update", id=played.primary, external_ref="user_n", **{name: value}
+        )
         assert got == status and content.get("field_name") == (name if status == 400 else None)
     assert played.organisation.contacts[played.primary]["external_ref"] == "REVU-P1"
     assert played.ask("rev-users.update", id=played.primary, display_name="Ada")[0] == 200
@@ -679,7 +783,9 @@ def test_single_fields_may_be_refused(status: int) -> None:
 
 def test_merges_may_join_what_has_several_values(played: Played) -> None:
     contacts = played.organisation.contacts
-    other = played.organisation.new_contact("person1@example.com", "user_o", phone_numbers=["+49302", "+49303"])
+    other = played.organisation.new_contact(
+        "person1@example.com", "user_o", phone_numbers=["+49302", "+49303"]
+    )
     contacts[played.primary]["phone_numbers"] = ["+49301", "+49302"]
     contacts[played.duplicate]["phone_numbers"] = ["+49304"]
     played.organisation.merge(played.primary, played.duplicate)
@@ -697,7 +803,11 @@ def test_a_rev_org_may_be_an_account_and_may_be_missing(played: Played) -> None:
     assert account.endswith(":account/NORTH")
     assert played.pages("rev-users.list", "rev_users", associations=[account]) == [[contact]]
     status, content = played.ask("rev-users.create", external_ref="user_b", rev_org=account)
-    assert (status, content["type"], content["field_name"]) == (400, "unexpected_id_type", "rev_org")
+    assert (status, content["type"], content["field_name"]) == (
+        400,
+        "unexpected_id_type",
+        "rev_org",
+    )
     played.world.account_rev_orgs = True
     status, content = played.ask("rev-users.create", external_ref="user_b", rev_org=account)
     assert status == 201 and content["rev_user"]["rev_org"]["id"] == account
@@ -743,7 +853,10 @@ def test_the_filter_by_email_may_ignore_case(played: Played) -> None:
     body = {"email": ["Person1@Example.com"]}
     assert played.ask("rev-users.list", **body)[1]["rev_users"] == []
     played.world.email_ignores_case = True
-    assert played.pages("rev-users.list", "rev_users", **body, limit=1) == [[played.primary], [played.duplicate]]
+    assert played.pages("rev-users.list", "rev_users", **body, limit=1) == [
+        [played.primary],
+        [played.duplicate],
+    ]
 
 
 @pytest.mark.parametrize("state", ["locked", "deactivated"])
@@ -751,7 +864,9 @@ def test_people_lock_contacts_and_deactivate_them(state: str) -> None:
     played = Played()
     contact = played.organisation.add_contact("S", "s@example.com", "user_s", state=state)
     assert played.ask("rev-users.get", id=contact)[1]["rev_user"]["state"] == state
-    assert played.ask("rev-users.list", email=["s@example.com"])[1]["rev_users"][0]["state"] == state
+    assert (
+        played.ask("rev-users.list", email=["s@example.com"])[1]["rev_users"][0]["state"] == state
+    )
     assert played.organisation.alive(contact)
 
 
@@ -771,7 +886,10 @@ def test_works_of_every_kind_where_the_longer_list_is_taken(played: Played) -> N
     assert played.pages(*ask, owned_by=[contact]) == [works]
     assert played.ask("works.count", owned_by=[contact])[1] == {"count": 5, "has_more": False}
     assert played.ask("works.get", id=works[2])[1]["work"]["type"] == "task"
-    assert played.ask("works.update", id=works[2], type="task", owned_by={"set": [played.primary]})[0] == 200
+    assert (
+        played.ask("works.update", id=works[2], type="task", owned_by={"set": [played.primary]})[0]
+        == 200
+    )
     organisation.merge(played.primary, contact)
     assert played.pages(*ask, owned_by=[played.primary], type=everything)[0][-5:] == works
 
@@ -779,19 +897,29 @@ def test_works_of_every_kind_where_the_longer_list_is_taken(played: Played) -> N
 def test_a_token_may_lack_a_kind(played: Played) -> None:
     organisation = played.organisation
     contact = organisation.add_contact("K", "k@example.com", "user_k")
-    ticket, issue = (organisation.add_work([contact], kind=kind, comments=1) for kind in ("ticket", "issue"))
+    ticket, issue = (
+        organisation.add_work([contact], kind=kind, comments=1) for kind in ("ticket", "issue")
+    )
     talk = organisation.add_conversation([contact], comments=1)
     body: Dict[str, Any] = {"owned_by": [contact], "type": ["issue", "ticket"]}
     played.world.hidden_kinds = ("issue",)
-    assert played.ask("works.list", **body)[0] == 403 and played.ask("works.count", **body)[0] == 403
+    assert (
+        played.ask("works.list", **body)[0] == 403 and played.ask("works.count", **body)[0] == 403
+    )
     assert played.pages("works.list", "works", owned_by=[contact]) == [[ticket]]
     assert played.ask("works.list", owned_by=[contact], type=["ticket"])[0] == 200
-    assert played.ask("works.get", id=issue)[0] == 403 and played.ask("timeline-entries.list", object=issue)[0] == 403
+    assert (
+        played.ask("works.get", id=issue)[0] == 403
+        and played.ask("timeline-entries.list", object=issue)[0] == 403
+    )
     played.world.hidden_kinds_answer = "left out"
     assert played.pages("works.list", "works", **body) == [[ticket]]
     assert played.ask("conversations.list")[0] == 200
     played.world.hidden_kinds = ("conversation",)
-    assert played.ask("conversations.list")[0] == 403 and played.ask("timeline-entries.list", object=talk)[0] == 403
+    assert (
+        played.ask("conversations.list")[0] == 403
+        and played.ask("timeline-entries.list", object=talk)[0] == 403
+    )
     assert played.ask("timeline-entries.list", object=ticket)[0] == 200
 
 
@@ -805,12 +933,17 @@ def test_the_other_switches_over_http() -> None:
     def ask(path: str, body: Any = None) -> Tuple[int, bytes]:
         headers = {"Authorization": f"Bearer {sandbox.token}", "Content-Type": "application/json"}
         data = None if body is None else json.dumps(body).encode()
-        with opener.open(urllib.request.Request(f"{sandbox.url}/{path}", data, headers), timeout=30) as answer:
+        with opener.open(
+            urllib.request.Request(f"{sandbox.url}/{path}", data, headers), timeout=30
+        ) as answer:
             return answer.status, answer.read()
 
     with Sandbox(organisation, verified_shown="shown", merge_delay=60) as sandbox:
         for sandbox.merge_answer, status in (("204", 204), ("200-empty", 200), ("202", 202)):
-            assert ask("rev-users.merge", {"primary_user": primary, "secondary_user": duplicate})[0] == status
+            assert (
+                ask("rev-users.merge", {"primary_user": primary, "secondary_user": duplicate})[0]
+                == status
+            )
             (one,) = json.loads(ask("rev-users.list?is_verified=false")[1])["rev_users"]
             assert one["id"] == duplicate and one["is_verified"] is False
         organisation.change(organisation.contacts[primary], display_name=HALF_EMOJI)

@@ -15,7 +15,14 @@ from typing import Any, Callable, Dict, List
 import pytest
 
 from tests.sandbox import Fault, Organisation, Request, Sandbox
-from tests.support import Workplace, assert_merged, diagonal, organisation_of_pairs, pair, watch_merges
+from tests.support import (
+    Workplace,
+    assert_merged,
+    diagonal,
+    organisation_of_pairs,
+    pair,
+    watch_merges,
+)
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals or terminals")
 QUICK = ("--merge-timeout", "1")
@@ -25,7 +32,9 @@ def reference_of(organisation: Organisation, contact: str) -> str:
     return str(organisation.contacts[contact]["external_ref"])
 
 
-def after(endpoint: str, act: Callable[[Request], None], times: int = 1) -> Callable[[str, Request], None]:
+def after(
+    endpoint: str, act: Callable[[Request], None], times: int = 1
+) -> Callable[[str, Request], None]:
     """A hook that acts once an endpoint has been answered."""
     left = [times]
 
@@ -48,32 +57,46 @@ def stored(place: Workplace) -> Dict[str, Dict[str, Any]]:
 
 
 @pytest.mark.parametrize("status, lost", diagonal((400, 403, 409), ("", "savepoint.db", "reports")))
-def test_a_merge_that_was_refused_and_comes_all_the_same_is_finished(place: Workplace, status: int, lost: str) -> None:
+def test_a_merge_that_was_refused_and_comes_all_the_same_is_finished(
+    place: Workplace, status: int, lost: str
+) -> None:
     organisation, pairs = organisation_of_pairs(3)
     place.export(organisation)
-    with Sandbox(organisation, faults=[Fault("merge-refused-late", detail=(status, 3600))]) as sandbox:
+    with Sandbox(
+        organisation, faults=[Fault("merge-refused-late", detail=(status, 3600))]
+    ) as sandbox:
         result = place.run(sandbox, *QUICK)
         assert result.code in (1, 2), result
         asked = {entry["duplicate"]["id"] for entry in result.report["unfinished_merges"]}
-        assert asked == {request.body["secondary_user"] for request in sandbox.requests if "merge" in request.endpoint}
+        assert asked == {
+            request.body["secondary_user"]
+            for request in sandbox.requests
+            if "merge" in request.endpoint
+        }
         if lost:
             gone = place.folder / lost
             shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
         sandbox.faults.clear()
         sandbox.settle()
-        place.export(organisation, leave_out=[duplicate for _, duplicate in pairs if duplicate in asked])
+        place.export(
+            organisation, leave_out=[duplicate for _, duplicate in pairs if duplicate in asked]
+        )
         place.run(sandbox, *QUICK, check=0)
     assert_merged(organisation, pairs)
 
 
-def test_a_pair_that_was_requested_days_ago_needs_one_poll_and_is_then_requested_again(place: Workplace) -> None:
+def test_a_pair_that_was_requested_days_ago_needs_one_poll_and_is_then_requested_again(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(1)
     place.export(organisation)
     with Sandbox(organisation, faults=[Fault("merge-never", times=1)]) as sandbox:
         place.run(sandbox, *QUICK, check=1)
         for name in ("savepoint.db", "backups/savepoint-copy.db"):
             with sqlite3.connect(str(place.folder / name)) as db:
-                (document,) = (json.loads(row[0]) for row in db.execute("SELECT document FROM pairs"))
+                (document,) = (
+                    json.loads(row[0]) for row in db.execute("SELECT document FROM pairs")
+                )
                 document["requested_at"] -= 172800
                 db.execute("UPDATE pairs SET document = ?", (json.dumps(document),))
         before = len(sandbox.requests)
@@ -95,7 +118,9 @@ def test_a_lost_savepoint_loses_nothing_that_was_requested_or_has_ended(place: W
         merges = sandbox.count("rev-users.merge")
         result = place.run(sandbox, *QUICK, check=0)
         assert sandbox.count("rev-users.merge") == merges
-        assert [entry["email"] for entry in result.report["successful_merges"]] == ["person4@example.com"]
+        assert [entry["email"] for entry in result.report["successful_merges"]] == [
+            "person4@example.com"
+        ]
         assert result.report["summary"]["already_merged"] == 3
     assert_merged(organisation, pairs)
     assert {row["state"] for row in stored(place).values()} == {"done"}
@@ -121,7 +146,11 @@ def test_what_was_not_sent_before_a_stop_was_not_requested(place: Workplace) -> 
         process: List[Any] = []
 
         def look(stage: str, request: Request) -> None:
-            if stage == "before" and request.endpoint == "rev-users.merge" and sandbox.count("rev-users.merge") > 8:
+            if (
+                stage == "before"
+                and request.endpoint == "rev-users.merge"
+                and sandbox.count("rev-users.merge") > 8
+            ):
                 process and process.pop().send_signal(signal.SIGINT)
 
         sandbox.on_request = look
@@ -129,7 +158,11 @@ def test_what_was_not_sent_before_a_stop_was_not_requested(place: Workplace) -> 
         process.append(started)
         started.communicate(timeout=60)
         assert started.returncode == 130
-        sent = {request.body["secondary_user"] for request in sandbox.requests if request.endpoint == "rev-users.merge"}
+        sent = {
+            request.body["secondary_user"]
+            for request in sandbox.requests
+            if request.endpoint == "rev-users.merge"
+        }
     assert {one for one, row in stored(place).items() if row["requested_at"]} == sent
     (report,) = (place.folder / "reports").glob("*.json")
     unfinished = json.loads(report.read_text(encoding="utf-8"))["unfinished_merges"]
@@ -140,7 +173,8 @@ def test_pairs_that_a_killed_run_has_finished_stand_in_its_own_report(place: Wor
     organisation, pairs = organisation_of_pairs(6)
     place.export(organisation)
     with Sandbox(
-        organisation, faults=[Fault("merge-never", match=lambda body: "D6" in body["secondary_user"])]
+        organisation,
+        faults=[Fault("merge-never", match=lambda body: "D6" in body["secondary_user"])],
     ) as sandbox:
         process = place.start(sandbox)
         deadline = time.monotonic() + 20
@@ -156,7 +190,9 @@ def test_pairs_that_a_killed_run_has_finished_stand_in_its_own_report(place: Wor
     killed = json.loads(min((place.folder / "reports").glob("*.json")).read_text(encoding="utf-8"))
     assert killed["run"]["exit_code"] is None and killed["run"]["stopped"] == "killed"
     assert len(killed["successful_merges"]) == 5 and len(first.report["successful_merges"]) == 1
-    assert second.report["successful_merges"] == [] and second.report["summary"]["already_merged"] == 6
+    assert (
+        second.report["successful_merges"] == [] and second.report["summary"]["already_merged"] == 6
+    )
 
 
 # -- old knowledge -----------------------------------------------------------------------------------
@@ -186,7 +222,9 @@ def test_a_laptop_that_sleeps_between_check_and_merge_checks_again(place: Workpl
     assert organisation.merges == []
 
 
-def test_lists_that_have_become_too_old_are_read_again_with_the_timelines_of_what_has_changed(place: Workplace) -> None:
+def test_lists_that_have_become_too_old_are_read_again_with_the_timelines_of_what_has_changed(
+    place: Workplace,
+) -> None:
     """The clocks run a hundred times faster after the first timeline, so that everything is old by the merge."""
     organisation, pairs = organisation_of_pairs(1, (2, 2))
     place.export(organisation)
@@ -225,11 +263,15 @@ def test_lists_that_have_become_too_old_are_read_again_with_the_timelines_of_wha
     assert_merged(organisation, pairs)
 
 
-def test_a_merge_that_comes_while_it_is_about_to_be_requested_again_is_finished(place: Workplace) -> None:
+def test_a_merge_that_comes_while_it_is_about_to_be_requested_again_is_finished(
+    place: Workplace,
+) -> None:
     """The next run has polled it, waited, and read the backup again: the poll right before the request sees it."""
     organisation, pairs = organisation_of_pairs(1)
     place.export(organisation)
-    with Sandbox(organisation, faults=[Fault("merge-never", "rev-users.merge", times=1)]) as sandbox:
+    with Sandbox(
+        organisation, faults=[Fault("merge-never", "rev-users.merge", times=1)]
+    ) as sandbox:
         place.run(sandbox, "--merge-timeout", "1", check=1)
         sandbox.on_request = after("timeline-entries.list", lambda _: organisation.merge(*pairs[0]))
         place.run(sandbox, "--merge-timeout", "1", check=0)
@@ -249,7 +291,11 @@ def test_a_duplicate_that_another_user_has_merged_or_deleted_is_not_called_ours(
     place.export(organisation)
 
     def interfere(stage: str, request: Request) -> None:
-        if stage == "before" and request.body.get("secondary_user") == pairs[0][1] and organisation.alive(pairs[0][1]):
+        if (
+            stage == "before"
+            and request.body.get("secondary_user") == pairs[0][1]
+            and organisation.alive(pairs[0][1])
+        ):
             if deleted:
                 organisation.delete_contact(pairs[0][1])
             else:
@@ -274,35 +320,49 @@ def test_a_duplicate_without_objects_is_ours_where_devrev_names_the_primary_in_i
     place.export(organisation)
 
     def merge_first(stage: str, request: Request) -> None:
-        if stage == "before" and request.endpoint == "rev-users.merge" and organisation.alive(bare[1]):
+        if (
+            stage == "before"
+            and request.endpoint == "rev-users.merge"
+            and organisation.alive(bare[1])
+        ):
             organisation.merge(*bare)
 
     fault = Fault("404", "rev-users.merge")
     with Sandbox(organisation, gone=gone, on_request=merge_first, faults=[fault]) as sandbox:
         result = place.run(sandbox, *QUICK, check=0)
-        assert [entry["email"] for entry in result.report["successful_merges"]] == ["person1@example.com"]
+        assert [entry["email"] for entry in result.report["successful_merges"]] == [
+            "person1@example.com"
+        ]
     assert_merged(organisation, [bare])
 
 
 def test_one_false_not_found_while_the_merge_is_pending_does_no_harm(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(2)
     place.export(organisation)
-    with Sandbox(organisation, faults=[Fault("404", "rev-users.get", times=1)], merge_delay=1.5) as sandbox:
+    with Sandbox(
+        organisation, faults=[Fault("404", "rev-users.get", times=1)], merge_delay=1.5
+    ) as sandbox:
         place.run(sandbox, "--merge-timeout", "10", check=0)
         assert sandbox.count("rev-users.merge") == 2
     assert_merged(organisation, pairs)
 
 
 @pytest.mark.parametrize("state", ["locked", "deactivated"])
-def test_a_duplicate_that_is_locked_while_its_merge_is_pending_is_still_there(place: Workplace, state: str) -> None:
+def test_a_duplicate_that_is_locked_while_its_merge_is_pending_is_still_there(
+    place: Workplace, state: str
+) -> None:
     organisation, pairs = organisation_of_pairs(1)
     place.export(organisation)
 
     def lock(request: Request) -> None:
         organisation.change(organisation.contacts[pairs[0][1]], state=state)
 
-    with Sandbox(organisation, merge_delay=3600, on_request=after("rev-users.merge", lock)) as sandbox:
-        assert place.run(sandbox, *QUICK, check=1).codes == {"person1@example.com": "merge_not_confirmed"}
+    with Sandbox(
+        organisation, merge_delay=3600, on_request=after("rev-users.merge", lock)
+    ) as sandbox:
+        assert place.run(sandbox, *QUICK, check=1).codes == {
+            "person1@example.com": "merge_not_confirmed"
+        }
         assert sandbox.count("rev-users.update") == 0
         sandbox.settle()
         place.run(sandbox, *QUICK, check=0)
@@ -312,7 +372,9 @@ def test_a_duplicate_that_is_locked_while_its_merge_is_pending_is_still_there(pl
 def test_the_404_of_a_route_says_nothing_of_a_contact(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(1)
     place.export(organisation)
-    with Sandbox(organisation, merge_delay=3600, faults=[Fault("route-404", "rev-users.get")]) as sandbox:
+    with Sandbox(
+        organisation, merge_delay=3600, faults=[Fault("route-404", "rev-users.get")]
+    ) as sandbox:
         place.run(sandbox, *QUICK, check=1)
         assert sandbox.count("rev-users.update") == 0
         sandbox.faults.clear()
@@ -328,26 +390,36 @@ def test_a_reference_that_another_user_has_set_by_hand_meanwhile_is_left(place: 
         place.run(sandbox, *QUICK, check=1, DEVREV_MAX_RETRIES="0")
         sandbox.faults.clear()
         organisation.change(organisation.contacts[pairs[0][0]], external_ref="by-hand")
-        assert place.run(sandbox, *QUICK, check=1).codes == {"person1@example.com": "external_ref_changed"}
+        assert place.run(sandbox, *QUICK, check=1).codes == {
+            "person1@example.com": "external_ref_changed"
+        }
         assert reference_of(organisation, pairs[0][0]) == "by-hand"
-        assert place.run(None, "--settle", "person1@example.com", check=0).report["settled"][0]["accepted"]
+        assert place.run(None, "--settle", "person1@example.com", check=0).report["settled"][0][
+            "accepted"
+        ]
         place.run(sandbox, *QUICK, check=0)
 
 
 # -- no dead ends ------------------------------------------------------------------------------------
 
 
-def test_a_ticket_that_was_deleted_before_the_proof_is_named_and_holds_nothing_up(place: Workplace) -> None:
+def test_a_ticket_that_was_deleted_before_the_proof_is_named_and_holds_nothing_up(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(2)
     place.export(organisation)
     gone = next(
-        one for one, work in organisation.works.items() if pairs[0][1] in [user["id"] for user in work["reported_by"]]
+        one
+        for one, work in organisation.works.items()
+        if pairs[0][1] in [user["id"] for user in work["reported_by"]]
     )
     with Sandbox(
         organisation, on_request=after("rev-users.update", lambda _: organisation.delete_work(gone))
     ) as sandbox:
         result = place.run(sandbox, "--merge-timeout", "6", check=0)
-    (entry,) = (one for one in result.report["successful_merges"] if one["email"] == "person1@example.com")
+    (entry,) = (
+        one for one in result.report["successful_merges"] if one["email"] == "person1@example.com"
+    )
     assert entry["deleted"] == [gone]
 
 
@@ -406,14 +478,18 @@ def test_a_contact_that_the_application_makes_again_in_the_gap_is_healed_by_expo
             visitors.append(organisation.add_contact("NEW", "person1@example.com", "user_1"))
 
     with Sandbox(organisation, on_request=visit) as sandbox:
-        assert place.run(sandbox, *QUICK, check=1).codes == {"person1@example.com": "external_ref_conflict"}
+        assert place.run(sandbox, *QUICK, check=1).codes == {
+            "person1@example.com": "external_ref_conflict"
+        }
         place.export(organisation, leave_out=[duplicate for _, duplicate in pairs])
         result = place.run(sandbox, *QUICK, check=0)
     assert_merged(organisation, [*pairs, (pairs[0][0], visitors[0])])
     assert len(result.report["successful_merges"]) == 2
 
 
-def test_what_was_started_is_referenced_and_proved_before_anything_new_is_backed_up(place: Workplace) -> None:
+def test_what_was_started_is_referenced_and_proved_before_anything_new_is_backed_up(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(8)
     place.export(organisation)
     with Sandbox(organisation, faults=[Fault("500", "rev-users.update")]) as sandbox:
@@ -432,12 +508,22 @@ def test_what_was_started_is_referenced_and_proved_before_anything_new_is_backed
 # -- nothing waits for ever --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind, detail", [("endless", None), ("endless", "empty"), ("nested", None), ("drip", 0.2)])
-def test_an_answer_without_an_end_fails_its_group_alone(place: Workplace, kind: str, detail: Any) -> None:
+@pytest.mark.parametrize(
+    "kind, detail", [("endless", None), ("endless", "empty"), ("nested", None), ("drip", 0.2)]
+)
+def test_an_answer_without_an_end_fails_its_group_alone(
+    place: Workplace, kind: str, detail: Any
+) -> None:
     organisation, pairs = organisation_of_pairs(2)
     place.export(organisation)
-    poison = next(one for one, talk in organisation.conversations.items() if talk["members"][0]["id"] == pairs[0][1])
-    fault = Fault(kind, "timeline-entries.list", match=lambda body: body["object"] == poison, detail=detail)
+    poison = next(
+        one
+        for one, talk in organisation.conversations.items()
+        if talk["members"][0]["id"] == pairs[0][1]
+    )
+    fault = Fault(
+        kind, "timeline-entries.list", match=lambda body: body["object"] == poison, detail=detail
+    )
     with Sandbox(organisation, faults=[fault]) as sandbox:
         result = place.run(sandbox, check=1, DEVREV_TIMEOUT="0.4", DEVREV_MAX_RETRIES="1")
         assert result.codes == {"person1@example.com": "api_error"}
@@ -461,7 +547,9 @@ def test_a_signal_ends_a_run_while_an_answer_drips(place: Workplace) -> None:
 # -- the savepoint -----------------------------------------------------------------------------------
 
 
-def test_a_savepoint_that_a_kill_has_left_in_the_middle_of_a_write_is_not_called_damaged(place: Workplace) -> None:
+def test_a_savepoint_that_a_kill_has_left_in_the_middle_of_a_write_is_not_called_damaged(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(3)
     place.export(organisation)
     path = place.folder / "savepoint.db"
@@ -492,7 +580,9 @@ def hot_journal(path: Path) -> None:
     os.replace(str(hot), f"{path}-journal")
 
 
-def test_a_folder_for_reports_that_can_not_be_written_is_known_before_the_first_request(place: Workplace) -> None:
+def test_a_folder_for_reports_that_can_not_be_written_is_known_before_the_first_request(
+    place: Workplace,
+) -> None:
     organisation, _ = organisation_of_pairs(1)
     place.export(organisation)
     (place.folder / "reports").write_text("in the way")
@@ -513,7 +603,8 @@ def test_a_token_of_a_few_characters_does_not_stand_in_every_word(place: Workpla
 
 
 @pytest.mark.parametrize(
-    "quota, ceiling", [(None, "0"), ((40, 2.0), "0"), ((6, 1.5), "0"), (None, "40/2"), (None, "6/1.5")]
+    "quota, ceiling",
+    [(None, "0"), ((40, 2.0), "0"), ((6, 1.5), "0"), (None, "40/2"), (None, "6/1.5")],
 )
 def test_between_a_merge_and_its_reference_no_window_of_quota_passes(
     place: Workplace, quota: Any, ceiling: str
@@ -531,11 +622,15 @@ def test_between_a_merge_and_its_reference_no_window_of_quota_passes(
     with Sandbox(organisation, quota=quota, on_request=look) as sandbox:
         place.run(sandbox, check=0, **limits)
         assert sandbox.over_quota == 0
-        requests = [(request.started, request.endpoint, request.body) for request in sandbox.requests]
+        requests = [
+            (request.started, request.endpoint, request.body) for request in sandbox.requests
+        ]
     assert_merged(organisation, pairs)
     for primary, duplicate in pairs:
         asked = next(at for at, _, body in requests if body.get("secondary_user") == duplicate)
-        named = next(at for at, end, body in requests if end == "rev-users.update" and body["id"] == primary)
+        named = next(
+            at for at, end, body in requests if end == "rev-users.update" and body["id"] == primary
+        )
         between = [end for at, end, _ in requests if asked < at < named]
         # Nothing that only begins is let through while a merged pair waits for units: they were kept for it.
         assert len(between) < 40 and named - asked < 20
@@ -567,7 +662,9 @@ def test_a_merge_leaves_only_with_room_for_what_finishes_it(place: Workplace) ->
 
 
 @pytest.mark.parametrize("endpoint", ["rev-users.update", "rev-users.get", "rev-users.merge"])
-def test_a_contact_that_the_token_may_not_touch_costs_its_own_pair_alone(place: Workplace, endpoint: str) -> None:
+def test_a_contact_that_the_token_may_not_touch_costs_its_own_pair_alone(
+    place: Workplace, endpoint: str
+) -> None:
     organisation, pairs = organisation_of_pairs(4)
     place.export(organisation)
     ids = set(pairs[1])
@@ -581,7 +678,11 @@ def test_a_contact_that_the_token_may_not_touch_costs_its_own_pair_alone(place: 
             result = place.run(sandbox, *QUICK, check=0 if endpoint == "rev-users.get" else 1)
         others = [one for one in pairs if one[0] not in ids]
         assert set(others) <= set(organisation.merges) and len(organisation.merges) <= 4
-        assert [reference_of(organisation, primary) for primary, _ in others] == ["user_1", "user_3", "user_4"]
+        assert [reference_of(organisation, primary) for primary, _ in others] == [
+            "user_1",
+            "user_3",
+            "user_4",
+        ]
         if endpoint == "rev-users.get":
             assert_merged(organisation, pairs)
             return
@@ -615,7 +716,9 @@ def test_what_an_old_copy_of_the_savepoint_does_not_know_is_not_forgotten(place:
         place.run(sandbox, *QUICK, check=1)
         shutil.move(str(place.folder / "old.db"), str(savepoint))
         sandbox.settle()
-        assert len(json.loads(place.run(None, "--preview", "--json", check=0).out)["to_finish"]) == 3
+        assert (
+            len(json.loads(place.run(None, "--preview", "--json", check=0).out)["to_finish"]) == 3
+        )
         place.run(sandbox, *QUICK, check=0)
     assert_merged(organisation, pairs)
     assert [row["state"] for row in stored(place).values()] == ["done"] * 3
@@ -625,13 +728,19 @@ def test_what_an_old_copy_of_the_savepoint_does_not_know_is_not_forgotten(place:
 
 
 @pytest.mark.parametrize("gone", ["301", "primary", "shadow"])
-def test_a_duplicate_that_went_into_another_user_is_merged_elsewhere(place: Workplace, gone: str) -> None:
+def test_a_duplicate_that_went_into_another_user_is_merged_elsewhere(
+    place: Workplace, gone: str
+) -> None:
     organisation, pairs = organisation_of_pairs(2)
     other = organisation.add_contact("X", "x@example.com")
     place.export(organisation)
 
     def merge_first(stage: str, request: Request) -> None:
-        if stage == "before" and request.body.get("secondary_user") == pairs[1][1] and organisation.alive(pairs[1][1]):
+        if (
+            stage == "before"
+            and request.body.get("secondary_user") == pairs[1][1]
+            and organisation.alive(pairs[1][1])
+        ):
             organisation.merge(other, pairs[1][1])
 
     with Sandbox(organisation, gone=gone, on_request=merge_first) as sandbox:
@@ -641,7 +750,9 @@ def test_a_duplicate_that_went_into_another_user_is_merged_elsewhere(place: Work
     assert reference_of(organisation, pairs[1][0]) == "REVU-P2"
 
 
-def test_a_primary_that_is_merged_into_another_takes_its_unfinished_pair_along(place: Workplace) -> None:
+def test_a_primary_that_is_merged_into_another_takes_its_unfinished_pair_along(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(1)
     third = organisation.add_contact("P2", "person1@example.com", display_name="Person 1")
     place.export(organisation)
@@ -650,7 +761,9 @@ def test_a_primary_that_is_merged_into_another_takes_its_unfinished_pair_along(p
         organisation.merge(*pairs[0])
         organisation.visit("person1@example.com", "user_1")
 
-    with Sandbox(organisation, merge_delay=3600, on_request=after("rev-users.merge", visit)) as sandbox:
+    with Sandbox(
+        organisation, merge_delay=3600, on_request=after("rev-users.merge", visit)
+    ) as sandbox:
         result = place.run(sandbox, *QUICK, check=1)
         assert result.codes["person1@example.com"] in ("external_ref_conflict", "group_incomplete")
         for _ in range(5):
@@ -659,7 +772,10 @@ def test_a_primary_that_is_merged_into_another_takes_its_unfinished_pair_along(p
         place.export(organisation, leave_out=[pairs[0][1]])
         place.run(sandbox, *QUICK)
         assert place.run(sandbox, *QUICK, check=0).report["summary"]["unfinished_merges"] == 0
-    assert reference_of(organisation, third) == "user_1" and organisation.survivor(pairs[0][0]) == third
+    assert (
+        reference_of(organisation, third) == "user_1"
+        and organisation.survivor(pairs[0][0]) == third
+    )
 
 
 def test_nothing_ends_in_a_traceback(place: Workplace) -> None:

@@ -14,7 +14,9 @@ Pair = Tuple[str, str]
 
 
 def change(which: int, **fields: Any) -> Callable[[Organisation, Pair], None]:
-    return lambda organisation, pair: organisation.change(organisation.contacts[pair[which]], **fields)
+    return lambda organisation, pair: organisation.change(
+        organisation.contacts[pair[which]], **fields
+    )
 
 
 def unverify(organisation: Organisation, pair: Pair) -> None:
@@ -22,7 +24,9 @@ def unverify(organisation: Organisation, pair: Pair) -> None:
 
 
 def third_user(organisation: Organisation, pair: Pair) -> None:
-    organisation.add_contact(f"U{pair[0][-1]}", organisation.contacts[pair[0]]["email"], f"user_u{pair[0][-1]}")
+    organisation.add_contact(
+        f"U{pair[0][-1]}", organisation.contacts[pair[0]]["email"], f"user_u{pair[0][-1]}"
+    )
 
 
 def many_more(organisation: Organisation, pair: Pair) -> None:
@@ -48,29 +52,51 @@ TROUBLE: Dict[str, Callable[[Organisation, Pair], None]] = {
     "several_user_refs": third_user,
     "shared_mailbox": many_more,
     "unverified": unverify,
-    "different_rev_org": change(1, rev_org={"id": "don:identity:dvrv-us-1:devo/SANDBOX1:revo/OTHER"}),
+    "different_rev_org": change(
+        1, rev_org={"id": "don:identity:dvrv-us-1:devo/SANDBOX1:revo/OTHER"}
+    ),
     "count_mismatch": lambda organisation, pair: organisation.delete_work(
-        next(one for one, work in organisation.works.items() if pair[1] in [user["id"] for user in work["reported_by"]])
+        next(
+            one
+            for one, work in organisation.works.items()
+            if pair[1] in [user["id"] for user in work["reported_by"]]
+        )
     ),
     "already_merged": merged_elsewhere,
     # Past the index of the fake, which knows only DevRev's shapes.
-    "api_error": lambda organisation, pair: dict.__setitem__(organisation.contacts[pair[0]], "external_refs", [{}]),
+    "api_error": lambda organisation, pair: dict.__setitem__(
+        organisation.contacts[pair[0]], "external_refs", [{}]
+    ),
 }
 
 
-@pytest.mark.parametrize("options", [(), ("--across-workspaces", "--try-unverified"), ("--primary", "user")], ids=str)
-def test_a_run_does_what_the_live_preview_foretells(place: Workplace, options: Tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "options", [(), ("--across-workspaces", "--try-unverified"), ("--primary", "user")], ids=str
+)
+def test_a_run_does_what_the_live_preview_foretells(
+    place: Workplace, options: Tuple[str, ...]
+) -> None:
     organisation, pairs = organisation_of_pairs(len(TROUBLE))
     place.export(organisation)
     for pair, befall in zip(pairs, TROUBLE.values()):
         befall(organisation, pair)
     with Sandbox(organisation, verified_shown="mixed") as sandbox:
-        plan = json.loads(place.run(sandbox, "--preview", "--live", "--json", *options, check=0).out)
+        plan = json.loads(
+            place.run(sandbox, "--preview", "--live", "--json", *options, check=0).out
+        )
         foretold = {one["email"]: one["code"] or "ready" for one in plan["live"]}
-        assert not [one for one in sandbox.requests if not one.endpoint.endswith((".list", ".get", ".self"))]
-        assert len(foretold) == len(pairs) and set(foretold.values()) > {"ready", "email_changed", "count_mismatch"}
+        assert not [
+            one for one in sandbox.requests if not one.endpoint.endswith((".list", ".get", ".self"))
+        ]
+        assert len(foretold) == len(pairs) and set(foretold.values()) > {
+            "ready",
+            "email_changed",
+            "count_mismatch",
+        }
         if not options:
-            assert [foretold[f"person{number}@example.com"] for number in range(1, len(pairs) + 1)] == [*TROUBLE]
+            assert [
+                foretold[f"person{number}@example.com"] for number in range(1, len(pairs) + 1)
+            ] == [*TROUBLE]
         report = place.run(sandbox, "--merge-timeout", "5", *options, check=1).report
     seen = {one["email"]: "ready" for one in report["successful_merges"]}
     for name in ("failed_merges", "unfinished_merges", "skipped"):
@@ -98,4 +124,6 @@ def test_every_code_has_its_advice() -> None:
         r'(?:PairError|PairSkipped|SkippedGroup|Dropped)\((?:\w+(?:\.\w+)*, )?"([a-z_]+)"', text
     )
     assert len(set(raised)) > 20
-    assert {*raised, *tool.LIVE_CODES} - tool.CODES.keys() <= {"bad_choice"}  # which ends in exit 2 before any run
+    assert {*raised, *tool.LIVE_CODES} - tool.CODES.keys() <= {
+        "bad_choice"
+    }  # which ends in exit 2 before any run

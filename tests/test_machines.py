@@ -27,11 +27,15 @@ posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 def machine(folder: Path, code: str) -> Dict[str, str]:
     """The environment of a machine on which `code` runs before any program does."""
     folder.mkdir(exist_ok=True)
-    (folder / "sitecustomize.py").write_text("import errno, os, stat, sys\n" + code, encoding="utf-8")
+    (folder / "sitecustomize.py").write_text(
+        "import errno, os, stat, sys\n" + code, encoding="utf-8"
+    )
     return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
 
 
-def exactly(place: Workplace, sandbox: Any, *options: str, **extra: str) -> "subprocess.CompletedProcess[str]":
+def exactly(
+    place: Workplace, sandbox: Any, *options: str, **extra: str
+) -> "subprocess.CompletedProcess[str]":
     """Run exactly these options, with nothing on stdin."""
     return subprocess.run(
         [sys.executable, str(SCRIPT), *options], cwd=str(place.folder), env=place.environment(sandbox, extra),
@@ -47,35 +51,50 @@ def reports(place: Workplace, kind: str = "merge") -> List[Path]:
 # ----- nothing is changed without being asked ------------------------------------------------------
 
 
-def test_without_a_terminal_nothing_is_merged_or_undone_unless_yes_is_given(place: Workplace) -> None:
+def test_without_a_terminal_nothing_is_merged_or_undone_unless_yes_is_given(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(2)
     place.export(organisation)
     with Sandbox(organisation) as sandbox:
         done = exactly(place, sandbox, "--csv", "contacts.csv")
-        assert done.returncode == 2 and "Add --yes" in done.stderr and "2 pairs to merge" in done.stderr
+        assert (
+            done.returncode == 2
+            and "Add --yes" in done.stderr
+            and "2 pairs to merge" in done.stderr
+        )
         assert organisation.merges == []
         assert exactly(place, sandbox, "--csv", "contacts.csv", "--yes").returncode == 0
         assert_merged(organisation, pairs)
-        assert exactly(place, sandbox, "--csv", "contacts.csv").returncode == 0, "nothing is left to be confirmed"
+        assert exactly(place, sandbox, "--csv", "contacts.csv").returncode == 0, (
+            "nothing is left to be confirmed"
+        )
         report, before = f"reports/{reports(place)[0].name}", len(sandbox.requests)
         done = exactly(place, sandbox, "--undo", report)
         assert done.returncode == 2 and "2 pairs to undo" in done.stderr
         assert {one.endpoint for one in sandbox.requests[before:]} == {"dev-users.self"}
         assert exactly(place, sandbox, "--undo", report, "--yes").returncode == 0
-        assert exactly(place, sandbox, "--undo", report).returncode == 0, "a second undo does nothing"
+        assert exactly(place, sandbox, "--undo", report).returncode == 0, (
+            "a second undo does nothing"
+        )
 
 
 # ----- programs that read JSON ---------------------------------------------------------------------
 
 
-def test_json_of_a_run_and_an_undo_is_their_report_and_nothing_else_is_on_stdout(place: Workplace) -> None:
+def test_json_of_a_run_and_an_undo_is_their_report_and_nothing_else_is_on_stdout(
+    place: Workplace,
+) -> None:
     organisation, _ = organisation_of_pairs(2)
     place.export(organisation)
     with Sandbox(organisation) as sandbox:
         done = exactly(place, sandbox, "--csv", "contacts.csv", "--yes", "--json")
         (path,) = reports(place)
         assert done.returncode == 0 and json.loads(done.stdout) == json.loads(path.read_bytes())
-        assert json.loads(done.stdout)["schema"] == tool.SCHEMA and json.loads(done.stdout)["run"]["exit_code"] == 0
+        assert (
+            json.loads(done.stdout)["schema"] == tool.SCHEMA
+            and json.loads(done.stdout)["run"]["exit_code"] == 0
+        )
         assert "merged  person1@" in done.stderr and "2 of 2 pairs merged" in done.stderr
         done = exactly(place, sandbox, "--undo", f"reports/{path.name}", "--yes", "--json")
         assert done.returncode == 0 and json.loads(done.stdout)["summary"]["undone"] == 2
@@ -98,12 +117,18 @@ def test_json_of_a_run_without_a_report_says_why(place: Workplace, options: str,
     with Sandbox(organisation) as sandbox:
         done = exactly(place, sandbox, "--json", *options.split())
     found = json.loads(done.stdout)
-    assert done.returncode == 2 and set(found) == {"schema", "exit_code", "error"} and found["exit_code"] == 2
+    assert (
+        done.returncode == 2
+        and set(found) == {"schema", "exit_code", "error"}
+        and found["exit_code"] == 2
+    )
     assert says in found["error"] and says in done.stderr
 
 
 @posix
-def test_with_json_the_question_is_on_the_terminal_and_the_report_in_the_file(place: Workplace) -> None:
+def test_with_json_the_question_is_on_the_terminal_and_the_report_in_the_file(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(1)
     place.export(organisation)
     with Sandbox(organisation) as sandbox:
@@ -122,8 +147,12 @@ def test_every_json_document_has_a_schema_number(place: Workplace) -> None:
     with Sandbox(organisation) as sandbox:
         place.run(sandbox, check=0)
         for mode in ("--preview", "--check", "--status", "--verify-backups"):
-            assert json.loads(place.run(sandbox, mode, "--json", check=0).out)["schema"] == tool.SCHEMA
-        found = place.run(sandbox, "--undo", f"reports/{reports(place)[0].name}", "--preview", "--json", check=0)
+            assert (
+                json.loads(place.run(sandbox, mode, "--json", check=0).out)["schema"] == tool.SCHEMA
+            )
+        found = place.run(
+            sandbox, "--undo", f"reports/{reports(place)[0].name}", "--preview", "--json", check=0
+        )
         assert json.loads(found.out)["schema"] == tool.SCHEMA
 
 
@@ -139,24 +168,47 @@ def test_an_option_with_one_value_is_not_given_twice(
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         tool.parse_options(["--csv", "contacts.csv", *options.split()])
-    assert ended.value.code == 2 and f"{options.split()[0]} is given twice" in capsys.readouterr().err
+    assert (
+        ended.value.code == 2 and f"{options.split()[0]} is given twice" in capsys.readouterr().err
+    )
 
 
 def test_options_that_take_several_values_may_be_repeated() -> None:
     options = tool.parse_options(
-        ["--csv", "a.csv", "b.csv.gz", "--csv", "c.csv", "--email", "x@example.com", "--email", "y@example.com"]
+        [
+            "--csv",
+            "a.csv",
+            "b.csv.gz",
+            "--csv",
+            "c.csv",
+            "--email",
+            "x@example.com",
+            "--email",
+            "y@example.com",
+        ]
     )
     assert options.csv == [Path("a.csv"), Path("b.csv.gz"), Path("c.csv")]
-    assert options.email == ["x@example.com", "y@example.com"] and options.mode == "merge" and options.primary == "revu"
-    options = tool.parse_options(["--settle", "a@example.com", "b@example.com", "--settle", "c@example.com"])
-    assert options.settle == ["a@example.com", "b@example.com", "c@example.com"] and options.mode == "settle"
+    assert (
+        options.email == ["x@example.com", "y@example.com"]
+        and options.mode == "merge"
+        and options.primary == "revu"
+    )
+    options = tool.parse_options(
+        ["--settle", "a@example.com", "b@example.com", "--settle", "c@example.com"]
+    )
+    assert (
+        options.settle == ["a@example.com", "b@example.com", "c@example.com"]
+        and options.mode == "settle"
+    )
     options = tool.parse_options(["--undo", "backups/x", "--preview"])
     assert options.mode == "undo" and options.preview
 
 
 def test_help_is_two_screens_of_80_columns_and_names_every_exit_code() -> None:
     environment = {**os.environ, "COLUMNS": "80"}
-    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], env=environment, stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--help"], env=environment, stdout=subprocess.PIPE, check=True
+    )
     lines = done.stdout.decode("ascii").splitlines()
     assert len(lines) <= 80 and max(map(len, lines)) < 80
     for code in tool.EXIT_CODES:
@@ -259,13 +311,17 @@ sqlite3.connect = connect
 
 @posix
 @pytest.mark.parametrize("words", ["database is locked", "disk I/O error", ""])
-def test_a_file_system_without_locks_is_named_and_another_run_is_not(place: Workplace, words: str) -> None:
+def test_a_file_system_without_locks_is_named_and_another_run_is_not(
+    place: Workplace, words: str
+) -> None:
     organisation, _ = organisation_of_pairs(1)
     place.export(organisation)
     extra = machine(place.folder / "site", NO_LOCKS.format(words=words)) if words else {}
     with Sandbox(organisation) as sandbox:
         place.run(sandbox, "--limit", "1", check=0)
-        with contextlib.closing(sqlite3.connect(str(place.folder / "savepoint.db"), isolation_level=None)) as other:
+        with contextlib.closing(
+            sqlite3.connect(str(place.folder / "savepoint.db"), isolation_level=None)
+        ) as other:
             other.execute("BEGIN EXCLUSIVE")
             result = place.run(sandbox, check=2 if words else 11, **extra)
             assert ("no working locks" in result.err) is bool(words)
@@ -281,11 +337,17 @@ def test_a_locking_protocol_error_is_not_called_damage(place: Workplace) -> None
     place.export(organisation)
     with Sandbox(organisation) as sandbox:
         result = place.run(sandbox, check=2, **machine(place.folder / "site", LOCKING_PROTOCOL))
-    assert "no working locks" in result.err and "local disk" in result.err and "damaged" not in result.err
+    assert (
+        "no working locks" in result.err
+        and "local disk" in result.err
+        and "damaged" not in result.err
+    )
 
 
 def test_locks_work_here(tmp_path: Path) -> None:
-    assert tool.locks_work(tmp_path / "savepoint.db") and tool.locks_work(tmp_path / "nowhere" / "savepoint.db")
+    assert tool.locks_work(tmp_path / "savepoint.db") and tool.locks_work(
+        tmp_path / "nowhere" / "savepoint.db"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -302,7 +364,9 @@ def test_settings_come_from_a_file_or_a_pipe_with_or_without_a_byte_order_mark(
     place.export(organisation)
     path = place.folder / ".env"
     with Sandbox(organisation) as sandbox:
-        lines = mark + "".join(f"{name}={value}\n" for name, value in sandbox.environment().items()).encode("ascii")
+        lines = mark + "".join(
+            f"{name}={value}\n" for name, value in sandbox.environment().items()
+        ).encode("ascii")
         if is_pipe:
             os.mkfifo(str(path))
             threading.Thread(target=path.write_bytes, args=(lines,), daemon=True).start()
@@ -313,7 +377,9 @@ def test_settings_come_from_a_file_or_a_pipe_with_or_without_a_byte_order_mark(
 
 
 @posix
-def test_a_pipe_that_gives_nothing_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipe_that_gives_nothing_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tool, "ENV_PIPE_NOTICE", 0.05)
     monkeypatch.setattr(tool, "ENV_PIPE_WAIT", 0.1)
     os.mkfifo(str(tmp_path / ".env"))
@@ -343,7 +409,10 @@ def test_a_token_that_can_not_be_one_gets_the_exact_hint(token: str, says: str) 
 def test_an_env_file_of_another_encoding_is_named(place: Workplace) -> None:
     (place.folder / ".env").write_bytes("DEVREV_API_TOKEN=abc\n".encode("utf-16"))
     place.export(organisation_of_pairs(1)[0])
-    assert ".env is not UTF-8 text; save it again as UTF-8" in place.run(None, "--preview", check=2).err
+    assert (
+        ".env is not UTF-8 text; save it again as UTF-8"
+        in place.run(None, "--preview", check=2).err
+    )
 
 
 def test_a_quote_that_is_not_closed_and_the_file_of_the_token_are_named(place: Workplace) -> None:
@@ -360,12 +429,26 @@ def test_a_quote_that_is_not_closed_and_the_file_of_the_token_are_named(place: W
         assert "(from the environment)" in place.run(sandbox, "--check", check=0).out
 
 
-PREFIXES = {"": "user_", "  ": "user_", "usr_": "usr_", "REVU": None, "REVU-x": None, "R": None, "revu-": "revu-"}
+PREFIXES = {
+    "": "user_",
+    "  ": "user_",
+    "usr_": "usr_",
+    "REVU": None,
+    "REVU-x": None,
+    "R": None,
+    "revu-": "revu-",
+}
 
 
 @pytest.mark.parametrize("text, prefix", PREFIXES.items())
-def test_the_prefix_of_the_application_must_not_overlap_with_devrevs(text: str, prefix: Any) -> None:
-    with contextlib.nullcontext() if prefix else pytest.raises(tool.FatalError, match="DEVREV_USER_REF_PREFIX"):
+def test_the_prefix_of_the_application_must_not_overlap_with_devrevs(
+    text: str, prefix: Any
+) -> None:
+    with (
+        contextlib.nullcontext()
+        if prefix
+        else pytest.raises(tool.FatalError, match="DEVREV_USER_REF_PREFIX")
+    ):
         assert tool.load_settings({"DEVREV_USER_REF_PREFIX": text}, 8).user_ref_prefix == prefix
 
 
@@ -396,17 +479,25 @@ def test_a_package_that_can_not_be_used_is_named_in_one_line(place: Workplace, c
     path = place.folder / "site" / name
     path.parent.mkdir(parents=True)
     path.write_text(content, encoding="utf-8")
-    extra = {"PYTHONPATH": f"{place.folder / 'site'}{os.pathsep}{ROOT}", "DEVREV_RATE_LIMIT_CALLS": "100"}
+    extra = {
+        "PYTHONPATH": f"{place.folder / 'site'}{os.pathsep}{ROOT}",
+        "DEVREV_RATE_LIMIT_CALLS": "100",
+    }
     with Sandbox(organisation) as sandbox:
         result = place.run(sandbox, check=2, **extra)
-        assert [line for line in result.err.splitlines() if says in line and line.startswith("error: ")], result
+        assert [
+            line for line in result.err.splitlines() if says in line and line.startswith("error: ")
+        ], result
         assert len(result.err.splitlines()) == 1 and sandbox.requests == []
 
 
 def test_a_preview_needs_no_package_for_requests(place: Workplace) -> None:
     place.export(organisation_of_pairs(1)[0])
     code = "sys.modules['requests'] = sys.modules['ratelimit'] = None\n"
-    assert "1 pair to merge" in place.run(None, "--preview", check=0, **machine(place.folder / "site", code)).out
+    assert (
+        "1 pair to merge"
+        in place.run(None, "--preview", check=0, **machine(place.folder / "site", code)).out
+    )
 
 
 @pytest.mark.parametrize("name", ["queue.py", "random.py", "select.py", "typing.py"])
@@ -417,10 +508,14 @@ def test_a_file_named_like_a_module_of_pythons_does_no_harm(place: Workplace, na
     shutil.copy(str(SCRIPT), str(script))
     for folder in (script.parent, place.folder / "path"):
         folder.mkdir(exist_ok=True)
-        (folder / name).write_text("raise RuntimeError('not the one that is meant')\n", encoding="utf-8")
+        (folder / name).write_text(
+            "raise RuntimeError('not the one that is meant')\n", encoding="utf-8"
+        )
     command = [sys.executable, str(script), "--csv", "contacts.csv", "--preview"]
     environment = place.environment(None, {"PYTHONPATH": ""})
-    done = subprocess.run(command, cwd=str(place.folder), env=environment, stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(
+        command, cwd=str(place.folder), env=environment, stdout=subprocess.PIPE, check=True
+    )
     assert b"1 pair to merge" in done.stdout
 
 
@@ -437,7 +532,9 @@ def test_a_python_without_a_module_is_told_in_one_line(place: Workplace) -> None
 def test_a_closed_terminal_loses_no_report_though_two_signals_come(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(3)
     place.export(organisation)
-    never = Fault("merge-never", "rev-users.merge", match=lambda body: body["secondary_user"] == pairs[-1][1])
+    never = Fault(
+        "merge-never", "rev-users.merge", match=lambda body: body["secondary_user"] == pairs[-1][1]
+    )
     with Sandbox(organisation, faults=[never]) as sandbox:
         terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--yes")
         terminal.read_until("merged  person1@")
@@ -466,7 +563,9 @@ def test_nothing_is_rewritten_on_a_dumb_terminal(place: Workplace) -> None:
 # ----- cron, other folders, clocks -----------------------------------------------------------------
 
 
-def test_a_savepoint_beside_the_script_is_named_where_the_current_folder_has_none(place: Workplace) -> None:
+def test_a_savepoint_beside_the_script_is_named_where_the_current_folder_has_none(
+    place: Workplace,
+) -> None:
     place.export(organisation_of_pairs(1)[0])
     script = place.folder / "tool" / SCRIPT.name
     script.parent.mkdir()
@@ -477,10 +576,14 @@ def test_a_savepoint_beside_the_script_is_named_where_the_current_folder_has_non
             [sys.executable, str(script), *options], cwd=str(place.folder), env=place.environment(None, {}),
             capture_output=True, encoding="utf-8", check=True,
         )  # fmt: skip
-        assert f"one is beside the script: to use that history, run in {script.parent}" in done.stderr
+        assert (
+            f"one is beside the script: to use that history, run in {script.parent}" in done.stderr
+        )
 
 
-def test_a_savepoint_without_pairs_does_not_hide_the_one_beside_the_script(place: Workplace) -> None:
+def test_a_savepoint_without_pairs_does_not_hide_the_one_beside_the_script(
+    place: Workplace,
+) -> None:
     place.export(organisation_of_pairs(1)[0])
     script = place.folder / "tool" / SCRIPT.name
     script.parent.mkdir()
@@ -492,7 +595,10 @@ def test_a_savepoint_without_pairs_does_not_hide_the_one_beside_the_script(place
                 [sys.executable, str(script), *options], cwd=str(place.folder), env=place.environment(sandbox, {}),
                 capture_output=True, encoding="utf-8",
             )  # fmt: skip
-            assert f"one is beside the script: to use that history, run in {script.parent}" in done.stderr
+            assert (
+                f"one is beside the script: to use that history, run in {script.parent}"
+                in done.stderr
+            )
     assert (place.folder / "savepoint.db").exists()
 
 
@@ -536,7 +642,9 @@ def test_history_of_another_folder_is_refused_with_the_folder_to_run_in(
 
 
 @posix
-def test_backups_on_another_disk_are_this_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backups_on_another_disk_are_this_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "disk" / "a@example.com").mkdir(parents=True)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -545,7 +653,9 @@ def test_backups_on_another_disk_are_this_folders(tmp_path: Path, monkeypatch: p
     assert tool.history_folder_error(tmp_path / "disk" / "a@example.com") is None
 
 
-def test_an_undo_from_another_folder_is_refused_before_any_request(place: Workplace, tmp_path: Path) -> None:
+def test_an_undo_from_another_folder_is_refused_before_any_request(
+    place: Workplace, tmp_path: Path
+) -> None:
     organisation, _ = organisation_of_pairs(1)
     place.export(organisation)
     with Sandbox(organisation) as sandbox:
@@ -605,14 +715,23 @@ def test_each_step_names_the_next_one_as_it_would_be_typed(place: Workplace) -> 
             stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", check=True,
         )  # fmt: skip
         lines = done.stderr.splitlines()
-        return [lines[index + 1].strip() for index, line in enumerate(lines) if line.startswith("next: ")]
+        return [
+            lines[index + 1].strip()
+            for index, line in enumerate(lines)
+            if line.startswith("next: ")
+        ]
 
     with Sandbox(organisation) as sandbox:
         (preview,) = step("--export", "my contacts.csv")
-        assert preview.endswith(f"{script} --csv 'my contacts.csv' --preview --live") or os.name == "nt"
+        assert (
+            preview.endswith(f"{script} --csv 'my contacts.csv' --preview --live")
+            or os.name == "nt"
+        )
         (live,) = step("--csv", "my contacts.csv", "--preview", "--count-policy", "at-least")
         assert live.endswith("--preview --count-policy at-least --live")
-        (canary,) = step("--csv", "my contacts.csv", "--preview", "--live", "--count-policy", "at-least")
+        (canary,) = step(
+            "--csv", "my contacts.csv", "--preview", "--live", "--count-policy", "at-least"
+        )
         assert canary.endswith("--count-policy at-least --limit 1")
         (also_canary,) = step("--csv", "my contacts.csv", "--check")
         assert also_canary.endswith("--limit 1") and "--check" not in also_canary
@@ -637,10 +756,16 @@ NEXT_STEPS = {
 @pytest.mark.parametrize("case", NEXT_STEPS)
 def test_what_fails_names_the_next_step(place: Workplace, case: str) -> None:
     organisation, _ = organisation_of_pairs(1)
-    other = {one: {"REV_USER_ID": one.replace("SANDBOX1", "OTHER")} for one in organisation.contacts}
+    other = {
+        one: {"REV_USER_ID": one.replace("SANDBOX1", "OTHER")} for one in organisation.contacts
+    }
     place.export(organisation, other if "organisation" in case else {})
     code, says, step, command = NEXT_STEPS[case]
-    extra = {"DEVREV_BASE_URL": "http://127.0.0.1:9", "DEVREV_MAX_RETRIES": "0"} if "network" in case else {}
+    extra = (
+        {"DEVREV_BASE_URL": "http://127.0.0.1:9", "DEVREV_MAX_RETRIES": "0"}
+        if "network" in case
+        else {}
+    )
     options = ["--preview", "--live"] if extra else []
     with Sandbox(organisation) as sandbox, contextlib.closing(
         sqlite3.connect(str(place.folder / "savepoint.db"))
@@ -648,7 +773,9 @@ def test_what_fails_names_the_next_step(place: Workplace, case: str) -> None:
         if code == 11:
             db.execute("BEGIN EXCLUSIVE")
         result = place.run(sandbox, *options, check=code, **extra)
-    error, hint, *more = [line for line in result.err.splitlines() if line != "Nothing was changed in DevRev."]
+    error, hint, *more = [
+        line for line in result.err.splitlines() if line != "Nothing was changed in DevRev."
+    ]
     assert error.startswith("error: ") and says in error and hint.startswith(step)
     assert command in " ".join(more) and bool(more) is bool(command)
 
@@ -662,7 +789,10 @@ def test_a_canary_says_in_the_question_that_earlier_pairs_come_first(place: Work
         place.run(sandbox, "--limit", "1", "--merge-timeout", "1", check=1)
         terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--limit", "1", columns=200)
         question = terminal.read_until("Type merge")
-        assert "first         finish 1 pair of earlier runs, in addition to --limit and --email: " in question
+        assert (
+            "first         finish 1 pair of earlier runs, in addition to --limit and --email: "
+            in question
+        )
         terminal.type("no\n")
         assert terminal.end() == 2
 

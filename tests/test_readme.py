@@ -31,7 +31,9 @@ PAGES = (
 def help_text() -> str:
     environment = {**os.environ, "COLUMNS": "80"}
     command = [sys.executable, str(SCRIPT), "--help"]
-    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout.decode("ascii")
+    return subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, check=True
+    ).stdout.decode("ascii")
 
 
 HELP = help_text()
@@ -41,7 +43,9 @@ def table(head: str, text: str = README) -> List[List[str]]:
     """Return the cells of the rows below the table's `head`."""
     assert text.count(head + "\n") == 1, f"there is no table {head}, or more than one"
     lines = text[text.index(head) :].splitlines()[2:]
-    rows = lines[: next(index for index, line in enumerate([*lines, ""]) if not line.startswith("|"))]
+    rows = lines[
+        : next(index for index, line in enumerate([*lines, ""]) if not line.startswith("|"))
+    ]
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
 
 
@@ -50,7 +54,12 @@ def in_code(text: str) -> Set[str]:
 
 
 def parser_options() -> Set[str]:
-    return {name for action in tool.build_parser()._actions for name in action.option_strings if name[:2] == "--"}
+    return {
+        name
+        for action in tool.build_parser()._actions
+        for name in action.option_strings
+        if name[:2] == "--"
+    }
 
 
 # -- the reference against the module's tables ---------------------------------------------------------
@@ -80,7 +89,11 @@ def test_help_is_two_screens_of_80_columns() -> None:
 
 
 def test_every_error_code_is_in_the_readme_once_and_no_other() -> None:
-    found = [code for codes, _ in table("| error code | what to do |") for code in re.findall(r"`([a-z_]+)`", codes)]
+    found = [
+        code
+        for codes, _ in table("| error code | what to do |")
+        for code in re.findall(r"`([a-z_]+)`", codes)
+    ]
     assert sorted(found) == sorted(tool.CODES)
 
 
@@ -88,12 +101,16 @@ def test_the_advice_of_the_readme_does_not_contradict_the_module() -> None:
     """An option that the README advises for one of the codes is one that the module advises for it."""
     for codes, advice in table("| error code | what to do |"):
         modules = " ".join(tool.CODES[code].advice for code in re.findall(r"`([a-z_]+)`", codes))
-        assert set(re.findall(r"--[a-z-]+", advice)) <= set(re.findall(r"--[a-z-]+", modules)), codes
+        assert set(re.findall(r"--[a-z-]+", advice)) <= set(re.findall(r"--[a-z-]+", modules)), (
+            codes
+        )
 
 
 def test_the_full_table_of_error_codes_is_the_modules() -> None:
     rows = [f"| `{code}` | {one.meaning} | {one.advice} |" for code, one in tool.CODES.items()]
-    assert "\n".join(["| code | what it means | what to do |", "|---|---|---|", *rows]) in GUARANTEES
+    assert (
+        "\n".join(["| code | what it means | what to do |", "|---|---|---|", *rows]) in GUARANTEES
+    )
 
 
 def test_environment_variables_are_the_same_everywhere() -> None:
@@ -122,8 +139,17 @@ def test_states_fields_and_lists_of_a_report_are_explained() -> None:
     entry = tool.merge_entry(tool.Pair(contact, contact, None), None)
     named = set().union(*map(in_code, rows))
     assert {"state", "in_csv", "proved", "backed_up", "fields_lost"} <= named & entry.keys()
-    lists = {"successful_merges", "failed_merges", "unfinished_merges", "settled", "cancelled", "undo_settled"}
-    assert {*lists, *tool.BESIDE_PAIRS, "already_merged", "left", "pairs_planned"} <= in_code(README)
+    lists = {
+        "successful_merges",
+        "failed_merges",
+        "unfinished_merges",
+        "settled",
+        "cancelled",
+        "undo_settled",
+    }
+    assert {*lists, *tool.BESIDE_PAIRS, "already_merged", "left", "pairs_planned"} <= in_code(
+        README
+    )
 
 
 def test_the_columns_are_the_eight_of_the_query() -> None:
@@ -134,7 +160,9 @@ def test_the_columns_are_the_eight_of_the_query() -> None:
 def test_the_classes_and_their_jobs_are_named() -> None:
     section = README.partition("**Architecture.**")[2]
     for name in ("Contact", "DevRevAPI", "SavePoint", "ContactMerger", "main"):
-        assert re.search(rf"^- `{name}(\(\))?`: \w+", section, re.MULTILINE) and hasattr(tool, name), name
+        assert re.search(rf"^- `{name}(\(\))?`: \w+", section, re.MULTILINE) and hasattr(
+            tool, name
+        ), name
 
 
 # -- what a reader meets -------------------------------------------------------------------------------
@@ -145,7 +173,9 @@ def test_the_readme_can_be_finished() -> None:
 
 
 def test_the_status_is_in_the_first_screen() -> None:
-    assert any("not yet run against a production organisation" in line for line in README.splitlines()[:24])
+    assert any(
+        "not yet run against a production organisation" in line for line in README.splitlines()[:24]
+    )
 
 
 def test_the_links_lead_somewhere() -> None:
@@ -164,7 +194,11 @@ def test_the_links_lead_somewhere() -> None:
 def test_one_command_sets_up_and_runs_the_tests_and_one_the_demo() -> None:
     """The first line with `-m pytest` is what `.ci/run` runs."""
     for last in ("-m pytest", "-m tests.sandbox"):
-        (line,) = (one for one in README.splitlines() if one.startswith("python3 -m venv") and one.endswith(last))
+        (line,) = (
+            one
+            for one in README.splitlines()
+            if one.startswith("python3 -m venv") and one.endswith(last)
+        )
         assert "pip install" in line and "-r requirements.txt" in line
     assert README.count("-m pytest") == 1
 
@@ -173,15 +207,24 @@ def test_the_demo_ends_in_a_summary_and_the_next_step() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, "-m", "tests.sandbox"]
     done = subprocess.run(
-        command, cwd=str(ROOT), env=environment, stdout=subprocess.PIPE, encoding="utf-8", check=False
+        command,
+        cwd=str(ROOT),
+        env=environment,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        check=False,
     )
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) < 60 and "[NO]" not in done.stdout, done.stdout
-    assert "--- Summary ---" in lines[-15:] and lines[-1].endswith("merge_contacts.py --export contacts.csv")
+    assert "--- Summary ---" in lines[-15:] and lines[-1].endswith(
+        "merge_contacts.py --export contacts.csv"
+    )
 
 
 def test_the_guarantees_name_tests_that_exist() -> None:
-    tests = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").glob("test_*.py")))
+    tests = "".join(
+        path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").glob("test_*.py"))
+    )
     rows = table("| if… | then | test |", GUARANTEES)
     names = re.findall(r"`(test_\w+)`", " ".join(row[2] for row in rows))
     assert len(rows) > 30 and len(names) >= len(rows)
@@ -192,7 +235,9 @@ def test_the_guarantees_name_tests_that_exist() -> None:
 def test_no_house_words(page: str) -> None:
     text = HELP if page == "--help" else (ROOT / page).read_text(encoding="utf-8")
     if page.endswith(".md"):  # names of tests and output of the tool are judged elsewhere
-        text = re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE))
+        text = re.sub(
+            r"`[^`\n]*`", "", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+        )
     words = re.sub(r"\s+", " ", text)
     found: Dict[str, str] = {}
     for word in HOUSE_WORDS:

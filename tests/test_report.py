@@ -38,7 +38,11 @@ def raised_codes() -> Dict[str, str]:
     """Every code that the module gives to a pair or a group, with the text around it."""
     raises = r'(?:PairError|PairSkipped|SkippedGroup)\(\s*(?:[\w.\[\]]+,\s*)?"([a-z_]+)"'
     assigned = r'\b(?:pair\.)?code(?:, \w+)* = "([a-z_]+)"'
-    return {found.group(1): found.group() for found in re.finditer(f"{raises}|{assigned}", SOURCE) if found.group(1)}
+    return {
+        found.group(1): found.group()
+        for found in re.finditer(f"{raises}|{assigned}", SOURCE)
+        if found.group(1)
+    }
 
 
 def test_every_code_stands_in_the_table() -> None:
@@ -59,7 +63,9 @@ def test_the_table_says_in_sentences_what_a_code_means_and_what_to_do() -> None:
 # -- small things by tables ---------------------------------------------------------------------------
 
 
-def test_a_run_is_named_by_the_next_second_that_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_named_by_the_next_second_that_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     start = 1738324800.7  # 2025-01-31 12:00:00 UTC
     assert free_run_id(start) == "20250131_120000"
@@ -89,7 +95,8 @@ def test_no_cell_is_a_formula(cell: str, safe: str) -> None:
 
 @pytest.mark.parametrize("state", State)
 @pytest.mark.parametrize(
-    "code", ["", "interrupted", "left_behind", "merge_not_confirmed", "api_error", "undo_unfinished"]
+    "code",
+    ["", "interrupted", "left_behind", "merge_not_confirmed", "api_error", "undo_unfinished"],
 )
 def test_what_can_be_settled(state: State, code: str) -> None:
     pair = pair_of(1, state, code=code, error="why")
@@ -97,7 +104,9 @@ def test_what_can_be_settled(state: State, code: str) -> None:
     # What DevRev did not answer may be fixed by another run, where the duplicate no longer exists.
     can_be_fixed = code == "api_error" and state in (State.MERGED, State.VERIFYING)
     named = code in ("left_behind", "merge_not_confirmed", "api_error") and not can_be_fixed
-    assert (not error) == (state in TERMINAL or state is State.UNDOING or (state in UNFINISHED and named))
+    assert (not error) == (
+        state in TERMINAL or state is State.UNDOING or (state in UNFINISHED and named)
+    )
     if not error:
         settle_pair(pair)
         wanted = {
@@ -123,7 +132,10 @@ def assert_sum(report: Dict[str, Any]) -> None:
     assert summary["successful_merges"] == len(mine["successful_merges"]) + len(mine["settled"])
     assert summary["failed_merges"] == len(mine["failed_merges"]) + len(mine["cancelled"])
     assert summary["unfinished_merges"] == len(mine["unfinished_merges"])
-    assert (summary["settled"], summary["cancelled"]) == (len(mine["settled"]), len(mine["cancelled"]))
+    assert (summary["settled"], summary["cancelled"]) == (
+        len(mine["settled"]),
+        len(mine["cancelled"]),
+    )
 
 
 def table_of(place: Workplace, result: Result) -> List[Dict[str, str]]:
@@ -144,7 +156,9 @@ def test_the_parts_are_the_sum_and_the_csv_has_a_line_a_pair(place: Workplace) -
     organisation, pairs = organisation_of_pairs(5, (1, 1))
     organisation.contacts[pairs[0][1]]["display_name"] = "=HYPERLINK(1)"
     place.export(organisation, {pairs[1][0]: {"TICKET_COUNT": 9}})
-    with Sandbox(organisation, faults=[Fault("merge-never", "rev-users.merge", match=only(pairs[2][1]))]) as sandbox:
+    with Sandbox(
+        organisation, faults=[Fault("merge-never", "rev-users.merge", match=only(pairs[2][1]))]
+    ) as sandbox:
         place.run(sandbox, "--email", "person5@example.com", check=0)
         result = place.run(sandbox, "--merge-timeout", "1", "--limit", "3", check=1)
     assert_sum(result.report)
@@ -179,7 +193,9 @@ def never_merged(place: Workplace) -> Tuple[Organisation, List[Tuple[str, str]]]
     return organisation, pairs
 
 
-def test_a_merge_that_devrev_never_carries_out_can_be_cancelled_and_is_then_left_alone(place: Workplace) -> None:
+def test_a_merge_that_devrev_never_carries_out_can_be_cancelled_and_is_then_left_alone(
+    place: Workplace,
+) -> None:
     organisation, pairs = never_merged(place)
     fault = Fault("merge-never", "rev-users.merge", match=only(pairs[1][1]))
     with Sandbox(organisation, faults=[fault]) as sandbox:
@@ -194,30 +210,51 @@ def test_a_merge_that_devrev_never_carries_out_can_be_cancelled_and_is_then_left
             "cancelled",
             "merge_not_confirmed",
         )
-        assert result.report["summary"]["failed_merges"] == result.report["summary"]["cancelled"] == 1
+        assert (
+            result.report["summary"]["failed_merges"] == result.report["summary"]["cancelled"] == 1
+        )
         assert result.report["successful_merges"] == result.report["settled"] == []
         assert result.report["run"]["kind"] == "settle" and result.report["skipped"] is None
         assert "1 cancelled, not merged" in place.run(None, "--status", check=0).out
         # Later runs skip it, and say so.
         merges = sandbox.count("rev-users.merge")
         again = place.run(sandbox, check=0)
-        assert [one["code"] for one in again.report["skipped"]] == ["cancelled"] and again.report["cancelled"] == []
+        assert [one["code"] for one in again.report["skipped"]] == ["cancelled"] and again.report[
+            "cancelled"
+        ] == []
         (row,) = table_of(place, again)
-        assert (row["email"], row["outcome"], row["code"]) == ("person2@example.com", "skipped", "cancelled")
-        assert set(row.values()) == {"person2@example.com", "skipped", "cancelled", ""}  # it has no pairs
+        assert (row["email"], row["outcome"], row["code"]) == (
+            "person2@example.com",
+            "skipped",
+            "cancelled",
+        )
+        assert set(row.values()) == {
+            "person2@example.com",
+            "skipped",
+            "cancelled",
+            "",
+        }  # it has no pairs
         assert_sum(again.report)
         assert sandbox.count("rev-users.merge") == merges
         # To settle it once more changes nothing.
-        assert place.run(sandbox, "--settle", "person2@example.com", check=0).report["cancelled"] == []
+        assert (
+            place.run(sandbox, "--settle", "person2@example.com", check=0).report["cancelled"] == []
+        )
         # A person who names it has it merged after all.
         sandbox.faults.clear()
-        named = place.run(sandbox, "--email", "person2@example.com", "--merge-timeout", "1", check=0)
-        assert [one["email"] for one in named.report["successful_merges"]] == ["person2@example.com"]
+        named = place.run(
+            sandbox, "--email", "person2@example.com", "--merge-timeout", "1", check=0
+        )
+        assert [one["email"] for one in named.report["successful_merges"]] == [
+            "person2@example.com"
+        ]
         assert_sum(named.report)
     assert_merged(organisation, pairs)
 
 
-def test_a_cancelled_merge_that_devrev_carries_out_after_all_is_finished_and_marked(place: Workplace) -> None:
+def test_a_cancelled_merge_that_devrev_carries_out_after_all_is_finished_and_marked(
+    place: Workplace,
+) -> None:
     organisation, pairs = never_merged(place)
     fault = Fault("merge-never", "rev-users.merge", match=only(pairs[1][1]))
     with Sandbox(organisation, faults=[fault]) as sandbox:
@@ -234,10 +271,16 @@ def test_a_cancelled_merge_that_devrev_carries_out_after_all_is_finished_and_mar
     assert_merged(organisation, pairs)
 
 
-def test_what_can_not_be_fixed_of_a_merged_pair_is_settled_and_no_plain_success(place: Workplace) -> None:
+def test_what_can_not_be_fixed_of_a_merged_pair_is_settled_and_no_plain_success(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(2, (1, 3))
     place.export(organisation)
-    left = {one for one, work in organisation.works.items() if pairs[1][1] in [u["id"] for u in work["reported_by"]]}
+    left = {
+        one
+        for one, work in organisation.works.items()
+        if pairs[1][1] in [u["id"] for u in work["reported_by"]]
+    }
     fault = Fault("merge-leaves", "rev-users.merge", match=only(pairs[1][1]), detail=left)
     with Sandbox(organisation, faults=[fault]) as sandbox:
         assert "next: run again later" in place.run(sandbox, "--merge-timeout", "1", check=1).err
@@ -258,14 +301,26 @@ def test_settle_says_the_truth_of_every_address(place: Workplace) -> None:
     with Sandbox(organisation, faults=[fault]) as sandbox:
         place.run(sandbox, "--merge-timeout", "1", check=1)
         before = (place.folder / "savepoint.db").read_bytes()
-        unknown = place.run(sandbox, "--settle", "persom3@example.com", "person1@example.com", check=2)
-        assert "persom3@example.com" in unknown.err and "did you mean person3@example.com?" in unknown.err
+        unknown = place.run(
+            sandbox, "--settle", "persom3@example.com", "person1@example.com", check=2
+        )
+        assert (
+            "persom3@example.com" in unknown.err
+            and "did you mean person3@example.com?" in unknown.err
+        )
         assert unknown.report == {}
         done = place.run(sandbox, "--settle", "person1@example.com", check=0)
-        assert "nothing to settle  person1@example.com" in done.out and "merged and verified" in done.out
+        assert (
+            "nothing to settle  person1@example.com" in done.out
+            and "merged and verified" in done.out
+        )
         assert done.report["run"]["headline"] == "nothing settled; 1 pair still unfinished"
-        failed = place.run(sandbox, "--settle", "person2@example.com", "person3@example.com", check=1)
-        assert re.search(r"NOT SETTLED  person2@.* was not requested \(count_mismatch\)", failed.out)
+        failed = place.run(
+            sandbox, "--settle", "person2@example.com", "person3@example.com", check=1
+        )
+        assert re.search(
+            r"NOT SETTLED  person2@.* was not requested \(count_mismatch\)", failed.out
+        )
         assert [one["email"] for one in failed.report["cancelled"]] == ["person3@example.com"]
         assert failed.report["run"]["headline"] == "1 pair cancelled"
         assert before != (place.folder / "savepoint.db").read_bytes()
@@ -274,7 +329,9 @@ def test_settle_says_the_truth_of_every_address(place: Workplace) -> None:
 def test_a_pair_that_was_only_interrupted_is_run_again_not_settled(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(1)
     place.export(organisation)
-    with Sandbox(organisation, faults=[Fault("merge-never", "rev-users.merge", times=1)]) as sandbox:
+    with Sandbox(
+        organisation, faults=[Fault("merge-never", "rev-users.merge", times=1)]
+    ) as sandbox:
         process = place.start(sandbox)
         while not sandbox.count("rev-users.get"):
             pass
@@ -290,10 +347,14 @@ def entries_of(result: Result, name: str) -> List[str]:
     return [entry["email"] for entry in result.report[name]]
 
 
-def test_pairs_of_earlier_runs_that_are_not_in_the_csv_are_marked_and_outside_the_sum(place: Workplace) -> None:
+def test_pairs_of_earlier_runs_that_are_not_in_the_csv_are_marked_and_outside_the_sum(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(2)
     place.export(organisation)
-    with Sandbox(organisation, faults=[Fault("merge-never", "rev-users.merge", match=only(pairs[1][1]))]) as sandbox:
+    with Sandbox(
+        organisation, faults=[Fault("merge-never", "rev-users.merge", match=only(pairs[1][1]))]
+    ) as sandbox:
         place.run(sandbox, "--merge-timeout", "1", check=1)
         place.export(organisation, leave_out=pairs[1])
         organisation.merge(*pairs[1])
@@ -309,9 +370,15 @@ def test_pairs_of_earlier_runs_that_are_not_in_the_csv_are_marked_and_outside_th
 def test_what_the_live_check_leaves_out_is_skipped_and_the_sum_holds(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(2)
     gone, elsewhere = (organisation.add_contact(key, "person1@example.com") for key in ("G1", "W1"))
-    organisation.contacts[elsewhere]["rev_org"] = {"id": "don:identity:dvrv-us-1:devo/SANDBOX1:revo/9"}
-    organisation.contacts[pairs[0][0]]["rev_org"] = {"id": "don:identity:dvrv-us-1:devo/SANDBOX1:revo/1"}
-    organisation.contacts[pairs[0][1]]["rev_org"] = {"id": "don:identity:dvrv-us-1:devo/SANDBOX1:revo/1"}
+    organisation.contacts[elsewhere]["rev_org"] = {
+        "id": "don:identity:dvrv-us-1:devo/SANDBOX1:revo/9"
+    }
+    organisation.contacts[pairs[0][0]]["rev_org"] = {
+        "id": "don:identity:dvrv-us-1:devo/SANDBOX1:revo/1"
+    }
+    organisation.contacts[pairs[0][1]]["rev_org"] = {
+        "id": "don:identity:dvrv-us-1:devo/SANDBOX1:revo/1"
+    }
     choices = place.folder / "choices.csv"
     choices.write_text("EMAIL,EXTERNAL_REF\nperson1@example.com,user_1\n", encoding="utf-8")
     place.export(organisation)
@@ -328,13 +395,19 @@ def test_what_the_live_check_leaves_out_is_skipped_and_the_sum_holds(place: Work
     }  # fmt: skip
     assert {row["primary_id"] for row in rows} == {pairs[0][0]}
     summary = result.report["summary"]
-    assert (summary["pairs_planned"], summary["already_merged"], summary["successful_merges"]) == (3, 1, 2)
+    assert (summary["pairs_planned"], summary["already_merged"], summary["successful_merges"]) == (
+        3,
+        1,
+        2,
+    )
     assert (summary["skipped_groups"], summary["left"]) == (1, 0)
     assert_merged(organisation, pairs)
 
 
 @posix
-def test_a_killed_undo_gets_its_report_from_the_next_run_and_refuses_its_group_meanwhile(place: Workplace) -> None:
+def test_a_killed_undo_gets_its_report_from_the_next_run_and_refuses_its_group_meanwhile(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(2)
     place.export(organisation)
     process: List[Any] = []
@@ -352,7 +425,11 @@ def test_a_killed_undo_gets_its_report_from_the_next_run_and_refuses_its_group_m
         result = place.run(sandbox, check=1)
         (report,) = (place.folder / "reports").glob("undo_report_*.json")
         undone = json.loads(report.read_text(encoding="utf-8"))
-        assert (undone["run"]["kind"], undone["run"]["stopped"], undone["run"]["exit_code"]) == ("undo", "killed", None)
+        assert (undone["run"]["kind"], undone["run"]["stopped"], undone["run"]["exit_code"]) == (
+            "undo",
+            "killed",
+            None,
+        )
         assert [one["email"] for one in undone["unfinished"]] == ["person1@example.com"]
         newest = max((place.folder / "reports").glob("merge_report_*.json"))
         result.report = json.loads(newest.read_text(encoding="utf-8"))

@@ -23,7 +23,12 @@ from merge_contacts import CODES, Contact, Pair, plural, undo_entry
 TEMPLATE = Path(__file__).resolve().parent.parent / "reports" / "template.html"
 TOKEN = "__REPORT_JSON__"
 CHROMIUM = next(
-    (found for found in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if found), None
+    (
+        found
+        for found in map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+        if found
+    ),
+    None,
 )
 FLAGS = [
     "--headless",
@@ -118,7 +123,11 @@ def sample(merged=5, failed=(), skipped=(), invalid=()):
             "quota": None,
             "base_url": "https://api.devrev.ai",
             "organisation": "dvrv-us-1:devo/ACME",
-            "token_owner": {"id": "don:identity:1", "display_name": "Robin Example", "email": "robin@example.com"},
+            "token_owner": {
+                "id": "don:identity:1",
+                "display_name": "Robin Example",
+                "email": "robin@example.com",
+            },
             "options": {"count_policy": "exact", "limit": None, "yes": True},
             "start": moment(0),
             "end": moment(merged + 30),
@@ -169,15 +178,25 @@ def hostile():
     """Every hostile value in every text of a report."""
     report = sample(merged=0)
     for number, value in enumerate(HOSTILE):
-        who = dict.fromkeys(("id", "display_id", "display_name", "old_external_ref", "external_ref"), value)
+        who = dict.fromkeys(
+            ("id", "display_id", "display_name", "old_external_ref", "external_ref"), value
+        )
         who["tickets"] = number
-        merge = dict(pair(number), email=value, primary=who, duplicate=who, new_external_ref="to " + value)
+        merge = dict(
+            pair(number), email=value, primary=who, duplicate=who, new_external_ref="to " + value
+        )
         merge["backup"] = value
         left = [{"id": value, "display_id": value, "kind": value, "role": value}]
         report["successful_merges"].append(merge)
-        report["failed_merges"].append(dict(merge, state=value, code=value, error=value, left_behind=left))
-        report["skipped"].append({"email": value, "code": value, "reason": value, "contacts": [who]})
-        report["settled"].append(dict(merge, state="settled", code=value, error=value, accepted=value))
+        report["failed_merges"].append(
+            dict(merge, state=value, code=value, error=value, left_behind=left)
+        )
+        report["skipped"].append(
+            {"email": value, "code": value, "reason": value, "contacts": [who]}
+        )
+        report["settled"].append(
+            dict(merge, state="settled", code=value, error=value, accepted=value)
+        )
         report["look_alikes"].append({"emails": [value, value]})
         report["invalid_rows"].append({"line": number, "reason": value, "email": value})
         report["run"]["options"][value] = value
@@ -213,13 +232,18 @@ class Browser:
         command = [sys.executable, "-c", launch, str(child_in), str(child_out), CHROMIUM]
         command += [*FLAGS, f"--user-data-dir={profile}", "about:blank"]
         self.process = subprocess.Popen(
-            command, pass_fds=(child_in, child_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command,
+            pass_fds=(child_in, child_out),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         os.close(child_in)
         os.close(child_out)
         self.buffer, self.number, self.session, self.events = b"", 0, None, []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(domain + ".enable")
 
@@ -272,7 +296,9 @@ class Browser:
             time.sleep(0.02)
 
     def js(self, expression):
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
@@ -284,7 +310,11 @@ class Browser:
         self.js("new Promise(done => setTimeout(done, 50))")
         found = [event for event in self.events if event.get("method") in LOUD]
         for event in self.events:
-            asked = event["params"]["request"]["url"] if event.get("method") == "Network.requestWillBeSent" else None
+            asked = (
+                event["params"]["request"]["url"]
+                if event.get("method") == "Network.requestWillBeSent"
+                else None
+            )
             if asked not in (None, self.url, "about:blank"):
                 found.append(event)
         return found
@@ -319,7 +349,14 @@ OPEN_ALL = "document.querySelectorAll('summary, .tog').forEach(e => e.click()), 
 MERGED = "[...document.querySelectorAll('#merged tbody tr:not(.det)')]"
 
 
-UNDO_CODES = {"merged_again", "not_merged", "contact_refused", "contact_not_confirmed", "not_restored", "merged_onward"}
+UNDO_CODES = {
+    "merged_again",
+    "not_merged",
+    "contact_refused",
+    "contact_not_confirmed",
+    "not_restored",
+    "merged_onward",
+}
 
 
 def test_template_is_self_contained_and_strict():
@@ -330,14 +367,21 @@ def test_template_is_self_contained_and_strict():
     assert f'<script type="application/json" id="report">{TOKEN}</script>' in text
     assert '<meta name="robots" content="noindex">' in text
     assert set(re.findall(r"https?://[^'\"\s]*", text)) <= {"http://www.w3.org/2000/svg"}
-    assert not re.search(r"(inner|outer)HTML|insertAdjacent|document\.write|\beval\b|new Function|@import|url\(", text)
+    assert not re.search(
+        r"(inner|outer)HTML|insertAdjacent|document\.write|\beval\b|new Function|@import|url\(",
+        text,
+    )
     assert not re.search(r"<(link|img|iframe|object|embed|form|base)\b|\ssrc=|\son\w+=[\"']", text)
     scripts = re.findall(r"<script>(.*?)</script>", text.replace("\r\n", "\n"), re.S)
     assert len(scripts) == 1 and text.count("<script") == 2
     digest = base64.b64encode(hashlib.sha256(scripts[0].encode("ascii")).digest()).decode("ascii")
-    policy = re.search(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', text).group(1)
+    policy = re.search(
+        r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', text
+    ).group(1)
     assert "default-src 'none'" in policy
-    assert f"script-src 'sha256-{digest}';" in policy, "the script was changed: put this hash into the policy"
+    assert f"script-src 'sha256-{digest}';" in policy, (
+        "the script was changed: put this hash into the policy"
+    )
 
 
 @needs_browser
@@ -351,7 +395,12 @@ def test_hostile_values_are_shown_and_nothing_runs(show):
     page.js(OPEN_ALL)
     assert page.js("document.title").startswith("Contact merge report")
     assert page.js("document.scripts.length") == 2
-    assert page.js("document.querySelectorAll('img, iframe, object, embed, link, base, form, b').length") == 0
+    assert (
+        page.js(
+            "document.querySelectorAll('img, iframe, object, embed, link, base, form, b').length"
+        )
+        == 0
+    )
     attributes = page.js("[...document.querySelectorAll('*')].flatMap(e => e.getAttributeNames())")
     assert attributes and not [attribute for attribute in attributes if attribute.startswith("on")]
     links = page.js("[...document.querySelectorAll('a')].map(a => a.getAttribute('href'))")
@@ -369,11 +418,15 @@ def test_hostile_values_are_shown_and_nothing_runs(show):
         "#run dt",
         "#run dd",
     ):
-        text = "\n".join(page.js(f"[...document.querySelectorAll('{place}')].map(e => e.textContent)"))
+        text = "\n".join(
+            page.js(f"[...document.querySelectorAll('{place}')].map(e => e.textContent)")
+        )
         for value in HOSTILE:
             assert SEEN.get(value, value) in text, (place, value)
     body = page.js("document.querySelector('main').textContent")
-    assert not re.search("[\0-\x09\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]", body)
+    assert not re.search(
+        "[\0-\x09\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]", body
+    )
     assert page.noise() == []
 
 
@@ -381,11 +434,18 @@ def test_hostile_values_are_shown_and_nothing_runs(show):
 def test_the_checks_above_would_notice(show):
     page = show(
         b"<!doctype html><meta charset=utf-8><body><script>document.body.innerHTML = "
-        + json.dumps("".join(HOSTILE[3:6])).replace("<", "\\u003c").replace("alert", "console.log").encode()
+        + json.dumps("".join(HOSTILE[3:6]))
+        .replace("<", "\\u003c")
+        .replace("alert", "console.log")
+        .encode()
         + b"</script>"
     )
     noise = json.dumps(page.noise())
-    assert "leak.example.com/i.png" in noise and "leak.example.com/s.css" in noise and "consoleAPICalled" in noise
+    assert (
+        "leak.example.com/i.png" in noise
+        and "leak.example.com/s.css" in noise
+        and "consoleAPICalled" in noise
+    )
     assert page.js("document.title") == "pwned"
 
 
@@ -401,14 +461,28 @@ def test_policy_blocks_a_script_that_would_get_in(show):
 
 @needs_browser
 def test_content_and_order(show):
-    left = [{"id": "don:core:t12", "display_id": "TKT-12", "title": "A title", "kind": "ticket", "role": "owned_by"}]
+    left = [
+        {
+            "id": "don:core:t12",
+            "display_id": "TKT-12",
+            "title": "A title",
+            "kind": "ticket",
+            "role": "owned_by",
+        }
+    ]
     report = sample(
         140,
         [
             failure(200, "count_mismatch"),
             failure(201, "count_mismatch"),
             failure(202, "brand_new_code"),
-            dict(failure(203, "left_behind"), left_behind=left, state="proving", backup=None, seconds=None),
+            dict(
+                failure(203, "left_behind"),
+                left_behind=left,
+                state="proving",
+                backup=None,
+                seconds=None,
+            ),
         ],
         [
             {
@@ -425,7 +499,9 @@ def test_content_and_order(show):
     )
     report["summary"]["pairs_planned"] += 3
     report["run"]["stopped"] = "The token was revoked."
-    verdict = report["run"]["headline"] = "140 of 147 pairs merged, 4 failed, 3 left, 1 group skipped"
+    verdict = report["run"]["headline"] = (
+        "140 of 147 pairs merged, 4 failed, 3 left, 1 group skipped"
+    )
     report["choices"] = [
         {
             "email": "three@example.com",
@@ -442,7 +518,12 @@ def test_content_and_order(show):
     page = show(report)
     text = page.text()
     assert verdict in text and "c0ffee123456" in text
-    for words in ("three@example.com keeps user_5", "Lost: user_6", "joins 4 contacts", f"four@example.com {names}"):
+    for words in (
+        "three@example.com keeps user_5",
+        "Lost: user_6",
+        "joins 4 contacts",
+        f"four@example.com {names}",
+    ):
         assert words in text
     assert page.js("document.title") == "Contact merge report 2025-01-31: " + verdict
     assert "The run stopped early: The token was revoked." in text
@@ -457,7 +538,9 @@ def test_content_and_order(show):
         "Progress",
         "Run details",
     ]
-    headings = page.js("[...document.querySelectorAll('h1, .lead, .cards, h2')].map(e => e.textContent)")
+    headings = page.js(
+        "[...document.querySelectorAll('h1, .lead, .cards, h2')].map(e => e.textContent)"
+    )
     assert [want in have for want, have in zip(order, headings)] == [True] * len(order), headings
     groups = page.js("[...document.querySelectorAll('#failed h3')].map(e => e.textContent)")
     assert groups == [
@@ -489,16 +572,30 @@ def test_content_and_order(show):
 @needs_browser
 def test_what_was_backed_up_and_proved_and_what_is_left_stands_there(show):
     report = sample(2)
-    report["successful_merges"][0].update(backed_up={"works": 41, "timeline_entries": 43}, proved=37)
-    unfinished = dict(failure(7, "interrupted"), state="merged", so_far="merged, for good", to_do="set the reference")
+    report["successful_merges"][0].update(
+        backed_up={"works": 41, "timeline_entries": 43}, proved=37
+    )
+    unfinished = dict(
+        failure(7, "interrupted"),
+        state="merged",
+        so_far="merged, for good",
+        to_do="set the reference",
+    )
     report["unfinished_merges"] = [unfinished]
     report["summary"].update(unfinished_merges=1, total_merges_attempted=3, pairs_planned=5)
     page = show(report)
     page.js(OPEN_ALL)
     text = page.text()
-    for words in ("41 works, 43 timeline entries", "37 objects", "Merged, for good; still to do: set the reference"):
+    for words in (
+        "41 works, 43 timeline entries",
+        "37 objects",
+        "Merged, for good; still to do: set the reference",
+    ):
         assert words in text
-    assert page.js("[...document.querySelectorAll('.cards dt')].map(e => e.textContent)").count("Left") == 1
+    assert (
+        page.js("[...document.querySelectorAll('.cards dt')].map(e => e.textContent)").count("Left")
+        == 1
+    )
     assert page.js("document.querySelectorAll('#progress').length") == 1
     report["run"].update(start=moment(0), end=moment(1))
     assert show(report).js("document.querySelectorAll('#progress').length") == 0
@@ -508,13 +605,22 @@ def test_what_was_backed_up_and_proved_and_what_is_left_stands_there(show):
 @needs_browser
 def test_settled_and_cancelled_pairs_lost_fields_and_look_alikes_have_their_place(show):
     report = sample(1)
-    report["successful_merges"][0]["fields_lost"] = [{"field": "phone_numbers", "value": "+15550100"}]
+    report["successful_merges"][0]["fields_lost"] = [
+        {"field": "phone_numbers", "value": "+15550100"}
+    ]
     accepted = "left_behind: TKT-7 does not belong to REVU-8"
     report["settled"] = [
-        dict(failure(4, "left_behind"), state="settled", accepted=accepted, reference_not_set="user_4")
+        dict(
+            failure(4, "left_behind"),
+            state="settled",
+            accepted=accepted,
+            reference_not_set="user_4",
+        )
     ]
     report["cancelled"] = [dict(failure(5, "merge_refused"), state="cancelled")]
-    report["unfinished_merges"] = [dict(failure(6, "after_cancel"), state="merged", after_cancel=True)]
+    report["unfinished_merges"] = [
+        dict(failure(6, "after_cancel"), state="merged", after_cancel=True)
+    ]
     report["look_alikes"] = [{"emails": ["a@example.com", "\uff41@example.com"]}]
     report["summary"].update(
         successful_merges=2, settled=1, failed_merges=1, cancelled=1, unfinished_merges=1, pairs_planned=4,
@@ -550,18 +656,27 @@ def test_what_is_left_is_what_the_report_says_and_what_does_not_apply_is_left_ou
     )
     page = show(report)
     assert page.js(cards) == ["Merged", "Failed"] and "Every row of the CSV" not in page.text()
-    assert not page.js("[...document.querySelectorAll('#skipped, #invalid')].length") and page.noise() == []
+    assert (
+        not page.js("[...document.querySelectorAll('#skipped, #invalid')].length")
+        and page.noise() == []
+    )
 
 
 @needs_browser
 def test_what_a_killed_run_could_not_tell_is_said_to_be_unknown(show):
     report = sample(2)
     report.update(skipped=None, look_alikes=None, warnings=None, invalid_rows=None, choices=None)
-    report["run"].update(end=None, exit_code=None, stopped="killed", requests=None, quota_waits=None)
-    report["summary"].update(contacts_read=None, invalid_rows=None, pairs_planned=None, skipped_groups=None, left=None)
+    report["run"].update(
+        end=None, exit_code=None, stopped="killed", requests=None, quota_waits=None
+    )
+    report["summary"].update(
+        contacts_read=None, invalid_rows=None, pairs_planned=None, skipped_groups=None, left=None
+    )
     page = show(report)
     text = page.text()
-    assert "What only the CSV shows is not known" in text and "The run stopped early: killed." in text
+    assert (
+        "What only the CSV shows is not known" in text and "The run stopped early: killed." in text
+    )
     assert not re.search(r"undefined|NaN|null|contradicts", text)
     assert page.noise() == []
 
@@ -572,15 +687,29 @@ def test_the_page_of_an_undo_shows_what_came_back_and_runs_nothing(show):
     script = re.findall(r"<script>(.*?)</script>", template.read_text(encoding="ascii"), re.S)[0]
     digest = base64.b64encode(hashlib.sha256(script.encode("ascii")).digest()).decode("ascii")
     assert f"script-src 'sha256-{digest}';" in template.read_text(encoding="ascii")
-    thing = {"id": "1", "display_id": "TKT-1", "title": HOSTILE[0], "role": "owned_by", "why": HOSTILE[4]}
+    thing = {
+        "id": "1",
+        "display_id": "TKT-1",
+        "title": HOSTILE[0],
+        "role": "owned_by",
+        "why": HOSTILE[4],
+    }
     entry = {
         "email": "a@example.com", "primary": contact(1, "REVU-1"), "duplicate": contact(2, "user_2"), "code": "", "error": "",
         "contact": {"id": "3", "display_id": "REVU-3"}, "backup": HOSTILE[12], "restored": [thing], "left": [thing],
         "fields_left": [{"field": "phone_numbers", "value": [], "why": "changed since"}],
         "not_restored": [{"what": "created_by", "value": ["x"], "why": "the primary stays the creator"}],
     }  # fmt: skip
-    undo = {"run": {"undo": "backups/x"}, "summary": {}, "undone": [entry], "unfinished": [], "failed": []}
-    page = show(embed(undo, template.read_text(encoding="ascii")), "undo_report_20250131_120000.html")
+    undo = {
+        "run": {"undo": "backups/x"},
+        "summary": {},
+        "undone": [entry],
+        "unfinished": [],
+        "failed": [],
+    }
+    page = show(
+        embed(undo, template.read_text(encoding="ascii")), "undo_report_20250131_120000.html"
+    )
     text = page.text()
     for words in (
         "Undone (1)",
@@ -593,7 +722,9 @@ def test_the_page_of_an_undo_shows_what_came_back_and_runs_nothing(show):
     ):
         assert words in text, words
     undo["summary"] = {"undone_before": 1}
-    again = show(embed(undo, template.read_text(encoding="ascii")), "undo_report_20250131_120001.html").text()
+    again = show(
+        embed(undo, template.read_text(encoding="ascii")), "undo_report_20250131_120001.html"
+    ).text()
     assert "Undone before (1)" in again and "Undone (" not in again
     assert page.noise() == []
 
@@ -608,10 +739,13 @@ def test_the_page_of_an_undo_reads_fields_that_an_undo_report_has():
 def test_every_code_is_explained(show):
     codes = sorted(CODES.keys() - UNDO_CODES)
     page = show(sample(0, [failure(number, code) for number, code in enumerate(codes)]))
-    assert page.js("[...document.querySelectorAll('#failed h3 .mono')].map(e => e.textContent).sort()") == codes
-    assert page.js("[...document.querySelectorAll('#failed .group > p')].filter(e => e.textContent).length") == 2 * len(
-        codes
+    assert (
+        page.js("[...document.querySelectorAll('#failed h3 .mono')].map(e => e.textContent).sort()")
+        == codes
     )
+    assert page.js(
+        "[...document.querySelectorAll('#failed .group > p')].filter(e => e.textContent).length"
+    ) == 2 * len(codes)
     assert page.noise() == []
 
 
@@ -646,7 +780,14 @@ def test_details_and_sorting(show):
     # Keys reach the headers and the details as ordinary buttons.
     page.js(email + ".focus()")
     for kind in ("keyDown", "keyUp"):
-        page.call("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
+        page.call(
+            "Input.dispatchKeyEvent",
+            type=kind,
+            key="Enter",
+            code="Enter",
+            windowsVirtualKeyCode=13,
+            text="\r",
+        )
     assert page.js(email + ".parentNode.getAttribute('aria-sort')") == "ascending"
 
 
@@ -703,7 +844,12 @@ def test_print_holds_everything(show):
         {},
         [],
         {"run": None, "summary": {"successful_merges": None}, "successful_merges": None},
-        {"successful_merges": [{}, None, 7], "failed_merges": [{}], "skipped": [{}], "invalid_rows": [{}]},
+        {
+            "successful_merges": [{}, None, 7],
+            "failed_merges": [{}],
+            "skipped": [{}],
+            "invalid_rows": [{}],
+        },
     ],
 )
 def test_missing_fields_show_nothing(show, report):
@@ -711,7 +857,9 @@ def test_missing_fields_show_nothing(show, report):
     page.js(OPEN_ALL)
     text = page.text()
     assert "Merged pairs" in text and "Run details" in text
-    assert not re.search(r"undefined|NaN|null|Infinity|\[object|Invalid", re.sub("Invalid( rows| 0| 1)", "", text))
+    assert not re.search(
+        r"undefined|NaN|null|Infinity|\[object|Invalid", re.sub("Invalid( rows| 0| 1)", "", text)
+    )
     assert page.noise() == []
 
 
@@ -721,7 +869,13 @@ def test_no_sideways_scrolling_on_a_phone(show):
     report["successful_merges"] += sample(40)["successful_merges"]
     page = show(report)
     try:
-        page.call("Emulation.setDeviceMetricsOverride", width=360, height=800, deviceScaleFactor=1, mobile=True)
+        page.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=360,
+            height=800,
+            deviceScaleFactor=1,
+            mobile=True,
+        )
         page.js(OPEN_ALL)
         assert page.js("innerWidth") == 360
         assert page.js("document.scrollingElement.scrollWidth") <= 360

@@ -43,7 +43,11 @@ def seeded() -> Organisation:
 
 def pairs_of(organisation: Organisation) -> List:
     dvrv = "don:identity:dvrv-us-1:devo/SANDBOX1:revu/"
-    return [(f"{dvrv}P{n}", f"{dvrv}D{n}") for n in range(1, 100) if f"{dvrv}P{n}" in organisation.contacts]
+    return [
+        (f"{dvrv}P{n}", f"{dvrv}D{n}")
+        for n in range(1, 100)
+        if f"{dvrv}P{n}" in organisation.contacts
+    ]
 
 
 def test_everything_is_backed_up_merged_moved_and_proved_and_a_second_run_merges_nothing(
@@ -52,7 +56,9 @@ def test_everything_is_backed_up_merged_moved_and_proved_and_a_second_run_merges
     place.export(seeded)
     pairs = pairs_of(seeded)
     untouched = {
-        one: dict(user) for one, user in seeded.contacts.items() if one not in {c for both in pairs for c in both}
+        one: dict(user)
+        for one, user in seeded.contacts.items()
+        if one not in {c for both in pairs for c in both}
     }
     with Sandbox(seeded) as sandbox:
         findings = watch_merges(sandbox, place.folder)
@@ -77,27 +83,44 @@ def test_everything_is_backed_up_merged_moved_and_proved_and_a_second_run_merges
         }
         assert result.report["run"]["requests"]["rev-users.merge"] == 20
         assert result.report["run"]["requests_total"] == len(sandbox.requests)
-        entry = next(one for one in result.report["successful_merges"] if one["email"] == "person19@example.com")
-        assert (entry["primary"]["old_external_ref"], entry["new_external_ref"]) == ("REVU-P19", "user_19")
+        entry = next(
+            one
+            for one in result.report["successful_merges"]
+            if one["email"] == "person19@example.com"
+        )
+        assert (entry["primary"]["old_external_ref"], entry["new_external_ref"]) == (
+            "REVU-P19",
+            "user_19",
+        )
         assert (entry["primary"]["tickets"], entry["duplicate"]["tickets"]) == (130, 7)
         assert (place.folder / entry["backup"] / "manifest.json").is_file()
         before = len(sandbox.requests)
-        again = place.run(sandbox, python=[sys.executable], check=0)  # as a script, like in the README
+        again = place.run(
+            sandbox, python=[sys.executable], check=0
+        )  # as a script, like in the README
         assert again.report["summary"]["already_merged"] == 20
         assert not [one for one in sandbox.requests[before:] if one.endpoint == "rev-users.merge"]
 
 
-def test_a_group_with_several_revu_contacts_ends_as_one_contact_with_the_user_reference(place: Workplace) -> None:
+def test_a_group_with_several_revu_contacts_ends_as_one_contact_with_the_user_reference(
+    place: Workplace,
+) -> None:
     organisation = Organisation.from_csv(SAMPLE)
     place.csv.write_bytes(SAMPLE.read_bytes())
     with Sandbox(organisation) as sandbox:
         place.run(sandbox, check=0)
-    group = [(p, d) for p, d in organisation.merges if organisation.contacts[p]["email"].startswith("jonas.")]
+    group = [
+        (p, d)
+        for p, d in organisation.merges
+        if organisation.contacts[p]["email"].startswith("jonas.")
+    ]
     assert len(group) == 2 and len({p for p, _ in group}) == 1
     assert organisation.contacts[group[0][0]]["external_ref"].startswith("user_")
 
 
-def test_preview_makes_no_request_needs_no_token_and_names_everything(place: Workplace, seeded: Organisation) -> None:
+def test_preview_makes_no_request_needs_no_token_and_names_everything(
+    place: Workplace, seeded: Organisation
+) -> None:
     place.export(seeded)
     with Sandbox(seeded) as sandbox:
         result = place.run(sandbox, "--preview", check=0, DEVREV_API_TOKEN="")
@@ -124,7 +147,10 @@ def test_a_count_that_the_backup_does_not_match_refuses_that_group_alone(place: 
     with Sandbox(organisation) as sandbox:
         result = place.run(sandbox, check=1)
         assert_merged(organisation, pairs[2:])
-        assert result.codes == {"person1@example.com": "count_mismatch", "person2@example.com": "count_mismatch"}
+        assert result.codes == {
+            "person1@example.com": "count_mismatch",
+            "person2@example.com": "count_mismatch",
+        }
         result = place.run(sandbox, "--count-policy", "at-least", check=1)
         assert sorted(organisation.merges) == sorted([pairs[0], *pairs[2:]])
         assert result.codes == {"person2@example.com": "count_mismatch"}
@@ -138,7 +164,9 @@ def test_a_count_that_the_backup_does_not_match_refuses_that_group_alone(place: 
         (["--limit", "1"], {1}),
     ],
 )
-def test_a_canary_merges_only_what_was_named(place: Workplace, options: List[str], merged: Set[int]) -> None:
+def test_a_canary_merges_only_what_was_named(
+    place: Workplace, options: List[str], merged: Set[int]
+) -> None:
     organisation, pairs = organisation_of_pairs(4)
     place.export(organisation)
     with Sandbox(organisation) as sandbox:
@@ -151,11 +179,21 @@ def test_a_canary_merges_only_what_was_named(place: Workplace, options: List[str
 def test_an_email_in_no_row_is_an_error_and_another_plan_too(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(2)
     place.export(organisation)
-    (line,) = [one for one in place.run(None, "--preview", check=0).out.splitlines() if one.startswith("plan ")]
+    (line,) = [
+        one
+        for one in place.run(None, "--preview", check=0).out.splitlines()
+        if one.startswith("plan ")
+    ]
     plan = line.split()[1]
     with Sandbox(organisation) as sandbox:
-        assert "nobody@example.com" in place.run(sandbox, "--email", "nobody@example.com", check=2).err
-        for options in (["--plan", "0123456789ab"], ["--preview", "--plan", "0123456789ab"], ["--plan", plan[:-1]]):
+        assert (
+            "nobody@example.com" in place.run(sandbox, "--email", "nobody@example.com", check=2).err
+        )
+        for options in (
+            ["--plan", "0123456789ab"],
+            ["--preview", "--plan", "0123456789ab"],
+            ["--plan", plan[:-1]],
+        ):
             assert plan in place.run(sandbox, *options, check=2).err
         assert organisation.merges == [] and not list((place.folder / "reports").glob("*.json"))
         place.run(sandbox, "--plan", plan, "--limit", "1", check=0)
@@ -181,7 +219,9 @@ def without_names(answer: Dict[str, Any]) -> Dict[str, Any]:
     return answer
 
 
-def test_items_that_name_none_of_the_contacts_are_requested_contact_by_contact(place: Workplace) -> None:
+def test_items_that_name_none_of_the_contacts_are_requested_contact_by_contact(
+    place: Workplace,
+) -> None:
     """An API may leave out who a work belongs to; the filter still knows."""
     organisation, pairs = organisation_of_pairs(3)
     place.export(organisation)
@@ -241,7 +281,9 @@ def test_settings_come_from_env_files_and_the_environment_wins(place: Workplace)
         ("https://name:secret@api.example.com", "host"),
     ],  # more of them: test_detection
 )
-def test_the_token_is_never_sent_where_others_could_read_it(place: Workplace, url: str, word: str) -> None:
+def test_the_token_is_never_sent_where_others_could_read_it(
+    place: Workplace, url: str, word: str
+) -> None:
     organisation, _ = organisation_of_pairs(1)
     place.export(organisation)
     result = place.run(None, check=2, DEVREV_API_TOKEN="sandbox-token", DEVREV_BASE_URL=url)
@@ -265,7 +307,10 @@ def test_a_token_that_may_not_is_told_so_changes_nothing_and_has_a_report(
         assert word in result.out + result.err
         assert organisation.merges == []
         assert result.report["run"]["exit_code"] == code
-        assert result.report["summary"]["pairs_planned"] == 3 and result.report["summary"]["successful_merges"] == 0
+        assert (
+            result.report["summary"]["pairs_planned"] == 3
+            and result.report["summary"]["successful_merges"] == 0
+        )
         # An attempt is a merge that was requested.
         assert result.report["summary"]["total_merges_attempted"] == (endpoint == "rev-users.merge")
         sandbox.faults.clear()
@@ -302,7 +347,9 @@ def test_the_token_is_in_no_file_and_no_output(place: Workplace) -> None:
     place.export(organisation)
     token = "dvrv-test-token-A1b2C3"
     with Sandbox(
-        organisation, token=token, faults=[Fault("500", chance=0.1), Fault("reset-after", chance=0.1)]
+        organisation,
+        token=token,
+        faults=[Fault("500", chance=0.1), Fault("reset-after", chance=0.1)],
     ) as sandbox:
         outputs = [place.run(sandbox, "-v"), place.run(sandbox)]
         sandbox.token = "another"
@@ -321,19 +368,30 @@ def test_the_report_page_holds_the_report(place: Workplace) -> None:
     (page,) = (place.folder / "reports").glob("*.html")
     text = page.read_text(encoding="utf-8")
     assert '<p class="lead">1 of 1 pair merged</p>' in text
-    embedded = text.partition('<script type="application/json" id="report">')[2].partition("</script>")[0]
+    embedded = text.partition('<script type="application/json" id="report">')[2].partition(
+        "</script>"
+    )[0]
     assert "<" not in embedded and json.loads(embedded) == result.report
 
 
-def test_the_log_tells_every_step_with_the_address_and_each_request_with_whom_it_is_for(place: Workplace) -> None:
+def test_the_log_tells_every_step_with_the_address_and_each_request_with_whom_it_is_for(
+    place: Workplace,
+) -> None:
     organisation, _ = organisation_of_pairs(2)
     place.export(organisation)
     with Sandbox(organisation) as sandbox:
         report = place.run(sandbox, "--limit", "1", check=0).report
     (log,) = (place.folder / "logs").iterdir()
     lines = log.read_text(encoding="utf-8").splitlines()
-    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00 (INFO|DEBUG) ", line) for line in lines)
-    steps = [line.partition("INFO person1@example.com: ")[2] for line in lines if "INFO person1@example.com: " in line]
+    assert all(
+        re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00 (INFO|DEBUG) ", line)
+        for line in lines
+    )
+    steps = [
+        line.partition("INFO person1@example.com: ")[2]
+        for line in lines
+        if "INFO person1@example.com: " in line
+    ]
     backup = report["successful_merges"][0]["backup"]
     assert [step.replace(backup, "BACKUP") for step in steps] == [
         "the live check of 2 contacts has passed",
@@ -345,7 +403,11 @@ def test_the_log_tells_every_step_with_the_address_and_each_request_with_whom_it
         "REVU-P1 has the reference user_1",
         "verified, all 2 objects belong to the primary",
     ]
-    assert report["successful_merges"][0]["backed_up"] == {"works": 3, "conversations": 1, "timeline_entries": 6}
+    assert report["successful_merges"][0]["backed_up"] == {
+        "works": 3,
+        "conversations": 1,
+        "timeline_entries": 6,
+    }
     assert report["successful_merges"][0]["proved"] == 2
     requests = [line.split("DEBUG ")[1].split(" -> ")[0] for line in lines if " -> 200 in " in line]
     assert len(requests) >= report["run"]["requests_total"] - 5
@@ -360,7 +422,9 @@ def test_an_interrupted_run_tells_the_unfinished_from_what_was_not_started_and_a
     organisation, pairs = organisation_of_pairs(4)
     place.export(organisation)
     never = [pairs[1][1], pairs[2][1]]
-    fault = Fault("merge-never", "rev-users.merge", match=lambda body: body.get("secondary_user") in never)
+    fault = Fault(
+        "merge-never", "rev-users.merge", match=lambda body: body.get("secondary_user") in never
+    )
     with Sandbox(organisation, faults=[fault]) as sandbox:
         place.run(sandbox, "--email", "person1@example.com", check=0)
         process = place.start(sandbox, "--limit", "2", "--merge-timeout", "3")
@@ -368,7 +432,9 @@ def test_an_interrupted_run_tells_the_unfinished_from_what_was_not_started_and_a
         # A poll comes after the acknowledgement is in the savepoint.
         while len(polled) < 2:
             time.sleep(0.02)
-            polled = {one.body["id"] for one in list(sandbox.requests) if one.endpoint == "rev-users.get"} & set(never)
+            polled = {
+                one.body["id"] for one in list(sandbox.requests) if one.endpoint == "rev-users.get"
+            } & set(never)
         process.terminate()
         out, err = process.communicate(timeout=30)
     words = "0 of 3 pairs finished, 2 unfinished, 1 left, 1 merged before"
@@ -380,15 +446,17 @@ def test_an_interrupted_run_tells_the_unfinished_from_what_was_not_started_and_a
     summary = report["summary"]
     assert (summary["unfinished_merges"], summary["failed_merges"], summary["left"]) == (2, 0, 1)
     for entry in report["unfinished_merges"]:
-        assert entry["so_far"] == "accepted by DevRev, not yet confirmed" and entry["to_do"].startswith(
-            "confirm the merge"
-        )
+        assert entry["so_far"] == "accepted by DevRev, not yet confirmed" and entry[
+            "to_do"
+        ].startswith("confirm the merge")
     assert f'<p class="lead">{words}</p>' in path.with_suffix(".html").read_text(encoding="utf-8")
 
 
 def test_the_estimate_is_what_the_run_takes(place: Workplace) -> None:
     place.csv.write_bytes(SAMPLE.read_bytes())
     with Sandbox(Organisation.from_csv(SAMPLE)) as sandbox:
-        expected = json.loads(place.run(sandbox, "--preview", "--json", check=0).out)["summary"]["estimated_requests"]
+        expected = json.loads(place.run(sandbox, "--preview", "--json", check=0).out)["summary"][
+            "estimated_requests"
+        ]
         taken = place.run(sandbox, check=0).report["run"]["requests_total"]
     assert abs(taken - expected) <= 0.1 * taken

@@ -36,7 +36,9 @@ odd_machine = [sys.executable, str(ROOT / "tests" / "odd_machine.py")]
 ORGANISATION = "don:identity:dvrv-us-1:devo/ACME:revu/"
 
 
-def pair_of(number: int, state: State = State.PLANNED, organisation: str = ORGANISATION, **fields: Any) -> Pair:
+def pair_of(
+    number: int, state: State = State.PLANNED, organisation: str = ORGANISATION, **fields: Any
+) -> Pair:
     email = f"person{number}@example.com"
     primary, duplicate = (
         Contact(f"{organisation}{kind}{number}", "", email, reference, "", 1, "", "")
@@ -92,7 +94,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextlib.contextmanager
 def opened(run: str = "20250131_120000", readonly: bool = False) -> Iterator[SavePoint]:
-    with contextlib.closing(SavePoint(Environment(ApiSettings(token="")), run, readonly)) as savepoint:
+    with contextlib.closing(
+        SavePoint(Environment(ApiSettings(token="")), run, readonly)
+    ) as savepoint:
         yield savepoint
 
 
@@ -133,7 +137,9 @@ def fill() -> None:
     ids=["deleted", "copy deleted", "old", "copy old", "swapped", "empty", "copy empty", "without tables", "nothing"],
 )  # fmt: skip
 @pytest.mark.parametrize("readonly", [False, True])
-def test_a_file_that_is_lost_or_old_loses_nothing(folder: Path, happen: Callable[[], Any], readonly: bool) -> None:
+def test_a_file_that_is_lost_or_old_loses_nothing(
+    folder: Path, happen: Callable[[], Any], readonly: bool
+) -> None:
     fill()
     happen()
     before = {path: path.read_bytes() for path in (SAVEPOINT, SAVEPOINT_COPY) if path.exists()}
@@ -142,17 +148,29 @@ def test_a_file_that_is_lost_or_old_loses_nothing(folder: Path, happen: Callable
         assert list(savepoint.runs()) == ["20250131_120000"]
         assert savepoint.warnings == []
     if readonly:
-        assert before == {path: path.read_bytes() for path in (SAVEPOINT, SAVEPOINT_COPY) if path.exists()}
+        assert before == {
+            path: path.read_bytes() for path in (SAVEPOINT, SAVEPOINT_COPY) if path.exists()
+        }
     else:
         assert rows_of(SAVEPOINT) == rows_of(SAVEPOINT_COPY) and len(rows_of(SAVEPOINT)) == 4
 
 
-def test_rows_that_disagree_at_one_revision_are_named_and_the_one_that_says_more_is_taken(folder: Path) -> None:
+def test_rows_that_disagree_at_one_revision_are_named_and_the_one_that_says_more_is_taken(
+    folder: Path,
+) -> None:
     with opened() as savepoint:
-        savepoint.save_now([pair_of(1, State.DONE, requested_at=1.0), pair_of(2, State.REQUESTED, requested_at=1.0)])
+        savepoint.save_now(
+            [
+                pair_of(1, State.DONE, requested_at=1.0),
+                pair_of(2, State.REQUESTED, requested_at=1.0),
+            ]
+        )
     document = json.dumps(pair_of(1, State.UNDONE, requested_at=1.0).to_json())
     with contextlib.closing(sqlite3.connect(str(SAVEPOINT_COPY))) as db:
-        db.execute("UPDATE pairs SET state = 'undone', document = ? WHERE primary_id LIKE '%P1'", [document])
+        db.execute(
+            "UPDATE pairs SET state = 'undone', document = ? WHERE primary_id LIKE '%P1'",
+            [document],
+        )
         db.commit()
     with opened("20250131_130000") as savepoint:
         assert states(savepoint) == {"person1": "undone", "person2": "requested"}
@@ -161,18 +179,26 @@ def test_rows_that_disagree_at_one_revision_are_named_and_the_one_that_says_more
     assert rows_of(SAVEPOINT) == rows_of(SAVEPOINT_COPY)
 
 
-def test_a_write_stands_in_both_files_before_it_returns_and_rows_know_their_run(folder: Path) -> None:
+def test_a_write_stands_in_both_files_before_it_returns_and_rows_know_their_run(
+    folder: Path,
+) -> None:
     with opened() as savepoint:
         asyncio.run(savepoint.save(pair_of(1, State.REQUESTED, requested_at=1.0)))
         for path in (SAVEPOINT, SAVEPOINT_COPY):
             shutil.copy(str(path), "aside.db")
-            ((_, duplicate, organisation, email, state, _, run, revision, _),) = rows_of(Path("aside.db"))
+            ((_, duplicate, organisation, email, state, _, run, revision, _),) = rows_of(
+                Path("aside.db")
+            )
             assert (duplicate, organisation, email) == (
                 f"{ORGANISATION}D1",
                 "dvrv-us-1:devo/ACME",
                 "person1@example.com",
             )
-            assert (state, run, revision) == ("requested", "20250131_120000", savepoint.write_number)
+            assert (state, run, revision) == (
+                "requested",
+                "20250131_120000",
+                savepoint.write_number,
+            )
 
 
 def test_rows_of_another_organisation_are_neither_read_nor_lost(folder: Path) -> None:
@@ -191,7 +217,9 @@ def test_rows_of_another_organisation_are_neither_read_nor_lost(folder: Path) ->
 
 
 def intend(savepoint: SavePoint, **fields: Any) -> None:
-    savepoint.save_now([pair_of(1, State.REQUESTED, requested_at=200.0, first_requested_at=200.0, **fields)])
+    savepoint.save_now(
+        [pair_of(1, State.REQUESTED, requested_at=200.0, first_requested_at=200.0, **fields)]
+    )
 
 
 def set_meta(path: Path, name: str, value: str) -> None:
@@ -219,7 +247,12 @@ def another_pair(savepoint: SavePoint) -> None:
         (None, None, "delete main", "requested"),
         (None, None, "restore copy of another run", "requested"),
         (None, None, "restore older copy", "requested"),
-        (None, another_pair, "restore older copy, one behind", "requested"),  # the last write holds another pair
+        (
+            None,
+            another_pair,
+            "restore older copy, one behind",
+            "requested",
+        ),  # the last write holds another pair
     ],
 )
 def test_an_intent_was_never_sent_only_where_the_copy_is_one_write_behind_in_the_same_run(
@@ -265,15 +298,29 @@ def test_an_intent_was_never_sent_only_where_the_copy_is_one_write_behind_in_the
 
 def test_a_second_request_that_was_never_sent_leaves_the_first_one_as_it_was(folder: Path) -> None:
     with opened() as savepoint:
-        savepoint.save_now([pair_of(1, State.ACKNOWLEDGED, requested_at=100.0, first_requested_at=100.0)])
+        savepoint.save_now(
+            [pair_of(1, State.ACKNOWLEDGED, requested_at=100.0, first_requested_at=100.0)]
+        )
         shutil.copy(str(SAVEPOINT_COPY), "copy.db")
         savepoint.save_now(
-            [pair_of(1, State.REQUESTED, requested_at=200.0, previous_request_at=100.0, first_requested_at=100.0)]
+            [
+                pair_of(
+                    1,
+                    State.REQUESTED,
+                    requested_at=200.0,
+                    previous_request_at=100.0,
+                    first_requested_at=100.0,
+                )
+            ]
         )
     shutil.copy("copy.db", str(SAVEPOINT_COPY))
     with opened("20250131_130000") as savepoint:
         (pair,) = savepoint.unfinished()
-        assert (pair.state, pair.requested_at, pair.first_requested_at) == (State.REQUESTED, 100.0, 100.0)
+        assert (pair.state, pair.requested_at, pair.first_requested_at) == (
+            State.REQUESTED,
+            100.0,
+            100.0,
+        )
         assert pair.rejected
 
 
@@ -295,7 +342,12 @@ def refusal() -> FatalError:
         lambda data: data[:50],
         lambda data: data[:4096] + os.urandom(4096) + data[8192:],
         # Only a check of all pages finds one that belongs to nothing.
-        lambda data: data[:28] + (int.from_bytes(data[28:32], "big") + 1).to_bytes(4, "big") + data[32:] + bytes(4096),
+        lambda data: (
+            data[:28]
+            + (int.from_bytes(data[28:32], "big") + 1).to_bytes(4, "big")
+            + data[32:]
+            + bytes(4096)
+        ),
     ],
 )
 def test_a_damaged_file_is_left_as_it_is_and_the_other_named(
@@ -305,7 +357,11 @@ def test_a_damaged_file_is_left_as_it_is_and_the_other_named(
     path.write_bytes(damage(path.read_bytes()))
     before = {one: one.read_bytes() for one in (path, other)}
     stop = refusal()
-    assert stop.exit_code == 2 and f"{path} is damaged" in str(stop) and f"{other} has everything" in str(stop)
+    assert (
+        stop.exit_code == 2
+        and f"{path} is damaged" in str(stop)
+        and f"{other} has everything" in str(stop)
+    )
     assert before == {one: one.read_bytes() for one in (path, other)}
     path.unlink()
     with opened("20250131_130000") as savepoint:
@@ -344,7 +400,9 @@ def made_readonly(path: Path) -> Iterator[None]:
     """Nobody can write to a file; root only where this machine lets us mount it so."""
     is_root = hasattr(os, "geteuid") and os.geteuid() == 0
     if is_root:
-        if not sys.platform.startswith("linux") or subprocess.call(["mount", "--bind", str(path), str(path)]):
+        if not sys.platform.startswith("linux") or subprocess.call(
+            ["mount", "--bind", str(path), str(path)]
+        ):
             pytest.skip("a file can't be mounted here")
         subprocess.check_call(["mount", "-o", "remount,ro,bind", str(path)])
     else:
@@ -365,11 +423,15 @@ def reports_of(place: Workplace) -> List[Dict[str, Any]]:
 
 def assert_each_in_one_report(place: Workplace, pairs: List[Tuple[str, str]]) -> None:
     entries = [entry for report in reports_of(place) for entry in report["successful_merges"]]
-    assert sorted((one["primary"]["id"], one["duplicate"]["id"]) for one in entries) == sorted(pairs)
+    assert sorted((one["primary"]["id"], one["duplicate"]["id"]) for one in entries) == sorted(
+        pairs
+    )
 
 
 @posix
-@pytest.mark.parametrize("number, stage, sent", [(1, "before", False), (1, "after", False), (2, "after", True)])
+@pytest.mark.parametrize(
+    "number, stage, sent", [(1, "before", False), (1, "after", False), (2, "after", True)]
+)
 def test_a_kill_between_the_two_commits_means_that_nothing_was_sent(
     place: Workplace, number: int, stage: str, sent: bool
 ) -> None:
@@ -390,7 +452,9 @@ def test_a_kill_between_the_two_commits_means_that_nothing_was_sent(
 
 
 @pytest.mark.parametrize("path, other", [("savepoint.db", "backups/savepoint-copy.db")] * 1)
-def test_a_damaged_savepoint_is_exit_2_before_the_first_request(place: Workplace, path: str, other: str) -> None:
+def test_a_damaged_savepoint_is_exit_2_before_the_first_request(
+    place: Workplace, path: str, other: str
+) -> None:
     organisation, _ = organisation_of_pairs(2)
     place.export(organisation)
     with Sandbox(organisation) as sandbox:
@@ -417,7 +481,11 @@ def test_a_file_that_can_not_be_written_is_exit_3_before_the_first_request_and_c
             assert path in place.run(sandbox, check=3).err
             assert len(sandbox.requests) == requests
             assert "1 merged and verified" in place.run(None, "--status", check=0).out
-            assert place.run(None, "--preview", check=0).out.splitlines()[-1].startswith("1 pair to merge")
+            assert (
+                place.run(None, "--preview", check=0)
+                .out.splitlines()[-1]
+                .startswith("1 pair to merge")
+            )
         place.run(sandbox, check=0)
     assert_merged(organisation, pairs)
 
@@ -451,9 +519,16 @@ def test_a_second_run_in_the_folder_is_told_who_holds_it_and_status_and_preview_
             time.sleep(0.01)
         assert f"process {first.pid}" in place.run(sandbox, check=11).err
         out = place.run(None, "--status", check=0).out
-        assert f"a run is in progress: process {first.pid}" in out and "merge of 2 pairs: 0 ended" in out
+        assert (
+            f"a run is in progress: process {first.pid}" in out
+            and "merge of 2 pairs: 0 ended" in out
+        )
         assert json.loads(place.run(None, "--status", "--json", check=0).out)["running"] is True
-        assert place.run(None, "--preview", check=0).out.splitlines()[-1].startswith("2 pairs to merge")
+        assert (
+            place.run(None, "--preview", check=0)
+            .out.splitlines()[-1]
+            .startswith("2 pairs to merge")
+        )
         first.kill()
         first.communicate()
         out = place.run(None, "--status", check=0).out
@@ -486,8 +561,13 @@ def test_settling_pairs_of_two_organisations_reports_both(place: Workplace) -> N
         place.run(sandbox, "--merge-timeout", "0.5", "--email", "person1@example.com", check=1)
         swap(place, "SANDBOX1", "SANDBOX2")
         place.run(sandbox, "--merge-timeout", "0.5", "--email", "person2@example.com", check=1)
-        result = place.run(sandbox, "--settle", "person1@example.com", "person2@example.com", check=0)
-    assert sorted(one["email"] for one in result.report["cancelled"]) == ["person1@example.com", "person2@example.com"]
+        result = place.run(
+            sandbox, "--settle", "person1@example.com", "person2@example.com", check=0
+        )
+    assert sorted(one["email"] for one in result.report["cancelled"]) == [
+        "person1@example.com",
+        "person2@example.com",
+    ]
     assert result.report["summary"]["cancelled"] == 2 and result.report["unfinished_merges"] == []
 
 
@@ -496,24 +576,34 @@ def swap(place: Workplace, organisation: str, other: str) -> None:
     for path in (place.folder / "savepoint.db", place.folder / "backups" / "savepoint-copy.db"):
         with contextlib.closing(sqlite3.connect(str(path))) as db:
             for column in ("primary_id", "duplicate_id", "organisation", "document"):
-                db.execute(f"UPDATE pairs SET {column} = replace({column}, ?, ?)", [organisation, other])
+                db.execute(
+                    f"UPDATE pairs SET {column} = replace({column}, ?, ?)", [organisation, other]
+                )
             db.commit()
 
 
 @pytest.mark.parametrize("offset", [-86400, 86400])
-def test_a_clock_that_was_set_is_no_reason_to_wait_longer_than_the_merge_timeout(place: Workplace, offset: int) -> None:
+def test_a_clock_that_was_set_is_no_reason_to_wait_longer_than_the_merge_timeout(
+    place: Workplace, offset: int
+) -> None:
     """The first run is a day ahead or behind: its request lies in the future of the second run, or in its past."""
     organisation, pairs = organisation_of_pairs(1)
     place.export(organisation)
-    with Sandbox(organisation, faults=[Fault("merge-never", "rev-users.merge", times=1)]) as sandbox:
-        place.run(sandbox, "--merge-timeout", "1", python=[*odd_machine, f"clock={offset}"], check=1)
+    with Sandbox(
+        organisation, faults=[Fault("merge-never", "rev-users.merge", times=1)]
+    ) as sandbox:
+        place.run(
+            sandbox, "--merge-timeout", "1", python=[*odd_machine, f"clock={offset}"], check=1
+        )
         result = place.run(sandbox, "--merge-timeout", "2", check=0, timeout=30)
     assert_merged(organisation, pairs)
     assert 0 <= result.report["successful_merges"][0]["seconds"] < 30
     assert_each_in_one_report(place, pairs)
 
 
-def test_a_savepoint_that_is_lost_with_its_copy_is_not_taken_for_a_new_folder(place: Workplace) -> None:
+def test_a_savepoint_that_is_lost_with_its_copy_is_not_taken_for_a_new_folder(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(2)
     place.export(organisation)
     with Sandbox(organisation) as sandbox:
@@ -530,7 +620,11 @@ def test_a_savepoint_that_is_lost_with_its_copy_is_not_taken_for_a_new_folder(pl
             requests = len(sandbox.requests)
             result = place.run(sandbox, check=2)
             assert "put back from an older copy" in result.err and len(sandbox.requests) == requests
-            named = report if contents is older else sorted((place.folder / "reports").glob("*.json"))[0]
+            named = (
+                report
+                if contents is older
+                else sorted((place.folder / "reports").glob("*.json"))[0]
+            )
             assert f"reports/{named.name}" in result.err.replace("\\", "/")
         # Who knows better moves the reports away.
         for path in (place.folder / "reports").glob("*.json"):
@@ -543,7 +637,9 @@ def test_a_savepoint_that_is_lost_with_its_copy_is_not_taken_for_a_new_folder(pl
 
 
 @posix
-def test_a_killed_run_gets_its_report_from_the_next_and_each_pair_stands_in_one(place: Workplace) -> None:
+def test_a_killed_run_gets_its_report_from_the_next_and_each_pair_stands_in_one(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(4)
     place.export(organisation)
     process: List[Any] = []
@@ -565,12 +661,21 @@ def test_a_killed_run_gets_its_report_from_the_next_and_each_pair_stands_in_one(
         assert killed.returncode == -signal.SIGKILL and not reports_of(place)
         place.run(sandbox, "--merge-timeout", "8", check=0)
         first, second = reports_of(place)
-        assert (first["run"]["exit_code"], first["run"]["stopped"], first["run"]["end"]) == (None, "killed", None)
+        assert (first["run"]["exit_code"], first["run"]["stopped"], first["run"]["end"]) == (
+            None,
+            "killed",
+            None,
+        )
         assert first["run"]["plan_id"] == second["run"]["plan_id"]
         assert (
-            first["run"]["csv"] == second["run"]["csv"] and first["run"]["token_owner"] == second["run"]["token_owner"]
+            first["run"]["csv"] == second["run"]["csv"]
+            and first["run"]["token_owner"] == second["run"]["token_owner"]
         )
-        assert [first[name] for name in ("skipped", "look_alikes", "invalid_rows")] == [None, None, None]
+        assert [first[name] for name in ("skipped", "look_alikes", "invalid_rows")] == [
+            None,
+            None,
+            None,
+        ]
         assert first["summary"]["pairs_planned"] is None and first["summary"]["left"] is None
         assert {entry["in_csv"] for entry in first["successful_merges"]} <= {None}
         assert second["run"]["exit_code"] == 0 and second["schema"] == first["schema"]
@@ -587,7 +692,9 @@ def test_a_killed_run_gets_its_report_from_the_next_and_each_pair_stands_in_one(
 
 
 @posix
-@pytest.mark.parametrize("writes_before_the_end", [1, 3, 5, 7, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "writes_before_the_end", [1, 3, 5, 7, pytest.param(2, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("stage", ["before", "after"])
 def test_a_kill_while_the_report_is_written_leaves_each_pair_in_one_report(
     place: Workplace, writes_before_the_end: int, stage: str
@@ -600,7 +707,9 @@ def test_a_kill_while_the_report_is_written_leaves_each_pair_in_one_report(
     twin, _ = organisation_of_pairs(1)
     counted.export(twin)
     with Sandbox(twin) as sandbox:
-        writes = int(counted.run(sandbox, python=[*killer, "0", "-"], check=0).err.rpartition(": ")[2])
+        writes = int(
+            counted.run(sandbox, python=[*killer, "0", "-"], check=0).err.rpartition(": ")[2]
+        )
     with Sandbox(organisation) as sandbox:
         number = str(writes + 1 - writes_before_the_end)
         assert place.run(sandbox, python=[*killer, number, stage]).code == -signal.SIGKILL

@@ -23,9 +23,22 @@ class Server:
     """
 
     def __init__(
-        self, clock: Clock, limit: int, window: float, rolling: bool, whole: bool, skew: float = 0.0, others: int = 0
+        self,
+        clock: Clock,
+        limit: int,
+        window: float,
+        rolling: bool,
+        whole: bool,
+        skew: float = 0.0,
+        others: int = 0,
     ) -> None:
-        self.clock, self.limit, self.window, self.rolling, self.whole = clock, limit, window, rolling, whole
+        self.clock, self.limit, self.window, self.rolling, self.whole = (
+            clock,
+            limit,
+            window,
+            rolling,
+            whole,
+        )
         self.skew, self.others = skew, others
         self.spent: Deque[float] = deque()
         self.start = -math.inf
@@ -41,7 +54,11 @@ class Server:
             reset = now + self.window
         else:
             if now >= self.start + self.window:
-                self.start = now if self.start < 0 else self.start + (now - self.start) // self.window * self.window
+                self.start = (
+                    now
+                    if self.start < 0
+                    else self.start + (now - self.start) // self.window * self.window
+                )
                 self.spent = deque([now] * self.others)
             reset = self.start + self.window
         granted = len(self.spent) < self.limit
@@ -87,7 +104,9 @@ class World:
         await asyncio.sleep(latency * self.random.random())
         response = server.answer()
         await asyncio.sleep(latency * self.random.random())
-        self.scheduler.on_response(is_probe, response, self.clock.steady - sent, response.status == 200)
+        self.scheduler.on_response(
+            is_probe, response, self.clock.steady - sent, response.status == 200
+        )
         return response
 
     def send(self, server: Any, count: int, latency: float = 0.02) -> float:
@@ -104,7 +123,8 @@ class World:
 @pytest.mark.parametrize("whole", [False, True], ids=["exact", "whole seconds"])
 @pytest.mark.parametrize("rolling", [False, True], ids=["fixed", "rolling"])
 @pytest.mark.parametrize(
-    "limit, window, latency", [(40, 4.0, 0.02), (40, 4.0, 0.5), (100, 10.0, 0.05), (800, 60.0, 0.01), (6, 2.0, 0.01)]
+    "limit, window, latency",
+    [(40, 4.0, 0.02), (40, 4.0, 0.5), (100, 10.0, 0.05), (800, 60.0, 0.01), (6, 2.0, 0.01)],
 )
 def test_a_window_is_used_fully_and_never_overdrawn(
     limit: int, window: float, latency: float, rolling: bool, whole: bool
@@ -150,7 +170,18 @@ def test_what_others_spend_is_not_spent_again(rolling: bool) -> None:
     assert server.refused <= 1
 
 
-ODD = ["-1", "", "none", "1" + "0" * 400, "1e400", "nan", "\u0663", "0x10", "12.5.1", "-" + "9" * 400]
+ODD = [
+    "-1",
+    "",
+    "none",
+    "1" + "0" * 400,
+    "1e400",
+    "nan",
+    "\u0663",
+    "0x10",
+    "12.5.1",
+    "-" + "9" * 400,
+]
 
 
 @pytest.mark.parametrize("text", ODD)
@@ -190,7 +221,9 @@ class Counted:
         return tool.HttpResponse(200, {}, {})
 
 
-@pytest.mark.parametrize("calls, period, expected", [(None, 60.0, (200, 60.0)), (10, 2.0, (10, 2.0)), (0, 60.0, None)])
+@pytest.mark.parametrize(
+    "calls, period, expected", [(None, 60.0, (200, 60.0)), (10, 2.0, (10, 2.0)), (0, 60.0, None)]
+)
 def test_the_client_side_limit_holds_where_no_quota_is_announced(
     calls: Optional[int], period: float, expected: Optional[Tuple[int, float]]
 ) -> None:
@@ -273,7 +306,9 @@ def test_the_more_urgent_request_goes_first() -> None:
 class Troubled:
     """A server that answers as it is told, then well."""
 
-    def __init__(self, clock: Clock, *answers: Tuple[Optional[int], Dict[str, str], Optional[Dict[str, Any]]]) -> None:
+    def __init__(
+        self, clock: Clock, *answers: Tuple[Optional[int], Dict[str, str], Optional[Dict[str, Any]]]
+    ) -> None:
         self.clock, self.answers = clock, deque(answers)
         self.arrived: List[float] = []
 
@@ -297,7 +332,9 @@ class Troubled:
         ({}, None, 0.1, 1),
     ],
 )
-def test_a_429_says_how_long_to_wait(headers: Dict[str, str], data: Any, least: float, most: float) -> None:
+def test_a_429_says_how_long_to_wait(
+    headers: Dict[str, str], data: Any, least: float, most: float
+) -> None:
     world = World(0)
     server = Troubled(world.clock, (429, headers, data))
     world.send(server, 3)
@@ -313,7 +350,9 @@ def test_after_failures_in_a_row_one_probe_at_a_time_finds_out() -> None:
     assert all(gap >= 0.5 for gap in gaps), gaps
 
 
-@pytest.mark.parametrize("answer, word", [((503, {}, None), "keeps failing"), ((429, {}, None), "429")])
+@pytest.mark.parametrize(
+    "answer, word", [((503, {}, None), "keeps failing"), ((429, {}, None), "429")]
+)
 def test_a_server_that_is_down_for_good_ends_the_run(answer: Any, word: str) -> None:
     world = World(0)
 

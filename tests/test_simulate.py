@@ -28,7 +28,9 @@ def module() -> Any:
 def test_scenarios_keep_the_invariants(module: Any, part: int) -> None:
     for seed in [*range(1 + part, 1 + FEW, 4), *kept_seeds()[part::4]]:
         verdict = play(seed, module)
-        assert not verdict.invariant, f"python -m tests.simulate --seed {seed}: {verdict.invariant}: {verdict.what}"
+        assert not verdict.invariant, (
+            f"python -m tests.simulate --seed {seed}: {verdict.invariant}: {verdict.what}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,9 @@ def test_each_mutant_can_be_made() -> None:
     text = MODULE.read_text(encoding="utf-8")
     left = list(MUTANTS)
     for mutant in left:
-        assert mutant.old in text, f"the line of the mutant «{mutant.name}» is not in the module any more"
+        assert mutant.old in text, (
+            f"the line of the mutant «{mutant.name}» is not in the module any more"
+        )
     while left:  # as many in one text as don't touch each other, because it takes long to compile
         together, alone = text, []
         for mutant in left:
@@ -117,8 +121,13 @@ def test_a_commit_that_is_torn_is_rolled_back(tmp_path: Path, kill_at: int) -> N
     assert process.steps >= kill_at or len(held) == 2
 
 
-def rows(*references: str, email: str = "ada@example.com", created: str = "2024-01-02T00:00:00.000Z") -> List[Row]:
-    return [Row(f"don:{email}/{number}", email, ref, 0, created) for number, ref in enumerate(references)]
+def rows(
+    *references: str, email: str = "ada@example.com", created: str = "2024-01-02T00:00:00.000Z"
+) -> List[Row]:
+    return [
+        Row(f"don:{email}/{number}", email, ref, 0, created)
+        for number, ref in enumerate(references)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -163,8 +172,13 @@ def test_the_second_opinion_on_what_was_never_sent(tmp_path: Path) -> None:
     assert never_sent(ours, theirs) == {("a", "d")}
     assert not never_sent(ours, stored(3, "r")) and not never_sent(ours, stored(4, "q"))
     assert not never_sent(ours, None) and not never_sent(theirs, ours)
-    assert not never_sent(ours, stored(4, "r", a={"revision": 2}))  # the copy knows the same request
+    assert not never_sent(
+        ours, stored(4, "r", a={"revision": 2})
+    )  # the copy knows the same request
     assert (
-        joined(stored(5, "r", a={"state": "done"}), stored(6, "r", a={"state": "requested"}))["a", "d"]["revision"] == 6
+        joined(stored(5, "r", a={"state": "done"}), stored(6, "r", a={"state": "requested"}))[
+            "a", "d"
+        ]["revision"]
+        == 6
     )
     assert read_file(tmp_path / "nothing.db") is None and expected.email_key(" ADA@x ") == "ada@x"

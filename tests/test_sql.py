@@ -18,7 +18,15 @@ PLACEHOLDER = "your-domain.example"
 DOMAIN = "example.com"
 USERS = "ANALYTICS.DBT_BASE_DEVREV.DEVREV_REV_USERS"
 WORKS = "ANALYTICS.DBT_BASE_DEVREV.DEVREV_WORKS"
-SELECTED = ("REV_USER_ID", "DISPLAY_NAME", "EMAIL", "EXTERNAL_REF", "FULL_NAME", "CREATED_AT", "UPDATED_AT")
+SELECTED = (
+    "REV_USER_ID",
+    "DISPLAY_NAME",
+    "EMAIL",
+    "EXTERNAL_REF",
+    "FULL_NAME",
+    "CREATED_AT",
+    "UPDATED_AT",
+)
 Tables = Any
 Table = List[Dict[str, Any]]
 
@@ -28,7 +36,9 @@ def query() -> str:
     readme = ROOT / "README.md"
     if not readme.exists():
         pytest.skip("there is no README.md yet")
-    found = re.search(r"^ *```sql\n(.*?)^ *```$", readme.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    found = re.search(
+        r"^ *```sql\n(.*?)^ *```$", readme.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
     assert found, "README.md has no ```sql block"
     sql = found.group(1)
     assert sql.count(PLACEHOLDER) == 1, f"exactly one thing to replace: {PLACEHOLDER}"
@@ -43,12 +53,16 @@ def organisation() -> Organisation:
 
     def two(number: int, domain: str = DOMAIN) -> Tuple[str, str]:
         email = f"p{number}@{domain}"
-        return made.add_contact(f"R{number}", email), made.add_contact(f"U{number}", email.title(), f"user_{number}")
+        return made.add_contact(f"R{number}", email), made.add_contact(
+            f"U{number}", email.title(), f"user_{number}"
+        )
 
     one, other = two(1)  # owned 3, created 1, reported 2; owned together with others
     for index in range(3):
         made.add_work(
-            owned_by=[one, dev, other], reported_by=[one, other] if index else [], created_by=None if index else one
+            owned_by=[one, dev, other],
+            reported_by=[one, other] if index else [],
+            created_by=None if index else one,
         )
     one, other = two(2)  # created 4, the rest by others
     for _ in range(4):
@@ -105,7 +119,9 @@ def works_table(organisation: Organisation) -> Table:
                 )
     for kind in ("task", "opportunity", "Ticket "):
         rows += [
-            {**row, "WORK_ID": f"{row['WORK_ID']}-{kind}", "TYPE": kind} for row in rows if row["TYPE"] == "ticket"
+            {**row, "WORK_ID": f"{row['WORK_ID']}-{kind}", "TYPE": kind}
+            for row in rows
+            if row["TYPE"] == "ticket"
         ]
     return rows
 
@@ -116,10 +132,13 @@ def warehouse(organisation: Organisation) -> Iterator[Tables]:
     connection.execute("ATTACH ':memory:' AS ANALYTICS")
     connection.execute("CREATE SCHEMA ANALYTICS.DBT_BASE_DEVREV")
     for name, rows in ((USERS, users_table(organisation)), (WORKS, works_table(organisation))):
-        columns = ", ".join(f"{column} {'TIMESTAMP' if column.endswith('_AT') else 'VARCHAR'}" for column in rows[0])
+        columns = ", ".join(
+            f"{column} {'TIMESTAMP' if column.endswith('_AT') else 'VARCHAR'}" for column in rows[0]
+        )
         connection.execute(f"CREATE TABLE {name} ({columns})")
         connection.executemany(
-            f"INSERT INTO {name} VALUES ({', '.join('?' * len(rows[0]))})", [list(row.values()) for row in rows]
+            f"INSERT INTO {name} VALUES ({', '.join('?' * len(rows[0]))})",
+            [list(row.values()) for row in rows],
         )
     yield connection
     connection.close()
@@ -157,7 +176,9 @@ def test_the_query_exports_the_contacts_of_one_domain_with_either_reference(
 def test_the_query_counts_what_the_tool_counts(
     query: str, warehouse: Tables, organisation: Organisation, place: Workplace
 ) -> None:
-    counts = {row["REV_USER_ID"]: row["TICKET_COUNT"] for row in export(warehouse, query, place.csv)}
+    counts = {
+        row["REV_USER_ID"]: row["TICKET_COUNT"] for row in export(warehouse, query, place.csv)
+    }
     for one, count in counts.items():
         roles = roles_of(organisation, one)
         assert count == max(len(roles[role]) for role in ("owned", "created", "reported")), one
@@ -168,13 +189,18 @@ def test_the_query_counts_what_the_tool_counts(
     assert result.report["summary"]["successful_merges"] == 5 and result.report["skipped"] == []
     assert_merged(
         organisation,
-        [tuple(organisation.don("identity", "revu", f"{kind}{number}") for kind in "RU") for number in range(1, 6)],  # type: ignore[misc]
+        [
+            tuple(organisation.don("identity", "revu", f"{kind}{number}") for kind in "RU")
+            for number in range(1, 6)
+        ],  # type: ignore[misc]
     )
     for one, count in counts.items():
         (backup,) = backups_of(place.folder, one)
         (entry,) = (entry for entry in backup.manifest["contacts"] if entry["csv"]["id"] == one)
         assert (
-            max(entry["counts"][role] for role in ("owned", "created", "reported")) == count == entry["csv"]["tickets"]
+            max(entry["counts"][role] for role in ("owned", "created", "reported"))
+            == count
+            == entry["csv"]["tickets"]
         )
 
 
@@ -201,7 +227,11 @@ def test_deleted_contacts_are_left_out_where_the_table_has_a_state(
 def test_the_query_works_without_a_state_when_the_marked_line_is_deleted(
     query: str, warehouse: Tables, place: Workplace
 ) -> None:
-    marked = [line for line in query.splitlines() if "delete this line if the table has no STATE column" in line]
+    marked = [
+        line
+        for line in query.splitlines()
+        if "delete this line if the table has no STATE column" in line
+    ]
     assert len(marked) == 1
     warehouse.execute(f"ALTER TABLE {USERS} DROP COLUMN STATE")
     assert len(export(warehouse, query.replace(marked[0] + "\n", ""), place.csv)) == 10

@@ -28,7 +28,9 @@ from tests.support import (
 
 GONE = ("404", "301", "state", "primary")
 STAGES = ("before", "after")
-TURN = SCRIPT.stat().st_size % 2  # sweeps that leave something out leave something else out after most changes
+TURN = (
+    SCRIPT.stat().st_size % 2
+)  # sweeps that leave something out leave something else out after most changes
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals, permissions or mounts")
 killer = [sys.executable, str(ROOT / "tests" / "killer.py")]
 
@@ -42,7 +44,9 @@ def small_organisation() -> Tuple[Organisation, List[Tuple[str, str]]]:
     return organisation, [*pairs, (pairs[1][0], extra)]
 
 
-def kill_at(sandbox: Sandbox, folder: Path, number: int, stage: str, process: List[Any]) -> List[Any]:
+def kill_at(
+    sandbox: Sandbox, folder: Path, number: int, stage: str, process: List[Any]
+) -> List[Any]:
     """Kill the client when request `number` arrives (and is then not acted on), or after it was acted on."""
     findings = watch_merges(sandbox, folder)
     watch = sandbox.on_request
@@ -51,7 +55,9 @@ def kill_at(sandbox: Sandbox, folder: Path, number: int, stage: str, process: Li
         watch(at, request)
         if request.number == number and at == stage and process:
             if at == "before":
-                sandbox.faults.insert(0, Fault("reset-before", match=lambda body: body is request.body))
+                sandbox.faults.insert(
+                    0, Fault("reset-before", match=lambda body: body is request.body)
+                )
             process[0].kill()
             process[0].wait()
 
@@ -75,7 +81,10 @@ def survive_kill_at_request(folder: Path, number: int, stage: str, gone: str) ->
         place.run(sandbox, "--merge-timeout", "8", check=0)
     assert_merged(organisation, pairs)
     assert findings and set(findings) == {None}
-    assert organisation.contacts["don:identity:dvrv-us-1:devo/SANDBOX1:revu/S1"]["external_ref"] == "REVU-S1"
+    assert (
+        organisation.contacts["don:identity:dvrv-us-1:devo/SANDBOX1:revu/S1"]["external_ref"]
+        == "REVU-S1"
+    )
     return killed
 
 
@@ -85,7 +94,9 @@ def survive_kill_at_request(folder: Path, number: int, stage: str, gone: str) ->
 def test_a_run_killed_at_any_request_is_finished_by_the_next(tmp_path: Path, part: int) -> None:
     """All requests, in parts; before and after take turns, and swap them with TURN. (Every step of a life: tests/simulate.py.)"""
     number = 1 + part
-    while survive_kill_at_request(_made(tmp_path / str(number)), number, STAGES[(number + TURN) % 2], GONE[part]):
+    while survive_kill_at_request(
+        _made(tmp_path / str(number)), number, STAGES[(number + TURN) % 2], GONE[part]
+    ):
         number += 4
     assert number > 20
 
@@ -122,18 +133,26 @@ def survive_kill_at_write(folder: Path, number: int, stage: str, gone: str) -> b
 @posix
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
-def test_a_run_killed_at_any_durable_write_is_finished_by_the_next(tmp_path: Path, part: int) -> None:
+def test_a_run_killed_at_any_durable_write_is_finished_by_the_next(
+    tmp_path: Path, part: int
+) -> None:
     """Every other write, with TURN the others; before and after take turns. (Every step of a life: tests/simulate.py.)"""
     number = 1 + TURN + 2 * part
-    while survive_kill_at_write(_made(tmp_path / str(number)), number, STAGES[number // 8 % 2], GONE[part]):
+    while survive_kill_at_write(
+        _made(tmp_path / str(number)), number, STAGES[number // 8 % 2], GONE[part]
+    ):
         number += 8
     assert number > 50
 
 
 @posix
 @pytest.mark.parametrize("number", [42, 45, 50])
-def test_a_run_killed_at_some_durable_writes_is_finished_by_the_next(tmp_path: Path, number: int) -> None:
-    assert survive_kill_at_write(tmp_path, number, ("before", "after")[number % 2], GONE[number % 4])
+def test_a_run_killed_at_some_durable_writes_is_finished_by_the_next(
+    tmp_path: Path, number: int
+) -> None:
+    assert survive_kill_at_write(
+        tmp_path, number, ("before", "after")[number % 2], GONE[number % 4]
+    )
 
 
 def test_a_merge_is_never_requested_before_its_intent_is_in_the_savepoint(place: Workplace) -> None:
@@ -148,7 +167,10 @@ def test_a_merge_is_never_requested_before_its_intent_is_in_the_savepoint(place:
                 if (place.folder / f"savepoint.db{suffix}").exists():
                     shutil.copy(str(place.folder / f"savepoint.db{suffix}"), f"{copy}{suffix}")
             with sqlite3.connect(str(copy)) as db:
-                states = db.execute("SELECT state FROM pairs WHERE duplicate_id = ?", (request.body["secondary_user"],))
+                states = db.execute(
+                    "SELECT state FROM pairs WHERE duplicate_id = ?",
+                    (request.body["secondary_user"],),
+                )
                 seen.append(states.fetchall())
 
     with Sandbox(organisation, on_request=look) as sandbox:
@@ -162,7 +184,10 @@ def test_a_merge_is_never_requested_before_its_intent_is_in_the_savepoint(place:
 @posix
 @pytest.mark.parametrize(
     "number, at",
-    diagonal((signal.SIGINT, signal.SIGTERM), ("timeline-entries.list", "rev-users.merge", "rev-users.get")),
+    diagonal(
+        (signal.SIGINT, signal.SIGTERM),
+        ("timeline-entries.list", "rev-users.merge", "rev-users.get"),
+    ),
 )
 def test_an_interrupted_run_reports_and_is_resumed(place: Workplace, number: int, at: str) -> None:
     code = 128 + number
@@ -210,16 +235,24 @@ def test_an_interruption_after_the_merge_leaves_the_reference_on_no_contact_for_
         started.communicate(timeout=30)
         assert started.returncode == 130
         ((primary, duplicate),) = [one for one in pairs if not organisation.alive(one[1])]
-        assert organisation.contacts[primary]["external_ref"] == f"user_{pairs.index((primary, duplicate)) + 1}"
+        assert (
+            organisation.contacts[primary]["external_ref"]
+            == f"user_{pairs.index((primary, duplicate)) + 1}"
+        )
         # Nothing else was begun or finished after the signal.
-        assert sandbox.count("rev-users.merge") == 1 and sandbox.requests[-1].endpoint == "rev-users.update"
+        assert (
+            sandbox.count("rev-users.merge") == 1
+            and sandbox.requests[-1].endpoint == "rev-users.update"
+        )
         sandbox.on_request = None
         place.run(sandbox, check=0)
     assert_merged(organisation, pairs)
 
 
 @posix
-def test_a_merge_that_is_carried_out_within_the_time_of_grace_gets_its_reference(place: Workplace) -> None:
+def test_a_merge_that_is_carried_out_within_the_time_of_grace_gets_its_reference(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(3)
     place.export(organisation)
     with Sandbox(organisation, merge_delay=1.5) as sandbox:
@@ -231,12 +264,17 @@ def test_a_merge_that_is_carried_out_within_the_time_of_grace_gets_its_reference
         process.communicate(timeout=30)
         assert process.returncode == 130 and sandbox.count("rev-users.merge") == 1
         ((primary, duplicate),) = [one for one in pairs if not organisation.alive(one[1])]
-        assert organisation.contacts[primary]["external_ref"] == f"user_{pairs.index((primary, duplicate)) + 1}"
+        assert (
+            organisation.contacts[primary]["external_ref"]
+            == f"user_{pairs.index((primary, duplicate)) + 1}"
+        )
         place.run(sandbox, check=0)
     assert_merged(organisation, pairs)
 
 
-def test_where_no_reference_can_be_set_no_more_than_five_are_on_no_contact(place: Workplace) -> None:
+def test_where_no_reference_can_be_set_no_more_than_five_are_on_no_contact(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(12)
     place.export(organisation)
     with Sandbox(organisation, forbidden=["rev-users.update"]) as sandbox:
@@ -273,9 +311,19 @@ MISBEHAVIOUR = [
 
 @pytest.mark.parametrize(
     "kind",
-    the_rest_is_slow(MISBEHAVIOUR, "reset-before", "reset-after", "hang-after", "html-200", "500-after", "429-bare"),
+    the_rest_is_slow(
+        MISBEHAVIOUR,
+        "reset-before",
+        "reset-after",
+        "hang-after",
+        "html-200",
+        "500-after",
+        "429-bare",
+    ),
 )
-def test_every_pair_is_merged_once_whatever_happens_to_a_merge_answer(place: Workplace, kind: str) -> None:
+def test_every_pair_is_merged_once_whatever_happens_to_a_merge_answer(
+    place: Workplace, kind: str
+) -> None:
     organisation, pairs = organisation_of_pairs(3)
     place.export(organisation)
     faults = [Fault(kind, "rev-users.update", times=2)]
@@ -285,14 +333,26 @@ def test_every_pair_is_merged_once_whatever_happens_to_a_merge_answer(place: Wor
         findings = watch_merges(sandbox, place.folder)
         place.run(sandbox, "--merge-timeout", "8", check=0, DEVREV_TIMEOUT="0.5")
         assert set(findings) == {None}
-        lost_before_the_act = kind in ("reset-before", "hang", "500", "502", "503", "429", "429-bare")
+        lost_before_the_act = kind in (
+            "reset-before",
+            "hang",
+            "500",
+            "502",
+            "503",
+            "429",
+            "429-bare",
+        )
         assert sandbox.count("rev-users.merge") == (5 if lost_before_the_act else 3)
     assert_merged(organisation, pairs)
 
 
 @pytest.mark.parametrize(
     "seed, gone",
-    [(0, "404"), (1, "301"), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((2, "state"), (3, "primary")))],
+    [
+        (0, "404"),
+        (1, "301"),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in ((2, "state"), (3, "primary"))),
+    ],
 )
 def test_every_pair_is_merged_once_with_twelve_percent_of_all_answers_gone_wrong(
     place: Workplace, seed: int, gone: str
@@ -300,7 +360,9 @@ def test_every_pair_is_merged_once_with_twelve_percent_of_all_answers_gone_wrong
     organisation, pairs = organisation_of_pairs(12)
     place.export(organisation)
     share = 1 - (1 - 0.12) ** (1 / len(MISBEHAVIOUR))
-    faults = [Fault(kind, chance=share, detail=0.05 if kind == "429" else None) for kind in MISBEHAVIOUR]
+    faults = [
+        Fault(kind, chance=share, detail=0.05 if kind == "429" else None) for kind in MISBEHAVIOUR
+    ]
     for fault in faults:
         if fault.kind == "html-200":  # any 2xx acknowledges a merge, whatever its body
             fault.match = lambda body: "secondary_user" not in body
@@ -324,25 +386,38 @@ def test_a_merge_that_never_finishes_holds_up_no_other_and_is_polled_first_in_th
 ) -> None:
     organisation, pairs = organisation_of_pairs(5)
     place.export(organisation)
-    with Sandbox(organisation, faults=[Fault("merge-never", "rev-users.merge", match=only(pairs[2][1]))]) as sandbox:
+    with Sandbox(
+        organisation, faults=[Fault("merge-never", "rev-users.merge", match=only(pairs[2][1]))]
+    ) as sandbox:
         result = place.run(sandbox, "--merge-timeout", "4", check=1)
         assert result.codes == {"person3@example.com": "merge_not_confirmed"}
         assert_merged(organisation, pairs[:2] + pairs[3:])
         endpoints = [request.endpoint for request in sandbox.requests]
-        last_proof = max(index for index, endpoint in enumerate(endpoints) if endpoint == "works.list")
-        assert "rev-users.get" in endpoints[last_proof:], "the others are proved while the one is still waited for"
+        last_proof = max(
+            index for index, endpoint in enumerate(endpoints) if endpoint == "works.list"
+        )
+        assert "rev-users.get" in endpoints[last_proof:], (
+            "the others are proved while the one is still waited for"
+        )
         organisation.merge(*pairs[2])
         before = len(sandbox.requests)
         place.run(sandbox, "--merge-timeout", "2", check=0)
-        assert [one.endpoint for one in sandbox.requests[before:]][:2] == ["dev-users.self", "rev-users.get"]
+        assert [one.endpoint for one in sandbox.requests[before:]][:2] == [
+            "dev-users.self",
+            "rev-users.get",
+        ]
         assert not [one for one in sandbox.requests[before:] if one.endpoint == "rev-users.merge"]
     assert_merged(organisation, pairs)
 
 
-def test_an_acknowledged_merge_that_devrev_has_dropped_is_requested_again_by_the_next_run(place: Workplace) -> None:
+def test_an_acknowledged_merge_that_devrev_has_dropped_is_requested_again_by_the_next_run(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(2)
     place.export(organisation)
-    with Sandbox(organisation, faults=[Fault("merge-never", "rev-users.merge", times=1)]) as sandbox:
+    with Sandbox(
+        organisation, faults=[Fault("merge-never", "rev-users.merge", times=1)]
+    ) as sandbox:
         place.run(sandbox, "--merge-timeout", "1", check=1)
         findings = watch_merges(sandbox, place.folder)
         place.run(sandbox, "--merge-timeout", "3", check=0)
@@ -350,11 +425,15 @@ def test_an_acknowledged_merge_that_devrev_has_dropped_is_requested_again_by_the
     assert_merged(organisation, pairs)
 
 
-def test_what_a_merge_leaves_behind_is_named_and_proved_again_by_the_next_run(place: Workplace) -> None:
+def test_what_a_merge_leaves_behind_is_named_and_proved_again_by_the_next_run(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(3, (1, 3))
     place.export(organisation)
     left = sorted(
-        one for one, work in organisation.works.items() if pairs[1][1] in [u["id"] for u in work["reported_by"]]
+        one
+        for one, work in organisation.works.items()
+        if pairs[1][1] in [u["id"] for u in work["reported_by"]]
     )[:2]
     fault = Fault("merge-leaves", "rev-users.merge", match=only(pairs[1][1]), detail=set(left))
     with Sandbox(organisation, faults=[fault]) as sandbox:
@@ -375,7 +454,9 @@ def test_what_a_merge_leaves_behind_is_named_and_proved_again_by_the_next_run(pl
         assert sandbox.count("rev-users.merge") == 3
 
 
-def test_a_reference_held_by_another_user_is_a_conflict_that_stays_resumable(place: Workplace) -> None:
+def test_a_reference_held_by_another_user_is_a_conflict_that_stays_resumable(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(3)
     place.export(organisation)
     thief: List[str] = []
@@ -413,7 +494,9 @@ def test_a_reference_held_by_another_user_is_a_conflict_that_stays_resumable(pla
         ("503", "401", "502", "reset-before"),
     ),
 )
-def test_an_api_that_goes_down_is_not_hammered_and_the_run_resumes(place: Workplace, kind: str, after: str) -> None:
+def test_an_api_that_goes_down_is_not_hammered_and_the_run_resumes(
+    place: Workplace, kind: str, after: str
+) -> None:
     organisation, pairs = organisation_of_pairs(8)
     place.export(organisation)
     with Sandbox(organisation) as sandbox:
@@ -439,7 +522,11 @@ def test_nothing_listening_is_said_and_changes_nothing(place: Workplace) -> None
     organisation, _ = organisation_of_pairs(1)
     place.export(organisation)
     result = place.run(
-        None, check=3, DEVREV_API_TOKEN="x", DEVREV_BASE_URL="http://127.0.0.1:9", DEVREV_MAX_RETRIES="1"
+        None,
+        check=3,
+        DEVREV_API_TOKEN="x",
+        DEVREV_BASE_URL="http://127.0.0.1:9",
+        DEVREV_MAX_RETRIES="1",
     )
     assert "can't be reached" in result.err
 
@@ -461,7 +548,9 @@ def test_one_ticket_that_can_not_be_read_costs_only_its_own_group(place: Workpla
     organisation, pairs = organisation_of_pairs(4)
     place.export(organisation)
     poison = next(
-        one for one, work in organisation.works.items() if pairs[1][0] in [u["id"] for u in work["reported_by"]]
+        one
+        for one, work in organisation.works.items()
+        if pairs[1][0] in [u["id"] for u in work["reported_by"]]
     )
     fault = Fault("500", "timeline-entries.list", match=lambda body: body["object"] == poison)
     with Sandbox(organisation, faults=[fault]) as sandbox:
@@ -538,7 +627,11 @@ def test_a_contact_that_changes_between_check_and_merge_is_not_merged(place: Wor
     with Sandbox(organisation, on_request=change) as sandbox:
         command = [sys.executable, str(hurried), "--csv", str(place.csv), "--yes"]
         process = subprocess.run(
-            command, cwd=str(place.folder), env=place.environment(sandbox, {}), stdin=subprocess.DEVNULL, timeout=60
+            command,
+            cwd=str(place.folder),
+            env=place.environment(sandbox, {}),
+            stdin=subprocess.DEVNULL,
+            timeout=60,
         )
     assert process.returncode == 1
     assert_merged(organisation, pairs[1:])
@@ -605,7 +698,9 @@ def test_a_savepoint_that_can_not_be_trusted_is_left_as_it_is(
         for options in ([], ["--preview"]):
             result = place.run(sandbox, *options)
             if not (options and word in ("read-only", "damaged")):
-                assert result.code == (3 if word == "read-only" else 2) and word in result.err, result
+                assert result.code == (3 if word == "read-only" else 2) and word in result.err, (
+                    result
+                )
             assert path.read_bytes() == before
             assert len(sandbox.requests) == requests and len(organisation.merges) == 1
 
@@ -619,7 +714,9 @@ def spoiled(place: Workplace, what: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["backups", "backups/person1@example.com", "logs", "reports"])
-def test_a_file_where_a_folder_should_be_means_no_merge_without_its_backup(place: Workplace, what: str) -> None:
+def test_a_file_where_a_folder_should_be_means_no_merge_without_its_backup(
+    place: Workplace, what: str
+) -> None:
     organisation, pairs = organisation_of_pairs(2)
     place.export(organisation)
     spoiled(place, what)
@@ -682,7 +779,11 @@ def test_a_read_only_disk_changes_nothing(tiny_disk: Path) -> None:
     subprocess.check_call(["mount", "-o", "remount,ro", str(tiny_disk)])
     with Sandbox(organisation) as sandbox:
         assert place.run(sandbox).code in (2, 3)
-        assert place.run(sandbox, "--preview", check=0).out.splitlines()[-1].startswith("1 pair to merge")
+        assert (
+            place.run(sandbox, "--preview", check=0)
+            .out.splitlines()[-1]
+            .startswith("1 pair to merge")
+        )
         assert sandbox.requests == []
 
 
@@ -705,17 +806,23 @@ def test_nothing_is_written_outside_backups_whatever_the_email_says(place: Workp
     assert len(organisation.merges) == len(emails)
     tops = {path.relative_to(place.folder).parts[0] for path in place.folder.rglob("*")}
     assert tops == {"contacts.csv", "backups", "logs", "reports", "savepoint.db"}
-    assert len([path for path in (place.folder / "backups").iterdir() if path.is_dir()]) == len(emails)
+    assert len([path for path in (place.folder / "backups").iterdir() if path.is_dir()]) == len(
+        emails
+    )
 
 
 def test_a_redirect_is_never_followed_with_the_token(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(1)
     place.export(organisation)
-    with Sandbox(Organisation("ELSEWHERE")) as elsewhere, Sandbox(organisation, gone="301") as sandbox:
+    with Sandbox(Organisation("ELSEWHERE")) as elsewhere, Sandbox(
+        organisation, gone="301"
+    ) as sandbox:
         sandbox.moved_to = elsewhere.url
         place.run(sandbox, check=0)
         assert elsewhere.requests == [] and elsewhere.connections == 0
-        assert {request.endpoint for request in sandbox.requests if request.status == 301} == {"rev-users.get"}
+        assert {request.endpoint for request in sandbox.requests if request.status == 301} == {
+            "rev-users.get"
+        }
     assert_merged(organisation, pairs)
 
 
@@ -758,7 +865,9 @@ def test_a_damaged_backup_is_never_merged_on(place: Workplace) -> None:
     assert_merged(organisation, pairs)
 
 
-def test_a_pair_that_was_requested_is_never_forgotten_whatever_the_next_poll_says(place: Workplace) -> None:
+def test_a_pair_that_was_requested_is_never_forgotten_whatever_the_next_poll_says(
+    place: Workplace,
+) -> None:
     """The merge takes long, its answer is lost, and half of it is done when the pair is checked anew."""
     organisation, pairs = organisation_of_pairs(1, (1, 3))
     place.export(organisation)
@@ -795,10 +904,14 @@ def group_of_three() -> Tuple[Organisation, str, str, str]:
     return organisation, a, b, user
 
 
-def test_another_export_with_another_primary_never_asks_a_pending_duplicate_into_it(place: Workplace) -> None:
+def test_another_export_with_another_primary_never_asks_a_pending_duplicate_into_it(
+    place: Workplace,
+) -> None:
     organisation, a, b, user = group_of_three()
     place.export(organisation)
-    never = Fault("merge-never", "rev-users.merge", match=lambda body: body["secondary_user"] == user)
+    never = Fault(
+        "merge-never", "rev-users.merge", match=lambda body: body["secondary_user"] == user
+    )
     with Sandbox(organisation, faults=[never]) as sandbox:
         place.run(sandbox, "--merge-timeout", "1", check=1)
         for _ in range(3):
@@ -813,7 +926,9 @@ def test_another_export_with_another_primary_never_asks_a_pending_duplicate_into
         assert asked == {(a, user)}
 
 
-def test_a_refused_merge_is_not_taken_for_a_merge_because_the_contact_is_locked(place: Workplace) -> None:
+def test_a_refused_merge_is_not_taken_for_a_merge_because_the_contact_is_locked(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(2)
     place.export(organisation)
 
@@ -828,10 +943,15 @@ def test_a_refused_merge_is_not_taken_for_a_merge_because_the_contact_is_locked(
     assert_merged(organisation, pairs[1:])
 
 
-def test_a_pair_that_waits_to_be_requested_again_is_not_given_up_when_the_run_is_interrupted(place: Workplace) -> None:
+def test_a_pair_that_waits_to_be_requested_again_is_not_given_up_when_the_run_is_interrupted(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(1)
     place.export(organisation)
-    faults = [Fault("reset-after", "rev-users.merge", times=1), Fault("429", "rev-users.merge", detail=60)]
+    faults = [
+        Fault("reset-after", "rev-users.merge", times=1),
+        Fault("429", "rev-users.merge", detail=60),
+    ]
     with Sandbox(organisation, faults=faults, merge_delay=3600) as sandbox:
         process = place.start(sandbox, "--merge-timeout", "4")
         while sandbox.count("rev-users.merge") < 2:
@@ -873,7 +993,10 @@ MALFORMED: Dict[str, Tuple[str, Callable[[Dict[str, Any]], Dict[str, Any]]]] = {
         lambda answer: {"rev_users": [{**user, "rev_org": "x"} for user in answer["rev_users"]]},
     ),
     "contacts that are words": ("rev-users.list", lambda answer: {"rev_users": ["x"]}),
-    "nobody owns": ("works.list", lambda answer: {"works": [{**work, "owned_by": None} for work in answer["works"]]}),
+    "nobody owns": (
+        "works.list",
+        lambda answer: {"works": [{**work, "owned_by": None} for work in answer["works"]]},
+    ),
     "entries without an id": ("timeline-entries.list", lambda answer: {"timeline_entries": [{}]}),
     "works in a dict": ("works.list", lambda answer: {"works": {"a": 1}}),
 }
@@ -882,7 +1005,11 @@ MALFORMED: Dict[str, Tuple[str, Callable[[Dict[str, Any]], Dict[str, Any]]]] = {
 @pytest.mark.parametrize(
     "name",
     the_rest_is_slow(
-        MALFORMED, "nobody where somebody was", "nobody updated", "a cursor that is a list", "contacts that are words"
+        MALFORMED,
+        "nobody where somebody was",
+        "nobody updated",
+        "a cursor that is a list",
+        "contacts that are words",
     ),
 )
 def test_an_answer_of_the_wrong_shape_is_never_taken_for_a_merge_nor_ends_in_a_traceback(
@@ -891,7 +1018,9 @@ def test_an_answer_of_the_wrong_shape_is_never_taken_for_a_merge_nor_ends_in_a_t
     organisation, pairs = organisation_of_pairs(1)
     place.export(organisation)
     endpoint, change = MALFORMED[name]
-    with Sandbox(organisation, faults=[Fault("changed", endpoint, detail=change)], merge_delay=0.1) as sandbox:
+    with Sandbox(
+        organisation, faults=[Fault("changed", endpoint, detail=change)], merge_delay=0.1
+    ) as sandbox:
         result = place.run(sandbox, "--merge-timeout", "1", DEVREV_MAX_RETRIES="1")
         assert result.code in (0, 1, 3)
         assert "(a bug" not in result.err
@@ -914,9 +1043,13 @@ def test_pairs_that_need_a_second_proof_get_it_while_others_are_proved(place: Wo
     organisation, pairs = organisation_of_pairs(40, (1, 1))
     place.export(organisation)
     late = {duplicate for _, duplicate in pairs[::3]}
-    faults = [Fault("merge-leaves", "rev-users.merge", match=lambda body: body["secondary_user"] in late)]
+    faults = [
+        Fault("merge-leaves", "rev-users.merge", match=lambda body: body["secondary_user"] in late)
+    ]
     with Sandbox(organisation, faults=faults, latency=0.01) as sandbox:
         result = place.run(sandbox, "--merge-timeout", "4")
     assert set(result.codes.values()) == {"left_behind"}
     named = {entry["duplicate"]["id"] for entry in result.report["unfinished_merges"]}
-    assert named <= late and len(named) + len(result.report["successful_merges"]) == len(organisation.merges)
+    assert named <= late and len(named) + len(result.report["successful_merges"]) == len(
+        organisation.merges
+    )

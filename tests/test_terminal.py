@@ -14,16 +14,27 @@ import pytest
 
 import merge_contacts as tool
 from tests.sandbox import Fault, Sandbox
-from tests.support import SAMPLE, SCRIPT, Terminal, Workplace, assert_merged, diagonal, organisation_of_pairs
+from tests.support import (
+    SAMPLE,
+    SCRIPT,
+    Terminal,
+    Workplace,
+    assert_merged,
+    diagonal,
+    organisation_of_pairs,
+)
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX terminal")
 
 
 @posix
 @pytest.mark.parametrize(
-    "typed, code, merged", [("merge\n", 0, 2), ("yes\n", 2, 0), ("\n", 2, 0), ("\x04", 2, 0), ("\x03", 130, 0)]
+    "typed, code, merged",
+    [("merge\n", 0, 2), ("yes\n", 2, 0), ("\n", 2, 0), ("\x04", 2, 0), ("\x03", 130, 0)],
 )
-def test_on_a_terminal_only_a_typed_merge_continues(place: Workplace, typed: str, code: int, merged: int) -> None:
+def test_on_a_terminal_only_a_typed_merge_continues(
+    place: Workplace, typed: str, code: int, merged: int
+) -> None:
     organisation, pairs = organisation_of_pairs(2)
     place.export(organisation)
     with Sandbox(organisation) as sandbox:
@@ -62,14 +73,24 @@ def test_the_preview_fits_the_terminal(place: Workplace, columns: int, colour: b
     organisation.add_contact("N2", "nouser@example.com")
     place.export(organisation)
     terminal = Terminal(
-        place, None, "--csv", "contacts.csv", "--preview", columns=columns, **({} if colour else {"NO_COLOR": "1"})
+        place,
+        None,
+        "--csv",
+        "contacts.csv",
+        "--preview",
+        columns=columns,
+        **({} if colour else {"NO_COLOR": "1"}),
     )
     assert terminal.end() == 0
     assert ("\x1b[" in terminal.text) is colour
     plain = re.sub(r"\x1b\[[0-9;]*m", "", terminal.text)
     lines = plain.splitlines()
-    commands = [line for line in lines if SCRIPT.name in line]  # to be copied, and therefore not wrapped
-    assert len(commands) == 1 and all(len(line) <= columns for line in lines if line not in commands)
+    commands = [
+        line for line in lines if SCRIPT.name in line
+    ]  # to be copied, and therefore not wrapped
+    assert len(commands) == 1 and all(
+        len(line) <= columns for line in lines if line not in commands
+    )
     for word in ("REVU-P1", "user_1", "3 pairs to merge, 1 group skipped"):
         assert word in plain
 
@@ -113,14 +134,20 @@ def test_failures_are_grouped_with_what_to_do_next(place: Workplace) -> None:
         result = place.run(sandbox, check=1)
     assert "2 count_mismatch: person1@example.com, person2@example.com" in result.out
     assert "what to do: Export again" in result.out
-    assert re.search(r"next: export again.*\n.* --export contacts_\w+\.csv$", result.err, re.MULTILINE)
+    assert re.search(
+        r"next: export again.*\n.* --export contacts_\w+\.csv$", result.err, re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize("readable", [True, False])
-def test_check_says_whether_a_run_could_start_and_changes_nothing(place: Workplace, readable: bool) -> None:
+def test_check_says_whether_a_run_could_start_and_changes_nothing(
+    place: Workplace, readable: bool
+) -> None:
     organisation, _ = organisation_of_pairs(2)
     place.export(organisation)
-    with Sandbox(organisation, quota=(1000, 300), faults=[] if readable else [Fault("403", "works.list")]) as sandbox:
+    with Sandbox(
+        organisation, quota=(1000, 300), faults=[] if readable else [Fault("403", "works.list")]
+    ) as sandbox:
         result = place.run(sandbox, "--check", check=0 if readable else 2)
         assert {one.endpoint for one in sandbox.requests} <= {
             "dev-users.self", "rev-users.list", "works.list", "conversations.list", "timeline-entries.list",
@@ -128,11 +155,15 @@ def test_check_says_whether_a_run_could_start_and_changes_nothing(place: Workpla
         assert len(sandbox.requests) <= 5
     assert "Dana Developer" in result.out and "SANDBOX1" in result.out and "2 pairs" in result.out
     assert "of 1000 units left" in result.out and "only a merge shows" in result.out
-    assert ("FAILED" in result.out) is not readable and ("ticket:read" in result.out) is not readable
+    assert ("FAILED" in result.out) is not readable and (
+        "ticket:read" in result.out
+    ) is not readable
     assert not (place.folder / "savepoint.db").exists()
 
 
-def test_check_and_preview_name_the_limit_that_holds_until_devrev_announces_a_quota(place: Workplace) -> None:
+def test_check_and_preview_name_the_limit_that_holds_until_devrev_announces_a_quota(
+    place: Workplace,
+) -> None:
     organisation, _ = organisation_of_pairs(90)
     place.export(organisation)
     with Sandbox(organisation) as sandbox:
@@ -145,16 +176,20 @@ def test_check_and_preview_name_the_limit_that_holds_until_devrev_announces_a_qu
     out = place.run(None, "--preview", check=0, DEVREV_RATE_LIMIT_CALLS="").out
     (cost,) = re.findall(r"^about .*", out, re.MULTILINE)
     found = re.fullmatch(
-        r"about (\d+) requests, at least (\d+) (s|min): only 200 in 60 s are sent until DevRev .*", cost
+        r"about (\d+) requests, at least (\d+) (s|min): only 200 in 60 s are sent until DevRev .*",
+        cost,
     )
     assert found, cost
     assert int(found[2]) * (60 if found[3] == "min" else 1) >= (int(found[1]) - 1) // 200 * 60 > 0
 
 
-def test_check_names_a_token_that_is_not_accepted_and_a_csv_of_another_organisation(place: Workplace) -> None:
+def test_check_names_a_token_that_is_not_accepted_and_a_csv_of_another_organisation(
+    place: Workplace,
+) -> None:
     organisation, _ = organisation_of_pairs(1)
     place.export(
-        organisation, {one: {"REV_USER_ID": one.replace("SANDBOX1", "OTHER")} for one in organisation.contacts}
+        organisation,
+        {one: {"REV_USER_ID": one.replace("SANDBOX1", "OTHER")} for one in organisation.contacts},
     )
     with Sandbox(organisation) as sandbox:
         assert "another organisation" in place.run(sandbox, "--check", check=2).out
@@ -165,7 +200,9 @@ def test_status_tells_what_the_savepoint_knows(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(3)
     place.export(organisation, {pairs[0][0]: {"TICKET_COUNT": 9}})
     assert "no run has used this folder yet" in place.run(None, "--status", check=0).out
-    never = Fault("merge-never", "rev-users.merge", match=lambda body: body["secondary_user"] == pairs[1][1])
+    never = Fault(
+        "merge-never", "rev-users.merge", match=lambda body: body["secondary_user"] == pairs[1][1]
+    )
     with Sandbox(organisation, faults=[never]) as sandbox:
         place.run(sandbox, "--merge-timeout", "1", check=1)
     result = place.run(None, "--status", check=0)
@@ -214,7 +251,9 @@ def lose_the_folder(folder: Path) -> None:
         (lose_the_folder, "MISSING"),
     ],
 )
-def test_verify_backups_names_what_is_damaged_or_missing(place: Workplace, damage: Any, word: str) -> None:
+def test_verify_backups_names_what_is_damaged_or_missing(
+    place: Workplace, damage: Any, word: str
+) -> None:
     organisation, _ = organisation_of_pairs(3)
     place.export(organisation)
     with Sandbox(organisation) as sandbox:
@@ -243,7 +282,9 @@ def test_only_dates_of_iso_lose_their_time(created: str, says: str) -> None:
     assert tool.describe_contact(contact).endswith(says)
 
 
-@pytest.mark.parametrize("options, word", [(["--help"], "Exit codes:"), (["--version"], "merge_contacts ")])
+@pytest.mark.parametrize(
+    "options, word", [(["--help"], "Exit codes:"), (["--version"], "merge_contacts ")]
+)
 def test_help_and_version_write_nothing(place: Workplace, options: List[str], word: str) -> None:
     as_a_script = [sys.executable]  # as the README has it
     assert word in place.run(None, *options, python=as_a_script, check=0).out
@@ -275,7 +316,9 @@ def test_the_first_signal_says_what_it_waits_for_and_the_second_how_to_continue(
         while not sandbox.count("rev-users.get"):
             time.sleep(0.02)
         os.kill(terminal.pid, getattr(signal, name))
-        assert "stopping: waiting up to 10 s for requests under way" in terminal.read_until("stop at once)")
+        assert "stopping: waiting up to 10 s for requests under way" in terminal.read_until(
+            "stop at once)"
+        )
         if name == "SIGHUP":  # the kernel and the shell each send one where a terminal is closed
             os.kill(terminal.pid, signal.SIGHUP)
             name = "SIGTERM"
@@ -286,12 +329,18 @@ def test_the_first_signal_says_what_it_waits_for_and_the_second_how_to_continue(
 
 
 @posix
-def test_a_terminal_that_takes_nothing_more_holds_up_neither_a_merge_nor_a_signal(place: Workplace) -> None:
+def test_a_terminal_that_takes_nothing_more_holds_up_neither_a_merge_nor_a_signal(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(30)
     place.export(organisation)
-    never = Fault("merge-never", "rev-users.merge", match=lambda body: body["secondary_user"] == pairs[0][1])
+    never = Fault(
+        "merge-never", "rev-users.merge", match=lambda body: body["secondary_user"] == pairs[0][1]
+    )
     with Sandbox(organisation, faults=[never]) as sandbox:
-        terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--yes", "-v")  # which nobody reads
+        terminal = Terminal(
+            place, sandbox, "--csv", "contacts.csv", "--yes", "-v"
+        )  # which nobody reads
         deadline = time.monotonic() + 60
         while len(organisation.merges) < 29 and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -308,14 +357,20 @@ def test_a_terminal_that_takes_nothing_more_holds_up_neither_a_merge_nor_a_signa
 
 
 @posix
-@pytest.mark.parametrize("options", ["--preview", "--preview --json", "--check --json", "--status --json"])
-def test_results_that_can_not_be_written_make_the_exit_code_3(place: Workplace, options: str) -> None:
+@pytest.mark.parametrize(
+    "options", ["--preview", "--preview --json", "--check --json", "--status --json"]
+)
+def test_results_that_can_not_be_written_make_the_exit_code_3(
+    place: Workplace, options: str
+) -> None:
     organisation, _ = organisation_of_pairs(1)
     place.export(organisation)
     with Sandbox(organisation) as sandbox, open("/dev/full", "w") as full:
         command = place.command(*options.split())
         environment = place.environment(sandbox, {})
-        done = subprocess.run(command, cwd=str(place.folder), env=environment, stdout=full, stderr=subprocess.PIPE)
+        done = subprocess.run(
+            command, cwd=str(place.folder), env=environment, stdout=full, stderr=subprocess.PIPE
+        )
     assert done.returncode == 3 and b"No space left" in done.stderr
 
 
@@ -326,7 +381,9 @@ def test_the_status_line_has_an_end_that_the_ceiling_allows(place: Workplace, co
     place.export(organisation)
     with Sandbox(organisation) as sandbox:
         ceiling = {"DEVREV_RATE_LIMIT_CALLS": "20", "DEVREV_RATE_LIMIT_PERIOD": "30"}
-        terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--yes", columns=columns, **ceiling)
+        terminal = Terminal(
+            place, sandbox, "--csv", "contacts.csv", "--yes", columns=columns, **ceiling
+        )
         text = terminal.read_until("waiting")
         os.kill(terminal.pid, signal.SIGTERM)
         assert terminal.end() == 143
@@ -358,7 +415,9 @@ USAGE = {
 
 
 @pytest.mark.parametrize("options, says", USAGE.items())
-def test_a_usage_error_says_what_is_wrong_first_and_what_was_meant(place: Workplace, options: str, says: str) -> None:
+def test_a_usage_error_says_what_is_wrong_first_and_what_was_meant(
+    place: Workplace, options: str, says: str
+) -> None:
     command = [sys.executable, str(SCRIPT), *options.split()]
     done = subprocess.run(command, cwd=str(place.folder), stderr=subprocess.PIPE, encoding="utf-8")
     first, *others = done.stderr.splitlines()
@@ -374,23 +433,42 @@ def test_check_status_and_verify_say_the_same_as_json(place: Workplace, mode: st
         place.run(sandbox, check=1)
         found = json.loads(place.run(sandbox, mode, "--json", check=0).out)
     if mode == "--check":
-        assert found["ready"] and found["verdict"] == "ready" and all(one["ok"] for one in found["checks"])
+        assert (
+            found["ready"]
+            and found["verdict"] == "ready"
+            and all(one["ok"] for one in found["checks"])
+        )
     elif mode == "--status":
         assert found["counts"] == {"done": 1, "failed": 1} and found["running"] is False
-        assert [one["code"] for one in found["failed"]] == ["count_mismatch"] and found["unfinished"] == []
+        assert [one["code"] for one in found["failed"]] == ["count_mismatch"] and found[
+            "unfinished"
+        ] == []
     else:
-        assert (found["complete"], found["damaged"], found["missing"], found["partial"]) == (2, [], [], [])
+        assert (found["complete"], found["damaged"], found["missing"], found["partial"]) == (
+            2,
+            [],
+            [],
+            [],
+        )
 
 
-def test_check_ends_in_a_verdict_and_reads_the_csv_even_where_no_server_answers(place: Workplace) -> None:
+def test_check_ends_in_a_verdict_and_reads_the_csv_even_where_no_server_answers(
+    place: Workplace,
+) -> None:
     place.csv.write_text("REV_USER_ID\n", encoding="utf-8")
-    nowhere = {"DEVREV_API_TOKEN": "sandbox-token", "DEVREV_BASE_URL": "http://127.0.0.1:9", "DEVREV_MAX_RETRIES": "0"}
+    nowhere = {
+        "DEVREV_API_TOKEN": "sandbox-token",
+        "DEVREV_BASE_URL": "http://127.0.0.1:9",
+        "DEVREV_MAX_RETRIES": "0",
+    }
     out = place.run(None, "--check", check=2, **nowhere).out
     assert "127.0.0.1:9 can't be reached" in out and "DEVREV_BASE_URL" in out
     assert "missing columns DISPLAY_NAME" in out and out.splitlines()[-1] == "not ready: 2 problems"
 
 
-def test_status_while_a_run_is_in_progress_says_what_is_worked_on_and_leaves_no_log(place: Workplace) -> None:
+def test_status_while_a_run_is_in_progress_says_what_is_worked_on_and_leaves_no_log(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(23)
     place.export(organisation)
     with Sandbox(organisation, faults=[Fault("merge-never", skip=1)]) as sandbox:
@@ -406,7 +484,14 @@ def test_status_while_a_run_is_in_progress_says_what_is_worked_on_and_leaves_no_
     assert f"a run is in progress: process {process.pid} on " in out
     assert "merge of 23 pairs: " in out and " ended" in out
     assert (
-        len(re.findall(r"^in progress +person\d+@.* accepted by DevRev, not yet confirmed$", out, re.MULTILINE)) >= 18
+        len(
+            re.findall(
+                r"^in progress +person\d+@.* accepted by DevRev, not yet confirmed$",
+                out,
+                re.MULTILINE,
+            )
+        )
+        >= 18
     )
     assert "more (--status --json has them all)" in out
 
@@ -415,7 +500,8 @@ def test_the_preview_names_people_and_lines_and_obeys_quiet(place: Workplace) ->
     place.csv.write_bytes(SAMPLE.read_bytes())
     out = place.run(None, "--preview", check=0).out
     assert (
-        "umar.siddiq@example.com (lines 51, 52): " in out and "line 51: the REV_USER_ID of line 52 with another" in out
+        "umar.siddiq@example.com (lines 51, 52): " in out
+        and "line 51: the REV_USER_ID of line 52 with another" in out
     )
     assert re.search(r"^jonas\.lind@.* unchanged +Jonas Lind$", out, re.MULTILINE)
     quiet = place.run(None, "--preview", "-q", check=0)
@@ -429,7 +515,10 @@ def test_what_a_run_takes_over_is_listed_beside_the_plan(place: Workplace) -> No
     with Sandbox(organisation, faults=[never]) as sandbox:
         place.run(sandbox, "--merge-timeout", "1", check=1)
         out = place.run(None, "--preview", check=0).out
-        assert "TO FINISH FIRST, from earlier runs: 1 pair" in out and "(accepted by DevRev, not yet confirmed)" in out
+        assert (
+            "TO FINISH FIRST, from earlier runs: 1 pair" in out
+            and "(accepted by DevRev, not yet confirmed)" in out
+        )
         assert out.splitlines()[-1] == "0 pairs to merge, 1 of earlier runs to finish first"
         if os.name != "nt":
             terminal = Terminal(place, sandbox, "--csv", "contacts.csv", columns=200)
@@ -454,15 +543,23 @@ PLAIN_WORDS = {
 
 
 @pytest.mark.parametrize("options, expected", PLAIN_WORDS.items())
-def test_messages_are_plain_and_name_the_problem(place: Workplace, options: str, expected: Any) -> None:
+def test_messages_are_plain_and_name_the_problem(
+    place: Workplace, options: str, expected: Any
+) -> None:
     organisation, _ = organisation_of_pairs(1)
     organisation.add_contact("S1", "single@example.com")
     for number in (1, 2):
         organisation.add_contact(f"T{number}", "two@example.com", f"user_t{number}")
     place.export(organisation)
-    (place.folder / ".env").write_text("DEVREV_API_TOKEN='\u201ctoken\u201d'\na line\n", encoding="utf-8")
+    (place.folder / ".env").write_text(
+        "DEVREV_API_TOKEN='\u201ctoken\u201d'\na line\n", encoding="utf-8"
+    )
     code, says = expected
     result = place.run(None, *options.split(), check=code)
-    assert [line for line in result.err.splitlines() if line.startswith(says.format(folder=place.folder))], result.err
+    assert [
+        line
+        for line in result.err.splitlines()
+        if line.startswith(says.format(folder=place.folder))
+    ], result.err
     if options == "--check":
         assert "DEVREV_API_TOKEN is in quotes" in result.out

@@ -20,9 +20,16 @@ def merges_of(sandbox: Sandbox, duplicate: str) -> int:
 
 @pytest.mark.parametrize(
     "gone",
-    the_rest_is_slow(("403", "410", "400", "404-other", "500", "502", "503", "shape", "empty"), "403", "500", "shape"),
+    the_rest_is_slow(
+        ("403", "410", "400", "404-other", "500", "502", "503", "shape", "empty"),
+        "403",
+        "500",
+        "shape",
+    ),
 )
-def test_lists_decide_where_polls_of_a_merged_contact_tell_nothing(place: Workplace, gone: str) -> None:
+def test_lists_decide_where_polls_of_a_merged_contact_tell_nothing(
+    place: Workplace, gone: str
+) -> None:
     organisation, pairs = organisation_of_pairs(3)
     bare = pair(organisation, 9, (0, 0))  # without a ticket, the lists alone have to tell
     place.export(organisation)
@@ -41,15 +48,23 @@ def test_lists_do_not_decide_while_they_show_the_duplicate(place: Workplace) -> 
         assert sandbox.count("rev-users.update") == 0
 
 
-def test_a_poll_that_hangs_is_given_up_soon_and_a_slow_organisation_is_served_all_the_same(place: Workplace) -> None:
+def test_a_poll_that_hangs_is_given_up_soon_and_a_slow_organisation_is_served_all_the_same(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(1)
     place.export(organisation)
     hung = Fault("hang", "rev-users.get", times=1)
     with Sandbox(organisation, faults=[hung]) as sandbox:
         place.run(sandbox, "--merge-timeout", "60", check=0, DEVREV_TIMEOUT="25", timeout=120)
-        (update,) = [request for request in sandbox.requests if request.endpoint == "rev-users.update"]
-        (merge,) = [request for request in sandbox.requests if request.endpoint == "rev-users.merge"]
-        assert update.started - merge.started < 24, "the reference waited for an answer that never came"
+        (update,) = [
+            request for request in sandbox.requests if request.endpoint == "rev-users.update"
+        ]
+        (merge,) = [
+            request for request in sandbox.requests if request.endpoint == "rev-users.merge"
+        ]
+        assert update.started - merge.started < 24, (
+            "the reference waited for an answer that never came"
+        )
     assert_merged(organisation, pairs)
 
 
@@ -58,7 +73,9 @@ def test_a_poll_that_hangs_is_given_up_soon_and_a_slow_organisation_is_served_al
 
 def cancelled(place: Workplace, sandbox: Sandbox) -> Dict[str, Any]:
     """Have a merge acknowledged and not carried out, and give it up."""
-    assert place.run(sandbox, *QUICK, check=1).codes == {"person1@example.com": "merge_not_confirmed"}
+    assert place.run(sandbox, *QUICK, check=1).codes == {
+        "person1@example.com": "merge_not_confirmed"
+    }
     settled = place.run(None, "--settle", "person1@example.com", check=0)
     assert "DevRev may still carry out a cancelled merge: every run polls for it" in settled.out
     report = settled.report
@@ -97,23 +114,30 @@ def test_a_merge_that_was_given_up_can_be_named(place: Workplace) -> None:
     assert_merged(organisation, pairs)
 
 
-def test_a_merge_that_devrev_carries_out_after_it_was_given_up_is_finished_and_said(place: Workplace) -> None:
+def test_a_merge_that_devrev_carries_out_after_it_was_given_up_is_finished_and_said(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(2)
     place.export(organisation)
     with Sandbox(
-        organisation, faults=[Fault("merge-never", match=lambda body: body["secondary_user"] == pairs[0][1])]
+        organisation,
+        faults=[Fault("merge-never", match=lambda body: body["secondary_user"] == pairs[0][1])],
     ) as sandbox:
         cancelled(place, sandbox)
         organisation.merge(*pairs[0])
         result = place.run(sandbox, check=1)
-        entries = [entry for entry in result.report["successful_merges"] if entry.get("after_cancel")]
+        entries = [
+            entry for entry in result.report["successful_merges"] if entry.get("after_cancel")
+        ]
         assert [entry["email"] for entry in entries] == ["person1@example.com"]
         assert "--undo" in result.out + result.err
         place.run(sandbox, check=0)
     assert_merged(organisation, pairs)
 
 
-def test_a_pair_whose_primary_was_merged_onward_and_can_not_be_read_can_be_settled(place: Workplace) -> None:
+def test_a_pair_whose_primary_was_merged_onward_and_can_not_be_read_can_be_settled(
+    place: Workplace,
+) -> None:
     organisation, pairs = organisation_of_pairs(1)
     primary, _ = pairs[0]
     place.export(organisation)
@@ -127,7 +151,9 @@ def test_a_pair_whose_primary_was_merged_onward_and_can_not_be_read_can_be_settl
 
 
 @pytest.mark.parametrize("deleted", [False, True])
-def test_a_cancelled_merge_is_told_from_a_deletion_by_what_its_objects_name(place: Workplace, deleted: bool) -> None:
+def test_a_cancelled_merge_is_told_from_a_deletion_by_what_its_objects_name(
+    place: Workplace, deleted: bool
+) -> None:
     """Carried out after all, and its objects given to others before any run could poll it; or deleted by a person."""
     organisation, pairs = organisation_of_pairs(1, (0, 1))
     other = organisation.add_contact("Z", "another@example.com")
@@ -173,9 +199,15 @@ def test_half_an_emoji_in_one_answer_fails_one_pair_at_most(place: Workplace, wh
 
 
 @pytest.mark.parametrize("shape", ["403", "left out"])
-def test_three_restricted_tickets_cost_one_pair_on_each_of_several_days(place: Workplace, shape: str) -> None:
+def test_three_restricted_tickets_cost_one_pair_on_each_of_several_days(
+    place: Workplace, shape: str
+) -> None:
     organisation, pairs = organisation_of_pairs(6)
-    mine = [one for one, work in organisation.works.items() if pairs[0][1] in [u["id"] for u in work["reported_by"]]]
+    mine = [
+        one
+        for one, work in organisation.works.items()
+        if pairs[0][1] in [u["id"] for u in work["reported_by"]]
+    ]
     place.export(organisation)
     with Sandbox(organisation, restricted=mine[:3], restricted_in_lists=shape) as sandbox:
         for day in range(3):
@@ -200,7 +232,11 @@ def test_what_no_run_has_tried_comes_before_what_always_fails(place: Workplace) 
     refused = Fault("400", "rev-users.list", match=lambda body: False)
     broken = Fault("500", "timeline-entries.list", match=lambda body: True, times=0)
     with Sandbox(organisation, faults=[refused, broken]) as sandbox:
-        theirs = [one for one, work in organisation.works.items() if bad & {user["id"] for user in work["reported_by"]}]
+        theirs = [
+            one
+            for one, work in organisation.works.items()
+            if bad & {user["id"] for user in work["reported_by"]}
+        ]
         sandbox.restricted_timelines = theirs
         place.run(sandbox, *QUICK, "--limit", "6")
         place.run(sandbox, *QUICK, check=1)
@@ -241,7 +277,9 @@ def organisation_with_fields() -> Organisation:
     organisation, pairs = organisation_of_pairs(1)
     primary, duplicate = (organisation.contacts[one] for one in pairs[0])
     organisation.change(primary, phone_numbers=["+15550100"])
-    organisation.change(duplicate, phone_numbers=["+15550100", "+15550101"], description="prefers email")
+    organisation.change(
+        duplicate, phone_numbers=["+15550100", "+15550101"], description="prefers email"
+    )
     return organisation
 
 
@@ -262,7 +300,10 @@ def test_fields_go_with_the_reference(place: Workplace) -> None:
         assert sandbox.count("rev-users.update") == 1
     primary = organisation.contacts[entry["primary"]["id"]]
     assert primary["external_ref"] == "user_1"
-    assert primary["phone_numbers"] == ["+15550100", "+15550101"] and primary["description"] == "prefers email"
+    assert (
+        primary["phone_numbers"] == ["+15550100", "+15550101"]
+        and primary["description"] == "prefers email"
+    )
     assert not {"phone_numbers", "description"} & {one["field"] for one in entry["fields_lost"]}
 
 
@@ -271,8 +312,12 @@ def test_a_refused_field_does_not_hold_up_the_reference(place: Workplace) -> Non
     place.export(organisation)
     with Sandbox(organisation, refused_fields=["rev-users.update.phone_numbers"]) as sandbox:
         (entry,) = place.run(sandbox, "--carry-fields", check=0).report["successful_merges"]
-        bodies = [request.body for request in sandbox.requests if request.endpoint == "rev-users.update"]
+        bodies = [
+            request.body for request in sandbox.requests if request.endpoint == "rev-users.update"
+        ]
     assert [set(body) - {"id"} for body in bodies] == [
         {"external_ref", "phone_numbers", "description"}, {"external_ref"}, {"phone_numbers", "description"},
     ]  # fmt: skip
-    assert ("phone_numbers", "+15550101") in {(one["field"], one["value"]) for one in entry["fields_lost"]}
+    assert ("phone_numbers", "+15550101") in {
+        (one["field"], one["value"]) for one in entry["fields_lost"]
+    }

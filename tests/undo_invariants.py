@@ -9,7 +9,13 @@ from tests.expected import COPY, MAIN, ROLES, Ids, email_key, name_of
 from tests.fake_devrev import USER_LISTS, Request, Table, Thing, kind_of
 from tests.simulated import InvariantBroken, Sent, short
 
-WRITES = ("rev-users.create", "rev-users.update", "rev-users.merge", "works.update", "conversations.update")
+WRITES = (
+    "rev-users.create",
+    "rev-users.update",
+    "rev-users.merge",
+    "works.update",
+    "conversations.update",
+)
 OF_OBJECTS = WRITES[-2:]
 OLDEST = 60.0  # seconds that an object may be older than what is written to it
 TRAVEL = 100.0  # seconds that a request may be on its way
@@ -36,7 +42,9 @@ def manifest_entry(backup: str, contact: str) -> Tuple[Any, Any]:
     """Return a contact's entry in the manifest of a backup, and its contact.json."""
     folder = Path(backup)
     (entry,) = (
-        one for one in json.loads((folder / "manifest.json").read_bytes())["contacts"] if one["csv"]["id"] == contact
+        one
+        for one in json.loads((folder / "manifest.json").read_bytes())["contacts"]
+        if one["csv"]["id"] == contact
     )
     return entry, json.loads((folder / entry["folder"] / "contact.json").read_bytes())
 
@@ -51,14 +59,18 @@ class UndoChecker:
         self.created: List[Created] = []
         self.began = 0.0
         self.begun: Set[Ids] = set()  # pairs whose undo has begun at any time
-        self.was: Dict[str, Dict[str, List[str]]] = {}  # an object before the write that is being carried out
+        self.was: Dict[
+            str, Dict[str, List[str]]
+        ] = {}  # an object before the write that is being carried out
         self.contacts_before: Set[str] = set()
         self.true: Set[Ids] = set()  # undone pairs that were judged
         self.reports: Dict[str, Any] = {}
         self.last: Optional[Dict[str, Any]] = None
         self.in_flight: List[Sent] = []  # writes of this run without an answer
         self.read_at: Dict[str, float] = {}  # when DevRev last answered a read of an object
-        self.rests_on: DefaultDict[str, List[float]] = defaultdict(list)  # the reads that its writes rest on
+        self.rests_on: DefaultDict[str, List[float]] = defaultdict(
+            list
+        )  # the reads that its writes rest on
 
     def begin(self, options: Any) -> None:
         self.active, self.preview = bool(options.undo), bool(options.undo and options.preview)
@@ -70,7 +82,9 @@ class UndoChecker:
 
     def forget(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
         """Forget the undos that neither file knows any more."""
-        known = {ids for ids, row in rows.items() if row["undo"]}  # also of one that could not be carried out
+        known = {
+            ids for ids, row in rows.items() if row["undo"]
+        }  # also of one that could not be carried out
         self.begun &= known
         self.true &= known
 
@@ -84,8 +98,14 @@ class UndoChecker:
     def stand_in(self, contact: str) -> str:
         """Return the contact that undos have created in place of one, or the contact itself."""
         created = {}
-        for (_, duplicate), row in sorted(self.checker.latest.items(), key=lambda one: one[1]["revision"]):
-            if row["state"] in ("undoing", "undone", "undo_settled") and row["undo"] and row["undo"]["contact"]:
+        for (_, duplicate), row in sorted(
+            self.checker.latest.items(), key=lambda one: one[1]["revision"]
+        ):
+            if (
+                row["state"] in ("undoing", "undone", "undo_settled")
+                and row["undo"]
+                and row["undo"]["contact"]
+            ):
                 created[duplicate] = row["undo"]["contact"]
         seen = set()
         while contact in created and contact not in seen:
@@ -104,8 +124,14 @@ class UndoChecker:
     def lacks_reference(self, ids: Ids) -> bool:
         """Whether the undo of a pair has left its reference on no contact, so that the undo has to be finished first."""
         row = self.checker.latest[ids]
-        found = self.organisation.contacts.find([("external_ref", [row["new_ref"]])]) if row["new_ref"] else []
-        return row["state"] == "undoing" and not any(self.organisation.alive(one["id"]) for one in found)
+        found = (
+            self.organisation.contacts.find([("external_ref", [row["new_ref"]])])
+            if row["new_ref"]
+            else []
+        )
+        return row["state"] == "undoing" and not any(
+            self.organisation.alive(one["id"]) for one in found
+        )
 
     def latest_undo(self, ids: Ids) -> Mapping[str, Any]:
         found: Mapping[str, Any] = self.checker.latest[ids]["undo"]
@@ -138,7 +164,9 @@ class UndoChecker:
         for other in self.open():
             if set(other) & set(ids):
                 what = f"{short(ids[1])} into {short(ids[0])}, and the undo of {short(other[1])} is not finished"
-                raise InvariantBroken("a merge run refuses a group whose undo is not finished", what)
+                raise InvariantBroken(
+                    "a merge run refuses a group whose undo is not finished", what
+                )
 
     def _saved(self, ids: Ids) -> List[Mapping[str, Any]]:
         """Return the undo of a pair as each of the two files has it."""
@@ -149,7 +177,9 @@ class UndoChecker:
         email, reference = str(sent.body.get("email")), sent.body.get("external_ref")
         mine = [ids for ids in self.open() if email_key(email) in self._emails(ids)]
         noted = [
-            ids for ids in mine if [one["contacts_before"] is not None for one in self._saved(ids)] == [True, True]
+            ids
+            for ids in mine
+            if [one["contacts_before"] is not None for one in self._saved(ids)] == [True, True]
         ]
         if not self.active or not noted:
             raise InvariantBroken(DURABLE, f"{email} {reference} is created")
@@ -158,19 +188,33 @@ class UndoChecker:
             if one.id in given:
                 continue  # created for another pair
             now = self.organisation.contacts.get(one.id)
-            exists = now is not None and self.organisation.alive(one.id) and one.email == now.get("email")
-            same = exists and one.email == email and one.reference == reference == (now or {}).get("external_ref")
+            exists = (
+                now is not None
+                and self.organisation.alive(one.id)
+                and one.email == now.get("email")
+            )
+            same = (
+                exists
+                and one.email == email
+                and one.reference == reference == (now or {}).get("external_ref")
+            )
             # Where it has a reference, DevRev creates no second one.
             seen = self.checker.clock.now > one.at + self.checker.lag + 1 and not self.checker.lies
             if same and reference is None and seen:
-                raise InvariantBroken(TWO, f"{short(one.id)} exists already, with {email} and {reference}")
+                raise InvariantBroken(
+                    TWO, f"{short(one.id)} exists already, with {email} and {reference}"
+                )
 
     def _emails(self, ids: Ids) -> Set[str]:
         """Return the emails that the duplicate of a pair had, by its backup and its row."""
         found = {email_key(self.checker.latest[ids]["email"])}
         with_backup = Path(self.checker.latest[ids]["backup"] or "nowhere") / "manifest.json"
         if with_backup.exists():
-            found.add(email_key(str(manifest_entry(self.checker.latest[ids]["backup"], ids[1])[1].get("email"))))
+            found.add(
+                email_key(
+                    str(manifest_entry(self.checker.latest[ids]["backup"], ids[1])[1].get("email"))
+                )
+            )
         return found
 
     def _judge_update(self, sent: Sent) -> None:
@@ -181,8 +225,12 @@ class UndoChecker:
         if "external_ref" not in sent.body:
             return
         known = self.checker.known
-        allowed = {row.ref for ids in mine for one in known[ids] for row in (one.primary, one.duplicate)}
-        allowed |= {"REVU-" + one.rpartition("/")[2] for one in (primary, *(ids[0] for ids in mine))}
+        allowed = {
+            row.ref for ids in mine for one in known[ids] for row in (one.primary, one.duplicate)
+        }
+        allowed |= {
+            "REVU-" + one.rpartition("/")[2] for one in (primary, *(ids[0] for ids in mine))
+        }
         if sent.body["external_ref"] not in allowed:
             what = f"{sent.body['external_ref']} to {short(primary)}"
             raise InvariantBroken("an undo restores references", what)
@@ -194,7 +242,9 @@ class UndoChecker:
         if request.endpoint == "rev-users.create":
             if stage == "before":
                 self.contacts_before = set(self.organisation.contacts)
-            for one in set(self.organisation.contacts) - self.contacts_before if stage == "after" else ():
+            for one in (
+                set(self.organisation.contacts) - self.contacts_before if stage == "after" else ()
+            ):
                 email, reference = str(request.body.get("email")), request.body.get("external_ref")
                 self.created.append(Created(one, email, reference, self.organisation.now()))
         elif request.endpoint in ("works.get", "conversations.get") and stage == "after":
@@ -210,7 +260,12 @@ class UndoChecker:
 
     def _own(self, primary: str) -> Set[Tuple[str, str]]:
         """Return what a primary had before its first merge, by the backup that this rests on."""
-        backups = [one for ids, found in list(self.checker.backups.items()) if ids[0] == primary for one in found]
+        backups = [
+            one
+            for ids, found in list(self.checker.backups.items())
+            if ids[0] == primary
+            for one in found
+        ]
         if not backups:
             return set()
         first = min(backups, key=lambda backup: Path(backup).name)
@@ -219,45 +274,76 @@ class UndoChecker:
     def contacts_of(self, groups: Set[str]) -> Set[str]:
         """Return whom undos have created, and who came since and has had a reference that a duplicate had."""
         references = {
-            one.duplicate.ref for ids, wanted in self.checker.known.items() for one in wanted if ids[1] in groups
+            one.duplicate.ref
+            for ids, wanted in self.checker.known.items()
+            for one in wanted
+            if ids[1] in groups
         }
         times = self.organisation.reference_times
-        came = {one for one in times if one not in groups and any(ref in references for _, ref in times[one])}
+        came = {
+            one
+            for one in times
+            if one not in groups and any(ref in references for _, ref in times[one])
+        }
         return came.union(one.id for one in self.created)
 
     def table(self, identity: str) -> Table:
-        found: Table = self.organisation.conversations if ":conversation/" in identity else self.organisation.works
+        found: Table = (
+            self.organisation.conversations
+            if ":conversation/" in identity
+            else self.organisation.works
+        )
         return found
 
-    def _judge_write(self, table: Table, thing: Thing, was: Dict[str, List[str]], now: Dict[str, List[str]]) -> None:
+    def _judge_write(
+        self, table: Table, thing: Thing, was: Dict[str, List[str]], now: Dict[str, List[str]]
+    ) -> None:
         groups = {one for ids in self.begun for one in ids}
         mine = self.contacts_of(groups)
         groups |= {self.stand_in(one) for one in groups}
-        since = min(self.rests_on[thing["id"]], default=self.checker.clock.now - OLDEST - TRAVEL) - 0.001
+        since = (
+            min(self.rests_on[thing["id"]], default=self.checker.clock.now - OLDEST - TRAVEL)
+            - 0.001
+        )
         lately = self.checker.clock.now - OLDEST - TRAVEL - self.checker.lag
         for role in USER_LISTS:
             if was[role] and not now[role]:
-                raise InvariantBroken("owned_by is never emptied", f"{role} of {short(thing['id'])}")
+                raise InvariantBroken(
+                    "owned_by is never emptied", f"{role} of {short(thing['id'])}"
+                )
             for person in {*was[role]} - {*now[role]} - groups - mine:
                 if not self._came_since(table, thing["id"], role, person, since):
-                    raise InvariantBroken(STAYS, f"{short(person)} leaves {role} of {short(thing['id'])}")
+                    raise InvariantBroken(
+                        STAYS, f"{short(person)} leaves {role} of {short(thing['id'])}"
+                    )
             for primary in {ids[0] for ids in self.open()} & ({*was[role]} - {*now[role]}):
                 if (thing["id"], role) in self._own(primary):
-                    raise InvariantBroken(STAYS, f"{short(primary)} leaves its own {role} of {short(thing['id'])}")
+                    raise InvariantBroken(
+                        STAYS, f"{short(primary)} leaves its own {role} of {short(thing['id'])}"
+                    )
             for person in {*now[role]} - {*was[role]} - mine:
                 if not self._was_there(table, thing["id"], role, person, lately):
-                    raise InvariantBroken(STAYS, f"{short(person)} gets {role} of {short(thing['id'])}")
+                    raise InvariantBroken(
+                        STAYS, f"{short(person)} gets {role} of {short(thing['id'])}"
+                    )
 
-    def _came_since(self, table: Table, identity: str, role: str, person: str, since: float) -> bool:
+    def _came_since(
+        self, table: Table, identity: str, role: str, person: str, since: float
+    ) -> bool:
         versions = self.checker.versions(table, identity, since)[1:]
         return not all(self.checker.held(one, role, person) for one in versions)
 
     def _was_there(self, table: Table, identity: str, role: str, person: str, since: float) -> bool:
-        return any(self.checker.held(one, role, person) for one in self.checker.versions(table, identity, since)[1:])
+        return any(
+            self.checker.held(one, role, person)
+            for one in self.checker.versions(table, identity, since)[1:]
+        )
 
     # ----- what a run has left ---------------------------------------------------------------------
 
-    def after_run(self, rows: Mapping[Ids, Mapping[str, Any]], path: Path, code: Optional[int], needed: bool) -> None:
+    def after_run(
+        self, rows: Mapping[Ids, Mapping[str, Any]], path: Path, code: Optional[int], needed: bool
+    ) -> None:
         for ids, row in rows.items():
             if row["state"] == "undone" and ids not in self.true:
                 self.true.add(ids)
@@ -265,7 +351,9 @@ class UndoChecker:
         if not self.active or self.preview or not needed:
             return
         if not path.exists():
-            raise InvariantBroken("the report is written, also when the run stops early", f"{path.name} is not there")
+            raise InvariantBroken(
+                "the report is written, also when the run stops early", f"{path.name} is not there"
+            )
         self._judge_interrupted(rows)
         self.last = report = json.loads(path.read_bytes())
         if "(a bug" in str(report["run"].get("stopped")):
@@ -279,7 +367,9 @@ class UndoChecker:
                     raise InvariantBroken("a report says what is true", what)
         bad = len(report["failed"]) + len(report["unfinished"])
         if code in (0, 1) and (code == 0) != (bad == 0):
-            raise InvariantBroken("the exit code says how it went", f"{code}, and {bad} failed or unfinished")
+            raise InvariantBroken(
+                "the exit code says how it went", f"{code}, and {bad} failed or unfinished"
+            )
 
     def _judge_interrupted(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
         """An interruption leaves no reference on no contact, where the network is undisturbed."""
@@ -288,7 +378,9 @@ class UndoChecker:
         for ids in self.open():
             for one in self.checker.known[ids]:
                 found = self.organisation.contacts.find([("external_ref", [one.duplicate.ref])])
-                if one.new_ref and not any(self.organisation.alive(holder["id"]) for holder in found):
+                if one.new_ref and not any(
+                    self.organisation.alive(holder["id"]) for holder in found
+                ):
                     what = f"{one.new_ref} of {name_of(ids)}"
                     raise InvariantBroken("an interruption leaves no reference on no contact", what)
 
@@ -296,7 +388,9 @@ class UndoChecker:
         undo = row["undo"]
         contact = undo["contact"]
         if contact in ids or contact not in self.contacts_of(set(ids)):
-            raise InvariantBroken(TRUE, f"{short(ids[1])} is undone, and {contact} was never created")
+            raise InvariantBroken(
+                TRUE, f"{short(ids[1])} is undone, and {contact} was never created"
+            )
         if not Path(row["backup"] or "nowhere").exists():
             return
         entry, record = manifest_entry(row["backup"], ids[1])
@@ -311,9 +405,14 @@ class UndoChecker:
             versions = self.checker.versions(table, identity, self.began)
             if self.checker.lies or any(self.checker.held(one, role, contact) for one in versions):
                 continue
-            still = any(all(self.checker.held(one, role, who) for one in versions) for who in (primary, ids[0]))
+            still = any(
+                all(self.checker.held(one, role, who) for one in versions)
+                for who in (primary, ids[0])
+            )
             if (identity, role) not in left or (still and self._may_be_written(identity)):
-                raise InvariantBroken(TRUE, f"{short(contact)} has not got {role} of {short(identity)} back")
+                raise InvariantBroken(
+                    TRUE, f"{short(contact)} has not got {role} of {short(identity)} back"
+                )
 
     def _may_be_written(self, identity: str) -> bool:
         """Return whether an undo can give an object back: it is of a kind that DevRev documents, and not forbidden."""
@@ -333,13 +432,21 @@ class UndoChecker:
         for ids in self.begun:
             state = rows[ids]["state"] if ids in rows else "nothing"
             if state == "undoing" and not (ids in last and self._is_true(ids, last[ids])):
-                why = last[ids]["code"] + ": " + last[ids]["error"] if ids in last else "nothing is said of it"
-                raise InvariantBroken("an undo is finished by the same command", f"{short(ids[1])} is undoing: {why}")
+                why = (
+                    last[ids]["code"] + ": " + last[ids]["error"]
+                    if ids in last
+                    else "nothing is said of it"
+                )
+                raise InvariantBroken(
+                    "an undo is finished by the same command", f"{short(ids[1])} is undoing: {why}"
+                )
             for one in self.checker.known[ids]:
                 reference = one.duplicate.ref
                 times = self.organisation.reference_times
                 moved = any(ref == reference for _, ref in times[ids[0]][1:]) and state != "undone"
-                ever = moved or any(ref == reference for c in times if c not in ids for _, ref in times[c])
+                ever = moved or any(
+                    ref == reference for c in times if c not in ids for _, ref in times[c]
+                )
                 if reference.startswith("user_") and not named[reference] and not ever:
                     invariant = "no reference is left on no contact that no report names"
                     raise InvariantBroken(invariant, f"{reference}, after an undo")
@@ -357,7 +464,9 @@ class UndoChecker:
         if code == "not_active":
             return primary is not None and primary["state"] != "active"
         if code == "external_ref_changed":
-            known = {row.ref for one in self.checker.known[ids] for row in (one.primary, one.duplicate)}
+            known = {
+                row.ref for one in self.checker.known[ids] for row in (one.primary, one.duplicate)
+            }
             return primary is not None and primary["external_ref"] not in known
         if code in ("external_ref_conflict", "contact_refused"):
             # A group is refused as a whole, for any of its references, or where an email may occur once only.
@@ -369,13 +478,29 @@ class UndoChecker:
             }
             holders = organisation.contacts.find([("external_ref", sorted({reference, *refs}))])
             world = self.checker.fake_devrev
-            stuck = not organisation.stuck_references.isdisjoint(refs) or world.unique_emails or world.refused_fields
+            stuck = (
+                not organisation.stuck_references.isdisjoint(refs)
+                or world.unique_emails
+                or world.refused_fields
+            )
             return (
-                bool(stuck) or any(one["id"] not in ids for one in holders) or organisation.unverified_keep_references
+                bool(stuck)
+                or any(one["id"] not in ids for one in holders)
+                or organisation.unverified_keep_references
             )
         if code == "not_restored":
             things = [self.table(item["id"]).get(item["id"]) for item in entry["left"]]
-            people = [one["id"] for thing in things if thing for role in USER_LISTS for one in thing.get(role, ())]
+            people = [
+                one["id"]
+                for thing in things
+                if thing
+                for role in USER_LISTS
+                for one in thing.get(role, ())
+            ]
             written = all(map(self._may_be_written, (item["id"] for item in entry["left"])))
-            return not written or any(":revu/" in one and not organisation.alive(one) for one in people)
-        return code in ("forbidden", "api_error") and bool({*ids, identity} & self.checker.reasons.trouble)
+            return not written or any(
+                ":revu/" in one and not organisation.alive(one) for one in people
+            )
+        return code in ("forbidden", "api_error") and bool(
+            {*ids, identity} & self.checker.reasons.trouble
+        )
