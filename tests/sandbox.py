@@ -1,7 +1,7 @@
 """A DevRev organisation on loopback that speaks real HTTP.
 
 Merging contacts cannot be undone, so nothing here ever talks to DevRev. The sandbox answers the
-same requests on 127.0.0.1: `tests.fake_devrev` says what, with its misbehaviour and its books.
+same requests on 127.0.0.1: `tests.fake.organisation` says what, with its misbehaviour and its books.
 
     python -m tests.sandbox                      export a sample, merge it, and show what happened
     python -m tests.sandbox serve --port 8123    stay up, to try the tool by hand
@@ -35,7 +35,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Set, Tuple
 
-from tests.fake_devrev import (
+from tests.fake.organisation import (
     FAULTS,
     POST_ONLY,
     SHAPES,
@@ -393,7 +393,7 @@ def arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="behave in another way that is known of DevRev, e.g. merge_answer=204 (may be repeated; tests/fake_devrev.py "
+        help="behave in another way that is known of DevRev, e.g. merge_answer=204 (may be repeated; tests/fake/organisation.py "
         "lists all)",
     )
     option(

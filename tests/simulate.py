@@ -2,7 +2,6 @@
 
     python -m tests.simulate --seeds 400 --jobs 2      play scenarios, stop at the first that breaks an invariant
     python -m tests.simulate --seed 17 --trace         play one again, step by step
-    python -m tests.simulate --mutants                 take the module's safety lines out, one at a time
 
 How to read a failing scenario is in tests/README.md.
 """
@@ -22,12 +21,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
-from tests import fake_devrev
-from tests.concurrent_edits import ConcurrentEdits
-from tests.expected import COPY, MAIN, STOPPING, UNFINISHED, Ids, Row, export_of, instant
-from tests.invariants import InvariantChecker
-from tests.organisations import Draws, OrganisationBuilder, quota_of, set_switches
-from tests.simulated import (
+from tests.fake import organisation as fake_devrev
+from tests.simulation.concurrent_edits import ConcurrentEdits
+from tests.simulation.expected import COPY, MAIN, STOPPING, UNFINISHED, Ids, Row, export_of, instant
+from tests.simulation.invariants import InvariantChecker
+from tests.simulation.organisations import Draws, OrganisationBuilder, quota_of, set_switches
+from tests.simulation.undo_invariants import WRITES
+from tests.simulation.world import (
     Clock,
     InvariantBroken,
     Killed,
@@ -39,9 +39,8 @@ from tests.simulated import (
     load,
     short,
 )
-from tests.undo_invariants import WRITES
 
-SEEDS = Path(__file__).with_name("seeds.txt")
+SEEDS = Path(__file__).with_name("simulation") / "seeds.txt"
 HEADER = (
     "REV_USER_ID", "DISPLAY_NAME", "EMAIL", "EXTERNAL_REF", "FULL_NAME", "CREATED_AT", "UPDATED_AT", "TICKET_COUNT",
 )  # fmt: skip
@@ -930,20 +929,7 @@ def main() -> int:
     parser.add_argument("--seed", metavar="S", type=int, help="play one scenario")
     parser.add_argument("--trace", action="store_true", help="with --seed: show all of it")
     parser.add_argument("--kept", action="store_true", help="play the seeds that have failed once")
-    parser.add_argument(
-        "--mutants", action="store_true", help="take out the module's safety lines, one at a time"
-    )
-    parser.add_argument(
-        "--only",
-        metavar="WORDS",
-        default="",
-        help="with --mutants: those with these words in the name",
-    )
     options = parser.parse_args()
-    if options.mutants:
-        from tests.mutants import table
-
-        return table(options.jobs, options.only)
     if options.seed is not None:
         verdict = play(options.seed, load(), trace=True, echo=options.trace)
         if verdict.invariant:

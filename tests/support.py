@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
-from tests.forked import can_fork
-from tests.forked import run as run_forked
+from tests.process.forked import can_fork
+from tests.process.forked import run as run_forked
 from tests.sandbox import Organisation, Sandbox
 
 ROOT = Path(__file__).resolve().parent.parent

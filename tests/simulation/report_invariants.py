@@ -5,8 +5,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, DefaultDict, Dict, Iterator, List, Mapping, Optional, Set
 
-from tests.expected import ENDED, UNFINISHED, Ids, StoredFile, name_of
-from tests.simulated import InvariantBroken
+from tests.simulation.expected import ENDED, UNFINISHED, Ids, StoredFile, name_of
+from tests.simulation.world import InvariantBroken
 
 ONCE = "each ended pair is in exactly one report, that of the run in which it ended"
 TRUE = "savepoint and reports say what is true"

@@ -20,7 +20,7 @@ import pytest
 
 from merge_contacts import CODES, Contact, Pair, plural, undo_entry
 
-TEMPLATE = Path(__file__).resolve().parent.parent / "reports" / "template.html"
+TEMPLATE = Path(__file__).resolve().parents[2] / "reports" / "template.html"
 TOKEN = "__REPORT_JSON__"
 CHROMIUM = next(
     (

@@ -23,8 +23,8 @@ from typing import (
     Tuple,
 )
 
-from tests.fake_devrev import Organisation
-from tests.simulated import ROW, short, stored_row
+from tests.fake.organisation import Organisation
+from tests.simulation.world import ROW, short, stored_row
 
 Ids = Tuple[str, str]  # primary, duplicate
 ROLES = {"owned": "owned_by", "created": "created_by", "reported": "reported_by"}

@@ -7,8 +7,8 @@ from typing import Any, Dict, List, Tuple
 
 import pytest
 
-from tests import fake_devrev
-from tests.fake_devrev import (
+from tests.fake import organisation as fake_devrev
+from tests.fake.organisation import (
     ALL_WORK_KINDS,
     HALF_EMOJI,
     LONG_AGO,

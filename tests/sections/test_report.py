@@ -23,8 +23,8 @@ from merge_contacts import (
     settle_pair,
 )
 from tests.sandbox import Fault, Organisation, Sandbox
+from tests.sections.test_savepoint import pair_of, posix
 from tests.support import ROOT, Result, Workplace, assert_merged, organisation_of_pairs
-from tests.test_savepoint import pair_of, posix
 
 SOURCE = (ROOT / "merge_contacts.py").read_text(encoding="utf-8")
 # Of a file of choices, which is refused before there is a run; no pair ever has it.

@@ -4,8 +4,8 @@ import itertools
 import random
 from typing import Any, List, Optional
 
-from tests import fake_devrev
-from tests.simulated import short
+from tests.fake import organisation as fake_devrev
+from tests.simulation.world import short
 
 
 class ConcurrentEdits:

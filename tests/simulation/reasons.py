@@ -1,12 +1,12 @@
-"""What a pair that has not been merged may say in the end: whether its reason is so in tests.fake_devrev."""
+"""What a pair that has not been merged may say in the end: whether its reason is so in tests.fake.organisation."""
 
 import json
 from typing import Any, Callable, Dict, Mapping, Optional, Set
 
-from tests.expected import STOPPING, TERMINAL, Ids, most_contacts, name_of, takes_part
-from tests.fake_devrev import HALF_EMOJI, OTHER_WORK_KINDS, Thing, kind_of, org_id_of
-from tests.report_invariants import ids_of
-from tests.simulated import InvariantBroken
+from tests.fake.organisation import HALF_EMOJI, OTHER_WORK_KINDS, Thing, kind_of, org_id_of
+from tests.simulation.expected import STOPPING, TERMINAL, Ids, most_contacts, name_of, takes_part
+from tests.simulation.report_invariants import ids_of
+from tests.simulation.world import InvariantBroken
 
 LISTED = 120.0
 ALL_ENDED = "a scenario that is left in peace ends with every pair done or refused"

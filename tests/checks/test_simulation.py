@@ -9,12 +9,12 @@ from typing import Any, Dict, List, Mapping
 
 import pytest
 
-from tests import expected
-from tests.expected import Row, StoredFile, joined, never_sent, plan_of, read_file
-from tests.fake_devrev import Organisation, World
-from tests.mutants import MUTANTS, SEEDS, drawn_lines, hunt, line_of
+from tests.fake.organisation import Organisation, World
+from tests.mutants import drawn_lines, hunt
 from tests.simulate import kept_seeds, play
-from tests.simulated import MODULE, Clock, Connection, Killed, SimulatedProcess, load
+from tests.simulation import expected
+from tests.simulation.expected import Row, StoredFile, joined, never_sent, plan_of, read_file
+from tests.simulation.world import MODULE, Clock, Connection, Killed, SimulatedProcess, load
 
 FEW = 12  # CI plays sixty more, others with each commit
 
@@ -47,43 +47,17 @@ def test_a_seed_is_always_the_same_scenario(seed: str) -> None:
 
 
 def test_a_broken_invariant_is_shown() -> None:
-    (mutant,) = (one for one in MUTANTS if one.name == "the intent is not saved")
-    fate = hunt(mutant, 40)
+    mutants = drawn_lines(MODULE.read_text(encoding="utf-8"))
+    saves = [one for one in mutants if "await context.savepoint.save(pair)" in one.name]
+    fate = hunt(saves[0], 40)
     assert fate.seed is not None and "before the request leaves" in fate.invariant
-
-
-def test_each_mutant_can_be_made() -> None:
-    text = MODULE.read_text(encoding="utf-8")
-    left = list(MUTANTS)
-    for mutant in left:
-        assert mutant.old in text, (
-            f"the line of the mutant «{mutant.name}» is not in the module any more"
-        )
-    while left:  # as many in one text as don't touch each other, because it takes long to compile
-        together, alone = text, []
-        for mutant in left:
-            if mutant.old in together:
-                together = together.replace(mutant.old, mutant.new, 1)
-            else:
-                alone.append(mutant)
-        compile(together, " ".join(mutant.name for mutant in left), "exec")
-        assert len(alone) < len(left)
-        left = alone
 
 
 def test_lines_are_drawn_from_the_merge_core() -> None:
     found = drawn_lines(MODULE.read_text(encoding="utf-8"))
     assert len(found) >= 20
     for mutant in found[::8]:
-        compile(mutant.new, mutant.name, "exec")
-
-
-@pytest.mark.mutants
-@pytest.mark.timeout(7200)
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_no_mutant_survives(mutant: Any) -> None:
-    fate = hunt(mutant, SEEDS)
-    assert fate.seed is not None or mutant.covered, line_of(fate)
+        compile(mutant.text, mutant.name, "exec")
 
 
 class Silent:

@@ -1,13 +1,13 @@
-"""The invariants of `--undo`, held against what is true in tests.fake_devrev, by a second opinion as in tests.invariants."""
+"""The invariants of `--undo`, held against what is true in tests.fake.organisation, by a second opinion as in tests.simulation.invariants."""
 
 import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, DefaultDict, Dict, List, Mapping, Optional, Set, Tuple
 
-from tests.expected import COPY, MAIN, ROLES, Ids, email_key, name_of
-from tests.fake_devrev import USER_LISTS, Request, Table, Thing, kind_of
-from tests.simulated import InvariantBroken, Sent, short
+from tests.fake.organisation import USER_LISTS, Request, Table, Thing, kind_of
+from tests.simulation.expected import COPY, MAIN, ROLES, Ids, email_key, name_of
+from tests.simulation.world import InvariantBroken, Sent, short
 
 WRITES = (
     "rev-users.create",

@@ -1,4 +1,4 @@
-"""Simulated time, a simulated process, and the network between it and tests.fake_devrev, all drawn from a seed.
+"""Simulated time, a simulated process, and the network between it and tests.fake.organisation, all drawn from a seed.
 
 Nothing here sleeps, flushes to a disk or opens a socket. A run can be killed between any two steps that it takes
 outside its own memory, and in the middle of a durable write; what it had sent by then arrives all the same.
@@ -33,9 +33,9 @@ from typing import (
     Tuple,
 )
 
-from tests import fake_devrev
+from tests.fake import organisation as fake_devrev
 
-MODULE = Path(__file__).resolve().parent.parent / "merge_contacts.py"
+MODULE = Path(__file__).resolve().parents[2] / "merge_contacts.py"
 EPOCH = 1_750_000_000.0  # the wall clock at the beginning of a scenario
 
 

@@ -16,6 +16,7 @@ from typing import Any, Dict, List, Mapping, Tuple
 import pytest
 
 from merge_contacts import COLUMNS, Contact, Pair, plan_fields, plan_restore
+from tests.process.test_terminal import Terminal
 from tests.sandbox import Fault, Organisation, Request, Sandbox
 from tests.support import (
     ROOT,
@@ -26,7 +27,6 @@ from tests.support import (
     roles_of,
     the_rest_is_slow,
 )
-from tests.test_terminal import Terminal
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 READS = ("dev-users.self", "rev-users.get", "rev-users.list", "works.list", "works.get", "conversations.list",
@@ -991,7 +991,7 @@ def survive_kill_at_write(folder: Path, number: int, stage: str) -> bool:
     before = truth(organisation)
     with Sandbox(organisation, merge_delay=0.02) as sandbox:
         path, _ = merged(place, sandbox)
-        killer = [sys.executable, str(ROOT / "tests" / "killer.py"), str(number), stage]
+        killer = [sys.executable, str(ROOT / "tests" / "process" / "killer.py"), str(number), stage]
         first = place.run(sandbox, "--yes", "--undo", path, python=killer)
         assert_undone(organisation, before, place.run(sandbox, "--yes", "--undo", path, check=0))
     return first.code == -signal.SIGKILL

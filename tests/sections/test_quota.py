@@ -10,7 +10,7 @@ from typing import Any, Deque, Dict, List, Optional, Tuple
 import pytest
 
 import merge_contacts as tool
-from tests.simulated import EPOCH, Clock, Headers, Loop, run_to_the_end
+from tests.simulation.world import EPOCH, Clock, Headers, Loop, run_to_the_end
 
 HEADERS = ("X-Ratelimit-Limit", "X-Ratelimit-Remaining", "X-Ratelimit-Reset")
 

@@ -32,7 +32,7 @@ TURN = (
     SCRIPT.stat().st_size % 2
 )  # sweeps that leave something out leave something else out after most changes
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals, permissions or mounts")
-killer = [sys.executable, str(ROOT / "tests" / "killer.py")]
+killer = [sys.executable, str(ROOT / "tests" / "process" / "killer.py")]
 
 
 def small_organisation() -> Tuple[Organisation, List[Tuple[str, str]]]:

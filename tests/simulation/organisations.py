@@ -4,8 +4,8 @@ import math
 import random
 from typing import Any, Dict, List, Optional, Sequence, Set
 
-from tests import fake_devrev
-from tests.invariants import LISTED
+from tests.fake import organisation as fake_devrev
+from tests.simulation.invariants import LISTED
 
 
 class Draws:

@@ -223,7 +223,7 @@ def test_the_demo_ends_in_a_summary_and_the_next_step() -> None:
 
 def test_the_guarantees_name_tests_that_exist() -> None:
     tests = "".join(
-        path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").glob("test_*.py"))
+        path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py"))
     )
     rows = table("| if… | then | test |", GUARANTEES)
     names = re.findall(r"`(test_\w+)`", " ".join(row[2] for row in rows))

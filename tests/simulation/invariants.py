@@ -1,8 +1,8 @@
-"""The invariants of merge_contacts.py, held against what is true in tests.fake_devrev.
+"""The invariants of merge_contacts.py, held against what is true in tests.fake.organisation.
 
 Nothing here uses the module: its plan, its backups, its savepoint and its reports are judged by a second opinion
-(tests.expected). The invariants of an undo are in tests.undo_invariants, those of reports in tests.report_invariants,
-and the reasons that a pair may have in the end in tests.reasons.
+(tests.simulation.expected). The invariants of an undo are in tests.simulation.undo_invariants, those of reports in tests.simulation.report_invariants,
+and the reasons that a pair may have in the end in tests.simulation.reasons.
 """
 
 import hashlib
@@ -26,7 +26,8 @@ from typing import (
     Tuple,
 )
 
-from tests.expected import (
+from tests.fake.organisation import Table, Thing, World, org_id_of
+from tests.simulation.expected import (
     COPY,
     ENDED,
     MAIN,
@@ -49,11 +50,10 @@ from tests.expected import (
     read_file,
     takes_part,
 )
-from tests.fake_devrev import Table, Thing, World, org_id_of
-from tests.reasons import ReasonChecker
-from tests.report_invariants import ReportChecker
-from tests.simulated import Clock, InvariantBroken, Sent, SimulatedProcess, short, stored_row
-from tests.undo_invariants import WRITES, UndoChecker
+from tests.simulation.reasons import ReasonChecker
+from tests.simulation.report_invariants import ReportChecker
+from tests.simulation.undo_invariants import WRITES, UndoChecker
+from tests.simulation.world import Clock, InvariantBroken, Sent, SimulatedProcess, short, stored_row
 
 FRESH, LISTED = 60.0, 120.0
 JITTER = 0.01  # seconds by which a comparison of two clocks may be off

@@ -32,7 +32,7 @@ from tests.sandbox import Fault, Request, Sandbox
 from tests.support import ROOT, Workplace, assert_merged, organisation_of_pairs
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals or mounts")
-odd_machine = [sys.executable, str(ROOT / "tests" / "odd_machine.py")]
+odd_machine = [sys.executable, str(ROOT / "tests" / "process" / "odd_machine.py")]
 ORGANISATION = "don:identity:dvrv-us-1:devo/ACME:revu/"
 
 
@@ -701,7 +701,7 @@ def test_a_kill_while_the_report_is_written_leaves_each_pair_in_one_report(
 ) -> None:
     organisation, pairs = organisation_of_pairs(1)
     place.export(organisation)
-    killer = [sys.executable, str(ROOT / "tests" / "killer.py")]
+    killer = [sys.executable, str(ROOT / "tests" / "process" / "killer.py")]
     counted = Workplace(place.folder / "counted")
     counted.folder.mkdir()
     twin, _ = organisation_of_pairs(1)
