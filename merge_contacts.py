@@ -1786,9 +1786,9 @@ class SkippedGroup(NamedTuple):
 
 
 def skip_words(code: str) -> tuple[str, str]:
-    """Return what a skip's code means and what to do, with the prefix of the user's own application."""
-    meaning, advice = (text.replace("user_", Contact.user_prefix) for text in CODES[code][:2])
-    return meaning, advice
+    """Say why a group is skipped and what to do, with the prefix of the user's application."""
+    why = CODES[code].why.replace("user_", Contact.user_prefix)
+    return why, CODES[code].advice.replace("user_", Contact.user_prefix)
 
 
 @dataclass
@@ -2332,7 +2332,9 @@ def count_error(
     """Compare the greatest(owned, created, reported) that `who` has with the export's TICKET_COUNT."""
     if greatest == contact.tickets or (greatest > contact.tickets and policy == "at-least"):
         return None
-    hint = "" if greatest < contact.tickets else " (--count-policy at-least accepts more)"
+    hint = " (--count-policy at-least accepts more)"
+    if greatest < contact.tickets:
+        hint = " (the token may not see them all)"
     words = f"{contact.short_id}: {who} has {plural(greatest, 'ticket')}, the CSV says {contact.tickets}{hint}"
     return PairError("count_mismatch", words)
 
@@ -6855,144 +6857,169 @@ REPORTS, LOGS = Path("reports"), Path("logs")
 
 
 class Code(NamedTuple):
-    """What a refused, failed or skipped pair's code means, and what to do about it."""
+    """What to do about a pair or group with a code; what has happened is in its error."""
 
-    meaning: str
     advice: str
+    why: str = ""  # for a code that groups are skipped for: the reason, because they have no error
     systemic: bool = False  # counts among the failures in a row that stop a run
     settles: bool = False  # an unfinished pair with it can be settled
-    skips: bool = False  # groups are skipped for it
 
 
 CODES: dict[str, Code] = {
     # Skipped by detection, or by the live check.
     "several_user_refs": Code(
-        "Several contacts have a user_ reference. The export can't tell which one the application uses.",
-        "Find out which user_ reference the application uses, and name it with --choices.", settles=True, skips=True),
+        "Find out which user_ reference the application uses, and name it with --choices.",
+        why="Several contacts have a user_ reference. "
+        "The CSV can't tell which one the application uses.",
+        settles=True,
+    ),
     "no_user_ref": Code(
-        "There are several REVU- contacts and none with a user_ reference: the application knows none of them.",
-        "Nothing needs to be done. To have one contact, name the one to keep with --choices.", skips=True),
+        "Nothing needs to be done. To merge them, name the reference to keep with --choices.",
+        why="No contact has a user_ reference: the application knows none of them.",
+    ),
     "shared_mailbox": Code(
-        "The address probably belongs to several people, who would see each other's conversations.",
-        "If it is one person, name the contact to keep with --choices.", settles=True, skips=True),
+        "If it is one person, name the reference to keep with --choices.",
+        why="Several people probably share this address. "
+        "After a merge each could read the others' conversations.",
+        settles=True,
+    ),
     "invalid_row": Code(
-        "A row of this email is bad or conflicts with another, so the group may not be complete.",
-        "Fix the rows, which are named with their lines, and run again.", skips=True),
+        "Correct the rows, which are named with their lines, and run again.",
+        why="A row with this address is invalid, so the group may not be complete.",
+    ),
     "undone": Code(
-        "A merge of this email was undone.",
-        "To merge it again, export again and name the address with --email.", skips=True),
+        "To merge it again, export again and name the address with --email.",
+        why="A merge of this address was undone.",
+    ),
     "cancelled": Code(
-        "A merge of this email was cancelled with --settle.",
-        "DevRev may still carry it out: every run polls for it. To merge it after all, name the address with --email.",
-        skips=True),
+        "Every run asks DevRev whether it was carried out after all. "
+        "To request it again, name the address with --email.",
+        why="A merge of this address was cancelled with --settle.",
+    ),
     "already_gone": Code(
-        "The duplicate no longer exists, and its reference is not needed.",
-        "Nothing to do.", skips=True),
+        "Nothing needs to be done.",
+        why="The duplicate no longer exists, and its reference is not needed.",
+    ),
     "already_merged": Code(
-        "It looks merged already: the primary has the reference, and the duplicate no longer exists.",
-        "Nothing to do. If another folder merged it, keep using that folder, because the history is there.",
-        skips=True),
+        "Nothing needs to be done. "
+        "If it was merged in another folder, keep using that one: the history is there.",
+        why="It looks merged already: the primary has the reference, "
+        "and the duplicate no longer exists.",
+    ),
     "different_rev_org": Code(
-        "The contacts belong to different rev orgs.",
-        "Check both contacts in DevRev. --across-workspaces merges them all the same.", settles=True, skips=True),
+        "Check both contacts in DevRev. --across-workspaces merges them all the same.",
+        why="The contacts belong to different workspaces.",
+        settles=True,
+    ),
     # Refused by the live check or the integrity check: nothing was requested.
     "not_found": Code(
-        "DevRev has no such contact any more.",
-        "Export again, or leave the row out. If the pair is merged, --settle accepts it as it is.", settles=True),
+        "Export again, or leave the row out. If the pair is merged, --settle accepts it as it is.",
+        settles=True,
+    ),
     "not_active": Code(
-        "The contact is locked, deactivated or deleted. Such a contact is not merged.",
-        "Check the contact in DevRev. If it no longer exists, leave its row out.", settles=True),
-    "email_changed": Code(
-        "A contact has another email in DevRev than in the CSV. They may be two people.",
-        "Export again.", settles=True),
+        "Check the contact in DevRev. If it no longer exists, leave its row out.", settles=True
+    ),
+    "email_changed": Code("Export again.", settles=True),
     "external_ref_changed": Code(
-        "A contact has another reference in DevRev than in the CSV, or than the merge gave it.",
-        "Export again. If the pair is merged, --settle accepts the reference that it has now.", settles=True),
+        "Export again. If the pair is merged, --settle accepts the reference that it has now.",
+        settles=True,
+    ),
     "several_external_refs": Code(
-        "The contact has several external references. What setting one does to the others is not documented.",
-        "Leave its row out, or have DevRev reduce it to one reference.", settles=True),
-    "unverified": Code(
-        "The duplicate is unverified and the primary is not. DevRev documents that such a merge is refused.",
-        "Leave its row out, or try it with --try-unverified.", settles=True),
-    "group_changed": Code(
-        "DevRev lists more contacts for this email than the CSV that you chose from.",
-        "Export again, and choose again.", settles=True),
+        "Leave its row out, or have DevRev reduce it to one reference.", settles=True
+    ),
+    "unverified": Code("Leave its row out, or try it with --try-unverified.", settles=True),
+    "group_changed": Code("Export again, and choose again.", settles=True),
     "count_mismatch": Code(
-        "The backup and the CSV have different numbers of tickets.",
-        "Export again.", settles=True),
+        "Where DevRev shows fewer tickets than the CSV, the token may not see them all: use one "
+        "that does, and don't replace a warehouse's CSV by an export, which counts with the same "
+        "token. Where it shows more, export again.",
+        settles=True,
+    ),
     "backup_failed": Code(
-        "The backup could not be written, or was not read back as it was written.",
-        "Check the named file or ticket, then run again. An undo needs the backup as it was written.",
-        systemic=True, settles=True),
+        "Check the file or ticket that the message names, then run again. "
+        "An undo needs the backup as it was written.",
+        systemic=True,
+        settles=True,
+    ),
     "stale": Code(
-        "The check and the backup became too old before there was quota for the merge.",
-        "Raise DEVREV_RATE_LIMIT_CALLS, or ask DevRev for a larger quota.", systemic=True, settles=True),
-    "undo_unfinished": Code(
-        "An undo of this email has started and not finished.",
-        "Finish the undo with the command in the message first."),
-    "group_incomplete": Code("Another merge of one of its contacts has to finish first.", "Run again."),
-    "interrupted": Code("The run stopped first.", "Run the same command again. It finishes unfinished pairs first."),
+        "Raise DEVREV_RATE_LIMIT_CALLS, or ask DevRev for a larger quota.",
+        systemic=True,
+        settles=True,
+    ),
+    "undo_unfinished": Code("Finish the undo with the command in the message first."),
+    "group_incomplete": Code("Run again."),
+    "interrupted": Code("Run the same command again. It finishes unfinished pairs first."),
     # DevRev's answers.
     "api_error": Code(
-        "A request failed or got no usable answer, also when it was repeated.",
-        "Run again. If it stays, send the message and the log to DevRev's support.", systemic=True, settles=True),
+        "Run again. If it stays, send the message and the log to DevRev's support.",
+        systemic=True,
+        settles=True,
+    ),
     "forbidden": Code(
-        "DevRev refused a request: the token may not do this, or not for this contact.",
-        "Do what the message says (another scope, access to the object, or a new token), then run again.",
-        systemic=True, settles=True),
+        "Do what the message says (another scope, access to the object, or a new token), "
+        "then run again.",
+        systemic=True,
+        settles=True,
+    ),
     "merge_refused": Code(
-        "DevRev refused to merge these contacts.",
-        "Check both contacts in DevRev, then run again. --settle cancels the merge.", systemic=True, settles=True),
+        "Check both contacts in DevRev, then run again. --settle cancels the merge.",
+        systemic=True,
+        settles=True,
+    ),
     "merge_not_confirmed": Code(
-        "DevRev did not finish the merge in time.",
-        "Run again later; the run first asks DevRev whether the merge is done. --merge-timeout waits longer; "
-        "--settle stops waiting for it.", systemic=True, settles=True),
+        "Run again later: a run first asks DevRev whether the merge is done. "
+        "--merge-timeout waits longer; --settle cancels the merge.",
+        systemic=True,
+        settles=True,
+    ),
     "plan_changed": Code(
-        "The merge was requested, and the CSV or a choice no longer has it with the same reference.",
-        "Use the CSV that has it, or cancel the merge with --settle.", settles=True),
-    "merged_elsewhere": Code(
-        "Another user merged or deleted the duplicate. No reference was moved.",
-        "Check the reference that the message names, and export again."),
+        "Use the CSV that has the pair, or cancel the merge with --settle.", settles=True
+    ),
+    "merged_elsewhere": Code("Check the reference that the message names, and export again."),
     "merged_into_another": Code(
-        "DevRev names another contact than the primary.",
-        "Check both contacts in DevRev. --settle accepts it as it is.", settles=True),
+        "Check both contacts in DevRev. --settle accepts it as it is.", settles=True
+    ),
     "after_cancel": Code(
-        "DevRev carried out a merge that had been cancelled.",
-        "If the contacts are two people, undo the merge with --undo and this report."),
+        "If the contacts are two people, undo the merge with --undo and this report."
+    ),
     # Merged, and not finished.
     "external_ref_conflict": Code(
-        "Another contact holds the reference. Until the primary has it, the application may not recognise this person.",
-        "Export and run again. If it stays, free the reference from the contact that the message names.", settles=True),
+        "Export and run again. If it stays, free the reference from the contact that the message "
+        "names. Until the primary has it, the application may not recognise this person.",
+        settles=True,
+    ),
     "external_ref_not_set": Code(
-        "DevRev did not take the reference. Until the primary has it, the application may not recognise this person.",
-        "Run again. If it stays, set the reference by hand in DevRev, then use --settle.", systemic=True, settles=True),
+        "Run again. If it stays, set the reference by hand in DevRev, then use --settle. "
+        "Until the primary has it, the application may not recognise this person.",
+        systemic=True,
+        settles=True,
+    ),
     "left_behind": Code(
-        "What is named here was the duplicate's and does not belong to the primary. The backup holds it.",
-        "Run again later, because DevRev may still be moving it, or move it by hand. --settle accepts what stays.",
-        settles=True),
-    "still_listed": Code(
-        "The contacts are merged, but DevRev still lists the duplicate for its email.",
-        "Run again later. --settle accepts it as it is.", settles=True),
+        "Run again later, because DevRev may still be moving objects, or move them by hand. "
+        "The backup has them. --settle accepts what stays.",
+        settles=True,
+    ),
+    "still_listed": Code("Run again later. --settle accepts it as it is.", settles=True),
     # Undo.
     "merged_again": Code(
-        "The pair was undone, and deliberately merged again later.",
-        "To undo the later merge, use the report that the message names.", skips=True),
-    "not_merged": Code("There is no merge to undo.", "If the merge is unfinished, finish it first."),
+        "To undo the later merge, use the report that the message names.",
+        why="The pair was undone, and deliberately merged again later.",
+    ),
+    "not_merged": Code("If the merge is unfinished, finish it first."),
     "contact_refused": Code(
-        "DevRev refused to create the contact again. The primary has its reference again.",
-        "Check DevRev's answer in the message, then run the same --undo again. --settle gives the rest up.",
-        systemic=True),
+        "Check DevRev's answer in the message, then run the same --undo again. "
+        "--settle gives up the rest.",
+        systemic=True,
+    ),
     "contact_not_confirmed": Code(
-        "Whether the contact was created is not known.",
-        "Run the same --undo again; it looks the contact up first.", systemic=True),
+        "Run the same --undo again: it looks the contact up first.", systemic=True
+    ),
     "not_restored": Code(
-        "Some objects still belong to the primary.",
-        "Run the same --undo again, or set the people in DevRev. --settle gives the rest up."),
-    "merged_onward": Code(
-        "The primary was merged into another contact later.",
-        "Undo the later merge first, with the report that the message names."),
-}  # fmt: skip
-SKIP_REASONS = {code: (one.meaning, one.advice) for code, one in CODES.items() if one.skips}
+        "Run the same --undo again, or set the people in DevRev. --settle gives up the rest."
+    ),
+    "merged_onward": Code("Undo the later merge first, with the report that the message names."),
+}
+SKIP_REASONS = tuple(code for code, one in CODES.items() if one.why)
 SO_FAR: Mapping[State, str] = {
     State.REQUESTED: "requested, and not merged yet",
     State.ACKNOWLEDGED: "accepted by DevRev, not yet confirmed",
@@ -7065,7 +7092,7 @@ def merge_entry(pair: Pair, planned: Collection[Ids] | None) -> Json:
         entry.update(code=pair.code, error=pair.error, left_behind=pair.left_behind)
     if pair.state is not State.DONE or code:
         helps = CODES["cancelled"] if pair.state is State.CANCELLED else code
-        entry.update(reason=code.meaning if code else None, advice=helps.advice if helps else None)
+        entry.update(advice=helps.advice if helps else None)
     return {**entry, **progress_of(pair)}
 
 
