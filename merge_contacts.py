@@ -6528,7 +6528,7 @@ class PairUndo:
 
         Raises PairError(external_ref_conflict) where the reference belongs to another contact.
         """
-        reference, other = fields.get("external_ref"), None  # type: Optional[str], Optional[Json]
+        reference, other = fields.get("external_ref"), None  # type: str | None, Json | None
         if reference is None:
             new = (
                 user
@@ -6798,7 +6798,7 @@ Runner = Union[ContactMerger, UndoRunner]
 
 def undo_entry(pair: Pair) -> Json:
     """Return what an undo has restored, or would restore, of a pair, what is left to others, and what is lost."""
-    undo, restored, lost = pair.undo, [], []  # type: Optional[UndoProgress], List[Json], List[Json]
+    undo, restored, lost = pair.undo, [], []  # type: UndoProgress | None, List[Json], List[Json]
     left = undo.left if undo and undo.left is not None else []
     with contextlib.suppress(PairError, OSError, ValueError, KeyError, TypeError):
         (mine,) = (
@@ -9558,7 +9558,7 @@ def show_undo(run: RunContext, lists: Mapping[str, Sequence[Pair]]) -> None:
         entries = {name: map(undo_entry, pairs) for name, pairs in lists.items()}
         run.console.json(report_chunks(report_head(run.document), entries))
         return
-    show, objects, never = run.console.print, set(), {}  # type: Any, Set[str], Dict[str, None]
+    show, objects, never = run.console.print, set(), {}  # type: Any, set[str], dict[str, None]
     for name, pair in ((name, pair) for name, pairs in lists.items() for pair in pairs):
         if name != "to_undo":
             show(f"{name:<8} {pair.email}: {into(pair)}: {pair.code}: {pair.error}", "bad")
