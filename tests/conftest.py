@@ -2,10 +2,13 @@ import contextlib
 import os
 import py_compile
 from pathlib import Path
+from typing import Iterator
 
 import pytest
 from hypothesis import settings
 
+from tests.simulation.scene import Scene
+from tests.simulation.world import WAIVED
 from tests.support import SCRIPT, Workplace
 
 # A share of the examples in the fast run, all of them in CI: `-m "slow or hypothesis" --hypothesis-profile thorough`.
@@ -24,3 +27,11 @@ def pytest_sessionstart() -> None:
 @pytest.fixture
 def place(tmp_path: Path) -> Workplace:
     return Workplace(tmp_path)
+
+
+@pytest.fixture
+def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    """A scripted scene in simulated time, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    yield Scene()
+    WAIVED.clear()

@@ -7,7 +7,6 @@ How to read a failing scenario is in tests/README.md.
 """
 
 import argparse
-import csv
 import logging
 import multiprocessing
 import os
@@ -19,38 +18,31 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 from tests.fake import organisation as fake_devrev
 from tests.simulation.concurrent_edits import ConcurrentEdits
-from tests.simulation.expected import COPY, MAIN, STOPPING, UNFINISHED, Ids, Row, export_of, instant
-from tests.simulation.invariants import InvariantChecker
+from tests.simulation.expected import COPY, MAIN, STOPPING, Ids, Row, export_of, instant
 from tests.simulation.organisations import Draws, OrganisationBuilder, quota_of, set_switches
-from tests.simulation.undo_invariants import WRITES
+from tests.simulation.scene import Run, Stage
 from tests.simulation.world import (
+    EPOCH,
     Clock,
     InvariantBroken,
-    Killed,
     NetworkFaults,
-    SilentStream,
     SimulatedProcess,
     Trace,
-    environment_of,
     load,
     short,
 )
 
 SEEDS = Path(__file__).with_name("simulation") / "seeds.txt"
-HEADER = (
-    "REV_USER_ID", "DISPLAY_NAME", "EMAIL", "EXTERNAL_REF", "FULL_NAME", "CREATED_AT", "UPDATED_AT", "TICKET_COUNT",
-)  # fmt: skip
 # What makes requests wait:
 DISTURBING = (
     "requests ", "merges unheard", "naps", "a clock", "others spend", "windows roll", "no quota headers",
     "waits told elsewhere", "polls that", "a poll that hangs", "empty pages", "short pages", "answers: ",
     "fields that can't be set",
 )  # fmt: skip
-PEACEFUL_RUNS = 12  # that a scenario which is left in peace may need to end
 OLD = Path("old")  # files of the savepoint, as they were once
 
 
@@ -70,54 +62,38 @@ class Verdict(NamedTuple):
 # --------------------------------------------------------------------------------------------------
 
 
-class Scenario:
-    """An organisation, and runs over it until everything has ended."""
+class Scenario(Stage):
+    """An organisation, and runs over it until everything has ended, drawn from a seed."""
 
     def __init__(self, seed: int, module: Any, trace: bool = False, echo: bool = False) -> None:
-        self.seed, self.module = seed, module
+        self.seed = seed
         self.draws = draws = Draws(seed)
         self.chance = draws.random
         self.counts: Counter[str] = Counter()
-        self.clock = Clock()
+        clock = Clock()
+        organisation = OrganisationBuilder(draws).build()
+        world = self._make_world(organisation, clock)
+        super().__init__(module, world, clock, Trace(clock, None if echo else 60))
         self.tracing = trace
-        self.events = Trace(self.clock, None if echo else 60)
-        self.organisation = OrganisationBuilder(draws).build()
-        self.fake_devrev = self._make_world()
-        self.clock.fake_devrev = self.fake_devrev
-        self.checker = InvariantChecker(self.fake_devrev, self.clock)
-        self.checker.reasons.trouble = set_switches(self.fake_devrev, draws)
+        self.checker.reasons.trouble = set_switches(self.world, draws)
         self.others = ConcurrentEdits(self)
-        self.stuck: Set[str] = set()
-        self.undos: List[str] = []  # what was undone, or begun to be
         self.latency = draws.somewhen(0.01, 0.4)
-        self.in_peace = False
         self.exports: List[List[Row]] = []
-        self.rows: Dict[Ids, Dict[str, Any]] = {}  # of the savepoint, after the last run
-        self.choices: Dict[str, str] = {}
-        self.refusal = ""  # why the last run did nothing
-        self.rare = random.Random(
-            seed + 2
-        )  # of its own, so that kept seeds stay the scenarios that they were
+        # Of its own, so that kept seeds stay the scenarios that they were.
+        self.rare = random.Random(seed + 2)
         self.may_not_merge, self.has_foreign_exports = (
             self.rare.random() < 0.06 and not draws.calm for _ in range(2)
         )
         self._describe()
 
-    def trace(self, what: str) -> None:
-        if self.tracing:
-            self.events(what)
-
-    def _make_world(self) -> fake_devrev.World:
+    def _make_world(self, organisation: Any, clock: Clock) -> fake_devrev.World:
         draws = self.draws
-        delay = (
-            draws.somewhen(0.5, 60.0)
-            if draws.has("slow merges", 0.2)
-            else draws.somewhen(0.02, 3.0)
-        )
+        is_slow = draws.has("slow merges", 0.2)
+        delay = draws.somewhen(0.5, 60.0) if is_slow else draws.somewhen(0.02, 3.0)
         return fake_devrev.World(
-            self.organisation,
-            lambda: self.clock.now,
-            lambda: 1_750_000_000.0 + self.clock.now,
+            organisation,
+            lambda: clock.now,
+            lambda: EPOCH + clock.now,
             merge_delay=delay,
             gone=self.chance.choice(fake_devrev.World.GONE),
             quota=quota_of(draws),
@@ -126,7 +102,7 @@ class Scenario:
         )
 
     def _describe(self) -> None:
-        world, quota = self.fake_devrev, self.fake_devrev.quota
+        world, quota = self.world, self.world.quota
         shown = f"{quota.limit} in {quota.window:g} s" if quota else "none"
         self.trace(
             f"merges take {world.merge_delay:.2f} s, quota {shown}, latency {self.latency:.3f} s"
@@ -165,14 +141,14 @@ class Scenario:
             return
         ids = request.body["primary_user"], request.body["secondary_user"]
         if self.draws.has("a visit in the gap", 0.2) and self.chance.random() < 0.4:
-            when = self.fake_devrev.merge_delay + self.draws.somewhen(0.01, 5.0)
-            self.fake_devrev.later(when, lambda: self.trace(f"OTHERS {self.visit(ids)}"))
+            when = self.world.merge_delay + self.draws.somewhen(0.01, 5.0)
+            self.world.later(when, lambda: self.trace(f"OTHERS {self.visit(ids)}"))
 
     def _edits(self) -> None:
         """Let others act at some times from now on."""
         if self.draws.has("others", 0.5):
             for _ in range(self.chance.randint(1, 6)):
-                self.fake_devrev.later(self.draws.somewhen(0.1, 600.0), self._act)
+                self.world.later(self.draws.somewhen(0.1, 600.0), self._act)
 
     def _act(self) -> None:
         if not self.in_peace:
@@ -275,7 +251,7 @@ class Scenario:
 
     def _disturb(self) -> None:
         """Draw what the coming run meets on DevRev's side."""
-        chance, world = self.chance, self.fake_devrev
+        chance, world = self.chance, self.world
         world.faults = self.faults()
         world.forbidden = (
             ("rev-users.merge",) if self.may_not_merge and self.rare.random() < 0.5 else ()
@@ -308,15 +284,15 @@ class Scenario:
                 world.later(self.draws.somewhen(0.2, 300.0), self._set_clock)
 
     def _spend(self, units: int) -> None:
-        if self.fake_devrev.quota and not self.in_peace:
+        if self.world.quota and not self.in_peace:
             self.trace(f"OTHERS spend {units} units of quota")
-            self.fake_devrev.quota.spend(units)
+            self.world.quota.spend(units)
 
     def _revoke(self) -> None:
         """The token of this run is not accepted any more; the next run has the new one."""
         if not self.in_peace:
             self.trace("OTHERS revoke the token")
-            self.fake_devrev.token += "x"
+            self.world.token += "x"
 
     def _nap(self) -> None:
         if not self.in_peace:
@@ -334,7 +310,7 @@ class Scenario:
 
     # ----- exports and options ---------------------------------------------------------------------
 
-    def _export(self) -> None:
+    def export_rows(self) -> List[Row]:
         """Make a new export, as the warehouse has it."""
         rows = export_of(self.organisation)
         if self.draws.has("wrong counts", 0.1) and not self.in_peace:
@@ -349,6 +325,7 @@ class Scenario:
         self.chance.shuffle(rows)
         self.exports.append(rows)
         self.trace(f"an export: {len(rows)} contacts")
+        return rows
 
     def _written(self, created: str) -> str:
         """Write a date in one of the forms that a warehouse has, for the same instant."""
@@ -359,33 +336,15 @@ class Scenario:
         text = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(moment + 3600 * shift))
         return text if form == "space" else f"{text} {'+' if shift > 0 else '-'}{abs(shift):02d}:00"
 
-    def _write_csv(self, rows: Sequence[Row]) -> None:
-        with open("contacts.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(HEADER)
-            for row in rows:
-                writer.writerow(
-                    (
-                        row.id,
-                        "A Name",
-                        row.email,
-                        row.ref,
-                        "",
-                        row.created,
-                        row.created,
-                        row.tickets,
-                    )
-                )
-
     def _options(self) -> List[str]:
         """Draw the command line of a run, and write the files that it names."""
         chance, draws = self.chance, self.draws
         if not self.exports or chance.random() < 0.4:
-            self._export()
+            self.export_rows()
         rows = self.exports[-1] if chance.random() < 0.8 else chance.choice(self.exports)
         if self.has_foreign_exports and self.rare.random() < 0.3:
             rows = [row._replace(id=row.id.replace(":devo/", ":devo/OTHER")) for row in rows]
-        self._write_csv(rows)
+        self.write_csv(rows)
         options = [
             "--csv",
             "contacts.csv",
@@ -411,9 +370,9 @@ class Scenario:
             options += ["--no-timelines"]
         if draws.has("--choices", 0.15) and self._write_choices(rows):
             options += ["--choices", "choices.csv"]
-        return options + self._manner()
+        return options + self.manner()
 
-    def _manner(self) -> List[str]:
+    def manner(self) -> List[str]:
         """Return the options that stay the same for the whole scenario."""
         options = (
             ["--primary", "user"]
@@ -445,10 +404,9 @@ class Scenario:
                 chosen.append(self.chance.choice(users or group))
         with open("choices.csv", "w", encoding="utf-8") as file:
             file.write("EMAIL,EXTERNAL_REF\n" + "".join(f"{row.key},{row.ref}\n" for row in chosen))
-        self.choices = {row.key: row.ref for row in chosen}
         return bool(chosen)
 
-    def _settings(self, workers: int) -> Any:
+    def make_settings(self, workers: int) -> Any:
         calls, period = 0, 60.0
         if self.chance.random() < 0.2:
             calls, period = self.chance.choice(
@@ -456,7 +414,7 @@ class Scenario:
             )
         timeout = self.chance.choice((2.0, 5.0, 30.0))
         return self.module.ApiSettings(
-            token=self.fake_devrev.token,
+            token=self.world.token,
             base_url="https://api.example.com",
             calls=calls,
             period=period,
@@ -471,17 +429,17 @@ class Scenario:
         """Play some runs in which anything may happen, then runs in peace."""
         Path("reports").mkdir()
         Path("logs").mkdir()
-        self._export()
+        self.export_rows()
         for _ in range(1 if self.draws.calm else self.chance.randint(1, 4)):
             self._edits()
             self._disturb()
-            self._run(self._options(), self._process())
+            self._run(self._options(), self.make_process())
             self._between()
             if self.draws.has("undo", 0.2) and self.chance.random() < 0.6:
                 self._undo()
             if self.draws.has("settle", 0.25) and self.chance.random() < 0.6:
                 self._settle()
-        self._leave_in_peace()
+        self.leave_in_peace()
 
     def _undo(self) -> None:
         """Undo merges: those of a backup or of a report, an old one as well."""
@@ -504,25 +462,23 @@ class Scenario:
             self.undos += [path] if path not in self.undos else []
         self._edits()
         self._disturb()
-        self._run(options, self._process())
+        self._run(options, self.make_process())
         self._between()
 
     def _settle(self) -> None:
         """Settle some of what a report has named as unfinished; DevRev may carry out what was cancelled later."""
-        emails = unfinished_emails(self.rows)
+        emails = self.unfinished_emails()
         if not emails:
             return
-        self._run_settle(self.chance.sample(emails, self.chance.randint(1, len(emails))))
+        chosen = self.chance.sample(emails, self.chance.randint(1, len(emails)))
+        self._run(["--settle", *chosen, "--yes", "--quiet"], self.make_process())
         for ids, row in self.rows.items():
             if row["state"] == "cancelled" and self.draws.has(
                 "a cancelled merge is carried out", 0.6
             ):
                 when = self.draws.somewhen(0.1, 100_000.0)
-                self.fake_devrev.later(when, lambda ids=ids: self._carry_out(ids))
+                self.world.later(when, lambda ids=ids: self._carry_out(ids))
         self._between()
-
-    def _run_settle(self, emails: Sequence[str]) -> Optional[int]:
-        return self._run(["--settle", *emails, "--yes", "--quiet"], self._process())
 
     def _carry_out(self, ids: Ids) -> None:
         if all(map(self.organisation.alive, ids)):
@@ -531,10 +487,10 @@ class Scenario:
             )
             self.organisation.merge(*ids)
 
-    def _process(self) -> SimulatedProcess:
+    def make_process(self) -> SimulatedProcess:
         """Make the process of a run, with what will befall it."""
         process = SimulatedProcess(
-            self.module, self.clock, self.fake_devrev, self.chance.randrange(1 << 32)
+            self.module, self.clock, self.world, self.chance.randrange(1 << 32)
         )
         process.network_faults, process.observer = self.network_faults, self.checker
         process.trace, process.tracing = self.trace, self.tracing
@@ -563,8 +519,8 @@ class Scenario:
         """Return whether nothing but the quota keeps a run's requests waiting, and its windows are large enough for
         polls."""
         windows = [settings.calls] * bool(settings.calls)
-        if self.fake_devrev.quota:
-            windows.append(self.fake_devrev.quota.limit - 3 * self.fake_devrev.quota.others)
+        if self.world.quota:
+            windows.append(self.world.quota.limit - 3 * self.world.quota.others)
         disturbed = (
             any(kind.startswith(DISTURBING) for kind in self.draws.drawn()) and not self.in_peace
         )
@@ -572,79 +528,35 @@ class Scenario:
             kind.startswith(("polls that", "no quota", "windows", "empty", "short"))
             for kind in self.draws.drawn()
         )
-        enough = 60 if self.fake_devrev.merge_delay < 3 else 1000  # for polls
-        return (
-            not (disturbed or odd or self.fake_devrev.faults)
-            and min(windows, default=1000) >= enough
-        )
+        enough = 60 if self.world.merge_delay < 3 else 1000  # for polls
+        return not (disturbed or odd or self.world.faults) and min(windows, default=1000) >= enough
 
-    def _run(self, argv: List[str], process: SimulatedProcess) -> Optional[int]:
+    def _run(self, argv: List[str], process: SimulatedProcess) -> Run:
         """Play one run; where it is refused because the savepoint was put back, move the named report away and go on."""
-        code = self._run_once(argv, process)
+        run = self.play_run(argv, process)
         for _ in range(10):
-            found = re.search(r"(?:merge|undo)_report_\d+_\d+\.json", self.refusal)
-            if not (found and code == 2 and "put back" in self.refusal):
+            found = re.search(r"(?:merge|undo)_report_\d+_\d+\.json", run.refusal)
+            if not (found and run.code == 2 and "put back" in run.refusal):
                 break
             self.trace(f"the report {found.group()} is moved away")
             self.counts["put back"] += 1
             self.checker.reports.lose(found.group())
-            code = self._run_once(argv, self._process())
-        return code
+            run = self.play_run(argv, self.make_process())
+        return run
 
-    def _run_once(self, argv: List[str], process: SimulatedProcess) -> Optional[int]:
-        """Play one run; return its exit code, None where it was killed."""
-        module = self.module
-        options = module.parse_options(argv)
-        choices = self.choices if options.choices else {}
-        rows: List[Row] = []
-        if options.csv:
-            with open("contacts.csv", newline="", encoding="utf-8") as file:
-                rows = [
-                    Row(one[0], one[2], one[3], int(one[7]), one[5])
-                    for one in list(csv.reader(file))[1:]
-                ]
-        settings = self._settings(options.workers)
-        environment = environment_of(module, process, settings)
-        scenario = self
+    def run_in_peace(self, argv: Sequence[str]) -> Run:
+        return self._run(list(argv), self.make_process())
 
-        class Quiet(module.RunContext):  # type: ignore[misc, name-defined]
-            TICK = 3600.0
+    def play_run(self, argv: Sequence[str], process: SimulatedProcess) -> Run:
+        run = super().play_run(argv, process)
+        self.counts["kills"] += run.killed
+        return run
 
-            def on_signal(self, act: Callable[[], None], loop: Any = None) -> None:
-                scenario.signal(self, loop, act)
-
-        run = Quiet(options, environment)
-        self.checker.begin(process, options, lambda: run.run_id, rows, choices)
-        self.checker.client_limit = settings.calls, settings.period
-        self.checker.slowest = lambda: self.latency if self._is_undisturbed(settings) else None
+    def before_run(self, settings: Any) -> None:
         self.counts["runs"] += 1
-        limit = f"{settings.calls} in {settings.period:g} s"
-        self.trace(
-            f"RUN {self.checker.run}: {' '.join(argv)} (client-side limit {limit}, time-out {settings.timeout:g} s)"
-        )
-        self.clock.last_progress = self.clock.now
-        code: Optional[int] = None
-        killed, self.refusal = False, ""
-        try:
-            run.console = module.Console(True, SilentStream(), SilentStream())
-            run.settings = settings
-            run.log_path.touch()
-            outcome = module.MODES[options.mode](run)
-            code = outcome if isinstance(outcome, int) else environment.run_event_loop(outcome)
-        except Killed:
-            self.counts["kills"] += 1
-            killed = True
-        except module.FatalError as stop:
-            code, self.refusal = stop.exit_code, str(stop)
-            self.trace(f"refused: {stop}")
-        finally:
-            process.end()
-        self.trace(f"exit code {code}")
-        needed = not (killed or self.refusal or self.checker.full_now or options.preview)
-        self.rows = self.checker.after_run(run.report_path, code, not killed, needed)
-        return code
+        self.checker.slowest = lambda: self.latency if self._is_undisturbed(settings) else None
 
-    def signal(self, run: Any, loop: Any, act: Callable[[], None]) -> None:
+    def on_signal(self, run: Any, loop: Any, act: Callable[[], None]) -> None:
         """Perhaps the user presses Ctrl-C."""
         if not self.in_peace and self.draws.has("signals", 0.15) and self.chance.random() < 0.6:
 
@@ -718,92 +630,6 @@ class Scenario:
             if path.stem.partition("_report_")[2] not in known:
                 self.checker.reports.lose(path.name)
 
-    # ----- the end ---------------------------------------------------------------------------------
-
-    def _leave_in_peace(self) -> None:
-        """No more faults, edits or kills: after some runs everything has ended."""
-        self.trace("FROM HERE ON IN PEACE")
-        self.in_peace = True
-        self.fake_devrev.faults, self.fake_devrev.list_lag, self.fake_devrev.forbidden = [], 0.0, ()
-        self.organisation.ref_release = 0.0
-        if self.fake_devrev.quota:
-            self.fake_devrev.quota.others = 0
-        self.clock.advance(1000.0)
-        for path in self.undos:
-            self._undo_in_peace(path)
-        if self._merge_in_peace():
-            self.checker.after_life(self.rows, self.stuck)
-            self._settle_in_peace()
-
-    def _merge_in_peace(self) -> bool:
-        """Export and run until nothing changes any more; return whether there was anything to run over."""
-        last = ""
-        for _ in range(PEACEFUL_RUNS):
-            self._export()
-            if not self.exports[-1]:  # others have deleted all contacts
-                return bool(last)
-            self._write_csv(self.exports[-1])
-            code = self._run(
-                ["--csv", "contacts.csv", "--yes", "--quiet", *self._manner()], self._process()
-            )
-            forbidden = code == 2 and "403" in "".join(
-                (self.refusal, str(self.checker.reports.last.get("run")))
-            )
-            if code not in (0, 1, 3) and not forbidden:
-                what = f"a run ends with exit code {code}: {self.refusal}"
-                raise InvariantBroken("a scenario that is left in peace ends", what)
-            self.clock.advance(400.0)
-            last, before = self.checker.reports.standing(self.rows), last
-            if code == 0 or last == before:  # the next run would do the same again
-                break
-        return True
-
-    def _undo_in_peace(self, path: str) -> None:
-        """The same command again finishes an undo; once more, and it changes nothing."""
-        if not Path(path).exists():
-            return
-        code, asked = None, 0
-        for _ in range(PEACEFUL_RUNS):
-            before, asked = code, len(self.fake_devrev.requests)
-            code = self._run(["--undo", path, "--yes", "--quiet"], self._process())
-            self.clock.advance(400.0)
-            if code not in (0, 1, 2, 3):  # 3: five that can't be undone, one after the other
-                what = f"an undo ends with exit code {code}"
-                raise InvariantBroken("a scenario that is left in peace ends", what)
-            if code == before:
-                break
-        wrote = [
-            one.endpoint for one in self.fake_devrev.requests[asked:] if one.endpoint in WRITES
-        ]
-        if code == 0 and wrote:
-            raise InvariantBroken("a second undo does nothing", ", ".join(wrote))
-
-    def _settle_in_peace(self) -> None:
-        """Every state has a way out: what is unfinished can be settled."""
-        emails = unfinished_emails(self.rows)
-        if not emails:
-            return
-        code = self._run_settle(emails)
-        left = {
-            ids: row for ids, row in self.rows.items() if row["state"] in (*UNFINISHED, "undoing")
-        }
-        for ids, row in left.items():
-            if row["code"] in (
-                "stale",
-                "group_incomplete",
-                "interrupted",
-            ) or self.checker.undo.lacks_reference(ids):
-                continue  # there is another way out: to run again, or to undo again
-            what = f"{short(ids[1])} is {row['state']} ({row['code']}) after --settle, exit code {code}"
-            raise InvariantBroken("every state has a way out", what)
-
-
-def unfinished_emails(rows: Dict[Ids, Dict[str, Any]]) -> List[str]:
-    """Return the addresses that a person may settle."""
-    return sorted(
-        {str(row["email"]) for row in rows.values() if row["state"] in (*UNFINISHED, "undoing")}
-    )
-
 
 # --------------------------------------------------------------------------------------------------
 # Playing
@@ -832,7 +658,7 @@ def play(seed: int, module: Any, trace: bool = False, echo: bool = False) -> Ver
     finally:
         os.chdir(str(home))
         shutil.rmtree(folder, ignore_errors=True)
-    scenario.counts["requests"] = len(scenario.fake_devrev.requests)
+    scenario.counts["requests"] = len(scenario.world.requests)
     scenario.counts["merges"] = len(scenario.organisation.merges)
     for row in scenario.rows.values():
         scenario.counts[f"ended: {row['state']}"] += 1

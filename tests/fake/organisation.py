@@ -865,10 +865,10 @@ PAGES = {  # of a gateway in front of the API, in HTML
     "502": 502, "504": 504, "html-200": 200, "html-401": 401, "html-403": 403, "html-404": 404, "html-413": 413,
     "html-429": 429, "html-503": 503,
 }  # fmt: skip
-BEFORE_THE_ACT = (*REFUSALS, *PAGES, "route-404", "redirect", "reset-before", "hang")
+BEFORE_THE_ACT = (*REFUSALS, *PAGES, "route-404", "redirect", "reset-before", "hang", "other")
 AFTER_THE_ACT = (
     "reset-after", "cut", "500-after", "hang-after", "slow", "drip", "nested", "changed", "endless", "half-emoji",
-    "odd-quota",
+    "odd-quota", "other-after",
 )  # fmt: skip
 OF_A_MERGE = ("merge-never", "merge-leaves", "merge-slow", "merge-refused-late", "merge-doubled")
 FAULTS = (*BEFORE_THE_ACT, *AFTER_THE_ACT, "doubled", *OF_A_MERGE)
@@ -899,7 +899,7 @@ class Fault:
     (else at once, and what is answered is the second) · merge-refused-late: the status, or status and seconds until
     it is carried out all the same · merge-leaves: ids · changed: a function of the answer · endless: "empty" for
     pages without items instead of the first page again and again, "repeated" for the first page under one and the
-    same cursor.
+    same cursor · other, other-after: a status and what comes with it, as JSON, or as HTML where it is text.
 
     A 429 says in the header and in the body how long to wait, 429-body and 429-header in one of them, 429-bare nowhere.
     """
@@ -995,6 +995,13 @@ def html_answer(status: int) -> Answer:
     return Answer(status, page.encode("utf-8"), content_type="text/html; charset=utf-8")
 
 
+def other_answer(status: int, content: Any) -> Answer:
+    """Any other answer: JSON, or HTML where it is text."""
+    if isinstance(content, str):
+        return Answer(status, content.encode("utf-8"), content_type="text/html; charset=utf-8")
+    return json_answer(status, content)
+
+
 def too_many(seconds: float, text: str, message: str) -> Answer:
     """A 429 that says how long to wait, in the header as `text` and in the body rounded up."""
     fields = {"message": message, "type": "too_many_requests", "retry_after": math.ceil(seconds)}
@@ -1020,6 +1027,8 @@ def struck_before(fault: Fault) -> Answer:
             )
             content[names.get(fault.kind, "message")] = fault.detail
         return json_answer(status, content)
+    if fault.kind == "other":
+        return other_answer(*fault.detail)
     if fault.kind == "route-404":
         return route_not_found()
     if fault.kind == "redirect":
@@ -1057,6 +1066,8 @@ def route_not_found() -> Answer:
 
 def struck_after(fault: Fault, answer: Answer) -> Answer:
     """What becomes of the answer to a request that was carried out."""
+    if fault.kind == "other-after":
+        return other_answer(*fault.detail)
     if fault.kind == "500-after":
         return json_answer(500, {"message": "Something broke.", "type": "internal_error"})
     if fault.kind == "nested":

@@ -1,11 +1,12 @@
 """Every state has a way out, and one contact's trouble stays its own: scenes through the front door."""
 
-from typing import Any, Dict, List
+from typing import Any, Dict
 
 import pytest
 
-from tests.sandbox import Fault, Organisation, Request, Sandbox
-from tests.support import Workplace, assert_merged, organisation_of_pairs, pair, the_rest_is_slow
+from tests.sandbox import Fault, Organisation, Sandbox
+from tests.simulation.scene import Scene
+from tests.support import Workplace, assert_merged, organisation_of_pairs
 
 QUICK = ("--merge-timeout", "2")
 HALF_EMOJI = "\ud83d"
@@ -19,33 +20,21 @@ def merges_of(sandbox: Sandbox, duplicate: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "gone",
-    the_rest_is_slow(
-        ("403", "410", "400", "404-other", "500", "502", "503", "shape", "empty"),
-        "403",
-        "500",
-        "shape",
-    ),
+    "gone", ("403", "410", "400", "404-other", "500", "502", "503", "shape", "empty")
 )
-def test_lists_decide_where_polls_of_a_merged_contact_tell_nothing(
-    place: Workplace, gone: str
-) -> None:
-    organisation, pairs = organisation_of_pairs(3)
-    bare = pair(organisation, 9, (0, 0))  # without a ticket, the lists alone have to tell
-    place.export(organisation)
-    with Sandbox(organisation, gone=gone, merge_delay=0.05) as sandbox:
-        place.run(sandbox, "--merge-timeout", "20", check=0, DEVREV_MAX_RETRIES="0")
-        assert sandbox.count("rev-users.merge") == 4
-    assert_merged(organisation, [*pairs, bare])
+def test_lists_decide_where_polls_of_a_merged_contact_tell_nothing(scene: Scene, gone: str) -> None:
+    pairs = [*scene.pairs(3), scene.pair(9, (0, 0), talk=False)]  # the last one has no objects
+    scene.world.gone = gone
+    assert scene.merge("--merge-timeout", "20").code == 0
+    assert scene.merged(*pairs) and scene.count("rev-users.merge") == 4
 
 
-def test_lists_do_not_decide_while_they_show_the_duplicate(place: Workplace) -> None:
-    organisation, _ = organisation_of_pairs(1)
-    place.export(organisation)
-    with Sandbox(organisation, merge_delay=3600, faults=[Fault("500", "rev-users.get")]) as sandbox:
-        result = place.run(sandbox, *QUICK, check=1, DEVREV_MAX_RETRIES="0")
-        assert result.codes == {"person1@example.com": "api_error"}
-        assert sandbox.count("rev-users.update") == 0
+def test_lists_do_not_decide_while_they_show_the_duplicate(scene: Scene) -> None:
+    scene.pair(1)
+    scene.world.merge_delay = 3600
+    scene.fault("500", "rev-users.get")
+    assert scene.merge(*QUICK).codes == {"person1@example.com": "api_error"}
+    assert scene.count("rev-users.update") == 0
 
 
 def test_a_poll_that_hangs_is_given_up_soon_and_a_slow_organisation_is_served_all_the_same(
@@ -246,19 +235,13 @@ def test_what_no_run_has_tried_comes_before_what_always_fails(place: Workplace) 
 # -- the first merge ---------------------------------------------------------------------------------
 
 
-def test_merges_go_one_at_a_time_until_one_is_confirmed(place: Workplace) -> None:
-    organisation, pairs = organisation_of_pairs(6)
-    place.export(organisation)
-    seen: List[int] = []
-
-    def count(stage: str, request: Request) -> None:
-        if stage == "before" and request.endpoint == "rev-users.merge":
-            seen.append(len(organisation.merges))
-
-    with Sandbox(organisation, merge_delay=1.0, on_request=count) as sandbox:
-        place.run(sandbox, check=0)
+def test_merges_go_one_at_a_time_until_one_is_confirmed(scene: Scene) -> None:
+    pairs, seen = scene.pairs(6), []
+    scene.world.merge_delay = 1.0
+    for n in range(1, 7):
+        scene.before("rev-users.merge", lambda devrev: seen.append(len(devrev.merges)), n)
+    assert scene.merge().code == 0 and scene.merged(*pairs)
     assert seen[0] == 0 and min(seen[1:]) >= 1
-    assert_merged(organisation, pairs)
 
 
 def test_a_token_that_may_not_merge_ends_the_run_at_its_first_request(place: Workplace) -> None:

@@ -53,7 +53,7 @@ from tests.simulation.expected import (
 from tests.simulation.reasons import ReasonChecker
 from tests.simulation.report_invariants import ReportChecker
 from tests.simulation.undo_invariants import WRITES, UndoChecker
-from tests.simulation.world import Clock, InvariantBroken, Sent, SimulatedProcess, short, stored_row
+from tests.simulation.world import Clock, Sent, SimulatedProcess, broken, short, stored_row
 
 FRESH, LISTED = 60.0, 120.0
 JITTER = 0.01  # seconds by which a comparison of two clocks may be off
@@ -260,9 +260,7 @@ class InvariantChecker:
                 if file
                 else rows
             ):
-                raise InvariantBroken(
-                    "what was committed is on the disk", f"{path} holds something else"
-                )
+                broken("what was committed is on the disk", f"{path} holds something else")
         return files
 
     def _without_stopped(self, plan: Dict[Ids, Wanted], named: Set[str]) -> Dict[Ids, Wanted]:
@@ -308,31 +306,25 @@ class InvariantChecker:
         for name in self.reports.on_disk() if self.runs_before or not self.undo.active else ():
             run = name.rpartition(".")[0].partition("_report_")[2]
             if run not in self.runs_before and run > newest:
-                raise InvariantBroken(
-                    "a savepoint that was put back from an older backup is refused", name
-                )
+                broken("a savepoint that was put back from an older backup is refused", name)
         for ids, before in self.expected.items():
             for name, rows in self.committed.items():
                 row = rows.get(ids)
                 if row is None:
-                    raise InvariantBroken(
+                    broken(
                         KNOWN, f"{name} does not know {name_of(ids)}, which is {before['state']}"
                     )
                 withdrawn = before["requested_at"] and row["withdrawn_at"] == before["requested_at"]
                 withdrawn = withdrawn and before["withdrawn_at"] != row["withdrawn_at"]
                 if withdrawn and ids not in self.unsent:
                     what = f"{name}: the request for {name_of(ids)}"
-                    raise InvariantBroken(
-                        "a request that may have been sent does not count as never sent", what
-                    )
+                    broken("a request that may have been sent does not count as never sent", what)
                 if ids in self.unsent and not withdrawn:
                     what = f"{name}: the request for {name_of(ids)}"
-                    raise InvariantBroken(
-                        "an intent that was never sent counts as never sent", what
-                    )
+                    broken("an intent that was never sent counts as never sent", what)
                 if not withdrawn and row["run"] != self.run_id and row["state"] != before["state"]:
                     what = f"{name}: {name_of(ids)} is {row['state']}, and both files said {before['state']}"
-                    raise InvariantBroken(KNOWN, what)
+                    broken(KNOWN, what)
 
     def judge_files(self, killed: bool) -> Dict[Ids, Dict[str, Any]]:
         """Judge what a run has left in the two files; return what they know together."""
@@ -342,18 +334,14 @@ class InvariantChecker:
         if main and copy and not self.full_now and self.joined is None and len(self.written) == 2:
             ahead = main.last_write - copy.last_write
             if ahead not in ((0, 1) if killed else (0,)):
-                raise InvariantBroken(
-                    "the copy is at most one write behind", f"it is {ahead} writes behind"
-                )
+                broken("the copy is at most one write behind", f"it is {ahead} writes behind")
             for ids, row in rows.items():
                 late = killed and row["revision"] == main.last_write
                 for path, file in ((MAIN, main), (COPY, copy)):
                     if not late and (
                         ids not in file.rows or file.rows[ids]["revision"] != row["revision"]
                     ):
-                        raise InvariantBroken(
-                            "each file alone knows everything", f"{path} and {name_of(ids)}"
-                        )
+                        broken("each file alone knows everything", f"{path} and {name_of(ids)}")
         return rows
 
     # ----- requests --------------------------------------------------------------------------------
@@ -363,13 +351,11 @@ class InvariantChecker:
         if self.joined is not None:
             self._judge_join()
         if self.stopped and not (self.undo.may_finish(sent) or self._gives_reference(sent)):
-            raise InvariantBroken("no request after a stop", f"{sent.endpoint} leaves")
+            broken("no request after a stop", f"{sent.endpoint} leaves")
         if self.is_foreign and sent.endpoint != "dev-users.self":
-            raise InvariantBroken(
-                "a CSV of another organisation stops everything", f"{sent.endpoint} leaves"
-            )
+            broken("a CSV of another organisation stops everything", f"{sent.endpoint} leaves")
         if getattr(self.options, "settle", None) and sent.endpoint in WRITES:
-            raise InvariantBroken("settling changes nothing in DevRev", sent.endpoint)
+            broken("settling changes nothing in DevRev", sent.endpoint)
         self._judge_client_limit()
         self.undo.asked(sent)
         if self.undo.active:
@@ -472,14 +458,14 @@ class InvariantChecker:
         self.sent_at = [at for at in self.sent_at if now - at < period - JITTER] + [now]
         if calls and len(self.sent_at) > 2 * calls:
             what = f"{len(self.sent_at)} requests in {period:g} s, of {calls}"
-            raise InvariantBroken("the client-side rate limit holds", what)
+            broken("the client-side rate limit holds", what)
 
     # ----- a merge request -------------------------------------------------------------------------
 
     def _judge_merge(self, ids: Ids, sent: Sent) -> None:
         earlier = self.asks[ids]
         if self.is_forbidden:
-            raise InvariantBroken(
+            broken(
                 "a 403 to the first merge request of a run ends it", f"{name_of(ids)} is requested"
             )
         row = self._judge_intent(ids)
@@ -502,7 +488,7 @@ class InvariantChecker:
         for path in (MAIN, COPY):
             db = self.process.connections.get(path.name) if self.process else None
             if db is None or db.in_transaction:
-                raise InvariantBroken(invariant, f"{path} is not open, or its transaction is")
+                broken(invariant, f"{path} is not open, or its transaction is")
             statement = (
                 f"SELECT {', '.join(ROW)} FROM pairs WHERE primary_id = ? AND duplicate_id = ?"
             )
@@ -512,10 +498,10 @@ class InvariantChecker:
                 self.clock.set_by or self.clock.slept
             )
             if row["state"] != "requested" or late:
-                raise InvariantBroken(invariant, f"{path} says {row['state']} of {name_of(ids)}")
+                broken(invariant, f"{path} says {row['state']} of {name_of(ids)}")
             found.append(row)
         if found[0]["document"] != found[1]["document"]:
-            raise InvariantBroken(invariant, f"the two files differ about {name_of(ids)}")
+            broken(invariant, f"the two files differ about {name_of(ids)}")
         return found[0]
 
     def _judge_plan(self, ids: Ids, row: Mapping[str, Any]) -> None:
@@ -525,7 +511,7 @@ class InvariantChecker:
             what = (
                 f"{name_of(ids)} with the reference {row['new_ref']} is not in the plan of this run"
             )
-            raise InvariantBroken(invariant, what)
+            broken(invariant, what)
         if ids in self.intended or (self.asks[ids] and self.asks[ids][-1].run == self.run):
             return
         if ids not in self.allowed:
@@ -535,13 +521,11 @@ class InvariantChecker:
                 if stopped
                 else "--email does not name it"
             )
-            raise InvariantBroken(invariant, f"{name_of(ids)}: {why}")
+            broken(invariant, f"{name_of(ids)}: {why}")
         self.begun.add(ids)
         limit = self.options.limit
         if limit and len(self.begun) > limit:
-            raise InvariantBroken(
-                invariant, f"--limit {limit}, and {len(self.begun)} new pairs are requested"
-            )
+            broken(invariant, f"--limit {limit}, and {len(self.begun)} new pairs are requested")
         sizes: DefaultDict[str, int] = defaultdict(int)
         for other in self.allowed - self.expected.keys():
             sizes[other[0]] += 1
@@ -552,7 +536,7 @@ class InvariantChecker:
         ]
         if limit and ids in self.tried and sum(fresh) >= limit and set(fresh) == {1}:
             what = f"{name_of(ids)} failed before, and {sum(fresh)} pairs were never tried"
-            raise InvariantBroken("what was never tried comes first", what)
+            broken("what was never tried comes first", what)
 
     def _judge_turn(self, ids: Ids) -> None:
         """Until one merge is confirmed they go one at a time, and the pairs of a group always do."""
@@ -572,9 +556,7 @@ class InvariantChecker:
                 waiting = row["state"] in ("requested", "acknowledged") and not row["code"]
                 if waiting and last.answer != "refused" and self.organisation.alive(other[1]):
                     what = f"{name_of(ids)}, and {name_of(other)} is not confirmed"
-                    raise InvariantBroken(
-                        "the first merge of a run goes alone until it is confirmed", what
-                    )
+                    broken("the first merge of a run goes alone until it is confirmed", what)
             failed = [
                 other for other in mine if self.latest[other]["code"] == "merge_not_confirmed"
             ]
@@ -583,7 +565,7 @@ class InvariantChecker:
             ]
             if len(fresh) >= 5 and ids not in self.tried:
                 what = f"{name_of(ids)}, after {len(fresh)} merges that were not confirmed"
-                raise InvariantBroken("five failures in a row stop a run", what)
+                broken("five failures in a row stop a run", what)
         # A merge without a reference has nothing to set: it confirms the run alone.
         is_confirmed = any(
             row["run"] == self.run_id
@@ -595,14 +577,14 @@ class InvariantChecker:
             row = self.latest[other]
             if row["state"] == "merged" and row["new_ref"] and not row["code"]:
                 what = f"{name_of(ids)}, and the reference of {name_of(other)} is not set"
-                raise InvariantBroken("no more merges before the first reference is set", what)
+                broken("no more merges before the first reference is set", what)
         self.flying += 1
         for other in mine:
             there = all(self.organisation.alive(one) for one in other) and not self.lies
             given_up = self.latest[other]["code"] or self.asks[other][-1].answer == "refused"
             if other[0] == ids[0] and there and not given_up:
                 what = f"{name_of(ids)} before {name_of(other)} is merged"
-                raise InvariantBroken("the pairs of a group go one after the other", what)
+                broken("the pairs of a group go one after the other", what)
 
     def _judge_freshness(self, ids: Ids) -> None:
         """What the run was told is fresh, whether anything has changed or not."""
@@ -612,13 +594,11 @@ class InvariantChecker:
                 what = (
                     f"{short(contact)} was shown {now - self.shown.get(contact, never):.0f} s ago"
                 )
-                raise InvariantBroken(FRESHNESS, what)
+                broken(FRESHNESS, what)
             for role in (*ROLES.values(), "members"):
                 age = now - self.listed.get((role, contact), never)
                 if age > LISTED + 2 * JITTER:
-                    raise InvariantBroken(
-                        BACKED_UP, f"{role} of {short(contact)} was listed {age:.0f} s ago"
-                    )
+                    broken(BACKED_UP, f"{role} of {short(contact)} was listed {age:.0f} s ago")
 
     def _judge_check(self, ids: Ids) -> None:
         """Some moment of the last minute has to have shown each contact as the export has it."""
@@ -649,12 +629,12 @@ class InvariantChecker:
                     f"{field} {now.get(field)}" for field in ("state", "email", "external_ref")
                 )
                 what = f"{short(contact)} has been another for over {FRESH:g} s: {shown}"
-                raise InvariantBroken(FRESHNESS, what)
+                broken(FRESHNESS, what)
             seen.append(good)
         orgs = [{org_id_of(one) for one in good} for good in seen]
         across = getattr(self.options, "across_workspaces", False) or None in orgs[0] | orgs[1]
         if not orgs[0] & orgs[1] and not across:
-            raise InvariantBroken(FRESHNESS, f"{name_of(ids)} are of different rev orgs")
+            broken(FRESHNESS, f"{name_of(ids)} are of different rev orgs")
 
     def _judge_group(self, ids: Ids) -> None:
         """What DevRev shows besides: contacts that are not verified, that have several references, and namesakes."""
@@ -664,17 +644,13 @@ class InvariantChecker:
             ids[1] in unverified and ids[0] not in unverified and self.reasons.shows_verified(ids)
         )
         if refused and not getattr(self.options, "try_unverified", False):
-            raise InvariantBroken(
-                "an unverified contact is not merged into a verified one", name_of(ids)
-            )
+            broken("an unverified contact is not merged into a verified one", name_of(ids))
         for contact in ids:
             one = self.organisation.contacts.get(contact) or {}
             own = {one.get("external_ref"), "REVU-" + contact.rpartition("/")[2]}
             several = set(one.get("external_refs", ())) - own
             if several and "external_refs" not in self.fake_devrev.hidden_fields:
-                raise InvariantBroken(
-                    "a contact with several references is not merged", short(contact)
-                )
+                broken("a contact with several references is not merged", short(contact))
         if self.lies or self.blind_lists:
             return
         group = [row for row in self.rows if row.key == wanted.primary.key]
@@ -696,29 +672,28 @@ class InvariantChecker:
             if self.organisation.contacts[one]["external_ref"].startswith("user_")
         }
         if chosen and listed - members:
-            raise InvariantBroken(
+            broken(
                 "a chosen group is as the choice has seen it",
                 f"{len(listed - members)} have joined",
             )
         if not chosen and (len(listed) > most_contacts(wanted.primary.key) or users):
             what = f"{wanted.primary.key} has {len(listed)} contacts, {len(users)} of them with another user_ reference"
-            raise InvariantBroken("a shared mailbox is not merged without a choice", what)
+            broken("a shared mailbox is not merged without a choice", what)
 
     def _judge_backup(self, ids: Ids, folder: Path) -> None:
         try:
             manifest, contents = read_backup(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InvariantBroken(BACKED_UP, f"{folder}: {type(error).__name__} {error}") from None
+            broken(BACKED_UP, f"{folder}: {type(error).__name__} {error}")
+            return
         entries = {entry["csv"]["id"]: entry for entry in manifest["contacts"]}
         since = self.clock.now - LISTED - self.lag - JITTER
         for contact in ids:
             if contact not in entries:
-                raise InvariantBroken(BACKED_UP, f"{folder} does not hold {short(contact)}")
+                broken(BACKED_UP, f"{folder} does not hold {short(contact)}")
             entry, files = entries[contact], contents[entries[contact]["folder"]]
             if files["contact.json"]["id"] != contact:
-                raise InvariantBroken(
-                    BACKED_UP, f"{folder}: contact.json is not {short(contact)}'s"
-                )
+                broken(BACKED_UP, f"{folder}: contact.json is not {short(contact)}'s")
             works = {work["id"]: work for work in files["works.json"]}
             lists = [
                 (role, self.organisation.works, entry["works"][key], works)
@@ -759,19 +734,15 @@ class InvariantChecker:
     ) -> None:
         always, ever = holdings(table, role, contact, since)
         if not set(listed) <= set(there):
-            raise InvariantBroken(BACKED_UP, f"{what}: not all that is listed is there")
+            broken(BACKED_UP, f"{what}: not all that is listed is there")
         if self.lies or self.blind_lists:
             return
         always = {one for one in always if self.reasons.is_listed(one)}
         if not always <= set(listed):
-            raise InvariantBroken(
-                BACKED_UP, f"{what} lacks {', '.join(map(short, sorted(always - set(listed))))}"
-            )
+            broken(BACKED_UP, f"{what} lacks {', '.join(map(short, sorted(always - set(listed))))}")
         if not set(listed) <= ever:
             gone = ", ".join(map(short, sorted(set(listed) - ever)))
-            raise InvariantBroken(
-                BACKED_UP, f"{what} names {gone}, which has not been so for {LISTED:g} s"
-            )
+            broken(BACKED_UP, f"{what} names {gone}, which has not been so for {LISTED:g} s")
 
     def _judge_timelines(
         self, folder: Path, things: Mapping[str, Thing], timelines: Mapping[str, Any]
@@ -790,7 +761,7 @@ class InvariantChecker:
                 or len(saved) < self._comments(object_id)
             ):
                 what = f"{folder}: of {len(truth)} comments on {short(object_id)} it holds {len(saved)}"
-                raise InvariantBroken(BACKED_UP, what)
+                broken(BACKED_UP, what)
 
     def _comments(self, object_id: str) -> int:
         """Return how many comments there were before others edited anything."""
@@ -816,7 +787,7 @@ class InvariantChecker:
         if not any(row.tickets == count or (at_least and count > row.tickets) for row in rows):
             counts = sorted({row.tickets for row in rows})
             what = f"the backup of {short(contact)} counts {count} tickets, the export {counts}"
-            raise InvariantBroken("a count that does not match refuses the group", what)
+            broken("a count that does not match refuses the group", what)
 
     def _judge_patience(self, ids: Ids, last: Ask, backup: str) -> None:
         invariant = "nothing is requested again without a poll of the same run and the wait"
@@ -824,7 +795,7 @@ class InvariantChecker:
             what = (
                 f"{name_of(ids)}: no poll of this run has shown it unmerged since it was requested"
             )
-            raise InvariantBroken(invariant, what)
+            broken(invariant, what)
         waited = self.clock.now - last.ended
         if last.run != self.run:
             now, wall = (
@@ -838,11 +809,9 @@ class InvariantChecker:
         patience = last.patience(self.options.merge_timeout)
         if waited < patience - JITTER:
             what = f"{name_of(ids)}: requested again {waited:.2f} s after it, the wait is {patience:g} s"
-            raise InvariantBroken(invariant, what)
+            broken(invariant, what)
         if backup == last.backup:
-            raise InvariantBroken(
-                invariant, f"{name_of(ids)}: requested again with the backup of the last time"
-            )
+            broken(invariant, f"{name_of(ids)}: requested again with the backup of the last time")
 
     def _judge_room(self, ids: Ids) -> None:
         """The window has room for the merge, and for what finishes it; what others spend can't be known."""
@@ -861,7 +830,7 @@ class InvariantChecker:
         now, reset = quota._turn()
         left = quota.limit - quota._used - process.travelling
         if reset - now > 3 and quota._used and left < min(needed, quota.limit):
-            raise InvariantBroken(
+            broken(
                 "a merge request leaves only when the quota has room for the requests that finish the pair",
                 f"{left} of {quota.limit} units left at the request for {name_of(ids)}",
             )
@@ -884,10 +853,10 @@ class InvariantChecker:
         mine = [ids for ids in mine if any(one.new_ref == reference for one in self.known[ids])]
         if not mine:
             what = f"{reference} to {short(primary)}"
-            raise InvariantBroken("only references of merged duplicates are moved", what)
+            broken("only references of merged duplicates are moved", what)
         if not self.lies and all(self.organisation.alive(duplicate) for _, duplicate in mine):
             what = f"{reference}, and {short(mine[0][1])} still exists"
-            raise InvariantBroken("a reference is moved after the merge", what)
+            broken("a reference is moved after the merge", what)
         if not any(self.asks[ids] and self.asks[ids][-1].run == self.run for ids in mine):
             self._judge_overwritten(primary, mine)
         for ids in mine:
@@ -900,7 +869,7 @@ class InvariantChecker:
         been = versions(self.organisation.contacts, primary, self.began[0])
         if been and all(was is not None and was.get("external_ref") not in known for was in been):
             what = f"{(been[0] or {}).get('external_ref')} of {short(primary)}"
-            raise InvariantBroken("a reference that another user has set is not overwritten", what)
+            broken("a reference that another user has set is not overwritten", what)
 
     def _judge_fields(self, sent: Sent, mine: Sequence[Ids]) -> None:
         """Fields are carried only where that was asked for, and only what the duplicates had."""
@@ -911,9 +880,7 @@ class InvariantChecker:
             if ids in self.latest and self.latest[ids]["fields_to_carry"]
         ]
         if not rows:
-            raise InvariantBroken(
-                invariant, f"{', '.join(sorted(sent.body))} of {short(sent.body['id'])}"
-            )
+            broken(invariant, f"{', '.join(sorted(sent.body))} of {short(sent.body['id'])}")
         contacts = [self.organisation.contacts.get(one) or {} for ids in mine for one in ids]
         contacts += [
             one for ids in mine for one in versions(self.organisation.contacts, ids[0], -1e9) if one
@@ -929,9 +896,7 @@ class InvariantChecker:
                     one.get(field) == value for one in contacts
                 )
             if not good:
-                raise InvariantBroken(
-                    invariant, f"{field} of {short(sent.body['id'])} becomes {value!r}"
-                )
+                broken(invariant, f"{field} of {short(sent.body['id'])} becomes {value!r}")
 
     def _judge_gap(self, ids: Ids) -> None:
         """Where nothing is disturbed, the reference is moved at the next poll, and that comes soon."""
@@ -952,9 +917,7 @@ class InvariantChecker:
         gap, most = self.clock.now - merged, 1.0 + 0.1 * self.fake_devrev.merge_delay + 6 * slowest
         if gap > most:
             what = f"{gap:.1f} s from the merge of {name_of(ids)} to its reference"
-            raise InvariantBroken(
-                "between DevRev's merge and the new reference nothing waits", what
-            )
+            broken("between DevRev's merge and the new reference nothing waits", what)
 
     # ----- a run ends ------------------------------------------------------------------------------
 
@@ -985,13 +948,13 @@ class InvariantChecker:
     def _judge_cancelled_polled(self) -> None:
         for ids, row in self.expected.items():
             if row["state"] == "cancelled" and ids[1] not in self.polled:
-                raise InvariantBroken("every run polls each cancelled pair", name_of(ids))
+                broken("every run polls each cancelled pair", name_of(ids))
 
     def _judge_rows(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
         for ids, asks in self.asks.items():
             state = rows[ids]["state"] if ids in rows else "nothing"
             if asks and state not in (*TERMINAL, *UNFINISHED, "undoing"):
-                raise InvariantBroken(REMEMBERED, f"the savepoint says {state} of {name_of(ids)}")
+                broken(REMEMBERED, f"the savepoint says {state} of {name_of(ids)}")
         for ids, row in rows.items():
             state = row["state"]
             if state == "merged_elsewhere":
@@ -1001,13 +964,11 @@ class InvariantChecker:
             elif (
                 state in ("merged", "proving") and not self.lies and self.organisation.alive(ids[1])
             ):
-                raise InvariantBroken(TRUE, f"{name_of(ids)} is {state}, and is not merged")
+                broken(TRUE, f"{name_of(ids)} is {state}, and is not merged")
             elif state == "settled" and not self.lies and self.organisation.alive(ids[1]):
-                raise InvariantBroken(
-                    TRUE, f"{name_of(ids)} is settled, and its duplicate still exists"
-                )
+                broken(TRUE, f"{name_of(ids)} is settled, and its duplicate still exists")
             if row["after_cancel"] and ids not in self.cancelled:
-                raise InvariantBroken(TRUE, f"{name_of(ids)} was never cancelled")
+                broken(TRUE, f"{name_of(ids)} was never cancelled")
 
     def _judge_elsewhere(self, ids: Ids) -> None:
         if self.lies or ids in self.judged:
@@ -1019,22 +980,18 @@ class InvariantChecker:
         )
         if self.organisation.alive(ids[1]) or was_gone or len(asks) > 1:
             invariant = "merged_elsewhere is said only of what another user has merged or deleted"
-            raise InvariantBroken(
-                invariant, f"{name_of(ids)} still exists, or was requested more than once"
-            )
+            broken(invariant, f"{name_of(ids)} still exists, or was requested more than once")
 
     def judge_done(self, ids: Ids, reference: Optional[str], backup: Optional[str]) -> None:
         if not self.into(ids) and not self._is_as_if_merged(ids, backup):
-            raise InvariantBroken(TRUE, f"{name_of(ids)} is done, and was not merged")
+            broken(TRUE, f"{name_of(ids)} is done, and was not merged")
         holders = {
             ids[0],
             self.organisation.survivor(ids[0]),
         }  # the primary may have been merged onward
         times = self.organisation.reference_times
         if reference and not any(reference == ref for one in holders for _, ref in times[one]):
-            raise InvariantBroken(
-                TRUE, f"{name_of(ids)} is done, and the primary never got {reference}"
-            )
+            broken(TRUE, f"{name_of(ids)} is done, and the primary never got {reference}")
         self._judge_transfer(ids, backup)
 
     def _judge_transfer(self, ids: Ids, backup: Optional[str]) -> None:
@@ -1061,7 +1018,7 @@ class InvariantChecker:
                     invariant = (
                         "a pair is done only where all that was backed up belongs to the primary"
                     )
-                    raise InvariantBroken(invariant, f"{role} of {short(one)}, {name_of(ids)}")
+                    broken(invariant, f"{role} of {short(one)}, {name_of(ids)}")
 
     def _is_as_if_merged(self, ids: Ids, backup: Optional[str]) -> bool:
         """Whether others have deleted the duplicate, or merged it elsewhere, and that can't be told from a merge: all

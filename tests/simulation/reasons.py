@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Mapping, Optional, Set
 from tests.fake.organisation import HALF_EMOJI, OTHER_WORK_KINDS, Thing, kind_of, org_id_of
 from tests.simulation.expected import STOPPING, TERMINAL, Ids, most_contacts, name_of, takes_part
 from tests.simulation.report_invariants import ids_of
-from tests.simulation.world import InvariantBroken
+from tests.simulation.world import broken
 
 LISTED = 120.0
 ALL_ENDED = "a scenario that is left in peace ends with every pair done or refused"
@@ -100,11 +100,11 @@ class ReasonChecker:
             if ids not in resting and self._is_skipped(ids, last):
                 continue
             if ids not in resting:
-                raise InvariantBroken(ALL_ENDED, f"{name_of(ids)} ({state}): nothing is said of it")
+                broken(ALL_ENDED, f"{name_of(ids)} ({state}): nothing is said of it")
             entry = resting[ids]
             if not self.is_true(ids, entry, resting, stuck):
                 what = f"{name_of(ids)} is {entry['state']}, {entry['code']}: {entry['error']}"
-                raise InvariantBroken(TRUE, what)
+                broken(TRUE, what)
         self._judge_references(rows)
 
     def _judge_ended(self, ids: Ids, state: str) -> None:
@@ -114,9 +114,7 @@ class ReasonChecker:
             and not self.checker.lies
             and not self._is_hidden(ids)
         ):
-            raise InvariantBroken(
-                "a cancelled merge that DevRev has carried out is finished", name_of(ids)
-            )
+            broken("a cancelled merge that DevRev has carried out is finished", name_of(ids))
 
     def _is_hidden(self, ids: Ids) -> bool:
         return self.is_odd(ids[1]) or self._cannot_be_told(ids)
@@ -157,7 +155,7 @@ class ReasonChecker:
                     and not (holder and organisation.alive(holder))
                 ):
                     invariant = "no reference is left on no contact that no report names"
-                    raise InvariantBroken(invariant, f"{reference} of {name_of(ids)}")
+                    broken(invariant, f"{reference} of {name_of(ids)}")
 
     # ----- reasons ---------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, DefaultDict, Dict, Iterator, List, Mapping, Optional, Set
 
 from tests.simulation.expected import ENDED, UNFINISHED, Ids, StoredFile, name_of
-from tests.simulation.world import InvariantBroken
+from tests.simulation.world import broken
 
 ONCE = "each ended pair is in exactly one report, that of the run in which it ended"
 TRUE = "savepoint and reports say what is true"
@@ -51,11 +51,11 @@ class ReportChecker:
                 where[ids_of(entry)].append(name)
         for ids, names in where.items():
             if len(names) > 1 and ids not in self.checker.cancelled | self.reopened:
-                raise InvariantBroken(ONCE, f"{name_of(ids)} is in {', '.join(names)}")
+                broken(ONCE, f"{name_of(ids)} is in {', '.join(names)}")
         if mine is None or not needed:
             return
         if mine.name not in there:
-            raise InvariantBroken(
+            broken(
                 "the report is written, also when the run stops early", f"{mine.name} is not there"
             )
         for ids, row in rows.items():
@@ -65,7 +65,7 @@ class ReportChecker:
         listed = {ids_of(entry) for entry in report["unfinished_merges"]}
         for ids, row in rows.items():
             if row["state"] in UNFINISHED and ids not in listed:
-                raise InvariantBroken(TRUE, f"{name_of(ids)} is unfinished, and not reported")
+                broken(TRUE, f"{name_of(ids)} is unfinished, and not reported")
         self._judge_code(report, rows, code)
         if self.checker.options.csv:
             self.last_name, self.last_code = mine.name, code
@@ -77,7 +77,7 @@ class ReportChecker:
         undone_in_vain = ids in self.checker.undo.begun and len(names) == 1
         if names != [f"merge_report_{row['run']}.json"] and not undone_in_vain:
             what = f"{name_of(ids)} became {row['state']} in {row['run']}, and is in {', '.join(names) or 'none'}"
-            raise InvariantBroken(ONCE, what)
+            broken(ONCE, what)
 
     def _judge_code(
         self, report: Mapping[str, Any], rows: Mapping[Ids, Any], code: Optional[int]
@@ -88,31 +88,29 @@ class ReportChecker:
             if code == 0 and any(
                 row["email"] in settled and row["state"] in UNFINISHED for row in rows.values()
             ):
-                raise InvariantBroken(
-                    invariant, f"0, and not all of {', '.join(settled)} has ended"
-                )
+                broken(invariant, f"0, and not all of {', '.join(settled)} has ended")
             return
         after_cancel = [entry for entry in report["successful_merges"] if entry.get("after_cancel")]
         failed = len(report["failed_merges"]) + len(report["unfinished_merges"]) + len(after_cancel)
         if (code == 0) != (failed == 0) and code in (0, 1):
-            raise InvariantBroken(
+            broken(
                 invariant, f"{code}, and {failed} failed, unfinished or carried out after a cancel"
             )
 
     def _read(self, name: str, path: Path, is_mine: bool) -> None:
         if name in self.lost:
-            raise InvariantBroken("a report that was deleted is not written again", name)
+            broken("a report that was deleted is not written again", name)
         try:
             report = self.reports[name] = json.loads(path.read_bytes())
         except ValueError as error:
-            raise InvariantBroken("a report is written atomically", f"{name}: {error}") from None
+            broken("a report is written atomically", f"{name}: {error}")
         stopped = str(report["run"].get("stopped"))
         if "(a bug" in stopped:
-            raise InvariantBroken("no run ends with a bug", stopped)
+            broken("no run ends with a bug", stopped)
         if is_mine:
             self._judge_sums(name, report)
         elif name not in self.owed:
-            raise InvariantBroken(TRUE, f"{name} is neither of this run nor of one that was killed")
+            broken(TRUE, f"{name} is neither of this run nor of one that was killed")
         for title in ("failed_merges", "unfinished_merges", "settled", "cancelled"):
             for entry in report.get(title) or ():
                 self.named |= {
@@ -131,9 +129,7 @@ class ReportChecker:
                 and self.checker.asks[ids]
                 and not refused
             ):
-                raise InvariantBroken(
-                    TRUE, f"{name}: {name_of(ids)} is called failed, and was requested"
-                )
+                broken(TRUE, f"{name}: {name_of(ids)} is called failed, and was requested")
 
     def _judge_sums(self, name: str, report: Mapping[str, Any]) -> None:
         summary = report["summary"]
@@ -147,9 +143,9 @@ class ReportChecker:
             for one in ("already_merged", "successful_merges", "failed_merges", "unfinished_merges")
         ]
         if summary["pairs_planned"] != sum(parts) + summary["left"] or summary["left"] < 0:
-            raise InvariantBroken(SUMS, f"{name}: {summary}")
+            broken(SUMS, f"{name}: {summary}")
         if summary["pairs_planned"] != planned:
-            raise InvariantBroken(SUMS, f"{name}: {planned} pairs are planned, it says {summary}")
+            broken(SUMS, f"{name}: {planned} pairs are planned, it says {summary}")
 
     @staticmethod
     def on_disk() -> List[str]:

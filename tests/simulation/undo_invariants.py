@@ -7,7 +7,7 @@ from typing import Any, DefaultDict, Dict, List, Mapping, Optional, Set, Tuple
 
 from tests.fake.organisation import USER_LISTS, Request, Table, Thing, kind_of
 from tests.simulation.expected import COPY, MAIN, ROLES, Ids, email_key, name_of
-from tests.simulation.world import InvariantBroken, Sent, short
+from tests.simulation.world import Sent, broken, short
 
 WRITES = (
     "rev-users.create",
@@ -140,13 +140,13 @@ class UndoChecker:
     def asked(self, sent: Sent) -> None:
         """A request leaves."""
         if self.preview and sent.endpoint in WRITES:
-            raise InvariantBroken("a preview only reads", sent.endpoint)
+            broken("a preview only reads", sent.endpoint)
         if not self.active and sent.endpoint in OF_OBJECTS:
-            raise InvariantBroken("a merge run changes contacts alone", sent.endpoint)
+            broken("a merge run changes contacts alone", sent.endpoint)
         if self.active and sent.endpoint in WRITES:
             if self.in_flight:
                 what = f"{sent.endpoint} leaves before the answer to {self.in_flight[0].endpoint}"
-                raise InvariantBroken("an undo writes one object after the other", what)
+                broken("an undo writes one object after the other", what)
             self.in_flight.append(sent)
         if sent.endpoint == "rev-users.create":
             self._judge_create(sent)
@@ -154,7 +154,7 @@ class UndoChecker:
             self._judge_update(sent)
         elif sent.endpoint in OF_OBJECTS:
             if sent.body.get("owned_by", {}) == {"set": []}:
-                raise InvariantBroken("owned_by is never emptied", short(sent.body["id"]))
+                broken("owned_by is never emptied", short(sent.body["id"]))
             self.rests_on[sent.body["id"]].append(self.read_at.get(sent.body["id"], self.began))
 
     def answered(self, sent: Sent, _answer: Any) -> None:
@@ -164,9 +164,7 @@ class UndoChecker:
         for other in self.open():
             if set(other) & set(ids):
                 what = f"{short(ids[1])} into {short(ids[0])}, and the undo of {short(other[1])} is not finished"
-                raise InvariantBroken(
-                    "a merge run refuses a group whose undo is not finished", what
-                )
+                broken("a merge run refuses a group whose undo is not finished", what)
 
     def _saved(self, ids: Ids) -> List[Mapping[str, Any]]:
         """Return the undo of a pair as each of the two files has it."""
@@ -182,7 +180,7 @@ class UndoChecker:
             if [one["contacts_before"] is not None for one in self._saved(ids)] == [True, True]
         ]
         if not self.active or not noted:
-            raise InvariantBroken(DURABLE, f"{email} {reference} is created")
+            broken(DURABLE, f"{email} {reference} is created")
         given = {row["undo"]["contact"] for row in self.checker.latest.values() if row["undo"]}
         for one in self.created:
             if one.id in given:
@@ -201,9 +199,7 @@ class UndoChecker:
             # Where it has a reference, DevRev creates no second one.
             seen = self.checker.clock.now > one.at + self.checker.lag + 1 and not self.checker.lies
             if same and reference is None and seen:
-                raise InvariantBroken(
-                    TWO, f"{short(one.id)} exists already, with {email} and {reference}"
-                )
+                broken(TWO, f"{short(one.id)} exists already, with {email} and {reference}")
 
     def _emails(self, ids: Ids) -> Set[str]:
         """Return the emails that the duplicate of a pair had, by its backup and its row."""
@@ -221,7 +217,7 @@ class UndoChecker:
         primary = sent.body["id"]
         mine = [ids for ids in self.open() if primary in (ids[0], self.stand_in(ids[0]))]
         if not mine or any(len(self._saved(ids)) != 2 for ids in mine):
-            raise InvariantBroken(DURABLE, f"update of {short(primary)}")
+            broken(DURABLE, f"update of {short(primary)}")
         if "external_ref" not in sent.body:
             return
         known = self.checker.known
@@ -233,7 +229,7 @@ class UndoChecker:
         }
         if sent.body["external_ref"] not in allowed:
             what = f"{sent.body['external_ref']} to {short(primary)}"
-            raise InvariantBroken("an undo restores references", what)
+            broken("an undo restores references", what)
 
     # ----- what DevRev carries out -----------------------------------------------------------------
 
@@ -308,24 +304,16 @@ class UndoChecker:
         lately = self.checker.clock.now - OLDEST - TRAVEL - self.checker.lag
         for role in USER_LISTS:
             if was[role] and not now[role]:
-                raise InvariantBroken(
-                    "owned_by is never emptied", f"{role} of {short(thing['id'])}"
-                )
+                broken("owned_by is never emptied", f"{role} of {short(thing['id'])}")
             for person in {*was[role]} - {*now[role]} - groups - mine:
                 if not self._came_since(table, thing["id"], role, person, since):
-                    raise InvariantBroken(
-                        STAYS, f"{short(person)} leaves {role} of {short(thing['id'])}"
-                    )
+                    broken(STAYS, f"{short(person)} leaves {role} of {short(thing['id'])}")
             for primary in {ids[0] for ids in self.open()} & ({*was[role]} - {*now[role]}):
                 if (thing["id"], role) in self._own(primary):
-                    raise InvariantBroken(
-                        STAYS, f"{short(primary)} leaves its own {role} of {short(thing['id'])}"
-                    )
+                    broken(STAYS, f"{short(primary)} leaves its own {role} of {short(thing['id'])}")
             for person in {*now[role]} - {*was[role]} - mine:
                 if not self._was_there(table, thing["id"], role, person, lately):
-                    raise InvariantBroken(
-                        STAYS, f"{short(person)} gets {role} of {short(thing['id'])}"
-                    )
+                    broken(STAYS, f"{short(person)} gets {role} of {short(thing['id'])}")
 
     def _came_since(
         self, table: Table, identity: str, role: str, person: str, since: float
@@ -351,25 +339,23 @@ class UndoChecker:
         if not self.active or self.preview or not needed:
             return
         if not path.exists():
-            raise InvariantBroken(
+            broken(
                 "the report is written, also when the run stops early", f"{path.name} is not there"
             )
         self._judge_interrupted(rows)
         self.last = report = json.loads(path.read_bytes())
         if "(a bug" in str(report["run"].get("stopped")):
-            raise InvariantBroken("no run ends with a bug", report["run"]["stopped"])
+            broken("no run ends with a bug", report["run"]["stopped"])
         self.reports[path.name] = report
         for state, title in (("undone", "undone"), ("undoing", "unfinished")):
             for entry in report[title]:
                 ids = entry["primary"]["id"], entry["duplicate"]["id"]
                 if ids in rows and rows[ids]["state"] != state:
                     what = f"{short(ids[1])} is {rows[ids]['state']}, not {state}"
-                    raise InvariantBroken("a report says what is true", what)
+                    broken("a report says what is true", what)
         bad = len(report["failed"]) + len(report["unfinished"])
         if code in (0, 1) and (code == 0) != (bad == 0):
-            raise InvariantBroken(
-                "the exit code says how it went", f"{code}, and {bad} failed or unfinished"
-            )
+            broken("the exit code says how it went", f"{code}, and {bad} failed or unfinished")
 
     def _judge_interrupted(self, rows: Mapping[Ids, Mapping[str, Any]]) -> None:
         """An interruption leaves no reference on no contact, where the network is undisturbed."""
@@ -382,22 +368,20 @@ class UndoChecker:
                     self.organisation.alive(holder["id"]) for holder in found
                 ):
                     what = f"{one.new_ref} of {name_of(ids)}"
-                    raise InvariantBroken("an interruption leaves no reference on no contact", what)
+                    broken("an interruption leaves no reference on no contact", what)
 
     def _judge_undone(self, ids: Ids, row: Mapping[str, Any]) -> None:
         undo = row["undo"]
         contact = undo["contact"]
         if contact in ids or contact not in self.contacts_of(set(ids)):
-            raise InvariantBroken(
-                TRUE, f"{short(ids[1])} is undone, and {contact} was never created"
-            )
+            broken(TRUE, f"{short(ids[1])} is undone, and {contact} was never created")
         if not Path(row["backup"] or "nowhere").exists():
             return
         entry, record = manifest_entry(row["backup"], ids[1])
         reference = record["external_ref"]
         had = [one for _, one in self.organisation.reference_times[contact]]
         if reference not in had and "external_ref" not in undo["left_out"]:
-            raise InvariantBroken(TRUE, f"{short(contact)} never had the reference {reference}")
+            broken(TRUE, f"{short(contact)} never had the reference {reference}")
         left = {(item["id"], item["role"]) for item in undo["left"]}
         primary = self.stand_in(ids[0])
         for identity, role in transferred(entry):
@@ -410,9 +394,7 @@ class UndoChecker:
                 for who in (primary, ids[0])
             )
             if (identity, role) not in left or (still and self._may_be_written(identity)):
-                raise InvariantBroken(
-                    TRUE, f"{short(contact)} has not got {role} of {short(identity)} back"
-                )
+                broken(TRUE, f"{short(contact)} has not got {role} of {short(identity)} back")
 
     def _may_be_written(self, identity: str) -> bool:
         """Return whether an undo can give an object back: it is of a kind that DevRev documents, and not forbidden."""
@@ -437,7 +419,7 @@ class UndoChecker:
                     if ids in last
                     else "nothing is said of it"
                 )
-                raise InvariantBroken(
+                broken(
                     "an undo is finished by the same command", f"{short(ids[1])} is undoing: {why}"
                 )
             for one in self.checker.known[ids]:
@@ -449,7 +431,7 @@ class UndoChecker:
                 )
                 if reference.startswith("user_") and not named[reference] and not ever:
                     invariant = "no reference is left on no contact that no report names"
-                    raise InvariantBroken(invariant, f"{reference}, after an undo")
+                    broken(invariant, f"{reference}, after an undo")
 
     def _is_true(self, ids: Ids, entry: Mapping[str, Any]) -> bool:
         """Return whether the reason for which an undo can't be finished is so."""

@@ -52,6 +52,15 @@ class InvariantBroken(KeyboardInterrupt):
         self.what = what
 
 
+WAIVED: set = set()  # the invariants that a scripted scene does without
+
+
+def broken(invariant: str, what: str) -> None:
+    """Say that an invariant is broken. Raises InvariantBroken, unless a script has turned it off."""
+    if invariant not in WAIVED:
+        raise InvariantBroken(invariant, what)
+
+
 def load(source: Optional[str] = None, name: str = "merge_contacts_simulated") -> types.ModuleType:
     """Load the module under a name of its own, from another source if one is given (a mutant)."""
     spec = importlib.util.spec_from_loader(name, loader=None)
@@ -233,6 +242,9 @@ class SimulatedProcess:
             None  # at the n-th intent, when it is in the first file and not in the copy
         )
         self.killed_at_report = False  # before a merge report gets its name
+        self.kill_when: Optional[Tuple[str, int]] = (
+            None  # at the n-th step with these words in its name
+        )
         self.full_at: Optional[int] = None  # the disk is full at this step
         self.full_for = ""  # and from then on for every write with these words in its name, if any
         self.full_intent: Optional[Tuple[str, int]] = (
@@ -252,11 +264,20 @@ class SimulatedProcess:
         if self.dead:
             raise Killed
         self.steps += 1
+        if self._is_meant(what):
+            self.kill(what)
         if self.kill_after_merge and self.merges >= self.kill_after_merge[0]:
             self.kill_at = self.steps + self.kill_after_merge[1]
             self.kill_after_merge = None
         if self.steps == self.kill_at:
             self.kill(what)
+
+    def _is_meant(self, what: str) -> bool:
+        """Count a step whose name a script has given; return whether it is the one at which to be killed."""
+        if self.kill_when is None or self.kill_when[0] not in what:
+            return False
+        self.kill_when = self.kill_when[0], self.kill_when[1] - 1
+        return not self.kill_when[1]
 
     def kill(self, what: str) -> None:
         self.dead = True
@@ -279,7 +300,7 @@ class SimulatedProcess:
             self.observer.disk_was_full = self.observer.full_now = True
             raise OSError(28, "No space left on device")
         self.steps += 1
-        return self.steps == self.kill_at
+        return self.steps == self.kill_at or self._is_meant(f"in the middle of {what}")
 
     def count_intent(self, name: str) -> None:
         """Count an intent that a file is about to commit; the disk may be full for that file from here on."""

@@ -1,0 +1,593 @@
+"""Scripted scenes: an organisation, what befalls it, and runs over it, in simulated time and in process.
+
+    def test_a_lost_answer_is_polled_for(scene: Scene) -> None:
+        primary, duplicate = scene.pair(1)
+        scene.lose_answer("rev-users.merge")
+        scene.before("rev-users.update", lambda devrev: devrev.delete_contact(primary))
+        run = scene.merge("--merge-timeout", "20")
+        assert run.code == 1 and run.codes == {"person1@example.com": "not_found"}
+        assert scene.count("rev-users.merge") == 1 and scene.holder("user_1") is None
+
+What there is
+    scene.pair(1)                     two contacts of person1@example.com, REVU-P1 and user_1, with tickets and a talk
+    scene.organisation                the truth, to be built and looked at (tests.fake.organisation.Organisation)
+    scene.world                       how DevRev serves it: every switch, e.g. scene.world.merge_delay = 3.0
+    scene.settings                    of the client: scene.settings["timeout"] = 5.0
+What happens
+    scene.export(changes)             write contacts.csv as the warehouse has it (the first run does, if none is there)
+    scene.at(5.0, act)                act(organisation) in so many simulated seconds
+    scene.before(endpoint, act, 2)    … before DevRev acts on the second such request; after(…) likewise
+    scene.fault("500", endpoint)      a Fault of DevRev's, with skip, times, match, detail
+    scene.answer(endpoint, 406, "<html>")  an answer in place of DevRev's; done=True: it is carried out all the same
+    scene.lose_answer(endpoint)       the request arrives, its answer does not; lose_request, delay likewise
+    scene.kill("sending rev-users.merge", 2)   kill -9 at the second step of that name; --trace of a seed shows steps
+    scene.ctrl_c                      an act: scene.after("rev-users.merge", scene.ctrl_c)
+    scene.lose("savepoint.db"), keep("savepoint.db") and put_back("savepoint.db"), clock.advance(s), clock.set_by
+Runs
+    scene.merge("--limit", "1"), undo(), settle(email), run("--status"): a Run has code (None: killed), out, err,
+    report, rows (of the savepoint, by duplicate) and requests
+    scene.end()                       no more trouble: runs until all has ended, each reason true, all can be settled
+Every request, file and report is judged by the invariants; scene.waive(invariant, reason) turns one off by its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import functools
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Callable, Iterable, Mapping, Sequence
+
+from tests.fake.organisation import Fault, Organisation, Request, World
+from tests.simulation.expected import COPY, MAIN, UNFINISHED, Ids, Row, export_of
+from tests.simulation.invariants import InvariantChecker
+from tests.simulation.undo_invariants import WRITES
+from tests.simulation.world import (
+    EPOCH,
+    WAIVED,
+    Clock,
+    InvariantBroken,
+    Killed,
+    NetworkFaults,
+    SimulatedProcess,
+    Trace,
+    environment_of,
+    load,
+    short,
+)
+
+HEADER = (
+    "REV_USER_ID", "DISPLAY_NAME", "EMAIL", "EXTERNAL_REF", "FULL_NAME", "CREATED_AT", "UPDATED_AT", "TICKET_COUNT",
+)  # fmt: skip
+PEACEFUL_RUNS = 12  # that a scenario which is left in peace may need to end
+ALL_ENDS = "a scenario that is left in peace ends"
+REPORTING = ("merge", "undo", "settle")  # modes that leave a report
+Act = Callable[[Organisation], Any]
+
+
+@functools.lru_cache(maxsize=1)
+def the_module() -> Any:
+    return load()
+
+
+class Run:
+    """What one run has left."""
+
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+        self.code: int | None = None  # None: it was killed
+        self.killed = False
+        self.out = self.err = ""
+        self.refusal = ""  # why it did nothing
+        self.report_path = Path()
+        self.report: dict[str, Any] = {}
+        self.rows: dict[str, dict[str, Any]] = {}  # by the duplicate's id
+        self.requests: list[Request] = []
+
+    @property
+    def codes(self) -> dict[str, str]:
+        """Return email -> code of what failed or is unfinished, as the report has it."""
+        names = (
+            ("failed", "unfinished")
+            if self.mode == "undo"
+            else ("failed_merges", "unfinished_merges")
+        )
+        entries = [entry for name in names for entry in self.report.get(name) or ()]
+        return {entry["email"]: entry["code"] for entry in entries}
+
+    def count(self, endpoint: str) -> int:
+        return sum(request.endpoint == endpoint for request in self.requests)
+
+
+class Stage:
+    """One machine, one organisation, and the runs between them. Whoever derives from it says what befalls them."""
+
+    def __init__(self, module: Any, world: World, clock: Clock, trace: Trace) -> None:
+        self.module, self.world, self.clock, self.events = module, world, clock, trace
+        self.organisation = world.organisation
+        clock.fake_devrev = world
+        self.checker = InvariantChecker(world, clock)
+        self.rows: dict[Ids, dict[str, Any]] = {}  # of the savepoint, after the last run
+        self.undos: list[str] = []  # what was undone, or begun to be
+        self.stuck: set[str] = set()
+        self.in_peace = False
+        self.tracing = True
+
+    def trace(self, what: str) -> None:
+        if self.tracing:
+            self.events(what)
+
+    # ----- to be defined ---------------------------------------------------------------------------
+
+    def make_settings(self, workers: int) -> Any:
+        raise NotImplementedError
+
+    def make_process(self) -> SimulatedProcess:
+        raise NotImplementedError
+
+    def on_signal(self, run: Any, loop: Any, act: Callable[[], None]) -> None:
+        """A run is ready to be told of a signal."""
+
+    def before_run(self, settings: Any) -> None:
+        """A run is about to begin."""
+
+    def manner(self) -> list[str]:
+        """Return the options that stay the same for all runs."""
+        return []
+
+    # ----- runs ------------------------------------------------------------------------------------
+
+    def write_csv(self, rows: Iterable[Row]) -> None:
+        with open("contacts.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(HEADER)
+            for row in rows:
+                writer.writerow(
+                    (
+                        row.id,
+                        "A Name",
+                        row.email,
+                        row.ref,
+                        "",
+                        row.created,
+                        row.created,
+                        row.tickets,
+                    )
+                )
+
+    def play_run(self, argv: Sequence[str], process: SimulatedProcess) -> Run:
+        """Play one run to its end, and judge it."""
+        module = self.module
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            options = module.parse_options(list(argv))
+        found = Run(options.mode)
+        settings = self.make_settings(options.workers)
+        environment = environment_of(module, process, settings)
+        stage = self
+
+        class Simulated(module.RunContext):  # type: ignore[misc, name-defined]
+            TICK = 3600.0
+
+            def on_signal(self, act: Callable[[], None], loop: Any = None) -> None:
+                if loop is not None:
+                    stage.on_signal(self, loop, act)
+
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run = Simulated(options, environment)
+        self.checker.begin(process, options, lambda: run.run_id, *read_inputs(options))
+        self.checker.client_limit = settings.calls, settings.period
+        self.before_run(settings)
+        limit = f"{settings.calls} in {settings.period:g} s"
+        self.trace(
+            f"RUN {self.checker.run}: {' '.join(argv)} (client-side limit {limit}, time-out {settings.timeout:g} s)"
+        )
+        self.clock.last_progress = self.clock.now
+        asked = len(self.world.requests)
+        try:
+            run.settings = settings
+            run.log_path.parent.mkdir(exist_ok=True)
+            run.log_path.touch()
+            outcome = module.MODES[options.mode](run)
+            found.code = (
+                outcome if isinstance(outcome, int) else environment.run_event_loop(outcome)
+            )
+        except Killed:
+            found.killed = True
+        except module.FatalError as stop:
+            found.code, found.refusal = stop.exit_code, str(stop)
+            run.console.error(found.refusal)
+            self.trace(f"refused: {stop}")
+        finally:
+            process.end()
+        self.trace(f"exit code {found.code}")
+        reports = options.mode in REPORTING and not options.preview
+        needed = reports and not (found.killed or found.refusal or self.checker.full_now)
+        report_path = run.report_path if reports or options.mode == "preview" else None
+        self.rows = self.checker.after_run(report_path, found.code, not found.killed, needed)
+        found.out, found.err, found.report_path = out.getvalue(), err.getvalue(), run.report_path
+        if found.report_path.exists():
+            found.report = json.loads(found.report_path.read_bytes())
+        found.rows = {ids[1]: row for ids, row in self.rows.items()}
+        found.requests = self.world.requests[asked:]
+        return found
+
+    # ----- the end ---------------------------------------------------------------------------------
+
+    def leave_in_peace(self) -> None:
+        """No more faults, edits or kills: after some runs everything has ended."""
+        self.trace("FROM HERE ON IN PEACE")
+        self.in_peace = True
+        self.world.faults, self.world.list_lag, self.world.forbidden = [], 0.0, ()
+        self.organisation.ref_release = 0.0
+        if self.world.quota:
+            self.world.quota.others = 0
+        self.clock.advance(1000.0)
+        for path in self.undos:
+            self._undo_in_peace(path)
+        if self._merge_in_peace():
+            self.checker.after_life(self.rows, self.stuck)
+            self._settle_in_peace()
+
+    def export_rows(self) -> list[Row]:
+        """Make a new export, as the warehouse has it."""
+        rows = export_of(self.organisation)
+        self.trace(f"an export: {len(rows)} contacts")
+        return rows
+
+    def run_in_peace(self, argv: Sequence[str]) -> Run:
+        return self.play_run(argv, self.make_process())
+
+    def _merge_in_peace(self) -> bool:
+        """Export and run until nothing changes any more; return whether there was anything to run over."""
+        last = ""
+        for _ in range(PEACEFUL_RUNS):
+            rows = self.export_rows()
+            if not rows:  # others have deleted all contacts
+                return bool(last)
+            self.write_csv(rows)
+            run = self.run_in_peace(["--csv", "contacts.csv", "--yes", "--quiet", *self.manner()])
+            last_run = str(self.checker.reports.last.get("run"))
+            forbidden = run.code == 2 and ("403" in run.refusal or "403" in last_run)
+            if run.code not in (0, 1, 3) and not forbidden:
+                what = f"a run ends with exit code {run.code}: {run.refusal}"
+                raise InvariantBroken(ALL_ENDS, what)
+            self.clock.advance(400.0)
+            before = last
+            last = self.checker.reports.standing(self.rows)
+            if run.code == 0 or last == before:  # the next run would do the same again
+                break
+        return True
+
+    def _undo_in_peace(self, path: str) -> None:
+        """The same command again finishes an undo; once more, and it changes nothing."""
+        if not Path(path).exists():
+            return
+        code, asked = None, 0
+        for _ in range(PEACEFUL_RUNS):
+            before, asked = code, len(self.world.requests)
+            code = self.run_in_peace(["--undo", path, "--yes", "--quiet"]).code
+            self.clock.advance(400.0)
+            if code not in (0, 1, 2, 3):  # 3: five that can't be undone, one after the other
+                raise InvariantBroken(ALL_ENDS, f"an undo ends with exit code {code}")
+            if code == before:
+                break
+        wrote = [one.endpoint for one in self.world.requests[asked:] if one.endpoint in WRITES]
+        if code == 0 and wrote:
+            raise InvariantBroken("a second undo does nothing", ", ".join(wrote))
+
+    def unfinished_emails(self) -> list[str]:
+        """Return the addresses that a person may settle."""
+        open_states = (*UNFINISHED, "undoing")
+        return sorted(
+            {str(row["email"]) for row in self.rows.values() if row["state"] in open_states}
+        )
+
+    def _settle_in_peace(self) -> None:
+        """Every state has a way out: what is unfinished can be settled."""
+        emails = self.unfinished_emails()
+        if not emails:
+            return
+        code = self.run_in_peace(["--settle", *emails, "--yes", "--quiet"]).code
+        for ids, row in self.rows.items():
+            if row["state"] not in (*UNFINISHED, "undoing"):
+                continue
+            if row["code"] in ("stale", "group_incomplete", "interrupted"):
+                continue  # there is another way out: to run again
+            if self.checker.undo.lacks_reference(ids):
+                continue  # or to undo again
+            what = f"{short(ids[1])} is {row['state']} ({row['code']}) after --settle, exit code {code}"
+            raise InvariantBroken("every state has a way out", what)
+
+
+def read_inputs(options: Any) -> tuple[list[Row], dict[str, str]]:
+    """Read the rows of the export and the choices that a command line names."""
+    rows: list[Row] = []
+    for path in options.csv or () if options.mode in ("merge", "preview") else ():
+        for one in records(path):
+            rows.append(
+                Row(
+                    one["REV_USER_ID"],
+                    one["EMAIL"],
+                    one["EXTERNAL_REF"],
+                    int(one["TICKET_COUNT"]),
+                    one["CREATED_AT"],
+                )
+            )
+    choices = records(options.choices) if options.choices else []
+    return rows, {one["EMAIL"]: one["EXTERNAL_REF"] for one in choices}
+
+
+def records(path: Any) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        return list(csv.DictReader(file))
+
+
+# --------------------------------------------------------------------------------------------------
+# Scenes
+# --------------------------------------------------------------------------------------------------
+
+
+class NetworkRule:
+    """What the network does to some requests of an endpoint: "lost", "unheard", "late", "twice", or a delay."""
+
+    def __init__(self, endpoint: str, kind: str, seconds: float, skip: int, times: int) -> None:
+        self.endpoint, self.kind, self.seconds = endpoint, kind, seconds
+        self.skip, self.times = skip, times
+
+
+class Scene(Stage):
+    """A script; the module's docstring says how to write one."""
+
+    LATENCY = 0.05
+
+    def __init__(self, module: Any = None, **switches: Any) -> None:
+        clock = Clock()
+        organisation = Organisation()
+        world = World(
+            organisation,
+            lambda: clock.now,
+            lambda: EPOCH + clock.now,
+            on_request=self._on_request,
+            **switches,
+        )
+        super().__init__(module or the_module(), world, clock, Trace(clock, 2000))
+        self.settings: dict[str, Any] = {"calls": 0, "period": 60.0, "timeout": 30.0, "retries": 5}
+        self._hooks: list[tuple[str, str, int, Callable[[dict[str, Any]], bool], Act]] = []
+        self._network: list[NetworkRule] = []
+        self._kill: tuple[str, int] | None = None
+        self._full: str | None = None
+        self._tell: Callable[[], None] | None = None
+
+    # ----- the organisation ------------------------------------------------------------------------
+
+    def pair(
+        self, number: int, tickets: tuple[int, int] = (2, 1), talk: bool = True, **fields: Any
+    ) -> Ids:
+        """Add the two contacts of one person; return primary and duplicate."""
+        email = f"person{number}@example.com"
+        primary = self.organisation.add_contact(f"P{number}", email, **fields)
+        duplicate = self.organisation.add_contact(f"D{number}", email, f"user_{number}", **fields)
+        for contact, count in zip((primary, duplicate), tickets):
+            for _ in range(count):
+                self.organisation.add_work(reported_by=[contact], comments=1)
+        if talk:
+            self.organisation.add_conversation([duplicate], comments=1)
+        return primary, duplicate
+
+    def pairs(self, count: int, **more: Any) -> list[Ids]:
+        return [self.pair(number, **more) for number in range(1, count + 1)]
+
+    def export(
+        self, changes: Mapping[str, Mapping[str, Any]] = {}, leave_out: Iterable[str] = ()
+    ) -> None:
+        """Write contacts.csv; `changes`: fields of a Row (email, ref, tickets, created) by contact."""
+        rows = [row for row in self.export_rows() if row.id not in set(leave_out)]
+        self.write_csv(row._replace(**changes.get(row.id, {})) for row in rows)
+
+    # ----- what happens ----------------------------------------------------------------------------
+
+    def at(self, seconds: float, act: Act) -> None:
+        """Act in so many seconds."""
+        self.world.later(seconds, lambda: act(self.organisation))
+
+    def before(self, endpoint: str, act: Act, n: int = 1, match: Any = lambda _body: True) -> None:
+        """Act before DevRev acts on the n-th such request from now on."""
+        self._hooks.append(("before", endpoint, n, match, act))
+
+    def after(self, endpoint: str, act: Act, n: int = 1, match: Any = lambda _body: True) -> None:
+        """Act after DevRev has acted on the n-th such request, before its answer arrives."""
+        self._hooks.append(("after", endpoint, n, match, act))
+
+    def _on_request(self, stage: str, request: Request) -> None:
+        self.checker.undo.heard(stage, request)
+        due = []
+        for number, (when, endpoint, left, match, act) in enumerate(self._hooks):
+            if when == stage and endpoint == request.endpoint and match(request.body):
+                self._hooks[number] = (when, endpoint, left - 1, match, act)
+                due += [act] if left == 1 else []
+        for act in due:
+            self.trace(f"THE SCRIPT acts {stage} {request.endpoint}")
+            act(self.organisation)
+
+    def fault(self, kind: str, endpoint: str = "*", **more: Any) -> Fault:
+        """Let DevRev misbehave; `times`, `skip`, `match`, `chance` and `detail` as in Fault."""
+        self.world.faults.append(Fault(kind, endpoint, **more))
+        return self.world.faults[-1]
+
+    def answer(
+        self, endpoint: str, status: int, content: Any, done: bool = False, **more: Any
+    ) -> Fault:
+        """Answer with a status and JSON, or HTML where `content` is text; `done`: the request is carried out."""
+        return self.fault(
+            "other-after" if done else "other", endpoint, detail=(status, content), **more
+        )
+
+    def lose_request(self, endpoint: str, skip: int = 0, times: int = 1) -> None:
+        self._network.append(NetworkRule(endpoint, "lost", 0.0, skip, times))
+
+    def lose_answer(self, endpoint: str, skip: int = 0, times: int = 1) -> None:
+        self._network.append(NetworkRule(endpoint, "unheard", 0.0, skip, times))
+
+    def delay(self, endpoint: str, seconds: float, skip: int = 0, times: int = 1) -> None:
+        """Let the answer take so many seconds."""
+        self._network.append(NetworkRule(endpoint, "", seconds, skip, times))
+
+    def network_faults(self, endpoint: str) -> NetworkFaults:
+        for rule in self._network:
+            if rule.endpoint != endpoint or not rule.times:
+                continue
+            if rule.skip:
+                rule.skip -= 1
+                continue
+            rule.times -= 1
+            return NetworkFaults(self.LATENCY, self.LATENCY + rule.seconds, rule.kind)
+        return NetworkFaults(self.LATENCY, self.LATENCY)
+
+    def kill(self, step: str, n: int = 1) -> None:
+        """Kill the next run at its n-th step whose name holds these words: "sending …", "hearing of …",
+        "before the commit of savepoint.db", "in the middle of …", "after writing manifest.json", "naming …"."""
+        self._kill = step, n
+
+    def fill_disk(self, for_what: str = "") -> None:
+        """From the next run's first write on whose name holds these words, the disk is full for such writes."""
+        self._full = for_what
+
+    def ctrl_c(self, _organisation: Any = None) -> None:
+        """The user presses Ctrl-C: an act."""
+        assert self._tell, "no run is under way"
+        self._tell()
+
+    def on_signal(self, run: Any, loop: Any, act: Callable[[], None]) -> None:
+        def arrive() -> None:
+            if loop.is_closed():
+                return
+            self.trace("Ctrl-C")
+            run.signal = 2
+            act()
+            if not self.checker.stopped:
+                self.checker.stopped, self.checker.interrupted = True, self.clock.now
+
+        self._tell = lambda: loop.call_soon(arrive)
+
+    # ----- files -----------------------------------------------------------------------------------
+
+    def lose(self, name: str) -> None:
+        """Delete a file of the savepoint ("savepoint.db", "savepoint-copy.db"), "backups", or a report."""
+        paths = {MAIN.name: MAIN, COPY.name: COPY}
+        if name in paths:
+            self.checker.lose_file(paths[name])
+        elif name == "backups":
+            self.checker.lose_backups()
+        else:
+            self.checker.reports.lose(name)
+
+    def keep(self, *names: str) -> None:
+        """Take a copy of files of the savepoint, to be put back."""
+        for path in (MAIN, COPY):
+            if path.name in names:
+                shutil.copy(str(path), f"{path.name}.kept")
+
+    def put_back(self, *names: str) -> None:
+        """Put the copies that were kept in the files' places."""
+        for path in (MAIN, COPY):
+            if path.name in names:
+                self.checker.lose_file(
+                    path, Path(f"{path.name}.kept"), forget=path.name == names[-1]
+                )
+
+    # ----- runs ------------------------------------------------------------------------------------
+
+    def make_settings(self, workers: int) -> Any:
+        given = {"token": self.world.token, "base_url": "https://api.devrev.ai", "workers": workers}
+        return self.module.ApiSettings(**given, **self.settings)
+
+    def make_process(self) -> SimulatedProcess:
+        process = SimulatedProcess(self.module, self.clock, self.world, 1)
+        process.network_faults, process.observer = self.network_faults, self.checker
+        process.trace, process.tracing = self.trace, self.tracing
+        if not self.in_peace:
+            process.kill_when, self._kill = self._kill, None
+            if self._full is not None:
+                process.full_at, process.full_for = 1, self._full
+            self._full = None
+        return process
+
+    def run(self, *argv: str) -> Run:
+        """Run the tool with these arguments, in a folder that is the current one, and judge the run."""
+        Path("reports").mkdir(exist_ok=True)
+        try:
+            run = self.play_run(argv, self.make_process())
+        except InvariantBroken as broken:
+            raise AssertionError(f"{broken.invariant}: {broken.what}\n{self.story()}") from None
+        finally:
+            self._tell = None
+        self.clock.advance(1.0)
+        return run
+
+    def merge(self, *options: str) -> Run:
+        """Merge what contacts.csv asks for; it is written first if it is not there."""
+        if not Path("contacts.csv").exists():
+            self.export()
+        return self.run("--csv", "contacts.csv", "--yes", *options)
+
+    def undo(self, path: Any = None, *options: str) -> Run:
+        """Undo a backup or a report: by default the first merge report."""
+        found = str(path or sorted(Path("reports").glob("merge_report_*.json"))[0])
+        if "--preview" not in options:
+            self.undos += [found] if found not in self.undos else []
+            options = ("--yes", *options)
+        return self.run("--undo", found, *options)
+
+    def settle(self, *emails: str) -> Run:
+        return self.run("--settle", *emails, "--yes")
+
+    def end(self) -> None:
+        """Leave everything in peace: all ends, for reasons that are true, and what does not can be settled."""
+        try:
+            self.leave_in_peace()
+        except InvariantBroken as broken:
+            raise AssertionError(f"{broken.invariant}: {broken.what}\n{self.story()}") from None
+
+    def waive(self, invariant: str, reason: str) -> None:
+        """Turn an invariant off for this scene."""
+        assert reason
+        WAIVED.add(invariant)
+
+    def story(self) -> str:
+        return "\n".join(self.events.lines)
+
+    # ----- what is so ------------------------------------------------------------------------------
+
+    def requests(self, endpoint: str) -> list[Request]:
+        return [request for request in self.world.requests if request.endpoint == endpoint]
+
+    def count(self, endpoint: str) -> int:
+        return self.world.count(endpoint)
+
+    def reference(self, contact: str) -> Any:
+        """Return the reference that a contact has now; None where there is no such contact any more."""
+        return (
+            self.organisation.contacts[contact]["external_ref"]
+            if self.organisation.alive(contact)
+            else None
+        )
+
+    def holder(self, reference: str) -> Any:
+        """Return the contact that exists and has a reference."""
+        found = self.organisation.contacts.find([("external_ref", [reference])])
+        return next((one["id"] for one in found if self.organisation.alive(one["id"])), None)
+
+    def works_of(self, contact: str) -> set[str]:
+        """Return the works and conversations in which a contact has a role."""
+        tables = (self.organisation.works, self.organisation.conversations)
+        return {one["id"] for table in tables for one in table.find([("anyone", [contact])])}
+
+    def merged(self, *pairs: Ids) -> bool:
+        """Return whether exactly these merges were carried out, and each user_ reference is on its primary."""
+        references = [str(self.reference(primary)) for primary, _ in pairs]
+        done = sorted(self.organisation.merges) == sorted(pairs)
+        return done and all(one.startswith("user_") for one in references)
