@@ -3499,9 +3499,9 @@ class BatchLoader:
         return found
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Backup: what DevRev holds of a group, on the disk
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -3514,7 +3514,10 @@ class ContactSnapshot:
     conversations: dict[str, Json]
 
     def works(self) -> dict[str, Json]:
-        return {identity: work for works in self.roles.values() for identity, work in works.items()}
+        found: dict[str, Json] = {}
+        for works in self.roles.values():
+            found.update(works)
+        return found
 
     def objects(self) -> dict[str, Json]:
         """Return everything that has a timeline, by id."""
@@ -3523,6 +3526,7 @@ class ContactSnapshot:
 
 Timelines = Mapping[str, List[Json]]
 INCOMPLETE_BACKUP = ".incomplete_"
+CONTACT_FILES = ("contact.json", "works.json", "conversations.json", "timelines.json")
 
 
 def write_backup(
@@ -3532,14 +3536,15 @@ def write_backup(
     snapshots: Sequence[ContactSnapshot],
     timelines: Timelines,
 ) -> Path:
-    """Back up a group as `<home>/<YYYYmmdd_HHMMSS>/` (UTC), `home` being the folder of its email in `backups/`. The
-    first of `snapshots` is the primary; `facts` stand in the manifest, too.
+    """Back up a group as `<home>/<YYYYmmdd_HHMMSS>/` (UTC); `home` is its email's in `backups/`.
 
-    Files are written to a temporary folder and flushed, and the folder is renamed:
-    a kill leaves no half backup. Raises OSError.
+    The first of `snapshots` is the primary; `facts` stand in the manifest, too. Files are written
+    to a temporary folder and flushed, and the folder is renamed: a kill leaves no half backup.
+    Raises OSError.
     """
     environment.make_private_dir(home)
-    # Emails are names in it. It may have come with more rights, and of another user, or on vfat, it is used as it is.
+    # Emails are names in it. It may have come with more rights, and of another user, or on vfat,
+    # it is used as it is.
     with environment.tolerate(
         f"{home.parent}: its permissions can't be set", "other users may be able to read it"
     ):
@@ -3555,21 +3560,19 @@ def write_backup(
     if aside.exists():
         shutil.rmtree(str(aside))
     aside.mkdir(mode=0o700)
-    created, tool = iso(environment.now().wall), f"merge_contacts {__version__}"
     manifest: Json = {
         "format": 1,
-        "tool": tool,
-        "created": created,
+        "tool": f"merge_contacts {__version__}",
+        "created": iso(environment.now().wall),
         **facts,
         "contacts": [],
         "files": {},
     }
     folders: set[str] = set()
     for index, snapshot in enumerate(snapshots):
-        role = "duplicate" if index else "primary"
-        folder = (
-            f"{role}_{safe_name(str(snapshot.live.get('display_id') or snapshot.contact.short_id))}"
-        )
+        role = "primary" if index == 0 else "duplicate"
+        name = str(snapshot.live.get("display_id") or snapshot.contact.short_id)
+        folder = f"{role}_{safe_name(name)}"
         if folder.casefold() in folders:  # where a file system ignores case, they are one
             folder += f"_{index}"
         folders.add(folder.casefold())
@@ -3577,9 +3580,8 @@ def write_backup(
         entry, files = snapshot_entry(snapshot, timelines)
         manifest["contacts"].append({"folder": folder, "role": role, **entry})
         for name, content in files.items():
-            size, digest = environment.create_file(
-                aside / folder / name, [to_json(content, indent=1)]
-            )
+            chunks = [to_json(content, indent=1)]
+            size, digest = environment.create_file(aside / folder / name, chunks)
             manifest["files"][f"{folder}/{name}"] = {"bytes": size, "sha256": digest}
         environment.fsync_dir(aside / folder)
     environment.create_file(aside / "manifest.json", [to_json(manifest, indent=1)])
@@ -3590,25 +3592,23 @@ def write_backup(
 
 def snapshot_entry(snapshot: ContactSnapshot, timelines: Timelines) -> tuple[Json, Json]:
     """Return what the manifest says of one contact, and its files by name."""
-    read = {
-        identity: timelines[identity] for identity in snapshot.objects() if identity in timelines
-    }
-    counts = {name: len(works) for name, works in snapshot.roles.items()}
-    counts.update(
-        conversations=len(snapshot.conversations), timeline_entries=sum(map(len, read.values()))
-    )
+    read = {one: timelines[one] for one in snapshot.objects() if one in timelines}
+    counts = {role: len(works) for role, works in snapshot.roles.items()}
+    counts["conversations"] = len(snapshot.conversations)
+    counts["timeline_entries"] = sum(map(len, read.values()))
     entry = {
         "csv": snapshot.contact.to_json(),
         "counts": counts,
-        "works": {name: list(works) for name, works in snapshot.roles.items()},
+        "works": {role: list(works) for role, works in snapshot.roles.items()},
         "conversations": list(snapshot.conversations),
     }
-    return entry, {
-        "contact.json": snapshot.live,
-        "works.json": list(snapshot.works().values()),
-        "conversations.json": list(snapshot.conversations.values()),
-        "timelines.json": read,
-    }
+    contents = (
+        snapshot.live,
+        list(snapshot.works().values()),
+        list(snapshot.conversations.values()),
+        read,
+    )
+    return entry, dict(zip(CONTACT_FILES, contents))
 
 
 def timestamp_name(epoch: float) -> str:
@@ -3616,68 +3616,88 @@ def timestamp_name(epoch: float) -> str:
     return time.strftime("%Y%m%d_%H%M%S", time.gmtime(epoch))
 
 
-def verify_backup(folder: Path) -> Json:
-    """Read a backup again from the disk and return its manifest.
+class Backup(NamedTuple):
+    """A backup that was read from the disk and found complete."""
+
+    manifest: Json
+    files: dict[str, Any]  # by their name in the manifest, parsed
+
+    def file(self, entry: Json, name: str) -> Any:
+        """Return a file of one contact, `entry` being the manifest's of it."""
+        return self.files[f"{entry['folder']}/{name}"]
+
+
+def verify_backup(folder: Path) -> Backup:
+    """Read a backup again from the disk.
 
     Raises PairError(backup_failed) naming everything that is missing, damaged or does not add up.
     """
     manifest = read_manifest(str(folder))
     problems: list[str] = []
-    contents: dict[str, Any] = {}
+    backup = Backup(manifest, {})
     try:
         for name, expected in manifest["files"].items():
             try:
-                data = (folder / name).read_bytes()
-                if (
-                    len(data) != expected["bytes"]
-                    or hashlib.sha256(data).hexdigest() != expected["sha256"]
-                ):
-                    problems.append(f"{name}: differs from what was written")
-                else:
-                    contents[name] = json.loads(data)
+                backup.files[name] = json.loads(unchanged_bytes(folder / name, expected))
             except OSError as error:
                 problems.append(f"{name}: {error.strerror}")
+            except PairError as error:
+                problems.append(f"{name}: {error}")
             except ValueError:
                 problems.append(f"{name}: not JSON")
         for entry in manifest["contacts"]:
-            names = ("contact", "works", "conversations", "timelines")
-            files: list[Any] = [contents.get(f"{entry['folder']}/{name}.json") for name in names]
-            if any(file is None for file in files):
+            names = [f"{entry['folder']}/{name}" for name in CONTACT_FILES]
+            if any(backup.files.get(name) is None for name in names):
                 problems.append(f"{entry['folder']}: not all of its files are complete")
                 continue
-            live, works, conversations, timelines = files
-            ids, talks = set(by_id(works)), set(by_id(conversations))
-            counted = {name: len(set(listed)) for name, listed in entry["works"].items()}
-            counted.update(
-                conversations=len(talks), timeline_entries=sum(map(len, timelines.values()))
-            )
-            with_timelines = ids | talks if manifest["timelines"] else set(timelines)
-            differences = {
-                "contact.json is another contact's": live["id"] != entry["csv"]["id"],
-                "works.json does not hold the works of the manifest": ids
-                != set(chain(*entry["works"].values())),
-                "conversations.json does not hold those of the manifest": talks
-                != set(entry["conversations"]),
-                "timelines.json does not hold a timeline for each object": with_timelines
-                != set(timelines),
-                f"the files hold {counted}, the manifest says {entry['counts']}": counted
-                != entry["counts"],
-            }
-            problems += [
-                f"{entry['folder']}: {words}" for words, differs in differences.items() if differs
-            ]
+            for words in contact_problems(backup, entry):
+                problems.append(f"{entry['folder']}: {words}")
     except (KeyError, TypeError, AttributeError) as error:
         problems = [f"manifest.json is not a manifest: {type(error).__name__} {error}"]
     if problems:
         raise PairError("backup_failed", f"{folder}: " + "; ".join(problems))
-    return manifest
+    return backup
+
+
+def unchanged_bytes(path: Path, expected: Json) -> bytes:
+    """Return what a file of a backup holds. Raises OSError, and PairError where it has changed."""
+    content = path.read_bytes()
+    is_same = len(content) == expected["bytes"]
+    if not is_same or hashlib.sha256(content).hexdigest() != expected["sha256"]:
+        raise PairError("backup_failed", "differs from what was written")
+    return content
+
+
+def contact_problems(backup: Backup, entry: Json) -> list[str]:
+    """Compare the files of one contact with what the manifest says of it."""
+    live, works, conversations, timelines = (backup.file(entry, name) for name in CONTACT_FILES)
+    ids = set(by_id(works))
+    talks = set(by_id(conversations))
+    counted = {role: len(set(listed)) for role, listed in entry["works"].items()}
+    counted["conversations"] = len(talks)
+    counted["timeline_entries"] = sum(map(len, timelines.values()))
+    problems = []
+    if live["id"] != entry["csv"]["id"]:
+        problems.append("contact.json is another contact's")
+    if ids != set(chain(*entry["works"].values())):
+        problems.append("works.json does not hold the works of the manifest")
+    if talks != set(entry["conversations"]):
+        problems.append("conversations.json does not hold those of the manifest")
+    if backup.manifest["timelines"] and ids | talks != set(timelines):
+        problems.append("timelines.json does not hold a timeline for each object")
+    if counted != entry["counts"]:
+        problems.append(f"the files hold {counted}, the manifest says {entry['counts']}")
+    return problems
 
 
 def ticket_count(works: Iterable[Iterable[str]]) -> int:
-    """Return the greatest number of ids in one of several lists, counting as the warehouse does: tickets and issues."""
-    return max(
-        sum(kind_of(identity) in TICKETS_AND_ISSUES for identity in set(ids)) for ids in works
-    )
+    """Return the greatest number of ids in one of several lists, counting as the warehouse does:
+    tickets and issues."""
+    greatest = 0
+    for ids in works:
+        counted = [one for one in set(ids) if kind_of(one) in TICKETS_AND_ISSUES]
+        greatest = max(greatest, len(counted))
+    return greatest
 
 
 def read_manifest(backup: str) -> Json:
@@ -3685,38 +3705,54 @@ def read_manifest(backup: str) -> Json:
     try:
         manifest: Json = json.loads((Path(backup) / "manifest.json").read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise PairError(
-            "backup_failed", f"{backup}: manifest.json can't be read ({type(error).__name__})"
-        ) from None
+        words = f"{backup}: manifest.json can't be read ({type(error).__name__})"
+        raise PairError("backup_failed", words) from None
     return manifest
+
+
+@contextlib.contextmanager
+def reading_backup(backup: str) -> Iterator[None]:
+    """Turn what reading an odd backup raises into PairError(backup_failed)."""
+    try:
+        yield
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        words = f"the backup {backup} is not complete ({type(error).__name__})"
+        raise PairError("backup_failed", words) from None
+
+
+def manifest_entry(manifest: Json, contact: str) -> Json:
+    """Return what a manifest says of the contact of this id. Raises ValueError where it is not one
+    entry, LookupError and TypeError where the manifest is none."""
+    (entry,) = (one for one in manifest["contacts"] if one["csv"]["id"] == contact)
+    return entry  # type: ignore[no-any-return]
+
+
+def backed_up_contact(backup: str, identity: str) -> Json:
+    """Return the `rev_user` of a contact as a backup holds it. Raises PairError(backup_failed)."""
+    with reading_backup(backup):
+        entry = manifest_entry(read_manifest(backup), identity)
+        path = Path(backup) / entry["folder"] / "contact.json"
+        user: Json = json.loads(path.read_bytes())
+        return user
 
 
 def objects_to_transfer(backup: str, duplicate: str) -> list[Json]:
     """Return what has to belong to the primary after the merge, as `{id, role}`.
 
-    `role` is `owned_by` or `reported_by` of a work, `members` of a conversation. Raises PairError(backup_failed).
+    `role` is `owned_by` or `reported_by` of a work, `members` of a conversation. Raises
+    PairError(backup_failed).
     """
-    try:
-        (entry,) = (
-            one for one in read_manifest(backup)["contacts"] if one["csv"]["id"] == duplicate
-        )
-        return transferred_objects(entry)
-    except (KeyError, TypeError, ValueError) as error:
-        raise PairError(
-            "backup_failed", f"the backup {backup} is not complete ({type(error).__name__})"
-        ) from None
+    with reading_backup(backup):
+        return transferred_objects(manifest_entry(read_manifest(backup), duplicate))
 
 
 def transferred_objects(entry: Json) -> list[Json]:
     """Return what a merge moves from a contact in a manifest to the primary, as `{id, role}`."""
-    return [
-        *(
-            {"id": work, "role": ROLES[role]}
-            for role in ("owned", "reported")
-            for work in entry["works"][role]
-        ),
-        *({"id": conversation, "role": "members"} for conversation in entry["conversations"]),
-    ]
+    items = []
+    for name in ("owned", "reported"):
+        items += [{"id": work, "role": ROLES[name]} for work in entry["works"][name]]
+    items += [{"id": talk, "role": "members"} for talk in entry["conversations"]]
+    return items
 
 
 def describe(backup: str, items: Iterable[Json]) -> list[Json]:
@@ -3727,9 +3763,13 @@ def describe(backup: str, items: Iterable[Json]) -> list[Json]:
             known.update(by_id(json.loads(path.read_bytes())))
     found = []
     for item in items:
-        obj, kind = known.get(item["id"], {}), kind_of(item["id"])
-        shown = {"display_id": obj.get("display_id") or item["id"], "kind": obj.get("type") or kind}
-        found.append({**item, **shown, "title": obj.get("title") or ""})
+        obj = known.get(item["id"], {})
+        shown = {
+            "display_id": obj.get("display_id") or item["id"],
+            "kind": obj.get("type") or kind_of(item["id"]),
+            "title": obj.get("title") or "",
+        }
+        found.append({**item, **shown})
     return found
 
 
@@ -4587,7 +4627,7 @@ class Preconditions:
 
     def _check_backup(self, folder: Path) -> None:
         """Raise PairError where the backup is, on the disk, not complete or does not hold what the CSV counts."""
-        for entry in verify_backup(folder)["contacts"]:
+        for entry in verify_backup(folder).manifest["contacts"]:
             grown = entry["role"] == "primary" and self.group.has_absorbed()
             policy = "at-least" if grown else self.context.options.count_policy
             problem = count_error(
@@ -4650,20 +4690,6 @@ def lost_fields(duplicate: Mapping[str, Any], primary: Mapping[str, Any]) -> lis
         elif value and value != kept:
             lost.append({"field": name, "value": value})
     return lost
-
-
-def backed_up_contact(backup: str, identity: str) -> Json:
-    """Return the `rev_user` of a contact as a backup holds it. Raises PairError(backup_failed)."""
-    try:
-        (entry,) = (
-            one for one in read_manifest(backup)["contacts"] if one["csv"]["id"] == identity
-        )
-        user: Json = json.loads((Path(backup) / entry["folder"] / "contact.json").read_bytes())
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise PairError(
-            "backup_failed", f"the backup {backup} is not complete ({type(error).__name__})"
-        ) from None
-    return user
 
 
 def check_reference(pair: Pair, primary: Json | None) -> Json:
@@ -5826,9 +5852,9 @@ def write_new_file(environment: Environment, path: Path, chunks: Iterable[bytes]
             aside.unlink()
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Undo
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 MERGED_STATES = (State.MERGED, State.VERIFYING, State.DONE, State.SETTLED)
 UNDO_STATES = (State.UNDOING, State.UNDONE, State.UNDO_SETTLED)
@@ -5850,22 +5876,21 @@ class UndoPlan:
     groups: list[Group] = field(default_factory=list)
     undone: list[Pair] = field(default_factory=list)  # by an earlier undo
     skipped: list[Pair] = field(default_factory=list)  # with code and error
-    older: list[Path] = field(
-        default_factory=list
-    )  # backups of the same email, which are left alone
+    older: list[Path] = field(default_factory=list)  # backups of the same email, left alone
     left: int = 0  # pairs that --limit leaves
 
     def pairs(self) -> list[Pair]:
-        return [pair for group in self.groups for pair in group.pairs]
+        return list(chain.from_iterable(group.pairs for group in self.groups))
 
 
 def plan_undo(
     path: Path, savepoint: SavePoint, emails: Collection[str], limit: int | None
 ) -> UndoPlan:
-    """Plan the undo of exactly the merges that `path` names, as the savepoint knows them, else as `path` tells.
+    """Plan the undo of exactly the merges that `path` names, as the savepoint knows them, else as
+    `path` tells.
 
-    What was undone and merged again later belongs to a later report, and is skipped. Of a chain (A into B, later B into
-    C) the last merge comes first. Raises FatalError(2).
+    What was undone and merged again later belongs to a later report, and is skipped. Raises
+    FatalError(2).
     """
     located, older = locate_undo(path, savepoint)
     plan = UndoPlan(located, older=older)
@@ -5884,10 +5909,8 @@ def plan_undo(
             pair.backup = named.backup
         again = merged_again(pair, savepoint)
         if again:
-            pair.code, pair.error = (
-                "merged_again",
-                f"it was merged again later; that is undone with {report_of(again)}",
-            )
+            pair.code = "merged_again"
+            pair.error = f"it was merged again later; that is undone with {report_of(again)}"
             plan.skipped.append(pair)
         elif pair.state in NOT_UNDONE:
             pair.code, pair.error = NOT_UNDONE[pair.state]
@@ -5896,144 +5919,172 @@ def plan_undo(
             plan.undone.append(pair)
         else:
             groups.setdefault(pair.primary.id, Group(pair.email, [])).pairs.append(pair)
-    if set(emails) - seen:
-        raise FatalError(
-            EXIT_USAGE,
-            f"--email: in no merge of {located}: {', '.join(sorted(set(emails) - seen))}",
-        )
-    merged_into = {
-        pair.duplicate.id: primary for primary, group in groups.items() for pair in group.pairs
-    }
-
-    def order(group: Group) -> tuple[bool, int, str]:
-        depth, primary = 0, group.primary.id
-        while primary in merged_into and depth < len(merged_into):
-            depth, primary = depth + 1, merged_into[primary]
-        return all(pair.state is not State.UNDOING for pair in group.pairs), depth, group.email
-
-    room = limit or sys.maxsize
-    for group in sorted(groups.values(), key=order):
-        is_new = order(group)[0]
-        if is_new and len(group.pairs) > room:
-            plan.left += len(group.pairs)
-            continue
-        group.pairs.sort(
-            key=lambda pair: not pair.new_ref
-        )  # the application's reference before anything else
-        plan.groups.append(group)
-        room -= len(group.pairs) if is_new else 0
+    unknown = sorted(set(emails) - seen)
+    if unknown:
+        words = f"--email: in no merge of {located}: {', '.join(unknown)}"
+        raise FatalError(EXIT_USAGE, words)
+    order_undo(plan, groups, limit or sys.maxsize)
     return plan
 
 
-def locate_undo(path: Path, savepoint: SavePoint) -> tuple[Path, list[Path]]:
-    """Return the backup folder or report that `path` means, relative to the current folder, and the older backups.
+def order_undo(plan: UndoPlan, groups: Mapping[str, Group], room: int) -> None:
+    """Put groups, by their primaries, into a plan: of new ones as many as have `room` pairs.
 
-    `backups/<email>` means the newest backup in it, by the savepoint's order, whose merge was carried out, undone since
-    or not. Raises FatalError(2).
+    What an earlier undo has begun comes first, and of a chain (A into B, later B into C) the last
+    merge.
     """
-    if not path.exists() and not path.with_name(safe_name(path.name)).exists():
-        raise FatalError(EXIT_USAGE, f"{path} does not exist")
-    path = path if path.exists() else path.with_name(safe_name(path.name))  # an address as it is
-    found, roots = (
-        path.resolve(),
-        {Path(name).resolve(): Path(name) for name in ("backups", "reports")},
-    )
-    root = next((one for one in roots if one in found.parents), None)
-    located = roots[root] / found.relative_to(root) if root else path
+    merged_into: dict[str, str] = {}
+    for primary, group in groups.items():
+        merged_into.update((pair.duplicate.id, primary) for pair in group.pairs)
+
+    def is_new(group: Group) -> bool:
+        return all(pair.state is not State.UNDOING for pair in group.pairs)
+
+    def depth(primary: str) -> int:
+        found = 0
+        while primary in merged_into and found < len(merged_into):
+            primary = merged_into[primary]
+            found += 1
+        return found
+
+    def order(group: Group) -> tuple[bool, int, str]:
+        return is_new(group), depth(group.primary.id), group.email
+
+    for group in sorted(groups.values(), key=order):
+        if is_new(group):
+            if len(group.pairs) > room:
+                plan.left += len(group.pairs)
+                continue
+            room -= len(group.pairs)
+        # The application's reference comes before anything else.
+        group.pairs.sort(key=lambda pair: not pair.new_ref)
+        plan.groups.append(group)
+
+
+def locate_undo(path: Path, savepoint: SavePoint) -> tuple[Path, list[Path]]:
+    """Return the backup folder or report that `path` means, relative to the current folder, and the
+    older backups.
+
+    `backups/<email>` means the newest backup in it, by the savepoint's order, whose merge was
+    carried out, undone since or not. Raises FatalError(2).
+    """
+    if not path.exists():
+        path_of_address = path.with_name(safe_name(path.name))
+        if not path_of_address.exists():
+            raise FatalError(EXIT_USAGE, f"{path} does not exist")
+        path = path_of_address
+    located = path
+    found = path.resolve()
+    for root in (Path("backups"), Path("reports")):
+        if root.resolve() in found.parents:
+            located = root / found.relative_to(root.resolve())
     if not located.is_dir() or (located / "manifest.json").exists():
         return located, []
     backups = sorted(one.parent for one in located.glob("[!.]*/manifest.json"))
     merged: dict[Path, int] = {}
     for backup in backups:
-        for named in merges_named(backup):
-            pair = savepoint.pair(named.ids)
-            if (
-                pair
-                and pair.state in (*MERGED_STATES, *UNDO_STATES)
-                and Path(pair.backup) == backup
-            ):
-                revision = pair.undo.merge_revision if pair.undo else savepoint.revision(pair.ids)
-                merged[backup] = max(revision, merged.get(backup, 0))
+        revision = merge_revision(backup, savepoint)
+        if revision is not None:
+            merged[backup] = revision
     if not merged:
         names = ", ".join(some([str(backup) for backup in backups])) or "none"
-        words = f"{path} holds no backup of a merge that the savepoint knows; name one of its backups: {names}"
-        raise FatalError(EXIT_USAGE, words)
+        words = f"{path} holds no backup of a merge that the savepoint knows"
+        raise FatalError(EXIT_USAGE, f"{words}; name one of its backups: {names}")
     newest = max(merged, key=lambda backup: merged[backup])
     return newest, [backup for backup in merged if backup != newest]
 
 
+def merge_revision(backup: Path, savepoint: SavePoint) -> int | None:
+    """Return the highest number of a write that recorded a merge of this backup, None where none
+    was carried out."""
+    found: list[int] = []
+    for named in merges_of_backup(backup):
+        pair = savepoint.pair(named.ids)
+        if pair is None or Path(pair.backup) != backup:
+            continue
+        if pair.undo and pair.state in (*MERGED_STATES, *UNDO_STATES):
+            found.append(pair.undo.merge_revision)
+        elif pair.state in MERGED_STATES:
+            found.append(savepoint.revision(pair.ids))
+    return max(found, default=None)
+
+
 def merges_named(path: Path) -> list[Pair]:
-    """Return the pairs of a backup folder, or those that a merge report calls merged. Raises FatalError(2)."""
+    """Return the pairs of a backup folder, or those that a merge report calls merged.
+
+    Raises FatalError(2).
+    """
+    if path.is_dir():
+        return merges_of_backup(path)
     try:
-        if path.is_dir():
-            primary, *duplicates = (
-                Contact.from_json(entry["csv"]) for entry in read_manifest(str(path))["contacts"]
-            )
-            moves = not primary.is_user
-            return [
-                Pair(
-                    primary,
-                    one,
-                    one.external_ref if moves and one.is_user else None,
-                    State.DONE,
-                    backup=str(path),
-                )
-                for one in duplicates
-            ]
-        report, pairs = json.loads(path.read_bytes()), []
-        others = (report.get(name) or () for name in ("unfinished_merges", "settled"))
-        for entry in chain(report["successful_merges"], *others):
-            primary, duplicate = (
-                Contact.from_json({
-                    **dict.fromkeys(COLUMNS, ""), "email": entry["email"], "id": entry[role]["id"],
-                    "display_name": entry[role]["display_name"], "external_ref": entry[role]["old_external_ref"],
-                    "tickets": entry[role]["tickets"],
-                })
-                for role in ("primary", "duplicate")
-            )  # fmt: skip
-            texts = [
-                getattr(one, name)
-                for one in (primary, duplicate)
-                for name in ("id", "email", "external_ref")
-            ]
-            if not all(isinstance(text, str) for text in (*texts, entry["backup"] or "")):
-                raise TypeError("another shape")
-            state = State(entry["state"])
-            pairs.append(
-                Pair(
-                    primary,
-                    duplicate,
-                    entry["new_external_ref"],
-                    state,
-                    backup=entry["backup"] or "",
-                )
-            )
+        report = json.loads(path.read_bytes())
+        entries = list(report["successful_merges"])
+        for name in ("unfinished_merges", "settled"):
+            entries += report.get(name) or ()
+        return [merge_of_entry(entry) for entry in entries]
+    except (*ODD_ANSWER, OSError):
+        hint = ""
+        beside = path.with_suffix(".json")
+        if beside != path and beside.is_file():
+            hint = f"; name {beside}"
+        words = f"{path} is neither a backup folder nor a merge report{hint}"
+        raise FatalError(EXIT_USAGE, words) from None
+
+
+def merges_of_backup(folder: Path) -> list[Pair]:
+    """Return the pairs whose contacts are in a backup. Raises FatalError(2)."""
+    try:
+        entries = read_manifest(str(folder))["contacts"]
+        primary, *duplicates = (Contact.from_json(entry["csv"]) for entry in entries)
+        pairs = [Pair(primary, one, None, State.DONE, backup=str(folder)) for one in duplicates]
+        for pair in pairs:
+            if pair.duplicate.is_user and not primary.is_user:
+                pair.new_ref = pair.duplicate.external_ref
         return pairs
     except PairError as error:
         raise FatalError(EXIT_USAGE, str(error)) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        beside = path.with_suffix(".json")
-        hint = f"; name {beside}" if beside != path and beside.is_file() else ""
-        raise FatalError(
-            EXIT_USAGE, f"{path} is neither a backup folder nor a merge report{hint}"
-        ) from None
+    except ODD_ANSWER:
+        words = f"{folder} is neither a backup folder nor a merge report"
+        raise FatalError(EXIT_USAGE, words) from None
+
+
+def merge_of_entry(entry: Json) -> Pair:
+    """Return the pair of an entry of a merge report. Raises what reading another shape raises."""
+    contacts = []
+    for role in ("primary", "duplicate"):
+        known = {
+            "email": entry["email"],
+            "id": entry[role]["id"],
+            "display_name": entry[role]["display_name"],
+            "external_ref": entry[role]["old_external_ref"],
+            "tickets": entry[role]["tickets"],
+        }
+        contact = Contact.from_json({**dict.fromkeys(COLUMNS, ""), **known})
+        for text in (contact.id, contact.email, contact.external_ref, entry["backup"] or ""):
+            if not isinstance(text, str):
+                raise TypeError("another shape")
+        contacts.append(contact)
+    primary, duplicate = contacts
+    state = State(entry["state"])
+    return Pair(primary, duplicate, entry["new_external_ref"], state, backup=entry["backup"] or "")
 
 
 def current_ids(contact: str, savepoint: SavePoint) -> list[str]:
-    """Return a contact's id, and those of the contacts that undos created again in its place; the last one exists."""
+    """Return a contact's id, and those of the contacts that undos created again in its place; the
+    last one exists."""
     ids = [contact]
     while True:
-        rows = savepoint.pairs(duplicate_id=ids[-1])
-        again = next(
-            (row.undo.contact for row in rows if row.undo and row.state in UNDO_STATES), ""
-        )
+        again = ""
+        for row in savepoint.pairs(duplicate_id=ids[-1]):
+            if row.undo and row.state in UNDO_STATES:
+                again = again or row.undo.contact
         if not again or again in ids:
             return ids
         ids.append(again)
 
 
 def merged_again(pair: Pair, savepoint: SavePoint) -> Pair | None:
-    """Return the later merge of two contacts of which an undo had created one again, if there is one."""
+    """Return the later merge of two contacts of which an undo had created one again, if any."""
     if pair.undo is None or pair.state not in UNDO_STATES or not pair.undo.contact:
         return None
     duplicates = {pair.undo.contact, *current_ids(pair.primary.id, savepoint)}
@@ -6041,10 +6092,11 @@ def merged_again(pair: Pair, savepoint: SavePoint) -> Pair | None:
         *savepoint.pairs(primary_id=pair.undo.contact),
         *savepoint.pairs(duplicate_id=pair.undo.contact),
     ]
-    again = (*UNFINISHED, State.DONE, State.SETTLED)
-    return next(
-        (row for row in rows if row.duplicate.id in duplicates and row.state in again), None
-    )
+    for row in rows:
+        is_merge = row.state in (*UNFINISHED, State.DONE, State.SETTLED)
+        if is_merge and row.duplicate.id in duplicates:
+            return row
+    return None
 
 
 def report_of(pair: Pair) -> str:
@@ -6052,105 +6104,114 @@ def report_of(pair: Pair) -> str:
     return f"reports/merge_report_{pair.undo.merge_run if pair.undo else pair.run}.json"
 
 
-# -- what was before, and what follows from it -------------------------------------------------------
+# -- what was before, and what follows from it -----------------------------------------------------
 
 Role = Tuple[str, str]  # object id, and `owned_by`, `reported_by` or `members`
 RESTORED_KINDS = ("ticket", "issue", "conversation")
 
 
+def roles_in(items: Iterable[Json]) -> set[Role]:
+    return {(item["id"], item["role"]) for item in items}
+
+
 @dataclass
 class UndoGroup:
-    """Merges into one primary that are to be undone: what the contacts were, from the backups, and what they are."""
+    """Merges into one primary that are to be undone: what the contacts were, from the backups, and
+    what they are. Duplicates are known by their ids."""
 
     pairs: Sequence[Pair]
     siblings: Sequence[Pair]  # other pairs of the primary
-    contacts: dict[str, Json] = field(default_factory=dict)  # duplicates as DevRev had them, by id
-    old_refs: dict[str, str] = field(
-        default_factory=dict
-    )  # duplicate's id -> the primary's before that merge
-    roles: dict[str, set[Role]] = field(
-        default_factory=dict
-    )  # of duplicates before the merges, by id
+    contacts: dict[str, Json] = field(default_factory=dict)  # duplicates as DevRev had them
+    old_refs: dict[str, str] = field(default_factory=dict)  # the primary's before each merge
+    roles: dict[str, set[Role]] = field(default_factory=dict)  # of duplicates before the merges
     primary_roles: set[Role] = field(default_factory=set)  # before the merges
     primary: Json = field(default_factory=dict)  # as DevRev has it now
-    aliases: dict[str, str] = field(
-        default_factory=dict
-    )  # id that no longer exists -> of the contact in its place
+    # Ids that no longer exist, and those of the contacts in their place.
+    aliases: dict[str, str] = field(default_factory=dict)
     is_recreated: bool = False  # whether the primary itself was created by an earlier undo
 
     def ids(self) -> set[str]:
-        """Return the ids of the group: as it was, and as far as it was created again for other pairs."""
-        return {
-            self.primary["id"],
-            *self.aliases,
-            *(one for pair in (*self.pairs, *self.siblings) for one in pair.ids),
-        }
+        """Return the ids of the group: as it was, and as far as it was created again."""
+        found = {self.primary["id"], *self.aliases}
+        for pair in (*self.pairs, *self.siblings):
+            found.update(pair.ids)
+        return found
 
     def references(self, pair: Pair) -> tuple[list[str], str | None]:
-        """Return the primary's reference before the merge with what may stand in for it, and the one that moved to it.
+        """Return the primary's reference before the merge with what may stand in for it, and the
+        one that moved to it.
 
         DevRev may refuse the `REVU-` reference of an old id to a contact that was created again.
         """
-        old, own = self.old_refs[pair.duplicate.id], str(self.primary.get("display_id"))
+        old = self.old_refs[pair.duplicate.id]
+        own = str(self.primary.get("display_id"))
+        possible = [old]
+        if self.is_recreated and old.startswith("REVU-") and own != old:
+            possible.append(own)
         moved = str(self.contacts[pair.duplicate.id].get("external_ref"))
-        stand_in = [own] if self.is_recreated and old.startswith("REVU-") and own != old else []
-        return [old, *stand_in], moved if pair.new_ref and moved != old else None
+        return possible, moved if pair.new_ref and moved != old else None
 
     def staying_roles(self, pair: Pair) -> set[Role]:
-        """Return where the primary stays: where it had the role itself, or stands for another duplicate."""
+        """Return where the primary stays: where it had the role itself, or stands for another
+        duplicate."""
         stays = set(self.primary_roles)
         for one in (*self.pairs, *self.siblings):
-            roles, undo = self.roles.get(one.duplicate.id, set()), one.undo
             if one is pair or one.state not in (*MERGED_STATES, State.UNDOING):
                 continue
+            roles = self.roles.get(one.duplicate.id, set())
+            undo = one.undo
             if one.state is State.UNDOING and undo and undo.contact and undo.left is not None:
-                roles = roles & {
-                    (item["id"], item["role"]) for item in undo.left
-                }  # what it has not got again yet
+                roles = roles & roles_in(undo.left)  # what it has not got again yet
             stays |= roles
         return stays
 
+    def add_backup(self, folder: str, backup: Backup) -> None:
+        """Take in what a backup holds. Backups are added in the order in which they were made."""
+        known = [*self.pairs, *self.siblings]
+        primaries = {pair.primary.id for pair in known}
+        here = {entry["csv"]["id"] for entry in backup.manifest["contacts"]}
+        # What the primary has by then from a duplicate that no longer exists is not its own.
+        from_others: set[Role] = set()
+        for pair in known:
+            if pair.duplicate.id not in here:
+                from_others |= self.roles.get(pair.duplicate.id, set())
+        for entry in backup.manifest["contacts"]:
+            identity = entry["csv"]["id"]
+            user = backup.file(entry, "contact.json")
+            roles = roles_in(transferred_objects(entry))
+            if identity not in primaries:
+                self.contacts[identity] = user
+                self.roles[identity] = roles
+                continue
+            self.primary_roles |= roles - from_others
+            for pair in known:
+                if pair.backup == folder:
+                    self.old_refs[pair.duplicate.id] = str(user.get("external_ref"))
+
 
 def read_backups(pairs: Sequence[Pair], siblings: Sequence[Pair]) -> UndoGroup:
-    """Read and check the backups of the pairs to undo, and of all other pairs with the same primary.
+    """Read and check the backups of the pairs to undo, and of all other pairs of the primary.
 
     Raises PairError(backup_failed). The backups of siblings that were undone may be missing.
     """
-    before, known = UndoGroup(pairs, siblings), [*pairs, *siblings]
-    primaries = {pair.primary.id for pair in known}
-    needed = {
-        pair.backup
-        for pair in known
-        if pair not in siblings or pair.state in (*MERGED_STATES, State.UNDOING)
-    }
-    manifests = []
-    for folder in sorted({pair.backup for pair in known}):
+    needed = {pair.backup for pair in pairs}
+    for pair in siblings:
+        if pair.state in (*MERGED_STATES, State.UNDOING):
+            needed.add(pair.backup)
+    backups: dict[str, Backup] = {}
+    for folder in sorted({pair.backup for pair in (*pairs, *siblings)}):
         try:
-            manifests.append((verify_backup(Path(folder)), folder))
+            backups[folder] = verify_backup(Path(folder))
         except PairError:
             if folder in needed:
                 raise
-    for manifest, folder in sorted(manifests, key=lambda one: str(one[0]["created"])):
-        entries = {entry["csv"]["id"]: entry for entry in manifest["contacts"]}
-        # What the primary has by then from a duplicate that no longer exists is not its own.
-        gone = [
-            before.roles.get(pair.duplicate.id, set())
-            for pair in known
-            if pair.duplicate.id not in entries
-        ]
-        for identity, entry in entries.items():
-            user = json.loads((Path(folder) / entry["folder"] / "contact.json").read_bytes())
-            roles = {(item["id"], item["role"]) for item in transferred_objects(entry)}
-            if identity in primaries:
-                before.primary_roles |= roles.difference(*gone)
-                mine = (pair.duplicate.id for pair in known if pair.backup == folder)
-                before.old_refs.update((one, str(user.get("external_ref"))) for one in mine)
-            else:
-                before.contacts[identity], before.roles[identity] = user, roles
+    found = UndoGroup(pairs, siblings)
+    for folder in sorted(backups, key=lambda folder: str(backups[folder].manifest["created"])):
+        found.add_backup(folder, backups[folder])
     for pair in pairs:
-        if pair.duplicate.id not in before.contacts or pair.duplicate.id not in before.old_refs:
+        if pair.duplicate.id not in found.contacts or pair.duplicate.id not in found.old_refs:
             raise PairError("backup_failed", f"the backup {pair.backup} does not hold {into(pair)}")
-    return before
+    return found
 
 
 def plan_restore(
@@ -6161,26 +6222,30 @@ def plan_restore(
     aliases: Mapping[str, str],
     stays: set[Role],
 ) -> tuple[dict[str, list[str]], list[Json]]:
-    """Plan what gives `contact` its `roles` on an object as it is now: role -> ids to set, and what is left to others.
+    """Plan what gives `contact` its `roles` on an object as it is now: role -> ids to set, and what
+    is left to others.
 
-    The contact replaces the primary, or joins it where the primary `stays`; everyone else stays. `aliases` are ids of
-    contacts that no longer exist, and the ids of those that were created again in their place.
+    The contact replaces the primary, or joins it where the primary `stays`; everyone else stays.
+    `aliases` are ids of contacts that no longer exist, and the ids of those that were created again
+    in their place.
     """
     changes: dict[str, list[str]] = {}
-    left = []
+    left: list[Json] = []
+    if obj is None:
+        return changes, [{"role": role, "why": "deleted"} for role in sorted(roles)]
     for role in sorted(roles):
-        now = [person["id"] for person in (obj or {}).get(role) or ()]
-        people = list(
-            dict.fromkeys(aliases.get(one, one) for one in now)
-        )  # a merge may have left the old id
+        now = [person["id"] for person in obj.get(role) or ()]
+        # A merge may have left the old id.
+        people = list(dict.fromkeys(aliases.get(one, one) for one in now))
         if contact not in people:
             if primary not in people:
-                left.append({"role": role, "why": "deleted" if obj is None else "given to others"})
+                left.append({"role": role, "why": "given to others"})
                 continue
             at = people.index(primary)
-            people[at : at + 1] = (
-                [primary, contact] if obj and (obj["id"], role) in stays else [contact]
-            )
+            if (obj["id"], role) in stays:
+                people.insert(at + 1, contact)
+            else:
+                people[at] = contact
         if people != now:
             changes[role] = people
     return changes, left
@@ -6189,13 +6254,14 @@ def plan_restore(
 def plan_fields(pair: Pair, live: Json) -> tuple[Json, list[Json]]:
     """Plan what removes from the primary, as it is now, the fields that a merge carried to it.
 
-    Of phone numbers the added ones go; any other field gets its old value if it still has the one that the merge wrote.
-    Return the fields to set, and `{field, value, why}` of those that stay.
+    Of phone numbers the added ones go; any other field gets its old value if it still has the one
+    that the merge wrote. Return the fields to set, and `{field, value, why}` of those that stay.
     """
     update: Json = {}
-    left = []
+    left: list[Json] = []
     for name, carried in pair.fields_to_carry.items():
-        value, old = live.get(name), pair.fields_before.get(name)
+        value = live.get(name)
+        old = pair.fields_before.get(name)
         if name == "phone_numbers":
             added = set(carried).difference(old or ())
             kept = [number for number in value or () if number not in added]
@@ -6208,7 +6274,7 @@ def plan_fields(pair: Pair, live: Json) -> tuple[Json, list[Json]]:
     return update, left
 
 
-# -- the check ---------------------------------------------------------------------------------------
+# -- the check -------------------------------------------------------------------------------------
 
 
 async def check_group_to_undo(
@@ -6218,71 +6284,67 @@ async def check_group_to_undo(
 
     `writable_kinds` learns which kinds of objects the token may write. Raises PairError.
     """
-    api, savepoint, pairs, name = (
-        context.api,
-        context.savepoint,
-        group.pairs,
-        group.primary.short_id,
-    )
-    ids, mine = current_ids(group.primary.id, savepoint), {pair.ids for pair in group.pairs}
-    siblings = [
-        row for one in ids for row in savepoint.pairs(primary_id=one) if row.ids not in mine
-    ]
+    api = context.api
+    savepoint = context.savepoint
+    pairs = group.pairs
+    ids = current_ids(group.primary.id, savepoint)
+    mine = {pair.ids for pair in pairs}
+    siblings: list[Pair] = []
+    for one in ids:
+        siblings += [row for row in savepoint.pairs(primary_id=one) if row.ids not in mine]
     found = await context.environment.run_in_thread(read_backups, pairs, siblings)
-    found.is_recreated, found.aliases = len(ids) > 1, dict.fromkeys(ids[:-1], ids[-1])
+    found.is_recreated = len(ids) > 1
+    found.aliases = dict.fromkeys(ids[:-1], ids[-1])
     for pair in (*pairs, *siblings):
         if pair.undo and pair.undo.contact:
             found.aliases[pair.duplicate.id] = pair.undo.contact
     primary = await api.contact(ids[-1])
     if primary is None:
-        later = savepoint.pairs(duplicate_id=ids[-1])
-        onward = next(
-            (row for row in later if row.state in (*UNFINISHED, *MERGED_STATES, State.UNDOING)),
-            None,
-        )
-        if onward:
-            words = f"{name} was merged into {onward.primary.short_id} later; undo {report_of(onward)} first"
-            raise PairError("merged_onward", words)
-        raise PairError("not_found", f"the primary {name} no longer exists in DevRev")
+        raise primary_gone(group.primary, savepoint.pairs(duplicate_id=ids[-1]))
     if primary.get("state") != "active":
-        raise PairError("not_active", f"the primary {name} is {primary.get('state')}, not active")
+        words = f"the primary {group.primary.short_id} is {primary.get('state')}, not active"
+        raise PairError("not_active", words)
     found.primary = primary
-    there = [
-        pair.duplicate.short_id for pair in pairs if not await no_longer_exists(api, found, pair)
-    ]
+    there = []
+    for pair in pairs:
+        if not await no_longer_exists(api, found, pair):
+            there.append(pair.duplicate.short_id)
     if there:
-        raise PairError(
-            "not_merged", f"not merged, or not yet, because still there: {', '.join(there)}"
-        )
+        words = f"not merged, or not yet, because still there: {', '.join(there)}"
+        raise PairError("not_merged", words)
     for pair in pairs:
         check_moved_reference(found, pair)
     if not context.options.preview:
-        objects = {identity for pair in pairs for identity, _ in found.roles[pair.duplicate.id]}
+        objects: set[str] = set()
+        for pair in pairs:
+            objects.update(identity for identity, _ in found.roles[pair.duplicate.id])
         await check_write_access(api, sorted(objects), writable_kinds)
     return found
 
 
+def primary_gone(primary: Contact, later: Iterable[Pair]) -> PairError:
+    """Return why a primary that no longer exists can't be undone; `later` are its own merges."""
+    for row in later:
+        if row.state in (*UNFINISHED, *MERGED_STATES, State.UNDOING):
+            words = f"{primary.short_id} was merged into {row.primary.short_id} later"
+            return PairError("merged_onward", f"{words}; undo {report_of(row)} first")
+    return PairError("not_found", f"the primary {primary.short_id} no longer exists in DevRev")
+
+
 async def no_longer_exists(api: DevRevAPI, group: UndoGroup, pair: Pair) -> bool:
-    """Return whether the duplicate no longer exists. Where polls give no usable answer for good, lists decide."""
+    """Return whether the duplicate no longer exists. Where polls give no usable answer for good,
+    lists decide."""
     duplicate = pair.duplicate.id
     try:
-        return (
-            await api.poll_duplicate(group.primary["id"], duplicate, ANY_OPTIONS)
-            is not DuplicateStatus.EXISTS
-        )
+        status = await api.poll_duplicate(group.primary["id"], duplicate, ANY_OPTIONS)
+        return status is not DuplicateStatus.EXISTS
     except (ApiError, NoUsableResponse) as error:
-        log.info(
-            "%s: lists decide whether %s still exists: %s",
-            pair.email,
-            pair.duplicate.short_id,
-            error,
-        )
+        name = pair.duplicate.short_id
+        log.info("%s: lists decide whether %s still exists: %s", pair.email, name, error)
         listed = (await api.contacts_by_email([pair.duplicate.email.strip()])).items
-        listed += await api.holders_of(
-            str(group.contacts[duplicate].get("external_ref")), ANY_OPTIONS
-        )
-        there = (one for one in listed if one["id"] == duplicate and one.get("state") != "deleted")
-        return all(isinstance(one.get("primary_identity"), dict) for one in there)
+        reference = str(group.contacts[duplicate].get("external_ref"))
+        listed += await api.holders_of(reference, ANY_OPTIONS)
+        return all(is_gone(one) for one in listed if one["id"] == duplicate)
     except PairError as problem:
         # DevRev may name the contact that the primary was merged into before it was created again.
         if problem.code == "merged_into_another" and group.is_recreated:
@@ -6291,30 +6353,31 @@ async def no_longer_exists(api: DevRevAPI, group: UndoGroup, pair: Pair) -> bool
 
 
 def check_moved_reference(group: UndoGroup, pair: Pair) -> None:
-    """Check that the primary has the reference that the merge gave it, or its old one where that may be."""
-    reference, (old, moved) = group.primary.get("external_ref"), group.references(pair)
+    """Check that the primary has the reference that the merge gave it, or its old one where that
+    may be. Raises PairError(external_ref_changed)."""
+    reference = group.primary.get("external_ref")
+    old, moved = group.references(pair)
     if moved and reference == moved:
         return
-    others = {
-        row.new_ref for row in (*group.siblings, *group.pairs) if row is not pair and row.new_ref
-    }
-    if moved is None and reference in (*old, *others, *group.old_refs.values()):
+    others = {row.new_ref for row in (*group.siblings, *group.pairs) if row is not pair}
+    if moved is None and reference in {*old, *others - {None}, *group.old_refs.values()}:
         return
-    # An undo may have started, a merge may have ended before its reference moved, and two may have had the same.
-    is_open = (
-        pair.state is State.UNDOING or pair.state in (*UNFINISHED, State.SETTLED) or not pair.run
-    )
-    if reference in old and ((is_open and pair.state is not State.VERIFYING) or moved in others):
+    # An undo may have started, a merge may have ended before its reference moved, and two may have
+    # had the same.
+    is_open = pair.state in (State.UNDOING, State.SETTLED, *REQUESTED_STATES, State.MERGED)
+    is_unknown = not pair.run and pair.state is not State.VERIFYING
+    if reference in old and (is_open or is_unknown or moved in others):
         return
-    name, right = pair.primary.short_id, moved or old[0]
-    words = f"another user gave {name} the reference {reference or 'none'}; set {right} again, undo again"
-    raise PairError("external_ref_changed", words)
+    words = f"another user gave {pair.primary.short_id} the reference {reference or 'none'}"
+    hint = f"set {moved or old[0]} again, undo again"
+    raise PairError("external_ref_changed", f"{words}; {hint}")
 
 
 async def check_write_access(
     api: DevRevAPI, objects: Iterable[str], writable_kinds: set[str]
 ) -> None:
-    """Set nothing on an object of each kind: a token that may not write is refused while all is as it was."""
+    """Set nothing on an object of each kind: a token that may not write is refused while all is as
+    it was."""
     refused: dict[str, ApiError] = {}
     for identity in objects:
         kind = kind_of(identity)
@@ -6335,13 +6398,14 @@ async def check_write_access(
         raise PairError("forbidden", f"the token may not call {endpoint} (403): {refused[kind]}")
 
 
-# -- the run -----------------------------------------------------------------------------------------
+# -- the run ---------------------------------------------------------------------------------------
 
 
-class PairUndo:
-    """The undo of one merge: the primary's old reference, the contact, the primary's fields, then object after object.
+class Recreation:
+    """Creates the contact of an undo again, once, whatever becomes of the answers.
 
-    Nothing runs beside it, and between the freed reference and the new contact nothing waits or interrupts.
+    DevRev makes no second contact with the same reference, so one with its reference is simply
+    requested again; one without is looked for first.
     """
 
     FIELDS = (
@@ -6353,207 +6417,127 @@ class PairUndo:
         "display_picture",
         "rev_org",
     )
-    UNITS = 8  # of quota for what follows the freed reference: the contact, perhaps with fewer fields, or the way back
     PATIENCE = 10.0  # seconds for which a contact that may have been created is looked for at most
-    ATTEMPTS = 6  # times that an object is read and written before it is given up
 
-    def __init__(self, context: GroupContext, group: UndoGroup, pair: Pair, path: Path) -> None:
-        self.context, self.api, self.savepoint = context, context.api, context.savepoint
-        self.group, self.pair = group, pair
-        self.old, self.moved = group.references(pair)
-        if pair.undo and pair.state is State.UNDOING:
-            self.undo = pair.undo
-        else:  # none has started, or one was refused, so that the merge stands as it was
-            was = pair.undo or UndoProgress("", "", pair.run, self.savepoint.revision(pair.ids))
-            self.undo = UndoProgress(
-                str(path), pair.state.value, was.merge_run, was.merge_revision, was.forbidden
-            )
-        self.reservation = Reservation()
-        self.options = RequestOptions(FINISH, self.reservation, self.UNITS)
+    def __init__(
+        self, context: GroupContext, group: UndoGroup, pair: Pair, undo: UndoProgress
+    ) -> None:
+        self.context = context
+        self.api = context.api
+        self.group = group
+        self.pair = pair
+        self.undo = undo
+        self.known = creation_fields(group.contacts[pair.duplicate.id])
+        self._forget()
+        self._may_exist = undo.contacts_before is not None  # an earlier request may have created it
 
-    async def run(self) -> None:
-        """Undo the merge; in a preview only find out what would be left to others."""
-        pair, undo, primary = self.pair, self.undo, self.group.primary
-        pair.undo = undo
-        update, undo.fields_left = plan_fields(pair, primary)
-        if self.context.options.preview:
-            await self._restore_objects()
-            return
-        undo.fields_removed = {
-            **{name: primary.get(name) for name in update},
-            **undo.fields_removed,
-        }
-        has_moved = self.moved is not None and primary.get("external_ref") == self.moved
-        undo.reference_free = undo.reference_free or (has_moved and not undo.contact)
-        pair.state, pair.code, pair.error = State.UNDOING, "", ""
-        await self.savepoint.save(pair)
-        try:
-            self.context.cancel_token.raise_if_cancelled()  # what has not started is not shielded
-            with self.context.cancel_token.shield():
-                if undo.reference_free and has_moved:
-                    await self._free_reference(update)
-                try:
-                    await self._create()
-                except PairError as problem:
-                    if problem.code in ("contact_refused", "forbidden"):
-                        undo.forbidden = problem.code == "forbidden"
-                        await self._return_reference(problem)
-                    raise
-        finally:
-            self.api.scheduler.release(self.reservation)
-        self.group.aliases[pair.duplicate.id] = undo.contact
-        await self._remove_fields()
-        await self._restore_objects()
-        pair.state, pair.code, pair.error = State.UNDONE, "", ""
-        await self.savepoint.save(pair)
-        log.info("%s: undone, %s is %s now", pair.email, pair.duplicate.short_id, undo.display_id)
+    def _forget(self) -> None:
+        """Begin anew, with no request under way."""
+        self._since = self.context.environment.now()
+        self._pause = 0.2
+        self._may_exist = False
+        self._is_lost = False  # this run has a request without an answer
+        self._refusal = ""  # why the last request has created nothing, as far as is known
 
-    async def _free_reference(self, fields: Json) -> None:
-        """Give the primary its old reference, and in the same update its old values of carried `fields`.
+    async def run(self, options: RequestOptions) -> Json:
+        """Return the contact, with the fields that DevRev takes.
 
-        Whatever of it is refused, the reference goes alone at once. After a lost answer the primary is read before the
-        update is sent again.
+        Raises PairError: contact_refused, forbidden, external_ref_conflict, contact_not_confirmed.
         """
-        primary, old, moved = self.group.primary["id"], self.old, self.moved
-        bodies = [{"external_ref": old[0], **fields}] if fields else []
-        bodies += [{"external_ref": reference} for reference in old]
-        problem: PairError = PairError(
-            "external_ref_not_set", "DevRev answered with another reference"
-        )
-        started, deadline = self.context.environment.now(), FIRST_DEADLINE
-        options = self.options._replace(priority=MERGE)
-        while bodies:
-            try:
-                user = await self.api.update_contact(primary, bodies[0], options, deadline)
-            except ApiError as api_error:
-                problem, user = api_error, self.group.primary
-            except NoUsableResponse as error:
-                problem, user = error, await self.api.contact(primary, self.options) or {}
-                deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
-                waited = self.context.environment.elapsed(started)
-                if user.get("external_ref") == moved and waited < self.PATIENCE:
-                    continue
-            if user.get("external_ref") in old:
-                self.group.primary = user
-                return
-            if user.get("external_ref") != moved:
-                break  # another user's
-            options = self.options
-            bodies.pop(0)
-        live = await self.api.contact(primary, self.options)
-        if live and live.get("external_ref") == moved:
-            await self._save_as_before()
-        raise PairError(
-            problem.code, f"the primary did not get its old reference {old[0]}: {problem}"
-        )
-
-    async def _create(self) -> None:
-        """Create the contact with the fields that DevRev takes, and save its id.
-
-        DevRev makes no second contact with the same reference, so one with its reference is simply requested again; one
-        without is looked for first. Raises PairError: contact_refused, forbidden, external_ref_conflict,
-        contact_not_confirmed.
-        """
-        pair, undo = self.pair, self.undo
-        if undo.contact:  # by an undo that was not finished
-            return
-        now, merge_timeout = self.context.environment.now, self.context.options.merge_timeout
-        known, name = (
-            creation_fields(self.group.contacts[pair.duplicate.id]),
-            pair.duplicate.short_id,
-        )
-        since, pause, may_exist, lost, why = now(), 0.2, undo.contacts_before is not None, False, ""
-        user: Json | None = None
-        while user is None:
-            fields = {one: value for one, value in known.items() if one not in undo.left_out}
-            reference = fields.get("external_ref")
-            is_vital = (
-                reference is not None and pair.duplicate.is_user
-            )  # the application knows the person by it
-            if undo.contacts_before is not None:
-                user = await self._find(fields)
+        while True:
+            left_out = self.undo.left_out
+            fields = {name: one for name, one in self.known.items() if name not in left_out}
+            if self.undo.contacts_before is not None:  # it was requested
+                user = await self._find(fields, options)
                 if user:
-                    break
-                if why or (may_exist and reference is None):
-                    limit = (
-                        merge_timeout
-                        if lost and not is_vital
-                        else min(self.PATIENCE, merge_timeout / 4)
-                    )
-                    if (is_vital or may_exist) and self.context.environment.elapsed(
-                        since
-                    ) < limit:  # lists may lag
-                        await self.context.cancel_token.sleep(pause)
-                        pause = min(self.PATIENCE, 1.6 * pause)
-                        if reference is None:
-                            continue
-                    elif is_vital:
-                        raise PairError(
-                            "contact_refused", f"{name} could not be created again: {why}"
-                        )
-                    elif reference is not None:
-                        undo.left_out["external_ref"], undo.contacts_before = why, None
-                        since, may_exist, lost, why = now(), False, False, ""
-                        continue
-                    elif lost:
-                        words = f"it is not known whether {name} was created again; undo again, which looks for it"
-                        raise PairError("contact_not_confirmed", words)
-            listed = [] if reference else await self._listed()
-            undo.contacts_before = (
-                [] if reference else sorted({*(one["id"] for one in listed), *self.group.ids()})
-            )
-            await self.savepoint.save(pair)
+                    return user
+                if not await self._may_request_again("external_ref" in fields):
+                    continue
+            before: list[str] = []
+            if "external_ref" not in fields:
+                listed = {user["id"] for user in await self._listed(options)}
+                before = sorted(listed | self.group.ids())
+            self.undo.contacts_before = before
+            await self.context.savepoint.save(self.pair)
             try:
-                user = await self.api.create_contact(fields, self.options)
+                return await self.api.create_contact(fields, options)
             except NoUsableResponse as error:
-                lost, may_exist, why = True, True, str(error)
-            except ApiError as api_error:
-                why = str(api_error)
-                refused = refused_fields(api_error, fields, is_vital)
-                if refused:
-                    undo.left_out.update(dict.fromkeys(refused, why))
-                    undo.contacts_before, why = None, ""
-                elif api_error.status != 409 or reference is None:
-                    code = "forbidden" if api_error.status == 403 else "contact_refused"
-                    raise PairError(code, f"{name} could not be created again: {why}") from None
-        undo.contact, undo.display_id, undo.reference_free = (
-            user["id"],
-            str(user.get("display_id")),
-            False,
-        )
-        await self.savepoint.save(pair)
+                self._is_lost = True
+                self._may_exist = True
+                self._refusal = str(error)
+            except ApiError as error:
+                self._note_refusal(error, fields)
 
-    async def _find(self, fields: Json) -> Json | None:
-        """Return the contact that was requested, if it exists. A reference is looked up in the whole organisation.
+    def _note_refusal(self, error: ApiError, fields: Json) -> None:
+        """Leave out the fields that DevRev does not take. Raises PairError where it is not that."""
+        # The application knows the person by its own reference.
+        is_vital = "external_ref" in fields and self.pair.duplicate.is_user
+        self._refusal = str(error)
+        refused = refused_fields(error, fields, is_vital)
+        if refused:
+            self.undo.left_out.update(dict.fromkeys(refused, self._refusal))
+            self.undo.contacts_before = None
+            self._refusal = ""
+        elif error.status != 409 or "external_ref" not in fields:
+            code = "forbidden" if error.status == 403 else "contact_refused"
+            raise PairError(code, self._refused_words())
+
+    def _refused_words(self) -> str:
+        return f"{self.pair.duplicate.short_id} could not be created again: {self._refusal}"
+
+    async def _may_request_again(self, has_reference: bool) -> bool:
+        """Wait, for lists may lag, and return whether the contact may be requested again.
+
+        False: it is looked for first. Raises PairError where it is given up.
+        """
+        is_vital = has_reference and self.pair.duplicate.is_user
+        if not self._refusal and (has_reference or not self._may_exist):
+            return True
+        limit = min(self.PATIENCE, self.context.options.merge_timeout / 4)
+        if self._is_lost and not is_vital:
+            limit = self.context.options.merge_timeout
+        waited = self.context.environment.elapsed(self._since)
+        if (is_vital or self._may_exist) and waited < limit:
+            await self.context.cancel_token.sleep(self._pause)
+            self._pause = min(self.PATIENCE, 1.6 * self._pause)
+            return has_reference
+        if is_vital:
+            raise PairError("contact_refused", self._refused_words())
+        if has_reference:
+            self.undo.left_out["external_ref"] = self._refusal
+            self.undo.contacts_before = None
+            self._forget()
+            return False
+        if self._is_lost:
+            words = f"it is not known whether {self.pair.duplicate.short_id} was created again"
+            hint = "undo again, which looks for it"
+            raise PairError("contact_not_confirmed", f"{words}; {hint}")
+        return True
+
+    async def _find(self, fields: Json, options: RequestOptions) -> Json | None:
+        """Return the contact that was requested, if it exists. A reference is looked up in the
+        whole organisation.
 
         Raises PairError(external_ref_conflict) where the reference belongs to another contact.
         """
-        reference, other = fields.get("external_ref"), None  # type: str | None, Json | None
+        reference = fields.get("external_ref")
         if reference is None:
-            new = (
-                user
-                for user in await self._listed()
-                if user["id"] not in (self.undo.contacts_before or ())
-            )
-            return next(
-                (
-                    user
-                    for user in new
-                    if user.get("external_ref") in (None, "", user.get("display_id"))
-                ),
-                None,
-            )
-        for holder in await self.api.holders_of(reference, self.options):
-            # Lists lag behind contacts that no longer exist, or no longer have the reference.
-            is_old = holder["id"] in self.group.ids()
-            user = None if is_old else await self.api.contact(holder["id"], self.options)
-            if (
-                user is None
-                or user.get("external_ref") != reference
-                or user.get("state") == "deleted"
-            ):
+            for user in await self._listed(options):
+                is_new = user["id"] not in (self.undo.contacts_before or ())
+                own = (None, "", user.get("display_id"))
+                if is_new and user.get("external_ref") in own:
+                    return user
+            return None
+        other: Json | None = None
+        for holder in await self.api.holders_of(reference, options):
+            if holder["id"] in self.group.ids():
                 continue
-            is_here = rev_org_id(user) in (None, fields.get("rev_org")) or "rev_org" not in fields
+            # Lists lag behind contacts that no longer exist, or no longer have the reference.
+            user = await self.api.contact(holder["id"], options) or {"state": "deleted"}
+            if user["state"] == "deleted" or user.get("external_ref") != reference:
+                continue
+            is_here = rev_org_id(user) in (None, fields.get("rev_org"), rev_org_id(fields))
+            is_here = is_here or "rev_org" not in fields
             if is_here and email_of(user) == email_key(fields["email"]):
                 return user
             other = user
@@ -6563,138 +6547,252 @@ class PairUndo:
             raise PairError("external_ref_conflict", f"{who} has the reference {reference} now")
         return None
 
-    async def _listed(self) -> list[Json]:
+    async def _listed(self, options: RequestOptions) -> list[Json]:
         body = {"email": [self.pair.duplicate.email.strip()]}
-        return (await self.api.pages("rev-users.list", "rev_users", body, self.options)).items
+        return (await self.api.pages("rev-users.list", "rev_users", body, options)).items
+
+
+def creation_fields(user: Json) -> Json:
+    """Return what a contact is created again with: the fields that can be set, of `user` as its
+    backup has it."""
+    picture = user.get("display_picture")
+    picture_id = picture.get("id") if isinstance(picture, dict) else None
+    known = {**user, "display_picture": picture_id, "rev_org": rev_org_id(user)}
+    return {name: known[name] for name in Recreation.FIELDS if known.get(name)}
+
+
+def refused_fields(error: ApiError, fields: Json, is_vital: bool) -> list[str]:
+    """Return which fields to leave out after a 400: the one that it names, else all that say little
+    of a person. The email never goes, nor the reference where it `is_vital`."""
+    if error.status != 400:
+        return []
+    named = re.split(r"\W", str(error.data.get("field_name")))[0]
+    if named == "email" or (named == "external_ref" and is_vital):
+        return []
+    if named in fields:
+        return [named]
+    return [name for name in ("description", "phone_numbers", "display_picture") if name in fields]
+
+
+class PairUndo:
+    """The undo of one merge: the primary's old reference, the contact, the primary's fields, then
+    object after object.
+
+    Nothing runs beside it, and between the freed reference and the new contact nothing waits or
+    interrupts.
+    """
+
+    # Of quota for what follows the freed reference: the contact, perhaps with fewer fields, or the
+    # way back.
+    UNITS = 8
+    PATIENCE = 10.0  # seconds for which an update without an answer is repeated
+    ATTEMPTS = 6  # times that an object is read and written before it is given up
+
+    def __init__(self, context: GroupContext, group: UndoGroup, pair: Pair, path: Path) -> None:
+        self.context = context
+        self.api = context.api
+        self.savepoint = context.savepoint
+        self.group = group
+        self.pair = pair
+        self.old, self.moved = group.references(pair)
+        if pair.undo and pair.state is State.UNDOING:
+            self.undo = pair.undo
+        else:  # none has started, or one was refused, so that the merge stands as it was
+            revision = self.savepoint.revision(pair.ids)
+            was = pair.undo or UndoProgress("", "", pair.run, revision)
+            self.undo = replace(was, path=str(path), state_before=pair.state.value, contact="")
+        self.reservation = Reservation()
+        self.options = RequestOptions(FINISH, self.reservation, self.UNITS)
+
+    async def run(self) -> None:
+        """Undo the merge; in a preview only find out what would be left to others."""
+        pair = self.pair
+        undo = self.undo
+        pair.undo = undo
+        update, undo.fields_left = plan_fields(pair, self.group.primary)
+        if self.context.options.preview:
+            await self._restore_objects()
+            return
+        has_moved = self.moved is not None and self.group.primary.get("external_ref") == self.moved
+        undo.reference_free = undo.reference_free or (has_moved and not undo.contact)
+        pair.state, pair.code, pair.error = State.UNDOING, "", ""
+        await self.savepoint.save(pair)
+        try:
+            self.context.cancel_token.raise_if_cancelled()  # what has not started is not shielded
+            with self.context.cancel_token.shield():
+                if undo.reference_free and has_moved:
+                    await self._free_reference()
+                if not undo.contact:
+                    await self._create()
+        finally:
+            self.api.scheduler.release(self.reservation)
+        self.group.aliases[pair.duplicate.id] = undo.contact
+        await self._remove_fields()
+        await self._restore_objects()
+        pair.state, pair.code, pair.error = State.UNDONE, "", ""
+        await self.savepoint.save(pair)
+        log.info("%s: undone, %s is %s now", pair.email, pair.duplicate.short_id, undo.display_id)
+
+    async def _free_reference(self) -> None:
+        """Give the primary its old reference. After a lost answer it is read before the update is
+        sent again. Raises PairError where it can't be set."""
+        primary = self.group.primary["id"]
+        references = list(self.old)
+        problem = PairError("external_ref_not_set", "DevRev answered with another reference")
+        started = self.context.environment.now()
+        deadline = FIRST_DEADLINE
+        options = self.options._replace(priority=MERGE)
+        while references:
+            body = {"external_ref": references[0]}
+            user = self.group.primary
+            try:
+                user = await self.api.update_contact(primary, body, options, deadline)
+            except ApiError as api_error:
+                problem = api_error
+            except NoUsableResponse as error:
+                problem = error
+                user = await self.api.contact(primary, self.options) or {}
+                deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
+                waited = self.context.environment.elapsed(started)
+                if user.get("external_ref") == self.moved and waited < self.PATIENCE:
+                    continue
+            if user.get("external_ref") in self.old:
+                self.group.primary = user
+                return
+            if user.get("external_ref") != self.moved:
+                break  # another user's
+            options = self.options
+            references.pop(0)
+        live = await self.api.contact(primary, self.options)
+        if live and live.get("external_ref") == self.moved:
+            await self._save_as_before()
+        words = f"the primary did not get its old reference {self.old[0]}: {problem}"
+        raise PairError(problem.code, words)
+
+    async def _create(self) -> None:
+        """Create the contact and save its id; where DevRev refuses that, take the way back."""
+        undo = self.undo
+        try:
+            user = await Recreation(self.context, self.group, self.pair, undo).run(self.options)
+        except PairError as problem:
+            if problem.code in ("contact_refused", "forbidden"):
+                undo.forbidden = problem.code == "forbidden"
+                await self._return_reference(problem)
+            raise
+        undo.contact = user["id"]
+        undo.display_id = str(user.get("display_id"))
+        undo.reference_free = False
+        await self.savepoint.save(self.pair)
 
     async def _return_reference(self, problem: PairError) -> None:
-        """Give the primary the moved reference again, and what was removed of its fields: no contact can be created."""
-        if not self.undo.reference_free:
-            await self._save_as_before()
-            return
-        moved, error = self.moved, problem
-        for body in (
-            {"external_ref": moved, **self.undo.fields_removed},
-            *2 * [{"external_ref": moved}],
-        ):
+        """Give the primary the moved reference again, because no contact can be created."""
+        error = problem
+        for _ in range(3 if self.undo.reference_free else 0):
+            primary = self.group.primary["id"]
+            body = {"external_ref": self.moved}
             try:
-                self.group.primary = await self.api.update_contact(
-                    self.group.primary["id"], body, self.options
-                )
+                self.group.primary = await self.api.update_contact(primary, body, self.options)
             except PairError as refused:
                 error = refused
                 continue
-            if self.group.primary.get("external_ref") == moved:
-                await self._save_as_before()
-                return
-        words = (
-            f"{problem}; {moved} could not be set on {self.pair.primary.short_id} again: {error}"
-        )
-        raise PairError(problem.code, words)
+            if self.group.primary.get("external_ref") == self.moved:
+                self.undo.reference_free = False
+                break
+        if self.undo.reference_free:
+            words = f"{self.moved} could not be set on {self.pair.primary.short_id} again: {error}"
+            raise PairError(problem.code, f"{problem}; {words}")
+        await self._save_as_before()
 
     async def _save_as_before(self) -> None:
-        """Save that the merge stands as it was. The progress stays for what it says of the merge."""
-        undo = self.undo
-        undo.reference_free, undo.contacts_before, undo.left_out = False, None, {}
-        self.pair.state = State(undo.state_before)
+        """Save that the merge stands as it was. What its undo knows of the merge stays."""
+        self.undo.reference_free = False
+        self.undo.contacts_before = None
+        self.undo.left_out = {}
+        self.pair.state = State(self.undo.state_before)
         await self.savepoint.save(self.pair)
 
     async def _remove_fields(self) -> None:
-        """Remove from the primary what the merge carried to it and is still there; what DevRev refuses is named."""
-        primary, options = self.group.primary, RequestOptions(RESUME)
+        """Remove from the primary what the merge carried to it and is still there; what DevRev
+        refuses is named."""
+        options = RequestOptions(RESUME)
+        primary = self.group.primary
         update, left = plan_fields(self.pair, primary)
-        for body in [update, *({name: value} for name, value in update.items())] if update else []:
+        bodies = [{name: value} for name, value in update.items()]
+        if len(bodies) > 1:
+            bodies.insert(0, update)  # together, and one by one where that is refused
+        for body in bodies:
             try:
                 self.group.primary = await self.api.update_contact(primary["id"], body, options)
                 if body is update:
                     break
             except (ApiError, NoUsableResponse) as error:
                 if body is not update:
-                    left += [
-                        {"field": name, "value": primary.get(name), "why": str(error)}
-                        for name in body
-                    ]
+                    (name,) = body
+                    left.append({"field": name, "value": primary.get(name), "why": str(error)})
         self.undo.fields_left = left
 
     async def _restore_objects(self) -> None:
-        """Give the contact its works and conversations, one after the other: read, write, verify the answer.
+        """Give the contact its works and conversations, one after the other: read, write, verify
+        the answer.
 
-        What was deleted or given to others since is left and named. Raises PairError(not_restored) where DevRev refuses
-        an update, or in a preview a read.
+        What was deleted or given to others since is left and named. Raises PairError(not_restored)
+        where DevRev refuses an update, or in a preview a read.
         """
-        pair, undo = self.pair, self.undo
+        pair = self.pair
+        undo = self.undo
         roles: dict[str, list[str]] = collections.defaultdict(list)
         for identity, role in sorted(self.group.roles[pair.duplicate.id]):
             roles[identity].append(role)
         stays = self.group.staying_roles(pair)
-        left, failed = [], []  # type: List[Json], List[Json]
+        contact = undo.contact or pair.duplicate.id
+        left: list[Json] = []
+        failed: list[Json] = []
         for identity, mine in roles.items():
             try:
-                left += await self._restore_object(
-                    identity, mine, undo.contact or pair.duplicate.id, stays
-                )
-            except (ApiError, NoUsableResponse, LookupError, TypeError, AttributeError) as error:
+                left += await self._restore_object(identity, mine, contact, stays)
+            except (ApiError, NoUsableResponse, *ODD_ANSWER) as error:
                 failed += [{"id": identity, "role": role, "why": str(error)} for role in mine]
         undo.left = [*left, *failed]
         if failed:
-            names = ", ".join(
-                some(
-                    list(
-                        dict.fromkeys(item["display_id"] for item in describe(pair.backup, failed))
-                    )
-                )
-            )
-            created = f"created again as {undo.display_id}, but " * bool(undo.contact)
-            raise PairError("not_restored", f"{created}not restored: {names}")
+            names = dict.fromkeys(item["display_id"] for item in describe(pair.backup, failed))
+            words = f"not restored: {', '.join(some(list(names)))}"
+            if undo.contact:
+                words = f"created again as {undo.display_id}, but {words}"
+            raise PairError("not_restored", words)
 
     async def _restore_object(
         self, identity: str, roles: list[str], contact: str, stays: set[Role]
     ) -> list[Json]:
-        """Write one object, and return what of it is left. Only who joins between read and write can be missed."""
+        """Write one object, and return what of it is left. Only who joins between read and write
+        can be missed."""
         if kind_of(identity) not in RESTORED_KINDS:
-            return [
-                {"id": identity, "role": role, "why": "works of this kind are not restored"}
-                for role in roles
-            ]
-        options, problem = RequestOptions(RESUME), "it answers with other people"
+            why = "works of this kind are not restored"
+            return [{"id": identity, "role": role, "why": why} for role in roles]
+        options = RequestOptions(RESUME)
+        primary = self.group.primary["id"]
+        problem = "it answers with other people"
         for attempt in range(self.ATTEMPTS):
             obj = await self.api.get_object(identity, options)
-            changes, left = plan_restore(
-                obj, roles, self.group.primary["id"], contact, self.group.aliases, stays
-            )
-            if obj is None or not changes or self.context.options.preview:
+            changes, left = plan_restore(obj, roles, primary, contact, self.group.aliases, stays)
+            is_done = obj is None or not changes or self.context.options.preview
+            if obj and not is_done:
+                try:
+                    answer = await self.api.set_people(obj, changes, options)
+                except NoUsableResponse as error:
+                    problem = str(error)
+                else:
+                    is_done = all(
+                        set(people) <= user_ids(role, answer) for role, people in changes.items()
+                    )
+            if is_done:
                 return [{"id": identity, **one} for one in left]
-            try:
-                answer = await self.api.set_people(obj, changes, options)
-            except NoUsableResponse as error:
-                problem = str(error)
-            else:
-                if all(set(people) <= user_ids(role, answer) for role, people in changes.items()):
-                    return [{"id": identity, **one} for one in left]
             await self.context.cancel_token.sleep(0.1 * 2**attempt)
         raise NoUsableResponse(f"an update of {identity}", problem)
 
 
-def creation_fields(user: Json) -> Json:
-    """Return what a contact is created again with: the fields that can be set, of `user` as its backup has it."""
-    picture = user.get("display_picture")
-    picture_id = picture.get("id") if isinstance(picture, dict) else None
-    known = {**user, "display_picture": picture_id, "rev_org": rev_org_id(user)}
-    return {name: known[name] for name in PairUndo.FIELDS if known.get(name)}
-
-
-def refused_fields(error: ApiError, fields: Json, is_vital: bool) -> list[str]:
-    """Return which fields to leave out after a 400: the one that it names, else all that say little of a person."""
-    if error.status != 400:
-        return []
-    named = re.split(r"\W", str(error.data.get("field_name")))[0]
-    if named in fields:
-        return [] if named == "email" or (named == "external_ref" and is_vital) else [named]
-    return [name for name in ("description", "phone_numbers", "display_picture") if name in fields]
-
-
 class UndoRunner:
-    """Carries out an undo, one group after the other. How it starts, stops and ends is as with merges."""
+    """Carries out an undo, one group after the other. How it starts, stops and ends is as with
+    merges."""
 
     def __init__(
         self,
@@ -6704,7 +6802,7 @@ class UndoRunner:
         on_outcome: Callable[[Pair], None],
     ) -> None:
         self.api = api
-        self.runner = runner = TaskRunner(api, savepoint, on_outcome, self.is_success)
+        self.runner = TaskRunner(api, savepoint, on_outcome, self.is_success)
         self.context = GroupContext(
             api,
             api.environment,
@@ -6712,11 +6810,10 @@ class UndoRunner:
             api.cancel_token,
             options,
             self._record_outcome,
-            runner.raise_if_draining,
+            self.runner.raise_if_draining,
         )
-        self.writable_kinds: set[str] = (
-            set()
-        )  # kinds of objects that the token is known to be allowed to write
+        # Kinds of objects that the token is known to be allowed to write.
+        self.writable_kinds: set[str] = set()
 
     @staticmethod
     def is_success(pair: Pair) -> bool:
@@ -6742,32 +6839,28 @@ class UndoRunner:
 
         What keeps a pair from its end is recorded with it; what stops the run passes through.
         """
-        checked = await self._attempt(
-            group, check_group_to_undo(self.context, group, self.writable_kinds)
-        )
+        check = check_group_to_undo(self.context, group, self.writable_kinds)
+        checked = await self._attempt(group, check)
         for pair in group.pairs:
             was_forbidden = bool(pair.undo and pair.undo.forbidden)
             problem: PairError | None
             if isinstance(checked, PairError):
                 problem = checked
             else:
-                problem = await self._attempt(
-                    group, PairUndo(self.context, checked, pair, path).run()
-                )
+                work = PairUndo(self.context, checked, pair, path).run()
+                problem = await self._attempt(group, work)
             await self.context.record_outcome(pair, problem)
             if pair.undo and pair.undo.contact:
                 self.writable_kinds.add("contact")
-            elif (
-                pair.undo
-                and pair.undo.forbidden
-                and not was_forbidden
-                and "contact" not in self.writable_kinds
-            ):
-                # A token that may not create contacts would take the reference from each primary for a moment.
+            is_forbidden = bool(pair.undo and pair.undo.forbidden)
+            if is_forbidden and not was_forbidden and "contact" not in self.writable_kinds:
+                # A token that may not create contacts would take the reference from each primary
+                # for a moment.
                 raise FatalError(EXIT_USAGE, str(problem))
 
     async def _attempt(self, group: Group, work: Coroutine[Any, Any, T]) -> T | PairError:
-        """Do the work; return its result, or what keeps the pairs from their end. Raises what stops the run."""
+        """Do the work; return its result, or what keeps the pairs from their end. Raises what stops
+        the run."""
         try:
             self.context.raise_if_draining()
             return await work
@@ -6781,7 +6874,8 @@ class UndoRunner:
     async def _record_outcome(
         self, pair: Pair, problem: PairError | None = None, counts: bool = True
     ) -> None:
-        """Record that a pair is undone, or what keeps it from that; the row of a refused pair stays as it is."""
+        """Record that a pair is undone, or what keeps it from that; the row of a refused pair stays
+        as it is."""
         if problem and (self.context.options.preview or pair.state not in UNDO_STATES):
             problem = PairSkipped(problem.code, str(problem))
         elif not problem:
@@ -6797,46 +6891,30 @@ Runner = Union[ContactMerger, UndoRunner]
 
 
 def undo_entry(pair: Pair) -> Json:
-    """Return what an undo has restored, or would restore, of a pair, what is left to others, and what is lost."""
-    undo, restored, lost = pair.undo, [], []  # type: UndoProgress | None, List[Json], List[Json]
-    left = undo.left if undo and undo.left is not None else []
-    with contextlib.suppress(PairError, OSError, ValueError, KeyError, TypeError):
-        (mine,) = (
-            one
-            for one in read_manifest(pair.backup)["contacts"]
-            if one["csv"]["id"] == pair.duplicate.id
-        )
+    """Return what an undo has restored, or would restore, of a pair, what is left to others, and
+    what is lost."""
+    undo = pair.undo
+    left: list[Json] = []
+    restored: list[Json] = []
+    lost: list[Json] = []
+    with contextlib.suppress(PairError, *ODD_ANSWER):
+        mine = manifest_entry(read_manifest(pair.backup), pair.duplicate.id)
         user = backed_up_contact(pair.backup, pair.duplicate.id)
         if undo and undo.left is not None:
-            others = {(item["id"], item["role"]) for item in left}
-            restored = [
-                item
-                for item in transferred_objects(mine)
-                if (item["id"], item["role"]) not in others
-            ]
-        settable, why = (
-            (*PairUndo.FIELDS, "state", "is_verified"),
-            "DevRev does not allow it to be set",
-        )
-        never = [(name, value, why) for name, value in user.items() if name not in settable]
-        never += [
-            (name, user.get(name), why) for name, why in (undo.left_out.items() if undo else ())
-        ]
-        if user.get("is_verified") is False:
-            never.append(("verification", False, "a contact created through the API is verified"))
-        if mine["works"]["created"]:
-            never.append(
-                ("creator of works", mine["works"]["created"], "the primary stays the creator")
-            )
-        never.append(("authors of comments", None, why))
-        lost = [dict(zip(("what", "value", "why"), one)) for one in never]
+            left = undo.left
+            others = roles_in(left)
+            for item in transferred_objects(mine):
+                if (item["id"], item["role"]) not in others:
+                    restored.append(item)
+        lost = lost_in_undo(mine, user, undo.left_out if undo else {})
+    contact = None
+    if undo and undo.contact:
+        contact = {"id": undo.contact, "display_id": undo.display_id}
     return {
         "email": pair.email,
         "primary": contact_entry(pair.primary),
         "duplicate": contact_entry(pair.duplicate),
-        "contact": {"id": undo.contact, "display_id": undo.display_id}
-        if undo and undo.contact
-        else None,
+        "contact": contact,
         "state": pair.state.value,
         "backup": pair.backup,
         "code": pair.code,
@@ -6846,6 +6924,27 @@ def undo_entry(pair: Pair) -> Json:
         "fields_left": undo.fields_left if undo else [],
         "not_restored": lost,
     }
+
+
+def lost_in_undo(entry: Json, user: Json, left_out: Mapping[str, str]) -> list[Json]:
+    """Return `{what, value, why}` of what no undo can restore of a contact: `entry` is the
+    manifest's, `user` the rev_user in the backup, `left_out` are fields that DevRev refused."""
+    why = "DevRev does not allow it to be set"
+    lost = []
+    for name, value in user.items():
+        if name not in (*Recreation.FIELDS, "state", "is_verified"):
+            lost.append({"what": name, "value": value, "why": why})
+    for name, refusal in left_out.items():
+        lost.append({"what": name, "value": user.get(name), "why": refusal})
+    if user.get("is_verified") is False:
+        words = "a contact created through the API is verified"
+        lost.append({"what": "verification", "value": False, "why": words})
+    created = entry["works"]["created"]
+    if created:
+        words = "the primary stays the creator"
+        lost.append({"what": "creator of works", "value": created, "why": words})
+    lost.append({"what": "authors of comments", "value": None, "why": why})
+    return lost
 
 
 # ---------------------------------------------------------------------------------------------------
