@@ -956,3 +956,116 @@ def test_the_docstring_names_every_switch() -> None:
     assert fake_devrev.__doc__ is not None
     assert [name for name in sorted(SWITCHES) if name not in fake_devrev.__doc__] == []
     assert [name for name in vars(Rules()) if name not in fake_devrev.__doc__] == []
+
+
+@pytest.mark.parametrize(
+    ("stays", "listed", "shown"),
+    [
+        ("", 1, None),
+        ("locked", 2, ("locked", "user_1")),
+        ("archived", 2, ("archived", "user_1")),
+        ("no-email", 1, ("active", "user_1")),
+        ("no-reference", 2, ("active", None)),
+        ("own-reference", 2, ("active", "REVU-D1")),
+        ("as-before", 2, ("active", "user_1")),
+    ],
+)
+def test_a_merged_contact_may_stay(played: Played, stays: str, listed: int, shown: Any) -> None:
+    played.world.stays, played.world.gone = stays, "stays" if stays else "404"
+    played.merge()
+    played.now += 1
+    status, content = played.ask("rev-users.get", id=played.duplicate)
+    assert len(played.listed()) == listed and (status == 200) == (shown is not None)
+    if shown:
+        found = content["rev_user"]
+        assert (found["state"], found.get("external_ref")) == shown
+        assert ("email" in found) == (stays != "no-email")
+
+
+def test_references_may_stay_come_back_lag_or_move_by_themselves(played: Played) -> None:
+    world, primary = played.world, played.primary
+
+    def shown() -> Any:
+        return played.ask("rev-users.get", id=primary)[1]["rev_user"]["external_ref"]
+
+    played.organisation.merge_moves_reference, world.reference_lag = True, 5.0
+    played.merge()
+    played.now += 1
+    assert shown() == "REVU-P1"
+    played.now += 5
+    world.unchanged_updates = 400
+    assert shown() == "user_1" and played.take_reference() == 400
+    world.reference_lag, world.puts_back = 0.0, 1
+    assert played.ask("rev-users.update", id=primary, external_ref="x")[0] == 200
+    assert shown() == "user_1"
+    assert played.ask("rev-users.update", id=primary, external_ref="x")[0] == 200
+    assert shown() == "x"
+    world.reference_updates = "409"
+    assert played.ask("rev-users.update", id=primary, external_ref="y")[0] == 409
+
+
+def test_merges_go_one_at_a_time_where_another_is_refused(played: Played) -> None:
+    other = pair(played.organisation, 2)
+    played.world.merge_jobs, played.world.busy_status = 1, 423
+    body = {"primary_user": other[0], "secondary_user": other[1]}
+    played.merge()
+    status, content = played.ask("rev-users.merge", **body)
+    assert status == 423 and "try again later" in content["message"]
+    played.now += 1
+    assert played.ask("rev-users.merge", **body)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("paging", "times", "pages"),
+    [
+        ("cursor", None, ["AB", "CD", "E"]),
+        ("again", 1, ["AB", "AB", "E"]),
+        ("overlap", None, ["AB", "BC", "CD", "DE"]),
+        ("offset", None, ["AB", "CD", "E"]),
+    ],
+)
+def test_pages_may_come_again_or_overlap(paging: str, times: Any, pages: List[str]) -> None:
+    organisation = Organisation()
+    for key in "ABCDE":
+        organisation.add_contact(key, "a@example.com")
+    played = Played()
+    played.world = World(organisation, lambda: played.now, paging=paging, paging_times=times)
+    found = played.pages("rev-users.list", "rev_users", limit=2)
+    assert ["".join(one[-1] for one in page) for page in found] == pages
+    played.world.cursor_life = 10
+    cursor = played.ask("rev-users.list", limit=2)[1]["next_cursor"]
+    played.now += 11
+    assert played.ask("rev-users.list", limit=2, cursor=cursor)[0] == 400
+
+
+def test_contacts_vanish_and_a_firewall_refuses_a_word(played: Played) -> None:
+    played.world.vanished = "*"
+    assert played.ask("rev-users.get", id=played.primary)[0] == 404 and played.listed() == []
+    assert played.merge() == 404
+    played.world.vanished, played.world.firewall = (), ["person1@"]
+    answer = played.answer("rev-users.list", email=["person1@example.com"])
+    assert (answer.status, answer.content_type[:9]) == (403, "text/html")
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "known"),
+    [
+        ("400", 400, ["issue", "ticket", "task", "opportunity"]),
+        ("400-bare", 400, None),
+        ("403", 403, None),
+    ],
+)
+def test_works_may_have_no_incidents(played: Played, answer: str, status: int, known: Any) -> None:
+    played.world.long_work_types, played.world.unknown_kinds = True, ["incident"]
+    played.world.unknown_kinds_answer = answer
+    body = {"type": list(ALL_WORK_KINDS), "owned_by": [played.primary]}
+    found, content = played.ask("works.list", **body)
+    assert (found, content.get("allowed_values")) == (status, known)
+    body["type"].remove("incident")
+    assert played.ask("works.list", **body)[0] == 200
+
+
+def test_another_program_takes_a_share_of_each_window(played: Played) -> None:
+    played.world.set_quota(20, 60.0)
+    played.world.quota_share = 0.85
+    assert played.answer("dev-users.self").headers["X-Ratelimit-Remaining"] == "2"

@@ -23,9 +23,16 @@ Merges (of a World, like all below unless an Organisation is named):
                           (Location: the primary), state (deleted), primary (its record), shadow or unassigned (with a
                           primary_identity); and for good what tells nothing: locked, stale (as before the merge),
                           404-route, 404-other (of another type), 400, 403, 410, 500, 502, 503, shape, empty, hang, drip
+                          stays: as what `stays` leaves
     gone_of               the same for single contacts, by id
+    stays                 what a merged contact is afterwards, in lists and (with gone="stays") by its id: "" (gone),
+                          locked, shadow, archived, deactivated, no-email, no-reference, own-reference, bare (neither),
+                          as-before
+    merge_jobs            how many merges DevRev carries out at a time; another is refused with busy_status (400, 409,
+                          423, 425) and "try again later"
     gone_seconds          seconds of hang, and of each byte of drip
     moved_to, location    another base of the Location that a 301 names; the whole Location, which may be no URL
+    Organisation.merge_moves_reference whether a merge gives the primary the secondary's reference (not a REVU-)
     Organisation.merge_joins           fields with several values that a merge joins, e.g. phone_numbers
 Contacts:
     verified_shown        is_verified in answers: hidden, shown, null, mixed (contact by contact)
@@ -33,6 +40,12 @@ Contacts:
     hidden_fields         fields that answers leave out, e.g. external_refs, tags, custom_fields, phone_numbers
     refused_fields        fields that can't be set, everywhere or as e.g. rev-users.update.phone_numbers
     refused_status        the status of that: 400 (which names the field), 403, 409, …
+    reference_updates     what an update of a reference is answered with: works, 400, 403, 409
+    unchanged_updates     status of an update that changes nothing: 200, 400
+    reference_lag         seconds for which answers (but an update's own) show a contact's former reference
+    puts_back             how often something puts a contact's former reference back after an update (inf: always),
+    puts_back_after       so many seconds later
+    vanished              ids of contacts for which all is as if they did not exist; "*" for all
     account_rev_orgs      whether a contact can be made in a rev org that is an account
     unique_emails         whether a contact can't be made with an email that another has
     email_ignores_case    whether the filter email ignores case
@@ -50,8 +63,14 @@ Lists:
     empty_pages           how many come before each page with items, or a function of endpoint and position
     largest_page          the most items of a page, whatever the limit that was asked for
     trailing_page         whether a list ends with an empty page
+    paging                cursor; again (a page comes a second time in place of the next), overlap (each page begins with
+                          the last item of the one before), offset (a list that changes while it is read shifts)
+    paging_lists, paging_times   patterns of the lists of which that is so; how often it goes wrong (None: always)
+    cursor_life           seconds after which a cursor is refused
 Works:
     long_work_types       whether tasks, incidents and opportunities are listed and may be asked for
+    unknown_kinds         kinds of these that `type` does not know all the same, e.g. incident
+    unknown_kinds_answer  400 (with allowed_values and value), 400-bare, 403: of a list that names a kind it does not know
     hidden_kinds          kinds that the token may not read: of works, or conversation
     hidden_kinds_answer   a list that asks for such a kind: 403, left out
 Refusals:
@@ -61,11 +80,13 @@ Refusals:
     restricted_timelines, restricted_writes  ids whose timeline, or whose change, is 403
     restricted_in_lists   a list that would show a restricted object: shown, left out, 403
     names_object_ids      whether such a 403 names them
+    firewall              words; a request with one of them is refused in HTML, with firewall_status (403, 406)
     max_bytes             of a request, more is 413
 Quota:
     quota_rolls           whether the window rolls, its reset always a window after the request
     quota_whole_seconds   whether times are whole seconds (rounded up) in windows of less than a minute, too
     quota.others          what other clients spend of each window
+    quota_share           the share of each window that another program of the same user takes, from 0 to 1
     quota_headers         whether answers carry X-Ratelimit-…
     retry_after           where a 429 says how long to wait: both, header, body, neither
 What strikes single requests, once, often or always, is a Fault.
@@ -295,6 +316,7 @@ class Rules:
     `unverified_keep_references`: a reference that an unverified contact had is nobody else's until that contact is
     deleted, whether it was merged or has another reference since.
     `merge_joins`: fields with several values (`phone_numbers`, `tags`, `external_refs`) that a merge joins.
+    `merge_moves_reference`: whether a merge gives the primary the secondary's reference, unless DevRev has made it.
     `visitors_verified`: whether a contact that the application's widget makes is verified.
     `unverified`: the ids of contacts that are not verified.
     """
@@ -305,6 +327,7 @@ class Rules:
         self.unique_references = "rev_org"
         self.unverified_keep_references = False
         self.merge_joins: Collection[str] = ()
+        self.merge_moves_reference = False
         self.visitors_verified = True
         self.unverified: Set[str] = set()
 
@@ -521,6 +544,9 @@ class Organisation(Rules):
             self.merge_times[secondary] = self.now()
             self.merges.append((primary, secondary))
             self.contacts[secondary]["state"] = "deleted"
+            reference = self.contacts[secondary].get("external_ref", "")
+            if self.merge_moves_reference and reference and reference != own_reference(secondary):
+                self.change(self.contacts[primary], external_ref=reference)
 
     def change(self, thing: Thing, **fields: Any) -> None:
         """Set fields of a contact, a work or a conversation."""
@@ -675,6 +701,11 @@ def dev_user(user_id: str, name: str, email: str) -> Thing:
         "state": "active",
         "created_date": "2023-01-01T00:00:00.000Z",
     }
+
+
+def own_reference(contact_id: str) -> str:
+    """The reference that DevRev makes of a contact's id where none was given."""
+    return "REVU-" + contact_id.rpartition("/")[2]
 
 
 def org_id_of(contact: Mapping[str, Any]) -> Optional[str]:
@@ -854,6 +885,8 @@ REFUSALS = {
     "409": (409, "conflict"),
     "410": (410, "gone"),
     "413": (413, "request_entity_too_large"),
+    "423": (423, "locked"),
+    "425": (425, "too_early"),
     "429": (429, "too_many_requests"),
     "429-bare": (429, "too_many_requests"),
     "429-body": (429, "too_many_requests"),
@@ -1366,10 +1399,30 @@ class Restrictions:
                 if callable(world.empty_pages)
                 else world.empty_pages
             )
-        found = page(name, things, body, empty, world.largest_page, world.trailing_page)
+        paging = self._paging(body)
+        found = page(name, things, body, empty, world.largest_page, world.trailing_page, paging)
+        if "next_cursor" in found:
+            world.cursors[found["next_cursor"]] = self.organisation.now()
         if world.restricted_in_lists == "403":
             self._forbid([one["id"] for one in found[name] if one["id"] in world.restricted])
         return found
+
+    def _paging(self, body: Thing) -> str:
+        """How this page is made; refuses a cursor that has expired."""
+        world = self.world
+        if "cursor" in body and world.cursor_life is not None:
+            age = self.organisation.now() - world.cursors.get(body["cursor"], -math.inf)
+            if age > world.cursor_life:
+                message = "the cursor has expired"
+                raise Refused(400, "value_not_permitted", message, field_name="cursor")
+        if not any(fnmatch.fnmatchcase(self._endpoint, one) for one in world.paging_lists):
+            return "cursor"
+        if world.paging in ("again", "overlap") and "cursor" in body:
+            if world.paging_times == 0:
+                return "cursor"
+            if world.paging_times is not None:
+                world.paging_times -= 1
+        return world.paging
 
 
 class Api(Restrictions):
@@ -1408,11 +1461,13 @@ class Api(Restrictions):
                     "The request is too large.",
                     max_bytes=world.max_bytes,
                 )
-            check_shape(
-                (LONG_SHAPES if world.long_work_types else SHAPES).get(endpoint, SHAPES[endpoint]),
-                body,
-                world.max_ids,
-            )
+            if any(word in json.dumps(body, ensure_ascii=False) for word in world.firewall):
+                raise Instead(html_answer(world.firewall_status))
+            self._check_kinds(endpoint, body)
+            shape = SHAPES[endpoint]
+            if world.long_work_types:
+                shape = LONG_SHAPES.get(endpoint, shape)
+            check_shape(shape, body, world.max_ids)
             with self.organisation.lock:
                 self._endpoint, self._fault = endpoint, fault
                 self._check_restricted(body)
@@ -1423,6 +1478,24 @@ class Api(Restrictions):
         except Refused as refusal:
             return refusal.answer
 
+    def _check_kinds(self, endpoint: str, body: Thing) -> None:
+        """Refuse a list that asks for kinds of works that this organisation does not know."""
+        world = self.world
+        known = [kind for kind in ALL_WORK_KINDS if kind not in world.unknown_kinds]
+        if not world.long_work_types:
+            known = list(WORK_KINDS)
+        asked = body.get("type") if endpoint in LONG_SHAPES else None
+        unknown = [kind for kind in asked if kind not in known] if isinstance(asked, list) else []
+        if not unknown or (world.unknown_kinds_answer == "400" and not world.unknown_kinds):
+            return
+        message = f"type: {unknown[0]!r} is not permitted"
+        if world.unknown_kinds_answer == "403":
+            raise Refused(403, "forbidden", "The token may not do that.")
+        if world.unknown_kinds_answer == "400-bare":
+            raise Refused(400, "bad_request", "Bad request.")
+        more = {"field_name": "type", "value": unknown[0], "allowed_values": known}
+        raise Refused(400, "invalid_enum_value", message, **more)
+
     def _self(self, body: Thing) -> Thing:
         return {"dev_user": self.organisation.dev_user}
 
@@ -1431,6 +1504,8 @@ class Api(Restrictions):
     def _get_contact(self, body: Thing) -> Thing:
         contact_id = body["id"]
         organisation = self.organisation
+        if self._has_vanished(contact_id):
+            raise not_found(contact_id)
         if contact_id in organisation.contacts and not organisation.alive(contact_id):
             return {"rev_user": self._shown(self._merged_contact(contact_id))}
         if self.world.deleted_contacts == "state" and contact_id in organisation.deleted:
@@ -1457,15 +1532,26 @@ class Api(Restrictions):
             )
         if gone == "primary":
             return contacts[survivor]
-        return self._left_over(contact_id, gone)
+        return self._left_over(contact_id, (world.stays or "locked") if gone == "stays" else gone)
 
     def _left_over(self, contact_id: str, gone: str) -> Thing:
         """What is left of a contact that was merged, where something is shown of it."""
         contact = self.organisation.contacts[contact_id]
         if gone in ("shadow", "unassigned"):
             (primary,) = self.organisation.people([self.organisation.survivor(contact_id)])
-            return {**contact, "state": gone, "primary_identity": primary}
-        return {**contact, "state": {"locked": "locked", "stale": "active"}.get(gone, "deleted")}
+            if gone != self.world.stays:
+                return {**contact, "state": gone, "primary_identity": primary}
+        left = dict(contact, state=STATES_LEFT.get(gone, "deleted"))
+        if gone in ("no-email", "bare"):
+            left.pop("email", None)
+        if gone in ("no-reference", "bare"):
+            left.pop("external_ref", None)
+        if gone == "own-reference":
+            left["external_ref"] = own_reference(contact_id)
+        return left
+
+    def _has_vanished(self, contact_id: str) -> bool:
+        return self.world.vanished == "*" or contact_id in self.world.vanished
 
     def _list_contacts(self, body: Thing) -> Thing:
         world, organisation = self.world, self.organisation
@@ -1484,34 +1570,44 @@ class Api(Restrictions):
         if world.deleted_listed:
             known = {one["id"] for one in contacts}
             for one in organisation.deleted.values():
-                keys = set(contact_keys(one))
-                fits = all(
-                    not keys.isdisjoint((name, value) for value in values)
-                    for name, values in filters
-                )
-                if fits and one["id"] not in known and kind_of(one["id"]) == "revu":
+                if fits(one, filters) and one["id"] not in known and kind_of(one["id"]) == "revu":
                     contacts.append({**one, "state": "deleted"})
         seen_at = organisation.now() - world.list_lag
         found = []
         for contact in contacts:
+            if self._has_vanished(contact["id"]):
+                continue
             if organisation.merge_times.get(contact["id"], math.inf) <= seen_at:
-                if not world.deleted_listed:
+                left = self._listed_left_over(contact["id"])
+                if left is None or not fits(left, filters):
                     continue
-                gone = world.gone_of.get(contact["id"], world.gone)
-                contact = self._left_over(
-                    contact["id"], gone if gone in ("shadow", "unassigned") else "state"
-                )
-            if "is_verified" not in body or body["is_verified"] == (
-                contact["id"] not in organisation.unverified
-            ):
+                contact = left
+            verified = contact["id"] not in organisation.unverified
+            if body.get("is_verified", verified) == verified:
                 found.append((organisation.contacts.numbers[contact["id"]], contact))
         found.sort(key=lambda one: one[0])
         answer = self._page("rev_users", found, body)
         return {**answer, "rev_users": [self._shown(one) for one in answer["rev_users"]]}
 
-    def _shown(self, contact: Thing) -> Thing:
-        """A contact as answers show it."""
+    def _listed_left_over(self, contact_id: str) -> Optional[Thing]:
+        """What lists show of a contact that was merged; None for nothing."""
+        world = self.world
+        if world.stays:
+            return self._left_over(contact_id, world.stays)
+        if not world.deleted_listed:
+            return None
+        gone = world.gone_of.get(contact_id, world.gone)
+        return self._left_over(contact_id, gone if gone in ("shadow", "unassigned") else "state")
+
+    def _shown(self, contact: Thing, is_own_answer: bool = False) -> Thing:
+        """A contact as answers show it; an update's own answer never lags."""
         world, found = self.world, contact
+        if world.reference_lag and not is_own_answer:
+            seen_at = self.organisation.now() - world.reference_lag
+            times = self.organisation.reference_times[contact["id"]]
+            former = [reference for at, reference in times if at <= seen_at]
+            if former and contact.get("external_ref") == times[-1][1]:
+                found = {**found, "external_ref": former[-1]}
         if world.hidden_fields:
             found = {
                 name: value for name, value in found.items() if name not in world.hidden_fields
@@ -1564,11 +1660,19 @@ class Api(Restrictions):
         contact_id = self.organisation.new_contact(
             email, reference, rev_org, display_name=body.get("display_name"), **more
         )
-        return {"rev_user": self._shown(self.organisation.contacts[contact_id])}
+        return {"rev_user": self._shown(self.organisation.contacts[contact_id], True)}
 
     def _update_contact(self, body: Thing) -> Thing:
-        contact = self._contact(body["id"])
+        contact, world = self._contact(body["id"]), self.world
         self._check_fields(body)
+        former = contact.get("external_ref")
+        moves = body.get("external_ref", former) != former
+        is_changed = any(value != contact.get(name) for name, value in body.items())
+        if world.unchanged_updates != 200 and not is_changed:
+            raise Refused(400, "bad_request", "nothing would be changed")
+        if moves and world.reference_updates != "works":
+            status, kind = REFUSALS[world.reference_updates]
+            raise Refused(status, kind, "this reference can't be used for another user")
         self._check_free(body.get("external_ref"), org_id_of(contact), contact["id"])
         changes = shown(body, (*OF_A_CONTACT, "custom_fields"))
         if "custom_fields" in changes:
@@ -1584,14 +1688,16 @@ class Api(Restrictions):
         self.organisation.change(contact, **changes)
         if body.get("display_picture", "") is None:
             contact.pop("display_picture", None)
-        return {"rev_user": self._shown(contact)}
+        if moves:
+            world.put_back(contact["id"], former)
+        return {"rev_user": self._shown(contact, is_own_answer=True)}
 
     def _delete_contact(self, body: Thing) -> Thing:
         self.organisation.delete_contact(self._contact(body["id"])["id"])
         return {}
 
     def _contact(self, contact_id: str) -> Record:
-        if not self.organisation.alive(contact_id):
+        if not self.organisation.alive(contact_id) or self._has_vanished(contact_id):
             raise not_found(contact_id)
         return self.organisation.contacts[contact_id]
 
@@ -1703,6 +1809,12 @@ class Api(Restrictions):
         self.organisation.change(thing, **changes)
 
 
+def fits(contact: Thing, filters: Sequence[Filter]) -> bool:
+    """Whether a contact has a value of every filter."""
+    keys = set(contact_keys(contact))
+    return all(any((name, value) in keys for value in values) for name, values in filters)
+
+
 def not_found(object_id: str) -> Refused:
     """404: there is no such object, or there is none any more."""
     return Refused(404, "not_found", f"{object_id} was not found")
@@ -1734,6 +1846,7 @@ def page(
     empty: int = 0,
     largest: Optional[int] = None,
     trailing: bool = False,
+    paging: str = "cursor",
 ) -> Thing:
     """One page of a list, with a cursor where there is more.
 
@@ -1747,10 +1860,16 @@ def page(
         raise Refused(400, "value_not_permitted", message, field_name="limit")
     size = min(limit, largest or limit)
     start, served = start_of(name, body)
+    if paging == "offset":
+        things = [(place, thing) for place, (_, thing) in enumerate(things)]
     rest = [one for one in things if one[0] >= start][: size + 1]
+    before = [one for one in things if one[0] < start] if "cursor" in body else []
     if rest and served < empty:
         return {name: [], "next_cursor": cursor(name, body, start, served + 1)}
-    found = {name: [thing for _, thing in rest[:size]]}  # type: Thing
+    if paging == "overlap" and size > 1:
+        rest = [*before[-1:], *rest][: size + 1]
+    items = before[-size:] if paging == "again" and before else rest[:size]
+    found = {name: [thing for _, thing in items]}  # type: Thing
     if len(rest) > size:
         found["next_cursor"] = cursor(name, body, rest[size][0])
     elif trailing and rest:
@@ -1793,6 +1912,11 @@ def merge_acknowledged(form: str, content: Any) -> Answer:
     return answer
 
 
+STATES_LEFT = {  # of a merged contact
+    "locked": "locked", "shadow": "shadow", "archived": "archived", "deactivated": "deactivated", "stale": "active",
+    "no-email": "active", "no-reference": "active", "own-reference": "active", "bare": "active", "as-before": "active",
+}  # fmt: skip
+STAYS = ("", *(one for one in STATES_LEFT if one != "stale"))
 ODD_POLLS = (
     "404-route", "404-other", "400", "403", "410", "500", "502", "503", "shape", "empty", "hang", "drip",
 )  # fmt: skip
@@ -1844,6 +1968,7 @@ class Quota:
         self.others = others
         self.rolls = rolls
         self.whole_seconds = False
+        self.share = 0.0  # of each window that another program takes
         self._epoch = epoch
         self._first: Optional[float] = None
         self._current = -1
@@ -1879,15 +2004,16 @@ class Quota:
 
     def _turn(self) -> Tuple[float, float]:
         now = self._epoch()
+        others = max(self.others, math.ceil(self.share * self.limit))
         if self.rolls:
             while self._spent and self._spent[0] <= now - self.window:
                 self._spent.popleft()
-            self._used = min(self.limit, self.others + len(self._spent))
+            self._used = min(self.limit, others + len(self._spent))
             return now, now + self.window
         self._first = now if self._first is None else self._first
         current = int((now - self._first) // self.window)
         if current != self._current:
-            self._current, self._used = current, min(self.limit, self.others)
+            self._current, self._used = current, min(self.limit, others)
         return now, self._first + (current + 1) * self.window
 
     def _number(self, seconds: float) -> str:
@@ -1915,7 +2041,13 @@ class World:
     GONE = ("404", "301", "state", "primary", "shadow", "unassigned")
     ODD = ("locked", "stale", *ODD_POLLS)
     CHOICES: Mapping[str, Collection[Any]] = {
-        "gone": (*GONE, *ODD),
+        "gone": (*GONE, *ODD, "stays"),
+        "stays": STAYS,
+        "busy_status": (400, 409, 423, 425),
+        "reference_updates": ("works", "400", "403", "409"),
+        "unchanged_updates": (200, 400),
+        "paging": ("cursor", "again", "overlap", "offset"),
+        "unknown_kinds_answer": ("400", "400-bare", "403"),
         "merge_answer": ("200", "200-empty", "200-other", "200-list", "202", "202-empty", "204"),
         "unverified_merge": MERGE_MANNERS,
         "verified_merge": MERGE_MANNERS,
@@ -1935,6 +2067,9 @@ class World:
     unverified_merge = "works"
     verified_merge = "works"
     gone = "404"
+    stays = ""
+    merge_jobs: Optional[int] = None
+    busy_status = 409
     gone_seconds: Optional[float] = None
     moved_to = ""
     location: Optional[str] = None
@@ -1944,6 +2079,12 @@ class World:
     hidden_fields: Collection[str] = ()
     refused_fields: Collection[str] = ()
     refused_status = 400
+    reference_updates = "works"
+    unchanged_updates = 200
+    reference_lag = 0.0
+    puts_back = 0.0
+    puts_back_after = 0.0
+    vanished: Collection[str] = ()
     account_rev_orgs = False
     unique_emails = False
     email_ignores_case = False
@@ -1956,8 +2097,14 @@ class World:
     empty_pages: Union[int, Callable[[str, int], int]] = 0
     largest_page: Optional[int] = None
     trailing_page = False
+    paging = "cursor"
+    paging_lists: Collection[str] = ("*",)
+    paging_times: Optional[int] = None
+    cursor_life: Optional[float] = None
     # Works
     long_work_types = False
+    unknown_kinds: Collection[str] = ()
+    unknown_kinds_answer = "400"
     hidden_kinds: Collection[str] = ()
     hidden_kinds_answer = "403"
     # Refusals
@@ -1968,8 +2115,11 @@ class World:
     restricted_writes: Collection[str] = ()
     restricted_in_lists = "shown"
     names_object_ids = True
+    firewall: Collection[str] = ()
+    firewall_status = 403
     max_bytes: Optional[int] = None
     # Quota
+    quota_share = 0.0
     quota_rolls = False
     quota_whole_seconds = False
     quota_headers = True
@@ -1994,7 +2144,8 @@ class World:
         self.url = ""
         self.gone_of: Dict[str, str] = {}
         self.faults: List[Fault] = list(faults)
-        self.quota = Quota(*quota, epoch or clock) if quota else None
+        self._epoch = epoch or clock
+        self.quota = Quota(*quota, self._epoch) if quota else None
         self.on_request = on_request
         for name, value in switches.items():
             if name not in SWITCHES:
@@ -2005,6 +2156,8 @@ class World:
         self._chance = random.Random(seed)
         self._api = Api(self)
         self._pending: Set[Tuple[str, str]] = set()
+        self.cursors: Dict[str, float] = {}  # when each was given out
+        self._put_back: Counter[str] = Counter()
         self._events: List[Event] = []
         self._numbers = itertools.count()
 
@@ -2014,7 +2167,7 @@ class World:
                 f"{name}: {value!r} is none of {', '.join(map(str, self.CHOICES[name]))}"
             )
         super().__setattr__(name, value)
-        if name in ("quota_rolls", "quota_whole_seconds") and self.quota:
+        if name in ("quota_rolls", "quota_whole_seconds", "quota_share") and self.quota:
             setattr(self.quota, name[len("quota_") :], value)
 
     # ----- requests --------------------------------------------------------------------------------
@@ -2134,6 +2287,10 @@ class World:
             delay = 5.0 if detail is None else float(detail)
         if kind == "merge-refused-late":
             status, delay = detail if isinstance(detail, tuple) else (detail or 400, delay)
+        is_busy = self.merge_jobs is not None and len(self._pending) >= self.merge_jobs
+        if is_busy and not pending:
+            message = "another merge is in progress, try again later"
+            raise Refused(self.busy_status, REFUSALS[str(self.busy_status)][1], message)
         if kind != "merge-never" and not pending:
             self._pending.add((primary, secondary))
             left = detail if kind == "merge-leaves" else ()
@@ -2145,6 +2302,25 @@ class World:
                 else "this can't be merged"
             )
             raise Refused(status, REFUSALS[str(status)][1], message)
+
+    def put_back(self, contact_id: str, reference: Optional[str]) -> None:
+        """Let something put a contact's former reference back, where the switches say so."""
+        if self._put_back[contact_id] >= self.puts_back:
+            return
+        self._put_back[contact_id] += 1
+
+        def act() -> None:
+            if self.organisation.alive(contact_id):
+                contact = self.organisation.contacts[contact_id]
+                self.organisation.change(contact, external_ref=reference)
+
+        self.later(self.puts_back_after, act)
+
+    def set_quota(self, limit: int, window: float, **more: Any) -> None:
+        """Let DevRev have a quota from now on: so many units in a window of so many seconds."""
+        self.quota = Quota(limit, window, self._epoch, **more)
+        for name in ("quota_rolls", "quota_whole_seconds", "quota_share"):
+            setattr(self, name, getattr(self, name))
 
     def _happen(self, moment: float) -> None:
         event = heapq.heappop(self._events)

@@ -12,7 +12,7 @@ What there is
     scene.pair(1)                     two contacts of person1@example.com, REVU-P1 and user_1, with tickets and a talk
     scene.organisation                the truth, to be built and looked at (tests.fake.organisation.Organisation)
     scene.world                       how DevRev serves it: every switch, e.g. scene.world.merge_delay = 3.0
-    scene.settings                    of the client: scene.settings["timeout"] = 5.0
+    scene.settings                    of the client: scene.settings["timeout"] = 5.0; scene.world.set_quota(60, 60.0)
 What happens
     scene.export(changes)             write contacts.csv as the warehouse has it (the first run does, if none is there)
     scene.at(5.0, act)                act(organisation) in so many simulated seconds
