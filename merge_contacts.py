@@ -4213,6 +4213,9 @@ class SavePoint:
         """Store pairs without an event loop."""
         self.write({pair.ids: self._document(pair) for pair in pairs})
 
+    def save_run(self, record: RunRecord) -> None:
+        self.write({}, {record.id: record.to_json()})
+
     def _document(self, pair: Pair) -> Json:
         pair.run, pair.updated = self.run, iso(self.environment.now().wall)
         return pair.to_json()
@@ -4306,10 +4309,10 @@ class SavePoint:
             )[0]
         )
 
-    def runs(self) -> dict[str, Json]:
-        """Return the documents of all runs, by the run's id."""
+    def runs(self) -> dict[str, RunRecord]:
+        """Return all runs, by their ids."""
         rows = self._query("SELECT id, document FROM runs ORDER BY id")
-        return {run: json.loads(document) for run, document in rows}
+        return {run: RunRecord.from_json(json.loads(document)) for run, document in rows}
 
     def is_held(self) -> bool:
         """Return whether a run holds the savepoint right now."""
@@ -7236,6 +7239,49 @@ def settle_pair(pair: Pair) -> None:
 # -- the report of a merge run or a settle -----------------------------------------------------------
 
 
+@dataclass
+class RunRecord:
+    """A run as its report has it in `run`, and as the savepoint stores it. Times are ISO 8601, UTC."""
+
+    id: str = ""
+    kind: str = ""  # merge, settle or undo
+    version: str = __version__
+    headline: str = ""
+    csv: list[Json] | None = None  # `path` and `sha256` of each file
+    plan_id: str | None = None
+    pairs: int | None = None
+    undo: str | None = None  # what --undo named
+    base_url: str = ""
+    organisation: str = ""
+    token_owner: Json | None = None
+    options: Json = field(default_factory=dict)
+    start: str = ""
+    end: str | None = None
+    exit_code: int | None = None  # null where it was killed
+    stopped: str | None = None  # why it ended early
+    log: str = ""
+    requests: dict[str, int] | None = None  # by endpoint
+    requests_total: int | None = None
+    quota: Json | None = None  # what DevRev has announced
+    quota_wait_seconds: float | None = None
+    # Not in the report's `run`:
+    reported: bool = False  # whether its report was written
+    summary: Json | None = None
+    unknown: Json = field(default_factory=dict)  # fields that another version has stored
+
+    @classmethod
+    def from_json(cls, document: Json) -> RunRecord:
+        names = {one.name for one in fields(cls)}
+        record = cls(**{name: document[name] for name in names.intersection(document)})
+        record.unknown = {name: document[name] for name in document.keys() - names}
+        return record
+
+    def to_json(self) -> Json:
+        document = {**vars(self), **self.unknown}
+        del document["unknown"]
+        return document
+
+
 def report_path(run_id: str, kind: str) -> Path:
     return REPORTS / f"{'undo' if kind == 'undo' else 'merge'}_report_{run_id}.json"
 
@@ -7388,13 +7434,13 @@ def merge_summary(savepoint: SavePoint, run_id: str, plan: Plan | None) -> Json:
     return summary
 
 
-def headline(summary: Json, document: Json) -> str:
+def headline(summary: Json, record: RunRecord) -> str:
     """Return what a run has come to, in one line. It never says "all" where some remain."""
     others, planned = summary.get("earlier_runs", {}), summary["pairs_planned"]
     unfinished, merged = summary["unfinished_merges"], summary["successful_merges"]
     verb = "finished" if unfinished else "merged"
     words = []
-    if document["kind"] == "settle":
+    if record.kind == "settle":
         ended = {
             "settled": "settled",
             "cancelled": "cancelled",
@@ -7440,27 +7486,28 @@ def headline(summary: Json, document: Json) -> str:
     return ", ".join(words)
 
 
-def report_head(document: Json) -> Json:
-    run = {name: value for name, value in document.items() if name not in ("summary", "reported")}
-    return {"run": run, "summary": document["summary"]}
+def report_head(record: RunRecord) -> Json:
+    run = record.to_json()
+    del run["reported"]
+    return {"run": run, "summary": run.pop("summary")}
 
 
 def write_report(
     environment: Environment,
     savepoint: SavePoint,
-    document: Json,
+    record: RunRecord,
     plan: Plan | None = None,
     undo_pairs: Mapping[str, Iterable[Pair] | None] | None = None,
 ) -> None:
     """Write the report of a run: the JSON, and beside it the page and, of merges, the CSV that show the same.
 
-    The savepoint learns the end, which is in `document`, before the file is written, and that it was written
+    The savepoint learns the end, which is in `record`, before the file is written, and that it was written
     afterwards, so that the next run can write what a kill has prevented. `plan` is the one of a merge run that was not
     killed, `undo_pairs` are the lists of an undo. Raises OSError, and FatalError(3) where the savepoint can't be
     written.
     """
-    run_id, path = document["id"], report_path(document["id"], document["kind"])
-    savepoint.write({}, {run_id: document})
+    path = report_path(record.id, record.kind)
+    savepoint.save_run(record)
     environment.make_private_dir(path.parent)
     if (
         not path.exists()
@@ -7475,16 +7522,14 @@ def write_report(
             entry = functools.partial(merge_entry, planned=plan.ids if plan else None)
             lists = {
                 name: map(entry, pairs)
-                for name, pairs in merge_lists(savepoint, run_id, plan).items()
+                for name, pairs in merge_lists(savepoint, record.id, plan).items()
             }
             lists.update(beside_pairs(plan))
-        environment.write_atomically(path, report_chunks(report_head(document), lists))
+        environment.write_atomically(path, report_chunks(report_head(record), lists))
     template = "template.html" if undo_pairs is None else "undo_template.html"
     page = Path(__file__).resolve().parent / "reports" / template
     if page.is_file():  # the headline in the page itself is seen where no script runs
-        text = page.read_bytes().replace(
-            b"__REPORT_HEADLINE__", document["headline"].encode("ascii")
-        )
+        text = page.read_bytes().replace(b"__REPORT_HEADLINE__", record.headline.encode("ascii"))
         before, _, after = text.partition(b"__REPORT_JSON__")
         with open(path, "rb") as lines:
             environment.write_atomically(
@@ -7493,10 +7538,10 @@ def write_report(
     table = path.with_suffix(".csv")
     if undo_pairs is None and not table.exists():
         environment.write_atomically(
-            table, csv_chunks(ROW_HEADER, pair_rows(savepoint, run_id, plan))
+            table, csv_chunks(ROW_HEADER, pair_rows(savepoint, record.id, plan))
         )
-    document["reported"] = True
-    savepoint.write({}, {run_id: document})
+    record.reported = True
+    savepoint.save_run(record)
 
 
 def for_script(text: bytes) -> bytes:
@@ -7553,14 +7598,14 @@ def report_killed_runs(environment: Environment, savepoint: SavePoint) -> list[P
     It comes before anything else of a run, because rows that change name the run that changed them.
     """
     paths = []
-    for run_id, document in savepoint.runs().items():
-        if document["reported"]:
+    for run_id, record in savepoint.runs().items():
+        if record.reported:
             continue
-        savepoint.organisation = document["organisation"]
-        if document["end"] is None:
-            document["stopped"] = "killed"
+        savepoint.organisation = record.organisation
+        if record.end is None:
+            record.stopped = "killed"
         undo_pairs: dict[str, list[Pair] | None] | None = None
-        if document["kind"] == "undo":
+        if record.kind == "undo":
             failed = [state for state in State if state not in (State.UNDONE, State.UNDOING)]
             found = {
                 "undone": list(savepoint.pairs(State.UNDONE, run=run_id)),
@@ -7568,13 +7613,14 @@ def report_killed_runs(environment: Environment, savepoint: SavePoint) -> list[P
                 "failed": list(savepoint.pairs(*failed, run=run_id)),
             }
             undo_pairs = {**found, "skipped": None}
-            document.setdefault("summary", {name: len(pairs) for name, pairs in found.items()})
-            document["headline"] = document["headline"] or undo_headline(document["summary"], 0)
-        elif "summary" not in document:
-            document["summary"] = merge_summary(savepoint, run_id, None)
-            document["headline"] = headline(document["summary"], document)
-        write_report(environment, savepoint, document, None, undo_pairs)
-        paths.append(report_path(run_id, document["kind"]))
+            if record.summary is None:
+                record.summary = {name: len(pairs) for name, pairs in found.items()}
+            record.headline = record.headline or undo_headline(record.summary, 0)
+        elif record.summary is None:
+            record.summary = merge_summary(savepoint, run_id, None)
+            record.headline = headline(record.summary, record)
+        write_report(environment, savepoint, record, None, undo_pairs)
+        paths.append(report_path(run_id, record.kind))
     savepoint.organisation = ""
     return paths
 
@@ -7792,10 +7838,11 @@ class Console:
         """Print a line that is no result."""
         self.print(text, style, self.err)
 
-    def suggest(self, words: str, command: str) -> None:
+    def suggest(self, words: str, command: str = "") -> None:
         """Print a next step; its command is not wrapped, so that it can be copied."""
         if not self.quiet:
             self.print_err(f"next: {words}")
+        if command and not self.quiet:
             self._put(self.err, f"  {self.sanitize(command)}\n")
 
     def error(self, text: str) -> None:
@@ -8157,29 +8204,28 @@ class OptionParser(argparse.ArgumentParser):
     as_json = False  # whether a program reads the report of a run on stdout
 
     def error(self, message: str) -> NoReturn:
-        word = (message.partition("unrecognized arguments: ")[2].split() or [""])[0]
-        name = word.split("=")[0]
-        near = difflib.get_close_matches(name, list(self._option_string_actions), 1)
-        meant = (
-            f"--csv {word}"
-            if word.lower().endswith((".csv", ".csv.gz"))
-            else self.MEANT.get(name, "".join(near))
-        )
-        if name == "--savepoint":
-            message += "; the savepoint is savepoint.db in the current folder"
-        elif meant:
-            message += f"; did you mean {meant}?"
+        message += self._hint(message)
         if self.as_json:
-            sys.stdout.write(
-                json.dumps({"schema": SCHEMA, "exit_code": EXIT_USAGE, "error": message}) + "\n"
-            )
+            answer = {"schema": SCHEMA, "exit_code": EXIT_USAGE, "error": message}
+            sys.stdout.write(json.dumps(answer) + "\n")
         text = escape_unprintable(f"error: {message}")
         if sys.stderr and sys.stderr.isatty():
-            text = textwrap.fill(
-                text, Console.columns(sys.stderr), subsequent_indent="  ", break_on_hyphens=False
-            )
+            width = Console.columns(sys.stderr)
+            text = textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False)
         usage = "usage: merge_contacts.py --csv PATH [option ...]   (--help lists the options)"
         self.exit(EXIT_USAGE, f"{text}\n{usage}\n")
+
+    def _hint(self, message: str) -> str:
+        """Say which option may have been meant by one that is not known."""
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        if not unknown:
+            return ""
+        name = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(name, list(self._option_string_actions), 1)
+        meant = self.MEANT.get(name) or "".join(near)
+        if unknown[0].lower().endswith((".csv", ".csv.gz")):
+            meant = f"--csv {unknown[0]}"
+        return f"; did you mean {meant}?" if meant else ""
 
 
 def build_parser() -> OptionParser:
@@ -8189,7 +8235,6 @@ def build_parser() -> OptionParser:
         epilog=EPILOG, allow_abbrev=False, add_help=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28),
     )  # fmt: skip
-
     count = checked(int, lambda number: number >= 1, "a whole number of at least 1")
     seconds = checked(
         float, lambda number: 0 < number <= 86400, "a number of seconds above 0, up to 86400"
@@ -8200,87 +8245,60 @@ def build_parser() -> OptionParser:
         "a domain such as example.com",
     )
 
-    add = parser.add_argument_group("Input").add_argument
-    add(
-        "--csv",
-        metavar="PATH",
-        type=Path,
-        nargs="+",
-        action="extend",
-        help="the export: one file, or all its parts",
-    )
-    add(
-        "--choices",
-        metavar="PATH",
-        type=Path,
-        help="CSV (EMAIL, EXTERNAL_REF): which contact to keep",
-    )
+    def group(title: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """Begin a group; return what adds an option with a value to it, and what adds one without."""
+        add = parser.add_argument_group(title).add_argument
+        return add, functools.partial(add, action="store_true")
+
+    add, _ = group("Input")
+    several: Json = {"nargs": "+", "action": "extend"}
+    words = "the export: one file, or all its parts"
+    add("--csv", metavar="PATH", type=Path, help=words, **several)
+    words = "CSV (EMAIL, EXTERNAL_REF): which contact to keep"
+    add("--choices", metavar="PATH", type=Path, help=words)
     add("--email", metavar="ADDRESS", action="append", help="only this address (may be repeated)")
     add("--limit", metavar="N", type=count, help="at most N pairs in this run, such as 1 to try")
     add("--plan", metavar="ID", help="merge only if the plan still has this ID")
 
-    add = parser.add_argument_group("Read-only modes").add_argument
-    add("--preview", action="store_true", help="print what a run, or --undo, would do")
-    add("--live", action="store_true", help="with --preview: compare the plan with DevRev")
-    add("--check", action="store_true", help="test whether a run can start")
-    add("--status", action="store_true", help="print what the savepoint knows")
+    add, flag = group("Read-only modes")
+    flag("--preview", help="print what a run, or --undo, would do")
+    flag("--live", help="with --preview: compare the plan with DevRev")
+    flag("--check", help="test whether a run can start")
+    flag("--status", help="print what the savepoint knows")
     words = "read all backups again (default: backups)"
     add("--verify-backups", metavar="DIR", type=Path, nargs="?", const=BACKUPS, help=words)
 
-    add = parser.add_argument_group("Other modes").add_argument
+    add, flag = group("Other modes")
     add("--undo", metavar="PATH", type=Path, help="undo the merges of a report or a backup folder")
-    add(
-        "--settle",
-        metavar="ADDRESS",
-        nargs="+",
-        action="extend",
-        help="close unfinished pairs that can't be finished",
-    )
+    words = "close unfinished pairs that can't be finished"
+    add("--settle", metavar="ADDRESS", help=words, **several)
     add("--export", metavar="PATH", type=Path, help="write the CSV from DevRev; overwrites no file")
     words = "with --export: only this domain (may be repeated)"
     add("--domain", metavar="DOMAIN", type=domain, action="append", help=words)
-    add(
-        "--choices-template",
-        metavar="PATH",
-        type=Path,
-        help="write a CSV for --choices, to be cut down",
-    )
+    words = "write a CSV for --choices, to be cut down"
+    add("--choices-template", metavar="PATH", type=Path, help=words)
 
-    add = parser.add_argument_group("Merge rules").add_argument
-    add(
-        "--primary",
-        choices=("revu", "user"),
-        default="revu",
-        help="the contact that remains (default: revu)",
-    )
-    policies, words = (
-        ("exact", "at-least"),
-        "exact: TICKET_COUNT tickets; at-least: or more (default: exact)",
-    )
+    add, flag = group("Merge rules")
+    words = "the contact that remains (default: revu)"
+    add("--primary", choices=("revu", "user"), default="revu", help=words)
+    policies = ("exact", "at-least")
+    words = "exact: TICKET_COUNT tickets; at-least: or more (default: exact)"
     add("--count-policy", metavar="POLICY", choices=policies, default="exact", help=words)
-    add(
-        "--across-workspaces", action="store_true", help="also merge contacts of different rev orgs"
-    )
-    add(
-        "--try-unverified", action="store_true", help="also merge unverified into verified contacts"
-    )
-    add("--carry-fields", action="store_true", help="copy fields that only the duplicate has")
-    add("--no-timelines", action="store_true", help="leave comments out of the backup")
+    flag("--across-workspaces", help="also merge contacts of different rev orgs")
+    flag("--try-unverified", help="also merge unverified into verified contacts")
+    flag("--carry-fields", help="copy fields that only the duplicate has")
+    flag("--no-timelines", help="leave comments out of the backup")
     words = "how long to wait for one merge (default: 120)"
     add("--merge-timeout", metavar="SECONDS", type=seconds, default=120.0, help=words)
     add("--workers", metavar="N", type=count, default=8, help="concurrent requests (default: 8)")
 
-    add = parser.add_argument_group("Confirmation and output").add_argument
-    add("--yes", action="store_true", help="do not ask; needed where stdin is no terminal")
-    add("--json", action="store_true", help="print the result as JSON, all else on stderr")
-    add("-v", "--verbose", action="store_true", help="show each request")
-    add("-q", "--quiet", action="store_true", help="show only errors and the summary")
-    add(
-        "--version",
-        action="version",
-        version=f"merge_contacts {__version__}",
-        help="print the version",
-    )
+    add, flag = group("Confirmation and output")
+    flag("--yes", help="do not ask; needed where stdin is no terminal")
+    flag("--json", help="print the result as JSON, all else on stderr")
+    flag("-v", "--verbose", help="show each request")
+    flag("-q", "--quiet", help="show only errors and the summary")
+    version = f"merge_contacts {__version__}"
+    add("--version", action="version", version=version, help="print the version")
     add("-h", "--help", action="help", help="print this help")
     return parser
 
@@ -8314,15 +8332,14 @@ def option_name(name: str) -> str:
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line, and refuse options that don't go together (exit 2)."""
+    """Parse the command line, and refuse options that don't go together (exit 2).
+
+    Besides the options themselves the result has `mode`, a key of MODES, and `words`, as they were typed.
+    """
     parser = build_parser()
     words = list(sys.argv[1:] if argv is None else argv)
-    parser.as_json = "--json" in words and not {
-        "--preview",
-        "--check",
-        "--status",
-        "--verify-backups",
-    } & set(words)
+    read_only = {"--preview", "--check", "--status", "--verify-backups"}
+    parser.as_json = "--json" in words and not read_only.intersection(words)
     options = parser.parse_args(words)
     given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
     typed = collections.Counter(word.partition("=")[0] for word in words)
@@ -8330,25 +8347,39 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         # "The last one wins" would hide a mistake.
         if typed[option_name(name)] > 1 and not isinstance(value, (bool, list)):
             parser.error(f"{option_name(name)} is given twice; it takes one value")
-    modes = [name for name in MODES if name in given]
-    if "undo" in modes and "preview" in modes:
-        modes.remove("preview")
-    if len(modes) > 1:
-        parser.error(f"{' and '.join(map(option_name, modes))} don't go together: give one of them")
-    mode = options.mode = modes[0] if modes else "merge"
-    for name, fits in GOES_WITH.items():
-        if name in given and mode not in fits:
-            *others, last, its = [
-                "a merge" if fit == "merge" else option_name(fit) for fit in (*fits, mode)
-            ]
-            where = f"{', '.join(others)} or {last}" if others else last
-            parser.error(f"{option_name(name)} goes with {where}, not with {its}")
+    mode = find_mode(parser, given)
+    check_combination(parser, given, mode)
     if mode in ("merge", "preview", "choices_template") and not options.csv:
         with_undo = ", or --undo PATH" if mode == "preview" else ""
         parser.error(
             f"--csv PATH is needed{with_undo} (--export PATH makes one; --help lists the options)"
         )
+    options.mode = mode
+    options.words = words
     return options
+
+
+def find_mode(parser: OptionParser, given: Collection[str]) -> str:
+    """Return the one mode that the options ask for."""
+    modes = [name for name in MODES if name in given]
+    if "undo" in modes and "preview" in modes:
+        modes.remove("preview")
+    if len(modes) > 1:
+        parser.error(f"{' and '.join(map(option_name, modes))} don't go together: give one of them")
+    return modes[0] if modes else "merge"
+
+
+def check_combination(parser: OptionParser, given: Collection[str], mode: str) -> None:
+    """Refuse an option that does nothing in this mode."""
+
+    def named(fit: str) -> str:
+        return "a merge" if fit == "merge" else option_name(fit)
+
+    for name, fits in GOES_WITH.items():
+        if name in given and mode not in fits:
+            *others, last = map(named, fits)
+            where = f"{', '.join(others)} or {last}" if others else last
+            parser.error(f"{option_name(name)} goes with {where}, not with {named(mode)}")
 
 
 # -- settings ----------------------------------------------------------------------------------------
@@ -8505,16 +8536,18 @@ def check_token(token: str) -> None:
 
 
 class RunContext:
-    """One call of the tool: options, settings, console, log and signals; named by the second in which it started."""
+    """One call of the tool: options, settings, console, log and signals.
+
+    It is named by the second in which it started.
+    """
 
     TICK = 0.2  # seconds between updates of the status line
 
     def __init__(self, options: argparse.Namespace, environment: Environment | None = None) -> None:
         self.options = options
         # Whether it may write more than a log.
-        self.may_write = (
-            options.mode in ("merge", "undo", "settle", "export") and not options.preview
-        )
+        changes_something = options.mode in ("merge", "undo", "settle", "export")
+        self.may_write = changes_something and not options.preview
         # With --json a run prints its report on stdout, and everything else on stderr.
         self.reports_json = options.json and self.may_write
         self.console = Console(options.quiet, sys.stderr if self.reports_json else None)
@@ -8524,8 +8557,8 @@ class RunContext:
         self.log_path = LOGS / f"contact_merge_{self.run_id}.log"
         self.settings = self.environment.settings
         self.signal = 0  # the first signal that came
-        self.organisation = ""
-        self.document: Json = {}  # the report's `run`
+        self.organisation = ""  # the token's
+        self.record = RunRecord()
         self.error = ""  # what has ended it without a report
 
     @property
@@ -8535,19 +8568,18 @@ class RunContext:
     def on_signal(
         self, act: Callable[[], Any], loop: asyncio.AbstractEventLoop | None = None
     ) -> None:
-        """Let the first Ctrl-C, SIGTERM or SIGHUP call `act`, in the `loop` if there is one; the second ends the
-        process at once, with the same exit code.
+        """Let the first Ctrl-C, SIGTERM or SIGHUP call `act`, in the `loop` if there is one.
 
-        A closed terminal may send SIGHUP twice, from the kernel and from the shell: a repeated one is still the first.
+        The second ends the process at once, with the same exit code. A closed terminal may send
+        SIGHUP twice, from the kernel and from the shell: a repeated one is still the first.
         """
 
         def handle(number: int, _frame: Any) -> None:
             if self.signal == number == getattr(signal, "SIGHUP", None):
                 return
             if self.signal:
-                self.console.print_err(
-                    "ended at once; run the same command again to resume", "bold"
-                )
+                words = "ended at once; run the same command again to resume"
+                self.console.print_err(words, "bold")
                 self.console.end(lambda: 0.2)
                 os._exit(128 + self.signal)
             self.signal = number
@@ -8556,9 +8588,8 @@ class RunContext:
                 return
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(act)
-            self.console.print_err(
-                "stopping: waiting up to 10 s for requests under way (again: stop at once) ..."
-            )
+            words = "stopping: waiting up to 10 s for requests under way (again: stop at once) ..."
+            self.console.print_err(words)
 
         for number in SIGNALS:
             # A program started by nohup is to outlive the terminal.
@@ -8566,11 +8597,18 @@ class RunContext:
                 signal.signal(number, handle)
 
     def open_log(self) -> None:
-        """Log to a file and to stderr. Raises OSError where a run that may change something can't log."""
+        """Log to a file and to stderr.
+
+        Raises OSError where a run that may change something can't log.
+        """
         log.setLevel(logging.DEBUG)
         log.propagate = False
-        shown = logging.DEBUG if self.options.verbose else logging.WARNING
-        handler = LogHandler(self.console, logging.CRITICAL if self.options.quiet else shown)
+        shown = logging.WARNING
+        if self.options.verbose:
+            shown = logging.DEBUG
+        if self.options.quiet:
+            shown = logging.CRITICAL
+        handler = LogHandler(self.console, shown)
         log.addHandler(handler)
         if self.options.status:  # which may be called every few seconds
             return
@@ -8580,99 +8618,93 @@ class RunContext:
         except OSError as error:
             if self.may_write:
                 raise
-            self.console.print_err(
-                f"warning: the log {self.log_path} can't be written: {error.strerror or error}"
-            )
-        log.info(
-            "merge_contacts %s, Python %s on %s", __version__, sys.version.split()[0], sys.platform
-        )
+            why = error.strerror or error
+            self.console.print_err(f"warning: the log {self.log_path} can't be written: {why}")
+        python = sys.version.split()[0]
+        log.info("merge_contacts %s, Python %s on %s", __version__, python, sys.platform)
 
     async def identify(self, api: DevRevAPI, origin: str = "", pairs: Iterable[Pair] = ()) -> str:
-        """Find out whose token it is, and say so. Raises FatalError, also for `pairs` of another organisation."""
+        """Find out whose token it is, and say so.
+
+        Raises FatalError, also for `pairs` of another organisation.
+        """
         check_token(self.settings.token)
         with before_any_change(api):
             owner = await api.get_one("dev-users.self", {}, "dev_user", ANY_OPTIONS)
-        self.organisation = self.document["organisation"] = organisation_of(str(owner.get("id")))
-        self.document["token_owner"] = {
+        self.organisation = self.record.organisation = organisation_of(str(owner.get("id")))
+        self.record.token_owner = {
             name: owner.get(name) for name in ("id", "display_name", "email")
         }
         check_organisation(self.organisation, origin, pairs)
-        return f"belongs to {owner.get('display_name') or owner.get('id')}, organisation {self.organisation or 'unknown'}"
+        who = owner.get("display_name") or owner.get("id")
+        return f"belongs to {who}, organisation {self.organisation or 'unknown'}"
 
     def merge_options(self) -> MergeOptions:
-        rules = {
-            name: getattr(self.options, name) for name in (*MERGE_RULES, "merge_timeout", "preview")
-        }
-        return MergeOptions(
-            organisation=self.organisation, timelines=not self.options.no_timelines, **rules
-        )
+        names = (*MERGE_RULES, "merge_timeout", "preview")
+        rules = {name: getattr(self.options, name) for name in names}
+        timelines = not self.options.no_timelines
+        return MergeOptions(organisation=self.organisation, timelines=timelines, **rules)
 
     def describe_cost(self, cost: Estimate) -> str:
         """What a run costs, and how fast requests may be sent, in words."""
-        requests, spent = f"about {plural(cost.requests, 'request')}", duration(cost.seconds)
+        requests = f"about {plural(cost.requests, 'request')}"
+        spent = duration(cost.seconds)
         if self.settings.calls is None:
             calls, period = RequestScheduler.UNANNOUNCED
             rate = f"only {calls} in {period:g} s are sent until DevRev announces a quota"
             return f"{requests}, at least {spent}: {rate}"
         if not self.settings.calls:
             return f"{requests}, about {spent} without a client-side rate limit"
-        return f"{requests}, about {spent} at {self.settings.calls} requests in {self.settings.period:g} s"
+        rate = f"{self.settings.calls} requests in {self.settings.period:g} s"
+        return f"{requests}, about {spent} at {rate}"
 
-    def command(self, *words: str, without: Collection[str] = ()) -> str:
-        """The command that starts this script again with the options of this call, but for those in `without`, and with
-        more `words`."""
-        parser, given = build_parser(), []
-        for name, value in vars(self.options).items():
-            if name in ("mode", *without) or value == parser.get_default(name):
-                continue
-            if (
-                name == "yes" and sys.stdin and sys.stdin.isatty()
-            ):  # who copies the command is asked
-                continue
-            option = option_name(name)
-            for one in value if isinstance(value, list) else [value]:
-                text = f"{one:g}" if isinstance(one, float) else str(one)
-                given += (
-                    [option]
-                    if one is True
-                    else [f"{option}={text}"]
-                    if text[:1] == "-"
-                    else [option, text]
-                )
-        return command_line(*given, *words)
+    def retyped(self, *more: str, without: Collection[str]) -> str:
+        """The command of this call as it was typed, but for the options `without`, and `more`."""
+        kept: list[str] = []
+        dropping = False
+        for word in self.options.words:
+            is_option = word.startswith("-")
+            name = word.partition("=")[0]
+            if is_option:
+                dropping = name in without
+            if not dropping:
+                kept.append(word)
+        return command_line(*kept, *more)
 
 
 def command_line(*words: str) -> str:
     """A command that starts this script from the current folder, quoted for the shell."""
-    names = [name for name in ("python", "python3", "py") if shutil.which(name)]
-    mine = [
-        name
-        for name in names
-        if Path(str(shutil.which(name))).parent == Path(sys.executable).parent
-    ]
+    python = sys.executable or "python"
+    for name in ("python", "python3", "py"):
+        found = shutil.which(name)
+        if found and Path(found).parent == Path(python).parent:
+            python = name
+            break
     script = sys.argv[0] if sys.argv[0].endswith(".py") else str(Path(__file__))
-    command = [mine[0] if mine else sys.executable or "python", script, *words]
-    if os.name == "nt":
-        return " ".join(
-            f'"{word}"' if re.search(r"[^\w./\\:@+=-]", word) else word for word in command
-        )
-    return " ".join(map(shlex.quote, command))
+    command = [python, script, *words]
+    if os.name != "nt":
+        return " ".join(map(shlex.quote, command))
+    quoted = (f'"{word}"' if re.search(r"[^\w./\\:@+=-]", word) else word for word in command)
+    return " ".join(quoted)
 
 
 def history_folder_error(path: Path) -> str | None:
-    """Say why `path` can't be undone from the current folder: the savepoint that knows its merges is in another one."""
+    """Say why `path` can't be undone from the current folder, None where it can.
+
+    Only the savepoint of its own folder knows its merges.
+    """
     absolute = Path(os.path.abspath(str(path)))  # noqa: PTH100
-    roots = [
-        root
-        for name in ("backups", "reports")
-        for root in (Path.cwd() / name, Path(name).resolve())
-    ]
-    if any(root in place.parents for place in (absolute, absolute.resolve()) for root in roots):
-        return None
+    parents = {*absolute.parents, *absolute.resolve().parents}
+    for name in ("backups", "reports"):
+        if Path.cwd() / name in parents or Path(name).resolve() in parents:
+            return None
     for parent in absolute.parents:
         if parent.name in ("backups", "reports"):
-            return f"{path} belongs to another folder's history; run --undo in {parent.parent}, where its savepoint is"
-    return f"{path} is not below backups/ or reports/ of the current folder; name one report or backup in them"
+            folder = parent.parent
+            why = f"{path} belongs to another folder's history"
+            return f"{why}; run --undo in {folder}, where its savepoint is"
+    where = "below backups/ or reports/ of the current folder"
+    return f"{path} is not {where}; name one report or backup in them"
 
 
 # -- the plan ----------------------------------------------------------------------------------------
@@ -8691,8 +8723,9 @@ def make_plan(run: RunContext, savepoint: SavePoint | None) -> Plan:
     rules = {name: getattr(options, name) for name in (*MERGE_RULES, "primary")}
     plan.id = plan_id(plan.groups, timelines=not options.no_timelines, **rules)
     if options.plan is not None and options.plan.strip().lower() != plan.id:
-        why = "the CSV, the choices or an option of the merge differs from what it was; read the preview again"
-        raise FatalError(EXIT_USAGE, f"the plan is {plan.id}, not {options.plan}: {why}")
+        why = "the CSV, the choices or an option of the merge differs from what it was"
+        words = f"the plan is {plan.id}, not {options.plan}: {why}; read the preview again"
+        raise FatalError(EXIT_USAGE, words)
     plan.wanted = {pair.ids: pair for group in plan.groups for pair in group.pairs}
     plan.ids = set(plan.wanted)
     if savepoint:
@@ -8847,7 +8880,8 @@ def write_choices_template(run: RunContext) -> int:
         raise FatalError(EXIT_USAGE, f"{path} {why}") from None
     show(f"{plural(len(rows), 'line')} of {plural(len(groups), 'group')} written to {path}", "good")
     if groups:
-        command = run.command("--choices", str(path), "--preview", without=("choices_template",))
+        drop = ("--choices-template", "--json", "--yes")
+        command = run.retyped("--choices", str(path), "--preview", without=drop)
         run.console.suggest(f"keep one line per address in {path}, then", command)
     shared = sum(group.code == "shared_mailbox" for group in plan.skipped)
     if shared:
@@ -8867,37 +8901,21 @@ def preview(run: RunContext) -> int:
     live: list[Json] | None = None
     if run.options.live:
         live = run.environment.run_event_loop(preview_live(run, plan))
-        counts = collections.Counter(one["code"] or "ready" for one in live)
-        refused = {
-            code: count
-            for code, count in sorted(counts.items())
-            if code not in (*LIVE_DONE, "ready")
-        }
-        done = sum(counts[code] for code in LIVE_DONE)
-        facts.update(live_ready=counts["ready"], live_done=done, live_refused=refused)
+        facts.update(live_summary(live))
     if run.options.json:
         run.console.json(plan_chunks(plan, facts, earlier, live))
         return EXIT_OK
     if live is not None:
-        lines = [
-            f"{one['code'] or 'ready'}  {one['email']}" + f": {one['reason']}" * bool(one["code"])
-            for one in live
-        ]
-        total = ", ".join(f"{count:,} {code}" for code, count in sorted(counts.items())) or "none"
-        print_list(
-            run.console,
-            f"COMPARED WITH DEVREV: {plural(len(live), 'group')}",
-            [*lines, f"in all: {total}"],
-        )
+        show_live(run.console, live, facts)
     show_plan(plan, facts, run.console, run.describe_cost(cost), earlier)
     ready: int = facts["pairs_to_merge"] if live is None else facts["live_ready"]
     steps = next_step(run, ready, len(earlier), known)
-    if facts.get("live_refused"):
-        stale = all(CODES[code].advice.startswith("Export again") for code in facts["live_refused"])
-        command = command_line("--export", f"contacts_{run.run_id}.csv")
-        steps = (
-            [("export again, then preview the new file", command)] if stale and not ready else []
-        )
+    refused = facts.get("live_refused")
+    if refused:
+        steps = []
+        if not ready and all(CODES[code].advice.startswith("Export again") for code in refused):
+            command = command_line("--export", f"contacts_{run.run_id}.csv")
+            steps = [("export again, then preview the new file", command)]
     for words, command in steps:
         run.console.suggest(words, command)
     return EXIT_OK
@@ -8906,52 +8924,47 @@ def preview(run: RunContext) -> int:
 def next_step(
     run: RunContext, ready: int, to_finish: int, known: SavePoint | None
 ) -> list[tuple[str, str]]:
-    """Return what comes after a plan was read, in words and as a command; nothing where no pair is left.
+    """Return what comes after a plan was read, in words and as a command.
 
-    The order is the same everywhere: a preview with --live, one pair, the rest.
+    The order is the same everywhere: a preview with --live, one pair, the rest. Nothing comes
+    where no pair is left.
     """
-    shown = ("preview", "live", "check", "plan", "limit")
+    drop = ("--preview", "--live", "--check", "--plan", "--limit", "--json", "--yes")
     if not ready and not to_finish:
         return []
     if not run.settings.token:
-        words = "put a token into .env (see .env.example), then test it"
-        return [(words, run.command("--check", without=shown))]
+        check = run.retyped("--check", without=drop)
+        return [("put a token into .env (see .env.example), then test it", check)]
     if not ready:
-        return [("finish the pairs of earlier runs", run.command(without=shown))]
+        return [("finish the pairs of earlier runs", run.retyped(without=drop))]
     if known and any(known.pairs(State.DONE)):
-        return [
-            (
-                "merge these pairs" if run.options.email else "merge the rest",
-                run.command(without=shown),
-            )
-        ]
+        words = "merge these pairs" if run.options.email else "merge the rest"
+        return [(words, run.retyped(without=drop))]
     if run.options.preview and not run.options.live:
-        return [
-            (
-                "compare the plan with DevRev",
-                run.command("--live", without=("plan", "limit", "yes")),
-            )
-        ]
-    return [("merge one pair first", run.command("--limit", "1", without=(*shown, "email")))]
+        live = run.retyped("--live", without=("--plan", "--limit", "--yes"))
+        return [("compare the plan with DevRev", live)]
+    one = run.retyped("--limit", "1", without=(*drop, "--email"))
+    return [("merge one pair first", one)]
 
 
 LIVE_DONE = ("already_merged", "already_gone")  # what the live preview finds done
 
 
 async def preview_live(run: RunContext, plan: Plan) -> list[Json]:
-    """Compare each planned group with DevRev by read requests; return `{email, code, reason}`, code None where ready.
+    """Compare each planned group with DevRev by read requests.
 
-    Raises FatalError(2) for the token or the organisation, FatalError(3) where DevRev can't be reached.
+    Return `{email, code, reason}` of each, by email, code None where it is ready. Raises
+    FatalError(2) for the token or the organisation, FatalError(3) where DevRev can't be reached.
     """
     api = DevRevAPI(run.settings, run.environment, CancelToken())
-    groups = [
-        group for group in plan.groups if any(pair.state is State.PLANNED for pair in group.pairs)
-    ]
+    groups = []
+    for group in plan.groups:
+        if any(pair.state is State.PLANNED for pair in group.pairs):
+            groups.append(group)
     found: list[Json] = []
-    line = "{:,} of {} compared with DevRev"
-    ticking = asyncio.ensure_future(
-        Progress(run).tick(lambda _: line.format(len(found), plural(len(groups), "group")))
-    )
+
+    def progress(_now: float) -> str:
+        return f"{len(found):,} of {plural(len(groups), 'group')} compared with DevRev"
 
     async def compare(group: Group) -> None:
         try:
@@ -8963,15 +8976,33 @@ async def preview_live(run: RunContext, plan: Plan) -> list[Json]:
         code = problem.code if problem else None
         found.append({"email": group.email, "code": code, "reason": str(problem or "ready")})
 
-    try:
+    async with ticking(run, progress):
         await run.identify(api, "CSV", plan.pairs())
         with before_any_change(api):
             for start in range(0, len(groups), ContactMerger.BATCH):
                 await together(*map(compare, groups[start : start + ContactMerger.BATCH]))
-    finally:
-        ticking.cancel()
-        run.console.status("")
-    return sorted(found, key=lambda one: str(one["email"]))
+    return sorted(found, key=itemgetter("email"))
+
+
+def live_summary(live: Sequence[Json]) -> Json:
+    """Count what the live preview has found."""
+    counts = collections.Counter(one["code"] or "ready" for one in live)
+    ready = counts.pop("ready", 0)
+    done = sum(counts.pop(code, 0) for code in LIVE_DONE)
+    return {"live_ready": ready, "live_done": done, "live_refused": dict(sorted(counts.items()))}
+
+
+def show_live(console: Console, live: Sequence[Json], facts: Json) -> None:
+    lines = []
+    for one in live:
+        line = f"ready  {one['email']}"
+        if one["code"]:
+            line = f"{one['code']}  {one['email']}: {one['reason']}"
+        lines.append(line)
+    totals = {"ready": facts["live_ready"], "done": facts["live_done"], **facts["live_refused"]}
+    total = ", ".join(f"{count:,} {name}" for name, count in totals.items() if count)
+    title = f"COMPARED WITH DEVREV: {plural(len(live), 'group')}"
+    print_list(console, title, [*lines, f"in all: {total or 'none'}"])
 
 
 # -- the real run ------------------------------------------------------------------------------------
@@ -8982,42 +9013,41 @@ async def merge(run: RunContext) -> int:
     check_token(run.settings.token)
     with contextlib.closing(open_savepoint(run)) as savepoint:
         plan = make_plan(run, savepoint)
-        start_document(run, "merge", plan)
-        run.document["organisation"] = savepoint.organisation
-        digests = [
-            (str(path), hashlib.sha256(path.read_bytes()).hexdigest()) for path in run.options.csv
-        ]
-        run.document["csv"] = [{"path": path, "sha256": digest} for path, digest in digests]
+        record = start_record(run, "merge", plan)
+        record.organisation = savepoint.organisation
+        record.csv = []
+        for path in run.options.csv:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            record.csv.append({"path": str(path), "sha256": digest})
         if not plan.count() and not any(savepoint.pairs(*UNFINISHED, State.CANCELLED)):
-            return _report(run, savepoint, None, EXIT_OK, plan)
+            return finish_run(run, savepoint, None, EXIT_OK, plan)
         run.console.status("connecting to DevRev ...")
         api = DevRevAPI(run.settings, run.environment, CancelToken())
-        cost = estimate(plan, run.settings, not run.options.no_timelines)
-        progress, code = Progress(run, cost.requests), EXIT_OK
+        code = EXIT_OK
         try:
             await run.identify(api, "CSV", plan.pairs())
         except FatalError as stop:
             api.cancel_token.cancel(stop)
             code = stop.exit_code
         savepoint.organisation = run.organisation or savepoint.organisation
+        progress = Progress(run)
         merger = ContactMerger(api, savepoint, run.merge_options(), progress.on_pair)
         if code:
-            return _report(run, savepoint, merger, code, plan)
+            return finish_run(run, savepoint, merger, code, plan)
         others = savepoint.other_organisations()
         if others:
-            run.console.print_err(
-                f"{plural(others, 'pair')} of another organisation stay in {SAVEPOINT} as they are"
-            )
+            words = f"{plural(others, 'pair')} of another organisation stay in {SAVEPOINT}"
+            run.console.print_err(f"{words} as they are")
         unfinished = [*savepoint.unfinished(), *plan.revived]
-        run.document["pairs"] = plan.count() + sum(pair.ids not in plan.ids for pair in unfinished)
-        facts = merge_facts(run, plan, unfinished, cost)
+        record.pairs = plan.count() + sum(pair.ids not in plan.ids for pair in unfinished)
 
         async def work() -> int:
             savepoint.save_now(plan.revived)
             return await merger.run(plan, unfinished)
 
+        facts = merge_facts(run, plan, unfinished)
         code = await confirm_and_run(run, merger, progress, "merge", facts, work)
-        return _report(run, savepoint, merger, code, plan)
+        return finish_run(run, savepoint, merger, code, plan)
 
 
 def settle(run: RunContext) -> int:
@@ -9026,57 +9056,63 @@ def settle(run: RunContext) -> int:
     Returns the exit code. Raises FatalError(2) where an address is unknown.
     """
     with contextlib.closing(open_savepoint(run)) as savepoint:
-        wanted = {email_key(email) for email in run.options.settle}
-        known = sorted(savepoint.pairs(*State), key=attrgetter("email"))
-        pairs = [pair for pair in known if pair.email in wanted]
-        for email in sorted(wanted.difference(pair.email for pair in pairs)):
-            near = difflib.get_close_matches(email, [pair.email for pair in known], 1, 0.8)
-            hint = f"did you mean {near[0]}?" if near else "--status lists the unfinished pairs"
-            raise FatalError(EXIT_USAGE, f"--settle: {email} has no pair in {SAVEPOINT}; {hint}")
-        # A pair that was never requested has nothing to settle, and is no failure beside one that has.
-        settled = {
-            pair.email for pair in pairs if pair.state not in TERMINAL and not settle_error(pair)
-        }
-        pairs = [
-            pair for pair in pairs if pair.state is not State.FAILED or pair.email not in settled
-        ]
-        start_document(run, "settle")
+        pairs = pairs_to_settle(savepoint, run.options.settle)
+        record = start_record(run, "settle")
         organisations = {organisation_of(pair.primary.id) for pair in pairs}
         if len(organisations) == 1:  # else the report is of all of them
-            run.document["organisation"] = savepoint.organisation = organisations.pop()
-        savepoint.write({}, {run.run_id: run.document})
-        code, ending = EXIT_OK, []
+            record.organisation = savepoint.organisation = organisations.pop()
+        savepoint.save_run(record)
+        code = EXIT_OK
+        ending = []
         for pair in pairs:
-            error, style, word, why = settle_error(pair), "", "nothing to settle", ""
-            if error:
-                code, style, word, why = EXIT_FAILED, "bad", "NOT SETTLED", error
-            elif pair.state not in TERMINAL:
+            subject_of = f"{pair.email}: {into(pair)}"
+            problem = settle_error(pair)
+            if problem:
+                code = EXIT_FAILED
+                run.console.print(f"NOT SETTLED  {subject_of}: {problem}", "bad")
+            elif pair.state in TERMINAL:
+                words = f"nothing to settle  {subject_of}: {STATE_WORDS[pair.state]}"
+                run.console.print(words)
+            else:
                 settle_pair(pair)
                 ending.append(pair)
-                word, why = (
-                    pair.state.value.replace("_", " "),
-                    f"{STATE_WORDS[pair.state]} ({pair.accepted})",
-                )
-            run.console.print(
-                f"{word}  {pair.email}: {into(pair)}: {why or STATE_WORDS[pair.state]}", style
-            )
+                ended = pair.state.value.replace("_", " ")
+                why = f"{STATE_WORDS[pair.state]} ({pair.accepted})"
+                run.console.print(f"{ended}  {subject_of}: {why}")
         savepoint.save_now(ending)
         if any(pair.state is State.CANCELLED for pair in ending):
-            words = "DevRev may still carry out a cancelled merge: every run polls for it, and finishes it then"
-            run.console.print(words)
-        return _report(run, savepoint, None, code)
+            words = "DevRev may still carry out a cancelled merge"
+            run.console.print(f"{words}: every run polls for it, and finishes it then")
+        return finish_run(run, savepoint, None, code)
+
+
+def pairs_to_settle(savepoint: SavePoint, emails: Iterable[str]) -> list[Pair]:
+    """Return the pairs of the named addresses. Raises FatalError(2) where one has none."""
+    wanted = {email_key(email) for email in emails}
+    known = sorted(savepoint.pairs(*State), key=attrgetter("email"))
+    pairs = [pair for pair in known if pair.email in wanted]
+    for email in sorted(wanted.difference(pair.email for pair in pairs)):
+        near = difflib.get_close_matches(email, [pair.email for pair in known], 1, 0.8)
+        hint = f"did you mean {near[0]}?" if near else "--status lists the unfinished pairs"
+        raise FatalError(EXIT_USAGE, f"--settle: {email} has no pair in {SAVEPOINT}; {hint}")
+    # A pair that was never requested has nothing to settle, and is no failure beside one that has.
+    settled = set()
+    for pair in pairs:
+        if pair.state not in TERMINAL and not settle_error(pair):
+            settled.add(pair.email)
+    return [pair for pair in pairs if pair.state is not State.FAILED or pair.email not in settled]
 
 
 def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
-    """Open the savepoint. For a run that may change something: also report what killed runs could not report.
+    """Open the savepoint. For a run that may change something: also write what killed runs could not.
 
-    Raises FatalError(2) where the savepoint is older than the reports, FatalError(3) where `reports/` can't be written.
+    Raises FatalError(2) where the savepoint is older than the reports, FatalError(3) where
+    `reports/` can't be written.
     """
     savepoint = SavePoint(run.environment, run.run_id, readonly)
     beside = Path(__file__).resolve().parent / SAVEPOINT
-    if (
-        beside.exists() and Path.cwd() != beside.parent and not savepoint.counts()
-    ):  # cron starts in another folder
+    # cron starts in another folder
+    if beside.exists() and Path.cwd() != beside.parent and not savepoint.counts():
         here = "no savepoint with pairs is in the current folder, and one is beside the script"
         log.warning("%s: to use that history, run in %s", here, beside.parent)
     for warning in savepoint.warnings:
@@ -9085,9 +9121,8 @@ def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
         return savepoint
     run.run_id = savepoint.run
     try:
-        if (
-            savepoint.runs() or not run.options.undo
-        ):  # what no file knows at all can be undone from its report
+        # What no file knows at all can be undone from its report.
+        if savepoint.runs() or not run.options.undo:
             check_not_restored(savepoint)
         trial = run.environment.make_private_dir(REPORTS) / f".trial.{os.getpid()}"
         trial.write_bytes(b"")
@@ -9099,270 +9134,359 @@ def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
         raise
     except OSError as error:
         savepoint.close()
-        words = f"{REPORTS} can't be written ({error.strerror or error}), so nothing was changed; make it writable"
-        raise FatalError(EXIT_STOPPED, words) from None
+        why = f"{REPORTS} can't be written ({error.strerror or error}), so nothing was changed"
+        raise FatalError(EXIT_STOPPED, f"{why}; make it writable") from None
     return savepoint
 
 
 async def confirm_and_run(
     run: RunContext,
-    merger: Runner,
+    runner: Runner,
     progress: Progress,
     word: str,
     facts: Mapping[str, str],
     work: Callable[[], Awaitable[int]],
 ) -> int:
-    """Print the `facts`, have them confirmed by a typed `word`, and do the work under a status line until it ends or a
-    signal comes; return the exit code. The last fact, the warning, has no name.
+    """Have the `facts` confirmed, and do the work until it ends or a signal comes.
 
-    Once that is confirmed the run may change something: its document is stored, and it has a report. Raises
-    FatalError(2) where it is not, and where no terminal can ask and --yes is missing.
+    Returns the exit code. Once it is confirmed the run may change something: its record is stored,
+    and it has a report.
     """
-    # The ticking also lets signals in, however quiet the network is.
-    ticking = asyncio.ensure_future(progress.tick(lambda now: progress.line(merger, now)))
-    owner, console, savepoint = run.document["token_owner"], run.console, merger.runner.savepoint
-    who = owner["display_name"] or owner["email"] or owner["id"]
-    log.info("organisation %s, token of %s (%s)", run.organisation, who, owner["id"])
-    if not run.options.preview:
-        savepoint.write({}, organisation=run.organisation)
-        if not run.options.yes:
-            console.status("")
-            if not (sys.stdin and sys.stdin.isatty()):
-                what = f"{plural(run.document['pairs'], 'pair')} to {word}, and no terminal to confirm it on"
-                raise FatalError(
-                    EXIT_USAGE,
-                    f"{what}; nothing was changed. Add --yes to {word} without being asked",
-                )
-            to = (
-                console.out if console.out.isatty() else console.err
-            )  # what the user sees: no file and no pipe
-            console.print(f"organisation  {run.organisation} at {run.settings.base_url}", to=to)
-            console.print(
-                f"token owner   {who}" + (f" <{owner['email']}>" if owner["email"] else ""), to=to
-            )
-            for name, fact in facts.items():
-                console.print(f"{name:<12}  {fact}" if name else fact, "" if name else "bold", to)
-            console.stream(f"Type {word} to continue, anything else to leave: ", to)
-            # A thread reads, past Python's own buffers, so that a terminal never delays a signal.
-            answer = await run.environment.run_in_thread(os.read, sys.stdin.fileno(), 1024)
-            if answer.strip() != word.encode():
-                raise FatalError(
-                    EXIT_USAGE, f"not confirmed; nothing was changed. Run again and type {word}"
-                )
-        savepoint.write({}, {run.run_id: run.document})
-    run.on_signal(lambda: merger.api.cancel_token.cancel(Cancelled()), asyncio.get_event_loop())
-    code = await work()
-    ticking.cancel()
-    console.status("")
+    savepoint = runner.runner.savepoint
+    async with ticking(run, functools.partial(progress.line, runner)):
+        if not run.options.preview:
+            savepoint.write({}, organisation=run.organisation)
+            await confirm(run, word, facts)
+            savepoint.save_run(run.record)
+        cancel = functools.partial(runner.api.cancel_token.cancel, Cancelled())
+        run.on_signal(cancel, asyncio.get_event_loop())
+        code = await work()
     return run.signal + 128 if run.signal else code
 
 
-def merge_facts(
-    run: RunContext, plan: Plan, unfinished: Sequence[Pair], cost: Estimate
-) -> dict[str, str]:
+async def confirm(run: RunContext, word: str, facts: Mapping[str, str]) -> None:
+    """Print the `facts`, and have them confirmed by a typed `word`. The last, the warning, has no name.
+
+    Raises FatalError(2) where it is not, and where no terminal can ask and --yes is missing.
+    """
+    console = run.console
+    owner = run.record.token_owner or {}
+    who = owner["display_name"] or owner["email"] or owner["id"]
+    log.info("organisation %s, token of %s (%s)", run.organisation, who, owner["id"])
+    if run.options.yes:
+        return
+    console.status("")
+    if not (sys.stdin and sys.stdin.isatty()):
+        pairs = plural(run.record.pairs or 0, "pair")
+        words = f"{pairs} to {word}, and no terminal to confirm it on; nothing was changed"
+        raise FatalError(EXIT_USAGE, f"{words}. Add --yes to {word} without being asked")
+    to = console.out if console.out.isatty() else console.err  # what the user sees
+    email = f" <{owner['email']}>" if owner["email"] else ""
+    console.print(f"organisation  {run.organisation} at {run.settings.base_url}", to=to)
+    console.print(f"token owner   {who}{email}", to=to)
+    for name, fact in facts.items():
+        if name:
+            console.print(f"{name:<12}  {fact}", to=to)
+        else:
+            console.print(fact, "bold", to)
+    console.stream(f"Type {word} to continue, anything else to leave: ", to)
+    # A thread reads, past Python's own buffers, so that a terminal never delays a signal.
+    answer = await run.environment.run_in_thread(os.read, sys.stdin.fileno(), 1024)
+    if answer.strip() != word.encode():
+        words = f"not confirmed; nothing was changed. Run again and type {word}"
+        raise FatalError(EXIT_USAGE, words)
+
+
+def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair]) -> dict[str, str]:
     """What the user confirms with a typed `merge`."""
+    cost = estimate(plan, run.settings, not run.options.no_timelines)
+    facts: dict[str, str] = {}
+    for index, path in enumerate(run.options.csv):
+        modified = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
+        facts[f"CSV{' ' * index}"] = f"{path} of {modified:%Y-%m-%d %H:%M} UTC"
+    facts["plan"] = plan.id
+    if unfinished:
+        others = ""
+        if run.options.limit or run.options.email:
+            others = ", in addition to --limit and --email"
+        earlier = "; ".join(some([describe_pair(pair) for pair in unfinished], 3))
+        facts["first"] = (
+            f"finish {plural(len(unfinished), 'pair')} of earlier runs{others}: {earlier}"
+        )
     new = [describe_pair(pair) for pair in plan.pairs() if pair.state is State.PLANNED]
-    earlier = "; ".join(some([describe_pair(pair) for pair in unfinished], 3))
-    others = (
-        ", in addition to --limit and --email" if run.options.limit or run.options.email else ""
-    )
+    facts["to merge"] = plural(len(new), "pair")
+    facts.update(numbered(some(new, 3)))
+    if plan.skipped:
+        facts["skipped"] = plural(len(plan.skipped), "group")
+    if plan.invalid_rows:
+        facts["invalid"] = plural(len(plan.invalid_rows), "row")
     left = plan_summary(plan, cost, unfinished)["left"]
-    lost = [
-        f"{one.external_ref} ({describe_contact(one)})"
-        for group in plan.chosen
-        for one in group.lost_refs()
-    ]
-    warnings = sorted(plan.warnings, key=lambda one: bool(one["code"] != "shared_mailbox"))
-    shared = sum(one["code"] == "shared_mailbox" for one in warnings)  # each of which is named
-    told = some([f"{one['email']}: {one['warning']}" for one in warnings], max(20, shared))
-    files = [
-        (path, datetime.fromtimestamp(path.stat().st_mtime, timezone.utc))
-        for path in run.options.csv
-    ]
-    facts = {
-        **{
-            f"CSV{' ' * index}": f"{path} of {modified:%Y-%m-%d %H:%M} UTC"
-            for index, (path, modified) in enumerate(files)
-        },
-        "plan": plan.id,
-        "first": f"finish {plural(len(unfinished), 'pair')} of earlier runs{others}: {earlier}"
-        if unfinished
-        else "",
-        "to merge": plural(len(new), "pair"),
-        **{
-            f"  {number if number < 4 else ' '}": words
-            for number, words in enumerate(some(new, 3), 1)
-        },
-        "skipped": plural(len(plan.skipped), "group") if plan.skipped else "",
-        "invalid": plural(len(plan.invalid_rows), "row") if plan.invalid_rows else "",
-        "remaining": f"{plural(left, 'pair')} for another run (--email, --limit)" if left else "",
-        "choices lose": "; ".join(some(lost)),
-        **{f"WARNING {number}": line for number, line in enumerate(told, 1)},
-        "take no part": plan.others_line() if plan.other_refs else "",
-        "cost": run.describe_cost(cost),
-        "backups in": str(BACKUPS.resolve()),
-        "": "DevRev can't undo a merge; --undo restores most of it from the backups.",
-    }
-    return {name: fact for name, fact in facts.items() if fact}
+    if left:
+        facts["remaining"] = f"{plural(left, 'pair')} for another run (--email, --limit)"
+    lost = []
+    for group in plan.chosen:
+        for one in group.lost_refs():
+            lost.append(f"{one.external_ref} ({describe_contact(one)})")
+    if lost:
+        facts["choices lose"] = "; ".join(some(lost))
+    facts.update(warnings_to_confirm(plan))
+    if plan.other_refs:
+        facts["take no part"] = plan.others_line()
+    facts["cost"] = run.describe_cost(cost)
+    facts["backups in"] = str(BACKUPS.resolve())
+    facts[""] = "DevRev can't undo a merge; --undo restores most of it from the backups."
+    return facts
+
+
+def numbered(lines: Iterable[str]) -> dict[str, str]:
+    """Return lines as facts, which have names; the fourth says how many more there are."""
+    facts = {}
+    for number, line in enumerate(lines, 1):
+        name = f"  {number}" if number < 4 else "   "
+        facts[name] = line
+    return facts
+
+
+def warnings_to_confirm(plan: Plan) -> dict[str, str]:
+    """Return a fact for each warning, twenty at most, but each that may be of a shared mailbox."""
+    told: dict[str, list[str]] = {"shared_mailbox": [], "": []}
+    for one in plan.warnings:
+        code = one["code"] if one["code"] in told else ""
+        told[code].append(f"{one['email']}: {one['warning']}")
+    shared = told["shared_mailbox"]
+    lines = some([*shared, *told[""]], max(20, len(shared)))
+    return {f"WARNING {number}": line for number, line in enumerate(lines, 1)}
+
+
+@contextlib.asynccontextmanager
+async def ticking(run: RunContext, line_at: Callable[[float], str]) -> AsyncIterator[None]:
+    """Show how far a run is, by `line_at(monotonic seconds)`, for as long as the block lasts.
+
+    It also lets signals in, however quiet the network is. Where there is no terminal that can
+    rewrite a line, the line is printed now and then.
+    """
+    console = run.console
+
+    async def tick() -> None:
+        printed = run.environment.now().monotonic
+        while True:
+            await asyncio.sleep(run.TICK)
+            now = run.environment.now().monotonic
+            line = line_at(now)
+            console.status(line)
+            if line and now - printed >= Progress.EVERY:
+                printed = now
+                log.info("%s", line)
+                if not console.quiet and not console.rewrites:
+                    console.print_err(line)
+
+    task = asyncio.ensure_future(tick())
+    try:
+        yield
+    finally:
+        task.cancel()
+        console.status("")
 
 
 class Progress:
-    """Prints what a run is doing: a line a pair, and a status line (without a terminal: a line now and then)."""
+    """Says what a run is doing: a line a pair, and a status line."""
 
     EVERY = 30.0  # seconds between lines where there is no terminal
-    TO_MERGE = 4  # requests of a pair after its backup: the merge, two polls, the reference
+    SLOW = 20.0  # seconds after which a merge is slow, and no forecast holds
+    PACE = 60.0  # the last seconds, by which the rest is forecast
+    LEAST = 10.0  # seconds that say something of the pace
 
-    def __init__(self, run: RunContext, requests: int = 0) -> None:
+    def __init__(self, run: RunContext) -> None:
         self.run = run
-        self.requests = requests  # that the complete run is expected to take
-        self.started = self.printed = self.ticked = run.environment.now().monotonic
-        self.waited = 0.0  # seconds without quota, which say nothing of how fast requests are
+        # (monotonic seconds, pairs that have ended by then), of the last PACE seconds.
+        self._ended: collections.deque[tuple[float, int]] = collections.deque()
 
     def on_pair(self, pair: Pair) -> None:
-        console, style = self.run.console, ""
+        console = self.run.console
+        style = ""
         words = f"{pair.email}: {pair.primary.short_id} {console.arrow} {pair.duplicate.short_id}"
+        facts = progress_of(pair)
         if pair.state in (State.DONE, State.SETTLED) and not pair.code:
-            line = f"merged  {words}" + (f", now {pair.new_ref}" if pair.new_ref else "")
+            line = f"merged  {words}"
+            if pair.new_ref:
+                line += f", now {pair.new_ref}"
         elif pair.state is State.UNDONE and not pair.code:
             again = pair.undo.display_id if pair.undo else ""
             line = f"undone  {pair.email}: {pair.duplicate.short_id} was created again as {again}"
         elif pair.state is State.PLANNED and pair.code in SKIP_REASONS:
             line = f"skipped  {words}: {pair.code}: {pair.error}"
+        elif facts:
+            style = "bad"
+            so_far = f"{facts['so_far']}; still to do: {facts['to_do']}"
+            line = f"UNFINISHED  {words}: {pair.code}: {pair.error} ({so_far})"
         else:
-            facts, style = progress_of(pair), "bad"
-            word = "UNFINISHED" if facts or pair.state is State.UNDOING else "FAILED"
-            so_far = f" ({facts['so_far']}; still to do: {facts['to_do']})" if facts else ""
-            line = f"{word}  {words}: {pair.code}: {pair.error}{so_far}"
+            style = "bad"
+            word = "UNFINISHED" if pair.state is State.UNDOING else "FAILED"
+            line = f"{word}  {words}: {pair.code}: {pair.error}"
         log.info("%s", line)
         if not self.run.options.quiet:
             console.print(line, style)
 
-    async def tick(self, line_at: Callable[[float], str]) -> None:
-        """Show how far a run is for as long as it lasts."""
-        while True:
-            await asyncio.sleep(self.run.TICK)
-            now = self.run.environment.now().monotonic
-            line = line_at(now)
-            self.run.console.status(line)
-            if line and now - self.printed >= self.EVERY:
-                self.printed = now
-                log.info("%s", line)
-                if not self.run.options.quiet and not self.run.console.rewrites:
-                    self.run.console.print_err(line)
+    def line(self, runner: Runner, now: float) -> str:
+        """How many pairs are merged, what the run waits for, and when it will end.
 
-    def line(self, merger: Runner, now: float) -> str:
-        """How many pairs are how far, when the run will end, and what it waits for."""
-        pairs, total, scheduler = list(merger.pairs()), merger.runner.total, merger.api.scheduler
+        A narrow terminal cuts the end of the line: what was merged comes first.
+        """
+        total = runner.runner.total
         if not total:
             return ""
-        failed = sum(not merger.is_success(pair) for pair in merger.runner.outcomes.values())
-        backed_up = sum(bool(pair.backup) for pair in pairs)
-        merged = sum(pair.state in (*ENDED, State.MERGED, State.VERIFYING) for pair in pairs)
+        pairs = list(runner.pairs())
+        failed = sum(not runner.is_success(pair) for pair in runner.runner.outcomes.values())
         ended = sum(pair.state in ENDED for pair in pairs)
-        words = f"{backed_up:,} backed up, {merged:,} merged, {ended:,} verified"
-        if isinstance(merger, UndoRunner):
+        merged = ended + sum(pair.state in (State.MERGED, State.VERIFYING) for pair in pairs)
+        line = f"{merged:,} of {plural(total, 'pair')} merged"
+        if isinstance(runner, UndoRunner):
             ended = sum(pair.state is State.UNDONE for pair in pairs)
-            words = f"{ended:,} undone"
-        line = f"{plural(total, 'pair')}: {words}" + (f", {failed:,} failed" if failed else "")
+            line = f"{ended:,} of {plural(total, 'pair')} undone"
+        if failed:
+            line += f", {failed:,} failed"
         if self.run.signal:
             return f"{line} \u00b7 stopping, waiting for requests under way"
-        waiting = describe_wait(scheduler)
-        self.waited += now - self.ticked if waiting.startswith("waiting") else 0.0
-        self.ticked = now
-        if failed + ended < total:
-            sent = sum(merger.api.requests.values())
-            to_send = requests_left(self.requests, total, backed_up + failed, failed + ended)
-            pace = max(0.0, now - self.started - self.waited) / sent if sent else 0.0
-            line = f"{duration(max(minimum_seconds(scheduler, to_send), to_send * pace))} left \u00b7 {line}"
-        # A narrow terminal cuts the end of the line: what it waits for comes first.
-        if not merged and any(pair.state in REQUESTED_STATES for pair in pairs):
-            line = f"waiting for the first merge \u00b7 {line}"
-        if waiting.startswith("waiting"):
-            return f"{waiting} \u00b7 {line}"
-        return f"{line} \u00b7 {waiting}" if waiting else line
+        parts = [line]
+        if runner.api.scheduler.waiting_for:
+            parts.append(describe_wait(runner.api.scheduler))
+        slow = self._slow_merge(pairs, is_first=not merged)
+        forecast = self._forecast(now, ended + failed, total)
+        if slow:
+            parts.insert(1, slow)
+        elif merged or ended:
+            parts.append(forecast)
+        backed_up = sum(bool(pair.backup) for pair in pairs)
+        if not isinstance(runner, UndoRunner):
+            parts.append(f"{backed_up:,} backed up, {ended:,} verified")
+        return " \u00b7 ".join(filter(None, parts))
+
+    def _slow_merge(self, pairs: Iterable[Pair], is_first: bool) -> str:
+        """Name the merge that DevRev takes long for; the first of a run, for which all others wait."""
+        requested = [pair for pair in pairs if pair.state in REQUESTED_STATES]
+        if not requested:
+            return ""
+        oldest = min(requested, key=attrgetter("requested_at"))
+        since = max(oldest.requested_at, self.run.started.wall)
+        spent = self.run.environment.now().wall - since
+        if is_first:
+            return f"waiting for the first merge, {oldest.email}, {duration(spent)}"
+        if spent > self.SLOW:
+            return f"waiting for the merge of {oldest.email}, {duration(spent)}"
+        return ""
+
+    def _forecast(self, now: float, ended: int, total: int) -> str:
+        """Say how long the rest takes at the pace of the last minute; "" where that says nothing."""
+        self._ended.append((now, ended))
+        while self._ended[0][0] < now - self.PACE:
+            self._ended.popleft()
+        since, before = self._ended[0]
+        if now - since < self.LEAST or ended <= before or ended >= total:
+            return ""
+        return f"{duration((total - ended) * (now - since) / (ended - before))} left"
 
 
-def requests_left(expected: int, pairs: int, backed_up: int, ended: int) -> float:
-    """How many of the `expected` requests of a run are still to be sent.
-
-    Most of them are for backups, and backups come first: a share of all pairs or seconds would forecast far too many.
-    """
-    to_merge = min(expected, Progress.TO_MERGE * pairs)
-    not_backed_up, not_ended = max(0, pairs - backed_up), max(0, pairs - ended)
-    return (expected - to_merge) * not_backed_up / pairs + to_merge * not_ended / pairs
-
-
-def _report(
+def finish_run(
     run: RunContext,
     savepoint: SavePoint,
-    merger: Runner | None,
+    merger: ContactMerger | None,
     code: int,
     plan: Plan | None = None,
 ) -> int:
-    """Write the report and print the summary; a full disk here makes the exit code 3."""
-    console, document = run.console, run.document
-    for pair in merger.runner.outcomes.values() if plan and merger else ():
-        if plan and pair.state is State.PLANNED and pair.code:
-            (plan.left_out if pair.code in SKIP_REASONS else plan.refused).append(pair)
+    """Write the report of a merge run or a settle, print what it says, and suggest what comes next.
+
+    Returns the exit code: 3 where the report can't be written.
+    """
+    if plan and merger:
+        note_refused(plan, merger)
+    stop = end_record(run, merger, code)
+    run.record.summary = merge_summary(savepoint, run.run_id, plan)
+    run.record.headline = headline(run.record.summary, run.record)
+    code = write_run(run, savepoint, code, plan)
+    failures = failures_to_name(savepoint, run.run_id, plan)
+    print_run(run, failures, stop, code)
+    if merger:
+        spent = duration(run.environment.elapsed(run.started))
+        requests = plural(run.record.requests_total or 0, "request")
+        run.console.print(f"cost     {requests}, {spent}")
+    print_report_paths(run)
+    log.info("exit code %d", code)
+    suggest_after_run(run, failures, code, plan)
+    return code
+
+
+def note_refused(plan: Plan, merger: ContactMerger) -> None:
+    """Note in the plan which of its pairs were refused or left out before they were requested."""
+    for pair in merger.runner.outcomes.values():
+        if pair.state is State.PLANNED and pair.code:
+            outcome = plan.left_out if pair.code in SKIP_REASONS else plan.refused
+            outcome.append(pair)
             if pair.code == "different_rev_org":
                 plan.ids.discard(pair.ids)
-    stop = end_document(run, merger, code)
-    summary = document["summary"] = merge_summary(savepoint, run.run_id, plan)
-    document["headline"] = headline(summary, document)
-    code = write_run(run, savepoint, code, plan)
-    lists = merge_lists(savepoint, run.run_id, plan)
-    failures = [*lists["failed_merges"], *lists["unfinished_merges"]] if plan else []
+
+
+def failures_to_name(savepoint: SavePoint, run_id: str, plan: Plan | None) -> list[Pair]:
+    """Return the pairs of a run whose code a user has to know."""
+    lists = merge_lists(savepoint, run_id, plan)
+    failures: list[Pair] = []
+    if plan:
+        failures += lists["failed_merges"]
+        failures += lists["unfinished_merges"]
     for pair in lists["successful_merges"]:
         if pair.after_cancel:
             pair.code = "after_cancel"
             failures.append(pair)
+    return failures
+
+
+def print_run(run: RunContext, failures: Sequence[Pair], stop: str, code: int) -> None:
+    """Print what has stopped a run, what it has come to, and what failed."""
+    console = run.console
+    summary = run.record.summary or {}
     # On a terminal it stands with its pair already; a program reads it on stderr.
-    is_told = (
-        console.out.isatty()
-        and not run.options.quiet
-        and any(pair.error == stop for pair in failures)
-    )
-    if stop and not is_told:
+    stands_above = console.out.isatty() and not run.options.quiet
+    if stop and not (stands_above and any(pair.error == stop for pair in failures)):
         console.error(stop)
     console.print()
     is_complete = not (code or summary["left"] or summary["cancelled"])
-    console.print(document["headline"], "good" if is_complete else "bold")
-    _show_failures(console, failures)
+    console.print(run.record.headline, "good" if is_complete else "bold")
+    print_failures(console, failures)
     if summary["skipped_groups"]:
         console.print("         --preview says why groups are skipped")
-    if merger:
-        spent = duration(run.environment.elapsed(run.started))
-        console.print(f"cost     {plural(document['requests_total'], 'request')}, {spent}")
-    print_report_paths(run)
-    log.info("exit code %d", code)
+
+
+def suggest_after_run(
+    run: RunContext, failures: Sequence[Pair], code: int, plan: Plan | None
+) -> None:
+    """Suggest what comes after a merge run or a settle.
+
+    The advice of the codes tells whether the user has anything to fix before the next run.
+    """
+    console = run.console
+    summary = run.record.summary or {}
     if code >= EXIT_STOPPED:
         console.print_err("Stopped early.", "bold")
-        console.suggest("run the same command again to resume", run.command())
-        return code
+        console.suggest("run the same command again to resume")
+        return
     if code == EXIT_USAGE:
         console.print_err("Nothing was changed in DevRev.")
-    # The advice of the codes tells whether the user has anything to fix before the next run.
+        console.suggest("fix what is named above, then run the same command with --check")
+        return
+    if plan is None:
+        return
     advice = {CODES[pair.code].advice if pair.code in CODES else "" for pair in failures}
-    if plan and failures and all(one.startswith("Export again") for one in advice):
+    if failures and all(one.startswith("Export again") for one in advice):
         command = command_line("--export", f"contacts_{run.run_id}.csv")
         console.suggest("export again, then run with the new file", command)
-    elif plan and failures and all(one.startswith("Run again") for one in advice):
-        console.suggest("run again later", run.command())
-    elif plan and (summary["failed_merges"] or summary["unfinished_merges"]):
-        console.suggest("fix what is named above, then run again", run.command())
-    elif code == EXIT_USAGE:
-        console.suggest(
-            "fix what is named above, then check",
-            run.command("--check", without=("yes", "json", "plan")),
-        )
-    elif plan and summary["left"]:
+    elif failures and all(one.startswith("Run again") for one in advice):
+        console.suggest("run the same command again later")
+    elif failures:
+        console.suggest("fix what is named above, then run the same command again")
+    elif summary["left"]:
         if summary["successful_merges"]:
-            undo = command_line("--undo", str(run.report_path), "--preview")
-            console.suggest(
-                "check the merged contacts in DevRev. To see what an undo would restore:", undo
-            )
-        console.suggest("merge the rest", run.command(without=("limit", "email")))
-    return code
+            words = "check the merged contacts in DevRev. To see what an undo would restore:"
+            console.suggest(words, command_line("--undo", str(run.report_path), "--preview"))
+        console.suggest("merge the rest", run.retyped(without=("--limit", "--email", "--plan")))
 
 
 def write_run(
@@ -9372,9 +9496,9 @@ def write_run(
     plan: Plan | None = None,
     undo_pairs: Mapping[str, Iterable[Pair]] | None = None,
 ) -> int:
-    """Write the report of a run, and return the exit code: 3 on a disk error, unless `code` is worse."""
+    """Write the report of a run; return the exit code: 3 on a disk error, unless `code` is worse."""
     try:
-        write_report(run.environment, savepoint, run.document, plan, undo_pairs)
+        write_report(run.environment, savepoint, run.record, plan, undo_pairs)
     except (OSError, FatalError) as error:
         run.console.error(f"the report can't be written: {error}")
         return code if code >= EXIT_USAGE else EXIT_STOPPED
@@ -9384,59 +9508,62 @@ def write_run(
 # Options that say nothing of what a run did.
 NOT_REPORTED = frozenset((
     "csv", "preview", "live", "check", "status", "verify_backups", "json", "plan", "choices_template", "export",
-    "domain", "yes", "verbose", "quiet",
+    "domain", "yes", "verbose", "quiet", "words",
 ))  # fmt: skip
 
 
-def start_document(run: RunContext, kind: str, plan: Plan | None = None) -> None:
-    """Begin the document of a run (the report's `run`); `kind` names its report."""
-    options = {name: value for name, value in vars(run.options).items() if name not in NOT_REPORTED}
-    options = {
-        name: str(value) if isinstance(value, Path) else value for name, value in options.items()
-    }
-    run.document.update(
-        id=run.run_id, kind=kind, version=__version__, headline="", csv=None,
-        plan_id=plan.id if plan else None, pairs=plan.count() if plan else None,
-        base_url=run.settings.base_url, organisation="", token_owner=None,
-        options={**options, "rate_limit": [run.settings.calls, run.settings.period]},
-        start=iso(run.started.wall), end=None, exit_code=None, stopped=None, log=str(run.log_path), reported=False,
-        requests=None, requests_total=None, quota=None, quota_wait_seconds=None, quota_waits=None,
-    )  # fmt: skip
-
-
-def end_document(run: RunContext, merger: Runner | None, code: int) -> str:
-    """Complete the document of a run but for its summary; return what has stopped it, except a signal."""
-    stop = str(merger.runner.stop or "") if merger and code >= EXIT_USAGE else ""
-    requests = dict(sorted(merger.api.requests.items())) if merger else {}
-    waits = merger.api.scheduler.waits if merger else []
-    run.document.update(
-        end=iso(run.environment.now().wall),
-        exit_code=code,
-        stopped="interrupted" if run.signal else stop or None,
-        requests=requests,
-        requests_total=sum(requests.values()),
-        quota=merger.api.scheduler.quota_seen() if merger else None,
-        quota_wait_seconds=round(sum(end - start for start, end in waits), 3),
-        quota_waits=[
-            {"start": iso(start), "end": iso(end)} for start, end in waits if end - start > 0.5
-        ],
+def start_record(run: RunContext, kind: str, plan: Plan | None = None) -> RunRecord:
+    """Begin the record of a run; `kind` names its report."""
+    options: Json = {}
+    for name, value in vars(run.options).items():
+        if name not in NOT_REPORTED:
+            options[name] = str(value) if isinstance(value, Path) else value
+    options["rate_limit"] = [run.settings.calls, run.settings.period]
+    run.record = RunRecord(
+        id=run.run_id,
+        kind=kind,
+        base_url=run.settings.base_url,
+        options=options,
+        start=iso(run.started.wall),
+        log=str(run.log_path),
     )
+    if plan:
+        run.record.plan_id = plan.id
+        run.record.pairs = plan.count()
+    return run.record
+
+
+def end_record(run: RunContext, runner: Runner | None, code: int) -> str:
+    """Complete the record of a run but for its summary.
+
+    Return what has stopped it, "" where nothing or a signal has.
+    """
+    record = run.record
+    record.end = iso(run.environment.now().wall)
+    record.exit_code = code
+    record.requests = {}
+    stop = ""
+    if runner:
+        scheduler = runner.api.scheduler
+        record.requests = dict(sorted(runner.api.requests.items()))
+        record.quota = scheduler.quota_seen()
+        record.quota_wait_seconds = round(sum(end - start for start, end in scheduler.waits), 3)
+        if code >= EXIT_USAGE:
+            stop = str(runner.runner.stop or "")
+    record.requests_total = sum(record.requests.values())
+    record.stopped = "interrupted" if run.signal else stop or None
     return "" if run.signal else stop
 
 
 def print_report_paths(run: RunContext) -> None:
     """Name the report and what lies beside it."""
-    path = run.report_path
-    for name, one in (
-        ("report", path),
-        ("page", path.with_suffix(".html")),
-        ("table", path.with_suffix(".csv")),
-    ):
-        if one.exists():
-            run.console.print(f"{name:<8} {one}")
+    for name, suffix in (("report", ".json"), ("page", ".html"), ("table", ".csv")):
+        path = run.report_path.with_suffix(suffix)
+        if path.exists():
+            run.console.print(f"{name:<8} {path}")
 
 
-def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
+def print_failures(console: Console, pairs: Sequence[Pair]) -> None:
     by_code: dict[str, list[str]] = collections.defaultdict(list)
     for pair in pairs:
         by_code[pair.code].append(pair.email)
@@ -9444,9 +9571,8 @@ def _show_failures(console: Console, pairs: Sequence[Pair]) -> None:
         emails.sort()
         console.print(f"  {len(emails)} {code}: {', '.join(some(emails))}")
         if code != "interrupted":  # the last line says it
-            console.print(
-                f"    what to do: {CODES[code].advice if code in CODES else 'see the report'}"
-            )
+            advice = CODES[code].advice if code in CODES else "see the report"
+            console.print(f"    what to do: {advice}")
 
 
 # -- export ------------------------------------------------------------------------------------------
@@ -9455,66 +9581,60 @@ TAKEN = "already exists and was not changed; name a file that does not exist yet
 
 
 async def export(run: RunContext) -> int:
-    """Write the CSV from DevRev itself; return the exit code. What is wrong with the path is found out first."""
+    """Write the CSV from DevRev itself; return the exit code.
+
+    What is wrong with the path is found out first.
+    """
     check_token(run.settings.token)
-    path, console, api = (
-        run.options.export,
-        run.console,
-        DevRevAPI(run.settings, run.environment, CancelToken()),
-    )
+    path, console = run.options.export, run.console
+    api = DevRevAPI(run.settings, run.environment, CancelToken())
     if is_taken(path):
         raise FatalError(EXIT_USAGE, f"{path} {TAKEN}")
     try:
         spool = tempfile.TemporaryFile(dir=str(path.parent))  # noqa: SIM115
     except OSError as error:
-        words = f"{path} can't be written: {error.strerror}; name a file in a folder that can be written"
-        raise FatalError(EXIT_USAGE, words) from None
+        why = f"{path} can't be written: {error.strerror}"
+        fix = "name a file in a folder that can be written"
+        raise FatalError(EXIT_USAGE, f"{why}; {fix}") from None
     exporter = ContactExporter(api, [f"@{domain}" for domain in run.options.domain or ()], spool)
     work = asyncio.ensure_future(exporter.run())
     run.on_signal(work.cancel, asyncio.get_event_loop())
-    # The ticking also lets signals in, however quiet the network is.
-    ticking = asyncio.ensure_future(Progress(run).tick(lambda _now: exporter.progress()))
     try:
         with spool, before_any_change(api):
-            contacts = await work
-            console.status("")
+            async with ticking(run, lambda _now: exporter.progress()):
+                contacts = await work
             cells = (map(str, astuple(one)) for one in contacts)
             write_new_file(run.environment, path, csv_chunks(COLUMNS.values(), cells))
     except asyncio.CancelledError:
         console.print_err("interrupted; nothing was written")
         return 128 + run.signal
     except FileExistsError:
-        words = f"{path} was created by another program meanwhile and was not changed; name another file"
-        raise FatalError(EXIT_USAGE, words) from None
+        why = f"{path} was created by another program meanwhile and was not changed"
+        raise FatalError(EXIT_USAGE, f"{why}; name another file") from None
     except OSError as error:
         raise FatalError(EXIT_STOPPED, f"disk error: {error}; nothing was written") from None
-    finally:
-        ticking.cancel()
-        console.status("")
-    emails, rows, requests = (
-        len({one.key for one in exporter.rows}),
-        len(exporter.rows),
-        sum(api.requests.values()),
-    )
-    console.print(
-        f"exported {plural(rows, 'contact')} that share {plural(emails, 'email')} to {path}", "good"
-    )
+    rows = len(contacts)
+    emails = plural(len({one.key for one in contacts}), "email")
+    requests = plural(sum(api.requests.values()), "request")
+    console.print(f"exported {plural(rows, 'contact')} that share {emails} to {path}", "good")
     console.print(f"read     {plural(exporter.read, 'contact')}")
-    console.print(
-        f"cost     {plural(requests, 'request')}, {duration(run.environment.elapsed(run.started))}"
-    )
+    console.print(f"cost     {requests}, {duration(run.environment.elapsed(run.started))}")
     if rows:
-        console.suggest(
-            "see what would be merged", command_line("--csv", str(path), "--preview", "--live")
-        )
+        command = command_line("--csv", str(path), "--preview", "--live")
+        console.suggest("see what would be merged", command)
     else:
         where = "these domains" if run.options.domain else "the organisation"
         console.print(f"no two contacts of {where} share an email: there is nothing to merge")
-    log.info("exported %d rows of %d emails to %s with %d requests", rows, emails, path, requests)
+    log.info("exported %d rows of %s to %s with %s", rows, emails, path, requests)
     return EXIT_OK
 
 
 # -- undo --------------------------------------------------------------------------------------------
+
+UPDATES = (
+    "tickets, issues and conversations are updated; "
+    "automations and webhooks of your organisation may react to each."
+)
 
 
 def undo(run: RunContext) -> int:
@@ -9527,52 +9647,47 @@ def undo(run: RunContext) -> int:
     with contextlib.closing(open_savepoint(run, readonly=options.preview)) as savepoint:
         emails = {email_key(email) for email in options.email or ()}
         plan = plan_undo(options.undo, savepoint, emails, options.limit)
-        code = run.environment.run_event_loop(run_undo(run, plan, savepoint))
-        if options.preview and code == EXIT_OK and plan.pairs():
-            run.console.suggest("undo it", run.command(without=("preview", "json")))
-        return code
+        return run.environment.run_event_loop(run_undo(run, plan, savepoint))
 
 
 async def run_undo(run: RunContext, plan: UndoPlan, savepoint: SavePoint) -> int:
     """Find out whose token it is, ask, undo, report; return the exit code."""
-    api, progress, pairs = (
-        DevRevAPI(run.settings, run.environment, CancelToken()),
-        Progress(run),
-        plan.pairs(),
-    )
-    start_document(run, "undo")
-    run.document.update(undo=str(plan.path), pairs=len(pairs))
+    api = DevRevAPI(run.settings, run.environment, CancelToken())
+    progress = Progress(run)
+    pairs = plan.pairs()
+    record = start_record(run, "undo")
+    record.undo = str(plan.path)
+    record.pairs = len(pairs)
+    if pairs:
+        await run.identify(api, "backup", pairs)
+        savepoint.organisation = run.organisation
     on_pair = (lambda _pair: None) if run.options.preview else progress.on_pair
-    if not pairs:
-        return report_undo(
-            run, plan, UndoRunner(api, savepoint, run.merge_options(), on_pair), EXIT_OK
-        )
-    await run.identify(api, "backup", pairs)
-    savepoint.organisation = run.organisation
-    undo_runner = UndoRunner(api, savepoint, run.merge_options(), on_pair)
+    runner = UndoRunner(api, savepoint, run.merge_options(), on_pair)
+    code = EXIT_OK
+    if pairs:
+        work = functools.partial(runner.run, plan)
+        code = await confirm_and_run(run, runner, progress, "undo", undo_facts(plan), work)
+    return finish_undo(run, plan, runner, code)
+
+
+def undo_facts(plan: UndoPlan) -> dict[str, str]:
+    """What the user confirms with a typed `undo`."""
+    pairs = plan.pairs()
     objects: set[str] = set()
     for pair in pairs:
         with contextlib.suppress(PairError):
-            objects.update(
-                item["id"] for item in objects_to_transfer(pair.backup, pair.duplicate.id)
-            )
+            for item in objects_to_transfer(pair.backup, pair.duplicate.id):
+                objects.add(item["id"])
     facts = {"to undo": plural(len(pairs), "merge"), "of": str(plan.path)}
     merges = [f"{names_of(pair)} <{pair.email}>: {created_again(pair)}" for pair in pairs]
-    facts.update({f"  {index}": words for index, words in enumerate(some(merges, 3), 1)})
+    facts.update(numbered(some(merges, 3)))
     if objects:
         facts["updates"] = f"Up to {len(objects):,} {UPDATES}"
     if plan.older:
-        facts["left alone"] = (
-            f"older backups: {', '.join(some([str(path) for path in plan.older]))}"
-        )
+        older = ", ".join(some([str(path) for path in plan.older]))
+        facts["left alone"] = f"older backups: {older}"
     facts[""] = "Ids, dates, creators and authors of comments can't be restored."
-    code = await confirm_and_run(
-        run, undo_runner, progress, "undo", facts, lambda: undo_runner.run(plan)
-    )
-    return report_undo(run, plan, undo_runner, code)
-
-
-UPDATES = "tickets, issues and conversations are updated; automations and webhooks of your organisation may react to each."
+    return facts
 
 
 def created_again(pair: Pair) -> str:
@@ -9582,111 +9697,147 @@ def created_again(pair: Pair) -> str:
 
 def undo_headline(counts: Json, before: int) -> str:
     """Say in one line what an undo has done, or would do; `before` were undone by an earlier one."""
-    counts = {**counts, "undone": counts.get("undone", before) - before}
-    words = [f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count]
-    if not any(count for name, count in counts.items() if name != "skipped"):
+    now = dict(counts)
+    if "undone" in now:
+        now["undone"] -= before
+    words = [f"{count:,} {name.replace('_', ' ')}" for name, count in now.items() if count]
+    if not any(count for name, count in now.items() if name != "skipped"):
         words.insert(0, "nothing to undo")
-    return ", ".join([*words, *([f"{before:,} undone before"] if before else [])])
+    if before:
+        words.append(f"{before:,} undone before")
+    return ", ".join(words)
 
 
-def report_undo(run: RunContext, plan: UndoPlan, undo_runner: UndoRunner, code: int) -> int:
-    """Write the report (with --preview: print it), and say what has come of each pair."""
-    console, before, preview, pairs = (
-        run.console,
-        len(plan.undone),
-        run.options.preview,
-        plan.pairs(),
-    )
-    ended = [pair for pair in pairs if pair.ids in undo_runner.runner.outcomes]
+def finish_undo(run: RunContext, plan: UndoPlan, runner: UndoRunner, code: int) -> int:
+    """Write the report of an undo, or with --preview print it, and say what comes next."""
+    console, record = run.console, run.record
+    preview = run.options.preview
+    lists = undo_lists(plan, runner, preview)
+    counts = {name: len(found) for name, found in lists.items()}
+    before = len(plan.undone)
+    total = len(plan.pairs()) + plan.left + len(plan.skipped)
+    if not preview:
+        total += before
+    left = total - sum(counts.values())
+    stop = end_record(run, runner, code)
+    record.summary = {**counts, "pairs": total, "undone_before": before, "left": left}
+    record.headline = undo_headline({**counts, "left": left}, before)
+    if preview:
+        show_findings(run, restored_findings(record, lists))
+    else:
+        code = write_run(run, runner.context.savepoint, code, undo_pairs=lists)
+        for pair in plan.skipped:
+            console.print(f"skipped  {pair.email}: {into(pair)}: {pair.code}: {pair.error}")
+        console.print(record.headline, "bold")
+        print_failures(console, [*lists["failed"], *lists["unfinished"]])
+        print_report_paths(run)
+    if code == EXIT_USAGE and not run.signal:
+        stop = stop or next(pair.error for pair in runner.pairs() if pair.code)
+    if stop:
+        console.error(stop)
+    log.info("exit code %d", code)
+    suggest_after_undo(run, lists, code)
+    return code
+
+
+def undo_lists(plan: UndoPlan, runner: UndoRunner, preview: bool) -> dict[str, list[Pair]]:
+    """Return the pairs of an undo's report, by list."""
+    pairs = plan.pairs()
+    ended = [pair for pair in pairs if pair.ids in runner.runner.outcomes]
     if preview:
         lists = {
             "to_undo": [pair for pair in ended if not pair.code],
             "refused": [pair for pair in ended if pair.code],
         }
     else:
+        undone = [pair for pair in pairs if pair.state is State.UNDONE]
         lists = {
             # Those of a run that was killed may be in no report.
-            "undone": [*plan.undone, *(pair for pair in pairs if pair.state is State.UNDONE)],
+            "undone": [*plan.undone, *undone],
             "unfinished": [pair for pair in pairs if pair.state is State.UNDOING],
             "failed": [pair for pair in ended if pair.state not in UNDO_STATES],
         }
-    lists["skipped"] = plan.skipped
-    summary = {name: len(found) for name, found in lists.items()}
-    left = (
-        len(pairs)
-        + plan.left
-        + len(plan.skipped)
-        + (0 if preview else before)
-        - sum(summary.values())
-    )
-    words = undo_headline({**summary, "left": left}, before)
-    stop = end_document(run, undo_runner, code)
-    total = left + sum(summary.values())
-    run.document.update(
-        summary={**summary, "pairs": total, "undone_before": before, "left": left}, headline=words
-    )
-    if preview:
-        show_undo(run, lists)
-    else:
-        code = write_run(run, undo_runner.context.savepoint, code, undo_pairs=lists)
-        for pair in plan.skipped:
-            console.print(f"skipped  {pair.email}: {into(pair)}: {pair.code}: {pair.error}")
-        console.print(words, "bold")
-        _show_failures(console, [*lists["failed"], *lists["unfinished"]])
-        print_report_paths(run)
-    if stop or (code == EXIT_USAGE and not run.signal):
-        console.error(stop or next(pair.error for pair in ended if pair.code))
-    log.info("exit code %d", code)
-    still_open = [*lists.get("failed", ()), *lists.get("unfinished", ())]
-    if not preview and (left or still_open):
-        words = (
-            "fix what is named above, then undo the rest"
-            if still_open and not run.signal
-            else "undo the rest"
-        )
-        console.suggest(words, run.command(without=("limit",)))
-    elif len(lists.get("undone", ())) > before:
-        words = "check the contacts in DevRev; before the next merge, export again"
-        console.suggest(words, command_line("--export", f"contacts_{run.run_id}.csv"))
-    return code
+    return {**lists, "skipped": plan.skipped}
 
 
-def show_undo(run: RunContext, lists: Mapping[str, Sequence[Pair]]) -> None:
-    """Print what an undo would restore."""
-    if run.options.json:
-        entries = {name: map(undo_entry, pairs) for name, pairs in lists.items()}
-        run.console.json(report_chunks(report_head(run.document), entries))
+def suggest_after_undo(run: RunContext, lists: Mapping[str, Sequence[Pair]], code: int) -> None:
+    summary = run.record.summary or {}
+    if run.options.preview:
+        if code == EXIT_OK and summary["to_undo"]:
+            undo = run.retyped(without=("--preview", "--json"))
+            run.console.suggest("undo it", undo)
         return
-    show, objects, never = run.console.print, set(), {}  # type: Any, set[str], dict[str, None]
-    for name, pair in ((name, pair) for name, pairs in lists.items() for pair in pairs):
-        if name != "to_undo":
-            show(f"{name:<8} {pair.email}: {into(pair)}: {pair.code}: {pair.error}", "bad")
-            continue
-        entry = undo_entry(pair)
+    is_open = bool(lists["failed"] or lists["unfinished"])
+    if is_open and not run.signal:
+        run.console.suggest("fix what is named above, then run the same command again")
+    elif is_open or summary["left"]:
+        run.console.suggest("run the same command again, without --limit, to undo the rest")
+    elif summary["undone"] > summary["undone_before"]:
+        words = "check the contacts in DevRev; before the next merge, export again"
+        run.console.suggest(words, command_line("--export", f"contacts_{run.run_id}.csv"))
+
+
+def restored_findings(record: RunRecord, lists: Mapping[str, Sequence[Pair]]) -> Findings:
+    """Return what an undo would restore."""
+    entries = {name: [undo_entry(pair) for pair in pairs] for name, pairs in lists.items()}
+    found = Findings(report_head(record), entries)
+    objects: set[str] = set()
+    never: dict[str, None] = {}  # in their order
+    for pair, entry in zip(lists["to_undo"], entries["to_undo"]):
         mine = {item["id"] for item in entry["restored"]}
         objects |= mine
-        show(f"undo     {pair.email}: {created_again(pair)}")
-        what = (
-            "ticket, issue or conversation goes"
-            if len(mine) == 1
-            else "tickets, issues and conversations go"
-        )
-        show(f"           {len(mine):,} {what} back to it.")
+        found.say(f"undo     {pair.email}: {created_again(pair)}")
+        what = "tickets, issues and conversations go"
+        if len(mine) == 1:
+            what = "ticket, issue or conversation goes"
+        found.say(f"           {len(mine):,} {what} back to it.")
         for item in entry["left"]:
-            show(f"           {item['display_id']} {item['title']} stays as it is: {item['why']}.")
+            item_words = f"{item['display_id']} {item['title']} stays as it is"
+            found.say(f"           {item_words}: {item['why']}.")
         for item in entry["fields_left"]:
-            show(f"           The primary keeps its {item['field']}: {item['why']}.")
-        never.update(
-            dict.fromkeys(item["what"].replace("_", " ") for item in entry["not_restored"])
-        )
+            found.say(f"           The primary keeps its {item['field']}: {item['why']}.")
+        for item in entry["not_restored"]:
+            never[item["what"].replace("_", " ")] = None
+    for name in ("refused", "skipped"):
+        for pair in lists[name]:
+            words = f"{name:<8} {pair.email}: {into(pair)}: {pair.code}: {pair.error}"
+            found.say(words, "bad")
     if never:
-        show(f"Can't be restored: {', '.join(never)}.")
+        found.say(f"Can't be restored: {', '.join(never)}.")
     if objects:
-        show(f"{len(objects):,} {UPDATES}")
-    show(run.document["headline"], "bold")
+        found.say(f"{len(objects):,} {UPDATES}")
+    found.say(record.headline, "bold")
+    return found
 
 
 # -- check, status, verify ---------------------------------------------------------------------------
+
+
+@dataclass
+class Findings:
+    """What a mode that only reads has found: as data, and in lines for people."""
+
+    facts: Json = field(default_factory=dict)
+    lists: Mapping[str, Iterable[Json]] = field(default_factory=dict)
+    code: int = EXIT_OK
+    lines: list[tuple[str, str]] = field(default_factory=list)  # with their styles
+    steps: list[tuple[str, str]] = field(default_factory=list)  # what comes next, and its command
+
+    def say(self, text: str, style: str = "") -> None:
+        self.lines.append((text, style))
+
+
+def show_findings(run: RunContext, found: Findings) -> int:
+    """Print what a mode has found, as JSON or as text; return its exit code."""
+    if run.options.json:
+        run.console.json(report_chunks(found.facts, found.lists))
+        return found.code
+    for text, style in found.lines:
+        run.console.print(text, style)
+    for words, command in found.steps:
+        run.console.suggest(words, command)
+    return found.code
+
 
 READS: Mapping[str, tuple[str, str, Json]] = {
     "contacts": ("rev-users.list", "rev_users", {}),
@@ -9696,157 +9847,160 @@ READS: Mapping[str, tuple[str, str, Json]] = {
 }
 
 
-async def check(run: RunContext) -> int:
-    """Print whether a real run could start: token, organisation, read access, quota, disk, savepoint."""
-    api, console = DevRevAPI(run.settings, run.environment, CancelToken()), run.console
-    checks: list[Json] = []
-    seen: list[str] = []  # objects that have a timeline
-    steps: list[tuple[str, str]] = []  # what the CSV is ready for
+class Check:
+    """Finds out whether a real run could start: token, organisation, access, quota, disk, savepoint."""
 
-    async def read(name: str) -> str:
+    def __init__(self, run: RunContext) -> None:
+        self.run = run
+        self.api = DevRevAPI(run.settings, run.environment, CancelToken())
+        self.checks: list[Json] = []  # `check`, `ok`, `says`
+        self.steps = [("read the contacts from DevRev", command_line("--export", "contacts.csv"))]
+        self._objects: list[str] = []  # which have a timeline
+
+    async def attempt(self, name: str, work: Coroutine[Any, Any, str]) -> None:
+        """Do a check, and note what it says; whatever it raises is a problem."""
+        self.run.console.status(f"checking {name} ...")
+        good = False
+        try:
+            words = await work
+            good = True
+        except Cancelled as error:
+            words = str(self.api.cancel_token.stop or error)
+        except (FatalError, PairError, OSError) as error:
+            words = str(error)
+        log.info("check of %s: %s", name, words)
+        self.checks.append({"check": name, "ok": good, "says": words})
+
+    async def token(self) -> str:
+        words = await self.run.identify(self.api)
+        return f"{words} (from {self.run.settings.token_file or 'the environment'})"
+
+    async def read(self, name: str) -> str:
         """Send one cheap request of the kind that a backup sends."""
         endpoint, key, body = READS[name]
-        if name == "timelines" and not seen:
-            return "not tried: there is no ticket or conversation yet"
-        body = {"object": seen[0]} if name == "timelines" else body
-        page = await api.each_page(endpoint, key, dict(body, limit=1)).__anext__()
-        seen.extend(item["id"] for item in page.items if name != "contacts")
+        if name == "timelines":
+            if not self._objects:
+                return "not tried: there is no ticket or conversation yet"
+            body = {"object": self._objects[0]}
+        page = await self.api.each_page(endpoint, key, dict(body, limit=1)).__anext__()
+        if name != "contacts":
+            self._objects += [item["id"] for item in page.items]
         return "readable"
 
-    works: dict[str, Callable[[], str | Awaitable[str]]] = {
-        "token": lambda: run.identify(api),
-        "csv": lambda: _check_csv(run, steps),
-        **{name: functools.partial(read, name) for name in READS},
-        "savepoint": lambda: _check_savepoint(run),
-        "disk": _check_disk,
-    }
-    for name, work in works.items():
-        if (name == "csv" and not run.options.csv) or (name in READS and not checks[0]["ok"]):
-            continue
-        try:
-            found = work()
-            words, good = found if isinstance(found, str) else await found, True
-            words += (
-                f" (from {run.settings.token_file or 'the environment'})" if name == "token" else ""
-            )
-        except (FatalError, PairError, OSError) as error:
-            words, good = (
-                str(api.cancel_token.stop or error if isinstance(error, Cancelled) else error),
-                False,
-            )
-            log.info("check of %s: %s", name, words)
-        checks.append({"check": name, "ok": good, "says": words})
-        if not run.options.json:
-            console.print(
-                f"{'ok     ' if good else 'FAILED '} {name}: {words}", "" if good else "bad"
-            )
-    notes: list[str] = []
+    async def csv(self) -> str:
+        """Read the CSV, also where the token's organisation is not known."""
+        run = self.run
+        known: SavePoint | None = None
+        with contextlib.suppress(FatalError):  # what is wrong with it is a check of its own
+            known = SavePoint(run.environment, readonly=True)
+        plan = make_plan(run, known)
+        new = sum(pair.state is State.PLANNED for pair in plan.pairs())
+        earlier = len(plan.revived)
+        if known:
+            earlier += len(known.unfinished())
+        self.steps = next_step(run, new, earlier, known)
+        counts = [f"{plural(new, 'pair')} to merge"]
+        if earlier:
+            counts.append(f"{earlier:,} of earlier runs to finish first")
+        if plan.skipped:
+            counts.append(f"{plural(len(plan.skipped), 'group')} skipped")
+        if plan.invalid_rows:
+            counts.append(plural(len(plan.invalid_rows), "invalid row"))
+        if plan.other_refs:
+            counts.append(plan.others_line())
+        if run.organisation:
+            check_organisation(run.organisation, "CSV", plan.pairs())
+            counts.append("of the token's organisation")
+        return ", ".join(counts)
+
+    async def savepoint(self) -> str:
+        if not locks_work(SAVEPOINT):
+            where = SAVEPOINT.resolve().parent
+            raise FatalError(EXIT_USAGE, f"{where} can't hold a savepoint: {NO_LOCKS}")
+        with contextlib.closing(open_savepoint(self.run, readonly=True)) as savepoint:
+            if savepoint.is_held():
+                holder = f"process {savepoint.holder['pid']} holds {SAVEPOINT}"
+                raise FatalError(EXIT_HELD, f"a run is in progress: {holder}")
+            check_not_restored(savepoint)
+            if not SAVEPOINT.exists():
+                return f"{SAVEPOINT} will be created"
+            return f"{SAVEPOINT} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
+
+    async def disk(self) -> str:
+        for path in (Path.cwd(), SAVEPOINT, SAVEPOINT_COPY, LOGS, BACKUPS, REPORTS):
+            if path.exists() and not os.access(str(path), os.W_OK):
+                raise OSError(f"{path} can't be written; make it writable")
+        free = shutil.disk_usage(".").free >> 20
+        if free < 100:
+            raise OSError(f"only {free} MiB free; make room for backups")
+        return f"{free:,} MiB free"
+
+
+async def check(run: RunContext) -> int:
+    """Print whether a real run could start; return the exit code."""
+    work = Check(run)
+    checks = work.checks
+    await work.attempt("token", work.token())
+    notes = []
+    if run.options.csv:
+        await work.attempt("csv", work.csv())
     if checks[0]["ok"]:
+        for name in READS:
+            await work.attempt(name, work.read(name))
         notes = [
-            describe_quota(api.scheduler),
-            "only a merge shows whether the token may merge (rev_user:all): try one pair with --limit 1",
-            "--undo also updates tickets, issues and conversations; only an undo shows whether the token may do this",
+            describe_quota(work.api.scheduler),
+            "only a merge shows whether the token may merge (rev_user:all): "
+            "try one pair with --limit 1",
+            "--undo also updates tickets, issues and conversations; "
+            "only an undo shows whether the token may do this",
         ]
+    await work.attempt("savepoint", work.savepoint())
+    await work.attempt("disk", work.disk())
+    run.console.status("")
     problems = sum(not one["ok"] for one in checks)
-    code, verdict = (
-        (EXIT_USAGE, f"not ready: {plural(problems, 'problem')}")
-        if problems
-        else (EXIT_OK, "ready")
-    )
-    if run.options.json:
-        facts = {"verdict": verdict, "ready": not problems, "checks": checks, "notes": notes}
-        console.json(report_chunks(facts, {}))
-        return code
+    verdict = f"not ready: {plural(problems, 'problem')}" if problems else "ready"
+    found = Findings({"verdict": verdict, "ready": not problems, "checks": checks, "notes": notes})
+    for one in checks:
+        word, style = ("ok     ", "") if one["ok"] else ("FAILED ", "bad")
+        found.say(f"{word} {one['check']}: {one['says']}", style)
     for note in notes:
-        console.print(f"note    {note}")
-    console.print(verdict, "bad" if problems else "good")
+        found.say(f"note    {note}")
+    found.say(verdict, "bad" if problems else "good")
+    found.steps = work.steps
     if problems:
-        console.suggest("fix what is marked FAILED, then check again", run.command())
-    elif steps:
-        console.suggest(*steps[0])
-    elif not run.options.csv:
-        console.suggest("read the contacts from DevRev", command_line("--export", "contacts.csv"))
-    return code
+        found.code = EXIT_USAGE
+        found.steps = [("fix what is marked FAILED, then check again", "")]
+    return show_findings(run, found)
 
 
 def describe_quota(scheduler: RequestScheduler) -> str:
     """Say which quota DevRev has announced, and which limit holds besides."""
-    limit, left = (
-        scheduler.client_limit,
-        describe_wait(scheduler) or "DevRev has not announced one yet",
-    )
-    words = (
-        f"the client-side rate limit is {limit.calls} requests in {limit.period:g} s"
-        if limit
-        else ""
-    )
-    return f"quota: {left}; {words or 'there is no client-side rate limit'}"
-
-
-def _check_csv(run: RunContext, steps: list[tuple[str, str]]) -> str:
-    """Read the CSV, also where the token's organisation is not known, and add the next step to `steps`."""
-    known: SavePoint | None = None
-    with contextlib.suppress(FatalError):  # what is wrong with it is a check of its own
-        known = SavePoint(run.environment, readonly=True)
-    plan = make_plan(run, known)
-    new = sum(pair.state is State.PLANNED for pair in plan.pairs())
-    earlier = [*known.unfinished(), *plan.revived] if known else []
-    steps += next_step(run, new, len(earlier), known)
-    counts = [f"{plural(new, 'pair')} to merge"]
-    counts += [f"{len(earlier):,} of earlier runs to finish first"] if earlier else []
-    counts += [f"{plural(len(plan.skipped), 'group')} skipped"] if plan.skipped else []
-    counts += [plural(len(plan.invalid_rows), "invalid row")] if plan.invalid_rows else []
-    counts += filter(None, [plan.others_line()])
-    if run.organisation:
-        check_organisation(run.organisation, "CSV", plan.pairs())
-        counts.append("of the token's organisation")
-    return ", ".join(counts)
-
-
-def _check_savepoint(run: RunContext) -> str:
-    if not locks_work(SAVEPOINT):
-        raise FatalError(
-            EXIT_USAGE, f"{SAVEPOINT.resolve().parent} can't hold a savepoint: {NO_LOCKS}"
-        )
-    with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
-        if savepoint.is_held():
-            raise FatalError(
-                EXIT_HELD,
-                f"a run is in progress: process {savepoint.holder['pid']} holds {SAVEPOINT}",
-            )
-        check_not_restored(savepoint)
-        if not SAVEPOINT.exists():
-            return f"{SAVEPOINT} will be created"
-        return f"{SAVEPOINT} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
-
-
-def _check_disk() -> str:
-    for path in (Path.cwd(), SAVEPOINT, SAVEPOINT_COPY, LOGS, BACKUPS, REPORTS):
-        if path.exists() and not os.access(str(path), os.W_OK):
-            raise OSError(f"{path} can't be written; make it writable")
-    free = shutil.disk_usage(".").free >> 20
-    if free < 100:
-        raise OSError(f"only {free} MiB free; make room for backups")
-    return f"{free:,} MiB free"
+    limit = scheduler.client_limit
+    announced = describe_wait(scheduler) or "DevRev has not announced one yet"
+    mine = "there is no client-side rate limit"
+    if limit:
+        mine = f"the client-side rate limit is {limit.calls} requests in {limit.period:g} s"
+    return f"quota: {announced}; {mine}"
 
 
 def status(run: RunContext) -> int:
-    """Print what the savepoint knows, also while a run is in progress: pairs by state, and how far the last run is."""
+    """Print what the savepoint knows, also while a run is in progress."""
     with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
         runs = savepoint.runs()
-        organisations = [
-            savepoint.meta.get("organisation"),
-            *(one["organisation"] for one in runs.values()),
-        ]
+        organisation = savepoint.meta.get("organisation")
+        for record in runs.values():
+            organisation = record.organisation or organisation
+        counts = {State(name).value: count for name, count in savepoint.counts().items()}
         facts: Json = {
             "savepoint": str(SAVEPOINT),
             "running": savepoint.is_held(),
             "last_opened": savepoint.holder or None,
-            "organisation": next(filter(None, reversed(organisations)), None),
-            "counts": {State(name).value: count for name, count in savepoint.counts().items()},
+            "organisation": organisation,
+            "counts": counts,
             "last_run": None,
         }
         if runs:
+            last = runs[max(runs)]
             names = (
                 "id",
                 "kind",
@@ -9857,149 +10011,150 @@ def status(run: RunContext) -> int:
                 "end",
                 "exit_code",
                 "stopped",
-                "headline",
-                "reported",
             )
-            last = facts["last_run"] = {name: runs[max(runs)][name] for name in names}
-            last["report"] = str(report_path(last["id"], last["kind"]))
-            ended = last["pairs_ended"] = sum(
-                1 for _ in savepoint.pairs(State.FAILED, *TERMINAL, run=last["id"])
-            )
-            now = run.environment.now().wall
-            spent = now - datetime.fromisoformat(last["start"]).timestamp()
-            if facts["running"] and ended and (last["pairs"] or 0) > ended and spent > 0:
-                last["expected_end"] = iso(now + spent / ended * (last["pairs"] - ended))
+            facts["last_run"] = {
+                name: getattr(last, name) for name in (*names, "headline", "reported")
+            }
+            facts["last_run"]["report"] = str(report_path(last.id, last.kind))
+            ended = savepoint.pairs(State.FAILED, *TERMINAL, run=last.id)
+            facts["last_run"]["pairs_ended"] = sum(1 for _ in ended)
         lists = {
             "unfinished": list(savepoint.pairs(*UNFINISHED, State.UNDOING)),
             "failed": list(savepoint.pairs(State.FAILED)),
             "cancelled": list(savepoint.pairs(State.CANCELLED)),
         }
-    if run.options.json:
-        entries = {
-            name: [merge_entry(pair, None) for pair in found] for name, found in lists.items()
-        }
-        run.console.json(report_chunks(facts, entries))
-    else:
-        show_status(run.console, facts, lists)
-    return EXIT_OK
+    entries = {name: [merge_entry(pair, None) for pair in pairs] for name, pairs in lists.items()}
+    found = Findings(facts, entries)
+    describe_status(found, lists)
+    return show_findings(run, found)
 
 
-def show_status(console: Console, facts: Json, lists: Mapping[str, Sequence[Pair]]) -> None:
-    holder, running, last, show = (
-        facts["last_opened"],
-        facts["running"],
-        facts["last_run"],
-        console.print,
-    )
-    if not (holder or last):
-        show(f"{facts['savepoint']}: no run has used this folder yet")
+def describe_status(found: Findings, lists: Mapping[str, Sequence[Pair]]) -> None:
+    """Say in words what `--status` has found."""
+    facts = found.facts
+    running, last = facts["running"], facts["last_run"]
+    if not (facts["last_opened"] or last):
+        found.say(f"{facts['savepoint']}: no run has used this folder yet")
         return
-    show(
-        f"{facts['savepoint']}: organisation {facts['organisation'] or 'not known yet, no run has merged here'}"
-    )
-    if holder:
-        since = minute(holder["since"])
-        now = f"a run is in progress: process {holder['pid']} on {holder['host']}, since {since}"
-        show(now if running else f"no run is in progress; the last one began at {since}")
-    if running and last and last["end"] is None:
-        end = (
-            f", expected to end at {minute(last['expected_end'])}" if "expected_end" in last else ""
-        )
-        show(
-            f"{last['kind']} of {plural(last['pairs'] or 0, 'pair')}: {last['pairs_ended']:,} ended{end}"
-        )
-    elif last and not running:
-        how = (
-            "was killed; the next run writes its report"
-            if last["end"] is None
-            else last["headline"]
-        )
-        show(f"last {last['kind']}: {how}")
+    organisation = facts["organisation"] or "not known yet, no run has merged here"
+    found.say(f"{facts['savepoint']}: organisation {organisation}")
+    describe_last_run(found)
     for name, count in facts["counts"].items():
-        show(f"{count:>7,} {STATE_WORDS[State(name)]}")
+        found.say(f"{count:>7,} {STATE_WORDS[State(name)]}")
     total = sum(facts["counts"].values())
-    show(f"{total:>7,} pair{'s' * (total != 1)} in all")
+    found.say(f"{total:>7,} {'pair' if total == 1 else 'pairs'} in all")
     for title, pairs in lists.items():
         word = "in progress" if running and title == "unfinished" else title
         for pair in pairs[:20]:
-            why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS[pair.state]
+            why = STATE_WORDS[pair.state]
+            if pair.code:
+                why = f"{pair.code}: {pair.error}"
             if pair.state is State.UNDOING and pair.undo and not running:
                 why += f"; {command_line('--undo', pair.undo.path)} finishes it"
-            show(f"{word}  {pair.email}: {into(pair)}, last {minute(pair.updated)}: {why}")
+            found.say(f"{word}  {pair.email}: {into(pair)}, last {minute(pair.updated)}: {why}")
         if len(pairs) > 20:
-            show(f"{title}  and {len(pairs) - 20:,} more (--status --json has them all)")
-    if (
-        last
-        and last["csv"]
-        and not running
-        and any(pair.state in UNFINISHED for pair in lists["unfinished"])
-    ):
+            found.say(f"{title}  and {len(pairs) - 20:,} more (--status --json has them all)")
+    unfinished = any(pair.state in UNFINISHED for pair in lists["unfinished"])
+    if last and last["csv"] and not running and unfinished:
         files = [file["path"] for file in last["csv"]]
-        console.suggest(
-            "finish these pairs, with the options of the last run", command_line("--csv", *files)
+        words = "finish these pairs, with the options of the last run"
+        found.steps.append((words, command_line("--csv", *files)))
+
+
+def describe_last_run(found: Findings) -> None:
+    """Say whether a run is in progress, how far it is, or what the last one came to."""
+    running, last = found.facts["running"], found.facts["last_run"]
+    holder = found.facts["last_opened"]
+    if holder:
+        since = minute(holder["since"])
+        words = f"no run is in progress; the last one began at {since}"
+        if running:
+            process = f"process {holder['pid']} on {holder['host']}"
+            words = f"a run is in progress: {process}, since {since}"
+        found.say(words)
+    if not last:
+        return
+    if running and last["end"] is None:
+        line = (
+            f"{last['kind']} of {plural(last['pairs'] or 0, 'pair')}: {last['pairs_ended']:,} ended"
         )
+        found.say(line)
+    elif not running:
+        how = last["headline"]
+        if last["end"] is None:
+            how = "was killed; the next run writes its report"
+        found.say(f"last {last['kind']}: {how}")
 
 
 def verify_backups(run: RunContext) -> int:
-    """Read every backup below a folder again, and compare it with its manifest; 1 where one is damaged or missing."""
-    root, console = run.options.verify_backups, run.console
+    """Read every backup below a folder again, and compare it with its manifest.
+
+    Returns the exit code: 1 where one is damaged or missing.
+    """
+    root = run.options.verify_backups
     if not root.is_dir():
-        why = (
-            "is not a folder"
-            if root.exists()
-            else "does not exist: no run has made a backup in it yet"
-        )
-        raise FatalError(EXIT_USAGE, f"{root} {why}; name the folder that holds the backups")
-    complete, damaged, missing, partial = 0, [], [], []  # type: Tuple[int, List[str], List[str], List[str]]
-    for name, folders, files in os.walk(
-        str(root), onerror=lambda error: damaged.append(str(error))
-    ):
+        why = "does not exist: no run has made a backup in it yet"
+        if root.exists():
+            why = "is not a folder"
+        fix = "name the folder that holds the backups"
+        raise FatalError(EXIT_USAGE, f"{root} {why}; {fix}")
+    facts: Json = {"folder": str(root), "complete": 0, "damaged": [], "missing": [], "partial": []}
+
+    def unreadable(error: OSError) -> None:
+        facts["damaged"].append(str(error))
+
+    for name, folders, files in os.walk(str(root), onerror=unreadable):
+        folders.sort()
         folder = Path(name)
         if folder.name.startswith(INCOMPLETE_BACKUP):
-            partial.append(name)
+            facts["partial"].append(name)
             folders.clear()
         elif re.fullmatch(r"\d{8}_\d{6}", folder.name) or "manifest.json" in files:
-            console.status(f"{complete + len(damaged)} backups read ...")
+            run.console.status(f"{facts['complete'] + len(facts['damaged'])} backups read ...")
             folders.clear()
             try:
                 verify_backup(folder)
-                complete += 1
+                facts["complete"] += 1
             except PairError as error:
-                damaged.append(str(error))
-        folders.sort()
-    console.status("")
-    if root == BACKUPS and SAVEPOINT.exists() and SAVEPOINT.stat().st_size:
-        with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
-            backups = {pair.backup for pair in savepoint.pairs(*State) if pair.backup}
-            missing = sorted(backup for backup in backups if not Path(backup).is_dir())
-    if root != BACKUPS and not (complete or damaged or missing or partial):
-        raise FatalError(
-            EXIT_USAGE, f"{root} holds no backup; name the folder that holds the backups"
-        )
-    code = EXIT_FAILED if damaged or missing else EXIT_OK
-    if run.options.json:
-        facts = {
-            "folder": str(root),
-            "complete": complete,
-            "damaged": damaged,
-            "missing": missing,
-            "partial": partial,
-        }
-        console.json(report_chunks(facts, {}))
-        return code
-    for line in (*(f"DAMAGED  {one}" for one in damaged), *(f"MISSING  {one}" for one in missing)):
-        console.print(line, "bad")
-    for one in partial:
-        console.print(f"partial  {one}: left by a run that was killed; may be deleted")
+                facts["damaged"].append(str(error))
+    run.console.status("")
+    if root == BACKUPS:
+        facts["missing"] = missing_backups(run)
+    elif not (facts["complete"] or facts["damaged"] or facts["partial"]):
+        fix = "name the folder that holds the backups"
+        raise FatalError(EXIT_USAGE, f"{root} holds no backup; {fix}")
+    return show_findings(run, describe_backups(facts))
+
+
+def missing_backups(run: RunContext) -> list[str]:
+    """Return the folders of backups that the savepoint names and that do not exist."""
+    if not (SAVEPOINT.exists() and SAVEPOINT.stat().st_size):
+        return []
+    with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
+        backups = {pair.backup for pair in savepoint.pairs(*State) if pair.backup}
+    return sorted(backup for backup in backups if not Path(backup).is_dir())
+
+
+def describe_backups(facts: Json) -> Findings:
+    found = Findings(facts)
+    damaged, missing = facts["damaged"], facts["missing"]
+    for one in damaged:
+        found.say(f"DAMAGED  {one}", "bad")
+    for one in missing:
+        found.say(f"MISSING  {one}", "bad")
+    for one in facts["partial"]:
+        found.say(f"partial  {one}: left by a run that was killed; may be deleted")
     if damaged or missing:
-        console.print(
-            "These merges can't be undone completely. Restore the folders from a copy, then verify again."
-        )
-    counts = (
-        f"{plural(complete, 'complete backup')}, {len(damaged)} damaged, {len(missing)} missing"
-    )
-    console.print(counts, "bad" if code else "good")
-    return code
+        found.code = EXIT_FAILED
+        words = "These merges can't be undone completely."
+        found.say(f"{words} Restore the folders from a copy, then verify again.")
+    complete = plural(facts["complete"], "complete backup")
+    counts = f"{complete}, {len(damaged)} damaged, {len(missing)} missing"
+    found.say(counts, "bad" if found.code else "good")
+    return found
+
+
+# -- main --------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -10010,13 +10165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.on_signal(functools.partial(signal.default_int_handler, signal.SIGINT, None))
     code = run_command(run)
     if run.reports_json:
-        try:
-            with open(run.report_path, "rb") as file:
-                run.console.json(file)
-        except OSError:  # it has ended without a report
-            run.console.json(
-                report_chunks({"exit_code": code, "error": run.console.mask(run.error) or None}, {})
-            )
+        print_report(run, code)
     before = run.signal
     run.on_signal(lambda: None)
     unwritten = run.console.end(lambda: 2.0 if run.signal else math.inf)
@@ -10027,35 +10176,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 128 + run.signal if run.signal and not before else code
 
 
+def print_report(run: RunContext, code: int) -> None:
+    """Print the report of a run as JSON, or why it has ended without one."""
+    try:
+        with open(run.report_path, "rb") as file:
+            run.console.json(file)
+    except OSError:
+        error = run.console.mask(run.error) or None
+        run.console.json(report_chunks({"exit_code": code, "error": error}, {}))
+
+
 def run_command(run: RunContext) -> int:
     """Run the command; whatever ends it early becomes one line and an exit code."""
     options = run.options
     try:
         run.open_log()
         run.settings = run.environment.settings = load_settings(load_environment(), options.workers)
-        Contact.user_prefix, run.console.mask = run.settings.user_ref_prefix, run.settings.mask
-        if options.live or options.mode in (
-            "merge",
-            "undo",
-            "export",
-            "check",
-        ):  # which make requests
+        Contact.user_prefix = run.settings.user_ref_prefix
+        run.console.mask = run.settings.mask
+        if options.live or options.mode in ("merge", "undo", "export", "check"):
             import_package("requests")
             if run.settings.calls != 0:
                 import_package("ratelimit")
         outcome = MODES[options.mode](run)
         return outcome if isinstance(outcome, int) else run.environment.run_event_loop(outcome)
     except FatalError as stop:
-        code, run.error = stop.exit_code, str(stop)
+        code = stop.exit_code
+        run.error = str(stop)
     except OSError as error:
-        code, run.error = EXIT_STOPPED, f"disk error: {error}"
+        code = EXIT_STOPPED
+        run.error = f"disk error: {error}"
     except ImportError as error:
-        run.error = (
-            f"a package can't be imported: {error}; python -m pip install -r requirements.txt"
-        )
         code = EXIT_USAGE
+        fix = "python -m pip install -r requirements.txt"
+        run.error = f"a package can't be imported: {error}; {fix}"
     except KeyboardInterrupt:
-        code, run.error = 128 + (run.signal or signal.SIGINT), "interrupted; nothing was changed"
+        code = 128 + (run.signal or signal.SIGINT)
+        run.error = "interrupted; nothing was changed"
     run.console.status("")
     if code > 128:
         run.console.print_err(run.error)
@@ -10064,9 +10221,8 @@ def run_command(run: RunContext) -> int:
     if code == EXIT_STOPPED:
         run.console.print_err("Fix that, then run the same command again.", "bold")
     elif code == EXIT_HELD:
-        run.console.suggest(
-            "wait until that run has ended; to see its progress:", command_line("--status")
-        )
+        words = "wait until that run has ended; to see its progress:"
+        run.console.suggest(words, command_line("--status"))
     return code
 
 
@@ -10087,6 +10243,6 @@ if __name__ == "__main__":
     sys.excepthook = sys.__excepthook__
     exit_code = main()
     for ending in SIGNALS:
-        # What is done is done: while Python ends, another signal would change the exit code and nothing else.
+        # What is done is done: while Python ends, another signal would only change the exit code.
         signal.signal(ending, signal.SIG_IGN)
     raise SystemExit(exit_code)

@@ -671,22 +671,6 @@ def test_an_undo_from_another_folder_is_refused_before_any_request(
 # ----- forecasts -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "expected, pairs, backed_up, ended, left",
-    [
-        (280, 17, 0, 0, 280),
-        (280, 17, 17, 0, 68),  # only the merges: backups are most of a run
-        (280, 17, 17, 17, 0),
-        (280, 17, 20, 20, 0),  # also pairs of earlier runs
-        (40, 17, 17, 0, 40),  # where everything is backed up already
-    ],
-)
-def test_a_forecast_counts_the_requests_that_are_left(
-    expected: int, pairs: int, backed_up: int, ended: int, left: int
-) -> None:
-    assert tool.requests_left(expected, pairs, backed_up, ended) == left
-
-
 def test_the_forecast_near_the_end_of_a_window_is_the_rest_of_that_window(place: Workplace) -> None:
     """The backups have used the window up; what is left fits into the next one."""
     window = dict(requests=68, room=0, wait=3.0, limit=200, window=60.0)
@@ -747,7 +731,7 @@ def test_each_step_names_the_next_one_as_it_would_be_typed(place: Workplace) -> 
 
 
 NEXT_STEPS = {
-    "the CSV of another organisation": (2, "use a token of dvrv-us-1:devo/OTHER", "next: fix what is named above", "--check"),
+    "the CSV of another organisation": (2, "use a token of dvrv-us-1:devo/OTHER", "next: fix what is named above, then run the same command with --check", ""),
     "no network": (3, "can't be reached", "Fix that, then run the same command again.", ""),
     "a held savepoint": (11, "another run is using", "next: wait until that run has ended", "--status"),
 }  # fmt: skip
