@@ -8,8 +8,9 @@
 contacts.csv -> pairs that share an email -> live check -> backup -> integrity check from the disk
 -> merge -> external_ref -> verification -> JSON report
 
-A merge in DevRev is asynchronous and can't be undone there. So every step refuses rather than guesses, and is in the
-savepoint before its request is sent. `--undo` restores most of a merge from its backup. `--help` has the options.
+A merge in DevRev is asynchronous and can't be undone there. So every step refuses rather than
+guesses, and is in the savepoint before its request is sent. `--undo` restores most of a merge from
+its backup. `--help` has the options.
 
 Map of this file, roughly bottom-up:
 
@@ -43,30 +44,9 @@ import os
 import sys
 
 if __name__ == "__main__":
-    # The script's folder comes first in sys.path: a queue.py in it would be imported in place of Python's own.
-    _library = os.__file__.rpartition(os.sep)[0]
-    sys.path.append(sys.path.pop(0))
-    sys.path.sort(
-        key=lambda place: (
-            "packages" in place or not place.startswith((_library, sys.base_prefix + "\\DLLs"))
-        )
-    )
-
-    def _fail_in_one_line(kind, error, _traceback):  # type: ignore[no-untyped-def]
-        """Say in one line what ends the program before `main` starts; a traceback tells a user nothing."""
-        interrupted = issubclass(kind, KeyboardInterrupt)
-        name = getattr(error, "name", None) or ""
-        file = getattr(sys.modules.get(name), "__file__", None)
-        why = f"{name + ': ' if name else ''}{error}{f' (found in {file})' if file else ''}"
-        sys.stderr.write(
-            "interrupted\n"
-            if interrupted
-            else f"error: this Python can't import {why}; use another\n"
-        )
-        sys.stderr.flush()
-        os._exit(130 if interrupted else 2)
-
-    sys.excepthook = _fail_in_one_line
+    # The script's folder is no place to import from: requests would try a simplejson.py there.
+    _folder = os.path.dirname(os.path.realpath(__file__))  # noqa: PTH120
+    sys.path[:] = [place for place in sys.path if os.path.realpath(place) != _folder]
 
 import argparse
 import asyncio
@@ -101,7 +81,7 @@ import time
 import unicodedata
 import zlib
 from array import array
-from dataclasses import asdict, astuple, dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
@@ -153,12 +133,12 @@ class FatalError(Exception):
     """The run can't continue. `exit_code` is one of EXIT_… ."""
 
     def __init__(self, exit_code: int, message: str) -> None:
-        super().__init__(encodable(message))
+        super().__init__(message)
         self.exit_code = exit_code
 
 
 class PermissionDenied(FatalError):
-    """DevRev rejects the token itself (401), or a permission without which the run is pointless (403)."""
+    """DevRev rejects the token (401), or a permission without which the run is pointless (403)."""
 
 
 class Cancelled(FatalError):
@@ -172,7 +152,7 @@ class PairError(Exception):
     """One group or pair is refused or failed. Scripts branch on `code`, one of CODES."""
 
     def __init__(self, code: str, message: str) -> None:
-        super().__init__(encodable(message))
+        super().__init__(message)
         self.code = code
 
 
@@ -181,19 +161,23 @@ class PairSkipped(PairError):
 
 
 class ApiError(PairError):
-    """DevRev understood the request and refused it (3xx, 4xx). A merge may be carried out all the same."""
+    """DevRev understood the request and refused it (3xx, 4xx).
+
+    A merge may be carried out all the same.
+    """
 
     def __init__(self, endpoint: str, status: int, message: str, data: Json) -> None:
-        super().__init__(
-            "forbidden" if status == 403 else "api_error",
-            f"{endpoint} answered {status}: {message}",
-        )
+        code = "forbidden" if status == 403 else "api_error"
+        super().__init__(code, f"{endpoint} answered {status}: {message}")
         self.status = status
         self.data = data  # of the body
 
     @property
     def missing(self) -> bool:
-        """Whether it says that an object does not exist. The 404 of a route has no type and says nothing of objects."""
+        """Whether it says that an object does not exist.
+
+        The 404 of a route has no type, and says nothing of objects.
+        """
         return self.status == 404 and self.data.get("type") == "not_found"
 
 
@@ -208,16 +192,19 @@ class NoUsableResponse(PairError):
         super().__init__("api_error", f"{endpoint} gave no usable answer: {message}")
 
 
-# What reading an answer of another shape raises. One contact's answer fails its own pair or group; the others continue.
+# What reading an answer of another shape raises. One contact's answer fails its own pair or group;
+# the others continue.
 ODD_ANSWER = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
 
 
 def odd_answer(email: str, error: Exception) -> PairError:
-    """Log where an answer could not be understood, and return the problem of its group. Call it in the handler."""
+    """Log where an answer could not be understood, and return the problem of its group.
+
+    Call it in the handler.
+    """
     log.exception("%s: unexpected", email)
-    return PairError(
-        "api_error", f"an answer could not be understood ({type(error).__name__}: {error})"
-    )
+    why = f"{type(error).__name__}: {error}"
+    return PairError("api_error", f"an answer could not be understood ({why})")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -226,12 +213,16 @@ def odd_answer(email: str, error: Exception) -> PairError:
 
 
 def escape_unprintable(text: str) -> str:
-    """Return `text` with everything escaped that a terminal could act on (controls, line breaks, bidi marks)."""
+    """Escape what a terminal could act on: controls, line breaks, bidi marks, lone surrogates."""
     if text.isprintable():
         return text
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-    )
+
+    def shown(character: str) -> str:
+        if character.isprintable():
+            return character
+        return character.encode("unicode_escape").decode("ascii")
+
+    return "".join(map(shown, text))
 
 
 def plural(count: int, noun: str) -> str:
@@ -246,24 +237,30 @@ def duration(seconds: float) -> str:
     if minutes < 100:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    return f"{hours // 24} d {hours % 24} h"
 
 
 def some(words: Sequence[str], most: int = 5) -> list[str]:
     """Return the first `most` words, and how many more there are."""
-    return [*words[:most], *([f"and {len(words) - most:,} more"] if len(words) > most else [])]
+    if len(words) <= most:
+        return list(words)
+    return [*words[:most], f"and {len(words) - most:,} more"]
 
 
 def subject(body: Json) -> str:
     """Name the contacts or objects that a request is for, in a few words."""
-    values = [value for name, value in body.items() if name not in ("limit", "cursor", "type")]
-    lists = [value if isinstance(value, list) else [value] for value in values]
-    named = [
-        str(one).rpartition("/")[2]
-        for one in chain.from_iterable(lists)
-        if not isinstance(one, dict)
-    ]
-    return f"for {', '.join(some(named, 3))}" if named else ""
+    named: list[str] = []
+    for name, value in body.items():
+        if name in ("limit", "cursor", "type"):
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            if not isinstance(one, dict):
+                named.append(str(one).rpartition("/")[2])
+    if not named:
+        return ""
+    return f"for {', '.join(some(named, 3))}"
 
 
 def minute(instant: str) -> str:
@@ -282,8 +279,9 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])$", re.IGNORECASE)
 def safe_name(text: str) -> str:
     """Turn any text into one path component that means the same on Linux, macOS and Windows.
 
-    Everything but letters, digits and `@ . _ + -` of ASCII is percent-encoded, so that two texts never
-    share a name. Names that Windows reserves are encoded too, and long names end in a hash of the full text.
+    Everything but letters, digits and `@ . _ + -` of ASCII is percent-encoded, so that two texts
+    never share a name. Names that Windows reserves are encoded too, and long names end in a hash of
+    the full text.
     """
     name = quote(text, safe="@+", errors="surrogatepass").replace("~", "%7E")
     if name.startswith((".", "-")) or _RESERVED.match(name.split(".")[0]):
@@ -291,19 +289,18 @@ def safe_name(text: str) -> str:
     if name.endswith("."):
         name = name[:-1] + "%2E"
     if len(name) > 80:
-        name = (
-            f"{name[:63]}~{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
-        )
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        name = f"{name[:63]}~{digest[:16]}"
     return name or "%"
 
 
 def encodable(text: str) -> str:
-    """Escape lone surrogates in `text`: they can come in any answer, and no file, log or database can hold them."""
+    """Escape lone surrogates in `text`, which no column of a database can hold."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def to_json(value: Any, indent: int | None = None) -> bytes:
-    """Encode as UTF-8 JSON; a lone surrogate, which JSON can hold and UTF-8 can't, stays an escape."""
+    """Encode as UTF-8 JSON. A lone surrogate, which UTF-8 can't hold, stays an escape of JSON."""
     return json.dumps(value, ensure_ascii=False, indent=indent).encode("utf-8", "backslashreplace")
 
 
@@ -313,23 +310,21 @@ def to_json(value: Any, indent: int | None = None) -> bytes:
 
 
 class Timestamp(NamedTuple):
-    """A point in time on two clocks: sleep stops the monotonic one, and a user may set the other."""
+    """A point in time on two clocks: sleep stops the monotonic one, a user may set the other."""
 
     wall: float  # epoch seconds
     monotonic: float  # monotonic seconds
 
 
 class HttpResponse(NamedTuple):
-    """The outcome of one request. `data` is the JSON object in the body, None where there is no complete one."""
+    """The outcome of one request."""
 
     status: int | None  # None: no answer
     headers: Mapping[str, str]
-    data: Json | None
+    data: Json | None  # the JSON object in the body; None where there is no complete one
     problem: str = ""  # in words
     sent: bool = True  # whether the request may have reached DevRev
-    setup_error: str = (
-        ""  # in words, where a setting of this machine (proxy, certificates) is at fault
-    )
+    setup_error: str = ""  # in words, where a setting of this machine keeps it from being sent
 
 
 class Environment:
@@ -345,25 +340,26 @@ class Environment:
         return Timestamp(time.time(), time.monotonic())
 
     def age(self, since: Timestamp) -> float:
-        """Seconds since then by the clock that advanced further: how old a check or a backup may be at most."""
+        """Seconds since then by the clock that advanced further: how old a read may be at most."""
         now = self.now()
         return max(now.wall - since.wall, now.monotonic - since.monotonic)
 
     def elapsed(self, since: Timestamp) -> float:
-        """Monotonic seconds since then. A wall clock that is set back by hours would make a wait as long."""
+        """Monotonic seconds since then: a wall clock that is set back would make a wait longer."""
         return self.now().monotonic - since.monotonic
 
     def run_event_loop(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(work)
 
     async def post(self, endpoint: str, body: Json, deadline: float | None = None) -> HttpResponse:
-        """POST one request, and return within `deadline` seconds (by default ten times `timeout`), complete answer or
-        not. Raises FatalError where the proxy or the CA bundle that the environment names can't be used."""
+        """POST one request, and return within `deadline` seconds, with a complete answer or not.
+
+        The deadline is ten times `timeout` at most.
+        """
         self._transport = self._transport or HttpTransport(self.settings)
         limit = min(deadline or math.inf, 10 * self.settings.timeout)
-        answer = asyncio.ensure_future(
-            self.run_in_thread(self._transport.post, endpoint, body, limit)
-        )
+        work = self.run_in_thread(self._transport.post, endpoint, body, limit)
+        answer = asyncio.ensure_future(work)
         await asyncio.wait({answer}, timeout=limit)
         if answer.done():
             return answer.result()
@@ -372,7 +368,7 @@ class Environment:
         return HttpResponse(None, {}, None, f"no complete answer within {limit:g} s")
 
     async def run_in_thread(self, job: Callable[..., T], *args: Any) -> T:
-        """Have a daemon thread of its own do what blocks: one that hangs delays neither others nor the exit."""
+        """Have a daemon thread of its own do what blocks, so that it never delays the exit."""
         loop = asyncio.get_event_loop()
         future: asyncio.Future[T] = loop.create_future()
 
@@ -387,13 +383,16 @@ class Environment:
         threading.Thread(target=work, daemon=True).start()
         return await future
 
+    def create(self, path: Path) -> BinaryIO:
+        """Create a file (0600) for writing. What is there already, also a link, is an OSError."""
+        handle = os.open(str(path), CREATE_ANEW, 0o600)
+        return open(handle, "wb")
+
     def create_file(self, path: Path, chunks: Iterable[bytes]) -> tuple[int, str]:
         """Create `path` (0600) from `chunks` and flush it to the disk; return its size and SHA-256."""
-        size, digest = 0, hashlib.sha256()
-        handle = os.open(
-            str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600
-        )
-        with open(handle, "wb") as file:
+        size = 0
+        digest = hashlib.sha256()
+        with self.create(path) as file:
             for chunk in chunks:
                 file.write(chunk)
                 digest.update(chunk)
@@ -415,7 +414,7 @@ class Environment:
         self.fsync_dir(final.parent)
 
     def write_atomically(self, path: Path, chunks: Iterable[bytes]) -> None:
-        """Write a temporary file and rename it to `path`. Raises OSError on a disk error, and leaves nothing then."""
+        """Write a temporary file and rename it to `path`; an OSError leaves nothing behind."""
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with contextlib.suppress(FileNotFoundError):
@@ -439,13 +438,13 @@ class Environment:
     def fsync_dir(self, folder: Path) -> None:
         """Make a rename or a new name in `folder` survive a power cut (Windows does so by itself).
 
-        SMB, FUSE and WSL mounts can't flush a folder; their files are flushed all the same, so one warning is enough.
+        SMB, FUSE and WSL mounts can't flush a folder; their files are flushed all the same, so one
+        warning is enough.
         """
         if os.name == "nt":
             return
-        with self.tolerate(
-            f"{folder}: this file system can't flush a folder", "a power cut may lose new names"
-        ):
+        what = f"{folder}: this file system can't flush a folder"
+        with self.tolerate(what, "a power cut may lose new names"):
             handle = os.open(str(folder), os.O_RDONLY)
             try:
                 os.fsync(handle)
@@ -465,7 +464,10 @@ class Environment:
 
     @contextlib.contextmanager
     def tolerate(self, what: str, result: str) -> Iterator[None]:
-        """Warn once of what a file system can't do and need not be able to do. Any other error is raised."""
+        """Warn once of what a file system can't do and need not be able to do.
+
+        Any other error is raised.
+        """
         try:
             yield
         except OSError as error:
@@ -478,15 +480,31 @@ class Environment:
 
 # What a file system answers that has no such operation, or that has it for the owner alone.
 NOT_SUPPORTED = (
-    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF, errno.EISDIR, errno.EACCES,
-    errno.EPERM, errno.EROFS,
+    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF,
+    errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
 )  # fmt: skip
+# Flags of os.open, as far as this system has them.
+NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+CREATE_ANEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file to read; anything else (link, pipe, device) is an OSError, at once."""
+    if not stat.S_ISREG(os.lstat(str(path)).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    # It may have been replaced since: a pipe without a writer would block without O_NONBLOCK.
+    handle = os.open(str(path), os.O_RDONLY | NO_LINK | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(handle, "rb")
 
 
 def locks_work(path: Path) -> bool:
-    """Try whether files beside `path` can be locked. A database on a file system without locks looks held or damaged.
+    """Try whether files beside `path` can be locked.
 
-    SQLite tries it on a new file, which no other process has. Where none can be created, nothing is known: True.
+    A database on a file system without locks looks held or damaged. SQLite tries it on a new file,
+    which no other process has. Where none can be created, nothing is known: True.
     """
     trial = path.resolve().with_name(f".lock_trial.{os.getpid()}")
     try:
@@ -504,15 +522,11 @@ def locks_work(path: Path) -> bool:
 NO_LOCKS = "this file system has no working locks; run in a folder on a local disk"
 
 
-def named_variable(*names: str) -> str:
-    """The first of these environment variables, in either case, that is set; the first name where none is."""
-    return next(
-        (one for name in names for one in (name.lower(), name) if os.environ.get(one)), names[0]
-    )
-
-
 def parse_body(status: int, content: bytes, settings: ApiSettings) -> tuple[Json | None, str]:
-    """Return the JSON object in a body, and in words what is wrong. HTML of a gateway is no answer of DevRev's."""
+    """Return the JSON object in a body, and in words what is wrong.
+
+    HTML of a gateway is no answer of DevRev's.
+    """
     try:
         data = json.loads(content)
     except (ValueError, RecursionError):
@@ -522,19 +536,32 @@ def parse_body(status: int, content: bytes, settings: ApiSettings) -> tuple[Json
     if 200 <= status < 300:
         return data, ""
     words = " ".join(str(data[name]) for name in ("message", "detail") if data.get(name))
-    return data, settings.mask(encodable(words))[:500] or f"status {status}"
+    return data, settings.mask(words)[:500] or f"status {status}"
+
+
+def decompress(content: bytes, encoding: str, limit: int) -> bytes:
+    """Return what a body holds, at most `limit` bytes of it. Raises ValueError, zlib.error.
+
+    None was asked for, but a gateway may compress all the same. An encoding in another one is
+    refused: each would multiply the size by a thousand.
+    """
+    if encoding in ("", "identity"):
+        return content
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise ValueError(f"its encoding is {encoding}")
+    # Some servers send deflate without the header of zlib, whose first byte is 0x78.
+    has_header = content[:1] in (b"\x1f", b"\x78")
+    decoder = zlib.decompressobj(32 + zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS)
+    return decoder.decompress(content, limit)
 
 
 class HttpTransport:
     """HTTPS to DevRev over persistent connections; blocks, and may be used by many threads."""
 
-    MAX_BODY = 256 << 20  # bytes; a list of a hundred objects has some hundred thousand
+    MAX_BODY = 64 << 20  # bytes; a list of a hundred objects has some hundred thousand
     CHUNK = 1 << 16
 
     def __init__(self, settings: ApiSettings) -> None:
-        """Raise FatalError where the proxy or the CA bundle of the environment can't be used."""
-        import ssl
-
         import requests
         from requests.adapters import HTTPAdapter
 
@@ -547,147 +574,122 @@ class HttpTransport:
             "Authorization": f"Bearer {settings.token}",
             "User-Agent": f"merge_contacts/{__version__}",
             "Accept": "application/json",
+            "Accept-Encoding": "identity",
             "Content-Type": "application/json",
         }
-        session.trust_env = settings.base_url.startswith(
-            "https:"
-        )  # never a proxy for plain http on loopback
+        # Proxy and CA bundle are asked for once, and never a proxy for plain http on loopback. There
+        # are no credentials to take from ~/.netrc.
+        session.trust_env = settings.base_url.startswith("https:")
         found = session.merge_environment_settings(settings.base_url, {}, None, None, None)
-        session.proxies, session.verify, bundle = found["proxies"], found["verify"], found["verify"]
-        session.trust_env = (
-            False  # it was asked once, and there are no credentials to take from ~/.netrc
-        )
-        proxy = (
-            session.proxies.get("https") or session.proxies.get("all") or ""
-        )  # its address may hold a password
-        try:
-            if isinstance(bundle, str) and not Path(bundle).is_dir():
-                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(bundle)
-            if proxy:
-                adapter.proxy_manager_for(proxy if "://" in proxy else f"http://{proxy}")
-        except (
-            ValueError
-        ):  # of requests and of urllib3, for an unknown scheme, no host, no support of SOCKS
-            what = "is not the address of an HTTP proxy;"
-            if proxy.lower().startswith("socks"):
-                what = "names a SOCKS proxy, and the package PySocks is missing; pip install PySocks, or"
-            name = named_variable("HTTPS_PROXY", "ALL_PROXY")
-            raise FatalError(
-                EXIT_USAGE, f"{name} {what} set it to http://host:port, or unset it"
-            ) from None
-        except OSError as error:  # ssl.SSLError is one
-            name = named_variable("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-            why = (
-                "does not exist"
-                if isinstance(error, FileNotFoundError)
-                else "holds no certificates that can be read"
-            )
-            fix = "set it to a file of CA certificates in PEM format, or unset it"
-            raise FatalError(EXIT_USAGE, f"{name} names {bundle}, which {why}; {fix}") from None
+        session.proxies = found["proxies"]
+        session.verify = found["verify"]
+        session.trust_env = False
 
     def post(self, endpoint: str, body: Json, limit: float) -> HttpResponse:
-        """POST once, follow no redirect, and read the answer until it is complete or `limit` seconds are over."""
+        """POST once, and read the answer until it is complete or `limit` seconds are over."""
         import requests
+        from urllib3.exceptions import HTTPError
 
         started = time.monotonic()
         silence = min(self.settings.timeout, limit)
         response = HttpResponse(None, {}, None)
         try:
             url = f"{self.settings.base_url}/{endpoint}"
-            # Prepared without the session, which would look for cookies, hooks and credentials each time.
-            request = requests.Request(
-                "POST", url, data=to_json(body), headers=self._headers
-            ).prepare()
+            # Prepared without the session, which would look for cookies, hooks and credentials.
+            prepared = requests.Request("POST", url, data=to_json(body), headers=self._headers)
             timeouts = (min(10.0, silence), silence)
             with self.session.send(
-                request, timeout=timeouts, allow_redirects=False, stream=True
+                prepared.prepare(), timeout=timeouts, allow_redirects=False, stream=True
             ) as answer:
-                self._has_answered, response = (
-                    True,
-                    HttpResponse(answer.status_code, answer.headers, None),
-                )
-                content = bytearray()
-                # A body in small pieces is never silent, and one without an end would fill the memory.
-                for chunk in answer.iter_content(self.CHUNK):
-                    content += chunk
-                    if len(content) > self.MAX_BODY or time.monotonic() > started + limit:
-                        problem = (
-                            f"its body has no end within {self.MAX_BODY >> 20} MiB and {limit:g} s"
-                        )
-                        response = response._replace(problem=problem)
-                        break
-                else:
-                    data, problem = parse_body(answer.status_code, bytes(content), self.settings)
-                    response = response._replace(data=data, problem=problem)
-        except requests.exceptions.RequestException as error:
-            response = self._explained(response, error, silence)
-        what, tail = (
-            f"{endpoint} {subject(body)}".rstrip(),
-            response.problem and f" ({response.problem})",
-        )
-        log.debug(
-            "%s -> %s in %.3f s%s",
-            what,
-            response.status or "no answer",
-            time.monotonic() - started,
-            tail,
-        )
+                self._has_answered = True
+                response = HttpResponse(answer.status_code, answer.headers, None)
+                data, problem = self._read(answer, started + limit)
+                response = response._replace(data=data, problem=problem)
+        except (OSError, ValueError, HTTPError) as error:  # of requests, or below it
+            response = self._explained(response, error)
+        what = f"{endpoint} {subject(body)}".rstrip()
+        outcome = str(response.status or "no answer")
+        if response.problem:
+            outcome += f" ({response.problem})"
+        log.debug("%s -> %s in %.3f s", what, outcome, time.monotonic() - started)
         return response
 
-    def _explained(self, response: HttpResponse, error: Exception, silence: float) -> HttpResponse:
-        """Say what an exception of requests means, and whether the request may have reached DevRev."""
-        from requests import exceptions
+    def _read(self, answer: Any, deadline: float) -> tuple[Json | None, str]:
+        """Read a body, as `parse_body` does. urllib3 would decode it without a limit."""
+        content = bytearray()
+        for chunk in answer.raw.stream(self.CHUNK, decode_content=False):
+            content += chunk
+            # A body in small pieces is never silent, and one without an end would fill the memory.
+            if len(content) > self.MAX_BODY or time.monotonic() > deadline:
+                return (
+                    None,
+                    f"its body has no end within {self.MAX_BODY >> 20} MiB and the deadline",
+                )
+        encoding = answer.headers.get("Content-Encoding", "").strip().lower()
+        try:
+            plain = decompress(bytes(content), encoding, self.MAX_BODY + 1)
+        except (ValueError, zlib.error) as error:
+            return None, f"{answer.status_code} with a body that can't be decoded ({error})"
+        if len(plain) > self.MAX_BODY:
+            return None, f"its body has more than {self.MAX_BODY >> 20} MiB"
+        return parse_body(answer.status_code, plain, self.settings)
 
-        host, text = urlsplit(self.settings.base_url).netloc, repr(error)
-        proxy = f"the proxy that {named_variable('HTTPS_PROXY', 'ALL_PROXY')} names"
-        sent, problem, setup_error = False, "the connection broke", ""
-        if isinstance(error, exceptions.ProxyError):
-            refused = re.search(r"Tunnel connection failed: (\d+[ \w-]*)", text)
-            problem = (
-                f"{proxy} answered {refused.group(1)}" if refused else f"no connection to {proxy}"
-            )
-            if refused and refused.group(1).startswith("407"):
-                setup_error = f"{proxy} wants a name and a password (407); set it to http://user:password@host:port"
-        elif isinstance(error, exceptions.SSLError) and (
-            "CERTIFICATE_VERIFY" in text or "CertificateError" in text
-        ):
-            problem = f"the certificate of {host} can't be verified"
-            fix = "where a company inspects TLS, set REQUESTS_CA_BUNDLE to the file of its CA certificates"
-            setup_error = f"{problem}; {fix}"
-        elif (
-            isinstance(error, exceptions.ConnectTimeout)
-            or "NewConnectionError" in text
-            or "NameResolution" in text
-        ):
-            problem = f"no connection to {host}"
-        else:
-            sent = True
-            if isinstance(error, exceptions.SSLError):
-                problem = "the TLS connection broke"
-            elif isinstance(error, exceptions.Timeout) or "ReadTimeoutError" in text:
-                problem = f"no answer within {silence:g} s"
-            elif not isinstance(error, exceptions.ConnectionError):
-                problem = type(error).__name__
-        setup_error = "" if self._has_answered else setup_error
-        return response._replace(
-            problem=problem, sent=sent or response.status is not None, setup_error=setup_error
-        )
+    # How exceptions of the library name a request that can't have reached DevRev, and those of
+    # them for which no retry helps.
+    NOT_SENT = re.compile(
+        "NewConnectionError|NameResolution|ConnectTimeout|Tunnel connection failed|CertificateError"
+    )
+    MISCONFIGURED = re.compile(
+        "CERTIFICATE_VERIFY|CertificateError|X509|Tunnel connection failed: 407"
+    )
+
+    def _explained(self, response: HttpResponse, error: Exception) -> HttpResponse:
+        """Give the library's own reason, and say whether the request may have reached DevRev."""
+        from requests import exceptions
+        from urllib3.exceptions import HTTPError
+
+        words = repr(error)
+        reason: BaseException = error
+        inner: BaseException | None = error
+        while inner:
+            if isinstance(inner, OSError):  # of OpenSSL or the system, or of requests itself
+                reason = inner
+            inner = inner.__cause__ or inner.__context__
+        host = urlsplit(self.settings.base_url).netloc
+        text = re.sub(r"//\S*@", "//", str(reason)) or type(reason).__name__
+        is_setting = not isinstance(error, (exceptions.RequestException, HTTPError))
+        if isinstance(error, (exceptions.InvalidURL, exceptions.InvalidSchema)):
+            is_setting = True
+            text = text.split(": ")[0]  # what follows may be the password of a proxy
+        is_setting = is_setting or bool(self.MISCONFIGURED.search(words))
+        sent = not is_setting and not self.NOT_SENT.search(words)
+        if response.status is not None:
+            return response._replace(problem=f"the connection broke: {text}")
+        if sent:
+            return response._replace(problem=f"no answer: {text}")
+        problem = f"no connection to {host}: {text}"
+        if self._has_answered:  # then no setting of this machine is at fault
+            return response._replace(problem=problem, sent=False)
+        problem += "; see HTTPS_PROXY (proxy) and REQUESTS_CA_BUNDLE (certificate authorities)"
+        setup_error = problem if is_setting else ""
+        return response._replace(problem=problem, sent=False, setup_error=setup_error)
 
 
 class CancelToken:
-    """Ends a run: once it is cancelled, all that waits or would wait raises Cancelled, and no request leaves."""
+    """Ends a run: once it is cancelled, all that waits or would wait raises Cancelled.
+
+    No request leaves any more.
+    """
 
     def __init__(self) -> None:
         self.stop: FatalError | None = None
-        self._shielded: set[asyncio.Future[Any] | None] = (
-            set()
-        )  # tasks that an interruption does not end
-        self._waiting: dict[
-            asyncio.Future[Any], bool
-        ] = {}  # in the order in which they came, and whether shielded
+        # Tasks that an interruption does not end.
+        self._shielded: set[asyncio.Future[Any] | None] = set()
+        # What is waited for, in the order in which it came; True: by a shielded task.
+        self._waiting: dict[asyncio.Future[Any], bool] = {}
 
     def cancel(self, stop: FatalError) -> None:
-        """Stop for this reason. The first one counts, but an interruption explains less than any other reason."""
+        """Stop for this reason. The first one counts, unless it is a mere interruption."""
         if self.stop is None or isinstance(self.stop, Cancelled):
             self.stop = stop
         for future, is_shielded in list(self._waiting.items()):
@@ -735,7 +737,7 @@ class CancelToken:
 
 
 async def together(*works: Awaitable[Any]) -> list[Any]:
-    """Return the results of all. A failure is raised once all have ended, so that no task outlives its caller."""
+    """Return the results of all. A failure is raised once all have ended: none outlives its caller."""
     results = await asyncio.gather(*works, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
@@ -1529,6 +1531,7 @@ class UndoProgress:
         default_factory=list
     )  # `{field, value, why}` of what stays with the primary
     left: list[Json] | None = None  # `{id, role, why}` of what is not restored; None: not known yet
+    others: Json = field(default_factory=dict)  # fields of another version: kept as they are
 
 
 @dataclass
@@ -1572,6 +1575,8 @@ class Pair:
     undo: UndoProgress | None = None
     run: str = ""  # that wrote it last
     updated: str = ""
+    # Fields of another version: kept as they are.
+    others: Json = field(default_factory=dict)
     # Known to this run only:
     tried_before: bool = False  # of a planned pair: an earlier run refused or failed it
 
@@ -1584,34 +1589,28 @@ class Pair:
         return self.primary.id, self.duplicate.id
 
     def to_json(self) -> Json:
-        document = {name: getattr(self, name) for name in PAIR_FIELDS}
+        document = stored_fields(self)
         document.update(
             primary=self.primary.to_json(),
             duplicate=self.duplicate.to_json(),
             state=self.state.value,
+            undo=None,
         )
-        document["undo"] = asdict(self.undo) if self.undo else None
+        if self.undo:
+            document["undo"] = stored_fields(self.undo)
         return document
 
-    @staticmethod
-    def check_document(document: Json) -> None:
-        """Raise ValueError where a document is not one of `to_json`: another version has other fields, or states."""
-        undo = document.get("undo") or UNDO_FIELDS
-        odd = [*(document.keys() ^ PAIR_FIELDS.keys()), *(undo.keys() ^ UNDO_FIELDS.keys())]
-        if odd:
-            raise ValueError(f"pairs with other fields: {', '.join(sorted(odd))}")
-        if document["state"] not in AUTHORITY:
-            raise ValueError(f"a pair in the state «{document['state']}»")
-
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Pair:
-        pair = cls(**document)
-        pair.primary, pair.duplicate = (
-            Contact.from_json(document["primary"]),
-            Contact.from_json(document["duplicate"]),
-        )
+    def from_json(cls, document: Json) -> Pair:
+        """Read `to_json` back, also of another version: unknown fields are kept, missing ones have
+        their default. Raises LookupError, TypeError, ValueError where it is no such document."""
+        pair: Pair = read_stored(cls, document)
+        pair.primary = Contact.from_json(document["primary"])
+        pair.duplicate = Contact.from_json(document["duplicate"])
         pair.state = State(document["state"])
-        pair.undo = UndoProgress(**document["undo"]) if document["undo"] else None
+        if document.get("undo"):
+            pair.undo = read_stored(UndoProgress, document["undo"])
+            State(pair.undo.state_before)
         return pair
 
     def withdraw_request(self) -> None:
@@ -1625,9 +1624,21 @@ class Pair:
             self.state, self.first_requested_at, self.rejected = State.PLANNED, 0.0, False
 
 
-NOT_STORED = ("run", "tried_before")
-PAIR_FIELDS = {one.name: one for one in fields(Pair) if one.name not in NOT_STORED}
-UNDO_FIELDS = {one.name: one for one in fields(UndoProgress)}
+NOT_STORED = ("run", "tried_before", "others")
+
+
+def stored_fields(record: Pair | UndoProgress) -> Json:
+    """The fields of a record as the savepoint stores them, with those of another version."""
+    names = [one.name for one in fields(record) if one.name not in NOT_STORED]
+    return {**record.others, **{name: getattr(record, name) for name in names}}
+
+
+def read_stored(kind: Any, document: Json) -> Any:
+    """Make a Pair or UndoProgress of its stored fields."""
+    names = {one.name for one in fields(kind) if one.name not in NOT_STORED}
+    known = {name: value for name, value in document.items() if name in names}
+    others = {name: value for name, value in document.items() if name not in names}
+    return kind(**known, others=others)
 
 
 def into(pair: Pair) -> str:
@@ -2884,21 +2895,6 @@ def user_ids(name: str, obj: Json) -> set[str]:
     }
 
 
-def check_storable(user: Json) -> None:
-    """Raise PairError where a text of a contact has half of a character (a lone surrogate), and name its field.
-
-    Services that count in UTF-16 cut texts in the middle of an emoji. No file, log or database can hold what is left.
-    """
-    for name, value in user.items():
-        text = json.dumps([name, value], ensure_ascii=False)
-        if encodable(text) != text:
-            where = f"the {name} of REVU-{user['id'].rpartition('/')[2]} in DevRev"
-            raise PairError(
-                "api_error",
-                f"{where} holds half of a character (a lone surrogate); correct it there",
-            )
-
-
 class ListResult(NamedTuple):
     """Items of a list, once each, in order; `since` is when the request for its first page was sent."""
 
@@ -3157,14 +3153,11 @@ class DevRevAPI:
         return duplicate_status(user, primary, duplicate)
 
     async def contacts_by_email(self, emails: Iterable[str], priority: int = PREPARE) -> ListResult:
-        """Return the contacts that DevRev lists for these emails. Raises PairError where the text of one can't be
-        stored."""
+        """Return the contacts that DevRev lists for these emails."""
         lists = await together(
             *(self.emails.load(email, 1, priority) for email in sorted(set(emails)))
         )
         users = by_id(user for one in lists for user in one.items)
-        for user in users.values():
-            check_storable(user)
         return ListResult(list(users.values()), oldest(one.since for one in lists))
 
     async def unverified_ids(
@@ -3331,10 +3324,10 @@ def refusal_of(
 
 
 def objects_in(items: Any, endpoint: str, key: str) -> list[Json]:
-    """Return `items` of an answer. Raises NoUsableResponse where they are no list of objects with a storable id."""
+    """Return `items` of an answer. Raises NoUsableResponse where they are no objects with an id."""
     if isinstance(items, list):
         ids = [item.get("id") if isinstance(item, dict) else None for item in items]
-        if all(isinstance(one, str) and encodable(one) == one != "" for one in ids):
+        if all(isinstance(one, str) and one for one in ids):
             return items
     raise NoUsableResponse(endpoint, f"{key} is not made of objects with an id")
 
@@ -3793,52 +3786,57 @@ class StoredPair(NamedTuple):
     document: Json
 
 
-StoredRun = Tuple[
-    int, Json
-]  # revision; the report's `run`, and `reported`: whether its report was written
+StoredRun = Tuple[int, Json]  # revision; the report's `run`, and `reported`: whether it was written
 
 
 def winning_row(one: StoredPair, other: StoredPair) -> StoredPair:
     """Return which of two files to believe about one pair.
 
-    The higher revision wins, for clocks can be set; at equal revisions the state that says more was done. A row that
-    records a request never loses to one that doesn't, unless that one records that the request was never sent.
+    The higher revision wins, for clocks can be set; at equal revisions the state that says more was
+    done. A row that records a request never loses to one that doesn't, unless that one records that
+    the request was never sent.
     """
 
     def authority(row: StoredPair) -> tuple[int, int, float]:
-        return (
-            row.revision,
-            AUTHORITY.index(State(row.document["state"])),
-            row.document["requested_at"],
-        )
+        state = State(row.document["state"])
+        return row.revision, AUTHORITY.index(state), row.document["requested_at"]
 
     winner, loser = sorted((one, other), key=authority, reverse=True)
     requested = loser.document["requested_at"]
-    forgets = (
-        requested
-        and not winner.document["requested_at"]
-        and winner.document["withdrawn_at"] != requested
-    )
+    known = (winner.document["requested_at"], winner.document.get("withdrawn_at"))
+    forgets = requested and not known[0] and known[1] != requested
     if forgets and State(winner.document["state"]) in (State.PLANNED, State.FAILED):
         return loser._replace(revision=winner.revision)
     return winner
 
 
-class SavePointFile:
-    """One of the savepoint's two SQLite files; each is complete, and knows nothing of the other.
+FIRST_FORMAT = 3  # the oldest one that is read: that of version 3.0.0
 
-    `last_write` and `last_run` say which write reached it last, and whose. Reads and writes raise sqlite3.Error.
+
+def to_format_4(_db: sqlite3.Connection) -> None:
+    """Version 3.1.0: rows may have fields that 3.0.0 would refuse. What is there stays as it is."""
+
+
+# Each takes a file from one format to the next, within its first transaction. A new field of a pair
+# needs no other step than a default; a new meaning of an old one, a table or a state does.
+MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (to_format_4,)
+
+
+class SavePointFile:
+    """One of the savepoint's two SQLite files; each is complete without the other.
+
+    `last_write` says which write reached it last. Reads and writes raise sqlite3.Error.
     """
 
-    FORMAT = 3
     APPLICATION = 0x4D434F4E  # "MCON", in the file's header
     db: sqlite3.Connection  # once it is open
     SCHEMA = """
         CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
         CREATE TABLE runs (id TEXT PRIMARY KEY, revision INTEGER NOT NULL, document TEXT NOT NULL);
         CREATE TABLE pairs (
-            primary_id TEXT NOT NULL, duplicate_id TEXT NOT NULL, organisation TEXT NOT NULL, email TEXT NOT NULL,
-            state TEXT NOT NULL, new_ref TEXT, run TEXT NOT NULL, revision INTEGER NOT NULL, document TEXT NOT NULL,
+            primary_id TEXT NOT NULL, duplicate_id TEXT NOT NULL, organisation TEXT NOT NULL,
+            email TEXT NOT NULL, state TEXT NOT NULL, new_ref TEXT, run TEXT NOT NULL,
+            revision INTEGER NOT NULL, document TEXT NOT NULL,
             PRIMARY KEY (primary_id, duplicate_id)
         );
         CREATE INDEX pairs_by_state ON pairs (state);
@@ -3850,92 +3848,86 @@ class SavePointFile:
         self.path = path
         self.environment = environment
         self.failure: FatalError | None = None  # it can't be written any more
-        self.last_write, self.last_run = 0, ""
+        self.last_write = 0
+
+    @property
+    def format(self) -> int:
+        return FIRST_FORMAT + len(MIGRATIONS)
 
     def check_header(self) -> None:
         """Read the header (https://sqlite.org/fileformat.html) before SQLite may touch the file.
 
-        Raises FatalError(2) where it is damaged or not a savepoint of this format, FatalError(3) where it can't be
-        read.
+        Raises FatalError(2) where it is damaged or of a format that this version does not read,
+        FatalError(3) where it can't be read.
         """
+        if not self.path.exists():
+            return
         try:
-            with contextlib.ExitStack() as stack:
-                head = (
-                    stack.enter_context(open(self.path, "rb")).read(100)
-                    if self.path.exists()
-                    else b""
-                )
+            with open_regular(self.path) as file:
+                head = file.read(100)
         except OSError as error:
-            raise FatalError(
-                EXIT_STOPPED, f"the savepoint {self.path} can't be read: {error.strerror}"
-            ) from None
+            words = f"the savepoint {self.path} can't be read: {error.strerror}"
+            raise FatalError(EXIT_STOPPED, words) from None
         if not head:
             return
-        version, application = (int.from_bytes(head[at : at + 4], "big") for at in (60, 68))
-        if (
-            not head.startswith(b"SQLite format 3\0")
-            or len(head) < 100
-            or application not in (0, self.APPLICATION)
-        ):
+        version = int.from_bytes(head[60:64], "big")
+        application = int.from_bytes(head[68:72], "big")
+        is_database = head.startswith(b"SQLite format 3\0") and len(head) == 100
+        if not is_database or application not in (0, self.APPLICATION):
             raise self._damaged("it is not a savepoint")
-        if application and version != self.FORMAT:
-            raise self._other_format(
-                f"it has format {version}, and this version reads format {self.FORMAT} alone"
-            )
+        if application and not FIRST_FORMAT <= version <= self.format:
+            known = f"formats {FIRST_FORMAT} to {self.format}"
+            raise self._other_format(f"it has format {version}, and this version reads {known}")
 
     def _damaged(self, why: str) -> FatalError:
+        words = f"{self.path} is damaged and was left as it is ({why})."
         other = SAVEPOINT_COPY if self.path == SAVEPOINT else SAVEPOINT
-        fix = (
-            f"Move it away and run again: {other} has everything that it had."
-            if other.exists()
-            else ""
-        )
-        return FatalError(
-            EXIT_USAGE, f"{self.path} is damaged and was left as it is ({why}). {fix}".rstrip()
-        )
+        if other.exists():
+            words += f" Move it away and run again: {other} has everything that it had."
+        return FatalError(EXIT_USAGE, words)
 
     def _other_format(self, why: str) -> FatalError:
-        return FatalError(
-            EXIT_USAGE, f"{self.path} was left as it is: {why}. Move it, and its copy, away."
-        )
+        words = f"{self.path} was left as it is: {why}. Continue it with the version that wrote it."
+        return FatalError(EXIT_USAGE, words)
 
     @contextlib.contextmanager
     def opening(self) -> Iterator[None]:
         """Turn what keeps the file from being opened into the FatalError that says so."""
+        name = f"the savepoint {self.path}"
         try:
             yield
         except OSError as error:
-            raise FatalError(
-                EXIT_STOPPED, f"the savepoint {self.path} can't be used: {error.strerror}"
-            ) from None
+            why = error.strerror or error
+            raise FatalError(EXIT_STOPPED, f"{name} can't be used: {why}") from None
         except sqlite3.Error as error:
-            text, held = str(error), f"another run is using {self.path}"
-            suspect = any(
-                word in text for word in ("locked", "busy", "disk I/O", "permission denied")
-            )
-            if "locking protocol" in text or (suspect and not locks_work(self.path)):
-                raise FatalError(
-                    EXIT_USAGE, f"the savepoint {self.path} can't be locked: {NO_LOCKS}"
-                ) from None
-            if "locked" in text or "busy" in text:
-                with contextlib.suppress(sqlite3.Error, KeyError, FatalError):
-                    holder = SavePoint(self.environment, readonly=True).holder
-                    held += f": process {holder['pid']} on {holder['host']}, since {minute(holder['since'])}"
-                raise FatalError(EXIT_HELD, held) from None
-            if any(
-                words in text
-                for words in ("full", "disk I/O", "readonly", "unable to open", "read-only")
-            ):
-                words = f"the savepoint {self.path} can't be written: {text}; nothing was changed"
+            text = str(error)
+
+            def says(*words: str) -> bool:
+                return any(word in text for word in words)
+
+            suspect = says("locked", "busy", "disk I/O", "permission denied")
+            if says("locking protocol") or (suspect and not locks_work(self.path)):
+                raise FatalError(EXIT_USAGE, f"{name} can't be locked: {NO_LOCKS}") from None
+            if says("locked", "busy"):
+                raise FatalError(EXIT_HELD, self._held()) from None
+            if says("full", "disk I/O", "readonly", "unable to open", "read-only"):
+                words = f"{name} can't be written: {text}; nothing was changed"
                 raise FatalError(EXIT_STOPPED, words) from None
             raise self._damaged(text) from None
 
+    def _held(self) -> str:
+        words = f"another run is using {self.path}"
+        with contextlib.suppress(sqlite3.Error, KeyError, FatalError):
+            holder = SavePoint(self.environment, readonly=True).holder
+            process = f"process {holder['pid']} on {holder['host']}"
+            words += f": {process}, since {minute(holder['since'])}"
+        return words
+
     def connect(self, mode: str) -> sqlite3.Connection:
-        path = (
-            Path.cwd() / self.path
-        ).as_posix()  # as_uri() makes of a network share what SQLite does not take
-        uri = f"file:{'' if path.startswith('/') else '/'}{quote(path, safe='/:')}?{mode}"
-        return self.environment.open_database(uri)
+        # as_uri() makes of a network share what SQLite does not take.
+        path = os.fsencode((Path.cwd() / self.path).as_posix())
+        slash = "" if path.startswith(b"/") else "/"
+        return self.environment.open_database(f"file:{slash}{quote(path, safe='/:')}?{mode}")
 
     def open(self) -> str:
         """Lock the file for as long as it is open, and begin its first transaction. Return a warning, if any.
@@ -3955,26 +3947,30 @@ class SavePointFile:
 
     def _begin(self, mode: str) -> None:
         self.db = self.connect(mode)
-        self.db.execute(
-            "PRAGMA busy_timeout = 1000"
-        )  # who only reads releases the file in a moment
+        # Who only reads releases the file in a moment.
+        self.db.execute("PRAGMA busy_timeout = 1000")
         self.db.execute("PRAGMA locking_mode = EXCLUSIVE")
         self.db.execute("PRAGMA synchronous = EXTRA")
         self.db.execute("BEGIN EXCLUSIVE")
 
     def content(self) -> tuple[dict[Ids, StoredPair], dict[str, StoredRun], dict[str, str]]:
-        """Check what the file holds, and return it: pairs, runs, meta. Where there are no tables (it is new, or a run
-        was killed in its first transaction) create them.
+        """Check what the file holds, and return it: pairs, runs, meta.
 
-        Raises FatalError(2) where another version wrote a row.
+        A file without tables (it is new, or a run was killed in its first transaction) gets them; one
+        of an older format is migrated. Raises FatalError(2) where a newer version wrote a row.
         """
+        (version,) = self.db.execute("PRAGMA user_version").fetchone()
         if not self.db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             for statement in self.SCHEMA.split(";"):
                 self.db.execute(statement)
             self.db.execute(f"PRAGMA application_id = {self.APPLICATION}")
-            self.db.execute(f"PRAGMA user_version = {self.FORMAT}")
-        if self.db.execute("PRAGMA user_version").fetchone()[0] != self.FORMAT:
+        elif not FIRST_FORMAT <= version <= self.format:
             raise sqlite3.DatabaseError("it is another program's database")
+        else:
+            for migrate in MIGRATIONS[version - FIRST_FORMAT :]:
+                migrate(self.db)
+        if version != self.format:
+            self.db.execute(f"PRAGMA user_version = {self.format}")
         problem = self.db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if problem != "ok":
             raise sqlite3.DatabaseError(problem)
@@ -3982,46 +3978,40 @@ class SavePointFile:
         pairs: dict[Ids, StoredPair] = {}
         runs: dict[str, StoredRun] = {}
         try:
-            self.last_write, self.last_run = (
-                int(meta.pop("last_write", 0)),
-                meta.pop("last_run", ""),
-            )
-            for run, revision, text in self.db.execute(
-                "SELECT id, revision, document FROM runs ORDER BY id"
-            ):
+            self.last_write = int(meta.pop("last_write", 0))
+            told = "SELECT id, revision, document FROM runs ORDER BY id"
+            for run, revision, text in self.db.execute(told):
                 runs[run] = revision, json.loads(text)
-            rows = self.db.execute(
-                "SELECT primary_id, duplicate_id, revision, run, document FROM pairs"
-            )
-            for primary, duplicate, revision, run, text in rows:
+            rows = "SELECT primary_id, duplicate_id, revision, run, document FROM pairs"
+            for primary, duplicate, revision, run, text in self.db.execute(rows):
+                # What another version wrote is kept as it is, but it has to be understood.
                 document = json.loads(text)
-                Pair.check_document(document)
+                Pair.from_json(document)
                 pairs[primary, duplicate] = StoredPair(revision, run, document)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise self._other_format(f"another version has written it ({error})") from None
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
+            why = f"another version has written it ({error})"
+            raise self._other_format(why) from None
         return pairs, runs, meta
 
     def write(
         self,
         number: int,
-        run: str,
         pairs: Mapping[Ids, StoredPair],
         runs: Mapping[str, StoredRun],
         **meta: str,
     ) -> None:
-        """Store rows in one transaction, the write of this number; when it returns they are on the disk."""
-        rows = [
-            (
-                *ids, organisation_of(ids[0]), row.document["primary"]["email"], row.document["state"],
-                row.document["new_ref"], row.run, row.revision, to_json(row.document).decode("utf-8"),
-            )
-            for ids, row in pairs.items()
-        ]  # fmt: skip
-        told = [
-            (one, revision, to_json(document).decode("utf-8"))
-            for one, (revision, document) in runs.items()
-        ]
-        meta.update(last_write=str(number), last_run=run)
+        """Store rows in one transaction, the write of this number; then they are on the disk."""
+        rows = []
+        for ids, row in pairs.items():
+            document = row.document
+            email = encodable(document["primary"]["email"])
+            new_ref = document["new_ref"] and encodable(document["new_ref"])
+            about = (organisation_of(ids[0]), email, document["state"], new_ref)
+            rows.append((*ids, *about, row.run, row.revision, to_json(document).decode()))
+        told = []
+        for one, (revision, document) in runs.items():
+            told.append((one, revision, to_json(document).decode()))
+        meta.update(last_write=str(number))
         try:
             if not self.db.in_transaction:
                 self.db.execute("BEGIN IMMEDIATE")
@@ -4033,10 +4023,10 @@ class SavePointFile:
             with contextlib.suppress(sqlite3.Error):
                 self.db.execute("ROLLBACK")
             raise
-        self.last_write, self.last_run = number, run
+        self.last_write = number
 
     def read_snapshot(self) -> None:
-        """Load the content into memory, without a lock and without writing, also while a run writes to the file.
+        """Load the content into memory, without a lock and without writing, also during a run.
 
         SQLite would have to roll back what a killed run left: that happens in a temporary copy.
         """
@@ -4048,7 +4038,7 @@ class SavePointFile:
                 break
             with tempfile.TemporaryDirectory() as folder:
                 aside = Path(folder) / self.path.name
-                # The change counter (bytes 24 to 27) tells whether a transaction ended while the file was read.
+                # The change counter (bytes 24 to 27) tells whether a transaction ended meanwhile.
                 before = self.path.read_bytes()[24:28]
                 content = self.path.read_bytes()
                 aside.write_bytes(content)
@@ -4071,14 +4061,15 @@ class SavePointFile:
 class SavePoint:
     """What was done, in two files with the same content: `savepoint.db`, and the copy in `backups/`.
 
-    Each write goes to the file and then to its copy, each in a transaction of its own; a request that changes DevRev is
-    sent only after both. So a file that is lost, or replaced by an older one, loses nothing: at opening each takes from
-    the other the rows of higher revision. One transaction over two attached files was tried and rejected: each file
-    then names SQLite's super-journal by its absolute path, and a kill followed by a move corrupts the other.
+    Each write goes to the file and then to its copy, each in a transaction of its own; a request
+    that changes DevRev is sent only after both. So a file that is lost, or replaced by an older one,
+    loses nothing: at opening each takes from the other the rows of higher revision. One transaction
+    over two attached files was tried and rejected: each file then names SQLite's super-journal by
+    its absolute path, and a kill followed by a move corrupts the other.
 
-    A run holds both files exclusively. `readonly` joins them in memory. `organisation`, once set, limits what is read.
-    Raises FatalError(2) where a file is damaged or of another format, FatalError(3) where one can't be written,
-    FatalError(11) where another run holds one.
+    A run holds both files exclusively. `readonly` joins them in memory. `organisation`, once set,
+    limits what is read. Raises FatalError(2) where a file is damaged or of another format,
+    FatalError(3) where one can't be written, FatalError(11) where another run holds one.
     """
 
     def __init__(self, environment: Environment, run: str = "", readonly: bool = False) -> None:
@@ -4086,10 +4077,8 @@ class SavePoint:
         self.run = run
         self.organisation = ""
         self.warnings: list[str] = []
-        self.main, self.copy = (
-            SavePointFile(SAVEPOINT, environment),
-            SavePointFile(SAVEPOINT_COPY, environment),
-        )
+        self.main = SavePointFile(SAVEPOINT, environment)
+        self.copy = SavePointFile(SAVEPOINT_COPY, environment)
         self.files = (self.main, self.copy)
         self.meta: dict[str, str] = {}
         self.holder: Json = {}  # who opened the savepoint last: `pid`, `host`, `since`
@@ -4099,8 +4088,8 @@ class SavePoint:
         for file in self.files:
             file.check_header()
             if not readonly and file.path.exists() and not file.path.stat().st_mode & 0o222:
-                words = f"the savepoint {file.path} is read-only, so nothing was changed; make it writable"
-                raise FatalError(EXIT_STOPPED, words)
+                why = "is read-only, so nothing was changed; make it writable"
+                raise FatalError(EXIT_STOPPED, f"the savepoint {file.path} {why}")
         try:
             self._open(readonly)
         except FatalError:
@@ -4108,7 +4097,7 @@ class SavePoint:
             raise
 
     def _open(self, readonly: bool) -> None:
-        """Give each file the rows of the other that are newer, and find the requests that were never sent."""
+        """Give each file the rows of the other that are newer."""
         contents = []
         for file in self.files:
             with file.opening():
@@ -4124,11 +4113,13 @@ class SavePoint:
             self.run = free_run_id(self.environment.now().wall, {**my_runs, **their_runs})
         pairs = self._join_pairs(ours, theirs)
         runs = {**their_runs, **my_runs}
-        runs.update((one, run) for one, run in their_runs.items() if run[0] > runs[one][0])
+        for one, told in their_runs.items():
+            if told[0] > runs[one][0]:
+                runs[one] = told
         self.meta = {**their_meta, **my_meta}
         self.holder = json.loads(self.meta.get("holder", "{}"))
         if readonly:
-            self.main.write(self.write_number, self.run, pairs, runs, **self.meta)
+            self.main.write(self.write_number, pairs, runs, **self.meta)
             return
         self.write_number += 1
         self.holder = {
@@ -4141,40 +4132,21 @@ class SavePoint:
             news = {ids: row for ids, row in pairs.items() if mine.get(ids) != row}
             new_runs = {one: run for one, run in runs.items() if known_runs.get(one) != run}
             with file.opening():
-                file.write(self.write_number, self.run, news, new_runs, **self.meta)
+                file.write(self.write_number, news, new_runs, **self.meta)
 
     def _join_pairs(
         self, ours: Mapping[Ids, StoredPair], theirs: Mapping[Ids, StoredPair]
     ) -> dict[Ids, StoredPair]:
         """Return all rows as both files together know them."""
-        # The copy is written second: an intent that stands in the file's last write alone has not been sent.
-        one_ahead = (
-            self.main.last_run == self.copy.last_run
-            and self.main.last_write == self.copy.last_write + 1
-        )
-        joined: dict[Ids, StoredPair] = {}
-        for ids in {**ours, **theirs}:
-            mine, other = ours.get(ids), theirs.get(ids)
-            row = winning_row(mine, other) if mine and other else mine or other
-            assert row is not None
-            if (
-                mine
-                and other
-                and mine.revision == other.revision
-                and mine.document != other.document
-            ):
-                email, state = row.document["primary"]["email"], row.document["state"]
-                self.warnings.append(
-                    f"{email}: {SAVEPOINT} and its copy disagree; «{state}» is taken, and is checked"
-                )
-            is_last = row is mine and row.revision == self.main.last_write
-            is_new = other is None or other.document["requested_at"] != row.document["requested_at"]
-            if one_ahead and is_last and is_new and row.document["state"] == State.REQUESTED:
-                pair = Pair.from_json(row.document)
-                pair.withdraw_request()
-                row = StoredPair(self.write_number + 1, self.run, pair.to_json())
-                log.info("%s: the merge was never sent by the run that was killed", pair.email)
-            joined[ids] = row
+        joined: dict[Ids, StoredPair] = {**theirs, **ours}
+        for ids in ours.keys() & theirs.keys():
+            mine = ours[ids]
+            other = theirs[ids]
+            joined[ids] = row = winning_row(mine, other)
+            if mine.revision == other.revision and mine.document != other.document:
+                what = f"{row.document['primary']['email']}: {SAVEPOINT} and its copy disagree"
+                taken = f"'{row.document['state']}' is taken, and is checked"
+                self.warnings.append(f"{what}; {taken}")
         return joined
 
     def close(self) -> None:
@@ -4203,10 +4175,8 @@ class SavePoint:
                 try:
                     await self.environment.run_in_thread(self.write, batch)
                 except BaseException:
-                    self._pending = {
-                        **batch,
-                        **self._pending,
-                    }  # none of it is written: the others have to learn so
+                    # None of it is written: the others have to learn so.
+                    self._pending = {**batch, **self._pending}
                     raise
 
     def save_now(self, pairs: Iterable[Pair]) -> None:
@@ -4224,21 +4194,18 @@ class SavePoint:
         """Write documents to the file, then to its copy. Raises FatalError(3) where neither can be written."""
         with self._lock:
             self.write_number += 1
-            rows = {
-                ids: StoredPair(self.write_number, self.run, document)
-                for ids, document in pairs.items()
-            }
-            told = {one: (self.write_number, document) for one, document in runs.items()}
+            number = self.write_number
+            rows = {ids: StoredPair(number, self.run, one) for ids, one in pairs.items()}
+            told = {one: (number, document) for one, document in runs.items()}
             for file in self.files:
-                if file.failure is None:
-                    try:
-                        file.write(self.write_number, self.run, rows, told, **meta)
-                    except sqlite3.Error as error:
-                        words = f"the savepoint {file.path} can't be written any more ({error})"
-                        file.failure = FatalError(
-                            EXIT_STOPPED, f"{words}; free the disk, run again"
-                        )
-                        log.warning("%s", file.failure)
+                if file.failure:
+                    continue
+                try:
+                    file.write(number, rows, told, **meta)
+                except sqlite3.Error as error:
+                    words = f"the savepoint {file.path} can't be written any more ({error})"
+                    file.failure = FatalError(EXIT_STOPPED, f"{words}; free the disk, run again")
+                    log.warning("%s", file.failure)
             if all(file.failure for file in self.files):
                 raise FatalError(EXIT_STOPPED, str(self.main.failure))
 
@@ -4255,14 +4222,14 @@ class SavePoint:
                 with self._lock:
                     found = cursor.fetchmany(1000)
         except sqlite3.Error as error:
-            raise FatalError(
-                EXIT_STOPPED, f"the savepoint {file.path} can't be read ({error})"
-            ) from None
+            words = f"the savepoint {file.path} can't be read ({error})"
+            raise FatalError(EXIT_STOPPED, words) from None
 
     def pairs(self, *states: State, **columns: str) -> Iterator[Pair]:
-        """Yield the pairs in these states (in whatever state, where none is named) that have these values in columns of
-        the table, such as `run`; those that changed last come last."""
-        conditions, values = ["1"], [state.value for state in states]
+        """Yield the pairs in these states (all, where none is named) that have these values in
+        columns of the table, such as `run`; those that changed last come last."""
+        conditions = ["1"]
+        values = [state.value for state in states]
         if states:
             conditions.append(f"state IN ({', '.join('?' * len(states))})")
         for name, value in columns.items():
@@ -4271,8 +4238,8 @@ class SavePoint:
         if self.organisation:
             conditions.append("organisation IN (?, '')")  # an id may name none
             values.append(self.organisation)
-        query = f"SELECT run, document FROM pairs WHERE {' AND '.join(conditions)} ORDER BY revision, email"
-        for run, document in self._query(query, *values):
+        query = f"SELECT run, document FROM pairs WHERE {' AND '.join(conditions)}"
+        for run, document in self._query(f"{query} ORDER BY revision, email", *values):
             pair = Pair.from_json(json.loads(document))
             pair.run = run
             yield pair
@@ -4291,7 +4258,10 @@ class SavePoint:
         return next((revision for (revision,) in self._query(query, *ids)), 0)
 
     def merged_onward(self, contact: str, reference: str | None) -> Pair | None:
-        """Return the finished pair that merged this contact into another one that now has `reference` (if any)."""
+        """Return the finished pair that merged this contact into another one.
+
+        That one now has `reference`, if any.
+        """
         for pair in self.pairs(State.DONE, duplicate_id=contact):
             others = self.pairs(State.DONE, primary_id=pair.primary.id)
             if reference is None or reference in [one.new_ref for one in others]:
@@ -4303,11 +4273,8 @@ class SavePoint:
 
     def other_organisations(self) -> int:
         """Return how many pairs belong to another organisation than this run's."""
-        return int(
-            next(
-                self._query("SELECT count(*) FROM pairs WHERE organisation != ?", self.organisation)
-            )[0]
-        )
+        query = "SELECT count(*) FROM pairs WHERE organisation != ?"
+        return int(next(self._query(query, self.organisation))[0])
 
     def runs(self) -> dict[str, RunRecord]:
         """Return all runs, by their ids."""
@@ -4430,9 +4397,7 @@ async def check_group(
         # Lists may lag behind what this tool has done to the primary.
         if contact.id not in live or (contact is group.primary and group.has_absorbed()):
             since.append(api.environment.now())
-            live[contact.id] = user = await api.contact(contact.id, RequestOptions(priority))
-            if user:
-                check_storable(user)
+            live[contact.id] = await api.contact(contact.id, RequestOptions(priority))
     unverified: set[str] | None = None
     if any(user and not isinstance(user.get("is_verified"), bool) for user in live.values()):
         unverified = await api.unverified_ids(emails, priority)
@@ -10240,7 +10205,6 @@ MODES: dict[str, Callable[[RunContext], int | Coroutine[Any, Any, int]]] = {
 
 
 if __name__ == "__main__":
-    sys.excepthook = sys.__excepthook__
     exit_code = main()
     for ending in SIGNALS:
         # What is done is done: while Python ends, another signal would only change the exit code.

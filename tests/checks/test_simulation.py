@@ -13,7 +13,7 @@ from tests.fake.organisation import Organisation, World
 from tests.mutants import drawn_lines, hunt
 from tests.simulate import kept_seeds, play
 from tests.simulation import expected
-from tests.simulation.expected import Row, StoredFile, joined, never_sent, plan_of, read_file
+from tests.simulation.expected import Row, StoredFile, joined, plan_of, read_file
 from tests.simulation.world import MODULE, Clock, Connection, Killed, SimulatedProcess, load
 
 FEW = 12  # CI plays sixty more, others with each commit
@@ -133,26 +133,15 @@ def test_the_older_contact_is_primary_whatever_its_date_looks_like() -> None:
     assert {ids[0] for ids in plan_of([later, older, user._replace(id="don:x")], {})} == {older.id}
 
 
-def stored(write: int, run: str, **requested: Mapping[str, Any]) -> StoredFile:
+def stored(write: int, **requested: Mapping[str, Any]) -> StoredFile:
     found: Dict[Any, Any] = {
         (name, "d"): {"state": "requested", "revision": write, "requested_at": 1.0, **row}
         for name, row in requested.items()
     }
-    return StoredFile(found, {}, write, run)
+    return StoredFile(found, {}, write)
 
 
-def test_the_second_opinion_on_what_was_never_sent(tmp_path: Path) -> None:
-    ours, theirs = stored(5, "r", a={}), stored(4, "r")
-    assert never_sent(ours, theirs) == {("a", "d")}
-    assert not never_sent(ours, stored(3, "r")) and not never_sent(ours, stored(4, "q"))
-    assert not never_sent(ours, None) and not never_sent(theirs, ours)
-    assert not never_sent(
-        ours, stored(4, "r", a={"revision": 2})
-    )  # the copy knows the same request
-    assert (
-        joined(stored(5, "r", a={"state": "done"}), stored(6, "r", a={"state": "requested"}))[
-            "a", "d"
-        ]["revision"]
-        == 6
-    )
+def test_the_second_opinion_on_what_two_files_know(tmp_path: Path) -> None:
+    both = joined(stored(5, a={"state": "done"}), stored(6, a={"state": "requested"}))
+    assert both["a", "d"]["revision"] == 6
     assert read_file(tmp_path / "nothing.db") is None and expected.email_key(" ADA@x ") == "ada@x"

@@ -519,12 +519,6 @@ def test_a_file_named_like_a_module_of_pythons_does_no_harm(place: Workplace, na
     assert b"1 pair to merge" in done.stdout
 
 
-def test_a_python_without_a_module_is_told_in_one_line(place: Workplace) -> None:
-    extra = machine(place.folder / "site", "sys.modules['sqlite3'] = None\n")
-    done = exactly(place, None, "--help", **extra)
-    assert done.returncode == 2 and "sqlite3" in done.stderr and len(done.stderr.splitlines()) == 1
-
-
 # ----- signals and terminals -----------------------------------------------------------------------
 
 

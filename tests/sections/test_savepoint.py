@@ -11,10 +11,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 
+import merge_contacts as tool
 from merge_contacts import (
     SAVEPOINT,
     SAVEPOINT_COPY,
@@ -213,117 +214,6 @@ def test_rows_of_another_organisation_are_neither_read_nor_lost(folder: Path) ->
         assert len(savepoint.unfinished()) == 2
 
 
-# -- a request that was never sent --------------------------------------------------------------------
-
-
-def intend(savepoint: SavePoint, **fields: Any) -> None:
-    savepoint.save_now(
-        [pair_of(1, State.REQUESTED, requested_at=200.0, first_requested_at=200.0, **fields)]
-    )
-
-
-def set_meta(path: Path, name: str, value: str) -> None:
-    with contextlib.closing(sqlite3.connect(str(path))) as db:
-        db.execute("UPDATE meta SET value = ? WHERE name = ?", [value, name])
-        db.commit()
-
-
-def another_pair(savepoint: SavePoint) -> None:
-    savepoint.save_now([pair_of(2, State.DONE, requested_at=1.0)])
-
-
-@pytest.mark.parametrize(
-    "before, after, aftermath, state",
-    [
-        # One ahead, in the same run, with the intent in its last write: the copy was not written, nothing was sent.
-        (None, None, "restore copy", "planned"),
-        # A batch holds the intents of others, too.
-        (None, another_pair, "restore copy", "requested"),  # two ahead
-        (another_pair, None, "restore copy", "planned"),
-        (None, None, "nothing", "requested"),
-        (None, None, "delete copy", "requested"),
-        (None, None, "empty copy", "requested"),
-        (None, None, "restore main", "requested"),  # the copy is ahead
-        (None, None, "delete main", "requested"),
-        (None, None, "restore copy of another run", "requested"),
-        (None, None, "restore older copy", "requested"),
-        (
-            None,
-            another_pair,
-            "restore older copy, one behind",
-            "requested",
-        ),  # the last write holds another pair
-    ],
-)
-def test_an_intent_was_never_sent_only_where_the_copy_is_one_write_behind_in_the_same_run(
-    folder: Path, before: Optional[Any], after: Optional[Any], aftermath: str, state: str
-) -> None:
-    with opened() as savepoint:
-        shutil.copy(str(SAVEPOINT_COPY), "older.db")
-        savepoint.save_now([pair_of(1)])
-        if before:
-            before(savepoint)
-        shutil.copy(str(SAVEPOINT_COPY), "copy.db")
-        shutil.copy(str(SAVEPOINT), "main.db")
-        intend(savepoint)
-        if after:
-            after(savepoint)
-        last_write = savepoint.write_number
-    if "main" in aftermath:
-        SAVEPOINT.unlink()
-    elif aftermath != "nothing":
-        SAVEPOINT_COPY.unlink()
-    if aftermath.startswith("restore"):
-        name, path = {
-            "restore main": ("main.db", SAVEPOINT),
-            "restore older copy": ("older.db", SAVEPOINT_COPY),
-            "restore older copy, one behind": ("older.db", SAVEPOINT_COPY),
-        }.get(aftermath, ("copy.db", SAVEPOINT_COPY))
-        shutil.copy(name, str(path))
-    if aftermath.endswith("one behind"):
-        set_meta(SAVEPOINT_COPY, "last_write", str(last_write - 1))
-    if aftermath.endswith("another run"):
-        set_meta(SAVEPOINT_COPY, "last_run", "20250131_110000")
-    if aftermath.startswith("empty"):
-        SAVEPOINT_COPY.write_bytes(b"")
-    for readonly in (True, False):
-        with opened("20250131_130000", readonly) as savepoint:
-            assert states(savepoint)["person1"] == state
-    assert rows_of(SAVEPOINT) == rows_of(SAVEPOINT_COPY)
-    # What was found is known from then on, also where a file is lost next.
-    SAVEPOINT.unlink()
-    with opened("20250131_140000") as savepoint:
-        assert states(savepoint)["person1"] == state
-
-
-def test_a_second_request_that_was_never_sent_leaves_the_first_one_as_it_was(folder: Path) -> None:
-    with opened() as savepoint:
-        savepoint.save_now(
-            [pair_of(1, State.ACKNOWLEDGED, requested_at=100.0, first_requested_at=100.0)]
-        )
-        shutil.copy(str(SAVEPOINT_COPY), "copy.db")
-        savepoint.save_now(
-            [
-                pair_of(
-                    1,
-                    State.REQUESTED,
-                    requested_at=200.0,
-                    previous_request_at=100.0,
-                    first_requested_at=100.0,
-                )
-            ]
-        )
-    shutil.copy("copy.db", str(SAVEPOINT_COPY))
-    with opened("20250131_130000") as savepoint:
-        (pair,) = savepoint.unfinished()
-        assert (pair.state, pair.requested_at, pair.first_requested_at) == (
-            State.REQUESTED,
-            100.0,
-            100.0,
-        )
-        assert pair.rejected
-
-
 # -- files that can't be used -------------------------------------------------------------------------
 
 
@@ -368,7 +258,7 @@ def test_a_damaged_file_is_left_as_it_is_and_the_other_named(
         assert len(states(savepoint)) == 3
 
 
-@pytest.mark.parametrize("version", [1, 2, 4])
+@pytest.mark.parametrize("version", [1, 2, 5])
 def test_state_of_another_format_is_refused(folder: Path, version: int) -> None:
     with contextlib.closing(sqlite3.connect(str(SAVEPOINT))) as db:
         db.execute("CREATE TABLE pairs (email TEXT)")
@@ -430,12 +320,12 @@ def assert_each_in_one_report(place: Workplace, pairs: List[Tuple[str, str]]) ->
 
 @posix
 @pytest.mark.parametrize(
-    "number, stage, sent", [(1, "before", False), (1, "after", False), (2, "after", True)]
+    "number, stage, stored", [(1, "before", False), (1, "after", True), (2, "after", True)]
 )
-def test_a_kill_between_the_two_commits_means_that_nothing_was_sent(
-    place: Workplace, number: int, stage: str, sent: bool
+def test_a_request_that_was_killed_while_it_was_written_is_polled_for(
+    place: Workplace, number: int, stage: str, stored: bool
 ) -> None:
-    """The second commit is the copy's; only after it the request may have been sent, and has to be polled for."""
+    """The second commit is the copy's; only after it the request may have been sent."""
     organisation, pairs = organisation_of_pairs(1)
     place.export(organisation)
     with Sandbox(organisation) as sandbox:
@@ -443,10 +333,8 @@ def test_a_kill_between_the_two_commits_means_that_nothing_was_sent(
         assert first.code == -signal.SIGKILL and not organisation.merges
         place.run(sandbox, "--merge-timeout", "4", check=0)
         assert sandbox.count("rev-users.merge") == 1
-    log = place.logs()
-    assert ("was never sent" in log) == ((number, stage) == (1, "after"))
-    before, _, _ = log.partition("requesting the merge of")
-    assert ("rev-users.get for D1 -> 200" in before) == sent
+    before, _, _ = place.logs().partition("requesting the merge of")
+    assert ("rev-users.get for D1 -> 200" in before) == stored
     assert_merged(organisation, pairs)
     assert_each_in_one_report(place, pairs)
 
@@ -720,29 +608,85 @@ def test_a_kill_while_the_report_is_written_leaves_each_pair_in_one_report(
     assert_merged(organisation, pairs)
 
 
+UNDO = {"path": "x", "state_before": "done", "merge_run": "", "merge_revision": 1}
+
+
+def change_documents(path: Path, change: Callable[[Any], Any]) -> None:
+    """Change the documents of the rows that are done, as another version may have written them."""
+    with contextlib.closing(sqlite3.connect(str(path), isolation_level=None)) as db:
+        ((document,),) = db.execute("SELECT document FROM pairs WHERE state = 'done'").fetchall()
+        changed = json.dumps(change(json.loads(document)))
+        db.execute("UPDATE pairs SET document = ? WHERE state = 'done'", (changed,))
+
+
 @pytest.mark.parametrize("readonly", [False, True])
 @pytest.mark.parametrize("path", [SAVEPOINT, SAVEPOINT_COPY])
 @pytest.mark.parametrize(
     "change, word",
     [
-        ({"state": "paused"}, "«paused»"),
-        ({"mood": "good"}, "mood"),
-        ({"undo": {"mood": "good"}}, "mood"),
+        ({"state": "paused"}, "'paused'"),
+        ({"undo": {**UNDO, "state_before": "paused"}}, "'paused'"),
+        ({"undo": {"path": "x"}}, "state_before"),
         ([], "list"),
     ],
-    ids=["state", "field", "field of an undo", "no object"],
+    ids=["state", "state before an undo", "an undo without its fields", "no object"],
 )
-def test_what_another_version_has_written_is_refused_and_left_as_it_is(
+def test_what_this_version_does_not_understand_is_refused_and_left_as_it_is(
     folder: Path, change: Any, word: str, path: Path, readonly: bool
 ) -> None:
     fill()
-    with contextlib.closing(sqlite3.connect(str(path), isolation_level=None)) as db:
-        ((document,),) = db.execute("SELECT document FROM pairs WHERE state = 'done'").fetchall()
-        changed = {**json.loads(document), **change} if change else change
-        db.execute("UPDATE pairs SET document = ? WHERE state = 'done'", (json.dumps(changed),))
+    change_documents(path, lambda document: {**document, **change} if change else change)
     before = [file.read_bytes() for file in (SAVEPOINT, SAVEPOINT_COPY)]
     with pytest.raises(FatalError) as refused, opened("20250131_120001", readonly):
         pass
     assert refused.value.exit_code == 2
     assert word in str(refused.value) and f"{path} was left as it is" in str(refused.value)
     assert [file.read_bytes() for file in (SAVEPOINT, SAVEPOINT_COPY)] == before
+
+
+def test_fields_of_another_version_are_kept_and_missing_ones_have_their_default(
+    folder: Path,
+) -> None:
+    fill()
+
+    def other_version(document: Any) -> Any:
+        document.update(mood="good", undo={**UNDO, "mood": "better"})
+        del document["fields_lost"], document["seconds"]
+        return document
+
+    for path in (SAVEPOINT, SAVEPOINT_COPY):
+        change_documents(path, other_version)
+    with opened("20250131_120001") as savepoint:
+        (pair,) = savepoint.pairs(State.DONE)
+        assert pair.fields_lost == [] and pair.seconds == 0
+        pair.error = "changed by this version"
+        savepoint.save_now([pair])
+    for path in (SAVEPOINT, SAVEPOINT_COPY):
+        (stored,) = (json.loads(row[-1]) for row in rows_of(path) if "changed by" in row[-1])
+        assert (stored["mood"], stored["undo"]["mood"]) == ("good", "better")
+        assert stored["fields_lost"] == []
+
+
+@pytest.mark.parametrize("behind", [[SAVEPOINT], [SAVEPOINT_COPY], [SAVEPOINT, SAVEPOINT_COPY]])
+@pytest.mark.parametrize("readonly", [False, True])
+def test_a_file_that_is_behind_is_migrated_in_its_first_transaction(
+    folder: Path, behind: List[Path], readonly: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill()
+    for path in behind:
+        with contextlib.closing(sqlite3.connect(str(path))) as db:
+            db.execute(f"PRAGMA user_version = {tool.FIRST_FORMAT}")
+
+    def rename(db: sqlite3.Connection) -> None:
+        assert db.in_transaction or readonly
+        db.execute("UPDATE pairs SET email = 'migrated'")
+
+    monkeypatch.setattr(tool, "MIGRATIONS", (rename, *tool.MIGRATIONS[1:]))
+    with opened("20250131_120001", readonly) as savepoint:
+        assert len(states(savepoint)) == 3
+    for path in (SAVEPOINT, SAVEPOINT_COPY):
+        with contextlib.closing(sqlite3.connect(str(path))) as db:
+            ((version,),) = db.execute("PRAGMA user_version").fetchall()
+            emails = {email for (email,) in db.execute("SELECT email FROM pairs")}
+        assert (version == tool.FIRST_FORMAT) is (readonly and path in behind)
+        assert (emails == {"migrated"}) is (path in behind and not readonly)

@@ -19,7 +19,6 @@ from typing import (
     Mapping,
     NamedTuple,
     Optional,
-    Set,
     Tuple,
 )
 
@@ -185,7 +184,6 @@ class StoredFile(NamedTuple):
     rows: Dict[Ids, Dict[str, Any]]
     runs: Dict[str, Dict[str, Any]]
     last_write: int
-    last_run: str
 
 
 def read_file(path: Path) -> Optional[StoredFile]:
@@ -215,7 +213,6 @@ def read_tables(execute: Callable[[str], Any]) -> StoredFile:
             for run, document in execute("SELECT id, document FROM runs").fetchall()
         },
         int(meta.get("last_write", 0)),
-        str(meta.get("last_run", "")),
     )
 
 
@@ -231,23 +228,3 @@ def joined(main: Optional[StoredFile], copy: Optional[StoredFile]) -> Dict[Ids, 
 
 def authority(row: Mapping[str, Any]) -> Tuple[int, int, float]:
     return row["revision"], AUTHORITY.index(row["state"]), row["requested_at"]
-
-
-def never_sent(main: Optional[StoredFile], copy: Optional[StoredFile]) -> Set[Ids]:
-    """Return the pairs whose intent stands in the first file's last write alone: the request can't have left."""
-    if (
-        main is None
-        or copy is None
-        or (main.last_run, main.last_write) != (copy.last_run, copy.last_write + 1)
-    ):
-        return set()
-    found = set()
-    for ids, row in main.rows.items():
-        before = copy.rows[ids]["requested_at"] if ids in copy.rows else None
-        if (
-            row["revision"] == main.last_write
-            and row["state"] == "requested"
-            and row["requested_at"] != before
-        ):
-            found.add(ids)
-    return found

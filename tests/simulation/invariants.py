@@ -45,7 +45,6 @@ from tests.simulation.expected import (
     joined,
     most_contacts,
     name_of,
-    never_sent,
     plan_of,
     read_file,
     takes_part,
@@ -165,7 +164,6 @@ class InvariantChecker:
         self.joined: Optional[Set[str]] = None  # the same, until its first request
         self.runs_before: Set[str] = set()  # that a file knew as this run began
         self.expected: Dict[Ids, Dict[str, Any]] = {}  # what both files said as this run began
-        self.unsent: Set[Ids] = set()
         self.stopped = False  # the run was told to stop
         self.interrupted = math.inf  # by Ctrl-C, at this time
         # Seconds there or back, where nothing disturbs a run:
@@ -228,13 +226,10 @@ class InvariantChecker:
             row.id.partition(":devo/")[2].partition(":")[0] != mine for row in rows
         )
         main, copy = self._read_files()
-        self.expected, self.unsent = joined(main, copy), never_sent(main, copy)
+        self.expected = joined(main, copy)
         self.latest = dict(self.expected)
         self.runs_before = self._runs_of(main, copy)
-        unsent = {ids for ids in self.unsent if not self.expected[ids]["previous_request_at"]}
-        self.intended = {
-            ids for ids, row in self.expected.items() if row["state"] in UNFINISHED
-        } - unsent
+        self.intended = {ids for ids, row in self.expected.items() if row["state"] in UNFINISHED}
         self.tried = {ids for ids, row in self.expected.items() if row["state"] == "failed"}
         self.undo.begin(options)
         named = {email_key(email) for email in options.email or ()}
@@ -314,15 +309,7 @@ class InvariantChecker:
                     broken(
                         KNOWN, f"{name} does not know {name_of(ids)}, which is {before['state']}"
                     )
-                withdrawn = before["requested_at"] and row["withdrawn_at"] == before["requested_at"]
-                withdrawn = withdrawn and before["withdrawn_at"] != row["withdrawn_at"]
-                if withdrawn and ids not in self.unsent:
-                    what = f"{name}: the request for {name_of(ids)}"
-                    broken("a request that may have been sent does not count as never sent", what)
-                if ids in self.unsent and not withdrawn:
-                    what = f"{name}: the request for {name_of(ids)}"
-                    broken("an intent that was never sent counts as never sent", what)
-                if not withdrawn and row["run"] != self.run_id and row["state"] != before["state"]:
+                if row["run"] != self.run_id and row["state"] != before["state"]:
                     what = f"{name}: {name_of(ids)} is {row['state']}, and both files said {before['state']}"
                     broken(KNOWN, what)
 
@@ -1101,12 +1088,10 @@ class InvariantChecker:
     def forget(self) -> None:
         """Forget what neither file knows any more: both were lost, or put back from an older backup."""
         main, copy = read_file(MAIN), read_file(COPY)
-        rows, unsent = joined(main, copy), never_sent(main, copy)
+        rows = joined(main, copy)
         for ids in list(self.asks):
             row = rows.get(ids)
-            if self.asks[ids] and (
-                row is None or row["state"] in ("planned", "failed") or ids in unsent
-            ):
+            if self.asks[ids] and (row is None or row["state"] in ("planned", "failed")):
                 del self.asks[ids]
                 self.ever_intended.discard(ids)
         ended = {ids for ids, row in self.latest.items() if row["state"] in ENDED}
