@@ -2366,6 +2366,30 @@ class Reservation:
     units: int = 0
 
 
+class FreshRead:
+    """The moment of a read that a write is to rest on.
+
+    Where the write has waited since (for quota, in a pause, while a laptop slept), others may have
+    changed what was read: it is not sent, and its caller reads again. So nobody's edit is lost but
+    within a round trip.
+    """
+
+    LIMIT = 0.25  # seconds, by the clock that has advanced further
+    MOST = 20  # reads before one write
+
+    def __init__(self, environment: Environment) -> None:
+        self.environment = environment
+        self.since = environment.now()
+
+    def is_over(self) -> bool:
+        return self.environment.age(self.since) > self.LIMIT
+
+    def require(self) -> None:
+        """Raise PreconditionsExpired where the write must not be sent any more."""
+        if self.is_over():
+            raise PreconditionsExpired()
+
+
 class RequestOptions(NamedTuple):
     """How a request is queued."""
 
@@ -2374,6 +2398,7 @@ class RequestOptions(NamedTuple):
         None  # units that were reserved for it, and then for what has to follow
     )
     reserve: int = 0  # units to reserve once it has left
+    rests_on: FreshRead | None = None  # where that is over, the request is not sent
 
 
 ANY_OPTIONS = RequestOptions()
@@ -3018,6 +3043,8 @@ class DevRevAPI:
                     continue
                 if before:
                     await before()
+                if options.rests_on:
+                    options.rests_on.require()
                 self.requests[endpoint] += 1
                 is_write = endpoint in WRITES and not body.keys() <= {"id", "type"}
                 self.writes += is_write
