@@ -20,7 +20,7 @@ Map of this file, roughly bottom-up:
     CSV           Contact, CsvTable, read_contacts  which rows are contacts
     Detection     classify_group, check_live        which contact is primary, and by what rule; the live check
                   State, Pair                       what is known of one merge
-    Quota         RequestScheduler.on_response      quota window, circuit breaker, reservations: where a 429 is handled
+    Quota         RequestScheduler.on_response      quota window, circuit breaker: where a 429 is handled
     Requests      DevRevAPI._call                   retries, also after a 429; one method for each endpoint
     Batches       BatchLoader                       one list call for many contacts
     Backup        write_backup, snapshot_entry      where to add a field to the backup of a contact
@@ -2350,20 +2350,31 @@ def count_error(
     return PairError("count_mismatch", words)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # API: quota
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 # How urgent a request is: what finishes a merge goes before what begins one.
 FINISH, RESUME, MERGE, VERIFY, PREPARE = range(5)
 
 
-@dataclass
-class Reservation:
-    """Units of quota that are reserved for the requests which finish one merge."""
+class Backoff:
+    """Pauses in seconds: `first`, then each `factor` times as long as the last, up to `longest`."""
 
-    units: int = 0
+    def __init__(self, first: float, longest: float, factor: float = 2.0) -> None:
+        self.first = first
+        self.longest = longest
+        self.factor = factor
+        self._next = first
+
+    def next(self) -> float:
+        pause = self._next
+        self._next = min(self.longest, self.factor * pause)
+        return pause
+
+    def reset(self) -> None:
+        self._next = self.first
 
 
 class FreshRead:
@@ -2394,18 +2405,22 @@ class RequestOptions(NamedTuple):
     """How a request is queued."""
 
     priority: int = PREPARE
-    reservation: Reservation | None = (
-        None  # units that were reserved for it, and then for what has to follow
-    )
-    reserve: int = 0  # units to reserve once it has left
+    units: int = 1  # of quota that must be left: its own, and those of what follows it
+    merge: tuple[str, str] | None = None  # ids of the pair whose merge it requests or finishes
     rests_on: FreshRead | None = None  # where that is over, the request is not sent
 
 
 ANY_OPTIONS = RequestOptions()
 
 
-def announced_quota(headers: Mapping[str, str]) -> tuple[int, int, float] | None:
-    """Return limit, remaining and reset (epoch seconds) of the X-Ratelimit headers; None where one is missing or odd.
+class AnnouncedQuota(NamedTuple):
+    limit: int
+    remaining: int
+    reset: float  # epoch seconds, by DevRev's clock
+
+
+def announced_quota(headers: Mapping[str, str]) -> AnnouncedQuota | None:
+    """Read the X-Ratelimit headers; None where one is missing or odd.
 
     Gateways send -1 or texts for "none", and a number of 400 digits must not become a float.
     """
@@ -2413,14 +2428,17 @@ def announced_quota(headers: Mapping[str, str]) -> tuple[int, int, float] | None
         str(headers.get(f"X-Ratelimit-{name}", "")).strip()
         for name in ("Limit", "Remaining", "Reset")
     )
-    counts = re.fullmatch(r"0*[1-9][0-9]{0,8}", limit) and re.fullmatch(r"[0-9]{1,9}", remaining)
-    if not counts or not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", reset):
+    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", limit):
         return None
-    return int(limit), min(int(remaining), int(limit)), float(reset)
+    if not re.fullmatch(r"[0-9]{1,9}", remaining):
+        return None
+    if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", reset):
+        return None
+    return AnnouncedQuota(int(limit), min(int(remaining), int(limit)), float(reset))
 
 
 def retry_after(response: HttpResponse, server_time: float) -> float | None:
-    """Return the seconds to wait that a 429 names, in its header or, which gateways drop, in its body."""
+    """Return the seconds that a 429 asks to wait, by its header or, where that is lost, its body."""
     text = str(response.headers.get("Retry-After", "")).strip()
     for value in (text, str((response.data or {}).get("retry_after", ""))):
         if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
@@ -2431,10 +2449,12 @@ def retry_after(response: HttpResponse, server_time: float) -> float | None:
 
 
 class QuotaWindow:
-    """DevRev's quota, as its answers announce it.
+    """DevRev's quota, as its answers announce it. Times are monotonic seconds.
 
-    A fixed window has all its units again at its reset. A rolling one has each unit again a window after the request
-    that has spent it; one knows it by a reset that moves on with the clock. Times are monotonic seconds.
+    A fixed window has all its units again at its reset. A rolling one has each unit again a window
+    after the request that has spent it, and its reset moves on with the clock. For both, what is
+    left is what the answer with the latest reset says; where nothing is, nothing leaves until that
+    reset. So no window is overdrawn, and of a rolling one at least half is used.
     """
 
     LONGEST = 600.0  # seconds; a clock that is off must not stop a run for longer
@@ -2442,106 +2462,67 @@ class QuotaWindow:
 
     def __init__(self) -> None:
         self.limit: int | None = None  # None: none was announced
-        self.remaining: int | None = None  # None: not known, until a probe has been answered
+        self.remaining: int | None = None  # None: not known, as at the start of a window
         self.length = 0.0  # seconds, the longest that was seen
-        self.rolling = False
         self.resets_at = 0.0
-        self._reset = self._first_reset = (
-            0.0  # epoch seconds, by the server: the newest, the first of this window
+        self._reset = (
+            0.0  # of the answer that `remaining` is from, in epoch seconds of DevRev's clock
         )
-        self._reset_seen_at = self._updated_at = 0.0
-        self._shortest = 0.0  # length of a rolling window, at least
-        self._spent: collections.deque[tuple[float, float]] = collections.deque(
-            maxlen=100_000
-        )  # sent, answered
 
-    def on_response(
-        self, response: HttpResponse, sent: float, now: float, server_time: float
-    ) -> None:
-        """Learn from the headers of an answer to a request that was sent at `sent`."""
-        self._return_units(now)
-        if response.status not in (None, 429):
-            self._spent.append((sent, now))
+    @property
+    def is_unknown(self) -> bool:
+        """Whether there is a quota, and only an answer can tell what is left of it."""
+        return self.limit is not None and self.remaining is None
+
+    def on_response(self, response: HttpResponse, now: float, server_time: float) -> None:
         announced = announced_quota(response.headers)
-        if (
-            announced is None or announced[2] < server_time - 2
-        ):  # seconds from now, perhaps: no window is known by that
+        # A reset in the past may be seconds from now: no window is known by that.
+        if announced is None or announced.reset < server_time - 2:
             return
-        self.limit, remaining, reset = announced
-        wait = max(0.0, min(self.LONGEST, reset - server_time))
-        grain = 1.0 if reset == int(reset) else 0.1  # whole seconds may be rounded up or down
-        moved = reset - self._first_reset
-        # Where a fixed window ends, its reset moves by no less than the window.
-        if 1.5 * grain < moved < 0.75 * (self.length - grain):
-            self.rolling = True
-        elif reset == self._reset and sent > self._reset_seen_at + 3 * grain:
-            self.rolling = False
-        is_new = reset > self._reset if self.rolling else moved > 1.5 * grain
-        if is_new or (reset == self._reset if self.rolling else moved >= -grain):
-            # Answers arrive in another order than requests do; and by this clock the window may have ended too soon.
-            if is_new or self.rolling or self.remaining is None:
-                self.resets_at = now + wait + self.MARGIN
-            self.remaining = (
-                remaining if is_new or self.remaining is None else min(self.remaining, remaining)
-            )
-            if is_new or self.rolling:
-                self.length = max(self.length, wait)
-                self._shortest = min(self._shortest or wait, wait) if self.rolling else wait
-            if self.rolling:
-                self._updated_at = now
-            elif is_new:
-                self._first_reset = reset
-        if reset > self._reset:
-            self._reset, self._reset_seen_at = reset, now
+        self.limit = announced.limit
+        # Whole seconds may be rounded up or down.
+        grain = 1.5 if announced.reset.is_integer() else 0.15
+        moved = announced.reset - self._reset
+        if self.remaining is None or moved > grain:
+            wait = max(0.0, min(self.LONGEST, announced.reset - server_time))
+            self._reset = announced.reset
+            self.remaining = announced.remaining
+            self.resets_at = now + wait + self.MARGIN
+            self.length = max(self.length, wait)
+        elif moved >= -grain:
+            # Answers arrive in another order than requests do.
+            self.remaining = min(self.remaining, announced.remaining)
 
-    def _return_units(self, now: float) -> None:
-        """Count the units of a rolling window that are a window old, unless the last answer may have counted them."""
-        while self._spent and self._spent[0][1] + self.length + self.MARGIN <= now:
-            sent, _ = self._spent.popleft()
-            is_new = self.rolling and sent + self._shortest > self._updated_at
-            if is_new and self.remaining is not None and self.limit is not None:
-                self.remaining = min(self.limit, self.remaining + 1)
-
-    def has_expired(self, in_flight: int, now: float) -> bool:
-        """Whether what was known of the window is over; from then on `remaining` is None."""
-        self._return_units(now)
-        is_known = (
-            self.rolling
-            and self._spent
-            and self.remaining is not None
-            and self.remaining > in_flight
-        )
-        if self.remaining is None or now < self.resets_at or is_known:
+    def has_ended(self, now: float) -> bool:
+        """Whether what was known of the window is over now; `remaining` is None then."""
+        if self.remaining is None or now < self.resets_at:
             return False
         self.remaining = None
         return True
 
     def room(self, in_flight: int) -> float:
-        """Units that are left, none counted twice: requests in flight may not have been counted by the server yet."""
-        return math.inf if self.remaining is None else self.remaining - in_flight
-
-    def seconds_until_room(self, now: float) -> float:
-        """Seconds until more units are there, or may be."""
-        returns = (
-            self._spent[0][1] + self.length + self.MARGIN
-            if self.rolling and self._spent
-            else math.inf
-        )
-        return max(0.001, min(self.resets_at, returns) - now)
+        """Units that are left; the server may not have counted requests in flight yet."""
+        if self.remaining is None:
+            return math.inf
+        return self.remaining - in_flight
 
 
 class ClientLimit:
-    """The client-side rate limit: so many calls in each period, counted by the package `ratelimit`."""
+    """The client-side rate limit: so many calls a period, counted by the package `ratelimit`."""
 
     def __init__(self, calls: int, period: float, clock: Callable[[], float]) -> None:
         from ratelimit.decorators import RateLimitDecorator
 
-        self.calls, self.period, self._clock = calls, period, clock
+        self.calls = calls
+        self.period = period
+        self._clock = clock
         self._limit: Any = RateLimitDecorator(calls, period, clock=clock)
         self.count: Callable[[], None] = self._limit(lambda: None)  # one more call
 
     def room(self) -> float:
-        return float(self.calls - (0 if self.seconds_left() <= 0 else self._limit.num_calls))
+        if self.seconds_left() <= 0:
+            return float(self.calls)
+        return float(self.calls - self._limit.num_calls)
 
     def seconds_left(self) -> float:
         # The package rounds in the same way: it raises where it takes a period for not yet over.
@@ -2551,59 +2532,95 @@ class ClientLimit:
 class CircuitBreaker:
     """Holds requests back after a 429 or failures in a row.
 
-    Closed: all may leave. Open: none, until `open_until`. Half-open: one probe at a time, until one is answered well.
+    Closed: all may leave. Open: none, until `open_until`. Half-open: one probe at a time, until
+    one is answered well.
     """
 
     THRESHOLD = 3  # failures in a row
+    LONGEST = 3600.0  # seconds that a 429 may ask for
 
     def __init__(self, retries: int) -> None:
         self.retries = retries
         self.open_until = 0.0
-        self.half_open = self.probe_in_flight = False
-        self.failures_in_a_row = self.over_quota_in_a_row = self._failed_probes = 0
+        self.half_open = False
+        self.probe_in_flight = False
+        self.failures_in_a_row = 0
+        self.over_quota_in_a_row = 0
+        self._failed_probes = 0
+        self._failure_pauses = Backoff(0.5, 10.0)
+        self._quota_pauses = Backoff(0.1, 30.0)
+        self._pause = 0.0
 
     def on_response(self, is_probe: bool, status: int | None, pause: float, now: float) -> str:
-        """Note an answer (`status` None: none, or none of use); after a 429 nothing leaves for `pause` seconds.
+        """Note an answer. `status` None: none, or none of use; a 429 asks for `pause` seconds.
 
-        Return why no more probes are worth sending, "" where they are.
+        Return why nothing more is worth sending, "" where it is.
         """
-        self.probe_in_flight = self.probe_in_flight and not is_probe
-        failed, until = status is None or status >= 500, 0.0
-        self.over_quota_in_a_row = self.over_quota_in_a_row + 1 if status == 429 else 0
-        self.failures_in_a_row = self.failures_in_a_row + 1 if failed else 0
+        if is_probe:
+            self.probe_in_flight = False
         if status == 429:
-            least = min(30.0, 0.05 * 2.0 ** min(self.over_quota_in_a_row, 10))
-            until = now + max(least, min(3600.0, pause))
-        elif self.failures_in_a_row >= self.THRESHOLD:
-            self._failed_probes += is_probe
-            until = now + min(10.0, 0.5 * 2**self._failed_probes)
-        elif not failed:
+            self.failures_in_a_row = 0
+            self.over_quota_in_a_row += 1
+            least = self._quota_pauses.next()
+            self._open(now + max(least, min(self.LONGEST, pause)))
+        elif status is None or status >= 500:
+            self.over_quota_in_a_row = 0
+            self.failures_in_a_row += 1
+            self._on_failure(is_probe, now)
+        else:
+            self.over_quota_in_a_row = 0
+            self.failures_in_a_row = 0
             self._failed_probes = 0
-            self.half_open = self.half_open and not is_probe
-        if until:
-            self.open_until, self.half_open = max(self.open_until, until), True
+            self._failure_pauses.reset()
+            self._quota_pauses.reset()
+            if is_probe:
+                self.half_open = False
         if self._failed_probes > self.retries:
             return "can't be reached or keeps failing (is DEVREV_BASE_URL right?)"
         if self.over_quota_in_a_row > 10 + 5 * self.retries:
             return "keeps answering 429 (over quota), however long one waits"
         return ""
 
+    def _on_failure(self, is_probe: bool, now: float) -> None:
+        if self.failures_in_a_row < self.THRESHOLD:
+            return
+        if is_probe:
+            self._failed_probes += 1
+        if is_probe or not self.half_open:
+            self._pause = self._failure_pauses.next()
+        self._open(now + self._pause)
+
+    def _open(self, until: float) -> None:
+        self.open_until = max(self.open_until, until)
+        self.half_open = True
+
+
+class QueuedRequest(NamedTuple):
+    """A request that waits for its turn; they are ordered by priority, then by arrival."""
+
+    priority: int
+    serial: int
+    options: RequestOptions
+    future: asyncio.Future[bool]
+
 
 class RequestScheduler:
     """Decides which request leaves next, and when; owned by the event loop.
 
-    A request waits for one of the workers, for DevRev's quota, for the client-side rate limit, and for the circuit
-    breaker. Units that are reserved for finishing a merge are spent by no other request, and reserved again with each
-    poll. Times are monotonic seconds.
+    A request waits for one of the workers, for DevRev's quota, for the client-side rate limit, and
+    for the circuit breaker. A merge is requested only where the rest of the window covers it and
+    all merges in flight, each with as many units as merges took lately; nothing spends those but
+    what finishes a merge. Times are monotonic seconds.
     """
 
-    SLOW_REQUEST = 0.5  # seconds; requests that take longer leave a worker to what finishes a merge
-    SHARE, LEAST = (
-        4,
-        3,
-    )  # no more than this part of a window is reserved for one merge, but so many units at least
+    SLOW_REQUEST = 0.5  # seconds; longer ones leave a worker to what finishes a merge
+    PART = 4  # of a window one merge holds at most a quarter,
+    LEAST = 4  # but so many units at least
     OTHERS = 5  # this part of the quota is left to others where no client-side limit is set
     UNANNOUNCED = 200, 60.0  # calls in seconds, until DevRev has announced a quota
+    QUOTA = "quota"  # what requests wait for
+    CLIENT_LIMIT = "client-side rate limit"
+    FAILURES = "DevRev fails"
 
     def __init__(
         self, environment: Environment, cancel_token: CancelToken, settings: ApiSettings
@@ -2614,248 +2631,272 @@ class RequestScheduler:
         self.host = urlsplit(settings.base_url).netloc
         self.quota = QuotaWindow()
         self.breaker = CircuitBreaker(settings.retries)
-        self.waits: list[tuple[float, float]] = []  # epoch seconds
         self.waiting_for = ""
         self.leaves_a_share = settings.calls is None
-        calls, period = (
-            self.UNANNOUNCED if settings.calls is None else (settings.calls, settings.period)
-        )
-        self._client_limit = (
-            ClientLimit(calls, period, lambda: environment.now().monotonic) if calls > 0 else None
-        )
-        # By priority, then by arrival.
-        self._queue: list[tuple[int, int, RequestOptions, asyncio.Future[bool]]] = []
-        self._serial = self._in_flight = self._reserved = 0
+        calls = settings.calls
+        period = settings.period
+        if calls is None:
+            calls, period = self.UNANNOUNCED
+        self._client_limit: ClientLimit | None = None
+        if calls > 0:
+            self._client_limit = ClientLimit(calls, period, lambda: environment.now().monotonic)
+        self._queue: list[QueuedRequest] = []
+        self._serial = 0
+        self._in_flight = 0
+        self._is_asking = False  # a request in flight finds out what a new window has left
+        self._merges: set[tuple[str, str]] = set()  # in flight
+        self._units_per_merge = 0
         self._timer: asyncio.TimerHandle | None = None
         self._longest = 0.0  # seconds that a request has taken lately
-        self._waiting_since = 0.0
+        self._waited: dict[str, float] = collections.defaultdict(float)  # seconds by reason
+        self._noted_at = 0.0
 
     @property
     def client_limit(self) -> ClientLimit | None:
-        """The client-side limit that holds now: where none is set, DevRev's announced quota takes its place."""
-        return None if self.leaves_a_share and self.quota.limit is not None else self._client_limit
+        """The client-side limit that holds now: an announced quota takes the default's place."""
+        if self.leaves_a_share and self.quota.limit is not None:
+            return None
+        return self._client_limit
 
     def quota_seen(self) -> Json | None:
         """The quota that DevRev has announced, None where it has not."""
-        seconds = round(self.quota.length, None if self.quota.length >= 30 else 1)
-        return (
-            None
-            if self.quota.limit is None
-            else {"limit": self.quota.limit, "window_seconds": seconds}
-        )
+        if self.quota.limit is None:
+            return None
+        digits = None if self.quota.length >= 30 else 1
+        return {"limit": self.quota.limit, "window_seconds": round(self.quota.length, digits)}
+
+    # -- what leaves when --------------------------------------------------------------------------
 
     async def acquire(self, options: RequestOptions) -> bool:
         """Wait until a request may leave, and return whether it is a probe. Raises Cancelled."""
         self._serial += 1
         future = self.cancel_token.future()
-        bisect.insort(self._queue, (options.priority, self._serial, options, future))
+        bisect.insort(self._queue, QueuedRequest(options.priority, self._serial, options, future))
         self._dispatch()
         return bool(await future)
 
     def _dispatch(self) -> None:
-        """Release all requests that may leave, the most urgent first; try again when the next thing changes."""
+        """Release the requests that may leave; try again when the next thing changes."""
         if self._timer:
             self._timer.cancel()
-        breaker, wait, reason = self.breaker, 0.0, ""
-        while self._queue and self._has_slot(self._queue[0][0]):
-            now = self.environment.now().monotonic
-            if now < breaker.open_until:
-                wait, reason = (
-                    breaker.open_until - now,
-                    "quota" if breaker.over_quota_in_a_row else "DevRev fails",
-                )
-                break
-            if self.quota.has_expired(self._in_flight, now):
-                breaker.half_open, breaker.probe_in_flight = (
-                    True,
-                    False,
-                )  # one request finds out the new window's
-            if breaker.half_open and breaker.probe_in_flight:
-                break  # its answer dispatches again
-            for entry in self._queue:
-                _, _, options, future = entry
-                units = self._units_to_reserve(options)
-                if units is not None:
-                    break
-            else:
-                wait, reason = self.seconds_until_room()
-                break
-            self._queue.remove(entry)
-            if future.done():  # by a cancellation
-                continue
-            if options.reservation:
-                self._reserved += units - options.reservation.units
-                options.reservation.units = units
-            self._in_flight += 1
-            if self.client_limit:
-                self.client_limit.count()
-            breaker.probe_in_flight = breaker.probe_in_flight or breaker.half_open
-            future.set_result(breaker.half_open)
-        wall = self.environment.now().wall
-        if reason and not self.waiting_for:
-            self._waiting_since = wall
-        elif self.waiting_for and not reason:
-            self.waits.append((self._waiting_since, max(wall, self._waiting_since)))
-        self.waiting_for = reason
+        wait, reason = self._release()
+        if reason != self.waiting_for:
+            self._note_wait(reason)
         if wait:
-            self._timer = asyncio.get_event_loop().call_later(max(0.001, wait), self._dispatch)
+            loop = asyncio.get_event_loop()
+            self._timer = loop.call_later(max(0.001, wait), self._dispatch)
+
+    def _release(self) -> tuple[float, str]:
+        """Let requests leave, the most urgent first.
+
+        Return the seconds until the next may leave, and what it waits for; 0 where an answer tells.
+        """
+        while self._queue and self._has_slot(self._queue[0].priority):
+            now = self.environment.now().monotonic
+            if now < self.breaker.open_until:
+                reason = self.QUOTA if self.breaker.over_quota_in_a_row else self.FAILURES
+                return self.breaker.open_until - now, reason
+            if self.quota.has_ended(now):
+                self._is_asking = False
+            if self.breaker.half_open and self.breaker.probe_in_flight:
+                return 0.0, ""
+            if self.quota.is_unknown and self._is_asking:
+                return 0.0, ""
+            request = self._first_that_may_leave()
+            if request is None:
+                return self.seconds_until_room()
+            self._queue.remove(request)
+            if not request.future.done():  # by a cancellation
+                self._let_leave(request)
+        return 0.0, ""
+
+    def _first_that_may_leave(self) -> QueuedRequest | None:
+        for request in self._queue:
+            if self._has_slot(request.priority) and self._has_room(request.options):
+                return request
+        return None
+
+    def _let_leave(self, request: QueuedRequest) -> None:
+        options = request.options
+        self._in_flight += 1
+        if options.merge:
+            self._merges.add(options.merge)
+            self._units_per_merge = self._units_needed(options)
+        if self.client_limit:
+            self.client_limit.count()
+        self._is_asking = self.quota.is_unknown
+        if self.breaker.half_open:
+            self.breaker.probe_in_flight = True
+        request.future.set_result(self.breaker.half_open)
 
     def _has_slot(self, priority: int) -> bool:
-        """Whether another request may be in flight; after a failure fewer, until one is answered well. While a merge is
-        in progress, lists and timelines that take long leave a worker to what finishes it."""
-        spared = (
-            self.workers > 1
-            and self._reserved > 0
-            and priority == PREPARE
-            and self._longest > self.SLOW_REQUEST
-        )
-        return self._in_flight < max(
-            1, (self.workers >> min(self.breaker.failures_in_a_row, 4)) - spared
-        )
+        """Whether another may be in flight; after a failure fewer, until one is answered well.
 
-    def _units_to_reserve(self, options: RequestOptions) -> int | None:
-        """Return the units that a request has reserved once it has left, None where it may not leave now.
-
-        It needs one unit, and as much of what it is to reserve as a window can hold; none of them may be reserved for
-        another merge, and only what finishes a merge may spend the share of others.
+        While a merge is in flight, lists and timelines that take long leave a worker to what
+        finishes it.
         """
-        left, limit = self.quota.room(self._in_flight), self.client_limit
-        room = min(left, limit.room() if limit else math.inf)
-        own = options.reservation.units if options.reservation else 0
-        spare = room - self._reserved + own
-        window = min(self.quota.limit or 1e9, limit.calls if limit else 1e9)
-        needed = min(1 + min(options.reserve, max(self.LEAST, window // self.SHARE)), window)
-        if options.priority == FINISH:  # takes what there is
-            may_leave = (room if own else spare) >= 1
-        else:
-            may_leave = spare >= needed and (own > 0 or left > self.share_of_others())
-        return (
-            int(max(0, min(spare, needed) - 1))
-            if may_leave and self._has_slot(options.priority)
-            else None
-        )
+        slots = self.workers >> min(self.breaker.failures_in_a_row, 4)
+        is_slow = self._longest > self.SLOW_REQUEST
+        if priority == PREPARE and self._merges and is_slow and self.workers > 1:
+            slots -= 1
+        return self._in_flight < max(1, slots)
 
-    def release(self, reservation: Reservation) -> None:
-        """Return units that are not needed any more."""
-        self._reserved, reservation.units = self._reserved - reservation.units, 0
+    def _has_room(self, options: RequestOptions) -> bool:
+        """Whether the quota has room for a request, and for what has to follow it.
+
+        Only what finishes a merge spends the share of others and the units of merges in flight.
+        """
+        left = self.quota.room(self._in_flight)
+        room = left
+        if self.client_limit:
+            room = min(room, self.client_limit.room())
+        if options.merge not in self._merges:
+            room -= len(self._merges) * self._units_per_merge
+        if options.priority == FINISH:
+            return room >= 1
+        return room >= self._units_needed(options) and left > self.share_of_others()
+
+    def _units_needed(self, options: RequestOptions) -> int:
+        """The units that a request asks for, as far as a window can hold them."""
+        window = self.quota.limit or options.units
+        if self.client_limit:
+            window = min(window, self.client_limit.calls)
+        return min(options.units, max(self.LEAST, window // self.PART), window)
+
+    def end_merge(self, merge: tuple[str, str]) -> None:
+        """Note that a merge needs no more units: it has its reference, or others need not wait."""
+        self._merges.discard(merge)
         self._dispatch()
 
     def give_back(self, is_probe: bool) -> None:
         """Return the slot of a request that is not sent after all."""
         self._in_flight -= 1
-        self.breaker.probe_in_flight = self.breaker.probe_in_flight and not is_probe
+        self._is_asking = False
+        if is_probe:
+            self.breaker.probe_in_flight = False
         self._dispatch()
 
     def cancel_preparations(self) -> None:
         """Cancel the requests in the queue that no merge in progress needs."""
-        for priority, _, _, future in self._queue:
-            if priority == PREPARE and not future.done():
-                future.set_exception(Cancelled())
+        for request in self._queue:
+            if request.priority == PREPARE and not request.future.done():
+                request.future.set_exception(Cancelled())
 
     def share_of_others(self) -> float:
         """Units of the quota that only the requests which finish a merge may spend."""
-        return (self.quota.limit or 0) / self.OTHERS if self.leaves_a_share else 0.0
+        if not self.leaves_a_share:
+            return 0.0
+        return (self.quota.limit or 0) / self.OTHERS
 
     def seconds_until_room(self) -> tuple[float, str]:
         """Seconds until more units may be spent, and what limits them now."""
-        now, limit = self.environment.now().monotonic, self.client_limit
-        if (
-            limit is None
-            or self.quota.room(self._in_flight) - self.share_of_others() <= limit.room()
-        ):
-            return self.quota.seconds_until_room(now), "quota"
-        left = limit.seconds_left()
-        # Where a complete period has not room enough, units are reserved; their release is noticed.
-        return (max(0.001, left), "client-side rate limit") if left > 0 else (limit.period, "")
+        now = self.environment.now().monotonic
+        limit = self.client_limit
+        left = self.quota.room(self._in_flight) - self.share_of_others()
+        if limit is None or left <= limit.room():
+            return max(0.001, self.quota.resets_at - now), self.QUOTA
+        seconds = limit.seconds_left()
+        if seconds > 0:
+            return max(0.001, seconds), self.CLIENT_LIMIT
+        # Where a complete period has not room enough, merges hold it; their end is noticed.
+        return limit.period, ""
+
+    # -- answers -----------------------------------------------------------------------------------
 
     def on_response(
         self, is_probe: bool, response: HttpResponse, seconds: float, usable: bool
     ) -> None:
-        """Note an answer, how long it took, and whether it is of any use where its status is good."""
-        now, status = self.environment.now().monotonic, response.status
-        server_time = wall = self.environment.now().wall
-        with contextlib.suppress(KeyError, TypeError, ValueError, IndexError, OverflowError):
-            # The Date header has whole seconds, so small differences are noise.
-            skew = parsedate_to_datetime(response.headers["Date"]).timestamp() + 0.5 - wall
-            server_time = wall + skew if abs(skew) > 2 else wall
+        """Note an answer, how long it took, and whether it is of use where its status is good."""
+        now = self.environment.now().monotonic
+        server_time = self._server_time(response)
         self._in_flight -= 1
+        self._is_asking = False
         self._longest = max(seconds, 0.95 * self._longest)
-        self.quota.on_response(response, now - seconds, now, server_time)
-        pause = retry_after(response, server_time) if status == 429 else None
-        if pause is None:
-            is_spent = self.quota.remaining is not None and self.quota.remaining <= 0
-            pause = self.quota.resets_at - now if is_spent else 0.5
-        useless = status is not None and 200 <= status < 300 and not usable
-        words = self.breaker.on_response(is_probe, None if useless else status, pause, now)
+        self.quota.on_response(response, now, server_time)
+        status = response.status
+        if status is not None and 200 <= status < 300 and not usable:
+            status = None
+        pause = 0.0
+        if status == 429:
+            pause = self._seconds_over_quota(response, now, server_time)
+        words = self.breaker.on_response(is_probe, status, pause, now)
         if words:
             self.cancel_token.cancel(FatalError(EXIT_STOPPED, f"DevRev at {self.host} {words}"))
         self._dispatch()
 
+    def _server_time(self, response: HttpResponse) -> float:
+        """The time by DevRev's clock, in epoch seconds."""
+        wall = self.environment.now().wall
+        with contextlib.suppress(KeyError, TypeError, ValueError, IndexError, OverflowError):
+            # The Date header has whole seconds, so small differences are noise.
+            skew = parsedate_to_datetime(response.headers["Date"]).timestamp() + 0.5 - wall
+            if abs(skew) > 2:
+                return wall + skew
+        return wall
 
-# Forecasts, for people and for the size of batches.
+    def _seconds_over_quota(self, response: HttpResponse, now: float, server_time: float) -> float:
+        """How long a 429 asks to wait; where it does not say, until the window is over."""
+        pause = retry_after(response, server_time)
+        if pause is not None:
+            return pause
+        if self.quota.remaining == 0:
+            return self.quota.resets_at - now
+        return 0.5
+
+    # -- waits -------------------------------------------------------------------------------------
+
+    def _note_wait(self, reason: str) -> None:
+        """Note what requests wait for from now on, "" where they don't."""
+        now = self.environment.now().monotonic
+        if self.waiting_for:
+            seconds = now - self._noted_at
+            self._waited[self.waiting_for] += seconds
+            log.debug("waited %.3f s (%s)", seconds, self.waiting_for)
+        self.waiting_for = reason
+        self._noted_at = now
+
+    def quota_wait_seconds(self) -> float:
+        """Seconds waited for DevRev's quota or the client-side limit, the present wait included."""
+        self._note_wait(self.waiting_for)
+        return self._waited[self.QUOTA] + self._waited[self.CLIENT_LIMIT]
 
 
 def requests_per_minute(scheduler: RequestScheduler) -> float:
-    """Requests that may be sent in the next minute or so."""
-    quota, limit = scheduler.quota, scheduler.client_limit
-    announced = (
-        quota.limit - scheduler.share_of_others() if quota.limit and quota.length > 30 else math.inf
-    )
-    return min(announced, limit.calls * max(1.0, 60 / limit.period) if limit else math.inf, 1e6)
-
-
-def minimum_seconds(scheduler: RequestScheduler, requests: float) -> float:
-    """Seconds that so many more requests take at least, under DevRev's quota and the client-side rate limit."""
-    quota, limit, least = scheduler.quota, scheduler.client_limit, 0.0
+    """Requests that may be sent in the next minute or so: the size of batches follows it."""
+    quota = scheduler.quota
+    limit = scheduler.client_limit
+    most = 1e6
+    if quota.limit and quota.length > 30:
+        most = min(most, quota.limit - scheduler.share_of_others())
     if limit:
-        least = seconds_in_windows(
-            requests, limit.room(), limit.seconds_left(), limit.calls, limit.period
-        )
-    if quota.limit and quota.remaining is not None:
-        others, wait = (
-            scheduler.share_of_others(),
-            quota.resets_at - scheduler.environment.now().monotonic,
-        )
-        room = max(0.0, quota.remaining - others)
-        least = max(
-            least, seconds_in_windows(requests, room, wait, quota.limit - others, quota.length)
-        )
-    return least
+        most = min(most, limit.calls * max(1.0, 60 / limit.period))
+    return most
 
 
 def describe_wait(scheduler: RequestScheduler) -> str:
     """Say what requests wait for, or how much quota is left; "" where neither is known."""
-    quota, limit = scheduler.quota, scheduler.client_limit
+    quota = scheduler.quota
+    limit = scheduler.client_limit
     if not scheduler.waiting_for:
-        return (
-            f"{quota.remaining} of {quota.limit} units left" if quota.remaining is not None else ""
-        )
-    blocked = scheduler.breaker.open_until - scheduler.environment.now().monotonic
-    wait = blocked if blocked > 0 else scheduler.seconds_until_room()[0]
-    why = {"quota": f"quota {quota.limit:,} of DevRev's" if quota.limit else "quota of DevRev's"}
-    if limit:
-        why["client-side rate limit"] = (
-            f"client-side rate limit {limit.calls} in {limit.period:g} s"
-        )
-    return (
-        f"waiting {duration(wait)} ({why.get(scheduler.waiting_for, scheduler.waiting_for)})"
-        if wait > 0.5
-        else ""
-    )
+        if quota.remaining is None:
+            return ""
+        return f"{quota.remaining} of {quota.limit} units left"
+    wait = scheduler.breaker.open_until - scheduler.environment.now().monotonic
+    if wait <= 0:
+        wait = scheduler.seconds_until_room()[0]
+    if wait <= 0.5:
+        return ""
+    why = scheduler.waiting_for
+    if why == scheduler.QUOTA:
+        why = f"quota {quota.limit:,} of DevRev's" if quota.limit else "quota of DevRev's"
+    elif why == scheduler.CLIENT_LIMIT and limit:
+        why = f"client-side rate limit {limit.calls} in {limit.period:g} s"
+    return f"waiting {duration(wait)} ({why})"
 
 
-def seconds_in_windows(
-    requests: float, room: float, wait: float, limit: float, window: float
-) -> float:
-    """Seconds until so many requests have left, of which `room` may leave now, and `limit` in each window from `wait`
-    seconds on."""
-    over = requests - room
-    return max(0.0, wait) + (math.ceil(over / limit) - 1) * window if over > 0 else 0.0
-
-
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # API: requests
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 PAGE = 100
 ROLES = {"owned": "owned_by", "created": "created_by", "reported": "reported_by"}
@@ -3005,7 +3046,7 @@ class DevRevAPI:
             for name in (*ROLES.values(), "members")
         }
 
-    # -- requests and lists -------------------------------------------------------------------------
+    # -- requests and lists ------------------------------------------------------------------------
 
     async def _call(
         self,
@@ -3130,7 +3171,7 @@ class DevRevAPI:
         found, _ = await self._call(endpoint, body, key, options, deadline)
         return objects_in([found[key]], endpoint, key)[0]
 
-    # -- contacts -----------------------------------------------------------------------------------
+    # -- contacts ----------------------------------------------------------------------------------
 
     async def _get_contact(
         self, identity: str, options: RequestOptions, deadline: float | None = None
@@ -3274,7 +3315,7 @@ class DevRevAPI:
                 return None
             raise
 
-    # -- what the batch loaders call ----------------------------------------------------------------
+    # -- what the batch loaders call ---------------------------------------------------------------
 
     async def _list_unverified(self, emails: Sequence[str], options: RequestOptions) -> ListResult:
         """List with the filter; where that is refused for a single email, too, DevRev does not know the filter."""
@@ -3379,9 +3420,9 @@ def before_any_change(api: DevRevAPI) -> Iterator[None]:
         ) from None
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # API: one list call for many contacts
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 Lister = Callable[[Sequence[str], RequestOptions], Awaitable[ListResult]]
 
@@ -4847,7 +4888,6 @@ class GroupMerge:
         self.resumed = resumed  # an earlier run left the group's pairs
         self.preconditions = Preconditions(context, group)
         self.verifier = TransferVerifier(context, RESUME if resumed else VERIFY)
-        self.reservation = Reservation()
         self.request_lock = asyncio.Lock()
         self.attempted = asyncio.Event()  # each pair was tried, or has to wait
 
@@ -4858,7 +4898,7 @@ FIRST_DEADLINE = (
 
 
 class MergeTimer:
-    """Knows how long DevRev has had for a merge, and so what its requests reserve and whether others wait for it."""
+    """Knows how long DevRev has had for a merge, and so whether others wait for it."""
 
     SLOW = 3.0  # seconds after which no other pair waits for this one
     MOST_POLLS = 16  # in the first ten seconds after a merge was requested
@@ -4878,15 +4918,13 @@ class MergeTimer:
         )
 
     def request_options(self, priority: int = FINISH) -> RequestOptions:
-        """Return how a request waits that belongs to a merge in progress, with what it reserves for those to follow."""
-        reserve = 2
-        if self.waited() <= 10:  # later others may spend the quota meanwhile
-            # As many polls as merges took lately, and one more, since a poll may come too early.
-            polls = 1 + max(
-                (polls for _, polls in self.context.recent_merges), default=self.MOST_POLLS
-            )
-            reserve = min(self.MOST_POLLS, polls) + bool(self.pair.new_ref)
-        return RequestOptions(priority, self.shared.reservation, reserve)
+        """Return how a request waits that belongs to a merge.
+
+        The merge is sent where there is quota for the most polls lately and two requests more: the
+        merge itself and the update of the reference.
+        """
+        polls = max((polls for _, polls in self.context.recent_merges), default=self.MOST_POLLS)
+        return RequestOptions(priority, min(self.MOST_POLLS, polls) + 2, self.pair.ids)
 
     async def pause(self, seconds: float) -> None:
         """Sleep until DevRev may have got further. From now on, new work and other groups do not wait for this pair."""
@@ -5088,7 +5126,7 @@ class PairMerge:
             await self.end(odd_answer(pair.email, error))
             return False
         finally:
-            self.api.scheduler.release(self.shared.reservation)
+            self.api.scheduler.end_merge(pair.ids)
             self.context.first_merge.release(pair.ids)
         if pair.state in TERMINAL:
             await self.end()
@@ -5142,14 +5180,14 @@ class PairMerge:
         async with self.shared.request_lock:  # the pairs of a group rest on the same preconditions
             group.requesting = pair
             for _ in range(self.MAX_REFRESHES):
-                # Reserved units would keep others waiting while the preconditions are read.
-                self.api.scheduler.release(self.shared.reservation)
+                # Its units would keep others waiting while the preconditions are read.
+                self.api.scheduler.end_merge(pair.ids)
                 problem: PairError | None = None
                 try:
                     await self.preconditions.ensure_fresh()
                 except PairError as error:
                     problem = error
-                # This poll reserves nothing: pairs that wait to be requested would wait for each other's units.
+                # This poll holds no units: pairs that wait to be requested would wait for each other's.
                 if (
                     again
                     and await poll(*pair.ids, RequestOptions(FINISH)) is not DuplicateStatus.EXISTS
@@ -5394,7 +5432,6 @@ async def merge_group(context: MergeContext, shared: GroupMerge) -> None:
         shared.preconditions.clear()
         await together(*(merge.advance() for merge in merges))
     finally:
-        context.api.scheduler.release(shared.reservation)
         shared.attempted.set()
 
 
@@ -6596,8 +6633,7 @@ class PairUndo:
             revision = self.savepoint.revision(pair.ids)
             was = pair.undo or UndoProgress("", "", pair.run, revision)
             self.undo = replace(was, path=str(path), state_before=pair.state.value, contact="")
-        self.reservation = Reservation()
-        self.options = RequestOptions(FINISH, self.reservation, self.UNITS)
+        self.options = RequestOptions(FINISH)
 
     async def run(self) -> None:
         """Undo the merge; in a preview only find out what would be left to others."""
@@ -6612,15 +6648,12 @@ class PairUndo:
         undo.reference_free = undo.reference_free or (has_moved and not undo.contact)
         pair.state, pair.code, pair.error = State.UNDOING, "", ""
         await self.savepoint.save(pair)
-        try:
-            self.context.cancel_token.raise_if_cancelled()  # what has not started is not shielded
-            with self.context.cancel_token.shield():
-                if undo.reference_free and has_moved:
-                    await self._free_reference()
-                if not undo.contact:
-                    await self._create()
-        finally:
-            self.api.scheduler.release(self.reservation)
+        self.context.cancel_token.raise_if_cancelled()  # what has not started is not shielded
+        with self.context.cancel_token.shield():
+            if undo.reference_free and has_moved:
+                await self._free_reference()
+            if not undo.contact:
+                await self._create()
         self.group.aliases[pair.duplicate.id] = undo.contact
         await self._remove_fields()
         await self._restore_objects()
@@ -6636,7 +6669,7 @@ class PairUndo:
         problem = PairError("external_ref_not_set", "DevRev answered with another reference")
         started = self.context.environment.now()
         deadline = FIRST_DEADLINE
-        options = self.options._replace(priority=MERGE)
+        options = RequestOptions(MERGE, 1 + self.UNITS)
         while references:
             body = {"external_ref": references[0]}
             user = self.group.primary
@@ -7651,7 +7684,7 @@ def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimat
     calls, period = (
         RequestScheduler.UNANNOUNCED if unannounced else (settings.calls or 0, settings.period)
     )
-    least = seconds_in_windows(requests, calls, period, calls, period) if calls else 0.0
+    least = (math.ceil(requests / calls) - 1) * period if calls else 0.0
     return Estimate(requests, max(least, requests * 0.2 / settings.workers))
 
 
@@ -9539,7 +9572,7 @@ def end_record(run: RunContext, runner: Runner | None, code: int) -> str:
         scheduler = runner.api.scheduler
         record.requests = dict(sorted(runner.api.requests.items()))
         record.quota = scheduler.quota_seen()
-        record.quota_wait_seconds = round(sum(end - start for start, end in scheduler.waits), 3)
+        record.quota_wait_seconds = round(scheduler.quota_wait_seconds(), 3)
         if code >= EXIT_USAGE:
             stop = str(runner.runner.stop or "")
     record.requests_total = sum(record.requests.values())
