@@ -481,7 +481,7 @@ class Scenario(Stage):
         self._between()
 
     def _carry_out(self, ids: Ids) -> None:
-        if all(map(self.organisation.alive, ids)):
+        if not self.in_peace and all(map(self.organisation.alive, ids)):
             self.trace(
                 f"DevRev carries out the cancelled merge of {short(ids[1])} into {short(ids[0])}"
             )

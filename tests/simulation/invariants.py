@@ -190,8 +190,8 @@ class InvariantChecker:
         self.sent_at: List[float] = []  # steady seconds, of the last requests
         self.flying = 0  # merge requests without an answer
         self.forbidden: Set[Ids] = set()  # pairs of which a merge request was answered with 403
-        self.merge_answers = 0  # in this run, to pairs that had no 403 before
-        self.is_forbidden = False  # the first of them was a 403
+        self.first_merge: Optional[Ids] = None  # that this run has requested, of these
+        self.is_forbidden = False  # its answer was a 403
         self.is_foreign = False  # the CSV is of another organisation
         self.takes_updates = (
             False  # an update of this run was carried out, or refused for a reason of its own
@@ -220,7 +220,7 @@ class InvariantChecker:
         self.began = self.clock.now, self.clock.wall
         self.flying, self.sent_at, self.polled, self.joined = 0, [], set(), set()
         self.written = set()
-        self.merge_answers, self.is_forbidden, self.takes_updates = 0, False, False
+        self.first_merge, self.is_forbidden, self.takes_updates = None, False, False
         mine = self.organisation.dev_user["id"].partition(":devo/")[2].partition(":")[0]
         self.is_foreign = any(
             row.id.partition(":devo/")[2].partition(":")[0] != mine for row in rows
@@ -260,6 +260,8 @@ class InvariantChecker:
 
     def _without_stopped(self, plan: Dict[Ids, Wanted], named: Set[str]) -> Dict[Ids, Wanted]:
         """Leave out the groups of which a pair was undone or cancelled, until they are named."""
+        if self.is_foreign:  # what the savepoint knows is of another organisation
+            return dict(plan)
         groups = groups_of(self.rows)
         stopped = [(ids, row) for ids, row in self.expected.items() if row["state"] in STOPPING]
         known = {ids for ids, row in self.expected.items() if row["state"] in (*UNFINISHED, *ENDED)}
@@ -394,11 +396,8 @@ class InvariantChecker:
                 asks.pop()  # it can't have been acted on
                 return
             ids = sent.body["primary_user"], sent.body["secondary_user"]
-            self.merge_answers += ids not in self.forbidden
             if answer.status == 403 and answer.data is not None:
-                self.is_forbidden = self.is_forbidden or (
-                    self.merge_answers == 1 and ids not in self.forbidden
-                )
+                self.is_forbidden = self.is_forbidden or ids == self.first_merge
                 self.forbidden.add(ids)
             ask = asks[-1]
             ask.ended = self.clock.now
@@ -451,6 +450,8 @@ class InvariantChecker:
 
     def _judge_merge(self, ids: Ids, sent: Sent) -> None:
         earlier = self.asks[ids]
+        if self.first_merge is None and ids not in self.forbidden:
+            self.first_merge = ids
         if self.is_forbidden:
             broken(
                 "a 403 to the first merge request of a run ends it", f"{name_of(ids)} is requested"
@@ -604,6 +605,8 @@ class InvariantChecker:
         ):
             refs = {row.ref for row in rows} | more
             emails = {row.key for row in rows}
+            if self.reasons.is_odd(contact):  # merged, and DevRev answers as before
+                since = self.organisation.merge_times[contact] - JITTER
             good = [
                 one
                 for one in versions(self.organisation.contacts, contact, since)

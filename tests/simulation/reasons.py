@@ -1,7 +1,7 @@
 """What a pair that has not been merged may say in the end: whether its reason is so in tests.fake.organisation."""
 
 import json
-from typing import Any, Callable, Dict, Mapping, Optional, Set
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, Set
 
 from tests.fake.organisation import HALF_EMOJI, OTHER_WORK_KINDS, Thing, kind_of, org_id_of
 from tests.simulation.expected import STOPPING, TERMINAL, Ids, most_contacts, name_of, takes_part
@@ -11,6 +11,13 @@ from tests.simulation.world import broken
 LISTED = 120.0
 ALL_ENDED = "a scenario that is left in peace ends with every pair done or refused"
 TRUE = "every pair is done, or refused for a reason that is true"
+
+
+def people_of(thing: Optional[Thing], roles: Sequence[str]) -> Iterator[Thing]:
+    """Yield everybody who has one of these roles in a work or a conversation."""
+    for role in roles:
+        people = (thing or {}).get(role) or ()
+        yield from [people] if isinstance(people, dict) else people
 
 
 class ReasonChecker:
@@ -59,16 +66,10 @@ class ReasonChecker:
             return
         for object_id in {*world.restricted, *world.restricted_timelines}:
             for table in (self.organisation.works, self.organisation.conversations):
-                for thing in (
-                    self.checker.versions(table, object_id, -1e9)
-                    if object_id in table.numbers
-                    else ()
-                ):
-                    for role in roles:
-                        people = (thing or {}).get(role) or ()
-                        self.trouble.update(
-                            one["id"] for one in ([people] if role == "created_by" else people)
-                        )
+                if object_id not in table.numbers:
+                    continue
+                for thing in self.checker.versions(table, object_id, -1e9):
+                    self.trouble.update(one["id"] for one in people_of(thing, roles))
 
     # ----- a scenario ends -------------------------------------------------------------------------
 
@@ -111,6 +112,7 @@ class ReasonChecker:
         if (
             state == "cancelled"
             and self.checker.into(ids)
+            and self.organisation.alive(ids[0])  # else polls lead to whom it was merged onward into
             and not self.checker.lies
             and not self._is_hidden(ids)
         ):

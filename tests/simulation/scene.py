@@ -359,7 +359,7 @@ class Scene(Stage):
         self._hooks: list[tuple[str, str, int, Callable[[dict[str, Any]], bool], Act]] = []
         self._network: list[NetworkRule] = []
         self._kill: tuple[str, int] | None = None
-        self._full: str | None = None
+        self._full: tuple[str, int] | None = None
         self._tell: Callable[[], None] | None = None
 
     # ----- the organisation ------------------------------------------------------------------------
@@ -452,9 +452,10 @@ class Scene(Stage):
         "before the commit of savepoint.db", "in the middle of …", "after writing manifest.json", "naming …"."""
         self._kill = step, n
 
-    def fill_disk(self, for_what: str = "") -> None:
-        """From the next run's first write on whose name holds these words, the disk is full for such writes."""
-        self._full = for_what
+    def fill_disk(self, write: str = "", n: int = 1) -> None:
+        """In the next run the disk is full from the n-th write on whose name holds these words, for such writes:
+        "commit of savepoint.db", "writing manifest.json", "naming merge_report"."""
+        self._full = write, n
 
     def ctrl_c(self, _organisation: Any = None) -> None:
         """The user presses Ctrl-C: an act."""
@@ -511,9 +512,7 @@ class Scene(Stage):
         process.trace, process.tracing = self.trace, self.tracing
         if not self.in_peace:
             process.kill_when, self._kill = self._kill, None
-            if self._full is not None:
-                process.full_at, process.full_for = 1, self._full
-            self._full = None
+            process.full_when, self._full = self._full, None
         return process
 
     def run(self, *argv: str) -> Run:

@@ -174,12 +174,7 @@ class UndoChecker:
     def _judge_create(self, sent: Sent) -> None:
         email, reference = str(sent.body.get("email")), sent.body.get("external_ref")
         mine = [ids for ids in self.open() if email_key(email) in self._emails(ids)]
-        noted = [
-            ids
-            for ids in mine
-            if [one["contacts_before"] is not None for one in self._saved(ids)] == [True, True]
-        ]
-        if not self.active or not noted:
+        if not self.active or not any(map(self._may_create, mine)):
             broken(DURABLE, f"{email} {reference} is created")
         given = {row["undo"]["contact"] for row in self.checker.latest.values() if row["undo"]}
         for one in self.created:
@@ -212,6 +207,12 @@ class UndoChecker:
                 )
             )
         return found
+
+    def _may_create(self, ids: Ids) -> bool:
+        """Return whether both files know who was there before; one of them is enough to finish what has begun."""
+        noted = [one["contacts_before"] is not None for one in self._saved(ids)]
+        finishes = self.checker.full_now and self.lacks_reference(ids)
+        return noted == [True, True] or (finishes and True in noted)
 
     def _judge_update(self, sent: Sent) -> None:
         primary = sent.body["id"]
@@ -444,7 +445,7 @@ class UndoChecker:
         if code in ("merged_into_another", "merged_onward"):
             return bool(organisation.survivor(ids[1]) != ids[0]) or primary is None
         if code == "not_active":
-            return primary is not None and primary["state"] != "active"
+            return primary is None or primary["state"] != "active"
         if code == "external_ref_changed":
             known = {
                 row.ref for one in self.checker.known[ids] for row in (one.primary, one.duplicate)

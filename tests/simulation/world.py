@@ -247,6 +247,7 @@ class SimulatedProcess:
         )
         self.full_at: Optional[int] = None  # the disk is full at this step
         self.full_for = ""  # and from then on for every write with these words in its name, if any
+        self.full_when: Optional[Tuple[str, int]] = None  # from the n-th write with these words on
         self.full_intent: Optional[Tuple[str, int]] = (
             None  # a file that can't take its n-th intent, nor anything after
         )
@@ -290,17 +291,28 @@ class SimulatedProcess:
         self.idle = 0
         if self.killed_at_report and what.startswith("naming merge_report"):
             self.kill(f"before {what}")
+        self._count_write(what)
         if (
             self.full_at is not None
             and self.steps >= self.full_at
             and (self.full_for in what or not self.full_for)
         ):
-            self.full_at = self.full_at if self.full_for else None
+            if not self.full_for:
+                self.full_at = None
             self.trace(f"the disk is full: {what}")
             self.observer.disk_was_full = self.observer.full_now = True
             raise OSError(28, "No space left on device")
         self.steps += 1
         return self.steps == self.kill_at or self._is_meant(f"in the middle of {what}")
+
+    def _count_write(self, what: str) -> None:
+        """Count a write whose name a script has given: from the n-th one on the disk is full for such writes."""
+        if self.full_when is None or self.full_when[0] not in what:
+            return
+        words, left = self.full_when
+        self.full_when = words, left - 1
+        if left == 1:
+            self.full_at, self.full_for = self.steps, words
 
     def count_intent(self, name: str) -> None:
         """Count an intent that a file is about to commit; the disk may be full for that file from here on."""
