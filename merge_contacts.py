@@ -50,6 +50,7 @@ if __name__ == "__main__":
 
 import argparse
 import asyncio
+import base64
 import bisect
 import collections
 import contextlib
@@ -60,6 +61,7 @@ import functools
 import gc
 import gzip
 import hashlib
+import html
 import importlib
 import io
 import json
@@ -6944,9 +6946,11 @@ def undo_entry(pair: Pair) -> Json:
         "duplicate": contact_entry(pair.duplicate),
         "contact": contact,
         "state": pair.state.value,
+        "status": STATE_WORDS[pair.state],
         "backup": pair.backup,
         "code": pair.code,
         "error": pair.error,
+        "advice": CODES[pair.code].advice if pair.code in CODES else None,
         "restored": describe(pair.backup, restored),
         "left": describe(pair.backup, left),
         "fields_left": undo.fields_left if undo else [],
@@ -7181,27 +7185,49 @@ def contact_entry(contact: Contact, reference: str = "old_external_ref") -> Json
     }
 
 
+def has_its_reference(pair: Pair) -> bool:
+    """Whether the primary has the reference that the merge was to give it."""
+    is_past_it = pair.state in (State.VERIFYING, State.DONE, State.SETTLED)
+    return bool(pair.new_ref) and is_past_it and not pair.reference_not_set
+
+
 def progress_of(pair: Pair) -> Json:
     """Return what DevRev has done of an unfinished pair and what is still to do; nothing of any other."""
     if pair.state not in UNFINISHED:
         return {}
-    steps = ["confirm the merge"] if pair.state in REQUESTED_STATES else []
-    steps += ["set the reference"] if pair.new_ref and pair.state is not State.VERIFYING else []
+    steps = []
+    if pair.state in REQUESTED_STATES:
+        steps.append("confirm the merge")
+    if pair.new_ref and pair.state is not State.VERIFYING:
+        steps.append("set the reference")
     steps.append("verify that nothing was left behind")
     return {"so_far": SO_FAR[pair.state], "to_do": ", ".join(steps)}
+
+
+def advice_for(pair: Pair, code: str) -> str | None:
+    """Say what to do about a pair; None where nothing remains to be done."""
+    if pair.state in (State.SETTLED, State.UNDONE, State.UNDO_SETTLED):
+        return None
+    if pair.state is State.CANCELLED:
+        code = "cancelled"
+    return CODES[code].advice if code in CODES else None
 
 
 def merge_entry(pair: Pair, planned: Collection[Ids] | None) -> Json:
     """Return a pair as the report's lists have it.
 
-    `in_csv` says whether it is among `planned`, the pairs of the CSV; it is null where these are not known.
+    `in_csv` says whether it is among `planned`, the pairs of the CSV, and `reference_set` whether
+    the primary has the reference that it was to get; they are null where that is not known, or
+    where no reference moves.
     """
     entry: Json = {
         "email": pair.email,
         "primary": contact_entry(pair.primary),
         "duplicate": contact_entry(pair.duplicate),
         "new_external_ref": None if pair.reference_not_set else pair.new_ref,
+        "reference_set": has_its_reference(pair) if pair.new_ref else None,
         "state": pair.state.value,
+        "status": STATE_WORDS[pair.state],
         "in_csv": None if planned is None else pair.ids in planned,
         "backup": pair.backup or None,
         "backed_up": pair.backed_up,
@@ -7214,12 +7240,12 @@ def merge_entry(pair: Pair, planned: Collection[Ids] | None) -> Json:
     for name in ("deleted", "accepted", "reference_not_set", "onward", "after_cancel"):
         if getattr(pair, name):
             entry[name] = getattr(pair, name)
-    code = CODES.get(pair.code or ("after_cancel" if pair.after_cancel else ""))
-    if pair.state is not State.DONE or pair.code:
-        entry.update(code=pair.code, error=pair.error, left_behind=pair.left_behind)
+    code, error = pair.code, pair.error
+    if pair.state is State.DONE and pair.after_cancel and not code:
+        code, error = "after_cancel", "DevRev has carried out a merge that was cancelled"
     if pair.state is not State.DONE or code:
-        helps = CODES["cancelled"] if pair.state is State.CANCELLED else code
-        entry.update(advice=helps.advice if helps else None)
+        entry.update(code=code, error=error, advice=advice_for(pair, code))
+        entry["left_behind"] = pair.left_behind
     return {**entry, **progress_of(pair)}
 
 
@@ -7419,96 +7445,144 @@ def merge_lists(savepoint: SavePoint, run_id: str, plan: Plan | None) -> dict[st
     }
 
 
-def merge_summary(savepoint: SavePoint, run_id: str, plan: Plan | None) -> Json:
-    """Return a run in numbers, which are those of the CSV's pairs; `earlier_runs` counts the other pairs in the lists.
+COUNTS = (
+    "successful_merges", "failed_merges", "unfinished_merges", "unfinished_but_merged", "settled",
+    "cancelled",
+)  # fmt: skip
 
-    Without a plan nothing is known of the CSV, and all pairs are counted.
+
+def merge_summary(savepoint: SavePoint, run_id: str, plan: Plan | None) -> Json:
+    """Return a run in numbers, which are those of the CSV's pairs; `earlier_runs` counts the other
+    pairs in the lists.
+
+    Settled pairs count as successful too, cancelled ones as failed. Without a plan nothing is known
+    of the CSV, and all pairs are counted.
     """
-    mine, others = collections.Counter(), collections.Counter()  # type: Dict[str, int], Dict[str, int]
+    mine: collections.Counter[str] = collections.Counter()
+    others: collections.Counter[str] = collections.Counter()
     for name, pairs in merge_lists(savepoint, run_id, plan).items():
         for pair in pairs:
             count = mine if plan is None or pair.ids in plan.ids else others
             count[name] += 1
-            count["successful_merges"] += name == "settled"
-            count["failed_merges"] += name == "cancelled"
-            count["attempted"] += bool(pair.first_requested_at)
-            count["unfinished_but_merged"] += pair.state in (State.MERGED, State.VERIFYING)
-    parts = ("successful_merges", "failed_merges", "unfinished_merges")
-    names = (*parts, "unfinished_but_merged", "settled", "cancelled")
+            if name == "settled":
+                count["successful_merges"] += 1
+            if name == "cancelled":
+                count["failed_merges"] += 1
+            if name == "unfinished_merges" and pair.state in (State.MERGED, State.VERIFYING):
+                count["unfinished_but_merged"] += 1
+            if pair.first_requested_at:
+                count["attempted"] += 1
     summary: Json = {
         **dict.fromkeys(("contacts_read", "invalid_rows", "pairs_planned", "already_merged")),
         "total_merges_attempted": mine["attempted"],
-        **{name: mine[name] for name in names},
+        **{name: mine[name] for name in COUNTS},
         **dict.fromkeys(("left", "skipped_groups")),
     }
     if plan:
         gone = sum(pair.code in ("already_gone", "already_merged") for pair in plan.left_out)
         before = plan.already_merged + gone
+        ended = mine["successful_merges"] + mine["failed_merges"] + mine["unfinished_merges"]
         summary.update(
             contacts_read=plan.contacts_read,
             invalid_rows=len(plan.invalid_rows),
             pairs_planned=len(plan.ids),
             already_merged=before,
-            left=len(plan.ids) - before - sum(mine[part] for part in parts),
+            left=len(plan.ids) - before - ended,
             skipped_groups=len(plan.skipped) + len(plan.left_out) - gone,
         )
     if mine["undo_settled"]:
         summary["undo_settled"] = mine["undo_settled"]
     if any(others.values()):
-        summary["earlier_runs"] = {name: others[name] for name in names}
+        summary["earlier_runs"] = {name: others[name] for name in COUNTS}
     return summary
+
+
+def in_words(counts: Iterable[tuple[int | None, str]]) -> list[str]:
+    """Say numbers with what they count, without those that are 0 or not known."""
+    return [f"{count:,} {what}" for count, what in counts if count]
 
 
 def headline(summary: Json, record: RunRecord) -> str:
     """Return what a run has come to, in one line. It never says "all" where some remain."""
-    others, planned = summary.get("earlier_runs", {}), summary["pairs_planned"]
-    unfinished, merged = summary["unfinished_merges"], summary["successful_merges"]
-    verb = "finished" if unfinished else "merged"
-    words = []
     if record.kind == "settle":
-        ended = {
-            "settled": "settled",
-            "cancelled": "cancelled",
-            "undo_settled": "left partly undone",
-        }
-        words = [
-            f"{plural(summary[name], 'pair')} {what}"
-            for name, what in ended.items()
-            if summary.get(name)
-        ]
-        rest = (
-            f"; {plural(unfinished, 'other pair' if words else 'pair')} still unfinished"
-            if unfinished
-            else ""
-        )
-        return (", ".join(words) or "nothing settled") + rest
-    if planned is None:
+        return settle_headline(summary)
+    others: Json = summary.get("earlier_runs", {})
+    merged, unfinished = summary["successful_merges"], summary["unfinished_merges"]
+    verb = "finished" if unfinished else "merged"
+    words: list[str] = []
+    if summary["pairs_planned"] is None:
         words.append(f"the run was killed: {plural(merged, 'pair')} {verb}")
-    elif planned - summary["already_merged"]:
-        words.append(f"{merged:,} of {plural(planned - summary['already_merged'], 'pair')} {verb}")
+    elif summary["pairs_planned"] > summary["already_merged"]:
+        pairs = plural(summary["pairs_planned"] - summary["already_merged"], "pair")
+        words.append(f"{merged:,} of {pairs} {verb}")
     elif not others:
         words.append("nothing to merge")
     if unfinished:
-        these = f" ({summary['unfinished_but_merged']:,} of them merged in DevRev)"
-        words.append(f"{unfinished:,} unfinished" + these * bool(summary["unfinished_but_merged"]))
-    failed = summary["failed_merges"] - summary["cancelled"]
-    words += [f"{failed:,} failed"] if failed else []
-    said = {"cancelled": "cancelled", "left": "left", "already_merged": "merged before"}
-    words += [f"{summary[name]:,} {what}" for name, what in said.items() if summary.get(name)]
-    words += (
-        [f"{plural(summary['skipped_groups'], 'group')} skipped"]
-        if summary["skipped_groups"]
-        else []
+        but_merged = summary["unfinished_but_merged"]
+        these = f" ({but_merged:,} of them merged in DevRev)" if but_merged else ""
+        words.append(f"{unfinished:,} unfinished{these}")
+    words += in_words(
+        (
+            (summary["failed_merges"] - summary["cancelled"], "failed"),
+            (summary["cancelled"], "cancelled"),
+            (summary["left"], "remaining"),
+            (summary["already_merged"], "merged before"),
+        )
     )
-    words += [plural(summary["invalid_rows"], "invalid row")] if summary["invalid_rows"] else []
-    ends = {
-        "successful_merges": "finished",
-        "unfinished_merges": "unfinished",
-        "failed_merges": "failed",
-    }
-    more = [f"{others[name]:,} {what}" for name, what in ends.items() if others.get(name)]
-    words += [f"of earlier runs, not in this plan: {', '.join(more)}"] if more else []
+    if summary["skipped_groups"]:
+        words.append(f"{plural(summary['skipped_groups'], 'group')} skipped")
+    if summary["invalid_rows"]:
+        words.append(plural(summary["invalid_rows"], "invalid row"))
+    earlier = in_words(
+        (
+            (others.get("successful_merges"), "finished"),
+            (others.get("unfinished_merges"), "unfinished"),
+            (others.get("failed_merges"), "failed"),
+        )
+    )
+    if earlier:
+        words.append(f"of earlier runs, not in this plan: {', '.join(earlier)}")
     return ", ".join(words)
+
+
+def settle_headline(summary: Json) -> str:
+    ends = {"settled": "settled", "cancelled": "cancelled", "undo_settled": "left partly undone"}
+    words = [
+        f"{plural(summary[name], 'pair')} {what}"
+        for name, what in ends.items()
+        if summary.get(name)
+    ]
+    text = ", ".join(words) or "nothing settled"
+    unfinished = summary["unfinished_merges"]
+    if not unfinished:
+        return text
+    return f"{text}; {plural(unfinished, 'other pair' if words else 'pair')} still unfinished"
+
+
+class ReportContents(NamedTuple):
+    """What stands in a report beside the run: the JSON's lists, null where not known, and the rows
+    of the CSV under its columns."""
+
+    lists: Mapping[str, Iterable[Json] | None]
+    columns: Sequence[str]
+    rows: Iterable[Mapping[str, str]]
+
+
+def merge_contents(savepoint: SavePoint, run_id: str, plan: Plan | None) -> ReportContents:
+    """Return what the report of a merge run or a settle holds; a killed run has no plan."""
+    planned = plan.ids if plan else None
+    lists: dict[str, Iterable[Json] | None] = {}
+    for name, pairs in merge_lists(savepoint, run_id, plan).items():
+        lists[name] = map(functools.partial(merge_entry, planned=planned), pairs)
+    lists.update(beside_pairs(plan))
+    return ReportContents(lists, MERGE_COLUMNS, merge_rows(savepoint, run_id, plan))
+
+
+def undo_contents(pairs: Mapping[str, Iterable[Pair] | None]) -> ReportContents:
+    lists = {
+        name: None if found is None else map(undo_entry, found) for name, found in pairs.items()
+    }
+    return ReportContents(lists, (), ())
 
 
 def report_head(record: RunRecord) -> Json:
@@ -7518,64 +7592,52 @@ def report_head(record: RunRecord) -> Json:
 
 
 def write_report(
-    environment: Environment,
-    savepoint: SavePoint,
-    record: RunRecord,
-    plan: Plan | None = None,
-    undo_pairs: Mapping[str, Iterable[Pair] | None] | None = None,
+    environment: Environment, savepoint: SavePoint, record: RunRecord, contents: ReportContents
 ) -> None:
-    """Write the report of a run: the JSON, and beside it the page and, of merges, the CSV that show the same.
+    """Write the report of a run: the JSON, and beside it the page and the CSV that show the same.
 
-    The savepoint learns the end, which is in `record`, before the file is written, and that it was written
-    afterwards, so that the next run can write what a kill has prevented. `plan` is the one of a merge run that was not
-    killed, `undo_pairs` are the lists of an undo. Raises OSError, and FatalError(3) where the savepoint can't be
-    written.
+    The savepoint learns the end, which is in `record`, before the file is written, and that it
+    was written afterwards, so that the next run can write what a kill has prevented. Raises
+    OSError, and FatalError(3) where the savepoint can't be written.
     """
     path = report_path(record.id, record.kind)
     savepoint.save_run(record)
     environment.make_private_dir(path.parent)
-    if (
-        not path.exists()
-    ):  # else the run itself, which knew more, has written it before it was killed
-        lists: dict[str, Iterable[Json] | None] = {}
-        if undo_pairs is not None:
-            lists = {
-                name: None if pairs is None else map(undo_entry, pairs)
-                for name, pairs in undo_pairs.items()
-            }
-        else:
-            entry = functools.partial(merge_entry, planned=plan.ids if plan else None)
-            lists = {
-                name: map(entry, pairs)
-                for name, pairs in merge_lists(savepoint, record.id, plan).items()
-            }
-            lists.update(beside_pairs(plan))
-        environment.write_atomically(path, report_chunks(report_head(record), lists))
-    template = "template.html" if undo_pairs is None else "undo_template.html"
-    page = Path(__file__).resolve().parent / "reports" / template
-    if page.is_file():  # the headline in the page itself is seen where no script runs
-        text = page.read_bytes().replace(b"__REPORT_HEADLINE__", record.headline.encode("ascii"))
-        before, _, after = text.partition(b"__REPORT_JSON__")
-        with open(path, "rb") as lines:
-            environment.write_atomically(
-                path.with_suffix(".html"), chain([before], map(for_script, lines), [after])
-            )
+    # One that is there was written by the run itself, which knew more, before it was killed.
+    if not path.exists():
+        chunks = report_chunks(report_head(record), contents.lists)
+        environment.write_atomically(path, chunks)
+    with open(path, "rb") as lines:
+        page = page_chunks(record.kind, record.headline, lines)
+        environment.write_atomically(path.with_suffix(".html"), page)
     table = path.with_suffix(".csv")
-    if undo_pairs is None and not table.exists():
-        environment.write_atomically(
-            table, csv_chunks(ROW_HEADER, pair_rows(savepoint, record.id, plan))
-        )
+    if contents.columns and not table.exists():
+        rows = ([row[name] for name in contents.columns] for row in contents.rows)
+        environment.write_atomically(table, csv_chunks(contents.columns, rows))
     record.reported = True
     savepoint.save_run(record)
 
 
+def page_chunks(kind: str, headline: str, report: Iterable[bytes]) -> Iterator[bytes]:
+    """Return the page of a report, given as lines of JSON.
+
+    The headline is in the page itself, so that it is seen where no script runs. The page's policy
+    lets the browser run only the script with this hash.
+    """
+    start, end = REPORT_PAGE.rindex("<script>"), REPORT_PAGE.rindex("</script>")
+    script = REPORT_PAGE[start + len("<script>") : end].encode("ascii")
+    digest = base64.b64encode(hashlib.sha256(script).digest()).decode("ascii")
+    title = "Contact undo report" if kind == "undo" else "Contact merge report"
+    head, tail = REPORT_PAGE.split("__REPORT__")
+    head = head.replace("__HASH__", digest).replace("__TITLE__", title)
+    yield head.replace("__HEADLINE__", html.escape(headline)).encode("ascii", "xmlcharrefreplace")
+    yield from map(for_script, report)
+    yield tail.encode("ascii")
+
+
 def for_script(text: bytes) -> bytes:
     """Escape JSON so that nothing in it can end the <script> element that holds it."""
-    return re.sub(
-        rb"[<>&]|\xe2\x80[\xa8\xa9]",
-        lambda found: rb"\u%04x" % ord(found.group().decode("utf-8")),
-        text,
-    )
+    return re.sub(rb"[<>&]", lambda found: b"\\u%04x" % ord(found.group()), text)
 
 
 OUTCOMES = {
@@ -7583,38 +7645,52 @@ OUTCOMES = {
     "failed_merges": "failed",
     "unfinished_merges": "unfinished",
 }
-ROW_HEADER = (
-    "email", "outcome", "code", "duplicate_id", "duplicate_display_id", "duplicate_external_ref", "primary_id",
-    "primary_display_id", "primary_old_external_ref", "primary_new_external_ref", "duplicate_tickets",
-    "primary_tickets", "backup",
+MERGE_COLUMNS = (
+    "email", "outcome", "code", "duplicate_id", "duplicate_display_id", "duplicate_external_ref",
+    "primary_id", "primary_display_id", "primary_old_external_ref", "primary_new_external_ref",
+    "duplicate_tickets", "primary_tickets", "backup",
 )  # fmt: skip
 
 
-def pair_rows(savepoint: SavePoint, run_id: str, plan: Plan | None) -> Iterator[Sequence[str]]:
-    """Yield a row of ROW_HEADER for each pair, for systems that have stored the duplicate's id.
+def merge_rows(savepoint: SavePoint, run_id: str, plan: Plan | None) -> Iterator[Mapping[str, str]]:
+    """Yield a row of MERGE_COLUMNS for each pair, for systems that have stored the duplicate's id.
 
     A group that the plan skips has no pairs: its row has no ids.
     """
-    lists = {**merge_lists(savepoint, run_id, plan), "skipped": iter(plan.left_out if plan else ())}
+    lists = merge_lists(savepoint, run_id, plan)
+    lists["skipped"] = iter(plan.left_out if plan else ())
     for name, pairs in lists.items():
         for pair in pairs:
-            primary, duplicate = pair.primary, pair.duplicate
-            has_moved = (
-                pair.state in (State.VERIFYING, State.DONE, State.SETTLED)
-                and not pair.reference_not_set
-            )
-            outcome = (
-                pair.state.value
-                if pair.state is State.MERGED_ELSEWHERE
-                else OUTCOMES.get(name, name)
-            )
-            yield (
-                pair.email, outcome, pair.code, duplicate.id, duplicate.short_id, duplicate.external_ref, primary.id,
-                primary.short_id, primary.external_ref, (has_moved and pair.new_ref) or primary.external_ref,
-                str(duplicate.tickets), str(primary.tickets), pair.backup,
-            )  # fmt: skip
+            outcome = OUTCOMES.get(name, name)
+            if pair.state is State.MERGED_ELSEWHERE:
+                outcome = pair.state.value
+            yield merge_row(pair, outcome)
     for group in plan.skipped if plan else ():
-        yield group.email, "skipped", group.code, *[""] * (len(ROW_HEADER) - 3)
+        row = dict.fromkeys(MERGE_COLUMNS, "")
+        row.update(email=group.email, outcome="skipped", code=group.code)
+        yield row
+
+
+def merge_row(pair: Pair, outcome: str) -> Mapping[str, str]:
+    primary, duplicate = pair.primary, pair.duplicate
+    reference = primary.external_ref
+    if pair.new_ref and has_its_reference(pair):
+        reference = pair.new_ref
+    return {
+        "email": pair.email,
+        "outcome": outcome,
+        "code": pair.code,
+        "duplicate_id": duplicate.id,
+        "duplicate_display_id": duplicate.short_id,
+        "duplicate_external_ref": duplicate.external_ref,
+        "primary_id": primary.id,
+        "primary_display_id": primary.short_id,
+        "primary_old_external_ref": primary.external_ref,
+        "primary_new_external_ref": reference,
+        "duplicate_tickets": str(duplicate.tickets),
+        "primary_tickets": str(primary.tickets),
+        "backup": pair.backup,
+    }
 
 
 def report_killed_runs(environment: Environment, savepoint: SavePoint) -> list[Path]:
@@ -7629,25 +7705,32 @@ def report_killed_runs(environment: Environment, savepoint: SavePoint) -> list[P
         savepoint.organisation = record.organisation
         if record.end is None:
             record.stopped = "killed"
-        undo_pairs: dict[str, list[Pair] | None] | None = None
         if record.kind == "undo":
-            failed = [state for state in State if state not in (State.UNDONE, State.UNDOING)]
-            found = {
-                "undone": list(savepoint.pairs(State.UNDONE, run=run_id)),
-                "unfinished": list(savepoint.pairs(State.UNDOING, run=run_id)),
-                "failed": list(savepoint.pairs(*failed, run=run_id)),
-            }
-            undo_pairs = {**found, "skipped": None}
+            found = undo_lists_of_killed(savepoint, run_id)
             if record.summary is None:
-                record.summary = {name: len(pairs) for name, pairs in found.items()}
+                counted = {name: len(pairs) for name, pairs in found.items() if pairs is not None}
+                record.summary = counted
             record.headline = record.headline or undo_headline(record.summary, 0)
-        elif record.summary is None:
-            record.summary = merge_summary(savepoint, run_id, None)
-            record.headline = headline(record.summary, record)
-        write_report(environment, savepoint, record, None, undo_pairs)
+            contents = undo_contents(found)
+        else:
+            if record.summary is None:
+                record.summary = merge_summary(savepoint, run_id, None)
+                record.headline = headline(record.summary, record)
+            contents = merge_contents(savepoint, run_id, None)
+        write_report(environment, savepoint, record, contents)
         paths.append(report_path(run_id, record.kind))
     savepoint.organisation = ""
     return paths
+
+
+def undo_lists_of_killed(savepoint: SavePoint, run_id: str) -> dict[str, list[Pair] | None]:
+    failed = [state for state in State if state not in (State.UNDONE, State.UNDOING)]
+    return {
+        "undone": list(savepoint.pairs(State.UNDONE, run=run_id)),
+        "unfinished": list(savepoint.pairs(State.UNDOING, run=run_id)),
+        "failed": list(savepoint.pairs(*failed, run=run_id)),
+        "skipped": None,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -9427,7 +9510,7 @@ def finish_run(
     stop = end_record(run, merger, code)
     run.record.summary = merge_summary(savepoint, run.run_id, plan)
     run.record.headline = headline(run.record.summary, run.record)
-    code = write_run(run, savepoint, code, plan)
+    code = write_run(run, savepoint, code, merge_contents(savepoint, run.run_id, plan))
     failures = failures_to_name(savepoint, run.run_id, plan)
     print_run(run, failures, stop, code)
     if merger:
@@ -9518,12 +9601,11 @@ def write_run(
     run: RunContext,
     savepoint: SavePoint,
     code: int,
-    plan: Plan | None = None,
-    undo_pairs: Mapping[str, Iterable[Pair]] | None = None,
+    contents: ReportContents,
 ) -> int:
     """Write the report of a run; return the exit code: 3 on a disk error, unless `code` is worse."""
     try:
-        write_report(run.environment, savepoint, run.record, plan, undo_pairs)
+        write_report(run.environment, savepoint, run.record, contents)
     except (OSError, FatalError) as error:
         run.console.error(f"the report can't be written: {error}")
         return code if code >= EXIT_USAGE else EXIT_STOPPED
@@ -9750,7 +9832,7 @@ def finish_undo(run: RunContext, plan: UndoPlan, runner: UndoRunner, code: int) 
     if preview:
         show_findings(run, restored_findings(record, lists))
     else:
-        code = write_run(run, runner.context.savepoint, code, undo_pairs=lists)
+        code = write_run(run, runner.context.savepoint, code, undo_contents(lists))
         for pair in plan.skipped:
             console.print(f"skipped  {pair.email}: {into(pair)}: {pair.code}: {pair.error}")
         console.print(record.headline, "bold")
@@ -10262,6 +10344,413 @@ MODES: dict[str, Callable[[RunContext], int | Coroutine[Any, Any, int]]] = {
     "settle": settle,
     "merge": merge,
 }
+
+
+# ---------------------------------------------------------------------------------------------------
+# Page: a report for people, in one file without anything from outside
+# ---------------------------------------------------------------------------------------------------
+
+REPORT_PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; base-uri 'none';
+  form-action 'none'; style-src 'unsafe-inline'; script-src 'sha256-__HASH__';
+  require-trusted-types-for 'script'; trusted-types 'none'">
+<meta name="robots" content="noindex">
+<meta name="color-scheme" content="light dark">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>__TITLE__</title>
+<style>
+:root {
+  --back: #fff; --ink: #1c1e21; --soft: #5b626b; --line: #dde1e6; --tint: #f4f6f8;
+  --good: #18794e; --bad: #b42318; --rest: #c3c9d1; --link: #0b5cad; --note: #fff6e0;
+  --mono: ui-monospace, Menlo, Consolas, monospace;
+}
+@media screen and (prefers-color-scheme: dark) {
+  :root {
+    --back: #15171a; --ink: #e8eaed; --soft: #a2a9b3; --line: #33383f; --tint: #20242a;
+    --good: #5cc596; --bad: #ff8f82; --rest: #4b525c; --link: #7db7f2; --note: #33290f;
+  }
+}
+* { box-sizing: border-box }
+html { background: var(--back); color: var(--ink); scroll-padding-top: 6.5em }
+body { margin: 0; font: 15px/1.5 system-ui, "Segoe UI", sans-serif; overflow-wrap: anywhere }
+main { max-width: 72rem; margin: 0 auto; padding: 2.5rem 1.75rem 4rem }
+h1, h2, h3, p, ul, dl, dd { margin: 0; padding: 0; list-style: none; font-size: inherit }
+h1 { font-weight: 600; color: var(--soft) }
+h2 { font-size: 1.4rem; margin: 3rem 0 .25rem }
+h3 { font-size: 1.05rem; margin-top: 1.75rem }
+h2 small, h3 small { font-weight: 400; font-size: 1rem; margin-left: .5em; display: inline }
+a { color: var(--link); text-decoration: none }
+small, .soft, dt, th { color: var(--soft) }
+.lead { font-size: 1.9rem; line-height: 1.25; font-weight: 600; margin: .3rem 0 .5rem }
+.mono { font-family: var(--mono); font-size: .9em }
+.banner { background: var(--note); border-radius: 6px; padding: .75rem 1rem; margin-top: 1rem }
+.bar { display: flex; gap: 2px; height: 10px; margin: 1.5rem 0 }
+.bar i { background: var(--rest); min-width: 4px }
+.bar .good { background: var(--good) } .bar .bad { background: var(--bad) }
+.counts { display: flex; flex-wrap: wrap; gap: .5rem 2.25rem }
+.counts div { display: flex; flex-direction: column-reverse }
+.counts dd { font-size: 1.75rem; font-weight: 600; line-height: 1.3 }
+.counts .good dd { color: var(--good) } .counts .bad dd { color: var(--bad) }
+.tools { position: sticky; top: 0; z-index: 1; background: var(--back); margin-top: 1.5rem;
+  padding: .75rem 0; border-bottom: 1px solid var(--line);
+  display: flex; flex-wrap: wrap; gap: .4rem 1.25rem; align-items: center }
+.tools input { flex: 0 1 22rem; min-width: 0 }
+input, button { font: inherit; color: inherit; background: none }
+input, .more button { border: 1px solid var(--rest); border-radius: 6px; padding: .35rem .75rem }
+button { border: 0; padding: 0; cursor: pointer; text-align: inherit }
+table { width: 100%; border-collapse: collapse; margin-top: .75rem }
+th, td { padding: .5rem 1rem .5rem 0; vertical-align: top; text-align: left }
+th { font-weight: 600; border-bottom: 1px solid var(--soft) }
+td { border-bottom: 1px solid var(--line) }
+th:not(.toggle, .number) { min-width: 8rem }
+th.email { min-width: 12rem }
+.email { font-weight: 600 }
+th button { font-weight: inherit; white-space: nowrap }
+th button::after { content: " \2195"; opacity: .5 }
+[aria-sort=ascending] button::after { content: " \2191"; opacity: 1 }
+[aria-sort=descending] button::after { content: " \2193"; opacity: 1 }
+td small { display: block }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.toggle { width: 1.4rem }
+.toggle button::before { content: "\25b8" }
+.toggle [aria-expanded=true]::before { content: "\25be" }
+.hidden { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden }
+.details > td { padding: .25rem 0 1rem 1.4rem; background: var(--tint) }
+.columns { display: flex; flex-wrap: wrap; gap: 1rem 3rem; padding: .5rem 1rem }
+.columns > * { flex: 1 1 22rem }
+.facts { display: grid; grid-template-columns: fit-content(9rem) 1fr; gap: .1rem 1rem }
+.chips { display: flex; flex-wrap: wrap; gap: .3rem; margin-top: .3rem }
+.chips li { background: var(--tint); border-radius: 4px; padding: 0 .5rem }
+.more { display: flex; gap: 1rem; align-items: center; margin-top: .75rem }
+.sign { display: none }
+[hidden] { display: none !important }
+@media screen and (max-width: 48rem) {
+  main { padding: 1.25rem 1rem 3rem }
+  .lead { font-size: 1.45rem }
+  .counts { gap: .5rem 1.5rem }
+  table, thead, tbody, tr, td { display: block }
+  thead tr { display: flex; flex-wrap: wrap; gap: 0 1rem }
+  thead th:not(.toggle, .number) { min-width: 0; padding: 0; border: 0 }
+  tr { border-bottom: 1px solid var(--line); padding: .6rem 0 }
+  td, .details > td { border: 0; padding: .1rem 0 }
+  td:not(.toggle)[data-label]::before { content: attr(data-label) ": "; color: var(--soft) }
+  td:empty { display: none }
+  td small { display: inline; margin-left: .5em }
+  .toggle { float: right; font-size: 1.3rem }
+  .tools { position: static }
+}
+@media print {
+  html, body, td small { font-size: 11px }
+  main { max-width: none; padding: 0 }
+  .tools, .toggle, .more button, th button::after { display: none !important }
+  h2, h3, thead { break-after: avoid }
+  tr { break-inside: avoid }
+  .bar i { print-color-adjust: exact; -webkit-print-color-adjust: exact }
+  .sign { display: flex; gap: 2rem; margin-top: 4rem; break-inside: avoid }
+  .sign p { flex: 1; border-top: 1px solid var(--ink); padding-top: .25rem }
+}
+</style>
+</head>
+<body>
+<main>
+<h1>__TITLE__</h1>
+<p class="lead">__HEADLINE__</p>
+<p id="unread">This page needs JavaScript. The JSON file beside it holds the same.</p>
+</main>
+<script type="application/json" id="report">__REPORT__</script>
+<script>
+(() => {
+'use strict';
+const SLICE = 200, PRINTED = 5000;  // rows of a table that are drawn at once
+const doc = document, page = doc.querySelector('main');
+
+// ---- Text. Nothing of the report reaches the page but as text; what can't be seen is spelt out.
+const UNSEEN = /[\p{C}\p{Zl}\p{Zp}]/gu;
+const spell = c => '\\u{' + c.codePointAt(0).toString(16) + '}';
+const has = x => x !== null && x !== undefined && x !== '' && x !== false;
+const str = x => !has(x) ? '' : typeof x === 'object' ? JSON.stringify(x) : String(x);
+const text = x => str(x).replace(UNSEEN, spell);
+const obj = x => x && typeof x === 'object' ? x : {};
+const arr = x => Array.isArray(x) ? x.map(obj) : [];
+const num = x => typeof x === 'number' ? x.toLocaleString('en') : text(x);
+const many = (n, one) => num(n) + ' ' + one + (n === 1 ? '' : 's');
+const title = code => text(code).replace(/_/g, ' ').replace(/^./, c => c.toUpperCase());
+const time = x => /^\d{4}-\d\d-\d\dT/.test(x) ? x.slice(0, 19).replace('T', ' ') + ' UTC' : text(x);
+function h(tag, attributes, ...kids) {
+  const el = doc.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name === 'onclick') el.addEventListener('click', value);
+    else el.setAttribute(name, value);
+  }
+  el.append(...kids.flat(3).filter(has).map(kid => kid instanceof Node ? kid : text(kid)));
+  return el;
+}
+const v = x => has(x) ? h('bdi', {},  // a long word may be broken where its parts end
+  text(x).split(/(?<=[@/])/).flatMap(one => [one, h('wbr', {})]).slice(0, -1)) : null;
+const mono = x => has(x) ? h('bdi', { class: 'mono' }, x) : null;
+const soft = (...kids) => h('small', {}, kids);
+
+// ---- Tables: sorted by their heads, drawn in slices, searched, with details under a row.
+const sections = [], tables = [];
+const flat = x => x && typeof x === 'object' ? Object.values(x).map(flat).join('\n') : text(x);
+const indexed = new WeakMap();
+const words = item => indexed.get(item)
+  || indexed.set(item, flat(item).toLowerCase()).get(item);
+const { compare } = new Intl.Collator('en', { numeric: true, sensitivity: 'base' });
+const order = (a, b) => typeof a === 'number' ? a - b : compare(str(a), str(b));
+// A column is [label, item => what its cell shows, item => what it is sorted by, class].
+function table(items, columns, details) {
+  let list = items, shown = 0;
+  const open = new Set(), body = h('tbody', {}), note = h('span', { class: 'soft' });
+  const button = h('button', { onclick: () => add(SLICE) });
+  const more = h('div', { class: 'more' }, button, note);
+  const toggle = item => h('td', { class: 'toggle' }, h('button', {
+    'aria-expanded': open.has(item),
+    onclick: event => {
+      const row = event.currentTarget.closest('tr');
+      if (open.delete(item)) row.nextSibling.remove();
+      else row.after(unfolded(item));
+      event.currentTarget.setAttribute('aria-expanded', open.has(item));
+    },
+  }, h('span', { class: 'hidden' }, 'Details')));
+  const unfolded = item => {
+    open.add(item);
+    return h('tr', { class: 'details' }, h('td', { colspan: columns.length + 1 }, details(item)));
+  };
+  const rows = item => [
+    h('tr', {}, details ? toggle(item) : null, columns.map(([label, cell, , kind]) =>
+      h('td', { 'data-label': label, class: kind || '' }, cell(item)))),
+    ...open.has(item) ? [unfolded(item)] : []];
+  const sort = (key, head) => {
+    const sign = head.getAttribute('aria-sort') === 'ascending' ? -1 : 1;
+    for (const one of head.parentNode.children) one.removeAttribute('aria-sort');
+    head.setAttribute('aria-sort', sign > 0 ? 'ascending' : 'descending');
+    items.sort((a, b) => sign * order(key(a), key(b)));
+    filter();
+  };
+  const heads = columns.map(([label, , key, kind]) => h('th', { scope: 'col', class: kind || '' },
+    key ? h('button', { onclick: e => sort(key, e.currentTarget.parentNode) }, label) : label));
+  function add(count) {
+    body.append(...list.slice(shown, shown + count).flatMap(rows));
+    shown = Math.min(list.length, shown + count);
+    more.hidden = shown === list.length;
+    button.textContent = 'Show ' + num(Math.min(list.length - shown, SLICE)) + ' more';
+    note.textContent = num(shown) + ' of ' + num(list.length) + ' shown';
+  }
+  function draw(count) {
+    body.textContent = '';
+    shown = 0;
+    add(count);
+  }
+  let query = [];
+  function filter(wanted = query) {
+    query = wanted;
+    list = query.length ? items.filter(i => query.every(w => words(i).includes(w))) : items;
+    draw(SLICE);
+    self.hits = list.length;
+    el.hidden = !list.length;
+  }
+  const head = h('tr', {}, details ? h('th', { class: 'toggle' }) : null, heads);
+  const el = h('div', {}, h('table', {}, h('thead', {}, head), body), more);
+  const self = { el, filter, draw, hits: 0 };
+  tables.push(self);
+  filter();
+  return self;
+}
+function section(id, heading, count, ...kids) {
+  const el = h('section', { id }, h('h2', {}, heading, h('small', {}, num(count))));
+  el.append(...kids.map(one => one.el || one));
+  const link = h('a', { href: '#' + id }, heading);
+  sections.push({ el, link, tables: kids.filter(one => one.filter) });
+}
+function listed(id, heading, items, about, columns, details) {
+  const note = h('p', { class: 'soft' }, about);
+  if (items.length) section(id, heading, items.length, note, table(items, columns, details));
+}
+// A table for each code, under what is the same for all that have it.
+function grouped(id, heading, items, columns, details) {
+  const codes = new Map();
+  for (const item of items) {
+    if (codes.has(item.code)) codes.get(item.code).push(item);
+    else codes.set(item.code, [item]);
+  }
+  const kids = [...codes].sort(([a], [b]) => order(a, b)).map(([code, list]) => {
+    const one = table(list, columns, details);
+    one.el.prepend(h('h3', {}, title(code), soft(num(list.length))),
+      h('p', {}, [list[0].reason, list[0].advice].filter(has).join(' ')));
+    return one;
+  });
+  if (items.length) section(id, heading, items.length, ...kids);
+}
+function facts(heading, rows) {
+  const list = h('dl', { class: 'facts' });
+  for (const [label, value] of rows) {
+    if ([value].flat().some(has)) list.append(h('dt', {}, label), h('dd', {}, value));
+  }
+  return h('div', {}, h('b', {}, heading), list);
+}
+const sides = (...kids) => h('div', { class: 'columns' }, kids);
+
+// ---- A pair, a group, an undone merge.
+const name = c => c.display_name || c.display_id;
+const contact = c => [v(name(c)), soft(mono(c.display_id))];
+const tickets = m => [m.primary, m.duplicate].map(c => obj(c).tickets);
+function reference(m) {
+  const before = mono(obj(m.primary).old_external_ref);
+  if (m.reference_set) return [before, ' \u2192 ', mono(m.new_external_ref)];
+  const missing = m.reference_not_set || m.new_external_ref;
+  return has(missing) ? [mono(missing), soft('not set')] : soft('unchanged');
+}
+const objects = list => arr(list).length ? h('ul', { class: 'chips' }, arr(list).map(one =>
+  h('li', {}, mono(one.display_id || one.id), ' ', v(one.title), ' ',
+    soft(str(one.role).replace(/_/g, ' '), ' ', v(one.why))))) : null;
+const side = (heading, c) => facts(heading, [['Name', v(c.display_name)],
+  ['Display id', mono(c.display_id)], ['Id', mono(c.id)], ['Created', time(c.created)],
+  ['Reference before', mono(c.old_external_ref)], ['Tickets before', num(c.tickets)]]);
+const both = (list, one, other) => arr(list).map(item =>
+  h('div', {}, title(item[one]), ': ', v(item[other])));
+const held = m => Object.entries(obj(m.backed_up)).map(([what, n]) => num(n) + ' '
+  + what.replace(/_/g, ' ')).join(', ');
+const pair = m => sides(side('Primary', obj(m.primary)), side('Duplicate', obj(m.duplicate)),
+  facts('Merge', [['State', text(m.status)], ['Reference', reference(m)],
+    ['Requested', time(m.requested)], ['Finished', time(m.finished)], ['Seconds', num(m.seconds)],
+    ['Backup', mono(m.backup)], ['Backed up', held(m)],
+    ['Objects found with the primary', num(m.proved)],
+    ['Only the duplicate had', both(m.fields_lost, 'field', 'value')],
+    ['Deleted since', v([m.deleted].flat().filter(has).join(', '))],
+    ['Accepted with --settle', v(m.accepted)]]));
+const email = ['Email', one => v(one.email), one => one.email, 'email'];
+const people = [
+  email,
+  ['Primary', m => contact(obj(m.primary)), m => name(obj(m.primary))],
+  ['Duplicate', m => contact(obj(m.duplicate)), m => name(obj(m.duplicate))],
+];
+const problem = [
+  ...people,
+  ['What happened', m => [v(m.error), soft(text(m.status),
+    m.to_do ? '; still to do: ' + m.to_do : ''), objects(m.left_behind)], m => m.error],
+];
+const merged = [
+  ...people,
+  ['Reference', reference, m => m.new_external_ref],
+  ['Tickets', m => tickets(m).map(num).join(' + '), m => tickets(m)[0] + tickets(m)[1], 'number'],
+  ['Seconds', m => num(m.seconds), m => m.seconds, 'number'],
+  ['Finished', m => time(m.finished).slice(11, 19), m => m.finished, 'number'],
+];
+const group = [email, ['Contacts', s => arr(s.contacts).map(c => h('div', {}, v(name(c)), ' ',
+  mono(c.external_ref), ' ', soft(many(c.tickets, 'ticket')))), s => arr(s.contacts).length]];
+const undone = [
+  email,
+  ['Created again as', m => mono(obj(m.contact).display_id), m => obj(m.contact).display_id],
+  ['Was', m => mono(obj(m.duplicate).display_id), m => obj(m.duplicate).display_id],
+  ['Reference', m => mono(obj(m.duplicate).old_external_ref)],
+  ['Restored', m => num(arr(m.restored).length), m => arr(m.restored).length, 'number'],
+  ['Stays as it is', m => num(arr(m.left).length), m => arr(m.left).length, 'number'],
+];
+const undo = m => sides(side('Primary', obj(m.primary)), side('Duplicate', obj(m.duplicate)),
+  facts('Undo', [['New id', mono(obj(m.contact).id)], ['Backup', mono(m.backup)],
+    ['Restored', objects(m.restored)], ['Stays as it is', objects(m.left)],
+    ['The primary keeps', both(m.fields_left, 'field', 'why')],
+    ["Can't be restored", both(m.not_restored, 'what', 'why')]]));
+
+// ---- The page.
+const report = obj(JSON.parse(doc.getElementById('report').textContent));
+const run = obj(report.run), sum = obj(report.summary), isUndo = run.kind === 'undo';
+const file = (/[\w.-]*_report_[\w.-]+(?=\.html$)/.exec(location.pathname) || [])[0];
+const part = isUndo ? undo : pair;
+doc.getElementById('unread').remove();
+doc.title = [doc.title, time(run.start).slice(0, 10), text(run.headline)].join(' ');
+const files = arr(run.csv).map(one => v(one.path));
+page.append(h('p', { class: 'soft' }, [v(run.organisation), time(run.start), ...files]
+  .filter(has).flatMap(one => [one, ' \u00b7 ']).slice(0, -1)));
+if (has(run.stopped)) page.append(h('p', { class: 'banner' }, 'Stopped early: ', v(run.stopped),
+  run.stopped === 'killed' ? '. What only the CSV could tell is not known.' : ''));
+const counts = isUndo ? [['Undone', sum.undone, 'good'], ['Undone before', sum.undone_before],
+  ['Unfinished', sum.unfinished, 'bad'], ['Failed', sum.failed, 'bad'], ['Skipped', sum.skipped],
+  ['Remaining', sum.left, 'rest']] : [['Merged', sum.successful_merges - sum.settled, 'good'],
+  ['Settled', sum.settled], ['Unfinished', sum.unfinished_merges, 'bad'],
+  ['Failed', sum.failed_merges - sum.cancelled, 'bad'], ['Cancelled', sum.cancelled],
+  ['Remaining', sum.left, 'rest'], ['Merged before', sum.already_merged],
+  ['Groups skipped', sum.skipped_groups], ['Invalid rows', sum.invalid_rows],
+  ['Contacts read', sum.contacts_read]];
+const said = counts.filter(([, n], index) => n || !index);
+const bar = said.filter(([, n, kind]) => n && kind);
+page.append(
+  h('div', { class: 'bar', 'aria-hidden': 'true' }, bar.map(([, n, kind]) =>
+    h('i', { class: kind, style: 'flex: ' + n }))),
+  h('dl', { class: 'counts' }, said.map(([label, n, kind]) =>
+    h('div', { class: n && kind || '' }, h('dt', {}, label), h('dd', {}, num(n))))));
+
+const pick = (here, there) => arr(isUndo ? report[here] : report[there]);
+grouped('unfinished', 'Unfinished', pick('unfinished', 'unfinished_merges'), problem, part);
+grouped('failed', 'Failed', pick('failed', 'failed_merges'), problem, part);
+grouped('cancelled', 'Cancelled', arr(report.cancelled), problem, pair);
+listed('references', 'References to set by hand', arr(report.references_to_set),
+  'No contact has them. Until one has, the application may not recognise these people.',
+  [email, ['Reference', one => mono(one.reference), one => one.reference],
+    ['Could be set on', one => mono(one.contact), one => one.contact]]);
+const merges = arr(report.successful_merges);
+grouped('merged-and-odd', 'Merged, and to be checked', merges.filter(m => m.code), problem, pair);
+listed('merged', 'Merged', merges.filter(m => !m.code), 'Verified, each with a backup.',
+  merged, pair);
+listed('settled', 'Settled', arr(report.settled), 'Merged; a person accepted the rest.',
+  problem, pair);
+listed('partly-undone', 'Partly undone', arr(report.undo_settled), 'A person gave up the rest.',
+  problem, pair);
+listed('undone', 'Undone', arr(report.undone), 'Each contact has a new id.', undone, undo);
+listed('warnings', 'Warnings', arr(report.warnings), 'Check these groups: nothing stops them.',
+  [email, ['Warning', one => v(one.warning)]]);
+listed('choices', 'Choices', arr(report.choices), 'What each choice keeps, and what is lost.',
+  [email, ['Keeps', one => mono(one.kept)], ['Loses', one => arr(one.lost).map(c =>
+    h('div', {}, mono(c.external_ref), soft(v(name(c)), ' ', many(c.tickets, 'ticket'))))]]);
+grouped('skipped', 'Skipped', arr(report.skipped), isUndo ? problem : group);
+listed('look-alikes', 'Look-alikes', arr(report.look_alikes), 'Similar addresses, not joined.',
+  [['Addresses', one => [one.emails].flat().map(address => h('div', {}, v(address)))]]);
+listed('invalid-rows', 'Invalid rows', arr(report.invalid_rows),
+  'Left out, with the groups of their addresses.', [['File', one => v(one.file)],
+    ['Line', one => num(one.line), one => one.line, 'number'],
+    ['Reason', one => v(one.reason), one => one.reason], email]);
+const owner = obj(run.token_owner);
+const each = list => Object.entries(obj(list)).map(([key, value]) => [key,
+  key === 'rate_limit' && !has(value[0]) ? '' : v(value)]);
+const link = kind => file ? [h('a', { href: './' + file + '.' + kind }, kind.toUpperCase())] : [];
+section('run', 'Run', '', sides(
+  facts('Source', [['Organisation', mono(run.organisation)], ['DevRev at', mono(run.base_url)],
+    ['Token of', [v(owner.display_name), ' ', v(owner.email)]], ['Undo of', mono(run.undo)],
+    ['Plan', mono(run.plan_id)],
+    ...arr(run.csv).flatMap(one => [['CSV', mono(one.path)], ['SHA-256', mono(one.sha256)]])]),
+  facts('Course', [['Start', time(run.start)], ['End', time(run.end)],
+    ['Exit code', num(run.exit_code)], ['Quota', v(run.quota)],
+    ['Seconds waited for quota', num(run.quota_wait_seconds)], ['Version', v(run.version)],
+    ['Log', mono(run.log)], ['The same as', [link('json'), ' ', link('csv')]]]),
+  facts('Options', each(run.options)),
+  facts('Requests', [['all', num(run.requests_total)], ...each(run.requests)])));
+
+const found = h('span', { class: 'soft', role: 'status' });
+const input = h('input', { type: 'search', 'aria-label': 'Search',
+  placeholder: 'Search for an address, name, id, reference \u2026' });
+input.addEventListener('input', () => {
+  const query = input.value.toLowerCase().split(/\s+/).filter(has);
+  tables.forEach(one => one.filter(query));
+  for (const one of sections) {
+    one.el.hidden = one.link.hidden = query.length && !one.tables.some(inner => inner.hits);
+  }
+  const hits = tables.reduce((sum, one) => sum + one.hits, 0);
+  found.textContent = query.length ? num(hits) + ' found' : '';
+});
+page.append(h('div', { class: 'tools' }, input, found, sections.map(one => one.link)),
+  ...sections.map(one => one.el),
+  h('div', { class: 'sign' }, ['Checked by', 'Signature', 'Date'].map(one => h('p', {}, one))));
+addEventListener('beforeprint', () => tables.forEach(one => one.draw(PRINTED)));
+addEventListener('afterprint', () => tables.forEach(one => one.draw(SLICE)));
+})();
+</script>
+</body>
+</html>
+"""
 
 
 if __name__ == "__main__":

@@ -22,10 +22,7 @@ HOUSE_WORDS = (
     "comes to rest", "at rest", "lets go", "let go", "looked at", "look at", "looks at", "goes on", "go on", "begun",
     "at its end", "at their end", "at an end", "the disk refuses", "ceiling",
 )  # fmt: skip
-PAGES = (
-    "README.md", "CHANGELOG.md", "tests/README.md", ".env.example", "reports/template.html",
-    "reports/undo_template.html",
-)  # fmt: skip
+PAGES = ("README.md", "CHANGELOG.md", "tests/README.md", ".env.example")
 
 
 def help_text() -> str:

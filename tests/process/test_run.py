@@ -437,7 +437,7 @@ def test_an_interrupted_run_tells_the_unfinished_from_what_was_not_started_and_a
             } & set(never)
         process.terminate()
         out, err = process.communicate(timeout=30)
-    words = "0 of 3 pairs finished, 2 unfinished, 1 left, 1 merged before"
+    words = "0 of 3 pairs finished, 2 unfinished, 1 remaining, 1 merged before"
     assert words in out
     todo = "accepted by DevRev, not yet confirmed; still to do: confirm the merge, set the ref"
     assert len(re.findall(f"UNFINISHED .*{todo}", out)) == 2

@@ -283,7 +283,10 @@ def test_what_can_not_be_fixed_of_a_merged_pair_is_settled_and_no_plain_success(
     }
     fault = Fault("merge-leaves", "rev-users.merge", match=only(pairs[1][1]), detail=left)
     with Sandbox(organisation, faults=[fault]) as sandbox:
-        assert "next: run again later" in place.run(sandbox, "--merge-timeout", "1", check=1).err
+        assert (
+            "next: run the same command again later"
+            in place.run(sandbox, "--merge-timeout", "1", check=1).err
+        )
         result = place.run(sandbox, "--settle", "person2@example.com", check=0)
         (entry,) = result.report["settled"]
         assert entry["accepted"].startswith("left_behind: ") and entry["state"] == "settled"
