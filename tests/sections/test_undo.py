@@ -296,7 +296,7 @@ def test_an_undo_is_told_which_file_to_name_and_finds_a_folder_by_the_address(
             "backup_failed" in refused.out
             and "An undo needs the backup as it was written." in refused.out
         )
-        assert "next: fix what is named above, then undo the rest" in refused.err
+        assert "next: fix what is named above, then run the same command again" in refused.err
         contact.write_bytes(as_written)
         done = place.run(sandbox, "--yes", "--undo", "backups/o'dell@example.com", check=0)
         assert done.report["summary"]["undone"] == 1 and " --export " in done.err.splitlines()[-1]
