@@ -228,7 +228,8 @@ def escape_unprintable(text: str) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}{ending}"
 
 
 def duration(seconds: float) -> str:
@@ -1629,14 +1630,14 @@ class Pair:
 NOT_STORED = ("run", "tried_before", "others")
 
 
-def stored_fields(record: Pair | UndoProgress) -> Json:
+def stored_fields(record: Any) -> Json:
     """The fields of a record as the savepoint stores them, with those of another version."""
     names = [one.name for one in fields(record) if one.name not in NOT_STORED]
     return {**record.others, **{name: getattr(record, name) for name in names}}
 
 
 def read_stored(kind: Any, document: Json) -> Any:
-    """Make a Pair or UndoProgress of its stored fields."""
+    """Make a Pair, UndoProgress or RunRecord of its stored fields."""
     names = {one.name for one in fields(kind) if one.name not in NOT_STORED}
     known = {name: value for name, value in document.items() if name in names}
     others = {name: value for name, value in document.items() if name not in names}
@@ -7318,19 +7319,15 @@ class RunRecord:
     # Not in the report's `run`:
     reported: bool = False  # whether its report was written
     summary: Json | None = None
-    unknown: Json = field(default_factory=dict)  # fields that another version has stored
+    others: Json = field(default_factory=dict)  # fields of another version: kept as they are
 
     @classmethod
     def from_json(cls, document: Json) -> RunRecord:
-        names = {one.name for one in fields(cls)}
-        record = cls(**{name: document[name] for name in names.intersection(document)})
-        record.unknown = {name: document[name] for name in document.keys() - names}
+        record: RunRecord = read_stored(cls, document)
         return record
 
     def to_json(self) -> Json:
-        document = {**vars(self), **self.unknown}
-        del document["unknown"]
-        return document
+        return stored_fields(self)
 
 
 def report_path(run_id: str, kind: str) -> Path:
@@ -8248,7 +8245,7 @@ def _show_pairs(plan: Plan, console: Console) -> None:
 EXIT_CODES: Mapping[int, str] = {
     EXIT_OK: "every planned pair is merged, or there was nothing to do",
     EXIT_FAILED: "some pairs failed or are unfinished; the rest are merged",
-    EXIT_USAGE: "bad option, CSV, token or environment; nothing was changed",
+    EXIT_USAGE: "bad option, CSV, token, permission or environment; nothing was changed",
     EXIT_STOPPED: "stopped early (API, token, disk): run again to resume",
     EXIT_HELD: "another run is using the savepoint",
     130: "interrupted by Ctrl-C: run again to resume",
@@ -8261,12 +8258,14 @@ checked, backed up, merged and verified; a report names every result.
 """
 EPILOG = """\
 A first time, step by step:
-  merge_contacts.py --export contacts.csv                 read contacts
+  merge_contacts.py --export contacts.csv                 read the contacts
   merge_contacts.py --csv contacts.csv --preview --live   see what it would do
   merge_contacts.py --csv contacts.csv --limit 1          merge one, check it
   merge_contacts.py --csv contacts.csv                    merge the rest
-The same command in the same folder resumes a stopped run. To undo a run:
+Run each command in the same folder: its history is there. To resume a run that
+has stopped, run the same command again. To undo all merges of a run, or one:
   merge_contacts.py --undo reports/merge_report_20250131_120000.json
+  merge_contacts.py --undo backups/ana@example.com
 
 Environment, or .env in the current folder or beside the script:
   DEVREV_API_TOKEN          your token; --preview and --status need none
@@ -8278,10 +8277,8 @@ Environment, or .env in the current folder or beside the script:
   DEVREV_MAX_RETRIES        repeats of a failed request (default: 5)
   DEVREV_USER_REF_PREFIX    how the references of your application begin
                             (default: user_)
-  HTTPS_PROXY, REQUESTS_CA_BUNDLE   as for other programs
 
-A run writes savepoint.db, logs/, backups/ and reports/ in the current folder.
-Times in file names are UTC.
+A run writes savepoint.db, logs/, backups/ and reports/; times are UTC.
 
 Exit codes:
 """ + "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
@@ -8360,48 +8357,48 @@ def build_parser() -> OptionParser:
 
     add, _ = group("Input")
     several: Json = {"nargs": "+", "action": "extend"}
-    words = "the export: one file, or all its parts"
+    words = "the contacts: one CSV, or all parts of one export"
     add("--csv", metavar="PATH", type=Path, help=words, **several)
-    words = "CSV (EMAIL, EXTERNAL_REF): which contact to keep"
+    words = "a CSV that says which reference a group keeps"
     add("--choices", metavar="PATH", type=Path, help=words)
-    add("--email", metavar="ADDRESS", action="append", help="only this address (may be repeated)")
-    add("--limit", metavar="N", type=count, help="at most N pairs in this run, such as 1 to try")
-    add("--plan", metavar="ID", help="merge only if the plan still has this ID")
+    add("--email", metavar="ADDRESS", action="append", help="merge only this address; repeatable")
+    add("--limit", metavar="N", type=count, help="merge at most N pairs in this run")
+    add("--plan", metavar="ID", help="merge only if the plan's ID is still this one")
 
     add, flag = group("Read-only modes")
     flag("--preview", help="print what a run, or --undo, would do")
     flag("--live", help="with --preview: compare the plan with DevRev")
     flag("--check", help="test whether a run can start")
-    flag("--status", help="print what the savepoint knows")
-    words = "read all backups again (default: backups)"
+    flag("--status", help="print what is done, and what is not")
+    words = "test whether the backups are intact"
     add("--verify-backups", metavar="DIR", type=Path, nargs="?", const=BACKUPS, help=words)
 
     add, flag = group("Other modes")
-    add("--undo", metavar="PATH", type=Path, help="undo the merges of a report or a backup folder")
-    words = "close unfinished pairs that can't be finished"
+    add("--undo", metavar="PATH", type=Path, help="undo the merges that a report or backup names")
+    words = "close unfinished pairs whose problem will stay"
     add("--settle", metavar="ADDRESS", help=words, **several)
-    add("--export", metavar="PATH", type=Path, help="write the CSV from DevRev; overwrites no file")
-    words = "with --export: only this domain (may be repeated)"
+    add("--export", metavar="PATH", type=Path, help="read all contacts from DevRev, write the CSV")
+    words = "with --export: only this domain; repeatable"
     add("--domain", metavar="DOMAIN", type=domain, action="append", help=words)
-    words = "write a CSV for --choices, to be cut down"
+    words = "write a CSV for --choices. Delete lines until one is left for each address"
     add("--choices-template", metavar="PATH", type=Path, help=words)
 
     add, flag = group("Merge rules")
-    words = "the contact that remains (default: revu)"
-    add("--primary", choices=("revu", "user"), default="revu", help=words)
+    words = "the contact that remains: DevRev's own or your application's (default: revu)"
+    add("--primary", metavar="revu|user", choices=("revu", "user"), default="revu", help=words)
     policies = ("exact", "at-least")
-    words = "exact: TICKET_COUNT tickets; at-least: or more (default: exact)"
+    words = "exact: as many tickets as TICKET_COUNT; at-least: or more (default: exact)"
     add("--count-policy", metavar="POLICY", choices=policies, default="exact", help=words)
     flag("--across-workspaces", help="also merge contacts of different rev orgs")
-    flag("--try-unverified", help="also merge unverified into verified contacts")
-    flag("--carry-fields", help="copy fields that only the duplicate has")
-    flag("--no-timelines", help="leave comments out of the backup")
-    words = "how long to wait for one merge (default: 120)"
+    flag("--try-unverified", help="also request merges of unverified contacts")
+    flag("--carry-fields", help="copy to the primary what only the duplicate has")
+    flag("--no-timelines", help="leave comments out of the backup (fewer requests)")
+    words = "how long to wait for a merge (default: 120)"
     add("--merge-timeout", metavar="SECONDS", type=seconds, default=120.0, help=words)
-    add("--workers", metavar="N", type=count, default=8, help="concurrent requests (default: 8)")
+    add("--workers", metavar="N", type=count, default=8, help="requests at a time (default: 8)")
 
     add, flag = group("Confirmation and output")
-    flag("--yes", help="do not ask; needed where stdin is no terminal")
+    flag("--yes", help="do not ask; required where stdin is no terminal")
     flag("--json", help="print the result as JSON, all else on stderr")
     flag("-v", "--verbose", help="show each request")
     flag("-q", "--quiet", help="show only errors and the summary")
@@ -8745,6 +8742,7 @@ class RunContext:
         }
         check_organisation(self.organisation, origin, pairs)
         who = owner.get("display_name") or owner.get("id")
+        log.info("organisation %s, token of %s (%s)", self.organisation, who, owner.get("id"))
         return f"belongs to {who}, organisation {self.organisation or 'unknown'}"
 
     def merge_options(self) -> MergeOptions:
@@ -8811,6 +8809,9 @@ def history_folder_error(path: Path) -> str | None:
             folder = parent.parent
             why = f"{path} belongs to another folder's history"
             return f"{why}; run --undo in {folder}, where its savepoint is"
+    of_address = BACKUPS / safe_name(email_key(path.name))
+    if of_address.is_dir():
+        return f"{path} is no path; did you mean {of_address}?"
     where = "below backups/ or reports/ of the current folder"
     return f"{path} is not {where}; name one report or backup in them"
 
@@ -9158,10 +9159,11 @@ async def merge(run: RunContext) -> int:
         return finish_run(run, savepoint, merger, code, plan)
 
 
-def settle(run: RunContext) -> int:
+async def settle(run: RunContext) -> int:
     """End the pairs of the named addresses whose problem stays; nothing is requested of DevRev.
 
-    Returns the exit code. Raises FatalError(2) where an address is unknown.
+    Returns the exit code. Raises FatalError(2) where an address is unknown, or where settling a
+    merge that DevRev has acknowledged is not confirmed.
     """
     with contextlib.closing(open_savepoint(run)) as savepoint:
         pairs = pairs_to_settle(savepoint, run.options.settle)
@@ -9169,24 +9171,32 @@ def settle(run: RunContext) -> int:
         organisations = {organisation_of(pair.primary.id) for pair in pairs}
         if len(organisations) == 1:  # else the report is of all of them
             record.organisation = savepoint.organisation = organisations.pop()
+        problems = {pair.ids: settle_error(pair) for pair in pairs}
+        accepted = []
+        for pair in pairs:
+            if pair.state is State.ACKNOWLEDGED and not problems[pair.ids]:
+                accepted.append(describe_pair(pair))
+        if accepted:
+            facts = {"to cancel": f"{plural(len(accepted), 'merge')} that DevRev has accepted"}
+            facts.update(numbered(accepted))
+            words = "DevRev may still carry them out: only this tool stops waiting for them."
+            await confirm(run, "settle", len(accepted), {**facts, "": words})
         savepoint.save_run(record)
         code = EXIT_OK
         ending = []
         for pair in pairs:
-            subject_of = f"{pair.email}: {into(pair)}"
-            problem = settle_error(pair)
-            if problem:
+            what = f"{pair.email}: {into(pair)}"
+            if problems[pair.ids]:
                 code = EXIT_FAILED
-                run.console.print(f"NOT SETTLED  {subject_of}: {problem}", "bad")
+                run.console.print(f"NOT SETTLED  {what}: {problems[pair.ids]}", "bad")
             elif pair.state in TERMINAL:
-                words = f"nothing to settle  {subject_of}: {STATE_WORDS[pair.state]}"
-                run.console.print(words)
+                run.console.print(f"nothing to settle  {what}: {STATE_WORDS[pair.state]}")
             else:
                 settle_pair(pair)
                 ending.append(pair)
                 ended = pair.state.value.replace("_", " ")
                 why = f"{STATE_WORDS[pair.state]} ({pair.accepted})"
-                run.console.print(f"{ended}  {subject_of}: {why}")
+                run.console.print(f"{ended}  {what}: {why}")
         savepoint.save_now(ending)
         if any(pair.state is State.CANCELLED for pair in ending):
             words = "DevRev may still carry out a cancelled merge"
@@ -9264,7 +9274,7 @@ async def confirm_and_run(
     async with ticking(run, functools.partial(progress.line, runner)):
         if not run.options.preview:
             savepoint.write({}, organisation=run.organisation)
-            await confirm(run, word, facts)
+            await confirm(run, word, run.record.pairs or 0, {**whose_facts(run), **facts})
             savepoint.save_run(run.record)
         cancel = functools.partial(runner.api.cancel_token.cancel, Cancelled())
         run.on_signal(cancel, asyncio.get_event_loop())
@@ -9272,37 +9282,41 @@ async def confirm_and_run(
     return run.signal + 128 if run.signal else code
 
 
-async def confirm(run: RunContext, word: str, facts: Mapping[str, str]) -> None:
-    """Print the `facts`, and have them confirmed by a typed `word`. The last, the warning, has no name.
+async def confirm(run: RunContext, word: str, count: int, facts: Mapping[str, str]) -> None:
+    """Print the `facts`, and have `count` pairs confirmed by a typed `word`.
 
-    Raises FatalError(2) where it is not, and where no terminal can ask and --yes is missing.
+    The last fact, the warning, has no name. Raises FatalError(2) where it is not confirmed, and
+    where no terminal can ask and --yes is missing.
     """
     console = run.console
-    owner = run.record.token_owner or {}
-    who = owner["display_name"] or owner["email"] or owner["id"]
-    log.info("organisation %s, token of %s (%s)", run.organisation, who, owner["id"])
     if run.options.yes:
         return
     console.status("")
     if not (sys.stdin and sys.stdin.isatty()):
-        pairs = plural(run.record.pairs or 0, "pair")
+        pairs = plural(count, "pair")
         words = f"{pairs} to {word}, and no terminal to confirm it on; nothing was changed"
         raise FatalError(EXIT_USAGE, f"{words}. Add --yes to {word} without being asked")
     to = console.out if console.out.isatty() else console.err  # what the user sees
-    email = f" <{owner['email']}>" if owner["email"] else ""
-    console.print(f"organisation  {run.organisation} at {run.settings.base_url}", to=to)
-    console.print(f"token owner   {who}{email}", to=to)
     for name, fact in facts.items():
         if name:
             console.print(f"{name:<12}  {fact}", to=to)
         else:
             console.print(fact, "bold", to)
-    console.stream(f"Type {word} to continue, anything else to leave: ", to)
+    console.stream(f"Type {word} to continue, anything else to cancel: ", to)
     # A thread reads, past Python's own buffers, so that a terminal never delays a signal.
     answer = await run.environment.run_in_thread(os.read, sys.stdin.fileno(), 1024)
     if answer.strip() != word.encode():
         words = f"not confirmed; nothing was changed. Run again and type {word}"
         raise FatalError(EXIT_USAGE, words)
+
+
+def whose_facts(run: RunContext) -> dict[str, str]:
+    """Whose token it is, and for which organisation and host."""
+    owner = run.record.token_owner or {}
+    who = owner["display_name"] or owner["email"] or owner["id"]
+    email = f" <{owner['email']}>" if owner["email"] else ""
+    where = f"{run.organisation} at {run.settings.base_url}"
+    return {"organisation": where, "token owner": f"{who}{email}"}
 
 
 def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair]) -> dict[str, str]:
@@ -9721,7 +9735,7 @@ async def export(run: RunContext) -> int:
     except OSError as error:
         raise FatalError(EXIT_STOPPED, f"disk error: {error}; nothing was written") from None
     rows = len(contacts)
-    emails = plural(len({one.key for one in contacts}), "email")
+    emails = plural(len({one.key for one in contacts}), "email address")
     requests = plural(sum(api.requests.values()), "request")
     console.print(f"exported {plural(rows, 'contact')} that share {emails} to {path}", "good")
     console.print(f"read     {plural(exporter.read, 'contact')}")
@@ -9731,7 +9745,8 @@ async def export(run: RunContext) -> int:
         console.suggest("see what would be merged", command)
     else:
         where = "these domains" if run.options.domain else "the organisation"
-        console.print(f"no two contacts of {where} share an email: there is nothing to merge")
+        words = "share an email address: there is nothing to merge"
+        console.print(f"no two contacts of {where} {words}")
     log.info("exported %d rows of %s to %s with %s", rows, emails, path, requests)
     return EXIT_OK
 
@@ -10034,6 +10049,11 @@ class Check:
             return f"{SAVEPOINT} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
 
     async def disk(self) -> str:
+        for path in (LOGS, BACKUPS, REPORTS):
+            if path.exists() and not path.is_dir():
+                raise OSError(
+                    f"{path} is a file, and a run needs a folder of that name; move it away"
+                )
         for path in (Path.cwd(), SAVEPOINT, SAVEPOINT_COPY, LOGS, BACKUPS, REPORTS):
             if path.exists() and not os.access(str(path), os.W_OK):
                 raise OSError(f"{path} can't be written; make it writable")

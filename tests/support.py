@@ -62,7 +62,6 @@ UNCONFIRMED = {
     "--status",
     "--verify-backups",
     "--export",
-    "--settle",
     "--help",
     "--version",
 }
