@@ -64,6 +64,7 @@ import hashlib
 import html
 import importlib
 import io
+import ipaddress
 import json
 import logging
 import math
@@ -501,6 +502,14 @@ def open_regular(path: Path) -> BinaryIO:
         os.close(handle)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return open(handle, "rb")
+
+
+def is_pipe(stream: TextIO) -> bool:
+    """Whether a stream is no regular file, so that writing to it may hang."""
+    try:
+        return not stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError):  # a file in memory
+        return False
 
 
 def locks_work(path: Path) -> bool:
@@ -2929,7 +2938,9 @@ class ApiSettings:
     retries: int = 5
     workers: int = 8
     user_ref_prefix: str = "user_"  # of the references of the user's own application
-    token_file: str = ""  # the .env that the token is from; "" where it is from the environment
+    # The .env that each is from; "" where it is from the environment.
+    token_file: str = ""
+    url_file: str = ""
 
     def mask(self, text: str) -> str:
         """`text` without the token; one of a few characters is none, and would stand in every other word."""
@@ -7773,39 +7784,59 @@ def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimat
 # ---------------------------------------------------------------------------------------------------
 
 
-class OutputThread:
-    """Writes to streams in the order of its calls, once started in a thread: a terminal that takes nothing more delays
-    neither a merge nor a signal.
+class Output:
+    """Writes to streams in the order of its calls, once started in a thread: a terminal that takes
+    nothing more delays neither a merge nor a signal.
 
-    What can't be written is dropped; `failure` says why, unless it is that the reader has closed the pipe.
+    What can't be written is dropped; `failures` says why, unless the reader has closed the pipe.
     """
 
     PIECE = 1024  # bytes at a time to a terminal, so that a slow one is seen to take some
+    PATIENCE = 10.0  # seconds to wait for a terminal that takes nothing
 
     def __init__(self) -> None:
-        self.failure: OSError | None = None
-        self.started = False
+        self.failures: dict[TextIO, OSError] = {}
         self.jobs: queue.SimpleQueue[tuple[TextIO, str] | threading.Event] = queue.SimpleQueue()
+        self._is_started = False
+        self._stream: TextIO | None = None  # what is written to right now
         self._written = 0  # bytes
+
+    def start(self) -> None:
+        self._is_started = True
+        threading.Thread(target=self._serve, daemon=True).start()
 
     def put(self, stream: TextIO, text: str) -> None:
         """Take a piece of text; safe in a signal handler too."""
-        if self.started:
+        if self._is_started:
             self.jobs.put((stream, text))
         else:
             self._write(stream, text)
 
-    def wait(self, longest: float, patience: Callable[[], float]) -> None:
-        """Wait until everything is written, or nothing has been taken for the smaller number of seconds."""
-        done, seen, since = threading.Event(), self._written, time.monotonic()
+    def finish(self, patience: Callable[[], float]) -> None:
+        """Wait until everything is written, but not for what takes nothing for that long."""
+        done = threading.Event()
         self.jobs.put(done)
-        while self.started and not done.wait(0.05):
+        seen = self._written
+        since = time.monotonic()
+        while self._is_started and not done.wait(0.05):
+            longest = patience()
+            if self._stream and self._stream.isatty():
+                longest = min(longest, self.PATIENCE)
             if self._written != seen:
-                seen, since = self._written, time.monotonic()
-            elif time.monotonic() - since > min(longest, patience()):
+                seen = self._written
+                since = time.monotonic()
+            elif time.monotonic() - since > longest:
+                self._write_files()
                 return
 
-    def serve(self) -> None:
+    def _write_files(self) -> None:
+        """Write what is for files, which never hang, while the thread does."""
+        while not self.jobs.empty():
+            job = self.jobs.get()
+            if isinstance(job, tuple) and not (job[0].isatty() or is_pipe(job[0])):
+                self._write(*job)
+
+    def _serve(self) -> None:
         while True:
             job = self.jobs.get()
             if isinstance(job, threading.Event):
@@ -7814,15 +7845,15 @@ class OutputThread:
                 self._write(*job)
 
     def _write(self, stream: TextIO, text: str) -> None:
-        """Write past Python's own buffers: text that is stuck in one of them would delay the exit."""
+        """Write past Python's own buffers: text stuck in one of them would delay the exit."""
+        self._stream = stream
         raw = getattr(getattr(stream, "buffer", None), "raw", None)
         try:
             if raw is None:
                 stream.write(text)
                 return
-            data = text.replace("\n", os.linesep).encode(
-                stream.encoding or "utf-8", "backslashreplace"
-            )
+            encoding = stream.encoding or "utf-8"
+            data = text.replace("\n", os.linesep).encode(encoding, "backslashreplace")
             while data:
                 taken = raw.write(data[: self.PIECE] if stream.isatty() else data) or 0
                 if not taken:  # another program has made it a stream that does not block
@@ -7831,16 +7862,17 @@ class OutputThread:
                 data = data[taken:]
         except BrokenPipeError:
             pass
-        except (OSError, ValueError) as error:
-            self.failure = self.failure or (
-                error if isinstance(error, OSError) else OSError(str(error))
-            )
+        except OSError as error:
+            self.failures.setdefault(stream, error)
+        except ValueError as error:  # it is closed
+            self.failures.setdefault(stream, OSError(str(error)))
 
 
 class Console:
-    """What the user sees: results on stdout (`out`), everything else on stderr (`err`); plain where it is piped.
+    """What the user sees: results on stdout (`out`), everything else on stderr (`err`).
 
-    JSON goes to `data`, which is `out` unless a run has its report printed: then all text goes to stderr.
+    It is plain where it is piped. JSON goes to `data`, which is `out` unless a run has its report
+    printed: then all text goes to stderr.
     """
 
     COLOURS: Mapping[str, str] = {"good": "32", "bad": "31", "bold": "1"}
@@ -7853,38 +7885,27 @@ class Console:
         self.err: TextIO = err or sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         self.out = out or self.data
         self.mask: Callable[[str], str] = str
+        self._output = Output()
         self._has_status = False  # whether a status line is shown
-        self.is_smart = (
-            os.environ.get("TERM") != "dumb"
-        )  # whether a terminal knows escape sequences
-        self.rewrites = (
-            self.err.isatty() and self.is_smart
-        )  # whether a line can be rewritten in place
+        # Whether a terminal knows escape sequences, and a line can be rewritten in place.
+        self.is_smart = os.environ.get("TERM") != "dumb"
+        self.rewrites = self.err.isatty() and self.is_smart
         # Points from the duplicate to the primary, in the characters that the output can show.
         self.arrow = "\u2190" if "\u2190".encode(self.out.encoding or "ascii", "ignore") else "<-"
-        # A terminal and a file have a thread each: a frozen terminal delays no file.
-        output = OutputThread()
-        self._outputs = {self.err: output}
-        for stream in (self.out, self.data):
-            if stream not in self._outputs:
-                self._outputs[stream] = (
-                    output if stream.isatty() == self.err.isatty() else OutputThread()
-                )
 
     def begin(self) -> None:
         """From now on write beside the work."""
         if os.name == "nt" and self.err.isatty():
             os.system("")  # makes the console of Windows 10 and later understand escape sequences
-        for output in set(self._outputs.values()):
-            output.started = True
-            threading.Thread(target=output.serve, daemon=True).start()
+        self._output.start()
 
     def end(self, patience: Callable[[], float]) -> OSError | None:
-        """Wait until everything is written, but for no terminal that takes nothing for 10 s, and for no output that
-        takes nothing for `patience()` seconds. Return why results can't be written."""
-        for stream, output in self._outputs.items():
-            output.wait(10.0 if stream.isatty() else math.inf, patience)
-        return self._outputs[self.data].failure
+        """Wait until everything is written, but for nothing that hangs for `patience()` seconds.
+
+        Return why results can't be written.
+        """
+        self._output.finish(patience)
+        return self._output.failures.get(self.data)
 
     @staticmethod
     def columns(stream: TextIO) -> int:
@@ -7892,12 +7913,10 @@ class Console:
         columns = os.environ.get("COLUMNS", "")
         if not stream.isatty():
             return 10_000
+        if columns.isdecimal():
+            return int(columns)
         with contextlib.suppress(OSError, ValueError):
-            return (
-                int(columns)
-                if columns.isdecimal()
-                else os.get_terminal_size(stream.fileno()).columns or 80
-            )
+            return os.get_terminal_size(stream.fileno()).columns or 80
         return 80
 
     @property
@@ -7909,8 +7928,10 @@ class Console:
 
     def print(self, text: str = "", style: str = "", to: TextIO | None = None) -> None:
         """Print a line, by default of results, wrapped on a terminal; a closed pipe raises nothing."""
-        stream, text = to or self.out, self.sanitize(text)
-        width, lines = self.columns(stream), [text]
+        stream = to or self.out
+        text = self.sanitize(text)
+        lines = [text]
+        width = self.columns(stream)
         if len(text) > width:
             indent = " " * (len(text) - len(text.lstrip()) + 2)
             lines = textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False)
@@ -7921,23 +7942,23 @@ class Console:
     def _put(self, stream: TextIO, text: str) -> None:
         if self._has_status:
             self._has_status = False
-            self._outputs[self.err].put(self.err, "\r\x1b[K")
-        self._outputs[stream].put(stream, text)
+            self._output.put(self.err, "\r\x1b[K")
+        self._output.put(stream, text)
 
     def stream(self, text: str, to: TextIO | None = None) -> None:
-        """Print a part of long results as it is; wait for earlier parts, so that memory does not grow."""
-        stream = to or self.out
-        while self._outputs[stream].jobs.qsize() > 10:
+        """Print a part of long results as it is, once most of the earlier parts are written."""
+        while self._output.jobs.qsize() > 10:
             time.sleep(0.01)
-        self._put(stream, text)
+        self._put(to or self.out, text)
 
     def json(self, chunks: Iterable[bytes]) -> None:
         """Print results as JSON, in ASCII, which nothing on the way to a program changes."""
+
+        def escape(found: re.Match[str]) -> str:
+            return json.dumps(found.group())[1:-1]
+
         for chunk in chunks:
-            text = re.sub(
-                r"[^\x00-\x7e]", lambda c: json.dumps(c.group())[1:-1], chunk.decode("utf-8")
-            )
-            self.stream(text, self.data)
+            self.stream(re.sub(r"[^\x00-\x7e]", escape, chunk.decode("utf-8")), self.data)
 
     def print_err(self, text: str, style: str = "") -> None:
         """Print a line that is no result."""
@@ -7956,16 +7977,24 @@ class Console:
 
     def status(self, text: str) -> None:
         """Show the one line that is rewritten in place on a terminal; `""` removes it."""
-        if not self.quiet and self.rewrites and not self._outputs[self.err].jobs.qsize():
-            room, line = self.columns(self.err) - 1, self.sanitize(text)
-            line = re.sub(r"\(([^()\d]+) \d[^)]*\)", r"(\1)", line) if len(line) > room else line
-            self._put(self.err, line if len(line) <= room else f"{line[: room - 3]}...")
-            self._has_status = bool(line)
+        if self.quiet or not self.rewrites or self._output.jobs.qsize():
+            return
+        room = self.columns(self.err) - 1
+        line = self.sanitize(text)
+        if len(line) > room:
+            line = re.sub(r"\(([^()\d]+) \d[^)]*\)", r"(\1)", line)
+        if len(line) > room:
+            line = f"{line[: room - 3]}..."
+        self._put(self.err, line)
+        self._has_status = bool(line)
 
 
 class LogHandler(logging.Handler):
-    """Writes records to the log file, and shows those of at least `shown` on stderr: each as one line, without the
-    token and without anything that a terminal could act on. Errors are not shown again: the console has shown them."""
+    """Writes records to the log file, and shows those of at least `shown` on stderr.
+
+    Each is one line, without the token and without anything that a terminal could act on. Errors
+    are not shown again: the console has shown them.
+    """
 
     def __init__(self, console: Console, shown: int) -> None:
         super().__init__()
@@ -7976,12 +8005,13 @@ class LogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(Exception):  # a log that can't be written stops nothing
             if record.levelno >= self.shown and record.levelno != logging.ERROR:
-                warning = "warning: " * (record.levelno == logging.WARNING)
-                self.console.print_err(f"{warning}{record.getMessage()}")
+                words = record.getMessage()
+                if record.levelno == logging.WARNING:
+                    words = f"warning: {words}"
+                self.console.print_err(words)
             if self.file:
-                self.file.write(
-                    self.console.sanitize(f"{iso(record.created)} {self.format(record)}") + "\n"
-                )
+                line = self.console.sanitize(f"{iso(record.created)} {self.format(record)}")
+                self.file.write(f"{line}\n")
                 self.file.flush()
 
 
@@ -8489,66 +8519,60 @@ def check_combination(parser: OptionParser, given: Collection[str], mode: str) -
 
 # -- settings ----------------------------------------------------------------------------------------
 
-# The run-time packages, each with a name that tells it from another package of that name.
-PACKAGES = {"requests": "Session", "dotenv": "dotenv_values", "ratelimit": "RateLimitException"}
-
 
 def import_package(name: str) -> Any:
-    """Import one of PACKAGES. Raises FatalError(2) that says what is missing, broken or in the way."""
-    install = "python -m pip install -r requirements.txt"
+    """Import a run-time package. Raises FatalError(2) where that fails."""
     try:
-        package = importlib.import_module(name)
-        if hasattr(package, PACKAGES[name]):
-            return package
-        file = getattr(package, "__file__", None) or next(
-            iter(getattr(package, "__path__", [])), "unknown"
-        )
-        why = f"another package or file named {name} is in the way: {file}; remove or rename it, then {install}"
-    except ModuleNotFoundError as error:
-        needed = "" if error.name == name else f", which {name} needs,"
-        why = f"the package {error.name}{needed} is missing: {install}"
+        return importlib.import_module(name)
     except Exception as error:  # a broken package may raise anything
-        again = install.replace("install ", "install --force-reinstall ")
-        why = f"the package {name} is broken ({type(error).__name__}: {error}); install it again: {again}"
-    raise FatalError(EXIT_USAGE, why)
-
-
-ENV_PIPE_NOTICE, ENV_PIPE_WAIT = 2.0, 60.0  # seconds
+        why = f"{type(error).__name__}: {error}; python -m pip install -r requirements.txt"
+        raise FatalError(EXIT_USAGE, f"the package {name} can't be imported: {why}") from None
 
 
 def read_env_file(path: Path) -> str:
-    """Read `.env` once: a regular file, or a pipe, to which a password manager writes. Raises FatalError(2)."""
-    found: list[bytes] = []
-    problem = f"gave no data in {ENV_PIPE_WAIT:g} s; start the program that writes to it"
+    """Read `.env` once: a regular file, or a pipe to which a password manager writes.
 
-    def read() -> None:
-        nonlocal problem
-        try:
-            found.append(path.read_bytes())
-        except OSError as error:
-            problem = f"can't be read: {error.strerror}"
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    reader.join(ENV_PIPE_NOTICE)
-    if reader.is_alive():
-        words = "%s is a pipe without data; waiting up to %g s for the program that writes to it"
-        log.warning(words, path, ENV_PIPE_WAIT)
-        reader.join(ENV_PIPE_WAIT - ENV_PIPE_NOTICE)
+    Raises FatalError(2).
+    """
     try:
-        if found:
-            return str(found[0], "utf-8-sig")
+        mode = path.stat().st_mode
+        if stat.S_ISFIFO(mode):
+            log.info("%s is a pipe; waiting for the program that writes to it", path)
+        elif not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "neither a file nor a pipe")
+        elif os.name != "nt" and mode & 0o044:
+            log.warning("other users may read %s: chmod 600 %s", path, shlex.quote(str(path)))
+        return str(path.read_bytes(), "utf-8-sig")
     except UnicodeDecodeError:
         problem = "is not UTF-8 text; save it again as UTF-8"
+    except OSError as error:
+        problem = f"can't be read: {error.strerror}"
     raise FatalError(EXIT_USAGE, f"{path} {problem}")
 
 
-TOKEN_FILE = "file of the token"  # no name of a variable
+class RawSettings(NamedTuple):
+    """Settings as they are written down, by the names of their variables."""
+
+    values: Mapping[str, str]
+    files: Mapping[str, str] = {}  # the `.env` that each is from; none: the environment
+
+    def get(self, name: str) -> str:
+        return self.values.get(name, "").strip()
+
+    def number(self, name: str, default: float, least: float) -> float:
+        """Raises FatalError(2) where a number is needed and there is another text."""
+        text = self.get(name)
+        with contextlib.suppress(ValueError):
+            value = float(text) if text else default
+            if least <= value <= 1e9:
+                return value
+        raise FatalError(EXIT_USAGE, f"{name} is not a number of at least {least:g}: {text}")
 
 
-def load_environment() -> dict[str, str]:
-    """The DEVREV_ settings: the environment, else `.env` in the current folder, else `.env` beside the script."""
+def load_environment() -> RawSettings:
+    """The environment, else `.env` in the current folder, else `.env` beside the script."""
     found = {name: value for name, value in os.environ.items() if value}
+    files: dict[str, str] = {}
     for path in dict.fromkeys((Path.cwd() / ".env", Path(__file__).resolve().parent / ".env")):
         if not os.path.lexists(str(path)) or path.is_dir():
             continue
@@ -8561,78 +8585,91 @@ def load_environment() -> dict[str, str]:
                 log.warning("%s, line %d is ignored: the quote is not closed", path, number)
             if line.strip() and not re.match(r"\s*(#|(export\s+)?['\"]?[^=#\s]+\s*=)", line):
                 log.warning("%s, line %d is not NAME=value and is ignored", path, number)
-        here = {name: value for name, value in values.items() if value}
-        if "DEVREV_API_TOKEN" in here and "DEVREV_API_TOKEN" not in found:
-            here[TOKEN_FILE] = str(path)
-        found = {**here, **found}
-    return found
+        for name, value in values.items():
+            if value and name not in found:
+                found[name] = value
+                files[name] = str(path)
+    return RawSettings(found, files)
 
 
-def load_settings(environment: Mapping[str, str], workers: int) -> ApiSettings:
-    """Check the settings. Raises FatalError(2) that names the variable, and never shows the token."""
-    texts = {name: text.strip() for name, text in environment.items()}
-
-    def number(name: str, default: float, least: float) -> float:
-        text = texts.get(name, "")
-        with contextlib.suppress(ValueError):
-            value = float(text) if text else default
-            if least <= value <= 1e9:
-                return value
-        raise FatalError(EXIT_USAGE, f"{name} is not a number of at least {least:g}: {text}")
-
-    limited = texts.get("DEVREV_RATE_LIMIT_CALLS")
+def load_settings(raw: RawSettings, workers: int) -> ApiSettings:
+    """Check the settings. Raises FatalError(2) that names the variable, never the token."""
+    calls = ApiSettings.calls
+    if raw.get("DEVREV_RATE_LIMIT_CALLS"):
+        calls = math.ceil(raw.number("DEVREV_RATE_LIMIT_CALLS", 0, 0))
+    url = raw.get("DEVREV_BASE_URL").rstrip("/") or ApiSettings.base_url
     return ApiSettings(
-        token=texts.get("DEVREV_API_TOKEN", ""),
-        token_file=texts.get(TOKEN_FILE, ""),
-        base_url=check_base_url(
-            texts.get("DEVREV_BASE_URL", "").rstrip("/") or ApiSettings.base_url
-        ),
-        calls=math.ceil(number("DEVREV_RATE_LIMIT_CALLS", 0, 0)) if limited else ApiSettings.calls,
-        period=number("DEVREV_RATE_LIMIT_PERIOD", 60, 0.001),
-        timeout=number("DEVREV_TIMEOUT", 30, 0.01),
-        retries=int(number("DEVREV_MAX_RETRIES", 5, 0)),
+        token=raw.get("DEVREV_API_TOKEN"),
+        token_file=raw.files.get("DEVREV_API_TOKEN", ""),
+        base_url=check_base_url(url),
+        url_file=raw.files.get("DEVREV_BASE_URL", ""),
+        calls=calls,
+        period=raw.number("DEVREV_RATE_LIMIT_PERIOD", 60, 0.001),
+        timeout=raw.number("DEVREV_TIMEOUT", 30, 0.01),
+        retries=int(raw.number("DEVREV_MAX_RETRIES", 5, 0)),
         workers=workers,
-        user_ref_prefix=check_user_prefix(texts.get("DEVREV_USER_REF_PREFIX", "")),
+        user_ref_prefix=check_user_prefix(raw.get("DEVREV_USER_REF_PREFIX")),
     )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine: `localhost`, or an IP address that is."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def check_base_url(url: str) -> str:
     """Return `url`. Raises FatalError(2) where the token must not be sent to it."""
     try:
         parts = urlsplit(url)
-        host, _ = parts.hostname or "", parts.port
+        host = parts.hostname or ""
+        _ = parts.port
     except ValueError:
-        raise FatalError(
-            EXIT_USAGE, "DEVREV_BASE_URL is not a URL; set it to https://api.devrev.ai"
-        ) from None
-    loopback = host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host)
+        words = "DEVREV_BASE_URL is not a URL; set it to https://api.devrev.ai"
+        raise FatalError(EXIT_USAGE, words) from None
     problem = ""
     if parts.username is not None or parts.query or parts.fragment:
         problem = " has more than a host and a path; remove the rest"
     elif not host or parts.scheme not in ("http", "https"):
         problem = f" is not an https address: {url}"
-    elif parts.scheme == "http" and not loopback:
-        problem = (
-            f": plain http would show the token to everyone between here and {host}; use https"
-        )
+    elif parts.scheme == "http" and not is_loopback(host):
+        who = f"everyone between here and {host}"
+        problem = f": plain http would show the token to {who}; use https"
     if problem:
         raise FatalError(EXIT_USAGE, f"DEVREV_BASE_URL{problem}")
     return url
 
 
+def check_destination(settings: ApiSettings, console: Console) -> None:
+    """Name the host that the token goes to, before the first request, where it is not DevRev's.
+
+    Raises FatalError(2) where a `.env` names another host, and the token is not from that file.
+    """
+    if settings.base_url == ApiSettings.base_url:
+        return
+    if settings.token and settings.url_file not in ("", settings.token_file):
+        token_at = settings.token_file or "the environment"
+        words = f"DEVREV_BASE_URL is from {settings.url_file}, and DEVREV_API_TOKEN from {token_at}"
+        fix = "put both into one of these places, so that no file sends the token of another away"
+        raise FatalError(EXIT_USAGE, f"{words}; {fix}")
+    if not is_loopback(urlsplit(settings.base_url).hostname or ""):
+        log.info("requests go to %s", settings.base_url)
+        console.print_err(f"requests go to {settings.base_url}")
+
+
 def check_token(token: str) -> None:
     """Refuse a token that can't be one, with what is wrong with it. Raises FatalError(2)."""
-    bearer = 'begins with "Bearer", which is not part of the token; remove that word and the space after it'
-    problems = (
-        (r"$", "is not set; put it into .env (see .env.example) or the environment"),
-        ("['\"\u2018\u2019\u201c\u201d]", "is in quotes that are not part of it; remove them"),
-        (r"(?i)(authorization\s*:\s*)?bearer\b", bearer),
-        (
-            r"[\x21-\x7e]*[^\x21-\x7e]",
-            "contains a space, a line break or a character that is not ASCII; copy it again",
-        ),
-    )
-    for pattern, problem in problems:
+    problems = {
+        r"$": "is not set; put it into .env (see .env.example) or the environment",
+        "['\"\u2018\u2019\u201c\u201d]": "is in quotes that are not part of it; remove them",
+        r"(?i)(authorization\s*:\s*)?bearer\b": 'begins with "Bearer", which is not part of the token;'
+        " remove that word and the space after it",
+        r"[\x21-\x7e]*[^\x21-\x7e]": "contains a space, a line break or a character that is not"
+        " ASCII; copy it again",
+    }
+    for pattern, problem in problems.items():
         if re.match(pattern, token):
             raise FatalError(EXIT_USAGE, f"DEVREV_API_TOKEN {problem}")
 
@@ -10322,6 +10359,7 @@ def run_command(run: RunContext) -> int:
         Contact.user_prefix = run.settings.user_ref_prefix
         run.console.mask = run.settings.mask
         if options.live or options.mode in ("merge", "undo", "export", "check"):
+            check_destination(run.settings, run.console)
             import_package("requests")
             if run.settings.calls != 0:
                 import_package("ratelimit")

@@ -377,15 +377,16 @@ def test_settings_come_from_a_file_or_a_pipe_with_or_without_a_byte_order_mark(
 
 
 @posix
-def test_a_pipe_that_gives_nothing_is_not_waited_for_for_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tool, "ENV_PIPE_NOTICE", 0.05)
-    monkeypatch.setattr(tool, "ENV_PIPE_WAIT", 0.1)
-    os.mkfifo(str(tmp_path / ".env"))
-    with pytest.raises(tool.FatalError, match=r"\.env gave no data in 0\.1 s") as stopped:
-        tool.read_env_file(tmp_path / ".env")
-    assert stopped.value.exit_code == 2
+def test_ctrl_c_ends_the_wait_for_a_pipe_that_gives_nothing(place: Workplace) -> None:
+    place.export(organisation_of_pairs(1)[0])
+    os.mkfifo(str(place.folder / ".env"))
+    process = place.start(None, "--preview")
+    while "is a pipe" not in place.logs():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130
+    assert process.communicate()[1].startswith("interrupted")
 
 
 @pytest.mark.parametrize(
@@ -429,6 +430,10 @@ def test_a_quote_that_is_not_closed_and_the_file_of_the_token_are_named(place: W
         assert "(from the environment)" in place.run(sandbox, "--check", check=0).out
 
 
+def settings_of(**values: str) -> tool.ApiSettings:
+    return tool.load_settings(tool.RawSettings(values), 8)
+
+
 PREFIXES = {
     "": "user_",
     "  ": "user_",
@@ -449,24 +454,22 @@ def test_the_prefix_of_the_application_must_not_overlap_with_devrevs(
         if prefix
         else pytest.raises(tool.FatalError, match="DEVREV_USER_REF_PREFIX")
     ):
-        assert tool.load_settings({"DEVREV_USER_REF_PREFIX": text}, 8).user_ref_prefix == prefix
+        assert settings_of(DEVREV_USER_REF_PREFIX=text).user_ref_prefix == prefix
 
 
 def test_an_empty_limit_is_no_limit_that_was_set() -> None:
-    assert tool.load_settings({"DEVREV_RATE_LIMIT_CALLS": " "}, 8).calls == tool.ApiSettings.calls
-    assert tool.load_settings({"DEVREV_RATE_LIMIT_CALLS": "0"}, 8).calls == 0
-    assert tool.load_settings({"DEVREV_RATE_LIMIT_CALLS": "7"}, 8).calls == 7
+    assert settings_of(DEVREV_RATE_LIMIT_CALLS=" ").calls == tool.ApiSettings.calls
+    assert settings_of(DEVREV_RATE_LIMIT_CALLS="0").calls == 0
+    assert settings_of(DEVREV_RATE_LIMIT_CALLS="7").calls == 7
 
 
 # ----- packages ------------------------------------------------------------------------------------
 
 PACKAGES = {
-    "ratelimit is another package": ("ratelimit.py", "LIMIT = 1\n", "another package or file named ratelimit is in the way:"),
-    "requests is another package": ("requests/__init__.py", "", "another package or file named requests is in the way:"),
-    "requests is broken": ("requests.py", "raise RuntimeError('half installed')\n", "requests is broken (RuntimeError: half"),
-    "requests needs a package": ("requests.py", "import no_such_package\n", "no_such_package, which requests needs, is missing"),
-    "requests is missing": ("sitecustomize.py", "import sys\nsys.modules['requests'] = None\n", "requests is missing: python"),
-    "dotenv is missing": ("sitecustomize.py", "import sys\nsys.modules['dotenv'] = None\n", "dotenv is missing: python"),
+    "requests is broken": ("requests.py", "raise RuntimeError('half installed')\n", "requests can't be imported: RuntimeError: half"),
+    "requests needs a package": ("requests.py", "import no_such_package\n", "No module named 'no_such_package'"),
+    "requests is missing": ("sitecustomize.py", "import sys\nsys.modules['requests'] = None\n", "requests can't be imported: Mod"),
+    "dotenv is missing": ("sitecustomize.py", "import sys\nsys.modules['dotenv'] = None\n", "dotenv can't be imported: Mod"),
 }  # fmt: skip
 
 
@@ -476,6 +479,7 @@ def test_a_package_that_can_not_be_used_is_named_in_one_line(place: Workplace, c
     organisation, _ = organisation_of_pairs(1)
     place.export(organisation)
     (place.folder / ".env").write_text("DEVREV_TIMEOUT=30\n", encoding="utf-8")
+    (place.folder / ".env").chmod(0o600)
     path = place.folder / "site" / name
     path.parent.mkdir(parents=True)
     path.write_text(content, encoding="utf-8")
@@ -500,23 +504,36 @@ def test_a_preview_needs_no_package_for_requests(place: Workplace) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["queue.py", "random.py", "select.py", "typing.py"])
-def test_a_file_named_like_a_module_of_pythons_does_no_harm(place: Workplace, name: str) -> None:
-    place.export(organisation_of_pairs(1)[0])
-    script = place.folder / "here" / SCRIPT.name
-    script.parent.mkdir()
-    shutil.copy(str(SCRIPT), str(script))
-    for folder in (script.parent, place.folder / "path"):
-        folder.mkdir(exist_ok=True)
-        (folder / name).write_text(
-            "raise RuntimeError('not the one that is meant')\n", encoding="utf-8"
+NAMES = [
+    "queue.py",
+    "random.py",
+    "simplejson.py",
+    "chardet.py",
+    "socks.py",
+    "brotli.py",
+    "dotenv.py",
+]
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+def test_nothing_is_imported_from_the_scripts_folder(place: Workplace, as_module: bool) -> None:
+    """requests tries simplejson and chardet, urllib3 brotli and socks."""
+    organisation, pairs = organisation_of_pairs(1)
+    place.export(organisation)
+    shutil.copy(str(SCRIPT), str(place.folder / SCRIPT.name))
+    for name in NAMES:
+        code = f"open('imported {name}', 'w')\nraise RuntimeError\n"
+        (place.folder / name).write_text(code, encoding="utf-8")
+    program = ["-m", SCRIPT.stem] if as_module else [SCRIPT.name]
+    with Sandbox(organisation) as sandbox:
+        done = subprocess.run(
+            [sys.executable, *program, "--csv", "contacts.csv", "--yes"],
+            cwd=str(place.folder),
+            env=place.environment(sandbox, {"PYTHONPATH": ""}),
+            check=False,
         )
-    command = [sys.executable, str(script), "--csv", "contacts.csv", "--preview"]
-    environment = place.environment(None, {"PYTHONPATH": ""})
-    done = subprocess.run(
-        command, cwd=str(place.folder), env=environment, stdout=subprocess.PIPE, check=True
-    )
-    assert b"1 pair to merge" in done.stdout
+    assert done.returncode == 0 and not list(place.folder.glob("imported*"))
+    assert_merged(organisation, pairs)
 
 
 # ----- signals and terminals -----------------------------------------------------------------------

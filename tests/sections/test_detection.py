@@ -1983,7 +1983,8 @@ def test_a_base_url_that_keeps_the_token_private_is_accepted(url: str) -> None:
     [
         "", "api.devrev.ai", "//api.devrev.ai", "https://", "https:///path", "https://:443", "ftp://api.devrev.ai",
         "file:///etc/passwd", "http://api.devrev.ai", "http://localhost.example.com", "http://127.0.0.1.example.com",
-        "http://example.com/127.0.0.1", "http://127.0.0.1@example.com", "http://0.0.0.0", "http://[2001:db8::1]",
+        "http://example.com/127.0.0.1", "http://127.0.0.1@example.com", "http://127.999.1.1",
+        "http://127.1", "http://0x7f.0.0.1", "http://127.0.0.1.", "http://[::ffff:8.8.8.8]", "http://2130706433", "http://0.0.0.0", "http://[2001:db8::1]",
         "https://name:hunter2@api.devrev.ai", "https://api.devrev.ai?key=hunter2", "https://api.devrev.ai#hunter2",
         "https://api.devrev.ai:99999", "https://api.devrev.ai:port", "https://[::1", "https://[hunter2",
     ],
