@@ -26,8 +26,8 @@ Map of this file, roughly bottom-up:
     Backup        write_backup, snapshot_entry      where to add a field to the backup of a contact
     Savepoint     SavePoint                         two files with one content; what a crash leaves
     Merge         PairMerge                         a pair's state machine: no answer to a merge, how a pair resumes
-                  PrimaryUpdate                     how the reference and carried fields get to the primary
-                  merge_group                       the order of a group's pairs
+                  ReferenceUpdate, PrimaryUpdate    how the reference gets to the primary
+                  GroupRun                          the order of a group's pairs
                   TaskRunner                        what makes a run stop early: failures in a row, signals, disk
                   ContactMerger                     the order of groups; what earlier runs left; cancelled pairs
     Export        ContactExporter                   the CSV from DevRev itself
@@ -1485,12 +1485,11 @@ def csv_chunks(header: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator
 
 
 class State(str, Enum):
-    """How far a pair is. REQUESTED to VERIFYING are unfinished; only a state of TERMINAL ends a requested pair."""
+    """How far a pair is. REQUESTED to VERIFYING are unfinished, only one of TERMINAL ends a pair."""
 
     PLANNED = "planned"
-    FAILED = (
-        "failed"  # refused, or failed before its merge was requested: the next run tries it again
-    )
+    SKIPPED = "skipped"  # left out of its group in this run; never stored
+    FAILED = "failed"  # without a merge request: the next run tries it again
     REQUESTED = "requested"  # the request may have been sent
     ACKNOWLEDGED = "acknowledged"
     MERGED = "merged"  # the duplicate no longer exists
@@ -1509,10 +1508,18 @@ REQUESTED_STATES = (State.REQUESTED, State.ACKNOWLEDGED)
 UNFINISHED = (*REQUESTED_STATES, State.MERGED, State.VERIFYING)
 ENDED = (State.DONE, State.MERGED_ELSEWHERE, State.SETTLED)
 TERMINAL = (*ENDED, State.CANCELLED, State.UNDONE, State.UNDO_SETTLED)
-# States by how much they say was done: where two files disagree at the same revision, the later one is believed.
+# The states that are stored, by how much they say was done: where two files disagree at the same
+# revision, the later one is believed.
 AUTHORITY = (
-    State.PLANNED, State.FAILED, *UNFINISHED, *ENDED, State.UNDOING, State.CANCELLED, State.UNDO_SETTLED, State.UNDONE,
-)  # fmt: skip
+    State.PLANNED,
+    State.FAILED,
+    *UNFINISHED,
+    *ENDED,
+    State.UNDOING,
+    State.CANCELLED,
+    State.UNDO_SETTLED,
+    State.UNDONE,
+)
 
 
 @dataclass
@@ -1528,29 +1535,26 @@ class UndoProgress:
     merge_revision: int  # of the pair's row before
     forbidden: bool = False  # the token was not allowed to create the contact
     reference_free: bool = False  # the reference that the merge had moved may be on no contact
-    left_out: dict[str, str] = field(
-        default_factory=dict
-    )  # field of the contact -> why DevRev refused it
-    contacts_before: list[str] | None = (
-        None  # ids of the email before the create request; None: not requested yet
-    )
+    # Field of the contact -> why DevRev refused it.
+    left_out: dict[str, str] = field(default_factory=dict)
+    # Ids of the email before the create request; None: not requested yet.
+    contacts_before: list[str] | None = None
     contact: str = ""  # id of the contact created again
     display_id: str = ""
-    fields_removed: Json = field(
-        default_factory=dict
-    )  # the primary's values of fields that the undo has changed
-    fields_left: list[Json] = field(
-        default_factory=list
-    )  # `{field, value, why}` of what stays with the primary
+    # The primary's values of fields that the undo has changed.
+    fields_removed: Json = field(default_factory=dict)
+    # `{field, value, why}` of what stays with the primary.
+    fields_left: list[Json] = field(default_factory=list)
     left: list[Json] | None = None  # `{id, role, why}` of what is not restored; None: not known yet
     others: Json = field(default_factory=dict)  # fields of another version: kept as they are
 
 
 @dataclass
 class Pair:
-    """One merge: `duplicate` goes into `primary`, and `new_ref` (if any) becomes the primary's external_ref.
+    """One merge: `duplicate` goes into `primary`, whose external_ref becomes `new_ref` (if any).
 
-    `to_json` is the document that the savepoint stores. Times are epoch seconds; 0 stands for never.
+    `to_json` is the document that the savepoint stores. Times are epoch seconds; 0 stands for
+    never. The state changes by the methods of this class alone.
     """
 
     primary: Contact
@@ -1563,26 +1567,22 @@ class Pair:
     backed_up: Json = field(default_factory=dict)  # what the backup holds, by kind
     requested_at: float = 0.0  # the last request
     first_requested_at: float = 0.0
-    previous_request_at: float = 0.0  # the request before the last one
     withdrawn_at: float = 0.0  # `requested_at` of a request that is known not to have been sent
-    rejected: bool = False  # DevRev answered the last request with a refusal, and may have carried it out all the same
+    # DevRev answered the last request with a refusal, and may have carried it out all the same.
+    rejected: bool = False
     forbidden: bool = False  # DevRev answered a request for the merge with 403
     seconds: float = 0.0
     left_behind: list[Json] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)  # objects of the backup that no longer exist
     proved: int = 0  # objects that were found with the primary
-    fields_to_carry: Json = field(
-        default_factory=dict
-    )  # what the update of the reference sets besides
-    fields_before: Json = field(
-        default_factory=dict
-    )  # the primary's values of these fields before the update
-    fields_lost: list[Json] = field(
-        default_factory=list
-    )  # `{field, value}` of the duplicate that the primary lacks
+    # What the primary is to get of the duplicate's fields (--carry-fields), then what it got.
+    fields_to_carry: Json = field(default_factory=dict)
+    # The primary's values of these fields before that; none of a field that was not written yet.
+    fields_before: Json = field(default_factory=dict)
+    # `{field, value}` of the duplicate that the primary lacks.
+    fields_lost: list[Json] = field(default_factory=list)
     accepted: str = ""  # what a person accepted with --settle
     reference_not_set: str = ""
-    onward: str = ""  # the contact that the primary was merged into by a later merge
     after_cancel: bool = False  # DevRev carried it out after it was cancelled
     undo: UndoProgress | None = None
     run: str = ""  # that wrote it last
@@ -1591,6 +1591,8 @@ class Pair:
     others: Json = field(default_factory=dict)
     # Known to this run only:
     tried_before: bool = False  # of a planned pair: an earlier run refused or failed it
+    is_requested_again: bool = False  # its merge is about to be requested once more
+    before_request: Json | None = None  # what `withdraw_request` restores
 
     @property
     def email(self) -> str:
@@ -1625,18 +1627,55 @@ class Pair:
             State(pair.undo.state_before)
         return pair
 
+    def move_to(self, state: State, code: str = "", error: str = "") -> None:
+        """Be in this state; `code` and `error` say what keeps the pair from its end, or ended it."""
+        self.state = state
+        self.code = code
+        self.error = error
+        self.before_request = None
+
+    def is_merged_already(self) -> bool:
+        """Whether the live check has found it merged, by a run in another folder."""
+        return self.state is State.SKIPPED and self.code == "already_merged"
+
+    def begin_request(self, now: float, backup: str, backed_up: Json) -> None:
+        """Note that the merge is requested, which is saved before the request is sent.
+
+        A request that waits for quota may begin several times.
+        """
+        before = self.before_request
+        if before is None:
+            before = {name: getattr(self, name) for name in REQUEST_FIELDS}
+        self.move_to(State.REQUESTED)
+        self.before_request = before
+        self.rejected = False
+        self.backup = backup
+        self.backed_up = backed_up
+        self.requested_at = now
+        self.first_requested_at = self.first_requested_at or now
+
     def withdraw_request(self) -> None:
-        """Withdraw the last request, which was saved and never sent: the one before it, if any, counts again."""
-        self.withdrawn_at, self.requested_at = self.requested_at, self.previous_request_at
-        self.previous_request_at = 0.0
-        if self.requested_at:
-            # The wait for the earlier request's answer is over: this one was only made after it.
-            self.state, self.rejected = State.REQUESTED, True
-        else:
-            self.state, self.first_requested_at, self.rejected = State.PLANNED, 0.0, False
+        """Be as before `begin_request`: this process knows that the request was not sent."""
+        assert self.before_request is not None
+        withdrawn_at = self.requested_at
+        for name, value in self.before_request.items():
+            setattr(self, name, value)
+        self.before_request = None
+        self.withdrawn_at = withdrawn_at
 
 
-NOT_STORED = ("run", "tried_before", "others")
+REQUEST_FIELDS = (
+    "state",
+    "code",
+    "error",
+    "rejected",
+    "backup",
+    "backed_up",
+    "requested_at",
+    "first_requested_at",
+    "fields_to_carry",
+)
+NOT_STORED = ("run", "tried_before", "is_requested_again", "before_request", "others")
 
 
 def stored_fields(record: Any) -> Json:
@@ -1659,47 +1698,37 @@ def into(pair: Pair) -> str:
 
 @dataclass(eq=False)
 class Group:
-    """The contacts of one email: every pair has the same primary; the pair with the `user_` contact is first."""
+    """The contacts of one email. Every pair has the same primary; the one whose reference moves is first."""
 
     email: str
     pairs: list[Pair]
-    requesting: Pair | None = None  # the pair that is being requested
     chosen: str = ""  # the reference that --choices names for the email
-    age_undecided: bool = False  # which contact is the oldest could not be read from the CSV
-    dropped: tuple[Dropped, ...] = ()  # pairs that the live check has found to be no pairs any more
+    age_undecided: bool = False  # the CSV does not show which contact is the oldest
 
     @property
     def primary(self) -> Contact:
         return self.pairs[0].primary
 
     def contacts(self) -> list[Contact]:
-        """The primary, the duplicate whose merge is being requested, and every other whose merge is still planned."""
+        """The primary, and every duplicate that is still to be merged."""
         return [self.primary, *(pair.duplicate for pair in self.pending())]
 
     def pending(self) -> list[Pair]:
-        """The pairs that are still to be merged."""
-        dropped = {one.pair.ids for one in self.dropped}
-        planned = (
-            pair for pair in self.pairs if pair.state is State.PLANNED or pair is self.requesting
-        )
-        return [pair for pair in planned if pair.ids not in dropped]
+        """The pairs that are still to be merged, that of a request that is being repeated included."""
+        return [
+            pair for pair in self.pairs if pair.state is State.PLANNED or pair.is_requested_again
+        ]
 
     def all_contacts(self) -> list[Contact]:
         return [self.primary, *(pair.duplicate for pair in self.pairs)]
 
     def primary_ref(self) -> str:
-        """The reference that the primary has now, as far as this tool has moved one to it."""
-        moved = [
-            pair.new_ref
-            for pair in self.pairs
-            if pair.new_ref and pair.state in (State.VERIFYING, State.DONE)
-        ]
-        moved += [
-            one.pair.new_ref
-            for one in self.dropped
-            if one.code == "already_merged" and one.pair.new_ref
-        ]
-        return moved[0] if moved else self.primary.external_ref
+        """The reference that the primary has now, as far as a merge is known to have moved one to it."""
+        for pair in self.pairs:
+            has_moved = pair.state in (State.VERIFYING, State.DONE) or pair.is_merged_already()
+            if pair.new_ref and has_moved:
+                return pair.new_ref
+        return self.primary.external_ref
 
     def has_absorbed(self) -> bool:
         """Return whether this tool has requested a merge into the primary since the export."""
@@ -1707,37 +1736,25 @@ class Group:
 
     def lost_refs(self) -> list[Contact]:
         """Return the duplicates whose `user_` reference no contact keeps: their accounts lose their contact."""
-        kept = next(
-            (pair.new_ref for pair in self.pairs if pair.new_ref), self.primary.external_ref
-        )
-        return [
-            pair.duplicate
-            for pair in self.pairs
-            if pair.duplicate.is_user and pair.duplicate.external_ref != kept
-        ]
+        moving = [pair.new_ref for pair in self.pairs if pair.new_ref]
+        kept = moving[0] if moving else self.primary.external_ref
+        users = [pair.duplicate for pair in self.pairs if pair.duplicate.is_user]
+        return [contact for contact in users if contact.external_ref != kept]
 
     def warnings(self) -> list[tuple[str, str]]:
         """Codes and words of what a person should know before the group is merged."""
         contacts = self.all_contacts()
         found: list[tuple[str, str]] = []
         if self.chosen and len(contacts) > mailbox_limit(self.email):
-            found.append(
-                (
-                    "shared_mailbox",
-                    f"joins {len(contacts)} contacts of what looks like a shared mailbox",
-                )
-            )
+            words = f"joins {len(contacts)} contacts of what looks like a shared mailbox"
+            found.append(("shared_mailbox", words))
         names = different_names(self.email, contacts)
         if names:
-            found.append(
-                (
-                    "names_differ",
-                    f"these contacts have different names: {', '.join(some(names, 6))}",
-                )
-            )
+            words = f"these contacts have different names: {', '.join(some(names, 6))}"
+            found.append(("names_differ", words))
         if self.age_undecided:
-            words = f"age could not decide which contact is the primary: the smallest id did ({self.primary.short_id})"
-            found.append(("age_undecided", words))
+            words = "age could not decide which contact is the primary: the smallest id did"
+            found.append(("age_undecided", f"{words} ({self.primary.short_id})"))
         return found
 
 
@@ -4339,17 +4356,6 @@ class SavePoint:
         query = "SELECT revision FROM pairs WHERE primary_id = ? AND duplicate_id = ?"
         return next((revision for (revision,) in self._query(query, *ids)), 0)
 
-    def merged_onward(self, contact: str, reference: str | None) -> Pair | None:
-        """Return the finished pair that merged this contact into another one.
-
-        That one now has `reference`, if any.
-        """
-        for pair in self.pairs(State.DONE, duplicate_id=contact):
-            others = self.pairs(State.DONE, primary_id=pair.primary.id)
-            if reference is None or reference in [one.new_ref for one in others]:
-                return pair
-        return None
-
     def counts(self) -> dict[str, int]:
         return dict(self._query("SELECT state, count(*) FROM pairs GROUP BY state ORDER BY state"))
 
@@ -4408,18 +4414,16 @@ class GroupContext:
 
 
 class FirstMerge:
-    """Let merges go one at a time until one is confirmed, and DevRev takes updates of references.
+    """Lets merges go one at a time until one is confirmed, and DevRev takes updates of references.
 
-    The first merge of a run shows whether the token may, and whether this organisation answers as expected. Where it
-    does not, one reference is on no contact.
+    The first merge of a run shows whether the token may, and whether this organisation answers as
+    expected. Where it does not, one reference is on no contact.
     """
 
     def __init__(self, cancel_token: CancelToken) -> None:
         self.confirmed = False
         self.requests = 0  # merge requests of the run
-        self.seen: set[Ids] = (
-            set()
-        )  # pairs of which a poll of this run has shown that they are merged
+        self.seen: set[Ids] = set()  # pairs that a poll of this run has shown to be merged
         self._cancel_token = cancel_token
         self._lock = asyncio.Lock()
         self._holder: Ids | None = None
@@ -4449,12 +4453,10 @@ class MergeContext(GroupContext):
     """A GroupContext, and what the groups of a merge run share."""
 
     first_merge: FirstMerge
-    recent_merges: collections.deque[
-        tuple[float, int]
-    ]  # how long the last ones took: seconds, and polls
-    before_verification: set[
-        Group
-    ]  # that will verify soon: lists wait for them (LINGER), so that one call serves many
+    # How long the last merges took: seconds, and polls.
+    recent_merges: collections.deque[tuple[float, int]]
+    # Groups that will verify soon: lists wait for them (LINGER), so that one call serves many.
+    before_verification: set[Group]
 
     def at_verification(self, group: Group) -> None:
         """Note that a group verifies, or won't soon. After the last one, send the list calls that wait."""
@@ -4525,7 +4527,9 @@ class Preconditions:
 
     FRESH = 60.0  # seconds for which a live check may be relied on
     LISTED = 120.0  # seconds for which the lists in a backup may be relied on
-    AHEAD = 50  # timelines a group requests at once: with all of them queued, later groups would come before its rest
+    # Timelines that a group requests at once: with all of them queued, later groups would come
+    # before its rest.
+    AHEAD = 50
 
     def __init__(self, context: MergeContext, group: Group) -> None:
         self.context = context
@@ -4535,9 +4539,8 @@ class Preconditions:
         self.live: dict[str, Json] = {}  # rev users by id
         self._checked: Timestamp | None = None
         self._listed: Timestamp | None = None
-        self._timelines: dict[
-            str, tuple[Any, list[Json]]
-        ] = {}  # object id -> modified_date, entries
+        # Object id -> its modified_date, and its entries.
+        self._timelines: dict[str, tuple[Any, list[Json]]] = {}
 
     def require_fresh(self) -> None:
         """Raise PreconditionsExpired where a request must not rest on them any more."""
@@ -4546,21 +4549,15 @@ class Preconditions:
 
     def invalidate(self) -> None:
         """Forget them; timelines of objects that have not changed need not be read again."""
-        self.folder, self._checked, self._listed = "", None, None
+        self.folder = ""
+        self._checked = None
+        self._listed = None
 
     def clear(self) -> None:
         """Free the memory: what is verified is read from the disk."""
         self.invalidate()
-        self.live, self._timelines = {}, {}
-
-    def plan_carrying(self, pair: Pair) -> None:
-        """Note in a pair which fields of its duplicate the primary is to get, and what it has there before."""
-        primary = dict(self.live[pair.primary.id])
-        for other in self.group.pairs:  # what was carried to the primary since it was read
-            if other.state in (State.MERGED, State.VERIFYING, State.DONE):
-                primary.update(other.fields_to_carry)
-        pair.fields_to_carry = fields_to_carry(primary, self.live[pair.duplicate.id])
-        pair.fields_before = {name: primary.get(name) for name in pair.fields_to_carry}
+        self.live = {}
+        self._timelines = {}
 
     async def ensure_fresh(self) -> None:
         """Check and back up again what is too old, or was never read. Raises PairError with the first problem."""
@@ -4576,88 +4573,87 @@ class Preconditions:
         return since is None or self.context.environment.age(since) > limit
 
     async def _check(self) -> None:
-        """Compare the group with DevRev as it is now."""
+        """Compare the group with DevRev as it is now; a pair that is none any more leaves it."""
         priority = PREPARE if self._checked is None else MERGE
         live, check, since = await check_group(
             self.context.api, self.group, self.context.options, priority
         )
         if check.error:
             raise check.error
-        self.group.dropped += check.dropped
-        self.live, self._checked = {one: user for one, user in live.items() if user}, since
-        log.info(
-            "%s: the live check of %s has passed", self.group.email, plural(len(live), "contact")
-        )
+        for one in check.dropped:
+            one.pair.move_to(State.SKIPPED, one.code, one.reason)
+        self.live = {identity: user for identity, user in live.items() if user}
+        self._checked = since
+        contacts = plural(len(live), "contact")
+        log.info("%s: the live check of %s has passed", self.group.email, contacts)
 
     async def _back_up(self) -> None:
         """Read all that DevRev holds of the group, write it to the disk, and check what is there."""
-        environment, options, email = (
-            self.context.environment,
-            self.context.options,
-            self.group.email,
-        )
-        contacts, priority = self.group.contacts(), PREPARE if self._listed is None else MERGE
-        loaders = [(self.context.api.objects[name], 1) for name in ROLES.values()]
-        loaders.append(
-            (self.context.api.objects["members"], 4)
-        )  # of four tickets about one has a conversation
-        lists: list[ListResult] = await together(
-            *(
-                loader.load(contact.id, contact.tickets // tickets_per_item, priority)
-                for contact in contacts
-                for loader, tickets_per_item in loaders
-            )
-        )
-        since, snapshots = oldest(listing.since for listing in lists), []
-        for contact in contacts:
-            *roles, talks = (by_id(lists.pop(0).items) for _ in loaders)
-            snapshots.append(
-                ContactSnapshot(contact, self.live[contact.id], dict(zip(ROLES, roles)), talks)
-            )
-        objects = {identity: obj for one in snapshots for identity, obj in one.objects().items()}
-        if options.timelines:
+        environment = self.context.environment
+        email = self.group.email
+        snapshots, since = await self._read_contacts()
+        objects: dict[str, Json] = {}
+        for snapshot in snapshots:
+            objects.update(snapshot.objects())
+        if self.context.options.timelines:
             await self._read_timelines(objects)
-        timelines = {
-            identity: self._timelines[identity][1]
-            for identity in objects
-            if identity in self._timelines
-        }
+        timelines = {one: self._timelines[one][1] for one in objects if one in self._timelines}
         facts = {
             "email": email,
-            "organisation": options.organisation,
-            "timelines": options.timelines,
+            "organisation": self.context.options.organisation,
+            "timelines": self.context.options.timelines,
+            "work_kinds": list(self.context.api.work_kinds),  # that DevRev lists for the token
         }
-        facts["work_kinds"] = list(self.context.api.work_kinds)  # that DevRev lists for the token
         home = BACKUPS / safe_name(email)
         folder = await environment.run_in_thread(
             write_backup, environment, home, facts, snapshots, timelines
         )
-        works = {work for one in snapshots for work in one.works()}
-        entries = sum(map(len, timelines.values()))
+        works: set[str] = set()
+        for snapshot in snapshots:
+            works.update(snapshot.works())
         self.counts = {
             "works": len(works),
             "conversations": len(objects) - len(works),
-            "timeline_entries": entries,
+            "timeline_entries": sum(map(len, timelines.values())),
         }
-        counts = ", ".join(
-            f"{count} {name.replace('_', ' ')}" for name, count in self.counts.items()
-        )
-        log.info("%s: backed up in %s: %s", email, folder, counts)
+        words = [f"{count} {name.replace('_', ' ')}" for name, count in self.counts.items()]
+        log.info("%s: backed up in %s: %s", email, folder, ", ".join(words))
         for pair in self.group.pairs:
             if pair.state is State.PLANNED:
-                pair.backup, pair.backed_up = str(folder), self.counts
+                pair.backup = str(folder)
+                pair.backed_up = self.counts
         await environment.run_in_thread(self._check_backup, folder)
         log.info("%s: the integrity check of %s has passed", email, folder)
-        self.folder, self._listed = str(folder), since
+        self.folder = str(folder)
+        self._listed = since
+
+    async def _read_contacts(self) -> tuple[list[ContactSnapshot], Timestamp]:
+        """Read the lists of each contact; return what they hold, and since when that is true."""
+        contacts = self.group.contacts()
+        objects = self.context.api.objects
+        priority = PREPARE if self._listed is None else MERGE
+        calls: list[Awaitable[ListResult]] = []
+        for contact in contacts:
+            for role in ROLES.values():
+                calls.append(objects[role].load(contact.id, contact.tickets, priority))
+            # Of four tickets about one has a conversation.
+            calls.append(objects["members"].load(contact.id, contact.tickets // 4, priority))
+        lists: list[ListResult] = await together(*calls)
+        since = oldest(listing.since for listing in lists)
+        snapshots = []
+        for contact in contacts:
+            roles = {role: by_id(lists.pop(0).items) for role in ROLES}
+            talks = by_id(lists.pop(0).items)
+            snapshots.append(ContactSnapshot(contact, self.live[contact.id], roles, talks))
+        return snapshots, since
 
     async def _read_timelines(self, objects: Mapping[str, Json]) -> None:
         """Read the timelines that are not known yet, and those of objects that have changed; a few at a time."""
         known = self._timelines
-        wanted = [
-            one
-            for one, obj in objects.items()
-            if known.get(one, (known,))[0] != obj.get("modified_date")
-        ]
+        wanted = []
+        for identity, obj in objects.items():
+            if identity not in known or known[identity][0] != obj.get("modified_date"):
+                wanted.append(identity)
 
         async def read() -> None:
             while wanted:
@@ -4678,11 +4674,11 @@ class Preconditions:
     def _check_backup(self, folder: Path) -> None:
         """Raise PairError where the backup is, on the disk, not complete or does not hold what the CSV counts."""
         for entry in verify_backup(folder).manifest["contacts"]:
-            grown = entry["role"] == "primary" and self.group.has_absorbed()
-            policy = "at-least" if grown else self.context.options.count_policy
-            problem = count_error(
-                Contact.from_json(entry["csv"]), ticket_count(entry["works"].values()), policy
-            )
+            policy = self.context.options.count_policy
+            if entry["role"] == "primary" and self.group.has_absorbed():
+                policy = "at-least"
+            greatest = ticket_count(entry["works"].values())
+            problem = count_error(Contact.from_json(entry["csv"]), greatest, policy)
             if problem:
                 raise problem
 
@@ -4691,11 +4687,14 @@ def oldest(moments: Iterable[Timestamp]) -> Timestamp:
     return min(moments, key=lambda moment: moment.monotonic)
 
 
+CARRIED_FIELDS = ("description", "phone_numbers", "display_name")
+
+
 def fields_to_carry(primary: Mapping[str, Any], duplicate: Mapping[str, Any]) -> Json:
     """Return what an update of the primary has to set, so that it keeps what only the duplicate has.
 
-    `phone_numbers` is the whole list, because an update replaces it. A name is carried only where the primary has none
-    of its own: its address or its id is no name.
+    `phone_numbers` is the whole list, because an update replaces it. A name is carried only where the
+    primary has none of its own: its address or its id is no name.
     """
     found: Json = {}
     if duplicate.get("description") and not primary.get("description"):
@@ -4704,13 +4703,7 @@ def fields_to_carry(primary: Mapping[str, Any], duplicate: Mapping[str, Any]) ->
     more = [number for number in duplicate.get("phone_numbers") or () if number not in numbers]
     if more:
         found["phone_numbers"] = numbers + more
-    nameless = (
-        "",
-        primary.get("email"),
-        primary.get("id"),
-        primary.get("display_id"),
-        primary.get("external_ref"),
-    )
+    nameless = ["", *(primary.get(one) for one in ("email", "id", "display_id", "external_ref"))]
     if duplicate.get("display_name") and (primary.get("display_name") or "") in nameless:
         found["display_name"] = duplicate["display_name"]
     return found
@@ -4727,31 +4720,33 @@ def lost_fields(duplicate: Mapping[str, Any], primary: Mapping[str, Any]) -> lis
         "tags",
         "custom_fields",
     ):
-        value, kept = duplicate.get(name), primary.get(name)
+        value = duplicate.get(name)
+        kept = primary.get(name)
         if isinstance(value, list):
             lost += [{"field": name, "value": one} for one in value if one not in (kept or ())]
         elif isinstance(value, dict):
             mine = kept if isinstance(kept, dict) else {}
-            lost += [
-                {"field": f"{name}.{key}", "value": one}
-                for key, one in value.items()
-                if one != mine.get(key)
-            ]
+            for key, one in value.items():
+                if one != mine.get(key):
+                    lost.append({"field": f"{name}.{key}", "value": one})
         elif value and value != kept:
             lost.append({"field": name, "value": value})
     return lost
 
 
 def check_reference(pair: Pair, primary: Json | None) -> Json:
-    """Return the primary as it was read. Raises PairError where it no longer exists, or where another user gave it a
-    reference that is neither the old nor the new one."""
+    """Return the primary as it was read.
+
+    Raises PairError where it no longer exists, or where another user gave it a reference that is
+    neither the old nor the new one.
+    """
     name = pair.primary.short_id
     if primary is None:
         raise PairError("not_found", f"the primary {name} no longer exists")
     reference = primary.get("external_ref")
     if pair.new_ref and reference not in (pair.new_ref, pair.primary.external_ref):
-        words = f"another user gave {name} the reference {reference or 'none'}; {pair.new_ref} was not set"
-        raise PairError("external_ref_changed", words)
+        given = f"another user gave {name} the reference {reference or 'none'}"
+        raise PairError("external_ref_changed", f"{given}; {pair.new_ref} was not set")
     return primary
 
 
@@ -4782,55 +4777,66 @@ class TransferVerifier:
     ) -> tuple[list[Json], DuplicateStatus | None]:
         """Poll until all `expected` objects (`{id, role}`) belong to the primary, or `merge_timeout` is over.
 
-        Return the objects still missing, and the duplicate's status where the list of its email still shows it. Objects
-        deleted since are named in the pair and hold nothing up.
+        Return the objects still missing, and the duplicate's status where the list of its email still
+        shows it. Objects deleted since are named in the pair and hold nothing up.
         """
-        environment, timeout = self.context.environment, self.context.options.merge_timeout
-        started, rounds = environment.now(), 0
+        timeout = self.context.options.merge_timeout
+        started = self.context.environment.now()
+        rounds = 0
         examined: set[str] = set()
         while True:
-            linger = BatchLoader.LINGER if rounds or self.priority == RESUME else self.LINGER
+            linger = self.LINGER
+            if rounds or self.priority == RESUME:
+                linger = BatchLoader.LINGER
             missing, listed = await together(
                 self.missing(pair, expected, linger), self.is_listed(pair, linger)
             )
-            status = (
-                await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH)) if listed else None
-            )
-            waited, rounds = environment.elapsed(started), rounds + 1
+            status = None
+            if listed:
+                status = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH))
+            rounds += 1
+            waited = self.context.environment.elapsed(started)
             over = waited >= timeout
             if missing and rounds > 2:
-                few = [item["id"] for item in missing if over or item["id"] not in examined]
-                few = few if over else few[: self.EXAMINED]
-                gone: set[str] = set()
-                for one in few:
-                    with contextlib.suppress(ApiError, NoUsableResponse):
-                        if await self.api.get_object(one, RequestOptions(self.priority)) is None:
-                            gone.add(one)
-                examined.update(few)
-                pair.deleted = sorted(gone.union(pair.deleted))
-                expected, missing = (
-                    [one for one in items if one["id"] not in gone] for items in (expected, missing)
-                )
+                few = missing
+                if not over:
+                    unread = [item for item in missing if item["id"] not in examined]
+                    few = unread[: self.EXAMINED]
+                examined.update(item["id"] for item in few)
+                pair.deleted = sorted({*pair.deleted, *await self.deleted(few)})
+                expected = [item for item in expected if item["id"] not in pair.deleted]
+                missing = [item for item in missing if item["id"] not in pair.deleted]
             if over or status is DuplicateStatus.EXISTS or not (missing or status):
                 return missing, status
             await pause(min(20.0, 0.5 + waited / 2, timeout - waited))
 
+    async def deleted(self, items: Iterable[Json]) -> set[str]:
+        """Read objects one by one; return the ids of those that no longer exist."""
+        found: set[str] = set()
+        for identity in dict.fromkeys(item["id"] for item in items):
+            with contextlib.suppress(ApiError, NoUsableResponse):
+                if await self.api.get_object(identity, RequestOptions(self.priority)) is None:
+                    found.add(identity)
+        return found
+
     async def lists_show_merged(self, pair: Pair) -> bool:
         """Decide by lists where polls give no usable answer.
 
-        The merge is done where the lists of the duplicate's email and of its reference no longer show it, and its
-        objects belong to the primary. Without objects the lists are read twice, because they may lag.
+        The merge is done where the lists of the duplicate's email and of its reference no longer show
+        it, and its objects belong to the primary. Without objects the lists are read twice, because
+        they may lag.
         """
         expected = objects_to_transfer(pair.backup, pair.duplicate.id)
-        timeout = self.context.options.merge_timeout
-        for pause in (0.0,) if expected else (0.0, min(10.0, timeout / 4)):
+        pauses = [0.0]
+        if not expected:
+            pauses.append(min(10.0, self.context.options.merge_timeout / 4))
+        for pause in pauses:
             if pause:
                 await self.context.cancel_token.sleep(pause)
             if await self.is_listed(pair):
                 return False
             holders = await self.api.holders_of(pair.duplicate.external_ref, RequestOptions(FINISH))
-            shown = (user for user in holders if user["id"] == pair.duplicate.id)
-            if any(duplicate_status(user, *pair.ids) is DuplicateStatus.EXISTS for user in shown):
+            if self.shows_duplicate(pair, holders):
                 return False
         return not await self.missing(pair, expected)
 
@@ -4842,18 +4848,17 @@ class TransferVerifier:
         Where what it had belongs to the primary, the two are merged, whoever requested it.
         """
         primary = await self.api.contact(pair.primary.id, RequestOptions(FINISH)) or {}
-        if primary.get("state") not in ("active", "locked", "deactivated") or primary.get(
-            "primary_identity"
-        ):
+        is_there = primary.get("state") in ("active", "locked", "deactivated")
+        if not is_there or primary.get("primary_identity"):
             return False
         expected = objects_to_transfer(pair.backup, pair.duplicate.id)
+        missing: list[Json] = []
         try:
-            if (
-                await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH))
-                is not DuplicateStatus.GONE
-            ):
+            status = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH))
+            if status is not DuplicateStatus.GONE:
                 return False
-            missing = (await self.wait(pair, expected, pause))[0] if expected else []
+            if expected:
+                missing, _ = await self.wait(pair, expected, pause)
         except PairError as problem:
             if problem.code == "merged_into_another":
                 return True
@@ -4866,49 +4871,38 @@ class TransferVerifier:
         """Return which of the expected objects the lists don't show with the primary."""
         weight = pair.primary.tickets + pair.duplicate.tickets
         roles = sorted({item["role"] for item in expected})
+        loaders = [self.api.objects[role] for role in roles]
         listings = await together(
-            *(
-                self.api.objects[role].load(pair.primary.id, weight, self.priority, linger)
-                for role in roles
-            )
+            *(loader.load(pair.primary.id, weight, self.priority, linger) for loader in loaders)
         )
-        there = {
-            (role, item["id"]) for role, listing in zip(roles, listings) for item in listing.items
-        }
+        there: set[tuple[str, str]] = set()
+        for role, listing in zip(roles, listings):
+            there.update((role, item["id"]) for item in listing.items)
         return [item for item in expected if (item["role"], item["id"]) not in there]
 
     async def is_listed(self, pair: Pair, linger: float = BatchLoader.LINGER) -> bool:
         """Return whether the list of its email shows the duplicate as a contact of its own."""
-        listing = await self.api.emails.load(pair.duplicate.email.strip(), 1, self.priority, linger)
-        self.primary = next(
-            (user for user in listing.items if user["id"] == pair.primary.id), self.primary
-        )
-        shown = (user for user in listing.items if user["id"] == pair.duplicate.id)
+        email = pair.duplicate.email.strip()
+        listing = await self.api.emails.load(email, 1, self.priority, linger)
+        for user in listing.items:
+            if user["id"] == pair.primary.id:
+                self.primary = user
+        return self.shows_duplicate(pair, listing.items)
+
+    @staticmethod
+    def shows_duplicate(pair: Pair, users: Iterable[Json]) -> bool:
+        """Return whether the duplicate is among these `rev_users` as a contact of its own."""
+        shown = (user for user in users if user["id"] == pair.duplicate.id)
         return any(duplicate_status(user, *pair.ids) is DuplicateStatus.EXISTS for user in shown)
 
 
-class GroupMerge:
-    """What the merges of one group share. `wanted` are the pairs of this run's CSV: no other is requested."""
-
-    def __init__(
-        self,
-        context: MergeContext,
-        group: Group,
-        pairs: Sequence[Pair],
-        wanted: Mapping[Ids, Pair],
-        resumed: bool,
-    ) -> None:
-        self.group, self.pairs, self.wanted = group, pairs, wanted
-        self.resumed = resumed  # an earlier run left the group's pairs
-        self.preconditions = Preconditions(context, group)
-        self.verifier = TransferVerifier(context, RESUME if resumed else VERIFY)
-        self.request_lock = asyncio.Lock()
-        self.attempted = asyncio.Event()  # each pair was tried, or has to wait
+# Seconds for the first poll and the first update; each repeat has twice as long.
+FIRST_DEADLINE = 5.0
 
 
-FIRST_DEADLINE = (
-    5.0  # seconds for the first poll and the first update; each repeat has twice as long
-)
+def longer(deadline: float, settings: ApiSettings) -> float:
+    """Return the deadline of a request after one with `deadline` had no answer."""
+    return min(2 * deadline, max(deadline, settings.timeout))
 
 
 class MergeTimer:
@@ -4917,19 +4911,22 @@ class MergeTimer:
     SLOW = 3.0  # seconds after which no other pair waits for this one
     MOST_POLLS = 16  # in the first ten seconds after a merge was requested
 
-    def __init__(self, context: MergeContext, pair: Pair, shared: GroupMerge) -> None:
-        self.context, self.pair, self.shared = context, pair, shared
+    def __init__(self, context: MergeContext, pair: Pair, run: GroupRun) -> None:
+        self.context = context
+        self.pair = pair
+        self.run = run
         self.started: Timestamp | None = None  # when this run began to wait
         self._waited_before = 0.0  # seconds that earlier runs had waited
 
     def start(self, waited_before: float = 0.0) -> None:
-        self.started, self._waited_before = self.context.environment.now(), waited_before
+        self.started = self.context.environment.now()
+        self._waited_before = waited_before
 
     def waited(self) -> float:
         """Return the seconds since the merge was requested."""
-        return self._waited_before + (
-            self.context.environment.elapsed(self.started) if self.started else 0.0
-        )
+        if self.started is None:
+            return self._waited_before
+        return self._waited_before + self.context.environment.elapsed(self.started)
 
     def request_options(self, priority: int = FINISH) -> RequestOptions:
         """Return how a request waits that belongs to a merge.
@@ -4943,124 +4940,145 @@ class MergeTimer:
     async def pause(self, seconds: float) -> None:
         """Sleep until DevRev may have got further. From now on, new work and other groups do not wait for this pair."""
         if seconds > 0:
-            self.shared.attempted.set()
+            self.run.attempted.set()
             if self.waited() > self.SLOW:
-                self.context.at_verification(self.shared.group)
+                self.context.at_verification(self.run.group)
             await self.context.cancel_token.sleep(seconds)
 
 
-class PrimaryUpdate:
-    """Gives the primary the duplicate's reference and what is carried with it, once the duplicate no longer exists.
+class ReferenceUpdate:
+    """Sets the reference of a contact, for a merge and for an undo; an update may be sent again and again.
 
-    Between the merge and this update the reference is on no contact, so nothing but the update itself is waited for: a
-    refused field never holds it up.
+    What an answer does not tell is read: a lost or refused update may have been made all the same,
+    and a merge may move the reference by itself.
     """
 
-    def __init__(self, context: MergeContext, pair: Pair, timer: MergeTimer) -> None:
-        self.context, self.api, self.pair, self.timer = context, context.api, pair, timer
-        self.answer: Json = {}  # the primary, as an update's answer has shown it
-        self._pause = 0.2  # seconds before the next attempt
+    def __init__(
+        self,
+        api: DevRevAPI,
+        contact: Contact,
+        reference: str,
+        options: Callable[[], RequestOptions],
+    ) -> None:
+        self.api = api
+        self.contact = contact
+        self.reference = reference
+        self.options = options
+        # Why the last update is not known to have been made: a refusal, or that it had no answer.
+        self.problem: ApiError | NoUsableResponse | None = None
+        self._deadline = FIRST_DEADLINE
 
-    async def run(self, is_new: bool) -> bool:
-        """Update the primary; one whose merge `is_new` in this run need not be read first.
+    async def send(self) -> Json | None:
+        """Update the contact once, and return it as DevRev has it then; None where it no longer exists.
 
-        Return False where polls show that the duplicate still exists. Raises PairError.
+        `{}` where neither the answer nor a read tells.
         """
-        pair, environment = self.pair, self.context.environment
-        body = await self._plan(is_new)
-        updates = [body] if body else []
-        started, deadline = environment.now(), FIRST_DEADLINE
-        while updates:
-            body, over = (
-                updates[0],
-                environment.elapsed(started) > self.context.options.merge_timeout,
-            )
-            try:
-                user = await self.api.update_contact(
-                    pair.primary.id, body, self.timer.request_options(), deadline
-                )
-            except ApiError as error:
-                if "external_ref" not in body:
-                    log.info("%s: %s can't be carried: %s", pair.email, ", ".join(body), error)
-                    updates.pop(0)
-                elif len(body) > 1:  # whatever was refused, the reference goes alone at once
-                    carried = {
-                        name: value for name, value in body.items() if name != "external_ref"
-                    }
-                    updates = [{"external_ref": pair.new_ref}, carried]
-                elif error.status != 409:
-                    code = "not_found" if error.missing else "external_ref_not_set"
-                    code = error.code if error.status == 403 else code
-                    raise PairError(
-                        code, f"the reference {pair.new_ref} could not be set: {error}"
-                    ) from None
-                else:
-                    self.context.first_merge.confirm(pair.ids)  # a conflict is this pair's alone
-                    if await self._wait_for_release(over) is DuplicateStatus.EXISTS:
-                        return False
-                continue
-            except NoUsableResponse as error:
-                # It may have been made: the primary is read before the update is sent again.
-                if over:
-                    raise PairError(
-                        error.code, f"{pair.primary.short_id} could not be updated: {error}"
-                    ) from None
-                deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
-                user = await self._read_primary()
-                if any(user.get(name) != value for name, value in body.items()):
-                    await self._sleep()
-                    continue
-            if user.get("external_ref") != body.get("external_ref", user.get("external_ref")):
-                words = f"DevRev answered the update with the reference {user.get('external_ref')}"
-                raise PairError("external_ref_not_set", words)
-            updates.pop(0)
-            self.answer = user
-            with contextlib.suppress(PairError):  # the verification names a damaged backup
-                pair.fields_lost = lost_fields(
-                    backed_up_contact(pair.backup, pair.duplicate.id), user
-                )
-        return True
-
-    async def _plan(self, is_new: bool) -> Json:
-        """Return the fields to set. Where another run requested the merge, other users may have edited the primary."""
-        pair = self.pair
-        reference = {"external_ref": pair.new_ref} if pair.new_ref else {}
-        body = {**reference, **pair.fields_to_carry}
-        if is_new or not body:
-            return body
-        primary = await self._read_primary()
-        body = {**reference, **fields_to_carry(primary, pair.fields_to_carry)}
-        return {name: value for name, value in body.items() if primary.get(name) != value}
-
-    async def _read_primary(self) -> Json:
-        """Return the primary. Where DevRev refuses to read it, the list of its email decides: it may have been merged.
-
-        Raises PairError, also where another user gave it a reference.
-        """
-        contact = self.pair.primary
+        body = {"external_ref": self.reference}
         try:
-            primary = await self.api.contact(contact.id, self.timer.request_options())
+            user = await self.api.update_contact(
+                self.contact.id, body, self.options(), self._deadline
+            )
+        except ApiError as error:
+            self.problem = error
+        except NoUsableResponse as error:
+            self.problem = error
+            self._deadline = longer(self._deadline, self.api.settings)
+        else:
+            self.problem = None
+            return user
+        try:
+            return await self.read()
+        except (ApiError, NoUsableResponse) as error:
+            log.info("%s can't be read after its update: %s", self.contact.short_id, error)
+            return {}
+
+    async def read(self) -> Json | None:
+        """Return the contact, None where it no longer exists.
+
+        Where DevRev refuses to read it, the list of its email decides: it may have been merged.
+        """
+        try:
+            return await self.api.contact(self.contact.id, self.options())
         except ApiError as error:
             if error.status == 403:
                 raise
-            listed = (await self.api.contacts_by_email([contact.email.strip()], FINISH)).items
-            primary = next(
-                (user for user in listed if user["id"] == contact.id and not is_gone(user)), None
-            )
-            if primary is None:
-                words = (
-                    f"the primary {contact.short_id} can't be read, and no list shows it: {error}"
-                )
-                raise PairError("not_found", words) from None
-        return check_reference(self.pair, primary)
+            name = self.contact.short_id
+            log.info("%s can't be read, so the list of its email decides: %s", name, error)
+            listing = await self.api.contacts_by_email([self.contact.email.strip()], FINISH)
+        for user in listing.items:
+            if user["id"] == self.contact.id and not is_gone(user):
+                return user
+        return None
 
-    async def _wait_for_release(self, over: bool) -> DuplicateStatus | None:
+
+class PrimaryUpdate:
+    """Gives the primary the duplicate's reference, once the duplicate no longer exists.
+
+    Between the merge and this update the reference is on no contact, so nothing else is waited for.
+    """
+
+    def __init__(self, context: MergeContext, pair: Pair, timer: MergeTimer) -> None:
+        self.context = context
+        self.api = context.api
+        self.pair = pair
+        self.timer = timer
+        self.update = ReferenceUpdate(
+            self.api, pair.primary, str(pair.new_ref), timer.request_options
+        )
+        self.answer: Json = {}  # the primary with its new reference, as the last answer has shown it
+        self._pause = 0.2  # seconds before the next attempt
+
+    async def run(self, is_new: bool) -> bool:
+        """Set the reference; a primary whose merge `is_new` in this run need not be read first.
+
+        Return False where polls show that the duplicate still exists. Raises PairError.
+        """
+        pair = self.pair
+        if not is_new and self._has_it(check_reference(pair, await self.update.read())):
+            return True
+        started = self.context.environment.now()
+        while True:
+            user = await self.update.send()
+            if self._has_it(user):
+                return True
+            problem = self.update.problem
+            if problem is None:
+                reference = (user or {}).get("external_ref")
+                words = f"DevRev answered the update with the reference {reference}"
+                raise PairError("external_ref_not_set", words)
+            if user != {}:
+                check_reference(pair, user)
+            elapsed = self.context.environment.elapsed(started)
+            is_over = elapsed > self.context.options.merge_timeout
+            if isinstance(problem, NoUsableResponse):
+                if is_over:
+                    words = f"{pair.primary.short_id} could not be updated: {problem}"
+                    raise PairError(problem.code, words)
+                await self._sleep()
+            elif problem.status != 409:
+                code = "not_found" if problem.missing else "external_ref_not_set"
+                code = problem.code if problem.status == 403 else code
+                raise PairError(code, f"the reference {pair.new_ref} could not be set: {problem}")
+            else:
+                self.context.first_merge.confirm(pair.ids)  # a conflict is this pair's alone
+                if await self._wait_for_release(is_over) is DuplicateStatus.EXISTS:
+                    return False
+
+    def _has_it(self, user: Json | None) -> bool:
+        """Return whether the primary has the new reference, and keep what shows it."""
+        if not user or user.get("external_ref") != self.pair.new_ref:
+            return False
+        self.answer = user
+        return True
+
+    async def _wait_for_release(self, is_over: bool) -> DuplicateStatus | None:
         """Wait while the duplicate, which no longer exists, holds the reference. Return its status, if a poll tells.
 
-        Raises PairError where another contact holds it, or the time for that is `over`.
+        Raises PairError where another contact holds it, or the time for that is over.
         """
         await self._sleep()
-        pair, status = self.pair, None
+        pair = self.pair
+        status = None
         holders: list[str] = []
         # Where polls tell nothing, lists have decided.
         with contextlib.suppress(ApiError, NoUsableResponse):
@@ -5068,18 +5086,14 @@ class PrimaryUpdate:
         if status is DuplicateStatus.EXISTS:
             return status
         with contextlib.suppress(ApiError, NoUsableResponse):
-            listed = await self.api.holders_of(str(pair.new_ref), self.timer.request_options())
-            holders = [
-                str(user.get("display_id") or user["id"])
-                for user in listed
-                if user["id"] not in pair.ids
-            ]
-        if holders or over:
-            unknown = f"{pair.duplicate.short_id}, which no longer exists, or a contact that the token can't see"
-            who = ", ".join(holders) or unknown
-            raise PairError(
-                "external_ref_conflict", f"the reference {pair.new_ref} is held by {who}"
-            )
+            for user in await self.api.holders_of(str(pair.new_ref), self.timer.request_options()):
+                if user["id"] not in pair.ids:
+                    holders.append(str(user.get("display_id") or user["id"]))
+        if holders or is_over:
+            gone = f"{pair.duplicate.short_id}, which no longer exists"
+            who = ", ".join(holders) or f"{gone}, or a contact that the token can't see"
+            words = f"the reference {pair.new_ref} is held by {who}"
+            raise PairError("external_ref_conflict", words)
         return status
 
     async def _sleep(self) -> None:
@@ -5090,29 +5104,35 @@ class PrimaryUpdate:
 class PairMerge:
     """One merge: request, wait, set the reference, verify. A pair that an earlier run left enters at its state.
 
-    Each phase takes the pair at a recovery point and returns the next one; a wait may request the merge again. What
-    keeps the pair from its end is raised as PairError and recorded as its outcome; what stops the run passes through.
+    Each phase takes the pair at a recovery point and returns the next one; a wait may request the
+    merge again. What keeps the pair from its end is raised as PairError and recorded as its outcome;
+    what stops the run passes through.
     """
 
     MAX_REQUESTS = 3  # times that a run requests one merge
     MAX_REFRESHES = 12  # times that preconditions are read again before a pair is given up
+    MAX_CONTRADICTIONS = 20
 
-    def __init__(self, context: MergeContext, pair: Pair, shared: GroupMerge) -> None:
-        self.context, self.api, self.pair, self.shared = context, context.api, pair, shared
-        self.preconditions, self.verifier = shared.preconditions, shared.verifier
-        self.timer = MergeTimer(context, pair, shared)
+    def __init__(self, context: MergeContext, pair: Pair, run: GroupRun) -> None:
+        self.context = context
+        self.api = context.api
+        self.pair = pair
+        self.run = run
+        self.preconditions = run.preconditions
+        self.verifier = run.verifier
+        self.timer = MergeTimer(context, pair, run)
         self.update = PrimaryUpdate(context, pair, self.timer)
         self.has_outcome = False
         self.requests_sent = 0  # in this run
-        self._before_request: dict[str, Any] = {}  # the pair's fields
-        self.polled = False  # since the last request
-        self.rejection: PairError | None = (
-            None  # DevRev's answer to the last request, where it was a clear refusal
-        )
-        self.contradictions = (
-            0  # times that the duplicate seemed to be merged and existed after all
-        )
+        # DevRev's answer to the last request, where it was a clear refusal.
+        self.rejection: PairError | None = None
+        # Times that the duplicate seemed to be merged and existed after all.
+        self.contradictions = 0
         self.was_forbidden = pair.forbidden  # an earlier run's request for it was answered with 403
+        self.polled = False  # since the last request
+        self.unusable = 0  # polls in a row without a usable answer
+        self.poll_problem: PairError | None = None  # of the last poll
+        self._poll_deadline = FIRST_DEADLINE
 
     async def advance(self, until: State | None = None) -> bool:
         """Take the pair from one recovery point to the next, up to `until` or its end. Return whether it got there."""
@@ -5144,12 +5164,17 @@ class PairMerge:
             self.context.first_merge.release(pair.ids)
         if pair.state in TERMINAL:
             await self.end()
+        elif pair.state is State.SKIPPED:
+            await self.end(PairSkipped(pair.code, pair.error))
         return True
 
     async def _transition(self, state: State) -> None:
-        """Move a pair to its next state, durably. Only the intent to request a merge is saved elsewhere."""
+        """Move the pair to its next state, durably."""
         pair = self.pair
-        pair.state = state
+        if state not in (State.SKIPPED, State.MERGED_ELSEWHERE):  # these have a code and a reason
+            pair.move_to(state)
+        if state is State.SKIPPED:
+            return
         if pair.requested_at:
             pair.seconds = max(0.0, self.context.environment.now().wall - pair.requested_at)
         await self.context.savepoint.save(pair)
@@ -5168,107 +5193,127 @@ class PairMerge:
     async def end(self, problem: PairError | None = None) -> None:
         """Record that the pair has ended, or what keeps it from its end in this run.
 
-        A failure counts among the failures in a row, unless an earlier run left the pair or failed at it too, or only
-        its verification is open.
+        A failure counts among the failures in a row, unless an earlier run left the pair or failed at
+        it too, or only its verification is open.
         """
-        pair, self.has_outcome = self.pair, True
-        counts = not (self.shared.resumed or pair.tried_before or pair.state is State.VERIFYING)
+        pair = self.pair
+        self.has_outcome = True
+        counts = not (self.run.resumed or pair.tried_before or pair.state is State.VERIFYING)
         await self.context.record_outcome(pair, problem, counts)
 
-    # -- the phases --------------------------------------------------------------------------------
+    # -- the request ---------------------------------------------------------------------------------
 
     async def _request(self) -> State:
         """Request the merge, resting on preconditions that are fresh at the moment when the request is sent.
 
-        A pair that was requested before is polled first whatever the preconditions say: it may be merged by now.
+        A pair that was requested before is polled first whatever the preconditions say: it may be
+        merged by now.
         """
-        pair, group, poll = self.pair, self.shared.group, self.api.poll_duplicate
+        pair = self.pair
         again = bool(pair.requested_at)
         if again:
-            wanted = self.shared.wanted.get(pair.ids)
-            if wanted is None or wanted.new_ref != pair.new_ref:
-                words = f"the merge of {into(pair)} was requested, and is not in this plan with the same reference"
-                raise PairError("plan_changed", words)
-            pair.primary, pair.duplicate = wanted.primary, wanted.duplicate
-            self.preconditions.invalidate()
-        async with self.shared.request_lock:  # the pairs of a group rest on the same preconditions
-            group.requesting = pair
-            for _ in range(self.MAX_REFRESHES):
-                # Its units would keep others waiting while the preconditions are read.
-                self.api.scheduler.end_merge(pair.ids)
-                problem: PairError | None = None
-                try:
-                    await self.preconditions.ensure_fresh()
-                except PairError as error:
-                    problem = error
-                # This poll holds no units: pairs that wait to be requested would wait for each other's.
-                if (
-                    again
-                    and await poll(*pair.ids, RequestOptions(FINISH)) is not DuplicateStatus.EXISTS
-                ):
-                    return self._confirmed()
-                if problem:
-                    raise problem
-                for one in group.dropped:
-                    if one.pair.ids == pair.ids:
-                        raise PairSkipped(one.code, one.reason)
-                self._before_request = dict(vars(pair))
-                state, refusal = State.ACKNOWLEDGED, None
-                try:
-                    await self.context.first_merge.acquire(pair.ids)
-                    await self.api.merge(
-                        *pair.ids, self.timer.request_options(MERGE), self._save_intent
-                    )
-                except PreconditionsExpired:
-                    log.info(
-                        "%s: the check or the backup is too old by now; reading it again",
-                        pair.email,
-                    )
-                    continue
-                except ApiError as error:
-                    refusal = error
-                except NoUsableResponse as error:
-                    log.info("%s: the answer to the merge request was lost (%s)", pair.email, error)
-                    state = State.REQUESTED
-                # The request was sent; the wait for its merge starts now.
-                self.timer.start()
-                self.requests_sent += 1
-                # A pair that had a 403 before says nothing of what the token may do.
-                self.context.first_merge.requests += not self.was_forbidden
-                return await self._rejected(refusal, first=not again) if refusal else state
-        words = "checks and backups become too old before the merge can be requested; the quota is too small"
-        raise PairError("stale", words)
+            self._take_from_plan()
+        async with self.run.request_lock:  # the pairs of a group rest on the same preconditions
+            pair.is_requested_again = again
+            try:
+                for _ in range(self.MAX_REFRESHES):
+                    if await self._prepare(again):
+                        return State.MERGED
+                    if pair.state is State.SKIPPED:
+                        return State.SKIPPED
+                    try:
+                        return await self._send(again)
+                    except PreconditionsExpired:
+                        log.info("%s: the check or the backup is too old by now", pair.email)
+            finally:
+                pair.is_requested_again = False
+        words = "checks and backups become too old before the merge can be requested"
+        raise PairError("stale", f"{words}; the quota is too small")
+
+    def _take_from_plan(self) -> None:
+        """Raise PairError where this run's plan has the pair no longer, or with another reference."""
+        pair = self.pair
+        wanted = self.run.wanted.get(pair.ids)
+        if wanted is None or wanted.new_ref != pair.new_ref:
+            words = f"the merge of {into(pair)} was requested"
+            raise PairError(
+                "plan_changed", f"{words}, and is not in this plan with the same reference"
+            )
+        pair.primary = wanted.primary
+        pair.duplicate = wanted.duplicate
+        self.preconditions.invalidate()
+
+    async def _prepare(self, again: bool) -> bool:
+        """Make the preconditions fresh; return whether a poll shows that an earlier request was carried out."""
+        # Its units would keep others waiting while the preconditions are read.
+        self.api.scheduler.end_merge(self.pair.ids)
+        problem: PairError | None = None
+        try:
+            await self.preconditions.ensure_fresh()
+        except PairError as error:
+            problem = error
+        if again:
+            # It holds no units: pairs that wait to be requested would wait for each other's.
+            status = await self.api.poll_duplicate(*self.pair.ids, RequestOptions(FINISH))
+            if status is not DuplicateStatus.EXISTS:
+                self._note_merged()
+                return True
+        if problem and self.pair.state is not State.SKIPPED:
+            raise problem
+        return False
+
+    async def _send(self, again: bool) -> State:
+        """Send the merge request. Raises PreconditionsExpired where it was not sent."""
+        pair = self.pair
+        state = State.ACKNOWLEDGED
+        refusal: ApiError | None = None
+        try:
+            await self.context.first_merge.acquire(pair.ids)
+            options = self.timer.request_options(MERGE)
+            await self.api.merge(*pair.ids, options, self._save_intent)
+        except ApiError as error:
+            refusal = error
+        except NoUsableResponse as error:
+            log.info("%s: the answer to the merge request was lost (%s)", pair.email, error)
+            state = State.REQUESTED
+        # The request was sent; the wait for its merge starts now.
+        self.timer.start()
+        self.requests_sent += 1
+        if (
+            not self.was_forbidden
+        ):  # one that had a 403 before says nothing of what the token may do
+            self.context.first_merge.requests += 1
+        if refusal:
+            return await self._rejected(refusal, first=not again)
+        return state
 
     async def _save_intent(self) -> None:
         """Save that the merge is requested, at the last moment before the request is sent.
 
         Raises PreconditionsExpired or Cancelled where it must not be sent; then the savepoint says that it was not.
         """
-        context, pair, before = self.context, self.pair, self._before_request
-        self.preconditions.require_fresh()
+        context = self.context
+        pair = self.pair
+        preconditions = self.preconditions
+        preconditions.require_fresh()
         context.raise_if_draining()
-        self.polled, self.rejection = False, None
-        pair.state, pair.code, pair.error, pair.rejected = State.REQUESTED, "", "", False
-        pair.backup, pair.backed_up = self.preconditions.folder, self.preconditions.counts
-        # Where the same request waits for quota and is saved again, what counts is what was before its first attempt.
-        pair.previous_request_at, pair.requested_at = (
-            before["requested_at"],
-            context.environment.now().wall,
+        self.polled = False
+        self.rejection = None
+        pair.begin_request(
+            context.environment.now().wall, preconditions.folder, preconditions.counts
         )
-        pair.first_requested_at = pair.first_requested_at or pair.requested_at
         if context.options.carry_fields:
-            self.preconditions.plan_carrying(pair)
+            duplicate = preconditions.live[pair.duplicate.id]
+            pair.fields_to_carry = fields_to_carry({}, duplicate)
         try:
             await context.savepoint.save(pair)
             # The disk may be slow, and the run may have been stopped meanwhile.
-            self.preconditions.require_fresh()
+            preconditions.require_fresh()
             context.cancel_token.raise_if_cancelled()
             if context.savepoint.failure:
                 raise Cancelled()
         except (PreconditionsExpired, Cancelled):
-            withdrawn_at = pair.requested_at
-            vars(pair).update(before)
-            pair.withdrawn_at = withdrawn_at
+            pair.withdraw_request()
             await context.savepoint.save(pair)
             raise
         log.info("%s: requesting the merge of %s", pair.email, into(pair))
@@ -5276,177 +5321,241 @@ class PairMerge:
     async def _rejected(self, error: ApiError, first: bool) -> State:
         """Take note of a refusal; DevRev may carry the merge out all the same."""
         pair = self.pair
-        pair.rejected, pair.forbidden = True, pair.forbidden or error.status == 403
+        pair.rejected = True
+        pair.forbidden = pair.forbidden or error.status == 403
         await self.context.savepoint.save(pair)
         if error.status == 403:
             # The first request of a run shows whether the token may merge at all.
             if self.context.first_merge.requests == 1 and not self.was_forbidden:
                 raise PermissionDenied(EXIT_USAGE, f"the token may not merge contacts: {error}")
             self.rejection = PairError("forbidden", str(error))
-        elif (
-            error.missing
-            and first
-            and await self.verifier.is_merged_elsewhere(pair, self.timer.pause)
-        ):
-            pair.code = "merged_elsewhere"
-            pair.error = f"another user merged or deleted {pair.duplicate.short_id} before the merge was requested"
-            if pair.new_ref:
-                pair.error += f"; its reference {pair.new_ref} was not moved"
-            return State.MERGED_ELSEWHERE
+        elif error.missing and first:
+            if await self.verifier.is_merged_elsewhere(pair, self.timer.pause):
+                return self._merged_elsewhere()
+            self.rejection = PairError("merge_refused", str(error))
         elif error.status != 409:  # a 409 may say that it is being merged
             self.rejection = PairError("merge_refused", str(error))
         return State.REQUESTED
 
+    def _merged_elsewhere(self) -> State:
+        pair = self.pair
+        words = f"another user merged or deleted {pair.duplicate.short_id} before the merge was requested"
+        if pair.new_ref:
+            words += f"; its reference {pair.new_ref} was not moved"
+        pair.move_to(State.MERGED_ELSEWHERE, "merged_elsewhere", words)
+        return State.MERGED_ELSEWHERE
+
+    # -- the wait --------------------------------------------------------------------------------------
+
     async def _wait_shielded(self) -> State:
         """Wait for a merge that this run requested also in the time of grace after an interruption: once DevRev has
         carried it out, its reference is on no contact until it is set."""
-        with (
-            self.context.cancel_token.shield()
-            if self.requests_sent and self.pair.new_ref
-            else contextlib.nullcontext()
-        ):
-            return await self._wait()
+        if self.requests_sent and self.pair.new_ref:
+            with self.context.cancel_token.shield():
+                return await self._wait()
+        return await self._wait()
 
     async def _wait(self) -> State:
         """Poll until the duplicate no longer exists, or until the merge has to be requested again."""
-        context, pair, timer = self.context, self.pair, self.timer
-        if timer.started is None:  # an earlier run requested it: poll at once
-            timer.start(max(0.0, context.environment.now().wall - pair.requested_at))
-        elif not (self.rejection or self.polled):
-            usual = max((seconds for seconds, _ in context.recent_merges), default=0.25)
-            await timer.pause(min(usual, 0.75) - timer.waited())
-        self.polled, polls, unusable, deadline = True, 0, 0, FIRST_DEADLINE
+        pair = self.pair
+        timer = self.timer
+        await self._await_first_poll()
+        polls = 0
         while True:
-            problem: PairError | None = None
-            polls, before = polls + 1, timer.waited()
-            try:
-                status = await self.api.poll_duplicate(*pair.ids, timer.request_options(), deadline)
-                if status is not DuplicateStatus.EXISTS:
-                    if self.requests_sent:
-                        context.recent_merges.append(
-                            (0.95 * before, polls)
-                        )  # the next one is tried a little sooner
-                    return self._confirmed()
-                unusable, deadline = 0, FIRST_DEADLINE
-            except (ApiError, NoUsableResponse) as error:
-                problem = PairError(error.code, f"the merge can't be confirmed: {error}")
-                # The 404 of a route says nothing of any object.
-                unusable += not (
-                    isinstance(error, ApiError)
-                    and error.status == 404
-                    and not error.data.get("type")
-                )
-                deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
-            waited, longest = (
-                timer.waited(),
-                confirmation_timeout(pair, context.options.merge_timeout),
-            )
+            before = timer.waited()
+            polls += 1
+            if await self._poll():
+                if self.requests_sent:  # the next merge is polled a little sooner
+                    self.context.recent_merges.append((0.95 * before, polls))
+                break
+            waited = timer.waited()
+            longest = confirmation_timeout(pair, self.context.options.merge_timeout)
             # Where the wait is over, for a pair of an earlier run at once, there is no third poll.
-            if (
-                unusable >= 3 or (unusable and waited >= longest)
-            ) and await self.verifier.lists_show_merged(pair):
-                return self._confirmed()
+            lists_decide = self.unusable >= 3 or (self.unusable > 0 and waited >= longest)
+            if lists_decide and await self.verifier.lists_show_merged(pair):
+                break
             if self.rejection:
                 raise self.rejection
             if waited >= longest:
-                if problem:
-                    raise problem
-                answered = pair.state is State.ACKNOWLEDGED or pair.rejected
-                if self.requests_sent >= self.MAX_REQUESTS or (self.requests_sent and answered):
-                    words = f"{pair.duplicate.short_id} still exists {duration(waited)} after its merge was requested"
-                    raise PairError("merge_not_confirmed", words)
+                self._require_another_request(waited)
                 return await self._request()
             pause = min(0.1 + 0.5 * waited, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
             await timer.pause(min(pause, longest - waited))
-
-    def _confirmed(self) -> State:
-        pair = self.pair
-        self.context.first_merge.seen.add(pair.ids)
-        pair.code, pair.error = "", ""
+        self._note_merged()
         return State.MERGED
+
+    async def _await_first_poll(self) -> None:
+        """Start a wait: a pair of an earlier run is polled at once, a new one when merges usually are done."""
+        timer = self.timer
+        if timer.started is None:
+            timer.start(max(0.0, self.context.environment.now().wall - self.pair.requested_at))
+        elif not (self.rejection or self.polled):
+            recent = [seconds for seconds, _ in self.context.recent_merges]
+            usual = max(recent, default=0.25)
+            await timer.pause(min(usual, 0.75) - timer.waited())
+        self.polled = True
+        self.unusable = 0
+        self._poll_deadline = FIRST_DEADLINE
+
+    async def _poll(self) -> bool:
+        """Poll the duplicate once. Return whether it no longer exists; `poll_problem` says why that is not known."""
+        self.poll_problem = None
+        try:
+            status = await self.api.poll_duplicate(
+                *self.pair.ids, self.timer.request_options(), self._poll_deadline
+            )
+        except (ApiError, NoUsableResponse) as error:
+            self.poll_problem = PairError(error.code, f"the merge can't be confirmed: {error}")
+            self._poll_deadline = longer(self._poll_deadline, self.api.settings)
+            is_of_route = isinstance(error, ApiError) and error.status == 404
+            if not is_of_route:  # that says nothing of any object
+                self.unusable += 1
+            return False
+        self.unusable = 0
+        self._poll_deadline = FIRST_DEADLINE
+        return status is not DuplicateStatus.EXISTS
+
+    def _require_another_request(self, waited: float) -> None:
+        """Raise PairError where a wait that is over must not be followed by another request."""
+        if self.poll_problem:
+            raise self.poll_problem
+        answered = self.pair.state is State.ACKNOWLEDGED or self.pair.rejected
+        if self.requests_sent >= self.MAX_REQUESTS or (self.requests_sent and answered):
+            words = f"{self.pair.duplicate.short_id} still exists {duration(waited)} after"
+            raise PairError("merge_not_confirmed", f"{words} its merge was requested")
+
+    def _note_merged(self) -> None:
+        self.context.first_merge.seen.add(self.pair.ids)
 
     def _still_exists(self) -> State:
         """Return to polling: the duplicate seemed to be merged until something contradicted it."""
         pair = self.pair
         self.contradictions += 1
         log.info("%s: %s still exists after all", pair.email, pair.duplicate.short_id)
-        if self.contradictions > 20:
-            pair.state = State.REQUESTED
-            raise PairError(
-                "merge_not_confirmed",
-                f"{pair.duplicate.short_id} seemed to be merged again and again",
-            )
+        if self.contradictions > self.MAX_CONTRADICTIONS:
+            pair.move_to(State.REQUESTED)
+            words = f"{pair.duplicate.short_id} seemed to be merged again and again"
+            raise PairError("merge_not_confirmed", words)
         return State.REQUESTED if pair.rejected else State.ACKNOWLEDGED
+
+    # -- the reference, and the verification -----------------------------------------------------------
 
     async def _set_reference(self) -> State:
         """Give the primary the duplicate's reference. The time of grace after an interruption is for this above all:
         until it is set, the application finds no contact for the person."""
-        pair, is_new = self.pair, self.requests_sent > 0 or not self.shared.resumed
-        onward = (
-            None if is_new else self.context.savepoint.merged_onward(pair.primary.id, pair.new_ref)
-        )
-        if onward:
-            pair.onward = onward.primary.short_id
+        if not self.pair.new_ref:
             return State.VERIFYING
-        with self.context.cancel_token.shield() if pair.new_ref else contextlib.nullcontext():
-            return State.VERIFYING if await self.update.run(is_new) else self._still_exists()
+        is_new = self.requests_sent > 0 or not self.run.resumed
+        with self.context.cancel_token.shield():
+            is_set = await self.update.run(is_new)
+        if is_set:
+            return State.VERIFYING
+        return self._still_exists()
 
     async def _verify(self) -> State:
         """Check that everything the duplicate had belongs to the primary, and that it is listed no more."""
-        pair, checked = self.pair, self.pair
-        self.context.at_verification(self.shared.group)
+        pair = self.pair
+        self.context.at_verification(self.run.group)
         expected = objects_to_transfer(pair.backup, pair.duplicate.id)
-        resumed = self.shared.resumed
-        onward = (
-            self.context.savepoint.merged_onward(pair.primary.id, pair.new_ref) if resumed else None
-        )
-        if onward:  # a later merge took the primary, and everything with it, to another contact
-            pair.onward, checked = onward.primary.short_id, replace(pair, primary=onward.primary)
-        missing, status = await self.verifier.wait(checked, expected, self.timer.pause)
-        pair.deleted = checked.deleted
-        if status is DuplicateStatus.EXISTS and not onward:
+        missing, status = await self.verifier.wait(pair, expected, self.timer.pause)
+        if status is DuplicateStatus.EXISTS:
             return self._still_exists()
         if missing:
             pair.left_behind = describe(pair.backup, missing)
             names = ", ".join(dict.fromkeys(item["display_id"] for item in pair.left_behind))
-            raise PairError(
-                "left_behind", f"merged, but these do not belong to the primary: {names}"
-            )
-        if status and not onward:
-            raise PairError(
-                "still_listed",
-                f"merged, but DevRev still lists {pair.duplicate.short_id} for its email",
-            )
-        if self.verifier.primary.get("id") == pair.primary.id and not self.update.answer:
-            pair.fields_lost = lost_fields(
-                backed_up_contact(pair.backup, pair.duplicate.id), self.verifier.primary
-            )
-        pair.code, pair.error, pair.left_behind = "", "", []
+            words = f"merged, but these do not belong to the primary: {names}"
+            raise PairError("left_behind", words)
+        if status:
+            words = f"merged, but DevRev still lists {pair.duplicate.short_id} for its email"
+            raise PairError("still_listed", words)
+        primary = self.update.answer
+        if not primary and self.verifier.primary.get("id") == pair.primary.id:
+            primary = self.verifier.primary
+        async with self.run.carry_lock:
+            primary = await self._carry_fields() or primary
+        if primary:
+            duplicate = backed_up_contact(pair.backup, pair.duplicate.id)
+            pair.fields_lost = lost_fields(duplicate, primary)
+        pair.left_behind = []
         pair.proved = len({item["id"] for item in expected}.difference(pair.deleted))
         return State.DONE
 
+    async def _carry_fields(self) -> Json:
+        """Give the primary what only the duplicate had (--carry-fields); return the primary as it is then, if known.
 
-async def merge_group(context: MergeContext, shared: GroupMerge) -> None:
-    """Merge the pairs of a group one after the other, then verify them together."""
-    merges = [PairMerge(context, pair, shared) for pair in shared.pairs]
-    try:
-        for index, merge in enumerate(merges):
-            if not await merge.advance(until=State.VERIFYING):
-                # What refuses a group refuses all of it; what was requested has to be finished before the next request.
-                problem = PairError(
-                    "group_incomplete",
-                    "another merge into the same contact has to be finished first",
-                )
-                if merge.pair.state is State.FAILED:
-                    problem = PairError(merge.pair.code, merge.pair.error)
-                for other in merges[index + 1 :]:
-                    if other.pair.state is State.PLANNED:
-                        await other.end(problem)
-                break
-        shared.preconditions.clear()
-        await together(*(merge.advance() for merge in merges))
-    finally:
-        shared.attempted.set()
+        The old values are durable first. What DevRev refuses stands in `fields_lost`.
+        """
+        pair = self.pair
+        if not pair.fields_to_carry:
+            return {}
+        options = RequestOptions(VERIFY)
+        primary = await self.api.contact(pair.primary.id, options) or {}
+        body = fields_to_carry(primary, pair.fields_to_carry)
+        before = {name: primary.get(name) for name in body}
+        pair.fields_before = {**before, **pair.fields_before}
+        carried = {**pair.fields_to_carry, **body}
+        pair.fields_to_carry = {name: carried[name] for name in pair.fields_before}
+        if not body:
+            return primary
+        await self.context.savepoint.save(pair)
+        try:
+            return await self.api.update_contact(pair.primary.id, body, options)
+        except ApiError as error:
+            log.info("%s: %s can't be carried: %s", pair.email, ", ".join(body), error)
+            return primary
+
+
+class GroupRun:
+    """Merges the pairs of one group one after the other, then verifies them together.
+
+    `wanted` are the pairs of this run's CSV: no other is requested. `resumed`: an earlier run left
+    the group's pairs.
+    """
+
+    def __init__(
+        self,
+        context: MergeContext,
+        group: Group,
+        pairs: Sequence[Pair],
+        wanted: Mapping[Ids, Pair],
+        resumed: bool,
+    ) -> None:
+        self.context = context
+        self.group = group
+        self.pairs = pairs
+        self.wanted = wanted
+        self.resumed = resumed
+        self.preconditions = Preconditions(context, group)
+        self.verifier = TransferVerifier(context, RESUME if resumed else VERIFY)
+        self.request_lock = asyncio.Lock()
+        self.carry_lock = asyncio.Lock()
+        self.attempted = asyncio.Event()  # each pair was tried, or has to wait
+
+    async def run(self) -> None:
+        merges = [PairMerge(self.context, pair, self) for pair in self.pairs]
+        try:
+            for merge in merges:
+                if not await merge.advance(until=State.VERIFYING):
+                    await self._refuse_planned(merges, merge.pair)
+                    break
+            self.preconditions.clear()
+            await together(*(merge.advance() for merge in merges))
+        finally:
+            self.attempted.set()
+
+    async def _refuse_planned(self, merges: Sequence[PairMerge], failed: Pair) -> None:
+        """Refuse what is still planned: what refuses one pair refuses the group, and what was requested has to be
+        finished before the next request."""
+        words = "another merge into the same contact has to be finished first"
+        problem = PairError("group_incomplete", words)
+        if failed.state is State.FAILED:
+            problem = PairError(failed.code, failed.error)
+        for merge in merges:
+            if merge.pair.state is State.PLANNED:
+                await merge.end(problem)
+
+    def contact_ids(self) -> set[str]:
+        return {contact.id for contact in self.group.all_contacts()}
 
 
 class TaskRunner:
@@ -5462,9 +5571,11 @@ class TaskRunner:
         on_outcome: Callable[[Pair], None],
         is_success: Callable[[Pair], bool],
     ) -> None:
-        self.api, self.savepoint = api, savepoint
+        self.api = api
+        self.savepoint = savepoint
         self.cancel_token = api.cancel_token
-        self.on_outcome, self.is_success = on_outcome, is_success
+        self.on_outcome = on_outcome
+        self.is_success = is_success
         self.outcomes: dict[Ids, Pair] = {}  # ended, refused, or given up for this run
         self.draining: FatalError | None = None  # finish what is in progress, start nothing
         self.total = 0
@@ -5483,19 +5594,19 @@ class TaskRunner:
     async def run(self, work: Awaitable[None]) -> int:
         """Do the work as far as it goes, and return the exit code. Raises nothing: `stop` says what ended it."""
         await self._guard(work, ())
-        await self._guard(
-            self.wait_all(), ()
-        )  # where nothing more is started, what is in progress is finished
+        # Where nothing more is started, what is in progress is finished.
+        await self._guard(self.wait_all(), ())
         if self.tasks:
             await asyncio.wait(set(self.tasks), timeout=self.GRACE)
         for pairs in list(self.tasks.values()):
             await self._record_interrupted(pairs)
-        stop, is_complete = self.stop, len(self.outcomes) >= self.total
+        stop = self.stop
+        is_complete = len(self.outcomes) >= self.total
         if stop and not (is_complete and stop is self.draining):
             # Exit 2 promises that nothing was changed.
-            return (
-                EXIT_STOPPED if stop.exit_code == EXIT_USAGE and self.api.writes else stop.exit_code
-            )
+            if stop.exit_code == EXIT_USAGE and self.api.writes:
+                return EXIT_STOPPED
+            return stop.exit_code
         if not is_complete:
             self.draining = FatalError(EXIT_STOPPED, "pairs have no outcome (a bug; run again)")
             return EXIT_STOPPED
@@ -5547,25 +5658,29 @@ class TaskRunner:
 
         `counts`: whether the problem counts among the failures in a row that stop a run, if its code is systemic.
         """
-        if problem and not isinstance(problem, PairSkipped):
-            pair.state = State.FAILED if pair.state is State.PLANNED else pair.state
         if problem:
-            pair.code, pair.error = problem.code, str(problem)
-            if not isinstance(problem, PairSkipped):
+            is_skipped = isinstance(problem, PairSkipped)
+            state = pair.state
+            if state in (State.PLANNED, State.SKIPPED):
+                state = State.SKIPPED if is_skipped else State.FAILED
+            pair.move_to(state, problem.code, str(problem))
+            if not is_skipped:
                 await self.savepoint.save(pair)
         self.outcomes[pair.ids] = pair
         self.on_outcome(pair)
         if not problem:
             self._failures_in_a_row = 0
         elif counts and CODES[problem.code].systemic:
-            self._failures_in_a_row += 1
-            if self._failures_in_a_row >= self.MAX_FAILURES_IN_A_ROW and not self.draining:
-                advice = " (--merge-timeout sets how long a merge may take)" * (
-                    problem.code == "merge_not_confirmed"
-                )
-                words = f"{self._failures_in_a_row} failures in a row, the last: {problem}{advice}"
-                self.draining = FatalError(EXIT_STOPPED, words)
-                self.api.scheduler.cancel_preparations()
+            self._count_failure(problem)
+
+    def _count_failure(self, problem: PairError) -> None:
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row >= self.MAX_FAILURES_IN_A_ROW and not self.draining:
+            words = f"{self._failures_in_a_row} failures in a row, the last: {problem}"
+            if problem.code == "merge_not_confirmed":
+                words += " (--merge-timeout sets how long a merge may take)"
+            self.draining = FatalError(EXIT_STOPPED, words)
+            self.api.scheduler.cancel_preparations()
 
 
 class ContactMerger:
@@ -5581,18 +5696,28 @@ class ContactMerger:
         options: MergeOptions,
         on_outcome: Callable[[Pair], None] = lambda _pair: None,
     ) -> None:
-        self.api, self.savepoint = api, savepoint
+        self.api = api
+        self.savepoint = savepoint
         self.runner = TaskRunner(api, savepoint, on_outcome, self.is_success)
         self.context = MergeContext(
-            api, api.environment, savepoint, api.cancel_token, options, self.runner.record_outcome,
-            self.runner.raise_if_draining, FirstMerge(api.cancel_token), collections.deque(maxlen=20), set(),
-        )  # fmt: skip
-        self._resumed: dict[asyncio.Future[None], GroupMerge] = {}
+            api=api,
+            environment=api.environment,
+            savepoint=savepoint,
+            cancel_token=api.cancel_token,
+            options=options,
+            record_outcome=self.runner.record_outcome,
+            raise_if_draining=self.runner.raise_if_draining,
+            first_merge=FirstMerge(api.cancel_token),
+            recent_merges=collections.deque(maxlen=20),
+            before_verification=set(),
+        )
+        self._resumed: dict[asyncio.Future[None], GroupRun] = {}
 
     @staticmethod
     def is_success(pair: Pair) -> bool:
-        left_out = pair.state is State.PLANNED and pair.code in SKIP_REASONS
-        return left_out or (pair.state in (State.DONE, State.SETTLED) and not pair.after_cancel)
+        if pair.state is State.SKIPPED:
+            return pair.code in SKIP_REASONS
+        return pair.state in (State.DONE, State.SETTLED) and not pair.after_cancel
 
     async def run(self, plan: Plan, unfinished: Sequence[Pair]) -> int:
         """Finish what earlier runs left unfinished, carry out the plan, and return the exit code.
@@ -5606,60 +5731,64 @@ class ContactMerger:
         unfinished += await self._poll_cancelled()
         self.runner.total = len({pair.ids for pair in chain(plan.pairs(), unfinished)})
         self._resume(plan, unfinished)
-        for shared in list(self._resumed.values()):
-            await self.context.cancel_token.wait(shared.attempted.wait())
+        for run in list(self._resumed.values()):
+            await self.context.cancel_token.wait(run.attempted.wait())
         await self._start_new(plan, unfinished)
         await self.runner.wait_all()
-        # The contact that held a pair's reference may have been merged meanwhile, and the reference be free.
+        self._try_freed_references(plan, unfinished)
+        await self.runner.wait_all()
+
+    def _try_freed_references(self, plan: Plan, unfinished: Sequence[Pair]) -> None:
+        """Start pairs again whose reference another contact held: it may have been merged meanwhile."""
         moved = {pair.new_ref for pair in self.runner.outcomes.values() if pair.state in ENDED}
         for pair in unfinished:
-            if (
-                pair.state is State.MERGED
-                and pair.code == "external_ref_conflict"
-                and pair.new_ref in moved
-            ):
+            is_in_conflict = pair.state is State.MERGED and pair.code == "external_ref_conflict"
+            if is_in_conflict and pair.new_ref in moved:
                 del self.runner.outcomes[pair.ids]
-                self._start(
-                    GroupMerge(self.context, Group(pair.email, [pair]), [pair], plan.wanted, True)
-                )
-        await self.runner.wait_all()
+                group = Group(pair.email, [pair])
+                self._start(GroupRun(self.context, group, [pair], plan.wanted, resumed=True))
+
+    # -- what earlier runs left ------------------------------------------------------------------------
 
     async def _poll_cancelled(self) -> list[Pair]:
         """Poll each cancelled pair once: return those that DevRev has carried out after all, as unfinished pairs."""
         found = []
-        verifier = TransferVerifier(self.context, RESUME)
         for pair in list(self.savepoint.pairs(State.CANCELLED)):
             try:
-                try:
-                    status = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH))
-                except (ApiError, NoUsableResponse):
-                    merged = await verifier.lists_show_merged(pair)
-                    status = DuplicateStatus.GONE if merged else DuplicateStatus.EXISTS
-                if status is DuplicateStatus.GONE and Path(pair.backup).exists():
-                    # It may have been deleted instead: then nothing of it belongs to the primary, and objects name it.
-                    expected = objects_to_transfer(pair.backup, pair.duplicate.id)
-                    if expected and len(await verifier.missing(pair, expected)) == len(expected):
-                        for item in expected[: verifier.EXAMINED]:
-                            obj = await self.api.get_object(item["id"], RequestOptions(RESUME))
-                            if obj and pair.duplicate.id in user_ids(item["role"], obj):
-                                status = DuplicateStatus.EXISTS
-                                break
+                is_merged = await self._is_merged_after_all(pair)
             except (PairError, LookupError, TypeError, ValueError, AttributeError) as error:
-                log.info(
-                    "%s: the cancelled merge of %s can't be polled: %s",
-                    pair.email,
-                    into(pair),
-                    error,
-                )
+                words = f"{pair.email}: the cancelled merge of {into(pair)} can't be polled"
+                log.info("%s: %s", words, error)
                 continue
-            if status is not DuplicateStatus.EXISTS:
-                pair.state, pair.after_cancel, pair.code, pair.error = State.MERGED, True, "", ""
+            if is_merged:
+                pair.after_cancel = True
+                pair.move_to(State.MERGED)
                 await self.savepoint.save(pair)
-                log.warning(
-                    "%s: DevRev has carried out the cancelled merge of %s", pair.email, into(pair)
-                )
+                words = f"{pair.email}: DevRev has carried out the cancelled merge of {into(pair)}"
+                log.warning("%s", words)
                 found.append(pair)
         return found
+
+    async def _is_merged_after_all(self, pair: Pair) -> bool:
+        """Return whether a cancelled merge was carried out. Raises PairError, and what an odd answer raises."""
+        verifier = TransferVerifier(self.context, RESUME)
+        try:
+            status = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH))
+        except (ApiError, NoUsableResponse):
+            if not await verifier.lists_show_merged(pair):
+                return False
+            status = DuplicateStatus.GONE
+        if status is not DuplicateStatus.GONE or not Path(pair.backup).exists():
+            return status is not DuplicateStatus.EXISTS
+        # It may have been deleted instead: then nothing of it belongs to the primary, and objects name it.
+        expected = objects_to_transfer(pair.backup, pair.duplicate.id)
+        if not expected or len(await verifier.missing(pair, expected)) < len(expected):
+            return True
+        for item in expected[: verifier.EXAMINED]:
+            obj = await self.api.get_object(item["id"], RequestOptions(RESUME))
+            if obj and pair.duplicate.id in user_ids(item["role"], obj):
+                return False
+        return True
 
     def _resume(self, plan: Plan, unfinished: Sequence[Pair]) -> None:
         """Start a group for each primary of unfinished pairs, with what else is known of that primary."""
@@ -5668,111 +5797,136 @@ class ContactMerger:
             by_primary[pair.primary.id].append(pair)
         for primary, pairs in by_primary.items():
             known = {pair.ids for pair in pairs}
-            # One that is only planned (its request was never sent) is the plan's, if it still is in it. The plan also
-            # knows the rest of the group, and what was chosen for it.
-            stored = self.savepoint.pairs(primary_id=primary)
-            siblings = [
-                pair for pair in stored if pair.ids not in known and pair.state is not State.PLANNED
-            ]
-            planned = next((group for group in plan.groups if group.primary.id == primary), None)
+            # One that is only planned is the plan's, if it still is in it. The plan also knows the
+            # rest of the group, and what was chosen for it.
+            siblings = []
+            for pair in self.savepoint.pairs(primary_id=primary):
+                if pair.ids not in known and pair.state is not State.PLANNED:
+                    siblings.append(pair)
             known.update(pair.ids for pair in siblings)
-            siblings += [pair for pair in planned.pairs if pair.ids not in known] if planned else []
-            group = Group(
-                pairs[0].email, [*pairs, *siblings], chosen=planned.chosen if planned else ""
-            )
-            shared = GroupMerge(self.context, group, pairs, plan.wanted, resumed=True)
+            chosen = ""
+            for planned in plan.groups:
+                if planned.primary.id == primary:
+                    siblings += [pair for pair in planned.pairs if pair.ids not in known]
+                    chosen = planned.chosen
+            group = Group(pairs[0].email, [*pairs, *siblings], chosen=chosen)
             for pair in pairs:
-                pair.code, pair.error = "", ""
-            self._resumed[self._start(shared)] = shared
+                pair.move_to(pair.state)
+            run = GroupRun(self.context, group, pairs, plan.wanted, resumed=True)
+            self._resumed[self._start(run)] = run
+
+    # -- new merges ------------------------------------------------------------------------------------
 
     async def _start_new(self, plan: Plan, unfinished: Sequence[Pair]) -> None:
         """Start the groups of the plan, a batch at a time while there is room.
 
-        What no run has tried yet comes first, so that a contact which always fails keeps no other waiting; groups with
-        a contact of an unfinished pair come last.
+        What no run has tried yet comes first, so that a contact which always fails keeps no other
+        waiting; groups with a contact of an unfinished pair come last.
         """
         known = {pair.ids: pair for pair in unfinished}
-        blocked = {identity for pair in unfinished for identity in pair.ids}
-        undoing = {one: pair for pair in self.savepoint.pairs(State.UNDOING) for one in pair.ids}
+        blocked: set[str] = set()
+        for pair in unfinished:
+            blocked.update(pair.ids)
+        undoing: dict[str, Pair] = {}
+        for pair in self.savepoint.pairs(State.UNDOING):
+            undoing.update(dict.fromkeys(pair.ids, pair))
         failed = {pair.ids for pair in self.savepoint.pairs(State.FAILED)}
-        groups, plan.groups = plan.groups, []
+        groups = plan.groups
+        plan.groups = []
         groups.sort(key=lambda group: not failed.isdisjoint(pair.ids for pair in group.pairs))
         groups.reverse()
-        deferred: list[GroupMerge] = []
-        batch: list[GroupMerge] = []
+        deferred: list[GroupRun] = []
+        batch: list[GroupRun] = []
         while groups:
             group = groups.pop()  # and forget it: memory does not grow with what is done
             group.pairs = [known.get(pair.ids, pair) for pair in group.pairs]
-            pairs = [pair for pair in group.pairs if pair.state is State.PLANNED]
-            ids = {contact.id for contact in group.all_contacts()}
-            undoes = next((undoing[one] for one in sorted(ids) if one in undoing), None)
-            for pair in pairs:
-                pair.tried_before = pair.ids in failed
-                if (
-                    undoes and undoes.undo
-                ):  # a row may say that it is being undone, and has to stay so
-                    words = f"its undo is not finished; finish it first: merge_contacts.py --undo {undoes.undo.path}"
-                    await self.runner.record_outcome(pair, PairSkipped("undo_unfinished", words))
-            if pairs and not undoes:
-                shared = GroupMerge(self.context, group, pairs, plan.wanted, resumed=False)
-                (deferred if ids & blocked else batch).append(shared)
-            if sum(len(one.pairs) for one in batch) >= min(self.BATCH, max(1, self._room() // 2)):
+            run = await self._run_of(group, plan, undoing, failed)
+            if run and blocked.isdisjoint(run.contact_ids()):
+                batch.append(run)
+            elif run:
+                deferred.append(run)
+            size = sum(len(one.pairs) for one in batch)
+            if size >= min(self.BATCH, max(1, self._room() // 2)):
                 await self._start_batch(batch)
         await self._start_batch(batch)
-        await together(*(self._start_deferred(shared, unfinished) for shared in deferred))
+        await together(*(self._start_deferred(run, unfinished) for run in deferred))
+
+    async def _run_of(
+        self, group: Group, plan: Plan, undoing: Mapping[str, Pair], failed: Collection[Ids]
+    ) -> GroupRun | None:
+        """Return the run of a group's planned pairs, None where there are none, or an undo has to be finished first."""
+        pairs = []
+        for pair in group.pairs:
+            if pair.state is State.PLANNED:
+                pairs.append(pair)
+            elif pair.state is State.SKIPPED:  # by the live check of an unfinished pair
+                await self.runner.record_outcome(pair, PairSkipped(pair.code, pair.error))
+        if not pairs:
+            return None
+        for pair in pairs:
+            pair.tried_before = pair.ids in failed
+        run = GroupRun(self.context, group, pairs, plan.wanted, resumed=False)
+        in_undo = sorted(run.contact_ids() & undoing.keys())
+        if not in_undo:
+            return run
+        undo = undoing[in_undo[0]].undo
+        words = "its undo is not finished; finish it first"
+        if undo:
+            words += f": merge_contacts.py --undo {undo.path}"
+        for pair in pairs:
+            await self.runner.record_outcome(pair, PairSkipped("undo_unfinished", words))
+        return None
 
     def _room(self) -> int:
         """Return how many pairs may be in progress: under a small quota few, because checks and backups that wait for
         the next window would have to be read again then."""
         return int(max(2, min(self.IN_PROGRESS, requests_per_minute(self.api.scheduler) // 4)))
 
-    def _start(self, shared: GroupMerge) -> asyncio.Future[None]:
-        task = self.runner.start(merge_group(self.context, shared), shared.pairs)
-        task.add_done_callback(lambda _: self.context.at_verification(shared.group))
+    def _start(self, run: GroupRun) -> asyncio.Future[None]:
+        task = self.runner.start(run.run(), run.pairs)
+        task.add_done_callback(lambda _: self.context.at_verification(run.group))
         return task
 
-    async def _start_batch(self, batch: list[GroupMerge]) -> None:
+    async def _start_batch(self, batch: list[GroupRun]) -> None:
         while batch:
             in_progress = sum(map(len, self.runner.tasks.values()))
-            if in_progress and in_progress + sum(len(one.pairs) for one in batch) > self._room():
+            if in_progress and in_progress + sum(len(run.pairs) for run in batch) > self._room():
                 await self.runner.wait_any()
                 continue
             self.runner.raise_if_draining()
-            for shared in batch:
-                self.context.before_verification.add(shared.group)
-                self._start(shared)
+            for run in batch:
+                self.context.before_verification.add(run.group)
+                self._start(run)
             batch.clear()
 
-    async def _start_deferred(self, shared: GroupMerge, unfinished: Sequence[Pair]) -> None:
+    async def _start_deferred(self, run: GroupRun, unfinished: Sequence[Pair]) -> None:
         """Start a group that shares a contact with an unfinished pair, once that pair is past its request.
 
         A group with the contact that holds that pair's reference goes first: the reference follows it.
         """
-        ids = {contact.id for contact in shared.group.all_contacts()}
-        refs = {pair.new_ref for pair in shared.pairs if pair.new_ref}
+        ids = run.contact_ids()
+        refs = {pair.new_ref for pair in run.pairs if pair.new_ref}
         for task, resumed in list(self._resumed.items()):
             if not task.done() and any(ids & set(pair.ids) for pair in resumed.pairs):
                 await self.context.cancel_token.wait(asyncio.wait({task}))
-        problem = PairError(
-            "group_incomplete", "another merge of one of its contacts has to be finished first"
-        )
+        words = "another merge of one of its contacts has to be finished first"
+        problem = PairError("group_incomplete", words)
         for other in unfinished:
             frees = other.state is State.MERGED and other.new_ref in refs
-            if (
-                ids & set(other.ids)
-                and other.state in (*REQUESTED_STATES, State.MERGED)
-                and not frees
-            ):
-                for pair in shared.pairs:
+            is_open = other.state in (*REQUESTED_STATES, State.MERGED)
+            if is_open and not frees and not ids.isdisjoint(other.ids):
+                for pair in run.pairs:
                     await self.runner.record_outcome(pair, problem, False)
                 return
-        await self._start_batch([shared])
+        await self._start_batch([run])
 
     def pairs(self) -> Iterator[Pair]:
         """Yield the pairs that have an outcome or are in progress."""
         yield from self.runner.outcomes.values()
         for pairs in self.runner.tasks.values():
-            yield from (pair for pair in pairs if pair.ids not in self.runner.outcomes)
+            for pair in pairs:
+                if pair.ids not in self.runner.outcomes:
+                    yield pair
 
 
 def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) -> None:
@@ -6305,9 +6459,10 @@ def plan_fields(pair: Pair, live: Json) -> tuple[Json, list[Json]]:
     """
     update: Json = {}
     left: list[Json] = []
-    for name, carried in pair.fields_to_carry.items():
+    for name in pair.fields_before:  # what was not written yet is not the merge's
+        carried = pair.fields_to_carry[name]
         value = live.get(name)
-        old = pair.fields_before.get(name)
+        old = pair.fields_before[name]
         if name == "phone_numbers":
             added = set(carried).difference(old or ())
             kept = [number for number in value or () if number not in added]
@@ -7171,6 +7326,7 @@ SO_FAR: Mapping[State, str] = {
 }
 STATE_WORDS: Mapping[State, str] = {
     State.PLANNED: "planned",
+    State.SKIPPED: "skipped in this run",
     State.FAILED: "failed, not merged",
     **SO_FAR,
     State.DONE: "merged and verified",
@@ -7249,7 +7405,7 @@ def merge_entry(pair: Pair, planned: Collection[Ids] | None) -> Json:
         "requested": iso(pair.requested_at) if pair.requested_at else None,
         "finished": None if pair.state in UNFINISHED else pair.updated,
     }
-    for name in ("deleted", "accepted", "reference_not_set", "onward", "after_cancel"):
+    for name in ("deleted", "accepted", "reference_not_set", "after_cancel"):
         if getattr(pair, name):
             entry[name] = getattr(pair, name)
     code, error = pair.code, pair.error
@@ -7288,15 +7444,15 @@ def settle_pair(pair: Pair) -> None:
     """End a pair that `settle_error` lets end: its problem is accepted, or the merge or undo given up."""
     if pair.state in TERMINAL:
         return
-    if pair.state in REQUESTED_STATES:
-        pair.state = State.CANCELLED
-    elif pair.state is State.UNDOING:
-        pair.state = State.UNDO_SETTLED
-    else:
-        if pair.new_ref and pair.state is State.MERGED:
-            pair.reference_not_set = pair.new_ref
-        pair.state = State.SETTLED
     pair.accepted = f"{pair.code}: {pair.error}"
+    state = State.SETTLED
+    if pair.state in REQUESTED_STATES:
+        state = State.CANCELLED
+    elif pair.state is State.UNDOING:
+        state = State.UNDO_SETTLED
+    elif pair.new_ref and pair.state is State.MERGED:
+        pair.reference_not_set = pair.new_ref
+    pair.move_to(state, pair.code, pair.error)
 
 
 # -- the report of a merge run or a settle -----------------------------------------------------------
@@ -8934,14 +9090,15 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str]) ->
         plan.groups.append(group)
         for pair, row in zip(group.pairs, rows):
             if row:
-                pair.state = row.state
+                pair.move_to(row.state)
                 plan.already_merged += row.state in ENDED
             elif pair.ids in cancelled:
                 # It was requested once, and DevRev may still carry that out: it is polled first, like any other.
                 revived = cancelled[pair.ids]
-                revived.code = revived.error = revived.accepted = ""
+                revived.accepted = ""
                 revived.new_ref = pair.new_ref  # what was cancelled does not bind the new plan
-                pair.state = revived.state = State.REQUESTED
+                revived.move_to(State.REQUESTED)
+                pair.move_to(State.REQUESTED)
                 plan.revived.append(revived)
 
 
@@ -9472,7 +9629,7 @@ class Progress:
         elif pair.state is State.UNDONE and not pair.code:
             again = pair.undo.display_id if pair.undo else ""
             line = f"undone  {pair.email}: {pair.duplicate.short_id} was created again as {again}"
-        elif pair.state is State.PLANNED and pair.code in SKIP_REASONS:
+        elif pair.state is State.SKIPPED and pair.code in SKIP_REASONS:
             line = f"skipped  {words}: {pair.code}: {pair.error}"
         elif facts:
             style = "bad"
@@ -9577,7 +9734,7 @@ def finish_run(
 def note_refused(plan: Plan, merger: ContactMerger) -> None:
     """Note in the plan which of its pairs were refused or left out before they were requested."""
     for pair in merger.runner.outcomes.values():
-        if pair.state is State.PLANNED and pair.code:
+        if pair.state is State.SKIPPED:
             outcome = plan.left_out if pair.code in SKIP_REASONS else plan.refused
             outcome.append(pair)
             if pair.code == "different_rev_org":

@@ -1580,7 +1580,7 @@ def test_a_duplicate_that_no_longer_exists_and_is_not_needed_keeps_the_others_fr
     }
     assert code_of(users(_3={"state": "locked"})) == "not_active"
     requested = group()
-    requested.requesting = requested.pairs[1]
+    requested.pairs[1].is_requested_again = True
     requested.pairs[1].state = State.ACKNOWLEDGED
     assert code_of(users(_3=fields), of=requested) in ("not_found", "not_active"), (
         "it was requested: it is polled"
@@ -1600,7 +1600,8 @@ def test_a_pair_that_another_folder_has_merged_is_dropped_and_its_reference_coun
     assert code_of(users(_1={"external_ref": "user_9"}, _2=fields)) in ("not_found", "not_active")
     assert code_of(users(_1={"external_ref": "user_2"})) == "external_ref_changed"
     one = group()
-    one.dropped = tool.check_live(one, merged, ()).dropped
+    for leaving in tool.check_live(one, merged, ()).dropped:
+        leaving.pair.move_to(tool.State.SKIPPED, leaving.code, leaving.reason)
     assert one.primary_ref() == "user_2" and one.contacts() == [SYSTEM, THIRD]
     assert tool.check_live(one, merged, ()) == (None, ())
 
