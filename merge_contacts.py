@@ -2339,7 +2339,9 @@ def live_group_error(
     group: Group, live: Mapping[str, Json | None], listed: Iterable[Json]
 ) -> PairError | None:
     """Count the contacts of an address again, by what DevRev lists for it; None where the group is still known."""
-    merged = {pair.duplicate.id for pair in group.pairs if pair.state in (*UNFINISHED, *ENDED)}
+    pending = group.pending()
+    requested = [pair for pair in group.pairs if pair.state in (*UNFINISHED, *ENDED)]
+    merged = {pair.duplicate.id for pair in requested if pair not in pending}
     known = {contact.id for contact in group.all_contacts()}
     users = {
         user["id"]: user
@@ -4909,7 +4911,8 @@ class MergeTimer:
     """Knows how long DevRev has had for a merge, and so whether others wait for it."""
 
     SLOW = 3.0  # seconds after which no other pair waits for this one
-    MOST_POLLS = 16  # in the first ten seconds after a merge was requested
+    PROMPT = 10.0  # seconds for which nothing that finishes a merge waits for quota
+    MOST_POLLS = 16  # in these seconds
 
     def __init__(self, context: MergeContext, pair: Pair, run: GroupRun) -> None:
         self.context = context
@@ -4934,7 +4937,13 @@ class MergeTimer:
         The merge is sent where there is quota for the most polls lately and two requests more: the
         merge itself and the update of the reference.
         """
-        polls = max((polls for _, polls in self.context.recent_merges), default=self.MOST_POLLS)
+        if (
+            priority == FINISH and self.waited() > self.PROMPT
+        ):  # others may spend the quota meanwhile
+            self.context.api.scheduler.end_merge(self.pair.ids)
+            return RequestOptions(priority)
+        recent = [polls for _, polls in self.context.recent_merges]
+        polls = max(recent, default=self.MOST_POLLS)
         return RequestOptions(priority, min(self.MOST_POLLS, polls) + 2, self.pair.ids)
 
     async def pause(self, seconds: float) -> None:
@@ -5295,17 +5304,16 @@ class PairMerge:
         context = self.context
         pair = self.pair
         preconditions = self.preconditions
-        preconditions.require_fresh()
-        context.raise_if_draining()
         self.polled = False
         self.rejection = None
-        pair.begin_request(
-            context.environment.now().wall, preconditions.folder, preconditions.counts
-        )
-        if context.options.carry_fields:
-            duplicate = preconditions.live[pair.duplicate.id]
-            pair.fields_to_carry = fields_to_carry({}, duplicate)
         try:
+            preconditions.require_fresh()
+            context.raise_if_draining()
+            now = context.environment.now().wall
+            pair.begin_request(now, preconditions.folder, preconditions.counts)
+            if context.options.carry_fields:
+                duplicate = preconditions.live[pair.duplicate.id]
+                pair.fields_to_carry = fields_to_carry({}, duplicate)
             await context.savepoint.save(pair)
             # The disk may be slow, and the run may have been stopped meanwhile.
             preconditions.require_fresh()
@@ -5313,8 +5321,9 @@ class PairMerge:
             if context.savepoint.failure:
                 raise Cancelled()
         except (PreconditionsExpired, Cancelled):
-            pair.withdraw_request()
-            await context.savepoint.save(pair)
+            if pair.before_request is not None:
+                pair.withdraw_request()
+                await context.savepoint.save(pair)
             raise
         log.info("%s: requesting the merge of %s", pair.email, into(pair))
 
@@ -5372,8 +5381,10 @@ class PairMerge:
             longest = confirmation_timeout(pair, self.context.options.merge_timeout)
             # Where the wait is over, for a pair of an earlier run at once, there is no third poll.
             lists_decide = self.unusable >= 3 or (self.unusable > 0 and waited >= longest)
-            if lists_decide and await self.verifier.lists_show_merged(pair):
-                break
+            if lists_decide:
+                self.api.scheduler.end_merge(pair.ids)  # lists would wait for the units it holds
+                if await self.verifier.lists_show_merged(pair):
+                    break
             if self.rejection:
                 raise self.rejection
             if waited >= longest:
