@@ -275,6 +275,8 @@ class Scenario(Stage):
             for _ in range(3):
                 units = chance.randint(1, world.quota.limit)
                 world.later(self.draws.somewhen(0.1, 600.0), lambda units=units: self._spend(units))
+        if self.draws.has("contacts vanish", 0.05):
+            world.later(self.draws.somewhen(0.1, 300.0), self._vanish)
         if self.draws.has("a token revoked", 0.05):
             world.later(self.draws.somewhen(0.1, 200.0), self._revoke)
         for _ in range(chance.randint(0, 3)):
@@ -287,6 +289,21 @@ class Scenario(Stage):
         if self.world.quota and not self.in_peace:
             self.trace(f"OTHERS spend {units} units of quota")
             self.world.quota.spend(units)
+
+    def _vanish(self) -> None:
+        """Contacts, or all of them, are as if they did not exist, for some seconds."""
+        interest = self.of_interest()
+        if self.in_peace or not interest:
+            return
+        some = tuple(self.chance.sample(sorted(interest), min(2, len(interest))))
+        self.world.vanished = "*" if self.chance.random() < 0.3 else some
+        self.trace(f"VANISHED: {', '.join(map(short, self.world.vanished))}")
+        self.checker.lies = True
+        self.world.later(self.draws.somewhen(0.5, 60.0), self._appear)
+
+    def _appear(self) -> None:
+        self.world.vanished = ()
+        self.trace("all contacts are there again")
 
     def _revoke(self) -> None:
         """The token of this run is not accepted any more; the next run has the new one."""
@@ -320,6 +337,8 @@ class Scenario(Stage):
                 else row
                 for row in rows
             ]
+        if self.draws.has("a warehouse in lower case", 0.1):
+            rows = [row._replace(email=row.email.lower()) for row in rows]
         if self.draws.has("dates of other forms", 0.2):
             rows = [row._replace(created=self._written(row.created)) for row in rows]
         self.chance.shuffle(rows)
@@ -462,8 +481,26 @@ class Scenario(Stage):
             self.undos += [path] if path not in self.undos else []
         self._edits()
         self._disturb()
+        if self.draws.has("primaries go while an undo is open", 0.2):
+            self.world.later(self.draws.somewhen(0.1, 60.0), self._take_primary)
         self._run(options, self.make_process())
         self._between()
+
+    def _take_primary(self) -> None:
+        """Somebody merges the primary of an open undo onward, or deletes it."""
+        there = sorted({ids[0] for ids in self.checker.undo.open()})
+        there = [one for one in there if self.organisation.alive(one)]
+        if self.in_peace or not there:
+            return
+        primary = self.chance.choice(there)
+        others = [one for one in self.organisation.contacts if self.organisation.alive(one)]
+        others.remove(primary)
+        if others and self.chance.random() < 0.5:
+            self.trace(f"OTHERS merge the primary {short(primary)} onward")
+            self.organisation.merge(self.chance.choice(others), primary)
+        else:
+            self.trace(f"OTHERS delete the primary {short(primary)}")
+            self.organisation.delete_contact(primary)
 
     def _settle(self) -> None:
         """Settle some of what a report has named as unfinished; DevRev may carry out what was cancelled later."""
@@ -473,12 +510,28 @@ class Scenario(Stage):
         chosen = self.chance.sample(emails, self.chance.randint(1, len(emails)))
         self._run(["--settle", *chosen, "--yes", "--quiet"], self.make_process())
         for ids, row in self.rows.items():
-            if row["state"] == "cancelled" and self.draws.has(
-                "a cancelled merge is carried out", 0.6
-            ):
+            if row["state"] != "cancelled":
+                continue
+            if self.draws.has("a cancelled duplicate goes elsewhere", 0.2):
+                when = self.draws.somewhen(0.1, 1000.0)
+                self.world.later(when, lambda ids=ids: self._send_elsewhere(ids))
+            elif self.draws.has("a cancelled merge is carried out", 0.6):
                 when = self.draws.somewhen(0.1, 100_000.0)
                 self.world.later(when, lambda ids=ids: self._carry_out(ids))
         self._between()
+
+    def _send_elsewhere(self, ids: Ids) -> None:
+        """Somebody merges a cancelled duplicate into another contact, or deletes it."""
+        others = [one for one in self.organisation.contacts if self.organisation.alive(one)]
+        if self.in_peace or not self.organisation.alive(ids[1]) or len(others) < 3:
+            return
+        other = self.chance.choice([one for one in others if one not in ids])
+        if self.chance.random() < 0.5:
+            self.trace(f"OTHERS merge the cancelled {short(ids[1])} into {short(other)}")
+            self.organisation.merge(other, ids[1])
+        else:
+            self.trace(f"OTHERS delete the cancelled {short(ids[1])}")
+            self.organisation.delete_contact(ids[1])
 
     def _carry_out(self, ids: Ids) -> None:
         if not self.in_peace and all(map(self.organisation.alive, ids)):
