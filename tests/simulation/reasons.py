@@ -173,6 +173,8 @@ class ReasonChecker:
             and group & self.trouble
         ):
             return True
+        if entry["state"] == "merged" and world.reference_updates != "works":
+            return True
         if code == "forbidden" and world.hidden_kinds and world.hidden_kinds_answer == "403":
             return True
         for codes, reason in self._reasons(ids, entry, resting, stuck).items():
