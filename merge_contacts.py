@@ -2745,6 +2745,12 @@ class RequestScheduler:
         for request in self._queue:
             if self._has_slot(request.priority) and self._has_room(request.options):
                 return request
+        limit = self.client_limit
+        if limit and limit.seconds_left() <= 0 and not self._in_flight:
+            # Merges hold all of a fresh period, and may wait for the lists that decide on them.
+            for request in self._queue:
+                if request.options.units == 1 and self.quota.room(0) >= 1:
+                    return request
         return None
 
     def _let_leave(self, request: QueuedRequest) -> None:
