@@ -7919,37 +7919,15 @@ def undo_lists_of_killed(savepoint: SavePoint, run_id: str) -> dict[str, list[Pa
 # ---------------------------------------------------------------------------------------------------
 
 
-class Estimate(NamedTuple):
-    requests: int
-    seconds: float
-
-
-def estimate(plan: Plan, settings: ApiSettings, with_timelines: bool) -> Estimate:
-    """Estimate what a run costs: for each pair a merge, at the pace of most merges a poll, and an update where a
-    reference moves; ten list calls a batch and one a page; one timeline for each work and conversation.
-
-    The export has the greatest of three counts, and no conversations: a third more works than that and one
-    conversation for every other contact are assumed. Seconds are what the requests take under the client-side rate
-    limit, where none is set under the one that holds until DevRev announces a quota, or at 0.2 s each over the workers,
-    whichever is more.
-    """
-    left = [pair for pair in plan.pairs() if pair.state is State.PLANNED]
-    primaries = {pair.primary.id: pair.primary.tickets for pair in left}
-    contacts = len(left) + len(primaries)
-    tickets = sum(pair.duplicate.tickets for pair in left) + sum(primaries.values())
-    requests = sum(2 + bool(pair.new_ref) for pair in left) + 10 * -(
-        -len(left) // ContactMerger.BATCH
-    )
-    requests += 4 * sum(pair.state in UNFINISHED for pair in plan.pairs())  # their backups are made
-    requests += tickets // 20 + 2 * bool(left)
-    if with_timelines:
-        requests += tickets * 13 // 10 + contacts // 2
-    unannounced = settings.calls is None
-    calls, period = (
-        RequestScheduler.UNANNOUNCED if unannounced else (settings.calls or 0, settings.period)
-    )
-    least = (math.ceil(requests / calls) - 1) * period if calls else 0.0
-    return Estimate(requests, max(least, requests * 0.2 / settings.workers))
+def expected_requests(plan: Plan, with_timelines: bool) -> int:
+    """About how many requests a run takes: four a pair, and with timelines one for each work and
+    conversation, of which there are more than the CSV counts tickets."""
+    requests = 0.0
+    for pair in plan.pairs():
+        requests += 4
+        if with_timelines:
+            requests += 1 + 1.3 * (pair.primary.tickets + pair.duplicate.tickets)
+    return round(requests)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -8193,7 +8171,7 @@ class LogHandler(logging.Handler):
 # ---------------------------------------------------------------------------------------------------
 
 
-def plan_summary(plan: Plan, cost: Estimate, earlier: Sequence[Pair]) -> Json:
+def plan_summary(plan: Plan, requests: int, earlier: Sequence[Pair]) -> Json:
     """The plan in numbers; `earlier` are the pairs that are taken over from earlier runs."""
     new = sum(pair.state is State.PLANNED for pair in plan.pairs())
     in_csv = sum(pair.ids in plan.ids for pair in earlier)
@@ -8210,8 +8188,7 @@ def plan_summary(plan: Plan, cost: Estimate, earlier: Sequence[Pair]) -> Json:
         "invalid_rows": len(plan.invalid_rows),
         "other_references": plan.other_refs,
         "other_reference_example": plan.other_ref or None,
-        "estimated_requests": cost.requests,
-        "estimated_seconds": round(cost.seconds),
+        "estimated_requests": requests,
     }
 
 
@@ -8229,12 +8206,12 @@ def plan_chunks(
         for pair in plan.pairs()
         if pair.state is State.PLANNED
     )
-    lists: dict[str, Iterable[Json]] = {
-        "pairs": pairs,
-        "to_finish": (merge_entry(one, plan.ids) for one in earlier),
-    }
-    lists.update({"live": live} if live is not None else {})
-    return report_chunks({"schema": SCHEMA, "summary": facts}, {**lists, **beside_pairs(plan)})
+    lists: dict[str, Iterable[Json] | None] = {"pairs": pairs}
+    lists["to_finish"] = (merge_entry(one, plan.ids) for one in earlier)
+    if live is not None:
+        lists["live"] = live
+    lists.update(beside_pairs(plan))
+    return report_chunks({"summary": facts}, lists)
 
 
 def show_plan(
@@ -8243,30 +8220,30 @@ def show_plan(
     """Print what a run would do, so that a person can sign it."""
     if not console.quiet:
         _show_pairs(plan, console)
-        for title, lines in chain(
-            _plan_lists(plan, earlier), (_skip_list(plan, code) for code in SKIP_REASONS)
-        ):
+        for title, lines in _plan_lists(plan, earlier):
             print_list(console, title, lines)
+        for code in SKIP_REASONS:
+            print_list(console, *_skip_list(plan, code))
     counts = [f"{plural(plan.contacts_read, 'contact')} read"]
-    counts += [plural(len(plan.invalid_rows), "invalid row")] if plan.invalid_rows else []
-    counts += (
-        [f"{plural(len(plan.look_alikes), 'group')} of look-alikes"] if plan.look_alikes else []
-    )
-    console.print(", ".join(filter(None, [*counts, plan.others_line()])))
+    if plan.invalid_rows:
+        counts.append(plural(len(plan.invalid_rows), "invalid row"))
+    if plan.look_alikes:
+        counts.append(f"{plural(len(plan.look_alikes), 'group')} of look-alikes")
+    if plan.other_refs:
+        counts.append(plan.others_line())
+    console.print(", ".join(counts))
     if facts["already_merged"]:
-        were = "was" if facts["already_merged"] == 1 else "were"
-        console.print(
-            f"{plural(facts['already_merged'], 'pair')} of this export {were} merged by an earlier run"
-        )
+        console.print(f"{plural(facts['already_merged'], 'pair')} merged by earlier runs")
     if facts["left"]:
-        console.print(
-            f"{plural(facts['left'], 'pair')} remaining for another run (--email, --limit)"
-        )
+        pairs = plural(facts["left"], "pair")
+        console.print(f"{pairs} remaining for another run (--email, --limit)")
     console.print(cost)
     console.print(f"plan {plan.id}")
     what = [f"{plural(facts['pairs_to_merge'], 'pair')} to merge"]
-    what += [f"{plural(len(plan.skipped), 'group')} skipped"] if plan.skipped else []
-    what += [f"{len(earlier):,} of earlier runs to finish first"] if earlier else []
+    if plan.skipped:
+        what.append(f"{plural(len(plan.skipped), 'group')} skipped")
+    if earlier:
+        what.append(f"{len(earlier):,} of earlier runs to finish first")
     console.print(", ".join(what), "bold")
 
 
@@ -8295,6 +8272,22 @@ def describe_pair(pair: Pair) -> str:
     return f"{names_of(pair)} <{pair.email}>: {into(pair)}{becomes}"
 
 
+def describe_contact(contact: Contact) -> str:
+    words = f"{contact.name}, {contact.short_id}, {plural(contact.tickets, 'ticket')}"
+    day = re.sub(r"^(\d{4}-\d\d-\d\d)\D.*", r"\1", contact.created)
+    return f"{words}, since {day}" if day else words
+
+
+# What a person should know of a group that is merged all the same.
+WARNINGS = {
+    "shared_mailbox": "If several people share this address, each could read the others' conversations "
+    "after the merge.",
+    "names_differ": "If these are different people, each could read the others' conversations after "
+    "the merge.",
+    "age_undecided": "Check which contact is to be the primary.",
+}
+
+
 def _plan_lists(plan: Plan, earlier: Sequence[Pair]) -> Iterator[tuple[str, list[str]]]:
     """What a person should read beside the pairs and the skipped groups: titles with their lines."""
     title = f"TO FINISH FIRST, from earlier runs: {plural(len(earlier), 'pair')}"
@@ -8303,142 +8296,96 @@ def _plan_lists(plan: Plan, earlier: Sequence[Pair]) -> Iterator[tuple[str, list
     for group in plan.chosen:
         choices.append(f"{group.email} keeps {group.chosen}")
         for one in group.lost_refs():
-            what = f"{one.external_ref} ({describe_contact(one)})"
-            choices.append(f"  lost: {what}: its account will then have no contact")
+            choices.append(f"  loses {one.external_ref} ({describe_contact(one)})")
     yield f"CHOICES: {plural(len(plan.chosen), 'group')}", choices
-    for code in ("shared_mailbox", "names_differ", "age_undecided"):
-        lines = [
-            f"{one['email']}: {one['warning']}" for one in plan.warnings if one["code"] == code
-        ]
-        why = [
-            "If several people share this mailbox, each could read the others' conversations after the merge."
-        ]
-        why = why if lines and code != "age_undecided" else []
-        yield f"WARNING {code}: {plural(len(lines), 'group')}", [*why, *first_twenty(lines)]
+    for code, why in WARNINGS.items():
+        found = [one for one in plan.warnings if one["code"] == code]
+        lines = first_twenty([f"{one['email']}: {one['warning']}" for one in found])
+        yield f"WARNING {code}: {plural(len(found), 'group')}", [why, *lines] if found else []
     alike: list[str] = []
     for entry in plan.look_alikes:
-        places: dict[str, list[str]] = collections.defaultdict(list)
+        rows = []
         for line in entry["lines"]:
-            places[ascii(line["email"])[1:-1]].append(
-                place_of(line["file"], line["line"], plan.files)
-            )
-        alike.append(
-            " and ".join(f"{email} ({', '.join(some(found))})" for email, found in places.items())
-        )
-    title = f"LOOK ALIKE, and not joined: {plural(len(alike), 'group')} of addresses; fix them in DevRev"
-    yield title, first_twenty(alike)
+            place = place_of(line["file"], line["line"], plan.files)
+            rows.append(f"{ascii(line['email'])[1:-1]} ({place})")
+        alike.append(" and ".join(some(rows)))
+    title = f"LOOK ALIKE, and not joined: {plural(len(alike), 'group')} of addresses"
+    yield f"{title}; correct them in DevRev", first_twenty(alike)
     by_code: dict[str, list[str]] = collections.defaultdict(list)
     for row in plan.invalid_rows:
+        place = place_of(row.file, row.line, plan.files)
         email = f" ({row.email})" if row.email else ""
-        by_code[row.code].append(
-            f"  {place_of(row.file, row.line, plan.files)}: {row.reason}{email}"
-        )
+        by_code[row.code].append(f"  {place}: {row.reason}{email}")
     invalid: list[str] = []
-    for code, reasons in sorted(by_code.items(), key=lambda item: -len(item[1])):
-        invalid += [
-            f"{INVALID_ROWS[code][0]}: {plural(len(reasons), 'row')}",
-            *first_twenty(reasons),
-        ]
-    hint = looks_like(plan.invalid_rows)
-    yield (
-        f"LEFT OUT: {plural(len(plan.invalid_rows), 'invalid row')}"
-        + (f"; {hint}" if hint else ""),
-        invalid,
-    )
-
-
-def describe_contact(contact: Contact) -> str:
-    created = contact.created
-    day = (
-        created[:10] if re.match(r"\d{4}-\d\d-\d\d\D", created) else created
-    )  # a spreadsheet's dates are of any length
-    since = f", since {day}" if created else ""
-    return f"{contact.name}, {contact.short_id}, {plural(contact.tickets, 'ticket')}{since}"
+    for code, lines in by_code.items():
+        invalid += [f"{INVALID_ROWS[code][0]}: {plural(len(lines), 'row')}", *first_twenty(lines)]
+    title = f"LEFT OUT: {plural(len(plan.invalid_rows), 'invalid row')}"
+    yield "; ".join(filter(None, (title, looks_like(plan.invalid_rows)))), invalid
 
 
 def _skip_list(plan: Plan, code: str) -> tuple[str, list[str]]:
     """The groups that are skipped for one reason, with the lines of which one would go into a file of choices."""
     skips = [skip for skip in plan.skipped if skip.code == code]
-    meaning, advice = skip_words(code)
-    lines = [f"why: {meaning}", f"what to do: {advice}"] if skips else []
+    lines: list[str] = []
+    if skips:
+        why, advice = skip_words(code)
+        lines = [f"why: {why}", f"what to do: {advice}"]
     places: dict[str, list[str]] = collections.defaultdict(list)
     for row in plan.invalid_rows if code == "invalid_row" else ():
-        where = str(row.line) if plan.files == 1 else place_of(row.file, row.line, plan.files)
-        places[email_key(row.email or "")].append(where)
+        places[email_key(row.email or "")].append(place_of(row.file, row.line, plan.files))
     for skip in skips:
         size, choices = plural(len(skip.contacts), "contact"), list(skip.choice_lines().items())
         if choices:
             lines.append(f"{skip.email}, {size}; copy one of these lines into the --choices file:")
             for line, contact in choices[:6]:
                 lines += [f"  {describe_contact(contact)}", f"    {line}"]
-            lines += [f"  and {len(choices) - 6:,} more"] if len(choices) > 6 else []
+            if len(choices) > 6:
+                lines.append(f"  and {len(choices) - 6:,} more")
             continue
         ranked = sorted(skip.contacts, key=lambda one: -one.tickets)
         names = some([f"{one.external_ref} ({plural(one.tickets, 'ticket')})" for one in ranked], 6)
-        rows = some(places[skip.email], 20) if code == "invalid_row" else []
-        word = f"line{'s' * (len(rows) > 1)} " if plan.files == 1 else ""
-        where = (
-            f" ({word}{', '.join(rows)})"
-            if rows
-            else f", {size}"
-            if code == "shared_mailbox"
-            else ""
-        )
-        lines.append(f"{skip.email}{where}: {', '.join(names)}")
+        where = ", ".join(some(places[skip.email], 20)) or size
+        lines.append(f"{skip.email} ({where}): {', '.join(names)}")
     return f"SKIPPED {code}: {plural(len(skips), 'group')}", lines
 
 
 def _show_pairs(plan: Plan, console: Console) -> None:
-    """Print the pairs as a table; a row that is much longer than most, or does not fit the terminal, on lines of its
-    own."""
-    head = (
-        "EMAIL",
-        "PRIMARY",
-        "TICKETS",
-        console.arrow,
-        "DUPLICATE",
-        "TICKETS",
-        "REFERENCE",
-        "NAME",
-    )
-    rows: list[tuple[str, ...]] = []
+    """Print the pairs as a table; a row that does not fit the terminal on two lines, and all rows
+    where most would not."""
+    arrow = console.arrow
+    head = ("EMAIL", "PRIMARY", "TICKETS", arrow, "DUPLICATE", "TICKETS", "REFERENCE", "NAME")
+    rows: list[tuple[str, ...]] = [head]
     for pair in plan.pairs():
         if pair.state is State.PLANNED:
-            # The reference tells which contact it is; the id, where it is another, is what DevRev is searched by.
-            primary, duplicate = (
-                " ".join(dict.fromkeys((one.external_ref, one.short_id)))
-                for one in (pair.primary, pair.duplicate)
-            )
+            moves = "moves" if pair.new_ref else "unchanged"
+            primary, duplicate = pair.primary, pair.duplicate
             cells = (
-                pair.email, primary, str(pair.primary.tickets), console.arrow, duplicate, str(pair.duplicate.tickets),
-                "moves" if pair.new_ref else "unchanged", names_of(pair),
+                pair.email, _ids(primary), str(primary.tickets), arrow, _ids(duplicate),
+                str(duplicate.tickets), moves, names_of(pair),
             )  # fmt: skip
             rows.append(tuple(map(console.sanitize, cells)))
-    if not rows:
+    if len(rows) == 1:
         return
-    # One long address must not take the table from all the others: a column is as wide as nine of ten cells need.
-    share = 1.0 if max(len("  ".join(row)) for row in rows) + 10 < console.width / 2 else 0.9
-    widths = [
-        max(len(title), sorted(map(len, column))[int(share * (len(rows) - 1))])
-        for title, column in zip(head, zip(*rows))
-    ]
-    form = "%-{}s  %-{}s %{}s %{}s %-{}s %{}s  %-{}s  %s".format(*widths)
-    lines = "%s\n  %s (%s) %s %s (%s), %s\n  %s"
-    room = console.width - 10 - sum(widths[:-1])
-    is_table = room >= len(head[-1])
-    for line in ((form if is_table else lines) % head).split("\n"):
+    # One long cell must not take the table from all the others.
+    widths = [max(len(cell) for cell in column if len(cell) <= 60) for column in zip(*rows)]
+    form = "%-{}s  %-{}s %{}s %{}s %-{}s %{}s  %-{}s  %-{}s".format(*widths)
+    is_table = len(form % head) <= console.width
+    lines = []
+    for row in rows:
+        line = (form % row).rstrip()
+        if not is_table or len(line) > console.width:
+            line = "{0}  {7}\n  {1} ({2}) {3} {4} ({5}), {6}".format(*row)
+        lines.append(line)
+    for line in lines[0].split("\n"):
         console.print(line, "bold")
-    for start in range(0, len(rows), 1000):
-        text = ""
-        for row in rows[start : start + 1000]:
-            fits = (
-                is_table
-                and len(row[-1]) <= room
-                and all(map(int.__le__, map(len, row[:-1]), widths))
-            )
-            text += (form if fits else lines) % row + "\n"
-        console.stream(text)
+    for start in range(1, len(lines), 1000):
+        console.stream("\n".join([*lines[start : start + 1000], ""]))
     console.print()
+
+
+def _ids(contact: Contact) -> str:
+    """The reference, which tells which contact it is, and the id by which DevRev is searched."""
+    return " ".join(dict.fromkeys((contact.external_ref, contact.short_id)))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -8961,18 +8908,12 @@ class RunContext:
         timelines = not self.options.no_timelines
         return MergeOptions(organisation=self.organisation, timelines=timelines, **rules)
 
-    def describe_cost(self, cost: Estimate) -> str:
-        """What a run costs, and how fast requests may be sent, in words."""
-        requests = f"about {plural(cost.requests, 'request')}"
-        spent = duration(cost.seconds)
-        if self.settings.calls is None:
-            calls, period = RequestScheduler.UNANNOUNCED
-            rate = f"only {calls} in {period:g} s are sent until DevRev announces a quota"
-            return f"{requests}, at least {spent}: {rate}"
-        if not self.settings.calls:
-            return f"{requests}, about {spent} without a client-side rate limit"
-        rate = f"{self.settings.calls} requests in {self.settings.period:g} s"
-        return f"{requests}, about {spent} at {rate}"
+    def describe_cost(self, requests: int) -> str:
+        """How many requests a run takes, and how fast they may be sent at most."""
+        words = f"about {plural(requests, 'request')}"
+        if self.settings.calls:
+            words += f", at most {self.settings.calls} in {self.settings.period:g} s"
+        return words
 
     def retyped(self, *more: str, without: Collection[str]) -> str:
         """The command of this call as it was typed, but for the options `without`, and `more`."""
@@ -9216,7 +9157,7 @@ def preview(run: RunContext) -> int:
     known = open_savepoint(run, readonly=True)
     plan = make_plan(run, known)
     earlier = [*known.unfinished(), *plan.revived]
-    cost = estimate(plan, run.settings, not run.options.no_timelines)
+    cost = expected_requests(plan, not run.options.no_timelines)
     facts = plan_summary(plan, cost, earlier)
     live: list[Json] | None = None
     if run.options.live:
@@ -9532,7 +9473,7 @@ def whose_facts(run: RunContext) -> dict[str, str]:
 
 def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair]) -> dict[str, str]:
     """What the user confirms with a typed `merge`."""
-    cost = estimate(plan, run.settings, not run.options.no_timelines)
+    cost = expected_requests(plan, not run.options.no_timelines)
     facts: dict[str, str] = {}
     for index, path in enumerate(run.options.csv):
         modified = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)

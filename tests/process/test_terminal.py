@@ -43,7 +43,7 @@ def test_on_a_terminal_only_a_typed_merge_continues(
         plan = place.run(None, "--preview", "-q", check=0).out.splitlines()[-2]
         for fact in (
             "SANDBOX1", "Dana Developer", "contacts.csv of 20", plan.partition(" ")[2], "2 pairs", "Person 1 / P. 1", "REVU-D1",
-            "token owner", "requests, about", "DevRev can't undo a merge", "backups",
+            "token owner", "requests", "DevRev can't undo a merge", "backups",
         ):  # fmt: skip
             assert fact in text
         assert sandbox.count("rev-users.merge") == 0
@@ -115,7 +115,7 @@ def test_the_preview_knows_what_is_done_already(place: Workplace) -> None:
         place.run(sandbox, "--limit", "2", check=0)
     lines = place.run(None, "--preview", check=0).out.splitlines()
     assert lines[-1] == "1 pair to merge"
-    assert "2 pairs of this export were merged by an earlier run" in lines
+    assert "2 pairs merged by earlier runs" in lines
 
 
 def test_quiet_says_only_errors_and_the_summary_and_verbose_each_request(place: Workplace) -> None:
@@ -162,7 +162,7 @@ def test_check_says_whether_a_run_could_start_and_changes_nothing(
     assert not (place.folder / "savepoint.db").exists()
 
 
-def test_check_and_preview_name_the_limit_that_holds_until_devrev_announces_a_quota(
+def test_check_names_the_limit_that_holds_until_devrev_announces_a_quota_and_no_plan_foretells_time(
     place: Workplace,
 ) -> None:
     organisation, _ = organisation_of_pairs(90)
@@ -175,13 +175,7 @@ def test_check_and_preview_name_the_limit_that_holds_until_devrev_announces_a_qu
             out = place.run(sandbox, "--check", check=0, DEVREV_RATE_LIMIT_CALLS=calls).out
             assert f"note    quota: DevRev has not announced one yet; {limit}" in out
     out = place.run(None, "--preview", check=0, DEVREV_RATE_LIMIT_CALLS="").out
-    (cost,) = re.findall(r"^about .*", out, re.MULTILINE)
-    found = re.fullmatch(
-        r"about (\d+) requests, at least (\d+) (s|min): only 200 in 60 s are sent until DevRev .*",
-        cost,
-    )
-    assert found, cost
-    assert int(found[2]) * (60 if found[3] == "min" else 1) >= (int(found[1]) - 1) // 200 * 60 > 0
+    assert re.search(r"^about \d+ requests$", out, re.MULTILINE)
 
 
 def test_check_names_a_token_that_is_not_accepted_and_a_csv_of_another_organisation(
@@ -480,7 +474,7 @@ def test_the_preview_names_people_and_lines_and_obeys_quiet(place: Workplace) ->
     place.csv.write_bytes(SAMPLE.read_bytes())
     out = place.run(None, "--preview", check=0).out
     assert (
-        "umar.siddiq@example.com (lines 51, 52): " in out
+        "umar.siddiq@example.com (line 51, line 52): " in out
         and "line 51: the REV_USER_ID of line 52 with another" in out
     )
     assert re.search(r"^jonas\.lind@.* unchanged +Jonas Lind$", out, re.MULTILINE)

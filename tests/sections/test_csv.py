@@ -761,7 +761,7 @@ def test_the_contact_with_the_most_tickets_is_listed_first(place: Workplace) -> 
     place.csv.write_text(text(*shared, busiest, *several), encoding="utf-8")
     out = place.run(None, "--preview", check=0).out
     assert re.search(
-        r"^  info@example\.com, 8 contacts: REVU-1 \(99 tickets\), .*, and 2 more$",
+        r"^  info@example\.com \(8 contacts\): REVU-1 \(99 tickets\), .*, and 2 more$",
         out,
         re.MULTILINE,
     )
@@ -793,7 +793,7 @@ def test_a_row_that_does_not_fit_takes_lines_of_its_own() -> None:
     tool._show_pairs(tool.detect(tool.CsvContents(rows)), NarrowConsole(out=out, err=io.StringIO()))
     lines = out.getvalue().splitlines()
     assert (
-        len(lines) == 1 + 29 + 3 + 1
+        len(lines) == 1 + 29 + 2 + 1
         and max(len(line) for line in lines if "x" * 9 not in line) <= 90
     )
 
