@@ -2432,6 +2432,15 @@ class FreshRead:
             raise PreconditionsExpired()
 
 
+async def until_fresh(read_and_write: Callable[[], Awaitable[T]]) -> T:
+    """Read and write, again where something has waited between the two. Raises PairError(stale)."""
+    for _ in range(FreshRead.MOST):
+        with contextlib.suppress(PreconditionsExpired):
+            return await read_and_write()
+    words = "something has waited between a read and its write each time; the quota is too small"
+    raise PairError("stale", words)
+
+
 class RequestOptions(NamedTuple):
     """How a request is queued."""
 
@@ -3123,7 +3132,7 @@ class DevRevAPI:
                     continue
                 if before:
                     await before()
-                if options.rests_on:
+                if options.rests_on and endpoint in WRITES:
                     options.rests_on.require()
                 self.requests[endpoint] += 1
                 is_write = endpoint in WRITES and not body.keys() <= {"id", "type"}
@@ -3716,60 +3725,95 @@ def timestamp_name(epoch: float) -> str:
     return time.strftime("%Y%m%d_%H%M%S", time.gmtime(epoch))
 
 
-class Backup(NamedTuple):
-    """A backup that was read from the disk and found complete."""
+LARGEST_FILE = 256 << 20  # bytes, of a backup
+
+
+@dataclass
+class Backup:
+    """A backup as it is on the disk."""
 
     manifest: Json
-    files: dict[str, Any]  # by their name in the manifest, parsed
+    sha256: str  # of manifest.json
+    files: dict[str, Any] = field(default_factory=dict)  # by their name in the manifest, parsed
+
+    def entry(self, contact: str) -> Json:
+        """Return what the manifest says of the contact of this id. Raises LookupError, TypeError."""
+        for entry in self.manifest["contacts"]:
+            if entry["csv"]["id"] == contact:
+                return entry  # type: ignore[no-any-return]
+        raise LookupError(contact)
 
     def file(self, entry: Json, name: str) -> Any:
         """Return a file of one contact, `entry` being the manifest's of it."""
         return self.files[f"{entry['folder']}/{name}"]
 
 
+def backup_bytes(path: Path) -> bytes:
+    """Return what a file of a backup holds; raises OSError where it is none that could be."""
+    with open_regular(path) as file:
+        content = file.read(LARGEST_FILE + 1)
+    if len(content) > LARGEST_FILE or path.parent.is_symlink():
+        raise OSError(errno.EINVAL, "no file of a backup")
+    return content
+
+
+def read_manifest(folder: str) -> Backup:
+    """Return a backup without its files. Raises PairError(backup_failed) where it can't be read."""
+    try:
+        content = backup_bytes(Path(folder) / "manifest.json")
+        return Backup(json.loads(content), hashlib.sha256(content).hexdigest())
+    except (OSError, ValueError, RecursionError) as error:
+        words = f"{folder}: manifest.json can't be read ({type(error).__name__})"
+        raise PairError("backup_failed", words) from None
+
+
 def verify_backup(folder: Path) -> Backup:
-    """Read a backup again from the disk.
+    """Read a backup again from the disk; nothing is opened but the files that a backup has.
 
     Raises PairError(backup_failed) naming everything that is missing, damaged or does not add up.
     """
-    manifest = read_manifest(str(folder))
+    backup = read_manifest(str(folder))
     problems: list[str] = []
-    backup = Backup(manifest, {})
     try:
-        for name, expected in manifest["files"].items():
-            try:
-                backup.files[name] = json.loads(unchanged_bytes(folder / name, expected))
-            except OSError as error:
-                problems.append(f"{name}: {error.strerror}")
-            except PairError as error:
-                problems.append(f"{name}: {error}")
-            except ValueError:
-                problems.append(f"{name}: not JSON")
-        for entry in manifest["contacts"]:
-            names = [f"{entry['folder']}/{name}" for name in CONTACT_FILES]
-            if any(backup.files.get(name) is None for name in names):
-                problems.append(f"{entry['folder']}: not all of its files are complete")
-                continue
-            for words in contact_problems(backup, entry):
-                problems.append(f"{entry['folder']}: {words}")
-    except (KeyError, TypeError, AttributeError) as error:
+        names: list[str] = []
+        for entry in backup.manifest["contacts"]:
+            if not re.fullmatch(r"(primary|duplicate)_[^/\\]+", entry["folder"]):
+                raise ValueError("of a folder that no backup has")
+            names += [f"{entry['folder']}/{name}" for name in CONTACT_FILES]
+        if set(names) != set(backup.manifest["files"]):
+            raise ValueError("of other files than a backup has")
+        for name in names:
+            problem = add_file(backup, folder, name)
+            if problem:
+                problems.append(f"{name}: {problem}")
+        if not problems:
+            for entry in backup.manifest["contacts"]:
+                problems += contact_problems(backup, entry)
+    except ODD_ANSWER as error:
         problems = [f"manifest.json is not a manifest: {type(error).__name__} {error}"]
     if problems:
         raise PairError("backup_failed", f"{folder}: " + "; ".join(problems))
     return backup
 
 
-def unchanged_bytes(path: Path, expected: Json) -> bytes:
-    """Return what a file of a backup holds. Raises OSError, and PairError where it has changed."""
-    content = path.read_bytes()
-    is_same = len(content) == expected["bytes"]
-    if not is_same or hashlib.sha256(content).hexdigest() != expected["sha256"]:
-        raise PairError("backup_failed", "differs from what was written")
-    return content
+def add_file(backup: Backup, folder: Path, name: str) -> str:
+    """Read a file that the manifest names; return in words what is wrong with it, `""` if nothing."""
+    expected = backup.manifest["files"][name]
+    try:
+        content = backup_bytes(folder / name)
+        if hashlib.sha256(content).hexdigest() != expected["sha256"]:
+            return "differs from what was written"
+        backup.files[name] = json.loads(content)
+    except OSError as error:
+        return str(error.strerror)
+    except (ValueError, RecursionError):
+        return "not JSON"
+    return ""
 
 
 def contact_problems(backup: Backup, entry: Json) -> list[str]:
     """Compare the files of one contact with what the manifest says of it."""
+    folder = entry["folder"]
     live, works, conversations, timelines = (backup.file(entry, name) for name in CONTACT_FILES)
     ids = set(by_id(works))
     talks = set(by_id(conversations))
@@ -3778,15 +3822,15 @@ def contact_problems(backup: Backup, entry: Json) -> list[str]:
     counted["timeline_entries"] = sum(map(len, timelines.values()))
     problems = []
     if live["id"] != entry["csv"]["id"]:
-        problems.append("contact.json is another contact's")
+        problems.append(f"{folder}: contact.json is another contact's")
     if ids != set(chain(*entry["works"].values())):
-        problems.append("works.json does not hold the works of the manifest")
+        problems.append(f"{folder}: works.json does not hold the works of the manifest")
     if talks != set(entry["conversations"]):
-        problems.append("conversations.json does not hold those of the manifest")
+        problems.append(f"{folder}: conversations.json does not hold those of the manifest")
     if backup.manifest["timelines"] and ids | talks != set(timelines):
-        problems.append("timelines.json does not hold a timeline for each object")
+        problems.append(f"{folder}: timelines.json does not hold a timeline for each object")
     if counted != entry["counts"]:
-        problems.append(f"the files hold {counted}, the manifest says {entry['counts']}")
+        problems.append(f"{folder}: the files hold {counted}, the manifest says {entry['counts']}")
     return problems
 
 
@@ -3800,16 +3844,6 @@ def ticket_count(works: Iterable[Iterable[str]]) -> int:
     return greatest
 
 
-def read_manifest(backup: str) -> Json:
-    """Return a backup's manifest. Raises PairError(backup_failed) where it can't be read."""
-    try:
-        manifest: Json = json.loads((Path(backup) / "manifest.json").read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        words = f"{backup}: manifest.json can't be read ({type(error).__name__})"
-        raise PairError("backup_failed", words) from None
-    return manifest
-
-
 @contextlib.contextmanager
 def reading_backup(backup: str) -> Iterator[None]:
     """Turn what reading an odd backup raises into PairError(backup_failed)."""
@@ -3820,19 +3854,11 @@ def reading_backup(backup: str) -> Iterator[None]:
         raise PairError("backup_failed", words) from None
 
 
-def manifest_entry(manifest: Json, contact: str) -> Json:
-    """Return what a manifest says of the contact of this id. Raises ValueError where it is not one
-    entry, LookupError and TypeError where the manifest is none."""
-    (entry,) = (one for one in manifest["contacts"] if one["csv"]["id"] == contact)
-    return entry  # type: ignore[no-any-return]
-
-
 def backed_up_contact(backup: str, identity: str) -> Json:
     """Return the `rev_user` of a contact as a backup holds it. Raises PairError(backup_failed)."""
     with reading_backup(backup):
-        entry = manifest_entry(read_manifest(backup), identity)
-        path = Path(backup) / entry["folder"] / "contact.json"
-        user: Json = json.loads(path.read_bytes())
+        folder = read_manifest(backup).entry(identity)["folder"]
+        user: Json = json.loads(backup_bytes(Path(backup) / folder / "contact.json"))
         return user
 
 
@@ -3843,7 +3869,7 @@ def objects_to_transfer(backup: str, duplicate: str) -> list[Json]:
     PairError(backup_failed).
     """
     with reading_backup(backup):
-        return transferred_objects(manifest_entry(read_manifest(backup), duplicate))
+        return transferred_objects(read_manifest(backup).entry(duplicate))
 
 
 def transferred_objects(entry: Json) -> list[Json]:
@@ -3860,7 +3886,7 @@ def describe(backup: str, items: Iterable[Json]) -> list[Json]:
     known: dict[str, Json] = {}
     for path in (*Path(backup).glob("*/works.json"), *Path(backup).glob("*/conversations.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            known.update(by_id(json.loads(path.read_bytes())))
+            known.update(by_id(json.loads(backup_bytes(path))))
     found = []
     for item in items:
         obj = known.get(item["id"], {})
@@ -6251,7 +6277,7 @@ def merges_named(path: Path) -> list[Pair]:
 def merges_of_backup(folder: Path) -> list[Pair]:
     """Return the pairs whose contacts are in a backup. Raises FatalError(2)."""
     try:
-        entries = read_manifest(str(folder))["contacts"]
+        entries = read_manifest(str(folder)).manifest["contacts"]
         primary, *duplicates = (Contact.from_json(entry["csv"]) for entry in entries)
         pairs = [Pair(primary, one, None, State.DONE, backup=str(folder)) for one in duplicates]
         for pair in pairs:
@@ -6342,14 +6368,16 @@ class UndoGroup:
     old_refs: dict[str, str] = field(default_factory=dict)  # the primary's before each merge
     roles: dict[str, set[Role]] = field(default_factory=dict)  # of duplicates before the merges
     primary_roles: set[Role] = field(default_factory=set)  # before the merges
+    primary_id: str = ""  # of the contact that stands for the primary now
     primary: Json = field(default_factory=dict)  # as DevRev has it now
+    read: FreshRead | None = None  # when it was read
     # Ids that no longer exist, and those of the contacts in their place.
     aliases: dict[str, str] = field(default_factory=dict)
     is_recreated: bool = False  # whether the primary itself was created by an earlier undo
 
     def ids(self) -> set[str]:
         """Return the ids of the group: as it was, and as far as it was created again."""
-        found = {self.primary["id"], *self.aliases}
+        found = {self.primary_id, *self.aliases}
         for pair in (*self.pairs, *self.siblings):
             found.update(pair.ids)
         return found
@@ -6511,22 +6539,24 @@ async def check_group_to_undo(
     for one in ids:
         siblings += [row for row in savepoint.pairs(primary_id=one) if row.ids not in mine]
     found = await context.environment.run_in_thread(read_backups, pairs, siblings)
+    found.primary_id = ids[-1]
     found.is_recreated = len(ids) > 1
     found.aliases = dict.fromkeys(ids[:-1], ids[-1])
     for pair in (*pairs, *siblings):
         if pair.undo and pair.undo.contact:
             found.aliases[pair.duplicate.id] = pair.undo.contact
-    primary = await api.contact(ids[-1])
-    if primary is None:
-        raise primary_gone(group.primary, savepoint.pairs(duplicate_id=ids[-1]))
-    if primary.get("state") != "active":
-        words = f"the primary {group.primary.short_id} is {primary.get('state')}, not active"
-        raise PairError("not_active", words)
-    found.primary = primary
     there = []
+    unclear: PairError | None = None
     for pair in pairs:
-        if not await no_longer_exists(api, found, pair):
-            there.append(pair.duplicate.short_id)
+        try:
+            if not await no_longer_exists(api, found, pair):
+                there.append(pair.duplicate.short_id)
+        except PairError as problem:
+            unclear = problem
+    # The last read, because the first write rests on it.
+    await read_primary(context, found, RequestOptions(MERGE, 1 + PairUndo.UNITS))
+    if unclear:
+        raise unclear
     if there:
         words = f"not merged, or not yet, because still there: {', '.join(there)}"
         raise PairError("not_merged", words)
@@ -6540,13 +6570,28 @@ async def check_group_to_undo(
     return found
 
 
-def primary_gone(primary: Contact, later: Iterable[Pair]) -> PairError:
-    """Return why a primary that no longer exists can't be undone; `later` are its own merges."""
-    for row in later:
-        if row.state in (*UNFINISHED, *MERGED_STATES, State.UNDOING):
-            words = f"{primary.short_id} was merged into {row.primary.short_id} later"
-            return PairError("merged_onward", f"{words}; undo {report_of(row)} first")
-    return PairError("not_found", f"the primary {primary.short_id} no longer exists in DevRev")
+async def read_primary(context: GroupContext, group: UndoGroup, options: RequestOptions) -> None:
+    """Read the primary, for a write that is to rest on it.
+
+    Raises PairError where it is not the active contact any more that was merged: an undo must not
+    bring back somebody who was erased.
+    """
+    pair = group.pairs[0]
+    name = pair.primary.short_id
+    user = await context.api.contact(group.primary_id, options)
+    group.read = FreshRead(context.environment)
+    if user is None or is_gone(user):
+        for row in context.savepoint.pairs(duplicate_id=group.primary_id):
+            if row.state in (*UNFINISHED, *MERGED_STATES, State.UNDOING):
+                words = f"{name} was merged into {row.primary.short_id} later"
+                raise PairError("merged_onward", f"{words}; undo {report_of(row)} first")
+        raise PairError("not_found", f"the primary {name} no longer exists in DevRev")
+    if user.get("state") != "active":
+        raise PairError("not_active", f"the primary {name} is {user.get('state')}, not active")
+    if email_of(user) != pair.email:
+        words = f"the primary {name} has another email than it was merged with"
+        raise PairError("email_changed", f"{words}: {user.get('email') or 'none'}")
+    group.primary = user
 
 
 async def no_longer_exists(api: DevRevAPI, group: UndoGroup, pair: Pair) -> bool:
@@ -6554,7 +6599,7 @@ async def no_longer_exists(api: DevRevAPI, group: UndoGroup, pair: Pair) -> bool
     lists decide."""
     duplicate = pair.duplicate.id
     try:
-        status = await api.poll_duplicate(group.primary["id"], duplicate, ANY_OPTIONS)
+        status = await api.poll_duplicate(group.primary_id, duplicate, ANY_OPTIONS)
         return status is not DuplicateStatus.EXISTS
     except (ApiError, NoUsableResponse) as error:
         name = pair.duplicate.short_id
@@ -6571,21 +6616,18 @@ async def no_longer_exists(api: DevRevAPI, group: UndoGroup, pair: Pair) -> bool
 
 
 def check_moved_reference(group: UndoGroup, pair: Pair) -> None:
-    """Check that the primary has the reference that the merge gave it, or its old one where that
-    may be. Raises PairError(external_ref_changed)."""
+    """Check that the primary has the reference that the merge gave it, or its old one.
+
+    Raises PairError(external_ref_changed).
+    """
     reference = group.primary.get("external_ref")
     old, moved = group.references(pair)
-    if moved and reference == moved:
+    if reference == moved or reference in old:
         return
-    others = {row.new_ref for row in (*group.siblings, *group.pairs) if row is not pair}
-    if moved is None and reference in {*old, *others - {None}, *group.old_refs.values()}:
-        return
-    # An undo may have started, a merge may have ended before its reference moved, and two may have
-    # had the same.
-    is_open = pair.state in (State.UNDOING, State.SETTLED, *REQUESTED_STATES, State.MERGED)
-    is_unknown = not pair.run and pair.state is not State.VERIFYING
-    if reference in old and (is_open or is_unknown or moved in others):
-        return
+    if moved is None:  # it may have one that another merge has moved, or an undo has given back
+        others = {row.new_ref for row in (*group.siblings, *group.pairs) if row.new_ref}
+        if reference in {*others, *group.old_refs.values()}:
+            return
     words = f"another user gave {pair.primary.short_id} the reference {reference or 'none'}"
     hint = f"set {moved or old[0]} again, undo again"
     raise PairError("external_ref_changed", f"{words}; {hint}")
@@ -6616,6 +6658,9 @@ async def check_write_access(
         raise PairError("forbidden", f"the token may not call {endpoint} (403): {refused[kind]}")
 
 
+FINISH_OPTIONS = RequestOptions(FINISH)
+
+
 # -- the run ---------------------------------------------------------------------------------------
 
 
@@ -6636,6 +6681,10 @@ class Recreation:
         "rev_org",
     )
     PATIENCE = 10.0  # seconds for which a contact that may have been created is looked for at most
+    TAKEN = (
+        "; no contact has its reference, so your organisation probably takes each address once, "
+        "and then no contact can be created again"
+    )
 
     def __init__(
         self, context: GroupContext, group: UndoGroup, pair: Pair, undo: UndoProgress
@@ -6648,37 +6697,45 @@ class Recreation:
         self.known = creation_fields(group.contacts[pair.duplicate.id])
         self._forget()
         self._may_exist = undo.contacts_before is not None  # an earlier request may have created it
+        if undo.contacts_before is None and "external_ref" in self._fields():
+            undo.contacts_before = []  # saved before the reference is freed, nothing waits for it
 
     def _forget(self) -> None:
         """Begin anew, with no request under way."""
         self._since = self.context.environment.now()
-        self._pause = 0.2
+        self._pause = Backoff(0.2, self.PATIENCE, 1.6)
         self._may_exist = False
         self._is_lost = False  # this run has a request without an answer
         self._refusal = ""  # why the last request has created nothing, as far as is known
 
-    async def run(self, options: RequestOptions) -> Json:
+    def _fields(self) -> Json:
+        left_out = self.undo.left_out
+        return {name: value for name, value in self.known.items() if name not in left_out}
+
+    async def run(self) -> Json:
         """Return the contact, with the fields that DevRev takes.
 
         Raises PairError: contact_refused, forbidden, external_ref_conflict, contact_not_confirmed.
         """
         while True:
-            left_out = self.undo.left_out
-            fields = {name: one for name, one in self.known.items() if name not in left_out}
-            if self.undo.contacts_before is not None:  # it was requested
-                user = await self._find(fields, options)
+            fields = self._fields()
+            if self._may_exist or self._refusal:
+                user = await self._find(fields)
                 if user:
                     return user
                 if not await self._may_request_again("external_ref" in fields):
                     continue
             before: list[str] = []
             if "external_ref" not in fields:
-                listed = {user["id"] for user in await self._listed(options)}
+                listed = {user["id"] for user in await self._listed()}
                 before = sorted(listed | self.group.ids())
-            self.undo.contacts_before = before
-            await self.context.savepoint.save(self.pair)
+            if self.undo.contacts_before != before:
+                self.undo.contacts_before = before
+                await self.context.savepoint.save(self.pair)
+            if "external_ref" not in fields:  # DevRev would create a second one
+                self.context.raise_if_draining()
             try:
-                return await self.api.create_contact(fields, options)
+                return await self.api.create_contact(fields, FINISH_OPTIONS)
             except NoUsableResponse as error:
                 self._is_lost = True
                 self._may_exist = True
@@ -6694,14 +6751,17 @@ class Recreation:
         refused = refused_fields(error, fields, is_vital)
         if refused:
             self.undo.left_out.update(dict.fromkeys(refused, self._refusal))
-            self.undo.contacts_before = None
-            self._refusal = ""
-        elif error.status != 409 or "external_ref" not in fields:
-            code = "forbidden" if error.status == 403 else "contact_refused"
-            raise PairError(code, self._refused_words())
+            self._forget()
+        elif error.status == 409 and "external_ref" not in fields:
+            raise self._refused(self.TAKEN)
+        elif error.status != 409:
+            problem = self._refused()
+            problem.code = "forbidden" if error.status == 403 else problem.code
+            raise problem
 
-    def _refused_words(self) -> str:
-        return f"{self.pair.duplicate.short_id} could not be created again: {self._refusal}"
+    def _refused(self, why: str = "") -> PairError:
+        words = f"{self.pair.duplicate.short_id} could not be created again: {self._refusal}"
+        return PairError("contact_refused", f"{words}{why}")
 
     async def _may_request_again(self, has_reference: bool) -> bool:
         """Wait, for lists may lag, and return whether the contact may be requested again.
@@ -6715,12 +6775,11 @@ class Recreation:
         if self._is_lost and not is_vital:
             limit = self.context.options.merge_timeout
         waited = self.context.environment.elapsed(self._since)
-        if (is_vital or self._may_exist) and waited < limit:
-            await self.context.cancel_token.sleep(self._pause)
-            self._pause = min(self.PATIENCE, 1.6 * self._pause)
+        if self._may_exist and waited < limit:
+            await self.context.cancel_token.sleep(self._pause.next())
             return has_reference
         if is_vital:
-            raise PairError("contact_refused", self._refused_words())
+            raise self._refused(self.TAKEN)
         if has_reference:
             self.undo.left_out["external_ref"] = self._refusal
             self.undo.contacts_before = None
@@ -6732,7 +6791,7 @@ class Recreation:
             raise PairError("contact_not_confirmed", f"{words}; {hint}")
         return True
 
-    async def _find(self, fields: Json, options: RequestOptions) -> Json | None:
+    async def _find(self, fields: Json) -> Json | None:
         """Return the contact that was requested, if it exists. A reference is looked up in the
         whole organisation.
 
@@ -6740,34 +6799,33 @@ class Recreation:
         """
         reference = fields.get("external_ref")
         if reference is None:
-            for user in await self._listed(options):
+            for user in await self._listed():
                 is_new = user["id"] not in (self.undo.contacts_before or ())
                 own = (None, "", user.get("display_id"))
                 if is_new and user.get("external_ref") in own:
                     return user
             return None
         other: Json | None = None
-        for holder in await self.api.holders_of(reference, options):
+        for holder in await self.api.holders_of(reference, FINISH_OPTIONS):
             if holder["id"] in self.group.ids():
                 continue
             # Lists lag behind contacts that no longer exist, or no longer have the reference.
-            user = await self.api.contact(holder["id"], options) or {"state": "deleted"}
-            if user["state"] == "deleted" or user.get("external_ref") != reference:
+            there = await self.api.contact(holder["id"], FINISH_OPTIONS)
+            if there is None or is_gone(there) or there.get("external_ref") != reference:
                 continue
-            is_here = rev_org_id(user) in (None, fields.get("rev_org"), rev_org_id(fields))
-            is_here = is_here or "rev_org" not in fields
-            if is_here and email_of(user) == email_key(fields["email"]):
-                return user
-            other = user
+            is_here = "rev_org" not in fields or rev_org_id(there) in (None, fields["rev_org"])
+            if is_here and email_of(there) == email_key(fields["email"]):
+                return there
+            other = there
         if other:
             self.undo.reference_free = False
             who = f"{other.get('display_id')} <{other.get('email')}>, another contact,"
             raise PairError("external_ref_conflict", f"{who} has the reference {reference} now")
         return None
 
-    async def _listed(self, options: RequestOptions) -> list[Json]:
+    async def _listed(self) -> list[Json]:
         body = {"email": [self.pair.duplicate.email.strip()]}
-        return (await self.api.pages("rev-users.list", "rev_users", body, options)).items
+        return (await self.api.pages("rev-users.list", "rev_users", body, FINISH_OPTIONS)).items
 
 
 def creation_fields(user: Json) -> Json:
@@ -6819,27 +6877,26 @@ class PairUndo:
             revision = self.savepoint.revision(pair.ids)
             was = pair.undo or UndoProgress("", "", pair.run, revision)
             self.undo = replace(was, path=str(path), state_before=pair.state.value, contact="")
-        self.options = RequestOptions(FINISH)
+        self.is_new = pair.state is not State.UNDOING
 
     async def run(self) -> None:
         """Undo the merge; in a preview only find out what would be left to others."""
         pair = self.pair
         undo = self.undo
         pair.undo = undo
-        update, undo.fields_left = plan_fields(pair, self.group.primary)
+        _, undo.fields_left = plan_fields(pair, self.group.primary)
         if self.context.options.preview:
             await self._restore_objects()
             return
-        has_moved = self.moved is not None and self.group.primary.get("external_ref") == self.moved
-        undo.reference_free = undo.reference_free or (has_moved and not undo.contact)
+        recreation = Recreation(self.context, self.group, pair, undo)
+        if self._has_moved() and not undo.contact:
+            undo.reference_free = True
         pair.state, pair.code, pair.error = State.UNDOING, "", ""
         await self.savepoint.save(pair)
-        self.context.cancel_token.raise_if_cancelled()  # what has not started is not shielded
-        with self.context.cancel_token.shield():
-            if undo.reference_free and has_moved:
-                await self._free_reference()
-            if not undo.contact:
-                await self._create()
+        if not undo.contact:
+            await until_fresh(functools.partial(self._recreate, recreation))
+            undo.reference_free = False
+            await self.savepoint.save(pair)
         self.group.aliases[pair.duplicate.id] = undo.contact
         await self._remove_fields()
         await self._restore_objects()
@@ -6847,72 +6904,116 @@ class PairUndo:
         await self.savepoint.save(pair)
         log.info("%s: undone, %s is %s now", pair.email, pair.duplicate.short_id, undo.display_id)
 
-    async def _free_reference(self) -> None:
-        """Give the primary its old reference. After a lost answer it is read before the update is
-        sent again. Raises PairError where it can't be set."""
-        primary = self.group.primary["id"]
-        references = list(self.old)
-        problem = PairError("external_ref_not_set", "DevRev answered with another reference")
-        started = self.context.environment.now()
-        deadline = FIRST_DEADLINE
-        options = RequestOptions(MERGE, 1 + self.UNITS)
-        while references:
-            body = {"external_ref": references[0]}
-            user = self.group.primary
+    def _has_moved(self) -> bool:
+        """Whether the primary has the reference that the contact had."""
+        return self.moved is not None and self.group.primary.get("external_ref") == self.moved
+
+    async def _recreate(self, recreation: Recreation) -> None:
+        """Give the primary its old reference, and create the contact.
+
+        Between the two nothing waits, an interruption included: the units for both are there
+        before the primary is read. Raises PreconditionsExpired where something has waited before.
+        """
+        if self._has_moved() and self.group.read and self.group.read.is_over():
             try:
-                user = await self.api.update_contact(primary, body, options, deadline)
-            except ApiError as api_error:
-                problem = api_error
-            except NoUsableResponse as error:
-                problem = error
-                user = await self.api.contact(primary, self.options) or {}
-                deadline = min(2 * deadline, max(deadline, self.api.settings.timeout))
-                waited = self.context.environment.elapsed(started)
-                if user.get("external_ref") == self.moved and waited < self.PATIENCE:
-                    continue
-            if user.get("external_ref") in self.old:
-                self.group.primary = user
+                await self._read_primary()
+            except PairError:
+                if self.is_new:
+                    await self._save_as_before()
+                raise
+        self.context.raise_if_draining()
+        with self.context.cancel_token.shield():
+            if self._has_moved():
+                await self._free_reference()
+            try:
+                user = await recreation.run()
+            except PairError as problem:
+                if problem.code in ("contact_refused", "forbidden"):
+                    self.undo.forbidden = problem.code == "forbidden"
+                    await self._return_reference(problem)
+                raise
+        self.undo.contact = user["id"]
+        self.undo.display_id = str(user.get("display_id"))
+
+    async def _read_primary(self) -> None:
+        """Read the primary again, with the units for what follows. Raises PairError."""
+        options = RequestOptions(MERGE, 1 + self.UNITS)
+        if self.undo.reference_free and not self._has_moved():
+            options = FINISH_OPTIONS
+        await read_primary(self.context, self.group, options)
+        check_moved_reference(self.group, self.pair)
+
+    async def _free_reference(self) -> None:
+        """Give the primary its old reference. Raises PreconditionsExpired, and PairError where it
+        keeps the moved one or another user has changed it."""
+        problem: PairError | None = None
+        for reference in self.old:
+            problem = await self._set_reference(reference)
+            if self.group.primary.get("external_ref") in self.old:
                 return
-            if user.get("external_ref") != self.moved:
-                break  # another user's
-            options = self.options
-            references.pop(0)
-        live = await self.api.contact(primary, self.options)
-        if live and live.get("external_ref") == self.moved:
+            # Where it has gone since the update, the contact is created all the same.
+            if not self.group.primary and isinstance(problem, NoUsableResponse):
+                return
+        if self._has_moved() or not self.group.primary:
             await self._save_as_before()
         words = f"the primary did not get its old reference {self.old[0]}: {problem}"
-        raise PairError(problem.code, words)
+        raise PairError(problem.code if problem else "external_ref_not_set", words)
 
-    async def _create(self) -> None:
-        """Create the contact and save its id; where DevRev refuses that, take the way back."""
-        undo = self.undo
-        try:
-            user = await Recreation(self.context, self.group, self.pair, undo).run(self.options)
-        except PairError as problem:
-            if problem.code in ("contact_refused", "forbidden"):
-                undo.forbidden = problem.code == "forbidden"
-                await self._return_reference(problem)
-            raise
-        undo.contact = user["id"]
-        undo.display_id = str(user.get("display_id"))
-        undo.reference_free = False
-        await self.savepoint.save(self.pair)
+    async def _set_reference(self, reference: str) -> PairError | None:
+        """Set the primary's reference, and return why it does not have it then, None where it has.
+
+        `group.primary` is what the last answer shows, empty where it no longer exists. Raises
+        PreconditionsExpired.
+        """
+        environment = self.context.environment
+        started = environment.now()
+        before = self.group.primary.get("external_ref")
+        deadline = Backoff(FIRST_DEADLINE, max(FIRST_DEADLINE, self.api.settings.timeout))
+        while True:
+            options = RequestOptions(FINISH, rests_on=self.group.read)
+            body = {"external_ref": reference}
+            problem: PairError
+            user: Json | None
+            try:
+                user = await self.api.update_contact(
+                    self.group.primary_id, body, options, deadline.next()
+                )
+                problem = PairError(
+                    "external_ref_not_set", "DevRev answered with another reference"
+                )
+            except (ApiError, NoUsableResponse) as error:
+                problem = error
+                user = await self.api.contact(self.group.primary_id, FINISH_OPTIONS)
+            self.group.primary = {} if user is None or is_gone(user) else user
+            self.group.read = FreshRead(environment)
+            now = self.group.primary.get("external_ref")
+            if now == reference:
+                return None
+            may_repeat = isinstance(problem, NoUsableResponse) and now == before
+            if not may_repeat or environment.elapsed(started) > self.PATIENCE:
+                return problem
 
     async def _return_reference(self, problem: PairError) -> None:
-        """Give the primary the moved reference again, because no contact can be created."""
-        error = problem
+        """Give the primary the moved reference again, because no contact can be created.
+
+        Raises PairError where that fails.
+        """
+        error: PairError | None = None
         for _ in range(3 if self.undo.reference_free else 0):
-            primary = self.group.primary["id"]
-            body = {"external_ref": self.moved}
             try:
-                self.group.primary = await self.api.update_contact(primary, body, self.options)
-            except PairError as refused:
-                error = refused
-                continue
-            if self.group.primary.get("external_ref") == self.moved:
-                self.undo.reference_free = False
+                if self.group.read and self.group.read.is_over():
+                    await self._read_primary()
+                error = None
+                if not self._has_moved():
+                    error = await self._set_reference(str(self.moved))
+                if error is None or isinstance(error, ApiError):
+                    break
+            except PreconditionsExpired:
+                error = PairError("stale", "something has waited")
+            except PairError as gone:
+                error = gone
                 break
-        if self.undo.reference_free:
+        if error:
             words = f"{self.moved} could not be set on {self.pair.primary.short_id} again: {error}"
             raise PairError(problem.code, f"{problem}; {words}")
         await self._save_as_before()
@@ -6928,22 +7029,35 @@ class PairUndo:
     async def _remove_fields(self) -> None:
         """Remove from the primary what the merge carried to it and is still there; what DevRev
         refuses is named."""
-        options = RequestOptions(RESUME)
-        primary = self.group.primary
-        update, left = plan_fields(self.pair, primary)
-        bodies = [{name: value} for name, value in update.items()]
-        if len(bodies) > 1:
-            bodies.insert(0, update)  # together, and one by one where that is refused
-        for body in bodies:
-            try:
-                self.group.primary = await self.api.update_contact(primary["id"], body, options)
-                if body is update:
-                    break
-            except (ApiError, NoUsableResponse) as error:
-                if body is not update:
-                    (name,) = body
-                    left.append({"field": name, "value": primary.get(name), "why": str(error)})
-        self.undo.fields_left = left
+        names = list(self.pair.fields_to_carry)
+        problem = await self._remove(names) if names else None
+        if problem is None:
+            return
+        left = []
+        for name in names:  # together they were refused
+            problem = await self._remove([name])
+            if problem:
+                value = self.group.primary.get(name)
+                left.append({"field": name, "value": value, "why": str(problem)})
+        self.undo.fields_left += left
+
+    async def _remove(self, names: Collection[str]) -> PairError | None:
+        """Remove these fields in one update; return why DevRev did not take it."""
+
+        async def read_and_write() -> None:
+            await read_primary(self.context, self.group, RequestOptions(RESUME, 2))
+            update, self.undo.fields_left = plan_fields(self.pair, self.group.primary)
+            body = {name: value for name, value in update.items() if name in names}
+            if body:
+                self.context.raise_if_draining()
+                options = RequestOptions(FINISH, rests_on=self.group.read)
+                await self.api.update_contact(self.group.primary_id, body, options)
+
+        try:
+            await until_fresh(read_and_write)
+        except PairError as problem:
+            return problem
+        return None
 
     async def _restore_objects(self) -> None:
         """Give the contact its works and conversations, one after the other: read, write, verify
@@ -6964,7 +7078,7 @@ class PairUndo:
         for identity, mine in roles.items():
             try:
                 left += await self._restore_object(identity, mine, contact, stays)
-            except (ApiError, NoUsableResponse, *ODD_ANSWER) as error:
+            except (PairError, *ODD_ANSWER) as error:
                 failed += [{"id": identity, "role": role, "why": str(error)} for role in mine]
         undo.left = [*left, *failed]
         if failed:
@@ -6982,26 +7096,35 @@ class PairUndo:
         if kind_of(identity) not in RESTORED_KINDS:
             why = "works of this kind are not restored"
             return [{"id": identity, "role": role, "why": why} for role in roles]
-        options = RequestOptions(RESUME)
-        primary = self.group.primary["id"]
-        problem = "it answers with other people"
-        for attempt in range(self.ATTEMPTS):
-            obj = await self.api.get_object(identity, options)
-            changes, left = plan_restore(obj, roles, primary, contact, self.group.aliases, stays)
-            is_done = obj is None or not changes or self.context.options.preview
-            if obj and not is_done:
-                try:
-                    answer = await self.api.set_people(obj, changes, options)
-                except NoUsableResponse as error:
-                    problem = str(error)
-                else:
-                    is_done = all(
-                        set(people) <= user_ids(role, answer) for role, people in changes.items()
-                    )
-            if is_done:
-                return [{"id": identity, **one} for one in left]
-            await self.context.cancel_token.sleep(0.1 * 2**attempt)
-        raise NoUsableResponse(f"an update of {identity}", problem)
+        write = functools.partial(self._write_object, identity, roles, contact, stays)
+        pause = Backoff(0.1, self.PATIENCE)
+        for _ in range(self.ATTEMPTS):
+            left = await until_fresh(write)
+            if left is not None:
+                return left
+            await self.context.cancel_token.sleep(pause.next())
+        raise NoUsableResponse(f"an update of {identity}", "it answers with other people")
+
+    async def _write_object(
+        self, identity: str, roles: list[str], contact: str, stays: set[Role]
+    ) -> list[Json] | None:
+        """Read one object and write it; return what of it is left, None where no answer shows that
+        it is written. Raises PreconditionsExpired."""
+        group = self.group
+        obj = await self.api.get_object(identity, RequestOptions(RESUME, 2))
+        read = FreshRead(self.context.environment)
+        changes, left = plan_restore(obj, roles, group.primary_id, contact, group.aliases, stays)
+        if obj and changes and not self.context.options.preview:
+            self.context.raise_if_draining()
+            options = RequestOptions(FINISH, rests_on=read)
+            try:
+                answer = await self.api.set_people(obj, changes, options)
+            except NoUsableResponse as error:
+                log.info("%s: %s", identity, error)
+                return None
+            if any(set(people) - user_ids(role, answer) for role, people in changes.items()):
+                return None
+        return [{"id": identity, **one} for one in left]
 
 
 class UndoRunner:
@@ -7112,7 +7235,7 @@ def undo_entry(pair: Pair) -> Json:
     restored: list[Json] = []
     lost: list[Json] = []
     with contextlib.suppress(PairError, *ODD_ANSWER):
-        mine = manifest_entry(read_manifest(pair.backup), pair.duplicate.id)
+        mine = read_manifest(pair.backup).entry(pair.duplicate.id)
         user = backed_up_contact(pair.backup, pair.duplicate.id)
         if undo and undo.left is not None:
             left = undo.left
