@@ -2417,7 +2417,7 @@ class FreshRead:
     """
 
     LIMIT = 0.25  # seconds, by the clock that has advanced further
-    MOST = 20  # reads before one write
+    MOST = 10  # reads before one write
 
     def __init__(self, environment: Environment) -> None:
         self.environment = environment
@@ -2802,6 +2802,10 @@ class RequestScheduler:
             return room >= 1
         return room >= self._units_needed(options) and left > self.share_of_others()
 
+    def can_hold(self, units: int) -> bool:
+        """Whether so many units are ever there at once."""
+        return self._units_needed(RequestOptions(units=units)) == units
+
     def _units_needed(self, options: RequestOptions) -> int:
         """The units that a request asks for, as far as a window can hold them."""
         window = self.quota.limit or options.units
@@ -3132,7 +3136,8 @@ class DevRevAPI:
                     continue
                 if before:
                     await before()
-                if options.rests_on and endpoint in WRITES:
+                # A window of one unit can't hold a read and its write.
+                if options.rests_on and endpoint in WRITES and self.scheduler.can_hold(2):
                     options.rests_on.require()
                 self.requests[endpoint] += 1
                 is_write = endpoint in WRITES and not body.keys() <= {"id", "type"}
@@ -5688,9 +5693,10 @@ class TaskRunner:
         await self._record_interrupted(pairs)
 
     async def _record_interrupted(self, pairs: Sequence[Pair]) -> None:
-        problem = PairError("interrupted", "stopped before it was finished; run again")
         for pair in pairs:
             if pair.state in (*UNFINISHED, State.UNDOING) and pair.ids not in self.outcomes:
+                words = stranded(pair) or "run again"
+                problem = PairError("interrupted", f"stopped before it was finished; {words}")
                 with contextlib.suppress(FatalError, OSError):
                     await self.record_outcome(pair, problem, False)
 
@@ -6342,6 +6348,15 @@ def merged_again(pair: Pair, savepoint: SavePoint) -> Pair | None:
     return None
 
 
+def stranded(pair: Pair) -> str:
+    """Say which reference an unfinished undo may have left on no contact, `""` where none."""
+    if pair.state is not State.UNDOING or pair.undo is None or not pair.undo.reference_free:
+        return ""
+    words = f"the reference {pair.duplicate.external_ref} may be on no contact until"
+    again = f"merge_contacts.py --undo {pair.undo.path}"
+    return f"{words} {again} finishes the undo (--settle {pair.email} gives it up)"
+
+
 def report_of(pair: Pair) -> str:
     """Name the report of the merge run that wrote a pair last."""
     return f"reports/merge_report_{pair.undo.merge_run if pair.undo else pair.run}.json"
@@ -6891,7 +6906,7 @@ class PairUndo:
         recreation = Recreation(self.context, self.group, pair, undo)
         if self._has_moved() and not undo.contact:
             undo.reference_free = True
-        pair.state, pair.code, pair.error = State.UNDOING, "", ""
+        pair.move_to(State.UNDOING)
         await self.savepoint.save(pair)
         if not undo.contact:
             await until_fresh(functools.partial(self._recreate, recreation))
@@ -6900,7 +6915,7 @@ class PairUndo:
         self.group.aliases[pair.duplicate.id] = undo.contact
         await self._remove_fields()
         await self._restore_objects()
-        pair.state, pair.code, pair.error = State.UNDONE, "", ""
+        pair.move_to(State.UNDONE)
         await self.savepoint.save(pair)
         log.info("%s: undone, %s is %s now", pair.email, pair.duplicate.short_id, undo.display_id)
 
@@ -6965,30 +6980,24 @@ class PairUndo:
         `group.primary` is what the last answer shows, empty where it no longer exists. Raises
         PreconditionsExpired.
         """
+        group = self.group
         environment = self.context.environment
         started = environment.now()
-        before = self.group.primary.get("external_ref")
-        deadline = Backoff(FIRST_DEADLINE, max(FIRST_DEADLINE, self.api.settings.timeout))
+        before = group.primary.get("external_ref")
+        contact = replace(self.pair.primary, id=group.primary_id)
+        update = ReferenceUpdate(
+            self.api, contact, reference, lambda: RequestOptions(FINISH, rests_on=group.read)
+        )
         while True:
-            options = RequestOptions(FINISH, rests_on=self.group.read)
-            body = {"external_ref": reference}
-            problem: PairError
-            user: Json | None
-            try:
-                user = await self.api.update_contact(
-                    self.group.primary_id, body, options, deadline.next()
-                )
-                problem = PairError(
-                    "external_ref_not_set", "DevRev answered with another reference"
-                )
-            except (ApiError, NoUsableResponse) as error:
-                problem = error
-                user = await self.api.contact(self.group.primary_id, FINISH_OPTIONS)
-            self.group.primary = {} if user is None or is_gone(user) else user
-            self.group.read = FreshRead(environment)
-            now = self.group.primary.get("external_ref")
+            user = await update.send()
+            if user != {}:
+                group.primary = {} if user is None or is_gone(user) else user
+                group.read = FreshRead(environment)
+            now = group.primary.get("external_ref")
             if now == reference:
                 return None
+            words = f"DevRev answered with the reference {now}"
+            problem = update.problem or PairError("external_ref_not_set", words)
             may_repeat = isinstance(problem, NoUsableResponse) and now == before
             if not may_repeat or environment.elapsed(started) > self.PATIENCE:
                 return problem
@@ -7023,7 +7032,7 @@ class PairUndo:
         self.undo.reference_free = False
         self.undo.contacts_before = None
         self.undo.left_out = {}
-        self.pair.state = State(self.undo.state_before)
+        self.pair.move_to(State(self.undo.state_before))
         await self.savepoint.save(self.pair)
 
     async def _remove_fields(self) -> None:
@@ -7186,6 +7195,9 @@ class UndoRunner:
             else:
                 work = PairUndo(self.context, checked, pair, path).run()
                 problem = await self._attempt(group, work)
+            words = stranded(pair)
+            if problem and words:
+                problem = PairError(problem.code, f"{problem}; {words}")
             await self.context.record_outcome(pair, problem)
             if pair.undo and pair.undo.contact:
                 self.writable_kinds.add("contact")
@@ -10132,6 +10144,9 @@ def finish_undo(run: RunContext, plan: UndoPlan, runner: UndoRunner, code: int) 
         stop = stop or next(pair.error for pair in runner.pairs() if pair.code)
     if stop:
         console.error(stop)
+    for pair in [] if preview else lists["unfinished"]:
+        if stranded(pair):
+            console.error(f"{pair.email}: {stranded(pair)}")
     log.info("exit code %d", code)
     suggest_after_undo(run, lists, code)
     return code

@@ -451,7 +451,11 @@ class UndoChecker:
                 row.ref for one in self.checker.known[ids] for row in (one.primary, one.duplicate)
             }
             return primary is not None and primary["external_ref"] not in known
-        if code in ("external_ref_conflict", "contact_refused"):
+        if code == "email_changed":
+            return primary is not None and email_key(primary["email"]) != entry["email"]
+        if code in ("external_ref_conflict", "contact_refused", "contact_not_confirmed") or (
+            code == "forbidden" and self.checker.fake_devrev.refused_fields
+        ):
             # A group is refused as a whole, for any of its references, or where an email may occur once only.
             refs = {
                 one.duplicate.ref
