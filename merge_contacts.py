@@ -2581,6 +2581,7 @@ class CircuitBreaker:
 
     def __init__(self, retries: int) -> None:
         self.retries = retries
+        self.most_over_quota = 10 + 5 * retries  # 429s in a row; the pauses come to minutes
         self.open_until = 0.0
         self.half_open = False
         self.probe_in_flight = False
@@ -2617,12 +2618,16 @@ class CircuitBreaker:
                 self.half_open = False
         if self._failed_probes > self.retries:
             return "can't be reached or keeps failing (is DEVREV_BASE_URL right?)"
-        if self.over_quota_in_a_row > 10 + 5 * self.retries:
+        if self.over_quota_in_a_row > self.most_over_quota:
             return "keeps answering 429 (over quota), however long one waits"
         return ""
 
+    @property
+    def seems_down(self) -> bool:
+        return self.failures_in_a_row >= self.THRESHOLD
+
     def _on_failure(self, is_probe: bool, now: float) -> None:
-        if self.failures_in_a_row < self.THRESHOLD:
+        if not self.seems_down:
             return
         if is_probe:
             self._failed_probes += 1
@@ -2808,7 +2813,7 @@ class RequestScheduler:
 
     def _units_needed(self, options: RequestOptions) -> int:
         """The units that a request asks for, as far as a window can hold them."""
-        window = self.quota.limit or options.units
+        window = self.quota.limit or sys.maxsize
         if self.client_limit:
             window = min(window, self.client_limit.calls)
         return min(options.units, max(self.LEAST, window // self.PART), window)
@@ -2951,11 +2956,8 @@ def describe_wait(scheduler: RequestScheduler) -> str:
 PAGE = 100
 ROLES = {"owned": "owned_by", "created": "created_by", "reported": "reported_by"}
 TICKETS_AND_ISSUES = ("ticket", "issue")
-OTHER_WORKS = (
-    "task",
-    "incident",
-    "opportunity",
-)  # DevRev's description does not promise that lists take them
+# DevRev's description does not promise that lists take them, and a token may not be allowed to.
+OTHER_WORKS = ("task", "incident", "opportunity")
 DEAD_TOKENS = {
     "token_expired": "the token has expired",
     "token_revoked": "the token was revoked",
@@ -2965,8 +2967,11 @@ DEAD_TOKENS = {
 
 @dataclass
 class ApiSettings:
-    """What a client is made from. `calls` in `period` seconds is the client-side rate limit: 0 is none at all, None
-    follows the quota that DevRev announces. `timeout` is in seconds."""
+    """What a client is made from.
+
+    `calls` in `period` seconds is the client-side rate limit: 0 is none at all, None follows the
+    quota that DevRev announces. `timeout` is in seconds.
+    """
 
     token: str = field(repr=False)
     base_url: str = "https://api.devrev.ai"
@@ -2981,22 +2986,23 @@ class ApiSettings:
     url_file: str = ""
 
     def mask(self, text: str) -> str:
-        """`text` without the token; one of a few characters is none, and would stand in every other word."""
+        """`text` without the token. One of a few characters is none, and is in every other word."""
         return text.replace(self.token, "[token]") if len(self.token) >= 8 else text
 
 
 def scopes_needed(endpoint: str, body: Json) -> str:
-    """Name the scopes that a request needs, such as `ticket:read`. A timeline takes the scope of its object."""
+    """Name the scopes that a request needs, such as `ticket:read`.
+
+    A timeline takes the scope of its object.
+    """
     family, _, verb = endpoint.partition(".")
     access = {"merge": "all", "update": "write", "create": "write"}.get(verb, "read")
-    kinds: Sequence[str] = {"rev-users": ["rev_user"], "conversations": ["conversation"]}.get(
-        family, []
-    )
-    if family in ("works", "timeline-entries"):
-        kinds = body.get("type") or [kind_of(str(body.get("id") or body.get("object")))]
-    return " and ".join(
-        f"{kind}:{access}" for kind in ([kinds] if isinstance(kinds, str) else kinds)
-    )
+    kinds = {"rev-users": ["rev_user"], "conversations": ["conversation"]}.get(family, [])
+    if endpoint == "works.list":
+        kinds = body["type"]
+    elif family in ("works", "timeline-entries"):
+        kinds = [kind_of(str(body.get("id") or body.get("object")))]
+    return " and ".join(f"{kind}:{access}" for kind in kinds)
 
 
 def kind_of(identity: str) -> str:
@@ -3005,7 +3011,8 @@ def kind_of(identity: str) -> str:
 
 
 def user_ids(name: str, obj: Json) -> set[str]:
-    """The ids in a work's `owned_by`, `reported_by` (lists), `created_by` (one) or a conversation's `members`."""
+    """The ids in a work's `owned_by`, `reported_by` (lists) or `created_by` (one), or a
+    conversation's `members`."""
     value = obj.get(name)
     users = value if isinstance(value, list) else [value]
     return {
@@ -3048,25 +3055,64 @@ def duplicate_status(user: Json, primary: str, duplicate: str) -> DuplicateStatu
     return DuplicateStatus.GONE if user.get("state") == "deleted" else DuplicateStatus.EXISTS
 
 
-# What changes DevRev, and whether it may be repeated where its answer is lost: the people of an object may be others by
-# then, and only a later read can tell what became of a merge or a new contact.
+# What changes DevRev, and whether it may be repeated where its answer is lost: the people of an
+# object may be others by then, and only a later read tells what became of a merge or a new contact.
 WRITES = {
-    "rev-users.update": True, "rev-users.merge": False, "rev-users.create": False, "works.update": False,
+    "rev-users.update": True,
+    "rev-users.merge": False,
+    "rev-users.create": False,
+    "works.update": False,
     "conversations.update": False,
-}  # fmt: skip
+}
+
+
+class IncompleteList(NoUsableResponse):
+    """A list can't be read to its end: it shifts or goes in circles, or its cursors expire."""
+
+
+class RefusedInFront(NoUsableResponse):
+    """Something in front of DevRev, a firewall or proxy, refuses a request."""
+
+
+class Reading:
+    """One reading of a list, page by page."""
+
+    STALE_PAGES = 3  # in a row whose items were all seen before
+    EMPTY_PAGES = 100  # in a row
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()  # hashes of ids
+        self.cursors: set[str] = set()
+        self.has_shifted = False  # an item was on two pages, so another may have been on none
+        self._stale = 0
+        self._empty = 0
+
+    def add(self, ids: set[int], next_cursor: str) -> bool:
+        """Note a page; return whether the list goes in circles."""
+        self.has_shifted = self.has_shifted or not ids.isdisjoint(self.seen)
+        if not ids:
+            self._empty += 1
+        elif ids <= self.seen:
+            self._stale += 1
+        else:
+            self._stale = 0
+            self._empty = 0
+        is_known = next_cursor in self.cursors
+        self.seen |= ids
+        self.cursors.add(next_cursor)
+        return is_known or self._stale >= self.STALE_PAGES or self._empty >= self.EMPTY_PAGES
 
 
 class DevRevAPI:
-    """The part of DevRev's REST API that a merge needs, over POST with JSON bodies: requests leave when the scheduler
-    lets them, and again where that is safe; lists are read page by page.
+    """The part of DevRev's REST API that a merge needs, over POST with JSON bodies.
 
-    Every method raises ApiError (a definite no), NoUsableResponse (none after the retries), PermissionDenied (the
-    token is not accepted), Cancelled (the run stops, and the request was not sent), or FatalError (no proxy, no
-    certificates).
+    Requests leave when the scheduler lets them, and again where that is safe; lists are read page
+    by page. Every method raises ApiError (a definite no), NoUsableResponse (none after the
+    retries), PermissionDenied (the token is not accepted), Cancelled (the run stops, and the
+    request was not sent), or FatalError (no proxy, no certificates).
     """
 
-    STALE_PAGES = 3  # in a row, of items that were all seen before, end a list with an error
-    EMPTY_PAGES = 100  # in a row
+    READINGS = 4  # of a list that shifts
 
     def __init__(
         self, settings: ApiSettings, environment: Environment, cancel_token: CancelToken
@@ -3077,11 +3123,10 @@ class DevRevAPI:
         self.scheduler = RequestScheduler(environment, cancel_token, settings)
         self.requests: dict[str, int] = collections.Counter()
         self.writes = 0  # requests that may have changed DevRev
-        self.work_kinds: tuple[str, ...] = (
-            *TICKETS_AND_ISSUES,
-            *OTHER_WORKS,
-        )  # that lists of works name
-        self._finding_work_kinds: asyncio.Lock | None = asyncio.Lock()  # None: they are known
+        self.work_kinds: tuple[str, ...] = TICKETS_AND_ISSUES + OTHER_WORKS  # that lists name
+        self.warnings: list[str] = []  # of what the token can't see
+        self._kinds_are_known = False
+        self._finding_kinds = asyncio.Lock()
         self._verified_filter_refused = False
         by_email = functools.partial(self._list_by, "email")
         self.emails = BatchLoader(by_email, cancel_token, lambda user: {email_of(user)}, email_key)
@@ -3109,108 +3154,147 @@ class DevRevAPI:
         deadline: float | None = None,
         before: Callable[[], Awaitable[None]] | None = None,
     ) -> tuple[Json, Timestamp]:
-        """POST, and return the answer's JSON object, which holds `key`, and when its request was sent: it is as old as
-        that. Without `key` any 2xx will do.
+        """POST, and return the answer's JSON object, which holds `key`, and when it was sent.
 
-        `before` is awaited when the request may be sent, and what it raises keeps it from being sent. Where it is safe,
-        a request is repeated with growing, jittered pauses. A write that is not repeatable, or a request with a
-        `deadline` of its own (in seconds, after which its caller repeats it), is sent again only where it can't have
+        Without `key` any 2xx will do. `before` is awaited when the request may be sent, and what
+        it raises keeps it from being sent. Where it is safe, a request is repeated with growing,
+        jittered pauses. A write that is not repeatable, or a request with a `deadline` of its own
+        (in seconds, after which its caller repeats it), is sent again only where it can't have
         been acted on: no connection was made, or it was over quota.
         """
-        attempt = 0
+        pauses = Backoff(0.2, 8.0)
+        attempts = 0
+        over_quota = 0
         while True:
+            answer, since = await self._send(endpoint, body, key, options, deadline, before)
+            if is_good(answer, key):
+                return answer.data or {}, since
+            if answer.status == 429:  # the scheduler holds the next one back
+                over_quota += 1
+                if over_quota > self.scheduler.breaker.most_over_quota:
+                    words = "over quota, however long one waits"
+                    raise ApiError(endpoint, 429, words, answer.data or {})
+                continue
+            attempts += 1
+            most = 1 if is_refused_in_front(answer) else self.settings.retries
+            is_once = deadline is not None or not WRITES.get(endpoint, True)
+            is_final = attempts > most or (answer.sent and is_once)
+            problem = problem_of(endpoint, body, answer, self.settings, is_final)
+            if isinstance(problem, FatalError):
+                self.cancel_token.cancel(problem)  # nothing more is sent
+            if problem:
+                raise problem
+            await self.cancel_token.sleep(self.environment.random.uniform(0.5, 1.0) * pauses.next())
+
+    async def _send(
+        self,
+        endpoint: str,
+        body: Json,
+        key: str,
+        options: RequestOptions,
+        deadline: float | None,
+        before: Callable[[], Awaitable[None]] | None,
+    ) -> tuple[HttpResponse, Timestamp]:
+        """Send a request once it may leave; return the answer, and when it was sent."""
+        is_probe = await self.scheduler.acquire(options)
+        while is_probe and self.scheduler.breaker.seems_down:
+            await self._probe()
             is_probe = await self.scheduler.acquire(options)
-            try:
-                self.cancel_token.raise_if_cancelled()
-                if (
-                    is_probe
-                    and self.scheduler.breaker.failures_in_a_row >= CircuitBreaker.THRESHOLD
-                ):
-                    # One object's requests may fail for good: whether DevRev is down shows a request that names none.
-                    answer = await self.environment.post("dev-users.self", {})
-                    self.requests["dev-users.self"] += 1
-                    self.scheduler.on_response(True, answer, 0.0, answer.data is not None)
-                    refusal = refusal_of("dev-users.self", {}, answer, self.settings)
-                    if isinstance(refusal, FatalError):
-                        self.cancel_token.cancel(refusal)
-                    continue
-                if before:
-                    await before()
-                # A window of one unit can't hold a read and its write.
-                if options.rests_on and endpoint in WRITES and self.scheduler.can_hold(2):
-                    options.rests_on.require()
-                self.requests[endpoint] += 1
-                is_write = endpoint in WRITES and not body.keys() <= {"id", "type"}
-                self.writes += is_write
-                since = self.environment.now()
-                answer = await self.environment.post(endpoint, body, deadline)
-            except BaseException:
-                self.scheduler.give_back(is_probe)
-                raise
-            self.writes -= is_write and (not answer.sent or answer.status in (401, 403, 429))
-            data, over_quota = answer.data, answer.status == 429
-            good = answer.status is not None and 200 <= answer.status < 300
-            self.scheduler.on_response(
-                is_probe, answer, self.environment.elapsed(since), not key or data is not None
-            )
-            if good and (not key or (data is not None and key in data)):
-                return data or {}, since
-            attempt += not over_quota
-            is_once = deadline is not None or (is_write and not WRITES[endpoint])
-            final = not over_quota and (
-                attempt > self.settings.retries or (is_once and answer.sent)
-            )
-            refusal = refusal_of(endpoint, body, answer, self.settings, final)
-            if isinstance(refusal, FatalError):
-                self.cancel_token.cancel(refusal)  # nothing more is sent
-            if refusal:
-                raise refusal
-            if final:
-                raise NoUsableResponse(endpoint, answer.problem or f"no {key} in the answer")
-            if not over_quota:
-                await self.cancel_token.sleep(
-                    self.environment.random.uniform(0.5, 1.0) * min(8.0, 0.1 * 2**attempt)
-                )
+        is_write = endpoint in WRITES and not body.keys() <= {"id", "type"}
+        try:
+            self.cancel_token.raise_if_cancelled()
+            if before:
+                await before()
+            # A window of one unit can't hold a read and its write.
+            if is_write and options.rests_on and self.scheduler.can_hold(2):
+                options.rests_on.require()
+            self.requests[endpoint] += 1
+            self.writes += is_write
+            since = self.environment.now()
+            answer = await self.environment.post(endpoint, body, deadline)
+        except BaseException:
+            self.scheduler.give_back(is_probe)
+            raise
+        if is_write and (not answer.sent or answer.status in (401, 403, 429)):
+            self.writes -= 1
+        is_usable = not key or answer.data is not None
+        self.scheduler.on_response(is_probe, answer, self.environment.elapsed(since), is_usable)
+        return answer, since
+
+    async def _probe(self) -> None:
+        """Find out whether DevRev is down by a request that names no object.
+
+        Those of one object may fail for good.
+        """
+        endpoint = "dev-users.self"
+        try:
+            self.cancel_token.raise_if_cancelled()
+            self.requests[endpoint] += 1
+            answer = await self.environment.post(endpoint, {})
+        except BaseException:
+            self.scheduler.give_back(True)
+            raise
+        self.scheduler.on_response(True, answer, 0.0, answer.data is not None)
+        problem = problem_of(endpoint, {}, answer, self.settings, False)
+        if isinstance(problem, FatalError):
+            self.cancel_token.cancel(problem)
 
     async def pages(
         self, endpoint: str, key: str, body: Json, options: RequestOptions = ANY_OPTIONS
     ) -> ListResult:
         """Return all items of a cursor-paged list."""
-        items: dict[str, Json] = {}
-        since: Timestamp | None = None
-        async for page in self.each_page(endpoint, key, body, options):
-            since = since or page.since
-            items.update((item["id"], item) for item in page.items)
-        return ListResult(list(items.values()), since or self.environment.now())
+        pages = [page async for page in self.each_page(endpoint, key, body, options)]
+        items = by_id(chain.from_iterable(page.items for page in pages))
+        return ListResult(list(items.values()), pages[0].since)
 
     async def each_page(
         self, endpoint: str, key: str, body: Json, options: RequestOptions = ANY_OPTIONS
     ) -> AsyncIterator[ListResult]:
-        """Yield the pages of a list until one names no next. Pages may be empty although more follow, and an item that
-        changes meanwhile may be on two of them. Raises NoUsableResponse where a list goes round in circles."""
-        known: set[int] = set()  # hashes of ids
-        cursors: set[str] = set()
-        stale = empty = 0
+        """Yield the pages of a list, without items that were on earlier ones.
+
+        An item on two pages shows that the list has shifted: it is read again until a reading adds
+        nothing. A cursor that is refused has expired: the list is read again, once. Raises
+        IncompleteList where that does not help, or where the list goes in circles.
+        """
+        known: set[int] = set()  # hashes of ids, of all readings
+        has_shifted = has_expired = False
+        readings = before = 0
+        reading = Reading()
         page = {"limit": PAGE, **body}
         while True:
-            reply, since = await self._call(endpoint, page, key, options)
-            items, cursor, before = (
-                objects_in(reply[key], endpoint, key),
-                reply.get("next_cursor") or "",
-                len(known),
-            )
-            if not isinstance(cursor, str):
-                raise NoUsableResponse(endpoint, "next_cursor is no text")
-            yield ListResult(items, since)
-            if not cursor:
-                return
-            known.update(hash(item["id"]) for item in items)
-            is_new = len(known) > before
-            stale, empty = (0, 0) if is_new else (stale + bool(items), empty + (not items))
-            if cursor in cursors or stale >= self.STALE_PAGES or empty >= self.EMPTY_PAGES:
-                raise NoUsableResponse(endpoint, "its pages bring nothing new")
-            cursors.add(cursor)
+            try:
+                reply, since = await self._call(endpoint, page, key, options)
+            except ApiError as error:
+                if "cursor" not in page or error.status not in (400, 404, 410, 422):
+                    raise
+                if has_expired:
+                    raise IncompleteList(endpoint, f"{EXPIRED} ({error})") from None
+                log.info("%s: a cursor is refused; reading the list again (%s)", endpoint, error)
+                has_expired = True
+                reading = Reading()
+                del page["cursor"]
+                continue
+            items = objects_in(reply[key], endpoint, key)
+            ids = [hash(item["id"]) for item in items]
+            cursor = reply.get("next_cursor") or ""
+            in_circles = reading.add(set(ids), cursor)
+            yield ListResult([item for item, one in zip(items, ids) if one not in known], since)
+            known.update(ids)
+            if not isinstance(cursor, str) or (cursor and in_circles):
+                raise IncompleteList(endpoint, "its pages bring nothing new")
             page["cursor"] = cursor
+            if cursor:
+                continue
+            readings += 1
+            has_shifted = has_shifted or reading.has_shifted
+            if not has_shifted or (readings > 1 and len(known) == before):
+                return
+            if readings == self.READINGS:
+                raise IncompleteList(endpoint, "its items move while it is read, again and again")
+            log.info("%s: an item is on two pages; reading the list again", endpoint)
+            before = len(known)
+            reading = Reading()
+            del page["cursor"]
 
     async def get_one(
         self,
@@ -3229,29 +3313,27 @@ class DevRevAPI:
     async def _get_contact(
         self, identity: str, options: RequestOptions, deadline: float | None = None
     ) -> Json | None:
-        """Return what DevRev has at this id: the contact, or only `{"id": …}` of the one that it has become (301), None
-        where there is none (an object's 404)."""
+        """Return what DevRev has at this id; None where there is none (an object's 404).
+
+        Of a contact that has become another one (301) only the other's id: `{"id": …}`.
+        """
         endpoint = "rev-users.get"
         try:
             return await self.get_one(endpoint, {"id": identity}, "rev_user", options, deadline)
         except ApiError as error:
             if error.missing:
                 return None
-            if error.status == 404 and error.data.get(
-                "type"
-            ):  # a route's has none, and says nothing of any object
-                raise NoUsableResponse(
-                    endpoint, f"404 of another type, not of {identity}"
-                ) from None
+            # The 404 of a route has no type, and says nothing of any object.
+            if error.status == 404 and error.data.get("type"):
+                words = f"404 of another type, not of {identity}"
+                raise NoUsableResponse(endpoint, words) from None
             if not 300 <= error.status < 400:
                 raise
-            match = re.search(
-                r"don:identity:[^&?#\s]+:revu/[^&?#/\s]+", unquote(error.data["location"])
-            )
-            if not match or match.group(0) == identity:
-                raise NoUsableResponse(
-                    endpoint, f"{error.status} that names no other contact"
-                ) from None
+            location = unquote(error.data["location"])
+            match = re.search(r"don:identity:[^&?#\s]+:revu/[^&?#/\s]+", location)
+            if match is None or match.group(0) == identity:
+                words = f"{error.status} that names no other contact"
+                raise NoUsableResponse(endpoint, words) from None
             return {"id": match.group(0)}
 
     async def contact(self, identity: str, options: RequestOptions = ANY_OPTIONS) -> Json | None:
@@ -3262,7 +3344,7 @@ class DevRevAPI:
     async def poll_duplicate(
         self, primary: str, duplicate: str, options: RequestOptions, deadline: float | None = None
     ) -> DuplicateStatus:
-        """Return what has become of the duplicate. With a `deadline` one request is sent, and its caller repeats it.
+        """Return what has become of the duplicate. With a `deadline` one request is sent.
 
         Raises PairError(merged_into_another) where DevRev names another contact than the primary.
         """
@@ -3275,35 +3357,27 @@ class DevRevAPI:
 
     async def contacts_by_email(self, emails: Iterable[str], priority: int = PREPARE) -> ListResult:
         """Return the contacts that DevRev lists for these emails."""
-        lists = await together(
-            *(self.emails.load(email, 1, priority) for email in sorted(set(emails)))
-        )
-        users = by_id(user for one in lists for user in one.items)
-        return ListResult(list(users.values()), oldest(one.since for one in lists))
+        return await load_all(self.emails, emails, priority)
 
     async def unverified_ids(
         self, emails: Iterable[str], priority: int = PREPARE
     ) -> set[str] | None:
-        """Return the ids of the unverified contacts of these emails, None where DevRev refuses the filter.
+        """Return the ids of the unverified contacts of these emails, None where that is not known.
 
-        It is for organisations whose answers do not show `is_verified`. A list that shows verified contacts all the
-        same has ignored the filter.
+        It is for organisations whose answers do not show `is_verified`. DevRev may refuse the
+        filter; a list that shows verified contacts all the same has ignored it.
         """
-        if not self._verified_filter_refused:
-            lists = await together(
-                *(self.unverified.load(email, 1, priority) for email in sorted(set(emails)))
-            )
-            users = [user for one in lists for user in one.items]
-            ignored = any(user.get("is_verified") is True for user in users)
-        return None if self._verified_filter_refused or ignored else {user["id"] for user in users}
+        if self._verified_filter_refused:
+            return None
+        users = (await load_all(self.unverified, emails, priority)).items
+        if self._verified_filter_refused or any(user.get("is_verified") is True for user in users):
+            return None
+        return {user["id"] for user in users}
 
     async def holders_of(self, external_ref: str, options: RequestOptions) -> list[Json]:
-        """Return the rev users that DevRev lists for a reference, without waiting for others to join."""
-        return (
-            await self.pages(
-                "rev-users.list", "rev_users", {"external_ref": [external_ref]}, options
-            )
-        ).items
+        """Return the contacts that DevRev lists for a reference, in a call of its own."""
+        body = {"external_ref": [external_ref]}
+        return (await self.pages("rev-users.list", "rev_users", body, options)).items
 
     async def merge(
         self,
@@ -3319,8 +3393,11 @@ class DevRevAPI:
     async def update_contact(
         self, identity: str, fields: Json, options: RequestOptions, deadline: float | None = None
     ) -> Json:
-        """Set fields of a contact, and return the contact as DevRev has it then. Raises ApiError with status 409 while
-        another contact holds its `external_ref`. With a `deadline` one request is sent."""
+        """Set fields of a contact, and return the contact as DevRev has it then.
+
+        Raises ApiError with status 409 while another contact holds its `external_ref`. With a
+        `deadline` one request is sent.
+        """
         user = await self.get_one(
             "rev-users.update", {"id": identity, **fields}, "rev_user", options, deadline
         )
@@ -3337,8 +3414,10 @@ class DevRevAPI:
     async def set_people(
         self, obj: Json, roles: Mapping[str, Sequence[str]], options: RequestOptions
     ) -> Json:
-        """Replace the lists of a work's or a conversation's people, by role (none: try whether one may), and return
-        it."""
+        """Replace the people of a work or a conversation, by role, and return it.
+
+        Without roles nothing is changed: it shows whether the token may.
+        """
         body: Json = {"id": obj["id"], **{role: {"set": list(ids)} for role, ids in roles.items()}}
         if kind_of(obj["id"]) == "conversation":
             return await self.get_one("conversations.update", body, "conversation", options)
@@ -3351,16 +3430,14 @@ class DevRevAPI:
 
     async def timeline(self, object_id: str) -> list[Json]:
         """Return all comments on a ticket, issue or conversation."""
-        return (
-            await self.pages("timeline-entries.list", "timeline_entries", {"object": object_id})
-        ).items
+        body = {"object": object_id}
+        return (await self.pages("timeline-entries.list", "timeline_entries", body)).items
 
     async def get_object(self, object_id: str, options: RequestOptions) -> Json | None:
         """Return a work or a conversation, None where there is none of that id."""
-        is_conversation = kind_of(object_id) == "conversation"
-        endpoint, key = (
-            ("conversations.get", "conversation") if is_conversation else ("works.get", "work")
-        )
+        endpoint, key = "works.get", "work"
+        if kind_of(object_id) == "conversation":
+            endpoint, key = "conversations.get", "conversation"
         try:
             return await self.get_one(endpoint, {"id": object_id}, key, options)
         except ApiError as api_error:
@@ -3386,69 +3463,163 @@ class DevRevAPI:
             return ListResult([], self.environment.now())
 
     async def _list_by(self, name: str, keys: Sequence[str], options: RequestOptions) -> ListResult:
-        """List contacts by `email`, conversations by `members`, or works of every kind by a role; where DevRev does not
-        take the other kinds, tickets and issues from then on."""
+        """List contacts by `email`, conversations by `members`, or works of every kind by a role."""
         body: Json = {name: list(keys)}
         if name == "email":
             return await self.pages("rev-users.list", "rev_users", body, options)
         if name == "members":
             return await self.pages("conversations.list", "conversations", body, options)
-        async with (
-            self._finding_work_kinds or contextlib.AsyncExitStack()
-        ):  # one list finds out for all
-            kinds = self.work_kinds
+        async with self._finding_kinds:  # one list finds out for all
+            if not self._kinds_are_known:
+                return await self._find_kinds(body, options)
+        return await self._list_works(self.work_kinds, body, options)
+
+    async def first_works(self) -> list[Json]:
+        """Return some works of the kinds that a run lists; raises what a list call does."""
+        return (await self._find_kinds({"limit": 1}, ANY_OPTIONS)).items
+
+    async def _list_works(
+        self, kinds: Sequence[str], body: Json, options: RequestOptions
+    ) -> ListResult:
+        body = {"type": list(kinds), **body}
+        if "limit" in body:
+            return await self.each_page("works.list", "works", body, options).__anext__()
+        return await self.pages("works.list", "works", body, options)
+
+    async def _find_kinds(self, body: Json, options: RequestOptions) -> ListResult:
+        """List works of every kind, without those that DevRev refuses to list.
+
+        Where it does not name them, each is tried beside tickets and issues, for one contact.
+        """
+        kinds = list(self.work_kinds)
+        status = 0
+        while True:
             try:
-                found = await self.pages(
-                    "works.list", "works", {"type": list(kinds), **body}, options
-                )
+                found = await self._list_works(kinds, body, options)
+                break
             except ApiError as error:
-                if (
-                    error.status != 400 or self._finding_work_kinds is None
-                ):  # they were accepted before
+                status = error.status
+                if status not in (400, 403):
                     raise
-                found = await self.pages(
-                    "works.list", "works", {"type": list(TICKETS_AND_ISSUES), **body}, options
-                )
-                log.info("DevRev lists no works of other kinds than tickets and issues (%s)", error)
-                self.work_kinds = TICKETS_AND_ISSUES
-            self._finding_work_kinds = None
-            return found
+                refused = kinds_named(error, kinds) or await self._refused_kinds(body, options)
+                if not refused:
+                    raise  # for another reason
+                kinds = [kind for kind in kinds if kind not in refused]
+        if status:
+            names = ", ".join(kind for kind in OTHER_WORKS if kind not in kinds)
+            words = (
+                f"DevRev answers {status} to lists of these works, which are not backed up: {names}"
+            )
+            self.warnings.append(words)
+            log.log(logging.INFO if status == 400 else logging.WARNING, "%s", words)
+        self.work_kinds = tuple(kinds)
+        self._kinds_are_known = True
+        return found
+
+    async def _refused_kinds(self, body: Json, options: RequestOptions) -> list[str]:
+        """Return the kinds that are refused one by one, none where tickets and issues are, too."""
+        one = {name: value[:1] for name, value in body.items() if isinstance(value, list)}
+        body = {**body, **one}
+        refused = []
+        with contextlib.suppress(ApiError):
+            await self._list_works(TICKETS_AND_ISSUES, body, options)
+            for kind in OTHER_WORKS:
+                try:
+                    await self._list_works((*TICKETS_AND_ISSUES, kind), body, options)
+                except ApiError:
+                    refused.append(kind)
+        return refused
 
 
-def refusal_of(
-    endpoint: str, body: Json, answer: HttpResponse, settings: ApiSettings, final: bool = False
+def kinds_named(error: ApiError, kinds: Sequence[str]) -> list[str]:
+    """Return which further `kinds` of works an error names as refused, if it names any."""
+    others = [kind for kind in kinds if kind in OTHER_WORKS]
+    allowed = error.data.get("allowed_values")
+    if isinstance(allowed, list):
+        return [kind for kind in others if kind not in allowed]
+    return [kind for kind in others if kind == error.data.get("value")]
+
+
+async def load_all(loader: BatchLoader, keys: Iterable[str], priority: int) -> ListResult:
+    """Return what a loader finds for these keys, once each."""
+    lists = await together(*(loader.load(key, 1, priority) for key in sorted(set(keys))))
+    found = by_id(chain.from_iterable(one.items for one in lists))
+    return ListResult(list(found.values()), oldest(one.since for one in lists))
+
+
+EXPIRED = "its cursors are refused, as if they expired while quota was waited for; raise the quota"
+CHECK_NETWORK = "Check the network and DEVREV_BASE_URL."
+REFUSED_IN_FRONT = (
+    "which is not DevRev's: a firewall or proxy in front of it refuses this request; "
+    "have its owner let it through, then run again"
+)
+
+
+def is_good(answer: HttpResponse, key: str) -> bool:
+    """Whether an answer is a 2xx with an object that holds `key`; without `key` any 2xx is."""
+    if answer.status is None or not 200 <= answer.status < 300:
+        return False
+    return not key or (answer.data is not None and key in answer.data)
+
+
+def is_refused_in_front(answer: HttpResponse) -> bool:
+    """Whether it is a refusal in HTML or the like; 401, 408 and 429 come from gateways, too."""
+    status = answer.status or 0
+    return answer.data is None and 400 <= status < 500 and status not in (401, 404, 408, 413, 429)
+
+
+def problem_of(
+    endpoint: str, body: Json, answer: HttpResponse, settings: ApiSettings, is_final: bool
 ) -> Exception | None:
-    """Return what an answer refuses: a FatalError where it would refuse every request, else ApiError; None where it is
-    no definite no. HTML of a gateway is none but for 401 (after the retries: `final`) and 413."""
-    status, data, words = answer.status or 0, answer.data or {}, answer.problem
+    """Return what an answer that is no good means; None where the request may be repeated.
+
+    A FatalError where every request would be refused, an ApiError for a definite no. Of answers
+    that are not DevRev's JSON only a 413 is one, and a 401 after the retries.
+    """
+    status = answer.status or 0
     if answer.setup_error:
         return FatalError(EXIT_USAGE, answer.setup_error)
     if 300 <= status < 400:
         location = settings.mask(str(answer.headers.get("Location", "")))
-        return ApiError(
-            endpoint, status, f"redirected to {location or 'nowhere'}", {"location": location}
-        )
-    is_html = answer.data is None and status != 413 and not (status == 401 and final)
-    if not 400 <= status < 500 or status in (408, 429) or is_html:
+        words = f"redirected to {location or 'nowhere'}"
+        return ApiError(endpoint, status, words, {"location": location})
+    words = answer.problem
+    is_refusal = 400 <= status < 500 and status != 408
+    if answer.data is None and status != 413:
+        is_refusal = status == 401 and is_final
+    if not is_refusal and not is_final:
         return None
+    if is_refused_in_front(answer):
+        return RefusedInFront(endpoint, f"{status}, {REFUSED_IN_FRONT}")
+    if not is_refusal:
+        return NoUsableResponse(endpoint, words or "its answer does not hold what was asked for")
+    data = answer.data or {}
     if status == 401:
         kind = DEAD_TOKENS.get(str(data.get("type")), "DevRev does not accept the token")
         advice = "create a new one in DevRev and set DEVREV_API_TOKEN to it"
         return PermissionDenied(EXIT_STOPPED, f"{kind} (401: {words.rstrip('.')}); {advice}")
     if status == 403:
-        ids = data.get("object_ids")
-        names = [str(one).rpartition("/")[2] for one in ids] if isinstance(ids, list) else []
-        scopes = scopes_needed(endpoint, body)
-        words += f" ({', '.join(some(names))})" if names else ""
-        words += f"; the token needs the scope {scopes}, and its owner access" if scopes else ""
+        words += forbidden_words(endpoint, body, data)
     return ApiError(endpoint, status, words, data)
+
+
+def forbidden_words(endpoint: str, body: Json, data: Json) -> str:
+    """Say which objects a 403 is about, and what the token needs."""
+    words = ""
+    ids = data.get("object_ids")
+    if isinstance(ids, list) and ids:
+        words = f" ({', '.join(some([str(one).rpartition('/')[2] for one in ids]))})"
+    scopes = scopes_needed(endpoint, body)
+    if scopes:
+        words += f"; the token needs the scope {scopes}, and its owner access"
+    return words
 
 
 def objects_in(items: Any, endpoint: str, key: str) -> list[Json]:
     """Return `items` of an answer. Raises NoUsableResponse where they are no objects with an id."""
     if isinstance(items, list):
         ids = [item.get("id") if isinstance(item, dict) else None for item in items]
-        if all(isinstance(one, str) and one for one in ids):
+        if all(isinstance(one, str) and encodable(one) == one != "" for one in ids):
             return items
     raise NoUsableResponse(endpoint, f"{key} is not made of objects with an id")
 
@@ -3459,18 +3630,19 @@ def before_any_change(api: DevRevAPI) -> Iterator[None]:
     try:
         yield
     except NoUsableResponse as error:
-        hint = "Check the network and DEVREV_BASE_URL."
-        raise FatalError(
-            EXIT_STOPPED, f"DevRev at {api.scheduler.host} can't be reached: {error}. {hint}"
-        ) from None
+        words = str(error)
+        if type(error) is NoUsableResponse:
+            words = f"DevRev at {api.scheduler.host} can't be reached: {error}. {CHECK_NETWORK}"
+        raise FatalError(EXIT_STOPPED, words) from None
     except ApiError as error:
-        hint = "" if error.status == 403 else " (is DEVREV_BASE_URL right?)"
-        raise FatalError(EXIT_USAGE, f"{error}{hint}") from None
+        hint = "" if error.status in (403, 429) else " (is DEVREV_BASE_URL right?)"
+        code = EXIT_STOPPED if error.status == 429 else EXIT_USAGE
+        raise FatalError(code, f"{error}{hint}") from None
     except FatalError as stop:
         reason = api.cancel_token.stop or stop
-        raise (
-            FatalError(EXIT_USAGE, str(reason)) if isinstance(reason, PermissionDenied) else reason
-        ) from None
+        if isinstance(reason, PermissionDenied):
+            raise FatalError(EXIT_USAGE, str(reason)) from None
+        raise reason from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3478,6 +3650,7 @@ def before_any_change(api: DevRevAPI) -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------
 
 Lister = Callable[[Sequence[str], RequestOptions], Awaitable[ListResult]]
+LINGER = 0.02  # seconds for which a key lingers for others to join
 
 
 class PendingKey(NamedTuple):
@@ -3490,14 +3663,14 @@ class PendingKey(NamedTuple):
 
 
 class BatchLoader:
-    """Lists for many contacts with one call, though each key is loaded by itself: a key lingers for others to join.
+    """Lists for many contacts with one call, though each key is loaded by itself: a key lingers.
 
-    A call names as many keys as fit on a few pages, so that a contact with a thousand tickets does not age what is read
-    for its neighbours. A call that fails is halved until the key that it fails for is found, and only that key fails;
-    where an item names none of the requested keys, each is listed by itself.
+    A call names as many keys as fit on a few pages, so that a contact with a thousand tickets does
+    not age what is read for its neighbours. A call that fails is halved until the key that it fails
+    for is found, and only that key fails; where an item names none of the requested keys, each is
+    listed by itself.
     """
 
-    LINGER = 0.02  # seconds
     MAX_ITEMS = 250  # items that are expected
     MAX_UNANSWERED = 6  # calls in a row after which it is no single key's fault
 
@@ -3522,13 +3695,15 @@ class BatchLoader:
     async def load(
         self, key: str, weight: int = 1, priority: int = PREPARE, linger: float = LINGER
     ) -> ListResult:
-        """Return what the list holds of `key`, of which `weight` items are expected. Raises what the call raises."""
-        loop, future = asyncio.get_event_loop(), self._cancel_token.future()
+        """Return what the list holds of `key`, of which `weight` items are expected.
+
+        Raises what the call raises.
+        """
+        loop = asyncio.get_event_loop()
+        future = self._cancel_token.future()
         self._pending.append(PendingKey(key, max(1, weight), priority, future))
-        if (
-            len(self._pending) >= self._max_keys
-            or sum(each.weight for each in self._pending) >= self.MAX_ITEMS
-        ):
+        weights = sum(each.weight for each in self._pending)
+        if len(self._pending) >= self._max_keys or weights >= self.MAX_ITEMS:
             self.dispatch()
         elif self._timer is None or loop.time() + linger < self._timer.when():
             if self._timer:
@@ -3541,8 +3716,9 @@ class BatchLoader:
         """Send the calls for all keys that linger, the light ones together."""
         if self._timer:
             self._timer.cancel()
+        self._timer = None
         pending = sorted(self._pending, key=attrgetter("weight"))
-        self._timer, self._pending = None, []
+        self._pending = []
         while pending:
             weights = list(accumulate(each.weight for each in pending))
             count = min(self._max_keys, max(1, bisect.bisect_right(weights, self.MAX_ITEMS)))
@@ -3552,65 +3728,82 @@ class BatchLoader:
             pending = pending[count:]
 
     async def _fetch(self, pending: Sequence[PendingKey]) -> None:
-        """List for these keys with one call, or part by part where that fails, and give each what was found."""
+        """List for these keys with one call, or part by part where that fails."""
         keys = list(dict.fromkeys(each.key for each in pending))
         options = RequestOptions(min(each.priority for each in pending))
-        found: dict[str, ListResult] | None = {}
-        failure: BaseException | None = None
-        parts: list[list[str]] = []  # that are listed separately instead
         try:
-            found = self._by_key(keys, await self._lister(keys, options))
-            self._has_listed, self._unanswered = True, 0
-            if found is None:
-                log.info("an item names none of the requested keys; listing one by one")
-                parts = [[key] for key in keys]
+            listing = await self._lister(keys, options)
+            self._has_listed = True
+            self._unanswered = 0
+            parts = self._deliver(pending, keys, listing)
         except (ApiError, NoUsableResponse) as error:
-            half, is_refused = (len(keys) + 1) // 2, isinstance(error, ApiError)
-            self._unanswered = 0 if is_refused else self._unanswered + 1
-            if len(keys) == 1:
-                self._max_keys = PAGE  # it was this key, not their number
-            elif is_refused:
-                self._max_keys = min(self._max_keys, half)
-            is_forbidden = (
-                isinstance(error, ApiError) and error.status == 403 and not self._has_listed
-            )
-            # Where lists of some single keys are all refused, too, the token is at fault: halving down to each of many
-            # contacts would cost two requests a contact.
-            for key in keys[:: max(1, len(keys) // 4)] if is_forbidden and len(keys) > 1 else ():
-                with contextlib.suppress(ApiError, NoUsableResponse, FatalError):
-                    await self._lister([key], options)
-                    self._has_listed, is_forbidden = True, False
-                    break
-            if is_forbidden or len(keys) == 1 or self._unanswered > self.MAX_UNANSWERED:
-                failure = error
-            else:
-                parts = [keys[:half], keys[half:]]
+            parts = await self._parts_to_list(keys, error, options)
+            if not parts:
+                fail(pending, error)
         except BaseException as error:
-            failure = error
-        if parts:
-            await together(
-                *(self._fetch([each for each in pending if each.key in part]) for part in parts)
-            )
-        for each in pending:
-            if failure and not each.future.done():
-                each.future.set_exception(failure)
-            elif found and not each.future.done():
-                each.future.set_result(found[each.key])
+            parts = []
+            fail(pending, error)
+        fetches = []
+        for part in parts:
+            fetches.append(self._fetch([each for each in pending if each.key in part]))
+        await together(*fetches)
 
-    def _by_key(self, keys: Sequence[str], listing: ListResult) -> dict[str, ListResult] | None:
-        """Return what was listed of each key, None where an item names none of several keys."""
+    async def _parts_to_list(
+        self, keys: Sequence[str], error: PairError, options: RequestOptions
+    ) -> list[Sequence[str]]:
+        """Return which keys to list for together after an error; none where it is final."""
+        is_refused = isinstance(error, (ApiError, RefusedInFront))
+        self._unanswered = 0 if is_refused else self._unanswered + 1
         if len(keys) == 1:
-            return {keys[0]: listing}
+            self._max_keys = PAGE  # it was this key, not their number
+            return []
+        if self._unanswered > self.MAX_UNANSWERED:
+            return []
+        half = (len(keys) + 1) // 2
+        if is_refused:
+            self._max_keys = min(self._max_keys, half)
+            status = error.status if isinstance(error, ApiError) else 403
+            if status == 429:
+                return []
+            if status == 403 and not self._has_listed and not await self._can_list(keys, options):
+                return []
+        return [keys[:half], keys[half:]]
+
+    async def _can_list(self, keys: Sequence[str], options: RequestOptions) -> bool:
+        """Whether one of some single keys is listed. Where none is, the token is at fault: halving
+        down to each of many contacts would cost two requests a contact."""
+        for key in keys[:: max(1, len(keys) // 4)]:
+            with contextlib.suppress(ApiError, NoUsableResponse, FatalError):
+                await self._lister([key], options)
+                self._has_listed = True
+                return True
+        return False
+
+    def _deliver(
+        self, pending: Sequence[PendingKey], keys: Sequence[str], listing: ListResult
+    ) -> list[Sequence[str]]:
+        """Give each key what was listed of it. Where an item names none of several keys, nobody gets
+        anything: return each key as a part to list by itself."""
         found = {key: ListResult([], listing.since) for key in keys}
         names = [(key, self._name(key)) for key in keys]
         for item in listing.items:
             owners = self._owners(item)
-            mine = [key for key, name in names if name in owners]
+            mine = [key for key, name in names if name in owners or len(keys) == 1]
             if not mine:
-                return None
+                log.info("an item names none of the requested keys; listing one by one")
+                return [[key] for key in keys]
             for key in mine:
                 found[key].items.append(item)
-        return found
+        for each in pending:
+            if not each.future.done():
+                each.future.set_result(found[each.key])
+        return []
+
+
+def fail(pending: Sequence[PendingKey], error: BaseException) -> None:
+    for each in pending:
+        if not each.future.done():
+            each.future.set_exception(error)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4501,7 +4694,7 @@ class MergeContext(GroupContext):
         """Note that a group verifies, or won't soon. After the last one, send the list calls that wait."""
         self.before_verification.discard(group)
         if not self.before_verification and not self.cancel_token.stop:
-            asyncio.get_event_loop().call_later(BatchLoader.LINGER, self.api.dispatch)
+            asyncio.get_event_loop().call_later(LINGER, self.api.dispatch)
 
 
 async def check_group(
@@ -4826,7 +5019,7 @@ class TransferVerifier:
         while True:
             linger = self.LINGER
             if rounds or self.priority == RESUME:
-                linger = BatchLoader.LINGER
+                linger = LINGER
             missing, listed = await together(
                 self.missing(pair, expected, linger), self.is_listed(pair, linger)
             )
@@ -4905,7 +5098,7 @@ class TransferVerifier:
         return bool(missing) or all(item["id"] in pair.deleted for item in expected)
 
     async def missing(
-        self, pair: Pair, expected: Sequence[Json], linger: float = BatchLoader.LINGER
+        self, pair: Pair, expected: Sequence[Json], linger: float = LINGER
     ) -> list[Json]:
         """Return which of the expected objects the lists don't show with the primary."""
         weight = pair.primary.tickets + pair.duplicate.tickets
@@ -4919,7 +5112,7 @@ class TransferVerifier:
             there.update((role, item["id"]) for item in listing.items)
         return [item for item in expected if (item["role"], item["id"]) not in there]
 
-    async def is_listed(self, pair: Pair, linger: float = BatchLoader.LINGER) -> bool:
+    async def is_listed(self, pair: Pair, linger: float = LINGER) -> bool:
         """Return whether the list of its email shows the duplicate as a contact of its own."""
         email = pair.duplicate.email.strip()
         listing = await self.api.emails.load(email, 1, self.priority, linger)

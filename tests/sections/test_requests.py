@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -272,19 +273,83 @@ def pages_of(*pages: Any) -> Callable[[str, Dict[str, Any]], Any]:
 
 
 @pytest.mark.parametrize(
-    "pages, ids",
+    "pages, ids, readings",
     [
-        ([[1, 2], [3]], "123"),
-        ([[], [], [], [], [1], [], [2]], "12"),
-        ([[1], [1], [1], [2]], "12"),
-        ([[], []], ""),
-        ([[1], *[[]] * 99, [2], *[[]] * 99, [3]], "123"),
-        ([[1], [1], [], [2], [2], [1], [3]], "123"),
+        ([[1, 2], [3]], "123", 1),
+        ([[], [], [], [], [1], [], [2]], "12", 1),
+        ([[1], [1], [1], [2]], "12", 2),
+        ([[], []], "", 1),
+        ([[1], *[[]] * 99, [2], *[[]] * 99, [3]], "123", 1),
+        ([[1], [1], [], [2], [2], [1], [3]], "123", 2),
     ],
 )
-def test_only_the_absence_of_a_cursor_ends_a_list(pages: Any, ids: str) -> None:
+def test_only_the_absence_of_a_cursor_ends_a_list(pages: Any, ids: str, readings: int) -> None:
     items, server = ask(pages_of(*pages), lambda api: api.timeline("don:core:x:ticket/1"))
-    assert "".join(item["id"] for item in items) == ids and len(server.requests) == len(pages)
+    assert "".join(item["id"] for item in items) == ids
+    assert len(server.requests) == readings * len(pages)
+
+
+def readings_of(*readings: Any) -> Callable[[str, Dict[str, Any]], Any]:
+    """A list that shows other pages each time that it is read from its beginning."""
+    number = -1
+
+    def respond(endpoint: str, body: Dict[str, Any]) -> Any:
+        nonlocal number
+        number += "cursor" not in body
+        return pages_of(*readings[min(number, len(readings) - 1)])(endpoint, body)
+
+    return respond
+
+
+@pytest.mark.parametrize(
+    "readings, ids, requests",
+    [
+        ([[[1, 2], [2, 4]], [[1, 2], [3, 4]], [[1, 2], [3, 4]]], "1243", 6),
+        ([[[1, 2], [2, 4]], [[1, 2], [4]]], "124", 4),
+        ([[[1], [1]], [[1], [2]], [[1], [3]], [[1], [2], [3]]], "123", 9),
+        ([[[1], [1]], [[1], [2]], [[1], [3]], [[1], [4]]], None, 8),
+    ],
+)
+def test_a_list_that_shifts_is_read_again_until_a_reading_adds_nothing(
+    readings: Any, ids: Optional[str], requests: int
+) -> None:
+    with Server(readings_of(*readings)) as server:
+        url = f"http://127.0.0.1:{server.server_port}"
+        if ids is None:
+            with pytest.raises(tool.IncompleteList, match="its items move"):
+                call(url, lambda api: api.timeline("don:core:x:ticket/1"))
+        else:
+            items = call(url, lambda api: api.timeline("don:core:x:ticket/1"))
+            assert "".join(item["id"] for item in items) == ids
+        assert len(server.requests) == requests
+
+
+@pytest.mark.parametrize("status", [400, 404, 410, 422])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_list_whose_cursor_expires_is_read_again_once(status: int, times: int) -> None:
+    left = times
+
+    def respond(endpoint: str, body: Dict[str, Any]) -> Any:
+        nonlocal left
+        if body.get("cursor") == "2" and left:
+            left -= 1
+            return status, {"type": "bad_request", "message": "bad cursor"}
+        return pages_of([1], [2], [3])(endpoint, body)
+
+    def read(api: "tool.DevRevAPI") -> Any:
+        return api.timeline("don:core:x:ticket/1")
+
+    if times == 1:
+        items, server = ask(respond, read)
+        assert [item["id"] for item in items] == ["1", "2", "3"] and len(server.requests) == 6
+    else:
+        with pytest.raises(tool.IncompleteList, match="cursors are refused"):
+            ask(respond, read)
+
+
+def test_a_refused_first_page_is_no_matter_of_cursors() -> None:
+    with pytest.raises(tool.ApiError, match="answered 400"):
+        ask(answering(400, {"type": "bad_request", "message": "?"}), lambda api: api.timeline("x"))
 
 
 @pytest.mark.parametrize(
@@ -372,7 +437,10 @@ POLLS = [
     ((400, {"type": "bad_request", "message": "?"}), tool.ApiError),
     ((403, {"type": "forbidden", "message": "?"}), tool.ApiError),
     ((410, {"type": "gone", "message": "?"}), tool.ApiError),
-    ((403, b"<html>"), tool.NoUsableResponse),
+    ((403, b"<html>"), tool.RefusedInFront),
+    ((406, b"<html>"), tool.RefusedInFront),
+    ((408, b"<html>"), tool.NoUsableResponse),
+    ((408, {"type": "timeout", "message": "?"}), tool.NoUsableResponse),
     ((500, {"type": "internal_error", "message": "?"}), tool.NoUsableResponse),
 ]
 
@@ -535,6 +603,43 @@ def test_a_missing_scope_costs_few_requests() -> None:
     assert len(server.requests) <= 5  # the list, and four of its sixty contacts
 
 
+@pytest.mark.parametrize("status", [403, 406])
+def test_an_address_that_a_firewall_refuses_is_found_and_it_is_said_what_to_do(status: int) -> None:
+    everybody = people(32)
+    bad = "person20@example.com"
+
+    def respond(_endpoint: str, body: Dict[str, Any]) -> Answer:
+        if bad in body["email"]:
+            return status, b"<html>Blocked</html>"
+        return 200, {"rev_users": [everybody[email] for email in body["email"]]}
+
+    found, server = ask(respond, lambda api: load_each(api, everybody))
+    assert [email for email, one in found.items() if isinstance(one, Exception)] == [bad]
+    assert re.search(f"{status}, .*firewall.*let it through", str(found[bad]))
+    assert len(server.requests) <= 20
+
+
+def test_a_firewall_that_refuses_everything_costs_few_requests() -> None:
+    found, server = ask(answering(403, b"<html>"), lambda api: load_each(api, people(60)))
+    assert all(isinstance(one, tool.RefusedInFront) for one in found.values())
+    assert len(server.requests) <= 10
+
+
+def test_a_429_that_never_ends_for_one_endpoint_ends_with_true_words() -> None:
+    async def poll(api: "tool.DevRevAPI") -> Any:
+        api.scheduler.breaker.most_over_quota = 3
+        with pytest.raises(tool.ApiError, match="429: over quota, however long one waits"):
+            await asyncio.gather(api.timeline("x"), *(api.contact(ONE) for _ in range(10)))
+        assert api.cancel_token.stop is None
+
+    def respond(endpoint: str, _body: Dict[str, Any]) -> Answer:
+        if endpoint == "timeline-entries.list":
+            return 429, {"type": "too_many_requests", "message": "No.", "retry_after": 0}
+        return 200, {"rev_user": user()}
+
+    assert ask(respond, poll)[1].counts["timeline-entries.list"] == 4
+
+
 def test_a_413_of_a_gateway_halves_a_list_too() -> None:
     everybody = people(8)
 
@@ -602,33 +707,68 @@ def test_a_filter_that_is_ignored_tells_nothing() -> None:
     )
 
 
-def works_of(kinds: Any, most: int = 100) -> Callable[[str, Dict[str, Any]], Answer]:
+def works_of(
+    kinds: Any, most: int = 100, status: int = 400, **error: Any
+) -> Callable[[str, Dict[str, Any]], Answer]:
+    """Lists of works of these kinds, for so many contacts; a refusal holds `error`."""
+
     def respond(_endpoint: str, body: Dict[str, Any]) -> Answer:
-        (ids,) = (value for name, value in body.items() if name in tool.ROLES.values())
+        names = [name for name in body if name in tool.ROLES.values()]
+        ids = body[names[0]] if names else []
         if not set(body["type"]) <= set(kinds) or len(ids) > most:
-            return 400, {"type": "invalid_enum_value", "message": "No."}
-        return 200, {
-            "works": [
-                {"id": f"{one}:work", **{role: [{"id": one}] for role in tool.ROLES.values()}}
-                for one in ids
-            ]
-        }
+            return status, {"type": "bad_request", "message": "No.", **error}
+        works = [{"id": f"{one}:work", names[0]: [{"id": one}]} for one in ids]
+        return 200, {"works": works}
 
     return respond
 
 
 EVERY_KIND = ("ticket", "issue", "task", "incident", "opportunity")
+BASE = EVERY_KIND[:2]
 
 
-@pytest.mark.parametrize("kinds, extra", [(EVERY_KIND, 0), (("ticket", "issue"), 1)])
-def test_works_of_every_kind_are_listed_where_devrev_takes_them(kinds: Any, extra: int) -> None:
+@pytest.mark.parametrize(
+    "kinds, error, extra",
+    [
+        (EVERY_KIND, {}, 0),
+        (BASE, {}, 5),
+        (BASE, {"allowed_values": BASE}, 1),
+        ((*BASE, "task", "opportunity"), {}, 5),
+        ((*BASE, "task", "opportunity"), {"value": "incident"}, 1),
+        ((*BASE, "opportunity"), {"value": "incident"}, 6),
+    ],
+)
+@pytest.mark.parametrize("status", [400, 403])
+def test_works_of_every_kind_are_listed_but_those_that_are_refused(
+    kinds: Any, error: Any, extra: int, status: int
+) -> None:
     async def load(api: "tool.DevRevAPI") -> Any:
         await asyncio.gather(*(api.objects[role].load(ONE) for role in tool.ROLES.values()))
         await api.objects["owned_by"].load(TWO)
+        named = " ".join(api.warnings)
+        assert all((kind in named) is (kind not in kinds) for kind in EVERY_KIND[2:])
         return api.work_kinds
 
-    found, server = ask(works_of(kinds), load)
+    found, server = ask(works_of(kinds, status=status, **error), load)
     assert found == kinds and len(server.requests) == 4 + extra
+
+
+def test_a_check_lists_works_of_the_kinds_that_a_run_lists() -> None:
+    async def check(api: "tool.DevRevAPI") -> Any:
+        await api.first_works()
+        return api.work_kinds
+
+    assert ask(works_of((*BASE, "task"), status=403), check)[0] == (*BASE, "task")
+
+
+def test_a_403_for_tickets_is_no_matter_of_kinds() -> None:
+    async def load(api: "tool.DevRevAPI") -> Any:
+        with pytest.raises(tool.ApiError, match="ticket:read"):
+            await api.objects["owned_by"].load(ONE)
+        return api.work_kinds
+
+    found, server = ask(works_of((), status=403), load)
+    assert found == EVERY_KIND and len(server.requests) == 2
 
 
 def test_a_list_of_too_many_contacts_does_not_hide_the_other_kinds() -> None:
