@@ -3491,28 +3491,18 @@ class DevRevAPI:
 
         Where it does not name them, each is tried beside tickets and issues, for one contact.
         """
-        kinds = list(self.work_kinds)
-        status = 0
         while True:
             try:
-                found = await self._list_works(kinds, body, options)
+                found = await self._list_works(self.work_kinds, body, options)
                 break
             except ApiError as error:
-                status = error.status
-                if status not in (400, 403):
+                if error.status not in (400, 403) or self._kinds_are_known:
                     raise
-                refused = kinds_named(error, kinds) or await self._refused_kinds(body, options)
+                refused = kinds_named(error, self.work_kinds)
+                refused = refused or await self._refused_kinds(body, options)
                 if not refused:
                     raise  # for another reason
-                kinds = [kind for kind in kinds if kind not in refused]
-        if status:
-            names = ", ".join(kind for kind in OTHER_WORKS if kind not in kinds)
-            words = (
-                f"DevRev answers {status} to lists of these works, which are not backed up: {names}"
-            )
-            self.warnings.append(words)
-            log.log(logging.INFO if status == 400 else logging.WARNING, "%s", words)
-        self.work_kinds = tuple(kinds)
+                self._drop_kinds(refused, error.status)
         self._kinds_are_known = True
         return found
 
@@ -3523,12 +3513,20 @@ class DevRevAPI:
         refused = []
         with contextlib.suppress(ApiError):
             await self._list_works(TICKETS_AND_ISSUES, body, options)
-            for kind in OTHER_WORKS:
+            for kind in self.work_kinds[len(TICKETS_AND_ISSUES) :]:
                 try:
                     await self._list_works((*TICKETS_AND_ISSUES, kind), body, options)
                 except ApiError:
                     refused.append(kind)
+            self._kinds_are_known = True
         return refused
+
+    def _drop_kinds(self, refused: Sequence[str], status: int) -> None:
+        self.work_kinds = tuple(kind for kind in self.work_kinds if kind not in refused)
+        names = ", ".join(refused)
+        words = f"DevRev answers {status} to lists of these works, which are not backed up: {names}"
+        self.warnings.append(words)
+        log.log(logging.INFO if status == 400 else logging.WARNING, "%s", words)
 
 
 def kinds_named(error: ApiError, kinds: Sequence[str]) -> list[str]:

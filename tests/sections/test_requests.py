@@ -735,7 +735,7 @@ BASE = EVERY_KIND[:2]
         (BASE, {"allowed_values": BASE}, 1),
         ((*BASE, "task", "opportunity"), {}, 5),
         ((*BASE, "task", "opportunity"), {"value": "incident"}, 1),
-        ((*BASE, "opportunity"), {"value": "incident"}, 6),
+        ((*BASE, "opportunity"), {"value": "incident"}, 5),
     ],
 )
 @pytest.mark.parametrize("status", [400, 403])
