@@ -810,6 +810,7 @@ class InvariantChecker:
             quota is None
             or process is None
             or quota.others
+            or quota.share
             or self.others_spent
             or process.units_unseen
         ):
