@@ -20,7 +20,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
-from tests.fake import organisation as fake_devrev
+from tests.fake.organisation import org_id_of
+from tests.fake.trouble import Fault, Request
+from tests.fake.world import SWITCHES, World
 from tests.simulation.concurrent_edits import ConcurrentEdits
 from tests.simulation.expected import COPY, MAIN, STOPPING, Ids, Row, export_of, instant
 from tests.simulation.organisations import Draws, OrganisationBuilder, quota_of, set_switches
@@ -86,16 +88,16 @@ class Scenario(Stage):
         )
         self._describe()
 
-    def _make_world(self, organisation: Any, clock: Clock) -> fake_devrev.World:
+    def _make_world(self, organisation: Any, clock: Clock) -> World:
         draws = self.draws
         is_slow = draws.has("slow merges", 0.2)
         delay = draws.somewhen(0.5, 60.0) if is_slow else draws.somewhen(0.02, 3.0)
-        return fake_devrev.World(
+        return World(
             organisation,
             lambda: clock.now,
             lambda: EPOCH + clock.now,
             merge_delay=delay,
-            gone=self.chance.choice(fake_devrev.World.GONE),
+            gone=self.chance.choice(World.GONE),
             quota=quota_of(draws),
             seed=self.seed,
             on_request=self._on_request,
@@ -107,15 +109,15 @@ class Scenario(Stage):
         self.trace(
             f"merges take {world.merge_delay:.2f} s, quota {shown}, latency {self.latency:.3f} s"
         )
-        plain = fake_devrev.World
-        for name in sorted(fake_devrev.SWITCHES - {"merge_delay"}):
+        plain = World
+        for name in sorted(SWITCHES - {"merge_delay"}):
             if getattr(world, name) != getattr(plain, name, {}):
                 self.trace(f"  {name}: {getattr(world, name)}")
         for one in self.organisation.contacts.values():
             email, reference, org = (
                 one.get("email"),
                 one["external_ref"],
-                (fake_devrev.org_id_of(one) or "-")[-5:],
+                (org_id_of(one) or "-")[-5:],
             )
             unverified = " unverified" if one["id"] in self.organisation.unverified else ""
             self.trace(f"  {short(one['id'])} {email} {reference} {one['state']} {org}{unverified}")
@@ -131,11 +133,11 @@ class Scenario(Stage):
         primary = self.organisation.contacts.get(ids[0])
         if primary is None or wanted.new_ref is None:
             return ""
-        org = (fake_devrev.org_id_of(primary) or "").rpartition("/")[2] or None
+        org = (org_id_of(primary) or "").rpartition("/")[2] or None
         found = self.organisation.visit(wanted.primary.email, wanted.new_ref, org)
         return f"the application meets {wanted.new_ref}: {short(found)}"
 
-    def _on_request(self, stage: str, request: fake_devrev.Request) -> None:
+    def _on_request(self, stage: str, request: Request) -> None:
         self.checker.undo.heard(stage, request)
         if stage == "before" or request.endpoint != "rev-users.merge" or self.in_peace:
             return
@@ -179,7 +181,7 @@ class Scenario(Stage):
             )
         return NetworkFaults(there, back)
 
-    def faults(self) -> List[fake_devrev.Fault]:
+    def faults(self) -> List[Fault]:
         """Draw what goes wrong on DevRev's side during a run."""
         found = []
         for kind, chance in (
@@ -196,35 +198,31 @@ class Scenario(Stage):
                     else None
                 )
                 detail = (detail,) if detail and self.chance.random() < 0.3 else None
-                found.append(fake_devrev.Fault(kind, chance=chance, detail=detail))
+                found.append(Fault(kind, chance=chance, detail=detail))
         if self.draws.has("no merge is carried out", 0.04) and self.chance.random() < 0.6:
-            found.append(fake_devrev.Fault("merge-never"))
+            found.append(Fault("merge-never"))
         for kind, detail in (
             ("merge-never", None), ("merge-leaves", None), ("merge-doubled", self.draws.somewhen(0.1, 60.0)),
             ("merge-slow", self.draws.somewhen(1.0, 400.0)),
             ("merge-refused-late", (self.chance.choice((400, 403, 409)), self.draws.somewhen(0.1, 300.0))),
         ):  # fmt: skip
             if self.draws.has(kind, 0.12):
-                found.append(fake_devrev.Fault(kind, chance=0.4, detail=detail))
+                found.append(Fault(kind, chance=0.4, detail=detail))
         if self.draws.has("a poll that hangs", 0.08):
-            found.append(fake_devrev.Fault("hang", "rev-users.get", chance=0.3))
+            found.append(Fault("hang", "rev-users.get", chance=0.3))
         if self.undos and self.draws.has("contacts refused", 0.2):
             kind = self.chance.choice(("400", "403", "409", "500-after"))
-            found.append(fake_devrev.Fault(kind, "rev-users.create", chance=0.5))
+            found.append(Fault(kind, "rev-users.create", chance=0.5))
         doubled = self.draws.has("requests twice", 0.15) or self.draws.has("answers: doubled", 0.07)
         if (
             self.draws.has("answers: not so", 0.08) and not doubled
         ):  # the second may be made all the same
             found.append(
-                fake_devrev.Fault(
-                    "changed", "rev-users.update", chance=0.3, detail=self._forget_update
-                )
+                Fault("changed", "rev-users.update", chance=0.3, detail=self._forget_update)
             )
-            found.append(
-                fake_devrev.Fault("changed", "rev-users.get", chance=0.05, detail=self._garble)
-            )
+            found.append(Fault("changed", "rev-users.get", chance=0.05, detail=self._garble))
         if self.draws.has("a poll finds nothing", 0.08):
-            found.append(fake_devrev.Fault("404", "rev-users.get", chance=0.1))
+            found.append(Fault("404", "rev-users.get", chance=0.1))
             self.checker.lies = True
         self.checker.lies |= any(fault.kind in ("endless", "half-emoji") for fault in found)
         return found

@@ -7,20 +7,10 @@ from typing import Any, Dict, List, Tuple
 
 import pytest
 
-from tests.fake import organisation as fake_devrev
-from tests.fake.organisation import (
-    ALL_WORK_KINDS,
-    HALF_EMOJI,
-    LONG_AGO,
-    ODD_POLLS,
-    PAGES,
-    SWITCHES,
-    Answer,
-    Fault,
-    Organisation,
-    Rules,
-    World,
-)
+from tests.fake import world as fake_world
+from tests.fake.organisation import ALL_WORK_KINDS, HALF_EMOJI, LONG_AGO, Organisation, Rules
+from tests.fake.trouble import ODD_POLLS, PAGES, Answer, Fault
+from tests.fake.world import SWITCHES, World
 from tests.sandbox import Sandbox
 from tests.support import pair
 
@@ -953,9 +943,9 @@ def test_the_other_switches_over_http() -> None:
 
 
 def test_the_docstring_names_every_switch() -> None:
-    assert fake_devrev.__doc__ is not None
-    assert [name for name in sorted(SWITCHES) if name not in fake_devrev.__doc__] == []
-    assert [name for name in vars(Rules()) if name not in fake_devrev.__doc__] == []
+    assert fake_world.__doc__ is not None
+    assert [name for name in sorted(SWITCHES) if name not in fake_world.__doc__] == []
+    assert [name for name in vars(Rules()) if name not in fake_world.__doc__] == []
 
 
 @pytest.mark.parametrize(

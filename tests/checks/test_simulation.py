@@ -9,7 +9,8 @@ from typing import Any, Dict, List, Mapping
 
 import pytest
 
-from tests.fake.organisation import Organisation, World
+from tests.fake.organisation import Organisation
+from tests.fake.world import World
 from tests.mutants import drawn_lines, hunt
 from tests.simulate import kept_seeds, play
 from tests.simulation import expected

@@ -4,7 +4,7 @@ import itertools
 import random
 from typing import Any, List, Optional
 
-from tests.fake import organisation as fake_devrev
+from tests.fake.organisation import Record, org_id_of
 from tests.simulation.world import short
 
 
@@ -35,7 +35,7 @@ class ConcurrentEdits:
                 kinds.append(kind)
         return kinds
 
-    def contact(self) -> Optional[fake_devrev.Record]:
+    def contact(self) -> Optional[Record]:
         """Return a contact that exists; mostly one that the run is about to merge."""
         there = [one for one in self.scenario.of_interest() if self.organisation.alive(one)]
         if not there or self.chance.random() < 0.2:
@@ -105,7 +105,7 @@ class ConcurrentEdits:
             return ""
         reference = self.chance.choice((None, f"user_n{next(self.numbers)}"))
         key = f"Y{next(self.numbers)}"
-        org = (fake_devrev.org_id_of(one) or "").rpartition("/")[2] or None
+        org = (org_id_of(one) or "").rpartition("/")[2] or None
         made = self.organisation.add_contact(key, one.get("email"), reference, rev_org=org)
         return f"make {short(made)} with the email and rev org of {short(one['id'])}"
 

@@ -26,7 +26,8 @@ from typing import (
     Tuple,
 )
 
-from tests.fake.organisation import Table, Thing, World, org_id_of
+from tests.fake.organisation import Table, Thing, org_id_of
+from tests.fake.world import World
 from tests.simulation.expected import (
     COPY,
     ENDED,

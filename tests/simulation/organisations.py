@@ -5,7 +5,9 @@ import os
 import random
 from typing import Any, Dict, List, Optional, Sequence, Set
 
-from tests.fake import organisation as fake_devrev
+from tests.fake.organisation import ALL_WORK_KINDS, HALF_EMOJI, WORK_KINDS, Organisation
+from tests.fake.trouble import STAYS
+from tests.fake.world import World
 from tests.simulation.invariants import LISTED
 
 # Kinds that the module does not survive yet; ALL_KINDS=1 in the environment draws them all the same.
@@ -52,17 +54,13 @@ class OrganisationBuilder:
     def __init__(self, draws: Draws) -> None:
         self.draws = draws
         self.chance = draws.random
-        self.organisation = fake_devrev.Organisation()
+        self.organisation = Organisation()
         self.keys = iter(range(1, 1 << 20))
         self.huge = draws.has("huge", 0.02)
-        self.kinds = (
-            fake_devrev.ALL_WORK_KINDS
-            if draws.has("works of other kinds", 0.1)
-            else fake_devrev.WORK_KINDS
-        )
-        self.half = fake_devrev.HALF_EMOJI if draws.has("half emojis", 0.1) else ""
+        self.kinds = ALL_WORK_KINDS if draws.has("works of other kinds", 0.1) else WORK_KINDS
+        self.half = HALF_EMOJI if draws.has("half emojis", 0.1) else ""
 
-    def build(self) -> fake_devrev.Organisation:
+    def build(self) -> Organisation:
         organisation, draws, chance = self.organisation, self.draws, self.chance
         if draws.has("references unique in the organisation", 0.15):
             organisation.unique_references = "organisation"
@@ -178,7 +176,7 @@ def quota_of(draws: Draws) -> Any:
     return max(calls, least), window
 
 
-def set_switches(world: fake_devrev.World, draws: Draws) -> Set[str]:
+def set_switches(world: World, draws: Draws) -> Set[str]:
     """Draw how DevRev behaves for as long as the scenario lasts.
 
     Return the contacts that the token has trouble with for good.
@@ -245,16 +243,14 @@ def set_switches(world: fake_devrev.World, draws: Draws) -> Set[str]:
     return set_newer_switches(world, draws) | restrict(world, draws)
 
 
-def set_newer_switches(world: fake_devrev.World, draws: Draws) -> Set[str]:
+def set_newer_switches(world: World, draws: Draws) -> Set[str]:
     """Draw what organisations do with merged contacts, with references, pages and kinds of works.
 
     Return the contacts that no request may name.
     """
     chance, organisation = draws.random, world.organisation
     if draws.has("merged contacts stay", 0.1):
-        world.stays = chance.choice(
-            [one for one in fake_devrev.STAYS if one not in ("", "as-before")]
-        )
+        world.stays = chance.choice([one for one in STAYS if one not in ("", "as-before")])
         if chance.random() < 0.6:
             world.gone = "stays"
     if draws.has("references come back", 0.06):
@@ -291,7 +287,7 @@ def set_newer_switches(world: fake_devrev.World, draws: Draws) -> Set[str]:
     return set()
 
 
-def restrict(world: fake_devrev.World, draws: Draws) -> Set[str]:
+def restrict(world: World, draws: Draws) -> Set[str]:
     """Draw single objects that the token may not read or write; return the contacts that have to do with them."""
     chance, organisation = draws.random, world.organisation
     trouble: Set[str] = set()

@@ -41,7 +41,9 @@ import shutil
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, Sequence
 
-from tests.fake.organisation import Fault, Organisation, Request, World
+from tests.fake.organisation import Organisation
+from tests.fake.trouble import Fault, Request
+from tests.fake.world import World
 from tests.simulation.expected import COPY, MAIN, UNFINISHED, Ids, Row, export_of
 from tests.simulation.invariants import InvariantChecker
 from tests.simulation.undo_invariants import WRITES

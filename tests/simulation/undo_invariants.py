@@ -5,7 +5,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, DefaultDict, Dict, List, Mapping, Optional, Set, Tuple
 
-from tests.fake.organisation import USER_LISTS, Request, Table, Thing, kind_of
+from tests.fake.organisation import USER_LISTS, Table, Thing, kind_of
+from tests.fake.trouble import Request
 from tests.simulation.expected import COPY, MAIN, ROLES, Ids, email_key, name_of
 from tests.simulation.world import Sent, broken, short
 

@@ -33,7 +33,8 @@ from typing import (
     Tuple,
 )
 
-from tests.fake import organisation as fake_devrev
+from tests.fake.trouble import Answer
+from tests.fake.world import World
 
 MODULE = Path(__file__).resolve().parents[2] / "merge_contacts.py"
 EPOCH = 1_750_000_000.0  # the wall clock at the beginning of a scenario
@@ -88,7 +89,7 @@ class Clock:
         self.now = 0.0  # true seconds
         self.slept = 0.0
         self.set_by = 0.0
-        self.fake_devrev: Optional[fake_devrev.World] = None
+        self.fake_devrev: Optional[World] = None
         self.last_progress = 0.0
 
     @property
@@ -223,7 +224,7 @@ class SimulatedProcess:
 
     MOST_IDLE = 3000  # requests without a durable write
 
-    def __init__(self, module: Any, clock: Clock, its_devrev: fake_devrev.World, seed: int) -> None:
+    def __init__(self, module: Any, clock: Clock, its_devrev: World, seed: int) -> None:
         self.module = module
         self.clock = clock
         self.fake_devrev = its_devrev
@@ -600,7 +601,7 @@ def begin(
 
 
 def parse(
-    module: Any, process: SimulatedProcess, settings: Any, answer: fake_devrev.Answer
+    module: Any, process: SimulatedProcess, settings: Any, answer: Answer
 ) -> Tuple[Any, Optional[float]]:
     """Return DevRev's answer as module.HttpTransport would read it, and the seconds that it takes; None: it never comes."""
     if answer.manner == "hang":
