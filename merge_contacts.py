@@ -120,7 +120,12 @@ SCHEMA = 3  # of every JSON document
 
 SIGNALS = [one for one in signal.Signals if one.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_HELD = 0, 1, 2, 3, 11
-SAVEPOINT = Path("savepoint.db")  # in the current folder, as everything that a run writes
+# In the current folder, as everything that a run writes:
+SAVEPOINT = Path("savepoint.db")
+BACKUPS = Path("backups")
+LOGS = Path("logs")
+REPORTS = Path("reports")
+SAVEPOINT_COPY = BACKUPS / "savepoint-copy.db"
 
 Json = Dict[str, Any]
 T = TypeVar("T")
@@ -387,16 +392,11 @@ class Environment:
         threading.Thread(target=work, daemon=True).start()
         return await future
 
-    def create(self, path: Path) -> BinaryIO:
-        """Create a file (0600) for writing. What is there already, also a link, is an OSError."""
-        handle = os.open(str(path), CREATE_ANEW, 0o600)
-        return open(handle, "wb")
-
     def create_file(self, path: Path, chunks: Iterable[bytes]) -> tuple[int, str]:
         """Create `path` (0600) from `chunks` and flush it to the disk; return its size and SHA-256."""
         size = 0
         digest = hashlib.sha256()
-        with self.create(path) as file:
+        with create_anew(path) as file:
             for chunk in chunks:
                 file.write(chunk)
                 digest.update(chunk)
@@ -421,8 +421,7 @@ class Environment:
         """Write a temporary file and rename it to `path`; an OSError leaves nothing behind."""
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            with contextlib.suppress(FileNotFoundError):
-                aside.unlink()
+            aside.unlink(missing_ok=True)
             self.create_file(aside, chunks)
             self.rename_into_place(aside, path)
         except (OSError, FatalError):
@@ -456,15 +455,41 @@ class Environment:
                 os.close(handle)
 
     def make_private_dir(self, path: Path) -> Path:
-        """Create `path` and its missing parents, open to their owner alone."""
+        """Create `path` and its missing parents, open to their owner alone.
+
+        A link is followed. Raises OSError, and FatalError(2) where a folder is a stranger's.
+        """
         for folder in [*reversed(path.parents), path]:
-            if not folder.exists():
+            if not os.path.lexists(str(folder)):
                 with contextlib.suppress(FileExistsError):
                     folder.mkdir(mode=0o700)
                     self.fsync_dir(folder.parent)
-        if not path.is_dir():
-            raise NotADirectoryError(f"{path} is not a folder")
+            if not folder.is_dir():
+                words = "it is no folder, and one is needed; move it away"
+                raise NotADirectoryError(errno.ENOTDIR, words, str(folder))
+            if folder != Path() and not folder.is_absolute():
+                check_owner(folder)
+            if folder in (BACKUPS, LOGS, REPORTS):
+                self._close_to_others(folder)
         return path
+
+    def _close_to_others(self, folder: Path) -> None:
+        """Set the mode of a folder of this user's that others may write, or read if it has backups.
+
+        A clone under umask 002 has such folders. A link's target is left as it is.
+        """
+        mine = folder.lstat()
+        others = 0o077 if folder == BACKUPS else 0o022
+        is_link = stat.S_ISLNK(mine.st_mode)
+        if os.name == "nt" or is_link or mine.st_uid != os.geteuid() or not mine.st_mode & others:
+            return
+        result = "other users of this machine may be able to use it"
+        with self.tolerate(f"{folder}: its permissions can't be set", result):
+            folder.chmod(0o700)
+            if folder.stat().st_mode & others:
+                raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+            if mine.st_mode & 0o022:
+                log.warning("others could write to %s; it is open to you alone now", folder)
 
     @contextlib.contextmanager
     def tolerate(self, what: str, result: str) -> Iterator[None]:
@@ -492,6 +517,11 @@ NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 CREATE_ANEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK
 
 
+def create_anew(path: Path) -> BinaryIO:
+    """Create a file (0600) for writing. What is there already, also a link, is an OSError."""
+    return open(os.open(str(path), CREATE_ANEW, 0o600), "wb")
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file to read; anything else (link, pipe, device) is an OSError, at once."""
     if not stat.S_ISREG(os.lstat(str(path)).st_mode):
@@ -502,6 +532,23 @@ def open_regular(path: Path) -> BinaryIO:
         os.close(handle)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return open(handle, "rb")
+
+
+def check_owner(path: Path, folder: Path = Path()) -> None:
+    """Raise FatalError(2) where a stranger owns `path`, or the link that stands there.
+
+    Accepted are this user, root and the owner of `folder`, by default the current one.
+    """
+    if os.name == "nt":
+        return
+    accepted = (os.geteuid(), 0, folder.stat().st_uid)
+    for found in (path.lstat(), path.stat()):
+        if found.st_uid not in accepted:
+            words = (
+                f"{path} belongs to another user (number {found.st_uid}), who could have made it"
+            )
+            fix = f"sudo chown -h {os.geteuid()} {shlex.quote(str(path))}"
+            raise FatalError(EXIT_USAGE, f"{words} to mislead you; if it is yours: {fix}")
 
 
 def is_pipe(stream: TextIO) -> bool:
@@ -520,11 +567,15 @@ def locks_work(path: Path) -> bool:
     """
     trial = path.resolve().with_name(f".lock_trial.{os.getpid()}")
     try:
+        trial.unlink(missing_ok=True)
+        create_anew(trial).close()
         with contextlib.closing(sqlite3.connect(str(trial), timeout=0)) as database:
             database.execute("BEGIN EXCLUSIVE")
+    except OSError as error:
+        log.info("%s: no trial of locks: %s", path, error)
     except sqlite3.Error as error:
         log.info("%s: a trial lock failed: %s", path, error)
-        return "unable to open" in str(error)
+        return False
     finally:
         with contextlib.suppress(OSError):
             trial.unlink()
@@ -3848,13 +3899,6 @@ def write_backup(
     Raises OSError.
     """
     environment.make_private_dir(home)
-    # Emails are names in it. It may have come with more rights, and of another user, or on vfat,
-    # it is used as it is.
-    with environment.tolerate(
-        f"{home.parent}: its permissions can't be set", "other users may be able to read it"
-    ):
-        if stat.S_IMODE(home.parent.stat().st_mode) != 0o700:
-            home.parent.chmod(0o700)
     if home.resolve().parent != home.parent.resolve():
         raise OSError(f"{home} is a link that leads out of {home.parent}; remove it")
     stamp = int(environment.now().wall)
@@ -4103,9 +4147,6 @@ def by_id(items: Iterable[Json]) -> dict[str, Json]:
 # Savepoint: what was done, across crashes
 # ---------------------------------------------------------------------------------------------------
 
-BACKUPS = Path("backups")
-SAVEPOINT_COPY = BACKUPS / "savepoint-copy.db"
-
 
 class StoredPair(NamedTuple):
     """A row of the table `pairs`."""
@@ -4189,7 +4230,10 @@ class SavePointFile:
         Raises FatalError(2) where it is damaged or of a format that this version does not read,
         FatalError(3) where it can't be read.
         """
-        if not self.path.exists():
+        for path in (self.path, self.path.with_name(f"{self.path.name}-journal")):
+            if os.path.lexists(str(path)):
+                check_owner(path)
+        if not os.path.lexists(str(self.path)):
             return
         try:
             with open_regular(self.path) as file:
@@ -7494,9 +7538,6 @@ def lost_in_undo(entry: Json, user: Json, left_out: Mapping[str, str]) -> list[J
 # ---------------------------------------------------------------------------------------------------
 
 
-REPORTS, LOGS = Path("reports"), Path("logs")
-
-
 class Code(NamedTuple):
     """What to do about a pair or group with a code; what has happened is in its error."""
 
@@ -7856,7 +7897,7 @@ def free_run_id(start: float, known: Collection[str] = ()) -> str:
             report_path(run_id, "undo"),
             LOGS / f"contact_merge_{run_id}.log",
         )
-        if run_id not in known and not any(path.exists() for path in files):
+        if run_id not in known and not any(os.path.lexists(str(path)) for path in files):
             return run_id
         start += 1
 
@@ -9022,6 +9063,7 @@ def load_environment() -> RawSettings:
     for path in dict.fromkeys((Path.cwd() / ".env", Path(__file__).resolve().parent / ".env")):
         if not os.path.lexists(str(path)) or path.is_dir():
             continue
+        check_owner(path, path.parent)
         text = read_env_file(path)
         logging.getLogger("dotenv").setLevel(logging.ERROR)  # bad lines are named below
         values = import_package("dotenv").dotenv_values(stream=io.StringIO(text), interpolate=False)
@@ -9201,8 +9243,7 @@ class RunContext:
         if self.options.status:  # which may be called every few seconds
             return
         try:
-            self.environment.make_private_dir(self.log_path.parent)
-            handler.file = open(self.log_path, "a", encoding="utf-8")  # noqa: SIM115
+            handler.file = self._create_log()
         except OSError as error:
             if self.may_write:
                 raise
@@ -9210,6 +9251,14 @@ class RunContext:
             self.console.print_err(f"warning: the log {self.log_path} can't be written: {why}")
         python = sys.version.split()[0]
         log.info("merge_contacts %s, Python %s on %s", __version__, python, sys.platform)
+
+    def _create_log(self) -> TextIO:
+        self.environment.make_private_dir(LOGS)
+        while True:
+            with contextlib.suppress(FileExistsError):  # of a call that began in the same second
+                return io.TextIOWrapper(create_anew(self.log_path), encoding="utf-8")
+            self.run_id = free_run_id(self.started.wall)
+            self.log_path = LOGS / f"contact_merge_{self.run_id}.log"
 
     async def identify(self, api: DevRevAPI, origin: str = "", pairs: Iterable[Pair] = ()) -> str:
         """Find out whose token it is, and say so.
@@ -9721,7 +9770,8 @@ def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
         if savepoint.runs() or not run.options.undo:
             check_not_restored(savepoint)
         trial = run.environment.make_private_dir(REPORTS) / f".trial.{os.getpid()}"
-        trial.write_bytes(b"")
+        trial.unlink(missing_ok=True)
+        create_anew(trial).close()
         trial.unlink()
         for path in report_killed_runs(run.environment, savepoint):
             run.console.print_err(f"an earlier run was killed before its report; it is {path}")
@@ -10536,6 +10586,8 @@ class Check:
                     f"{path} is a file, and a run needs a folder of that name; move it away"
                 )
         for path in (Path.cwd(), SAVEPOINT, SAVEPOINT_COPY, LOGS, BACKUPS, REPORTS):
+            if os.path.lexists(str(path)):
+                check_owner(path)
             if path.exists() and not os.access(str(path), os.W_OK):
                 raise OSError(f"{path} can't be written; make it writable")
         free = shutil.disk_usage(".").free >> 20

@@ -1,14 +1,26 @@
 """The machine: whom the tool trusts on it, what it writes and in which order, what it sends where."""
 
+import contextlib
+import gzip
 import io
+import json
 import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import tracemalloc
+import zlib
 from pathlib import Path
-from typing import Dict
+from typing import Any, Dict, List, Set
 
 import pytest
 
 import merge_contacts as tool
-from tests.support import Workplace, organisation_of_pairs
+from tests.process.test_machines import machine
+from tests.sandbox import Sandbox
+from tests.support import SCRIPT, Workplace, assert_merged, organisation_of_pairs
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX permissions")
 
@@ -96,3 +108,408 @@ def test_an_env_file_that_others_may_read_is_named_with_the_chmod(
     path.write_text("DEVREV_TIMEOUT=30\n", encoding="utf-8")
     path.chmod(mode)
     assert place.run(None, "--preview", check=0).err.count(f"chmod 600 {path}") == int(warns)
+
+
+# ----- strangers, links and modes ------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def owned_by(monkeypatch: pytest.MonkeyPatch, owners: Dict[str, int], me: int) -> None:
+    """Let these paths of the current folder belong to these users; all else to user 1000."""
+    real = {name: getattr(os, name) for name in ("stat", "lstat")}
+
+    def owner_of(name: str) -> Any:
+        def found(path: Any, *args: Any, **options: Any) -> os.stat_result:
+            result = real[name](path, *args, **options)
+            if isinstance(path, int):
+                return result
+            relative = os.path.relpath(str(path))
+            is_link = name == "lstat" or not options.get("follow_symlinks", True)
+            owner = owners.get(relative, 1000)
+            if is_link:
+                owner = owners.get(f"link {relative}", owner)
+            return os.stat_result((*result[:4], owner, *result[5:]))
+
+        return found
+
+    for name in real:
+        monkeypatch.setattr(os, name, owner_of(name))
+    monkeypatch.setattr(os, "geteuid", lambda: me)
+
+
+# The owners of the current folder and of what is in it, who runs, and whether that is accepted.
+OWNERS = [
+    ({}, 1000, True),
+    ({"savepoint.db": 0}, 1000, True),
+    ({"savepoint.db": 1001}, 1000, False),
+    ({"savepoint.db-journal": 1001}, 1000, False),
+    ({"backups": 1001}, 1000, False),
+    ({"link backups": 1001}, 1000, False),  # made by a stranger, to a folder of one's own
+    ({"logs": 1001}, 1000, False),
+    ({"backups/savepoint-copy.db": 1001}, 1000, False),
+    ({}, 0, True),  # root over a volume with another owner, or sudo
+    ({"savepoint.db": 1001}, 0, False),
+    ({".": 1001, "savepoint.db": 1001, "backups": 1001, "logs": 1001}, 1000, True),
+]
+
+
+@posix
+@pytest.mark.parametrize("owners, me, accepted", OWNERS)
+def test_no_file_of_a_stranger_is_taken_over(
+    owners: Dict[str, int],
+    me: int,
+    accepted: bool,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    environment = tool.Environment(tool.ApiSettings(token=""))
+    with contextlib.closing(tool.SavePoint(environment)):
+        pass
+    for name in ("logs", "reports"):
+        environment.make_private_dir(Path(name))
+    Path("savepoint.db-journal").touch()
+
+    def use() -> None:
+        for name in ("backups", "logs", "reports"):
+            environment.make_private_dir(Path(name))
+        for path in (tool.SAVEPOINT, tool.SAVEPOINT_COPY):
+            tool.SavePointFile(path, environment).check_header()
+
+    owned_by(monkeypatch, owners, me)
+    if accepted:
+        use()
+        return
+    with pytest.raises(tool.FatalError, match=f"chown -h {me} ") as stopped:
+        use()
+    (path,) = (one.rpartition(" ")[2] for one in owners)
+    assert stopped.value.exit_code == 2 and f"{path} belongs to another user" in str(stopped.value)
+
+
+@posix
+def test_an_env_file_of_a_stranger_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(".env").touch()
+    owned_by(monkeypatch, {".env": 1001}, 1000)
+    with pytest.raises(tool.FatalError, match=r"\.env belongs to another user"):
+        tool.load_environment()
+
+
+@posix
+def test_nothing_is_written_through_a_link(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(1)
+    place.export(organisation)
+    victim = place.folder / "victim"
+    victim.write_text("mine", encoding="utf-8")
+    for name in ("logs", "reports", "backups"):
+        (place.folder / name).mkdir(mode=0o700)
+    with Sandbox(organisation) as sandbox:
+        process = place.start(sandbox, python=LINKS)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+    assert victim.read_text(encoding="utf-8") == "mine"
+    assert_merged(organisation, pairs)
+    for link in ("savepoint.db", "backups/savepoint-copy.db"):
+        path = place.folder / link
+        path.unlink()
+        path.symlink_to(victim)
+        assert "not a regular file" in place.run(None, "--status").err
+        path.unlink()
+    assert victim.read_text(encoding="utf-8") == "mine"
+
+
+# Links under the names that a run is about to use, each made at the start of that very process.
+LINKS = (
+    sys.executable,
+    "-c",
+    """
+import os, runpy, sys, time
+sys.argv = sys.argv[1:]
+names = [f"reports/.trial.{os.getpid()}", f".lock_trial.{os.getpid()}"]
+for second in range(3):
+    stamp = time.strftime("%Y%m%d_%H%M%S", time.gmtime(time.time() + second))
+    names.append(f"logs/contact_merge_{stamp}.log")
+    names.append(f"reports/.merge_report_{stamp}.json.{os.getpid()}")
+for name in names:
+    os.symlink(os.path.abspath("victim"), name)
+runpy.run_path(sys.argv[0], run_name="__main__")
+""",
+)
+
+
+@posix
+@pytest.mark.parametrize("name, mode, after", [
+    ("reports", 0o775, 0o700), ("logs", 0o757, 0o700), ("backups", 0o777, 0o700),
+    ("reports", 0o755, 0o755), ("logs", 0o750, 0o750), ("backups", 0o755, 0o700),
+])  # fmt: skip
+def test_folders_that_others_may_write_are_closed_with_one_line(
+    place: Workplace, name: str, mode: int, after: int
+) -> None:
+    organisation, _ = organisation_of_pairs(1)
+    place.export(organisation)
+    place.folder.chmod(0o777)
+    (place.folder / name).mkdir()
+    (place.folder / name).chmod(mode)
+    with Sandbox(organisation) as sandbox:
+        result = place.run(sandbox, check=0)
+    assert (place.folder / name).stat().st_mode & 0o777 == after
+    said = result.err.count(f"others could write to {name}; it is open to you alone now")
+    assert said == bool(mode & 0o022)
+    assert place.folder.stat().st_mode & 0o777 == 0o777, "the current folder is nobody's to change"
+
+
+@posix
+def test_backups_that_are_a_link_to_a_larger_disk_are_used_as_they_are(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(1)
+    place.export(organisation)
+    disk = place.folder / "disk"
+    disk.mkdir()
+    disk.chmod(0o775)
+    (place.folder / "backups").symlink_to(disk)
+    with Sandbox(organisation) as sandbox:
+        assert "warning" not in place.run(sandbox, check=0).err
+    assert_merged(organisation, pairs)
+    assert disk.stat().st_mode & 0o777 == 0o775 and list(disk.glob("*/*/manifest.json"))
+
+
+@posix
+def test_where_modes_do_not_stick_one_warning_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tool.log, "propagate", True)
+    for name in ("backups", "logs", "reports"):
+        Path(name).mkdir()
+        Path(name).chmod(0o777)
+    monkeypatch.setattr(Path, "chmod", lambda *_: None)
+    environment = tool.Environment(tool.ApiSettings(token=""))
+    for name in ("backups", "logs", "reports"):
+        environment.make_private_dir(Path(name))
+    (record,) = caplog.records
+    assert "permissions can't be set" in record.getMessage()
+
+
+@pytest.mark.parametrize("name", ["backups", "logs", "reports"])
+def test_a_file_where_a_folder_is_needed_is_named_in_one_line(place: Workplace, name: str) -> None:
+    organisation, _ = organisation_of_pairs(1)
+    place.export(organisation)
+    (place.folder / name).touch()
+    with Sandbox(organisation) as sandbox:
+        result = place.run(sandbox, check=3)
+        (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
+        assert name in line and "no folder" in line and "None" not in line
+        assert organisation.merges == []
+        result = place.run(sandbox, "--check", check=2)
+        assert f"{name} is a file" in result.out
+
+
+def test_calls_in_the_same_second_have_a_log_each(folder: Path) -> None:
+    contexts = [tool.RunContext(tool.parse_options(["--check"])) for _ in range(3)]
+    try:
+        for one in contexts:
+            one.open_log()
+    finally:
+        tool.log.handlers.clear()
+        tool.log.propagate = True
+    assert len({one.log_path for one in contexts}) == len(list(Path("logs").iterdir())) == 3
+
+
+# ----- files that are read -------------------------------------------------------------------------
+
+
+@posix
+def test_only_regular_files_are_opened_and_nothing_is_waited_for(folder: Path) -> None:
+    Path("file").write_bytes(b"x")
+    Path("link").symlink_to("file")
+    os.mkfifo("pipe")
+    with tool.open_regular(Path("file")) as file:
+        assert file.read() == b"x"
+    for name in ("link", "pipe", "/dev/zero", ".", "nothing"):
+        with pytest.raises(OSError):
+            tool.open_regular(Path(name))
+
+
+# ----- bodies that are compressed ------------------------------------------------------------------
+
+BODY = json.dumps({"rev_users": []}).encode()
+
+
+def raw_deflate(data: bytes) -> bytes:
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(data) + packer.flush()
+
+
+BOMB = BODY[:-1] + b" " * tool.HttpTransport.MAX_BODY + b"}"
+ENCODINGS = [
+    ("", BODY, True),
+    ("identity", BODY, True),
+    ("GZIP ", gzip.compress(BODY), True),
+    ("x-gzip", gzip.compress(BODY), True),
+    ("deflate", zlib.compress(BODY), True),
+    ("deflate", raw_deflate(BODY), True),
+    ("gzip", BODY, False),
+    ("gzip", gzip.compress(BODY)[:-14], False),
+    ("gzip, gzip", gzip.compress(gzip.compress(BODY)), False),
+    ("br", BODY, False),
+    ("gzip", gzip.compress(BOMB), False),
+]
+
+
+@pytest.mark.parametrize("encoding, body, is_usable", ENCODINGS, ids=range(len(ENCODINGS)))
+def test_a_compressed_body_has_the_limit_of_a_plain_one(
+    encoding: str, body: bytes, is_usable: bool
+) -> None:
+    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: {encoding}\r\nContent-Length: {len(body)}\r\n\r\n"
+    listener = socket.create_server(("127.0.0.1", 0))
+    heard: List[bytes] = []
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            heard.append(connection.recv(65536))
+            connection.sendall(head.encode() + body)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    transport = tool.HttpTransport(tool.ApiSettings(token="token", base_url=url))
+    tracemalloc.start()
+    try:
+        answer = transport.post("rev-users.list", {}, 30)
+        assert tracemalloc.get_traced_memory()[1] < 3 * transport.MAX_BODY
+    finally:
+        tracemalloc.stop()
+        listener.close()
+    assert b"Accept-Encoding: identity\r\n" in heard[0]
+    assert (answer.data == {"rev_users": []}) is is_usable
+    assert bool(answer.problem) is not is_usable and answer.sent
+
+
+# ----- folder names that are not UTF-8 -------------------------------------------------------------
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs names of any bytes")
+def test_a_folder_whose_name_is_no_utf_8_is_a_folder_like_any_other(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(2)
+    odd = Workplace(Path(os.fsdecode(os.fsencode(place.folder) + b"/caf\xe9 \xff")))
+    odd.folder.mkdir()
+    odd.export(organisation)
+    script = odd.folder / SCRIPT.name
+    shutil.copy(str(SCRIPT), str(script))
+    with Sandbox(organisation) as sandbox:
+
+        def run(*options: str) -> str:
+            done = subprocess.run(
+                [sys.executable, str(script), *options],
+                cwd=str(odd.folder),
+                env=odd.environment(sandbox, {}),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                encoding="utf-8",
+                check=False,
+            )
+            assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+            return done.stdout
+
+        csv_path = str(odd.folder / "contacts.csv")
+        run("--csv", csv_path, "--preview")
+        run("--csv", csv_path, "--yes", "--limit", "1")
+        run("--csv", csv_path, "--yes", "--json")
+        assert_merged(organisation, pairs)
+        for mode in ("--status", "--check", "--verify-backups"):
+            run(mode)
+            json.loads(run(mode, "--json"))
+        report = min((odd.folder / "reports").glob("*.json"))
+        assert json.loads(report.read_bytes())["run"]["csv"]
+        run("--undo", str(report), "--yes")
+        run("--export", str(odd.folder / "new.csv"))
+
+
+# ----- a power cut ---------------------------------------------------------------------------------
+
+
+RECORDER = """
+import http.client
+events = open("events.txt", "w", buffering=1)
+real = {name: getattr(os, name) for name in ("open", "mkdir", "replace", "fsync", "unlink")}
+def tell(*words):
+    events.write(" | ".join(str(word) for word in words) + chr(10))
+def recording_open(path, flags, *args, **options):
+    handle = real["open"](path, flags, *args, **options)
+    if flags & os.O_CREAT:
+        tell("create", os.path.abspath(path))
+    return handle
+def recording_fsync(handle):
+    real["fsync"](handle)
+    tell("flush", os.readlink(f"/proc/self/fd/{handle}"))
+def recording(name):
+    def call(*paths, **options):
+        real[name](*paths, **options)
+        tell(name, *[os.path.abspath(path) for path in paths if not isinstance(path, int)])
+    return call
+os.open, os.fsync = recording_open, recording_fsync
+os.mkdir, os.replace, os.unlink = recording("mkdir"), recording("replace"), recording("unlink")
+putrequest = http.client.HTTPConnection.putrequest
+def recording_putrequest(self, method, url, *args, **options):
+    tell("request", url)
+    return putrequest(self, method, url, *args, **options)
+http.client.HTTPConnection.putrequest = recording_putrequest
+"""
+
+
+def lost_in_a_power_cut(events: List[List[str]]) -> Dict[str, Set[str]]:
+    """Return what a power cut could lose at each merge request, and at the end of a run.
+
+    A file is on the disk once it is flushed, its name or a folder's once the folder is that it is
+    in. A rename of what is not on the disk yet is an error at once.
+    """
+    contents: Set[str] = set()  # files whose content may be lost
+    names: Set[str] = set()  # paths that may be lost
+    found: Dict[str, Set[str]] = {}
+    for number, (what, path, *more) in enumerate(events):
+        if what == "create":
+            contents.add(path)
+        if what in ("create", "mkdir"):
+            names.add(path)
+        if what == "flush":
+            contents.discard(path)
+            names = {one for one in names if str(Path(one).parent) != path}
+        if what == "unlink":
+            contents.discard(path)
+            names.discard(path)
+        if what == "replace":
+            inside = {one for one in contents | names if one.startswith(f"{path}/")}
+            assert not inside and path not in contents, f"{path} is renamed before it is flushed"
+            names.discard(path)
+            names.add(more[0])
+        if what == "request" and path.endswith("rev-users.merge"):
+            found[f"{number}: {path}"] = contents | names
+    found["the end"] = contents | names
+    return found
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_a_power_cut_loses_no_backup_of_a_requested_merge_and_no_report(place: Workplace) -> None:
+    organisation, pairs = organisation_of_pairs(1)
+    place.export(organisation)
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, check=0, **machine(place.folder / "site", RECORDER))
+    lines = (place.folder / "events.txt").read_text(encoding="utf-8").splitlines()
+    moments = lost_in_a_power_cut([line.split(" | ") for line in lines])
+    assert len(moments) == len(pairs) + 1
+    for moment, lost in moments.items():
+        assert [path for path in lost if "/logs/" not in path] == [], moment
+    assert sum("manifest.json" in line and line.startswith("create") for line in lines) == 1
+    assert sum("/reports/" in line and line.startswith("replace") for line in lines) == 3
+
+
+def test_each_write_of_the_savepoint_is_flushed_by_sqlite(folder: Path) -> None:
+    with contextlib.closing(tool.SavePoint(tool.Environment(tool.ApiSettings("")))) as savepoint:
+        for file in savepoint.files:
+            ((synchronous,),) = file.db.execute("PRAGMA synchronous").fetchall()
+            ((journal,),) = file.db.execute("PRAGMA journal_mode").fetchall()
+            assert synchronous in (2, 3) and journal == "delete"  # FULL or EXTRA
