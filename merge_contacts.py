@@ -8606,12 +8606,19 @@ def show_plan(
         console.print(f"{pairs} remaining for another run (--email, --limit)")
     console.print(cost)
     console.print(f"plan {plan.id}")
-    what = [f"{plural(facts['pairs_to_merge'], 'pair')} to merge"]
+    console.print(plan_headline(plan, facts["pairs_to_merge"], len(earlier)), "bold")
+
+
+def plan_headline(plan: Plan, new: int, earlier: int) -> str:
+    """Say in one line what a run would do with `new` pairs and those of earlier runs."""
+    words = [f"{plural(new, 'pair')} to merge"]
     if plan.skipped:
-        what.append(f"{plural(len(plan.skipped), 'group')} skipped")
+        words.append(f"{plural(len(plan.skipped), 'group')} skipped")
+    if plan.invalid_rows:
+        words.append(plural(len(plan.invalid_rows), "invalid row"))
     if earlier:
-        what.append(f"{len(earlier):,} of earlier runs to finish first")
-    console.print(", ".join(what), "bold")
+        words.append(f"{earlier:,} of earlier runs to finish first")
+    return ", ".join(words)
 
 
 def print_list(console: Console, title: str, lines: Sequence[str]) -> None:
@@ -8831,9 +8838,6 @@ class OptionParser(argparse.ArgumentParser):
             answer = {"schema": SCHEMA, "exit_code": EXIT_USAGE, "error": message}
             sys.stdout.write(json.dumps(answer) + "\n")
         text = escape_unprintable(f"error: {message}")
-        if sys.stderr and sys.stderr.isatty():
-            width = Console.columns(sys.stderr)
-            text = textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False)
         usage = "usage: merge_contacts.py --csv PATH [option ...]   (--help lists the options)"
         self.exit(EXIT_USAGE, f"{text}\n{usage}\n")
 
@@ -9274,8 +9278,9 @@ class RunContext:
         }
         check_organisation(self.organisation, origin, pairs)
         who = owner.get("display_name") or owner.get("id")
-        log.info("organisation %s, token of %s (%s)", self.organisation, who, owner.get("id"))
-        return f"belongs to {who}, organisation {self.organisation or 'unknown'}"
+        words = f"{who} <{owner.get('email')}>, organisation {self.organisation or 'unknown'}"
+        log.info("the token belongs to %s", words)
+        return words
 
     def merge_options(self) -> MergeOptions:
         names = (*MERGE_RULES, "merge_timeout", "preview")
@@ -9307,11 +9312,8 @@ class RunContext:
 def command_line(*words: str) -> str:
     """A command that starts this script from the current folder, quoted for the shell."""
     python = sys.executable or "python"
-    for name in ("python", "python3", "py"):
-        found = shutil.which(name)
-        if found and Path(found).parent == Path(python).parent:
-            python = name
-            break
+    if Path(shutil.which("python") or "").parent == Path(python).parent:
+        python = "python"
     script = sys.argv[0] if sys.argv[0].endswith(".py") else str(Path(__file__))
     command = [python, script, *words]
     if os.name != "nt":
@@ -9545,15 +9547,9 @@ def preview(run: RunContext) -> int:
         show_live(run.console, live, facts)
     show_plan(plan, facts, run.console, run.describe_cost(cost), earlier)
     ready: int = facts["pairs_to_merge"] if live is None else facts["live_ready"]
-    steps = next_step(run, ready, len(earlier), known)
-    refused = facts.get("live_refused")
-    if refused:
-        steps = []
-        if not ready and all(CODES[code].advice.startswith("Export again") for code in refused):
-            command = command_line("--export", f"contacts_{run.run_id}.csv")
-            steps = [("export again, then preview the new file", command)]
-    for words, command in steps:
-        run.console.suggest(words, command)
+    if not facts.get("live_refused"):
+        for words, command in next_step(run, ready, len(earlier), known):
+            run.console.suggest(words, command)
     return EXIT_OK
 
 
@@ -9565,22 +9561,19 @@ def next_step(
     The order is the same everywhere: a preview with --live, one pair, the rest. Nothing comes
     where no pair is left.
     """
-    drop = ("--preview", "--live", "--check", "--plan", "--limit", "--json", "--yes")
     if not ready and not to_finish:
         return []
     if not run.settings.token:
-        check = run.retyped("--check", without=drop)
-        return [("put a token into .env (see .env.example), then test it", check)]
-    if not ready:
-        return [("finish the pairs of earlier runs", run.retyped(without=drop))]
-    if known and any(known.pairs(State.DONE)):
-        words = "merge these pairs" if run.options.email else "merge the rest"
-        return [(words, run.retyped(without=drop))]
-    if run.options.preview and not run.options.live:
+        return [("put a token into .env (see .env.example), then run the command with --check", "")]
+    drop = ("--preview", "--live", "--check", "--plan", "--limit", "--json", "--yes")
+    is_first = ready and not (known and any(known.pairs(State.DONE)))
+    if is_first and run.options.preview and not run.options.live:
         live = run.retyped("--live", without=("--plan", "--limit", "--yes"))
         return [("compare the plan with DevRev", live)]
-    one = run.retyped("--limit", "1", without=(*drop, "--email"))
-    return [("merge one pair first", one)]
+    if is_first:
+        one = run.retyped("--limit", "1", without=(*drop, "--email"))
+        return [("merge one pair first", one)]
+    return [("merge these pairs", run.retyped(without=drop))]
 
 
 LIVE_DONE = ("already_merged", "already_gone")  # what the live preview finds done
@@ -9660,8 +9653,9 @@ async def merge(run: RunContext) -> int:
         run.console.status("connecting to DevRev ...")
         api = DevRevAPI(run.settings, run.environment, CancelToken())
         code = EXIT_OK
+        whose = ""
         try:
-            await run.identify(api, "CSV", plan.pairs())
+            whose = await run.identify(api, "CSV", plan.pairs())
         except FatalError as stop:
             api.cancel_token.cancel(stop)
             code = stop.exit_code
@@ -9681,7 +9675,7 @@ async def merge(run: RunContext) -> int:
             savepoint.save_now(plan.revived)
             return await merger.run(plan, unfinished)
 
-        facts = merge_facts(run, plan, unfinished)
+        facts = merge_facts(run, plan, unfinished, whose)
         code = await confirm_and_run(run, merger, progress, "merge", facts, work)
         return finish_run(run, savepoint, merger, code, plan)
 
@@ -9740,12 +9734,9 @@ def pairs_to_settle(savepoint: SavePoint, emails: Iterable[str]) -> list[Pair]:
         near = difflib.get_close_matches(email, [pair.email for pair in known], 1, 0.8)
         hint = f"did you mean {near[0]}?" if near else "--status lists the unfinished pairs"
         raise FatalError(EXIT_USAGE, f"--settle: {email} has no pair in {SAVEPOINT}; {hint}")
-    # A pair that was never requested has nothing to settle, and is no failure beside one that has.
-    settled = set()
-    for pair in pairs:
-        if pair.state not in TERMINAL and not settle_error(pair):
-            settled.add(pair.email)
-    return [pair for pair in pairs if pair.state is not State.FAILED or pair.email not in settled]
+    # A pair that was never requested is no failure beside one that was.
+    requested = {pair.email for pair in pairs if pair.state is not State.FAILED}
+    return [pair for pair in pairs if pair.state is not State.FAILED or pair.email not in requested]
 
 
 def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
@@ -9755,11 +9746,6 @@ def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
     `reports/` can't be written.
     """
     savepoint = SavePoint(run.environment, run.run_id, readonly)
-    beside = Path(__file__).resolve().parent / SAVEPOINT
-    # cron starts in another folder
-    if beside.exists() and Path.cwd() != beside.parent and not savepoint.counts():
-        here = "no savepoint with pairs is in the current folder, and one is beside the script"
-        log.warning("%s: to use that history, run in %s", here, beside.parent)
     for warning in savepoint.warnings:
         log.warning("%s", warning)
     if readonly:
@@ -9802,7 +9788,7 @@ async def confirm_and_run(
     async with ticking(run, functools.partial(progress.line, runner)):
         if not run.options.preview:
             savepoint.write({}, organisation=run.organisation)
-            await confirm(run, word, run.record.pairs or 0, {**whose_facts(run), **facts})
+            await confirm(run, word, run.record.pairs or 0, facts)
             savepoint.save_run(run.record)
         cancel = functools.partial(runner.api.cancel_token.cancel, Cancelled())
         run.on_signal(cancel, asyncio.get_event_loop())
@@ -9838,19 +9824,12 @@ async def confirm(run: RunContext, word: str, count: int, facts: Mapping[str, st
         raise FatalError(EXIT_USAGE, words)
 
 
-def whose_facts(run: RunContext) -> dict[str, str]:
-    """Whose token it is, and for which organisation and host."""
-    owner = run.record.token_owner or {}
-    who = owner["display_name"] or owner["email"] or owner["id"]
-    email = f" <{owner['email']}>" if owner["email"] else ""
-    where = f"{run.organisation} at {run.settings.base_url}"
-    return {"organisation": where, "token owner": f"{who}{email}"}
-
-
-def merge_facts(run: RunContext, plan: Plan, unfinished: Sequence[Pair]) -> dict[str, str]:
-    """What the user confirms with a typed `merge`."""
+def merge_facts(
+    run: RunContext, plan: Plan, unfinished: Sequence[Pair], whose: str
+) -> dict[str, str]:
+    """What the user confirms with a typed `merge`; `whose` token it is."""
     cost = expected_requests(plan, not run.options.no_timelines)
-    facts: dict[str, str] = {}
+    facts = {"token of": whose, "host": run.settings.base_url}
     for index, path in enumerate(run.options.csv):
         modified = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
         facts[f"CSV{' ' * index}"] = f"{path} of {modified:%Y-%m-%d %H:%M} UTC"
@@ -9899,13 +9878,10 @@ def numbered(lines: Iterable[str]) -> dict[str, str]:
 
 def warnings_to_confirm(plan: Plan) -> dict[str, str]:
     """Return a fact for each warning, twenty at most, but each that may be of a shared mailbox."""
-    told: dict[str, list[str]] = {"shared_mailbox": [], "": []}
-    for one in plan.warnings:
-        code = one["code"] if one["code"] in told else ""
-        told[code].append(f"{one['email']}: {one['warning']}")
-    shared = told["shared_mailbox"]
-    lines = some([*shared, *told[""]], max(20, len(shared)))
-    return {f"WARNING {number}": line for number, line in enumerate(lines, 1)}
+    warnings = sorted(plan.warnings, key=lambda one: bool(one["code"] != "shared_mailbox"))
+    shared = sum(one["code"] == "shared_mailbox" for one in warnings)
+    told = some([f"{one['email']}: {one['warning']}" for one in warnings], max(20, shared))
+    return {f"WARNING {number}": line for number, line in enumerate(told, 1)}
 
 
 @contextlib.asynccontextmanager
@@ -9953,28 +9929,25 @@ class Progress:
 
     def on_pair(self, pair: Pair) -> None:
         console = self.run.console
-        style = ""
-        words = f"{pair.email}: {pair.primary.short_id} {console.arrow} {pair.duplicate.short_id}"
+        what = f"{pair.email}: {pair.primary.short_id} {console.arrow} {pair.duplicate.short_id}"
+        why = f"{what}: {pair.code}: {pair.error}"
         facts = progress_of(pair)
-        if pair.state in (State.DONE, State.SETTLED) and not pair.code:
-            line = f"merged  {words}"
-            if pair.new_ref:
-                line += f", now {pair.new_ref}"
-        elif pair.state is State.UNDONE and not pair.code:
-            again = pair.undo.display_id if pair.undo else ""
-            line = f"undone  {pair.email}: {pair.duplicate.short_id} was created again as {again}"
-        elif pair.state is State.SKIPPED and pair.code in SKIP_REASONS:
-            line = f"skipped  {words}: {pair.code}: {pair.error}"
-        elif facts:
-            style = "bad"
-            so_far = f"{facts['so_far']}; still to do: {facts['to_do']}"
-            line = f"UNFINISHED  {words}: {pair.code}: {pair.error} ({so_far})"
+        style = ""
+        if not pair.code and pair.state is State.UNDONE and pair.undo:
+            line = f"undone  {what}, created again as {pair.undo.display_id}"
+        elif not pair.code:
+            moved = f", now {pair.new_ref}" if pair.new_ref else ""
+            line = f"merged  {what}{moved}"
+        elif pair.state is State.SKIPPED:
+            line = f"skipped  {why}"
         else:
             style = "bad"
-            word = "UNFINISHED" if pair.state is State.UNDOING else "FAILED"
-            line = f"{word}  {words}: {pair.code}: {pair.error}"
+            is_open = facts or pair.state is State.UNDOING
+            line = f"{'UNFINISHED' if is_open else 'FAILED'}  {why}"
+        if facts:
+            line += f" ({facts['so_far']}; still to do: {facts['to_do']})"
         log.info("%s", line)
-        if not self.run.options.quiet:
+        if not console.quiet:
             console.print(line, style)
 
     def line(self, runner: Runner, now: float) -> str:
@@ -9986,44 +9959,38 @@ class Progress:
         if not total:
             return ""
         pairs = list(runner.pairs())
-        failed = sum(not runner.is_success(pair) for pair in runner.runner.outcomes.values())
-        ended = sum(pair.state in ENDED for pair in pairs)
-        merged = ended + sum(pair.state in (State.MERGED, State.VERIFYING) for pair in pairs)
-        line = f"{merged:,} of {plural(total, 'pair')} merged"
+        word = "merged"
+        done = [*MERGED_STATES]
         if isinstance(runner, UndoRunner):
-            ended = sum(pair.state is State.UNDONE for pair in pairs)
-            line = f"{ended:,} of {plural(total, 'pair')} undone"
+            word = "undone"
+            done = [State.UNDONE]
+        merged = sum(pair.state in done for pair in pairs)
+        parts = [f"{merged:,} of {plural(total, 'pair')} {word}"]
+        outcomes = runner.runner.outcomes
+        failed = sum(not runner.is_success(pair) for pair in outcomes.values())
         if failed:
-            line += f", {failed:,} failed"
-        if self.run.signal:
-            return f"{line} \u00b7 stopping, waiting for requests under way"
-        parts = [line]
-        if runner.api.scheduler.waiting_for:
-            parts.append(describe_wait(runner.api.scheduler))
+            parts.append(f"{failed:,} failed")
         slow = self._slow_merge(pairs, is_first=not merged)
-        forecast = self._forecast(now, ended + failed, total)
-        if slow:
-            parts.insert(1, slow)
-        elif merged or ended:
-            parts.append(forecast)
-        backed_up = sum(bool(pair.backup) for pair in pairs)
-        if not isinstance(runner, UndoRunner):
-            parts.append(f"{backed_up:,} backed up, {ended:,} verified")
+        if self.run.signal:
+            parts.append("stopping, waiting for requests under way")
+        elif runner.api.scheduler.waiting_for:
+            parts.append(describe_wait(runner.api.scheduler))
+        forecast = self._forecast(now, len(outcomes), total)
+        parts.append(slow or forecast)
         return " \u00b7 ".join(filter(None, parts))
 
     def _slow_merge(self, pairs: Iterable[Pair], is_first: bool) -> str:
-        """Name the merge that DevRev takes long for; the first of a run, for which all others wait."""
+        """Name the merge that takes long, and the first of a run, for which all others wait."""
         requested = [pair for pair in pairs if pair.state in REQUESTED_STATES]
         if not requested:
             return ""
         oldest = min(requested, key=attrgetter("requested_at"))
         since = max(oldest.requested_at, self.run.started.wall)
         spent = self.run.environment.now().wall - since
-        if is_first:
-            return f"waiting for the first merge, {oldest.email}, {duration(spent)}"
-        if spent > self.SLOW:
-            return f"waiting for the merge of {oldest.email}, {duration(spent)}"
-        return ""
+        if not is_first and spent < self.SLOW:
+            return ""
+        which = "the first merge" if is_first else "the merge"
+        return f"waiting {duration(spent)} for {which}, of {oldest.email}"
 
     def _forecast(self, now: float, ended: int, total: int) -> str:
         """Say how long the rest takes at the pace of the last minute; "" where that says nothing."""
@@ -10061,7 +10028,7 @@ def finish_run(
         run.console.print(f"cost     {requests}, {spent}")
     print_report_paths(run)
     log.info("exit code %d", code)
-    suggest_after_run(run, failures, code, plan)
+    suggest_after_run(run, failures, code)
     return code
 
 
@@ -10093,9 +10060,7 @@ def print_run(run: RunContext, failures: Sequence[Pair], stop: str, code: int) -
     """Print what has stopped a run, what it has come to, and what failed."""
     console = run.console
     summary = run.record.summary or {}
-    # On a terminal it stands with its pair already; a program reads it on stderr.
-    stands_above = console.out.isatty() and not run.options.quiet
-    if stop and not (stands_above and any(pair.error == stop for pair in failures)):
+    if stop:
         console.error(stop)
     console.print()
     is_complete = not (code or summary["left"] or summary["cancelled"])
@@ -10105,38 +10070,24 @@ def print_run(run: RunContext, failures: Sequence[Pair], stop: str, code: int) -
         console.print("         --preview says why groups are skipped")
 
 
-def suggest_after_run(
-    run: RunContext, failures: Sequence[Pair], code: int, plan: Plan | None
-) -> None:
-    """Suggest what comes after a merge run or a settle.
-
-    The advice of the codes tells whether the user has anything to fix before the next run.
-    """
+def suggest_after_run(run: RunContext, failures: Sequence[Pair], code: int) -> None:
+    """Suggest what comes after a merge run, a settle or an undo."""
     console = run.console
     summary = run.record.summary or {}
     if code >= EXIT_STOPPED:
         console.print_err("Stopped early.", "bold")
         console.suggest("run the same command again to resume")
-        return
-    if code == EXIT_USAGE:
+    elif code == EXIT_USAGE:
         console.print_err("Nothing was changed in DevRev.")
         console.suggest("fix what is named above, then run the same command with --check")
-        return
-    if plan is None:
-        return
-    advice = {CODES[pair.code].advice if pair.code in CODES else "" for pair in failures}
-    if failures and all(one.startswith("Export again") for one in advice):
-        command = command_line("--export", f"contacts_{run.run_id}.csv")
-        console.suggest("export again, then run with the new file", command)
-    elif failures and all(one.startswith("Run again") for one in advice):
-        console.suggest("run the same command again later")
     elif failures:
-        console.suggest("fix what is named above, then run the same command again")
+        console.suggest("do what is said above, then run the same command again")
     elif summary["left"]:
-        if summary["successful_merges"]:
+        if summary.get("successful_merges"):
             words = "check the merged contacts in DevRev. To see what an undo would restore:"
             console.suggest(words, command_line("--undo", str(run.report_path), "--preview"))
-        console.suggest("merge the rest", run.retyped(without=("--limit", "--email", "--plan")))
+        rest = run.retyped(without=("--limit", "--email", "--plan", "--yes"))
+        console.suggest("do the same with the rest", rest)
 
 
 def write_run(
@@ -10258,16 +10209,15 @@ async def export(run: RunContext) -> int:
         console.print_err("interrupted; nothing was written")
         return 128 + run.signal
     except FileExistsError:
-        why = f"{path} was created by another program meanwhile and was not changed"
-        raise FatalError(EXIT_USAGE, f"{why}; name another file") from None
+        raise FatalError(EXIT_USAGE, f"{path} {TAKEN}") from None
     except OSError as error:
         raise FatalError(EXIT_STOPPED, f"disk error: {error}; nothing was written") from None
     rows = len(contacts)
     emails = plural(len({one.key for one in contacts}), "email address")
     requests = plural(sum(api.requests.values()), "request")
     console.print(f"exported {plural(rows, 'contact')} that share {emails} to {path}", "good")
-    console.print(f"read     {plural(exporter.read, 'contact')}")
-    console.print(f"cost     {requests}, {duration(run.environment.elapsed(run.started))}")
+    spent = duration(run.environment.elapsed(run.started))
+    console.print(f"cost     {requests}, {spent}; {plural(exporter.read, 'contact')} read")
     if rows:
         command = command_line("--csv", str(path), "--preview", "--live")
         console.suggest("see what would be merged", command)
@@ -10275,7 +10225,6 @@ async def export(run: RunContext) -> int:
         where = "these domains" if run.options.domain else "the organisation"
         words = "share an email address: there is nothing to merge"
         console.print(f"no two contacts of {where} {words}")
-    log.info("exported %d rows of %s to %s with %s", rows, emails, path, requests)
     return EXIT_OK
 
 
@@ -10308,15 +10257,17 @@ async def run_undo(run: RunContext, plan: UndoPlan, savepoint: SavePoint) -> int
     record = start_record(run, "undo")
     record.undo = str(plan.path)
     record.pairs = len(pairs)
+    facts: dict[str, str] = {}
     if pairs:
-        await run.identify(api, "backup", pairs)
+        whose = await run.identify(api, "backup", pairs)
         savepoint.organisation = run.organisation
+        facts = {"token of": whose, "host": run.settings.base_url, **undo_facts(plan)}
     on_pair = (lambda _pair: None) if run.options.preview else progress.on_pair
     runner = UndoRunner(api, savepoint, run.merge_options(), on_pair)
     code = EXIT_OK
     if pairs:
         work = functools.partial(runner.run, plan)
-        code = await confirm_and_run(run, runner, progress, "undo", undo_facts(plan), work)
+        code = await confirm_and_run(run, runner, progress, "undo", facts, work)
     return finish_undo(run, plan, runner, code)
 
 
@@ -10364,22 +10315,22 @@ def finish_undo(run: RunContext, plan: UndoPlan, runner: UndoRunner, code: int) 
     preview = run.options.preview
     lists = undo_lists(plan, runner, preview)
     counts = {name: len(found) for name, found in lists.items()}
-    before = len(plan.undone)
-    total = len(plan.pairs()) + plan.left + len(plan.skipped)
-    if not preview:
-        total += before
+    before = 0 if preview else len(plan.undone)
+    total = len(plan.pairs()) + plan.left + len(plan.skipped) + before
     left = total - sum(counts.values())
     stop = end_record(run, runner, code)
-    record.summary = {**counts, "pairs": total, "undone_before": before, "left": left}
-    record.headline = undo_headline({**counts, "left": left}, before)
+    record.summary = {**counts, "pairs": total, "undone_before": len(plan.undone), "left": left}
+    record.headline = undo_headline({**counts, "left": left}, len(plan.undone))
+    failures: list[Pair] = []
     if preview:
-        show_findings(run, restored_findings(record, lists))
+        show_findings(run, restored_findings(run, lists))
     else:
         code = write_run(run, runner.context.savepoint, code, undo_contents(lists))
         for pair in plan.skipped:
             console.print(f"skipped  {pair.email}: {into(pair)}: {pair.code}: {pair.error}")
         console.print(record.headline, "bold")
-        print_failures(console, [*lists["failed"], *lists["unfinished"]])
+        failures = [*lists["failed"], *lists["unfinished"]]
+        print_failures(console, failures)
         print_report_paths(run)
     if code == EXIT_USAGE and not run.signal:
         stop = stop or next(pair.error for pair in runner.pairs() if pair.code)
@@ -10389,7 +10340,11 @@ def finish_undo(run: RunContext, plan: UndoPlan, runner: UndoRunner, code: int) 
         if stranded(pair):
             console.error(f"{pair.email}: {stranded(pair)}")
     log.info("exit code %d", code)
-    suggest_after_undo(run, lists, code)
+    if code or left or not counts.get("undone", 0) > before:
+        suggest_after_run(run, failures, code)
+    else:
+        words = "check the contacts in DevRev; before the next merge, export again"
+        console.suggest(words, command_line("--export", f"contacts_{run.run_id}.csv"))
     return code
 
 
@@ -10398,40 +10353,23 @@ def undo_lists(plan: UndoPlan, runner: UndoRunner, preview: bool) -> dict[str, l
     pairs = plan.pairs()
     ended = [pair for pair in pairs if pair.ids in runner.runner.outcomes]
     if preview:
-        lists = {
+        return {
             "to_undo": [pair for pair in ended if not pair.code],
             "refused": [pair for pair in ended if pair.code],
+            "skipped": plan.skipped,
         }
-    else:
-        undone = [pair for pair in pairs if pair.state is State.UNDONE]
-        lists = {
-            # Those of a run that was killed may be in no report.
-            "undone": [*plan.undone, *undone],
-            "unfinished": [pair for pair in pairs if pair.state is State.UNDOING],
-            "failed": [pair for pair in ended if pair.state not in UNDO_STATES],
-        }
-    return {**lists, "skipped": plan.skipped}
+    undone = [pair for pair in pairs if pair.state is State.UNDONE]
+    return {
+        "undone": [*plan.undone, *undone],  # those of a run that was killed may be in no report
+        "unfinished": [pair for pair in pairs if pair.state is State.UNDOING],
+        "failed": [pair for pair in ended if pair.state not in UNDO_STATES],
+        "skipped": plan.skipped,
+    }
 
 
-def suggest_after_undo(run: RunContext, lists: Mapping[str, Sequence[Pair]], code: int) -> None:
-    summary = run.record.summary or {}
-    if run.options.preview:
-        if code == EXIT_OK and summary["to_undo"]:
-            undo = run.retyped(without=("--preview", "--json"))
-            run.console.suggest("undo it", undo)
-        return
-    is_open = bool(lists["failed"] or lists["unfinished"])
-    if is_open and not run.signal:
-        run.console.suggest("fix what is named above, then run the same command again")
-    elif is_open or summary["left"]:
-        run.console.suggest("run the same command again, without --limit, to undo the rest")
-    elif summary["undone"] > summary["undone_before"]:
-        words = "check the contacts in DevRev; before the next merge, export again"
-        run.console.suggest(words, command_line("--export", f"contacts_{run.run_id}.csv"))
-
-
-def restored_findings(record: RunRecord, lists: Mapping[str, Sequence[Pair]]) -> Findings:
+def restored_findings(run: RunContext, lists: Mapping[str, Sequence[Pair]]) -> Findings:
     """Return what an undo would restore."""
+    record = run.record
     entries = {name: [undo_entry(pair) for pair in pairs] for name, pairs in lists.items()}
     found = Findings(report_head(record), entries)
     objects: set[str] = set()
@@ -10460,6 +10398,8 @@ def restored_findings(record: RunRecord, lists: Mapping[str, Sequence[Pair]]) ->
     if objects:
         found.say(f"{len(objects):,} {UPDATES}")
     found.say(record.headline, "bold")
+    if lists["to_undo"]:
+        found.steps.append(("undo it", run.retyped(without=("--preview", "--json"))))
     return found
 
 
@@ -10525,8 +10465,8 @@ class Check:
         self.checks.append({"check": name, "ok": good, "says": words})
 
     async def token(self) -> str:
-        words = await self.run.identify(self.api)
-        return f"{words} (from {self.run.settings.token_file or 'the environment'})"
+        whose = await self.run.identify(self.api)
+        return f"belongs to {whose} (from {self.run.settings.token_file or 'the environment'})"
 
     async def read(self, name: str) -> str:
         """Send one cheap request of the kind that a backup sends."""
@@ -10552,19 +10492,11 @@ class Check:
         if known:
             earlier += len(known.unfinished())
         self.steps = next_step(run, new, earlier, known)
-        counts = [f"{plural(new, 'pair')} to merge"]
-        if earlier:
-            counts.append(f"{earlier:,} of earlier runs to finish first")
-        if plan.skipped:
-            counts.append(f"{plural(len(plan.skipped), 'group')} skipped")
-        if plan.invalid_rows:
-            counts.append(plural(len(plan.invalid_rows), "invalid row"))
-        if plan.other_refs:
-            counts.append(plan.others_line())
+        words = plan_headline(plan, new, earlier)
         if run.organisation:
             check_organisation(run.organisation, "CSV", plan.pairs())
-            counts.append("of the token's organisation")
-        return ", ".join(counts)
+            words += ", of the token's organisation"
+        return words
 
     async def savepoint(self) -> str:
         if not locks_work(SAVEPOINT):
@@ -10650,34 +10582,22 @@ def status(run: RunContext) -> int:
         organisation = savepoint.meta.get("organisation")
         for record in runs.values():
             organisation = record.organisation or organisation
-        counts = {State(name).value: count for name, count in savepoint.counts().items()}
         facts: Json = {
             "savepoint": str(SAVEPOINT),
             "running": savepoint.is_held(),
             "last_opened": savepoint.holder or None,
             "organisation": organisation,
-            "counts": counts,
+            "counts": {State(name).value: count for name, count in savepoint.counts().items()},
             "last_run": None,
         }
         if runs:
             last = runs[max(runs)]
-            names = (
-                "id",
-                "kind",
-                "csv",
-                "plan_id",
-                "pairs",
-                "start",
-                "end",
-                "exit_code",
-                "stopped",
-            )
-            facts["last_run"] = {
-                name: getattr(last, name) for name in (*names, "headline", "reported")
-            }
-            facts["last_run"]["report"] = str(report_path(last.id, last.kind))
             ended = savepoint.pairs(State.FAILED, *TERMINAL, run=last.id)
-            facts["last_run"]["pairs_ended"] = sum(1 for _ in ended)
+            facts["last_run"] = {
+                **report_head(last)["run"],
+                "report": str(report_path(last.id, last.kind)),
+                "pairs_ended": sum(1 for _ in ended),
+            }
         lists = {
             "unfinished": list(savepoint.pairs(*UNFINISHED, State.UNDOING)),
             "failed": list(savepoint.pairs(State.FAILED)),
@@ -10685,65 +10605,47 @@ def status(run: RunContext) -> int:
         }
     entries = {name: [merge_entry(pair, None) for pair in pairs] for name, pairs in lists.items()}
     found = Findings(facts, entries)
-    describe_status(found, lists)
+    describe_status(found)
+    for name, pairs in lists.items():
+        lines = []
+        for pair in pairs:
+            why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS[pair.state]
+            if pair.state is State.UNDOING and pair.undo:
+                why += f"; --undo {pair.undo.path} finishes it"
+            lines.append(f"{pair.email}: {into(pair)}, last {minute(pair.updated)}: {why}")
+        word = "in progress" if facts["running"] and name == "unfinished" else name
+        for line in first_twenty(lines):
+            found.say(f"{word}  {line}")
     return show_findings(run, found)
 
 
-def describe_status(found: Findings, lists: Mapping[str, Sequence[Pair]]) -> None:
-    """Say in words what `--status` has found."""
+def describe_status(found: Findings) -> None:
+    """Say whether a run is in progress, how far it is, or what the last one came to."""
     facts = found.facts
-    running, last = facts["running"], facts["last_run"]
-    if not (facts["last_opened"] or last):
+    holder, last = facts["last_opened"], facts["last_run"]
+    if not holder:
         found.say(f"{facts['savepoint']}: no run has used this folder yet")
         return
     organisation = facts["organisation"] or "not known yet, no run has merged here"
     found.say(f"{facts['savepoint']}: organisation {organisation}")
-    describe_last_run(found)
+    since = minute(holder["since"])
+    words = f"no run is in progress; the last one began at {since}"
+    if facts["running"]:
+        process = f"process {holder['pid']} on {holder['host']}"
+        words = f"a run is in progress: {process}, since {since}"
+    found.say(words)
+    if last:
+        line = f"last {last['kind']}: {last['headline']}"
+        if last["end"] is None:
+            pairs = plural(last["pairs"] or 0, "pair")
+            line = f"{last['kind']} of {pairs}: {last['pairs_ended']:,} ended"
+            if not facts["running"]:
+                line += "; it was killed, and the next run writes its report"
+        found.say(line)
     for name, count in facts["counts"].items():
         found.say(f"{count:>7,} {STATE_WORDS[State(name)]}")
     total = sum(facts["counts"].values())
     found.say(f"{total:>7,} {'pair' if total == 1 else 'pairs'} in all")
-    for title, pairs in lists.items():
-        word = "in progress" if running and title == "unfinished" else title
-        for pair in pairs[:20]:
-            why = STATE_WORDS[pair.state]
-            if pair.code:
-                why = f"{pair.code}: {pair.error}"
-            if pair.state is State.UNDOING and pair.undo and not running:
-                why += f"; {command_line('--undo', pair.undo.path)} finishes it"
-            found.say(f"{word}  {pair.email}: {into(pair)}, last {minute(pair.updated)}: {why}")
-        if len(pairs) > 20:
-            found.say(f"{title}  and {len(pairs) - 20:,} more (--status --json has them all)")
-    unfinished = any(pair.state in UNFINISHED for pair in lists["unfinished"])
-    if last and last["csv"] and not running and unfinished:
-        files = [file["path"] for file in last["csv"]]
-        words = "finish these pairs, with the options of the last run"
-        found.steps.append((words, command_line("--csv", *files)))
-
-
-def describe_last_run(found: Findings) -> None:
-    """Say whether a run is in progress, how far it is, or what the last one came to."""
-    running, last = found.facts["running"], found.facts["last_run"]
-    holder = found.facts["last_opened"]
-    if holder:
-        since = minute(holder["since"])
-        words = f"no run is in progress; the last one began at {since}"
-        if running:
-            process = f"process {holder['pid']} on {holder['host']}"
-            words = f"a run is in progress: {process}, since {since}"
-        found.say(words)
-    if not last:
-        return
-    if running and last["end"] is None:
-        line = (
-            f"{last['kind']} of {plural(last['pairs'] or 0, 'pair')}: {last['pairs_ended']:,} ended"
-        )
-        found.say(line)
-    elif not running:
-        how = last["headline"]
-        if last["end"] is None:
-            how = "was killed; the next run writes its report"
-        found.say(f"last {last['kind']}: {how}")
 
 
 def verify_backups(run: RunContext) -> int:
@@ -10752,66 +10654,52 @@ def verify_backups(run: RunContext) -> int:
     Returns the exit code: 1 where one is damaged or missing.
     """
     root = run.options.verify_backups
+    fix = "name the folder that holds the backups"
     if not root.is_dir():
-        why = "does not exist: no run has made a backup in it yet"
-        if root.exists():
-            why = "is not a folder"
-        fix = "name the folder that holds the backups"
+        why = "is not a folder" if root.exists() else "does not exist: no run has made a backup yet"
         raise FatalError(EXIT_USAGE, f"{root} {why}; {fix}")
-    facts: Json = {"folder": str(root), "complete": 0, "damaged": [], "missing": [], "partial": []}
-
-    def unreadable(error: OSError) -> None:
-        facts["damaged"].append(str(error))
-
-    for name, folders, files in os.walk(str(root), onerror=unreadable):
+    damaged: list[str] = []
+    partial: list[str] = []
+    complete = 0
+    for name, folders, files in os.walk(
+        str(root), onerror=lambda error: damaged.append(str(error))
+    ):
         folders.sort()
         folder = Path(name)
         if folder.name.startswith(INCOMPLETE_BACKUP):
-            facts["partial"].append(name)
+            partial.append(name)
             folders.clear()
         elif re.fullmatch(r"\d{8}_\d{6}", folder.name) or "manifest.json" in files:
-            run.console.status(f"{facts['complete'] + len(facts['damaged'])} backups read ...")
+            run.console.status(f"{complete + len(damaged):,} backups read ...")
             folders.clear()
             try:
                 verify_backup(folder)
-                facts["complete"] += 1
+                complete += 1
             except PairError as error:
-                facts["damaged"].append(str(error))
+                damaged.append(str(error))
     run.console.status("")
-    if root == BACKUPS:
-        facts["missing"] = missing_backups(run)
-    elif not (facts["complete"] or facts["damaged"] or facts["partial"]):
-        fix = "name the folder that holds the backups"
+    missing: list[str] = []
+    if root == BACKUPS and SAVEPOINT.exists():
+        with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
+            backups = {pair.backup for pair in savepoint.pairs(*State) if pair.backup}
+        missing = sorted(backup for backup in backups if not Path(backup).is_dir())
+    if root != BACKUPS and not (complete or damaged or partial):
         raise FatalError(EXIT_USAGE, f"{root} holds no backup; {fix}")
-    return show_findings(run, describe_backups(facts))
-
-
-def missing_backups(run: RunContext) -> list[str]:
-    """Return the folders of backups that the savepoint names and that do not exist."""
-    if not (SAVEPOINT.exists() and SAVEPOINT.stat().st_size):
-        return []
-    with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
-        backups = {pair.backup for pair in savepoint.pairs(*State) if pair.backup}
-    return sorted(backup for backup in backups if not Path(backup).is_dir())
-
-
-def describe_backups(facts: Json) -> Findings:
-    found = Findings(facts)
-    damaged, missing = facts["damaged"], facts["missing"]
-    for one in damaged:
-        found.say(f"DAMAGED  {one}", "bad")
-    for one in missing:
-        found.say(f"MISSING  {one}", "bad")
-    for one in facts["partial"]:
-        found.say(f"partial  {one}: left by a run that was killed; may be deleted")
+    kinds = {"damaged": damaged, "missing": missing, "partial": partial}
+    found = Findings({"folder": str(root), "complete": complete, **kinds})
+    for kind, names in kinds.items():
+        for one in names:
+            found.say(f"{kind}  {one}", "" if kind == "partial" else "bad")
+    if partial:
+        found.say("A partial backup is left by a run that was killed. It may be deleted.")
     if damaged or missing:
         found.code = EXIT_FAILED
         words = "These merges can't be undone completely."
         found.say(f"{words} Restore the folders from a copy, then verify again.")
-    complete = plural(facts["complete"], "complete backup")
-    counts = f"{complete}, {len(damaged)} damaged, {len(missing)} missing"
-    found.say(counts, "bad" if found.code else "good")
-    return found
+    counts = f"{len(damaged):,} damaged, {len(missing):,} missing"
+    style = "bad" if found.code else "good"
+    found.say(f"{plural(complete, 'complete backup')}, {counts}", style)
+    return show_findings(run, found)
 
 
 # -- main --------------------------------------------------------------------------------------------

@@ -158,64 +158,6 @@ def test_every_json_document_has_a_schema_number(place: Workplace) -> None:
 
 # ----- options -------------------------------------------------------------------------------------
 
-TWICE = ["--limit 1 --limit 2", "--workers 8 --workers 9", "--plan a --plan b", "--count-policy exact --count-policy exact",
-         "--primary revu --primary user", "--merge-timeout 120 --merge-timeout 5", "--choices a --choices b"]  # fmt: skip
-
-
-@pytest.mark.parametrize("options", TWICE)
-def test_an_option_with_one_value_is_not_given_twice(
-    place: Workplace, options: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        tool.parse_options(["--csv", "contacts.csv", *options.split()])
-    assert (
-        ended.value.code == 2 and f"{options.split()[0]} is given twice" in capsys.readouterr().err
-    )
-
-
-def test_options_that_take_several_values_may_be_repeated() -> None:
-    options = tool.parse_options(
-        [
-            "--csv",
-            "a.csv",
-            "b.csv.gz",
-            "--csv",
-            "c.csv",
-            "--email",
-            "x@example.com",
-            "--email",
-            "y@example.com",
-        ]
-    )
-    assert options.csv == [Path("a.csv"), Path("b.csv.gz"), Path("c.csv")]
-    assert (
-        options.email == ["x@example.com", "y@example.com"]
-        and options.mode == "merge"
-        and options.primary == "revu"
-    )
-    options = tool.parse_options(
-        ["--settle", "a@example.com", "b@example.com", "--settle", "c@example.com"]
-    )
-    assert (
-        options.settle == ["a@example.com", "b@example.com", "c@example.com"]
-        and options.mode == "settle"
-    )
-    options = tool.parse_options(["--undo", "backups/x", "--preview"])
-    assert options.mode == "undo" and options.preview
-
-
-def test_help_is_two_screens_of_80_columns_and_names_every_exit_code() -> None:
-    environment = {**os.environ, "COLUMNS": "80"}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--help"], env=environment, stdout=subprocess.PIPE, check=True
-    )
-    lines = done.stdout.decode("ascii").splitlines()
-    assert len(lines) <= 80 and max(map(len, lines)) < 80
-    for code in tool.EXIT_CODES:
-        assert any(re.match(rf"  {code} +\w", line) for line in lines), code
-    assert any("Times in file names are UTC" in line for line in lines)
-
-
 def test_a_mistyped_address_gets_its_near_match(place: Workplace) -> None:
     organisation, _ = organisation_of_pairs(3)
     place.export(organisation)
@@ -574,45 +516,6 @@ def test_nothing_is_rewritten_on_a_dumb_terminal(place: Workplace) -> None:
 # ----- cron, other folders, clocks -----------------------------------------------------------------
 
 
-def test_a_savepoint_beside_the_script_is_named_where_the_current_folder_has_none(
-    place: Workplace,
-) -> None:
-    place.export(organisation_of_pairs(1)[0])
-    script = place.folder / "tool" / SCRIPT.name
-    script.parent.mkdir()
-    shutil.copy(str(SCRIPT), str(script))
-    (script.parent / "savepoint.db").touch()
-    for options in (["--csv", "contacts.csv", "--preview"], ["--status"]):
-        done = subprocess.run(
-            [sys.executable, str(script), *options], cwd=str(place.folder), env=place.environment(None, {}),
-            capture_output=True, encoding="utf-8", check=True,
-        )  # fmt: skip
-        assert (
-            f"one is beside the script: to use that history, run in {script.parent}" in done.stderr
-        )
-
-
-def test_a_savepoint_without_pairs_does_not_hide_the_one_beside_the_script(
-    place: Workplace,
-) -> None:
-    place.export(organisation_of_pairs(1)[0])
-    script = place.folder / "tool" / SCRIPT.name
-    script.parent.mkdir()
-    shutil.copy(str(SCRIPT), str(script))
-    (script.parent / "savepoint.db").touch()
-    with Sandbox(organisation_of_pairs(1)[0]) as sandbox:
-        for options in (["--csv", "no file.csv"], ["--csv", "contacts.csv", "--preview"]):
-            done = subprocess.run(
-                [sys.executable, str(script), *options], cwd=str(place.folder), env=place.environment(sandbox, {}),
-                capture_output=True, encoding="utf-8",
-            )  # fmt: skip
-            assert (
-                f"one is beside the script: to use that history, run in {script.parent}"
-                in done.stderr
-            )
-    assert (place.folder / "savepoint.db").exists()
-
-
 def test_names_of_files_are_in_utc(place: Workplace) -> None:
     organisation, _ = organisation_of_pairs(1)
     place.export(organisation)
@@ -686,15 +589,6 @@ def test_the_forecast_near_the_end_of_a_window_is_the_rest_of_that_window(place:
     """The backups have used the window up; what is left fits into the next one."""
     window = dict(requests=68, room=0, wait=3.0, limit=200, window=60.0)
     assert tool.seconds_in_windows(**window) == 3.0
-
-
-def test_status_knows_how_many_pairs_a_run_has_and_how_many_have_ended(place: Workplace) -> None:
-    organisation, _ = organisation_of_pairs(3)
-    place.export(organisation)
-    with Sandbox(organisation) as sandbox:
-        place.run(sandbox, check=0)
-    last = json.loads(place.run(None, "--status", "--json", check=0).out)["last_run"]
-    assert (last["pairs"], last["pairs_ended"], last["exit_code"]) == (3, 3, 0)
 
 
 # ----- what a new user reads -----------------------------------------------------------------------
@@ -773,23 +667,6 @@ def test_what_fails_names_the_next_step(place: Workplace, case: str) -> None:
     ]
     assert error.startswith("error: ") and says in error and hint.startswith(step)
     assert command in " ".join(more) and bool(more) is bool(command)
-
-
-@posix
-def test_a_canary_says_in_the_question_that_earlier_pairs_come_first(place: Workplace) -> None:
-    organisation, pairs = organisation_of_pairs(2)
-    place.export(organisation)
-    never = Fault("merge-never", match=lambda body: body["secondary_user"] == pairs[0][1])
-    with Sandbox(organisation, faults=[never]) as sandbox:
-        place.run(sandbox, "--limit", "1", "--merge-timeout", "1", check=1)
-        terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--limit", "1", columns=200)
-        question = terminal.read_until("Type merge")
-        assert (
-            "first         finish 1 pair of earlier runs, in addition to --limit and --email: "
-            in question
-        )
-        terminal.type("no\n")
-        assert terminal.end() == 2
 
 
 def test_after_a_declined_question_the_organisation_is_known(place: Workplace) -> None:
