@@ -9938,7 +9938,7 @@ class Progress:
         elif not pair.code:
             moved = f", now {pair.new_ref}" if pair.new_ref else ""
             line = f"merged  {what}{moved}"
-        elif pair.state is State.SKIPPED:
+        elif pair.state is State.SKIPPED and pair.code in SKIP_REASONS:
             line = f"skipped  {why}"
         else:
             style = "bad"

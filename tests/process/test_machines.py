@@ -158,6 +158,7 @@ def test_every_json_document_has_a_schema_number(place: Workplace) -> None:
 
 # ----- options -------------------------------------------------------------------------------------
 
+
 def test_a_mistyped_address_gets_its_near_match(place: Workplace) -> None:
     organisation, _ = organisation_of_pairs(3)
     place.export(organisation)
