@@ -304,10 +304,9 @@ def test_a_slow_merge_is_named_in_place_of_a_forecast() -> None:
 
 
 def test_an_interrupted_run_tells_the_unfinished_from_what_was_not_started(scene: Scene) -> None:
-    pairs = scene.pairs(5)
-    never = [pairs[2][1], pairs[3][1]]
+    scene.pairs(5)
     scene.merge("--email", ADA)
-    scene.fault("merge-never", "rev-users.merge", match=lambda b: b["secondary_user"] in never)
+    scene.fault("merge-never", "rev-users.merge", skip=1)
     scene.at(20.0, scene.ctrl_c)
     run = scene.merge("--limit", "3", "--merge-timeout", "60")
     words = "1 of 4 pairs finished, 2 unfinished, 1 remaining, 1 merged before"
@@ -356,7 +355,7 @@ def test_the_preview_names_everything_and_makes_no_request(scene: Scene) -> None
     scene.merge("--limit", "2")
     lines = scene.run("--csv", "contacts.csv", "--preview").out.splitlines()
     assert lines[-1] == "1 pair to merge, 2 groups skipped"
-    assert "2 pairs of this export were merged by an earlier run" in lines
+    assert "2 pairs merged by earlier runs" in lines
 
 
 @pytest.mark.parametrize("readable", [True, False])
