@@ -16,9 +16,10 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 import pytest
 
 import merge_contacts as tool
+from tests.fake.api import SHAPES
 from tests.fake.organisation import ALL_WORK_KINDS, OTHER_WORK_KINDS
 from tests.fake.world import World
-from tests.sandbox import SHAPES, Fault, Organisation, Sandbox
+from tests.sandbox import Fault, Organisation, Sandbox
 from tests.support import ROOT, SAMPLE, Workplace, the_rest_is_slow
 
 jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
