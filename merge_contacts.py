@@ -1616,6 +1616,7 @@ class Pair:
     error: str = ""
     backup: str = ""
     backed_up: Json = field(default_factory=dict)  # what the backup holds, by kind
+    manifest_sha256: str = ""  # of the backup; "" where 3.0.0 made it
     requested_at: float = 0.0  # the last request
     first_requested_at: float = 0.0
     withdrawn_at: float = 0.0  # `requested_at` of a request that is known not to have been sent
@@ -1689,7 +1690,7 @@ class Pair:
         """Whether the live check has found it merged, by a run in another folder."""
         return self.state is State.SKIPPED and self.code == "already_merged"
 
-    def begin_request(self, now: float, backup: str, backed_up: Json) -> None:
+    def begin_request(self, now: float) -> None:
         """Note that the merge is requested, which is saved before the request is sent.
 
         A request that waits for quota may begin several times.
@@ -1700,8 +1701,6 @@ class Pair:
         self.move_to(State.REQUESTED)
         self.before_request = before
         self.rejected = False
-        self.backup = backup
-        self.backed_up = backed_up
         self.requested_at = now
         self.first_requested_at = self.first_requested_at or now
 
@@ -1722,6 +1721,7 @@ REQUEST_FIELDS = (
     "rejected",
     "backup",
     "backed_up",
+    "manifest_sha256",
     "requested_at",
     "first_requested_at",
     "fields_to_carry",
@@ -3972,9 +3972,11 @@ LARGEST_FILE = 256 << 20  # bytes, of a backup
 class Backup:
     """A backup as it is on the disk."""
 
+    folder: Path
     manifest: Json
     sha256: str  # of manifest.json
     files: dict[str, Any] = field(default_factory=dict)  # by their name in the manifest, parsed
+    holdings: Json = field(default_factory=dict)  # how much it holds, by kind
 
     def entry(self, contact: str) -> Json:
         """Return what the manifest says of the contact of this id. Raises LookupError, TypeError."""
@@ -3986,6 +3988,22 @@ class Backup:
     def file(self, entry: Json, name: str) -> Any:
         """Return a file of one contact, `entry` being the manifest's of it."""
         return self.files[f"{entry['folder']}/{name}"]
+
+    def count(self) -> None:
+        """Count what it holds; what two contacts share counts once."""
+        found: dict[str, Json] = {name: {} for name in CONTACT_FILES[1:]}
+        for path, content in self.files.items():
+            name = path.rpartition("/")[2]
+            if name == "timelines.json":
+                found[name].update(content)
+            elif name in found:
+                found[name].update(by_id(content))
+        works, conversations, timelines = found.values()
+        self.holdings = {
+            "works": len(works),
+            "conversations": len(conversations),
+            "timeline_entries": sum(map(len, timelines.values())),
+        }
 
 
 def backup_bytes(path: Path) -> bytes:
@@ -4001,7 +4019,7 @@ def read_manifest(folder: str) -> Backup:
     """Return a backup without its files. Raises PairError(backup_failed) where it can't be read."""
     try:
         content = backup_bytes(Path(folder) / "manifest.json")
-        return Backup(json.loads(content), hashlib.sha256(content).hexdigest())
+        return Backup(Path(folder), json.loads(content), hashlib.sha256(content).hexdigest())
     except (OSError, ValueError, RecursionError) as error:
         words = f"{folder}: manifest.json can't be read ({type(error).__name__})"
         raise PairError("backup_failed", words) from None
@@ -4029,6 +4047,7 @@ def verify_backup(folder: Path) -> Backup:
         if not problems:
             for entry in backup.manifest["contacts"]:
                 problems += contact_problems(backup, entry)
+            backup.count()
     except ODD_ANSWER as error:
         problems = [f"manifest.json is not a manifest: {type(error).__name__} {error}"]
     if problems:
@@ -4809,7 +4828,7 @@ class Preconditions:
         self.context = context
         self.group = group
         self.folder = ""  # of the backup, once the integrity check has passed
-        self.counts: Json = {}  # of what the backup holds
+        self.backup: Backup | None = None  # the last one
         self.live: dict[str, Json] = {}  # rev users by id
         self._checked: Timestamp | None = None
         self._listed: Timestamp | None = None
@@ -4882,21 +4901,17 @@ class Preconditions:
         folder = await environment.run_in_thread(
             write_backup, environment, home, facts, snapshots, timelines
         )
-        works: set[str] = set()
-        for snapshot in snapshots:
-            works.update(snapshot.works())
-        self.counts = {
-            "works": len(works),
-            "conversations": len(objects) - len(works),
-            "timeline_entries": sum(map(len, timelines.values())),
-        }
-        words = [f"{count} {name.replace('_', ' ')}" for name, count in self.counts.items()]
-        log.info("%s: backed up in %s: %s", email, folder, ", ".join(words))
         for pair in self.group.pairs:
             if pair.state is State.PLANNED:
                 pair.backup = str(folder)
-                pair.backed_up = self.counts
-        await environment.run_in_thread(self._check_backup, folder)
+        backup = await environment.run_in_thread(verify_backup, folder)
+        self.backup = replace(backup, files={})  # memory does not grow with what is done
+        words = [f"{count} {name.replace('_', ' ')}" for name, count in backup.holdings.items()]
+        log.info("%s: backed up in %s: %s", email, folder, ", ".join(words))
+        for pair in self.group.pairs:
+            if pair.state is State.PLANNED:
+                self.note_backup(pair)
+        self._check_counts(backup)
         log.info("%s: the integrity check of %s has passed", email, folder)
         self.folder = str(folder)
         self._listed = since
@@ -4945,9 +4960,16 @@ class Preconditions:
 
         await together(*(read() for _ in range(min(self.AHEAD, len(wanted)))))
 
-    def _check_backup(self, folder: Path) -> None:
-        """Raise PairError where the backup is, on the disk, not complete or does not hold what the CSV counts."""
-        for entry in verify_backup(folder).manifest["contacts"]:
+    def note_backup(self, pair: Pair) -> None:
+        """Note in a pair which backup its merge rests on."""
+        assert self.backup
+        pair.backup = str(self.backup.folder)
+        pair.backed_up = self.backup.holdings
+        pair.manifest_sha256 = self.backup.sha256
+
+    def _check_counts(self, backup: Backup) -> None:
+        """Raise PairError where the backup does not hold what the CSV counts."""
+        for entry in backup.manifest["contacts"]:
             policy = self.context.options.count_policy
             if entry["role"] == "primary" and self.group.has_absorbed():
                 policy = "at-least"
@@ -5582,7 +5604,8 @@ class PairMerge:
             preconditions.require_fresh()
             context.raise_if_draining()
             now = context.environment.now().wall
-            pair.begin_request(now, preconditions.folder, preconditions.counts)
+            pair.begin_request(now)
+            preconditions.note_backup(pair)
             if context.options.carry_fields:
                 duplicate = preconditions.live[pair.duplicate.id]
                 pair.fields_to_carry = fields_to_carry({}, duplicate)
@@ -6361,6 +6384,8 @@ class UndoPlan:
     undone: list[Pair] = field(default_factory=list)  # by an earlier undo
     skipped: list[Pair] = field(default_factory=list)  # with code and error
     older: list[Path] = field(default_factory=list)  # backups of the same email, left alone
+    # Of each backup that a report names, the SHA-256 of its manifest, as far as reports have it.
+    hashes: dict[str, set[str]] = field(default_factory=dict)
     left: int = 0  # pairs that --limit leaves
 
     def pairs(self) -> list[Pair]:
@@ -6377,7 +6402,7 @@ def plan_undo(
     FatalError(2).
     """
     located, older = locate_undo(path, savepoint)
-    plan = UndoPlan(located, older=older)
+    plan = UndoPlan(located, older=older, hashes=hashes_in_reports())
     groups: dict[str, Group] = {}
     seen: set[str] = set()
     for named in merges_named(located):
@@ -6391,6 +6416,10 @@ def plan_undo(
             pair = named
         if not Path(pair.backup).is_dir():
             pair.backup = named.backup
+        if not located.is_dir():
+            plan.hashes.setdefault(named.backup, set())
+        if not pair.manifest_sha256:
+            pair.manifest_sha256 = max(plan.hashes.get(pair.backup, ()), default="")
         again = merged_again(pair, savepoint)
         if again:
             pair.code = "merged_again"
@@ -6443,6 +6472,19 @@ def order_undo(plan: UndoPlan, groups: Mapping[str, Group], room: int) -> None:
         # The application's reference comes before anything else.
         group.pairs.sort(key=lambda pair: not pair.new_ref)
         plan.groups.append(group)
+
+
+def hashes_in_reports() -> dict[str, set[str]]:
+    """Return the backups that the merge reports of this folder name, with what is known of each."""
+    found: dict[str, set[str]] = {}
+    for path in REPORTS.glob("merge_report_*.json"):
+        with contextlib.suppress(OSError, *ODD_ANSWER):
+            for entries in json.loads(path.read_bytes()).values():
+                for entry in entries if isinstance(entries, list) else ():
+                    if entry.get("backup"):
+                        hashes = found.setdefault(entry["backup"], set())
+                        hashes.update(filter(None, [entry.get("manifest_sha256")]))
+    return found
 
 
 def locate_undo(path: Path, savepoint: SavePoint) -> tuple[Path, list[Path]]:
@@ -6549,8 +6591,14 @@ def merge_of_entry(entry: Json) -> Pair:
                 raise TypeError("another shape")
         contacts.append(contact)
     primary, duplicate = contacts
-    state = State(entry["state"])
-    return Pair(primary, duplicate, entry["new_external_ref"], state, backup=entry["backup"] or "")
+    return Pair(
+        primary,
+        duplicate,
+        entry["new_external_ref"],
+        State(entry["state"]),
+        backup=entry["backup"] or "",
+        manifest_sha256=entry.get("manifest_sha256") or "",
+    )
 
 
 def current_ids(contact: str, savepoint: SavePoint) -> list[str]:
@@ -6684,29 +6732,54 @@ class UndoGroup:
                     self.old_refs[pair.duplicate.id] = str(user.get("external_ref"))
 
 
-def read_backups(pairs: Sequence[Pair], siblings: Sequence[Pair]) -> UndoGroup:
+def read_backups(
+    pairs: Sequence[Pair], siblings: Sequence[Pair], hashes: Mapping[str, set[str]]
+) -> UndoGroup:
     """Read and check the backups of the pairs to undo, and of all other pairs of the primary.
 
-    Raises PairError(backup_failed). The backups of siblings that were undone may be missing.
+    `hashes` are what reports say of them. The backups of siblings that were undone may be missing.
+    Raises PairError: backup_failed, backup_changed, backup_unknown.
     """
-    needed = {pair.backup for pair in pairs}
-    for pair in siblings:
-        if pair.state in (*MERGED_STATES, State.UNDOING):
-            needed.add(pair.backup)
     backups: dict[str, Backup] = {}
-    for folder in sorted({pair.backup for pair in (*pairs, *siblings)}):
+    for pair in (*pairs, *siblings):
         try:
-            backups[folder] = verify_backup(Path(folder))
+            backup = backups.get(pair.backup) or verify_backup(Path(pair.backup))
+            check_backup(backup, pair, hashes)
+            backups[pair.backup] = backup
         except PairError:
-            if folder in needed:
+            if pair in pairs or pair.state in (*MERGED_STATES, State.UNDOING):
                 raise
     found = UndoGroup(pairs, siblings)
     for folder in sorted(backups, key=lambda folder: str(backups[folder].manifest["created"])):
         found.add_backup(folder, backups[folder])
-    for pair in pairs:
-        if pair.duplicate.id not in found.contacts or pair.duplicate.id not in found.old_refs:
-            raise PairError("backup_failed", f"the backup {pair.backup} does not hold {into(pair)}")
     return found
+
+
+def check_backup(backup: Backup, pair: Pair, hashes: Mapping[str, set[str]]) -> None:
+    """Check that a backup is the one that a merge rests on: it may have been changed, or made up.
+
+    Raises PairError: backup_failed, backup_changed, backup_unknown.
+    """
+    if BACKUPS not in backup.folder.parents or not (pair.run or pair.backup in hashes):
+        words = f"{pair.backup}: no report and no row of the savepoint names this backup"
+        raise PairError("backup_unknown", words)
+    known = {pair.manifest_sha256, *hashes.get(pair.backup, ())} - {""}
+    odd = []
+    if known - {backup.sha256}:
+        odd.append("the SHA-256 of its manifest")
+    with reading_backup(pair.backup):
+        for contact in (pair.primary, pair.duplicate):
+            user = backup.file(backup.entry(contact.id), "contact.json")
+            if email_of(user) != contact.key:
+                odd.append(f"the email of {contact.short_id}")
+            moves = contact is pair.duplicate or pair.new_ref
+            if moves and str(user.get("external_ref")).strip() != contact.external_ref.strip():
+                odd.append(f"the reference of {contact.short_id}")
+    if not known and pair.backed_up and pair.backed_up != backup.holdings:
+        odd.append("how much it holds")
+    if odd:
+        words = f"{pair.backup} is not as the merge has made it: {', '.join(odd)}"
+        raise PairError("backup_changed", words)
 
 
 def plan_restore(
@@ -6774,7 +6847,7 @@ def plan_fields(pair: Pair, live: Json) -> tuple[Json, list[Json]]:
 
 
 async def check_group_to_undo(
-    context: GroupContext, group: Group, writable_kinds: set[str]
+    context: GroupContext, group: Group, plan: UndoPlan, writable_kinds: set[str]
 ) -> UndoGroup:
     """Find a group as its merges have left it, or as an undo that was not finished has.
 
@@ -6788,7 +6861,7 @@ async def check_group_to_undo(
     siblings: list[Pair] = []
     for one in ids:
         siblings += [row for row in savepoint.pairs(primary_id=one) if row.ids not in mine]
-    found = await context.environment.run_in_thread(read_backups, pairs, siblings)
+    found = await context.environment.run_in_thread(read_backups, pairs, siblings, plan.hashes)
     found.primary_id = ids[-1]
     found.is_recreated = len(ids) > 1
     found.aliases = dict.fromkeys(ids[:-1], ids[-1])
@@ -7412,15 +7485,15 @@ class UndoRunner:
     async def _work(self, plan: UndoPlan) -> None:
         for group in plan.groups:
             self.runner.raise_if_draining()
-            task = self.runner.start(self._undo_group(group, plan.path), group.pairs)
+            task = self.runner.start(self._undo_group(group, plan), group.pairs)
             await self.context.cancel_token.wait(asyncio.wait({task}))
 
-    async def _undo_group(self, group: Group, path: Path) -> None:
+    async def _undo_group(self, group: Group, plan: UndoPlan) -> None:
         """Undo the pairs one after the other, once the whole group is as its merges have left it.
 
         What keeps a pair from its end is recorded with it; what stops the run passes through.
         """
-        check = check_group_to_undo(self.context, group, self.writable_kinds)
+        check = check_group_to_undo(self.context, group, plan, self.writable_kinds)
         checked = await self._attempt(group, check)
         for pair in group.pairs:
             was_forbidden = bool(pair.undo and pair.undo.forbidden)
@@ -7428,7 +7501,7 @@ class UndoRunner:
             if isinstance(checked, PairError):
                 problem = checked
             else:
-                work = PairUndo(self.context, checked, pair, path).run()
+                work = PairUndo(self.context, checked, pair, plan.path).run()
                 problem = await self._attempt(group, work)
             words = stranded(pair)
             if problem and words:
@@ -7481,6 +7554,10 @@ def undo_entry(pair: Pair) -> Json:
     left: list[Json] = []
     restored: list[Json] = []
     lost: list[Json] = []
+    created: Json = {}
+    contact: Json | None = None
+    if undo and undo.contact:
+        contact = {"id": undo.contact, "display_id": undo.display_id}
     with contextlib.suppress(PairError, *ODD_ANSWER):
         mine = read_manifest(pair.backup).entry(pair.duplicate.id)
         user = backed_up_contact(pair.backup, pair.duplicate.id)
@@ -7490,18 +7567,23 @@ def undo_entry(pair: Pair) -> Json:
             for item in transferred_objects(mine):
                 if (item["id"], item["role"]) not in others:
                     restored.append(item)
-        lost = lost_in_undo(mine, user, undo.left_out if undo else {})
-    contact = None
-    if undo and undo.contact:
-        contact = {"id": undo.contact, "display_id": undo.display_id}
+        left_out = undo.left_out if undo else {}
+        lost = lost_in_undo(mine, user, left_out)
+        created = creation_fields(user)
+        if contact:
+            contact["external_ref"] = created.get("external_ref")
+            if "external_ref" in left_out:
+                contact["external_ref"] = contact["display_id"]
     return {
         "email": pair.email,
         "primary": contact_entry(pair.primary),
         "duplicate": contact_entry(pair.duplicate),
+        "creates": {name: created.get(name) for name in ("display_name", "email", "external_ref")},
         "contact": contact,
         "state": pair.state.value,
         "status": STATE_WORDS[pair.state],
         "backup": pair.backup,
+        "pinned": bool(pair.manifest_sha256),
         "code": pair.code,
         "error": pair.error,
         "advice": CODES[pair.code].advice if pair.code in CODES else None,
@@ -7688,9 +7770,14 @@ CODES: dict[str, Code] = {
         why="The pair was undone, and deliberately merged again later.",
     ),
     "not_merged": Code("If the merge is unfinished, finish it first."),
+    "backup_changed": Code(
+        "Put the backup back as it was, from a copy, then run the same --undo again. "
+        "Somebody may want you to create another contact."
+    ),
+    "backup_unknown": Code("Undo the report of the run that merged them."),
     "contact_refused": Code(
         "Check DevRev's answer in the message, then run the same --undo again. "
-        "--settle gives up the rest.",
+        "Where each address may be used once, the merge has to stay. --settle gives up the rest.",
         systemic=True,
     ),
     "contact_not_confirmed": Code(
@@ -7783,6 +7870,7 @@ def merge_entry(pair: Pair, planned: Collection[Ids] | None) -> Json:
         "in_csv": None if planned is None else pair.ids in planned,
         "backup": pair.backup or None,
         "backed_up": pair.backed_up,
+        "manifest_sha256": pair.manifest_sha256 or None,
         "proved": pair.proved,
         "fields_lost": pair.fields_lost,
         "seconds": round(pair.seconds, 3),
@@ -10280,8 +10368,9 @@ def undo_facts(plan: UndoPlan) -> dict[str, str]:
             for item in objects_to_transfer(pair.backup, pair.duplicate.id):
                 objects.add(item["id"])
     facts = {"to undo": plural(len(pairs), "merge"), "of": str(plan.path)}
-    merges = [f"{names_of(pair)} <{pair.email}>: {created_again(pair)}" for pair in pairs]
-    facts.update(numbered(some(merges, 3)))
+    merges = [created_again(pair) for pair in pairs]
+    for number, words in enumerate(some(merges, 20), 1):
+        facts[f"  {number}"] = words
     if objects:
         facts["updates"] = f"Up to {len(objects):,} {UPDATES}"
     if plan.older:
@@ -10292,8 +10381,15 @@ def undo_facts(plan: UndoPlan) -> dict[str, str]:
 
 
 def created_again(pair: Pair) -> str:
-    contact = f"{pair.duplicate.short_id}, merged into {pair.primary.short_id},"
-    return f"{contact} is created again with the reference {pair.duplicate.external_ref}."
+    """Say which contact an undo creates, from its backup."""
+    known: Json = {}
+    with contextlib.suppress(PairError):
+        known = creation_fields(backed_up_contact(pair.backup, pair.duplicate.id))
+    name = known.get("display_name") or "no name"
+    who = f"{name} <{known.get('email')}>, reference {known.get('external_ref')}"
+    words = f"{pair.duplicate.short_id}, merged into {pair.primary.short_id}, is created again"
+    pinned = "" if pair.manifest_sha256 else " (version 3.0.0 has not pinned its backup)"
+    return f"{words}: {who}{pinned}"
 
 
 def undo_headline(counts: Json, before: int) -> str:
@@ -10377,7 +10473,7 @@ def restored_findings(run: RunContext, lists: Mapping[str, Sequence[Pair]]) -> F
     for pair, entry in zip(lists["to_undo"], entries["to_undo"]):
         mine = {item["id"] for item in entry["restored"]}
         objects |= mine
-        found.say(f"undo     {pair.email}: {created_again(pair)}")
+        found.say(f"undo     {created_again(pair)}")
         what = "tickets, issues and conversations go"
         if len(mine) == 1:
             what = "ticket, issue or conversation goes"

@@ -890,7 +890,7 @@ def test_what_is_written_to_an_object(now: Any, stays: bool, expected: Any, why:
 @pytest.mark.parametrize(
     "carried, before, live, update, left",
     [
-        ({"description": "d"}, {}, {"description": "d"}, {"description": ""}, []),
+        ({"description": "d"}, {"description": None}, {"description": "d"}, {"description": ""}, []),
         ({"description": "d"}, {"description": ""}, {"description": "new"}, {}, ["description"]),
         ({"description": "d"}, {"description": ""}, {"description": ""}, {}, []),  # removed already, or never carried
         ({"display_name": "Ana"}, {"display_name": "REVU-1"}, {"display_name": "Ana"}, {"display_name": "REVU-1"}, []),
@@ -898,7 +898,7 @@ def test_what_is_written_to_an_object(now: Any, stays: bool, expected: Any, why:
          {"phone_numbers": ["1"]}, []),
         ({"phone_numbers": ["1", "2"]}, {"phone_numbers": ["1"]}, {"phone_numbers": ["3", "2", "1"]},
          {"phone_numbers": ["3", "1"]}, []),
-        ({"phone_numbers": ["2"]}, {}, {"phone_numbers": ["2"]}, {"phone_numbers": []}, []),
+        ({"phone_numbers": ["2"]}, {"phone_numbers": None}, {"phone_numbers": ["2"]}, {"phone_numbers": []}, []),
         ({"phone_numbers": ["2"]}, {}, {"phone_numbers": ["3"]}, {}, []),
         ({"phone_numbers": ["2"]}, {}, {}, {}, []),
         ({}, {}, {"description": "d", "phone_numbers": ["1"]}, {}, []),
