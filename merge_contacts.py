@@ -7626,7 +7626,7 @@ class Code(NamedTuple):
     advice: str
     why: str = ""  # for a code that groups are skipped for: the reason, because they have no error
     systemic: bool = False  # counts among the failures in a row that stop a run
-    settles: bool = False  # an unfinished pair with it can be settled
+    passing: bool = False  # another run ends it: there is nothing that --settle could accept
 
 
 CODES: dict[str, Code] = {
@@ -7635,7 +7635,6 @@ CODES: dict[str, Code] = {
         "Find out which user_ reference the application uses, and name it with --choices.",
         why="Several contacts have a user_ reference. "
         "The CSV can't tell which one the application uses.",
-        settles=True,
     ),
     "no_user_ref": Code(
         "Nothing needs to be done. To merge them, name the reference to keep with --choices.",
@@ -7645,7 +7644,6 @@ CODES: dict[str, Code] = {
         "If it is one person, name the reference to keep with --choices.",
         why="Several people probably share this address. "
         "After a merge each could read the others' conversations.",
-        settles=True,
     ),
     "invalid_row": Code(
         "Correct the rows, which are named with their lines, and run again.",
@@ -7673,101 +7671,83 @@ CODES: dict[str, Code] = {
     "different_rev_org": Code(
         "Check both contacts in DevRev. --across-workspaces merges them all the same.",
         why="The contacts belong to different workspaces.",
-        settles=True,
     ),
     # Refused by the live check or the integrity check: nothing was requested.
     "not_found": Code(
         "Export again, or leave the row out. If the pair is merged, --settle accepts it as it is.",
-        settles=True,
     ),
-    "not_active": Code(
-        "Check the contact in DevRev. If it no longer exists, leave its row out.", settles=True
-    ),
-    "email_changed": Code("Export again.", settles=True),
+    "not_active": Code("Check the contact in DevRev. If it no longer exists, leave its row out."),
+    "email_changed": Code("Export again."),
     "external_ref_changed": Code(
         "Export again. If the pair is merged, --settle accepts the reference that it has now.",
-        settles=True,
     ),
-    "several_external_refs": Code(
-        "Leave its row out, or have DevRev reduce it to one reference.", settles=True
-    ),
-    "unverified": Code("Leave its row out, or try it with --try-unverified.", settles=True),
-    "group_changed": Code("Export again, and choose again.", settles=True),
+    "several_external_refs": Code("Leave its row out, or have DevRev reduce it to one reference."),
+    "unverified": Code("Leave its row out, or try it with --try-unverified."),
+    "group_changed": Code("Export again, and choose again."),
     "count_mismatch": Code(
         "Where DevRev shows fewer tickets than the CSV, the token may not see them all: use one "
         "that does, and don't replace a warehouse's CSV by an export, which counts with the same "
         "token. Where it shows more, export again.",
-        settles=True,
     ),
     "backup_failed": Code(
         "Check the file or ticket that the message names, then run again. "
         "An undo needs the backup as it was written.",
         systemic=True,
-        settles=True,
     ),
     "stale": Code(
         "Raise DEVREV_RATE_LIMIT_CALLS, or ask DevRev for a larger quota.",
         systemic=True,
-        settles=True,
     ),
-    "undo_unfinished": Code("Finish the undo with the command in the message first."),
-    "group_incomplete": Code("Run again."),
-    "interrupted": Code("Run the same command again. It finishes unfinished pairs first."),
+    "undo_unfinished": Code("Finish the undo with the command in the message first.", passing=True),
+    "group_incomplete": Code("Run again.", passing=True),
+    "interrupted": Code(
+        "Run the same command again. It finishes unfinished pairs first.", passing=True
+    ),
     # DevRev's answers.
     "api_error": Code(
         "Run again. If it stays, send the message and the log to DevRev's support.",
         systemic=True,
-        settles=True,
     ),
     "forbidden": Code(
         "Do what the message says (another scope, access to the object, or a new token), "
         "then run again.",
         systemic=True,
-        settles=True,
     ),
     "merge_refused": Code(
         "Check both contacts in DevRev, then run again. --settle cancels the merge.",
         systemic=True,
-        settles=True,
     ),
     "merge_not_confirmed": Code(
         "Run again later: a run first asks DevRev whether the merge is done. "
         "--merge-timeout waits longer; --settle cancels the merge.",
         systemic=True,
-        settles=True,
     ),
-    "plan_changed": Code(
-        "Use the CSV that has the pair, or cancel the merge with --settle.", settles=True
-    ),
+    "plan_changed": Code("Use the CSV that has the pair, or cancel the merge with --settle."),
     "merged_elsewhere": Code("Check the reference that the message names, and export again."),
-    "merged_into_another": Code(
-        "Check both contacts in DevRev. --settle accepts it as it is.", settles=True
-    ),
+    "merged_into_another": Code("Check both contacts in DevRev. --settle accepts it as it is."),
     "after_cancel": Code(
-        "If the contacts are two people, undo the merge with --undo and this report."
+        "If the contacts are two people, undo the merge with --undo and this report.",
+        passing=True,
     ),
     # Merged, and not finished.
     "external_ref_conflict": Code(
         "Export and run again. If it stays, free the reference from the contact that the message "
         "names. Until the primary has it, the application may not recognise this person.",
-        settles=True,
     ),
     "external_ref_not_set": Code(
         "Run again. If it stays, set the reference by hand in DevRev, then use --settle. "
         "Until the primary has it, the application may not recognise this person.",
         systemic=True,
-        settles=True,
     ),
     "left_behind": Code(
         "Run again later, because DevRev may still be moving objects, or move them by hand. "
         "The backup has them. --settle accepts what stays.",
-        settles=True,
     ),
-    "still_listed": Code("Run again later. --settle accepts it as it is.", settles=True),
+    "still_listed": Code("Run again later. --settle accepts it as it is."),
     # Undo.
     "merged_again": Code(
-        "To undo the later merge, use the report that the message names.",
-        why="The pair was undone, and deliberately merged again later.",
+        "Nothing needs to be done. To undo the later merge, use the report that names it.",
+        why="The merge was undone, and deliberately done again later.",
     ),
     "not_merged": Code("If the merge is unfinished, finish it first."),
     "backup_changed": Code(
@@ -7824,10 +7804,12 @@ def contact_entry(contact: Contact, reference: str = "old_external_ref") -> Json
     }
 
 
-def has_its_reference(pair: Pair) -> bool:
-    """Whether the primary has the reference that the merge was to give it."""
+def reference_is_set(pair: Pair) -> bool | None:
+    """Whether the primary has the reference that the merge gives it; None where none moves."""
+    if not pair.new_ref:
+        return None
     is_past_it = pair.state in (State.VERIFYING, State.DONE, State.SETTLED)
-    return bool(pair.new_ref) and is_past_it and not pair.reference_not_set
+    return is_past_it and not pair.reference_not_set
 
 
 def progress_of(pair: Pair) -> Json:
@@ -7855,16 +7837,15 @@ def advice_for(pair: Pair, code: str) -> str | None:
 def merge_entry(pair: Pair, planned: Collection[Ids] | None) -> Json:
     """Return a pair as the report's lists have it.
 
-    `in_csv` says whether it is among `planned`, the pairs of the CSV, and `reference_set` whether
-    the primary has the reference that it was to get; they are null where that is not known, or
-    where no reference moves.
+    `in_csv` says whether it is among `planned`, the pairs of the CSV; it is null where these are
+    not known.
     """
     entry: Json = {
         "email": pair.email,
         "primary": contact_entry(pair.primary),
         "duplicate": contact_entry(pair.duplicate),
         "new_external_ref": None if pair.reference_not_set else pair.new_ref,
-        "reference_set": has_its_reference(pair) if pair.new_ref else None,
+        "reference_set": reference_is_set(pair),
         "state": pair.state.value,
         "status": STATE_WORDS[pair.state],
         "in_csv": None if planned is None else pair.ids in planned,
@@ -7904,7 +7885,7 @@ def settle_error(pair: Pair) -> str:
     is_merged = pair.state in (State.MERGED, State.VERIFYING)
     if (
         pair.code in CODES
-        and CODES[pair.code].settles
+        and not CODES[pair.code].passing
         and not (is_merged and pair.code == "api_error")
     ):
         return ""
@@ -8008,46 +7989,46 @@ def check_not_restored(savepoint: SavePoint) -> None:
 
 
 BESIDE_PAIRS = ("choices", "skipped", "look_alikes", "warnings", "invalid_rows")
+MOST_INVALID_ROWS = 1000  # in a report, a preview or a log: a file may have a million
 
 
 def beside_pairs(plan: Plan | None) -> dict[str, Iterable[Json] | None]:
-    """Return what a report and a preview list besides pairs; null is what only a plan could tell.
-
-    These are the choices with the references that each loses, the skipped groups with the lines of which --choices may
-    take one, the look-alikes, the warnings and the invalid rows.
-    """
+    """Return what a report and a preview list besides pairs; null is what only a plan could tell."""
     if plan is None:
         return dict.fromkeys(BESIDE_PAIRS)
-
-    def choice(group: Group) -> Json:
+    choices: list[Json] = []
+    for group in plan.chosen:
         lost = [contact_entry(contact, "external_ref") for contact in group.lost_refs()]
         warnings = [words for _, words in group.warnings()]
-        return {"email": group.email, "kept": group.chosen, "lost": lost, "warnings": warnings}
-
-    def skipped(group: SkippedGroup, error: str = "") -> Json:
-        return {
-            "email": group.email,
-            "code": group.code,
-            "reason": skip_words(group.code)[0],
-            "advice": skip_words(group.code)[1],
-            "contacts": [contact_entry(contact, "external_ref") for contact in group.contacts],
-            "choices": [
-                {"line": line, "external_ref": contact.external_ref, "display_id": contact.short_id}
-                for line, contact in group.choice_lines().items()
-            ],
-            **({"error": error} if error else {}),
-        }
-
-    left_out = (
-        skipped(SkippedGroup(one.email, one.code, [one.duplicate]), one.error)
-        for one in plan.left_out
-    )
+        entry = {"email": group.email, "kept": group.chosen, "lost": lost, "warnings": warnings}
+        choices.append(entry)
+    skipped = [skip_entry(skip) for skip in plan.skipped]
+    for pair in plan.left_out:
+        skip = SkippedGroup(pair.email, pair.code, [pair.duplicate])
+        skipped.append({**skip_entry(skip), "error": pair.error})
     return {
-        "choices": map(choice, plan.chosen),
-        "skipped": chain(map(skipped, plan.skipped), left_out),
+        "choices": choices,
+        "skipped": skipped,
         "look_alikes": plan.look_alikes,
         "warnings": plan.warnings,
-        "invalid_rows": (row._asdict() for row in plan.invalid_rows),
+        "invalid_rows": (row._asdict() for row in plan.invalid_rows[:MOST_INVALID_ROWS]),
+    }
+
+
+def skip_entry(skip: SkippedGroup) -> Json:
+    """Return a skipped group as the lists have it, with the lines of which --choices may take one."""
+    why, advice = skip_words(skip.code)
+    lines: list[Json] = []
+    for line, contact in skip.choice_lines().items():
+        names = {"external_ref": contact.external_ref, "display_id": contact.short_id}
+        lines.append({"line": line, **names})
+    return {
+        "email": skip.email,
+        "code": skip.code,
+        "reason": why,
+        "advice": advice,
+        "contacts": [contact_entry(contact, "external_ref") for contact in skip.contacts],
+        "choices": lines,
     }
 
 
@@ -8085,14 +8066,18 @@ COUNTS = (
     "successful_merges", "failed_merges", "unfinished_merges", "unfinished_but_merged", "settled",
     "cancelled",
 )  # fmt: skip
+# What a summary holds; without a plan, what only the CSV could tell is null.
+SUMMARY = (
+    "contacts_read", "invalid_rows", "pairs_planned", "already_merged", "total_merges_attempted",
+    *COUNTS, "left", "skipped_groups",
+)  # fmt: skip
 
 
 def merge_summary(savepoint: SavePoint, run_id: str, plan: Plan | None) -> Json:
     """Return a run in numbers, which are those of the CSV's pairs; `earlier_runs` counts the other
-    pairs in the lists.
+    pairs in the lists. Without a plan all are counted.
 
-    Settled pairs count as successful too, cancelled ones as failed. Without a plan nothing is known
-    of the CSV, and all pairs are counted.
+    Settled pairs count as successful too, cancelled ones as failed.
     """
     mine: collections.Counter[str] = collections.Counter()
     others: collections.Counter[str] = collections.Counter()
@@ -8100,20 +8085,16 @@ def merge_summary(savepoint: SavePoint, run_id: str, plan: Plan | None) -> Json:
         for pair in pairs:
             count = mine if plan is None or pair.ids in plan.ids else others
             count[name] += 1
-            if name == "settled":
-                count["successful_merges"] += 1
-            if name == "cancelled":
-                count["failed_merges"] += 1
             if name == "unfinished_merges" and pair.state in (State.MERGED, State.VERIFYING):
                 count["unfinished_but_merged"] += 1
             if pair.first_requested_at:
-                count["attempted"] += 1
-    summary: Json = {
-        **dict.fromkeys(("contacts_read", "invalid_rows", "pairs_planned", "already_merged")),
-        "total_merges_attempted": mine["attempted"],
-        **{name: mine[name] for name in COUNTS},
-        **dict.fromkeys(("left", "skipped_groups")),
-    }
+                count["total_merges_attempted"] += 1
+    for count in (mine, others):
+        count["successful_merges"] += count["settled"]
+        count["failed_merges"] += count["cancelled"]
+    summary: Json = dict.fromkeys(SUMMARY)
+    for name in (*COUNTS, "total_merges_attempted"):
+        summary[name] = mine[name]
     if plan:
         gone = sum(pair.code in ("already_gone", "already_merged") for pair in plan.left_out)
         before = plan.already_merged + gone
@@ -8133,15 +8114,17 @@ def merge_summary(savepoint: SavePoint, run_id: str, plan: Plan | None) -> Json:
     return summary
 
 
-def in_words(counts: Iterable[tuple[int | None, str]]) -> list[str]:
-    """Say numbers with what they count, without those that are 0 or not known."""
-    return [f"{count:,} {what}" for count, what in counts if count]
+def in_words(counts: Json, **words: str) -> list[str]:
+    """Say each of the named counts that is not 0 or null with its words."""
+    return [f"{counts[name]:,} {what}" for name, what in words.items() if counts.get(name)]
 
 
 def headline(summary: Json, record: RunRecord) -> str:
     """Return what a run has come to, in one line. It never says "all" where some remain."""
     if record.kind == "settle":
-        return settle_headline(summary)
+        ends = {"settled": "settled", "cancelled": "cancelled", "undo_settled": "partly undone"}
+        ended = in_words(summary, **ends) or ["nothing settled"]
+        return ", ".join([*ended, *in_words(summary, unfinished_merges="still unfinished")])
     others: Json = summary.get("earlier_runs", {})
     merged, unfinished = summary["successful_merges"], summary["unfinished_merges"]
     verb = "finished" if unfinished else "merged"
@@ -8153,72 +8136,60 @@ def headline(summary: Json, record: RunRecord) -> str:
         words.append(f"{merged:,} of {pairs} {verb}")
     elif not others:
         words.append("nothing to merge")
-    if unfinished:
-        but_merged = summary["unfinished_but_merged"]
-        these = f" ({but_merged:,} of them merged in DevRev)" if but_merged else ""
-        words.append(f"{unfinished:,} unfinished{these}")
-    words += in_words(
-        (
-            (summary["failed_merges"] - summary["cancelled"], "failed"),
-            (summary["cancelled"], "cancelled"),
-            (summary["left"], "remaining"),
-            (summary["already_merged"], "merged before"),
-        )
-    )
+    words += in_words(summary, unfinished_merges="unfinished")
+    if summary["unfinished_but_merged"]:
+        words[-1] += f" ({summary['unfinished_but_merged']:,} of them merged in DevRev)"
+    counts = {**summary, "failed": summary["failed_merges"] - summary["cancelled"]}
+    words += in_words(counts, failed="failed", cancelled="cancelled", left="remaining")
+    words += in_words(counts, already_merged="merged before")
     if summary["skipped_groups"]:
         words.append(f"{plural(summary['skipped_groups'], 'group')} skipped")
     if summary["invalid_rows"]:
         words.append(plural(summary["invalid_rows"], "invalid row"))
-    earlier = in_words(
-        (
-            (others.get("successful_merges"), "finished"),
-            (others.get("unfinished_merges"), "unfinished"),
-            (others.get("failed_merges"), "failed"),
-        )
-    )
+    ends = {"successful_merges": "finished", "unfinished_merges": "unfinished"}
+    earlier = in_words(others, **ends, failed_merges="failed")
     if earlier:
         words.append(f"of earlier runs, not in this plan: {', '.join(earlier)}")
     return ", ".join(words)
 
 
-def settle_headline(summary: Json) -> str:
-    ends = {"settled": "settled", "cancelled": "cancelled", "undo_settled": "left partly undone"}
-    words = [
-        f"{plural(summary[name], 'pair')} {what}"
-        for name, what in ends.items()
-        if summary.get(name)
-    ]
-    text = ", ".join(words) or "nothing settled"
-    unfinished = summary["unfinished_merges"]
-    if not unfinished:
-        return text
-    return f"{text}; {plural(unfinished, 'other pair' if words else 'pair')} still unfinished"
-
-
 class ReportContents(NamedTuple):
     """What stands in a report beside the run: the JSON's lists, null where not known, and the rows
-    of the CSV under its columns."""
+    of the CSV, each by the names of its columns."""
 
-    lists: Mapping[str, Iterable[Json] | None]
+    lists: dict[str, Iterable[Json] | None]
     columns: Sequence[str]
     rows: Iterable[Mapping[str, str]]
 
 
 def merge_contents(savepoint: SavePoint, run_id: str, plan: Plan | None) -> ReportContents:
     """Return what the report of a merge run or a settle holds; a killed run has no plan."""
-    planned = plan.ids if plan else None
+    entry = functools.partial(merge_entry, planned=plan.ids if plan else None)
     lists: dict[str, Iterable[Json] | None] = {}
     for name, pairs in merge_lists(savepoint, run_id, plan).items():
-        lists[name] = map(functools.partial(merge_entry, planned=planned), pairs)
+        lists[name] = map(entry, pairs)
     lists.update(beside_pairs(plan))
     return ReportContents(lists, MERGE_COLUMNS, merge_rows(savepoint, run_id, plan))
 
 
-def undo_contents(pairs: Mapping[str, Iterable[Pair] | None]) -> ReportContents:
-    lists = {
-        name: None if found is None else map(undo_entry, found) for name, found in pairs.items()
-    }
-    return ReportContents(lists, (), ())
+def undo_contents(pairs: Mapping[str, Sequence[Pair] | None]) -> ReportContents:
+    lists: dict[str, Iterable[Json] | None] = {}
+    rows: list[Mapping[str, str]] = []
+    for name, found in pairs.items():
+        lists[name] = None if found is None else map(undo_entry, found)
+        rows += [undo_row(pair, name) for pair in found or ()]
+    return ReportContents(lists, UNDO_COLUMNS, rows)
+
+
+def references_to_set(savepoint: SavePoint) -> Iterator[Json]:
+    """Yield the references that no contact had when their pairs ended, and where each could be set."""
+    for pair in savepoint.pairs(State.SETTLED, State.CANCELLED, State.UNDO_SETTLED):
+        reference = pair.reference_not_set
+        if pair.state is State.UNDO_SETTLED and pair.undo and pair.undo.reference_free:
+            reference = pair.duplicate.external_ref
+        if reference:
+            entry = {"email": pair.email, "reference": reference, "state": pair.state.value}
+            yield {**entry, "contact": pair.primary.short_id, "contact_id": pair.primary.id}
 
 
 def report_head(record: RunRecord) -> Json:
@@ -8241,13 +8212,14 @@ def write_report(
     environment.make_private_dir(path.parent)
     # One that is there was written by the run itself, which knew more, before it was killed.
     if not path.exists():
-        chunks = report_chunks(report_head(record), contents.lists)
+        lists = {**contents.lists, "references_to_set": references_to_set(savepoint)}
+        chunks = report_chunks(report_head(record), lists)
         environment.write_atomically(path, chunks)
     with open(path, "rb") as lines:
         page = page_chunks(record.kind, record.headline, lines)
         environment.write_atomically(path.with_suffix(".html"), page)
     table = path.with_suffix(".csv")
-    if contents.columns and not table.exists():
+    if not table.exists():
         rows = ([row[name] for name in contents.columns] for row in contents.rows)
         environment.write_atomically(table, csv_chunks(contents.columns, rows))
     record.reported = True
@@ -8260,12 +8232,10 @@ def page_chunks(kind: str, headline: str, report: Iterable[bytes]) -> Iterator[b
     The headline is in the page itself, so that it is seen where no script runs. The page's policy
     lets the browser run only the script with this hash.
     """
-    start, end = REPORT_PAGE.rindex("<script>"), REPORT_PAGE.rindex("</script>")
-    script = REPORT_PAGE[start + len("<script>") : end].encode("ascii")
-    digest = base64.b64encode(hashlib.sha256(script).digest()).decode("ascii")
-    title = "Contact undo report" if kind == "undo" else "Contact merge report"
-    head, tail = REPORT_PAGE.split("__REPORT__")
-    head = head.replace("__HASH__", digest).replace("__TITLE__", title)
+    script = REPORT_PAGE.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode("ascii")).digest()).decode("ascii")
+    head, _, tail = REPORT_PAGE.partition("__REPORT__")
+    head = head.replace("__HASH__", digest).replace("__KIND__", kind)
     yield head.replace("__HEADLINE__", html.escape(headline)).encode("ascii", "xmlcharrefreplace")
     yield from map(for_script, report)
     yield tail.encode("ascii")
@@ -8286,6 +8256,10 @@ MERGE_COLUMNS = (
     "primary_id", "primary_display_id", "primary_old_external_ref", "primary_new_external_ref",
     "duplicate_tickets", "primary_tickets", "backup",
 )  # fmt: skip
+UNDO_COLUMNS = (
+    "email", "outcome", "code", "old_id", "old_display_id", "new_id", "new_display_id",
+    "external_ref", "primary_id", "primary_display_id", "backup",
+)  # fmt: skip
 
 
 def merge_rows(savepoint: SavePoint, run_id: str, plan: Plan | None) -> Iterator[Mapping[str, str]]:
@@ -8293,25 +8267,20 @@ def merge_rows(savepoint: SavePoint, run_id: str, plan: Plan | None) -> Iterator
 
     A group that the plan skips has no pairs: its row has no ids.
     """
-    lists = merge_lists(savepoint, run_id, plan)
-    lists["skipped"] = iter(plan.left_out if plan else ())
-    for name, pairs in lists.items():
+    for name, pairs in merge_lists(savepoint, run_id, plan).items():
         for pair in pairs:
-            outcome = OUTCOMES.get(name, name)
-            if pair.state is State.MERGED_ELSEWHERE:
-                outcome = pair.state.value
-            yield merge_row(pair, outcome)
-    for group in plan.skipped if plan else ():
-        row = dict.fromkeys(MERGE_COLUMNS, "")
-        row.update(email=group.email, outcome="skipped", code=group.code)
-        yield row
+            elsewhere = pair.state is State.MERGED_ELSEWHERE
+            yield merge_row(pair, pair.state.value if elsewhere else OUTCOMES.get(name, name))
+    if plan:
+        for pair in plan.left_out:
+            yield merge_row(pair, "skipped")
+        for group in plan.skipped:
+            names = {"email": group.email, "outcome": "skipped", "code": group.code}
+            yield {**dict.fromkeys(MERGE_COLUMNS, ""), **names}
 
 
 def merge_row(pair: Pair, outcome: str) -> Mapping[str, str]:
     primary, duplicate = pair.primary, pair.duplicate
-    reference = primary.external_ref
-    if pair.new_ref and has_its_reference(pair):
-        reference = pair.new_ref
     return {
         "email": pair.email,
         "outcome": outcome,
@@ -8322,9 +8291,28 @@ def merge_row(pair: Pair, outcome: str) -> Mapping[str, str]:
         "primary_id": primary.id,
         "primary_display_id": primary.short_id,
         "primary_old_external_ref": primary.external_ref,
-        "primary_new_external_ref": reference,
+        "primary_new_external_ref": str(
+            pair.new_ref if reference_is_set(pair) else primary.external_ref
+        ),
         "duplicate_tickets": str(duplicate.tickets),
         "primary_tickets": str(primary.tickets),
+        "backup": pair.backup,
+    }
+
+
+def undo_row(pair: Pair, outcome: str) -> Mapping[str, str]:
+    """Return a row of UNDO_COLUMNS: which id a contact had, and under which it was created again."""
+    return {
+        "email": pair.email,
+        "outcome": outcome,
+        "code": pair.code,
+        "old_id": pair.duplicate.id,
+        "old_display_id": pair.duplicate.short_id,
+        "new_id": pair.undo.contact if pair.undo else "",
+        "new_display_id": pair.undo.display_id if pair.undo else "",
+        "external_ref": pair.duplicate.external_ref,
+        "primary_id": pair.primary.id,
+        "primary_display_id": pair.primary.short_id,
         "backup": pair.backup,
     }
 
@@ -8342,11 +8330,15 @@ def report_killed_runs(environment: Environment, savepoint: SavePoint) -> list[P
         if record.end is None:
             record.stopped = "killed"
         if record.kind == "undo":
-            found = undo_lists_of_killed(savepoint, run_id)
+            failed = {*State} - {State.UNDONE, State.UNDOING}
+            found: dict[str, list[Pair] | None] = {"skipped": None}
+            for name, states in (
+                ("undone", {State.UNDONE}), ("unfinished", {State.UNDOING}), ("failed", failed),
+            ):  # fmt: skip
+                found[name] = list(savepoint.pairs(*states, run=run_id))
             if record.summary is None:
-                counted = {name: len(pairs) for name, pairs in found.items() if pairs is not None}
-                record.summary = counted
-            record.headline = record.headline or undo_headline(record.summary, 0)
+                record.summary = {name: len(pairs or ()) for name, pairs in found.items()}
+                record.headline = undo_headline(record.summary, 0)
             contents = undo_contents(found)
         else:
             if record.summary is None:
@@ -8357,16 +8349,6 @@ def report_killed_runs(environment: Environment, savepoint: SavePoint) -> list[P
         paths.append(report_path(run_id, record.kind))
     savepoint.organisation = ""
     return paths
-
-
-def undo_lists_of_killed(savepoint: SavePoint, run_id: str) -> dict[str, list[Pair] | None]:
-    failed = [state for state in State if state not in (State.UNDONE, State.UNDOING)]
-    return {
-        "undone": list(savepoint.pairs(State.UNDONE, run=run_id)),
-        "unfinished": list(savepoint.pairs(State.UNDOING, run=run_id)),
-        "failed": list(savepoint.pairs(*failed, run=run_id)),
-        "skipped": None,
-    }
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -9465,7 +9447,7 @@ def make_plan(run: RunContext, savepoint: SavePoint | None) -> Plan:
         if group.chosen and any(p.state not in ENDED for p in group.pairs)
     ]
     plan.warnings = plan.find_warnings()
-    for row in plan.invalid_rows:
+    for row in plan.invalid_rows[:MOST_INVALID_ROWS]:
         log.info("%s, line %d left out: %s", row.file, row.line, row.reason)
     for skipped_group in plan.skipped:
         log.info("%s skipped: %s", skipped_group.email, skipped_group.code)
@@ -10898,7 +10880,7 @@ REPORT_PAGE = r"""<!doctype html>
 <meta name="robots" content="noindex">
 <meta name="color-scheme" content="light dark">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>__TITLE__</title>
+<title>Contact __KIND__ report</title>
 <style>
 :root {
   --back: #fff; --ink: #1c1e21; --soft: #5b626b; --line: #dde1e6; --tint: #f4f6f8;
@@ -10994,7 +10976,7 @@ td small { display: block }
 </head>
 <body>
 <main>
-<h1>__TITLE__</h1>
+<h1>Contact __KIND__ report</h1>
 <p class="lead">__HEADLINE__</p>
 <p id="unread">This page needs JavaScript. The JSON file beside it holds the same.</p>
 </main>

@@ -291,7 +291,7 @@ def test_what_can_not_be_fixed_of_a_merged_pair_is_settled_and_no_plain_success(
         (entry,) = result.report["settled"]
         assert entry["accepted"].startswith("left_behind: ") and entry["state"] == "settled"
         assert result.report["successful_merges"] == [] and result.report["summary"]["settled"] == 1
-        assert "1 pair settled" in result.report["run"]["headline"]
+        assert "1 settled" in result.report["run"]["headline"]
         again = place.run(sandbox, check=0)
         assert again.report["summary"]["already_merged"] == 2
         assert_sum(again.report)
@@ -317,7 +317,7 @@ def test_settle_says_the_truth_of_every_address(place: Workplace) -> None:
             "nothing to settle  person1@example.com" in done.out
             and "merged and verified" in done.out
         )
-        assert done.report["run"]["headline"] == "nothing settled; 1 pair still unfinished"
+        assert done.report["run"]["headline"] == "nothing settled, 1 still unfinished"
         failed = place.run(
             sandbox, "--settle", "person2@example.com", "person3@example.com", check=1
         )
@@ -325,7 +325,7 @@ def test_settle_says_the_truth_of_every_address(place: Workplace) -> None:
             r"NOT SETTLED  person2@.* was not requested \(count_mismatch\)", failed.out
         )
         assert [one["email"] for one in failed.report["cancelled"]] == ["person3@example.com"]
-        assert failed.report["run"]["headline"] == "1 pair cancelled"
+        assert failed.report["run"]["headline"] == "1 cancelled"
         assert before != (place.folder / "savepoint.db").read_bytes()
 
 
