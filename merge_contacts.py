@@ -2712,7 +2712,8 @@ class RequestScheduler:
     SLOW_REQUEST = 0.5  # seconds; longer ones leave a worker to what finishes a merge
     PART = 4  # of a window one merge holds at most a quarter,
     LEAST = 4  # but so many units at least
-    OTHERS = 5  # this part of the quota is left to others where no client-side limit is set
+    OTHERS = 5  # a fifth of the quota is left to others where no client-side limit is set,
+    FEWER = 20  # a twentieth where they use so much that it would let nothing leave
     UNANNOUNCED = 200, 60.0  # calls in seconds, until DevRev has announced a quota
     QUOTA = "quota"  # what requests wait for
     CLIENT_LIMIT = "client-side rate limit"
@@ -2739,6 +2740,9 @@ class RequestScheduler:
         self._queue: list[QueuedRequest] = []
         self._serial = 0
         self._in_flight = 0
+        self.others = self.OTHERS
+        self._share_held_back = False  # in this window
+        self._has_sent = False  # in this window, beside what finishes merges or asks for the rest
         self._is_asking = False  # a request in flight finds out what a new window has left
         self._merges: set[tuple[str, str]] = set()  # in flight
         self._units_per_merge = 0
@@ -2793,13 +2797,15 @@ class RequestScheduler:
                 reason = self.QUOTA if self.breaker.over_quota_in_a_row else self.FAILURES
                 return self.breaker.open_until - now, reason
             if self.quota.has_ended(now):
-                self._is_asking = False
+                self._on_new_window()
             if self.breaker.half_open and self.breaker.probe_in_flight:
                 return 0.0, ""
             if self.quota.is_unknown and self._is_asking:
                 return 0.0, ""
             request = self._first_that_may_leave()
             if request is None:
+                if 1 <= self.quota.room(self._in_flight) <= self.share_of_others():
+                    self._share_held_back = True
                 return self.seconds_until_room()
             self._queue.remove(request)
             if not request.future.done():  # by a cancellation
@@ -2810,12 +2816,6 @@ class RequestScheduler:
         for request in self._queue:
             if self._has_slot(request.priority) and self._has_room(request.options):
                 return request
-        limit = self.client_limit
-        if limit and limit.seconds_left() <= 0 and not self._in_flight:
-            # Merges hold all of a fresh period, and may wait for the lists that decide on them.
-            for request in self._queue:
-                if request.options.units == 1 and self.quota.room(0) >= 1:
-                    return request
         return None
 
     def _let_leave(self, request: QueuedRequest) -> None:
@@ -2827,9 +2827,22 @@ class RequestScheduler:
         if self.client_limit:
             self.client_limit.count()
         self._is_asking = self.quota.is_unknown
+        if options.priority != FINISH and not self._is_asking:
+            self._has_sent = True
         if self.breaker.half_open:
             self.breaker.probe_in_flight = True
         request.future.set_result(self.breaker.half_open)
+
+    def _on_new_window(self) -> None:
+        """Leave others less where a whole window has passed in which their share let nothing leave."""
+        self._is_asking = False
+        if self._share_held_back and not self._has_sent and self.others == self.OTHERS:
+            self.others = self.FEWER
+            log.warning(
+                "other programs use most of the quota: only a twentieth is left to them now"
+            )
+        self._share_held_back = False
+        self._has_sent = False
 
     def _has_slot(self, priority: int) -> bool:
         """Whether another may be in flight; after a failure fewer, until one is answered well.
@@ -2853,7 +2866,9 @@ class RequestScheduler:
         if self.client_limit:
             room = min(room, self.client_limit.room())
         if options.merge not in self._merges:
-            room -= len(self._merges) * self._units_per_merge
+            # Merges in flight may wait for lists: of what a window has, two units are not held.
+            held = len(self._merges) * self._units_per_merge
+            room -= max(0, min(held, self._window() - 2))
         if options.priority == FINISH:
             return room >= 1
         return room >= self._units_needed(options) and left > self.share_of_others()
@@ -2862,11 +2877,18 @@ class RequestScheduler:
         """Whether so many units are ever there at once."""
         return self._units_needed(RequestOptions(units=units)) == units
 
-    def _units_needed(self, options: RequestOptions) -> int:
-        """The units that a request asks for, as far as a window can hold them."""
+    def _window(self) -> int:
+        """The most units that can be there at once."""
         window = self.quota.limit or sys.maxsize
+        if self.others == self.FEWER:
+            window //= self.OTHERS
         if self.client_limit:
             window = min(window, self.client_limit.calls)
+        return window
+
+    def _units_needed(self, options: RequestOptions) -> int:
+        """The units that a request asks for, as far as a window can hold them."""
+        window = self._window()
         return min(options.units, max(self.LEAST, window // self.PART), window)
 
     def end_merge(self, merge: tuple[str, str]) -> None:
@@ -2892,7 +2914,7 @@ class RequestScheduler:
         """Units of the quota that only the requests which finish a merge may spend."""
         if not self.leaves_a_share:
             return 0.0
-        return (self.quota.limit or 0) / self.OTHERS
+        return (self.quota.limit or 0) / self.others
 
     def seconds_until_room(self) -> tuple[float, str]:
         """Seconds until more units may be spent, and what limits them now."""
@@ -2983,20 +3005,22 @@ def describe_wait(scheduler: RequestScheduler) -> str:
     """Say what requests wait for, or how much quota is left; "" where neither is known."""
     quota = scheduler.quota
     limit = scheduler.client_limit
-    if not scheduler.waiting_for:
-        if quota.remaining is None:
-            return ""
-        return f"{quota.remaining} of {quota.limit} units left"
+    why = scheduler.waiting_for
+    if not why:
+        return "" if quota.remaining is None else f"{quota.remaining} of {quota.limit} units left"
     wait = scheduler.breaker.open_until - scheduler.environment.now().monotonic
     if wait <= 0:
         wait = scheduler.seconds_until_room()[0]
+    elif scheduler.breaker.over_quota_in_a_row > 1:
+        why = f"{scheduler.breaker.over_quota_in_a_row} answers in a row were 429, over quota"
     if wait <= 0.5:
         return ""
-    why = scheduler.waiting_for
-    if why == scheduler.QUOTA:
-        why = f"quota {quota.limit:,} of DevRev's" if quota.limit else "quota of DevRev's"
-    elif why == scheduler.CLIENT_LIMIT and limit:
-        why = f"client-side rate limit {limit.calls} in {limit.period:g} s"
+    if why == scheduler.CLIENT_LIMIT and limit:
+        why = f"{why} {limit.calls} in {limit.period:g} s"
+    elif why == scheduler.QUOTA and quota.limit:
+        why = f"quota {quota.limit:,} of DevRev's"
+        if scheduler.others == scheduler.FEWER:
+            why += ", which other programs use; a twentieth is left to them"
     return f"waiting {duration(wait)} ({why})"
 
 
@@ -3525,9 +3549,9 @@ class DevRevAPI:
                 return await self._find_kinds(body, options)
         return await self._list_works(self.work_kinds, body, options)
 
-    async def first_works(self) -> list[Json]:
-        """Return some works of the kinds that a run lists; raises what a list call does."""
-        return (await self._find_kinds({"limit": 1}, ANY_OPTIONS)).items
+    async def first_works(self) -> ListResult:
+        """Return a page of works of the kinds that a run lists; raises what a list call does."""
+        return await self._find_kinds({"limit": 1}, ANY_OPTIONS)
 
     async def _list_works(
         self, kinds: Sequence[str], body: Json, options: RequestOptions
@@ -7936,6 +7960,7 @@ class RunRecord:
     requests_total: int | None = None
     quota: Json | None = None  # what DevRev has announced
     quota_wait_seconds: float | None = None
+    warnings: list[str] = field(default_factory=list)  # of what the token can't see
     # Not in the report's `run`:
     reported: bool = False  # whether its report was written
     summary: Json | None = None
@@ -10218,6 +10243,7 @@ def end_record(run: RunContext, runner: Runner | None, code: int) -> str:
         record.requests = dict(sorted(runner.api.requests.items()))
         record.quota = scheduler.quota_seen()
         record.quota_wait_seconds = round(scheduler.quota_wait_seconds(), 3)
+        record.warnings = runner.api.warnings
         if code >= EXIT_USAGE:
             stop = str(runner.runner.stop or "")
     record.requests_total = sum(record.requests.values())
@@ -10512,7 +10538,7 @@ def show_findings(run: RunContext, found: Findings) -> int:
 
 READS: Mapping[str, tuple[str, str, Json]] = {
     "contacts": ("rev-users.list", "rev_users", {}),
-    "works": ("works.list", "works", {"type": ["ticket", "issue"]}),
+    "works": ("works.list", "works", {}),
     "conversations": ("conversations.list", "conversations", {}),
     "timelines": ("timeline-entries.list", "timeline_entries", {}),
 }
@@ -10553,10 +10579,13 @@ class Check:
             if not self._objects:
                 return "not tried: there is no ticket or conversation yet"
             body = {"object": self._objects[0]}
-        page = await self.api.each_page(endpoint, key, dict(body, limit=1)).__anext__()
+        if name == "works":  # of the kinds that a run lists
+            page = await self.api.first_works()
+        else:
+            page = await self.api.each_page(endpoint, key, dict(body, limit=1)).__anext__()
         if name != "contacts":
             self._objects += [item["id"] for item in page.items]
-        return "readable"
+        return ", ".join(["readable", *self.api.warnings]) if name == "works" else "readable"
 
     async def csv(self) -> str:
         """Read the CSV, also where the token's organisation is not known."""

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import random
+import re
 from collections import deque
 from email.utils import formatdate
 from typing import Any, Deque, Dict, List, Optional, Tuple
@@ -244,6 +245,48 @@ def test_with_nothing_set_the_announced_quota_is_followed_and_a_fifth_left_to_ot
     server = Server(world.clock, 50, 5.0, False, False)
     world.send(server, 200)
     assert server.refused == 0 and server.least_remaining == 11
+
+
+@pytest.mark.parametrize("used", [85, 96])
+def test_where_others_leave_less_than_their_share_a_twentieth_is_left_to_them(used: int) -> None:
+    world = World(None)
+    server = Server(world.clock, 100, 10.0, False, False, others=used)
+    seconds = world.send(server, 30 if used == 85 else 3)
+    assert server.refused == 0
+    if used == 85:
+        assert seconds < 55 and server.least_remaining == 6
+    else:
+        assert server.least_remaining == 4, "even a twentieth is more than what is there"
+    world.scheduler.waiting_for = world.scheduler.QUOTA
+    world.scheduler.quota.resets_at = world.clock.steady + 7
+    assert re.match(
+        "waiting 7 s .*other programs use; a twentieth is left", tool.describe_wait(world.scheduler)
+    )
+
+
+def test_what_a_run_has_spent_itself_is_not_taken_for_others() -> None:
+    world = World(None)
+    server = Server(world.clock, 100, 10.0, False, False)
+    world.send(server, 400)
+    assert server.least_remaining == 21 and world.scheduler.others == world.scheduler.OTHERS
+
+
+def test_an_interrupted_wait_counts_and_failures_are_no_wait_for_quota() -> None:
+    world = World(0, workers=1)
+    server = Troubled(world.clock, (429, {"Retry-After": "100"}, None))
+
+    async def main() -> None:
+        waits = asyncio.ensure_future(world.request(server))
+        waits_too = asyncio.ensure_future(world.request(server))
+        await asyncio.sleep(13)
+        waits.cancel()
+        waits_too.cancel()
+
+    world.run(main())
+    assert 12 <= world.scheduler.quota_wait_seconds() <= 13.1
+    world = World(0)
+    world.send(Troubled(world.clock, *[(503, {}, None)] * 10), 40)
+    assert world.clock.now > 2 and world.scheduler.quota_wait_seconds() == 0
 
 
 ONE, TWO = ("primary", "one"), ("primary", "two")
