@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.8"
-# dependencies = ["requests>=2.28", "python-dotenv>=0.20", "ratelimit>=2.2.1"]
+# dependencies = ["requests>=2.32.4", "python-dotenv>=1.0.1", "ratelimit>=2.2.1"]
 # ///
 """Merge duplicate DevRev contacts, safely.
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 
@@ -29,7 +29,7 @@ from merge_contacts import (
     StoredPair,
     winning_row,
 )
-from tests.sandbox import Fault, Request, Sandbox
+from tests.sandbox import Fault, Organisation, Request, Sandbox
 from tests.support import ROOT, Workplace, assert_merged, organisation_of_pairs
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals or mounts")
@@ -690,3 +690,96 @@ def test_a_file_that_is_behind_is_migrated_in_its_first_transaction(
             emails = {email for (email,) in db.execute("SELECT email FROM pairs")}
         assert (version == tool.FIRST_FORMAT) is (readonly and path in behind)
         assert (emails == {"migrated"}) is (path in behind and not readonly)
+
+
+# -- folders that version 3.0.0 has left --------------------------------------------------------------
+
+FOLDERS_OF_3_0_0 = ROOT / "tests" / "data" / "3.0.0"
+
+
+def left_by_3_0_0(
+    place: Workplace, name: str, count: int, references: int
+) -> Tuple[Organisation, List[Tuple[str, str]]]:
+    """Put the folder in place, and the organisation as that run has left it: all merged, so many
+    references set."""
+    organisation, pairs = organisation_of_pairs(count)
+    place.export(organisation)
+    shutil.copytree(str(FOLDERS_OF_3_0_0 / name), str(place.folder), dirs_exist_ok=True)
+    for number, ids in enumerate(pairs):
+        organisation.merge(*ids)
+        if number < references:
+            contact = organisation.contacts[ids[0]]
+            organisation.change(contact, external_ref=f"user_{number + 1}")
+    return organisation, pairs
+
+
+def add_unknown_field(place: Workplace) -> None:
+    for path in (place.folder / SAVEPOINT, place.folder / SAVEPOINT_COPY):
+        with contextlib.closing(sqlite3.connect(str(path), isolation_level=None)) as db:
+            for rowid, document in db.execute("SELECT rowid, document FROM pairs").fetchall():
+                changed = json.dumps({**json.loads(document), "mood": "good"})
+                db.execute("UPDATE pairs SET document = ? WHERE rowid = ?", (changed, rowid))
+
+
+def assert_unknown_field_is_kept(place: Workplace) -> None:
+    for path in (place.folder / SAVEPOINT, place.folder / SAVEPOINT_COPY):
+        documents = [json.loads(row[-1]) for row in rows_of(path) if len(row) == 9]
+        assert documents and all(one["mood"] == "good" for one in documents)
+
+
+@pytest.mark.parametrize("references", [1, 2], ids=["before", "after"])
+@pytest.mark.parametrize("lost", [None, SAVEPOINT, SAVEPOINT_COPY])
+def test_a_run_of_3_0_0_killed_between_merge_and_reference_is_finished(
+    place: Workplace, references: int, lost: Optional[Path]
+) -> None:
+    organisation, pairs = left_by_3_0_0(place, "killed_in_merge", 3, references)
+    add_unknown_field(place)
+    if lost:
+        (place.folder / lost).unlink()
+    with Sandbox(organisation) as sandbox:
+        out = place.run(None, "--status", check=0).out
+        assert "was killed" in out
+        place.run(sandbox, "--merge-timeout", "8", check=0)
+        assert sandbox.count("rev-users.merge") == 0
+    assert_merged(organisation, pairs)
+    assert_each_in_one_report(place, pairs)
+    assert_unknown_field_is_kept(place)
+
+
+@pytest.mark.parametrize("created", [False, True])
+def test_an_undo_of_3_0_0_killed_while_it_created_a_contact_is_finished(
+    place: Workplace, created: bool
+) -> None:
+    organisation, pairs = left_by_3_0_0(place, "killed_in_undo", 2, 2)
+    organisation.change(organisation.contacts[pairs[0][0]], external_ref="REVU-P1")
+    if created:  # and the answer never heard
+        organisation.add_contact("N9", "person1@example.com", "user_1")
+    add_unknown_field(place)
+    (report,) = (place.folder / "reports").glob("*.json")
+    with Sandbox(organisation) as sandbox:
+        place.run(sandbox, "--undo", f"reports/{report.name}", check=0)
+        assert sandbox.count("rev-users.create") == (1 if created else 2)
+    alive = [
+        one["external_ref"] for one in organisation.contacts.values() if one["state"] == "active"
+    ]
+    assert sorted(alive) == ["REVU-P1", "REVU-P2", "user_1", "user_2"]
+    with contextlib.closing(sqlite3.connect(str(place.folder / SAVEPOINT))) as db:
+        assert db.execute("SELECT DISTINCT state FROM pairs").fetchall() == [("undone",)]
+    assert_unknown_field_is_kept(place)
+
+
+def test_a_finished_folder_of_3_0_0_is_known_and_can_be_undone(place: Workplace) -> None:
+    organisation, pairs = left_by_3_0_0(place, "finished", 2, 2)
+    (report,) = (place.folder / "reports").glob("*.json")
+    with Sandbox(organisation) as sandbox:
+        assert "2 complete backups" in place.run(None, "--verify-backups", check=0).out
+        result = place.run(sandbox, check=0)
+        assert (
+            result.report["summary"]["already_merged"] == 2
+            and sandbox.count("rev-users.merge") == 0
+        )
+        place.run(sandbox, "--undo", f"reports/{report.name}", check=0)
+    alive = [
+        one["external_ref"] for one in organisation.contacts.values() if one["state"] == "active"
+    ]
+    assert sorted(alive) == ["REVU-P1", "REVU-P2", "user_1", "user_2"]
