@@ -1007,6 +1007,10 @@ def email_of(user: Json) -> str:
     return email_key(str(user.get("email") or ""))
 
 
+def live_reference(user: Json) -> str:
+    return str(user.get("external_ref") or "").strip()
+
+
 def contact_of(user: Json) -> Contact:
     """The row of a `rev_user`; its tickets are not counted yet."""
     names = (
@@ -1634,7 +1638,9 @@ class Pair:
     # `{field, value}` of the duplicate that the primary lacks.
     fields_lost: list[Json] = field(default_factory=list)
     accepted: str = ""  # what a person accepted with --settle
-    reference_not_set: str = ""
+    reference_not_set: str = ""  # that no contact has, though the pair has ended
+    unset_since: str = ""  # the first run that left the reference of the merged pair unset
+    carries_last: bool = False  # fields are carried last, not with the reference as 3.0.0 did
     after_cancel: bool = False  # DevRev carried it out after it was cancelled
     undo: UndoProgress | None = None
     run: str = ""  # that wrote it last
@@ -3103,31 +3109,39 @@ class ListResult(NamedTuple):
 
 
 class DuplicateStatus(Enum):
-    """What a poll of a duplicate shows."""
+    """What a poll of a duplicate, or a list, shows."""
 
-    EXISTS = "exists"
-    GONE = "gone"  # deleted, or not found
+    EXISTS = "exists"  # as the live check saw it
+    CHANGED = "changed"  # in another state, or with another email or reference
+    NOT_FOUND = "not found"
+    DELETED = "deleted"
     IN_PRIMARY = "in primary"  # DevRev names the primary in its place
 
+    @property
+    def is_gone(self) -> bool:
+        return self not in (DuplicateStatus.EXISTS, DuplicateStatus.CHANGED)
 
-def duplicate_status(user: Json, primary: str, duplicate: str) -> DuplicateStatus:
-    """Interpret a `rev_user` that DevRev answers with for the duplicate. `locked` or `deactivated` still exists.
+
+def duplicate_status(user: Json, primary: str, duplicate: Contact) -> DuplicateStatus:
+    """Interpret a `rev_user` that DevRev answers with for the duplicate.
 
     Raises PairError(merged_into_another) where it names another contact than the primary.
     """
     identity = user.get("primary_identity")
-    named = {user["id"], identity.get("id") if isinstance(identity, dict) else identity} - {
-        None,
-        "",
-        duplicate,
-    }
-    if named - {primary}:
-        raise PairError(
-            "merged_into_another", f"{duplicate} has become {named.pop()}, not the primary"
-        )
-    if named:
+    if isinstance(identity, dict):
+        identity = identity.get("id")
+    named = {user["id"], identity or duplicate.id} - {duplicate.id}
+    if named == {primary}:
         return DuplicateStatus.IN_PRIMARY
-    return DuplicateStatus.GONE if user.get("state") == "deleted" else DuplicateStatus.EXISTS
+    if named:
+        words = f"{duplicate.id} has become {min(named)}, not the primary"
+        raise PairError("merged_into_another", words)
+    if user.get("state") == "deleted":
+        return DuplicateStatus.DELETED
+    seen = (user.get("state"), email_of(user), live_reference(user))
+    if seen == ("active", duplicate.key, duplicate.external_ref.strip()):
+        return DuplicateStatus.EXISTS
+    return DuplicateStatus.CHANGED
 
 
 # What changes DevRev, and whether it may be repeated where its answer is lost: the people of an
@@ -3417,16 +3431,20 @@ class DevRevAPI:
         return user if user and user["id"] == identity else None
 
     async def poll_duplicate(
-        self, primary: str, duplicate: str, options: RequestOptions, deadline: float | None = None
+        self,
+        primary: str,
+        duplicate: Contact,
+        options: RequestOptions,
+        deadline: float | None = None,
     ) -> DuplicateStatus:
         """Return what has become of the duplicate. With a `deadline` one request is sent.
 
         Raises PairError(merged_into_another) where DevRev names another contact than the primary.
         """
-        user = await self._get_contact(duplicate, options, deadline)
+        user = await self._get_contact(duplicate.id, options, deadline)
         if user is None:
-            return DuplicateStatus.GONE
-        if user["id"] == duplicate and not isinstance(user.get("state"), str):
+            return DuplicateStatus.NOT_FOUND
+        if user["id"] == duplicate.id and not isinstance(user.get("state"), str):
             raise NoUsableResponse("rev-users.get", "the user has no state")
         return duplicate_status(user, primary, duplicate)
 
@@ -4499,7 +4517,7 @@ class SavePoint:
         self.meta: dict[str, str] = {}
         self.holder: Json = {}  # who opened the savepoint last: `pid`, `host`, `since`
         self._lock = threading.Lock()  # one thread at a time uses the connections
-        self._pending: dict[Ids, Json] = {}
+        self._pending: dict[Ids, StoredPair] = {}
         self._writing: asyncio.Lock | None = None  # of the loop that saves
         for file in self.files:
             file.check_header()
@@ -4577,12 +4595,15 @@ class SavePoint:
         """Why one of the files can't be written any more: nothing more may be requested then."""
         return next((file.failure for file in self.files if file.failure), None)
 
-    async def save(self, pair: Pair) -> None:
+    async def save(self, pair: Pair, keep_run: bool = False) -> None:
         """Store a pair; when it returns, it is on the disk in each file that can be written.
 
-        Raises FatalError(3) where neither can. What is saved at the same time shares a transaction.
+        With `keep_run` it stays the pair of the run that ended it. Raises FatalError(3) where neither
+        can be written. What is saved at the same time shares a transaction.
         """
-        self._pending[pair.ids] = self._document(pair)
+        if not keep_run:
+            pair.run = self.run
+        self._pending[pair.ids] = self._row(pair)
         self._writing = self._writing or asyncio.Lock()
         async with self._writing:
             await asyncio.sleep(0)  # other tasks may save in this moment, too
@@ -4597,21 +4618,27 @@ class SavePoint:
 
     def save_now(self, pairs: Iterable[Pair]) -> None:
         """Store pairs without an event loop."""
-        self.write({pair.ids: self._document(pair) for pair in pairs})
+        rows = {}
+        for pair in pairs:
+            pair.run = self.run
+            rows[pair.ids] = self._row(pair)
+        self.write(rows)
 
     def save_run(self, record: RunRecord) -> None:
         self.write({}, {record.id: record.to_json()})
 
-    def _document(self, pair: Pair) -> Json:
-        pair.run, pair.updated = self.run, iso(self.environment.now().wall)
-        return pair.to_json()
+    def _row(self, pair: Pair) -> StoredPair:
+        pair.updated = iso(self.environment.now().wall)
+        return StoredPair(0, pair.run, pair.to_json())
 
-    def write(self, pairs: Mapping[Ids, Json], runs: Mapping[str, Json] = {}, **meta: str) -> None:
-        """Write documents to the file, then to its copy. Raises FatalError(3) where neither can be written."""
+    def write(
+        self, pairs: Mapping[Ids, StoredPair], runs: Mapping[str, Json] = {}, **meta: str
+    ) -> None:
+        """Write rows to the file, then to its copy. Raises FatalError(3) where neither can be written."""
         with self._lock:
             self.write_number += 1
             number = self.write_number
-            rows = {ids: StoredPair(number, self.run, one) for ids, one in pairs.items()}
+            rows = {ids: row._replace(revision=number) for ids, row in pairs.items()}
             told = {one: (number, document) for one, document in runs.items()}
             for file in self.files:
                 if file.failure:
@@ -4730,46 +4757,72 @@ class GroupContext:
     raise_if_draining: Callable[[], None]
 
 
-class FirstMerge:
-    """Lets merges go one at a time until one is confirmed, and DevRev takes updates of references.
+class MergeGate:
+    """Lets merges be requested: one at a time until one is confirmed, and DevRev takes its reference.
 
     The first merge of a run shows whether the token may, and whether this organisation answers as
-    expected. Where it does not, one reference is on no contact.
+    expected. Where it does not, one reference is on no contact. Some organisations carry out one
+    merge at a time: from the first that shows it, merges go one at a time again. The merges of one
+    primary do not wait for each other here.
     """
 
     def __init__(self, cancel_token: CancelToken) -> None:
         self.confirmed = False
+        self.one_at_a_time = False
         self.requests = 0  # merge requests of the run
-        self.seen: set[Ids] = set()  # pairs that a poll of this run has shown to be merged
+        self._seen: set[Ids] = set()  # pairs that a poll of this run has shown to be merged
+        self._under_way: set[str] = set()  # primaries of merges that this run has requested
+        self._alone = ""  # the primary whose merge all others wait for
+        self._waiting: list[asyncio.Future[None]] = []
         self._cancel_token = cancel_token
-        self._lock = asyncio.Lock()
-        self._holder: Ids | None = None
 
-    async def acquire(self, ids: Ids) -> None:
-        """Wait until no other pair's merge is unconfirmed. Raises Cancelled."""
-        if not self.confirmed and self._holder != ids:
-            await self._cancel_token.wait(self._lock.acquire())
-            self._holder = ids
-            if self.confirmed:
-                self.release(ids)
+    def others_under_way(self, pair: Pair) -> bool:
+        return bool(self._under_way - {pair.primary.id})
 
-    def release(self, ids: Ids) -> None:
-        if self._holder == ids:
-            self._holder = None
-            self._lock.release()
+    async def enter(self, pair: Pair, alone: bool = False) -> None:
+        """Wait until a merge may be requested; `alone`: until no other is under way. Raises Cancelled."""
+        primary = pair.primary.id
+        while True:
+            if alone and not self._alone:
+                self._alone = primary
+            is_free = self._alone in ("", primary)
+            is_serial = alone or self.one_at_a_time or not self.confirmed
+            if is_free and not (is_serial and self.others_under_way(pair)):
+                self._under_way.add(primary)
+                return
+            future = self._cancel_token.future()
+            self._waiting.append(future)
+            await future
 
-    def confirm(self, ids: Ids) -> None:
-        """Let the others go, where this run has seen the merge carried out, and its reference set or in conflict."""
-        if ids in self.seen:
+    def leave(self, pair: Pair) -> None:
+        """Let others enter: the pair's merge is not under way, or not any more."""
+        self._under_way.discard(pair.primary.id)
+        if self._alone == pair.primary.id:
+            self._alone = ""
+        waiting = self._waiting
+        self._waiting = []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    def note_merged(self, pair: Pair) -> None:
+        """Note that this run has seen the merge carried out."""
+        self._seen.add(pair.ids)
+        if self.confirmed:
+            self.leave(pair)
+
+    def confirm(self, pair: Pair) -> None:
+        """Let others go side by side: a merge of this run has its reference, or another contact has it."""
+        if pair.primary.id in self._under_way and pair.ids in self._seen:
             self.confirmed = True
-            self.release(ids)
+            self.leave(pair)
 
 
 @dataclass(frozen=True)
 class MergeContext(GroupContext):
     """A GroupContext, and what the groups of a merge run share."""
 
-    first_merge: FirstMerge
+    gate: MergeGate
     # How long the last merges took: seconds, and polls.
     recent_merges: collections.deque[tuple[float, int]]
     # Groups that will verify soon: lists wait for them (LINGER), so that one call serves many.
@@ -5061,10 +5114,10 @@ def check_reference(pair: Pair, primary: Json | None) -> Json:
     neither the old nor the new one.
     """
     name = pair.primary.short_id
-    if primary is None:
+    if primary is None or is_gone(primary):
         raise PairError("not_found", f"the primary {name} no longer exists")
-    reference = primary.get("external_ref")
-    if pair.new_ref and reference not in (pair.new_ref, pair.primary.external_ref):
+    reference = live_reference(primary)
+    if pair.new_ref and reference not in ("", pair.new_ref, pair.primary.external_ref.strip()):
         given = f"another user gave {name} the reference {reference or 'none'}"
         raise PairError("external_ref_changed", f"{given}; {pair.new_ref} was not set")
     return primary
@@ -5080,28 +5133,64 @@ def confirmation_timeout(pair: Pair, merge_timeout: float) -> float:
     return min(10.0, merge_timeout / 4)
 
 
+class BackedUp(NamedTuple):
+    """What a pair's backup says of its merge."""
+
+    folder: str
+    expected: list[Json]  # what has to belong to the primary, as `{id, role}`
+    telling: list[Json]  # of these what no other contact of the backup had: it proves a merge
+    emails: list[str]  # the address as DevRev spells it, whose filter may mind case
+
+
+def read_backed_up(pair: Pair) -> BackedUp:
+    """Read what a pair's backup says of its merge. Raises PairError(backup_failed)."""
+    with reading_backup(pair.backup):
+        expected: list[Json] = []
+        shared: set[str] = set()
+        for entry in read_manifest(pair.backup).manifest["contacts"]:
+            items = transferred_objects(entry)
+            if entry["csv"]["id"] == pair.duplicate.id:
+                expected = items
+            else:
+                shared.update(item["id"] for item in items)
+        telling = [item for item in expected if item["id"] not in shared]
+        contacts = [backed_up_contact(pair.backup, identity) for identity in pair.ids]
+        emails = sorted({str(contact["email"]).strip() for contact in contacts})
+        return BackedUp(pair.backup, expected, telling, emails)
+
+
 class TransferVerifier:
-    """Checks whether what a duplicate had belongs to its primary, for as long as DevRev's lists may lag behind."""
+    """Tells from lists and objects whether a pair is merged, for as long as DevRev's lists may lag behind."""
 
     LINGER = 10.0  # seconds for which the first lists linger, while other groups will verify soon
     EXAMINED = 25  # objects that are read one by one, in each round before the time is over
 
-    def __init__(self, context: MergeContext, priority: int) -> None:
+    def __init__(self, context: MergeContext, pair: Pair, priority: int) -> None:
         self.context = context
         self.api = context.api
+        self.pair = pair
         self.priority = priority
-        self.primary: Json = {}  # the primary's `rev_user`, where the list of the email shows it
+        self.primary: Json = {}  # the primary's `rev_user`, as the last list of its email shows it
+        self._kinds: set[str] = set()  # kinds of objects that have answered for this pair
+        self._backed_up: BackedUp | None = None
+
+    @property
+    def backed_up(self) -> BackedUp:
+        if self._backed_up is None or self._backed_up.folder != self.pair.backup:
+            self._backed_up = read_backed_up(self.pair)
+        return self._backed_up
 
     async def wait(
-        self, pair: Pair, expected: Sequence[Json], pause: Callable[[float], Awaitable[None]]
+        self, pause: Callable[[float], Awaitable[None]]
     ) -> tuple[list[Json], DuplicateStatus | None]:
-        """Poll until all `expected` objects (`{id, role}`) belong to the primary, or `merge_timeout` is over.
+        """Poll until all that was the duplicate's belongs to the primary, or `merge_timeout` is over.
 
         Return the objects still missing, and the duplicate's status where the list of its email still
         shows it. Objects deleted since are named in the pair and hold nothing up.
         """
         timeout = self.context.options.merge_timeout
         started = self.context.environment.now()
+        expected = self.backed_up.expected
         rounds = 0
         examined: set[str] = set()
         while True:
@@ -5109,11 +5198,11 @@ class TransferVerifier:
             if rounds or self.priority == RESUME:
                 linger = LINGER
             missing, listed = await together(
-                self.missing(pair, expected, linger), self.is_listed(pair, linger)
+                self._missing(expected, self.priority, linger), self.is_listed(linger)
             )
             status = None
             if listed:
-                status = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH))
+                status = await self.poll()
             rounds += 1
             waited = self.context.environment.elapsed(started)
             over = waited >= timeout
@@ -5123,97 +5212,147 @@ class TransferVerifier:
                     unread = [item for item in missing if item["id"] not in examined]
                     few = unread[: self.EXAMINED]
                 examined.update(item["id"] for item in few)
-                pair.deleted = sorted({*pair.deleted, *await self.deleted(few)})
-                expected = [item for item in expected if item["id"] not in pair.deleted]
-                missing = [item for item in missing if item["id"] not in pair.deleted]
+                left = await self._examine(few)
+                found = [item for item in few if item not in left]
+                expected = [item for item in expected if item not in found]
+                missing = [item for item in missing if item not in found]
             if over or status is DuplicateStatus.EXISTS or not (missing or status):
                 return missing, status
             await pause(min(20.0, 0.5 + waited / 2, timeout - waited))
 
-    async def deleted(self, items: Iterable[Json]) -> set[str]:
-        """Read objects one by one; return the ids of those that no longer exist."""
-        found: set[str] = set()
-        for identity in dict.fromkeys(item["id"] for item in items):
-            with contextlib.suppress(ApiError, NoUsableResponse):
-                if await self.api.get_object(identity, RequestOptions(self.priority)) is None:
-                    found.add(identity)
-        return found
+    async def poll(self) -> DuplicateStatus:
+        primary, duplicate = self.pair.primary, self.pair.duplicate
+        return await self.api.poll_duplicate(primary.id, duplicate, RequestOptions(FINISH))
 
-    async def lists_show_merged(self, pair: Pair) -> bool:
-        """Decide by lists where polls give no usable answer.
+    async def objects_prove(self) -> bool | None:
+        """Return whether objects show that the pair is merged, None where there is none that tells.
 
-        The merge is done where the lists of the duplicate's email and of its reference no longer show
-        it, and its objects belong to the primary. Without objects the lists are read twice, because
-        they may lag.
+        All that still exist belong to the primary, and among them is one that it did not have before.
         """
-        expected = objects_to_transfer(pair.backup, pair.duplicate.id)
-        pauses = [0.0]
-        if not expected:
-            pauses.append(min(10.0, self.context.options.merge_timeout / 4))
-        for pause in pauses:
+        telling = self.backed_up.telling
+        if not telling:
+            return None
+        first = await self.api.get_object(telling[0]["id"], RequestOptions(FINISH))
+        if first is not None and not self._is_with_primary(telling[0], first):
+            return False
+        missing = await self._missing(self.backed_up.expected, FINISH)
+        if len(missing) > self.EXAMINED or await self._examine(missing):
+            return False
+        if all(item["id"] in self.pair.deleted for item in telling):
+            return None
+        return True
+
+    async def lists_show_merged(self) -> bool:
+        """Decide by lists where polls give no usable answer, and by objects where some tell.
+
+        The lists of the duplicate's email and of its reference no longer show it as it was. They are
+        read twice where no object tells, because they may lag.
+        """
+        for pause in (0.0, min(10.0, self.context.options.merge_timeout / 4)):
             if pause:
                 await self.context.cancel_token.sleep(pause)
-            if await self.is_listed(pair):
+            # A list that does not show the primary either says nothing.
+            if await self.is_listed() or not self.primary:
                 return False
-            holders = await self.api.holders_of(pair.duplicate.external_ref, RequestOptions(FINISH))
-            if self.shows_duplicate(pair, holders):
+            reference = self.pair.duplicate.external_ref
+            holders = await self.api.holders_of(reference, RequestOptions(FINISH))
+            if self._shows_duplicate(holders):
                 return False
-        return not await self.missing(pair, expected)
+            proof = await self.objects_prove()
+            if proof is not None:
+                return proof
+        return not await self._missing(self.backed_up.expected, FINISH)
 
-    async def is_merged_elsewhere(
-        self, pair: Pair, pause: Callable[[float], Awaitable[None]]
-    ) -> bool:
+    async def is_merged_elsewhere(self, pause: Callable[[float], Awaitable[None]]) -> bool:
         """Return whether the duplicate no longer exists and was not merged into the primary.
 
         Where what it had belongs to the primary, the two are merged, whoever requested it.
         """
-        primary = await self.api.contact(pair.primary.id, RequestOptions(FINISH)) or {}
+        primary = await self.api.contact(self.pair.primary.id, RequestOptions(FINISH)) or {}
         is_there = primary.get("state") in ("active", "locked", "deactivated")
         if not is_there or primary.get("primary_identity"):
             return False
-        expected = objects_to_transfer(pair.backup, pair.duplicate.id)
         missing: list[Json] = []
         try:
-            status = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH))
-            if status is not DuplicateStatus.GONE:
+            status = await self.poll()
+            if status not in (DuplicateStatus.NOT_FOUND, DuplicateStatus.DELETED):
                 return False
-            if expected:
-                missing, _ = await self.wait(pair, expected, pause)
+            if self.backed_up.expected:
+                missing, _ = await self.wait(pause)
         except PairError as problem:
             if problem.code == "merged_into_another":
                 return True
             raise
-        return bool(missing) or all(item["id"] in pair.deleted for item in expected)
+        deleted = self.pair.deleted
+        return bool(missing) or all(item["id"] in deleted for item in self.backed_up.expected)
 
-    async def missing(
-        self, pair: Pair, expected: Sequence[Json], linger: float = LINGER
+    async def is_listed(self, linger: float = LINGER) -> bool:
+        """Return whether the list of its email shows the duplicate as the live check saw it."""
+        loads = [
+            self.api.emails.load(email, 1, self.priority, linger) for email in self.backed_up.emails
+        ]
+        users: list[Json] = []
+        for listing in await together(*loads):
+            users += listing.items
+        self.primary = {}
+        for user in users:
+            if user["id"] == self.pair.primary.id:
+                self.primary = user
+        return self._shows_duplicate(users)
+
+    def _shows_duplicate(self, users: Iterable[Json]) -> bool:
+        """Return whether the duplicate is among these `rev_users` as the live check saw it."""
+        primary, duplicate = self.pair.primary, self.pair.duplicate
+        for user in users:
+            if user["id"] == duplicate.id:
+                return duplicate_status(user, primary.id, duplicate) is DuplicateStatus.EXISTS
+        return False
+
+    async def _missing(
+        self, expected: Sequence[Json], priority: int, linger: float = LINGER
     ) -> list[Json]:
         """Return which of the expected objects the lists don't show with the primary."""
-        weight = pair.primary.tickets + pair.duplicate.tickets
+        weight = self.pair.primary.tickets + self.pair.duplicate.tickets
         roles = sorted({item["role"] for item in expected})
         loaders = [self.api.objects[role] for role in roles]
         listings = await together(
-            *(loader.load(pair.primary.id, weight, self.priority, linger) for loader in loaders)
+            *(loader.load(self.pair.primary.id, weight, priority, linger) for loader in loaders)
         )
         there: set[tuple[str, str]] = set()
         for role, listing in zip(roles, listings):
-            there.update((role, item["id"]) for item in listing.items)
+            for item in listing.items:
+                there.add((role, item["id"]))
+                self._kinds.add(kind_of(item["id"]))
         return [item for item in expected if (item["role"], item["id"]) not in there]
 
-    async def is_listed(self, pair: Pair, linger: float = LINGER) -> bool:
-        """Return whether the list of its email shows the duplicate as a contact of its own."""
-        email = pair.duplicate.email.strip()
-        listing = await self.api.emails.load(email, 1, self.priority, linger)
-        for user in listing.items:
-            if user["id"] == pair.primary.id:
-                self.primary = user
-        return self.shows_duplicate(pair, listing.items)
+    async def _examine(self, items: Iterable[Json]) -> list[Json]:
+        """Read objects one by one; return those that are not with the primary, and note those that were deleted.
 
-    @staticmethod
-    def shows_duplicate(pair: Pair, users: Iterable[Json]) -> bool:
-        """Return whether the duplicate is among these `rev_users` as a contact of its own."""
-        shown = (user for user in users if user["id"] == pair.duplicate.id)
-        return any(duplicate_status(user, *pair.ids) is DuplicateStatus.EXISTS for user in shown)
+        A 404 says so only where another object of its kind has answered: the token may not see the kind.
+        """
+        left: list[Json] = []
+        absent: list[Json] = []
+        for item in items:
+            try:
+                obj = await self.api.get_object(item["id"], RequestOptions(self.priority))
+            except (ApiError, NoUsableResponse):
+                left.append(item)
+                continue
+            if obj is None:
+                absent.append(item)
+                continue
+            self._kinds.add(kind_of(item["id"]))
+            if not self._is_with_primary(item, obj):
+                left.append(item)
+        for item in absent:
+            if kind_of(item["id"]) not in self._kinds:
+                left.append(item)
+            elif item["id"] not in self.pair.deleted:
+                self.pair.deleted = sorted([*self.pair.deleted, item["id"]])
+        return left
+
+    def _is_with_primary(self, item: Json, obj: Json) -> bool:
+        return self.pair.primary.id in user_ids(item["role"], obj)
 
 
 # Seconds for the first poll and the first update; each repeat has twice as long.
@@ -5338,6 +5477,15 @@ class ReferenceUpdate:
         return None
 
 
+class UnexplainedConflict(PairError):
+    """A reference is in use, and no contact outside the pair holds it: it says something of the organisation."""
+
+    def __init__(self, pair: Pair) -> None:
+        gone = f"{pair.duplicate.short_id}, which no longer exists"
+        words = f"the reference {pair.new_ref} is held by {gone}"
+        super().__init__("external_ref_conflict", f"{words}, or a contact that the token can't see")
+
+
 class PrimaryUpdate:
     """Gives the primary the duplicate's reference, once the duplicate no longer exists.
 
@@ -5353,14 +5501,18 @@ class PrimaryUpdate:
             self.api, pair.primary, str(pair.new_ref), timer.request_options
         )
         self.answer: Json = {}  # the primary with its new reference, as the last answer has shown it
-        self._pause = 0.2  # seconds before the next attempt
+        self._pauses = Backoff(0.2, 10.0, 1.6)
 
     async def run(self, is_new: bool) -> bool:
         """Set the reference; a primary whose merge `is_new` in this run need not be read first.
 
-        Return False where polls show that the duplicate still exists. Raises PairError.
+        Return False where the duplicate still exists. Raises PairError.
         """
         pair = self.pair
+        with contextlib.suppress(PairError):  # it is written as DevRev spells it
+            own = str(backed_up_contact(pair.backup, pair.duplicate.id).get("external_ref"))
+            if own.strip() == pair.new_ref:
+                self.update.reference = own
         if not is_new and self._has_it(check_reference(pair, await self.update.read())):
             return True
         started = self.context.environment.now()
@@ -5381,51 +5533,55 @@ class PrimaryUpdate:
                 if is_over:
                     words = f"{pair.primary.short_id} could not be updated: {problem}"
                     raise PairError(problem.code, words)
-                await self._sleep()
+                await self.timer.pause(self._pauses.next())
             elif problem.status != 409:
                 code = "not_found" if problem.missing else "external_ref_not_set"
                 code = problem.code if problem.status == 403 else code
                 raise PairError(code, f"the reference {pair.new_ref} could not be set: {problem}")
             else:
-                self.context.first_merge.confirm(pair.ids)  # a conflict is this pair's alone
-                if await self._wait_for_release(is_over) is DuplicateStatus.EXISTS:
+                await self.timer.pause(self._pauses.next())
+                if await self._duplicate_exists():
                     return False
+                if await self._is_released():
+                    return True
+                if is_over:
+                    raise UnexplainedConflict(pair)
 
     def _has_it(self, user: Json | None) -> bool:
         """Return whether the primary has the new reference, and keep what shows it."""
-        if not user or user.get("external_ref") != self.pair.new_ref:
+        if not user or live_reference(user) != self.pair.new_ref:
             return False
         self.answer = user
         return True
 
-    async def _wait_for_release(self, is_over: bool) -> DuplicateStatus | None:
-        """Wait while the duplicate, which no longer exists, holds the reference. Return its status, if a poll tells.
-
-        Raises PairError where another contact holds it, or the time for that is over.
-        """
-        await self._sleep()
-        pair = self.pair
+    async def _duplicate_exists(self) -> bool:
+        """Poll the duplicate after a conflict. Where the poll tells nothing, lists have decided."""
+        duplicate = self.pair.duplicate
         status = None
-        holders: list[str] = []
-        # Where polls tell nothing, lists have decided.
         with contextlib.suppress(ApiError, NoUsableResponse):
-            status = await self.api.poll_duplicate(*pair.ids, self.timer.request_options())
-        if status is DuplicateStatus.EXISTS:
-            return status
+            status = await self.api.poll_duplicate(
+                self.pair.primary.id, duplicate, self.timer.request_options()
+            )
+        return status is DuplicateStatus.EXISTS
+
+    async def _is_released(self) -> bool:
+        """Return whether the primary itself holds the reference; False: the duplicate still does, or nobody.
+
+        Raises PairError where another contact does.
+        """
+        pair = self.pair
+        holders: list[str] = []
         with contextlib.suppress(ApiError, NoUsableResponse):
             for user in await self.api.holders_of(str(pair.new_ref), self.timer.request_options()):
+                if user["id"] == pair.primary.id and self._has_it(user):
+                    return True
                 if user["id"] not in pair.ids:
                     holders.append(str(user.get("display_id") or user["id"]))
-        if holders or is_over:
-            gone = f"{pair.duplicate.short_id}, which no longer exists"
-            who = ", ".join(holders) or f"{gone}, or a contact that the token can't see"
-            words = f"the reference {pair.new_ref} is held by {who}"
+        if holders:
+            self.context.gate.confirm(pair)  # this conflict is the pair's alone
+            words = f"the reference {pair.new_ref} is held by {', '.join(holders)}"
             raise PairError("external_ref_conflict", words)
-        return status
-
-    async def _sleep(self) -> None:
-        await self.timer.pause(self._pause)
-        self._pause = min(10.0, 1.6 * self._pause)
+        return False
 
 
 class PairMerge:
@@ -5446,7 +5602,7 @@ class PairMerge:
         self.pair = pair
         self.run = run
         self.preconditions = run.preconditions
-        self.verifier = run.verifier
+        self.verifier = TransferVerifier(context, pair, RESUME if run.resumed else VERIFY)
         self.timer = MergeTimer(context, pair, run)
         self.update = PrimaryUpdate(context, pair, self.timer)
         self.has_outcome = False
@@ -5456,8 +5612,12 @@ class PairMerge:
         # Times that the duplicate seemed to be merged and existed after all.
         self.contradictions = 0
         self.was_forbidden = pair.forbidden  # an earlier run's request for it was answered with 403
+        self._made_room = False  # others had to end their merges before the last request
+        self._busy_since: Timestamp | None = None  # DevRev refuses the merge for now
+        self._busy_pauses = Backoff(0.5, 20.0)
         self.polled = False  # since the last request
         self.unusable = 0  # polls in a row without a usable answer
+        self.is_changed = False  # the last poll has shown the duplicate not as it was
         self.poll_problem: PairError | None = None  # of the last poll
         self._poll_deadline = FIRST_DEADLINE
 
@@ -5488,7 +5648,7 @@ class PairMerge:
             return False
         finally:
             self.api.scheduler.end_merge(pair.ids)
-            self.context.first_merge.release(pair.ids)
+            self.context.gate.leave(pair)
         if pair.state in TERMINAL:
             await self.end()
         elif pair.state is State.SKIPPED:
@@ -5506,7 +5666,7 @@ class PairMerge:
             pair.seconds = max(0.0, self.context.environment.now().wall - pair.requested_at)
         await self.context.savepoint.save(pair)
         if state is State.VERIFYING:
-            self.context.first_merge.confirm(pair.ids)
+            self.context.gate.confirm(pair)
         steps = {
             State.REQUESTED: "the merge is requested, and not confirmed yet",
             State.ACKNOWLEDGED: "DevRev has acknowledged the merge",
@@ -5525,8 +5685,25 @@ class PairMerge:
         """
         pair = self.pair
         self.has_outcome = True
+        if problem and problem.code == "not_found":
+            await self._doubt_merge()
+        if problem and pair.new_ref and pair.state is State.MERGED:
+            pair.unset_since = pair.unset_since or self.context.savepoint.run
         counts = not (self.run.resumed or pair.tried_before or pair.state is State.VERIFYING)
         await self.context.record_outcome(pair, problem, counts)
+
+    async def _doubt_merge(self) -> None:
+        """Take the pair back to its request where neither of its contacts is found: that confirms nothing."""
+        pair = self.pair
+        is_merged = pair.state in (State.MERGED, State.VERIFYING)
+        if not is_merged or not self.requests_sent or self.update.answer:
+            return
+        with contextlib.suppress(PairError):
+            if await self.verifier.poll() is DuplicateStatus.NOT_FOUND:
+                pair.move_to(self._unconfirmed())
+
+    def _unconfirmed(self) -> State:
+        return State.REQUESTED if self.pair.rejected else State.ACKNOWLEDGED
 
     # -- the request ---------------------------------------------------------------------------------
 
@@ -5537,21 +5714,25 @@ class PairMerge:
         merged by now.
         """
         pair = self.pair
-        again = bool(pair.requested_at)
-        if again:
+        if pair.requested_at:
             self._take_from_plan()
         async with self.run.request_lock:  # the pairs of a group rest on the same preconditions
-            pair.is_requested_again = again
             try:
-                for _ in range(self.MAX_REFRESHES):
-                    if await self._prepare(again):
+                refreshes = 0
+                while refreshes < self.MAX_REFRESHES:
+                    pair.is_requested_again = bool(pair.requested_at)
+                    if await self._prepare():
                         return State.MERGED
                     if pair.state is State.SKIPPED:
                         return State.SKIPPED
                     try:
-                        return await self._send(again)
+                        state = await self._send()
                     except PreconditionsExpired:
                         log.info("%s: the check or the backup is too old by now", pair.email)
+                        refreshes += 1
+                        continue
+                    if state:
+                        return state
             finally:
                 pair.is_requested_again = False
         words = "checks and backups become too old before the merge can be requested"
@@ -5570,32 +5751,44 @@ class PairMerge:
         pair.duplicate = wanted.duplicate
         self.preconditions.invalidate()
 
-    async def _prepare(self, again: bool) -> bool:
-        """Make the preconditions fresh; return whether a poll shows that an earlier request was carried out."""
+    async def _prepare(self) -> bool:
+        """Make the preconditions fresh; return whether an earlier request was carried out."""
+        pair = self.pair
         # Its units would keep others waiting while the preconditions are read.
-        self.api.scheduler.end_merge(self.pair.ids)
+        self.api.scheduler.end_merge(pair.ids)
         problem: PairError | None = None
         try:
             await self.preconditions.ensure_fresh()
         except PairError as error:
             problem = error
-        if again:
-            # It holds no units: pairs that wait to be requested would wait for each other's.
-            status = await self.api.poll_duplicate(*self.pair.ids, RequestOptions(FINISH))
-            if status is not DuplicateStatus.EXISTS:
-                self._note_merged()
-                return True
-        if problem and self.pair.state is not State.SKIPPED:
+        if pair.requested_at and await self._shows_merged(await self.verifier.poll()):
+            self.context.gate.note_merged(pair)
+            return True
+        if problem and pair.state is not State.SKIPPED:
             raise problem
         return False
 
-    async def _send(self, again: bool) -> State:
-        """Send the merge request. Raises PreconditionsExpired where it was not sent."""
+    async def _shows_merged(self, status: DuplicateStatus) -> bool:
+        """Return whether the pair is merged, by a poll and, where the duplicate is not as it was, by objects."""
+        if status is not DuplicateStatus.CHANGED:
+            return status.is_gone
+        with contextlib.suppress(ApiError, NoUsableResponse):
+            return await self.verifier.objects_prove() is True
+        return False
+
+    async def _send(self) -> State | None:
+        """Send the merge request. Return None where it has to be sent again, because DevRev was busy.
+
+        Raises PreconditionsExpired where it was not sent.
+        """
         pair = self.pair
+        gate = self.context.gate
+        is_first = not pair.first_requested_at
         state = State.ACKNOWLEDGED
         refusal: ApiError | None = None
+        await gate.enter(pair)
+        others = gate.others_under_way(pair)
         try:
-            await self.context.first_merge.acquire(pair.ids)
             options = self.timer.request_options(MERGE)
             await self.api.merge(*pair.ids, options, self._save_intent)
         except ApiError as error:
@@ -5604,15 +5797,45 @@ class PairMerge:
             log.info("%s: the answer to the merge request was lost (%s)", pair.email, error)
             state = State.REQUESTED
         # The request was sent; the wait for its merge starts now.
+        pair.move_to(State.REQUESTED)
         self.timer.start()
         self.requests_sent += 1
         if (
             not self.was_forbidden
         ):  # one that had a 403 before says nothing of what the token may do
-            self.context.first_merge.requests += 1
-        if refusal:
-            return await self._rejected(refusal, first=not again)
-        return state
+            gate.requests += 1
+        if refusal is None:
+            if self._made_room and state is State.ACKNOWLEDGED and not gate.one_at_a_time:
+                gate.one_at_a_time = True
+                log.warning("DevRev merges one pair at a time, so this run goes on in that way")
+            return state
+        pair.rejected = True
+        pair.forbidden = pair.forbidden or refusal.status == 403
+        await self.context.savepoint.save(pair)
+        others = others or gate.others_under_way(pair)
+        if refusal.status not in (403, 404) and await self._make_room(refusal, others):
+            return None
+        return await self._rejected(refusal, is_first)
+
+    async def _make_room(self, refusal: ApiError, others: bool) -> bool:
+        """Wait until DevRev may be ready for the merge, and return whether it is to be requested again.
+
+        It may be busy with others, and then says so in many ways; alone it says so in one.
+        """
+        if not others:
+            if refusal.status not in (409, 423, 425):
+                return False
+            if self._busy_since is None:
+                self._busy_since = self.context.environment.now()
+            waited = self.context.environment.elapsed(self._busy_since)
+            if waited >= self.context.options.merge_timeout:
+                return False
+            await self.timer.pause(self._busy_pauses.next())
+        log.info("%s: DevRev may be busy (%s); requesting it again", self.pair.email, refusal)
+        self._made_room = others
+        self.context.gate.leave(self.pair)
+        await self.context.gate.enter(self.pair, alone=True)
+        return True
 
     async def _save_intent(self) -> None:
         """Save that the merge is requested, at the last moment before the request is sent.
@@ -5633,6 +5856,7 @@ class PairMerge:
             if context.options.carry_fields:
                 duplicate = preconditions.live[pair.duplicate.id]
                 pair.fields_to_carry = fields_to_carry({}, duplicate)
+                pair.carries_last = True
             await context.savepoint.save(pair)
             # The disk may be slow, and the run may have been stopped meanwhile.
             preconditions.require_fresh()
@@ -5646,24 +5870,33 @@ class PairMerge:
             raise
         log.info("%s: requesting the merge of %s", pair.email, into(pair))
 
-    async def _rejected(self, error: ApiError, first: bool) -> State:
-        """Take note of a refusal; DevRev may carry the merge out all the same."""
-        pair = self.pair
-        pair.rejected = True
-        pair.forbidden = pair.forbidden or error.status == 403
-        await self.context.savepoint.save(pair)
+    async def _rejected(self, error: ApiError, is_first: bool) -> State:
+        """Decide after a refusal; DevRev may carry the merge out all the same."""
         if error.status == 403:
             # The first request of a run shows whether the token may merge at all.
-            if self.context.first_merge.requests == 1 and not self.was_forbidden:
-                raise PermissionDenied(EXIT_USAGE, f"the token may not merge contacts: {error}")
+            if self.context.gate.requests == 1 and not self.was_forbidden:
+                await self._stop_unless_merged(error)
+                return State.REQUESTED
             self.rejection = PairError("forbidden", str(error))
-        elif error.missing and first:
-            if await self.verifier.is_merged_elsewhere(pair, self.timer.pause):
-                return self._merged_elsewhere()
-            self.rejection = PairError("merge_refused", str(error))
-        elif error.status != 409:  # a 409 may say that it is being merged
-            self.rejection = PairError("merge_refused", str(error))
+            return State.REQUESTED
+        if error.missing and is_first and await self.verifier.is_merged_elsewhere(self.timer.pause):
+            return self._merged_elsewhere()
+        self.rejection = PairError("merge_refused", str(error))
         return State.REQUESTED
+
+    async def _stop_unless_merged(self, error: ApiError) -> None:
+        """Raise PermissionDenied, unless polls show that a merge which was forbidden is carried out all the same."""
+        pauses = Backoff(0.2, 1.0)
+        code = EXIT_USAGE
+        while self.timer.waited() < MergeTimer.SLOW:
+            await self.timer.pause(pauses.next())
+            try:
+                if await self._shows_merged(await self.verifier.poll()):
+                    return
+                code = EXIT_USAGE
+            except (ApiError, NoUsableResponse):
+                code = EXIT_STOPPED  # something may have changed
+        raise PermissionDenied(code, f"the token may not merge contacts: {error}")
 
     def _merged_elsewhere(self) -> State:
         pair = self.pair
@@ -5700,9 +5933,11 @@ class PairMerge:
             longest = confirmation_timeout(pair, self.context.options.merge_timeout)
             # Where the wait is over, for a pair of an earlier run at once, there is no third poll.
             lists_decide = self.unusable >= 3 or (self.unusable > 0 and waited >= longest)
+            if self.is_changed and pair.state is State.ACKNOWLEDGED:
+                lists_decide = not self.verifier.backed_up.telling
             if lists_decide:
                 self.api.scheduler.end_merge(pair.ids)  # lists would wait for the units it holds
-                if await self.verifier.lists_show_merged(pair):
+                if await self.verifier.lists_show_merged():
                     break
             if self.rejection:
                 raise self.rejection
@@ -5711,7 +5946,7 @@ class PairMerge:
                 return await self._request()
             pause = min(0.1 + 0.5 * waited, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
             await timer.pause(min(pause, longest - waited))
-        self._note_merged()
+        self.context.gate.note_merged(pair)
         return State.MERGED
 
     async def _await_first_poll(self) -> None:
@@ -5730,9 +5965,13 @@ class PairMerge:
     async def _poll(self) -> bool:
         """Poll the duplicate once. Return whether it no longer exists; `poll_problem` says why that is not known."""
         self.poll_problem = None
+        self.is_changed = False
         try:
             status = await self.api.poll_duplicate(
-                *self.pair.ids, self.timer.request_options(), self._poll_deadline
+                self.pair.primary.id,
+                self.pair.duplicate,
+                self.timer.request_options(),
+                self._poll_deadline,
             )
         except (ApiError, NoUsableResponse) as error:
             self.poll_problem = PairError(error.code, f"the merge can't be confirmed: {error}")
@@ -5743,7 +5982,8 @@ class PairMerge:
             return False
         self.unusable = 0
         self._poll_deadline = FIRST_DEADLINE
-        return status is not DuplicateStatus.EXISTS
+        self.is_changed = status is DuplicateStatus.CHANGED
+        return await self._shows_merged(status)
 
     def _require_another_request(self, waited: float) -> None:
         """Raise PairError where a wait that is over must not be followed by another request."""
@@ -5754,9 +5994,6 @@ class PairMerge:
             words = f"{self.pair.duplicate.short_id} still exists {duration(waited)} after"
             raise PairError("merge_not_confirmed", f"{words} its merge was requested")
 
-    def _note_merged(self) -> None:
-        self.context.first_merge.seen.add(self.pair.ids)
-
     def _still_exists(self) -> State:
         """Return to polling: the duplicate seemed to be merged until something contradicted it."""
         pair = self.pair
@@ -5766,7 +6003,7 @@ class PairMerge:
             pair.move_to(State.REQUESTED)
             words = f"{pair.duplicate.short_id} seemed to be merged again and again"
             raise PairError("merge_not_confirmed", words)
-        return State.REQUESTED if pair.rejected else State.ACKNOWLEDGED
+        return self._unconfirmed()
 
     # -- the reference, and the verification -----------------------------------------------------------
 
@@ -5775,6 +6012,7 @@ class PairMerge:
         until it is set, the application finds no contact for the person."""
         if not self.pair.new_ref:
             return State.VERIFYING
+        self.pair.carries_last = True
         is_new = self.requests_sent > 0 or not self.run.resumed
         with self.context.cancel_token.shield():
             is_set = await self.update.run(is_new)
@@ -5786,8 +6024,7 @@ class PairMerge:
         """Check that everything the duplicate had belongs to the primary, and that it is listed no more."""
         pair = self.pair
         self.context.at_verification(self.run.group)
-        expected = objects_to_transfer(pair.backup, pair.duplicate.id)
-        missing, status = await self.verifier.wait(pair, expected, self.timer.pause)
+        missing, status = await self.verifier.wait(self.timer.pause)
         if status is DuplicateStatus.EXISTS:
             return self._still_exists()
         if missing:
@@ -5798,41 +6035,80 @@ class PairMerge:
         if status:
             words = f"merged, but DevRev still lists {pair.duplicate.short_id} for its email"
             raise PairError("still_listed", words)
-        primary = self.update.answer
-        if not primary and self.verifier.primary.get("id") == pair.primary.id:
-            primary = self.verifier.primary
-        async with self.run.carry_lock:
-            primary = await self._carry_fields() or primary
-        if primary:
-            duplicate = backed_up_contact(pair.backup, pair.duplicate.id)
-            pair.fields_lost = lost_fields(duplicate, primary)
+        primary = await self._last_read()
+        if pair.fields_to_carry and pair.carries_last:
+            async with self.run.carry_lock:
+                primary = await self._carry_fields(primary)
+        duplicate = backed_up_contact(pair.backup, pair.duplicate.id)
+        pair.fields_lost = lost_fields(duplicate, primary)
         pair.left_behind = []
-        pair.proved = len({item["id"] for item in expected}.difference(pair.deleted))
+        expected = {item["id"] for item in self.verifier.backed_up.expected}
+        pair.proved = len(expected.difference(pair.deleted))
         return State.DONE
 
-    async def _carry_fields(self) -> Json:
-        """Give the primary what only the duplicate had (--carry-fields); return the primary as it is then, if known.
+    async def _last_read(self) -> Json:
+        """Return the primary as it was read last, which decides; where it lost its reference again, it gets it once more.
 
-        The old values are durable first. What DevRev refuses stands in `fields_lost`.
+        Raises PairError: not_found, external_ref_changed, reference_reverted.
         """
         pair = self.pair
-        if not pair.fields_to_carry:
-            return {}
-        options = RequestOptions(VERIFY)
-        primary = await self.api.contact(pair.primary.id, options) or {}
-        body = fields_to_carry(primary, pair.fields_to_carry)
-        before = {name: primary.get(name) for name in body}
-        pair.fields_before = {**before, **pair.fields_before}
-        carried = {**pair.fields_to_carry, **body}
-        pair.fields_to_carry = {name: carried[name] for name in pair.fields_before}
-        if not body:
-            return primary
-        await self.context.savepoint.save(pair)
-        try:
-            return await self.api.update_contact(pair.primary.id, body, options)
-        except ApiError as error:
-            log.info("%s: %s can't be carried: %s", pair.email, ", ".join(body), error)
-            return primary
+        primary: Json | None = self.verifier.primary
+        if self._agrees(primary):
+            return self.verifier.primary
+        pauses = Backoff(0.5, 10.0)
+        started = self.context.environment.now()
+        is_set_again = False
+        while True:  # what is read may lag
+            primary = check_reference(pair, await self.update.update.read())
+            if self._agrees(primary):
+                return primary
+            waited = self.context.environment.elapsed(started)
+            if is_set_again and waited > self.context.options.merge_timeout / 4:
+                break
+            if not is_set_again:
+                log.warning("%s: %s has its old reference again", pair.email, pair.primary.short_id)
+                pair.move_to(State.MERGED)
+                await self.update.run(is_new=True)
+                is_set_again = True
+            await self.timer.pause(pauses.next())
+        now = live_reference(primary) or "none"
+        words = f"{pair.primary.short_id} had the reference {pair.new_ref}, and has {now} again"
+        raise PairError("reference_reverted", words)
+
+    def _agrees(self, primary: Json | None) -> bool:
+        """Whether what was read of the primary is what a finished merge shows."""
+        if not primary or is_gone(primary):
+            return False
+        return self.pair.new_ref in (None, live_reference(primary))
+
+    async def _carry_fields(self, primary: Json) -> Json:
+        """Give the primary what only the duplicate had (--carry-fields), and return the primary as it is then.
+
+        The old values are durable first. The write rests on a read that nothing has waited behind.
+        What DevRev refuses stands in `fields_lost`.
+        """
+        pair = self.pair
+        for _ in range(FreshRead.MOST):
+            body = fields_to_carry(primary, pair.fields_to_carry)
+            pair.fields_before.update({name: primary.get(name) for name in body})
+            written = {**pair.fields_to_carry, **body}
+            pair.fields_to_carry = {name: written[name] for name in pair.fields_before}
+            if not body:
+                return primary
+            await self.context.savepoint.save(pair)
+            read = FreshRead(self.context.environment)
+            primary = check_reference(pair, await self.update.update.read())
+            if fields_to_carry(primary, pair.fields_to_carry) != body:
+                continue
+            try:
+                options = RequestOptions(FINISH, rests_on=read)
+                return await self.api.update_contact(pair.primary.id, body, options)
+            except PreconditionsExpired:
+                continue
+            except ApiError as error:
+                log.info("%s: %s can't be carried: %s", pair.email, ", ".join(body), error)
+                return primary
+        raise PairError("stale", "the primary can't be updated right after it was read")
 
 
 class GroupRun:
@@ -5856,7 +6132,6 @@ class GroupRun:
         self.wanted = wanted
         self.resumed = resumed
         self.preconditions = Preconditions(context, group)
-        self.verifier = TransferVerifier(context, RESUME if resumed else VERIFY)
         self.request_lock = asyncio.Lock()
         self.carry_lock = asyncio.Lock()
         self.attempted = asyncio.Event()  # each pair was tried, or has to wait
@@ -6001,7 +6276,7 @@ class TaskRunner:
         self.on_outcome(pair)
         if not problem:
             self._failures_in_a_row = 0
-        elif counts and CODES[problem.code].systemic:
+        elif counts and (CODES[problem.code].systemic or isinstance(problem, UnexplainedConflict)):
             self._count_failure(problem)
 
     def _count_failure(self, problem: PairError) -> None:
@@ -6038,7 +6313,7 @@ class ContactMerger:
             options=options,
             record_outcome=self.runner.record_outcome,
             raise_if_draining=self.runner.raise_if_draining,
-            first_merge=FirstMerge(api.cancel_token),
+            gate=MergeGate(api.cancel_token),
             recent_merges=collections.deque(maxlen=20),
             before_verification=set(),
         )
@@ -6059,7 +6334,7 @@ class ContactMerger:
 
     async def _work(self, plan: Plan, unfinished: list[Pair]) -> None:
         self.runner.total = len({pair.ids for pair in chain(plan.pairs(), unfinished)})
-        unfinished += await self._poll_cancelled()
+        unfinished += await self._poll_cancelled(plan)
         self.runner.total = len({pair.ids for pair in chain(plan.pairs(), unfinished)})
         self._resume(plan, unfinished)
         for run in list(self._resumed.values()):
@@ -6081,13 +6356,13 @@ class ContactMerger:
 
     # -- what earlier runs left ------------------------------------------------------------------------
 
-    async def _poll_cancelled(self) -> list[Pair]:
+    async def _poll_cancelled(self, plan: Plan) -> list[Pair]:
         """Poll each cancelled pair once: return those that DevRev has carried out after all, as unfinished pairs."""
         found = []
         for pair in list(self.savepoint.pairs(State.CANCELLED)):
             try:
                 is_merged = await self._is_merged_after_all(pair)
-            except (PairError, LookupError, TypeError, ValueError, AttributeError) as error:
+            except (PairError, *ODD_ANSWER) as error:
                 words = f"{pair.email}: the cancelled merge of {into(pair)} can't be polled"
                 log.info("%s: %s", words, error)
                 continue
@@ -6098,28 +6373,45 @@ class ContactMerger:
                 words = f"{pair.email}: DevRev has carried out the cancelled merge of {into(pair)}"
                 log.warning("%s", words)
                 found.append(pair)
+            elif pair.reference_not_set:
+                warning = {"email": pair.email, "code": pair.code, "warning": pair.error}
+                plan.warnings.append(warning)
         return found
 
     async def _is_merged_after_all(self, pair: Pair) -> bool:
-        """Return whether a cancelled merge was carried out. Raises PairError, and what an odd answer raises."""
-        verifier = TransferVerifier(self.context, RESUME)
+        """Return whether DevRev shows that a cancelled pair was merged into its primary; note a reference that nobody has.
+
+        Raises PairError, and what an odd answer raises.
+        """
+        verifier = TransferVerifier(self.context, pair, RESUME)
+        elsewhere = any(self.savepoint.pairs(State.DONE, duplicate_id=pair.duplicate.id))
         try:
-            status = await self.api.poll_duplicate(*pair.ids, RequestOptions(FINISH))
-        except (ApiError, NoUsableResponse):
-            if not await verifier.lists_show_merged(pair):
-                return False
-            status = DuplicateStatus.GONE
-        if status is not DuplicateStatus.GONE or not Path(pair.backup).exists():
-            return status is not DuplicateStatus.EXISTS
-        # It may have been deleted instead: then nothing of it belongs to the primary, and objects name it.
-        expected = objects_to_transfer(pair.backup, pair.duplicate.id)
-        if not expected or len(await verifier.missing(pair, expected)) < len(expected):
+            status = await verifier.poll()
+            if status in (DuplicateStatus.EXISTS, DuplicateStatus.IN_PRIMARY):
+                return status is DuplicateStatus.IN_PRIMARY
+        except (ApiError, NoUsableResponse) as error:
+            log.info("%s can't be polled: %s", pair.duplicate.short_id, error)
+        except PairError as problem:
+            if problem.code != "merged_into_another":
+                raise
+            elsewhere = True
+        if not elsewhere and Path(pair.backup).exists() and await verifier.objects_prove():
             return True
-        for item in expected[: verifier.EXAMINED]:
-            obj = await self.api.get_object(item["id"], RequestOptions(RESUME))
-            if obj and pair.duplicate.id in user_ids(item["role"], obj):
-                return False
-        return True
+        await self._note_reference(pair)
+        return False
+
+    async def _note_reference(self, pair: Pair) -> None:
+        """Note whether no contact that still exists has the reference of a cancelled pair."""
+        if not pair.new_ref:
+            return
+        holders = await self.api.holders_of(pair.new_ref, RequestOptions(RESUME))
+        is_held = any(not is_gone(user) for user in holders)
+        noted = "" if is_held else pair.new_ref
+        if noted != pair.reference_not_set:
+            pair.reference_not_set = noted
+            code = "reference_unheld" if noted else "cancelled"
+            pair.move_to(pair.state, code, where_to_set(pair) if noted else pair.accepted)
+            await self.savepoint.save(pair, keep_run=True)
 
     def _resume(self, plan: Plan, unfinished: Sequence[Pair]) -> None:
         """Start a group for each primary of unfinished pairs, with what else is known of that primary."""
@@ -6946,7 +7238,7 @@ async def no_longer_exists(api: DevRevAPI, group: UndoGroup, pair: Pair) -> bool
     lists decide."""
     duplicate = pair.duplicate.id
     try:
-        status = await api.poll_duplicate(group.primary_id, duplicate, ANY_OPTIONS)
+        status = await api.poll_duplicate(group.primary_id, pair.duplicate, ANY_OPTIONS)
         return status is not DuplicateStatus.EXISTS
     except (ApiError, NoUsableResponse) as error:
         name = pair.duplicate.short_id
@@ -7748,12 +8040,21 @@ CODES: dict[str, Code] = {
     ),
     "plan_changed": Code("Use the CSV that has the pair, or cancel the merge with --settle."),
     "merged_elsewhere": Code("Check the reference that the message names, and export again."),
-    "merged_into_another": Code("Check both contacts in DevRev. --settle accepts it as it is."),
+    "merged_into_another": Code(
+        "Check both contacts in DevRev. --settle accepts it as it is.", systemic=True
+    ),
     "after_cancel": Code(
         "If the contacts are two people, undo the merge with --undo and this report.",
         passing=True,
     ),
     # Merged, and not finished.
+    "reference_unheld": Code(
+        "Set the reference on the contact of this person in DevRev, if the person still uses it.",
+    ),
+    "reference_reverted": Code(
+        "Find out what sets the old reference again, such as an integration, then run again. Until "
+        "the primary has the new one, the application may not recognise this person.",
+    ),
     "external_ref_conflict": Code(
         "Export and run again. If it stays, free the reference from the contact that the message "
         "names. Until the primary has it, the application may not recognise this person.",
@@ -7896,22 +8197,22 @@ def merge_entry(pair: Pair, planned: Collection[Ids] | None) -> Json:
 
 def settle_error(pair: Pair) -> str:
     """Say why --settle can't end a pair, `""` where it can, or where the pair has ended."""
-    if pair.state in TERMINAL:
+    if pair.state in (*TERMINAL, State.VERIFYING):
         return ""
     if pair.state is State.UNDOING:
-        if pair.undo is None or not pair.undo.reference_free:
-            return ""
-        words = f"the reference {pair.duplicate.external_ref} may be on no contact"
-        return f"{words}; finish the undo first: merge_contacts.py --undo {pair.undo.path}"
+        if pair.undo and pair.undo.reference_free and pair.code in ("", "interrupted"):
+            words = f"the reference {pair.duplicate.external_ref} may be on no contact"
+            return f"{words}; finish the undo first: merge_contacts.py --undo {pair.undo.path}"
+        return ""
+    if pair.state is State.MERGED:
+        if pair.new_ref and pair.run in ("", pair.unset_since):
+            words = f"its reference {pair.new_ref} is not set yet"
+            return f"{words}; run again, which sets it: only what two runs have left so is settled"
+        return ""
     if pair.state not in UNFINISHED:
         words = f"its merge was not requested ({pair.code}), so there is nothing to settle"
         return f"{words}; leave its rows out of the CSV"
-    is_merged = pair.state in (State.MERGED, State.VERIFYING)
-    if (
-        pair.code in CODES
-        and not CODES[pair.code].passing
-        and not (is_merged and pair.code == "api_error")
-    ):
+    if pair.code in CODES and not CODES[pair.code].passing:
         return ""
     why = pair.code or SO_FAR[pair.state]
     return f"it is unfinished ({why}), and no report has named a problem that stays; run again"
@@ -7927,9 +8228,21 @@ def settle_pair(pair: Pair) -> None:
         state = State.CANCELLED
     elif pair.state is State.UNDOING:
         state = State.UNDO_SETTLED
+        if pair.undo and pair.undo.reference_free:
+            pair.reference_not_set = pair.duplicate.external_ref
     elif pair.new_ref and pair.state is State.MERGED:
         pair.reference_not_set = pair.new_ref
     pair.move_to(state, pair.code, pair.error)
+
+
+def where_to_set(pair: Pair) -> str:
+    """Say where the reference that a pair has left on no contact could be set, `""` where it has left none."""
+    if not pair.reference_not_set:
+        return ""
+    contact = pair.primary.short_id
+    if pair.state is State.UNDO_SETTLED and pair.undo and pair.undo.display_id:
+        contact = pair.undo.display_id
+    return f"the reference {pair.reference_not_set} is on no contact; set it on {contact} in DevRev"
 
 
 # -- the report of a merge run or a settle -----------------------------------------------------------

@@ -220,6 +220,7 @@ class ReasonChecker:
                 one and one.get("external_refs") for one in all_contacts
             ),
             "unverified": lambda: self._has_unverified(ids, group),
+            "reference_reverted": lambda: checker.fake_devrev.puts_back,
             "external_ref_conflict": lambda: (
                 reference in stuck or not self._can_be_freed(ids, reference, primary, resting)
             ),
