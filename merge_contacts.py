@@ -9318,7 +9318,7 @@ def build_parser() -> OptionParser:
     policies = ("exact", "at-least")
     words = "exact: as many tickets as TICKET_COUNT; at-least: or more (default: exact)"
     add("--count-policy", metavar="POLICY", choices=policies, default="exact", help=words)
-    flag("--across-workspaces", help="also merge contacts of different rev orgs")
+    flag("--across-workspaces", help="also merge contacts of different workspaces")
     flag("--try-unverified", help="also request merges of unverified contacts")
     flag("--carry-fields", help="copy to the primary what only the duplicate has")
     flag("--no-timelines", help="leave comments out of the backup (fewer requests)")
