@@ -115,7 +115,7 @@ from typing import (
 )
 from urllib.parse import quote, unquote, urlsplit
 
-__version__ = "3.0.0"
+__version__ = "3.1.0"
 SCHEMA = 3  # of every JSON document
 
 SIGNALS = [one for one in signal.Signals if one.name in ("SIGINT", "SIGTERM", "SIGHUP")]
@@ -8077,7 +8077,7 @@ CODES: dict[str, Code] = {
     "not_merged": Code("If the merge is unfinished, finish it first."),
     "backup_changed": Code(
         "Put the backup back as it was, from a copy, then run the same --undo again. "
-        "Somebody may want you to create another contact."
+        "A changed backup may name another person."
     ),
     "backup_unknown": Code("Undo the report of the run that merged them."),
     "contact_refused": Code(
