@@ -2629,72 +2629,57 @@ class ClientLimit:
 class CircuitBreaker:
     """Holds requests back after a 429 or failures in a row.
 
-    Closed: all may leave. Open: none, until `open_until`. Half-open: one probe at a time, until
-    one is answered well.
+    None leaves until `open_until`; then, while it `is_tripped`, one probe at a time, until one is
+    answered well.
     """
 
     THRESHOLD = 3  # failures in a row
     LONGEST = 3600.0  # seconds that a 429 may ask for
 
     def __init__(self, retries: int) -> None:
-        self.retries = retries
-        self.most_over_quota = 10 + 5 * retries  # 429s in a row; the pauses come to minutes
+        self.most_failures = self.THRESHOLD + retries
+        self.most_over_quota = 10 + 2 * retries  # with pauses that come to minutes
         self.open_until = 0.0
-        self.half_open = False
-        self.probe_in_flight = False
         self.failures_in_a_row = 0
         self.over_quota_in_a_row = 0
-        self._failed_probes = 0
         self._failure_pauses = Backoff(0.5, 10.0)
         self._quota_pauses = Backoff(0.1, 30.0)
-        self._pause = 0.0
-
-    def on_response(self, is_probe: bool, status: int | None, pause: float, now: float) -> str:
-        """Note an answer. `status` None: none, or none of use; a 429 asks for `pause` seconds.
-
-        Return why nothing more is worth sending, "" where it is.
-        """
-        if is_probe:
-            self.probe_in_flight = False
-        if status == 429:
-            self.failures_in_a_row = 0
-            self.over_quota_in_a_row += 1
-            least = self._quota_pauses.next()
-            self._open(now + max(least, min(self.LONGEST, pause)))
-        elif status is None or status >= 500:
-            self.over_quota_in_a_row = 0
-            self.failures_in_a_row += 1
-            self._on_failure(is_probe, now)
-        else:
-            self.over_quota_in_a_row = 0
-            self.failures_in_a_row = 0
-            self._failed_probes = 0
-            self._failure_pauses.reset()
-            self._quota_pauses.reset()
-            if is_probe:
-                self.half_open = False
-        if self._failed_probes > self.retries:
-            return "can't be reached or keeps failing (is DEVREV_BASE_URL right?)"
-        if self.over_quota_in_a_row > self.most_over_quota:
-            return "keeps answering 429 (over quota), however long one waits"
-        return ""
 
     @property
     def seems_down(self) -> bool:
         return self.failures_in_a_row >= self.THRESHOLD
 
-    def _on_failure(self, is_probe: bool, now: float) -> None:
-        if not self.seems_down:
-            return
-        if is_probe:
-            self._failed_probes += 1
-        if is_probe or not self.half_open:
-            self._pause = self._failure_pauses.next()
-        self._open(now + self._pause)
+    @property
+    def is_tripped(self) -> bool:
+        return self.seems_down or self.over_quota_in_a_row > 0
 
-    def _open(self, until: float) -> None:
-        self.open_until = max(self.open_until, until)
-        self.half_open = True
+    def on_response(self, status: int | None, pause: float, now: float) -> str:
+        """Note an answer. `status` None: none, or none of use; a 429 asks for `pause` seconds.
+
+        Return why nothing more is worth sending, "" where it is.
+        """
+        if now < self.open_until:
+            # Its request had left before, and tells nothing new, unless how long to wait.
+            if status == 429:
+                self.open_until = max(self.open_until, now + min(self.LONGEST, pause))
+        elif status == 429:
+            self.over_quota_in_a_row += 1
+            least = self._quota_pauses.next()
+            self.open_until = now + max(least, min(self.LONGEST, pause))
+        elif status is None or status >= 500:
+            self.failures_in_a_row += 1
+            if self.seems_down:
+                self.open_until = now + self._failure_pauses.next()
+        else:
+            self.failures_in_a_row = 0
+            self.over_quota_in_a_row = 0
+            self._failure_pauses.reset()
+            self._quota_pauses.reset()
+        if self.failures_in_a_row > self.most_failures:
+            return "can't be reached or keeps failing (is DEVREV_BASE_URL right?)"
+        if self.over_quota_in_a_row > self.most_over_quota:
+            return "keeps answering 429 (over quota), however long one waits"
+        return ""
 
 
 class QueuedRequest(NamedTuple):
@@ -2703,7 +2688,7 @@ class QueuedRequest(NamedTuple):
     priority: int
     serial: int
     options: RequestOptions
-    future: asyncio.Future[bool]
+    future: asyncio.Future[None]
 
 
 class RequestScheduler:
@@ -2749,7 +2734,7 @@ class RequestScheduler:
         self.others = self.OTHERS
         self._share_held_back = False  # in this window
         self._has_sent = False  # in this window, beside what finishes merges or asks for the rest
-        self._is_asking = False  # a request in flight finds out what a new window has left
+        self._is_asking = False  # a request in flight finds out what is left, or is a probe
         self._merges: set[tuple[str, str]] = set()  # in flight
         self._units_per_merge = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -2773,13 +2758,13 @@ class RequestScheduler:
 
     # -- what leaves when --------------------------------------------------------------------------
 
-    async def acquire(self, options: RequestOptions) -> bool:
-        """Wait until a request may leave, and return whether it is a probe. Raises Cancelled."""
+    async def acquire(self, options: RequestOptions) -> None:
+        """Wait until a request may leave. Raises Cancelled."""
         self._serial += 1
         future = self.cancel_token.future()
         bisect.insort(self._queue, QueuedRequest(options.priority, self._serial, options, future))
         self._dispatch()
-        return bool(await future)
+        await future
 
     def _dispatch(self) -> None:
         """Release the requests that may leave; try again when the next thing changes."""
@@ -2804,9 +2789,7 @@ class RequestScheduler:
                 return self.breaker.open_until - now, reason
             if self.quota.has_ended(now):
                 self._on_new_window()
-            if self.breaker.half_open and self.breaker.probe_in_flight:
-                return 0.0, ""
-            if self.quota.is_unknown and self._is_asking:
+            if self._is_asking and (self.quota.is_unknown or self.breaker.is_tripped):
                 return 0.0, ""
             request = self._first_that_may_leave()
             if request is None:
@@ -2832,12 +2815,10 @@ class RequestScheduler:
             self._units_per_merge = self._units_needed(options)
         if self.client_limit:
             self.client_limit.count()
-        self._is_asking = self.quota.is_unknown
+        self._is_asking = self.quota.is_unknown or self.breaker.is_tripped
         if options.priority != FINISH and not self._is_asking:
             self._has_sent = True
-        if self.breaker.half_open:
-            self.breaker.probe_in_flight = True
-        request.future.set_result(self.breaker.half_open)
+        request.future.set_result(None)
 
     def _on_new_window(self) -> None:
         """Leave others less where a whole window has passed in which their share let nothing leave."""
@@ -2902,12 +2883,10 @@ class RequestScheduler:
         self._merges.discard(merge)
         self._dispatch()
 
-    def give_back(self, is_probe: bool) -> None:
+    def give_back(self) -> None:
         """Return the slot of a request that is not sent after all."""
         self._in_flight -= 1
         self._is_asking = False
-        if is_probe:
-            self.breaker.probe_in_flight = False
         self._dispatch()
 
     def cancel_preparations(self) -> None:
@@ -2937,9 +2916,7 @@ class RequestScheduler:
 
     # -- answers -----------------------------------------------------------------------------------
 
-    def on_response(
-        self, is_probe: bool, response: HttpResponse, seconds: float, usable: bool
-    ) -> None:
+    def on_response(self, response: HttpResponse, seconds: float, usable: bool) -> None:
         """Note an answer, how long it took, and whether it is of use where its status is good."""
         now = self.environment.now().monotonic
         server_time = self._server_time(response)
@@ -2953,7 +2930,7 @@ class RequestScheduler:
         pause = 0.0
         if status == 429:
             pause = self._seconds_over_quota(response, now, server_time)
-        words = self.breaker.on_response(is_probe, status, pause, now)
+        words = self.breaker.on_response(status, pause, now)
         if words:
             self.cancel_token.cancel(FatalError(EXIT_STOPPED, f"DevRev at {self.host} {words}"))
         self._dispatch()
@@ -3285,10 +3262,10 @@ class DevRevAPI:
         before: Callable[[], Awaitable[None]] | None,
     ) -> tuple[HttpResponse, Timestamp]:
         """Send a request once it may leave; return the answer, and when it was sent."""
-        is_probe = await self.scheduler.acquire(options)
-        while is_probe and self.scheduler.breaker.seems_down:
+        await self.scheduler.acquire(options)
+        while self.scheduler.breaker.seems_down:
             await self._probe()
-            is_probe = await self.scheduler.acquire(options)
+            await self.scheduler.acquire(options)
         is_write = endpoint in WRITES and not body.keys() <= {"id", "type"}
         try:
             self.cancel_token.raise_if_cancelled()
@@ -3302,12 +3279,12 @@ class DevRevAPI:
             since = self.environment.now()
             answer = await self.environment.post(endpoint, body, deadline)
         except BaseException:
-            self.scheduler.give_back(is_probe)
+            self.scheduler.give_back()
             raise
         if is_write and (not answer.sent or answer.status in (401, 403, 429)):
             self.writes -= 1
         is_usable = not key or answer.data is not None
-        self.scheduler.on_response(is_probe, answer, self.environment.elapsed(since), is_usable)
+        self.scheduler.on_response(answer, self.environment.elapsed(since), is_usable)
         return answer, since
 
     async def _probe(self) -> None:
@@ -3321,9 +3298,9 @@ class DevRevAPI:
             self.requests[endpoint] += 1
             answer = await self.environment.post(endpoint, {})
         except BaseException:
-            self.scheduler.give_back(True)
+            self.scheduler.give_back()
             raise
-        self.scheduler.on_response(True, answer, 0.0, answer.data is not None)
+        self.scheduler.on_response(answer, 0.0, answer.data is not None)
         problem = problem_of(endpoint, {}, answer, self.settings, False)
         if isinstance(problem, FatalError):
             self.cancel_token.cancel(problem)
@@ -3366,10 +3343,12 @@ class DevRevAPI:
             items = objects_in(reply[key], endpoint, key)
             ids = [hash(item["id"]) for item in items]
             cursor = reply.get("next_cursor") or ""
+            if not isinstance(cursor, str):
+                raise NoUsableResponse(endpoint, "next_cursor is no text")
             in_circles = reading.add(set(ids), cursor)
             yield ListResult([item for item, one in zip(items, ids) if one not in known], since)
             known.update(ids)
-            if not isinstance(cursor, str) or (cursor and in_circles):
+            if cursor and in_circles:
                 raise IncompleteList(endpoint, "its pages bring nothing new")
             page["cursor"] = cursor
             if cursor:

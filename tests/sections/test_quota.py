@@ -99,15 +99,13 @@ class World:
         self, server: Any, options: "tool.RequestOptions" = tool.ANY_OPTIONS, latency: float = 0.02
     ) -> Any:
         """Send one request when its turn has come; the server counts it somewhere on its way."""
-        is_probe = await self.scheduler.acquire(options)
+        await self.scheduler.acquire(options)
         self.clock.last_progress = self.clock.now
         sent = self.clock.steady
         await asyncio.sleep(latency * self.random.random())
         response = server.answer()
         await asyncio.sleep(latency * self.random.random())
-        self.scheduler.on_response(
-            is_probe, response, self.clock.steady - sent, response.status == 200
-        )
+        self.scheduler.on_response(response, self.clock.steady - sent, response.status == 200)
         return response
 
     def send(self, server: Any, count: int, latency: float = 0.02) -> float:
@@ -436,7 +434,8 @@ def test_a_request_that_is_not_sent_gives_its_slot_back() -> None:
 
     async def main() -> None:
         for _ in range(20):
-            world.scheduler.give_back(await world.scheduler.acquire(tool.ANY_OPTIONS))
+            await world.scheduler.acquire(tool.ANY_OPTIONS)
+            world.scheduler.give_back()
         await world.request(Counted(world.clock))
 
     world.run(main())
