@@ -1,66 +1,49 @@
-"""Reports and settling: the sum, one table of codes, CSV cells, and what becomes of a pair that a person gives up."""
+"""The report: its table of codes, the contract of its data field by field, its sums, and settling."""
 
+import contextlib
 import csv
 import io
 import json
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Sequence
 
 import pytest
 
-import merge_contacts
-from merge_contacts import (
-    CODES,
-    SKIP_REASONS,
-    STATE_WORDS,
-    TERMINAL,
-    UNFINISHED,
-    State,
-    free_run_id,
-    guard_cell,
-    settle_error,
-    settle_pair,
-)
-from tests.sandbox import Fault, Organisation, Sandbox
-from tests.sections.test_savepoint import pair_of, posix
-from tests.support import ROOT, Result, Workplace, assert_merged, organisation_of_pairs
+import merge_contacts as tool
+from merge_contacts import CODES, STATE_WORDS, TERMINAL, UNFINISHED, Contact, Pair, State
+from tests.sandbox import Sandbox
+from tests.sections.test_savepoint import pair_of
+from tests.simulation.scene import Run, Scene
+from tests.support import ROOT, Workplace, organisation_of_pairs
 
 SOURCE = (ROOT / "merge_contacts.py").read_text(encoding="utf-8")
 # Of a file of choices, which is refused before there is a run; no pair ever has it.
 NOT_OF_PAIRS = {"bad_choice"}
+EARLIER, NOW = "20250101_000000", "20250131_120000"
+QUICK = ("--merge-timeout", "2")
 
 
 # -- the table of codes -------------------------------------------------------------------------------
 
 
-def raised_codes() -> Dict[str, str]:
-    """Every code that the module gives to a pair or a group, with the text around it."""
+def test_every_code_stands_in_the_table() -> None:
     raises = r'(?:PairError|PairSkipped|SkippedGroup)\(\s*(?:[\w.\[\]]+,\s*)?"([a-z_]+)"'
     assigned = r'\b(?:pair\.)?code(?:, \w+)* = "([a-z_]+)"'
-    return {
-        found.group(1): found.group()
-        for found in re.finditer(f"{raises}|{assigned}", SOURCE)
-        if found.group(1)
+    found = {
+        match.group(1) or match.group(2) for match in re.finditer(f"{raises}|{assigned}", SOURCE)
     }
-
-
-def test_every_code_stands_in_the_table() -> None:
-    codes = raised_codes()
-    assert len(codes) > 25  # so that the pattern can't fall silent
-    assert not codes.keys() - CODES.keys() - NOT_OF_PAIRS
+    assert len(found) > 25  # so that the pattern can't fall silent
+    assert not found - CODES.keys() - NOT_OF_PAIRS
     assert {"forbidden", "api_error"} < CODES.keys()
 
 
-def test_the_table_says_in_sentences_what_a_code_means_and_what_to_do() -> None:
+def test_the_table_says_in_sentences_what_to_do_and_why_a_group_is_skipped() -> None:
     for code, one in CODES.items():
         for text in filter(None, (one.why, one.advice)):
             assert text[0].isupper() and text.endswith(".") and "  " not in text, code
-    assert list(SKIP_REASONS) == [code for code, one in CODES.items() if one.why]
+    assert list(tool.SKIP_REASONS) == [code for code, one in CODES.items() if one.why]
     assert set(STATE_WORDS) == set(State)
-
-
-# -- small things by tables ---------------------------------------------------------------------------
 
 
 def test_a_run_is_named_by_the_next_second_that_is_free(
@@ -68,376 +51,466 @@ def test_a_run_is_named_by_the_next_second_that_is_free(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     start = 1738324800.7  # 2025-01-31 12:00:00 UTC
-    assert free_run_id(start) == "20250131_120000"
-    assert free_run_id(start, ["20250131_120000", "20250131_120002"]) == "20250131_120001"
-    for folder, name in (
-        ("reports", "merge_report_{}.json"),
-        ("reports", "undo_report_{}.json"),
-        ("logs", "contact_merge_{}.log"),
-    ):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        expected = free_run_id(start)
-        (tmp_path / folder / name.format(expected)).touch()
-        assert free_run_id(start) > expected
-    assert free_run_id(start, ["20250131_120003"]) == "20250131_120004"
+    assert tool.free_run_id(start) == NOW
+    assert tool.free_run_id(start, [NOW, "20250131_120002"]) == "20250131_120001"
+    names = (
+        "reports/merge_report_{}.json",
+        "reports/undo_report_{}.json",
+        "logs/contact_merge_{}.log",
+    )
+    for name in names:
+        expected = tool.free_run_id(start)
+        path = tmp_path / name.format(expected)
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        assert tool.free_run_id(start) > expected
+    assert tool.free_run_id(start, ["20250131_120003"]) == "20250131_120004"
+
+
+# -- the contract of the data -------------------------------------------------------------------------
+
+PRIMARY = Contact("don:p", "Ana", "ana@example.com", "REVU-1", "Ana A", 3, "2023-01-01", "")
+DUPLICATE = Contact("don:d", "Bo", "ana@example.com", "user_9", "Bo B", 4, "2023-02-02", "")
+
+
+def the_pair(state: State, **fields: Any) -> Pair:
+    known: Dict[str, Any] = {
+        "manifest_sha256": "5ha", "backup": "backups/ana", "backed_up": {"works": 7}, "proved": 6, "seconds": 1.2345,
+        "fields_lost": [{"field": "phone", "value": "1"}], "requested_at": 1738324800.0,
+        "first_requested_at": 1738324800.0, "updated": "2025-01-31T12:00:09.000+00:00",
+    }  # fmt: skip
+    return Pair(PRIMARY, DUPLICATE, "user_9", state, **{**known, **fields})
+
+
+def entry_of(contact: Contact, short: str) -> Dict[str, Any]:
+    return {
+        "id": contact.id, "display_id": short, "display_name": contact.display_name,
+        "old_external_ref": contact.external_ref, "tickets": contact.tickets,
+        "created": contact.created,
+    }  # fmt: skip
+
+
+def test_a_merge_entry_has_each_field_with_its_value() -> None:
+    primary, duplicate = (
+        entry_of(PRIMARY, PRIMARY.short_id),
+        entry_of(DUPLICATE, DUPLICATE.short_id),
+    )
+    done = tool.merge_entry(the_pair(State.DONE), {("don:p", "don:d")})
+    assert done == {
+        "email": "ana@example.com", "primary": primary, "duplicate": duplicate,
+        "new_external_ref": "user_9", "reference_set": True, "state": "done",
+        "status": "merged and verified", "in_csv": True, "backup": "backups/ana",
+        "backed_up": {"works": 7}, "manifest_sha256": "5ha", "proved": 6, "fields_lost": [{"field": "phone", "value": "1"}],
+        "seconds": 1.234, "requested": "2025-01-31T12:00:00.000+00:00",
+        "finished": "2025-01-31T12:00:09.000+00:00",
+    }  # fmt: skip
+    pair = the_pair(State.MERGED, code="left_behind", error="why", left_behind=[{"id": "t"}])
+    unfinished = tool.merge_entry(pair, set())
+    more = {name: value for name, value in unfinished.items() if name not in done}
+    assert more == {
+        "code": "left_behind", "error": "why", "left_behind": [{"id": "t"}],
+        "advice": CODES["left_behind"].advice, "so_far": "merged in DevRev",
+        "to_do": "set the reference, verify that nothing was left behind",
+    }  # fmt: skip
+    assert (unfinished["in_csv"], unfinished["finished"], unfinished["reference_set"]) == (
+        False, None, False,
+    )  # fmt: skip
+    assert tool.merge_entry(pair, None)["in_csv"] is None
 
 
 @pytest.mark.parametrize(
-    "cell, safe",
+    "state, code, advice",
     [
-        ("ana@example.com", "ana@example.com"), ("", ""), ("it's", "it's"), ("=1+1", "'=1+1"), ("+1", "'+1"), ("-1", "'-1"),
-        ("@sum", "'@sum"), ("\tx", "'\tx"), ("\rx", "'\rx"), ("'=1", "''=1"), ("''@x", "'''@x"), ("'x", "'x"),
+        (State.FAILED, "not_found", "not_found"), (State.VERIFYING, "still_listed", "still_listed"),
+        (State.SETTLED, "left_behind", None), (State.UNDO_SETTLED, "not_restored", None),
+        (State.CANCELLED, "merge_refused", "cancelled"), (State.FAILED, "of_another_version", None),
     ],
 )  # fmt: skip
-def test_no_cell_is_a_formula(cell: str, safe: str) -> None:
-    assert guard_cell(cell) == safe
+def test_only_where_something_remains_to_be_done_a_pair_has_advice(
+    state: State, code: str, advice: Any
+) -> None:
+    entry = tool.merge_entry(the_pair(state, code=code), None)
+    assert entry["advice"] == (CODES[advice].advice if advice else None)
+
+
+def test_a_merge_that_was_carried_out_after_a_cancellation_says_so() -> None:
+    entry = tool.merge_entry(the_pair(State.DONE, after_cancel=True), None)
+    assert entry["after_cancel"] is True and entry["code"] == "after_cancel"
+    assert "--undo" in entry["advice"] and "cancelled" in entry["error"]
+
+
+def test_each_column_of_the_tables_has_its_own_value() -> None:
+    row = tool.merge_row(the_pair(State.DONE, code="a_code"), "merged")
+    assert tuple(row) == tool.MERGE_COLUMNS
+    assert list(row.values()) == [
+        "ana@example.com", "merged", "a_code", "don:d", DUPLICATE.short_id, "user_9", "don:p",
+        PRIMARY.short_id, "REVU-1", "user_9", "4", "3", "backups/ana",
+    ]  # fmt: skip
+    progress = tool.UndoProgress("x", "done", "", 0, contact="don:new", display_id="REVU-N")
+    row = tool.undo_row(the_pair(State.UNDONE, undo=progress), "undone")
+    assert tuple(row) == tool.UNDO_COLUMNS
+    assert list(row.values()) == [
+        "ana@example.com", "undone", "", "don:d", DUPLICATE.short_id, "don:new", "REVU-N", "user_9",
+        "don:p", PRIMARY.short_id, "backups/ana",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("missing", ["", "user_9"])
+def test_the_table_has_a_new_reference_only_where_it_is_set(state: State, missing: str) -> None:
+    pair = the_pair(state, reference_not_set=missing)
+    is_set = state in (State.VERIFYING, State.DONE, State.SETTLED) and not missing
+    assert tool.reference_is_set(pair) is is_set
+    row = tool.merge_row(pair, "")
+    assert row["primary_new_external_ref"] == ("user_9" if is_set else "REVU-1")
+
+
+# -- lists and sums -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def savepoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tool.SavePoint]:
+    monkeypatch.chdir(tmp_path)
+    with contextlib.closing(tool.SavePoint(tool.Environment(tool.ApiSettings("")), NOW)) as found:
+        yield found
+
+
+def stored(savepoint: tool.SavePoint, run: str, *pairs: Pair) -> List[Pair]:
+    savepoint.run = run
+    savepoint.save_now(pairs)
+    savepoint.run = NOW
+    return list(pairs)
+
+
+EVERY_STATE = [state for state in State if state is not State.PLANNED]
+
+
+def plan_of(pairs: Sequence[Pair], **fields: Any) -> tool.Plan:
+    return tool.Plan([], [], [], 100, ids={pair.ids for pair in pairs}, **fields)
+
+
+def test_a_pair_stands_in_the_report_of_the_run_that_ended_it_and_in_no_other(
+    savepoint: tool.SavePoint,
+) -> None:
+    stored(savepoint, EARLIER, *(pair_of(10 + n, one) for n, one in enumerate(EVERY_STATE)))
+    stored(savepoint, NOW, *(pair_of(30 + n, one) for n, one in enumerate(EVERY_STATE)))
+    lists = tool.merge_lists(savepoint, NOW, None)
+    found = {name: sorted(pair.primary.short_id for pair in pairs) for name, pairs in lists.items()}
+    place = {state: f"REVU-P{30 + n}" for n, state in enumerate(EVERY_STATE)}
+    assert found["successful_merges"] == [place[State.DONE]]
+    assert found["failed_merges"] == [place[State.FAILED], place[State.MERGED_ELSEWHERE]]
+    for name in ("settled", "cancelled", "undo_settled"):
+        assert found[name] == [place[State(name)]]
+    assert len(found["unfinished_merges"]) == 2 * len(UNFINISHED)  # whoever has left them
+    rows = list(tool.merge_rows(savepoint, NOW, None))
+    assert len(rows) == sum(map(len, found.values()))
+
+
+def test_the_summary_counts_the_pairs_of_the_csv_and_the_others_apart(
+    savepoint: tool.SavePoint,
+) -> None:
+    requested = {"first_requested_at": 1.0}
+    mine = stored(
+        savepoint, NOW,
+        pair_of(1, State.DONE, **requested), pair_of(2, State.DONE, **requested),
+        pair_of(3, State.SETTLED, **requested), pair_of(4, State.FAILED),
+        pair_of(5, State.MERGED_ELSEWHERE, **requested), pair_of(6, State.CANCELLED, **requested),
+        pair_of(7, State.REQUESTED, **requested), pair_of(8, State.ACKNOWLEDGED, **requested),
+        pair_of(9, State.MERGED, **requested), pair_of(10, State.VERIFYING, **requested),
+        pair_of(11, State.UNDO_SETTLED),
+    )  # fmt: skip
+    stored(savepoint, NOW, pair_of(20, State.DONE), pair_of(21, State.VERIFYING))
+    left_out = pair_of(30, code="already_gone"), pair_of(31, code="different_rev_org")
+    plan = plan_of([*mine, *left_out, pair_of(32)], already_merged=1, left_out=list(left_out))
+    summary = tool.merge_summary(savepoint, NOW, plan)
+    assert summary == {
+        "contacts_read": 100, "invalid_rows": 0, "pairs_planned": 14, "already_merged": 2,
+        "total_merges_attempted": 9, "successful_merges": 3, "failed_merges": 3,
+        "unfinished_merges": 4, "unfinished_but_merged": 2, "settled": 1, "cancelled": 1, "left": 2,
+        "skipped_groups": 1, "undo_settled": 1,
+        "earlier_runs": {
+            "successful_merges": 1, "failed_merges": 0, "unfinished_merges": 1,
+            "unfinished_but_merged": 1, "settled": 0, "cancelled": 0,
+        },
+    }  # fmt: skip
+    assert tool.headline(summary, tool.RunRecord(kind="merge")) == (
+        "3 of 12 pairs finished, 4 unfinished (2 of them merged in DevRev), 2 failed, 1 cancelled, "
+        "2 remaining, 2 merged before, 1 group skipped, of earlier runs, not in this plan: "
+        "1 finished, 1 unfinished"
+    )
+    killed = tool.merge_summary(savepoint, NOW, None)
+    assert killed["successful_merges"] == 4 and "earlier_runs" not in killed
+    unknown = ("contacts_read", "invalid_rows", "pairs_planned", "already_merged", "left")
+    assert [killed[name] for name in (*unknown, "skipped_groups")] == [None] * 6
+    assert tool.headline(killed, tool.RunRecord(kind="merge")).startswith("the run was killed: 4 ")
+
+
 @pytest.mark.parametrize(
-    "code",
-    ["", "interrupted", "left_behind", "merge_not_confirmed", "api_error", "undo_unfinished"],
+    "counts, words",
+    [
+        ({"pairs_planned": 3, "successful_merges": 3}, "3 of 3 pairs merged"),
+        ({"pairs_planned": 1, "left": 1}, "0 of 1 pair merged, 1 remaining"),
+        ({"pairs_planned": 2, "already_merged": 2}, "nothing to merge, 2 merged before"),
+        (
+            {"skipped_groups": 2, "invalid_rows": 1},
+            "nothing to merge, 2 groups skipped, 1 invalid row",
+        ),
+        ({"kind": "settle"}, "nothing settled"),
+        ({"kind": "settle", "settled": 1, "unfinished_merges": 2}, "1 settled, 2 still unfinished"),
+        ({"kind": "settle", "cancelled": 1, "undo_settled": 1}, "1 cancelled, 1 partly undone"),
+    ],
 )
-def test_what_can_be_settled(state: State, code: str) -> None:
-    pair = pair_of(1, state, code=code, error="why")
-    error = settle_error(pair)
-    # What DevRev did not answer may be fixed by another run, where the duplicate no longer exists.
-    can_be_fixed = code == "api_error" and state in (State.MERGED, State.VERIFYING)
-    named = code in ("left_behind", "merge_not_confirmed", "api_error") and not can_be_fixed
-    assert (not error) == (
-        state in TERMINAL or state is State.UNDOING or (state in UNFINISHED and named)
-    )
-    if not error:
-        settle_pair(pair)
-        wanted = {
-            State.REQUESTED: State.CANCELLED,
-            State.ACKNOWLEDGED: State.CANCELLED,
-            State.MERGED: State.SETTLED,
-            State.VERIFYING: State.SETTLED,
-            State.UNDOING: State.UNDO_SETTLED,
-        }
-        assert pair.state is wanted.get(state, state)
-        assert bool(pair.accepted) == (state in wanted)
-        assert (pair.reference_not_set == "user_1") == (state is State.MERGED)
+def test_the_headline_says_what_a_run_has_come_to(counts: Dict[str, Any], words: str) -> None:
+    kind = counts.pop("kind", "merge")
+    summary = {**dict.fromkeys(tool.SUMMARY, 0), **counts}
+    assert tool.headline(summary, tool.RunRecord(kind=kind)) == words
 
 
-# -- the sum ------------------------------------------------------------------------------------------
-
-
-def assert_sum(report: Dict[str, Any]) -> None:
-    summary = report["summary"]
-    parts = ("already_merged", "successful_merges", "failed_merges", "unfinished_merges", "left")
-    assert summary["pairs_planned"] == sum(summary[part] for part in parts), summary
-    mine = {name: [one for one in report[name] if one["in_csv"]] for name in LISTS}
-    assert summary["successful_merges"] == len(mine["successful_merges"]) + len(mine["settled"])
-    assert summary["failed_merges"] == len(mine["failed_merges"]) + len(mine["cancelled"])
-    assert summary["unfinished_merges"] == len(mine["unfinished_merges"])
-    assert (summary["settled"], summary["cancelled"]) == (
-        len(mine["settled"]),
-        len(mine["cancelled"]),
-    )
-
-
-def table_of(place: Workplace, result: Result) -> List[Dict[str, str]]:
-    """Return the rows of the CSV beside a report."""
-    raw = (place.folder / "reports" / f"merge_report_{result.report['run']['id']}.csv").read_bytes()
-    assert raw.startswith(b"\xef\xbb\xbf")
-    return list(csv.DictReader(io.StringIO(raw.decode("utf-8-sig"))))
-
-
-LISTS = ("successful_merges", "failed_merges", "unfinished_merges", "settled", "cancelled")
-
-
-def only(duplicate: str) -> Any:
-    return lambda body: duplicate in (body.get("secondary_user"), body.get("id"))
-
-
-def test_the_parts_are_the_sum_and_the_csv_has_a_line_a_pair(place: Workplace) -> None:
-    organisation, pairs = organisation_of_pairs(5, (1, 1))
-    organisation.contacts[pairs[0][1]]["display_name"] = "=HYPERLINK(1)"
-    place.export(organisation, {pairs[1][0]: {"TICKET_COUNT": 9}})
-    with Sandbox(
-        organisation, faults=[Fault("merge-never", "rev-users.merge", match=only(pairs[2][1]))]
-    ) as sandbox:
-        place.run(sandbox, "--email", "person5@example.com", check=0)
-        result = place.run(sandbox, "--merge-timeout", "1", "--limit", "3", check=1)
-    assert_sum(result.report)
-    summary = result.report["summary"]
-    assert (summary["already_merged"], summary["successful_merges"], summary["left"]) == (1, 1, 1)
-    assert summary["failed_merges"] == summary["unfinished_merges"] == 1
-    assert summary["total_merges_attempted"] == 2  # of the others none was requested
-    rows = {row["email"]: row for row in table_of(place, result)}
-    assert {email[6]: row["outcome"] for email, row in rows.items()} == {
-        "1": "merged",
-        "2": "failed",
-        "3": "unfinished",
-    }
-    row = rows["person1@example.com"]
-    assert (row["duplicate_id"], row["primary_id"]) == (pairs[0][1], pairs[0][0])
-    assert (row["duplicate_external_ref"], row["primary_old_external_ref"]) == ("user_1", "REVU-P1")
-    assert row["primary_new_external_ref"] == "user_1" and row["backup"].startswith("backups")
-    assert rows["person2@example.com"]["code"] == "count_mismatch"
-    assert rows["person3@example.com"]["primary_new_external_ref"] == "REVU-P3"
-    run = result.report["run"]
-    assert run["plan_id"] and len(run["csv"]) == 1 and len(run["csv"][0]["sha256"]) == 64
-    assert "plan" not in run and result.report["schema"] == merge_contacts.SCHEMA
-    assert {"look_alikes", "skipped", "invalid_rows"} <= result.report.keys()
+def test_no_more_than_a_thousand_invalid_rows_are_listed_and_all_are_counted(
+    place: Workplace,
+) -> None:
+    good = "don:identity:dvrv-us-1:devo/A:revu/{},A,a@example.com,{},A,1,2023-01-01,\n"
+    lines = [good.format(1, "REVU-1"), good.format(2, "user_1"), "1,2,3\n" * 5000]
+    place.csv.write_text(f"{','.join(tool.COLUMNS.values())}\n{''.join(lines)}", encoding="utf-8")
+    plan = json.loads(place.run(None, "--preview", "--json", check=0).out)
+    assert len(plan["invalid_rows"]) == 1000 and plan["summary"]["invalid_rows"] == 5000
+    out = place.run(None, "--preview", check=0).out
+    assert len(out.splitlines()) < 50 and "5,000 invalid rows" in out
+    assert max(path.stat().st_size for path in place.folder.glob("logs/*")) < 200_000
 
 
 # -- settling -----------------------------------------------------------------------------------------
 
 
-def never_merged(place: Workplace) -> Tuple[Organisation, List[Tuple[str, str]]]:
-    organisation, pairs = organisation_of_pairs(2)
-    place.export(organisation)
-    return organisation, pairs
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize(
+    "code", ["", "interrupted", "left_behind", "merge_not_confirmed", "undo_unfinished"]
+)
+def test_what_can_be_settled(state: State, code: str) -> None:
+    pair = pair_of(1, state, code=code, error="why")
+    error = tool.settle_error(pair)
+    named = code in ("left_behind", "merge_not_confirmed")
+    assert (not error) == (
+        state in TERMINAL or state is State.UNDOING or (state in UNFINISHED and named)
+    )
+    if not error:
+        tool.settle_pair(pair)
+        wanted = {
+            State.REQUESTED: State.CANCELLED, State.ACKNOWLEDGED: State.CANCELLED,
+            State.MERGED: State.SETTLED, State.VERIFYING: State.SETTLED,
+            State.UNDOING: State.UNDO_SETTLED,
+        }  # fmt: skip
+        assert pair.state is wanted.get(state, state)
+        assert bool(pair.accepted) == (state in wanted)
+        assert (pair.reference_not_set == "user_1") == (state is State.MERGED)
 
 
-def test_a_merge_that_devrev_never_carries_out_can_be_cancelled_and_is_then_left_alone(
-    place: Workplace,
-) -> None:
-    organisation, pairs = never_merged(place)
-    fault = Fault("merge-never", "rev-users.merge", match=only(pairs[1][1]))
-    with Sandbox(organisation, faults=[fault]) as sandbox:
-        place.run(sandbox, "--merge-timeout", "1", check=1)
-        requests = len(sandbox.requests)
-        result = place.run(sandbox, "--settle", " Person2@EXAMPLE.com", check=0)
-        assert len(sandbox.requests) == requests  # nothing is requested, nothing is changed
-        assert "cancelled" in result.out and "not in this plan" not in result.out
-        (entry,) = result.report["cancelled"]
-        assert (entry["email"], entry["state"], entry["code"]) == (
-            "person2@example.com",
-            "cancelled",
-            "merge_not_confirmed",
-        )
-        assert (
-            result.report["summary"]["failed_merges"] == result.report["summary"]["cancelled"] == 1
-        )
-        assert result.report["successful_merges"] == result.report["settled"] == []
-        assert result.report["run"]["kind"] == "settle" and result.report["skipped"] is None
-        assert "1 cancelled, not merged" in place.run(None, "--status", check=0).out
-        # Later runs skip it, and say so.
-        merges = sandbox.count("rev-users.merge")
-        again = place.run(sandbox, check=0)
-        assert [one["code"] for one in again.report["skipped"]] == ["cancelled"] and again.report[
-            "cancelled"
-        ] == []
-        (row,) = table_of(place, again)
-        assert (row["email"], row["outcome"], row["code"]) == (
-            "person2@example.com",
-            "skipped",
-            "cancelled",
-        )
-        assert set(row.values()) == {
-            "person2@example.com",
-            "skipped",
-            "cancelled",
-            "",
-        }  # it has no pairs
-        assert_sum(again.report)
-        assert sandbox.count("rev-users.merge") == merges
-        # To settle it once more changes nothing.
-        assert (
-            place.run(sandbox, "--settle", "person2@example.com", check=0).report["cancelled"] == []
-        )
-        # A person who names it has it merged after all.
-        sandbox.faults.clear()
-        named = place.run(
-            sandbox, "--email", "person2@example.com", "--merge-timeout", "1", check=0
-        )
-        assert [one["email"] for one in named.report["successful_merges"]] == [
-            "person2@example.com"
-        ]
-        assert_sum(named.report)
-    assert_merged(organisation, pairs)
+def table_of(path: Path) -> List[Mapping[str, str]]:
+    """Return the rows of the CSV beside a report."""
+    raw = path.with_suffix(".csv").read_bytes()
+    assert raw.startswith(b"\xef\xbb\xbf")
+    return list(csv.DictReader(io.StringIO(raw.decode("utf-8-sig"))))
+
+
+def never_merges(scene: Scene, duplicate: str) -> Any:
+    return scene.fault(
+        "merge-never", "rev-users.merge", match=lambda body: body.get("secondary_user") == duplicate
+    )
+
+
+def assert_sum(run: Run) -> None:
+    summary = run.report["summary"]
+    parts = ("already_merged", "successful_merges", "failed_merges", "unfinished_merges", "left")
+    assert summary["pairs_planned"] == sum(summary[part] for part in parts), summary
+
+
+def test_the_parts_are_the_sum_and_the_table_has_a_line_a_pair(scene: Scene) -> None:
+    pairs = scene.pairs(5)
+    scene.export({pairs[1][0]: {"tickets": 9}})
+    never_merges(scene, pairs[2][1])
+    scene.merge("--email", "person5@example.com")
+    run = scene.merge(*QUICK, "--limit", "3")
+    assert_sum(run)
+    summary = run.report["summary"]
+    assert (summary["already_merged"], summary["successful_merges"], summary["left"]) == (1, 1, 1)
+    assert summary["failed_merges"] == summary["unfinished_merges"] == 1
+    rows = {row["email"][6]: row for row in table_of(run.report_path)}
+    outcomes = {number: row["outcome"] for number, row in rows.items()}
+    assert outcomes == {"1": "merged", "2": "failed", "3": "unfinished"}
+    assert rows["1"]["primary_new_external_ref"] == "user_1"
+    assert rows["2"]["code"] == "count_mismatch"
+    assert rows["3"]["primary_new_external_ref"] == "REVU-P3"
+    facts = run.report["run"]
+    assert facts["plan_id"] and len(facts["csv"][0]["sha256"]) == 64
+    assert run.report["schema"] == tool.SCHEMA
+
+
+def test_a_cancelled_merge_is_left_alone_until_it_is_named(scene: Scene) -> None:
+    pairs = scene.pairs(2)
+    fault = never_merges(scene, pairs[1][1])
+    scene.merge(*QUICK)
+    requests = len(scene.world.requests)
+    settled = scene.settle("Person2@EXAMPLE.com")
+    assert settled.code == 0 and len(scene.world.requests) == requests
+    (entry,) = settled.report["cancelled"]
+    assert (entry["state"], entry["code"]) == ("cancelled", "merge_not_confirmed")
+    summary = settled.report["summary"]
+    assert summary["failed_merges"] == summary["cancelled"] == 1
+    assert settled.report["run"]["kind"] == "settle" and settled.report["skipped"] is None
+    again = scene.merge()
+    assert [one["code"] for one in again.report["skipped"]] == ["cancelled"]
+    (row,) = table_of(again.report_path)
+    named = {"email": "person2@example.com", "outcome": "skipped", "code": "cancelled"}
+    assert row == {**dict.fromkeys(tool.MERGE_COLUMNS, ""), **named}
+    assert again.count("rev-users.merge") == 0
+    assert_sum(again)
+    scene.world.faults.remove(fault)
+    run = scene.merge("--email", "person2@example.com", *QUICK)
+    assert run.code == 0 and len(run.report["successful_merges"]) == 1
+    assert scene.holder("user_2") == pairs[1][0]
 
 
 def test_a_cancelled_merge_that_devrev_carries_out_after_all_is_finished_and_marked(
-    place: Workplace,
+    scene: Scene,
 ) -> None:
-    organisation, pairs = never_merged(place)
-    fault = Fault("merge-never", "rev-users.merge", match=only(pairs[1][1]))
-    with Sandbox(organisation, faults=[fault]) as sandbox:
-        place.run(sandbox, "--merge-timeout", "1", check=1)
-        place.run(sandbox, "--settle", "person2@example.com", check=0)
-        organisation.merge(*pairs[1])
-        result = place.run(sandbox, check=1)
-        (entry,) = result.report["successful_merges"]
-        assert entry["email"] == "person2@example.com" and entry["after_cancel"] is True
-        assert "1 after_cancel: person2@example.com" in result.out and "--undo" in result.out
-        # The CSV has the pair, and the plan has not: its group is skipped.
-        assert "of earlier runs, not in this plan: 1 finished" in result.report["run"]["headline"]
-        assert place.run(sandbox, check=0).report["successful_merges"] == []
-    assert_merged(organisation, pairs)
+    pairs = scene.pairs(2)
+    never_merges(scene, pairs[1][1])
+    scene.merge(*QUICK)
+    scene.settle("person2@example.com")
+    scene.organisation.merge(*pairs[1])
+    run = scene.merge()
+    (entry,) = run.report["successful_merges"]
+    assert run.code == 1 and entry["after_cancel"] and "--undo" in run.out
+    # The CSV has the pair, and the plan has not: its group is skipped.
+    assert "of earlier runs, not in this plan: 1 finished" in run.report["run"]["headline"]
+    assert scene.merge().report["successful_merges"] == []
+    assert scene.holder("user_2") == pairs[1][0]
 
 
-def test_what_can_not_be_fixed_of_a_merged_pair_is_settled_and_no_plain_success(
-    place: Workplace,
+def test_a_settled_pair_is_no_plain_success_and_its_reference_is_named_in_every_report(
+    scene: Scene,
 ) -> None:
-    organisation, pairs = organisation_of_pairs(2, (1, 3))
-    place.export(organisation)
-    left = {
-        one
-        for one, work in organisation.works.items()
-        if pairs[1][1] in [u["id"] for u in work["reported_by"]]
-    }
-    fault = Fault("merge-leaves", "rev-users.merge", match=only(pairs[1][1]), detail=left)
-    with Sandbox(organisation, faults=[fault]) as sandbox:
-        assert (
-            "next: run the same command again later"
-            in place.run(sandbox, "--merge-timeout", "1", check=1).err
-        )
-        result = place.run(sandbox, "--settle", "person2@example.com", check=0)
-        (entry,) = result.report["settled"]
-        assert entry["accepted"].startswith("left_behind: ") and entry["state"] == "settled"
-        assert result.report["successful_merges"] == [] and result.report["summary"]["settled"] == 1
-        assert "1 settled" in result.report["run"]["headline"]
-        again = place.run(sandbox, check=0)
-        assert again.report["summary"]["already_merged"] == 2
-        assert_sum(again.report)
+    scene.pairs(2)
+    match = lambda body: body.get("external_ref") == "user_2"  # noqa: E731
+    scene.fault("400", "rev-users.update", match=match)
+    scene.merge(*QUICK)
+    scene.merge(*QUICK)
+    settled = scene.settle("person2@example.com")
+    (entry,) = settled.report["settled"]
+    assert settled.code == 0 and entry["accepted"] and entry["advice"] is None
+    assert (entry["reference_set"], entry["reference_not_set"]) == (False, "user_2")
+    assert settled.report["successful_merges"] == []
+    later = scene.merge()
+    assert later.report["summary"]["already_merged"] == 2
+    assert_sum(later)
+    for run in (settled, later):
+        (reference,) = run.report["references_to_set"]
+        assert (reference["reference"], reference["contact"]) == ("user_2", "REVU-P2")
 
 
-def test_settle_says_the_truth_of_every_address(place: Workplace) -> None:
-    organisation, pairs = organisation_of_pairs(3)
-    place.export(organisation, {pairs[1][0]: {"TICKET_COUNT": 9}})
-    fault = Fault("merge-never", "rev-users.merge", match=only(pairs[2][1]))
-    with Sandbox(organisation, faults=[fault]) as sandbox:
-        place.run(sandbox, "--merge-timeout", "1", check=1)
-        before = (place.folder / "savepoint.db").read_bytes()
-        unknown = place.run(
-            sandbox, "--settle", "persom3@example.com", "person1@example.com", check=2
-        )
-        assert (
-            "persom3@example.com" in unknown.err
-            and "did you mean person3@example.com?" in unknown.err
-        )
-        assert unknown.report == {}
-        done = place.run(sandbox, "--settle", "person1@example.com", check=0)
-        assert (
-            "nothing to settle  person1@example.com" in done.out
-            and "merged and verified" in done.out
-        )
-        assert done.report["run"]["headline"] == "nothing settled, 1 still unfinished"
-        failed = place.run(
-            sandbox, "--settle", "person2@example.com", "person3@example.com", check=1
-        )
-        assert re.search(
-            r"NOT SETTLED  person2@.* was not requested \(count_mismatch\)", failed.out
-        )
-        assert [one["email"] for one in failed.report["cancelled"]] == ["person3@example.com"]
-        assert failed.report["run"]["headline"] == "1 cancelled"
-        assert before != (place.folder / "savepoint.db").read_bytes()
+def test_settle_says_the_truth_of_every_address(scene: Scene) -> None:
+    pairs = scene.pairs(3)
+    scene.export({pairs[1][0]: {"tickets": 9}})
+    never_merges(scene, pairs[2][1])
+    scene.merge(*QUICK)
+    unknown = scene.settle("persom3@example.com", "person1@example.com")
+    assert unknown.code == 2 and "did you mean person3@example.com?" in unknown.err
+    done = scene.settle("person1@example.com")
+    assert "nothing to settle  person1@example.com" in done.out
+    assert done.report["run"]["headline"] == "nothing settled, 1 still unfinished"
+    mixed = scene.settle("person2@example.com", "person3@example.com")
+    assert mixed.code == 1
+    assert re.search(r"NOT SETTLED  person2@.* was not requested \(count_mismatch\)", mixed.out)
+    assert [one["email"] for one in mixed.report["cancelled"]] == ["person3@example.com"]
 
 
-def test_a_pair_that_was_only_interrupted_is_run_again_not_settled(place: Workplace) -> None:
-    organisation, pairs = organisation_of_pairs(1)
-    place.export(organisation)
-    with Sandbox(
-        organisation, faults=[Fault("merge-never", "rev-users.merge", times=1)]
-    ) as sandbox:
-        process = place.start(sandbox)
-        while not sandbox.count("rev-users.get"):
-            pass
-        process.terminate()
-        process.communicate(timeout=30)
-        result = place.run(sandbox, "--settle", "person1@example.com", check=1)
-        assert "run again" in result.out
-        place.run(sandbox, "--merge-timeout", "1", check=0)
-    assert_merged(organisation, pairs)
+def test_a_pair_that_was_only_interrupted_is_run_again_not_settled(scene: Scene) -> None:
+    (pair,) = scene.pairs(1)
+    never_merges(scene, pair[1])
+    scene.after("rev-users.get", scene.ctrl_c)
+    scene.merge()
+    settled = scene.settle("person1@example.com")
+    assert settled.code == 1 and "run again" in settled.out
 
 
-def entries_of(result: Result, name: str) -> List[str]:
-    return [entry["email"] for entry in result.report[name]]
+# -- who is in which report ---------------------------------------------------------------------------
 
 
 def test_pairs_of_earlier_runs_that_are_not_in_the_csv_are_marked_and_outside_the_sum(
-    place: Workplace,
+    scene: Scene,
 ) -> None:
-    organisation, pairs = organisation_of_pairs(2)
-    place.export(organisation)
-    with Sandbox(
-        organisation, faults=[Fault("merge-never", "rev-users.merge", match=only(pairs[1][1]))]
-    ) as sandbox:
-        place.run(sandbox, "--merge-timeout", "1", check=1)
-        place.export(organisation, leave_out=pairs[1])
-        organisation.merge(*pairs[1])
-        result = place.run(sandbox, check=0)
-        assert entries_of(result, "successful_merges") == ["person2@example.com"]
-        assert result.report["successful_merges"][0]["in_csv"] is False
-        assert_sum(result.report)
-        assert result.report["summary"]["earlier_runs"]["successful_merges"] == 1
-        assert "of earlier runs, not in this plan: 1 finished" in result.out
-        assert result.report["summary"]["pairs_planned"] == 0
+    pairs = scene.pairs(2)
+    never_merges(scene, pairs[1][1])
+    scene.merge(*QUICK)
+    scene.export(leave_out=pairs[1])
+    scene.organisation.merge(*pairs[1])
+    run = scene.merge()
+    (entry,) = run.report["successful_merges"]
+    assert (entry["email"], entry["in_csv"]) == ("person2@example.com", False)
+    assert_sum(run)
+    assert run.report["summary"]["earlier_runs"]["successful_merges"] == 1
+    assert run.report["summary"]["pairs_planned"] == 0
 
 
-def test_what_the_live_check_leaves_out_is_skipped_and_the_sum_holds(place: Workplace) -> None:
-    organisation, pairs = organisation_of_pairs(2)
-    gone, elsewhere = (organisation.add_contact(key, "person1@example.com") for key in ("G1", "W1"))
-    organisation.contacts[elsewhere]["rev_org"] = {
-        "id": "don:identity:dvrv-us-1:devo/SANDBOX1:revo/9"
-    }
-    organisation.contacts[pairs[0][0]]["rev_org"] = {
-        "id": "don:identity:dvrv-us-1:devo/SANDBOX1:revo/1"
-    }
-    organisation.contacts[pairs[0][1]]["rev_org"] = {
-        "id": "don:identity:dvrv-us-1:devo/SANDBOX1:revo/1"
-    }
-    choices = place.folder / "choices.csv"
-    choices.write_text("EMAIL,EXTERNAL_REF\nperson1@example.com,user_1\n", encoding="utf-8")
-    place.export(organisation)
-    del organisation.contacts[gone]
-    with Sandbox(organisation) as sandbox:
-        result = place.run(sandbox, "--choices", str(choices), check=0)
-    assert {(one["email"], one["code"]) for one in result.report["skipped"]} == {
-        ("person1@example.com", "already_gone"), ("person1@example.com", "different_rev_org"),
-    }  # fmt: skip
-    assert_sum(result.report)
-    rows = [row for row in table_of(place, result) if row["outcome"] == "skipped"]
+def test_what_the_live_check_leaves_out_is_skipped_and_the_sum_holds(scene: Scene) -> None:
+    pairs = scene.pairs(1)
+    gone, elsewhere = (
+        scene.organisation.add_contact(key, "person1@example.com") for key in ("G1", "W1")
+    )
+    for contact, workspace in ((elsewhere, "9"), (pairs[0][0], "1"), (pairs[0][1], "1")):
+        one = scene.organisation.contacts[contact]
+        one["rev_org"] = {"id": f"don:identity:dvrv-us-1:devo/SANDBOX1:revo/{workspace}"}
+    Path("choices.csv").write_text("EMAIL,EXTERNAL_REF\nperson1@example.com,user_1\n")
+    scene.export()
+    del scene.organisation.contacts[gone]
+    run = scene.merge("--choices", "choices.csv")
+    rows = [row for row in table_of(run.report_path) if row["outcome"] == "skipped"]
     assert {(row["duplicate_id"], row["code"]) for row in rows} == {
         (gone, "already_gone"), (elsewhere, "different_rev_org"),
     }  # fmt: skip
-    assert {row["primary_id"] for row in rows} == {pairs[0][0]}
-    summary = result.report["summary"]
-    assert (summary["pairs_planned"], summary["already_merged"], summary["successful_merges"]) == (
-        3,
-        1,
-        2,
-    )
-    assert (summary["skipped_groups"], summary["left"]) == (1, 0)
-    assert_merged(organisation, pairs)
+    summary = run.report["summary"]
+    assert (summary["already_merged"], summary["successful_merges"], summary["left"]) == (1, 1, 0)
+    assert summary["skipped_groups"] == 1
+    assert_sum(run)
 
 
-@posix
-def test_a_killed_undo_gets_its_report_from_the_next_run_and_refuses_its_group_meanwhile(
-    place: Workplace,
+def test_a_killed_undo_gets_its_report_from_the_next_run(scene: Scene) -> None:
+    scene.pairs(2)
+    merged = scene.merge("--email", "person1@example.com")
+    scene.kill("sending rev-users.create")
+    scene.undo(str(merged.report_path))
+    run = scene.merge()
+    (path,) = Path("reports").glob("undo_report_*.json")
+    undone = json.loads(path.read_bytes())
+    assert (undone["run"]["stopped"], undone["run"]["exit_code"]) == ("killed", None)
+    assert [one["email"] for one in undone["unfinished"]] == ["person1@example.com"]
+    assert [row["outcome"] for row in table_of(path)] == ["unfinished"]
+    assert run.codes == {"person1@example.com": "undo_unfinished"}
+    assert_sum(run)
+
+
+def test_an_id_is_followed_through_the_tables_of_a_merge_an_undo_and_a_second_merge(
+    scene: Scene,
 ) -> None:
-    organisation, pairs = organisation_of_pairs(2)
+    ((primary, old),) = scene.pairs(1)
+    merged = scene.merge()
+    undone = scene.undo(str(merged.report_path))
+    scene.export()
+    tables = [table_of(run.report_path) for run in (merged, undone)]
+    assert [row["primary_id"] for row in tables[0] if row["duplicate_id"] == old] == [primary]
+    (row,) = (row for row in tables[1] if row["old_id"] == old)
+    assert (row["outcome"], row["external_ref"]) == ("undone", "user_1")
+    assert scene.organisation.contacts[row["new_id"]]["external_ref"] == "user_1"
+    second = scene.merge("--email", "person1@example.com")
+    (last,) = (one for one in table_of(second.report_path) if one["duplicate_id"] == row["new_id"])
+    assert last["primary_id"] == primary == scene.holder("user_1")
+
+
+def test_a_run_leaves_the_page_and_the_table_beside_the_report(place: Workplace) -> None:
+    organisation, _ = organisation_of_pairs(1)
     place.export(organisation)
-    process: List[Any] = []
     with Sandbox(organisation) as sandbox:
-        merged = place.run(sandbox, "--email", "person1@example.com", check=0)
-        path = f"reports/merge_report_{merged.report['run']['id']}.json"
-
-        def kill(stage: str, request: Any) -> None:
-            if stage == "before" and request.endpoint == "rev-users.create" and process:
-                process.pop().kill()
-
-        sandbox.on_request = kill
-        process.append(place.start(sandbox, "--undo", path, "--yes"))
-        process[0].communicate(timeout=60)
-        result = place.run(sandbox, check=1)
-        (report,) = (place.folder / "reports").glob("undo_report_*.json")
-        undone = json.loads(report.read_text(encoding="utf-8"))
-        assert (undone["run"]["kind"], undone["run"]["stopped"], undone["run"]["exit_code"]) == (
-            "undo",
-            "killed",
-            None,
-        )
-        assert [one["email"] for one in undone["unfinished"]] == ["person1@example.com"]
-        newest = max((place.folder / "reports").glob("merge_report_*.json"))
-        result.report = json.loads(newest.read_text(encoding="utf-8"))
-        assert result.codes == {"person1@example.com": "undo_unfinished"}
-        assert entries_of(result, "successful_merges") == ["person2@example.com"]
-        assert_sum(result.report)
-        place.run(sandbox, "--undo", path, "--yes", check=0)
-        assert len(list((place.folder / "reports").glob("undo_report_*.json"))) == 2
+        result = place.run(sandbox, check=0)
+    for name in ("report", "page", "table"):
+        (path,) = re.findall(rf"^{name} +(\S+)$", result.out, re.MULTILINE)
+        assert (place.folder / path).stat().st_size > 100
