@@ -88,7 +88,7 @@ from dataclasses import astuple, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
-from itertools import accumulate, chain, combinations, compress
+from itertools import accumulate, chain, combinations, compress, islice
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import (
@@ -822,25 +822,30 @@ COLUMNS = {
     "created": "CREATED_AT",
     "updated": "UPDATED_AT",
 }
+NAME_COLUMNS = (COLUMNS["display_name"], COLUMNS["full_name"])
 MAX_CELL = 64 << 20
+MAX_TEXT = 1000  # characters of a name or an address that are normalised: it takes quadratic time
+MAX_INVALID_ROWS = 1000  # that are named; more are only counted
+MAX_OF_A_KIND = 20  # of each reason some are named, however many others come before
 # `4.0` is what a spreadsheet makes of 4. Three zeros may be thousands: `1.000` is not guessed.
 _COUNT = re.compile(r"[0-9]{1,18}(?:\.0{1,2})?")
-_GUARDED = re.compile(
-    r"'+[=+\-@\t\r]"
-)  # what a formula-like cell becomes in an export, so that it is no formula
-# Of the commonest letters alone: other addresses are checked character by character.
-_LETTERS = r"!#-+\--:=?A-Z\[-~\u00c0-\u052f\u3041-\u30ff\u4e00-\u9fff\uac00-\ud7a3"
-_PLAIN_ADDRESS = re.compile(f"(?!')[{_LETTERS}]+@[{_LETTERS}]+")
+# A date as a warehouse or a spreadsheet writes it, in whichever order.
+_DATE = re.compile(r"(\d{4}[-/.]\d\d?[-/.]\d\d?|\d\d?[-/.]\d\d?[-/.]\d{4})(?!\d)")
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell begins that a spreadsheet takes for a formula
+_GUARDED = re.compile(r"'+[=+\-@\t\r]")  # what becomes of it in an export
+# Where half of Europe's spreadsheets split a cell in two, the second of which begins like a formula.
+_SPLIT = re.compile(r"([;\t\r\n])(?=[\"']*[=+\-@\t\r])")
 _NO_ADDRESS = re.compile(r"[,;<>\"\s]")
 # Invisible beside the categories Cc, Cf, Zs, Zl and Zp: blank letters and variation selectors.
 _BLANK = re.compile(
     "[ \u115f\u1160\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
 _ASCII_LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
-_NULL_WORDS = frozenset(
-    ("", "\\n", "null", "(null)", "nan", "none", "n/a", "na", "nil", "<na>", "-", "#n/a")
-)
 _NULL_IDS = frozenset(("\\N", "NULL", "null", "nan", "NaN", "None", "none"))
+# Id, email, reference and count of a row, a line each, that need no closer look: no blanks, no
+# apostrophe in front, common letters alone. Nearly all of a million rows are so.
+_LETTERS = r"[!#-+\--:=?A-Z\[-~\u00c0-\u052f\u3041-\u30ff\u4e00-\u9fff\uac00-\ud7a3]+"
+_PLAIN_ROW = re.compile(rf"(don:\S+)\n(?!')({_LETTERS}@{_LETTERS})\n([^\s']\S*)\n[0-9]{{1,18}}")
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -851,7 +856,7 @@ def parse_count(cell: str) -> int | None:
 
 
 def cell_text(cell: str) -> str:
-    """Return a cell without the apostrophe that an export puts before what a spreadsheet would take for a formula."""
+    """Return a cell without the apostrophe that `guard_cell` has put before it."""
     return cell[1:] if cell[:1] == "'" and _GUARDED.match(cell) else cell
 
 
@@ -862,7 +867,7 @@ def trimmed_text(cell: str) -> str:
 
 
 def email_key(text: str) -> str:
-    """Return what emails are compared by: trimmed, with the ASCII letters lower-cased and nothing else folded.
+    """Return what emails are compared by: trimmed, the ASCII letters lower-cased, no more folded.
 
     `straße@` and `strasse@` are two mailboxes, though every kind of case folding makes them one.
     """
@@ -871,22 +876,29 @@ def email_key(text: str) -> str:
 
 
 def loose_key(text: str) -> str:
-    """Return what look-alikes of an email have in common: normalised, case-folded, without punycode and without
-    invisible characters. It only ever leaves contacts out; it never joins any."""
-    key = text.strip().lower()
+    """Return what look-alikes of an email have in common: its first characters, normalised,
+    case-folded, without punycode and without invisible characters.
+
+    It only ever leaves contacts out; it never joins any.
+    """
+    text = text.strip()[:MAX_TEXT]
+    key = text.lower()
     if key.isascii() and key.isprintable() and " " not in key and "xn--" not in key:
         return key
     key = _fold(text)
     local, at, domain = key.rpartition("@")
     if at and "xn--" in domain:
-        labels = domain.split(".")
-        for index, label in enumerate(labels):
-            # No domain has longer labels, and decoding takes time that grows with the square of the length.
-            if label.startswith("xn--") and len(label) < 100:
-                with contextlib.suppress(ValueError, OverflowError):
-                    labels[index] = label[4:].encode("ascii").decode("punycode")
-        key = _fold(f"{local}@{'.'.join(labels)}")
+        key = _fold(f"{local}@{'.'.join(map(_decode_label, domain.split('.')))}")
     return key
+
+
+def _decode_label(label: str) -> str:
+    """Return a label of a domain without punycode."""
+    # No domain has longer labels, and decoding takes quadratic time.
+    if label.startswith("xn--") and len(label) < 100:
+        with contextlib.suppress(ValueError, OverflowError):
+            return label[4:].encode("ascii").decode("punycode")
+    return label
 
 
 def _fold(text: str) -> str:
@@ -898,34 +910,23 @@ def is_visible(text: str) -> bool:
     """Whether `text` holds no white space and no control or invisible character."""
     if _BLANK.search(text):
         return False
-    return text.isprintable() or not any(
-        unicodedata.category(c) in ("Cc", "Cf", "Zs", "Zl", "Zp") for c in text
-    )
+    invisible = ("Cc", "Cf", "Zs", "Zl", "Zp")
+    return text.isprintable() or not any(unicodedata.category(one) in invisible for one in text)
 
 
 @dataclass
 class Contact:
     """One row of the export: each field is one of its COLUMNS.
 
-    `id` is the contact's DON (`don:identity:dvrv-us-1:devo/<ORG>:revu/<KEY>`), `tickets` the warehouse's TICKET_COUNT:
-    the greatest of the tickets and issues that the contact owns, has created and has reported.
+    `id` is the contact's DON (`don:identity:dvrv-us-1:devo/<ORG>:revu/<KEY>`), `tickets` the
+    warehouse's TICKET_COUNT: the greatest of the tickets and issues that the contact owns, has
+    created and has reported.
     """
 
-    __slots__ = (
-        "created",
-        "display_name",
-        "email",
-        "external_ref",
-        "full_name",
-        "id",
-        "tickets",
-        "updated",
-    )
+    __slots__ = tuple(COLUMNS)  # of a million rows, a hundred thousand may be held
 
     SYSTEM_PREFIX: ClassVar[str] = "REVU-"
-    user_prefix: ClassVar[str] = (
-        "user_"  # what references of the user's own application begin with: a setting
-    )
+    user_prefix: ClassVar[str] = "user_"  # of the user's own application: a setting
 
     id: str
     display_name: str
@@ -939,21 +940,13 @@ class Contact:
     @classmethod
     def from_cells(cls, cells: Sequence[str]) -> Contact:
         """Make a contact of cells without an error, in the order of COLUMNS."""
-        identity, display_name, email, external_ref, full_name, tickets, created, updated = cells
-        identity, email, external_ref, created = map(
-            trimmed_text, (identity, email, external_ref, created)
-        )
-        display_name, full_name, updated = map(cell_text, (display_name, full_name, updated))
-        return cls(
-            identity,
-            display_name,
-            email,
-            external_ref,
-            full_name,
-            parse_count(tickets) or 0,
-            created,
-            updated,
-        )
+        texts: dict[str, Any] = dict(zip(COLUMNS, cells))
+        for name in ("id", "email", "external_ref", "created"):
+            texts[name] = trimmed_text(texts[name])
+        for name in ("display_name", "full_name", "updated"):
+            texts[name] = cell_text(texts[name])
+        texts["tickets"] = parse_count(texts["tickets"]) or 0
+        return cls(**texts)
 
     def to_json(self) -> Json:
         return {name: getattr(self, name) for name in COLUMNS}
@@ -974,6 +967,10 @@ class Contact:
         return self.external_ref.startswith(self.SYSTEM_PREFIX)
 
     @property
+    def takes_part(self) -> bool:
+        return self.is_user or self.is_system
+
+    @property
     def key(self) -> str:
         """What contacts are grouped by."""
         return email_key(self.email)
@@ -985,7 +982,7 @@ class Contact:
 
     @property
     def name(self) -> str:
-        """What to call the contact: DISPLAY_NAME; where that is empty FULL_NAME; where both are, the short id."""
+        """What to call the contact: the first of both names and the short id that is not empty."""
         return self.display_name.strip() or self.full_name.strip() or self.short_id
 
     @property
@@ -994,8 +991,10 @@ class Contact:
 
 
 def check_user_prefix(text: str) -> str:
-    """Return the prefix that a setting names, the default where it is empty. Raises FatalError(2) where a reference
-    could be of both kinds."""
+    """Return the prefix that a setting names, the default where it is empty.
+
+    Raises FatalError(2) where a reference could be of both kinds.
+    """
     prefix = text.strip() or "user_"
     if prefix.startswith(Contact.SYSTEM_PREFIX) or Contact.SYSTEM_PREFIX.startswith(prefix):
         words = f"DEVREV_USER_REF_PREFIX {prefix} overlaps with {Contact.SYSTEM_PREFIX}"
@@ -1008,24 +1007,22 @@ def email_of(user: Json) -> str:
 
 
 def live_reference(user: Json) -> str:
+    """Return the reference that DevRev shows, trimmed as the CSV's are, to be compared."""
     return str(user.get("external_ref") or "").strip()
 
 
 def contact_of(user: Json) -> Contact:
     """The row of a `rev_user`; its tickets are not counted yet."""
-    names = (
-        "id",
-        "display_name",
-        "email",
-        "external_ref",
-        "full_name",
-        "created_date",
-        "modified_date",
+    fields_of_user = {
+        name: str(user.get(name) or "")
+        for name in ("id", "display_name", "email", "external_ref", "full_name")
+    }
+    return Contact(
+        **fields_of_user,
+        tickets=0,
+        created=str(user.get("created_date") or ""),
+        updated=str(user.get("modified_date") or ""),
     )
-    identity, display_name, email, external_ref, full_name, created, updated = (
-        str(user.get(name) or "") for name in names
-    )
-    return Contact(identity, display_name, email, external_ref, full_name, 0, created, updated)
 
 
 _ORGANISATION = re.compile(r"don:[a-z_]+:(dvrv-[^:]+:devo/[^:]+):")
@@ -1047,120 +1044,112 @@ class InvalidRow(NamedTuple):
     email: str | None
 
 
-# What is wrong with a row, and what a file looks like whose invalid rows nearly all have that reason.
 INVALID_ROWS = {
-    "fields": (
-        "not as many fields as the header",
-        "commas or line breaks without quotes: export with quoted fields",
-    ),
-    "nul": ("a NUL character", "a damaged file: export again"),
-    "stray_quote": (
-        "a quoted field holds other rows",
-        "quotes that are not doubled: export with quoted fields",
-    ),
-    "empty": (
-        "an empty id, address or reference",
-        "contacts that have no email or reference: leave them out",
-    ),
-    "email": ("not one plain address", "a column that holds something else than addresses"),
-    "count": (
-        "not a count",
-        "numbers that a spreadsheet or a locale has formatted: export plain whole numbers",
-    ),
-    "conflict": (
-        "one id with different data",
-        "a history table: export each contact once, in its current state",
-    ),
+    "fields": "not as many fields as the header",
+    "nul": "a NUL character",
+    "stray_quote": "a quoted field holds other rows",
+    "empty": "an empty id, address or reference",
+    "email": "not one plain address",
+    "count": "not a count",
+    "conflict": "one id with different data",
 }
-
-
-def looks_like(rows: Sequence[InvalidRow]) -> str:
-    """Say what a file probably is, where at least nine of ten invalid rows have one reason; else return `""`."""
-    ((code, count),) = collections.Counter(row.code for row in rows).most_common(1) or [("", 0)]
-    if len(rows) < 3 or count < 0.9 * len(rows):
-        return ""
-    if (
-        code == "email"
-        and sum((row.email or "").casefold() in _NULL_WORDS for row in rows) > count / 2
-    ):
-        return "this looks like an unload that writes a word for NULL: leave out contacts without an email"
-    return f"this looks like {INVALID_ROWS[code][1]}"
 
 
 @dataclass
 class CsvContents:
-    """What a CSV holds that matters: only rows whose email or id recurs, or whose email was requested, are stored."""
+    """What a CSV holds that matters: of its rows those whose email or id recurs or was requested."""
 
-    contacts: list[Contact] = field(
-        default_factory=list
-    )  # each row once, conflicting ones included
+    contacts: list[Contact] = field(default_factory=list)  # each row once, also conflicting ones
     contacts_read: int = 0
-    invalid_rows: list[InvalidRow] = field(default_factory=list)  # by file and line
-    emails_in_invalid_rows: set[str] = field(
-        default_factory=set
-    )  # loose keys of groups that may not be complete
-    look_alikes: list[Json] = field(default_factory=list)
+    invalid_rows: list[InvalidRow] = field(default_factory=list)  # some, by file and line
+    invalid_counts: collections.Counter[str] = field(default_factory=collections.Counter)  # by code
+    emails_in_invalid_rows: set[str] = field(default_factory=set)  # loose keys: their groups are
+    look_alikes: list[Json] = field(default_factory=list)  # not known to be complete
     files: int = 1
-    other_refs: int = 0  # contacts whose reference is neither the system's nor the application's
+    other_refs: int = 0  # contacts that take no part because of their reference
     other_ref: str = ""  # the first of these references in alphabetical order
+    warnings: list[str] = field(default_factory=list)
+
+    def leave_out(self, row: InvalidRow) -> None:
+        """Count an invalid row, and name it unless very many are named already."""
+        self.invalid_counts[row.code] += 1
+        reserved = MAX_OF_A_KIND * len(INVALID_ROWS)
+        is_rare = self.invalid_counts[row.code] <= MAX_OF_A_KIND
+        if is_rare or len(self.invalid_rows) < MAX_INVALID_ROWS - reserved:
+            self.invalid_rows.append(row)
 
 
 _NUL_MARK = "\ufdd0"  # a noncharacter: the csv module of Python 3.8 to 3.10 can't read a NUL
 _AT_SIGNS = ("@", "\uff20", "\ufe6b")  # and what a loose comparison takes for one
+FileIdentity = Tuple[int, ...]
 
 
-class _Bytes(io.BufferedReader):
+class EmptyFile(FatalError):
+    """A file without a header."""
+
+
+class _MarkedBytes(io.BufferedReader):
     """A file that holds a mark for each NUL."""
 
     has_nul = False
 
     def read1(self, size: int = -1) -> bytes:
         data = super().read1(size)
-        self.has_nul = self.has_nul or b"\0" in data
-        return data.replace(b"\0", _NUL_MARK.encode()) if self.has_nul else data
-
-
-FileIdentity = Tuple[int, ...]
+        if b"\0" in data:
+            self.has_nul = True
+            data = data.replace(b"\0", _NUL_MARK.encode())
+        return data
 
 
 class CsvTable:
-    """A CSV, plain or gzip, that yields its rows, each with the number of its last line."""
+    """A CSV, plain or gzip; its rows come with the number of their last line."""
 
-    width = 0  # fields of the header
-    places: Sequence[int] = ()  # of the wanted columns
-
-    def __init__(self, raw: io.FileIO, identity: FileIdentity) -> None:
+    def __init__(self, file: int, identity: FileIdentity) -> None:
         self.identity = identity
-        source: Any = raw
-        head = raw.read(1 << 16)
-        raw.seek(0)
-        if head.startswith(b"\x1f\x8b"):
-            source = gzip.GzipFile(fileobj=raw)
-            head = source.read(1 << 16)
-            source.seek(0)
+        self.width = 0  # fields of the header
+        self.places: Sequence[int] = ()  # of the wanted columns
+        self.ended = 0  # the last line of the last row
+        self._file = file
+        self._is_packed = False
+        self._is_packed = self._open().read(2) == b"\x1f\x8b"
+        head = self._open().read(1 << 16)
         problem = not_our_csv_reason(head)
         if problem:
-            raise FatalError(
-                EXIT_USAGE, ("in the gzip file: " if source is not raw else "") + problem
-            )
-        self.bytes = _Bytes(source)
-        self.lines = io.TextIOWrapper(self.bytes, encoding="utf-8-sig", newline="")
-        # Where each comma of the header has a blank behind it, the blank is no part of a cell, nor before a quote.
-        first = head.partition(b"\n")[0]
-        self.skips_blanks = 0 < first.count(b",") == first.count(b", ")
-        self.rows = self.parse(self.lines)
+            where = "in the gzip file: " if self._is_packed else ""
+            raise FatalError(EXIT_USAGE, where + problem)
+        first = first_line(head)
+        self.delimiter = ","
+        if b"," not in first and (b";" in first or b"\t" in first):
+            self.delimiter = ";" if b";" in first else "\t"
+        # Where a blank is behind each comma of the header, it is no part of a cell, nor is one
+        # before a quote.
+        mark = self.delimiter.encode()
+        has_blanks = 0 < first.count(mark) == first.count(mark + b" ")
+        self._bytes = self._open()
+        self.rows = csv.reader(
+            _text(self._bytes), delimiter=self.delimiter, strict=True, skipinitialspace=has_blanks
+        )
 
-    def parse(self, lines: Iterable[str]) -> Any:
-        return csv.reader(lines, strict=True, skipinitialspace=self.skips_blanks)
+    def _open(self) -> _MarkedBytes:
+        """Return the file from its beginning."""
+        raw = io.FileIO(self._file, closefd=False)
+        raw.seek(0)
+        unpacked: Any = gzip.GzipFile(fileobj=raw) if self._is_packed else raw
+        return _MarkedBytes(unpacked)
 
-    def __iter__(self) -> Iterator[tuple[int, list[str]]]:
-        return ((self.rows.line_num, row) for row in self.rows)
+    def __iter__(self) -> Iterator[tuple[int, bool, list[str]]]:
+        """Yield each row with its line, and whether it takes up one line and holds no NUL."""
+        for row in self.rows:
+            line = self.rows.line_num
+            is_plain = line == self.ended + 1 and not self._bytes.has_nul
+            self.ended = line
+            yield line, is_plain, row
 
     def read_header(self, wanted: Iterable[str]) -> None:
         """Find the wanted columns. Raises FatalError(2) naming what is missing or doubled."""
         header = next(filter(None, self.rows), None)
         if header is None:
-            raise FatalError(EXIT_USAGE, "the file is empty")
+            raise EmptyFile(EXIT_USAGE, "the file is empty")
         names = [name.strip().upper() for name in header]
         if any("," in name for name in names if "\n" in name or "\r" in name):
             raise FatalError(EXIT_USAGE, "the header holds other rows (a stray quote?)")
@@ -1172,279 +1161,357 @@ class CsvTable:
                 hint = "; its first line is a contact: each file needs a header of its own"
             elif len(list(filter(None, names))) < 2:
                 hint += "; the first line must be the header"
-            which = f"column{'s' * (len(missing) > 1)} {', '.join(missing)}"
-            raise FatalError(EXIT_USAGE, f"missing {which}{hint}")
+            word = "column" if len(missing) == 1 else "columns"
+            raise FatalError(EXIT_USAGE, f"missing {word} {', '.join(missing)}{hint}")
         doubled = [name for name in wanted if names.count(name) > 1]
         if doubled:
             raise FatalError(EXIT_USAGE, f"the column {doubled[0]} is there twice")
-        self.width, self.places = len(header), [names.index(name) for name in wanted]
+        self.ended = self.rows.line_num
+        self.width = len(header)
+        self.places = [names.index(name) for name in wanted]
+
+    def is_complete(self, row: Sequence[str]) -> bool:
+        """Whether a row lacks no wanted cell and has none too many.
+
+        Spreadsheets leave out the delimiters of empty cells at the end of a row.
+        """
+        return max(self.places) < len(row) <= self.width
+
+    def texts(self, row: Sequence[str]) -> dict[str, str]:
+        """Return the trimmed cells of COLUMNS by field."""
+        return {name: trimmed_text(row[place]) for name, place in zip(COLUMNS, self.places)}
+
+    def describe_error(self, error: csv.Error) -> str:
+        """Say which line is not well-formed, and why."""
+        line = self.rows.line_num
+        if "field limit" in str(error):
+            return f"line {line}: a cell of more than 64 MiB (an open quote?)"
+        for number, text in enumerate(islice(_text(self._open()), line), 1):
+            if number > self.ended and '\\"' in text:
+                hint = "a backslash escapes a quote; unload with doubled quotes"
+                return f"line {number}: {hint}"
+        return f"line {line}: {error}"
+
+
+def _text(source: _MarkedBytes) -> io.TextIOWrapper:
+    return io.TextIOWrapper(source, encoding="utf-8-sig", newline="")
+
+
+def first_line(head: bytes) -> bytes:
+    """Return the first line of a file that is not blank."""
+    lines = head.lstrip(b"\xef\xbb\xbf \r\n").splitlines()
+    return lines[0] if lines else b""
 
 
 @contextlib.contextmanager
 def open_table(
     path: Path, wanted: Iterable[str], before: FileIdentity | None = None
 ) -> Iterator[CsvTable]:
-    """Open a CSV with the `wanted` columns. Whatever goes wrong inside becomes FatalError(2), one line with the path.
+    """Open a CSV with the `wanted` columns, at a second reading with the identity of the first.
 
-    `before` is the table's identity at an earlier reading, if there was one.
+    Whatever goes wrong inside becomes FatalError(2), one line with the path.
     """
     csv.field_size_limit(MAX_CELL)
     table: CsvTable | None = None
+    problem = ""
     try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            what = (
-                "a folder, not a file"
-                if stat.S_ISDIR(mode)
-                else "not a regular file, and it has to be read twice"
-            )
-            raise FatalError(EXIT_USAGE, what)
+        check_regular(path)
         identity = attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns")
         with open(path, "rb", buffering=0) as raw:
             opened = identity(os.fstat(raw.fileno()))
-            changed = FatalError(
-                EXIT_USAGE, "changed while it was being read; wait for the export to finish"
-            )
+            changed = "changed while it was being read; wait for the export to finish"
             if before and opened != before:
-                raise changed
+                raise FatalError(EXIT_USAGE, changed)
             try:
-                table = CsvTable(io.FileIO(raw.fileno(), closefd=False), opened)
+                table = CsvTable(raw.fileno(), opened)
                 table.read_header(wanted)
                 yield table
+            except csv.Error as error:
+                where = table.describe_error(error) if table else error
+                problem = f"not a well-formed CSV: {where}"
             finally:
                 if identity(os.fstat(raw.fileno())) != opened:
-                    raise changed
+                    raise FatalError(EXIT_USAGE, changed)
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise FatalError(
-            EXIT_USAGE, f"{path}: the gzip file is cut off or damaged; fetch it again"
-        ) from None
+        problem = "the gzip file is cut off or damaged; fetch it again"
     except OSError as error:
-        raise FatalError(EXIT_USAGE, f"{path}: can't be read: {error.strerror or error}") from None
+        problem = f"can't be read: {error.strerror or error}"
     except UnicodeDecodeError as error:
-        raise FatalError(
-            EXIT_USAGE, f"{path}: not UTF-8 ({error.reason}); export the CSV as UTF-8"
-        ) from None
-    except csv.Error as error:
-        words = (
-            str(error)
-            if "field limit" not in str(error)
-            else "a cell of more than 64 MiB (an open quote?)"
-        )
-        line = table.rows.line_num if table else 0
-        raise FatalError(
-            EXIT_USAGE, f"{path}: not a well-formed CSV: line {line}: {words}"
-        ) from None
+        problem = f"not UTF-8 ({error.reason}); export the CSV as UTF-8"
     except FatalError as stop:
-        raise FatalError(stop.exit_code, f"{path}: {stop}") from None
+        kind = EmptyFile if isinstance(stop, EmptyFile) else FatalError
+        raise kind(stop.exit_code, f"{path}: {stop}") from None
+    if problem:
+        raise FatalError(EXIT_USAGE, f"{path}: {problem}")
 
 
-_SAVE_AS = "not a CSV; save it as «CSV UTF-8 (comma delimited)»"
-_UNPACK = "not a CSV; unpack it first"
-_EXPORT = "not a CSV; export the table as CSV"
+def check_regular(path: Path) -> None:
+    """Raise FatalError(2) where a path is no regular file: it has to be read twice."""
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        files = sorted(one for one in path.iterdir() if one.is_file() and one.name[0] not in "._")
+        parts = command_line(*map(str, files[:2] or [path / "part-1.csv"]))
+        raise FatalError(EXIT_USAGE, f"a folder, not a file; name the files in it: {parts} ...")
+    if not stat.S_ISREG(mode):
+        raise FatalError(EXIT_USAGE, "not a regular file, and it has to be read twice")
+
+
 FOREIGN_FILES = (
+    (rb"\x1f\x8b", "gzip inside gzip; unpack it first"),
     (
-        rb"PK\x03\x04.{26}(\[Content_Types\]\.xml|_rels/|xl/|docProps/)",
-        f"an Excel workbook, {_SAVE_AS}",
+        rb"PK[\x03\x05\x07]|\xd0\xcf\x11\xe0",
+        "a ZIP archive or an Excel workbook; unpack it, or save it as CSV UTF-8",
     ),
-    (rb"PK\x03\x04.{26}mimetypeapplication/vnd\.oasis", f"an OpenDocument spreadsheet, {_SAVE_AS}"),
-    (rb"PK(\x03\x04|\x05\x06|\x07\x08)", f"a ZIP archive, {_UNPACK}"),
-    (rb"\xd0\xcf\x11\xe0", f"an old Excel workbook, {_SAVE_AS}"),
-    (rb"\x1f\x8b", f"gzip inside gzip, {_UNPACK}"),
-    (rb"BZh[1-9]1AY", f"a bzip2 archive, {_UNPACK}"),
-    (rb"\xfd7zXZ\0", f"an xz archive, {_UNPACK}"),
-    (rb"\x28\xb5\x2f\xfd", f"a Zstandard archive, {_UNPACK}"),
-    (rb"7z\xbc\xaf\x27\x1c", f"a 7-Zip archive, {_UNPACK}"),
-    (rb"Rar!\x1a\x07", f"a RAR archive, {_UNPACK}"),
-    (rb"\x04\x22\x4d\x18", f"an LZ4 archive, {_UNPACK}"),
-    (rb"\x1f[\x9d\xa0]", f"a compress archive, {_UNPACK}"),
-    (rb".{257}ustar", f"a tar archive, {_UNPACK}"),
-    (rb"PAR1", f"a Parquet file, {_EXPORT}"),
-    (rb"ORC[^\w,\"; \t]", f"an ORC file, {_EXPORT}"),
-    (rb"Obj\x01", f"an Avro file, {_EXPORT}"),
-    (rb"ARROW1|FEA1", f"an Arrow file, {_EXPORT}"),
-    (rb"SQLite format 3\0", f"an SQLite database, {_EXPORT}"),
-    (rb"%PDF-", f"a PDF, {_EXPORT}"),
-    (rb"\xff\xfe\0\0|\0\0\xfe\xff|\0\0\0[^\0]|[^\0]\0\0\0", "UTF-32; export the CSV as UTF-8"),
-    (rb"\xff\xfe|\xfe\xff|\0[^\0]\0|[^\0]\0[^\0]\0", "UTF-16; export the CSV as UTF-8"),
-    (rb".{0,7}\0", "a binary file, not a CSV"),
     (
-        rb"(\xef\xbb\xbf)?\s*(<!doctype html|<html)",
+        rb"\xff\xfe|\xfe\xff|\0\0\xfe\xff|\0{1,3}[^\0]\0|[^\0]\0{1,3}[^\0]\0",
+        "UTF-16 or UTF-32; export the CSV as UTF-8",
+    ),
+    (rb"PAR1", "a Parquet file; export the table as CSV"),
+    (
+        rb"(?i:(\xef\xbb\xbf)?\s*(<!doctype html|<html))",
         "a web page (HTML), not a CSV; was the download a login page?",
     ),
-    (rb"(\xef\xbb\xbf)?\s*<", f"XML, {_EXPORT}"),
-    (rb"(\xef\xbb\xbf)?\s*[\[{]", f"JSON, {_EXPORT}"),
+    (rb".{0,31}[\0-\x08\x0e-\x1f]", "a binary file, not a CSV"),
+    (
+        rb"(?i:(\xef\xbb\xbf)?sep=)",
+        "the first line is `sep=`, a note for Excel alone; delete it",
+    ),
 )
 
 
 def not_our_csv_reason(head: bytes) -> str:
     """Say what it is that begins like no CSV of ours, `""` where it may be one."""
     for pattern, what in FOREIGN_FILES:
-        if re.match(pattern, head, re.DOTALL | re.IGNORECASE if b"html" in pattern else re.DOTALL):
+        if re.match(pattern, head, re.DOTALL):
             return what
-    (first, *_) = head.lstrip(b"\xef\xbb\xbf \r\n").splitlines() or [b""]
-    if first.lower().startswith(b"sep="):
-        return "the first line is `sep=`, a note for Excel alone; delete it"
-    for mark, name in ((b";", "semicolons"), (b"\t", "tabs"), (b"|", "vertical bars")):
-        if b"," not in first and mark in first:
-            return f"separated by {name}; export the CSV with commas"
     return ""
 
 
 def read_contacts(paths: Sequence[Path], emails: Iterable[str] = ()) -> CsvContents:
-    """Read the parts of an export as one; of `emails` every row is stored, of others those that recur.
+    """Read the parts of an export as one; of `emails` every row is stored, of others those that
+    recur.
 
-    Each file is read twice, to hold few of very many rows; in between a hash stands for a value, so that a million rows
-    cost tens of megabytes, and two values of one hash do no harm. Raises FatalError(2) where a file can't be read, is
-    no UTF-8 CSV or lacks a column, and where there are invalid rows and no other.
+    Raises FatalError(2) where a file can't be read, is no UTF-8 CSV or lacks a column, and where
+    there are invalid rows and no other.
     """
-    contents = CsvContents(files=len(paths))
-    odd: set[str] = set()
-    keys, ids = array("q"), array("q")  # of each row; -1, which no hash is, where it is left out
-    parts: list[tuple[FileIdentity, int, bool]] = []
-    for path in paths:
-        with open_table(path, COLUMNS.values()) as table:
-            header_line, start = table.rows.line_num, len(keys)
-            _check_rows(table, str(path), contents, keys, ids, odd)
-            count = len(keys) - start
-            parts.append((table.identity, count, table.rows.line_num - header_line == count))
-    contents.contacts_read = len(keys) - keys.count(-1)
-    requested = chain(map(loose_key, emails), contents.emails_in_invalid_rows)
-    wanted_keys, wanted_ids = (
-        repeated(keys).union(map(hash, requested)) - {-1},
-        repeated(ids) - {-1},
-    )
-    wanted = bytes(map(wanted_keys.__contains__, keys))
-    if wanted_ids:
-        wanted = bytes(key in wanted_keys or one in wanted_ids for key, one in zip(keys, ids))
-    del keys, ids, wanted_keys, wanted_ids  # which are large where there are many rows
-
-    def stored_rows() -> Iterator[tuple[str, int, Contact]]:
-        start = 0
-        for path, (identity, count, rows_are_lines) in zip(paths, parts):
-            mine = wanted[start : start + count]
-            start += count
-            with open_table(path, COLUMNS.values(), identity) as table:
-                pick, first = itemgetter(*table.places), table.rows.line_num + 1
-                rows: Iterable[tuple[int, list[str]]] = compress(table, mine)
-                if rows_are_lines:  # the others need not be parsed again
-                    rows = zip(
-                        compress(range(first, first + count), mine),
-                        table.parse(compress(table.lines, mine)),
-                    )
-                for line, row in rows:
-                    yield str(path), line, Contact.from_cells(pick(row))
-
-    _store_rows(stored_rows(), contents, odd)
-    order = {str(path): index for index, path in enumerate(paths)}
-    invalid = contents.invalid_rows
-    invalid.sort(key=lambda row: (order[row.file], row.line))
-    if invalid and not contents.contacts_read:
-        why = "; ".join(
-            some(
-                [f"{place_of(row.file, row.line, len(paths))}: {row.reason}" for row in invalid], 3
-            )
-        )
-        words = f"no usable row, {plural(len(invalid), 'invalid one')} ({why})"
-        hint = looks_like(invalid)
-        raise FatalError(
-            EXIT_USAGE,
-            f"{', '.join(some(list(order), 3))}: {words}" + (f"; {hint}" if hint else ""),
-        )
-    return contents
+    return ContactReader(paths).read(emails)
 
 
 def place_of(file: str, line: int, files: int) -> str:
     return f"{file}, line {line}" if files > 1 else f"line {line}"
 
 
-def _check_rows(
-    table: CsvTable,
-    file: str,
-    contents: CsvContents,
-    keys: array[int],
-    ids: array[int],
-    odd: set[str],
-) -> None:
-    """Check the rows of a file; append the hashes of each row's loose key and id, and collect loose keys that differ
-    from the key.
+class ContactReader:
+    """Reads each file twice, to hold few of very many rows: once to check the rows and to count
+    addresses and ids, and once to keep the rows that matter.
 
-    Most rows are plain and take the short way; with a million of them it is half of a preview's time.
+    In between a hash stands for a value, so that a million rows cost tens of megabytes; two values
+    of one hash do no harm.
     """
-    places = dict(zip(COLUMNS, table.places))
-    pick = itemgetter(*(places[name] for name in ("id", "email", "external_ref", "tickets")))
-    prefixes = (Contact.SYSTEM_PREFIX, Contact.user_prefix)
-    is_plain, is_normalized = _PLAIN_ADDRESS.fullmatch, unicodedata.is_normalized
-    add_key, add_id = keys.append, ids.append
-    rows, width, data, line = table.rows, table.width, table.bytes, table.rows.line_num
-    for row in rows:
-        line, lines = rows.line_num, rows.line_num - line
-        is_one_line = len(row) == width and lines == 1 and not data.has_nul
-        if is_one_line:
-            identity, email, reference, tickets = pick(row)
-            identity, reference, key = identity.strip(), reference.strip(), email.lower()
-        if not (
-            is_one_line
-            and is_plain(email)
-            and (email.isascii() or (key == email == key.casefold() and is_normalized("NFKC", key)))
-            and "xn--" not in key
-            and identity and reference and identity not in _NULL_IDS
-            and parse_count(tickets) is not None
-        ):  # fmt: skip
-            code, reason = row_error(row, width, places, data.has_nul)
-            if code:
-                if row:  # a blank line is nothing
-                    email = trimmed_text(row[places["email"]]) if places["email"] < len(row) else ""
-                    email = email.replace(_NUL_MARK, "")[:320]
-                    contents.invalid_rows.append(
-                        InvalidRow(file, line, code, reason, email or None)
-                    )
-                    contents.emails_in_invalid_rows.update(loose_keys_in(row))
-                add_key(-1)
-                add_id(-1)
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+        self.contents = CsvContents(files=len(paths))
+        self.keys = array("q")  # of each row the hash of its loose key, and that of its id;
+        self.ids = array("q")  # -1, which no hash is, where it is left out
+        self.odd: set[str] = set()  # loose keys of rows whose own key is another
+        self.tables: list[tuple[Path, FileIdentity]] = []
+        self.variants: dict[str, list[tuple[str, int, Contact]]] = {}  # id -> its different rows
+
+    def read(self, emails: Iterable[str]) -> CsvContents:
+        contents = self.contents
+        empty: EmptyFile | None = None
+        for path in self.paths:
+            try:
+                with open_table(path, COLUMNS.values()) as table:
+                    self._check_rows(table, str(path))
+                    self.tables.append((path, table.identity))
+            except EmptyFile as error:
+                empty = error
+                contents.warnings.append(f"{error}; it was passed over")
+        if empty and not self.tables:
+            raise empty
+        contents.contacts_read = len(self.keys) - self.keys.count(-1)
+        self._store_rows(self._rows_that_matter(emails))
+        self._find_conflicts()
+        order = {str(path): index for index, path in enumerate(self.paths)}
+        contents.invalid_rows.sort(key=lambda row: (order[row.file], row.line))
+        if contents.invalid_rows and not contents.contacts_read:
+            files = ", ".join(some(list(order), 3))
+            count = plural(sum(contents.invalid_counts.values()), "invalid one")
+            reasons = [
+                f"{place_of(row.file, row.line, len(self.paths))}: {row.reason}"
+                for row in contents.invalid_rows
+            ]
+            why = "; ".join(some(reasons, 3))
+            raise FatalError(EXIT_USAGE, f"{files}: no usable row, {count} ({why})")
+        return contents
+
+    def _check_rows(self, table: CsvTable, file: str) -> None:
+        """Take the keys of a file's rows, and leave the bad rows out."""
+        places = dict(zip(COLUMNS, table.places))
+        pick = itemgetter(*(places[name] for name in ("id", "email", "external_ref", "tickets")))
+        prefixes = (Contact.SYSTEM_PREFIX, Contact.user_prefix)
+        add_key, add_id, match = self.keys.append, self.ids.append, _PLAIN_ROW.fullmatch
+        contents, is_normal = self.contents, unicodedata.is_normalized
+        for line, is_plain, row in table:
+            found = match("\n".join(pick(row))) if is_plain and len(row) == table.width else None
+            if found:
+                identity, email, reference = found.groups()
+            else:
+                problem = row_error(table, row, is_plain)
+                if problem:
+                    add_key(-1)
+                    add_id(-1)
+                    if any(map(str.strip, row)):  # a row of blank cells is a blank line
+                        self._leave_out(table, InvalidRow(file, line, *problem, None), row)
+                    continue
+                identity, email, reference = map(trimmed_text, pick(row)[:3])
+            key = email.lower()
+            is_folded = email.isascii() or (email == email.casefold() and is_normal("NFKC", email))
+            if not (found and is_folded) or "xn--" in key:
+                key = loose_key(email)
+                if key != email_key(email):
+                    self.odd.add(key)
+            add_key(hash(key))
+            add_id(hash(identity))
+            if not reference.startswith(prefixes):
+                contents.other_refs += 1
+                contents.other_ref = min(contents.other_ref or reference, reference)
+
+    def _leave_out(self, table: CsvTable, invalid: InvalidRow, row: Sequence[str]) -> None:
+        """Note a bad row, and the addresses in it: their groups may not be complete.
+
+        Its cells may be shifted, so that any may hold its address. Where they are not, only EMAIL
+        counts: a contact's name is of its own choice, and must not spoil other people's groups.
+        """
+        place = table.places[list(COLUMNS).index("email")]
+        email = row[place:][:1]
+        text = trimmed_text("".join(email)).replace(_NUL_MARK, "")[:320]
+        self.contents.leave_out(invalid._replace(email=text or None))
+        is_in_place = invalid.code not in ("fields", "stray_quote") and is_unshifted(table, row)
+        self.contents.emails_in_invalid_rows.update(loose_keys_in(email if is_in_place else row))
+
+    def _rows_that_matter(self, emails: Iterable[str]) -> Iterator[tuple[str, int, Contact]]:
+        """Yield the contacts whose address or id recurs, or whose address is requested."""
+        requested = chain(map(loose_key, emails), self.contents.emails_in_invalid_rows)
+        keys = repeated(self.keys).union(map(hash, requested)) - {-1}
+        ids = repeated(self.ids) - {-1}
+        wanted = iter(bytes(key in keys or one in ids for key, one in zip(self.keys, self.ids)))
+        for path, identity in self.tables:
+            with open_table(path, COLUMNS.values(), identity) as table:
+                pick = itemgetter(*table.places)
+                for row in compress(table.rows, wanted):
+                    yield str(path), table.rows.line_num, Contact.from_cells(pick(row))
+
+    def _store_rows(self, rows: Iterable[tuple[str, int, Contact]]) -> None:
+        """Take each row once, and find the look-alikes among all of them."""
+        contents = self.contents
+        similar: dict[str, set[tuple[str, str, int]]] = collections.defaultdict(set)
+        for row in contents.invalid_rows:
+            if row.email and "@" in row.email:
+                similar[loose_key(row.email)].add((row.email, row.file, row.line))
+        odd = self.odd.union(similar)
+        for file, line, contact in rows:
+            if odd and contact.takes_part and loose_key(contact.email) in odd:
+                similar[loose_key(contact.email)].add((contact.email, file, line))
+            variants = self.variants.setdefault(contact.id, [])
+            if all(contact != other for _, _, other in variants):
+                variants.append((file, line, contact))
+                contents.contacts.append(contact)
                 continue
-            identity, email, reference = map(trimmed_text, pick(row)[:3])
-            key = loose_key(email)
-            if key != email_key(email):
-                odd.add(key)
-        add_key(hash(key))
-        add_id(hash(identity))
-        if not reference.startswith(prefixes):
-            contents.other_refs += 1
-            contents.other_ref = min(contents.other_ref or reference, reference)
+            contents.contacts_read -= 1
+            if not contact.takes_part:
+                contents.other_refs -= 1
+        for _, found in sorted(similar.items()):
+            emails = sorted({email_key(email) for email, _, _ in found})
+            if len(emails) > 1:
+                lines = [
+                    {"email": email, "file": file, "line": line}
+                    for email, file, line in sorted(found)
+                ]
+                contents.look_alikes.append({"emails": emails, "lines": lines})
+
+    def _find_conflicts(self) -> None:
+        """Rows of one id that differ are invalid."""
+        for variants in self.variants.values():
+            for number, (file, line, contact) in enumerate(variants):
+                if len(variants) == 1:
+                    continue
+                other_file, other_line, other = variants[1 if number == 0 else 0]
+                where = f"line {other_line}"
+                if other_file != file:
+                    where = f"{other_file}, line {other_line},"
+                differing = [
+                    COLUMNS[name]
+                    for name in COLUMNS
+                    if getattr(contact, name) != getattr(other, name)
+                ]
+                reason = f"the {COLUMNS['id']} of {where} with another {', '.join(differing)}"
+                invalid = InvalidRow(file, line, "conflict", reason, contact.email[:320])
+                self.contents.leave_out(invalid)
+                self.contents.emails_in_invalid_rows.add(loose_key(contact.email))
 
 
-def row_error(
-    row: Sequence[str], width: int, places: Mapping[str, int], has_nul: bool
-) -> tuple[str, str]:
-    """Return the code and the words for why a row is no contact, two empty texts where it is one."""
-    if len(row) != width:
-        return "fields", f"{plural(len(row), 'field')} instead of {width}"
-    if has_nul and any(_NUL_MARK in value for value in row):
-        return "nul", "a NUL character"
-    if any(value.count(",") >= width - 1 and ("\n" in value or "\r" in value) for value in row):
-        return "stray_quote", "a quoted field that holds other rows (a stray quote?)"
-    identity, email, reference, tickets = (
-        trimmed_text(row[places[name]]) for name in ("id", "email", "external_ref", "tickets")
-    )
-    for name, value in (("id", identity), ("email", email), ("external_ref", reference)):
-        if not value or (name == "id" and value in _NULL_IDS):
-            return "empty", f"empty {COLUMNS[name]}" + f" ({value})" * bool(value)
+def row_error(table: CsvTable, row: Sequence[str], is_plain: bool) -> tuple[str, str] | None:
+    """Return the code and the words for why a row is no contact, None where it is one.
+
+    `is_plain` is a row of one line without a NUL.
+    """
+    if not table.is_complete(row):
+        # Spreadsheets also leave cells behind the last column, which are blank.
+        extra = row[table.width :]
+        if not (extra and is_plain and not any(map(str.strip, extra)) and is_unshifted(table, row)):
+            return "fields", f"{plural(len(row), 'field')} instead of {table.width}"
+    if not is_plain:
+        if any(_NUL_MARK in cell for cell in row):
+            return "nul", "a NUL character"
+        # As many as a row has, in a cell of several lines.
+        delimiters = max(table.places)
+        for cell in row:
+            if cell.count(table.delimiter) >= delimiters and ("\n" in cell or "\r" in cell):
+                hint = "a stray quote, or one that a backslash escapes: unload with doubled quotes"
+                return "stray_quote", f"a quoted field that holds other rows ({hint})"
+    cells = table.texts(row)
+    for name in ("id", "email", "external_ref"):
+        if not cells[name]:
+            return "empty", f"empty {COLUMNS[name]}"
+    if cells["id"] in _NULL_IDS:
+        return "empty", f"empty {COLUMNS['id']} ({cells['id']})"
+    problem = address_error(cells["email"])
+    if problem:
+        return "email", f"{COLUMNS['email']} is {problem}: {cells['email'][:80]}"
+    if parse_count(cells["tickets"]) is None:
+        return "count", f"{COLUMNS['tickets']} is not a count: {cells['tickets'][:40]}"
+    return None
+
+
+def address_error(email: str) -> str:
+    """Say why a text is not one plain address, `""` where it is one."""
+    if len(email) > MAX_TEXT:
+        return f"longer than {MAX_TEXT:,} characters"
     local, _, domain = email.partition("@")
-    if (
-        not (local and domain)
-        or "@" in domain
-        or _NO_ADDRESS.search(email)
-        or not is_visible(email)
-    ):
-        return "email", f"{COLUMNS['email']} is not one plain address: {email[:80]}"
-    if parse_count(tickets) is None:
-        return "count", f"{COLUMNS['tickets']} is not a count: {tickets[:40]}"
-    return "", ""
+    is_plain = local and domain and "@" not in domain and not _NO_ADDRESS.search(email)
+    return "" if is_plain and is_visible(email) else "not one plain address"
 
 
-def loose_keys_in(row: Sequence[str]) -> Iterator[str]:
-    """The loose keys of whatever may be an address in any cell of an invalid row, whose fields may be shifted."""
-    for cell in row:
+def is_unshifted(table: CsvTable, row: Sequence[str]) -> bool:
+    """Whether id, reference, count and times hold what belongs there: no comma has shifted them."""
+    cells = table.texts(row)
+    identity = cells["id"]
+    return (
+        identity not in ("", *_NULL_IDS)
+        and "@" not in identity
+        and cells["external_ref"] != ""
+        and parse_count(cells["tickets"]) is not None
+        and _DATE.match(cells["created"]) is not None
+        and _DATE.match(cells["updated"]) is not None
+    )
+
+
+def loose_keys_in(cells: Sequence[str]) -> Iterator[str]:
+    """The loose keys of whatever may be an address in cells of an invalid row."""
+    for cell in cells:
         if any(sign in cell for sign in _AT_SIGNS):
             text = cell.replace(_NUL_MARK, "")
             words = {
@@ -1452,86 +1519,43 @@ def loose_keys_in(row: Sequence[str]) -> Iterator[str]:
                 trimmed_text(text),
                 *re.split(r"[,\r\n]", text),
                 *re.split(r"[\s,;<>\"]+", text),
+                *re.findall(r"[^\s,;\"<>()\[\]{}:|]+", text),
             }
-            yield from map(loose_key, words.union(re.findall(r"[^\s,;\"<>()\[\]{}:|]+", text)))
+            yield from map(loose_key, words)
 
 
 def repeated(values: array[int]) -> set[int]:
-    if len(set(values)) == len(values):
-        return set()
-    seen: set[int] = set()
-    found: set[int] = set()
-    for value in values:
-        (found if value in seen else seen).add(value)
-    return found
-
-
-def _store_rows(
-    rows: Iterable[tuple[str, int, Contact]], contents: CsvContents, odd: set[str]
-) -> None:
-    """Take each row once; rows of one id that differ are invalid. Find the look-alikes among all of them.
-
-    `odd` are the loose keys of rows that differ from the key.
-    """
-    by_id: dict[str, list[tuple[str, int, Contact]]] = {}
-    similar: dict[str, set[tuple[str, str, int]]] = collections.defaultdict(
-        set
-    )  # loose key -> email, file and line
-    for row in contents.invalid_rows:
-        if row.email and "@" in row.email:
-            similar[loose_key(row.email)].add((row.email, row.file, row.line))
-    odd.update(similar)
-    for file, line, contact in rows:
-        variants = by_id.setdefault(contact.id, [])
-        if odd and (contact.is_user or contact.is_system) and loose_key(contact.email) in odd:
-            similar[loose_key(contact.email)].add((contact.email, file, line))
-        if any(contact == other for _, _, other in variants):
-            contents.contacts_read -= 1
-            contents.other_refs -= not (contact.is_user or contact.is_system)
-        else:
-            variants.append((file, line, contact))
-            contents.contacts.append(contact)
-    for variants in by_id.values():
-        for file, line, contact in variants if len(variants) > 1 else ():
-            other_file, other_line, other = next(one for one in variants if one[:2] != (file, line))
-            differing = [
-                COLUMNS[name] for name in COLUMNS if getattr(contact, name) != getattr(other, name)
-            ]
-            where = (
-                f"line {other_line}" if other_file == file else f"{other_file}, line {other_line},"
-            )
-            reason = f"the {COLUMNS['id']} of {where} with another {', '.join(differing)}"
-            contents.invalid_rows.append(
-                InvalidRow(file, line, "conflict", reason, contact.email[:320])
-            )
-            contents.emails_in_invalid_rows.add(loose_key(contact.email))
-    for _, found in sorted(similar.items()):
-        emails = sorted({email_key(email) for email, _, _ in found})
-        if len(emails) > 1:
-            lines = [
-                {"email": email, "file": file, "line": line} for email, file, line in sorted(found)
-            ]
-            contents.look_alikes.append({"emails": emails, "lines": lines})
+    return {value for value, times in collections.Counter(values).items() if times > 1}
 
 
 def csv_line(*cells: str) -> str:
     line = io.StringIO()
-    csv.writer(line, lineterminator="\r\n").writerow(
-        cells
-    )  # of which no character stays unquoted in a cell
+    # With this end of a line, no character that ends one stays unquoted in a cell.
+    csv.writer(line, lineterminator="\r\n").writerow(cells)
     return line.getvalue()[:-2]
 
 
 def guard_cell(cell: str) -> str:
     """Return a cell that no spreadsheet takes for a formula; `cell_text` reads it back."""
-    return f"'{cell}" if re.match(r"'*[=+\-@\t\r]", cell) else cell
+    return f"'{cell}" if _FORMULA.match(cell) else cell
+
+
+def guard_name(cell: str) -> str:
+    """Return a name that is no formula, nor is any part of it where a spreadsheet splits it."""
+    return guard_cell(_SPLIT.sub(r"\1 ", cell))
 
 
 def csv_chunks(header: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[bytes]:
-    """A CSV, line by line, with a byte order mark, so that a spreadsheet shows it right, and without formulas."""
-    yield ("\ufeff" + csv_line(*header) + "\n").encode("utf-8")
+    """A CSV, line by line, without formulas.
+
+    It has a byte order mark, so that a spreadsheet shows it right.
+    """
+    names = list(header)
+    guards = [guard_name if name in NAME_COLUMNS else guard_cell for name in names]
+    yield ("\ufeff" + csv_line(*names) + "\n").encode("utf-8")
     for cells in rows:
-        yield (csv_line(*map(guard_cell, cells)) + "\n").encode("utf-8", "backslashreplace")
+        line = csv_line(*(guard(cell) for guard, cell in zip(guards, cells)))
+        yield (line + "\n").encode("utf-8", "backslashreplace")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1787,6 +1811,9 @@ class Group:
                 return pair.new_ref
         return self.primary.external_ref
 
+    def has_ended(self) -> bool:
+        return all(pair.state in ENDED for pair in self.pairs)
+
     def has_absorbed(self) -> bool:
         """Return whether this tool has requested a merge into the primary since the export."""
         return any(pair.state in (*UNFINISHED, *ENDED) for pair in self.pairs)
@@ -1818,67 +1845,69 @@ class Group:
 def different_names(email: str, contacts: Sequence[Contact]) -> list[str]:
     """Return the names of contacts that may not be one person's, none where they may.
 
-    Case does not count, nor does a name that is the address, its local part or the short id, nor a name all of whose
-    words are in the other.
+    Case does not count, nor does a name that is the address, its local part or the short id, nor a
+    name all of whose words are in the other.
     """
     shown = {contact.display_name for contact in contacts}
     if len(shown) == 1 and "" not in shown:
         return []
     names: dict[frozenset[str], str] = {}
     for contact in contacts:
-        useless = {
-            "",
-            email.casefold(),
-            email.rpartition("@")[0].casefold(),
-            contact.short_id.casefold(),
-        }
+        useless = {"", email, email.rpartition("@")[0], contact.short_id}
+        useless = {one.casefold() for one in useless}
         for name in (contact.display_name.strip(), contact.full_name.strip()):
-            if name.casefold() not in useless:
-                words = re.findall(r"\w+", unicodedata.normalize("NFKC", name.casefold()))
+            folded = name[:MAX_TEXT].casefold()
+            if folded not in useless:
+                words = re.findall(r"\w+", unicodedata.normalize("NFKC", folded))
                 names.setdefault(frozenset(words), name)
                 break
-    keys = list(names)
-    differ = any(
-        not (one <= other or other <= one)
-        for index, one in enumerate(keys)
-        for other in keys[:index]
-    )
-    return sorted(names.values()) if differ else []
+    for one, other in combinations(names, 2):
+        if not (one <= other or other <= one):
+            return sorted(names.values())
+    return []
 
 
 # Local parts, compared as a whole, without what follows a `+`.
 ROLE_ADDRESSES = frozenset((
-    "info", "support", "help", "helpdesk", "service", "sales", "contact", "hello", "office", "team", "admin",
-    "administrator", "billing", "accounts", "accounting", "finance", "hr", "jobs", "careers", "marketing", "press",
-    "media", "legal", "privacy", "security", "abuse", "postmaster", "hostmaster", "webmaster", "root", "mail", "email",
-    "reception", "orders", "booking", "bookings", "customerservice", "customer-service", "customercare", "feedback",
+    "info", "support", "help", "helpdesk", "service", "sales", "contact", "hello", "office", "team",
+    "admin", "administrator", "billing", "accounts", "accounting", "finance", "hr", "jobs",
+    "careers", "marketing", "press", "media", "legal", "privacy", "security", "abuse", "postmaster",
+    "hostmaster", "webmaster", "root", "mail", "email", "reception", "orders", "booking",
+    "bookings", "customerservice", "customer-service", "customercare", "feedback",
 ))  # fmt: skip
 PLACEHOLDER_ADDRESSES = frozenset((
-    "noreply", "no-reply", "no_reply", "donotreply", "do-not-reply",
-    "none", "null", "nobody", "unknown", "anonymous", "test", "na", "n-a", "noemail", "no-email", "invalid",
+    "noreply", "no-reply", "no_reply", "donotreply", "do-not-reply", "none", "null", "nobody",
+    "unknown", "anonymous", "test", "na", "n-a", "noemail", "no-email", "invalid",
 ))  # fmt: skip
 
 
 def mailbox_limit(email: str) -> int:
     """Return with how many contacts an address is still taken for one person's."""
     local = email.strip().rpartition("@")[0].partition("+")[0].lower()
-    return 1 if local in PLACEHOLDER_ADDRESSES else 2 if local in ROLE_ADDRESSES else 3
+    if local in PLACEHOLDER_ADDRESSES:
+        return 1
+    return 2 if local in ROLE_ADDRESSES else 3
+
+
+CHOICE_CODES = ("several_user_refs", "no_user_ref", "shared_mailbox")  # that --choices decides
 
 
 class SkippedGroup(NamedTuple):
-    """A group that is left alone. `contacts` are those that take part: `user_` first, the likeliest of a kind first."""
+    """A group that is left alone. `contacts` are those that take part: `user_` first, and of each
+    kind the likeliest first."""
 
     email: str
     code: str
     contacts: list[Contact]
 
     def choice_lines(self) -> dict[str, Contact]:
-        """The lines of CSV of which --choices may take one, each with the contact whose reference it keeps."""
-        if self.code not in ("several_user_refs", "no_user_ref"):
-            return {}
+        """The lines of CSV of which --choices may take one, each with the contact whose reference
+        it keeps."""
         lines: dict[str, Contact] = {}
-        for contact in [one for one in self.contacts if one.is_user] or self.contacts:
-            lines.setdefault(csv_line(self.email, contact.external_ref), contact)
+        if self.code in CHOICE_CODES and self.code != "shared_mailbox":
+            users = [contact for contact in self.contacts if contact.is_user]
+            for contact in users or self.contacts:
+                lines.setdefault(csv_line(self.email, contact.external_ref), contact)
         return lines
 
 
@@ -1894,245 +1923,194 @@ class Plan:
 
     groups: list[Group]
     skipped: list[SkippedGroup]
-    invalid_rows: list[InvalidRow]
+    invalid_rows: list[InvalidRow]  # MAX_INVALID_ROWS of them at most
     contacts_read: int
+    invalid_counts: collections.Counter[str] = field(default_factory=collections.Counter)  # of all
+    spoiled: set[str] = field(default_factory=set)  # loose keys of the addresses in invalid rows
     already_merged: int = 0
-    ids: set[tuple[str, str]] = field(default_factory=set)  # of all pairs of the CSV
-    wanted: dict[Ids, Pair] = field(
-        default_factory=dict
-    )  # all pairs of the CSV, --email and --limit apart
+    ids: set[Ids] = field(default_factory=set)  # of all pairs of the CSV
+    wanted: dict[Ids, Pair] = field(default_factory=dict)  # the same, --email and --limit apart
+    tried: dict[Ids, str] = field(default_factory=dict)  # when a run refused or failed it last
     chosen: list[Group] = field(default_factory=list)  # by --choices, and still to be merged
     id: str = ""  # of `plan_id`
-    left_alone: dict[str, str] = field(
-        default_factory=dict
-    )  # email -> why there is nothing to merge
+    left_alone: dict[str, str] = field(default_factory=dict)  # email -> why nothing is to merge
     look_alikes: list[Json] = field(default_factory=list)
     files: int = 1  # that the CSV has come in
     other_refs: int = 0  # contacts that take no part
     other_ref: str = ""  # an example
-    revived: list[Pair] = field(
-        default_factory=list
-    )  # were cancelled, and are named with --email now
-    left_out: list[Pair] = field(
-        default_factory=list
-    )  # by the live check, while others of their group were merged
-    refused: list[Pair] = field(
-        default_factory=list
-    )  # left alone, because their undo is unfinished: their rows stay
-    warnings: list[Json] = field(
-        default_factory=list
-    )  # of `find_warnings`, before the groups are consumed
+    revived: list[Pair] = field(default_factory=list)  # were cancelled, and are named with --email
+    # By the live check, while others of their group were merged:
+    left_out: list[Pair] = field(default_factory=list)
+    # Left alone, because their undo is unfinished; their rows stay:
+    refused: list[Pair] = field(default_factory=list)
+    warnings: list[Json] = field(default_factory=list)  # before the groups are consumed
+
+    @property
+    def invalid_count(self) -> int:
+        return sum(self.invalid_counts.values())
 
     def others_line(self) -> str:
         """Say how many contacts take no part because of their reference, `""` where all do."""
         if not self.other_refs:
             return ""
-        with_refs = f"{plural(self.other_refs, 'contact')} with other references, for example {self.other_ref[:60]},"
-        return f"{with_refs} take{'s' * (self.other_refs == 1)} no part"
+        verb = "takes" if self.other_refs == 1 else "take"
+        example = f"with other references, for example {self.other_ref[:60]}"
+        return f"{plural(self.other_refs, 'contact')} {example}, {verb} no part"
 
     def find_warnings(self) -> list[Json]:
-        """What a person should know of the groups that are still to be merged, one entry for each group and code."""
-        return [
-            {"email": group.email, "code": code, "warning": words}
-            for group in self.groups
-            for code, words in group.warnings()
-            if any(pair.state not in ENDED for pair in group.pairs)
-        ]
+        """What a person should know of the groups that are still to be merged, one entry for each
+        group and code."""
+        found = []
+        for group in self.groups:
+            if not group.has_ended():
+                for code, words in group.warnings():
+                    found.append({"email": group.email, "code": code, "warning": words})
+        return found
 
     def pairs(self) -> Iterator[Pair]:
         """Return the pairs of which the merge has not ended."""
-        return (pair for group in self.groups for pair in group.pairs if pair.state not in ENDED)
+        for group in self.groups:
+            for pair in group.pairs:
+                if pair.state not in ENDED:
+                    yield pair
 
     def count(self) -> int:
         return sum(1 for _ in self.pairs())
 
+    def skip(self, group: Group, code: str) -> None:
+        """Leave a group of the CSV alone: none of its pairs is wanted."""
+        self.skipped.append(SkippedGroup(group.email, code, group.all_contacts()))
+        for pair in group.pairs:
+            self.ids.discard(pair.ids)
+            self.wanted.pop(pair.ids, None)
+
 
 def plan_id(groups: Iterable[Group], **options: Any) -> str:
-    """Name what all groups of a CSV come to: what is merged into what with which reference, and by which `options`."""
-    pairs = sorted(
-        json.dumps([*pair.ids, pair.new_ref]) for group in groups for pair in group.pairs
-    )
-    lines = "\n".join([json.dumps(options, sort_keys=True), *pairs])
-    return hashlib.sha256(lines.encode("ascii")).hexdigest()[:12]
+    """Name what all groups of a CSV come to: what is merged into what with which reference, and by
+    which `options`."""
+    lines = []
+    for group in groups:
+        for pair in group.pairs:
+            lines.append(json.dumps([*pair.ids, pair.new_ref]))
+    text = "\n".join([json.dumps(options, sort_keys=True), *sorted(lines)])
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:12]
 
 
 def read_choices(path: Path) -> dict[str, str]:
-    """Read which contact of an email is the one to keep: a CSV of EMAIL and EXTERNAL_REF, as key -> reference.
+    """Read which reference an email is to keep: a CSV of EMAIL and EXTERNAL_REF.
 
-    Raises FatalError(2) where the file can't be read, lacks a column, or has a row that is no choice or a second one.
+    Returns key of the email -> reference. Raises FatalError(2) where the file can't be read, lacks
+    a column, or has a row that is no choice or a second one.
     """
     choices: dict[str, str] = {}
     lines: dict[str, int] = {}
     with open_table(path, ("EMAIL", "EXTERNAL_REF")) as table:
-        for line, row in table:
-            if not row:
+        for line, _, row in table:
+            if not any(map(str.strip, row)):
                 continue
-            if len(row) != table.width:
-                raise FatalError(
-                    EXIT_USAGE, f"line {line}: {plural(len(row), 'field')} instead of {table.width}"
-                )
-            email, reference = (trimmed_text(row[place]) for place in table.places)
+            problem = ""
+            if not table.is_complete(row) and any(map(str.strip, row[table.width :])):
+                problem = f"{plural(len(row), 'field')} instead of {table.width}"
+            cells = [*row, ""]
+            email, reference = (trimmed_text(cells[min(place, len(row))]) for place in table.places)
             key = email_key(email)
             if not key or not reference:
-                raise FatalError(
-                    EXIT_USAGE, f"line {line}: empty {'EXTERNAL_REF' if key else 'EMAIL'}"
-                )
-            if key in choices:
+                problem = problem or f"empty {'EXTERNAL_REF' if key else 'EMAIL'}"
+            elif key in choices:
                 words = f"a second choice for {key} (the first: line {lines[key]})"
-                raise FatalError(
-                    EXIT_USAGE, f"line {line}: {words}; cut the file down to one line a group"
-                )
-            choices[key], lines[key] = reference, line
+                problem = problem or f"{words}; cut the file down to one line a group"
+            if problem:
+                raise FatalError(EXIT_USAGE, f"line {line}: {problem}")
+            choices[key] = reference
+            lines[key] = line
     return choices
 
 
-_CLOCK = (
-    r"(?:(?:\s*,\s*|\s+at\s+|\s+|T)(?P<hour>\d{1,2})[:.](?P<minute>\d\d)(?:[:.](?P<second>\d\d)(?:[.,](?P<part>\d+))?)?"
-    r"(?:\s*(?P<half>[ap])\.?m\.?)?)?"
+# ISO 8601 as Snowflake and --export write it.
+_INSTANT = re.compile(
+    r"(\d{4})-(\d\d)-(\d\d)"
+    r"(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?"
+    r" ?(?:Z|([+-])(\d\d)(?::?([0-5]\d))?)?)?",
+    re.ASCII,
 )
-_ZONE = r"\s*(?:Z|UTC|GMT)?\s*(?:(?P<sign>[+-])(?P<east>\d{1,2})(?::?(?P<odd>\d\d))?)?\s*(?:Z|UTC|GMT)?(?:\s*\([^)]*\))?"
-_WEEKDAY = r"(?:[a-z]{3,9}\.?,?\s+)?"
-_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-_DATES = tuple(
-    re.compile(pattern, re.IGNORECASE)
-    for pattern in (
-        r"(?P<year>\d{4})(?P<mark>[-/.])(?P<month>\d{1,2})(?P=mark)(?P<day>\d{1,2})"
-        + _CLOCK
-        + _ZONE,
-        r"(?P<year>\d{4})(?P<month>\d\d)(?P<day>\d\d)(?:T?(?P<hour>\d\d):?(?P<minute>\d\d)(?::?(?P<second>\d\d))?)?"
-        + _ZONE,
-        _WEEKDAY
-        + r"(?P<day>\d{1,2})[-\s./]+(?P<name>[a-z]{3,9})\.?[-\s,./]+(?P<year>\d{4}|\d\d)"
-        + _CLOCK
-        + _ZONE,
-        _WEEKDAY
-        + r"(?P<name>[a-z]{3,9})\.?\s+(?P<day>\d{1,2})(?:st|nd|rd|th)?,?\s+(?P<year>\d{4})"
-        + _CLOCK
-        + _ZONE,
-        _WEEKDAY
-        + r"(?P<name>[a-z]{3,9})\s+(?P<day>\d{1,2})"
-        + _CLOCK
-        + _ZONE
-        + r"\s+(?P<year>\d{4})",
-        r"(?P<first>\d{1,2})(?P<mark>[-/.])(?P<other>\d{1,2})(?P=mark)(?P<year>\d{4})"
-        + _CLOCK
-        + _ZONE,
-        r"(?P<first>\d{1,2})(?P<mark>[/.])(?P<other>\d{1,2})(?P=mark)(?P<year>\d\d)"
-        + _CLOCK
-        + _ZONE,
-    )
-)
-_EPOCHS = {
-    9: 9,
-    10: 9,
-    12: 6,
-    13: 6,
-    15: 3,
-    16: 3,
-    18: 0,
-    19: 0,
-}  # digits of an epoch time -> zeros to nanoseconds
-_DAY = 86_400 * 10**9
 
 
-def parse_instants(text: str) -> tuple[int | None, int | None]:
-    """Return the time that a cell holds, in nanoseconds since 1970, read as month/day/year and as day/month/year.
+def parse_instant(text: str) -> int | None:
+    """Return the time that a cell holds, in nanoseconds since 1970, None where it holds none.
 
-    The two differ only for dates such as 1/2/2024; None where a reading makes no date. A time without a zone is UTC;
-    zones by other names than UTC and GMT are not known.
+    A time without a zone is UTC.
     """
-    text = text.strip()
-    number = re.fullmatch(
-        r"(\d{5}|\d{9,10}|\d{12,13}|\d{15,16}|\d{18,19})(?:\.(\d{1,9})\d*)?", text
-    )
-    if number:
-        whole, part = number.group(1), int((number.group(2) or "0").ljust(9, "0"))
-        if len(whole) in _EPOCHS:
-            found = int(whole) * 10 ** _EPOCHS[len(whole)] + (part if len(whole) < 12 else 0)
-        else:  # the days of a spreadsheet since the end of 1899
-            found = (int(whole) - 25_569) * _DAY + part * 86_400
-        return found, found
-    match = (
-        next(filter(None, (one.fullmatch(text) for one in _DATES)), None)
-        if len(text) < 100
-        else None
-    )
+    match = _INSTANT.fullmatch(text.strip())
     if not match:
-        return None, None
-    cells = match.groupdict()
-    year, name = int(cells["year"]), (cells.get("name") or "")[:3].lower()
-    year += 0 if len(cells["year"]) == 4 else 2000 if year < 69 else 1900
-    if "first" in cells:
-        first, other = int(cells["first"]), int(cells["other"])
-        readings = (
-            [(other, first)] * 2 if cells["mark"] == "." else [(first, other), (other, first)]
-        )
-    else:
-        month = int(cells.get("month") or 0) or (_MONTHS.index(name) + 1 if name in _MONTHS else 0)
-        readings = [(month, int(cells["day"]))] * 2
-    hour, minute, second = (int(cells.get(part) or 0) for part in ("hour", "minute", "second"))
-    if cells.get("half"):
-        hour = -1 if not 1 <= hour <= 12 else hour % 12 + 12 * (cells["half"].lower() == "p")
-    offset = (int(cells["east"] or 0) * 60 + int(cells["odd"] or 0)) * (
-        -60 if cells["sign"] == "-" else 60
-    )
-    part = int((cells.get("part") or "0")[:9].ljust(9, "0"))
-    found_instants: list[int | None] = []
-    for month, day in readings:
-        try:
-            when = datetime(year, month, day, hour, minute, second) - datetime(1970, 1, 1)
-            found_instants.append((when.days * 86_400 + when.seconds - offset) * 10**9 + part)
-        except ValueError:
-            found_instants.append(None)
-    return found_instants[0], found_instants[1]
+        return None
+    *clock, fraction, sign, hours, minutes = match.groups(default="0")
+    try:
+        since = datetime(*map(int, clock)) - datetime(1970, 1, 1)  # type: ignore[arg-type]
+    except ValueError:
+        return None
+    offset = (int(hours) * 60 + int(minutes)) * 60
+    seconds = since.days * 86_400 + since.seconds + (offset if sign == "-" else -offset)
+    return seconds * 10**9 + int(fraction.ljust(9, "0"))
 
 
-def rank(contacts: list[Contact]) -> tuple[list[Contact], bool]:
-    """Order contacts of one kind: most tickets first, of those the oldest, then the smallest id. Return them, and
-    whether age could not decide which is first.
+def rank(contacts: Iterable[Contact]) -> tuple[list[Contact], bool]:
+    """Order contacts of one kind: most tickets first, of those the oldest, then the smallest id.
 
-    Where one of the tied dates can't be read, or the first depends on whether 1/2/2024 is in January, the id decides.
+    Return them, and whether age could not decide which is first: one of the tied dates can't be
+    read, and the id decides.
     """
-    ranked = (
-        sorted(contacts, key=lambda one: (-one.tickets, one.id)) if len(contacts) > 1 else contacts
-    )
+    ranked = sorted(contacts, key=lambda one: (-one.tickets, one.id))
     tied = [one for one in ranked if one.tickets == ranked[0].tickets]
     if len(tied) < 2:
         return ranked, False
-    readings = [
-        column
-        for column in zip(*(parse_instants(one.created) for one in tied))
-        if None not in column
-    ]
-    oldest = {column.index(min(column)) for column in readings}
-    if len(oldest) != 1:
-        return ranked, True
-    first = tied[oldest.pop()]
+    ages: dict[str, int] = {}
+    for one in tied:
+        instant = parse_instant(one.created)
+        if instant is None:
+            return ranked, True
+        ages[one.id] = instant
+    first = min(tied, key=lambda one: ages[one.id])
     return [first, *(one for one in ranked if one is not first)], False
 
 
-def detect(contents: CsvContents, choices: Mapping[str, str] = {}, primary: str = "revu") -> Plan:
-    """Find the groups to merge and the groups to skip, ordered by email; `choices` as `read_choices` gives them.
+NO_CHOICES: Mapping[str, str] = {}
 
-    Raises FatalError(2) where a choice can't be followed, unless its group may not be complete and is skipped anyway.
+
+def detect(
+    contents: CsvContents, choices: Mapping[str, str] = NO_CHOICES, primary: str = "revu"
+) -> Plan:
+    """Find the groups to merge and the groups to skip, ordered by email.
+
+    `choices` are as `read_choices` gives them, `primary` as `classify_group` takes it. Raises
+    FatalError(2) where a choice can't be followed, unless its group may not be complete and is
+    skipped anyway.
     """
-    broken = contents.emails_in_invalid_rows
-    by_email: dict[str, list[Contact]] = {
-        email: [] for email in choices if loose_key(email) not in broken
-    }
+    spoiled = contents.emails_in_invalid_rows
+    by_email: dict[str, list[Contact]] = collections.defaultdict(list)
+    for email in choices:
+        if loose_key(email) not in spoiled:
+            by_email[email] = []
     for contact in contents.contacts:
-        by_email.setdefault(contact.key, []).append(contact)
+        by_email[contact.key].append(contact)
     plan = Plan(
-        [], [], contents.invalid_rows, contents.contacts_read, look_alikes=contents.look_alikes, files=contents.files,
-        other_refs=contents.other_refs, other_ref=contents.other_ref,
-    )  # fmt: skip
+        groups=[],
+        skipped=[],
+        invalid_rows=contents.invalid_rows,
+        contacts_read=contents.contacts_read,
+        invalid_counts=contents.invalid_counts,
+        spoiled=spoiled,
+        look_alikes=contents.look_alikes,
+        files=contents.files,
+        other_refs=contents.other_refs,
+        other_ref=contents.other_ref,
+    )
     problems: list[str] = []
-    for email in sorted(by_email):
-        is_broken = bool(broken) and loose_key(email) in broken
+    for email, contacts in sorted(by_email.items()):
+        if spoiled and loose_key(email) in spoiled:
+            skip_spoiled(plan, email, contacts)
+            continue
         try:
-            found = classify_group(
-                email, by_email[email], is_broken, choices.get(email, ""), primary
-            )
+            found = classify_group(email, contacts, choices.get(email, ""), primary)
         except PairError as error:
             problems.append(str(error))
             continue
@@ -2141,34 +2119,41 @@ def detect(contents: CsvContents, choices: Mapping[str, str] = {}, primary: str 
         elif found:
             plan.skipped.append(found)
         else:
-            taking_part = sum(contact.is_user or contact.is_system for contact in by_email[email])
-            kinds = f"{Contact.SYSTEM_PREFIX} or {Contact.user_prefix}"
-            plan.left_alone[email] = (
-                f"{plural(taking_part, 'contact')} with a {kinds} reference, none to merge"
-            )
+            plan.left_alone[email] = why_left_alone(contacts)
     if problems:
-        raise FatalError(
-            EXIT_USAGE, f"choices that can't be followed: {'; '.join(some(problems, 3))}"
-        )
+        words = "; ".join(some(problems, 3))
+        raise FatalError(EXIT_USAGE, f"choices that can't be followed: {words}")
     return plan
 
 
-def classify_group(
-    email: str,
-    contacts: Sequence[Contact],
-    broken: bool = False,
-    choice: str = "",
-    primary: str = "revu",
-) -> Group | SkippedGroup | None:
-    """Decide what becomes of the contacts of one email: a group to merge, a skip with its reason, or nothing.
+def why_left_alone(contacts: Iterable[Contact]) -> str:
+    count = plural(sum(1 for contact in contacts if contact.takes_part), "contact")
+    kinds = f"{Contact.SYSTEM_PREFIX} or {Contact.user_prefix}"
+    return f"{count} with a {kinds} reference, none to merge"
 
-    `primary` says which contact remains where there is one of each kind, the system-made `revu` or the application's
-    `user`. Raises PairError where `choice`, a reference, is not that of one contact that may be kept.
+
+def skip_spoiled(plan: Plan, email: str, contacts: Sequence[Contact]) -> None:
+    """Skip a group that may not be complete, if any of its contacts takes part."""
+    users, _ = rank(contact for contact in contacts if contact.is_user)
+    system, _ = rank(contact for contact in contacts if contact.is_system)
+    if users or system:
+        plan.skipped.append(SkippedGroup(email, "invalid_row", users + system))
+    else:
+        plan.left_alone[email] = why_left_alone(contacts)
+
+
+def classify_group(
+    email: str, contacts: Sequence[Contact], choice: str = "", primary: str = "revu"
+) -> Group | SkippedGroup | None:
+    """Decide what becomes of the contacts of one email: a group to merge, a skip with its reason,
+    or nothing.
+
+    `primary` says which contact remains where there is one of each kind, the system-made `revu` or
+    the application's `user`. Raises PairError where `choice`, a reference, is not that of one
+    contact that may be kept.
     """
-    users, _ = rank([contact for contact in contacts if contact.is_user])
-    system, undecided = rank([contact for contact in contacts if contact.is_system])
-    if broken:
-        return SkippedGroup(email, "invalid_row", users + system) if users or system else None
+    users, _ = rank(contact for contact in contacts if contact.is_user)
+    system, is_undecided = rank(contact for contact in contacts if contact.is_system)
     if choice:
         kept = resolve_choice(email, users, system, choice)
     elif len(users) + len(system) > mailbox_limit(email):
@@ -2178,51 +2163,57 @@ def classify_group(
     elif len(system) > 1 and not users:
         return SkippedGroup(email, "no_user_ref", system)
     elif users and system:
-        (kept,) = users
+        kept = users[0]
     else:
         return None
-    remaining = system[0] if kept.is_user and system and primary == "revu" else kept
-    others = [
-        contact for contact in (*users, *system) if contact is not remaining and contact is not kept
-    ]
-    pairs = [] if kept is remaining else [Pair(remaining, kept, kept.external_ref)]
-    pairs += [Pair(remaining, other, None) for other in others]
-    return (
-        Group(email, pairs, chosen=choice, age_undecided=undecided and remaining is not kept)
-        if pairs
-        else None
-    )
+    remaining = kept
+    if kept.is_user and system and primary == "revu":
+        remaining = system[0]
+    pairs = []
+    if kept is not remaining:
+        pairs.append(Pair(remaining, kept, kept.external_ref))
+    for contact in users + system:
+        if contact is not remaining and contact is not kept:
+            pairs.append(Pair(remaining, contact, None))
+    if not pairs:
+        return None
+    by_age = is_undecided and remaining is not kept
+    return Group(email, pairs, chosen=choice, age_undecided=by_age)
 
 
 def resolve_choice(
     email: str, users: Sequence[Contact], system: Sequence[Contact], choice: str
 ) -> Contact:
     candidates = users or system
-    found = [contact for contact in candidates if contact.external_ref.strip() == choice]
+    found = [contact for contact in candidates if contact.external_ref == choice]
     if len(found) == 1:
         return found[0]
     if found:
         why = f"{len(found)} contacts have it"
-    elif any(contact.external_ref.strip() == choice for contact in system):
-        why = f"the application knows this person by a {Contact.user_prefix} reference, which has to stay"
+    elif any(contact.external_ref == choice for contact in system):
+        kind = f"{Contact.user_prefix} reference"
+        why = f"the application knows this person by a {kind}, which has to stay"
     else:
         why = "no contact of this email has it"
     there = ", ".join(some([contact.external_ref for contact in candidates], 10)) or "nothing"
     raise PairError("bad_choice", f"{choice} for {email}: {why} (to choose from: {there})")
 
 
-def blocked_by_history(groups: Iterable[Group], ended: Iterable[Pair]) -> dict[str, str]:
-    """Return the emails of groups that repeat a merge which was undone or cancelled, each with the code.
+# -- what earlier runs and the options leave of a plan -----------------------------------------------
 
-    A group repeats it that has its address, or two of its contacts in whatever role. A contact that an undo created
-    stands for its old id, also where that one had been created so.
+
+def blocked_by_history(groups: Iterable[Group], ended: Iterable[Pair]) -> dict[str, str]:
+    """Return the emails of groups that repeat a merge which was undone or cancelled, with the code.
+
+    A group repeats it that has its address, or two of its contacts in whatever role. A contact that
+    an undo created stands for its old id, also where that one had been created so.
     """
-    undone, cancelled = [], []  # type: Tuple[List[Pair], List[Pair]]
-    for pair in ended:
-        (cancelled if pair.state is State.CANCELLED else undone).append(pair)
-    old_ids = {
-        pair.undo.contact: pair.duplicate.id for pair in undone if pair.undo and pair.undo.contact
-    }
+    # `undone` counts where both are true.
+    history = sorted(ended, key=lambda pair: pair.state is not State.CANCELLED)
+    old_ids: dict[str, str] = {}
+    for pair in history:
+        if pair.state is not State.CANCELLED and pair.undo and pair.undo.contact:
+            old_ids[pair.undo.contact] = pair.duplicate.id
 
     def original(identity: str) -> str:
         seen = {identity}
@@ -2233,22 +2224,155 @@ def blocked_by_history(groups: Iterable[Group], ended: Iterable[Pair]) -> dict[s
 
     by_email: dict[str, str] = {}
     by_ids: dict[frozenset[str], str] = {}
-    for code, pairs in (
-        ("cancelled", cancelled),
-        ("undone", undone),
-    ):  # `undone` counts where both are true
-        by_email.update({pair.email: code for pair in pairs})
-        by_ids.update({frozenset(map(original, pair.ids)): code for pair in pairs})
+    for pair in history:
+        code = "cancelled" if pair.state is State.CANCELLED else "undone"
+        by_email[pair.email] = code
+        by_ids[frozenset(map(original, pair.ids))] = code
     blocked: dict[str, str] = {}
-    for group in groups if by_email else ():
+    for group in groups if history else ():
+        found = {by_email.get(group.email, "")}
         ids = {original(contact.id) for contact in group.all_contacts()}
-        found = {
-            by_email.get(group.email),
-            *(by_ids.get(frozenset(two)) for two in combinations(ids, 2)),
-        } - {None}
-        if found:
+        found.update(by_ids.get(frozenset(two), "") for two in combinations(ids, 2))
+        if any(found):
             blocked[group.email] = "undone" if "undone" in found else "cancelled"
     return blocked
+
+
+def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str]) -> None:
+    """Bring what the savepoint knows into a plan: what has ended, was requested or was tried, and
+    what is not to be merged again.
+
+    A group that repeats what was undone or cancelled is skipped until it is `named`; an export from
+    before an undo also then. A group that a choice has made one contact is skipped no longer.
+    """
+    if plan.wanted:
+        savepoint.organisation = next(iter(plan.wanted.values())).primary.organisation
+    known = {pair.ids: pair for pair in savepoint.pairs(*UNFINISHED, *ENDED)}
+    cancelled = {pair.ids: pair for pair in savepoint.pairs(State.CANCELLED)}
+    undone = {pair.ids: pair for pair in savepoint.pairs(State.UNDONE, State.UNDO_SETTLED)}
+    plan.tried = {pair.ids: pair.updated for pair in savepoint.pairs(State.FAILED)}
+    forget_merged_skips(plan, known.values())
+    blocked = blocked_by_history(plan.groups, [*undone.values(), *cancelled.values()])
+    groups = plan.groups
+    plan.groups = []
+    for group in groups:
+        code = "" if group.email in named else blocked.get(group.email, "")
+        if all(pair.ids in known for pair in group.pairs):
+            code = ""
+        if any(pair.ids in undone for pair in group.pairs):
+            # The undo has created the duplicate with another id: this CSV is older than the undo.
+            code = code or "undone"
+        if code:
+            plan.skip(group, code)
+            continue
+        plan.groups.append(group)
+        for pair in group.pairs:
+            if pair.ids in known:
+                pair.move_to(known[pair.ids].state)
+                if pair.state in ENDED:
+                    plan.already_merged += 1
+            elif pair.ids in cancelled:
+                revive(plan, pair, cancelled[pair.ids])
+
+
+def revive(plan: Plan, pair: Pair, row: Pair) -> None:
+    """Take up a pair that was cancelled and is named now.
+
+    It was requested once, and DevRev may still carry that out: it is polled first, like any other.
+    """
+    row.accepted = ""
+    row.new_ref = pair.new_ref  # what was cancelled does not bind the new plan
+    row.move_to(State.REQUESTED)
+    pair.move_to(State.REQUESTED)
+    plan.revived.append(row)
+
+
+def forget_merged_skips(plan: Plan, known: Iterable[Pair]) -> None:
+    """Skip no group that a choice has made one contact: --choices is not given in each run."""
+    duplicates = {pair.duplicate.id for pair in known if pair.state in ENDED}
+    skipped = plan.skipped
+    plan.skipped = []
+    for skip in skipped:
+        remaining = sum(1 for contact in skip.contacts if contact.id not in duplicates)
+        if skip.code in CHOICE_CODES and len(skip.contacts) > 1 and remaining == 1:
+            plan.left_alone[skip.email] = "it was merged by an earlier run"
+        else:
+            plan.skipped.append(skip)
+
+
+def keep_emails(plan: Plan, wanted: Collection[str]) -> list[str]:
+    """Keep what --email names; return why there is nothing to merge of a part of it, line by line.
+
+    Raises FatalError(2) for an email in no row.
+    """
+    known = [group.email for group in plan.groups] + [skip.email for skip in plan.skipped]
+    plan.groups = [group for group in plan.groups if group.email in wanted]
+    plan.skipped = [skip for skip in plan.skipped if skip.email in wanted]
+    plan.look_alikes = [one for one in plan.look_alikes if set(one["emails"]).intersection(wanted)]
+    rows = {email_key(row.email): row for row in plan.invalid_rows if row.email}
+    lines: list[str] = []
+    unknown: list[str] = []
+    for email in sorted(set(wanted).difference(known)):
+        if email in rows:
+            row = rows[email]
+            why = f"{row.file}, line {row.line}: {row.reason}"
+        elif email in plan.left_alone:
+            why = plan.left_alone[email]
+        elif loose_key(email) in plan.spoiled:
+            why = "it stands in an invalid row"
+        else:
+            near = difflib.get_close_matches(email, known, 2, 0.8) if len(unknown) < 5 else []
+            hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+            unknown.append(email + hint)
+            continue
+        lines.append(f"{email}: nothing to merge: {why}")
+    if unknown:
+        raise FatalError(EXIT_USAGE, f"--email: in no row of the CSV: {', '.join(some(unknown))}")
+    for skip in plan.skipped:
+        lines.append(f"{skip.email}: skipped: {' '.join(skip_words(skip.code))}")
+    for group in plan.groups:
+        if group.has_ended():
+            lines.append(f"{group.email}: nothing to merge: it was merged by an earlier run")
+    return lines
+
+
+def keep_limit(plan: Plan, limit: int) -> list[str]:
+    """Keep complete groups with at most `limit` pairs in all; one that would not fit is passed over.
+
+    What no run has tried comes first, then what was tried longest ago: a contact that always fails
+    keeps no other waiting. Returns what a person should know of it, line by line.
+    """
+
+    def last_try(group: Group) -> str:
+        return max(plan.tried.get(pair.ids, "") for pair in group.pairs)
+
+    room = limit
+    kept: set[str] = set()
+    sizes: list[int] = []
+    for group in sorted(plan.groups, key=last_try):
+        size = sum(1 for pair in group.pairs if pair.state is State.PLANNED)
+        if size:  # 0 where an earlier run has requested all of them
+            sizes.append(size)
+        if size <= room:
+            kept.add(group.email)
+            room -= size
+    plan.groups = [group for group in plan.groups if group.email in kept]
+    if min(sizes, default=0) > limit:
+        return [f"--limit {limit}: no group has so few pairs, and a group is merged as one"]
+    return []
+
+
+# -- what DevRev says of a group now -----------------------------------------------------------------
+
+
+def has_reference(user: Json | None, reference: str | None) -> bool:
+    """Whether DevRev shows a contact that still exists with this reference."""
+    return (
+        user is not None
+        and reference is not None
+        and not is_gone(user)
+        and live_reference(user) == reference.strip()
+    )
 
 
 def live_contact_error(contact: Contact, live: Json | None, external_ref: str) -> PairError | None:
@@ -2258,35 +2382,30 @@ def live_contact_error(contact: Contact, live: Json | None, external_ref: str) -
     """
     name = contact.short_id
     if live is None:
-        return PairError(
-            "not_found", f"{name} is not in DevRev any more; leave its row out of the export"
-        )
-    state, reference = live.get("state"), live.get("external_ref")
+        words = f"{name} is not in DevRev any more; leave its row out of the export"
+        return PairError("not_found", words)
+    state = live.get("state")
     if state != "active" or live.get("primary_identity"):
-        what = (
-            "merged into another contact"
-            if live.get("primary_identity")
-            else state or "of unknown state"
-        )
+        what = state or "of unknown state"
+        if live.get("primary_identity"):
+            what = "merged into another contact"
         hint = "; leave its row out of the export" if is_gone(live) else ""
         return PairError("not_active", f"{name} is {what}, not active{hint}")
     if email_of(live) != contact.key:
-        return PairError(
-            "email_changed", f"{name} has another email now: {live.get('email') or 'none'}"
-        )
-    if reference != external_ref:
-        return PairError(
-            "external_ref_changed", f"{name} has another reference now: {reference or 'none'}"
-        )
-    own = {external_ref, contact.short_id, None, ""}
+        words = f"{name} has another email now: {live.get('email') or 'none'}"
+        return PairError("email_changed", words)
+    reference = live_reference(live)
+    if reference != external_ref.strip():
+        words = f"{name} has another reference now: {reference or 'none'}"
+        return PairError("external_ref_changed", words)
     refs = live.get("external_refs")
-    more = [str(one) for one in refs if one not in own] if isinstance(refs, list) else []
-    if more:
-        words = f"{name} has several references ({', '.join(some([external_ref, *more], 4))})"
-        return PairError(
-            "several_external_refs",
-            f"{words}, and what setting one does to the others is not known",
-        )
+    others = {str(one or "").strip() for one in refs} if isinstance(refs, list) else set()
+    others -= {reference, contact.short_id, ""}
+    if others:
+        names = ", ".join(some([external_ref, *sorted(others)], 4))
+        words = f"{name} has several references ({names})"
+        unknown = "what setting one does to the others is not known"
+        return PairError("several_external_refs", f"{words}, and {unknown}")
     return None
 
 
@@ -2295,8 +2414,8 @@ def is_gone(live: Json | None) -> bool:
     return live is None or live.get("state") == "deleted" or bool(live.get("primary_identity"))
 
 
-def rev_org_id(user: Json) -> str | None:
-    rev_org = user.get("rev_org")
+def rev_org_id(user: Json | None) -> str | None:
+    rev_org = user.get("rev_org") if user else None
     identity = rev_org.get("id") if isinstance(rev_org, dict) else rev_org
     return str(identity) if identity else None
 
@@ -2310,132 +2429,213 @@ class Dropped(NamedTuple):
 
 
 class LiveCheck(NamedTuple):
-    """What DevRev says of a group now: the error that refuses it, if any, else the pairs that are dropped from it."""
+    """What DevRev says of a group now: the error that refuses it, if any, else the pairs that are
+    dropped from it."""
 
     error: PairError | None = None
     dropped: tuple[Dropped, ...] = ()
 
 
+@dataclass(frozen=True)
+class LiveGroup:
+    """A group, and what DevRev says of its contacts now."""
+
+    group: Group
+    users: Mapping[str, Json | None]  # rev_users by id; None: it no longer exists
+    listed: Sequence[Json] = ()  # rev_users that DevRev lists for the group's addresses
+    unverified: Collection[str] = ()  # ids of contacts that are known to be unverified
+    unheld: Collection[str] = ()  # references that no contact has any more
+
+    @property
+    def primary(self) -> Json | None:
+        return self.users.get(self.group.primary.id)
+
+    def duplicate(self, pair: Pair) -> Json | None:
+        return self.users.get(pair.duplicate.id)
+
+    def orgs_differ(self, pair: Pair) -> bool:
+        """Whether both are known to belong to a rev org, and not to the same."""
+        one, other = rev_org_id(self.primary), rev_org_id(self.duplicate(pair))
+        return one is not None and other is not None and one != other
+
+    def may_be_half_merged(self, pair: Pair) -> bool:
+        """Whether the reference that is to move may be on no contact: the primary does not have it,
+        and the duplicate is not what it was."""
+        if pair.new_ref is None or pair.first_requested_at or is_gone(self.primary):
+            return False
+        duplicate = self.duplicate(pair)
+        is_active = duplicate is not None and duplicate.get("state") == "active"
+        return (is_gone(duplicate) or not is_active) and not has_reference(
+            self.primary, pair.new_ref
+        )
+
+
+# The codes with which the live check refuses a group: of several errors the first here counts.
 LIVE_CODES = (
-    "not_found", "not_active", "email_changed", "external_ref_changed", "several_external_refs", "shared_mailbox",
-    "several_user_refs", "group_changed", "unverified", "different_rev_org",
+    "reference_unheld", "not_found", "not_active", "email_changed", "external_ref_changed",
+    "several_external_refs", "shared_mailbox", "several_user_refs", "group_changed", "unverified",
+    "different_rev_org",
 )  # fmt: skip
 
 
 def check_live(
-    group: Group,
-    live: Mapping[str, Json | None],
-    listed: Iterable[Json],
-    unverified: Collection[str] | None = None,
-    across_workspaces: bool = False,
-    try_unverified: bool = False,
+    live: LiveGroup, across_workspaces: bool = False, try_unverified: bool = False
 ) -> LiveCheck:
-    """Compare a group with DevRev as it is now. Of several errors the first in the order of LIVE_CODES counts.
-
-    `live` maps the ids of the group's contacts to rev_users, `listed` are the rev_users that DevRev lists for its
-    addresses, `unverified` the ids that are known to be unverified (None where nothing is known).
-    """
-    primary, there = group.primary, live.get(group.primary.id)
-    # A contact's own answer counts; where it does not say, the list of those that are unverified does.
-    verified = {identity: (user or {}).get("is_verified") for identity, user in live.items()}
-    verified.update(
-        {one: False for one in unverified or () if not isinstance(verified.get(one), bool)}
-    )
-    errors: list[PairError | None] = []
+    """Compare a group with DevRev as it is now: for the live preview and for a run."""
+    group = live.group
+    reference = group.primary_ref()
     dropped: list[Dropped] = []
+    remaining: list[Pair] = []
     for pair in group.pending():
-        duplicate, name = live.get(pair.duplicate.id), pair.duplicate.short_id
-        orgs = {rev_org_id(user) for user in (there, duplicate) if user} - {
-            None
-        }  # one without conflicts with nothing
-        orgs_differ = len(orgs) > 1 and not across_workspaces
-        if pair.state is State.PLANNED and not pair.first_requested_at:
-            # What was never requested may leave the group, if the others can be merged without it.
-            code, words = "", ""
-            if is_gone(duplicate) and not pair.new_ref:
-                code, words = "already_gone", f"{name} no longer exists in DevRev"
-            elif (
-                is_gone(duplicate)
-                and there
-                and not is_gone(there)
-                and there.get("external_ref") == pair.new_ref
-            ):
-                why = f"by a run in another folder? The primary has {pair.new_ref}"
-                code, words = "already_merged", f"{into(pair)} looks merged already, {why}"
-            elif orgs_differ and not pair.new_ref:
-                why = f"belongs to another workspace (rev org) than {primary.short_id}"
-                code, words = "different_rev_org", f"{name} {why}"
-            if code:
-                dropped.append(Dropped(pair, code, words))
-                continue
-        errors.append(live_contact_error(pair.duplicate, duplicate, pair.duplicate.external_ref))
-        if orgs_differ and pair.new_ref:
-            words = f"{into(pair)}: they belong to different workspaces (rev orgs), and {pair.new_ref} has to move"
-            errors.append(PairError("different_rev_org", words))
-        is_unverified = {identity: verified.get(identity) is False for identity in pair.ids}
-        if (
-            is_unverified[pair.duplicate.id]
-            and not is_unverified[primary.id]
-            and not try_unverified
-        ):
-            words = f"{into(pair)}: DevRev does not merge an unverified contact into a verified one"
-            errors.append(
-                PairError("unverified", f"{words} (--try-unverified requests it all the same)")
-            )
-    if errors:
-        errors.append(live_group_error(group, live, listed))
-    moved = next((one.pair.new_ref for one in dropped if one.code == "already_merged"), None)
-    errors.insert(0, live_contact_error(primary, there, moved or group.primary_ref()))
-    found = sorted(
-        (error for error in errors if error), key=lambda error: LIVE_CODES.index(error.code)
-    )
-    return LiveCheck(found[0]) if found else LiveCheck(None, tuple(dropped))
+        drop = reason_to_drop(live, pair, across_workspaces)
+        if drop is None:
+            remaining.append(pair)
+            continue
+        dropped.append(drop)
+        if drop.code == "already_merged" and pair.new_ref:
+            reference = pair.new_ref  # it counts as moved
+    found = [live_contact_error(group.primary, live.primary, reference)]
+    for pair in remaining:
+        duplicate = live.duplicate(pair)
+        found.append(unheld_error(live, pair))
+        found.append(live_contact_error(pair.duplicate, duplicate, pair.duplicate.external_ref))
+        if not try_unverified:
+            found.append(unverified_error(pair, live.unverified))
+        if not across_workspaces:
+            found.append(rev_org_error(live, pair))
+    if remaining:
+        found.append(live_group_error(live))
+    errors = sorted(filter(None, found), key=lambda error: LIVE_CODES.index(error.code))
+    return LiveCheck(errors[0]) if errors else LiveCheck(None, tuple(dropped))
 
 
-def live_group_error(
-    group: Group, live: Mapping[str, Json | None], listed: Iterable[Json]
-) -> PairError | None:
-    """Count the contacts of an address again, by what DevRev lists for it; None where the group is still known."""
+def reason_to_drop(live: LiveGroup, pair: Pair, across_workspaces: bool) -> Dropped | None:
+    """Say why a pair may leave its group, if the others can be merged without it.
+
+    What was requested once is polled instead.
+    """
+    if pair.state is not State.PLANNED or pair.first_requested_at:
+        return None
+    name = pair.duplicate.short_id
+    if is_gone(live.duplicate(pair)) and not pair.new_ref:
+        return Dropped(pair, "already_gone", f"{name} no longer exists in DevRev")
+    if is_gone(live.duplicate(pair)) and has_reference(live.primary, pair.new_ref):
+        why = f"by a run in another folder? The primary has {pair.new_ref}"
+        return Dropped(pair, "already_merged", f"{into(pair)} looks merged already, {why}")
+    if not pair.new_ref and live.orgs_differ(pair) and not across_workspaces:
+        why = f"another workspace (rev org) than {pair.primary.short_id}"
+        return Dropped(pair, "different_rev_org", f"{name} belongs to {why}")
+    return None
+
+
+def unheld_error(live: LiveGroup, pair: Pair) -> PairError | None:
+    if pair.new_ref not in live.unheld:
+        return None
+    name = pair.duplicate.short_id
+    words = f"{pair.new_ref} is on no contact any more: {name}, which had it, is gone or not active"
+    return PairError("reference_unheld", f"{words}, and {pair.primary.short_id} does not have it")
+
+
+def rev_org_error(live: LiveGroup, pair: Pair) -> PairError | None:
+    if not pair.new_ref or not live.orgs_differ(pair):
+        return None
+    words = f"{into(pair)}: they belong to different workspaces (rev orgs)"
+    return PairError("different_rev_org", f"{words}, and {pair.new_ref} has to move")
+
+
+def unverified_side(pair: Pair, unverified: Collection[str]) -> str:
+    """Say whose being unverified speaks against a merge: the `primary`'s, the `duplicate`'s, that
+    of `both`, or `""` where nothing does.
+
+    DevRev documents that an unverified contact can't be merged into a verified one, and that a
+    reference which an unverified contact has used can't be given to any other.
+    """
+    primary = pair.primary.id in unverified
+    duplicate = pair.duplicate.id in unverified
+    if primary and duplicate:
+        return "both" if pair.new_ref else ""
+    if primary:
+        return "primary"
+    return "duplicate" if duplicate else ""
+
+
+def unverified_error(pair: Pair, unverified: Collection[str]) -> PairError | None:
+    side = unverified_side(pair, unverified)
+    if not side:
+        return None
+    primary, duplicate = pair.primary.short_id, pair.duplicate.short_id
+    if side == "both":
+        words = f"{into(pair)}: both are unverified, and {pair.new_ref} has to move"
+        why = "DevRev documents that a reference of an unverified contact can't be given to another"
+        return PairError("unverified", f"{words}; {why}")
+    odd, other = (primary, duplicate) if side == "primary" else (duplicate, primary)
+    words = f"{into(pair)}: {odd} is unverified, {other} is not known to be"
+    gain = f"tickets and conversations of {other}"
+    if side == "primary" and pair.new_ref:
+        gain += f", and have its reference {pair.new_ref}"
+    why = f"anybody may have typed this address into a chat, and would come to know the {gain}"
+    return PairError("unverified", f"{words}; {why}")
+
+
+def unverified_lines(pairs: Iterable[Pair], unverified: Collection[str], listed: bool) -> list[str]:
+    """Count pairs by whose being unverified speaks against their merge, for preview and question;
+    where they are to be merged all the same (`listed`), name those with an unverified primary."""
+    by_side: dict[str, list[Pair]] = collections.defaultdict(list)
+    for pair in pairs:
+        by_side[unverified_side(pair, unverified)].append(pair)
+    lines = []
+    for side, words in (
+        ("primary", "whose primary is unverified, the duplicate not"),
+        ("duplicate", "whose duplicate is unverified, the primary not"),
+        ("both", "whose reference would move from an unverified contact to another"),
+    ):
+        if by_side[side]:
+            lines.append(f"{plural(len(by_side[side]), 'pair')} {words}")
+    names = [f"{pair.email}: {into(pair)}" for pair in by_side["primary"]] if listed else []
+    return lines + [f"  {name}" for name in first_twenty(names)]
+
+
+def live_group_error(live: LiveGroup) -> PairError | None:
+    """Count the contacts of an address again, by what DevRev lists for it; None where the group is
+    still known."""
+    group = live.group
     pending = group.pending()
     requested = [pair for pair in group.pairs if pair.state in (*UNFINISHED, *ENDED)]
     merged = {pair.duplicate.id for pair in requested if pair not in pending}
     known = {contact.id for contact in group.all_contacts()}
-    users = {
-        user["id"]: user
-        for user in (*listed, *filter(None, live.values()))
-        if user["id"] not in merged
-    }
-    there = [contact_of(user) for user in users.values() if not is_gone(user)]
-    there = [one for one in there if one.key == group.email and (one.is_user or one.is_system)]
+    there: dict[str, Contact] = {}
+    for user in (*live.listed, *live.users.values()):
+        if user and not is_gone(user) and user["id"] not in merged:
+            contact = contact_of(user)
+            if contact.takes_part and contact.key == group.email:
+                there[contact.id] = contact
     if not group.chosen and len(there) > mailbox_limit(group.email):
-        words = f"DevRev has {plural(len(there), 'contact')} of this email, more than one person has: a shared mailbox?"
+        count = plural(len(there), "contact")
+        words = f"DevRev has {count} of this email, more than one person has: a shared mailbox?"
         return PairError("shared_mailbox", words)
-    new = sorted(one.external_ref for one in there if one.id not in known)
-    new_users = [reference for reference in new if reference.startswith(Contact.user_prefix)]
-    if new_users:
-        words = (
-            f"DevRev has another {Contact.user_prefix} contact of this email by now: {new_users[0]}"
-        )
+    new = [contact for contact in there.values() if contact.id not in known]
+    new.sort(key=lambda contact: (not contact.is_user, contact.external_ref))
+    if new and new[0].is_user:
+        kind = f"another {Contact.user_prefix} contact of this email"
+        words = f"DevRev has {kind} by now: {new[0].external_ref}"
         return PairError("several_user_refs", words)
     if new and group.chosen:
-        return PairError(
-            "group_changed",
-            f"DevRev has another contact of this email by now, so choose again: {new[0]}",
-        )
+        words = "DevRev has another contact of this email by now, so choose again"
+        return PairError("group_changed", f"{words}: {new[0].external_ref}")
     return None
 
 
 def count_error(
     contact: Contact, greatest: int, policy: str, who: str = "the backup"
 ) -> PairError | None:
-    """Compare the greatest(owned, created, reported) that `who` has with the export's TICKET_COUNT."""
+    """Compare the greatest(owned, created, reported) that `who` has with the CSV's TICKET_COUNT."""
     if greatest == contact.tickets or (greatest > contact.tickets and policy == "at-least"):
         return None
-    hint = " (--count-policy at-least accepts more)"
+    hint = "--count-policy at-least accepts more"
     if greatest < contact.tickets:
-        hint = " (the token may not see them all)"
-    words = f"{contact.short_id}: {who} has {plural(greatest, 'ticket')}, the CSV says {contact.tickets}{hint}"
-    return PairError("count_mismatch", words)
+        hint = "the token may not see them all"
+    has = f"{contact.short_id}: {who} has {plural(greatest, 'ticket')}"
+    return PairError("count_mismatch", f"{has}, the CSV says {contact.tickets} ({hint})")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4816,55 +5016,100 @@ class MergeContext(GroupContext):
 
 async def check_group(
     api: DevRevAPI, group: Group, options: MergeOptions, priority: int
-) -> tuple[dict[str, Json | None], LiveCheck, Timestamp]:
-    """Read a group's contacts and compare them with the plan: for a run, and for `--preview --live`.
+) -> tuple[LiveGroup, LiveCheck, Timestamp]:
+    """Read a group's contacts and compare them with the plan: for a run, and for the live preview.
 
-    Return the rev users by id (None: no longer exists), the result, and since when it is true.
+    Return what DevRev says, the result, and since when it is true.
     """
     contacts = group.contacts()
-    emails = sorted({contact.email.strip() for contact in contacts})
-    listing = await api.contacts_by_email(emails, priority)
-    live: dict[str, Json | None] = {user["id"]: user for user in listing.items}
-    listed, since = listing.items, [listing.since]
-    for contact in contacts:
-        # Lists may lag behind what this tool has done to the primary.
-        if contact.id not in live or (contact is group.primary and group.has_absorbed()):
-            since.append(api.environment.now())
-            live[contact.id] = await api.contact(contact.id, RequestOptions(priority))
-    unverified: set[str] | None = None
-    if any(user and not isinstance(user.get("is_verified"), bool) for user in live.values()):
-        unverified = await api.unverified_ids(emails, priority)
-    check = check_live(
-        group, live, listed, unverified, options.across_workspaces, options.try_unverified
-    )
-    return {contact.id: live[contact.id] for contact in contacts}, check, oldest(since)
+    users: dict[str, Json | None] = {}
+    listed: dict[str, Json] = {}
+    since: list[Timestamp] = []
+    asked: set[str] = set()
+    spellings = {contact.email for contact in contacts}
+    while spellings - asked:
+        # DevRev's filter may mind case: it is asked with the spellings of its own answers, too.
+        listing = await api.contacts_by_email(spellings - asked, priority)
+        since.append(listing.since)
+        asked |= spellings
+        listed.update(by_id(listing.items))
+        for contact in contacts:
+            # Lists may lag behind what this tool has done to the primary.
+            is_changed = contact is group.primary and group.has_absorbed()
+            if contact.id in listed and not is_changed:
+                users[contact.id] = listed[contact.id]
+            elif contact.id not in users:
+                since.append(api.environment.now())
+                users[contact.id] = await api.contact(contact.id, RequestOptions(priority))
+        known = [user for user in (*listed.values(), *users.values()) if user]
+        spellings.update(user["email"].strip() for user in known if email_of(user) == group.email)
+    unverified = await unverified_among(api, known, spellings, priority)
+    live = LiveGroup(group, users, list(listed.values()), unverified)
+    live = replace(live, unheld=await unheld_references(api, live, priority))
+    check = check_live(live, options.across_workspaces, options.try_unverified)
+    return live, check, oldest(since)
+
+
+async def unverified_among(
+    api: DevRevAPI, users: Iterable[Json], emails: Collection[str], priority: int
+) -> set[str]:
+    """Return the ids of the users that are known to be unverified.
+
+    A contact's own answer counts; where it does not say, the list of the unverified does.
+    """
+    found: set[str] = set()
+    unsaid: set[str] = set()
+    for user in users:
+        if user.get("is_verified") is False:
+            found.add(user["id"])
+        elif user.get("is_verified") is not True:
+            unsaid.add(user["id"])
+    if unsaid:
+        found |= unsaid.intersection(await api.unverified_ids(emails, priority) or ())
+    return found
+
+
+async def unheld_references(api: DevRevAPI, live: LiveGroup, priority: int) -> set[str]:
+    """Return the references that are to move and that no contact has any more: their pairs look
+    half merged. It asks only where the duplicate is not what it was."""
+    found: set[str] = set()
+    for pair in live.group.pending():
+        if not live.may_be_half_merged(pair) or not pair.new_ref:
+            continue
+        try:
+            await api.poll_duplicate(pair.primary.id, pair.duplicate, RequestOptions(priority))
+        except PairError as error:
+            if error.code != "merged_into_another":
+                raise
+            continue
+        holders = await api.holders_of(pair.new_ref, RequestOptions(priority))
+        if not any(has_reference(user, pair.new_ref) for user in holders):
+            found.add(pair.new_ref)
+    return found
 
 
 async def foresee_group(api: DevRevAPI, group: Group, options: MergeOptions) -> PairError | None:
     """Return what a run would refuse the group with now, None where nothing; reads only."""
     _, check, _ = await check_group(api, group, options, PREPARE)
-    dropped = {one.pair.duplicate.id for one in check.dropped}
     if check.error:
         return check.error
+    dropped = {one.pair.duplicate.id for one in check.dropped}
     if len(dropped) == len(group.pending()):
         return PairSkipped(check.dropped[0].code, check.dropped[0].reason)
     for contact in group.contacts():
-        if contact.id not in dropped:
-            lists = await together(
-                *(
-                    api.objects[role].load(contact.id, contact.tickets, PREPARE)
-                    for role in ROLES.values()
-                )
-            )
-            greatest = ticket_count([work["id"] for work in listing.items] for listing in lists)
-            policy = (
-                "at-least"
-                if contact is group.primary and group.has_absorbed()
-                else options.count_policy
-            )
-            problem = count_error(contact, greatest, policy, "DevRev")
-            if problem:
-                return problem
+        if contact.id in dropped:
+            continue
+        loads = [
+            api.objects[role].load(contact.id, contact.tickets, PREPARE) for role in ROLES.values()
+        ]
+        lists = await together(*loads)
+        greatest = ticket_count([work["id"] for work in listing.items] for listing in lists)
+        policy = options.count_policy
+        if contact is group.primary and group.has_absorbed():
+            policy = "at-least"
+        problem = count_error(contact, greatest, policy, "DevRev")
+        if problem:
+            return problem
     return None
 
 
@@ -4927,13 +5172,14 @@ class Preconditions:
         live, check, since = await check_group(
             self.context.api, self.group, self.context.options, priority
         )
+        users = live.users
         if check.error:
             raise check.error
         for one in check.dropped:
             one.pair.move_to(State.SKIPPED, one.code, one.reason)
-        self.live = {identity: user for identity, user in live.items() if user}
+        self.live = {identity: user for identity, user in users.items() if user}
         self._checked = since
-        contacts = plural(len(live), "contact")
+        contacts = plural(len(users), "contact")
         log.info("%s: the live check of %s has passed", self.group.email, contacts)
 
     async def _back_up(self) -> None:
@@ -7977,7 +8223,15 @@ CODES: dict[str, Code] = {
         "Export again. If the pair is merged, --settle accepts the reference that it has now.",
     ),
     "several_external_refs": Code("Leave its row out, or have DevRev reduce it to one reference."),
-    "unverified": Code("Leave its row out, or try it with --try-unverified."),
+    "unverified": Code(
+        "Leave its row out. Where your application's own sign-in vouches for the address, "
+        "merge one pair with --primary user --try-unverified first."
+    ),
+    "reference_unheld": Code(
+        "If it looks half merged, run again in the folder in which it was merged. If there is "
+        "none any more, set the reference in DevRev on the primary. If the contact was deleted on "
+        "purpose, leave its row out."
+    ),
     "group_changed": Code("Export again, and choose again."),
     "count_mismatch": Code(
         "Where DevRev shows fewer tickets than the CSV, the token may not see them all: use one "
@@ -8027,9 +8281,6 @@ CODES: dict[str, Code] = {
         passing=True,
     ),
     # Merged, and not finished.
-    "reference_unheld": Code(
-        "Set the reference on the contact of this person in DevRev, if the person still uses it.",
-    ),
     "reference_reverted": Code(
         "Find out what sets the old reference again, such as an integration, then run again. Until "
         "the primary has the new one, the application may not recognise this person.",
@@ -8328,7 +8579,7 @@ def beside_pairs(plan: Plan | None) -> dict[str, Iterable[Json] | None]:
         "skipped": skipped,
         "look_alikes": plan.look_alikes,
         "warnings": plan.warnings,
-        "invalid_rows": (row._asdict() for row in plan.invalid_rows[:MOST_INVALID_ROWS]),
+        "invalid_rows": (row._asdict() for row in plan.invalid_rows),
     }
 
 
@@ -8418,7 +8669,7 @@ def merge_summary(savepoint: SavePoint, run_id: str, plan: Plan | None) -> Json:
         ended = mine["successful_merges"] + mine["failed_merges"] + mine["unfinished_merges"]
         summary.update(
             contacts_read=plan.contacts_read,
-            invalid_rows=len(plan.invalid_rows),
+            invalid_rows=plan.invalid_count,
             pairs_planned=len(plan.ids),
             already_merged=before,
             left=len(plan.ids) - before - ended,
@@ -8939,7 +9190,7 @@ def plan_summary(plan: Plan, requests: int, earlier: Sequence[Pair]) -> Json:
         "left": len(plan.ids) - plan.already_merged - in_csv - new,
         "skipped_groups": len(plan.skipped),
         "look_alikes": len(plan.look_alikes),
-        "invalid_rows": len(plan.invalid_rows),
+        "invalid_rows": plan.invalid_count,
         "other_references": plan.other_refs,
         "other_reference_example": plan.other_ref or None,
         "estimated_requests": requests,
@@ -8979,8 +9230,8 @@ def show_plan(
         for code in SKIP_REASONS:
             print_list(console, *_skip_list(plan, code))
     counts = [f"{plural(plan.contacts_read, 'contact')} read"]
-    if plan.invalid_rows:
-        counts.append(plural(len(plan.invalid_rows), "invalid row"))
+    if plan.invalid_count:
+        counts.append(plural(plan.invalid_count, "invalid row"))
     if plan.look_alikes:
         counts.append(f"{plural(len(plan.look_alikes), 'group')} of look-alikes")
     if plan.other_refs:
@@ -9001,8 +9252,8 @@ def plan_headline(plan: Plan, new: int, earlier: int) -> str:
     words = [f"{plural(new, 'pair')} to merge"]
     if plan.skipped:
         words.append(f"{plural(len(plan.skipped), 'group')} skipped")
-    if plan.invalid_rows:
-        words.append(plural(len(plan.invalid_rows), "invalid row"))
+    if plan.invalid_count:
+        words.append(plural(plan.invalid_count, "invalid row"))
     if earlier:
         words.append(f"{earlier:,} of earlier runs to finish first")
     return ", ".join(words)
@@ -9078,10 +9329,11 @@ def _plan_lists(plan: Plan, earlier: Sequence[Pair]) -> Iterator[tuple[str, list
         email = f" ({row.email})" if row.email else ""
         by_code[row.code].append(f"  {place}: {row.reason}{email}")
     invalid: list[str] = []
-    for code, lines in by_code.items():
-        invalid += [f"{INVALID_ROWS[code][0]}: {plural(len(lines), 'row')}", *first_twenty(lines)]
-    title = f"LEFT OUT: {plural(len(plan.invalid_rows), 'invalid row')}"
-    yield "; ".join(filter(None, (title, looks_like(plan.invalid_rows)))), invalid
+    for code, count in plan.invalid_counts.most_common():
+        invalid += [f"{INVALID_ROWS[code]}: {plural(count, 'row')}", *by_code[code][:20]]
+        if count > 20:
+            invalid.append(f"  and {count - 20:,} more")
+    yield f"LEFT OUT: {plural(plan.invalid_count, 'invalid row')}", invalid
 
 
 def _skip_list(plan: Plan, code: str) -> tuple[str, list[str]]:
@@ -9741,7 +9993,8 @@ def make_plan(run: RunContext, savepoint: SavePoint | None) -> Plan:
     gc.disable()  # it would walk, again and again, through what is being built and holds no cycle
     try:
         choices = read_choices(options.choices) if options.choices else {}
-        plan = detect(read_contacts(options.csv, [*choices, *named]), choices, options.primary)
+        contents = read_contacts(options.csv, [*choices, *named])
+        plan = detect(contents, choices, options.primary)
     finally:
         gc.enable()
     rules = {name: getattr(options, name) for name in (*MERGE_RULES, "primary")}
@@ -9754,165 +10007,61 @@ def make_plan(run: RunContext, savepoint: SavePoint | None) -> Plan:
     plan.ids = set(plan.wanted)
     if savepoint:
         apply_savepoint(plan, savepoint, named)
+    lines = contents.warnings
     if options.email:
-        _apply_email_filter(plan, named, run.console)
+        lines += keep_emails(plan, named)
     if options.limit:
-        _apply_limit(plan, options.limit, run.console)
-    plan.chosen = [
-        group
-        for group in plan.groups
-        if group.chosen and any(p.state not in ENDED for p in group.pairs)
-    ]
+        lines += keep_limit(plan, options.limit)
+    for line in lines:
+        run.console.print_err(line)
+    plan.chosen = [group for group in plan.groups if group.chosen and not group.has_ended()]
     plan.warnings = plan.find_warnings()
-    for row in plan.invalid_rows[:MOST_INVALID_ROWS]:
+    for row in plan.invalid_rows:
         log.info("%s, line %d left out: %s", row.file, row.line, row.reason)
     for skipped_group in plan.skipped:
         log.info("%s skipped: %s", skipped_group.email, skipped_group.code)
     return plan
 
 
-def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str]) -> None:
-    """Bring what the savepoint knows into a plan: what has ended or was requested, and what is not to be merged again.
-
-    A group is skipped that has the address of, or two contacts of, a pair that was undone or cancelled, until it is
-    `named`; an export from before an undo also then. A contact that an undo created stands for its old id. A group that
-    a choice has made one contact is skipped no longer.
-    """
-    if plan.wanted:
-        savepoint.organisation = next(iter(plan.wanted.values())).primary.organisation
-    known = {pair.ids: pair for pair in savepoint.pairs(*UNFINISHED, *ENDED)}
-    cancelled = {pair.ids: pair for pair in savepoint.pairs(State.CANCELLED)}
-    undone = {pair.ids: pair for pair in savepoint.pairs(State.UNDONE, State.UNDO_SETTLED)}
-    blocked = blocked_by_history(plan.groups, [*undone.values(), *cancelled.values()])
-    blocked = {email: code for email, code in blocked.items() if email not in named}
-    duplicates = {pair.duplicate.id for pair in known.values() if pair.state in ENDED}
-    skipped, plan.skipped = plan.skipped, []
-    for skip in skipped:  # --choices is not given in each run
-        is_one = (
-            len(skip.contacts) > 1
-            and sum(contact.id not in duplicates for contact in skip.contacts) == 1
-        )
-        if is_one and skip.code in ("several_user_refs", "no_user_ref", "shared_mailbox"):
-            plan.left_alone[skip.email] = "it was merged by an earlier run"
-        else:
-            plan.skipped.append(skip)
-    groups, plan.groups = plan.groups, []
-    for group in groups:
-        rows = [known.get(pair.ids) for pair in group.pairs]
-        # The undo created the duplicate again with another id: an export with the old one is older than the undo.
-        is_stale = any(pair.ids in undone for pair in group.pairs)
-        if is_stale or (group.email in blocked and not all(rows)):
-            plan.skipped.append(
-                SkippedGroup(group.email, blocked.get(group.email, "undone"), group.all_contacts())
-            )
-            for pair in group.pairs:
-                plan.ids.discard(pair.ids)
-                del plan.wanted[pair.ids]
-            continue
-        plan.groups.append(group)
-        for pair, row in zip(group.pairs, rows):
-            if row:
-                pair.move_to(row.state)
-                plan.already_merged += row.state in ENDED
-            elif pair.ids in cancelled:
-                # It was requested once, and DevRev may still carry that out: it is polled first, like any other.
-                revived = cancelled[pair.ids]
-                revived.accepted = ""
-                revived.new_ref = pair.new_ref  # what was cancelled does not bind the new plan
-                revived.move_to(State.REQUESTED)
-                pair.move_to(State.REQUESTED)
-                plan.revived.append(revived)
-
-
-def _apply_email_filter(plan: Plan, wanted: set[str], console: Console) -> None:
-    """Keep what was requested, and say why there is nothing to merge. Raises FatalError(2) for an email in no row."""
-    known = [group.email for group in plan.groups] + [skip.email for skip in plan.skipped]
-    plan.groups = [group for group in plan.groups if group.email in wanted]
-    plan.skipped = [skip for skip in plan.skipped if skip.email in wanted]
-    plan.look_alikes = [one for one in plan.look_alikes if wanted & set(one["emails"])]
-    rows = {email_key(row.email): row for row in plan.invalid_rows if row.email}
-    missing = sorted(wanted.difference(known))
-    unknown = [email for email in missing if email not in plan.left_alone and email not in rows]
-    for index, email in enumerate(unknown[:5]):
-        near = difflib.get_close_matches(email, known, 2, 0.8)
-        unknown[index] += f" (did you mean {' or '.join(near)}?)" if near else ""
-    if unknown:
-        raise FatalError(EXIT_USAGE, f"--email: in no row of the CSV: {', '.join(some(unknown))}")
-    for email in missing:
-        row = rows.get(email)
-        why = f"{row.file}, line {row.line}: {row.reason}" if row else plan.left_alone[email]
-        console.print_err(f"{email}: nothing to merge: {why}")
-    for skip in plan.skipped:
-        console.print_err(f"{skip.email}: skipped: {' '.join(skip_words(skip.code))}")
-    for group in plan.groups:
-        if all(pair.state in ENDED for pair in group.pairs):
-            console.print_err(f"{group.email}: nothing to merge: it was merged by an earlier run")
-
-
-def _apply_limit(plan: Plan, limit: int, console: Console) -> None:
-    """Keep complete groups with at most `limit` pairs in all; one that would not fit is passed over."""
-    groups: list[Group] = []
-    sizes = [sum(pair.state is State.PLANNED for pair in group.pairs) for group in plan.groups]
-    if any(sizes) and min(filter(None, sizes)) > limit:
-        console.print_err(
-            f"--limit {limit}: no group has so few pairs, and a group is merged as one"
-        )
-    for group, size in zip(plan.groups, sizes):
-        if size <= limit:  # 0 where an earlier run has requested all of them
-            groups.append(group)
-            limit -= size
-    plan.groups = groups
+CHOICES_HEADER = (
+    "EMAIL", "EXTERNAL_REF", "DISPLAY_NAME", "TICKET_COUNT", "CREATED_AT", "REV_USER_ID", "CONTACTS",
+)  # fmt: skip
 
 
 def write_choices_template(run: RunContext) -> int:
-    """Write a file for --choices, a line for each contact that may be kept of the skipped groups; return the exit code.
+    """Write a file for --choices; return the exit code.
 
-    The further columns are there to decide by, and are ignored when it is read.
+    It has a line for each contact that may be kept of the skipped groups. The columns behind the
+    first two are there to decide by, and are ignored when it is read.
     """
-    path, show = run.options.choices_template, run.console.print
+    path = run.options.choices_template
     plan = make_plan(run, open_savepoint(run, readonly=True))
-    groups = [group for group in plan.skipped if group.choice_lines()]
-    columns = (
-        "EMAIL",
-        "EXTERNAL_REF",
-        "DISPLAY_NAME",
-        "TICKET_COUNT",
-        "CREATED_AT",
-        "REV_USER_ID",
-        "CONTACTS",
-    )
-    rows = [
-        (
-            group.email,
-            one.external_ref,
-            one.name,
-            str(one.tickets),
-            one.created,
-            one.id,
-            str(len(group.contacts)),
-        )
-        for group in groups
-        for one in group.choice_lines().values()
-    ]
+    rows: list[Sequence[str]] = []
+    groups = 0
+    shared = 0
+    for group in plan.skipped:
+        lines = group.choice_lines()
+        groups += 1 if lines else 0
+        shared += 1 if group.code == "shared_mailbox" else 0
+        for one in lines.values():
+            facts = (one.name, str(one.tickets), one.created, one.id, str(len(group.contacts)))
+            rows.append((group.email, one.external_ref, *facts))
     try:
-        write_new_file(run.environment, path, csv_chunks(columns, rows))
+        write_new_file(run.environment, path, csv_chunks(CHOICES_HEADER, rows))
+    except FileExistsError:
+        raise FatalError(EXIT_USAGE, f"{path} {TAKEN}") from None
     except OSError as error:
-        why = (
-            TAKEN
-            if isinstance(error, FileExistsError)
-            else f"can't be written: {error.strerror or error}"
-        )
-        raise FatalError(EXIT_USAGE, f"{path} {why}") from None
-    show(f"{plural(len(rows), 'line')} of {plural(len(groups), 'group')} written to {path}", "good")
-    if groups:
+        words = f"{path} can't be written: {error.strerror or error}"
+        raise FatalError(EXIT_USAGE, words) from None
+    written = f"{plural(len(rows), 'line')} of {plural(groups, 'group')} written to {path}"
+    run.console.print(written, "good")
+    if rows:
         drop = ("--choices-template", "--json", "--yes")
         command = run.retyped("--choices", str(path), "--preview", without=drop)
         run.console.suggest(f"keep one line per address in {path}, then", command)
-    shared = sum(group.code == "shared_mailbox" for group in plan.skipped)
     if shared:
-        show(
-            f"{plural(shared, 'group')} that may be a shared mailbox left out: write in by hand what is one person"
-        )
+        words = f"{plural(shared, 'group')} that may be a shared mailbox left out"
+        run.console.print(f"{words}: write in by hand what is one person")
     return EXIT_OK
 
 
@@ -10234,8 +10383,8 @@ def merge_facts(
     facts.update(numbered(some(new, 3)))
     if plan.skipped:
         facts["skipped"] = plural(len(plan.skipped), "group")
-    if plan.invalid_rows:
-        facts["invalid"] = plural(len(plan.invalid_rows), "row")
+    if plan.invalid_count:
+        facts["invalid"] = plural(plan.invalid_count, "row")
     left = plan_summary(plan, cost, unfinished)["left"]
     if left:
         facts["remaining"] = f"{plural(left, 'pair')} for another run (--email, --limit)"

@@ -32,7 +32,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import merge_contacts as tool
-from merge_contacts import Contact, Group, Pair, Plan, SkippedGroup, State
+from merge_contacts import Contact, Group, Pair, Plan, State
 from tests.support import COLUMNS
 
 ORG = "don:identity:dvrv-us-1:devo/SANDBOX1:revo/ACME"
@@ -217,12 +217,9 @@ def test_whatever_is_not_certain_is_not_merged(rows: Sequence[Any], code: Option
         assert sorted(map(key_of, plan.skipped[0].contacts)) == sorted(map(key_of, contacts))
     # A group that is not known whole is skipped for that reason, whatever else may be wrong with it.
     takes_part = any(one.external_ref.startswith(("user_", "REVU-")) for one in contacts)
-    broken = tool.classify_group("ada@example.com", contacts, broken=True)
-    assert (
-        (isinstance(broken, SkippedGroup) and broken.code == "invalid_row")
-        if takes_part
-        else broken is None
-    )
+    broken = plan_of(contacts, ["ada@example.com"])
+    assert [skip.code for skip in broken.skipped] == ["invalid_row"] * takes_part
+    assert not broken.groups
 
 
 @pytest.mark.parametrize(
@@ -1471,16 +1468,22 @@ def users(**changes: Any) -> Users:
     return found
 
 
+def check_live(
+    of: Group, now: Users, listed: Iterable[Any], unverified: Iterable[str] = (), **options: bool
+) -> tool.LiveCheck:
+    return tool.check_live(tool.LiveGroup(of, now, list(listed), set(unverified or ())), **options)
+
+
 def code_of(
     now: Users, listed: Iterable[Any] = (), of: Optional[Group] = None, **options: Any
 ) -> str:
-    check = tool.check_live(of or group(), now, listed, **options)
+    check = check_live(of or group(), now, listed, **options)
     assert check.error is None or not check.dropped
     return check.error.code if check.error else ""
 
 
 def dropped(now: Users, of: Optional[Group] = None, **options: Any) -> Dict[str, str]:
-    check = tool.check_live(of or group(), now, [user for user in now.values() if user], **options)
+    check = check_live(of or group(), now, [user for user in now.values() if user], **options)
     assert check.error is None, check
     return {key_of(one.pair.duplicate): one.code for one in check.dropped}
 
@@ -1600,10 +1603,10 @@ def test_a_pair_that_another_folder_has_merged_is_dropped_and_its_reference_coun
     assert code_of(users(_1={"external_ref": "user_9"}, _2=fields)) in ("not_found", "not_active")
     assert code_of(users(_1={"external_ref": "user_2"})) == "external_ref_changed"
     one = group()
-    for leaving in tool.check_live(one, merged, ()).dropped:
+    for leaving in check_live(one, merged, ()).dropped:
         leaving.pair.move_to(tool.State.SKIPPED, leaving.code, leaving.reason)
     assert one.primary_ref() == "user_2" and one.contacts() == [SYSTEM, THIRD]
-    assert tool.check_live(one, merged, ()) == (None, ())
+    assert check_live(one, merged, ()) == (None, ())
 
 
 @pytest.mark.parametrize(

@@ -637,12 +637,12 @@ class InvariantChecker:
     def _judge_group(self, ids: Ids) -> None:
         """What DevRev shows besides: contacts that are not verified, that have several references, and namesakes."""
         since, wanted = self.clock.now - FRESH - self.lag - JITTER, self.asked_for[ids]
-        unverified = self.organisation.unverified
-        refused = (
-            ids[1] in unverified and ids[0] not in unverified and self.reasons.shows_verified(ids)
-        )
-        if refused and not getattr(self.options, "try_unverified", False):
-            broken("an unverified contact is not merged into a verified one", name_of(ids))
+        if not getattr(self.options, "try_unverified", False):
+            for pair in (ids, ids[::-1]):  # whose second is the contact that is not verified
+                odd = [one in self.organisation.unverified for one in pair]
+                moves = pair == ids and wanted.new_ref
+                if odd[1] and self.reasons.shows_verified(pair) and (moves or not odd[0]):
+                    broken("an unverified contact is not merged with a verified one", name_of(ids))
         for contact in ids:
             one = self.organisation.contacts.get(contact) or {}
             own = {one.get("external_ref"), "REVU-" + contact.rpartition("/")[2]}

@@ -221,6 +221,11 @@ class ReasonChecker:
             ),
             "unverified": lambda: self._has_unverified(ids, group),
             "reference_reverted": lambda: checker.fake_devrev.puts_back,
+            "reference_unheld": lambda: any(
+                self._is_unheld(planned.new_ref)
+                for pair, planned in checker.plan.items()
+                if pair[0] == ids[0] and planned.new_ref
+            ),
             "external_ref_conflict": lambda: (
                 reference in stuck or not self._can_be_freed(ids, reference, primary, resting)
             ),
@@ -254,11 +259,22 @@ class ReasonChecker:
         return chosen or len(found) > min(len(rows), most_contacts(email) if email else 0)
 
     def _has_unverified(self, ids: Ids, group: Set[str]) -> bool:
-        """Return whether a duplicate is not verified, and the primary is, or may be for all that is shown."""
-        unverified = self.organisation.unverified
-        return bool((group - {ids[0]}) & unverified) and not (
-            ids[0] in unverified and self.shows_verified(ids[::-1])
-        )
+        """Whether of some pair of the group one is not verified and the other is, or may be for all
+        that is shown, or a reference has to move from one that is not verified."""
+        for duplicate in group - {ids[0]}:
+            pair = (ids[0], duplicate)
+            odd = [one in self.organisation.unverified for one in pair]
+            planned = self.checker.plan.get(pair)
+            moves = planned is None or planned.new_ref
+            shown = self.shows_verified(pair) and self.shows_verified(pair[::-1])
+            if any(odd) and not (all(odd) and shown and not moves):
+                return True
+        return False
+
+    def _is_unheld(self, reference: str) -> bool:
+        """Whether no contact that still exists has a reference."""
+        holders = self.organisation.contacts.find([("external_ref", [reference])])
+        return not any(self.organisation.alive(one["id"]) for one in holders)
 
     def _is_never_merged(self, ids: Ids) -> bool:
         """Whether DevRev merges no contact that is not verified into one that is, or the other way round."""
