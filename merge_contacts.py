@@ -9471,6 +9471,10 @@ class OptionParser(argparse.ArgumentParser):
     }  # fmt: skip
     as_json = False  # whether a program reads the report of a run on stdout
 
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how)
+        self.goes_with: dict[str, Sequence[str]] = {}  # modes, by option
+
     def error(self, message: str) -> NoReturn:
         message += self._hint(message)
         if self.as_json:
@@ -9493,13 +9497,20 @@ class OptionParser(argparse.ArgumentParser):
         return f"; did you mean {meant}?" if meant else ""
 
 
+MERGE_RULES = ("count_policy", "across_workspaces", "try_unverified", "carry_fields")
+
+
 def build_parser() -> OptionParser:
-    """Build the parser; parse_options refuses an option of one value that is given twice."""
+    """Build the parser. Each option names the modes that it goes with, none where it goes with all.
+
+    `merge` is a run without another mode.
+    """
     parser = OptionParser(
         prog="merge_contacts.py", usage="%(prog)s --csv PATH [--preview] [option ...]", description=DESCRIPTION,
         epilog=EPILOG, allow_abbrev=False, add_help=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28),
     )  # fmt: skip
+    planning = ("merge", "preview", "check")
     count = checked(int, lambda number: number >= 1, "a whole number of at least 1")
     seconds = checked(
         float, lambda number: 0 < number <= 86400, "a number of seconds above 0, up to 86400"
@@ -9510,85 +9521,70 @@ def build_parser() -> OptionParser:
         "a domain such as example.com",
     )
 
-    def group(title: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """Begin a group; return what adds an option with a value to it, and what adds one without."""
-        add = parser.add_argument_group(title).add_argument
-        return add, functools.partial(add, action="store_true")
+    def add(name: str, words: str, modes: Sequence[str] = (), **how: Any) -> None:
+        option = group.add_argument(name, help=words, **how)
+        if modes:
+            parser.goes_with[option.dest] = modes
 
-    add, _ = group("Input")
+    def flag(name: str, words: str, modes: Sequence[str] = ()) -> None:
+        add(name, words, modes, action="store_true")
+
     several: Json = {"nargs": "+", "action": "extend"}
+    group = parser.add_argument_group("Input")
     words = "the contacts: one CSV, or all parts of one export"
-    add("--csv", metavar="PATH", type=Path, help=words, **several)
+    add("--csv", words, metavar="PATH", type=Path, **several)
     words = "a CSV that says which reference a group keeps"
-    add("--choices", metavar="PATH", type=Path, help=words)
-    add("--email", metavar="ADDRESS", action="append", help="merge only this address; repeatable")
-    add("--limit", metavar="N", type=count, help="merge at most N pairs in this run")
-    add("--plan", metavar="ID", help="merge only if the plan's ID is still this one")
+    add("--choices", words, planning, metavar="PATH", type=Path)
+    words = "merge only this address; repeatable"
+    add("--email", words, (*planning, "undo"), metavar="ADDRESS", action="append")
+    words = "merge at most N pairs in this run"
+    add("--limit", words, (*planning, "undo"), metavar="N", type=count)
+    words = "merge only if the plan's ID is still this one"
+    add("--plan", words, ("merge", "preview"), metavar="ID")
 
-    add, flag = group("Read-only modes")
-    flag("--preview", help="print what a run, or --undo, would do")
-    flag("--live", help="with --preview: compare the plan with DevRev")
-    flag("--check", help="test whether a run can start")
-    flag("--status", help="print what is done, and what is not")
+    group = parser.add_argument_group("Read-only modes")
+    flag("--preview", "print what a run, or --undo, would do")
+    flag("--live", "with --preview: compare the plan with DevRev", ["preview"])
+    flag("--check", "test whether a run can start")
+    flag("--status", "print what is done, and what is not")
     words = "test whether the backups are intact"
-    add("--verify-backups", metavar="DIR", type=Path, nargs="?", const=BACKUPS, help=words)
+    add("--verify-backups", words, metavar="DIR", type=Path, nargs="?", const=BACKUPS)
 
-    add, flag = group("Other modes")
-    add("--undo", metavar="PATH", type=Path, help="undo the merges that a report or backup names")
+    group = parser.add_argument_group("Other modes")
+    add("--undo", "undo the merges that a report or backup names", metavar="PATH", type=Path)
     words = "close unfinished pairs whose problem will stay"
-    add("--settle", metavar="ADDRESS", help=words, **several)
-    add("--export", metavar="PATH", type=Path, help="read all contacts from DevRev, write the CSV")
+    add("--settle", words, metavar="ADDRESS", **several)
+    add("--export", "read all contacts from DevRev, write the CSV", metavar="PATH", type=Path)
     words = "with --export: only this domain; repeatable"
-    add("--domain", metavar="DOMAIN", type=domain, action="append", help=words)
+    add("--domain", words, ["export"], metavar="DOMAIN", type=domain, action="append")
     words = "write a CSV for --choices. Delete lines until one is left for each address"
-    add("--choices-template", metavar="PATH", type=Path, help=words)
+    add("--choices-template", words, metavar="PATH", type=Path)
 
-    add, flag = group("Merge rules")
+    group = parser.add_argument_group("Merge rules")
     words = "the contact that remains: DevRev's own or your application's (default: revu)"
-    add("--primary", metavar="revu|user", choices=("revu", "user"), default="revu", help=words)
-    policies = ("exact", "at-least")
+    modes = (*planning, "choices_template")
+    add("--primary", words, modes, metavar="revu|user", choices=("revu", "user"), default="revu")
     words = "exact: as many tickets as TICKET_COUNT; at-least: or more (default: exact)"
-    add("--count-policy", metavar="POLICY", choices=policies, default="exact", help=words)
-    flag("--across-workspaces", help="also merge contacts of different workspaces")
-    flag("--try-unverified", help="also request merges of unverified contacts")
-    flag("--carry-fields", help="copy to the primary what only the duplicate has")
-    flag("--no-timelines", help="leave comments out of the backup (fewer requests)")
+    policies: Json = {"choices": ("exact", "at-least"), "default": "exact"}
+    add("--count-policy", words, planning, metavar="POLICY", **policies)
+    flag("--across-workspaces", "also merge contacts of different workspaces", planning)
+    flag("--try-unverified", "also request merges of unverified contacts", planning)
+    flag("--carry-fields", "copy to the primary what only the duplicate has", planning)
+    flag("--no-timelines", "leave comments out of the backup (fewer requests)")
     words = "how long to wait for a merge (default: 120)"
-    add("--merge-timeout", metavar="SECONDS", type=seconds, default=120.0, help=words)
-    add("--workers", metavar="N", type=count, default=8, help="requests at a time (default: 8)")
+    add("--merge-timeout", words, metavar="SECONDS", type=seconds, default=120.0)
+    add("--workers", "requests at a time (default: 8)", metavar="N", type=count, default=8)
 
-    add, flag = group("Confirmation and output")
-    flag("--yes", help="do not ask; required where stdin is no terminal")
-    flag("--json", help="print the result as JSON, all else on stderr")
-    flag("-v", "--verbose", help="show each request")
-    flag("-q", "--quiet", help="show only errors and the summary")
+    group = parser.add_argument_group("Confirmation and output")
+    flag("--yes", "do not ask; required where stdin is no terminal")
+    words = "print the result as JSON, all else on stderr"
+    flag("--json", words, (*planning, "status", "verify_backups", "settle", "undo"))
+    group.add_argument("-v", "--verbose", action="store_true", help="show each request")
+    group.add_argument("-q", "--quiet", action="store_true", help="show only errors and results")
     version = f"merge_contacts {__version__}"
-    add("--version", action="version", version=version, help="print the version")
-    add("-h", "--help", action="help", help="print this help")
+    add("--version", "print the version", action="version", version=version)
+    group.add_argument("-h", "--help", action="help", help="print this help")
     return parser
-
-
-# Which options go only with which modes; `merge` is a run without another mode. The rest goes with all.
-MERGE_RULES = ("count_policy", "across_workspaces", "try_unverified", "carry_fields")
-GOES_WITH: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("choices", *MERGE_RULES), ("merge", "preview", "check")),
-    **dict.fromkeys(("email", "limit"), ("merge", "preview", "check", "undo")),
-    "primary": ("merge", "preview", "check", "choices_template"),
-    "plan": ("merge", "preview"),
-    "live": ("preview",),
-    "domain": ("export",),
-    "csv": (
-        "merge",
-        "preview",
-        "check",
-        "choices_template",
-        "undo",
-        "settle",
-        "status",
-        "verify_backups",
-    ),
-    "json": ("merge", "preview", "check", "status", "verify_backups", "settle", "undo"),
-}
 
 
 def option_name(name: str) -> str:
@@ -9640,7 +9636,7 @@ def check_combination(parser: OptionParser, given: Collection[str], mode: str) -
     def named(fit: str) -> str:
         return "a merge" if fit == "merge" else option_name(fit)
 
-    for name, fits in GOES_WITH.items():
+    for name, fits in parser.goes_with.items():
         if name in given and mode not in fits:
             *others, last = map(named, fits)
             where = f"{', '.join(others)} or {last}" if others else last
@@ -10404,12 +10400,8 @@ def merge_facts(
 
 
 def numbered(lines: Iterable[str]) -> dict[str, str]:
-    """Return lines as facts, which have names; the fourth says how many more there are."""
-    facts = {}
-    for number, line in enumerate(lines, 1):
-        name = f"  {number}" if number < 4 else "   "
-        facts[name] = line
-    return facts
+    """Return lines as facts, which have names."""
+    return {f"  {number}": line for number, line in enumerate(lines, 1)}
 
 
 def warnings_to_confirm(plan: Plan) -> dict[str, str]:
@@ -10771,6 +10763,7 @@ UPDATES = (
     "tickets, issues and conversations are updated; "
     "automations and webhooks of your organisation may react to each."
 )
+NOT_RESTORED = "Ids, dates, creators and authors of comments can't be restored."
 
 
 def undo(run: RunContext) -> int:
@@ -10817,15 +10810,13 @@ def undo_facts(plan: UndoPlan) -> dict[str, str]:
             for item in objects_to_transfer(pair.backup, pair.duplicate.id):
                 objects.add(item["id"])
     facts = {"to undo": plural(len(pairs), "merge"), "of": str(plan.path)}
-    merges = [created_again(pair) for pair in pairs]
-    for number, words in enumerate(some(merges, 20), 1):
-        facts[f"  {number}"] = words
+    facts.update(numbered(map(created_again, pairs)))
     if objects:
         facts["updates"] = f"Up to {len(objects):,} {UPDATES}"
     if plan.older:
         older = ", ".join(some([str(path) for path in plan.older]))
         facts["left alone"] = f"older backups: {older}"
-    facts[""] = "Ids, dates, creators and authors of comments can't be restored."
+    facts[""] = NOT_RESTORED
     return facts
 
 
@@ -10914,37 +10905,25 @@ def undo_lists(plan: UndoPlan, runner: UndoRunner, preview: bool) -> dict[str, l
 
 def restored_findings(run: RunContext, lists: Mapping[str, Sequence[Pair]]) -> Findings:
     """Return what an undo would restore."""
-    record = run.record
     entries = {name: [undo_entry(pair) for pair in pairs] for name, pairs in lists.items()}
-    found = Findings(report_head(record), entries)
-    objects: set[str] = set()
-    never: dict[str, None] = {}  # in their order
+    found = Findings(report_head(run.record), entries)
     for pair, entry in zip(lists["to_undo"], entries["to_undo"]):
         mine = {item["id"] for item in entry["restored"]}
-        objects |= mine
         found.say(f"undo     {created_again(pair)}")
-        what = "tickets, issues and conversations go"
-        if len(mine) == 1:
-            what = "ticket, issue or conversation goes"
-        found.say(f"           {len(mine):,} {what} back to it.")
+        found.say(f"           tickets, issues and conversations that go back to it: {len(mine):,}")
         for item in entry["left"]:
-            item_words = f"{item['display_id']} {item['title']} stays as it is"
-            found.say(f"           {item_words}: {item['why']}.")
+            found.say(f"           {item['display_id']} {item['title']} stays: {item['why']}")
         for item in entry["fields_left"]:
-            found.say(f"           The primary keeps its {item['field']}: {item['why']}.")
-        for item in entry["not_restored"]:
-            never[item["what"].replace("_", " ")] = None
+            found.say(f"           the primary keeps its {item['field']}: {item['why']}")
     for name in ("refused", "skipped"):
         for pair in lists[name]:
             words = f"{name:<8} {pair.email}: {into(pair)}: {pair.code}: {pair.error}"
             found.say(words, "bad")
-    if never:
-        found.say(f"Can't be restored: {', '.join(never)}.")
-    if objects:
-        found.say(f"{len(objects):,} {UPDATES}")
-    found.say(record.headline, "bold")
     if lists["to_undo"]:
+        found.say(f"All {UPDATES}")
+        found.say(NOT_RESTORED)
         found.steps.append(("undo it", run.retyped(without=("--preview", "--json"))))
+    found.say(run.record.headline, "bold")
     return found
 
 
@@ -10977,14 +10956,6 @@ def show_findings(run: RunContext, found: Findings) -> int:
     return found.code
 
 
-READS: Mapping[str, tuple[str, str, Json]] = {
-    "contacts": ("rev-users.list", "rev_users", {}),
-    "works": ("works.list", "works", {}),
-    "conversations": ("conversations.list", "conversations", {}),
-    "timelines": ("timeline-entries.list", "timeline_entries", {}),
-}
-
-
 class Check:
     """Finds out whether a real run could start: token, organisation, access, quota, disk, savepoint."""
 
@@ -10993,9 +10964,8 @@ class Check:
         self.api = DevRevAPI(run.settings, run.environment, CancelToken())
         self.checks: list[Json] = []  # `check`, `ok`, `says`
         self.steps = [("read the contacts from DevRev", command_line("--export", "contacts.csv"))]
-        self._objects: list[str] = []  # which have a timeline
 
-    async def attempt(self, name: str, work: Coroutine[Any, Any, str]) -> None:
+    async def attempt(self, name: str, work: Coroutine[Any, Any, str]) -> bool:
         """Do a check, and note what it says; whatever it raises is a problem."""
         self.run.console.status(f"checking {name} ...")
         good = False
@@ -11008,25 +10978,33 @@ class Check:
             words = str(error)
         log.info("check of %s: %s", name, words)
         self.checks.append({"check": name, "ok": good, "says": words})
+        return good
+
+    async def access(self) -> None:
+        """Send one cheap request of each kind that a backup sends."""
+        objects: list[Json] = []
+
+        async def works() -> str:
+            page = await self.api.first_works()  # of the kinds that a run lists
+            objects.extend(page.items)
+            return ", ".join(["readable", *self.api.warnings])
+
+        async def first(endpoint: str, key: str, **body: Any) -> str:
+            page = await self.api.each_page(endpoint, key, dict(body, limit=1)).__anext__()
+            if key == "conversations":
+                objects.extend(page.items)
+            return "readable"
+
+        await self.attempt("contacts", first("rev-users.list", "rev_users"))
+        await self.attempt("works", works())
+        await self.attempt("conversations", first("conversations.list", "conversations"))
+        for one in objects[:1]:
+            timeline = first("timeline-entries.list", "timeline_entries", object=one["id"])
+            await self.attempt("timelines", timeline)
 
     async def token(self) -> str:
         whose = await self.run.identify(self.api)
         return f"belongs to {whose} (from {self.run.settings.token_file or 'the environment'})"
-
-    async def read(self, name: str) -> str:
-        """Send one cheap request of the kind that a backup sends."""
-        endpoint, key, body = READS[name]
-        if name == "timelines":
-            if not self._objects:
-                return "not tried: there is no ticket or conversation yet"
-            body = {"object": self._objects[0]}
-        if name == "works":  # of the kinds that a run lists
-            page = await self.api.first_works()
-        else:
-            page = await self.api.each_page(endpoint, key, dict(body, limit=1)).__anext__()
-        if name != "contacts":
-            self._objects += [item["id"] for item in page.items]
-        return ", ".join(["readable", *self.api.warnings]) if name == "works" else "readable"
 
     async def csv(self) -> str:
         """Read the CSV, also where the token's organisation is not known."""
@@ -11040,11 +11018,9 @@ class Check:
         if known:
             earlier += len(known.unfinished())
         self.steps = next_step(run, new, earlier, known)
-        words = plan_headline(plan, new, earlier)
         if run.organisation:
             check_organisation(run.organisation, "CSV", plan.pairs())
-            words += ", of the token's organisation"
-        return words
+        return plan_headline(plan, new, earlier)
 
     async def savepoint(self) -> str:
         if not locks_work(SAVEPOINT):
@@ -11055,19 +11031,14 @@ class Check:
                 holder = f"process {savepoint.holder['pid']} holds {SAVEPOINT}"
                 raise FatalError(EXIT_HELD, f"a run is in progress: {holder}")
             check_not_restored(savepoint)
-            if not SAVEPOINT.exists():
-                return f"{SAVEPOINT} will be created"
             return f"{SAVEPOINT} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
 
     async def disk(self) -> str:
-        for path in (LOGS, BACKUPS, REPORTS):
-            if path.exists() and not path.is_dir():
-                raise OSError(
-                    f"{path} is a file, and a run needs a folder of that name; move it away"
-                )
         for path in (Path.cwd(), SAVEPOINT, SAVEPOINT_COPY, LOGS, BACKUPS, REPORTS):
             if os.path.lexists(str(path)):
                 check_owner(path)
+            if path in (LOGS, BACKUPS, REPORTS) and path.exists() and not path.is_dir():
+                raise OSError(f"{path} is a file, and a run needs a folder of that name")
             if path.exists() and not os.access(str(path), os.W_OK):
                 raise OSError(f"{path} can't be written; make it writable")
         free = shutil.disk_usage(".").free >> 20
@@ -11079,34 +11050,27 @@ class Check:
 async def check(run: RunContext) -> int:
     """Print whether a real run could start; return the exit code."""
     work = Check(run)
-    checks = work.checks
-    await work.attempt("token", work.token())
-    notes = []
+    knows_token = await work.attempt("token", work.token())
     if run.options.csv:
         await work.attempt("csv", work.csv())
-    if checks[0]["ok"]:
-        for name in READS:
-            await work.attempt(name, work.read(name))
-        notes = [
-            describe_quota(work.api.scheduler),
-            "only a merge shows whether the token may merge (rev_user:all): "
-            "try one pair with --limit 1",
-            "--undo also updates tickets, issues and conversations; "
-            "only an undo shows whether the token may do this",
-        ]
+    notes = []
+    if knows_token:
+        await work.access()
+        only_a_merge = "only a merge shows whether the token may merge (rev_user:all)"
+        notes = [describe_quota(work.api.scheduler), f"{only_a_merge}: try one pair first"]
     await work.attempt("savepoint", work.savepoint())
     await work.attempt("disk", work.disk())
     run.console.status("")
-    problems = sum(not one["ok"] for one in checks)
+    problems = sum(not one["ok"] for one in work.checks)
     verdict = f"not ready: {plural(problems, 'problem')}" if problems else "ready"
-    found = Findings({"verdict": verdict, "ready": not problems, "checks": checks, "notes": notes})
-    for one in checks:
+    facts = {"verdict": verdict, "ready": not problems, "checks": work.checks, "notes": notes}
+    found = Findings(facts, steps=work.steps)
+    for one in work.checks:
         word, style = ("ok     ", "") if one["ok"] else ("FAILED ", "bad")
         found.say(f"{word} {one['check']}: {one['says']}", style)
     for note in notes:
         found.say(f"note    {note}")
     found.say(verdict, "bad" if problems else "good")
-    found.steps = work.steps
     if problems:
         found.code = EXIT_USAGE
         found.steps = [("fix what is marked FAILED, then check again", "")]
@@ -11206,48 +11170,49 @@ def verify_backups(run: RunContext) -> int:
     if not root.is_dir():
         why = "is not a folder" if root.exists() else "does not exist: no run has made a backup yet"
         raise FatalError(EXIT_USAGE, f"{root} {why}; {fix}")
-    damaged: list[str] = []
-    partial: list[str] = []
-    complete = 0
-    for name, folders, files in os.walk(
-        str(root), onerror=lambda error: damaged.append(str(error))
-    ):
-        folders.sort()
-        folder = Path(name)
-        if folder.name.startswith(INCOMPLETE_BACKUP):
-            partial.append(name)
-            folders.clear()
-        elif re.fullmatch(r"\d{8}_\d{6}", folder.name) or "manifest.json" in files:
-            run.console.status(f"{complete + len(damaged):,} backups read ...")
-            folders.clear()
-            try:
-                verify_backup(folder)
-                complete += 1
-            except PairError as error:
-                damaged.append(str(error))
+    facts: Json = {"folder": str(root), "complete": 0, "damaged": [], "missing": [], "partial": []}
+    for folder in backup_folders(root):
+        run.console.status(f"{facts['complete']:,} backups read ...")
+        if folder.name.startswith(INCOMPLETE_BACKUP):  # of a run that was killed; may be deleted
+            facts["partial"].append(str(folder))
+            continue
+        try:
+            verify_backup(folder)
+            facts["complete"] += 1
+        except PairError as error:
+            facts["damaged"].append(str(error))
     run.console.status("")
-    missing: list[str] = []
-    if root == BACKUPS and SAVEPOINT.exists():
+    if root == BACKUPS:
         with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
             backups = {pair.backup for pair in savepoint.pairs(*State) if pair.backup}
-        missing = sorted(backup for backup in backups if not Path(backup).is_dir())
-    if root != BACKUPS and not (complete or damaged or partial):
+        facts["missing"] = sorted(backup for backup in backups if not Path(backup).is_dir())
+    elif not (facts["complete"] or facts["damaged"] or facts["partial"]):
         raise FatalError(EXIT_USAGE, f"{root} holds no backup; {fix}")
-    kinds = {"damaged": damaged, "missing": missing, "partial": partial}
-    found = Findings({"folder": str(root), "complete": complete, **kinds})
-    for kind, names in kinds.items():
-        for one in names:
+    found = Findings(facts)
+    for kind in ("damaged", "missing", "partial"):
+        for one in facts[kind]:
             found.say(f"{kind}  {one}", "" if kind == "partial" else "bad")
-    if partial:
-        found.say("A partial backup is left by a run that was killed. It may be deleted.")
-    if damaged or missing:
+    counts = f"{len(facts['damaged']):,} damaged, {len(facts['missing']):,} missing"
+    found.say(f"{plural(facts['complete'], 'complete backup')}, {counts}", "bold")
+    if facts["damaged"] or facts["missing"]:
         found.code = EXIT_FAILED
-        words = "These merges can't be undone completely."
-        found.say(f"{words} Restore the folders from a copy, then verify again.")
-    counts = f"{len(damaged):,} damaged, {len(missing):,} missing"
-    style = "bad" if found.code else "good"
-    found.say(f"{plural(complete, 'complete backup')}, {counts}", style)
+        found.steps = [("restore the folders from a copy, or an undo will not be complete", "")]
     return show_findings(run, found)
+
+
+def backup_folders(root: Path) -> Iterator[Path]:
+    """Yield the folders below `root` that are, or should be, a backup. Raises OSError."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for name, folders, files in os.walk(str(root), onerror=fail):
+        folder = Path(name)
+        is_partial = folder.name.startswith(INCOMPLETE_BACKUP)
+        if is_partial or re.fullmatch(r"\d{8}_\d{6}", folder.name) or "manifest.json" in files:
+            folders.clear()
+            yield folder
+        folders.sort()
 
 
 # -- main --------------------------------------------------------------------------------------------
@@ -11303,10 +11268,6 @@ def run_command(run: RunContext) -> int:
     except OSError as error:
         code = EXIT_STOPPED
         run.error = f"disk error: {error}"
-    except ImportError as error:
-        code = EXIT_USAGE
-        fix = "python -m pip install -r requirements.txt"
-        run.error = f"a package can't be imported: {error}; {fix}"
     except KeyboardInterrupt:
         code = 128 + (run.signal or signal.SIGINT)
         run.error = "interrupted; nothing was changed"
