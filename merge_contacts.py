@@ -11617,8 +11617,9 @@ doc.title = [doc.title, time(run.start).slice(0, 10), text(run.headline)].join('
 const files = arr(run.csv).map(one => v(one.path));
 page.append(h('p', { class: 'soft' }, [v(run.organisation), time(run.start), ...files]
   .filter(has).flatMap(one => [one, ' \u00b7 ']).slice(0, -1)));
-if (has(run.stopped)) page.append(h('p', { class: 'banner' }, 'Stopped early: ', v(run.stopped),
-  run.stopped === 'killed' ? '. What only the CSV could tell is not known.' : ''));
+const stopped = has(run.stopped) ? 'Stopped early: ' + text(run.stopped) : '';
+page.append(...[stopped, run.warnings].flat().filter(has).map(words =>
+  h('p', { class: 'banner' }, v(words))));
 const counts = isUndo ? [['Undone', sum.undone, 'good'], ['Undone before', sum.undone_before],
   ['Unfinished', sum.unfinished, 'bad'], ['Failed', sum.failed, 'bad'], ['Skipped', sum.skipped],
   ['Remaining', sum.left, 'rest']] : [['Merged', sum.successful_merges - sum.settled, 'good'],
@@ -11635,9 +11636,9 @@ page.append(
   h('dl', { class: 'counts' }, said.map(([label, n, kind]) =>
     h('div', { class: n && kind || '' }, h('dt', {}, label), h('dd', {}, num(n))))));
 
-const pick = (here, there) => arr(isUndo ? report[here] : report[there]);
-grouped('unfinished', 'Unfinished', pick('unfinished', 'unfinished_merges'), problem, part);
-grouped('failed', 'Failed', pick('failed', 'failed_merges'), problem, part);
+const open = arr(report.unfinished_merges || report.unfinished);
+grouped('unfinished', 'Unfinished', open, problem, part);
+grouped('failed', 'Failed', arr(report.failed_merges || report.failed), problem, part);
 grouped('cancelled', 'Cancelled', arr(report.cancelled), problem, pair);
 listed('references', 'References to set by hand', arr(report.references_to_set),
   'No contact has them. Until one has, the application may not recognise these people.',
@@ -11679,7 +11680,6 @@ section('run', 'Run', '', sides(
     ['Log', mono(run.log)], ['The same as', [link('json'), ' ', link('csv')]]]),
   facts('Options', each(run.options)),
   facts('Requests', [['all', num(run.requests_total)], ...each(run.requests)])));
-
 const found = h('span', { class: 'soft', role: 'status' });
 const input = h('input', { type: 'search', 'aria-label': 'Search',
   placeholder: 'Search for an address, name, id, reference \u2026' });
