@@ -6321,8 +6321,8 @@ class PairMerge:
             if not body:
                 return primary
             await self.context.savepoint.save(pair)
-            read = FreshRead(self.context.environment)
             primary = check_reference(pair, await self.update.update.read())
+            read = FreshRead(self.context.environment)
             if fields_to_carry(primary, pair.fields_to_carry) != body:
                 continue
             try:
