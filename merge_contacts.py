@@ -14,28 +14,35 @@ its backup. `--help` has the options.
 
 Map of this file, roughly bottom-up:
 
-    Errors        FatalError, PairError             what ends a run, what fails a pair
-    Text          sanitizing, file names, JSON
-    Environment   Environment, CancelToken          clocks, disk, threads, network: what a simulation replaces
-    CSV           Contact, CsvTable, read_contacts  which rows are contacts
-    Detection     classify_group, check_live        which contact is primary, and by what rule; the live check
-                  State, Pair                       what is known of one merge
-    Quota         RequestScheduler.on_response      quota window, circuit breaker: where a 429 is handled
-    Requests      DevRevAPI._call                   retries, also after a 429; one method for each endpoint
-    Batches       BatchLoader                       one list call for many contacts
-    Backup        write_backup, snapshot_entry      where to add a field to the backup of a contact
-    Savepoint     SavePoint                         two files with one content; what a crash leaves
-    Merge         PairMerge                         a pair's state machine: no answer to a merge, how a pair resumes
-                  ReferenceUpdate, PrimaryUpdate    how the reference gets to the primary
-                  GroupRun                          the order of a group's pairs
-                  TaskRunner                        what makes a run stop early: failures in a row, signals, disk
-                  ContactMerger                     the order of groups; what earlier runs left; cancelled pairs
-    Export        ContactExporter                   the CSV from DevRev itself
-    Undo          PairUndo, UndoRunner              what comes back
-    Report        CODES                             what each code means; whether it stops a run, or can be settled
-                  merge_entry, pair_rows            where to add a field to the report: JSON (and page), CSV
-    Estimate, Console, Preview                      what people see before and meanwhile
-    Command line  RunContext, main                  options, settings, signals, one function for each mode
+  Errors        FatalError, PairError         what ends a run, what fails a pair
+  Text                                        sanitizing, file names, JSON
+  Environment   Environment, CancelToken      clocks, disk, threads, network, for a simulation
+  CSV           Contact, read_contacts        which rows are contacts
+  Detection     classify_group                which contact is primary, and by what rule
+                check_live                    what DevRev has to say before a group is merged
+                State, Pair                   what is known of one merge
+  Quota         RequestScheduler.on_response  quota, circuit breaker: where a 429 is handled
+  Requests      DevRevAPI._call               retries; one method for each endpoint
+  Batches       BatchLoader                   one list call for many contacts
+  Backup        write_backup, snapshot_entry  where to add a field to a contact's backup
+  Savepoint     SavePoint                     two files with one content; what a crash leaves
+  Merge         GroupRun, PairMerge           the order of pairs; a pair's state machine
+                ReferenceUpdate               where a reference is set, by merge and undo
+                TaskRunner                    what stops a run: failures in a row, signals, disk
+                ContactMerger                 the order of groups; what earlier runs left
+  Export        ContactExporter               the CSV from DevRev itself
+  Undo          PairUndo, UndoRunner          what comes back
+  Report        CODES                         advice for each code; whether it stops a run
+                merge_entry, merge_row        where to add a field to the report: JSON, CSV
+  Console                                     what people see: also Preview and Page
+  Command line  RunContext, main              options, settings, a function for each mode
+
+How a pair resumes: SavePoint._join_pairs (what two files know of it), ContactMerger._resume (with what
+else is known of its primary), PairMerge (from its state on), ContactMerger._poll_cancelled (given up,
+and carried out all the same), PairUndo (the same of an undo), settle_pair (ended by a person).
+A new state: State and the sets of states beside it, PairMerge, SO_FAR and STATE_WORDS, AUTHORITY
+(which of two files wins). A new field of a pair: Pair, with a default; rows without it are read, and
+rows of other versions keep theirs. A change that needs more than a default: MIGRATIONS.
 """
 
 from __future__ import annotations
@@ -9082,15 +9089,20 @@ class Console:
     def sanitize(self, text: str) -> str:
         return escape_unprintable(self.mask(text))
 
-    def print(self, text: str = "", style: str = "", to: TextIO | None = None) -> None:
-        """Print a line, by default of results, wrapped on a terminal; a closed pipe raises nothing."""
+    def print(
+        self, text: str = "", style: str = "", to: TextIO | None = None, indent: int = 0
+    ) -> None:
+        """Print a line, by default of results, wrapped on a terminal; a closed pipe raises nothing.
+
+        What is wrapped is indented by so many columns, or by two more than the line itself.
+        """
         stream = to or self.out
         text = self.sanitize(text)
         lines = [text]
         width = self.columns(stream)
         if len(text) > width:
-            indent = " " * (len(text) - len(text.lstrip()) + 2)
-            lines = textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False)
+            blanks = " " * (indent or len(text) - len(text.lstrip()) + 2)
+            lines = textwrap.wrap(text, width, subsequent_indent=blanks, break_on_hyphens=False)
         if style and stream.isatty() and self.is_smart and "NO_COLOR" not in os.environ:
             lines = [f"\x1b[{self.COLOURS[style]}m{line}\x1b[0m" for line in lines]
         self._put(stream, "".join(f"{line}\n" for line in lines))
@@ -10345,7 +10357,7 @@ async def confirm(run: RunContext, word: str, count: int, facts: Mapping[str, st
     to = console.out if console.out.isatty() else console.err  # what the user sees
     for name, fact in facts.items():
         if name:
-            console.print(f"{name:<12}  {fact}", to=to)
+            console.print(f"{name:<12}  {fact}", to=to, indent=14)
         else:
             console.print(fact, "bold", to)
     console.stream(f"Type {word} to continue, anything else to cancel: ", to)
@@ -10393,7 +10405,7 @@ def merge_facts(
     facts.update(warnings_to_confirm(plan))
     if plan.other_refs:
         facts["take no part"] = plan.others_line()
-    facts["cost"] = run.describe_cost(cost)
+    facts["takes"] = run.describe_cost(cost)
     facts["backups in"] = str(BACKUPS.resolve())
     facts[""] = "DevRev can't undo a merge; --undo restores most of it from the backups."
     return facts
@@ -10553,7 +10565,7 @@ def finish_run(
     if merger:
         spent = duration(run.environment.elapsed(run.started))
         requests = plural(run.record.requests_total or 0, "request")
-        run.console.print(f"cost     {requests}, {spent}")
+        run.console.print(f"took     {requests}, {spent}")
     print_report_paths(run)
     log.info("exit code %d", code)
     suggest_after_run(run, failures, code)
@@ -10746,7 +10758,7 @@ async def export(run: RunContext) -> int:
     requests = plural(sum(api.requests.values()), "request")
     console.print(f"exported {plural(rows, 'contact')} that share {emails} to {path}", "good")
     spent = duration(run.environment.elapsed(run.started))
-    console.print(f"cost     {requests}, {spent}; {plural(exporter.read, 'contact')} read")
+    console.print(f"took     {requests}, {spent}; {plural(exporter.read, 'contact')} read")
     if rows:
         command = command_line("--csv", str(path), "--preview", "--live")
         console.suggest("see what would be merged", command)
@@ -10920,7 +10932,7 @@ def restored_findings(run: RunContext, lists: Mapping[str, Sequence[Pair]]) -> F
             words = f"{name:<8} {pair.email}: {into(pair)}: {pair.code}: {pair.error}"
             found.say(words, "bad")
     if lists["to_undo"]:
-        found.say(f"All {UPDATES}")
+        found.say(f"These {UPDATES}")
         found.say(NOT_RESTORED)
         found.steps.append(("undo it", run.retyped(without=("--preview", "--json"))))
     found.say(run.record.headline, "bold")
