@@ -8470,6 +8470,8 @@ def settle_pair(pair: Pair) -> None:
     elif pair.new_ref and pair.state is State.MERGED:
         pair.reference_not_set = pair.new_ref
     pair.move_to(state, pair.code, pair.error)
+    if pair.reference_not_set:
+        pair.accepted += f"; {where_to_set(pair)}"
 
 
 def where_to_set(pair: Pair) -> str:
