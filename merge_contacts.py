@@ -4968,17 +4968,17 @@ class MergeGate:
     async def enter(self, pair: Pair, alone: bool = False) -> None:
         """Wait until a merge may be requested; `alone`: until no other is under way. Raises Cancelled."""
         primary = pair.primary.id
-        while True:
+        while primary not in self._under_way:  # one that is requested again goes on
             if alone and not self._alone:
                 self._alone = primary
             is_free = self._alone in ("", primary)
             is_serial = alone or self.one_at_a_time or not self.confirmed
             if is_free and not (is_serial and self.others_under_way(pair)):
                 self._under_way.add(primary)
-                return
-            future = self._cancel_token.future()
-            self._waiting.append(future)
-            await future
+            else:
+                future = self._cancel_token.future()
+                self._waiting.append(future)
+                await future
 
     def leave(self, pair: Pair) -> None:
         """Let others enter: the pair's merge is not under way, or not any more."""
@@ -6065,6 +6065,7 @@ class PairMerge:
             await self.timer.pause(self._busy_pauses.next())
         log.info("%s: DevRev may be busy (%s); requesting it again", self.pair.email, refusal)
         self._made_room = others
+        self.api.scheduler.end_merge(self.pair.ids)  # others would wait for the units it holds
         self.context.gate.leave(self.pair)
         await self.context.gate.enter(self.pair, alone=True)
         return True
@@ -6259,6 +6260,7 @@ class PairMerge:
         missing, status = await self.verifier.wait(self.timer.pause)
         if status is DuplicateStatus.EXISTS:
             return self._still_exists()
+        primary = await self._last_read()
         if missing:
             pair.left_behind = describe(pair.backup, missing)
             names = ", ".join(dict.fromkeys(item["display_id"] for item in pair.left_behind))
@@ -6267,7 +6269,6 @@ class PairMerge:
         if status:
             words = f"merged, but DevRev still lists {pair.duplicate.short_id} for its email"
             raise PairError("still_listed", words)
-        primary = await self._last_read()
         if pair.fields_to_carry and pair.carries_last:
             async with self.run.carry_lock:
                 primary = await self._carry_fields(primary)

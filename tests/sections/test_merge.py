@@ -33,7 +33,7 @@ def give_all(organisation: Organisation, giver: str, taker: str) -> None:
 
 # -- what a merge leaves behind ----------------------------------------------------------------------
 
-HUSKS = ("locked", "shadow", "unassigned", "no-email", "no-reference", "bare", "own-reference")
+HUSKS = ("locked", "shadow", "archived", "no-email", "no-reference", "bare", "own-reference")
 
 
 @pytest.mark.parametrize("stays", HUSKS)
@@ -44,7 +44,10 @@ def test_objects_prove_at_once_that_a_duplicate_which_stays_was_merged(
     scene.world.gone, scene.world.stays = "stays", stays
     run = scene.merge(*QUICK)
     assert run.code == 0 and scene.merged(*pairs)
-    assert run.count("rev-users.merge") == 3 and scene.clock.now < 20
+    assert run.count("rev-users.merge") == 3
+    for primary, duplicate in pairs:
+        merged = scene.organisation.merge_times[duplicate]
+        assert scene.organisation.reference_times[primary][-1][0] - merged < 2
 
 
 @pytest.mark.parametrize("stays", ["shadow", "no-email"])
@@ -136,15 +139,16 @@ def test_where_neither_contact_is_found_nothing_is_called_merged(
     scene: Scene, options: tuple[str, ...]
 ) -> None:
     pair = scene.pair(1, (1, 0), talk=False)
-    scene.world.merge_delay = 9e9
+    never = scene.fault("merge-never")
     everything = {"vanished": "*"}
+    scene.waive("a reference is moved after the merge", "DevRev says that the duplicate is gone")
     scene.after("rev-users.merge", lambda _: scene.world.__dict__.update(everything))
     run = scene.merge(*QUICK, *options)
     assert run.code == 1 and run.rows[pair[1] if not options else pair[0]]["state"] != "done"
     (entry,) = run.report["unfinished_merges"]
     assert entry["state"] in ("requested", "acknowledged")
     scene.world.vanished = ()
-    scene.world.merge_delay = 0.1
+    scene.world.faults.remove(never)
     scene.end()
 
 
@@ -211,11 +215,10 @@ def test_where_updates_are_refused_no_more_than_five_references_are_on_no_contac
 
 
 def test_merges_that_devrev_carries_out_into_others_stop_a_run(scene: Scene) -> None:
-    scene.pairs(12)
+    pairs = scene.pairs(12)
     other = scene.organisation.add_contact("Z", "another@example.com")
     scene.world.gone, scene.world.merge_delay = "primary", 9e9
-    for number in range(1, 13):
-        duplicate = scene.organisation.contacts[scene.pairs_made[number - 1][1]]["id"]
+    for _, duplicate in pairs:
         scene.after(
             "rev-users.merge",
             lambda devrev, one=duplicate: devrev.merge(other, one),
@@ -359,7 +362,7 @@ def test_a_cancelled_merge_is_never_requested_again_unnamed(scene: Scene) -> Non
 
 def test_a_merged_pair_can_be_settled_whatever_keeps_it_open(scene: Scene) -> None:
     pair = scene.pair(1)
-    scene.fault("500", "works.list", skip=6)
+    scene.after("rev-users.update", lambda _: scene.fault("500", "works.list"))
     run = scene.merge(*QUICK)
     assert run.rows[pair[1]]["state"] == "proving" and run.code in (1, 3)
     settled = scene.settle(FIRST)
@@ -396,7 +399,6 @@ def test_a_pair_whose_primary_was_merged_into_another_can_be_settled(scene: Scen
 def test_a_lost_backup_keeps_a_merged_pair_open_until_it_is_settled(scene: Scene) -> None:
     _, duplicate = scene.pair(1)
     scene.fault("500", "rev-users.update")
-    assert scene.settle(FIRST, "--quiet").code == 2 if False else True
     scene.merge(*QUICK)
     scene.world.faults.clear()
     scene.lose("backups")
@@ -454,7 +456,7 @@ def test_what_an_old_copy_of_the_savepoint_does_not_know_is_not_forgotten(scene:
     scene.put_back("savepoint.db")
     scene.clock.advance(600)
     found = json.loads(scene.run("--csv", "contacts.csv", "--preview", "--json").out)
-    assert len(found["to_finish"]) == scene.count("rev-users.merge")
+    assert len(found["to_finish"]) == 3
     scene.end()
     assert scene.merged(*pairs)
 
@@ -489,9 +491,8 @@ def test_a_pair_stays_requested_whatever_its_next_check_says(scene: Scene) -> No
     scene.lose_answer("rev-users.merge")
     scene.world.merge_delay = 300.0
     scene.after(
-        "rev-users.list",
+        "rev-users.merge",
         lambda devrev: devrev.give(works_of(devrev, duplicate)[0], "reported_by", [primary]),
-        n=2,
     )
     assert scene.merge(*QUICK).codes == {FIRST: "count_mismatch"}
     scene.clock.advance(600)
@@ -550,6 +551,7 @@ def test_a_pair_that_a_colleague_merges_just_before_is_ours_where_devrev_names_t
 def test_one_false_not_found_while_the_merge_is_pending_does_no_harm(scene: Scene) -> None:
     pairs = scene.pairs(2)
     scene.world.merge_delay = 1.5
+    scene.waive("a reference is moved after the merge", "DevRev says that the duplicate is gone")
     scene.fault("404", "rev-users.get", times=1)
     assert scene.merge("--merge-timeout", "30").code == 0
     assert scene.merged(*pairs) and scene.count("rev-users.merge") == 2
@@ -616,6 +618,7 @@ def test_what_a_merge_leaves_behind_is_named_and_verified_again_by_the_next_run(
 
 def test_lists_that_lag_behind_a_merge_are_waited_for(scene: Scene) -> None:
     pairs = scene.pairs(3)
+    scene.clock.advance(10.0)
     scene.world.list_lag = 5.0
     assert scene.merge("--merge-timeout", "60").code == 0 and scene.merged(*pairs)
 
@@ -666,7 +669,7 @@ def test_a_contact_that_the_token_may_not_touch_costs_its_own_pair_alone(
         assert run.codes["person2@example.com"] in ("forbidden", "merge_refused")
 
 
-@pytest.mark.parametrize("gone", ["400", "403", "410", "500", "hang", "garbage"])
+@pytest.mark.parametrize("gone", ["400", "403", "410", "500", "hang", "shape"])
 def test_lists_decide_where_polls_of_a_merged_contact_tell_nothing(scene: Scene, gone: str) -> None:
     pairs = scene.pairs(2)
     scene.world.gone = gone
