@@ -176,11 +176,6 @@ def fsync(handle):
     flush(handle)
 os.fsync = fsync
 """
-NO_PERMISSIONS = """
-def chmod(*args, **kwargs):
-    raise PermissionError(errno.EPERM, "Operation not permitted")
-os.chmod = chmod
-"""
 NO_FILE_FLUSH = """
 flush = os.fsync
 def fsync(handle):
@@ -202,28 +197,6 @@ def test_a_folder_that_can_not_be_flushed_is_warned_of_once(place: Workplace, na
     assert_merged(organisation, pairs)
     assert result.err.count("warning: ") == result.err.count("can't flush a folder") == 1
     assert "a power cut may lose new names" in result.err
-
-
-@posix
-def test_a_folder_of_another_user_is_used_as_it_is(place: Workplace) -> None:
-    organisation, pairs = organisation_of_pairs(3)
-    place.export(organisation)
-    (place.folder / "backups").mkdir(mode=0o755)
-    with Sandbox(organisation) as sandbox:
-        result = place.run(sandbox, check=0, **machine(place.folder / "site", NO_PERMISSIONS))
-    assert_merged(organisation, pairs)
-    assert result.err.count("warning: ") == result.err.count("its permissions can't be set") == 1
-
-
-@posix
-def test_backups_that_others_could_read_are_closed_to_them(place: Workplace) -> None:
-    organisation, _ = organisation_of_pairs(1)
-    place.export(organisation)
-    (place.folder / "backups").mkdir()
-    (place.folder / "backups").chmod(0o755)
-    with Sandbox(organisation) as sandbox:
-        place.run(sandbox, check=0)
-    assert (place.folder / "backups").stat().st_mode & 0o777 == 0o700
 
 
 @posix
@@ -365,7 +338,7 @@ def test_a_quote_that_is_not_closed_and_the_file_of_the_token_are_named(place: W
     with Sandbox(organisation) as sandbox:
         path.write_text('# ours\nDEVREV_API_TOKEN="sandbox-token\n', encoding="utf-8")
         result = place.run(sandbox, "--check", check=2, DEVREV_API_TOKEN="")
-        assert ".env, line 2 is ignored: the quote is not closed" in result.err
+        assert ".env, line 2 is ignored" in result.err and "quote is not closed" in result.err
         assert "only a merge shows" not in result.out
         path.write_text('DEVREV_API_TOKEN="sandbox-token"\n', encoding="utf-8")
         result = place.run(sandbox, "--check", check=0, DEVREV_API_TOKEN="")
@@ -581,15 +554,6 @@ def test_an_undo_from_another_folder_is_refused_before_any_request(
         done = exactly(elsewhere, sandbox, "--undo", str(report), "--yes")
         assert done.returncode == 2 and f"run --undo in {place.folder}" in done.stderr
         assert len(sandbox.requests) == before
-
-
-# ----- forecasts -----------------------------------------------------------------------------------
-
-
-def test_the_forecast_near_the_end_of_a_window_is_the_rest_of_that_window(place: Workplace) -> None:
-    """The backups have used the window up; what is left fits into the next one."""
-    window = dict(requests=68, room=0, wait=3.0, limit=200, window=60.0)
-    assert tool.seconds_in_windows(**window) == 3.0
 
 
 # ----- what a new user reads -----------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The machine: whom the tool trusts on it, what it writes and in which order, what it sends where."""
 
 import contextlib
+import errno
 import gzip
 import io
 import json
@@ -278,14 +279,22 @@ def test_backups_that_are_a_link_to_a_larger_disk_are_used_as_they_are(place: Wo
 
 
 @posix
+@pytest.mark.parametrize("is_refused", [False, True])
 def test_where_modes_do_not_stick_one_warning_says_so(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    is_refused: bool,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    def chmod(*_: Any) -> None:
+        if is_refused:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+
     monkeypatch.setattr(tool.log, "propagate", True)
     for name in ("backups", "logs", "reports"):
         Path(name).mkdir()
         Path(name).chmod(0o777)
-    monkeypatch.setattr(Path, "chmod", lambda *_: None)
+    monkeypatch.setattr(Path, "chmod", chmod)
     environment = tool.Environment(tool.ApiSettings(token=""))
     for name in ("backups", "logs", "reports"):
         environment.make_private_dir(Path(name))

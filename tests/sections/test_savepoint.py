@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -29,7 +28,8 @@ from merge_contacts import (
     StoredPair,
     winning_row,
 )
-from tests.sandbox import Fault, Organisation, Request, Sandbox
+from tests.sandbox import Fault, Organisation, Sandbox
+from tests.simulation.scene import Scene
 from tests.support import ROOT, Workplace, assert_merged, organisation_of_pairs
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals or mounts")
@@ -318,41 +318,26 @@ def assert_each_in_one_report(place: Workplace, pairs: List[Tuple[str, str]]) ->
     )
 
 
-@posix
 @pytest.mark.parametrize(
-    "number, stage, stored", [(1, "before", False), (1, "after", True), (2, "after", True)]
+    "step, stored",
+    [
+        ("before the commit of savepoint.db", False),
+        ("after the commit of savepoint.db", True),
+        ("after the commit of savepoint-copy.db", True),
+    ],
 )
 def test_a_request_that_was_killed_while_it_was_written_is_polled_for(
-    place: Workplace, number: int, stage: str, stored: bool
+    scene: Scene, step: str, stored: bool
 ) -> None:
-    """The second commit is the copy's; only after it the request may have been sent."""
-    organisation, pairs = organisation_of_pairs(1)
-    place.export(organisation)
-    with Sandbox(organisation) as sandbox:
-        first = place.run(sandbox, python=[*odd_machine, f"kill={number}:{stage}"])
-        assert first.code == -signal.SIGKILL and not organisation.merges
-        place.run(sandbox, "--merge-timeout", "4", check=0)
-        assert sandbox.count("rev-users.merge") == 1
-    before, _, _ = place.logs().partition("requesting the merge of")
-    assert ("rev-users.get for D1 -> 200" in before) == stored
-    assert_merged(organisation, pairs)
-    assert_each_in_one_report(place, pairs)
-
-
-@pytest.mark.parametrize("path, other", [("savepoint.db", "backups/savepoint-copy.db")] * 1)
-def test_a_damaged_savepoint_is_exit_2_before_the_first_request(
-    place: Workplace, path: str, other: str
-) -> None:
-    organisation, _ = organisation_of_pairs(2)
-    place.export(organisation)
-    with Sandbox(organisation) as sandbox:
-        place.run(sandbox, "--limit", "1", check=0)
-        data = (place.folder / path).read_bytes()
-        (place.folder / path).write_bytes(data[:4096] + os.urandom(len(data) - 4096))
-        requests = len(sandbox.requests)
-        result = place.run(sandbox, check=2)
-        assert f"{path} is damaged" in result.err and other in result.err
-        assert len(sandbox.requests) == requests
+    """The copy's commit is the second one; only after it the request may have been sent."""
+    pair = scene.pair(1)
+    scene.kill(step, 5)  # opening, organisation, the run, its backup, and the request
+    assert scene.merge().code is None and scene.count("rev-users.merge") == 0
+    run = scene.merge()
+    asked = [one.endpoint for one in run.requests]
+    before = asked[: asked.index("rev-users.merge")]
+    assert run.code == 0 and ("rev-users.get" in before) is stored
+    assert scene.merged(pair) and scene.count("rev-users.merge") == 1
 
 
 @posix
@@ -470,142 +455,85 @@ def swap(place: Workplace, organisation: str, other: str) -> None:
             db.commit()
 
 
-@pytest.mark.parametrize("offset", [-86400, 86400])
+@pytest.mark.parametrize("seconds", [-86400.0, 86400.0])
 def test_a_clock_that_was_set_is_no_reason_to_wait_longer_than_the_merge_timeout(
-    place: Workplace, offset: int
+    scene: Scene, seconds: float
 ) -> None:
-    """The first run is a day ahead or behind: its request lies in the future of the second run, or in its past."""
-    organisation, pairs = organisation_of_pairs(1)
-    place.export(organisation)
-    with Sandbox(
-        organisation, faults=[Fault("merge-never", "rev-users.merge", times=1)]
-    ) as sandbox:
-        place.run(
-            sandbox, "--merge-timeout", "1", python=[*odd_machine, f"clock={offset}"], check=1
-        )
-        result = place.run(sandbox, "--merge-timeout", "2", check=0, timeout=30)
-    assert_merged(organisation, pairs)
-    assert 0 <= result.report["successful_merges"][0]["seconds"] < 30
-    assert_each_in_one_report(place, pairs)
+    """The first request lies a day ahead or back of the second run."""
+    pair = scene.pair(1)
+    scene.fault("merge-never", "rev-users.merge", times=1)
+    scene.merge("--merge-timeout", "20")
+    scene.clock.set_by += seconds
+    begun = scene.clock.now
+    assert scene.merge("--merge-timeout", "20").code == 0 and scene.merged(pair)
+    assert scene.clock.now - begun < 60
 
 
 def test_a_savepoint_that_is_lost_with_its_copy_is_not_taken_for_a_new_folder(
-    place: Workplace,
+    scene: Scene,
 ) -> None:
-    organisation, pairs = organisation_of_pairs(2)
-    place.export(organisation)
-    with Sandbox(organisation) as sandbox:
-        place.run(sandbox, "--limit", "1", check=0)
-        kept = [place.folder / "savepoint.db", place.folder / "backups" / "savepoint-copy.db"]
-        older = [path.read_bytes() for path in kept]
-        place.run(sandbox, check=0)
-        report = max((place.folder / "reports").glob("*.json"))
-        for contents in (older, [None, None]):
-            for path, content in zip(kept, contents):
-                path.unlink()
-                if content:
-                    path.write_bytes(content)
-            requests = len(sandbox.requests)
-            result = place.run(sandbox, check=2)
-            assert "put back from an older copy" in result.err and len(sandbox.requests) == requests
-            named = (
-                report
-                if contents is older
-                else sorted((place.folder / "reports").glob("*.json"))[0]
-            )
-            assert f"reports/{named.name}" in result.err.replace("\\", "/")
-        # Who knows better moves the reports away.
-        for path in (place.folder / "reports").glob("*.json"):
-            path.unlink()
-        assert place.run(sandbox).code in (0, 1)
-    assert_merged(organisation, pairs)
+    pairs = scene.pairs(2)
+    files = ("savepoint.db", "savepoint-copy.db")
+    scene.merge("--limit", "1")
+    scene.keep(*files)
+    scene.merge()
+    requests = len(scene.world.requests)
+    for is_older in (True, False):
+        for name in files:
+            scene.lose(name)
+        if is_older:
+            scene.put_back(*files)
+        run = scene.merge()
+        assert run.code == 2 and "put back from an older copy" in run.refusal
+        assert len(scene.world.requests) == requests
+    scene.lose("merge_report_*.json")  # who knows better moves the reports away
+    assert scene.merge().code == 0 and scene.merged(*pairs)
 
 
 # -- a report for each run ----------------------------------------------------------------------------
 
 
-@posix
 def test_a_killed_run_gets_its_report_from_the_next_and_each_pair_stands_in_one(
-    place: Workplace,
+    scene: Scene,
 ) -> None:
-    organisation, pairs = organisation_of_pairs(4)
-    place.export(organisation)
-    process: List[Any] = []
-    with Sandbox(organisation) as sandbox:
-
-        def kill(stage: str, request: Request) -> None:
-            if (
-                stage == "before"
-                and request.endpoint == "rev-users.merge"
-                and sandbox.count("rev-users.merge") >= 3
-                and process
-            ):
-                process.pop().kill()
-
-        sandbox.on_request = kill
-        process.append(place.start(sandbox, "--workers", "1"))
-        killed = process[0]
-        killed.communicate(timeout=60)
-        assert killed.returncode == -signal.SIGKILL and not reports_of(place)
-        place.run(sandbox, "--merge-timeout", "8", check=0)
-        first, second = reports_of(place)
-        assert (first["run"]["exit_code"], first["run"]["stopped"], first["run"]["end"]) == (
-            None,
-            "killed",
-            None,
-        )
-        assert first["run"]["plan_id"] == second["run"]["plan_id"]
-        assert (
-            first["run"]["csv"] == second["run"]["csv"]
-            and first["run"]["token_owner"] == second["run"]["token_owner"]
-        )
-        assert [first[name] for name in ("skipped", "look_alikes", "invalid_rows")] == [
-            None,
-            None,
-            None,
-        ]
-        assert first["summary"]["pairs_planned"] is None and first["summary"]["left"] is None
-        assert {entry["in_csv"] for entry in first["successful_merges"]} <= {None}
-        assert second["run"]["exit_code"] == 0 and second["schema"] == first["schema"]
-        assert len(list((place.folder / "reports").glob("*.csv"))) == 2
-        assert len(list((place.folder / "reports").glob("*.html"))) == 2
-        assert_each_in_one_report(place, pairs)
-        # A report that the user has deleted is not written again.
-        for path in list((place.folder / "reports").iterdir()):
-            path.unlink()
-        place.run(sandbox, check=0)
-        (third,) = reports_of(place)
-        assert third["summary"]["already_merged"] == 4 and third["successful_merges"] == []
-    assert_merged(organisation, pairs)
+    pairs = scene.pairs(4)
+    scene.kill("sending rev-users.merge", 3)
+    assert scene.merge("--workers", "1").code is None
+    assert not list(Path("reports").iterdir())
+    assert scene.merge().code == 0 and scene.merged(*pairs)
+    first, second = (
+        json.loads(path.read_bytes()) for path in sorted(Path().glob("reports/*.json"))
+    )
+    ended = [first["run"][name] for name in ("exit_code", "stopped", "end")]
+    assert ended == [None, "killed", None] and second["run"]["exit_code"] == 0
+    for name in ("plan_id", "csv", "token_owner"):
+        assert first["run"][name] == second["run"][name]
+    # What only the CSV could give is not known.
+    assert [first[name] for name in ("skipped", "look_alikes", "invalid_rows")] == [None] * 3
+    assert first["summary"]["pairs_planned"] is None and first["summary"]["left"] is None
+    assert {entry["in_csv"] for entry in first["successful_merges"]} <= {None}
+    assert len([*first["successful_merges"], *second["successful_merges"]]) == 4
+    assert (
+        len(list(Path("reports").glob("*.csv"))) == len(list(Path("reports").glob("*.html"))) == 2
+    )
+    # A report that the user has deleted is not written again.
+    scene.lose("merge_report_*.json")
+    third = scene.merge()
+    assert third.report["summary"]["already_merged"] == 4 and not third.report["successful_merges"]
+    assert len(list(Path("reports").glob("*.json"))) == 1
 
 
-@posix
-@pytest.mark.parametrize(
-    "writes_before_the_end", [1, 3, 5, 7, pytest.param(2, marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("stage", ["before", "after"])
+@pytest.mark.parametrize("step", ["before", "after"])
+@pytest.mark.parametrize("suffix", ["json", "html", "csv"])
 def test_a_kill_while_the_report_is_written_leaves_each_pair_in_one_report(
-    place: Workplace, writes_before_the_end: int, stage: str
+    scene: Scene, step: str, suffix: str
 ) -> None:
-    organisation, pairs = organisation_of_pairs(1)
-    place.export(organisation)
-    killer = [sys.executable, str(ROOT / "tests" / "process" / "killer.py")]
-    counted = Workplace(place.folder / "counted")
-    counted.folder.mkdir()
-    twin, _ = organisation_of_pairs(1)
-    counted.export(twin)
-    with Sandbox(twin) as sandbox:
-        writes = int(
-            counted.run(sandbox, python=[*killer, "0", "-"], check=0).err.rpartition(": ")[2]
-        )
-    with Sandbox(organisation) as sandbox:
-        number = str(writes + 1 - writes_before_the_end)
-        assert place.run(sandbox, python=[*killer, number, stage]).code == -signal.SIGKILL
-        place.run(sandbox, "--merge-timeout", "8", check=0)
-        assert_each_in_one_report(place, pairs)
-        assert [report["run"]["kind"] for report in reports_of(place)] == ["merge", "merge"]
-        assert len(list((place.folder / "reports").glob("*.csv"))) == 2
-    assert_merged(organisation, pairs)
+    pair = scene.pair(1)
+    scene.kill(f"{step} naming merge_report_20")
+    scene.merge()
+    scene.merge()
+    scene.end()
+    assert scene.merged(pair)
 
 
 UNDO = {"path": "x", "state_before": "done", "merge_run": "", "merge_revision": 1}
