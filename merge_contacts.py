@@ -3330,6 +3330,7 @@ class Reading:
         self.seen: set[int] = set()  # hashes of ids
         self.cursors: set[str] = set()
         self.has_shifted = False  # an item was on two pages, so another may have been on none
+        self.has_repeated = False  # a whole page came again, perhaps in place of another
         self._stale = 0
         self._empty = 0
 
@@ -3339,6 +3340,7 @@ class Reading:
         if not ids:
             self._empty += 1
         elif ids <= self.seen:
+            self.has_repeated = True
             self._stale += 1
         else:
             self._stale = 0
@@ -3359,6 +3361,7 @@ class DevRevAPI:
     """
 
     READINGS = 4  # of a list that shifts
+    MOST_OVER_QUOTA = 35  # 429s in a row to one endpoint
 
     def __init__(
         self, settings: ApiSettings, environment: Environment, cancel_token: CancelToken
@@ -3368,6 +3371,7 @@ class DevRevAPI:
         self.cancel_token = cancel_token
         self.scheduler = RequestScheduler(environment, cancel_token, settings)
         self.requests: dict[str, int] = collections.Counter()
+        self._over_quota: dict[str, int] = collections.Counter()  # 429s in a row by endpoint
         self.writes = 0  # requests that may have changed DevRev
         self.work_kinds: tuple[str, ...] = TICKETS_AND_ISSUES + OTHER_WORKS  # that lists name
         self.warnings: list[str] = []  # of what the token can't see
@@ -3410,14 +3414,15 @@ class DevRevAPI:
         """
         pauses = Backoff(0.2, 8.0)
         attempts = 0
-        over_quota = 0
         while True:
             answer, since = await self._send(endpoint, body, key, options, deadline, before)
+            if answer.status != 429:
+                self._over_quota[endpoint] = 0
             if is_good(answer, key):
                 return answer.data or {}, since
             if answer.status == 429:  # the scheduler holds the next one back
-                over_quota += 1
-                if over_quota > self.scheduler.breaker.most_over_quota:
+                self._over_quota[endpoint] += 1
+                if self._over_quota[endpoint] > self.MOST_OVER_QUOTA:
                     words = "over quota, however long one waits"
                     raise ApiError(endpoint, 429, words, answer.data or {})
                 continue
@@ -3535,14 +3540,16 @@ class DevRevAPI:
                 continue
             readings += 1
             has_shifted = has_shifted or reading.has_shifted
-            if not has_shifted or (readings > 1 and len(known) == before):
+            adds_nothing = readings > 1 and len(known) == before
+            if not has_shifted or (adds_nothing and not reading.has_repeated):
                 return
             if readings == self.READINGS:
                 raise IncompleteList(endpoint, "its items move while it is read, again and again")
             log.info("%s: an item is on two pages; reading the list again", endpoint)
             before = len(known)
             reading = Reading()
-            del page["cursor"]
+            # Where always the same page is left out, others are with another length.
+            page = {"limit": PAGE // (readings + 1), **body}
 
     async def get_one(
         self,
@@ -9500,7 +9507,8 @@ def build_parser() -> OptionParser:
     several: Json = {"nargs": "+", "action": "extend"}
     group = parser.add_argument_group("Input")
     words = "the contacts: one CSV, or all parts of one export"
-    add("--csv", words, metavar="PATH", type=Path, **several)
+    with_csv = [mode for mode in MODES if mode != "export"]
+    add("--csv", words, with_csv, metavar="PATH", type=Path, **several)
     words = "a CSV that says which reference a group keeps"
     add("--choices", words, planning, metavar="PATH", type=Path)
     words = "merge only this address; repeatable"

@@ -12,93 +12,82 @@ import sys
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Callable, Coroutine, Dict, Iterator, List, Optional, Tuple, TypeVar
+from typing import Any, Callable, Coroutine, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 
 import merge_contacts as tool
 from tests.sandbox import Organisation, Sandbox
+from tests.simulation.scene import Scene
+from tests.simulation.world import Clock, Headers, Loop, run_to_the_end
 from tests.support import ROOT, Workplace, assert_merged, organisation_of_pairs
 
-T = TypeVar("T")
-Answer = Tuple[int, Any]  # status, JSON or raw bytes
+Answer = Any  # status, JSON or raw bytes, perhaps headers
+Respond = Callable[[str, Dict[str, Any]], Answer]
+Work = Callable[["tool.DevRevAPI"], Coroutine[Any, Any, Any]]
 ORG = "don:identity:dvrv-us-1:devo/TEST"
 ONE, TWO, THREE = (f"{ORG}:revu/{key}" for key in ("ONE", "TWO", "THREE"))
 OPTIONS = tool.RequestOptions(tool.FINISH)
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: "Server"
+class Scripted(tool.Environment):
+    """Answers each request with what `respond(endpoint, body)` returns, in simulated time."""
 
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        endpoint = self.path.lstrip("/")
-        with self.server.lock:
-            self.server.requests.append((endpoint, body))
-        status, content, *headers = self.server.respond(endpoint, body)
-        payload = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in headers[0].items() if headers else ():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        if status != 204:
-            self.wfile.write(payload)
-
-
-class Server(ThreadingHTTPServer):
-    """Answers each request with what `respond(endpoint, body)` returns."""
-
-    daemon_threads = True
-
-    def __init__(self, respond: Callable[[str, Dict[str, Any]], Any]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, respond: Respond, retries: int) -> None:
+        super().__init__(tool.ApiSettings("a-token-of-some-length", calls=0, retries=retries))
         self.respond = respond
         self.requests: List[Tuple[str, Dict[str, Any]]] = []
-        self.lock = threading.Lock()
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        self.times: List[float] = []
+        self.clock = Clock()
 
-    def __exit__(self, *_: Any) -> None:
-        self.shutdown()
-        self.server_close()
+    def now(self) -> "tool.Timestamp":
+        return tool.Timestamp(self.clock.wall, self.clock.steady)
+
+    async def post(
+        self, endpoint: str, body: Dict[str, Any], deadline: Optional[float] = None
+    ) -> "tool.HttpResponse":
+        body = json.loads(json.dumps(body))
+        self.requests.append((endpoint, body))
+        self.times.append(self.clock.now)
+        self.clock.last_progress = self.clock.now
+        await asyncio.sleep(0.001)
+        status, content, *headers = self.respond(endpoint, body)
+        if status is None:
+            return tool.HttpResponse(None, {}, None, "no connection", sent=content)
+        raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+        data, problem = tool.parse_body(status, raw, self.settings)
+        return tool.HttpResponse(status, Headers(headers[0] if headers else {}), data, problem)
 
     @property
     def counts(self) -> Dict[str, int]:
         return Counter(endpoint for endpoint, _ in self.requests)
 
+    def run(self, work: Work) -> Any:
+        """Do some work with a client of it."""
 
-def call(
-    url: str,
-    work: Callable[["tool.DevRevAPI"], Coroutine[Any, Any, T]],
-    retries: int = 1,
-    timeout: float = 20.0,
-) -> T:
-    """Do some work with a client of this server."""
+        async def main() -> Any:
+            return await work(tool.DevRevAPI(self.settings, self, tool.CancelToken()))
 
-    async def main() -> T:
-        settings = tool.ApiSettings(
-            "a-token-of-some-length", url, 0, timeout=timeout, retries=retries
-        )
+        return run_to_the_end(Loop(self.clock), main())
+
+
+def ask(respond: Respond, work: Work, retries: int = 1) -> Tuple[Any, Scripted]:
+    scripted = Scripted(respond, retries)
+    return scripted.run(work), scripted
+
+
+def call(url: str, work: Work, timeout: float = 20.0) -> Any:
+    """Do some work with a client of the server at `url`."""
+
+    async def main() -> Any:
+        settings = tool.ApiSettings("a-token", url, 0, timeout=timeout, retries=1)
         return await work(tool.DevRevAPI(settings, tool.Environment(settings), tool.CancelToken()))
 
     return asyncio.run(main())
 
 
-def ask(
-    respond: Callable[[str, Dict[str, Any]], Any],
-    work: Callable[["tool.DevRevAPI"], Coroutine[Any, Any, T]],
-) -> Tuple[T, Server]:
-    with Server(respond) as server:
-        return call(f"http://127.0.0.1:{server.server_port}", work), server
-
-
-def answering(*answer: Any) -> Callable[[str, Dict[str, Any]], Any]:
+def answering(*answer: Any) -> Respond:
     return lambda _endpoint, _body: answer
 
 
@@ -211,13 +200,60 @@ def test_a_request_with_a_deadline_is_sent_once() -> None:
 
     async def poll(api: "tool.DevRevAPI") -> int:
         with pytest.raises(tool.NoUsableResponse):
-            await api.poll_duplicate(ONE, TWO, OPTIONS, 0.2)
+            await api.poll_duplicate(TWO, ADA, OPTIONS, 0.2)
         with pytest.raises(tool.NoUsableResponse):
             await api.update_contact(ONE, {"external_ref": "user_1"}, OPTIONS, 0.2)
         return sum(api.requests.values())
 
     with listener:
         assert call(url, poll) == 2
+
+
+# -- repeating ---------------------------------------------------------------------------------------
+
+
+def get(api: "tool.DevRevAPI") -> Any:
+    return api.contact(ONE)
+
+
+@pytest.mark.parametrize("retries", [0, 1, 5, 8])
+def test_a_request_is_repeated_so_often_after_pauses_that_grow(retries: int) -> None:
+    scripted = Scripted(answering(408, {"type": "timeout", "message": "?"}), retries)
+    with pytest.raises(tool.NoUsableResponse):
+        scripted.run(get)
+    assert len(scripted.requests) == 1 + retries
+    gaps = [later - earlier for earlier, later in zip(scripted.times, scripted.times[1:])]
+    for number, gap in enumerate(gaps):
+        longest = min(8.0, 0.2 * 2**number)
+        assert longest / 2 <= gap - 0.001 <= longest + 0.001
+
+
+@pytest.mark.parametrize("sent, requests", [(True, 1), (False, 2)])
+def test_a_write_whose_answer_is_lost_is_sent_again_only_where_it_was_not_sent(
+    sent: bool, requests: int
+) -> None:
+    async def create(api: "tool.DevRevAPI") -> None:
+        with pytest.raises(tool.NoUsableResponse):
+            await api.create_contact({"email": "x"}, OPTIONS)
+        assert api.writes == (1 if sent else 0)
+
+    assert len(ask(answering(None, sent), create)[1].requests) == requests
+
+
+def test_whether_devrev_is_down_shows_a_request_that_names_no_object() -> None:
+    def respond(endpoint: str, _body: Dict[str, Any]) -> Answer:
+        return (200, {"dev_user": {}}) if endpoint == "dev-users.self" else (500, {"message": "?"})
+
+    async def work(api: "tool.DevRevAPI") -> None:
+        for _ in range(4):
+            with pytest.raises(tool.NoUsableResponse):
+                await get(api)
+        assert api.cancel_token.stop is None
+
+    _, scripted = ask(respond, work, retries=5)
+    names = [endpoint for endpoint, _ in scripted.requests]
+    assert names[:5] == ["rev-users.get"] * 3 + ["dev-users.self", "rev-users.get"]
+    assert scripted.counts["rev-users.get"] == 4 * 6
 
 
 # -- what acknowledges a merge -----------------------------------------------------------------------
@@ -261,7 +297,11 @@ def test_other_endpoints_need_their_object(answer: Answer) -> None:
 # -- lists -------------------------------------------------------------------------------------------
 
 
-def pages_of(*pages: Any) -> Callable[[str, Dict[str, Any]], Any]:
+def timeline(api: "tool.DevRevAPI") -> Any:
+    return api.timeline("don:core:x:ticket/1")
+
+
+def pages_of(*pages: Any) -> Respond:
     """Pages of timeline entries, each a list of keys, under the cursors 1, 2, …; the last has none."""
 
     def respond(_endpoint: str, body: Dict[str, Any]) -> Answer:
@@ -277,19 +317,18 @@ def pages_of(*pages: Any) -> Callable[[str, Dict[str, Any]], Any]:
     [
         ([[1, 2], [3]], "123", 1),
         ([[], [], [], [], [1], [], [2]], "12", 1),
-        ([[1], [1], [1], [2]], "12", 2),
         ([[], []], "", 1),
         ([[1], *[[]] * 99, [2], *[[]] * 99, [3]], "123", 1),
-        ([[1], [1], [], [2], [2], [1], [3]], "123", 2),
+        ([[1, 2], [2, 3], [3, 4]], "1234", 2),
     ],
 )
 def test_only_the_absence_of_a_cursor_ends_a_list(pages: Any, ids: str, readings: int) -> None:
-    items, server = ask(pages_of(*pages), lambda api: api.timeline("don:core:x:ticket/1"))
+    items, server = ask(pages_of(*pages), timeline)
     assert "".join(item["id"] for item in items) == ids
     assert len(server.requests) == readings * len(pages)
 
 
-def readings_of(*readings: Any) -> Callable[[str, Dict[str, Any]], Any]:
+def readings_of(*readings: Any) -> Respond:
     """A list that shows other pages each time that it is read from its beginning."""
     number = -1
 
@@ -306,22 +345,22 @@ def readings_of(*readings: Any) -> Callable[[str, Dict[str, Any]], Any]:
     [
         ([[[1, 2], [2, 4]], [[1, 2], [3, 4]], [[1, 2], [3, 4]]], "1243", 6),
         ([[[1, 2], [2, 4]], [[1, 2], [4]]], "124", 4),
+        ([[[1], [1], [1], [2]], [[1], [2]]], "12", 6),
         ([[[1], [1]], [[1], [2]], [[1], [3]], [[1], [2], [3]]], "123", 9),
         ([[[1], [1]], [[1], [2]], [[1], [3]], [[1], [4]]], None, 8),
+        ([[[1], [1], [3]]], None, 12),  # in place of 2, each time
     ],
 )
 def test_a_list_that_shifts_is_read_again_until_a_reading_adds_nothing(
     readings: Any, ids: Optional[str], requests: int
 ) -> None:
-    with Server(readings_of(*readings)) as server:
-        url = f"http://127.0.0.1:{server.server_port}"
-        if ids is None:
-            with pytest.raises(tool.IncompleteList, match="its items move"):
-                call(url, lambda api: api.timeline("don:core:x:ticket/1"))
-        else:
-            items = call(url, lambda api: api.timeline("don:core:x:ticket/1"))
-            assert "".join(item["id"] for item in items) == ids
-        assert len(server.requests) == requests
+    scripted = Scripted(readings_of(*readings), 1)
+    if ids is None:
+        with pytest.raises(tool.IncompleteList, match="its items move"):
+            scripted.run(timeline)
+    else:
+        assert "".join(item["id"] for item in scripted.run(timeline)) == ids
+    assert len(scripted.requests) == requests
 
 
 @pytest.mark.parametrize("status", [400, 404, 410, 422])
@@ -336,20 +375,17 @@ def test_a_list_whose_cursor_expires_is_read_again_once(status: int, times: int)
             return status, {"type": "bad_request", "message": "bad cursor"}
         return pages_of([1], [2], [3])(endpoint, body)
 
-    def read(api: "tool.DevRevAPI") -> Any:
-        return api.timeline("don:core:x:ticket/1")
-
     if times == 1:
-        items, server = ask(respond, read)
+        items, server = ask(respond, timeline)
         assert [item["id"] for item in items] == ["1", "2", "3"] and len(server.requests) == 6
     else:
         with pytest.raises(tool.IncompleteList, match="cursors are refused"):
-            ask(respond, read)
+            ask(respond, timeline)
 
 
 def test_a_refused_first_page_is_no_matter_of_cursors() -> None:
     with pytest.raises(tool.ApiError, match="answered 400"):
-        ask(answering(400, {"type": "bad_request", "message": "?"}), lambda api: api.timeline("x"))
+        ask(answering(400, {"type": "bad_request", "message": "?"}), timeline)
 
 
 @pytest.mark.parametrize(
@@ -358,13 +394,10 @@ def test_a_refused_first_page_is_no_matter_of_cursors() -> None:
     ids=["a hundred empty", "three seen before", "both by turns"],
 )
 def test_a_list_that_never_ends_is_an_error(pages: Any, most: int) -> None:
-    with Server(pages_of(*pages)) as server:
-        with pytest.raises(tool.NoUsableResponse, match="bring nothing new"):
-            call(
-                f"http://127.0.0.1:{server.server_port}",
-                lambda api: api.timeline("don:core:x:ticket/1"),
-            )
-        assert len(server.requests) == most
+    scripted = Scripted(pages_of(*pages), 1)
+    with pytest.raises(tool.IncompleteList, match="bring nothing new"):
+        scripted.run(timeline)
+    assert len(scripted.requests) == most
 
 
 def test_a_cursor_that_repeats_is_an_error() -> None:
@@ -375,39 +408,26 @@ def test_a_cursor_that_repeats_is_an_error() -> None:
                 200,
                 {"timeline_entries": [{"id": str(next(keys))}], "next_cursor": "same"},
             ),
-            lambda api: api.timeline("don:core:x:ticket/1"),
+            timeline,
         )
 
 
-SHAPES = [
-    None,
-    {},
-    "x",
-    7,
-    ["x"],
-    [{}],
-    [{"id": None}],
-    [{"id": 7}],
-    [{"id": ""}],
-    [None],
-]
+SHAPES = [None, {}, "x", 7, ["x"], [{}], [{"id": None}], [{"id": 7}], [{"id": ""}], [None]]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=repr)
 def test_a_list_of_another_shape_fails_its_request_alone(shape: Any) -> None:
     with pytest.raises(tool.NoUsableResponse):
-        ask(
-            answering(200, {"timeline_entries": shape}),
-            lambda api: api.timeline("don:core:x:ticket/1"),
-        )
+        ask(answering(200, {"timeline_entries": shape}), timeline)
 
 
 # -- polls -------------------------------------------------------------------------------------------
 
-EXISTS, GONE, IN_PRIMARY = tool.DuplicateStatus
+EXISTS, CHANGED, NOT_FOUND, DELETED, IN_PRIMARY = tool.DuplicateStatus
+ADA = tool.Contact(ONE, "Ada", "Ada@Example.com", "REVU-1", "", 0, "", "")
 MOVED = f"https://api.example.com/rev-users.get?id={TWO}"
 POLLS = [
-    ((404, {"type": "not_found", "message": "no such user"}), GONE),
+    ((404, {"type": "not_found", "message": "no such user"}), NOT_FOUND),
     ((404, {"message": "route not found"}), tool.ApiError),  # which says nothing of any contact
     ((404, {"type": "gone_fishing", "message": "?"}), tool.NoUsableResponse),
     ((404, b"<html>"), tool.NoUsableResponse),
@@ -418,11 +438,12 @@ POLLS = [
     ((301, {}, {"Location": "::not a URL%%%"}), tool.NoUsableResponse),
     ((302, {}, {"Location": "https://login.example.com/"}), tool.NoUsableResponse),
     ((301, {}), tool.NoUsableResponse),
-    ((200, {"rev_user": user(state="deleted")}), GONE),
+    ((200, {"rev_user": user(state="deleted")}), DELETED),
     ((200, {"rev_user": user()}), EXISTS),
-    ((200, {"rev_user": user(state="locked")}), EXISTS),
-    ((200, {"rev_user": user(state="deactivated")}), EXISTS),
-    ((200, {"rev_user": user(state="shadow")}), EXISTS),
+    *(((200, {"rev_user": user(state=one)}), CHANGED) for one in ("locked", "shadow", "x")),
+    ((200, {"rev_user": user(email="bob@example.com")}), CHANGED),
+    ((200, {"rev_user": user(email=None)}), CHANGED),
+    ((200, {"rev_user": user(external_ref="user_1")}), CHANGED),
     ((200, {"rev_user": user(state="shadow", primary_identity={"id": TWO})}), IN_PRIMARY),
     ((200, {"rev_user": user(state="shadow", primary_identity={"id": THREE})}), tool.PairError),
     ((200, {"rev_user": user(TWO)}), IN_PRIMARY),
@@ -450,7 +471,7 @@ def test_a_poll_shows_what_has_become_of_the_duplicate_or_nothing(
     answer: Any, expected: Any
 ) -> None:
     def poll(api: "tool.DevRevAPI") -> Any:
-        return api.poll_duplicate(TWO, ONE, OPTIONS)
+        return api.poll_duplicate(TWO, ADA, OPTIONS)
 
     if isinstance(expected, tool.DuplicateStatus):
         assert ask(answering(*answer), poll)[0] is expected
@@ -461,15 +482,10 @@ def test_a_poll_shows_what_has_become_of_the_duplicate_or_nothing(
 
 
 def test_contact_is_none_where_there_is_none_or_another() -> None:
-    def contact(api: "tool.DevRevAPI") -> Any:
-        return api.contact(ONE)
-
-    assert ask(answering(404, {"type": "not_found", "message": "?"}), contact)[0] is None
-    assert ask(answering(301, {}, {"Location": MOVED}), contact)[0] is None
-    assert ask(answering(200, {"rev_user": user(TWO)}), contact)[0] is None
-    assert (
-        ask(answering(200, {"rev_user": user(state="deleted")}), contact)[0]["state"] == "deleted"
-    )
+    assert ask(answering(404, {"type": "not_found", "message": "?"}), get)[0] is None
+    assert ask(answering(301, {}, {"Location": MOVED}), get)[0] is None
+    assert ask(answering(200, {"rev_user": user(TWO)}), get)[0] is None
+    assert ask(answering(200, {"rev_user": user(state="deleted")}), get)[0]["state"] == "deleted"
 
 
 # -- refusals ----------------------------------------------------------------------------------------
@@ -494,6 +510,7 @@ def test_a_dead_token_says_what_is_wrong_and_asks_for_a_new_one(kind: Any, words
     )
 
 
+CORE = "don:core:dvrv-us-1:devo/TEST"
 SCOPES = [
     ("rev-users.merge", {"primary_user": ONE, "secondary_user": TWO}, "rev_user:all"),
     ("rev-users.update", {"id": ONE}, "rev_user:write"),
@@ -501,24 +518,12 @@ SCOPES = [
     ("rev-users.get", {"id": ONE}, "rev_user:read"),
     ("rev-users.list", {}, "rev_user:read"),
     ("works.list", {"type": ["ticket", "issue"]}, "ticket:read and issue:read"),
-    ("works.get", {"id": "don:core:dvrv-us-1:devo/TEST:task/7"}, "task:read"),
-    (
-        "works.update",
-        {"id": "don:core:dvrv-us-1:devo/TEST:issue/7", "type": "issue"},
-        "issue:write",
-    ),
+    ("works.get", {"id": f"{CORE}:task/7"}, "task:read"),
+    ("works.update", {"id": f"{CORE}:issue/7", "type": "issue"}, "issue:write"),
     ("conversations.list", {"members": [ONE]}, "conversation:read"),
-    (
-        "conversations.update",
-        {"id": "don:core:dvrv-us-1:devo/TEST:conversation/7"},
-        "conversation:write",
-    ),
-    ("timeline-entries.list", {"object": "don:core:dvrv-us-1:devo/TEST:ticket/7"}, "ticket:read"),
-    (
-        "timeline-entries.list",
-        {"object": "don:core:dvrv-us-1:devo/TEST:conversation/7"},
-        "conversation:read",
-    ),
+    ("conversations.update", {"id": f"{CORE}:conversation/7"}, "conversation:write"),
+    ("timeline-entries.list", {"object": f"{CORE}:ticket/7"}, "ticket:read"),
+    ("timeline-entries.list", {"object": f"{CORE}:conversation/7"}, "conversation:read"),
     ("dev-users.self", {}, ""),
 ]
 
@@ -627,7 +632,7 @@ def test_a_firewall_that_refuses_everything_costs_few_requests() -> None:
 
 def test_a_429_that_never_ends_for_one_endpoint_ends_with_true_words() -> None:
     async def poll(api: "tool.DevRevAPI") -> Any:
-        api.scheduler.breaker.most_over_quota = 3
+        api.MOST_OVER_QUOTA = 3
         with pytest.raises(tool.ApiError, match="429: over quota, however long one waits"):
             await asyncio.gather(api.timeline("x"), *(api.contact(ONE) for _ in range(10)))
         assert api.cancel_token.stop is None
@@ -707,9 +712,7 @@ def test_a_filter_that_is_ignored_tells_nothing() -> None:
     )
 
 
-def works_of(
-    kinds: Any, most: int = 100, status: int = 400, **error: Any
-) -> Callable[[str, Dict[str, Any]], Answer]:
+def works_of(kinds: Any, most: int = 100, status: int = 400, **error: Any) -> Respond:
     """Lists of works of these kinds, for so many contacts; a refusal holds `error`."""
 
     def respond(_endpoint: str, body: Dict[str, Any]) -> Answer:
@@ -888,34 +891,76 @@ def test_a_company_that_inspects_tls_is_told_of_its_bundle(
     )
 
 
-# -- through the front door --------------------------------------------------------------------------
+# -- runs --------------------------------------------------------------------------------------------
 
 
-def test_with_nothing_set_a_large_quota_is_used_and_seen(place: Workplace) -> None:
-    organisation, pairs = organisation_of_pairs(30)
-    place.export(organisation)
-    with Sandbox(organisation, quota=(4000, 60), merge_delay=0.05) as sandbox:
-        begun = time.monotonic()
-        place.run(sandbox, "--yes", check=0, DEVREV_RATE_LIMIT_CALLS="")
-        assert len(sandbox.requests) > 220 and sandbox.over_quota == 0
-        assert time.monotonic() - begun < 60, "200 in 60 seconds would take longer"
-    assert_merged(organisation, pairs)
+@pytest.mark.parametrize("share", [0.85, 0.9])
+def test_where_another_program_takes_most_of_each_window_pairs_are_merged_all_the_same(
+    scene: Scene, caplog: pytest.LogCaptureFixture, share: float
+) -> None:
+    scene.settings["calls"] = None
+    pairs = scene.pairs(3)
+    scene.world.set_quota(100, 60.0)
+    scene.world.quota_share = share
+    assert scene.merge().code == 0 and scene.merged(*pairs)
+    assert "only a twentieth is left to them" in caplog.text
+
+
+@pytest.mark.parametrize("by", ["email", "id"])
+@pytest.mark.parametrize("status", [403, 406])
+def test_a_pair_that_a_firewall_refuses_fails_alone_and_says_what_refused_it(
+    scene: Scene, status: int, by: str
+) -> None:
+    pairs = scene.pairs(6)
+    scene.world.firewall = ["person3@example.com" if by == "email" else pairs[2][1]]
+    scene.world.firewall_status = status
+    run = scene.merge()
+    assert run.code == 1 and run.codes == {"person3@example.com": "api_error"}
+    assert re.search(f"{status}, .*firewall", run.report["failed_merges"][0]["error"])
+    assert scene.merged(*(pair for pair in pairs if pair != pairs[2]))
+
+
+@pytest.mark.parametrize("endpoint, codes", [("*", (3,)), ("rev-users.merge", (1, 3))])
+def test_a_429_without_a_header_that_never_ends_ends_the_run(
+    scene: Scene, endpoint: str, codes: Any
+) -> None:
+    scene.pairs(2)
+    content = {"type": "too_many_requests", "message": "?"}
+    scene.answer(endpoint, 429, content, skip=5 if endpoint == "*" else 0)
+    run = scene.merge()
+    assert run.code in codes and "over quota" in json.dumps(run.report)
+    assert scene.clock.now < 1800 and not scene.organisation.merges
+
+
+REFUSED_KINDS = [
+    {"hidden_kinds": ("task",)},
+    {"unknown_kinds": ("task",), "unknown_kinds_answer": "400"},
+    {"unknown_kinds": ("task",), "unknown_kinds_answer": "400-bare"},
+    {"unknown_kinds": ("task",), "unknown_kinds_answer": "403"},
+]
+
+
+@pytest.mark.parametrize("switches", REFUSED_KINDS)
+def test_kinds_of_works_that_are_refused_are_left_out_and_named(
+    scene: Scene, switches: Dict[str, Any]
+) -> None:
+    pairs = scene.pairs(2)
+    vars(scene.world).update(switches, long_work_types=True)
+    check = scene.run("--check")
+    assert check.code == 0 and "task" in check.out
+    run = scene.merge()
+    manifest = json.loads(next(Path("backups").rglob("manifest.json")).read_text(encoding="utf-8"))
+    assert run.code == 0 and scene.merged(*pairs)
+    assert manifest["work_kinds"] == ["ticket", "issue", "incident", "opportunity"]
+    assert "task" in run.report["run"]["warnings"][0]
 
 
 @pytest.mark.parametrize("field", ["display_name", "description"])
-def test_half_an_emoji_is_in_the_backup_and_restored_as_it_is(place: Workplace, field: str) -> None:
-    organisation, pairs = organisation_of_pairs(2)
-    place.export(organisation)
-    contact = organisation.contacts[pairs[1][1]]
-    organisation.change(contact, **{field: "x\ud83d"})
-    with Sandbox(organisation) as sandbox:
-        place.run(sandbox, "--yes", check=0)
-        assert_merged(organisation, pairs)
-        (report,) = (place.folder / "reports").glob("*.json")
-        place.run(sandbox, "--undo", f"reports/{report.name}", "--yes", check=0)
-    created = [
-        one
-        for one in organisation.contacts.values()
-        if one["external_ref"] == contact["external_ref"] and one["id"] != pairs[1][1]
-    ]
-    assert [one[field] for one in created] == ["x\ud83d"]
+def test_half_an_emoji_is_in_the_backup_and_restored_as_it_is(scene: Scene, field: str) -> None:
+    organisation = scene.organisation
+    pairs = scene.pairs(2)
+    organisation.change(organisation.contacts[pairs[1][1]], **{field: "x\ud83d"})
+    assert scene.merge().code == 0 and scene.merged(*pairs)
+    assert scene.undo().code == 0
+    created = organisation.contacts[scene.holder("user_2")]
+    assert created["id"] != pairs[1][1] and created[field] == "x\ud83d"
