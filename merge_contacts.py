@@ -9440,10 +9440,6 @@ def checked(
 class OptionParser(argparse.ArgumentParser):
     """Prints what is wrong with an option first, then what may have been meant."""
 
-    MEANT: Mapping[str, str] = {
-        "--dry-run": "--preview", "--force": "--yes", "--resume": "the same command again", "--rollback": "--undo",
-        "--input": "--csv", "--file": "--csv", "--output": "--export", "--threads": "--workers",
-    }  # fmt: skip
     as_json = False  # whether a program reads the report of a run on stdout
 
     def __init__(self, **how: Any) -> None:
@@ -9465,8 +9461,7 @@ class OptionParser(argparse.ArgumentParser):
         if not unknown:
             return ""
         name = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(name, list(self._option_string_actions), 1)
-        meant = self.MEANT.get(name) or "".join(near)
+        meant = "".join(difflib.get_close_matches(name, list(self._option_string_actions), 1))
         if unknown[0].lower().endswith((".csv", ".csv.gz")):
             meant = f"--csv {unknown[0]}"
         return f"; did you mean {meant}?" if meant else ""
@@ -9921,15 +9916,7 @@ class RunContext:
 
 def command_line(*words: str) -> str:
     """A command that starts this script from the current folder, quoted for the shell."""
-    python = sys.executable or "python"
-    if Path(shutil.which("python") or "").parent == Path(python).parent:
-        python = "python"
-    script = sys.argv[0] if sys.argv[0].endswith(".py") else str(Path(__file__))
-    command = [python, script, *words]
-    if os.name != "nt":
-        return " ".join(map(shlex.quote, command))
-    quoted = (f'"{word}"' if re.search(r"[^\w./\\:@+=-]", word) else word for word in command)
-    return " ".join(quoted)
+    return " ".join(map(shlex.quote, ["python", sys.argv[0], *words]))
 
 
 def history_folder_error(path: Path) -> str | None:
@@ -9937,16 +9924,13 @@ def history_folder_error(path: Path) -> str | None:
 
     Only the savepoint of its own folder knows its merges.
     """
-    absolute = Path(os.path.abspath(str(path)))  # noqa: PTH100
-    parents = {*absolute.parents, *absolute.resolve().parents}
-    for name in ("backups", "reports"):
-        if Path.cwd() / name in parents or Path(name).resolve() in parents:
-            return None
-    for parent in absolute.parents:
+    parents = path.resolve().parents
+    if BACKUPS.resolve() in parents or REPORTS.resolve() in parents:
+        return None
+    for parent in parents:
         if parent.name in ("backups", "reports"):
-            folder = parent.parent
             why = f"{path} belongs to another folder's history"
-            return f"{why}; run --undo in {folder}, where its savepoint is"
+            return f"{why}; run --undo in {parent.parent}, where its savepoint is"
     of_address = BACKUPS / safe_name(email_key(path.name))
     if of_address.is_dir():
         return f"{path} is no path; did you mean {of_address}?"
@@ -10224,6 +10208,7 @@ async def settle(run: RunContext) -> int:
                 ending.append(pair)
                 ended = pair.state.value.replace("_", " ")
                 why = f"{STATE_WORDS[pair.state]} ({pair.accepted})"
+                why = "; ".join(filter(None, [why, where_to_set(pair)]))
                 run.console.print(f"{ended}  {what}: {why}")
         savepoint.save_now(ending)
         if any(pair.state is State.CANCELLED for pair in ending):
@@ -10235,12 +10220,11 @@ async def settle(run: RunContext) -> int:
 def pairs_to_settle(savepoint: SavePoint, emails: Iterable[str]) -> list[Pair]:
     """Return the pairs of the named addresses. Raises FatalError(2) where one has none."""
     wanted = {email_key(email) for email in emails}
-    known = sorted(savepoint.pairs(*State), key=attrgetter("email"))
-    pairs = [pair for pair in known if pair.email in wanted]
-    for email in sorted(wanted.difference(pair.email for pair in pairs)):
-        near = difflib.get_close_matches(email, [pair.email for pair in known], 1, 0.8)
-        hint = f"did you mean {near[0]}?" if near else "--status lists the unfinished pairs"
-        raise FatalError(EXIT_USAGE, f"--settle: {email} has no pair in {SAVEPOINT}; {hint}")
+    pairs = [pair for pair in savepoint.pairs() if pair.email in wanted]
+    unknown = wanted.difference(pair.email for pair in pairs)
+    if unknown:
+        words = f"--settle: {', '.join(sorted(unknown))}: no pair in {SAVEPOINT}"
+        raise FatalError(EXIT_USAGE, f"{words}; --status lists the unfinished pairs")
     # A pair that was never requested is no failure beside one that was.
     requested = {pair.email for pair in pairs if pair.state is not State.FAILED}
     return [pair for pair in pairs if pair.state is not State.FAILED or pair.email not in requested]
@@ -10340,7 +10324,8 @@ def merge_facts(
     for index, path in enumerate(run.options.csv):
         modified = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
         facts[f"CSV{' ' * index}"] = f"{path} of {modified:%Y-%m-%d %H:%M} UTC"
-    facts["plan"] = plan.id
+    new = [describe_pair(pair) for pair in plan.pairs() if pair.state is State.PLANNED]
+    facts["plan"] = f"{plan.id}: {plan_headline(plan, len(new), len(unfinished))}"
     if unfinished:
         others = ""
         if run.options.limit or run.options.email:
@@ -10349,16 +10334,7 @@ def merge_facts(
         facts["first"] = (
             f"finish {plural(len(unfinished), 'pair')} of earlier runs{others}: {earlier}"
         )
-    new = [describe_pair(pair) for pair in plan.pairs() if pair.state is State.PLANNED]
-    facts["to merge"] = plural(len(new), "pair")
     facts.update(numbered(some(new, 3)))
-    if plan.skipped:
-        facts["skipped"] = plural(len(plan.skipped), "group")
-    if plan.invalid_count:
-        facts["invalid"] = plural(plan.invalid_count, "row")
-    left = plan_summary(plan, cost, unfinished)["left"]
-    if left:
-        facts["remaining"] = f"{plural(left, 'pair')} for another run (--email, --limit)"
     lost = []
     for group in plan.chosen:
         for one in group.lost_refs():
@@ -10694,12 +10670,7 @@ async def export(run: RunContext) -> int:
     api = DevRevAPI(run.settings, run.environment, CancelToken())
     if is_taken(path):
         raise FatalError(EXIT_USAGE, f"{path} {TAKEN}")
-    try:
-        spool = tempfile.TemporaryFile(dir=str(path.parent))  # noqa: SIM115
-    except OSError as error:
-        why = f"{path} can't be written: {error.strerror}"
-        fix = "name a file in a folder that can be written"
-        raise FatalError(EXIT_USAGE, f"{why}; {fix}") from None
+    spool = tempfile.TemporaryFile(dir=str(path.parent))  # noqa: SIM115
     exporter = ContactExporter(api, [f"@{domain}" for domain in run.options.domain or ()], spool)
     work = asyncio.ensure_future(exporter.run())
     run.on_signal(work.cancel, asyncio.get_event_loop())
@@ -10823,39 +10794,37 @@ def undo_headline(counts: Json, before: int) -> str:
 def finish_undo(run: RunContext, plan: UndoPlan, runner: UndoRunner, code: int) -> int:
     """Write the report of an undo, or with --preview print it, and say what comes next."""
     console, record = run.console, run.record
-    preview = run.options.preview
-    lists = undo_lists(plan, runner, preview)
+    lists = undo_lists(plan, runner, run.options.preview)
     counts = {name: len(found) for name, found in lists.items()}
-    before = 0 if preview else len(plan.undone)
-    total = len(plan.pairs()) + plan.left + len(plan.skipped) + before
+    before = len(plan.undone)
+    total = len(plan.pairs()) + plan.left + len(plan.skipped)
+    if "undone" in lists:
+        total += before
     left = total - sum(counts.values())
     stop = end_record(run, runner, code)
-    record.summary = {**counts, "pairs": total, "undone_before": len(plan.undone), "left": left}
-    record.headline = undo_headline({**counts, "left": left}, len(plan.undone))
-    failures: list[Pair] = []
-    if preview:
-        show_findings(run, restored_findings(run, lists))
-    else:
-        code = write_run(run, runner.context.savepoint, code, undo_contents(lists))
-        for pair in plan.skipped:
-            console.print(f"skipped  {pair.email}: {into(pair)}: {pair.code}: {pair.error}")
-        console.print(record.headline, "bold")
-        failures = [*lists["failed"], *lists["unfinished"]]
-        print_failures(console, failures)
-        print_report_paths(run)
+    record.summary = {**counts, "pairs": total, "undone_before": before, "left": left}
+    record.headline = undo_headline({**counts, "left": left}, before)
     if code == EXIT_USAGE and not run.signal:
         stop = stop or next(pair.error for pair in runner.pairs() if pair.code)
     if stop:
         console.error(stop)
-    for pair in [] if preview else lists["unfinished"]:
+    if run.options.preview:
+        show_findings(run, restored_findings(run, lists))
+        return code
+    code = write_run(run, runner.context.savepoint, code, undo_contents(lists))
+    for pair in plan.skipped:
+        console.print(f"skipped  {pair.email}: {into(pair)}: {pair.code}: {pair.error}")
+    console.print(record.headline, "bold")
+    failures = [*lists["failed"], *lists["unfinished"]]
+    print_failures(console, failures)
+    print_report_paths(run)
+    for pair in lists["unfinished"]:
         if stranded(pair):
             console.error(f"{pair.email}: {stranded(pair)}")
     log.info("exit code %d", code)
-    if code or left or not counts.get("undone", 0) > before:
-        suggest_after_run(run, failures, code)
-    else:
-        words = "check the contacts in DevRev; before the next merge, export again"
-        console.suggest(words, command_line("--export", f"contacts_{run.run_id}.csv"))
+    suggest_after_run(run, failures, code)
+    if not code and counts["undone"] > before:
+        console.suggest("check the contacts in DevRev; before the next merge, export again")
     return code
 
 
@@ -10955,27 +10924,20 @@ class Check:
         self.checks.append({"check": name, "ok": good, "says": words})
         return good
 
-    async def access(self) -> None:
+    async def access(self) -> str:
         """Send one cheap request of each kind that a backup sends."""
-        objects: list[Json] = []
 
-        async def works() -> str:
-            page = await self.api.first_works()  # of the kinds that a run lists
-            objects.extend(page.items)
-            return ", ".join(["readable", *self.api.warnings])
-
-        async def first(endpoint: str, key: str, **body: Any) -> str:
+        async def first(endpoint: str, key: str, **body: Any) -> list[Json]:
             page = await self.api.each_page(endpoint, key, dict(body, limit=1)).__anext__()
-            if key == "conversations":
-                objects.extend(page.items)
-            return "readable"
+            return page.items
 
-        await self.attempt("contacts", first("rev-users.list", "rev_users"))
-        await self.attempt("works", works())
-        await self.attempt("conversations", first("conversations.list", "conversations"))
-        for one in objects[:1]:
-            timeline = first("timeline-entries.list", "timeline_entries", object=one["id"])
-            await self.attempt("timelines", timeline)
+        await first("rev-users.list", "rev_users")
+        works = await self.api.first_works()  # of the kinds that a run lists
+        talks = await first("conversations.list", "conversations")
+        for one in [*works.items, *talks][:1]:
+            await first("timeline-entries.list", "timeline_entries", object=one["id"])
+        words = "contacts, tickets, conversations and comments can be read"
+        return "; ".join([words, *self.api.warnings])
 
     async def token(self) -> str:
         whose = await self.run.identify(self.api)
@@ -10998,9 +10960,6 @@ class Check:
         return plan_headline(plan, new, earlier)
 
     async def savepoint(self) -> str:
-        if not locks_work(SAVEPOINT):
-            where = SAVEPOINT.resolve().parent
-            raise FatalError(EXIT_USAGE, f"{where} can't hold a savepoint: {NO_LOCKS}")
         with contextlib.closing(open_savepoint(self.run, readonly=True)) as savepoint:
             if savepoint.is_held():
                 holder = f"process {savepoint.holder['pid']} holds {SAVEPOINT}"
@@ -11030,7 +10989,7 @@ async def check(run: RunContext) -> int:
         await work.attempt("csv", work.csv())
     notes = []
     if knows_token:
-        await work.access()
+        await work.attempt("access", work.access())
         only_a_merge = "only a merge shows whether the token may merge (rev_user:all)"
         notes = [describe_quota(work.api.scheduler), f"{only_a_merge}: try one pair first"]
     await work.attempt("savepoint", work.savepoint())
@@ -11066,73 +11025,59 @@ def status(run: RunContext) -> int:
     """Print what the savepoint knows, also while a run is in progress."""
     with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
         runs = savepoint.runs()
-        organisation = savepoint.meta.get("organisation")
-        for record in runs.values():
-            organisation = record.organisation or organisation
+        last = runs[max(runs)] if runs else RunRecord()
+        ended = sum(1 for _ in savepoint.pairs(State.FAILED, *TERMINAL, run=last.id))
         facts: Json = {
             "savepoint": str(SAVEPOINT),
             "running": savepoint.is_held(),
             "last_opened": savepoint.holder or None,
-            "organisation": organisation,
+            "organisation": last.organisation or savepoint.meta.get("organisation"),
             "counts": {State(name).value: count for name, count in savepoint.counts().items()},
-            "last_run": None,
+            "last_run": {**report_head(last)["run"], "pairs_ended": ended} if runs else None,
         }
-        if runs:
-            last = runs[max(runs)]
-            ended = savepoint.pairs(State.FAILED, *TERMINAL, run=last.id)
-            facts["last_run"] = {
-                **report_head(last)["run"],
-                "report": str(report_path(last.id, last.kind)),
-                "pairs_ended": sum(1 for _ in ended),
-            }
         lists = {
             "unfinished": list(savepoint.pairs(*UNFINISHED, State.UNDOING)),
             "failed": list(savepoint.pairs(State.FAILED)),
             "cancelled": list(savepoint.pairs(State.CANCELLED)),
         }
+        to_set = list(references_to_set(savepoint))
     entries = {name: [merge_entry(pair, None) for pair in pairs] for name, pairs in lists.items()}
-    found = Findings(facts, entries)
-    describe_status(found)
+    found = Findings(facts, {**entries, "references_to_set": to_set})
+    describe_history(found, last)
     for name, pairs in lists.items():
+        word = "in progress" if facts["running"] and name == "unfinished" else name
         lines = []
         for pair in pairs:
             why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS[pair.state]
-            if pair.state is State.UNDOING and pair.undo:
-                why += f"; --undo {pair.undo.path} finishes it"
             lines.append(f"{pair.email}: {into(pair)}, last {minute(pair.updated)}: {why}")
-        word = "in progress" if facts["running"] and name == "unfinished" else name
         for line in first_twenty(lines):
             found.say(f"{word}  {line}")
+    for one in to_set:
+        where = f"is on no contact; set it on {one['contact']} in DevRev"
+        found.say(f"to set  {one['email']}: the reference {one['reference']} {where}", "bold")
     return show_findings(run, found)
 
 
-def describe_status(found: Findings) -> None:
-    """Say whether a run is in progress, how far it is, or what the last one came to."""
+def describe_history(found: Findings, last: RunRecord) -> None:
+    """Say in words whether a run is in progress, what the last one came to, and how many pairs there are."""
     facts = found.facts
-    holder, last = facts["last_opened"], facts["last_run"]
+    holder = facts["last_opened"]
     if not holder:
         found.say(f"{facts['savepoint']}: no run has used this folder yet")
         return
     organisation = facts["organisation"] or "not known yet, no run has merged here"
     found.say(f"{facts['savepoint']}: organisation {organisation}")
-    since = minute(holder["since"])
-    words = f"no run is in progress; the last one began at {since}"
+    of = f"{last.kind} of {plural(last.pairs or 0, 'pair')}"
     if facts["running"]:
-        process = f"process {holder['pid']} on {holder['host']}"
-        words = f"a run is in progress: {process}, since {since}"
-    found.say(words)
-    if last:
-        line = f"last {last['kind']}: {last['headline']}"
-        if last["end"] is None:
-            pairs = plural(last["pairs"] or 0, "pair")
-            line = f"{last['kind']} of {pairs}: {last['pairs_ended']:,} ended"
-            if not facts["running"]:
-                line += "; it was killed, and the next run writes its report"
-        found.say(line)
+        who = f"process {holder['pid']} on {holder['host']}, since {minute(holder['since'])}"
+        found.say(f"a run is in progress: {who}")
+        found.say(f"{of}: {(facts['last_run'] or {}).get('pairs_ended', 0):,} ended")
+    elif last.id:
+        how = last.headline if last.end else f"{of} was killed; the next run writes its report"
+        found.say(f"last {last.kind}: {how}")
     for name, count in facts["counts"].items():
         found.say(f"{count:>7,} {STATE_WORDS[State(name)]}")
-    total = sum(facts["counts"].values())
-    found.say(f"{total:>7,} {'pair' if total == 1 else 'pairs'} in all")
+    found.say(f"{sum(facts['counts'].values()):>7,} in all")
 
 
 def verify_backups(run: RunContext) -> int:
