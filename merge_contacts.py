@@ -10960,6 +10960,8 @@ class Check:
         return plan_headline(plan, new, earlier)
 
     async def savepoint(self) -> str:
+        if not locks_work(SAVEPOINT):
+            raise FatalError(EXIT_USAGE, f"{SAVEPOINT.resolve().parent}: {NO_LOCKS}")
         with contextlib.closing(open_savepoint(self.run, readonly=True)) as savepoint:
             if savepoint.is_held():
                 holder = f"process {savepoint.holder['pid']} holds {SAVEPOINT}"
