@@ -14,28 +14,35 @@ its backup. `--help` has the options.
 
 Map of this file, roughly bottom-up:
 
-    Errors        FatalError, PairError             what ends a run, what fails a pair
-    Text          sanitizing, file names, JSON
-    Environment   Environment, CancelToken          clocks, disk, threads, network: what a simulation replaces
-    CSV           Contact, CsvTable, read_contacts  which rows are contacts
-    Detection     classify_group, check_live        which contact is primary, and by what rule; the live check
-                  State, Pair                       what is known of one merge
-    Quota         RequestScheduler.on_response      quota window, circuit breaker: where a 429 is handled
-    Requests      DevRevAPI._call                   retries, also after a 429; one method for each endpoint
-    Batches       BatchLoader                       one list call for many contacts
-    Backup        write_backup, snapshot_entry      where to add a field to the backup of a contact
-    Savepoint     SavePoint                         two files with one content; what a crash leaves
-    Merge         PairMerge                         a pair's state machine: no answer to a merge, how a pair resumes
-                  ReferenceUpdate, PrimaryUpdate    how the reference gets to the primary
-                  GroupRun                          the order of a group's pairs
-                  TaskRunner                        what makes a run stop early: failures in a row, signals, disk
-                  ContactMerger                     the order of groups; what earlier runs left; cancelled pairs
-    Export        ContactExporter                   the CSV from DevRev itself
-    Undo          PairUndo, UndoRunner              what comes back
-    Report        CODES                             what each code means; whether it stops a run, or can be settled
-                  merge_entry, pair_rows            where to add a field to the report: JSON (and page), CSV
-    Estimate, Console, Preview                      what people see before and meanwhile
-    Command line  RunContext, main                  options, settings, signals, one function for each mode
+  Errors        FatalError, PairError         what ends a run, what fails a pair
+  Text                                        sanitizing, file names, JSON
+  Environment   Environment, CancelToken      clocks, disk, threads, network, for a simulation
+  CSV           Contact, read_contacts        which rows are contacts
+  Detection     classify_group                which contact is primary, and by what rule
+                check_live                    what DevRev has to say before a group is merged
+                State, Pair                   what is known of one merge
+  Quota         RequestScheduler.on_response  quota, circuit breaker: where a 429 is handled
+  Requests      DevRevAPI._call               retries; one method for each endpoint
+  Batches       BatchLoader                   one list call for many contacts
+  Backup        write_backup, snapshot_entry  where to add a field to a contact's backup
+  Savepoint     SavePoint                     two files with one content; what a crash leaves
+  Merge         GroupRun, PairMerge           the order of pairs; a pair's state machine
+                ReferenceUpdate               where a reference is set, by merge and undo
+                TaskRunner                    what stops a run: failures in a row, signals, disk
+                ContactMerger                 the order of groups; what earlier runs left
+  Export        ContactExporter               the CSV from DevRev itself
+  Undo          PairUndo, UndoRunner          what comes back
+  Report        CODES                         advice for each code; whether it stops a run
+                merge_entry, merge_row        where to add a field to the report: JSON, CSV
+  Console                                     what people see: also Preview and Page
+  Command line  RunContext, main              options, settings, a function for each mode
+
+How a pair resumes: SavePoint._join_pairs (what two files know of it), ContactMerger._resume (with what
+else is known of its primary), PairMerge (from its state on), ContactMerger._poll_cancelled (given up,
+and carried out all the same), PairUndo (the same of an undo), settle_pair (ended by a person).
+A new state: State and the sets of states beside it, PairMerge, SO_FAR and STATE_WORDS, AUTHORITY
+(which of two files wins). A new field of a pair: Pair, with a default; rows without it are read, and
+rows of other versions keep theirs. A change that needs more than a default: MIGRATIONS.
 """
 
 from __future__ import annotations
@@ -260,12 +267,16 @@ def some(words: Sequence[str], most: int = 5) -> list[str]:
 
 def subject(body: Json) -> str:
     """Name the contacts or objects that a request is for, in a few words."""
-    named: list[Any] = []
+    named: list[str] = []
     for name, value in body.items():
-        if name not in ("limit", "cursor", "type"):
-            named += value if isinstance(value, list) else [value]
-    words = [str(one).rpartition("/")[2] for one in named if not isinstance(one, dict)]
-    return f"for {', '.join(some(words, 3))}" if words else ""
+        if name in ("limit", "cursor", "type"):
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            if not isinstance(one, dict):
+                named.append(str(one).rpartition("/")[2])
+    if not named:
+        return ""
+    return f"for {', '.join(some(named, 3))}"
 
 
 def minute(instant: str) -> str:
@@ -547,6 +558,14 @@ def check_owner(path: Path, folder: Path = Path()) -> None:
             raise FatalError(EXIT_USAGE, f"{words} to mislead you; if it is yours: {fix}")
 
 
+def is_pipe(stream: TextIO) -> bool:
+    """Whether a stream is no regular file, so that writing to it may hang."""
+    try:
+        return not stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError):  # a file in memory
+        return False
+
+
 def locks_work(path: Path) -> bool:
     """Try whether files beside `path` can be locked.
 
@@ -591,7 +610,7 @@ def parse_body(status: int, content: bytes, settings: ApiSettings) -> tuple[Json
 
 
 def decompress(content: bytes, encoding: str, limit: int) -> bytes:
-    """Return what a body holds. Raises ValueError where it is more than `limit` bytes, zlib.error.
+    """Return what a body holds, at most `limit` bytes of it. Raises ValueError, zlib.error.
 
     None was asked for, but a gateway may compress all the same. An encoding in another one is
     refused: each would multiply the size by a thousand.
@@ -603,10 +622,7 @@ def decompress(content: bytes, encoding: str, limit: int) -> bytes:
     # Some servers send deflate without the header of zlib, whose first byte is 0x78.
     has_header = content[:1] in (b"\x1f", b"\x78")
     decoder = zlib.decompressobj(32 + zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS)
-    plain = decoder.decompress(content, limit + 1)
-    if len(plain) > limit:
-        raise ValueError(f"it has more than {limit >> 20} MiB")
-    return plain
+    return decoder.decompress(content, limit)
 
 
 class HttpTransport:
@@ -671,30 +687,37 @@ class HttpTransport:
     def _read(self, answer: Any, deadline: float) -> tuple[Json | None, str]:
         """Read a body, as `parse_body` does. urllib3 would decode it without a limit."""
         content = bytearray()
+        for chunk in answer.raw.stream(self.CHUNK, decode_content=False):
+            content += chunk
+            # A body in small pieces is never silent, and one without an end would fill the memory.
+            if len(content) > self.MAX_BODY or time.monotonic() > deadline:
+                return (
+                    None,
+                    f"its body has no end within {self.MAX_BODY >> 20} MiB and the deadline",
+                )
         encoding = answer.headers.get("Content-Encoding", "").strip().lower()
         try:
-            for chunk in answer.raw.stream(self.CHUNK, decode_content=False):
-                content += chunk
-                # A body in small pieces is never silent.
-                if len(content) > self.MAX_BODY or time.monotonic() > deadline:
-                    raise ValueError(f"no end within {self.MAX_BODY >> 20} MiB and the deadline")
-            plain = decompress(bytes(content), encoding, self.MAX_BODY)
+            plain = decompress(bytes(content), encoding, self.MAX_BODY + 1)
         except (ValueError, zlib.error) as error:
-            return None, f"{answer.status_code} with a body that can't be used: {error}"
+            return None, f"{answer.status_code} with a body that can't be decoded ({error})"
+        if len(plain) > self.MAX_BODY:
+            return None, f"its body has more than {self.MAX_BODY >> 20} MiB"
         return parse_body(answer.status_code, plain, self.settings)
 
     # How exceptions of the library name a request that can't have reached DevRev, and those of
     # them for which no retry helps.
     NOT_SENT = re.compile(
-        "NewConnectionError|NameResolution|ConnectTimeout|Tunnel connection failed"
+        "NewConnectionError|NameResolution|ConnectTimeout|Tunnel connection failed|CertificateError"
     )
     MISCONFIGURED = re.compile(
-        "CERTIFICATE_VERIFY|CertificateError|X509|connection failed: 407"
-        "|InvalidURL|InvalidProxyURL|InvalidSchema|suitable TLS CA"
+        "CERTIFICATE_VERIFY|CertificateError|X509|Tunnel connection failed: 407"
     )
 
     def _explained(self, response: HttpResponse, error: Exception) -> HttpResponse:
         """Give the library's own reason, and say whether the request may have reached DevRev."""
+        from requests import exceptions
+        from urllib3.exceptions import HTTPError
+
         words = repr(error)
         reason: BaseException = error
         inner: BaseException | None = error
@@ -702,15 +725,19 @@ class HttpTransport:
             if isinstance(inner, OSError):  # of OpenSSL or the system, or of requests itself
                 reason = inner
             inner = inner.__cause__ or inner.__context__
+        host = urlsplit(self.settings.base_url).netloc
         text = re.sub(r"//\S*@", "//", str(reason)) or type(reason).__name__
-        if "URL(" in words:
-            text = text.partition(": ")[0]  # what follows may be the password of a proxy
-        is_setting = bool(self.MISCONFIGURED.search(words))
+        is_setting = not isinstance(error, (exceptions.RequestException, HTTPError))
+        if isinstance(error, (exceptions.InvalidURL, exceptions.InvalidSchema)):
+            is_setting = True
+            text = text.split(": ")[0]  # what follows may be the password of a proxy
+        is_setting = is_setting or bool(self.MISCONFIGURED.search(words))
+        sent = not is_setting and not self.NOT_SENT.search(words)
         if response.status is not None:
             return response._replace(problem=f"the connection broke: {text}")
-        if not is_setting and not self.NOT_SENT.search(words):
+        if sent:
             return response._replace(problem=f"no answer: {text}")
-        problem = f"no connection to {urlsplit(self.settings.base_url).netloc}: {text}"
+        problem = f"no connection to {host}: {text}"
         if self._has_answered:  # then no setting of this machine is at fault
             return response._replace(problem=problem, sent=False)
         problem += "; see HTTPS_PROXY (proxy) and REQUESTS_CA_BUNDLE (certificate authorities)"
@@ -4399,11 +4426,10 @@ def winning_row(one: StoredPair, other: StoredPair) -> StoredPair:
         return row.revision, AUTHORITY.index(state), row.document["requested_at"]
 
     winner, loser = sorted((one, other), key=authority, reverse=True)
-    now = winner.document
-    is_idle = now["state"] in (State.PLANNED, State.FAILED)
-    known = (now["requested_at"], now.get("withdrawn_at"))
     requested = loser.document["requested_at"]
-    if requested and is_idle and not known[0] and known[1] != requested:
+    known = (winner.document["requested_at"], winner.document.get("withdrawn_at"))
+    forgets = requested and not known[0] and known[1] != requested
+    if forgets and State(winner.document["state"]) in (State.PLANNED, State.FAILED):
         return loser._replace(revision=winner.revision)
     return winner
 
@@ -4423,7 +4449,7 @@ MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (to_format_4,)
 class SavePointFile:
     """One of the savepoint's two SQLite files; each is complete without the other.
 
-    Reads and writes raise sqlite3.Error.
+    `last_write` says which write reached it last. Reads and writes raise sqlite3.Error.
     """
 
     APPLICATION = 0x4D434F4E  # "MCON", in the file's header
@@ -4446,6 +4472,7 @@ class SavePointFile:
         self.path = path
         self.environment = environment
         self.failure: FatalError | None = None  # it can't be written any more
+        self.last_write = 0
 
     @property
     def format(self) -> int:
@@ -4454,16 +4481,20 @@ class SavePointFile:
     def check_header(self) -> None:
         """Read the header (https://sqlite.org/fileformat.html) before SQLite may touch the file.
 
-        Raises OSError, and FatalError(2) where it is damaged, a stranger's, or of a format that this
-        version does not read.
+        Raises FatalError(2) where it is damaged or of a format that this version does not read,
+        FatalError(3) where it can't be read.
         """
         for path in (self.path, self.path.with_name(f"{self.path.name}-journal")):
             if os.path.lexists(str(path)):
                 check_owner(path)
         if not os.path.lexists(str(self.path)):
             return
-        with open_regular(self.path) as file:
-            head = file.read(100)
+        try:
+            with open_regular(self.path) as file:
+                head = file.read(100)
+        except OSError as error:
+            words = f"the savepoint {self.path} can't be read: {error.strerror}"
+            raise FatalError(EXIT_STOPPED, words) from None
         if not head:
             return
         version = int.from_bytes(head[60:64], "big")
@@ -4574,6 +4605,7 @@ class SavePointFile:
         pairs: dict[Ids, StoredPair] = {}
         runs: dict[str, StoredRun] = {}
         try:
+            self.last_write = int(meta.pop("last_write", 0))
             told = "SELECT id, revision, document FROM runs ORDER BY id"
             for run, revision, text in self.db.execute(told):
                 runs[run] = revision, json.loads(text)
@@ -4590,11 +4622,12 @@ class SavePointFile:
 
     def write(
         self,
+        number: int,
         pairs: Mapping[Ids, StoredPair],
         runs: Mapping[str, StoredRun],
         **meta: str,
     ) -> None:
-        """Store rows in one transaction; when it returns they are on the disk."""
+        """Store rows in one transaction, the write of this number; then they are on the disk."""
         rows = []
         for ids, row in pairs.items():
             document = row.document
@@ -4605,6 +4638,7 @@ class SavePointFile:
         told = []
         for one, (revision, document) in runs.items():
             told.append((one, revision, to_json(document).decode()))
+        meta.update(last_write=str(number))
         try:
             if not self.db.in_transaction:
                 self.db.execute("BEGIN IMMEDIATE")
@@ -4616,6 +4650,7 @@ class SavePointFile:
             with contextlib.suppress(sqlite3.Error):
                 self.db.execute("ROLLBACK")
             raise
+        self.last_write = number
 
     def read_snapshot(self) -> None:
         """Load the content into memory, without a lock and without writing, also during a run.
@@ -4678,8 +4713,7 @@ class SavePoint:
         self._pending: dict[Ids, StoredPair] = {}
         self._writing: asyncio.Lock | None = None  # of the loop that saves
         for file in self.files:
-            with file.opening():
-                file.check_header()
+            file.check_header()
             if not readonly and file.path.exists() and not file.path.stat().st_mode & 0o222:
                 why = "is read-only, so nothing was changed; make it writable"
                 raise FatalError(EXIT_STOPPED, f"the savepoint {file.path} {why}")
@@ -4699,23 +4733,22 @@ class SavePoint:
                 else:
                     self.warnings += filter(None, [file.open()])
                 contents.append(file.content())
+        self.write_number = max(file.last_write for file in self.files)
         (ours, my_runs, my_meta), (theirs, their_runs, their_meta) = contents
+        if self.run in {**my_runs, **their_runs}:
+            # The clock was set back, or a run that began in the same second has ended already.
+            self.run = free_run_id(self.environment.now().wall, {**my_runs, **their_runs})
         pairs = self._join_pairs(ours, theirs)
         runs = {**their_runs, **my_runs}
         for one, told in their_runs.items():
             if told[0] > runs[one][0]:
                 runs[one] = told
-        if self.run in runs:
-            # The clock was set back, or a run that began in the same second has ended already.
-            self.run = free_run_id(self.environment.now().wall, runs)
-        revisions = [row.revision for row in pairs.values()]
-        revisions += [revision for revision, _ in runs.values()]
-        self.write_number = max(revisions, default=0)
         self.meta = {**their_meta, **my_meta}
         self.holder = json.loads(self.meta.get("holder", "{}"))
         if readonly:
-            self.main.write(pairs, runs, **self.meta)
+            self.main.write(self.write_number, pairs, runs, **self.meta)
             return
+        self.write_number += 1
         self.holder = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
@@ -4726,7 +4759,7 @@ class SavePoint:
             news = {ids: row for ids, row in pairs.items() if mine.get(ids) != row}
             new_runs = {one: run for one, run in runs.items() if known_runs.get(one) != run}
             with file.opening():
-                file.write(news, new_runs, **self.meta)
+                file.write(self.write_number, news, new_runs, **self.meta)
 
     def _join_pairs(
         self, ours: Mapping[Ids, StoredPair], theirs: Mapping[Ids, StoredPair]
@@ -4805,7 +4838,7 @@ class SavePoint:
                 if file.failure:
                     continue
                 try:
-                    file.write(rows, told, **meta)
+                    file.write(number, rows, told, **meta)
                 except sqlite3.Error as error:
                     words = f"the savepoint {file.path} can't be written any more ({error})"
                     file.failure = FatalError(EXIT_STOPPED, f"{words}; free the disk, run again")
@@ -4943,17 +4976,17 @@ class MergeGate:
     async def enter(self, pair: Pair, alone: bool = False) -> None:
         """Wait until a merge may be requested; `alone`: until no other is under way. Raises Cancelled."""
         primary = pair.primary.id
-        while True:
+        while primary not in self._under_way:  # one that is requested again goes on
             if alone and not self._alone:
                 self._alone = primary
             is_free = self._alone in ("", primary)
             is_serial = alone or self.one_at_a_time or not self.confirmed
             if is_free and not (is_serial and self.others_under_way(pair)):
                 self._under_way.add(primary)
-                return
-            future = self._cancel_token.future()
-            self._waiting.append(future)
-            await future
+            else:
+                future = self._cancel_token.future()
+                self._waiting.append(future)
+                await future
 
     def leave(self, pair: Pair) -> None:
         """Let others enter: the pair's merge is not under way, or not any more."""
@@ -6040,6 +6073,7 @@ class PairMerge:
             await self.timer.pause(self._busy_pauses.next())
         log.info("%s: DevRev may be busy (%s); requesting it again", self.pair.email, refusal)
         self._made_room = others
+        self.api.scheduler.end_merge(self.pair.ids)  # others would wait for the units it holds
         self.context.gate.leave(self.pair)
         await self.context.gate.enter(self.pair, alone=True)
         return True
@@ -6234,6 +6268,7 @@ class PairMerge:
         missing, status = await self.verifier.wait(self.timer.pause)
         if status is DuplicateStatus.EXISTS:
             return self._still_exists()
+        primary = await self._last_read()
         if missing:
             pair.left_behind = describe(pair.backup, missing)
             names = ", ".join(dict.fromkeys(item["display_id"] for item in pair.left_behind))
@@ -6242,7 +6277,6 @@ class PairMerge:
         if status:
             words = f"merged, but DevRev still lists {pair.duplicate.short_id} for its email"
             raise PairError("still_listed", words)
-        primary = await self._last_read()
         if pair.fields_to_carry and pair.carries_last:
             async with self.run.carry_lock:
                 primary = await self._carry_fields(primary)
@@ -6303,8 +6337,8 @@ class PairMerge:
             if not body:
                 return primary
             await self.context.savepoint.save(pair)
-            read = FreshRead(self.context.environment)
             primary = check_reference(pair, await self.update.update.read())
+            read = FreshRead(self.context.environment)
             if fields_to_carry(primary, pair.fields_to_carry) != body:
                 continue
             try:
@@ -8445,6 +8479,8 @@ def settle_pair(pair: Pair) -> None:
     elif pair.new_ref and pair.state is State.MERGED:
         pair.reference_not_set = pair.new_ref
     pair.move_to(state, pair.code, pair.error)
+    if pair.reference_not_set:
+        pair.accepted += f"; {where_to_set(pair)}"
 
 
 def where_to_set(pair: Pair) -> str:
@@ -8933,7 +8969,7 @@ class Output:
     PATIENCE = 10.0  # seconds to wait for a terminal that takes nothing
 
     def __init__(self) -> None:
-        self.failures: dict[TextIO, str] = {}
+        self.failures: dict[TextIO, OSError] = {}
         self.jobs: queue.SimpleQueue[tuple[TextIO, str] | threading.Event] = queue.SimpleQueue()
         self._is_started = False
         self._stream: TextIO | None = None  # what is written to right now
@@ -8950,11 +8986,8 @@ class Output:
         else:
             self._write(stream, text)
 
-    def finish(self, patience: Callable[[], float]) -> bool:
-        """Wait until everything is written, but for nothing that takes nothing for that long.
-
-        Return whether it is.
-        """
+    def finish(self, patience: Callable[[], float]) -> None:
+        """Wait until everything is written, but not for what takes nothing for that long."""
         done = threading.Event()
         self.jobs.put(done)
         seen = self._written
@@ -8967,8 +9000,15 @@ class Output:
                 seen = self._written
                 since = time.monotonic()
             elif time.monotonic() - since > longest:
-                return False
-        return True
+                self._write_files()
+                return
+
+    def _write_files(self) -> None:
+        """Write what is for files, which never hang, while the thread does."""
+        while not self.jobs.empty():
+            job = self.jobs.get()
+            if isinstance(job, tuple) and not (job[0].isatty() or is_pipe(job[0])):
+                self._write(*job)
 
     def _serve(self) -> None:
         while True:
@@ -8996,8 +9036,10 @@ class Output:
                 data = data[taken:]
         except BrokenPipeError:
             pass
-        except (OSError, ValueError) as error:  # ValueError: it is closed
-            self.failures.setdefault(stream, str(error))
+        except OSError as error:
+            self.failures.setdefault(stream, error)
+        except ValueError as error:  # it is closed
+            self.failures.setdefault(stream, OSError(str(error)))
 
 
 class Console:
@@ -9031,14 +9073,13 @@ class Console:
             os.system("")  # makes the console of Windows 10 and later understand escape sequences
         self._output.start()
 
-    def end(self, patience: Callable[[], float]) -> str:
+    def end(self, patience: Callable[[], float]) -> OSError | None:
         """Wait until everything is written, but for nothing that hangs for `patience()` seconds.
 
-        Return why results can't be written; "" where they are.
+        Return why results can't be written.
         """
-        if not self._output.finish(patience) and not self.data.isatty():
-            return "nothing reads the terminal or the pipe that comes first"
-        return self._output.failures.get(self.data, "")
+        self._output.finish(patience)
+        return self._output.failures.get(self.data)
 
     @staticmethod
     def columns(stream: TextIO) -> int:
@@ -9059,15 +9100,20 @@ class Console:
     def sanitize(self, text: str) -> str:
         return escape_unprintable(self.mask(text))
 
-    def print(self, text: str = "", style: str = "", to: TextIO | None = None) -> None:
-        """Print a line, by default of results, wrapped on a terminal; a closed pipe raises nothing."""
+    def print(
+        self, text: str = "", style: str = "", to: TextIO | None = None, indent: int = 0
+    ) -> None:
+        """Print a line, by default of results, wrapped on a terminal; a closed pipe raises nothing.
+
+        What is wrapped is indented by so many columns, or by two more than the line itself.
+        """
         stream = to or self.out
         text = self.sanitize(text)
         lines = [text]
         width = self.columns(stream)
         if len(text) > width:
-            indent = " " * (len(text) - len(text.lstrip()) + 2)
-            lines = textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False)
+            blanks = " " * (indent or len(text) - len(text.lstrip()) + 2)
+            lines = textwrap.wrap(text, width, subsequent_indent=blanks, break_on_hyphens=False)
         if style and stream.isatty() and self.is_smart and "NO_COLOR" not in os.environ:
             lines = [f"\x1b[{self.COLOURS[style]}m{line}\x1b[0m" for line in lines]
         self._put(stream, "".join(f"{line}\n" for line in lines))
@@ -9114,6 +9160,8 @@ class Console:
             return
         room = self.columns(self.err) - 1
         line = self.sanitize(text)
+        if len(line) > room:
+            line = re.sub(r"\(([^()\d]+) \d[^)]*\)", r"(\1)", line)
         if len(line) > room:
             line = f"{line[: room - 3]}..."
         self._put(self.err, line)
@@ -9678,10 +9726,11 @@ def load_environment() -> RawSettings:
         logging.getLogger("dotenv").setLevel(logging.ERROR)  # bad lines are named below
         values = import_package("dotenv").dotenv_values(stream=io.StringIO(text), interpolate=False)
         for number, line in enumerate(text.splitlines(), 1):
-            found_name = re.match(r"\s*(?:export\s+)?['\"]?([^=#\s'\"]+)", line)
-            if found_name and values.get(found_name[1]) is None:
-                words = "%s, line %d is ignored: it is not NAME=value, or a quote is not closed"
-                log.warning(words, path, number)
+            quoted = re.match(r"\s*(?:export\s+)?(\w+)\s*=\s*['\"]", line)
+            if quoted and quoted[1] not in values:
+                log.warning("%s, line %d is ignored: the quote is not closed", path, number)
+            if line.strip() and not re.match(r"\s*(#|(export\s+)?['\"]?[^=#\s]+\s*=)", line):
+                log.warning("%s, line %d is not NAME=value and is ignored", path, number)
         for name, value in values.items():
             if value and name not in found:
                 found[name] = value
@@ -10304,7 +10353,7 @@ async def confirm(run: RunContext, word: str, count: int, facts: Mapping[str, st
     to = console.out if console.out.isatty() else console.err  # what the user sees
     for name, fact in facts.items():
         if name:
-            console.print(f"{name:<12}  {fact}", to=to)
+            console.print(f"{name:<12}  {fact}", to=to, indent=14)
         else:
             console.print(fact, "bold", to)
     console.stream(f"Type {word} to continue, anything else to cancel: ", to)
@@ -10344,7 +10393,7 @@ def merge_facts(
     facts.update(warnings_to_confirm(plan))
     if plan.other_refs:
         facts["take no part"] = plan.others_line()
-    facts["cost"] = run.describe_cost(cost)
+    facts["takes"] = run.describe_cost(cost)
     facts["backups in"] = str(BACKUPS.resolve())
     facts[""] = "DevRev can't undo a merge; --undo restores most of it from the backups."
     return facts
@@ -10504,7 +10553,7 @@ def finish_run(
     if merger:
         spent = duration(run.environment.elapsed(run.started))
         requests = plural(run.record.requests_total or 0, "request")
-        run.console.print(f"cost     {requests}, {spent}")
+        run.console.print(f"took     {requests}, {spent}")
     print_report_paths(run)
     log.info("exit code %d", code)
     suggest_after_run(run, failures, code)
@@ -10692,7 +10741,7 @@ async def export(run: RunContext) -> int:
     requests = plural(sum(api.requests.values()), "request")
     console.print(f"exported {plural(rows, 'contact')} that share {emails} to {path}", "good")
     spent = duration(run.environment.elapsed(run.started))
-    console.print(f"cost     {requests}, {spent}; {plural(exporter.read, 'contact')} read")
+    console.print(f"took     {requests}, {spent}; {plural(exporter.read, 'contact')} read")
     if rows:
         command = command_line("--csv", str(path), "--preview", "--live")
         console.suggest("see what would be merged", command)
@@ -10864,7 +10913,7 @@ def restored_findings(run: RunContext, lists: Mapping[str, Sequence[Pair]]) -> F
             words = f"{name:<8} {pair.email}: {into(pair)}: {pair.code}: {pair.error}"
             found.say(words, "bad")
     if lists["to_undo"]:
-        found.say(f"All {UPDATES}")
+        found.say(f"These {UPDATES}")
         found.say(NOT_RESTORED)
         found.steps.append(("undo it", run.retyped(without=("--preview", "--json"))))
     found.say(run.record.headline, "bold")
@@ -11153,7 +11202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.on_signal(lambda: None)
     unwritten = run.console.end(lambda: 2.0 if run.signal else math.inf)
     if unwritten and code < EXIT_USAGE:
-        run.console.error(f"the output can't be written: {unwritten}")
+        run.console.error(f"the output can't be written: {unwritten.strerror or unwritten}")
         run.console.end(lambda: 2.0)
         code = EXIT_STOPPED
     return 128 + run.signal if run.signal and not before else code
@@ -11539,8 +11588,9 @@ doc.title = [doc.title, time(run.start).slice(0, 10), text(run.headline)].join('
 const files = arr(run.csv).map(one => v(one.path));
 page.append(h('p', { class: 'soft' }, [v(run.organisation), time(run.start), ...files]
   .filter(has).flatMap(one => [one, ' \u00b7 ']).slice(0, -1)));
-if (has(run.stopped)) page.append(h('p', { class: 'banner' }, 'Stopped early: ', v(run.stopped),
-  run.stopped === 'killed' ? '. What only the CSV could tell is not known.' : ''));
+const stopped = has(run.stopped) ? 'Stopped early: ' + text(run.stopped) : '';
+page.append(...[stopped, run.warnings].flat().filter(has).map(words =>
+  h('p', { class: 'banner' }, v(words))));
 const counts = isUndo ? [['Undone', sum.undone, 'good'], ['Undone before', sum.undone_before],
   ['Unfinished', sum.unfinished, 'bad'], ['Failed', sum.failed, 'bad'], ['Skipped', sum.skipped],
   ['Remaining', sum.left, 'rest']] : [['Merged', sum.successful_merges - sum.settled, 'good'],
@@ -11557,9 +11607,9 @@ page.append(
   h('dl', { class: 'counts' }, said.map(([label, n, kind]) =>
     h('div', { class: n && kind || '' }, h('dt', {}, label), h('dd', {}, num(n))))));
 
-const pick = (here, there) => arr(isUndo ? report[here] : report[there]);
-grouped('unfinished', 'Unfinished', pick('unfinished', 'unfinished_merges'), problem, part);
-grouped('failed', 'Failed', pick('failed', 'failed_merges'), problem, part);
+const open = arr(report.unfinished_merges || report.unfinished);
+grouped('unfinished', 'Unfinished', open, problem, part);
+grouped('failed', 'Failed', arr(report.failed_merges || report.failed), problem, part);
 grouped('cancelled', 'Cancelled', arr(report.cancelled), problem, pair);
 listed('references', 'References to set by hand', arr(report.references_to_set),
   'No contact has them. Until one has, the application may not recognise these people.',
@@ -11601,7 +11651,6 @@ section('run', 'Run', '', sides(
     ['Log', mono(run.log)], ['The same as', [link('json'), ' ', link('csv')]]]),
   facts('Options', each(run.options)),
   facts('Requests', [['all', num(run.requests_total)], ...each(run.requests)])));
-
 const found = h('span', { class: 'soft', role: 'status' });
 const input = h('input', { type: 'search', 'aria-label': 'Search',
   placeholder: 'Search for an address, name, id, reference \u2026' });

@@ -4,7 +4,7 @@ Merging contacts cannot be undone, so nothing here ever talks to DevRev. The san
 same requests on 127.0.0.1: `tests.fake.organisation` says what, with its misbehaviour and its books.
 
     python -m tests.sandbox                      export a sample, merge it, and show what happened
-    python -m tests.sandbox serve --port 8123    stay up, to try the tool by hand
+    python -m tests.sandbox serve --port 8123    stay up, to practise with a new organisation
 
 In a test:
 
@@ -16,18 +16,25 @@ In a test:
     assert organisation.merges == [(primary, secondary)]
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
+import csv
+import html
 import json
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, Sequence
 
 from tests.fake.organisation import Organisation
+from tests.fake.seeding import seed
 from tests.fake.server import Sandbox
 from tests.fake.trouble import FAULTS, Fault, Request
 from tests.fake.world import SWITCHES
@@ -51,7 +58,7 @@ def fault_option(text: str) -> Fault:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from error
 
 
-def quota_option(text: str) -> Tuple[int, float]:
+def quota_option(text: str) -> tuple[int, float]:
     """`LIMIT/SECONDS`, e.g. `1000/300`."""
     limit, _, window = text.partition("/")
     try:
@@ -63,7 +70,7 @@ def quota_option(text: str) -> Tuple[int, float]:
     return quota
 
 
-def switch_option(text: str) -> Tuple[str, Any]:
+def switch_option(text: str) -> tuple[str, Any]:
     """`NAME=VALUE`, e.g. `verified_shown=shown`; a value that is JSON (a number, true, a list) is taken as that."""
     name, _, value = text.partition("=")
     if name not in SWITCHES:
@@ -75,7 +82,7 @@ def switch_option(text: str) -> Tuple[str, Any]:
         return name, value
 
 
-def arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.sandbox",
@@ -88,8 +95,8 @@ def arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     )
     serve_parser = commands.add_parser(
         "serve",
-        help="stay up until Ctrl-C, to try the tool by hand",
-        description="Serve the organisation that an export came from, until Ctrl-C.",
+        help="stay up until Ctrl-C, to practise by hand",
+        description="Serve a new organisation, made from an export, until Ctrl-C.",
         epilog="Faults: " + ", ".join(FAULTS),
     )
     option = serve_parser.add_argument
@@ -123,7 +130,11 @@ def arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         "lists all)",
     )
     option(
-        "--quota", type=quota_option, metavar="LIMIT/SECONDS", help="e.g. 1000/300; default: none"
+        "--quota",
+        type=quota_option,
+        default=(1000, 60.0),
+        metavar="LIMIT/SECONDS",
+        help="that the organisation announces (default: 1000/60)",
     )
     option(
         "--fault",
@@ -145,7 +156,8 @@ def say(text: str = "") -> None:
 def serve(options: argparse.Namespace) -> int:
     """Serve until Ctrl-C."""
     try:
-        organisation = Organisation.from_csv(options.csv)
+        key = "PRACTICE" + secrets.token_hex(3).upper()
+        organisation = seed(Organisation, options.csv, key)
         sandbox = Sandbox(
             organisation,
             port=options.port,
@@ -156,6 +168,7 @@ def serve(options: argparse.Namespace) -> int:
             faults=options.fault,
             **dict(options.set),
         )
+        Practice(sandbox).prepare()
         with sandbox:
             introduce(sandbox)
             try:
@@ -170,19 +183,132 @@ def serve(options: argparse.Namespace) -> int:
     return 0
 
 
+class Practice:
+    """What there is to learn from: an export of some hours ago, after which DevRev has changed."""
+
+    CSV = Path("practice.csv")
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.sandbox = sandbox
+        self.organisation = sandbox.organisation
+
+    def prepare(self) -> None:
+        """Write the export; then let one contact be locked and one change its email, and a ticket stay behind."""
+        self._write_export()
+        pairs = self._pairs()
+        if len(pairs) >= 3:
+            refused, stale, left_behind = pairs[:3]
+            self.organisation.change(self.organisation.contacts[refused], state="locked")
+            self.organisation.change(
+                self.organisation.contacts[stale], email="new.address@example.com"
+            )
+            match = lambda body: body.get("secondary_user") == left_behind  # noqa: E731
+            ticket = self._works(left_behind)[0]["id"]
+            self.sandbox.faults.append(Fault("merge-leaves", match=match, detail=[ticket]))
+        self.sandbox.pages["/"] = ("text/html; charset=utf-8", lambda: page(self.organisation))
+
+    def _pairs(self) -> list[str]:
+        """Return the `user_` contact of each address that has one REVU- contact besides, most tickets first."""
+        groups = defaultdict(list)
+        for contact in self.organisation.contacts.values():
+            groups[contact["email"]].append(contact["id"])
+        found = []
+        for members in groups.values():
+            users = [one for one in members if is_user(self._reference(one))]
+            if len(users) == 1 and len(members) == 2 and self._works(users[0]):
+                found.append(users[0])
+        return sorted(found, key=lambda one: (-len(self._works(one)), one))
+
+    def _reference(self, contact: str) -> str:
+        return str(self.organisation.contacts[contact]["external_ref"])
+
+    def _works(self, contact: str) -> list[Any]:
+        """Return what a contact owns or has reported: that is what a merge has to move."""
+        roles = ("owned_by", "reported_by")
+        return [one for role in roles for one in self.organisation.works.find([(role, [contact])])]
+
+    def _write_export(self) -> None:
+        with open(self.CSV, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(
+                [
+                    "REV_USER_ID",
+                    "DISPLAY_NAME",
+                    "EMAIL",
+                    "EXTERNAL_REF",
+                    "FULL_NAME",
+                    "TICKET_COUNT",
+                    "CREATED_AT",
+                    "UPDATED_AT",
+                ]
+            )
+            for one in self.organisation.contacts.values():
+                counts = [
+                    len(self.organisation.works.find([(role, [one["id"]])]))
+                    for role in ("owned_by", "created_by", "reported_by")
+                ]
+                row = (one["id"], one["display_name"], one["email"], one["external_ref"])
+                times = one["created_date"], one["modified_date"]
+                writer.writerow((*row, one.get("full_name", ""), max(counts), *times))
+
+
+STYLE = (
+    "body{font:15px system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em}"
+    "table{border-collapse:collapse;width:100%}th,td{text-align:left;vertical-align:top;"
+    "padding:.3em .6em;border-bottom:1px solid #ccc}.gone{color:#888}"
+)
+
+
+def page(organisation: Organisation) -> str:
+    """Show the contacts of an organisation and their tickets as they are now, as HTML."""
+    rows = []
+    contacts = sorted(organisation.contacts.values(), key=lambda one: (one["email"], one["id"]))
+    with organisation.lock:
+        for one in contacts:
+            merged = one["id"] in organisation.merged_into
+            state = one["state"]
+            if merged:
+                survivor = organisation.contacts.get(organisation.survivor(one["id"]))
+                state = f"merged into {survivor['display_id']}" if survivor else "merged"
+            things = [
+                *organisation.works.find([("anyone", [one["id"]])]),
+                *organisation.conversations.find([("members", [one["id"]])]),
+            ]
+            titles = [f"{thing['display_id']} {thing['title']}" for thing in things]
+            reference = "" if merged else one.get("external_ref", "")
+            cells = (one["email"], one["display_id"], one["display_name"], reference, state)
+            texts = [html.escape(str(cell)) for cell in cells]
+            texts.append("<br>".join(map(html.escape, titles)))
+            shade = " class=gone" if merged else ""
+            rows.append(f"<tr{shade}><td>{'</td><td>'.join(texts)}</td></tr>")
+    names = ("Email", "Contact", "Name", "External reference", "State", "Tickets, conversations")
+    head = "".join(f"<th>{name}</th>" for name in names)
+    title = html.escape(f"Organisation {organisation.key}")
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>"
+        f"<style>{STYLE}</style><h1>{title}</h1><p>This page stands for DevRev: reload it to see "
+        f"what has become of the contacts.</p><table><tr>{head}</tr>{''.join(rows)}</table></html>"
+    )
+
+
 def introduce(sandbox: Sandbox) -> None:
-    """Say where the sandbox is and how to point the tool at it."""
+    """Say where the sandbox is, how to point the tool at it, and what to try."""
     organisation = sandbox.organisation
-    say(f"Organisation {organisation.key} at {sandbox.url}")
+    say(f"A new organisation, {organisation.key}. Look at its contacts: {sandbox.url}/")
     sizes = len(organisation.contacts), len(organisation.works), len(organisation.conversations)
     say("{} contacts, {} works, {} conversations".format(*sizes))
     variables = sorted(sandbox.environment().items())
-    say("\nIn another shell, sh:")
+    say("\nIn another shell, in this folder; sh:")
     for name, value in variables:
         say(f"  export {name}={value}")
     say("PowerShell:")
     for name, value in variables:
         say(f'  $env:{name} = "{value}"')
+    say(f"\nThen merge what {Practice.CSV}, an export of some hours ago, asks for:")
+    say(f"  {typed(sys.executable)} merge_contacts.py --csv {Practice.CSV} --preview --live")
+    say(f"  {typed(sys.executable)} merge_contacts.py --csv {Practice.CSV}")
+    say("One pair is refused, one has changed since the export, and one ticket stays behind:")
+    say("read the report, look the contacts up on the page above, and settle or undo.")
     say("\nCtrl-C ends it.")
 
 
@@ -203,6 +329,7 @@ class Demo:
             contact_id: contact["external_ref"]
             for contact_id, contact in self.organisation.contacts.items()
         }
+        self.had = {one: self._things_of(one) for one in self.organisation.contacts}
         self.folder = Path(tempfile.mkdtemp(prefix="merge-demo-"))
         self.all_true = True
 
@@ -238,13 +365,16 @@ class Demo:
         say("\n--- Summary ---")
         self._check_result(requested)
         pages = self.folder.glob("reports/*.html")
-        say(
-            f"\n{'All of that is true.' if self.all_true else 'NOT all of that is true.'} A report to open in a browser:"
-        )
+        say("\nA report to open in a browser:")
         say(f"  {max(pages, key=os.path.getsize)}")
         say("Next: copy .env.example to .env, put your token into it, and read your own contacts:")
         say(f"  {typed(sys.executable)} merge_contacts.py --export contacts.csv")
         return 0 if self.all_true else 1
+
+    def _things_of(self, contact: str) -> set[str]:
+        """Return the works and conversations in which a contact has a role."""
+        tables = (self.organisation.works, self.organisation.conversations)
+        return {one["id"] for table in tables for one in table.find([("anyone", [contact])])}
 
     def _step(self, title: str, sandbox: Sandbox, *options: str, head: int, tail: int = 0) -> None:
         """Run the tool; show the first `head` and the last `tail` lines of its output, or all where it fails."""
@@ -281,22 +411,38 @@ class Demo:
             f"{len(merges)} contacts were merged, each with one request",
             0 < len(merges) == requested,
         )
+        groups: dict[str, list[str]] = defaultdict(list)
+        for primary, duplicate in merges:
+            groups[self.organisation.survivor(primary)].append(duplicate)
         wrong = []
-        for primary in dict.fromkeys(primary for primary, _ in merges):
-            group = [primary] + [other for one, other in merges if one == primary]
-            wanted = [ref for ref in map(self.references.get, group) if is_user(ref)] or [
-                self.references[primary]
-            ]
+        for primary, duplicates in groups.items():
+            group = [primary, *duplicates]
+            users = [ref for ref in map(self.references.get, group) if is_user(ref)]
+            wanted = users or [self.references[primary]]
             if wanted != [self.organisation.contacts[primary]["external_ref"]]:
                 wrong.append(self.organisation.contacts[primary]["display_id"])
-        self._check(
-            " ".join(["each primary has the reference that it should have", *wrong]), not wrong
+        claim = "each primary has the reference that the application knows the person by"
+        self._check(" ".join([claim, *wrong]), not wrong)
+        moved, lost = 0, 0
+        for primary, duplicates in groups.items():
+            wanted_things = set().union(*(self.had[one] for one in duplicates))
+            moved += len(wanted_things)
+            lost += len(wanted_things - self._things_of(primary))
+        claim = (
+            f"all {moved} tickets and conversations of the merged contacts are the primaries' now"
         )
+        self._check(f"{claim}; {lost} are lost", not lost)
         reported = sum(map(reported_merges, self.folder.glob("reports/*.json")))
-        self._check(f"the reports name {reported} merges", reported == len(merges))
-        backups = len(list(self.folder.glob("backups/*/*/manifest.json")))
-        emails = len({primary for primary, _ in merges})
-        self._check(f"{backups} backups, one for each address", backups == emails)
+        self._check(f"the reports name all {reported} merges", reported == len(merges))
+        saved = set()
+        for manifest in self.folder.glob("backups/*/*/manifest.json"):
+            content = json.loads(manifest.read_text(encoding="utf-8"))
+            saved.update(one["csv"]["id"] for one in content["contacts"])
+        members = {one for pair in merges for one in pair}
+        claim = f"the backups hold all {len(members)} contacts that were merged or merged into"
+        self._check(f"{claim}, one folder for each of {len(groups)} addresses", members <= saved)
+        last = "Nothing was lost." if self.all_true else "Something is NOT as it should be."
+        say(last)
 
     def _check(self, claim: str, true: bool) -> None:
         self.all_true = self.all_true and true
@@ -308,7 +454,7 @@ def count_lists(sandbox: Sandbox) -> int:
     return sum(request.endpoint.endswith(".list") for request in sandbox.requests)
 
 
-def is_user(reference: Optional[str]) -> bool:
+def is_user(reference: str | None) -> bool:
     """Whether the reference is one of the customer's own application."""
     return bool(reference) and str(reference).startswith("user_")
 
@@ -329,7 +475,7 @@ def typed(path: str) -> str:
     return f'"{path}"' if " " in path else path
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo, or serve."""
     options = arguments(argv)
     return serve(options) if options.command == "serve" else Demo().run()

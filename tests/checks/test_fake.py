@@ -11,7 +11,7 @@ from tests.fake import world as fake_world
 from tests.fake.organisation import ALL_WORK_KINDS, HALF_EMOJI, LONG_AGO, Organisation, Rules
 from tests.fake.trouble import ODD_POLLS, PAGES, Answer, Fault
 from tests.fake.world import SWITCHES, World
-from tests.sandbox import Sandbox
+from tests.sandbox import Sandbox, page
 from tests.support import pair
 
 DUPLICATE_REFERENCE = "user_1"
@@ -1059,3 +1059,11 @@ def test_another_program_takes_a_share_of_each_window(played: Played) -> None:
     played.world.set_quota(20, 60.0)
     played.world.quota_share = 0.85
     assert played.answer("dev-users.self").headers["X-Ratelimit-Remaining"] == "2"
+
+
+def test_a_page_shows_contacts_and_their_tickets_and_escapes_what_they_hold(played: Played) -> None:
+    played.organisation.change(played.organisation.contacts[played.primary], display_name="<b>&")
+    played.organisation.merge(played.primary, played.duplicate)
+    text = page(played.organisation)
+    assert "&lt;b&gt;&amp;" in text and "<b>" not in text
+    assert "merged into REVU-P1" in text and "TKT-3" in text

@@ -26,8 +26,8 @@ class ExportRow(NamedTuple):
     more: dict[str, Any]
 
 
-def seed(organisation_type: type[Organisation], path: str | Path) -> Organisation:
-    """Build the organisation an export came from.
+def seed(organisation_type: type[Organisation], path: str | Path, key: str = "") -> Organisation:
+    """Build the organisation an export came from, or one like it that has another key.
 
     Of each contact, greatest(owned, created, reported) equals its TICKET_COUNT. Bad rows are left
     out and the first row of an id counts, since an export is not always clean.
@@ -36,7 +36,7 @@ def seed(organisation_type: type[Organisation], path: str | Path) -> Organisatio
     rows = [row for row in rows if row.organisation == rows[0].organisation]
     if not rows:
         raise ValueError(f"{path} holds no usable row")
-    organisation = organisation_type(rows[0].organisation, rows[0].partition)
+    organisation = organisation_type(key or rows[0].organisation, rows[0].partition)
     groups: dict[str, list[Seedling]] = {}
     for number, row in enumerate(rows):
         details: dict[str, Any] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import selectors
 import socket
 import struct
@@ -14,7 +15,7 @@ import time
 import urllib.parse
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, re
+from typing import Any, Callable
 
 from tests.fake.api import POST_ONLY, SHAPES, Field
 from tests.fake.organisation import Organisation
@@ -58,6 +59,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def _exchange(self, method: str) -> None:
         address = urllib.parse.urlsplit(self.path)
+        if method == "GET" and address.path in self.server.sandbox.pages:
+            content_type, make = self.server.sandbox.pages[address.path]
+            answer = Answer(200, make().encode("utf-8"), content_type=content_type)
+            self.wfile.write(self._head(answer) + answer.payload)
+            return
         endpoint = address.path.lstrip("/")
         started = time.monotonic()
         body, problem = self._read(method, endpoint, address.query)
@@ -240,6 +246,8 @@ class Sandbox(World):
     ) -> None:
         super().__init__(organisation, time.monotonic, time.time, **world)
         self.latency = latency
+        # Pages for people, by path: content type, and what makes the page.
+        self.pages: dict[str, tuple[str, Callable[[], str]]] = {}
         self._port = port
 
     def __enter__(self) -> Sandbox:

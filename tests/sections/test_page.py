@@ -415,7 +415,9 @@ def test_without_javascript_the_headline_is_there_and_what_a_killed_run_did_not_
         browser.call("Emulation.setScriptExecutionDisabled", value=False)
     report = {**report_of(2), **dict.fromkeys(("skipped", "look_alikes", "warnings", "choices"))}
     report["run"].update(stopped="killed", end=None, exit_code=None, requests=None)
+    report["run"]["warnings"] = ["the token may not list incidents"]
     report["summary"].update(dict.fromkeys(("contacts_read", "invalid_rows", "left")))
     (text,) = show(report).texts("main")
-    assert "Stopped early: killed" in text and not re.search(r"undefined|NaN|null|\[object", text)
+    assert "Stopped early: killed" in text and "may not list incidents" in text
+    assert not re.search(r"undefined|NaN|null|\[object", text)
     assert browser.noise() == []

@@ -393,6 +393,8 @@ class InvariantChecker:
             self.stopped, self.interrupted = True, math.inf
         if sent.endpoint == "rev-users.update":
             self.takes_updates = self.takes_updates or answer.status in (200, 409)
+            nothing_to_do = "nothing would be changed"  # the merge has moved the reference
+            self.takes_updates |= nothing_to_do in str((answer.data or {}).get("message"))
         if sent.endpoint == "rev-users.merge":
             self.flying -= 1
             asks = self.asks[sent.body["primary_user"], sent.body["secondary_user"]]
@@ -415,14 +417,17 @@ class InvariantChecker:
                 crowded = any(one[-1].run == self.run for one in others)
                 ask.busy = answer.status in (409, 423, 425)
                 ask.busy |= crowded and answer.status not in (401, 403, 404, 408)
-        elif sent.endpoint == "rev-users.get" and answer.status == 200 and answer.data:
+        elif sent.endpoint == "rev-users.get" and answer.status in (200, 404) and answer.data:
             user = answer.data.get("rev_user")
             exists = (
                 isinstance(user, dict)
                 and user.get("id") == sent.body["id"]
                 and user.get("state") != "deleted"
             )
-            if exists and not user.get("primary_identity"):
+            exists = exists and user.get("state") == "active" and not user.get("primary_identity")
+            if self.first_merge and sent.body["id"] == self.first_merge[1] and not exists:
+                self.is_forbidden = False  # it was carried out all the same
+            if exists:
                 for (_, duplicate), asks in self.asks.items():
                     if duplicate == sent.body["id"] and asks:
                         asks[-1].polled = self.run

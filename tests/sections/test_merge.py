@@ -1,0 +1,844 @@
+"""What becomes of a pair: requested, polled for, given its reference, verified; and every way out of that."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.fake.organisation import Organisation
+from tests.simulation.scene import Scene
+
+QUICK = ("--merge-timeout", "8")
+FIRST = "person1@example.com"
+
+
+def of(*contacts: str) -> Any:
+    """Match the requests whose body names one of these contacts."""
+    return lambda body: any(one in map(str, body.values()) for one in contacts)
+
+
+def works_of(organisation: Organisation, contact: str) -> list[str]:
+    return sorted(one["id"] for one in organisation.works.find([("reported_by", [contact])]))
+
+
+def give_all(organisation: Organisation, giver: str, taker: str) -> None:
+    """Give what a contact reported and takes part in to another, one by one."""
+    for identity in works_of(organisation, giver):
+        organisation.give(identity, "reported_by", [taker])
+    for talk in organisation.conversations.find([("members", [giver])]):
+        organisation.give(talk["id"], "members", [taker])
+
+
+# -- what a merge leaves behind ----------------------------------------------------------------------
+
+HUSKS = ("locked", "shadow", "archived", "no-email", "no-reference", "bare", "own-reference")
+
+
+@pytest.mark.parametrize("stays", HUSKS)
+def test_objects_prove_at_once_that_a_duplicate_which_stays_was_merged(
+    scene: Scene, stays: str
+) -> None:
+    pairs = scene.pairs(3)
+    scene.world.gone, scene.world.stays = "stays", stays
+    run = scene.merge(*QUICK)
+    assert run.code == 0 and scene.merged(*pairs)
+    assert run.count("rev-users.merge") == 3
+    for primary, duplicate in pairs:
+        merged = scene.organisation.merge_times[duplicate]
+        assert scene.organisation.reference_times[primary][-1][0] - merged < 2
+
+
+@pytest.mark.parametrize("stays", ["shadow", "no-email"])
+def test_without_objects_lists_decide_of_a_duplicate_which_stays_and_only_after_an_acknowledgement(
+    scene: Scene, stays: str
+) -> None:
+    pair = scene.pair(1, (1, 0), talk=False)
+    scene.world.gone, scene.world.stays = "stays", stays
+    assert scene.merge("--merge-timeout", "40").code == 0 and scene.merged(pair)
+
+
+def test_what_both_contacts_had_proves_nothing(scene: Scene) -> None:
+    primary, duplicate = scene.pair(1, (0, 0), talk=False)
+    scene.organisation.add_work(reported_by=[primary, duplicate])
+    scene.world.merge_delay = 9e9
+    lock = {"state": "locked"}
+    scene.after(
+        "rev-users.merge",
+        lambda devrev: devrev.change(devrev.contacts[duplicate], **lock),
+    )
+    scene.fault("500-after", "rev-users.merge")
+    assert scene.merge(*QUICK).code == 1
+    assert scene.count("rev-users.update") == 0 and scene.holder("user_1") == duplicate
+
+
+@pytest.mark.parametrize("state", ["locked", "deactivated"])
+def test_a_duplicate_that_somebody_locks_while_its_merge_is_pending_is_still_there(
+    scene: Scene, state: str
+) -> None:
+    _, duplicate = scene.pair(1)
+    scene.world.merge_delay = 9e9
+    scene.after(
+        "rev-users.merge", lambda devrev: devrev.change(devrev.contacts[duplicate], state=state)
+    )
+    assert scene.merge(*QUICK).codes == {FIRST: "merge_not_confirmed"}
+    assert scene.count("rev-users.update") == 0
+
+
+# -- the last read decides ---------------------------------------------------------------------------
+
+
+def test_a_reference_that_something_puts_back_is_set_once_more(scene: Scene) -> None:
+    pair = scene.pair(1)
+    scene.world.puts_back, scene.world.puts_back_after = 1, 0.01
+    run = scene.merge(*QUICK)
+    assert run.code == 0 and scene.merged(pair) and run.count("rev-users.update") == 2
+
+
+def test_a_reference_that_is_put_back_again_and_again_is_not_called_merged(scene: Scene) -> None:
+    primary, _ = scene.pair(1)
+    scene.world.puts_back, scene.world.puts_back_after = 9, 0.01
+    run = scene.merge(*QUICK)
+    assert run.codes == {FIRST: "reference_reverted"}
+    (entry,) = run.report["unfinished_merges"]
+    assert "REVU-P1" in entry["error"] and scene.reference(primary) == "REVU-P1"
+    scene.world.puts_back = 0
+    scene.end()
+    assert scene.reference(primary) == "user_1"
+
+
+def test_a_reference_that_somebody_sets_before_the_verification_stays(scene: Scene) -> None:
+    primary, _ = scene.pair(1)
+    scene.after(
+        "rev-users.update",
+        lambda devrev: devrev.change(devrev.contacts[primary], external_ref="by-hand"),
+    )
+    assert scene.merge(*QUICK).codes == {FIRST: "external_ref_changed"}
+    assert scene.reference(primary) == "by-hand"
+
+
+@pytest.mark.parametrize("status", [400, 403, 409])
+def test_an_update_that_is_refused_because_the_merge_has_moved_the_reference_is_done(
+    scene: Scene, status: int
+) -> None:
+    primary, _ = scene.pair(1)
+
+    def move(devrev: Organisation) -> None:
+        devrev.change(devrev.contacts[primary], external_ref="user_1")
+
+    scene.before("rev-users.update", move)
+    scene.fault(str(status), "rev-users.update")
+    run = scene.merge(*QUICK)
+    assert run.code == 0 and run.count("rev-users.update") == 1
+    assert scene.reference(primary) == "user_1"
+
+
+@pytest.mark.parametrize("options", [(), ("--primary", "user")])
+def test_where_neither_contact_is_found_nothing_is_called_merged(
+    scene: Scene, options: tuple[str, ...]
+) -> None:
+    pair = scene.pair(1, (1, 0), talk=False)
+    never = scene.fault("merge-never")
+    everything = {"vanished": "*"}
+    scene.waive("a reference is moved after the merge", "DevRev says that the duplicate is gone")
+    scene.after("rev-users.merge", lambda _: scene.world.__dict__.update(everything))
+    run = scene.merge(*QUICK, *options)
+    assert run.code == 1 and run.rows[pair[1] if not options else pair[0]]["state"] != "done"
+    (entry,) = run.report["unfinished_merges"]
+    assert entry["state"] in ("requested", "acknowledged")
+    scene.world.vanished = ()
+    scene.world.faults.remove(never)
+    scene.end()
+
+
+def test_a_ticket_that_the_token_may_not_see_is_not_taken_for_a_deleted_one(scene: Scene) -> None:
+    primary, duplicate = scene.pair(1, (0, 1), talk=False)
+    (ticket,) = works_of(scene.organisation, duplicate)
+    other = scene.organisation.add_contact("Z", "another@example.com")
+    scene.after("rev-users.update", lambda devrev: devrev.give(ticket, "reported_by", [other]))
+    scene.fault("404", "works.get")
+    run = scene.merge(*QUICK)
+    assert run.codes == {FIRST: "left_behind"} and not run.rows[duplicate]["deleted"]
+
+
+def test_a_ticket_that_was_deleted_before_the_verification_is_named_and_holds_nothing_up(
+    scene: Scene,
+) -> None:
+    _, duplicate = scene.pair(1, (0, 2))
+    ticket = works_of(scene.organisation, duplicate)[0]
+    scene.after("rev-users.update", lambda devrev: devrev.delete_work(ticket))
+    run = scene.merge(*QUICK)
+    (entry,) = run.report["successful_merges"]
+    assert run.code == 0 and entry["deleted"] == [ticket]
+
+
+# -- conflicts ---------------------------------------------------------------------------------------
+
+
+def test_an_organisation_that_never_frees_a_reference_costs_five_pairs_at_most(
+    scene: Scene,
+) -> None:
+    scene.pairs(12)
+    scene.world.reference_updates = "409"
+    run = scene.merge("--merge-timeout", "3")
+    assert run.code == 3 and len(scene.organisation.merges) <= 5
+    assert set(run.codes.values()) == {"external_ref_conflict"}
+
+
+def test_a_conflict_that_another_contact_explains_keeps_no_other_pair_waiting(
+    scene: Scene,
+) -> None:
+    pairs = scene.pairs(8)
+    thieves: list[str] = []
+
+    def steal(devrev: Organisation) -> None:
+        thieves.append(devrev.add_contact("THIEF", "thief@example.com", "user_1"))
+
+    scene.before("rev-users.update", steal, match=of(pairs[0][0]))
+    run = scene.merge(*QUICK)
+    assert run.codes == {FIRST: "external_ref_conflict"} and "REVU-THIEF" in run.out
+    assert len(scene.organisation.merges) == 8
+    scene.organisation.change(scene.organisation.contacts[thieves[0]], external_ref="REVU-THIEF")
+    scene.end()
+    assert scene.merged(*pairs)
+
+
+def test_where_updates_are_refused_no_more_than_five_references_are_on_no_contact(
+    scene: Scene,
+) -> None:
+    scene.pairs(12)
+    scene.world.forbidden = ("rev-users.update",)
+    assert scene.merge(*QUICK).code == 3 and len(scene.organisation.merges) <= 5
+    scene.world.forbidden = ()
+    scene.end()
+
+
+def test_merges_that_devrev_carries_out_into_others_stop_a_run(scene: Scene) -> None:
+    pairs = scene.pairs(12)
+    other = scene.organisation.add_contact("Z", "another@example.com")
+    scene.world.gone, scene.world.merge_delay = "primary", 9e9
+    for _, duplicate in pairs:
+        scene.after(
+            "rev-users.merge",
+            lambda devrev, one=duplicate: devrev.merge(other, one),
+            match=of(duplicate),
+        )
+    run = scene.merge(*QUICK)
+    assert run.code == 3 and set(run.codes.values()) == {"merged_into_another"}
+    assert len(scene.organisation.merges) <= 5
+
+
+# -- busy --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [400, 409, 423, 425])
+def test_an_organisation_that_merges_one_pair_at_a_time_is_served_one_pair_at_a_time(
+    scene: Scene, status: int
+) -> None:
+    pairs = scene.pairs(8)
+    scene.world.merge_jobs, scene.world.busy_status = 1, status
+    scene.world.merge_delay = 0.5
+    run = scene.merge("--merge-timeout", "60")
+    assert run.code == 0 and scene.merged(*pairs)
+
+
+@pytest.mark.parametrize("status", [409, 423, 425])
+def test_a_merge_that_waits_for_other_programs_merges_is_requested_again(
+    scene: Scene, status: int
+) -> None:
+    pair = scene.pair(1)
+    scene.fault(str(status), "rev-users.merge", times=4)
+    run = scene.merge("--merge-timeout", "60")
+    assert run.code == 0 and scene.merged(pair) and run.count("rev-users.merge") == 5
+
+
+def test_a_merge_that_devrev_is_busy_for_all_the_time_is_refused_in_the_end(scene: Scene) -> None:
+    scene.pair(1)
+    scene.fault("409", "rev-users.merge")
+    run = scene.merge("--merge-timeout", "20")
+    assert run.codes == {FIRST: "merge_refused"} and 3 < run.count("rev-users.merge") < 20
+
+
+# -- the first merge ---------------------------------------------------------------------------------
+
+
+def test_merges_go_one_at_a_time_until_one_is_confirmed(scene: Scene) -> None:
+    pairs, seen = scene.pairs(6), []
+    scene.world.merge_delay = 1.0
+    for n in range(1, 7):
+        scene.before("rev-users.merge", lambda devrev: seen.append(len(devrev.merges)), n)
+    assert scene.merge().code == 0 and scene.merged(*pairs)
+    assert seen[0] == 0 and min(seen[1:]) >= 1
+
+
+def test_a_token_that_may_not_merge_ends_the_run_at_its_first_request(scene: Scene) -> None:
+    scene.pairs(7)
+    scene.world.forbidden = ("rev-users.merge",)
+    run = scene.merge()
+    assert run.code == 2 and run.count("rev-users.merge") == 1 and "rev_user:all" in run.err
+    assert scene.organisation.merges == []
+
+
+def test_a_first_merge_that_is_forbidden_and_carried_out_all_the_same_goes_on(
+    scene: Scene,
+) -> None:
+    pairs = scene.pairs(3)
+    scene.fault("merge-refused-late", "rev-users.merge", detail=(403, 1.0), times=1)
+    assert scene.merge().code == 0 and scene.merged(*pairs)
+
+
+def test_a_forbidden_first_merge_of_which_polls_tell_nothing_does_not_promise_that_nothing_was_changed(
+    scene: Scene,
+) -> None:
+    scene.pairs(2)
+    scene.world.forbidden = ("rev-users.merge",)
+    scene.fault("400", "rev-users.get")
+    assert scene.merge().code == 3
+
+
+# -- settling, and what was cancelled ----------------------------------------------------------------
+
+
+def cancel(scene: Scene, *options: str) -> None:
+    """Let a merge never come, and give it up."""
+    never = scene.fault("merge-never")
+    assert scene.merge(*QUICK, *options).code == 1
+    assert scene.settle(FIRST).code == 0
+    scene.world.faults.remove(never)
+
+
+def test_a_cancelled_merge_that_devrev_carries_out_is_finished_and_said(scene: Scene) -> None:
+    pair = scene.pair(1)
+    cancel(scene)
+    scene.organisation.merge(*pair)
+    run = scene.merge(*QUICK)
+    assert run.code == 1 and scene.reference(pair[0]) == "user_1"
+    assert [entry["email"] for entry in run.report["successful_merges"]] == [FIRST]
+    assert "--undo" in run.out + run.err and scene.merge(*QUICK).code == 0
+
+
+@pytest.mark.parametrize("gone", ["404", "state", "301", "primary", "shadow"])
+@pytest.mark.parametrize("by", ["merged into another", "deleted"])
+def test_a_cancelled_pair_whose_duplicate_is_gone_in_another_way_stays_cancelled(
+    scene: Scene, by: str, gone: str
+) -> None:
+    primary, duplicate = scene.pair(1)
+    other = scene.organisation.add_contact("Z", "another@example.com")
+    scene.world.gone = gone
+    cancel(scene)
+    if by == "deleted":
+        scene.organisation.delete_contact(duplicate)
+    else:
+        scene.organisation.merge(other, duplicate)
+    for _ in range(3):
+        run = scene.merge(*QUICK)
+        assert run.rows[duplicate]["state"] == "cancelled"
+    assert scene.reference(primary) == "REVU-P1" and scene.organisation.alive(other)
+    (warning,) = [one for one in run.report["warnings"] if one["code"] == "reference_unheld"]
+    assert "user_1" in warning["warning"] and "REVU-P1" in warning["warning"]
+    assert "user_1" in scene.run("--status").out
+
+
+def test_a_cancelled_pair_without_objects_stays_cancelled_unless_devrev_names_the_primary(
+    scene: Scene,
+) -> None:
+    pair = scene.pair(1, (1, 0), talk=False)
+    cancel(scene)
+    scene.organisation.merge(*pair)
+    assert scene.merge(*QUICK).rows[pair[1]]["state"] == "cancelled"
+    scene.world.gone = "301"
+    assert scene.merge(*QUICK).rows[pair[1]]["state"] == "done"
+
+
+def test_a_cancelled_merge_is_never_requested_again_unnamed(scene: Scene) -> None:
+    pair = scene.pair(1)
+    cancel(scene)
+    scene.export()
+    assert scene.merge(*QUICK).code == 0 and scene.count("rev-users.merge") == 1
+    scene.clock.advance(600)
+    assert scene.merge(*QUICK, "--email", FIRST).code == 0 and scene.merged(pair)
+
+
+def test_a_merged_pair_can_be_settled_whatever_keeps_it_open(scene: Scene) -> None:
+    pair = scene.pair(1)
+    scene.after("rev-users.update", lambda _: scene.fault("500", "works.list"))
+    run = scene.merge(*QUICK)
+    assert run.rows[pair[1]]["state"] == "proving" and run.code in (1, 3)
+    settled = scene.settle(FIRST)
+    assert settled.code == 0 and settled.rows[pair[1]]["state"] == "settled"
+
+
+def test_a_pair_without_its_reference_is_settled_after_two_runs_and_says_where_to_set_it(
+    scene: Scene,
+) -> None:
+    _, duplicate = scene.pair(1)
+    scene.world.reference_updates = "400"
+    assert scene.merge(*QUICK).codes == {FIRST: "external_ref_not_set"}
+    assert scene.settle(FIRST).code == 1
+    assert scene.merge(*QUICK).code == 1
+    settled = scene.settle(FIRST)
+    assert settled.code == 0 and "set it on REVU-P1" in settled.out
+    (entry,) = settled.report["settled"]
+    assert entry["reference_not_set"] == "user_1" and "REVU-P1" in entry["accepted"]
+    assert settled.rows[duplicate]["state"] == "settled"
+
+
+def test_a_pair_whose_primary_was_merged_into_another_can_be_settled(scene: Scene) -> None:
+    primary, duplicate = scene.pair(1)
+    scene.fault("500", "rev-users.update")
+    assert scene.merge(*QUICK).code in (1, 3)
+    scene.world.faults.clear()
+    scene.world.gone_of = {primary: "400"}
+    other = scene.organisation.add_contact("Z", "another@example.com")
+    scene.organisation.merge(other, primary)
+    assert scene.merge(*QUICK).codes == {FIRST: "not_found"}
+    assert scene.settle(FIRST).rows[duplicate]["state"] == "settled"
+
+
+def test_a_lost_backup_keeps_a_merged_pair_open_until_it_is_settled(scene: Scene) -> None:
+    _, duplicate = scene.pair(1)
+    scene.fault("500", "rev-users.update")
+    scene.merge(*QUICK)
+    scene.world.faults.clear()
+    scene.lose("backups")
+    assert scene.merge(*QUICK).codes == {FIRST: "backup_failed"}
+    before = len(scene.world.requests)
+    assert scene.settle("Person1@example.com").rows[duplicate]["state"] == "settled"
+    assert len(scene.world.requests) == before
+
+
+# -- once asked, never forgotten ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [400, 403, 409])
+def test_a_merge_that_was_refused_and_comes_all_the_same_is_finished(
+    scene: Scene, status: int
+) -> None:
+    pair = scene.pair(1)
+    late = scene.fault("merge-refused-late", detail=(status, 60.0))
+    assert scene.merge(*QUICK).code in (1, 2)
+    scene.world.faults.remove(late)
+    scene.clock.advance(100)
+    scene.export(leave_out=[pair[1]])
+    assert scene.merge(*QUICK).code == 0 and scene.merged(pair)
+
+
+def test_a_request_of_days_ago_needs_one_poll_and_is_then_sent_again(scene: Scene) -> None:
+    pair = scene.pair(1)
+    scene.fault("merge-never", times=1)
+    assert scene.merge(*QUICK).code == 1
+    scene.clock.advance(172_800)
+    run = scene.merge("--merge-timeout", "60")
+    endpoints = [request.endpoint for request in run.requests]
+    assert endpoints.index("rev-users.get") < endpoints.index("rev-users.merge")
+    assert scene.merged(pair) and run.code == 0
+
+
+def test_a_lost_savepoint_loses_nothing_that_was_requested_or_has_ended(scene: Scene) -> None:
+    pairs = scene.pairs(4)
+    scene.fault("merge-never", match=of(pairs[3][1]))
+    assert scene.merge(*QUICK).code == 1
+    scene.lose("savepoint.db")
+    scene.world.faults.clear()
+    scene.organisation.merge(*pairs[3])
+    run = scene.merge(*QUICK)
+    assert run.code == 0 and run.count("rev-users.merge") == 0
+    assert run.report["summary"]["already_merged"] == 3 and scene.merged(*pairs)
+
+
+def test_what_an_old_copy_of_the_savepoint_does_not_know_is_not_forgotten(scene: Scene) -> None:
+    pairs = scene.pairs(3)
+    scene.world.merge_delay = 300.0
+    scene.merge(*QUICK, "--email", FIRST)
+    scene.keep("savepoint.db")
+    scene.merge(*QUICK)
+    scene.put_back("savepoint.db")
+    scene.clock.advance(600)
+    found = json.loads(scene.run("--csv", "contacts.csv", "--preview", "--json").out)
+    assert len(found["to_finish"]) == 3
+    scene.end()
+    assert scene.merged(*pairs)
+
+
+def test_a_merge_that_comes_while_it_is_about_to_be_requested_again_is_finished(
+    scene: Scene,
+) -> None:
+    pair = scene.pair(1)
+    scene.fault("merge-never", times=1)
+    assert scene.merge(*QUICK).code == 1
+    scene.after("timeline-entries.list", lambda devrev: devrev.merge(*pair))
+    assert scene.merge(*QUICK).code == 0
+    assert scene.count("rev-users.merge") == 1 and scene.merged(pair)
+
+
+def test_a_merge_that_never_finishes_holds_up_no_other_and_is_polled_first_in_the_next_run(
+    scene: Scene,
+) -> None:
+    pairs = scene.pairs(5)
+    scene.fault("merge-never", "rev-users.merge", match=of(pairs[2][1]))
+    run = scene.merge(*QUICK)
+    assert run.codes == {"person3@example.com": "merge_not_confirmed"}
+    assert scene.merged(*pairs[:2], *pairs[3:])
+    scene.organisation.merge(*pairs[2])
+    run = scene.merge(*QUICK)
+    asked = [request.endpoint for request in run.requests][:2]
+    assert run.code == 0 and asked == ["dev-users.self", "rev-users.get"]
+
+
+def test_a_pair_stays_requested_whatever_its_next_check_says(scene: Scene) -> None:
+    primary, duplicate = scene.pair(1, (1, 3))
+    scene.lose_answer("rev-users.merge")
+    scene.world.merge_delay = 300.0
+    scene.after(
+        "rev-users.merge",
+        lambda devrev: devrev.give(works_of(devrev, duplicate)[0], "reported_by", [primary]),
+    )
+    assert scene.merge(*QUICK).codes == {FIRST: "count_mismatch"}
+    scene.clock.advance(600)
+    assert scene.merge(*QUICK).code == 0 and scene.count("rev-users.merge") == 1
+
+
+def test_another_export_with_another_primary_never_asks_a_pending_duplicate_into_it(
+    scene: Scene,
+) -> None:
+    primary, duplicate = scene.pair(1)
+    second = scene.organisation.add_contact("B", FIRST)
+    scene.fault("merge-never", "rev-users.merge", match=of(duplicate))
+    scene.merge(*QUICK)
+    for _ in range(3):
+        scene.organisation.add_work(reported_by=[second])
+    scene.export()
+    scene.merge(*QUICK)
+    asked = {
+        (one.body["primary_user"], one.body["secondary_user"])
+        for one in scene.requests("rev-users.merge")
+    }
+    assert asked == {(primary, duplicate)}
+
+
+@pytest.mark.parametrize("deleted", [True, False])
+def test_a_duplicate_that_somebody_has_merged_or_deleted_first_is_not_called_ours(
+    scene: Scene, deleted: bool
+) -> None:
+    primary, duplicate = scene.pair(1)
+    other = scene.organisation.add_contact("Z", "another@example.com")
+
+    def interfere(devrev: Organisation) -> None:
+        if deleted:
+            devrev.delete_contact(duplicate)
+        else:
+            devrev.merge(other, duplicate)
+
+    scene.before("rev-users.merge", interfere)
+    run = scene.merge(*QUICK)
+    assert run.codes == {FIRST: "merged_elsewhere"} and scene.reference(primary) == "REVU-P1"
+    assert "user_1" in run.report["failed_merges"][0]["error"]
+    assert scene.merge(*QUICK).code == 0
+
+
+@pytest.mark.parametrize("gone", ["301", "primary"])
+def test_a_pair_that_a_colleague_merges_just_before_is_ours_where_devrev_names_the_primary(
+    scene: Scene, gone: str
+) -> None:
+    pair = scene.pair(1, (0, 0), talk=False)
+    scene.world.gone = gone
+    scene.before("rev-users.merge", lambda devrev: devrev.merge(*pair))
+    scene.fault("404", "rev-users.merge")
+    assert scene.merge(*QUICK).code == 0 and scene.merged(pair)
+
+
+def test_one_false_not_found_while_the_merge_is_pending_does_no_harm(scene: Scene) -> None:
+    pairs = scene.pairs(2)
+    scene.world.merge_delay = 1.5
+    scene.waive("a reference is moved after the merge", "DevRev says that the duplicate is gone")
+    scene.fault("404", "rev-users.get", times=1)
+    assert scene.merge("--merge-timeout", "30").code == 0
+    assert scene.merged(*pairs) and scene.count("rev-users.merge") == 2
+
+
+def test_the_404_of_a_route_says_nothing_of_a_contact(scene: Scene) -> None:
+    scene.pair(1)
+    scene.world.merge_delay = 9e9
+    scene.fault("route-404", "rev-users.get")
+    assert scene.merge(*QUICK).code == 1 and scene.count("rev-users.update") == 0
+
+
+def test_a_reference_that_somebody_has_set_between_two_runs_is_left(scene: Scene) -> None:
+    primary, _ = scene.pair(1)
+    scene.fault("500", "rev-users.update")
+    scene.merge(*QUICK)
+    scene.world.faults.clear()
+    scene.organisation.change(scene.organisation.contacts[primary], external_ref="by-hand")
+    assert scene.merge(*QUICK).codes == {FIRST: "external_ref_changed"}
+    assert scene.reference(primary) == "by-hand"
+    scene.end()
+
+
+def test_a_contact_that_the_application_makes_again_in_the_gap_is_healed_by_another_export(
+    scene: Scene,
+) -> None:
+    pair = scene.pair(1)
+    made: list[str] = []
+    scene.before(
+        "rev-users.update",
+        lambda devrev: made.append(devrev.add_contact("NEW", FIRST, "user_1")),
+    )
+    assert scene.merge(*QUICK).codes == {FIRST: "external_ref_conflict"}
+    scene.export()
+    assert scene.merge(*QUICK).code == 0
+    assert scene.merged(pair, (pair[0], made[0]))
+
+
+def test_what_was_started_is_finished_before_anything_new_is_backed_up(scene: Scene) -> None:
+    pairs = scene.pairs(6)
+    scene.world.reference_updates = "400"
+    scene.merge(*QUICK, "--limit", "3")
+    scene.world.reference_updates = "works"
+    run = scene.merge(*QUICK)
+    endpoints = [request.endpoint for request in run.requests]
+    first = endpoints.index("timeline-entries.list")
+    assert endpoints[:first].count("rev-users.update") == 3 and scene.merged(*pairs)
+
+
+def test_what_a_merge_leaves_behind_is_named_and_verified_again_by_the_next_run(
+    scene: Scene,
+) -> None:
+    primary, duplicate = scene.pair(1, (1, 3))
+    left = works_of(scene.organisation, duplicate)[:2]
+    scene.fault("merge-leaves", "rev-users.merge", detail=set(left))
+    run = scene.merge(*QUICK)
+    (entry,) = run.report["unfinished_merges"]
+    assert entry["code"] == "left_behind" and {one["id"] for one in entry["left_behind"]} == {*left}
+    assert scene.reference(primary) == "user_1"
+    for one in left:
+        scene.organisation.give(one, "reported_by", [primary])
+    assert scene.merge(*QUICK).code == 0 and scene.count("rev-users.merge") == 1
+
+
+def test_lists_that_lag_behind_a_merge_are_waited_for(scene: Scene) -> None:
+    pairs = scene.pairs(3)
+    scene.clock.advance(10.0)
+    scene.world.list_lag = 5.0
+    assert scene.merge("--merge-timeout", "60").code == 0 and scene.merged(*pairs)
+
+
+def test_five_failures_in_a_row_stop_the_run_before_more_is_started(scene: Scene) -> None:
+    pairs = scene.pairs(30, talk=False)
+    scene.fault("400", "rev-users.merge")
+    run = scene.merge(*QUICK)
+    assert run.code == 3 and run.count("rev-users.merge") == 5
+    assert set(run.codes.values()) == {"merge_refused"}
+    scene.end()
+    assert scene.merged(*pairs)
+
+
+def test_pairs_that_can_not_be_verified_never_stop_a_run(scene: Scene) -> None:
+    pairs = scene.pairs(12)
+    scene.fault("merge-leaves", "rev-users.merge", match=of(*(one for _, one in pairs[:11])))
+    run = scene.merge(*QUICK)
+    assert run.code == 1 and len(scene.organisation.merges) == 12
+    assert set(run.codes.values()) == {"left_behind"}
+
+
+def test_what_no_run_has_tried_comes_before_what_always_fails(scene: Scene) -> None:
+    pairs = scene.pairs(8)
+    bad: list[str] = []
+    for _, duplicate in pairs[:6]:
+        bad += works_of(scene.organisation, duplicate)
+    scene.world.restricted_timelines = bad
+    scene.merge(*QUICK, "--limit", "6")
+    scene.merge(*QUICK)
+    assert set(scene.organisation.merges) == set(pairs[6:])
+
+
+@pytest.mark.parametrize("endpoint", ["rev-users.update", "rev-users.get", "rev-users.merge"])
+def test_a_contact_that_the_token_may_not_touch_costs_its_own_pair_alone(
+    scene: Scene, endpoint: str
+) -> None:
+    pairs = scene.pairs(4)
+    scene.fault("403", endpoint, match=of(*pairs[1]))
+    scene.merge(*QUICK, "--email", FIRST)
+    for _ in range(3):  # where its merge is the first of a run, that shows what the token may
+        run = scene.merge(*QUICK)
+    others = [pairs[0], *pairs[2:]]
+    assert set(others) <= set(scene.organisation.merges)
+    if endpoint == "rev-users.get":  # lists tell that it is merged
+        assert run.code == 0 and scene.merged(*pairs)
+    else:
+        assert run.codes["person2@example.com"] in ("forbidden", "merge_refused")
+
+
+@pytest.mark.parametrize("gone", ["400", "403", "410", "500", "hang", "shape"])
+def test_lists_decide_where_polls_of_a_merged_contact_tell_nothing(scene: Scene, gone: str) -> None:
+    pairs = scene.pairs(2)
+    scene.world.gone = gone
+    run = scene.merge("--merge-timeout", "60")
+    assert run.code == 0 and scene.merged(*pairs)
+
+
+def test_lists_that_were_asked_with_another_spelling_prove_no_absence(scene: Scene) -> None:
+    pair = scene.pair(1, (0, 0), talk=False)
+    for one in pair:
+        scene.organisation.change(scene.organisation.contacts[one], email="Person1@Example.com")
+    scene.world.merge_delay = 9e9
+    scene.export({one: {"email": FIRST} for one in pair})
+    scene.fault("400", "rev-users.get", match=of(pair[1]))
+    run = scene.merge("--merge-timeout", "60")
+    assert run.code in (1, 3) and scene.count("rev-users.update") == 0
+
+
+# -- fields ------------------------------------------------------------------------------------------
+
+
+def with_fields(scene: Scene, **primary_fields: Any) -> tuple[str, str]:
+    pair = scene.pair(1)
+    primary, duplicate = (scene.organisation.contacts[one] for one in pair)
+    scene.organisation.change(primary, phone_numbers=["+15550100"], **primary_fields)
+    scene.organisation.change(
+        duplicate, phone_numbers=["+15550100", "+15550101"], description="prefers email"
+    )
+    return pair
+
+
+def lost(run: Any) -> set[Any]:
+    (entry,) = run.report["successful_merges"]
+    return {(one["field"], one["value"]) for one in entry["fields_lost"]}
+
+
+def test_what_only_the_duplicate_had_is_named(scene: Scene) -> None:
+    with_fields(scene)
+    run = scene.merge()
+    assert {("phone_numbers", "+15550101"), ("description", "prefers email")} <= lost(run)
+
+
+def test_fields_are_carried_by_themselves_after_the_reference(scene: Scene) -> None:
+    primary, _ = with_fields(scene)
+    run = scene.merge("--carry-fields")
+    bodies = [set(one.body) - {"id"} for one in scene.requests("rev-users.update")]
+    assert bodies == [{"external_ref"}, {"phone_numbers", "description"}]
+    contact = scene.organisation.contacts[primary]
+    assert contact["phone_numbers"] == ["+15550100", "+15550101"]
+    assert contact["description"] == "prefers email" and run.code == 0
+    assert not {"phone_numbers", "description"} & {name for name, _ in lost(run)}
+
+
+def test_a_refused_field_is_lost_and_holds_up_nothing(scene: Scene) -> None:
+    pair = with_fields(scene)
+    scene.world.refused_fields = ("rev-users.update.phone_numbers",)
+    run = scene.merge("--carry-fields")
+    assert run.code == 0 and scene.merged(pair)
+    assert ("phone_numbers", "+15550101") in lost(run)
+
+
+@pytest.mark.parametrize("moment", ["rev-users.merge", "rev-users.update", "works.list"])
+def test_what_somebody_writes_meanwhile_is_not_overwritten_by_carried_fields(
+    scene: Scene, moment: str
+) -> None:
+    primary, _ = with_fields(scene)
+
+    def edit(devrev: Organisation) -> None:
+        contact = devrev.contacts[primary]
+        phones = [*contact["phone_numbers"], "+15550199"]
+        devrev.change(contact, description="by hand", phone_numbers=phones)
+
+    scene.after(moment, edit)
+    assert scene.merge("--carry-fields").code == 0
+    contact = scene.organisation.contacts[primary]
+    assert contact["description"] == "by hand"
+    assert set(contact["phone_numbers"]) == {"+15550100", "+15550101", "+15550199"}
+
+
+def test_carried_fields_rest_on_a_read_that_nothing_has_waited_behind(scene: Scene) -> None:
+    primary, _ = with_fields(scene)
+
+    def edit(devrev: Organisation) -> None:
+        scene.clock.nap(3600.0)
+        devrev.change(devrev.contacts[primary], description="by hand")
+
+    reads = of(primary)
+    scene.after("rev-users.get", edit, match=reads)
+    assert scene.merge("--carry-fields").code == 0
+    assert scene.organisation.contacts[primary]["description"] == "by hand"
+
+
+@pytest.mark.parametrize("step", ["sending rev-users.update", "hearing of rev-users.update"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_run_that_is_killed_at_an_update_carries_fields_in_the_next(
+    scene: Scene, step: str, n: int
+) -> None:
+    primary, _ = with_fields(scene)
+    scene.kill(step, n)
+    assert scene.merge("--carry-fields").killed
+    assert scene.merge().code == 0
+    contact = scene.organisation.contacts[primary]
+    assert contact["phone_numbers"] == ["+15550100", "+15550101"]
+    assert contact["description"] == "prefers email"
+
+
+# -- preconditions -----------------------------------------------------------------------------------
+
+
+def test_a_laptop_that_sleeps_between_check_and_merge_checks_again(scene: Scene) -> None:
+    pairs = scene.pairs(3)
+
+    def sleep(devrev: Organisation) -> None:
+        scene.clock.nap(28_800.0)
+        for _, duplicate in pairs:
+            devrev.change(devrev.contacts[duplicate], email="somebody.else@example.com")
+
+    scene.after("timeline-entries.list", sleep)
+    assert set(scene.merge().codes.values()) == {"email_changed"}
+    assert scene.organisation.merges == []
+
+
+def test_lists_that_have_become_too_old_are_read_again_with_the_timelines_of_what_has_changed(
+    scene: Scene,
+) -> None:
+    _, duplicate = scene.pair(1, (2, 2))
+    ticket = works_of(scene.organisation, duplicate)[0]
+
+    def comment(devrev: Organisation) -> None:
+        scene.clock.nap(130.0)
+        devrev.add_comment(ticket, "One more thing.")
+        devrev.change(devrev.works[ticket])
+
+    objects = len(scene.organisation.works) + len(scene.organisation.conversations)
+    scene.after("timeline-entries.list", comment, n=objects)
+    assert scene.merge().code == 0
+    read = [one.body["object"] for one in scene.requests("timeline-entries.list")]
+    assert read.count(ticket) == 2 and len(read) == objects + 1
+
+
+@pytest.mark.parametrize("kind", ["endless", "nested", "drip"])
+def test_an_answer_without_an_end_fails_its_group_alone(scene: Scene, kind: str) -> None:
+    pairs = scene.pairs(2)
+    (talk,) = scene.organisation.conversations.find([("members", [pairs[0][1]])])
+    scene.fault(kind, "timeline-entries.list", match=of(talk["id"]))
+    run = scene.merge(*QUICK)
+    assert run.codes == {FIRST: "api_error"} and scene.merged(pairs[1])
+
+
+def test_an_interrupted_run_sets_the_reference_of_what_devrev_has_merged(scene: Scene) -> None:
+    scene.pairs(3)
+    scene.world.merge_delay = 2.0
+    scene.after("rev-users.merge", scene.ctrl_c)
+    run = scene.merge()
+    assert run.code == 130 and scene.count("rev-users.merge") == 1
+    ((primary, _),) = scene.organisation.merges
+    assert str(scene.reference(primary)).startswith("user_")
+    scene.end()
+
+
+def test_a_pair_that_waits_to_be_requested_again_is_not_given_up_when_the_run_is_interrupted(
+    scene: Scene,
+) -> None:
+    pair = scene.pair(1)
+    scene.lose_answer("rev-users.merge")
+    scene.world.merge_delay = 300.0
+    scene.fault("429", "rev-users.merge", skip=1, detail=60)
+    scene.after("rev-users.merge", scene.ctrl_c, n=2)
+    assert scene.merge(*QUICK).code == 130
+    scene.world.faults.clear()
+    scene.end()
+    assert scene.merged(pair)
