@@ -3339,6 +3339,11 @@ WRITES = {
 }
 
 
+PROBE = "dev-users.self"
+# What refuses a page with a cursor, where the page before was answered.
+CURSOR_REFUSED = (400, 404, 410, 422)
+
+
 class IncompleteList(NoUsableResponse):
     """A list can't be read to its end: it shifts or goes in circles, or its cursors expire."""
 
@@ -3475,9 +3480,11 @@ class DevRevAPI:
     ) -> tuple[HttpResponse, Timestamp]:
         """Send a request once it may leave; return the answer, and when it was sent."""
         await self.scheduler.acquire(options)
-        while self.scheduler.breaker.seems_down:
-            await self._probe()
-            await self.scheduler.acquire(options)
+        if self.scheduler.breaker.seems_down and endpoint != PROBE:
+            # Requests for one object may fail for good; one that names none shows if DevRev is down.
+            self.scheduler.give_back()
+            await self._send(PROBE, {}, "dev_user", options, None, None)
+            return await self._send(endpoint, body, key, options, deadline, before)
         is_write = endpoint in WRITES and not body.keys() <= {"id", "type"}
         try:
             self.cancel_token.raise_if_cancelled()
@@ -3499,31 +3506,13 @@ class DevRevAPI:
         self.scheduler.on_response(answer, self.environment.elapsed(since), is_usable)
         return answer, since
 
-    async def _probe(self) -> None:
-        """Find out whether DevRev is down by a request that names no object.
-
-        Those of one object may fail for good.
-        """
-        endpoint = "dev-users.self"
-        try:
-            self.cancel_token.raise_if_cancelled()
-            self.requests[endpoint] += 1
-            answer = await self.environment.post(endpoint, {})
-        except BaseException:
-            self.scheduler.give_back()
-            raise
-        self.scheduler.on_response(answer, 0.0, answer.data is not None)
-        problem = problem_of(endpoint, {}, answer, self.settings, False)
-        if isinstance(problem, FatalError):
-            self.cancel_token.cancel(problem)
-
     async def pages(
         self, endpoint: str, key: str, body: Json, options: RequestOptions = ANY_OPTIONS
     ) -> ListResult:
         """Return all items of a cursor-paged list."""
         pages = [page async for page in self.each_page(endpoint, key, body, options)]
-        items = by_id(chain.from_iterable(page.items for page in pages))
-        return ListResult(list(items.values()), pages[0].since)
+        items = chain.from_iterable(page.items for page in pages)
+        return ListResult(list(items), pages[0].since)
 
     async def each_page(
         self, endpoint: str, key: str, body: Json, options: RequestOptions = ANY_OPTIONS
@@ -3536,47 +3525,51 @@ class DevRevAPI:
         """
         known: set[int] = set()  # hashes of ids, of all readings
         has_shifted = has_expired = False
-        readings = before = 0
-        reading = Reading()
-        page = {"limit": PAGE, **body}
-        while True:
+        number = 1  # of the reading
+        while number <= self.READINGS:
+            if known:
+                log.info("%s: reading the list again", endpoint)
+            reading = Reading()
+            before = len(known)
+            # Where always the same page is left out, others are with another length.
+            page = {"limit": PAGE // number, **body}
             try:
-                reply, since = await self._call(endpoint, page, key, options)
+                async for listing in self._read(endpoint, key, page, options, reading):
+                    found = by_id(listing.items).values()
+                    items = [item for item in found if hash(item["id"]) not in known]
+                    known.update(hash(item["id"]) for item in items)
+                    yield ListResult(items, listing.since)
             except ApiError as error:
-                if "cursor" not in page or error.status not in (400, 404, 410, 422):
+                if "cursor" not in page or error.status not in CURSOR_REFUSED:
                     raise
                 if has_expired:
                     raise IncompleteList(endpoint, f"{EXPIRED} ({error})") from None
-                log.info("%s: a cursor is refused; reading the list again (%s)", endpoint, error)
                 has_expired = True
-                reading = Reading()
-                del page["cursor"]
                 continue
-            items = objects_in(reply[key], endpoint, key)
-            ids = [hash(item["id"]) for item in items]
-            cursor = reply.get("next_cursor") or ""
-            if not isinstance(cursor, str):
-                raise NoUsableResponse(endpoint, "next_cursor is no text")
-            in_circles = reading.add(set(ids), cursor)
-            yield ListResult([item for item, one in zip(items, ids) if one not in known], since)
-            known.update(ids)
-            if cursor and in_circles:
-                raise IncompleteList(endpoint, "its pages bring nothing new")
-            page["cursor"] = cursor
-            if cursor:
-                continue
-            readings += 1
             has_shifted = has_shifted or reading.has_shifted
-            adds_nothing = readings > 1 and len(known) == before
+            adds_nothing = number > 1 and len(known) == before
             if not has_shifted or (adds_nothing and not reading.has_repeated):
                 return
-            if readings == self.READINGS:
-                raise IncompleteList(endpoint, "its items move while it is read, again and again")
-            log.info("%s: an item is on two pages; reading the list again", endpoint)
-            before = len(known)
-            reading = Reading()
-            # Where always the same page is left out, others are with another length.
-            page = {"limit": PAGE // (readings + 1), **body}
+            number += 1
+        raise IncompleteList(endpoint, "its items move while it is read, again and again")
+
+    async def _read(
+        self, endpoint: str, key: str, page: Json, options: RequestOptions, reading: Reading
+    ) -> AsyncIterator[ListResult]:
+        """Yield the pages of one reading until one names no next; `page` is the body of the next."""
+        while True:
+            reply, since = await self._call(endpoint, page, key, options)
+            items = objects_in(reply[key], endpoint, key)
+            cursor = reply.get("next_cursor") or ""
+            if not isinstance(cursor, str):
+                raise IncompleteList(endpoint, "next_cursor is no text")
+            in_circles = reading.add({hash(item["id"]) for item in items}, cursor)
+            yield ListResult(items, since)
+            if not cursor:
+                return
+            if in_circles:
+                raise IncompleteList(endpoint, "its pages bring nothing new")
+            page["cursor"] = cursor
 
     async def get_one(
         self,
@@ -4046,7 +4039,7 @@ class BatchLoader:
         half = (len(keys) + 1) // 2
         if is_refused:
             self._max_keys = min(self._max_keys, half)
-            status = error.status if isinstance(error, ApiError) else 403
+            status = getattr(error, "status", 403)
             if status == 429:
                 return []
             if status == 403 and not self._has_listed and not await self._can_list(keys, options):
@@ -6834,23 +6827,17 @@ class ContactExporter:
         """All rows, ordered by email. Raises what a list call does, and OSError for the disk of the spool."""
         keys = array("q")  # hashes of the spooled contacts' emails
         async for page in self.api.each_page("rev-users.list", "rev_users", {}):
-            for contact in map(contact_of, (user for user in page.items if not is_gone(user))):
-                if (
-                    (contact.is_user or contact.is_system)
-                    and contact.key
-                    and contact.key.endswith(self.endings)
-                ):
+            for user in page.items:
+                contact = contact_of(user)
+                takes_part = contact.is_user or contact.is_system
+                is_wanted = contact.key != "" and contact.key.endswith(self.endings)
+                if takes_part and is_wanted and not is_gone(user):
                     keys.append(hash(loose_key(contact.email)))
                     self.spool.write(to_json(astuple(contact)) + b"\n")
             self.read += len(page.items)
         self.spool.seek(0)
         wanted = compress(self.spool, map(repeated(keys).__contains__, keys))
-        # A contact that is changed while the list is read may stand in it twice.
-        contacts = {
-            contact.id: contact for contact in (Contact(*json.loads(line)) for line in wanted)
-        }
-        times = collections.Counter(loose_key(contact.email) for contact in contacts.values())
-        rows = [contact for contact in contacts.values() if times[loose_key(contact.email)] > 1]
+        rows = [Contact(*json.loads(line)) for line in wanted]
         self.rows = sorted(rows, key=lambda contact: (contact.key, contact.id))
         log.info("%s read, %s with an email that recurs", plural(self.read, "contact"), len(rows))
         for start in range(0, len(rows), self.WAVE):
