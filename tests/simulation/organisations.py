@@ -270,7 +270,8 @@ def set_newer_switches(world: World, draws: Draws) -> Set[str]:
         world.quota_share = chance.choice((0.5, 0.85, 0.95))
     if draws.has("pages that come again", 0.05):
         world.paging = chance.choice(("again", "overlap", "offset"))
-        world.paging_times = chance.choice((1, 2, 10))
+        # A page that comes again in each reading can't be told from the list.
+        world.paging_times = 1 if world.paging == "again" else chance.choice((1, 2, 10))
         world.largest_page = chance.choice((2, 3, 10))
     if draws.has("cursors that expire", 0.04):
         world.cursor_life = draws.somewhen(1.0, 300.0)

@@ -49,7 +49,9 @@ class ReasonChecker:
     def is_listed(self, object_id: str) -> bool:
         """Whether lists show a work or a conversation to the token."""
         world, kind = self.checker.fake_devrev, kind_of(object_id)
-        if kind in world.hidden_kinds or (kind in OTHER_WORK_KINDS and not world.long_work_types):
+        if kind in (*world.hidden_kinds, *world.unknown_kinds):
+            return False
+        if kind in OTHER_WORK_KINDS and not world.long_work_types:
             return False
         return not (world.restricted_in_lists == "left out" and object_id in world.restricted)
 
