@@ -8,10 +8,8 @@ import pytest
 from tests.simulation.scene import Scene
 
 QUICK = ("--merge-timeout", "2")
-to_be_fixed = pytest.mark.xfail(strict=False, reason="what is to be done about it is on its way")
 
 
-@to_be_fixed
 @pytest.mark.parametrize("delay", [0.11, 0.12, 0.13])
 def test_a_403_to_the_first_merge_request_lets_no_other_leave(scene: Scene, delay: float) -> None:
     """Seeds 253 and 455: the pair was saved before the run stopped, and another request left meanwhile."""
@@ -25,7 +23,6 @@ def test_a_403_to_the_first_merge_request_lets_no_other_leave(scene: Scene, dela
     scene.end()
 
 
-@to_be_fixed
 def test_what_no_run_has_tried_comes_before_the_limit(scene: Scene) -> None:
     """Seed 50518: a pair that fails each time used up the limit, run after run."""
     scene.pairs(3)
@@ -37,7 +34,6 @@ def test_what_no_run_has_tried_comes_before_the_limit(scene: Scene) -> None:
     assert len(scene.organisation.merges) == 1
 
 
-@to_be_fixed
 @pytest.mark.parametrize("n", range(1, 12))
 def test_no_contact_is_created_whose_undo_the_copy_could_not_note(scene: Scene, n: int) -> None:
     """Seed 50554: the copy's write had failed, and the contact was created all the same."""
@@ -50,7 +46,6 @@ def test_no_contact_is_created_whose_undo_the_copy_could_not_note(scene: Scene, 
     assert scene.holder("user_1") not in (None, primary, duplicate)
 
 
-@to_be_fixed
 @pytest.mark.parametrize("shown", ["404", "state"])
 def test_an_undo_whose_primary_is_gone_is_settled(scene: Scene, shown: str) -> None:
     """Seed 770053: the undo could neither be finished nor settled."""
@@ -101,3 +96,13 @@ def test_a_savepoint_of_another_organisation_has_no_say(scene: Scene) -> None:
     run = scene.merge()
     assert run.code == 2 and run.report["summary"]["pairs_planned"] == 1
     assert run.rows[duplicate]["state"] == "cancelled"
+
+
+def test_a_merge_that_is_requested_again_and_one_that_waits_to_be_alone_do_not_wait_for_each_other(
+    scene: Scene,
+) -> None:
+    """Seed 184 of a later simulation: a lost request, and another that DevRev refused meanwhile."""
+    pairs = scene.pairs(3)
+    scene.lose_request("rev-users.merge", skip=1)
+    scene.fault("400", "rev-users.merge", skip=1, times=1)
+    assert scene.merge().code == 0 and scene.merged(*pairs)

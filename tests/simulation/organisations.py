@@ -1,7 +1,6 @@
 """Organisations to play scenarios in, and the ways in which DevRev serves them, drawn from a seed."""
 
 import math
-import os
 import random
 from typing import Any, Dict, List, Optional, Sequence, Set
 
@@ -9,11 +8,6 @@ from tests.fake.organisation import ALL_WORK_KINDS, HALF_EMOJI, WORK_KINDS, Orga
 from tests.fake.trouble import STAYS
 from tests.fake.world import World
 from tests.simulation.invariants import LISTED
-
-# Kinds that the module does not survive yet; ALL_KINDS=1 in the environment draws them all the same.
-NOT_YET: Set[str] = {"merged contacts stay", "kinds that are unknown", "pages that come again"}
-if os.environ.get("ALL_KINDS"):
-    NOT_YET = set()
 
 
 class Draws:
@@ -28,7 +22,7 @@ class Draws:
         """Return whether this scenario knows such things."""
         if kind not in self._on:
             drawn = self.random.random() < chance
-            self._on[kind] = drawn and not self.calm and kind not in NOT_YET
+            self._on[kind] = drawn and not self.calm
         return self._on[kind]
 
     def drawn(self) -> List[str]:
