@@ -267,16 +267,12 @@ def some(words: Sequence[str], most: int = 5) -> list[str]:
 
 def subject(body: Json) -> str:
     """Name the contacts or objects that a request is for, in a few words."""
-    named: list[str] = []
+    named: list[Any] = []
     for name, value in body.items():
-        if name in ("limit", "cursor", "type"):
-            continue
-        for one in value if isinstance(value, list) else [value]:
-            if not isinstance(one, dict):
-                named.append(str(one).rpartition("/")[2])
-    if not named:
-        return ""
-    return f"for {', '.join(some(named, 3))}"
+        if name not in ("limit", "cursor", "type"):
+            named += value if isinstance(value, list) else [value]
+    words = [str(one).rpartition("/")[2] for one in named if not isinstance(one, dict)]
+    return f"for {', '.join(some(words, 3))}" if words else ""
 
 
 def minute(instant: str) -> str:
@@ -558,14 +554,6 @@ def check_owner(path: Path, folder: Path = Path()) -> None:
             raise FatalError(EXIT_USAGE, f"{words} to mislead you; if it is yours: {fix}")
 
 
-def is_pipe(stream: TextIO) -> bool:
-    """Whether a stream is no regular file, so that writing to it may hang."""
-    try:
-        return not stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
-    except (OSError, ValueError):  # a file in memory
-        return False
-
-
 def locks_work(path: Path) -> bool:
     """Try whether files beside `path` can be locked.
 
@@ -610,7 +598,7 @@ def parse_body(status: int, content: bytes, settings: ApiSettings) -> tuple[Json
 
 
 def decompress(content: bytes, encoding: str, limit: int) -> bytes:
-    """Return what a body holds, at most `limit` bytes of it. Raises ValueError, zlib.error.
+    """Return what a body holds. Raises ValueError where it is more than `limit` bytes, zlib.error.
 
     None was asked for, but a gateway may compress all the same. An encoding in another one is
     refused: each would multiply the size by a thousand.
@@ -622,7 +610,10 @@ def decompress(content: bytes, encoding: str, limit: int) -> bytes:
     # Some servers send deflate without the header of zlib, whose first byte is 0x78.
     has_header = content[:1] in (b"\x1f", b"\x78")
     decoder = zlib.decompressobj(32 + zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS)
-    return decoder.decompress(content, limit)
+    plain = decoder.decompress(content, limit + 1)
+    if len(plain) > limit:
+        raise ValueError(f"it has more than {limit >> 20} MiB")
+    return plain
 
 
 class HttpTransport:
@@ -687,37 +678,30 @@ class HttpTransport:
     def _read(self, answer: Any, deadline: float) -> tuple[Json | None, str]:
         """Read a body, as `parse_body` does. urllib3 would decode it without a limit."""
         content = bytearray()
-        for chunk in answer.raw.stream(self.CHUNK, decode_content=False):
-            content += chunk
-            # A body in small pieces is never silent, and one without an end would fill the memory.
-            if len(content) > self.MAX_BODY or time.monotonic() > deadline:
-                return (
-                    None,
-                    f"its body has no end within {self.MAX_BODY >> 20} MiB and the deadline",
-                )
         encoding = answer.headers.get("Content-Encoding", "").strip().lower()
         try:
-            plain = decompress(bytes(content), encoding, self.MAX_BODY + 1)
+            for chunk in answer.raw.stream(self.CHUNK, decode_content=False):
+                content += chunk
+                # A body in small pieces is never silent.
+                if len(content) > self.MAX_BODY or time.monotonic() > deadline:
+                    raise ValueError(f"no end within {self.MAX_BODY >> 20} MiB and the deadline")
+            plain = decompress(bytes(content), encoding, self.MAX_BODY)
         except (ValueError, zlib.error) as error:
-            return None, f"{answer.status_code} with a body that can't be decoded ({error})"
-        if len(plain) > self.MAX_BODY:
-            return None, f"its body has more than {self.MAX_BODY >> 20} MiB"
+            return None, f"{answer.status_code} with a body that can't be used: {error}"
         return parse_body(answer.status_code, plain, self.settings)
 
     # How exceptions of the library name a request that can't have reached DevRev, and those of
     # them for which no retry helps.
     NOT_SENT = re.compile(
-        "NewConnectionError|NameResolution|ConnectTimeout|Tunnel connection failed|CertificateError"
+        "NewConnectionError|NameResolution|ConnectTimeout|Tunnel connection failed"
     )
     MISCONFIGURED = re.compile(
-        "CERTIFICATE_VERIFY|CertificateError|X509|Tunnel connection failed: 407"
+        "CERTIFICATE_VERIFY|CertificateError|X509|connection failed: 407"
+        "|InvalidURL|InvalidProxyURL|InvalidSchema|suitable TLS CA"
     )
 
     def _explained(self, response: HttpResponse, error: Exception) -> HttpResponse:
         """Give the library's own reason, and say whether the request may have reached DevRev."""
-        from requests import exceptions
-        from urllib3.exceptions import HTTPError
-
         words = repr(error)
         reason: BaseException = error
         inner: BaseException | None = error
@@ -725,19 +709,15 @@ class HttpTransport:
             if isinstance(inner, OSError):  # of OpenSSL or the system, or of requests itself
                 reason = inner
             inner = inner.__cause__ or inner.__context__
-        host = urlsplit(self.settings.base_url).netloc
         text = re.sub(r"//\S*@", "//", str(reason)) or type(reason).__name__
-        is_setting = not isinstance(error, (exceptions.RequestException, HTTPError))
-        if isinstance(error, (exceptions.InvalidURL, exceptions.InvalidSchema)):
-            is_setting = True
-            text = text.split(": ")[0]  # what follows may be the password of a proxy
-        is_setting = is_setting or bool(self.MISCONFIGURED.search(words))
-        sent = not is_setting and not self.NOT_SENT.search(words)
+        if "URL(" in words:
+            text = text.partition(": ")[0]  # what follows may be the password of a proxy
+        is_setting = bool(self.MISCONFIGURED.search(words))
         if response.status is not None:
             return response._replace(problem=f"the connection broke: {text}")
-        if sent:
+        if not is_setting and not self.NOT_SENT.search(words):
             return response._replace(problem=f"no answer: {text}")
-        problem = f"no connection to {host}: {text}"
+        problem = f"no connection to {urlsplit(self.settings.base_url).netloc}: {text}"
         if self._has_answered:  # then no setting of this machine is at fault
             return response._replace(problem=problem, sent=False)
         problem += "; see HTTPS_PROXY (proxy) and REQUESTS_CA_BUNDLE (certificate authorities)"
@@ -4419,10 +4399,11 @@ def winning_row(one: StoredPair, other: StoredPair) -> StoredPair:
         return row.revision, AUTHORITY.index(state), row.document["requested_at"]
 
     winner, loser = sorted((one, other), key=authority, reverse=True)
+    now = winner.document
+    is_idle = now["state"] in (State.PLANNED, State.FAILED)
+    known = (now["requested_at"], now.get("withdrawn_at"))
     requested = loser.document["requested_at"]
-    known = (winner.document["requested_at"], winner.document.get("withdrawn_at"))
-    forgets = requested and not known[0] and known[1] != requested
-    if forgets and State(winner.document["state"]) in (State.PLANNED, State.FAILED):
+    if requested and is_idle and not known[0] and known[1] != requested:
         return loser._replace(revision=winner.revision)
     return winner
 
@@ -4442,7 +4423,7 @@ MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (to_format_4,)
 class SavePointFile:
     """One of the savepoint's two SQLite files; each is complete without the other.
 
-    `last_write` says which write reached it last. Reads and writes raise sqlite3.Error.
+    Reads and writes raise sqlite3.Error.
     """
 
     APPLICATION = 0x4D434F4E  # "MCON", in the file's header
@@ -4465,7 +4446,6 @@ class SavePointFile:
         self.path = path
         self.environment = environment
         self.failure: FatalError | None = None  # it can't be written any more
-        self.last_write = 0
 
     @property
     def format(self) -> int:
@@ -4474,20 +4454,16 @@ class SavePointFile:
     def check_header(self) -> None:
         """Read the header (https://sqlite.org/fileformat.html) before SQLite may touch the file.
 
-        Raises FatalError(2) where it is damaged or of a format that this version does not read,
-        FatalError(3) where it can't be read.
+        Raises OSError, and FatalError(2) where it is damaged, a stranger's, or of a format that this
+        version does not read.
         """
         for path in (self.path, self.path.with_name(f"{self.path.name}-journal")):
             if os.path.lexists(str(path)):
                 check_owner(path)
         if not os.path.lexists(str(self.path)):
             return
-        try:
-            with open_regular(self.path) as file:
-                head = file.read(100)
-        except OSError as error:
-            words = f"the savepoint {self.path} can't be read: {error.strerror}"
-            raise FatalError(EXIT_STOPPED, words) from None
+        with open_regular(self.path) as file:
+            head = file.read(100)
         if not head:
             return
         version = int.from_bytes(head[60:64], "big")
@@ -4598,7 +4574,6 @@ class SavePointFile:
         pairs: dict[Ids, StoredPair] = {}
         runs: dict[str, StoredRun] = {}
         try:
-            self.last_write = int(meta.pop("last_write", 0))
             told = "SELECT id, revision, document FROM runs ORDER BY id"
             for run, revision, text in self.db.execute(told):
                 runs[run] = revision, json.loads(text)
@@ -4615,12 +4590,11 @@ class SavePointFile:
 
     def write(
         self,
-        number: int,
         pairs: Mapping[Ids, StoredPair],
         runs: Mapping[str, StoredRun],
         **meta: str,
     ) -> None:
-        """Store rows in one transaction, the write of this number; then they are on the disk."""
+        """Store rows in one transaction; when it returns they are on the disk."""
         rows = []
         for ids, row in pairs.items():
             document = row.document
@@ -4631,7 +4605,6 @@ class SavePointFile:
         told = []
         for one, (revision, document) in runs.items():
             told.append((one, revision, to_json(document).decode()))
-        meta.update(last_write=str(number))
         try:
             if not self.db.in_transaction:
                 self.db.execute("BEGIN IMMEDIATE")
@@ -4643,7 +4616,6 @@ class SavePointFile:
             with contextlib.suppress(sqlite3.Error):
                 self.db.execute("ROLLBACK")
             raise
-        self.last_write = number
 
     def read_snapshot(self) -> None:
         """Load the content into memory, without a lock and without writing, also during a run.
@@ -4706,7 +4678,8 @@ class SavePoint:
         self._pending: dict[Ids, StoredPair] = {}
         self._writing: asyncio.Lock | None = None  # of the loop that saves
         for file in self.files:
-            file.check_header()
+            with file.opening():
+                file.check_header()
             if not readonly and file.path.exists() and not file.path.stat().st_mode & 0o222:
                 why = "is read-only, so nothing was changed; make it writable"
                 raise FatalError(EXIT_STOPPED, f"the savepoint {file.path} {why}")
@@ -4726,22 +4699,23 @@ class SavePoint:
                 else:
                     self.warnings += filter(None, [file.open()])
                 contents.append(file.content())
-        self.write_number = max(file.last_write for file in self.files)
         (ours, my_runs, my_meta), (theirs, their_runs, their_meta) = contents
-        if self.run in {**my_runs, **their_runs}:
-            # The clock was set back, or a run that began in the same second has ended already.
-            self.run = free_run_id(self.environment.now().wall, {**my_runs, **their_runs})
         pairs = self._join_pairs(ours, theirs)
         runs = {**their_runs, **my_runs}
         for one, told in their_runs.items():
             if told[0] > runs[one][0]:
                 runs[one] = told
+        if self.run in runs:
+            # The clock was set back, or a run that began in the same second has ended already.
+            self.run = free_run_id(self.environment.now().wall, runs)
+        revisions = [row.revision for row in pairs.values()]
+        revisions += [revision for revision, _ in runs.values()]
+        self.write_number = max(revisions, default=0)
         self.meta = {**their_meta, **my_meta}
         self.holder = json.loads(self.meta.get("holder", "{}"))
         if readonly:
-            self.main.write(self.write_number, pairs, runs, **self.meta)
+            self.main.write(pairs, runs, **self.meta)
             return
-        self.write_number += 1
         self.holder = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
@@ -4752,7 +4726,7 @@ class SavePoint:
             news = {ids: row for ids, row in pairs.items() if mine.get(ids) != row}
             new_runs = {one: run for one, run in runs.items() if known_runs.get(one) != run}
             with file.opening():
-                file.write(self.write_number, news, new_runs, **self.meta)
+                file.write(news, new_runs, **self.meta)
 
     def _join_pairs(
         self, ours: Mapping[Ids, StoredPair], theirs: Mapping[Ids, StoredPair]
@@ -4831,7 +4805,7 @@ class SavePoint:
                 if file.failure:
                     continue
                 try:
-                    file.write(number, rows, told, **meta)
+                    file.write(rows, told, **meta)
                 except sqlite3.Error as error:
                     words = f"the savepoint {file.path} can't be written any more ({error})"
                     file.failure = FatalError(EXIT_STOPPED, f"{words}; free the disk, run again")
@@ -8956,7 +8930,7 @@ class Output:
     PATIENCE = 10.0  # seconds to wait for a terminal that takes nothing
 
     def __init__(self) -> None:
-        self.failures: dict[TextIO, OSError] = {}
+        self.failures: dict[TextIO, str] = {}
         self.jobs: queue.SimpleQueue[tuple[TextIO, str] | threading.Event] = queue.SimpleQueue()
         self._is_started = False
         self._stream: TextIO | None = None  # what is written to right now
@@ -8973,8 +8947,11 @@ class Output:
         else:
             self._write(stream, text)
 
-    def finish(self, patience: Callable[[], float]) -> None:
-        """Wait until everything is written, but not for what takes nothing for that long."""
+    def finish(self, patience: Callable[[], float]) -> bool:
+        """Wait until everything is written, but for nothing that takes nothing for that long.
+
+        Return whether it is.
+        """
         done = threading.Event()
         self.jobs.put(done)
         seen = self._written
@@ -8987,15 +8964,8 @@ class Output:
                 seen = self._written
                 since = time.monotonic()
             elif time.monotonic() - since > longest:
-                self._write_files()
-                return
-
-    def _write_files(self) -> None:
-        """Write what is for files, which never hang, while the thread does."""
-        while not self.jobs.empty():
-            job = self.jobs.get()
-            if isinstance(job, tuple) and not (job[0].isatty() or is_pipe(job[0])):
-                self._write(*job)
+                return False
+        return True
 
     def _serve(self) -> None:
         while True:
@@ -9023,10 +8993,8 @@ class Output:
                 data = data[taken:]
         except BrokenPipeError:
             pass
-        except OSError as error:
-            self.failures.setdefault(stream, error)
-        except ValueError as error:  # it is closed
-            self.failures.setdefault(stream, OSError(str(error)))
+        except (OSError, ValueError) as error:  # ValueError: it is closed
+            self.failures.setdefault(stream, str(error))
 
 
 class Console:
@@ -9060,13 +9028,14 @@ class Console:
             os.system("")  # makes the console of Windows 10 and later understand escape sequences
         self._output.start()
 
-    def end(self, patience: Callable[[], float]) -> OSError | None:
+    def end(self, patience: Callable[[], float]) -> str:
         """Wait until everything is written, but for nothing that hangs for `patience()` seconds.
 
-        Return why results can't be written.
+        Return why results can't be written; "" where they are.
         """
-        self._output.finish(patience)
-        return self._output.failures.get(self.data)
+        if not self._output.finish(patience) and not self.data.isatty():
+            return "nothing reads the terminal or the pipe that comes first"
+        return self._output.failures.get(self.data, "")
 
     @staticmethod
     def columns(stream: TextIO) -> int:
@@ -9147,8 +9116,6 @@ class Console:
             return
         room = self.columns(self.err) - 1
         line = self.sanitize(text)
-        if len(line) > room:
-            line = re.sub(r"\(([^()\d]+) \d[^)]*\)", r"(\1)", line)
         if len(line) > room:
             line = f"{line[: room - 3]}..."
         self._put(self.err, line)
@@ -9713,11 +9680,10 @@ def load_environment() -> RawSettings:
         logging.getLogger("dotenv").setLevel(logging.ERROR)  # bad lines are named below
         values = import_package("dotenv").dotenv_values(stream=io.StringIO(text), interpolate=False)
         for number, line in enumerate(text.splitlines(), 1):
-            quoted = re.match(r"\s*(?:export\s+)?(\w+)\s*=\s*['\"]", line)
-            if quoted and quoted[1] not in values:
-                log.warning("%s, line %d is ignored: the quote is not closed", path, number)
-            if line.strip() and not re.match(r"\s*(#|(export\s+)?['\"]?[^=#\s]+\s*=)", line):
-                log.warning("%s, line %d is not NAME=value and is ignored", path, number)
+            found_name = re.match(r"\s*(?:export\s+)?['\"]?([^=#\s'\"]+)", line)
+            if found_name and values.get(found_name[1]) is None:
+                words = "%s, line %d is ignored: it is not NAME=value, or a quote is not closed"
+                log.warning(words, path, number)
         for name, value in values.items():
             if value and name not in found:
                 found[name] = value
@@ -11189,7 +11155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.on_signal(lambda: None)
     unwritten = run.console.end(lambda: 2.0 if run.signal else math.inf)
     if unwritten and code < EXIT_USAGE:
-        run.console.error(f"the output can't be written: {unwritten.strerror or unwritten}")
+        run.console.error(f"the output can't be written: {unwritten}")
         run.console.end(lambda: 2.0)
         code = EXIT_STOPPED
     return 128 + run.signal if run.signal and not before else code

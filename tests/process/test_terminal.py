@@ -244,7 +244,7 @@ def test_status_while_a_run_is_in_progress_says_what_is_worked_on_and_leaves_no_
 PLAIN_WORDS = {
     "--verify-backups": (2, "error: backups does not exist: no run has made a backup yet"),
     "--preview --email two@example.com": (0, "two@example.com: skipped: "),
-    "--check": (2, "warning: {folder}/.env, line 2 is not NAME=value and is ignored"),
+    "--check": (2, "warning: {folder}/.env, line 2 is ignored: it is not NAME=value"),
 }
 
 

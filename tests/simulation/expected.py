@@ -204,16 +204,12 @@ def read_file(path: Path) -> Optional[StoredFile]:
 
 
 def read_tables(execute: Callable[[str], Any]) -> StoredFile:
-    rows = map(stored_row, execute(f"SELECT {', '.join(ROW)} FROM pairs").fetchall())
-    meta = dict(execute("SELECT name, value FROM meta").fetchall())
-    return StoredFile(
-        {(row["primary_id"], row["duplicate_id"]): row for row in rows},
-        {
-            run: json.loads(document)
-            for run, document in execute("SELECT id, document FROM runs").fetchall()
-        },
-        int(meta.get("last_write", 0)),
-    )
+    pairs = execute(f"SELECT {', '.join(ROW)} FROM pairs").fetchall()
+    rows = {(row["primary_id"], row["duplicate_id"]): row for row in map(stored_row, pairs)}
+    runs = execute("SELECT id, revision, document FROM runs").fetchall()
+    revisions = [row["revision"] for row in rows.values()] + [run[1] for run in runs]
+    documents = {run: json.loads(document) for run, _, document in runs}
+    return StoredFile(rows, documents, max(revisions, default=0))
 
 
 def joined(main: Optional[StoredFile], copy: Optional[StoredFile]) -> Dict[Ids, Dict[str, Any]]:
