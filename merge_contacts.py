@@ -1919,6 +1919,7 @@ class Plan:
     wanted: dict[Ids, Pair] = field(default_factory=dict)  # the same, --email and --limit apart
     tried: dict[Ids, str] = field(default_factory=dict)  # when a run refused or failed it last
     chosen: list[Group] = field(default_factory=list)  # by --choices, and still to be merged
+    unverified: set[str] = field(default_factory=set)  # ids of contacts, as far as DevRev was asked
     id: str = ""  # of `plan_id`
     left_alone: dict[str, str] = field(default_factory=dict)  # email -> why nothing is to merge
     look_alikes: list[Json] = field(default_factory=list)
@@ -2451,10 +2452,10 @@ class LiveGroup:
         if pair.new_ref is None or pair.first_requested_at or is_gone(self.primary):
             return False
         duplicate = self.duplicate(pair)
-        is_active = duplicate is not None and duplicate.get("state") == "active"
-        return (is_gone(duplicate) or not is_active) and not has_reference(
-            self.primary, pair.new_ref
-        )
+        if duplicate is not None and duplicate.get("state") == "active" and not is_gone(duplicate):
+            return False
+        there = (self.primary, duplicate)
+        return not any(has_reference(user, pair.new_ref) for user in there)
 
 
 # The codes with which the live check refuses a group: of several errors the first here counts.
@@ -2578,8 +2579,9 @@ def unverified_lines(pairs: Iterable[Pair], unverified: Collection[str], listed:
     ):
         if by_side[side]:
             lines.append(f"{plural(len(by_side[side]), 'pair')} {words}")
-    names = [f"{pair.email}: {into(pair)}" for pair in by_side["primary"]] if listed else []
-    return lines + [f"  {name}" for name in first_twenty(names)]
+    if listed:
+        lines += some([f"{pair.email}: {into(pair)}" for pair in by_side["primary"]], 20)
+    return lines
 
 
 def live_group_error(live: LiveGroup) -> PairError | None:
@@ -5070,9 +5072,22 @@ async def unheld_references(api: DevRevAPI, live: LiveGroup, priority: int) -> s
     return found
 
 
-async def foresee_group(api: DevRevAPI, group: Group, options: MergeOptions) -> PairError | None:
+async def find_unverified(api: DevRevAPI, plan: Plan) -> None:
+    """Note which contacts of a plan are known to be unverified, as far as lists tell."""
+    emails: set[str] = set()
+    for group in plan.groups:
+        emails.update(contact.email for contact in group.contacts())
+    with contextlib.suppress(PairError, NoUsableResponse):
+        users = (await api.contacts_by_email(emails)).items
+        plan.unverified |= await unverified_among(api, users, emails, PREPARE)
+
+
+async def foresee_group(
+    api: DevRevAPI, plan: Plan, group: Group, options: MergeOptions
+) -> PairError | None:
     """Return what a run would refuse the group with now, None where nothing; reads only."""
-    _, check, _ = await check_group(api, group, options, PREPARE)
+    live, check, _ = await check_group(api, group, options, PREPARE)
+    plan.unverified.update(live.unverified)
     if check.error:
         return check.error
     dropped = {one.pair.duplicate.id for one in check.dropped}
@@ -10037,7 +10052,7 @@ def preview(run: RunContext) -> int:
         run.console.json(plan_chunks(plan, facts, earlier, live))
         return EXIT_OK
     if live is not None:
-        show_live(run.console, live, facts)
+        show_live(run, plan, live, facts)
     show_plan(plan, facts, run.console, run.describe_cost(cost), earlier)
     ready: int = facts["pairs_to_merge"] if live is None else facts["live_ready"]
     if not facts.get("live_refused"):
@@ -10090,7 +10105,7 @@ async def preview_live(run: RunContext, plan: Plan) -> list[Json]:
 
     async def compare(group: Group) -> None:
         try:
-            problem = await foresee_group(api, group, run.merge_options())
+            problem = await foresee_group(api, plan, group, run.merge_options())
         except PairError as error:
             problem = error
         except ODD_ANSWER as error:
@@ -10114,8 +10129,8 @@ def live_summary(live: Sequence[Json]) -> Json:
     return {"live_ready": ready, "live_done": done, "live_refused": dict(sorted(counts.items()))}
 
 
-def show_live(console: Console, live: Sequence[Json], facts: Json) -> None:
-    lines = []
+def show_live(run: RunContext, plan: Plan, live: Sequence[Json], facts: Json) -> None:
+    lines = unverified_lines(plan.pairs(), plan.unverified, run.options.try_unverified)
     for one in live:
         line = f"ready  {one['email']}"
         if one["code"]:
@@ -10124,7 +10139,7 @@ def show_live(console: Console, live: Sequence[Json], facts: Json) -> None:
     totals = {"ready": facts["live_ready"], "done": facts["live_done"], **facts["live_refused"]}
     total = ", ".join(f"{count:,} {name}" for name, count in totals.items() if count)
     title = f"COMPARED WITH DEVREV: {plural(len(live), 'group')}"
-    print_list(console, title, [*lines, f"in all: {total or 'none'}"])
+    print_list(run.console, title, [*lines, f"in all: {total or 'none'}"])
 
 
 # -- the real run ------------------------------------------------------------------------------------
@@ -10149,6 +10164,8 @@ async def merge(run: RunContext) -> int:
         whose = ""
         try:
             whose = await run.identify(api, "CSV", plan.pairs())
+            if not run.options.yes:
+                await find_unverified(api, plan)
         except FatalError as stop:
             api.cancel_token.cancel(stop)
             code = stop.exit_code
@@ -10322,7 +10339,11 @@ def merge_facts(
 ) -> dict[str, str]:
     """What the user confirms with a typed `merge`; `whose` token it is."""
     cost = expected_requests(plan, not run.options.no_timelines)
-    facts = {"token of": whose, "host": run.settings.base_url}
+    facts = {}
+    odd = unverified_lines(plan.pairs(), plan.unverified, run.options.try_unverified)
+    for index, line in enumerate(odd):
+        facts[f"UNVERIFIED{' ' * index}"] = line
+    facts.update({"token of": whose, "host": run.settings.base_url})
     for index, path in enumerate(run.options.csv):
         modified = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
         facts[f"CSV{' ' * index}"] = f"{path} of {modified:%Y-%m-%d %H:%M} UTC"
