@@ -1000,16 +1000,11 @@ def live_reference(user: Json) -> str:
 
 def contact_of(user: Json) -> Contact:
     """The row of a `rev_user`; its tickets are not counted yet."""
-    fields_of_user = {
-        name: str(user.get(name) or "")
-        for name in ("id", "display_name", "email", "external_ref", "full_name")
-    }
-    return Contact(
-        **fields_of_user,
-        tickets=0,
-        created=str(user.get("created_date") or ""),
-        updated=str(user.get("modified_date") or ""),
-    )
+    names = ("id", "display_name", "email", "external_ref", "full_name")
+    texts = {name: str(user.get(name) or "") for name in names}
+    texts["external_ref"] = live_reference(user)
+    created, updated = (str(user.get(f"{verb}_date") or "") for verb in ("created", "modified"))
+    return Contact(**texts, tickets=0, created=created, updated=updated)
 
 
 _ORGANISATION = re.compile(r"don:[a-z_]+:(dvrv-[^:]+:devo/[^:]+):")

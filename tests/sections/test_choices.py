@@ -1,380 +1,202 @@
-"""Choices through the front door: a chosen group becomes the one contact that was chosen, all others stay as they are."""
+"""Choices in scripted scenes: a chosen group becomes the one contact that was chosen, all others stay as they are."""
 
 import json
-import re
+from pathlib import Path
 from typing import Any, Dict, List, Set, Tuple
 
 import pytest
 
-from tests.sandbox import Fault, Organisation, Sandbox
-from tests.support import Workplace, assert_backed_up, diagonal, roles_of, watch_merges
+from tests.simulation.scene import Scene
+from tests.support import roles_of
 
 DESK, TWINS, UNDECIDED = "front.desk@example.com", "twins@example.com", "undecided@example.com"
+GROUPS: Dict[str, List[Tuple[str, str]]] = {
+    DESK: [("K1", "REVU-K1"), ("K2", "user_k2"), ("K3", "user_k3"), ("K4", "user_k4")],
+    TWINS: [("T1", "REVU-T1"), ("T2", "REVU-T2")],
+    UNDECIDED: [("U1", "REVU-U1"), ("U2", "user_u2"), ("U3", "user_u3")],
+    "nobody@example.com": [("N1", "REVU-N1"), ("N2", "REVU-N2")],
+    "pair@example.com": [("P1", "REVU-P1"), ("P2", "user_p2")],
+}
 
 
-@pytest.fixture
-def organisation() -> Organisation:
+def build(scene: Scene, groups: Dict[str, List[Tuple[str, str]]] = GROUPS) -> None:
     """A group with three `user_` and a `REVU-`, one with two `REVU-`, both of these without a choice, and a pair."""
-    made = Organisation()
-    groups: Dict[str, List[Tuple[str, str]]] = {
-        DESK: [("K1", "REVU-K1"), ("K2", "user_k2"), ("K3", "user_k3"), ("K4", "user_k4")],
-        TWINS: [("T1", "REVU-T1"), ("T2", "REVU-T2")],
-        UNDECIDED: [("U1", "REVU-U1"), ("U2", "user_u2"), ("U3", "user_u3")],
-        "nobody@example.com": [("N1", "REVU-N1"), ("N2", "REVU-N2")],
-        "pair@example.com": [("P1", "REVU-P1"), ("P2", "user_p2")],
-    }
     for email, contacts in groups.items():
         for number, (key, reference) in enumerate(contacts):
-            one = made.add_contact(key, email, reference, display_name=email.split("@")[0])
+            one = scene.organisation.add_contact(key, email, reference)
             for _ in range(3 - number % 3):
-                made.add_work(owned_by=[one], created_by=one, reported_by=[one], comments=1)
-            made.add_conversation(members=[one], comments=1)
-    return made
+                scene.organisation.add_work(reported_by=[one])
 
 
-def choose(place: Workplace, *lines: str, header: str = "EMAIL,EXTERNAL_REF") -> str:
-    (place.folder / "choices.csv").write_text("\n".join([header, *lines, ""]), encoding="utf-8")
-    return "choices.csv"
+def choose(*lines: str, header: str = "EMAIL,EXTERNAL_REF") -> Tuple[str, str]:
+    Path("choices.csv").write_text("\n".join([header, *lines, ""]), encoding="utf-8")
+    return "--choices", "choices.csv"
 
 
-def keys(organisation: Organisation) -> Set[Tuple[str, str]]:
+def don(scene: Scene, key: str) -> str:
+    return scene.organisation.don("identity", "revu", key)
+
+
+def merges(scene: Scene) -> Set[Tuple[str, str]]:
     """The merges as (primary, duplicate), by the keys of their ids."""
-    return {
-        (one.rpartition("/")[2], other.rpartition("/")[2]) for one, other in organisation.merges
-    }
+    pairs = scene.organisation.merges
+    return {(one.rpartition("/")[2], other.rpartition("/")[2]) for one, other in pairs}
 
 
-def test_a_chosen_group_is_merged_as_chosen_and_groups_without_a_choice_stay(
-    place: Workplace, organisation: Organisation
-) -> None:
-    def don(key: str) -> str:
-        return organisation.don("identity", "revu", key)
+def reference(scene: Scene, key: str) -> Any:
+    return scene.organisation.contacts[don(scene, key)]["external_ref"]
 
+
+def test_a_chosen_group_is_merged_as_chosen_and_groups_without_a_choice_stay(scene: Scene) -> None:
+    build(scene)
     works = {
-        key: set().union(*roles_of(organisation, don(key)).values())
-        for key in ("K1", "K2", "K3", "K4", "T1", "T2")
+        key: roles_of(scene.organisation, don(scene, key))["reported"]
+        for key in ("K1", "K2", "K3", "K4")
     }
-    others = {
-        one: dict(user)
-        for one, user in organisation.contacts.items()
-        if user["display_id"][5] in "UN"
-    }
-    place.export(organisation)
-    choices = choose(place, f"{DESK.upper()} , user_k3", f"{TWINS},REVU-T2")
-    with Sandbox(organisation, merge_delay=0.05) as sandbox:
-        findings = watch_merges(sandbox, place.folder)
-        report = place.run(sandbox, "--choices", choices, "--yes", check=0).report
-        assert keys(organisation) == {
-            ("K1", "K3"),
-            ("K1", "K2"),
-            ("K1", "K4"),
-            ("T2", "T1"),
-            ("P1", "P2"),
-        }
-        assert findings == [None] * 5 and len(organisation.merges) == 5
-        place.run(sandbox, "--choices", choices, "--yes", check=0)
-    assert len(organisation.merges) == 5
-    references = {
-        key: organisation.contacts[don(key)]["external_ref"] for key in ("K1", "T2", "P1")
-    }
-    assert references == {"K1": "user_k3", "T2": "REVU-T2", "P1": "user_p2"}
-    assert set().union(*roles_of(organisation, don("K1")).values()) == set().union(
-        *(works[f"K{n}"] for n in range(1, 5))
+    choices = choose(f"{DESK},user_k3", f"{TWINS},REVU-T2")
+    run = scene.merge(*choices)
+    wanted = {("K1", "K3"), ("K1", "K2"), ("K1", "K4"), ("T2", "T1"), ("P1", "P2")}
+    assert run.code == 0 and merges(scene) == wanted
+    assert [reference(scene, key) for key in ("K1", "T2", "P1")] == [
+        "user_k3",
+        "REVU-T2",
+        "user_p2",
+    ]
+    assert roles_of(scene.organisation, don(scene, "K1"))["reported"] == set().union(
+        *works.values()
     )
-    assert set().union(*roles_of(organisation, don("T2")).values()) == works["T1"] | works["T2"]
-    assert {one: organisation.contacts[one] for one in others} == others
-    assert {skip["email"] for skip in report["skipped"]} == {UNDECIDED, "nobody@example.com"}
-    assert report["summary"]["successful_merges"] == 5
-    plan = json.loads(
-        place.run(None, "--preview", "--json", check=0).out
-    )  # what was chosen before stays merged
-    assert {skip["email"] for skip in plan["skipped"]} == {
-        UNDECIDED,
-        "nobody@example.com",
-    } and plan["pairs"] == []
+    assert {skip["email"] for skip in run.report["skipped"]} == {UNDECIDED, "nobody@example.com"}
+    (desk,) = (one for one in run.report["choices"] if one["email"] == DESK)
+    assert "joins 4 contacts" in str(desk["warnings"])
+    later = scene.merge()  # what was chosen before stays merged, and is skipped no longer
+    assert later.code == 0 and merges(scene) == wanted
+    assert {skip["email"] for skip in later.report["skipped"]} == {UNDECIDED, "nobody@example.com"}
 
 
-def test_where_no_contact_has_a_revu_reference_the_chosen_contact_itself_remains(
-    place: Workplace,
+def test_a_choice_is_bound_to_its_group(scene: Scene) -> None:
+    build(scene)
+    scene.export()
+    scene.organisation.add_contact("K5", DESK, "user_k5")
+    run = scene.merge(*choose(f"{DESK},user_k3", f"{TWINS},REVU-T2"))
+    assert run.code == 1 and merges(scene) == {("T2", "T1"), ("P1", "P2")}
+    assert run.codes == {DESK: "several_user_refs"}
+
+
+def test_a_corrected_choice_is_not_overruled_by_what_was_requested_before(scene: Scene) -> None:
+    build(scene)
+    only = ("--email", UNDECIDED, "--merge-timeout", "1")
+    refusal = scene.fault("400", "rev-users.merge")
+    assert scene.merge(*choose(f"{UNDECIDED},user_u2"), *only).code == 1
+    refusal.times = 0
+    scene.world.faults.clear()
+    run = scene.merge(*choose(f"{UNDECIDED},user_u3"), *only)
+    assert run.code == 1 and run.codes[UNDECIDED] in ("plan_changed", "group_incomplete")
+    assert not scene.organisation.merges
+    assert scene.settle(UNDECIDED).code == 0
+    assert scene.merge(*choose(f"{UNDECIDED},user_u3"), *only).code == 0
+    assert reference(scene, "U1") == "user_u3"
+
+
+@pytest.mark.parametrize(
+    ("lines", "header", "says"),
+    [
+        ([f"{DESK},user_k9"], "EMAIL,EXTERNAL_REF", "no contact of this email has it"),
+        (["stranger@example.com,user_k3"], "EMAIL,EXTERNAL_REF", "user_k3 for stranger@example.com"),
+        ([f"{DESK},REVU-K1"], "EMAIL,EXTERNAL_REF", "has to stay"),
+        ([f"{DESK},user_k3", f"{DESK},user_k4"], "EMAIL,EXTERNAL_REF", f"a second choice for {DESK}"),
+    ],
+)  # fmt: skip
+def test_a_choice_that_can_not_be_followed_changes_nothing(
+    scene: Scene, lines: List[str], header: str, says: str
 ) -> None:
-    organisation = Organisation()
-    for number in range(1, 4):
-        one = organisation.add_contact(f"A{number}", DESK, f"user_a{number}", display_name="Desk")
-        organisation.add_work(reported_by=[one])
-    place.export(organisation)
-    with Sandbox(organisation, merge_delay=0.05) as sandbox:
-        place.run(sandbox, "--choices", choose(place, f"{DESK},user_a2"), "--yes", check=0)
-        assert_backed_up(place.folder, organisation, [organisation.don("identity", "revu", "A2")])
-    assert keys(organisation) == {("A2", "A1"), ("A2", "A3")}
-    assert (
-        organisation.contacts[organisation.don("identity", "revu", "A2")]["external_ref"]
-        == "user_a2"
-    )
+    build(scene)
+    run = scene.merge(*choose(*lines, header=header))
+    assert (run.code, run.requests) == (2, []) and says in run.refusal
 
 
-def test_a_choice_is_bound_to_its_group(place: Workplace, organisation: Organisation) -> None:
-    place.export(organisation)
-    choices = choose(place, f"{DESK},user_k3", f"{TWINS},REVU-T2")
-    organisation.add_contact("K5", DESK, "user_k5")
-    with Sandbox(organisation, merge_delay=0.05) as sandbox:
-        result = place.run(sandbox, "--choices", choices, "--yes", check=1)
-    assert keys(organisation) == {("T2", "T1"), ("P1", "P2")}
-    codes = {
-        entry["duplicate"]["old_external_ref"]: entry["code"]
-        for entry in result.report["failed_merges"]
-    }
-    assert (
-        set(codes) == {"user_k2", "user_k3", "user_k4"} and codes["user_k3"] == "several_user_refs"
+def test_a_template_has_a_line_for_each_contact_that_could_be_kept(scene: Scene) -> None:
+    odd = "=formula@example.com"
+    shared = [(f"S{number}", f"user_s{number}") for number in range(5)]
+    build(
+        scene, {**GROUPS, "shared@example.com": shared, odd: [("F1", "user_f1"), ("F2", "user_f2")]}
     )
-
-
-def test_a_template_has_a_line_for_each_contact_that_could_be_kept(
-    place: Workplace, organisation: Organisation
-) -> None:
-    for number in range(5):
-        organisation.add_contact(f"S{number}", "shared@example.com", f"user_s{number}")
-    organisation.add_contact("F1", "=formula@example.com", "user_f1", display_name="=1+1")
-    organisation.add_contact("F2", "=formula@example.com", "user_f2", display_name="-")
-    place.export(organisation)
-    result = place.run(None, "--choices-template", "new.csv", check=0)
-    assert (
-        result.out.startswith("6 lines of 3 groups written to new.csv")
-        and "3 groups that may be a shared mailbox" in result.out
-    )
-    assert re.search(
-        r"^next: keep one line per address in new\.csv, then\n .*--choices new\.csv --preview$",
-        result.err,
-        re.M,
-    )
-    content = (place.folder / "new.csv").read_bytes()
+    scene.export()
+    made = scene.run("--csv", "contacts.csv", "--choices-template", "new.csv")
+    assert made.code == 0 and "6 lines of 3 groups written to new.csv" in made.out
+    assert "3 groups that may be a shared mailbox" in made.out
+    content = Path("new.csv").read_bytes()
     lines = content.decode("utf-8-sig").splitlines()
     assert content.startswith(b"\xef\xbb\xbf") and lines[0].startswith("EMAIL,EXTERNAL_REF,")
-    kept = [line.split(",")[:2] for line in lines[1:]]
-    assert sorted(kept) == sorted(
-        [
-            ["'=formula@example.com", "user_f1"], ["'=formula@example.com", "user_f2"],
-            ["undecided@example.com", "user_u2"], ["undecided@example.com", "user_u3"],
-            ["twins@example.com", "REVU-T1"], ["twins@example.com", "REVU-T2"],
-        ]
-    )  # fmt: skip
-    uncut = place.run(None, "--choices", "new.csv", "--preview", check=2).err
-    assert "a second choice for" in uncut and "cut the file down to one line a group" in uncut
-    assert "already exists" in place.run(None, "--choices-template", "new.csv", check=2).err
-    assert (place.folder / "new.csv").read_bytes() == content
-    (place.folder / "new.csv").write_text("\n".join([lines[0], *lines[1::2]]), encoding="utf-8-sig")
-    plan = json.loads(place.run(None, "--choices", "new.csv", "--preview", "--json", check=0).out)
-    assert {skip["code"] for skip in plan["skipped"]} == {"shared_mailbox"} and len(
-        plan["pairs"]
-    ) == 1 + 1 + 2 + 1
-    assert [path.name for path in place.files() if path.suffix == ".csv"] == [
-        "contacts.csv",
-        "new.csv",
-    ]
-
-
-def shared(size: int, email: str = "noreply@example.com") -> Organisation:
-    made = Organisation()
-    for number in range(size):
-        made.add_contact(
-            f"S{number}",
-            email,
-            "user_s0" if number == 0 else None,
-            display_name=f"Person {'ABCDE'[number % 5]}{number}",
-        )
-    made.add_contact("P1", "pair@example.com")
-    made.add_contact("P2", "pair@example.com", "user_p2")
-    return made
+    assert sorted(",".join(line.split(",")[:2]) for line in lines[1:]) == [
+        "'=formula@example.com,user_f1", "'=formula@example.com,user_f2", "twins@example.com,REVU-T1", "twins@example.com,REVU-T2",
+        "undecided@example.com,user_u2", "undecided@example.com,user_u3",
+    ]  # fmt: skip
+    uncut = scene.merge("--choices", "new.csv")
+    assert uncut.code == 2 and "cut the file down to one line a group" in uncut.refusal
+    again = scene.run("--csv", "contacts.csv", "--choices-template", "new.csv")
+    assert again.code == 2 and Path("new.csv").read_bytes() == content
+    Path("new.csv").write_text("\n".join([lines[0], *lines[1::2]]), encoding="utf-8-sig")
+    seen = scene.run("--csv", "contacts.csv", "--choices", "new.csv", "--preview", "--json")
+    plan = json.loads(seen.out)
+    assert len(plan["pairs"]) == 1 + 1 + 2 + 1
+    assert {skip["code"] for skip in plan["skipped"]} == {"shared_mailbox"}
 
 
 @pytest.mark.parametrize(
     ("size", "email", "in_csv"),
     [
-        (41, "noreply@example.com", 41),
-        (6, "ada@example.com", 2),
-        (2, "noreply@example.com", 2),
+        (41, "noreply@example.com", 41), (6, "ada@example.com", 2), (2, "noreply@example.com", 2),
         (3, "info@example.com", 2),
     ],
-)
+)  # fmt: skip
 def test_a_shared_mailbox_is_left_alone_by_what_the_csv_or_devrev_has(
-    place: Workplace, size: int, email: str, in_csv: int
+    scene: Scene, size: int, email: str, in_csv: int
 ) -> None:
-    made = shared(size, email)
-    place.export(
-        made,
-        leave_out=[made.don("identity", "revu", f"S{number}") for number in range(in_csv, size)],
-    )
-    by_csv = in_csv == size
-    with Sandbox(made, merge_delay=0.05) as sandbox:
-        report = place.run(sandbox, "--yes", check=0 if by_csv else 1).report
-    assert keys(made) == {("P1", "P2")}
-    if by_csv:
-        assert [(skip["email"], skip["code"]) for skip in report["skipped"]] == [
-            (email, "shared_mailbox")
-        ]
-    else:
-        assert {entry["email"]: entry["code"] for entry in report["failed_merges"]} == {
+    keys = [(f"S{number}", f"REVU-S{number}" if number else "user_s0") for number in range(size)]
+    build(scene, {email: keys, "pair@example.com": GROUPS["pair@example.com"]})
+    scene.export(leave_out=[don(scene, f"S{number}") for number in range(in_csv, size)])
+    run = scene.merge()
+    assert merges(scene) == {("P1", "P2")}
+    if in_csv == size:
+        assert {skip["email"]: skip["code"] for skip in run.report["skipped"]} == {
             email: "shared_mailbox"
         }
+    else:
+        assert run.codes == {email: "shared_mailbox"}
 
 
-def test_a_shared_mailbox_that_is_chosen_is_merged_and_named(place: Workplace) -> None:
-    made = shared(5)
-    place.export(made)
-    choices = choose(place, "noreply@example.com,user_s0")
-    with Sandbox(made, merge_delay=0.05) as sandbox:
-        report = place.run(sandbox, "--choices", choices, "--yes", check=0).report
-        (entry,) = report["choices"]
-        assert "joins 5 contacts" in entry["warnings"][0] and "names_differ" in {
-            one["code"] for one in report["warnings"]
-        }
-    assert len(made.merges) == 5
-
-
-def test_with_the_user_as_primary_nothing_is_updated(place: Workplace) -> None:
-    made = shared(3, "ada@example.com")
-    place.export(made)
-    with Sandbox(made, merge_delay=0.05) as sandbox:
-        report = place.run(sandbox, "--primary", "user", "--yes", check=0).report
-        assert sandbox.count("rev-users.update") == 0
-    assert keys(made) == {("S0", "S1"), ("S0", "S2"), ("P2", "P1")}
-    assert {entry["new_external_ref"] for entry in report["successful_merges"]} == {None}
-    assert made.contacts[made.don("identity", "revu", "S0")]["external_ref"] == "user_s0"
+def test_with_the_user_as_primary_nothing_is_updated(scene: Scene) -> None:
+    build(scene, {"ada@example.com": [("S0", "user_s0"), ("S1", "REVU-S1"), ("S2", "REVU-S2")]})
+    run = scene.merge("--primary", "user")
+    assert run.code == 0 and run.count("rev-users.update") == 0
+    assert merges(scene) == {("S0", "S1"), ("S0", "S2")} and reference(scene, "S0") == "user_s0"
+    assert {entry["new_external_ref"] for entry in run.report["successful_merges"]} == {None}
 
 
 def test_a_third_contact_that_no_longer_exists_or_is_of_another_workspace_keeps_a_pair_from_nothing(
-    place: Workplace,
+    scene: Scene,
 ) -> None:
-    made = Organisation()
-    for number, fields in enumerate(
-        ({"state": "deleted"}, {"rev_org": "NORTH"}, {"description": "without a workspace"})
-    ):
-        made.add_contact(f"P{number}", f"p{number}@example.com")
-        made.add_contact(f"U{number}", f"p{number}@example.com", f"user_{number}")
-        made.add_contact(f"T{number}", f"p{number}@example.com", **fields)
-    place.export(made)
-
-    def without_workspace(content: Any) -> Any:
-        return {
-            **content,
-            "rev_users": [
-                {
-                    name: value
-                    for name, value in user.items()
-                    if name != "rev_org" or "description" not in user
-                }
-                for user in content["rev_users"]
-            ],
-        }
-
-    faults = [Fault("changed", "rev-users.list", detail=without_workspace)]
-    with Sandbox(made, merge_delay=0.05, faults=faults) as sandbox:
-        report = place.run(sandbox, "--yes", check=0).report
-    assert keys(made) == {("P0", "U0"), ("P1", "U1"), ("P2", "U2"), ("P2", "T2")}
-    assert {skip["email"]: skip["code"] for skip in report["skipped"]} == {
-        "p0@example.com": "already_gone", "p1@example.com": "different_rev_org",
-    }  # fmt: skip
+    for number, fields in enumerate(({"state": "deleted"}, {"rev_org": "NORTH"})):
+        primary, _ = scene.pair(number)
+        email = scene.organisation.contacts[primary]["email"]
+        scene.organisation.add_contact(f"T{number}", email, **fields)
+    scene.export()
+    run = scene.merge()
+    assert run.code == 0 and merges(scene) == {("P0", "D0"), ("P1", "D1")}
+    codes = {skip["email"]: skip["code"] for skip in run.report["skipped"]}
+    assert codes == {
+        "person0@example.com": "already_gone",
+        "person1@example.com": "different_rev_org",
+    }
 
 
-def test_a_pair_that_another_folder_has_merged_is_no_failure(place: Workplace) -> None:
-    made = shared(3, "ada@example.com")
-    place.export(made)
-    csv = place.csv.read_bytes()
-    with Sandbox(made, merge_delay=0.05) as sandbox:
-        other = Workplace(place.folder / "other")
-        other.folder.mkdir()
-        other.csv.write_bytes(csv)
-        other.run(sandbox, "--yes", check=0)
-        report = place.run(sandbox, "--yes", check=0).report
-    assert {skip["code"] for skip in report["skipped"]} == {"already_merged", "already_gone"}
-    assert len(made.merges) == 3 and report["failed_merges"] == []
-
-
-CANNOT = [
-    (
-        [f"{DESK},user_k9"],
-        "EMAIL,EXTERNAL_REF",
-        "user_k9 for front.desk@example.com: no contact of this email has it",
-    ),
-    (["stranger@example.com,user_k3"], "EMAIL,EXTERNAL_REF", "user_k3 for stranger@example.com"),
-    ([f"{DESK},REVU-K1"], "EMAIL,EXTERNAL_REF", "has to stay"),
-    (
-        [f"{DESK},user_k3", f"{DESK},user_k4"],
-        "EMAIL,EXTERNAL_REF",
-        "a second choice for front.desk@example.com",
-    ),
-    ([f"{DESK},user_k3"], "EMAIL,REFERENCE", "missing column EXTERNAL_REF"),
-    ([f"{DESK},"], "EMAIL,EXTERNAL_REF", "line 2: empty EXTERNAL_REF"),
-]
-
-
-@pytest.mark.parametrize("cannot, mode", diagonal(CANNOT, ("--preview", "--yes")))
-def test_a_choice_that_can_not_be_followed_changes_nothing(
-    place: Workplace, organisation: Organisation, cannot: Tuple[List[str], str, str], mode: str
-) -> None:
-    lines, header, says = cannot
-    place.export(organisation)
-    with Sandbox(organisation) as sandbox:
-        result = place.run(
-            sandbox, "--choices", choose(place, *lines, header=header), mode, check=2
-        )
-        assert sandbox.requests == []
-    assert says in result.err
-
-
-def test_a_corrected_choice_is_not_overruled_by_what_was_requested_before(
-    place: Workplace, organisation: Organisation
-) -> None:
-    place.export(organisation)
-    only = ("--yes", "--email", UNDECIDED, "--merge-timeout", "1")
-    with Sandbox(organisation, faults=[Fault("400", "rev-users.merge")]) as sandbox:
-        place.run(sandbox, "--choices", choose(place, f"{UNDECIDED},user_u2"), *only, check=1)
-        sandbox.faults.clear()
-        right = choose(place, f"{UNDECIDED},user_u3")
-        result = place.run(sandbox, "--choices", right, *only, check=1)
-        assert (
-            result.codes[UNDECIDED] in ("plan_changed", "group_incomplete")
-            and not organisation.merges
-        )
-        assert "plan_changed" in result.out
-        place.run(None, "--settle", UNDECIDED, check=0)
-        place.run(sandbox, "--choices", right, *only, check=0)
-    assert (
-        organisation.contacts[organisation.don("identity", "revu", "U1")]["external_ref"]
-        == "user_u3"
-    )
-
-
-def test_confirmation_report_and_preview_name_the_references_that_a_choice_loses(
-    place: Workplace, organisation: Organisation
-) -> None:
-    place.export(organisation)
-    choices = choose(place, f"{DESK},user_k3")
-    seen = json.loads(place.run(None, "--choices", choices, "--preview", "--json", check=0).out)[
-        "choices"
-    ]
-    with Sandbox(organisation) as sandbox:
-        report = place.run(sandbox, "--choices", choices, "--yes", check=0).report
-    assert seen == report["choices"] and report["run"]["options"]["choices"] == choices
-    (entry,) = seen
-    assert (entry["email"], entry["kept"]) == (DESK, "user_k3")
-    lost = {one["external_ref"]: (one["tickets"], one["created"][:10]) for one in entry["lost"]}
-    assert lost == {"user_k2": (2, "2024-01-01"), "user_k4": (3, "2024-01-01")}
-    assert "joins 4 contacts" in entry["warnings"][0]
-
-
-def test_a_chosen_group_that_has_grown_by_any_contact_is_refused(
-    place: Workplace, organisation: Organisation
-) -> None:
-    place.export(organisation)
-    organisation.add_contact("T3", TWINS)
-    with Sandbox(organisation) as sandbox:
-        result = place.run(
-            sandbox,
-            "--choices",
-            choose(place, f"{TWINS},REVU-T2"),
-            "--email",
-            TWINS,
-            "--yes",
-            check=1,
-        )
-    assert result.codes == {TWINS: "group_changed"} and not organisation.merges
+def test_limit_one_goes_from_address_to_address(scene: Scene) -> None:
+    """One that always fails keeps no other waiting; what has been tried is tried again last."""
+    for number in range(1, 5):
+        scene.pair(number)
+    scene.export()
+    for key in ("D1", "D3"):
+        scene.organisation.contacts[don(scene, key)]["state"] = "locked"
+    ends = [scene.merge("--limit", "1").code for _ in range(5)]
+    assert ends == [1, 0, 1, 0, 1] and merges(scene) == {("P2", "D2"), ("P4", "D4")}
+    assert scene.merge("--limit", "1").codes == {"person3@example.com": "not_active"}

@@ -5,7 +5,6 @@ import csv
 import gzip
 import io
 import json
-import re
 import tempfile
 import unicodedata
 from collections import Counter
@@ -114,19 +113,13 @@ def pairs_of(plan: Plan) -> List[Tuple[str, str, Optional[str]]]:
 
 TOGETHER = {
     "the user_ reference moves to the system contact": (
-        [("1", "REVU-1", 0), ("2", "user_2", 9)],
-        [("1", "2", "user_2")],
+        [("1", "REVU-1", 0), ("2", "user_2", 9)], [("1", "2", "user_2")],
     ),
     "the primary is the REVU- contact with the highest count": (
-        [("1", "REVU-1", 9), ("2", "REVU-2", 10), ("3", "user_3", 99)],
-        [("2", "3", "user_3"), ("2", "1", None)],
+        [("1", "REVU-1", 9), ("2", "REVU-2", 10), ("3", "user_3", 99)], [("2", "3", "user_3"), ("2", "1", None)],
     ),
     "then the oldest": (
-        [
-            ("1", "REVU-1", 5, "2024-03-01"),
-            ("2", "REVU-2", 5, "2023-12-31"),
-            ("3", "user_3", 0, "2020-01-01"),
-        ],
+        [("1", "REVU-1", 5, "2024-03-01"), ("2", "REVU-2", 5, "2023-12-31"), ("3", "user_3", 0, "2020-01-01")],
         [("2", "3", "user_3"), ("2", "1", None)],
     ),
     "the count goes before the age": (
@@ -134,24 +127,16 @@ TOGETHER = {
         [("2", "3", "user_3"), ("2", "1", None)],
     ),
     "then the smallest id": (
-        [("C", "REVU-C", 5), ("B", "REVU-B", 5), ("A", "user_A", 5)],
-        [("B", "A", "user_A"), ("B", "C", None)],
+        [("C", "REVU-C", 5), ("B", "REVU-B", 5), ("A", "user_A", 5)], [("B", "A", "user_A"), ("B", "C", None)],
     ),
     "what REVU- and user_ are followed by is anything, also nothing": (
-        [("1", "REVU-", 0), ("2", "user_", 0)],
-        [("1", "2", "user_")],
+        [("1", "REVU-", 0), ("2", "user_", 0)], [("1", "2", "user_")],
     ),
     "other references take no part": (
-        [
-            ("1", "REVU-1", 1),
-            ("2", "user_2", 1),
-            ("3", "crm-3", 99),
-            ("4", "user-4", 99),
-            ("5", "", 99),
-        ],
+        [("1", "REVU-1", 1), ("2", "user_2", 1), ("3", "crm-3", 99), ("4", "user-4", 99), ("5", "", 99)],
         [("1", "2", "user_2")],
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("rows", "expected"), TOGETHER.values(), ids=list(TOGETHER))
@@ -225,26 +210,20 @@ def test_whatever_is_not_certain_is_not_merged(rows: Sequence[Any], code: Option
 @pytest.mark.parametrize(
     ("one", "other", "together"),
     [
-        ("ada@example.com", "ada@example.com", True),
-        ("Ada@Example.COM", " ada@example.com\t", True),
+        ("ada@example.com", "ada@example.com", True), ("Ada@Example.COM", " ada@example.com\t", True),
         ("\u00e9VA@example.com", "\u00a0\u00e9va@EXAMPLE.com\u3000", True),
         ("stra\u00dfe@example.com", "STRASSE@example.com", False),
-        ("\u00c9va@example.com", "\u00e9va@example.com", False),
-        ("\ufb01@example.com", "fi@example.com", False),
-        ("\u212aate@example.com", "kate@example.com", False),
-        ("\u017fam@example.com", "sam@example.com", False),
+        ("\u00c9va@example.com", "\u00e9va@example.com", False), ("\ufb01@example.com", "fi@example.com", False),
+        ("\u212aate@example.com", "kate@example.com", False), ("\u017fam@example.com", "sam@example.com", False),
         ("\u0130ris@example.com", "iris@example.com", False),
-        ("e\u0301va@example.com", "\u00e9va@example.com", False),
-        ("\uff41da@example.com", "ada@example.com", False),
+        ("e\u0301va@example.com", "\u00e9va@example.com", False), ("\uff41da@example.com", "ada@example.com", False),
         ("a\u200bda@example.com", "ada@example.com", False),
         ("ada@xn--strae-oqa.example", "ada@stra\u00dfe.example", False),
-        ("ada@example.com", "ada@example.org", False),
-        ("ada@example.com", "a da@example.com", False),
-        ("ada+1@example.com", "ada@example.com", False),
-        ("a.da@example.com", "ada@example.com", False),
+        ("ada@example.com", "ada@example.org", False), ("ada@example.com", "a da@example.com", False),
+        ("ada+1@example.com", "ada@example.com", False), ("a.da@example.com", "ada@example.com", False),
         ("\u00e9va@example.com", "eva@example.com", False),
     ],
-)
+)  # fmt: skip
 def test_emails_are_compared_trimmed_and_without_the_case_of_ascii_letters(
     one: str, other: str, together: bool
 ) -> None:
@@ -335,13 +314,7 @@ def test_a_bad_row_spoils_its_group_and_no_other() -> None:
 
 # -- choices -------------------------------------------------------------------------------------------
 
-TWO_USERS = [
-    ("1", "REVU-1", 9),
-    ("2", "REVU-2", 10),
-    ("3", "user_3", 1),
-    ("4", "user_4", 2),
-    ("5", "crm-5", 99),
-]
+TWO_USERS = [("1", "REVU-1", 9), ("2", "REVU-2", 10), ("3", "user_3", 1), ("4", "user_4", 2), ("5", "crm-5", 99)]  # fmt: skip
 NO_SYSTEM = [("3", "user_3", 1), ("4", "user_4", 2), ("6", "user_6", 3)]
 NO_USER = [("1", "REVU-1", 9), ("2", "REVU-2", 10), ("6", "REVU-6", 10, "2020-01-01")]
 CHOSEN: Dict[str, Tuple[Sequence[Any], str, List[Any], List[str]]] = {
@@ -377,35 +350,17 @@ def test_a_chosen_reference_is_what_the_one_contact_has_in_the_end(
 
 
 FOLLOWED_NOT = {
-    "nobody's reference": (
-        TWO_USERS,
-        "user_9",
-        "no contact of this email has it (to choose from: user_4, user_3)",
-    ),
+    "nobody's reference": (TWO_USERS, "user_9", "no contact of this email has it (to choose from: user_4, user_3)"),
     "in another case": (TWO_USERS, "USER_3", "no contact"),
     "of a contact that takes no part": (TWO_USERS, "crm-5", "no contact"),
     "a REVU- beside a user_": (
-        TWO_USERS,
-        "REVU-2",
-        "user_ reference, which has to stay (to choose from: user_4, user_3)",
+        TWO_USERS, "REVU-2", "user_ reference, which has to stay (to choose from: user_4, user_3)",
     ),
     "a REVU- of a plain group": ([("1", "REVU-1", 0), ("2", "user_2", 9)], "REVU-1", "has to stay"),
-    "a reference of two contacts": (
-        [*NO_SYSTEM, ("7", "user_3", 0)],
-        "user_3",
-        "2 contacts have it",
-    ),
-    "a reference of two REVU- contacts": (
-        [*NO_USER, ("7", "REVU-1", 0)],
-        "REVU-1",
-        "2 contacts have it",
-    ),
-    "an email with no contact": (
-        [],
-        "user_3",
-        "no contact of this email has it (to choose from: nothing)",
-    ),
-}
+    "a reference of two contacts": ([*NO_SYSTEM, ("7", "user_3", 0)], "user_3", "2 contacts have it"),
+    "a reference of two REVU- contacts": ([*NO_USER, ("7", "REVU-1", 0)], "REVU-1", "2 contacts have it"),
+    "an email with no contact": ([], "user_3", "no contact of this email has it (to choose from: nothing)"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("rows", "choice", "says"), FOLLOWED_NOT.values(), ids=list(FOLLOWED_NOT))
@@ -498,72 +453,21 @@ def test_a_chosen_group_of_many_is_warned_of() -> None:
 
 
 ROLES = [
-    "info",
-    "support",
-    "help",
-    "helpdesk",
-    "service",
-    "sales",
-    "contact",
-    "hello",
-    "office",
-    "team",
-    "admin",
-    "administrator",
-    "billing",
-    "accounts",
-    "accounting",
-    "finance",
-    "hr",
-    "jobs",
-    "careers",
-    "marketing",
-    "press",
-    "media",
-    "legal",
-    "privacy",
-    "security",
-    "abuse",
-    "postmaster",
-    "hostmaster",
-    "webmaster",
-    "root",
-    "mail",
-    "email",
-    "reception",
-    "orders",
-    "booking",
-    "bookings",
-    "customerservice",
-    "customer-service",
-    "customercare",
+    "info", "support", "help", "helpdesk", "service", "sales", "contact", "hello", "office", "team", "admin",
+    "administrator", "billing", "accounts", "accounting", "finance", "hr", "jobs", "careers", "marketing", "press",
+    "media", "legal", "privacy", "security", "abuse", "postmaster", "hostmaster", "webmaster", "root", "mail",
+    "email", "reception", "orders", "booking", "bookings", "customerservice", "customer-service", "customercare",
     "feedback",
-]
+]  # fmt: skip
 PLACEHOLDERS = [
-    "noreply",
-    "no-reply",
-    "no_reply",
-    "donotreply",
-    "do-not-reply",
-    "none",
-    "null",
-    "nobody",
-    "unknown",
-    "anonymous",
-    "test",
-    "na",
-    "n-a",
-    "noemail",
-    "no-email",
-    "invalid",
-]
+    "noreply", "no-reply", "no_reply", "donotreply", "do-not-reply", "none", "null", "nobody", "unknown", "anonymous",
+    "test", "na", "n-a", "noemail", "no-email", "invalid",
+]  # fmt: skip
 LIMITS = {
-    **dict.fromkeys(
-        ("ada", "information", "info.ada", "ada+info", "noreplyx", "xtest", "", "test.er"), 3
-    ),
+    **dict.fromkeys(("ada", "information", "info.ada", "ada+info", "noreplyx", "xtest", "", "test.er"), 3),
     **dict.fromkeys((*ROLES, "INFO", "Support", "info+ada", "info+a+b"), 2),
     **dict.fromkeys((*PLACEHOLDERS, "NoReply", "noreply+42", "None"), 1),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("local", "limit"), LIMITS.items(), ids=list(LIMITS))
@@ -631,95 +535,70 @@ def test_a_prefix_that_overlaps_with_the_systems_is_refused(text: str) -> None:
 
 # -- age -----------------------------------------------------------------------------------------------
 
-NOON = 1706702400  # 2024-01-31 12:00:00 UTC
-SAME_TIME = [
-    "2024-01-31T12:00:00Z", "2024-01-31 12:00:00", "2024-01-31T12:00:00.000Z", "2024-01-31 12:00:00.000000000 +0000",
-    "2024-01-31 12:00:00 UTC", "2024-01-31 12:00:00.000 UTC", "2024-01-31T14:00:00+02:00", "2024-01-31 04:00:00.000 -0800",
-    "2024-01-31T17:30:00+0530", "2024-01-31 13:00:00+01", "2024-01-31 12:00", "2024-1-31 12:00:00", "2024/01/31 12:00:00",
-    "2024-01-31 12:00:00 PM", "20240131T120000Z", "20240131120000", "Wed, 31 Jan 2024 12:00:00 +0000",
-    "31 Jan 2024 12:00:00", "31-JAN-24 12.00.00.000000 PM", "Jan 31, 2024, 12:00 PM", "January 31, 2024 12:00:00 PM",
-    "Wed Jan 31 2024 13:00:00 GMT+0100 (CET)", "Wed Jan 31 12:00:00 UTC 2024", "1/31/2024 12:00", "31/1/2024 12:00:00",
-    "01/31/2024 12:00:00 PM", "1/31/24 12:00", "31.01.2024 12:00:00", "31.1.24 12:00", "1706702400", "1706702400.0",
-    "1706702400000", "1706702400000000", "1706702400000000000", "45322.5", " 2024-01-31T12:00:00z\t", "2024-01-31 12:00:00 +00:00 UTC",
-]  # fmt: skip
+NOON = 1706702400 * 10**9  # 2024-01-31 12:00:00 UTC
+INSTANTS = {
+    **dict.fromkeys(
+        (
+            "2024-01-31T12:00:00Z", "2024-01-31 12:00:00", "2024-01-31T12:00", "2024-01-31T12:00:00.000Z",
+            "2024-01-31 12:00:00.000000000 +0000", "2024-01-31T14:00:00+02:00", "2024-01-31 04:00:00.000 -0800",
+            "2024-01-31T17:30:00+0530", "2024-01-31 13:00:00+01", " 2024-01-31T12:00:00 Z\t", "2024-01-31T10:29:00 -01:31",
+            "2024-02-01T01:00:00+13:00", "2024-01-31 12:00:00,0",
+        ),
+        NOON,
+    ),
+    "2024-01-31T12:00:00.123456789Z": NOON + 123456789, "2024-01-31T12:00:00.5Z": NOON + 5 * 10**8,
+    "2024-01-31T12:00:01Z": NOON + 10**9, "2024-01-31": NOON - 12 * 3600 * 10**9, "1970-01-01T00:00:00Z": 0,
+    **dict.fromkeys(
+        (
+            "", "NULL", "2024", "2024-13-01", "2024-02-30", "0000-01-01", "2024-01-31 25:00", "2024-01-31 12:00:60",
+            "2024-01-31 12:00:00 PST", "2024-01-31 12:00:00 UTC", "2024-1-31", "31.01.2024", "1/31/2024 12:00", "1706702400",
+            "2024-01-31 12:00:00.1234567890", "2024-01-31T12:00:00+1:00", "2024-01-31T12:00:00+01:60", "45322.5", "12:00",
+            "2024-01-31  12:00", "2024-01-31T12", "2024-01-31 12:00:00 PM", "\u0662024-01-31",
+        ),
+        None,
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("text", SAME_TIME)
-def test_dates_as_warehouses_and_spreadsheets_write_them_are_read(text: str) -> None:
-    instants = set(tool.parse_instants(text))
-    assert NOON * 10**9 in instants and instants <= {NOON * 10**9, None}
-    assert (None in instants) == bool(
-        re.match(r"\d+/\d+/\d+ ", text) and not text.startswith("2024")
-    )
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "NULL", "x", "2024", "2024-13-01", "2024-02-30", "2024-01-31 25:00", "2024-01-31 12:00:00 PST", "12:00", "59:00.0",
-     "2024-01-31 13:00 PM", "31 Foo 2024", "1.70671E+12", "9" * 30, "2024-01-31 " * 90, "0000-01-01", "32/32/2024", "24-01-31"],
-)  # fmt: skip
-def test_what_is_no_certain_date_is_none(text: str) -> None:
-    assert tool.parse_instants(text) == (None, None)
+@pytest.mark.parametrize(("text", "instant"), INSTANTS.items(), ids=list(INSTANTS))
+def test_iso_8601_is_read_and_nothing_else(text: str, instant: Optional[int]) -> None:
+    assert tool.parse_instant(text) == instant
 
 
 AGES: List[Tuple[List[str], str, bool]] = [
     # dates of contacts 1, 2 ..., who is the primary, whether age could not decide
-    (["10/1/2024", "9/1/2024"], "2", False),
     (["2024-01-02T00:00:00+05:00", "2024-01-01T20:00:00Z"], "1", False),
     (["2024-01-01T20:00:00Z", "2024-01-02T00:00:00+05:00"], "2", False),
-    (["2024-01-01 00:00:00", "2024-01-01T00:30:00+01:00"], "2", False),
-    (["2024-1-5", "2024-01-10"], "1", False),
-    (["Jan 5, 2024", "2023-12-31"], "2", False),
-    (["1/2/2024", "2/1/2024"], "1", True),  # 2 January and 1 February, or the other way round
-    (
-        ["2/1/2024", "13/1/2024"],
-        "1",
-        False,
-    ),  # the second can only be in January, so the first is, too
-    (["13/2/2024", "2/3/2024"], "1", False),
-    (["2024-01-01", ""], "1", True),
-    (["", "2024-01-01"], "1", True),
-    (["yesterday", "today"], "1", True),
-    (["2024-01-01", "2024-01-01"], "1", False),
-    (["2024-01-03", "2024-01-02", "x"], "1", True),
-]
+    (["2024-01-01T00:00:00.2Z", "2024-01-01T00:00:00.19Z"], "2", False),
+    (["2024-01-01", "2024-01-01"], "1", False), (["2024-01-01", ""], "1", True), (["", "2024-01-01"], "1", True),
+    (["1/31/2024", "2023-12-31"], "1", True), (["2024-01-03", "2024-01-02", "x"], "1", True),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("dates", "primary", "undecided"), AGES)
 def test_of_contacts_with_as_many_tickets_the_oldest_remains(
     dates: List[str], primary: str, undecided: bool
 ) -> None:
-    system = [
-        contact(str(number), f"REVU-{number}", 5, date) for number, date in enumerate(dates, 1)
-    ]
-    if len(system) < 3:
-        system.append(contact("0", "REVU-0", 4, "?"))  # of another count: its date decides nothing
+    system = [contact(str(n), f"REVU-{n}", 5, date) for n, date in enumerate(dates, 1)]
+    system.append(contact("0", "REVU-0", 4, "?"))  # of another count: its date decides nothing
     ranked, unknown = tool.rank(system[::-1])
     assert (key_of(ranked[0]), unknown) == (primary, undecided)
-    plan = plan_of([*system[:2], USER])
-    assert [warning["code"] for warning in plan.find_warnings()] == (
-        ["age_undecided"] if undecided and len(dates) < 3 else []
-    )
+    assert sorted(map(key_of, ranked)) == sorted(map(key_of, system))
+    codes = [warning["code"] for warning in plan_of([*system[:2], USER]).find_warnings()]
+    assert codes == (["age_undecided"] if undecided and len(dates) < 3 else [])
 
 
 PRIMARY_USER: Dict[str, Tuple[Sequence[Any], Dict[str, str], List[Any]]] = {
     "a pair": ([("1", "REVU-1", 9), ("2", "user_2", 0)], {}, [("2", "1", None)]),
     "several REVU-": (
-        [("1", "REVU-1", 1), ("2", "user_2", 0), ("3", "REVU-3", 2)],
-        {},
-        [("2", "3", None), ("2", "1", None)],
+        [("1", "REVU-1", 1), ("2", "user_2", 0), ("3", "REVU-3", 2)], {}, [("2", "3", None), ("2", "1", None)],
     ),
     "a chosen user_": (
-        [("1", "REVU-1", 1), ("2", "user_2", 0), ("3", "user_3", 2)],
-        {"ada@example.com": "user_2"},
+        [("1", "REVU-1", 1), ("2", "user_2", 0), ("3", "user_3", 2)], {"ada@example.com": "user_2"},
         [("2", "3", None), ("2", "1", None)],
     ),
-    "a chosen REVU-": (
-        [("1", "REVU-1", 1), ("3", "REVU-3", 2)],
-        {"ada@example.com": "REVU-1"},
-        [("1", "3", None)],
-    ),
-}
+    "a chosen REVU-": ([("1", "REVU-1", 1), ("3", "REVU-3", 2)], {"ada@example.com": "REVU-1"}, [("1", "3", None)]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -740,23 +619,15 @@ def test_with_the_user_as_primary_no_reference_moves(
 # -- look-alikes -----------------------------------------------------------------------------------------
 
 LOOK_ALIKES = [
-    ("stra\u00dfe@example.com", "strasse@example.com"),
-    ("\ufb01on@example.com", "fion@example.com"),
-    ("\u00c9va@example.com", "\u00e9va@example.com"),
-    ("e\u0301va@example.com", "\u00e9va@example.com"),
-    ("\uff41da@example.com", "ada@example.com"),
-    ("\u212aate@example.com", "kate@example.com"),
-    ("\u017fam@example.com", "sam@example.com"),
-    ("ada@xn--bcher-kva.example", "ada@b\u00fccher.example"),
-    ("ada@XN--BCHER-KVA.example", "ada@B\u00fccher.example"),
-    ("ada@xn--strae-oqa.example", "ada@strasse.example"),
-    ("a\u200bda@example.com", "ada@example.com"),
-    ("ada\u00ad@example.com", "ada@example.com"),
-    ("ada@example.com\ufeff", "ada@example.com"),
-    ("ada@exam\u2060ple.com", "ada@example.com"),
-    ("ada\ufe0f@example.com", "ada@example.com"),
-    ("ada\u3164@example.com", "ada@example.com"),
-]
+    ("stra\u00dfe@example.com", "strasse@example.com"), ("\ufb01on@example.com", "fion@example.com"),
+    ("\u00c9va@example.com", "\u00e9va@example.com"), ("e\u0301va@example.com", "\u00e9va@example.com"),
+    ("\uff41da@example.com", "ada@example.com"), ("\u212aate@example.com", "kate@example.com"),
+    ("\u017fam@example.com", "sam@example.com"), ("ada@xn--bcher-kva.example", "ada@b\u00fccher.example"),
+    ("ada@XN--BCHER-KVA.example", "ada@B\u00fccher.example"), ("ada@xn--strae-oqa.example", "ada@strasse.example"),
+    ("a\u200bda@example.com", "ada@example.com"), ("ada\u00ad@example.com", "ada@example.com"),
+    ("ada@example.com\ufeff", "ada@example.com"), ("ada@exam\u2060ple.com", "ada@example.com"),
+    ("ada\ufe0f@example.com", "ada@example.com"), ("ada\u3164@example.com", "ada@example.com"),
+]  # fmt: skip
 UNLIKE = [
     ("ada@example.com", "eve@example.com"),
     ("ada@example.com", "ada@example.org"),
@@ -811,35 +682,30 @@ CHOICES: Dict[str, Tuple[bytes, Any]] = {
         b'\xef\xbb\xbfWhy,external_ref , Email\r\n\r\nx,user_1, Ada@Example.com \r\n\r\n"a\nb", REVU-2 ,"c,d"\r\n',
         {"ada@example.com": "user_1", "c,d": "REVU-2"},
     ),
-    "a header alone": (b"EMAIL,EXTERNAL_REF\n", {}),
-    "nothing": (b"", "the file is empty"),
+    "a header alone": (b"EMAIL,EXTERNAL_REF\n", {}), "nothing": (b"", "the file is empty"),
     "one column missing": (
-        b"EMAIL,REFERENCE\nada@example.com,user_1\n",
-        "missing column EXTERNAL_REF (found: EMAIL, REF",
+        b"EMAIL,REFERENCE\nada@example.com,user_1\n", "missing column EXTERNAL_REF (found: EMAIL, REF",
     ),
     "both columns missing": (b"ada@example.com,user_1\n", "missing columns EMAIL, EXTERNAL_REF"),
     "a column twice": (b"EMAIL,email,EXTERNAL_REF\na,a,user_1\n", "EMAIL is there twice"),
     "an apostrophe before what looks like a formula": (
-        b"EMAIL,EXTERNAL_REF\n'=a@x,'=b\n'c@x,'d\n",
-        {"=a@x": "=b", "'c@x": "'d"},
+        b"EMAIL,EXTERNAL_REF\n'=a@x,'=b\n'c@x,'d\n", {"=a@x": "=b", "'c@x": "'d"},
     ),
     "two choices": (
         b"EMAIL,EXTERNAL_REF\nada@example.com,user_1\neve@example.com,user_1\n Ada@example.com,user_2\n",
         "line 4: a second choice for ada@example.com (the first: line 2)",
     ),
-    "the same choice twice": (
-        b"EMAIL,EXTERNAL_REF\na,user_1\na,user_1\n",
-        "line 3: a second choice for a",
-    ),
-    "too few fields": (b"EMAIL,EXTERNAL_REF\nada@example.com\n", "line 2: 1 field instead of 2"),
+    "the same choice twice": (b"EMAIL,EXTERNAL_REF\na,user_1\na,user_1\n", "line 3: a second choice for a"),
+    "too few fields": (b"EMAIL,EXTERNAL_REF\nada@example.com\n", "line 2: empty EXTERNAL_REF"),
     "too many fields": (b"EMAIL,EXTERNAL_REF\na,b,user_1\n", "line 2: 3 fields instead of 2"),
     "no email": (b"EMAIL,EXTERNAL_REF\n ,user_1\n", "line 2: empty EMAIL"),
     "no reference": (b"EMAIL,EXTERNAL_REF\na,user_1\nb,\n", "line 3: empty EXTERNAL_REF"),
     "an open quote": (b'EMAIL,EXTERNAL_REF\na,"user_1\n', "line 2: unexpected end of data"),
-    "semicolons": (b"EMAIL;EXTERNAL_REF\na;user_1\n", "separated by semicolons"),
-    "a ZIP": (b"PK\x03\x04rest", "a ZIP archive"),
-    "Latin-1": (b"EMAIL,EXTERNAL_REF\n\xe9va,user_1\n", "not UTF-8"),
-}
+    "semicolons": (b"EMAIL;EXTERNAL_REF;X\na;user_1\n;;\nb;user_2;c\n", {"a": "user_1", "b": "user_2"}),
+    "tabs": (b"EXTERNAL_REF\tEMAIL\nuser_1\ta\n", {"a": "user_1"}),
+    "blank cells": (b"EMAIL,EXTERNAL_REF\n,\na,user_1,,\n", {"a": "user_1"}),
+    "a ZIP": (b"PK\x03\x04rest", "a ZIP archive"), "Latin-1": (b"EMAIL,EXTERNAL_REF\n\xe9va,user_1\n", "not UTF-8"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("content", "expected"), CHOICES.values(), ids=list(CHOICES))
@@ -924,13 +790,8 @@ def test_a_contact_is_read_back_as_it_was_written() -> None:
 
 @pytest.mark.parametrize(
     ("display_name", "full_name", "name"),
-    [
-        ("Ada", "Ada Reyes", "Ada"),
-        (" ", "Ada Reyes", "Ada Reyes"),
-        ("", "", "REVU-1"),
-        (" Ada ", "", "Ada"),
-    ],
-)
+    [("Ada", "Ada Reyes", "Ada"), (" ", "Ada Reyes", "Ada Reyes"), ("", "", "REVU-1"), (" Ada ", "", "Ada")],
+)  # fmt: skip
 def test_what_a_contact_is_called(display_name: str, full_name: str, name: str) -> None:
     assert replace(SYSTEM, display_name=display_name, full_name=full_name).name == name
 
@@ -1038,8 +899,10 @@ def is_good(row: Cells) -> bool:
 
 
 def addresses(row: Cells) -> Set[str]:
-    """Whose group a bad row may belong to; where cells are missing or too many, its email may be in any of them."""
-    cells = row if len(row) != len(COLUMNS) else row[EMAIL : EMAIL + 1]
+    """Whose group a bad row may belong to: its email may be in any cell unless all others are in their place."""
+    is_whole = len(row) == len(COLUMNS) and row[ID].strip() and row[REFERENCE].strip()
+    is_whole = is_whole and row[COUNT].strip() in COUNTS and row[COUNT + 2].startswith("20")
+    cells = row[EMAIL : EMAIL + 1] if is_whole else row
     return {
         normal(part)
         for cell in cells
@@ -1055,61 +918,20 @@ EMAILS = (
     "STRASSE@example.com", "info@example.com", *BAD_EMAILS,
 )  # fmt: skip
 REFERENCES = (
-    "REVU-1",
-    "REVU-2",
-    "REVU-3",
-    "user_1",
-    "user_2",
-    "user_3",
-    "revu-1",
-    "User_1",
-    "userX1",
-    " user_1",
-    "user_2 ",
+    "REVU-1", "REVU-2", "REVU-3", "user_1", "user_2", "user_3", "revu-1", "User_1", "userX1", " user_1", "user_2 ",
     "crm",
-)
-BAD_COUNTS = (
-    "",
-    " ",
-    "-1",
-    "x",
-    "1.5",
-    "1e3",
-    "0x1",
-    "\u00b2",
-    "nan",
-    "1 2",
-    "9" * 30,
-    "1.000",
-    "1,204",
-)
+)  # fmt: skip
+BAD_COUNTS = ("", " ", "-1", "x", "1.5", "1e3", "0x1", "\u00b2", "nan", "1 2", "9" * 30, "1.000", "1,204")  # fmt: skip
 
 contacts = st.tuples(
-    st.sampled_from(
-        [f"don:identity:dvrv-us-1:devo/SANDBOX1:revu/{number}" for number in range(1, 15)]
-    ),
-    st.sampled_from(
-        ["Ada", "Okafor, Chidi", 'Ben "B" Novak', "two\nlines", "\u5c71\u7530 \u592a\u90ce", ""]
-    ),
-    st.sampled_from(EMAILS),
-    st.sampled_from(REFERENCES),
-    st.sampled_from(["", "Ada Reyes"]),
-    st.sampled_from(COUNTS),
-    st.sampled_from(["2023-01-01", "2024-01-01", "2024-06-01"]),
-    st.sampled_from(["2025-01-01", ""]),
-)
+    st.sampled_from([f"don:identity:dvrv-us-1:devo/SANDBOX1:revu/{number}" for number in range(1, 15)]),
+    st.sampled_from(["Ada", "Okafor, Chidi", 'Ben "B" Novak', "two\nlines", "\u5c71\u7530 \u592a\u90ce", ""]),
+    st.sampled_from(EMAILS), st.sampled_from(REFERENCES), st.sampled_from(["", "Ada Reyes"]), st.sampled_from(COUNTS),
+    st.sampled_from(["2023-01-01", "2024-01-01", "2024-06-01"]), st.sampled_from(["2025-01-01", ""]),
+)  # fmt: skip
 
 
-SOMEONE = (
-    "don:identity:dvrv-us-1:devo/SANDBOX1:revu/99",
-    "Eve",
-    EVE,
-    "REVU-99",
-    "",
-    "0",
-    "2024-01-01",
-    "",
-)
+SOMEONE = ("don:identity:dvrv-us-1:devo/SANDBOX1:revu/99", "Eve", EVE, "REVU-99", "", "0", "2024-01-01", "")  # fmt: skip
 
 
 @st.composite
@@ -1153,12 +975,9 @@ class Layout(NamedTuple):
 
 
 layouts = st.builds(
-    Layout,
-    columns=st.permutations(range(len(COLUMNS))),
-    line_end=st.sampled_from(["\n", "\r\n"]),
-    bom=st.booleans(),
+    Layout, columns=st.permutations(range(len(COLUMNS))), line_end=st.sampled_from(["\n", "\r\n"]), bom=st.booleans(),
     quote_all=st.booleans(),
-)
+)  # fmt: skip
 PLAIN = Layout(range(len(COLUMNS)), "\n", False, False)
 
 
@@ -1222,14 +1041,6 @@ def outcome_of(
 @given(rows=files(), layout=layouts)
 def test_every_file_is_read_as_the_contract_says(rows: List[Cells], layout: Layout) -> None:
     assert outcome_of(rows, layout) == reference_of(rows)
-
-
-@examples(150)
-@given(rows=files(), seed=st.randoms(use_true_random=False))
-def test_the_order_of_the_rows_makes_no_difference(rows: List[Cells], seed: Any) -> None:
-    other = list(rows)
-    seed.shuffle(other)
-    assert outcome_of(other) == outcome_of(rows)
 
 
 @examples(150)
@@ -1376,368 +1187,257 @@ def test_of_an_email_that_is_requested_every_row_is_kept(tmp_path: Path) -> None
     assert set(plan.left_alone) == {"f@x", EVE} and plan.contacts_read == 3
 
 
-def test_many_contacts_are_found_among_very_many() -> None:
-    alone = [
-        ("x%d" % n, "", "x%d@example.com" % n, "REVU-%d" % n, "", "1", "2024", "")
-        for n in range(70_000)
-    ]
-    pairs = [
-        ("%s%d" % (kind, n), "", "p%d@example.com" % n, "%s%d" % (kind, n), "", "1", "2024", "")
-        for n in range(300)
-        for kind in ("REVU-", "user_")
-    ]
-    found = outcome_of(pairs[:300] + alone + pairs[300:])
-    assert found.pairs == {
-        "p%d@example.com" % n: ("REVU-%d" % n, {("user_%d" % n, "user_%d" % n)}) for n in range(300)
-    }
-    assert (found.skips, found.invalid_rows, found.contacts_read) == ({}, 0, 70_600)
-
-
 # -- what DevRev says now --------------------------------------------------------------------------------
 
 
 def live(one: Contact, **fields: Any) -> Dict[str, Any]:
     """The rev_user that agrees with a row of the export, but for some fields."""
-    return {
-        "id": one.id,
-        "display_id": one.short_id,
-        "email": one.email,
-        "external_ref": one.external_ref,
-        "state": "active",
-        "rev_org": {"type": "rev_org", "id": ORG, "display_id": "REV-ACME"},
-        **fields,
-    }
+    user = {"id": one.id, "email": one.email, "external_ref": one.external_ref, "state": "active"}
+    return {**user, "rev_org": {"type": "rev_org", "id": ORG}, **fields}
 
 
-OTHER_ORG = {"type": "rev_org", "id": ORG.replace("ACME", "NORTH"), "display_id": "REV-NORTH"}
-AGREES: List[Tuple[Dict[str, Any], str]] = [
-    ({}, ""),
-    ({"email": " ADA@Example.com "}, ""),
-    ({"display_name": "Renamed"}, ""),
-    ({"state": "deactivated"}, "not_active"),
-    ({"state": "deleted"}, "not_active"),
-    ({"state": "locked"}, "not_active"),
-    ({"state": "shadow"}, "not_active"),
-    ({"state": "Active"}, "not_active"),
-    ({"state": None}, "not_active"),
-    ({"primary_identity": {"id": "x"}}, "not_active"),
-    ({"email": "ada@example.org"}, "email_changed"),
-    ({"email": "\uff41da@example.com"}, "email_changed"),
-    ({"email": ""}, "email_changed"),
-    ({"email": None}, "email_changed"),
-    ({"external_ref": "user_9"}, "external_ref_changed"),
-    ({"external_ref": "revu-1"}, "external_ref_changed"),
-    ({"external_ref": "REVU-1 "}, "external_ref_changed"),
-    ({"external_ref": None}, "external_ref_changed"),
-]
+OTHER_ORG = {"rev_org": {"type": "rev_org", "id": ORG.replace("ACME", "NORTH")}}
+MERGED = {"primary_identity": {"id": "x"}}
+AGREES: List[Tuple[Optional[Dict[str, Any]], str]] = [
+    ({}, ""), ({"email": " ADA@Example.com "}, ""), ({"display_name": "Renamed"}, ""), (None, "not_found"),
+    ({"state": "deactivated"}, "not_active"), ({"state": "deleted"}, "not_active"), ({"state": "locked"}, "not_active"),
+    ({"state": "shadow"}, "not_active"), ({"state": "Active"}, "not_active"), ({"state": None}, "not_active"),
+    (MERGED, "not_active"), ({"email": "ada@example.org"}, "email_changed"), ({"email": "\uff41da@example.com"}, "email_changed"),
+    ({"email": ""}, "email_changed"), ({"email": None}, "email_changed"), ({"external_ref": "user_9"}, "external_ref_changed"),
+    ({"external_ref": "revu-1"}, "external_ref_changed"), ({"external_ref": None}, "external_ref_changed"),
+    ({"external_ref": " REVU-1\t"}, ""), ({"external_refs": ["REVU-1", " REVU-1", None, ""]}, ""), ({"external_refs": "crm"}, ""),
+    ({"external_refs": ["REVU-1", "crm-1"]}, "several_external_refs"), ({"external_refs": ["user_9"]}, "several_external_refs"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("fields", "code"), AGREES)
-def test_a_contact_that_is_not_as_exported_is_refused(fields: Dict[str, Any], code: str) -> None:
-    problem = tool.live_contact_error(SYSTEM, live(SYSTEM, **fields), SYSTEM.external_ref)
+@pytest.mark.parametrize(("fields", "code"), AGREES, ids=str)
+def test_a_contact_that_is_not_as_exported_is_refused(fields: Any, code: str) -> None:
+    now = None if fields is None else live(SYSTEM, **fields)
+    problem = tool.live_contact_error(SYSTEM, now, SYSTEM.external_ref)
     assert (problem.code if problem else "") == code
-    for name in fields:
+    for name in set(fields or ()) & {"email", "external_ref", "state"}:
         without = {key: value for key, value in live(SYSTEM).items() if key != name}
-        if name in ("email", "external_ref", "state"):
-            assert tool.live_contact_error(SYSTEM, without, SYSTEM.external_ref) is not None
-
-
-def test_a_contact_that_is_not_there_is_refused() -> None:
-    problem = tool.live_contact_error(SYSTEM, None, SYSTEM.external_ref)
-    assert problem is not None and problem.code == "not_found"
+        assert tool.live_contact_error(SYSTEM, without, SYSTEM.external_ref) is not None
 
 
 THIRD = contact("3", "REVU-3")
-STRANGER = contact("7", "user_7")
+STRANGER, NAMESAKE = contact("7", "user_7"), contact("8", "REVU-8")
 EVERY = (SYSTEM, USER, THIRD)
-Users = Dict[str, Optional[Dict[str, Any]]]
 
 
-def group(primary: str = "revu") -> Group:
+def group(primary: str = "revu", **fields: Any) -> Group:
+    pairs = [Pair(SYSTEM, USER, "user_2"), Pair(SYSTEM, THIRD, None)]
     if primary == "user":
-        return Group("ada@example.com", [Pair(USER, SYSTEM, None), Pair(USER, THIRD, None)])
-    return Group("ada@example.com", [Pair(SYSTEM, USER, "user_2"), Pair(SYSTEM, THIRD, None)])
+        pairs = [Pair(USER, SYSTEM, None), Pair(USER, THIRD, None)]
+    return Group("ada@example.com", pairs, **fields)
 
 
-def users(**changes: Any) -> Users:
-    """The contacts of the group as DevRev has them; a change of one (by its key, `_1`) to None: there is none."""
-    found: Users = {}
+def look(
+    of: Group, listed: Iterable[Any] = (), facts: Mapping[str, Any] = {}, **changes: Any
+) -> Any:
+    """The group's contacts as DevRev has them; a change of one (by its key, `_1`) to None: there is none."""
+    users: Dict[str, Optional[Dict[str, Any]]] = {}
     for one in EVERY:
         change = changes.get(f"_{key_of(one)}", {})
-        found[one.id] = None if change is None else live(one, **change)
-    return found
+        users[one.id] = None if change is None else live(one, **change)
+    there = [user for user in users.values() if user]
+    return tool.LiveGroup(of, users, [*there, *listed], **facts)
 
 
-def check_live(
-    of: Group, now: Users, listed: Iterable[Any], unverified: Iterable[str] = (), **options: bool
-) -> tool.LiveCheck:
-    return tool.check_live(tool.LiveGroup(of, now, list(listed), set(unverified or ())), **options)
-
-
-def code_of(
-    now: Users, listed: Iterable[Any] = (), of: Optional[Group] = None, **options: Any
-) -> str:
-    check = check_live(of or group(), now, listed, **options)
-    assert check.error is None or not check.dropped
-    return check.error.code if check.error else ""
-
-
-def dropped(now: Users, of: Optional[Group] = None, **options: Any) -> Dict[str, str]:
-    check = check_live(of or group(), now, [user for user in now.values() if user], **options)
-    assert check.error is None, check
+def result(check: tool.LiveCheck) -> Any:
+    """The code of the error, or what is dropped."""
+    if check.error:
+        assert not check.dropped
+        return check.error.code
     return {key_of(one.pair.duplicate): one.code for one in check.dropped}
-
-
-LISTED: List[Tuple[List[Dict[str, Any]], str]] = [
-    ([], ""),
-    ([live(SYSTEM), live(USER), live(THIRD)], ""),
-    ([live(STRANGER)], "several_user_refs"),
-    ([live(STRANGER, email=" ADA@example.com")], "several_user_refs"),
-    ([live(STRANGER, state="locked")], "several_user_refs"),
-    ([live(STRANGER, state="deleted")], ""),
-    ([live(STRANGER, state="shadow", primary_identity={"id": SYSTEM.id})], ""),
-    ([live(STRANGER, email="eve@example.com")], ""),
-    ([live(STRANGER, email="\u017ft@example.com")], ""),
-    ([live(STRANGER, external_ref="REVU-7")], ""),
-    ([live(STRANGER, external_ref="userX7")], ""),
-    ([live(STRANGER, external_ref=None)], ""),
-]
-
-
-@pytest.mark.parametrize(("listed", "code"), LISTED)
-def test_a_second_user_contact_that_the_export_does_not_have_refuses_the_group(
-    listed: List[Dict[str, Any]], code: str
-) -> None:
-    pair = Group("ada@example.com", [Pair(SYSTEM, USER, "user_2")])
-    assert code_of({one.id: live(one) for one in (SYSTEM, USER)}, listed, pair) == code
-
-
-@pytest.mark.parametrize(
-    ("email", "strangers", "chosen", "code"),
-    [
-        ("ada@example.com", 1, "", ""),
-        ("ada@example.com", 2, "", "shared_mailbox"),
-        ("info@example.com", 1, "", "shared_mailbox"),
-        ("ada@example.com", 0, "user_2", ""),
-        ("ada@example.com", 1, "user_2", "group_changed"),
-        ("info@example.com", 2, "user_2", "group_changed"),
-    ],
-)
-def test_the_contacts_that_devrev_lists_are_counted_again(
-    email: str, strangers: int, chosen: str, code: str
-) -> None:
-    ones = [contact("1", "REVU-1", email=email), contact("2", "user_2", email=email)]
-    pair = Group(email, [Pair(ones[0], ones[1], "user_2")], chosen=chosen)
-    new = [
-        live(contact(f"8{number}", f"REVU-8{number}", email=email)) for number in range(strangers)
-    ]
-    none = [
-        {**live(contact("9", "REVU-9", email=email)), **fields}
-        for fields in (
-            {"state": "deleted"},
-            {"primary_identity": {"id": "x"}},
-            {"external_ref": "crm"},
-            {"email": "x@x"},
-        )
-    ]
-    now: Users = {one.id: live(one) for one in ones}
-    assert code_of(now, [*now.values(), *none, *new], pair) == code
-    assert code_of(now, [*none, *new[::-1]], pair) == code
-
-
-def test_a_shared_mailbox_goes_before_the_advice_to_choose() -> None:
-    assert code_of(users(), [live(STRANGER), live(contact("8", "user_8"))]) == "shared_mailbox"
-
-
-@pytest.mark.parametrize("which", [SYSTEM, USER], ids=["primary", "the one whose reference moves"])
-@pytest.mark.parametrize(("fields", "code"), AGREES)
-def test_an_error_of_a_contact_that_is_needed_refuses_the_group(
-    which: Contact, fields: Dict[str, Any], code: str
-) -> None:
-    if fields.get("external_ref"):
-        fields = {"external_ref": fields["external_ref"] + which.external_ref}
-    now = users(**{f"_{key_of(which)}": fields})
-    assert code_of(now, filter(None, now.values())) == code
-    assert code_of({**now, which.id: None}, ()) == "not_found"
-    for order in (EVERY, EVERY[::-1]):
-        assert code_of({one.id: now[one.id] for one in order}) == code
 
 
 GONE: List[Optional[Dict[str, Any]]] = [
     None,
     {"state": "deleted"},
-    {"primary_identity": {"id": "x"}},
-    {"state": "shadow", "primary_identity": {"id": "x"}, "email": None},
+    MERGED,
+    {"state": "shadow", "email": None, **MERGED},
 ]
+HAS_IT = {"external_ref": "user_2"}
+ACROSS, TRY = {"across_workspaces": True}, {"try_unverified": True}
+# What is so, and what comes of it: a code, or the duplicates that leave the group.
+CHECKS: List[Tuple[Any, Any, Any]] = [
+    # what there is besides, the options, the result
+    ({}, {}, {}),
+    *(({"_3": gone}, {}, {"3": "already_gone"}) for gone in GONE),
+    *(({"_3": gone, "of": "user"}, {}, {"3": "already_gone"}) for gone in GONE),
+    *(({"_2": gone, "_1": HAS_IT}, {}, {"2": "already_merged"}) for gone in GONE),
+    *(({"_2": gone, "_1": {"external_ref": " user_2 "}, "_3": None}, {}, {"2": "already_merged", "3": "already_gone"}) for gone in GONE),
+    *(({"_2": gone}, {}, "not_found" if gone is None else "not_active") for gone in GONE),
+    *(({"_2": gone, "unheld": {"user_2"}}, {}, "reference_unheld") for gone in GONE),
+    ({"_2": None, "_1": {"external_ref": "user_9"}}, {}, "not_found"), ({"_1": HAS_IT}, {}, "external_ref_changed"),
+    ({"_1": None}, {}, "not_found"), ({"_1": None, "of": "user"}, {}, {"1": "already_gone"}), ({"_3": {"state": "locked"}}, {}, "not_active"),
+    ({"_2": {"state": "locked"}, "_1": HAS_IT}, {}, "not_active"),
+    # rev orgs
+    ({"_3": OTHER_ORG}, {}, {"3": "different_rev_org"}), ({"_3": OTHER_ORG}, ACROSS, {}), ({"_2": OTHER_ORG}, {}, "different_rev_org"),
+    ({"_2": OTHER_ORG}, ACROSS, {}), ({"_1": OTHER_ORG, "_2": OTHER_ORG}, {}, {"3": "different_rev_org"}),
+    ({"_1": {"rev_org": None}, "_2": OTHER_ORG}, {}, {}), ({"_2": {"rev_org": None}, "_3": {"rev_org": {}}}, {}, {}),
+    ({"_3": {**OTHER_ORG, "state": "locked"}}, {}, {"3": "different_rev_org"}),
+    # namesakes
+    ({"listed": [live(STRANGER)], "alone": True}, {}, "several_user_refs"),
+    ({"listed": [live(STRANGER, email=" ADA@example.com", external_ref=" user_7")], "alone": True}, {}, "several_user_refs"),
+    ({"listed": [live(STRANGER, state="locked")], "alone": True}, {}, "several_user_refs"),
+    ({"listed": [live(STRANGER, **fields) for fields in (
+        {"state": "deleted"}, MERGED, {"email": "eve@example.com"}, {"email": "\u017ft@example.com"}, {"external_ref": "userX7"},
+        {"external_ref": None})]}, {}, {}),
+    ({"listed": [live(NAMESAKE)], "alone": True}, {}, {}), ({"listed": [live(NAMESAKE)]}, {}, "shared_mailbox"),
+    ({"listed": [live(NAMESAKE), live(STRANGER)], "alone": True}, {}, "shared_mailbox"),
+    ({"listed": [live(NAMESAKE)], "chosen": "user_2"}, {}, "group_changed"), ({"chosen": "user_2"}, {}, {}),
+    ({"listed": [live(NAMESAKE), live(STRANGER)], "chosen": "user_2"}, {}, "several_user_refs"),
+    # unverified
+    *(({"unverified": found, "alone": True}, {}, "unverified") for found in ("1", "2", "12")),
+    *(({"unverified": found, "alone": True, "of": "user"}, {}, code) for found, code in (("1", "unverified"), ("2", "unverified"), ("12", {}))),
+    *(({"unverified": found}, TRY, {}) for found in ("1", "2", "12", "123")), ({"unverified": "3"}, {}, "unverified"),
+    ({"unverified": "7", "alone": True}, {}, {}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("fields", GONE)
-def test_a_duplicate_that_no_longer_exists_and_is_not_needed_keeps_the_others_from_nothing(
-    fields: Any,
+@pytest.mark.parametrize(("facts", "options", "expected"), CHECKS)
+def test_a_group_is_compared_with_devrev_as_it_is_now(
+    facts: Any, options: Any, expected: Any
 ) -> None:
-    assert dropped(users(_3=fields)) == {"3": "already_gone"}
-    assert dropped(users(_3=fields), group("user")) == {"3": "already_gone"}
-    assert dropped(users(_3=fields, _1=fields), group("user")) == {
-        "3": "already_gone",
-        "1": "already_gone",
-    }
-    assert code_of(users(_3={"state": "locked"})) == "not_active"
-    requested = group()
-    requested.pairs[1].is_requested_again = True
-    requested.pairs[1].state = State.ACKNOWLEDGED
-    assert code_of(users(_3=fields), of=requested) in ("not_found", "not_active"), (
-        "it was requested: it is polled"
-    )
-
-
-@pytest.mark.parametrize("fields", GONE)
-def test_a_pair_that_another_folder_has_merged_is_dropped_and_its_reference_counts_as_moved(
-    fields: Any,
-) -> None:
-    merged = users(_1={"external_ref": "user_2"}, _2=fields)
-    assert dropped(merged) == {"2": "already_merged"}
-    assert dropped({**merged, THIRD.id: None}) == {"2": "already_merged", "3": "already_gone"}
-    assert code_of(users(_2=fields)) in ("not_found", "not_active"), (
-        "the reference is on no contact"
-    )
-    assert code_of(users(_1={"external_ref": "user_9"}, _2=fields)) in ("not_found", "not_active")
-    assert code_of(users(_1={"external_ref": "user_2"})) == "external_ref_changed"
-    one = group()
-    for leaving in check_live(one, merged, ()).dropped:
-        leaving.pair.move_to(tool.State.SKIPPED, leaving.code, leaving.reason)
-    assert one.primary_ref() == "user_2" and one.contacts() == [SYSTEM, THIRD]
-    assert check_live(one, merged, ()) == (None, ())
-
-
-@pytest.mark.parametrize(
-    ("primary", "needed", "third", "across", "code", "drops"),
-    [
-        ({}, {}, {"rev_org": OTHER_ORG}, False, "", {"3": "different_rev_org"}),
-        ({}, {}, {"rev_org": OTHER_ORG}, True, "", {}),
-        ({}, {"rev_org": OTHER_ORG}, {}, False, "different_rev_org", {}),
-        ({}, {"rev_org": OTHER_ORG}, {}, True, "", {}),
-        ({"rev_org": OTHER_ORG}, {"rev_org": OTHER_ORG}, {}, False, "", {"3": "different_rev_org"}),
-        ({"rev_org": None}, {"rev_org": OTHER_ORG}, {}, False, "", {}),
-        ({}, {"rev_org": None}, {"rev_org": {}}, False, "", {}),
-        ({}, {}, {"rev_org": OTHER_ORG, "state": "locked"}, False, "", {"3": "different_rev_org"}),
-    ],
-)
-def test_a_contact_of_another_workspace(
-    primary: Dict[str, Any],
-    needed: Dict[str, Any],
-    third: Dict[str, Any],
-    across: bool,
-    code: str,
-    drops: Dict[str, str],
-) -> None:
-    now = users(_1=primary, _2=needed, _3=third)
-    assert code_of(now, across_workspaces=across) == code
-    if not code:
-        assert dropped(now, across_workspaces=across) == drops
-
-
-def test_several_references_are_refused() -> None:
-    for refs, code in (
-        (["REVU-1"], ""), (["REVU-1", "REVU-1", None, ""], ""), ([], ""), (None, ""), ("crm", ""),
-        (["REVU-1", "crm-1"], "several_external_refs"), (["user_9"], "several_external_refs"),
-    ):  # fmt: skip
-        assert code_of(users(_1={"external_refs": refs})) == code
-    assert code_of(users(_2={"external_refs": ["user_2", "REVU-2"]})) == "", (
-        "the one made from its own id does not count"
-    )
-    assert code_of(users(_2={"external_refs": ["user_2", "REVU-1"]})) == "several_external_refs"
-
-
-V: Mapping[str, Any] = {"is_verified": True}
-N: Mapping[str, Any] = {"is_verified": False}
-
-
-@pytest.mark.parametrize(
-    ("primary", "duplicate", "known", "refused"),
-    [
-        ({}, {}, None, False),
-        (V, N, None, True),
-        ({}, N, None, True),  # the primary is not known to be unverified
-        (N, N, None, False),
-        (N, V, None, False),
-        (V, V, ["2"], False),  # the contact's own answer counts
-        ({"is_verified": None}, {"is_verified": None}, ["2"], True),
-        ({}, {}, ["2"], True),
-        ({}, {}, ["1", "2"], False),
-        ({}, {}, ["1"], False),
-        ({}, {}, [], False),
-        (N, {}, ["2"], False),
-        (V, {}, ["1", "2"], True),
-    ],
-)
-def test_an_unverified_contact_is_not_merged_into_one_that_may_be_verified(
-    primary: Any, duplicate: Any, known: Optional[List[str]], refused: bool
-) -> None:
-    now = users(_1=primary, _2=duplicate, _3=N if primary == N else V)
-    ids = None if known is None else {one.id for one in EVERY if key_of(one) in known}
-    of = Group("ada@example.com", group().pairs[:1])
-    assert code_of(now, of=of, unverified=ids) == ("unverified" if refused else "")
-    assert code_of(now, of=of, unverified=ids, try_unverified=True) == ""
+    facts = dict(facts)
+    of = group(facts.pop("of", "revu"), chosen=facts.pop("chosen", ""))
+    if facts.pop("alone", False):
+        of.pairs = of.pairs[:1]
+    known = {"unheld": facts.pop("unheld", ())}
+    known["unverified"] = {contact(key, "").id for key in facts.pop("unverified", "")}
+    now = look(of, facts.pop("listed", ()), known, **facts)
+    if len(of.pairs) == 1:
+        now.users.pop(THIRD.id)
+        now = replace(now, listed=[user for user in now.listed if user["id"] != THIRD.id])
+    assert result(tool.check_live(now, **options)) == expected
 
 
 def test_the_first_code_in_a_fixed_order_counts() -> None:
-    everything = users(
-        _1={"external_refs": ["crm"], "is_verified": True},
-        _2={"rev_org": OTHER_ORG, "is_verified": False},
-    )
-    strangers = [live(STRANGER), live(contact("8", "user_8"))]
-    steps: List[Tuple[str, Users, List[Any], str]] = [
-        (
-            "not_found",
-            {**everything, THIRD.id: live(THIRD, state="locked"), SYSTEM.id: None},
-            strangers,
-            "",
-        ),
-        (
-            "not_active",
-            {**everything, THIRD.id: live(THIRD, state="locked", email="x")},
-            strangers,
-            "",
-        ),
-        (
-            "email_changed",
-            {**everything, THIRD.id: live(THIRD, email="x"), USER.id: live(USER, external_ref="x")},
-            strangers,
-            "",
-        ),
-        (
-            "external_ref_changed",
-            {**everything, THIRD.id: live(THIRD, external_ref="x")},
-            strangers,
-            "",
-        ),
-        ("several_external_refs", everything, strangers, ""),
-        ("shared_mailbox", {**everything, SYSTEM.id: live(SYSTEM)}, strangers, ""),
-        ("several_user_refs", {**everything, SYSTEM.id: live(SYSTEM)}, strangers, "user_2"),
-        (
-            "group_changed",
-            {**everything, SYSTEM.id: live(SYSTEM)},
-            [live(contact("8", "REVU-8"))],
-            "user_2",
-        ),
-        ("unverified", {**everything, SYSTEM.id: live(SYSTEM)}, [], ""),
-        ("different_rev_org", users(_2={"rev_org": OTHER_ORG}), [], ""),
-    ]
-    assert tuple(code for code, *_ in steps) == tool.LIVE_CODES
-    for code, now, listed, chosen in steps:
-        of = group()
-        of.chosen = chosen
-        assert code_of(now, listed, of) == code
+    """Each trouble beside all those that come after it."""
+    changes: Dict[str, Any] = {"_1": {}, "_2": {**OTHER_ORG}, "_3": {}}
+    strangers: List[Any] = []
+    known: Dict[str, Any] = {}
+    chosen = "user_2"
+    found = []
+
+    def judge() -> None:
+        found.append(
+            result(tool.check_live(look(group(chosen=chosen), strangers, known, **changes)))
+        )
+
+    judge()
+    known["unverified"] = {SYSTEM.id}
+    judge()
+    strangers.append(live(NAMESAKE))
+    judge()
+    strangers.append(live(STRANGER))
+    judge()
+    chosen = ""
+    judge()
+    for name, change in (
+        ("_1", {"external_refs": ["crm"]}), ("_3", {"external_ref": "x"}), ("_1", {"email": "x"}), ("_3", {"state": "locked"}),
+    ):  # fmt: skip
+        changes[name] = change
+        judge()
+    changes["_1"] = None
+    judge()
+    known["unheld"] = {"user_2"}
+    judge()
+    assert tuple(found[::-1]) == tool.LIVE_CODES
 
 
-def test_after_the_first_merge_the_rest_of_the_group_is_judged_by_what_is_left() -> None:
-    """The user_ contact no longer exists, its reference is on the primary: that is no error of the pair that waits."""
+def test_a_pair_that_was_requested_is_not_dropped_and_one_that_was_merged_counts_no_more() -> None:
+    requested = group()
+    requested.pairs[1].is_requested_again = True
+    requested.pairs[1].state = State.ACKNOWLEDGED
+    assert result(tool.check_live(look(requested, _3=None))) == "not_found"
+    once = group()
+    once.pairs[1].first_requested_at = 1.0
+    assert result(tool.check_live(look(once, _3=None))) == "not_found"
+    elsewhere = group()
+    for one in tool.check_live(look(elsewhere, _1=HAS_IT, _2=None)).dropped:
+        one.pair.move_to(State.SKIPPED, one.code, one.reason)
+    assert elsewhere.primary_ref() == "user_2" and elsewhere.contacts() == [SYSTEM, THIRD]
+    assert result(tool.check_live(look(elsewhere, _1=HAS_IT, _2=None))) == {}
     half_done = group()
     half_done.pairs[0].state = State.DONE
-    now: Users = {SYSTEM.id: live(SYSTEM, external_ref="user_2"), THIRD.id: live(THIRD)}
-    assert code_of(now, now.values(), half_done) == ""
-    now[SYSTEM.id] = live(SYSTEM)
-    assert code_of(now, now.values(), half_done) == "external_ref_changed"
+    assert result(tool.check_live(look(half_done, _1=HAS_IT, _2=None))) == {}
+    assert result(tool.check_live(look(half_done, _2=None))) == "external_ref_changed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "may_be"),
+    [
+        ({}, False), ({"_2": None}, True), ({"_2": {"state": "deleted"}}, True), ({"_2": {"state": "locked"}}, False),
+        ({"_2": {"state": "locked", "external_ref": "x"}}, True), ({"_2": MERGED}, True), ({"_2": None, "_1": HAS_IT}, False),
+        ({"_2": None, "_1": None}, False), ({"_2": None, "_1": {"state": "deleted"}}, False),
+        ({"_2": {"external_ref": "x"}}, False),
+    ],
+)  # fmt: skip
+def test_when_a_reference_may_be_on_no_contact(changes: Any, may_be: bool) -> None:
+    of = group()
+    assert look(of, **changes).may_be_half_merged(of.pairs[0]) == may_be
+    assert not look(of, **changes).may_be_half_merged(of.pairs[1])
+    of.pairs[0].first_requested_at = 1.0
+    assert not look(of, **changes).may_be_half_merged(of.pairs[0]), "it is polled"
+
+
+def test_who_is_unverified_is_said_with_what_it_would_come_to_know_and_counted_by_direction() -> (
+    None
+):
+    move, stay = group().pairs
+    both = {SYSTEM.id, USER.id, THIRD.id}
+    said = {
+        side: str(tool.unverified_error(pair, known))
+        for side, pair, known in (
+            ("primary", move, {SYSTEM.id}), ("duplicate", move, {USER.id}), ("both", move, both), ("none", stay, both),
+        )
+    }  # fmt: skip
+    assert "REVU-1 is unverified" in said["primary"] and "reference user_2" in said["primary"]
+    assert (
+        "conversations of REVU-2" in said["primary"] and "REVU-2 is unverified" in said["duplicate"]
+    )
+    assert "conversations of REVU-1" in said["duplicate"] and said["none"] == "None"
+    assert "both are unverified" in said["both"] and "user_2 has to move" in said["both"]
+    lines = tool.unverified_lines([move, stay], {SYSTEM.id}, True)
+    assert lines[0].startswith("2 pairs whose primary is unverified") and len(lines) == 3
+    assert "ada@example.com: REVU-2 into REVU-1" in lines[1]
+    assert len(tool.unverified_lines([move, stay], {SYSTEM.id}, False)) == 1
+    assert tool.unverified_lines([move, stay], (), True) == []
+    assert len(tool.unverified_lines([move] * 30, {SYSTEM.id}, True)) == 22
+    (one,) = tool.unverified_lines([move, stay], {USER.id}, True)
+    assert one.startswith("1 pair whose duplicate is unverified")
+
+
+# -- what --limit leaves -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tried", "limit", "kept"),
+    [
+        ("111", {}, 1, "0"), ("111", {0: "b"}, 1, "1"), ("111", {0: "b", 1: "b"}, 1, "2"), ("111", {0: "b", 1: "c", 2: "a"}, 1, "2"),
+        ("111", {0: "b"}, 2, "12"), ("213", {}, 2, "0"), ("213", {}, 3, "01"), ("213", {0: "a"}, 5, "12"), ("33", {}, 2, ""),
+        ("101", {}, 1, "01"), ("111", {}, 9, "012"),
+    ],
+)  # fmt: skip
+def test_what_no_run_has_tried_comes_before_what_was_before_the_limit_is_applied(
+    sizes: str, tried: Dict[int, str], limit: int, kept: str
+) -> None:
+    plan = plan_of([])
+    for number, size in enumerate(map(int, sizes)):
+        pairs = [
+            Pair(contact(f"P{number}", "", email=f"{number}@x"), contact(f"D{number}{n}", ""), None)
+            for n in range(max(1, size))
+        ]
+        pairs[-1].state = State.PLANNED if size else State.REQUESTED
+        plan.groups.append(Group(f"{number}@x", pairs))
+        if number in tried:
+            plan.tried[pairs[-1].ids] = tried[number]
+    lines = tool.keep_limit(plan, limit)
+    assert "".join(group.email[0] for group in plan.groups) == kept
+    assert bool(lines) == (kept == "")
 
 
 # -- what was undone or cancelled ------------------------------------------------------------------------
@@ -1810,14 +1510,10 @@ def test_what_was_undone_or_cancelled_is_not_repeated_unnamed(
 @pytest.mark.parametrize(
     ("exported", "found", "exact", "at_least"),
     [
-        (0, 0, True, True),
-        (3, 3, True, True),
-        (3, 4, False, True),
-        (0, 1, False, True),
-        (3, 2, False, False),
+        (0, 0, True, True), (3, 3, True, True), (3, 4, False, True), (0, 1, False, True), (3, 2, False, False),
         (1, 0, False, False),
     ],
-)
+)  # fmt: skip
 def test_counts_are_compared_as_the_policy_says(
     exported: int, found: int, exact: bool, at_least: bool
 ) -> None:
@@ -1839,37 +1535,14 @@ any_text = st.one_of(
     st.lists(
         st.sampled_from(
             [
-                "con",
-                "NUL",
-                "aux",
-                "com1",
-                "LPT9",
-                ".",
-                "..",
-                "/",
-                "\\",
-                ":",
-                " ",
-                "-",
-                "~",
-                "%",
-                "%2E",
-                "@",
-                "\0",
-                "\n",
-                "x" * 97,
-            ]
+                "con", "NUL", "aux", "com1", "LPT9", ".", "..", "/", "\\", ":", " ", "-", "~", "%", "%2E", "@", "\0",
+                "\n", "x" * 97,
+            ],
         ),
         max_size=6,
     ).map("".join),
-)
-DEVICES = {
-    "con",
-    "prn",
-    "aux",
-    "nul",
-    *(f"{port}{digit}" for port in ("com", "lpt") for digit in range(10)),
-}
+)  # fmt: skip
+DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "lpt") for digit in range(10))}  # fmt: skip
 
 
 @examples(400)
@@ -1957,14 +1630,11 @@ def test_json_in_a_page_stays_json_and_ends_no_script(text: str) -> None:
     [
         ("don:identity:dvrv-us-1:devo/SANDBOX1:revu/7", "dvrv-us-1:devo/SANDBOX1"),
         ("don:core:dvrv-eu-1:devo/1a2B:ticket/7", "dvrv-eu-1:devo/1a2B"),
-        ("don:identity:dvrv-us-1:devo/SANDBOX1:devu/1", "dvrv-us-1:devo/SANDBOX1"),
-        ("REVU-7", ""),
-        ("", ""),
-        ("don:identity:dvrv-us-1:devo/SANDBOX1", ""),
-        (" don:identity:dvrv-us-1:devo/SANDBOX1:revu/7", ""),
+        ("don:identity:dvrv-us-1:devo/SANDBOX1:devu/1", "dvrv-us-1:devo/SANDBOX1"), ("REVU-7", ""), ("", ""),
+        ("don:identity:dvrv-us-1:devo/SANDBOX1", ""), (" don:identity:dvrv-us-1:devo/SANDBOX1:revu/7", ""),
         ("don:identity:dvrv-us-1:revu/7", ""),
     ],
-)
+)  # fmt: skip
 def test_an_id_tells_its_organisation(don: str, organisation: str) -> None:
     assert tool.organisation_of(don) == organisation
 

@@ -855,7 +855,7 @@ class InvariantChecker:
             self._judge_fields(sent, mine)
         if "external_ref" not in sent.body:
             return
-        reference = sent.body["external_ref"]
+        reference = sent.body["external_ref"].strip()  # DevRev's own may have blanks around it
         mine = [ids for ids in mine if any(one.new_ref == reference for one in self.known[ids])]
         if not mine:
             what = f"{reference} to {short(primary)}"
