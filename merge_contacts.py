@@ -2660,9 +2660,12 @@ class FreshRead:
     LIMIT = 0.25  # seconds, by the clock that has advanced further
     MOST = 10  # reads before one write
 
-    def __init__(self, environment: Environment) -> None:
+    def __init__(self, environment: Environment, sent: Timestamp) -> None:
+        """Note that a read which began at `sent` has been answered."""
+        now = environment.now()
+        slept = (now.wall - sent.wall) - (now.monotonic - sent.monotonic)
         self.environment = environment
-        self.since = environment.now()
+        self.since = sent if slept > self.LIMIT else now
 
     def is_over(self) -> bool:
         return self.environment.age(self.since) > self.LIMIT
@@ -3360,6 +3363,11 @@ class Reading:
         return is_known or self._stale >= self.STALE_PAGES or self._empty >= self.EMPTY_PAGES
 
 
+def is_write(endpoint: str, body: Json) -> bool:
+    """Whether a request changes something; an update that sets nothing only tries whether one may."""
+    return endpoint in WRITES and not body.keys() <= {"id", "type"}
+
+
 class DevRevAPI:
     """The part of DevRev's REST API that a merge needs, over POST with JSON bodies.
 
@@ -3437,7 +3445,9 @@ class DevRevAPI:
                 continue
             attempts += 1
             most = 1 if is_refused_in_front(answer) else self.settings.retries
-            is_once = deadline is not None or not WRITES.get(endpoint, True)
+            is_once = deadline is not None
+            if is_write(endpoint, body):
+                is_once = is_once or not WRITES[endpoint]
             is_final = attempts > most or (answer.sent and is_once)
             problem = problem_of(endpoint, body, answer, self.settings, is_final)
             if isinstance(problem, FatalError):
@@ -3462,22 +3472,22 @@ class DevRevAPI:
             self.scheduler.give_back()
             await self._send(PROBE, {}, "dev_user", options, None, None)
             return await self._send(endpoint, body, key, options, deadline, before)
-        is_write = endpoint in WRITES and not body.keys() <= {"id", "type"}
+        writes = is_write(endpoint, body)
         try:
             self.cancel_token.raise_if_cancelled()
             if before:
                 await before()
             # A window of one unit can't hold a read and its write.
-            if is_write and options.rests_on and self.scheduler.can_hold(2):
+            if writes and options.rests_on and self.scheduler.can_hold(2):
                 options.rests_on.require()
             self.requests[endpoint] += 1
-            self.writes += is_write
+            self.writes += writes
             since = self.environment.now()
             answer = await self.environment.post(endpoint, body, deadline)
         except BaseException:
             self.scheduler.give_back()
             raise
-        if is_write and (not answer.sent or answer.status in (401, 403, 429)):
+        if writes and (not answer.sent or answer.status in (401, 403, 429)):
             self.writes -= 1
         is_usable = not key or answer.data is not None
         self.scheduler.on_response(answer, self.environment.elapsed(since), is_usable)
@@ -6314,8 +6324,9 @@ class PairMerge:
             if not body:
                 return primary
             await self.context.savepoint.save(pair)
+            sent = self.context.environment.now()
             primary = check_reference(pair, await self.update.update.read())
-            read = FreshRead(self.context.environment)
+            read = FreshRead(self.context.environment, sent)
             if fields_to_carry(primary, pair.fields_to_carry) != body:
                 continue
             try:
@@ -7429,8 +7440,9 @@ async def read_primary(context: GroupContext, group: UndoGroup, options: Request
     """
     pair = group.pairs[0]
     name = pair.primary.short_id
+    sent = context.environment.now()
     user = await context.api.contact(group.primary_id, options)
-    group.read = FreshRead(context.environment)
+    group.read = FreshRead(context.environment, sent)
     if user is None or is_gone(user):
         for row in context.savepoint.pairs(duplicate_id=group.primary_id):
             if row.state in (*UNFINISHED, *MERGED_STATES, State.UNDOING):
@@ -7451,7 +7463,9 @@ async def no_longer_exists(api: DevRevAPI, group: UndoGroup, pair: Pair) -> bool
     duplicate = pair.duplicate.id
     try:
         status = await api.poll_duplicate(group.primary_id, pair.duplicate, ANY_OPTIONS)
-        return status is not DuplicateStatus.EXISTS
+        # What a confirmed merge has left behind may be in another state, or without its address.
+        is_husk = status is DuplicateStatus.CHANGED and pair.state not in REQUESTED_STATES
+        return status.is_gone or is_husk
     except (ApiError, NoUsableResponse) as error:
         name = pair.duplicate.short_id
         log.info("%s: lists decide whether %s still exists: %s", pair.email, name, error)
@@ -7495,13 +7509,11 @@ async def check_write_access(
         if kind not in RESTORED_KINDS or kind in writable_kinds:
             continue
         try:
-            obj = await api.get_object(identity, ANY_OPTIONS)
-            if obj is None:
-                continue
-            await api.set_people(obj, {}, ANY_OPTIONS)
+            await api.set_people({"id": identity, "type": kind}, {}, ANY_OPTIONS)
         except ApiError as api_error:
             if api_error.status == 403:
                 refused[kind] = api_error  # which may concern this one object alone
+            if api_error.status == 403 or api_error.missing:
                 continue
         writable_kinds.add(kind)
     for kind in refused.keys() - writable_kinds:
@@ -7637,10 +7649,25 @@ class Recreation:
             self._forget()
             return False
         if self._is_lost:
-            words = f"it is not known whether {self.pair.duplicate.short_id} was created again"
-            hint = "undo again, which looks for it"
-            raise PairError("contact_not_confirmed", f"{words}; {hint}")
+            raise self._not_confirmed()
         return True
+
+    async def look_for_holder(self) -> Json:
+        """Return the contact that has the reference by now, which lists may not show yet.
+
+        Raises PairError: external_ref_conflict, contact_not_confirmed.
+        """
+        self._forget()
+        while self.context.environment.elapsed(self._since) < self.PATIENCE:
+            user = await self._find(self._fields())
+            if user:
+                return user
+            await self.context.cancel_token.sleep(self._pause.next())
+        raise self._not_confirmed()
+
+    def _not_confirmed(self) -> PairError:
+        words = f"it is not known whether {self.pair.duplicate.short_id} was created again"
+        return PairError("contact_not_confirmed", f"{words}; undo again, which looks for it")
 
     async def _find(self, fields: Json) -> Json | None:
         """Return the contact that was requested, if it exists. A reference is looked up in the
@@ -7779,10 +7806,12 @@ class PairUndo:
             try:
                 user = await recreation.run()
             except PairError as problem:
-                if problem.code in ("contact_refused", "forbidden"):
-                    self.undo.forbidden = problem.code == "forbidden"
-                    await self._return_reference(problem)
-                raise
+                if problem.code not in ("contact_refused", "forbidden"):
+                    raise
+                self.undo.forbidden = problem.code == "forbidden"
+                if not await self._return_reference(problem):
+                    raise
+                user = await recreation.look_for_holder()
         self.undo.contact = user["id"]
         self.undo.display_id = str(user.get("display_id"))
 
@@ -7825,10 +7854,11 @@ class PairUndo:
             self.api, contact, reference, lambda: RequestOptions(FINISH, rests_on=group.read)
         )
         while True:
+            sent = environment.now()
             user = await update.send()
             if user != {}:
                 group.primary = {} if user is None or is_gone(user) else user
-                group.read = FreshRead(environment)
+                group.read = FreshRead(environment, sent)
             now = group.primary.get("external_ref")
             if now == reference:
                 return None
@@ -7838,10 +7868,10 @@ class PairUndo:
             if not may_repeat or environment.elapsed(started) > self.PATIENCE:
                 return problem
 
-    async def _return_reference(self, problem: PairError) -> None:
+    async def _return_reference(self, problem: PairError) -> bool:
         """Give the primary the moved reference again, because no contact can be created.
 
-        Raises PairError where that fails.
+        Return whether it is on another contact by now. Raises PairError where that fails.
         """
         error: PairError | None = None
         for _ in range(3 if self.undo.reference_free else 0):
@@ -7851,7 +7881,9 @@ class PairUndo:
                 error = None
                 if not self._has_moved():
                     error = await self._set_reference(str(self.moved))
-                if error is None or isinstance(error, ApiError):
+                if isinstance(error, ApiError) and error.status == 409:
+                    return True
+                if error is None:
                     break
             except PreconditionsExpired:
                 error = PairError("stale", "something has waited")
@@ -7862,6 +7894,7 @@ class PairUndo:
             words = f"{self.moved} could not be set on {self.pair.primary.short_id} again: {error}"
             raise PairError(problem.code, f"{problem}; {words}")
         await self._save_as_before()
+        return False
 
     async def _save_as_before(self) -> None:
         """Save that the merge stands as it was. What its undo knows of the merge stays."""
@@ -7956,8 +7989,9 @@ class PairUndo:
         """Read one object and write it; return what of it is left, None where no answer shows that
         it is written. Raises PreconditionsExpired."""
         group = self.group
+        sent = self.context.environment.now()
         obj = await self.api.get_object(identity, RequestOptions(RESUME, 2))
-        read = FreshRead(self.context.environment)
+        read = FreshRead(self.context.environment, sent)
         changes, left = plan_restore(obj, roles, group.primary_id, contact, group.aliases, stays)
         if obj and changes and not self.context.options.preview:
             self.context.raise_if_draining()
