@@ -9987,7 +9987,7 @@ def history_folder_error(path: Path) -> str | None:
 # -- the plan ----------------------------------------------------------------------------------------
 
 
-def make_plan(run: RunContext, savepoint: SavePoint | None) -> Plan:
+def make_plan(run: RunContext, savepoint: SavePoint) -> Plan:
     """Read, detect, and leave out what is not wanted or has ended already."""
     options = run.options
     named = {email_key(email) for email in options.email or ()}
@@ -10006,8 +10006,7 @@ def make_plan(run: RunContext, savepoint: SavePoint | None) -> Plan:
         raise FatalError(EXIT_USAGE, words)
     plan.wanted = {pair.ids: pair for group in plan.groups for pair in group.pairs}
     plan.ids = set(plan.wanted)
-    if savepoint:
-        apply_savepoint(plan, savepoint, named)
+    apply_savepoint(plan, savepoint, named)
     lines = contents.warnings
     if options.email:
         lines += keep_emails(plan, named)
@@ -10091,7 +10090,7 @@ def preview(run: RunContext) -> int:
 
 
 def next_step(
-    run: RunContext, ready: int, to_finish: int, known: SavePoint | None
+    run: RunContext, ready: int, to_finish: int, known: SavePoint
 ) -> list[tuple[str, str]]:
     """Return what comes after a plan was read, in words and as a command.
 
@@ -10103,7 +10102,7 @@ def next_step(
     if not run.settings.token:
         return [("put a token into .env (see .env.example), then run the command with --check", "")]
     drop = ("--preview", "--live", "--check", "--plan", "--limit", "--json", "--yes")
-    is_first = ready and not (known and any(known.pairs(State.DONE)))
+    is_first = ready and not any(known.pairs(State.DONE))
     if is_first and run.options.preview and not run.options.live:
         live = run.retyped("--live", without=("--plan", "--limit", "--yes"))
         return [("compare the plan with DevRev", live)]
@@ -10189,20 +10188,12 @@ async def merge(run: RunContext) -> int:
             return finish_run(run, savepoint, None, EXIT_OK, plan)
         run.console.status("connecting to DevRev ...")
         api = DevRevAPI(run.settings, run.environment, CancelToken())
-        code = EXIT_OK
-        whose = ""
-        try:
-            whose = await run.identify(api, "CSV", plan.pairs())
-            if not run.options.yes:
-                await find_unverified(api, plan)
-        except FatalError as stop:
-            api.cancel_token.cancel(stop)
-            code = stop.exit_code
-        savepoint.organisation = run.organisation or savepoint.organisation
+        whose = await run.identify(api, "CSV", plan.pairs())
+        savepoint.organisation = run.organisation
+        if not run.options.yes:
+            await find_unverified(api, plan)
         progress = Progress(run)
         merger = ContactMerger(api, savepoint, run.merge_options(), progress.on_pair)
-        if code:
-            return finish_run(run, savepoint, merger, code, plan)
         others = savepoint.other_organisations()
         if others:
             words = f"{plural(others, 'pair')} of another organisation stay in {SAVEPOINT}"
@@ -10998,14 +10989,10 @@ class Check:
     async def csv(self) -> str:
         """Read the CSV, also where the token's organisation is not known."""
         run = self.run
-        known: SavePoint | None = None
-        with contextlib.suppress(FatalError):  # what is wrong with it is a check of its own
-            known = SavePoint(run.environment, readonly=True)
+        known = open_savepoint(run, readonly=True)
         plan = make_plan(run, known)
         new = sum(pair.state is State.PLANNED for pair in plan.pairs())
-        earlier = len(plan.revived)
-        if known:
-            earlier += len(known.unfinished())
+        earlier = len(plan.revived) + len(known.unfinished())
         self.steps = next_step(run, new, earlier, known)
         if run.organisation:
             check_organisation(run.organisation, "CSV", plan.pairs())
@@ -11252,9 +11239,6 @@ def run_command(run: RunContext) -> int:
     run.console.error(run.error)
     if code == EXIT_STOPPED:
         run.console.print_err("Fix that, then run the same command again.", "bold")
-    elif code == EXIT_HELD:
-        words = "wait until that run has ended; to see its progress:"
-        run.console.suggest(words, command_line("--status"))
     return code
 
 

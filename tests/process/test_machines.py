@@ -600,40 +600,6 @@ def test_each_step_names_the_next_one_as_it_would_be_typed(place: Workplace) -> 
         assert step("--csv", "my contacts.csv", "--yes") == []
 
 
-NEXT_STEPS = {
-    "the CSV of another organisation": (2, "use a token of dvrv-us-1:devo/OTHER", "next: fix what is named above, then run the same command with --check", ""),
-    "no network": (3, "can't be reached", "Fix that, then run the same command again.", ""),
-    "a held savepoint": (11, "another run is using", "next: wait until that run has ended", "--status"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", NEXT_STEPS)
-def test_what_fails_names_the_next_step(place: Workplace, case: str) -> None:
-    organisation, _ = organisation_of_pairs(1)
-    other = {
-        one: {"REV_USER_ID": one.replace("SANDBOX1", "OTHER")} for one in organisation.contacts
-    }
-    place.export(organisation, other if "organisation" in case else {})
-    code, says, step, command = NEXT_STEPS[case]
-    extra = (
-        {"DEVREV_BASE_URL": "http://127.0.0.1:9", "DEVREV_MAX_RETRIES": "0"}
-        if "network" in case
-        else {}
-    )
-    options = ["--preview", "--live"] if extra else []
-    with Sandbox(organisation) as sandbox, contextlib.closing(
-        sqlite3.connect(str(place.folder / "savepoint.db"))
-    ) as db:
-        if code == 11:
-            db.execute("BEGIN EXCLUSIVE")
-        result = place.run(sandbox, *options, check=code, **extra)
-    error, hint, *more = [
-        line for line in result.err.splitlines() if line != "Nothing was changed in DevRev."
-    ]
-    assert error.startswith("error: ") and says in error and hint.startswith(step)
-    assert command in " ".join(more) and bool(more) is bool(command)
-
-
 def test_after_a_declined_question_the_organisation_is_known(place: Workplace) -> None:
     organisation, _ = organisation_of_pairs(1)
     place.export(organisation)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import re
+import shutil
+import sqlite3
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -168,17 +171,12 @@ def test_without_timelines_the_manifest_says_so(scene: Scene) -> None:
 # -- what may not be ------------------------------------------------------------------------------------
 
 
-def test_a_token_that_is_not_accepted_is_told_so_and_has_a_report(scene: Scene) -> None:
+def test_a_token_that_is_not_accepted_changes_nothing(scene: Scene) -> None:
     scene.pairs(3)
     scene.fault("401", "dev-users.self")
     run = scene.merge()
-    assert run.code == 2 and "DEVREV_API_TOKEN" in run.err and "Nothing was changed" in run.err
-    summary = run.report["summary"]
-    assert (summary["pairs_planned"], summary["total_merges_attempted"], summary["left"]) == (
-        3,
-        0,
-        3,
-    )
+    assert run.code == 2 and "DEVREV_API_TOKEN" in run.refusal and not run.report
+    assert len(run.requests) == 1
     scene.world.faults.clear()
     assert scene.merge().code == 0
 
@@ -228,6 +226,31 @@ def test_settling_exits_with_1_while_a_named_pair_is_open(scene: Scene) -> None:
     assert "nothing to settle  person2@example.com" in run.out
     assert scene.settle("person2@example.com").code == 0
     assert "no pair in savepoint.db" in scene.settle("stranger@example.com").refusal
+
+
+# -- personal data ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("also_rows", [False, True])
+def test_one_person_can_be_removed_as_the_readme_says(scene: Scene, also_rows: bool) -> None:
+    scene.pairs(2)
+    report = scene.merge().report_path
+    shutil.rmtree(Path("backups", ADA))
+    if also_rows:
+        for name in ("savepoint.db", "backups/savepoint-copy.db"):
+            with contextlib.closing(sqlite3.connect(name, isolation_level=None)) as db:
+                db.execute("DELETE FROM pairs WHERE email = ?", [ADA])
+                db.execute("VACUUM")
+            assert ADA.encode() not in Path(name).read_bytes()
+        for invariant in ("what was committed is on the disk", "a request is never forgotten"):
+            scene.waive(invariant, "a person has removed rows")
+    run = scene.run("--verify-backups")
+    assert run.code == (0 if also_rows else 1) and (ADA in run.out) is not also_rows
+    scene.export()
+    assert scene.merge().code == 0
+    undone = scene.undo(report)
+    assert undone.code == 1 and len(undone.report["undone"]) == 1
+    assert [one["email"] for one in undone.report["failed"]] == [ADA]
 
 
 # -- what a run says --------------------------------------------------------------------------------------
