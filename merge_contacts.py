@@ -2236,6 +2236,12 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str]) ->
     plan.tried = {pair.ids: pair.updated for pair in savepoint.pairs(State.FAILED)}
     forget_merged_skips(plan, known.values())
     blocked = blocked_by_history(plan.groups, [*undone.values(), *cancelled.values()])
+    created = {pair.undo.contact for pair in undone.values() if pair.undo}
+    merged_again = {
+        pair.email
+        for pair in known.values()
+        if pair.state in ENDED and created.intersection(pair.ids)
+    }
     groups = plan.groups
     plan.groups = []
     for group in groups:
@@ -2245,6 +2251,8 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str]) ->
         if any(pair.ids in undone for pair in group.pairs):
             # The undo has created the duplicate with another id: this CSV is older than the undo.
             code = code or "undone"
+        if code == "undone" and group.email in merged_again:
+            code = "merged_again"
         if code:
             plan.skip(group, code)
             continue
