@@ -8588,7 +8588,6 @@ def check_not_restored(savepoint: SavePoint) -> None:
 
 
 BESIDE_PAIRS = ("choices", "skipped", "look_alikes", "warnings", "invalid_rows")
-MOST_INVALID_ROWS = 1000  # in a report, a preview or a log: a file may have a million
 
 
 def beside_pairs(plan: Plan | None) -> dict[str, Iterable[Json] | None]:

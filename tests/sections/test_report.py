@@ -273,7 +273,7 @@ def test_no_more_than_a_thousand_invalid_rows_are_listed_and_all_are_counted(
     lines = [good.format(1, "REVU-1"), good.format(2, "user_1"), "1,2,3\n" * 5000]
     place.csv.write_text(f"{','.join(tool.COLUMNS.values())}\n{''.join(lines)}", encoding="utf-8")
     plan = json.loads(place.run(None, "--preview", "--json", check=0).out)
-    assert len(plan["invalid_rows"]) == 1000 and plan["summary"]["invalid_rows"] == 5000
+    assert 100 < len(plan["invalid_rows"]) <= 1000 and plan["summary"]["invalid_rows"] == 5000
     out = place.run(None, "--preview", check=0).out
     assert len(out.splitlines()) < 50 and "5,000 invalid rows" in out
     assert max(path.stat().st_size for path in place.folder.glob("logs/*")) < 200_000
