@@ -5397,7 +5397,7 @@ def read_backed_up(pair: Pair) -> BackedUp:
 class TransferVerifier:
     """Tells from lists and objects whether a pair is merged, for as long as DevRev's lists may lag behind."""
 
-    LINGER = 10.0  # seconds for which the first lists linger, while other groups will verify soon
+    FIRST_LINGER = 10.0  # seconds for which the first lists wait for other groups to verify
     EXAMINED = 25  # objects that are read one by one, in each round before the time is over
 
     def __init__(self, context: MergeContext, pair: Pair, priority: int) -> None:
@@ -5429,7 +5429,7 @@ class TransferVerifier:
         rounds = 0
         examined: set[str] = set()
         while True:
-            linger = self.LINGER
+            linger = self.FIRST_LINGER
             if rounds or self.priority == RESUME:
                 linger = LINGER
             missing, listed = await together(
@@ -5480,8 +5480,8 @@ class TransferVerifier:
     async def lists_show_merged(self) -> bool:
         """Decide by lists where polls give no usable answer, and by objects where some tell.
 
-        The lists of the duplicate's email and of its reference no longer show it as it was. They are
-        read twice where no object tells, because they may lag.
+        The list of the duplicate's email no longer shows it as it was, that of its reference not at
+        all. They are read twice where no object tells, because they may lag.
         """
         for pause in (0.0, min(10.0, self.context.options.merge_timeout / 4)):
             if pause:
@@ -5491,35 +5491,28 @@ class TransferVerifier:
                 return False
             reference = self.pair.duplicate.external_ref
             holders = await self.api.holders_of(reference, RequestOptions(FINISH))
-            if self._shows_duplicate(holders):
+            if any(user["id"] == self.pair.duplicate.id and not is_gone(user) for user in holders):
                 return False
             proof = await self.objects_prove()
             if proof is not None:
                 return proof
         return not await self._missing(self.backed_up.expected, FINISH)
 
-    async def is_merged_elsewhere(self, pause: Callable[[float], Awaitable[None]]) -> bool:
-        """Return whether the duplicate no longer exists and was not merged into the primary.
-
-        Where what it had belongs to the primary, the two are merged, whoever requested it.
-        """
-        primary = await self.api.contact(self.pair.primary.id, RequestOptions(FINISH)) or {}
-        is_there = primary.get("state") in ("active", "locked", "deactivated")
-        if not is_there or primary.get("primary_identity"):
+    async def is_merged_elsewhere(self) -> bool:
+        """Return whether the primary exists, the duplicate doesn't, and objects do not show them merged."""
+        options = RequestOptions(FINISH)
+        primary = await self.api.contact(self.pair.primary.id, options)
+        if primary is None or is_gone(primary):
             return False
-        missing: list[Json] = []
         try:
             status = await self.poll()
-            if status not in (DuplicateStatus.NOT_FOUND, DuplicateStatus.DELETED):
-                return False
-            if self.backed_up.expected:
-                missing, _ = await self.wait(pause)
         except PairError as problem:
-            if problem.code == "merged_into_another":
-                return True
-            raise
-        deleted = self.pair.deleted
-        return bool(missing) or all(item["id"] in deleted for item in self.backed_up.expected)
+            if problem.code != "merged_into_another":
+                raise
+            return True
+        if status not in (DuplicateStatus.NOT_FOUND, DuplicateStatus.DELETED):
+            return False
+        return await self.objects_prove() is not True
 
     async def is_listed(self, linger: float = LINGER) -> bool:
         """Return whether the list of its email shows the duplicate as the live check saw it."""
@@ -5599,54 +5592,6 @@ def longer(deadline: float, settings: ApiSettings) -> float:
     return min(2 * deadline, max(deadline, settings.timeout))
 
 
-class MergeTimer:
-    """Knows how long DevRev has had for a merge, and so whether others wait for it."""
-
-    SLOW = 3.0  # seconds after which no other pair waits for this one
-    PROMPT = 10.0  # seconds for which nothing that finishes a merge waits for quota
-    MOST_POLLS = 16  # in these seconds
-
-    def __init__(self, context: MergeContext, pair: Pair, run: GroupRun) -> None:
-        self.context = context
-        self.pair = pair
-        self.run = run
-        self.started: Timestamp | None = None  # when this run began to wait
-        self._waited_before = 0.0  # seconds that earlier runs had waited
-
-    def start(self, waited_before: float = 0.0) -> None:
-        self.started = self.context.environment.now()
-        self._waited_before = waited_before
-
-    def waited(self) -> float:
-        """Return the seconds since the merge was requested."""
-        if self.started is None:
-            return self._waited_before
-        return self._waited_before + self.context.environment.elapsed(self.started)
-
-    def request_options(self, priority: int = FINISH) -> RequestOptions:
-        """Return how a request waits that belongs to a merge.
-
-        The merge is sent where there is quota for the most polls lately and two requests more: the
-        merge itself and the update of the reference.
-        """
-        if (
-            priority == FINISH and self.waited() > self.PROMPT
-        ):  # others may spend the quota meanwhile
-            self.context.api.scheduler.end_merge(self.pair.ids)
-            return RequestOptions(priority)
-        recent = [polls for _, polls in self.context.recent_merges]
-        polls = max(recent, default=self.MOST_POLLS)
-        return RequestOptions(priority, min(self.MOST_POLLS, polls) + 2, self.pair.ids)
-
-    async def pause(self, seconds: float) -> None:
-        """Sleep until DevRev may have got further. From now on, new work and other groups do not wait for this pair."""
-        if seconds > 0:
-            self.run.attempted.set()
-            if self.waited() > self.SLOW:
-                self.context.at_verification(self.run.group)
-            await self.context.cancel_token.sleep(seconds)
-
-
 class ReferenceUpdate:
     """Sets the reference of a contact, for a merge and for an undo; an update may be sent again and again.
 
@@ -5721,104 +5666,6 @@ class UnexplainedConflict(PairError):
         super().__init__("external_ref_conflict", f"{words}, or a contact that the token can't see")
 
 
-class PrimaryUpdate:
-    """Gives the primary the duplicate's reference, once the duplicate no longer exists.
-
-    Between the merge and this update the reference is on no contact, so nothing else is waited for.
-    """
-
-    def __init__(self, context: MergeContext, pair: Pair, timer: MergeTimer) -> None:
-        self.context = context
-        self.api = context.api
-        self.pair = pair
-        self.timer = timer
-        self.update = ReferenceUpdate(
-            self.api, pair.primary, str(pair.new_ref), timer.request_options
-        )
-        self.answer: Json = {}  # the primary with its new reference, as the last answer has shown it
-        self._pauses = Backoff(0.2, 10.0, 1.6)
-
-    async def run(self, is_new: bool) -> bool:
-        """Set the reference; a primary whose merge `is_new` in this run need not be read first.
-
-        Return False where the duplicate still exists. Raises PairError.
-        """
-        pair = self.pair
-        with contextlib.suppress(PairError):  # it is written as DevRev spells it
-            own = str(backed_up_contact(pair.backup, pair.duplicate.id).get("external_ref"))
-            if own.strip() == pair.new_ref:
-                self.update.reference = own
-        if not is_new and self._has_it(check_reference(pair, await self.update.read())):
-            return True
-        started = self.context.environment.now()
-        while True:
-            user = await self.update.send()
-            if self._has_it(user):
-                return True
-            problem = self.update.problem
-            if problem is None:
-                reference = (user or {}).get("external_ref")
-                words = f"DevRev answered the update with the reference {reference}"
-                raise PairError("external_ref_not_set", words)
-            if user != {}:
-                check_reference(pair, user)
-            elapsed = self.context.environment.elapsed(started)
-            is_over = elapsed > self.context.options.merge_timeout
-            if isinstance(problem, NoUsableResponse):
-                if is_over:
-                    words = f"{pair.primary.short_id} could not be updated: {problem}"
-                    raise PairError(problem.code, words)
-                await self.timer.pause(self._pauses.next())
-            elif problem.status != 409:
-                code = "not_found" if problem.missing else "external_ref_not_set"
-                code = problem.code if problem.status == 403 else code
-                raise PairError(code, f"the reference {pair.new_ref} could not be set: {problem}")
-            else:
-                await self.timer.pause(self._pauses.next())
-                if await self._duplicate_exists():
-                    return False
-                if await self._is_released():
-                    return True
-                if is_over:
-                    raise UnexplainedConflict(pair)
-
-    def _has_it(self, user: Json | None) -> bool:
-        """Return whether the primary has the new reference, and keep what shows it."""
-        if not user or live_reference(user) != self.pair.new_ref:
-            return False
-        self.answer = user
-        return True
-
-    async def _duplicate_exists(self) -> bool:
-        """Poll the duplicate after a conflict. Where the poll tells nothing, lists have decided."""
-        duplicate = self.pair.duplicate
-        status = None
-        with contextlib.suppress(ApiError, NoUsableResponse):
-            status = await self.api.poll_duplicate(
-                self.pair.primary.id, duplicate, self.timer.request_options()
-            )
-        return status is DuplicateStatus.EXISTS
-
-    async def _is_released(self) -> bool:
-        """Return whether the primary itself holds the reference; False: the duplicate still does, or nobody.
-
-        Raises PairError where another contact does.
-        """
-        pair = self.pair
-        holders: list[str] = []
-        with contextlib.suppress(ApiError, NoUsableResponse):
-            for user in await self.api.holders_of(str(pair.new_ref), self.timer.request_options()):
-                if user["id"] == pair.primary.id and self._has_it(user):
-                    return True
-                if user["id"] not in pair.ids:
-                    holders.append(str(user.get("display_id") or user["id"]))
-        if holders:
-            self.context.gate.confirm(pair)  # this conflict is the pair's alone
-            words = f"the reference {pair.new_ref} is held by {', '.join(holders)}"
-            raise PairError("external_ref_conflict", words)
-        return False
-
-
 class PairMerge:
     """One merge: request, wait, set the reference, verify. A pair that an earlier run left enters at its state.
 
@@ -5829,40 +5676,44 @@ class PairMerge:
 
     MAX_REQUESTS = 3  # times that a run requests one merge
     MAX_REFRESHES = 12  # times that preconditions are read again before a pair is given up
-    MAX_CONTRADICTIONS = 20
+    MAX_CONTRADICTIONS = 20  # times that the duplicate seems to be merged and exists after all
+    SLOW = 3.0  # seconds after which no other pair waits for this one
+    PROMPT = 10.0  # seconds for which nothing that finishes a merge waits for quota
+    MOST_POLLS = 16  # in these seconds
 
     def __init__(self, context: MergeContext, pair: Pair, run: GroupRun) -> None:
         self.context = context
         self.api = context.api
+        self.timeout = context.options.merge_timeout
         self.pair = pair
         self.run = run
-        self.preconditions = run.preconditions
         self.verifier = TransferVerifier(context, pair, RESUME if run.resumed else VERIFY)
-        self.timer = MergeTimer(context, pair, run)
-        self.update = PrimaryUpdate(context, pair, self.timer)
+        self.update = ReferenceUpdate(
+            self.api, pair.primary, str(pair.new_ref), self._request_options
+        )
         self.has_outcome = False
         self.requests_sent = 0  # in this run
+        self.was_forbidden = pair.forbidden  # an earlier run's request for it was answered with 403
         # DevRev's answer to the last request, where it was a clear refusal.
         self.rejection: PairError | None = None
-        # Times that the duplicate seemed to be merged and existed after all.
         self.contradictions = 0
-        self.was_forbidden = pair.forbidden  # an earlier run's request for it was answered with 403
+        self._waited_since: Timestamp | None = None  # this run waits for the merge
+        self._waited_before = 0.0  # seconds that earlier runs had waited
         self._made_room = False  # others had to end their merges before the last request
         self._busy_since: Timestamp | None = None  # DevRev refuses the merge for now
         self._busy_pauses = Backoff(0.5, 20.0)
-        self.polled = False  # since the last request
-        self.unusable = 0  # polls in a row without a usable answer
-        self.is_changed = False  # the last poll has shown the duplicate not as it was
-        self.poll_problem: PairError | None = None  # of the last poll
-        self._poll_deadline = FIRST_DEADLINE
+        self._unusable = 0  # polls in a row without a usable answer
+        self._poll_problem: PairError | None = None  # of the last poll
+        self._is_changed = False  # the last poll has shown the duplicate not as it was
+        self._deadline = FIRST_DEADLINE
 
     async def advance(self, until: State | None = None) -> bool:
         """Take the pair from one recovery point to the next, up to `until` or its end. Return whether it got there."""
         pair = self.pair
         phases = {
             State.PLANNED: self._request,
-            State.REQUESTED: self._wait_shielded,
-            State.ACKNOWLEDGED: self._wait_shielded,
+            State.REQUESTED: self._wait,
+            State.ACKNOWLEDGED: self._wait,
             State.MERGED: self._set_reference,
             State.VERIFYING: self._verify,
         }
@@ -5870,10 +5721,16 @@ class PairMerge:
             return False
         try:
             while pair.state in phases and pair.state is not until:
-                await self._transition(await phases[pair.state]())
+                # Also in the time of grace after an interruption: once DevRev has merged the two,
+                # the application finds no contact for the person until the reference is set.
+                is_urgent = self.requests_sent or pair.state is State.MERGED
+                with contextlib.ExitStack() as stack:
+                    if pair.new_ref and is_urgent and pair.state is not State.VERIFYING:
+                        stack.enter_context(self.context.cancel_token.shield())
+                    await self._move_to(await phases[pair.state]())
         except PairError as problem:
             await self.end(problem)
-            return isinstance(problem, PairSkipped)
+            return False
         except PermissionDenied as denied:
             if pair.state in UNFINISHED:
                 await self.context.record_outcome(pair, PairError("forbidden", str(denied)), False)
@@ -5890,27 +5747,19 @@ class PairMerge:
             await self.end(PairSkipped(pair.code, pair.error))
         return True
 
-    async def _transition(self, state: State) -> None:
+    async def _move_to(self, state: State) -> None:
         """Move the pair to its next state, durably."""
         pair = self.pair
-        if state not in (State.SKIPPED, State.MERGED_ELSEWHERE):  # these have a code and a reason
-            pair.move_to(state)
         if state is State.SKIPPED:
             return
+        if state is not State.MERGED_ELSEWHERE:  # that has its reason already
+            pair.move_to(state)
         if pair.requested_at:
             pair.seconds = max(0.0, self.context.environment.now().wall - pair.requested_at)
         await self.context.savepoint.save(pair)
         if state is State.VERIFYING:
             self.context.gate.confirm(pair)
-        steps = {
-            State.REQUESTED: "the merge is requested, and not confirmed yet",
-            State.ACKNOWLEDGED: "DevRev has acknowledged the merge",
-            State.MERGED: f"confirmed, {pair.duplicate.short_id} no longer exists",
-            State.VERIFYING: f"{pair.primary.short_id} has the reference {pair.new_ref or 'that it had'}",
-            State.DONE: f"verified, all {pair.proved} objects belong to the primary",
-            State.MERGED_ELSEWHERE: pair.error,
-        }
-        log.info("%s: %s", pair.email, steps[state])
+        log.info("%s: %s", pair.email, STATE_WORDS[state])
 
     async def end(self, problem: PairError | None = None) -> None:
         """Record that the pair has ended, or what keeps it from its end in this run.
@@ -5929,16 +5778,41 @@ class PairMerge:
 
     async def _doubt_merge(self) -> None:
         """Take the pair back to its request where neither of its contacts is found: that confirms nothing."""
-        pair = self.pair
-        is_merged = pair.state in (State.MERGED, State.VERIFYING)
-        if not is_merged or not self.requests_sent or self.update.answer:
-            return
-        with contextlib.suppress(PairError):
-            if await self.verifier.poll() is DuplicateStatus.NOT_FOUND:
-                pair.move_to(self._unconfirmed())
+        is_merged = self.pair.state in (State.MERGED, State.VERIFYING)
+        if is_merged and self.requests_sent and not self.verifier.primary:
+            with contextlib.suppress(PairError):
+                if await self.verifier.poll() is DuplicateStatus.NOT_FOUND:
+                    self.pair.move_to(self._unconfirmed())
 
     def _unconfirmed(self) -> State:
         return State.REQUESTED if self.pair.rejected else State.ACKNOWLEDGED
+
+    def _request_options(self, priority: int = FINISH) -> RequestOptions:
+        """Return how a request waits that belongs to the merge.
+
+        The merge is sent where there is quota for the most polls lately and two requests more: the
+        merge itself and the update of the reference.
+        """
+        if priority == FINISH and self._waited() > self.PROMPT:
+            self.api.scheduler.end_merge(self.pair.ids)  # others may spend the quota meanwhile
+            return RequestOptions(priority)
+        recent = [polls for _, polls in self.context.recent_merges]
+        polls = max(recent, default=self.MOST_POLLS)
+        return RequestOptions(priority, min(self.MOST_POLLS, polls) + 2, self.pair.ids)
+
+    def _waited(self) -> float:
+        """Return the seconds since the merge was requested."""
+        if self._waited_since is None:
+            return 0.0
+        return self._waited_before + self.context.environment.elapsed(self._waited_since)
+
+    async def _pause(self, seconds: float) -> None:
+        """Sleep until DevRev may have got further. From now on, new work and other groups do not wait for this pair."""
+        if seconds > 0:
+            self.run.attempted.set()
+            if self._waited() > self.SLOW:
+                self.context.at_verification(self.run.group)
+            await self.context.cancel_token.sleep(seconds)
 
     # -- the request ---------------------------------------------------------------------------------
 
@@ -5950,7 +5824,14 @@ class PairMerge:
         """
         pair = self.pair
         if pair.requested_at:
-            self._take_from_plan()
+            wanted = self.run.wanted.get(pair.ids)
+            if wanted is None or wanted.new_ref != pair.new_ref:
+                words = f"the merge of {into(pair)} was requested"
+                words += ", and is not in this plan with the same reference"
+                raise PairError("plan_changed", words)
+            pair.primary = wanted.primary
+            pair.duplicate = wanted.duplicate
+            self.run.preconditions.invalidate()
         async with self.run.request_lock:  # the pairs of a group rest on the same preconditions
             try:
                 refreshes = 0
@@ -5973,19 +5854,6 @@ class PairMerge:
         words = "checks and backups become too old before the merge can be requested"
         raise PairError("stale", f"{words}; the quota is too small")
 
-    def _take_from_plan(self) -> None:
-        """Raise PairError where this run's plan has the pair no longer, or with another reference."""
-        pair = self.pair
-        wanted = self.run.wanted.get(pair.ids)
-        if wanted is None or wanted.new_ref != pair.new_ref:
-            words = f"the merge of {into(pair)} was requested"
-            raise PairError(
-                "plan_changed", f"{words}, and is not in this plan with the same reference"
-            )
-        pair.primary = wanted.primary
-        pair.duplicate = wanted.duplicate
-        self.preconditions.invalidate()
-
     async def _prepare(self) -> bool:
         """Make the preconditions fresh; return whether an earlier request was carried out."""
         pair = self.pair
@@ -5993,7 +5861,7 @@ class PairMerge:
         self.api.scheduler.end_merge(pair.ids)
         problem: PairError | None = None
         try:
-            await self.preconditions.ensure_fresh()
+            await self.run.preconditions.ensure_fresh()
         except PairError as error:
             problem = error
         if pair.requested_at and await self._shows_merged(await self.verifier.poll()):
@@ -6024,16 +5892,17 @@ class PairMerge:
         await gate.enter(pair)
         others = gate.others_under_way(pair)
         try:
-            options = self.timer.request_options(MERGE)
-            await self.api.merge(*pair.ids, options, self._save_intent)
+            await self.api.merge(*pair.ids, self._request_options(MERGE), self._save_intent)
         except ApiError as error:
             refusal = error
+            state = State.REQUESTED
         except NoUsableResponse as error:
             log.info("%s: the answer to the merge request was lost (%s)", pair.email, error)
             state = State.REQUESTED
         # The request was sent; the wait for its merge starts now.
         pair.move_to(State.REQUESTED)
-        self.timer.start()
+        self._waited_since = self.context.environment.now()
+        self._waited_before = 0.0
         self.requests_sent += 1
         if (
             not self.was_forbidden
@@ -6052,27 +5921,6 @@ class PairMerge:
             return None
         return await self._rejected(refusal, is_first)
 
-    async def _make_room(self, refusal: ApiError, others: bool) -> bool:
-        """Wait until DevRev may be ready for the merge, and return whether it is to be requested again.
-
-        It may be busy with others, and then says so in many ways; alone it says so in one.
-        """
-        if not others:
-            if refusal.status not in (409, 423, 425):
-                return False
-            if self._busy_since is None:
-                self._busy_since = self.context.environment.now()
-            waited = self.context.environment.elapsed(self._busy_since)
-            if waited >= self.context.options.merge_timeout:
-                return False
-            await self.timer.pause(self._busy_pauses.next())
-        log.info("%s: DevRev may be busy (%s); requesting it again", self.pair.email, refusal)
-        self._made_room = others
-        self.api.scheduler.end_merge(self.pair.ids)  # others would wait for the units it holds
-        self.context.gate.leave(self.pair)
-        await self.context.gate.enter(self.pair, alone=True)
-        return True
-
     async def _save_intent(self) -> None:
         """Save that the merge is requested, at the last moment before the request is sent.
 
@@ -6080,8 +5928,7 @@ class PairMerge:
         """
         context = self.context
         pair = self.pair
-        preconditions = self.preconditions
-        self.polled = False
+        preconditions = self.run.preconditions
         self.rejection = None
         try:
             preconditions.require_fresh()
@@ -6106,26 +5953,48 @@ class PairMerge:
             raise
         log.info("%s: requesting the merge of %s", pair.email, into(pair))
 
+    async def _make_room(self, refusal: ApiError, others: bool) -> bool:
+        """Wait until DevRev may be ready for the merge, and return whether it is to be requested again.
+
+        It may be busy with others, and then says so in many ways; alone it says so in one.
+        """
+        environment = self.context.environment
+        if not others:
+            self._busy_since = self._busy_since or environment.now()
+            is_over = environment.elapsed(self._busy_since) >= self.timeout
+            if is_over or refusal.status not in (409, 423, 425):
+                return False
+            await self._pause(self._busy_pauses.next())
+        log.info("%s: DevRev may be busy (%s); requesting it again", self.pair.email, refusal)
+        self._made_room = others
+        self.api.scheduler.end_merge(self.pair.ids)  # others would wait for the units it holds
+        self.context.gate.leave(self.pair)
+        await self.context.gate.enter(self.pair, alone=True)
+        return True
+
     async def _rejected(self, error: ApiError, is_first: bool) -> State:
         """Decide after a refusal; DevRev may carry the merge out all the same."""
-        if error.status == 403:
-            # The first request of a run shows whether the token may merge at all.
-            if self.context.gate.requests == 1 and not self.was_forbidden:
-                await self._stop_unless_merged(error)
-                return State.REQUESTED
-            self.rejection = PairError("forbidden", str(error))
-            return State.REQUESTED
-        if error.missing and is_first and await self.verifier.is_merged_elsewhere(self.timer.pause):
-            return self._merged_elsewhere()
-        self.rejection = PairError("merge_refused", str(error))
+        pair = self.pair
+        if error.missing and is_first and await self.verifier.is_merged_elsewhere():
+            words = f"another user merged or deleted {pair.duplicate.short_id}"
+            words += " before the merge was requested"
+            if pair.new_ref:
+                words += f"; its reference {pair.new_ref} was not moved"
+            pair.move_to(State.MERGED_ELSEWHERE, "merged_elsewhere", words)
+            return State.MERGED_ELSEWHERE
+        code = "forbidden" if error.status == 403 else "merge_refused"
+        self.rejection = PairError(code, str(error))
+        # The first request of a run shows whether the token may merge at all.
+        if error.status == 403 and self.context.gate.requests == 1 and not self.was_forbidden:
+            await self._stop_unless_merged(error)
         return State.REQUESTED
 
     async def _stop_unless_merged(self, error: ApiError) -> None:
         """Raise PermissionDenied, unless polls show that a merge which was forbidden is carried out all the same."""
         pauses = Backoff(0.2, 1.0)
         code = EXIT_USAGE
-        while self.timer.waited() < MergeTimer.SLOW:
-            await self.timer.pause(pauses.next())
+        while self._waited() < self.SLOW:
+            await self._pause(pauses.next())
             try:
                 if await self._shows_merged(await self.verifier.poll()):
                     return
@@ -6134,42 +6003,33 @@ class PairMerge:
                 code = EXIT_STOPPED  # something may have changed
         raise PermissionDenied(code, f"the token may not merge contacts: {error}")
 
-    def _merged_elsewhere(self) -> State:
-        pair = self.pair
-        words = f"another user merged or deleted {pair.duplicate.short_id} before the merge was requested"
-        if pair.new_ref:
-            words += f"; its reference {pair.new_ref} was not moved"
-        pair.move_to(State.MERGED_ELSEWHERE, "merged_elsewhere", words)
-        return State.MERGED_ELSEWHERE
-
     # -- the wait --------------------------------------------------------------------------------------
-
-    async def _wait_shielded(self) -> State:
-        """Wait for a merge that this run requested also in the time of grace after an interruption: once DevRev has
-        carried it out, its reference is on no contact until it is set."""
-        if self.requests_sent and self.pair.new_ref:
-            with self.context.cancel_token.shield():
-                return await self._wait()
-        return await self._wait()
 
     async def _wait(self) -> State:
         """Poll until the duplicate no longer exists, or until the merge has to be requested again."""
         pair = self.pair
-        timer = self.timer
-        await self._await_first_poll()
+        recent = self.context.recent_merges
+        if self._waited_since is None:  # an earlier run requested it: it is polled at once
+            self._waited_since = self.context.environment.now()
+            self._waited_before = max(0.0, self._waited_since.wall - pair.requested_at)
+        else:
+            usual = max((seconds for seconds, _ in recent), default=0.25)
+            await self._pause(min(usual, 0.75) - self._waited())
+        self._unusable = 0
+        self._deadline = FIRST_DEADLINE
         polls = 0
         while True:
-            before = timer.waited()
+            before = self._waited()
             polls += 1
             if await self._poll():
                 if self.requests_sent:  # the next merge is polled a little sooner
-                    self.context.recent_merges.append((0.95 * before, polls))
+                    recent.append((0.95 * before, polls))
                 break
-            waited = timer.waited()
-            longest = confirmation_timeout(pair, self.context.options.merge_timeout)
+            waited = self._waited()
+            longest = confirmation_timeout(pair, self.timeout)
             # Where the wait is over, for a pair of an earlier run at once, there is no third poll.
-            lists_decide = self.unusable >= 3 or (self.unusable > 0 and waited >= longest)
-            if self.is_changed and pair.state is State.ACKNOWLEDGED:
+            lists_decide = self._unusable >= 3 or (self._unusable > 0 and waited >= longest)
+            if self._is_changed and pair.state is State.ACKNOWLEDGED:
                 lists_decide = not self.verifier.backed_up.telling
             if lists_decide:
                 self.api.scheduler.end_merge(pair.ids)  # lists would wait for the units it holds
@@ -6181,50 +6041,33 @@ class PairMerge:
                 self._require_another_request(waited)
                 return await self._request()
             pause = min(0.1 + 0.5 * waited, 0.75) if waited < 10 else min(10.0, 0.1 * waited)
-            await timer.pause(min(pause, longest - waited))
+            await self._pause(min(pause, longest - waited))
         self.context.gate.note_merged(pair)
         return State.MERGED
 
-    async def _await_first_poll(self) -> None:
-        """Start a wait: a pair of an earlier run is polled at once, a new one when merges usually are done."""
-        timer = self.timer
-        if timer.started is None:
-            timer.start(max(0.0, self.context.environment.now().wall - self.pair.requested_at))
-        elif not (self.rejection or self.polled):
-            recent = [seconds for seconds, _ in self.context.recent_merges]
-            usual = max(recent, default=0.25)
-            await timer.pause(min(usual, 0.75) - timer.waited())
-        self.polled = True
-        self.unusable = 0
-        self._poll_deadline = FIRST_DEADLINE
-
     async def _poll(self) -> bool:
-        """Poll the duplicate once. Return whether it no longer exists; `poll_problem` says why that is not known."""
-        self.poll_problem = None
-        self.is_changed = False
+        """Poll the duplicate once. Return whether it no longer exists; `_poll_problem` says why that is not known."""
+        self._poll_problem = None
+        self._is_changed = False
         try:
             status = await self.api.poll_duplicate(
-                self.pair.primary.id,
-                self.pair.duplicate,
-                self.timer.request_options(),
-                self._poll_deadline,
+                self.pair.primary.id, self.pair.duplicate, self._request_options(), self._deadline
             )
         except (ApiError, NoUsableResponse) as error:
-            self.poll_problem = PairError(error.code, f"the merge can't be confirmed: {error}")
-            self._poll_deadline = longer(self._poll_deadline, self.api.settings)
-            is_of_route = isinstance(error, ApiError) and error.status == 404
-            if not is_of_route:  # that says nothing of any object
-                self.unusable += 1
+            self._poll_problem = PairError(error.code, f"the merge can't be confirmed: {error}")
+            self._deadline = longer(self._deadline, self.api.settings)
+            if not isinstance(error, ApiError) or error.status != 404:  # a route's says nothing
+                self._unusable += 1
             return False
-        self.unusable = 0
-        self._poll_deadline = FIRST_DEADLINE
-        self.is_changed = status is DuplicateStatus.CHANGED
+        self._unusable = 0
+        self._deadline = FIRST_DEADLINE
+        self._is_changed = status is DuplicateStatus.CHANGED
         return await self._shows_merged(status)
 
     def _require_another_request(self, waited: float) -> None:
         """Raise PairError where a wait that is over must not be followed by another request."""
-        if self.poll_problem:
-            raise self.poll_problem
+        if self._poll_problem:
+            raise self._poll_problem
         answered = self.pair.state is State.ACKNOWLEDGED or self.pair.rejected
         if self.requests_sent >= self.MAX_REQUESTS or (self.requests_sent and answered):
             words = f"{self.pair.duplicate.short_id} still exists {duration(waited)} after"
@@ -6241,26 +6084,97 @@ class PairMerge:
             raise PairError("merge_not_confirmed", words)
         return self._unconfirmed()
 
-    # -- the reference, and the verification -----------------------------------------------------------
+    # -- the reference ---------------------------------------------------------------------------------
 
     async def _set_reference(self) -> State:
-        """Give the primary the duplicate's reference. The time of grace after an interruption is for this above all:
-        until it is set, the application finds no contact for the person."""
-        if not self.pair.new_ref:
-            return State.VERIFYING
-        self.pair.carries_last = True
-        is_new = self.requests_sent > 0 or not self.run.resumed
-        with self.context.cancel_token.shield():
-            is_set = await self.update.run(is_new)
-        if is_set:
-            return State.VERIFYING
-        return self._still_exists()
+        """Give the primary the duplicate's reference. Until then it is on no contact, so nothing else is waited for."""
+        pair = self.pair
+        pair.carries_last = True
+        if pair.new_ref:
+            with contextlib.suppress(PairError):  # it is written as DevRev spells it
+                own = str(backed_up_contact(pair.backup, pair.duplicate.id).get("external_ref"))
+                if own.strip() == pair.new_ref:
+                    self.update.reference = own
+            # Where another run requested the merge, others may have set a reference by hand.
+            is_new = self.requests_sent > 0 or not self.run.resumed
+            is_set = not is_new and self._has_it(check_reference(pair, await self.update.read()))
+            if not is_set and not await self._update_reference():
+                return self._still_exists()
+        return State.VERIFYING
+
+    async def _update_reference(self) -> bool:
+        """Update the primary until it has the reference. Return False where the duplicate still exists.
+
+        Raises PairError.
+        """
+        pair = self.pair
+        pauses = Backoff(0.2, 10.0, 1.6)
+        started = self.context.environment.now()
+        while True:
+            user = await self.update.send()
+            if self._has_it(user):
+                return True
+            problem = self.update.problem
+            is_over = self.context.environment.elapsed(started) > self.timeout
+            is_conflict = isinstance(problem, ApiError) and problem.status == 409
+            if user != {} and problem:
+                check_reference(pair, user)
+            if not is_conflict and (is_over or not isinstance(problem, NoUsableResponse)):
+                raise self._not_set(user)
+            await self._pause(pauses.next())
+            if is_conflict:
+                with contextlib.suppress(ApiError, NoUsableResponse):  # else lists have decided
+                    if await self.verifier.poll() is DuplicateStatus.EXISTS:
+                        return False
+                if await self._holds_reference():
+                    return True
+                if is_over:
+                    raise UnexplainedConflict(pair)
+
+    def _not_set(self, user: Json | None) -> PairError:
+        """Return why the last update has not given the primary its reference."""
+        problem = self.update.problem
+        code = "external_ref_not_set"
+        if isinstance(problem, ApiError) and problem.missing:
+            code = "not_found"
+        elif isinstance(problem, NoUsableResponse) or (problem and problem.code == "forbidden"):
+            code = problem.code
+        why = problem or f"DevRev answered with the reference {live_reference(user or {})}"
+        return PairError(code, f"the reference {self.pair.new_ref} could not be set: {why}")
+
+    def _has_it(self, user: Json | None) -> bool:
+        """Return whether the primary has the new reference, and keep what shows it."""
+        if not user or live_reference(user) != self.pair.new_ref:
+            return False
+        self.verifier.primary = user
+        return True
+
+    async def _holds_reference(self) -> bool:
+        """Return whether the primary itself is listed for the reference; False: the duplicate still is, or nobody.
+
+        Raises PairError where another contact is.
+        """
+        pair = self.pair
+        holders: list[str] = []
+        with contextlib.suppress(ApiError, NoUsableResponse):
+            for user in await self.api.holders_of(str(pair.new_ref), self._request_options()):
+                if user["id"] == pair.primary.id and self._has_it(user):
+                    return True
+                if user["id"] not in pair.ids:
+                    holders.append(str(user.get("display_id") or user["id"]))
+        if holders:
+            self.context.gate.confirm(pair)  # this conflict is the pair's alone
+            words = f"the reference {pair.new_ref} is held by {', '.join(holders)}"
+            raise PairError("external_ref_conflict", words)
+        return False
+
+    # -- the verification ------------------------------------------------------------------------------
 
     async def _verify(self) -> State:
         """Check that everything the duplicate had belongs to the primary, and that it is listed no more."""
         pair = self.pair
         self.context.at_verification(self.run.group)
-        missing, status = await self.verifier.wait(self.timer.pause)
+        missing, status = await self.verifier.wait(self._pause)
         if status is DuplicateStatus.EXISTS:
             return self._still_exists()
         primary = await self._last_read()
@@ -6288,34 +6202,25 @@ class PairMerge:
         Raises PairError: not_found, external_ref_changed, reference_reverted.
         """
         pair = self.pair
-        primary: Json | None = self.verifier.primary
-        if self._agrees(primary):
-            return self.verifier.primary
+        primary = self.verifier.primary
         pauses = Backoff(0.5, 10.0)
         started = self.context.environment.now()
-        is_set_again = False
-        while True:  # what is read may lag
-            primary = check_reference(pair, await self.update.update.read())
-            if self._agrees(primary):
-                return primary
-            waited = self.context.environment.elapsed(started)
-            if is_set_again and waited > self.context.options.merge_timeout / 4:
+        while (
+            not primary or is_gone(primary) or pair.new_ref not in (None, live_reference(primary))
+        ):
+            primary = check_reference(pair, await self.update.read())  # lists lag
+            if pair.new_ref in (None, live_reference(primary)):
                 break
-            if not is_set_again:
+            if pair.state is State.VERIFYING:
                 log.warning("%s: %s has its old reference again", pair.email, pair.primary.short_id)
                 pair.move_to(State.MERGED)
-                await self.update.run(is_new=True)
-                is_set_again = True
-            await self.timer.pause(pauses.next())
-        now = live_reference(primary) or "none"
-        words = f"{pair.primary.short_id} had the reference {pair.new_ref}, and has {now} again"
-        raise PairError("reference_reverted", words)
-
-    def _agrees(self, primary: Json | None) -> bool:
-        """Whether what was read of the primary is what a finished merge shows."""
-        if not primary or is_gone(primary):
-            return False
-        return self.pair.new_ref in (None, live_reference(primary))
+                await self._update_reference()
+            elif self.context.environment.elapsed(started) > self.timeout / 4:
+                words = f"{pair.primary.short_id} had the reference {pair.new_ref}, and has"
+                now = live_reference(primary) or "none"
+                raise PairError("reference_reverted", f"{words} {now} again")
+            await self._pause(pauses.next())
+        return primary
 
     async def _carry_fields(self, primary: Json) -> Json:
         """Give the primary what only the duplicate had (--carry-fields), and return the primary as it is then.
@@ -6333,18 +6238,17 @@ class PairMerge:
                 return primary
             await self.context.savepoint.save(pair)
             sent = self.context.environment.now()
-            primary = check_reference(pair, await self.update.update.read())
-            read = FreshRead(self.context.environment, sent)
-            if fields_to_carry(primary, pair.fields_to_carry) != body:
-                continue
-            try:
-                options = RequestOptions(FINISH, rests_on=read)
-                return await self.api.update_contact(pair.primary.id, body, options)
-            except PreconditionsExpired:
-                continue
-            except ApiError as error:
-                log.info("%s: %s can't be carried: %s", pair.email, ", ".join(body), error)
-                return primary
+            options = RequestOptions(VERIFY, units=2)  # for the write, too
+            primary = check_reference(pair, await self.api.contact(pair.primary.id, options))
+            options = RequestOptions(FINISH, rests_on=FreshRead(self.context.environment, sent))
+            if fields_to_carry(primary, pair.fields_to_carry) == body:
+                try:
+                    return await self.api.update_contact(pair.primary.id, body, options)
+                except PreconditionsExpired:
+                    log.info("%s: the primary was read too long ago", pair.email)
+                except ApiError as error:
+                    log.info("%s: %s can't be carried: %s", pair.email, ", ".join(body), error)
+                    return primary
         raise PairError("stale", "the primary can't be updated right after it was read")
 
 
@@ -6578,18 +6482,6 @@ class ContactMerger:
             await self.context.cancel_token.wait(run.attempted.wait())
         await self._start_new(plan, unfinished)
         await self.runner.wait_all()
-        self._try_freed_references(plan, unfinished)
-        await self.runner.wait_all()
-
-    def _try_freed_references(self, plan: Plan, unfinished: Sequence[Pair]) -> None:
-        """Start pairs again whose reference another contact held: it may have been merged meanwhile."""
-        moved = {pair.new_ref for pair in self.runner.outcomes.values() if pair.state in ENDED}
-        for pair in unfinished:
-            is_in_conflict = pair.state is State.MERGED and pair.code == "external_ref_conflict"
-            if is_in_conflict and pair.new_ref in moved:
-                del self.runner.outcomes[pair.ids]
-                group = Group(pair.email, [pair])
-                self._start(GroupRun(self.context, group, [pair], plan.wanted, resumed=True))
 
     # -- what earlier runs left ------------------------------------------------------------------------
 

@@ -153,10 +153,10 @@ def test_the_log_tells_every_step_with_the_address_and_each_request_with_whom_it
         "backed up in BACKUP: 3 works, 1 conversations, 6 timeline entries",
         "the integrity check of BACKUP has passed",
         "requesting the merge of REVU-D1 into REVU-P1",
-        "DevRev has acknowledged the merge",
-        "confirmed, REVU-D1 no longer exists",
-        "REVU-P1 has the reference user_1",
-        "verified, all 2 objects belong to the primary",
+        "accepted by DevRev, not yet confirmed",
+        "merged in DevRev",
+        "merged in DevRev, and the reference is in place",
+        "merged and verified",
     ]
     assert entry["backed_up"] == {"works": 3, "conversations": 1, "timeline_entries": 6}
     requests = [line.split("DEBUG ")[1].split(" -> ")[0] for line in lines if " -> 200 in " in line]

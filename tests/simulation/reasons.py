@@ -1,6 +1,7 @@
 """What a pair that has not been merged may say in the end: whether its reason is so in tests.fake.organisation."""
 
 import json
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, Set
 
 from tests.fake.organisation import HALF_EMOJI, OTHER_WORK_KINDS, Thing, kind_of, org_id_of
@@ -89,7 +90,7 @@ class ReasonChecker:
         for ids in {*checker.plan, *(ids for ids, asks in checker.asks.items() if asks)}:
             state = rows[ids]["state"] if ids in rows else "nothing"
             if state in (*TERMINAL, "undoing"):
-                self._judge_ended(ids, state)
+                self._judge_ended(ids, state, rows.get(ids))
                 continue
             if ids not in resting and self._is_too_small() and checker.reports.last_code == 3:
                 continue
@@ -110,13 +111,34 @@ class ReasonChecker:
                 broken(TRUE, what)
         self._judge_references(rows)
 
-    def _judge_ended(self, ids: Ids, state: str) -> None:
+    def _objects_tell(self, ids: Ids, row: Any) -> bool:
+        """Whether a pair's backup has an object of the duplicate alone, or a poll names the primary."""
+        world = self.checker.fake_devrev
+        if world.gone_of.get(ids[1], world.gone) in ("301", "primary", "shadow", "unassigned"):
+            return True
+        try:
+            manifest = json.loads((Path(row["backup"]) / "manifest.json").read_bytes())
+        except OSError:
+            return False
+        mine: Set[str] = set()
+        others: Set[str] = set()
+        for entry in manifest["contacts"]:
+            works = [*entry["works"]["owned"], *entry["works"]["reported"]]
+            found = mine if entry["csv"]["id"] == ids[1] else others
+            found.update(works, entry["conversations"])
+        return any(
+            one in self.organisation.works or one in self.organisation.conversations
+            for one in mine - others
+        )
+
+    def _judge_ended(self, ids: Ids, state: str, row: Any) -> None:
         if (
             state == "cancelled"
             and self.checker.into(ids)
             and self.organisation.alive(ids[0])  # else polls lead to whom it was merged onward into
             and not self.checker.lies
             and not self._is_hidden(ids)
+            and self._objects_tell(ids, row)
         ):
             broken("a cancelled merge that DevRev has carried out is finished", name_of(ids))
 
