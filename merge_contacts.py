@@ -3540,6 +3540,7 @@ class DevRevAPI:
                 if has_expired:
                     raise IncompleteList(endpoint, f"{EXPIRED} ({error})") from None
                 has_expired = True
+                options = options._replace(priority=min(options.priority, VERIFY))
                 continue
             has_shifted = has_shifted or reading.has_shifted
             adds_nothing = number > 1 and len(known) == before
@@ -3565,6 +3566,8 @@ class DevRevAPI:
             if in_circles:
                 raise IncompleteList(endpoint, "its pages bring nothing new")
             page["cursor"] = cursor
+            # Before other lists begin: a cursor may expire.
+            options = options._replace(priority=min(options.priority, VERIFY))
 
     async def get_one(
         self,

@@ -28,54 +28,54 @@ class Server:
         clock: Clock,
         limit: int,
         window: float,
-        rolling: bool,
-        whole: bool,
+        rolling: bool = False,
+        whole: bool = False,
         skew: float = 0.0,
         others: int = 0,
     ) -> None:
-        self.clock, self.limit, self.window, self.rolling, self.whole = (
-            clock,
-            limit,
-            window,
-            rolling,
-            whole,
-        )
-        self.skew, self.others = skew, others
-        self.spent: Deque[float] = deque()
+        self.clock, self.limit, self.window = clock, limit, window
+        self.rolling, self.whole, self.skew, self.others = rolling, whole, skew, others
+        self.spent: Deque[float] = deque([0.0] * others if rolling else ())
         self.start = -math.inf
-        self.granted: List[float] = []
-        self.least_remaining = math.inf
+        self.least_remaining = limit
         self.refused = 0
 
     def answer(self) -> "tool.HttpResponse":
         now = self.clock.now
-        if self.rolling:
-            while self.spent and self.spent[0] + self.window <= now:
-                self.spent.popleft()
-            reset = now + self.window
-        else:
-            if now >= self.start + self.window:
-                self.start = (
-                    now
-                    if self.start < 0
-                    else self.start + (now - self.start) // self.window * self.window
-                )
-                self.spent = deque([now] * self.others)
-            reset = self.start + self.window
+        while self.rolling and self.spent and self.spent[0] + self.window <= now:
+            self.spent.popleft()
+        if not self.rolling and now >= self.start + self.window:
+            self.start = (
+                now
+                if self.start < 0
+                else self.start + self.window * ((now - self.start) // self.window)
+            )
+            self.spent = deque([now] * self.others)
         granted = len(self.spent) < self.limit
         if granted:
             self.least_remaining = min(self.least_remaining, self.limit - len(self.spent))
             self.spent.append(now)
-            self.granted.append(now)
         self.refused += not granted
-        wall = EPOCH + reset + self.skew
-        texts = (
-            str(self.limit),
-            str(self.limit - len(self.spent)),
-            str(math.ceil(wall)) if self.whole else f"{wall:.3f}",
-        )
-        headers = dict(zip(HEADERS, texts), Date=formatdate(EPOCH + now + self.skew, usegmt=True))
+        wall = EPOCH + (now if self.rolling else self.start) + self.window + self.skew
+        reset = str(math.ceil(wall)) if self.whole else f"{wall:.3f}"
+        headers = dict(zip(HEADERS, (str(self.limit), str(self.limit - len(self.spent)), reset)))
+        headers["Date"] = formatdate(EPOCH + now + self.skew, usegmt=True)
         return tool.HttpResponse(200 if granted else 429, Headers(headers), {} if granted else None)
+
+
+class Told:
+    """A server that answers as it is told, then well, or as the last answer `for_ever`."""
+
+    def __init__(self, clock: Clock, *answers: Any, for_ever: bool = False) -> None:
+        self.clock, self.answers, self.for_ever = clock, deque(answers), for_ever
+        self.arrived: List[float] = []
+
+    def answer(self) -> "tool.HttpResponse":
+        self.arrived.append(self.clock.now)
+        if not self.answers:
+            return tool.HttpResponse(200, {}, {})
+        status, headers, data = self.answers[0] if self.for_ever else self.answers.popleft()
+        return tool.HttpResponse(status, Headers(headers), data)
 
 
 class World:
@@ -187,36 +187,15 @@ ODD = [
 def test_odd_headers_are_ignored(name: str, text: str) -> None:
     world = World()
     headers = {**dict(zip(HEADERS, ("1000", "999", str(EPOCH + 60)))), name: text}
-
-    class Odd:
-        def answer(self) -> "tool.HttpResponse":
-            return tool.HttpResponse(200, Headers(headers), {})
-
-    assert world.send(Odd(), 50) < 1.0
+    assert world.send(Told(world.clock, (200, headers, {}), for_ever=True), 50) < 1.0
     assert world.scheduler.quota_seen() is None and world.scheduler.quota.room(0) == math.inf
 
 
 def test_a_reset_that_is_no_time_of_day_does_not_make_requests_go_one_by_one() -> None:
     """Some gateways send seconds from now. Nothing is known of the window then, and a 429 says when to wait."""
     world = World()
-
-    class Relative:
-        def answer(self) -> "tool.HttpResponse":
-            return tool.HttpResponse(200, Headers(dict(zip(HEADERS, ("1000", "999", "60")))), {})
-
-    assert world.send(Relative(), 80, 0.1) < 1.5
-
-
-class Counted:
-    """A server without a quota, which notes when requests arrive."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self.arrived: List[float] = []
-
-    def answer(self) -> "tool.HttpResponse":
-        self.arrived.append(self.clock.now)
-        return tool.HttpResponse(200, {}, {})
+    headers = dict(zip(HEADERS, ("1000", "999", "60")))
+    assert world.send(Told(world.clock, (200, headers, {}), for_ever=True), 80, 0.1) < 1.5
 
 
 @pytest.mark.parametrize(
@@ -226,7 +205,7 @@ def test_the_client_side_limit_holds_where_no_quota_is_announced(
     calls: Optional[int], period: float, expected: Optional[Tuple[int, float]]
 ) -> None:
     world = World(calls, period=period)
-    server = Counted(world.clock)
+    server = Told(world.clock)
     seconds = world.send(server, 450)
     if expected is None:
         assert seconds < 3
@@ -271,7 +250,7 @@ def test_what_a_run_has_spent_itself_is_not_taken_for_others() -> None:
 
 def test_an_interrupted_wait_counts_and_failures_are_no_wait_for_quota() -> None:
     world = World(0, workers=1)
-    server = Troubled(world.clock, (429, {"Retry-After": "100"}, None))
+    server = Told(world.clock, (429, {"Retry-After": "100"}, None))
 
     async def main() -> None:
         waits = asyncio.ensure_future(world.request(server))
@@ -283,7 +262,7 @@ def test_an_interrupted_wait_counts_and_failures_are_no_wait_for_quota() -> None
     world.run(main())
     assert 12 <= world.scheduler.quota_wait_seconds() <= 13.1
     world = World(0)
-    world.send(Troubled(world.clock, *[(503, {}, None)] * 10), 40)
+    world.send(Told(world.clock, *[(503, {}, None)] * 10), 40)
     assert world.clock.now > 2 and world.scheduler.quota_wait_seconds() == 0
 
 
@@ -354,7 +333,7 @@ def test_the_more_urgent_request_goes_first() -> None:
     order: List[int] = []
 
     async def one(priority: int) -> None:
-        await world.request(Counted(world.clock), tool.RequestOptions(priority))
+        await world.request(Told(world.clock), tool.RequestOptions(priority))
         order.append(priority)
 
     async def main() -> None:
@@ -362,21 +341,6 @@ def test_the_more_urgent_request_goes_first() -> None:
 
     world.run(main())
     assert order == [4, 0, 0, 1, 2, 3, 4]  # the first had left before the others came
-
-
-class Troubled:
-    """A server that answers as it is told, then well."""
-
-    def __init__(
-        self, clock: Clock, *answers: Tuple[Optional[int], Dict[str, str], Optional[Dict[str, Any]]]
-    ) -> None:
-        self.clock, self.answers = clock, deque(answers)
-        self.arrived: List[float] = []
-
-    def answer(self) -> "tool.HttpResponse":
-        self.arrived.append(self.clock.now)
-        status, headers, data = self.answers.popleft() if self.answers else (200, {}, {})
-        return tool.HttpResponse(status, headers, data)
 
 
 @pytest.mark.parametrize(
@@ -397,14 +361,21 @@ def test_a_429_says_how_long_to_wait(
     headers: Dict[str, str], data: Any, least: float, most: float
 ) -> None:
     world = World(0)
-    server = Troubled(world.clock, (429, headers, data))
+    server = Told(world.clock, (429, headers, data))
     world.send(server, 3)
     assert least <= server.arrived[1] - server.arrived[0] <= most
 
 
+def test_a_429_that_asks_for_a_day_is_tried_again_after_an_hour() -> None:
+    world = World(0)
+    server = Told(world.clock, (429, {"Retry-After": "86400"}, None))
+    world.send(server, 2)
+    assert 3600 <= server.arrived[1] - server.arrived[0] <= 3601
+
+
 def test_after_failures_in_a_row_one_probe_at_a_time_finds_out() -> None:
     world = World(0)
-    server = Troubled(world.clock, *[(503, {}, None)] * 10)
+    server = Told(world.clock, *[(503, {}, None)] * 10)
     world.send(server, 40)
     assert world.token.stop is None
     gaps = [later - earlier for earlier, later in zip(server.arrived[7:10], server.arrived[8:11])]
@@ -412,21 +383,45 @@ def test_after_failures_in_a_row_one_probe_at_a_time_finds_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "answer, word", [((503, {}, None), "keeps failing"), ((429, {}, None), "429")]
+    "answer, word, seconds", [((503, {}, None), "keeps failing", 60), ((429, {}, None), "429", 600)]
 )
-def test_a_server_that_is_down_for_good_ends_the_run(answer: Any, word: str) -> None:
+def test_a_server_that_is_down_for_good_ends_the_run(answer: Any, word: str, seconds: int) -> None:
     world = World(0)
-
-    class Down:
-        count = 0
-
-        def answer(self) -> "tool.HttpResponse":
-            Down.count += 1
-            return tool.HttpResponse(*answer)
-
+    server = Told(world.clock, answer, for_ever=True)
     with pytest.raises(tool.Cancelled):
-        world.send(Down(), 200)
-    assert world.token.stop and word in str(world.token.stop) and Down.count < 60
+        world.send(server, 200)
+    assert world.token.stop and word in str(world.token.stop) and len(server.arrived) < 60
+    assert world.clock.now < seconds
+
+
+def opened(breaker: "tool.CircuitBreaker", status: Optional[int], count: int) -> List[float]:
+    """For how long each of so many answers, one after the other's pause, opens the breaker."""
+    now, pauses = 0.0, []
+    for _ in range(count):
+        assert breaker.on_response(status, 0.0, now) == ""
+        pauses.append(max(0.0, breaker.open_until - now))
+        now = max(now, breaker.open_until)
+    return pauses
+
+
+@pytest.mark.parametrize("retries", [0, 5])
+@pytest.mark.parametrize("status", [None, 500, 503])
+def test_the_third_failure_opens_the_breaker_for_ever_longer(
+    retries: int, status: Optional[int]
+) -> None:
+    breaker = tool.CircuitBreaker(retries)
+    pauses = opened(breaker, status, 3 + retries)
+    assert pauses == [0.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 10.0][: 3 + retries]
+    assert "keeps failing" in breaker.on_response(status, 0.0, 1000.0)
+
+
+def test_the_first_429_opens_the_breaker_and_a_good_answer_closes_it() -> None:
+    breaker = tool.CircuitBreaker(5)
+    pauses = opened(breaker, 429, 20)
+    assert pauses == pytest.approx([min(30.0, 0.1 * 2**number) for number in range(20)])
+    assert "429" in breaker.on_response(429, 0.0, 10_000.0)
+    breaker.on_response(200, 0.0, 20_000.0)
+    assert not breaker.is_tripped and opened(breaker, 503, 2) == [0.0, 0.0]
 
 
 def test_a_request_that_is_not_sent_gives_its_slot_back() -> None:
@@ -436,7 +431,7 @@ def test_a_request_that_is_not_sent_gives_its_slot_back() -> None:
         for _ in range(20):
             await world.scheduler.acquire(tool.ANY_OPTIONS)
             world.scheduler.give_back()
-        await world.request(Counted(world.clock))
+        await world.request(Told(world.clock))
 
     world.run(main())
 
