@@ -3478,7 +3478,11 @@ class DevRevAPI:
         if self.scheduler.breaker.seems_down and endpoint != PROBE:
             # Requests for one object may fail for good; one that names none shows if DevRev is down.
             self.scheduler.give_back()
-            await self._send(PROBE, {}, "dev_user", options, None, None)
+            shown, _ = await self._send(PROBE, {}, "dev_user", options, None, None)
+            if not is_good(shown, "dev_user"):
+                problem = problem_of(PROBE, {}, shown, self.settings, False)
+                if isinstance(problem, FatalError):
+                    self.cancel_token.cancel(problem)
             return await self._send(endpoint, body, key, options, deadline, before)
         writes = is_write(endpoint, body)
         try:

@@ -106,3 +106,25 @@ def test_a_merge_that_is_requested_again_and_one_that_waits_to_be_alone_do_not_w
     scene.lose_request("rev-users.merge", skip=1)
     scene.fault("400", "rev-users.merge", skip=1, times=1)
     assert scene.merge().code == 0 and scene.merged(*pairs)
+
+
+def test_a_token_that_is_revoked_while_devrev_fails_stops_the_run_at_once(scene: Scene) -> None:
+    """Seeds 96, 239 and 252 of a later simulation: a probe's 401 was not heard."""
+    scene.pair(1)
+    scene.fault("500", "rev-users.get")
+
+    def revoke(_: object) -> None:
+        scene.world.token = "another"
+
+    scene.before("dev-users.self", revoke, 2)
+    assert scene.merge("--merge-timeout", "20").code == 3
+
+
+def test_a_merged_contact_that_stays_archived_delays_no_reference(scene: Scene) -> None:
+    """Seed 96 of a later simulation: the lists that prove the merge lingered for ten seconds."""
+    primary, duplicate = scene.pair(1, (2, 3), talk=False)
+    scene.world.stays, scene.world.gone = "archived", "stays"
+    assert scene.merge().code == 0
+    merged = scene.organisation.merge_times[duplicate]
+    moved = [at for at, ref in scene.organisation.reference_times[primary] if ref == "user_1"]
+    assert moved[0] - merged < 3

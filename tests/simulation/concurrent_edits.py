@@ -30,6 +30,7 @@ class ConcurrentEdits:
         for kind, chance in (
             ("email", 0.4), ("reference", 0.3), ("lock", 0.3), ("delete", 0.3), ("merge", 0.3), ("newcomer", 0.4),
             ("visit", 0.4), ("delete_ticket", 0.3), ("give", 0.3), ("unlock", 0.4), ("new_name", 0.3),
+            ("phone", 0.3), ("describe", 0.3),
         ):  # fmt: skip
             if self.scenario.draws.has(f"others: {kind}", chance):
                 kinds.append(kind)
@@ -67,6 +68,21 @@ class ConcurrentEdits:
             return ""
         self.organisation.change(one, display_name="Another Name")
         return f"change the name of {short(one['id'])}"
+
+    def phone(self) -> str:
+        one = self.contact()
+        if one is None:
+            return ""
+        number = f"+4940{next(self.numbers):07}"
+        self.organisation.change(one, phone_numbers=[*one.get("phone_numbers", ()), number])
+        return f"give {short(one['id'])} the number {number}"
+
+    def describe(self) -> str:
+        one = self.contact()
+        if one is None:
+            return ""
+        self.organisation.change(one, description=f"Described {next(self.numbers)}.")
+        return f"describe {short(one['id'])}"
 
     def lock(self) -> str:
         one = self.contact()

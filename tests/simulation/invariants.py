@@ -63,6 +63,8 @@ TRUE = "savepoint and reports say what is true"
 KNOWN = "what the two files say together is what the next run knows"
 GRACE = 10.0  # seconds in which an interrupted run may finish what is under way
 REMEMBERED = "a request is never forgotten"
+LOST = "nobody's edit is lost but within one round trip"
+AT_ONCE = 1.0  # seconds from an answer until what rests on it leaves
 
 
 # --------------------------------------------------------------------------------------------------
@@ -186,6 +188,9 @@ class InvariantChecker:
         self.shown: Dict[
             str, float
         ] = {}  # when the last request left whose answer has shown a contact
+        self.read: Dict[
+            str, Tuple[float, float]
+        ] = {}  # the last read: when sent, and when heard of
         self.listed: Dict[Tuple[str, str], float] = {}  # the same of what a person has in a role
         self.first_pages: Dict[str, float] = {}  # when the first page of a list was requested
         self.polled: Set[str] = set()  # contacts that this run has read
@@ -290,12 +295,35 @@ class InvariantChecker:
             self.joined.add(name)
         for row in rows:
             ids = row["primary_id"], row["duplicate_id"]
+            was_done = self.latest.get(ids, {}).get("state") == "done"
             self.committed[name][ids] = self.latest[ids] = row
             if row["state"] == "requested" and row["backup"] not in self.backups[ids]:
                 self.backups[ids].append(row["backup"])
             if row["state"] == "cancelled":
                 self.cancelled.add(ids)
             self.undo.wrote(ids, row)
+            if row["state"] == "done" and not was_done:
+                self._judge_last_read(ids, row["new_ref"])
+
+    def _judge_last_read(self, ids: Ids, reference: Optional[str]) -> None:
+        """A pair is done only where the last answer about its primary has shown it as it is to be."""
+        if self.lies:
+            return
+        if ids[0] not in self.shown or (
+            self.asks[ids] and self.shown[ids[0]] < self.asks[ids][-1].at
+        ):
+            broken(TRUE, f"{name_of(ids)} is done, and no answer has shown the primary since")
+        since = self.shown.get(ids[0], 0.0) - self.lag - self.fake_devrev.reference_lag - JITTER
+        been = versions(self.organisation.contacts, ids[0], since)
+        if reference and not any(one and one.get("external_ref") == reference for one in been):
+            broken(TRUE, f"{name_of(ids)} is done, and the primary does not have {reference}")
+
+    def rests_since(self, identity: str) -> float:
+        """Return since when others' edits may be lost to a write that leaves now: since the read that it rests on was
+        sent, or, where something has waited behind that, since now."""
+        now = self.clock.now
+        sent, heard = self.read.get(identity, (now, now))
+        return sent - JITTER if now - heard <= AT_ONCE else now
 
     def _judge_join(self) -> None:
         """Before its first request a run knows what both files together said, and both files know the same."""
@@ -437,6 +465,10 @@ class InvariantChecker:
             self.polled.add(sent.body["id"])
         if answer.status != 200 or not answer.data:
             return
+        for value in answer.data.values():
+            for one in value if isinstance(value, list) else [value]:
+                if isinstance(one, dict) and isinstance(one.get("id"), str):
+                    self.read[one["id"]] = (sent.at, self.clock.now)
         if "cursor" in sent.body:  # a list is as old as its first page
             sent = sent._replace(at=self.first_pages.get(list_of(sent), -1e9))
         else:
@@ -887,22 +919,26 @@ class InvariantChecker:
         ]
         if not rows:
             broken(invariant, f"{', '.join(sorted(sent.body))} of {short(sent.body['id'])}")
+        primary = sent.body["id"]
         contacts = [self.organisation.contacts.get(one) or {} for ids in mine for one in ids]
-        contacts += [
-            one for ids in mine for one in versions(self.organisation.contacts, ids[0], -1e9) if one
-        ]
+        for ids in mine:
+            been = versions(self.organisation.contacts, ids[0], -1e9)
+            contacts += [one for one in been if one]
+        lately = versions(self.organisation.contacts, primary, self.rests_since(primary))
         for field in sorted(set(sent.body) - {"id", "external_ref"}):
             value = sent.body[field]
             if field == "phone_numbers":
                 numbers = {number for one in contacts for number in one.get(field, ())}
-                now = set((self.organisation.contacts.get(sent.body["id"]) or {}).get(field, ()))
-                good = set(value) <= numbers and (now <= set(value) or self.lies)
+                good = set(value) <= numbers
+                is_lost = not kept_numbers(lately) <= set(value)
             else:
-                good = field in ("description", "display_name") and any(
-                    one.get(field) == value for one in contacts
-                )
+                good = field in ("description", "display_name")
+                good = good and any(one.get(field) == value for one in contacts)
+                is_lost = not any(may_be_replaced(one, field) for one in lately)
             if not good:
-                broken(invariant, f"{field} of {short(sent.body['id'])} becomes {value!r}")
+                broken(invariant, f"{field} of {short(primary)} becomes {value!r}")
+            if is_lost and not self.lies:
+                broken(LOST, f"{field} of {short(primary)} becomes {value!r}")
 
     def _judge_gap(self, ids: Ids) -> None:
         """Where nothing is disturbed, the reference is moved at the next poll, and that comes soon."""
@@ -1127,6 +1163,26 @@ class InvariantChecker:
         """Everything was left in peace for long enough: each pair has ended, or there is a true reason."""
         self.reasons.judge(rows, stuck)
         self.undo.after_life(rows)
+
+
+def kept_numbers(been: Sequence[Optional[Thing]]) -> Set[str]:
+    """Return the phone numbers that a contact has had all the time."""
+    found = [set((one or {}).get("phone_numbers", ())) for one in been]
+    return set.intersection(*found)
+
+
+def may_be_replaced(contact: Optional[Thing], field: str) -> bool:
+    """Return whether a contact has no value of a field, or a name that DevRev has made."""
+    value = str((contact or {}).get(field) or "")
+    if field != "display_name" or contact is None:
+        return not value
+    email = str(contact.get("email") or "")
+    return value.lower() in (
+        "",
+        email.lower(),
+        email.partition("@")[0].lower(),
+        contact["display_id"].lower(),
+    )
 
 
 def list_of(sent: Sent) -> str:

@@ -4,7 +4,14 @@ import json
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, Set
 
-from tests.fake.organisation import HALF_EMOJI, OTHER_WORK_KINDS, Thing, kind_of, org_id_of
+from tests.fake.organisation import (
+    HALF_EMOJI,
+    OTHER_WORK_KINDS,
+    Thing,
+    kind_of,
+    org_id_of,
+    own_reference,
+)
 from tests.simulation.expected import STOPPING, TERMINAL, Ids, most_contacts, name_of, takes_part
 from tests.simulation.report_invariants import ids_of
 from tests.simulation.world import broken
@@ -209,11 +216,8 @@ class ReasonChecker:
     def _reasons(
         self, ids: Ids, entry: Mapping[str, Any], resting: Mapping[Ids, Any], stuck: Set[str]
     ) -> Dict[str, Callable[[], Any]]:
-        organisation, checker, reference = (
-            self.organisation,
-            self.checker,
-            entry["new_external_ref"],
-        )
+        organisation, checker = self.organisation, self.checker
+        world, reference = checker.fake_devrev, entry["new_external_ref"]
         primary, duplicate = (
             organisation.contacts.get(one) if organisation.alive(one) else None for one in ids
         )
@@ -255,6 +259,12 @@ class ReasonChecker:
             ),
             "left_behind": lambda: any(
                 not checker.belongs_to(one["id"], one["role"], ids[0]) for one in left
+            ),
+            # Lists show the merged duplicate for good as it was before.
+            "still_listed": lambda: (
+                duplicate is None
+                and world.stays == "own-reference"
+                and organisation.contacts[ids[1]]["external_ref"] == own_reference(ids[1])
             ),
             "merged_into_another": lambda: organisation.survivor(ids[1]) != ids[0],
             "backup_failed": lambda: checker.backups_lost,

@@ -23,6 +23,7 @@ TRAVEL = 100.0  # seconds that a request may be on its way
 TWO = "never two contacts are created for one pair"
 STAYS = "an undo moves no one but whom the merge has moved"
 TRUE = "a finished undo is true in DevRev"
+LOST = "nobody's edit is lost but within one round trip"
 DURABLE = "a step of an undo is in both files before its request leaves"
 
 
@@ -68,7 +69,6 @@ class UndoChecker:
         self.reports: Dict[str, Any] = {}
         self.last: Optional[Dict[str, Any]] = None
         self.in_flight: List[Sent] = []  # writes of this run without an answer
-        self.read_at: Dict[str, float] = {}  # when DevRev last answered a read of an object
         self.rests_on: DefaultDict[str, List[float]] = defaultdict(
             list
         )  # the reads that its writes rest on
@@ -156,7 +156,7 @@ class UndoChecker:
         elif sent.endpoint in OF_OBJECTS:
             if sent.body.get("owned_by", {}) == {"set": []}:
                 broken("owned_by is never emptied", short(sent.body["id"]))
-            self.rests_on[sent.body["id"]].append(self.read_at.get(sent.body["id"], self.began))
+            self.rests_on[sent.body["id"]].append(self.checker.rests_since(sent.body["id"]))
 
     def answered(self, sent: Sent, _answer: Any) -> None:
         self.in_flight = [one for one in self.in_flight if one is not sent]
@@ -220,6 +220,7 @@ class UndoChecker:
         mine = [ids for ids in self.open() if primary in (ids[0], self.stand_in(ids[0]))]
         if not mine or any(len(self._saved(ids)) != 2 for ids in mine):
             broken(DURABLE, f"update of {short(primary)}")
+        self._judge_fields(sent, mine)
         if "external_ref" not in sent.body:
             return
         known = self.checker.known
@@ -229,9 +230,30 @@ class UndoChecker:
         allowed |= {
             "REVU-" + one.rpartition("/")[2] for one in (primary, *(ids[0] for ids in mine))
         }
+        since = self.checker.rests_since(primary)
+        been = self.checker.versions(self.organisation.contacts, primary, since)
+        if not any(one and one.get("external_ref") in {None, *allowed} for one in been):
+            broken(LOST, f"the reference of {short(primary)} becomes {sent.body['external_ref']}")
         if sent.body["external_ref"] not in allowed:
             what = f"{sent.body['external_ref']} to {short(primary)}"
             broken("an undo restores references", what)
+
+    def _judge_fields(self, sent: Sent, mine: List[Ids]) -> None:
+        """An undo takes back what the merge has added, and nothing that others have set since."""
+        primary = sent.body["id"]
+        since = self.checker.rests_since(primary)
+        been = self.checker.versions(self.organisation.contacts, primary, since)
+        carried = [self.checker.latest[ids]["fields_to_carry"] or {} for ids in mine]
+        for field in set(sent.body) - {"id", "external_ref"}:
+            if field == "phone_numbers":
+                added = {number for one in carried for number in one.get(field, ())}
+                there = [set((one or {}).get(field, ())) for one in been]
+                is_lost = not set.intersection(*there) - set(sent.body[field]) <= added
+            else:
+                written = [one.get(field) for one in carried]
+                is_lost = not any(one and one.get(field) in written for one in been)
+            if is_lost and not self.checker.lies:
+                broken(LOST, f"{field} of {short(primary)} becomes {sent.body[field]!r}")
 
     # ----- what DevRev carries out -----------------------------------------------------------------
 
@@ -245,8 +267,6 @@ class UndoChecker:
             ):
                 email, reference = str(request.body.get("email")), request.body.get("external_ref")
                 self.created.append(Created(one, email, reference, self.organisation.now()))
-        elif request.endpoint in ("works.get", "conversations.get") and stage == "after":
-            self.read_at[request.body.get("id", "")] = self.organisation.now()
         elif request.endpoint in OF_OBJECTS:
             table = self.table(request.body["id"])
             thing = table.get(request.body["id"])
