@@ -10292,7 +10292,7 @@ def merge_facts(
         facts["choices lose"] = "; ".join(some(lost))
     facts.update(warnings_to_confirm(plan))
     if plan.other_refs:
-        facts["take no part"] = plan.others_line()
+        facts["others"] = plan.others_line()
     facts["takes"] = run.describe_cost(cost)
     facts["backups in"] = str(BACKUPS.resolve())
     facts[""] = "DevRev can't undo a merge; --undo restores most of it from the backups."
@@ -10398,7 +10398,8 @@ class Progress:
         failed = sum(not runner.is_success(pair) for pair in outcomes.values())
         if failed:
             parts.append(f"{failed:,} failed")
-        slow = self._slow_merge(pairs, is_first=not merged)
+        open_pairs = [pair for pair in pairs if pair.ids not in outcomes]
+        slow = self._slow_merge(open_pairs, is_first=not merged)
         if self.run.signal:
             parts.append("stopping, waiting for requests under way")
         elif runner.api.scheduler.waiting_for:
@@ -10408,8 +10409,8 @@ class Progress:
         return " \u00b7 ".join(filter(None, parts))
 
     def _slow_merge(self, pairs: Iterable[Pair], is_first: bool) -> str:
-        """Name the merge that takes long, and the first of a run, for which all others wait."""
-        requested = [pair for pair in pairs if pair.state in REQUESTED_STATES]
+        """Name what takes DevRev long, and the first merge of a run, for which all others wait."""
+        requested = [pair for pair in pairs if pair.state in UNFINISHED]
         if not requested:
             return ""
         oldest = min(requested, key=attrgetter("requested_at"))
@@ -10417,8 +10418,10 @@ class Progress:
         spent = self.run.environment.now().wall - since
         if not is_first and spent < self.SLOW:
             return ""
-        which = "the first merge" if is_first else "the merge"
-        return f"waiting {duration(spent)} for {which}, of {oldest.email}"
+        what = "the first merge" if is_first else "the merge"
+        if oldest.state not in REQUESTED_STATES:
+            what = "what a merge moves"
+        return f"waiting {duration(spent)} for {what}, of {oldest.email}"
 
     def _forecast(self, now: float, ended: int, total: int) -> str:
         """Say how long the rest takes at the pace of the last minute; "" where that says nothing."""
