@@ -6941,44 +6941,26 @@ def locate_undo(path: Path, savepoint: SavePoint) -> tuple[Path, list[Path]]:
     carried out, undone since or not. Raises FatalError(2).
     """
     if not path.exists():
-        path_of_address = path.with_name(safe_name(path.name))
-        if not path_of_address.exists():
-            raise FatalError(EXIT_USAGE, f"{path} does not exist")
-        path = path_of_address
+        raise FatalError(EXIT_USAGE, f"{path} does not exist")
     located = path
-    found = path.resolve()
-    for root in (Path("backups"), Path("reports")):
-        if root.resolve() in found.parents:
-            located = root / found.relative_to(root.resolve())
+    for root in (BACKUPS, REPORTS):
+        if root.resolve() in path.resolve().parents:
+            located = root / path.resolve().relative_to(root.resolve())
     if not located.is_dir() or (located / "manifest.json").exists():
         return located, []
-    backups = sorted(one.parent for one in located.glob("[!.]*/manifest.json"))
     merged: dict[Path, int] = {}
-    for backup in backups:
-        revision = merge_revision(backup, savepoint)
-        if revision is not None:
-            merged[backup] = revision
+    for pair in savepoint.pairs(*MERGED_STATES, *UNDO_STATES):
+        backup = Path(pair.backup)
+        if backup.parent == located:
+            revision = pair.undo.merge_revision if pair.undo else savepoint.revision(pair.ids)
+            merged[backup] = max(revision, merged.get(backup, 0))
     if not merged:
-        names = ", ".join(some([str(backup) for backup in backups])) or "none"
+        names = sorted(str(one.parent) for one in located.glob("[!.]*/manifest.json"))
         words = f"{path} holds no backup of a merge that the savepoint knows"
-        raise FatalError(EXIT_USAGE, f"{words}; name one of its backups: {names}")
-    newest = max(merged, key=lambda backup: merged[backup])
-    return newest, [backup for backup in merged if backup != newest]
-
-
-def merge_revision(backup: Path, savepoint: SavePoint) -> int | None:
-    """Return the highest number of a write that recorded a merge of this backup, None where none
-    was carried out."""
-    found: list[int] = []
-    for named in merges_of_backup(backup):
-        pair = savepoint.pair(named.ids)
-        if pair is None or Path(pair.backup) != backup:
-            continue
-        if pair.undo and pair.state in (*MERGED_STATES, *UNDO_STATES):
-            found.append(pair.undo.merge_revision)
-        elif pair.state in MERGED_STATES:
-            found.append(savepoint.revision(pair.ids))
-    return max(found, default=None)
+        hint = f"name one of its backups: {', '.join(some(names)) or 'none'}"
+        raise FatalError(EXIT_USAGE, f"{words}; {hint}")
+    *older, newest = sorted(merged, key=lambda backup: merged[backup])
+    return newest, older
 
 
 def merges_named(path: Path) -> list[Pair]:
@@ -6986,65 +6968,48 @@ def merges_named(path: Path) -> list[Pair]:
 
     Raises FatalError(2).
     """
-    if path.is_dir():
-        return merges_of_backup(path)
     try:
+        if path.is_dir():
+            return pairs_of_backup(read_manifest(str(path)))
         report = json.loads(path.read_bytes())
         entries = list(report["successful_merges"])
         for name in ("unfinished_merges", "settled"):
             entries += report.get(name) or ()
-        return [merge_of_entry(entry) for entry in entries]
-    except (*ODD_ANSWER, OSError):
-        hint = ""
-        beside = path.with_suffix(".json")
-        if beside != path and beside.is_file():
-            hint = f"; name {beside}"
-        words = f"{path} is neither a backup folder nor a merge report{hint}"
-        raise FatalError(EXIT_USAGE, words) from None
-
-
-def merges_of_backup(folder: Path) -> list[Pair]:
-    """Return the pairs whose contacts are in a backup. Raises FatalError(2)."""
-    try:
-        entries = read_manifest(str(folder)).manifest["contacts"]
-        primary, *duplicates = (Contact.from_json(entry["csv"]) for entry in entries)
-        pairs = [Pair(primary, one, None, State.DONE, backup=str(folder)) for one in duplicates]
-        for pair in pairs:
-            if pair.duplicate.is_user and not primary.is_user:
-                pair.new_ref = pair.duplicate.external_ref
-        return pairs
+        return [pair_of_entry(entry) for entry in entries]
     except PairError as error:
         raise FatalError(EXIT_USAGE, str(error)) from None
-    except ODD_ANSWER:
-        words = f"{folder} is neither a backup folder nor a merge report"
+    except (*ODD_ANSWER, OSError):
+        words = f"{path} is neither a backup folder nor a merge report (JSON)"
         raise FatalError(EXIT_USAGE, words) from None
 
 
-def merge_of_entry(entry: Json) -> Pair:
+def pairs_of_backup(backup: Backup) -> list[Pair]:
+    """Return the pairs whose contacts are in a backup."""
+    entries = backup.manifest["contacts"]
+    primary, *duplicates = (Contact.from_json(entry["csv"]) for entry in entries)
+    pairs = []
+    for one in duplicates:
+        new_ref = one.external_ref if one.is_user and not primary.is_user else None
+        pairs.append(Pair(primary, one, new_ref, State.DONE, backup=str(backup.folder)))
+    return pairs
+
+
+def pair_of_entry(entry: Json) -> Pair:
     """Return the pair of an entry of a merge report. Raises what reading another shape raises."""
     contacts = []
+    texts = [entry["email"], entry["backup"] or ""]
     for role in ("primary", "duplicate"):
-        known = {
-            "email": entry["email"],
-            "id": entry[role]["id"],
-            "display_name": entry[role]["display_name"],
-            "external_ref": entry[role]["old_external_ref"],
-            "tickets": entry[role]["tickets"],
-        }
-        contact = Contact.from_json({**dict.fromkeys(COLUMNS, ""), **known})
-        for text in (contact.id, contact.email, contact.external_ref, entry["backup"] or ""):
-            if not isinstance(text, str):
-                raise TypeError("another shape")
-        contacts.append(contact)
-    primary, duplicate = contacts
-    return Pair(
-        primary,
-        duplicate,
-        entry["new_external_ref"],
-        State(entry["state"]),
-        backup=entry["backup"] or "",
-        manifest_sha256=entry.get("manifest_sha256") or "",
-    )
+        told = entry[role]
+        texts += [told["id"], told["old_external_ref"]]
+        known = {"email": entry["email"], "external_ref": told["old_external_ref"]}
+        known.update((name, told[name]) for name in ("id", "display_name", "tickets"))
+        contacts.append(Contact.from_json({**dict.fromkeys(COLUMNS, ""), **known}))
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("another shape")
+    pair = Pair(contacts[0], contacts[1], entry["new_external_ref"], State(entry["state"]))
+    pair.backup = entry["backup"] or ""
+    pair.manifest_sha256 = entry.get("manifest_sha256") or ""
+    return pair
 
 
 def current_ids(contact: str, savepoint: SavePoint) -> list[str]:
@@ -7323,7 +7288,7 @@ async def check_group_to_undo(
         except PairError as problem:
             unclear = problem
     # The last read, because the first write rests on it.
-    await read_primary(context, found, RequestOptions(MERGE, 1 + PairUndo.UNITS))
+    await read_primary(context, found, PairUndo.READ)
     if unclear:
         raise unclear
     if there:
@@ -7643,9 +7608,9 @@ class PairUndo:
     interrupts.
     """
 
-    # Of quota for what follows the freed reference: the contact, perhaps with fewer fields, or the
-    # way back.
-    UNITS = 8
+    # The read before a reference is freed, with the units for what follows: the contact, perhaps
+    # with fewer fields, or the way back.
+    READ = RequestOptions(MERGE, 9)
     PATIENCE = 10.0  # seconds for which an update without an answer is repeated
     ATTEMPTS = 6  # times that an object is read and written before it is given up
 
@@ -7701,7 +7666,8 @@ class PairUndo:
         """
         if self._has_moved() and self.group.read and self.group.read.is_over():
             try:
-                await self._read_primary()
+                await read_primary(self.context, self.group, PairUndo.READ)
+                check_moved_reference(self.group, self.pair)
             except PairError:
                 if self.is_new:
                     await self._save_as_before()
@@ -7721,14 +7687,6 @@ class PairUndo:
                 user = await recreation.look_for_holder()
         self.undo.contact = user["id"]
         self.undo.display_id = str(user.get("display_id"))
-
-    async def _read_primary(self) -> None:
-        """Read the primary again, with the units for what follows. Raises PairError."""
-        options = RequestOptions(MERGE, 1 + self.UNITS)
-        if self.undo.reference_free and not self._has_moved():
-            options = FINISH_OPTIONS
-        await read_primary(self.context, self.group, options)
-        check_moved_reference(self.group, self.pair)
 
     async def _free_reference(self) -> None:
         """Give the primary its old reference. Raises PreconditionsExpired, and PairError where it
@@ -7783,8 +7741,8 @@ class PairUndo:
         error: PairError | None = None
         for _ in range(3 if self.undo.reference_free else 0):
             try:
-                if self.group.read and self.group.read.is_over():
-                    await self._read_primary()
+                await read_primary(self.context, self.group, FINISH_OPTIONS)
+                check_moved_reference(self.group, self.pair)
                 error = None
                 if not self._has_moved():
                     error = await self._set_reference(str(self.moved))
@@ -7814,35 +7772,22 @@ class PairUndo:
     async def _remove_fields(self) -> None:
         """Remove from the primary what the merge carried to it and is still there; what DevRev
         refuses is named."""
-        names = list(self.pair.fields_to_carry)
-        problem = await self._remove(names) if names else None
-        if problem is None:
+        if not self.pair.fields_before:
             return
-        left = []
-        for name in names:  # together they were refused
-            problem = await self._remove([name])
-            if problem:
-                value = self.group.primary.get(name)
-                left.append({"field": name, "value": value, "why": str(problem)})
-        self.undo.fields_left += left
-
-    async def _remove(self, names: Collection[str]) -> PairError | None:
-        """Remove these fields in one update; return why DevRev did not take it."""
-
-        async def read_and_write() -> None:
-            await read_primary(self.context, self.group, RequestOptions(RESUME, 2))
-            update, self.undo.fields_left = plan_fields(self.pair, self.group.primary)
-            body = {name: value for name, value in update.items() if name in names}
-            if body:
-                self.context.raise_if_draining()
-                options = RequestOptions(FINISH, rests_on=self.group.read)
-                await self.api.update_contact(self.group.primary_id, body, options)
-
         try:
-            await until_fresh(read_and_write)
+            await until_fresh(self._write_fields)
         except PairError as problem:
-            return problem
-        return None
+            for name in self.pair.fields_before:
+                value = self.group.primary.get(name)
+                self.undo.fields_left.append({"field": name, "value": value, "why": str(problem)})
+
+    async def _write_fields(self) -> None:
+        await read_primary(self.context, self.group, RequestOptions(RESUME, 2))
+        update, self.undo.fields_left = plan_fields(self.pair, self.group.primary)
+        if update:
+            self.context.raise_if_draining()
+            options = RequestOptions(FINISH, rests_on=self.group.read)
+            await self.api.update_contact(self.group.primary_id, update, options)
 
     async def _restore_objects(self) -> None:
         """Give the contact its works and conversations, one after the other: read, write, verify
@@ -8024,25 +7969,23 @@ def undo_entry(pair: Pair) -> Json:
     restored: list[Json] = []
     lost: list[Json] = []
     created: Json = {}
-    contact: Json | None = None
-    if undo and undo.contact:
-        contact = {"id": undo.contact, "display_id": undo.display_id}
+    left_out = undo.left_out if undo else {}
     with contextlib.suppress(PairError, *ODD_ANSWER):
         mine = read_manifest(pair.backup).entry(pair.duplicate.id)
         user = backed_up_contact(pair.backup, pair.duplicate.id)
+        lost = lost_in_undo(mine, user, left_out)
+        created = creation_fields(user)
         if undo and undo.left is not None:
             left = undo.left
             others = roles_in(left)
-            for item in transferred_objects(mine):
-                if (item["id"], item["role"]) not in others:
-                    restored.append(item)
-        left_out = undo.left_out if undo else {}
-        lost = lost_in_undo(mine, user, left_out)
-        created = creation_fields(user)
-        if contact:
-            contact["external_ref"] = created.get("external_ref")
-            if "external_ref" in left_out:
-                contact["external_ref"] = contact["display_id"]
+            moved = transferred_objects(mine)
+            restored = [item for item in moved if (item["id"], item["role"]) not in others]
+    contact: Json | None = None
+    if undo and undo.contact:
+        contact = {"id": undo.contact, "display_id": undo.display_id}
+        contact["external_ref"] = created.get("external_ref")
+        if "external_ref" in left_out:
+            contact["external_ref"] = undo.display_id
     return {
         "email": pair.email,
         "primary": contact_entry(pair.primary),
@@ -8067,21 +8010,16 @@ def lost_in_undo(entry: Json, user: Json, left_out: Mapping[str, str]) -> list[J
     """Return `{what, value, why}` of what no undo can restore of a contact: `entry` is the
     manifest's, `user` the rev_user in the backup, `left_out` are fields that DevRev refused."""
     why = "DevRev does not allow it to be set"
-    lost = []
-    for name, value in user.items():
-        if name not in (*Recreation.FIELDS, "state", "is_verified"):
-            lost.append({"what": name, "value": value, "why": why})
-    for name, refusal in left_out.items():
-        lost.append({"what": name, "value": user.get(name), "why": refusal})
+    settable = (*Recreation.FIELDS, "state", "is_verified")
+    rows = [(name, value, why) for name, value in user.items() if name not in settable]
+    rows += [(name, user.get(name), refusal) for name, refusal in left_out.items()]
     if user.get("is_verified") is False:
-        words = "a contact created through the API is verified"
-        lost.append({"what": "verification", "value": False, "why": words})
-    created = entry["works"]["created"]
-    if created:
+        rows.append(("verification", False, "a contact created through the API is verified"))
+    if entry["works"]["created"]:
         words = "the primary stays the creator"
-        lost.append({"what": "creator of works", "value": created, "why": words})
-    lost.append({"what": "authors of comments", "value": None, "why": why})
-    return lost
+        rows.append(("creator of works", entry["works"]["created"], words))
+    rows.append(("authors of comments", None, why))
+    return [dict(zip(("what", "value", "why"), row)) for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------
