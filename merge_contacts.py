@@ -7175,22 +7175,23 @@ def check_backup(backup: Backup, pair: Pair, hashes: Mapping[str, set[str]]) -> 
         words = f"{pair.backup}: no report and no row of the savepoint names this backup"
         raise PairError("backup_unknown", words)
     known = {pair.manifest_sha256, *hashes.get(pair.backup, ())} - {""}
-    odd = []
-    if known - {backup.sha256}:
-        odd.append("the SHA-256 of its manifest")
+    is_same = known <= {backup.sha256}
+    if not known and pair.backed_up:
+        is_same = pair.backed_up == backup.holdings
     with reading_backup(pair.backup):
         for contact in (pair.primary, pair.duplicate):
             user = backup.file(backup.entry(contact.id), "contact.json")
             if email_of(user) != contact.key:
-                odd.append(f"the email of {contact.short_id}")
-            moves = contact is pair.duplicate or pair.new_ref
-            if moves and str(user.get("external_ref")).strip() != contact.external_ref.strip():
-                odd.append(f"the reference of {contact.short_id}")
-    if not known and pair.backed_up and pair.backed_up != backup.holdings:
-        odd.append("how much it holds")
-    if odd:
-        words = f"{pair.backup} is not as the merge has made it: {', '.join(odd)}"
-        raise PairError("backup_changed", words)
+                is_same = False
+            has_its_own = contact is pair.duplicate or pair.new_ref
+            if (
+                has_its_own
+                and str(user.get("external_ref")).strip() != contact.external_ref.strip()
+            ):
+                is_same = False
+    if not is_same:
+        words = "its SHA-256, how much it holds, or a contact's email or reference"
+        raise PairError("backup_changed", f"{pair.backup} is not as the merge made it: {words}")
 
 
 def plan_restore(
@@ -7506,7 +7507,7 @@ class Recreation:
         is_vital = has_reference and self.pair.duplicate.is_user
         if not self._refusal and (has_reference or not self._may_exist):
             return True
-        limit = min(self.PATIENCE, self.context.options.merge_timeout / 4)
+        limit = self.PATIENCE
         if self._is_lost and not is_vital:
             limit = self.context.options.merge_timeout
         waited = self.context.environment.elapsed(self._since)
@@ -7514,30 +7515,17 @@ class Recreation:
             await self.context.cancel_token.sleep(self._pause.next())
             return has_reference
         if is_vital:
-            raise self._refused(self.TAKEN)
+            raise self._refused("" if self._is_lost else self.TAKEN)
         if has_reference:
             self.undo.left_out["external_ref"] = self._refusal
             self.undo.contacts_before = None
             self._forget()
             return False
         if self._is_lost:
-            raise self._not_confirmed()
+            raise self.not_confirmed()
         return True
 
-    async def look_for_holder(self) -> Json:
-        """Return the contact that has the reference by now, which lists may not show yet.
-
-        Raises PairError: external_ref_conflict, contact_not_confirmed.
-        """
-        self._forget()
-        while self.context.environment.elapsed(self._since) < self.PATIENCE:
-            user = await self._find(self._fields())
-            if user:
-                return user
-            await self.context.cancel_token.sleep(self._pause.next())
-        raise self._not_confirmed()
-
-    def _not_confirmed(self) -> PairError:
+    def not_confirmed(self) -> PairError:
         words = f"it is not known whether {self.pair.duplicate.short_id} was created again"
         return PairError("contact_not_confirmed", f"{words}; undo again, which looks for it")
 
@@ -7611,8 +7599,7 @@ class PairUndo:
     # The read before a reference is freed, with the units for what follows: the contact, perhaps
     # with fewer fields, or the way back.
     READ = RequestOptions(MERGE, 9)
-    PATIENCE = 10.0  # seconds for which an update without an answer is repeated
-    ATTEMPTS = 6  # times that an object is read and written before it is given up
+    ATTEMPTS = 6  # times that something is written, where answers are lost or odd
 
     def __init__(self, context: GroupContext, group: UndoGroup, pair: Pair, path: Path) -> None:
         self.context = context
@@ -7682,9 +7669,9 @@ class PairUndo:
                 if problem.code not in ("contact_refused", "forbidden"):
                     raise
                 self.undo.forbidden = problem.code == "forbidden"
-                if not await self._return_reference(problem):
+                if await self._return_reference(problem):
                     raise
-                user = await recreation.look_for_holder()
+                raise recreation.not_confirmed() from None
         self.undo.contact = user["id"]
         self.undo.display_id = str(user.get("display_id"))
 
@@ -7694,10 +7681,9 @@ class PairUndo:
         problem: PairError | None = None
         for reference in self.old:
             problem = await self._set_reference(reference)
-            if self.group.primary.get("external_ref") in self.old:
-                return
             # Where it has gone since the update, the contact is created all the same.
-            if not self.group.primary and isinstance(problem, NoUsableResponse):
+            is_gone_since = not self.group.primary and isinstance(problem, NoUsableResponse)
+            if is_gone_since or self.group.primary.get("external_ref") in self.old:
                 return
         if self._has_moved() or not self.group.primary:
             await self._save_as_before()
@@ -7711,55 +7697,52 @@ class PairUndo:
         PreconditionsExpired.
         """
         group = self.group
-        environment = self.context.environment
-        started = environment.now()
         before = group.primary.get("external_ref")
+        if before == reference:
+            return None
         contact = replace(self.pair.primary, id=group.primary_id)
         update = ReferenceUpdate(
             self.api, contact, reference, lambda: RequestOptions(FINISH, rests_on=group.read)
         )
-        while True:
-            sent = environment.now()
+        problem: PairError | None = None
+        for _ in range(self.ATTEMPTS):
+            sent = self.context.environment.now()
             user = await update.send()
             if user != {}:
                 group.primary = {} if user is None or is_gone(user) else user
-                group.read = FreshRead(environment, sent)
+                group.read = FreshRead(self.context.environment, sent)
             now = group.primary.get("external_ref")
             if now == reference:
                 return None
             words = f"DevRev answered with the reference {now}"
             problem = update.problem or PairError("external_ref_not_set", words)
-            may_repeat = isinstance(problem, NoUsableResponse) and now == before
-            if not may_repeat or environment.elapsed(started) > self.PATIENCE:
-                return problem
+            if not isinstance(problem, NoUsableResponse) or now != before:
+                break
+        return problem
 
     async def _return_reference(self, problem: PairError) -> bool:
         """Give the primary the moved reference again, because no contact can be created.
 
-        Return whether it is on another contact by now. Raises PairError where that fails.
+        Return False where another contact has it by now, which lists may not show yet. Raises
+        PairError where that fails.
         """
         error: PairError | None = None
-        for _ in range(3 if self.undo.reference_free else 0):
-            try:
+        try:
+            if self.undo.reference_free:
                 await read_primary(self.context, self.group, FINISH_OPTIONS)
                 check_moved_reference(self.group, self.pair)
-                error = None
-                if not self._has_moved():
-                    error = await self._set_reference(str(self.moved))
-                if isinstance(error, ApiError) and error.status == 409:
-                    return True
-                if error is None:
-                    break
-            except PreconditionsExpired:
-                error = PairError("stale", "something has waited")
-            except PairError as gone:
-                error = gone
-                break
+                error = await self._set_reference(str(self.moved))
+        except PreconditionsExpired:
+            error = PairError("stale", "it had to wait")
+        except PairError as gone:
+            error = gone
+        if isinstance(error, ApiError) and error.status == 409:
+            return False
         if error:
             words = f"{self.moved} could not be set on {self.pair.primary.short_id} again: {error}"
             raise PairError(problem.code, f"{problem}; {words}")
         await self._save_as_before()
-        return False
+        return True
 
     async def _save_as_before(self) -> None:
         """Save that the merge stands as it was. What its undo knows of the merge stays."""
@@ -7827,7 +7810,7 @@ class PairUndo:
             why = "works of this kind are not restored"
             return [{"id": identity, "role": role, "why": why} for role in roles]
         write = functools.partial(self._write_object, identity, roles, contact, stays)
-        pause = Backoff(0.1, self.PATIENCE)
+        pause = Backoff(0.1, 10.0)
         for _ in range(self.ATTEMPTS):
             left = await until_fresh(write)
             if left is not None:
