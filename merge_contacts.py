@@ -819,8 +819,7 @@ _COUNT = re.compile(r"[0-9]{1,18}(?:\.0{1,2})?")
 # A date as a warehouse or a spreadsheet writes it, in whichever order.
 _DATE = re.compile(r"(\d{4}[-/.]\d\d?[-/.]\d\d?|\d\d?[-/.]\d\d?[-/.]\d{4})(?!\d)")
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell begins that a spreadsheet takes for a formula
-_GUARDED = re.compile(r"'+[=+\-@\t\r]")  # what becomes of it in an export
-# Where half of Europe's spreadsheets split a cell in two, the second of which begins like a formula.
+# Where spreadsheets of half of Europe split a cell, and the rest would be a formula.
 _SPLIT = re.compile(r"([;\t\r\n])(?=[\"']*[=+\-@\t\r])")
 _NO_ADDRESS = re.compile(r"[,;<>\"\s]")
 # Invisible beside the categories Cc, Cf, Zs, Zl and Zp: blank letters and variation selectors.
@@ -844,7 +843,7 @@ def parse_count(cell: str) -> int | None:
 
 def cell_text(cell: str) -> str:
     """Return a cell without the apostrophe that `guard_cell` has put before it."""
-    return cell[1:] if cell[:1] == "'" and _GUARDED.match(cell) else cell
+    return cell[1:] if cell[:1] == "'" and _FORMULA.match(cell, 1) else cell
 
 
 def trimmed_text(cell: str) -> str:
@@ -927,11 +926,10 @@ class Contact:
     @classmethod
     def from_cells(cls, cells: Sequence[str]) -> Contact:
         """Make a contact of cells without an error, in the order of COLUMNS."""
-        texts: dict[str, Any] = dict(zip(COLUMNS, cells))
-        for name in ("id", "email", "external_ref", "created"):
-            texts[name] = trimmed_text(texts[name])
-        for name in ("display_name", "full_name", "updated"):
-            texts[name] = cell_text(texts[name])
+        texts: dict[str, Any] = {}
+        for name, cell in zip(COLUMNS, cells):
+            is_exact = name in ("display_name", "full_name", "updated")
+            texts[name] = cell_text(cell) if is_exact else trimmed_text(cell)
         texts["tickets"] = parse_count(texts["tickets"]) or 0
         return cls(**texts)
 
@@ -1050,7 +1048,11 @@ class CsvContents:
     files: int = 1
     other_refs: int = 0  # contacts that take no part because of their reference
     other_ref: str = ""  # the first of these references in alphabetical order
-    warnings: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)  # files, and why
+
+    @property
+    def invalid_count(self) -> int:
+        return sum(self.invalid_counts.values())
 
     def leave_out(self, row: InvalidRow) -> None:
         """Count an invalid row, and name it unless very many are named already."""
@@ -1064,10 +1066,6 @@ class CsvContents:
 _NUL_MARK = "\ufdd0"  # a noncharacter: the csv module of Python 3.8 to 3.10 can't read a NUL
 _AT_SIGNS = ("@", "\uff20", "\ufe6b")  # and what a loose comparison takes for one
 FileIdentity = Tuple[int, ...]
-
-
-class EmptyFile(FatalError):
-    """A file without a header."""
 
 
 class _MarkedBytes(io.BufferedReader):
@@ -1128,10 +1126,11 @@ class CsvTable:
             yield line, is_plain, row
 
     def read_header(self, wanted: Iterable[str]) -> None:
-        """Find the wanted columns. Raises FatalError(2) naming what is missing or doubled."""
-        header = next(filter(None, self.rows), None)
-        if header is None:
-            raise EmptyFile(EXIT_USAGE, "the file is empty")
+        """Find the wanted columns, none in an empty file. Raises FatalError(2) naming what is
+        missing or doubled."""
+        header = next(filter(None, self.rows), [])
+        if not header:
+            return
         names = [name.strip().upper() for name in header]
         if any("," in name for name in names if "\n" in name or "\r" in name):
             raise FatalError(EXIT_USAGE, "the header holds other rows (a stray quote?)")
@@ -1141,8 +1140,6 @@ class CsvTable:
             hint = f" (found: {found})"
             if any("@" in name or name.startswith("DON:") for name in names):
                 hint = "; its first line is a contact: each file needs a header of its own"
-            elif len(list(filter(None, names))) < 2:
-                hint += "; the first line must be the header"
             word = "column" if len(missing) == 1 else "columns"
             raise FatalError(EXIT_USAGE, f"missing {word} {', '.join(missing)}{hint}")
         doubled = [name for name in wanted if names.count(name) > 1]
@@ -1221,8 +1218,7 @@ def open_table(
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 ({error.reason}); export the CSV as UTF-8"
     except FatalError as stop:
-        kind = EmptyFile if isinstance(stop, EmptyFile) else FatalError
-        raise kind(stop.exit_code, f"{path}: {stop}") from None
+        raise FatalError(stop.exit_code, f"{path}: {stop}") from None
     if problem:
         raise FatalError(EXIT_USAGE, f"{path}: {problem}")
 
@@ -1231,9 +1227,8 @@ def check_regular(path: Path) -> None:
     """Raise FatalError(2) where a path is no regular file: it has to be read twice."""
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
-        files = sorted(one for one in path.iterdir() if one.is_file() and one.name[0] not in "._")
-        parts = command_line(*map(str, files[:2] or [path / "part-1.csv"]))
-        raise FatalError(EXIT_USAGE, f"a folder, not a file; name the files in it: {parts} ...")
+        example = path / "part-1.csv"
+        raise FatalError(EXIT_USAGE, f"a folder, not a file; name the files in it: {example} ...")
     if not stat.S_ISREG(mode):
         raise FatalError(EXIT_USAGE, "not a regular file, and it has to be read twice")
 
@@ -1254,10 +1249,6 @@ FOREIGN_FILES = (
         "a web page (HTML), not a CSV; was the download a login page?",
     ),
     (rb".{0,31}[\0-\x08\x0e-\x1f]", "a binary file, not a CSV"),
-    (
-        rb"(?i:(\xef\xbb\xbf)?sep=)",
-        "the first line is `sep=`, a note for Excel alone; delete it",
-    ),
 )
 
 
@@ -1302,31 +1293,29 @@ class ContactReader:
 
     def read(self, emails: Iterable[str]) -> CsvContents:
         contents = self.contents
-        empty: EmptyFile | None = None
+        files = list(map(str, self.paths))
         for path in self.paths:
-            try:
-                with open_table(path, COLUMNS.values()) as table:
+            with open_table(path, COLUMNS.values()) as table:
+                if table.width:
                     self._check_rows(table, str(path))
                     self.tables.append((path, table.identity))
-            except EmptyFile as error:
-                empty = error
-                contents.warnings.append(f"{error}; it was passed over")
-        if empty and not self.tables:
-            raise empty
+                else:
+                    contents.passed_over.append(f"{path}: the file is empty; it was passed over")
+        if not self.tables:
+            raise FatalError(EXIT_USAGE, f"{', '.join(some(files, 3))}: the file is empty")
         contents.contacts_read = len(self.keys) - self.keys.count(-1)
         self._store_rows(self._rows_that_matter(emails))
         self._find_conflicts()
-        order = {str(path): index for index, path in enumerate(self.paths)}
-        contents.invalid_rows.sort(key=lambda row: (order[row.file], row.line))
+        contents.invalid_rows.sort(key=lambda row: (files.index(row.file), row.line))
         if contents.invalid_rows and not contents.contacts_read:
-            files = ", ".join(some(list(order), 3))
-            count = plural(sum(contents.invalid_counts.values()), "invalid one")
+            count = plural(contents.invalid_count, "invalid one")
             reasons = [
                 f"{place_of(row.file, row.line, len(self.paths))}: {row.reason}"
                 for row in contents.invalid_rows
             ]
             why = "; ".join(some(reasons, 3))
-            raise FatalError(EXIT_USAGE, f"{files}: no usable row, {count} ({why})")
+            where = ", ".join(some(files, 3))
+            raise FatalError(EXIT_USAGE, f"{where}: no usable row, {count} ({why})")
         return contents
 
     def _check_rows(self, table: CsvTable, file: str) -> None:
@@ -1417,19 +1406,18 @@ class ContactReader:
     def _find_conflicts(self) -> None:
         """Rows of one id that differ are invalid."""
         for variants in self.variants.values():
-            for number, (file, line, contact) in enumerate(variants):
+            others = variants[1:] + variants[:1]
+            for (file, line, contact), (other_file, other_line, other) in zip(variants, others):
                 if len(variants) == 1:
                     continue
-                other_file, other_line, other = variants[1 if number == 0 else 0]
                 where = f"line {other_line}"
                 if other_file != file:
                     where = f"{other_file}, line {other_line},"
-                differing = [
-                    COLUMNS[name]
-                    for name in COLUMNS
-                    if getattr(contact, name) != getattr(other, name)
+                fields_of = [
+                    name for name in COLUMNS if getattr(contact, name) != getattr(other, name)
                 ]
-                reason = f"the {COLUMNS['id']} of {where} with another {', '.join(differing)}"
+                differing = ", ".join(COLUMNS[name] for name in fields_of)
+                reason = f"the {COLUMNS['id']} of {where} with another {differing}"
                 invalid = InvalidRow(file, line, "conflict", reason, contact.email[:320])
                 self.contents.leave_out(invalid)
                 self.contents.emails_in_invalid_rows.add(loose_key(contact.email))
@@ -1900,15 +1888,11 @@ def skip_words(code: str) -> tuple[str, str]:
 
 
 @dataclass
-class Plan:
+class Plan(CsvContents):
     """What a run would do: the one object that the preview prints and the run carries out."""
 
-    groups: list[Group]
-    skipped: list[SkippedGroup]
-    invalid_rows: list[InvalidRow]  # MAX_INVALID_ROWS of them at most
-    contacts_read: int
-    invalid_counts: collections.Counter[str] = field(default_factory=collections.Counter)  # of all
-    spoiled: set[str] = field(default_factory=set)  # loose keys of the addresses in invalid rows
+    groups: list[Group] = field(default_factory=list)
+    skipped: list[SkippedGroup] = field(default_factory=list)
     already_merged: int = 0
     ids: set[Ids] = field(default_factory=set)  # of all pairs of the CSV
     wanted: dict[Ids, Pair] = field(default_factory=dict)  # the same, --email and --limit apart
@@ -1917,20 +1901,12 @@ class Plan:
     unverified: set[str] = field(default_factory=set)  # ids of contacts, as far as DevRev was asked
     id: str = ""  # of `plan_id`
     left_alone: dict[str, str] = field(default_factory=dict)  # email -> why nothing is to merge
-    look_alikes: list[Json] = field(default_factory=list)
-    files: int = 1  # that the CSV has come in
-    other_refs: int = 0  # contacts that take no part
-    other_ref: str = ""  # an example
     revived: list[Pair] = field(default_factory=list)  # were cancelled, and are named with --email
     # By the live check, while others of their group were merged:
     left_out: list[Pair] = field(default_factory=list)
     # Left alone, because their undo is unfinished; their rows stay:
     refused: list[Pair] = field(default_factory=list)
     warnings: list[Json] = field(default_factory=list)  # before the groups are consumed
-
-    @property
-    def invalid_count(self) -> int:
-        return sum(self.invalid_counts.values())
 
     def others_line(self) -> str:
         """Say how many contacts take no part because of their reference, `""` where all do."""
@@ -1988,6 +1964,8 @@ def read_choices(path: Path) -> dict[str, str]:
     choices: dict[str, str] = {}
     lines: dict[str, int] = {}
     with open_table(path, ("EMAIL", "EXTERNAL_REF")) as table:
+        if not table.width:
+            raise FatalError(EXIT_USAGE, "the file is empty")
         for line, _, row in table:
             if not any(map(str.strip, row)):
                 continue
@@ -2075,25 +2053,12 @@ def detect(
             by_email[email] = []
     for contact in contents.contacts:
         by_email[contact.key].append(contact)
-    plan = Plan(
-        groups=[],
-        skipped=[],
-        invalid_rows=contents.invalid_rows,
-        contacts_read=contents.contacts_read,
-        invalid_counts=contents.invalid_counts,
-        spoiled=spoiled,
-        look_alikes=contents.look_alikes,
-        files=contents.files,
-        other_refs=contents.other_refs,
-        other_ref=contents.other_ref,
-    )
+    plan = Plan(**vars(contents))
     problems: list[str] = []
     for email, contacts in sorted(by_email.items()):
-        if spoiled and loose_key(email) in spoiled:
-            skip_spoiled(plan, email, contacts)
-            continue
+        is_spoiled = bool(spoiled) and loose_key(email) in spoiled
         try:
-            found = classify_group(email, contacts, choices.get(email, ""), primary)
+            found = classify_group(email, contacts, is_spoiled, choices.get(email, ""), primary)
         except PairError as error:
             problems.append(str(error))
             continue
@@ -2102,66 +2067,53 @@ def detect(
         elif found:
             plan.skipped.append(found)
         else:
-            plan.left_alone[email] = why_left_alone(contacts)
+            count = plural(sum(1 for contact in contacts if contact.takes_part), "contact")
+            kinds = f"{Contact.SYSTEM_PREFIX} or {Contact.user_prefix}"
+            plan.left_alone[email] = f"{count} with a {kinds} reference, none to merge"
     if problems:
         words = "; ".join(some(problems, 3))
         raise FatalError(EXIT_USAGE, f"choices that can't be followed: {words}")
     return plan
 
 
-def why_left_alone(contacts: Iterable[Contact]) -> str:
-    count = plural(sum(1 for contact in contacts if contact.takes_part), "contact")
-    kinds = f"{Contact.SYSTEM_PREFIX} or {Contact.user_prefix}"
-    return f"{count} with a {kinds} reference, none to merge"
-
-
-def skip_spoiled(plan: Plan, email: str, contacts: Sequence[Contact]) -> None:
-    """Skip a group that may not be complete, if any of its contacts takes part."""
-    users, _ = rank(contact for contact in contacts if contact.is_user)
-    system, _ = rank(contact for contact in contacts if contact.is_system)
-    if users or system:
-        plan.skipped.append(SkippedGroup(email, "invalid_row", users + system))
-    else:
-        plan.left_alone[email] = why_left_alone(contacts)
-
-
 def classify_group(
-    email: str, contacts: Sequence[Contact], choice: str = "", primary: str = "revu"
+    email: str, contacts: Sequence[Contact], is_spoiled: bool, choice: str, primary: str
 ) -> Group | SkippedGroup | None:
     """Decide what becomes of the contacts of one email: a group to merge, a skip with its reason,
     or nothing.
 
-    `primary` says which contact remains where there is one of each kind, the system-made `revu` or
-    the application's `user`. Raises PairError where `choice`, a reference, is not that of one
-    contact that may be kept.
+    A group that `is_spoiled` may not be complete. `primary` says which contact remains where there
+    is one of each kind, the system-made `revu` or the application's `user`. Raises PairError where
+    `choice`, a reference, is not that of one contact that may be kept.
     """
     users, _ = rank(contact for contact in contacts if contact.is_user)
     system, is_undecided = rank(contact for contact in contacts if contact.is_system)
-    if choice:
-        kept = resolve_choice(email, users, system, choice)
-    elif len(users) + len(system) > mailbox_limit(email):
-        return SkippedGroup(email, "shared_mailbox", users + system)
-    elif len(users) > 1:
-        return SkippedGroup(email, "several_user_refs", users + system)
-    elif len(system) > 1 and not users:
-        return SkippedGroup(email, "no_user_ref", system)
-    elif users and system:
-        kept = users[0]
-    else:
+    found = users + system
+    code = "invalid_row" if is_spoiled and found else ""
+    if choice and not is_spoiled:
+        users = [resolve_choice(email, users, system, choice)]
+    elif not code:
+        code = skip_code(email, users, system)
+    if code:
+        return SkippedGroup(email, code, found)
+    if len(found) < 2:
         return None
-    remaining = kept
-    if kept.is_user and system and primary == "revu":
-        remaining = system[0]
-    pairs = []
-    if kept is not remaining:
-        pairs.append(Pair(remaining, kept, kept.external_ref))
-    for contact in users + system:
-        if contact is not remaining and contact is not kept:
-            pairs.append(Pair(remaining, contact, None))
-    if not pairs:
-        return None
+    kept = users[0]
+    remaining = system[0] if kept.is_user and system and primary == "revu" else kept
+    pairs = [] if kept is remaining else [Pair(remaining, kept, kept.external_ref)]
+    others = [contact for contact in found if contact not in (remaining, kept)]
+    pairs += [Pair(remaining, other, None) for other in others]
     by_age = is_undecided and remaining is not kept
     return Group(email, pairs, chosen=choice, age_undecided=by_age)
+
+
+def skip_code(email: str, users: Sequence[Contact], system: Sequence[Contact]) -> str:
+    """Say why a group can't be merged without a choice, `""` where it can, or has no two contacts."""
+    if len(users) + len(system) > mailbox_limit(email):
+        return "shared_mailbox"
+    if len(users) > 1:
+        return "several_user_refs"
+    return "no_user_ref" if len(system) > 1 and not users else ""
 
 
 def resolve_choice(
@@ -2205,18 +2157,16 @@ def blocked_by_history(groups: Iterable[Group], ended: Iterable[Pair]) -> dict[s
             seen.add(identity)
         return identity
 
-    by_email: dict[str, str] = {}
-    by_ids: dict[frozenset[str], str] = {}
+    codes: dict[Any, str] = {}  # by address, and by two ids
     for pair in history:
         code = "cancelled" if pair.state is State.CANCELLED else "undone"
-        by_email[pair.email] = code
-        by_ids[frozenset(map(original, pair.ids))] = code
+        codes[pair.email] = codes[frozenset(map(original, pair.ids))] = code
     blocked: dict[str, str] = {}
     for group in groups if history else ():
-        found = {by_email.get(group.email, "")}
-        ids = {original(contact.id) for contact in group.all_contacts()}
-        found.update(by_ids.get(frozenset(two), "") for two in combinations(ids, 2))
-        if any(found):
+        ids = sorted({original(contact.id) for contact in group.all_contacts()})
+        keys = [group.email, *map(frozenset, combinations(ids, 2))]
+        found = {codes[key] for key in keys if key in codes}
+        if found:
             blocked[group.email] = "undone" if "undone" in found else "cancelled"
     return blocked
 
@@ -2300,18 +2250,13 @@ def keep_emails(plan: Plan, wanted: Collection[str]) -> list[str]:
     plan.groups = [group for group in plan.groups if group.email in wanted]
     plan.skipped = [skip for skip in plan.skipped if skip.email in wanted]
     plan.look_alikes = [one for one in plan.look_alikes if set(one["emails"]).intersection(wanted)]
-    rows = {email_key(row.email): row for row in plan.invalid_rows if row.email}
     lines: list[str] = []
     unknown: list[str] = []
     for email in sorted(set(wanted).difference(known)):
-        if email in rows:
-            row = rows[email]
-            why = f"{row.file}, line {row.line}: {row.reason}"
-        elif email in plan.left_alone:
-            why = plan.left_alone[email]
-        elif loose_key(email) in plan.spoiled:
+        why = plan.left_alone.get(email, "")
+        if loose_key(email) in plan.emails_in_invalid_rows:
             why = "it stands in an invalid row"
-        else:
+        if not why:
             near = difflib.get_close_matches(email, known, 2, 0.8) if len(unknown) < 5 else []
             hint = f" (did you mean {' or '.join(near)}?)" if near else ""
             unknown.append(email + hint)
@@ -2446,8 +2391,8 @@ class LiveGroup:
 
     def orgs_differ(self, pair: Pair) -> bool:
         """Whether both are known to belong to a rev org, and not to the same."""
-        one, other = rev_org_id(self.primary), rev_org_id(self.duplicate(pair))
-        return one is not None and other is not None and one != other
+        orgs = {rev_org_id(self.primary), rev_org_id(self.duplicate(pair))} - {None}
+        return len(orgs) > 1
 
     def may_be_half_merged(self, pair: Pair) -> bool:
         """Whether the reference that is to move may be on no contact: the primary does not have it,
@@ -2592,8 +2537,10 @@ def live_group_error(live: LiveGroup) -> PairError | None:
     still known."""
     group = live.group
     pending = group.pending()
-    requested = [pair for pair in group.pairs if pair.state in (*UNFINISHED, *ENDED)]
-    merged = {pair.duplicate.id for pair in requested if pair not in pending}
+    merged = set()
+    for pair in group.pairs:
+        if pair.state in (*UNFINISHED, *ENDED) and pair not in pending:
+            merged.add(pair.duplicate.id)
     known = {contact.id for contact in group.all_contacts()}
     there: dict[str, Contact] = {}
     for user in (*live.listed, *live.users.values()):
@@ -9834,7 +9781,7 @@ def make_plan(run: RunContext, savepoint: SavePoint) -> Plan:
     plan.wanted = {pair.ids: pair for group in plan.groups for pair in group.pairs}
     plan.ids = set(plan.wanted)
     apply_savepoint(plan, savepoint, named)
-    lines = contents.warnings
+    lines = plan.passed_over
     if options.email:
         lines += keep_emails(plan, named)
     if options.limit:

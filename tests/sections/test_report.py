@@ -186,7 +186,7 @@ EVERY_STATE = [state for state in State if state is not State.PLANNED]
 
 
 def plan_of(pairs: Sequence[Pair], **fields: Any) -> tool.Plan:
-    return tool.Plan([], [], [], 100, ids={pair.ids for pair in pairs}, **fields)
+    return tool.Plan(contacts_read=100, ids={pair.ids for pair in pairs}, **fields)
 
 
 def test_a_pair_stands_in_the_report_of_the_run_that_ended_it_and_in_no_other(
