@@ -10309,23 +10309,49 @@ def finish_run(
     code: int,
     plan: Plan | None = None,
 ) -> int:
-    """Write the report of a merge run or a settle, print what it says, and suggest what comes next.
-
-    Returns the exit code: 3 where the report can't be written.
-    """
+    """Complete the record of a merge run or a settle, and conclude it; return the exit code."""
     if plan and merger:
         note_refused(plan, merger)
     stop = end_record(run, merger, code)
     run.record.summary = merge_summary(savepoint, run.run_id, plan)
     run.record.headline = headline(run.record.summary, run.record)
-    code = write_run(run, savepoint, code, merge_contents(savepoint, run.run_id, plan))
+    contents = merge_contents(savepoint, run.run_id, plan)
     failures = failures_to_name(savepoint, run.run_id, plan)
-    print_run(run, failures, stop, code)
-    if merger:
+    return conclude(run, savepoint, code, stop, contents, failures)
+
+
+def conclude(
+    run: RunContext,
+    savepoint: SavePoint,
+    code: int,
+    stop: str,
+    contents: ReportContents,
+    failures: Sequence[Pair],
+) -> int:
+    """Write the report of a run, print what it says, and suggest what comes next.
+
+    Returns the exit code: 3 where the report can't be written, unless `code` is worse.
+    """
+    console, record = run.console, run.record
+    try:
+        write_report(run.environment, savepoint, record, contents)
+    except (OSError, FatalError) as error:
+        console.error(f"the report can't be written: {error}")
+        code = max(code, EXIT_STOPPED)
+    if stop:
+        console.error(stop)
+    console.print()
+    console.print(record.headline, "bold" if code else "good")
+    print_failures(console, failures)
+    if record.summary and record.summary.get("skipped_groups"):
+        console.print("         --preview says why groups are skipped")
+    if record.requests_total:
         spent = duration(run.environment.elapsed(run.started))
-        requests = plural(run.record.requests_total or 0, "request")
-        run.console.print(f"took     {requests}, {spent}")
-    print_report_paths(run)
+        console.print(f"took     {plural(record.requests_total, 'request')}, {spent}")
+    for name, suffix in (("report", ".json"), ("page", ".html"), ("table", ".csv")):
+        path = run.report_path.with_suffix(suffix)
+        if path.exists():
+            console.print(f"{name:<8} {path}")
     log.info("exit code %d", code)
     suggest_after_run(run, failures, code)
     return code
@@ -10355,20 +10381,6 @@ def failures_to_name(savepoint: SavePoint, run_id: str, plan: Plan | None) -> li
     return failures
 
 
-def print_run(run: RunContext, failures: Sequence[Pair], stop: str, code: int) -> None:
-    """Print what has stopped a run, what it has come to, and what failed."""
-    console = run.console
-    summary = run.record.summary or {}
-    if stop:
-        console.error(stop)
-    console.print()
-    is_complete = not (code or summary["left"] or summary["cancelled"])
-    console.print(run.record.headline, "good" if is_complete else "bold")
-    print_failures(console, failures)
-    if summary["skipped_groups"]:
-        console.print("         --preview says why groups are skipped")
-
-
 def suggest_after_run(run: RunContext, failures: Sequence[Pair], code: int) -> None:
     """Suggest what comes after a merge run, a settle or an undo."""
     console = run.console
@@ -10387,21 +10399,8 @@ def suggest_after_run(run: RunContext, failures: Sequence[Pair], code: int) -> N
             console.suggest(words, command_line("--undo", str(run.report_path), "--preview"))
         rest = run.retyped(without=("--limit", "--email", "--plan", "--yes"))
         console.suggest("do the same with the rest", rest)
-
-
-def write_run(
-    run: RunContext,
-    savepoint: SavePoint,
-    code: int,
-    contents: ReportContents,
-) -> int:
-    """Write the report of a run; return the exit code: 3 on a disk error, unless `code` is worse."""
-    try:
-        write_report(run.environment, savepoint, run.record, contents)
-    except (OSError, FatalError) as error:
-        run.console.error(f"the report can't be written: {error}")
-        return code if code >= EXIT_USAGE else EXIT_STOPPED
-    return code
+    elif run.options.undo:
+        console.suggest("check the contacts in DevRev; before the next merge, export again")
 
 
 # Options that say nothing of what a run did.
@@ -10453,14 +10452,6 @@ def end_record(run: RunContext, runner: Runner | None, code: int) -> str:
     record.requests_total = sum(record.requests.values())
     record.stopped = "interrupted" if run.signal else stop or None
     return "" if run.signal else stop
-
-
-def print_report_paths(run: RunContext) -> None:
-    """Name the report and what lies beside it."""
-    for name, suffix in (("report", ".json"), ("page", ".html"), ("table", ".csv")):
-        path = run.report_path.with_suffix(suffix)
-        if path.exists():
-            run.console.print(f"{name:<8} {path}")
 
 
 def print_failures(console: Console, pairs: Sequence[Pair]) -> None:
@@ -10626,26 +10617,19 @@ def finish_undo(run: RunContext, plan: UndoPlan, runner: UndoRunner, code: int) 
     record.headline = undo_headline({**counts, "left": left}, before)
     if code == EXIT_USAGE and not run.signal:
         stop = stop or next(pair.error for pair in runner.pairs() if pair.code)
-    if stop:
-        console.error(stop)
     if run.options.preview:
+        if stop:
+            console.error(stop)
         show_findings(run, restored_findings(run, lists))
         return code
-    code = write_run(run, runner.context.savepoint, code, undo_contents(lists))
     for pair in plan.skipped:
         console.print(f"skipped  {pair.email}: {into(pair)}: {pair.code}: {pair.error}")
-    console.print(record.headline, "bold")
-    failures = [*lists["failed"], *lists["unfinished"]]
-    print_failures(console, failures)
-    print_report_paths(run)
     for pair in lists["unfinished"]:
         if stranded(pair):
             console.error(f"{pair.email}: {stranded(pair)}")
-    log.info("exit code %d", code)
-    suggest_after_run(run, failures, code)
-    if not code and counts["undone"] > before:
-        console.suggest("check the contacts in DevRev; before the next merge, export again")
-    return code
+    failures = [*lists["failed"], *lists["unfinished"]]
+    savepoint = runner.context.savepoint
+    return conclude(run, savepoint, code, stop, undo_contents(lists), failures)
 
 
 def undo_lists(plan: UndoPlan, runner: UndoRunner, preview: bool) -> dict[str, list[Pair]]:
