@@ -7983,7 +7983,7 @@ CODES: dict[str, Code] = {
         "After a merge each could read the others' conversations.",
     ),
     "invalid_row": Code(
-        "Correct the rows, which are named with their lines, and run again.",
+        "Correct the rows, which are listed with their lines, and run again.",
         why="A row with this address is invalid, so the group may not be complete.",
     ),
     "undone": Code(
@@ -8364,9 +8364,7 @@ def beside_pairs(plan: Plan | None) -> dict[str, Iterable[Json] | None]:
     choices: list[Json] = []
     for group in plan.chosen:
         lost = [contact_entry(contact, "external_ref") for contact in group.lost_refs()]
-        warnings = [words for _, words in group.warnings()]
-        entry = {"email": group.email, "kept": group.chosen, "lost": lost, "warnings": warnings}
-        choices.append(entry)
+        choices.append({"email": group.email, "kept": group.chosen, "lost": lost})
     skipped = [skip_entry(skip) for skip in plan.skipped]
     for pair in plan.left_out:
         skip = SkippedGroup(pair.email, pair.code, [pair.duplicate])
@@ -8383,17 +8381,16 @@ def beside_pairs(plan: Plan | None) -> dict[str, Iterable[Json] | None]:
 def skip_entry(skip: SkippedGroup) -> Json:
     """Return a skipped group as the lists have it, with the lines of which --choices may take one."""
     why, advice = skip_words(skip.code)
-    lines: list[Json] = []
-    for line, contact in skip.choice_lines().items():
-        names = {"external_ref": contact.external_ref, "display_id": contact.short_id}
-        lines.append({"line": line, **names})
     return {
         "email": skip.email,
         "code": skip.code,
         "reason": why,
         "advice": advice,
         "contacts": [contact_entry(contact, "external_ref") for contact in skip.contacts],
-        "choices": lines,
+        "choices": [
+            {"line": line, "external_ref": contact.external_ref, "display_id": contact.short_id}
+            for line, contact in skip.choice_lines().items()
+        ],
     }
 
 
@@ -8429,12 +8426,12 @@ def merge_lists(savepoint: SavePoint, run_id: str, plan: Plan | None) -> dict[st
 
 COUNTS = (
     "successful_merges", "failed_merges", "unfinished_merges", "unfinished_but_merged", "settled",
-    "cancelled",
+    "cancelled", "total_merges_attempted",
 )  # fmt: skip
 # What a summary holds; without a plan, what only the CSV could tell is null.
 SUMMARY = (
-    "contacts_read", "invalid_rows", "pairs_planned", "already_merged", "total_merges_attempted",
-    *COUNTS, "left", "skipped_groups",
+    "contacts_read", "invalid_rows", "pairs_planned", "already_merged", *COUNTS, "left",
+    "skipped_groups",
 )  # fmt: skip
 
 
@@ -8457,9 +8454,7 @@ def merge_summary(savepoint: SavePoint, run_id: str, plan: Plan | None) -> Json:
     for count in (mine, others):
         count["successful_merges"] += count["settled"]
         count["failed_merges"] += count["cancelled"]
-    summary: Json = dict.fromkeys(SUMMARY)
-    for name in (*COUNTS, "total_merges_attempted"):
-        summary[name] = mine[name]
+    summary: Json = {**dict.fromkeys(SUMMARY), **{name: mine[name] for name in COUNTS}}
     if plan:
         gone = sum(pair.code in ("already_gone", "already_merged") for pair in plan.left_out)
         before = plan.already_merged + gone
@@ -8488,29 +8483,28 @@ def headline(summary: Json, record: RunRecord) -> str:
     """Return what a run has come to, in one line. It never says "all" where some remain."""
     if record.kind == "settle":
         ends = {"settled": "settled", "cancelled": "cancelled", "undo_settled": "partly undone"}
-        ended = in_words(summary, **ends) or ["nothing settled"]
-        return ", ".join([*ended, *in_words(summary, unfinished_merges="still unfinished")])
+        words = in_words(summary, **ends) or ["nothing settled"]
+        return ", ".join([*words, *in_words(summary, unfinished_merges="still unfinished")])
     others: Json = summary.get("earlier_runs", {})
-    merged, unfinished = summary["successful_merges"], summary["unfinished_merges"]
-    verb = "finished" if unfinished else "merged"
-    words: list[str] = []
+    merged = f"{summary['successful_merges']:,}"
+    verb = "finished" if summary["unfinished_merges"] else "merged"
+    words = []
     if summary["pairs_planned"] is None:
-        words.append(f"the run was killed: {plural(merged, 'pair')} {verb}")
+        words.append(f"the run was killed: {merged} {verb}")
     elif summary["pairs_planned"] > summary["already_merged"]:
         pairs = plural(summary["pairs_planned"] - summary["already_merged"], "pair")
-        words.append(f"{merged:,} of {pairs} {verb}")
+        words.append(f"{merged} of {pairs} {verb}")
     elif not others:
         words.append("nothing to merge")
     words += in_words(summary, unfinished_merges="unfinished")
     if summary["unfinished_but_merged"]:
         words[-1] += f" ({summary['unfinished_but_merged']:,} of them merged in DevRev)"
     counts = {**summary, "failed": summary["failed_merges"] - summary["cancelled"]}
-    words += in_words(counts, failed="failed", cancelled="cancelled", left="remaining")
-    words += in_words(counts, already_merged="merged before")
-    if summary["skipped_groups"]:
-        words.append(f"{plural(summary['skipped_groups'], 'group')} skipped")
-    if summary["invalid_rows"]:
-        words.append(plural(summary["invalid_rows"], "invalid row"))
+    ends = {"failed": "failed", "cancelled": "cancelled", "left": "remaining"}
+    words += in_words(counts, **ends, already_merged="merged before")
+    for name, noun in (("skipped_groups", "skipped group"), ("invalid_rows", "invalid row")):
+        if summary[name]:
+            words.append(plural(summary[name], noun))
     ends = {"successful_merges": "finished", "unfinished_merges": "unfinished"}
     earlier = in_words(others, **ends, failed_merges="failed")
     if earlier:
@@ -8547,14 +8541,11 @@ def undo_contents(pairs: Mapping[str, Sequence[Pair] | None]) -> ReportContents:
 
 
 def references_to_set(savepoint: SavePoint) -> Iterator[Json]:
-    """Yield the references that no contact had when their pairs ended, and where each could be set."""
-    for pair in savepoint.pairs(State.SETTLED, State.CANCELLED, State.UNDO_SETTLED):
-        reference = pair.reference_not_set
-        if pair.state is State.UNDO_SETTLED and pair.undo and pair.undo.reference_free:
-            reference = pair.duplicate.external_ref
-        if reference:
-            entry = {"email": pair.email, "reference": reference, "state": pair.state.value}
-            yield {**entry, "contact": pair.primary.short_id, "contact_id": pair.primary.id}
+    """Yield the references that no contact had when their pairs ended, and where to set each."""
+    for pair in savepoint.pairs(*TERMINAL):
+        if pair.reference_not_set:
+            reference = pair.reference_not_set
+            yield {"email": pair.email, "reference": reference, "advice": where_to_set(pair)}
 
 
 def report_head(record: RunRecord) -> Json:
@@ -8598,12 +8589,12 @@ def page_chunks(kind: str, headline: str, report: Iterable[bytes]) -> Iterator[b
     lets the browser run only the script with this hash.
     """
     script = REPORT_PAGE.partition("<script>")[2].partition("</script>")[0]
-    digest = base64.b64encode(hashlib.sha256(script.encode("ascii")).digest()).decode("ascii")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     head, _, tail = REPORT_PAGE.partition("__REPORT__")
     head = head.replace("__HASH__", digest).replace("__KIND__", kind)
-    yield head.replace("__HEADLINE__", html.escape(headline)).encode("ascii", "xmlcharrefreplace")
+    yield head.replace("__HEADLINE__", html.escape(headline)).encode()
     yield from map(for_script, report)
-    yield tail.encode("ascii")
+    yield tail.encode()
 
 
 def for_script(text: bytes) -> bytes:
@@ -8611,11 +8602,6 @@ def for_script(text: bytes) -> bytes:
     return re.sub(rb"[<>&]", lambda found: b"\\u%04x" % ord(found.group()), text)
 
 
-OUTCOMES = {
-    "successful_merges": "merged",
-    "failed_merges": "failed",
-    "unfinished_merges": "unfinished",
-}
 MERGE_COLUMNS = (
     "email", "outcome", "code", "duplicate_id", "duplicate_display_id", "duplicate_external_ref",
     "primary_id", "primary_display_id", "primary_old_external_ref", "primary_new_external_ref",
@@ -8623,7 +8609,7 @@ MERGE_COLUMNS = (
 )  # fmt: skip
 UNDO_COLUMNS = (
     "email", "outcome", "code", "old_id", "old_display_id", "new_id", "new_display_id",
-    "external_ref", "primary_id", "primary_display_id", "backup",
+    "external_ref",
 )  # fmt: skip
 
 
@@ -8632,16 +8618,17 @@ def merge_rows(savepoint: SavePoint, run_id: str, plan: Plan | None) -> Iterator
 
     A group that the plan skips has no pairs: its row has no ids.
     """
-    for name, pairs in merge_lists(savepoint, run_id, plan).items():
+    outcomes = {"successful_merges": "merged", "failed_merges": "failed"}
+    outcomes["unfinished_merges"] = "unfinished"
+    lists = merge_lists(savepoint, run_id, plan)
+    lists["skipped"] = iter(plan.left_out if plan else ())
+    for name, pairs in lists.items():
         for pair in pairs:
             elsewhere = pair.state is State.MERGED_ELSEWHERE
-            yield merge_row(pair, pair.state.value if elsewhere else OUTCOMES.get(name, name))
-    if plan:
-        for pair in plan.left_out:
-            yield merge_row(pair, "skipped")
-        for group in plan.skipped:
-            names = {"email": group.email, "outcome": "skipped", "code": group.code}
-            yield {**dict.fromkeys(MERGE_COLUMNS, ""), **names}
+            yield merge_row(pair, pair.state.value if elsewhere else outcomes.get(name, name))
+    for group in plan.skipped if plan else ():
+        names = {"email": group.email, "outcome": "skipped", "code": group.code}
+        yield {**dict.fromkeys(MERGE_COLUMNS, ""), **names}
 
 
 def merge_row(pair: Pair, outcome: str) -> Mapping[str, str]:
@@ -8676,9 +8663,6 @@ def undo_row(pair: Pair, outcome: str) -> Mapping[str, str]:
         "new_id": pair.undo.contact if pair.undo else "",
         "new_display_id": pair.undo.display_id if pair.undo else "",
         "external_ref": pair.duplicate.external_ref,
-        "primary_id": pair.primary.id,
-        "primary_display_id": pair.primary.short_id,
-        "backup": pair.backup,
     }
 
 
@@ -8695,21 +8679,20 @@ def report_killed_runs(environment: Environment, savepoint: SavePoint) -> list[P
         if record.end is None:
             record.stopped = "killed"
         if record.kind == "undo":
-            failed = {*State} - {State.UNDONE, State.UNDOING}
+            states = {"undone": [State.UNDONE], "unfinished": [State.UNDOING]}
+            states["failed"] = list({*State} - {State.UNDONE, State.UNDOING})
             found: dict[str, list[Pair] | None] = {"skipped": None}
-            for name, states in (
-                ("undone", {State.UNDONE}), ("unfinished", {State.UNDOING}), ("failed", failed),
-            ):  # fmt: skip
-                found[name] = list(savepoint.pairs(*states, run=run_id))
-            if record.summary is None:
-                record.summary = {name: len(pairs or ()) for name, pairs in found.items()}
-                record.headline = undo_headline(record.summary, 0)
+            for name, these in states.items():
+                found[name] = list(savepoint.pairs(*these, run=run_id))
             contents = undo_contents(found)
+            if record.summary is None:
+                record.summary = {name: len(found[name] or ()) for name in states}
+                record.headline = undo_headline(record.summary, 0)
         else:
+            contents = merge_contents(savepoint, run_id, None)
             if record.summary is None:
                 record.summary = merge_summary(savepoint, run_id, None)
                 record.headline = headline(record.summary, record)
-            contents = merge_contents(savepoint, run_id, None)
         write_report(environment, savepoint, record, contents)
         paths.append(report_path(run_id, record.kind))
     savepoint.organisation = ""
@@ -9138,9 +9121,6 @@ def _skip_list(plan: Plan, code: str) -> tuple[str, list[str]]:
     if skips:
         why, advice = skip_words(code)
         lines = [f"why: {why}", f"what to do: {advice}"]
-    places: dict[str, list[str]] = collections.defaultdict(list)
-    for row in plan.invalid_rows if code == "invalid_row" else ():
-        places[email_key(row.email or "")].append(place_of(row.file, row.line, plan.files))
     for skip in skips:
         size, choices = plural(len(skip.contacts), "contact"), list(skip.choice_lines().items())
         if choices:
@@ -9152,8 +9132,7 @@ def _skip_list(plan: Plan, code: str) -> tuple[str, list[str]]:
             continue
         ranked = sorted(skip.contacts, key=lambda one: -one.tickets)
         names = some([f"{one.external_ref} ({plural(one.tickets, 'ticket')})" for one in ranked], 6)
-        where = ", ".join(some(places[skip.email], 20)) or size
-        lines.append(f"{skip.email} ({where}): {', '.join(names)}")
+        lines.append(f"{skip.email} ({size}): {', '.join(names)}")
     return f"SKIPPED {code}: {plural(len(skips), 'group')}", lines
 
 
@@ -11362,7 +11341,7 @@ grouped('cancelled', 'Cancelled', arr(report.cancelled), problem, pair);
 listed('references', 'References to set by hand', arr(report.references_to_set),
   'No contact has them. Until one has, the application may not recognise these people.',
   [email, ['Reference', one => mono(one.reference), one => one.reference],
-    ['Could be set on', one => mono(one.contact), one => one.contact]]);
+    ['What to do', one => v(one.advice)]]);
 const merges = arr(report.successful_merges);
 grouped('merged-and-odd', 'Merged, and to be checked', merges.filter(m => m.code), problem, pair);
 listed('merged', 'Merged', merges.filter(m => !m.code), 'Verified, each with a backup.',

@@ -66,8 +66,8 @@ def test_a_chosen_group_is_merged_as_chosen_and_groups_without_a_choice_stay(sce
         *works.values()
     )
     assert {skip["email"] for skip in run.report["skipped"]} == {UNDECIDED, "nobody@example.com"}
-    (desk,) = (one for one in run.report["choices"] if one["email"] == DESK)
-    assert "joins 4 contacts" in str(desk["warnings"])
+    (desk,) = (one for one in run.report["warnings"] if one["code"] == "shared_mailbox")
+    assert desk["email"] == DESK and "joins 4 contacts" in desk["warning"]
     later = scene.merge()  # what was chosen before stays merged, and is skipped no longer
     assert later.code == 0 and merges(scene) == wanted
     assert {skip["email"] for skip in later.report["skipped"]} == {UNDECIDED, "nobody@example.com"}

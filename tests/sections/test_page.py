@@ -105,7 +105,7 @@ def with_texts(value: Any, text: str) -> Any:
     return text if isinstance(value, str) else value
 
 
-KEPT = {"code", "kind", "start", "requested", "finished", "state"}
+KEPT = {"code", "kind", "start", "requested", "finished", "state", "headline"}
 LEFT = [
     {"id": "i", "display_id": "TKT-7", "title": "A title", "kind": "ticket", "role": "owned_by"}
 ]
@@ -146,6 +146,7 @@ def test_the_page_is_one_file_that_loads_nothing_and_makes_no_markup_of_data() -
 
 def test_the_page_holds_the_report_and_its_headline_and_no_text_ends_the_data() -> None:
     report = with_texts(report_of(**EVERY_LIST), HOSTILE[0])
+    report["run"]["headline"] = HOSTILE[0]
     text = page_of(report).decode("utf-8")
     data = re.findall(
         r'<script type="application/json" id="report">(.*?)</script>', text, re.DOTALL
