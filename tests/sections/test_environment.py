@@ -122,24 +122,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def owned_by(monkeypatch: pytest.MonkeyPatch, owners: Dict[str, int], me: int) -> None:
     """Let these paths of the current folder belong to these users; all else to user 1000."""
-    real = {name: getattr(os, name) for name in ("stat", "lstat")}
 
-    def owner_of(name: str) -> Any:
-        def found(path: Any, *args: Any, **options: Any) -> os.stat_result:
-            result = real[name](path, *args, **options)
-            if isinstance(path, int):
-                return result
-            relative = os.path.relpath(str(path))
-            is_link = name == "lstat" or not options.get("follow_symlinks", True)
-            owner = owners.get(relative, 1000)
-            if is_link:
-                owner = owners.get(f"link {relative}", owner)
-            return os.stat_result((*result[:4], owner, *result[5:]))
+    def found(path: Path, result: os.stat_result, kind: str = "") -> os.stat_result:
+        name = os.path.relpath(str(path))
+        owner = owners.get(f"{kind}{name}", owners.get(name, 1000))
+        return os.stat_result((*result[:4], owner, *result[5:]))
 
-        return found
-
-    for name in real:
-        monkeypatch.setattr(os, name, owner_of(name))
+    monkeypatch.setattr(Path, "stat", lambda path, **_: found(path, os.stat(str(path))))
+    monkeypatch.setattr(Path, "lstat", lambda path: found(path, os.lstat(str(path)), "link "))
     monkeypatch.setattr(os, "geteuid", lambda: me)
 
 
@@ -447,18 +437,22 @@ events = open("events.txt", "w", buffering=1)
 real = {name: getattr(os, name) for name in ("open", "mkdir", "replace", "fsync", "unlink")}
 def tell(*words):
     events.write(" | ".join(str(word) for word in words) + chr(10))
-def recording_open(path, flags, *args, **options):
-    handle = real["open"](path, flags, *args, **options)
-    if flags & os.O_CREAT:
-        tell("create", os.path.abspath(path))
+def plain(given):  # before Python 3.10 pathlib makes methods of these
+    return [one for one in given if hasattr(one, "__fspath__") or isinstance(one, (int, str))]
+def recording_open(*given, **options):
+    given = plain(given)
+    handle = real["open"](*given, **options)
+    if given[1] & os.O_CREAT:
+        tell("create", os.path.abspath(given[0]))
     return handle
 def recording_fsync(handle):
     real["fsync"](handle)
     tell("flush", os.readlink(f"/proc/self/fd/{handle}"))
 def recording(name):
-    def call(*paths, **options):
-        real[name](*paths, **options)
-        tell(name, *[os.path.abspath(path) for path in paths if not isinstance(path, int)])
+    def call(*given, **options):
+        given = plain(given)
+        real[name](*given, **options)
+        tell(name, *[os.path.abspath(path) for path in given if not isinstance(path, int)])
     return call
 os.open, os.fsync = recording_open, recording_fsync
 os.mkdir, os.replace, os.unlink = recording("mkdir"), recording("replace"), recording("unlink")

@@ -405,7 +405,7 @@ def test_a_second_run_in_the_folder_is_told_who_holds_it_and_status_and_preview_
         first.kill()
         first.communicate()
         out = place.run(None, "--status", check=0).out
-        assert "no run is in progress" in out and "was killed" in out
+        assert "a run is in progress" not in out and "was killed" in out
         place.run(None, "--preview", check=0)
         place.run(sandbox, check=0)
     assert_merged(organisation, pairs)
