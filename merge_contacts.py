@@ -336,7 +336,7 @@ class HttpResponse(NamedTuple):
     data: Json | None  # the JSON object in the body; None where there is no complete one
     problem: str = ""  # in words
     sent: bool = True  # whether the request may have reached DevRev
-    setup_error: str = ""  # in words, where a setting of this machine keeps it from being sent
+    is_misconfigured: bool = False  # whether a setting of this machine keeps it from being sent
 
 
 class Environment:
@@ -527,9 +527,7 @@ def create_anew(path: Path) -> BinaryIO:
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file to read; anything else (link, pipe, device) is an OSError, at once."""
-    if not stat.S_ISREG(os.lstat(str(path)).st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    # It may have been replaced since: a pipe without a writer would block without O_NONBLOCK.
+    # A pipe without a writer would block without O_NONBLOCK.
     handle = os.open(str(path), os.O_RDONLY | NO_LINK | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
@@ -566,15 +564,13 @@ def locks_work(path: Path) -> bool:
         create_anew(trial).close()
         with contextlib.closing(sqlite3.connect(str(trial), timeout=0)) as database:
             database.execute("BEGIN EXCLUSIVE")
-    except OSError as error:
-        log.info("%s: no trial of locks: %s", path, error)
-    except sqlite3.Error as error:
+        return True
+    except (OSError, sqlite3.Error) as error:
         log.info("%s: a trial lock failed: %s", path, error)
-        return False
+        return isinstance(error, OSError)
     finally:
         with contextlib.suppress(OSError):
             trial.unlink()
-    return True
 
 
 NO_LOCKS = "this file system has no working locks; run in a folder on a local disk"
@@ -721,8 +717,7 @@ class HttpTransport:
         if self._has_answered:  # then no setting of this machine is at fault
             return response._replace(problem=problem, sent=False)
         problem += "; see HTTPS_PROXY (proxy) and REQUESTS_CA_BUNDLE (certificate authorities)"
-        setup_error = problem if is_setting else ""
-        return response._replace(problem=problem, sent=False, setup_error=setup_error)
+        return response._replace(problem=problem, sent=False, is_misconfigured=is_setting)
 
 
 class CancelToken:
@@ -3803,8 +3798,8 @@ def problem_of(
     that are not DevRev's JSON only a 413 is one, and a 401 after the retries.
     """
     status = answer.status or 0
-    if answer.setup_error:
-        return FatalError(EXIT_USAGE, answer.setup_error)
+    if answer.is_misconfigured:
+        return FatalError(EXIT_USAGE, answer.problem)
     if 300 <= status < 400:
         location = settings.mask(str(answer.headers.get("Location", "")))
         words = f"redirected to {location or 'nowhere'}"
@@ -4592,31 +4587,31 @@ class SavePointFile:
         SQLite would have to roll back what a killed run left: that happens in a temporary copy.
         """
         memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        journal = self.path.with_name(self.path.name + "-journal")
+        journal = self.path.with_name(f"{self.path.name}-journal")
         for pause in (0.0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.8):
             time.sleep(pause)
             if not (self.path.exists() and self.path.stat().st_size):
                 break
-            with tempfile.TemporaryDirectory() as folder:
-                aside = Path(folder) / self.path.name
-                # The change counter (bytes 24 to 27) tells whether a transaction ended meanwhile.
-                before = self.path.read_bytes()[24:28]
-                content = self.path.read_bytes()
-                aside.write_bytes(content)
-                if journal.exists():
-                    aside.with_name(journal.name).write_bytes(journal.read_bytes())
-                if content[24:28] != before or self.path.read_bytes()[24:28] != before:
-                    continue
-                with contextlib.closing(sqlite3.connect(str(aside), isolation_level=None)) as db:
-                    try:
-                        db.execute("SELECT count(*) FROM sqlite_master")
+            try:
+                with tempfile.TemporaryDirectory() as folder:
+                    before = self._change_counter()
+                    for path in (self.path, journal):
+                        if path.exists():
+                            shutil.copy(str(path), folder)
+                    aside = Path(folder) / self.path.name
+                    with contextlib.closing(sqlite3.connect(str(aside))) as db:
                         db.backup(memory)
-                    except sqlite3.DatabaseError:
-                        if pause == 0.8:
-                            raise
-                        continue
-            break
+                    if self._change_counter() == before:
+                        break
+            except (FileNotFoundError, sqlite3.DatabaseError):
+                if pause == 0.8:
+                    raise
         self.db = memory
+
+    def _change_counter(self) -> bytes:
+        """What tells whether a transaction ended meanwhile."""
+        with open_regular(self.path) as file:
+            return file.read(28)[24:]
 
 
 class SavePoint:

@@ -141,29 +141,7 @@ def test_with_json_the_question_is_on_the_terminal_and_the_report_in_the_file(
     assert json.loads(Path(out).read_bytes())["summary"]["successful_merges"] == 1
 
 
-def test_every_json_document_has_a_schema_number(place: Workplace) -> None:
-    organisation, _ = organisation_of_pairs(1)
-    place.export(organisation)
-    with Sandbox(organisation) as sandbox:
-        place.run(sandbox, check=0)
-        for mode in ("--preview", "--check", "--status", "--verify-backups"):
-            assert (
-                json.loads(place.run(sandbox, mode, "--json", check=0).out)["schema"] == tool.SCHEMA
-            )
-        found = place.run(
-            sandbox, "--undo", f"reports/{reports(place)[0].name}", "--preview", "--json", check=0
-        )
-        assert json.loads(found.out)["schema"] == tool.SCHEMA
-
-
 # ----- options -------------------------------------------------------------------------------------
-
-
-def test_a_mistyped_address_gets_its_near_match(place: Workplace) -> None:
-    organisation, _ = organisation_of_pairs(3)
-    place.export(organisation)
-    err = place.run(None, "--preview", "--email", "preson2@example.com", check=2).err
-    assert "preson2@example.com (did you mean person2@example.com" in err
 
 
 # ----- disks ---------------------------------------------------------------------------------------
@@ -172,7 +150,7 @@ NO_FOLDER_FLUSH = """
 flush = os.fsync
 def fsync(handle):
     if stat.S_ISDIR(os.fstat(handle).st_mode):
-        raise OSError(errno.{name}, "as this file system says")
+        raise OSError(errno.EINVAL, "as this file system says")
     flush(handle)
 os.fsync = fsync
 """
@@ -187,12 +165,11 @@ os.fsync = fsync
 
 
 @posix
-@pytest.mark.parametrize("name", ["EINVAL", "ENOTSUP"])
-def test_a_folder_that_can_not_be_flushed_is_warned_of_once(place: Workplace, name: str) -> None:
+def test_a_folder_that_can_not_be_flushed_is_warned_of_once(place: Workplace) -> None:
     organisation, pairs = organisation_of_pairs(3)
     place.export(organisation)
     with Sandbox(organisation) as sandbox:
-        extra = machine(place.folder / "site", NO_FOLDER_FLUSH.format(name=name))
+        extra = machine(place.folder / "site", NO_FOLDER_FLUSH)
         result = place.run(sandbox, check=0, **extra)
     assert_merged(organisation, pairs)
     assert result.err.count("warning: ") == result.err.count("can't flush a folder") == 1
