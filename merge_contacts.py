@@ -2672,7 +2672,7 @@ def announced_quota(headers: Mapping[str, str]) -> AnnouncedQuota | None:
 
 
 def retry_after(response: HttpResponse, server_time: float) -> float | None:
-    """Return the seconds that a 429 asks to wait, by its header or, where that is lost, its body."""
+    """Return the seconds that a 429 asks to wait, by its header or, without one, by its body."""
     text = str(response.headers.get("Retry-After", "")).strip()
     for value in (text, str((response.data or {}).get("retry_after", ""))):
         if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
@@ -2958,7 +2958,7 @@ class RequestScheduler:
         request.future.set_result(None)
 
     def _on_new_window(self) -> None:
-        """Leave others less where a whole window has passed in which their share let nothing leave."""
+        """Leave others less where their share has let nothing leave for a whole window."""
         self._is_asking = False
         if self._share_held_back and not self._has_sent and self.others == self.OTHERS:
             self.others = self.FEWER
@@ -3216,7 +3216,7 @@ def user_ids(name: str, obj: Json) -> set[str]:
 
 
 class ListResult(NamedTuple):
-    """Items of a list, once each, in order; `since` is when the request for its first page was sent."""
+    """Items of a list, once each, in order; `since` is when its first page was requested."""
 
     items: list[Json]
     since: Timestamp
@@ -3314,7 +3314,7 @@ class Reading:
 
 
 def is_write(endpoint: str, body: Json) -> bool:
-    """Whether a request changes something; an update that sets nothing only tries whether one may."""
+    """Whether a request changes something; an update that sets nothing only tries whether it may."""
     return endpoint in WRITES and not body.keys() <= {"id", "type"}
 
 
@@ -3418,7 +3418,7 @@ class DevRevAPI:
         """Send a request once it may leave; return the answer, and when it was sent."""
         await self.scheduler.acquire(options)
         if self.scheduler.breaker.seems_down and endpoint != PROBE:
-            # Requests for one object may fail for good; one that names none shows if DevRev is down.
+            # One object's requests may fail for good; one that names none shows if DevRev is down.
             self.scheduler.give_back()
             shown, _ = await self._send(PROBE, {}, "dev_user", options, None, None)
             if not is_good(shown, "dev_user"):
@@ -3498,7 +3498,7 @@ class DevRevAPI:
     async def _read(
         self, endpoint: str, key: str, page: Json, options: RequestOptions, reading: Reading
     ) -> AsyncIterator[ListResult]:
-        """Yield the pages of one reading until one names no next; `page` is the body of the next."""
+        """Yield the pages of one reading until one names no next; `page` is the body to send."""
         while True:
             reply, since = await self._call(endpoint, page, key, options)
             items = objects_in(reply[key], endpoint, key)
@@ -3523,7 +3523,7 @@ class DevRevAPI:
         options: RequestOptions,
         deadline: float | None = None,
     ) -> Json:
-        """Return the one object that an endpoint answers with. Raises NoUsableResponse where it is none."""
+        """Return the one object in an answer. Raises NoUsableResponse where there is none."""
         found, _ = await self._call(endpoint, body, key, options, deadline)
         return objects_in([found[key]], endpoint, key)[0]
 
@@ -3556,7 +3556,7 @@ class DevRevAPI:
             return {"id": match.group(0)}
 
     async def contact(self, identity: str, options: RequestOptions = ANY_OPTIONS) -> Json | None:
-        """Return the rev user of this id, None where there is none, or where it has become another."""
+        """Return the rev user of this id, None where there is none or it has become another."""
         user = await self._get_contact(identity, options)
         return user if user and user["id"] == identity else None
 
@@ -3631,7 +3631,7 @@ class DevRevAPI:
         return user
 
     async def create_contact(self, fields: Json, options: RequestOptions) -> Json:
-        """Create a contact and return it. The caller finds out what a request did whose answer is lost."""
+        """Create a contact and return it. The caller finds out what a lost answer would say."""
         return await self.get_one("rev-users.create", fields, "rev_user", options)
 
     async def set_people(
@@ -3671,7 +3671,7 @@ class DevRevAPI:
     # -- what the batch loaders call ---------------------------------------------------------------
 
     async def _list_unverified(self, emails: Sequence[str], options: RequestOptions) -> ListResult:
-        """List with the filter; where that is refused for a single email, too, DevRev does not know the filter."""
+        """List with the filter, which DevRev may refuse, for a single email, too."""
         body = {"email": list(emails), "is_verified": False}
         try:
             return await self.pages("rev-users.list", "rev_users", body, options)
@@ -3686,7 +3686,7 @@ class DevRevAPI:
             return ListResult([], self.environment.now())
 
     async def _list_by(self, name: str, keys: Sequence[str], options: RequestOptions) -> ListResult:
-        """List contacts by `email`, conversations by `members`, or works of every kind by a role."""
+        """List contacts by `email`, conversations by `members`, or all works by a role."""
         body: Json = {name: list(keys)}
         if name == "email":
             return await self.pages("rev-users.list", "rev_users", body, options)
@@ -3721,13 +3721,22 @@ class DevRevAPI:
             except ApiError as error:
                 if error.status not in (400, 403) or self._kinds_are_known:
                     raise
-                refused = kinds_named(error, self.work_kinds)
-                refused = refused or await self._refused_kinds(body, options)
+                allowed = error.data.get("allowed_values")
+                if isinstance(allowed, list):
+                    refused = [one for one in self._other_kinds() if one not in allowed]
+                else:
+                    refused = await self._refused_kinds(body, options)
                 if not refused:
                     raise  # for another reason
-                self._drop_kinds(refused, error.status)
+                self.work_kinds = tuple(one for one in self.work_kinds if one not in refused)
+                words = f"works that are not listed ({error.status}) or backed up: {refused}"
+                self.warnings.append(words)
+                log.log(logging.INFO if error.status == 400 else logging.WARNING, "%s", words)
         self._kinds_are_known = True
         return found
+
+    def _other_kinds(self) -> tuple[str, ...]:
+        return self.work_kinds[len(TICKETS_AND_ISSUES) :]
 
     async def _refused_kinds(self, body: Json, options: RequestOptions) -> list[str]:
         """Return the kinds that are refused one by one, none where tickets and issues are, too."""
@@ -3736,29 +3745,13 @@ class DevRevAPI:
         refused = []
         with contextlib.suppress(ApiError):
             await self._list_works(TICKETS_AND_ISSUES, body, options)
-            for kind in self.work_kinds[len(TICKETS_AND_ISSUES) :]:
+            for kind in self._other_kinds():
                 try:
                     await self._list_works((*TICKETS_AND_ISSUES, kind), body, options)
                 except ApiError:
                     refused.append(kind)
             self._kinds_are_known = True
         return refused
-
-    def _drop_kinds(self, refused: Sequence[str], status: int) -> None:
-        self.work_kinds = tuple(kind for kind in self.work_kinds if kind not in refused)
-        names = ", ".join(refused)
-        words = f"DevRev answers {status} to lists of these works, which are not backed up: {names}"
-        self.warnings.append(words)
-        log.log(logging.INFO if status == 400 else logging.WARNING, "%s", words)
-
-
-def kinds_named(error: ApiError, kinds: Sequence[str]) -> list[str]:
-    """Return which further `kinds` of works an error names as refused, if it names any."""
-    others = [kind for kind in kinds if kind in OTHER_WORKS]
-    allowed = error.data.get("allowed_values")
-    if isinstance(allowed, list):
-        return [kind for kind in others if kind not in allowed]
-    return [kind for kind in others if kind == error.data.get("value")]
 
 
 async def load_all(loader: BatchLoader, keys: Iterable[str], priority: int) -> ListResult:
@@ -3847,7 +3840,7 @@ def objects_in(items: Any, endpoint: str, key: str) -> list[Json]:
 
 @contextlib.contextmanager
 def before_any_change(api: DevRevAPI) -> Iterator[None]:
-    """Turn what DevRev's API raises into the FatalError that ends a run which has changed nothing."""
+    """Turn what the API raises into the FatalError that ends a run which has changed nothing."""
     try:
         yield
     except NoUsableResponse as error:
@@ -4003,8 +3996,10 @@ class BatchLoader:
     def _deliver(
         self, pending: Sequence[PendingKey], keys: Sequence[str], listing: ListResult
     ) -> list[Sequence[str]]:
-        """Give each key what was listed of it. Where an item names none of several keys, nobody gets
-        anything: return each key as a part to list by itself."""
+        """Give each key what was listed of it, and return no parts.
+
+        Where an item names none of several keys, return each key as a part to list by itself.
+        """
         found = {key: ListResult([], listing.since) for key in keys}
         names = [(key, self._name(key)) for key in keys]
         for item in listing.items:
@@ -6643,19 +6638,18 @@ def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) ->
                 )
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Export: the CSV from DevRev itself
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class ContactExporter:
-    """Reads from DevRev what the CSV holds: all contacts, page by page, and the works of those whose email recurs.
+    """Reads from DevRev what the CSV holds: all contacts, and works of those whose email recurs.
 
-    An email recurs under the looser comparison, so that look-alikes are in the export. Deleted and merged contacts are
-    left out.
-
-    `endings` are those of the wanted emails, such as `@example.com`. Contacts wait in `spool`, a file, until all are
-    read and it is known which emails recur: only these are ever held in memory.
+    An email recurs under the looser comparison, so that look-alikes are in the export. Deleted and
+    merged contacts are left out. `endings` are those of the wanted emails, such as `@example.com`.
+    Contacts wait in `spool`, a file, until all are read and it is known which emails recur: only
+    these are ever held in memory.
     """
 
     WAVE = 4 * PAGE  # contacts whose works are counted together
@@ -6668,7 +6662,7 @@ class ContactExporter:
         self.rows: list[Contact] = []
 
     async def run(self) -> list[Contact]:
-        """All rows, ordered by email. Raises what a list call does, and OSError for the disk of the spool."""
+        """Return all rows, ordered by email. Raises what a list call does, and OSError."""
         keys = array("q")  # hashes of the spooled contacts' emails
         async for page in self.api.each_page("rev-users.list", "rev_users", {}):
             for user in page.items:
@@ -6689,7 +6683,7 @@ class ContactExporter:
         return self.rows
 
     async def _count(self, contact: Contact) -> None:
-        """TICKET_COUNT, as the README's query has it: the most tickets and issues owned, created or reported."""
+        """Set TICKET_COUNT as the README's query has it: the most that one role has."""
         listings = await together(
             *(self.api.objects[name].load(contact.id) for name in ROLES.values())
         )
@@ -6712,7 +6706,7 @@ class ContactExporter:
 
 
 def is_taken(path: Path) -> bool:
-    """Whether a file must not be written because its name is taken; an empty file is what a killed export leaves."""
+    """Whether a name is taken; an empty file is what a killed export leaves."""
     return os.path.lexists(str(path)) and not (
         path.is_file() and not path.is_symlink() and path.stat().st_size == 0
     )
@@ -6721,8 +6715,9 @@ def is_taken(path: Path) -> bool:
 def write_new_file(environment: Environment, path: Path, chunks: Iterable[bytes]) -> None:
     """Write a file aside and give it its name in one step that fails where the name is taken.
 
-    A file system without hard links knows no such step: there the name is taken first, by an empty file. Raises
-    FileExistsError where another file has the name, OSError where the disk fails; then nothing is left.
+    A file system without hard links knows no such step: there an empty file takes the name first.
+    Raises FileExistsError where another file has the name, OSError where the disk fails; then
+    nothing is left.
     """
     aside = path.with_name(f".{path.name[:80]}.{os.getpid()}")
     try:
@@ -10455,7 +10450,10 @@ async def export(run: RunContext) -> int:
     api = DevRevAPI(run.settings, run.environment, CancelToken())
     if is_taken(path):
         raise FatalError(EXIT_USAGE, f"{path} {TAKEN}")
-    spool = tempfile.TemporaryFile(dir=str(path.parent))  # noqa: SIM115
+    try:
+        spool = tempfile.TemporaryFile(dir=str(path.parent))  # noqa: SIM115
+    except OSError as error:
+        raise FatalError(EXIT_USAGE, f"{path} can't be written: {error.strerror}") from None
     exporter = ContactExporter(api, [f"@{domain}" for domain in run.options.domain or ()], spool)
     work = asyncio.ensure_future(exporter.run())
     run.on_signal(work.cancel, asyncio.get_event_loop())

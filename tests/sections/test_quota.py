@@ -396,7 +396,7 @@ def test_a_server_that_is_down_for_good_ends_the_run(answer: Any, word: str, sec
 
 def opened(breaker: "tool.CircuitBreaker", status: Optional[int], count: int) -> List[float]:
     """For how long each of so many answers, one after the other's pause, opens the breaker."""
-    now, pauses = 0.0, []
+    now, pauses = breaker.open_until, []
     for _ in range(count):
         assert breaker.on_response(status, 0.0, now) == ""
         pauses.append(max(0.0, breaker.open_until - now))
@@ -420,7 +420,7 @@ def test_the_first_429_opens_the_breaker_and_a_good_answer_closes_it() -> None:
     pauses = opened(breaker, 429, 20)
     assert pauses == pytest.approx([min(30.0, 0.1 * 2**number) for number in range(20)])
     assert "429" in breaker.on_response(429, 0.0, 10_000.0)
-    breaker.on_response(200, 0.0, 20_000.0)
+    breaker.on_response(200, 0.0, breaker.open_until)
     assert not breaker.is_tripped and opened(breaker, 503, 2) == [0.0, 0.0]
 
 

@@ -737,8 +737,6 @@ BASE = EVERY_KIND[:2]
         (BASE, {}, 5),
         (BASE, {"allowed_values": BASE}, 1),
         ((*BASE, "task", "opportunity"), {}, 5),
-        ((*BASE, "task", "opportunity"), {"value": "incident"}, 1),
-        ((*BASE, "opportunity"), {"value": "incident"}, 5),
     ],
 )
 @pytest.mark.parametrize("status", [400, 403])
@@ -754,14 +752,6 @@ def test_works_of_every_kind_are_listed_but_those_that_are_refused(
 
     found, server = ask(works_of(kinds, status=status, **error), load)
     assert found == kinds and len(server.requests) == 4 + extra
-
-
-def test_a_check_lists_works_of_the_kinds_that_a_run_lists() -> None:
-    async def check(api: "tool.DevRevAPI") -> Any:
-        await api.first_works()
-        return api.work_kinds
-
-    assert ask(works_of((*BASE, "task"), status=403), check)[0] == (*BASE, "task")
 
 
 def test_a_403_for_tickets_is_no_matter_of_kinds() -> None:
