@@ -38,7 +38,6 @@ from tests.simulation.world import (
     short,
 )
 
-SEEDS = Path(__file__).with_name("simulation") / "seeds.txt"
 # What makes requests wait:
 DISTURBING = (
     "requests ", "merges unheard", "naps", "a clock", "others spend", "windows roll", "no quota headers",
@@ -764,12 +763,6 @@ def summary(verdicts: int, seconds: float, counts: "Counter[str]", spent: float)
     return f"{', '.join(parts)} in {spent:.1f} s; pairs: {states}; drawn: {kinds}"
 
 
-def kept_seeds() -> List[int]:
-    """The seeds that have found something once."""
-    lines = SEEDS.read_text(encoding="utf-8").splitlines() if SEEDS.exists() else []
-    return [int(line.split()[0]) for line in lines if line.strip() and not line.startswith("#")]
-
-
 def play_many(seeds: Sequence[int], jobs: int, keep_going: bool = False) -> int:
     begun, counts, seconds, failed = time.monotonic(), Counter(), 0.0, []  # type: Any, Counter[str], float, List[Verdict]
     for number, verdict in enumerate(play_all(seeds, jobs), 1):
@@ -805,7 +798,6 @@ def main() -> int:
     )
     parser.add_argument("--seed", metavar="S", type=int, help="play one scenario")
     parser.add_argument("--trace", action="store_true", help="with --seed: show all of it")
-    parser.add_argument("--kept", action="store_true", help="play the seeds that have failed once")
     options = parser.parse_args()
     if options.seed is not None:
         verdict = play(options.seed, load(), trace=True, echo=options.trace)
@@ -815,11 +807,7 @@ def main() -> int:
             print("\n".join(verdict.events))
         print(summary(1, verdict.seconds, verdict.counts, 0.0))
         return 1 if verdict.invariant else 0
-    seeds = (
-        kept_seeds()
-        if options.kept
-        else range(options.start, options.start + (options.seeds or 100))
-    )
+    seeds = range(options.start, options.start + (options.seeds or 100))
     return play_many(list(seeds), options.jobs, options.keep_going)
 
 

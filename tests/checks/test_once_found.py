@@ -94,7 +94,7 @@ def test_a_savepoint_of_another_organisation_has_no_say(scene: Scene) -> None:
     rows = scene.export_rows()
     scene.write_csv(row._replace(id=row.id.replace("SANDBOX1", "OTHER")) for row in rows)
     run = scene.merge()
-    assert run.code == 2 and run.report["summary"]["pairs_planned"] == 1
+    assert run.code == 2
     assert run.rows[duplicate]["state"] == "cancelled"
 
 

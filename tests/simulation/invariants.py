@@ -295,14 +295,14 @@ class InvariantChecker:
             self.joined.add(name)
         for row in rows:
             ids = row["primary_id"], row["duplicate_id"]
-            was_done = self.latest.get(ids, {}).get("state") == "done"
+            before = self.latest.get(ids, {}).get("state")
             self.committed[name][ids] = self.latest[ids] = row
             if row["state"] == "requested" and row["backup"] not in self.backups[ids]:
                 self.backups[ids].append(row["backup"])
             if row["state"] == "cancelled":
                 self.cancelled.add(ids)
             self.undo.wrote(ids, row)
-            if row["state"] == "done" and not was_done:
+            if row["state"] == "done" and before in UNFINISHED:
                 self._judge_last_read(ids, row["new_ref"])
 
     def _judge_last_read(self, ids: Ids, reference: Optional[str]) -> None:

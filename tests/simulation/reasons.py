@@ -206,6 +206,8 @@ class ReasonChecker:
             return True
         if entry["state"] == "merged" and world.reference_updates != "works":
             return True
+        if code in ("api_error", "backup_failed") and world.cursor_life is not None:
+            return True  # a quota that makes pages wait for longer than their cursors live
         if code == "forbidden" and world.hidden_kinds and world.hidden_kinds_answer == "403":
             return True
         for codes, reason in self._reasons(ids, entry, resting, stuck).items():
