@@ -181,7 +181,7 @@ FILES: Dict[str, Case] = {
     },
     "semicolons and quotes": good('"' + text(*ADA).replace(",", '";"').replace("\n", '"\n"')[:-1]),
     "semicolons behind a BOM, and a blank": good(b"\xef\xbb\xbf" + text(*ADA).replace(",", "; ").encode()),
-    "semicolons, and a quoted name with one and commas": good(named("NAME").replace(",", ";").replace("NAME", '"a;b,c,d,e,f,g,h,i"')),
+    "semicolons, and a quoted name with one and commas": good(named("SOMEBODY").replace(",", ";").replace("SOMEBODY", '"a;b,c,d,e,f,g,h,i"')),
     "semicolons in a file of commas": good(named("Ana;B")),
     "a stray quote that swallows a row between semicolons": Case(
         text(row("7", "ada@example.com", "REVU-7", name='"Ann'), row("8", "eve@example.com", "user_8", name='Bob"'),
