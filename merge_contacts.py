@@ -37,12 +37,12 @@ Map of this file, roughly bottom-up:
   Console                                     what people see: also Preview and Page
   Command line  RunContext, main              options, settings, a function for each mode
 
-How a pair resumes: SavePoint._join_pairs (what two files know of it), ContactMerger._resume (with what
-else is known of its primary), PairMerge (from its state on), ContactMerger._poll_cancelled (given up,
-and carried out all the same), PairUndo (the same of an undo), settle_pair (ended by a person).
-A new state: State and the sets of states beside it, PairMerge, SO_FAR and STATE_WORDS, AUTHORITY
-(which of two files wins). A new field of a pair: Pair, with a default; rows without it are read, and
-rows of other versions keep theirs. A change that needs more than a default: MIGRATIONS.
+How a pair resumes: SavePoint._join_pairs (what two files know of it), ContactMerger._resume (with
+what else is known of its primary), PairMerge (from its state on), ContactMerger._poll_cancelled
+(given up, and carried out all the same), PairUndo (the same of an undo), settle_pair (ended by a
+person). A new state: State and the sets of states beside it, PairMerge, SO_FAR and STATE_WORDS,
+AUTHORITY (which of two files wins). A new field of a pair: Pair, with a default; rows without it
+are read, and rows of other versions keep theirs. What needs more than a default: MIGRATIONS.
 """
 
 from __future__ import annotations
@@ -139,9 +139,9 @@ T = TypeVar("T")
 log = logging.getLogger("merge_contacts")
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What ends a run, what fails a pair
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class FatalError(Exception):
@@ -222,9 +222,9 @@ def odd_answer(email: str, error: Exception) -> PairError:
     return PairError("api_error", f"an answer could not be understood ({why})")
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Text
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def escape_unprintable(text: str) -> str:
@@ -316,9 +316,9 @@ def to_json(value: Any, indent: int | None = None) -> bytes:
     return json.dumps(value, ensure_ascii=False, indent=indent).encode("utf-8", "backslashreplace")
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Environment: clocks, disk, threads, network
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Timestamp(NamedTuple):
@@ -396,7 +396,7 @@ class Environment:
         return await future
 
     def create_file(self, path: Path, chunks: Iterable[bytes]) -> tuple[int, str]:
-        """Create `path` (0600) from `chunks` and flush it to the disk; return its size and SHA-256."""
+        """Create `path` (0600) from `chunks`, flush it to the disk; return its size and SHA-256."""
         size = 0
         digest = hashlib.sha256()
         with create_anew(path) as file:
@@ -634,8 +634,8 @@ class HttpTransport:
             "Accept-Encoding": "identity",
             "Content-Type": "application/json",
         }
-        # Proxy and CA bundle are asked for once, and never a proxy for plain http on loopback. There
-        # are no credentials to take from ~/.netrc.
+        # Proxy and CA bundle are asked for once, and never a proxy for plain http on loopback.
+        # There are no credentials to take from ~/.netrc.
         session.trust_env = settings.base_url.startswith("https:")
         found = session.merge_environment_settings(settings.base_url, {}, None, None, None)
         session.proxies = found["proxies"]
@@ -743,7 +743,7 @@ class CancelToken:
 
     @contextlib.contextmanager
     def shield(self) -> Iterator[None]:
-        """Let the current task finish the block in spite of an interruption; other stops end it, too."""
+        """Let the current task finish the block in spite of an interruption; other stops end it."""
         task = asyncio.current_task()
         self._shielded.add(task)
         try:
@@ -790,9 +790,9 @@ async def together(*works: Awaitable[Any]) -> list[Any]:
     return results
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Contacts: the CSV export
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 COLUMNS = {
     "id": "REV_USER_ID",
@@ -1523,9 +1523,9 @@ def csv_chunks(header: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator
         yield (line + "\n").encode("utf-8", "backslashreplace")
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Detection: which contacts are one person
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class State(str, Enum):
@@ -2129,7 +2129,7 @@ def resolve_choice(
     raise PairError("bad_choice", f"{choice} for {email}: {why} (to choose from: {there})")
 
 
-# -- what earlier runs and the options leave of a plan -----------------------------------------------
+# -- what earlier runs and the options leave of a plan ---------------------------------------------
 
 
 def blocked_by_history(groups: Iterable[Group], ended: Iterable[Pair]) -> dict[str, str]:
@@ -2293,7 +2293,7 @@ def keep_limit(plan: Plan, limit: int) -> list[str]:
     return []
 
 
-# -- what DevRev says of a group now -----------------------------------------------------------------
+# -- what DevRev says of a group now ---------------------------------------------------------------
 
 
 def has_reference(user: Json | None, reference: str | None) -> bool:
@@ -4329,9 +4329,9 @@ def by_id(items: Iterable[Json]) -> dict[str, Json]:
     return {item["id"]: item for item in items}
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Savepoint: what was done, across crashes
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class StoredPair(NamedTuple):
@@ -4359,10 +4359,9 @@ def winning_row(one: StoredPair, other: StoredPair) -> StoredPair:
 
     winner, loser = sorted((one, other), key=authority, reverse=True)
     now = winner.document
-    is_idle = now["state"] in (State.PLANNED, State.FAILED)
-    known = (now["requested_at"], now.get("withdrawn_at"))
-    requested = loser.document["requested_at"]
-    if requested and is_idle and not known[0] and known[1] != requested:
+    requested_at = loser.document["requested_at"]
+    forgets = requested_at and not now["requested_at"] and now.get("withdrawn_at") != requested_at
+    if forgets and now["state"] in (State.PLANNED, State.FAILED):
         return loser._replace(revision=winner.revision)
     return winner
 
@@ -4413,8 +4412,8 @@ class SavePointFile:
     def check_header(self) -> None:
         """Read the header (https://sqlite.org/fileformat.html) before SQLite may touch the file.
 
-        Raises OSError, and FatalError(2) where it is damaged, a stranger's, or of a format that this
-        version does not read.
+        Raises OSError, and FatalError(2) where it is damaged, a stranger's, or of a format that
+        this version does not read.
         """
         for path in (self.path, self.path.with_name(f"{self.path.name}-journal")):
             if os.path.lexists(str(path)):
@@ -4485,9 +4484,10 @@ class SavePointFile:
         return self.environment.open_database(f"file:{slash}{quote(path, safe='/:')}?{mode}")
 
     def open(self) -> str:
-        """Lock the file for as long as it is open, and begin its first transaction. Return a warning, if any.
+        """Lock the file for as long as it is open, and begin its first transaction.
 
-        The lock of savepoint.db is the run's; its copy is used without one where the file system has none.
+        Return a warning, if any: the lock of savepoint.db is the run's; its copy is used without
+        one where the file system has none.
         """
         if self.path == SAVEPOINT_COPY:
             self.environment.make_private_dir(self.path.parent)
@@ -4511,8 +4511,8 @@ class SavePointFile:
     def content(self) -> tuple[dict[Ids, StoredPair], dict[str, StoredRun], dict[str, str]]:
         """Check what the file holds, and return it: pairs, runs, meta.
 
-        A file without tables (it is new, or a run was killed in its first transaction) gets them; one
-        of an older format is migrated. Raises FatalError(2) where a newer version wrote a row.
+        A file without tables (it is new, or a run was killed in its first transaction) gets them;
+        one of an older format is migrated. Raises FatalError(2) where a newer version wrote a row.
         """
         (version,) = self.db.execute("PRAGMA user_version").fetchone()
         if not self.db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
@@ -4613,10 +4613,10 @@ class SavePoint:
     """What was done, in two files with the same content: `savepoint.db`, and the copy in `backups/`.
 
     Each write goes to the file and then to its copy, each in a transaction of its own; a request
-    that changes DevRev is sent only after both. So a file that is lost, or replaced by an older one,
-    loses nothing: at opening each takes from the other the rows of higher revision. One transaction
-    over two attached files was tried and rejected: each file then names SQLite's super-journal by
-    its absolute path, and a kill followed by a move corrupts the other.
+    that changes DevRev is sent only after both. So a file that is lost, or replaced by an older
+    one, loses nothing: at opening each takes from the other the rows of higher revision. One
+    transaction over two attached files was tried and rejected: each file then names SQLite's
+    super-journal by its absolute path, and a kill followed by a move corrupts the other.
 
     A run holds both files exclusively. `readonly` joins them in memory. `organisation`, once set,
     limits what is read. Raises FatalError(2) where a file is damaged or of another format,
@@ -4707,7 +4707,7 @@ class SavePoint:
             with contextlib.suppress(AttributeError):  # it was never opened
                 file.db.close()
 
-    # -- writing ------------------------------------------------------------------------------------
+    # -- writing -----------------------------------------------------------------------------------
 
     @property
     def failure(self) -> FatalError | None:
@@ -4717,8 +4717,8 @@ class SavePoint:
     async def save(self, pair: Pair, keep_run: bool = False) -> None:
         """Store a pair; when it returns, it is on the disk in each file that can be written.
 
-        With `keep_run` it stays the pair of the run that ended it. Raises FatalError(3) where neither
-        can be written. What is saved at the same time shares a transaction.
+        With `keep_run` it stays the pair of the run that ended it. Raises FatalError(3) where
+        neither can be written. What is saved at the same time shares a transaction.
         """
         if not keep_run:
             pair.run = self.run
@@ -4753,7 +4753,10 @@ class SavePoint:
     def write(
         self, pairs: Mapping[Ids, StoredPair], runs: Mapping[str, Json] = {}, **meta: str
     ) -> None:
-        """Write rows to the file, then to its copy. Raises FatalError(3) where neither can be written."""
+        """Write rows to the file, then to its copy.
+
+        Raises FatalError(3) where neither can be written.
+        """
         with self._lock:
             if pairs or runs:
                 self.write_number += 1
@@ -4772,7 +4775,7 @@ class SavePoint:
             if all(file.failure for file in self.files):
                 raise FatalError(EXIT_STOPPED, str(self.main.failure))
 
-    # -- reading ------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     def _query(self, statement: str, *values: Any) -> Iterator[tuple[Any, ...]]:
         file = self.copy if self.main.failure else self.main
@@ -4845,9 +4848,9 @@ class SavePoint:
         return False
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Merge
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -5758,7 +5761,7 @@ class PairMerge:
                 self.context.at_verification(self.run.group)
             await self.context.cancel_token.sleep(seconds)
 
-    # -- the request ---------------------------------------------------------------------------------
+    # -- the request -------------------------------------------------------------------------------
 
     async def _request(self) -> State:
         """Request the merge, resting on preconditions that are fresh at the moment when the request is sent.
@@ -5947,7 +5950,7 @@ class PairMerge:
                 code = EXIT_STOPPED  # something may have changed
         raise PermissionDenied(code, f"the token may not merge contacts: {error}")
 
-    # -- the wait --------------------------------------------------------------------------------------
+    # -- the wait ----------------------------------------------------------------------------------
 
     async def _wait(self) -> State:
         """Poll until the duplicate no longer exists, or until the merge has to be requested again."""
@@ -6028,7 +6031,7 @@ class PairMerge:
             raise PairError("merge_not_confirmed", words)
         return self._unconfirmed()
 
-    # -- the reference ---------------------------------------------------------------------------------
+    # -- the reference -----------------------------------------------------------------------------
 
     async def _set_reference(self) -> State:
         """Give the primary the duplicate's reference. Until then it is on no contact, so nothing else is waited for."""
@@ -6112,7 +6115,7 @@ class PairMerge:
             raise PairError("external_ref_conflict", words)
         return False
 
-    # -- the verification ------------------------------------------------------------------------------
+    # -- the verification --------------------------------------------------------------------------
 
     async def _verify(self) -> State:
         """Check that everything the duplicate had belongs to the primary, and that it is listed no more."""
@@ -6427,7 +6430,7 @@ class ContactMerger:
         await self._start_new(plan, unfinished)
         await self.runner.wait_all()
 
-    # -- what earlier runs left ------------------------------------------------------------------------
+    # -- what earlier runs left --------------------------------------------------------------------
 
     async def _poll_cancelled(self, plan: Plan) -> list[Pair]:
         """Poll each cancelled pair once: return those that DevRev has carried out after all, as unfinished pairs."""
@@ -6511,7 +6514,7 @@ class ContactMerger:
             run = GroupRun(self.context, group, pairs, plan.wanted, resumed=True)
             self._resumed[self._start(run)] = run
 
-    # -- new merges ------------------------------------------------------------------------------------
+    # -- new merges --------------------------------------------------------------------------------
 
     async def _start_new(self, plan: Plan, unfinished: Sequence[Pair]) -> None:
         """Start the groups of the plan, a batch at a time while there is room.
@@ -7942,9 +7945,9 @@ def lost_in_undo(entry: Json, user: Json, left_out: Mapping[str, str]) -> list[J
     return [dict(zip(("what", "value", "why"), row)) for row in rows]
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Report
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Code(NamedTuple):
@@ -8131,7 +8134,7 @@ STATE_WORDS: Mapping[State, str] = {
 }
 
 
-# -- one pair ----------------------------------------------------------------------------------------
+# -- one pair --------------------------------------------------------------------------------------
 
 
 def contact_entry(contact: Contact, reference: str = "old_external_ref") -> Json:
@@ -8263,7 +8266,7 @@ def where_to_set(pair: Pair) -> str:
     return f"the reference {pair.reference_not_set} is on no contact; set it on {contact} in DevRev"
 
 
-# -- the report of a merge run or a settle -----------------------------------------------------------
+# -- the report of a merge run or a settle ---------------------------------------------------------
 
 
 @dataclass
@@ -8689,9 +8692,9 @@ def report_killed_runs(environment: Environment, savepoint: SavePoint) -> list[P
     return paths
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Estimate
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def expected_requests(plan: Plan, with_timelines: bool) -> int:
@@ -8705,9 +8708,9 @@ def expected_requests(plan: Plan, with_timelines: bool) -> int:
     return round(requests)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Console
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Output:
@@ -8939,9 +8942,9 @@ class LogHandler(logging.Handler):
                 self.file.flush()
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Preview
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def plan_summary(plan: Plan, requests: int, earlier: Sequence[Pair]) -> Json:
@@ -9165,9 +9168,9 @@ def _ids(contact: Contact) -> str:
     return " ".join(dict.fromkeys((contact.external_ref, contact.short_id)))
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 EXIT_CODES: Mapping[int, str] = {
     EXIT_OK: "every planned pair is merged, or there was nothing to do",
@@ -9403,7 +9406,7 @@ def check_combination(parser: OptionParser, given: Collection[str], mode: str) -
             parser.error(f"{option_name(name)} goes with {where}, not with {named(mode)}")
 
 
-# -- settings ----------------------------------------------------------------------------------------
+# -- settings --------------------------------------------------------------------------------------
 
 
 def import_package(name: str) -> Any:
@@ -9550,8 +9553,8 @@ def check_token(token: str) -> None:
     problems = {
         r"$": "is not set; put it into .env (see .env.example) or the environment",
         "['\"\u2018\u2019\u201c\u201d]": "is in quotes that are not part of it; remove them",
-        r"(?i)(authorization\s*:\s*)?bearer\b": 'begins with "Bearer", which is not part of the token;'
-        " remove that word and the space after it",
+        r"(?i)(authorization\s*:\s*)?bearer\b": 'begins with "Bearer", which is not part of the'
+        " token; remove that word and the space after it",
         r"[\x21-\x7e]*[^\x21-\x7e]": "contains a space, a line break or a character that is not"
         " ASCII; copy it again",
     }
@@ -9560,7 +9563,7 @@ def check_token(token: str) -> None:
             raise FatalError(EXIT_USAGE, f"DEVREV_API_TOKEN {problem}")
 
 
-# -- one call ----------------------------------------------------------------------------------------
+# -- one call --------------------------------------------------------------------------------------
 
 
 class RunContext:
@@ -9727,7 +9730,7 @@ def history_folder_error(path: Path) -> str | None:
     return f"{path} is not {where}; name one report or backup in them"
 
 
-# -- the plan ----------------------------------------------------------------------------------------
+# -- the plan --------------------------------------------------------------------------------------
 
 
 def make_plan(run: RunContext, savepoint: SavePoint) -> Plan:
@@ -9913,7 +9916,7 @@ def show_live(run: RunContext, plan: Plan, live: Sequence[Json], facts: Json) ->
     print_list(run.console, title, [*lines, f"in all: {total or 'none'}"])
 
 
-# -- the real run ------------------------------------------------------------------------------------
+# -- the real run ----------------------------------------------------------------------------------
 
 
 async def merge(run: RunContext) -> int:
@@ -10435,7 +10438,7 @@ def print_failures(console: Console, pairs: Sequence[Pair]) -> None:
             console.print(f"    what to do: {advice}")
 
 
-# -- export ------------------------------------------------------------------------------------------
+# -- export ----------------------------------------------------------------------------------------
 
 TAKEN = "already exists and was not changed; name a file that does not exist yet"
 
@@ -10486,7 +10489,7 @@ async def export(run: RunContext) -> int:
     return EXIT_OK
 
 
-# -- undo --------------------------------------------------------------------------------------------
+# -- undo ------------------------------------------------------------------------------------------
 
 UPDATES = (
     "tickets, issues and conversations are updated; "
@@ -10647,7 +10650,7 @@ def restored_findings(run: RunContext, lists: Mapping[str, Sequence[Pair]]) -> F
     return found
 
 
-# -- check, status, verify ---------------------------------------------------------------------------
+# -- check, status, verify -------------------------------------------------------------------------
 
 
 @dataclass
@@ -10909,7 +10912,7 @@ def backup_folders(root: Path) -> Iterator[Path]:
         folders.sort()
 
 
-# -- main --------------------------------------------------------------------------------------------
+# -- main ------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -10988,9 +10991,9 @@ MODES: dict[str, Callable[[RunContext], int | Coroutine[Any, Any, int]]] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Page: a report for people, in one file without anything from outside
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 REPORT_PAGE = r"""<!doctype html>
 <html lang="en">
