@@ -10483,9 +10483,7 @@ async def export(run: RunContext) -> int:
         command = command_line("--csv", str(path), "--preview", "--live")
         console.suggest("see what would be merged", command)
     else:
-        where = "these domains" if run.options.domain else "the organisation"
-        words = "share an email address: there is nothing to merge"
-        console.print(f"no two contacts of {where} {words}")
+        console.print("no two contacts share an email address: there is nothing to merge")
     return EXIT_OK
 
 
@@ -10498,7 +10496,7 @@ UPDATES = (
 NOT_RESTORED = "Ids, dates, creators and authors of comments can't be restored."
 
 
-def undo(run: RunContext) -> int:
+async def undo(run: RunContext) -> int:
     """Undo merges, or with --preview print what would be restored; return the exit code."""
     check_token(run.settings.token)
     options = run.options
@@ -10508,29 +10506,22 @@ def undo(run: RunContext) -> int:
     with contextlib.closing(open_savepoint(run, readonly=options.preview)) as savepoint:
         emails = {email_key(email) for email in options.email or ()}
         plan = plan_undo(options.undo, savepoint, emails, options.limit)
-        return run.environment.run_event_loop(run_undo(run, plan, savepoint))
-
-
-async def run_undo(run: RunContext, plan: UndoPlan, savepoint: SavePoint) -> int:
-    """Find out whose token it is, ask, undo, report; return the exit code."""
-    api = DevRevAPI(run.settings, run.environment, CancelToken())
-    progress = Progress(run)
-    pairs = plan.pairs()
-    record = start_record(run, "undo")
-    record.undo = str(plan.path)
-    record.pairs = len(pairs)
-    facts: dict[str, str] = {}
-    if pairs:
+        pairs = plan.pairs()
+        record = start_record(run, "undo")
+        record.undo = str(plan.path)
+        record.pairs = len(pairs)
+        api = DevRevAPI(run.settings, run.environment, CancelToken())
         whose = await run.identify(api, "backup", pairs)
         savepoint.organisation = run.organisation
-        facts = {"token of": whose, "host": run.settings.base_url, **undo_facts(plan)}
-    on_pair = (lambda _pair: None) if run.options.preview else progress.on_pair
-    runner = UndoRunner(api, savepoint, run.merge_options(), on_pair)
-    code = EXIT_OK
-    if pairs:
-        work = functools.partial(runner.run, plan)
-        code = await confirm_and_run(run, runner, progress, "undo", facts, work)
-    return finish_undo(run, plan, runner, code)
+        progress = Progress(run)
+        on_pair = (lambda _pair: None) if options.preview else progress.on_pair
+        runner = UndoRunner(api, savepoint, run.merge_options(), on_pair)
+        code = EXIT_OK
+        if pairs:
+            facts = {"token of": whose, "host": run.settings.base_url, **undo_facts(plan)}
+            work = functools.partial(runner.run, plan)
+            code = await confirm_and_run(run, runner, progress, "undo", facts, work)
+        return finish_undo(run, plan, runner, code)
 
 
 def undo_facts(plan: UndoPlan) -> dict[str, str]:
@@ -10679,113 +10670,110 @@ def show_findings(run: RunContext, found: Findings) -> int:
     return found.code
 
 
-class Check:
-    """Finds out whether a real run could start: token, organisation, access, quota, disk, savepoint."""
-
-    def __init__(self, run: RunContext) -> None:
-        self.run = run
-        self.api = DevRevAPI(run.settings, run.environment, CancelToken())
-        self.checks: list[Json] = []  # `check`, `ok`, `says`
-        self.steps = [("read the contacts from DevRev", command_line("--export", "contacts.csv"))]
-
-    async def attempt(self, name: str, work: Coroutine[Any, Any, str]) -> bool:
-        """Do a check, and note what it says; whatever it raises is a problem."""
-        self.run.console.status(f"checking {name} ...")
+async def check(run: RunContext) -> int:
+    """Print whether a real run could start: token, CSV, access, savepoint, disk; return the exit code."""
+    api = DevRevAPI(run.settings, run.environment, CancelToken())
+    steps = [("read the contacts from DevRev", command_line("--export", "contacts.csv"))]
+    parts: dict[str, Callable[[], Awaitable[str]]] = {
+        "token": functools.partial(check_owner_of_token, run, api),
+        "csv": functools.partial(check_csv, run, steps),
+        "access": functools.partial(check_access, api),
+        "savepoint": functools.partial(check_savepoint, run),
+        "disk": check_disk,
+    }
+    if not run.options.csv:
+        del parts["csv"]
+    found = Findings({"verdict": "ready", "ready": True, "checks": [], "notes": []})
+    for name, part in parts.items():
+        if name == "access" and not run.organisation:
+            continue
+        run.console.status(f"checking {name} ...")
         good = False
         try:
-            words = await work
+            words = await part()
             good = True
         except Cancelled as error:
-            words = str(self.api.cancel_token.stop or error)
+            words = str(api.cancel_token.stop or error)
         except (FatalError, PairError, OSError) as error:
             words = str(error)
         log.info("check of %s: %s", name, words)
-        self.checks.append({"check": name, "ok": good, "says": words})
-        return good
-
-    async def access(self) -> str:
-        """Send one cheap request of each kind that a backup sends."""
-
-        async def first(endpoint: str, key: str, **body: Any) -> list[Json]:
-            page = await self.api.each_page(endpoint, key, dict(body, limit=1)).__anext__()
-            return page.items
-
-        await first("rev-users.list", "rev_users")
-        works = await self.api.first_works()  # of the kinds that a run lists
-        talks = await first("conversations.list", "conversations")
-        for one in [*works.items, *talks][:1]:
-            await first("timeline-entries.list", "timeline_entries", object=one["id"])
-        words = "contacts, tickets, conversations and comments can be read"
-        return "; ".join([words, *self.api.warnings])
-
-    async def token(self) -> str:
-        whose = await self.run.identify(self.api)
-        return f"belongs to {whose} (from {self.run.settings.token_file or 'the environment'})"
-
-    async def csv(self) -> str:
-        """Read the CSV, also where the token's organisation is not known."""
-        run = self.run
-        known = open_savepoint(run, readonly=True)
-        plan = make_plan(run, known)
-        new = sum(pair.state is State.PLANNED for pair in plan.pairs())
-        earlier = len(plan.revived) + len(known.unfinished())
-        self.steps = next_step(run, new, earlier, known)
-        if run.organisation:
-            check_organisation(run.organisation, "CSV", plan.pairs())
-        return plan_headline(plan, new, earlier)
-
-    async def savepoint(self) -> str:
-        if not locks_work(SAVEPOINT):
-            raise FatalError(EXIT_USAGE, f"{SAVEPOINT.resolve().parent}: {NO_LOCKS}")
-        with contextlib.closing(open_savepoint(self.run, readonly=True)) as savepoint:
-            if savepoint.is_held():
-                holder = f"process {savepoint.holder['pid']} holds {SAVEPOINT}"
-                raise FatalError(EXIT_HELD, f"a run is in progress: {holder}")
-            check_not_restored(savepoint)
-            return f"{SAVEPOINT} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
-
-    async def disk(self) -> str:
-        for path in (Path.cwd(), SAVEPOINT, SAVEPOINT_COPY, LOGS, BACKUPS, REPORTS):
-            if os.path.lexists(str(path)):
-                check_owner(path)
-            if path in (LOGS, BACKUPS, REPORTS) and path.exists() and not path.is_dir():
-                raise OSError(f"{path} is a file, and a run needs a folder of that name")
-            if path.exists() and not os.access(str(path), os.W_OK):
-                raise OSError(f"{path} can't be written; make it writable")
-        free = shutil.disk_usage(".").free >> 20
-        if free < 100:
-            raise OSError(f"only {free} MiB free; make room for backups")
-        return f"{free:,} MiB free"
-
-
-async def check(run: RunContext) -> int:
-    """Print whether a real run could start; return the exit code."""
-    work = Check(run)
-    knows_token = await work.attempt("token", work.token())
-    if run.options.csv:
-        await work.attempt("csv", work.csv())
-    notes = []
-    if knows_token:
-        await work.attempt("access", work.access())
-        only_a_merge = "only a merge shows whether the token may merge (rev_user:all)"
-        notes = [describe_quota(work.api.scheduler), f"{only_a_merge}: try one pair first"]
-    await work.attempt("savepoint", work.savepoint())
-    await work.attempt("disk", work.disk())
+        found.facts["checks"].append({"check": name, "ok": good, "says": words})
+        found.say(f"{'ok     ' if good else 'FAILED '} {name}: {words}", "" if good else "bad")
     run.console.status("")
-    problems = sum(not one["ok"] for one in work.checks)
-    verdict = f"not ready: {plural(problems, 'problem')}" if problems else "ready"
-    facts = {"verdict": verdict, "ready": not problems, "checks": work.checks, "notes": notes}
-    found = Findings(facts, steps=work.steps)
-    for one in work.checks:
-        word, style = ("ok     ", "") if one["ok"] else ("FAILED ", "bad")
-        found.say(f"{word} {one['check']}: {one['says']}", style)
-    for note in notes:
+    if run.organisation:
+        only_a_merge = "only a merge shows whether the token may merge (rev_user:all)"
+        found.facts["notes"] = [
+            describe_quota(api.scheduler),
+            f"{only_a_merge}: try one pair first",
+        ]
+    for note in found.facts["notes"]:
         found.say(f"note    {note}")
-    found.say(verdict, "bad" if problems else "good")
+    found.steps = steps
+    problems = sum(not one["ok"] for one in found.facts["checks"])
     if problems:
         found.code = EXIT_USAGE
+        found.facts.update(verdict=f"not ready: {plural(problems, 'problem')}", ready=False)
         found.steps = [("fix what is marked FAILED, then check again", "")]
+    found.say(found.facts["verdict"], "bad" if problems else "good")
     return show_findings(run, found)
+
+
+async def check_owner_of_token(run: RunContext, api: DevRevAPI) -> str:
+    whose = await run.identify(api)
+    return f"belongs to {whose} (from {run.settings.token_file or 'the environment'})"
+
+
+async def check_csv(run: RunContext, steps: list[tuple[str, str]]) -> str:
+    """Read the CSV, also where the token's organisation is not known; put the next step into `steps`."""
+    known = open_savepoint(run, readonly=True)
+    plan = make_plan(run, known)
+    new = sum(pair.state is State.PLANNED for pair in plan.pairs())
+    earlier = len(plan.revived) + len(known.unfinished())
+    steps[:] = next_step(run, new, earlier, known)
+    if run.organisation:
+        check_organisation(run.organisation, "CSV", plan.pairs())
+    return plan_headline(plan, new, earlier)
+
+
+async def check_access(api: DevRevAPI) -> str:
+    """Send one cheap request of each kind that a backup sends."""
+
+    async def first(endpoint: str, key: str, **body: Any) -> list[Json]:
+        page = await api.each_page(endpoint, key, dict(body, limit=1)).__anext__()
+        return page.items
+
+    await first("rev-users.list", "rev_users")
+    works = await api.first_works()  # of the kinds that a run lists
+    talks = await first("conversations.list", "conversations")
+    for one in [*works.items, *talks][:1]:
+        await first("timeline-entries.list", "timeline_entries", object=one["id"])
+    words = "contacts, tickets, conversations and comments can be read"
+    return "; ".join([words, *api.warnings])
+
+
+async def check_savepoint(run: RunContext) -> str:
+    if not locks_work(SAVEPOINT):
+        raise FatalError(EXIT_USAGE, f"{SAVEPOINT.resolve().parent}: {NO_LOCKS}")
+    with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
+        if savepoint.is_held():
+            holder = f"process {savepoint.holder['pid']} holds {SAVEPOINT}"
+            raise FatalError(EXIT_HELD, f"a run is in progress: {holder}")
+        check_not_restored(savepoint)
+        return f"{SAVEPOINT} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
+
+
+async def check_disk() -> str:
+    for path in (Path.cwd(), SAVEPOINT, SAVEPOINT_COPY, LOGS, BACKUPS, REPORTS):
+        if os.path.lexists(str(path)):
+            check_owner(path)
+        if path in (LOGS, BACKUPS, REPORTS) and path.exists() and not path.is_dir():
+            raise OSError(f"{path} is a file, and a run needs a folder of that name")
+        if path.exists() and not os.access(str(path), os.W_OK):
+            raise OSError(f"{path} can't be written; make it writable")
+    free = shutil.disk_usage(".").free >> 20
+    if free < 100:
+        raise OSError(f"only {free} MiB free; make room for backups")
+    return f"{free:,} MiB free"
 
 
 def describe_quota(scheduler: RequestScheduler) -> str:

@@ -405,10 +405,9 @@ def test_check_says_whether_a_run_could_start_and_changes_nothing(
 def test_check_reports_a_file_where_a_run_needs_a_folder(scene: Scene, name: str) -> None:
     if Path(name).is_dir():
         Path(name).rename("elsewhere")
-    check = tool.Check(tool.RunContext(tool.parse_options(["--check"])))
     Path(name).write_bytes(b"")
     with pytest.raises(OSError, match=f"{name} is a file, and a run needs a folder"):
-        check.disk().send(None)
+        tool.check_disk().send(None)
 
 
 def test_status_tells_what_the_savepoint_knows(scene: Scene) -> None:
