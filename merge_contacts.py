@@ -6867,7 +6867,7 @@ def hashes_in_reports() -> dict[str, set[str]]:
         with contextlib.suppress(OSError, *ODD_ANSWER):
             for entries in json.loads(path.read_bytes()).values():
                 for entry in entries if isinstance(entries, list) else ():
-                    if entry.get("backup"):
+                    if isinstance(entry, dict) and entry.get("backup"):
                         hashes = found.setdefault(entry["backup"], set())
                         hashes.update(filter(None, [entry.get("manifest_sha256")]))
     return found
@@ -7591,7 +7591,8 @@ class PairUndo:
         Between the two nothing waits, an interruption included: the units for both are there
         before the primary is read. Raises PreconditionsExpired where something has waited before.
         """
-        if self._has_moved() and self.group.read and self.group.read.is_over():
+        limit = FreshRead.LIMIT if self._has_moved() else Preconditions.FRESH
+        if self.group.read and self.context.environment.age(self.group.read.since) > limit:
             try:
                 await read_primary(self.context, self.group, PairUndo.READ)
                 check_moved_reference(self.group, self.pair)
@@ -8263,6 +8264,8 @@ def where_to_set(pair: Pair) -> str:
     contact = pair.primary.short_id
     if pair.state is State.UNDO_SETTLED and pair.undo and pair.undo.display_id:
         contact = pair.undo.display_id
+    elif pair.code == "not_found":
+        contact = f"a contact of {pair.email}"
     return f"the reference {pair.reference_not_set} is on no contact; set it on {contact} in DevRev"
 
 
