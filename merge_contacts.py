@@ -4186,7 +4186,11 @@ def read_manifest(folder: str) -> Backup:
     """Return a backup without its files. Raises PairError(backup_failed) where it can't be read."""
     try:
         content = backup_bytes(Path(folder) / "manifest.json")
-        return Backup(Path(folder), json.loads(content), hashlib.sha256(content).hexdigest())
+        return Backup(
+            Path(folder),
+            json.loads(content),
+            hashlib.sha256(content).hexdigest(),
+        )
     except (OSError, ValueError, RecursionError) as error:
         words = f"{folder}: manifest.json can't be read ({type(error).__name__})"
         raise PairError("backup_failed", words) from None
@@ -6930,7 +6934,15 @@ def pairs_of_backup(backup: Backup) -> list[Pair]:
     pairs = []
     for one in duplicates:
         new_ref = one.external_ref if one.is_user and not primary.is_user else None
-        pairs.append(Pair(primary, one, new_ref, State.DONE, backup=str(backup.folder)))
+        pairs.append(
+            Pair(
+                primary,
+                one,
+                new_ref,
+                State.DONE,
+                backup=str(backup.folder),
+            )
+        )
     return pairs
 
 
@@ -6946,7 +6958,12 @@ def pair_of_entry(entry: Json) -> Pair:
         contacts.append(Contact.from_json({**dict.fromkeys(COLUMNS, ""), **known}))
     if not all(isinstance(text, str) for text in texts):
         raise TypeError("another shape")
-    pair = Pair(contacts[0], contacts[1], entry["new_external_ref"], State(entry["state"]))
+    pair = Pair(
+        contacts[0],
+        contacts[1],
+        entry["new_external_ref"],
+        State(entry["state"]),
+    )
     pair.backup = entry["backup"] or ""
     pair.manifest_sha256 = entry.get("manifest_sha256") or ""
     return pair
@@ -7213,7 +7230,12 @@ async def check_group_to_undo(
     siblings: list[Pair] = []
     for one in ids:
         siblings += [row for row in savepoint.pairs(primary_id=one) if row.ids not in mine]
-    found = await context.environment.run_in_thread(read_backups, pairs, siblings, plan.hashes)
+    found = await context.environment.run_in_thread(
+        read_backups,
+        pairs,
+        siblings,
+        plan.hashes,
+    )
     found.primary_id = ids[-1]
     found.is_recreated = len(ids) > 1
     found.aliases = dict.fromkeys(ids[:-1], ids[-1])
@@ -7241,7 +7263,11 @@ async def check_group_to_undo(
         objects: set[str] = set()
         for pair in pairs:
             objects.update(identity for identity, _ in found.roles[pair.duplicate.id])
-        await check_write_access(api, sorted(objects), writable_kinds)
+        await check_write_access(
+            api,
+            sorted(objects),
+            writable_kinds,
+        )
     return found
 
 
@@ -7275,7 +7301,11 @@ async def no_longer_exists(api: DevRevAPI, group: UndoGroup, pair: Pair) -> bool
     lists decide."""
     duplicate = pair.duplicate.id
     try:
-        status = await api.poll_duplicate(group.primary_id, pair.duplicate, ANY_OPTIONS)
+        status = await api.poll_duplicate(
+            group.primary_id,
+            pair.duplicate,
+            ANY_OPTIONS,
+        )
         # What a confirmed merge has left behind may be in another state, or without its address.
         is_husk = status is DuplicateStatus.CHANGED and pair.state not in REQUESTED_STATES
         return status.is_gone or is_husk
@@ -7322,7 +7352,11 @@ async def check_write_access(
         if kind not in RESTORED_KINDS or kind in writable_kinds:
             continue
         try:
-            await api.set_people({"id": identity, "type": kind}, {}, ANY_OPTIONS)
+            await api.set_people(
+                {"id": identity, "type": kind},
+                {},
+                ANY_OPTIONS,
+            )
         except ApiError as api_error:
             if api_error.status == 403:
                 refused[kind] = api_error  # which may concern this one object alone
@@ -7503,7 +7537,14 @@ class Recreation:
 
     async def _listed(self) -> list[Json]:
         body = {"email": [self.pair.duplicate.email.strip()]}
-        return (await self.api.pages("rev-users.list", "rev_users", body, FINISH_OPTIONS)).items
+        return (
+            await self.api.pages(
+                "rev-users.list",
+                "rev_users",
+                body,
+                FINISH_OPTIONS,
+            )
+        ).items
 
 
 def creation_fields(user: Json) -> Json:
@@ -7552,8 +7593,18 @@ class PairUndo:
             self.undo = pair.undo
         else:  # none has started, or one was refused, so that the merge stands as it was
             revision = self.savepoint.revision(pair.ids)
-            was = pair.undo or UndoProgress("", "", pair.run, revision)
-            self.undo = replace(was, path=str(path), state_before=pair.state.value, contact="")
+            was = pair.undo or UndoProgress(
+                "",
+                "",
+                pair.run,
+                revision,
+            )
+            self.undo = replace(
+                was,
+                path=str(path),
+                state_before=pair.state.value,
+                contact="",
+            )
         self.is_new = pair.state is not State.UNDOING
 
     async def run(self) -> None:
@@ -7594,7 +7645,11 @@ class PairUndo:
         limit = FreshRead.LIMIT if self._has_moved() else Preconditions.FRESH
         if self.group.read and self.context.environment.age(self.group.read.since) > limit:
             try:
-                await read_primary(self.context, self.group, PairUndo.READ)
+                await read_primary(
+                    self.context,
+                    self.group,
+                    PairUndo.READ,
+                )
                 check_moved_reference(self.group, self.pair)
             except PairError:
                 if self.is_new:
@@ -7670,7 +7725,11 @@ class PairUndo:
         error: PairError | None = None
         try:
             if self.undo.reference_free:
-                await read_primary(self.context, self.group, FINISH_OPTIONS)
+                await read_primary(
+                    self.context,
+                    self.group,
+                    FINISH_OPTIONS,
+                )
                 check_moved_reference(self.group, self.pair)
                 error = await self._set_reference(str(self.moved))
         except PreconditionsExpired:
@@ -7706,12 +7765,20 @@ class PairUndo:
                 self.undo.fields_left.append({"field": name, "value": value, "why": str(problem)})
 
     async def _write_fields(self) -> None:
-        await read_primary(self.context, self.group, RequestOptions(RESUME, 2))
+        await read_primary(
+            self.context,
+            self.group,
+            RequestOptions(RESUME, 2),
+        )
         update, self.undo.fields_left = plan_fields(self.pair, self.group.primary)
         if update:
             self.context.raise_if_draining()
             options = RequestOptions(FINISH, rests_on=self.group.read)
-            await self.api.update_contact(self.group.primary_id, update, options)
+            await self.api.update_contact(
+                self.group.primary_id,
+                update,
+                options,
+            )
 
     async def _restore_objects(self) -> None:
         """Give the contact its works and conversations, one after the other: read, write, verify
@@ -7731,7 +7798,12 @@ class PairUndo:
         failed: list[Json] = []
         for identity, mine in roles.items():
             try:
-                left += await self._restore_object(identity, mine, contact, stays)
+                left += await self._restore_object(
+                    identity,
+                    mine,
+                    contact,
+                    stays,
+                )
             except (PairError, *ODD_ANSWER) as error:
                 failed += [{"id": identity, "role": role, "why": str(error)} for role in mine]
         undo.left = [*left, *failed]
@@ -7750,7 +7822,13 @@ class PairUndo:
         if kind_of(identity) not in RESTORED_KINDS:
             why = "works of this kind are not restored"
             return [{"id": identity, "role": role, "why": why} for role in roles]
-        write = functools.partial(self._write_object, identity, roles, contact, stays)
+        write = functools.partial(
+            self._write_object,
+            identity,
+            roles,
+            contact,
+            stays,
+        )
         pause = Backoff(0.1, 10.0)
         for _ in range(self.ATTEMPTS):
             left = await until_fresh(write)
@@ -7768,12 +7846,23 @@ class PairUndo:
         sent = self.context.environment.now()
         obj = await self.api.get_object(identity, RequestOptions(RESUME, 2))
         read = FreshRead(self.context.environment, sent)
-        changes, left = plan_restore(obj, roles, group.primary_id, contact, group.aliases, stays)
+        changes, left = plan_restore(
+            obj,
+            roles,
+            group.primary_id,
+            contact,
+            group.aliases,
+            stays,
+        )
         if obj and changes and not self.context.options.preview:
             self.context.raise_if_draining()
             options = RequestOptions(FINISH, rests_on=read)
             try:
-                answer = await self.api.set_people(obj, changes, options)
+                answer = await self.api.set_people(
+                    obj,
+                    changes,
+                    options,
+                )
             except NoUsableResponse as error:
                 log.info("%s: %s", identity, error)
                 return None
@@ -7794,7 +7883,12 @@ class UndoRunner:
         on_outcome: Callable[[Pair], None],
     ) -> None:
         self.api = api
-        self.runner = TaskRunner(api, savepoint, on_outcome, self.is_success)
+        self.runner = TaskRunner(
+            api,
+            savepoint,
+            on_outcome,
+            self.is_success,
+        )
         self.context = GroupContext(
             api,
             api.environment,
@@ -7831,7 +7925,12 @@ class UndoRunner:
 
         What keeps a pair from its end is recorded with it; what stops the run passes through.
         """
-        check = check_group_to_undo(self.context, group, plan, self.writable_kinds)
+        check = check_group_to_undo(
+            self.context,
+            group,
+            plan,
+            self.writable_kinds,
+        )
         checked = await self._attempt(group, check)
         for pair in group.pairs:
             was_forbidden = bool(pair.undo and pair.undo.forbidden)
@@ -7839,7 +7938,12 @@ class UndoRunner:
             if isinstance(checked, PairError):
                 problem = checked
             else:
-                work = PairUndo(self.context, checked, pair, plan.path).run()
+                work = PairUndo(
+                    self.context,
+                    checked,
+                    pair,
+                    plan.path,
+                ).run()
                 problem = await self._attempt(group, work)
             words = stranded(pair)
             if problem and words:
