@@ -2658,17 +2658,13 @@ def announced_quota(headers: Mapping[str, str]) -> AnnouncedQuota | None:
 
     Gateways send -1 or texts for "none", and a number of 400 digits must not become a float.
     """
-    limit, remaining, reset = (
-        str(headers.get(f"X-Ratelimit-{name}", "")).strip()
-        for name in ("Limit", "Remaining", "Reset")
-    )
-    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", limit):
+    names = ("X-Ratelimit-Limit", "X-Ratelimit-Remaining", "X-Ratelimit-Reset")
+    patterns = ("0*[1-9][0-9]{0,8}", "[0-9]{1,9}", r"[0-9]{1,12}(\.[0-9]{1,9})?")
+    texts = [str(headers.get(name, "")).strip() for name in names]
+    if not all(map(re.fullmatch, patterns, texts)):
         return None
-    if not re.fullmatch(r"[0-9]{1,9}", remaining):
-        return None
-    if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", reset):
-        return None
-    return AnnouncedQuota(int(limit), min(int(remaining), int(limit)), float(reset))
+    limit = int(texts[0])
+    return AnnouncedQuota(limit, min(int(texts[1]), limit), float(texts[2]))
 
 
 def retry_after(response: HttpResponse, server_time: float) -> float | None:
@@ -2777,10 +2773,15 @@ class CircuitBreaker:
         self.most_failures = self.THRESHOLD + retries
         self.most_over_quota = 10 + 2 * retries  # with pauses that come to minutes
         self.open_until = 0.0
-        self.failures_in_a_row = 0
-        self.over_quota_in_a_row = 0
         self._failure_pauses = Backoff(0.5, 10.0)
         self._quota_pauses = Backoff(0.1, 30.0)
+        self.close()
+
+    def close(self) -> None:
+        self.failures_in_a_row = 0
+        self.over_quota_in_a_row = 0
+        self._failure_pauses.reset()
+        self._quota_pauses.reset()
 
     @property
     def seems_down(self) -> bool:
@@ -2808,10 +2809,7 @@ class CircuitBreaker:
             if self.seems_down:
                 self.open_until = now + self._failure_pauses.next()
         else:
-            self.failures_in_a_row = 0
-            self.over_quota_in_a_row = 0
-            self._failure_pauses.reset()
-            self._quota_pauses.reset()
+            self.close()
         if self.failures_in_a_row > self.most_failures:
             return "can't be reached or keeps failing (is DEVREV_BASE_URL right?)"
         if self.over_quota_in_a_row > self.most_over_quota:
