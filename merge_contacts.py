@@ -4746,7 +4746,7 @@ class SavePoint:
         self.write(rows)
 
     def save_run(self, record: RunRecord) -> None:
-        self.write({}, {record.id: record.to_json()})
+        self.write({}, {record.id: stored_fields(record)})
 
     def _row(self, pair: Pair) -> StoredPair:
         pair.updated = iso(self.environment.now().wall)
@@ -4836,7 +4836,7 @@ class SavePoint:
     def runs(self) -> dict[str, RunRecord]:
         """Return all runs, by their ids."""
         rows = self._query("SELECT id, document FROM runs ORDER BY id")
-        return {run: RunRecord.from_json(json.loads(document)) for run, document in rows}
+        return {run: read_stored(RunRecord, json.loads(document)) for run, document in rows}
 
     def is_held(self) -> bool:
         """Return whether a run holds the savepoint right now."""
@@ -8260,7 +8260,7 @@ def reference_is_set(pair: Pair) -> bool | None:
 
 
 def progress_of(pair: Pair) -> Json:
-    """Return what DevRev has done of an unfinished pair and what is still to do; nothing of any other."""
+    """Return what DevRev has done of an unfinished pair and what is still to do."""
     if pair.state not in UNFINISHED:
         return {}
     steps = []
@@ -8270,15 +8270,6 @@ def progress_of(pair: Pair) -> Json:
         steps.append("set the reference")
     steps.append("verify that nothing was left behind")
     return {"so_far": SO_FAR[pair.state], "to_do": ", ".join(steps)}
-
-
-def advice_for(pair: Pair, code: str) -> str | None:
-    """Say what to do about a pair; None where nothing remains to be done."""
-    if pair.state in (State.SETTLED, State.UNDONE, State.UNDO_SETTLED):
-        return None
-    if pair.state is State.CANCELLED:
-        code = "cancelled"
-    return CODES[code].advice if code in CODES else None
 
 
 def merge_entry(pair: Pair, planned: Collection[Ids] | None) -> Json:
@@ -8312,8 +8303,11 @@ def merge_entry(pair: Pair, planned: Collection[Ids] | None) -> Json:
     if pair.state is State.DONE and pair.after_cancel and not code:
         code, error = "after_cancel", "DevRev has carried out a merge that was cancelled"
     if pair.state is not State.DONE or code:
-        entry.update(code=code, error=error, advice=advice_for(pair, code))
-        entry["left_behind"] = pair.left_behind
+        entry.update(code=code, error=error, advice=None, left_behind=pair.left_behind)
+        helps = "cancelled" if pair.state is State.CANCELLED else code
+        # Of a settled pair nothing remains to be done.
+        if helps in CODES and pair.state not in (State.SETTLED, State.UNDO_SETTLED):
+            entry["advice"] = CODES[helps].advice
     return {**entry, **progress_of(pair)}
 
 
@@ -8341,7 +8335,7 @@ def settle_error(pair: Pair) -> str:
 
 
 def settle_pair(pair: Pair) -> None:
-    """End a pair that `settle_error` lets end: its problem is accepted, or the merge or undo given up."""
+    """End a pair that `settle_error` lets end: accept its problem, or give up its merge or undo."""
     if pair.state in TERMINAL:
         return
     pair.accepted = f"{pair.code}: {pair.error}"
@@ -8360,7 +8354,7 @@ def settle_pair(pair: Pair) -> None:
 
 
 def where_to_set(pair: Pair) -> str:
-    """Say where the reference that a pair has left on no contact could be set, `""` where it has left none."""
+    """Say where the reference that a pair has left on no contact could be set, if there is one."""
     if not pair.reference_not_set:
         return ""
     contact = pair.primary.short_id
@@ -8376,7 +8370,7 @@ def where_to_set(pair: Pair) -> str:
 
 @dataclass
 class RunRecord:
-    """A run as its report has it in `run`, and as the savepoint stores it. Times are ISO 8601, UTC."""
+    """A run as its report and the savepoint have it. Times are ISO 8601, UTC."""
 
     id: str = ""
     kind: str = ""  # merge, settle or undo
@@ -8405,14 +8399,6 @@ class RunRecord:
     summary: Json | None = None
     others: Json = field(default_factory=dict)  # fields of another version: kept as they are
 
-    @classmethod
-    def from_json(cls, document: Json) -> RunRecord:
-        record: RunRecord = read_stored(cls, document)
-        return record
-
-    def to_json(self) -> Json:
-        return stored_fields(self)
-
 
 def report_path(run_id: str, kind: str) -> Path:
     return REPORTS / f"{'undo' if kind == 'undo' else 'merge'}_report_{run_id}.json"
@@ -8421,7 +8407,8 @@ def report_path(run_id: str, kind: str) -> Path:
 def free_run_id(start: float, known: Collection[str] = ()) -> str:
     """Return the name of a run that begins at `start` (epoch seconds).
 
-    It is that second in UTC, or the next one that is free among the `known` runs, in `reports/` and in `logs/`.
+    It is that second in UTC, or the next one that is free among the `known` runs, in `reports/`
+    and in `logs/`.
     """
     while True:
         run_id = timestamp_name(start)
@@ -8438,15 +8425,15 @@ def free_run_id(start: float, known: Collection[str] = ()) -> str:
 def check_not_restored(savepoint: SavePoint) -> None:
     """Refuse to run where a report is newer than all that the savepoint knows.
 
-    Then the folder was put back from an older backup, and merges or undos have happened that would be repeated. Raises
-    FatalError(2).
+    Then the folder was put back from an older backup, and merges or undos have happened that would
+    be repeated. Raises FatalError(2).
     """
-    known = savepoint.runs()
+    newest = max(savepoint.runs(), default="")
     for path in sorted(REPORTS.glob("*_report_*.json")):
-        found = re.fullmatch(r"(?:merge|undo)_report_(\d{8}_\d{6})\.json", path.name)
-        if found and found.group(1) not in known and found.group(1) > max(known, default=""):
+        run_id = path.stem.rpartition("_report_")[2]
+        if re.fullmatch(r"\d{8}_\d{6}", run_id) and run_id > newest:
             why = f"neither {SAVEPOINT} nor {SAVEPOINT_COPY} knows the run of {path}"
-            fix = "Put the newest copy of both back. If you know that nothing is missing, move that report away."
+            fix = "Put the newest copy of both back. If nothing is missing, move that report away."
             raise FatalError(
                 EXIT_USAGE, f"the savepoint was put back from an older copy: {why}. {fix}"
             )
@@ -8456,7 +8443,7 @@ BESIDE_PAIRS = ("choices", "skipped", "look_alikes", "warnings", "invalid_rows")
 
 
 def beside_pairs(plan: Plan | None) -> dict[str, Iterable[Json] | None]:
-    """Return what a report and a preview list besides pairs; null is what only a plan could tell."""
+    """Return what reports and previews list besides pairs; null is what only a plan could tell."""
     if plan is None:
         return dict.fromkeys(BESIDE_PAIRS)
     choices: list[Json] = []
@@ -8477,7 +8464,7 @@ def beside_pairs(plan: Plan | None) -> dict[str, Iterable[Json] | None]:
 
 
 def skip_entry(skip: SkippedGroup) -> Json:
-    """Return a skipped group as the lists have it, with the lines of which --choices may take one."""
+    """Return a skipped group, with the lines of which --choices may take one."""
     why, advice = skip_words(skip.code)
     return {
         "email": skip.email,
@@ -8493,7 +8480,7 @@ def skip_entry(skip: SkippedGroup) -> Json:
 
 
 def report_chunks(head: Json, lists: Mapping[str, Iterable[Json] | None]) -> Iterator[bytes]:
-    """Return a JSON document of `head` and of lists that are too long to be held in memory; one not known is null."""
+    """Return a JSON document of `head` and of lists too long for the memory, None for null."""
     yield to_json({"schema": SCHEMA, **head}, indent=1)[:-2]
     for name, items in lists.items():
         if items is None:
@@ -8647,7 +8634,7 @@ def references_to_set(savepoint: SavePoint) -> Iterator[Json]:
 
 
 def report_head(record: RunRecord) -> Json:
-    run = record.to_json()
+    run = stored_fields(record)
     del run["reported"]
     return {"run": run, "summary": run.pop("summary")}
 
@@ -8751,7 +8738,7 @@ def merge_row(pair: Pair, outcome: str) -> Mapping[str, str]:
 
 
 def undo_row(pair: Pair, outcome: str) -> Mapping[str, str]:
-    """Return a row of UNDO_COLUMNS: which id a contact had, and under which it was created again."""
+    """Return a row of UNDO_COLUMNS: which id a contact had, and which it has now."""
     return {
         "email": pair.email,
         "outcome": outcome,
@@ -9136,7 +9123,7 @@ def plan_headline(plan: Plan, new: int, earlier: int) -> str:
 
 
 def print_list(console: Console, title: str, lines: Sequence[str]) -> None:
-    """Print a title that stands out, the lines under it, and an empty line; nothing where there are no lines."""
+    """Print a title, the lines under it and an empty line; nothing where there are no lines."""
     if lines:
         console.print(title, "bold")
         for line in lines:
@@ -9168,16 +9155,14 @@ def describe_contact(contact: Contact) -> str:
 
 # What a person should know of a group that is merged all the same.
 WARNINGS = {
-    "shared_mailbox": "If several people share this address, each could read the others' conversations "
-    "after the merge.",
-    "names_differ": "If these are different people, each could read the others' conversations after "
-    "the merge.",
+    "shared_mailbox": "If several people share this address, each could read the others' tickets.",
+    "names_differ": "If these are different people, each could read the others' tickets.",
     "age_undecided": "Check which contact is to be the primary.",
 }
 
 
 def _plan_lists(plan: Plan, earlier: Sequence[Pair]) -> Iterator[tuple[str, list[str]]]:
-    """What a person should read beside the pairs and the skipped groups: titles with their lines."""
+    """What a person should read beside pairs and skipped groups: titles with their lines."""
     title = f"TO FINISH FIRST, from earlier runs: {plural(len(earlier), 'pair')}"
     yield title, first_twenty([f"{describe_pair(pair)} ({SO_FAR[pair.state]})" for pair in earlier])
     choices: list[str] = []
@@ -9213,7 +9198,7 @@ def _plan_lists(plan: Plan, earlier: Sequence[Pair]) -> Iterator[tuple[str, list
 
 
 def _skip_list(plan: Plan, code: str) -> tuple[str, list[str]]:
-    """The groups that are skipped for one reason, with the lines of which one would go into a file of choices."""
+    """The groups that are skipped for one reason, with the lines that --choices may take."""
     skips = [skip for skip in plan.skipped if skip.code == code]
     lines: list[str] = []
     if skips:
