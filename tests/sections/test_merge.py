@@ -670,12 +670,30 @@ def test_a_contact_that_the_token_may_not_touch_costs_its_own_pair_alone(
         assert run.codes["person2@example.com"] in ("forbidden", "merge_refused")
 
 
-@pytest.mark.parametrize("gone", ["400", "403", "410", "500", "hang", "shape"])
+@pytest.mark.parametrize(
+    "gone", ("403", "410", "400", "404-other", "500", "502", "hang", "shape", "empty")
+)
 def test_lists_decide_where_polls_of_a_merged_contact_tell_nothing(scene: Scene, gone: str) -> None:
-    pairs = scene.pairs(2)
+    pairs = [*scene.pairs(3), scene.pair(9, (0, 0), talk=False)]  # the last one has no objects
     scene.world.gone = gone
-    run = scene.merge("--merge-timeout", "60")
-    assert run.code == 0 and scene.merged(*pairs)
+    assert scene.merge("--merge-timeout", "60").code == 0
+    assert scene.merged(*pairs) and scene.count("rev-users.merge") == 4
+
+
+def test_lists_do_not_decide_while_they_show_the_duplicate(scene: Scene) -> None:
+    scene.pair(1)
+    scene.world.merge_delay = 3600
+    scene.fault("500", "rev-users.get")
+    assert scene.merge(*QUICK).codes == {FIRST: "api_error"}
+    assert scene.count("rev-users.update") == 0
+
+
+def test_a_poll_that_hangs_does_not_hold_up_the_reference(scene: Scene) -> None:
+    primary, duplicate = scene.pair(1)
+    scene.fault("hang", "rev-users.get", times=1)
+    assert scene.merge("--merge-timeout", "60").code == 0
+    merged = scene.organisation.merge_times[duplicate]
+    assert scene.organisation.reference_times[primary][-1][0] - merged < 12
 
 
 def test_lists_that_were_asked_with_another_spelling_prove_no_absence(scene: Scene) -> None:
@@ -843,3 +861,95 @@ def test_a_pair_that_waits_to_be_requested_again_is_not_given_up_when_the_run_is
     scene.world.faults.clear()
     scene.end()
     assert scene.merged(pair)
+
+
+# -- lost and false answers --------------------------------------------------------------------------
+
+LOST_BEFORE = ("reset-before", "500", "502", "503", "429", "429-bare")
+
+
+@pytest.mark.parametrize("kind", [*LOST_BEFORE, "reset-after", "cut", "hang-after", "500-after"])
+def test_every_pair_is_merged_once_whatever_happens_to_a_merge_answer(
+    scene: Scene, kind: str
+) -> None:
+    pairs = scene.pairs(3)
+    scene.fault(kind, "rev-users.update", times=2)
+    scene.fault(kind, "rev-users.merge", times=2)
+    assert scene.merge("--merge-timeout", "40").code == 0 and scene.merged(*pairs)
+    assert scene.count("rev-users.merge") == (5 if kind in LOST_BEFORE else 3)
+
+
+@pytest.mark.parametrize("after", ["timeline-entries.list", "rev-users.merge", "rev-users.update"])
+@pytest.mark.parametrize("kind", ["503", "401", "502", "reset-before"])
+def test_an_api_that_goes_down_is_not_hammered_and_the_run_resumes(
+    scene: Scene, kind: str, after: str
+) -> None:
+    pairs = scene.pairs(8)
+    down: list[int] = []
+
+    def go_down(_devrev: Organisation) -> None:
+        down.append(len(scene.world.requests))
+        scene.fault(kind)
+
+    scene.after(after, go_down)
+    run = scene.merge()
+    assert run.code == 3 and run.report["run"]["stopped"]
+    assert len(scene.world.requests) - down[0] <= 8 + 12
+    scene.world.faults.clear()
+    scene.end()
+    assert scene.merged(*pairs)
+
+
+def test_one_ticket_that_can_not_be_read_costs_only_its_own_group(scene: Scene) -> None:
+    pairs = scene.pairs(4)
+    (ticket, *_) = works_of(scene.organisation, pairs[1][0])
+    scene.fault("500", "timeline-entries.list", match=of(ticket))
+    assert scene.merge().codes == {"person2@example.com": "api_error"}
+    assert scene.merged(pairs[0], *pairs[2:])
+
+
+@pytest.mark.parametrize("shape", ["403", "left out"])
+def test_three_restricted_tickets_cost_one_pair_on_each_of_several_days(
+    scene: Scene, shape: str
+) -> None:
+    pairs = [scene.pair(1, (1, 4)), *(scene.pair(number) for number in range(2, 6))]
+    scene.export()
+    scene.world.restricted = works_of(scene.organisation, pairs[0][1])[:3]
+    scene.world.restricted_in_lists = shape
+    for _ in range(3):
+        assert list(scene.merge(*QUICK).codes) == [FIRST]
+    assert set(scene.organisation.merges) == set(pairs[1:])
+
+
+def test_a_csv_of_another_organisation_stops_everything(scene: Scene) -> None:
+    scene.pairs(3)
+    other = Organisation("OTHERORG")
+    pair = [other.add_contact("P1", FIRST), other.add_contact("D1", FIRST, "user_1")]
+    rows = scene.export_rows()
+    scene.write_csv(row._replace(id=one) for row, one in zip(rows, pair))
+    run = scene.merge()
+    assert run.code == 2 and [one.endpoint for one in run.requests] == ["dev-users.self"]
+    assert "another organisation" in run.err
+
+
+OTHER_ORG = {"type": "rev_org", "id": "don:identity:dvrv-us-1:devo/SANDBOX1:revo/OTHER"}
+CHANGES: dict[str, Any] = {
+    "email_changed": {"email": "new@example.com"},
+    "external_ref_changed": {"external_ref": "user_new"},
+    "not_active": {"state": "locked"},
+    "different_rev_org": {"rev_org": OTHER_ORG},
+}
+
+
+def test_nothing_that_has_changed_since_the_export_is_merged(scene: Scene) -> None:
+    pairs = scene.pairs(7)
+    scene.export()
+    expected = {}
+    for number, (code, change) in enumerate(CHANGES.items(), 1):
+        scene.organisation.change(scene.organisation.contacts[pairs[number - 1][1]], **change)
+        expected[f"person{number}@example.com"] = code
+    scene.organisation.delete_contact(pairs[4][0])
+    expected["person5@example.com"] = "not_found"
+    scene.organisation.add_contact("NEW", "person6@example.com", "user_new6")
+    expected["person6@example.com"] = "several_user_refs"
+    assert scene.merge().codes == expected and scene.merged(pairs[6])
