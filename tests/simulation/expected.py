@@ -213,12 +213,21 @@ def read_tables(execute: Callable[[str], Any]) -> StoredFile:
 
 
 def joined(main: Optional[StoredFile], copy: Optional[StoredFile]) -> Dict[Ids, Dict[str, Any]]:
-    """Return the rows that both files know together: of each pair, the one that was written last."""
+    """Return the rows that both files know together: of each pair, the one that was written last.
+
+    One that knows of a request does not lose to one that doesn't, nor knows that it was never sent.
+    """
     found: Dict[Ids, Dict[str, Any]] = {}
     for file in (main, copy):
         for ids, row in file.rows.items() if file else ():
-            if ids not in found or authority(row) > authority(found[ids]):
+            if ids not in found:
                 found[ids] = row
+                continue
+            loser, winner = sorted((found[ids], row), key=authority)
+            is_idle = winner["state"] in ("planned", "failed") and not winner["requested_at"]
+            if is_idle and loser["requested_at"] not in (0, winner.get("withdrawn_at")):
+                winner = {**loser, "revision": winner["revision"]}
+            found[ids] = winner
     return found
 
 

@@ -331,7 +331,8 @@ class ReasonChecker:
             not self.organisation.alive(ids[1])
             and world.gone_of.get(ids[1], world.gone) in world.ODD
         )
-        return odd and bool(self.checker.left_behind(ids))
+        is_listed = world.stays not in ("", "no-email", "bare")
+        return odd and (is_listed or bool(self.checker.left_behind(ids)))
 
     def _is_too_small(self) -> bool:
         """Return whether the quota lets too little through for lists to be fresh at their merge."""
