@@ -9358,10 +9358,16 @@ def build_parser() -> OptionParser:
     `merge` is a run without another mode.
     """
     parser = OptionParser(
-        prog="merge_contacts.py", usage="%(prog)s --csv PATH [--preview] [option ...]", description=DESCRIPTION,
-        epilog=EPILOG, allow_abbrev=False, add_help=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28),
-    )  # fmt: skip
+        prog="merge_contacts.py",
+        usage="%(prog)s --csv PATH [--preview] [option ...]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        allow_abbrev=False,
+        add_help=False,
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=28
+        ),
+    )
     planning = ("merge", "preview", "check")
     count = checked(int, lambda number: number >= 1, "a whole number of at least 1")
     seconds = checked(
@@ -9448,7 +9454,7 @@ def option_name(name: str) -> str:
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line, and refuse options that don't go together (exit 2).
 
-    Besides the options themselves the result has `mode`, a key of MODES, and `words`, as they were typed.
+    Besides the options the result has `mode`, a key of MODES, and `words`, as they were typed.
     """
     parser = build_parser()
     words = list(sys.argv[1:] if argv is None else argv)
@@ -10106,7 +10112,7 @@ def pairs_to_settle(savepoint: SavePoint, emails: Iterable[str]) -> list[Pair]:
 
 
 def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
-    """Open the savepoint. For a run that may change something: also write what killed runs could not.
+    """Open the savepoint. A run that may change something also writes what killed runs could not.
 
     Raises FatalError(2) where the savepoint is older than the reports, FatalError(3) where
     `reports/` can't be written.
@@ -10354,7 +10360,7 @@ class Progress:
         return f"waiting {duration(spent)} for {what}, of {oldest.email}"
 
     def _forecast(self, now: float, ended: int, total: int) -> str:
-        """Say how long the rest takes at the pace of the last minute; "" where that says nothing."""
+        """Say how long the rest takes at the last minute's pace; "" where that says nothing."""
         self._ended.append((now, ended))
         while self._ended[0][0] < now - self.PACE:
             self._ended.popleft()
@@ -10467,8 +10473,8 @@ def suggest_after_run(run: RunContext, failures: Sequence[Pair], code: int) -> N
 
 # Options that say nothing of what a run did.
 NOT_REPORTED = frozenset((
-    "csv", "preview", "live", "check", "status", "verify_backups", "json", "plan", "choices_template", "export",
-    "domain", "yes", "verbose", "quiet", "words",
+    "csv", "preview", "live", "check", "status", "verify_backups", "json", "plan",
+    "choices_template", "export", "domain", "yes", "verbose", "quiet", "words",
 ))  # fmt: skip
 
 
@@ -10646,7 +10652,7 @@ def created_again(pair: Pair) -> str:
 
 
 def undo_headline(counts: Json, before: int) -> str:
-    """Say in one line what an undo has done, or would do; `before` were undone by an earlier one."""
+    """Say in one line what an undo has done, or would do; `before` were undone earlier."""
     now = dict(counts)
     if "undone" in now:
         now["undone"] -= before
@@ -10761,7 +10767,7 @@ def show_findings(run: RunContext, found: Findings) -> int:
 
 
 async def check(run: RunContext) -> int:
-    """Print whether a real run could start: token, CSV, access, savepoint, disk; return the exit code."""
+    """Print whether a real run could start; return the exit code."""
     api = DevRevAPI(run.settings, run.environment, CancelToken())
     steps = [("read the contacts from DevRev", command_line("--export", "contacts.csv"))]
     parts: dict[str, Callable[[], Awaitable[str]]] = {
@@ -10788,7 +10794,10 @@ async def check(run: RunContext) -> int:
             words = str(error)
         log.info("check of %s: %s", name, words)
         found.facts["checks"].append({"check": name, "ok": good, "says": words})
-        found.say(f"{'ok     ' if good else 'FAILED '} {name}: {words}", "" if good else "bad")
+        if good:
+            found.say(f"ok      {name}: {words}")
+        else:
+            found.say(f"FAILED  {name}: {words}", "bad")
     run.console.status("")
     if run.organisation:
         only_a_merge = "only a merge shows whether the token may merge (rev_user:all)"
@@ -10814,7 +10823,7 @@ async def check_owner_of_token(run: RunContext, api: DevRevAPI) -> str:
 
 
 async def check_csv(run: RunContext, steps: list[tuple[str, str]]) -> str:
-    """Read the CSV, also where the token's organisation is not known; put the next step into `steps`."""
+    """Read the CSV, and put the next step into `steps`."""
     known = open_savepoint(run, readonly=True)
     plan = make_plan(run, known)
     new = sum(pair.state is State.PLANNED for pair in plan.pairs())
@@ -10914,7 +10923,7 @@ def status(run: RunContext) -> int:
 
 
 def describe_history(found: Findings, last: RunRecord) -> None:
-    """Say in words whether a run is in progress, what the last one came to, and how many pairs there are."""
+    """Say whether a run is in progress, what the last one came to, and how many pairs there are."""
     facts = found.facts
     holder = facts["last_opened"]
     if not holder:
