@@ -4378,6 +4378,7 @@ def to_format_4(_db: sqlite3.Connection) -> None:
 # Each takes a file from one format to the next, within its first transaction. A new field of a pair
 # needs no other step than a default; a new meaning of an old one, a table or a state does.
 MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (to_format_4,)
+FORMAT = FIRST_FORMAT + len(MIGRATIONS)
 
 
 class SavePointFile:
@@ -4407,10 +4408,6 @@ class SavePointFile:
         self.environment = environment
         self.failure: FatalError | None = None  # it can't be written any more
 
-    @property
-    def format(self) -> int:
-        return FIRST_FORMAT + len(MIGRATIONS)
-
     def check_header(self) -> None:
         """Read the header (https://sqlite.org/fileformat.html) before SQLite may touch the file.
 
@@ -4431,8 +4428,8 @@ class SavePointFile:
         is_database = head.startswith(b"SQLite format 3\0") and len(head) == 100
         if not is_database or application not in (0, self.APPLICATION):
             raise self._damaged("it is not a savepoint")
-        if application and not FIRST_FORMAT <= version <= self.format:
-            known = f"formats {FIRST_FORMAT} to {self.format}"
+        if application and not FIRST_FORMAT <= version <= FORMAT:
+            known = f"formats {FIRST_FORMAT} to {FORMAT}"
             raise self._other_format(f"it has format {version}, and this version reads {known}")
 
     def _damaged(self, why: str) -> FatalError:
@@ -4521,13 +4518,13 @@ class SavePointFile:
             for statement in self.SCHEMA.split(";"):
                 self.db.execute(statement)
             self.db.execute(f"PRAGMA application_id = {self.APPLICATION}")
-        elif not FIRST_FORMAT <= version <= self.format:
+        elif not FIRST_FORMAT <= version <= FORMAT:
             raise sqlite3.DatabaseError("it is another program's database")
         else:
             for migrate in MIGRATIONS[version - FIRST_FORMAT :]:
                 migrate(self.db)
-        if version != self.format:
-            self.db.execute(f"PRAGMA user_version = {self.format}")
+        if version != FORMAT:
+            self.db.execute(f"PRAGMA user_version = {FORMAT}")
         problem = self.db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if problem != "ok":
             raise sqlite3.DatabaseError(problem)

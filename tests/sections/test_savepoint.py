@@ -381,6 +381,21 @@ def test_where_one_file_can_not_be_written_any_more_nothing_more_is_requested_an
     assert_each_in_one_report(place, pairs)
 
 
+@pytest.mark.parametrize("name", ["savepoint.db", "savepoint-copy.db"])
+@pytest.mark.parametrize("number", [1, 6])
+def test_what_a_kill_tears_is_read_without_being_touched(
+    scene: Scene, name: str, number: int
+) -> None:
+    scene.pair(1)
+    scene.kill(f"in the middle of the commit of {name}", number)
+    scene.merge()
+    before = {path: path.read_bytes() for path in Path().rglob("savepoint*")}
+    assert any(path.name.endswith("-journal") for path in before) or number == 1
+    assert scene.run("--status").code == 0
+    assert before == {path: path.read_bytes() for path in Path().rglob("savepoint*")}
+    assert scene.merge().code == 0
+
+
 def test_a_second_run_in_the_folder_is_told_who_holds_it_and_status_and_preview_work_meanwhile(
     place: Workplace,
 ) -> None:
