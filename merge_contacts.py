@@ -5810,9 +5810,15 @@ class PairMerge:
             await self.run.preconditions.ensure_fresh()
         except PairError as error:
             problem = error
-        if pair.requested_at and await self._shows_merged(await self.verifier.poll()):
-            self.context.gate.note_merged(pair)
-            return True
+        if pair.requested_at:
+            status = await self.verifier.poll()
+            if await self._shows_merged(status):
+                self.context.gate.note_merged(pair)
+                return True
+            if status is DuplicateStatus.CHANGED and not problem:
+                # The lists of the check lag behind what the poll has seen.
+                words = f"{pair.duplicate.short_id} is no longer as the check has seen it"
+                problem = PairError("not_active", words)
         if problem and pair.state is not State.SKIPPED:
             raise problem
         return False

@@ -128,3 +128,16 @@ def test_a_merged_contact_that_stays_archived_delays_no_reference(scene: Scene) 
     merged = scene.organisation.merge_times[duplicate]
     moved = [at for at, ref in scene.organisation.reference_times[primary] if ref == "user_1"]
     assert moved[0] - merged < 3
+
+
+def test_a_contact_that_is_locked_while_lists_lag_is_not_requested_again(scene: Scene) -> None:
+    """Seed 78 of a later simulation: the check's lists showed it as before, and the poll did not."""
+    _, duplicate = scene.pair(1)
+    scene.lose_request("rev-users.merge")
+    scene.kill("hearing of rev-users.merge")
+    scene.merge()
+    scene.clock.advance(60)
+    scene.world.list_lag = 30.0
+    scene.organisation.change(scene.organisation.contacts[duplicate], state="locked")
+    scene.merge("--merge-timeout", "5")
+    assert scene.count("rev-users.merge") == 0
