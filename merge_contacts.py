@@ -3727,7 +3727,10 @@ class DevRevAPI:
                 if not refused:
                     raise  # for another reason
                 self.work_kinds = tuple(one for one in self.work_kinds if one not in refused)
-                words = f"works that are not listed ({error.status}) or backed up: {refused}"
+                kinds = ", ".join(refused)
+                words = (
+                    f"works that DevRev does not list ({error.status}), so not backed up: {kinds}"
+                )
                 self.warnings.append(words)
                 log.log(logging.INFO if error.status == 400 else logging.WARNING, "%s", words)
         self._kinds_are_known = True
@@ -10679,7 +10682,7 @@ def finish_undo(run: RunContext, plan: UndoPlan, runner: UndoRunner, code: int) 
     left = total - sum(counts.values())
     stop = end_record(run, runner, code)
     record.summary = {**counts, "pairs": total, "undone_before": before, "left": left}
-    record.headline = undo_headline({**counts, "left": left}, before)
+    record.headline = undo_headline({**counts, "remaining": left}, before)
     if code == EXIT_USAGE and not run.signal:
         stop = stop or next(pair.error for pair in runner.pairs() if pair.code)
     if run.options.preview:
