@@ -1529,7 +1529,8 @@ def csv_chunks(header: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator
 
 
 class State(str, Enum):
-    """How far a pair is. REQUESTED to VERIFYING are unfinished, only one of TERMINAL ends a pair."""
+    """How far a pair is. REQUESTED to VERIFYING are unfinished, only one of TERMINAL ends a
+    pair."""
 
     PLANNED = "planned"
     SKIPPED = "skipped"  # left out of its group in this run; never stored
@@ -1675,7 +1676,8 @@ class Pair:
         return pair
 
     def move_to(self, state: State, code: str = "", error: str = "") -> None:
-        """Be in this state; `code` and `error` say what keeps the pair from its end, or ended it."""
+        """Be in this state; `code` and `error` say what keeps the pair from its end, or ended
+        it."""
         self.state = state
         self.code = code
         self.error = error
@@ -1744,7 +1746,8 @@ def into(pair: Pair) -> str:
 
 @dataclass(eq=False)
 class Group:
-    """The contacts of one email. Every pair has the same primary; the one whose reference moves is first."""
+    """The contacts of one email. Every pair has the same primary; the one whose reference moves is
+    first."""
 
     email: str
     pairs: list[Pair]
@@ -1760,7 +1763,8 @@ class Group:
         return [self.primary, *(pair.duplicate for pair in self.pending())]
 
     def pending(self) -> list[Pair]:
-        """The pairs that are still to be merged, that of a request that is being repeated included."""
+        """The pairs that are still to be merged, that of a request that is being repeated
+        included."""
         return [
             pair for pair in self.pairs if pair.state is State.PLANNED or pair.is_requested_again
         ]
@@ -1769,7 +1773,8 @@ class Group:
         return [self.primary, *(pair.duplicate for pair in self.pairs)]
 
     def primary_ref(self) -> str:
-        """The reference that the primary has now, as far as a merge is known to have moved one to it."""
+        """The reference that the primary has now, as far as a merge is known to have moved one to
+        it."""
         for pair in self.pairs:
             has_moved = pair.state in (State.VERIFYING, State.DONE) or pair.is_merged_already()
             if pair.new_ref and has_moved:
@@ -1784,7 +1789,8 @@ class Group:
         return any(pair.state in (*UNFINISHED, *ENDED) for pair in self.pairs)
 
     def lost_refs(self) -> list[Contact]:
-        """Return the duplicates whose `user_` reference no contact keeps: their accounts lose their contact."""
+        """Return the duplicates whose `user_` reference no contact keeps: their accounts lose their
+        contact."""
         moving = [pair.new_ref for pair in self.pairs if pair.new_ref]
         kept = moving[0] if moving else self.primary.external_ref
         users = [pair.duplicate for pair in self.pairs if pair.duplicate.is_user]
@@ -4883,7 +4889,8 @@ class GroupContext:
 
 
 class MergeGate:
-    """Lets merges be requested: one at a time until one is confirmed, and DevRev takes its reference.
+    """Lets merges be requested: one at a time until one is confirmed, and DevRev takes its
+    reference.
 
     The first merge of a run shows whether the token may, and whether this organisation answers as
     expected. Where it does not, one reference is on no contact. Some organisations carry out one
@@ -4905,7 +4912,8 @@ class MergeGate:
         return bool(self._under_way - {pair.primary.id})
 
     async def enter(self, pair: Pair, alone: bool = False) -> None:
-        """Wait until a merge may be requested; `alone`: until no other is under way. Raises Cancelled."""
+        """Wait until a merge may be requested; `alone`: until no other is under way. Raises
+        Cancelled."""
         primary = pair.primary.id
         while primary not in self._under_way:  # one that is requested again goes on
             if alone and not self._alone:
@@ -4937,7 +4945,8 @@ class MergeGate:
             self.leave(pair)
 
     def confirm(self, pair: Pair) -> None:
-        """Let others go side by side: a merge of this run has its reference, or another contact has it."""
+        """Let others go side by side: a merge of this run has its reference, or another contact has
+        it."""
         if pair.primary.id in self._under_way and pair.ids in self._seen:
             self.confirmed = True
             self.leave(pair)
@@ -4954,7 +4963,8 @@ class MergeContext(GroupContext):
     before_verification: set[Group]
 
     def at_verification(self, group: Group) -> None:
-        """Note that a group verifies, or won't soon. After the last one, send the list calls that wait."""
+        """Note that a group verifies, or won't soon. After the last one, send the list calls that
+        wait."""
         self.before_verification.discard(group)
         if not self.before_verification and not self.cancel_token.stop:
             asyncio.get_event_loop().call_later(LINGER, self.api.dispatch)
@@ -5073,7 +5083,8 @@ async def foresee_group(
 
 
 class Preconditions:
-    """What the merges of a group rest on: the live check, the backup, and the integrity check from the disk.
+    """What the merges of a group rest on: the live check, the backup, and the integrity check from
+    the disk.
 
     Each part is as old as the first request that it was read with.
     """
@@ -5113,7 +5124,8 @@ class Preconditions:
         self._timelines = {}
 
     async def ensure_fresh(self) -> None:
-        """Check and back up again what is too old, or was never read. Raises PairError with the first problem."""
+        """Check and back up again what is too old, or was never read. Raises PairError with the
+        first problem."""
         self.context.raise_if_draining()
         if not self.folder or self._is_older(self._listed, self.LISTED):
             await self._check()
@@ -5142,7 +5154,8 @@ class Preconditions:
         log.info("%s: the live check of %s has passed", self.group.email, contacts)
 
     async def _back_up(self) -> None:
-        """Read all that DevRev holds of the group, write it to the disk, and check what is there."""
+        """Read all that DevRev holds of the group, write it to the disk, and check what is
+        there."""
         environment = self.context.environment
         email = self.group.email
         snapshots, since = await self._read_contacts()
@@ -5198,7 +5211,8 @@ class Preconditions:
         return snapshots, since
 
     async def _read_timelines(self, objects: Mapping[str, Json]) -> None:
-        """Read the timelines that are not known yet, and those of objects that have changed; a few at a time."""
+        """Read the timelines that are not known yet, and those of objects that have changed; a few
+        at a time."""
         known = self._timelines
         wanted = []
         for identity, obj in objects.items():
@@ -5248,10 +5262,11 @@ CARRIED_FIELDS = ("description", "phone_numbers", "display_name")
 
 
 def fields_to_carry(primary: Mapping[str, Any], duplicate: Mapping[str, Any]) -> Json:
-    """Return what an update of the primary has to set, so that it keeps what only the duplicate has.
+    """Return what an update of the primary has to set, so that it keeps what only the duplicate
+    has.
 
-    `phone_numbers` is the whole list, because an update replaces it. A name is carried only where the
-    primary has none of its own: its address or its id is no name.
+    `phone_numbers` is the whole list, because an update replaces it. A name is carried only where
+    the primary has none of its own: its address or its id is no name.
     """
     found: Json = {}
     if duplicate.get("description") and not primary.get("description"):
@@ -5267,7 +5282,8 @@ def fields_to_carry(primary: Mapping[str, Any], duplicate: Mapping[str, Any]) ->
 
 
 def lost_fields(duplicate: Mapping[str, Any], primary: Mapping[str, Any]) -> list[Json]:
-    """Return `{field, value}` of what the duplicate had and the primary does not have, as far as answers show it."""
+    """Return `{field, value}` of what the duplicate had and the primary does not have, as far as
+    answers show it."""
     lost: list[Json] = []
     for name in (
         "display_name",
@@ -5308,9 +5324,11 @@ def check_reference(pair: Pair, primary: Json | None) -> Json:
 
 
 def confirmation_timeout(pair: Pair, merge_timeout: float) -> float:
-    """Return the seconds after a request until a duplicate that still exists means that the merge won't come.
+    """Return the seconds after a request until a duplicate that still exists means that the merge
+    won't come.
 
-    DevRev knows of the request where it has answered; a request whose answer was lost may never have arrived.
+    DevRev knows of the request where it has answered; a request whose answer was lost may never
+    have arrived.
     """
     if pair.state is State.ACKNOWLEDGED or pair.rejected:
         return merge_timeout
@@ -5344,7 +5362,8 @@ def read_backed_up(pair: Pair) -> BackedUp:
 
 
 class TransferVerifier:
-    """Tells from lists and objects whether a pair is merged, for as long as DevRev's lists may lag behind."""
+    """Tells from lists and objects whether a pair is merged, for as long as DevRev's lists may lag
+    behind."""
 
     FIRST_LINGER = 10.0  # seconds for which the first lists wait for other groups to verify
     EXAMINED = 25  # objects that are read one by one, in each round before the time is over
@@ -5367,10 +5386,11 @@ class TransferVerifier:
     async def wait(
         self, pause: Callable[[float], Awaitable[None]]
     ) -> tuple[list[Json], DuplicateStatus | None]:
-        """Poll until all that was the duplicate's belongs to the primary, or `merge_timeout` is over.
+        """Poll until all that was the duplicate's belongs to the primary, or `merge_timeout` is
+        over.
 
-        Return the objects still missing, and the duplicate's status where the list of its email still
-        shows it. Objects deleted since are named in the pair and hold nothing up.
+        Return the objects still missing, and the duplicate's status where the list of its email
+        still shows it. Objects deleted since are named in the pair and hold nothing up.
         """
         timeout = self.context.options.merge_timeout
         started = self.context.environment.now()
@@ -5411,7 +5431,8 @@ class TransferVerifier:
     async def objects_prove(self) -> bool | None:
         """Return whether objects show that the pair is merged, None where there is none that tells.
 
-        All that still exist belong to the primary, and among them is one that it did not have before.
+        All that still exist belong to the primary, and among them is one that it did not have
+        before.
         """
         telling = self.backed_up.telling
         if not telling:
@@ -5448,7 +5469,8 @@ class TransferVerifier:
         return not await self._missing(self.backed_up.expected, FINISH)
 
     async def is_merged_elsewhere(self) -> bool:
-        """Return whether the primary exists, the duplicate doesn't, and objects do not show them merged."""
+        """Return whether the primary exists, the duplicate doesn't, and objects do not show them
+        merged."""
         options = RequestOptions(FINISH)
         primary = await self.api.contact(self.pair.primary.id, options)
         if primary is None or is_gone(primary):
@@ -5503,9 +5525,11 @@ class TransferVerifier:
         return [item for item in expected if (item["role"], item["id"]) not in there]
 
     async def _examine(self, items: Iterable[Json]) -> list[Json]:
-        """Read objects one by one; return those that are not with the primary, and note those that were deleted.
+        """Read objects one by one; return those that are not with the primary, and note those that
+        were deleted.
 
-        A 404 says so only where another object of its kind has answered: the token may not see the kind.
+        A 404 says so only where another object of its kind has answered: the token may not see the
+        kind.
         """
         left: list[Json] = []
         absent: list[Json] = []
@@ -5542,7 +5566,8 @@ def longer(deadline: float, settings: ApiSettings) -> float:
 
 
 class ReferenceUpdate:
-    """Sets the reference of a contact, for a merge and for an undo; an update may be sent again and again.
+    """Sets the reference of a contact, for a merge and for an undo; an update may be sent again and
+    again.
 
     What an answer does not tell is read: a lost or refused update may have been made all the same,
     and a merge may move the reference by itself.
@@ -5564,7 +5589,8 @@ class ReferenceUpdate:
         self._deadline = FIRST_DEADLINE
 
     async def send(self) -> Json | None:
-        """Update the contact once, and return it as DevRev has it then; None where it no longer exists.
+        """Update the contact once, and return it as DevRev has it then; None where it no longer
+        exists.
 
         `{}` where neither the answer nor a read tells.
         """
@@ -5607,7 +5633,8 @@ class ReferenceUpdate:
 
 
 class UnexplainedConflict(PairError):
-    """A reference is in use, and no contact outside the pair holds it: it says something of the organisation."""
+    """A reference is in use, and no contact outside the pair holds it: it says something of the
+    organisation."""
 
     def __init__(self, pair: Pair) -> None:
         gone = f"{pair.duplicate.short_id}, which no longer exists"
@@ -5616,11 +5643,12 @@ class UnexplainedConflict(PairError):
 
 
 class PairMerge:
-    """One merge: request, wait, set the reference, verify. A pair that an earlier run left enters at its state.
+    """One merge: request, wait, set the reference, verify. A pair that an earlier run left enters
+    at its state.
 
     Each phase takes the pair at a recovery point and returns the next one; a wait may request the
-    merge again. What keeps the pair from its end is raised as PairError and recorded as its outcome;
-    what stops the run passes through.
+    merge again. What keeps the pair from its end is raised as PairError and recorded as its
+    outcome; what stops the run passes through.
     """
 
     MAX_REQUESTS = 3  # times that a run requests one merge
@@ -5657,7 +5685,8 @@ class PairMerge:
         self._deadline = FIRST_DEADLINE
 
     async def advance(self, until: State | None = None) -> bool:
-        """Take the pair from one recovery point to the next, up to `until` or its end. Return whether it got there."""
+        """Take the pair from one recovery point to the next, up to `until` or its end. Return
+        whether it got there."""
         pair = self.pair
         phases = {
             State.PLANNED: self._request,
@@ -5713,8 +5742,8 @@ class PairMerge:
     async def end(self, problem: PairError | None = None) -> None:
         """Record that the pair has ended, or what keeps it from its end in this run.
 
-        A failure counts among the failures in a row, unless an earlier run left the pair or failed at
-        it too, or only its verification is open.
+        A failure counts among the failures in a row, unless an earlier run left the pair or failed
+        at it too, or only its verification is open.
         """
         pair = self.pair
         self.has_outcome = True
@@ -5726,7 +5755,8 @@ class PairMerge:
         await self.context.record_outcome(pair, problem, counts)
 
     async def _doubt_merge(self) -> None:
-        """Take the pair back to its request where neither of its contacts is found: that confirms nothing."""
+        """Take the pair back to its request where neither of its contacts is found: that confirms
+        nothing."""
         is_merged = self.pair.state in (State.MERGED, State.VERIFYING)
         if is_merged and self.requests_sent and not self.verifier.primary:
             with contextlib.suppress(PairError):
@@ -5756,7 +5786,8 @@ class PairMerge:
         return self._waited_before + self.context.environment.elapsed(self._waited_since)
 
     async def _pause(self, seconds: float) -> None:
-        """Sleep until DevRev may have got further. From now on, new work and other groups do not wait for this pair."""
+        """Sleep until DevRev may have got further. From now on, new work and other groups do not
+        wait for this pair."""
         if seconds > 0:
             self.run.attempted.set()
             if self._waited() > self.SLOW:
@@ -5766,7 +5797,8 @@ class PairMerge:
     # -- the request -------------------------------------------------------------------------------
 
     async def _request(self) -> State:
-        """Request the merge, resting on preconditions that are fresh at the moment when the request is sent.
+        """Request the merge, resting on preconditions that are fresh at the moment when the request
+        is sent.
 
         A pair that was requested before is polled first whatever the preconditions say: it may be
         merged by now.
@@ -5827,7 +5859,8 @@ class PairMerge:
         return False
 
     async def _shows_merged(self, status: DuplicateStatus) -> bool:
-        """Return whether the pair is merged, by a poll and, where the duplicate is not as it was, by objects."""
+        """Return whether the pair is merged, by a poll and, where the duplicate is not as it was,
+        by objects."""
         if status is not DuplicateStatus.CHANGED:
             return status.is_gone
         with contextlib.suppress(ApiError, NoUsableResponse):
@@ -5835,7 +5868,8 @@ class PairMerge:
         return False
 
     async def _send(self) -> State | None:
-        """Send the merge request. Return None where it has to be sent again, because DevRev was busy.
+        """Send the merge request. Return None where it has to be sent again, because DevRev was
+        busy.
 
         Raises PreconditionsExpired where it was not sent.
         """
@@ -5879,7 +5913,8 @@ class PairMerge:
     async def _save_intent(self) -> None:
         """Save that the merge is requested, at the last moment before the request is sent.
 
-        Raises PreconditionsExpired or Cancelled where it must not be sent; then the savepoint says that it was not.
+        Raises PreconditionsExpired or Cancelled where it must not be sent; then the savepoint says
+        that it was not.
         """
         context = self.context
         pair = self.pair
@@ -5909,7 +5944,8 @@ class PairMerge:
         log.info("%s: requesting the merge of %s", pair.email, into(pair))
 
     async def _make_room(self, refusal: ApiError, others: bool) -> bool:
-        """Wait until DevRev may be ready for the merge, and return whether it is to be requested again.
+        """Wait until DevRev may be ready for the merge, and return whether it is to be requested
+        again.
 
         It may be busy with others, and then says so in many ways; alone it says so in one.
         """
@@ -5945,7 +5981,8 @@ class PairMerge:
         return State.REQUESTED
 
     async def _stop_unless_merged(self, error: ApiError) -> None:
-        """Raise PermissionDenied, unless polls show that a merge which was forbidden is carried out all the same."""
+        """Raise PermissionDenied, unless polls show that a merge which was forbidden is carried out
+        all the same."""
         pauses = Backoff(0.2, 1.0)
         code = EXIT_USAGE
         while self._waited() < self.SLOW:
@@ -5961,7 +5998,8 @@ class PairMerge:
     # -- the wait ----------------------------------------------------------------------------------
 
     async def _wait(self) -> State:
-        """Poll until the duplicate no longer exists, or until the merge has to be requested again."""
+        """Poll until the duplicate no longer exists, or until the merge has to be requested
+        again."""
         pair = self.pair
         recent = self.context.recent_merges
         if self._waited_since is None:  # an earlier run requested it: it is polled at once
@@ -6001,7 +6039,8 @@ class PairMerge:
         return State.MERGED
 
     async def _poll(self) -> bool:
-        """Poll the duplicate once. Return whether it no longer exists; `_poll_problem` says why that is not known."""
+        """Poll the duplicate once. Return whether it no longer exists; `_poll_problem` says why
+        that is not known."""
         self._poll_problem = None
         self._is_changed = False
         try:
@@ -6042,7 +6081,8 @@ class PairMerge:
     # -- the reference -----------------------------------------------------------------------------
 
     async def _set_reference(self) -> State:
-        """Give the primary the duplicate's reference. Until then it is on no contact, so nothing else is waited for."""
+        """Give the primary the duplicate's reference. Until then it is on no contact, so nothing
+        else is waited for."""
         pair = self.pair
         pair.carries_last = True
         if pair.new_ref:
@@ -6058,7 +6098,8 @@ class PairMerge:
         return State.VERIFYING
 
     async def _update_reference(self) -> bool:
-        """Update the primary until it has the reference. Return False where the duplicate still exists.
+        """Update the primary until it has the reference. Return False where the duplicate still
+        exists.
 
         Raises PairError.
         """
@@ -6105,7 +6146,8 @@ class PairMerge:
         return True
 
     async def _holds_reference(self) -> bool:
-        """Return whether the primary itself is listed for the reference; False: the duplicate still is, or nobody.
+        """Return whether the primary itself is listed for the reference; False: the duplicate still
+        is, or nobody.
 
         Raises PairError where another contact is.
         """
@@ -6126,7 +6168,8 @@ class PairMerge:
     # -- the verification --------------------------------------------------------------------------
 
     async def _verify(self) -> State:
-        """Check that everything the duplicate had belongs to the primary, and that it is listed no more."""
+        """Check that everything the duplicate had belongs to the primary, and that it is listed no
+        more."""
         pair = self.pair
         self.context.at_verification(self.run.group)
         missing, status = await self.verifier.wait(self._pause)
@@ -6152,7 +6195,8 @@ class PairMerge:
         return State.DONE
 
     async def _last_read(self) -> Json:
-        """Return the primary as it was read last, which decides; where it lost its reference again, it gets it once more.
+        """Return the primary as it was read last, which decides; where it lost its reference again,
+        it gets it once more.
 
         Raises PairError: not_found, external_ref_changed, reference_reverted.
         """
@@ -6178,7 +6222,8 @@ class PairMerge:
         return primary
 
     async def _carry_fields(self, primary: Json) -> Json:
-        """Give the primary what only the duplicate had (--carry-fields), and return the primary as it is then.
+        """Give the primary what only the duplicate had (--carry-fields), and return the primary as
+        it is then.
 
         The old values are durable first. The write rests on a read that nothing has waited behind.
         What DevRev refuses stands in `fields_lost`.
@@ -6245,8 +6290,8 @@ class GroupRun:
             self.attempted.set()
 
     async def _refuse_planned(self, merges: Sequence[PairMerge], failed: Pair) -> None:
-        """Refuse what is still planned: what refuses one pair refuses the group, and what was requested has to be
-        finished before the next request."""
+        """Refuse what is still planned: what refuses one pair refuses the group, and what was
+        requested has to be finished before the next request."""
         words = "another merge into the same contact has to be finished first"
         problem = PairError("group_incomplete", words)
         if failed.state is State.FAILED:
@@ -6260,7 +6305,8 @@ class GroupRun:
 
 
 class TaskRunner:
-    """Starts tasks, waits for them, and ends them in good order: what a merge run and an undo share."""
+    """Starts tasks, waits for them, and ends them in good order: what a merge run and an undo
+    share."""
 
     MAX_FAILURES_IN_A_ROW = 5
     GRACE = 10.0  # seconds to wait for requests in progress when the run is interrupted
@@ -6293,7 +6339,8 @@ class TaskRunner:
             raise Cancelled()
 
     async def run(self, work: Awaitable[None]) -> int:
-        """Do the work as far as it goes, and return the exit code. Raises nothing: `stop` says what ended it."""
+        """Do the work as far as it goes, and return the exit code. Raises nothing: `stop` says what
+        ended it."""
         await self._guard(work, ())
         # Where nothing more is started, what is in progress is finished.
         await self._guard(self.wait_all(), ())
@@ -6358,7 +6405,8 @@ class TaskRunner:
     ) -> None:
         """Take note that a pair has ended (it is saved by then), or of what keeps it from its end.
 
-        `counts`: whether the problem counts among the failures in a row that stop a run, if its code is systemic.
+        `counts`: whether the problem counts among the failures in a row that stop a run, if its
+        code is systemic.
         """
         if problem:
             is_skipped = isinstance(problem, PairSkipped)
@@ -6441,7 +6489,8 @@ class ContactMerger:
     # -- what earlier runs left --------------------------------------------------------------------
 
     async def _poll_cancelled(self, plan: Plan) -> list[Pair]:
-        """Poll each cancelled pair once: return those that DevRev has carried out after all, as unfinished pairs."""
+        """Poll each cancelled pair once: return those that DevRev has carried out after all, as
+        unfinished pairs."""
         found = []
         for pair in list(self.savepoint.pairs(State.CANCELLED)):
             try:
@@ -6463,7 +6512,8 @@ class ContactMerger:
         return found
 
     async def _is_merged_after_all(self, pair: Pair) -> bool:
-        """Return whether DevRev shows that a cancelled pair was merged into its primary; note a reference that nobody has.
+        """Return whether DevRev shows that a cancelled pair was merged into its primary; note a
+        reference that nobody has.
 
         Raises PairError, and what an odd answer raises.
         """
@@ -6498,7 +6548,8 @@ class ContactMerger:
             await self.savepoint.save(pair, keep_run=True)
 
     def _resume(self, plan: Plan, unfinished: Sequence[Pair]) -> None:
-        """Start a group for each primary of unfinished pairs, with what else is known of that primary."""
+        """Start a group for each primary of unfinished pairs, with what else is known of that
+        primary."""
         by_primary: dict[str, list[Pair]] = collections.defaultdict(list)
         for pair in unfinished:
             by_primary[pair.primary.id].append(pair)
@@ -6561,7 +6612,8 @@ class ContactMerger:
     async def _run_of(
         self, group: Group, plan: Plan, undoing: Mapping[str, Pair], failed: Collection[Ids]
     ) -> GroupRun | None:
-        """Return the run of a group's planned pairs, None where there are none, or an undo has to be finished first."""
+        """Return the run of a group's planned pairs, None where there are none, or an undo has to
+        be finished first."""
         pairs = []
         for pair in group.pairs:
             if pair.state is State.PLANNED:
@@ -6585,8 +6637,8 @@ class ContactMerger:
         return None
 
     def _room(self) -> int:
-        """Return how many pairs may be in progress: under a small quota few, because checks and backups that wait for
-        the next window would have to be read again then."""
+        """Return how many pairs may be in progress: under a small quota few, because checks and
+        backups that wait for the next window would have to be read again then."""
         return int(max(2, min(self.IN_PROGRESS, requests_per_minute(self.api.scheduler) // 4)))
 
     def _start(self, run: GroupRun) -> asyncio.Future[None]:
@@ -6607,9 +6659,11 @@ class ContactMerger:
             batch.clear()
 
     async def _start_deferred(self, run: GroupRun, unfinished: Sequence[Pair]) -> None:
-        """Start a group that shares a contact with an unfinished pair, once that pair is past its request.
+        """Start a group that shares a contact with an unfinished pair, once that pair is past its
+        request.
 
-        A group with the contact that holds that pair's reference goes first: the reference follows it.
+        A group with the contact that holds that pair's reference goes first: the reference follows
+        it.
         """
         ids = run.contact_ids()
         refs = {pair.new_ref for pair in run.pairs if pair.new_ref}
