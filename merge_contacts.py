@@ -5284,27 +5284,22 @@ def fields_to_carry(primary: Mapping[str, Any], duplicate: Mapping[str, Any]) ->
 def lost_fields(duplicate: Mapping[str, Any], primary: Mapping[str, Any]) -> list[Json]:
     """Return `{field, value}` of what the duplicate had and the primary does not have, as far as
     answers show it."""
-    lost: list[Json] = []
-    for name in (
-        "display_name",
-        "full_name",
-        "description",
-        "phone_numbers",
-        "tags",
-        "custom_fields",
-    ):
-        value = duplicate.get(name)
-        kept = primary.get(name)
-        if isinstance(value, list):
-            lost += [{"field": name, "value": one} for one in value if one not in (kept or ())]
-        elif isinstance(value, dict):
-            mine = kept if isinstance(kept, dict) else {}
-            for key, one in value.items():
-                if one != mine.get(key):
-                    lost.append({"field": f"{name}.{key}", "value": one})
-        elif value and value != kept:
-            lost.append({"field": name, "value": value})
-    return lost
+    kept = list(field_values(primary))
+    lost = [one for one in field_values(duplicate) if one not in kept]
+    return [{"field": name, "value": value} for name, value in lost]
+
+
+def field_values(user: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the values of a contact's fields one by one, with the name of each."""
+    names = ("display_name", "full_name", "description", "phone_numbers", "tags", "custom_fields")
+    for name in names:
+        value = user.get(name)
+        if isinstance(value, dict):
+            yield from ((f"{name}.{key}", one) for key, one in value.items())
+        elif isinstance(value, list):
+            yield from ((name, one) for one in value)
+        elif value:
+            yield name, value
 
 
 def check_reference(pair: Pair, primary: Json | None) -> Json:

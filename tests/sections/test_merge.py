@@ -707,6 +707,31 @@ def test_lists_that_were_asked_with_another_spelling_prove_no_absence(scene: Sce
     assert run.code in (1, 3) and scene.count("rev-users.update") == 0
 
 
+def test_lists_are_asked_with_the_spelling_that_devrev_has(scene: Scene) -> None:
+    pair = scene.pair(1, (0, 0), talk=False)
+    for one in pair:
+        scene.organisation.change(scene.organisation.contacts[one], email="Person1@Example.com")
+    scene.export({one: {"email": FIRST} for one in pair})
+    scene.world.gone = "400"
+    scene.world.email_ignores_case = True
+    scene.before("rev-users.merge", lambda _: setattr(scene.world, "email_ignores_case", False))
+    assert scene.merge("--merge-timeout", "60").code == 0 and scene.merged(pair)
+
+
+def test_lists_that_do_not_show_the_primary_prove_no_absence(scene: Scene) -> None:
+    scene.pair(1, (0, 0), talk=False)
+    scene.world.merge_delay = 9e9
+    nobody: dict[str, Any] = {"rev_users": []}
+
+    def hide(_devrev: Organisation) -> None:
+        scene.answer("rev-users.list", 200, nobody)
+        scene.fault("400", "rev-users.get")
+
+    scene.after("rev-users.merge", hide)
+    assert scene.merge("--merge-timeout", "60").code in (1, 3)
+    assert scene.count("rev-users.update") == 0
+
+
 # -- fields ------------------------------------------------------------------------------------------
 
 
