@@ -1032,7 +1032,7 @@ INVALID_ROWS = {
 
 @dataclass
 class CsvContents:
-    """What a CSV holds that matters: of its rows those whose email or id recurs or was requested."""
+    """What a CSV holds that matters: rows whose email or id recurs, or whose email was requested."""
 
     contacts: list[Contact] = field(default_factory=list)  # each row once, also conflicting ones
     contacts_read: int = 0
@@ -1329,7 +1329,7 @@ class ContactReader:
                 if problem:
                     add_key(-1)
                     add_id(-1)
-                    if any(map(str.strip, row)):  # a row of blank cells is a blank line
+                    if problem != BLANK:
                         self._leave_out(table, InvalidRow(file, line, *problem, None), row)
                     continue
                 identity, email, reference = map(trimmed_text, pick(row)[:3])
@@ -1418,11 +1418,16 @@ class ContactReader:
                 self.contents.emails_in_invalid_rows.add(loose_key(contact.email))
 
 
+BLANK = ("blank", "")  # a row of blank cells is no row
+
+
 def row_error(table: CsvTable, row: Sequence[str], is_plain: bool) -> tuple[str, str] | None:
     """Return the code and the words for why a row is no contact, None where it is one.
 
     `is_plain` is a row of one line without a NUL.
     """
+    if not any(map(str.strip, row)):
+        return BLANK
     if not table.is_complete(row):
         # Spreadsheets also leave cells behind the last column, which are blank.
         extra = row[table.width :]
@@ -1486,7 +1491,9 @@ def loose_keys_in(cells: Sequence[str]) -> Iterator[str]:
                 *re.split(r"[\s,;<>\"]+", text),
                 *re.findall(r"[^\s,;\"<>()\[\]{}:|]+", text),
             }
-            yield from map(loose_key, words)
+            for word in words:
+                if any(sign in word for sign in _AT_SIGNS):
+                    yield loose_key(word)
 
 
 def repeated(values: array[int]) -> set[int]:
@@ -2109,7 +2116,7 @@ def classify_group(
 
 
 def skip_code(email: str, users: Sequence[Contact], system: Sequence[Contact]) -> str:
-    """Say why a group can't be merged without a choice, `""` where it can, or has no two contacts."""
+    """Say why a group needs a choice, `""` where it needs none."""
     if len(users) + len(system) > mailbox_limit(email):
         return "shared_mailbox"
     if len(users) > 1:
@@ -2274,7 +2281,7 @@ def keep_emails(plan: Plan, wanted: Collection[str]) -> list[str]:
 
 
 def keep_limit(plan: Plan, limit: int) -> list[str]:
-    """Keep complete groups with at most `limit` pairs in all; one that would not fit is passed over.
+    """Keep complete groups with at most `limit` pairs in all, and pass over what would not fit.
 
     What no run has tried comes first, then what was tried longest ago: a contact that always fails
     keeps no other waiting. Returns what a person should know of it, line by line.

@@ -431,12 +431,12 @@ def csv_figures(rows: int, size: float, uses: "Sequence[Use]") -> List[Figure]:
         return [Figure(what, seconds, none), pace, Figure("  peak memory", memory, none)]
     other = uses[1]
     figures = [
-        at_most(what, tool.seconds / other.seconds, 1.0, seconds, f"{other.seconds:.2f} s"),
+        at_most(what, tool.seconds / other.seconds, 2.0, seconds, f"{other.seconds:.2f} s"),
         pace,
     ]
     if tool.megabytes and other.megabytes:
         ratio = tool.megabytes / other.megabytes
-        figures.append(at_most("  peak memory", ratio, 1 / 3, memory, f"{other.megabytes:.0f} MB"))
+        figures.append(at_most("  peak memory", ratio, 1 / 2, memory, f"{other.megabytes:.0f} MB"))
     return (
         figures
         if rows >= 1_000_000
