@@ -5055,7 +5055,10 @@ async def find_unverified(api: DevRevAPI, plan: Plan) -> None:
     """Note which contacts of a plan are known to be unverified, as far as lists tell."""
     emails: set[str] = set()
     for group in plan.groups:
-        emails.update(contact.email for contact in group.contacts())
+        if group.pending():
+            emails.update(contact.email for contact in group.contacts())
+    if not emails:
+        return
     with contextlib.suppress(PairError, NoUsableResponse):
         users = (await api.contacts_by_email(emails)).items
         plan.unverified |= await unverified_among(api, users, emails, PREPARE)

@@ -1420,6 +1420,61 @@ def test_what_was_undone_or_cancelled_is_not_repeated_unnamed(
         )
 
 
+class Savepoint:
+    """Rows by state, as `apply_savepoint` asks for them."""
+
+    def __init__(self, rows: Sequence[Pair]) -> None:
+        self.rows = rows
+        self.organisation = ""
+
+    def pairs(self, *states: State) -> List[Pair]:
+        return [pair for pair in self.rows if pair.state in states]
+
+
+# Rows (primary, duplicate, state), whether the address is named; what becomes of the group of 1, 2 and 3.
+KNOWN: List[Tuple[List[Tuple[str, str, str]], bool, str]] = [
+    ([], False, "planned planned"), ([("1", "2", "done")], False, "done planned"),
+    ([("1", "2", "done"), ("1", "3", "requested")], False, "done requested"), ([("1", "2", "failed")], False, "planned planned"),
+    ([("1", "2", "undone")], False, "undone"), ([("1", "2", "undone")], True, "undone"), ([("8", "9", "undone")], False, "undone"),
+    ([("8", "9", "undone")], True, "planned planned"), ([("1", "2", "undo_settled")], True, "undone"),
+    ([("1", "2", "cancelled")], False, "cancelled"), ([("1", "2", "cancelled")], True, "requested planned"),
+    ([("1", "2", "done"), ("1", "3", "done"), ("8", "9", "undone")], False, "done done"),
+    ([("1", "2", "done"), ("8", "9", "undone")], False, "undone"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "is_named", "expected"), KNOWN)
+def test_what_the_savepoint_knows_comes_into_the_plan(
+    rows: List[Tuple[str, str, str]], is_named: bool, expected: str
+) -> None:
+    plan = plan_of(EVERY)
+    plan.wanted = {pair.ids: pair for pair in plan.pairs()}
+    plan.ids = set(plan.wanted)
+    known = [
+        Pair(contact(one, ""), contact(other, ""), None, State(state)) for one, other, state in rows
+    ]
+    savepoint: Any = Savepoint(known)
+    tool.apply_savepoint(plan, savepoint, ["ada@example.com"] if is_named else [])
+    assert savepoint.organisation == "dvrv-us-1:devo/SANDBOX1"
+    skipped = " ".join(skip.code for skip in plan.skipped)
+    states = [pair.state.value for group in plan.groups for pair in group.pairs]
+    assert (skipped or " ".join(states)) == expected and bool(skipped) != bool(states)
+    assert plan.already_merged == states.count("done") and len(plan.ids) == len(states)
+    assert len(plan.revived) == states.count("requested") * is_named
+    assert set(plan.tried) == {pair.ids for pair in known if pair.state is State.FAILED}
+
+
+def test_a_group_that_a_choice_has_made_one_contact_is_skipped_no_longer() -> None:
+    people = [contact(str(number), f"user_{number}") for number in range(3)]
+    for merged, codes in ((2, []), (1, ["several_user_refs"]), (0, ["several_user_refs"])):
+        plan = plan_of(people)
+        rows = [Pair(people[0], one, None, State.DONE) for one in people[1 : 1 + merged]]
+        savepoint: Any = Savepoint(rows)
+        tool.apply_savepoint(plan, savepoint, [])
+        assert [skip.code for skip in plan.skipped] == codes
+        assert ("ada@example.com" in plan.left_alone) == (not codes)
+
+
 @pytest.mark.parametrize(
     ("exported", "found", "exact", "at_least"),
     [

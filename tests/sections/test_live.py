@@ -122,6 +122,15 @@ def test_an_unverified_contact_is_merged_with_no_other_unless_that_is_tried(
     assert scene.merge("--try-unverified").code == 0
 
 
+def test_the_question_counts_who_is_unverified_and_needs_no_group(scene: Scene) -> None:
+    plan = tool.Plan()
+    settings = tool.ApiSettings(token="x")
+    environment = tool.Environment(settings)
+    api = tool.DevRevAPI(settings, environment, tool.CancelToken())
+    environment.run_event_loop(tool.find_unverified(api, plan))
+    assert plan.unverified == set() and not api.requests, "nothing is planned: nothing is asked"
+
+
 def test_a_reference_does_not_move_from_an_unverified_contact(scene: Scene) -> None:
     scene.organisation.unverified.update(scene.pair(1))
     assert scene.merge().codes == {"person1@example.com": "unverified"}
