@@ -11218,7 +11218,7 @@ td small { display: block }
 .details > td { padding: .25rem 0 1rem 1.4rem; background: var(--tint) }
 .columns { display: flex; flex-wrap: wrap; gap: 1rem 3rem; padding: .5rem 1rem }
 .columns > * { flex: 1 1 22rem }
-.facts { display: grid; grid-template-columns: fit-content(9rem) 1fr; gap: .1rem 1rem }
+.facts { display: grid; grid-template-columns: fit-content(12rem) 1fr; gap: .1rem 1rem }
 .chips { display: flex; flex-wrap: wrap; gap: .3rem; margin-top: .3rem }
 .chips li { background: var(--tint); border-radius: 4px; padding: 0 .5rem }
 .more { display: flex; gap: 1rem; align-items: center; margin-top: .75rem }
