@@ -10982,8 +10982,7 @@ def status(run: RunContext) -> int:
         for line in first_twenty(lines):
             found.say(f"{word}  {line}")
     for one in to_set:
-        where = f"is on no contact; set it on {one['contact']} in DevRev"
-        found.say(f"to set  {one['email']}: the reference {one['reference']} {where}", "bold")
+        found.say(f"to set  {one['email']}: {one['advice']}", "bold")
     return show_findings(run, found)
 
 
