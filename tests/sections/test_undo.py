@@ -910,14 +910,25 @@ def test_an_undo_that_is_stopped_with_a_reference_on_no_contact_names_it_and_the
     assert_undone(scene, before, scene.undo())
 
 
-def test_no_write_follows_once_a_file_of_the_savepoint_can_not_be_written(scene: Scene) -> None:
-    """What has freed a reference creates the contact; nothing else is begun (seen in seed 50554)."""
-    scene.pairs(2)
+def test_no_write_follows_once_a_file_of_the_savepoint_can_not_be_written(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full as the undo is about to free the first reference (seen in seed 50554)."""
+    primary, _ = scene.pair(1)
     before = truth(scene)
     scene.merge()
-    scene.fill_disk("the commit of savepoint-copy.db")
-    run = scene.undo()
-    assert run.code == 3 and not run.count("rev-users.create") and not run.count("works.update") > 1
+    process = scene.make_process()
+
+    def fill(_devrev: Any) -> None:
+        process.full_at = process.steps
+        process.full_for = "of savepoint-copy.db"
+
+    scene.after("rev-users.get", fill, match={"id": primary}.__eq__)
+    with monkeypatch.context() as patch:
+        patch.setattr(scene, "make_process", lambda: process)
+        run = scene.undo()
+    assert run.code == 3 and scene.holder("user_1") == primary
+    assert not run.count("rev-users.update") and not run.count("rev-users.create")
     assert_undone(scene, before, scene.undo())
 
 
