@@ -5455,8 +5455,8 @@ class TransferVerifier:
     async def lists_show_merged(self) -> bool:
         """Decide by lists where polls give no usable answer, and by objects where some tell.
 
-        The list of the duplicate's email no longer shows it as it was, that of its reference not at
-        all. They are read twice where no object tells, because they may lag.
+        The lists of the duplicate's email and of its reference no longer show it as it was. Where no
+        object tells, the latter does not show it at all, and both are read twice: they may lag.
         """
         for pause in (0.0, min(10.0, self.context.options.merge_timeout / 4)):
             if pause:
@@ -5466,11 +5466,13 @@ class TransferVerifier:
                 return False
             reference = self.pair.duplicate.external_ref
             holders = await self.api.holders_of(reference, RequestOptions(FINISH))
-            if any(user["id"] == self.pair.duplicate.id and not is_gone(user) for user in holders):
+            if self._shows_duplicate(holders):
                 return False
             proof = await self.objects_prove()
             if proof is not None:
                 return proof
+            if any(user["id"] == self.pair.duplicate.id and not is_gone(user) for user in holders):
+                return False
         return not await self._missing(self.backed_up.expected, FINISH)
 
     async def is_merged_elsewhere(self) -> bool:
