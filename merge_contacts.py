@@ -1436,12 +1436,9 @@ def row_error(table: CsvTable, row: Sequence[str], is_plain: bool) -> tuple[str,
     if not is_plain:
         if any(_NUL_MARK in cell for cell in row):
             return "nul", "a NUL character"
-        # As many as a row has, in a cell of several lines.
-        delimiters = max(table.places)
-        for cell in row:
-            if cell.count(table.delimiter) >= delimiters and ("\n" in cell or "\r" in cell):
-                hint = "a stray quote, or one that a backslash escapes: unload with doubled quotes"
-                return "stray_quote", f"a quoted field that holds other rows ({hint})"
+        if holds_other_rows(table, row):
+            hint = "a stray quote, or one that a backslash escapes: unload with doubled quotes"
+            return "stray_quote", f"a quoted field that holds other rows ({hint})"
     cells = table.texts(row)
     for name in ("id", "email", "external_ref"):
         if not cells[name]:
@@ -1454,6 +1451,15 @@ def row_error(table: CsvTable, row: Sequence[str], is_plain: bool) -> tuple[str,
     if parse_count(cells["tickets"]) is None:
         return "count", f"{COLUMNS['tickets']} is not a count: {cells['tickets'][:40]}"
     return None
+
+
+def holds_other_rows(table: CsvTable, row: Sequence[str]) -> bool:
+    """Return whether a cell of several lines holds as many delimiters as a row does."""
+    delimiters = max(table.places)
+    for cell in row:
+        if cell.count(table.delimiter) >= delimiters and ("\n" in cell or "\r" in cell):
+            return True
+    return False
 
 
 def address_error(email: str) -> str:
@@ -2215,13 +2221,20 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str]) ->
             plan.skip(group, code)
             continue
         plan.groups.append(group)
-        for pair in group.pairs:
-            if pair.ids in known:
-                pair.move_to(known[pair.ids].state)
-                if pair.state in ENDED:
-                    plan.already_merged += 1
-            elif pair.ids in cancelled:
-                revive(plan, pair, cancelled[pair.ids])
+        take_states(plan, group, known, cancelled)
+
+
+def take_states(
+    plan: Plan, group: Group, known: Mapping[Ids, Pair], cancelled: Mapping[Ids, Pair]
+) -> None:
+    """Give the pairs of a planned group the states that the savepoint knows."""
+    for pair in group.pairs:
+        if pair.ids in known:
+            pair.move_to(known[pair.ids].state)
+            if pair.state in ENDED:
+                plan.already_merged += 1
+        elif pair.ids in cancelled:
+            revive(plan, pair, cancelled[pair.ids])
 
 
 def revive(plan: Plan, pair: Pair, row: Pair) -> None:
