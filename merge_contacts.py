@@ -782,7 +782,7 @@ class CancelToken:
 
 
 async def together(*works: Awaitable[Any]) -> list[Any]:
-    """Return the results of all. A failure is raised once all have ended: none outlives its caller."""
+    """Return the results of all; a failure is raised once all have ended."""
     results = await asyncio.gather(*works, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
@@ -1004,7 +1004,7 @@ _ORGANISATION = re.compile(r"don:[a-z_]+:(dvrv-[^:]+:devo/[^:]+):")
 
 
 def organisation_of(don: str) -> str:
-    """Return the `dvrv-…:devo/<ORG>` that every id of one DevRev organisation carries, or `""`."""
+    """Return the `dvrv-…:devo/<ORG>` in every id of one DevRev organisation, or `""`."""
     match = _ORGANISATION.match(don)
     return match.group(1) if match else ""
 
@@ -1032,7 +1032,7 @@ INVALID_ROWS = {
 
 @dataclass
 class CsvContents:
-    """What a CSV holds that matters: rows whose email or id recurs, or whose email was requested."""
+    """What matters of a CSV: rows whose email or id recurs, or whose email was requested."""
 
     contacts: list[Contact] = field(default_factory=list)  # each row once, also conflicting ones
     contacts_read: int = 0
@@ -2200,12 +2200,7 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str]) ->
     plan.tried = {pair.ids: pair.updated for pair in savepoint.pairs(State.FAILED)}
     forget_merged_skips(plan, known.values())
     blocked = blocked_by_history(plan.groups, [*undone.values(), *cancelled.values()])
-    created = {pair.undo.contact for pair in undone.values() if pair.undo}
-    merged_again = {
-        pair.email
-        for pair in known.values()
-        if pair.state in ENDED and created.intersection(pair.ids)
-    }
+    merged_again = emails_merged_again(known.values(), undone.values())
     groups = plan.groups
     plan.groups = []
     for group in groups:
@@ -2222,6 +2217,13 @@ def apply_savepoint(plan: Plan, savepoint: SavePoint, named: Collection[str]) ->
             continue
         plan.groups.append(group)
         take_states(plan, group, known, cancelled)
+
+
+def emails_merged_again(known: Iterable[Pair], undone: Iterable[Pair]) -> set[str]:
+    """Return the emails of which a merge has ended with a contact that an undo had created."""
+    created = {pair.undo.contact for pair in undone if pair.undo}
+    ended = [pair for pair in known if pair.state in ENDED]
+    return {pair.email for pair in ended if created.intersection(pair.ids)}
 
 
 def take_states(
@@ -3338,7 +3340,7 @@ class Reading:
 
 
 def is_write(endpoint: str, body: Json) -> bool:
-    """Whether a request changes something; an update that sets nothing only tries whether it may."""
+    """Whether a request changes something; an update that sets nothing does not."""
     return endpoint in WRITES and not body.keys() <= {"id", "type"}
 
 
@@ -4173,7 +4175,7 @@ class Backup:
     holdings: Json = field(default_factory=dict)  # how much it holds, by kind
 
     def entry(self, contact: str) -> Json:
-        """Return what the manifest says of the contact of this id. Raises LookupError, TypeError."""
+        """Return the manifest's entry of a contact. Raises LookupError, TypeError."""
         for entry in self.manifest["contacts"]:
             if entry["csv"]["id"] == contact:
                 return entry  # type: ignore[no-any-return]
@@ -4254,7 +4256,7 @@ def verify_backup(folder: Path) -> Backup:
 
 
 def add_file(backup: Backup, folder: Path, name: str) -> str:
-    """Read a file that the manifest names; return in words what is wrong with it, `""` if nothing."""
+    """Read a file that the manifest names; say what is wrong with it, `""` where nothing is."""
     expected = backup.manifest["files"][name]
     try:
         content = backup_bytes(folder / name)
@@ -4638,7 +4640,7 @@ class SavePointFile:
 
 
 class SavePoint:
-    """What was done, in two files with the same content: `savepoint.db`, and the copy in `backups/`.
+    """What was done, twice: in `savepoint.db`, and in the copy in `backups/`.
 
     Each write goes to the file and then to its copy, each in a transaction of its own; a request
     that changes DevRev is sent only after both. So a file that is lost, or replaced by an older
@@ -6715,11 +6717,12 @@ def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) ->
     for pair in pairs:
         for contact in (pair.primary, pair.duplicate):
             if contact.organisation and contact.organisation != organisation:
+                owner = organisation or "an unknown one"
                 raise FatalError(
                     EXIT_USAGE,
-                    f"the {origin} is of another organisation than the token: {contact.short_id} belongs to "
-                    f"{contact.organisation}, the token to {organisation or 'an unknown one'}; use a token of "
-                    f"{contact.organisation}",
+                    f"the {origin} is of another organisation than the token: "
+                    f"{contact.short_id} belongs to {contact.organisation}, "
+                    f"the token to {owner}; use a token of {contact.organisation}",
                 )
 
 
@@ -8976,8 +8979,9 @@ class Console:
         self, quiet: bool = False, out: TextIO | None = None, err: TextIO | None = None
     ) -> None:
         self.quiet = quiet
-        self.data: TextIO = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-        self.err: TextIO = err or sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        nowhere = functools.partial(open, os.devnull, "w", encoding="utf-8")
+        self.data: TextIO = sys.stdout or nowhere()
+        self.err: TextIO = err or sys.stderr or nowhere()
         self.out = out or self.data
         self.mask: Callable[[str], str] = str
         self._output = Output()
@@ -9946,8 +9950,14 @@ def make_plan(run: RunContext, savepoint: SavePoint) -> Plan:
 
 
 CHOICES_HEADER = (
-    "EMAIL", "EXTERNAL_REF", "DISPLAY_NAME", "TICKET_COUNT", "CREATED_AT", "REV_USER_ID", "CONTACTS",
-)  # fmt: skip
+    "EMAIL",
+    "EXTERNAL_REF",
+    "DISPLAY_NAME",
+    "TICKET_COUNT",
+    "CREATED_AT",
+    "REV_USER_ID",
+    "CONTACTS",
+)
 
 
 def write_choices_template(run: RunContext) -> int:
