@@ -6950,7 +6950,9 @@ def hashes_in_reports() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for path in REPORTS.glob("merge_report_*.json"):
         with contextlib.suppress(OSError, *ODD_ANSWER):
-            for entries in json.loads(path.read_bytes()).values():
+            with open_regular(path) as file:
+                report = json.load(file)
+            for entries in report.values():
                 for entry in entries if isinstance(entries, list) else ():
                     if isinstance(entry, dict) and entry.get("backup"):
                         hashes = found.setdefault(entry["backup"], set())
