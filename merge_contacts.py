@@ -181,7 +181,13 @@ class ApiError(PairError):
     A merge may be carried out all the same.
     """
 
-    def __init__(self, endpoint: str, status: int, message: str, data: Json) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        status: int,
+        message: str,
+        data: Json,
+    ) -> None:
         code = "forbidden" if status == 403 else "api_error"
         super().__init__(code, f"{endpoint} answered {status}: {message}")
         self.status = status
@@ -363,7 +369,12 @@ class Environment:
     def run_event_loop(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(work)
 
-    async def post(self, endpoint: str, body: Json, deadline: float | None = None) -> HttpResponse:
+    async def post(
+        self,
+        endpoint: str,
+        body: Json,
+        deadline: float | None = None,
+    ) -> HttpResponse:
         """POST one request, and return within `deadline` seconds, with a complete answer or not.
 
         The deadline is ten times `timeout` at most.
@@ -434,7 +445,11 @@ class Environment:
 
     def open_database(self, uri: str) -> sqlite3.Connection:
         return sqlite3.connect(
-            uri, uri=True, isolation_level=None, timeout=0, check_same_thread=False
+            uri,
+            uri=True,
+            isolation_level=None,
+            timeout=0,
+            check_same_thread=False,
         )
 
     def fsync_file(self, file: Any) -> None:
@@ -637,12 +652,23 @@ class HttpTransport:
         # Proxy and CA bundle are asked for once, and never a proxy for plain http on loopback.
         # There are no credentials to take from ~/.netrc.
         session.trust_env = settings.base_url.startswith("https:")
-        found = session.merge_environment_settings(settings.base_url, {}, None, None, None)
+        found = session.merge_environment_settings(
+            settings.base_url,
+            {},
+            None,
+            None,
+            None,
+        )
         session.proxies = found["proxies"]
         session.verify = found["verify"]
         session.trust_env = False
 
-    def post(self, endpoint: str, body: Json, limit: float) -> HttpResponse:
+    def post(
+        self,
+        endpoint: str,
+        body: Json,
+        limit: float,
+    ) -> HttpResponse:
         """POST once, and read the answer until it is complete or `limit` seconds are over."""
         import requests
         from urllib3.exceptions import HTTPError
@@ -1345,7 +1371,12 @@ class ContactReader:
                 contents.other_refs += 1
                 contents.other_ref = min(contents.other_ref or reference, reference)
 
-    def _leave_out(self, table: CsvTable, invalid: InvalidRow, row: Sequence[str]) -> None:
+    def _leave_out(
+        self,
+        table: CsvTable,
+        invalid: InvalidRow,
+        row: Sequence[str],
+    ) -> None:
         """Note a bad row, and the addresses in it: their groups may not be complete.
 
         Its cells may be shifted, so that any may hold its address. Where they are not, only EMAIL
@@ -1413,7 +1444,13 @@ class ContactReader:
                 ]
                 differing = ", ".join(COLUMNS[name] for name in fields_of)
                 reason = f"the {COLUMNS['id']} of {where} with another {differing}"
-                invalid = InvalidRow(file, line, "conflict", reason, contact.email[:320])
+                invalid = InvalidRow(
+                    file,
+                    line,
+                    "conflict",
+                    reason,
+                    contact.email[:320],
+                )
                 self.contents.leave_out(invalid)
                 self.contents.emails_in_invalid_rows.add(loose_key(contact.email))
 
@@ -1688,7 +1725,12 @@ class Pair:
             State(pair.undo.state_before)
         return pair
 
-    def move_to(self, state: State, code: str = "", error: str = "") -> None:
+    def move_to(
+        self,
+        state: State,
+        code: str = "",
+        error: str = "",
+    ) -> None:
         """Be in this state; `code` and `error` say what keeps the pair from its end, or ended
         it."""
         self.state = state
@@ -2072,7 +2114,13 @@ def detect(
     for email, contacts in sorted(by_email.items()):
         is_spoiled = bool(spoiled) and loose_key(email) in spoiled
         try:
-            found = classify_group(email, contacts, is_spoiled, choices.get(email, ""), primary)
+            found = classify_group(
+                email,
+                contacts,
+                is_spoiled,
+                choices.get(email, ""),
+                primary,
+            )
         except PairError as error:
             problems.append(str(error))
             continue
@@ -2091,7 +2139,11 @@ def detect(
 
 
 def classify_group(
-    email: str, contacts: Sequence[Contact], is_spoiled: bool, choice: str, primary: str
+    email: str,
+    contacts: Sequence[Contact],
+    is_spoiled: bool,
+    choice: str,
+    primary: str,
 ) -> Group | SkippedGroup | None:
     """Decide what becomes of the contacts of one email: a group to merge, a skip with its reason,
     or nothing.
@@ -2131,7 +2183,10 @@ def skip_code(email: str, users: Sequence[Contact], system: Sequence[Contact]) -
 
 
 def resolve_choice(
-    email: str, users: Sequence[Contact], system: Sequence[Contact], choice: str
+    email: str,
+    users: Sequence[Contact],
+    system: Sequence[Contact],
+    choice: str,
 ) -> Contact:
     candidates = users or system
     found = [contact for contact in candidates if contact.external_ref == choice]
@@ -2227,7 +2282,10 @@ def emails_merged_again(known: Iterable[Pair], undone: Iterable[Pair]) -> set[st
 
 
 def take_states(
-    plan: Plan, group: Group, known: Mapping[Ids, Pair], cancelled: Mapping[Ids, Pair]
+    plan: Plan,
+    group: Group,
+    known: Mapping[Ids, Pair],
+    cancelled: Mapping[Ids, Pair],
 ) -> None:
     """Give the pairs of a planned group the states that the savepoint knows."""
     for pair in group.pairs:
@@ -2588,7 +2646,10 @@ def live_group_error(live: LiveGroup) -> PairError | None:
 
 
 def count_error(
-    contact: Contact, greatest: int, policy: str, who: str = "the backup"
+    contact: Contact,
+    greatest: int,
+    policy: str,
+    who: str = "the backup",
 ) -> PairError | None:
     """Compare the greatest(owned, created, reported) that `who` has with the CSV's TICKET_COUNT."""
     if greatest == contact.tickets or (greatest > contact.tickets and policy == "at-least"):
@@ -2612,7 +2673,12 @@ FINISH, RESUME, MERGE, VERIFY, PREPARE = range(5)
 class Backoff:
     """Pauses in seconds: `first`, then each `factor` times as long as the last, up to `longest`."""
 
-    def __init__(self, first: float, longest: float, factor: float = 2.0) -> None:
+    def __init__(
+        self,
+        first: float,
+        longest: float,
+        factor: float = 2.0,
+    ) -> None:
         self.first = first
         self.longest = longest
         self.factor = factor
@@ -2732,7 +2798,12 @@ class QuotaWindow:
         """Whether there is a quota, and only an answer can tell what is left of it."""
         return self.limit is not None and self.remaining is None
 
-    def on_response(self, response: HttpResponse, now: float, server_time: float) -> None:
+    def on_response(
+        self,
+        response: HttpResponse,
+        now: float,
+        server_time: float,
+    ) -> None:
         announced = announced_quota(response.headers)
         # A reset in the past may be seconds from now: no window is known by that.
         if announced is None or announced.reset < server_time - 2:
@@ -2768,7 +2839,12 @@ class QuotaWindow:
 class ClientLimit:
     """The client-side rate limit: so many calls a period, counted by the package `ratelimit`."""
 
-    def __init__(self, calls: int, period: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        calls: int,
+        period: float,
+        clock: Callable[[], float],
+    ) -> None:
         from ratelimit.decorators import RateLimitDecorator
 
         self.calls = calls
@@ -2819,7 +2895,12 @@ class CircuitBreaker:
     def is_tripped(self) -> bool:
         return self.seems_down or self.over_quota_in_a_row > 0
 
-    def on_response(self, status: int | None, pause: float, now: float) -> str:
+    def on_response(
+        self,
+        status: int | None,
+        pause: float,
+        now: float,
+    ) -> str:
         """Note an answer. `status` None: none, or none of use; a 429 asks for `pause` seconds.
 
         Return why nothing more is worth sending, "" where it is.
@@ -2874,7 +2955,10 @@ class RequestScheduler:
     FAILURES = "DevRev fails"
 
     def __init__(
-        self, environment: Environment, cancel_token: CancelToken, settings: ApiSettings
+        self,
+        environment: Environment,
+        cancel_token: CancelToken,
+        settings: ApiSettings,
     ) -> None:
         self.environment = environment
         self.cancel_token = cancel_token
@@ -3079,7 +3163,12 @@ class RequestScheduler:
 
     # -- answers -----------------------------------------------------------------------------------
 
-    def on_response(self, response: HttpResponse, seconds: float, usable: bool) -> None:
+    def on_response(
+        self,
+        response: HttpResponse,
+        seconds: float,
+        usable: bool,
+    ) -> None:
         """Note an answer, how long it took, and whether it is of use where its status is good."""
         now = self.environment.now().monotonic
         server_time = self._server_time(response)
@@ -3101,14 +3190,25 @@ class RequestScheduler:
     def _server_time(self, response: HttpResponse) -> float:
         """The time by DevRev's clock, in epoch seconds."""
         wall = self.environment.now().wall
-        with contextlib.suppress(KeyError, TypeError, ValueError, IndexError, OverflowError):
+        with contextlib.suppress(
+            KeyError,
+            TypeError,
+            ValueError,
+            IndexError,
+            OverflowError,
+        ):
             # The Date header has whole seconds, so small differences are noise.
             skew = parsedate_to_datetime(response.headers["Date"]).timestamp() + 0.5 - wall
             if abs(skew) > 2:
                 return wall + skew
         return wall
 
-    def _seconds_over_quota(self, response: HttpResponse, now: float, server_time: float) -> float:
+    def _seconds_over_quota(
+        self,
+        response: HttpResponse,
+        now: float,
+        server_time: float,
+    ) -> float:
         """How long a 429 asks to wait; where it does not say, until the window is over."""
         pause = retry_after(response, server_time)
         if pause is not None:
@@ -3357,7 +3457,10 @@ class DevRevAPI:
     MOST_OVER_QUOTA = 35  # 429s in a row to one endpoint
 
     def __init__(
-        self, settings: ApiSettings, environment: Environment, cancel_token: CancelToken
+        self,
+        settings: ApiSettings,
+        environment: Environment,
+        cancel_token: CancelToken,
     ) -> None:
         self.settings = settings
         self.environment = environment
@@ -3408,7 +3511,14 @@ class DevRevAPI:
         pauses = Backoff(0.2, 8.0)
         attempts = 0
         while True:
-            answer, since = await self._send(endpoint, body, key, options, deadline, before)
+            answer, since = await self._send(
+                endpoint,
+                body,
+                key,
+                options,
+                deadline,
+                before,
+            )
             if answer.status != 429:
                 self._over_quota[endpoint] = 0
             if is_good(answer, key):
@@ -3425,7 +3535,13 @@ class DevRevAPI:
             if is_write(endpoint, body):
                 is_once = is_once or not WRITES[endpoint]
             is_final = attempts > most or (answer.sent and is_once)
-            problem = problem_of(endpoint, body, answer, self.settings, is_final)
+            problem = problem_of(
+                endpoint,
+                body,
+                answer,
+                self.settings,
+                is_final,
+            )
             if isinstance(problem, FatalError):
                 self.cancel_token.cancel(problem)  # nothing more is sent
             if problem:
@@ -3446,12 +3562,32 @@ class DevRevAPI:
         if self.scheduler.breaker.seems_down and endpoint != PROBE:
             # One object's requests may fail for good; one that names none shows if DevRev is down.
             self.scheduler.give_back()
-            shown, _ = await self._send(PROBE, {}, "dev_user", options, None, None)
+            shown, _ = await self._send(
+                PROBE,
+                {},
+                "dev_user",
+                options,
+                None,
+                None,
+            )
             if not is_good(shown, "dev_user"):
-                problem = problem_of(PROBE, {}, shown, self.settings, False)
+                problem = problem_of(
+                    PROBE,
+                    {},
+                    shown,
+                    self.settings,
+                    False,
+                )
                 if isinstance(problem, FatalError):
                     self.cancel_token.cancel(problem)
-            return await self._send(endpoint, body, key, options, deadline, before)
+            return await self._send(
+                endpoint,
+                body,
+                key,
+                options,
+                deadline,
+                before,
+            )
         writes = is_write(endpoint, body)
         try:
             self.cancel_token.raise_if_cancelled()
@@ -3474,7 +3610,11 @@ class DevRevAPI:
         return answer, since
 
     async def pages(
-        self, endpoint: str, key: str, body: Json, options: RequestOptions = ANY_OPTIONS
+        self,
+        endpoint: str,
+        key: str,
+        body: Json,
+        options: RequestOptions = ANY_OPTIONS,
     ) -> ListResult:
         """Return all items of a cursor-paged list."""
         pages = [page async for page in self.each_page(endpoint, key, body, options)]
@@ -3482,7 +3622,11 @@ class DevRevAPI:
         return ListResult(list(items), pages[0].since)
 
     async def each_page(
-        self, endpoint: str, key: str, body: Json, options: RequestOptions = ANY_OPTIONS
+        self,
+        endpoint: str,
+        key: str,
+        body: Json,
+        options: RequestOptions = ANY_OPTIONS,
     ) -> AsyncIterator[ListResult]:
         """Yield the pages of a list, without items that were on earlier ones.
 
@@ -3501,7 +3645,13 @@ class DevRevAPI:
             # Where always the same page is left out, others are with another length.
             page = {"limit": PAGE // number, **body}
             try:
-                async for listing in self._read(endpoint, key, page, options, reading):
+                async for listing in self._read(
+                    endpoint,
+                    key,
+                    page,
+                    options,
+                    reading,
+                ):
                     found = by_id(listing.items).values()
                     items = [item for item in found if hash(item["id"]) not in known]
                     known.update(hash(item["id"]) for item in items)
@@ -3522,7 +3672,12 @@ class DevRevAPI:
         raise IncompleteList(endpoint, "its items move while it is read, again and again")
 
     async def _read(
-        self, endpoint: str, key: str, page: Json, options: RequestOptions, reading: Reading
+        self,
+        endpoint: str,
+        key: str,
+        page: Json,
+        options: RequestOptions,
+        reading: Reading,
     ) -> AsyncIterator[ListResult]:
         """Yield the pages of one reading until one names no next; `page` is the body to send."""
         while True:
@@ -3550,13 +3705,22 @@ class DevRevAPI:
         deadline: float | None = None,
     ) -> Json:
         """Return the one object in an answer. Raises NoUsableResponse where there is none."""
-        found, _ = await self._call(endpoint, body, key, options, deadline)
+        found, _ = await self._call(
+            endpoint,
+            body,
+            key,
+            options,
+            deadline,
+        )
         return objects_in([found[key]], endpoint, key)[0]
 
     # -- contacts ----------------------------------------------------------------------------------
 
     async def _get_contact(
-        self, identity: str, options: RequestOptions, deadline: float | None = None
+        self,
+        identity: str,
+        options: RequestOptions,
+        deadline: float | None = None,
     ) -> Json | None:
         """Return what DevRev has at this id; None where there is none (an object's 404).
 
@@ -3564,7 +3728,13 @@ class DevRevAPI:
         """
         endpoint = "rev-users.get"
         try:
-            return await self.get_one(endpoint, {"id": identity}, "rev_user", options, deadline)
+            return await self.get_one(
+                endpoint,
+                {"id": identity},
+                "rev_user",
+                options,
+                deadline,
+            )
         except ApiError as error:
             if error.missing:
                 return None
@@ -3640,7 +3810,11 @@ class DevRevAPI:
         await self._call("rev-users.merge", body, options=options, before=before)
 
     async def update_contact(
-        self, identity: str, fields: Json, options: RequestOptions, deadline: float | None = None
+        self,
+        identity: str,
+        fields: Json,
+        options: RequestOptions,
+        deadline: float | None = None,
     ) -> Json:
         """Set fields of a contact, and return the contact as DevRev has it then.
 
@@ -3648,7 +3822,11 @@ class DevRevAPI:
         `deadline` one request is sent.
         """
         user = await self.get_one(
-            "rev-users.update", {"id": identity, **fields}, "rev_user", options, deadline
+            "rev-users.update",
+            {"id": identity, **fields},
+            "rev_user",
+            options,
+            deadline,
         )
         if user["id"] != identity:
             raise NoUsableResponse(
@@ -3661,7 +3839,10 @@ class DevRevAPI:
         return await self.get_one("rev-users.create", fields, "rev_user", options)
 
     async def set_people(
-        self, obj: Json, roles: Mapping[str, Sequence[str]], options: RequestOptions
+        self,
+        obj: Json,
+        roles: Mapping[str, Sequence[str]],
+        options: RequestOptions,
     ) -> Json:
         """Replace the people of a work or a conversation, by role, and return it.
 
@@ -3711,7 +3892,12 @@ class DevRevAPI:
             self._verified_filter_refused = True
             return ListResult([], self.environment.now())
 
-    async def _list_by(self, name: str, keys: Sequence[str], options: RequestOptions) -> ListResult:
+    async def _list_by(
+        self,
+        name: str,
+        keys: Sequence[str],
+        options: RequestOptions,
+    ) -> ListResult:
         """List contacts by `email`, conversations by `members`, or all works by a role."""
         body: Json = {name: list(keys)}
         if name == "email":
@@ -3728,7 +3914,10 @@ class DevRevAPI:
         return await self._find_kinds({"limit": 1}, ANY_OPTIONS)
 
     async def _list_works(
-        self, kinds: Sequence[str], body: Json, options: RequestOptions
+        self,
+        kinds: Sequence[str],
+        body: Json,
+        options: RequestOptions,
     ) -> ListResult:
         body = {"type": list(kinds), **body}
         if "limit" in body:
@@ -3812,7 +4001,11 @@ def is_refused_in_front(answer: HttpResponse) -> bool:
 
 
 def problem_of(
-    endpoint: str, body: Json, answer: HttpResponse, settings: ApiSettings, is_final: bool
+    endpoint: str,
+    body: Json,
+    answer: HttpResponse,
+    settings: ApiSettings,
+    is_final: bool,
 ) -> Exception | None:
     """Return what an answer that is no good means; None where the request may be repeated.
 
@@ -3936,7 +4129,11 @@ class BatchLoader:
         self._calls: set[asyncio.Future[None]] = set()
 
     async def load(
-        self, key: str, weight: int = 1, priority: int = PREPARE, linger: float = LINGER
+        self,
+        key: str,
+        weight: int = 1,
+        priority: int = PREPARE,
+        linger: float = LINGER,
     ) -> ListResult:
         """Return what the list holds of `key`, of which `weight` items are expected.
 
@@ -3992,7 +4189,10 @@ class BatchLoader:
         await together(*fetches)
 
     async def _parts_to_list(
-        self, keys: Sequence[str], error: PairError, options: RequestOptions
+        self,
+        keys: Sequence[str],
+        error: PairError,
+        options: RequestOptions,
     ) -> list[Sequence[str]]:
         """Return which keys to list for together after an error; none where it is final."""
         is_refused = isinstance(error, (ApiError, RefusedInFront))
@@ -4023,7 +4223,10 @@ class BatchLoader:
         return False
 
     def _deliver(
-        self, pending: Sequence[PendingKey], keys: Sequence[str], listing: ListResult
+        self,
+        pending: Sequence[PendingKey],
+        keys: Sequence[str],
+        listing: ListResult,
     ) -> list[Sequence[str]]:
         """Give each key what was listed of it, and return no parts.
 
@@ -4494,7 +4697,13 @@ class SavePointFile:
                 raise FatalError(EXIT_USAGE, f"{name} can't be locked: {NO_LOCKS}") from None
             if says("locked", "busy"):
                 raise FatalError(EXIT_HELD, self._held()) from None
-            if says("full", "disk I/O", "readonly", "unable to open", "read-only"):
+            if says(
+                "full",
+                "disk I/O",
+                "readonly",
+                "unable to open",
+                "read-only",
+            ):
                 words = f"{name} can't be written: {text}; nothing was changed"
                 raise FatalError(EXIT_STOPPED, words) from None
             raise self._damaged(text) from None
@@ -4653,7 +4862,12 @@ class SavePoint:
     FatalError(3) where one can't be written, FatalError(11) where another run holds one.
     """
 
-    def __init__(self, environment: Environment, run: str = "", readonly: bool = False) -> None:
+    def __init__(
+        self,
+        environment: Environment,
+        run: str = "",
+        readonly: bool = False,
+    ) -> None:
         self.environment = environment
         self.run = run
         self.organisation = ""
@@ -4781,7 +4995,10 @@ class SavePoint:
         return StoredPair(0, pair.run, pair.to_json())
 
     def write(
-        self, pairs: Mapping[Ids, StoredPair], runs: Mapping[str, Json] = {}, **meta: str
+        self,
+        pairs: Mapping[Ids, StoredPair],
+        runs: Mapping[str, Json] = {},
+        **meta: str,
     ) -> None:
         """Write rows to the file, then to its copy.
 
@@ -4993,7 +5210,10 @@ class MergeContext(GroupContext):
 
 
 async def check_group(
-    api: DevRevAPI, group: Group, options: MergeOptions, priority: int
+    api: DevRevAPI,
+    group: Group,
+    options: MergeOptions,
+    priority: int,
 ) -> tuple[LiveGroup, LiveCheck, Timestamp]:
     """Read a group's contacts and compare them with the plan: for a run, and for the live preview.
 
@@ -5029,7 +5249,10 @@ async def check_group(
 
 
 async def unverified_among(
-    api: DevRevAPI, users: Iterable[Json], emails: Collection[str], priority: int
+    api: DevRevAPI,
+    users: Iterable[Json],
+    emails: Collection[str],
+    priority: int,
 ) -> set[str]:
     """Return the ids of the users that are known to be unverified.
 
@@ -5080,7 +5303,10 @@ async def find_unverified(api: DevRevAPI, plan: Plan) -> None:
 
 
 async def foresee_group(
-    api: DevRevAPI, plan: Plan, group: Group, options: MergeOptions
+    api: DevRevAPI,
+    plan: Plan,
+    group: Group,
+    options: MergeOptions,
 ) -> PairError | None:
     """Return what a run would refuse the group with now, None where nothing; reads only."""
     live, check, _ = await check_group(api, group, options, PREPARE)
@@ -5198,7 +5424,12 @@ class Preconditions:
         }
         home = BACKUPS / safe_name(email)
         folder = await environment.run_in_thread(
-            write_backup, environment, home, facts, snapshots, timelines
+            write_backup,
+            environment,
+            home,
+            facts,
+            snapshots,
+            timelines,
         )
         for pair in self.group.pairs:
             if pair.state is State.PLANNED:
@@ -5388,7 +5619,12 @@ class TransferVerifier:
     FIRST_LINGER = 10.0  # seconds for which the first lists wait for other groups to verify
     EXAMINED = 25  # objects that are read one by one, in each round before the time is over
 
-    def __init__(self, context: MergeContext, pair: Pair, priority: int) -> None:
+    def __init__(
+        self,
+        context: MergeContext,
+        pair: Pair,
+        priority: int,
+    ) -> None:
         self.context = context
         self.api = context.api
         self.pair = pair
@@ -5530,7 +5766,10 @@ class TransferVerifier:
         return False
 
     async def _missing(
-        self, expected: Sequence[Json], priority: int, linger: float = LINGER
+        self,
+        expected: Sequence[Json],
+        priority: int,
+        linger: float = LINGER,
     ) -> list[Json]:
         """Return which of the expected objects the lists don't show with the primary."""
         weight = self.pair.primary.tickets + self.pair.duplicate.tickets
@@ -5680,7 +5919,12 @@ class PairMerge:
     PROMPT = 10.0  # seconds for which nothing that finishes a merge waits for quota
     MOST_POLLS = 16  # in these seconds
 
-    def __init__(self, context: MergeContext, pair: Pair, run: GroupRun) -> None:
+    def __init__(
+        self,
+        context: MergeContext,
+        pair: Pair,
+        run: GroupRun,
+    ) -> None:
         self.context = context
         self.api = context.api
         self.timeout = context.options.merge_timeout
@@ -6423,7 +6667,10 @@ class TaskRunner:
                     await self.record_outcome(pair, problem, False)
 
     async def record_outcome(
-        self, pair: Pair, problem: PairError | None = None, counts: bool = True
+        self,
+        pair: Pair,
+        problem: PairError | None = None,
+        counts: bool = True,
     ) -> None:
         """Take note that a pair has ended (it is saved by then), or of what keeps it from its end.
 
@@ -6592,7 +6839,13 @@ class ContactMerger:
             group = Group(pairs[0].email, [*pairs, *siblings], chosen=chosen)
             for pair in pairs:
                 pair.move_to(pair.state)
-            run = GroupRun(self.context, group, pairs, plan.wanted, resumed=True)
+            run = GroupRun(
+                self.context,
+                group,
+                pairs,
+                plan.wanted,
+                resumed=True,
+            )
             self._resumed[self._start(run)] = run
 
     # -- new merges --------------------------------------------------------------------------------
@@ -6632,7 +6885,11 @@ class ContactMerger:
         await together(*(self._start_deferred(run, unfinished) for run in deferred))
 
     async def _run_of(
-        self, group: Group, plan: Plan, undoing: Mapping[str, Pair], failed: Collection[Ids]
+        self,
+        group: Group,
+        plan: Plan,
+        undoing: Mapping[str, Pair],
+        failed: Collection[Ids],
     ) -> GroupRun | None:
         """Return the run of a group's planned pairs, None where there are none, or an undo has to
         be finished first."""
@@ -6646,7 +6903,13 @@ class ContactMerger:
             return None
         for pair in pairs:
             pair.tried_before = pair.ids in failed
-        run = GroupRun(self.context, group, pairs, plan.wanted, resumed=False)
+        run = GroupRun(
+            self.context,
+            group,
+            pairs,
+            plan.wanted,
+            resumed=False,
+        )
         in_undo = sorted(run.contact_ids() & undoing.keys())
         if not in_undo:
             return run
@@ -6742,7 +7005,12 @@ class ContactExporter:
 
     WAVE = 4 * PAGE  # contacts whose works are counted together
 
-    def __init__(self, api: DevRevAPI, endings: Sequence[str], spool: BinaryIO) -> None:
+    def __init__(
+        self,
+        api: DevRevAPI,
+        endings: Sequence[str],
+        spool: BinaryIO,
+    ) -> None:
         self.api = api
         self.endings = tuple(endings) or ("",)
         self.spool = spool
@@ -6864,7 +7132,10 @@ class UndoPlan:
 
 
 def plan_undo(
-    path: Path, savepoint: SavePoint, emails: Collection[str], limit: int | None
+    path: Path,
+    savepoint: SavePoint,
+    emails: Collection[str],
+    limit: int | None,
 ) -> UndoPlan:
     """Plan the undo of exactly the merges that `path` names, as the savepoint knows them, else as
     `path` tells.
@@ -7299,7 +7570,10 @@ def plan_fields(pair: Pair, live: Json) -> tuple[Json, list[Json]]:
 
 
 async def check_group_to_undo(
-    context: GroupContext, group: Group, plan: UndoPlan, writable_kinds: set[str]
+    context: GroupContext,
+    group: Group,
+    plan: UndoPlan,
+    writable_kinds: set[str],
 ) -> UndoGroup:
     """Find a group as its merges have left it, or as an undo that was not finished has.
 
@@ -7480,7 +7754,11 @@ class Recreation:
     )
 
     def __init__(
-        self, context: GroupContext, group: UndoGroup, pair: Pair, undo: UndoProgress
+        self,
+        context: GroupContext,
+        group: UndoGroup,
+        pair: Pair,
+        undo: UndoProgress,
     ) -> None:
         self.context = context
         self.api = context.api
@@ -7665,7 +7943,13 @@ class PairUndo:
     READ = RequestOptions(MERGE, 9)
     ATTEMPTS = 6  # times that something is written, where answers are lost or odd
 
-    def __init__(self, context: GroupContext, group: UndoGroup, pair: Pair, path: Path) -> None:
+    def __init__(
+        self,
+        context: GroupContext,
+        group: UndoGroup,
+        pair: Pair,
+        path: Path,
+    ) -> None:
         self.context = context
         self.api = context.api
         self.savepoint = context.savepoint
@@ -7898,7 +8182,11 @@ class PairUndo:
             raise PairError("not_restored", words)
 
     async def _restore_object(
-        self, identity: str, roles: list[str], contact: str, stays: set[Role]
+        self,
+        identity: str,
+        roles: list[str],
+        contact: str,
+        stays: set[Role],
     ) -> list[Json]:
         """Write one object, and return what of it is left. Only who joins between read and write
         can be missed."""
@@ -7921,7 +8209,11 @@ class PairUndo:
         raise NoUsableResponse(f"an update of {identity}", "it answers with other people")
 
     async def _write_object(
-        self, identity: str, roles: list[str], contact: str, stays: set[Role]
+        self,
+        identity: str,
+        roles: list[str],
+        contact: str,
+        stays: set[Role],
     ) -> list[Json] | None:
         """Read one object and write it; return what of it is left, None where no answer shows that
         it is written. Raises PreconditionsExpired."""
@@ -8054,7 +8346,10 @@ class UndoRunner:
             work.close()
 
     async def _record_outcome(
-        self, pair: Pair, problem: PairError | None = None, counts: bool = True
+        self,
+        pair: Pair,
+        problem: PairError | None = None,
+        counts: bool = True,
     ) -> None:
         """Record that a pair is undone, or what keeps it from that; the row of a refused pair stays
         as it is."""
@@ -8725,7 +9020,10 @@ def report_head(record: RunRecord) -> Json:
 
 
 def write_report(
-    environment: Environment, savepoint: SavePoint, record: RunRecord, contents: ReportContents
+    environment: Environment,
+    savepoint: SavePoint,
+    record: RunRecord,
+    contents: ReportContents,
 ) -> None:
     """Write the report of a run: the JSON, and beside it the page and the CSV that show the same.
 
@@ -8978,7 +9276,10 @@ class Console:
     COLOURS: Mapping[str, str] = {"good": "32", "bad": "31", "bold": "1"}
 
     def __init__(
-        self, quiet: bool = False, out: TextIO | None = None, err: TextIO | None = None
+        self,
+        quiet: bool = False,
+        out: TextIO | None = None,
+        err: TextIO | None = None,
     ) -> None:
         self.quiet = quiet
         nowhere = functools.partial(open, os.devnull, "w", encoding="utf-8")
@@ -9029,7 +9330,11 @@ class Console:
         return escape_unprintable(self.mask(text))
 
     def print(
-        self, text: str = "", style: str = "", to: TextIO | None = None, indent: int = 0
+        self,
+        text: str = "",
+        style: str = "",
+        to: TextIO | None = None,
+        indent: int = 0,
     ) -> None:
         """Print a line, by default of results, wrapped on a terminal; a closed pipe raises nothing.
 
@@ -9147,7 +9452,10 @@ def plan_summary(plan: Plan, requests: int, earlier: Sequence[Pair]) -> Json:
 
 
 def plan_chunks(
-    plan: Plan, facts: Json, earlier: Sequence[Pair], live: Sequence[Json] | None = None
+    plan: Plan,
+    facts: Json,
+    earlier: Sequence[Pair],
+    live: Sequence[Json] | None = None,
 ) -> Iterator[bytes]:
     """Return the plan as JSON, for `--preview --json`."""
     pairs = (
@@ -9169,7 +9477,11 @@ def plan_chunks(
 
 
 def show_plan(
-    plan: Plan, facts: Json, console: Console, cost: str, earlier: Sequence[Pair]
+    plan: Plan,
+    facts: Json,
+    console: Console,
+    cost: str,
+    earlier: Sequence[Pair],
 ) -> None:
     """Print what a run would do, so that a person can sign it."""
     if not console.quiet:
@@ -9465,7 +9777,12 @@ def build_parser() -> OptionParser:
         "a domain such as example.com",
     )
 
-    def add(name: str, words: str, modes: Sequence[str] = (), **how: Any) -> None:
+    def add(
+        name: str,
+        words: str,
+        modes: Sequence[str] = (),
+        **how: Any,
+    ) -> None:
         option = group.add_argument(name, help=words, **how)
         if modes:
             parser.goes_with[option.dest] = modes
@@ -9477,13 +9794,38 @@ def build_parser() -> OptionParser:
     group = parser.add_argument_group("Input")
     words = "the contacts: one CSV, or all parts of one export"
     with_csv = [mode for mode in MODES if mode != "export"]
-    add("--csv", words, with_csv, metavar="PATH", type=Path, **several)
+    add(
+        "--csv",
+        words,
+        with_csv,
+        metavar="PATH",
+        type=Path,
+        **several,
+    )
     words = "a CSV that says which reference a group keeps"
-    add("--choices", words, planning, metavar="PATH", type=Path)
+    add(
+        "--choices",
+        words,
+        planning,
+        metavar="PATH",
+        type=Path,
+    )
     words = "merge only this address; repeatable"
-    add("--email", words, (*planning, "undo"), metavar="ADDRESS", action="append")
+    add(
+        "--email",
+        words,
+        (*planning, "undo"),
+        metavar="ADDRESS",
+        action="append",
+    )
     words = "merge at most N pairs in this run"
-    add("--limit", words, (*planning, "undo"), metavar="N", type=count)
+    add(
+        "--limit",
+        words,
+        (*planning, "undo"),
+        metavar="N",
+        type=count,
+    )
     words = "merge only if the plan's ID is still this one"
     add("--plan", words, ("merge", "preview"), metavar="ID")
 
@@ -9493,7 +9835,14 @@ def build_parser() -> OptionParser:
     flag("--check", "test whether a run can start")
     flag("--status", "print what is done, and what is not")
     words = "test whether the backups are intact"
-    add("--verify-backups", words, metavar="DIR", type=Path, nargs="?", const=BACKUPS)
+    add(
+        "--verify-backups",
+        words,
+        metavar="DIR",
+        type=Path,
+        nargs="?",
+        const=BACKUPS,
+    )
 
     group = parser.add_argument_group("Other modes")
     add("--undo", "undo the merges that a report or backup names", metavar="PATH", type=Path)
@@ -9501,24 +9850,56 @@ def build_parser() -> OptionParser:
     add("--settle", words, metavar="ADDRESS", **several)
     add("--export", "read all contacts from DevRev, write the CSV", metavar="PATH", type=Path)
     words = "with --export: only this domain; repeatable"
-    add("--domain", words, ["export"], metavar="DOMAIN", type=domain, action="append")
+    add(
+        "--domain",
+        words,
+        ["export"],
+        metavar="DOMAIN",
+        type=domain,
+        action="append",
+    )
     words = "write a CSV for --choices. Delete lines until one is left for each address"
     add("--choices-template", words, metavar="PATH", type=Path)
 
     group = parser.add_argument_group("Merge rules")
     words = "the contact that remains: DevRev's own or your application's (default: revu)"
     modes = (*planning, "choices_template")
-    add("--primary", words, modes, metavar="revu|user", choices=("revu", "user"), default="revu")
+    add(
+        "--primary",
+        words,
+        modes,
+        metavar="revu|user",
+        choices=("revu", "user"),
+        default="revu",
+    )
     words = "exact: as many tickets as TICKET_COUNT; at-least: or more (default: exact)"
     policies: Json = {"choices": ("exact", "at-least"), "default": "exact"}
-    add("--count-policy", words, planning, metavar="POLICY", **policies)
+    add(
+        "--count-policy",
+        words,
+        planning,
+        metavar="POLICY",
+        **policies,
+    )
     flag("--across-workspaces", "also merge contacts of different workspaces", planning)
     flag("--try-unverified", "also request merges of unverified contacts", planning)
     flag("--carry-fields", "copy to the primary what only the duplicate has", planning)
     flag("--no-timelines", "leave comments out of the backup (fewer requests)")
     words = "how long to wait for a merge (default: 120)"
-    add("--merge-timeout", words, metavar="SECONDS", type=seconds, default=120.0)
-    add("--workers", "requests at a time (default: 8)", metavar="N", type=count, default=8)
+    add(
+        "--merge-timeout",
+        words,
+        metavar="SECONDS",
+        type=seconds,
+        default=120.0,
+    )
+    add(
+        "--workers",
+        "requests at a time (default: 8)",
+        metavar="N",
+        type=count,
+        default=8,
+    )
 
     group = parser.add_argument_group("Confirmation and output")
     flag("--yes", "do not ask; required where stdin is no terminal")
@@ -9630,7 +10011,12 @@ class RawSettings(NamedTuple):
     def get(self, name: str) -> str:
         return self.values.get(name, "").strip()
 
-    def number(self, name: str, default: float, least: float) -> float:
+    def number(
+        self,
+        name: str,
+        default: float,
+        least: float,
+    ) -> float:
         """Raises FatalError(2) where a number is needed and there is another text."""
         text = self.get(name)
         with contextlib.suppress(ValueError):
@@ -9843,7 +10229,12 @@ class RunContext:
             self.run_id = free_run_id(self.started.wall)
             self.log_path = LOGS / f"contact_merge_{self.run_id}.log"
 
-    async def identify(self, api: DevRevAPI, origin: str = "", pairs: Iterable[Pair] = ()) -> str:
+    async def identify(
+        self,
+        api: DevRevAPI,
+        origin: str = "",
+        pairs: Iterable[Pair] = (),
+    ) -> str:
         """Find out whose token it is, and say so.
 
         Raises FatalError, also for `pairs` of another organisation.
@@ -10015,7 +10406,13 @@ def preview(run: RunContext) -> int:
         return EXIT_OK
     if live is not None:
         show_live(run, plan, live, facts)
-    show_plan(plan, facts, run.console, run.describe_cost(cost), earlier)
+    show_plan(
+        plan,
+        facts,
+        run.console,
+        run.describe_cost(cost),
+        earlier,
+    )
     ready: int = facts["pairs_to_merge"] if live is None else facts["live_ready"]
     if not facts.get("live_refused"):
         for words, command in next_step(run, ready, len(earlier), known):
@@ -10024,7 +10421,10 @@ def preview(run: RunContext) -> int:
 
 
 def next_step(
-    run: RunContext, ready: int, to_finish: int, known: SavePoint
+    run: RunContext,
+    ready: int,
+    to_finish: int,
+    known: SavePoint,
 ) -> list[tuple[str, str]]:
     """Return what comes after a plan was read, in words and as a command.
 
@@ -10091,7 +10491,12 @@ def live_summary(live: Sequence[Json]) -> Json:
     return {"live_ready": ready, "live_done": done, "live_refused": dict(sorted(counts.items()))}
 
 
-def show_live(run: RunContext, plan: Plan, live: Sequence[Json], facts: Json) -> None:
+def show_live(
+    run: RunContext,
+    plan: Plan,
+    live: Sequence[Json],
+    facts: Json,
+) -> None:
     lines = unverified_lines(plan.pairs(), plan.unverified, run.options.try_unverified)
     for one in live:
         line = f"ready  {one['email']}"
@@ -10119,7 +10524,13 @@ async def merge(run: RunContext) -> int:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             record.csv.append({"path": str(path), "sha256": digest})
         if not plan.count() and not any(savepoint.pairs(*UNFINISHED, State.CANCELLED)):
-            return finish_run(run, savepoint, None, EXIT_OK, plan)
+            return finish_run(
+                run,
+                savepoint,
+                None,
+                EXIT_OK,
+                plan,
+            )
         run.console.status("connecting to DevRev ...")
         api = DevRevAPI(run.settings, run.environment, CancelToken())
         whose = await run.identify(api, "CSV", plan.pairs())
@@ -10140,8 +10551,21 @@ async def merge(run: RunContext) -> int:
             return await merger.run(plan, unfinished)
 
         facts = merge_facts(run, plan, unfinished, whose)
-        code = await confirm_and_run(run, merger, progress, "merge", facts, work)
-        return finish_run(run, savepoint, merger, code, plan)
+        code = await confirm_and_run(
+            run,
+            merger,
+            progress,
+            "merge",
+            facts,
+            work,
+        )
+        return finish_run(
+            run,
+            savepoint,
+            merger,
+            code,
+            plan,
+        )
 
 
 async def settle(run: RunContext) -> int:
@@ -10260,7 +10684,12 @@ async def confirm_and_run(
     return run.signal + 128 if run.signal else code
 
 
-async def confirm(run: RunContext, word: str, count: int, facts: Mapping[str, str]) -> None:
+async def confirm(
+    run: RunContext,
+    word: str,
+    count: int,
+    facts: Mapping[str, str],
+) -> None:
     """Print the `facts`, and have `count` pairs confirmed by a typed `word`.
 
     The last fact, the warning, has no name. Raises FatalError(2) where it is not confirmed, and
@@ -10289,7 +10718,10 @@ async def confirm(run: RunContext, word: str, count: int, facts: Mapping[str, st
 
 
 def merge_facts(
-    run: RunContext, plan: Plan, unfinished: Sequence[Pair], whose: str
+    run: RunContext,
+    plan: Plan,
+    unfinished: Sequence[Pair],
+    whose: str,
 ) -> dict[str, str]:
     """What the user confirms with a typed `merge`; `whose` token it is."""
     cost = expected_requests(plan, not run.options.no_timelines)
@@ -10451,7 +10883,12 @@ class Progress:
             what = "what a merge moves"
         return f"waiting {duration(spent)} for {what}, of {oldest.email}"
 
-    def _forecast(self, now: float, ended: int, total: int) -> str:
+    def _forecast(
+        self,
+        now: float,
+        ended: int,
+        total: int,
+    ) -> str:
         """Say how long the rest takes at the last minute's pace; "" where that says nothing."""
         self._ended.append((now, ended))
         while self._ended[0][0] < now - self.PACE:
@@ -10477,7 +10914,14 @@ def finish_run(
     run.record.headline = headline(run.record.summary, run.record)
     contents = merge_contents(savepoint, run.run_id, plan)
     failures = failures_to_name(savepoint, run.run_id, plan)
-    return conclude(run, savepoint, code, stop, contents, failures)
+    return conclude(
+        run,
+        savepoint,
+        code,
+        stop,
+        contents,
+        failures,
+    )
 
 
 def conclude(
@@ -10708,7 +11152,14 @@ async def undo(run: RunContext) -> int:
         if pairs:
             facts = {"token of": whose, "host": run.settings.base_url, **undo_facts(plan)}
             work = functools.partial(runner.run, plan)
-            code = await confirm_and_run(run, runner, progress, "undo", facts, work)
+            code = await confirm_and_run(
+                run,
+                runner,
+                progress,
+                "undo",
+                facts,
+                work,
+            )
         return finish_undo(run, plan, runner, code)
 
 
@@ -10756,7 +11207,12 @@ def undo_headline(counts: Json, before: int) -> str:
     return ", ".join(words)
 
 
-def finish_undo(run: RunContext, plan: UndoPlan, runner: UndoRunner, code: int) -> int:
+def finish_undo(
+    run: RunContext,
+    plan: UndoPlan,
+    runner: UndoRunner,
+    code: int,
+) -> int:
     """Write the report of an undo, or with --preview print it, and say what comes next."""
     console, record = run.console, run.record
     lists = undo_lists(plan, runner, run.options.preview)
@@ -10783,7 +11239,14 @@ def finish_undo(run: RunContext, plan: UndoPlan, runner: UndoRunner, code: int) 
             console.error(f"{pair.email}: {stranded(pair)}")
     failures = [*lists["failed"], *lists["unfinished"]]
     savepoint = runner.context.savepoint
-    return conclude(run, savepoint, code, stop, undo_contents(lists), failures)
+    return conclude(
+        run,
+        savepoint,
+        code,
+        stop,
+        undo_contents(lists),
+        failures,
+    )
 
 
 def undo_lists(plan: UndoPlan, runner: UndoRunner, preview: bool) -> dict[str, list[Pair]]:
