@@ -5706,8 +5706,9 @@ class TransferVerifier:
     async def lists_show_merged(self) -> bool:
         """Decide by lists where polls give no usable answer, and by objects where some tell.
 
-        The lists of the duplicate's email and of its reference no longer show it as it was. Where no
-        object tells, the latter does not show it at all, and both are read twice: they may lag.
+        The lists of the duplicate's email and of its reference no longer show it as it was.
+        Where no object tells, the latter does not show it at all, and both are read twice: they
+        may lag.
         """
         for pause in (0.0, min(10.0, self.context.options.merge_timeout / 4)):
             if pause:
