@@ -937,7 +937,7 @@ def test_no_write_follows_once_a_file_of_the_savepoint_can_not_be_written(
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["deleted", "merged"])
+@pytest.mark.parametrize("how", ["deleted", "merged", "unheard"])
 def test_where_the_primary_goes_after_its_reference_was_freed_the_contact_is_created_all_the_same(
     scene: Scene, how: str
 ) -> None:
@@ -946,12 +946,14 @@ def test_where_the_primary_goes_after_its_reference_was_freed_the_contact_is_cre
     scene.merge()
 
     def go(devrev: Any) -> None:
-        if how == "deleted":
-            devrev.delete_contact(primary)
-        else:
+        if how == "merged":
             devrev.merge(other, primary)
+        else:
+            devrev.delete_contact(primary)
 
     scene.after("rev-users.update", go, match=lambda body: "external_ref" in body)
+    if how == "unheard":
+        scene.lose_answer("rev-users.update")
     run = scene.undo()
     made = scene.holder("user_1")
     assert made and scene.organisation.contacts[made]["email"] == PERSON1
