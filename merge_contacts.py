@@ -2507,6 +2507,9 @@ def check_live(
         drop = reason_to_drop(live, pair, across_workspaces)
         if drop is None:
             remaining.append(pair)
+            if pair.first_requested_at and has_reference(live.primary, pair.new_ref):
+                # An earlier request moved it, though the duplicate is there after all.
+                reference = str(pair.new_ref)
             continue
         dropped.append(drop)
         if drop.code == "already_merged" and pair.new_ref:
@@ -6022,12 +6025,13 @@ class PairMerge:
         await self.context.record_outcome(pair, problem, counts)
 
     async def _doubt_merge(self) -> None:
-        """Take the pair back to its request where neither of its contacts is found: that confirms
-        nothing."""
+        """Take the pair back to its request where neither of its contacts is found, which confirms
+        nothing, or where the duplicate is there after all."""
         is_merged = self.pair.state in (State.MERGED, State.VERIFYING)
         if is_merged and self.requests_sent and not self.verifier.primary:
             with contextlib.suppress(PairError):
-                if await self.verifier.poll() is DuplicateStatus.NOT_FOUND:
+                status = await self.verifier.poll()
+                if status in (DuplicateStatus.NOT_FOUND, DuplicateStatus.EXISTS):
                     self.pair.move_to(self._unconfirmed())
 
     def _unconfirmed(self) -> State:
@@ -10415,9 +10419,8 @@ def preview(run: RunContext) -> int:
         earlier,
     )
     ready: int = facts["pairs_to_merge"] if live is None else facts["live_ready"]
-    if not facts.get("live_refused"):
-        for words, command in next_step(run, ready, len(earlier), known):
-            run.console.suggest(words, command)
+    for words, command in next_step(run, ready, len(earlier), known):
+        run.console.suggest(words, command)
     return EXIT_OK
 
 
@@ -10997,7 +11000,7 @@ def suggest_after_run(run: RunContext, failures: Sequence[Pair], code: int) -> N
         console.print_err("Nothing was changed in DevRev.")
         console.suggest("fix what is named above, then run the same command with --check")
     elif failures:
-        console.suggest("do what is said above, then run the same command again")
+        console.suggest("do what is said above, then run again (after an export: with the new CSV)")
     elif summary["left"]:
         if summary.get("successful_merges"):
             words = "check the merged contacts in DevRev. To see what an undo would restore:"

@@ -307,7 +307,7 @@ def introduce(sandbox: Sandbox) -> None:
     say(f"\nThen merge what {Practice.CSV}, an export of some hours ago, asks for:")
     say(f"  {typed(sys.executable)} merge_contacts.py --csv {Practice.CSV} --preview --live")
     say(f"  {typed(sys.executable)} merge_contacts.py --csv {Practice.CSV}")
-    say("One pair is refused, one has changed since the export, and one ticket stays behind:")
+    say("One pair is refused, one changed after the export, one ticket stays behind:")
     say("read the report, look the contacts up on the page above, and settle or undo.")
     say("\nCtrl-C ends it.")
 

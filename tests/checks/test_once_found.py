@@ -141,3 +141,33 @@ def test_a_contact_that_is_locked_while_lists_lag_is_not_requested_again(scene: 
     scene.organisation.change(scene.organisation.contacts[duplicate], state="locked")
     scene.merge("--merge-timeout", "5")
     assert scene.count("rev-users.merge") == 0
+
+
+def test_a_duplicate_that_is_there_after_all_is_not_called_merged(scene: Scene) -> None:
+    """Contacts vanish for half a second, from the merge request on."""
+    _, duplicate = scene.pair(1)
+    scene.waive("a reference is moved after the merge", "the contacts vanish before it")
+    scene.before("rev-users.merge", lambda _: setattr(scene.world, "vanished", "*"))
+    scene.before(
+        "rev-users.merge",
+        lambda _: scene.at(0.5, lambda _: setattr(scene.world, "vanished", ())),
+    )
+    run = scene.merge("--merge-timeout", "20")
+    assert run.code == 1 and run.rows[duplicate]["state"] == "requested"
+    scene.end()
+
+
+def test_a_reference_that_was_moved_too_early_is_no_stale_export(scene: Scene) -> None:
+    """One false 404, in an organisation whose references are unique in a workspace alone."""
+    email = "person1@example.com"
+    primary = scene.organisation.add_contact("P1", email, rev_org="ORG1")
+    duplicate = scene.organisation.add_contact("D1", email, "user_1", rev_org="ORG2")
+    scene.organisation.add_work(reported_by=[duplicate])
+    scene.waive("a reference is moved after the merge", "one poll says 404, and is wrong")
+    scene.fault("merge-never", times=1)
+    scene.fault("404", "rev-users.get", times=1)
+    options = ("--merge-timeout", "20", "--across-workspaces")
+    scene.merge(*options)
+    scene.clock.advance(100.0)
+    run = scene.merge(*options)
+    assert run.code == 0 and scene.merged((primary, duplicate))
