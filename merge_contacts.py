@@ -639,6 +639,8 @@ class HttpTransport:
 
         self.settings = settings
         self.session = session = requests.Session()
+        # It would read the body of a redirect, which is not followed, without any limit.
+        session.resolve_redirects = lambda *_args, **_more: iter(())  # type: ignore[method-assign]
         adapter = HTTPAdapter(pool_connections=1, pool_maxsize=settings.workers + 4, max_retries=0)
         session.mount(settings.base_url, adapter)
         self._has_answered = False  # then no setting of this machine is at fault
@@ -838,6 +840,7 @@ MAX_OF_A_KIND = 20  # of each reason some are named, however many others come be
 # `4.0` is what a spreadsheet makes of 4. Three zeros may be thousands: `1.000` is not guessed.
 _COUNT = re.compile(r"[0-9]{1,18}(?:\.0{1,2})?")
 # A date as a warehouse or a spreadsheet writes it, in whichever order.
+_TIME = re.compile(r"\d\s*[-/.:]\s*\d")  # whatever the layout
 _DATE = re.compile(r"(\d{4}[-/.]\d\d?[-/.]\d\d?|\d\d?[-/.]\d\d?[-/.]\d{4})(?!\d)")
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell begins that a spreadsheet takes for a formula
 # Where spreadsheets of half of Europe split a cell, and the rest would be a formula.
@@ -1149,7 +1152,11 @@ class CsvTable:
     def read_header(self, wanted: Iterable[str]) -> None:
         """Find the wanted columns, none in an empty file. Raises FatalError(2) naming what is
         missing or doubled."""
-        header = next(filter(None, self.rows), [])
+        header: list[str] = []
+        for row in self.rows:
+            if any(map(str.strip, row)):
+                header = row
+                break
         if not header:
             return
         names = [name.strip().upper() for name in header]
@@ -1198,9 +1205,11 @@ def _text(source: _MarkedBytes) -> io.TextIOWrapper:
 
 
 def first_line(head: bytes) -> bytes:
-    """Return the first line of a file that is not blank."""
-    lines = head.lstrip(b"\xef\xbb\xbf \r\n").splitlines()
-    return lines[0] if lines else b""
+    """Return the first line of a file that does not consist of blank cells."""
+    for line in head.lstrip(b"\xef\xbb\xbf").splitlines():
+        if line.strip(b" ,;\t\r\n"):
+            return line
+    return b""
 
 
 @contextlib.contextmanager
@@ -1348,7 +1357,7 @@ class ContactReader:
         contents, is_normal = self.contents, unicodedata.is_normalized
         for line, is_plain, row in table:
             found = match("\n".join(pick(row))) if is_plain and len(row) == table.width else None
-            if found:
+            if found and len(found.group(2)) <= MAX_TEXT:
                 identity, email, reference = found.groups()
             else:
                 problem = row_error(table, row, is_plain)
@@ -1477,6 +1486,11 @@ def row_error(table: CsvTable, row: Sequence[str], is_plain: bool) -> tuple[str,
             hint = "a stray quote, or one that a backslash escapes: unload with doubled quotes"
             return "stray_quote", f"a quoted field that holds other rows ({hint})"
     cells = table.texts(row)
+    if len(row) < table.width and not (
+        _TIME.search(cells["created"]) and _TIME.search(cells["updated"])
+    ):
+        # A cell is missing among the eight: what stands behind it has moved up.
+        return "fields", f"{plural(len(row), 'field')} instead of {table.width}"
     for name in ("id", "email", "external_ref"):
         if not cells[name]:
             return "empty", f"empty {COLUMNS[name]}"
@@ -6980,18 +6994,17 @@ class ContactMerger:
                     yield pair
 
 
-def check_organisation(organisation: str, origin: str, pairs: Iterable[Pair]) -> None:
-    """Refuse pairs of another organisation than the token's. Raises FatalError(2)."""
-    for pair in pairs:
-        for contact in (pair.primary, pair.duplicate):
-            if contact.organisation and contact.organisation != organisation:
-                owner = organisation or "an unknown one"
-                raise FatalError(
-                    EXIT_USAGE,
-                    f"the {origin} is of another organisation than the token: "
-                    f"{contact.short_id} belongs to {contact.organisation}, "
-                    f"the token to {owner}; use a token of {contact.organisation}",
-                )
+def check_organisation(organisation: str, origin: str, contacts: Iterable[Contact]) -> None:
+    """Refuse contacts of another organisation than the token's. Raises FatalError(2)."""
+    for contact in contacts:
+        if contact.organisation and contact.organisation != organisation:
+            owner = organisation or "an unknown one"
+            raise FatalError(
+                EXIT_USAGE,
+                f"the {origin} is of another organisation than the token: "
+                f"{contact.short_id} belongs to {contact.organisation}, "
+                f"the token to {owner}; use a token of {contact.organisation}",
+            )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7161,6 +7174,9 @@ def plan_undo(
             if located.is_dir():
                 continue  # backed up, and never requested
             pair = named
+        if located.is_dir() and named.backup not in (pair.backup, *plan.hashes):
+            words = "no report and no row of the savepoint names this backup"
+            raise FatalError(EXIT_USAGE, f"{named.backup}: {words}")
         if not Path(pair.backup).is_dir():
             pair.backup = named.backup
         if not located.is_dir():
@@ -7274,7 +7290,8 @@ def merges_named(path: Path) -> list[Pair]:
     try:
         if path.is_dir():
             return pairs_of_backup(read_manifest(str(path)))
-        report = json.loads(path.read_bytes())
+        with open_regular(path) as file:
+            report = json.load(file)
         entries = list(report["successful_merges"])
         for name in ("unfinished_merges", "settled"):
             entries += report.get(name) or ()
@@ -10238,11 +10255,11 @@ class RunContext:
         self,
         api: DevRevAPI,
         origin: str = "",
-        pairs: Iterable[Pair] = (),
+        contacts: Iterable[Contact] = (),
     ) -> str:
         """Find out whose token it is, and say so.
 
-        Raises FatalError, also for `pairs` of another organisation.
+        Raises FatalError, also for `contacts` of another organisation.
         """
         check_token(self.settings.token)
         with before_any_change(api):
@@ -10251,7 +10268,7 @@ class RunContext:
         self.record.token_owner = {
             name: owner.get(name) for name in ("id", "display_name", "email")
         }
-        check_organisation(self.organisation, origin, pairs)
+        check_organisation(self.organisation, origin, contacts)
         who = owner.get("display_name") or owner.get("id")
         words = f"{who} <{owner.get('email')}>, organisation {self.organisation or 'unknown'}"
         log.info("the token belongs to %s", words)
@@ -10480,7 +10497,7 @@ async def preview_live(run: RunContext, plan: Plan) -> list[Json]:
         found.append({"email": group.email, "code": code, "reason": str(problem or "ready")})
 
     async with ticking(run, progress):
-        await run.identify(api, "CSV", plan.pairs())
+        await run.identify(api, "CSV", plan.contacts)
         with before_any_change(api):
             for start in range(0, len(groups), ContactMerger.BATCH):
                 await together(*map(compare, groups[start : start + ContactMerger.BATCH]))
@@ -10537,7 +10554,7 @@ async def merge(run: RunContext) -> int:
             )
         run.console.status("connecting to DevRev ...")
         api = DevRevAPI(run.settings, run.environment, CancelToken())
-        whose = await run.identify(api, "CSV", plan.pairs())
+        whose = await run.identify(api, "CSV", plan.contacts)
         savepoint.organisation = run.organisation
         if not run.options.yes:
             await find_unverified(api, plan)
@@ -11147,7 +11164,10 @@ async def undo(run: RunContext) -> int:
         record.undo = str(plan.path)
         record.pairs = len(pairs)
         api = DevRevAPI(run.settings, run.environment, CancelToken())
-        whose = await run.identify(api, "backup", pairs)
+        contacts: list[Contact] = []
+        for pair in pairs:
+            contacts += [pair.primary, pair.duplicate]
+        whose = await run.identify(api, "backup", contacts)
         savepoint.organisation = run.organisation
         progress = Progress(run)
         on_pair = (lambda _pair: None) if options.preview else progress.on_pair
@@ -11389,7 +11409,7 @@ async def check_csv(run: RunContext, steps: list[tuple[str, str]]) -> str:
     earlier = len(plan.revived) + len(known.unfinished())
     steps[:] = next_step(run, new, earlier, known)
     if run.organisation:
-        check_organisation(run.organisation, "CSV", plan.pairs())
+        check_organisation(run.organisation, "CSV", plan.contacts)
     return plan_headline(plan, new, earlier)
 
 

@@ -457,6 +457,15 @@ FILES: Dict[str, Case] = {
     "a path of Windows": addressed("..\\..\\c:\\x@example.com"),
     "a device of Windows": addressed("nul@example.com"),
     "a device with an extension": addressed("con.txt@example.com"),
+    "an email of 1,001 characters": Case(
+        text(*(row(key, "x" * 989 + "@example.com", ref) for key, ref in (("1", "REVU-1"), ("2", "user_2"))), *EVE),
+        [EVE_PAIR], bad_lines=(2, 3),
+    ),
+    "rows of blank cells above the header": good(",,,\n,,,,,,,\n" + text(*ADA)),
+    "a missing time that a further column has moved up to": Case(
+        text("7,Ada,ada@example.com,user_7,Ada Reyes,1,2024-01-01,vip", *ADA, *EVE, header=HEADER + ",NOTES"),
+        [EVE_PAIR], {"ada@example.com": "invalid_row"}, [2],
+    ),
     "an email of 300 characters": addressed("x" * 288 + "@example.com"),
     "an email that looks like an option": addressed("--yes@example.com"),
     "an email that looks like a formula": addressed("=1+1@example.com"),

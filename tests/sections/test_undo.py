@@ -445,6 +445,15 @@ def test_a_backup_that_neither_row_nor_report_names_is_not_undone(scene: Scene) 
     assert scene.undo(backup_of(merge)).code == 0
 
 
+def test_a_copy_of_a_backup_is_not_undone_in_its_place(scene: Scene) -> None:
+    scene.pair(1)
+    merge = scene.merge()
+    copy = backup_of(merge).with_name("20200101_000000")
+    shutil.copytree(str(backup_of(merge)), str(copy))
+    run = scene.undo(copy)
+    assert run.code == 2 and "names this backup" in run.refusal and not writes(run)
+
+
 @pytest.mark.parametrize("name", ["../../../etc/passwd", "/dev/zero", "primary_x/y.json", "pipe"])
 def test_a_manifest_that_names_other_files_is_none(scene: Scene, name: str) -> None:
     scene.pair(1)
