@@ -9195,9 +9195,12 @@ def report_killed_runs(environment: Environment, savepoint: SavePoint) -> list[P
 
 
 def expected_requests(plan: Plan, with_timelines: bool) -> int:
-    """About how many requests a run takes: four a pair, and with timelines one for each work and
-    conversation, of which there are more than the CSV counts tickets."""
-    requests = 0.0
+    """About how many requests a run takes: ten for its start and first lists, four a pair, and with
+    timelines one for each work and conversation, of which there are more than the CSV counts
+    tickets."""
+    if not plan.count():
+        return 0
+    requests = 10.0
     for pair in plan.pairs():
         requests += 4
         if with_timelines:
