@@ -1486,9 +1486,7 @@ def row_error(table: CsvTable, row: Sequence[str], is_plain: bool) -> tuple[str,
             hint = "a stray quote, or one that a backslash escapes: unload with doubled quotes"
             return "stray_quote", f"a quoted field that holds other rows ({hint})"
     cells = table.texts(row)
-    if len(row) < table.width and not (
-        _TIME.search(cells["created"]) and _TIME.search(cells["updated"])
-    ):
+    if len(row) < table.width and not holds_times(cells):
         # A cell is missing among the eight: what stands behind it has moved up.
         return "fields", f"{plural(len(row), 'field')} instead of {table.width}"
     for name in ("id", "email", "external_ref"):
@@ -1502,6 +1500,11 @@ def row_error(table: CsvTable, row: Sequence[str], is_plain: bool) -> tuple[str,
     if parse_count(cells["tickets"]) is None:
         return "count", f"{COLUMNS['tickets']} is not a count: {cells['tickets'][:40]}"
     return None
+
+
+def holds_times(cells: Mapping[str, str]) -> bool:
+    """Return whether both times of a row look like times, in whatever layout."""
+    return all(_TIME.search(cells[name]) for name in ("created", "updated"))
 
 
 def holds_other_rows(table: CsvTable, row: Sequence[str]) -> bool:
