@@ -1653,8 +1653,6 @@ class UndoProgress:
     contacts_before: list[str] | None = None
     contact: str = ""  # id of the contact created again
     display_id: str = ""
-    # The primary's values of fields that the undo has changed.
-    fields_removed: Json = field(default_factory=dict)
     # `{field, value, why}` of what stays with the primary.
     fields_left: list[Json] = field(default_factory=list)
     left: list[Json] | None = None  # `{id, role, why}` of what is not restored; None: not known yet
@@ -5532,9 +5530,6 @@ class Preconditions:
 
 def oldest(moments: Iterable[Timestamp]) -> Timestamp:
     return min(moments, key=lambda moment: moment.monotonic)
-
-
-CARRIED_FIELDS = ("description", "phone_numbers", "display_name")
 
 
 def fields_to_carry(primary: Mapping[str, Any], duplicate: Mapping[str, Any]) -> Json:
