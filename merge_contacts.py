@@ -3975,18 +3975,17 @@ class DevRevAPI:
         return self.work_kinds[len(TICKETS_AND_ISSUES) :]
 
     async def _refused_kinds(self, body: Json, options: RequestOptions) -> list[str]:
-        """Return the kinds that are refused one by one, none where tickets and issues are, too."""
+        """Return the kinds that are refused one by one; raise where tickets and issues are, too."""
         one = {name: value[:1] for name, value in body.items() if isinstance(value, list)}
         body = {**body, **one}
+        await self._list_works(TICKETS_AND_ISSUES, body, options)
         refused = []
-        with contextlib.suppress(ApiError):
-            await self._list_works(TICKETS_AND_ISSUES, body, options)
-            for kind in self._other_kinds():
-                try:
-                    await self._list_works((*TICKETS_AND_ISSUES, kind), body, options)
-                except ApiError:
-                    refused.append(kind)
-            self._kinds_are_known = True
+        for kind in self._other_kinds():
+            try:
+                await self._list_works((*TICKETS_AND_ISSUES, kind), body, options)
+            except ApiError:
+                refused.append(kind)
+        self._kinds_are_known = True
         return refused
 
 
