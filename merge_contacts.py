@@ -32,7 +32,7 @@ Map of this file, roughly bottom-up:
                 ContactMerger                 the order of groups; what earlier runs left
   Export        ContactExporter               the CSV from DevRev itself
   Undo          PairUndo, UndoRunner          what comes back
-  Report        CODES                         advice for each code; whether it stops a run
+  Report        ADVICE, SYSTEMIC              advice for each code; which of them stop a run
                 merge_entry, merge_row        where to add a field to the report: JSON, CSV
   Console                                     what people see: also Preview and Page
   Command line  RunContext, main              options, settings, a function for each mode
@@ -164,7 +164,7 @@ class Cancelled(FatalError):
 
 
 class PairError(Exception):
-    """One group or pair is refused or failed. Scripts branch on `code`, one of CODES."""
+    """One group or pair is refused or failed. Scripts branch on `code`, one of ADVICE."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -1954,8 +1954,8 @@ class SkippedGroup(NamedTuple):
 
 def skip_words(code: str) -> tuple[str, str]:
     """Say why a group is skipped and what to do, with the prefix of the user's application."""
-    why = CODES[code].why.replace("user_", Contact.user_prefix)
-    return why, CODES[code].advice.replace("user_", Contact.user_prefix)
+    why = SKIP_REASONS[code].replace("user_", Contact.user_prefix)
+    return why, ADVICE[code].replace("user_", Contact.user_prefix)
 
 
 @dataclass
@@ -6705,7 +6705,7 @@ class TaskRunner:
         self.on_outcome(pair)
         if not problem:
             self._failures_in_a_row = 0
-        elif counts and (CODES[problem.code].systemic or isinstance(problem, UnexplainedConflict)):
+        elif counts and (problem.code in SYSTEMIC or isinstance(problem, UnexplainedConflict)):
             self._count_failure(problem)
 
     def _count_failure(self, problem: PairError) -> None:
@@ -8423,7 +8423,7 @@ def undo_entry(pair: Pair) -> Json:
         "pinned": bool(pair.manifest_sha256),
         "code": pair.code,
         "error": pair.error,
-        "advice": CODES[pair.code].advice if pair.code in CODES else None,
+        "advice": ADVICE.get(pair.code),
         "restored": describe(pair.backup, restored),
         "left": describe(pair.backup, left),
         "fields_left": undo.fields_left if undo else [],
@@ -8452,169 +8452,146 @@ def lost_in_undo(entry: Json, user: Json, left_out: Mapping[str, str]) -> list[J
 # --------------------------------------------------------------------------------------------------
 
 
-class Code(NamedTuple):
-    """What to do about a pair or group with a code; what has happened is in its error."""
-
-    advice: str
-    why: str = ""  # for a code that groups are skipped for: the reason, because they have no error
-    systemic: bool = False  # counts among the failures in a row that stop a run
-    passing: bool = False  # another run ends it: there is nothing that --settle could accept
-
-
-CODES: dict[str, Code] = {
+# What to do about a pair or group with a code; what has happened stands in its error.
+ADVICE: Mapping[str, str] = {
     # Skipped by detection, or by the live check.
-    "several_user_refs": Code(
-        "Find out which user_ reference the application uses, and name it with --choices.",
-        why="Several contacts have a user_ reference. "
-        "The CSV can't tell which one the application uses.",
+    "several_user_refs": (
+        "Find out which user_ reference the application uses, and name it with --choices."
     ),
-    "no_user_ref": Code(
-        "Nothing needs to be done. To merge them, name the reference to keep with --choices.",
-        why="No contact has a user_ reference: the application knows none of them.",
+    "no_user_ref": (
+        "Nothing needs to be done. To merge them, name the reference to keep with --choices."
     ),
-    "shared_mailbox": Code(
-        "If it is one person, name the reference to keep with --choices.",
-        why="Several people probably share this address. "
-        "After a merge each could read the others' conversations.",
+    "shared_mailbox": "If it is one person, name the reference to keep with --choices.",
+    "invalid_row": "Correct the rows, which are listed with their lines, and run again.",
+    "undone": "To merge it again, export again and name the address with --email.",
+    "cancelled": (
+        "Every run asks DevRev whether it was carried out after all. To request it again, name "
+        "the address with --email."
     ),
-    "invalid_row": Code(
-        "Correct the rows, which are listed with their lines, and run again.",
-        why="A row with this address is invalid, so the group may not be complete.",
+    "already_gone": "Nothing needs to be done.",
+    "already_merged": (
+        "Nothing needs to be done. If it was merged in another folder, keep using that one: the "
+        "history is there."
     ),
-    "undone": Code(
-        "To merge it again, export again and name the address with --email.",
-        why="A merge of this address was undone.",
-    ),
-    "cancelled": Code(
-        "Every run asks DevRev whether it was carried out after all. "
-        "To request it again, name the address with --email.",
-        why="A merge of this address was cancelled with --settle.",
-    ),
-    "already_gone": Code(
-        "Nothing needs to be done.",
-        why="The duplicate no longer exists, and its reference is not needed.",
-    ),
-    "already_merged": Code(
-        "Nothing needs to be done. "
-        "If it was merged in another folder, keep using that one: the history is there.",
-        why="It looks merged already: the primary has the reference, "
-        "and the duplicate no longer exists.",
-    ),
-    "different_rev_org": Code(
-        "Check both contacts in DevRev. --across-workspaces merges them all the same.",
-        why="The contacts belong to different workspaces.",
+    "different_rev_org": (
+        "Check both contacts in DevRev. --across-workspaces merges them all the same."
     ),
     # Refused by the live check or the integrity check: nothing was requested.
-    "not_found": Code(
-        "Export again, or leave the row out. If the pair is merged, --settle accepts it as it is.",
+    "not_found": (
+        "Export again, or leave the row out. If the pair is merged, --settle accepts it as it is."
     ),
-    "not_active": Code("Check the contact in DevRev. If it no longer exists, leave its row out."),
-    "email_changed": Code("Export again."),
-    "external_ref_changed": Code(
-        "Export again. If the pair is merged, --settle accepts the reference that it has now.",
+    "not_active": "Check the contact in DevRev. If it no longer exists, leave its row out.",
+    "email_changed": "Export again.",
+    "external_ref_changed": (
+        "Export again. If the pair is merged, --settle accepts the reference that it has now."
     ),
-    "several_external_refs": Code("Leave its row out, or have DevRev reduce it to one reference."),
-    "unverified": Code(
-        "Leave its row out. Where your application's own sign-in vouches for the address, "
-        "merge one pair with --primary user --try-unverified first."
+    "several_external_refs": "Leave its row out, or have DevRev reduce it to one reference.",
+    "unverified": (
+        "Leave its row out. Where your application's own sign-in vouches for the address, merge "
+        "one pair with --primary user --try-unverified first."
     ),
-    "reference_unheld": Code(
+    "reference_unheld": (
         "If it looks half merged, run again in the folder in which it was merged. If there is "
         "none any more, set the reference in DevRev on the primary. If the contact was deleted on "
         "purpose, leave its row out."
     ),
-    "group_changed": Code("Export again, and choose again."),
-    "count_mismatch": Code(
+    "group_changed": "Export again, and choose again.",
+    "count_mismatch": (
         "Where DevRev shows fewer tickets than the CSV, the token may not see them all: use one "
         "that does, and don't replace a warehouse's CSV by an export, which counts with the same "
-        "token. Where it shows more, export again.",
+        "token. Where it shows more, export again."
     ),
-    "backup_failed": Code(
-        "Check the file or ticket that the message names, then run again. "
-        "An undo needs the backup as it was written.",
-        systemic=True,
+    "backup_failed": (
+        "Check the file or ticket that the message names, then run again. An undo needs the "
+        "backup as it was written."
     ),
-    "stale": Code(
-        "Raise DEVREV_RATE_LIMIT_CALLS, or ask DevRev for a larger quota.",
-        systemic=True,
-    ),
-    "undo_unfinished": Code("Finish the undo with the command in the message first.", passing=True),
-    "group_incomplete": Code("Run again.", passing=True),
-    "interrupted": Code(
-        "Run the same command again. It finishes unfinished pairs first.", passing=True
-    ),
+    "stale": "Raise DEVREV_RATE_LIMIT_CALLS, or ask DevRev for a larger quota.",
+    "undo_unfinished": "Finish the undo with the command in the message first.",
+    "group_incomplete": "Run again.",
+    "interrupted": "Run the same command again. It finishes unfinished pairs first.",
     # DevRev's answers.
-    "api_error": Code(
-        "Run again. If it stays, send the message and the log to DevRev's support.",
-        systemic=True,
+    "api_error": "Run again. If it stays, send the message and the log to DevRev's support.",
+    "forbidden": (
+        "Do what the message says (another scope, access to the object, or a new token), then run "
+        "again."
     ),
-    "forbidden": Code(
-        "Do what the message says (another scope, access to the object, or a new token), "
-        "then run again.",
-        systemic=True,
+    "merge_refused": "Check both contacts in DevRev, then run again. --settle cancels the merge.",
+    "merge_not_confirmed": (
+        "Run again later: a run first asks DevRev whether the merge is done. --merge-timeout "
+        "waits longer; --settle cancels the merge."
     ),
-    "merge_refused": Code(
-        "Check both contacts in DevRev, then run again. --settle cancels the merge.",
-        systemic=True,
-    ),
-    "merge_not_confirmed": Code(
-        "Run again later: a run first asks DevRev whether the merge is done. "
-        "--merge-timeout waits longer; --settle cancels the merge.",
-        systemic=True,
-    ),
-    "plan_changed": Code("Use the CSV that has the pair, or cancel the merge with --settle."),
-    "merged_elsewhere": Code("Check the reference that the message names, and export again."),
-    "merged_into_another": Code(
-        "Check both contacts in DevRev. --settle accepts it as it is.", systemic=True
-    ),
-    "after_cancel": Code(
-        "If the contacts are two people, undo the merge with --undo and this report.",
-        passing=True,
-    ),
+    "plan_changed": "Use the CSV that has the pair, or cancel the merge with --settle.",
+    "merged_elsewhere": "Check the reference that the message names, and export again.",
+    "merged_into_another": "Check both contacts in DevRev. --settle accepts it as it is.",
+    "after_cancel": "If the contacts are two people, undo the merge with --undo and this report.",
     # Merged, and not finished.
-    "reference_reverted": Code(
-        "Find out what sets the old reference again, such as an integration, then run again. Until "
-        "the primary has the new one, the application may not recognise this person.",
+    "reference_reverted": (
+        "Find out what sets the old reference again, such as an integration, then run again. "
+        "Until the primary has the new one, the application may not recognise this person."
     ),
-    "external_ref_conflict": Code(
+    "external_ref_conflict": (
         "Export and run again. If it stays, free the reference from the contact that the message "
-        "names. Until the primary has it, the application may not recognise this person.",
+        "names. Until the primary has it, the application may not recognise this person."
     ),
-    "external_ref_not_set": Code(
-        "Run again. If it stays, set the reference by hand in DevRev, then use --settle. "
-        "Until the primary has it, the application may not recognise this person.",
-        systemic=True,
+    "external_ref_not_set": (
+        "Run again. If it stays, set the reference by hand in DevRev, then use --settle. Until "
+        "the primary has it, the application may not recognise this person."
     ),
-    "left_behind": Code(
-        "Run again later, because DevRev may still be moving objects, or move them by hand. "
-        "The backup has them. --settle accepts what stays.",
+    "left_behind": (
+        "Run again later, because DevRev may still be moving objects, or move them by hand. The "
+        "backup has them. --settle accepts what stays."
     ),
-    "still_listed": Code("Run again later. --settle accepts it as it is."),
+    "still_listed": "Run again later. --settle accepts it as it is.",
     # Undo.
-    "merged_again": Code(
-        "Nothing needs to be done. To undo the later merge, use the report that names it.",
-        why="The merge was undone, and deliberately done again later.",
+    "merged_again": (
+        "Nothing needs to be done. To undo the later merge, use the report that names it."
     ),
-    "not_merged": Code("If the merge is unfinished, finish it first."),
-    "backup_changed": Code(
-        "Put the backup back as it was, from a copy, then run the same --undo again. "
-        "A changed backup may name another person."
+    "not_merged": "If the merge is unfinished, finish it first.",
+    "backup_changed": (
+        "Put the backup back as it was, from a copy, then run the same --undo again. A changed "
+        "backup may name another person."
     ),
-    "backup_unknown": Code("Undo the report of the run that merged them."),
-    "contact_refused": Code(
-        "Check DevRev's answer in the message, then run the same --undo again. "
-        "Where each address may be used once, the merge has to stay. --settle gives up the rest.",
-        systemic=True,
+    "backup_unknown": "Undo the report of the run that merged them.",
+    "contact_refused": (
+        "Check DevRev's answer in the message, then run the same --undo again. Where each address "
+        "may be used once, the merge has to stay. --settle gives up the rest."
     ),
-    "contact_not_confirmed": Code(
-        "Run the same --undo again: it looks the contact up first.", systemic=True
-    ),
-    "not_restored": Code(
+    "contact_not_confirmed": "Run the same --undo again: it looks the contact up first.",
+    "not_restored": (
         "Run the same --undo again, or set the people in DevRev. --settle gives up the rest."
     ),
-    "merged_onward": Code("Undo the later merge first, with the report that the message names."),
+    "merged_onward": "Undo the later merge first, with the report that the message names.",
 }
-SKIP_REASONS = tuple(code for code, one in CODES.items() if one.why)
+# Why groups and duplicates are left out, which have no error.
+SKIP_REASONS: Mapping[str, str] = {
+    "several_user_refs": (
+        "Several contacts have a user_ reference. The CSV can't tell which one the application "
+        "uses."
+    ),
+    "no_user_ref": "No contact has a user_ reference: the application knows none of them.",
+    "shared_mailbox": (
+        "Several people probably share this address. After a merge each could read the others' "
+        "conversations."
+    ),
+    "invalid_row": "A row with this address is invalid, so the group may not be complete.",
+    "undone": "A merge of this address was undone.",
+    "cancelled": "A merge of this address was cancelled with --settle.",
+    "already_gone": "The duplicate no longer exists, and its reference is not needed.",
+    "already_merged": (
+        "It looks merged already: the primary has the reference, and the duplicate no longer "
+        "exists."
+    ),
+    "different_rev_org": "The contacts belong to different workspaces.",
+    "merged_again": "The merge was undone, and deliberately done again later.",
+}
+# These count among the failures in a row that stop a run.
+SYSTEMIC = (
+    "backup_failed", "stale", "api_error", "forbidden", "merge_refused",
+    "merge_not_confirmed", "merged_into_another", "external_ref_not_set", "contact_refused",
+    "contact_not_confirmed",
+)  # fmt: skip
+# Another run ends these: there is nothing that --settle could accept.
+PASSING = ("undo_unfinished", "group_incomplete", "interrupted", "after_cancel")
 SO_FAR: Mapping[State, str] = {
     State.REQUESTED: "requested, and not merged yet",
     State.ACKNOWLEDGED: "accepted by DevRev, not yet confirmed",
@@ -8705,8 +8682,8 @@ def merge_entry(pair: Pair, planned: Collection[Ids] | None) -> Json:
         entry.update(code=code, error=error, advice=None, left_behind=pair.left_behind)
         helps = "cancelled" if pair.state is State.CANCELLED else code
         # Of a settled pair nothing remains to be done.
-        if helps in CODES and pair.state not in (State.SETTLED, State.UNDO_SETTLED):
-            entry["advice"] = CODES[helps].advice
+        if pair.state not in (State.SETTLED, State.UNDO_SETTLED):
+            entry["advice"] = ADVICE.get(helps)
     return {**entry, **progress_of(pair)}
 
 
@@ -8727,7 +8704,7 @@ def settle_error(pair: Pair) -> str:
     if pair.state not in UNFINISHED:
         words = f"its merge was not requested ({pair.code}), so there is nothing to settle"
         return f"{words}; leave its rows out of the CSV"
-    if pair.code in CODES and not CODES[pair.code].passing:
+    if pair.code in ADVICE and pair.code not in PASSING:
         return ""
     why = pair.code or SO_FAR[pair.state]
     return f"it is unfinished ({why}), and no report has named a problem that stays; run again"
@@ -11087,8 +11064,7 @@ def print_failures(console: Console, pairs: Sequence[Pair]) -> None:
         emails.sort()
         console.print(f"  {len(emails)} {code}: {', '.join(some(emails))}")
         if code != "interrupted":  # the last line says it
-            advice = CODES[code].advice if code in CODES else "see the report"
-            console.print(f"    what to do: {advice}")
+            console.print(f"    what to do: {ADVICE.get(code, 'see the report')}")
 
 
 # -- export ----------------------------------------------------------------------------------------

@@ -346,7 +346,7 @@ def test_failures_are_grouped_with_what_to_do(scene: Scene) -> None:
     scene.export({pairs[n][0]: {"tickets": 77} for n in (0, 1)})
     run = scene.merge()
     assert "2 count_mismatch: person1@example.com, person2@example.com" in run.out
-    advice = tool.CODES["count_mismatch"].advice
+    advice = tool.ADVICE["count_mismatch"]
     assert f"what to do: {advice}" in run.out and "next: do what is said above" in run.err
 
 

@@ -180,4 +180,4 @@ def test_every_code_has_its_advice() -> None:
     raised: List[str] = re.findall(raises, text)
     assert len(set(raised)) > 20
     # `bad_choice` ends in exit 2 before any run.
-    assert {*raised, *tool.LIVE_CODES} - tool.CODES.keys() <= {"bad_choice"}
+    assert {*raised, *tool.LIVE_CODES} - tool.ADVICE.keys() <= {"bad_choice"}

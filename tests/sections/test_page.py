@@ -19,7 +19,7 @@ from typing import Any, Callable, Dict, Iterator, List
 import pytest
 
 from merge_contacts import (
-    CODES,
+    ADVICE,
     REPORT_PAGE,
     STATE_WORDS,
     State,
@@ -311,9 +311,9 @@ def test_each_list_has_its_section_with_what_happened_and_what_to_do(show: Any) 
         "Look-alikes", "Invalid rows", "Run",
     ]  # fmt: skip
     for selector, words in (
-        ("#failed", CODES["count_mismatch"].advice),
+        ("#failed", ADVICE["count_mismatch"]),
         ("#failed", "said for pair 20failed, not merged"),
-        ("#cancelled", CODES["cancelled"].advice),
+        ("#cancelled", ADVICE["cancelled"]),
         ("#unfinished", "still to do: confirm the merge, set the reference, verify"),
         ("#unfinished", "TKT-7 A title owned by"),
         ("#skipped", "Two references. Choose."),

@@ -11,7 +11,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Sequence
 import pytest
 
 import merge_contacts as tool
-from merge_contacts import CODES, STATE_WORDS, TERMINAL, UNFINISHED, Contact, Pair, State
+from merge_contacts import ADVICE, STATE_WORDS, TERMINAL, UNFINISHED, Contact, Pair, State
 from tests.sandbox import Sandbox
 from tests.sections.test_savepoint import pair_of
 from tests.simulation.scene import Run, Scene
@@ -34,16 +34,14 @@ def test_every_code_stands_in_the_table() -> None:
         match.group(1) or match.group(2) for match in re.finditer(f"{raises}|{assigned}", SOURCE)
     }
     assert len(found) > 25  # so that the pattern can't fall silent
-    assert not found - CODES.keys() - NOT_OF_PAIRS
-    assert {"forbidden", "api_error"} < CODES.keys()
+    assert not found - ADVICE.keys() - NOT_OF_PAIRS
+    assert {"forbidden", "api_error", *tool.SKIP_REASONS, *tool.SYSTEMIC} < ADVICE.keys()
+    assert set(tool.PASSING) < ADVICE.keys() and set(STATE_WORDS) == set(State)
 
 
 def test_the_table_says_in_sentences_what_to_do_and_why_a_group_is_skipped() -> None:
-    for code, one in CODES.items():
-        for text in filter(None, (one.why, one.advice)):
-            assert text[0].isupper() and text.endswith(".") and "  " not in text, code
-    assert list(tool.SKIP_REASONS) == [code for code, one in CODES.items() if one.why]
-    assert set(STATE_WORDS) == set(State)
+    for text in (*ADVICE.values(), *tool.SKIP_REASONS.values()):
+        assert text[0].isupper() and text.endswith(".") and "  " not in text
 
 
 def test_a_run_is_named_by_the_next_second_that_is_free(
@@ -109,7 +107,7 @@ def test_a_merge_entry_has_each_field_with_its_value() -> None:
     more = {name: value for name, value in unfinished.items() if name not in done}
     assert more == {
         "code": "left_behind", "error": "why", "left_behind": [{"id": "t"}],
-        "advice": CODES["left_behind"].advice, "so_far": "merged in DevRev",
+        "advice": ADVICE["left_behind"], "so_far": "merged in DevRev",
         "to_do": "set the reference, verify that nothing was left behind",
     }  # fmt: skip
     assert (unfinished["in_csv"], unfinished["finished"], unfinished["reference_set"]) == (
@@ -130,7 +128,7 @@ def test_only_where_something_remains_to_be_done_a_pair_has_advice(
     state: State, code: str, advice: Any
 ) -> None:
     entry = tool.merge_entry(the_pair(state, code=code), None)
-    assert entry["advice"] == (CODES[advice].advice if advice else None)
+    assert entry["advice"] == ADVICE.get(advice)
 
 
 def test_a_merge_that_was_carried_out_after_a_cancellation_says_so() -> None:
