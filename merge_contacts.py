@@ -33,7 +33,7 @@ Map of this file, roughly bottom-up:
   Export        ContactExporter               the CSV from DevRev itself
   Undo          PairUndo, UndoRunner          what comes back
   Report        ADVICE, SYSTEMIC              advice for each code; which of them stop a run
-                merge_entry, merge_row        where to add a field to the report: JSON, CSV
+                merge_entry, table_row        where to add a field to the report: JSON, CSV
   Console                                     what people see: also Preview and Page
   Command line  RunContext, main              options, settings, a function for each mode
 
@@ -8874,14 +8874,16 @@ def merge_lists(savepoint: SavePoint, run_id: str, plan: Plan | None) -> dict[st
 
     A pair that has ended is in the report of the run that ended it, and in no other.
     """
+    plan = plan or Plan()
     failed = savepoint.pairs(State.FAILED, State.MERGED_ELSEWHERE, run=run_id)
     return {
         "successful_merges": savepoint.pairs(State.DONE, run=run_id),
-        "failed_merges": chain(failed, plan.refused if plan else ()),
+        "failed_merges": chain(failed, plan.refused),
         "unfinished_merges": savepoint.pairs(*UNFINISHED),
         "settled": savepoint.pairs(State.SETTLED, run=run_id),
         "cancelled": savepoint.pairs(State.CANCELLED, run=run_id),
         "undo_settled": savepoint.pairs(State.UNDO_SETTLED, run=run_id),
+        "skipped": iter(plan.left_out),
     }
 
 
@@ -8930,8 +8932,9 @@ def merge_summary(savepoint: SavePoint, run_id: str, plan: Plan | None) -> Json:
         )
     if mine["undo_settled"]:
         summary["undo_settled"] = mine["undo_settled"]
-    if any(others.values()):
-        summary["earlier_runs"] = {name: others[name] for name in COUNTS}
+    earlier = {name: others[name] for name in COUNTS}
+    if any(earlier.values()):
+        summary["earlier_runs"] = earlier
     return summary
 
 
@@ -8975,10 +8978,9 @@ def headline(summary: Json, record: RunRecord) -> str:
 
 class ReportContents(NamedTuple):
     """What stands in a report beside the run: the JSON's lists, null where not known, and the rows
-    of the CSV, each by the names of its columns."""
+    of the CSV, by the names of their columns."""
 
     lists: dict[str, Iterable[Json] | None]
-    columns: Sequence[str]
     rows: Iterable[Mapping[str, str]]
 
 
@@ -8989,16 +8991,18 @@ def merge_contents(savepoint: SavePoint, run_id: str, plan: Plan | None) -> Repo
     for name, pairs in merge_lists(savepoint, run_id, plan).items():
         lists[name] = map(entry, pairs)
     lists.update(beside_pairs(plan))
-    return ReportContents(lists, MERGE_COLUMNS, merge_rows(savepoint, run_id, plan))
+    rows = table_rows(merge_lists(savepoint, run_id, plan))
+    groups = plan.skipped if plan else ()
+    # A skipped group has no pairs: its row has no ids.
+    words = ({"email": one.email, "outcome": "skipped", "code": one.code} for one in groups)
+    return ReportContents(lists, chain(rows, words))
 
 
-def undo_contents(pairs: Mapping[str, Sequence[Pair] | None]) -> ReportContents:
+def undo_contents(pairs: Mapping[str, Sequence[Pair]]) -> ReportContents:
     lists: dict[str, Iterable[Json] | None] = {}
-    rows: list[Mapping[str, str]] = []
     for name, found in pairs.items():
-        lists[name] = None if found is None else map(undo_entry, found)
-        rows += [undo_row(pair, name) for pair in found or ()]
-    return ReportContents(lists, UNDO_COLUMNS, rows)
+        lists[name] = map(undo_entry, found)
+    return ReportContents(lists, table_rows(pairs))
 
 
 def references_to_set(savepoint: SavePoint) -> Iterator[Json]:
@@ -9040,8 +9044,9 @@ def write_report(
         environment.write_atomically(path.with_suffix(".html"), page)
     table = path.with_suffix(".csv")
     if not table.exists():
-        rows = ([row[name] for name in contents.columns] for row in contents.rows)
-        environment.write_atomically(table, csv_chunks(contents.columns, rows))
+        columns = UNDO_COLUMNS if record.kind == "undo" else MERGE_COLUMNS
+        rows = ([row.get(name, "") for name in columns] for row in contents.rows)
+        environment.write_atomically(table, csv_chunks(columns, rows))
     record.reported = True
     savepoint.save_run(record)
 
@@ -9077,27 +9082,28 @@ UNDO_COLUMNS = (
 )  # fmt: skip
 
 
-def merge_rows(savepoint: SavePoint, run_id: str, plan: Plan | None) -> Iterator[Mapping[str, str]]:
-    """Yield a row of MERGE_COLUMNS for each pair, for systems that have stored the duplicate's id.
+OUTCOMES = {
+    "successful_merges": "merged",
+    "failed_merges": "failed",
+    "unfinished_merges": "unfinished",
+}
 
-    A group that the plan skips has no pairs: its row has no ids.
-    """
-    outcomes = {"successful_merges": "merged", "failed_merges": "failed"}
-    outcomes["unfinished_merges"] = "unfinished"
-    lists = merge_lists(savepoint, run_id, plan)
-    lists["skipped"] = iter(plan.left_out if plan else ())
+
+def table_rows(lists: Mapping[str, Iterable[Pair]]) -> Iterator[Mapping[str, str]]:
+    """Yield a row for each pair of a report's lists, for systems that have stored the duplicate's
+    id: with MERGE_COLUMNS and UNDO_COLUMNS."""
     for name, pairs in lists.items():
         for pair in pairs:
-            elsewhere = pair.state is State.MERGED_ELSEWHERE
-            yield merge_row(pair, pair.state.value if elsewhere else outcomes.get(name, name))
-    for group in plan.skipped if plan else ():
-        names = {"email": group.email, "outcome": "skipped", "code": group.code}
-        yield {**dict.fromkeys(MERGE_COLUMNS, ""), **names}
+            outcome = OUTCOMES.get(name, name)
+            if name == "failed_merges" and pair.state is State.MERGED_ELSEWHERE:
+                outcome = pair.state.value
+            yield table_row(pair, outcome)
 
 
-def merge_row(pair: Pair, outcome: str) -> Mapping[str, str]:
-    primary, duplicate = pair.primary, pair.duplicate
-    return {
+def table_row(pair: Pair, outcome: str) -> Mapping[str, str]:
+    primary = pair.primary
+    duplicate = pair.duplicate
+    row = {
         "email": pair.email,
         "outcome": outcome,
         "code": pair.code,
@@ -9107,27 +9113,28 @@ def merge_row(pair: Pair, outcome: str) -> Mapping[str, str]:
         "primary_id": primary.id,
         "primary_display_id": primary.short_id,
         "primary_old_external_ref": primary.external_ref,
-        "primary_new_external_ref": str(
-            pair.new_ref if reference_is_set(pair) else primary.external_ref
-        ),
+        "primary_new_external_ref": primary.external_ref,
         "duplicate_tickets": str(duplicate.tickets),
         "primary_tickets": str(primary.tickets),
         "backup": pair.backup,
+        "old_id": duplicate.id,
+        "old_display_id": duplicate.short_id,
+        "external_ref": duplicate.external_ref,
     }
+    if pair.new_ref and reference_is_set(pair):
+        row["primary_new_external_ref"] = pair.new_ref
+    if pair.undo:
+        row.update(new_id=pair.undo.contact, new_display_id=pair.undo.display_id)
+    return row
 
 
-def undo_row(pair: Pair, outcome: str) -> Mapping[str, str]:
-    """Return a row of UNDO_COLUMNS: which id a contact had, and which it has now."""
-    return {
-        "email": pair.email,
-        "outcome": outcome,
-        "code": pair.code,
-        "old_id": pair.duplicate.id,
-        "old_display_id": pair.duplicate.short_id,
-        "new_id": pair.undo.contact if pair.undo else "",
-        "new_display_id": pair.undo.display_id if pair.undo else "",
-        "external_ref": pair.duplicate.external_ref,
-    }
+def by_undo_outcome(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
+    """Return the pairs that an undo has dealt with as the lists of its report."""
+    lists: dict[str, list[Pair]] = {"undone": [], "unfinished": [], "failed": []}
+    names = {State.UNDONE: "undone", State.UNDOING: "unfinished"}
+    for pair in pairs:
+        lists[names.get(pair.state, "failed")].append(pair)
+    return lists
 
 
 def report_killed_runs(environment: Environment, savepoint: SavePoint) -> list[Path]:
@@ -9140,23 +9147,20 @@ def report_killed_runs(environment: Environment, savepoint: SavePoint) -> list[P
         if record.reported:
             continue
         savepoint.organisation = record.organisation
-        if record.end is None:
-            record.stopped = "killed"
         if record.kind == "undo":
-            states = {"undone": [State.UNDONE], "unfinished": [State.UNDOING]}
-            states["failed"] = list({*State} - {State.UNDONE, State.UNDOING})
-            found: dict[str, list[Pair] | None] = {"skipped": None}
-            for name, these in states.items():
-                found[name] = list(savepoint.pairs(*these, run=run_id))
-            contents = undo_contents(found)
-            if record.summary is None:
-                record.summary = {name: len(found[name] or ()) for name in states}
-                record.headline = undo_headline(record.summary, 0)
+            lists = by_undo_outcome(savepoint.pairs(run=run_id))
+            contents = undo_contents(lists)
+            contents.lists["skipped"] = None
+            summary: Json = {name: len(pairs) for name, pairs in lists.items()}
+            words = undo_headline(summary, 0)
         else:
             contents = merge_contents(savepoint, run_id, None)
-            if record.summary is None:
-                record.summary = merge_summary(savepoint, run_id, None)
-                record.headline = headline(record.summary, record)
+            summary = merge_summary(savepoint, run_id, None)
+            words = headline(summary, record)
+        if record.end is None:
+            record.stopped = "killed"
+            record.summary = summary
+            record.headline = words
         write_report(environment, savepoint, record, contents)
         paths.append(report_path(run_id, record.kind))
     savepoint.organisation = ""
@@ -11252,20 +11256,17 @@ def finish_undo(
 def undo_lists(plan: UndoPlan, runner: UndoRunner, preview: bool) -> dict[str, list[Pair]]:
     """Return the pairs of an undo's report, by list."""
     pairs = plan.pairs()
-    ended = [pair for pair in pairs if pair.ids in runner.runner.outcomes]
+    outcomes = runner.runner.outcomes
     if preview:
+        ended = [pair for pair in pairs if pair.ids in outcomes]
         return {
             "to_undo": [pair for pair in ended if not pair.code],
             "refused": [pair for pair in ended if pair.code],
             "skipped": plan.skipped,
         }
-    undone = [pair for pair in pairs if pair.state is State.UNDONE]
-    return {
-        "undone": [*plan.undone, *undone],  # those of a run that was killed may be in no report
-        "unfinished": [pair for pair in pairs if pair.state is State.UNDOING],
-        "failed": [pair for pair in ended if pair.state not in UNDO_STATES],
-        "skipped": plan.skipped,
-    }
+    begun = [pair for pair in pairs if pair.state in UNDO_STATES or pair.ids in outcomes]
+    # Those that a killed run has undone may be in no report.
+    return {**by_undo_outcome([*plan.undone, *begun]), "skipped": plan.skipped}
 
 
 def restored_findings(run: RunContext, lists: Mapping[str, Sequence[Pair]]) -> Findings:

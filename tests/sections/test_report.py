@@ -138,16 +138,14 @@ def test_a_merge_that_was_carried_out_after_a_cancellation_says_so() -> None:
 
 
 def test_each_column_of_the_tables_has_its_own_value() -> None:
-    row = tool.merge_row(the_pair(State.DONE, code="a_code"), "merged")
-    assert tuple(row) == tool.MERGE_COLUMNS
-    assert list(row.values()) == [
+    row = tool.table_row(the_pair(State.DONE, code="a_code"), "merged")
+    assert [row[name] for name in tool.MERGE_COLUMNS] == [
         "ana@example.com", "merged", "a_code", "don:d", DUPLICATE.short_id, "user_9", "don:p",
         PRIMARY.short_id, "REVU-1", "user_9", "4", "3", "backups/ana",
     ]  # fmt: skip
     progress = tool.UndoProgress("x", "done", "", 0, contact="don:new", display_id="REVU-N")
-    row = tool.undo_row(the_pair(State.UNDONE, undo=progress), "undone")
-    assert tuple(row) == tool.UNDO_COLUMNS
-    assert list(row.values()) == [
+    row = tool.table_row(the_pair(State.UNDONE, undo=progress), "undone")
+    assert [row[name] for name in tool.UNDO_COLUMNS] == [
         "ana@example.com", "undone", "", "don:d", DUPLICATE.short_id, "don:new", "REVU-N", "user_9",
     ]  # fmt: skip
 
@@ -158,7 +156,7 @@ def test_the_table_has_a_new_reference_only_where_it_is_set(state: State, missin
     pair = the_pair(state, reference_not_set=missing)
     is_set = state in (State.VERIFYING, State.DONE, State.SETTLED) and not missing
     assert tool.reference_is_set(pair) is is_set
-    row = tool.merge_row(pair, "")
+    row = tool.table_row(pair, "")
     assert row["primary_new_external_ref"] == ("user_9" if is_set else "REVU-1")
 
 
@@ -199,8 +197,11 @@ def test_a_pair_stands_in_the_report_of_the_run_that_ended_it_and_in_no_other(
     for name in ("settled", "cancelled", "undo_settled"):
         assert found[name] == [place[State(name)]]
     assert len(found["unfinished_merges"]) == 2 * len(UNFINISHED)  # whoever has left them
-    rows = list(tool.merge_rows(savepoint, NOW, None))
+    rows = list(tool.table_rows(tool.merge_lists(savepoint, NOW, None)))
     assert len(rows) == sum(map(len, found.values()))
+    assert {row["outcome"] for row in rows} == {
+        "merged", "failed", "merged_elsewhere", "unfinished", "settled", "cancelled", "undo_settled",
+    }  # fmt: skip
 
 
 def test_the_summary_counts_the_pairs_of_the_csv_and_the_others_apart(
