@@ -1,0 +1,352 @@
+"""The states of a pair against what DevRev can answer: a table, without a server, in milliseconds.
+
+What a script names is answered by it instead of by a fake DevRev with two contacts and one ticket: `poll=there,404`
+shows the duplicate once, then a 404 for good. A write is carried out at 200, and at an answer that ends in `!`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import merge_contacts as tool
+from merge_contacts import HttpResponse, Pair, State
+from tests.simulation.world import Clock, Loop, run_to_the_end
+
+DON = "don:identity:dvrv-us-1:devo/ORG:revu/"
+P, D, Z, TICKET = DON + "P", DON + "D", DON + "Z", "don:core:dvrv-us-1:devo/ORG:ticket/1"
+EMAIL = "person@example.com"
+
+
+def user(identity: str, **fields: Any) -> dict[str, Any]:
+    short = "REVU-" + identity[-1]
+    reference = "user_1" if identity == D else short
+    about = {"id": identity, "display_id": short, "email": EMAIL, "external_ref": reference}
+    return {**about, "state": "active", "is_verified": True, **fields}
+
+
+# What a script may show in place of a contact, or answer.
+SHOWN = {
+    "there": user(D, description="prefers email"),
+    "locked": user(D, state="locked"),
+    "deleted": user(D, state="deleted"),
+    "shadow": user(D, state="shadow", primary_identity={"id": P}),
+    "elsewhere": user(D, state="shadow", primary_identity={"id": Z}),
+    "unverified": user(D, is_verified=False),
+    "unknown": user(D, is_verified=None),
+    "primary": user(P),
+    "moved": user(P, external_ref="user_1"),
+    "by-hand": user(P, external_ref="by-hand"),
+    "another": user(Z, external_ref="user_1", email="another@example.com"),
+    "second": user(Z, external_ref="user_2"),
+}
+ANSWERS = {str(status): HttpResponse(status, {}, {}, str(status)) for status in range(400, 505)}
+ANSWERS["404"] = HttpResponse(404, {}, {"type": "not_found"}, "404")
+ANSWERS["route"] = HttpResponse(404, {}, {"message": "route not found"}, "route not found")
+ANSWERS["301"] = HttpResponse(301, {"Location": f"/{P}"}, None)
+ANSWERS["odd"] = HttpResponse(200, {}, {})
+ANSWERS["lost"] = HttpResponse(None, {}, None, "the connection broke")
+# How requests are called here, and what their answers hold.
+NAMES = {
+    "rev-users.merge": ("merge", ""),
+    "rev-users.update": ("update", "rev_user"),
+    "rev-users.get": ("read", "rev_user"),
+    "rev-users.list": ("emails", "rev_users"),
+    "works.list": ("works", "works"),
+    "works.get": ("object", "work"),
+    "conversations.list": ("talks", "conversations"),
+    "timeline-entries.list": ("timeline", "timeline_entries"),
+    "dev-users.self": ("probe", "dev_user"),
+}
+
+
+class FakeDevRev(tool.Environment):
+    """Two contacts, a ticket of the duplicate's, a clock that jumps, and a savepoint in memory."""
+
+    run, failure = "20260101_000000", None  # of the savepoint
+
+    def __init__(self) -> None:
+        super().__init__(tool.ApiSettings(token="token", calls=0, retries=2))
+        self.clock = Clock()
+        self.script: dict[str, list[str]] = {}
+        self.asked: list[str] = []
+        self.contacts = {P: user(P), D: SHOWN["there"]}
+        self.reporter = D
+        self.saved: dict[str, Any] = {}
+        self.api = tool.DevRevAPI(self.settings, self, tool.CancelToken())
+
+    def now(self) -> Any:
+        return tool.Timestamp(self.clock.wall, self.clock.steady)
+
+    def run_event_loop(self, work: Any) -> Any:
+        return run_to_the_end(Loop(self.clock), work)
+
+    async def run_in_thread(self, job: Any, *args: Any) -> Any:
+        return job(*args)
+
+    def fsync_file(self, file: Any) -> None:
+        file.flush()
+
+    async def save(self, pair: Pair, **_: Any) -> None:
+        self.saved = pair.to_json()
+        if "save" in self.script:
+            self.failure = tool.FatalError(3, "one of the files can't be written any more")
+
+    async def post(self, endpoint: str, body: Any, deadline: float | None = None) -> Any:
+        name, key = NAMES[endpoint]
+        if endpoint == "rev-users.get" and body["id"] == D:
+            name = "poll"
+        elif "is_verified" in body:
+            name = "unverified"
+        elif endpoint == "rev-users.list" and "external_ref" in body:
+            name = "holders"
+        self.asked.append(name)
+        self.clock.last_progress = self.clock.now
+        await asyncio.sleep(0.05)
+        if name == "merge":
+            self.check_intent(body)
+        told = self.script.get(name, ["200"])
+        answer = told.pop(0) if len(told) > 1 else told[0]
+        if answer == "stop":
+            self.api.cancel_token.cancel(tool.Cancelled())
+        elif answer.startswith("nap"):
+            self.clock.nap(float(answer[3:]))
+        bare = answer.rstrip("!")
+        shown = [SHOWN[one] for one in bare.split("+") if one in SHOWN]
+        is_scripted = bare in ANSWERS or bare == "nobody" or shown
+        if answer != bare or not is_scripted:
+            self.act(name, body)
+        if bare in ANSWERS:
+            return ANSWERS[bare]
+        if not is_scripted:
+            shown = self.there(name, body)
+        if key.endswith("s"):
+            return HttpResponse(200, {}, {key: shown})
+        return HttpResponse(200, {}, {key: shown[0]}) if shown else ANSWERS["404"]
+
+    def act(self, name: str, body: Any) -> None:
+        if name == "merge":
+            self.contacts.pop(D, None)
+            self.reporter = P
+        elif name == "update":
+            assert body["id"] == P
+            self.contacts[P].update(body)
+
+    def there(self, name: str, body: Any) -> list[Any]:
+        """What there is of what a request asks for."""
+        contacts = [*self.contacts.values()]
+        ticket = {"id": TICKET, "type": "ticket", "reported_by": [{"id": self.reporter}]}
+        if name in ("poll", "read", "update"):
+            return [one for one in contacts if one["id"] == body["id"]]
+        if name == "holders":
+            return [one for one in contacts if one["external_ref"] in body["external_ref"]]
+        if name == "works":
+            return [ticket] if self.reporter in body.get("reported_by", ()) else []
+        found = {"emails": contacts, "object": [ticket], "probe": [{"id": P}], "merge": [{}]}
+        return found.get(name, [])
+
+    def check_intent(self, body: Any) -> None:
+        """What is requested is in the savepoint, and its backup whole and not too old."""
+        assert body == {"primary_user": P, "secondary_user": D}
+        row = self.saved
+        assert row["state"] == "requested" and abs(row["requested_at"] - self.clock.wall) < 0.1
+        backup = tool.verify_backup(Path(row["backup"]))
+        assert backup.sha256 == row["manifest_sha256"] and backup.holdings == row["backed_up"]
+        assert backup.manifest["created"] > tool.iso(self.clock.wall - 120)
+
+
+class Played:
+    """One pair, played to the end of a run."""
+
+    def __init__(self, text: str) -> None:
+        parts = [part.partition("=") for part in text.split()]
+        script = {name: answers.split(",") for name, _, answers in parts}
+        (left,) = script.pop("from", ["planned"])
+        given = script.pop("with", [])
+        self.devrev = devrev = FakeDevRev()
+        rows = [{"id": one, "email": EMAIL, **user(one)} for one in (P, D)]
+        primary, duplicate = (tool.Contact.from_json(row) for row in rows)
+        duplicate.tickets = 1
+        self.pair = pair = Pair(primary, duplicate, None if "no-reference" in given else "user_1")
+        names = [one for one in given if one != "no-reference"]
+        options = tool.MergeOptions("ORG", merge_timeout=20.0, **dict.fromkeys(names, True))
+        merger = tool.ContactMerger(devrev.api, devrev, options)
+        group = tool.Group(EMAIL, [pair])
+        wanted = {} if "wanted" in script else {pair.ids: pair}
+        run = tool.GroupRun(merger.context, group, [pair], wanted, resumed=left != "planned")
+
+        async def play() -> None:
+            if left != "planned":
+                await run.preconditions.ensure_fresh()
+                run.preconditions.note_backup(pair)
+                run.preconditions.invalidate()
+                pair.requested_at = pair.first_requested_at = devrev.now().wall
+                pair.move_to(State(left.rstrip("!")))
+                if left.endswith("!"):
+                    devrev.act("merge", {})
+                if pair.state is State.VERIFYING:
+                    devrev.act("update", {"id": P, "external_ref": "user_1"})
+                devrev.clock.advance(1.0)
+                devrev.asked.clear()
+            devrev.script = script
+            merger.runner.start(run.run(), run.pairs)
+            await merger.runner.wait_all()
+
+        merger.runner.total = 1
+        self.code = devrev.run_event_loop(merger.runner.run(play()))
+
+    def __str__(self) -> str:
+        """State, code, exit code, and the requests; what comes again and again stands there once."""
+        lists = ("emails", "works", "talks", "timeline", "unverified")
+        asked = "".join("lists " if one in lists else f"{one} " for one in self.devrev.asked)
+        asked = re.sub(r"\b(\w+ )\1+", r"\1", asked)
+        asked = re.sub(r"\b((?:\w+ ){2,6}?)\1+", lambda found: f"({found[1].strip()})+ ", asked)
+        words = [self.pair.state.value, self.pair.code, f"exit {self.code}"]
+        return f"{' '.join(words[: 3 if self.code > 1 else 2])} | {asked}"
+
+
+# script | state, code, and the exit code where it is neither 0 nor 1 | requests
+CASES = """
+# the request
+                                       | done                              | lists merge poll update lists
+merge=odd!                             | done                              | lists merge poll update lists
+merge=400                              | requested merge_refused           | lists merge poll
+merge=400!                             | done                              | lists merge poll update lists
+merge=403                              | requested forbidden exit 2        | lists merge poll
+merge=403 poll=400                     | requested forbidden exit 3        | lists merge poll
+merge=403!                             | done                              | lists merge poll update lists
+merge=404                              | requested merge_refused           | lists merge read poll
+merge=404!                             | done                              | lists merge read poll object lists poll update lists
+merge=404 poll=elsewhere               | merged_elsewhere merged_elsewhere | lists merge read poll
+merge=404 poll=deleted                 | merged_elsewhere merged_elsewhere | lists merge read poll object
+merge=route poll=elsewhere             | requested merged_into_another     | lists merge poll
+merge=409                              | requested merge_refused           | lists (merge poll)+
+merge=409,423,200                      | done                              | lists (merge poll)+ update lists
+merge=422,200                          | requested merge_refused           | lists merge poll
+merge=429,200                          | done                              | lists merge poll update lists
+merge=429                              | requested merge_refused           | (lists merge)+ poll
+merge=500                              | requested merge_not_confirmed     | lists (merge poll lists read lists poll)+ merge poll
+merge=500!                             | done                              | lists merge poll update lists
+merge=500,200                          | done                              | lists merge poll lists read lists poll merge poll update lists
+merge=lost                             | requested merge_not_confirmed     | lists (merge poll lists read lists poll)+ merge poll
+merge=lost,200                         | done                              | lists merge poll lists read lists poll merge poll update lists
+merge=lost!                            | done                              | lists merge poll update lists
+merge=stop                             | proving interrupted exit 3        | lists merge poll update
+timeline=stop                          | planned exit 3                    | lists
+save=fails                             | planned exit 3                    | lists
+# the polls
+poll=there                             | acknowledged merge_not_confirmed  | lists merge poll
+poll=there,there,404                   | done                              | lists merge poll update lists
+poll=deleted                           | done                              | lists merge poll update lists
+poll=301                               | done                              | lists merge poll update lists
+poll=primary                           | done                              | lists merge poll update lists
+poll=shadow                            | done                              | lists merge poll update lists
+poll=elsewhere                         | acknowledged merged_into_another  | lists merge poll
+poll=locked                            | done                              | lists merge poll object lists update lists
+merge=lost! poll=locked                | done                              | lists merge poll object lists update lists
+merge=lost poll=locked                 | requested not_active              | lists merge (poll object)+ lists read lists poll object
+poll=route                             | acknowledged api_error            | lists merge poll
+poll=400                               | done                              | lists merge poll lists holders object lists update lists
+poll=odd                               | done                              | lists merge poll lists holders object lists update lists
+poll=403                               | done                              | lists merge poll lists holders object lists update lists
+poll=500                               | done                              | lists merge poll probe lists holders object lists update lists
+poll=lost                              | done                              | lists merge poll probe lists holders object lists update lists
+poll=500,500,404                       | done                              | lists merge poll update lists
+merge=lost poll=400                    | requested api_error               | lists merge (poll lists)+
+poll=400 holders=there                 | acknowledged api_error            | lists merge (poll lists holders)+
+poll=401                               | acknowledged forbidden exit 3     | lists merge poll
+poll=stop,there,404                    | proving interrupted exit 3        | lists merge poll update
+# the reference
+update=400                             | merged external_ref_not_set       | lists merge poll update read
+update=400!                            | done                              | lists merge poll update read lists
+update=403                             | merged forbidden                  | lists merge poll update read
+update=404                             | acknowledged not_found            | lists merge poll update read poll
+update=409                             | merged external_ref_conflict      | lists merge poll (update read poll holders)+
+update=409!                            | done                              | lists merge poll update read lists
+update=409,200 holders=another         | merged external_ref_conflict      | lists merge poll update read poll holders
+emails=there+primary                   | proving still_listed              | lists merge poll update (lists poll)+ read
+emails=there+primary,primary read=primary | merged reference_reverted         | lists merge poll update lists read update read
+update=409,200 holders=500             | done                              | lists merge poll update read poll holders probe update lists
+merge=odd poll=404,there update=409    | acknowledged merge_not_confirmed  | lists merge poll update read poll
+update=429,200                         | done                              | lists merge poll update lists
+update=500                             | merged api_error                  | lists merge poll (update read)+
+update=500,200                         | done                              | lists merge poll update read update lists
+update=lost!                           | done                              | lists merge poll update read lists
+update=primary,200                     | merged external_ref_not_set       | lists merge poll update
+update=400 read=404                    | acknowledged not_found            | lists merge poll update read poll
+update=400 read=deleted                | acknowledged not_found            | lists merge poll update read poll
+update=400 read=by-hand                | merged external_ref_changed       | lists merge poll update read
+update=400 read=500                    | merged external_ref_not_set       | lists merge poll update read
+# left by an earlier run
+from=requested                         | done                              | poll lists read lists poll merge poll update lists
+from=requested!                        | done                              | poll read update lists
+from=requested merge=400               | requested merge_refused           | poll lists read lists poll merge poll
+from=requested poll=400                | requested api_error               | (poll lists)+
+from=requested poll=elsewhere          | requested merged_into_another     | poll
+from=requested poll=locked             | requested not_active              | (poll object)+ lists read lists poll object
+from=requested wanted=no               | requested plan_changed            | poll
+from=requested! wanted=no              | done                              | poll read update lists
+from=requested works=500               | requested api_error               | poll lists read (lists probe)+ lists poll
+from=acknowledged                      | done                              | poll lists read lists poll merge poll update lists
+from=acknowledged!                     | done                              | poll read update lists
+from=acknowledged poll=500             | acknowledged api_error            | poll probe (lists poll)+ lists
+from=acknowledged! poll=500            | done                              | poll probe lists holders object lists read update lists
+from=acknowledged! poll=locked         | done                              | poll object lists read update lists
+from=merged!                           | done                              | read update lists
+from=merged! read=moved                | done                              | read lists read
+from=merged! read=by-hand              | merged external_ref_changed       | read
+from=merged! read=404                  | merged not_found                  | read
+from=merged! read=400                  | done                              | read lists update lists
+from=merged! read=403                  | merged forbidden                  | read
+from=merged! read=500                  | merged api_error                  | read
+from=merged poll=there update=409      | acknowledged merge_not_confirmed  | read update read poll lists read lists poll merge poll
+from=proving!                          | done                              | lists
+from=proving                           | done                              | lists poll lists read lists poll merge poll update lists
+from=proving! works=500                | proving api_error                 | lists
+# the check and the backup
+emails=unverified+primary              | failed unverified                 | lists
+emails=unverified+primary,primary with=try_unverified | done                              | lists merge poll update lists read
+emails=unknown+primary unverified=unverified | failed unverified                 | lists
+emails=unknown+primary,primary unverified=400 | done                              | lists merge poll update lists read
+emails=locked+primary                  | failed not_active                 | lists
+emails=there poll=404 read=404         | failed not_found                  | lists read
+emails=primary poll=404 holders=nobody | failed reference_unheld           | lists poll holders
+emails=primary poll=404 holders=another | failed not_found                  | lists poll holders
+emails=there+primary+second            | failed several_user_refs          | lists
+emails=there+moved                     | failed external_ref_changed       | lists
+works=403                              | failed forbidden                  | lists
+works=500                              | failed api_error                  | (lists probe)+ lists
+works=nobody                           | failed count_mismatch             | lists
+timeline=500                           | failed api_error                  | lists
+timeline=404                           | failed api_error                  | lists
+# other options
+with=no-reference                      | done                              | lists merge poll lists
+with=no-reference poll=404 emails=primary | skipped already_gone              | lists poll
+with=no-reference merge=odd poll=there | acknowledged merge_not_confirmed  | lists merge poll
+with=carry_fields                      | done                              | lists merge poll update lists read update
+with=carry_fields update=200,400       | done                              | lists merge poll update lists read update
+with=carry_fields update=200,500       | proving stale                     | lists merge poll update lists (read update)+
+"""
+
+
+@pytest.mark.parametrize("case", [line for line in CASES.splitlines() if "|" in line])
+def test_what_becomes_of_a_pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    script, expected = (" ".join(part.split()) for part in case.split("|", 1))
+    assert " ".join(str(Played(script)).split()) == expected
+
+
+@pytest.mark.parametrize(
+    "nap, checks, backups", [(0, 1, 1), (59, 1, 1), (61, 2, 1), (119, 2, 1), (121, 2, 2)]
+)
+def test_a_check_lasts_for_a_minute_the_lists_for_two_and_a_timeline_until_its_object_changes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nap: int, checks: int, backups: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = Played(f"timeline=nap{nap}").devrev.asked
+    before = asked[: asked.index("merge")]
+    assert [before.count(one) for one in ("emails", "talks", "timeline")] == [checks, backups, 1]
