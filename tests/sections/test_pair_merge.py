@@ -1,12 +1,14 @@
 """The states of a pair against what DevRev can answer: a table, without a server, in milliseconds.
 
-What a script names is answered by it instead of by a fake DevRev with two contacts and one ticket: `poll=there,404`
-shows the duplicate once, then a 404 for good. A write is carried out at 200, and at an answer that ends in `!`.
+What a script names is answered by it instead of by a fake DevRev with two contacts and one ticket:
+`poll=there,404` shows the duplicate once, then a 404 for good. A write is carried out at 200, and
+at an answer that ends in `!`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ SHOWN = {
     "elsewhere": user(D, state="shadow", primary_identity={"id": Z}),
     "unverified": user(D, is_verified=False),
     "unknown": user(D, is_verified=None),
-    "primary": user(P),
+    "old": user(P),
     "moved": user(P, external_ref="user_1"),
     "by-hand": user(P, external_ref="by-hand"),
     "another": user(Z, external_ref="user_1", email="another@example.com"),
@@ -53,11 +55,11 @@ ANSWERS["lost"] = HttpResponse(None, {}, None, "the connection broke")
 # How requests are called here, and what their answers hold.
 NAMES = {
     "rev-users.merge": ("merge", ""),
-    "rev-users.update": ("update", "rev_user"),
+    "rev-users.update": ("set", "rev_user"),
     "rev-users.get": ("read", "rev_user"),
     "rev-users.list": ("emails", "rev_users"),
     "works.list": ("works", "works"),
-    "works.get": ("object", "work"),
+    "works.get": ("work", "work"),
     "conversations.list": ("talks", "conversations"),
     "timeline-entries.list": ("timeline", "timeline_entries"),
     "dev-users.self": ("probe", "dev_user"),
@@ -71,6 +73,7 @@ class FakeDevRev(tool.Environment):
 
     def __init__(self) -> None:
         super().__init__(tool.ApiSettings(token="token", calls=0, retries=2))
+        self.random = random.Random(1)
         self.clock = Clock()
         self.script: dict[str, list[str]] = {}
         self.asked: list[str] = []
@@ -132,7 +135,7 @@ class FakeDevRev(tool.Environment):
         if name == "merge":
             self.contacts.pop(D, None)
             self.reporter = P
-        elif name == "update":
+        elif name == "set":
             assert body["id"] == P
             self.contacts[P].update(body)
 
@@ -140,13 +143,13 @@ class FakeDevRev(tool.Environment):
         """What there is of what a request asks for."""
         contacts = [*self.contacts.values()]
         ticket = {"id": TICKET, "type": "ticket", "reported_by": [{"id": self.reporter}]}
-        if name in ("poll", "read", "update"):
+        if name in ("poll", "read", "set"):
             return [one for one in contacts if one["id"] == body["id"]]
         if name == "holders":
             return [one for one in contacts if one["external_ref"] in body["external_ref"]]
         if name == "works":
             return [ticket] if self.reporter in body.get("reported_by", ()) else []
-        found = {"emails": contacts, "object": [ticket], "probe": [{"id": P}], "merge": [{}]}
+        found = {"emails": contacts, "work": [ticket], "probe": [{"id": P}], "merge": [{}]}
         return found.get(name, [])
 
     def check_intent(self, body: Any) -> None:
@@ -189,7 +192,7 @@ class Played:
                 if left.endswith("!"):
                     devrev.act("merge", {})
                 if pair.state is State.VERIFYING:
-                    devrev.act("update", {"id": P, "external_ref": "user_1"})
+                    devrev.act("set", {"id": P, "external_ref": "user_1"})
                 devrev.clock.advance(1.0)
                 devrev.asked.clear()
             devrev.script = script
@@ -200,144 +203,145 @@ class Played:
         self.code = devrev.run_event_loop(merger.runner.run(play()))
 
     def __str__(self) -> str:
-        """State, code, exit code, and the requests; what comes again and again stands there once."""
+        """State, code, exit code, and the requests; what comes again and again stands once."""
         lists = ("emails", "works", "talks", "timeline", "unverified")
-        asked = "".join("lists " if one in lists else f"{one} " for one in self.devrev.asked)
+        names = (one for one in self.devrev.asked if one != "probe")
+        asked = "".join("lists " if one in lists else f"{one} " for one in names)
         asked = re.sub(r"\b(\w+ )\1+", r"\1", asked)
         asked = re.sub(r"\b((?:\w+ ){2,6}?)\1+", lambda found: f"({found[1].strip()})+ ", asked)
-        words = [self.pair.state.value, self.pair.code, f"exit {self.code}"]
-        return f"{' '.join(words[: 3 if self.code > 1 else 2])} | {asked}"
+        words = [self.pair.state.value, *{self.pair.code} - {self.pair.state.value, ""}]
+        words += [f"exit {self.code}"] if self.code > 1 else []
+        return f"{' '.join(words)}: {asked.strip()}"
 
 
-# script | state, code, and the exit code where it is neither 0 nor 1 | requests
+# script -> state, code, and the exit code where it is neither 0 nor 1: requests
 CASES = """
 # the request
-                                       | done                              | lists merge poll update lists
-merge=odd!                             | done                              | lists merge poll update lists
-merge=400                              | requested merge_refused           | lists merge poll
-merge=400!                             | done                              | lists merge poll update lists
-merge=403                              | requested forbidden exit 2        | lists merge poll
-merge=403 poll=400                     | requested forbidden exit 3        | lists merge poll
-merge=403!                             | done                              | lists merge poll update lists
-merge=404                              | requested merge_refused           | lists merge read poll
-merge=404!                             | done                              | lists merge read poll object lists poll update lists
-merge=404 poll=elsewhere               | merged_elsewhere merged_elsewhere | lists merge read poll
-merge=404 poll=deleted                 | merged_elsewhere merged_elsewhere | lists merge read poll object
-merge=route poll=elsewhere             | requested merged_into_another     | lists merge poll
-merge=409                              | requested merge_refused           | lists (merge poll)+
-merge=409,423,200                      | done                              | lists (merge poll)+ update lists
-merge=422,200                          | requested merge_refused           | lists merge poll
-merge=429,200                          | done                              | lists merge poll update lists
-merge=429                              | requested merge_refused           | (lists merge)+ poll
-merge=500                              | requested merge_not_confirmed     | lists (merge poll lists read lists poll)+ merge poll
-merge=500!                             | done                              | lists merge poll update lists
-merge=500,200                          | done                              | lists merge poll lists read lists poll merge poll update lists
-merge=lost                             | requested merge_not_confirmed     | lists (merge poll lists read lists poll)+ merge poll
-merge=lost,200                         | done                              | lists merge poll lists read lists poll merge poll update lists
-merge=lost!                            | done                              | lists merge poll update lists
-merge=stop                             | proving interrupted exit 3        | lists merge poll update
-timeline=stop                          | planned exit 3                    | lists
-save=fails                             | planned exit 3                    | lists
+                         -> done: lists merge poll set lists
+merge=odd!               -> done: lists merge poll set lists
+merge=400                -> requested merge_refused: lists merge poll
+merge=400!               -> done: lists merge poll set lists
+merge=403                -> requested forbidden exit 2: lists merge poll
+merge=403 poll=400       -> requested forbidden exit 3: lists merge poll
+merge=403!               -> done: lists merge poll set lists
+merge=404                -> requested merge_refused: lists merge read poll
+merge=404!               -> done: lists merge read poll work lists poll set lists
+merge=404 poll=elsewhere -> merged_elsewhere: lists merge read poll
+merge=404 poll=deleted   -> merged_elsewhere: lists merge read poll work
+merge=route poll=elsewhere -> requested merged_into_another: lists merge poll
+merge=409                -> requested merge_refused: lists (merge poll)+
+merge=409,423,200        -> done: lists (merge poll)+ set lists
+merge=422,200            -> requested merge_refused: lists merge poll
+merge=429,200            -> done: lists merge poll set lists
+merge=429                -> requested merge_refused: (lists merge)+ poll
+merge=500 -> requested merge_not_confirmed: lists (merge poll lists read lists poll)+ merge poll
+merge=500!               -> done: lists merge poll set lists
+merge=500,200            -> done: lists merge poll lists read lists poll merge poll set lists
+merge=lost -> requested merge_not_confirmed: lists (merge poll lists read lists poll)+ merge poll
+merge=lost,200           -> done: lists merge poll lists read lists poll merge poll set lists
+merge=lost!              -> done: lists merge poll set lists
+merge=stop               -> proving interrupted exit 3: lists merge poll set
+timeline=stop            -> planned exit 3: lists
+save=fails               -> planned exit 3: lists
 # the polls
-poll=there                             | acknowledged merge_not_confirmed  | lists merge poll
-poll=there,there,404                   | done                              | lists merge poll update lists
-poll=deleted                           | done                              | lists merge poll update lists
-poll=301                               | done                              | lists merge poll update lists
-poll=primary                           | done                              | lists merge poll update lists
-poll=shadow                            | done                              | lists merge poll update lists
-poll=elsewhere                         | acknowledged merged_into_another  | lists merge poll
-poll=locked                            | done                              | lists merge poll object lists update lists
-merge=lost! poll=locked                | done                              | lists merge poll object lists update lists
-merge=lost poll=locked                 | requested not_active              | lists merge (poll object)+ lists read lists poll object
-poll=route                             | acknowledged api_error            | lists merge poll
-poll=400                               | done                              | lists merge poll lists holders object lists update lists
-poll=odd                               | done                              | lists merge poll lists holders object lists update lists
-poll=403                               | done                              | lists merge poll lists holders object lists update lists
-poll=500                               | done                              | lists merge poll probe lists holders object lists update lists
-poll=lost                              | done                              | lists merge poll probe lists holders object lists update lists
-poll=500,500,404                       | done                              | lists merge poll update lists
-merge=lost poll=400                    | requested api_error               | lists merge (poll lists)+
-poll=400 holders=there                 | acknowledged api_error            | lists merge (poll lists holders)+
-poll=401                               | acknowledged forbidden exit 3     | lists merge poll
-poll=stop,there,404                    | proving interrupted exit 3        | lists merge poll update
+poll=there               -> acknowledged merge_not_confirmed: lists merge poll
+poll=there,there,404     -> done: lists merge poll set lists
+poll=deleted             -> done: lists merge poll set lists
+poll=301                 -> done: lists merge poll set lists
+poll=old             -> done: lists merge poll set lists
+poll=shadow              -> done: lists merge poll set lists
+poll=elsewhere           -> acknowledged merged_into_another: lists merge poll
+poll=locked              -> done: lists merge poll work lists set lists
+merge=lost! poll=locked  -> done: lists merge poll work lists set lists
+merge=lost poll=locked -> requested not_active: lists merge (poll work)+ lists read lists poll work
+poll=route               -> acknowledged api_error: lists merge poll
+poll=400                 -> done: lists merge poll lists holders work lists set lists
+poll=odd                 -> done: lists merge poll lists holders work lists set lists
+poll=403                 -> done: lists merge poll lists holders work lists set lists
+poll=500                 -> done: lists merge poll lists holders work lists set lists
+poll=lost                -> done: lists merge poll lists holders work lists set lists
+poll=500,500,404         -> done: lists merge poll set lists
+merge=lost poll=400      -> requested api_error: lists merge (poll lists)+
+poll=400 holders=there   -> acknowledged api_error: lists merge (poll lists holders)+
+poll=401                 -> acknowledged forbidden exit 3: lists merge poll
+poll=stop,there,404      -> proving interrupted exit 3: lists merge poll set
 # the reference
-update=400                             | merged external_ref_not_set       | lists merge poll update read
-update=400!                            | done                              | lists merge poll update read lists
-update=403                             | merged forbidden                  | lists merge poll update read
-update=404                             | acknowledged not_found            | lists merge poll update read poll
-update=409                             | merged external_ref_conflict      | lists merge poll (update read poll holders)+
-update=409!                            | done                              | lists merge poll update read lists
-update=409,200 holders=another         | merged external_ref_conflict      | lists merge poll update read poll holders
-emails=there+primary                   | proving still_listed              | lists merge poll update (lists poll)+ read
-emails=there+primary,primary read=primary | merged reference_reverted         | lists merge poll update lists read update read
-update=409,200 holders=500             | done                              | lists merge poll update read poll holders probe update lists
-merge=odd poll=404,there update=409    | acknowledged merge_not_confirmed  | lists merge poll update read poll
-update=429,200                         | done                              | lists merge poll update lists
-update=500                             | merged api_error                  | lists merge poll (update read)+
-update=500,200                         | done                              | lists merge poll update read update lists
-update=lost!                           | done                              | lists merge poll update read lists
-update=primary,200                     | merged external_ref_not_set       | lists merge poll update
-update=400 read=404                    | acknowledged not_found            | lists merge poll update read poll
-update=400 read=deleted                | acknowledged not_found            | lists merge poll update read poll
-update=400 read=by-hand                | merged external_ref_changed       | lists merge poll update read
-update=400 read=500                    | merged external_ref_not_set       | lists merge poll update read
+set=400               -> merged external_ref_not_set: lists merge poll set read
+set=400!              -> done: lists merge poll set read lists
+set=403               -> merged forbidden: lists merge poll set read
+set=404               -> acknowledged not_found: lists merge poll set read poll
+set=409 -> merged external_ref_conflict: lists merge poll (set read poll holders)+
+set=409!              -> done: lists merge poll set read lists
+set=409,200 holders=another -> merged external_ref_conflict: lists merge poll set read poll holders
+emails=there+old     -> proving still_listed: lists merge poll set (lists poll)+ read
+emails=there+old,old read=old -> merged reference_reverted: lists merge poll set lists read set read
+set=409,200 holders=500 -> done: lists merge poll set read poll holders set lists
+merge=odd poll=404,there set=409 -> acknowledged merge_not_confirmed: lists merge poll set read poll
+set=429,200           -> done: lists merge poll set lists
+set=500               -> merged api_error: lists merge poll (set read)+
+set=500,200           -> done: lists merge poll set read set lists
+set=lost!             -> done: lists merge poll set read lists
+set=old,200       -> merged external_ref_not_set: lists merge poll set
+set=400 read=404      -> acknowledged not_found: lists merge poll set read poll
+set=400 read=deleted  -> acknowledged not_found: lists merge poll set read poll
+set=400 read=by-hand  -> merged external_ref_changed: lists merge poll set read
+set=400 read=500      -> merged external_ref_not_set: lists merge poll set read
 # left by an earlier run
-from=requested                         | done                              | poll lists read lists poll merge poll update lists
-from=requested!                        | done                              | poll read update lists
-from=requested merge=400               | requested merge_refused           | poll lists read lists poll merge poll
-from=requested poll=400                | requested api_error               | (poll lists)+
-from=requested poll=elsewhere          | requested merged_into_another     | poll
-from=requested poll=locked             | requested not_active              | (poll object)+ lists read lists poll object
-from=requested wanted=no               | requested plan_changed            | poll
-from=requested! wanted=no              | done                              | poll read update lists
-from=requested works=500               | requested api_error               | poll lists read (lists probe)+ lists poll
-from=acknowledged                      | done                              | poll lists read lists poll merge poll update lists
-from=acknowledged!                     | done                              | poll read update lists
-from=acknowledged poll=500             | acknowledged api_error            | poll probe (lists poll)+ lists
-from=acknowledged! poll=500            | done                              | poll probe lists holders object lists read update lists
-from=acknowledged! poll=locked         | done                              | poll object lists read update lists
-from=merged!                           | done                              | read update lists
-from=merged! read=moved                | done                              | read lists read
-from=merged! read=by-hand              | merged external_ref_changed       | read
-from=merged! read=404                  | merged not_found                  | read
-from=merged! read=400                  | done                              | read lists update lists
-from=merged! read=403                  | merged forbidden                  | read
-from=merged! read=500                  | merged api_error                  | read
-from=merged poll=there update=409      | acknowledged merge_not_confirmed  | read update read poll lists read lists poll merge poll
-from=proving!                          | done                              | lists
-from=proving                           | done                              | lists poll lists read lists poll merge poll update lists
-from=proving! works=500                | proving api_error                 | lists
+from=requested           -> done: poll lists read lists poll merge poll set lists
+from=requested!          -> done: poll read set lists
+from=requested merge=400 -> requested merge_refused: poll lists read lists poll merge poll
+from=requested poll=400  -> requested api_error: (poll lists)+
+from=requested poll=elsewhere -> requested merged_into_another: poll
+from=requested poll=locked -> requested not_active: (poll work)+ lists read lists poll work
+from=requested wanted=no -> requested plan_changed: poll
+from=requested! wanted=no -> done: poll read set lists
+from=requested works=500 -> requested api_error: poll lists read lists poll
+from=acknowledged        -> done: poll lists read lists poll merge poll set lists
+from=acknowledged!       -> done: poll read set lists
+from=acknowledged poll=500 -> acknowledged api_error: (poll lists)+
+from=acknowledged! poll=500 -> done: poll lists holders work lists read set lists
+from=acknowledged! poll=locked -> done: poll work lists read set lists
+from=merged!             -> done: read set lists
+from=merged! read=moved  -> done: read lists read
+from=merged! read=by-hand -> merged external_ref_changed: read
+from=merged! read=404    -> merged not_found: read
+from=merged! read=400    -> done: read lists set lists
+from=merged! read=403    -> merged forbidden: read
+from=merged! read=500    -> merged api_error: read
+from=proving!            -> done: lists
+from=proving             -> done: lists poll lists read lists poll merge poll set lists
+from=proving! works=500  -> proving api_error: lists
 # the check and the backup
-emails=unverified+primary              | failed unverified                 | lists
-emails=unverified+primary,primary with=try_unverified | done                              | lists merge poll update lists read
-emails=unknown+primary unverified=unverified | failed unverified                 | lists
-emails=unknown+primary,primary unverified=400 | done                              | lists merge poll update lists read
-emails=locked+primary                  | failed not_active                 | lists
-emails=there poll=404 read=404         | failed not_found                  | lists read
-emails=primary poll=404 holders=nobody | failed reference_unheld           | lists poll holders
-emails=primary poll=404 holders=another | failed not_found                  | lists poll holders
-emails=there+primary+second            | failed several_user_refs          | lists
-emails=there+moved                     | failed external_ref_changed       | lists
-works=403                              | failed forbidden                  | lists
-works=500                              | failed api_error                  | (lists probe)+ lists
-works=nobody                           | failed count_mismatch             | lists
-timeline=500                           | failed api_error                  | lists
-timeline=404                           | failed api_error                  | lists
+emails=unverified+old -> failed unverified: lists
+emails=unverified+old,old with=try_unverified -> done: lists merge poll set lists read
+emails=unknown+old unverified=unverified -> failed unverified: lists
+emails=unknown+old,old unverified=400 -> done: lists merge poll set lists read
+emails=locked+old    -> failed not_active: lists
+emails=there poll=404 read=404 -> failed not_found: lists read
+emails=old poll=404 holders=nobody -> failed reference_unheld: lists poll holders
+emails=old poll=404 holders=another -> failed not_found: lists poll holders
+emails=there+old+second -> failed several_user_refs: lists
+emails=there+moved       -> failed external_ref_changed: lists
+works=403                -> failed forbidden: lists
+works=500                -> failed api_error: lists
+works=nobody             -> failed count_mismatch: lists
+timeline=500             -> failed api_error: lists
+timeline=404             -> failed api_error: lists
 # other options
-with=no-reference                      | done                              | lists merge poll lists
-with=no-reference poll=404 emails=primary | skipped already_gone              | lists poll
-with=no-reference merge=odd poll=there | acknowledged merge_not_confirmed  | lists merge poll
-with=carry_fields                      | done                              | lists merge poll update lists read update
-with=carry_fields update=200,400       | done                              | lists merge poll update lists read update
-with=carry_fields update=200,500       | proving stale                     | lists merge poll update lists (read update)+
+with=no-reference        -> done: lists merge poll lists
+with=no-reference poll=404 emails=old -> skipped already_gone: lists poll
+with=no-reference merge=odd poll=there -> acknowledged merge_not_confirmed: lists merge poll
+with=carry_fields        -> done: lists merge poll set lists read set
+with=carry_fields set=200,400 -> done: lists merge poll set lists read set
+with=carry_fields set=200,500 -> proving stale: lists merge poll set lists (read set)+
 """
 
 
-@pytest.mark.parametrize("case", [line for line in CASES.splitlines() if "|" in line])
+@pytest.mark.parametrize("case", [line for line in CASES.splitlines() if "->" in line])
 def test_what_becomes_of_a_pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str) -> None:
     monkeypatch.chdir(tmp_path)
-    script, expected = (" ".join(part.split()) for part in case.split("|", 1))
-    assert " ".join(str(Played(script)).split()) == expected
+    script, expected = case.split(" -> ")
+    assert str(Played(script)) == expected
 
 
 @pytest.mark.parametrize(
