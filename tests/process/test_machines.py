@@ -285,19 +285,14 @@ def test_ctrl_c_ends_the_wait_for_a_pipe_that_gives_nothing(place: Workplace) ->
 @pytest.mark.parametrize(
     "token, says",
     [
-        ("Bearer abc.def", '"Bearer", which is not part of the token'),
-        ("bearer  abc", '"Bearer", which is not part of the token'),
-        ("Authorization: Bearer abc", '"Bearer", which is not part of the token'),
-        ("'abc'", "in quotes"),
         ("abc def", "contains a space"),
         ("", "is not set"),
     ],
 )
-def test_a_token_that_can_not_be_one_gets_the_exact_hint(token: str, says: str) -> None:
+def test_a_token_that_can_not_be_one_is_refused(token: str, says: str) -> None:
     with pytest.raises(tool.FatalError, match=says) as stopped:
         tool.check_token(token)
     assert stopped.value.exit_code == 2 and "abc" not in str(stopped.value)
-    tool.check_token("bearerABC.def")  # a token that only begins like it
 
 
 def test_an_env_file_of_another_encoding_is_named(place: Workplace) -> None:
@@ -315,11 +310,11 @@ def test_a_quote_that_is_not_closed_and_the_file_of_the_token_are_named(place: W
     with Sandbox(organisation) as sandbox:
         path.write_text('# ours\nDEVREV_API_TOKEN="sandbox-token\n', encoding="utf-8")
         result = place.run(sandbox, "--check", check=2, DEVREV_API_TOKEN="")
-        assert ".env, line 2 is ignored" in result.err and "quote is not closed" in result.err
+        assert "could not parse statement starting at line 2" in result.err
         assert "only a merge shows" not in result.out
         path.write_text('DEVREV_API_TOKEN="sandbox-token"\n', encoding="utf-8")
         result = place.run(sandbox, "--check", check=0, DEVREV_API_TOKEN="")
-        assert f"(from {path})" in result.out and "not closed" not in result.err
+        assert f"(from {path})" in result.out and "line 2" not in result.err
         assert "(from the environment)" in place.run(sandbox, "--check", check=0).out
 
 
