@@ -118,7 +118,6 @@ from typing import (
     TextIO,
     Tuple,
     TypeVar,
-    Union,
 )
 from urllib.parse import quote, unquote, urlsplit
 
@@ -5131,19 +5130,6 @@ class MergeOptions:
     preview: bool = False  # of an undo
 
 
-@dataclass(frozen=True)
-class GroupContext:
-    """What a group needs of its run, and two callbacks."""
-
-    api: DevRevAPI
-    environment: Environment
-    savepoint: SavePoint
-    cancel_token: CancelToken
-    options: MergeOptions
-    record_outcome: Callable[..., Awaitable[None]]  # (pair, problem=None, counts=True)
-    raise_if_draining: Callable[[], None]
-
-
 class MergeGate:
     """Lets merges be requested: one at a time until one is confirmed, and DevRev takes its
     reference.
@@ -5206,24 +5192,6 @@ class MergeGate:
         if pair.primary.id in self._under_way and pair.ids in self._seen:
             self.confirmed = True
             self.leave(pair)
-
-
-@dataclass(frozen=True)
-class MergeContext(GroupContext):
-    """A GroupContext, and what the groups of a merge run share."""
-
-    gate: MergeGate
-    # How long the last merges took: seconds, and polls.
-    recent_merges: collections.deque[tuple[float, int]]
-    # Groups that will verify soon: lists wait for them (LINGER), so that one call serves many.
-    before_verification: set[Group]
-
-    def at_verification(self, group: Group) -> None:
-        """Note that a group verifies, or won't soon. After the last one, send the list calls that
-        wait."""
-        self.before_verification.discard(group)
-        if not self.before_verification and not self.cancel_token.stop:
-            asyncio.get_event_loop().call_later(LINGER, self.api.dispatch)
 
 
 async def check_group(
@@ -5363,7 +5331,7 @@ class Preconditions:
     # before its rest.
     AHEAD = 50
 
-    def __init__(self, context: MergeContext, group: Group) -> None:
+    def __init__(self, context: ContactMerger, group: Group) -> None:
         self.context = context
         self.group = group
         self.folder = ""  # of the backup, once the integrity check has passed
@@ -5635,7 +5603,7 @@ class TransferVerifier:
 
     def __init__(
         self,
-        context: MergeContext,
+        context: ContactMerger,
         pair: Pair,
         priority: int,
     ) -> None:
@@ -5936,7 +5904,7 @@ class PairMerge:
 
     def __init__(
         self,
-        context: MergeContext,
+        context: ContactMerger,
         pair: Pair,
         run: GroupRun,
     ) -> None:
@@ -6543,7 +6511,7 @@ class GroupRun:
 
     def __init__(
         self,
-        context: MergeContext,
+        context: ContactMerger,
         group: Group,
         pairs: Sequence[Pair],
         wanted: Mapping[Ids, Pair],
@@ -6588,7 +6556,7 @@ class GroupRun:
 
 class TaskRunner:
     """Starts tasks, waits for them, and ends them in good order: what a merge run and an undo
-    share."""
+    share, and what their tasks need of the run."""
 
     MAX_FAILURES_IN_A_ROW = 5
     GRACE = 10.0  # seconds to wait for requests in progress when the run is interrupted
@@ -6597,19 +6565,24 @@ class TaskRunner:
         self,
         api: DevRevAPI,
         savepoint: SavePoint,
+        options: MergeOptions,
         on_outcome: Callable[[Pair], None],
-        is_success: Callable[[Pair], bool],
     ) -> None:
         self.api = api
-        self.savepoint = savepoint
+        self.environment = api.environment
         self.cancel_token = api.cancel_token
+        self.savepoint = savepoint
+        self.options = options
         self.on_outcome = on_outcome
-        self.is_success = is_success
         self.outcomes: dict[Ids, Pair] = {}  # ended, refused, or given up for this run
         self.draining: FatalError | None = None  # finish what is in progress, start nothing
         self.total = 0
         self.tasks: dict[asyncio.Future[None], Sequence[Pair]] = {}
         self._failures_in_a_row = 0
+
+    def is_success(self, pair: Pair) -> bool:
+        """Whether a pair with an outcome is one that the user wanted."""
+        raise NotImplementedError
 
     @property
     def stop(self) -> FatalError | None:
@@ -6717,8 +6690,16 @@ class TaskRunner:
             self.draining = FatalError(EXIT_STOPPED, words)
             self.api.scheduler.cancel_preparations()
 
+    def pairs(self) -> Iterator[Pair]:
+        """Yield the pairs that have an outcome or are in progress."""
+        yield from self.outcomes.values()
+        for pairs in self.tasks.values():
+            for pair in pairs:
+                if pair.ids not in self.outcomes:
+                    yield pair
 
-class ContactMerger:
+
+class ContactMerger(TaskRunner):
     """Carries out a plan: finishes what earlier runs left, then merges group after group."""
 
     BATCH = 25  # pairs that start together, so that one list call serves them all
@@ -6731,45 +6712,41 @@ class ContactMerger:
         options: MergeOptions,
         on_outcome: Callable[[Pair], None] = lambda _pair: None,
     ) -> None:
-        self.api = api
-        self.savepoint = savepoint
-        self.runner = TaskRunner(api, savepoint, on_outcome, self.is_success)
-        self.context = MergeContext(
-            api=api,
-            environment=api.environment,
-            savepoint=savepoint,
-            cancel_token=api.cancel_token,
-            options=options,
-            record_outcome=self.runner.record_outcome,
-            raise_if_draining=self.runner.raise_if_draining,
-            gate=MergeGate(api.cancel_token),
-            recent_merges=collections.deque(maxlen=20),
-            before_verification=set(),
+        super().__init__(
+            api,
+            savepoint,
+            options,
+            on_outcome,
         )
+        self.gate = MergeGate(api.cancel_token)
+        # How long the last merges took: seconds, and polls.
+        self.recent_merges: collections.deque[tuple[float, int]] = collections.deque(maxlen=20)
+        # Groups that will verify soon: lists wait for them (LINGER), so that one call serves many.
+        self.before_verification: set[Group] = set()
         self._resumed: dict[asyncio.Future[None], GroupRun] = {}
 
-    @staticmethod
-    def is_success(pair: Pair) -> bool:
+    def is_success(self, pair: Pair) -> bool:
         if pair.state is State.SKIPPED:
             return pair.code in SKIP_REASONS
         return pair.state in (State.DONE, State.SETTLED) and not pair.after_cancel
 
-    async def run(self, plan: Plan, unfinished: Sequence[Pair]) -> int:
-        """Finish what earlier runs left unfinished, carry out the plan, and return the exit code.
+    def at_verification(self, group: Group) -> None:
+        """Note that a group verifies, or won't soon. After the last one, send the list calls that
+        wait."""
+        self.before_verification.discard(group)
+        if not self.before_verification and not self.cancel_token.stop:
+            asyncio.get_event_loop().call_later(LINGER, self.api.dispatch)
 
-        Raises nothing: what stops the run is in `runner.stop`.
-        """
-        return await self.runner.run(self._work(plan, list(unfinished)))
-
-    async def _work(self, plan: Plan, unfinished: list[Pair]) -> None:
-        self.runner.total = len({pair.ids for pair in chain(plan.pairs(), unfinished)})
+    async def work(self, plan: Plan, unfinished: list[Pair]) -> None:
+        """Finish what earlier runs left unfinished, and carry out the plan."""
+        self.total = len({pair.ids for pair in chain(plan.pairs(), unfinished)})
         unfinished += await self._poll_cancelled(plan)
-        self.runner.total = len({pair.ids for pair in chain(plan.pairs(), unfinished)})
+        self.total = len({pair.ids for pair in chain(plan.pairs(), unfinished)})
         self._resume(plan, unfinished)
         for run in list(self._resumed.values()):
-            await self.context.cancel_token.wait(run.attempted.wait())
+            await self.cancel_token.wait(run.attempted.wait())
         await self._start_new(plan, unfinished)
-        await self.runner.wait_all()
+        await self.wait_all()
 
     # -- what earlier runs left --------------------------------------------------------------------
 
@@ -6802,7 +6779,7 @@ class ContactMerger:
 
         Raises PairError, and what an odd answer raises.
         """
-        verifier = TransferVerifier(self.context, pair, RESUME)
+        verifier = TransferVerifier(self, pair, RESUME)
         elsewhere = any(self.savepoint.pairs(State.DONE, duplicate_id=pair.duplicate.id))
         try:
             status = await verifier.poll()
@@ -6856,7 +6833,7 @@ class ContactMerger:
             for pair in pairs:
                 pair.move_to(pair.state)
             run = GroupRun(
-                self.context,
+                self,
                 group,
                 pairs,
                 plan.wanted,
@@ -6914,13 +6891,13 @@ class ContactMerger:
             if pair.state is State.PLANNED:
                 pairs.append(pair)
             elif pair.state is State.SKIPPED:  # by the live check of an unfinished pair
-                await self.runner.record_outcome(pair, PairSkipped(pair.code, pair.error))
+                await self.record_outcome(pair, PairSkipped(pair.code, pair.error))
         if not pairs:
             return None
         for pair in pairs:
             pair.tried_before = pair.ids in failed
         run = GroupRun(
-            self.context,
+            self,
             group,
             pairs,
             plan.wanted,
@@ -6934,7 +6911,7 @@ class ContactMerger:
         if undo:
             words += f": merge_contacts.py --undo {undo.path}"
         for pair in pairs:
-            await self.runner.record_outcome(pair, PairSkipped("undo_unfinished", words))
+            await self.record_outcome(pair, PairSkipped("undo_unfinished", words))
         return None
 
     def _room(self) -> int:
@@ -6943,19 +6920,19 @@ class ContactMerger:
         return int(max(2, min(self.IN_PROGRESS, requests_per_minute(self.api.scheduler) // 4)))
 
     def _start(self, run: GroupRun) -> asyncio.Future[None]:
-        task = self.runner.start(run.run(), run.pairs)
-        task.add_done_callback(lambda _: self.context.at_verification(run.group))
+        task = self.start(run.run(), run.pairs)
+        task.add_done_callback(lambda _: self.at_verification(run.group))
         return task
 
     async def _start_batch(self, batch: list[GroupRun]) -> None:
         while batch:
-            in_progress = sum(map(len, self.runner.tasks.values()))
+            in_progress = sum(map(len, self.tasks.values()))
             if in_progress and in_progress + sum(len(run.pairs) for run in batch) > self._room():
-                await self.runner.wait_any()
+                await self.wait_any()
                 continue
-            self.runner.raise_if_draining()
+            self.raise_if_draining()
             for run in batch:
-                self.context.before_verification.add(run.group)
+                self.before_verification.add(run.group)
                 self._start(run)
             batch.clear()
 
@@ -6970,7 +6947,7 @@ class ContactMerger:
         refs = {pair.new_ref for pair in run.pairs if pair.new_ref}
         for task, resumed in list(self._resumed.items()):
             if not task.done() and any(ids & set(pair.ids) for pair in resumed.pairs):
-                await self.context.cancel_token.wait(asyncio.wait({task}))
+                await self.cancel_token.wait(asyncio.wait({task}))
         words = "another merge of one of its contacts has to be finished first"
         problem = PairError("group_incomplete", words)
         for other in unfinished:
@@ -6978,17 +6955,9 @@ class ContactMerger:
             is_open = other.state in (*REQUESTED_STATES, State.MERGED)
             if is_open and not frees and not ids.isdisjoint(other.ids):
                 for pair in run.pairs:
-                    await self.runner.record_outcome(pair, problem, False)
+                    await self.record_outcome(pair, problem, False)
                 return
         await self._start_batch([run])
-
-    def pairs(self) -> Iterator[Pair]:
-        """Yield the pairs that have an outcome or are in progress."""
-        yield from self.runner.outcomes.values()
-        for pairs in self.runner.tasks.values():
-            for pair in pairs:
-                if pair.ids not in self.runner.outcomes:
-                    yield pair
 
 
 def check_organisation(organisation: str, origin: str, contacts: Iterable[Contact]) -> None:
@@ -7589,7 +7558,7 @@ def plan_fields(pair: Pair, live: Json) -> tuple[Json, list[Json]]:
 
 
 async def check_group_to_undo(
-    context: GroupContext,
+    context: TaskRunner,
     group: Group,
     plan: UndoPlan,
     writable_kinds: set[str],
@@ -7647,7 +7616,7 @@ async def check_group_to_undo(
     return found
 
 
-async def read_primary(context: GroupContext, group: UndoGroup, options: RequestOptions) -> None:
+async def read_primary(context: TaskRunner, group: UndoGroup, options: RequestOptions) -> None:
     """Read the primary, for a write that is to rest on it.
 
     Raises PairError where it is not the active contact any more that was merged: an undo must not
@@ -7774,7 +7743,7 @@ class Recreation:
 
     def __init__(
         self,
-        context: GroupContext,
+        context: TaskRunner,
         group: UndoGroup,
         pair: Pair,
         undo: UndoProgress,
@@ -7964,7 +7933,7 @@ class PairUndo:
 
     def __init__(
         self,
-        context: GroupContext,
+        context: TaskRunner,
         group: UndoGroup,
         pair: Pair,
         path: Path,
@@ -8265,7 +8234,7 @@ class PairUndo:
         return [{"id": identity, **one} for one in left]
 
 
-class UndoRunner:
+class UndoRunner(TaskRunner):
     """Carries out an undo, one group after the other. How it starts, stops and ends is as with
     merges."""
 
@@ -8276,43 +8245,32 @@ class UndoRunner:
         options: MergeOptions,
         on_outcome: Callable[[Pair], None],
     ) -> None:
-        self.api = api
-        self.runner = TaskRunner(
+        super().__init__(
             api,
             savepoint,
-            on_outcome,
-            self.is_success,
-        )
-        self.context = GroupContext(
-            api,
-            api.environment,
-            savepoint,
-            api.cancel_token,
             options,
-            self._record_outcome,
-            self.runner.raise_if_draining,
+            on_outcome,
         )
         # Kinds of objects that the token is known to be allowed to write.
         self.writable_kinds: set[str] = set()
 
-    @staticmethod
-    def is_success(pair: Pair) -> bool:
+    def is_success(self, pair: Pair) -> bool:
         return not pair.code
 
-    async def run(self, plan: UndoPlan) -> int:
+    async def undo(self, plan: UndoPlan) -> int:
         """Carry out the plan and return the exit code; nothing is raised."""
-        self.runner.total = len(plan.pairs())
-        code = await self.runner.run(self._work(plan))
-        codes = {pair.code for pair in self.runner.outcomes.values()}
+        self.total = len(plan.pairs())
+        code = await self.run(self._work(plan))
+        codes = {pair.code for pair in self.outcomes.values()}
         if code in (EXIT_FAILED, EXIT_STOPPED) and codes == {"forbidden"} and not self.api.writes:
             return EXIT_USAGE  # the token may not write
         return code
 
     async def _work(self, plan: UndoPlan) -> None:
         for group in plan.groups:
-            self.runner.raise_if_draining()
-            task = self.runner.start(self._undo_group(group, plan), group.pairs)
-            await self.context.cancel_token.wait(asyncio.wait({task}))
+            self.raise_if_draining()
+            task = self.start(self._undo_group(group, plan), group.pairs)
+            await self.cancel_token.wait(asyncio.wait({task}))
 
     async def _undo_group(self, group: Group, plan: UndoPlan) -> None:
         """Undo the pairs one after the other, once the whole group is as its merges have left it.
@@ -8320,7 +8278,7 @@ class UndoRunner:
         What keeps a pair from its end is recorded with it; what stops the run passes through.
         """
         check = check_group_to_undo(
-            self.context,
+            self,
             group,
             plan,
             self.writable_kinds,
@@ -8333,7 +8291,7 @@ class UndoRunner:
                 problem = checked
             else:
                 work = PairUndo(
-                    self.context,
+                    self,
                     checked,
                     pair,
                     plan.path,
@@ -8342,7 +8300,7 @@ class UndoRunner:
             words = stranded(pair)
             if problem and words:
                 problem = PairError(problem.code, f"{problem}; {words}")
-            await self.context.record_outcome(pair, problem)
+            await self.record_outcome(pair, problem)
             if pair.undo and pair.undo.contact:
                 self.writable_kinds.add("contact")
             is_forbidden = bool(pair.undo and pair.undo.forbidden)
@@ -8355,7 +8313,7 @@ class UndoRunner:
         """Do the work; return its result, or what keeps the pairs from their end. Raises what stops
         the run."""
         try:
-            self.context.raise_if_draining()
+            self.raise_if_draining()
             return await work
         except PairError as problem:
             return problem
@@ -8364,7 +8322,7 @@ class UndoRunner:
         finally:
             work.close()
 
-    async def _record_outcome(
+    async def record_outcome(
         self,
         pair: Pair,
         problem: PairError | None = None,
@@ -8372,18 +8330,11 @@ class UndoRunner:
     ) -> None:
         """Record that a pair is undone, or what keeps it from that; the row of a refused pair stays
         as it is."""
-        if problem and (self.context.options.preview or pair.state not in UNDO_STATES):
+        if problem and (self.options.preview or pair.state not in UNDO_STATES):
             problem = PairSkipped(problem.code, str(problem))
         elif not problem:
             pair.code, pair.error = "", ""
-        await self.runner.record_outcome(pair, problem, counts)
-
-    def pairs(self) -> Iterator[Pair]:
-        """Yield the pairs that have an outcome."""
-        yield from self.runner.outcomes.values()
-
-
-Runner = Union[ContactMerger, UndoRunner]
+        await super().record_outcome(pair, problem, counts)
 
 
 def undo_entry(pair: Pair) -> Json:
@@ -10482,7 +10433,7 @@ async def merge(run: RunContext) -> int:
 
         async def work() -> int:
             savepoint.save_now(plan.revived)
-            return await merger.run(plan, unfinished)
+            return await merger.run(merger.work(plan, unfinished))
 
         facts = merge_facts(run, plan, unfinished, whose)
         code = await confirm_and_run(
@@ -10595,7 +10546,7 @@ def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
 
 async def confirm_and_run(
     run: RunContext,
-    runner: Runner,
+    runner: TaskRunner,
     progress: Progress,
     word: str,
     facts: Mapping[str, str],
@@ -10606,7 +10557,7 @@ async def confirm_and_run(
     Returns the exit code. Once it is confirmed the run may change something: its record is stored,
     and it has a report.
     """
-    savepoint = runner.runner.savepoint
+    savepoint = runner.savepoint
     async with ticking(run, functools.partial(progress.line, runner)):
         if not run.options.preview:
             savepoint.write({}, organisation=run.organisation)
@@ -10772,12 +10723,12 @@ class Progress:
         if not console.quiet:
             console.print(line, style)
 
-    def line(self, runner: Runner, now: float) -> str:
+    def line(self, runner: TaskRunner, now: float) -> str:
         """How many pairs are merged, what the run waits for, and when it will end.
 
         A narrow terminal cuts the end of the line: what was merged comes first.
         """
-        total = runner.runner.total
+        total = runner.total
         if not total:
             return ""
         pairs = list(runner.pairs())
@@ -10788,7 +10739,7 @@ class Progress:
             done = [State.UNDONE]
         merged = sum(pair.state in done for pair in pairs)
         parts = [f"{merged:,} of {plural(total, 'pair')} {word}"]
-        outcomes = runner.runner.outcomes
+        outcomes = runner.outcomes
         failed = sum(not runner.is_success(pair) for pair in outcomes.values())
         if failed:
             parts.append(f"{failed:,} failed")
@@ -10897,7 +10848,7 @@ def conclude(
 
 def note_refused(plan: Plan, merger: ContactMerger) -> None:
     """Note in the plan which of its pairs were refused or left out before they were requested."""
-    for pair in merger.runner.outcomes.values():
+    for pair in merger.outcomes.values():
         if pair.state is State.SKIPPED:
             outcome = plan.left_out if pair.code in SKIP_REASONS else plan.refused
             outcome.append(pair)
@@ -10969,7 +10920,7 @@ def start_record(run: RunContext, kind: str, plan: Plan | None = None) -> RunRec
     return run.record
 
 
-def end_record(run: RunContext, runner: Runner | None, code: int) -> str:
+def end_record(run: RunContext, runner: TaskRunner | None, code: int) -> str:
     """Complete the record of a run but for its summary.
 
     Return what has stopped it, "" where nothing or a signal has.
@@ -10986,7 +10937,7 @@ def end_record(run: RunContext, runner: Runner | None, code: int) -> str:
         record.quota_wait_seconds = round(scheduler.quota_wait_seconds(), 3)
         record.warnings = runner.api.warnings
         if code >= EXIT_USAGE:
-            stop = str(runner.runner.stop or "")
+            stop = str(runner.stop or "")
     record.requests_total = sum(record.requests.values())
     record.stopped = "interrupted" if run.signal else stop or None
     return "" if run.signal else stop
@@ -11087,7 +11038,7 @@ async def undo(run: RunContext) -> int:
         code = EXIT_OK
         if pairs:
             facts = {"token of": whose, "host": run.settings.base_url, **undo_facts(plan)}
-            work = functools.partial(runner.run, plan)
+            work = functools.partial(runner.undo, plan)
             code = await confirm_and_run(
                 run,
                 runner,
@@ -11174,7 +11125,7 @@ def finish_undo(
         if stranded(pair):
             console.error(f"{pair.email}: {stranded(pair)}")
     failures = [*lists["failed"], *lists["unfinished"]]
-    savepoint = runner.context.savepoint
+    savepoint = runner.savepoint
     return conclude(
         run,
         savepoint,
@@ -11188,7 +11139,7 @@ def finish_undo(
 def undo_lists(plan: UndoPlan, runner: UndoRunner, preview: bool) -> dict[str, list[Pair]]:
     """Return the pairs of an undo's report, by list."""
     pairs = plan.pairs()
-    outcomes = runner.runner.outcomes
+    outcomes = runner.outcomes
     if preview:
         ended = [pair for pair in pairs if pair.ids in outcomes]
         return {

@@ -232,7 +232,8 @@ class Runner:
 
     def __init__(self, total: int) -> None:
         self.found: list[tool.Pair] = []
-        self.runner = SimpleNamespace(total=total, outcomes={})
+        self.total = total
+        self.outcomes: dict[tool.Ids, tool.Pair] = {}
         self.api = SimpleNamespace(scheduler=SimpleNamespace(waiting_for=""))
 
     def pairs(self) -> list[tool.Pair]:
@@ -244,9 +245,9 @@ class Runner:
 
     def end(self, count: int) -> None:
         for _ in range(count):
-            number = len(self.runner.outcomes)
+            number = len(self.outcomes)
             pair = tool.Pair(contact(f"P{number}"), contact(f"D{number}"), None, STATE.DONE)
-            self.runner.outcomes[pair.ids] = pair
+            self.outcomes[pair.ids] = pair
             self.found.append(pair)
 
 

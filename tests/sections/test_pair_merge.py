@@ -180,7 +180,7 @@ class Played:
         merger = tool.ContactMerger(devrev.api, devrev, options)
         group = tool.Group(EMAIL, [pair])
         wanted = {} if "wanted" in script else {pair.ids: pair}
-        run = tool.GroupRun(merger.context, group, [pair], wanted, resumed=left != "planned")
+        run = tool.GroupRun(merger, group, [pair], wanted, resumed=left != "planned")
 
         async def play() -> None:
             if left != "planned":
@@ -196,11 +196,11 @@ class Played:
                 devrev.clock.advance(1.0)
                 devrev.asked.clear()
             devrev.script = script
-            merger.runner.start(run.run(), run.pairs)
-            await merger.runner.wait_all()
+            merger.start(run.run(), run.pairs)
+            await merger.wait_all()
 
-        merger.runner.total = 1
-        self.code = devrev.run_event_loop(merger.runner.run(play()))
+        merger.total = 1
+        self.code = devrev.run_event_loop(merger.run(play()))
 
     def __str__(self) -> str:
         """State, code, exit code, and the requests; what comes again and again stands once."""
