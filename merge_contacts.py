@@ -1644,7 +1644,6 @@ class UndoProgress:
     state_before: str  # of the pair
     merge_run: str  # the run that wrote the pair last before
     merge_revision: int  # of the pair's row before
-    forbidden: bool = False  # the token was not allowed to create the contact
     reference_free: bool = False  # the reference that the merge had moved may be on no contact
     # Field of the contact -> why DevRev refused it.
     left_out: dict[str, str] = field(default_factory=dict)
@@ -1698,6 +1697,7 @@ class Pair:
     after_cancel: bool = False  # DevRev carried it out after it was cancelled
     undo: UndoProgress | None = None
     run: str = ""  # that wrote it last
+    revision: int = 0  # of that write
     updated: str = ""
     # Fields of another version: kept as they are.
     others: Json = field(default_factory=dict)
@@ -1792,7 +1792,7 @@ REQUEST_FIELDS = (
     "first_requested_at",
     "fields_to_carry",
 )
-NOT_STORED = ("run", "tried_before", "is_requested_again", "before_request", "others")
+NOT_STORED = ("run", "revision", "tried_before", "is_requested_again", "before_request", "others")
 
 
 def stored_fields(record: Any) -> Json:
@@ -2002,10 +2002,6 @@ class Plan(CsvContents):
             for pair in group.pairs:
                 if pair.state not in ENDED:
                     yield pair
-
-    def new_pairs(self) -> list[Pair]:
-        """Return the pairs that are still to be requested."""
-        return [pair for pair in self.pairs() if pair.state is State.PLANNED]
 
     def count(self) -> int:
         return sum(1 for _ in self.pairs())
@@ -4325,8 +4321,6 @@ def write_backup(
         stamp += 1
     final = home / timestamp_name(stamp)
     aside = home / f"{INCOMPLETE_BACKUP}{os.getpid()}_{final.name}"
-    if aside.exists():
-        shutil.rmtree(str(aside))
     aside.mkdir(mode=0o700)
     manifest: Json = {
         "format": 1,
@@ -4336,18 +4330,33 @@ def write_backup(
         "contacts": [],
         "files": {},
     }
-    folders: set[str] = set()
     for index, snapshot in enumerate(snapshots):
         role = "primary" if index == 0 else "duplicate"
         name = str(snapshot.live.get("display_id") or snapshot.contact.short_id)
         folder = f"{role}_{safe_name(name)}"
-        if folder.casefold() in folders:  # where a file system ignores case, they are one
+        if (aside / folder).exists():  # where a file system ignores case, two may be one
             folder += f"_{index}"
-        folders.add(folder.casefold())
         (aside / folder).mkdir(mode=0o700)
-        entry, files = snapshot_entry(snapshot, timelines)
-        manifest["contacts"].append({"folder": folder, "role": role, **entry})
-        for name, content in files.items():
+        read = {one: timelines[one] for one in snapshot.objects() if one in timelines}
+        counts = {role: len(works) for role, works in snapshot.roles.items()}
+        counts["conversations"] = len(snapshot.conversations)
+        counts["timeline_entries"] = sum(map(len, read.values()))
+        entry = {
+            "folder": folder,
+            "role": role,
+            "csv": snapshot.contact.to_json(),
+            "counts": counts,
+            "works": {role: list(works) for role, works in snapshot.roles.items()},
+            "conversations": list(snapshot.conversations),
+        }
+        manifest["contacts"].append(entry)
+        contents = (
+            snapshot.live,
+            list(snapshot.works().values()),
+            list(snapshot.conversations.values()),
+            read,
+        )
+        for name, content in zip(CONTACT_FILES, contents):
             chunks = [to_json(content, indent=1)]
             size, digest = environment.create_file(aside / folder / name, chunks)
             manifest["files"][f"{folder}/{name}"] = {"bytes": size, "sha256": digest}
@@ -4356,27 +4365,6 @@ def write_backup(
     environment.fsync_dir(aside)
     environment.rename_into_place(aside, final)
     return final
-
-
-def snapshot_entry(snapshot: ContactSnapshot, timelines: Timelines) -> tuple[Json, Json]:
-    """Return what the manifest says of one contact, and its files by name."""
-    read = {one: timelines[one] for one in snapshot.objects() if one in timelines}
-    counts = {role: len(works) for role, works in snapshot.roles.items()}
-    counts["conversations"] = len(snapshot.conversations)
-    counts["timeline_entries"] = sum(map(len, read.values()))
-    entry = {
-        "csv": snapshot.contact.to_json(),
-        "counts": counts,
-        "works": {role: list(works) for role, works in snapshot.roles.items()},
-        "conversations": list(snapshot.conversations),
-    }
-    contents = (
-        snapshot.live,
-        list(snapshot.works().values()),
-        list(snapshot.conversations.values()),
-        read,
-    )
-    return entry, dict(zip(CONTACT_FILES, contents))
 
 
 def timestamp_name(epoch: float) -> str:
@@ -4389,40 +4377,48 @@ LARGEST_FILE = 256 << 20  # bytes, of a backup
 
 @dataclass
 class Backup:
-    """A backup as it is on the disk."""
+    """A backup as it is on the disk. What reads it may raise OSError and ODD_ANSWER."""
 
     folder: Path
     manifest: Json
     sha256: str  # of manifest.json
-    files: dict[str, Any] = field(default_factory=dict)  # by their name in the manifest, parsed
-    holdings: Json = field(default_factory=dict)  # how much it holds, by kind
+    holdings: Json = field(default_factory=dict)  # how much it holds, by kind, once it is verified
 
     def entry(self, contact: str) -> Json:
-        """Return the manifest's entry of a contact. Raises LookupError, TypeError."""
-        for entry in self.manifest["contacts"]:
-            if entry["csv"]["id"] == contact:
-                return entry  # type: ignore[no-any-return]
-        raise LookupError(contact)
+        """Return the manifest's entry of a contact."""
+        entries = {entry["csv"]["id"]: entry for entry in self.manifest["contacts"]}
+        return entries[contact]  # type: ignore[no-any-return]
 
     def file(self, entry: Json, name: str) -> Any:
-        """Return a file of one contact, `entry` being the manifest's of it."""
-        return self.files[f"{entry['folder']}/{name}"]
+        """Return a file of one contact, `entry` being the manifest's of it, as it was written."""
+        if not re.fullmatch(r"(primary|duplicate)_[^/\\]+", entry["folder"]):
+            raise ValueError("no backup has such a folder")
+        path = f"{entry['folder']}/{name}"
+        content = backup_bytes(self.folder / path)
+        if hashlib.sha256(content).hexdigest() != self.manifest["files"][path]["sha256"]:
+            raise ValueError(f"{path} differs from what was written")
+        return json.loads(content)
 
-    def count(self) -> None:
-        """Count what it holds; what two contacts share counts once."""
-        found: dict[str, Json] = {name: {} for name in CONTACT_FILES[1:]}
-        for path, content in self.files.items():
-            name = path.rpartition("/")[2]
-            if name == "timelines.json":
-                found[name].update(content)
-            elif name in found:
-                found[name].update(by_id(content))
-        works, conversations, timelines = found.values()
-        self.holdings = {
-            "works": len(works),
-            "conversations": len(conversations),
-            "timeline_entries": sum(map(len, timelines.values())),
-        }
+    def ids(self) -> set[str]:
+        """Return the ids of its contacts."""
+        return {entry["csv"]["id"] for entry in self.manifest["contacts"]}
+
+    def contact(self, identity: str) -> Json:
+        """Return the `rev_user` of a contact."""
+        user: Json = self.file(self.entry(identity), "contact.json")
+        return user
+
+    def to_transfer(self, contact: str) -> list[Json]:
+        """Return what a merge moves from a contact to the primary, as `{id, role}`.
+
+        `role` is `owned_by` or `reported_by` of a work, `members` of a conversation.
+        """
+        entry = self.entry(contact)
+        items = []
+        for name in ("owned", "reported"):
+            items += [{"id": work, "role": ROLES[name]} for work in entry["works"][name]]
+        items += [{"id": talk, "role": "members"} for talk in entry["conversations"]]
+        return items
 
 
 def backup_bytes(path: Path) -> bytes:
@@ -4434,86 +4430,49 @@ def backup_bytes(path: Path) -> bytes:
     return content
 
 
-def read_manifest(folder: str) -> Backup:
-    """Return a backup without its files. Raises PairError(backup_failed) where it can't be read."""
+@contextlib.contextmanager
+def reading_backup(folder: str) -> Iterator[Backup]:
+    """Read a backup's manifest; what an odd backup raises becomes PairError(backup_failed)."""
     try:
         content = backup_bytes(Path(folder) / "manifest.json")
-        return Backup(
-            Path(folder),
-            json.loads(content),
-            hashlib.sha256(content).hexdigest(),
-        )
-    except (OSError, ValueError, RecursionError) as error:
-        words = f"{folder}: manifest.json can't be read ({type(error).__name__})"
-        raise PairError("backup_failed", words) from None
+        yield Backup(Path(folder), json.loads(content), hashlib.sha256(content).hexdigest())
+    except (OSError, *ODD_ANSWER) as error:
+        words = f"the backup {folder} is not as it was written"
+        raise PairError("backup_failed", f"{words}: {type(error).__name__} {error}") from None
 
 
-def verify_backup(folder: Path) -> Backup:
+def verify_backup(folder: str) -> Backup:
     """Read a backup again from the disk; nothing is opened but the files that a backup has.
 
-    Raises PairError(backup_failed) naming everything that is missing, damaged or does not add up.
+    What two contacts share is counted once. Raises PairError(backup_failed).
     """
-    backup = read_manifest(str(folder))
-    problems: list[str] = []
-    try:
-        names: list[str] = []
-        for entry in backup.manifest["contacts"]:
-            if not re.fullmatch(r"(primary|duplicate)_[^/\\]+", entry["folder"]):
-                raise ValueError("of a folder that no backup has")
-            names += [f"{entry['folder']}/{name}" for name in CONTACT_FILES]
-        if set(names) != set(backup.manifest["files"]):
-            raise ValueError("of other files than a backup has")
-        for name in names:
-            problem = add_file(backup, folder, name)
-            if problem:
-                problems.append(f"{name}: {problem}")
-        if not problems:
-            for entry in backup.manifest["contacts"]:
-                problems += contact_problems(backup, entry)
-            backup.count()
-    except ODD_ANSWER as error:
-        problems = [f"manifest.json is not a manifest: {type(error).__name__} {error}"]
-    if problems:
-        raise PairError("backup_failed", f"{folder}: " + "; ".join(problems))
-    return backup
-
-
-def add_file(backup: Backup, folder: Path, name: str) -> str:
-    """Read a file that the manifest names; say what is wrong with it, `""` where nothing is."""
-    expected = backup.manifest["files"][name]
-    try:
-        content = backup_bytes(folder / name)
-        if hashlib.sha256(content).hexdigest() != expected["sha256"]:
-            return "differs from what was written"
-        backup.files[name] = json.loads(content)
-    except OSError as error:
-        return str(error.strerror)
-    except (ValueError, RecursionError):
-        return "not JSON"
-    return ""
-
-
-def contact_problems(backup: Backup, entry: Json) -> list[str]:
-    """Compare the files of one contact with what the manifest says of it."""
-    folder = entry["folder"]
-    live, works, conversations, timelines = (backup.file(entry, name) for name in CONTACT_FILES)
-    ids = set(by_id(works))
-    talks = set(by_id(conversations))
-    counted = {role: len(set(listed)) for role, listed in entry["works"].items()}
-    counted["conversations"] = len(talks)
-    counted["timeline_entries"] = sum(map(len, timelines.values()))
-    problems = []
-    if live["id"] != entry["csv"]["id"]:
-        problems.append(f"{folder}: contact.json is another contact's")
-    if ids != set(chain(*entry["works"].values())):
-        problems.append(f"{folder}: works.json does not hold the works of the manifest")
-    if talks != set(entry["conversations"]):
-        problems.append(f"{folder}: conversations.json does not hold those of the manifest")
-    if backup.manifest["timelines"] and ids | talks != set(timelines):
-        problems.append(f"{folder}: timelines.json does not hold a timeline for each object")
-    if counted != entry["counts"]:
-        problems.append(f"{folder}: the files hold {counted}, the manifest says {entry['counts']}")
-    return problems
+    with reading_backup(folder) as backup:
+        works: dict[str, Json] = {}
+        talks: dict[str, Json] = {}
+        timelines: Json = {}
+        contacts = backup.manifest["contacts"]
+        if len(backup.manifest["files"]) != len(contacts) * len(CONTACT_FILES):
+            raise ValueError("it names other files than a backup has")
+        for entry in contacts:
+            live, *lists, read = (backup.file(entry, name) for name in CONTACT_FILES)
+            my_works, my_talks = map(by_id, lists)
+            is_whole = (
+                live["id"] == entry["csv"]["id"]
+                and set(my_works) == set(chain(*entry["works"].values()))
+                and set(my_talks) == set(entry["conversations"])
+            )
+            has_timelines = {*my_works, *my_talks} == set(read) or not backup.manifest["timelines"]
+            if not (is_whole and has_timelines):
+                raise ValueError(f"{entry['folder']} does not hold what the manifest says")
+            works.update(my_works)
+            talks.update(my_talks)
+            timelines.update(read)
+        backup.holdings = {
+            "works": len(works),
+            "conversations": len(talks),
+            "timeline_entries": sum(map(len, timelines.values())),
+        }
+        return backup
 
 
 def ticket_count(works: Iterable[Iterable[str]]) -> int:
@@ -4526,41 +4485,10 @@ def ticket_count(works: Iterable[Iterable[str]]) -> int:
     return greatest
 
 
-@contextlib.contextmanager
-def reading_backup(backup: str) -> Iterator[None]:
-    """Turn what reading an odd backup raises into PairError(backup_failed)."""
-    try:
-        yield
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        words = f"the backup {backup} is not complete ({type(error).__name__})"
-        raise PairError("backup_failed", words) from None
-
-
 def backed_up_contact(backup: str, identity: str) -> Json:
     """Return the `rev_user` of a contact as a backup holds it. Raises PairError(backup_failed)."""
-    with reading_backup(backup):
-        folder = read_manifest(backup).entry(identity)["folder"]
-        user: Json = json.loads(backup_bytes(Path(backup) / folder / "contact.json"))
-        return user
-
-
-def objects_to_transfer(backup: str, duplicate: str) -> list[Json]:
-    """Return what has to belong to the primary after the merge, as `{id, role}`.
-
-    `role` is `owned_by` or `reported_by` of a work, `members` of a conversation. Raises
-    PairError(backup_failed).
-    """
-    with reading_backup(backup):
-        return transferred_objects(read_manifest(backup).entry(duplicate))
-
-
-def transferred_objects(entry: Json) -> list[Json]:
-    """Return what a merge moves from a contact in a manifest to the primary, as `{id, role}`."""
-    items = []
-    for name in ("owned", "reported"):
-        items += [{"id": work, "role": ROLES[name]} for work in entry["works"][name]]
-    items += [{"id": talk, "role": "members"} for talk in entry["conversations"]]
-    return items
+    with reading_backup(backup) as found:
+        return found.contact(identity)
 
 
 def describe(backup: str, items: Iterable[Json]) -> list[Json]:
@@ -5071,10 +4999,11 @@ class SavePoint:
         if self.organisation:
             conditions.append("organisation IN (?, '')")  # an id may name none
             values.append(self.organisation)
-        query = f"SELECT run, document FROM pairs WHERE {' AND '.join(conditions)}"
-        for run, document in self._query(f"{query} ORDER BY revision, email", *values):
+        query = f"SELECT run, revision, document FROM pairs WHERE {' AND '.join(conditions)}"
+        for run, revision, document in self._query(f"{query} ORDER BY revision, email", *values):
             pair = Pair.from_json(json.loads(document))
             pair.run = run
+            pair.revision = revision
             yield pair
 
     def pair(self, ids: Ids) -> Pair | None:
@@ -5084,11 +5013,6 @@ class SavePoint:
     def unfinished(self) -> list[Pair]:
         """Return the pairs that a run left between the merge request and their end."""
         return list(self.pairs(*UNFINISHED))
-
-    def revision(self, ids: Ids) -> int:
-        """Return the number of the write that stored a pair, 0 where it is not known."""
-        query = "SELECT revision FROM pairs WHERE primary_id = ? AND duplicate_id = ?"
-        return next((revision for (revision,) in self._query(query, *ids)), 0)
 
     def counts(self) -> dict[str, int]:
         return dict(self._query("SELECT state, count(*) FROM pairs GROUP BY state ORDER BY state"))
@@ -5423,8 +5347,8 @@ class Preconditions:
         for pair in self.group.pairs:
             if pair.state is State.PLANNED:
                 pair.backup = str(folder)
-        backup = await environment.run_in_thread(verify_backup, folder)
-        self.backup = replace(backup, files={})  # memory does not grow with what is done
+        backup = await environment.run_in_thread(verify_backup, str(folder))
+        self.backup = backup
         words = [f"{count} {name.replace('_', ' ')}" for name, count in backup.holdings.items()]
         log.info("%s: backed up in %s: %s", email, folder, ", ".join(words))
         for pair in self.group.pairs:
@@ -5583,18 +5507,15 @@ class BackedUp(NamedTuple):
 
 def read_backed_up(pair: Pair) -> BackedUp:
     """Read what a pair's backup says of its merge. Raises PairError(backup_failed)."""
-    with reading_backup(pair.backup):
-        expected: list[Json] = []
+    with reading_backup(pair.backup) as backup:
+        expected = backup.to_transfer(pair.duplicate.id)
         shared: set[str] = set()
-        for entry in read_manifest(pair.backup).manifest["contacts"]:
-            items = transferred_objects(entry)
-            if entry["csv"]["id"] == pair.duplicate.id:
-                expected = items
-            else:
-                shared.update(item["id"] for item in items)
+        for entry in backup.manifest["contacts"]:
+            identity = entry["csv"]["id"]
+            if identity != pair.duplicate.id:
+                shared.update(item["id"] for item in backup.to_transfer(identity))
         telling = [item for item in expected if item["id"] not in shared]
-        contacts = [backed_up_contact(pair.backup, identity) for identity in pair.ids]
-        emails = sorted({str(contact["email"]).strip() for contact in contacts})
+        emails = sorted({str(backup.contact(one)["email"]).strip() for one in pair.ids})
         return BackedUp(pair.backup, expected, telling, emails)
 
 
@@ -7092,14 +7013,6 @@ def write_new_file(environment: Environment, path: Path, chunks: Iterable[bytes]
 
 MERGED_STATES = (State.MERGED, State.VERIFYING, State.DONE, State.SETTLED)
 UNDO_STATES = (State.UNDOING, State.UNDONE, State.UNDO_SETTLED)
-NOT_UNDONE: Mapping[State, tuple[str, str]] = {
-    State.MERGED_ELSEWHERE: ("merged_elsewhere", "another user merged or deleted the duplicate"),
-    State.CANCELLED: (
-        "cancelled",
-        "it was cancelled, not merged; a merge run checks whether DevRev merged it later",
-    ),
-    State.UNDO_SETTLED: ("undo_settled", "the rest of its undo was given up with --settle"),
-}
 
 
 @dataclass
@@ -7132,7 +7045,7 @@ def plan_undo(
     FatalError(2).
     """
     located, older = locate_undo(path, savepoint)
-    plan = UndoPlan(located, older=older, hashes=hashes_in_reports())
+    plan = UndoPlan(located, older=older, hashes=hashes_in_reports(located))
     groups: dict[str, Group] = {}
     seen: set[str] = set()
     for named in merges_named(located):
@@ -7140,17 +7053,11 @@ def plan_undo(
         seen.add(pair.email)
         if emails and pair.email not in emails:
             continue
-        if pair.state in (State.PLANNED, State.FAILED):
-            if located.is_dir():
-                continue  # backed up, and never requested
+        was_requested = pair.state not in (State.PLANNED, State.FAILED)
+        if located.is_dir() and not was_requested:
+            continue
+        if not was_requested or named.backup not in (pair.backup, *plan.hashes):
             pair = named
-        if located.is_dir() and named.backup not in (pair.backup, *plan.hashes):
-            words = "no report and no row of the savepoint names this backup"
-            raise FatalError(EXIT_USAGE, f"{named.backup}: {words}")
-        if not Path(pair.backup).is_dir():
-            pair.backup = named.backup
-        if not located.is_dir():
-            plan.hashes.setdefault(named.backup, set())
         if not pair.manifest_sha256:
             pair.manifest_sha256 = max(plan.hashes.get(pair.backup, ()), default="")
         again = merged_again(pair, savepoint)
@@ -7158,8 +7065,9 @@ def plan_undo(
             pair.code = "merged_again"
             pair.error = f"it was merged again later; that is undone with {report_of(again)}"
             plan.skipped.append(pair)
-        elif pair.state in NOT_UNDONE:
-            pair.code, pair.error = NOT_UNDONE[pair.state]
+        elif pair.state in (State.MERGED_ELSEWHERE, State.CANCELLED, State.UNDO_SETTLED):
+            pair.code = pair.state.value
+            pair.error = STATE_WORDS[pair.state]
             plan.skipped.append(pair)
         elif pair.state is State.UNDONE:
             plan.undone.append(pair)
@@ -7169,56 +7077,36 @@ def plan_undo(
     if unknown:
         words = f"--email: in no merge of {located}: {', '.join(unknown)}"
         raise FatalError(EXIT_USAGE, words)
-    order_undo(plan, groups, limit or sys.maxsize)
-    return plan
-
-
-def order_undo(plan: UndoPlan, groups: Mapping[str, Group], room: int) -> None:
-    """Put groups, by their primaries, into a plan: of new ones as many as have `room` pairs.
-
-    What an earlier undo has begun comes first, and of a chain (A into B, later B into C) the last
-    merge.
-    """
-    merged_into: dict[str, str] = {}
-    for primary, group in groups.items():
-        merged_into.update((pair.duplicate.id, primary) for pair in group.pairs)
 
     def is_new(group: Group) -> bool:
         return all(pair.state is not State.UNDOING for pair in group.pairs)
 
-    def depth(primary: str) -> int:
-        found = 0
-        while primary in merged_into and found < len(merged_into):
-            primary = merged_into[primary]
-            found += 1
-        return found
-
-    def order(group: Group) -> tuple[bool, int, str]:
-        return is_new(group), depth(group.primary.id), group.email
-
-    for group in sorted(groups.values(), key=order):
-        if is_new(group):
-            if len(group.pairs) > room:
-                plan.left += len(group.pairs)
-                continue
-            room -= len(group.pairs)
+    for group in sorted(groups.values(), key=is_new):  # what an earlier undo has begun comes first
         # The application's reference comes before anything else.
         group.pairs.sort(key=lambda pair: not pair.new_ref)
-        plan.groups.append(group)
+        if limit and len(plan.pairs()) + len(group.pairs) > limit:
+            plan.left += len(group.pairs)
+        else:
+            plan.groups.append(group)
+    return plan
 
 
-def hashes_in_reports() -> dict[str, set[str]]:
-    """Return the backups that the merge reports of this folder name, with what is known of each."""
+def merged_entries(report: Path) -> list[Json]:
+    """Return the entries of the merges that a report calls merged. Raises OSError, ODD_ANSWER."""
+    with open_regular(report) as file:
+        lists = json.load(file)
+    return [*lists["successful_merges"], *lists["unfinished_merges"], *lists["settled"]]
+
+
+def hashes_in_reports(named: Path) -> dict[str, set[str]]:
+    """Return the backups that the merge reports of this folder name, with what is known of each;
+    `named` may be another report."""
     found: dict[str, set[str]] = {}
-    for path in REPORTS.glob("merge_report_*.json"):
+    for path in (*REPORTS.glob("merge_report_*.json"), named):
         with contextlib.suppress(OSError, *ODD_ANSWER):
-            with open_regular(path) as file:
-                report = json.load(file)
-            for entries in report.values():
-                for entry in entries if isinstance(entries, list) else ():
-                    if isinstance(entry, dict) and entry.get("backup"):
-                        hashes = found.setdefault(entry["backup"], set())
-                        hashes.update(filter(None, [entry.get("manifest_sha256")]))
+            for entry in merged_entries(path):
+                hashes = found.setdefault(entry["backup"], set())
+                hashes.add(entry.get("manifest_sha256") or "")
     return found
 
 
@@ -7237,18 +7125,17 @@ def locate_undo(path: Path, savepoint: SavePoint) -> tuple[Path, list[Path]]:
             located = root / path.resolve().relative_to(root.resolve())
     if not located.is_dir() or (located / "manifest.json").exists():
         return located, []
-    merged: dict[Path, int] = {}
-    for pair in savepoint.pairs(*MERGED_STATES, *UNDO_STATES):
-        backup = Path(pair.backup)
-        if backup.parent == located:
-            revision = pair.undo.merge_revision if pair.undo else savepoint.revision(pair.ids)
-            merged[backup] = max(revision, merged.get(backup, 0))
-    if not merged:
-        names = sorted(str(one.parent) for one in located.glob("[!.]*/manifest.json"))
+
+    def order(pair: Pair) -> int:
+        return pair.undo.merge_revision if pair.undo else pair.revision
+
+    pairs = savepoint.pairs(*MERGED_STATES, *UNDO_STATES)
+    pairs_here = [pair for pair in pairs if Path(pair.backup).parent == located]
+    pairs_here.sort(key=order, reverse=True)
+    if not pairs_here:
         words = f"{path} holds no backup of a merge that the savepoint knows"
-        hint = f"name one of its backups: {', '.join(some(names)) or 'none'}"
-        raise FatalError(EXIT_USAGE, f"{words}; {hint}")
-    *older, newest = sorted(merged, key=lambda backup: merged[backup])
+        raise FatalError(EXIT_USAGE, f"{words}; name one of its backups")
+    newest, *older = dict.fromkeys(Path(pair.backup) for pair in pairs_here)
     return newest, older
 
 
@@ -7258,17 +7145,11 @@ def merges_named(path: Path) -> list[Pair]:
     Raises FatalError(2).
     """
     try:
-        if path.is_dir():
-            return pairs_of_backup(read_manifest(str(path)))
-        with open_regular(path) as file:
-            report = json.load(file)
-        entries = list(report["successful_merges"])
-        for name in ("unfinished_merges", "settled"):
-            entries += report.get(name) or ()
-        return [pair_of_entry(entry) for entry in entries]
-    except PairError as error:
-        raise FatalError(EXIT_USAGE, str(error)) from None
-    except (*ODD_ANSWER, OSError):
+        if not path.is_dir():
+            return [pair_of_entry(entry) for entry in merged_entries(path)]
+        with reading_backup(str(path)) as backup:
+            return pairs_of_backup(backup)
+    except (OSError, PairError, *ODD_ANSWER):
         words = f"{path} is neither a backup folder nor a merge report (JSON)"
         raise FatalError(EXIT_USAGE, words) from None
 
@@ -7295,53 +7176,42 @@ def pairs_of_backup(backup: Backup) -> list[Pair]:
 def pair_of_entry(entry: Json) -> Pair:
     """Return the pair of an entry of a merge report. Raises what reading another shape raises."""
     contacts = []
-    texts = [entry["email"], entry["backup"] or ""]
+    email = entry["email"]
+    backup = entry["backup"] or ""
+    texts = [email, backup]
     for role in ("primary", "duplicate"):
-        told = entry[role]
-        texts += [told["id"], told["old_external_ref"]]
-        known = {"email": entry["email"], "external_ref": told["old_external_ref"]}
-        known.update((name, told[name]) for name in ("id", "display_name", "tickets"))
-        contacts.append(Contact.from_json({**dict.fromkeys(COLUMNS, ""), **known}))
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError("another shape")
-    pair = Pair(
+        told = {**entry[role], "email": email, "external_ref": entry[role]["old_external_ref"]}
+        contacts.append(Contact.from_json(told))
+        texts += [told["id"], told["external_ref"]]
+    "".join(texts)  # raises TypeError where one is no text
+    return Pair(
         contacts[0],
         contacts[1],
         entry["new_external_ref"],
         State(entry["state"]),
+        backup=backup,
+        manifest_sha256=entry.get("manifest_sha256") or "",
     )
-    pair.backup = entry["backup"] or ""
-    pair.manifest_sha256 = entry.get("manifest_sha256") or ""
-    return pair
 
 
 def current_ids(contact: str, savepoint: SavePoint) -> list[str]:
     """Return a contact's id, and those of the contacts that undos created again in its place; the
     last one exists."""
     ids = [contact]
-    while True:
-        again = ""
-        for row in savepoint.pairs(duplicate_id=ids[-1]):
-            if row.undo and row.state in UNDO_STATES:
-                again = again or row.undo.contact
-        if not again or again in ids:
-            return ids
-        ids.append(again)
+    for one in ids:  # which grows
+        for row in savepoint.pairs(duplicate_id=one):
+            if row.undo and row.undo.contact not in ("", *ids):
+                ids.append(row.undo.contact)
+    return ids
 
 
 def merged_again(pair: Pair, savepoint: SavePoint) -> Pair | None:
     """Return the later merge of two contacts of which an undo had created one again, if any."""
-    if pair.undo is None or pair.state not in UNDO_STATES or not pair.undo.contact:
-        return None
-    duplicates = {pair.undo.contact, *current_ids(pair.primary.id, savepoint)}
-    rows = [
-        *savepoint.pairs(primary_id=pair.undo.contact),
-        *savepoint.pairs(duplicate_id=pair.undo.contact),
-    ]
-    for row in rows:
-        is_merge = row.state in (*UNFINISHED, State.DONE, State.SETTLED)
-        if is_merge and row.duplicate.id in duplicates:
-            return row
+    if pair.undo and pair.undo.contact:
+        for one in (pair.undo.contact, *current_ids(pair.primary.id, savepoint)):
+            for row in savepoint.pairs(*REQUESTED_STATES, *MERGED_STATES, duplicate_id=one):
+                if pair.undo.contact in row.ids:
+                    return row
     return None
 
 
@@ -7372,12 +7242,12 @@ def roles_in(items: Iterable[Json]) -> set[Role]:
 @dataclass
 class UndoGroup:
     """Merges into one primary that are to be undone: what the contacts were, from the backups, and
-    what they are. Duplicates are known by their ids."""
+    what they are."""
 
     pairs: Sequence[Pair]
     siblings: Sequence[Pair]  # other pairs of the primary
-    contacts: dict[str, Json] = field(default_factory=dict)  # duplicates as DevRev had them
-    old_refs: dict[str, str] = field(default_factory=dict)  # the primary's before each merge
+    # By the duplicate's id: the primary and the duplicate as DevRev had them before the merge.
+    users: dict[str, list[Json]] = field(default_factory=dict)
     roles: dict[str, set[Role]] = field(default_factory=dict)  # of duplicates before the merges
     primary_roles: set[Role] = field(default_factory=set)  # before the merges
     primary_id: str = ""  # of the contact that stands for the primary now
@@ -7385,12 +7255,14 @@ class UndoGroup:
     read: FreshRead | None = None  # when it was read
     # Ids that no longer exist, and those of the contacts in their place.
     aliases: dict[str, str] = field(default_factory=dict)
-    is_recreated: bool = False  # whether the primary itself was created by an earlier undo
+
+    def everybody(self) -> list[Pair]:
+        return [*self.pairs, *self.siblings]
 
     def ids(self) -> set[str]:
         """Return the ids of the group: as it was, and as far as it was created again."""
         found = {self.primary_id, *self.aliases}
-        for pair in (*self.pairs, *self.siblings):
+        for pair in self.everybody():
             found.update(pair.ids)
         return found
 
@@ -7400,79 +7272,59 @@ class UndoGroup:
 
         DevRev may refuse the `REVU-` reference of an old id to a contact that was created again.
         """
-        old = self.old_refs[pair.duplicate.id]
+        old, moved = (str(user.get("external_ref")) for user in self.users[pair.duplicate.id])
         own = str(self.primary.get("display_id"))
         possible = [old]
-        if self.is_recreated and old.startswith("REVU-") and own != old:
+        if old.startswith("REVU-") and own != old:
             possible.append(own)
-        moved = str(self.contacts[pair.duplicate.id].get("external_ref"))
         return possible, moved if pair.new_ref and moved != old else None
 
     def staying_roles(self, pair: Pair) -> set[Role]:
         """Return where the primary stays: where it had the role itself, or stands for another
         duplicate."""
         stays = set(self.primary_roles)
-        for one in (*self.pairs, *self.siblings):
+        for one in self.everybody():
             if one is pair or one.state not in (*MERGED_STATES, State.UNDOING):
                 continue
-            roles = self.roles.get(one.duplicate.id, set())
-            undo = one.undo
-            if one.state is State.UNDOING and undo and undo.contact and undo.left is not None:
-                roles = roles & roles_in(undo.left)  # what it has not got again yet
+            roles = self.roles[one.duplicate.id]
+            if one.undo and one.undo.left is not None:
+                roles = roles & roles_in(one.undo.left)  # what it has not got again yet
             stays |= roles
         return stays
 
-    def add_backup(self, folder: str, backup: Backup) -> None:
-        """Take in what a backup holds. Backups are added in the order in which they were made."""
-        known = [*self.pairs, *self.siblings]
-        primaries = {pair.primary.id for pair in known}
-        here = {entry["csv"]["id"] for entry in backup.manifest["contacts"]}
-        # What the primary has by then from a duplicate that no longer exists is not its own.
-        from_others: set[Role] = set()
-        for pair in known:
-            if pair.duplicate.id not in here:
-                from_others |= self.roles.get(pair.duplicate.id, set())
-        for entry in backup.manifest["contacts"]:
-            identity = entry["csv"]["id"]
-            user = backup.file(entry, "contact.json")
-            roles = roles_in(transferred_objects(entry))
-            if identity not in primaries:
-                self.contacts[identity] = user
-                self.roles[identity] = roles
-                continue
-            self.primary_roles |= roles - from_others
-            for pair in known:
-                if pair.backup == folder:
-                    self.old_refs[pair.duplicate.id] = str(user.get("external_ref"))
+    def read_backups(self, hashes: Mapping[str, set[str]]) -> None:
+        """Read and check the backups of all pairs; `hashes` are what reports say of them.
+
+        Those of siblings that were undone may be missing. Raises PairError: backup_failed,
+        backup_changed, backup_unknown.
+        """
+        backups: dict[str, Backup] = {}
+        read: list[Pair] = []
+        for pair in self.everybody():
+            try:
+                backup = backups.get(pair.backup) or verify_backup(pair.backup)
+                self.users[pair.duplicate.id] = check_backup(backup, pair, hashes)
+                backups[pair.backup] = backup
+                read.append(pair)
+            except PairError:
+                if pair in self.pairs or pair.state in (*MERGED_STATES, State.UNDOING):
+                    raise
+        read.sort(key=lambda pair: str(backups[pair.backup].manifest["created"]))
+        for pair in read:
+            backup = backups[pair.backup]
+            roles = roles_in(backup.to_transfer(pair.primary.id))
+            # What the primary had by then from a duplicate that no longer existed is not its own.
+            for one in self.roles.keys() - backup.ids():
+                roles -= self.roles[one]
+            self.primary_roles |= roles
+            self.roles[pair.duplicate.id] = roles_in(backup.to_transfer(pair.duplicate.id))
 
 
-def read_backups(
-    pairs: Sequence[Pair], siblings: Sequence[Pair], hashes: Mapping[str, set[str]]
-) -> UndoGroup:
-    """Read and check the backups of the pairs to undo, and of all other pairs of the primary.
-
-    `hashes` are what reports say of them. The backups of siblings that were undone may be missing.
-    Raises PairError: backup_failed, backup_changed, backup_unknown.
-    """
-    backups: dict[str, Backup] = {}
-    for pair in (*pairs, *siblings):
-        try:
-            backup = backups.get(pair.backup) or verify_backup(Path(pair.backup))
-            check_backup(backup, pair, hashes)
-            backups[pair.backup] = backup
-        except PairError:
-            if pair in pairs or pair.state in (*MERGED_STATES, State.UNDOING):
-                raise
-    found = UndoGroup(pairs, siblings)
-    for folder in sorted(backups, key=lambda folder: str(backups[folder].manifest["created"])):
-        found.add_backup(folder, backups[folder])
-    return found
-
-
-def check_backup(backup: Backup, pair: Pair, hashes: Mapping[str, set[str]]) -> None:
+def check_backup(backup: Backup, pair: Pair, hashes: Mapping[str, set[str]]) -> list[Json]:
     """Check that a backup is the one that a merge rests on: it may have been changed, or made up.
 
-    Raises PairError: backup_failed, backup_changed, backup_unknown.
+    Return the primary and the duplicate as it has them. Raises PairError: backup_failed,
+    backup_changed, backup_unknown.
     """
     if BACKUPS not in backup.folder.parents or not (pair.run or pair.backup in hashes):
         words = f"{pair.backup}: no report and no row of the savepoint names this backup"
@@ -7482,53 +7334,51 @@ def check_backup(backup: Backup, pair: Pair, hashes: Mapping[str, set[str]]) -> 
     if not known and pair.backed_up:
         is_same = pair.backed_up == backup.holdings
     with reading_backup(pair.backup):
-        for contact in (pair.primary, pair.duplicate):
-            user = backup.file(backup.entry(contact.id), "contact.json")
-            if email_of(user) != contact.key:
-                is_same = False
-            has_its_own = contact is pair.duplicate or pair.new_ref
-            if (
-                has_its_own
-                and str(user.get("external_ref")).strip() != contact.external_ref.strip()
-            ):
-                is_same = False
+        users = [backup.contact(identity) for identity in pair.ids]
+    for user, contact in zip(users, (pair.primary, pair.duplicate)):
+        reference = str(user.get("external_ref")).strip()
+        # An earlier merge may have given the primary another one.
+        has_its_own = contact is pair.duplicate or pair.new_ref
+        if has_its_own and reference != contact.external_ref.strip():
+            is_same = False
+        if email_of(user) != contact.key:
+            is_same = False
     if not is_same:
         words = "its SHA-256, how much it holds, or a contact's email or reference"
         raise PairError("backup_changed", f"{pair.backup} is not as the merge made it: {words}")
+    return users
 
 
 def plan_restore(
     obj: Json | None,
-    roles: Iterable[str],
+    roles: Sequence[str],
     primary: str,
     contact: str,
     aliases: Mapping[str, str],
     stays: set[Role],
-) -> tuple[dict[str, list[str]], list[Json]]:
-    """Plan what gives `contact` its `roles` on an object as it is now: role -> ids to set, and what
-    is left to others.
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Plan what gives `contact` its `roles` on an object as it is now: role -> ids to set, and
+    role -> why it is left to others.
 
     The contact replaces the primary, or joins it where the primary `stays`; everyone else stays.
     `aliases` are ids of contacts that no longer exist, and the ids of those that were created again
     in their place.
     """
     changes: dict[str, list[str]] = {}
-    left: list[Json] = []
     if obj is None:
-        return changes, [{"role": role, "why": "deleted"} for role in sorted(roles)]
-    for role in sorted(roles):
+        return changes, dict.fromkeys(roles, "deleted")
+    left: dict[str, str] = {}
+    for role in roles:
         now = [person["id"] for person in obj.get(role) or ()]
         # A merge may have left the old id.
         people = list(dict.fromkeys(aliases.get(one, one) for one in now))
         if contact not in people:
             if primary not in people:
-                left.append({"role": role, "why": "given to others"})
+                left[role] = "given to others"
                 continue
             at = people.index(primary)
-            if (obj["id"], role) in stays:
-                people.insert(at + 1, contact)
-            else:
-                people[at] = contact
+            stay = [primary] if (obj["id"], role) in stays else []
+            people[at : at + 1] = [*stay, contact]
         if people != now:
             changes[role] = people
     return changes, left
@@ -7559,65 +7409,6 @@ def plan_fields(pair: Pair, live: Json) -> tuple[Json, list[Json]]:
 
 
 # -- the check -------------------------------------------------------------------------------------
-
-
-async def check_group_to_undo(
-    context: TaskRunner,
-    group: Group,
-    plan: UndoPlan,
-    writable_kinds: set[str],
-) -> UndoGroup:
-    """Find a group as its merges have left it, or as an undo that was not finished has.
-
-    `writable_kinds` learns which kinds of objects the token may write. Raises PairError.
-    """
-    api = context.api
-    savepoint = context.savepoint
-    pairs = group.pairs
-    ids = current_ids(group.primary.id, savepoint)
-    mine = {pair.ids for pair in pairs}
-    siblings: list[Pair] = []
-    for one in ids:
-        siblings += [row for row in savepoint.pairs(primary_id=one) if row.ids not in mine]
-    found = await context.environment.run_in_thread(
-        read_backups,
-        pairs,
-        siblings,
-        plan.hashes,
-    )
-    found.primary_id = ids[-1]
-    found.is_recreated = len(ids) > 1
-    found.aliases = dict.fromkeys(ids[:-1], ids[-1])
-    for pair in (*pairs, *siblings):
-        if pair.undo and pair.undo.contact:
-            found.aliases[pair.duplicate.id] = pair.undo.contact
-    there = []
-    unclear: PairError | None = None
-    for pair in pairs:
-        try:
-            if not await no_longer_exists(api, found, pair):
-                there.append(pair.duplicate.short_id)
-        except PairError as problem:
-            unclear = problem
-    # The last read, because the first write rests on it.
-    await read_primary(context, found, PairUndo.READ)
-    if unclear:
-        raise unclear
-    if there:
-        words = f"not merged, or not yet, because still there: {', '.join(there)}"
-        raise PairError("not_merged", words)
-    for pair in pairs:
-        check_moved_reference(found, pair)
-    if not context.options.preview:
-        objects: set[str] = set()
-        for pair in pairs:
-            objects.update(identity for identity, _ in found.roles[pair.duplicate.id])
-        await check_write_access(
-            api,
-            sorted(objects),
-            writable_kinds,
-        )
-    return found
 
 
 async def read_primary(context: TaskRunner, group: UndoGroup, options: RequestOptions) -> None:
@@ -7662,12 +7453,12 @@ async def no_longer_exists(api: DevRevAPI, group: UndoGroup, pair: Pair) -> bool
         name = pair.duplicate.short_id
         log.info("%s: lists decide whether %s still exists: %s", pair.email, name, error)
         listed = (await api.contacts_by_email([pair.duplicate.email.strip()])).items
-        reference = str(group.contacts[duplicate].get("external_ref"))
+        reference = str(group.users[duplicate][1].get("external_ref"))
         listed += await api.holders_of(reference, ANY_OPTIONS)
         return all(is_gone(one) for one in listed if one["id"] == duplicate)
     except PairError as problem:
         # DevRev may name the contact that the primary was merged into before it was created again.
-        if problem.code == "merged_into_another" and group.is_recreated:
+        if problem.code == "merged_into_another" and group.primary_id != pair.primary.id:
             return True
         raise
 
@@ -7682,39 +7473,13 @@ def check_moved_reference(group: UndoGroup, pair: Pair) -> None:
     if reference == moved or reference in old:
         return
     if moved is None:  # it may have one that another merge has moved, or an undo has given back
-        others = {row.new_ref for row in (*group.siblings, *group.pairs) if row.new_ref}
-        if reference in {*others, *group.old_refs.values()}:
+        rows = group.everybody()
+        others = {row.new_ref for row in rows} | {row.primary.external_ref for row in rows}
+        if str(reference).strip() in others:
             return
     words = f"another user gave {pair.primary.short_id} the reference {reference or 'none'}"
     hint = f"set {moved or old[0]} again, undo again"
     raise PairError("external_ref_changed", f"{words}; {hint}")
-
-
-async def check_write_access(
-    api: DevRevAPI, objects: Iterable[str], writable_kinds: set[str]
-) -> None:
-    """Set nothing on an object of each kind: a token that may not write is refused while all is as
-    it was."""
-    refused: dict[str, ApiError] = {}
-    for identity in objects:
-        kind = kind_of(identity)
-        if kind not in RESTORED_KINDS or kind in writable_kinds:
-            continue
-        try:
-            await api.set_people(
-                {"id": identity, "type": kind},
-                {},
-                ANY_OPTIONS,
-            )
-        except ApiError as api_error:
-            if api_error.status == 403:
-                refused[kind] = api_error  # which may concern this one object alone
-            if api_error.status == 403 or api_error.missing:
-                continue
-        writable_kinds.add(kind)
-    for kind in refused.keys() - writable_kinds:
-        endpoint = "conversations.update" if kind == "conversation" else "works.update"
-        raise PairError("forbidden", f"the token may not call {endpoint} (403): {refused[kind]}")
 
 
 FINISH_OPTIONS = RequestOptions(FINISH)
@@ -7739,7 +7504,7 @@ class Recreation:
         "display_picture",
         "rev_org",
     )
-    PATIENCE = 10.0  # seconds for which a contact that may have been created is looked for at most
+    PATIENCE = 10.0  # seconds for which the application's reference may be on no contact
     TAKEN = (
         "; no contact has its reference, so your organisation probably takes each address once, "
         "and then no contact can be created again"
@@ -7757,7 +7522,7 @@ class Recreation:
         self.group = group
         self.pair = pair
         self.undo = undo
-        self.known = creation_fields(group.contacts[pair.duplicate.id])
+        self.known = creation_fields(group.users[pair.duplicate.id][1])
         self._forget()
         self._may_exist = undo.contacts_before is not None  # an earlier request may have created it
         if undo.contacts_before is None and "external_ref" in self._fields():
@@ -7768,7 +7533,6 @@ class Recreation:
         self._since = self.context.environment.now()
         self._pause = Backoff(0.2, self.PATIENCE, 1.6)
         self._may_exist = False
-        self._is_lost = False  # this run has a request without an answer
         self._refusal = ""  # why the last request has created nothing, as far as is known
 
     def _fields(self) -> Json:
@@ -7800,7 +7564,6 @@ class Recreation:
             try:
                 return await self.api.create_contact(fields, FINISH_OPTIONS)
             except NoUsableResponse as error:
-                self._is_lost = True
                 self._may_exist = True
                 self._refusal = str(error)
             except ApiError as error:
@@ -7831,30 +7594,24 @@ class Recreation:
 
         False: it is looked for first. Raises PairError where it is given up.
         """
-        is_vital = has_reference and self.pair.duplicate.is_user
-        if not self._refusal and (has_reference or not self._may_exist):
+        if has_reference and not self._refusal:
             return True
-        limit = self.PATIENCE
-        if self._is_lost and not is_vital:
-            limit = self.context.options.merge_timeout
-        waited = self.context.environment.elapsed(self._since)
-        if self._may_exist and waited < limit:
+        is_vital = has_reference and self.pair.duplicate.is_user
+        limit = self.PATIENCE if is_vital else self.context.options.merge_timeout
+        if self._may_exist and self.context.environment.elapsed(self._since) < limit:
             await self.context.cancel_token.sleep(self._pause.next())
             return has_reference
         if is_vital:
-            raise self._refused("" if self._is_lost else self.TAKEN)
+            raise self._refused("" if self._may_exist else self.TAKEN)
         if has_reference:
             self.undo.left_out["external_ref"] = self._refusal
             self.undo.contacts_before = None
             self._forget()
             return False
-        if self._is_lost:
-            raise self.not_confirmed()
+        if self._refusal:
+            words = f"it is not known whether {self.pair.duplicate.short_id} was created again"
+            raise PairError("contact_not_confirmed", f"{words}; undo again, which looks for it")
         return True
-
-    def not_confirmed(self) -> PairError:
-        words = f"it is not known whether {self.pair.duplicate.short_id} was created again"
-        return PairError("contact_not_confirmed", f"{words}; undo again, which looks for it")
 
     async def _find(self, fields: Json) -> Json | None:
         """Return the contact that was requested, if it exists. A reference is looked up in the
@@ -7870,7 +7627,6 @@ class Recreation:
                 if is_new and user.get("external_ref") in own:
                     return user
             return None
-        other: Json | None = None
         for holder in await self.api.holders_of(reference, FINISH_OPTIONS):
             if holder["id"] in self.group.ids():
                 continue
@@ -7878,26 +7634,15 @@ class Recreation:
             there = await self.api.contact(holder["id"], FINISH_OPTIONS)
             if there is None or is_gone(there) or there.get("external_ref") != reference:
                 continue
-            is_here = "rev_org" not in fields or rev_org_id(there) in (None, fields["rev_org"])
-            if is_here and email_of(there) == email_key(fields["email"]):
+            if email_of(there) == self.pair.email:
                 return there
-            other = there
-        if other:
             self.undo.reference_free = False
-            who = f"{other.get('display_id')} <{other.get('email')}>, another contact,"
+            who = f"{there.get('display_id')} <{there.get('email')}>, another contact,"
             raise PairError("external_ref_conflict", f"{who} has the reference {reference} now")
         return None
 
     async def _listed(self) -> list[Json]:
-        body = {"email": [self.pair.duplicate.email.strip()]}
-        return (
-            await self.api.pages(
-                "rev-users.list",
-                "rev_users",
-                body,
-                FINISH_OPTIONS,
-            )
-        ).items
+        return (await self.api.contacts_by_email([self.known["email"].strip()], FINISH)).items
 
 
 def creation_fields(user: Json) -> Json:
@@ -7930,9 +7675,6 @@ class PairUndo:
     interrupts.
     """
 
-    # The read before a reference is freed, with the units for what follows: the contact, perhaps
-    # with fewer fields, or the way back.
-    READ = RequestOptions(MERGE, 9)
     ATTEMPTS = 6  # times that something is written, where answers are lost or odd
 
     def __init__(
@@ -7951,12 +7693,11 @@ class PairUndo:
         if pair.undo and pair.state is State.UNDOING:
             self.undo = pair.undo
         else:  # none has started, or one was refused, so that the merge stands as it was
-            revision = self.savepoint.revision(pair.ids)
             was = pair.undo or UndoProgress(
                 "",
                 "",
                 pair.run,
-                revision,
+                pair.revision,
             )
             self.undo = replace(
                 was,
@@ -7965,6 +7706,7 @@ class PairUndo:
                 contact="",
             )
         self.is_new = pair.state is not State.UNDOING
+        self.stays = group.staying_roles(pair)
 
     async def run(self) -> None:
         """Undo the merge; in a preview only find out what would be left to others."""
@@ -7999,21 +7741,17 @@ class PairUndo:
         """Give the primary its old reference, and create the contact.
 
         Between the two nothing waits, an interruption included: the units for both are there
-        before the primary is read. Raises PreconditionsExpired where something has waited before.
+        before the primary is read. Raises PreconditionsExpired where something has waited since.
         """
-        limit = FreshRead.LIMIT if self._has_moved() else Preconditions.FRESH
-        if self.group.read and self.context.environment.age(self.group.read.since) > limit:
-            try:
-                await read_primary(
-                    self.context,
-                    self.group,
-                    PairUndo.READ,
-                )
-                check_moved_reference(self.group, self.pair)
-            except PairError:
-                if self.is_new:
-                    await self._save_as_before()
-                raise
+        try:
+            # With the units for what follows: the contact, perhaps with fewer fields, or the way
+            # back.
+            await read_primary(self.context, self.group, RequestOptions(MERGE, 9))
+            check_moved_reference(self.group, self.pair)
+        except PairError:
+            if self.is_new:
+                await self._save_as_before()
+            raise
         self.context.raise_if_draining()
         with self.context.cancel_token.shield():
             if self._has_moved():
@@ -8021,45 +7759,42 @@ class PairUndo:
             try:
                 user = await recreation.run()
             except PairError as problem:
-                if problem.code not in ("contact_refused", "forbidden"):
-                    raise
-                self.undo.forbidden = problem.code == "forbidden"
-                if await self._return_reference(problem):
-                    raise
-                raise recreation.not_confirmed() from None
+                if problem.code in ("contact_refused", "forbidden"):
+                    await self._be_as_before(problem)
+                raise
         self.undo.contact = user["id"]
         self.undo.display_id = str(user.get("display_id"))
 
     async def _free_reference(self) -> None:
         """Give the primary its old reference. Raises PreconditionsExpired, and PairError where it
         keeps the moved one or another user has changed it."""
-        problem: PairError | None = None
+        group = self.group
         for reference in self.old:
-            problem = await self._set_reference(reference)
-            # Where it has gone since the update, the contact is created all the same.
-            is_gone_since = not self.group.primary and isinstance(problem, NoUsableResponse)
-            if is_gone_since or self.group.primary.get("external_ref") in self.old:
+            try:
+                await self._set_reference(reference)
                 return
-        if self._has_moved() or not self.group.primary:
+            except PairError as error:
+                problem = error
+            # Where it has gone since the update, the contact is created all the same.
+            if not group.primary and isinstance(problem, NoUsableResponse):
+                return
+        if self._has_moved() or not group.primary:
             await self._save_as_before()
         words = f"the primary did not get its old reference {self.old[0]}: {problem}"
-        raise PairError(problem.code if problem else "external_ref_not_set", words)
+        raise PairError(problem.code, words)
 
-    async def _set_reference(self, reference: str) -> PairError | None:
-        """Set the primary's reference, and return why it does not have it then, None where it has.
+    async def _set_reference(self, reference: str) -> None:
+        """Set the primary's reference. `group.primary` is what the last answer shows, empty where
+        it no longer exists.
 
-        `group.primary` is what the last answer shows, empty where it no longer exists. Raises
-        PreconditionsExpired.
+        Raises PreconditionsExpired, and PairError where it does not have the reference then.
         """
         group = self.group
         before = group.primary.get("external_ref")
-        if before == reference:
-            return None
         contact = replace(self.pair.primary, id=group.primary_id)
         update = ReferenceUpdate(
             self.api, contact, reference, lambda: RequestOptions(FINISH, rests_on=group.read)
         )
-        problem: PairError | None = None
         for _ in range(self.ATTEMPTS):
             sent = self.context.environment.now()
             user = await update.send()
@@ -8068,40 +7803,31 @@ class PairUndo:
                 group.read = FreshRead(self.context.environment, sent)
             now = group.primary.get("external_ref")
             if now == reference:
-                return None
+                return
             words = f"DevRev answered with the reference {now}"
             problem = update.problem or PairError("external_ref_not_set", words)
             if not isinstance(problem, NoUsableResponse) or now != before:
                 break
-        return problem
+        raise problem
 
-    async def _return_reference(self, problem: PairError) -> bool:
+    async def _be_as_before(self, refusal: PairError) -> None:
         """Give the primary the moved reference again, because no contact can be created.
 
-        Return False where another contact has it by now, which lists may not show yet. Raises
-        PairError where that fails.
+        Raises PairError where that fails: another contact may have it by now, which lists do not
+        show yet.
         """
-        error: PairError | None = None
         try:
             if self.undo.reference_free:
-                await read_primary(
-                    self.context,
-                    self.group,
-                    FINISH_OPTIONS,
-                )
-                check_moved_reference(self.group, self.pair)
-                error = await self._set_reference(str(self.moved))
-        except PreconditionsExpired:
-            error = PairError("stale", "it had to wait")
-        except PairError as gone:
-            error = gone
-        if isinstance(error, ApiError) and error.status == 409:
-            return False
-        if error:
+                await until_fresh(self._return_reference)
+        except PairError as error:
             words = f"{self.moved} could not be set on {self.pair.primary.short_id} again: {error}"
-            raise PairError(problem.code, f"{problem}; {words}")
+            raise PairError(refusal.code, f"{refusal}; {words}") from None
         await self._save_as_before()
-        return True
+
+    async def _return_reference(self) -> None:
+        await read_primary(self.context, self.group, FINISH_OPTIONS)
+        check_moved_reference(self.group, self.pair)
+        await self._set_reference(str(self.moved))
 
     async def _save_as_before(self) -> None:
         """Save that the merge stands as it was. What its undo knows of the merge stays."""
@@ -8146,52 +7872,29 @@ class PairUndo:
         What was deleted or given to others since is left and named. Raises PairError(not_restored)
         where DevRev refuses an update, or in a preview a read.
         """
-        pair = self.pair
-        undo = self.undo
         roles: dict[str, list[str]] = collections.defaultdict(list)
-        for identity, role in sorted(self.group.roles[pair.duplicate.id]):
+        for identity, role in sorted(self.group.roles[self.pair.duplicate.id]):
             roles[identity].append(role)
-        stays = self.group.staying_roles(pair)
-        contact = undo.contact or pair.duplicate.id
         left: list[Json] = []
         failed: list[Json] = []
         for identity, mine in roles.items():
             try:
-                left += await self._restore_object(
-                    identity,
-                    mine,
-                    contact,
-                    stays,
-                )
+                stay = await self._restore_object(identity, mine)
             except (PairError, *ODD_ANSWER) as error:
-                failed += [{"id": identity, "role": role, "why": str(error)} for role in mine]
-        undo.left = [*left, *failed]
+                stay = dict.fromkeys(mine, str(error))
+                failed.append({"id": identity})
+            left += [{"id": identity, "role": role, "why": why} for role, why in stay.items()]
+        self.undo.left = left
         if failed:
-            names = dict.fromkeys(item["display_id"] for item in describe(pair.backup, failed))
-            words = f"not restored: {', '.join(some(list(names)))}"
-            if undo.contact:
-                words = f"created again as {undo.display_id}, but {words}"
-            raise PairError("not_restored", words)
+            names = [item["display_id"] for item in describe(self.pair.backup, failed)]
+            raise PairError("not_restored", f"not restored: {', '.join(some(names))}")
 
-    async def _restore_object(
-        self,
-        identity: str,
-        roles: list[str],
-        contact: str,
-        stays: set[Role],
-    ) -> list[Json]:
-        """Write one object, and return what of it is left. Only who joins between read and write
-        can be missed."""
+    async def _restore_object(self, identity: str, roles: list[str]) -> dict[str, str]:
+        """Write one object, and return why which of its roles are left to others. Only who joins
+        between read and write can be missed."""
         if kind_of(identity) not in RESTORED_KINDS:
-            why = "works of this kind are not restored"
-            return [{"id": identity, "role": role, "why": why} for role in roles]
-        write = functools.partial(
-            self._write_object,
-            identity,
-            roles,
-            contact,
-            stays,
-        )
+            return dict.fromkeys(roles, "works of this kind are not restored")
+        write = functools.partial(self._write_object, identity, roles)
         pause = Backoff(0.1, 10.0)
         for _ in range(self.ATTEMPTS):
             left = await until_fresh(write)
@@ -8200,42 +7903,31 @@ class PairUndo:
             await self.context.cancel_token.sleep(pause.next())
         raise NoUsableResponse(f"an update of {identity}", "it answers with other people")
 
-    async def _write_object(
-        self,
-        identity: str,
-        roles: list[str],
-        contact: str,
-        stays: set[Role],
-    ) -> list[Json] | None:
-        """Read one object and write it; return what of it is left, None where no answer shows that
-        it is written. Raises PreconditionsExpired."""
-        group = self.group
+    async def _write_object(self, identity: str, roles: list[str]) -> dict[str, str] | None:
+        """Read one object and write it; return what of it is left to others, None where no answer
+        shows that it is written. Raises PreconditionsExpired."""
         sent = self.context.environment.now()
         obj = await self.api.get_object(identity, RequestOptions(RESUME, 2))
         read = FreshRead(self.context.environment, sent)
         changes, left = plan_restore(
             obj,
             roles,
-            group.primary_id,
-            contact,
-            group.aliases,
-            stays,
+            self.group.primary_id,
+            self.undo.contact or self.pair.duplicate.id,
+            self.group.aliases,
+            self.stays,
         )
         if obj and changes and not self.context.options.preview:
             self.context.raise_if_draining()
-            options = RequestOptions(FINISH, rests_on=read)
             try:
-                answer = await self.api.set_people(
-                    obj,
-                    changes,
-                    options,
-                )
+                options = RequestOptions(FINISH, rests_on=read)
+                answer = await self.api.set_people(obj, changes, options)
             except NoUsableResponse as error:
                 log.info("%s: %s", identity, error)
                 return None
             if any(set(people) - user_ids(role, answer) for role, people in changes.items()):
                 return None
-        return [{"id": identity, **one} for one in left]
+        return left
 
 
 class UndoRunner(TaskRunner):
@@ -8281,50 +7973,71 @@ class UndoRunner(TaskRunner):
 
         What keeps a pair from its end is recorded with it; what stops the run passes through.
         """
-        check = check_group_to_undo(
-            self,
-            group,
-            plan,
-            self.writable_kinds,
-        )
-        checked = await self._attempt(group, check)
+        checked: UndoGroup | None = None
         for pair in group.pairs:
-            was_forbidden = bool(pair.undo and pair.undo.forbidden)
-            problem: PairError | None
-            if isinstance(checked, PairError):
-                problem = checked
-            else:
-                work = PairUndo(
-                    self,
-                    checked,
-                    pair,
-                    plan.path,
-                ).run()
-                problem = await self._attempt(group, work)
+            problem: PairError | None = None
+            try:
+                self.raise_if_draining()
+                checked = checked or await self._check_group(group, plan)
+                await PairUndo(self, checked, pair, plan.path).run()
+            except PairError as error:
+                problem = error
+            except ODD_ANSWER as odd:
+                problem = odd_answer(group.email, odd)
             words = stranded(pair)
             if problem and words:
                 problem = PairError(problem.code, f"{problem}; {words}")
             await self.record_outcome(pair, problem)
-            if pair.undo and pair.undo.contact:
-                self.writable_kinds.add("contact")
-            is_forbidden = bool(pair.undo and pair.undo.forbidden)
-            if is_forbidden and not was_forbidden and "contact" not in self.writable_kinds:
-                # A token that may not create contacts would take the reference from each primary
-                # for a moment.
-                raise FatalError(EXIT_USAGE, str(problem))
 
-    async def _attempt(self, group: Group, work: Coroutine[Any, Any, T]) -> T | PairError:
-        """Do the work; return its result, or what keeps the pairs from their end. Raises what stops
-        the run."""
-        try:
-            self.raise_if_draining()
-            return await work
-        except PairError as problem:
-            return problem
-        except ODD_ANSWER as error:
-            return odd_answer(group.email, error)
-        finally:
-            work.close()
+    async def _check_group(self, group: Group, plan: UndoPlan) -> UndoGroup:
+        """Find a group as its merges have left it, or as an undo that was not finished has. Raises
+        PairError."""
+        savepoint = self.savepoint
+        pairs = group.pairs
+        ids = current_ids(group.primary.id, savepoint)
+        mine = {pair.ids for pair in pairs}
+        siblings: list[Pair] = []
+        for one in ids:
+            siblings += [row for row in savepoint.pairs(primary_id=one) if row.ids not in mine]
+        found = UndoGroup(pairs, siblings, primary_id=ids[-1])
+        await self.environment.run_in_thread(found.read_backups, plan.hashes)
+        found.aliases = dict.fromkeys(ids[:-1], ids[-1])
+        for pair in found.everybody():
+            if pair.undo and pair.undo.contact:
+                found.aliases[pair.duplicate.id] = pair.undo.contact
+        await read_primary(self, found, ANY_OPTIONS)
+        there = []
+        objects: set[str] = set()
+        for pair in pairs:
+            check_moved_reference(found, pair)
+            objects.update(identity for identity, _ in found.roles[pair.duplicate.id])
+            if not await no_longer_exists(self.api, found, pair):
+                there.append(pair.duplicate.short_id)
+        if there:
+            words = f"not merged, or not yet, because still there: {', '.join(there)}"
+            raise PairError("not_merged", words)
+        if not self.options.preview:
+            await self._check_write_access(sorted(objects))
+        return found
+
+    async def _check_write_access(self, objects: Iterable[str]) -> None:
+        """Set nothing on an object of each kind: a token that may not write is refused while all is
+        as it was."""
+        refused: dict[str, ApiError] = {}
+        for identity in objects:
+            kind = kind_of(identity)
+            if kind not in RESTORED_KINDS or kind in self.writable_kinds:
+                continue
+            try:
+                await self.api.set_people({"id": identity, "type": kind}, {}, ANY_OPTIONS)
+            except ApiError as api_error:
+                if api_error.status == 403:
+                    refused[kind] = api_error  # which may concern this one object alone
+                if api_error.status == 403 or api_error.missing:
+                    continue
+            self.writable_kinds.add(kind)
+        for kind in refused.keys() - self.writable_kinds:
+            raise PairError("forbidden", f"the token may not write: {refused[kind]}")
 
     async def record_outcome(
         self,
@@ -8344,27 +8057,23 @@ class UndoRunner(TaskRunner):
 def undo_entry(pair: Pair) -> Json:
     """Return what an undo has restored, or would restore, of a pair, what is left to others, and
     what is lost."""
-    undo = pair.undo
-    left: list[Json] = []
+    undo = pair.undo or UndoProgress("", "", "", 0)
     restored: list[Json] = []
     lost: list[Json] = []
     created: Json = {}
-    left_out = undo.left_out if undo else {}
-    with contextlib.suppress(PairError, *ODD_ANSWER):
-        mine = read_manifest(pair.backup).entry(pair.duplicate.id)
-        user = backed_up_contact(pair.backup, pair.duplicate.id)
-        lost = lost_in_undo(mine, user, left_out)
+    with contextlib.suppress(PairError), reading_backup(pair.backup) as backup:
+        user = backup.contact(pair.duplicate.id)
         created = creation_fields(user)
-        if undo and undo.left is not None:
-            left = undo.left
-            others = roles_in(left)
-            moved = transferred_objects(mine)
+        lost = lost_in_undo(backup.entry(pair.duplicate.id), user, undo.left_out)
+        if undo.left is not None:
+            others = roles_in(undo.left)
+            moved = backup.to_transfer(pair.duplicate.id)
             restored = [item for item in moved if (item["id"], item["role"]) not in others]
     contact: Json | None = None
-    if undo and undo.contact:
+    if undo.contact:
         contact = {"id": undo.contact, "display_id": undo.display_id}
         contact["external_ref"] = created.get("external_ref")
-        if "external_ref" in left_out:
+        if "external_ref" in undo.left_out:
             contact["external_ref"] = undo.display_id
     return {
         "email": pair.email,
@@ -8380,8 +8089,8 @@ def undo_entry(pair: Pair) -> Json:
         "error": pair.error,
         "advice": ADVICE.get(pair.code),
         "restored": describe(pair.backup, restored),
-        "left": describe(pair.backup, left),
-        "fields_left": undo.fields_left if undo else [],
+        "left": describe(pair.backup, undo.left or ()),
+        "fields_left": undo.fields_left,
         "not_restored": lost,
     }
 
@@ -8743,8 +8452,12 @@ def free_run_id(start: float, known: Collection[str] = ()) -> str:
     """
     while True:
         run_id = timestamp_name(start)
-        taken = [*REPORTS.glob(f"*_{run_id}.json"), *LOGS.glob(f"*_{run_id}.log")]
-        if run_id not in known and not taken:
+        files = (
+            report_path(run_id, "merge"),
+            report_path(run_id, "undo"),
+            LOGS / f"contact_merge_{run_id}.log",
+        )
+        if run_id not in known and not any(os.path.lexists(str(path)) for path in files):
             return run_id
         start += 1
 
@@ -8756,8 +8469,9 @@ def check_not_restored(savepoint: SavePoint) -> None:
     be repeated. Raises FatalError(2).
     """
     newest = max(savepoint.runs(), default="")
-    for path in sorted(REPORTS.glob("*_report_????????_??????.json")):
-        if path.stem.rpartition("_report_")[2] > newest:
+    for path in sorted(REPORTS.glob("*_report_*.json")):
+        run_id = path.stem.rpartition("_report_")[2]
+        if re.fullmatch(r"\d{8}_\d{6}", run_id) and run_id > newest:
             why = f"neither {SAVEPOINT} nor {SAVEPOINT_COPY} knows the run of {path}"
             fix = "Put the newest copy of both back. If nothing is missing, move that report away."
             raise FatalError(
@@ -8809,11 +8523,10 @@ def report_chunks(head: Json, lists: Mapping[str, Iterable[Json] | None]) -> Ite
     """Return a JSON document of `head` and of lists too long for the memory, None for null."""
     yield to_json({"schema": SCHEMA, **head}, indent=1)[:-2]
     for name, items in lists.items():
-        yield b",\n %s: " % to_json(name)
         if items is None:
-            yield b"null"
+            yield b",\n %s: null" % to_json(name)
             continue
-        yield b"["
+        yield b",\n %s: [" % to_json(name)
         for index, item in enumerate(items):
             yield (b",\n  " if index else b"\n  ") + to_json(item)
         yield b"\n ]"
@@ -8894,40 +8607,34 @@ def in_words(counts: Json, **words: str) -> list[str]:
     return [f"{counts[name]:,} {what}" for name, what in words.items() if counts.get(name)]
 
 
-def left_out_in_words(counts: Json) -> list[str]:
-    words = []
-    if counts["skipped_groups"]:
-        words.append(f"{plural(counts['skipped_groups'], 'group')} skipped")
-    if counts["invalid_rows"]:
-        words.append(plural(counts["invalid_rows"], "invalid row"))
-    return words
-
-
 def headline(summary: Json, record: RunRecord) -> str:
     """Return what a run has come to, in one line. It never says "all" where some remain."""
-    merged = f"{summary['successful_merges']:,}"
-    verb = "finished" if summary["unfinished_merges"] else "merged"
     if record.kind == "settle":
         ends = {"settled": "settled", "cancelled": "cancelled", "undo_settled": "partly undone"}
         words = in_words(summary, **ends) or ["nothing settled"]
-    elif summary["pairs_planned"] is None:
-        words = [f"the run was killed: {merged} {verb}"]
+        return ", ".join([*words, *in_words(summary, unfinished_merges="still unfinished")])
+    others: Json = summary.get("earlier_runs", {})
+    merged = f"{summary['successful_merges']:,}"
+    verb = "finished" if summary["unfinished_merges"] else "merged"
+    words = []
+    if summary["pairs_planned"] is None:
+        words.append(f"the run was killed: {merged} {verb}")
     elif summary["pairs_planned"] > summary["already_merged"]:
         pairs = plural(summary["pairs_planned"] - summary["already_merged"], "pair")
-        words = [f"{merged} of {pairs} {verb}"]
-    else:
-        words = ["nothing to merge"]
-    words += in_words(
-        {**summary, "failed": summary["failed_merges"] - summary["cancelled"]},
-        unfinished_merges="unfinished",
-        unfinished_but_merged="of them merged in DevRev",
-        failed="failed",
-        left="remaining",
-        already_merged="merged before",
-    )
-    words += left_out_in_words(summary)
+        words.append(f"{merged} of {pairs} {verb}")
+    elif not others:
+        words.append("nothing to merge")
+    words += in_words(summary, unfinished_merges="unfinished")
+    if summary["unfinished_but_merged"]:
+        words[-1] += f" ({summary['unfinished_but_merged']:,} of them merged in DevRev)"
+    counts = {**summary, "failed": summary["failed_merges"] - summary["cancelled"]}
+    ends = {"failed": "failed", "cancelled": "cancelled", "left": "remaining"}
+    words += in_words(counts, **ends, already_merged="merged before")
+    for name, noun in (("skipped_groups", "skipped group"), ("invalid_rows", "invalid row")):
+        if summary[name]:
+            words.append(plural(summary[name], noun))
     ends = {"successful_merges": "finished", "unfinished_merges": "unfinished"}
-    earlier = in_words(summary.get("earlier_runs", {}), **ends, failed_merges="failed")
+    earlier = in_words(others, **ends, failed_merges="failed")
     if earlier:
         words.append(f"of earlier runs, not in this plan: {', '.join(earlier)}")
     return ", ".join(words)
@@ -9019,10 +8726,13 @@ def page_chunks(kind: str, headline: str, report: Iterable[bytes]) -> Iterator[b
     head, _, tail = REPORT_PAGE.partition("__REPORT__")
     head = head.replace("__HASH__", digest).replace("__KIND__", kind)
     yield head.replace("__HEADLINE__", html.escape(headline)).encode()
-    for line in report:
-        # So that nothing in it can end the <script> element that holds it.
-        yield line.replace(b"<", b"\\u003c")
+    yield from map(for_script, report)
     yield tail.encode()
+
+
+def for_script(text: bytes) -> bytes:
+    """Escape JSON so that nothing in it can end the <script> element that holds it."""
+    return re.sub(rb"[<>&]", lambda found: b"\\u%04x" % ord(found.group()), text)
 
 
 MERGE_COLUMNS = (
@@ -9232,12 +8942,17 @@ class Console:
 
     COLOURS: Mapping[str, str] = {"good": "32", "bad": "31", "bold": "1"}
 
-    def __init__(self, quiet: bool = False, is_all_on_err: bool = False) -> None:
+    def __init__(
+        self,
+        quiet: bool = False,
+        out: TextIO | None = None,
+        err: TextIO | None = None,
+    ) -> None:
         self.quiet = quiet
         nowhere = functools.partial(open, os.devnull, "w", encoding="utf-8")
         self.data: TextIO = sys.stdout or nowhere()
-        self.err: TextIO = sys.stderr or nowhere()
-        self.out = self.err if is_all_on_err else self.data
+        self.err: TextIO = err or sys.stderr or nowhere()
+        self.out = out or self.data
         self.mask: Callable[[str], str] = str
         self._output = Output()
         self._has_status = False  # whether a status line is shown
@@ -9273,6 +8988,10 @@ class Console:
         with contextlib.suppress(OSError, ValueError):
             return os.get_terminal_size(stream.fileno()).columns or 80
         return 80
+
+    @property
+    def width(self) -> int:
+        return self.columns(self.out)
 
     def sanitize(self, text: str) -> str:
         return escape_unprintable(self.mask(text))
@@ -9326,10 +9045,9 @@ class Console:
 
     def suggest(self, words: str, command: str = "") -> None:
         """Print a next step; its command is not wrapped, so that it can be copied."""
-        if self.quiet:
-            return
-        self.print_err(f"next: {words}")
-        if command:
+        if not self.quiet:
+            self.print_err(f"next: {words}")
+        if command and not self.quiet:
             self._put(self.err, f"  {self.sanitize(command)}\n")
 
     def error(self, text: str) -> None:
@@ -9340,8 +9058,12 @@ class Console:
         """Show the one line that is rewritten in place on a terminal; `""` removes it."""
         if self.quiet or not self.rewrites or self._output.jobs.qsize():
             return
-        self._put(self.err, self.sanitize(text)[: self.columns(self.err) - 1])
-        self._has_status = bool(text)
+        room = self.columns(self.err) - 1
+        line = self.sanitize(text)
+        if len(line) > room:
+            line = f"{line[: room - 3]}..."
+        self._put(self.err, line)
+        self._has_status = bool(line)
 
 
 class LogHandler(logging.Handler):
@@ -9375,9 +9097,9 @@ class LogHandler(logging.Handler):
 # --------------------------------------------------------------------------------------------------
 
 
-def plan_summary(plan: Plan, earlier: Sequence[Pair]) -> Json:
+def plan_summary(plan: Plan, requests: int, earlier: Sequence[Pair]) -> Json:
     """The plan in numbers; `earlier` are the pairs that are taken over from earlier runs."""
-    new = len(plan.new_pairs())
+    new = sum(pair.state is State.PLANNED for pair in plan.pairs())
     in_csv = sum(pair.ids in plan.ids for pair in earlier)
     return {
         "plan_id": plan.id,
@@ -9392,19 +9114,8 @@ def plan_summary(plan: Plan, earlier: Sequence[Pair]) -> Json:
         "invalid_rows": plan.invalid_count,
         "other_references": plan.other_refs,
         "other_reference_example": plan.other_ref or None,
+        "estimated_requests": requests,
     }
-
-
-def plan_headline(facts: Json) -> str:
-    """Say in one line what a run would do with a plan."""
-    words = in_words(
-        facts,
-        pairs_to_finish="of earlier runs to finish first",
-        left="remaining (--email, --limit)",
-        already_merged="merged before",
-    )
-    new = f"{plural(facts['pairs_to_merge'], 'pair')} to merge"
-    return ", ".join([new, *words, *left_out_in_words(facts)])
 
 
 def plan_chunks(
@@ -9421,7 +9132,8 @@ def plan_chunks(
             "duplicate": contact_entry(pair.duplicate, "external_ref"),
             "new_external_ref": pair.new_ref,
         }
-        for pair in plan.new_pairs()
+        for pair in plan.pairs()
+        if pair.state is State.PLANNED
     )
     lists: dict[str, Iterable[Json] | None] = {"pairs": pairs}
     lists["to_finish"] = (merge_entry(one, plan.ids) for one in earlier)
@@ -9445,10 +9157,34 @@ def show_plan(
             print_list(console, title, lines)
         for code in SKIP_REASONS:
             print_list(console, *_skip_list(plan, code))
-    console.print(f"{plural(plan.contacts_read, 'contact')} read")
-    for line in filter(None, (plan.others_line(), cost, f"plan {plan.id}")):
-        console.print(line)
-    console.print(plan_headline(facts), "bold")
+    counts = [f"{plural(plan.contacts_read, 'contact')} read"]
+    if plan.invalid_count:
+        counts.append(plural(plan.invalid_count, "invalid row"))
+    if plan.look_alikes:
+        counts.append(f"{plural(len(plan.look_alikes), 'group')} of look-alikes")
+    if plan.other_refs:
+        counts.append(plan.others_line())
+    console.print(", ".join(counts))
+    if facts["already_merged"]:
+        console.print(f"{plural(facts['already_merged'], 'pair')} merged by earlier runs")
+    if facts["left"]:
+        pairs = plural(facts["left"], "pair")
+        console.print(f"{pairs} remaining for another run (--email, --limit)")
+    console.print(cost)
+    console.print(f"plan {plan.id}")
+    console.print(plan_headline(plan, facts["pairs_to_merge"], len(earlier)), "bold")
+
+
+def plan_headline(plan: Plan, new: int, earlier: int) -> str:
+    """Say in one line what a run would do with `new` pairs and those of earlier runs."""
+    words = [f"{plural(new, 'pair')} to merge"]
+    if plan.skipped:
+        words.append(f"{plural(len(plan.skipped), 'group')} skipped")
+    if plan.invalid_count:
+        words.append(plural(plan.invalid_count, "invalid row"))
+    if earlier:
+        words.append(f"{earlier:,} of earlier runs to finish first")
+    return ", ".join(words)
 
 
 def print_list(console: Console, title: str, lines: Sequence[str]) -> None:
@@ -9549,29 +9285,30 @@ def _skip_list(plan: Plan, code: str) -> tuple[str, list[str]]:
 
 
 def _show_pairs(plan: Plan, console: Console) -> None:
-    """Print the pairs as a table; a row that does not fit the terminal on two lines."""
+    """Print the pairs as a table; a row that does not fit the terminal on two lines, and all rows
+    where most would not."""
     arrow = console.arrow
-    rows: list[tuple[str, ...]] = [
-        ("EMAIL", "PRIMARY", "TICKETS", arrow, "DUPLICATE", "TICKETS", "REFERENCE", "NAME")
-    ]
-    for pair in plan.new_pairs():
-        moves = "moves" if pair.new_ref else "unchanged"
-        primary, duplicate = pair.primary, pair.duplicate
-        cells = (
-            pair.email, _ids(primary), str(primary.tickets), arrow, _ids(duplicate),
-            str(duplicate.tickets), moves, names_of(pair),
-        )  # fmt: skip
-        rows.append(tuple(map(console.sanitize, cells)))
+    head = ("EMAIL", "PRIMARY", "TICKETS", arrow, "DUPLICATE", "TICKETS", "REFERENCE", "NAME")
+    rows: list[tuple[str, ...]] = [head]
+    for pair in plan.pairs():
+        if pair.state is State.PLANNED:
+            moves = "moves" if pair.new_ref else "unchanged"
+            primary, duplicate = pair.primary, pair.duplicate
+            cells = (
+                pair.email, _ids(primary), str(primary.tickets), arrow, _ids(duplicate),
+                str(duplicate.tickets), moves, names_of(pair),
+            )  # fmt: skip
+            rows.append(tuple(map(console.sanitize, cells)))
     if len(rows) == 1:
         return
     # One long cell must not take the table from all the others.
     widths = [max(len(cell) for cell in column if len(cell) <= 60) for column in zip(*rows)]
     form = "%-{}s  %-{}s %{}s %{}s %-{}s %{}s  %-{}s  %-{}s".format(*widths)
+    is_table = len(form % head) <= console.width
     lines = []
-    width = console.columns(console.out)
     for row in rows:
         line = (form % row).rstrip()
-        if len(line) > width:
+        if not is_table or len(line) > console.width:
             line = "{0}  {7}\n  {1} ({2}) {3} {4} ({5}), {6}".format(*row)
         lines.append(line)
     for line in lines[0].split("\n"):
@@ -10011,7 +9748,7 @@ class RunContext:
         self.may_write = changes_something and not options.preview
         # With --json a run prints its report on stdout, and everything else on stderr.
         self.reports_json = options.json and self.may_write
-        self.console = Console(options.quiet, self.reports_json)
+        self.console = Console(options.quiet, sys.stderr if self.reports_json else None)
         self.environment = environment or Environment(ApiSettings(token=""))
         self.started = self.environment.now()
         self.run_id = free_run_id(self.started.wall)
@@ -10257,8 +9994,8 @@ def preview(run: RunContext) -> int:
     known = open_savepoint(run, readonly=True)
     plan = make_plan(run, known)
     earlier = [*known.unfinished(), *plan.revived]
-    facts = plan_summary(plan, earlier)
-    cost = facts["estimated_requests"] = expected_requests(plan, not run.options.no_timelines)
+    cost = expected_requests(plan, not run.options.no_timelines)
+    facts = plan_summary(plan, cost, earlier)
     live: list[Json] | None = None
     if run.options.live:
         live = run.environment.run_event_loop(preview_live(run, plan))
@@ -10594,8 +10331,8 @@ def merge_facts(
     for index, path in enumerate(run.options.csv):
         modified = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
         facts[f"CSV{' ' * index}"] = f"{path} of {modified:%Y-%m-%d %H:%M} UTC"
-    new = [describe_pair(pair) for pair in plan.new_pairs()]
-    facts["plan"] = f"{plan.id}: {plan_headline(plan_summary(plan, unfinished))}"
+    new = [describe_pair(pair) for pair in plan.pairs() if pair.state is State.PLANNED]
+    facts["plan"] = f"{plan.id}: {plan_headline(plan, len(new), len(unfinished))}"
     if unfinished:
         others = ""
         if run.options.limit or run.options.email:
@@ -11031,9 +10768,8 @@ def undo_facts(plan: UndoPlan) -> dict[str, str]:
     pairs = plan.pairs()
     objects: set[str] = set()
     for pair in pairs:
-        with contextlib.suppress(PairError):
-            for item in objects_to_transfer(pair.backup, pair.duplicate.id):
-                objects.add(item["id"])
+        with contextlib.suppress(PairError), reading_backup(pair.backup) as backup:
+            objects.update(item["id"] for item in backup.to_transfer(pair.duplicate.id))
     facts = {"to undo": plural(len(pairs), "merge"), "of": str(plan.path)}
     facts.update(numbered(map(created_again, pairs)))
     if objects:
@@ -11241,12 +10977,12 @@ async def check_csv(run: RunContext, steps: list[tuple[str, str]]) -> str:
     """Read the CSV, and put the next step into `steps`."""
     known = open_savepoint(run, readonly=True)
     plan = make_plan(run, known)
-    earlier = [*known.unfinished(), *plan.revived]
-    facts = plan_summary(plan, earlier)
-    steps[:] = next_step(run, facts["pairs_to_merge"], len(earlier), known)
+    new = sum(pair.state is State.PLANNED for pair in plan.pairs())
+    earlier = len(plan.revived) + len(known.unfinished())
+    steps[:] = next_step(run, new, earlier, known)
     if run.organisation:
         check_organisation(run.organisation, "CSV", plan.contacts)
-    return plan_headline(facts)
+    return plan_headline(plan, new, earlier)
 
 
 async def check_access(api: DevRevAPI) -> str:
@@ -11375,7 +11111,7 @@ def verify_backups(run: RunContext) -> int:
             facts["partial"].append(str(folder))
             continue
         try:
-            verify_backup(folder)
+            verify_backup(str(folder))
             facts["complete"] += 1
         except PairError as error:
             facts["damaged"].append(str(error))

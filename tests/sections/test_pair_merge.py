@@ -157,7 +157,7 @@ class FakeDevRev(tool.Environment):
         assert body == {"primary_user": P, "secondary_user": D}
         row = self.saved
         assert row["state"] == "requested" and abs(row["requested_at"] - self.clock.wall) < 0.1
-        backup = tool.verify_backup(Path(row["backup"]))
+        backup = tool.verify_backup(row["backup"])
         assert backup.sha256 == row["manifest_sha256"] and backup.holdings == row["backed_up"]
         assert backup.manifest["created"] > tool.iso(self.clock.wall - 120)
 
