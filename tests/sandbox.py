@@ -28,24 +28,29 @@ import secrets
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Sequence
 
-from tests.fake.organisation import Organisation
-from tests.fake.seeding import seed
+from tests.fake.organisation import ROLES, Organisation
+from tests.fake.seeding import organisation_of
 from tests.fake.server import Sandbox
 from tests.fake.trouble import FAULTS, Fault, Request
 from tests.fake.world import SWITCHES
 
 __all__ = ["Fault", "Organisation", "Request", "Sandbox"]  # what tests use
 REPOSITORY = Path(__file__).resolve().parent.parent
-SAMPLE_CSV = Path(__file__).resolve().parent / "data" / "contacts.csv"
+SAMPLE = REPOSITORY / "tests" / "data" / "contacts.csv"
+COLUMNS = (
+    "REV_USER_ID", "DISPLAY_NAME", "EMAIL", "EXTERNAL_REF", "FULL_NAME", "TICKET_COUNT", "CREATED_AT", "UPDATED_AT",
+)  # fmt: skip
+FACTS = (
+    "id", "display_name", "email", "external_ref", "full_name", "tickets", "created_date", "modified_date"
+)  # fmt: skip
 
-# --------------------------------------------------------------------------------------------------
-# Command line: serve
-# --------------------------------------------------------------------------------------------------
+
+# -- serve -----------------------------------------------------------------------------------------
 
 
 def fault_option(text: str) -> Fault:
@@ -56,18 +61,6 @@ def fault_option(text: str) -> Fault:
         return Fault(kind, endpoint or "*", float(chance or 1.0))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from error
-
-
-def quota_option(text: str) -> tuple[int, float]:
-    """`LIMIT/SECONDS`, e.g. `1000/300`."""
-    limit, _, window = text.partition("/")
-    try:
-        quota = int(limit), float(window)
-    except ValueError:
-        quota = 0, 0.0
-    if min(quota) <= 0:
-        raise argparse.ArgumentTypeError("LIMIT/SECONDS is wanted, e.g. 1000/300")
-    return quota
 
 
 def switch_option(text: str) -> tuple[str, Any]:
@@ -96,45 +89,18 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     serve_parser = commands.add_parser(
         "serve",
         help="stay up until Ctrl-C, to practise by hand",
-        description="Serve a new organisation, made from an export, until Ctrl-C.",
+        description="Serve a new organisation until Ctrl-C.",
         epilog="Faults: " + ", ".join(FAULTS),
     )
     option = serve_parser.add_argument
     option("--port", type=int, default=0, metavar="N", help="default: any free port")
-    option("--csv", type=Path, default=SAMPLE_CSV, metavar="PATH", help="default: the sample")
-    option(
-        "--merge-delay",
-        type=float,
-        default=0.3,
-        metavar="S",
-        help="seconds from a merge's acknowledgement until it is carried out (default: 0.3)",
-    )
-    option(
-        "--latency", type=float, default=0.0, metavar="S", help="seconds each request takes longer"
-    )
-    option(
-        "--gone",
-        choices=(*Sandbox.GONE, *Sandbox.ODD),
-        default="404",
-        metavar="MANNER",
-        help="how a merged contact answers (default: 404): "
-        + ", ".join((*Sandbox.GONE, *Sandbox.ODD)),
-    )
     option(
         "--set",
         type=switch_option,
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="behave in another way that is known of DevRev, e.g. merge_answer=204 (may be repeated; tests/fake/organisation.py "
-        "lists all)",
-    )
-    option(
-        "--quota",
-        type=quota_option,
-        default=(1000, 60.0),
-        metavar="LIMIT/SECONDS",
-        help="that the organisation announces (default: 1000/60)",
+        help="behave in another way, e.g. merge_delay=20 (may be repeated; tests/fake/world.py has all)",
     )
     option(
         "--fault",
@@ -156,30 +122,18 @@ def say(text: str = "") -> None:
 def serve(options: argparse.Namespace) -> int:
     """Serve until Ctrl-C."""
     try:
-        key = "PRACTICE" + secrets.token_hex(3).upper()
-        organisation = seed(Organisation, options.csv, key)
-        sandbox = Sandbox(
-            organisation,
-            port=options.port,
-            latency=options.latency,
-            merge_delay=options.merge_delay,
-            gone=options.gone,
-            quota=options.quota,
-            faults=options.fault,
-            **dict(options.set),
-        )
+        organisation = organisation_of(SAMPLE, "PRACTICE" + secrets.token_hex(3).upper())
+        settings = {"port": options.port, "quota": (1000, 60.0), **dict(options.set)}
+        sandbox = Sandbox(organisation, faults=options.fault, **settings)
         Practice(sandbox).prepare()
         with sandbox:
             introduce(sandbox)
-            try:
-                while True:
-                    time.sleep(3600)
-            except KeyboardInterrupt:
-                say()
+            with contextlib.suppress(KeyboardInterrupt):
+                threading.Event().wait()
     except (OSError, OverflowError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    say(f"{sandbox.count()} requests, {len(organisation.merges)} merges")
+    say(f"\n{sandbox.count()} requests, {len(organisation.merges)} merges")
     return 0
 
 
@@ -205,7 +159,7 @@ class Practice:
             match = lambda body: body.get("secondary_user") == left_behind  # noqa: E731
             ticket = self._works(left_behind)[0]["id"]
             self.sandbox.faults.append(Fault("merge-leaves", match=match, detail=[ticket]))
-        self.sandbox.pages["/"] = ("text/html; charset=utf-8", lambda: page(self.organisation))
+        self.sandbox.pages["/"] = lambda: page(self.organisation)
 
     def _pairs(self) -> list[str]:
         """Return the `user_` contact of each address that has one REVU- contact besides, most tickets first."""
@@ -230,26 +184,12 @@ class Practice:
     def _write_export(self) -> None:
         with open(self.CSV, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(
-                [
-                    "REV_USER_ID",
-                    "DISPLAY_NAME",
-                    "EMAIL",
-                    "EXTERNAL_REF",
-                    "FULL_NAME",
-                    "TICKET_COUNT",
-                    "CREATED_AT",
-                    "UPDATED_AT",
-                ]
-            )
+            writer.writerow(COLUMNS)
             for one in self.organisation.contacts.values():
-                counts = [
-                    len(self.organisation.works.find([(role, [one["id"]])]))
-                    for role in ("owned_by", "created_by", "reported_by")
-                ]
-                row = (one["id"], one["display_name"], one["email"], one["external_ref"])
-                times = one["created_date"], one["modified_date"]
-                writer.writerow((*row, one.get("full_name", ""), max(counts), *times))
+                find = self.organisation.works.find
+                tickets = max(len(find([(role, [one["id"]])])) for role in ROLES)
+                facts = {**one, "tickets": tickets}
+                writer.writerow(facts.get(name, "") for name in FACTS)
 
 
 STYLE = (
@@ -312,9 +252,7 @@ def introduce(sandbox: Sandbox) -> None:
     say("\nCtrl-C ends it.")
 
 
-# --------------------------------------------------------------------------------------------------
-# Demo
-# --------------------------------------------------------------------------------------------------
+# -- the demo --------------------------------------------------------------------------------------
 
 
 class Demo:
@@ -324,7 +262,7 @@ class Demo:
     CHOICE = ("luca.ferri@example.com", "REVU-D401")
 
     def __init__(self) -> None:
-        self.organisation = Organisation.from_csv(SAMPLE_CSV)
+        self.organisation = organisation_of(SAMPLE)
         self.references = {
             contact_id: contact["external_ref"]
             for contact_id, contact in self.organisation.contacts.items()

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import fnmatch
 import hashlib
 import json
 import math
 import re
 import urllib.parse
-from typing import (
-    Any,
-    Callable,
-    Collection,
-    Iterable,
-    NamedTuple,
-    Sequence,
-)
+from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
 from tests.fake.organisation import (
     ALL_WORK_KINDS,
@@ -39,7 +29,6 @@ from tests.fake.organisation import (
 )
 from tests.fake.trouble import (
     ODD_POLLS,
-    REFUSALS,
     STATES_LEFT,
     Answer,
     Fault,
@@ -59,26 +48,12 @@ class Field(NamedTuple):
     kind: str
     allowed: tuple[str, ...] = ()
     required: bool = False
-    nullable: bool = False
 
 
-JSON_TYPES = {
-    "bool": bool,
-    "id": str,
-    "text": str,
-    "enum": str,
-    "int": int,
-    "set": dict,
-    "object": dict,
-}
-JSON_NAMES = (
-    (type(None), "null"),
-    (bool, "bool"),
-    ((int, float), "number"),
-    (str, "string"),
-    (list, "array"),
-    (dict, "object"),
-)  # type: Tuple[Tuple[Any, str], ...]
+JSON_TYPES = {"bool": bool, "id": str, "text": str, "enum": str, "int": int, "set": dict}
+JSON_NAMES = {
+    type(None): "null", bool: "bool", int: "number", float: "number", str: "string", list: "array", dict: "object"
+}  # fmt: skip
 
 TEXT = Field("text")
 TEXTS = Field("texts")
@@ -87,8 +62,10 @@ USER_SET = Field("set", USER_KINDS)
 CONTACT = Field("id", ("revu",), required=True)
 CONVERSATION = Field("id", ("conversation",), required=True)
 WORK = Field("id", ALL_WORK_KINDS, required=True)
-OBJECT = Field("object")
 ORGS = Field("ids", ("revo", "account"))
+ORG = Field("id", ORGS.allowed)
+OBJECT = Field("id", (*ALL_WORK_KINDS, "conversation", "revu"), required=True)
+PAGING = {"cursor": TEXT, "limit": Field("int"), "mode": Field("enum", ("after",))}
 OF_A_CONTACT = {
     "external_ref": TEXT,
     "display_name": TEXT,
@@ -96,275 +73,162 @@ OF_A_CONTACT = {
     "email": TEXT,
     "phone_numbers": TEXTS,
     "display_picture": TEXT,
-    "custom_schema_spec": OBJECT,
 }
-PAGING = {"cursor": TEXT, "limit": Field("int"), "mode": Field("enum", ("after",))}
-OF_WORKS = {
-    "type": Field("enums", WORK_KINDS),
-    "owned_by": USERS,
-    "created_by": USERS,
-    "reported_by": USERS,
-}
+VISIBILITIES = ("external", "internal", "private", "public")
 
+# The properties that the world acts on and no others: a filter that was accepted and then ignored would answer a
+# question nobody asked. Which kinds of works there are, the world says.
 SHAPES: dict[str, dict[str, Field]] = {
     "dev-users.self": {},
     "rev-users.get": {"id": CONTACT},
     "rev-users.list": dict(
-        PAGING,
-        email=TEXTS,
-        external_ref=TEXTS,
-        phone_numbers=TEXTS,
-        rev_org=ORGS,
-        associations=ORGS,
+        PAGING, email=TEXTS, external_ref=TEXTS, phone_numbers=TEXTS, rev_org=ORGS, associations=ORGS,
         is_verified=Field("bool"),
     ),
-    "rev-users.scan": {"cursor": TEXT, "email": TEXTS, "external_ref": TEXTS},
     "rev-users.merge": {"primary_user": CONTACT, "secondary_user": CONTACT},
-    "rev-users.create": dict(
-        OF_A_CONTACT, rev_org=Field("id", ("revo", "account")), custom_schema_fragments=TEXTS
-    ),
-    "rev-users.update": dict(
-        OF_A_CONTACT,
-        id=CONTACT,
-        custom_fields=OBJECT,
-        custom_schema_fragments=OBJECT,
-        display_picture=Field("text", nullable=True),
-    ),
-    "rev-users.delete": {"id": CONTACT},
-    "works.list": dict(PAGING, **OF_WORKS),
-    "works.count": OF_WORKS,
+    "rev-users.create": dict(OF_A_CONTACT, rev_org=ORG),
+    "rev-users.update": dict(OF_A_CONTACT, id=CONTACT),
+    "works.list": dict(PAGING, type=Field("enums"), **dict.fromkeys(ROLES, USERS)),
     "works.get": {"id": WORK},
-    "works.update": {
-        "id": WORK,
-        "type": Field("enum", WORK_KINDS),
-        "owned_by": USER_SET,
-        "reported_by": USER_SET,
-        "title": TEXT,
-        "body": TEXT,
-    },
+    "works.update": dict(
+        id=WORK, type=Field("enum"), owned_by=USER_SET, reported_by=USER_SET, title=TEXT, body=TEXT
+    ),
     "conversations.list": dict(PAGING, members=USERS),
     "conversations.get": {"id": CONVERSATION},
-    "conversations.update": {
-        "id": CONVERSATION,
-        "members": USER_SET,
-        "owned_by": USER_SET,
-        "title": TEXT,
-        "description": TEXT,
-    },
-    "timeline-entries.list": dict(
-        PAGING,
-        object=Field("id", (*ALL_WORK_KINDS, "conversation", "revu"), required=True),
-        visibility=Field("enums", ("external", "internal", "private", "public")),
+    "conversations.update": dict(
+        id=CONVERSATION, members=USER_SET, owned_by=USER_SET, title=TEXT, description=TEXT
     ),
-}
-LONG_SHAPES = {  # where works of every kind can be asked for
-    name: dict(SHAPES[name], type=Field(SHAPES[name]["type"].kind, ALL_WORK_KINDS))
-    for name in ("works.list", "works.count", "works.update")
-}
+    "timeline-entries.list": dict(
+        PAGING, object=OBJECT, visibility=Field("enums", VISIBILITIES)
+    ),
+}  # fmt: skip
 CONTACT_FILTERS = ("email", "external_ref", "phone_numbers", "rev_org")
-POST_ONLY = tuple(
-    name for name in SHAPES if name.endswith((".merge", ".create", ".update", ".delete"))
-)
+NOT_PERMITTED = "value_not_permitted"
 
 
-def check_shape(shape: dict[str, Field], body: dict[str, Any], max_ids: int | None) -> None:
-    """Refuse a body with a property that is missing, unknown or of the wrong kind.
+def bad(kind: str, name: str, problem: str, **more: Any) -> Refused:
+    """400 of one of DevRev's types, which names the property."""
+    return Refused(400, f"{name}: {problem}", kind, field_name=name, **more)
 
-    The world knows the properties it acts on and no others: a filter that was accepted and then
-    ignored would answer a question nobody asked.
-    """
+
+def check_shape(shape: dict[str, Field], body: Thing, max_ids: int | None) -> None:
+    """Refuse a body with a property that is missing, unknown or of the wrong kind."""
     for name in body:
         if name not in shape:
-            message = f"unknown property: {name}"
-            raise Refused(400, "invalid_field", message, field_name=name)
+            raise bad("invalid_field", name, "unknown property")
     for name, wanted in shape.items():
         if name in body:
             check_value(name, wanted, body[name], max_ids)
         elif wanted.required:
-            message = f"missing property: {name}"
-            raise Refused(400, "missing_required_field", message, field_name=name)
+            raise bad("missing_required_field", name, "missing property")
 
 
 def check_value(name: str, wanted: Field, value: Any, max_ids: int | None) -> None:
     """Refuse a value of the wrong type, an id that is none, a value outside an enumeration."""
-    if value is None and wanted.nullable:
-        return
-    if wanted.kind.endswith("s"):
+    kind, allowed = wanted.kind, wanted.allowed
+    if kind.endswith("s"):
         check_type(name, value, list)
-        if wanted.kind == "ids" and max_ids is not None and len(value) > max_ids:
-            message = f"{name} names more than {max_ids} ids"
-            raise Refused(400, "value_not_permitted", message, field_name=name)
+        if kind == "ids" and max_ids is not None and len(value) > max_ids:
+            raise bad(NOT_PERMITTED, name, f"names more than {max_ids} ids")
         for item in value:
-            check_value(name, Field(wanted.kind[:-1], wanted.allowed), item, max_ids)
+            check_value(name, Field(kind[:-1], allowed), item, max_ids)
         return
-    check_type(name, value, JSON_TYPES[wanted.kind])
-    if wanted.kind == "id":
-        check_id(name, value, wanted.allowed)
-    elif wanted.kind == "enum" and value not in wanted.allowed:
-        message = f"{name}: {value!r} is not permitted"
-        allowed = list(wanted.allowed)
-        more = {"field_name": name, "value": value, "allowed_values": allowed}
-        raise Refused(400, "invalid_enum_value", message, **more)
-    elif wanted.kind == "set":
+    check_type(name, value, JSON_TYPES[kind])
+    if kind == "id" and kind_of(value) is None:
+        raise bad("invalid_id", name, f"{value!r} is not an id")
+    if kind == "id" and kind_of(value) not in allowed:
+        raise unexpected_id(name, value)
+    if kind == "enum" and value not in allowed:
+        more = {"value": value, "allowed_values": list(allowed)}
+        raise bad("invalid_enum_value", name, f"{value!r} is not permitted", **more)
+    if kind == "set":
         for key in value:
             if key != "set":
-                message = f"unknown property: {name}.{key}"
-                raise Refused(400, "invalid_field", message, field_name=f"{name}.{key}")
-        check_value(f"{name}.set", Field("ids", wanted.allowed), value.get("set", []), None)
+                raise bad("invalid_field", f"{name}.{key}", "unknown property")
+        check_value(f"{name}.set", Field("ids", allowed), value.get("set", []), None)
 
 
 def check_type(name: str, value: Any, wanted: type) -> None:
     """Refuse a value of another JSON type."""
-    if isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
-        return
-    more = {"field_name": name, "actual": json_name(type(value)), "expected": json_name(wanted)}
-    message = "{field_name}: expected {expected}, got {actual}".format(**more)
-    raise Refused(400, "unexpected_json_type", message, **more)
+    if type(value) is not wanted:
+        expected, actual = JSON_NAMES[wanted], JSON_NAMES[type(value)]
+        problem = f"expected {expected}, got {actual}"
+        raise bad("unexpected_json_type", name, problem, actual=actual, expected=expected)
 
 
-def json_name(python_type: type) -> str:
-    """What JSON calls a Python type."""
-    return next(name for types, name in JSON_NAMES if issubclass(python_type, types))
+def unexpected_id(name: str, value: str) -> Refused:
+    """400: it is the id of something else."""
+    problem = f"the id of a {kind_of(value)} is not wanted here"
+    return bad("unexpected_id_type", name, problem, value=value)
 
 
-def check_id(name: str, value: str, kinds: Collection[str]) -> None:
-    """Refuse what is no id, or the id of something else."""
-    kind = kind_of(value)
-    if kind is None:
-        message = f"{name}: {value!r} is not an id"
-        raise Refused(400, "invalid_id", message, field_name=name)
-    if kind not in kinds:
-        message = f"{name}: the id of a {kind} is not wanted here"
-        raise Refused(400, "unexpected_id_type", message, field_name=name, value=value)
+def forbidden(**more: Any) -> Refused:
+    """403, which may name objects."""
+    return Refused(403, "The token may not do that.", **more)
 
 
-class Restrictions:
-    """What a token may not see, and the pages that lists are served in."""
-
-    def __init__(self, world: Any) -> None:
-        self.world = world
-        self.organisation = world.organisation
-        self._endpoint = ""
-
-    def _check_restricted(self, body: Thing) -> None:
-        """Refuse a request that names what the token may not see, or may not see the timeline of, or change."""
-        world = self.world
-        named = [
-            body[name]
-            for name in ("id", "object", "primary_user", "secondary_user")
-            if name in body
-        ]
-        named += [
-            one
-            for name in ("owned_by", "created_by", "reported_by", "members")
-            for one in body.get(name, ())
-        ]
-        hidden = set(world.restricted)
-        if self._endpoint == "timeline-entries.list":
-            hidden |= set(world.restricted_timelines)
-        if self._endpoint.endswith((".update", ".merge", ".delete")):
-            hidden |= set(world.restricted_writes)
-        self._forbid([one for one in named if one in hidden])
-        kinds = [kind_of(one) for name, one in body.items() if name in ("id", "object")]
-        if self._endpoint.startswith("conversations."):
-            kinds.append("conversation")
-        if any(kind in world.hidden_kinds for kind in kinds):
-            self._forbid(
-                [one for name, one in body.items() if name in ("id", "object")], refused=True
-            )
-
-    def _forbid(self, ids: Sequence[str], refused: bool = False) -> None:
-        """Refuse with 403, naming the objects where the world names them."""
-        if ids or refused:
-            more = (
-                {"object_ids": list(dict.fromkeys(ids))}
-                if ids and self.world.names_object_ids
-                else {}
-            )
-            raise Refused(403, "forbidden", "The token may not do that.", **more)
-
-    def _page(self, name: str, things: Sequence[tuple[int, Thing]], body: Thing) -> Thing:
-        """One page of a list, as the world serves lists."""
-        world = self.world
-        if world.restricted_in_lists == "left out":
-            things = [one for one in things if one[1]["id"] not in world.restricted]
-        empty = 0
-        if any(fnmatch.fnmatchcase(self._endpoint, pattern) for pattern in world.thin_lists):
-            start = start_of(name, body)[0]
-            empty = (
-                world.empty_pages(self._endpoint, start)
-                if callable(world.empty_pages)
-                else world.empty_pages
-            )
-        paging = self._paging(body)
-        found = page(name, things, body, empty, world.largest_page, world.trailing_page, paging)
-        if "next_cursor" in found:
-            world.cursors[found["next_cursor"]] = self.organisation.now()
-        if world.restricted_in_lists == "403":
-            self._forbid([one["id"] for one in found[name] if one["id"] in world.restricted])
-        return found
-
-    def _paging(self, body: Thing) -> str:
-        """How this page is made; refuses a cursor that has expired."""
-        world = self.world
-        if "cursor" in body and world.cursor_life is not None:
-            age = self.organisation.now() - world.cursors.get(body["cursor"], -math.inf)
-            if age > world.cursor_life:
-                message = "the cursor has expired"
-                raise Refused(400, "value_not_permitted", message, field_name="cursor")
-        if not any(fnmatch.fnmatchcase(self._endpoint, one) for one in world.paging_lists):
-            return "cursor"
-        if world.paging in ("again", "overlap") and "cursor" in body:
-            if world.paging_times == 0:
-                return "cursor"
-            if world.paging_times is not None:
-                world.paging_times -= 1
-        return world.paging
+def not_found(object_id: str) -> Refused:
+    """404: there is no such object, or there is none any more."""
+    return Refused(404, f"{object_id} was not found")
 
 
-class Api(Restrictions):
+def existing(object_id: str, *tables: Table) -> Record:
+    """An object by its id."""
+    for table in tables:
+        if object_id in table:
+            return table[object_id]
+    raise not_found(object_id)
+
+
+def cursor(name: str, body: Thing, place: int, served: int) -> str:
+    """A cursor that is good for the same filters only, and says nothing to a client."""
+    filters = {key: value for key, value in body.items() if key not in PAGING}
+    text = json.dumps([name, filters, place, served], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:28]
+
+
+def fits(contact: Thing, filters: Sequence[Filter]) -> bool:
+    """Whether a contact has a value of every filter."""
+    keys = set(contact_keys(contact))
+    return all(any((name, value) in keys for value in values) for name, values in filters)
+
+
+class Api:
     """What each endpoint does. Every method runs while the organisation's lock is held."""
 
     def __init__(self, world: Any) -> None:
-        super().__init__(world)
+        self.world = world
+        self.organisation = organisation = world.organisation
+        works, talks = organisation.works, organisation.conversations
         self._endpoints: dict[str, Callable[[Thing], Thing]] = {
-            "dev-users.self": self._self,
-            "rev-users.get": self._get_contact,
+            "dev-users.self": lambda body: {"dev_user": organisation.dev_user},
+            "rev-users.get": lambda body: {"rev_user": self._shown(self._polled(body["id"]))},
             "rev-users.list": self._list_contacts,
-            "rev-users.scan": self._list_contacts,
             "rev-users.merge": self._merge,
             "rev-users.create": self._create_contact,
             "rev-users.update": self._update_contact,
-            "rev-users.delete": self._delete_contact,
             "works.list": self._list_works,
-            "works.count": self._count_works,
-            "works.get": self._get_work,
+            "works.get": lambda body: {"work": existing(body["id"], works)},
             "works.update": self._update_work,
-            "conversations.list": self._list_conversations,
-            "conversations.get": self._get_conversation,
-            "conversations.update": self._update_conversation,
+            "conversations.list": lambda body: self._list(
+                "conversations", talks, body, ["members"]
+            ),
+            "conversations.get": lambda body: {"conversation": existing(body["id"], talks)},
+            "conversations.update": lambda body: {
+                "conversation": self._changed(existing(body["id"], talks), body)
+            },
             "timeline-entries.list": self._list_entries,
         }
+        self._endpoint = ""
         self._fault: Fault | None = None
 
     def act(self, endpoint: str, body: Thing, fault: Fault | None = None) -> Answer:
         """Carry a request out. Whatever it says is serialised before anyone else can change it."""
         world = self.world
         try:
-            if world.max_bytes is not None and len(json.dumps(body)) > world.max_bytes:
-                raise Refused(
-                    413,
-                    "request_entity_too_large",
-                    "The request is too large.",
-                    max_bytes=world.max_bytes,
-                )
             if any(word in json.dumps(body, ensure_ascii=False) for word in world.firewall):
                 raise Instead(html_answer(world.firewall_status))
-            self._check_kinds(endpoint, body)
-            shape = SHAPES[endpoint]
-            if world.long_work_types:
-                shape = LONG_SHAPES.get(endpoint, shape)
-            check_shape(shape, body, world.max_ids)
+            check_shape(self._shape(endpoint, body), body, world.max_ids)
             with self.organisation.lock:
                 self._endpoint, self._fault = endpoint, fault
                 self._check_restricted(body)
@@ -372,61 +236,141 @@ class Api(Restrictions):
                 if endpoint == "rev-users.merge":
                     return merge_acknowledged(world.merge_answer, content)
                 return json_answer(201 if endpoint == "rev-users.create" else 200, content)
-        except Refused as refusal:
-            return refusal.answer
+        except Instead as other:
+            return other.answer
 
-    def _check_kinds(self, endpoint: str, body: Thing) -> None:
-        """Refuse a list that asks for kinds of works that this organisation does not know."""
+    def _shape(self, endpoint: str, body: Thing) -> dict[str, Field]:
+        """The shape of a request, with the kinds of works that this organisation knows."""
+        shape, world = SHAPES[endpoint], self.world
+        if "type" not in shape:
+            return shape
+        kinds = ALL_WORK_KINDS if world.long_work_types else WORK_KINDS
+        known = tuple(kind for kind in kinds if kind not in world.unknown_kinds)
+        asked = body.get("type")
+        if isinstance(asked, list) and any(kind not in known for kind in asked):
+            if world.unknown_kinds_answer == "403":
+                raise forbidden()
+            if world.unknown_kinds_answer == "400-bare":
+                raise Refused(400, "Bad request.")
+        return {**shape, "type": shape["type"]._replace(allowed=known)}
+
+    # ----- what the token may not see, and pages ---------------------------------------------------
+
+    def _check_restricted(self, body: Thing) -> None:
+        """Refuse a request that names what the token may not see, or may not see the timeline of, or change."""
         world = self.world
-        known = [kind for kind in ALL_WORK_KINDS if kind not in world.unknown_kinds]
-        if not world.long_work_types:
-            known = list(WORK_KINDS)
-        asked = body.get("type") if endpoint in LONG_SHAPES else None
-        unknown = [kind for kind in asked if kind not in known] if isinstance(asked, list) else []
-        if not unknown or (world.unknown_kinds_answer == "400" and not world.unknown_kinds):
-            return
-        message = f"type: {unknown[0]!r} is not permitted"
-        if world.unknown_kinds_answer == "403":
-            raise Refused(403, "forbidden", "The token may not do that.")
-        if world.unknown_kinds_answer == "400-bare":
-            raise Refused(400, "bad_request", "Bad request.")
-        more = {"field_name": "type", "value": unknown[0], "allowed_values": known}
-        raise Refused(400, "invalid_enum_value", message, **more)
+        objects = [body[name] for name in ("id", "object") if name in body]
+        named = objects + [body[n] for n in ("primary_user", "secondary_user") if n in body]
+        for name in (*ROLES, "members"):
+            named += body.get(name, ())
+        hidden = set(world.restricted)
+        if self._endpoint == "timeline-entries.list":
+            hidden.update(world.restricted_timelines)
+        if self._endpoint.endswith((".update", ".merge")):
+            hidden.update(world.restricted_writes)
+        self._forbid([one for one in named if one in hidden])
+        kinds = {kind_of(one) for one in objects} | {self._endpoint.partition(".")[0].rstrip("s")}
+        if kinds.intersection(world.hidden_kinds):
+            raise self._forbidden(objects)
 
-    def _self(self, body: Thing) -> Thing:
-        return {"dev_user": self.organisation.dev_user}
+    def _forbid(self, ids: Sequence[str]) -> None:
+        if ids:
+            raise self._forbidden(ids)
+
+    def _forbidden(self, ids: Sequence[str]) -> Refused:
+        """403, naming the objects where the world names them."""
+        named = list(dict.fromkeys(ids)) if self.world.names_object_ids else []
+        return forbidden(object_ids=named) if named else forbidden()
+
+    def _list(
+        self, name: str, table: Table, body: Thing, filters: Sequence[str], hidden: Any = ()
+    ) -> Thing:
+        wanted = [(one, body[one]) for one in filters if body.get(one)]
+        found = table.find(wanted, self.world.list_lag)
+        shown = [one for one in found if one.get("type") not in hidden]
+        return self._page(name, [(table.numbers[one["id"]], one) for one in shown], body)
+
+    def _page(self, name: str, things: Sequence[tuple[int, Thing]], body: Thing) -> Thing:
+        """One page of a list, with a cursor where there is more, as the world serves lists.
+
+        Each thing comes with its number, which stays the same whatever comes and goes: the number is where the next
+        page starts.
+        """
+        world = self.world
+        if world.restricted_in_lists == "left out":
+            things = [one for one in things if one[1]["id"] not in world.restricted]
+        limit = body.get("limit", DEFAULT_PAGE)
+        if not 1 <= limit <= LARGEST_PAGE:
+            raise bad(NOT_PERMITTED, "limit", f"from 1 to {LARGEST_PAGE}")
+        size = min(limit, world.largest_page or limit)
+        start, served = self._start(name, body)
+        paging = self._paging(body)
+        if paging == "offset":
+            things = [(place, thing) for place, (_, thing) in enumerate(things)]
+        rest = [one for one in things if one[0] >= start][: size + 1]
+        before = [one for one in things if one[0] < start] if "cursor" in body else []
+        if rest and served < world.empty_pages:
+            return {name: [], "next_cursor": self._next(name, body, start, served + 1)}
+        if paging == "overlap" and size > 1:
+            rest = [*before[-1:], *rest][: size + 1]
+        items = before[-size:] if paging == "again" and before else rest[:size]
+        found: Thing = {name: [thing for _, thing in items]}
+        if len(rest) > size:
+            found["next_cursor"] = self._next(name, body, rest[size][0])
+        elif world.trailing_page and rest:
+            found["next_cursor"] = self._next(name, body, rest[-1][0] + 1)
+        if world.restricted_in_lists == "403":
+            self._forbid([one["id"] for one in found[name] if one["id"] in world.restricted])
+        return found
+
+    def _paging(self, body: Thing) -> str:
+        """How this page is made."""
+        world = self.world
+        if world.paging in ("again", "overlap") and "cursor" in body:
+            if world.paging_times == 0:
+                return "cursor"
+            if world.paging_times is not None:
+                world.paging_times -= 1
+        return str(world.paging)
+
+    def _next(self, name: str, body: Thing, place: int, served: int = 0) -> str:
+        """Give out a cursor."""
+        found = cursor(name, body, place, served)
+        self.world.cursors[found] = place, served, self.organisation.now()
+        return found
+
+    def _start(self, name: str, body: Thing) -> tuple[int, int]:
+        """The place that a cursor stands for, and how many empty pages were served there."""
+        if "cursor" not in body:
+            return 0, 0
+        life, unknown = self.world.cursor_life, (-1, 0, 0.0)
+        place, served, given = self.world.cursors.get(body["cursor"], unknown)
+        if cursor(name, body, place, served) != body["cursor"]:
+            raise bad(NOT_PERMITTED, "cursor", "it is not one of this list")
+        if life is not None and self.organisation.now() - given > life:
+            raise bad(NOT_PERMITTED, "cursor", "it has expired")
+        return place, served
 
     # ----- contacts --------------------------------------------------------------------------------
 
-    def _get_contact(self, body: Thing) -> Thing:
-        contact_id = body["id"]
-        organisation = self.organisation
-        if self._has_vanished(contact_id):
+    def _polled(self, contact_id: str) -> Thing:
+        """What a contact is known as by its id, whatever has become of it."""
+        world, organisation, contacts = self.world, self.organisation, self.organisation.contacts
+        if self._has_vanished(contact_id) or organisation.alive(contact_id):
+            return self._contact(contact_id)
+        if contact_id not in contacts:
+            if world.deleted_contacts == "state" and contact_id in organisation.deleted:
+                return {**organisation.deleted[contact_id], "state": "deleted"}
             raise not_found(contact_id)
-        if contact_id in organisation.contacts and not organisation.alive(contact_id):
-            return {"rev_user": self._shown(self._merged_contact(contact_id))}
-        if self.world.deleted_contacts == "state" and contact_id in organisation.deleted:
-            return {
-                "rev_user": self._shown({**organisation.deleted[contact_id], "state": "deleted"})
-            }
-        return {"rev_user": self._shown(self._contact(contact_id))}
-
-    def _merged_contact(self, contact_id: str) -> Thing:
-        world, contacts = self.world, self.organisation.contacts
-        survivor = self.organisation.survivor(contact_id)
+        survivor = organisation.survivor(contact_id)
         gone = world.gone_of.get(contact_id, world.gone)
         if gone in ODD_POLLS:
-            raise Instead(odd_poll(gone, world.gone_seconds))
+            raise Instead(odd_poll(gone))
         if gone == "404" or (survivor not in contacts and gone not in world.ODD):
             raise not_found(contact_id)
         if gone == "301":
             place = urllib.parse.quote(survivor, safe="")
-            base = world.moved_to or world.url
-            raise Instead(
-                moved(
-                    f"{base}/rev-users.get?id={place}" if world.location is None else world.location
-                )
-            )
+            raise Instead(moved(f"{world.moved_to}/rev-users.get?id={place}"))
         if gone == "primary":
             return contacts[survivor]
         return self._left_over(contact_id, (world.stays or "locked") if gone == "stays" else gone)
@@ -434,10 +378,9 @@ class Api(Restrictions):
     def _left_over(self, contact_id: str, gone: str) -> Thing:
         """What is left of a contact that was merged, where something is shown of it."""
         contact = self.organisation.contacts[contact_id]
-        if gone in ("shadow", "unassigned"):
+        if gone in ("shadow", "unassigned") and gone != self.world.stays:
             (primary,) = self.organisation.people([self.organisation.survivor(contact_id)])
-            if gone != self.world.stays:
-                return {**contact, "state": gone, "primary_identity": primary}
+            return {**contact, "state": gone, "primary_identity": primary}
         left = dict(contact, state=STATES_LEFT.get(gone, "deleted"))
         if gone in ("no-email", "bare"):
             left.pop("email", None)
@@ -451,38 +394,36 @@ class Api(Restrictions):
         return self.world.vanished == "*" or contact_id in self.world.vanished
 
     def _list_contacts(self, body: Thing) -> Thing:
-        world, organisation = self.world, self.organisation
-        if "is_verified" in body and world.verified_filter != "accepted":
-            if world.verified_filter == "403":
-                self._forbid((), refused=True)
-            raise Refused(
-                400, "invalid_field", "unknown property: is_verified", field_name="is_verified"
-            )
+        world, organisation, numbers = (
+            self.world,
+            self.organisation,
+            self.organisation.contacts.numbers,
+        )
+        if "is_verified" in body and world.verified_filter == "403":
+            raise forbidden()
+        if "is_verified" in body and world.verified_filter == "400":
+            raise bad("invalid_field", "is_verified", "unknown property")
         filters: list[Filter] = [(name, body[name]) for name in CONTACT_FILTERS if body.get(name)]
         if world.email_ignores_case and body.get("email"):
             filters[0] = ("email_lower", [one.lower() for one in body["email"]])
         if body.get("associations"):
             filters.append(("rev_org", body["associations"]))
-        contacts = organisation.contacts.find(filters, world.list_lag)
+        contacts = {one["id"]: one for one in organisation.contacts.find(filters, world.list_lag)}
         if world.deleted_listed:
-            known = {one["id"] for one in contacts}
-            for one in organisation.deleted.values():
-                if fits(one, filters) and one["id"] not in known and kind_of(one["id"]) == "revu":
-                    contacts.append({**one, "state": "deleted"})
+            for object_id, one in organisation.deleted.items():
+                if kind_of(object_id) == "revu" and fits(one, filters):
+                    contacts.setdefault(object_id, {**one, "state": "deleted"})
         seen_at = organisation.now() - world.list_lag
         found = []
-        for contact in contacts:
-            if self._has_vanished(contact["id"]):
+        for contact_id in sorted(contacts, key=numbers.__getitem__):
+            contact: Thing | None = contacts[contact_id]
+            if organisation.merge_times.get(contact_id, math.inf) <= seen_at:
+                contact = self._listed_left_over(contact_id)
+            if contact is None or self._has_vanished(contact_id) or not fits(contact, filters):
                 continue
-            if organisation.merge_times.get(contact["id"], math.inf) <= seen_at:
-                left = self._listed_left_over(contact["id"])
-                if left is None or not fits(left, filters):
-                    continue
-                contact = left
-            verified = contact["id"] not in organisation.unverified
+            verified = contact_id not in organisation.unverified
             if body.get("is_verified", verified) == verified:
-                found.append((organisation.contacts.numbers[contact["id"]], contact))
-        found.sort(key=lambda one: one[0])
+                found.append((numbers[contact_id], contact))
         answer = self._page("rev_users", found, body)
         return {**answer, "rev_users": [self._shown(one) for one in answer["rev_users"]]}
 
@@ -491,107 +432,86 @@ class Api(Restrictions):
         world = self.world
         if world.stays:
             return self._left_over(contact_id, world.stays)
-        if not world.deleted_listed:
-            return None
         gone = world.gone_of.get(contact_id, world.gone)
-        return self._left_over(contact_id, gone if gone in ("shadow", "unassigned") else "state")
+        state = gone if gone in ("shadow", "unassigned") else "state"
+        return self._left_over(contact_id, state) if world.deleted_listed else None
 
     def _shown(self, contact: Thing, is_own_answer: bool = False) -> Thing:
         """A contact as answers show it; an update's own answer never lags."""
-        world, found = self.world, contact
+        world, contact_id = self.world, contact["id"]
+        found = {name: value for name, value in contact.items() if name not in world.hidden_fields}
         if world.reference_lag and not is_own_answer:
             seen_at = self.organisation.now() - world.reference_lag
-            times = self.organisation.reference_times[contact["id"]]
+            times = self.organisation.reference_times[contact_id]
             former = [reference for at, reference in times if at <= seen_at]
             if former and contact.get("external_ref") == times[-1][1]:
-                found = {**found, "external_ref": former[-1]}
-        if world.hidden_fields:
-            found = {
-                name: value for name, value in found.items() if name not in world.hidden_fields
-            }
-        form, contact_id = world.verified_shown, contact["id"]
+                found["external_ref"] = former[-1]
+        form = world.verified_shown
         if form == "mixed":
             form = ("shown", "hidden", "null")[self.organisation.contacts.numbers[contact_id] % 3]
-        if form == "hidden":
-            return found
-        verified = contact_id not in self.organisation.unverified
-        return {**found, "is_verified": verified if form == "shown" else None}
+        if form != "hidden":
+            verified = contact_id not in self.organisation.unverified
+            found["is_verified"] = verified if form == "shown" else None
+        return found
 
     def _merge(self, body: Thing) -> Thing:
         primary, secondary = body["primary_user"], body["secondary_user"]
         if primary == secondary:
-            message = "a contact can't be merged into itself"
-            raise Refused(400, "value_not_permitted", message, field_name="secondary_user")
+            raise bad(NOT_PERMITTED, "secondary_user", "it can't be merged into itself")
         for contact_id in (primary, secondary):
             self._contact(contact_id)
         unverified = [one in self.organisation.unverified for one in (primary, secondary)]
-        manner = {
-            (False, True): self.world.unverified_merge,
-            (True, False): self.world.verified_merge,
-        }.get((unverified[0], unverified[1]), "works")
+        manner = "works"
+        if unverified == [False, True]:
+            manner = self.world.unverified_merge
+        if unverified == [True, False]:
+            manner = self.world.verified_merge
         if manner == "works":
             self.world.plan_merge(primary, secondary, self._fault)
         elif manner != "never":
-            message = "Unverified users cannot be merged into verified users."
-            raise Refused(int(manner), REFUSALS[manner][1], message)
+            raise Refused(int(manner), "Unverified users cannot be merged into verified users.")
         return {}
 
     def _create_contact(self, body: Thing) -> Thing:
         self._check_fields(body)
+        organisation = self.organisation
         email, reference = body.get("email"), body.get("external_ref")
-        org_id = body.get("rev_org") or self.organisation.don("identity", "revo", "ACME")
+        org_id = body.get("rev_org") or organisation.don("identity", "revo", "ACME")
         if kind_of(org_id) == "account" and not self.world.account_rev_orgs:
-            message = "rev_org: the id of an account is not wanted here"
-            raise Refused(400, "unexpected_id_type", message, field_name="rev_org", value=org_id)
-        if "rev_org" in body and org_id not in self.organisation.rev_orgs:
-            raise Refused(
-                400, "value_not_permitted", "there is no such rev org", field_name="rev_org"
-            )
+            raise unexpected_id("rev_org", org_id)
+        if "rev_org" in body and org_id not in organisation.rev_orgs:
+            raise bad(NOT_PERMITTED, "rev_org", "there is no such rev org")
         if email is not None and self.world.unique_emails:
-            contacts = self.organisation.contacts.find([("email", [email])])
-            if any(self.organisation.alive(one["id"]) for one in contacts):
-                raise Refused(409, "conflict", f"{email!r} is the email of another contact")
+            contacts = organisation.contacts.find([("email", [email])])
+            if any(organisation.alive(one["id"]) for one in contacts):
+                raise Refused(409, f"{email!r} is the email of another contact")
         self._check_free(reference, org_id)
-        more = shown(body, ("description", "phone_numbers", "display_picture"))
+        more = set_fields(body, ("description", "phone_numbers", "display_picture"))
         rev_org = ("account/" if kind_of(org_id) == "account" else "") + org_id.rpartition("/")[2]
-        contact_id = self.organisation.new_contact(
+        contact_id = organisation.new_contact(
             email, reference, rev_org, display_name=body.get("display_name"), **more
         )
-        return {"rev_user": self._shown(self.organisation.contacts[contact_id], True)}
+        return {"rev_user": self._shown(organisation.contacts[contact_id], True)}
 
     def _update_contact(self, body: Thing) -> Thing:
         contact, world = self._contact(body["id"]), self.world
         self._check_fields(body)
         former = contact.get("external_ref")
-        moves = body.get("external_ref", former) != former
-        is_changed = any(value != contact.get(name) for name, value in body.items())
-        if world.unchanged_updates != 200 and not is_changed:
-            raise Refused(400, "bad_request", "nothing would be changed")
-        if moves and world.reference_updates != "works":
-            status, kind = REFUSALS[world.reference_updates]
-            raise Refused(status, kind, "this reference can't be used for another user")
+        reference = body.get("external_ref", former)
+        if world.unchanged_updates != 200 and body.items() <= contact.items():
+            raise Refused(world.unchanged_updates, "nothing would be changed")
+        if reference != former and world.reference_updates != "works":
+            status = int(world.reference_updates)
+            raise Refused(status, "this reference can't be used for another user")
         self._check_free(body.get("external_ref"), org_id_of(contact), contact["id"])
-        changes = shown(body, (*OF_A_CONTACT, "custom_fields"))
-        if "custom_fields" in changes:
-            changes["custom_fields"] = {
-                **contact.get("custom_fields", {}),
-                **changes["custom_fields"],
-            }
-        if "external_ref" in changes and contact.get("external_refs"):
-            old, new = contact["external_ref"], changes["external_ref"]
-            changes["external_refs"] = list(
-                dict.fromkeys(new if one == old else one for one in contact["external_refs"])
-            )
+        changes = set_fields(body, OF_A_CONTACT)
+        if contact.get("external_refs") and "external_ref" in changes:
+            references = [reference if one == former else one for one in contact["external_refs"]]
+            changes["external_refs"] = list(dict.fromkeys(references))
         self.organisation.change(contact, **changes)
-        if body.get("display_picture", "") is None:
-            contact.pop("display_picture", None)
-        if moves:
+        if reference != former:
             world.put_back(contact["id"], former)
         return {"rev_user": self._shown(contact, is_own_answer=True)}
-
-    def _delete_contact(self, body: Thing) -> Thing:
-        self.organisation.delete_contact(self._contact(body["id"])["id"])
-        return {}
 
     def _contact(self, contact_id: str) -> Record:
         if not self.organisation.alive(contact_id) or self._has_vanished(contact_id):
@@ -602,95 +522,49 @@ class Api(Restrictions):
         names, status = self.world.refused_fields, self.world.refused_status
         for name in body:
             if name in names or f"{self._endpoint}.{name}" in names:
-                message = f"{name}: this is not permitted"
                 if status == 400:
-                    raise Refused(400, "value_not_permitted", message, field_name=name)
-                raise Refused(status, REFUSALS[str(status)][1], message)
-        if not all(
-            re.fullmatch(r"\+[1-9][0-9]{1,14}", number) for number in body.get("phone_numbers", ())
-        ):
-            message = "phone_numbers: this is not permitted"
-            raise Refused(400, "value_not_permitted", message, field_name="phone_numbers")
+                    raise bad(NOT_PERMITTED, name, "this is not permitted")
+                raise Refused(status, f"{name}: this is not permitted")
+        for number in body.get("phone_numbers", ()):
+            if not re.fullmatch(r"\+[1-9][0-9]{1,14}", number):
+                raise bad(NOT_PERMITTED, "phone_numbers", "this is not permitted")
 
     def _check_free(
         self, reference: str | None, org_id: str | None, contact_id: str | None = None
     ) -> None:
-        if reference is not None and self.organisation.holder(org_id, reference) not in (
-            None,
-            contact_id,
-        ):
-            raise Refused(409, "conflict", f"{reference!r} is held by another contact")
+        holder = None if reference is None else self.organisation.holder(org_id, reference)
+        if holder not in (None, contact_id):
+            raise Refused(409, f"{reference!r} is held by another contact")
 
     # ----- works, conversations, timelines ---------------------------------------------------------
 
     def _list_works(self, body: Thing) -> Thing:
-        return self._page("works", self._works(body), body)
-
-    def _count_works(self, body: Thing) -> Thing:
-        return {"count": len(self._works(body)), "has_more": False}
-
-    def _works(self, body: Thing) -> list[tuple[int, Thing]]:
-        """The works that a request wants and the token may see."""
         hidden = set(self.world.hidden_kinds)
         if hidden.intersection(body.get("type", ())) and self.world.hidden_kinds_answer == "403":
-            self._forbid((), refused=True)
+            raise forbidden()
         if not self.world.long_work_types:
             hidden.update(OTHER_WORK_KINDS)
-        works = self._found(self.organisation.works, body, ("type", *ROLES))
-        return [one for one in works if one[1]["type"] not in hidden]
-
-    def _get_work(self, body: Thing) -> Thing:
-        return {"work": existing(self.organisation.works, body["id"])}
+        return self._list("works", self.organisation.works, body, ("type", *ROLES), hidden)
 
     def _update_work(self, body: Thing) -> Thing:
-        work = existing(self.organisation.works, body["id"])
+        work = existing(body["id"], self.organisation.works)
         if body.get("type", work["type"]) != work["type"]:
-            message = "{} is no {}".format(work["display_id"], body["type"])
-            raise Refused(400, "value_not_permitted", message, field_name="type")
+            raise bad(NOT_PERMITTED, "type", f"{work['display_id']} is no {body['type']}")
         if body.get("owned_by", {}).get("set") == []:
-            raise Refused(
-                400, "value_not_permitted", "owned_by.set: must not be empty", field_name="owned_by"
-            )
+            raise bad(NOT_PERMITTED, "owned_by", "the set must not be empty")
         if not 1 <= len(body.get("title", "as it was")) <= 256:
-            raise Refused(
-                400, "value_not_permitted", "title: from 1 to 256 characters", field_name="title"
-            )
-        self._update_thing(work, body)
-        return {"work": work}
-
-    def _list_conversations(self, body: Thing) -> Thing:
-        return self._page(
-            "conversations", self._found(self.organisation.conversations, body, ("members",)), body
-        )
-
-    def _get_conversation(self, body: Thing) -> Thing:
-        return {"conversation": existing(self.organisation.conversations, body["id"])}
-
-    def _update_conversation(self, body: Thing) -> Thing:
-        talk = existing(self.organisation.conversations, body["id"])
-        self._update_thing(talk, body)
-        return {"conversation": talk}
+            raise bad(NOT_PERMITTED, "title", "from 1 to 256 characters")
+        return {"work": self._changed(work, body)}
 
     def _list_entries(self, body: Thing) -> Thing:
-        object_id = body["object"]
-        organisation = self.organisation
-        things = (organisation.works, organisation.conversations, organisation.contacts)
-        if not any(object_id in collection for collection in things):
-            raise not_found(object_id)
-        visible = set(body.get("visibility", ()))
+        organisation, object_id = self.organisation, body["object"]
+        existing(object_id, organisation.works, organisation.conversations, organisation.contacts)
+        visible = body.get("visibility") or VISIBILITIES
         entries = enumerate(organisation.timelines.get(object_id, ()))
-        return self._page(
-            "timeline_entries",
-            [e for e in entries if not visible or e[1]["visibility"] in visible],
-            body,
-        )
+        found = [entry for entry in entries if entry[1]["visibility"] in visible]
+        return self._page("timeline_entries", found, body)
 
-    def _found(self, table: Table, body: Thing, names: Iterable[str]) -> list[tuple[int, Thing]]:
-        """What a list is about to show, each with its place in the whole list."""
-        filters = [(name, body[name]) for name in names if body.get(name)]
-        return [(table.numbers[one["id"]], one) for one in table.find(filters, self.world.list_lag)]
-
-    def _update_thing(self, thing: Thing, body: Thing) -> None:
+    def _changed(self, thing: Record, body: Thing) -> Record:
         changes = dict(body)
         for role in USER_LISTS:
             ids = changes.pop(role, {}).get("set")
@@ -704,96 +578,12 @@ class Api(Restrictions):
             except KeyError as unknown:
                 raise not_found(str(unknown.args[0])) from unknown
         self.organisation.change(thing, **changes)
+        return thing
 
 
-def fits(contact: Thing, filters: Sequence[Filter]) -> bool:
-    """Whether a contact has a value of every filter."""
-    keys = set(contact_keys(contact))
-    return all(any((name, value) in keys for value in values) for name, values in filters)
-
-
-def not_found(object_id: str) -> Refused:
-    """404: there is no such object, or there is none any more."""
-    return Refused(404, "not_found", f"{object_id} was not found")
-
-
-def existing(table: Table, object_id: str) -> Record:
-    """An object by its id."""
-    if object_id not in table:
-        raise not_found(object_id)
-    return table[object_id]
-
-
-def shown(body: Thing, names: Iterable[str]) -> Thing:
-    """The fields of a request that the answers show, as they show them."""
-    fields = {
-        name: body[name]
-        for name in names
-        if body.get(name) is not None and name != "custom_schema_spec"
-    }
+def set_fields(body: Thing, names: Iterable[str]) -> Thing:
+    """The fields that a request sets, as answers show them."""
+    fields = {name: body[name] for name in names if body.get(name) is not None}
     if "display_picture" in fields:
         fields["display_picture"] = {"id": fields["display_picture"]}
     return fields
-
-
-def page(
-    name: str,
-    things: Sequence[tuple[int, Thing]],
-    body: Thing,
-    empty: int = 0,
-    largest: int | None = None,
-    trailing: bool = False,
-    paging: str = "cursor",
-) -> Thing:
-    """One page of a list, with a cursor where there is more.
-
-    Each thing comes with its number, which stays the same whatever comes and goes: the number is where the next page
-    starts. Before a page with things come `empty` ones without any, no page has more than `largest` things, and with
-    `trailing` the last things have a cursor, too, which leads to an empty page.
-    """
-    limit = body.get("limit", DEFAULT_PAGE)
-    if not 1 <= limit <= LARGEST_PAGE:
-        message = f"limit: from 1 to {LARGEST_PAGE}"
-        raise Refused(400, "value_not_permitted", message, field_name="limit")
-    size = min(limit, largest or limit)
-    start, served = start_of(name, body)
-    if paging == "offset":
-        things = [(place, thing) for place, (_, thing) in enumerate(things)]
-    rest = [one for one in things if one[0] >= start][: size + 1]
-    before = [one for one in things if one[0] < start] if "cursor" in body else []
-    if rest and served < empty:
-        return {name: [], "next_cursor": cursor(name, body, start, served + 1)}
-    if paging == "overlap" and size > 1:
-        rest = [*before[-1:], *rest][: size + 1]
-    items = before[-size:] if paging == "again" and before else rest[:size]
-    found = {name: [thing for _, thing in items]}  # type: Thing
-    if len(rest) > size:
-        found["next_cursor"] = cursor(name, body, rest[size][0])
-    elif trailing and rest:
-        found["next_cursor"] = cursor(name, body, rest[-1][0] + 1)
-    return found
-
-
-def cursor(name: str, body: dict[str, Any], position: int, served: int = 0) -> str:
-    """A cursor that is good for the same filters only, and says nothing to a client.
-
-    It stands for a position, and for how many empty pages were served there.
-    """
-    filters = {key: value for key, value in body.items() if key not in PAGING}
-    digest = hashlib.sha256(json.dumps([name, filters], sort_keys=True).encode()).hexdigest()[:16]
-    return base64.urlsafe_b64encode(f"{digest}:{position}:{served}".encode()).decode()
-
-
-def start_of(name: str, body: dict[str, Any]) -> tuple[int, int]:
-    """The position that a cursor stands for, and how many empty pages were served there."""
-    if "cursor" not in body:
-        return 0, 0
-    try:
-        _, position, served = base64.urlsafe_b64decode(body["cursor"]).decode().split(":")
-        found = int(position), int(served)
-    except (binascii.Error, ValueError):
-        found = -1, 0
-    if min(found) < 0 or cursor(name, body, *found) != body["cursor"]:
-        message = "the cursor is not one of this list"
-        raise Refused(400, "value_not_permitted", message, field_name="cursor")
-    return found

@@ -12,18 +12,7 @@ import math
 import re
 import threading
 from collections import Counter, defaultdict, deque
-from pathlib import Path
-from typing import (
-    Any,
-    Callable,
-    Collection,
-    Dict,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-    Tuple,
-)
+from typing import Any, Callable, Collection, Dict, Iterable, Iterator, Mapping, Sequence, Tuple
 
 DEFAULT_PAGE = 50
 LARGEST_PAGE = 100
@@ -35,6 +24,9 @@ WORK_KINDS = ("issue", "ticket")
 OTHER_WORK_KINDS = ("task", "incident", "opportunity")
 ALL_WORK_KINDS = (*WORK_KINDS, *OTHER_WORK_KINDS)
 ROLES = ("reported_by", "owned_by", "created_by")
+SUMMARY = (
+    "id", "display_id", "display_name", "full_name", "email", "state", "external_ref", "rev_org"
+)  # fmt: skip
 USER_LISTS = ("owned_by", "reported_by", "members")
 
 Thing = Dict[str, Any]
@@ -55,32 +47,11 @@ class Record(Dict[str, Any]):
     def __setitem__(self, name: str, value: Any) -> None:
         self.update({name: value})
 
-    def __delitem__(self, name: str) -> None:
-        with Changing(self):
-            super().__delitem__(name)
-
-    def pop(self, name: str, *default: Any) -> Any:  # type: ignore[override]
-        with Changing(self):
-            return super().pop(name, *default)
-
     def update(self, *fields: Any, **more: Any) -> None:
-        with Changing(self):
+        with self.table.lock:
+            self.table.leave(self)
             super().update(*fields, **more)
-
-
-class Changing:
-    """A change of a record: out of its table's index before, into it again afterwards."""
-
-    def __init__(self, record: Record) -> None:
-        self.record = record
-
-    def __enter__(self) -> None:
-        self.record.table.lock.acquire()
-        self.record.table.leave(self.record)
-
-    def __exit__(self, *_: Any) -> None:
-        self.record.table.enter(self.record)
-        self.record.table.lock.release()
+            self.table.enter(self)
 
 
 class Table(Dict[str, Record]):
@@ -191,44 +162,7 @@ def people_keys(thing: Mapping[str, Any]) -> Iterator[Key]:
             yield "anyone", person["id"]
 
 
-class Rules:
-    """What an organisation can be set to do in one way or another; all of it may be changed at any time.
-
-    `ref_release`: seconds for which a merged contact doesn't let go of its reference yet.
-    `stuck_references`: those that never leave the contact that had them, merged or not.
-    `unique_references`: nobody else in the "rev_org", or in the whole "organisation", may have a reference.
-    `unverified_keep_references`: a reference that an unverified contact had is nobody else's until that contact is
-    deleted, whether it was merged or has another reference since.
-    `merge_joins`: fields with several values (`phone_numbers`, `tags`, `external_refs`) that a merge joins.
-    `merge_moves_reference`: whether a merge gives the primary the secondary's reference, unless DevRev has made it.
-    `visitors_verified`: whether a contact that the application's widget makes is verified.
-    `unverified`: the ids of contacts that are not verified.
-    """
-
-    def __init__(self) -> None:
-        self.ref_release = 0.0
-        self.stuck_references: set[str] = set()
-        self.unique_references = "rev_org"
-        self.unverified_keep_references = False
-        self.merge_joins: Collection[str] = ()
-        self.merge_moves_reference = False
-        self.visitors_verified = True
-        self.unverified: set[str] = set()
-
-    def joined(self, primary: Mapping[str, Any], secondary: Mapping[str, Any]) -> Thing:
-        """What a merge makes of the primary's fields with several values."""
-        found = {}
-        for name in self.merge_joins:
-            values = [
-                *primary.get(name, ()),
-                *(one for one in secondary.get(name, ()) if one not in primary.get(name, ())),
-            ]
-            if values:
-                found[name] = values
-        return found
-
-
-class Organisation(Rules):
+class Organisation:
     """What is true, whatever a client was told.
 
     Contacts, works and conversations are kept just as the API answers them. A user's summary is one
@@ -236,8 +170,18 @@ class Organisation(Rules):
     Times are those of `clock`, which a World brings along; before that everything was LONG_AGO.
     """
 
+    # What DevRev does in one way or another; all of it may be changed at any time.
+    ref_release = 0.0  # seconds for which a merged contact doesn't let go of its reference yet
+    unique_references = "rev_org"  # nobody else in it, or in the whole "organisation", may have one
+    # Whether a reference that an unverified contact had is nobody else's until that contact is deleted.
+    unverified_keep_references = False
+    merge_joins: Collection[str] = ()  # fields with several values that a merge joins
+    merge_moves_reference = False  # whether the primary gets the secondary's, unless DevRev made it
+    visitors_verified = True  # whether a contact that the application's widget makes is
+
     def __init__(self, key: str = "SANDBOX1", partition: str = "dvrv-us-1") -> None:
-        super().__init__()
+        self.stuck_references: set[str] = set()  # that never leave the contact that had them
+        self.unverified: set[str] = set()
         self.key = key
         self.partition = partition
         self.lock = threading.RLock()
@@ -261,13 +205,6 @@ class Organisation(Rules):
             self.don("identity", "devu", "1"), "Dana Developer", "dana.developer@example.com"
         )
         self._summarise("dev_user", self.dev_user)
-
-    @classmethod
-    def from_csv(cls, path: str | Path) -> Organisation:
-        """An organisation for which the export at `path` is accurate, the same one every time."""
-        from tests.fake.seeding import seed
-
-        return seed(cls, path)
 
     def now(self) -> float:
         """When what happens now happens."""
@@ -418,10 +355,7 @@ class Organisation(Rules):
                     if thing["id"] not in leave_behind:
                         self._hand_over(thing, secondary, primary)
             if self.merge_joins:
-                self.change(
-                    self.contacts[primary],
-                    **self.joined(self.contacts[primary], self.contacts[secondary]),
-                )
+                self._join(self.contacts[primary], self.contacts[secondary])
             self.merged_into[secondary] = primary
             self.merge_times[secondary] = self.now()
             self.merges.append((primary, secondary))
@@ -470,34 +404,20 @@ class Organisation(Rules):
 
     def holder(self, rev_org_id: str | None, reference: str) -> str | None:
         """The id of the contact that holds a reference in a rev org, or doesn't let go of it yet."""
-        if self.unique_references not in ("rev_org", "organisation"):
-            raise ValueError(f"unique_references: {self.unique_references!r}")
         with self.lock:
-            ids = [one["id"] for one in self.contacts.find([("external_ref", [reference])])]
-            ids = [one for one in ids if self._holds_on(one, reference)]
+            had = [one["id"] for one in self.contacts.find([("external_ref", [reference])])]
+            ids = {one for one in had if self._holds_on(one, reference)}
             if self.unverified_keep_references:
-                ids += [
-                    one
-                    for one in self._users_of[reference] & self.unverified
-                    if one in self.contacts
-                ]
+                ids |= self._users_of[reference] & self.unverified & self.contacts.keys()
             for contact_id in sorted(ids, key=self.contacts.numbers.__getitem__):
-                if (
-                    self.unique_references == "organisation"
-                    or org_id_of(self.contacts[contact_id]) == rev_org_id
-                ):
+                same = org_id_of(self.contacts[contact_id]) == rev_org_id
+                if same or self.unique_references == "organisation":
                     return str(contact_id)
         return None
 
     def people(self, ids: Iterable[str]) -> list[Thing]:
         """The summaries of users; KeyError for one who doesn't exist."""
         return [self._summaries[user_id] for user_id in dict.fromkeys(ids)]
-
-    def first_work_of(self, user_id: str) -> str | None:
-        """The oldest work on which the user has any role."""
-        with self.lock:
-            works = self.works.find([("anyone", [user_id])])
-            return str(works[0]["id"]) if works else None
 
     def _holds_on(self, contact_id: str, reference: str) -> bool:
         if self.alive(contact_id) or reference in self.stuck_references:
@@ -511,6 +431,15 @@ class Organisation(Rules):
             times.append((self.now(), contact.get("external_ref")))
             self._users_of[contact.get("external_ref", "")].add(contact["id"])
 
+    def _join(self, primary: Record, secondary: Record) -> None:
+        joined = {}
+        for name in self.merge_joins:
+            values = list(primary.get(name, ()))
+            values += [one for one in secondary.get(name, ()) if one not in values]
+            if values:
+                joined[name] = values
+        self.change(primary, **joined)
+
     def _hand_over(self, thing: Thing, secondary: str, primary: str) -> None:
         changes: Thing = {}
         for role in USER_LISTS:
@@ -522,18 +451,8 @@ class Organisation(Rules):
         self.change(thing, **changes)
 
     def _summarise(self, kind: str, user: Mapping[str, Any]) -> None:
-        fields = (
-            "id",
-            "display_id",
-            "display_name",
-            "full_name",
-            "email",
-            "state",
-            "external_ref",
-            "rev_org",
-        )
         summary = self._summaries.setdefault(user["id"], {"type": kind})
-        summary.update({name: user[name] for name in fields if name in user})
+        summary.update({name: user[name] for name in SUMMARY if name in user})
 
     def _org_summary(self, key: str) -> Thing:
         kind, prefix = ("account", "ACC-") if key.startswith("account/") else ("revo", "REV-")

@@ -3,114 +3,49 @@
 from __future__ import annotations
 
 import csv
-import re
 from collections import Counter
 from pathlib import Path
-from typing import Any, Iterable, NamedTuple, Sequence
+from typing import Any, Sequence
 
 from tests.fake.organisation import ID, ROLES, Organisation
 
 
-class ExportRow(NamedTuple):
-    """A usable row of an export."""
-
-    partition: str
-    organisation: str
-    key: str
-    name: str
-    email: str
-    reference: str
-    rev_org: str
-    created: str
-    tickets: int
-    more: dict[str, Any]
-
-
-def seed(organisation_type: type[Organisation], path: str | Path, key: str = "") -> Organisation:
+def organisation_of(path: Path, key: str = "") -> Organisation:
     """Build the organisation an export came from, or one like it that has another key.
 
-    Of each contact, greatest(owned, created, reported) equals its TICKET_COUNT. Bad rows are left
-    out and the first row of an id counts, since an export is not always clean.
+    Of each contact, greatest(owned, created, reported) equals its TICKET_COUNT. Rows without one are left out, and the
+    first row of an id counts.
     """
-    rows = list(read_export(path))
-    rows = [row for row in rows if row.organisation == rows[0].organisation]
-    if not rows:
-        raise ValueError(f"{path} holds no usable row")
-    organisation = organisation_type(key or rows[0].organisation, rows[0].partition)
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    where = ID.fullmatch(rows[0]["REV_USER_ID"])
+    assert where is not None
+    organisation = Organisation(key or where["org"], where["partition"])
     groups: dict[str, list[Seedling]] = {}
     for number, row in enumerate(rows):
-        details: dict[str, Any] = {
-            "phone_numbers": [f"+4930{number:07}"],
-            "description": f"Customer since {row.created[:4]}.",
-        }
+        more = {"full_name": row["FULL_NAME"]} if row["FULL_NAME"] else {}
         try:
+            tickets = int(row["TICKET_COUNT"])
             contact = organisation.add_contact(
-                row.key,
-                row.email,
-                row.reference,
-                row.name,
-                row.rev_org,
-                created=row.created,
-                **details,
-                **row.more,
+                row["REV_USER_ID"].rpartition("/")[2],
+                row["EMAIL"],
+                row["EXTERNAL_REF"],
+                row["DISPLAY_NAME"],
+                created=row["CREATED_AT"],
+                modified_date=row["UPDATED_AT"],
+                phone_numbers=[f"+4930{number:07}"],
+                description=f"Customer since {row['CREATED_AT'][:4]}.",
+                **more,
             )
         except ValueError:
             continue
-        seedling = Seedling(organisation, contact, row.tickets, number)
-        groups.setdefault(row.email.casefold(), []).append(seedling)
+        seedling = Seedling(organisation, contact, tickets, number)
+        groups.setdefault(row["EMAIL"].casefold(), []).append(seedling)
         seedling.grow()
     for group in groups.values():
         for one, other in zip(group, group[1:]):
             one.share_with(other)
     return organisation
-
-
-def read_export(path: str | Path) -> Iterable[ExportRow]:
-    """The rows of an export that make sense."""
-    with open(str(path), newline="", encoding="utf-8-sig") as file:
-        for record in csv.DictReader(line for line in file if "\0" not in line):
-            row = usable(record)
-            if row is not None:
-                yield row
-
-
-def usable(record: dict[str, str]) -> ExportRow | None:
-    """The row, or None where an id, the email, the reference or the count is no good."""
-    values = {
-        (name or "").strip().upper(): value.strip()
-        for name, value in record.items()
-        if isinstance(value, str)
-    }
-    user = ID.fullmatch(values.get("REV_USER_ID", ""))
-    org = ID.fullmatch(values.get("REV_ORG_ID", "don:identity:dvrv-us-1:devo/ANY:revo/ACME"))
-    email, reference = values.get("EMAIL"), values.get("EXTERNAL_REF")
-    created = values.get("CREATED_AT", values.get("CREATED_DATE"))
-    try:
-        tickets = int(re.sub(r"\.0+$", "", values["TICKET_COUNT"]))
-    except (KeyError, ValueError):
-        return None
-    if user is None or org is None or created is None or tickets < 0 or not email or not reference:
-        return None
-    where = user.group("partition"), user.group("org"), user.group("key")
-    more: dict[str, Any] = {
-        "full_name": values.get("FULL_NAME", ""),
-        "modified_date": api_time(values.get("UPDATED_AT", "")),
-    }
-    more = {name: value for name, value in more.items() if value}
-    name = values.get("DISPLAY_NAME", "")
-    return ExportRow(
-        *where, name, email, reference, org.group("key"), api_time(created), tickets, more
-    )
-
-
-def api_time(text: str) -> str:
-    """A warehouse's time as the API writes it; what is no time stays as it is."""
-    found = re.match(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(\.\d{3})?", text, re.ASCII)
-    return (
-        "{}T{}{}Z".format(found.group(1), found.group(2), found.group(3) or ".000")
-        if found
-        else text
-    )
 
 
 class Seedling:

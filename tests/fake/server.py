@@ -5,38 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import selectors
 import socket
+import socketserver
 import struct
 import sys
 import threading
 import time
-import urllib.parse
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Callable
 
-from tests.fake.api import POST_ONLY, SHAPES, Field
 from tests.fake.organisation import Organisation
 from tests.fake.trouble import Answer, Refused, Request
 from tests.fake.world import World
-
-
-def from_query(shape: dict[str, Field], query: str) -> dict[str, Any]:
-    """The body that a GET spells as a query string; arrays are repeated or separated by commas."""
-    body: dict[str, Any] = {}
-    for name, values in urllib.parse.parse_qs(query, keep_blank_values=True).items():
-        kind = shape[name].kind if name in shape else "text"
-        if kind.endswith("s"):
-            body[name] = [part for value in values for part in value.split(",")]
-        elif kind == "int" and re.fullmatch(r"-?[0-9]+", values[-1]):
-            body[name] = int(values[-1])
-        elif kind == "bool" and values[-1] in ("true", "false"):
-            body[name] = values[-1] == "true"
-        else:
-            body[name] = values[-1]
-    return body
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -47,71 +29,62 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        """Answer a request whose properties are in the query string."""
-        self._exchange("GET")
+        """Show a page for people; the tool's requests are POSTs."""
+        make = self.server.sandbox.pages.get(self.path)
+        if make is None:
+            self._exchange(Refused(404, f"no such page: {self.path}"))
+            return
+        answer = Answer(200, make().encode("utf-8"), content_type="text/html; charset=utf-8")
+        self.wfile.write(self._head(answer) + answer.payload)
 
     def do_POST(self) -> None:
         """Answer a request whose properties are in a JSON body."""
-        self._exchange("POST")
+        self._exchange()
 
     def log_message(self, format: str, *args: Any) -> None:
         """Stay quiet: the sandbox keeps a record of its own."""
 
-    def _exchange(self, method: str) -> None:
-        address = urllib.parse.urlsplit(self.path)
-        if method == "GET" and address.path in self.server.sandbox.pages:
-            content_type, make = self.server.sandbox.pages[address.path]
-            answer = Answer(200, make().encode("utf-8"), content_type=content_type)
-            self.wfile.write(self._head(answer) + answer.payload)
-            return
-        endpoint = address.path.lstrip("/")
+    def _exchange(self, problem: Refused | None = None) -> None:
         started = time.monotonic()
-        body, problem = self._read(method, endpoint, address.query)
-        if method == "GET" and endpoint in POST_ONLY:
-            problem = Refused(404, "not_found", f"no such endpoint: {method} /{endpoint}")
+        body: dict[str, Any] = {}
+        try:
+            body = self._read() if problem is None else {}
+        except Refused as refusal:
+            problem = refusal
         sandbox = self.server.sandbox
-        request = sandbox.record(endpoint, body, started)
+        request = sandbox.record(self.path.partition("?")[0].lstrip("/"), body, started)
         if sandbox.latency:
             time.sleep(sandbox.latency)
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         answer = sandbox.answer(request, token if scheme == "Bearer" else None, problem)
         self._reply(request, answer)
 
-    def _read(
-        self, method: str, endpoint: str, query: str
-    ) -> tuple[dict[str, Any], Refused | None]:
-        try:
-            length = int(self.headers.get("Content-Length") or 0)
-        except ValueError:
-            length = -1
-        if length < 0 or "Transfer-Encoding" in self.headers:
+    def _read(self) -> dict[str, Any]:
+        length = self.headers.get("Content-Length", "0")
+        if not length.isdigit() or "Transfer-Encoding" in self.headers:
             self.close_connection = True
-            return {}, Refused(400, "bad_request", "a Content-Length is needed")
-        raw = self.rfile.read(length)
-        if len(raw) < length:
+            raise Refused(400, "a Content-Length is needed")
+        raw = self.rfile.read(int(length))
+        if len(raw) < int(length):
             raise ConnectionAbortedError("the client went away in the middle of a request")
-        if method == "GET":
-            return from_query(SHAPES.get(endpoint, {}), query), None
         kind = self.headers.get_content_type() if raw and "Content-Type" in self.headers else ""
         if kind != "application/json":
-            return {}, Refused(
-                400, "invalid_content_type", "the body must be application/json", value=kind
-            )
+            message = "the body must be application/json"
+            raise Refused(400, message, "invalid_content_type", value=kind)
         try:
             body = json.loads(raw.decode("utf-8"))
         except ValueError:
-            return {}, Refused(400, "parse_error", "the body is not JSON")
+            body = None
         if not isinstance(body, dict):
-            return {}, Refused(400, "parse_error", "the body is not a JSON object")
-        return body, None
+            raise Refused(400, "the body is not a JSON object", "parse_error")
+        return body
 
     def _reply(self, request: Request, answer: Answer) -> None:
         if answer.manner in ("hang", "reset"):
             if answer.manner == "hang":
                 self._hold(answer.seconds)
             request.ended = time.monotonic()
-            self.close_connection = True
-            self.server.reset(self.connection)
+            self._reset()
             return
         payload = answer.payload
         if answer.manner == "cut":
@@ -128,6 +101,15 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             request.status = None
             self.close_connection = True
+
+    def _reset(self) -> None:
+        """Let the connection end with RST rather than with FIN."""
+        self.close_connection = True
+        linger = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+        with contextlib.suppress(OSError):
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.rfile.close()
+        self.connection.close()
 
     def _head(self, answer: Answer) -> bytes:
         lines = [
@@ -176,47 +158,26 @@ class Server(ThreadingHTTPServer):
     def __init__(self, sandbox: Sandbox, port: int) -> None:
         self.sandbox = sandbox
         self.closing = threading.Event()
-        self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
-        self._abandoned: set[socket.socket] = set()
         self.accepted = 0
         super().__init__(("127.0.0.1", port), Handler)
 
     def server_bind(self) -> None:
         """Bind without asking a name server who 127.0.0.1 is."""
-        self.socket.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, int(self.allow_reuse_address)
-        )
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
+        socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = "127.0.0.1", int(self.server_address[1])
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection and remember it."""
         connection, address = super().get_request()
-        with self._lock:
-            self._open.add(connection)
-            self.accepted += 1
+        self._open.add(connection)
+        self.accepted += 1
         return connection, address
 
-    def reset(self, connection: socket.socket) -> None:
-        """Let the connection end with RST rather than with FIN."""
-        with self._lock:
-            self._abandoned.add(connection)
-        linger = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
-        with contextlib.suppress(OSError):
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection; one to be reset gets no orderly farewell."""
-        with self._lock:
-            self._open.discard(request)
-            abandoned = request in self._abandoned
-            self._abandoned.discard(request)
-        if abandoned:
-            self.close_request(request)
-        else:
-            super().shutdown_request(request)
+        """Forget a connection, and close it."""
+        self._open.discard(request)
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is no news; anything else is a mistake in the sandbox."""
@@ -228,9 +189,7 @@ class Server(ThreadingHTTPServer):
         self.closing.set()
         self.shutdown()
         self.server_close()
-        with self._lock:
-            remaining = list(self._open)
-        for connection in remaining:
+        for connection in self._open.copy():
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
@@ -246,8 +205,7 @@ class Sandbox(World):
     ) -> None:
         super().__init__(organisation, time.monotonic, time.time, **world)
         self.latency = latency
-        # Pages for people, by path: content type, and what makes the page.
-        self.pages: dict[str, tuple[str, Callable[[], str]]] = {}
+        self.pages: dict[str, Callable[[], str]] = {}  # for people, by path
         self._port = port
 
     def __enter__(self) -> Sandbox:

@@ -14,30 +14,14 @@ from typing import Any, Callable, Collection
 
 from tests.fake.organisation import HALF_EMOJI, Thing
 
-REFUSALS = {
-    "400": (400, "bad_request"),
-    "401": (401, "unauthenticated"),
-    "401-expired": (401, "token_expired"),
-    "401-revoked": (401, "token_revoked"),
-    "401-deactivated": (401, "dev_org_deactivated"),
-    "403": (403, "forbidden"),
-    "404": (404, "not_found"),
-    "409": (409, "conflict"),
-    "410": (410, "gone"),
-    "413": (413, "request_entity_too_large"),
-    "423": (423, "locked"),
-    "425": (425, "too_early"),
-    "429": (429, "too_many_requests"),
-    "429-bare": (429, "too_many_requests"),
-    "429-body": (429, "too_many_requests"),
-    "429-header": (429, "too_many_requests"),
-    "500": (500, "internal_error"),
-    "503": (503, "service_unavailable"),
-}
-PAGES = {  # of a gateway in front of the API, in HTML
-    "502": 502, "504": 504, "html-200": 200, "html-401": 401, "html-403": 403, "html-404": 404, "html-413": 413,
-    "html-429": 429, "html-503": 503,
+TYPES = {  # of a refusal, by its status
+    400: "bad_request", 401: "unauthenticated", 403: "forbidden", 404: "not_found", 409: "conflict", 410: "gone",
+    413: "request_entity_too_large", 423: "locked", 425: "too_early", 429: "too_many_requests", 500: "internal_error",
+    503: "service_unavailable",
 }  # fmt: skip
+TOKENS = {"401-expired": "token_expired", "401-revoked": "token_revoked", "401-deactivated": "dev_org_deactivated"}  # fmt: skip
+REFUSALS = (*map(str, TYPES), *TOKENS, "429-bare", "429-body", "429-header")
+PAGES = ("502", "html-200", "html-403")  # of a gateway in front of the API, in HTML
 BEFORE_THE_ACT = (*REFUSALS, *PAGES, "route-404", "redirect", "reset-before", "hang", "other")
 AFTER_THE_ACT = (
     "reset-after", "cut", "500-after", "hang-after", "slow", "drip", "nested", "changed", "endless", "half-emoji",
@@ -46,15 +30,7 @@ AFTER_THE_ACT = (
 OF_A_MERGE = ("merge-never", "merge-leaves", "merge-slow", "merge-refused-late", "merge-doubled")
 FAULTS = (*BEFORE_THE_ACT, *AFTER_THE_ACT, "doubled", *OF_A_MERGE)
 QUOTA_HEADERS = ("X-Ratelimit-Limit", "X-Ratelimit-Remaining", "X-Ratelimit-Reset")
-WRITTEN_BY_PEOPLE = (
-    "display_name",
-    "full_name",
-    "title",
-    "body",
-    "description",
-    "message",
-    "detail",
-)
+WRITTEN = ("display_name", "full_name", "title", "body", "description", "message", "detail")
 SECONDS = {"hang": 60.0, "hang-after": 60.0, "slow": 1.0, "drip": 0.5}
 
 
@@ -65,14 +41,14 @@ class Fault:
     A request is struck by the first fault of the world's list that wants it; the ones behind it
     don't get to see the request. What `detail` says, where a kind takes one:
 
-    429: seconds to wait · 413: max_bytes · 403: the message, or a list of object_ids · other refusals: the message ·
-    redirect: its Location, which may be no URL · half-emoji: names of fields, which get a lone surrogate at their
-    end (else those that people write) · odd-quota: the headers, or one value for all three · hang, hang-after, slow (the answer comes late), drip (a
-    byte each time), merge-slow: seconds · doubled, merge-doubled: seconds until the same request arrives again
-    (else at once, and what is answered is the second) · merge-refused-late: the status, or status and seconds until
-    it is carried out all the same · merge-leaves: ids · changed: a function of the answer · endless: "empty" for
-    pages without items instead of the first page again and again, "repeated" for the first page under one and the
-    same cursor · other, other-after: a status and what comes with it, as JSON, or as HTML where it is text.
+    429: seconds to wait · other refusals: the message · redirect: its Location, which may be no URL · half-emoji: names
+    of fields, which get a lone surrogate at their end (else those that people write) · odd-quota: the headers, or one
+    value for all three · hang, hang-after, slow (the answer comes late), drip (a byte each time), merge-slow: seconds ·
+    doubled, merge-doubled: seconds until the same request arrives again (else at once, and what is answered is the
+    second) · merge-refused-late: the status, and seconds until it is carried out all the same · merge-leaves: ids ·
+    changed: a function of the answer · endless: "empty" for pages without items instead of the first page again and
+    again, "repeated" for the first page under one and the same cursor · other, other-after: a status and what comes
+    with it, as JSON, or as HTML where it is text.
 
     A 429 says in the header and in the body how long to wait, 429-body and 429-header in one of them, 429-bare nowhere.
     """
@@ -138,34 +114,33 @@ class Answer:
     seconds: float = 0.0
 
 
-class Refused(Exception):
-    """An answer other than 200, in DevRev's form: message, type, and what the type calls for."""
-
-    def __init__(self, status: int, kind: str, message: str, **more: Any) -> None:
-        super().__init__(message)
-        self.answer = json_answer(status, dict(more, message=message, type=kind))
-
-
-class Instead(Refused):
+class Instead(Exception):
     """An answer of any form, in place of the one that an endpoint would give."""
 
     def __init__(self, answer: Answer) -> None:
-        Exception.__init__(self)
+        super().__init__()
         self.answer = answer
+
+
+class Refused(Instead):
+    """An answer other than 200, in DevRev's form: message, type, and what the type calls for."""
+
+    def __init__(self, status: int, message: str, kind: str = "", **more: Any) -> None:
+        content = dict(more, message=message, type=kind or TYPES[status])
+        super().__init__(json_answer(status, content))
 
 
 def json_answer(status: int, content: Any) -> Answer:
     """An answer as the API itself gives it; half an emoji is written as the JSON escape that it was."""
-    return Answer(
-        status, json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace")
-    )
+    text = json.dumps(content, ensure_ascii=False)
+    return Answer(status, text.encode("utf-8", "backslashreplace"))
 
 
 def html_answer(status: int) -> Answer:
     """An answer as a gateway in front of the API gives it."""
     phrase = html.escape(HTTPStatus(status).phrase)
     page = f"<html><head><title>{phrase}</title></head><body><h1>{phrase}</h1></body></html>"
-    return Answer(status, page.encode("utf-8"), content_type="text/html; charset=utf-8")
+    return other_answer(status, page)
 
 
 def other_answer(status: int, content: Any) -> Answer:
@@ -177,45 +152,35 @@ def other_answer(status: int, content: Any) -> Answer:
 
 def too_many(seconds: float, text: str, message: str) -> Answer:
     """A 429 that says how long to wait, in the header as `text` and in the body rounded up."""
-    fields = {"message": message, "type": "too_many_requests", "retry_after": math.ceil(seconds)}
-    answer = json_answer(429, fields)
+    answer = Refused(429, message, retry_after=math.ceil(seconds)).answer
     answer.headers["Retry-After"] = text
     return answer
 
 
 def struck_before(fault: Fault) -> Answer:
     """The answer to a request that a fault keeps from being carried out."""
-    if fault.kind in ("429", "429-body", "429-header"):
-        seconds = 0.2 if fault.detail is None else float(fault.detail)
+    kind, detail = fault.kind, fault.detail
+    if kind in ("429", "429-body", "429-header"):
+        seconds = 0.2 if detail is None else float(detail)
         answer = too_many(seconds, f"{seconds:g}", "Slow down.")
-        return answer if fault.kind == "429" else wait_told(answer, fault.kind[4:])
-    if fault.kind in REFUSALS:
-        status, kind = REFUSALS[fault.kind]
-        content = {"message": HTTPStatus(status).phrase, "type": kind}
-        if fault.detail is not None:
-            names = (
-                {"403": "object_ids"}
-                if isinstance(fault.detail, (list, tuple))
-                else {"413": "max_bytes"}
-            )
-            content[names.get(fault.kind, "message")] = fault.detail
-        return json_answer(status, content)
-    if fault.kind == "other":
-        return other_answer(*fault.detail)
-    if fault.kind == "route-404":
+        return answer if kind == "429" else wait_told(answer, kind[4:])
+    if kind in REFUSALS:
+        status = int(kind[:3])
+        return Refused(status, detail or HTTPStatus(status).phrase, TOKENS.get(kind, "")).answer
+    if kind == "other":
+        return other_answer(*detail)
+    if kind == "route-404":
         return route_not_found()
-    if fault.kind == "redirect":
-        return moved(fault.detail or "/elsewhere")
-    if fault.kind in PAGES:
-        return html_answer(PAGES[fault.kind])
+    if kind == "redirect":
+        return moved(detail or "/elsewhere")
+    if kind in PAGES:
+        return html_answer(int(kind[-3:]))
     return struck_after(fault, Answer(0, b""))
 
 
 def moved(place: str) -> Answer:
     """301: the object has another id now, and this is where it is."""
-    answer = json_answer(
-        301, {"message": "The object has another id now.", "type": "moved_permanently"}
-    )
+    answer = Refused(301, "The object has another id now.", "moved_permanently").answer
     answer.headers["Location"] = place
     return answer
 
@@ -226,9 +191,8 @@ def wait_told(answer: Answer, where: str) -> Answer:
         answer.headers.pop("Retry-After", None)
     if where in ("header", "neither") and answer.content_type == "application/json":
         content = json.loads(answer.payload.decode("utf-8"))
-        answer.payload = json_answer(
-            429, {name: value for name, value in content.items() if name != "retry_after"}
-        ).payload
+        content.pop("retry_after", None)
+        answer.payload = json_answer(429, content).payload
     return answer
 
 
@@ -239,30 +203,29 @@ def route_not_found() -> Answer:
 
 def struck_after(fault: Fault, answer: Answer) -> Answer:
     """What becomes of the answer to a request that was carried out."""
-    if fault.kind == "other-after":
-        return other_answer(*fault.detail)
-    if fault.kind == "500-after":
-        return json_answer(500, {"message": "Something broke.", "type": "internal_error"})
-    if fault.kind == "nested":
+    kind, detail = fault.kind, fault.detail
+    if kind == "other-after":
+        return other_answer(*detail)
+    if kind == "500-after":
+        return Refused(500, "Something broke.").answer
+    if kind == "nested":
         return Answer(200, b'{"a":' * 100_000 + b"{}" + b"}" * 100_000)
-    if fault.kind == "odd-quota":
-        values = {} if fault.detail is None else fault.detail
-        answer.headers.update(
-            values if isinstance(values, dict) else {name: str(values) for name in QUOTA_HEADERS}
-        )
+    if kind == "odd-quota":
+        odd = detail if isinstance(detail, dict) else dict.fromkeys(QUOTA_HEADERS, str(detail))
+        answer.headers.update({} if detail is None else odd)
         return answer
-    if fault.kind in ("changed", "endless", "half-emoji"):
+    if kind in ("changed", "endless", "half-emoji"):
         if not answer.payload or answer.content_type != "application/json":
             return answer
         content = json.loads(answer.payload.decode("utf-8"))
-        if fault.kind == "half-emoji":
-            return json_answer(answer.status, halved(content, fault.detail or WRITTEN_BY_PEOPLE))
-        if fault.kind == "endless":
+        if kind == "half-emoji":
+            return json_answer(answer.status, halved(content, detail or WRITTEN))
+        if kind == "endless":
             return json_answer(answer.status, without_end(fault, content))
-        return json_answer(answer.status, fault.detail(content) if fault.detail else {})
-    if fault.kind in SECONDS:
-        answer.seconds = SECONDS[fault.kind] if fault.detail is None else float(fault.detail)
-    answer.manner = "send" if fault.kind == "slow" else fault.kind.split("-")[0]
+        return json_answer(answer.status, detail(content) if detail else {})
+    if kind in SECONDS:
+        answer.seconds = SECONDS[kind] if detail is None else float(detail)
+    answer.manner = "send" if kind == "slow" else kind.split("-")[0]
     return answer
 
 
@@ -282,13 +245,9 @@ def halved(content: Any, names: Collection[str]) -> Any:
 def without_end(fault: Fault, content: Thing) -> Thing:
     """A page that claims that more comes, under a cursor never seen before (or always the same one)."""
     if fault.detail == "empty":
-        content = {
-            name: [] if isinstance(value, list) else value for name, value in content.items()
-        }
-    return {
-        **content,
-        "next_cursor": "more" if fault.detail == "repeated" else f"more-{fault.struck}",
-    }
+        content = {name: [] if type(value) is list else value for name, value in content.items()}
+    cursor = "more" if fault.detail == "repeated" else f"more-{fault.struck}"
+    return {**content, "next_cursor": cursor}
 
 
 def merge_acknowledged(form: str, content: Any) -> Answer:
@@ -306,30 +265,25 @@ STATES_LEFT = {  # of a merged contact
     "no-email": "active", "no-reference": "active", "own-reference": "active", "bare": "active", "as-before": "active",
 }  # fmt: skip
 STAYS = ("", *(one for one in STATES_LEFT if one != "stale"))
-ODD_POLLS = (
-    "404-route", "404-other", "400", "403", "410", "500", "502", "503", "shape", "empty", "hang", "drip",
-)  # fmt: skip
+ODD_POLLS = ("404-route", "404-other", "400", "403", "410", "500", "502", "503", "shape", "empty", "hang", "drip")  # fmt: skip
 MERGE_MANNERS = ("works", "never", "400", "403", "409")
 
 
-def odd_poll(manner: str, seconds: float | None) -> Answer:
+def odd_poll(manner: str) -> Answer:
     """An answer for a contact that was merged, from which nobody can tell that it was."""
     if manner in ("hang", "drip"):
-        answer = json_answer(200, {"rev_user": {}})
-        return struck_after(Fault(manner, detail=seconds), answer)
+        return struck_after(Fault(manner), json_answer(200, {"rev_user": {}}))
     if manner == "404-route":
         return route_not_found()
     if manner == "404-other":
-        return json_answer(
-            404, {"message": "There is nothing to see here.", "type": "object_hidden"}
-        )
+        return Refused(404, "There is nothing to see here.", "object_hidden").answer
     if manner == "shape":
         return json_answer(200, {"rev_user": {"id": 7, "state": ["deleted"]}})
     if manner == "empty":
         return Answer(200, b"")
     if manner == "502":
         return html_answer(502)
-    return json_answer(int(manner), {"message": "Not so.", "type": REFUSALS[manner][1]})
+    return Refused(int(manner), "Not so.").answer
 
 
 class Quota:
@@ -341,9 +295,9 @@ class Quota:
 
     def __init__(
         self,
+        epoch: Callable[[], float],
         limit: int,
         window: float,
-        epoch: Callable[[], float],
         others: int = 0,
         rolls: bool = False,
     ) -> None:
@@ -351,8 +305,6 @@ class Quota:
         self.window = window
         self.others = others
         self.rolls = rolls
-        self.whole_seconds = False
-        self.share = 0.0  # of each window that another program takes
         self._epoch = epoch
         self._first: float | None = None
         self._current = -1
@@ -364,11 +316,8 @@ class Quota:
         now, reset = self._turn()
         granted = self._used < self.limit
         self._use(now, int(granted))
-        headers = {
-            "X-Ratelimit-Limit": str(self.limit),
-            "X-Ratelimit-Remaining": str(self.limit - self._used),
-            "X-Ratelimit-Reset": self._number(reset),
-        }
+        values = str(self.limit), str(self.limit - self._used), self._number(reset)
+        headers = dict(zip(QUOTA_HEADERS, values))
         if granted:
             return headers, None
         if self.rolls:
@@ -388,19 +337,18 @@ class Quota:
 
     def _turn(self) -> tuple[float, float]:
         now = self._epoch()
-        others = max(self.others, math.ceil(self.share * self.limit))
         if self.rolls:
             while self._spent and self._spent[0] <= now - self.window:
                 self._spent.popleft()
-            self._used = min(self.limit, others + len(self._spent))
+            self._used = min(self.limit, self.others + len(self._spent))
             return now, now + self.window
         self._first = now if self._first is None else self._first
         current = int((now - self._first) // self.window)
         if current != self._current:
-            self._current, self._used = current, min(self.limit, others)
+            self._current, self._used = current, min(self.limit, self.others)
         return now, self._first + (current + 1) * self.window
 
     def _number(self, seconds: float) -> str:
-        if self.window >= 60 or self.whole_seconds:
+        if self.window >= 60:
             return str(math.ceil(seconds))
         return f"{math.ceil(seconds * 1000) / 1000:.3f}"

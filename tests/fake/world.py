@@ -10,86 +10,8 @@ moved, and what every single request was. The same seed and the same calls give 
     world = World(organisation, clock=lambda: now)
     answer = world.respond("rev-users.merge", {"primary_user": primary, "secondary_user": secondary}, world.token)
 
-What is known of DevRev only either way is a switch; each stands for the behaviour that most tests want. Any text may
-hold half an emoji (HALF_EMOJI): answers carry it as the JSON escape that it is.
-
-Merges (of a World, like all below unless an Organisation is named):
-    merge_delay           seconds from a merge's acknowledgement until it is carried out
-    merge_answer          the acknowledgement: 200, 202, 204, 200-empty and 202-empty (no body), 200-other, 200-list
-    in_progress           status of a request for a merge that is pending already: 200, 400, 403 or 409
-    unverified_merge      an unverified contact into a verified one: works, never (acknowledged), 400, 403, 409
-    verified_merge        a verified contact into an unverified one: the same
-    gone                  how rev-users.get answers for a contact that was merged, while lists tell the truth: 404, 301
-                          (Location: the primary), state (deleted), primary (its record), shadow or unassigned (with a
-                          primary_identity); and for good what tells nothing: locked, stale (as before the merge),
-                          404-route, 404-other (of another type), 400, 403, 410, 500, 502, 503, shape, empty, hang, drip
-                          stays: as what `stays` leaves
-    gone_of               the same for single contacts, by id
-    stays                 what a merged contact is afterwards, in lists and (with gone="stays") by its id: "" (gone),
-                          locked, shadow, archived, deactivated, no-email, no-reference, own-reference, bare (neither),
-                          as-before
-    merge_jobs            how many merges DevRev carries out at a time; another is refused with busy_status (400, 409,
-                          423, 425) and "try again later"
-    gone_seconds          seconds of hang, and of each byte of drip
-    moved_to, location    another base of the Location that a 301 names; the whole Location, which may be no URL
-    Organisation.merge_moves_reference whether a merge gives the primary the secondary's reference (not a REVU-)
-    Organisation.merge_joins           fields with several values that a merge joins, e.g. phone_numbers
-Contacts:
-    verified_shown        is_verified in answers: hidden, shown, null, mixed (contact by contact)
-    verified_filter       is_verified as a filter: accepted, 400, 403
-    hidden_fields         fields that answers leave out, e.g. external_refs, tags, custom_fields, phone_numbers
-    refused_fields        fields that can't be set, everywhere or as e.g. rev-users.update.phone_numbers
-    refused_status        the status of that: 400 (which names the field), 403, 409, …
-    reference_updates     what an update of a reference is answered with: works, 400, 403, 409
-    unchanged_updates     status of an update that changes nothing: 200, 400
-    reference_lag         seconds for which answers (but an update's own) show a contact's former reference
-    puts_back             how often something puts a contact's former reference back after an update (inf: always),
-    puts_back_after       so many seconds later
-    vanished              ids of contacts for which all is as if they did not exist; "*" for all
-    account_rev_orgs      whether a contact can be made in a rev org that is an account
-    unique_emails         whether a contact can't be made with an email that another has
-    email_ignores_case    whether the filter email ignores case
-    deleted_listed        whether lists show deleted and merged contacts
-    deleted_contacts      how a deleted contact answers: 404, state
-    Organisation.unverified            ids of contacts that are not verified (add_contact(verified=False))
-    Organisation.visitors_verified     whether a contact that the application's widget makes is verified
-    Organisation.unique_references     where a reference is unique: rev_org, organisation
-    Organisation.unverified_keep_references  whether an unverified contact's reference stays its own until deleted
-    Organisation.stuck_references, ref_release  references that merged contacts never, or only later, let go of
-Lists:
-    list_lag              seconds that lists of contacts, works and conversations lag behind
-    max_ids               how many ids a filter may name
-    thin_lists            patterns of the lists that have empty pages
-    empty_pages           how many come before each page with items, or a function of endpoint and position
-    largest_page          the most items of a page, whatever the limit that was asked for
-    trailing_page         whether a list ends with an empty page
-    paging                cursor; again (a page comes a second time in place of the next), overlap (each page begins with
-                          the last item of the one before), offset (a list that changes while it is read shifts)
-    paging_lists, paging_times   patterns of the lists of which that is so; how often it goes wrong (None: always)
-    cursor_life           seconds after which a cursor is refused
-Works:
-    long_work_types       whether tasks, incidents and opportunities are listed and may be asked for
-    unknown_kinds         kinds of these that `type` does not know all the same, e.g. incident
-    unknown_kinds_answer  400 (with allowed_values and value), 400-bare, 403: of a list that names a kind it does not know
-    hidden_kinds          kinds that the token may not read: of works, or conversation
-    hidden_kinds_answer   a list that asks for such a kind: 403, left out
-Refusals:
-    bad_token             the type of the 401 for another token
-    forbidden             patterns of endpoints that the token may not use
-    restricted            ids of objects for which every request that names them is 403
-    restricted_timelines, restricted_writes  ids whose timeline, or whose change, is 403
-    restricted_in_lists   a list that would show a restricted object: shown, left out, 403
-    names_object_ids      whether such a 403 names them
-    firewall              words; a request with one of them is refused in HTML, with firewall_status (403, 406)
-    max_bytes             of a request, more is 413
-Quota:
-    quota_rolls           whether the window rolls, its reset always a window after the request
-    quota_whole_seconds   whether times are whole seconds (rounded up) in windows of less than a minute, too
-    quota.others          what other clients spend of each window
-    quota_share           the share of each window that another program of the same user takes, from 0 to 1
-    quota_headers         whether answers carry X-Ratelimit-…
-    retry_after           where a 429 says how long to wait: both, header, body, neither
-What strikes single requests, once, often or always, is a Fault.
+What is known of DevRev only either way is a switch, off by default: an attribute of World, below, or of Organisation.
+What strikes single requests, once, often or always, is a Fault. Any text may hold half an emoji (HALF_EMOJI).
 """
 
 from __future__ import annotations
@@ -100,14 +22,7 @@ import heapq
 import itertools
 import random
 from collections import Counter
-from typing import (
-    Any,
-    Callable,
-    Collection,
-    Iterable,
-    Mapping,
-    NamedTuple,
-)
+from typing import Any, Callable, Collection, Iterable, Mapping, NamedTuple
 
 from tests.fake.api import SHAPES, Api
 from tests.fake.organisation import Organisation, Thing
@@ -116,7 +31,6 @@ from tests.fake.trouble import (
     BEFORE_THE_ACT,
     MERGE_MANNERS,
     ODD_POLLS,
-    REFUSALS,
     STAYS,
     Answer,
     Fault,
@@ -142,8 +56,8 @@ class World:
     """An organisation, how DevRev serves it, and the books of who asked what.
 
     `clock` gives the seconds that everything here happens at, `epoch` (else the clock too) those of the quota's
-    headers. `on_request(stage, request)` is called "before" and "after" each act. Everything else is a switch: an
-    attribute that may be given by name here and be changed at any time. The module's docstring has them all.
+    headers. `on_request(stage, request)` is called "before" and "after" each act. Everything else is a switch: it may
+    be given by name here and be changed at any time.
     """
 
     GONE = ("404", "301", "state", "primary", "shadow", "unassigned")
@@ -163,75 +77,74 @@ class World:
         "verified_filter": ("accepted", "400", "403"),
         "deleted_contacts": ("404", "state"),
         "retry_after": ("both", "header", "body", "neither"),
-        "bad_token": ("unauthenticated", "token_expired", "token_revoked", "dev_org_deactivated"),
         "restricted_in_lists": ("shown", "left out", "403"),
         "hidden_kinds_answer": ("403", "left out"),
         "in_progress": (200, 400, 403, 409),
     }
     # Merges
-    merge_delay = 0.3
-    merge_answer = "200"
-    in_progress = 200
-    unverified_merge = "works"
-    verified_merge = "works"
+    merge_delay = 0.3  # seconds from a merge's acknowledgement until it is carried out
+    merge_answer = "200"  # the acknowledgement; -empty: no body, -other and -list: another one
+    in_progress = 200  # status of a request for a merge that is pending already
+    unverified_merge = "works"  # of an unverified contact into a verified one; never: acknowledged
+    verified_merge = "works"  # of a verified contact into an unverified one
+    # How rev-users.get answers for a merged contact, while lists tell the truth: 301 names the primary, primary is its
+    # record, shadow and unassigned have a primary_identity, stays is what `stays` leaves. ODD ones tell nothing.
     gone = "404"
-    stays = ""
-    merge_jobs: int | None = None
-    busy_status = 409
-    gone_seconds: float | None = None
-    moved_to = ""
-    location: str | None = None
+    gone_of: Mapping[str, str] = {}  # the same for single contacts, by id
+    moved_to = ""  # the base of the Location that a 301 names
+    stays = ""  # what is left of a merged contact in lists and, with gone="stays", by its id
+    merge_jobs: int | None = None  # at a time; another merge is refused with "try again later"
+    busy_status = 409  # of that
     # Contacts
-    verified_shown = "hidden"
-    verified_filter = "accepted"
-    hidden_fields: Collection[str] = ()
-    refused_fields: Collection[str] = ()
-    refused_status = 400
-    reference_updates = "works"
-    unchanged_updates = 200
-    reference_lag = 0.0
-    puts_back = 0.0
-    puts_back_after = 0.0
-    vanished: Collection[str] = ()
-    account_rev_orgs = False
-    unique_emails = False
-    email_ignores_case = False
-    deleted_listed = False
-    deleted_contacts = "404"
+    verified_shown = "hidden"  # is_verified in answers; mixed: contact by contact
+    verified_filter = "accepted"  # is_verified as a filter
+    hidden_fields: Collection[str] = ()  # that answers leave out, e.g. tags
+    refused_fields: Collection[
+        str
+    ] = ()  # that can't be set, everywhere or e.g. as rev-users.update.email
+    refused_status = 400  # of that; 400 names the field
+    reference_updates = "works"  # what an update of a reference is answered with
+    unchanged_updates = 200  # status of an update that changes nothing
+    reference_lag = 0.0  # seconds for which answers, but an update's own, show the former reference
+    puts_back = 0.0  # how often something puts a former reference back after an update
+    puts_back_after = 0.0  # so many seconds later
+    vanished: Collection[
+        str
+    ] = ()  # contacts for which all is as if they did not exist; "*" for all
+    account_rev_orgs = False  # whether a contact can be made in a rev org that is an account
+    unique_emails = False  # whether a contact can't be made with an email that another has
+    email_ignores_case = False  # whether the filter email does
+    deleted_listed = False  # whether lists show deleted and merged contacts
+    deleted_contacts = "404"  # how a deleted contact answers
     # Lists
-    list_lag = 0.0
-    max_ids: int | None = None
-    thin_lists: Collection[str] = ("timeline-entries.list",)
-    empty_pages: int | Callable[[str, int], int] = 0
-    largest_page: int | None = None
-    trailing_page = False
+    list_lag = 0.0  # seconds that lists of contacts, works and conversations lag behind
+    max_ids: int | None = None  # that a filter may name
+    empty_pages = 0  # that come before each page with items
+    largest_page: int | None = None  # the most items of a page, whatever the limit
+    trailing_page = False  # whether a list ends with an empty page
+    # again: a page comes a second time in place of the next; overlap: each begins with the last item of the one before;
+    # offset: a list that changes while it is read shifts
     paging = "cursor"
-    paging_lists: Collection[str] = ("*",)
-    paging_times: int | None = None
-    cursor_life: float | None = None
+    paging_times: int | None = None  # how often that goes wrong; None: always
+    cursor_life: float | None = None  # seconds after which a cursor is refused
     # Works
-    long_work_types = False
-    unknown_kinds: Collection[str] = ()
-    unknown_kinds_answer = "400"
-    hidden_kinds: Collection[str] = ()
-    hidden_kinds_answer = "403"
+    long_work_types = False  # whether there are tasks, incidents and opportunities
+    unknown_kinds: Collection[str] = ()  # that `type` does not know all the same
+    unknown_kinds_answer = "400"  # to a list that names one; 400 has allowed_values and value
+    hidden_kinds: Collection[str] = ()  # that the token may not read: of works, or conversation
+    hidden_kinds_answer = "403"  # to a list that asks for one
     # Refusals
-    bad_token = "unauthenticated"
-    forbidden: Collection[str] = ()
-    restricted: Collection[str] = ()
-    restricted_timelines: Collection[str] = ()
-    restricted_writes: Collection[str] = ()
-    restricted_in_lists = "shown"
-    names_object_ids = True
-    firewall: Collection[str] = ()
-    firewall_status = 403
-    max_bytes: int | None = None
+    forbidden: Collection[str] = ()  # patterns of endpoints that the token may not use
+    restricted: Collection[str] = ()  # ids for which every request that names them is 403
+    restricted_timelines: Collection[str] = ()  # whose timeline is
+    restricted_writes: Collection[str] = ()  # whose change is
+    restricted_in_lists = "shown"  # a list that would show a restricted object
+    names_object_ids = True  # whether such a 403 does
+    firewall: Collection[str] = ()  # words; a request with one of them is refused in HTML
+    firewall_status = 403  # of that
     # Quota
-    quota_share = 0.0
-    quota_rolls = False
-    quota_whole_seconds = False
-    quota_headers = True
-    retry_after = "both"
+    quota_headers = True  # whether answers carry X-Ratelimit-…
+    retry_after = "both"  # where a 429 says how long to wait
 
     def __init__(
         self,
@@ -240,7 +153,7 @@ class World:
         epoch: Callable[[], float] | None = None,
         *,
         token: str = "sandbox-token",
-        quota: tuple[int, float] | None = None,
+        quota: tuple[Any, ...] | None = None,
         faults: Iterable[Fault] = (),
         seed: int = 0,
         on_request: Callable[[str, Request], None] | None = None,
@@ -249,34 +162,32 @@ class World:
         self.organisation = organisation
         self.clock = organisation.clock = clock
         self.token = token
-        self.url = ""
-        self.gone_of: dict[str, str] = {}
         self.faults: list[Fault] = list(faults)
         self._epoch = epoch or clock
-        self.quota = Quota(*quota, self._epoch) if quota else None
+        self.quota: Quota | None = None
+        if quota:
+            self.set_quota(*quota)
         self.on_request = on_request
+        self.gone_of = {}
         for name, value in switches.items():
             if name not in SWITCHES:
-                raise TypeError(f"{name} is no switch: one of {', '.join(sorted(SWITCHES))}")
+                raise TypeError(f"{name} is no switch: one of {sorted(SWITCHES)}")
             setattr(self, name, value)
         self.requests: list[Request] = []
         self.over_quota = 0
         self._chance = random.Random(seed)
         self._api = Api(self)
         self._pending: set[tuple[str, str]] = set()
-        self.cursors: dict[str, float] = {}  # when each was given out
+        # The place that each cursor stands for, the empty pages served there, and when it was given.
+        self.cursors: dict[str, tuple[int, int, float]] = {}
         self._put_back: Counter[str] = Counter()
         self._events: list[Event] = []
         self._numbers = itertools.count()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.CHOICES and value not in self.CHOICES[name]:
-            raise ValueError(
-                f"{name}: {value!r} is none of {', '.join(map(str, self.CHOICES[name]))}"
-            )
+            raise ValueError(f"{name}: {value!r} is none of {self.CHOICES[name]}")
         super().__setattr__(name, value)
-        if name in ("quota_rolls", "quota_whole_seconds", "quota_share") and self.quota:
-            setattr(self.quota, name[len("quota_") :], value)
 
     # ----- requests --------------------------------------------------------------------------------
 
@@ -323,13 +234,13 @@ class World:
         if fault is not None and fault.kind in BEFORE_THE_ACT:
             return struck_before(fault)
         if token != self.token:
-            answer = Refused(401, self.bad_token, "The token is not valid.").answer
+            answer = Refused(401, "The token is not valid.").answer
         elif problem is not None:
             answer = problem.answer
         elif request.endpoint not in SHAPES:
             answer = route_not_found()
         elif any(fnmatch.fnmatchcase(request.endpoint, pattern) for pattern in self.forbidden):
-            answer = Refused(403, "forbidden", "The token may not do that.").answer
+            answer = Refused(403, "The token may not do that.").answer
         else:
             answer = self._act(request, fault)
         if fault is not None and fault.kind in AFTER_THE_ACT:
@@ -389,25 +300,21 @@ class World:
         kind, detail = (fault.kind, fault.detail) if fault else ("", None)
         pending = (primary, secondary) in self._pending
         status, delay = self.in_progress, self.merge_delay
+        message = "a merge of these contacts is in progress already"
         if kind == "merge-slow":
-            delay = 5.0 if detail is None else float(detail)
+            delay = float(detail)
         if kind == "merge-refused-late":
-            status, delay = detail if isinstance(detail, tuple) else (detail or 400, delay)
-        is_busy = self.merge_jobs is not None and len(self._pending) >= self.merge_jobs
-        if is_busy and not pending:
-            message = "another merge is in progress, try again later"
-            raise Refused(self.busy_status, REFUSALS[str(self.busy_status)][1], message)
-        if kind != "merge-never" and not pending:
-            self._pending.add((primary, secondary))
-            left = detail if kind == "merge-leaves" else ()
-            self.later(delay, lambda: self._carry_out(primary, secondary, left))
+            status, delay = detail
+        if not pending:
+            if self.merge_jobs is not None and len(self._pending) >= self.merge_jobs:
+                raise Refused(self.busy_status, "another merge is in progress, try again later")
+            if kind != "merge-never":
+                self._pending.add((primary, secondary))
+                left = detail if kind == "merge-leaves" else ()
+                self.later(delay, lambda: self._carry_out(primary, secondary, left))
+            message = "this can't be merged"
         if status != 200 and (pending or kind == "merge-refused-late"):
-            message = (
-                "a merge of these contacts is in progress already"
-                if pending
-                else "this can't be merged"
-            )
-            raise Refused(status, REFUSALS[str(status)][1], message)
+            raise Refused(status, message)
 
     def put_back(self, contact_id: str, reference: str | None) -> None:
         """Let something put a contact's former reference back, where the switches say so."""
@@ -422,11 +329,9 @@ class World:
 
         self.later(self.puts_back_after, act)
 
-    def set_quota(self, limit: int, window: float, **more: Any) -> None:
+    def set_quota(self, *quota: Any) -> None:
         """Let DevRev have a quota from now on: so many units in a window of so many seconds."""
-        self.quota = Quota(limit, window, self._epoch, **more)
-        for name in ("quota_rolls", "quota_whole_seconds", "quota_share"):
-            setattr(self, name, getattr(self, name))
+        self.quota = Quota(self._epoch, *quota)
 
     def _happen(self, moment: float) -> None:
         event = heapq.heappop(self._events)
@@ -440,7 +345,8 @@ class World:
         self._pending.discard((primary, secondary))
         if self.organisation.alive(primary) and self.organisation.alive(secondary):
             if left is None:
-                left = [self.organisation.first_work_of(secondary) or ""]
+                works = self.organisation.works.find([("anyone", [secondary])])
+                left = [one["id"] for one in works[:1]]
             self.organisation.merge(primary, secondary, left)
 
 
@@ -448,4 +354,4 @@ SWITCHES = frozenset(
     name
     for name, value in vars(World).items()
     if name.islower() and name[0] != "_" and not callable(value)
-) | {"gone_of"}
+)

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from tests.fake.seeding import organisation_of
 from tests.sandbox import Fault, Organisation, Sandbox
 from tests.support import (
     SAMPLE,
@@ -77,7 +78,7 @@ def test_everything_is_backed_up_merged_moved_and_proved_and_a_second_run_merges
 def test_a_group_with_several_revu_contacts_ends_as_one_contact_with_the_user_reference(
     place: Workplace,
 ) -> None:
-    organisation = Organisation.from_csv(SAMPLE)
+    organisation = organisation_of(SAMPLE)
     place.csv.write_bytes(SAMPLE.read_bytes())
     with Sandbox(organisation) as sandbox:
         place.run(sandbox, check=0)

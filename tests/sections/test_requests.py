@@ -878,8 +878,7 @@ def test_where_another_program_takes_most_of_each_window_pairs_are_merged_all_th
 ) -> None:
     scene.settings["calls"] = None
     pairs = scene.pairs(3)
-    scene.world.set_quota(100, 60.0)
-    scene.world.quota_share = share
+    scene.world.set_quota(100, 60.0, int(100 * share))
     assert scene.merge().code == 0 and scene.merged(*pairs)
     assert "only a twentieth is left to them" in caplog.text
 

@@ -13,7 +13,6 @@ from typing import Any, Callable, Mapping
 import pytest
 
 from merge_contacts import COLUMNS, Contact, Pair, plan_fields, plan_restore
-from tests.fake.world import Quota
 from tests.process.test_terminal import Terminal
 from tests.sandbox import Sandbox
 from tests.simulation.expected import Ids
@@ -799,7 +798,7 @@ def test_an_edit_during_a_wait_before_a_write_is_not_lost(scene: Scene, wait: st
     agent = devrev.dev_user["id"]
     devrev.change(devrev.contacts[duplicate], phone_numbers=["+2"])
     scene.merge("--carry-fields")
-    scene.world.quota = Quota(1000, 300.0, scene.world._epoch)
+    scene.world.set_quota(1000, 300.0)
     edited: dict[str, str] = {}  # object or contact -> role
 
     def people_of(identity: str) -> list[str]:
@@ -838,7 +837,7 @@ def test_an_edit_during_a_wait_before_a_write_is_not_lost(scene: Scene, wait: st
 def test_a_reference_that_is_set_during_a_wait_is_not_overwritten(scene: Scene, wait: str) -> None:
     primary, _ = scene.pair(1)
     scene.merge()
-    scene.world.quota = Quota(1000, 300.0, scene.world._epoch)
+    scene.world.set_quota(1000, 300.0)
 
     def disturb(devrev: Any) -> None:
         WAITS[wait](scene)
@@ -866,7 +865,7 @@ def test_between_reference_and_contact_nothing_waits_for_quota(scene: Scene) -> 
     scene.pairs(6)
     before = truth(scene)
     scene.merge()
-    scene.world.quota = Quota(14, 60.0, scene.world._epoch)
+    scene.world.set_quota(14, 60.0)
     run = scene.undo()
     assert_undone(scene, before, run)
     assert len(gaps(scene, run)) == 6 and max(gaps(scene, run)) < 0.2
@@ -893,7 +892,7 @@ def test_an_undo_that_is_stopped_with_a_reference_on_no_contact_names_it_and_the
     primary, _ = scene.pair(1)
     before = truth(scene)
     scene.merge()
-    scene.world.quota = Quota(100, 300.0, scene.world._epoch)
+    scene.world.set_quota(100, 300.0)
 
     def spend(_devrev: Any) -> None:
         quota_is_spent(scene)

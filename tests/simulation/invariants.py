@@ -857,7 +857,6 @@ class InvariantChecker:
             quota is None
             or process is None
             or quota.others
-            or quota.share
             or self.others_spent
             or process.units_unseen
         ):

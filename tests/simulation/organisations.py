@@ -182,8 +182,8 @@ def set_switches(world: World, draws: Draws) -> Set[str]:
         world.max_ids = chance.choice((1, 3, 10))
     if draws.has("others spend quota", 0.15) and world.quota:
         world.quota.others = world.quota.limit // 3
-    if draws.has("windows roll", 0.1):
-        world.quota_rolls = True
+    if draws.has("windows roll", 0.1) and world.quota:
+        world.quota.rolls = True
     if draws.has("no quota headers", 0.04):
         world.quota_headers = False
     if draws.has("waits told elsewhere", 0.1):
@@ -213,7 +213,7 @@ def set_switches(world: World, draws: Draws) -> Set[str]:
         if chance.random() < 0.2:
             world.verified_merge = chance.choice(("never", "400", "403", "409"))
     if draws.has("empty pages", 0.08):
-        world.thin_lists, world.empty_pages = ("*",), chance.randint(1, 3)
+        world.empty_pages = chance.randint(1, 3)
     if draws.has("short pages", 0.08):
         world.largest_page, world.trailing_page = chance.choice((1, 3, 10)), chance.random() < 0.5
     world.long_work_types = draws.has("works of other kinds", 0.1) and chance.random() < 0.6
@@ -261,7 +261,8 @@ def set_newer_switches(world: World, draws: Draws) -> Set[str]:
         world.merge_jobs = chance.choice((1, 1, 2))
         world.busy_status = chance.choice((400, 409, 423, 425))
     if draws.has("another program", 0.06) and world.quota:
-        world.quota_share = chance.choice((0.5, 0.85, 0.95))
+        share = chance.choice((0.5, 0.85, 0.95))
+        world.quota.others = max(world.quota.others, math.ceil(share * world.quota.limit))
     if draws.has("pages that come again", 0.05):
         world.paging = chance.choice(("again", "overlap", "offset"))
         # A page that comes again in each reading can't be told from the list.

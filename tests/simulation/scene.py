@@ -224,7 +224,7 @@ class Stage:
         self.trace("FROM HERE ON IN PEACE")
         self.in_peace = True
         self.world.faults, self.world.list_lag, self.world.forbidden = [], 0.0, ()
-        self.world.vanished, self.world.quota_share = (), 0.0
+        self.world.vanished = ()
         self.organisation.ref_release = 0.0
         if self.world.quota:
             self.world.quota.others = 0
