@@ -6664,6 +6664,7 @@ class ContactMerger(TaskRunner):
 
     async def work(self, plan: Plan, unfinished: list[Pair]) -> None:
         """Finish what earlier runs left unfinished, and carry out the plan."""
+        self.savepoint.save_now(plan.revived)
         self.total = len({pair.ids for pair in chain(plan.pairs(), unfinished)})
         unfinished += await self._poll_cancelled(plan)
         self.total = len({pair.ids for pair in chain(plan.pairs(), unfinished)})
@@ -7957,9 +7958,11 @@ class UndoRunner(TaskRunner):
         """Carry out the plan and return the exit code; nothing is raised."""
         self.total = len(plan.pairs())
         code = await self.run(self._work(plan))
-        codes = {pair.code for pair in self.outcomes.values()}
-        if code in (EXIT_FAILED, EXIT_STOPPED) and codes == {"forbidden"} and not self.api.writes:
-            return EXIT_USAGE  # the token may not write
+        errors = {pair.code: pair.error for pair in self.outcomes.values()}
+        may_not_write = set(errors) == {"forbidden"} and not self.api.writes
+        if may_not_write and code in (EXIT_FAILED, EXIT_STOPPED):
+            self.draining = FatalError(EXIT_USAGE, errors["forbidden"])
+            return EXIT_USAGE
         return code
 
     async def _work(self, plan: UndoPlan) -> None:
@@ -8816,7 +8819,7 @@ def report_killed_runs(environment: Environment, savepoint: SavePoint) -> list[P
             contents = undo_contents(lists)
             contents.lists["skipped"] = None
             summary: Json = {name: len(pairs) for name, pairs in lists.items()}
-            words = undo_headline(summary, 0)
+            words = undo_headline(summary)
         else:
             contents = merge_contents(savepoint, run_id, None)
             summary = merge_summary(savepoint, run_id, None)
@@ -8836,7 +8839,7 @@ def report_killed_runs(environment: Environment, savepoint: SavePoint) -> list[P
 # --------------------------------------------------------------------------------------------------
 
 
-def expected_requests(plan: Plan, with_timelines: bool) -> int:
+def expected_requests(plan: Plan, options: argparse.Namespace) -> int:
     """About how many requests a run takes: ten for its start and first lists, four a pair, and with
     timelines one for each work and conversation, of which there are more than the CSV counts
     tickets."""
@@ -8845,7 +8848,7 @@ def expected_requests(plan: Plan, with_timelines: bool) -> int:
     requests = 10.0
     for pair in plan.pairs():
         requests += 4
-        if with_timelines:
+        if not options.no_timelines:
             requests += 1 + 1.3 * (pair.primary.tickets + pair.duplicate.tickets)
     return round(requests)
 
@@ -9748,7 +9751,12 @@ class RunContext:
         self.may_write = changes_something and not options.preview
         # With --json a run prints its report on stdout, and everything else on stderr.
         self.reports_json = options.json and self.may_write
-        self.console = Console(options.quiet, sys.stderr if self.reports_json else None)
+        text: TextIO | None = None
+        if self.reports_json:
+            text = sys.stderr
+        elif options.json:
+            text = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        self.console = Console(options.quiet, text)
         self.environment = environment or Environment(ApiSettings(token=""))
         self.started = self.environment.now()
         self.run_id = free_run_id(self.started.wall)
@@ -9757,11 +9765,23 @@ class RunContext:
         self.signal = 0  # the first signal that came
         self.organisation = ""  # the token's
         self.record = RunRecord()
+        self.progress = Progress(self)
         self.error = ""  # what has ended it without a report
 
     @property
     def report_path(self) -> Path:
         return report_path(self.run_id, "undo" if self.options.undo else "merge")
+
+    @functools.cached_property
+    def api(self) -> DevRevAPI:
+        """The client of this call. Raises FatalError(2) where the token can't be one."""
+        check_token(self.settings.token)
+        return DevRevAPI(self.settings, self.environment, CancelToken())
+
+    def show(self, facts: Json, lists: Mapping[str, Iterable[Json]]) -> None:
+        """Print what a mode has found, where a program reads it; people have read it by now."""
+        if self.options.json:
+            self.console.json(report_chunks(facts, lists))
 
     def on_signal(
         self, act: Callable[[], Any], loop: asyncio.AbstractEventLoop | None = None
@@ -9828,19 +9848,13 @@ class RunContext:
             self.run_id = free_run_id(self.started.wall)
             self.log_path = LOGS / f"contact_merge_{self.run_id}.log"
 
-    async def identify(
-        self,
-        api: DevRevAPI,
-        origin: str = "",
-        contacts: Iterable[Contact] = (),
-    ) -> str:
+    async def identify(self, origin: str, contacts: Iterable[Contact]) -> str:
         """Find out whose token it is, and say so.
 
         Raises FatalError, also for `contacts` of another organisation.
         """
-        check_token(self.settings.token)
-        with before_any_change(api):
-            owner = await api.get_one("dev-users.self", {}, "dev_user", ANY_OPTIONS)
+        with before_any_change(self.api):
+            owner = await self.api.get_one("dev-users.self", {}, "dev_user", ANY_OPTIONS)
         self.organisation = self.record.organisation = organisation_of(str(owner.get("id")))
         self.record.token_owner = {
             name: owner.get(name) for name in ("id", "display_name", "email")
@@ -9857,25 +9871,30 @@ class RunContext:
         timelines = not self.options.no_timelines
         return MergeOptions(organisation=self.organisation, timelines=timelines, **rules)
 
-    def describe_cost(self, requests: int) -> str:
+    def describe_cost(self, plan: Plan) -> str:
         """How many requests a run takes, and how fast they may be sent at most."""
-        words = f"about {plural(requests, 'request')}"
+        words = f"about {plural(expected_requests(plan, self.options), 'request')}"
         if self.settings.calls:
             words += f", at most {self.settings.calls} in {self.settings.period:g} s"
         return words
 
-    def retyped(self, *more: str, without: Collection[str]) -> str:
-        """The command of this call as it was typed, but for the options `without`, and `more`."""
+    def retyped(self, *more: str, without: Collection[str] = ()) -> str:
+        """The command of this call as it was typed, but for the options `without` and those that
+        only look at it or confirm it, and `more`."""
         kept: list[str] = []
         dropping = False
         for word in self.options.words:
-            is_option = word.startswith("-")
-            name = word.partition("=")[0]
-            if is_option:
-                dropping = name in without
+            if word.startswith("-"):
+                name = word.partition("=")[0]
+                dropping = name in NOT_RETYPED or name in without
             if not dropping:
                 kept.append(word)
         return command_line(*kept, *more)
+
+
+NOT_RETYPED = (
+    "--preview", "--live", "--check", "--plan", "--json", "--yes", "--choices-template",
+)  # fmt: skip
 
 
 def command_line(*words: str) -> str:
@@ -9895,9 +9914,6 @@ def history_folder_error(path: Path) -> str | None:
         if parent.name in ("backups", "reports"):
             why = f"{path} belongs to another folder's history"
             return f"{why}; run --undo in {parent.parent}, where its savepoint is"
-    of_address = BACKUPS / safe_name(email_key(path.name))
-    if of_address.is_dir():
-        return f"{path} is no path; did you mean {of_address}?"
     where = "below backups/ or reports/ of the current folder"
     return f"{path} is not {where}; name one report or backup in them"
 
@@ -9959,15 +9975,11 @@ def write_choices_template(run: RunContext) -> int:
     first two are there to decide by, and are ignored when it is read.
     """
     path = run.options.choices_template
-    plan = make_plan(run, open_savepoint(run, readonly=True))
+    with open_savepoint(run, readonly=True) as savepoint:
+        plan = make_plan(run, savepoint)
     rows: list[Sequence[str]] = []
-    groups = 0
-    shared = 0
     for group in plan.skipped:
-        lines = group.choice_lines()
-        groups += 1 if lines else 0
-        shared += 1 if group.code == "shared_mailbox" else 0
-        for one in lines.values():
+        for one in group.choice_lines().values():
             facts = (one.name, str(one.tickets), one.created, one.id, str(len(group.contacts)))
             rows.append((group.email, one.external_ref, *facts))
     try:
@@ -9977,25 +9989,19 @@ def write_choices_template(run: RunContext) -> int:
     except OSError as error:
         words = f"{path} can't be written: {error.strerror or error}"
         raise FatalError(EXIT_USAGE, words) from None
-    written = f"{plural(len(rows), 'line')} of {plural(groups, 'group')} written to {path}"
-    run.console.print(written, "good")
-    if rows:
-        drop = ("--choices-template", "--json", "--yes")
-        command = run.retyped("--choices", str(path), "--preview", without=drop)
-        run.console.suggest(f"keep one line per address in {path}, then", command)
-    if shared:
-        words = f"{plural(shared, 'group')} that may be a shared mailbox left out"
-        run.console.print(f"{words}: write in by hand what is one person")
+    run.console.print(f"{plural(len(rows), 'line')} written to {path}", "good")
+    command = run.retyped("--choices", str(path), "--preview")
+    run.console.suggest(f"keep one line per address in {path}, then", command)
     return EXIT_OK
 
 
 def preview(run: RunContext) -> int:
     """Print the plan, and with --live what DevRev says of each group; return the exit code."""
-    known = open_savepoint(run, readonly=True)
-    plan = make_plan(run, known)
-    earlier = [*known.unfinished(), *plan.revived]
-    cost = expected_requests(plan, not run.options.no_timelines)
-    facts = plan_summary(plan, cost, earlier)
+    with open_savepoint(run, readonly=True) as known:
+        plan = make_plan(run, known)
+        earlier = [*known.unfinished(), *plan.revived]
+        has_merged = any(known.pairs(State.DONE))
+    facts = plan_summary(plan, expected_requests(plan, run.options), earlier)
     live: list[Json] | None = None
     if run.options.live:
         live = run.environment.run_event_loop(preview_live(run, plan))
@@ -10009,39 +10015,18 @@ def preview(run: RunContext) -> int:
         plan,
         facts,
         run.console,
-        run.describe_cost(cost),
+        run.describe_cost(plan),
         earlier,
     )
-    ready: int = facts["pairs_to_merge"] if live is None else facts["live_ready"]
-    for words, command in next_step(run, ready, len(earlier), known):
-        run.console.suggest(words, command)
+    ready = facts["pairs_to_merge"] if live is None else facts["live_ready"]
+    if has_merged and (ready or earlier):
+        run.console.suggest("merge these pairs", run.retyped())
+    elif ready and live is None:
+        run.console.suggest("compare the plan with DevRev", run.retyped("--preview", "--live"))
+    elif ready:
+        one = run.retyped("--limit", "1", without=["--limit"])
+        run.console.suggest("merge one pair first", one)
     return EXIT_OK
-
-
-def next_step(
-    run: RunContext,
-    ready: int,
-    to_finish: int,
-    known: SavePoint,
-) -> list[tuple[str, str]]:
-    """Return what comes after a plan was read, in words and as a command.
-
-    The order is the same everywhere: a preview with --live, one pair, the rest. Nothing comes
-    where no pair is left.
-    """
-    if not ready and not to_finish:
-        return []
-    if not run.settings.token:
-        return [("put a token into .env (see .env.example), then run the command with --check", "")]
-    drop = ("--preview", "--live", "--check", "--plan", "--limit", "--json", "--yes")
-    is_first = ready and not any(known.pairs(State.DONE))
-    if is_first and run.options.preview and not run.options.live:
-        live = run.retyped("--live", without=("--plan", "--limit", "--yes"))
-        return [("compare the plan with DevRev", live)]
-    if is_first:
-        one = run.retyped("--limit", "1", without=(*drop, "--email"))
-        return [("merge one pair first", one)]
-    return [("merge these pairs", run.retyped(without=drop))]
 
 
 LIVE_DONE = ("already_merged", "already_gone")  # what the live preview finds done
@@ -10053,7 +10038,7 @@ async def preview_live(run: RunContext, plan: Plan) -> list[Json]:
     Return `{email, code, reason}` of each, by email, code None where it is ready. Raises
     FatalError(2) for the token or the organisation, FatalError(3) where DevRev can't be reached.
     """
-    api = DevRevAPI(run.settings, run.environment, CancelToken())
+    api = run.api
     groups = []
     for group in plan.groups:
         if any(pair.state is State.PLANNED for pair in group.pairs):
@@ -10074,7 +10059,7 @@ async def preview_live(run: RunContext, plan: Plan) -> list[Json]:
         found.append({"email": group.email, "code": code, "reason": str(problem or "ready")})
 
     async with ticking(run, progress):
-        await run.identify(api, "CSV", plan.contacts)
+        await run.identify("CSV", plan.contacts)
         with before_any_change(api):
             for start in range(0, len(groups), ContactMerger.BATCH):
                 await together(*map(compare, groups[start : start + ContactMerger.BATCH]))
@@ -10112,57 +10097,46 @@ def show_live(
 
 async def merge(run: RunContext) -> int:
     """Plan, find out whose token it is, ask, merge, report; return the exit code."""
-    check_token(run.settings.token)
-    with contextlib.closing(open_savepoint(run)) as savepoint:
+    api = run.api
+    with open_savepoint(run) as savepoint:
         plan = make_plan(run, savepoint)
-        record = start_record(run, "merge", plan)
+        record = start_record(run, "merge")
+        record.plan_id = plan.id
+        record.pairs = plan.count()
         record.organisation = savepoint.organisation
         record.csv = []
         for path in run.options.csv:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             record.csv.append({"path": str(path), "sha256": digest})
         if not plan.count() and not any(savepoint.pairs(*UNFINISHED, State.CANCELLED)):
-            return finish_run(
-                run,
-                savepoint,
-                None,
-                EXIT_OK,
-                plan,
-            )
-        run.console.status("connecting to DevRev ...")
-        api = DevRevAPI(run.settings, run.environment, CancelToken())
-        whose = await run.identify(api, "CSV", plan.contacts)
+            return finish_run(run, savepoint, EXIT_OK, plan)
+        whose = await run.identify("CSV", plan.contacts)
         savepoint.organisation = run.organisation
         if not run.options.yes:
             await find_unverified(api, plan)
-        progress = Progress(run)
-        merger = ContactMerger(api, savepoint, run.merge_options(), progress.on_pair)
+        merger = ContactMerger(api, savepoint, run.merge_options(), run.progress.on_pair)
         others = savepoint.other_organisations()
         if others:
             words = f"{plural(others, 'pair')} of another organisation stay in {SAVEPOINT}"
             run.console.print_err(f"{words} as they are")
         unfinished = [*savepoint.unfinished(), *plan.revived]
-        record.pairs = plan.count() + sum(pair.ids not in plan.ids for pair in unfinished)
-
-        async def work() -> int:
-            savepoint.save_now(plan.revived)
-            return await merger.run(merger.work(plan, unfinished))
-
+        record.pairs += sum(pair.ids not in plan.ids for pair in unfinished)
         facts = merge_facts(run, plan, unfinished, whose)
+        warning = "DevRev can't undo a merge; --undo restores most of it from the backups."
         code = await confirm_and_run(
             run,
             merger,
-            progress,
             "merge",
             facts,
-            work,
+            warning,
+            lambda: merger.run(merger.work(plan, unfinished)),
         )
         return finish_run(
             run,
             savepoint,
-            merger,
             code,
             plan,
+            merger,
         )
 
 
@@ -10172,7 +10146,7 @@ async def settle(run: RunContext) -> int:
     Returns the exit code. Raises FatalError(2) where an address is unknown, or where settling a
     merge that DevRev has acknowledged is not confirmed.
     """
-    with contextlib.closing(open_savepoint(run)) as savepoint:
+    with open_savepoint(run) as savepoint:
         pairs = pairs_to_settle(savepoint, run.options.settle)
         record = start_record(run, "settle")
         organisations = {organisation_of(pair.primary.id) for pair in pairs}
@@ -10184,10 +10158,17 @@ async def settle(run: RunContext) -> int:
             if pair.state is State.ACKNOWLEDGED and not problems[pair.ids]:
                 accepted.append(describe_pair(pair))
         if accepted:
-            facts = {"to cancel": f"{plural(len(accepted), 'merge')} that DevRev has accepted"}
-            facts.update(numbered(accepted))
+            count = len(accepted)
+            facts = [("to cancel", f"{plural(count, 'merge')} that DevRev has accepted")]
+            facts += [("", line) for line in accepted]
             words = "DevRev may still carry them out: only this tool stops waiting for them."
-            await confirm(run, "settle", len(accepted), {**facts, "": words})
+            await confirm(
+                run,
+                "settle",
+                count,
+                facts,
+                words,
+            )
         savepoint.save_run(record)
         code = EXIT_OK
         ending = []
@@ -10206,10 +10187,7 @@ async def settle(run: RunContext) -> int:
                 why = "; ".join(filter(None, [why, where_to_set(pair)]))
                 run.console.print(f"{ended}  {what}: {why}")
         savepoint.save_now(ending)
-        if any(pair.state is State.CANCELLED for pair in ending):
-            words = "DevRev may still carry out a cancelled merge"
-            run.console.print(f"{words}: every run polls for it, and finishes it then")
-        return finish_run(run, savepoint, None, code)
+        return finish_run(run, savepoint, code)
 
 
 def pairs_to_settle(savepoint: SavePoint, emails: Iterable[str]) -> list[Pair]:
@@ -10225,44 +10203,47 @@ def pairs_to_settle(savepoint: SavePoint, emails: Iterable[str]) -> list[Pair]:
     return [pair for pair in pairs if pair.state is not State.FAILED or pair.email not in requested]
 
 
-def open_savepoint(run: RunContext, readonly: bool = False) -> SavePoint:
+@contextlib.contextmanager
+def open_savepoint(run: RunContext, readonly: bool = False) -> Iterator[SavePoint]:
     """Open the savepoint. A run that may change something also writes what killed runs could not.
 
     Raises FatalError(2) where the savepoint is older than the reports, FatalError(3) where
     `reports/` can't be written.
     """
-    savepoint = SavePoint(run.environment, run.run_id, readonly)
-    for warning in savepoint.warnings:
-        log.warning("%s", warning)
-    if readonly:
-        return savepoint
-    run.run_id = savepoint.run
+    with contextlib.closing(SavePoint(run.environment, run.run_id, readonly)) as savepoint:
+        for warning in savepoint.warnings:
+            log.warning("%s", warning)
+        if not readonly:
+            run.run_id = savepoint.run
+            begin_history(run, savepoint)
+        yield savepoint
+
+
+def begin_history(run: RunContext, savepoint: SavePoint) -> None:
+    # What no file knows at all can be undone from its report.
+    if savepoint.runs() or not run.options.undo:
+        check_not_restored(savepoint)
     try:
-        # What no file knows at all can be undone from its report.
-        if savepoint.runs() or not run.options.undo:
-            check_not_restored(savepoint)
         trial = run.environment.make_private_dir(REPORTS) / f".trial.{os.getpid()}"
         trial.unlink(missing_ok=True)
         create_anew(trial).close()
         trial.unlink()
         for path in report_killed_runs(run.environment, savepoint):
             run.console.print_err(f"an earlier run was killed before its report; it is {path}")
-    except FatalError:
-        savepoint.close()
-        raise
     except OSError as error:
-        savepoint.close()
         why = f"{REPORTS} can't be written ({error.strerror or error}), so nothing was changed"
         raise FatalError(EXIT_STOPPED, f"{why}; make it writable") from None
-    return savepoint
+
+
+Facts = List[Tuple[str, str]]  # what a user confirms, each with its name
 
 
 async def confirm_and_run(
     run: RunContext,
     runner: TaskRunner,
-    progress: Progress,
     word: str,
-    facts: Mapping[str, str],
+    facts: Facts,
+    warning: str,
     work: Callable[[], Awaitable[int]],
 ) -> int:
     """Have the `facts` confirmed, and do the work until it ends or a signal comes.
@@ -10271,10 +10252,16 @@ async def confirm_and_run(
     and it has a report.
     """
     savepoint = runner.savepoint
-    async with ticking(run, functools.partial(progress.line, runner)):
+    async with ticking(run, functools.partial(run.progress.line, runner)):
         if not run.options.preview:
             savepoint.write({}, organisation=run.organisation)
-            await confirm(run, word, run.record.pairs or 0, facts)
+            await confirm(
+                run,
+                word,
+                run.record.pairs or 0,
+                facts,
+                warning,
+            )
             savepoint.save_run(run.record)
         cancel = functools.partial(runner.api.cancel_token.cancel, Cancelled())
         run.on_signal(cancel, asyncio.get_event_loop())
@@ -10286,12 +10273,13 @@ async def confirm(
     run: RunContext,
     word: str,
     count: int,
-    facts: Mapping[str, str],
+    facts: Facts,
+    warning: str,
 ) -> None:
-    """Print the `facts`, and have `count` pairs confirmed by a typed `word`.
+    """Print the `facts` and the `warning`, and have `count` pairs confirmed by a typed `word`.
 
-    The last fact, the warning, has no name. Raises FatalError(2) where it is not confirmed, and
-    where no terminal can ask and --yes is missing.
+    Raises FatalError(2) where it is not confirmed, and where no terminal can ask and --yes is
+    missing.
     """
     console = run.console
     if run.options.yes:
@@ -10302,11 +10290,9 @@ async def confirm(
         words = f"{pairs} to {word}, and no terminal to confirm it on; nothing was changed"
         raise FatalError(EXIT_USAGE, f"{words}. Add --yes to {word} without being asked")
     to = console.out if console.out.isatty() else console.err  # what the user sees
-    for name, fact in facts.items():
-        if name:
-            console.print(f"{name:<12}  {fact}", to=to, indent=14)
-        else:
-            console.print(fact, "bold", to)
+    for name, fact in facts:
+        console.print(f"{name:<12}  {fact}", to=to, indent=14)
+    console.print(warning, "bold", to)
     console.stream(f"Type {word} to continue, anything else to cancel: ", to)
     # A thread reads, past Python's own buffers, so that a terminal never delays a signal.
     answer = await run.environment.run_in_thread(os.read, sys.stdin.fileno(), 1024)
@@ -10320,54 +10306,30 @@ def merge_facts(
     plan: Plan,
     unfinished: Sequence[Pair],
     whose: str,
-) -> dict[str, str]:
+) -> Facts:
     """What the user confirms with a typed `merge`; `whose` token it is."""
-    cost = expected_requests(plan, not run.options.no_timelines)
-    facts = {}
     odd = unverified_lines(plan.pairs(), plan.unverified, run.options.try_unverified)
-    for index, line in enumerate(odd):
-        facts[f"UNVERIFIED{' ' * index}"] = line
-    facts.update({"token of": whose, "host": run.settings.base_url})
-    for index, path in enumerate(run.options.csv):
-        modified = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
-        facts[f"CSV{' ' * index}"] = f"{path} of {modified:%Y-%m-%d %H:%M} UTC"
+    facts = [("UNVERIFIED", line) for line in odd]
+    facts += [("token of", whose), ("host", run.settings.base_url)]
+    facts += [("CSV", str(path)) for path in run.options.csv]
     new = [describe_pair(pair) for pair in plan.pairs() if pair.state is State.PLANNED]
-    facts["plan"] = f"{plan.id}: {plan_headline(plan, len(new), len(unfinished))}"
+    facts.append(("plan", f"{plan.id}: {plan_headline(plan, len(new), len(unfinished))}"))
     if unfinished:
-        others = ""
-        if run.options.limit or run.options.email:
-            others = ", in addition to --limit and --email"
         earlier = "; ".join(some([describe_pair(pair) for pair in unfinished], 3))
-        facts["first"] = (
-            f"finish {plural(len(unfinished), 'pair')} of earlier runs{others}: {earlier}"
-        )
-    facts.update(numbered(some(new, 3)))
-    lost = []
+        finish = f"finish {plural(len(unfinished), 'pair')} of earlier runs: {earlier}"
+        facts.append(("first", finish))
+    facts += [("", line) for line in some(new, 3)]
     for group in plan.chosen:
         for one in group.lost_refs():
-            lost.append(f"{one.external_ref} ({describe_contact(one)})")
-    if lost:
-        facts["choices lose"] = "; ".join(some(lost))
-    facts.update(warnings_to_confirm(plan))
-    if plan.other_refs:
-        facts["others"] = plan.others_line()
-    facts["takes"] = run.describe_cost(cost)
-    facts["backups in"] = str(BACKUPS.resolve())
-    facts[""] = "DevRev can't undo a merge; --undo restores most of it from the backups."
-    return facts
-
-
-def numbered(lines: Iterable[str]) -> dict[str, str]:
-    """Return lines as facts, which have names."""
-    return {f"  {number}": line for number, line in enumerate(lines, 1)}
-
-
-def warnings_to_confirm(plan: Plan) -> dict[str, str]:
-    """Return a fact for each warning, twenty at most, but each that may be of a shared mailbox."""
+            facts.append(("choices lose", f"{one.external_ref} ({describe_contact(one)})"))
+    # At most twenty, but each that may be of a shared mailbox.
     warnings = sorted(plan.warnings, key=lambda one: bool(one["code"] != "shared_mailbox"))
     shared = sum(one["code"] == "shared_mailbox" for one in warnings)
-    told = some([f"{one['email']}: {one['warning']}" for one in warnings], max(20, shared))
-    return {f"WARNING {number}": line for number, line in enumerate(told, 1)}
+    told = [f"{one['email']}: {one['warning']}" for one in warnings]
+    facts += [("WARNING", line) for line in some(told, max(20, shared))]
+    facts.append(("takes", run.describe_cost(plan)))
+    facts.append(("backups in", str(BACKUPS.resolve())))
+    return facts
 
 
 @contextlib.asynccontextmanager
@@ -10414,6 +10376,8 @@ class Progress:
         self._ended: collections.deque[tuple[float, int]] = collections.deque()
 
     def on_pair(self, pair: Pair) -> None:
+        if self.run.options.preview:
+            return
         console = self.run.console
         what = f"{pair.email}: {pair.primary.short_id} {console.arrow} {pair.duplicate.short_id}"
         why = f"{what}: {pair.code}: {pair.error}"
@@ -10500,23 +10464,23 @@ class Progress:
 def finish_run(
     run: RunContext,
     savepoint: SavePoint,
-    merger: ContactMerger | None,
     code: int,
     plan: Plan | None = None,
+    merger: ContactMerger | None = None,
 ) -> int:
     """Complete the record of a merge run or a settle, and conclude it; return the exit code."""
+    failures: list[Pair] = []
     if plan and merger:
         note_refused(plan, merger)
-    stop = end_record(run, merger, code)
+        failures = failures_to_name(savepoint, run.run_id, plan)
     run.record.summary = merge_summary(savepoint, run.run_id, plan)
     run.record.headline = headline(run.record.summary, run.record)
     contents = merge_contents(savepoint, run.run_id, plan)
-    failures = failures_to_name(savepoint, run.run_id, plan)
     return conclude(
         run,
         savepoint,
+        merger,
         code,
-        stop,
         contents,
         failures,
     )
@@ -10525,8 +10489,8 @@ def finish_run(
 def conclude(
     run: RunContext,
     savepoint: SavePoint,
+    runner: TaskRunner | None,
     code: int,
-    stop: str,
     contents: ReportContents,
     failures: Sequence[Pair],
 ) -> int:
@@ -10535,6 +10499,7 @@ def conclude(
     Returns the exit code: 3 where the report can't be written, unless `code` is worse.
     """
     console, record = run.console, run.record
+    stop = end_record(run, runner, code)
     try:
         write_report(run.environment, savepoint, record, contents)
     except (OSError, FatalError) as error:
@@ -10545,8 +10510,6 @@ def conclude(
     console.print()
     console.print(record.headline, "bold" if code else "good")
     print_failures(console, failures)
-    if record.summary and record.summary.get("skipped_groups"):
-        console.print("         --preview says why groups are skipped")
     if record.requests_total:
         spent = duration(run.environment.elapsed(run.started))
         console.print(f"took     {plural(record.requests_total, 'request')}, {spent}")
@@ -10555,7 +10518,16 @@ def conclude(
         if path.exists():
             console.print(f"{name:<8} {path}")
     log.info("exit code %d", code)
-    suggest_after_run(run, failures, code)
+    if code >= EXIT_STOPPED:
+        console.print_err("Stopped early.", "bold")
+        console.suggest("run the same command again to resume")
+    elif code == EXIT_USAGE:
+        console.print_err("Nothing was changed in DevRev.")
+    elif failures:
+        console.suggest("do what is said above, then run again (after an export: with the new CSV)")
+    elif record.summary and record.summary["left"]:
+        rest = run.retyped(without=("--limit", "--email"))
+        console.suggest("check the contacts in DevRev, then do the same with the rest", rest)
     return code
 
 
@@ -10569,40 +10541,15 @@ def note_refused(plan: Plan, merger: ContactMerger) -> None:
                 plan.ids.discard(pair.ids)
 
 
-def failures_to_name(savepoint: SavePoint, run_id: str, plan: Plan | None) -> list[Pair]:
+def failures_to_name(savepoint: SavePoint, run_id: str, plan: Plan) -> list[Pair]:
     """Return the pairs of a run whose code a user has to know."""
     lists = merge_lists(savepoint, run_id, plan)
-    failures: list[Pair] = []
-    if plan:
-        failures += lists["failed_merges"]
-        failures += lists["unfinished_merges"]
+    failures = [*lists["failed_merges"], *lists["unfinished_merges"]]
     for pair in lists["successful_merges"]:
         if pair.after_cancel:
             pair.code = "after_cancel"
             failures.append(pair)
     return failures
-
-
-def suggest_after_run(run: RunContext, failures: Sequence[Pair], code: int) -> None:
-    """Suggest what comes after a merge run, a settle or an undo."""
-    console = run.console
-    summary = run.record.summary or {}
-    if code >= EXIT_STOPPED:
-        console.print_err("Stopped early.", "bold")
-        console.suggest("run the same command again to resume")
-    elif code == EXIT_USAGE:
-        console.print_err("Nothing was changed in DevRev.")
-        console.suggest("fix what is named above, then run the same command with --check")
-    elif failures:
-        console.suggest("do what is said above, then run again (after an export: with the new CSV)")
-    elif summary["left"]:
-        if summary.get("successful_merges"):
-            words = "check the merged contacts in DevRev. To see what an undo would restore:"
-            console.suggest(words, command_line("--undo", str(run.report_path), "--preview"))
-        rest = run.retyped(without=("--limit", "--email", "--plan", "--yes"))
-        console.suggest("do the same with the rest", rest)
-    elif run.options.undo:
-        console.suggest("check the contacts in DevRev; before the next merge, export again")
 
 
 # Options that say nothing of what a run did.
@@ -10612,7 +10559,7 @@ NOT_REPORTED = frozenset((
 ))  # fmt: skip
 
 
-def start_record(run: RunContext, kind: str, plan: Plan | None = None) -> RunRecord:
+def start_record(run: RunContext, kind: str) -> RunRecord:
     """Begin the record of a run; `kind` names its report."""
     options: Json = {}
     for name, value in vars(run.options).items():
@@ -10627,9 +10574,6 @@ def start_record(run: RunContext, kind: str, plan: Plan | None = None) -> RunRec
         start=iso(run.started.wall),
         log=str(run.log_path),
     )
-    if plan:
-        run.record.plan_id = plan.id
-        run.record.pairs = plan.count()
     return run.record
 
 
@@ -10677,9 +10621,7 @@ async def export(run: RunContext) -> int:
 
     What is wrong with the path is found out first.
     """
-    check_token(run.settings.token)
-    path, console = run.options.export, run.console
-    api = DevRevAPI(run.settings, run.environment, CancelToken())
+    path, console, api = run.options.export, run.console, run.api
     if is_taken(path):
         raise FatalError(EXIT_USAGE, f"{path} {TAKEN}")
     try:
@@ -10727,57 +10669,48 @@ NOT_RESTORED = "Ids, dates, creators and authors of comments can't be restored."
 
 async def undo(run: RunContext) -> int:
     """Undo merges, or with --preview print what would be restored; return the exit code."""
-    check_token(run.settings.token)
-    options = run.options
+    api, options = run.api, run.options
     elsewhere = history_folder_error(options.undo)  # before this folder gets a history
     if elsewhere:
         raise FatalError(EXIT_USAGE, elsewhere)
-    with contextlib.closing(open_savepoint(run, readonly=options.preview)) as savepoint:
+    with open_savepoint(run, readonly=options.preview) as savepoint:
         emails = {email_key(email) for email in options.email or ()}
         plan = plan_undo(options.undo, savepoint, emails, options.limit)
         pairs = plan.pairs()
         record = start_record(run, "undo")
         record.undo = str(plan.path)
         record.pairs = len(pairs)
-        api = DevRevAPI(run.settings, run.environment, CancelToken())
-        contacts: list[Contact] = []
-        for pair in pairs:
-            contacts += [pair.primary, pair.duplicate]
-        whose = await run.identify(api, "backup", contacts)
+        contacts = chain.from_iterable((pair.primary, pair.duplicate) for pair in pairs)
+        whose = await run.identify("backup", contacts)
         savepoint.organisation = run.organisation
-        progress = Progress(run)
-        on_pair = (lambda _pair: None) if options.preview else progress.on_pair
-        runner = UndoRunner(api, savepoint, run.merge_options(), on_pair)
+        runner = UndoRunner(api, savepoint, run.merge_options(), run.progress.on_pair)
         code = EXIT_OK
         if pairs:
-            facts = {"token of": whose, "host": run.settings.base_url, **undo_facts(plan)}
+            facts = [("token of", whose), ("host", run.settings.base_url), *undo_facts(plan)]
             work = functools.partial(runner.undo, plan)
             code = await confirm_and_run(
                 run,
                 runner,
-                progress,
                 "undo",
                 facts,
+                NOT_RESTORED,
                 work,
             )
         return finish_undo(run, plan, runner, code)
 
 
-def undo_facts(plan: UndoPlan) -> dict[str, str]:
+def undo_facts(plan: UndoPlan) -> Facts:
     """What the user confirms with a typed `undo`."""
     pairs = plan.pairs()
     objects: set[str] = set()
     for pair in pairs:
         with contextlib.suppress(PairError), reading_backup(pair.backup) as backup:
             objects.update(item["id"] for item in backup.to_transfer(pair.duplicate.id))
-    facts = {"to undo": plural(len(pairs), "merge"), "of": str(plan.path)}
-    facts.update(numbered(map(created_again, pairs)))
+    facts = [("to undo", plural(len(pairs), "merge")), ("of", str(plan.path))]
+    facts += [("", created_again(pair)) for pair in pairs]
     if objects:
-        facts["updates"] = f"Up to {len(objects):,} {UPDATES}"
-    if plan.older:
-        older = ", ".join(some([str(path) for path in plan.older]))
-        facts["left alone"] = f"older backups: {older}"
-    facts[""] = NOT_RESTORED
+        facts.append(("updates", f"Up to {len(objects):,} {UPDATES}"))
+    facts += [("left alone", f"the older backup {path}") for path in plan.older]
     return facts
 
 
@@ -10793,17 +10726,10 @@ def created_again(pair: Pair) -> str:
     return f"{words}: {who}{pinned}"
 
 
-def undo_headline(counts: Json, before: int) -> str:
-    """Say in one line what an undo has done, or would do; `before` were undone earlier."""
-    now = dict(counts)
-    if "undone" in now:
-        now["undone"] -= before
-    words = [f"{count:,} {name.replace('_', ' ')}" for name, count in now.items() if count]
-    if not any(count for name, count in now.items() if name != "skipped"):
-        words.insert(0, "nothing to undo")
-    if before:
-        words.append(f"{before:,} undone before")
-    return ", ".join(words)
+def undo_headline(counts: Json) -> str:
+    """Say in one line what an undo has done, or would do."""
+    words = {name: name.replace("_", " ") for name in counts}
+    return ", ".join(in_words(counts, **words)) or "nothing to undo"
 
 
 def finish_undo(
@@ -10818,18 +10744,18 @@ def finish_undo(
     counts = {name: len(found) for name, found in lists.items()}
     before = len(plan.undone)
     total = len(plan.pairs()) + plan.left + len(plan.skipped)
+    now = dict(counts)
     if "undone" in lists:
         total += before
+        now["undone"] -= before
     left = total - sum(counts.values())
-    stop = end_record(run, runner, code)
     record.summary = {**counts, "pairs": total, "undone_before": before, "left": left}
-    record.headline = undo_headline({**counts, "remaining": left}, before)
-    if code == EXIT_USAGE and not run.signal:
-        stop = stop or next(pair.error for pair in runner.pairs() if pair.code)
+    record.headline = undo_headline({**now, "undone_before": before, "remaining": left})
     if run.options.preview:
+        stop = end_record(run, runner, code)
         if stop:
             console.error(stop)
-        show_findings(run, restored_findings(run, lists))
+        show_undo(run, lists)
         return code
     for pair in plan.skipped:
         console.print(f"skipped  {pair.email}: {into(pair)}: {pair.code}: {pair.error}")
@@ -10841,8 +10767,8 @@ def finish_undo(
     return conclude(
         run,
         savepoint,
+        runner,
         code,
-        stop,
         undo_contents(lists),
         failures,
     )
@@ -10864,147 +10790,110 @@ def undo_lists(plan: UndoPlan, runner: UndoRunner, preview: bool) -> dict[str, l
     return {**by_undo_outcome([*plan.undone, *begun]), "skipped": plan.skipped}
 
 
-def restored_findings(run: RunContext, lists: Mapping[str, Sequence[Pair]]) -> Findings:
-    """Return what an undo would restore."""
+def show_undo(run: RunContext, lists: Mapping[str, Sequence[Pair]]) -> None:
+    """Print what an undo would restore."""
+    say = run.console.print
     entries = {name: [undo_entry(pair) for pair in pairs] for name, pairs in lists.items()}
-    found = Findings(report_head(run.record), entries)
     for pair, entry in zip(lists["to_undo"], entries["to_undo"]):
         mine = {item["id"] for item in entry["restored"]}
-        found.say(f"undo     {created_again(pair)}")
-        found.say(f"           tickets, issues and conversations that go back to it: {len(mine):,}")
+        say(f"undo     {created_again(pair)}")
+        say(f"           tickets, issues and conversations that go back to it: {len(mine):,}")
         for item in entry["left"]:
-            found.say(f"           {item['display_id']} {item['title']} stays: {item['why']}")
+            say(f"           {item['display_id']} {item['title']} stays: {item['why']}")
         for item in entry["fields_left"]:
-            found.say(f"           the primary keeps its {item['field']}: {item['why']}")
+            say(f"           the primary keeps its {item['field']}: {item['why']}")
     for name in ("refused", "skipped"):
         for pair in lists[name]:
-            words = f"{name:<8} {pair.email}: {into(pair)}: {pair.code}: {pair.error}"
-            found.say(words, "bad")
+            say(f"{name:<8} {pair.email}: {into(pair)}: {pair.code}: {pair.error}", "bad")
     if lists["to_undo"]:
-        found.say(f"These {UPDATES}")
-        found.say(NOT_RESTORED)
-        found.steps.append(("undo it", run.retyped(without=("--preview", "--json"))))
-    found.say(run.record.headline, "bold")
-    return found
+        say(f"These {UPDATES}")
+        say(NOT_RESTORED)
+        run.console.suggest("undo it", run.retyped())
+    say(run.record.headline, "bold")
+    run.show(report_head(run.record), entries)
 
 
 # -- check, status, verify -------------------------------------------------------------------------
 
 
-@dataclass
-class Findings:
-    """What a mode that only reads has found: as data, and in lines for people."""
-
-    facts: Json = field(default_factory=dict)
-    lists: Mapping[str, Iterable[Json]] = field(default_factory=dict)
-    code: int = EXIT_OK
-    lines: list[tuple[str, str]] = field(default_factory=list)  # with their styles
-    steps: list[tuple[str, str]] = field(default_factory=list)  # what comes next, and its command
-
-    def say(self, text: str, style: str = "") -> None:
-        self.lines.append((text, style))
-
-
-def show_findings(run: RunContext, found: Findings) -> int:
-    """Print what a mode has found, as JSON or as text; return its exit code."""
-    if run.options.json:
-        run.console.json(report_chunks(found.facts, found.lists))
-        return found.code
-    for text, style in found.lines:
-        run.console.print(text, style)
-    for words, command in found.steps:
-        run.console.suggest(words, command)
-    return found.code
-
-
 async def check(run: RunContext) -> int:
     """Print whether a real run could start; return the exit code."""
-    api = DevRevAPI(run.settings, run.environment, CancelToken())
-    steps = [("read the contacts from DevRev", command_line("--export", "contacts.csv"))]
-    parts: dict[str, Callable[[], Awaitable[str]]] = {
-        "token": functools.partial(check_owner_of_token, run, api),
-        "csv": functools.partial(check_csv, run, steps),
-        "access": functools.partial(check_access, api),
-        "savepoint": functools.partial(check_savepoint, run),
-        "disk": check_disk,
-    }
-    if not run.options.csv:
-        del parts["csv"]
-    found = Findings({"verdict": "ready", "ready": True, "checks": [], "notes": []})
-    for name, part in parts.items():
-        if name == "access" and not run.organisation:
+    console = run.console
+    checks: list[Json] = []
+    for name, part in CHECKS.items():
+        if (name == "csv" and not run.options.csv) or (name == "access" and not run.organisation):
             continue
-        run.console.status(f"checking {name} ...")
-        good = False
+        console.status(f"checking {name} ...")
+        is_good = True
         try:
-            words = await part()
-            good = True
-        except Cancelled as error:
-            words = str(api.cancel_token.stop or error)
+            words = await part(run)
         except (FatalError, PairError, OSError) as error:
+            is_good = False
             words = str(error)
         log.info("check of %s: %s", name, words)
-        found.facts["checks"].append({"check": name, "ok": good, "says": words})
-        if good:
-            found.say(f"ok      {name}: {words}")
+        checks.append({"check": name, "ok": is_good, "says": words})
+        if is_good:
+            console.print(f"ok      {name}: {words}")
         else:
-            found.say(f"FAILED  {name}: {words}", "bad")
-    run.console.status("")
+            console.print(f"FAILED  {name}: {words}", "bad")
+    console.status("")
+    notes: list[str] = []
     if run.organisation:
+        quota = describe_wait(run.api.scheduler) or "DevRev has not announced one yet"
         only_a_merge = "only a merge shows whether the token may merge (rev_user:all)"
-        found.facts["notes"] = [
-            describe_quota(api.scheduler),
-            f"{only_a_merge}: try one pair first",
-        ]
-    for note in found.facts["notes"]:
-        found.say(f"note    {note}")
-    found.steps = steps
-    problems = sum(not one["ok"] for one in found.facts["checks"])
+        notes = [f"quota: {quota}", f"{only_a_merge}: try one pair first"]
+    for note in notes:
+        console.print(f"note    {note}")
+    problems = sum(not one["ok"] for one in checks)
+    verdict = f"not ready: {plural(problems, 'problem')}" if problems else "ready"
+    console.print(verdict, "bad" if problems else "good")
+    run.show({"verdict": verdict, "ready": not problems, "checks": checks, "notes": notes}, {})
     if problems:
-        found.code = EXIT_USAGE
-        found.facts.update(verdict=f"not ready: {plural(problems, 'problem')}", ready=False)
-        found.steps = [("fix what is marked FAILED, then check again", "")]
-    found.say(found.facts["verdict"], "bad" if problems else "good")
-    return show_findings(run, found)
+        return EXIT_USAGE
+    if run.options.csv:
+        console.suggest("see what would be merged", run.retyped("--preview", "--live"))
+    else:
+        export_command = command_line("--export", "contacts.csv")
+        console.suggest("read the contacts from DevRev", export_command)
+    return EXIT_OK
 
 
-async def check_owner_of_token(run: RunContext, api: DevRevAPI) -> str:
-    whose = await run.identify(api)
+async def check_owner_of_token(run: RunContext) -> str:
+    whose = await run.identify("CSV", ())
     return f"belongs to {whose} (from {run.settings.token_file or 'the environment'})"
 
 
-async def check_csv(run: RunContext, steps: list[tuple[str, str]]) -> str:
-    """Read the CSV, and put the next step into `steps`."""
-    known = open_savepoint(run, readonly=True)
-    plan = make_plan(run, known)
-    new = sum(pair.state is State.PLANNED for pair in plan.pairs())
-    earlier = len(plan.revived) + len(known.unfinished())
-    steps[:] = next_step(run, new, earlier, known)
+async def check_csv(run: RunContext) -> str:
+    with open_savepoint(run, readonly=True) as known:
+        plan = make_plan(run, known)
+        earlier = len(plan.revived) + len(known.unfinished())
     if run.organisation:
         check_organisation(run.organisation, "CSV", plan.contacts)
+    new = sum(pair.state is State.PLANNED for pair in plan.pairs())
     return plan_headline(plan, new, earlier)
 
 
-async def check_access(api: DevRevAPI) -> str:
+async def check_access(run: RunContext) -> str:
     """Send one cheap request of each kind that a backup sends."""
 
     async def first(endpoint: str, key: str, **body: Any) -> list[Json]:
-        page = await api.each_page(endpoint, key, dict(body, limit=1)).__anext__()
+        page = await run.api.each_page(endpoint, key, dict(body, limit=1)).__anext__()
         return page.items
 
-    await first("rev-users.list", "rev_users")
-    works = await api.first_works()  # of the kinds that a run lists
-    talks = await first("conversations.list", "conversations")
-    for one in [*works.items, *talks][:1]:
-        await first("timeline-entries.list", "timeline_entries", object=one["id"])
+    with before_any_change(run.api):
+        await first("rev-users.list", "rev_users")
+        works = await run.api.first_works()  # of the kinds that a run lists
+        talks = await first("conversations.list", "conversations")
+        for one in [*works.items, *talks][:1]:
+            await first("timeline-entries.list", "timeline_entries", object=one["id"])
     words = "contacts, tickets, conversations and comments can be read"
-    return "; ".join([words, *api.warnings])
+    return "; ".join([words, *run.api.warnings])
 
 
 async def check_savepoint(run: RunContext) -> str:
     if not locks_work(SAVEPOINT):
         raise FatalError(EXIT_USAGE, f"{SAVEPOINT.resolve().parent}: {NO_LOCKS}")
-    with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
+    with open_savepoint(run, readonly=True) as savepoint:
         if savepoint.is_held():
             holder = f"process {savepoint.holder['pid']} holds {SAVEPOINT}"
             raise FatalError(EXIT_HELD, f"a run is in progress: {holder}")
@@ -11012,12 +10901,10 @@ async def check_savepoint(run: RunContext) -> str:
         return f"{SAVEPOINT} is free, {plural(len(savepoint.unfinished()), 'unfinished pair')}"
 
 
-async def check_disk() -> str:
+async def check_disk(_run: RunContext) -> str:
     for path in (Path.cwd(), SAVEPOINT, SAVEPOINT_COPY, LOGS, BACKUPS, REPORTS):
         if os.path.lexists(str(path)):
             check_owner(path)
-        if path in (LOGS, BACKUPS, REPORTS) and path.exists() and not path.is_dir():
-            raise OSError(f"{path} is a file, and a run needs a folder of that name")
         if path.exists() and not os.access(str(path), os.W_OK):
             raise OSError(f"{path} can't be written; make it writable")
     free = shutil.disk_usage(".").free >> 20
@@ -11026,19 +10913,18 @@ async def check_disk() -> str:
     return f"{free:,} MiB free"
 
 
-def describe_quota(scheduler: RequestScheduler) -> str:
-    """Say which quota DevRev has announced, and which limit holds besides."""
-    limit = scheduler.client_limit
-    announced = describe_wait(scheduler) or "DevRev has not announced one yet"
-    mine = "there is no client-side rate limit"
-    if limit:
-        mine = f"the client-side rate limit is {limit.calls} requests in {limit.period:g} s"
-    return f"quota: {announced}; {mine}"
+CHECKS: Mapping[str, Callable[[RunContext], Awaitable[str]]] = {
+    "token": check_owner_of_token,
+    "csv": check_csv,
+    "access": check_access,
+    "savepoint": check_savepoint,
+    "disk": check_disk,
+}
 
 
 def status(run: RunContext) -> int:
     """Print what the savepoint knows, also while a run is in progress."""
-    with contextlib.closing(open_savepoint(run, readonly=True)) as savepoint:
+    with open_savepoint(run, readonly=True) as savepoint:
         runs = savepoint.runs()
         last = runs[max(runs)] if runs else RunRecord()
         ended = sum(1 for _ in savepoint.pairs(State.FAILED, *TERMINAL, run=last.id))
@@ -11056,42 +10942,40 @@ def status(run: RunContext) -> int:
             "cancelled": list(savepoint.pairs(State.CANCELLED)),
         }
         to_set = list(references_to_set(savepoint))
-    entries = {name: [merge_entry(pair, None) for pair in pairs] for name, pairs in lists.items()}
-    found = Findings(facts, {**entries, "references_to_set": to_set})
-    describe_history(found, last)
+    describe_history(run.console, facts, last)
     for name, pairs in lists.items():
-        word = "in progress" if facts["running"] and name == "unfinished" else name
         lines = []
         for pair in pairs:
             why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS[pair.state]
             lines.append(f"{pair.email}: {into(pair)}, last {minute(pair.updated)}: {why}")
         for line in first_twenty(lines):
-            found.say(f"{word}  {line}")
+            run.console.print(f"{name}  {line}")
     for one in to_set:
-        found.say(f"to set  {one['email']}: {one['advice']}", "bold")
-    return show_findings(run, found)
+        run.console.print(f"to set  {one['email']}: {one['advice']}", "bold")
+    entries = {name: [merge_entry(pair, None) for pair in pairs] for name, pairs in lists.items()}
+    run.show(facts, {**entries, "references_to_set": to_set})
+    return EXIT_OK
 
 
-def describe_history(found: Findings, last: RunRecord) -> None:
+def describe_history(console: Console, facts: Json, last: RunRecord) -> None:
     """Say whether a run is in progress, what the last one came to, and how many pairs there are."""
-    facts = found.facts
     holder = facts["last_opened"]
     if not holder:
-        found.say(f"{facts['savepoint']}: no run has used this folder yet")
+        console.print(f"{SAVEPOINT}: no run has used this folder yet")
         return
-    organisation = facts["organisation"] or "not known yet, no run has merged here"
-    found.say(f"{facts['savepoint']}: organisation {organisation}")
+    console.print(f"{SAVEPOINT}: organisation {facts['organisation'] or 'not known yet'}")
     of = f"{last.kind} of {plural(last.pairs or 0, 'pair')}"
     if facts["running"]:
         who = f"process {holder['pid']} on {holder['host']}, since {minute(holder['since'])}"
-        found.say(f"a run is in progress: {who}")
-        found.say(f"{of}: {(facts['last_run'] or {}).get('pairs_ended', 0):,} ended")
+        console.print(f"a run is in progress: {who}")
+    if facts["running"] and last.id:
+        console.print(f"{of}: {facts['last_run']['pairs_ended']:,} ended")
     elif last.id:
         how = last.headline if last.end else f"{of} was killed; the next run writes its report"
-        found.say(f"last {last.kind}: {how}")
+        console.print(f"last {last.kind}: {how}")
     for name, count in facts["counts"].items():
-        found.say(f"{count:>7,} {STATE_WORDS[State(name)]}")
-    found.say(f"{sum(facts['counts'].values()):>7,} in all")
+        console.print(f"{count:>7,} {STATE_WORDS[State(name)]}")
+    console.print(f"{sum(facts['counts'].values()):>7,} in all")
 
 
 def verify_backups(run: RunContext) -> int:
@@ -11102,36 +10986,36 @@ def verify_backups(run: RunContext) -> int:
     root = run.options.verify_backups
     fix = "name the folder that holds the backups"
     if not root.is_dir():
-        why = "is not a folder" if root.exists() else "does not exist: no run has made a backup yet"
-        raise FatalError(EXIT_USAGE, f"{root} {why}; {fix}")
-    facts: Json = {"folder": str(root), "complete": 0, "damaged": [], "missing": [], "partial": []}
+        raise FatalError(EXIT_USAGE, f"{root} is not a folder; {fix}")
+    complete = 0
+    found: dict[str, list[str]] = {"damaged": [], "missing": [], "partial": []}
     for folder in backup_folders(root):
-        run.console.status(f"{facts['complete']:,} backups read ...")
+        run.console.status(f"{complete:,} backups read ...")
         if folder.name.startswith(INCOMPLETE_BACKUP):  # of a run that was killed; may be deleted
-            facts["partial"].append(str(folder))
+            found["partial"].append(str(folder))
             continue
         try:
             verify_backup(str(folder))
-            facts["complete"] += 1
+            complete += 1
         except PairError as error:
-            facts["damaged"].append(str(error))
+            found["damaged"].append(str(error))
     run.console.status("")
     if root == BACKUPS:
-        with contextlib.closing(SavePoint(run.environment, readonly=True)) as savepoint:
+        with open_savepoint(run, readonly=True) as savepoint:
             backups = {pair.backup for pair in savepoint.pairs(*State) if pair.backup}
-        facts["missing"] = sorted(backup for backup in backups if not Path(backup).is_dir())
-    elif not (facts["complete"] or facts["damaged"] or facts["partial"]):
+        found["missing"] = sorted(backup for backup in backups if not Path(backup).is_dir())
+    elif not complete and not any(found.values()):
         raise FatalError(EXIT_USAGE, f"{root} holds no backup; {fix}")
-    found = Findings(facts)
-    for kind in ("damaged", "missing", "partial"):
-        for one in facts[kind]:
-            found.say(f"{kind}  {one}", "" if kind == "partial" else "bad")
-    counts = f"{len(facts['damaged']):,} damaged, {len(facts['missing']):,} missing"
-    found.say(f"{plural(facts['complete'], 'complete backup')}, {counts}", "bold")
-    if facts["damaged"] or facts["missing"]:
-        found.code = EXIT_FAILED
-        found.steps = [("restore the folders from a copy, or an undo will not be complete", "")]
-    return show_findings(run, found)
+    for kind, names in found.items():
+        for name in names:
+            run.console.print(f"{kind}  {name}", "" if kind == "partial" else "bad")
+    counts = f"{len(found['damaged']):,} damaged, {len(found['missing']):,} missing"
+    run.console.print(f"{plural(complete, 'complete backup')}, {counts}", "bold")
+    run.show({"folder": str(root), "complete": complete, **found}, {})
+    if found["damaged"] or found["missing"]:
+        run.console.suggest("restore the folders from a copy, or an undo will not be complete")
+        return EXIT_FAILED
+    return EXIT_OK
 
 
 def backup_folders(root: Path) -> Iterator[Path]:

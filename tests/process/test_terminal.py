@@ -57,7 +57,7 @@ def test_on_a_terminal_only_a_typed_merge_continues(
         terminal = Terminal(place, sandbox, "--csv", "contacts.csv")
         text = terminal.read_until("Type merge")
         for fact in (
-            "SANDBOX1", "Dana Developer", "contacts.csv of 20", plan.partition(" ")[2], "2 pairs",
+            "SANDBOX1", "Dana Developer", "contacts.csv", plan.partition(" ")[2], "2 pairs",
             "Person 1 / P. 1", "REVU-D1", "token of", "http://127.0.0.1", "DevRev can't undo a merge", "backups",
         ):  # fmt: skip
             assert fact in text
@@ -93,7 +93,7 @@ def test_what_earlier_runs_left_is_in_the_question(place: Workplace) -> None:
         assert out.splitlines()[-1] == "0 pairs to merge, 1 of earlier runs to finish first"
         terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--limit", "1", columns=200)
         question = terminal.read_until("Type merge")
-        words = "finish 1 pair of earlier runs, in addition to --limit and --email: Person 1 / P. 1"
+        words = "finish 1 pair of earlier runs: Person 1 / P. 1"
         assert f"first         {words}" in question
         terminal.type("no\n")
         assert terminal.end() == 2
@@ -229,7 +229,7 @@ def test_status_while_a_run_is_in_progress_says_what_is_worked_on_and_leaves_no_
         def are_accepted() -> bool:
             assert process.poll() is None
             out = place.run(None, "--status", check=0).out
-            line = r"^in progress +person\d+@.* accepted by DevRev, not yet confirmed$"
+            line = r"^unfinished +person\d+@.* accepted by DevRev, not yet confirmed$"
             return len(re.findall(line, out, re.MULTILINE)) >= 18
 
         wait_until(are_accepted)
@@ -242,7 +242,7 @@ def test_status_while_a_run_is_in_progress_says_what_is_worked_on_and_leaves_no_
 
 
 PLAIN_WORDS = {
-    "--verify-backups": (2, "error: backups does not exist: no run has made a backup yet"),
+    "--verify-backups": (2, "error: backups is not a folder; name the folder"),
     "--preview --email two@example.com": (0, "two@example.com: skipped: "),
     "--check": (2, "python-dotenv could not parse statement starting at line 2"),
 }

@@ -122,8 +122,7 @@ def test_a_template_has_a_line_for_each_contact_that_could_be_kept(scene: Scene)
     )
     scene.export()
     made = scene.run("--csv", "contacts.csv", "--choices-template", "new.csv")
-    assert made.code == 0 and "6 lines of 3 groups written to new.csv" in made.out
-    assert "3 groups that may be a shared mailbox" in made.out
+    assert made.code == 0 and "6 lines written to new.csv" in made.out
     content = Path("new.csv").read_bytes()
     lines = content.decode("utf-8-sig").splitlines()
     assert content.startswith(b"\xef\xbb\xbf") and lines[0].startswith("EMAIL,EXTERNAL_REF,")

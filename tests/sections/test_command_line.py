@@ -78,18 +78,9 @@ def test_a_next_command_keeps_what_was_typed(monkeypatch: pytest.MonkeyPatch) ->
         "--live",
     ]
     run = tool.RunContext(tool.parse_options(words))
-    command = run.retyped("--limit", "1", without=("--preview", "--live", "--limit"))
+    command = run.retyped("--limit", "1", without=["--limit"])
     kept = "--csv a.csv b.csv --primary=user --choices c.csv"
     assert command == f"python merge_contacts.py {kept} --limit 1"
-
-
-def test_an_address_is_pointed_to_its_backup(scene: Scene) -> None:
-    scene.pair(1)
-    scene.merge()
-    assert scene.run("--undo", "Person1@example.com").code == 2
-    refusal = scene.run("--undo", "Person1@example.com", "--preview").refusal
-    assert f"did you mean {Path('backups', ADA)}?" in refusal
-    assert scene.run("--undo", f"backups/{ADA}", "--preview").code == 0
 
 
 # -- which pairs ---------------------------------------------------------------------------------------
@@ -373,15 +364,6 @@ def test_check_says_whether_a_run_could_start_and_changes_nothing(
     assert not Path("savepoint.db").exists()
 
 
-@pytest.mark.parametrize("name", ["backups", "logs", "reports"])
-def test_check_reports_a_file_where_a_run_needs_a_folder(scene: Scene, name: str) -> None:
-    if Path(name).is_dir():
-        Path(name).rename("elsewhere")
-    Path(name).write_bytes(b"")
-    with pytest.raises(OSError, match=f"{name} is a file, and a run needs a folder"):
-        tool.check_disk().send(None)
-
-
 def test_status_tells_what_the_savepoint_knows(scene: Scene) -> None:
     pairs = scene.pairs(3)
     assert "no run has used this folder yet" in scene.run("--status").out
@@ -456,7 +438,7 @@ def test_verify_backups_names_what_is_damaged_or_missing(
 def test_verify_backups_of_a_folder_without_backups_is_a_mistake(scene: Scene) -> None:
     Path("reports").mkdir(exist_ok=True)
     assert "reports holds no backup" in scene.run("--verify-backups", "reports").refusal
-    assert "does not exist" in scene.run("--verify-backups", "nowhere").refusal
+    assert "is not a folder" in scene.run("--verify-backups", "nowhere").refusal
 
 
 def test_a_summary_of_the_live_preview_counts_each_code() -> None:

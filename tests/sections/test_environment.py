@@ -303,8 +303,6 @@ def test_a_file_where_a_folder_is_needed_is_named_in_one_line(place: Workplace, 
         (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
         assert name in line and "no folder" in line and "None" not in line
         assert organisation.merges == []
-        result = place.run(sandbox, "--check", check=2)
-        assert f"{name} is a file" in result.out
 
 
 def test_calls_in_the_same_second_have_a_log_each(folder: Path) -> None:
