@@ -11,7 +11,7 @@ import pytest
 
 from tests.fake.organisation import Organisation
 from tests.fake.world import World
-from tests.mutants import mutants
+from tests.mutants import Source
 from tests.simulate import play
 from tests.simulation import expected
 from tests.simulation.expected import Row, StoredFile, joined, plan_of, read_file
@@ -59,10 +59,11 @@ def test_a_broken_invariant_is_shown() -> None:
 
 
 def test_mutants_of_all_kinds_and_sections_can_be_compiled() -> None:
-    found = list(mutants(MODULE.read_text(encoding="utf-8")))
+    source = Source(MODULE.read_text(encoding="utf-8"))
+    found = list(source.mutants())
     assert len(found) > 2000 and len({mutant.section for mutant in found}) > 14
     for mutant in found[::211]:
-        compile(mutant.text, mutant.name, "exec")
+        compile(source.changed_by(mutant), mutant.name, "exec")
 
 
 class Silent:

@@ -813,6 +813,7 @@ def close_log(place: Workplace) -> str:
     for handler in list(tool.log.handlers):
         tool.log.removeHandler(handler)
         handler.close()
+    tool.log.propagate = True
     log = logged(place)
     for path in (place.folder / "logs").iterdir():
         path.unlink()
