@@ -2003,6 +2003,10 @@ class Plan(CsvContents):
                 if pair.state not in ENDED:
                     yield pair
 
+    def new_pairs(self) -> list[Pair]:
+        """Return the pairs that are still to be requested."""
+        return [pair for pair in self.pairs() if pair.state is State.PLANNED]
+
     def count(self) -> int:
         return sum(1 for _ in self.pairs())
 
@@ -8455,12 +8459,8 @@ def free_run_id(start: float, known: Collection[str] = ()) -> str:
     """
     while True:
         run_id = timestamp_name(start)
-        files = (
-            report_path(run_id, "merge"),
-            report_path(run_id, "undo"),
-            LOGS / f"contact_merge_{run_id}.log",
-        )
-        if run_id not in known and not any(os.path.lexists(str(path)) for path in files):
+        taken = [*REPORTS.glob(f"*_{run_id}.json"), *LOGS.glob(f"*_{run_id}.log")]
+        if run_id not in known and not taken:
             return run_id
         start += 1
 
@@ -8472,9 +8472,8 @@ def check_not_restored(savepoint: SavePoint) -> None:
     be repeated. Raises FatalError(2).
     """
     newest = max(savepoint.runs(), default="")
-    for path in sorted(REPORTS.glob("*_report_*.json")):
-        run_id = path.stem.rpartition("_report_")[2]
-        if re.fullmatch(r"\d{8}_\d{6}", run_id) and run_id > newest:
+    for path in sorted(REPORTS.glob("*_report_????????_??????.json")):
+        if path.stem.rpartition("_report_")[2] > newest:
             why = f"neither {SAVEPOINT} nor {SAVEPOINT_COPY} knows the run of {path}"
             fix = "Put the newest copy of both back. If nothing is missing, move that report away."
             raise FatalError(
@@ -8526,10 +8525,11 @@ def report_chunks(head: Json, lists: Mapping[str, Iterable[Json] | None]) -> Ite
     """Return a JSON document of `head` and of lists too long for the memory, None for null."""
     yield to_json({"schema": SCHEMA, **head}, indent=1)[:-2]
     for name, items in lists.items():
+        yield b",\n %s: " % to_json(name)
         if items is None:
-            yield b",\n %s: null" % to_json(name)
+            yield b"null"
             continue
-        yield b",\n %s: [" % to_json(name)
+        yield b"["
         for index, item in enumerate(items):
             yield (b",\n  " if index else b"\n  ") + to_json(item)
         yield b"\n ]"
@@ -8610,34 +8610,40 @@ def in_words(counts: Json, **words: str) -> list[str]:
     return [f"{counts[name]:,} {what}" for name, what in words.items() if counts.get(name)]
 
 
+def left_out_in_words(counts: Json) -> list[str]:
+    words = []
+    if counts["skipped_groups"]:
+        words.append(f"{plural(counts['skipped_groups'], 'group')} skipped")
+    if counts["invalid_rows"]:
+        words.append(plural(counts["invalid_rows"], "invalid row"))
+    return words
+
+
 def headline(summary: Json, record: RunRecord) -> str:
     """Return what a run has come to, in one line. It never says "all" where some remain."""
+    merged = f"{summary['successful_merges']:,}"
+    verb = "finished" if summary["unfinished_merges"] else "merged"
     if record.kind == "settle":
         ends = {"settled": "settled", "cancelled": "cancelled", "undo_settled": "partly undone"}
         words = in_words(summary, **ends) or ["nothing settled"]
-        return ", ".join([*words, *in_words(summary, unfinished_merges="still unfinished")])
-    others: Json = summary.get("earlier_runs", {})
-    merged = f"{summary['successful_merges']:,}"
-    verb = "finished" if summary["unfinished_merges"] else "merged"
-    words = []
-    if summary["pairs_planned"] is None:
-        words.append(f"the run was killed: {merged} {verb}")
+    elif summary["pairs_planned"] is None:
+        words = [f"the run was killed: {merged} {verb}"]
     elif summary["pairs_planned"] > summary["already_merged"]:
         pairs = plural(summary["pairs_planned"] - summary["already_merged"], "pair")
-        words.append(f"{merged} of {pairs} {verb}")
-    elif not others:
-        words.append("nothing to merge")
-    words += in_words(summary, unfinished_merges="unfinished")
-    if summary["unfinished_but_merged"]:
-        words[-1] += f" ({summary['unfinished_but_merged']:,} of them merged in DevRev)"
-    counts = {**summary, "failed": summary["failed_merges"] - summary["cancelled"]}
-    ends = {"failed": "failed", "cancelled": "cancelled", "left": "remaining"}
-    words += in_words(counts, **ends, already_merged="merged before")
-    for name, noun in (("skipped_groups", "skipped group"), ("invalid_rows", "invalid row")):
-        if summary[name]:
-            words.append(plural(summary[name], noun))
+        words = [f"{merged} of {pairs} {verb}"]
+    else:
+        words = ["nothing to merge"]
+    words += in_words(
+        {**summary, "failed": summary["failed_merges"] - summary["cancelled"]},
+        unfinished_merges="unfinished",
+        unfinished_but_merged="of them merged in DevRev",
+        failed="failed",
+        left="remaining",
+        already_merged="merged before",
+    )
+    words += left_out_in_words(summary)
     ends = {"successful_merges": "finished", "unfinished_merges": "unfinished"}
-    earlier = in_words(others, **ends, failed_merges="failed")
+    earlier = in_words(summary.get("earlier_runs", {}), **ends, failed_merges="failed")
     if earlier:
         words.append(f"of earlier runs, not in this plan: {', '.join(earlier)}")
     return ", ".join(words)
@@ -8729,13 +8735,10 @@ def page_chunks(kind: str, headline: str, report: Iterable[bytes]) -> Iterator[b
     head, _, tail = REPORT_PAGE.partition("__REPORT__")
     head = head.replace("__HASH__", digest).replace("__KIND__", kind)
     yield head.replace("__HEADLINE__", html.escape(headline)).encode()
-    yield from map(for_script, report)
+    for line in report:
+        # So that nothing in it can end the <script> element that holds it.
+        yield line.replace(b"<", b"\\u003c")
     yield tail.encode()
-
-
-def for_script(text: bytes) -> bytes:
-    """Escape JSON so that nothing in it can end the <script> element that holds it."""
-    return re.sub(rb"[<>&]", lambda found: b"\\u%04x" % ord(found.group()), text)
 
 
 MERGE_COLUMNS = (
@@ -8945,16 +8948,11 @@ class Console:
 
     COLOURS: Mapping[str, str] = {"good": "32", "bad": "31", "bold": "1"}
 
-    def __init__(
-        self,
-        quiet: bool = False,
-        out: TextIO | None = None,
-        err: TextIO | None = None,
-    ) -> None:
+    def __init__(self, quiet: bool = False, out: TextIO | None = None) -> None:
         self.quiet = quiet
         nowhere = functools.partial(open, os.devnull, "w", encoding="utf-8")
         self.data: TextIO = sys.stdout or nowhere()
-        self.err: TextIO = err or sys.stderr or nowhere()
+        self.err: TextIO = sys.stderr or nowhere()
         self.out = out or self.data
         self.mask: Callable[[str], str] = str
         self._output = Output()
@@ -8991,10 +8989,6 @@ class Console:
         with contextlib.suppress(OSError, ValueError):
             return os.get_terminal_size(stream.fileno()).columns or 80
         return 80
-
-    @property
-    def width(self) -> int:
-        return self.columns(self.out)
 
     def sanitize(self, text: str) -> str:
         return escape_unprintable(self.mask(text))
@@ -9048,9 +9042,10 @@ class Console:
 
     def suggest(self, words: str, command: str = "") -> None:
         """Print a next step; its command is not wrapped, so that it can be copied."""
-        if not self.quiet:
-            self.print_err(f"next: {words}")
-        if command and not self.quiet:
+        if self.quiet:
+            return
+        self.print_err(f"next: {words}")
+        if command:
             self._put(self.err, f"  {self.sanitize(command)}\n")
 
     def error(self, text: str) -> None:
@@ -9061,12 +9056,8 @@ class Console:
         """Show the one line that is rewritten in place on a terminal; `""` removes it."""
         if self.quiet or not self.rewrites or self._output.jobs.qsize():
             return
-        room = self.columns(self.err) - 1
-        line = self.sanitize(text)
-        if len(line) > room:
-            line = f"{line[: room - 3]}..."
-        self._put(self.err, line)
-        self._has_status = bool(line)
+        self._put(self.err, self.sanitize(text)[: self.columns(self.err) - 1])
+        self._has_status = bool(text)
 
 
 class LogHandler(logging.Handler):
@@ -9100,9 +9091,9 @@ class LogHandler(logging.Handler):
 # --------------------------------------------------------------------------------------------------
 
 
-def plan_summary(plan: Plan, requests: int, earlier: Sequence[Pair]) -> Json:
+def plan_summary(plan: Plan, earlier: Sequence[Pair]) -> Json:
     """The plan in numbers; `earlier` are the pairs that are taken over from earlier runs."""
-    new = sum(pair.state is State.PLANNED for pair in plan.pairs())
+    new = len(plan.new_pairs())
     in_csv = sum(pair.ids in plan.ids for pair in earlier)
     return {
         "plan_id": plan.id,
@@ -9117,8 +9108,19 @@ def plan_summary(plan: Plan, requests: int, earlier: Sequence[Pair]) -> Json:
         "invalid_rows": plan.invalid_count,
         "other_references": plan.other_refs,
         "other_reference_example": plan.other_ref or None,
-        "estimated_requests": requests,
     }
+
+
+def plan_headline(facts: Json) -> str:
+    """Say in one line what a run would do with a plan."""
+    words = in_words(
+        facts,
+        pairs_to_finish="of earlier runs to finish first",
+        left="remaining (--email, --limit)",
+        already_merged="merged before",
+    )
+    new = f"{plural(facts['pairs_to_merge'], 'pair')} to merge"
+    return ", ".join([new, *words, *left_out_in_words(facts)])
 
 
 def plan_chunks(
@@ -9135,8 +9137,7 @@ def plan_chunks(
             "duplicate": contact_entry(pair.duplicate, "external_ref"),
             "new_external_ref": pair.new_ref,
         }
-        for pair in plan.pairs()
-        if pair.state is State.PLANNED
+        for pair in plan.new_pairs()
     )
     lists: dict[str, Iterable[Json] | None] = {"pairs": pairs}
     lists["to_finish"] = (merge_entry(one, plan.ids) for one in earlier)
@@ -9160,34 +9161,10 @@ def show_plan(
             print_list(console, title, lines)
         for code in SKIP_REASONS:
             print_list(console, *_skip_list(plan, code))
-    counts = [f"{plural(plan.contacts_read, 'contact')} read"]
-    if plan.invalid_count:
-        counts.append(plural(plan.invalid_count, "invalid row"))
-    if plan.look_alikes:
-        counts.append(f"{plural(len(plan.look_alikes), 'group')} of look-alikes")
-    if plan.other_refs:
-        counts.append(plan.others_line())
-    console.print(", ".join(counts))
-    if facts["already_merged"]:
-        console.print(f"{plural(facts['already_merged'], 'pair')} merged by earlier runs")
-    if facts["left"]:
-        pairs = plural(facts["left"], "pair")
-        console.print(f"{pairs} remaining for another run (--email, --limit)")
-    console.print(cost)
-    console.print(f"plan {plan.id}")
-    console.print(plan_headline(plan, facts["pairs_to_merge"], len(earlier)), "bold")
-
-
-def plan_headline(plan: Plan, new: int, earlier: int) -> str:
-    """Say in one line what a run would do with `new` pairs and those of earlier runs."""
-    words = [f"{plural(new, 'pair')} to merge"]
-    if plan.skipped:
-        words.append(f"{plural(len(plan.skipped), 'group')} skipped")
-    if plan.invalid_count:
-        words.append(plural(plan.invalid_count, "invalid row"))
-    if earlier:
-        words.append(f"{earlier:,} of earlier runs to finish first")
-    return ", ".join(words)
+    console.print(f"{plural(plan.contacts_read, 'contact')} read")
+    for line in filter(None, (plan.others_line(), cost, f"plan {plan.id}")):
+        console.print(line)
+    console.print(plan_headline(facts), "bold")
 
 
 def print_list(console: Console, title: str, lines: Sequence[str]) -> None:
@@ -9288,30 +9265,29 @@ def _skip_list(plan: Plan, code: str) -> tuple[str, list[str]]:
 
 
 def _show_pairs(plan: Plan, console: Console) -> None:
-    """Print the pairs as a table; a row that does not fit the terminal on two lines, and all rows
-    where most would not."""
+    """Print the pairs as a table; a row that does not fit the terminal on two lines."""
     arrow = console.arrow
-    head = ("EMAIL", "PRIMARY", "TICKETS", arrow, "DUPLICATE", "TICKETS", "REFERENCE", "NAME")
-    rows: list[tuple[str, ...]] = [head]
-    for pair in plan.pairs():
-        if pair.state is State.PLANNED:
-            moves = "moves" if pair.new_ref else "unchanged"
-            primary, duplicate = pair.primary, pair.duplicate
-            cells = (
-                pair.email, _ids(primary), str(primary.tickets), arrow, _ids(duplicate),
-                str(duplicate.tickets), moves, names_of(pair),
-            )  # fmt: skip
-            rows.append(tuple(map(console.sanitize, cells)))
+    rows: list[tuple[str, ...]] = [
+        ("EMAIL", "PRIMARY", "TICKETS", arrow, "DUPLICATE", "TICKETS", "REFERENCE", "NAME")
+    ]
+    for pair in plan.new_pairs():
+        moves = "moves" if pair.new_ref else "unchanged"
+        primary, duplicate = pair.primary, pair.duplicate
+        cells = (
+            pair.email, _ids(primary), str(primary.tickets), arrow, _ids(duplicate),
+            str(duplicate.tickets), moves, names_of(pair),
+        )  # fmt: skip
+        rows.append(tuple(map(console.sanitize, cells)))
     if len(rows) == 1:
         return
     # One long cell must not take the table from all the others.
     widths = [max(len(cell) for cell in column if len(cell) <= 60) for column in zip(*rows)]
     form = "%-{}s  %-{}s %{}s %{}s %-{}s %{}s  %-{}s  %-{}s".format(*widths)
-    is_table = len(form % head) <= console.width
     lines = []
+    width = console.columns(console.out)
     for row in rows:
         line = (form % row).rstrip()
-        if not is_table or len(line) > console.width:
+        if len(line) > width:
             line = "{0}  {7}\n  {1} ({2}) {3} {4} ({5}), {6}".format(*row)
         lines.append(line)
     for line in lines[0].split("\n"):
@@ -10001,7 +9977,8 @@ def preview(run: RunContext) -> int:
         plan = make_plan(run, known)
         earlier = [*known.unfinished(), *plan.revived]
         has_merged = any(known.pairs(State.DONE))
-    facts = plan_summary(plan, expected_requests(plan, run.options), earlier)
+    facts = plan_summary(plan, earlier)
+    facts["estimated_requests"] = expected_requests(plan, run.options)
     live: list[Json] | None = None
     if run.options.live:
         live = run.environment.run_event_loop(preview_live(run, plan))
@@ -10312,8 +10289,9 @@ def merge_facts(
     facts = [("UNVERIFIED", line) for line in odd]
     facts += [("token of", whose), ("host", run.settings.base_url)]
     facts += [("CSV", str(path)) for path in run.options.csv]
-    new = [describe_pair(pair) for pair in plan.pairs() if pair.state is State.PLANNED]
-    facts.append(("plan", f"{plan.id}: {plan_headline(plan, len(new), len(unfinished))}"))
+    new = [describe_pair(pair) for pair in plan.new_pairs()]
+    words = plan_headline(plan_summary(plan, unfinished))
+    facts.append(("plan", f"{plan.id}: {words}"))
     if unfinished:
         earlier = "; ".join(some([describe_pair(pair) for pair in unfinished], 3))
         finish = f"finish {plural(len(unfinished), 'pair')} of earlier runs: {earlier}"
@@ -10866,11 +10844,10 @@ async def check_owner_of_token(run: RunContext) -> str:
 async def check_csv(run: RunContext) -> str:
     with open_savepoint(run, readonly=True) as known:
         plan = make_plan(run, known)
-        earlier = len(plan.revived) + len(known.unfinished())
+        earlier = [*known.unfinished(), *plan.revived]
     if run.organisation:
         check_organisation(run.organisation, "CSV", plan.contacts)
-    new = sum(pair.state is State.PLANNED for pair in plan.pairs())
-    return plan_headline(plan, new, earlier)
+    return plan_headline(plan_summary(plan, earlier))
 
 
 async def check_access(run: RunContext) -> str:

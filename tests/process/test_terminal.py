@@ -90,7 +90,10 @@ def test_what_earlier_runs_left_is_in_the_question(place: Workplace) -> None:
         place.run(sandbox, "--merge-timeout", "1", check=1)
         out = place.run(None, "--preview", check=0).out
         assert "TO FINISH FIRST, from earlier runs: 1 pair" in out
-        assert out.splitlines()[-1] == "0 pairs to merge, 1 of earlier runs to finish first"
+        assert (
+            out.splitlines()[-1]
+            == "0 pairs to merge, 1 of earlier runs to finish first, 1 merged before"
+        )
         terminal = Terminal(place, sandbox, "--csv", "contacts.csv", "--limit", "1", columns=200)
         question = terminal.read_until("Type merge")
         words = "finish 1 pair of earlier runs: Person 1 / P. 1"

@@ -69,7 +69,8 @@ def test_a_file_sends_no_token_but_its_own_to_another_host(
     for name in (TOKEN, URL):
         monkeypatch.setenv(name, environment.get(name, ""))
     settings = tool.load_settings(tool.load_environment(), 8)
-    console = tool.Console(err=io.StringIO())
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    console = tool.Console()
     if outcome == "refused":
         with pytest.raises(tool.FatalError) as stopped:
             tool.check_destination(settings, console)

@@ -232,8 +232,8 @@ def test_the_summary_counts_the_pairs_of_the_csv_and_the_others_apart(
         },
     }  # fmt: skip
     assert tool.headline(summary, tool.RunRecord(kind="merge")) == (
-        "3 of 12 pairs finished, 4 unfinished (2 of them merged in DevRev), 2 failed, 1 cancelled, "
-        "2 remaining, 2 merged before, 1 skipped group, of earlier runs, not in this plan: "
+        "3 of 12 pairs finished, 4 unfinished, 2 of them merged in DevRev, 2 failed, 2 remaining, "
+        "2 merged before, 1 group skipped, of earlier runs, not in this plan: "
         "1 finished, 1 unfinished"
     )
     killed = tool.merge_summary(savepoint, NOW, None)
@@ -251,11 +251,14 @@ def test_the_summary_counts_the_pairs_of_the_csv_and_the_others_apart(
         ({"pairs_planned": 2, "already_merged": 2}, "nothing to merge, 2 merged before"),
         (
             {"skipped_groups": 2, "invalid_rows": 1},
-            "nothing to merge, 2 skipped groups, 1 invalid row",
+            "nothing to merge, 2 groups skipped, 1 invalid row",
         ),
-        ({"kind": "settle"}, "nothing settled"),
-        ({"kind": "settle", "settled": 1, "unfinished_merges": 2}, "1 settled, 2 still unfinished"),
-        ({"kind": "settle", "cancelled": 1, "undo_settled": 1}, "1 cancelled, 1 partly undone"),
+        ({"kind": "settle", "pairs_planned": None}, "nothing settled"),
+        ({"kind": "settle", "settled": 1, "unfinished_merges": 2}, "1 settled, 2 unfinished"),
+        (
+            {"kind": "settle", "failed_merges": 1, "cancelled": 1, "undo_settled": 1},
+            "1 cancelled, 1 partly undone",
+        ),
     ],
 )
 def test_the_headline_says_what_a_run_has_come_to(counts: Dict[str, Any], words: str) -> None:
@@ -414,7 +417,7 @@ def test_settle_says_the_truth_of_every_address(scene: Scene) -> None:
     assert unknown.code == 2 and "persom3@example.com: no pair in savepoint.db" in unknown.err
     done = scene.settle("person1@example.com")
     assert "nothing to settle  person1@example.com" in done.out
-    assert done.report["run"]["headline"] == "nothing settled, 1 still unfinished"
+    assert done.report["run"]["headline"] == "nothing settled, 1 unfinished"
     mixed = scene.settle("person2@example.com", "person3@example.com")
     assert mixed.code == 1
     assert re.search(r"NOT SETTLED  person2@.* was not requested \(count_mismatch\)", mixed.out)
