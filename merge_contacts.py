@@ -40,7 +40,7 @@ Map of this file, roughly bottom-up:
 How a pair resumes: SavePoint._join_pairs (what two files know of it), ContactMerger._resume (with
 what else is known of its primary), PairMerge (from its state on), ContactMerger._poll_cancelled
 (given up, and carried out all the same), PairUndo (the same of an undo), settle_pair (ended by a
-person). A new state: State and the sets of states beside it, PairMerge, SO_FAR and STATE_WORDS,
+person). A new state: State and the sets of states beside it, PairMerge, STATE_WORDS,
 AUTHORITY (which of two files wins). A new field of a pair: Pair, with a default; rows without it
 are read, and rows of other versions keep theirs. What needs more than a default: MIGRATIONS.
 """
@@ -8263,17 +8263,14 @@ SYSTEMIC = (
 )  # fmt: skip
 # Another run ends these: there is nothing that --settle could accept.
 PASSING = ("undo_unfinished", "group_incomplete", "interrupted", "after_cancel")
-SO_FAR: Mapping[State, str] = {
-    State.REQUESTED: "requested, and not merged yet",
-    State.ACKNOWLEDGED: "accepted by DevRev, not yet confirmed",
-    State.MERGED: "merged in DevRev",
-    State.VERIFYING: "merged in DevRev, and the reference is in place",
-}
 STATE_WORDS: Mapping[State, str] = {
     State.PLANNED: "planned",
     State.SKIPPED: "skipped in this run",
     State.FAILED: "failed, not merged",
-    **SO_FAR,
+    State.REQUESTED: "requested, and not merged yet",
+    State.ACKNOWLEDGED: "accepted by DevRev, not yet confirmed",
+    State.MERGED: "merged in DevRev",
+    State.VERIFYING: "merged in DevRev, and the reference is in place",
     State.DONE: "merged and verified",
     State.SETTLED: "merged, and the rest accepted with --settle",
     State.MERGED_ELSEWHERE: "merged or deleted by another user",
@@ -8316,7 +8313,7 @@ def progress_of(pair: Pair) -> Json:
     if pair.new_ref and pair.state is not State.VERIFYING:
         steps.append("set the reference")
     steps.append("verify that nothing was left behind")
-    return {"so_far": SO_FAR[pair.state], "to_do": ", ".join(steps)}
+    return {"so_far": STATE_WORDS[pair.state], "to_do": ", ".join(steps)}
 
 
 def merge_entry(pair: Pair, planned: Collection[Ids] | None) -> Json:
@@ -8377,7 +8374,7 @@ def settle_error(pair: Pair) -> str:
         return f"{words}; leave its rows out of the CSV"
     if pair.code in ADVICE and pair.code not in PASSING:
         return ""
-    why = pair.code or SO_FAR[pair.state]
+    why = pair.code or STATE_WORDS[pair.state]
     return f"it is unfinished ({why}), and no report has named a problem that stays; run again"
 
 
@@ -8586,7 +8583,7 @@ def merge_summary(savepoint: SavePoint, run_id: str, plan: Plan | None) -> Json:
         count["failed_merges"] += count["cancelled"]
     summary: Json = {**dict.fromkeys(SUMMARY), **{name: mine[name] for name in COUNTS}}
     if plan:
-        gone = sum(pair.code in ("already_gone", "already_merged") for pair in plan.left_out)
+        gone = sum(pair.code in LIVE_DONE for pair in plan.left_out)
         before = plan.already_merged + gone
         ended = mine["successful_merges"] + mine["failed_merges"] + mine["unfinished_merges"]
         summary.update(
@@ -8980,15 +8977,8 @@ class Console:
 
     @staticmethod
     def columns(stream: TextIO) -> int:
-        """How wide the terminal of `stream` is: stdout may be a pipe where stderr is a terminal."""
-        columns = os.environ.get("COLUMNS", "")
-        if not stream.isatty():
-            return 10_000
-        if columns.isdecimal():
-            return int(columns)
-        with contextlib.suppress(OSError, ValueError):
-            return os.get_terminal_size(stream.fileno()).columns or 80
-        return 80
+        """How wide the terminal is, 80 where stdout is none; what goes elsewhere is not wrapped."""
+        return shutil.get_terminal_size().columns if stream.isatty() else 10_000
 
     def sanitize(self, text: str) -> str:
         return escape_unprintable(self.mask(text))
@@ -9029,12 +9019,10 @@ class Console:
 
     def json(self, chunks: Iterable[bytes]) -> None:
         """Print results as JSON, in ASCII, which nothing on the way to a program changes."""
-
-        def escape(found: re.Match[str]) -> str:
-            return json.dumps(found.group())[1:-1]
-
         for chunk in chunks:
-            self.stream(re.sub(r"[^\x00-\x7e]", escape, chunk.decode("utf-8")), self.data)
+            text = chunk.decode("utf-8")
+            escaped = re.sub(r"[^\x00-\x7e]", lambda one: json.dumps(one.group())[1:-1], text)
+            self.stream(escaped, self.data)
 
     def print_err(self, text: str, style: str = "") -> None:
         """Print a line that is no result."""
@@ -9076,10 +9064,7 @@ class LogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(Exception):  # a log that can't be written stops nothing
             if record.levelno >= self.shown and record.levelno != logging.ERROR:
-                words = record.getMessage()
-                if record.levelno == logging.WARNING:
-                    words = f"warning: {words}"
-                self.console.print_err(words)
+                self.console.print_err(f"{record.levelname.lower()}: {record.getMessage()}")
             if self.file:
                 line = self.console.sanitize(f"{iso(record.created)} {self.format(record)}")
                 self.file.write(f"{line}\n")
@@ -9127,7 +9112,7 @@ def plan_chunks(
     plan: Plan,
     facts: Json,
     earlier: Sequence[Pair],
-    live: Sequence[Json] | None = None,
+    live: Sequence[Json] | None,
 ) -> Iterator[bytes]:
     """Return the plan as JSON, for `--preview --json`."""
     pairs = (
@@ -9157,10 +9142,8 @@ def show_plan(
     """Print what a run would do, so that a person can sign it."""
     if not console.quiet:
         _show_pairs(plan, console)
-        for title, lines in _plan_lists(plan, earlier):
+        for title, lines in chain(_plan_lists(plan, earlier), _skip_lists(plan)):
             print_list(console, title, lines)
-        for code in SKIP_REASONS:
-            print_list(console, *_skip_list(plan, code))
     console.print(f"{plural(plan.contacts_read, 'contact')} read")
     for line in filter(None, (plan.others_line(), cost, f"plan {plan.id}")):
         console.print(line)
@@ -9176,15 +9159,9 @@ def print_list(console: Console, title: str, lines: Sequence[str]) -> None:
         console.print()
 
 
-def first_twenty(lines: Sequence[str]) -> list[str]:
-    more = len(lines) - 20
-    return [*lines[:20], f"and {more:,} more (--json has them all)"] if more > 0 else list(lines)
-
-
 def names_of(pair: Pair) -> str:
     """Whose contacts they are: one name, or both where they differ."""
-    names = {contact.name.casefold(): contact.name for contact in (pair.primary, pair.duplicate)}
-    return " / ".join(names.values())
+    return " / ".join(dict.fromkeys((pair.primary.name, pair.duplicate.name)))
 
 
 def describe_pair(pair: Pair) -> str:
@@ -9194,8 +9171,7 @@ def describe_pair(pair: Pair) -> str:
 
 def describe_contact(contact: Contact) -> str:
     words = f"{contact.name}, {contact.short_id}, {plural(contact.tickets, 'ticket')}"
-    day = re.sub(r"^(\d{4}-\d\d-\d\d)\D.*", r"\1", contact.created)
-    return f"{words}, since {day}" if day else words
+    return f"{words}, since {contact.created[:10]}" if contact.created else words
 
 
 # What a person should know of a group that is merged all the same.
@@ -9209,7 +9185,8 @@ WARNINGS = {
 def _plan_lists(plan: Plan, earlier: Sequence[Pair]) -> Iterator[tuple[str, list[str]]]:
     """What a person should read beside pairs and skipped groups: titles with their lines."""
     title = f"TO FINISH FIRST, from earlier runs: {plural(len(earlier), 'pair')}"
-    yield title, first_twenty([f"{describe_pair(pair)} ({SO_FAR[pair.state]})" for pair in earlier])
+    unfinished = [f"{describe_pair(pair)} ({STATE_WORDS[pair.state]})" for pair in earlier]
+    yield title, some(unfinished, 20)
     choices: list[str] = []
     for group in plan.chosen:
         choices.append(f"{group.email} keeps {group.chosen}")
@@ -9218,7 +9195,7 @@ def _plan_lists(plan: Plan, earlier: Sequence[Pair]) -> Iterator[tuple[str, list
     yield f"CHOICES: {plural(len(plan.chosen), 'group')}", choices
     for code, why in WARNINGS.items():
         found = [one for one in plan.warnings if one["code"] == code]
-        lines = first_twenty([f"{one['email']}: {one['warning']}" for one in found])
+        lines = some([f"{one['email']}: {one['warning']}" for one in found], 20)
         yield f"WARNING {code}: {plural(len(found), 'group')}", [why, *lines] if found else []
     alike: list[str] = []
     for entry in plan.look_alikes:
@@ -9228,40 +9205,36 @@ def _plan_lists(plan: Plan, earlier: Sequence[Pair]) -> Iterator[tuple[str, list
             rows.append(f"{ascii(line['email'])[1:-1]} ({place})")
         alike.append(" and ".join(some(rows)))
     title = f"LOOK ALIKE, and not joined: {plural(len(alike), 'group')} of addresses"
-    yield f"{title}; correct them in DevRev", first_twenty(alike)
-    by_code: dict[str, list[str]] = collections.defaultdict(list)
-    for row in plan.invalid_rows:
-        place = place_of(row.file, row.line, plan.files)
-        email = f" ({row.email})" if row.email else ""
-        by_code[row.code].append(f"  {place}: {row.reason}{email}")
+    yield f"{title}; correct them in DevRev", some(alike, 20)
     invalid: list[str] = []
     for code, count in plan.invalid_counts.most_common():
-        invalid += [f"{INVALID_ROWS[code]}: {plural(count, 'row')}", *by_code[code][:20]]
-        if count > 20:
-            invalid.append(f"  and {count - 20:,} more")
+        invalid.append(f"{INVALID_ROWS[code]}: {plural(count, 'row')}")
+        for row in [one for one in plan.invalid_rows if one.code == code][:20]:
+            email = f" ({row.email})" if row.email else ""
+            place = place_of(row.file, row.line, plan.files)
+            invalid.append(f"  {place}: {row.reason}{email}")
     yield f"LEFT OUT: {plural(plan.invalid_count, 'invalid row')}", invalid
 
 
-def _skip_list(plan: Plan, code: str) -> tuple[str, list[str]]:
-    """The groups that are skipped for one reason, with the lines that --choices may take."""
-    skips = [skip for skip in plan.skipped if skip.code == code]
-    lines: list[str] = []
-    if skips:
+def _skip_lists(plan: Plan) -> Iterator[tuple[str, list[str]]]:
+    """The groups that are skipped, by reason, with the lines that --choices may take."""
+    for code in SKIP_REASONS:
+        skips = [skip for skip in plan.skipped if skip.code == code]
         why, advice = skip_words(code)
         lines = [f"why: {why}", f"what to do: {advice}"]
-    for skip in skips:
-        size, choices = plural(len(skip.contacts), "contact"), list(skip.choice_lines().items())
-        if choices:
-            lines.append(f"{skip.email}, {size}; copy one of these lines into the --choices file:")
-            for line, contact in choices[:6]:
-                lines += [f"  {describe_contact(contact)}", f"    {line}"]
-            if len(choices) > 6:
-                lines.append(f"  and {len(choices) - 6:,} more")
-            continue
-        ranked = sorted(skip.contacts, key=lambda one: -one.tickets)
-        names = some([f"{one.external_ref} ({plural(one.tickets, 'ticket')})" for one in ranked], 6)
-        lines.append(f"{skip.email} ({size}): {', '.join(names)}")
-    return f"SKIPPED {code}: {plural(len(skips), 'group')}", lines
+        for skip in skips:
+            group = f"{skip.email} ({plural(len(skip.contacts), 'contact')})"
+            choices = skip.choice_lines()
+            if choices:
+                lines.append(f"{group}; copy one of these lines into the --choices file:")
+                for line, contact in choices.items():
+                    lines += [f"  {describe_contact(contact)}", f"    {line}"]
+            else:
+                names = [
+                    f"{one.external_ref} ({plural(one.tickets, 'ticket')})" for one in skip.contacts
+                ]
+                lines.append(f"{group}: {', '.join(some(names))}")
+        yield f"SKIPPED {code}: {plural(len(skips), 'group')}", lines if skips else []
 
 
 def _show_pairs(plan: Plan, console: Console) -> None:
@@ -10925,7 +10898,7 @@ def status(run: RunContext) -> int:
         for pair in pairs:
             why = f"{pair.code}: {pair.error}" if pair.code else STATE_WORDS[pair.state]
             lines.append(f"{pair.email}: {into(pair)}, last {minute(pair.updated)}: {why}")
-        for line in first_twenty(lines):
+        for line in some(lines, 20):
             run.console.print(f"{name}  {line}")
     for one in to_set:
         run.console.print(f"to set  {one['email']}: {one['advice']}", "bold")

@@ -684,9 +684,7 @@ def test_invalid_rows_are_printed_by_reason(place: Workplace) -> None:
     place.csv.write_text(text(*EVE, *bad, row("7", "f@x", "REVU-7", tickets="x")), encoding="utf-8")
     out = place.run(None, "--preview", check=0).out
     assert "LEFT OUT: 26 invalid rows" in out and "1 pair to merge" in out
-    assert re.search(
-        r"not one plain address: 25 rows\n(.*\n){20} +and 5 more\n +not a count: 1 row\n", out
-    )
+    assert re.search(r"not one plain address: 25 rows\n(.*\n){20} +not a count: 1 row\n", out)
 
 
 @pytest.mark.parametrize("mark", ("\u0301", "\u0345", "\uff21"))
