@@ -5076,7 +5076,6 @@ class MergeGate:
         self.confirmed = False
         self.one_at_a_time = False
         self.requests = 0  # merge requests of the run
-        self._seen: set[Ids] = set()  # pairs that a poll of this run has shown to be merged
         self._under_way: set[str] = set()  # primaries of merges that this run has requested
         self._alone = ""  # the primary whose merge all others wait for
         self._waiting: list[asyncio.Future[None]] = []
@@ -5114,14 +5113,13 @@ class MergeGate:
 
     def note_merged(self, pair: Pair) -> None:
         """Note that this run has seen the merge carried out."""
-        self._seen.add(pair.ids)
         if self.confirmed:
             self.leave(pair)
 
     def confirm(self, pair: Pair) -> None:
         """Let others go side by side: a merge of this run has its reference, or another contact has
         it."""
-        if pair.primary.id in self._under_way and pair.ids in self._seen:
+        if pair.primary.id in self._under_way:
             self.confirmed = True
             self.leave(pair)
 
@@ -5348,9 +5346,6 @@ class Preconditions:
             snapshots,
             timelines,
         )
-        for pair in self.group.pairs:
-            if pair.state is State.PLANNED:
-                pair.backup = str(folder)
         backup = await environment.run_in_thread(verify_backup, str(folder))
         self.backup = backup
         words = [f"{count} {name.replace('_', ' ')}" for name, count in backup.holdings.items()]
@@ -5392,21 +5387,16 @@ class Preconditions:
             if identity not in known or known[identity][0] != obj.get("modified_date"):
                 wanted.append(identity)
 
-        async def read() -> None:
-            while wanted:
-                identity = wanted.pop(0)
-                try:
-                    self.context.raise_if_draining()
-                    entries = await self.context.api.timeline(identity)
-                except (ApiError, NoUsableResponse) as error:
-                    wanted.clear()
-                    raise PairError(error.code, f"{identity}: {error}") from None
-                except Cancelled:
-                    wanted.clear()
-                    raise
-                known[identity] = objects[identity].get("modified_date"), entries
+        async def read(identity: str) -> None:
+            try:
+                entries = await self.context.api.timeline(identity)
+            except (ApiError, NoUsableResponse) as error:
+                raise PairError(error.code, f"{identity}: {error}") from None
+            known[identity] = objects[identity].get("modified_date"), entries
 
-        await together(*(read() for _ in range(min(self.AHEAD, len(wanted)))))
+        for start in range(0, len(wanted), self.AHEAD):
+            self.context.raise_if_draining()
+            await together(*map(read, wanted[start : start + self.AHEAD]))
 
     def note_backup(self, pair: Pair) -> None:
         """Note in a pair which backup its merge rests on."""
@@ -5488,18 +5478,6 @@ def check_reference(pair: Pair, primary: Json | None) -> Json:
     return primary
 
 
-def confirmation_timeout(pair: Pair, merge_timeout: float) -> float:
-    """Return the seconds after a request until a duplicate that still exists means that the merge
-    won't come.
-
-    DevRev knows of the request where it has answered; a request whose answer was lost may never
-    have arrived.
-    """
-    if pair.state is State.ACKNOWLEDGED or pair.rejected:
-        return merge_timeout
-    return min(10.0, merge_timeout / 4)
-
-
 class BackedUp(NamedTuple):
     """What a pair's backup says of its merge."""
 
@@ -5528,7 +5506,7 @@ class TransferVerifier:
     behind."""
 
     FIRST_LINGER = 10.0  # seconds for which the first lists wait for other groups to verify
-    EXAMINED = 25  # objects that are read one by one, in each round before the time is over
+    EXAMINED = 25  # objects that are read one by one before the time is over
 
     def __init__(
         self,
@@ -5563,7 +5541,6 @@ class TransferVerifier:
         started = self.context.environment.now()
         expected = self.backed_up.expected
         rounds = 0
-        examined: set[str] = set()
         while True:
             linger = self.FIRST_LINGER
             if rounds or self.priority == RESUME:
@@ -5577,12 +5554,8 @@ class TransferVerifier:
             rounds += 1
             waited = self.context.environment.elapsed(started)
             over = waited >= timeout
-            if missing and rounds > 2:
-                few = missing
-                if not over:
-                    unread = [item for item in missing if item["id"] not in examined]
-                    few = unread[: self.EXAMINED]
-                examined.update(item["id"] for item in few)
+            if missing and (over or rounds == 3):
+                few = missing if over else missing[: self.EXAMINED]
                 left = await self._examine(few)
                 found = [item for item in few if item not in left]
                 expected = [item for item in expected if item not in found]
@@ -5852,14 +5825,12 @@ class PairMerge:
         # DevRev's answer to the last request, where it was a clear refusal.
         self.rejection: PairError | None = None
         self.contradictions = 0
-        self._waited_since: Timestamp | None = None  # this run waits for the merge
-        self._waited_before = 0.0  # seconds that earlier runs had waited
+        self._requested: Timestamp | None = None  # when the merge was, once this run waits for it
         self._made_room = False  # others had to end their merges before the last request
         self._busy_since: Timestamp | None = None  # DevRev refuses the merge for now
         self._busy_pauses = Backoff(0.5, 20.0)
         self._unusable = 0  # polls in a row without a usable answer
         self._poll_problem: PairError | None = None  # of the last poll
-        self._is_changed = False  # the last poll has shown the duplicate not as it was
         self._deadline = FIRST_DEADLINE
 
     async def advance(self, until: State | None = None) -> bool:
@@ -5960,9 +5931,9 @@ class PairMerge:
 
     def _waited(self) -> float:
         """Return the seconds since the merge was requested."""
-        if self._waited_since is None:
+        if self._requested is None:
             return 0.0
-        return self._waited_before + self.context.environment.elapsed(self._waited_since)
+        return self.context.environment.elapsed(self._requested)
 
     async def _pause(self, seconds: float) -> None:
         """Sleep until DevRev may have got further. From now on, new work and other groups do not
@@ -5992,7 +5963,7 @@ class PairMerge:
             pair.primary = wanted.primary
             pair.duplicate = wanted.duplicate
             self.run.preconditions.invalidate()
-        async with self.run.request_lock:  # the pairs of a group rest on the same preconditions
+        async with self.run.lock:  # the pairs of a group rest on the same preconditions
             try:
                 refreshes = 0
                 while refreshes < self.MAX_REFRESHES:
@@ -6069,12 +6040,9 @@ class PairMerge:
             state = State.REQUESTED
         # The request was sent; the wait for its merge starts now.
         pair.move_to(State.REQUESTED)
-        self._waited_since = self.context.environment.now()
-        self._waited_before = 0.0
+        self._requested = self.context.environment.now()
         self.requests_sent += 1
-        if (
-            not self.was_forbidden
-        ):  # one that had a 403 before says nothing of what the token may do
+        if not self.was_forbidden:  # else a 403 says nothing of what the token may do
             gate.requests += 1
         if refusal is None:
             if self._made_room and state is State.ACKNOWLEDGED and not gate.one_at_a_time:
@@ -6181,27 +6149,30 @@ class PairMerge:
         again."""
         pair = self.pair
         recent = self.context.recent_merges
-        if self._waited_since is None:  # an earlier run requested it: it is polled at once
-            self._waited_since = self.context.environment.now()
-            self._waited_before = max(0.0, self._waited_since.wall - pair.requested_at)
+        if self._requested is None:  # an earlier run requested it: it is polled at once
+            now = self.context.environment.now()
+            before = max(0.0, now.wall - pair.requested_at)
+            self._requested = now._replace(monotonic=now.monotonic - before)
         else:
             usual = max((seconds for seconds, _ in recent), default=0.25)
             await self._pause(min(usual, 0.75) - self._waited())
+        # A request whose answer was lost may never have arrived.
+        longest = self.timeout if self._is_answered() else min(10.0, self.timeout / 4)
         self._unusable = 0
         self._deadline = FIRST_DEADLINE
         polls = 0
         while True:
-            before = self._waited()
+            asked = self._waited()
             polls += 1
-            if await self._poll():
+            status = await self._poll()
+            if status and await self._shows_merged(status):
                 if self.requests_sent:  # the next merge is polled a little sooner
-                    recent.append((0.95 * before, polls))
+                    recent.append((0.95 * asked, polls))
                 break
             waited = self._waited()
-            longest = confirmation_timeout(pair, self.timeout)
             # Where the wait is over, for a pair of an earlier run at once, there is no third poll.
             lists_decide = self._unusable >= 3 or (self._unusable > 0 and waited >= longest)
-            if self._is_changed and pair.state is State.ACKNOWLEDGED:
+            if status is DuplicateStatus.CHANGED and pair.state is State.ACKNOWLEDGED:
                 lists_decide = not self.verifier.backed_up.telling
             if lists_decide:
                 self.api.scheduler.end_merge(pair.ids)  # lists would wait for the units it holds
@@ -6217,11 +6188,10 @@ class PairMerge:
         self.context.gate.note_merged(pair)
         return State.MERGED
 
-    async def _poll(self) -> bool:
-        """Poll the duplicate once. Return whether it no longer exists; `_poll_problem` says why
-        that is not known."""
+    async def _poll(self) -> DuplicateStatus | None:
+        """Poll the duplicate once. Return None where the answer does not tell; `_poll_problem` says
+        why."""
         self._poll_problem = None
-        self._is_changed = False
         try:
             status = await self.api.poll_duplicate(
                 self.pair.primary.id, self.pair.duplicate, self._request_options(), self._deadline
@@ -6231,18 +6201,20 @@ class PairMerge:
             self._deadline = longer(self._deadline, self.api.settings)
             if not isinstance(error, ApiError) or error.status != 404:  # a route's says nothing
                 self._unusable += 1
-            return False
+            return None
         self._unusable = 0
         self._deadline = FIRST_DEADLINE
-        self._is_changed = status is DuplicateStatus.CHANGED
-        return await self._shows_merged(status)
+        return status
+
+    def _is_answered(self) -> bool:
+        """Whether DevRev knows of the request: it has accepted or refused it."""
+        return self.pair.state is State.ACKNOWLEDGED or self.pair.rejected
 
     def _require_another_request(self, waited: float) -> None:
         """Raise PairError where a wait that is over must not be followed by another request."""
         if self._poll_problem:
             raise self._poll_problem
-        answered = self.pair.state is State.ACKNOWLEDGED or self.pair.rejected
-        if self.requests_sent >= self.MAX_REQUESTS or (self.requests_sent and answered):
+        if self.requests_sent >= self.MAX_REQUESTS or (self.requests_sent and self._is_answered()):
             words = f"{self.pair.duplicate.short_id} still exists {duration(waited)} after"
             raise PairError("merge_not_confirmed", f"{words} its merge was requested")
 
@@ -6364,7 +6336,7 @@ class PairMerge:
             words = f"merged, but DevRev still lists {pair.duplicate.short_id} for its email"
             raise PairError("still_listed", words)
         if pair.fields_to_carry and pair.carries_last:
-            async with self.run.carry_lock:
+            async with self.run.lock:
                 primary = await self._carry_fields(primary)
         duplicate = backed_up_contact(pair.backup, pair.duplicate.id)
         pair.fields_lost = lost_fields(duplicate, primary)
@@ -6452,8 +6424,7 @@ class GroupRun:
         self.wanted = wanted
         self.resumed = resumed
         self.preconditions = Preconditions(context, group)
-        self.request_lock = asyncio.Lock()
-        self.carry_lock = asyncio.Lock()
+        self.lock = asyncio.Lock()
         self.attempted = asyncio.Event()  # each pair was tried, or has to wait
 
     async def run(self) -> None:
