@@ -5760,22 +5760,8 @@ class ReferenceUpdate:
             return {}
 
     async def read(self) -> Json | None:
-        """Return the contact, None where it no longer exists.
-
-        Where DevRev refuses to read it, the list of its email decides: it may have been merged.
-        """
-        try:
-            return await self.api.contact(self.contact.id, self.options())
-        except ApiError as error:
-            if error.status == 403:
-                raise
-            name = self.contact.short_id
-            log.info("%s can't be read, so the list of its email decides: %s", name, error)
-            listing = await self.api.contacts_by_email([self.contact.email.strip()], FINISH)
-        for user in listing.items:
-            if user["id"] == self.contact.id and not is_gone(user):
-                return user
-        return None
+        """Return the contact, None where it no longer exists."""
+        return await self.api.contact(self.contact.id, self.options())
 
 
 class UnexplainedConflict(PairError):

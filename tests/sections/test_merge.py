@@ -392,7 +392,7 @@ def test_a_pair_whose_primary_was_merged_into_another_can_be_settled(scene: Scen
     scene.world.gone_of = {primary: "400"}
     other = scene.organisation.add_contact("Z", "another@example.com")
     scene.organisation.merge(other, primary)
-    assert scene.merge(*QUICK).codes == {FIRST: "not_found"}
+    assert scene.merge(*QUICK).codes == {FIRST: "api_error"}
     assert scene.settle(FIRST).rows[duplicate]["state"] == "settled"
 
 

@@ -305,7 +305,7 @@ from=merged!             -> done: read set lists
 from=merged! read=moved  -> done: read lists read
 from=merged! read=by-hand -> merged external_ref_changed: read
 from=merged! read=404    -> merged not_found: read
-from=merged! read=400    -> done: read lists set lists
+from=merged! read=400    -> merged api_error: read
 from=merged! read=403    -> merged forbidden: read
 from=merged! read=500    -> merged api_error: read
 from=proving!            -> done: lists
